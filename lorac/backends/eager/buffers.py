@@ -1,0 +1,40 @@
+"""Fused mode in eager: touched weights get memory of their own, which a swap writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from lorac.ir.fused import FusedBuffer
+from lorac.ir.slots import SitePlan
+from lorac.ir.snapshot import BaseReader
+
+
+def fused_buffers(module: nn.Module, plans: Mapping[str, SitePlan], base: BaseReader) -> dict[str, FusedBuffer]:
+    """Give every bound weight of ``module`` its own parameter, holding the base at first."""
+    return {path: _own_buffer(module, plan, base) for path, plan in plans.items() if plan.bound}
+
+
+def _own_buffer(module: nn.Module, plan: SitePlan, base: BaseReader) -> FusedBuffer:
+    site = plan.site
+    assert site.weight is not None
+    owner_path, _, leaf = site.weight.rpartition(".")
+    owner = module.get_submodule(owner_path)
+    weight = nn.Parameter(module.get_parameter(site.weight).detach().clone(), requires_grad=False)
+    owner._parameters[leaf] = weight
+    bias = None
+    if plan.bound_bias:
+        original = base.bias(site)
+        start = torch.zeros(site.out_features, dtype=weight.dtype) if original is None else original.clone()
+        bias = nn.Parameter(start, requires_grad=False)
+        owner._parameters["bias"] = bias
+    return FusedBuffer(
+        site,
+        weight.detach(),
+        site.present,
+        lambda: base.weight(site),
+        None if bias is None else bias.detach(),
+        base.bias(site),
+    )

@@ -1,0 +1,96 @@
+"""From a lowered graph to an ONNX model on disk: one emitter for all modes.
+
+Slots stay true inputs. Weights go beside the model as external data, so that models over 2 GB work and ONNX Runtime
+maps them instead of reading them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+from lorac.ir.graph import Graph, Level
+
+_WEIGHTS = "model.onnx.data"
+SITE_METADATA = "lorac.site"
+
+
+def emit(graph: Graph, folder: Path, constants: Mapping[str, torch.Tensor] | None = None) -> Path:
+    """Write ``model.onnx`` and its weights.
+
+    Args:
+        graph: at level expanded.
+        folder: where to write.
+        constants: slot name -> value: these slots become constants instead of inputs (baked mode).
+
+    Returns:
+        The model's path.
+    """
+    graph.level = Level.TARGET
+    model = to_onnx(graph)
+    if constants is not None:
+        bake(model, constants)
+    path = folder / "model.onnx"
+    ir.save(model, path, external_data=_WEIGHTS, size_threshold_bytes=1024)
+    return path
+
+
+def to_onnx(graph: Graph) -> ir.Model:
+    """The graph as an onnx_ir model whose slot inputs bear their public names."""
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(graph.exported, dynamo=True, optimize=False, verbose=False)
+    assert program is not None
+    model = program.model
+    _name_slots(graph, model)
+    tidy(model)
+    return model
+
+
+def tidy(model: ir.Model) -> None:
+    """Constant folding and the exporter's own clean-ups, without the rule that is quadratic in the number of nodes."""
+    from onnxscript.optimizer import optimize_ir
+
+    with _quiet():
+        optimize_ir(model, num_iterations=1, onnx_shape_inference=False)
+
+
+def bake(model: ir.Model, constants: Mapping[str, torch.Tensor]) -> None:
+    """Turn slot inputs into initializers, in place."""
+    for value in list(model.graph.inputs):
+        tensor = constants.get(value.name or "")
+        if tensor is None:
+            continue
+        model.graph.inputs.remove(value)
+        value.const_value = ir.tensor(tensor.detach().contiguous().numpy(), name=value.name)
+        model.graph.initializers[str(value.name)] = value
+
+
+def _name_slots(graph: Graph, model: ir.Model) -> None:
+    by_node = {slot.node: slot for slot in graph.slots.values()}
+    for value in model.graph.inputs:
+        slot = by_node.get(value.name or "")
+        if slot is not None:
+            value.name = slot.name
+            value.metadata_props[SITE_METADATA] = slot.site
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns of its own deprecations and logs what it skips; neither is the user's to act on."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -1,0 +1,231 @@
+"""Every error lorac raises on purpose.
+
+    LoracError
+    ├── SiteError
+    │   ├── SiteNotFound          a pattern, or a tensor's path, names no site
+    │   ├── SiteUnsupported       the method cannot adapt this kind of site
+    │   └── SiteUnreached         the site exists, but no captured graph calls it
+    ├── AdapterError
+    │   ├── AdapterNotFound       an unknown or removed adapter name
+    │   ├── AdapterExists         the name is taken
+    │   ├── ShapeMismatch         a tensor's shape does not fit its site
+    │   ├── NonFinite             NaN or infinity in a tensor
+    │   ├── BaseMismatch          the adapter was made for other base weights
+    │   └── BaseNeeded            the operation needs the base weights
+    ├── FormatError
+    │   ├── CorruptFile           truncated or lying headers
+    │   ├── UnknownFormat         no format recognises the file
+    │   ├── UnknownField          a configuration field or type lorac does not know
+    │   ├── UnsupportedField      a known field whose value changes the result in a way lorac lacks
+    │   ├── UnusedTensors         tensors that no rule of the format accounts for
+    │   └── PatternTooSlow        a pattern from a file that backtracks without end
+    ├── CompileError
+    │   ├── CaptureFailed         torch.export cannot trace the model
+    │   ├── ExampleInputsNeeded   example inputs cannot be made from the model
+    │   ├── UnknownOption         an option the target does not have
+    │   ├── NotMergeable          a term that has no weight form was to be fused or baked
+    │   ├── VerificationFailed    a graph breaks a rule of its level
+    │   └── SelfTestFailed        a slot was folded, copied, exchanged or bypassed
+    ├── RuntimeFailure
+    │   ├── NeedsRecompile        the adapter does not fit what was reserved
+    │   ├── ChoiceError           a choice of adapters that makes no sense (rows, strengths)
+    │   └── Unavailable           the target cannot do this at all
+    ├── ArtifactError             a saved artefact is damaged, unsafe or of another version
+    └── MissingExtra              an optional library is not installed
+
+Each message says what, where, the nearest valid choice and the next step.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "AdapterError",
+    "AdapterExists",
+    "AdapterNotFound",
+    "ArtifactError",
+    "BaseMismatch",
+    "BaseNeeded",
+    "CaptureFailed",
+    "ChoiceError",
+    "CompileError",
+    "CorruptFile",
+    "ExampleInputsNeeded",
+    "FormatError",
+    "LoracError",
+    "MissingExtra",
+    "NeedsRecompile",
+    "NonFinite",
+    "NotMergeable",
+    "PatternTooSlow",
+    "RuntimeFailure",
+    "SelfTestFailed",
+    "ShapeMismatch",
+    "SiteError",
+    "SiteNotFound",
+    "SiteUnreached",
+    "SiteUnsupported",
+    "Unavailable",
+    "UnknownField",
+    "UnknownFormat",
+    "UnknownOption",
+    "UnsupportedField",
+    "UnusedTensors",
+    "VerificationFailed",
+]
+
+
+class LoracError(Exception):
+    """Base of every error lorac raises on purpose.
+
+    Args:
+        what: what went wrong and where, one line.
+        nearest: the nearest valid choice, if there is one.
+        next_step: what to do about it.
+    """
+
+    def __init__(self, what: str, *, nearest: str | None = None, next_step: str | None = None) -> None:
+        self.what = what
+        self.nearest = nearest
+        self.next_step = next_step
+        lines = [what]
+        if nearest:
+            lines.append(f"  nearest: {nearest}")
+        if next_step:
+            lines.append(f"  {next_step}")
+        super().__init__("\n".join(lines))
+
+
+class SiteError(LoracError):
+    """Something about where an adapter goes."""
+
+
+class SiteNotFound(SiteError):
+    """A pattern, or a tensor's path, names no site of the model."""
+
+
+class SiteUnsupported(SiteError):
+    """The method cannot adapt this kind of site."""
+
+
+class SiteUnreached(SiteError):
+    """The site exists, but no captured graph calls it."""
+
+
+class AdapterError(LoracError):
+    """Something about an adapter itself."""
+
+
+class AdapterNotFound(AdapterError):
+    """An unknown or removed adapter name."""
+
+
+class AdapterExists(AdapterError):
+    """The adapter name is taken."""
+
+
+class ShapeMismatch(AdapterError):
+    """A tensor's shape does not fit its site."""
+
+
+class NonFinite(AdapterError):
+    """A tensor holds NaN or infinity."""
+
+
+class BaseMismatch(AdapterError):
+    """The adapter was made for other base weights than these."""
+
+
+class BaseNeeded(AdapterError):
+    """The operation depends on the base weights, and no model was given."""
+
+
+class FormatError(LoracError):
+    """Something about an adapter file."""
+
+
+class CorruptFile(FormatError):
+    """Truncated file, or headers that do not fit its contents."""
+
+
+class UnknownFormat(FormatError):
+    """No format recognises the file."""
+
+
+class UnknownField(FormatError):
+    """A configuration field or adapter type that lorac does not know."""
+
+
+class UnsupportedField(FormatError):
+    """A known field whose value changes the result in a way lorac does not build."""
+
+
+class UnusedTensors(FormatError):
+    """The file holds tensors that no rule of its format accounts for."""
+
+
+class PatternTooSlow(FormatError):
+    """A pattern from a file does not finish matching in bounded time."""
+
+
+class CompileError(LoracError):
+    """Something that stops a compilation."""
+
+
+class CaptureFailed(CompileError):
+    """torch.export cannot trace the model; the message names the source line."""
+
+
+class ExampleInputsNeeded(CompileError):
+    """Example inputs cannot be made from the model; the message names forward's arguments."""
+
+
+class UnknownOption(CompileError):
+    """An option, mode or target that does not exist."""
+
+
+class NotMergeable(CompileError):
+    """A term without a weight form was to be fused or baked."""
+
+
+class VerificationFailed(CompileError):
+    """A graph breaks a rule of its level."""
+
+
+class SelfTestFailed(CompileError):
+    """A slot was folded, copied, exchanged or bypassed by the emitter."""
+
+
+class RuntimeFailure(LoracError):
+    """Something a compiled model refuses at run time."""
+
+
+class NeedsRecompile(RuntimeFailure):
+    """The adapter does not fit what was reserved; the message prints the ``reserve=`` that admits it."""
+
+
+class ChoiceError(RuntimeFailure):
+    """A choice of adapters that makes no sense: rows that do not match, strengths that are not finite."""
+
+
+class Unavailable(RuntimeFailure):
+    """The target cannot do this at all."""
+
+
+class ArtifactError(LoracError):
+    """A saved artefact is damaged, unsafe, or of another version."""
+
+
+class MissingExtra(LoracError):
+    """An optional library is not installed; the message gives the pip command."""
+
+    def __init__(self, library: str, extra: str) -> None:
+        super().__init__(f"{library} is not installed", next_step=f"pip install 'lorac[{extra}]'")
+
+
+def nearest_name(name: str, choices: Iterable[str]) -> str | None:
+    """The choice most like ``name``, or None when nothing resembles it."""
+    matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.4)
+    return matches[0] if matches else None

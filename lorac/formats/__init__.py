@@ -1,0 +1,132 @@
+"""Adapters on disk.
+
+Every module here that does not begin with an underscore is a format, found by its existence.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import pkgutil
+import shutil
+import tempfile
+from pathlib import Path
+from typing import cast
+
+from torch import nn
+
+from lorac.errors import FormatError, UnknownFormat, nearest_name
+from lorac.formats._files import install, read_header
+from lorac.formats._fit import check_adapter
+from lorac.formats._format import Format
+from lorac.formats._hash import base_hash
+from lorac.variants.base import Adapter
+
+__all__ = ["Format", "base_hash", "check_adapter", "formats", "load_adapter", "save_adapter"]
+
+
+@functools.cache
+def formats() -> dict[str, Format]:
+    """Every format by name."""
+    modules = [m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")]
+    found = (importlib.import_module(f"{__name__}.{name}").FORMAT for name in sorted(modules))
+    return {format.name: cast(Format, format) for format in found}
+
+
+def load_adapter(path: str | os.PathLike[str], model: nn.Module | None = None, name: str | None = None) -> Adapter:
+    """Read an adapter, whatever its format.
+
+    Every tensor is used or accounted for by a rule of the format, every configuration field known.
+    With the model also every site, shape and recorded base hash is checked.
+
+    Args:
+        path: A PEFT folder, a file of lorac's own, or any other format of `formats()`.
+        model: The base it is meant for, or a copy of it; only read.
+        name: The adapter's name; by default the folder's, or the one the file records.
+
+    Returns:
+        The adapter. Its tensors have the file's dtype, matrices the shape (out, in).
+
+    Raises:
+        FormatError: UnknownFormat, CorruptFile, UnknownField, UnsupportedField, UnusedTensors,
+            PatternTooSlow.
+        AdapterError: ShapeMismatch, NonFinite, BaseMismatch.
+        SiteError: SiteNotFound, SiteUnsupported.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UnknownFormat(f"there is no adapter at '{path}'", nearest=_sibling(path))
+    matching = [format for format in formats().values() if format.recognises(path)]
+    if len(matching) == 1:
+        return matching[0].load(path, model, name)
+    if path.is_file() and path.suffix == ".safetensors":
+        read_header(path)  # a damaged file is told as such
+    raise UnknownFormat(
+        f"'{path}' is an adapter of no known format; looked for "
+        + "; ".join(f"{format.name}: {format.looks_for}" for format in formats().values()),
+        next_step=_below(path),
+    )
+
+
+def save_adapter(
+    adapter: Adapter,
+    path: str | os.PathLike[str],
+    format: str = "peft",
+    model: nn.Module | None = None,
+) -> None:
+    """Write an adapter; equal input gives equal bytes.
+
+    It is written aside and moved into place: whatever goes wrong, what was there before stays. A
+    folder that exists already keeps the files that are not the adapter's.
+
+    Args:
+        adapter: What to write.
+        path: The folder ("peft") or file ("native").
+        format: One of `formats()`.
+        model: The base; its hash is recorded with the adapter. Needed where the format lays out
+            convolutions or embeddings in their own way and the adapter does not come from a file.
+
+    Raises:
+        UnknownFormat: There is no such format, or it cannot be written.
+        UnsupportedField: The format has no place for what the adapter is.
+        BaseNeeded: The format needs the model.
+        AdapterError, SiteError: The adapter does not fit the model.
+    """
+    writers = {name: found for name, found in formats().items() if found.save is not None}
+    if format not in writers:
+        raise UnknownFormat(
+            f"adapters cannot be saved in the format '{format}'",
+            nearest=nearest_name(format, writers),
+            next_step=f"formats to save in: {', '.join(writers)}",
+        )
+    save = writers[format].save
+    assert save is not None
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    workshop = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        staged = workshop / target.name
+        save(adapter, staged, model)
+        if target.exists() and target.is_dir() != staged.is_dir():
+            kind = "a folder" if target.is_dir() else "a file"
+            raise FormatError(
+                f"'{path}' is {kind}, which the format '{format}' does not write",
+                next_step="give another path",
+            )
+        install(staged, target)
+    finally:
+        shutil.rmtree(workshop, ignore_errors=True)
+
+
+def _sibling(path: Path) -> str | None:
+    if not path.parent.is_dir():
+        return None
+    return nearest_name(path.name, [found.name for found in path.parent.iterdir()])
+
+
+def _below(path: Path) -> str | None:
+    """PEFT puts an adapter that is not named 'default' into a folder of its own: point there."""
+    inside = sorted(path.iterdir()) if path.is_dir() else []
+    found = [p for p in inside if any(format.recognises(p) for format in formats().values())]
+    return f"did you mean {', '.join(repr(str(p)) for p in found[:3])}?" if found else None

@@ -1,0 +1,296 @@
+"""Files, read with distrust and written so that equal input gives equal bytes.
+
+safetensors: https://github.com/huggingface/safetensors#format. Its header is checked here before
+the library sees the file, so that a lying one is reported by name. The writer is lorac's own
+because the library writes several metadata entries in random order.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from lorac.errors import CorruptFile, NonFinite, nearest_name
+
+Tensor = torch.Tensor
+MAX_HEADER = 100_000_000
+"""Longest header in bytes, the library's own limit."""
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_ENTRY = {"dtype", "shape", "data_offsets"}
+_AGAIN = "copy or download the file again"
+
+
+@dataclass(frozen=True)
+class Header:
+    """A safetensors header that agrees with its file.
+
+    Attributes:
+        tensors: Name -> (dtype's name, shape, first byte, byte after the last), offsets from the
+            start of the data.
+        metadata: Its free text entries.
+    """
+
+    tensors: Mapping[str, tuple[str, tuple[int, ...], int, int]]
+    metadata: Mapping[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """The header of a safetensors file, held against the file's size and itself.
+
+    Raises:
+        CorruptFile: Truncated, not JSON, an unknown dtype, shapes that do not fit the offsets,
+            overlapping tensors, or bytes that belong to none.
+    """
+    raw, size = _raw_header(path)
+    metadata = raw.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _corrupt(path, "its metadata is not a mapping of text to text")
+    tensors = {name: _entry(path, name, entry) for name, entry in raw.items()}
+    _check_layout(path, tensors, size)
+    return Header(tensors, metadata)
+
+
+def peek_metadata(path: Path) -> dict[str, str]:
+    """The metadata of what may be a safetensors file; empty where it is not, or is damaged."""
+    try:
+        metadata = _raw_header(path)[0].get("__metadata__")
+    except (CorruptFile, OSError):
+        return {}
+    if not isinstance(metadata, dict):
+        return {}
+    return {key: value for key, value in metadata.items() if isinstance(value, str)}
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, in memory of their own, and its metadata.
+
+    Raises:
+        CorruptFile: As `read_header`.
+        NonFinite: A tensor holds NaN or infinity.
+    """
+    header = read_header(path)
+    try:
+        # The library maps the file; clones outlive whatever happens to it.
+        tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    except SafetensorError as error:
+        raise _corrupt(path, str(error)) from error
+    check_finite(tensors, path)
+    return tensors, dict(header.metadata)
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.bin` file, through `torch.load(weights_only=True)`.
+
+    Raises:
+        CorruptFile: Damaged, or holding anything but named dense tensors.
+        NonFinite: A tensor holds NaN or infinity.
+    """
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # an unpickler fed with garbage may raise anything
+        reason = str(error).strip().partition("\n")[0]
+        raise _corrupt(path, f"torch.load(weights_only=True) refuses it: {reason}") from error
+    if not isinstance(loaded, dict):
+        raise _corrupt(path, f"it holds a {type(loaded).__name__}, not named tensors")
+    for name, value in loaded.items():
+        dense = isinstance(value, Tensor) and value.layout is torch.strided
+        if not isinstance(name, str) or not dense:
+            raise _corrupt(path, f"{name!r} is not a dense tensor")
+    tensors = {name: value.detach() for name, value in loaded.items()}
+    check_finite(tensors, path)
+    return tensors
+
+
+def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse tensors that hold NaN or infinity.
+
+    Raises:
+        NonFinite: Naming the first such tensor, and how many of its values.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() and not tensor.is_complex():
+            continue
+        values = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+        bad = int((~torch.isfinite(values)).sum())
+        if bad:
+            raise NonFinite(
+                f"tensor '{name}' of '{path}' holds {bad} NaN or infinite of {tensor.numel()} values",
+                next_step="its training diverged: take an earlier checkpoint",
+            )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        CorruptFile: Not JSON, not an object, a name given twice, or NaN or infinity in it.
+    """
+    try:
+        value = _parse(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise _corrupt(path, f"it is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise _corrupt(path, f"it holds a {type(value).__name__}, not an object")
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object, its own names sorted; nested ones keep their order, which may matter."""
+    ordered = {name: value[name] for name in sorted(value)}
+    path.write_text(json.dumps(ordered, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file; a function of names, values and metadata alone.
+
+    As in the library, larger element types come first, so that every tensor is aligned.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {key: metadata[key] for key in sorted(metadata)}}
+    end = 0
+    for name in names:
+        tensor, begin = tensors[name], end
+        end = begin + tensor.numel() * tensor.itemsize
+        kind = _NAMES[tensor.dtype]
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            file.write(raw_bytes(tensors[name]))
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's values as bytes in row-major order."""
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def install(staged: Path, target: Path) -> None:
+    """Move a finished file or folder into place; on failure the old content stands.
+
+    A folder that exists already keeps the files that `staged` lacks.
+    """
+    files = sorted(staged.iterdir()) if staged.is_dir() else [staged]
+    for file in files:
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    if not (staged.is_dir() and target.exists()):
+        os.replace(staged, target)
+        return
+    done: list[tuple[Path, Path | None]] = []
+    try:
+        for new in files:
+            old, backup = target / new.name, staged / f"{new.name}.old"
+            kept = backup if old.exists() else None
+            if kept:
+                os.replace(old, kept)
+            done.append((old, kept))
+            os.replace(new, old)
+    except BaseException:
+        _restore(done)
+        raise
+
+
+def _restore(done: Iterable[tuple[Path, Path | None]]) -> None:
+    for old, kept in done:
+        if kept:
+            os.replace(kept, old)
+        else:
+            old.unlink(missing_ok=True)
+
+
+def _raw_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header's JSON object, and the number of bytes after it."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER):
+            raise _corrupt(path, f"it promises {length} bytes of header, the file has {size} bytes")
+        text = file.read(length)
+    try:
+        header = _parse(text)
+    except (ValueError, RecursionError) as error:
+        raise _corrupt(path, f"its header is not JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise _corrupt(path, "its header is not an object")
+    return header, size - 8 - length
+
+
+def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    if not isinstance(entry, dict) or set(entry) != _ENTRY:
+        raise _corrupt(path, f"the entry of '{name}' is not dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in DTYPES:
+        raise _corrupt(path, f"'{name}' has the unknown dtype {dtype!r}", nearest_name(str(dtype), DTYPES))
+    if not (_naturals(shape) and _naturals(offsets) and len(offsets) == 2):
+        raise _corrupt(path, f"the shape or offsets of '{name}' are not whole numbers")
+    begin, end = offsets
+    if end - begin != prod(shape) * DTYPES[dtype].itemsize:
+        raise _corrupt(path, f"'{name}' is {dtype} {tuple(shape)}, but has {end - begin} bytes")
+    return dtype, tuple(shape), begin, end
+
+
+def _check_layout(path: Path, tensors: Mapping[str, tuple[str, Any, int, int]], size: int) -> None:
+    """Tensors follow one another without overlap or hole, and fill the file."""
+    reached = 0
+    for name, (_, _, begin, end) in sorted(tensors.items(), key=lambda item: item[1][2:]):
+        if begin != reached:
+            what = "overlaps the tensor before it" if begin < reached else "leaves a hole before it"
+            raise _corrupt(path, f"'{name}' {what}: it begins at byte {begin}, not {reached}")
+        reached = end
+    if reached != size:
+        raise _corrupt(path, f"its header promises {reached} bytes of data, the file has {size}")
+
+
+def _parse(text: bytes) -> Any:
+    """JSON without the liberties Python's parser takes."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"'{twice}' is given twice")
+        return value
+
+    def constant(name: str) -> None:
+        raise ValueError(f"{name} is not a number of JSON")
+
+    return json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+
+
+def _naturals(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _corrupt(path: Path, reason: str, nearest: str | None = None) -> CorruptFile:
+    return CorruptFile(f"'{path}' is damaged: {reason}", nearest=nearest, next_step=_AGAIN)

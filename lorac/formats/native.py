@@ -1,0 +1,216 @@
+"""lorac's own format: one safetensors file for any method.
+
+    tensors/<site path>/<parameter>    of a site, in the matrix convention
+    replaced/<parameter's name>        modules_to_save and trained biases
+
+Everything else is one JSON object in the metadata entry "lorac". Tensors that are one and the same
+object are stored once, under the first name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorac.errors import CorruptFile, UnknownField, UnsupportedField, UnusedTensors, nearest_name
+from lorac.formats._files import peek_metadata, read_safetensors, write_safetensors
+from lorac.formats._fit import check_adapter, in_order
+from lorac.formats._format import Format
+from lorac.formats._hash import base_hash
+from lorac.variants import variant_named
+from lorac.variants.base import Adapter, Variant, dataclass_fields
+
+Tensor = torch.Tensor
+VERSION = 1
+_ENTRY = "lorac"
+_LOCAL = {"source", "format", "base", "left_out"}
+"""Provenance that is about one file on one machine, and stays out of the next."""
+_ALLOWED: dict[type, tuple[type, ...]] = {
+    bool: (bool,),
+    int: (int,),
+    float: (int, float),
+    str: (str, list),
+    tuple: (str, list),
+    dict: (dict,),
+}
+"""Type of a field's default -> types that its value has in JSON."""
+_FIELDS = {
+    "version": int,
+    "name": str,
+    "variant": str,
+    "config": dict,
+    "left_out": list,
+    "shared": dict,
+    "provenance": dict,
+    "base": (str, type(None)),
+}
+
+
+def _recognises(path: Path) -> bool:
+    return path.is_file() and _ENTRY in peek_metadata(path)
+
+
+def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
+    stored, metadata = read_safetensors(path)
+    record = _record(path, metadata[_ENTRY])
+    for alias, first in record["shared"].items():
+        if first not in stored or alias in stored:
+            raise CorruptFile(f"'{path}' says that '{alias}' is '{first}', which its tensors belie")
+        stored[alias] = stored[first]
+    adapter = Adapter(
+        name=name or record["name"],
+        variant=_variant(path, record),
+        provenance={
+            **record["provenance"],
+            "format": "native",
+            "source": str(path),
+            "base": record["base"],
+            "left_out": record["left_out"],
+        },
+    )
+    for key, tensor in stored.items():
+        _place(path, adapter, key, tensor)
+    adapter.tensors = in_order(adapter.tensors, model)
+    if model is not None:
+        check_adapter(adapter, model)
+    return adapter
+
+
+def _save(adapter: Adapter, path: Path, model: nn.Module | None) -> None:
+    if model is not None:
+        check_adapter(adapter, model)
+    tensors, shared = _stored(adapter)
+    config, left_out = _config(adapter.variant)
+    origin = {k: v for k, v in adapter.provenance.items() if k not in _LOCAL and _is_json(v)}
+    record = {
+        "version": VERSION,
+        "name": adapter.name,
+        "variant": adapter.variant.name,
+        "config": config,
+        "left_out": left_out or adapter.provenance.get("left_out", []),
+        "shared": shared,
+        "provenance": origin,
+        "base": base_hash(model, adapter.tensors) if model else adapter.provenance.get("base"),
+    }
+    # Names are not sorted here: the order of patterns matters, that of the record is fixed.
+    text = json.dumps(record, separators=(",", ":"), allow_nan=False)
+    write_safetensors(path, tensors, {_ENTRY: text})
+
+
+def _stored(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What to write, and for every further name of a tensor the first."""
+    named = {f"tensors/{p}/{n}": t for p, at in adapter.tensors.items() for n, t in at.items()}
+    named |= {f"replaced/{name}": tensor for name, tensor in adapter.replaced.items()}
+    first: dict[int, str] = {}
+    shared = {}
+    for key, tensor in named.items():
+        if first.setdefault(id(tensor), key) != key:
+            shared[key] = first[id(tensor)]
+    return {key: tensor for key, tensor in named.items() if key not in shared}, shared
+
+
+def _place(path: Path, adapter: Adapter, key: str, tensor: Tensor) -> None:
+    kind, _, rest = key.partition("/")
+    site, _, parameter = rest.rpartition("/")
+    if kind == "tensors" and site:
+        adapter.tensors.setdefault(site, {})[parameter] = tensor
+    elif kind == "replaced" and rest:
+        adapter.replaced[rest] = tensor
+    else:
+        raise UnusedTensors(
+            f"'{path}' holds '{key}', which is no name of this format",
+            next_step="names are tensors/<site>/<parameter> and replaced/<parameter>",
+        )
+
+
+def _record(path: Path, text: str) -> dict[str, Any]:
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CorruptFile(f"the description in '{path}' is not JSON: {error}") from error
+    if not isinstance(record, dict) or not isinstance(record.get("version"), int):
+        raise CorruptFile(f"the description in '{path}' has no version")
+    if record["version"] > VERSION:
+        raise UnsupportedField(
+            f"'{path}' is version {record['version']} of the format, this lorac reads {VERSION}",
+            next_step="pip install -U lorac",
+        )
+    for field in record:
+        if field not in _FIELDS:
+            near = nearest_name(field, _FIELDS)
+            raise UnknownField(f"'{path}' has the unknown field '{field}'", nearest=near)
+    for field, kind in _FIELDS.items():
+        if field not in record or not isinstance(record[field], kind):  # type: ignore[arg-type]
+            raise CorruptFile(f"the description in '{path}' lacks '{field}', or it is of another type")
+    return record
+
+
+def _variant(path: Path, record: Mapping[str, Any]) -> Variant:
+    variant = variant_named(record["variant"])
+    known = dataclass_fields(variant)
+    for field in record["config"]:
+        if field not in known:
+            raise UnknownField(
+                f"'{path}' sets '{field}', which {variant.name} does not have",
+                nearest=nearest_name(field, known),
+                next_step="it was written by another version of lorac",
+            )
+    default = _defaults(variant)
+    for field, value in record["config"].items():
+        allowed = _ALLOWED.get(type(default.get(field)), (object,))
+        if not isinstance(value, allowed) or (bool not in allowed and isinstance(value, bool)):
+            raise UnsupportedField(
+                f"'{path}' sets {field}={value!r}, which {variant.name} does not take",
+                next_step=f"its default is {default[field]!r}",
+            )
+    try:
+        return variant(**record["config"])
+    except (TypeError, ValueError) as error:
+        raise UnsupportedField(f"'{path}' configures {variant.name} wrongly: {error}") from error
+
+
+def _defaults(variant: type[Variant]) -> dict[str, Any]:
+    """Default values by field, of those fields that have one."""
+    found = {}
+    for field in dataclasses.fields(variant):
+        if field.default is not dataclasses.MISSING:
+            found[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            found[field.name] = field.default_factory()
+    return found
+
+
+def _config(variant: Variant) -> tuple[dict[str, Any], list[str]]:
+    """A variant's fields as JSON, and those that have no such form and fall back to their default."""
+    values = {field.name: getattr(variant, field.name) for field in dataclasses.fields(variant)}
+    left_out = sorted(name for name, value in values.items() if not _is_json(value))
+    return {n: _plain(v) for n, v in values.items() if n not in left_out}, left_out
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(k, str) and _is_json(v) for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return all(_is_json(item) for item in value)
+    return value is None or isinstance(value, str | int | float | bool)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+FORMAT = Format(
+    name="native",
+    looks_for="a safetensors file with lorac's description in its metadata",
+    recognises=_recognises,
+    load=_load,
+    save=_save,
+)

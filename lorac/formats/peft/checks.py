@@ -1,0 +1,206 @@
+"""A PEFT file against its own configuration, and against the model it is meant for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorac.errors import BaseMismatch, CorruptFile, ShapeMismatch, UnusedTensors
+from lorac.formats._fit import check_adapter, check_replaced, named_tensors, no_site
+from lorac.formats._layout import same_layout
+from lorac.formats.peft.config import ALL_LINEAR
+from lorac.formats.peft.keys import Contents, embedding_modules, saved
+from lorac.formats.peft.method import Method
+from lorac.ir.patterns import nothing_matches, select
+from lorac.ir.sites import Site, find_sites
+from lorac.ir.types import SiteKind
+from lorac.variants.base import Adapter, Variant
+
+Tensor = torch.Tensor
+
+
+def against_itself(adapter: Adapter, told: Mapping[str, Site], values: Mapping[str, Any]) -> None:
+    """Without a model: every site of the file is one that its configuration targets.
+
+    Raises:
+        CorruptFile: There is no site at all, or tied tensors differ.
+        UnusedTensors: A site is not targeted: PEFT would ignore its tensors in silence.
+    """
+    if not told:
+        raise CorruptFile(f"the file of adapter '{adapter.name}' holds no tensor of its method")
+    _only_targeted(adapter, told, targeted(adapter.variant, told), values)
+
+
+def against_model(
+    adapter: Adapter,
+    told: Mapping[str, Site],
+    values: Mapping[str, Any],
+    method: Method,
+    contents: Contents,
+    model: nn.Module,
+) -> dict[str, Site]:
+    """With a model: sites, shapes, saved modules and copies of the base are the model's.
+
+    Embeddings saved whole become replacements where they are not the base's own.
+
+    Returns:
+        The model's sites.
+
+    Raises:
+        SiteNotFound, SiteUnsupported, ShapeMismatch, BaseMismatch: As `check_adapter`.
+        CorruptFile: The configuration promises tensors that the file lacks.
+        UnusedTensors: A site is not targeted.
+    """
+    sites = find_sites(model)
+    wanted = targeted(adapter.variant, sites, model)
+    if not wanted:
+        raise nothing_matches(adapter.name, adapter.variant.targets, sites)
+    for path in told:
+        if path not in sites:
+            raise no_site(adapter.name, path, sites, model)
+    _only_targeted(adapter, {path: sites[path] for path in told}, wanted, values, tied_only=True)
+    _complete(adapter, wanted, model)
+    for name, tensor in contents.whole.items():
+        check_replaced(adapter.name, name, tensor, model)
+        if not _equal(tensor, named_tensors(model)[name]):
+            adapter.replaced[name] = tensor
+    check_adapter(adapter, model)
+    for path, site in told.items():
+        if method.lays_out and not same_layout(site, sites[path]):
+            raise _other_layout(adapter, site, sites[path])
+        method.check_site(sites[path], adapter.tensors[path])
+    _same_copies(adapter, contents.copies, model)
+    return sites
+
+
+def targeted(variant: Variant, sites: Mapping[str, Site], model: nn.Module | None = None) -> list[str]:
+    """Paths of the sites that PEFT would adapt.
+
+    Args:
+        variant: The method with its targets.
+        sites: Where to look.
+        model: Tells its output layer, which "all-linear" leaves out.
+    """
+    targets = variant.targets
+    if targets == ALL_LINEAR:
+        output = set() if model is None else output_layers(model)
+        targets = tuple(p for p, s in sites.items() if s.kind is SiteKind.LINEAR and p not in output)
+    found = select(
+        sites,
+        targets,
+        exclude=variant.exclude,
+        layers=variant.layers,
+        layers_pattern=variant.layers_pattern,
+        saved=variant.modules_to_save,
+    )
+    return [site.path for site in found if site.kind in variant.kinds]
+
+
+def output_layers(model: nn.Module) -> set[str]:
+    """Paths of the layer that a transformers model names as its output."""
+    layer = None
+    if hasattr(model, "get_output_embeddings"):
+        layer = model.get_output_embeddings()
+    return {path for path, module in model.named_modules(remove_duplicate=False) if module is layer}
+
+
+def saved_names(variant: Variant, model: nn.Module) -> list[str]:
+    """Every parameter and buffer that PEFT saves for modules_to_save."""
+    return [name for name in model.state_dict(keep_vars=True) if saved(name, variant.modules_to_save)]
+
+
+def tie(adapter: Adapter, path: str, sites: Mapping[str, Site]) -> str | None:
+    """Make a tied site's tensors those of the embedding it is tied to, transposed, if they are.
+
+    PEFT adapts lm_head, tied by ensure_weight_tying to an embedding with A (r, V) and B (d, r), by
+    Bᵀ and Aᵀ, and saves both (peft.tuners.lora.model).
+
+    Returns:
+        The embedding's path, or None.
+    """
+    own = adapter.tensors[path]
+    for other, at in adapter.tensors.items():
+        if sites[other].kind is not SiteKind.EMBEDDING or "lora_A" not in at or "lora_A" not in own:
+            continue
+        crossed = {"lora_A": at["lora_B"].t(), "lora_B": at["lora_A"].t()}
+        if all(torch.equal(own[name], tensor) for name, tensor in crossed.items()):
+            own |= crossed
+            return other
+    return None
+
+
+def _only_targeted(
+    adapter: Adapter,
+    sites: Mapping[str, Site],
+    wanted: Iterable[str],
+    values: Mapping[str, Any],
+    *,
+    tied_only: bool = False,
+) -> None:
+    """Every site is targeted, or tied to an embedding that is."""
+    wanted = set(wanted)
+    for path in adapter.tensors:
+        if path in wanted:
+            continue
+        source = tie(adapter, path, sites) if values.get("ensure_weight_tying") else None
+        if source and (not tied_only or path in sites[source].shares):
+            adapter.provenance["tied"][path] = source
+            continue
+        raise UnusedTensors(
+            f"adapter '{adapter.name}' has tensors for '{path}', which its configuration does not "
+            "target, so that PEFT would ignore them",
+            next_step="target_modules, exclude_modules, layers_to_transform and modules_to_save "
+            "must be those of the training"
+            + (
+                "; under ensure_weight_tying a tied site holds its embedding's tensors, transposed"
+                if values.get("ensure_weight_tying")
+                else ""
+            ),
+        )
+
+
+def _complete(adapter: Adapter, wanted: Iterable[str], model: nn.Module) -> None:
+    """Every targeted site and every saved module is in the file."""
+    lacking = [path for path in wanted if path not in adapter.tensors]
+    lacking += [n for n in saved_names(adapter.variant, model) if n not in adapter.replaced]
+    if lacking:
+        listed = ", ".join(f"'{name}'" for name in lacking[:5])
+        more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
+        raise CorruptFile(
+            f"the file of adapter '{adapter.name}' lacks tensors that its configuration promises "
+            f"for this model: {listed}{more}",
+            next_step="it is incomplete, or was made for a smaller model",
+        )
+
+
+def _same_copies(adapter: Adapter, copies: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Copies of the base are the model's own values, as far as the coarser of two dtypes can tell."""
+    for name, tensor in copies.items():
+        check_replaced(adapter.name, name, tensor, model)
+        if not _equal(tensor, named_tensors(model)[name]):
+            raise BaseMismatch(
+                f"adapter '{adapter.name}' was saved with a copy of '{name}', and this model's differs",
+                next_step="load the base it was trained on; if its vocabulary was resized, copy "
+                "the saved embedding into the model first",
+            )
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if not one.is_floating_point():
+        return torch.equal(one, other.to(one.device))
+    coarse = max(one.dtype, other.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    return torch.equal(one.to(coarse), other.detach().to(one.device, coarse))
+
+
+def _other_layout(adapter: Adapter, told: Site, site: Site) -> ShapeMismatch:
+    def words(found: Site) -> str:
+        groups = f" in {found.conv.groups} groups" if found.conv and found.conv.groups > 1 else ""
+        return f"{found.kind} {found.kernel}{groups}"
+
+    return ShapeMismatch(
+        f"adapter '{adapter.name}' holds tensors for a {words(told)} at '{site.path}', which is a {words(site)}",
+        next_step="load the class of model that the adapter was trained on",
+    )

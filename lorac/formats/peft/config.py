@@ -1,0 +1,256 @@
+"""adapter_config.json: read and written through the tables of fields.
+
+Source: peft.config.PeftConfig and the configuration classes of PEFT 0.21. Its `save_pretrained`
+sorts nested names too, so that of several patterns in rank_pattern the first by alphabet wins after
+a reload; what counts here is the order in the file, as it does for PEFT when it reads one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import math
+import pkgutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lorac.errors import UnknownField, UnsupportedField, nearest_name
+from lorac.formats.peft.method import ABSENT, Field, Method, Use
+from lorac.variants.base import Variant
+
+ALL_LINEAR = "all-linear"
+PEFT_TYPES = (
+    "PROMPT_TUNING MULTITASK_PROMPT_TUNING P_TUNING PREFIX_TUNING LORA ADALORA ADAMSS BOFT "
+    "ADAPTION_PROMPT IA3 BEFT LILY LOHA LOKR OFT POLY LN_TUNING VERA FROD PVERA FOURIERFT GLORA "
+    "XLORA HRA VBLORA UNILORA CPT MISS RANDLORA ROAD TRAINABLE_TOKENS HIRA SHIRA C3A WAVEFT OSF "
+    "DELORA GRALORA CARTRIDGE TINYLORA PSOFT PEANUT SHADOW SUPERTUNING DEFT"
+).split()
+"""All that PEFT 0.21 knows."""
+
+
+# Readers: a value of the file, None included, to lorac's
+
+
+def flag(value: Any) -> bool:
+    """A truth value; null is false, as PEFT has it."""
+    if value is not None and not isinstance(value, bool):
+        raise ValueError("expected true or false")
+    return bool(value)
+
+
+def rank(value: Any) -> int:
+    """A whole number above 0."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError("expected a whole number above 0")
+    return value
+
+
+def number(value: Any) -> float:
+    """A finite number."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError("expected a number")
+    return value
+
+
+def names(value: Any) -> tuple[str, ...]:
+    """A list of names, or one name, or null for none."""
+    if isinstance(value, str):
+        return (value,)
+    if value is not None and not (isinstance(value, list) and _all(value, str)):
+        raise ValueError("expected a list of names")
+    return tuple(value or ())
+
+
+def pattern(value: Any) -> str | tuple[str, ...]:
+    """A list of names, or one regular expression, or null for none."""
+    return value if isinstance(value, str) and value else names(value or None)
+
+
+def targets(value: Any) -> str | tuple[str, ...] | None:
+    """As `pattern`, but null stays apart: PEFT then has a choice of its own for every architecture."""
+    found = None if value is None else pattern(value)
+    return ALL_LINEAR if isinstance(found, str) and found.lower() == ALL_LINEAR else found
+
+
+def layers(value: Any) -> tuple[int, ...]:
+    """A list of layer numbers, or one, or null for all."""
+    found = [value] if isinstance(value, int) else value
+    if found is not None and not (isinstance(found, list) and _all(found, int)):
+        raise ValueError("expected a list of layer numbers")
+    return tuple(found or ())
+
+
+def ranks(value: Any) -> dict[str, int]:
+    """Pattern -> rank, in the file's order; null for none."""
+    return {key: rank(item) for key, item in _mapping(value).items()}
+
+
+def numbers(value: Any) -> dict[str, float]:
+    """Pattern -> number, in the file's order; null for none."""
+    return {key: number(item) for key, item in _mapping(value).items()}
+
+
+# Writers: a variant's value to the file's
+
+
+def sorted_or_none(value: str | tuple[str, ...]) -> str | list[str] | None:
+    """A list in order, one regular expression, or null for none."""
+    return value if isinstance(value, str) and value else sorted(value) or None
+
+
+def list_or_none(value: tuple[Any, ...]) -> list[Any] | None:
+    """A list, or null for none."""
+    return list(value) or None
+
+
+def whole(value: float) -> float:
+    """16 rather than 16.0, as PEFT annotates it."""
+    return int(value) if float(value).is_integer() else value
+
+
+def mapping(value: Mapping[str, float]) -> dict[str, float]:
+    """A plain dictionary in the same order."""
+    return {key: whole(item) for key, item in value.items()}
+
+
+COMMON = {
+    "peft_type": Field(Use.APPLIED),
+    "task_type": Field(Use.IRRELEVANT, kept=True),
+    "auto_mapping": Field(Use.IRRELEVANT, kept=True),
+    "peft_version": Field(Use.IRRELEVANT),
+    "base_model_name_or_path": Field(Use.IRRELEVANT, kept=True),
+    "revision": Field(Use.IRRELEVANT, kept=True),
+    "inference_mode": Field(Use.IRRELEVANT, False),
+    "target_modules": Field(Use.APPLIED, to="targets", read=targets, write=sorted_or_none),
+    "modules_to_save": Field(Use.APPLIED, to="modules_to_save", read=names, write=list_or_none),
+    # PEFT sets it right itself: what decides is the class of the module, and so it is here.
+    "fan_in_fan_out": Field(Use.IRRELEVANT, False, read=flag),
+}
+"""Fields that all types have."""
+
+
+@functools.cache
+def methods() -> dict[str, Method]:
+    """The PEFT types that lorac reads, by name."""
+    package = __name__.rpartition(".")[0]
+    folder = str(Path(__file__).parent)
+    modules = [importlib.import_module(f"{package}.{module.name}") for module in pkgutil.iter_modules([folder])]
+    found = [module.METHOD for module in modules if hasattr(module, "METHOD")]
+    return {method.peft_type: method for method in found}
+
+
+def method_of(raw: Mapping[str, Any], path: Path) -> Method:
+    """The PEFT type of a configuration.
+
+    Raises:
+        UnknownField: No such type, or none named.
+        UnsupportedField: A type of PEFT that lorac does not read.
+    """
+    named = raw.get("peft_type")
+    if isinstance(named, str) and named in methods():
+        return methods()[named]
+    readable = f"lorac reads {', '.join(sorted(methods()))}"
+    if named is None:
+        raise UnknownField(f"'{path}' names no peft_type", next_step=readable)
+    if named in PEFT_TYPES:
+        raise UnsupportedField(f"'{path}' is of peft_type {named}", next_step=readable)
+    near = nearest_name(str(named).upper(), PEFT_TYPES)
+    raise UnknownField(f"'{path}' has the unknown peft_type {named!r}", nearest=near, next_step=readable)
+
+
+def read_config(raw: Mapping[str, Any], method: Method, path: Path) -> dict[str, Any]:
+    """Every field's value, checked and in lorac's types; defaults where the file has none.
+
+    Raises:
+        UnknownField: A field that PEFT's configuration class does not have.
+        UnsupportedField: A field that changes the result in a way lorac does not build, or a value
+            of another type.
+    """
+    for name in raw:
+        if name not in method.fields and name not in method.retired:
+            raise UnknownField(
+                f"'{path}' sets the unknown field '{name}' = {raw[name]!r}",
+                nearest=nearest_name(name, method.fields),
+                next_step="it may change the result, so it is not ignored; "
+                "if it is from a newer PEFT, a newer lorac may know it",
+            )
+    fields = {**method.fields, **method.retired}
+    return {name: _value(path, name, f, raw.get(name, f.default)) for name, f in fields.items()}
+
+
+def variant_of(values: Mapping[str, Any], method: Method, path: Path) -> Variant:
+    """The variant that a checked configuration describes.
+
+    Raises:
+        UnsupportedField: A field is set that the variant it picks does not have.
+    """
+    kind = next(
+        kind for kind, picks in method.variants.items() if all(values[name] == value for name, value in picks.items())
+    )
+    own = {field.name for field in dataclasses.fields(kind)}
+    chosen = {}
+    for name, field in method.fields.items():
+        if field.to in own:
+            chosen[field.to] = values[name]
+        elif field.to and values[name] != field.read(field.default):
+            raise UnsupportedField(
+                f"'{path}' sets {name}={values[name]!r} together with "
+                + ", ".join(f"{n}={v!r}" for n, v in method.variants[kind].items()),
+                next_step="PEFT does not combine them either",
+            )
+    chosen["targets"] = values["target_modules"] or ()
+    chosen["bias"] = bias_name(values.get("bias", "none"), kind.name)
+    return kind(**chosen)
+
+
+def write_config(variant: Variant, method: Method, given: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration that makes PEFT build what the variant describes.
+
+    Args:
+        variant: The method and its hyper-parameters.
+        method: Its PEFT type.
+        given: Fields that the variant alone does not determine.
+        kept: The configuration it was read from; fields without consequence are taken over.
+    """
+    written = {}
+    for name, field in method.fields.items():
+        if field.default is ABSENT:
+            continue
+        written[name] = field.default
+        if field.kept:
+            written[name] = kept.get(name, field.default)
+        elif field.to and hasattr(variant, field.to):
+            written[name] = field.write(getattr(variant, field.to))
+    written |= {"peft_type": method.peft_type, "inference_mode": True}
+    return {**written, **method.variants[type(variant)], **given}
+
+
+def bias_name(value: str, prefix: str) -> str:
+    """ "none" and "all" as they are, "<anything>_only" as "<prefix>_only"."""
+    return f"{prefix}_only" if value.endswith("_only") else value
+
+
+def _value(path: Path, name: str, field: Field, value: Any) -> Any:
+    if field.use is Use.REFUSED:
+        if value and value != field.default:
+            raise UnsupportedField(
+                f"'{path}' sets {name}={value!r}, which lorac does not build",
+                next_step=field.instead,
+            )
+        return field.default
+    try:
+        return field.read(value)
+    except ValueError as error:
+        raise UnsupportedField(f"'{path}' sets {name}={value!r}: {error}", next_step=field.instead) from None
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if value is not None and not isinstance(value, dict):
+        raise ValueError("expected a mapping of patterns")
+    return value or {}
+
+
+def _all(values: list[Any], kind: type) -> bool:
+    return all(isinstance(item, kind) and not isinstance(item, bool) for item in values)

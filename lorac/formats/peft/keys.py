@@ -1,0 +1,243 @@
+"""Which key of a PEFT file means what: one rule after the other, first come first served.
+
+Source: peft.utils.save_and_load.get_peft_model_state_dict and peft.utils.other of PEFT 0.21. With
+the prefix and the adapter's name taken off:
+
+    <site>.<suffix>                      a tensor of the method
+    <saved module>.<parameter>           modules_to_save; with bias="all" also two copies of its bias
+                                         under .original_module and .modules_to_save
+    <tied module>.weight                 under ensure_weight_tying: the saved embedding once more
+    <module>[.base_layer].bias           bias="all" or "lora_only"
+    <site>.base_layer.<parameter>        a copy of the base's own, for embed_tokens and lm_head
+    <embedding>.<parameter>              save_embedding_layers=True: the embedding, trained or resized
+    …                                    state of the training alone, see Method.training_state
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorac.errors import CorruptFile, UnusedTensors, nearest_name
+from lorac.formats.peft.method import Method
+
+Tensor = torch.Tensor
+PREFIX = "base_model.model."
+EMBEDDING_NAMES = ("embed_tokens", "lm_head")
+"""Modules that PEFT takes for embeddings by their name alone (EMBEDDING_LAYER_NAMES)."""
+
+
+@dataclass
+class Contents:
+    """A file's tensors by what they are for.
+
+    Attributes:
+        sites: Site path -> suffix -> tensor.
+        replaced: Parameter of the model -> what takes its place.
+        copies: Parameter of the model -> the base's own value, as saved.
+        whole: Parameter of an embedding -> its value, the base's own or another.
+        tied: Name in `replaced` -> the name whose very tensor it is.
+    """
+
+    sites: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    replaced: dict[str, Tensor] = field(default_factory=dict)
+    copies: dict[str, Tensor] = field(default_factory=dict)
+    whole: dict[str, Tensor] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What the rules look at."""
+
+    method: Method
+    values: Mapping[str, Any]
+    embeddings: frozenset[str]
+    found: Contents = field(default_factory=Contents)
+
+
+def read_keys(
+    tensors: Mapping[str, Tensor], method: Method, values: Mapping[str, Any], model: nn.Module | None
+) -> Contents:
+    """Account for every tensor of a file.
+
+    Args:
+        tensors: By key, as in the file.
+        method: The PEFT type.
+        values: The configuration, read.
+        model: The base; without it embeddings are known by PEFT's two names for them only.
+
+    Raises:
+        UnusedTensors: No rule accounts for a key.
+        CorruptFile: Two copies of one thing differ.
+    """
+    reading = _Reading(method, values, frozenset(_embeddings(model)))
+    rest = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items() if key.startswith(PREFIX)}
+    strange = [key for key in tensors if not key.startswith(PREFIX)]
+    for rule in RULES:
+        rest = {name: tensor for name, tensor in rest.items() if not rule(reading, name, tensor)}
+    if rest or strange:
+        raise _unused([*strange, *(PREFIX + name for name in rest)], reading)
+    return reading.found
+
+
+def saved(name: str, modules: tuple[str, ...]) -> bool:
+    """Whether parameter `name` lies in a module of modules_to_save.
+
+    PEFT saves every module whose path *ends* with a given name, so that "classifier" saves
+    pre_classifier, too (peft.utils.other._set_trainable).
+    """
+    return bool(modules) and any(path.endswith(modules) for path in _parents(name))
+
+
+def embedding_modules(model: nn.Module) -> Iterator[str]:
+    """Paths of the model's input and output embeddings."""
+    wanted = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            wanted.append(getattr(model, getter)())
+        except (AttributeError, NotImplementedError):
+            continue
+    for path, module in model.named_modules(remove_duplicate=False):
+        if any(module is one for one in wanted):
+            yield path
+
+
+def _site(reading: _Reading, name: str, tensor: Tensor) -> bool:
+    for suffix in reading.method.suffixes:
+        if name.endswith(f".{suffix}"):
+            path = name.removesuffix(f".{suffix}")
+            reading.found.sites.setdefault(path, {})[suffix] = tensor
+            return True
+    return False
+
+
+def _saved_module(reading: _Reading, name: str, tensor: Tensor) -> bool:
+    if not saved(name, reading.values["modules_to_save"]) or _wrapped_bias(reading, name):
+        return False
+    reading.found.replaced[name] = tensor
+    return True
+
+
+def _saved_bias_again(reading: _Reading, name: str, tensor: Tensor) -> bool:
+    parts = _wrapped_bias(reading, name)
+    if not parts:
+        return False
+    plain, wrapper = parts
+    if wrapper == "original_module":
+        reading.found.copies[plain] = tensor
+        return True
+    if plain not in reading.found.replaced:
+        return False
+    _same(name, tensor, plain, reading.found.replaced[plain])
+    return True
+
+
+def _tied_module(reading: _Reading, name: str, tensor: Tensor) -> bool:
+    if not reading.values.get("ensure_weight_tying") or not name.endswith(".weight"):
+        return False
+    for first, other in reading.found.replaced.items():
+        if other.shape == tensor.shape and torch.equal(other, tensor):
+            reading.found.replaced[name] = other
+            reading.found.tied[name] = first
+            return True
+    return False
+
+
+def _bias(reading: _Reading, name: str, tensor: Tensor) -> bool:
+    kind = reading.values.get("bias", "none")
+    module, _, parameter = name.rpartition(".")
+    inside = module.endswith(".base_layer") and module.removesuffix(".base_layer") in reading.found.sites
+    if kind == "none" or parameter != "bias" or not (inside or kind == "all"):
+        return False
+    plain = module.removesuffix(".base_layer") if inside else module
+    reading.found.replaced[f"{plain}.bias" if plain else "bias"] = tensor
+    return True
+
+
+def _base_copy(reading: _Reading, name: str, tensor: Tensor) -> bool:
+    module, _, parameter = name.rpartition(".")
+    path = module.removesuffix(".base_layer")
+    if path == module or path not in reading.found.sites:
+        return False
+    reading.found.copies[f"{path}.{parameter}"] = tensor
+    return True
+
+
+def _whole_embedding(reading: _Reading, name: str, tensor: Tensor) -> bool:
+    module = name.rpartition(".")[0]
+    known = module in reading.embeddings or module.rpartition(".")[2] in EMBEDDING_NAMES
+    if not known or module in reading.found.sites:
+        return False
+    reading.found.whole[name] = tensor
+    return True
+
+
+def _training_state(reading: _Reading, name: str, tensor: Tensor) -> bool:
+    marks = reading.method.training_state.items()
+    return any(mark in f".{name}" and reading.values.get(option) for mark, option in marks)
+
+
+RULES: tuple[Callable[[_Reading, str, Tensor], bool], ...] = (
+    _site,
+    _saved_module,
+    _saved_bias_again,
+    _tied_module,
+    _bias,
+    _base_copy,
+    _whole_embedding,
+    _training_state,
+)
+"""Each says whether it accounts for a tensor; later ones see what the earlier ones found."""
+
+
+def _wrapped_bias(reading: _Reading, name: str) -> tuple[str, str] | None:
+    """(Name without the wrapper, the wrapper) of a bias inside PEFT's wrapper of a saved module."""
+    if reading.values.get("bias", "none") != "all" or not name.endswith(".bias"):
+        return None
+    parts = name.split(".")
+    for wrapper in ("original_module", "modules_to_save"):
+        if wrapper in parts:
+            index = parts.index(wrapper)
+            owner, plain = ".".join(parts[:index]), ".".join(parts[:index] + parts[index + 1 :])
+            if owner.endswith(reading.values["modules_to_save"] or ("\0",)):
+                return plain, wrapper
+    return None
+
+
+def _parents(name: str) -> Iterator[str]:
+    """Every module that holds a parameter, from the innermost."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _embeddings(model: nn.Module | None) -> Iterator[str]:
+    if model is not None:
+        yield from embedding_modules(model)
+
+
+def _same(one: str, first: Tensor, other: str, second: Tensor) -> None:
+    if not torch.equal(first, second):
+        raise CorruptFile(
+            f"'{one}' and '{other}' are copies of one tensor, and differ",
+            next_step="save the adapter again",
+        )
+
+
+def _unused(keys: list[str], reading: _Reading) -> UnusedTensors:
+    sites = reading.found.sites
+    expected = [f"{PREFIX}{path}.{suffix}" for path in sites for suffix in reading.method.suffixes]
+    listed = ", ".join(f"'{key}'" for key in keys[:5])
+    more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+    return UnusedTensors(
+        f"no rule of peft_type {reading.method.peft_type} accounts for {len(keys)} tensors: {listed}{more}",
+        nearest=nearest_name(keys[0], expected),
+        next_step="keys are base_model.model.<module path>.<"
+        + "|".join(reading.method.suffixes)
+        + ">; a model wrapped by torch.compile or DDP adds names of its own",
+    )

@@ -1,0 +1,90 @@
+"""What a PEFT type is to lorac: tables of its configuration fields and of its keys."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lorac.ir.sites import Site
+from lorac.variants.base import Variant
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+class Use(enum.Enum):
+    """What a configuration field is to a compiled adapter."""
+
+    APPLIED = "applied"
+    """It changes what is computed, and lorac does so."""
+    TRAINING = "training only"
+    """It matters while training: the trained tensors hold all that is left of it."""
+    IRRELEVANT = "irrelevant"
+    """It changes no number."""
+    REFUSED = "refused"
+    """Away from its default it changes what is computed, in a way that lorac does not build."""
+
+
+ABSENT: Any = object()
+"""Default of a field that PEFT has, but never writes."""
+
+
+def as_is(value: Any) -> Any:
+    """The value unchanged."""
+    return value
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of a PEFT configuration.
+
+    Attributes:
+        use: What it is to lorac.
+        default: PEFT's default.
+        to: The variant's field that it sets, if any.
+        read: File's value -> lorac's; raises ValueError saying what was expected.
+        write: The variant's value -> the file's.
+        instead: What to do about a refused value, or about one that `read` refuses.
+        kept: Of no consequence to lorac, but written back as it was read.
+    """
+
+    use: Use
+    default: Any = None
+    to: str | None = None
+    read: Callable[[Any], Any] = as_is
+    write: Callable[[Any], Any] = as_is
+    instead: str | None = None
+    kept: bool = False
+
+
+@dataclass(frozen=True)
+class Method:
+    """One PEFT type. A module beside this one that defines `METHOD` is a PEFT type.
+
+    Attributes:
+        peft_type: As the configuration names it.
+        variants: The method's class -> the configuration values that pick it.
+        fields: Every field of PEFT's configuration class.
+        retired: Fields that older releases of PEFT wrote.
+        suffixes: What follows a site's path in a key.
+        training_state: Mark in a key -> field that accounts for it: state of the training alone.
+        read_site: (variant, path, file's tensors by suffix) -> the site as the file tells it, and
+            the tensors by parameter in the matrix convention.
+        lays_out: The file's shapes tell kind and kernel of a site, to be held against the model's.
+        check_site: (site of the model, tensors by parameter): what only the model can tell.
+        write_site: (variant, site, tensors by parameter) -> the file's tensors by suffix.
+    """
+
+    peft_type: str
+    variants: Mapping[type[Variant], Mapping[str, Any]]
+    fields: Mapping[str, Field]
+    suffixes: tuple[str, ...]
+    read_site: Callable[[Variant, str, Tensors], tuple[Site, dict[str, torch.Tensor]]]
+    write_site: Callable[[Variant, Site, Tensors], dict[str, torch.Tensor]]
+    lays_out: bool = True
+    check_site: Callable[[Site, Tensors], None] = lambda site, tensors: None
+    retired: Mapping[str, Field] = field(default_factory=dict)
+    training_state: Mapping[str, str] = field(default_factory=dict)

@@ -1,0 +1,148 @@
+"""Writing a PEFT folder that PEFT loads and computes the same with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorac.errors import UnsupportedField
+from lorac.formats._files import write_json, write_safetensors
+from lorac.formats._fit import check_adapter, named_tensors
+from lorac.formats._hash import base_hash
+from lorac.formats._layout import layouts
+from lorac.formats.peft.checks import saved_names, targeted
+from lorac.formats.peft.config import ALL_LINEAR, methods, write_config
+from lorac.formats.peft.keys import EMBEDDING_NAMES, PREFIX, embedding_modules, saved
+from lorac.formats.peft.method import Method
+from lorac.ir.sites import Site, find_sites
+from lorac.variants.base import Adapter
+
+Tensor = torch.Tensor
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+BASE = "lorac_base"
+"""Metadata entry of the weights that holds the base hash."""
+
+
+def save(adapter: Adapter, folder: Path, model: nn.Module | None) -> None:
+    """Write adapter_config.json and adapter_model.safetensors into a new folder.
+
+    Raises:
+        UnsupportedField: PEFT has no type for the method, or no place for a tensor.
+        BaseNeeded: The adapter comes from no file and no model was given.
+    """
+    method = _method(adapter)
+    if model is not None:
+        check_adapter(adapter, model)
+    sites = layouts(adapter, model)
+    tied = _tied(adapter)
+    tensors: dict[str, Tensor] = {}
+    for path, at in adapter.tensors.items():
+        written = method.write_site(adapter.variant, sites[path], at)
+        tensors |= {f"{PREFIX}{path}.{suffix}": tensor for suffix, tensor in written.items()}
+    for name, tensor in _replaced(adapter, model).items():
+        tensors[PREFIX + _key(adapter, name, method, tied, model)] = tensor
+    given = _targets(adapter, model, tied)
+    given["fan_in_fan_out"] = any(site.transposed for site in sites.values())
+    if tied:
+        given["ensure_weight_tying"] = True
+    kept = adapter.provenance.get("config", {})
+    config = write_config(adapter.variant, method, given, kept if isinstance(kept, dict) else {})
+    recorded = base_hash(model, adapter.tensors) if model else adapter.provenance.get("base")
+    folder.mkdir()
+    metadata = {"format": "pt"} | ({BASE: recorded} if recorded else {})
+    write_safetensors(folder / WEIGHTS, tensors, metadata)
+    write_json(folder / CONFIG, config)
+
+
+def _method(adapter: Adapter) -> Method:
+    for method in methods().values():
+        if type(adapter.variant) in method.variants:
+            return method
+    raise UnsupportedField(
+        f"PEFT has no type for '{adapter.variant.name}', the method of adapter '{adapter.name}'",
+        next_step="use format='native'",
+    )
+
+
+def _tied(adapter: Adapter) -> dict[str, str]:
+    """Ties that the adapter was read with and that its tensors still keep."""
+    kept = {}
+    for name, source in adapter.provenance.get("tied", {}).items():
+        if name in adapter.replaced and source in adapter.replaced:
+            same = torch.equal(adapter.replaced[name], adapter.replaced[source])
+        else:
+            one, other = adapter.tensors.get(name, {}), adapter.tensors.get(source, {})
+            pairs = (("lora_A", "lora_B"), ("lora_B", "lora_A"))
+            same = all(n in one and m in other and torch.equal(one[n], other[m].t()) for n, m in pairs)
+        if same:
+            kept[name] = source
+    return kept
+
+
+def _replaced(adapter: Adapter, model: nn.Module | None) -> dict[str, Tensor]:
+    """The replacements; of saved modules also what was not trained, for PEFT reads them whole."""
+    replaced = dict(adapter.replaced)
+    if model is not None:
+        known = named_tensors(model)
+        for name in saved_names(adapter.variant, model):
+            replaced.setdefault(name, known[name])
+    return replaced
+
+
+def _key(adapter: Adapter, name: str, method: Method, tied: Mapping[str, str], model: nn.Module | None) -> str:
+    """The key of a replacement, without the prefix."""
+    module, _, parameter = name.rpartition(".")
+    if saved(name, adapter.variant.modules_to_save) or name in tied:
+        return name
+    bias = adapter.variant.bias if "bias" in method.fields else "none"
+    if parameter == "bias" and bias != "none" and (bias == "all" or module in adapter.tensors):
+        return f"{module}.base_layer.bias" if module in adapter.tensors else name
+    if module not in adapter.tensors and module in set(_embeddings(module, model)):
+        return name
+    raise UnsupportedField(
+        f"PEFT has no place for '{name}', which adapter '{adapter.name}' replaces",
+        next_step="name its module in modules_to_save, or use format='native'",
+    )
+
+
+def _embeddings(module: str, model: nn.Module | None) -> Iterator[str]:
+    if module.rpartition(".")[2] in EMBEDDING_NAMES:
+        yield module
+    if model is not None:
+        yield from embedding_modules(model)
+
+
+def _targets(adapter: Adapter, model: nn.Module | None, tied: Mapping[str, str]) -> dict[str, Any]:
+    """The fields that make PEFT target exactly the adapter's sites, in the shortest form that does."""
+    variant = adapter.variant
+    wanted = [path for path in adapter.tensors if path not in tied]
+    if model is None:
+        exact = variant.targets in (ALL_LINEAR, ())
+        return _only(wanted) if exact else {}
+    sites = find_sites(model)
+    if variant.targets != ALL_LINEAR and _same(targeted(variant, sites, model), wanted):
+        return {}
+    for names in (sorted({path.rpartition(".")[2] for path in wanted}), wanted):
+        if _same(_named(names, sites), wanted):
+            return _only(names)
+    return _only("|".join(re.escape(path) for path in sorted(wanted)))
+
+
+def _only(targets: list[str] | str) -> dict[str, Any]:
+    fields: dict[str, Any] = {"exclude_modules": None, "layers_to_transform": None}
+    named = targets if isinstance(targets, str) else sorted(targets)
+    return {**fields, "layers_pattern": None, "target_modules": named}
+
+
+def _named(names: list[str], sites: Mapping[str, Site]) -> list[str]:
+    return [p for p in sites if p in names or any(p.endswith(f".{name}") for name in names)]
+
+
+def _same(one: list[str], other: list[str]) -> bool:
+    return set(one) == set(other)

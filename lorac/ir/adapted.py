@@ -1,0 +1,132 @@
+"""The ``adapted`` op in training: terms evaluated in their normal form, from tensors that need gradients, with dropout.
+
+Dropout is the op's business, by the term's trait (DESIGN 3.1): on the input, ``base(x) + D(x)·(W' − W)ᵀ``; between the
+factors; or nowhere. Evaluated in the normal form this is PEFT's result for LoRA and DoRA, random numbers included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from lorac.ir.forms import LowRank, Value, merge, merge_bias
+from lorac.ir.kinds import LinearKind, kind_of
+from lorac.ir.sites import Site
+from lorac.ir.slots import BranchFill, BranchSlot, Ctx, run_branch
+from lorac.ir.types import Dropout
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LiveTerm:
+    """One active term, computed from the adapter's own tensors in this step.
+
+    Attributes:
+        strength: t.
+        value: the weight form, or None for a branch.
+        branch: the branch's slot and fill, or None.
+        rate: dropout rate.
+        place: where dropout acts.
+    """
+
+    strength: float
+    value: Value | None = None
+    branch: tuple[BranchSlot, BranchFill] | None = None
+    rate: float = 0.0
+    place: Dropout = Dropout.NONE
+
+
+def run_terms(
+    site: Site,
+    terms: Sequence[LiveTerm],
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    ctx: Ctx,
+    block: Tensor | None = None,
+) -> Tensor:
+    """``y + Σ t·(y'ᵢ − y)``, each term against the base's output y.
+
+    Args:
+        site: the site.
+        terms: active terms, sorted by adapter name.
+        x: its input.
+        weight: stored base weight; bias: base bias.
+        ctx: handed to branches; says whether dropout acts.
+        block: the block's output, where the site is one.
+    """
+    kind = kind_of(site)
+    base = block
+    if base is None:
+        assert weight is not None
+        if len(terms) == 1 and _replaces(terms[0], ctx):
+            return _with_weight(kind, terms[0].value, x, weight, bias)
+        base = kind.base(x, weight, bias)
+    y = base
+    for term in terms:
+        if term.branch is not None:
+            slot, fill = term.branch
+            y = y + fill.strength * (run_branch(site, slot, fill, x, base, ctx) - base)
+        elif isinstance(term.value, LowRank) and term.value.d is None:
+            y = y + _scaled(term.strength, _low_rank_delta(kind, term, x, base, weight, bias, ctx)).to(y.dtype)
+        elif term.value is not None:
+            y = y + _scaled(term.strength, _dense_delta(kind, term, x, base, weight, bias, ctx))
+    return y
+
+
+def _scaled(strength: float, delta: Tensor) -> Tensor:
+    return delta if strength == 1 else strength * delta
+
+
+def _active_rate(term: LiveTerm, ctx: Ctx, place: Dropout) -> float:
+    return term.rate if ctx.training and term.place is place else 0.0
+
+
+def _replaces(term: LiveTerm, ctx: Ctx) -> bool:
+    """Whether the term is alone, whole, and undropped: then its weight simply takes the base's place."""
+    whole = term.value is not None and (not isinstance(term.value, LowRank) or term.value.d is not None)
+    return whole and term.strength == 1 and not _active_rate(term, ctx, Dropout.INPUT)
+
+
+def _low_rank_delta(
+    kind: LinearKind, term: LiveTerm, x: Tensor, base: Tensor, weight: Tensor | None, bias: Tensor | None, ctx: Ctx
+) -> Tensor:
+    value = term.value
+    assert isinstance(value, LowRank)
+    rate = _active_rate(term, ctx, Dropout.INPUT)
+    cast = x.to(value.a.dtype) if x.is_floating_point() else x
+    dropped = F.dropout(cast, rate) if rate else cast
+    down = kind.down(dropped, kind.layout_a(value.a))
+    rank_rate = _active_rate(term, ctx, Dropout.RANK)
+    delta = kind.up(F.dropout(down, rank_rate) if rank_rate else down, kind.layout_b(value.b))
+    if value.c is None:
+        return delta if value.e is None else delta + kind.per_output(value.e)
+    if not rate:
+        scaled = (kind.per_output(value.c) - 1) * base
+        return delta + scaled if value.e is None else delta + scaled + kind.per_output(value.e)
+    assert weight is not None
+    linear = kind.base(dropped.to(weight.dtype), weight, None)
+    delta = delta + (kind.per_output(value.c) - 1) * linear
+    shift = value.e if bias is None else (value.e if value.e is not None else 0) - (1 - value.c) * bias
+    return delta if shift is None else delta + kind.per_output(shift)
+
+
+def _dense_delta(
+    kind: LinearKind, term: LiveTerm, x: Tensor, base: Tensor, weight: Tensor | None, bias: Tensor | None, ctx: Ctx
+) -> Tensor:
+    assert weight is not None
+    rate = _active_rate(term, ctx, Dropout.INPUT)
+    if not rate:
+        return _with_weight(kind, term.value, x, weight, bias) - base
+    dropped = F.dropout(x, rate)
+    return _with_weight(kind, term.value, dropped, weight, bias) - kind.base(dropped, weight, bias)
+
+
+def _with_weight(kind: LinearKind, value: Value | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    assert value is not None
+    merged = merge(value, kind.site.present(weight))
+    return kind.bound(x, kind.layout_weight(merged), merge_bias(value, bias))

@@ -1,0 +1,88 @@
+"""What ``swap`` takes, in one canonical spelling: which adapters are active, how strongly, cut to which rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from lorac.errors import AdapterNotFound, ChoiceError, nearest_name
+
+
+@dataclass(frozen=True)
+class Active:
+    """An adapter that is on.
+
+    Attributes:
+        strength: t in W + t·(W' − W).
+        rank: keep only the first ``rank`` components, where the method allows it.
+    """
+
+    strength: float = 1.0
+    rank: int | None = None
+
+
+Choice = tuple[tuple[str, Active], ...]
+"""Active adapters sorted by name; () is the base. Mixtures are summed in this order, whoever wrote them how."""
+
+Spec = str | Mapping[str, "float | Active"] | None
+
+
+def parse_choice(spec: Spec, known: Collection[str]) -> Choice:
+    """The canonical choice for what a user wrote.
+
+    Args:
+        spec: a name, ``{name: strength or Active}``, or None for the base.
+        known: names there are.
+
+    Raises:
+        AdapterNotFound: a name nobody registered.
+        ChoiceError: a strength that is not a finite number, or something that is no choice.
+    """
+    if spec is None:
+        return ()
+    if isinstance(spec, str):
+        spec = {spec: 1.0}
+    if not isinstance(spec, Mapping):
+        raise ChoiceError(
+            f"{spec!r} is no choice of adapters",
+            next_step="give a name, {name: strength}, or None",
+        )
+    active = {name: _active(name, value, known) for name, value in spec.items()}
+    return tuple((name, active[name]) for name in sorted(active) if active[name].strength != 0)
+
+
+def spell(choice: Choice) -> dict[str, float]:
+    """A choice as users write it: name -> strength."""
+    return {name: how.strength for name, how in choice}
+
+
+def describe(choice: Choice) -> str:
+    """A choice in one line."""
+    return ", ".join(f"{name}*{how.strength:g}" for name, how in choice) or "none"
+
+
+def require_known(name: str, known: Iterable[str]) -> None:
+    """Raise ``AdapterNotFound`` unless ``name`` is registered."""
+    known = list(known)
+    if name not in known:
+        raise AdapterNotFound(
+            f"no adapter is called '{name}'",
+            nearest=nearest_name(name, known) or ", ".join(sorted(known)) or None,
+            next_step="add_adapter(source, name=...) registers one",
+        )
+
+
+def _active(name: str, value: object, known: Collection[str]) -> Active:
+    require_known(name, known)
+    if isinstance(value, Active):
+        how = value
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        how = Active(float(value))
+    else:
+        raise ChoiceError(f"the strength of '{name}' is {value!r}, which is no number")
+    if not math.isfinite(how.strength):
+        raise ChoiceError(f"the strength of '{name}' is {how.strength}, which is not finite")
+    if how.rank is not None and how.rank < 1:
+        raise ChoiceError(f"'{name}' cannot be cut to rank {how.rank}", next_step="ranks start at 1")
+    return how

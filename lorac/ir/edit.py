@@ -1,0 +1,202 @@
+"""Edits of a captured program that touch its graph, signature and state together.
+
+``torch.export`` has no public call for this: the private fields used (``_range_constraints``, ``_module_call_graph``,
+``_example_inputs``) are pinned by a test. Editing in place saves the second export that would double capture time.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.source import LocalSource
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec, OutputKind, OutputSpec, TensorArgument
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic
+from torch.utils import _pytree as pytree
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.value_ranges import ValueRanges
+
+KEYWORD = "lorac"
+"""The keyword argument that carries all slots, a dict by public name."""
+_KEPT_META = ("nn_module_stack", "stack_trace", "from_node")
+
+
+def fake_mode(program: ExportedProgram) -> FakeTensorMode:
+    """The fake mode whose tensors describe the program's values."""
+    values = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"]
+    mode = detect_fake_mode([v for v in values if isinstance(v, torch.Tensor)])
+    assert mode is not None
+    return mode
+
+
+def new_dimension(program: ExportedProgram, name: str, hint: int) -> torch.SymInt:
+    """A size of the program's own that may be anything from 0 on."""
+    environment = fake_mode(program).shape_env
+    assert environment is not None
+    source = LocalSource(name)
+    symbol = environment.create_symbol(
+        hint,
+        source,
+        dynamic_dim=DimDynamic.DYNAMIC,
+        constraint_dim=None,
+        positive=None,
+        do_not_specialize_zero_one=True,
+    )
+    bounds = ValueRanges(0, int_oo)
+    environment.var_to_range[symbol] = bounds
+    program._range_constraints[symbol] = bounds
+    return environment.create_symintnode(symbol, hint=hint, source=source)  # type: ignore[return-value]
+
+
+def add_inputs(program: ExportedProgram, inputs: Mapping[str, tuple[Sequence[Any], torch.dtype]]) -> dict[str, fx.Node]:
+    """Add tensor inputs, by public name, behind the program's own.
+
+    Args:
+        program: edited in place.
+        inputs: public name -> (shape, dtype); sizes may be symbolic.
+    """
+    graph, mode = program.graph, fake_mode(program)
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    nodes: dict[str, fx.Node] = {}
+    for name, (shape, dtype) in inputs.items():
+        with graph.inserting_after(last):
+            # The name torch's own naming pass would give this input; decompositions look it up by that.
+            last = graph.placeholder(f"{KEYWORD}_" + re.sub(r"\W", "_", name).lower())
+        with mode:
+            last.meta["val"] = torch.empty(tuple(shape), dtype=dtype)
+        last.meta["custom"] = {KEYWORD: name}
+        program.graph_signature.input_specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(last.name), None))
+        nodes[name] = last
+    if nodes:
+        _extend_call_signature(program, nodes)
+    return nodes
+
+
+def add_outputs(program: ExportedProgram, nodes: Mapping[str, fx.Node]) -> None:
+    """Add outputs behind the program's own."""
+    output = next(iter(reversed(program.graph.nodes)))
+    output.args = ((*output.args[0], *nodes.values()),)  # type: ignore[misc]
+    for node in nodes.values():
+        spec = OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None)
+        program.graph_signature.output_specs.append(spec)
+    signature = program._module_call_graph[0].signature
+    assert signature is not None
+    outputs = pytree.tree_unflatten([object()] * signature.out_spec.num_leaves, signature.out_spec)
+    extended = (outputs, {name: object() for name in nodes})
+    signature.out_spec = pytree.tree_flatten(extended)[1]
+    signature.outputs.extend(TensorArgument(node.name) for node in nodes.values())
+
+
+def drop_unused_state(program: ExportedProgram) -> list[str]:
+    """Remove parameters, buffers and constants that nothing reads any more; returns their names."""
+    signature, dropped = program.graph_signature, []
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    for spec in list(signature.input_specs):
+        node = nodes.get(getattr(spec.arg, "name", ""))
+        if spec.kind is InputKind.USER_INPUT or node is None or node.users:
+            continue
+        program.graph.erase_node(node)
+        signature.input_specs.remove(spec)
+        dropped.append(str(spec.target))
+    kept = {spec.target for spec in signature.input_specs}
+    for name in dropped:
+        if name not in kept:
+            program.state_dict.pop(name, None)
+            program.constants.pop(name, None)
+    return dropped
+
+
+def inline(
+    program: ExportedProgram,
+    node: fx.Node,
+    function: Callable[..., Any],
+    operands: Sequence[fx.Node],
+    traced: fx.GraphModule | None = None,
+) -> tuple[fx.GraphModule, list[fx.Node]]:
+    """Put ``function(*operands)``, traced to aten, before ``node``; returns the trace and the nodes of its outputs.
+
+    A trace may be used again for operands of the same shapes.
+    """
+    if traced is None:
+        traced = trace(program, function, operands)
+    environment: dict[fx.Node, Any] = dict(
+        zip((n for n in traced.graph.nodes if n.op == "placeholder"), operands, strict=True)
+    )
+    outputs: list[fx.Node] = []
+    with program.graph.inserting_before(node):
+        for inner in traced.graph.nodes:
+            if inner.op == "placeholder":
+                continue
+            if inner.op == "output":
+                outputs = list(fx.map_arg(inner.args[0], lambda n: environment[n]))  # type: ignore[arg-type]
+                continue
+            copied = program.graph.node_copy(inner, lambda n: environment[n])
+            copied.meta = {"val": inner.meta.get("val")}
+            inherit(copied, node)
+            environment[inner] = copied
+    return traced, outputs
+
+
+def trace(program: ExportedProgram, function: Callable[..., Any], operands: Sequence[fx.Node]) -> fx.GraphModule:
+    """``function`` as an aten graph over values like ``operands``; its result must be a tuple."""
+    values = [operand.meta["val"] for operand in operands]
+    with fake_mode(program), torch.no_grad():
+        module = make_fx(function, pre_dispatch=True)(*values)
+    module.graph.eliminate_dead_code()
+    return module
+
+
+def inherit(node: fx.Node, origin: fx.Node) -> None:
+    """Give a new node the provenance of the one it stands for."""
+    for key in _KEPT_META:
+        if key in origin.meta:
+            node.meta[key] = origin.meta[key]
+    site = origin.meta.get("custom", {}).get(KEYWORD)
+    if site is not None:
+        node.meta["custom"] = {KEYWORD: site}
+
+
+def settle(program: ExportedProgram) -> None:
+    """Bring the signature's output names in line with the graph, and have torch check everything."""
+    output = next(iter(reversed(program.graph.nodes)))
+    signature = program._module_call_graph[0].signature
+    for index, (spec, node) in enumerate(zip(program.graph_signature.output_specs, output.args[0], strict=True)):  # type: ignore[arg-type]
+        if isinstance(node, fx.Node) and isinstance(spec.arg, TensorArgument):
+            spec.arg = TensorArgument(node.name)
+            if signature is not None and index < len(signature.outputs):
+                signature.outputs[index] = spec.arg
+    program.graph.lint()
+    program.graph_module.recompile()
+    program.validate()  # type: ignore[attr-defined]
+
+
+def _extend_call_signature(program: ExportedProgram, nodes: Mapping[str, fx.Node]) -> None:
+    signature = program._module_call_graph[0].signature
+    assert signature is not None
+    args, kwargs = pytree.tree_unflatten([object()] * signature.in_spec.num_leaves, signature.in_spec)
+    carried = {**kwargs.get(KEYWORD, {}), **dict.fromkeys(nodes, object())}
+    signature.in_spec = pytree.tree_flatten((args, {**kwargs, KEYWORD: carried}))[1]
+    signature.inputs.extend(TensorArgument(node.name) for node in nodes.values())
+    if signature.forward_arg_names is not None and KEYWORD not in signature.forward_arg_names:
+        signature.forward_arg_names = [*signature.forward_arg_names, KEYWORD]
+    if program._example_inputs is not None:
+        example_args, example_kwargs = program._example_inputs
+        examples = {name: _example(node.meta["val"]) for name, node in nodes.items()}
+        merged = {**example_kwargs.get(KEYWORD, {}), **examples}
+        program._example_inputs = (example_args, {**example_kwargs, KEYWORD: merged})
+
+
+def _example(value: torch.Tensor) -> torch.Tensor:
+    shape = [size if isinstance(size, int) else int(size.node.hint) for size in value.shape]
+    return torch.zeros(shape, dtype=value.dtype)
+
+
+GETITEM = operator.getitem

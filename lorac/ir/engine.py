@@ -1,0 +1,86 @@
+"""What a backend gives the runtime: an engine that runs a program with whatever fills its slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import nn
+
+from lorac.ir.adapted import LiveTerm
+from lorac.ir.choice import Choice
+from lorac.ir.graph import Graph
+from lorac.ir.sites import Site
+from lorac.ir.slots import Prepared, SitePlan, SiteSlots
+from lorac.ir.snapshot import BaseReader, Snapshot
+
+
+class Engine(Protocol):
+    """One running program. Every method may be called from any thread.
+
+    Attributes:
+        target: the backend's name.
+        fused: weights are written in place (``write``) instead of bound per call (``bind``).
+    """
+
+    target: str
+    fused: bool
+
+    def bind(self, snapshot: Snapshot, slots: Mapping[str, SiteSlots]) -> Any:
+        """Turn slot tensors into the engine's own binding; done once per choice, reused by many calls."""
+
+    def activate(self, binding: Any) -> None:
+        """``binding`` became the active one (for work that no call encloses, such as recomputation in backward)."""
+
+    def run(self, binding: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One call with a binding (None in fused mode)."""
+
+    def write(self, snapshot: Snapshot) -> int:
+        """Fused mode: make the weights hold the snapshot; returns the bytes written. The caller keeps calls away."""
+
+    def forget(self, prepared: Prepared) -> None:
+        """An adapter was removed: drop what was kept for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildRequest:
+    """Everything a backend needs to build an engine.
+
+    Attributes:
+        model: the host; never written.
+        sites: its sites.
+        plans: the slots of every touched site.
+        base: reads base weights from the host.
+        mode: ``"live"``, ``"fused"`` or ``"baked"``.
+        snapshot: what a baked engine holds.
+        example_inputs: as given to ``compile``, or None.
+        dynamic_shapes: as torch.export's, or None.
+        options: the target's options.
+        terms: (site path, choice) -> terms from the adapters' own tensors, for targets that train.
+        lower: (graph, aux) -> None: run the passes that bring a captured graph to level expanded.
+    """
+
+    model: nn.Module
+    sites: Mapping[str, Site]
+    plans: Mapping[str, SitePlan]
+    base: BaseReader
+    mode: str
+    snapshot: Snapshot
+    example_inputs: Any
+    dynamic_shapes: Any
+    options: Any
+    terms: Callable[[str, Choice], Sequence[LiveTerm] | None]
+    lower: Callable[[Graph, tuple[str, ...]], None]
+
+
+class Backend(Protocol):
+    """A backend's module: builds engines; says what its options are."""
+
+    Options: type
+
+    def host_for(self, model: nn.Module) -> nn.Module:
+        """The model in a dtype the target computes in: itself, or a copy."""
+
+    def build(self, request: BuildRequest) -> Engine:
+        """An engine for the request."""

@@ -1,0 +1,183 @@
+"""Values of the normal forms: what one adapter, or one mixture, does to one site, as plain tensors.
+
+Everything is stated relative to the base's output y = x·Wᵀ + b, so that forms add up:
+
+    ========  ==========================================  ==================================
+    form      live                                        merged
+    ========  ==========================================  ==================================
+    LowRank   ``y' = c∘y + e + (x·A)·B``                  ``W' = c∘W + (A·B)ᵀ``, ``b' = c∘b + e``
+    Sparse    bound W'                                    ``W'[rows, cols] = W + values``, ``b' = b + e``
+    Dense     bound W'                                    ``W'``, ``b' = b + e``
+    ========  ==========================================  ==================================
+
+c, e are (out,), A (in, R), B (R, out), W (out, in). A value is immutable; composing makes a new one, always against the
+original W, never by subtraction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """``y' = c∘base(d∘x) + e + (x·A)·B``; absent c and d are 1, absent e is 0.
+
+    Attributes:
+        a: A (in, R).
+        b: B (R, out), every scale folded in.
+        c: (out,) or None.
+        d: (in,) or None.
+        e: (out,) or None.
+    """
+
+    a: Tensor
+    b: Tensor
+    c: Tensor | None = None
+    d: Tensor | None = None
+    e: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.a.shape[1]
+
+    def truncated(self, rank: int) -> LowRank:
+        """The first ``rank`` components."""
+        return replace(self, a=self.a[:, :rank].contiguous(), b=self.b[:rank].contiguous())
+
+
+@dataclass(frozen=True, eq=False)
+class Sparse:
+    """Values (k,) added to W at (rows, cols); ``e`` (out,) is added to the bias."""
+
+    rows: Tensor
+    cols: Tensor
+    values: Tensor
+    e: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """W' (out, in) itself; ``e`` (out,) is added to the bias."""
+
+    weight: Tensor
+    e: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class SparseSum:
+    """Several sparse terms with strengths, applied in order; indices may overlap."""
+
+    terms: tuple[tuple[float, Sparse], ...]
+    e: Tensor | None = None
+
+
+Value = LowRank | Sparse | SparseSum | Dense
+
+
+def from_outputs(form: str, outputs: Mapping[str, Tensor], bias: Tensor | None) -> Value:
+    """The value of a lowering's outputs.
+
+    Args:
+        form: ``Lowering.form``.
+        outputs: what the lowering returned.
+        bias: the base's bias (out,), or None where it has none.
+    """
+    new_bias = outputs.get("b")
+    delta = None if new_bias is None else new_bias if bias is None else new_bias - bias
+    if form == "dense":
+        return Dense(outputs["W"], delta)
+    if form == "sparse":
+        return Sparse(outputs["rows"], outputs["cols"], outputs["values"], delta)
+    c = outputs.get("c")
+    e = delta
+    if c is not None and bias is not None:
+        e = (1 - c) * bias if delta is None else delta + (1 - c) * bias
+    return LowRank(outputs["A"], outputs["B"], c, outputs.get("d"), e)
+
+
+def compose(terms: Sequence[tuple[float, Value]], weight: Callable[[], Tensor]) -> Value | None:
+    """The exact weighted sum W + Σ tᵢ·(W'ᵢ − W) of values at one site, in the order given.
+
+    Args:
+        terms: (strength, value) pairs, sorted by adapter name.
+        weight: reads the base W (out, in); called only where a dense sum needs it.
+    """
+    if not terms:
+        return None
+    if len(terms) == 1 and terms[0][0] == 1:
+        return terms[0][1]
+    values = [value for _, value in terms]
+    if all(isinstance(v, LowRank) and v.d is None for v in values):
+        return _sum_low_rank(terms)  # type: ignore[arg-type]
+    if all(isinstance(v, Sparse) for v in values):
+        return SparseSum(tuple(terms), _weighted([(t, v.e) for t, v in terms]))  # type: ignore[arg-type]
+    return _sum_dense(terms, weight())
+
+
+def merge(value: Value, weight: Tensor) -> Tensor:
+    """W' (out, in) in the dtype of W (out, in), a new tensor; computed in the wider of the two dtypes."""
+    if isinstance(value, Dense):
+        return value.weight.to(weight.dtype, copy=True)
+    if isinstance(value, Sparse):
+        return add_sparse(weight.clone(), [(1.0, value)])
+    if isinstance(value, SparseSum):
+        return add_sparse(weight.clone(), value.terms)
+    wide = torch.promote_types(weight.dtype, value.a.dtype)
+    scaled = weight.to(wide) * value.d.to(wide) if value.d is not None else weight.to(wide)
+    if value.c is not None:
+        scaled = scaled * value.c.to(wide)[:, None]
+    return torch.addmm(scaled, value.b.t().to(wide), value.a.t().to(wide)).to(weight.dtype)
+
+
+def merge_bias(value: Value, bias: Tensor | None) -> Tensor | None:
+    """b' (out,), or None where there is neither a base bias nor a change of it."""
+    start = bias
+    if isinstance(value, LowRank) and value.c is not None and bias is not None:
+        start = bias * value.c.to(bias.dtype)
+    if value.e is None:
+        return start
+    return value.e.clone() if start is None else start + value.e.to(start.dtype)
+
+
+def add_sparse(matrix: Tensor, terms: Sequence[tuple[float, Sparse]]) -> Tensor:
+    """Add sparse terms to a matrix (out, in) in place, one after another."""
+    for strength, value in terms:
+        scaled = value.values if strength == 1 else value.values * strength
+        matrix.index_put_((value.rows, value.cols), scaled.to(matrix.dtype), accumulate=True)
+    return matrix
+
+
+def _sum_low_rank(terms: Sequence[tuple[float, LowRank]]) -> LowRank:
+    a = torch.cat([v.a for _, v in terms], dim=1)
+    b = torch.cat([v.b * t for t, v in terms], dim=0)
+    scales = [(t, v.c - 1) for t, v in terms if v.c is not None]
+    c = None if not scales else 1 + _weighted(scales)  # type: ignore[operator]
+    return LowRank(a, b, c, None, _weighted([(t, v.e) for t, v in terms]))
+
+
+def _sum_dense(terms: Sequence[tuple[float, Value]], weight: Tensor) -> Dense:
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    base = weight.to(wide)
+    total = base.clone()
+    shift: list[tuple[float, Tensor | None]] = []
+    for strength, value in terms:
+        total.add_(merge(value, base) - base, alpha=strength)
+        shift.append((strength, value.e))
+    return Dense(total.to(weight.dtype), _weighted(shift))
+
+
+def _weighted(terms: Sequence[tuple[float, Tensor | None]]) -> Tensor | None:
+    present = [(t, v) for t, v in terms if v is not None]
+    if not present:
+        return None
+    total = present[0][1] * present[0][0]
+    for strength, value in present[1:]:
+        total = total + value * strength
+    return total

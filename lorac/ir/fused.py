@@ -1,0 +1,127 @@
+"""Writing merged weights into buffers an engine reads, always from the base, at the cost of the form.
+
+A buffer is written from its base and the new value, whatever it held before: low-rank and dense values overwrite it
+whole, sparse ones restore the positions of the last sparse value and set their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from lorac.ir.forms import Dense, LowRank, Sparse, SparseSum, Value, merge, merge_bias
+from lorac.ir.sites import Site
+
+Tensor = torch.Tensor
+
+
+@dataclass(eq=False)
+class _Patch:
+    """A sparse value as positions in the buffer's memory: what to write, and what the base holds there."""
+
+    positions: Tensor
+    written: Tensor
+    original: Tensor
+
+
+class FusedBuffer:
+    """The weight (and bias) of one site, as an engine reads it.
+
+    Args:
+        site: the site.
+        buffer: contiguous memory the engine reads, at first holding the base.
+        matrix_of: buffer memory -> its view as a matrix (out, in).
+        base: reads W (out, in), unchanged for the buffer's whole life.
+        bias, base_bias: memory the engine reads the bias from, and the base's bias; None where there is none.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        buffer: Tensor,
+        matrix_of: Callable[[Tensor], Tensor],
+        base: Callable[[], Tensor],
+        bias: Tensor | None = None,
+        base_bias: Tensor | None = None,
+    ) -> None:
+        self.site, self.buffer, self.matrix_of, self.base = site, buffer, matrix_of, base
+        self.bias, self.base_bias = bias, base_bias
+        self.holds: Value | None = None
+        self._patches: dict[int, tuple[Value, _Patch]] = {}
+
+    @torch.no_grad()
+    def write(self, value: Value | None) -> int:
+        """Make the buffer hold ``value`` (None: the base); returns the bytes written."""
+        if value is self.holds:
+            return 0
+        if isinstance(value, Sparse | SparseSum) and isinstance(self.holds, Sparse | SparseSum | None):
+            written = self._write_sparse(value)
+        elif value is None and isinstance(self.holds, Sparse | SparseSum):
+            written = self._restore()
+        else:
+            written = self._write_whole(value)
+        if self.bias is not None:
+            new_bias = None if value is None else merge_bias(value, self.base_bias)
+            start = new_bias if new_bias is not None else self.base_bias
+            self.bias.copy_(start) if start is not None else self.bias.zero_()
+        self.holds = value
+        return written
+
+    def release(self, value: Value) -> None:
+        """Forget what was computed for a value that is gone."""
+        self._patches.pop(id(value), None)
+
+    def _write_whole(self, value: Value | None) -> int:
+        target, base = self.matrix_of(self.buffer), self.base()
+        plain = isinstance(value, LowRank) and value.d is None and value.a.dtype == base.dtype
+        if value is None:
+            target.copy_(base)
+        elif plain and isinstance(value, LowRank) and value.c is None:
+            torch.addmm(base, value.b.t(), value.a.t(), out=target)
+        elif isinstance(value, Dense):
+            target.copy_(value.weight)
+        else:
+            target.copy_(merge(value, base))
+        return self.buffer.nbytes
+
+    def _write_sparse(self, value: Sparse | SparseSum) -> int:
+        written = self._restore()
+        patch = self._patch(value)
+        self._flat().index_copy_(0, patch.positions, patch.written)
+        return written + patch.written.nbytes
+
+    def _restore(self) -> int:
+        if not isinstance(self.holds, Sparse | SparseSum):
+            return 0
+        patch = self._patch(self.holds)
+        self._flat().index_copy_(0, patch.positions, patch.original)
+        return patch.original.nbytes
+
+    def _flat(self) -> Tensor:
+        return self.buffer.view(-1)
+
+    def _patch(self, value: Sparse | SparseSum) -> _Patch:
+        known = self._patches.get(id(value))
+        if known is None:
+            known = self._patches[id(value)] = (value, self._make_patch(value))
+        return known[1]
+
+    def _make_patch(self, value: Sparse | SparseSum) -> _Patch:
+        terms = ((1.0, value),) if isinstance(value, Sparse) else value.terms
+        base = self.base()
+        strides = self.matrix_of(self.buffer).stride()
+        columns = base.shape[1]
+        flat = torch.cat([term.rows * columns + term.cols for _, term in terms])
+        unique, places = torch.unique(flat, return_inverse=True)
+        rows, cols = unique // columns, unique % columns
+        original = base[rows, cols]
+        written = original.clone()
+        start = 0
+        for strength, term in terms:
+            here = places[start : start + term.rows.numel()]
+            added = term.values if strength == 1 else term.values * strength
+            written.index_put_((here,), added.to(written.dtype), accumulate=True)
+            start += term.rows.numel()
+        return _Patch(rows * strides[0] + cols * strides[1], written, original)

@@ -1,0 +1,159 @@
+"""From a formula to its normal form: trace, analyse, and keep the small graph that computes the form's tensors.
+
+The result, a ``Lowering``, is itself a graph (W, b, *params) -> tensors of one normal form, differentiable and valid
+for every value of the parameters. It runs once when an adapter is added, and every step in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from lorac.ir.affine import weight_formula
+from lorac.ir.algebra import RULES, WEIGHT, Analysis, Form, NamedRule, analyse
+from lorac.ir.types import Params
+
+aten = torch.ops.aten
+Tensor = torch.Tensor
+
+LOW_RANK, SPARSE, DENSE, BRANCH = "low-rank", "sparse", "dense", "branch"
+_TOKENS = 5
+"""Tokens in the example a branch is traced with; any size ≥ 2 that equals no feature size by design of the trace."""
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """A formula in its normal form.
+
+    Attributes:
+        form: ``"low-rank"``, ``"sparse"``, ``"dense"`` or ``"branch"``.
+        graph: computes the form's tensors from (W (out, in), b (out,), *params); for a branch, the traced branch
+            itself, (x, y, *params) -> y'.
+        params: names of the parameters, in the graph's order.
+        outputs: names of the tensors it returns. low-rank: A (in, R), B (R, out), c (out,), d (in,), b (out,), of which
+            c, d and b are absent where they are 1, 1 and the base's; sparse: rows, cols, values (k,), b;
+            dense: W (out, in), b.
+        rank: R of a low-rank form, else 0.
+        reads_weight: whether the tensors depend on W.
+        reasons: why nothing cheaper was found.
+    """
+
+    form: str
+    graph: fx.GraphModule
+    params: tuple[str, ...]
+    outputs: tuple[str, ...]
+    rank: int = 0
+    reads_weight: bool = False
+    reasons: tuple[str, ...] = ()
+
+    def __call__(self, weight: Tensor, bias: Tensor, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The form's tensors."""
+        values = self.graph(weight, bias, *tensors)
+        return dict(zip(self.outputs, values, strict=True))
+
+
+def lower_weight(
+    formula: Callable[[Tensor, Tensor, Params], tuple[Tensor, Tensor]],
+    weight: tuple[int, int],
+    params: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    rules: Sequence[NamedRule] = RULES,
+) -> Lowering:
+    """Lower a weight formula (W, b, p) -> (W', b').
+
+    Args:
+        formula: pure function of torch ops.
+        weight: shape (out, in) of W.
+        params: one example tensor per parameter (any device; only shape and dtype are read).
+        dtype: dtype the formula computes in.
+        rules: the algebra's table.
+    """
+    names = tuple(params)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        w, b = torch.empty(weight, dtype=dtype), torch.empty(weight[0], dtype=dtype)
+        fakes = [mode.from_tensor(t) for t in params.values()]
+
+        def traced(w: Tensor, b: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+            return formula(w, b, Params(**dict(zip(names, tensors, strict=True))))
+
+        graph = make_fx(traced)(w, b, *fakes)
+        return _classify(graph, names, rules)
+
+
+def lower_branch(
+    formula: Callable[[Tensor, Tensor, Params], Tensor],
+    weight: tuple[int, int],
+    params: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    rules: Sequence[NamedRule] = RULES,
+) -> Lowering:
+    """Lower a branch formula (x, y, p) -> y' of a linear site: as a weight formula where it is affine."""
+    names = tuple(params)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        out_features, in_features = weight
+        x, y = torch.empty(_TOKENS, in_features, dtype=dtype), torch.empty(_TOKENS, out_features, dtype=dtype)
+        fakes = [mode.from_tensor(t) for t in params.values()]
+
+        def traced(x: Tensor, y: Tensor, *tensors: Tensor) -> Tensor:
+            return formula(x, y, Params(**dict(zip(names, tensors, strict=True))))
+
+        branch = make_fx(traced, pre_dispatch=True)(x, y, *fakes)
+        affine = weight_formula(branch, weight)
+        if affine is not None:
+            return _classify(affine, names, rules)
+        return Lowering(BRANCH, branch, names, ("y",), reasons=("not affine in x and y",))
+
+
+def _classify(module: fx.GraphModule, names: tuple[str, ...], rules: Sequence[NamedRule]) -> Lowering:
+    graph = module.graph
+    w, b = [n for n in graph.nodes if n.op == "placeholder"][:2]
+    output = next(iter(reversed(graph.nodes)))
+    new_weight, new_bias = output.args[0]
+    found = analyse(graph, w, rules)
+    form = found.form(new_weight)
+    reasons = tuple(found.misses)
+    if form is not None and form.base == WEIGHT and not form.sparse:
+        kind, tensors, rank = LOW_RANK, _low_rank(found, form, w), _rank(form)
+    elif form is not None and form.base == WEIGHT and not form.low and form.c is None and form.d is None:
+        kind, tensors, rank = SPARSE, _sparse(found, form), 0
+    else:
+        kind, tensors, rank = DENSE, {"W": new_weight}, 0
+        reasons = (*reasons, "the formula's result has no recognised structure" if form is None else "mixed structure")
+    if new_bias is not b:
+        tensors["b"] = new_bias
+    output.args = (tuple(tensors.values()),)
+    graph.eliminate_dead_code()
+    graph.lint()
+    module.recompile()
+    return Lowering(kind, module, names, tuple(tensors), rank, bool(w.users), reasons)
+
+
+def _rank(form: Form) -> int:
+    return sum(int(a.meta["val"].shape[0]) for _, a in form.low)
+
+
+def _low_rank(found: Analysis, form: Form, w: fx.Node) -> dict[str, fx.Node]:
+    if form.low:
+        a = found.emit(aten.cat.default, [a for _, a in form.low], 0)
+        b = found.emit(aten.cat.default, [b for b, _ in form.low], 1)
+        tensors = {"A": found.emit(aten.t.default, a), "B": found.emit(aten.t.default, b)}
+    else:
+        rows, columns = w.meta["val"].shape
+        tensors = {
+            "A": found.emit(aten.new_zeros.default, w, [columns, 0]),
+            "B": found.emit(aten.new_zeros.default, w, [0, rows]),
+        }
+    for name, scale in (("c", form.c), ("d", form.d)):
+        if scale is not None:
+            tensors[name] = found.emit(aten.view.default, scale, [-1])
+    return tensors
+
+
+def _sparse(found: Analysis, form: Form) -> dict[str, fx.Node]:
+    columns = ("rows", "cols", "values")
+    return {name: found.emit(aten.cat.default, list(parts), 0) for name, parts in zip(columns, zip(*form.sparse, strict=True), strict=True)}

@@ -1,0 +1,119 @@
+"""The ops that mark sites in a captured graph: one node per call of a site, until a pass expands or lowers it.
+
+Each op computes what the host's layer computes, so a graph that still holds them runs as it is. Their last argument is
+the site: its module path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+aten = torch.ops.aten
+_CONVOLUTIONS: dict[int, Any] = {3: aten.conv1d.default, 4: aten.conv2d.default, 5: aten.conv3d.default}
+
+
+@torch.library.custom_op("lorac::linear", mutates_args=())
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: str) -> Tensor:
+    """``x @ weight.T + bias``."""
+    return F.linear(x, weight, bias)
+
+
+@linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, site: str) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.custom_op("lorac::embedding", mutates_args=())
+def embedding(ids: Tensor, weight: Tensor, padding_idx: int, site: str) -> Tensor:
+    """Rows of ``weight``; ``padding_idx`` is -1 where the module has none (it only matters to gradients)."""
+    return F.embedding(ids, weight, padding_idx if padding_idx >= 0 else None)
+
+
+@embedding.register_fake
+def _(ids: Tensor, weight: Tensor, padding_idx: int, site: str) -> Tensor:
+    return weight.new_empty((*ids.shape, weight.shape[1]))
+
+
+@torch.library.custom_op("lorac::conv", mutates_args=())
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    site: str,
+) -> Tensor:
+    """A 1-, 2- or 3-d convolution, by the rank of ``weight``."""
+    return _CONVOLUTIONS[weight.dim()](x, weight, bias, stride, padding, dilation, groups)
+
+
+@conv.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    site: str,
+) -> Tensor:
+    return _CONVOLUTIONS[weight.dim()](x, weight, bias, stride, padding, dilation, groups)
+
+
+@torch.library.custom_op("lorac::block", mutates_args=())
+def block(x: Tensor, y: Tensor, site: str) -> Tensor:
+    """A marker at a block's exit: ``y``, with the block's input at hand for an adapter that needs it."""
+    return y.clone()
+
+
+@block.register_fake
+def _(x: Tensor, y: Tensor, site: str) -> Tensor:
+    return torch.empty_like(y)
+
+
+LINEAR, BLOCK = linear._opoverload, block._opoverload
+OPS = frozenset(op._opoverload for op in (linear, embedding, conv, block))
+
+
+def adapted(op: Any, host_args: tuple[Any, ...], slots: dict[str, Tensor], site: str) -> Tensor:
+    """A call of a touched site, at level adapted: the host's op and operands, and the tensors in the site's slots.
+
+    Its meaning is ``lorac.ir.slots.run_site``; the ``expand`` pass puts that in its place, so this is never executed.
+    """
+    raise AssertionError("an adapted op is expanded before anything runs")  # pragma: no cover
+
+
+def _lower_conv(args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+    return _CONVOLUTIONS[args[1].meta["val"].dim()], args[:7]
+
+
+_LOWERINGS: dict[Any, Callable[[tuple[Any, ...]], tuple[Any, tuple[Any, ...]]]] = {
+    linear._opoverload: lambda args: (aten.linear.default, args[:3]),
+    embedding._opoverload: lambda args: (aten.embedding.default, (args[1], args[0], args[2])),
+    conv._opoverload: _lower_conv,
+    block._opoverload: lambda args: (aten.clone.default, (args[1],)),
+}
+
+
+def lower(module: fx.GraphModule) -> bool:
+    """Turn every site's op into the aten op it stands for, in place; say whether anything changed.
+
+    Nodes keep their identity, name and meta, so an ExportedProgram's signature stays valid.
+    """
+    changed = False
+    for node in module.graph.nodes:
+        if node.op == "call_function" and (lowering := _LOWERINGS.get(node.target)) is not None:
+            node.target, node.args = lowering(node.args)
+            changed = True
+    if changed:
+        module.graph.lint()
+        module.recompile()
+    return changed

@@ -1,0 +1,92 @@
+"""What a choice of adapters puts into every slot.
+
+A snapshot is a pure function of the plans, the active adapters and the base: never of history, nor of what else is
+registered. That is what makes a swap bit-identical to a fresh compile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from lorac.errors import ChoiceError
+from lorac.ir.choice import Choice
+from lorac.ir.forms import LowRank, Value, compose
+from lorac.ir.sites import Site
+from lorac.ir.slots import BranchTerm, Prepared, SitePlan, SiteSlots, fill_branches, fill_site
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class BaseReader:
+    """Reads base weights on demand.
+
+    Attributes:
+        weight: site -> W (out, in).
+        bias: site -> b (out,) or None.
+    """
+
+    weight: Callable[[Site], Tensor]
+    bias: Callable[[Site], Tensor | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Composed:
+    """What the active adapters come to at one site."""
+
+    value: Value | None = None
+    branches: tuple[tuple[float, BranchTerm], ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """A choice, and what it comes to at every site that it touches."""
+
+    choice: Choice
+    composed: Mapping[str, Composed] = field(default_factory=dict)
+
+
+def compose_choice(
+    plans: Mapping[str, SitePlan], prepared: Mapping[str, Prepared], choice: Choice, base: BaseReader
+) -> Snapshot:
+    """Compose the active adapters site by site.
+
+    Raises:
+        ChoiceError: a rank was asked for that a method cannot be cut to.
+    """
+    active = [(how.strength, _cut(name, prepared[name], how.rank)) for name, how in choice]
+    composed = {}
+    for path, plan in plans.items():
+        terms = [(t, p.values[path]) for t, p in active if path in p.values]
+        branches = tuple((t, p.branches[path]) for t, p in active if path in p.branches)
+        if terms or branches:
+            site = plan.site
+            composed[path] = Composed(compose(terms, lambda site=site: base.weight(site)), branches)  # type: ignore[misc]
+    return Snapshot(choice, composed)
+
+
+def slots_of(plans: Mapping[str, SitePlan], snapshot: Snapshot, base: BaseReader) -> dict[str, SiteSlots]:
+    """The tensors of a snapshot for every site's slots, idle slots included."""
+    filled = {}
+    for path, plan in plans.items():
+        composed = snapshot.composed.get(path, Composed())
+        site = plan.site
+        slots = fill_site(plan, composed.value, lambda site=site: base.weight(site), base.bias(site))  # type: ignore[misc]
+        branches = fill_branches(plan, composed.branches)
+        filled[path] = SiteSlots(**{**vars(slots), "branches": branches})
+    return filled
+
+
+def _cut(name: str, prepared: Prepared, rank: int | None) -> Prepared:
+    if rank is None:
+        return prepared
+    if not prepared.truncatable:
+        raise ChoiceError(
+            f"'{name}' cannot be cut to rank {rank}: its method is not trained to be truncated",
+            next_step="lorac.DyLoRA is; lorac.to_lora(adapter, rank=...) approximates others",
+        )
+    values = {path: v.truncated(rank) if isinstance(v, LowRank) else v for path, v in prepared.values.items()}
+    return Prepared(values, prepared.branches, prepared.truncatable)

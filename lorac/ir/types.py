@@ -1,0 +1,94 @@
+"""Small types everything else speaks in: parameter roles, parameter specifications, site kinds."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from lorac.ir.sites import Site
+
+Params = SimpleNamespace
+"""What a formula gets as ``p``: one attribute per parameter of the variant, each a tensor."""
+
+
+class SiteKind(enum.StrEnum):
+    """What an adaptable place computes."""
+
+    LINEAR = "linear"
+    CONV1D = "conv1d"
+    CONV2D = "conv2d"
+    CONV3D = "conv3d"
+    EMBEDDING = "embedding"
+    PARAMETER = "parameter"
+    """A bare parameter (a norm's scale, a bias): can be replaced, not adapted by a formula."""
+    BLOCK = "block"
+    """The exit of a module whose output is not linear in its input, such as a transformer block."""
+
+
+class Role(enum.StrEnum):
+    """What training and files do with a tensor."""
+
+    TRAINABLE = "trainable"
+    FROZEN = "frozen"
+    BUFFER = "buffer"
+    INDEX = "index"
+    """Integer positions; saved, never trained, never cast."""
+
+
+class Dropout(enum.StrEnum):
+    """Where the ``adapted`` op drops out, in training only."""
+
+    INPUT = "input"
+    """``base(x) + D(x)·(W' − W)ᵀ`` (PEFT's rule)."""
+    RANK = "rank"
+    """Between the two factors of the low-rank form."""
+    NONE = "none"
+
+
+@dataclass(frozen=True)
+class InitContext:
+    """What an initialiser may look at.
+
+    Attributes:
+        shape: shape of the tensor to make.
+        site: where it goes.
+        weight: reads the site's base weight as a matrix (out, in); lazy, for it may be large.
+        params: the tensors of this site made so far, in the order of ``params(site)``.
+        generator: source of randomness, seeded per adapter and site.
+        name: the adapter's name.
+    """
+
+    shape: tuple[int, ...]
+    site: Site
+    weight: Callable[[], torch.Tensor]
+    params: Params
+    generator: torch.Generator
+    name: str
+
+
+Init = Callable[[InitContext], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One tensor of a variant at one site.
+
+    Attributes:
+        shape: shape at this site, in the matrix convention (out, in); kernels flattened.
+        init: makes the start value.
+        role: trainable, frozen, buffer or index.
+        shared: one tensor for the whole adapter instead of one per site.
+        decay: whether weight decay customarily applies (metadata for trainers).
+    """
+
+    shape: tuple[int, ...]
+    init: Init
+    role: Role = Role.TRAINABLE
+    shared: bool = False
+    decay: bool = True

@@ -1,0 +1,140 @@
+"""New adapters from a variant: choose its sites, make its tensors; and any adapter's tensors made trainable."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from lorac.ir.patterns import nothing_matches, select
+from lorac.ir.sites import Site
+from lorac.ir.slots import factor_dtype
+from lorac.ir.snapshot import BaseReader
+from lorac.ir.types import InitContext, Params, ParamSpec, Role, SiteKind
+from lorac.variants.base import Adapter, Variant
+
+Tensor = torch.Tensor
+
+
+def fresh_adapter(
+    variant: Variant, name: str, model: nn.Module, sites: Mapping[str, Site], base: BaseReader, seed: int = 0
+) -> Adapter:
+    """An adapter at its initial values; the process's random state is left alone.
+
+    Raises:
+        SiteNotFound: the variant's targets name no site.
+        SiteUnsupported: they name a site the method is not defined on.
+    """
+    chosen = target_sites(variant, model, sites)
+    if not chosen and not variant.modules_to_save:
+        raise nothing_matches(name, variant.targets, sites)
+    adapter = Adapter(name, variant)
+    shared: dict[str, Tensor] = {}
+    for site in chosen:
+        variant.check(site)
+        adapter.tensors[site.path] = _initial(variant.at(site), site, name, base, seed, shared)
+    _add_replaced(adapter, model, [site.path for site in chosen])
+    return adapter
+
+
+def target_sites(variant: Variant, model: nn.Module, sites: Mapping[str, Site]) -> list[Site]:
+    """The sites a variant's ``targets`` name."""
+    found = select(
+        sites,
+        variant.targets,
+        exclude=variant.exclude,
+        layers=variant.layers,
+        layers_pattern=variant.layers_pattern,
+        saved=variant.modules_to_save,
+        heads=output_layers(model),
+    )
+    if variant.targets == "all-linear":
+        return [site for site in found if site.kind is SiteKind.LINEAR]
+    return found
+
+
+def output_layers(model: nn.Module) -> list[str]:
+    """Paths of the layers a model names as its output layer."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    return [path for path, module in model.named_modules() if head is not None and module is head]
+
+
+def trainable(adapter: Adapter, sites: Mapping[str, Site]) -> Adapter:
+    """The same adapter with tensors of its own: parameters where they train, in the factors' dtype (PEFT's rule)."""
+    made: dict[int, Tensor] = {}
+
+    def own(tensor: Tensor, dtype: torch.dtype, role: Role) -> Tensor:
+        if id(tensor) not in made:
+            cast = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
+            copied = cast.clone()
+            made[id(tensor)] = nn.Parameter(copied) if role is Role.TRAINABLE else copied
+        return made[id(tensor)]
+
+    copy = Adapter(adapter.name, adapter.variant, provenance=dict(adapter.provenance))
+    for path, tensors in adapter.tensors.items():
+        site = sites[path]
+        specs = adapter.variant.at(site).params(site)
+        dtype = factor_dtype(site.dtype)
+        copy.tensors[path] = {name: own(t, dtype, specs[name].role) for name, t in tensors.items()}
+    for fqn, tensor in adapter.replaced.items():
+        copy.replaced[fqn] = own(tensor, tensor.dtype, Role.TRAINABLE)
+    return copy
+
+
+def parameter_sites(model: nn.Module, adapter: Adapter, sites: Mapping[str, Site]) -> dict[str, Site]:
+    """Sites for replaced parameters that no other site owns (a norm's scale, a class token)."""
+    owned = {name for site in sites.values() for name in (site.weight, site.bias) if name}
+    found = {}
+    for fqn in adapter.replaced:
+        if fqn not in owned and fqn not in sites:
+            tensor = model.get_parameter(fqn)
+            found[fqn] = Site(fqn, SiteKind.PARAMETER, tensor.numel(), 1, tensor.dtype, fqn)
+    return found
+
+
+def _initial(
+    variant: Variant, site: Site, name: str, base: BaseReader, seed: int, shared: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(_fold(seed, name, site.path))
+    tensors: dict[str, Tensor] = {}
+    dtype = factor_dtype(site.dtype)
+    for key, spec in variant.params(site).items():
+        if spec.shared and key in shared:
+            tensors[key] = shared[key]
+            continue
+        context = InitContext(
+            spec.shape, site, lambda: base.weight(site).to(dtype), Params(**tensors), generator, name
+        )
+        tensors[key] = _made(spec, context, dtype)
+        if spec.shared:
+            shared[key] = tensors[key]
+    return tensors
+
+
+def _made(spec: ParamSpec, context: InitContext, dtype: torch.dtype) -> Tensor:
+    with torch.no_grad():
+        value = spec.init(context)
+    return value if spec.role is Role.INDEX else value.to(dtype)
+
+
+def _fold(seed: int, *names: str) -> int:
+    digest = hashlib.blake2b("\0".join((str(seed), *names)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def _add_replaced(adapter: Adapter, model: nn.Module, adapted: list[str]) -> None:
+    variant = adapter.variant
+    saved = variant.modules_to_save
+    for path, module in model.named_modules():
+        leaf = path.rpartition(".")[2]
+        if path in saved or leaf in saved:
+            for fqn, parameter in module.named_parameters(path):
+                adapter.replaced[fqn] = parameter.detach().clone()
+    for fqn, parameter in model.named_parameters():
+        owner, _, leaf = fqn.rpartition(".")
+        if leaf.endswith("bias") and (variant.bias == "all" or (variant.bias != "none" and owner in adapted)):
+            adapter.replaced.setdefault(fqn, parameter.detach().clone())
+

@@ -1,0 +1,199 @@
+"""Adapters to normal forms: each term's formula is lowered once per structure, then evaluated on its tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorac.errors import NonFinite, ShapeMismatch, SiteNotFound, nearest_name
+from lorac.ir.algebra import RULES, NamedRule
+from lorac.ir.forms import Dense, LowRank, Value, from_outputs
+from lorac.ir.normal import BRANCH, Lowering, lower_branch, lower_weight
+from lorac.ir.sites import Site
+from lorac.ir.slots import BranchSlot, BranchTerm, Ctx, Prepared, factor_dtype
+from lorac.ir.snapshot import BaseReader
+from lorac.ir.types import SiteKind
+from lorac.variants.base import Adapter, BranchVariant, Variant, WeightVariant
+
+Tensor = torch.Tensor
+
+
+class Lowerer:
+    """Lowers adapters; keeps one lowering per structure (method, hyper-parameters, shapes, dtype)."""
+
+    def __init__(self, sites: Mapping[str, Site], base: BaseReader, rules: Sequence[NamedRule] = RULES) -> None:
+        self.sites, self.base, self.rules = sites, base, rules
+        self._cache: dict[Any, Lowering] = {}
+
+    def prepare(self, adapter: Adapter) -> Prepared:
+        """Every term of an adapter in its normal form.
+
+        Raises:
+            SiteNotFound, SiteUnsupported, ShapeMismatch, NonFinite: before anything is computed.
+        """
+        self.check(adapter)
+        values: dict[str, Value] = {}
+        branches: dict[str, BranchTerm] = {}
+        for path, tensors in adapter.tensors.items():
+            site = self.sites[path]
+            lowering = self.lowering(adapter.variant, site, tensors)
+            if lowering.form == BRANCH:
+                branches[path] = branch_term(adapter.variant, site, tensors)
+            else:
+                values[path] = _settled(self.with_bias(adapter, site, self.value(lowering, site, tensors)))
+        for path in self._replaced_sites(adapter):
+            value = self.replaced_value(adapter, self.sites[path])
+            if path not in values and value is not None:
+                values[path] = _settled(value)
+        return Prepared(values, branches, adapter.variant.truncatable)
+
+    def check(self, adapter: Adapter) -> None:
+        """Refuse an adapter that does not fit the model (``check_adapter``)."""
+        check_adapter(adapter, self.sites)
+
+    def lowering(self, variant: Variant, site: Site, tensors: Mapping[str, Tensor]) -> Lowering:
+        """The lowering of a variant at a site, from the cache where the structure was met before."""
+        here = variant.at(site)
+        shapes = tuple((name, tuple(t.shape)) for name, t in tensors.items())
+        shape = (site.out_features, site.in_features)
+        key = (type(here), repr(here), site.kind, shape, shapes, site.dtype)
+        if key not in self._cache:
+            self._cache[key] = self._lower(here, site, shape, tensors)
+        return self._cache[key]
+
+    def value(self, lowering: Lowering, site: Site, tensors: Mapping[str, Tensor]) -> Value:
+        """The normal form's tensors for one term, computed in the factors' dtype."""
+        dtype = factor_dtype(site.dtype)
+        bias = self.base.bias(site)
+        weight = self.base.weight(site).to(dtype) if lowering.reads_weight else _absent(site, dtype)
+        given = [_cast(tensors[name], dtype) for name in lowering.params]
+        wide_bias = bias.to(dtype) if bias is not None else torch.zeros(site.out_features, dtype=dtype)
+        outputs = lowering(weight, wide_bias, given)
+        return from_outputs(lowering.form, outputs, None if bias is None else wide_bias)
+
+    def with_bias(self, adapter: Adapter, site: Site, value: Value) -> Value:
+        """A value with the adapter's own copy of the base's bias (PEFT's ``bias=``) worked in."""
+        trained = adapter.replaced.get(site.bias) if site.bias else None
+        if trained is None:
+            return value
+        bias = self.base.bias(site)
+        assert bias is not None
+        dtype = factor_dtype(site.dtype)
+        shift = trained.to(dtype) - bias.to(dtype)
+        return dataclasses.replace(value, e=shift if value.e is None else value.e + shift)
+
+    def replaced_value(self, adapter: Adapter, site: Site) -> Value | None:
+        """The value of a site that an adapter only replaces whole (modules_to_save, a norm, a bias), or None."""
+        weight = adapter.replaced.get(site.weight) if site.weight else None
+        if weight is not None:
+            return self.with_bias(adapter, site, Dense(site.present(weight.to(site.dtype))))
+        if site.bias is None or site.bias not in adapter.replaced:
+            return None
+        dtype = factor_dtype(site.dtype)
+        unchanged = LowRank(
+            torch.zeros(site.in_features, 0, dtype=dtype), torch.zeros(0, site.out_features, dtype=dtype)
+        )
+        return self.with_bias(adapter, site, unchanged)
+
+    def _replaced_sites(self, adapter: Adapter) -> list[str]:
+        owners = {name: path for path, site in self.sites.items() for name in (site.weight, site.bias) if name}
+        return list(dict.fromkeys(owners[fqn] for fqn in adapter.replaced))
+
+    def _lower(
+        self, variant: Variant, site: Site, shape: tuple[int, int], tensors: Mapping[str, Tensor]
+    ) -> Lowering:
+        dtype = factor_dtype(site.dtype)
+        examples = {name: _cast(tensor.detach(), dtype) for name, tensor in tensors.items()}
+        if isinstance(variant, WeightVariant):
+            return lower_weight(
+                lambda w, b, p: (variant.weight(w, p), variant.new_bias(b, p)), shape, examples, dtype, self.rules
+            )
+        assert isinstance(variant, BranchVariant)
+        if site.kind is not SiteKind.LINEAR:
+            return Lowering(BRANCH, torch.fx.GraphModule(nn.Module(), torch.fx.Graph()), tuple(tensors), ("y",))
+        ctx = Ctx(site)
+        return lower_branch(lambda x, y, p: variant.branch(x, y, p, ctx), shape, examples, dtype, self.rules)
+
+
+def check_adapter(adapter: Adapter, sites: Mapping[str, Site]) -> None:
+    """Refuse an adapter that does not fit the model, before anything is computed from it.
+
+    Raises:
+        SiteNotFound, SiteUnsupported, ShapeMismatch, NonFinite.
+    """
+    for path, tensors in adapter.tensors.items():
+        site = sites.get(path)
+        if site is None:
+            raise SiteNotFound(
+                f"adapter '{adapter.name}' has tensors for '{path}', which is no site of the model",
+                nearest=nearest_name(path, sites),
+                next_step="`lorac sites MODEL` prints them all",
+            )
+        adapter.variant.check(site)
+        _check_tensors(adapter, site, tensors)
+    for name, tensor in adapter.replaced.items():
+        _check_finite(adapter.name, name, tensor)
+
+
+def branch_term(variant: Variant, site: Site, tensors: Mapping[str, Tensor], *, detach: bool = True) -> BranchTerm:
+    """A term that stays a branch, with the structure other adapters must have to take its slot."""
+    assert isinstance(variant, BranchVariant)
+    here = variant.at(site)
+    assert isinstance(here, BranchVariant)
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+    dtype = factor_dtype(site.dtype)
+    slot = BranchSlot(f"{here.name}{_structure(here)}{sorted(shapes.items())}", here.branch, shapes, here.emits)
+    given = (t.detach() if detach else t for t in tensors.values())
+    return BranchTerm(slot, tuple(_cast(t, dtype) for t in given))
+
+
+def _structure(variant: Variant) -> str:
+    """The hyper-parameters a formula may read; which sites it was asked for does not matter to it."""
+    common = {f.name for f in dataclasses.fields(Variant)}
+    own = {f.name: getattr(variant, f.name) for f in dataclasses.fields(variant) if f.name not in common}
+    return repr({name: value for name, value in own.items() if not name.endswith("_pattern")})
+
+
+def _check_tensors(adapter: Adapter, site: Site, tensors: Mapping[str, Tensor]) -> None:
+    specs = adapter.variant.at(site).params(site)
+    missing, extra = specs.keys() - tensors.keys(), tensors.keys() - specs.keys()
+    if missing or extra:
+        raise ShapeMismatch(
+            f"adapter '{adapter.name}' at '{site.path}' lacks {sorted(missing)} and has unknown {sorted(extra)}",
+            next_step=f"{adapter.variant.name} takes {list(specs)}",
+        )
+    for name, spec in specs.items():
+        if tuple(tensors[name].shape) != spec.shape:
+            raise ShapeMismatch(
+                f"adapter '{adapter.name}' at '{site.path}': {name} is {list(tensors[name].shape)}",
+                nearest=f"{list(spec.shape)}, for {site.in_features} -> {site.out_features}",
+                next_step="the adapter was made for another model, or with other hyper-parameters",
+            )
+        _check_finite(adapter.name, f"{site.path}.{name}", tensors[name])
+
+
+def _check_finite(adapter: str, name: str, tensor: Tensor) -> None:
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise NonFinite(
+            f"adapter '{adapter}': {name} holds NaN or infinity", next_step="the file was saved from a diverged run"
+        )
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _absent(site: Site, dtype: torch.dtype) -> Tensor:
+    return torch.empty((site.out_features, site.in_features), dtype=dtype, device="meta")
+
+
+def _settled(value: Value) -> Value:
+    changed = {
+        name: tensor.detach().contiguous() for name, tensor in vars(value).items() if isinstance(tensor, Tensor)
+    }
+    return dataclasses.replace(value, **changed)
+

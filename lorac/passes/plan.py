@@ -1,0 +1,126 @@
+"""Which slots every site gets, from the normal forms of the adapters, the mode, and what was reserved.
+
+``auto`` and ``live``: low-rank and branch terms beside the weight, sparse and dense terms through a bound weight.
+``fused`` and ``baked``: every weight-form term through the weight (which a backend then makes an input or a constant).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lorac.errors import NotMergeable, UnknownOption, nearest_name
+from lorac.ir.forms import Dense, LowRank, Value
+from lorac.ir.patterns import nothing_matches, select
+from lorac.ir.sites import Site
+from lorac.ir.slots import BranchSlot, Prepared, SitePlan
+from lorac.ir.types import SiteKind
+
+MODES = ("auto", "live", "fused", "baked")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reserve:
+    """Room for adapters added later.
+
+    Attributes:
+        targets: which sites, as an adapter's ``targets``.
+        rank: largest rank of one adapter.
+        adapters: how many may be active together.
+        scales: DoRA-like adapters (an output scale and a shift) fit too.
+        weights: any weight-form adapter fits, through a bound weight.
+    """
+
+    targets: str | tuple[str, ...] = "all-linear"
+    rank: int = 16
+    adapters: int = 1
+    scales: bool = False
+    weights: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.targets, list):
+            object.__setattr__(self, "targets", tuple(self.targets))
+
+
+@dataclass
+class _Needs:
+    """What the terms met at one site ask for."""
+
+    rank: int = 0
+    c: bool = False
+    d: bool = False
+    e: bool = False
+    bound: bool = False
+    bound_bias: bool = False
+    branches: list[BranchSlot] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+
+
+def plan_sites(
+    sites: Mapping[str, Site], prepared: Mapping[str, Prepared], mode: str, reserve: Reserve | None = None
+) -> dict[str, SitePlan]:
+    """One plan per touched or reserved site, in the order of ``sites``.
+
+    Raises:
+        UnknownOption: no such mode.
+        NotMergeable: a branch is to be fused or baked.
+        SiteNotFound: ``reserve`` names no site.
+    """
+    if mode not in MODES:
+        raise UnknownOption(f"there is no mode '{mode}'", nearest=nearest_name(mode, MODES) or ", ".join(MODES))
+    needs: dict[str, _Needs] = {}
+    for name in sorted(prepared):
+        for path, value in prepared[name].values.items():
+            _need_value(needs.setdefault(path, _Needs()), name, value, mode)
+        for path, term in prepared[name].branches.items():
+            if mode in {"fused", "baked"}:
+                raise NotMergeable(
+                    f"adapter '{name}' at '{path}' is a branch with no weight form, so it cannot be {mode}",
+                    next_step="mode='live' (or 'auto') keeps it in the graph",
+                )
+            needs.setdefault(path, _Needs()).branches.append(term.slot)
+    if reserve is not None:
+        _reserve(needs, sites, reserve, mode)
+    return {path: _plan(sites[path], needs[path]) for path in sites if path in needs}
+
+
+def _need_value(need: _Needs, name: str, value: Value, mode: str) -> None:
+    if mode in {"fused", "baked"}:
+        need.bound = True
+        need.bound_bias |= value.e is not None
+    elif isinstance(value, LowRank) and value.d is None:
+        need.rank += value.rank
+        need.c |= value.c is not None
+        need.e |= value.e is not None
+    else:
+        need.bound = True
+        need.bound_bias |= value.e is not None
+        what = "dense" if isinstance(value, Dense) else "scales its input" if isinstance(value, LowRank) else "sparse"
+        need.reasons.append(f"bound weight: '{name}' is {what}")
+
+
+def _reserve(needs: dict[str, _Needs], sites: Mapping[str, Site], reserve: Reserve, mode: str) -> None:
+    chosen = [s for s in select(sites, reserve.targets) if s.kind not in {SiteKind.BLOCK, SiteKind.PARAMETER}]
+    if not chosen:
+        raise nothing_matches("reserve", reserve.targets, sites)
+    for site in chosen:
+        need = needs.setdefault(site.path, _Needs())
+        need.bound |= mode == "fused" or reserve.weights
+        if mode != "fused":
+            need.rank += reserve.rank * reserve.adapters
+            need.c |= reserve.scales
+            need.e |= reserve.scales
+
+
+def _plan(site: Site, need: _Needs) -> SitePlan:
+    return SitePlan(
+        site,
+        need.rank,
+        need.c,
+        need.d,
+        need.e,
+        need.bound,
+        need.bound_bias or (need.bound and (need.c or need.e)),
+        tuple(need.branches),
+        tuple(need.reasons),
+    )

@@ -1,0 +1,50 @@
+"""One file per method; a file's existence is its registration.
+
+Files that begin with an underscore hold helpers, ``base.py`` the two abstract bases.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Iterator
+
+from lorac.errors import UnknownField, nearest_name
+from lorac.variants.base import Variant, is_concrete
+
+
+@functools.cache
+def _load_all() -> None:
+    for module in pkgutil.iter_modules(__path__):
+        if not module.name.startswith("_") and module.name != "base":
+            importlib.import_module(f"{__name__}.{module.name}")
+
+
+def _subclasses(parent: type[Variant]) -> Iterator[type[Variant]]:
+    for child in parent.__subclasses__():
+        if is_concrete(child):
+            yield child
+        yield from _subclasses(child)
+
+
+def variants() -> dict[str, type[Variant]]:
+    """Every method by name: those of this folder, and those the user has subclassed anywhere."""
+    _load_all()
+    return {child.name: child for child in sorted(_subclasses(Variant), key=lambda c: c.name)}
+
+
+def variant_named(name: str) -> type[Variant]:
+    """The method called ``name``.
+
+    Raises:
+        UnknownField: no method has that name.
+    """
+    found = variants()
+    if name not in found:
+        raise UnknownField(
+            f"no method is called '{name}'",
+            nearest=nearest_name(name, found),
+            next_step="`lorac variants` lists them; one of your own is known once its class is imported",
+        )
+    return found[name]

@@ -1,0 +1,99 @@
+"""The five masks of SHiRA (arXiv 2406.13175, section 3.2): which positions of a weight are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from lorac.errors import UnknownOption, nearest_name
+from lorac.ir.sites import Site
+from lorac.ir.types import InitContext
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class MaskMaker:
+    """How many positions a mask holds at a site, and which.
+
+    Attributes:
+        entries: site -> K.
+        make: context -> (2, K) int64, row 0 the out index, row 1 the in index, in row-major order.
+    """
+
+    entries: Callable[[Site], int]
+    make: Callable[[InitContext], Tensor]
+
+
+def top_entries(scores: Tensor, count: int) -> Tensor:
+    """Positions (2, count) of the largest scores, ties to the lowest index, in row-major order."""
+    order = torch.sort(scores.flatten(), descending=True, stable=True).indices[:count]
+    return _positions(order, scores.shape[1])
+
+
+def magnitude_mask(count: int, task: int = 0) -> MaskMaker:
+    """WM: the largest ‖W‖; with ``task`` t the ranks tK … (t+1)K − 1, so that masks of several tasks do not overlap."""
+
+    def make(context: InitContext) -> Tensor:
+        weight = context.weight()
+        order = torch.sort(weight.abs().flatten(), descending=True, stable=True).indices
+        return _positions(order[task * count : (task + 1) * count], weight.shape[1])
+
+    return MaskMaker(lambda site: count, make)
+
+
+def random_mask(count: int) -> MaskMaker:
+    """Rand: ``count`` positions, uniformly."""
+
+    def make(context: InitContext) -> Tensor:
+        size = context.site.out_features * context.site.in_features
+        return _positions(torch.randperm(size, generator=context.generator)[:count], context.site.in_features)
+
+    return MaskMaker(lambda site: count, make)
+
+
+def gradient_mask(gradients: Mapping[str, Tensor], count: Callable[[Site], int]) -> MaskMaker:
+    """Grad: the largest ‖g‖; ``gradients`` maps site paths to dL/dW (out, in) over a calibration set."""
+    return MaskMaker(count, lambda context: top_entries(gradients[context.site.path].abs(), count(context.site)))
+
+
+def snip_mask(gradients: Mapping[str, Tensor], count: Callable[[Site], int]) -> MaskMaker:
+    """SNIP: the largest ‖W·g‖."""
+
+    def make(context: InitContext) -> Tensor:
+        scores = (context.weight() * gradients[context.site.path]).abs()
+        return top_entries(scores, count(context.site))
+
+    return MaskMaker(count, make)
+
+
+def struct_mask(every: int, offset: int = 0) -> MaskMaker:
+    """Struct: every ``every``-th row from ``offset``, and the main diagonal."""
+
+    def mask(site: Site) -> Tensor:
+        chosen = torch.eye(site.out_features, site.in_features, dtype=torch.bool)
+        chosen[offset::every] = True
+        return chosen
+
+    return MaskMaker(lambda site: int(mask(site).sum()), lambda context: mask(context.site).nonzero().t().contiguous())
+
+
+def maker(mask: str | MaskMaker, count: int) -> MaskMaker:
+    """The maker for a name, or the maker given."""
+    if isinstance(mask, MaskMaker):
+        return mask
+    named = {"random": random_mask, "magnitude": magnitude_mask}
+    if mask not in named:
+        raise UnknownOption(
+            f"SHiRA has no mask named '{mask}'",
+            nearest=nearest_name(mask, named),
+            next_step="gradient_mask, snip_mask and struct_mask take their own arguments: pass what they return",
+        )
+    return named[mask](count)
+
+
+def _positions(flat: Tensor, columns: int) -> Tensor:
+    flat = flat.sort().values
+    return torch.stack([flat // columns, flat % columns])
