@@ -105,14 +105,13 @@ def _low_rank_delta(
     delta = kind.up(F.dropout(down, rank_rate) if rank_rate else down, kind.layout_b(value.b))
     if value.c is None:
         return delta if value.e is None else delta + kind.per_output(value.e)
-    if not rate:
-        scaled = (kind.per_output(value.c) - 1) * base
-        return delta + scaled if value.e is None else delta + scaled + kind.per_output(value.e)
-    assert weight is not None
-    linear = kind.base(dropped.to(weight.dtype), weight, None)
+    if rate:
+        assert weight is not None
+        linear = kind.base(dropped.to(weight.dtype), weight, None)
+    else:
+        linear = base if bias is None else base - kind.per_output(bias)
     delta = delta + (kind.per_output(value.c) - 1) * linear
-    shift = value.e if bias is None else (value.e if value.e is not None else 0) - (1 - value.c) * bias
-    return delta if shift is None else delta + kind.per_output(shift)
+    return delta if value.e is None else delta + kind.per_output(value.e)
 
 
 def _dense_delta(

@@ -65,7 +65,7 @@ class _Builder:
 
 
 def weight_formula(branch: fx.GraphModule, weight: tuple[int, int]) -> fx.GraphModule | None:
-    """The formula (W, b, *params) -> (W', b') equal to ``branch`` (x, y, *params) -> y', or None where it is not affine.
+    """The formula (W, b, *params) -> (W', b') equal to ``branch`` (x, y, *params) -> y'; None: it is not affine.
 
     Args:
         branch: a traced branch over x (tokens, in) and y (tokens, out).

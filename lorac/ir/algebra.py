@@ -41,18 +41,17 @@ class Form:
     low: tuple[tuple[fx.Node, fx.Node], ...] = ()
     sparse: tuple[tuple[fx.Node, fx.Node, fx.Node], ...] = ()
 
-    @property
-    def is_plain_base(self) -> bool:
-        """The base itself, unscaled and alone."""
-        return self.base is not None and self.c is None and self.d is None and not self.low and not self.sparse
-
 
 @dataclass
 class Analysis:
-    """The state of one analysis: the graph, the forms found so far, and a way to make new nodes."""
+    """The state of one analysis: the graph, the forms found so far, and a way to make new nodes.
+
+    ``like`` gives new constants their dtype and device; it is not W, which a form should not read without need.
+    """
 
     graph: fx.Graph
     anchor: fx.Node
+    like: fx.Node
     forms: dict[fx.Node, Form] = field(default_factory=dict)
     misses: list[str] = field(default_factory=list)
 
@@ -95,7 +94,8 @@ def shape_of(value: Any) -> tuple[int, ...]:
 def analyse(graph: fx.Graph, weight: fx.Node | None, rules: Sequence[NamedRule]) -> Analysis:
     """Find the form of every node of ``graph``; ``weight`` is the placeholder that is W."""
     anchor = next(iter(reversed(graph.nodes)))
-    found = Analysis(graph, anchor)
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    found = Analysis(graph, anchor, next(node for node in inputs if node is not weight))
     if weight is not None:
         found.forms[weight] = Form(base=WEIGHT)
     by_op: dict[object, list[NamedRule]] = {}
@@ -129,7 +129,7 @@ def _identity(found: Analysis, node: fx.Node) -> Form | None:
 
 def _zero(found: Analysis, node: fx.Node) -> Form | None:
     """zeros(n, m) is the empty sum."""
-    return Form() if len(shape_of(node)) == 2 else None  # noqa: PLR2004  (a matrix)
+    return Form() if len(shape_of(node)) == 2 else None
 
 
 def _factor(found: Analysis, node: fx.Node) -> Form | None:
@@ -179,23 +179,23 @@ def _sum(found: Analysis, node: fx.Node) -> Form | None:
     if node.target == aten.sub.Tensor:
         alpha = -alpha  # type: ignore[operator]
     if alpha != 1:
-        y = _scale_number(found, y, alpha)
-    return _add(found, x, y)
+        y = _scale_number(found, node, y, alpha)
+    return _add(found, node, x, y)
 
 
-def _add(found: Analysis, x: Form, y: Form) -> Form | None:
+def _add(found: Analysis, node: fx.Node, x: Form, y: Form) -> Form | None:
     low, sparse = x.low + y.low, x.sparse + y.sparse
     if x.base is None or y.base is None:
         base = x if y.base is None else y
         return Form(base.base, base.c, base.d, low, sparse)
     if x.base != y.base or x.d is not None or y.d is not None:
         return None
-    return Form(x.base, _sum_of_scales(found, x, y), None, low, sparse)
+    return Form(x.base, _sum_of_scales(found, node, x, y), None, low, sparse)
 
 
-def _sum_of_scales(found: Analysis, x: Form, y: Form) -> fx.Node:
+def _sum_of_scales(found: Analysis, node: fx.Node, x: Form, y: Form) -> fx.Node:
     if x.c is None and y.c is None:
-        return _column(found, x, 2.0)
+        return _column(found, node, 2.0)
     if x.c is None or y.c is None:
         return found.emit(aten.add.Tensor, x.c if x.c is not None else y.c, 1.0)
     return found.emit(aten.add.Tensor, x.c, y.c)
@@ -208,10 +208,10 @@ def _addmm(found: Analysis, node: fx.Node) -> Form | None:
     if form is None or shape_of(c) != shape_of(node) or found.form(left) or found.form(right):
         return None
     beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
-    form = form if beta == 1 else _scale_number(found, form, beta)
+    form = form if beta == 1 else _scale_number(found, node, form, beta)
     assert isinstance(left, fx.Node)
     assert isinstance(right, fx.Node)
-    return _add(found, form, _scale_number(found, Form(low=((left, right),)), alpha))
+    return _add(found, node, form, _scale_number(found, node, Form(low=((left, right),)), alpha))
 
 
 def _scale(found: Analysis, node: fx.Node) -> Form | None:
@@ -222,14 +222,21 @@ def _scale(found: Analysis, node: fx.Node) -> Form | None:
     form = found.form(left)
     if form is None or found.form(right) is not None:
         return None
+    return _scale_by(found, node, left, form, right)
+
+
+def _scale_by(found: Analysis, node: fx.Node, matrix: Any, form: Form, factor: Any) -> Form | None:
+    """``matrix`` times a number, a column or a row; None where the factor is a matrix or broadcasts the other way."""
+    if shape_of(matrix) != shape_of(node):
+        return None
     rows, columns = shape_of(node)
-    shape = shape_of(right)
+    shape = shape_of(factor)
     if torch.Size(shape).numel() == 1:
-        return _scale_number(found, form, right)
+        return _scale_number(found, node, form, found.emit(aten.view.default, factor, []) if shape else factor)
     if shape == (rows, 1):
-        return _scale_rows(found, form, right)
+        return _scale_rows(found, form, factor)
     if shape in {(1, columns), (columns,)}:
-        return _scale_columns(found, form, right)
+        return _scale_columns(found, form, factor)
     return None
 
 
@@ -239,35 +246,29 @@ def _divide(found: Analysis, node: fx.Node) -> Form | None:
     if form is None or found.form(divisor) is not None:
         return None
     inverse = found.emit(aten.reciprocal.default, divisor) if isinstance(divisor, fx.Node) else 1.0 / divisor  # type: ignore[operator]
-    shape, (rows, columns) = shape_of(divisor), shape_of(node)
-    if torch.Size(shape).numel() == 1:
-        return _scale_number(found, form, inverse)
-    if shape == (rows, 1):
-        return _scale_rows(found, form, inverse)
-    return _scale_columns(found, form, inverse) if shape in {(1, columns), (columns,)} else None
+    return _scale_by(found, node, node.args[0], form, inverse)
 
 
 def _negate(found: Analysis, node: fx.Node) -> Form | None:
     """−X = (−1)·X."""
     form = found.form(node.args[0])
-    return None if form is None else _scale_number(found, form, -1.0)
+    return None if form is None else _scale_number(found, node, form, -1.0)
 
 
-def _scale_number(found: Analysis, form: Form, number: Any) -> Form:
+def _scale_number(found: Analysis, node: fx.Node, form: Form, number: Any) -> Form:
     if not isinstance(number, fx.Node) and number == 1:
         return form
     c = form.c
     if form.base is not None:
-        c = found.times(form.c, number) if form.c is not None else _column(found, form, number)
+        c = found.times(form.c, number) if form.c is not None else _column(found, node, number)
     low = tuple((found.emit(aten.mul.Tensor, b, number), a) for b, a in form.low)
     sparse = tuple((rows, cols, found.emit(aten.mul.Tensor, v, number)) for rows, cols, v in form.sparse)
     return replace(form, c=c, low=low, sparse=sparse)
 
 
-def _column(found: Analysis, form: Form, number: Any) -> fx.Node:
-    base = next(node for node, known in found.forms.items() if known.base == form.base and known.is_plain_base)
-    value = base.meta["val"]
-    ones = found.emit(aten.new_ones.default, base, [value.shape[0], 1])
+def _column(found: Analysis, node: fx.Node, number: Any) -> fx.Node:
+    """A number as the column (n, 1) that scales the rows of ``node``."""
+    ones = found.emit(aten.new_ones.default, found.like, [shape_of(node)[0], 1])
     return found.emit(aten.mul.Tensor, ones, number)
 
 
@@ -290,12 +291,17 @@ def _scaled_entries(found: Analysis, values: fx.Node, scale: fx.Node, dim: int, 
 
 def _scatter(found: Analysis, node: fx.Node) -> Form | None:
     """X with values added at (rows, cols)."""
-    target, indices, values, *rest = node.args
+    arguments: tuple[Any, ...] = node.args
+    target, indices, values, *rest = arguments
     accumulate = rest[0] if rest else node.kwargs.get("accumulate", False)
     form = found.form(target)
-    if form is None or not accumulate or len(indices) != 2 or None in indices:  # type: ignore[arg-type]  # noqa: PLR2004
+    if form is None or not accumulate or len(indices) != 2 or None in indices:
         return None
-    rows, cols = indices  # type: ignore[misc]
+    rows, cols = indices
+    flat = len(shape_of(rows)) == 1 and shape_of(rows) == shape_of(cols) == shape_of(values)
+    if not flat or torch.bool in {rows.meta["val"].dtype, cols.meta["val"].dtype}:
+        found.misses.append(f"{node.name}: its positions are no two lists as long as its values")
+        return None
     return replace(form, sparse=(*form.sparse, (rows, cols, values)))
 
 

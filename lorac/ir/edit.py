@@ -83,7 +83,7 @@ def add_inputs(program: ExportedProgram, inputs: Mapping[str, tuple[Sequence[Any
 def add_outputs(program: ExportedProgram, nodes: Mapping[str, fx.Node]) -> None:
     """Add outputs behind the program's own."""
     output = next(iter(reversed(program.graph.nodes)))
-    output.args = ((*output.args[0], *nodes.values()),)  # type: ignore[misc]
+    output.args = ((*output.args[0], *nodes.values()),)
     for node in nodes.values():
         spec = OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None)
         program.graph_signature.output_specs.append(spec)
@@ -136,7 +136,7 @@ def inline(
             if inner.op == "placeholder":
                 continue
             if inner.op == "output":
-                outputs = list(fx.map_arg(inner.args[0], lambda n: environment[n]))  # type: ignore[arg-type]
+                outputs = list(fx.map_arg(inner.args[0], lambda n: environment[n]))
                 continue
             copied = program.graph.node_copy(inner, lambda n: environment[n])
             copied.meta = {"val": inner.meta.get("val")}
@@ -168,14 +168,14 @@ def settle(program: ExportedProgram) -> None:
     """Bring the signature's output names in line with the graph, and have torch check everything."""
     output = next(iter(reversed(program.graph.nodes)))
     signature = program._module_call_graph[0].signature
-    for index, (spec, node) in enumerate(zip(program.graph_signature.output_specs, output.args[0], strict=True)):  # type: ignore[arg-type]
+    for index, (spec, node) in enumerate(zip(program.graph_signature.output_specs, output.args[0], strict=True)):
         if isinstance(node, fx.Node) and isinstance(spec.arg, TensorArgument):
             spec.arg = TensorArgument(node.name)
             if signature is not None and index < len(signature.outputs):
                 signature.outputs[index] = spec.arg
     program.graph.lint()
     program.graph_module.recompile()
-    program.validate()  # type: ignore[attr-defined]
+    program.validate()
 
 
 def _extend_call_signature(program: ExportedProgram, nodes: Mapping[str, fx.Node]) -> None:

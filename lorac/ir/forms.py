@@ -1,11 +1,11 @@
 """Values of the normal forms: what one adapter, or one mixture, does to one site, as plain tensors.
 
-Everything is stated relative to the base's output y = x·Wᵀ + b, so that forms add up:
+Everything is a change of the base's output y = x·Wᵀ + b, so that forms add up:
 
     ========  ==========================================  ==================================
     form      live                                        merged
     ========  ==========================================  ==================================
-    LowRank   ``y' = c∘y + e + (x·A)·B``                  ``W' = c∘W + (A·B)ᵀ``, ``b' = c∘b + e``
+    LowRank   ``y' = c∘(x·Wᵀ) + (x·A)·B + b + e``         ``W' = c∘W + (A·B)ᵀ``, ``b' = b + e``
     Sparse    bound W'                                    ``W'[rows, cols] = W + values``, ``b' = b + e``
     Dense     bound W'                                    ``W'``, ``b' = b + e``
     ========  ==========================================  ==================================
@@ -26,7 +26,7 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """``y' = c∘base(d∘x) + e + (x·A)·B``; absent c and d are 1, absent e is 0.
+    """``y' = c∘(W·(d∘x)) + (x·A)·B + b + e``; absent c and d are 1, absent e is 0.
 
     Attributes:
         a: A (in, R).
@@ -95,11 +95,7 @@ def from_outputs(form: str, outputs: Mapping[str, Tensor], bias: Tensor | None) 
         return Dense(outputs["W"], delta)
     if form == "sparse":
         return Sparse(outputs["rows"], outputs["cols"], outputs["values"], delta)
-    c = outputs.get("c")
-    e = delta
-    if c is not None and bias is not None:
-        e = (1 - c) * bias if delta is None else delta + (1 - c) * bias
-    return LowRank(outputs["A"], outputs["B"], c, outputs.get("d"), e)
+    return LowRank(outputs["A"], outputs["B"], outputs.get("c"), outputs.get("d"), delta)
 
 
 def compose(terms: Sequence[tuple[float, Value]], weight: Callable[[], Tensor]) -> Value | None:
@@ -138,12 +134,9 @@ def merge(value: Value, weight: Tensor) -> Tensor:
 
 def merge_bias(value: Value, bias: Tensor | None) -> Tensor | None:
     """b' (out,), or None where there is neither a base bias nor a change of it."""
-    start = bias
-    if isinstance(value, LowRank) and value.c is not None and bias is not None:
-        start = bias * value.c.to(bias.dtype)
     if value.e is None:
-        return start
-    return value.e.clone() if start is None else start + value.e.to(start.dtype)
+        return bias
+    return value.e.clone() if bias is None else bias + value.e.to(bias.dtype)
 
 
 def add_sparse(matrix: Tensor, terms: Sequence[tuple[float, Sparse]]) -> Tensor:
@@ -158,7 +151,8 @@ def _sum_low_rank(terms: Sequence[tuple[float, LowRank]]) -> LowRank:
     a = torch.cat([v.a for _, v in terms], dim=1)
     b = torch.cat([v.b * t for t, v in terms], dim=0)
     scales = [(t, v.c - 1) for t, v in terms if v.c is not None]
-    c = None if not scales else 1 + _weighted(scales)  # type: ignore[operator]
+    moved = _weighted(scales)
+    c = None if moved is None else moved + 1
     return LowRank(a, b, c, None, _weighted([(t, v.e) for t, v in terms]))
 
 

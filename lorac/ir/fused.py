@@ -6,6 +6,7 @@ whole, sparse ones restore the positions of the last sparse value and set their 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +16,17 @@ from lorac.ir.forms import Dense, LowRank, Sparse, SparseSum, Value, merge, merg
 from lorac.ir.sites import Site
 
 Tensor = torch.Tensor
+
+
+def leaves_blocks(site: Site, value: Value) -> bool:
+    """Whether a merged weight has entries that a grouped convolution's kernel cannot hold: it may run live only."""
+    if site.conv is None or site.conv.groups == 1:
+        return False
+    return site.leaves_blocks(merge(value, torch.zeros(site.out_features, site.in_features)))
+
+
+_NOTHING = Dense(torch.empty(0))
+"""What a buffer holds while it is written."""
 
 
 @dataclass(eq=False)
@@ -49,29 +61,36 @@ class FusedBuffer:
         self.site, self.buffer, self.matrix_of, self.base = site, buffer, matrix_of, base
         self.bias, self.base_bias = bias, base_bias
         self.holds: Value | None = None
-        self._patches: dict[int, tuple[Value, _Patch]] = {}
+        # The matrix of a grouped kernel is block-diagonal: no view of the buffer.
+        self._grouped = site.conv is not None and site.conv.groups > 1
+        self._patches: weakref.WeakKeyDictionary[Value, _Patch] = weakref.WeakKeyDictionary()
 
     @torch.no_grad()
     def write(self, value: Value | None) -> int:
         """Make the buffer hold ``value`` (None: the base); returns the bytes written."""
         if value is self.holds:
             return 0
-        if isinstance(value, Sparse | SparseSum) and isinstance(self.holds, Sparse | SparseSum | None):
-            written = self._write_sparse(value)
-        elif value is None and isinstance(self.holds, Sparse | SparseSum):
-            written = self._restore()
+        # Until it is done the content is nobody's: a write that fails half-way must not pass for what was there.
+        held, self.holds = self.holds, _NOTHING
+        written = self._write(value, held)
+        self.holds = value
+        return written
+
+    def _write(self, value: Value | None, held: Value | None) -> int:
+        if self._grouped:
+            self.buffer.copy_(self.site.store(self.base() if value is None else merge(value, self.base())))
+            written = self.buffer.nbytes
+        elif isinstance(value, Sparse | SparseSum) and isinstance(held, Sparse | SparseSum | None):
+            written = self._write_sparse(value, held)
+        elif value is None and isinstance(held, Sparse | SparseSum):
+            written = self._restore(held)
         else:
             written = self._write_whole(value)
         if self.bias is not None:
             new_bias = None if value is None else merge_bias(value, self.base_bias)
             start = new_bias if new_bias is not None else self.base_bias
             self.bias.copy_(start) if start is not None else self.bias.zero_()
-        self.holds = value
         return written
-
-    def release(self, value: Value) -> None:
-        """Forget what was computed for a value that is gone."""
-        self._patches.pop(id(value), None)
 
     def _write_whole(self, value: Value | None) -> int:
         target, base = self.matrix_of(self.buffer), self.base()
@@ -86,16 +105,16 @@ class FusedBuffer:
             target.copy_(merge(value, base))
         return self.buffer.nbytes
 
-    def _write_sparse(self, value: Sparse | SparseSum) -> int:
-        written = self._restore()
+    def _write_sparse(self, value: Sparse | SparseSum, held: Value | None) -> int:
+        written = self._restore(held)
         patch = self._patch(value)
         self._flat().index_copy_(0, patch.positions, patch.written)
         return written + patch.written.nbytes
 
-    def _restore(self) -> int:
-        if not isinstance(self.holds, Sparse | SparseSum):
+    def _restore(self, held: Value | None) -> int:
+        if not isinstance(held, Sparse | SparseSum):
             return 0
-        patch = self._patch(self.holds)
+        patch = self._patch(held)
         self._flat().index_copy_(0, patch.positions, patch.original)
         return patch.original.nbytes
 
@@ -103,10 +122,10 @@ class FusedBuffer:
         return self.buffer.view(-1)
 
     def _patch(self, value: Sparse | SparseSum) -> _Patch:
-        known = self._patches.get(id(value))
+        known = self._patches.get(value)
         if known is None:
-            known = self._patches[id(value)] = (value, self._make_patch(value))
-        return known[1]
+            known = self._patches[value] = self._make_patch(value)
+        return known
 
     def _make_patch(self, value: Sparse | SparseSum) -> _Patch:
         terms = ((1.0, value),) if isinstance(value, Sparse) else value.terms

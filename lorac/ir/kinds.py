@@ -30,6 +30,9 @@ _CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d
 class LinearKind:
     """``y = x·Wᵀ + b`` over the last axis."""
 
+    keeps_bias_inside: bool = False
+    """The base's own bias belongs to its op (a convolution's); elsewhere it is added last."""
+
     def __init__(self, site: Site) -> None:
         self.site = site
 
@@ -94,6 +97,8 @@ class EmbeddingKind(LinearKind):
 
 class ConvKind(LinearKind):
     """A convolution: A takes the base's geometry, B is 1x1 (PEFT's form; dilation is the base's own)."""
+
+    keeps_bias_inside = True
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)

@@ -156,4 +156,7 @@ def _low_rank(found: Analysis, form: Form, w: fx.Node) -> dict[str, fx.Node]:
 
 def _sparse(found: Analysis, form: Form) -> dict[str, fx.Node]:
     columns = ("rows", "cols", "values")
-    return {name: found.emit(aten.cat.default, list(parts), 0) for name, parts in zip(columns, zip(*form.sparse, strict=True), strict=True)}
+    return {
+        name: found.emit(aten.cat.default, list(parts), 0)
+        for name, parts in zip(columns, zip(*form.sparse, strict=True), strict=True)
+    }

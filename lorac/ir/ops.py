@@ -25,6 +25,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: str) -> Tensor:
 
 @linear.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, site: str) -> Tensor:
+    inner, wanted = x.shape[-1], weight.shape[1]
+    torch._check(inner == wanted, lambda: f"{site}: the input's last size is {inner}, the weight takes {wanted}")
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -36,6 +38,8 @@ def embedding(ids: Tensor, weight: Tensor, padding_idx: int, site: str) -> Tenso
 
 @embedding.register_fake
 def _(ids: Tensor, weight: Tensor, padding_idx: int, site: str) -> Tensor:
+    integral = ids.dtype in (torch.int32, torch.int64)
+    torch._check_type(integral, lambda: f"{site}: ids must be int32 or int64, not {ids.dtype}")
     return weight.new_empty((*ids.shape, weight.shape[1]))
 
 
@@ -80,6 +84,20 @@ def _(x: Tensor, y: Tensor, site: str) -> Tensor:
 
 
 LINEAR, BLOCK = linear._opoverload, block._opoverload
+
+
+@torch.library.custom_op("lorac::split_ranks", mutates_args=())
+def split_ranks(u: Tensor, ranks: Tensor, pairs: list[Tensor]) -> list[Tensor]:
+    """u (..., sum of ranks) cut along its last axis by ``ranks`` (n,), one part per B (R, N) of ``pairs``."""
+    return [part.clone() for part in u.split(ranks.tolist(), dim=-1)]
+
+
+@split_ranks.register_fake
+def _(u: Tensor, ranks: Tensor, pairs: list[Tensor]) -> list[Tensor]:
+    return [u.new_empty((*u.shape[:-1], pair.shape[0])) for pair in pairs]
+
+
+SPLIT_RANKS = split_ranks._opoverload
 OPS = frozenset(op._opoverload for op in (linear, embedding, conv, block))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,8 +12,8 @@ from lorac.errors import FormatError, PatternTooSlow, SiteNotFound, nearest_name
 from lorac.ir.sites import Site
 from lorac.ir.types import SiteKind
 
-TIMEOUT_SECONDS = 1.0
-"""Longest a single pattern may take on one module path."""
+TIMEOUT_SECONDS = 0.1
+"""Longest a single pattern may take on one module path, in the thread's own time; an honest one takes microseconds."""
 _LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
 _HEADS = ("lm_head", "embed_out", "output_layer")
 """Output layers by name, for models that do not say which module is theirs (``get_output_embeddings``)."""
@@ -25,9 +26,15 @@ def matches(pattern: str, path: str, *, full: bool = True) -> regex.Match[str] |
         PatternTooSlow: matching did not end within ``TIMEOUT_SECONDS``.
         FormatError: the pattern is not a regular expression.
     """
-    match: Callable[..., Any] = regex.fullmatch if full else regex.match
     try:
-        return match(pattern, path, timeout=TIMEOUT_SECONDS)  # type: ignore[no-any-return]
+        compiled = regex.compile(pattern)  # cached; a long list of alternatives takes its time, once
+        match: Callable[..., Any] = compiled.fullmatch if full else compiled.match
+        start = time.thread_time()
+        found = match(path, timeout=TIMEOUT_SECONDS)
+        # The engine looks at its clock now and then only: a match may end in time for it and yet be too slow.
+        if time.thread_time() - start > TIMEOUT_SECONDS:
+            raise TimeoutError
+        return found
     except TimeoutError:
         raise PatternTooSlow(
             f"pattern {pattern!r} did not finish matching '{path}' in {TIMEOUT_SECONDS:g} s",
@@ -67,6 +74,17 @@ def layer_index(path: str, patterns: Iterable[str]) -> int | None:
     return None
 
 
+def block_index(path: str) -> int:
+    """The number of a block in its list: ``encoder.layer.3`` is 3."""
+    return int(path.rpartition(".")[2])
+
+
+def outermost_blocks(sites: Mapping[str, Site]) -> set[str]:
+    """Paths of the blocks that lie in no other block: not an expert, or a layer's part, inside a layer."""
+    blocks = {path for path, site in sites.items() if site.kind is SiteKind.BLOCK}
+    return {path for path in blocks if not any(path.startswith(f"{other}.") for other in blocks)}
+
+
 def select(
     sites: Mapping[str, Site],
     targets: str | Iterable[str],
@@ -81,22 +99,27 @@ def select(
 
     Args:
         sites: all sites of the model.
-        targets: suffixes, one regular expression, or ``"all-linear"`` (every linear layer but the output layer).
+        targets: suffixes, one regular expression, ``"all-linear"`` (every linear layer but the output layer), or
+            ``"all-blocks"`` (every outermost block).
         exclude, layers, layers_pattern, saved: PEFT's exclude_modules, layers_to_transform, layers_pattern,
             modules_to_save.
         heads: paths of output layers, which ``"all-linear"`` leaves out.
     """
     chosen_layers, saved = set(layers), tuple(saved)
     heads = set(heads)
+    blocks = outermost_blocks(sites) if targets == "all-blocks" else set()
     picked = []
     for path, site in sites.items():
         if (exclude and names(exclude, path)) or holds(saved, path):
             continue
         if targets == "all-linear":
             named = site.kind is SiteKind.LINEAR and path not in heads and path.rpartition(".")[2] not in _HEADS
+        elif targets == "all-blocks":
+            named = path in blocks and (not chosen_layers or block_index(path) in chosen_layers)
         else:
             named = names(targets, path)
-        if named and chosen_layers and not isinstance(targets, str):
+        # A path that is given in full is meant, whatever its layer (PEFT).
+        if named and chosen_layers and not isinstance(targets, str) and path not in targets:
             named = layer_index(path, layers_pattern) in chosen_layers
         if named:
             picked.append(site)

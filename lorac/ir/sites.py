@@ -6,6 +6,7 @@ embedding table, a convolution kernel, a grouped kernel) is known here and nowhe
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from torch import nn
 
 from lorac.ir.types import SiteKind
 
-CONVOLUTIONS = {nn.Conv1d: SiteKind.CONV1D, nn.Conv2d: SiteKind.CONV2D, nn.Conv3d: SiteKind.CONV3D}
+CONVOLUTIONS = {1: SiteKind.CONV1D, 2: SiteKind.CONV2D, 3: SiteKind.CONV3D}
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Site:
         transposed: the module stores (in, out).
         conv: geometry, for convolutions.
         padding_idx: of an embedding, −1 for none.
+        buffer: what is stored is a buffer, which is never trained.
         shares: paths of the other sites that read the same weight tensor (tied embeddings).
     """
 
@@ -65,6 +67,7 @@ class Site:
     transposed: bool = False
     conv: ConvGeometry | None = None
     padding_idx: int = -1
+    buffer: bool = False
     shares: tuple[str, ...] = field(default=(), compare=False)
 
     @property
@@ -117,6 +120,21 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     return dict(_with_sharing(found, model))
 
 
+def parameter_site(name: str, model: nn.Module) -> Site:
+    """The site of a bare parameter or buffer, which can be replaced whole (a norm's scale, a class token)."""
+    tensor = stored_tensor(model, name)
+    buffer = not isinstance(tensor, nn.Parameter)
+    return Site(name, SiteKind.PARAMETER, tensor.numel(), 1, tensor.dtype, name, buffer=buffer)
+
+
+def stored_tensor(model: nn.Module, name: str) -> torch.Tensor:
+    """A parameter or buffer by its fully qualified name."""
+    owner, _, leaf = name.rpartition(".")
+    tensor = getattr(model.get_submodule(owner), leaf)
+    assert isinstance(tensor, torch.Tensor)
+    return tensor
+
+
 def bias_of(site: Site, model: nn.Module) -> torch.Tensor | None:
     """The site's bias (out,), or None."""
     return model.get_parameter(site.bias).detach() if site.bias else None
@@ -135,34 +153,24 @@ def _module_site(path: str, module: nn.Module) -> Site | None:
     if not weight.is_floating_point():
         return None
     bias = f"{path}.bias" if isinstance(getattr(module, "bias", None), nn.Parameter) else None
-    common = {"path": path, "dtype": weight.dtype, "weight": f"{path}.weight", "bias": bias}
+    rows, columns = weight.shape[0], weight.shape[-1]
+    site = Site(path, SiteKind.LINEAR, rows, columns, weight.dtype, f"{path}.weight", bias)
     if isinstance(module, nn.Linear):
-        return Site(kind=SiteKind.LINEAR, out_features=weight.shape[0], in_features=weight.shape[1], **common)  # type: ignore[arg-type]
+        return site
     if is_conv1d_of_gpt2(module):
-        return Site(
-            kind=SiteKind.LINEAR,
-            out_features=weight.shape[1],
-            in_features=weight.shape[0],
-            transposed=True,
-            **common,  # type: ignore[arg-type]
-        )
+        return dataclasses.replace(site, out_features=columns, in_features=rows, transposed=True)
     if isinstance(module, nn.Embedding):
         padding = -1 if module.padding_idx is None else module.padding_idx
-        return Site(
-            kind=SiteKind.EMBEDDING,
-            out_features=weight.shape[1],
-            in_features=weight.shape[0],
-            padding_idx=padding,
-            **common,  # type: ignore[arg-type]
-        )
-    return _conv_site(module, common)
+        kind = SiteKind.EMBEDDING
+        return dataclasses.replace(site, kind=kind, out_features=columns, in_features=rows, padding_idx=padding)
+    return _conv_site(module, site)
 
 
-def _conv_site(module: nn.Module, common: dict[str, object]) -> Site | None:
-    kind = CONVOLUTIONS.get(type(module))  # type: ignore[arg-type]
-    if kind is None or module.padding_mode != "zeros" or isinstance(module.padding, str):
+def _conv_site(module: nn.Module, site: Site) -> Site | None:
+    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return None
-    assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    if module.padding_mode != "zeros" or isinstance(module.padding, str):
+        return None
     geometry = ConvGeometry(
         channels=module.in_channels,
         kernel=tuple(module.kernel_size),
@@ -171,8 +179,9 @@ def _conv_site(module: nn.Module, common: dict[str, object]) -> Site | None:
         dilation=tuple(module.dilation),
         groups=module.groups,
     )
-    columns = module.in_channels * int(torch.Size(geometry.kernel).numel())
-    return Site(kind=kind, out_features=module.out_channels, in_features=columns, conv=geometry, **common)  # type: ignore[arg-type]
+    columns = module.in_channels * torch.Size(geometry.kernel).numel()
+    kind = CONVOLUTIONS[len(geometry.kernel)]
+    return dataclasses.replace(site, kind=kind, out_features=module.out_channels, in_features=columns, conv=geometry)
 
 
 def _block_site(path: str, module: nn.Module, model: nn.Module) -> Site | None:
@@ -199,10 +208,4 @@ def _with_sharing(sites: Mapping[str, Site], model: nn.Module) -> Iterator[tuple
             yield path, site
             continue
         others = tuple(p for p in readers[id(model.get_parameter(site.weight))] if p != path)
-        yield path, _replace_shares(site, others)
-
-
-def _replace_shares(site: Site, shares: tuple[str, ...]) -> Site:
-    import dataclasses
-
-    return dataclasses.replace(site, shares=shares)
+        yield path, dataclasses.replace(site, shares=others)

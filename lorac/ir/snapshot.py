@@ -6,6 +6,7 @@ registered. That is what makes a swap bit-identical to a fresh compile.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -13,9 +14,10 @@ import torch
 
 from lorac.errors import ChoiceError
 from lorac.ir.choice import Choice
+from lorac.ir.filling import fill_branches, fill_site
 from lorac.ir.forms import LowRank, Value, compose
 from lorac.ir.sites import Site
-from lorac.ir.slots import BranchTerm, Prepared, SitePlan, SiteSlots, fill_branches, fill_site
+from lorac.ir.slots import BranchTerm, Prepared, SitePlan, SiteSlots
 
 Tensor = torch.Tensor
 
@@ -63,8 +65,7 @@ def compose_choice(
         terms = [(t, p.values[path]) for t, p in active if path in p.values]
         branches = tuple((t, p.branches[path]) for t, p in active if path in p.branches)
         if terms or branches:
-            site = plan.site
-            composed[path] = Composed(compose(terms, lambda site=site: base.weight(site)), branches)  # type: ignore[misc]
+            composed[path] = Composed(compose(terms, functools.partial(base.weight, plan.site)), branches)
     return Snapshot(choice, composed)
 
 

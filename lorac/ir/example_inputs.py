@@ -1,0 +1,158 @@
+"""Example inputs and dynamic shapes for a capture, made from a model's main input and its configuration."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from lorac.errors import ExampleInputsNeeded
+
+Inputs = Mapping[str, Any]
+
+_BATCH, _LENGTH, _DECODER_LENGTH = 2, 7, 5  # never 0 or 1, which torch.export takes for constants; distinct primes
+_TEXT = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"})
+_DECODER = "decoder_"
+SWITCHES = ("return_dict", "output_hidden_states", "output_attentions")
+"""Arguments of transformers models that their configuration has too."""
+CAPTURED = {"use_cache": False}
+"""What a capture sets in the configuration of a transformers model: its graph keeps no cache."""
+
+
+def is_hugging_face(model: nn.Module) -> bool:
+    """Whether ``model`` is a transformers model; does not import transformers."""
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
+
+
+def default_inputs(model: nn.Module) -> dict[str, Tensor]:
+    """Example inputs from the model's main input and configuration.
+
+    Raises:
+        ExampleInputsNeeded: neither text nor pixels, or a model that joins them by special tokens.
+    """
+    config, names = getattr(model, "config", None), list(inspect.signature(model.forward).parameters)
+    main = getattr(model, "main_input_name", None) if is_hugging_face(model) else None
+    inputs: dict[str, Tensor] = {}
+    placeholder = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+    if placeholder is None and main in ("input_ids", "pixel_values") and main in names:
+        device = next((p.device for p in model.parameters()), None)
+        if main == "input_ids":
+            inputs |= _text_inputs(config, names, device)
+        if "pixel_values" in names and (pixels := _pixels(model, config, device)) is not None:
+            inputs["pixel_values"] = pixels
+        if "decoder_input_ids" in names and getattr(config, "is_encoder_decoder", False):
+            inputs["decoder_input_ids"] = _ids(config, _DECODER_LENGTH, device)
+    if main not in inputs:
+        raise ExampleInputsNeeded(
+            f"example inputs cannot be made for {type(model).__name__}; its forward takes ({', '.join(names)})",
+            next_step="pass example_inputs= a tuple or a dict of tensors, batch and lengths of 2 or more",
+        )
+    return inputs
+
+
+def _text_inputs(config: Any, names: Collection[str], device: Any) -> dict[str, Tensor]:
+    ids = _ids(config, _LENGTH, device)
+    return {"input_ids": ids} | ({"attention_mask": torch.ones_like(ids)} if "attention_mask" in names else {})
+
+
+def _ids(config: Any, length: int, device: Any) -> Tensor:
+    """Distinct-looking token ids without a random generator; the last is the end of the text (CLIP looks for it)."""
+    text = config.get_text_config(decoder=True)
+    ids: Tensor = (torch.arange(_BATCH * length, device=device).reshape(_BATCH, length) * 5 + 3) % text.vocab_size
+    end = getattr(text, "eos_token_id", None)
+    if isinstance(end, int) and 0 <= end < text.vocab_size:
+        ids[:, -1] = end
+    return ids
+
+
+def _pixels(model: nn.Module, config: Any, device: Any) -> Tensor | None:
+    """Images of the configured size; None where no size is configured."""
+    vision = getattr(config, "vision_config", config)
+    size = getattr(vision, "image_size", None)
+    if isinstance(size, Mapping):
+        size = (size["height"], size["width"])
+    height, width = (size, size) if isinstance(size, int) else (tuple(size or ()) or (None, None))
+    if height is None:
+        return None
+    shape = (_BATCH, getattr(vision, "num_channels", 3), height, width)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    count = torch.Size(shape).numel()
+    return (torch.arange(count, device=device).remainder(255) / 127.5 - 1).reshape(shape).to(dtype)
+
+
+def default_shapes(model: nn.Module, inputs: Inputs, *, named: bool = True) -> dict[str, Any]:
+    """Dynamic shapes: the batch of every tensor input, and the length of text inputs.
+
+    Args:
+        model: bounds the length where positions come from a table.
+        inputs: the example inputs, by name.
+        named: ``Dim``s called batch, length and decoder_length; else ``Dim.AUTO``, which lets torch narrow them.
+    """
+    limit = _position_limit(model)
+    tensors = [value for value in inputs.values() if isinstance(value, Tensor) and value.dim()]
+    batch = tensors[0].shape[0] if tensors else None
+    dims: dict[str, Any] = {"batch": Dim("batch")}
+    shapes: dict[str, Any] = {}
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor):
+            shapes[name] = None
+            continue
+        shapes[name] = axes = {}
+        if value.dim() and value.shape[0] == batch:
+            axes[0] = dims["batch"] if named else Dim.AUTO
+        plain = name.removeprefix(_DECODER)
+        if is_hugging_face(model) and plain in _TEXT and value.dim() >= 2:
+            length = "length" if plain == name else "decoder_length"
+            axes[1] = dims.setdefault(length, Dim(length, max=limit)) if named else Dim.AUTO
+    return shapes
+
+
+def _position_limit(model: nn.Module) -> int | None:
+    """The longest text a table of positions admits; None where positions are computed (rotary, relative)."""
+    config = getattr(model, "config", None)
+    if config is None or not is_hugging_face(model):
+        return None
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    tables = (path for path, module in model.named_modules() if isinstance(module, nn.Embedding))
+    return limit if any(re.search(r"(^|\.)(wpe|\w*position\w*)$", path) for path in tables) else None
+
+
+def widened(value: Any, axes: Any) -> Any:
+    """``value`` with each dynamic axis of size 1 repeated once, since torch.export takes a size of 1 for a constant."""
+    if not isinstance(value, Tensor) or not isinstance(axes, Mapping):
+        return value
+    repeats = [2 if axis in axes and size == 1 else 1 for axis, size in enumerate(value.shape)]
+    return value.repeat(repeats) if 2 in repeats else value
+
+
+def positional_arguments(model: nn.Module, inputs: Collection[str]) -> tuple[str, ...]:
+    """Names of forward's arguments in the order of a positional call.
+
+    Args:
+        model: the host.
+        inputs: inputs of its captured program; those of a ``*args`` are called ``args_0``, ``args_1``, ...
+    """
+    names: list[str] = []
+    for name, parameter in inspect.signature(model.forward).parameters.items():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            names += [found for found in inputs if re.fullmatch(rf"{name}_\d+", found)]
+        elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            names.append(name)
+    return tuple(names)
+
+
+def fixed_arguments(model: nn.Module) -> dict[str, Any]:
+    """Arguments of forward that are no tensors, and the values a capture gives them: their defaults."""
+    parameters = inspect.signature(model.forward).parameters
+    found = {name: p.default for name, p in parameters.items() if isinstance(p.default, bool | int | float | str)}
+    if is_hugging_face(model):  # there None means what the configuration says
+        switches: Any = model.config
+        found |= {name: getattr(switches, name) for name in SWITCHES if hasattr(switches, name)} | CAPTURED
+    return found

@@ -1,0 +1,71 @@
+"""Progress of anything that takes longer than two seconds, on a terminal; silent elsewhere and for quick work."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+DELAY_SECONDS = 2.0
+"""How long work stays silent."""
+
+
+class Progress:
+    """Named steps towards an end; shown once the work has taken ``DELAY_SECONDS``.
+
+    Args:
+        title: what is going on.
+        total: number of steps, or None where it is not known.
+    """
+
+    def __init__(self, title: str, total: int | None = None) -> None:
+        self.title, self.total = title, total
+        self._done, self._step = 0, ""
+        self._lock = threading.Lock()
+        self._bar: Any = None
+        self._task: Any = None
+
+    def step(self, name: str) -> None:
+        """The next step begins."""
+        with self._lock:
+            self._done += bool(self._step)
+            self._step = name
+            self._refresh()
+
+    def _show(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bar
+
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        with self._lock:
+            self._bar = Bar(*columns, console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task(self.title, total=self.total)
+            self._bar.start()
+            self._refresh()
+
+    def _refresh(self) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done, description=f"{self.title}: {self._step}")
+
+    def _close(self) -> None:
+        with self._lock:
+            if self._bar is not None:
+                self._bar.stop()
+
+
+@contextmanager
+def progress(title: str, total: int | None = None) -> Iterator[Progress]:
+    """Report the steps of a block; nothing is printed where standard error is no terminal."""
+    report = Progress(title, total)
+    timer = threading.Timer(DELAY_SECONDS, report._show)
+    timer.daemon = True
+    if sys.stderr.isatty():
+        timer.start()
+    try:
+        yield report
+    finally:
+        timer.cancel()
+        report._close()

@@ -1,0 +1,3 @@
+"""The version of lorac, where every module can read it without importing the interface."""
+
+VERSION = "0.1.0"
