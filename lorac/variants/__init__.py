@@ -8,7 +8,9 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
+import sys
 from collections.abc import Iterator
+from types import ModuleType
 
 from lorac.errors import UnknownField, nearest_name
 from lorac.variants.base import Variant, is_concrete
@@ -31,7 +33,8 @@ def _subclasses(parent: type[Variant]) -> Iterator[type[Variant]]:
 def variants() -> dict[str, type[Variant]]:
     """Every method by name: those of this folder, and those the user has subclassed anywhere."""
     _load_all()
-    return {child.name: child for child in sorted(_subclasses(Variant), key=lambda c: c.name)}
+    found = _subclasses(Variant)  # type: ignore[type-abstract]
+    return {child.name: child for child in sorted(found, key=lambda c: c.name)}
 
 
 def variant_named(name: str) -> type[Variant]:
@@ -48,3 +51,13 @@ def variant_named(name: str) -> type[Variant]:
             next_step="`lorac variants` lists them; one of your own is known once its class is imported",
         )
     return found[name]
+
+
+class _Listing(ModuleType):
+    """This package, callable: importing it makes it the attribute ``lorac.variants``, where the function belongs."""
+
+    def __call__(self) -> dict[str, type[Variant]]:
+        return variants()
+
+
+sys.modules[__name__].__class__ = _Listing

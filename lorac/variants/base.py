@@ -43,7 +43,8 @@ class Variant(ABC):
     """Hyper-parameters common to all methods, in PEFT's names without the method's prefix.
 
     Attributes:
-        targets: what PEFT's ``target_modules`` takes: suffixes, one regular expression, or ``"all-linear"``.
+        targets: what PEFT's ``target_modules`` takes: suffixes, one regular expression, ``"all-linear"``; or
+            ``"all-blocks"``, for methods on blocks.
         exclude: PEFT's ``exclude_modules``.
         layers: PEFT's ``layers_to_transform``: layer indices to keep.
         layers_pattern: PEFT's ``layers_pattern``: name of the list of layers.
@@ -59,7 +60,7 @@ class Variant(ABC):
     bias: str = "none"
 
     name: ClassVar[str]
-    paper: ClassVar[str]
+    paper: ClassVar[str] = "unpublished"
     """Title and arXiv number."""
     kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.LINEAR})
     """Site kinds the method is defined on."""
@@ -90,6 +91,10 @@ class Variant(ABC):
                 changed[target] = patterns[key]
         return dataclasses.replace(self, **changed) if changed else self
 
+    def adapts(self, site: Site) -> bool:
+        """Whether a site that ``targets`` names gets an adapter; a method may skip some (every k-th block, say)."""
+        return True
+
     def check(self, site: Site) -> None:
         """Raise ``SiteUnsupported`` where the method is not defined on the site's kind."""
         if site.kind not in self.kinds:
@@ -105,7 +110,7 @@ class WeightVariant(Variant):
     kinds: ClassVar[frozenset[SiteKind]] = MATRIX_KINDS
 
     @abstractmethod
-    def weight(self, W: Tensor, p: Params) -> Tensor:  # noqa: N803  (the papers' letter)
+    def weight(self, W: Tensor, p: Params) -> Tensor:
         """W' (out, in) from W (out, in)."""
 
     def new_bias(self, b: Tensor, p: Params) -> Tensor:
@@ -117,7 +122,12 @@ class BranchVariant(Variant):
     """A method that reads a site's input and output."""
 
     emits: ClassVar[tuple[str, ...]] = ()
-    """Names of the extra outputs the formula gives through ``ctx.emit``."""
+    """Names of the extra outputs the formula gives through ``ctx.emit``, each once."""
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Names of the program values the formula asks for through ``ctx.value`` (``lorac.ir.values``)."""
+        return ()
 
     @abstractmethod
     def branch(self, x: Tensor, y: Tensor, p: Params, ctx: Context) -> Tensor:

@@ -10,10 +10,22 @@ from typing import ClassVar
 
 import torch
 
+from lorac.errors import ShapeMismatch
 from lorac.ir.sites import Site
 from lorac.ir.types import Params, ParamSpec, Role
-from lorac.variants import _inits, _masks
+from lorac.variants import _inits
+from lorac.variants._masks import (
+    MaskMaker,
+    gradient_mask,
+    magnitude_mask,
+    maker,
+    random_mask,
+    snip_mask,
+    struct_mask,
+)
 from lorac.variants.base import WeightVariant
+
+__all__ = ["MaskMaker", "SHiRA", "gradient_mask", "magnitude_mask", "random_mask", "snip_mask", "struct_mask"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,14 +35,13 @@ class SHiRA(WeightVariant):
     Attributes:
         r: PEFT's size knob: K = r·(out + in). It does not bound the rank.
         ratio: the paper's: K = round(ratio·out·in). Takes precedence over r.
-        mask: which positions: ``"random"``, ``"magnitude"``, ``"struct"``, or a maker from
-            ``lorac.variants.masks``-style callables (``gradient_mask``, ``snip_mask``): InitContext -> (2, K).
-        seed: folded with the adapter's and the site's name into the random mask.
+        mask: which positions: ``"random"`` (its own per adapter and site), ``"magnitude"``, or what a maker of
+            this module returns: ``random_mask``, ``magnitude_mask``, ``gradient_mask``, ``snip_mask``, ``struct_mask``.
     """
 
     r: int = 32
     ratio: float | None = None
-    mask: str | _masks.MaskMaker = "random"
+    mask: str | MaskMaker = "random"
 
     name: ClassVar[str] = "shira"
     paper: ClassVar[str] = "Sparse High Rank Adapters, arXiv 2406.13175"
@@ -41,10 +52,16 @@ class SHiRA(WeightVariant):
         return self.r * (out + columns) if self.ratio is None else round(self.ratio * out * columns)
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
-        maker = _masks.maker(self.mask, self.entries(site))
-        entries = maker.entries(site)
+        chosen = maker(self.mask, self.entries(site))
+        entries, size = chosen.entries(site), site.out_features * site.in_features
+        if entries > size:
+            raise ShapeMismatch(
+                f"SHiRA cannot train {entries} positions of '{site.path}', which has {size}",
+                nearest=f"r={size // (site.out_features + site.in_features)}",
+                next_step="give a smaller r or ratio",
+            )
         return {
-            "indices": ParamSpec((2, entries), maker.make, role=Role.INDEX),
+            "indices": ParamSpec((2, entries), chosen.make, role=Role.INDEX),
             "values": ParamSpec((entries,), _inits.zeros, decay=False),
         }
 

@@ -1,0 +1,66 @@
+"""AdapterTune: a GELU bottleneck with a residual after every k-th transformer block.
+
+"AdapterTune: Zero-Initialized Low-Rank Adapters for Frozen Vision Transformers", 2026, arXiv 2603.14706.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from lorac.errors import UnknownOption, nearest_name
+from lorac.ir.patterns import block_index
+from lorac.ir.sites import Site
+from lorac.ir.types import Params, ParamSpec, SiteKind
+from lorac.variants import _inits
+from lorac.variants.base import BranchVariant, Context
+
+_UP_INITS = {"zero": _inits.zeros, "small": _inits.normal(1e-4)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterTune(BranchVariant):
+    """``y' = y + alpha·(U·GELU(D·y + p) + q)``, y (…, d) a block's output, D (r, d), U (d, r); exact (erf) GELU.
+
+    Attributes:
+        targets: blocks; the default is every one of the network's.
+        r: width of the bottleneck.
+        alpha: factor of the branch.
+        every: of the targeted blocks only those whose index is a multiple of this; block 0 always is.
+        init: start of U and q: ``"zero"``, or ``"small"`` for N(0, 1e-4).
+    """
+
+    targets: str | tuple[str, ...] = "all-blocks"
+    r: int = 16
+    alpha: float = 1.0
+    every: int = 1
+    init: str = "zero"
+
+    name: ClassVar[str] = "adaptertune"
+    paper: ClassVar[str] = (
+        "AdapterTune: Zero-Initialized Low-Rank Adapters for Frozen Vision Transformers, arXiv 2603.14706"
+    )
+    kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.BLOCK})
+
+    def adapts(self, site: Site) -> bool:
+        return block_index(site.path) % self.every == 0
+
+    def params(self, site: Site) -> dict[str, ParamSpec]:
+        if self.init not in _UP_INITS:
+            raise UnknownOption(
+                f"AdapterTune has no init '{self.init}'", nearest=nearest_name(self.init, _UP_INITS) or "zero, small"
+            )
+        width, up = site.out_features, _UP_INITS[self.init]
+        return {
+            "down": ParamSpec((self.r, width), _inits.xavier_uniform),
+            "down_bias": ParamSpec((self.r,), _inits.zeros),
+            "up": ParamSpec((width, self.r), up),
+            "up_bias": ParamSpec((width,), up),
+        }
+
+    def branch(self, x: torch.Tensor, y: torch.Tensor, p: Params, ctx: Context) -> torch.Tensor:
+        hidden = F.gelu(F.linear(y, p.down, p.down_bias))
+        return y + self.alpha * F.linear(hidden, p.up, p.up_bias)
