@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ from torch import fx
 from lorac.ir import ops
 from lorac.ir.edit import add_outputs, inline
 from lorac.ir.graph import Graph, Level
-from lorac.ir.slots import Ctx, SitePlan, SiteSlots, run_site
+from lorac.ir.meaning import adapted_output
+from lorac.ir.sites import Site
+from lorac.ir.slots import SitePlan
 
 Tensor = torch.Tensor
 
@@ -44,15 +46,17 @@ def _expand_one(
     plan = graph.plans[str(path)]
     operands = [a for a in host_args if isinstance(a, fx.Node)]  # type: ignore[union-attr]
     roles = list(slots)  # type: ignore[arg-type]
-    function, emitted = _meaning(plan, target, host_args, len(operands), roles, aux)
+    function, emitted = _meaning(graph.sites, plan, target, len(operands), roles, aux)
     inputs = [*operands, *slots.values()]  # type: ignore[union-attr]
-    key = (target, _structure(plan), *(tuple(map(str, n.meta["val"].shape[:-1])) for n in operands[:1]))
-    traced, outputs = inline(graph.exported, node, function, inputs, traces.get(key) if not slots_differ(plan) else None)
+    key = (target, tuple(roles), _structure(plan), *(tuple(map(str, n.meta["val"].shape[:-1])) for n in operands[:1]))
+    traced, outputs = inline(
+        graph.exported, node, function, inputs, traces.get(key) if not slots_differ(plan) else None
+    )
     traces.setdefault(key, traced)
     node.replace_all_uses_with(outputs[0])
     graph.fx.erase_node(node)
     for name, output in zip(emitted, outputs[1:], strict=True):
-        extra[f"{name}:{path}"] = output
+        extra[name] = output
 
 
 def slots_differ(plan: SitePlan) -> bool:
@@ -63,33 +67,25 @@ def slots_differ(plan: SitePlan) -> bool:
 def _structure(plan: SitePlan) -> Any:
     site = plan.site
     shape = (site.kind, site.out_features, site.in_features, site.transposed, site.conv, site.padding_idx)
-    flags = (bool(plan.rank), plan.c, plan.d, plan.e, plan.bound, plan.bound_bias)
+    flags = (bool(plan.rank), plan.c, plan.d, plan.bound, plan.bias)
     return (*shape, site.bias is not None, *flags)
 
 
 def _meaning(
-    plan: SitePlan, target: object, host_args: Any, count: int, roles: list[str], aux: tuple[str, ...]
+    sites: Mapping[str, Site],
+    plan: SitePlan,
+    target: object,
+    count: int,
+    roles: list[str],
+    aux: tuple[str, ...],
 ) -> tuple[Callable[..., tuple[Tensor, ...]], list[str]]:
     """The function an adapted op stands for, over its tensor operands, and the names of its extra outputs."""
-    emits = [name for branch in plan.branches for name in branch.emits if name in aux]
+    emits = [(name, i) for i, branch in enumerate(plan.branches) for name in branch.emits if name in aux]
 
     def function(*tensors: Tensor) -> tuple[Tensor, ...]:
-        host, given = tensors[:count], dict(zip(roles, tensors[count:], strict=True))
-        found: dict[str, Tensor] = {}
-        ctx = Ctx(plan.site, emit=found.__setitem__)
-        down = given.pop("down", None)
-        slots = SiteSlots.of_named(given, plan)
-        if target is ops.BLOCK:
-            x, block = host
-            y = run_site(plan, slots, x, None, None, ctx=ctx, block=block)
-        else:
-            x, presented, *bias = host
-            y = run_site(plan, slots, x, _stored(plan, target, presented), bias[0] if bias else None, ctx=ctx, down=down)
-        return (y, *(found[name] for name in emits))
+        operands = dict(zip(roles, tensors[count:], strict=True))
+        emitted: dict[str, list[Tensor]] = {}
+        y = adapted_output(plan, target, tensors[:count], operands, sites, emitted)
+        return (y, *(emitted[name].pop(0) for name, _ in emits))
 
-    return function, emits
-
-
-def _stored(plan: SitePlan, target: object, weight: Tensor) -> Tensor:
-    """The weight as the module stores it: a linear site's operand is the presented matrix already."""
-    return weight.t() if target is ops.LINEAR and plan.site.transposed else weight
+    return function, [f"{name}:{plan.site.path}:branch{i}" for name, i in emits]

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from lorac.ir.patterns import nothing_matches, select
-from lorac.ir.sites import Site
+from lorac.ir.sites import Site, parameter_site
 from lorac.ir.slots import factor_dtype
 from lorac.ir.snapshot import BaseReader
-from lorac.ir.types import InitContext, Params, ParamSpec, Role, SiteKind
+from lorac.ir.types import InitContext, Params, ParamSpec, Role
 from lorac.variants.base import Adapter, Variant
 
 Tensor = torch.Tensor
@@ -50,9 +50,8 @@ def target_sites(variant: Variant, model: nn.Module, sites: Mapping[str, Site]) 
         saved=variant.modules_to_save,
         heads=output_layers(model),
     )
-    if variant.targets == "all-linear":
-        return [site for site in found if site.kind is SiteKind.LINEAR]
-    return found
+    # A site of a kind the method is not defined on stays in, to be refused by name.
+    return [site for site in found if site.kind not in variant.kinds or variant.adapts(site)]
 
 
 def output_layers(model: nn.Module) -> list[str]:
@@ -78,20 +77,20 @@ def trainable(adapter: Adapter, sites: Mapping[str, Site]) -> Adapter:
         site = sites[path]
         specs = adapter.variant.at(site).params(site)
         dtype = factor_dtype(site.dtype)
-        copy.tensors[path] = {name: own(t, dtype, specs[name].role) for name, t in tensors.items()}
+        copy.tensors[path] = {name: own(tensors[name], dtype, spec.role) for name, spec in specs.items()}
     for fqn, tensor in adapter.replaced.items():
-        copy.replaced[fqn] = own(tensor, tensor.dtype, Role.TRAINABLE)
+        kept = fqn in sites and sites[fqn].buffer
+        copy.replaced[fqn] = own(tensor, tensor.dtype, Role.BUFFER if kept else Role.TRAINABLE)
     return copy
 
 
 def parameter_sites(model: nn.Module, adapter: Adapter, sites: Mapping[str, Site]) -> dict[str, Site]:
-    """Sites for replaced parameters that no other site owns (a norm's scale, a class token)."""
+    """Sites for replaced parameters and buffers that no other site owns (a norm's scale, a class token)."""
     owned = {name for site in sites.values() for name in (site.weight, site.bias) if name}
     found = {}
     for fqn in adapter.replaced:
         if fqn not in owned and fqn not in sites:
-            tensor = model.get_parameter(fqn)
-            found[fqn] = Site(fqn, SiteKind.PARAMETER, tensor.numel(), 1, tensor.dtype, fqn)
+            found[fqn] = parameter_site(fqn, model)
     return found
 
 
@@ -105,9 +104,7 @@ def _initial(
         if spec.shared and key in shared:
             tensors[key] = shared[key]
             continue
-        context = InitContext(
-            spec.shape, site, lambda: base.weight(site).to(dtype), Params(**tensors), generator, name
-        )
+        context = InitContext(spec.shape, site, lambda: base.weight(site).to(dtype), Params(**tensors), generator, name)
         tensors[key] = _made(spec, context, dtype)
         if spec.shared:
             shared[key] = tensors[key]
@@ -137,4 +134,3 @@ def _add_replaced(adapter: Adapter, model: nn.Module, adapted: list[str]) -> Non
         owner, _, leaf = fqn.rpartition(".")
         if leaf.endswith("bias") and (variant.bias == "all" or (variant.bias != "none" and owner in adapted)):
             adapter.replaced.setdefault(fqn, parameter.detach().clone())
-

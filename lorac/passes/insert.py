@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,8 +10,8 @@ from torch import fx
 
 from lorac.errors import SiteUnreached
 from lorac.ir import ops
-from lorac.ir.edit import add_inputs, inherit, new_dimension
-from lorac.ir.graph import Graph, Level, SlotInput
+from lorac.ir.edit import add_inputs, inherit, inline, new_dimension
+from lorac.ir.graph import Graph, Level, Pack, SlotInput
 from lorac.ir.kinds import kind_of
 from lorac.ir.slots import SitePlan, factor_dtype
 from lorac.ir.types import SiteKind
@@ -20,33 +21,85 @@ def insert(graph: Graph) -> bool:
     """host -> adapted. Slots become inputs of the graph, named ``<site>:<role>``.
 
     Raises:
-        SiteUnreached: no call of a planned site was captured.
+        SiteUnreached: none of the planned sites is part of the graph. Where some are, the others lose their plans:
+            whether that leaves an adapter without effect, ``refuse_idle`` says.
     """
     if graph.level is not Level.HOST:
         return False
     calls: dict[str, list[fx.Node]] = {}
     for node in graph.find(*ops.OPS):
         calls.setdefault(str(node.args[-1]), []).append(node)
-    planned = {path: plan for path, plan in graph.plans.items() if not plan.empty}
-    _refuse_unreached(graph, planned, calls)
-    wanted = {name: spec for path, plan in planned.items() for name, spec in _inputs(graph, path, plan).items()}
-    nodes = add_inputs(graph.exported, {name: (shape, dtype) for name, (shape, dtype, _, _) in wanted.items()})
-    for name, (_, _, path, role) in wanted.items():
-        graph.slots[name] = SlotInput(name, path, role, nodes[name].name)
+    planned = _reached(graph, calls)
+    nodes = _add_slots(graph, planned)
     for path, plan in planned.items():
-        slots = {slot.role: nodes[slot.name] for slot in graph.slots.values() if slot.site == path}
+        slots = {slot.role: nodes[slot.name] for slot in graph.slots.values() if slot.site == path and not slot.members}
         if plan.site.kind is SiteKind.PARAMETER:
             _replace_parameter(graph, plan, slots["weight"])
             continue
         for node in calls[path]:
             _adapt(graph, node, path, slots)
+    for group in graph.packs.values():
+        _share(graph, group)
     graph.level = Level.ADAPTED
     return True
 
 
+def _add_slots(graph: Graph, planned: dict[str, SitePlan]) -> dict[str, fx.Node]:
+    packed = {path for group in graph.packs.values() for path in group.sites}
+    wanted: dict[str, tuple[Any, torch.dtype, str, str]] = {}
+    for path, plan in planned.items():
+        found = _inputs(graph, path, plan)
+        wanted |= {name: spec for name, spec in found.items() if path not in packed or spec[3] != "a"}
+    members: dict[str, tuple[str, ...]] = {}
+    for group in graph.packs.values():
+        found = _pack_inputs(graph, group)
+        wanted |= found
+        members |= dict.fromkeys(found, group.sites)
+    nodes = add_inputs(graph.exported, {name: (shape, dtype) for name, (shape, dtype, _, _) in wanted.items()})
+    for name, (_, _, path, role) in wanted.items():
+        graph.slots[name] = SlotInput(name, path, role, nodes[name].name, members.get(name, ()))
+    return nodes
+
+
+def _pack_inputs(graph: Graph, group: Pack) -> dict[str, tuple[Any, torch.dtype, str, str]]:
+    site = graph.plans[group.name].site
+    total = new_dimension(graph.exported, f"rank_{len(graph.exported._range_constraints)}", hint=3 * len(group.sites))
+    return {
+        f"{group.name}:pack.a": ((site.in_features, total), factor_dtype(site.dtype), group.name, "pack.a"),
+        f"{group.name}:pack.ranks": ((len(group.sites),), torch.int64, group.name, "pack.ranks"),
+    }
+
+
+def _share(graph: Graph, group: Pack) -> None:
+    """Compute x·A once per input that the group's sites read, and hand each site its part as ``down``."""
+    a, ranks = (graph.node(graph.slots[f"{group.name}:{role}"].node) for role in ("pack.a", "pack.ranks"))
+    pairs = [graph.node(graph.slots[f"{path}:b"].node) for path in group.sites]
+    parts: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.find(ops.adapted):
+        path = str(node.args[3])
+        if path not in group.sites:
+            continue
+        x: fx.Node = node.args[1][0]  # type: ignore[index, assignment]
+        if x not in parts:
+            parts[x] = _parts(graph, node, x, a, ranks, pairs)
+        down = parts[x][group.sites.index(path)]
+        node.update_arg(2, {**node.args[2], "down": down})  # type: ignore[dict-item]
+
+
+def _parts(
+    graph: Graph, before: fx.Node, x: fx.Node, a: fx.Node, ranks: fx.Node, pairs: list[fx.Node]
+) -> list[fx.Node]:
+    dtype = a.meta["val"].dtype
+
+    def down(x: torch.Tensor, a: torch.Tensor, ranks: torch.Tensor, *pairs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(ops.split_ranks(torch.matmul(x.to(dtype), a), ranks, list(pairs)))
+
+    return inline(graph.exported, before, down, [x, a, ranks, *pairs])[1]
+
+
 def _adapt(graph: Graph, node: fx.Node, path: str, slots: dict[str, fx.Node]) -> None:
     with graph.fx.inserting_before(node):
-        adapted = graph.fx.call_function(ops.adapted, (node.target, node.args[:-1], slots, path))
+        adapted = graph.fx.call_function(ops.adapted, (node.target, node.args[:-1], slots, path))  # type: ignore[arg-type]
     adapted.meta["val"] = node.meta["val"]
     inherit(adapted, node)
     adapted.meta["custom"] = {"lorac": path}
@@ -71,13 +124,13 @@ def _inputs(graph: Graph, path: str, plan: SitePlan) -> dict[str, tuple[Any, tor
         conv = site.conv is not None
         slot("a", _with_rank(example_a, 0 if conv else 1, rank))
         slot("b", _with_rank(example_b, 1 if conv else 0, rank))
-    for role, size in (("c", site.out_features), ("d", site.in_features), ("e", site.out_features)):
+    for role, size in (("c", site.out_features), ("d", site.in_features)):
         if getattr(plan, role):
             slot(role, (size,))
     if plan.bound:
         slot("weight", _weight_shape(graph, plan), site.dtype)
-        if plan.bound_bias:
-            slot("bias", (site.out_features,), site.dtype)
+    if plan.bias:
+        slot("bias", (site.out_features,), site.dtype)
     for index, branch in enumerate(plan.branches):
         slot(f"branch{index}.t", (1,))
         for j, shape in enumerate(branch.params.values()):
@@ -100,8 +153,7 @@ def _weight_shape(graph: Graph, plan: SitePlan) -> tuple[int, ...]:
 def _replace_parameter(graph: Graph, plan: SitePlan, slot: fx.Node) -> None:
     """Reads of a bare parameter inside its own module become reads of the slot."""
     owner = str(plan.site.weight).rpartition(".")[0]
-    signature = graph.exported.graph_signature
-    names = [name for name, fqn in signature.inputs_to_parameters.items() if fqn == plan.site.weight]
+    names = _inputs_of(graph, plan)
     for name in names:
         parameter = graph.node(name)
         for user in list(parameter.users):
@@ -109,15 +161,51 @@ def _replace_parameter(graph: Graph, plan: SitePlan, slot: fx.Node) -> None:
                 user.replace_input_with(parameter, slot)
 
 
+def _inputs_of(graph: Graph, plan: SitePlan) -> list[str]:
+    """Names of the nodes through which the graph reads a bare parameter or buffer."""
+    signature = graph.exported.graph_signature
+    stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    return [name for name, fqn in stored.items() if fqn == plan.site.weight]
+
+
 def _module_of(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     return str(list(stack.values())[-1][0]) if stack else ""
 
 
-def _refuse_unreached(graph: Graph, planned: dict[str, SitePlan], calls: dict[str, list[fx.Node]]) -> None:
-    missing = [p for p, plan in planned.items() if p not in calls and plan.site.kind is not SiteKind.PARAMETER]
-    if missing:
-        raise SiteUnreached(
-            f"'{missing[0]}' is adapted, but the captured graph '{graph.name}' never calls it ({len(missing)} sites)",
-            next_step="give example_inputs= that reach it, or leave the site out of targets=",
-        )
+def _reached(graph: Graph, calls: Mapping[str, Sequence[fx.Node]]) -> dict[str, SitePlan]:
+    """The plans of the sites that are part of the graph; the graph keeps no others."""
+    planned = {path: plan for path, plan in graph.plans.items() if not plan.empty}
+    missing = [path for path, plan in planned.items() if path not in calls and not _is_read(graph, plan)]
+    if missing and len(missing) == len(planned):
+        raise _unreached(f"'{missing[0]}' ({len(missing)} sites) is adapted", graph)
+    graph.plans = {path: plan for path, plan in graph.plans.items() if path not in missing}
+    return {path: plan for path, plan in planned.items() if path not in missing}
+
+
+def _is_read(graph: Graph, plan: SitePlan) -> bool:
+    """Whether a site is a bare parameter or buffer that the graph reads (a count of batches only training reads)."""
+    bare = plan.site.kind is SiteKind.PARAMETER
+    return bare and any(graph.node(name).users for name in _inputs_of(graph, plan))
+
+
+def refuse_idle(graph: Graph, touched: Mapping[str, Collection[str]]) -> None:
+    """Refuse an adapter that no part of a captured graph runs.
+
+    Args:
+        graph: after ``insert``.
+        touched: adapter -> paths of the sites it touches.
+
+    Raises:
+        SiteUnreached: the graph reaches none of an adapter's sites.
+    """
+    for name, paths in touched.items():
+        if paths and not any(path in graph.plans for path in paths):
+            raise _unreached(f"adapter '{name}' touches '{min(paths)}' ({len(paths)} sites)", graph)
+
+
+def _unreached(what: str, graph: Graph) -> SiteUnreached:
+    return SiteUnreached(
+        f"{what}, but the captured graph '{graph.name}' never calls it",
+        next_step="give example_inputs= that reach it, or leave the site out of targets=",
+    )

@@ -17,6 +17,7 @@ from lorac.ir.sites import Site
 from lorac.ir.slots import BranchSlot, BranchTerm, Ctx, Prepared, factor_dtype
 from lorac.ir.snapshot import BaseReader
 from lorac.ir.types import SiteKind
+from lorac.ir.values import check_reads
 from lorac.variants.base import Adapter, BranchVariant, Variant, WeightVariant
 
 Tensor = torch.Tensor
@@ -103,9 +104,7 @@ class Lowerer:
         owners = {name: path for path, site in self.sites.items() for name in (site.weight, site.bias) if name}
         return list(dict.fromkeys(owners[fqn] for fqn in adapter.replaced))
 
-    def _lower(
-        self, variant: Variant, site: Site, shape: tuple[int, int], tensors: Mapping[str, Tensor]
-    ) -> Lowering:
+    def _lower(self, variant: Variant, site: Site, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Lowering:
         dtype = factor_dtype(site.dtype)
         examples = {name: _cast(tensor.detach(), dtype) for name, tensor in tensors.items()}
         if isinstance(variant, WeightVariant):
@@ -113,7 +112,7 @@ class Lowerer:
                 lambda w, b, p: (variant.weight(w, p), variant.new_bias(b, p)), shape, examples, dtype, self.rules
             )
         assert isinstance(variant, BranchVariant)
-        if site.kind is not SiteKind.LINEAR:
+        if site.kind is not SiteKind.LINEAR or variant.reads:
             return Lowering(BRANCH, torch.fx.GraphModule(nn.Module(), torch.fx.Graph()), tuple(tensors), ("y",))
         ctx = Ctx(site)
         return lower_branch(lambda x, y, p: variant.branch(x, y, p, ctx), shape, examples, dtype, self.rules)
@@ -134,6 +133,8 @@ def check_adapter(adapter: Adapter, sites: Mapping[str, Site]) -> None:
                 next_step="`lorac sites MODEL` prints them all",
             )
         adapter.variant.check(site)
+        if isinstance(adapter.variant, BranchVariant):
+            check_reads(adapter.variant.reads, sites)
         _check_tensors(adapter, site, tensors)
     for name, tensor in adapter.replaced.items():
         _check_finite(adapter.name, name, tensor)
@@ -146,7 +147,8 @@ def branch_term(variant: Variant, site: Site, tensors: Mapping[str, Tensor], *, 
     assert isinstance(here, BranchVariant)
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
     dtype = factor_dtype(site.dtype)
-    slot = BranchSlot(f"{here.name}{_structure(here)}{sorted(shapes.items())}", here.branch, shapes, here.emits)
+    key = f"{here.name}{_structure(here)}{sorted(shapes.items())}"
+    slot = BranchSlot(key, here.branch, shapes, here.emits, here.reads)
     given = (t.detach() if detach else t for t in tensors.values())
     return BranchTerm(slot, tuple(_cast(t, dtype) for t in given))
 
@@ -192,8 +194,7 @@ def _absent(site: Site, dtype: torch.dtype) -> Tensor:
 
 
 def _settled(value: Value) -> Value:
-    changed = {
+    changed: dict[str, Any] = {
         name: tensor.detach().contiguous() for name, tensor in vars(value).items() if isinstance(tensor, Tensor)
     }
     return dataclasses.replace(value, **changed)
-

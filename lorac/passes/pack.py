@@ -1,15 +1,35 @@
 """pack: sites that read the same input share one x·A.
 
-q, k and v (and gate and up) read one x. Their A's become one slot, so the first halves of their low-rank branches are
-one matmul, split after by the ranks in a second, small slot. The layout is fixed here, at compile time: sites in graph
-order, whatever is active later.
+q, k and v (and gate and up) read one x. Their A's become one slot [K, ΣR], so the first halves of their low-rank
+branches are one matmul, split after by the ranks in a second, small slot [n]. The layout is fixed here, at compile
+time: sites in the order of their first call, whatever is active later.
 """
 
 from __future__ import annotations
 
-from lorac.ir.graph import Graph
+from collections import defaultdict
+
+from torch import fx
+
+from lorac.ir import ops
+from lorac.ir.graph import Graph, Level, Pack
+from lorac.ir.types import SiteKind
 
 
 def pack(graph: Graph) -> bool:
-    """Replace the ``a`` operands of sites that share an input by parts of one product."""
-    return False
+    """Note which sites share an input; ``insert`` gives each such group one A. A site belongs to one group at most."""
+    if graph.level is not Level.HOST or graph.packs:
+        return False
+    groups: dict[fx.Node, list[str]] = defaultdict(list)
+    for node in graph.find(ops.LINEAR):
+        path = str(node.args[-1])
+        plan = graph.plans.get(path)
+        if plan is not None and plan.rank and plan.site.kind is SiteKind.LINEAR:
+            groups[node.args[0]].append(path)  # type: ignore[index]
+    together = {tuple(paths) for paths in groups.values() if len(paths) > 1}
+    for paths in sorted(together):
+        # Shared layers are called several times: their calls must all come in the same company.
+        shared = [group for group in groups.values() if set(group) & set(paths)]
+        if all(tuple(group) == paths for group in shared) and len(set(paths)) == len(paths):
+            graph.packs[paths[0]] = Pack(paths[0], paths)
+    return bool(graph.packs)

@@ -15,6 +15,7 @@ from lorac.passes.cleanup import cleanup
 from lorac.passes.expand import expand
 from lorac.passes.insert import insert
 from lorac.passes.pack import pack
+from lorac.passes.values import values
 
 Pass = Callable[[Graph], bool]
 Observer = Callable[[str, Graph], None]
@@ -27,8 +28,9 @@ def adapt(aux: tuple[str, ...] = ()) -> tuple[tuple[str, Pass], ...]:
         aux: extra outputs to give.
     """
     return (
-        ("insert", insert),
         ("pack", pack),
+        ("insert", insert),
+        ("values", values),
         ("expand", functools.partial(expand, aux=aux)),
         ("cleanup", cleanup),
     )
@@ -37,15 +39,23 @@ def adapt(aux: tuple[str, ...] = ()) -> tuple[tuple[str, Pass], ...]:
 def run_pipeline(graph: Graph, passes: Sequence[tuple[str, Pass]], observe: Observer | None = None) -> list[str]:
     """Run passes in order; returns the names of those that changed the graph.
 
+    Args:
+        graph: edited in place.
+        passes: (name, pass) in order.
+        observe: called with ``"capture"`` before the first, then with the name of each pass that changed the graph.
+
     Raises:
         VerificationFailed: a pass left the graph breaking a rule of its level.
     """
     changed = []
     verify(graph, after="capture")
+    if observe is not None:
+        observe("capture", graph)
     for name, step in passes:
-        if step(graph):
-            changed.append(name)
+        did = step(graph)
         verify(graph, after=name)
-        if observe is not None:
+        if did:
+            changed.append(name)
+        if did and observe is not None:
             observe(name, graph)
     return changed

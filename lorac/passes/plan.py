@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from lorac.errors import NotMergeable, UnknownOption, nearest_name
 from lorac.ir.forms import Dense, LowRank, Value
+from lorac.ir.fused import leaves_blocks
 from lorac.ir.patterns import nothing_matches, select
 from lorac.ir.sites import Site
 from lorac.ir.slots import BranchSlot, Prepared, SitePlan
@@ -49,9 +50,8 @@ class _Needs:
     rank: int = 0
     c: bool = False
     d: bool = False
-    e: bool = False
     bound: bool = False
-    bound_bias: bool = False
+    bias: bool = False
     branches: list[BranchSlot] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
 
@@ -63,7 +63,7 @@ def plan_sites(
 
     Raises:
         UnknownOption: no such mode.
-        NotMergeable: a branch is to be fused or baked.
+        NotMergeable: a branch, or a weight that leaves a grouped convolution's blocks, is to be fused or baked.
         SiteNotFound: ``reserve`` names no site.
     """
     if mode not in MODES:
@@ -71,7 +71,13 @@ def plan_sites(
     needs: dict[str, _Needs] = {}
     for name in sorted(prepared):
         for path, value in prepared[name].values.items():
-            _need_value(needs.setdefault(path, _Needs()), name, value, mode)
+            need = needs.setdefault(path, _Needs())
+            _need_value(need, name, value, mode)
+            if (mode in {"fused", "baked"} or not _beside(value)) and leaves_blocks(sites[path], value):
+                raise NotMergeable(
+                    f"'{name}' leaves the blocks of '{path}', a grouped convolution whose kernel cannot hold that",
+                    next_step="mode='live' (or 'auto') runs a low-rank adapter beside it",
+                )
         for path, term in prepared[name].branches.items():
             if mode in {"fused", "baked"}:
                 raise NotMergeable(
@@ -84,17 +90,22 @@ def plan_sites(
     return {path: _plan(sites[path], needs[path]) for path in sites if path in needs}
 
 
+def _beside(value: Value) -> bool:
+    """Whether a value runs beside the weight in live mode."""
+    return isinstance(value, LowRank) and value.d is None
+
+
 def _need_value(need: _Needs, name: str, value: Value, mode: str) -> None:
     if mode in {"fused", "baked"}:
         need.bound = True
-        need.bound_bias |= value.e is not None
-    elif isinstance(value, LowRank) and value.d is None:
+        need.bias |= value.e is not None
+    elif isinstance(value, LowRank) and _beside(value):
         need.rank += value.rank
         need.c |= value.c is not None
-        need.e |= value.e is not None
+        need.bias |= value.e is not None
     else:
         need.bound = True
-        need.bound_bias |= value.e is not None
+        need.bias |= value.e is not None
         what = "dense" if isinstance(value, Dense) else "scales its input" if isinstance(value, LowRank) else "sparse"
         need.reasons.append(f"bound weight: '{name}' is {what}")
 
@@ -109,7 +120,7 @@ def _reserve(needs: dict[str, _Needs], sites: Mapping[str, Site], reserve: Reser
         if mode != "fused":
             need.rank += reserve.rank * reserve.adapters
             need.c |= reserve.scales
-            need.e |= reserve.scales
+        need.bias |= reserve.scales
 
 
 def _plan(site: Site, need: _Needs) -> SitePlan:
@@ -118,9 +129,8 @@ def _plan(site: Site, need: _Needs) -> SitePlan:
         need.rank,
         need.c,
         need.d,
-        need.e,
         need.bound,
-        need.bound_bias or (need.bound and (need.c or need.e)),
+        need.bias,
         tuple(need.branches),
         tuple(need.reasons),
     )

@@ -1,0 +1,106 @@
+"""values: branches that read program values get them as operands (``lorac.ir.values``).
+
+A base pass is the part of the captured graph that leads to the value, copied with every adapted op undone. What no
+adapted op reaches is not copied but shared with the pass that reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import fx
+
+from lorac.errors import CompileError, SiteUnreached
+from lorac.ir import ops
+from lorac.ir.graph import Graph, Level
+from lorac.ir.meaning import VALUE_ROLE
+from lorac.ir.values import BASE, WEIGHT, names_read, parse
+
+
+def values(graph: Graph) -> bool:
+    """Add operands ``value:<name>`` to the adapted ops whose branches read values.
+
+    Raises:
+        SiteUnreached: a value is not computed before the site that reads it.
+        CompileError: a base pass would write in place.
+    """
+    if graph.level is not Level.ADAPTED:
+        return False
+    reads = {node: names_read([graph.plans[str(node.args[3])]]) for node in graph.find(ops.adapted)}
+    readers = {n: names for n, names in reads.items() if any(VALUE_ROLE + name not in n.args[2] for name in names)}  # type: ignore[operator]
+    if not readers:
+        return False
+    order = {node: i for i, node in enumerate(graph.fx.nodes)}
+    calls = _calls(graph)
+    wanted = {path for names in readers.values() for kind, path in map(parse, names) if kind == BASE}
+    latest = {path: calls[path][-1] for path in wanted if path in calls}
+    base = _base_pass(graph, latest.values(), next(iter(readers)), order)
+    parameters = {fqn: name for name, fqn in graph.exported.graph_signature.inputs_to_parameters.items()}
+    for reader, names in readers.items():
+        found: dict[str, fx.Node | None] = {}
+        for name in names:
+            kind, path = parse(name)
+            if kind == WEIGHT:
+                placeholder = parameters.get(str(graph.sites[path].weight))
+                found[name] = None if placeholder is None else graph.node(placeholder)
+            elif kind == BASE:
+                found[name] = base.get(latest[path], latest[path]) if path in latest else None
+            else:
+                before = [call for call in calls.get(path, ()) if order[call] < order[reader]]
+                found[name] = before[-1] if before else None
+        _give(reader, found)
+    return True
+
+
+def _give(reader: fx.Node, found: dict[str, fx.Node | None]) -> None:
+    missing = [name for name, node in found.items() if node is None]
+    if missing:
+        raise SiteUnreached(
+            f"the value '{missing[0]}' is not computed before '{reader.args[3]}', which reads it",
+            next_step=f"'base:{parse(missing[0])[1]}' reads it from a pass of the unadapted model",
+        )
+    reader.update_arg(2, {**reader.args[2], **{VALUE_ROLE + name: node for name, node in found.items()}})  # type: ignore[dict-item]
+
+
+def _calls(graph: Graph) -> dict[str, list[fx.Node]]:
+    """Site path -> its calls, in order."""
+    calls: dict[str, list[fx.Node]] = {}
+    for node in graph.find(ops.adapted, *ops.OPS):
+        path = node.args[3] if node.target is ops.adapted else node.args[-1]
+        calls.setdefault(str(path), []).append(node)
+    return calls
+
+
+def _base_pass(
+    graph: Graph, wanted: Iterable[fx.Node], reader: fx.Node, order: dict[fx.Node, int]
+) -> dict[fx.Node, fx.Node]:
+    """Copy what leads to the wanted nodes before ``reader``, adapted ops undone; returns node -> copy."""
+    needed, pending = set(), list(wanted)
+    while pending:
+        node = pending.pop()
+        if node not in needed:
+            needed.add(node)
+            pending.extend(node.args[1] if node.target is ops.adapted else node.all_input_nodes)  # type: ignore[arg-type]
+            pending = [item for item in pending if isinstance(item, fx.Node)]
+    copies: dict[fx.Node, fx.Node] = {}
+    with graph.fx.inserting_before(reader):
+        for node in sorted(needed, key=order.__getitem__):
+            late = order[node] >= order[reader]
+            if late or node.target is ops.adapted or any(n in copies for n in node.all_input_nodes):
+                copies[node] = _undone(graph, node, copies)
+    return copies
+
+
+def _undone(graph: Graph, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+    if getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+        raise CompileError(
+            f"a base pass cannot repeat {node.target}, which writes in place",
+            next_step="switch the model's in-place operations (inplace=True) off",
+        )
+    if node.target is not ops.adapted:
+        return graph.fx.node_copy(node, lambda n: copies.get(n, n))
+    target, host_args, _, path = node.args
+    args = fx.map_arg(host_args, lambda n: copies.get(n, n))
+    plain = graph.fx.call_function(target, (*args, path))  # type: ignore[arg-type, misc]
+    plain.meta = {**node.meta}
+    return plain
