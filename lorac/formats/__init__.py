@@ -5,12 +5,14 @@ Every module here that does not begin with an underscore is a format, found by i
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
 import pkgutil
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -102,16 +104,22 @@ def save_adapter(
         )
     save = writers[format].save
     assert save is not None
-    target = Path(os.path.realpath(path))
+    with _staged(Path(os.path.realpath(path)), format) as staged:
+        save(adapter, staged, model)
+
+
+@contextlib.contextmanager
+def _staged(target: Path, format: str) -> Iterator[Path]:
+    """A path beside the target to write to; what is there at the end takes the target's place."""
     target.parent.mkdir(parents=True, exist_ok=True)
     workshop = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    staged = workshop / target.name
     try:
-        staged = workshop / target.name
-        save(adapter, staged, model)
+        yield staged
         if target.exists() and target.is_dir() != staged.is_dir():
             kind = "a folder" if target.is_dir() else "a file"
             raise FormatError(
-                f"'{path}' is {kind}, which the format '{format}' does not write",
+                f"'{target}' is {kind}, which the format '{format}' does not write",
                 next_step="give another path",
             )
         install(staged, target)

@@ -1,8 +1,7 @@
 """Files, read with distrust and written so that equal input gives equal bytes.
 
 safetensors: https://github.com/huggingface/safetensors#format. Its header is checked here before
-the library sees the file, so that a lying one is reported by name. The writer is lorac's own
-because the library writes several metadata entries in random order.
+the library sees the file, so that a lying one is reported by name; `lorac.ir.tensorfile` writes.
 """
 
 from __future__ import annotations
@@ -20,29 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lorac.errors import CorruptFile, NonFinite, nearest_name
+from lorac.ir.tensorfile import DTYPES
 
 Tensor = torch.Tensor
 MAX_HEADER = 100_000_000
 """Longest header in bytes, the library's own limit."""
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ENTRY = {"dtype", "shape", "data_offsets"}
 _AGAIN = "copy or download the file again"
 
@@ -167,33 +148,6 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(ordered, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file; a function of names, values and metadata alone.
-
-    As in the library, larger element types come first, so that every tensor is aligned.
-    """
-    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {key: metadata[key] for key in sorted(metadata)}}
-    end = 0
-    for name in names:
-        tensor, begin = tensors[name], end
-        end = begin + tensor.numel() * tensor.itemsize
-        kind = _NAMES[tensor.dtype]
-        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            file.write(raw_bytes(tensors[name]))
-
-
-def raw_bytes(tensor: Tensor) -> memoryview:
-    """A tensor's values as bytes in row-major order."""
-    flat = tensor.detach().cpu().contiguous().flatten()
-    return memoryview(flat.view(torch.uint8).numpy())
-
-
 def install(staged: Path, target: Path) -> None:
     """Move a finished file or folder into place; on failure the old content stands.
 
@@ -249,7 +203,7 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int
     if not isinstance(entry, dict) or set(entry) != _ENTRY:
         raise _corrupt(path, f"the entry of '{name}' is not dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise _corrupt(path, f"'{name}' has the unknown dtype {dtype!r}", nearest_name(str(dtype), DTYPES))
     if not (_naturals(shape) and _naturals(offsets) and len(offsets) == 2):
         raise _corrupt(path, f"the shape or offsets of '{name}' are not whole numbers")

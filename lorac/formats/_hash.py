@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from lorac.errors import BaseMismatch
-from lorac.formats._files import raw_bytes
 from lorac.ir.sites import find_sites
+from lorac.ir.tensorfile import raw_bytes
 
 _MIXED = "mixed"
 

@@ -19,10 +19,11 @@ import torch
 from torch import nn
 
 from lorac.errors import CorruptFile, UnknownField, UnsupportedField, UnusedTensors, nearest_name
-from lorac.formats._files import peek_metadata, read_safetensors, write_safetensors
+from lorac.formats._files import peek_metadata, read_safetensors
 from lorac.formats._fit import check_adapter, in_order
 from lorac.formats._format import Format
 from lorac.formats._hash import base_hash
+from lorac.ir.tensorfile import write_safetensors
 from lorac.variants import variant_named
 from lorac.variants.base import Adapter, Variant, dataclass_fields
 
@@ -162,8 +163,11 @@ def _variant(path: Path, record: Mapping[str, Any]) -> Variant:
                 next_step="it was written by another version of lorac",
             )
     default = _defaults(variant)
+    kinds = {field.name: field.type for field in dataclasses.fields(variant)}
     for field, value in record["config"].items():
-        allowed = _ALLOWED.get(type(default.get(field)), (object,))
+        # `alpha: float = 8` is no int.
+        kind = float if kinds[field] in {float, "float"} else type(default.get(field))
+        allowed = _ALLOWED.get(kind, (object,))
         if not isinstance(value, allowed) or (bool not in allowed and isinstance(value, bool)):
             raise UnsupportedField(
                 f"'{path}' sets {field}={value!r}, which {variant.name} does not take",

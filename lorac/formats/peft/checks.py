@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorac.errors import BaseMismatch, CorruptFile, ShapeMismatch, UnusedTensors
+from lorac.errors import BaseMismatch, CorruptFile, ShapeMismatch, SiteUnsupported, UnusedTensors
 from lorac.formats._fit import check_adapter, check_replaced, named_tensors, no_site
 from lorac.formats._layout import same_layout
 from lorac.formats.peft.config import ALL_LINEAR
@@ -26,7 +26,7 @@ def against_itself(adapter: Adapter, told: Mapping[str, Site], values: Mapping[s
     """Without a model: every site of the file is one that its configuration targets.
 
     Raises:
-        CorruptFile: There is no site at all, or tied tensors differ.
+        CorruptFile: There is no site at all.
         UnusedTensors: A site is not targeted: PEFT would ignore its tensors in silence.
     """
     if not told:
@@ -56,12 +56,13 @@ def against_model(
     """
     sites = find_sites(model)
     wanted = targeted(adapter.variant, sites, model)
-    if not wanted:
+    strange = [no_site(adapter.name, path, sites, model) for path in told if path not in sites]
+    strange.sort(key=lambda error: not isinstance(error, SiteUnsupported))
+    if not wanted and not (strange and isinstance(strange[0], SiteUnsupported)):
         raise nothing_matches(adapter.name, adapter.variant.targets, sites)
-    for path in told:
-        if path not in sites:
-            raise no_site(adapter.name, path, sites, model)
-    _only_targeted(adapter, {path: sites[path] for path in told}, wanted, values, tied_only=True)
+    if strange:
+        raise strange[0]
+    _only_targeted(adapter, {path: sites[path] for path in told}, wanted, values, by_weight=True)
     _complete(adapter, wanted, model)
     for name, tensor in contents.whole.items():
         check_replaced(adapter.name, name, tensor, model)
@@ -86,7 +87,7 @@ def targeted(variant: Variant, sites: Mapping[str, Site], model: nn.Module | Non
     """
     targets = variant.targets
     if targets == ALL_LINEAR:
-        output = set() if model is None else output_layers(model)
+        output = set() if model is None else set(embedding_modules(model, ["get_output_embeddings"]))
         targets = tuple(p for p, s in sites.items() if s.kind is SiteKind.LINEAR and p not in output)
     found = select(
         sites,
@@ -97,14 +98,6 @@ def targeted(variant: Variant, sites: Mapping[str, Site], model: nn.Module | Non
         saved=variant.modules_to_save,
     )
     return [site.path for site in found if site.kind in variant.kinds]
-
-
-def output_layers(model: nn.Module) -> set[str]:
-    """Paths of the layer that a transformers model names as its output."""
-    layer = None
-    if hasattr(model, "get_output_embeddings"):
-        layer = model.get_output_embeddings()
-    return {path for path, module in model.named_modules(remove_duplicate=False) if module is layer}
 
 
 def saved_names(variant: Variant, model: nn.Module) -> list[str]:
@@ -138,15 +131,15 @@ def _only_targeted(
     wanted: Iterable[str],
     values: Mapping[str, Any],
     *,
-    tied_only: bool = False,
+    by_weight: bool = False,
 ) -> None:
-    """Every site is targeted, or tied to an embedding that is."""
+    """Every site is targeted, or tied to an embedding that is; by value alone, or by weight too."""
     wanted = set(wanted)
     for path in adapter.tensors:
         if path in wanted:
             continue
         source = tie(adapter, path, sites) if values.get("ensure_weight_tying") else None
-        if source and (not tied_only or path in sites[source].shares):
+        if source and (not by_weight or path in sites[source].shares):
             adapter.provenance["tied"][path] = source
             continue
         raise UnusedTensors(

@@ -21,12 +21,13 @@ from lorac.formats.peft.method import ABSENT, Field, Method, Use
 from lorac.variants.base import Variant
 
 ALL_LINEAR = "all-linear"
-PEFT_TYPES = (
+_TYPES = (
     "PROMPT_TUNING MULTITASK_PROMPT_TUNING P_TUNING PREFIX_TUNING LORA ADALORA ADAMSS BOFT "
     "ADAPTION_PROMPT IA3 BEFT LILY LOHA LOKR OFT POLY LN_TUNING VERA FROD PVERA FOURIERFT GLORA "
     "XLORA HRA VBLORA UNILORA CPT MISS RANDLORA ROAD TRAINABLE_TOKENS HIRA SHIRA C3A WAVEFT OSF "
     "DELORA GRALORA CARTRIDGE TINYLORA PSOFT PEANUT SHADOW SUPERTUNING DEFT"
-).split()
+)
+PEFT_TYPES = frozenset(_TYPES.split())
 """All that PEFT 0.21 knows."""
 
 
@@ -154,7 +155,7 @@ def method_of(raw: Mapping[str, Any], path: Path) -> Method:
     readable = f"lorac reads {', '.join(sorted(methods()))}"
     if named is None:
         raise UnknownField(f"'{path}' names no peft_type", next_step=readable)
-    if named in PEFT_TYPES:
+    if str(named) in PEFT_TYPES:
         raise UnsupportedField(f"'{path}' is of peft_type {named}", next_step=readable)
     near = nearest_name(str(named).upper(), PEFT_TYPES)
     raise UnknownField(f"'{path}' has the unknown peft_type {named!r}", nearest=near, next_step=readable)
@@ -200,6 +201,11 @@ def variant_of(values: Mapping[str, Any], method: Method, path: Path) -> Variant
                 + ", ".join(f"{n}={v!r}" for n, v in method.variants[kind].items()),
                 next_step="PEFT does not combine them either",
             )
+    if isinstance(values["target_modules"], str) and values.get("layers_to_transform"):
+        raise UnsupportedField(
+            f"'{path}' sets layers_to_transform together with a pattern of target_modules",
+            next_step="PEFT wants a list of names with it",
+        )
     chosen["targets"] = values["target_modules"] or ()
     chosen["bias"] = bias_name(values.get("bias", "none"), kind.name)
     return kind(**chosen)
@@ -211,7 +217,7 @@ def write_config(variant: Variant, method: Method, given: Mapping[str, Any], kep
     Args:
         variant: The method and its hyper-parameters.
         method: Its PEFT type.
-        given: Fields that the variant alone does not determine.
+        given: Fields that the variant alone does not determine; those PEFT lacks are left out.
         kept: The configuration it was read from; fields without consequence are taken over.
     """
     written = {}
@@ -224,11 +230,12 @@ def write_config(variant: Variant, method: Method, given: Mapping[str, Any], kep
         elif field.to and hasattr(variant, field.to):
             written[name] = field.write(getattr(variant, field.to))
     written |= {"peft_type": method.peft_type, "inference_mode": True}
-    return {**written, **method.variants[type(variant)], **given}
+    written |= method.variants[type(variant)]
+    return written | {name: value for name, value in given.items() if name in written}
 
 
 def bias_name(value: str, prefix: str) -> str:
-    """ "none" and "all" as they are, "<anything>_only" as "<prefix>_only"."""
+    """`none` and `all` as they are, `<anything>_only` as `<prefix>_only`."""
     return f"{prefix}_only" if value.endswith("_only") else value
 
 

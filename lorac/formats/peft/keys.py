@@ -15,7 +15,7 @@ the prefix and the adapter's name taken off:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,10 +94,12 @@ def saved(name: str, modules: tuple[str, ...]) -> bool:
     return bool(modules) and any(path.endswith(modules) for path in _parents(name))
 
 
-def embedding_modules(model: nn.Module) -> Iterator[str]:
-    """Paths of the model's input and output embeddings."""
+def embedding_modules(
+    model: nn.Module, getters: Iterable[str] = ("get_input_embeddings", "get_output_embeddings")
+) -> Iterator[str]:
+    """Paths of what a transformers model names as its embeddings; none for other models."""
     wanted = []
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
+    for getter in getters:
         try:
             wanted.append(getattr(model, getter)())
         except (AttributeError, NotImplementedError):

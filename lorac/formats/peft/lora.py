@@ -13,6 +13,7 @@ Source: peft.tuners.lora of PEFT 0.21 (config.py, layer.py, dora.py, variants.py
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -131,7 +132,7 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
         site = conv_site(path, b.shape[0], a.shape[1], tuple(a.shape[2:]), groups)
     if "lora_magnitude_vector" in stored:
         _refuse_grouped_dora(path, groups)
-    dense = torch.block_diag(*b.flatten(1).chunk(groups)) if groups > 1 else b.flatten(1)
+    dense = _diagonal(b.flatten(1).chunk(groups))
     vectors = {VECTORS[name]: stored[name].flatten() for name in VECTORS if name in stored}
     return site, {"lora_A": a.flatten(1), "lora_B": dense, **vectors}
 
@@ -181,12 +182,20 @@ def _blocks(site: Site, b: Tensor) -> Tensor:
         )
     rows, columns = b.shape[0] // groups, b.shape[1] // groups
     blocks = [b[g * rows : (g + 1) * rows, g * columns : (g + 1) * columns] for g in range(groups)]
-    if not torch.equal(torch.block_diag(*blocks), b):
+    if not torch.equal(_diagonal(blocks), b):
         raise UnsupportedField(
             f"lora_B at '{site.path}' mixes the groups of a grouped convolution, PEFT's cannot",
             next_step="use format='native'",
         )
     return torch.cat(blocks)
+
+
+def _diagonal(blocks: Sequence[Tensor]) -> Tensor:
+    """Blocks on the diagonal of a matrix, a single one as it is."""
+    if len(blocks) == 1:
+        return blocks[0]
+    dense: Tensor = torch.block_diag(*blocks)
+    return dense
 
 
 def _refuse_grouped_dora(path: str, groups: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from lorac.errors import UnsupportedField
-from lorac.formats._files import write_json, write_safetensors
+from lorac.formats._files import write_json
 from lorac.formats._fit import check_adapter, named_tensors
 from lorac.formats._hash import base_hash
 from lorac.formats._layout import layouts
@@ -20,7 +21,8 @@ from lorac.formats.peft.config import ALL_LINEAR, methods, write_config
 from lorac.formats.peft.keys import EMBEDDING_NAMES, PREFIX, embedding_modules, saved
 from lorac.formats.peft.method import Method
 from lorac.ir.sites import Site, find_sites
-from lorac.variants.base import Adapter
+from lorac.ir.tensorfile import write_safetensors
+from lorac.variants.base import Adapter, Variant
 
 Tensor = torch.Tensor
 CONFIG = "adapter_config.json"
@@ -47,7 +49,7 @@ def save(adapter: Adapter, folder: Path, model: nn.Module | None) -> None:
         tensors |= {f"{PREFIX}{path}.{suffix}": tensor for suffix, tensor in written.items()}
     for name, tensor in _replaced(adapter, model).items():
         tensors[PREFIX + _key(adapter, name, method, tied, model)] = tensor
-    given = _targets(adapter, model, tied)
+    given = _targets(adapter, method, model, sites, tied)
     given["fan_in_fan_out"] = any(site.transposed for site in sites.values())
     if tied:
         given["ensure_weight_tying"] = True
@@ -118,31 +120,35 @@ def _embeddings(module: str, model: nn.Module | None) -> Iterator[str]:
         yield from embedding_modules(model)
 
 
-def _targets(adapter: Adapter, model: nn.Module | None, tied: Mapping[str, str]) -> dict[str, Any]:
-    """The fields that make PEFT target exactly the adapter's sites, in the shortest form that does."""
+def _targets(
+    adapter: Adapter,
+    method: Method,
+    model: nn.Module | None,
+    known: Mapping[str, Site],
+    tied: Mapping[str, str],
+) -> dict[str, Any]:
+    """The fields that make PEFT target exactly the adapter's sites; as the variant has them if they do."""
     variant = adapter.variant
-    wanted = [path for path in adapter.tensors if path not in tied]
-    if model is None:
-        exact = variant.targets in (ALL_LINEAR, ())
-        return _only(wanted) if exact else {}
-    sites = find_sites(model)
-    if variant.targets != ALL_LINEAR and _same(targeted(variant, sites, model), wanted):
-        return {}
-    for names in (sorted({path.rpartition(".")[2] for path in wanted}), wanted):
-        if _same(_named(names, sites), wanted):
-            return _only(names)
-    return _only("|".join(re.escape(path) for path in sorted(wanted)))
+    sites = known if model is None else find_sites(model)
+    wanted = {path for path in adapter.tensors if path not in tied}
 
+    def exact(variant: Variant) -> bool:
+        return set(targeted(variant, sites, model)) == wanted
 
-def _only(targets: list[str] | str) -> dict[str, Any]:
-    fields: dict[str, Any] = {"exclude_modules": None, "layers_to_transform": None}
-    named = targets if isinstance(targets, str) else sorted(targets)
-    return {**fields, "layers_pattern": None, "target_modules": named}
-
-
-def _named(names: list[str], sites: Mapping[str, Site]) -> list[str]:
-    return [p for p in sites if p in names or any(p.endswith(f".{name}") for name in names)]
-
-
-def _same(one: list[str], other: list[str]) -> bool:
-    return set(one) == set(other)
+    # What PEFT makes of "all-linear" depends on its class of model, and with layers it wants a list.
+    narrowed = variant.exclude or variant.layers
+    spelt = variant.targets != ALL_LINEAR and not (isinstance(variant.targets, str) and variant.layers)
+    if spelt and ("exclude_modules" in method.fields or not narrowed) and exact(variant):
+        return {} if variant.layers else {"layers_pattern": None}
+    suffixes = tuple(sorted({path.rpartition(".")[2] for path in wanted}))
+    paths = tuple(sorted(wanted))
+    bare = dataclasses.replace(variant, exclude=(), layers=(), layers_pattern=())
+    short = model is not None and exact(dataclasses.replace(bare, targets=suffixes))
+    long = exact(dataclasses.replace(bare, targets=paths))
+    pattern = "|".join(re.escape(path) for path in paths)
+    return {
+        "target_modules": list(suffixes) if short else list(paths) if long else pattern,
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
