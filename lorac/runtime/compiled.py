@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorac.errors import NeedsRecompile, Unavailable
-from lorac.ir.choice import Active, Choice, Spec, parse_choice, spell
+from lorac.errors import BaseNeeded, NeedsRecompile, Unavailable
+from lorac.ir.choice import Active, Choice, Spec, describe, parse_choice, spell
 from lorac.ir.engine import Engine
-from lorac.ir.forms import LowRank
 from lorac.ir.sites import Site
-from lorac.ir.slots import Prepared, SitePlan, branch_misfit, does_not_fit
+from lorac.ir.slots import Prepared, SitePlan
 from lorac.ir.snapshot import BaseReader, Snapshot, compose_choice, slots_of
+from lorac.runtime.advice import admitting_reserve, refuse_misfit
+from lorac.runtime.graphs import Graphs, graphs_of
 from lorac.runtime.locks import ReadWriteLock
-from lorac.runtime.pool import Pool
+from lorac.runtime.pool import Pool, written
 from lorac.runtime.report import SwapReport
 
 UNSET: Any = object()
 """No choice was given: use the active one."""
 _CACHED_MIXTURES = 8
-"""Bindings kept for mixtures; those of single adapters are kept as long as the adapter is."""
+"""States kept for mixtures and strengths; those of whole single adapters are kept as long as the adapter is."""
 
 
 @dataclass(frozen=True)
@@ -31,31 +33,46 @@ class Services:
 
     Attributes:
         load: (source, name) -> adapter: read a file, or make a fresh variant's tensors.
-        prepare: adapter -> its normal forms.
+        outline: adapter -> its normal forms, right in shape only; needs no base weights.
         recompile: (target, mode, **options) -> another Compiled, from the host model.
         save: (compiled, folder) -> None.
         explain: compiled -> report.
+        stages: () -> graph name -> stage -> how the graph looked.
+        reasons: (adapter, site path) -> why the term there has no cheaper form.
+        casts: (model's dtype, dtype the target computes in), where they differ.
     """
 
     load: Callable[[Any, str | None], Any]
-    prepare: Callable[[Any], Prepared]
+    outline: Callable[[Any], Prepared]
     recompile: Callable[..., Any]
     save: Callable[[Any, Any], None]
     explain: Callable[[Any], Any]
+    stages: Callable[[], Mapping[str, Mapping[str, Any]]]
+    reasons: Callable[[str, str], tuple[str, ...]]
+    casts: Sequence[tuple[Any, Any]] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """What calls run with: replaced whole, so a call that took it at its start is never half-changed."""
+    """What calls run with: replaced whole, so a call that took it at its start is never half-changed.
+
+    It holds its adapters, so that a call may end with one that was removed meanwhile.
+    """
 
     snapshot: Snapshot
     binding: Any
+    adapters: tuple[Any, ...]
     version: tuple[int, ...]
     nbytes: int
 
     @property
     def choice(self) -> Choice:
         return self.snapshot.choice
+
+    @property
+    def stale(self) -> bool:
+        """Whether a tensor of its adapters was written since."""
+        return self.version != written(self.adapters)
 
 
 class Compiled:
@@ -79,6 +96,7 @@ class Compiled:
         self.engine, self.plans, self.sites, self.base = engine, plans, sites, base
         self.pool, self.services, self.mode = pool, services, mode
         self._swaps = threading.RLock()
+        self._adding = threading.Lock()
         self._calls = ReadWriteLock()
         self._cache: dict[Choice, _State] = {}
         self._state = self._make_state(())
@@ -95,65 +113,117 @@ class Compiled:
         """One call, with the active adapters or with a choice of its own."""
         if isinstance(adapters, Sequence) and not isinstance(adapters, str):
             return self._call_rows(args, kwargs, adapters)
+        if self.mode == "baked":
+            return self._call_baked(args, kwargs, adapters)
         if self.engine.fused:
             return self._call_fused(args, kwargs, adapters)
-        state = self._state if adapters is UNSET else self._state_for(parse_choice(adapters, self.pool))
-        return self.engine.run(self._fresh(state).binding, args, kwargs)
+        computed = self.computes_terms()
+        state = self._state if adapters is UNSET else self._state_for(parse_choice(adapters, self.pool), stale=computed)
+        return self.engine.run((state if computed else self._fresh(state)).binding, args, kwargs)
+
+    def _call_baked(self, args: tuple[Any, ...], kwargs: dict[str, Any], adapters: Any) -> Any:
+        if adapters is not UNSET and parse_choice(adapters, self.pool) != self.choice:
+            self.refuse_baked()
+        return self.engine.run(self._state.binding, args, kwargs)
 
     def _call_fused(self, args: tuple[Any, ...], kwargs: dict[str, Any], adapters: Any) -> Any:
         if adapters is UNSET:
+            self._rewrite_stale()
             with self._calls.reading():
                 return self.engine.run(None, args, kwargs)
         choice = parse_choice(adapters, self.pool)
         with self._swaps, self._calls.writing():
             before = self._state.snapshot
-            self.engine.write(self._make_state(choice).snapshot)
             try:
+                self.engine.write(self._state_for(choice).snapshot)
                 return self.engine.run(None, args, kwargs)
             finally:
                 self.engine.write(before)
 
+    def _rewrite_stale(self) -> None:
+        """Write the active weights anew where their adapters were trained since."""
+        if self.computes_terms() or not self._state.stale:
+            return
+        with self._swaps:
+            if self._state.stale:
+                self._write(self._state.choice)
+
     def _call_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any], adapters: Sequence[Spec]) -> Any:
         from lorac.runtime.rows import run_rows
 
-        return run_rows(lambda a, k, choice: self.call(a, k, choice), args, kwargs, adapters)
+        # In their canonical spelling, so that rows of one choice run together however it was written.
+        choices = [dict(parse_choice(choice, self.pool)) or None for choice in adapters]
+        return run_rows(self.call, args, kwargs, choices)
 
     # --- swapping ----------------------------------------------------------------------------------------------
+
+    @property
+    def choice(self) -> Choice:
+        """What is active, in its canonical spelling."""
+        return self._state.choice
 
     @property
     def active(self) -> dict[str, float]:
         """Name -> strength of what is active."""
         return spell(self._state.choice)
 
-    def swap(self, adapters: Spec) -> SwapReport:
+    def swap(self, adapters: Spec, *, settle: bool = False) -> SwapReport:
         """Make a choice the active one: a name, ``{name: strength}``, or None.
 
         Running calls end with the adapters they began with. A swap that fails changes nothing.
 
+        Args:
+            adapters: the choice.
+            settle: fused mode in ONNX Runtime: also re-bake the weights as constants, and return when calls run on
+                them. Until then the bound weights serve.
+
         Raises:
             AdapterNotFound, ChoiceError: what is asked for does not exist or makes no sense.
+            Unavailable: settling was asked of a target or mode that binds no weights.
         """
         begun = time.perf_counter()
         self.refuse_baked()
         choice = parse_choice(adapters, self.pool)
         with self._swaps:
-            touched = {p for name, _ in (*choice, *self._state.choice) for p in self.pool[name].paths}
-            if self.engine.fused:
-                written, blocked = self._write(choice)
-            else:
-                written, blocked = self._bind(choice), 0.0
-        return SwapReport("bound", len(touched), written, time.perf_counter() - begun, blocked)
+            touched, before = self._touched(choice), self._state.choice
+            written, blocked = self._change(choice)
+        try:
+            self._settle(settle)
+        except BaseException:
+            self._change(before)
+            raise
+        state = "settled" if self.engine.settled else "bound"
+        return SwapReport(state, len(touched), written, time.perf_counter() - begun, blocked)
+
+    def _change(self, choice: Choice) -> tuple[int, float]:
+        with self._swaps:
+            return self._write(choice) if self.engine.fused else (self._bind(choice), 0.0)
+
+    def _settle(self, now: bool) -> None:
+        if now:
+            self.engine.settle()
+        elif self.engine.settles_alone:
+            threading.Thread(target=self.engine.settle, name="lorac-settle", daemon=True).start()
+
+    def _touched(self, choice: Choice) -> set[str]:
+        """The sites whose slots change when ``choice`` becomes the active one."""
+        if choice == self._state.choice and not self._state.stale:
+            return set()
+        return {path for name, _ in (*choice, *self._state.choice) for path in self.pool[name].paths}
 
     def _bind(self, choice: Choice) -> int:
-        self._activate(self._state_for(choice))
-        return self._state.nbytes
+        before, state = self._state, self._state_for(choice)
+        self._activate(state)
+        return 0 if state is before else state.nbytes
 
     def _activate(self, state: _State) -> None:
         self._state = state
         self.engine.activate(state.binding)
 
     def _write(self, choice: Choice) -> tuple[int, float]:
-        state = self._make_state(choice)
+        cached = self._state_for(choice)
+        # A snapshot of its own per swap: what settled for an earlier one does not serve this one unasked.
+        state = dataclasses.replace(cached, snapshot=dataclasses.replace(cached.snapshot))
         before = self._state.snapshot
         begun = time.perf_counter()
         with self._calls.writing():
@@ -162,41 +232,47 @@ class Compiled:
             except BaseException:
                 self.engine.write(before)
                 raise
-        self._state = state
+            self._state = state
         return written, time.perf_counter() - begun
 
-    def _state_for(self, choice: Choice) -> _State:
+    def _state_for(self, choice: Choice, *, stale: bool = False) -> _State:
+        """The state of a choice; ``stale``: one made before its adapters were trained will do."""
         with self._swaps:
             cached = self._cache.get(choice)
-            if cached is not None and cached.version == self._version(choice):
+            if cached is not None and (stale or not cached.stale):
                 return cached
             state = self._make_state(choice)
             self._cache[choice] = state
-            mixtures = [known for known in self._cache if len(known) > 1]
-            for oldest in mixtures[:-_CACHED_MIXTURES]:
+            mixed = [known for known in self._cache if len(known) > 1 or (known and known[0][1] != Active())]
+            for oldest in mixed[:-_CACHED_MIXTURES]:
                 del self._cache[oldest]
             return state
 
     def _make_state(self, choice: Choice) -> _State:
-        version = self._version(choice)
+        adapters = self.pool.named(tuple(name for name, _ in choice))
+        version = written(adapters)
         snapshot = compose_choice(self.plans, self.pool, choice, self.base)
         if self.engine.fused:
-            return _State(snapshot, None, version, 0)
-        slots = slots_of(self.plans, snapshot, self.base)
+            return _State(snapshot, None, adapters, version, 0)
+        try:
+            slots = slots_of(self.plans, snapshot, self.base)
+        except NeedsRecompile as error:
+            together = admitting_reserve([self.pool[name] for name, _ in choice])
+            raise NeedsRecompile(
+                f"{describe(choice)} does not fit together: {error.what}", next_step=f"compile again with {together}"
+            ) from error
         nbytes = sum(t.nbytes for path in snapshot.composed for t in slots[path].named().values())
-        return _State(snapshot, self.engine.bind(snapshot, slots), version, nbytes)
+        return _State(snapshot, self.engine.bind(snapshot, slots), adapters, version, nbytes)
 
     def _fresh(self, state: _State) -> _State:
         """The state, made anew where its adapters were trained since."""
-        if state.version == self._version(state.choice):
+        if not state.stale:
             return state
-        renewed = self._state_for(state.choice)
-        if state is self._state:
-            self._activate(renewed)
+        with self._swaps:
+            renewed = self._state_for(state.choice)
+            if state is self._state:
+                self._activate(renewed)
         return renewed
-
-    def _version(self, choice: Choice) -> tuple[int, ...]:
-        return self.pool.version(tuple(name for name, _ in choice))
 
     # --- adding and removing -----------------------------------------------------------------------------------
 
@@ -217,26 +293,33 @@ class Compiled:
             AdapterExists: the name is taken.
         """
         self.refuse_baked()
-        adapter = self.services.load(source, name)
-        prepared = self.pool.prepare(adapter)
-        self.refuse_misfit(adapter.name, prepared)
-        self.pool.put(adapter, prepared)
-        self.registered(adapter)
+        with self._adding:
+            adapter = self.services.load(source, name)
+            prepared = self._prepared(adapter)
+            refuse_misfit(adapter.name, prepared, self.plans, self.sites)
+            self.pool.put(adapter, prepared)
+            self.registered(adapter)
         if not self.engine.fused:
             self._state_for(((adapter.name, Active()),))
         return str(adapter.name)
+
+    def _prepared(self, adapter: Any) -> Prepared:
+        try:
+            return self.pool.prepare(adapter)
+        except BaseNeeded:
+            # A base weight is kept where a site has slots: what lacks one lacks the other, which says more.
+            refuse_misfit(adapter.name, self.services.outline(adapter), self.plans, self.sites)
+            raise
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter. An active one is first taken out of the active choice."""
         self.refuse_baked()
         with self._swaps:
-            prepared = self.pool[name]
             remaining = {n: how for n, how in self._state.choice if n != name}
             if len(remaining) != len(self._state.choice):
                 self.swap(remaining)
             self.pool.drop(name)
             self._cache = {choice: s for choice, s in self._cache.items() if name not in dict(choice)}
-            self.engine.forget(prepared)
         self.unregistered(name)
 
     def mark_baked(self, choice: Choice) -> None:
@@ -251,32 +334,30 @@ class Compiled:
                 next_step="compile with mode='live' or 'fused' to swap",
             )
 
+    def computes_terms(self) -> bool:
+        """Hook: whether a call made now reads the adapters' own tensors and no slot (eager, in training)."""
+        return False
+
     def registered(self, adapter: Any) -> None:
         """Hook: an adapter was added (eager registers its parameters)."""
 
     def unregistered(self, name: str) -> None:
         """Hook: an adapter was removed."""
 
-    def refuse_misfit(self, name: str, prepared: Prepared) -> None:
-        """Raise ``NeedsRecompile`` where an adapter does not fit the plans, with the ``reserve=`` that admits it."""
-        problems = []
-        for path, value in prepared.values.items():
-            plan = self.plans.get(path)
-            reason = "has no slot" if plan is None or plan.empty else does_not_fit(plan, value)
-            if reason:
-                problems.append((path, reason))
-        for path, term in prepared.branches.items():
-            reason = branch_misfit(self.plans.get(path), term)
-            if reason:
-                problems.append((path, reason))
-        if problems:
-            path, reason = problems[0]
-            raise NeedsRecompile(
-                f"adapter '{name}' does not fit: '{path}' {reason} ({len(problems)} sites in all)",
-                next_step=f"compile again with {admitting_reserve(prepared)}, or with the adapter in adapters=",
-            )
-
     # --- the rest of the interface -------------------------------------------------------------------------------
+
+    @property
+    def aux(self) -> dict[str, dict[str, Any]]:
+        """Extra outputs asked for with ``aux=``, of the last call: name -> site path -> tensor."""
+        return self.engine.aux
+
+    @property
+    def graph(self) -> Graphs:
+        """Name -> graph, to print, compare (``diff``) and draw (``to_dot``, ``to_html``).
+
+        Target eager captures its host at the first access, in eval mode.
+        """
+        return graphs_of(self)
 
     def explain(self) -> Any:
         """Per site: what was done with each term, and why not something cheaper."""
@@ -287,15 +368,10 @@ class Compiled:
         return self.services.recompile(self, target=target, mode=mode, **options)
 
     def save(self, folder: Any) -> None:
-        """Write everything needed to run this elsewhere to ``folder``."""
-        self.services.save(self, folder)
+        """Write everything needed to run this elsewhere to ``folder``: ``lorac.load(folder)`` gives it back.
 
-
-def admitting_reserve(prepared: Prepared) -> str:
-    """The ``reserve=`` argument that would admit an adapter."""
-    paths = sorted({path.rpartition(".")[2] for path in prepared.paths})
-    ranks = [v.rank for v in prepared.values.values() if isinstance(v, LowRank)]
-    scales = any(isinstance(v, LowRank) and (v.c is not None or v.e is not None) for v in prepared.values.values())
-    whole = any(not isinstance(v, LowRank) or v.d is not None for v in prepared.values.values())
-    extras = (", scales=True" if scales else "") + (", weights=True" if whole else "")
-    return f"reserve=lorac.Reserve(targets={paths}, rank={max(ranks, default=0)}{extras})"
+        Raises:
+            ArtifactError: the folder holds something else.
+        """
+        with self._swaps:
+            self.services.save(self, folder)

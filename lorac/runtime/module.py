@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -26,6 +27,17 @@ class CompiledModule(nn.Module, Compiled):
         """The host's forward, with the active adapters or those chosen for this call."""
         return self.call(args, kwargs, adapters)
 
+    def train(self, mode: bool = True) -> CompiledModule:
+        """As nn.Module's; in eval mode the slots hold the tensors as they were trained."""
+        nn.Module.train(self, mode)
+        if not mode and self.mode == "live":
+            self._fresh(self._state)
+        return self
+
+    def computes_terms(self) -> bool:
+        """Whether a call made now reads the adapters' own tensors: in training."""
+        return bool(self.engine.computes_terms)  # type: ignore[attr-defined]
+
     def registered(self, adapter: Any) -> None:
         """Make an adapter's tensors parameters of this module."""
         self.adapter_tensors[_key(adapter.name)] = _Tensors(adapter)
@@ -34,11 +46,6 @@ class CompiledModule(nn.Module, Compiled):
         """Take an adapter's tensors out again."""
         del self.adapter_tensors[_key(name)]
 
-    @property
-    def aux(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Extra outputs of the last call: name -> site path -> tensor."""
-        return self.engine.aux  # type: ignore[attr-defined,no-any-return]
-
     def __getattr__(self, name: str) -> Any:
         try:
             return nn.Module.__getattr__(self, name)
@@ -46,6 +53,24 @@ class CompiledModule(nn.Module, Compiled):
             if name == "host" or "_modules" not in self.__dict__ or "host" not in self._modules:
                 raise
             return getattr(self._modules["host"], name)
+
+
+def compiled_module(module: nn.Module) -> CompiledModule:
+    """A compiled model over a host copy, of a class whose ``forward`` shows the host's signature.
+
+    Trainers choose a dataset's columns, find the labels and decide who averages the loss from the signature of the
+    class's ``forward``, and some of it from the class's name.
+    """
+    host = type(module)
+
+    def forward(self: CompiledModule, *args: Any, adapters: Any = UNSET, **kwargs: Any) -> Any:
+        return self.call(args, kwargs, adapters)
+
+    forward.__doc__ = CompiledModule.forward.__doc__
+    forward.__signature__ = inspect.signature(host.forward)  # type: ignore[attr-defined]
+    members = {"forward": forward, "__module__": __name__, "__doc__": CompiledModule.__doc__}
+    made: type[CompiledModule] = type(f"Compiled{host.__name__}", (CompiledModule,), members)
+    return made(module)
 
 
 class _Tensors(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -87,10 +87,16 @@ class Pool(Mapping[str, Prepared]):
                 next_step="remove_adapter it first, or give add_adapter another name=",
             )
 
-    def version(self, names: tuple[str, ...]) -> tuple[int, ...]:
-        """Changes whenever a tensor of one of these adapters is written."""
+    def named(self, names: tuple[str, ...]) -> tuple[Any, ...]:
+        """The adapters of these names.
+
+        Raises:
+            AdapterNotFound: one of them is not there, or not any more.
+        """
         with self._lock:
-            return tuple(v for name in names for v in versions(self._entries[name][0]))
+            for name in names:
+                require_known(name, self._entries)
+            return tuple(self._entries[name][0] for name in names)
 
 
 def versions(adapter: HasTensors) -> tuple[int, ...]:
@@ -100,3 +106,8 @@ def versions(adapter: HasTensors) -> tuple[int, ...]:
 
 def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
+
+
+def written(adapters: Sequence[Any]) -> tuple[int, ...]:
+    """Changes whenever a tensor of one of these adapters is written."""
+    return tuple(count for adapter in adapters for count in versions(adapter))

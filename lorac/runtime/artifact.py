@@ -1,0 +1,279 @@
+"""Artefacts: a compiled model as a folder that needs neither the original model nor its weights elsewhere.
+
+    manifest.json           what is in the folder and how it fits together
+    adapters/<n>.safetensors    the adapters, in lorac's own format
+    …                       the program and its weights, as the target stores them
+
+The manifest holds the versions, target and mode, the plan of every site, the active choice, the host's skeleton, what
+the target needs besides, and size and blake2b hash of every other file. There is no time stamp, path or random name in
+it and no pickle anywhere: equal input gives equal bytes, and loading runs no code that the artefact names.
+
+A folder is written beside its target and moved into place when it is complete; on failure nothing is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lorac.errors import ArtifactError
+from lorac.ir.plain import choice_to_json, plan_to_json
+from lorac.runtime.compiled import Compiled
+from lorac.version import VERSION
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_CHUNK = 1 << 22
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "lorac_artifact": int,
+    "versions": dict,
+    "target": str,
+    "mode": str,
+    "plans": dict,
+    "active": dict,
+    "adapters": dict,
+    "host": dict,
+    "program": dict,
+    "files": dict,
+}
+"""What a manifest holds, and as what."""
+
+
+# ── What is written ──────────────────────────────────────────────────────────────────────────────────────────────────
+def save(
+    compiled: Compiled,
+    folder: str | os.PathLike[str],
+    *,
+    host: Mapping[str, Any],
+    store: Callable[[Path], Mapping[str, Any]],
+    save_adapter: Callable[[Any, Path], None],
+) -> None:
+    """Write a compiled model.
+
+    Args:
+        compiled: the model.
+        folder: as ``write`` takes it.
+        host: the host's skeleton.
+        store: (folder) -> what the target needs besides; writes the program.
+        save_adapter: (adapter, path) -> None.
+    """
+
+    def fill(staged: Path) -> dict[str, Any]:
+        return {
+            "versions": {"lorac": VERSION, **_versions("torch", compiled.engine.target)},
+            "target": compiled.engine.target,
+            "mode": compiled.mode,
+            "active": choice_to_json(compiled.choice),
+            "adapters": _save_adapters(compiled.adapters, staged / "adapters", save_adapter),
+            "plans": {path: plan_to_json(plan) for path, plan in compiled.plans.items()},
+            "program": store(staged),
+            "host": host,
+        }
+
+    write(folder, fill)
+
+
+def _save_adapters(
+    adapters: Mapping[str, Any], folder: Path, save_adapter: Callable[[Any, Path], None]
+) -> dict[str, Any]:
+    saved = {}
+    for index, name in enumerate(sorted(adapters)):
+        adapter, file = adapters[name], f"{index}.safetensors"
+        save_adapter(adapter, folder / file)
+        fields = {field.name: getattr(adapter.variant, field.name) for field in dataclasses.fields(adapter.variant)}
+        saved[name] = {
+            "file": f"{folder.name}/{file}",
+            "variant": adapter.variant.name,
+            "hyperparameters": json.loads(json.dumps(fields, default=lambda _: None)),
+        }
+    return saved
+
+
+def _versions(*names: str) -> dict[str, str]:
+    found = {}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+# ── Writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def write(folder: str | os.PathLike[str], fill: Callable[[Path], Mapping[str, Any]]) -> None:
+    """Write an artefact; what was at its place before stays there unless everything succeeds.
+
+    Args:
+        folder: where it goes: nowhere yet, an empty folder, or an older artefact, which it replaces.
+        fill: (empty folder) -> the manifest's fields but version and files; writes all other files.
+
+    Raises:
+        ArtifactError: the folder holds something else.
+    """
+    target = Path(os.path.realpath(folder))
+    _refuse_occupied(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _beside(target) as workshop:
+        staged = workshop / "new"
+        staged.mkdir()
+        fields = fill(staged)
+        manifest = {"lorac_artifact": FORMAT, **fields, "files": _listed(staged)}
+        text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        (staged / MANIFEST).write_text(text, encoding="utf-8")
+        _sync(staged)
+        _install(staged, target, workshop / "old")
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A folder of our own on the target's file system, gone afterwards."""
+    workshop = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield workshop
+    finally:
+        shutil.rmtree(workshop, ignore_errors=True)
+
+
+def _refuse_occupied(target: Path) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).is_file()):
+        raise ArtifactError(
+            f"'{target}' exists and is no artefact", next_step="give a new folder, an empty one, or an older artefact"
+        )
+
+
+def _install(staged: Path, target: Path, aside: Path) -> None:
+    """Move the finished folder into place; the old one comes back where that fails."""
+    if target.exists():
+        os.rename(target, aside)
+    try:
+        os.rename(staged, target)
+    except BaseException:
+        if aside.exists():
+            os.rename(aside, target)
+        raise
+
+
+def _sync(folder: Path) -> None:
+    for file in _files(folder):
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _listed(folder: Path) -> dict[str, Any]:
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "blake2b": file_hash(path)}
+        for path in _files(folder)
+    }
+
+
+def file_hash(path: Path) -> str:
+    """The blake2b hash of a file, 16 bytes as text."""
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+# ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The manifest of an artefact, with every file it lists held against it.
+
+    Raises:
+        ArtifactError: no artefact, a damaged or foreign manifest, another version, a path that leads out of the folder,
+            a missing file, one of another size or hash, or one that the manifest does not list.
+    """
+    folder = Path(folder)
+    manifest = _manifest(folder)
+    for name, entry in manifest["files"].items():
+        _check_file(folder, name, entry)
+    listed = {*manifest["files"], MANIFEST}
+    for path in folder.rglob("*"):
+        if not path.is_dir() and path.relative_to(folder).as_posix() not in listed:
+            raise ArtifactError(f"'{path}' is not in the artefact's manifest", next_step="remove it, or save again")
+    return manifest
+
+
+def inside(manifest: Mapping[str, Any], folder: Path, name: Any) -> Path:
+    """The path of a file that the manifest speaks of elsewhere; it must be one of those it lists."""
+    if name not in manifest["files"]:
+        raise _damaged(folder, f"it speaks of the file {name!r}, which it does not list")
+    return folder / str(name)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file() or path.is_symlink():
+        raise ArtifactError(
+            f"'{folder}' is no artefact: it has no {MANIFEST}", next_step="compiled.save(folder) writes one"
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(folder, f"it is not JSON: {error}") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("lorac_artifact"), int):
+        raise _damaged(folder, "it is no manifest of lorac's")
+    if manifest["lorac_artifact"] != FORMAT:
+        raise ArtifactError(
+            f"'{folder}' is version {manifest['lorac_artifact']} of the format, this lorac reads {FORMAT}",
+            next_step=f"it was saved by {manifest.get('versions', 'an unknown version')}; save it again with this one",
+        )
+    for field, kind in _FIELDS.items():
+        if not isinstance(manifest.get(field), kind):
+            raise _damaged(folder, f"'{field}' is missing, or of another type")
+    return manifest
+
+
+def _check_file(folder: Path, name: str, entry: Any) -> None:
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or "\\" in name or ":" in parts[0] or {"..", "."} & set(name.split("/")):
+        raise _unsafe(folder, name)
+    path = folder.joinpath(*parts)
+    if any(folder.joinpath(*parts[: i + 1]).is_symlink() for i in range(len(parts))):
+        raise _unsafe(folder, name)
+    if not path.is_file():
+        raise ArtifactError(f"the artefact '{folder}' lacks the file '{name}'", next_step="copy the whole folder again")
+    if not isinstance(entry, dict) or entry.keys() != {"bytes", "blake2b"}:
+        raise _damaged(folder, f"the entry of '{name}' is not bytes and blake2b")
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        raise ArtifactError(
+            f"'{path}' has {size} bytes, the manifest says {entry['bytes']}", next_step="copy the whole folder again"
+        )
+    found = file_hash(path)
+    if found != entry["blake2b"]:
+        raise ArtifactError(
+            f"'{path}' has the hash {found}, the manifest says {entry['blake2b']}",
+            next_step="it was changed or damaged: copy the whole folder again",
+        )
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _unsafe(folder: Path, name: str) -> ArtifactError:
+    return ArtifactError(
+        f"the manifest of '{folder}' names the file '{name}', which leads out of the folder",
+        next_step="do not use this artefact: lorac does not write such paths",
+    )
+
+
+def _damaged(folder: Path, reason: str) -> ArtifactError:
+    return ArtifactError(
+        f"the manifest of '{folder}' is damaged: {reason}", next_step="copy the whole folder again, or save it anew"
+    )

@@ -1,0 +1,211 @@
+"""``compiled.graph``: what was captured and how the passes changed it, to print, compare and draw.
+
+Kept is text only (``lorac.ir.dump``), never the graph or a weight. The adapters at the sites are looked up when a graph
+is printed, so they are those of that moment.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lorac.errors import Unavailable, nearest_name
+from lorac.ir.drawing import to_dot, to_html
+from lorac.ir.dump import Dump, dump
+from lorac.ir.graph import Graph
+from lorac.ir.printer import Notes, diff_dumps, to_text
+from lorac.ir.structure import narrow
+from lorac.ir.terms import describe_terms, describe_variant
+
+CAPTURE = "capture"
+
+
+class Stages:
+    """Dumps of graphs after each pass that changed them, by graph name. An observer of ``run_pipeline``."""
+
+    def __init__(self) -> None:
+        self.dumps: dict[str, dict[str, Dump]] = {}
+
+    def record(self, stage: str, graph: Graph) -> None:
+        """Note how a graph looks after ``stage``."""
+        if stage == CAPTURE:
+            self.dumps[graph.name] = {}
+        self.dumps.setdefault(graph.name, {})[stage] = dump(graph)
+
+
+class GraphView:
+    """One graph: its latest stage, and the earlier ones.
+
+    Args:
+        dumps: stage -> dump, in order.
+        notes: the adapters at the sites, as they now are.
+        stage: which stage to show; default: the last.
+    """
+
+    def __init__(self, dumps: Mapping[str, Dump], notes: Callable[[], Notes], stage: str | None = None) -> None:
+        self._dumps, self._notes = dumps, notes
+        self._stage = stage or list(dumps)[-1]
+
+    @property
+    def dump(self) -> Dump:
+        """The rows shown."""
+        return self._dumps[self._stage]
+
+    @property
+    def level(self) -> str:
+        """``"host"``, ``"adapted"``, ``"expanded"`` or ``"target"``."""
+        return self.dump.level
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """``"capture"`` and the passes that changed the graph, in order."""
+        return tuple(self._dumps)
+
+    def after(self, stage: str) -> GraphView:
+        """The graph as it was after a pass.
+
+        Raises:
+            Unavailable: no such pass changed it.
+        """
+        if stage not in self._dumps:
+            raise Unavailable(
+                f"'{stage}' is no stage of this graph",
+                nearest=nearest_name(stage, self._dumps) or ", ".join(self._dumps),
+                next_step="`stages` lists them",
+            )
+        return GraphView(self._dumps, self._notes, stage)
+
+    def at(self, path: str) -> GraphView:
+        """Only what lies inside a module.
+
+        Raises:
+            Unavailable: nothing of the graph lies there.
+        """
+        found = {stage: narrow(dump, path) for stage, dump in self._dumps.items() if _holds(dump, path)}
+        if self._stage not in found:
+            raise Unavailable(
+                f"nothing of graph '{self.dump.name}' lies inside '{path}'",
+                nearest=nearest_name(path, self.dump.sites),
+                next_step="print(compiled.graph) shows the modules",
+            )
+        return GraphView(found, self._notes, self._stage)
+
+    def diff(self, other: GraphView | None = None) -> str:
+        """What changed from the capture, or from another view, to this one; empty where nothing did."""
+        before = next(iter(self._dumps.values())) if other is None else other.dump
+        return diff_dumps(before, self.dump, self._notes())
+
+    def to_dot(self) -> str:
+        """The graph in Graphviz's language."""
+        return to_dot(self.dump, self._notes())
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write a page that needs nothing else, every stage and what changed between them; returns its path."""
+        return _write_page(path, self.dump.name, {self.dump.name: self}, self._notes())
+
+    def steps(self) -> Iterator[tuple[str, str]]:
+        """(stage, what it changed) of each pass."""
+        notes = self._notes()
+        for before, after in itertools.pairwise(self._dumps):
+            yield after, diff_dumps(self._dumps[before], self._dumps[after], notes)
+
+    def __str__(self) -> str:
+        return to_text(self.dump, self._notes())
+
+    def __repr__(self) -> str:
+        return f"<graph {self.dump.name} @{self.level}, {len(self.dump.rows)} values>"
+
+
+class Graphs(Mapping[str, GraphView]):
+    """Name -> graph; printing prints all."""
+
+    def __init__(self, stages: Mapping[str, Mapping[str, Dump]], notes: Callable[[], Notes]) -> None:
+        self._views = {name: GraphView(dumps, notes) for name, dumps in stages.items()}
+        self._notes = notes
+
+    def __getitem__(self, name: str) -> GraphView:
+        return self._views[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._views)
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    def diff(self) -> str:
+        """What the passes changed, graph by graph."""
+        return "\n".join(text for view in self._views.values() if (text := view.diff()))
+
+    def to_dot(self) -> str:
+        """All graphs in Graphviz's language, one after another."""
+        return "\n".join(view.to_dot() for view in self._views.values())
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write a page that needs nothing else; returns its path."""
+        return _write_page(path, "graphs", self._views, self._notes())
+
+    def __str__(self) -> str:
+        return "\n".join(str(view) for view in self._views.values())
+
+    def __repr__(self) -> str:
+        return f"<graphs {', '.join(self._views)}>"
+
+
+def graphs_of(compiled: Any) -> Graphs:
+    """The graphs of a compiled model; target eager captures its host now, in eval mode.
+
+    Raises:
+        Unavailable: it was loaded from a file, which keeps no such text.
+        CaptureFailed, ExampleInputsNeeded: the host does not trace.
+    """
+    stages = compiled.services.stages()
+    if not stages:
+        raise Unavailable(
+            "the graph of a model that was loaded from an artefact is not kept",
+            next_step="compile from the model to print it",
+        )
+    calls = next(iter(stages.values()))[CAPTURE].calls
+    return Graphs(stages, lambda: notes_of(compiled, calls))
+
+
+def notes_of(compiled: Any, calls: Mapping[str, int]) -> Notes:
+    """The adapters of a compiled model as a printed graph shows them."""
+    adapters = compiled.adapters
+    return Notes(
+        adapters={name: describe_variant(adapter.variant) for name, adapter in adapters.items()},
+        terms=describe_terms(compiled.pool, compiled.plans, mode=compiled.mode, strengths=compiled.active),
+        trainable=_trainable(adapters),
+        calls=calls,
+    )
+
+
+def _trainable(adapters: Mapping[str, Any]) -> dict[str, int]:
+    """Site path -> elements that train; a tensor shared by several sites counts at the first."""
+    counts: dict[str, int] = {}
+    seen: set[int] = set()
+    for adapter in adapters.values():
+        owned = [(path, t) for path, tensors in adapter.tensors.items() for t in tensors.values()]
+        owned += [(fqn.rpartition(".")[0], t) for fqn, t in adapter.replaced.items()]
+        for path, tensor in owned:
+            if tensor.requires_grad and id(tensor) not in seen:
+                seen.add(id(tensor))
+                counts[path] = counts.get(path, 0) + tensor.numel()
+    return counts
+
+
+def _holds(dump: Dump, path: str) -> bool:
+    try:
+        narrow(dump, path)
+    except KeyError:
+        return False
+    return True
+
+
+def _write_page(path: str | Path, title: str, views: Mapping[str, GraphView], notes: Notes) -> Path:
+    parts = [(f"{name} after {s}", view.after(s).dump) for name, view in views.items() for s in view.stages]
+    changes = [(f"{name}: what {stage} changed", text) for name, view in views.items() for stage, text in view.steps()]
+    target = Path(path)
+    target.write_text(to_html(title, parts, notes, changes), encoding="utf-8")
+    return target

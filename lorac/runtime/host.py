@@ -1,0 +1,98 @@
+"""The model a compilation works on, for as long as somebody else keeps it; then what is left of it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from lorac.errors import BaseNeeded
+from lorac.ir import skeleton
+from lorac.ir.tensorfile import TensorFile
+
+
+class Host:
+    """A host model.
+
+    An engine that runs the host keeps it. One that runs an emitted program lets it go after the build: adapters then
+    find their places on a skeleton (``lorac.ir.skeleton``), and base weights come from the engine's own file.
+
+    Args:
+        module: the model, in the dtype the target computes in.
+        given: the model or models as the caller gave them, from which to compile again.
+        moved: how ``module`` differs from that: compile's ``dtype`` and ``device``.
+    """
+
+    def __init__(self, module: nn.Module | None, given: Any = None, moved: Mapping[str, Any] | None = None) -> None:
+        self._module = module
+        self._given = _weakly(given)
+        self._moved = dict(moved or {})
+        self._described: dict[str, Any] | None = None
+        self._file: TensorFile | None = None
+
+    @classmethod
+    def stored(cls, described: Mapping[str, Any], file: TensorFile) -> Host:
+        """What an artefact has of a host.
+
+        Args:
+            described: its skeleton.
+            file: the base weights that were kept.
+        """
+        host = cls(None)
+        host._described, host._file = dict(described), file
+        return host
+
+    @property
+    def module(self) -> nn.Module:
+        """The model, or its skeleton, made anew each time so that no weight stays in memory."""
+        if self._module is not None:
+            return self._module
+        assert self._described is not None
+        return skeleton.build(self._described, self._file)
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The skeleton as JSON."""
+        return self._described if self._described is not None else skeleton.describe(self.module)
+
+    def let_go(self, file: TensorFile) -> None:
+        """Hold the model weakly from now on; ``file`` has the base weights that are still needed."""
+        if self._module is not None:
+            self._described, self._file, self._module = self.described, file, None
+
+    def original(self, step: str) -> tuple[Any, dict[str, Any]]:
+        """What to compile again, and compile's dtype and device for it.
+
+        Args:
+            step: what needs it, for the message.
+
+        Raises:
+            BaseNeeded: the model is gone.
+        """
+        if self._module is not None:
+            return self._module, {}
+        given = self._given()
+        if given is None:
+            raise BaseNeeded(
+                f"{step} compiles again from the host model, which is gone",
+                next_step="keep the model alive, or compile it again with adapters=compiled.adapters; "
+                "an eager artefact becomes an ONNX Runtime one by lorac.load(folder, target='onnxruntime')",
+            )
+        return given, self._moved
+
+
+def _weakly(given: Any) -> Callable[[], Any]:
+    """A way back to a model, or to several by name, that keeps none of them alive."""
+    if isinstance(given, nn.Module):
+        return weakref.ref(given)
+    if not isinstance(given, Mapping):
+        return lambda: None
+    references = {name: weakref.ref(module) for name, module in given.items()}
+
+    def found() -> dict[str, nn.Module] | None:
+        alive = {name: module for name, ref in references.items() if (module := ref()) is not None}
+        return alive if len(alive) == len(references) else None
+
+    return found
