@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lorac.ir.fused import FusedBuffer
+from lorac.ir.sites import stored_tensor
 from lorac.ir.slots import SitePlan
 from lorac.ir.snapshot import BaseReader
 
@@ -22,19 +23,28 @@ def _own_buffer(module: nn.Module, plan: SitePlan, base: BaseReader) -> FusedBuf
     assert site.weight is not None
     owner_path, _, leaf = site.weight.rpartition(".")
     owner = module.get_submodule(owner_path)
-    weight = nn.Parameter(module.get_parameter(site.weight).detach().clone(), requires_grad=False)
-    owner._parameters[leaf] = weight
+    weight = stored_tensor(module, site.weight).detach().clone()
+    if site.buffer:
+        owner._buffers[leaf] = weight
+    else:
+        owner._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
     bias = None
-    if plan.bound_bias:
+    if plan.bias:
         original = base.bias(site)
         start = torch.zeros(site.out_features, dtype=weight.dtype) if original is None else original.clone()
         bias = nn.Parameter(start, requires_grad=False)
-        owner._parameters["bias"] = bias
+        if not adds_bias(owner):
+            owner._parameters["bias"] = bias
     return FusedBuffer(
         site,
-        weight.detach(),
+        weight,
         site.present,
         lambda: base.weight(site),
         None if bias is None else bias.detach(),
         base.bias(site),
     )
+
+
+def adds_bias(module: nn.Module) -> bool:
+    """Whether a bias must be added to what the module answers, since its own forward knows none (an embedding)."""
+    return "bias" not in module._parameters

@@ -17,16 +17,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorac.backends.eager.buffers import fused_buffers
+from lorac.backends.eager.buffers import adds_bias, fused_buffers
+from lorac.errors import Unavailable
 from lorac.ir.adapted import LiveTerm, run_terms
 from lorac.ir.choice import Choice
+from lorac.ir.extras import record_emitted
 from lorac.ir.fused import FusedBuffer
-from lorac.ir.slots import Ctx, Prepared, SitePlan, SiteSlots, run_site
+from lorac.ir.sites import Site, stored_tensor
+from lorac.ir.slots import Ctx, SitePlan, SiteSlots, run_site
 from lorac.ir.snapshot import BaseReader, Snapshot
 from lorac.ir.types import SiteKind
+from lorac.ir.values import BASE, WEIGHT, first_tensor, names_read, parse, presented, replace_first, tapped
 
 Tensor = torch.Tensor
-Terms = Callable[[str, Choice], Sequence[LiveTerm]]
+Terms = Callable[[str, Choice], Sequence[LiveTerm] | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,16 +40,32 @@ class Binding:
     Attributes:
         choice: the choice, from which training computes its terms.
         slots: site path -> slots; absent where nothing is active.
-        trains: whether one of its adapters needs gradients.
+        reads_base: whether a branch that is on reads a value of a base pass.
     """
 
     choice: Choice = ()
     slots: Mapping[str, SiteSlots] = field(default_factory=dict)
     touched: frozenset[str] = frozenset()
+    reads_base: bool = False
 
 
 _NONE = Binding()
-_current: contextvars.ContextVar[tuple[object, Binding] | None] = contextvars.ContextVar("binding", default=None)
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """One call of the host: its binding, the program values read so far, and the extra outputs given.
+
+    ``computes_terms`` is settled at the call's start: a reentrant checkpoint turns gradients off within it.
+    """
+
+    binding: Binding
+    computes_terms: bool = False
+    values: dict[str, Tensor] = field(default_factory=dict)
+    aux: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+
+_current: contextvars.ContextVar[tuple[object, _Call] | None] = contextvars.ContextVar("call", default=None)
 
 
 class EagerEngine:
@@ -55,22 +75,40 @@ class EagerEngine:
         module: structural copy of the host; its sites' ``forward`` are replaced.
         plans: what each site has.
         base: reads base weights.
+        sites: every site of the host.
         fused: merged weights are written into buffers instead of computed beside the base.
         terms: (site path, choice) -> terms computed from the adapters' own tensors, for training.
+        aux: names of the extra outputs to keep.
     """
 
     target = "eager"
+    folder = None
+    settled = False
+    settles_alone = False
 
     def __init__(
-        self, module: nn.Module, plans: Mapping[str, SitePlan], base: BaseReader, *, fused: bool, terms: Terms
+        self,
+        module: nn.Module,
+        plans: Mapping[str, SitePlan],
+        base: BaseReader,
+        *,
+        sites: Mapping[str, Site],
+        fused: bool,
+        terms: Terms,
+        aux: Sequence[str] = (),
     ) -> None:
         self.module, self.plans, self.base, self.fused, self.terms = module, plans, base, fused, terms
         self.active = _NONE
+        self.sites, self.wanted = sites, frozenset(aux)
         self.aux: dict[str, dict[str, Tensor]] = {}
+        self._recorded = _Call(_NONE, computes_terms=True)
         self._originals: dict[str, Callable[..., Any]] = {}
         self._weights: dict[str, tuple[Tensor | None, Tensor | None]] = {}
         for path, plan in plans.items():
             self._install(path, plan)
+        for path in tapped(plans.values()):
+            tap = module.get_submodule(path)
+            tap.forward = functools.partial(self._forward_tap, path, tap.forward)
         self.buffers: dict[str, FusedBuffer] = fused_buffers(module, plans, base) if fused else {}
 
     # --- the engine protocol -----------------------------------------------------------------------------------
@@ -78,16 +116,44 @@ class EagerEngine:
     def bind(self, snapshot: Snapshot, slots: Mapping[str, SiteSlots]) -> Binding:
         """Keep the slots of the sites the choice touches; elsewhere the base runs untouched."""
         touched = frozenset(snapshot.composed)
-        return Binding(snapshot.choice, {path: slots[path] for path in touched}, touched)
+        read = (name for c in snapshot.composed.values() for _, term in c.branches for name in term.slot.reads)
+        reads_base = any(parse(name)[0] == BASE for name in read)
+        return Binding(snapshot.choice, {path: slots[path] for path in touched}, touched, reads_base)
 
     def activate(self, binding: Binding) -> None:
-        """Recomputation in backward (checkpointing) runs outside any call: it uses the active binding."""
+        """What runs outside any call (a submodule called directly) uses the active binding."""
         self.active = binding
+
+    @property
+    def computes_terms(self) -> bool:
+        """Whether a call made now computes its terms from the adapters' own tensors, and reads no slot.
+
+        That is so while gradients are recorded, and in training mode, where dropout acts.
+        """
+        return torch.is_grad_enabled() or self.module.training
 
     def run(self, binding: Binding | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the host copy with a binding; in fused mode the weights already hold it."""
-        with self._using(binding if binding is not None else self.active):
-            return self.module(*args, **kwargs)
+        call = _Call(binding if binding is not None else self.active, self.computes_terms)
+        if call.binding.reads_base:
+            unadapted = _Call(_NONE)
+            with torch.no_grad(), self._using(unadapted):
+                self.module(*args, **kwargs)
+            call.values.update({f"{BASE}:{path}": value for path, value in unadapted.values.items()})
+        with self._using(call):
+            output = self.module(*args, **kwargs)
+        self.aux = call.aux
+        if torch.is_grad_enabled():
+            self._recorded = call
+        return output
+
+    def settle(self) -> None:
+        """Refuse: eager weights are always what calls run on.
+
+        Raises:
+            Unavailable: always.
+        """
+        raise Unavailable("there is nothing to settle in eager", next_step="target='onnxruntime', mode='fused' settles")
 
     def write(self, snapshot: Snapshot) -> int:
         """Write merged weights; only touched buffers change."""
@@ -98,26 +164,27 @@ class EagerEngine:
         self.active = Binding(snapshot.choice, {}, frozenset(snapshot.composed))
         return written
 
-    def forget(self, prepared: Prepared) -> None:
-        """Drop what fused buffers keep for the values of a removed adapter."""
-        for path, value in prepared.values.items():
-            if path in self.buffers:
-                self.buffers[path].release(value)
-
     # --- the sites ---------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _using(self, binding: Binding) -> Iterator[None]:
-        token = _current.set((self, binding))
+    def _using(self, call: _Call) -> Iterator[None]:
+        token = _current.set((self, call))
         try:
             yield
         finally:
             _current.reset(token)
 
     def binding(self) -> Binding:
-        """The binding of the running call; outside one (a checkpoint's recomputation in backward) the active one."""
+        """The binding of the running call; outside one the active one."""
+        return self._call().binding
+
+    def _call(self) -> _Call:
         current = _current.get()
-        return current[1] if current is not None and current[0] is self else self.active
+        if current is not None and current[0] is self:
+            return current[1]
+        # A checkpoint recomputes within backward, outside any call: with what the call before it ran with.
+        recomputed = torch._C._current_graph_task_id() != -1
+        return self._recorded if recomputed else _Call(self.active, self.computes_terms)
 
     def _install(self, path: str, plan: SitePlan) -> None:
         owner = path.rpartition(".")[0] if plan.site.kind is SiteKind.PARAMETER else path
@@ -137,41 +204,59 @@ class EagerEngine:
     def _forward_site(self, path: str, module: nn.Module, x: Tensor) -> Tensor:
         binding = self.binding()
         if path not in binding.touched:
-            return self._originals[path](x)  # type: ignore[no-any-return]
-        terms = self._live_terms(path, binding)
-        ctx = self._ctx(path, module)
-        weight, bias = self._weights[path]
-        if terms is not None:
-            return run_terms(self.plans[path].site, terms, x, weight, bias, ctx)
-        slots = binding.slots.get(path)
-        if slots is None:
-            return self._originals[path](x)  # type: ignore[no-any-return]
-        return run_site(self.plans[path], slots, x, weight, bias, ctx=ctx)
+            return self._originals[path](x)
+        adapted = self._adapted(path, module, x)
+        if adapted is not None:
+            return adapted
+        y, buffer = self._originals[path](x), self.buffers.get(path)
+        shift = buffer.bias if buffer is not None and adds_bias(module) else None
+        return y if shift is None else y + shift
 
     def _forward_block(self, path: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         output = self._originals[path](*args, **kwargs)
-        binding = self.binding()
-        if path not in binding.touched:
+        if path not in self.binding().touched:
             return output
-        x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
-        y = output if isinstance(output, Tensor) else output[0]
-        terms, ctx = self._live_terms(path, binding), self._ctx(path, module)
+        x, y = first_tensor((args, kwargs)), first_tensor(output)
+        adapted = self._adapted(path, module, x, y)
+        return output if adapted is None else replace_first(output, lambda _: adapted)
+
+    def _forward_tap(self, path: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        self._call().values[path] = first_tensor(output)
+        return output
+
+    def _adapted(self, path: str, module: nn.Module, x: Tensor, block: Tensor | None = None) -> Tensor | None:
+        """The output of a touched site, from its live terms or its slots; None where the weights already hold it."""
+        call, plan = self._call(), self.plans[path]
+        weight, bias = self._weights[path]
+        emitted: dict[str, list[Tensor]] = {}
+        ctx = Ctx(plan.site, training=module.training, values=self._values(plan, call), emitted=emitted)
+        terms, slots = self._live_terms(path, call), call.binding.slots.get(path)
         if terms is not None:
-            changed = run_terms(self.plans[path].site, terms, x, None, None, ctx, y)
+            y = run_terms(plan.site, terms, x, weight, bias, ctx, block)
+        elif slots is not None:
+            y = run_site(plan, slots, x, weight, bias, ctx=ctx, block=block)
         else:
-            changed = run_site(self.plans[path], binding.slots[path], x, None, None, ctx=ctx, block=y)
-        return changed if isinstance(output, Tensor) else (changed, *output[1:])
+            return None
+        record_emitted(call.aux, path, {name: found for name, found in emitted.items() if name in self.wanted})
+        return y
+
+    def _values(self, plan: SitePlan, call: _Call) -> Mapping[str, Tensor]:
+        """What the plan's branches may read now."""
+        weights = [name for name in names_read([plan]) if parse(name)[0] == WEIGHT]
+        stored = {name: self.module.get_parameter(str(self.sites[parse(name)[1]].weight)) for name in weights}
+        return {**call.values, **presented(stored, self.sites)} if plan.branches else {}
 
     def _forward_owner(
         self, owner: str, module: nn.Module, leaves: Mapping[str, str], *args: Any, **kwargs: Any
     ) -> Any:
         """A module some of whose parameters are replaced: its own forward, on a shadow that holds the replacements."""
-        binding = self.binding()
-        replaced = {}
+        call = self._call()
+        binding, replaced = call.binding, {}
         for leaf, path in leaves.items():
             if path not in binding.touched:
                 continue
-            terms = self._live_terms(path, binding)
+            terms = self._live_terms(path, call)
             if terms is not None:
                 replaced[leaf] = terms[-1].value.weight  # type: ignore[union-attr]
             elif path in binding.slots:
@@ -180,21 +265,16 @@ class EagerEngine:
             return self._originals[owner](*args, **kwargs)
         shadow = copy.copy(module)
         shadow.__dict__ = {k: v for k, v in module.__dict__.items() if k != "forward"}
-        shadow._parameters = {**module._parameters, **replaced}  # type: ignore[dict-item]
+        for kept in ("_parameters", "_buffers"):
+            shadow.__dict__[kept] = {name: replaced.get(name, own) for name, own in getattr(module, kept).items()}
         return shadow.forward(*args, **kwargs)
 
-    def _live_terms(self, path: str, binding: Binding) -> Sequence[LiveTerm] | None:
-        """The terms from the adapters' own tensors while gradients are recorded, else None."""
-        return self.terms(path, binding.choice) if torch.is_grad_enabled() else None
-
-    def _ctx(self, path: str, module: nn.Module) -> Ctx:
-        def emit(name: str, tensor: Tensor) -> None:
-            self.aux.setdefault(name, {})[path] = tensor
-
-        return Ctx(self.plans[path].site, training=module.training, emit=emit)
+    def _live_terms(self, path: str, call: _Call) -> Sequence[LiveTerm] | None:
+        """The terms from the adapters' own tensors where the call computes them, else None."""
+        return self.terms(path, call.binding.choice) if call.computes_terms else None
 
 
 def _stored(module: nn.Module, plan: SitePlan) -> tuple[Tensor | None, Tensor | None]:
     site = plan.site
-    weight = module.get_parameter(site.weight) if site.weight else None
+    weight = stored_tensor(module, site.weight) if site.weight else None
     return weight, module.get_parameter(site.bias) if site.bias else None

@@ -13,11 +13,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
 import torch
+from onnxscript import rewriter
+from onnxscript.optimizer._constant_folding import FoldConstantsPass
 
+from lorac.backends.onnxruntime.translate import TRANSLATIONS, settle
 from lorac.ir.graph import Graph, Level
 
-_WEIGHTS = "model.onnx.data"
+MODEL, WEIGHTS = "model.onnx", "model.onnx.data"
 SITE_METADATA = "lorac.site"
 
 
@@ -36,28 +40,44 @@ def emit(graph: Graph, folder: Path, constants: Mapping[str, torch.Tensor] | Non
     model = to_onnx(graph)
     if constants is not None:
         bake(model, constants)
-    path = folder / "model.onnx"
-    ir.save(model, path, external_data=_WEIGHTS, size_threshold_bytes=1024)
+    path = folder / MODEL
+    ir.save(model, path, external_data=WEIGHTS, size_threshold_bytes=1024)
     return path
 
 
 def to_onnx(graph: Graph) -> ir.Model:
     """The graph as an onnx_ir model whose slot inputs bear their public names."""
     with _quiet(), torch.no_grad():
-        program = torch.onnx.export(graph.exported, dynamo=True, optimize=False, verbose=False)
+        program = torch.onnx.export(
+            graph.exported, dynamo=True, optimize=False, verbose=False, custom_translation_table=TRANSLATIONS
+        )
     assert program is not None
     model = program.model
+    settle(model)
     _name_slots(graph, model)
     tidy(model)
     return model
 
 
 def tidy(model: ir.Model) -> None:
-    """Constant folding and the exporter's own clean-ups, without the rule that is quadratic in the number of nodes."""
-    from onnxscript.optimizer import optimize_ir
-
+    """The exporter's own clean-ups, without the one rule that is quadratic in the number of nodes."""
+    rules = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule.name != "SlicesSplit"]
+    passes = ir.passes.Sequential(
+        common_passes.InlinePass(),
+        FoldConstantsPass(shape_inference=False, input_size_limit=1024, output_size_limit=1024),
+        rewriter.RewritePass(rules),
+        common_passes.RemoveUnusedNodesPass(),
+        common_passes.RemoveUnusedFunctionsPass(),
+        common_passes.RemoveUnusedOpsetsPass(),
+        common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common_passes.LiftSubgraphInitializersToMainGraphPass(),
+        common_passes.DeduplicateInitializersPass(),
+        common_passes.CommonSubexpressionEliminationPass(),
+        common_passes.OutputFixPass(),
+        common_passes.NameFixPass(),
+    )
     with _quiet():
-        optimize_ir(model, num_iterations=1, onnx_shape_inference=False)
+        passes(model)
 
 
 def bake(model: ir.Model, constants: Mapping[str, torch.Tensor]) -> None:

@@ -13,10 +13,14 @@ import numpy as np
 import onnxruntime as ort
 import torch
 
-from lorac.backends.onnxruntime.signature import CallSignature
-from lorac.ir.fused import FusedBuffer
+from lorac.backends.onnxruntime.inputs import wanted
+from lorac.backends.onnxruntime.session import session_options
+from lorac.backends.onnxruntime.settle import settled_session
+from lorac.errors import Unavailable
+from lorac.ir.feeds import fed, fused_buffers, grouped_aux, named_tensors
 from lorac.ir.graph import SlotInput
-from lorac.ir.slots import Prepared, SitePlan, SiteSlots
+from lorac.ir.signature import CallSignature
+from lorac.ir.slots import SitePlan, SiteSlots
 from lorac.ir.snapshot import BaseReader, Snapshot
 
 Tensor = torch.Tensor
@@ -47,7 +51,8 @@ class OrtEngine:
         plans: slots of every site.
         base: reads base weights without the host.
         mode: ``"live"``, ``"fused"`` or ``"baked"``.
-        folder: where the emitted program lies; removed with the engine.
+        folder: where the emitted program lies; removed with the engine that made it.
+        options: the target's options.
     """
 
     target = "onnxruntime"
@@ -62,14 +67,20 @@ class OrtEngine:
         base: BaseReader,
         mode: str,
         folder: Path,
+        options: Any,
     ) -> None:
-        self.session, self.signature, self.slots, self.plans = session, signature, slots, plans
-        self.base, self.mode, self.folder = base, mode, folder
+        self.session, self.signature, self.slots, self.plans = session, signature, slots, fed(slots, plans)
+        self.base, self.mode, self.folder, self.options = base, mode, folder, options
         self.fused = mode == "fused"
+        self.settles_alone = self.fused and options.settle == "background"
         self.aux: dict[str, dict[str, Any]] = {}
         self._outputs = [output.name for output in session.get_outputs()]
-        self.buffers, memory = fused_buffers(plans, base) if self.fused else ({}, {})
+        self._wanted = wanted(session)
+        self.buffers, memory = fused_buffers(self.plans, base) if self.fused else ({}, {})
         self._fixed = self.bind_tensors(memory) if self.fused else None
+        self._holds = Snapshot(())
+        # By snapshot, weakly: constants that can never serve again are let go.
+        self._settled: weakref.WeakKeyDictionary[Snapshot, _Settled] = weakref.WeakKeyDictionary()
 
     # --- the engine protocol -----------------------------------------------------------------------------------
 
@@ -89,25 +100,32 @@ class OrtEngine:
 
     def run(self, binding: Binding | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call. Inputs and outputs are torch or numpy, as they came."""
-        binding = binding if binding is not None else self._fixed
-        assert binding is not None
+        session, binding = self._serving(binding)
         given = self.signature.bind(args, kwargs)
-        io = self._io(binding)
+        as_numpy = all(isinstance(v, np.ndarray) for v in given.values())
+        values = [_answer(value, as_numpy) for value in self._execute(session, binding, given)]
+        output, extra = self.signature.answer(values)
+        self.aux = grouped_aux(extra, binding.tensors)
+        return output
+
+    def outputs(self, binding: Binding, given: Mapping[str, Tensor]) -> list[Tensor]:
+        """The program's outputs for its inputs by name, as it gives them, copied."""
+        return [torch.from_numpy(value.numpy().copy()) for value in self._execute(self.session, binding, given)]
+
+    def _execute(self, session: ort.InferenceSession, binding: Binding, given: Mapping[str, Any]) -> list[ort.OrtValue]:
+        io = _io(session, binding)
         held = []
         for name, value in given.items():
-            tensor = torch.as_tensor(value).detach().contiguous()
+            tensor = self._wanted[name].fit(value)
             held.append(tensor)
             io.bind_ortvalue_input(name, aliased(tensor))
         io.clear_binding_outputs()
         for name in self._outputs:
             io.bind_output(name)
-        self.session.run_with_iobinding(io)
-        as_numpy = all(isinstance(v, np.ndarray) for v in given.values())
-        values = [_answer(value, as_numpy) for value in io.get_outputs()]
+        session.run_with_iobinding(io)
+        outputs: list[ort.OrtValue] = io.get_outputs()
         io.clear_binding_outputs()
-        output, extra = self.signature.answer(values)
-        self.aux = _grouped(extra)
-        return output
+        return outputs
 
     def write(self, snapshot: Snapshot) -> int:
         """Write merged weights into the buffers the session reads."""
@@ -115,23 +133,60 @@ class OrtEngine:
         for path, buffer in self.buffers.items():
             composed = snapshot.composed.get(path)
             written += buffer.write(composed.value if composed is not None else None)
+        self._holds = snapshot
         return written
 
-    def forget(self, prepared: Prepared) -> None:
-        """Drop what fused buffers keep for the values of a removed adapter."""
-        for path, value in prepared.values.items():
-            if path in self.buffers:
-                self.buffers[path].release(value)
+    def settle(self) -> None:
+        """Make a session with the present weights as constants; it serves calls while they are the active ones.
 
-    def _io(self, binding: Binding) -> Any:
-        """This thread's IOBinding with the slots bound."""
-        owned = getattr(binding.bindings, "io", None)
-        if owned is None or owned[0]() is not self.session:
-            io = self.session.io_binding()
-            for name, value in binding.values.items():
-                io.bind_ortvalue_input(name, value)
-            binding.bindings.io = owned = (weakref.ref(self.session), io)
-        return owned[1]
+        Raises:
+            Unavailable: no weight is bound.
+        """
+        snapshot, fixed = self._holds, self._fixed
+        if fixed is None:
+            raise Unavailable(
+                "only bound weights can settle, and this program binds none",
+                next_step="compile with mode='fused'",
+            )
+        if snapshot in self._settled:
+            return
+        session = settled_session(
+            self.folder, fixed.tensors, session_options(self.options), list(self.options.providers)
+        )
+        if self._holds is snapshot:
+            self._settled[snapshot] = _Settled(session, self.bind_tensors({}))
+
+    @property
+    def settled(self) -> bool:
+        """Whether calls run on constants now."""
+        return self._holds in self._settled
+
+    def _serving(self, binding: Binding | None) -> tuple[ort.InferenceSession, Binding]:
+        settled = self._settled.get(self._holds)
+        if binding is None and settled is not None:
+            return settled.session, settled.binding
+        chosen = binding if binding is not None else self._fixed
+        assert chosen is not None
+        return self.session, chosen
+
+
+@dataclass(frozen=True, eq=False)
+class _Settled:
+    """A session with constants, and a binding for it."""
+
+    session: ort.InferenceSession
+    binding: Binding
+
+
+def _io(session: ort.InferenceSession, binding: Binding) -> Any:
+    """This thread's IOBinding with the slots bound."""
+    owned = getattr(binding.bindings, "io", None)
+    if owned is None or owned[0]() is not session:
+        io = session.io_binding()
+        for name, value in binding.values.items():
+            io.bind_ortvalue_input(name, value)
+        binding.bindings.io = owned = (weakref.ref(session), io)
+    return owned[1]
 
 
 def aliased(tensor: Tensor) -> ort.OrtValue:
@@ -141,67 +196,6 @@ def aliased(tensor: Tensor) -> ort.OrtValue:
     return value
 
 
-def named_tensors(
-    inputs: Mapping[str, SlotInput], plans: Mapping[str, SitePlan], slots: Mapping[str, SiteSlots]
-) -> dict[str, Tensor]:
-    """Slot input -> tensor. Idle branches get zeros of their shape."""
-    tensors: dict[str, Tensor] = {}
-    by_site: dict[str, dict[str, Tensor]] = {}
-    for name, slot in inputs.items():
-        if slot.site not in by_site:
-            by_site[slot.site] = slots[slot.site].named()
-        filled = by_site[slot.site].get(slot.role)
-        tensors[name] = filled if filled is not None else idle(plans[slot.site], slot.role)
-    return tensors
-
-
-def idle(plan: SitePlan, role: str) -> Tensor:
-    """What an idle branch slot holds: strength and parameters of zero."""
-    index, _, part = role.removeprefix("branch").partition(".")
-    shape = (1,) if part == "t" else list(plan.branches[int(index)].params.values())[int(part)]
-    return torch.zeros(shape)
-
-
-def fused_buffers(
-    plans: Mapping[str, SitePlan], base: BaseReader
-) -> tuple[dict[str, FusedBuffer], dict[str, Tensor]]:
-    """A buffer per bound weight, in slot layout and holding the base, and the memory by slot name."""
-    from lorac.ir.kinds import kind_of
-
-    buffers, memory = {}, {}
-    for path, plan in plans.items():
-        if not plan.bound:
-            continue
-        site = plan.site
-        weight = kind_of(site).layout_weight(base.weight(site)).clone(memory_format=torch.contiguous_format)
-        memory[f"{path}:weight"] = weight
-        bias = None
-        if plan.bound_bias:
-            original = base.bias(site)
-            bias = torch.zeros(site.out_features) if original is None else original.clone()
-            memory[f"{path}:bias"] = bias
-        matrix_of = _matrix_view(plan)
-        buffers[path] = FusedBuffer(site, weight, matrix_of, lambda site=site: base.weight(site), bias, base.bias(site))  # type: ignore[misc]
-    return buffers, memory
-
-
-def _matrix_view(plan: SitePlan) -> Any:
-    from lorac.ir.types import SiteKind
-
-    site = plan.site
-    if site.kind in {SiteKind.LINEAR, SiteKind.EMBEDDING}:
-        return lambda buffer: buffer.t()
-    return site.present
-
-
 def _answer(value: ort.OrtValue, as_numpy: bool) -> Any:
     array = value.numpy()
     return array if as_numpy else torch.from_numpy(array)
-
-
-def _grouped(extra: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    grouped: dict[str, dict[str, Any]] = {}
-    for key, value in extra.items():
-        name, _, path = key.partition(":")
-        grouped.setdefault(name, {})[path] = value
-    return grouped

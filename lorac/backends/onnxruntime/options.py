@@ -1,0 +1,34 @@
+"""What the onnxruntime target can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lorac.errors import UnknownOption
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of the onnxruntime target.
+
+    Attributes:
+        threads: threads of one operator, 0 for ONNX Runtime's own choice.
+        spinning: idle threads wait busily; faster alone, slower for everything else in the process.
+        aux: extra outputs to give, such as ``("router",)``; read them from ``compiled.aux``.
+        self_test: check after emission that every slot is live (invariant 8).
+        settle: ``"asked"``: weights settle when ``swap(..., settle=True)`` asks; ``"background"``: after every swap.
+        providers: execution providers, best first.
+    """
+
+    threads: int = 0
+    spinning: bool = False
+    aux: tuple[str, ...] = ()
+    self_test: bool = True
+    settle: str = "asked"
+    providers: tuple[str, ...] = ("CPUExecutionProvider",)
+
+    def __post_init__(self) -> None:
+        for name in ("aux", "providers"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.settle not in {"asked", "background"}:
+            raise UnknownOption(f"settle cannot be '{self.settle}'", nearest="asked, background")

@@ -1,0 +1,301 @@
+"""The self-test after emission: no slot was folded, copied, exchanged or bypassed (invariant 8).
+
+Statically, on the model as it was written: every slot is a true input from which a path leads to an output, and no
+constant holds what a slot holds. Dynamically, in two runs however many slots there are: with all slots full of seeded
+noise the session answers as the captured program does, and with the old tensors back it answers the old bits.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import onnx_ir as ir
+import torch
+from torch.utils import _pytree as pytree
+
+from lorac.backends.onnxruntime.emit import MODEL
+from lorac.backends.onnxruntime.engine import Binding, OrtEngine
+from lorac.errors import SelfTestFailed
+from lorac.ir.edit import KEYWORD
+from lorac.ir.feeds import named_tensors
+from lorac.ir.graph import Graph
+from lorac.ir.interp import outputs_of
+from lorac.ir.kinds import kind_of
+from lorac.ir.slots import BranchFill, SitePlan, SiteSlots
+from lorac.ir.snapshot import BaseReader, Snapshot, slots_of
+
+Tensor = torch.Tensor
+TOLERANCE = 1e-3
+"""‖y − y_ref‖ / ‖y_ref‖ per output. Rounding leaves 1e-6 to 1e-5; a wrong slot moves what it feeds by a third."""
+_SHARE = 0.3
+"""How much of its site's output the noise is."""
+_RANK = 3
+_SAMPLE = 8
+_SMALL = 4
+"""Tensors of fewer values are equal by chance."""
+
+
+def self_test(engine: OrtEngine, graph: Graph, snapshot: Snapshot) -> None:
+    """Check an engine against the program it was emitted from.
+
+    Args:
+        engine: as built.
+        graph: the lowered program, with its weights.
+        snapshot: what the slots hold at first; what a baked engine holds.
+
+    Raises:
+        SelfTestFailed: naming the slots.
+    """
+    model = ir.load(engine.folder / MODEL)
+    old = slots_of(engine.plans, snapshot, engine.base)
+    tensors = named_tensors(engine.slots, engine.plans, old)
+    check_inputs(model, [] if engine.mode == "baked" else list(engine.slots), list(engine.slots))
+    idle = slots_of(engine.plans, Snapshot(()), engine.base)
+    if engine.mode != "baked":
+        changed = _changed(tensors, named_tensors(engine.slots, engine.plans, idle))
+        check_constants(model, changed)
+    with torch.no_grad():
+        _Comparison(engine, graph, idle).check(tensors)
+
+
+# ── Statically ───────────────────────────────────────────────────────────────────────────────────────────────────────
+def check_inputs(model: ir.Model, slots: Collection[str], known: Collection[str]) -> None:
+    """Every slot is an input, no initializer, and reaches an output; of the known slots no other is an input."""
+    inputs = {str(value.name): value for value in model.graph.inputs}
+    folded = [s for s in slots if s not in inputs or s in model.graph.initializers]
+    if folded:
+        raise _failed(folded, "became constants")
+    stray = [s for s in known if s not in slots and s in inputs]
+    if stray:
+        raise _failed(stray, "are inputs of a baked program still")
+    live = _live(model)
+    dead = [s for s in slots if id(inputs[s]) not in live]
+    if dead:
+        raise _failed(dead, "reach no output")
+
+
+def check_constants(model: ir.Model, contents: Mapping[str, Tensor]) -> None:
+    """No constant of the model holds what a slot holds, as it is or transposed."""
+    by_size: dict[int, list[tuple[str, Tensor]]] = defaultdict(list)
+    for name, tensor in contents.items():
+        by_size[tensor.numel()].append((name, tensor))
+    for constant in _constants(model):
+        candidates = by_size.get(int(constant.size), [])
+        if not candidates or constant.dtype not in {ir.DataType.FLOAT, ir.DataType.DOUBLE}:
+            continue
+        value = torch.from_numpy(constant.numpy().copy()).flatten()
+        copied = [n for n, t in candidates if _same(value, t) or (t.dim() == 2 and _same(value, t.t()))]
+        if copied:
+            raise _failed(copied, "were copied into a constant")
+
+
+def _live(model: ir.Model) -> set[int]:
+    """Values from which a path leads to an output; what a nested graph reads, its node reads."""
+    live: set[int] = set()
+    todo = [value for value in model.graph.outputs]
+    while todo:
+        value = todo.pop()
+        if value is None or id(value) in live:
+            continue
+        live.add(id(value))
+        producer = value.producer()
+        if producer is not None:
+            todo.extend(v for v in producer.inputs if v is not None)
+            todo.extend(v for node in _nested(producer) for v in node.inputs if v is not None)
+    return live
+
+
+def _nested(node: ir.Node) -> Iterator[ir.Node]:
+    for attribute in node.attributes.values():
+        graphs = [attribute.value] if attribute.type == ir.AttributeType.GRAPH else []
+        for graph in graphs:
+            yield from graph.all_nodes()
+
+
+def _constants(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+    for value in model.graph.initializers.values():
+        if value.const_value is not None:
+            yield value.const_value
+    for node in model.graph.all_nodes():
+        if node.op_type == "Constant" and "value" in node.attributes:
+            yield node.attributes["value"].as_tensor()
+
+
+def _changed(tensors: Mapping[str, Tensor], idle: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Slots whose content is telling: not the base's own, and not the same value throughout."""
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if tensor.numel() >= _SMALL
+        and not _same(tensor, idle[name])
+        and bool((tensor != tensor.flatten()[0]).any())
+        and tensor.is_floating_point()
+    }
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.numel() == other.numel() and torch.equal(one.flatten(), other.flatten())
+
+
+# ── Dynamically ──────────────────────────────────────────────────────────────────────────────────────────────────────
+class _Comparison:
+    """The emitted program beside the captured one.
+
+    Args:
+        engine: the emitted program.
+        graph: the captured one.
+        idle: what the slots hold where nothing is active.
+    """
+
+    def __init__(self, engine: OrtEngine, graph: Graph, idle: Mapping[str, SiteSlots]) -> None:
+        self.engine, self.graph, self.idle = engine, graph, idle
+        self.inputs = example_inputs(graph, engine.signature.inputs)
+
+    def check(self, old: Mapping[str, Tensor]) -> None:
+        """Both runs; where the first fails, find the slots."""
+        engine = self.engine
+        if engine.mode == "baked":
+            if self._differs(old):
+                raise _failed(list(engine.slots), "do not hold what was baked into them")
+            return
+        before = self._run(engine.bind_tensors(old))
+        filled = noise_of(engine.plans, self.idle, engine.base)
+        noise = named_tensors(engine.slots, engine.plans, filled)
+        if self._differs(noise):
+            raise self._diagnosed(noise)
+        after = self._run(engine.bind_tensors(old))
+        if not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
+            raise _failed(list(engine.slots), "keep traces of what was in them: the old tensors give other bits")
+
+    def _run(self, binding: Binding) -> list[Tensor]:
+        return self.engine.outputs(binding, self.inputs)
+
+    def _differs(self, tensors: Mapping[str, Tensor]) -> bool:
+        baked = self.engine.mode == "baked"
+        expected = outputs_of(self.graph, self.inputs, tensors)
+        try:
+            found = self._run(self.engine.bind_tensors({} if baked else tensors))
+        except Exception:  # shapes that do not fit: the slot feeds something else
+            return True
+        return any(_apart(y, ref) for y, ref in zip(found, expected, strict=True))
+
+    def _diagnosed(self, noise: Mapping[str, Tensor]) -> SelfTestFailed:
+        """The error naming the slots.
+
+        A slot that changes nothing is bypassed. What was exchanged shows where all slots of one shape hold the same
+        and one of them something else: only then do the programs differ.
+        """
+        mute = [name for name in noise if not self._matters(name, noise)]
+        if mute:
+            return _failed(mute, "change nothing")
+        common = _common(noise)
+        wrong = [name for name in noise if self._differs({**common, name: _other(common[name])})]
+        if self._differs(common) or not wrong:
+            return _failed(list(noise), "give other answers than in the captured program")
+        return _failed(wrong, "are exchanged")
+
+    def _matters(self, name: str, noise: Mapping[str, Tensor]) -> bool:
+        if not noise[name].is_floating_point():
+            return True
+        changed = {**noise, name: _other(noise[name])}
+        try:
+            one, two = (self._run(self.engine.bind_tensors(tensors)) for tensors in (noise, changed))
+        except Exception:  # as above: then it matters, to something else
+            return True
+        return any(not torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def _other(tensor: Tensor) -> Tensor:
+    return tensor * 1.5 + 0.01 if tensor.is_floating_point() else tensor
+
+
+def _common(noise: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensor in all slots of one shape."""
+    first: dict[object, Tensor] = {}
+    return {name: first.setdefault((tensor.dtype, tensor.shape), tensor) for name, tensor in noise.items()}
+
+
+def example_inputs(graph: Graph, names: Sequence[str]) -> dict[str, Tensor]:
+    """The inputs the program was captured with, by name."""
+    args, kwargs = graph.exported.example_inputs or ((), {})
+    given = {name: value for name, value in kwargs.items() if name != KEYWORD and name not in graph.slots}
+    if set(names) <= given.keys():
+        return {name: given[name] for name in names}
+    leaves = [leaf for leaf in pytree.tree_leaves((args, given)) if isinstance(leaf, Tensor)]
+    return dict(zip(names, leaves, strict=True))
+
+
+def noise_of(
+    plans: Mapping[str, SitePlan], idle: Mapping[str, SiteSlots], base: BaseReader, seed: int = 0
+) -> dict[str, SiteSlots]:
+    """Seeded noise for every slot of every site, of about a third of what the site answers."""
+    generator = torch.Generator().manual_seed(seed)
+    return {path: _noise(plan, idle[path], _typical(plan, base), generator) for path, plan in plans.items()}
+
+
+def _noise(plan: SitePlan, idle: SiteSlots, typical: float, generator: torch.Generator) -> SiteSlots:
+    def randn(*shape: int, like: Tensor) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(like.dtype)
+
+    site, kind = plan.site, kind_of(plan.site)
+    made: dict[str, object] = {}
+    for role, spread in (("c", 0.1), ("d", 0.1), ("bias", 0.1)):
+        held = getattr(idle, role)
+        if held is not None:
+            made[role] = held + spread * randn(*held.shape, like=held)
+    if idle.weight is not None:
+        made["weight"] = _shaken(idle.weight, generator)
+    if idle.a is not None and idle.b is not None:
+        rank = min(plan.rank, _RANK)
+        down = site.in_features**-0.5
+        up = _SHARE * typical / (down * rank**0.5)
+        made["a"] = kind.layout_a(down * randn(site.in_features, rank, like=idle.a)).contiguous()
+        made["b"] = kind.layout_b(up * randn(rank, site.out_features, like=idle.b)).contiguous()
+    made["branches"] = tuple(
+        BranchFill(
+            torch.rand(1, generator=generator) + 0.5,
+            tuple(torch.randn(*shape, generator=generator) * shape[-1] ** -0.5 for shape in branch.params.values()),
+        )
+        for branch in plan.branches
+    )
+    return replace(idle, **made)  # type: ignore[arg-type]
+
+
+def _shaken(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """A weight with every row and column scaled its own way: one pass, where noise per value would take many.
+
+    Signs stay: a variance must not become negative.
+    """
+    shaken = weight
+    for axis in (0, weight.dim() - 1):
+        shape = [1] * weight.dim()
+        shape[axis] = weight.shape[axis]
+        shaken = shaken * torch.exp(_SHARE * torch.randn(shape, generator=generator)).to(weight.dtype)
+    return shaken
+
+
+def _typical(plan: SitePlan, base: BaseReader) -> float:
+    """A typical size of a weight's values, from its first rows."""
+    if plan.site.weight is None or not plan.rank:
+        return 1.0
+    return float(base.weight(plan.site)[:_SAMPLE].float().square().mean().sqrt())
+
+
+def _apart(y: Tensor, ref: Tensor) -> bool:
+    """Whether an output differs by more than rounding. Written so that a NaN differs too."""
+    if y.shape != ref.shape:
+        return True
+    if not ref.is_floating_point():
+        return False
+    norm = torch.linalg.vector_norm(ref.double())
+    return not bool(torch.linalg.vector_norm(y.double() - ref.double()) <= TOLERANCE * norm)
+
+
+def _failed(slots: Sequence[str], what: str) -> SelfTestFailed:
+    listed = ", ".join(f"'{slot}'" for slot in slots[:4]) + (f" and {len(slots) - 4} more" if len(slots) > 4 else "")
+    return SelfTestFailed(
+        f"after emission {len(slots)} slots {what}: {listed}",
+        next_step="this is a bug of the emitter, not of your model; a swap would not do what it says",
+    )

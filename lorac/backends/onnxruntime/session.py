@@ -1,0 +1,22 @@
+"""Sessions, always made with the same settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+
+
+def session_options(options: Any) -> ort.SessionOptions:
+    """ONNX Runtime's settings for the target's options."""
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = options.threads
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if options.spinning else "0")
+    settings.log_severity_level = 3
+    return settings
+
+
+def new_session(path: Path, options: Any) -> ort.InferenceSession:
+    """A session over an emitted model."""
+    return ort.InferenceSession(str(path), session_options(options), providers=list(options.providers))
