@@ -12,11 +12,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lorac import errors
 from lorac.errors import *  # noqa: F403  (the exception tree is part of the interface)
+from lorac.version import VERSION
 
 if TYPE_CHECKING:
-    from lorac.compiler import compile, load  # noqa: A004
+    from lorac.compiler import compile, load
     from lorac.formats import load_adapter, save_adapter
     from lorac.ir.choice import Active
     from lorac.ir.sites import find_sites as sites
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from lorac.variants.meteora import MeteoRA
     from lorac.variants.shira import SHiRA
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _HOMES = {
     "Active": "lorac.ir.choice",
@@ -52,7 +52,60 @@ _HOMES = {
 }
 """Public name -> the module it comes from (``module:name`` where the names differ). Methods are found by listing."""
 
-__all__ = sorted([*_HOMES, *errors.__all__, "AdapterTune", "DoRA", "Hydra", "LoRA", "MeteoRA", "SHiRA"])
+__all__ = [
+    "Active",
+    "Adapter",
+    "AdapterError",
+    "AdapterExists",
+    "AdapterNotFound",
+    "AdapterTune",
+    "ArtifactError",
+    "BaseMismatch",
+    "BaseNeeded",
+    "BranchVariant",
+    "CaptureFailed",
+    "ChoiceError",
+    "CompileError",
+    "Compiled",
+    "CorruptFile",
+    "DoRA",
+    "ExampleInputsNeeded",
+    "FormatError",
+    "Hydra",
+    "LoRA",
+    "LoracError",
+    "MeteoRA",
+    "MissingExtra",
+    "NeedsRecompile",
+    "NonFinite",
+    "NotMergeable",
+    "PatternTooSlow",
+    "ProgramVariant",
+    "Reserve",
+    "RuntimeFailure",
+    "SHiRA",
+    "SelfTestFailed",
+    "ShapeMismatch",
+    "SiteError",
+    "SiteNotFound",
+    "SiteUnreached",
+    "SiteUnsupported",
+    "SwapReport",
+    "Unavailable",
+    "UnknownField",
+    "UnknownFormat",
+    "UnknownOption",
+    "UnsupportedField",
+    "UnusedTensors",
+    "VerificationFailed",
+    "WeightVariant",
+    "compile",
+    "load",
+    "load_adapter",
+    "save_adapter",
+    "sites",
+    "variants",
+]
 
 
 def __getattr__(name: str) -> Any:

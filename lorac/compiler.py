@@ -5,38 +5,36 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lorac.errors import ChoiceError, MissingExtra, UnknownOption, nearest_name
-from lorac.formats import load_adapter
-from lorac.ir.adapted import LiveTerm
-from lorac.ir.choice import Active, Choice, Spec, parse_choice
-from lorac.ir.engine import BuildRequest, Engine
-from lorac.ir.graph import Graph
-from lorac.ir.normal import BRANCH
-from lorac.ir.sites import Site, find_sites
-from lorac.ir.slots import BranchFill, Prepared, SitePlan
-from lorac.ir.snapshot import BaseReader, compose_choice
-from lorac.passes.fresh import fresh_adapter, parameter_sites, trainable
-from lorac.passes.normal_forms import Lowerer, branch_term
-from lorac.passes.pipelines import adapt, run_pipeline
-from lorac.passes.plan import Reserve, plan_sites
-from lorac.runtime.compiled import Compiled, Services
-from lorac.runtime.module import CompiledModule
-from lorac.runtime.pool import Pool
+from lorac.compilation import Compilation, Source
+from lorac.errors import (
+    ArtifactError,
+    MissingExtra,
+    Unavailable,
+    UnknownOption,
+    nearest_name,
+)
+from lorac.ir.plain import choice_from_json, plan_from_json
+from lorac.ir.sites import parameter_site
+from lorac.ir.tensorfile import TensorFile, file_base
+from lorac.passes.plan import Reserve
+from lorac.runtime import artifact
+from lorac.runtime.compiled import Compiled
+from lorac.runtime.host import Host
 from lorac.variants.base import Adapter, Variant
 
 TARGETS = {"eager": None, "onnxruntime": None, "tensorrt": "tensorrt"}
 """Targets there are, and the extra each needs."""
-Source = str | Path | Adapter | Variant
 
 
-def compile(  # noqa: A001, PLR0913  (the interface of DESIGN 2)
+def compile(  # noqa: PLR0913, PLR0917  (the interface of DESIGN 2)
     model: nn.Module | Mapping[str, nn.Module],
     adapters: Mapping[str, Source] | Iterable[Source] = (),
     target: str = "eager",
@@ -68,153 +66,75 @@ def compile(  # noqa: A001, PLR0913  (the interface of DESIGN 2)
     """
     host = nn.ModuleDict(dict(model)) if isinstance(model, Mapping) else model
     backend, backend_options = _backend(target, options)
-    return _Compilation(backend.host_for(_moved(host, dtype, device))).run(
-        backend, backend_options, _named(adapters), target, example_inputs, mode, active, reserve, dynamic_shapes
+    moved = backend.host_for(_moved(host, dtype, device))
+    compilation = Compilation(Host(moved, model, {"dtype": dtype, "device": device}), compile)
+    compilation.casts = _casts(host, moved)
+    return compilation.run(
+        backend=backend,
+        options=backend_options,
+        sources=_named(adapters),
+        target=target,
+        example_inputs=example_inputs,
+        mode=mode,
+        active=active,
+        reserve=reserve,
+        dynamic_shapes=dynamic_shapes,
     )
 
 
-class _Compilation:
-    """One compilation: the host, its sites, and the lowering of its adapters."""
+def load(folder: str | Path, target: str | None = None, device: str | torch.device | None = None) -> Compiled:
+    """A compiled model from an artefact of ``compiled.save``; it needs neither the host nor its weights elsewhere.
 
-    def __init__(self, host: nn.Module) -> None:
-        self.host = host
-        self.sites: dict[str, Site] = find_sites(self.host)
-        self.base = BaseReader(self._weight, self._bias)
-        self.lowerer = Lowerer(self.sites, self.base)
-        self.pool = Pool(self.prepare)
+    Every file is held against the manifest's hash. What is loaded answers, swaps and takes further adapters, but does
+    not train. Nothing that the artefact names is run; output classes are taken from transformers alone, anything else
+    that the host answered with comes back as a plain dict or tuple.
 
-    def run(  # noqa: PLR0913  (compile's own arguments)
-        self,
-        backend: Any,
-        options: Any,
-        sources: Sequence[tuple[str | None, Source]],
-        target: str,
-        example_inputs: Any,
-        mode: str,
-        active: Any,
-        reserve: Reserve | None,
-        dynamic_shapes: Any,
-    ) -> Compiled:
-        for name, source in sources:
-            adapter = self.load(source, name)
-            self.pool.put(adapter, self.pool.prepare(adapter))
-        plans = plan_sites(self.sites, self.pool, mode, reserve)
-        choice = self._choice(active, mode)
-        kind = "live" if mode == "auto" else mode
-        request = BuildRequest(
-            model=self.host,
-            sites=self.sites,
-            plans=plans,
-            base=self.base,
-            mode=kind,
-            snapshot=compose_choice(plans, self.pool, parse_choice(choice, self.pool), self.base),
-            example_inputs=example_inputs,
-            dynamic_shapes=dynamic_shapes,
-            options=options,
-            terms=self.terms,
-            lower=_lower,
+    Args:
+        folder: the artefact.
+        target: default: the one it was saved from. An eager artefact can also be compiled for another target.
+        device: default: the one it was saved from, or the CPU.
+
+    Raises:
+        ArtifactError: damaged, unsafe, of another version, or no artefact.
+        Unavailable: the artefact cannot be turned into the target.
+    """
+    folder = Path(os.path.realpath(folder))
+    manifest = artifact.read(folder)
+    try:
+        return _loaded(manifest, folder, target or manifest["target"], device)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ArtifactError(
+            f"the manifest of '{folder}' does not fit together: {type(error).__name__}: {error}",
+            next_step="save the artefact again with this version",
+        ) from error
+
+
+def _loaded(manifest: Mapping[str, Any], folder: Path, target: str, device: Any) -> Compiled:
+    stored = manifest["target"]
+    saved, options = _backend(stored, {})
+    file = TensorFile(saved.base_file(folder))
+    compilation = Compilation(Host.stored(manifest["host"], file), compile, file_base(file))
+    for name, entry in manifest["adapters"].items():
+        source = artifact.inside(manifest, folder, entry["file"])
+        compilation.register(compilation.load(source, name))
+    model, sites = compilation.host.module, compilation.sites
+    plans = {
+        path: plan_from_json(sites.get(path) or parameter_site(path, model), plan)
+        for path, plan in manifest["plans"].items()
+    }
+    mode, choice, program = manifest["mode"], choice_from_json(manifest["active"]), manifest["program"]
+    if target == stored:
+        engine = saved.restore(program, folder, plans, mode, device)
+        return compilation.assemble(saved, engine, plans, mode, choice)
+    if stored != "eager":
+        raise Unavailable(
+            f"'{folder}' holds a program for {stored}, which cannot be turned into one for {target}",
+            next_step="compile from the model, or save an eager artefact: that can be loaded for every target",
         )
-        engine = backend.build(request)
-        return self._assemble(engine, plans, kind, choice, target)
-
-    def load(self, source: Source, name: str | None) -> Adapter:
-        """An adapter of this compilation's own from a path, an Adapter or a fresh Variant."""
-        if isinstance(source, Variant):
-            adapter = fresh_adapter(source, name or source.name, self.host, self.sites, self.base)
-        elif isinstance(source, Adapter):
-            adapter = dataclasses.replace(source, name=name or source.name)
-        else:
-            adapter = load_adapter(source, self.host, name)
-        self.pool.refuse_taken(adapter.name)
-        self.lowerer.sites = self.sites = {**self.sites, **parameter_sites(self.host, adapter, self.sites)}
-        self.lowerer.check(adapter)
-        return trainable(adapter, self.sites)
-
-    def prepare(self, adapter: Adapter) -> Prepared:
-        """An adapter's normal forms."""
-        with torch.no_grad():
-            return self.lowerer.prepare(adapter)
-
-    def terms(self, path: str, choice: Choice) -> Sequence[LiveTerm] | None:
-        """The active terms of a site from the adapters' own tensors; None where none of them needs gradients."""
-        adapters = self.pool.adapters
-        found = [term for name, how in choice for term in self._terms_of(adapters[name], path, how)]
-        return found or None
-
-    def _terms_of(self, adapter: Adapter, path: str, how: Active) -> list[LiveTerm]:
-        site = self.sites[path]
-        rate = float(getattr(adapter.variant, "dropout", 0.0))
-        place = adapter.variant.dropout_place
-        tensors = adapter.tensors.get(path)
-        if tensors is None:
-            value = self.lowerer.replaced_value(adapter, site)
-            return [] if value is None else [LiveTerm(how.strength, value)]
-        lowering = self.lowerer.lowering(adapter.variant, site, tensors)
-        if lowering.form == BRANCH:
-            term = branch_term(adapter.variant, site, tensors, detach=False)
-            strength = next(t for t in term.params if t.is_floating_point()).new_full((1,), how.strength)
-            return [LiveTerm(how.strength, branch=(term.slot, BranchFill(strength, term.params)))]
-        value = self.lowerer.value(lowering, site, tensors)
-        value = self.lowerer.with_bias(adapter, site, value)
-        return [LiveTerm(how.strength, value, rate=rate, place=place)]
-
-    def _assemble(
-        self, engine: Engine, plans: Mapping[str, SitePlan], mode: str, choice: Spec, target: str
-    ) -> Compiled:
-        compiled = CompiledModule(engine.module) if target == "eager" else Compiled()  # type: ignore[attr-defined]
-        services = Services(
-            load=self.load,
-            prepare=self.prepare,
-            recompile=self.recompile,
-            save=_save,
-            explain=_explain,
-        )
-        compiled.setup(
-            engine=engine,
-            plans=plans,
-            sites=self.sites,
-            base=self.base,
-            pool=self.pool,
-            services=services,
-            mode=mode,
-        )
-        for adapter in self.pool.adapters.values():
-            compiled.registered(adapter)
-        if mode == "baked":
-            compiled.mark_baked(parse_choice(choice, self.pool))
-        elif choice is not None:
-            compiled.swap(choice)
-        return compiled
-
-    def recompile(self, compiled: Compiled, target: str, mode: str, **options: Any) -> Compiled:
-        """Compile again from the host, with the adapters' present tensors and the same active choice."""
-        options.setdefault("active", compiled.active or None)
-        return compile(self.host, dict(compiled.adapters), target=target, mode=mode, **options)
-
-    def _choice(self, active: Any, mode: str) -> Spec:
-        names = list(self.pool)
-        if active != "auto":
-            parse_choice(active, self.pool)
-            return active  # type: ignore[no-any-return]
-        if len(names) == 1:
-            return names[0]
-        if mode == "baked" and names:
-            raise ChoiceError(
-                f"baking needs one choice among the adapters {', '.join(sorted(names))}",
-                next_step="give active=, as swap() takes it",
-            )
-        return None
-
-    def _weight(self, site: Site) -> torch.Tensor:
-        assert site.weight is not None
-        return site.present(self.host.get_parameter(site.weight).detach())
-
-    def _bias(self, site: Site) -> torch.Tensor | None:
-        return self.host.get_parameter(site.bias).detach() if site.bias else None
-
-
-def _lower(graph: Graph, aux: tuple[str, ...]) -> None:
-    run_pipeline(graph, adapt(aux))
+    backend, options = _backend(target, {})
+    program_of = saved.relowered(program, folder, sites, plans)
+    request = compilation.requested(plans, mode, choice, options, lowered=program_of)
+    return compilation.finish(backend, backend.build(request), request, choice)
 
 
 def _named(adapters: Mapping[str, Source] | Iterable[Source]) -> list[tuple[str | None, Source]]:
@@ -251,14 +171,9 @@ def _moved(host: nn.Module, dtype: torch.dtype | None, device: Any) -> nn.Module
     return copy.deepcopy(host).to(device=device, dtype=dtype)
 
 
-def _save(compiled: Compiled, folder: Any) -> None:
-    from lorac.runtime import artifact
-
-    artifact.save(compiled, folder)
-
-
-def _explain(compiled: Compiled) -> Any:
-    from lorac.analysis.explain import explain
-
-    return explain(compiled)
-
+def _casts(host: nn.Module, moved: nn.Module) -> tuple[tuple[torch.dtype, torch.dtype], ...]:
+    """The dtypes of parameters that the target computes with in another one."""
+    if host is moved:
+        return ()
+    pairs = zip(host.parameters(), moved.parameters(), strict=True)
+    return tuple(sorted({(a.dtype, b.dtype) for a, b in pairs if a.dtype != b.dtype}, key=str))

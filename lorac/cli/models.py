@@ -1,0 +1,81 @@
+"""Commands about models and methods: sites, variants, compile, explain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lorac.cli._hosts import ADAPTER_HELP, MODEL_HELP, load_model, named_adapters, parse_spec
+
+Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
+Adapters = Annotated[list[str], typer.Option("--adapter", "-a", help=ADAPTER_HELP)]
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's commands."""
+    for command in (sites, variants, compile, explain):
+        app.command()(command)
+
+
+def sites(model: Model, targets: Annotated[str, typer.Option(help="Only those a pattern names.")] = "") -> None:
+    """Print every adaptable place of a model."""
+    from lorac.ir.patterns import nothing_matches, select
+    from lorac.ir.sites import find_sites
+
+    found = find_sites(load_model(model))
+    wanted = list(found.values())
+    if targets:
+        chosen = targets if targets == "all-linear" else tuple(targets.split(","))
+        wanted = select(found, chosen) or select(found, targets)
+        if not wanted:
+            raise nothing_matches("(command line)", targets, found)
+    table = Table("site", "kind", "in", "out", "bias", "shares its weight with")
+    for site in wanted:
+        bias = "yes" if site.bias else ""
+        table.add_row(site.path, site.kind, str(site.in_features), str(site.out_features), bias, ", ".join(site.shares))
+    Console(width=None).print(table)
+
+
+def variants() -> None:
+    """Print every adapter method."""
+    from lorac.variants import variants as known
+
+    table = Table("method", "class", "adapts", "paper")
+    for name, variant in known().items():
+        table.add_row(name, variant.__name__, ", ".join(sorted(variant.kinds)), variant.paper)
+    Console().print(table)
+
+
+def compile(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    adapter: Adapters = [],  # noqa: B006  (typer's way to say "any number")
+    target: Annotated[str, typer.Option(help="eager, onnxruntime or tensorrt.")] = "onnxruntime",
+    mode: Annotated[str, typer.Option(help="auto, live, fused or baked.")] = "auto",
+    active: Annotated[str, typer.Option(help="none, NAME, or A=0.7,B=0.3; auto: the only adapter.")] = "auto",
+) -> None:
+    """Compile a model and its adapters, and save the result."""
+    import lorac
+
+    choice = active if active == "auto" else parse_spec(active)
+    compiled = lorac.compile(load_model(model), named_adapters(adapter), target=target, mode=mode, active=choice)
+    compiled.save(out)
+    print(f"{out}: {target}, {mode}, adapters {', '.join(compiled.adapters) or 'none'}, active {compiled.active}")
+
+
+def explain(
+    model: Model,
+    adapter: Adapters = [],  # noqa: B006
+    mode: Annotated[str, typer.Option(help="auto, live, fused or baked.")] = "auto",
+) -> None:
+    """Say per site what becomes of each adapter, and why not something cheaper. MODEL may be a compiled folder."""
+    import lorac
+
+    if (Path(model) / "manifest.json").is_file():
+        print(lorac.load(model).explain())
+        return
+    print(lorac.compile(load_model(model), named_adapters(adapter), mode=mode, active=None).explain())

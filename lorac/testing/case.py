@@ -1,0 +1,172 @@
+"""One variant on one host: the adapters, compiled models and references that its checks share."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lorac.compiler import compile
+from lorac.ir.sites import Site, bias_of, find_sites
+from lorac.ir.slots import Ctx
+from lorac.runtime.compiled import Compiled
+from lorac.testing.hosts import Host
+from lorac.testing.parity import contribution
+from lorac.testing.samples import AIM, adapter_away
+from lorac.variants.base import Adapter, BranchVariant, Variant, WeightVariant
+
+Array = np.ndarray
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """A method's equations in NumPy float64, written from its paper, without looking at the variant.
+
+    ``p`` has one array per parameter, ``variant`` is the configuration at the site. Give those that the method has.
+
+    Attributes:
+        weight: (W (out, in), p, variant) -> W'.
+        bias: (b (out,), W, p, variant) -> b'; zeros stand for a missing bias.
+        branch: (x, y, p, variant) -> y', y the site's unadapted output.
+        count: (out, in, variant) -> number of trained values at one site.
+    """
+
+    weight: Callable[[Array, SimpleNamespace, Any], Array] | None = None
+    bias: Callable[[Array, Array, SimpleNamespace, Any], Array] | None = None
+    branch: Callable[[Array, Array, SimpleNamespace, Any], Array] | None = None
+    count: Callable[[int, int, Any], int] | None = None
+
+    @staticmethod
+    def of(module: ModuleType) -> Oracle:
+        """The functions of these names that a module has."""
+        names = [field.name for field in dataclasses.fields(Oracle)]
+        return Oracle(**{name: vars(module)[name] for name in names if name in vars(module)})
+
+
+class Case:
+    """What the checks of one variant on one host share; everything is made on first use.
+
+    Args:
+        variant: the configuration to test.
+        host: where.
+        oracle: the method's equations, or None.
+    """
+
+    def __init__(self, variant: Variant, host: Host, oracle: Oracle | None = None) -> None:
+        self.variant = dataclasses.replace(variant, targets=(host.path,))
+        self.host, self.oracle = host, oracle
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The host in float64."""
+        return self.host.model()
+
+    @cached_property
+    def site(self) -> Site:
+        """The adapted site."""
+        return find_sites(self.model)[self.host.path]
+
+    @cached_property
+    def a(self) -> Adapter:
+        """An adapter away from its init."""
+        return adapter_away(self.variant, self.model, self.x, name="a", seed=1)
+
+    @cached_property
+    def b(self) -> Adapter:
+        """Another one."""
+        return adapter_away(self.variant, self.model, self.x, name="b", seed=2)
+
+    @property
+    def x(self) -> Tensor:
+        """The input used where one is enough."""
+        return self.host.inputs(self.host.batches[0])
+
+    @cached_property
+    def live(self) -> Compiled:
+        """Adapter a, live, in eager float64."""
+        return compile(self.model, {"a": self.a}, mode="live")
+
+    @cached_property
+    def mergeable(self) -> bool:
+        """Whether the method has a weight form here; one that edits weights always has."""
+        return not self.live.plans[self.host.path].branches
+
+    @cached_property
+    def model32(self) -> nn.Module:
+        """The host in float32."""
+        return copy.deepcopy(self.model).float()
+
+    def compiled(self, *adapters: Adapter, **options: Any) -> Compiled:
+        """A float64 model compiled with these adapters."""
+        return compile(self.model, {adapter.name: adapter for adapter in adapters}, **options)
+
+    def inputs(self, batch: tuple[int, ...]) -> Tensor:
+        """An input with these batch dimensions; for none, the row of ``x`` whose contribution is nearest the aim."""
+        if batch:
+            return self.host.inputs(batch)
+        with torch.no_grad():
+            pairs = zip(self.live(self.x), self.model(self.x), strict=True)
+            shares = [contribution(row, base)["output"] for row, base in pairs]
+        return self.x[int(np.argmin(np.abs(np.array(shares) - AIM)))]
+
+    @torch.no_grad()
+    def base(self, x: Tensor) -> Tensor:
+        """What the host answers."""
+        return self.model(x)
+
+    @torch.no_grad()
+    def references(self, x: Tensor) -> dict[str, Tensor]:
+        """What adapter a must answer, by every way to say it: the oracle's, or without one the formula's own."""
+        if self.oracle is None:
+            return {"formula": self._formula(x)}
+        found = {}
+        p = SimpleNamespace(**{name: _array(t) for name, t in self.a.tensors[self.host.path].items()})
+        variant = self.variant.at(self.site)
+        if self.oracle.weight is not None:
+            weight, bias = _array(self.weight), _array(self.bias)
+            new_weight = self.oracle.weight(weight, p, variant)
+            if self.oracle.bias is not None:
+                bias = self.oracle.bias(bias, weight, p, variant)
+            assert self.host.apply is not None
+            found["weight"] = torch.from_numpy(self.host.apply(_array(x), new_weight, bias))
+        if self.oracle.branch is not None:
+            found["branch"] = torch.from_numpy(self.oracle.branch(_array(x), _array(self.base(x)), p, variant))
+        assert found, "the oracle has neither weight() nor branch()"
+        return found
+
+    @property
+    def weight(self) -> Tensor:
+        """W (out, in)."""
+        assert self.site.weight is not None
+        return self.site.present(self.model.get_parameter(self.site.weight).detach())
+
+    @property
+    def bias(self) -> Tensor:
+        """b (out,), zeros where there is none."""
+        found = bias_of(self.site, self.model)
+        return torch.zeros(self.site.out_features, dtype=torch.float64) if found is None else found
+
+    def _formula(self, x: Tensor) -> Tensor:
+        variant = self.variant.at(self.site)
+        p = SimpleNamespace(**self.a.tensors[self.host.path])
+        if isinstance(variant, BranchVariant):
+            return variant.branch(x, self.base(x), p, Ctx(self.site))
+        assert isinstance(variant, WeightVariant)
+        assert self.host.apply is not None
+        weight, bias = variant.weight(self.weight, p), variant.new_bias(self.bias, p)
+        return torch.from_numpy(self.host.apply(_array(x), _array(weight), _array(bias)))
+
+
+def _array(tensor: Tensor) -> Array:
+    """A tensor as an array, floating point in float64."""
+    wide = tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
+    return wide.numpy()

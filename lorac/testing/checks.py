@@ -1,0 +1,264 @@
+"""The checks in eager float64, the deciding comparison. Each takes a ``Case`` and asserts one promise."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorac.compiler import compile
+from lorac.errors import NotMergeable, SiteUnsupported
+from lorac.formats import load_adapter, save_adapter
+from lorac.ir.algebra import RULES
+from lorac.ir.forms import merge, merge_bias
+from lorac.ir.sites import bias_of
+from lorac.ir.snapshot import BaseReader
+from lorac.ir.types import Role
+from lorac.passes.normal_forms import Lowerer
+from lorac.runtime.compiled import Compiled
+from lorac.testing.case import Case
+from lorac.testing.parity import assert_parity
+from lorac.testing.samples import spread
+from lorac.variants.base import Adapter, WeightVariant
+
+Tensor = torch.Tensor
+MIX = {"a": 0.7, "b": 0.3}
+_EXACT = 1e-12
+"""For results that must agree to rounding in float64, relative to their own size."""
+
+
+def formula(case: Case) -> None:
+    """Live answers what the oracle says, for 0 to 2 batch dimensions, with and without gradients recorded."""
+    for batch in case.host.batches:
+        x = case.inputs(batch)
+        for reference in case.references(x).values():
+            assert_parity(_call(case.live, x), reference, case.base(x))
+            assert_parity(case.live(x), reference, case.base(x))
+
+
+def modes(case: Case) -> None:
+    """Fused and baked answer what live does; a method without a weight form refuses both."""
+    needs_weight = isinstance(case.variant, WeightVariant) or (case.oracle is not None and case.oracle.weight)
+    assert case.mergeable or not needs_weight, "a method with a weight form stayed a branch"
+    for mode in ("fused", "baked"):
+        if not case.mergeable:
+            assert_raises(NotMergeable, lambda mode=mode: case.compiled(case.a, mode=mode))  # type: ignore[misc]
+            continue
+        compiled = case.compiled(case.a, mode=mode)
+        for batch in case.host.batches:
+            x = case.inputs(batch)
+            assert_parity(_call(compiled, x), _call(case.live, x), case.base(x))
+
+
+def strength(case: Case) -> None:
+    """Strength t means y + t·(y' − y), and a mixture is the sum of such terms, live and fused."""
+    base = case.base(case.x)
+    moved = {adapter.name: _call(case.compiled(adapter), case.x) - base for adapter in (case.a, case.b)}
+    for mode in ("live", "fused") if case.mergeable else ("live",):
+        compiled = case.compiled(case.a, case.b, mode=mode)
+        for choice in ({"a": 0.5}, MIX):
+            expected = base + sum(t * moved[name] for name, t in choice.items())
+            assert_parity(_call(compiled, case.x, choice), expected, base)
+            assert_parity(compiled(case.x, adapters=choice), expected, base)
+
+
+def identity_at_init(case: Case) -> None:
+    """A fresh adapter changes nothing, where the method promises that; else something."""
+    base = case.base(case.x)
+    fresh = _call(compile(case.model, {"a": case.variant}), case.x)
+    if case.variant.identity_at_init:
+        assert_close(fresh, base)
+    else:
+        assert not torch.equal(fresh, base), "identity_at_init is False, yet a fresh adapter changes nothing"
+
+
+def training(case: Case) -> None:
+    """Steps with weight decay change every trainable tensor and no other byte."""
+    host = {name: t.clone() for name, t in case.model.state_dict().items()}
+    compiled: Any = case.compiled(case.a)
+    compiled.train()
+    adapter = compiled.adapters["a"]
+    named = {f"{path}.{key}": t for path, at in adapter.tensors.items() for key, t in at.items()}
+    specs = case.variant.at(case.site).params(case.site)
+    trained = {key for key in named if specs[key.rpartition(".")[2]].role is Role.TRAINABLE}
+    optimised = [p for p in compiled.parameters() if p.requires_grad]
+    assert {id(p) for p in optimised} == {id(named[key]) for key in trained}, "other tensors train than the specs say"
+    before = {key: t.detach().clone() for key, t in named.items()}
+    kept = {name: t.clone() for name, t in compiled.host.state_dict().items()}
+    _train(compiled, case.x, optimised, named, trained)
+    for key, tensor in named.items():
+        same = torch.equal(before[key], tensor)
+        assert same != (key in trained), f"{key} {'did not train' if same else 'is frozen and changed'}"
+    for name, tensor in case.model.state_dict().items():
+        assert torch.equal(tensor, host[name]), f"training changed the host's {name}"
+    for name, tensor in compiled.host.state_dict().items():
+        assert torch.equal(tensor, kept[name]), f"training changed the base's {name}"
+
+
+def undo(case: Case) -> None:
+    """Swapped to none, every mode answers the host's own bits, and fused weights are the base's."""
+    base = case.base(case.x)
+    for mode in ("live", "fused") if case.mergeable else ("live",):
+        compiled: Any = case.compiled(case.a, mode=mode)
+        assert not torch.equal(_call(compiled, case.x), base), "the adapter does nothing"
+        compiled.swap(None)
+        assert torch.equal(_call(compiled, case.x), base), f"{mode}: swapped to none, the answer is not the base's"
+        for name, tensor in case.model.state_dict().items():
+            assert torch.equal(compiled.host.state_dict()[name], tensor), f"{mode}: {name} is not the base's"
+
+
+def swapping(case: Case) -> None:
+    """After any history the bits are those of a fresh compile with the same choice and nothing else registered."""
+    adapters = {"a": case.a, "b": case.b}
+    for mode in ("live", "fused") if case.mergeable else ("live",):
+        compiled = case.compiled(*adapters.values(), mode=mode)
+        for choice in ("a", "b", MIX, "a", None, MIX, "b"):
+            compiled.swap(choice)
+            named = [adapters[n] for n in ([choice] if isinstance(choice, str) else choice or ())]
+            fresh = case.compiled(*named, mode=mode, active=choice)
+            assert torch.equal(_call(compiled, case.x), _call(fresh, case.x)), f"{mode}: {choice} after a history"
+
+
+def saving(case: Case) -> None:
+    """Saved and loaded, the adapter is the same: method, tensors, answers; saved again, the same bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        first, second = Path(folder, "first.safetensors"), Path(folder, "second.safetensors")
+        save_adapter(case.a, first, format="native", model=case.model)
+        loaded = load_adapter(first, case.model)
+        save_adapter(loaded, second, format="native", model=case.model)
+        assert first.read_bytes() == second.read_bytes(), "saved again, the file differs"
+    assert loaded.variant == case.a.variant, f"saved {case.a.variant}, loaded {loaded.variant}"
+    for key, tensor in case.a.tensors[case.host.path].items():
+        assert torch.equal(loaded.tensors[case.host.path][key], tensor), f"{key} differs after loading"
+    assert torch.equal(_call(case.compiled(loaded), case.x), _call(case.live, case.x))
+
+
+def influence(case: Case) -> None:
+    """Every tensor moves the output: none is stored for nothing."""
+    y = _call(case.live, case.x)
+    moved = torch.linalg.vector_norm(y - case.base(case.x))
+    for key, tensor in case.a.tensors[case.host.path].items():
+        changed = tensor.flip(-1) if not tensor.is_floating_point() else _shaken(tensor)
+        other = Adapter("a", case.a.variant, {case.host.path: {**case.a.tensors[case.host.path], key: changed}})
+        difference = torch.linalg.vector_norm(_call(case.compiled(other), case.x) - y)
+        assert difference > 1e-3 * moved, f"{key} has no influence on the output"
+
+
+def count(case: Case) -> None:
+    """The adapter holds exactly the tensors its specs say, and as many values as the oracle counts."""
+    specs = case.variant.at(case.site).params(case.site)
+    tensors = case.a.tensors[case.host.path]
+    assert list(tensors) == list(specs)
+    for name, spec in specs.items():
+        assert tuple(tensors[name].shape) == spec.shape, f"{name} is {tuple(tensors[name].shape)}, not {spec.shape}"
+        assert spec.role is not Role.INDEX or tensors[name].dtype == torch.int64, f"{name} is no index tensor"
+    if case.oracle is not None and case.oracle.count is not None:
+        trained = sum(tensors[name].numel() for name, spec in specs.items() if spec.role is Role.TRAINABLE)
+        expected = case.oracle.count(case.site.out_features, case.site.in_features, case.variant)
+        assert trained == expected, f"{trained} trained values, the oracle counts {expected}"
+
+
+def rules(case: Case) -> None:
+    """With every rule of the algebra taken away the result is the same, only slower."""
+    if not case.mergeable:
+        return
+    base = BaseReader(lambda site: case.weight, lambda site: bias_of(site, case.model))
+    sites = {case.host.path: case.site}
+    with torch.no_grad():
+        values = [Lowerer(sites, base, table).prepare(case.a).values[case.host.path] for table in (RULES, ())]
+    given, plain = ((merge(v, case.weight), merge_bias(v, bias_of(case.site, case.model))) for v in values)
+    assert_close(given[0], plain[0])
+    assert (given[1] is None) == (plain[1] is None)
+    if given[1] is not None and plain[1] is not None:
+        assert_close(given[1], plain[1])
+
+
+def untouched(case: Case) -> None:
+    """Compiling leaves the host as it was: bytes, flags, mode, hooks, and the process's random state."""
+    model = case.host.model()
+    model.train()
+    next(model.parameters()).requires_grad_(False)
+    before, state = _traits(model), torch.get_rng_state()
+    compile(model, {"a": case.variant})
+    assert _traits(model) == before, "compile changed the host"
+    assert torch.equal(torch.get_rng_state(), state), "compile drew from the process's random state"
+    for name, tensor in case.host.model().state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), f"compile changed the host's {name}"
+
+
+def refused(case: Case) -> None:
+    """On a kind of site the method is not defined on, compile raises ``SiteUnsupported``."""
+    assert_raises(SiteUnsupported, lambda: compile(case.model, {"a": case.variant}))
+
+
+CHECKS: Mapping[str, Callable[[Case], None]] = {
+    check.__name__: check
+    for check in (
+        formula,
+        modes,
+        strength,
+        identity_at_init,
+        training,
+        undo,
+        swapping,
+        saving,
+        influence,
+        count,
+        rules,
+        untouched,
+    )
+}
+"""Every check on a site of a kind that the variant admits."""
+
+
+def assert_raises(error: type[Exception], call: Callable[[], object]) -> None:
+    """Assert that ``call`` raises ``error`` and nothing else."""
+    try:
+        call()
+    except error:
+        return
+    raise AssertionError(f"{error.__name__} was not raised")
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    """Assert equality to float64 rounding, relative to the size of ``expected``."""
+    error = torch.linalg.vector_norm(found - expected)
+    size = torch.linalg.vector_norm(expected)
+    assert error <= _EXACT * size, f"off by {float(error / size):.2e} of its size"
+
+
+def _call(compiled: Compiled, x: Tensor, *choice: Any) -> Tensor:
+    chosen = {"adapters": choice[0]} if choice else {}
+    with torch.no_grad():
+        return compiled(x, **chosen)
+
+
+def _train(
+    compiled: Any, x: Tensor, optimised: list[nn.Parameter], named: Mapping[str, Tensor], trained: set[str]
+) -> None:
+    optimiser = torch.optim.AdamW(optimised, lr=1e-2, weight_decay=0.1)
+    target = torch.zeros_like(_call(compiled, x))
+    for _ in range(2):
+        optimiser.zero_grad()
+        torch.nn.functional.mse_loss(compiled(x), target).backward()
+        for key in trained:
+            gradient = named[key].grad
+            # Weight decay alone would change it too.
+            assert gradient is not None and bool(gradient.any()), f"{key} gets no gradient"
+        optimiser.step()
+
+
+def _shaken(tensor: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
+    return tensor + 0.5 * spread(tensor) * noise
+
+
+def _traits(model: nn.Module) -> Any:
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    modes = {name: (m.training, len(m._forward_hooks), sorted(vars(m))) for name, m in model.named_modules()}
+    return flags, modes

@@ -1,0 +1,93 @@
+"""What every variant must satisfy, whoever wrote it: one list of checks, run by any test runner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from lorac.testing import checks, emitted
+from lorac.testing.case import Case, Oracle
+from lorac.testing.hosts import HOSTS, Host
+from lorac.testing.samples import label, samples
+from lorac.variants.base import Variant
+
+
+@dataclass(frozen=True)
+class Check:
+    """One named check; calling it raises ``AssertionError`` where the variant fails.
+
+    Attributes:
+        name: method, configuration, host and what is checked.
+        run: does it.
+    """
+
+    name: str
+    run: Callable[[], None] = field(repr=False)
+
+    def __call__(self) -> None:
+        self.run()
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def conformance(
+    variant: type[Variant] | Variant,
+    oracle: Oracle | ModuleType | None = None,
+    *,
+    targets: Iterable[str] = ("onnxruntime",),
+    hosts: Mapping[str, Host] = HOSTS,
+    **fields: Any,
+) -> list[Check]:
+    """Every check of a variant, on every host.
+
+        @pytest.mark.parametrize("check", lorac.testing.conformance(MyVariant, my_oracle), ids=str)
+        def test_my_variant(check):
+            check()
+
+    On each host that the variant's ``kinds`` admit: formula = oracle, live = fused = baked, strength and mixture,
+    identity at init, training moves what it should and nothing else, undo and swap bit for bit, save and load, every
+    tensor matters, parameter count, every algebra rule dispensable, and the targets equal to eager. On the others: a
+    typed refusal.
+
+    Args:
+        variant: the class (tested with ranks 1 and 3 and every switch turned once), or one configured instance.
+        oracle: the equations in NumPy float64, written independently of the variant, or a module that holds them
+            (see ``Oracle``). Without one the formula itself is the reference of what is derived from it.
+        targets: targets to compare with eager, for the first configuration.
+        hosts: models to try.
+        **fields: hyper-parameters to set.
+    """
+    equations = Oracle.of(oracle) if isinstance(oracle, ModuleType) else oracle
+    found = []
+    for index, sample in enumerate(samples(variant, **fields)):
+        for host in hosts.values():
+            case = Case(sample, host, equations)
+            run = _eager(sample, host)
+            if index == 0:
+                run |= _targets(sample, host, targets)
+            title = f"{label(sample)}-{host.name}"
+            found += [Check(f"{title}-{name}", _bound(check, case)) for name, check in run.items()]
+    return found
+
+
+def _eager(sample: Variant, host: Host) -> dict[str, Callable[[Case], None]]:
+    if host.kind not in sample.kinds:
+        return {"refused": checks.refused}
+    return dict(checks.CHECKS)
+
+
+def _targets(sample: Variant, host: Host, targets: Iterable[str]) -> dict[str, Callable[[Case], None]]:
+    if host.kind not in sample.kinds:
+        return {}
+    return {
+        f"{target}-{name}": lambda case, target=target, check=check: check(case, target)  # type: ignore[misc]
+        for target in targets
+        for name, check in emitted.CHECKS.items()
+    }
+
+
+def _bound(check: Callable[[Case], None], case: Case) -> Callable[[], None]:
+    return lambda: check(case)

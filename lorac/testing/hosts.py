@@ -1,0 +1,145 @@
+"""Tiny hosts, one adaptable site each: non-square, with their input shapes and their meaning in plain array code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lorac.ir.types import SiteKind
+
+Array = np.ndarray
+Tensor = torch.Tensor
+
+
+class Conv1D(nn.Module):
+    """GPT-2's linear layer, which stores its weight as (in, out); known to lorac by this name and these fields."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight = nn.Parameter(torch.randn(nx, nf) / nx**0.5)
+        self.bias = nn.Parameter(torch.randn(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y (…, nf) from x (…, nx)."""
+        return x @ self.weight + self.bias
+
+
+class Block(nn.Module):
+    """``h + U·tanh(D·h)``: a residual block, not linear in its input."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """h' (…, width) from h (…, width)."""
+        return h + self.up(torch.tanh(self.down(h)))
+
+
+class OneSite(nn.Module):
+    """A model that is one layer, at path ``site``."""
+
+    def __init__(self, site: nn.Module) -> None:
+        super().__init__()
+        self.site = site
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the site answers."""
+        return self.site(x)
+
+
+class OneBlock(nn.Module):
+    """A model that is one block of a list, at path ``blocks.0``."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([block])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the block answers."""
+        return self.blocks[0](x)
+
+
+@dataclass(frozen=True)
+class Host:
+    """A model with one site of a kind.
+
+    Attributes:
+        name: the host's name in check names.
+        kind: kind of its site.
+        make: makes the model.
+        sizes: shape of one example without batch dimensions; () for ids.
+        apply: (x, W' (out, in), b' (out,)) -> y in array code, independent of lorac; None for blocks.
+        batches: batch dimensions to call it with, all holding the same examples; () takes one of them.
+        vocabulary: number of ids, where the input is ids.
+        path: the site's path.
+    """
+
+    name: str
+    kind: SiteKind
+    make: Callable[[], nn.Module]
+    sizes: tuple[int, ...]
+    apply: Callable[[Array, Array, Array], Array] | None
+    batches: tuple[tuple[int, ...], ...] = ((12,), (3, 4), ())
+    vocabulary: int = 0
+    path: str = "site"
+
+    def model(self, dtype: torch.dtype = torch.float64) -> nn.Module:
+        """The model, the same weights every time, in eval mode; the process's random state is left alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(11)
+            return self.make().to(dtype).eval()
+
+    def inputs(self, batch: tuple[int, ...]) -> Tensor:
+        """One input with these batch dimensions, float64 or ids, the same every time."""
+        generator = torch.Generator().manual_seed(7)
+        shape = (*batch, *self.sizes)
+        if self.vocabulary:
+            return torch.randint(self.vocabulary, shape, generator=generator)
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _linear(x: Array, weight: Array, bias: Array) -> Array:
+    return x @ weight.T + bias
+
+
+def _lookup(x: Array, weight: Array, bias: Array) -> Array:
+    return weight.T[x] + bias
+
+
+def _strided(x: Array, weight: Array, bias: Array) -> Array:
+    kernel = torch.from_numpy(weight).reshape(len(weight), -1, 3, 3)
+    return F.conv2d(torch.from_numpy(x), kernel, torch.from_numpy(bias), stride=2, padding=1).numpy()
+
+
+def _host(name: str, kind: SiteKind, make: Callable[[], nn.Module], **rest: object) -> tuple[str, Host]:
+    return name, Host(name, kind, lambda: OneSite(make()), **rest)  # type: ignore[arg-type]
+
+
+HOSTS: Mapping[str, Host] = dict(
+    (
+        _host("linear", SiteKind.LINEAR, lambda: nn.Linear(7, 11), sizes=(7,), apply=_linear),
+        _host("no_bias", SiteKind.LINEAR, lambda: nn.Linear(9, 8, bias=False), sizes=(9,), apply=_linear),
+        _host("transposed", SiteKind.LINEAR, lambda: Conv1D(11, 7), sizes=(7,), apply=_linear),
+        _host(
+            "conv",
+            SiteKind.CONV2D,
+            lambda: nn.Conv2d(3, 8, 3, stride=2, padding=1),
+            sizes=(3, 6, 5),
+            apply=_strided,
+            batches=((6,), ()),
+        ),
+        _host("embedding", SiteKind.EMBEDDING, lambda: nn.Embedding(13, 6), sizes=(), apply=_lookup, vocabulary=13),
+        (
+            "block",
+            Host("block", SiteKind.BLOCK, lambda: OneBlock(Block(7, 5)), (7,), None, path="blocks.0"),
+        ),
+    )
+)
+"""Every host by name."""

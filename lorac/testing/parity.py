@@ -1,0 +1,105 @@
+"""The deciding measure: error against the adapter's own contribution, never against the base.
+
+‖y − y_ref‖₂ / ‖y_ref − y_base‖₂ per output, for adapters that move the output by 5 to 50 %: a wrong
+scale, a missing term or a swapped tensor cannot hide behind the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FLOAT64 = 1e-9
+FLOAT32 = 1e-4
+CONTRIBUTION = (0.05, 0.50)
+
+
+def named_outputs(output: Any, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+    """A model's floating-point outputs by name, in float64; caches and nested tuples left out.
+
+    A lone tensor is called 'output', a tuple's are called '0', '1', ...
+    """
+    if isinstance(output, Tensor | np.ndarray):
+        output = {"output": output}
+    elif isinstance(output, Sequence):
+        output = {str(index): value for index, value in enumerate(output)}
+    elif not isinstance(output, Mapping):
+        raise TypeError(f"no outputs to compare in a {type(output).__name__}")
+    tensors = {
+        name: torch.as_tensor(value).detach()
+        for name, value in output.items()
+        if isinstance(value, Tensor | np.ndarray)
+    }
+    chosen = tensors if names is None else {name: tensors[name] for name in names}
+    found = {name: value.double().cpu() for name, value in chosen.items() if value.is_floating_point()}
+    assert found, f"no floating-point output among {sorted(tensors)}"
+    return found
+
+
+def contribution(y_ref: Any, y_base: Any, names: Sequence[str] | None = None) -> dict[str, float]:
+    """‖y_ref − y_base‖ / ‖y_base‖ per output."""
+    ref, base = named_outputs(y_ref, names), named_outputs(y_base, names)
+    return {name: _norm(ref[name] - base[name]) / _norm(base[name]) for name in ref}
+
+
+def assert_parity(
+    y: Any,
+    y_ref: Any,
+    y_base: Any,
+    limit: float | None = None,
+    *,
+    own_base: Any = None,
+    names: Sequence[str] | None = None,
+) -> dict[str, float]:
+    """Assert that every output of `y` is that of `y_ref` by the deciding measure.
+
+    Returns the ratios by output.
+
+    Args:
+        y: What is tested.
+        y_ref: The reference with the adapter.
+        y_base: The reference without it.
+        limit: 1e-9 for a float64 reference, otherwise 1e-4, if not given.
+        own_base: What the tested side answers without an adapter. Where that already differs from
+            `y_base` (another runtime rounds differently), 4 times its ratio is allowed and
+            printed. Never in float64.
+        names: The outputs to compare; all of them if not given.
+    """
+    exact = any(value.dtype == torch.float64 for value in _raw(y_ref))
+    limit = (FLOAT64 if exact else FLOAT32) if limit is None else limit
+    got, ref, base = (named_outputs(output, names) for output in (y, y_ref, y_base))
+    own = None if own_base is None or exact else named_outputs(own_base, names)
+    assert got.keys() == ref.keys(), f"outputs {sorted(got)}, the reference has {sorted(ref)}"
+
+    ratios = {}
+    for name, share in contribution(y_ref, y_base, names).items():
+        assert CONTRIBUTION[0] <= share <= CONTRIBUTION[1], (
+            f"{name}: the adapter moves the output by {share:.1%}, so the test decides nothing"
+        )
+        assert got[name].shape == ref[name].shape, f"{name}: {got[name].shape}, {ref[name].shape}"
+        moved = _norm(ref[name] - base[name])
+        ratio = _norm(got[name] - ref[name]) / moved
+        allowed = limit
+        if own is not None:
+            allowed = max(limit, 4 * _norm(own[name] - base[name]) / moved)
+        if allowed > limit:
+            print(f"parity of {name}: {ratio:.2e}, allowed {allowed:.2e} by the base's own ratio")
+        # Written so that a NaN fails too.
+        assert ratio <= allowed, f"{name}: off by {ratio:.2e} of the contribution > {allowed:.2e}"
+        ratios[name] = ratio
+    return ratios
+
+
+def _raw(output: Any) -> list[Tensor]:
+    values = output.values() if isinstance(output, Mapping) else output
+    if isinstance(output, Tensor | np.ndarray):
+        values = [output]
+    return [torch.as_tensor(v) for v in values if isinstance(v, Tensor | np.ndarray)]
+
+
+def _norm(value: Tensor) -> float:
+    return float(torch.linalg.vector_norm(value))
