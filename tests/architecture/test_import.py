@@ -1,0 +1,35 @@
+"""`import lorac` is light: measured in processes of their own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+RUNS = 3
+HEAVY = ("transformers", "onnxruntime", "tensorrt", "tensorrt_rtx", "peft", "onnxscript", "diffusers", "accelerate")
+
+# The names that people touch first must stay light too, so the lazy ones are reached for.
+SCRIPT = """
+import time, torch
+start = time.perf_counter()
+import lorac
+bare = time.perf_counter() - start
+lorac.compile, lorac.LoRA, lorac.variants()
+import sys
+loaded = sorted(set(sys.modules) & set({heavy!r}))
+print(bare, ",".join(loaded))
+"""
+
+
+def _run():
+    script = SCRIPT.format(heavy=HEAVY)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
+    seconds, _, loaded = done.stdout.strip().partition(" ")
+    return float(seconds), loaded
+
+
+def test_it_is_fast_and_loads_nothing_heavy():
+    # The quickest of several: other work on the machine only ever adds to it.
+    runs = [_run() for _ in range(RUNS)]
+    assert min(seconds for seconds, _ in runs) <= 0.3
+    assert {loaded for _, loaded in runs} == {""}

@@ -1,0 +1,58 @@
+"""The public interface: a change here is a change for everyone, so it is written down."""
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lorac
+from lorac import errors
+
+ROOT = Path(__file__).parents[2]
+FUNCTIONS = {"compile", "load", "load_adapter", "save_adapter", "sites", "variants"}
+CLASSES = {
+    "Active",
+    "Adapter",
+    "BranchVariant",
+    "Compiled",
+    "ProgramVariant",
+    "Reserve",
+    "SwapReport",
+    "WeightVariant",
+}
+METHODS = {"AdapterTune", "DoRA", "Hydra", "LoRA", "MeteoRA", "SHiRA"}
+GOLDEN = sorted(FUNCTIONS | CLASSES | METHODS | set(errors.__all__))
+
+
+def test_names():
+    assert lorac.__all__ == GOLDEN
+    assert sorted(errors.__all__) == list(errors.__all__)
+    assert dir(lorac) == GOLDEN
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_resolves_and_is_documented(name):
+    found = getattr(lorac, name)
+    assert callable(found)
+    assert inspect.getdoc(found)
+
+
+def test_every_error_is_in_the_tree():
+    for name in errors.__all__:
+        assert issubclass(getattr(lorac, name), lorac.LoracError)
+        assert name in errors.__doc__
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'LoRa'"):
+        _ = lorac.LoRa
+
+
+def test_listing_stays_callable_once_the_package_is_imported():
+    """`lorac.variants` is a function by DESIGN and a package on disk; importing the second must not hide the first."""
+    script = "import lorac, lorac.variants; lorac.LoRA; print(len(lorac.variants()), len(lorac.variants()))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
+    one, two = done.stdout.split()
+    assert int(one) == int(two) >= len(METHODS)

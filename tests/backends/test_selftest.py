@@ -1,0 +1,244 @@
+"""The self-test finds every way in which an emitter can lose a slot, and names the slot."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lorac
+from lorac.backends.onnxruntime import emit as emitting
+from lorac.backends.onnxruntime.emit import MODEL, WEIGHTS
+from lorac.backends.onnxruntime.engine import OrtEngine
+from lorac.backends.onnxruntime.selftest import self_test
+from lorac.backends.onnxruntime.session import new_session
+
+building = importlib.import_module("lorac.backends.onnxruntime.build")  # its package has a function of that name
+
+
+class Twins(nn.Module):
+    """Two layers of one shape with different inputs, and two that read the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(10, 14), nn.Linear(10, 14)
+        self.left, self.right = nn.Linear(14, 9), nn.Linear(14, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.one(x)) + self.two(torch.sin(x))
+        return self.left(h) * torch.sigmoid(self.right(h))
+
+
+@dataclass
+class Built:
+    """What the self-test looks at."""
+
+    engine: OrtEngine
+    graph: Any
+    snapshot: Any
+
+
+def _noisy(r: int, cls: Any = lorac.LoRA) -> lorac.Adapter:
+    """An adapter away from its init."""
+    variant = cls(r=r, targets=["one", "two", "left", "right"])
+    compiled = lorac.compile(_host(), {"a": variant})
+    adapter = compiled.adapters["a"]
+    with torch.no_grad():
+        for index, tensor in enumerate(adapter.parameters()):
+            tensor.add_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(index)) * 0.3)
+    return adapter
+
+
+def _host() -> nn.Module:
+    torch.manual_seed(0)
+    return Twins().eval()
+
+
+def _build(mode: str, monkeypatch: pytest.MonkeyPatch) -> Built:
+    seen: list[Built] = []
+    monkeypatch.setattr(building, "self_test", lambda *args: seen.append(Built(*args)))
+    compiled = lorac.compile(
+        _host(),
+        {"a": _noisy(2), "b": _renamed(_noisy(3, lorac.DoRA), "b")},
+        target="onnxruntime",
+        mode=mode,
+        active="a",
+        example_inputs=(torch.randn(3, 10),),
+    )
+    seen[0].engine.keep = compiled  # type: ignore[attr-defined]  (its folder lives as long as it does)
+    return seen[0]
+
+
+def _renamed(adapter: lorac.Adapter, name: str) -> lorac.Adapter:
+    return lorac.Adapter(name, adapter.variant, adapter.tensors)
+
+
+@pytest.fixture(scope="module")
+def built() -> dict[str, Built]:
+    with pytest.MonkeyPatch.context() as patch:
+        return {mode: _build(mode, patch) for mode in ("live", "fused", "baked")}
+
+
+def _sabotaged(built: Built, folder: Path, change: Callable[[ir.Model], None]) -> OrtEngine:
+    """The same engine over a model that was tampered with."""
+    folder.mkdir()
+    model = ir.load(built.engine.folder / MODEL)
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = ir.tensor(value.const_value.numpy().copy(), name=value.name)
+    change(model)
+    ir.save(model, folder / MODEL, external_data=WEIGHTS, size_threshold_bytes=1 << 30)
+    shutil.copyfile(built.engine.folder / building.BASE, folder / building.BASE)
+    engine = built.engine
+    return OrtEngine(
+        session=new_session(folder / MODEL, engine.options),
+        signature=engine.signature,
+        slots=engine.slots,
+        plans=engine.plans,
+        base=engine.base,
+        mode=engine.mode,
+        folder=folder,
+        options=engine.options,
+    )
+
+
+def _input(model: ir.Model, name: str) -> ir.Value:
+    return next(value for value in model.graph.inputs if value.name == name)
+
+
+def _content(built: Built, name: str) -> Tensor:
+    from lorac.ir.feeds import named_tensors
+    from lorac.ir.snapshot import slots_of
+
+    engine = built.engine
+    return named_tensors(engine.slots, engine.plans, slots_of(engine.plans, built.snapshot, engine.base))[name]
+
+
+def _constant(model: ir.Model, name: str, value: Tensor) -> ir.Value:
+    made = ir.Value(name=name, const_value=ir.tensor(value.contiguous().numpy(), name=name))
+    model.graph.initializers[name] = made
+    return made
+
+
+def _fold(model: ir.Model, name: str, value: Tensor) -> None:
+    """The slot is an initializer, no input any more."""
+    slot = _input(model, name)
+    model.graph.inputs.remove(slot)
+    slot.const_value = ir.tensor(value.contiguous().numpy(), name=name)
+    model.graph.initializers[name] = slot
+
+
+def _bypass(model: ir.Model, name: str, value: Tensor) -> None:
+    """The slot is an input still, but its readers read a constant."""
+    _input(model, name).replace_all_uses_with(_constant(model, "copy", value))
+
+
+def _shadow(model: ir.Model, name: str, value: Tensor) -> None:
+    """The readers read a constant to which the slot adds nothing: there is a path, and no effect."""
+    slot = _input(model, name)
+    uses = list(slot.uses())
+    zero = _constant(model, "zero", torch.tensor(0.0))
+    product = ir.node("Mul", [slot, zero], name="shadow_mul")
+    total = ir.node("Add", [product.outputs[0], _constant(model, "copy", value)], name="shadow_add")
+    product.outputs[0].name, total.outputs[0].name = "shadow_product", "shadow_total"
+    model.graph.insert_before(model.graph[0], [product, total])
+    for node, index in uses:
+        node.replace_input_with(index, total.outputs[0])
+
+
+def _exchange(model: ir.Model, one: str, two: str) -> None:
+    first, second = _input(model, one), _input(model, two)
+    first.name, second.name = "spare", one
+    first.name = two
+
+
+def test_honest_engines_pass(built: dict[str, Built]) -> None:
+    for made in built.values():
+        self_test(made.engine, made.graph, made.snapshot)
+
+
+SLOTS = {"live": "one:b", "fused": "two:weight"}
+
+
+@pytest.mark.parametrize("mode", SLOTS)
+@pytest.mark.parametrize("harm", [_fold, _bypass, _shadow])
+def test_a_slot_that_became_a_constant_is_named(
+    built: dict[str, Built], mode: str, harm: Callable[..., None], tmp_path: Path
+) -> None:
+    made, slot = built[mode], SLOTS[mode]
+    engine = _sabotaged(made, tmp_path / "model", lambda model: harm(model, slot, _content(made, slot)))
+    with pytest.raises(lorac.SelfTestFailed, match=f"'{slot}'"):
+        self_test(engine, made.graph, made.snapshot)
+
+
+def test_a_constant_of_another_value_is_found_by_noise(built: dict[str, Built], tmp_path: Path) -> None:
+    """Nothing static tells: the slot is an input with a path, and no constant equals it."""
+    made = built["live"]
+    other = 1 + 0.1 * torch.randn(_content(made, "two:c").shape)
+    engine = _sabotaged(made, tmp_path / "model", lambda model: _shadow(model, "two:c", other))
+    with pytest.raises(lorac.SelfTestFailed, match="1 slots change nothing: 'two:c'"):
+        self_test(engine, made.graph, made.snapshot)
+
+
+@pytest.mark.parametrize(
+    ("mode", "one", "two"),
+    [
+        ("live", "one:b", "two:b"),
+        ("live", "one:a", "two:a"),
+        ("live", "left:b", "right:b"),
+        ("live", "one:c", "two:c"),
+        ("fused", "one:weight", "two:weight"),
+    ],
+)
+def test_exchanged_slots_are_named(built: dict[str, Built], mode: str, one: str, two: str, tmp_path: Path) -> None:
+    made = built[mode]
+    engine = _sabotaged(made, tmp_path / "model", lambda model: _exchange(model, one, two))
+    with pytest.raises(lorac.SelfTestFailed, match=f"'{one}'") as error:
+        self_test(engine, made.graph, made.snapshot)
+    assert f"'{two}'" in str(error.value)
+
+
+def test_only_the_slots_at_fault_are_named(built: dict[str, Built], tmp_path: Path) -> None:
+    made = built["live"]
+    engine = _sabotaged(made, tmp_path / "model", lambda model: _exchange(model, "one:b", "two:b"))
+    with pytest.raises(lorac.SelfTestFailed) as error:
+        self_test(engine, made.graph, made.snapshot)
+    assert "left" not in str(error.value)
+    assert "right" not in str(error.value)
+
+
+def test_a_wrong_baked_value_is_found(built: dict[str, Built], tmp_path: Path) -> None:
+    made = built["baked"]
+
+    def harm(model: ir.Model) -> None:
+        weight = model.graph.initializers["one:weight"]
+        weight.const_value = ir.tensor(weight.const_value.numpy() * 1.1, name=weight.name)  # type: ignore[union-attr]
+
+    engine = _sabotaged(made, tmp_path / "model", harm)
+    with pytest.raises(lorac.SelfTestFailed, match="baked"):
+        self_test(engine, made.graph, made.snapshot)
+
+
+def test_compile_runs_it_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    honest = emitting.to_onnx
+
+    def dishonest(graph: Any) -> ir.Model:
+        model = honest(graph)
+        _exchange(model, "one:b", "two:b")
+        return model
+
+    monkeypatch.setattr(emitting, "to_onnx", dishonest)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    arguments = {"target": "onnxruntime", "example_inputs": (torch.randn(3, 10),)}
+    with pytest.raises(lorac.SelfTestFailed, match="'one:b'"):
+        lorac.compile(_host(), {"a": _noisy(2)}, **arguments)
+    assert not list(tmp_path.iterdir())
+    lorac.compile(_host(), {"a": _noisy(2)}, self_test=False, **arguments)

@@ -1,0 +1,107 @@
+"""Captured graphs of the zoo's models with adapters, at any stage of the pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+import lorac
+from lorac.ir.capture import export
+from lorac.ir.feeds import named_tensors
+from lorac.ir.graph import Graph
+from lorac.ir.snapshot import compose_choice, slots_of
+from lorac.passes.pipelines import adapt, run_pipeline
+from tests.zoo import ZOO
+
+
+class Block(nn.Module):
+    """A residual block; `first` makes it compute a scale that the others read."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(10, 14), nn.Linear(10, 14)
+        self.out = nn.Linear(14, 10)
+        self.first = first
+
+    def forward(self, x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        mixed = torch.tanh(self.query(x)) * self.key(x)
+        if self.first:
+            scale = torch.sigmoid(x.mean(-1, keepdim=True))
+        return x + self.out(mixed if scale is None else mixed * scale), scale
+
+
+class Stack(nn.Module):
+    """Three blocks, alike or with a first one that computes more: what many transformers are, and quick to capture."""
+
+    def __init__(self, first_differs: bool = False) -> None:
+        super().__init__()
+        self.body = nn.ModuleDict({"layers": nn.ModuleList(Block(first_differs and i == 0) for i in range(3))})
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = None
+        for layer in cast(nn.ModuleList, self.body["layers"]):
+            x, scale = layer(x, scale)
+        return x
+
+
+def captured_stack(adapters: dict[str, Any] | None = None, *, first_differs: bool = False) -> Graph:
+    """The stack's graph at level host."""
+    model, inputs = Stack(first_differs), (torch.randn(2, 5, 10),)
+    compiled = lorac.compile(model, adapters=adapters or {})
+    shapes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("length")},)
+    return Graph("stack", export(model, inputs, shapes), compiled.sites, compiled.plans)
+
+
+@dataclass
+class Captured:
+    """A compiled model in eager, and a fresh capture of its host."""
+
+    compiled: Any
+    graph: Graph
+    inputs: dict[str, Tensor]
+
+    def slots(self) -> dict[str, Tensor]:
+        """What the active choice puts into the graph's slots."""
+        return filled(self.compiled, self.graph)
+
+
+def filled(compiled: Any, graph: Graph) -> dict[str, Tensor]:
+    """What a compiled model's active choice puts into the slots of a graph with its plans."""
+    snapshot = compose_choice(compiled.plans, compiled.pool, compiled.choice, compiled.base)
+    slots = slots_of(compiled.plans, snapshot, compiled.base)
+    return named_tensors(graph.slots, compiled.plans, slots)
+
+
+def two_adapters(name: str) -> dict[str, Any]:
+    """A DoRA on some sites and a LoRA on others, with sites in common."""
+    targets = ZOO[name].targets
+    return {
+        "style": lorac.DoRA(r=3, alpha=6, targets=list(targets[:2])),
+        "task": lorac.LoRA(r=2, alpha=4, targets=[targets[0], targets[-1]]),
+    }
+
+
+def capture(name: str, adapters: dict[str, Any] | None = None, *, mode: str = "auto", **options: Any) -> Captured:
+    """The model in float64 with adapters away from their init, the mixture of all active."""
+    entry = ZOO[name]
+    inputs = entry.inputs(dtype=torch.float64)
+    given = two_adapters(name) if adapters is None else adapters
+    compiled = lorac.compile(entry.fresh(torch.float64), adapters=given, mode=mode, example_inputs=inputs, **options)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in compiled.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.add_(noise.to(parameter.dtype), alpha=0.1)
+    compiled.swap({adapter: 1.0 - 0.3 * i for i, adapter in enumerate(given)})
+    exported = export(entry.fresh(torch.float64), inputs)
+    return Captured(compiled, Graph("main", exported, compiled.sites, compiled.plans), inputs)
+
+
+def lower(graph: Graph, observe: Callable[[str, Graph], None] | None = None) -> list[str]:
+    """Run the passes; returns those that changed the graph."""
+    return run_pipeline(graph, adapt(), observe)

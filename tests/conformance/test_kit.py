@@ -1,0 +1,122 @@
+"""The kit itself: a variant with one fault fails the check that is about it, and a sound one passes them all."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+import lorac
+from lorac.ir.types import ParamSpec, Role, SiteKind
+from lorac.testing import HOSTS, Oracle, conformance, samples
+from lorac.variants import _inits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sound(lorac.WeightVariant):
+    """W' = W + s·B·A, and, where told to, one fault."""
+
+    r: int = 2
+    scale: float = 1.0
+    fault: str = ""
+
+    name: ClassVar[str] = "kit-sound"
+    paper: ClassVar[str] = "none"
+
+    def params(self, site):
+        wrong = Role.FROZEN if self.fault == "frozen" else Role.TRAINABLE
+        start = _inits.kaiming_uniform if self.fault == "init" else _inits.zeros
+        specs = {
+            "A": ParamSpec((self.r, site.in_features), _inits.kaiming_uniform, wrong),
+            "B": ParamSpec((site.out_features, self.r), start),
+        }
+        return specs | ({"spare": ParamSpec((3,), _inits.zeros)} if self.fault == "spare" else {})
+
+    def weight(self, W, p):
+        A = p.A.detach() if self.fault == "detached" else p.A
+        return W + self.scale * (p.B @ A) * (W if self.fault == "formula" else 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bent(lorac.BranchVariant):
+    """A branch that has no weight form."""
+
+    name: ClassVar[str] = "kit-bent"
+    paper: ClassVar[str] = "none"
+    kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.LINEAR})
+
+    def params(self, site):
+        return {"m": ParamSpec((site.out_features,), _inits.zeros)}
+
+    def branch(self, x, y, p, ctx):
+        return y + p.m * torch.tanh(y)
+
+
+ORACLE = Oracle(
+    weight=lambda W, p, variant: W + variant.scale * np.einsum("or,ri->oi", p.B, p.A),
+    count=lambda out, columns, variant: variant.r * (out + columns),
+)
+HOST = {"linear": HOSTS["linear"]}
+
+
+def failing(variant, oracle=ORACLE):
+    """Names of the checks that fail on one host, in eager."""
+    found = set()
+    for check in conformance(variant, oracle, targets=(), hosts=HOST):
+        try:
+            check()
+        except AssertionError:
+            found.add(check.name.rpartition("-")[2])
+    return found
+
+
+def test_a_sound_variant_passes():
+    assert failing(Sound(r=3, scale=0.7)) == set()
+    assert failing(Sound(r=3, scale=0.7), oracle=None) == set()
+
+
+@pytest.mark.parametrize(
+    ("fault", "checks"),
+    [
+        ("formula", {"formula"}),
+        ("init", {"identity_at_init"}),
+        ("spare", {"influence", "training", "count"}),
+        ("frozen", {"count"}),
+        ("detached", {"training"}),
+    ],
+)
+def test_a_fault_is_found(fault, checks):
+    assert failing(Sound(r=3, scale=0.7, fault=fault)) == checks
+
+
+@pytest.mark.parametrize("factor", [1.001, -1.0])
+def test_a_wrong_scale_is_found(factor):
+    wrong = Oracle(weight=lambda W, p, v: W + factor * v.scale * p.B @ p.A)
+    assert failing(Sound(r=3, scale=0.7), wrong) == {"formula"}
+
+
+def test_a_branch_without_a_weight_form_passes_and_its_weight_is_missed():
+    oracle = Oracle(branch=lambda x, y, p, v: y + p.m * np.tanh(y))
+    assert failing(Bent(), oracle) == set()
+    claims = Oracle(branch=oracle.branch, weight=lambda W, p, v: W)
+    assert failing(Bent(), claims) == {"formula", "modes"}
+
+
+def test_samples():
+    assert [(s.r, s.scale) for s in samples(Sound)] == [(3, 0.7), (1, 0.7)]
+    hydra = [(s.r, s.r_sequential, s.scale, s.branch_bias) for s in samples(lorac.Hydra)]
+    assert hydra == [(3, 1, 0.7, False), (1, 3, 0.7, False), (3, 1, 0.7, True)]
+    assert [(s.r, s.rslora, s.lora_bias) for s in samples(lorac.LoRA, r=2)] == [
+        (2, False, False),
+        (2, True, False),
+        (2, False, True),
+    ]
+    assert samples(lorac.LoRA(r=5)) == [lorac.LoRA(r=5)]
+
+
+def test_names_say_what_was_checked():
+    names = [str(check) for check in conformance(lorac.LoRA, targets=("onnxruntime",))]
+    assert len(set(names)) == len(names)
+    assert {"lora,r=3,alpha=5-conv-swapping", "lora,r=3,alpha=5-linear-onnxruntime-live"} < set(names)
+    assert "lora,r=3,alpha=5-block-refused" in names

@@ -1,0 +1,129 @@
+"""The host after compiling: the same bits, flags, hooks, mode and random state. And hosts that cannot be captured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+
+import lorac
+from lorac.errors import CaptureFailed, SiteUnreached
+from tests import parity
+from tests.end_to_end.peft_cases import CASES, checkpoint, example
+from tests.peft_files import make_peft
+from tests.zoo import ZOO, fingerprint
+
+BY_ID = {case.id: case for case in CASES}
+HOSTS = ["tiny_llama-tied_both", "tiny_gpt2-dora_all_bias", "resnet18-saved_norms", "tiny_albert-saved_head"]
+
+
+def _everything(model: nn.Module) -> dict[str, Any]:
+    """What a user could notice of a model."""
+    return {
+        "fingerprint": fingerprint(model),
+        "modules": [(name, type(m), sorted(vars(m))) for name, m in model.named_modules(remove_duplicate=False)],
+        "keys": list(model.state_dict()),
+        "config": str(getattr(model, "config", "")),
+        "random": torch.get_rng_state().tolist(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("target", "mode"),
+    [("eager", "live"), ("eager", "fused"), ("eager", "baked"), ("onnxruntime", "live"), ("onnxruntime", "fused")],
+)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_is_left_as_it_was(training: bool, target: str, mode: str, tmp_path: Path) -> None:
+    hosts = HOSTS if target == "eager" else HOSTS[1 + training : 2 + training]
+    for name in hosts:
+        case, inputs = BY_ID[name], ZOO[BY_ID[name].model].inputs()
+        model, _ = checkpoint(case, tmp_path / name, torch.float32)
+        next(model.parameters()).requires_grad_(not training)
+        handle = next(model.children()).register_forward_hook(lambda *_: None)
+        model.train(training)
+        kept, before = {key: value.clone() for key, value in model.state_dict().items()}, _everything(model)
+
+        compiled = lorac.compile(model, {"a": tmp_path / name}, target=target, mode=mode, **example(case.model))
+        assert _everything(model) == before
+        if not training:
+            with torch.no_grad():
+                compiled(**inputs)
+                if mode != "baked":
+                    compiled.swap(None)
+                    compiled(**inputs, adapters="a")
+            assert _everything(model) == before
+        assert all(torch.equal(value, kept[key]) for key, value in model.state_dict().items())
+        handle.remove()
+
+
+# Hosts that cannot be captured
+
+
+class Stubborn(nn.Module):
+    """Asks for the value of a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 9), nn.Linear(9, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        if hidden.sum() > 0:  # the line that is to be named
+            hidden = -hidden
+        result: Tensor = self.second(hidden)
+        return result
+
+
+class Forked(nn.Module):
+    """Has a layer that its forward never calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.spare = nn.Linear(6, 9), nn.Linear(6, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.used(x)
+        return result
+
+
+INPUTS = {"x": torch.randn(3, 6, generator=torch.Generator().manual_seed(0))}
+DYNAMIC = {"x": {0: torch.export.Dim.DYNAMIC}}
+
+
+def test_a_model_that_does_not_trace_is_named_with_its_line(tmp_path: Path) -> None:
+    model = Stubborn().eval()
+    oracle = make_peft(model, tmp_path, LoraConfig(r=2, target_modules=["first"]), inputs=INPUTS)
+    with pytest.raises(CaptureFailed, match=r"test_peft_host\.py:\d+: if hidden\.sum\(\) > 0"):
+        lorac.compile(model, {"a": tmp_path}, target="onnxruntime", example_inputs=INPUTS)
+    with torch.no_grad():  # eager runs what cannot be captured
+        answer = lorac.compile(model, {"a": tmp_path})(**INPUTS)
+        parity.assert_parity(answer, oracle(**INPUTS), model(**INPUTS))
+
+
+@pytest.mark.parametrize("mode", ["live", "fused", "baked"])
+def test_an_adapter_on_layers_that_the_graph_never_calls(mode: str, tmp_path: Path) -> None:
+    """Eager captures nothing, so it is told when the graph is: at compile() for ONNX Runtime, at export() after it."""
+    model = Forked().eval()
+    settings = {"example_inputs": INPUTS, "mode": mode}
+    adapter = lorac.LoRA(r=2, targets=["spare"])
+    with pytest.raises(SiteUnreached, match=r"'a' touches 'spare'|'spare' \(1 sites\) is adapted"):
+        lorac.compile(model, {"a": adapter}, target="onnxruntime", **settings)
+    both = {"a": adapter, "b": lorac.LoRA(r=2, targets=["used"])}
+    with pytest.raises(SiteUnreached, match="'a' touches 'spare'"):
+        lorac.compile(model, both, target="onnxruntime", active="b", **settings)
+    with pytest.raises(SiteUnreached, match="'spare'"):
+        lorac.compile(model, {"a": adapter}).export("onnxruntime", **settings)
+
+
+@pytest.mark.parametrize("mode", ["live", "fused", "baked"])
+def test_an_adapter_on_some_layers_that_the_graph_never_calls(mode: str, tmp_path: Path) -> None:
+    model = Forked().eval()
+    oracle = make_peft(model, tmp_path, LoraConfig(r=2, target_modules=["used", "spare"]), inputs=INPUTS)
+    settings = {"example_inputs": INPUTS, "dynamic_shapes": DYNAMIC, "mode": mode}
+    compiled = lorac.compile(model, {"a": tmp_path}, target="onnxruntime", **settings)
+    with torch.no_grad():
+        parity.assert_parity(compiled(**INPUTS), oracle(**INPUTS), model(**INPUTS))

@@ -1,0 +1,95 @@
+"""PEFT's checkpoints of the two real models, SmolLM2 (30 layers, tied embeddings) and MiniLM."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftConfig, ShiraConfig
+
+import lorac
+from tests import parity
+from tests.end_to_end.peft_cases import Case, checkpoint, joined, shapes
+from tests.zoo import ZOO
+
+MODES = ("live", "fused", "baked")
+CONFIGS: dict[str, dict[str, PeftConfig]] = {
+    "minilm": {
+        "lora": LoraConfig(
+            r=3,
+            lora_alpha=5,
+            target_modules="all-linear",
+            rank_pattern={"query": 1},
+            alpha_pattern={"output.dense": 2},
+            bias="all",
+        ),
+        "dora": LoraConfig(
+            r=4,
+            use_dora=True,
+            target_modules=["query", "value", "word_embeddings"],
+            layers_to_transform=[0, 2, 5],
+            layers_pattern="layer",
+            modules_to_save=["pooler.dense"],
+        ),
+        "shira": ShiraConfig(r=2, target_modules=["key", "dense"], random_seed=7),
+    },
+    "smollm2": {
+        "lora": LoraConfig(
+            r=8, lora_alpha=16, target_modules="all-linear", use_rslora=True, rank_pattern={"q_proj": 3}
+        ),
+        "dora": LoraConfig(r=3, use_dora=True, target_modules=["q_proj", "v_proj", "embed_tokens"]),
+    },
+}
+
+
+def _checkpoints(name: str, folder: Path, dtype: torch.dtype) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """A model and, by adapter, what PEFT makes of the checkpoint in ``folder``."""
+    oracles = {}
+    for key, config in CONFIGS[name].items():
+        model, oracles[key] = checkpoint(Case(key, name, config), folder / key, dtype)
+    return model, oracles
+
+
+def _compare(name: str, modes: Sequence[str], target: str, dtype: torch.dtype, folder: Path) -> None:
+    names, calls = ZOO[name].outputs, shapes(name, dtype)
+    model, oracles = _checkpoints(name, folder, dtype)
+    adapters = {key: folder / key for key in oracles}
+    with torch.no_grad():
+        base = joined([model(**inputs) for inputs in calls], names)
+        references = {key: joined([oracle(**i) for i in calls], names) for key, oracle in oracles.items()}
+    for mode in modes:
+        chosen = list(oracles)[:1] if mode == "baked" else list(oracles)
+        begun = time.perf_counter()
+        compiled = lorac.compile(model, adapters, target=target, mode=mode, active=chosen[0])
+        print(f"{name} {target} {mode}: compiled in {time.perf_counter() - begun:.1f} s")
+        own_base = None
+        with torch.no_grad():
+            if mode != "baked":
+                own_base = joined([compiled(**inputs, adapters=None) for inputs in calls], names)
+            for key in chosen:
+                if mode != "baked":
+                    compiled.swap(key)
+                answers = joined([compiled(**inputs) for inputs in calls], names)
+                ratios = parity.assert_parity(answers, references[key], base, own_base=own_base)
+                print(f"{name} {target} {mode} {key}: {max(ratios.values()):.1e}")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_in_eager(name: str, tmp_path: Path) -> None:
+    _compare(name, MODES, "eager", torch.float64, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "modes"),
+    [
+        ("minilm", MODES),
+        ("smollm2", MODES[:1]),  # a minute or so per mode: one is enough in every run
+        pytest.param("smollm2", MODES[1:], marks=pytest.mark.slow),
+    ],
+)
+def test_in_onnxruntime(name: str, modes: Sequence[str], tmp_path: Path) -> None:
+    _compare(name, modes, "onnxruntime", torch.float32, tmp_path)

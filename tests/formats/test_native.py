@@ -1,0 +1,238 @@
+"""lorac's own files: any method, nothing lost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lorac.errors import (
+    BaseMismatch,
+    CorruptFile,
+    ShapeMismatch,
+    SiteNotFound,
+    UnknownField,
+    UnsupportedField,
+    UnusedTensors,
+)
+from lorac.formats import load_adapter, save_adapter
+from lorac.ir.sites import Site, find_sites
+from lorac.ir.types import Params, ParamSpec
+from lorac.variants import variants
+from lorac.variants._inits import zeros
+from lorac.variants._masks import struct_mask
+from lorac.variants.base import Adapter, Variant, WeightVariant
+from lorac.variants.dora import DoRA
+from lorac.variants.hydra import Hydra
+from lorac.variants.lora import LoRA
+from lorac.variants.shira import SHiRA
+from tests.formats.oracle import assert_equal
+from tests.zoo import ZOO
+
+
+def filled(variant: Variant, *paths: str, name: str = "mine", model: str = "plain_mlp") -> Adapter:
+    sites = find_sites(ZOO[model].model())
+    tensors = {
+        path: {key: torch.randn(spec.shape) for key, spec in variant.at(sites[path]).params(sites[path]).items()}
+        for path in paths
+    }
+    return Adapter(name, variant, tensors)
+
+
+@pytest.mark.parametrize(
+    ("variant", "model", "paths"),
+    [
+        (LoRA(r=3, alpha=2.5, rslora=True, rank_pattern={"u.": 1, "up": 2}), "plain_mlp", ("embed", "up")),
+        (DoRA(r=2, targets=("stem", "grouped"), bias="all"), "plain_conv", ("stem", "grouped")),
+        (Hydra(r=2, r_sequential=3, scale=0.5, branch_bias=True), "plain_mlp", ("up", "down")),
+    ],
+)
+def test_round_trip(tmp_path: Path, variant: Variant, model: str, paths: tuple[str, ...]) -> None:
+    base = ZOO[model].model()
+    adapter = filled(variant, *paths, model=model)
+    adapter.replaced["head.bias"] = torch.randn(9, dtype=torch.float16)
+    adapter.provenance["note"] = {"steps": [1, 2], "who": None}
+    save_adapter(adapter, tmp_path / "x.safetensors", format="native", model=base)
+    for again in (load_adapter(tmp_path / "x.safetensors"), load_adapter(tmp_path / "x.safetensors", base)):
+        assert_equal(again, adapter)
+        assert again.variant == adapter.variant
+        assert again.name == "mine"
+        assert again.provenance["note"] == adapter.provenance["note"]
+        assert again.provenance["base"].startswith("float32:")
+    assert load_adapter(tmp_path / "x.safetensors", name="other").name == "other"
+
+
+def test_order_of_patterns_survives(tmp_path: Path) -> None:
+    adapter = filled(LoRA(r=1, rank_pattern={"up": 1, "a": 3, "u.": 2}), "up")
+    save_adapter(adapter, tmp_path / "x", format="native")
+    variant = load_adapter(tmp_path / "x").variant
+    assert isinstance(variant, LoRA)
+    assert list(variant.rank_pattern) == ["up", "a", "u."]
+
+
+def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
+    adapter = filled(LoRA(), "up", "down", "head")
+    turned = Adapter("mine", adapter.variant, dict(reversed(adapter.tensors.items())))
+    for name, one in (("a", adapter), ("b", turned), ("c", adapter)):
+        save_adapter(one, tmp_path / name, format="native", model=ZOO["plain_mlp"].model())
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes()
+    save_adapter(load_adapter(tmp_path / "a"), tmp_path / "d", format="native")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "d").read_bytes()
+
+
+def test_sites_come_in_the_models_order(tmp_path: Path) -> None:
+    adapter = filled(LoRA(), "head", "down", "up")
+    save_adapter(adapter, tmp_path / "x", format="native")
+    assert load_adapter(tmp_path / "x", ZOO["plain_mlp"].model()).sites == ("up", "down", "head")
+    numbered = Adapter("x", LoRA(), {f"l.{n}.q": adapter.tensors["up"] for n in (10, 9, 2)})
+    save_adapter(numbered, tmp_path / "y", format="native")
+    assert load_adapter(tmp_path / "y").sites == ("l.2.q", "l.9.q", "l.10.q")
+
+
+@pytest.fixture
+def throwaway() -> Iterator[type[Variant]]:
+    @dataclass(frozen=True, kw_only=True)
+    class Throwaway(WeightVariant):
+        """One scale for the whole adapter, and a shift per site."""
+
+        strength: float = 1.0
+        callback: Any = None
+        table: dict[str, list[int]] = field(default_factory=dict)
+        name: ClassVar[str] = "throwaway"
+        paper: ClassVar[str] = "none"
+
+        def params(self, site: Site) -> dict[str, ParamSpec]:
+            scale = ParamSpec((1,), zeros, shared=True)
+            return {"scale": scale, "shift": ParamSpec((site.out_features,), zeros)}
+
+        def weight(self, W: torch.Tensor, p: Params) -> torch.Tensor:
+            return W * p.scale + p.shift[:, None]
+
+    assert variants()["throwaway"] is Throwaway
+    yield Throwaway
+
+
+def test_any_variant_and_shared_tensors_once(tmp_path: Path, throwaway: type[Variant]) -> None:
+    adapter = filled(throwaway(strength=2.0, table={"a": [1]}), "up", "down", "head")  # type: ignore[call-arg]
+    shared = torch.randn(1)
+    for tensors in adapter.tensors.values():
+        tensors["scale"] = shared
+    save_adapter(adapter, tmp_path / "x", format="native", model=ZOO["plain_mlp"].model())
+    assert len(load_file(tmp_path / "x")) == 4
+    again = load_adapter(tmp_path / "x", ZOO["plain_mlp"].model())
+    assert_equal(again, adapter)
+    assert again.variant == adapter.variant
+    scales = [tensors["scale"] for tensors in again.tensors.values()]
+    assert scales[0] is scales[1] is scales[2]
+
+
+def test_fields_without_a_form_in_json_are_left_out(tmp_path: Path) -> None:
+    """A mask maker chose the positions; it is not needed once they are there."""
+    model = ZOO["plain_mlp"].model()
+    variant = SHiRA(r=1, targets=("up",), mask=struct_mask(3))
+    site = find_sites(model)["up"]
+    count = variant.params(site)["values"].shape[0]
+    indices = torch.stack([torch.arange(count) % 14, torch.arange(count) % 10])
+    adapter = Adapter("x", variant, {"up": {"indices": indices, "values": torch.ones(count)}})
+    save_adapter(adapter, tmp_path / "x", format="native", model=model)
+    again = load_adapter(tmp_path / "x", model)
+    assert_equal(again, adapter)
+    assert again.variant == SHiRA(r=1, targets=("up",))
+    assert again.provenance["left_out"] == ["mask"]
+    save_adapter(again, tmp_path / "y", format="native", model=model)
+    assert_equal(load_adapter(tmp_path / "y", model), adapter)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    save_adapter(filled(LoRA(r=2), "up"), tmp_path / "x.safetensors", "native", ZOO["plain_mlp"].model())
+    return tmp_path / "x.safetensors"
+
+
+def rewrite(file: Path, tensors: dict[str, torch.Tensor] | None = None, **changes: Any) -> None:
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        record = json.loads(opened.metadata()["lorac"])
+    for name, value in changes.items():
+        record[name] = value
+        if value is ...:
+            del record[name]
+    save_file({**load_file(file), **(tensors or {})}, file, metadata={"lorac": json.dumps(record)})
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "match"),
+    [
+        ({"variant": "lorra"}, UnknownField, "no method is called 'lorra'"),
+        ({"config": {"ranks": 2}}, UnknownField, "sets 'ranks', which lora does not have"),
+        ({"config": {"r": "2"}}, UnsupportedField, "sets r='2'"),
+        ({"config": {"r": True}}, UnsupportedField, "sets r=True"),
+        ({"config": {"rank_pattern": []}}, UnsupportedField, "sets rank_pattern="),
+        ({"more": 1}, UnknownField, "unknown field 'more'"),
+        ({"version": 2}, UnsupportedField, "version 2 of the format"),
+        ({"version": "1"}, CorruptFile, "no version"),
+        ({"name": ...}, CorruptFile, "lacks 'name'"),
+        ({"provenance": 3}, CorruptFile, "lacks 'provenance'"),
+        ({"shared": {"tensors/up/lora_B": "tensors/up/none"}}, CorruptFile, "belie"),
+        ({"shared": {"tensors/up/lora_B": "tensors/up/lora_A"}}, CorruptFile, "belie"),
+    ],
+)
+def test_bad_descriptions(file: Path, changes: dict[str, Any], error: type[Exception], match: str) -> None:
+    rewrite(file, **changes)
+    with pytest.raises(error, match=match):
+        load_adapter(file)
+
+
+def test_description_that_is_no_json(file: Path) -> None:
+    save_file(load_file(file), file, metadata={"lorac": "{"})
+    with pytest.raises(CorruptFile, match="not JSON"):
+        load_adapter(file)
+
+
+@pytest.mark.parametrize("key", ["up.lora_A", "tensors/lora_A", "replaced/", "other/up/lora_A"])
+def test_strange_names(file: Path, key: str) -> None:
+    rewrite(file, {key: torch.ones(1)})
+    with pytest.raises(UnusedTensors, match=f"'{key}', which is no name"):
+        load_adapter(file)
+
+
+def test_what_does_not_fit_the_model(file: Path) -> None:
+    model = ZOO["plain_mlp"].model()
+    rewrite(file, {"tensors/up/lora_C": torch.ones(1)})
+    with pytest.raises(UnusedTensors, match="'lora_C' at 'up' too many"):
+        load_adapter(file, model)
+    save_adapter(filled(LoRA(r=2), "up"), file, "native")
+    rewrite(file, {"tensors/up/lora_A": torch.ones(3, 10)})
+    with pytest.raises(ShapeMismatch, match=r"\(3, 10\), expected \(2, 10\)"):
+        load_adapter(file, model)
+    save_adapter(filled(LoRA(r=2), "up"), file, "native")
+    rewrite(file, {"tensors/upper/lora_A": torch.ones(2, 10)})
+    with pytest.raises(SiteNotFound, match="'upper'") as error:
+        load_adapter(file, model)
+    assert error.value.nearest == "up"
+    save_adapter(Adapter("x", LoRA(targets=("upp",))), file, "native")
+    with pytest.raises(SiteNotFound, match="targets 'upp', which matches no site"):
+        load_adapter(file, model)
+
+
+def test_another_base(file: Path) -> None:
+    model = ZOO["plain_mlp"].fresh()
+    with torch.no_grad():
+        model.get_parameter("up.weight")[0, 0] += 1
+    with pytest.raises(BaseMismatch, match="made for other base weights"):
+        load_adapter(file, model)
+
+
+def test_truncated_file(file: Path) -> None:
+    content = file.read_bytes()
+    for length in (0, 7, 50, len(content) - 1):
+        file.write_bytes(content[:length])
+        with pytest.raises(CorruptFile):
+            load_adapter(file)

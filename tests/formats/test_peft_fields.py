@@ -1,0 +1,214 @@
+"""Every field of PEFT's configurations is known, and those that change the result are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig, PeftType, ShiraConfig
+
+from lorac.errors import UnknownField, UnsupportedField
+from lorac.formats import load_adapter
+from lorac.formats.peft.config import PEFT_TYPES, methods
+from lorac.formats.peft.method import ABSENT, Use
+from lorac.variants.dora import DoRA
+from lorac.variants.lora import LoRA
+from tests import peft_files
+from tests.zoo import ZOO
+
+CLASSES = {"LORA": LoraConfig, "SHIRA": ShiraConfig}
+
+
+def test_every_type_has_a_class_here() -> None:
+    assert set(methods()) == set(CLASSES)
+    assert {kind.value for kind in PeftType} == PEFT_TYPES
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_the_table_is_the_dataclass(kind: str) -> None:
+    """A field that a new PEFT adds fails this test until someone says what it is."""
+    table = methods()[kind].fields
+    fields = {field.name: field for field in dataclasses.fields(CLASSES[kind])}
+    assert set(table) == set(fields), f"PEFT {peft.__version__}"
+    for name, field in fields.items():
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if table[name].default is not ABSENT and name != "peft_type":
+            assert table[name].default == default, name
+    assert not set(methods()[kind].retired) & set(fields)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_refusals_say_what_to_do(kind: str) -> None:
+    for name, field in methods()[kind].fields.items():
+        assert (field.instead is not None) == (field.use is Use.REFUSED or name == "init_lora_weights")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    config = LoraConfig(r=2, target_modules=["up", "down"])
+    inputs = ZOO["plain_mlp"].inputs()
+    peft_files.make_peft(ZOO["plain_mlp"].fresh(), tmp_path / "f", config, inputs=inputs)
+    return tmp_path / "f"
+
+
+def configure(folder: Path, **changes: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("alora_invocation_tokens", [1, 2]),
+        ("arrow_config", {"top_k": 3, "router_temperature": 1.0}),
+        ("enable_lora", [True, False, True]),
+        ("kasa_config", {"beta": 0.1, "gamma": 0.1}),
+        ("layer_replication", [[0, 2], [1, 3]]),
+        ("megatron_config", {"hidden_size": 4}),
+        ("target_parameters", ["experts.gate_up_proj"]),
+        ("trainable_token_indices", [1, 2]),
+        ("use_bdlora", {"nblocks": 2}),
+        ("use_qalora", True),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "pissa_niter_16"),
+        ("init_lora_weights", "olora"),
+        ("init_lora_weights", "OLoRA"),
+        ("init_lora_weights", "corda"),
+        ("init_lora_weights", "loftq"),
+        ("init_lora_weights", "lora_ga"),
+    ],
+)
+def test_fields_that_change_the_result(folder: Path, name: str, value: object) -> None:
+    configure(folder, **{name: value})
+    with pytest.raises(UnsupportedField) as error:
+        load_adapter(folder)
+    assert f"{name}={value!r}" in str(error.value)
+    assert error.value.next_step
+
+
+@pytest.mark.parametrize("name", sorted(methods()["LORA"].fields))
+def test_no_refused_field_is_untested(name: str) -> None:
+    if methods()["LORA"].fields[name].use is Use.REFUSED:
+        marks = test_fields_that_change_the_result.pytestmark  # type: ignore[attr-defined]
+        assert name in {case[0] for mark in marks for case in mark.args[1]}
+
+
+@pytest.mark.parametrize("value", [None, False, [], {}])
+@pytest.mark.parametrize("name", ["arrow_config", "target_parameters", "use_qalora", "layer_replication"])
+def test_refused_fields_at_rest(folder: Path, name: str, value: object) -> None:
+    configure(folder, **{name: value})
+    assert type(load_adapter(folder).variant) is LoRA
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("r", "8", "a whole number above 0"),
+        ("r", 0, "a whole number above 0"),
+        ("r", True, "a whole number above 0"),
+        ("lora_alpha", None, "a number"),
+        ("lora_alpha", "16", "a number"),
+        ("use_rslora", "yes", "true or false"),
+        ("rank_pattern", [["up", 3]], "a mapping of patterns"),
+        ("rank_pattern", {"up": "3"}, "a whole number above 0"),
+        ("target_modules", ["up", 3], "a list of names"),
+        ("target_modules", {"up": 1}, "a list of names"),
+        ("layers_to_transform", ["0"], "a list of layer numbers"),
+        ("bias", "some", "none, all or lora_only"),
+        ("init_lora_weights", "gausian", "nearest is gaussian"),
+    ],
+)
+def test_values_of_another_type(folder: Path, name: str, value: object, expected: str) -> None:
+    configure(folder, **{name: value})
+    with pytest.raises(UnsupportedField, match=expected) as error:
+        load_adapter(folder)
+    assert f"{name}={value!r}" in str(error.value)
+
+
+def test_unknown_field(folder: Path) -> None:
+    configure(folder, use_rslorra=True)
+    with pytest.raises(UnknownField, match="'use_rslorra' = True") as error:
+        load_adapter(folder)
+    assert error.value.nearest == "use_rslora"
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "nearest"),
+    [
+        ("LORRA", UnknownField, "LORA"),
+        ("lora", UnknownField, "LORA"),
+        (None, UnknownField, None),
+        (["LORA"], UnknownField, None),
+        ("LOHA", UnsupportedField, None),
+    ],
+)
+def test_peft_type(folder: Path, value: object, error: type[Exception], nearest: str | None) -> None:
+    configure(folder, peft_type=value)
+    with pytest.raises(error, match="peft_type") as raised:
+        load_adapter(folder)
+    if nearest:
+        assert raised.value.nearest == nearest  # type: ignore[attr-defined]
+
+
+def test_fields_that_are_not_combined(folder: Path) -> None:
+    configure(folder, use_dora=True, lora_bias=True)
+    with pytest.raises(UnsupportedField, match="lora_bias=True together with use_dora=True"):
+        load_adapter(folder)
+    configure(folder, use_dora=False, lora_bias=False, target_modules="up", layers_to_transform=[0])
+    with pytest.raises(UnsupportedField, match="layers_to_transform together with a pattern"):
+        load_adapter(folder)
+
+
+def test_what_the_fields_become(folder: Path, tmp_path: Path) -> None:
+    config = LoraConfig(
+        r=4,
+        lora_alpha=3,
+        lora_dropout=0.25,
+        use_rslora=True,
+        use_dora=True,
+        target_modules=["head", "up", "embed"],
+        exclude_modules=["embed"],
+        rank_pattern={"up": 2},
+        alpha_pattern={"head": 5},
+        bias="lora_only",
+        modules_to_save=["down"],
+    )
+    model, inputs = ZOO["plain_mlp"].fresh(torch.float64), ZOO["plain_mlp"].inputs()
+    peft_files.make_peft(model, tmp_path / "g", config, inputs=inputs)
+    variant = load_adapter(tmp_path / "g", model).variant
+    assert isinstance(variant, DoRA)
+    assert sorted(variant.targets) == ["embed", "head", "up"]
+    assert variant == DoRA(
+        r=4,
+        alpha=3,
+        dropout=0.25,
+        rslora=True,
+        targets=variant.targets,
+        exclude=("embed",),
+        rank_pattern={"up": 2},
+        alpha_pattern={"head": 5},
+        bias="dora_only",
+        modules_to_save=("down",),
+    )
+
+
+def test_old_files_lack_fields(folder: Path) -> None:
+    path = folder / "adapter_config.json"
+    raw = json.loads(path.read_text())
+    keep = ("peft_type", "r", "lora_alpha", "target_modules")
+    old = {name: raw[name] for name in keep} | {"merge_weights": False, "enable_lora": None}
+    path.write_text(json.dumps(old))
+    assert load_adapter(folder).variant == LoRA(r=2, alpha=8, targets=tuple(raw["target_modules"]))
+
+
+def test_targets_left_to_peft_are_those_of_the_file(folder: Path) -> None:
+    configure(folder, target_modules=None)
+    adapter = load_adapter(folder, ZOO["plain_mlp"].model())
+    assert set(adapter.variant.targets) == set(adapter.tensors) == {"up", "down"}

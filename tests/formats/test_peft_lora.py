@@ -1,0 +1,285 @@
+"""peft_type LORA, in and out, against PEFT's own outputs in float64."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import EvaConfig, LoraConfig, MontecloraConfig, VeloraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+
+from lorac.errors import UnsupportedField
+from lorac.formats import load_adapter, save_adapter
+from lorac.variants.dora import DoRA
+from lorac.variants.lora import LoRA
+from tests import parity, peft_files
+from tests.formats.oracle import applied, assert_round_trip, call, round_trip
+from tests.zoo import ZOO
+
+LLAMA = ["q_proj", "down_proj"]
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("plain_mlp", {"target_modules": ["embed", "up", "down", "head"], "r": 3, "lora_alpha": 5}),
+        ("plain_mlp", {"target_modules": ["up", "down"], "r": 1, "use_rslora": True}),
+        (
+            "plain_mlp",
+            {
+                "target_modules": ["up", "down", "head"],
+                "r": 4,
+                "use_rslora": True,
+                "rank_pattern": {"down": 2, "u.": 3},
+                "alpha_pattern": {"head": 3, "down|up": 17},
+            },
+        ),
+        ("plain_conv", {"target_modules": ["stem", "line", "head"], "r": 3}),
+        ("tiny_gpt2", {"target_modules": ["c_attn", "c_proj", "wte"], "fan_in_fan_out": True}),
+        ("tiny_llama", {"target_modules": "all-linear", "r": 2}),
+        ("tiny_llama", {"target_modules": r".*\.(q|v)_proj", "exclude_modules": r".*\.1\..*"}),
+        ("tiny_llama", {"target_modules": LLAMA, "layers_to_transform": [0, 2]}),
+        (
+            "tiny_llama",
+            {"target_modules": LLAMA, "layers_to_transform": 1, "layers_pattern": "layers"},
+        ),
+        ("tiny_llama", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
+        ("tiny_llama", {"target_modules": ["q_proj"], "exclude_modules": ["layers.1.self_attn.q_proj"]}),
+        ("tiny_bert", {"target_modules": ["query", "value"], "bias": "all"}),
+        ("tiny_bert", {"target_modules": ["query", "value"], "bias": "lora_only"}),
+        ("tiny_bert", {"target_modules": ["query"], "modules_to_save": ["classifier"]}),
+        ("tiny_bert", {"target_modules": ["query"], "modules_to_save": ["classifier"], "bias": "all"}),
+        ("tiny_bert", {"target_modules": ["query", "dense"], "task_type": "SEQ_CLS"}),
+        ("tiny_t5", {"target_modules": ["q", "wo"]}),
+        ("tiny_albert", {"target_modules": ["query", "ffn"]}),
+    ],
+)
+def test_parity_and_round_trip(tmp_path: Path, name: str, config: dict[str, Any], dora: bool) -> None:
+    adapter = assert_round_trip(name, tmp_path, LoraConfig(**config, use_dora=dora))
+    assert type(adapter.variant) is (DoRA if dora else LoRA)
+    assert adapter.name == "first"
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("plain_mlp", {"target_modules": ["up", "head"], "lora_bias": True}),
+        ("plain_mlp", {"target_modules": ["up", "down"], "lora_bias": True, "use_rslora": True}),
+        ("plain_conv", {"target_modules": ["stem", "grouped", "line"], "r": 4, "lora_bias": True}),
+        ("plain_conv", {"target_modules": ["grouped", "head"], "r": 2}),
+        ("tiny_gpt2", {"target_modules": ["c_attn"], "lora_bias": True}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but")
+def test_what_dora_does_not_have(tmp_path: Path, name: str, config: dict[str, Any]) -> None:
+    assert_round_trip(name, tmp_path, LoraConfig(**config))
+
+
+def test_conv3d(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv3d(3, 5, (2, 1, 3)), nn.Flatten(), nn.Linear(30, 4)).double()
+    inputs = {"input": torch.randn(2, 3, 4, 2, 3, dtype=torch.float64)}
+    for dora in (False, True):
+        config = LoraConfig(r=2, target_modules=["0", "2"], use_dora=dora)
+        adapter = round_trip(model, inputs, tmp_path / str(dora), config)
+        assert adapter.tensors["0"]["lora_A"].shape == (2, 3 * 2 * 1 * 3)
+
+
+def test_shapes_and_scale_are_the_matrix_convention(tmp_path: Path) -> None:
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["stem", "grouped"], use_rslora=True)
+    adapter = assert_round_trip("plain_conv", tmp_path, config)
+    assert isinstance(adapter.variant, LoRA)
+    assert adapter.variant.scale == 6 / math.sqrt(4)
+    assert adapter.tensors["stem"]["lora_A"].shape == (4, 6 * 9)
+    b = adapter.tensors["grouped"]["lora_B"]
+    assert b.shape == (8, 4)
+    assert b[:4, 2:].count_nonzero() == 0 == b[4:, :2].count_nonzero()
+
+
+def test_modules_to_save_is_a_suffix_of_the_path_to_peft(tmp_path: Path) -> None:
+    """`own` saves `down`: no dot is needed before it."""
+    config = LoraConfig(target_modules=["up"], modules_to_save=["own"])
+    adapter = assert_round_trip("plain_mlp", tmp_path, config)
+    assert set(adapter.replaced) == {"down.weight"}
+
+
+def test_saved_module_with_buffers(tmp_path: Path) -> None:
+    model = ZOO["resnet18"].fresh(torch.float64)
+    inputs = ZOO["resnet18"].inputs(dtype=torch.float64)
+    config = LoraConfig(r=2, target_modules=["fc"], modules_to_save=["layer4.1.bn2"])
+    adapter = round_trip(model, inputs, tmp_path, config)
+    assert {name.rpartition(".")[2] for name in adapter.replaced} == {
+        "weight", "bias", "running_mean", "running_var", "num_batches_tracked",
+    }  # fmt: skip
+
+
+def tied_llama() -> nn.Module:
+    from transformers import LlamaForCausalLM
+
+    config: Any = ZOO["tiny_llama"].model().config
+    config = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": True})
+    torch.manual_seed(3)
+    model = LlamaForCausalLM(config)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    return model.double().eval()
+
+
+EMBED, HEAD = "model.embed_tokens", "lm_head"
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head", "q_proj"], r".*embed_tokens|.*q_proj"])
+def test_tied_targets(tmp_path: Path, targets: list[str] | str, dora: bool) -> None:
+    """ensure_weight_tying adapts both sides by one pair, crossed; the file holds it twice."""
+    config = LoraConfig(r=2, target_modules=targets, ensure_weight_tying=True, use_dora=dora)
+    adapter = round_trip(tied_llama(), ZOO["tiny_llama"].inputs(), tmp_path, config)
+    head, embed = adapter.tensors[HEAD], adapter.tensors[EMBED]
+    assert adapter.provenance["tied"] == {HEAD: EMBED}
+    assert head["lora_A"].data_ptr() == embed["lora_B"].data_ptr()
+    assert head["lora_B"].data_ptr() == embed["lora_A"].data_ptr()
+    written = json.loads((tmp_path / "second" / "adapter_config.json").read_text())
+    assert written["ensure_weight_tying"] is True
+
+
+def test_untied_target_of_a_tied_weight(tmp_path: Path) -> None:
+    """Without it a term belongs to the side it names."""
+    config = LoraConfig(r=2, target_modules=["embed_tokens"])
+    adapter = round_trip(tied_llama(), ZOO["tiny_llama"].inputs(), tmp_path, config)
+    assert list(adapter.tensors) == [EMBED]
+
+
+@pytest.mark.parametrize("saved", ["embed_tokens", "lm_head"])
+def test_tied_modules_to_save(tmp_path: Path, saved: str) -> None:
+    """Whichever side is named, both are saved, and are one tensor."""
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=[saved], ensure_weight_tying=True)
+    adapter = round_trip(tied_llama(), ZOO["tiny_llama"].inputs(), tmp_path, config)
+    assert set(adapter.replaced) == {f"{EMBED}.weight", f"{HEAD}.weight"}
+    assert adapter.replaced[f"{EMBED}.weight"] is adapter.replaced[f"{HEAD}.weight"]
+
+
+def test_untied_modules_to_save(tmp_path: Path) -> None:
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    adapter = round_trip(tied_llama(), ZOO["tiny_llama"].inputs(), tmp_path, config)
+    assert set(adapter.replaced) == {f"{EMBED}.weight"}
+
+
+def test_ties_that_training_has_broken_are_not_written(tmp_path: Path) -> None:
+    model, inputs = tied_llama(), ZOO["tiny_llama"].inputs()
+    config = LoraConfig(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    adapter = round_trip(model, inputs, tmp_path, config)
+    adapter.tensors[HEAD]["lora_A"] = 0.9 * adapter.tensors[HEAD]["lora_A"]
+    save_adapter(adapter, tmp_path / "broken", model=model)
+    again = load_adapter(tmp_path / "broken", model)
+    assert again.provenance["tied"] == {}
+    assert set(again.tensors) == {EMBED, HEAD}
+    peft = call(peft_files.load_peft(model, tmp_path / "broken"), inputs)
+    parity.assert_parity(call(applied(model, again), inputs), peft, call(model, inputs), names=["logits"])
+
+
+def test_resized_embedding_is_a_replacement(tmp_path: Path) -> None:
+    """save_embedding_layers=True saves embeddings that are no target; PEFT loads them."""
+    inputs = ZOO["tiny_llama"].inputs()
+    base, resized = ZOO["tiny_llama"].fresh(torch.float64), ZOO["tiny_llama"].fresh(torch.float64)
+    with torch.no_grad():
+        resized.get_parameter("model.embed_tokens.weight").mul_(1.1)
+    config = LoraConfig(target_modules=["q_proj"])
+    peft_files.make_peft(resized, tmp_path / "a", config, inputs=inputs, outputs=["logits"], save_embedding_layers=True)
+    adapter = load_adapter(tmp_path / "a", base)
+    assert set(adapter.replaced) == {"model.embed_tokens.weight"}  # lm_head is the base's own
+    oracle = call(peft_files.load_peft(base, tmp_path / "a"), inputs)
+    parity.assert_parity(call(applied(base, adapter), inputs), oracle, call(base, inputs), names=["logits"])
+    save_adapter(adapter, tmp_path / "b", model=base)
+    assert load_adapter(tmp_path / "b", base).replaced.keys() == adapter.replaced.keys()
+    assert set(load_adapter(tmp_path / "a").replaced) == {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"init_lora_weights": "mica"},
+        {"init_lora_weights": "orthogonal"},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": "eva", "eva_config": EvaConfig()},
+        {"velora_config": VeloraConfig(num_groups=2)},
+        {"monteclora_config": MontecloraConfig()},
+        {"lora_dropout": 0.3},
+    ],
+    ids=lambda extra: "-".join(map(str, extra.values()))[:30],
+)
+@pytest.mark.filterwarnings("ignore:lora with eva initialization used with")
+def test_what_matters_in_training_only(tmp_path: Path, extra: dict[str, Any]) -> None:
+    """PEFT's outputs are those of a plain LoRA, whatever these say."""
+    model, inputs = ZOO["plain_mlp"].fresh(), ZOO["plain_mlp"].inputs()
+    config = LoraConfig(r=2, target_modules=["up", "down"], **extra)
+    oracle = peft_files.make_peft(model, tmp_path, config, inputs=inputs)
+    adapter = load_adapter(tmp_path, model)
+    ours = call(applied(model, adapter), inputs)
+    parity.assert_parity(ours, call(oracle, inputs), call(model, inputs))
+
+
+def test_grouped_convolutions_with_dora_are_refused(tmp_path: Path) -> None:
+    model = ZOO["plain_conv"].fresh(torch.float64)
+    config = LoraConfig(r=4, target_modules=["grouped"], use_dora=True, init_lora_weights=False)
+    with peft_files.quiet():
+        peft = get_peft_model(ZOO["plain_conv"].fresh(torch.float64), config)
+    peft.save_pretrained(str(tmp_path))
+    with pytest.raises(UnsupportedField, match="use_dora=True at 'grouped'"):
+        load_adapter(tmp_path, model)
+
+    # The reason: PEFT's norm there is not that of the rows of W + s·B·A.
+    layer: Any = peft.get_submodule("base_model.model.grouped")
+    a, b, dora = (getattr(layer, n)["default"] for n in ("lora_A", "lora_B", "lora_magnitude_vector"))
+    weight, s = model.get_parameter("grouped.weight"), layer.scaling["default"]
+    norms = dora.get_weight_norm(weight, dora.get_lora_weight(a, b).reshape(weight.shape), s).flatten()
+    dense = torch.block_diag(*b.weight.flatten(1).chunk(2)) @ a.weight.flatten(1)
+    rows = torch.block_diag(*weight.flatten(1).chunk(2)) + s * dense
+    blocks = torch.cat([rows[:4, :15], rows[4:, 15:]])
+    assert not torch.allclose(norms, rows.norm(dim=1), rtol=0.01)
+    assert not torch.allclose(norms, blocks.norm(dim=1), rtol=0.01)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_dtypes_of_file_and_base_may_differ(tmp_path: Path, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    stored, own = dtypes
+    model, inputs = ZOO["tiny_llama"].fresh(), ZOO["tiny_llama"].inputs()
+    config = LoraConfig(target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"])
+    peft_files.make_peft(model, tmp_path, config, inputs=inputs, outputs=["logits"], dtype=stored)
+    adapter = load_adapter(tmp_path, model.to(own))
+    assert {t.dtype for t in adapter.parameters()} == {stored}
+
+
+def test_pickled_weights(tmp_path: Path) -> None:
+    model, inputs = ZOO["plain_mlp"].fresh(), ZOO["plain_mlp"].inputs()
+    config = LoraConfig(target_modules=["up"])
+    peft_files.make_peft(model, tmp_path, config, inputs=inputs)
+    safe = load_adapter(tmp_path, model)
+    weights = tmp_path / "adapter_model.safetensors"
+    torch.save(load_file(weights), tmp_path / "adapter_model.bin")
+    weights.unlink()
+    pickled = load_adapter(tmp_path, model)
+    assert torch.equal(pickled.tensors["up"]["lora_A"], safe.tensors["up"]["lora_A"])
+    assert load_adapter(tmp_path / "adapter_model.bin", model).name == tmp_path.name
+
+
+def test_rank_pattern_keeps_the_order_of_the_file(tmp_path: Path) -> None:
+    """The first pattern that fits wins, so sorting them, as PEFT does on saving, is not harmless."""
+    model, inputs = ZOO["plain_mlp"].fresh(torch.float64), ZOO["plain_mlp"].inputs()
+    config = LoraConfig(r=4, target_modules=["up"], alpha_pattern={"up": 2})
+    peft_files.make_peft(model, tmp_path / "a", config, inputs=inputs)
+    path = tmp_path / "a" / "adapter_config.json"
+    raw = json.loads(path.read_text())
+    raw["alpha_pattern"] = {"up": 2, "u.": 7}
+    path.write_text(json.dumps(raw))
+    adapter = load_adapter(tmp_path / "a", model)
+    save_adapter(adapter, tmp_path / "b", model=model)
+    written = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+    assert list(written["alpha_pattern"]) == ["up", "u."]
+    for folder in ("a", "b"):
+        oracle = call(peft_files.load_peft(model, tmp_path / folder), inputs)
+        ours = call(applied(model, adapter), inputs)
+        parity.assert_parity(ours, oracle, call(model, inputs))

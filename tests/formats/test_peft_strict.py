@@ -1,0 +1,431 @@
+"""What a bad PEFT file gets: a typed error that names what, where and the nearest valid choice."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lorac.errors import (
+    BaseMismatch,
+    BaseNeeded,
+    CorruptFile,
+    FormatError,
+    LoracError,
+    NonFinite,
+    PatternTooSlow,
+    ShapeMismatch,
+    SiteNotFound,
+    SiteUnsupported,
+    UnsupportedField,
+    UnusedTensors,
+)
+from lorac.formats import load_adapter, save_adapter
+from lorac.variants.base import Adapter
+from lorac.variants.hydra import Hydra
+from lorac.variants.lora import LoRA
+from tests import peft_files
+from tests.formats.oracle import assert_equal
+from tests.zoo import ZOO
+
+CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    def make(name: str = "plain_mlp", **config: Any) -> Path:
+        config = {"r": 2, "target_modules": ["up", "down"], **config}
+        outputs = None if name.startswith("plain") else ["logits"]
+        peft_files.make_peft(
+            ZOO[name].fresh(),
+            tmp_path / "f",
+            LoraConfig(**config),
+            inputs=ZOO[name].inputs(),
+            outputs=outputs,
+        )
+        return tmp_path / "f"
+
+    return make
+
+
+def configure(folder: Path, **changes: Any) -> None:
+    path = folder / CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def change(folder: Path, **tensors: Tensor | None) -> None:
+    """Replace, add or remove tensors; names without the prefix, `/` for `.`."""
+    stored = load_file(folder / WEIGHTS)
+    for name, tensor in tensors.items():
+        key = PREFIX + name.replace("/", ".")
+        stored.pop(key, None)
+        if tensor is not None:
+            stored[key] = tensor
+    save_file(stored, folder / WEIGHTS)
+
+
+def refuse(kind: type[LoracError], folder: Path, match: str, model: nn.Module | None = None) -> LoracError:
+    with pytest.raises(kind, match=match) as error:
+        load_adapter(folder, model)
+    assert type(error.value) is kind
+    return error.value
+
+
+def both(kind: type[LoracError], folder: Path, match: str, name: str = "plain_mlp") -> LoracError:
+    """The same error with and without the model."""
+    refuse(kind, folder, match)
+    return refuse(kind, folder, match, ZOO[name].model())
+
+
+# The tensors
+
+
+def test_leftover_tensors(make: Make) -> None:
+    folder = make()
+    change(folder, **{"up/lora_C/weight": torch.ones(2)})
+    error = both(UnusedTensors, folder, r"1 tensors: 'base_model.model.up.lora_C.weight'")
+    assert error.nearest in (f"{PREFIX}up.lora_A.weight", f"{PREFIX}up.lora_B.weight")
+
+
+def test_tensors_under_another_prefix(make: Make) -> None:
+    folder = make()
+    stored = load_file(folder / WEIGHTS)
+    save_file({f"_orig_mod.{key}": tensor for key, tensor in stored.items()}, folder / WEIGHTS)
+    both(UnusedTensors, folder, "4 tensors: '_orig_mod.base_model")
+
+
+def test_biases_that_bias_none_does_not_account_for(make: Make) -> None:
+    folder = make("tiny_bert", target_modules=["query"], bias="all")
+    configure(folder, bias="none")
+    # Those of adapted sites are copies of the base by PEFT's own rule for embeddings.
+    both(UnusedTensors, folder, "LayerNorm.bias", "tiny_bert")
+
+
+def test_magnitudes_without_dora_and_biases_without_lora_bias(make: Make) -> None:
+    folder = make(use_dora=True)
+    configure(folder, use_dora=False)
+    both(UnusedTensors, folder, "'magnitude' at '(up|down)' too many")
+    folder = make(target_modules=["up"], lora_bias=True)
+    configure(folder, lora_bias=False)
+    both(UnusedTensors, folder, "'lora_bias' at 'up' too many")
+
+
+def test_missing_tensors(make: Make) -> None:
+    folder = make()
+    change(folder, **{"up/lora_B/weight": None})
+    both(ShapeMismatch, folder, r"'up' do not belong together: lora_A.weight \(2, 10\)")
+    change(folder, **{"up/lora_A/weight": None})
+    load_adapter(folder)  # only the model can tell
+    refuse(CorruptFile, folder, "lacks tensors .* 'up'", ZOO["plain_mlp"].model())
+
+
+def test_missing_magnitude(make: Make) -> None:
+    folder = make(use_dora=True)
+    change(folder, **{"up/lora_magnitude_vector": None})
+    both(ShapeMismatch, folder, "lacks the tensor 'magnitude' at 'up'")
+
+
+def test_missing_saved_module(make: Make) -> None:
+    folder = make(target_modules=["up"], modules_to_save=["head"])
+    change(folder, **{"head/bias": None})
+    refuse(CorruptFile, folder, r"lacks tensors .* 'head.bias'", ZOO["plain_mlp"].model())
+
+
+def test_no_tensors_at_all(make: Make) -> None:
+    folder = make()
+    save_file({}, folder / WEIGHTS)
+    refuse(CorruptFile, folder, "no tensor of its method")
+    refuse(CorruptFile, folder, "'up', 'down'", ZOO["plain_mlp"].model())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_tensors(make: Make, value: float) -> None:
+    folder = make()
+    wrong = torch.ones(14, 2)
+    wrong[3, 1] = value
+    change(folder, **{"up/lora_B/weight": wrong})
+    both(NonFinite, folder, r"'base_model.model.up.lora_B.weight' .* holds 1 NaN or infinite of 28")
+
+
+@pytest.mark.parametrize(
+    ("shapes", "match"),
+    [
+        ({"up/lora_A/weight": (2, 11)}, r"lora_A at 'up' has shape \(2, 11\), expected \(2, 10\)"),
+        ({"up/lora_B/weight": (13, 2)}, r"lora_B at 'up' has shape \(13, 2\), expected \(14, 2\)"),
+    ],
+)
+def test_shapes_that_only_the_model_can_tell(make: Make, shapes: dict[str, Any], match: str) -> None:
+    folder = make()
+    change(folder, **{name: torch.ones(shape) for name, shape in shapes.items()})
+    load_adapter(folder)
+    refuse(ShapeMismatch, folder, match, ZOO["plain_mlp"].model())
+
+
+def test_rank_of_the_tensors_and_of_the_configuration(make: Make) -> None:
+    folder = make(rank_pattern={"down": 3})
+    configure(folder, rank_pattern={"down": 4})
+    both(ShapeMismatch, folder, r"lora_A at 'down' has shape \(3, 14\), expected \(4, 14\)")
+    configure(folder, rank_pattern={}, r=3)
+    both(ShapeMismatch, folder, r"lora_A at 'up' has shape \(2, 10\), expected \(3, 10\)")
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [((2, 10), (14, 3)), ((2, 10), (14, 2, 1, 1)), ((2, 5, 2), (14, 2, 2)), ((20,), (28,)), ((4, 10), (14, 2))],
+)
+def test_pairs_that_do_not_belong_together(make: Make, a: tuple[int, ...], b: tuple[int, ...]) -> None:
+    folder = make()
+    change(folder, **{"up/lora_A/weight": torch.ones(a), "up/lora_B/weight": torch.ones(b)})
+    both(ShapeMismatch, folder, "'up' do not belong together")
+
+
+def test_kinds_of_sites(make: Make) -> None:
+    folder = make("plain_conv", target_modules=["stem"])
+    stored = load_adapter(folder).tensors["stem"]
+    turned = {
+        "stem/lora_A/weight": stored["lora_A"].reshape(2, 6, 1, 9),
+        "stem/lora_B/weight": stored["lora_B"].reshape(10, 2, 1, 1),
+    }
+    change(folder, **turned)
+    match = r"for a conv2d \(10, 6, 1, 9\) at 'stem', which is a conv2d \(10, 6, 3, 3\)"
+    refuse(ShapeMismatch, folder, match, ZOO["plain_conv"].model())
+    change(folder, **{key: tensor.flatten(1) for key, tensor in turned.items()})
+    refuse(ShapeMismatch, folder, r"for a linear \(10, 54\)", ZOO["plain_conv"].model())
+
+
+def test_groups(make: Make) -> None:
+    folder = make("plain_conv", target_modules=["grouped"])
+    change(folder, **{"grouped/lora_B/weight": torch.ones(8, 2, 1, 1)})
+    refuse(ShapeMismatch, folder, r"is a conv2d .* in 2 groups", ZOO["plain_conv"].model())
+
+
+# The sites
+
+
+def test_targets_that_match_nothing(make: Make) -> None:
+    folder = make()
+    configure(folder, target_modules=["upp"])
+    error = refuse(SiteNotFound, folder, "targets 'upp', which matches no site", ZOO["plain_mlp"].model())
+    assert error.nearest == "up (1 sites, linear 10 -> 14)"
+
+
+def test_another_model(make: Make) -> None:
+    folder = make("tiny_llama", target_modules=["q_proj"])
+    small = ZOO["tiny_llama"].fresh()
+    del small.get_submodule("model.layers")[2]  # type: ignore[operator]
+    error = refuse(SiteNotFound, folder, "'model.layers.2.self_attn.q_proj', which is no module", small)
+    assert error.nearest == "model.layers.1.self_attn.q_proj"
+
+
+def test_modules_that_are_no_sites(tmp_path: Path) -> None:
+    def build(padding: Any) -> nn.Module:
+        return nn.Sequential(nn.Conv1d(3, 4, 3, padding=1, padding_mode=padding), nn.Conv1d(4, 3, 1))
+
+    inputs = {"input": torch.randn(2, 3, 5)}
+    config = LoraConfig(r=2, target_modules=["0", "1"])
+    peft_files.make_peft(build("zeros"), tmp_path, config, inputs=inputs)
+    refuse(SiteUnsupported, tmp_path, "'0', a Conv1d as built here is not a site", build("circular"))
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.attention(x, x, x)[0]
+        return y
+
+
+def test_packed_attention_is_no_site(tmp_path: Path) -> None:
+    inputs = {"x": torch.randn(2, 3, 6)}
+    config = LoraConfig(r=2, target_modules=["attention"])
+    peft_files.make_peft(Attending(), tmp_path, config, inputs=inputs)
+    refuse(SiteUnsupported, tmp_path, "'attention', a MultiheadAttention", Attending())
+    refuse(UnusedTensors, tmp_path, r"'attention\.base_layer\.out_proj'")
+
+
+def test_sites_that_are_not_targeted(make: Make) -> None:
+    folder = make()
+    configure(folder, target_modules=["up"])
+    both(UnusedTensors, folder, "tensors for 'down', which its configuration does not target")
+    configure(folder, target_modules=["up", "down"], exclude_modules=["down"])
+    both(UnusedTensors, folder, "tensors for 'down'")
+    configure(folder, exclude_modules=None, ensure_weight_tying=True, target_modules=["up"])
+    both(UnusedTensors, folder, "tensors for 'down'.*\n.*ensure_weight_tying")
+
+
+def test_replacements_the_model_does_not_have(make: Make) -> None:
+    folder = make(target_modules=["up"], modules_to_save=["head"])
+    change(folder, **{"head/scale": torch.ones(3)})
+    error = refuse(SiteNotFound, folder, "replaces 'head.scale'", ZOO["plain_mlp"].model())
+    assert str(error.nearest).startswith("head.")
+    change(folder, **{"head/scale": None, "head/bias": torch.ones(8)})
+    refuse(ShapeMismatch, folder, r"'head.bias' by shape \(8,\)", ZOO["plain_mlp"].model())
+
+
+@pytest.mark.parametrize(
+    "field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern"]
+)
+def test_patterns_that_backtrack_without_end(make: Make, field: str) -> None:
+    endless = "((.|..)+)+(?<![a-z])"
+    folder = make("tiny_llama", target_modules=["q_proj"])
+    value: Any = {
+        "rank_pattern": {endless: 2},
+        "alpha_pattern": {endless: 2},
+        "layers_pattern": [endless],
+    }.get(field, endless)
+    extra = {"layers_to_transform": [0, 1, 2]} if field == "layers_pattern" else {}
+    configure(folder, **{field: value}, **extra)
+    start = time.perf_counter()
+    both(PatternTooSlow, folder, "did not finish matching", "tiny_llama")
+    assert time.perf_counter() - start < 10
+
+
+def test_patterns_that_are_none(make: Make) -> None:
+    folder = make()
+    configure(folder, target_modules="(up|down")
+    both(FormatError, folder, "not a regular expression")
+
+
+# The base
+
+
+def test_copies_of_another_base(make: Make) -> None:
+    folder = make("tiny_llama", target_modules=["embed_tokens", "q_proj"])
+    key = f"{PREFIX}model.embed_tokens.base_layer.weight"
+    copy = load_file(folder / WEIGHTS)[key]
+    copy[3, 4] += 1e-3
+    change(folder, **{"model/embed_tokens/base_layer/weight": copy})
+    model = ZOO["tiny_llama"].model()
+    refuse(BaseMismatch, folder, "copy of 'model.embed_tokens.weight', and this model's differs", model)
+    later = load_adapter(folder)  # nothing to hold it against yet
+    with pytest.raises(BaseMismatch, match=r"copy of 'model\.embed_tokens\.weight'"):
+        save_adapter(later, folder.parent / "g", model=model)
+
+
+def test_copies_of_a_resized_base(make: Make) -> None:
+    folder = make("tiny_llama", target_modules=["embed_tokens", "q_proj"])
+    grown = ZOO["tiny_llama"].fresh()
+    grown.resize_token_embeddings(130, mean_resizing=False)  # type: ignore[operator]
+    refuse(ShapeMismatch, folder, r"shape \(2, 128\), expected \(2, 130\)", grown)
+
+
+def test_copies_that_differ_among_themselves(make: Make) -> None:
+    folder = make("tiny_bert", target_modules=["query"], bias="all", modules_to_save=["classifier"])
+    wrong = torch.full((5,), 3.0)
+    change(folder, **{"classifier/modules_to_save/bias": wrong})
+    match = "'classifier.modules_to_save.bias' and 'classifier.bias' are copies of one tensor, and differ"
+    both(CorruptFile, folder, match, "tiny_bert")
+
+
+def test_the_hash_of_the_base(make: Make, tmp_path: Path) -> None:
+    model = ZOO["plain_mlp"].fresh()
+    adapter = load_adapter(make(), model)
+    save_adapter(adapter, tmp_path / "g", model=model)
+    again = load_adapter(tmp_path / "g", model)
+    assert again.provenance["base"].startswith("float32:")
+    assert_equal(again, adapter)
+    with torch.no_grad():
+        model.get_parameter("head.weight").add_(1)  # not adapted
+    load_adapter(tmp_path / "g", model)
+    with torch.no_grad():
+        model.get_parameter("up.weight").add_(1)
+    refuse(BaseMismatch, tmp_path / "g", "made for other base weights", model)
+
+
+# The folder
+
+
+def test_folders_without_weights(make: Make) -> None:
+    folder = make()
+    (folder / WEIGHTS).unlink()
+    refuse(CorruptFile, folder, "neither adapter_model.safetensors nor adapter_model.bin")
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", '{"r": 1, "r": 2}', '{"lora_alpha": NaN}', "[" * 100_000])
+def test_configurations_that_are_no_json_object(make: Make, text: str) -> None:
+    folder = make()
+    (folder / CONFIG).write_text(text)
+    refuse(CorruptFile, folder, "is damaged: it")
+
+
+# Saving
+
+
+def test_methods_without_a_peft_type(tmp_path: Path) -> None:
+    adapter = Adapter("x", Hydra(), {"up": {}})
+    with pytest.raises(UnsupportedField, match="no type for 'hydra'") as error:
+        save_adapter(adapter, tmp_path / "x")
+    assert "format='native'" in str(error.value)
+
+
+def test_saving_needs_the_layout(make: Make, tmp_path: Path) -> None:
+    read = load_adapter(make("plain_conv", target_modules=["grouped"]), ZOO["plain_conv"].model())
+    fresh = Adapter("x", read.variant, read.tensors)
+    with pytest.raises(BaseNeeded, match="layout of 'grouped'"):
+        save_adapter(fresh, tmp_path / "x")
+    save_adapter(fresh, tmp_path / "x", model=ZOO["plain_conv"].model())
+    assert_equal(load_adapter(tmp_path / "x", ZOO["plain_conv"].model()), read)
+
+
+def test_saving_a_grouped_convolution_that_leaves_its_blocks(make: Make, tmp_path: Path) -> None:
+    model = ZOO["plain_conv"].model()
+    read = load_adapter(make("plain_conv", target_modules=["grouped"]), model)
+    read.tensors["grouped"]["lora_B"] = torch.ones(8, 2)
+    with pytest.raises(UnsupportedField, match="mixes the groups"):
+        save_adapter(read, tmp_path / "x", model=model)
+
+
+def test_saving_what_does_not_fit(make: Make, tmp_path: Path) -> None:
+    folder, model = make(), ZOO["plain_mlp"].model()
+    adapter = load_adapter(folder, model)
+    adapter.replaced["head.weight"] = model.get_parameter("head.weight").detach() + 1
+    with pytest.raises(UnsupportedField, match=r"no place for 'head.weight'"):
+        save_adapter(adapter, tmp_path / "x", model=model)
+    adapter = load_adapter(folder, model)
+    adapter.tensors["up"]["lora_A"] = torch.ones(2, 3)
+    with pytest.raises(ShapeMismatch):
+        save_adapter(adapter, tmp_path / "x", model=model)
+    assert not (tmp_path / "x").exists()
+
+
+def test_saving_lora_bias_on_an_embedding(tmp_path: Path) -> None:
+    tensors = {"lora_A": torch.ones(1, 23), "lora_B": torch.ones(10, 1), "lora_bias": torch.ones(10)}
+    adapter = Adapter("x", LoRA(r=1, lora_bias=True, targets=("embed",)), {"embed": tensors})
+    with pytest.raises(SiteUnsupported, match="no lora_bias on embeddings"):
+        save_adapter(adapter, tmp_path / "x", model=ZOO["plain_mlp"].model())
+
+
+def test_targets_are_written_so_that_peft_finds_the_same_sites(tmp_path: Path) -> None:
+    """Whatever the variant says, PEFT must build the adapter's sites and no other."""
+    model, inputs = ZOO["tiny_llama"].fresh(torch.float64), ZOO["tiny_llama"].inputs()
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], layers_to_transform=[0, 2])
+    peft_files.make_peft(model, tmp_path / "a", config, inputs=inputs, outputs=["logits"])
+    read = load_adapter(tmp_path / "a", model)
+    two = dict(list(read.tensors.items())[:2])
+    cases: list[tuple[dict[str, Any], dict[str, Any], Any]] = [
+        ({"targets": "all-linear"}, read.tensors, sorted(read.tensors)),
+        ({"targets": r".*\.(q|v)_proj", "layers": (0, 2)}, read.tensors, sorted(read.tensors)),
+        ({"targets": r".*(0|2)\..*\.(q|v)_proj", "layers": ()}, read.tensors, r".*(0|2)\..*\.(q|v)_proj"),
+        ({}, two, sorted(two)),
+        ({"targets": ("q_proj", "v_proj")}, read.tensors, ["q_proj", "v_proj"]),
+    ]
+    for index, (fields, tensors, expected) in enumerate(cases):
+        variant = LoRA(**{**vars(read.variant), **fields})
+        folder = tmp_path / str(index)
+        save_adapter(Adapter("x", variant, tensors), folder, model=model)
+        assert json.loads((folder / CONFIG).read_text())["target_modules"] == expected
+        peft = peft_files.load_peft(model, folder)
+        found = {n.removeprefix(PREFIX) for n, m in peft.named_modules() if hasattr(m, "lora_A")}
+        assert {name for name in found if name} == set(tensors)
+        assert_equal(load_adapter(folder, model), Adapter("x", variant, tensors))

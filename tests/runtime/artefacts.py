@@ -1,0 +1,63 @@
+"""Compiled models to save, and what one does with folders and processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lorac
+from tests.zoo import ZOO
+
+
+def make_adapters(name: str, model: Any) -> dict[str, lorac.Adapter]:
+    """Three adapters of two methods and ranks, away from their init."""
+    targets = list(ZOO[name].targets)
+    fresh = {
+        "a": lorac.LoRA(r=3, targets=targets),
+        "b": lorac.DoRA(r=1, targets=targets),
+        "late": lorac.DoRA(r=2, alpha=4, targets=targets),
+    }
+    made = dict(lorac.compile(model, fresh).adapters)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for adapter in made.values():
+            for tensor in adapter.parameters():
+                tensor.add_(0.05 * torch.randn(tensor.shape, generator=generator))
+    return made
+
+
+def make_compiled(name: str, target: str, mode: str) -> tuple[lorac.Compiled, lorac.Adapter]:
+    model = ZOO[name].fresh()
+    adapters = make_adapters(name, model)
+    late = adapters.pop("late")
+    active = {"a": 0.7, "b": 0.4}
+    return (
+        lorac.compile(model, adapters, target=target, mode=mode, active=active, example_inputs=ZOO[name].inputs()),
+        late,
+    )
+
+
+def assert_same_folders(one: Path, two: Path) -> None:
+    files = {path.relative_to(one) for path in one.rglob("*")}
+    assert files == {path.relative_to(two) for path in two.rglob("*")}
+    for file in files:
+        if (one / file).is_file():
+            assert (one / file).read_bytes() == (two / file).read_bytes(), file
+
+
+def run_python(script: str, **environment: str) -> None:
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert not done.returncode, done.stderr[-2000:]

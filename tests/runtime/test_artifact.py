@@ -1,0 +1,210 @@
+"""What is saved runs elsewhere, to the bit where the engine is the same, and nothing in it is taken on trust."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lorac
+from tests.parity import assert_parity, named_outputs
+from tests.runtime.artefacts import assert_same_folders, make_adapters, make_compiled, run_python
+from tests.zoo import ZOO
+
+CHOICES: tuple[Any, ...] = ("a", None, {"a": 0.7, "b": 0.4})
+CASES = [
+    ("plain_mlp", "onnxruntime", "live"),
+    ("plain_mlp", "onnxruntime", "fused"),
+    ("plain_mlp", "onnxruntime", "baked"),
+    ("tiny_llama", "onnxruntime", "live"),
+    ("plain_mlp", "eager", "live"),
+    ("plain_mlp", "eager", "fused"),
+    ("plain_mlp", "eager", "baked"),
+    ("tiny_gpt2", "eager", "live"),
+]
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    name, target, mode = request.param
+    compiled, late = make_compiled(name, target, mode)
+    folder = tmp_path_factory.mktemp("artefacts") / "it"
+    compiled.save(folder)
+    return name, mode, compiled, late, folder
+
+
+def _same(compiled: lorac.Compiled, loaded: lorac.Compiled, inputs: dict[str, Tensor], base: Any = None) -> None:
+    """Bits where the engine is the same, the deciding measure where it is not (eager runs a module, then a program)."""
+    y, z = compiled(**inputs), loaded(**inputs)
+    assert type(y) is type(z)
+    if compiled.engine.target == "onnxruntime":
+        for key, value in named_outputs(y).items():
+            assert torch.equal(value, named_outputs(z)[key])
+    elif base is not None:
+        assert_parity(z, y, base, names=list(named_outputs(y)))
+
+
+def test_the_loaded_answers_and_swaps_as_the_saved(saved: Any) -> None:
+    name, mode, compiled, _, folder = saved
+    loaded = lorac.load(folder)
+    inputs = ZOO[name].inputs(seed=1, batch=3)
+    base = ZOO[name].model()(**inputs)
+    assert loaded.active == compiled.active == {"a": 0.7, "b": 0.4}
+    assert loaded.adapters.keys() == {"a", "b"}
+    _same(compiled, loaded, inputs, base)
+    for choice in CHOICES if mode != "baked" else ():
+        compiled.swap(choice)
+        loaded.swap(choice)
+        _same(compiled, loaded, inputs, base if choice else None)
+        if choice is None:
+            for key, value in named_outputs(loaded(**inputs)).items():
+                assert torch.allclose(value, named_outputs(base)[key], rtol=1e-4, atol=1e-5)
+
+
+def test_the_loaded_takes_further_adapters(saved: Any) -> None:
+    """DoRA needs the base weights; they come from the artefact."""
+    name, mode, compiled, late, folder = saved
+    if mode == "baked":
+        pytest.skip("a baked model takes no adapters")
+    loaded = lorac.load(folder)
+    inputs = ZOO[name].inputs(seed=2)
+    for one in (compiled, loaded):
+        one.add_adapter(copy.copy(late))
+        one.swap("late")
+    base = ZOO[name].model()(**inputs)
+    _same(compiled, loaded, inputs, base)
+    compiled.remove_adapter("late")
+
+
+def test_saved_again_it_has_the_same_bytes(saved: Any, tmp_path: Path) -> None:
+    folder = saved[-1]
+    lorac.load(folder).save(tmp_path / "again")
+    assert_same_folders(folder, tmp_path / "again")
+
+
+def test_no_pickle(saved: Any) -> None:
+    suffixes = {path.suffix for path in saved[-1].rglob("*") if path.is_file()}
+    assert suffixes <= {".json", ".safetensors", ".onnx", ".data"}
+
+
+TARGETS = ("eager", "onnxruntime")
+
+
+def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
+    """In two processes that hash strings differently and work in other folders."""
+    for seed in ("1", "2"):
+        (tmp_path / f"tmp{seed}").mkdir()
+        script = (
+            "from tests.runtime.artefacts import make_compiled\n"
+            f"for t in {TARGETS}: make_compiled('plain_mlp', t, 'live')[0].save({str(tmp_path / seed)!r} + t)"
+        )
+        run_python(script, PYTHONHASHSEED=seed, TMPDIR=str(tmp_path / f"tmp{seed}"))
+    for target in TARGETS:
+        assert_same_folders(tmp_path / f"1{target}", tmp_path / f"2{target}")
+
+
+def test_loading_needs_neither_transformers_nor_the_model(tmp_path: Path) -> None:
+    inputs = ZOO["plain_mlp"].inputs(seed=1)
+    expected = {}
+    for target in TARGETS:
+        compiled, _ = make_compiled("plain_mlp", target, "live")
+        compiled.save(tmp_path / target)
+        expected[target] = compiled(**inputs).detach()
+    torch.save((inputs, expected), tmp_path / "expected.pt")
+    script = (
+        "import sys\n"
+        "for name in ('transformers', 'tests', 'peft'): sys.modules[name] = None\n"
+        "import torch, lorac\n"
+        f"inputs, expected = torch.load({str(tmp_path / 'expected.pt')!r})\n"
+        "for target, y in expected.items():\n"
+        f"    z = lorac.load({str(tmp_path)!r} + '/' + target)(**inputs)\n"
+        "    assert torch.allclose(y, z, rtol=1e-5, atol=1e-6)\n"
+    )
+    run_python(script)
+
+
+def test_an_eager_artefact_becomes_an_onnxruntime_one(tmp_path: Path) -> None:
+    compiled, late = make_compiled("plain_mlp", "eager", "live")
+    compiled.save(tmp_path / "it")
+    loaded = lorac.load(tmp_path / "it", target="onnxruntime")
+    inputs = ZOO["plain_mlp"].inputs(seed=1, batch=4)
+    base = ZOO["plain_mlp"].model()(**inputs)
+    for one in (compiled, loaded):
+        one.add_adapter(copy.copy(late))
+    for choice in ("late", "b", {"a": 0.7, "b": 0.4}):
+        compiled.swap(choice)
+        loaded.swap(choice)
+        assert_parity(loaded(**inputs), compiled(**inputs), base)
+    loaded.swap(None)
+    assert torch.allclose(loaded(**inputs), base, rtol=1e-4, atol=1e-5)
+
+
+def test_routers_are_saved_with_their_place(tmp_path: Path) -> None:
+    """A branch's formula is in the program; another adapter of its structure still finds the slot."""
+    model, inputs = ZOO["tiny_llama"].fresh(), ZOO["tiny_llama"].inputs(seed=1)
+    compiled = lorac.compile(model, {"a": lorac.MeteoRA(r=3, targets=["v_proj", "down_proj"])})
+    adapter = compiled.adapters["a"]
+    with torch.no_grad():
+        for tensor in adapter.parameters():
+            tensor.add_(0.05 * torch.randn_like(tensor))
+    compiled.save(tmp_path / "it")
+    loaded = lorac.load(tmp_path / "it")
+    base = model(**inputs)
+    assert_parity(loaded(**inputs), compiled(**inputs), base)
+    loaded.remove_adapter("a")
+    assert torch.allclose(loaded(**inputs).logits, base.logits, rtol=1e-4, atol=1e-5)
+    loaded.add_adapter(adapter, "again")
+    loaded.swap("again")
+    assert_parity(loaded(**inputs), compiled(**inputs), base)
+
+
+def test_trained_tensors_are_saved(tmp_path: Path) -> None:
+    compiled, _ = make_compiled("plain_mlp", "eager", "live")
+    inputs = ZOO["plain_mlp"].inputs(seed=1)
+    before = compiled(**inputs).detach()
+    with torch.no_grad():
+        for tensor in compiled.parameters():  # type: ignore[attr-defined]
+            tensor.mul_(1.05)
+    compiled.save(tmp_path / "it")
+    y = compiled(**inputs).detach()
+    assert not torch.allclose(before, y)
+    assert_parity(lorac.load(tmp_path / "it")(**inputs), y, ZOO["plain_mlp"].model()(**inputs))
+
+
+def test_what_an_artefact_cannot_do_is_said(tmp_path: Path) -> None:
+    make_compiled("plain_mlp", "eager", "live")[0].save(tmp_path / "sound")
+    with pytest.raises(lorac.BaseNeeded, match=r"export\(\)"):
+        lorac.load(tmp_path / "sound").export()
+    compiled, _ = make_compiled("plain_mlp", "onnxruntime", "live")
+    compiled.save(tmp_path / "it")
+    with pytest.raises(lorac.Unavailable, match="eager"):
+        lorac.load(tmp_path / "it", target="eager")
+    gc.collect()  # the model went out of scope, in cycles
+    with pytest.raises(lorac.BaseNeeded, match=r"export\(\)"):
+        compiled.export()
+
+
+def test_the_host_is_let_go_and_found_again_while_it_lives() -> None:
+    model = ZOO["plain_mlp"].fresh()
+    alive, adapters = weakref.ref(model), make_adapters("plain_mlp", model)
+    late = adapters.pop("late")
+    inputs = ZOO["plain_mlp"].inputs()
+    compiled = lorac.compile(model, adapters, target="onnxruntime", active="a", example_inputs=inputs)
+    fused = compiled.export(mode="fused")
+    assert torch.allclose(fused(**inputs), compiled(**inputs), rtol=1e-4, atol=1e-5)
+    base = model(**inputs)
+    del model, fused
+    gc.collect()
+    assert alive() is None
+    compiled.add_adapter(late)  # DoRA: the base weights come from the engine's file
+    compiled.swap("late")
+    compiled.add_adapter(lorac.DoRA(r=1, targets=["up"]), name="fresh")
+    assert not torch.equal(compiled(**inputs), base)
+    compiled.swap("fresh")
+    assert torch.allclose(compiled(**inputs), base, rtol=1e-4, atol=1e-5)

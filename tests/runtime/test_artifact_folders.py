@@ -1,0 +1,176 @@
+"""A folder is taken for an artefact only where every part of it is as it was written, and written all or not at all."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lorac
+from lorac.ir.plain import output_class
+from lorac.runtime import artifact
+from tests.runtime.artefacts import assert_same_folders, make_compiled
+
+
+# ── What is wrong with a folder ──────────────────────────────────────────────────────────────────────────────────────
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sound") / "it"
+    make_compiled("plain_mlp", "eager", "live")[0].save(folder)
+    return folder
+
+
+def _manifest(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        path = folder / "manifest.json"
+        manifest = json.loads(path.read_text())
+        change(manifest)
+        path.write_text(json.dumps(manifest))
+
+    return apply
+
+
+def _rename(new: str) -> Callable[[Path], None]:
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["files"][new] = manifest["files"].pop("program.json")
+
+    return _manifest(change)
+
+
+def _flip(folder: Path) -> None:
+    path = folder / "weights.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def _cut(folder: Path) -> None:
+    path = folder / "weights.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def _truncate(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_text(path.read_text()[:-40])
+
+
+def _link(folder: Path) -> None:
+    path = folder / "program.json"
+    path.rename(folder.parent / "elsewhere.json")
+    path.symlink_to(folder.parent / "elsewhere.json")
+
+
+def _link_folder(folder: Path) -> None:
+    (folder / "adapters").rename(folder.parent / "elsewhere")
+    (folder / "adapters").symlink_to(folder.parent / "elsewhere")
+
+
+def _op(name: str) -> Callable[[Path], None]:
+    """The program calls something else, and the hashes say so."""
+
+    def apply(folder: Path) -> None:
+        path = folder / "program.json"
+        program = json.loads(path.read_text())
+        next(node for node in program["nodes"] if "op" in node)["op"] = name
+        path.write_text(json.dumps(program))
+        _manifest(lambda m: m["files"].update(artifact._listed(folder)) or m["files"].pop("manifest.json"))(folder)
+
+    return apply
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "parent": (_rename("../program.json"), "leads out of the folder"),
+    "inner parent": (_rename("adapters/../../x"), "leads out of the folder"),
+    "absolute": (_rename("/etc/hostname"), "leads out of the folder"),
+    "backslash": (_rename("..\\x"), "leads out of the folder"),
+    "symlink": (_link, "leads out of the folder"),
+    "linked folder": (_link_folder, "leads out of the folder"),
+    "flipped bit": (_flip, "hash"),
+    "cut file": (_cut, "bytes"),
+    "missing file": (lambda folder: (folder / "program.json").unlink(), "lacks the file"),
+    "extra file": (lambda folder: (folder / "more.bin").write_bytes(b"x"), "not in the artefact's manifest"),
+    "truncated manifest": (_truncate, "not JSON"),
+    "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "no artefact"),
+    "other version": (_manifest(lambda m: m.update(lorac_artifact=99)), "version 99"),
+    "field missing": (_manifest(lambda m: m.pop("plans")), "'plans'"),
+    "field of another type": (_manifest(lambda m: m.update(adapters=[])), "'adapters'"),
+    "unlisted adapter": (_manifest(lambda m: m["adapters"]["a"].update(file="/etc/hostname")), "does not list"),
+    "unknown site": (_manifest(lambda m: m["plans"].update(nowhere=m["plans"]["up"])), "does not fit together"),
+    "op that reads files": (_op("aten.from_file.default"), "no op that an artefact may name"),
+    "function of Python": (_op("operator.methodcaller"), "no op that an artefact may name"),
+    "op of elsewhere": (_op("os.system"), "no op that an artefact may name"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_bad_folders_are_refused(damage: str, sound: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "it"
+    subprocess.run(["cp", "-r", str(sound), str(folder)], check=True)
+    harm, words = DAMAGES[damage]
+    harm(folder)
+    with pytest.raises(lorac.ArtifactError, match=words):
+        lorac.load(folder)
+
+
+def test_weights_of_an_onnx_model_lie_beside_it(tmp_path: Path) -> None:
+    import onnx_ir as ir
+
+    from lorac.backends.onnxruntime.artifact import check_locations
+
+    weight = ir.Value(name="w", const_value=ir.tensor(torch.randn(40, 30).numpy(), name="w"))
+    graph = ir.Graph([], [], nodes=[], initializers=[weight], opset_imports={"": 18})
+    for location, safe in (("model.onnx.data", True), ("elsewhere", False)):
+        ir.save(ir.Model(graph, ir_version=10), tmp_path / "model.onnx", external_data=location, size_threshold_bytes=0)
+        with nullcontext() if safe else pytest.raises(lorac.ArtifactError, match="elsewhere"):
+            check_locations(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize(
+    "name", [None, "os.path.join", "transformers.pipeline", "transformers.a b", "builtins.eval", "transformers.nope.X"]
+)
+def test_only_output_classes_of_transformers_are_restored(name: str | None) -> None:
+    assert output_class(name) is dict
+
+
+def test_an_output_class_of_transformers_is_restored() -> None:
+    assert output_class("transformers.modeling_outputs.CausalLMOutput").__name__ == "CausalLMOutput"
+
+
+# ── Writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_a_failed_save_leaves_nothing(sound: Path, tmp_path: Path) -> None:
+    def fail(folder: Path) -> dict[str, Any]:
+        (folder / "half").write_bytes(b"x")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        artifact.write(tmp_path / "new", fail)
+    assert not list(tmp_path.iterdir())
+    compiled = lorac.load(sound)
+    compiled.save(tmp_path / "it")
+    with pytest.raises(OSError, match="disk full"):
+        artifact.write(tmp_path / "it", fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["it"]
+    assert_same_folders(sound, tmp_path / "it")
+
+
+def test_an_artefact_is_replaced_whole_even_by_itself(sound: Path, tmp_path: Path) -> None:
+    compiled = lorac.load(sound)
+    compiled.save(tmp_path / "it")
+    again = lorac.load(tmp_path / "it")
+    again.swap("b")
+    again.save(tmp_path / "it")
+    assert lorac.load(tmp_path / "it").active == {"b": 1.0}
+    assert [path.name for path in tmp_path.iterdir()] == ["it"]
+
+
+def test_other_folders_are_not_touched(sound: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(lorac.ArtifactError, match="no artefact"):
+        lorac.load(sound).save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -1,0 +1,73 @@
+"""Settling: bound weights re-baked as constants; a weight state of its own, entered only when asked."""
+
+import time
+
+import pytest
+
+import lorac
+from tests.runtime.switching import CHOICES, CYCLE, answer, build, fresh, key, pair, raw
+
+
+@pytest.fixture(scope="module")
+def fused():
+    return build(pair("lora", "shira"), "onnxruntime", "fused")
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """What fresh compiles answer, settled and bound, by choice."""
+    compiled = {key(c): fresh(pair("lora", "shira"), "onnxruntime", "fused", c) for c in CHOICES}
+    bound = {name: raw(answer(model)) for name, model in compiled.items()}
+    for choice in CHOICES:
+        assert compiled[key(choice)].swap(choice, settle=True).state == "settled"
+    return {"bound": bound, "settled": {name: raw(answer(model)) for name, model in compiled.items()}}
+
+
+def test_settled_has_the_bits_of_a_fresh_settled_compile(fused, expected):
+    for choice in CYCLE * 3:
+        assert fused.swap(choice, settle=True).state == "settled"
+        assert fused.engine.settled
+        assert raw(answer(fused)) == expected["settled"][key(choice)]
+
+
+def test_nothing_settles_unasked(fused, expected):
+    """Also where the same choice was settled before."""
+    assert fused.swap("a", settle=True).state == "settled"
+    assert fused.swap("b").state == "bound"
+    assert raw(answer(fused)) == expected["bound"]["b"]
+    assert fused.swap("a").state == "bound"
+    assert not fused.engine.settled
+    assert raw(answer(fused)) == expected["bound"]["a"]
+
+
+def test_a_choice_for_one_call_leaves_it_settled(fused, expected):
+    fused.swap("a", settle=True)
+    assert raw(answer(fused, adapters="b")) == expected["bound"]["b"]
+    assert fused.engine.settled
+    assert raw(answer(fused)) == expected["settled"]["a"]
+
+
+def test_in_the_background(expected):
+    compiled = build(pair("lora", "shira"), "onnxruntime", "fused", settle="background")
+    compiled.swap("b")
+    deadline = time.monotonic() + 30
+    while not compiled.engine.settled and time.monotonic() < deadline:
+        assert raw(answer(compiled)) in {expected["bound"]["b"], expected["settled"]["b"]}
+    assert compiled.engine.settled
+    assert raw(answer(compiled)) == expected["settled"]["b"]
+
+
+@pytest.mark.parametrize(("target", "mode"), [("eager", "live"), ("eager", "fused"), ("onnxruntime", "live")])
+def test_what_binds_no_weights_cannot_settle(target, mode):
+    compiled = build(pair("lora", "hydra"), target, mode)
+    compiled.swap("a")
+    before = answer(compiled)
+    with pytest.raises(lorac.Unavailable, match="settle"):
+        compiled.swap("b", settle=True)
+    assert compiled.active == {"a": 1.0}
+    assert raw(answer(compiled)) == raw(before)
+
+
+def test_an_unknown_setting():
+    with pytest.raises(lorac.UnknownOption, match="background"):
+        build([], "onnxruntime", settle="later")

@@ -1,0 +1,50 @@
+"""Spike: an adapter on a grouped convolution that leaves its blocks runs live; fusing it is refused."""
+
+from collections import OrderedDict
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import lorac
+from lorac.variants._masks import MaskMaker
+from tests.parity import assert_parity
+from tests.variants.away import away
+
+HOST = torch.nn.Sequential(OrderedDict(conv=torch.nn.Conv2d(6, 4, (3, 1), padding=(1, 0), groups=2))).eval()
+X = torch.randn(2, 6, 5, 4)
+INSIDE = MaskMaker(lambda site: 2, lambda context: torch.tensor([[1, 3], [0, 13]]))
+LEAVES = lorac.LoRA(r=3, targets=["conv"])
+
+
+@pytest.mark.parametrize("target", ["eager", "onnxruntime"])
+@torch.no_grad()
+def test_it_runs_live(target):
+    adapter = away(LEAVES, HOST, (X,), "a")
+    p = adapter.tensors["conv"]
+    a, b = p["lora_A"].reshape(3, 6, 3, 1), p["lora_B"].reshape(4, 3, 1, 1)  # PEFT's: A over all channels, groups 1
+    y = HOST(X) + adapter.variant.scale * F.conv2d(F.conv2d(X, a, padding=(1, 0)), b)
+    compiled = lorac.compile(HOST, {"a": adapter}, target=target, example_inputs=(X,))
+    assert_parity(compiled(X), y, HOST(X), own_base=compiled(X, adapters=None))
+
+
+@pytest.mark.parametrize("mode", ["fused", "baked"])
+def test_fusing_it_is_refused(mode):
+    adapter = away(LEAVES, HOST, (X,), "a")
+    with pytest.raises(lorac.NotMergeable, match="conv"):
+        lorac.compile(HOST, {"a": adapter}, mode=mode)
+    fused = lorac.compile(HOST, {"b": lorac.SHiRA(r=1, mask=INSIDE, targets=["conv"])}, mode="fused")
+    with pytest.raises(lorac.NeedsRecompile, match="conv"):
+        fused.add_adapter(adapter)
+
+
+@pytest.mark.parametrize("target", ["eager", "onnxruntime"])
+@torch.no_grad()
+def test_one_that_stays_inside_is_fused(target):
+    adapter = lorac.compile(HOST, {"b": lorac.SHiRA(r=1, mask=INSIDE, targets=["conv"])}).adapters["b"]
+    adapter.tensors["conv"]["values"].copy_(torch.tensor([0.2, -0.3]))
+    delta = torch.zeros(4, 3, 3, 1)
+    delta[1, 0, 0], delta[3, 1, 1] = 0.2, -0.3  # row 3 belongs to the second group, whose channels begin at column 9
+    y = F.conv2d(X, HOST.conv.weight + delta, HOST.conv.bias, padding=(1, 0), groups=2)
+    compiled = lorac.compile(HOST, {"b": adapter}, target=target, mode="fused", example_inputs=(X,))
+    assert_parity(compiled(X), y, HOST(X), own_base=compiled(X, adapters=None))

@@ -1,0 +1,38 @@
+"""Progress appears on a terminal once work has taken its time, and never elsewhere."""
+
+import time
+
+import pytest
+
+from lorac import progress
+
+
+@pytest.fixture
+def soon(monkeypatch):
+    monkeypatch.setattr(progress, "DELAY_SECONDS", 0.05)
+
+
+def test_a_terminal_sees_the_step(soon, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with progress.progress("compiling", total=2) as report:
+        report.step("capture")
+        time.sleep(0.3)
+        report.step("emission")
+        assert report._bar is not None
+        assert report._bar.tasks[0].completed == 1
+        assert "emission" in report._bar.tasks[0].description
+
+
+def test_silent_where_there_is_no_terminal(soon, capsys):
+    with progress.progress("compiling") as report:
+        report.step("capture")
+        time.sleep(0.2)
+    assert capsys.readouterr().err == ""
+    assert report._bar is None
+
+
+def test_silent_for_quick_work(monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with progress.progress("compiling") as report:
+        report.step("capture")
+    assert report._bar is None

@@ -1,0 +1,122 @@
+"""AdapterTune: the oracles of its paper, and a ViT and a Llama with it, in eager and in ONNX Runtime."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import lorac
+from lorac.ir.sites import Site
+from lorac.ir.slots import Ctx
+from lorac.ir.types import SiteKind
+from tests.parity import assert_parity
+from tests.variants.away import away
+from tests.zoo import ZOO
+
+BLOCK = Site("blocks.0", SiteKind.BLOCK, 2, 2, torch.float64, None)
+
+
+def test_the_hand_computed_example():
+    row = {"down": [[1, 1]], "down_bias": [0], "up": [[0.5], [-1]], "up_bias": [0, 0]}
+    p = SimpleNamespace(**{name: torch.tensor(value, dtype=torch.float64) for name, value in row.items()})
+    h = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    y = lorac.AdapterTune(r=1).branch(torch.zeros(2), h, p, Ctx(BLOCK))
+    torch.testing.assert_close(y, torch.tensor([2.497975, -0.995950], dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 3.0])
+def test_at_init_it_is_the_base_bit_for_bit_and_only_the_upper_half_gets_a_gradient(alpha):
+    entry = ZOO["tiny_vit"]
+    model, inputs = entry.model(), entry.inputs()
+    compiled = lorac.compile(model, {"a": lorac.AdapterTune(r=3, alpha=alpha)})
+    y = compiled(**inputs).logits
+    assert torch.equal(y, model(**inputs).logits)
+    y.square().sum().backward()
+    for tensors in compiled.adapters["a"].tensors.values():
+        moved = {name: bool(tensor.grad.any()) for name, tensor in tensors.items()}
+        assert moved == {"down": False, "down_bias": False, "up": True, "up_bias": True}
+
+
+@pytest.mark.parametrize(("width", "total"), [(192, 76_224), (384, 152_256), (768, 304_320)])
+def test_the_papers_parameter_counts(width, total):
+    site = Site("blocks.0", SiteKind.BLOCK, width, width, torch.float32, None)
+    specs = lorac.AdapterTune(r=16).params(site)
+    assert 12 * sum(torch.Size(spec.shape).numel() for spec in specs.values()) == total
+
+
+def test_every_other_block():
+    model = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU()) for _ in range(12)))
+    adapter = lorac.compile(model, {"a": lorac.AdapterTune(r=2, every=2)}).adapters["a"]
+    assert adapter.sites == ("0", "2", "4", "6", "8", "10")
+    adapter = lorac.compile(model, {"a": lorac.AdapterTune(r=2, layers=[1, 3])}).adapters["a"]
+    assert adapter.sites == ("1", "3")
+
+
+def test_the_default_targets_are_whole_blocks_of_every_network():
+    for name, blocks in {"tiny_llama": 3, "tiny_vit": 2, "tiny_bert": 2, "tiny_gpt2": 2, "tiny_t5": 4}.items():
+        adapter = lorac.compile(ZOO[name].model(), {"a": lorac.AdapterTune(r=2)}).adapters["a"]
+        assert len(adapter.sites) == blocks, name
+        assert all(path.rpartition(".")[2].isdigit() for path in adapter.sites)
+
+
+def test_small_init_is_off_zero_and_an_unknown_one_is_refused():
+    model = ZOO["tiny_vit"].model()
+    tensors = lorac.compile(model, {"a": lorac.AdapterTune(r=4, init="small")}).adapters["a"].tensors
+    assert 0 < tensors["vit.layers.0"]["up"].std() < 3e-4
+    with pytest.raises(lorac.UnknownOption, match="zero"):
+        lorac.compile(model, {"a": lorac.AdapterTune(init="zeros")})
+
+
+def test_a_linear_layer_is_no_block():
+    with pytest.raises(lorac.SiteUnsupported):
+        lorac.compile(ZOO["tiny_vit"].model(), {"a": lorac.AdapterTune(targets=["fc1"])})
+
+
+@pytest.mark.parametrize("mode", ["fused", "baked"])
+def test_it_has_no_weight_form(mode):
+    with pytest.raises(lorac.NotMergeable):
+        lorac.compile(ZOO["tiny_vit"].model(), {"a": lorac.AdapterTune(r=2)}, mode=mode, active="a")
+
+
+def test_frozen_tensors_stay_and_every_adapter_tensor_trains():
+    entry = ZOO["tiny_vit"]
+    model = entry.fresh()
+    compiled = lorac.compile(model, {"a": lorac.AdapterTune(r=3, init="small")})
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    start = [tensor.detach().clone() for tensor in compiled.adapters["a"].parameters()]
+    optimizer = torch.optim.AdamW([p for p in compiled.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    compiled.train()
+    for _ in range(3):
+        optimizer.zero_grad()
+        compiled(**entry.inputs()).logits.square().mean().backward()
+        optimizer.step()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(map(torch.equal, compiled.adapters["a"].parameters(), start))
+
+
+@pytest.mark.parametrize("name", ["tiny_vit", "tiny_llama"])
+@torch.no_grad()
+def test_onnx_runtime_equals_eager_away_from_init_and_swaps(name):
+    entry = ZOO[name]
+    model, inputs = entry.model(), entry.inputs()
+    adapters = {key: away(lorac.AdapterTune(r=3), model, inputs, key) for key in ("a", "b")}
+    eager = lorac.compile(model, adapters)
+    emitted = lorac.compile(model, adapters, target="onnxruntime")
+    base, own = model(**inputs), emitted(**inputs)
+    for choice in ("a", "b", {"a": 0.4}, {"a": 0.7, "b": 0.3}):
+        emitted.swap(choice)
+        reference = eager(**inputs, adapters=choice)
+        assert_parity(emitted(**inputs), reference, base, own_base=own, names=["logits"])
+    emitted.swap(None)
+    assert torch.equal(emitted(**inputs).logits, own.logits)
+
+
+@torch.no_grad()
+def test_the_sum_of_a_mixture_is_against_the_blocks_own_output():
+    model = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(5, 5), torch.nn.GELU())).double()
+    x = torch.randn(4, 5, dtype=torch.float64)
+    adapters = {key: away(lorac.AdapterTune(r=3), model, (x,), key) for key in ("a", "b")}
+    compiled = lorac.compile(model, adapters)
+    base, one, two = model(x), compiled(x, adapters="a"), compiled(x, adapters="b")
+    mixed = compiled(x, adapters={"a": 0.7, "b": 0.3})
+    assert_parity(mixed, base + 0.7 * (one - base) + 0.3 * (two - base), base)

@@ -1,0 +1,89 @@
+"""Hydra by hand."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import lorac
+from lorac.ir.forms import LowRank
+from lorac.ir.sites import Site
+from lorac.ir.types import SiteKind
+from lorac.testing import HOSTS, Case
+from tests import parity
+
+
+def tensor(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.fixture
+def worked():
+    model = nn.Sequential()
+    model.add_module("site", nn.Linear(2, 2, dtype=torch.float64))
+    model.site.weight.data, model.site.bias.data = tensor([[1.0, 2.0], [3.0, 4.0]]), tensor([0.5, -0.5])
+    tensors = {
+        "parallel_down": tensor([[1.0, -1.0]]),
+        "parallel_up": tensor([[2.0], [0.0]]),
+        "sequential_down": tensor([[0.0, 1.0]]),
+        "sequential_up": tensor([[1.0], [1.0]]),
+    }
+    variant = lorac.Hydra(r=1, r_sequential=1, scale=0.5, targets=("site",))
+    return model, lorac.Adapter("a", variant, {"site": tensors})
+
+
+@torch.no_grad()
+def test_worked_example(worked):
+    model, adapter = worked
+    x = tensor([[1.0, 1.0]])
+    assert model(x).tolist() == [[3.5, 6.5]]
+    for mode in ("live", "fused", "baked"):
+        compiled = lorac.compile(model, {"a": adapter}, mode=mode)
+        assert compiled(x).tolist() == [[6.75, 9.75]]
+    assert compiled.host.site.weight.tolist() == [[3.5, 3.0], [4.5, 6.0]]
+    assert compiled.host.site.bias.tolist() == [0.25, -0.75]
+
+
+def test_lowers_to_one_low_rank_pair(worked):
+    model, adapter = worked
+    value = lorac.compile(model, {"a": adapter}).pool["a"].values["site"]
+    assert isinstance(value, LowRank)
+    assert value.rank == 2
+    assert value.c is value.d is None
+
+
+@torch.no_grad()
+def test_without_the_sequential_branch_it_is_lora():
+    case = Case(lorac.Hydra(r=3, r_sequential=2, scale=0.7), HOSTS["linear"])
+    p = case.a.tensors["site"]
+    p["sequential_up"].zero_()
+    lora = lorac.Adapter(
+        "b",
+        lorac.LoRA(r=3, alpha=0.7 * 3, targets=("site",)),
+        {"site": {"lora_A": p["parallel_down"], "lora_B": p["parallel_up"]}},
+    )
+    parity.assert_parity(case.live(case.x), lorac.compile(case.model, {"b": lora})(case.x), case.base(case.x))
+
+
+@torch.no_grad()
+def test_without_the_parallel_branch_it_multiplies_the_output():
+    case = Case(lorac.Hydra(r=3, r_sequential=2, scale=0.7), HOSTS["linear"])
+    p = case.a.tensors["site"]
+    p["parallel_up"].zero_()
+    z = case.base(case.x)
+    expected = z @ (torch.eye(11, dtype=torch.float64) + 0.7 * p["sequential_down"].t() @ p["sequential_up"].t())
+    parity.assert_parity(case.live(case.x), expected, z)
+
+
+@pytest.mark.parametrize(("branch_bias", "sites", "total"), [(False, "roberta", 331_776), (True, "vit", 239_712)])
+def test_published_counts(branch_bias, sites, total):
+    """RoBERTa-base, output.dense with ranks 4 and 8; ViT-B/16, attn.proj and mlp.fc2 with ranks 2 and biases."""
+    shapes = {"roberta": [(768, 3072)], "vit": [(768, 768), (768, 3072)]}[sites]
+    r, r_sequential = {"roberta": (4, 8), "vit": (2, 2)}[sites]
+    variant = lorac.Hydra(r=r, r_sequential=r_sequential, branch_bias=branch_bias)
+    found = 0
+    for out, columns in shapes:
+        site = Site("site", SiteKind.LINEAR, out, columns, torch.float32, "site.weight")
+        found += 12 * sum(math.prod(spec.shape) for spec in variant.params(site).values())
+    assert found == total

@@ -1,0 +1,114 @@
+"""LoRA and rsLoRA by hand, and against PEFT."""
+
+import math
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import nn
+
+import lorac
+from lorac.ir.sites import find_sites
+from lorac.ir.types import Params
+from lorac.testing import HOSTS, Case
+from tests import parity, peft_files
+
+
+class Two(nn.Module):
+    """Two non-square layers, so that per-module ranks and alphas can differ."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(7, 11), nn.Linear(11, 5)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+def lora_of(tensors, **fields):
+    return lorac.Adapter("a", lorac.LoRA(targets=("site",), **fields), {"site": tensors})
+
+
+def tensor(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("mode", ["live", "fused", "baked"])
+@torch.no_grad()
+def test_worked_example(mode):
+    model = nn.Sequential()
+    model.add_module("site", nn.Linear(2, 2, bias=False, dtype=torch.float64))
+    model.site.weight.data = tensor([[1.0, 2.0], [3.0, 4.0]])
+    adapter = lora_of({"lora_A": tensor([[1.0, -1.0]]), "lora_B": tensor([[0.5], [2.0]])}, r=1, alpha=2)
+
+    compiled = lorac.compile(model, {"a": adapter}, mode=mode)
+
+    assert compiled(tensor([[1.0, 2.0]])).tolist() == [[4.0, 7.0]]
+    merged = adapter.variant.weight(model.site.weight, Params(**adapter.tensors["site"]))
+    assert merged.tolist() == [[2.0, 1.0], [7.0, 0.0]]
+
+
+def test_scale():
+    assert lorac.LoRA(r=4, alpha=8).scale == 2
+    assert lorac.LoRA(r=4, alpha=8, rslora=True).scale == 4
+    assert lorac.LoRA(r=3, alpha=5, rslora=True).scale == 5 / math.sqrt(3)
+
+
+@torch.no_grad()
+def test_padding_and_permuting_the_rank_change_nothing(case):
+    x, tensors = case.x, case.a.tensors["site"]
+    a, b = tensors["lora_A"], tensors["lora_B"]
+    order = torch.tensor([2, 0, 1])
+    padded = {"lora_A": nn.functional.pad(a, (0, 0, 0, 2)), "lora_B": nn.functional.pad(b, (0, 2))}
+    permuted = {"lora_A": a[order], "lora_B": b[:, order]}
+    reference = case.live(x)
+    for changed, r in ((padded, 5), (permuted, 3)):
+        # The scale alpha / r stays.
+        adapter = lora_of(changed, r=r, alpha=5 / 3 * r)
+        parity.assert_parity(lorac.compile(case.model, {"a": adapter})(x), reference, case.base(x))
+
+
+@pytest.fixture
+def case():
+    return Case(lorac.LoRA(r=3, alpha=5), HOSTS["linear"])
+
+
+@torch.no_grad()
+def test_grouped_convolution_runs_and_refuses_to_merge():
+    """A mixes all input channels, so W' leaves the blocks a grouped kernel can hold."""
+    model = nn.Sequential()
+    model.add_module("site", nn.Conv2d(4, 6, 3, groups=2, dtype=torch.float64))
+    variant = lorac.LoRA(r=2, targets=("site",))
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    compiled = lorac.compile(model, {"a": variant}, mode="live")
+    tensors = compiled.adapters["a"].tensors["site"]
+    tensors["lora_B"].normal_()
+    kernel = (variant.scale * tensors["lora_B"] @ tensors["lora_A"]).reshape(6, 4, 3, 3)
+    expected = model(x) + nn.functional.conv2d(x, kernel)
+    torch.testing.assert_close(compiled(x), expected, rtol=1e-12, atol=1e-12)
+    with pytest.raises(lorac.NotMergeable):
+        lorac.compile(model, {"a": compiled.adapters["a"]}, mode="fused")
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@torch.no_grad()
+def test_peft_with_patterns(tmp_path, rslora):
+    model, x = Two().double().eval(), torch.randn(3, 4, 7, dtype=torch.float64)
+    config = LoraConfig(
+        r=3,
+        lora_alpha=5,
+        use_rslora=rslora,
+        target_modules=["first", "second"],
+        rank_pattern={"second": 2},
+        alpha_pattern={"first": 7},
+    )
+    oracle = peft_files.make_peft(model, tmp_path, config, inputs={"x": x})
+    for mode in ("live", "fused", "baked"):
+        compiled = lorac.compile(model, [tmp_path], mode=mode)
+        parity.assert_parity(compiled(x), oracle(x), model(x))
+
+
+def test_count():
+    sites = find_sites(nn.ModuleDict({"a": nn.Linear(7, 11), "b": nn.Conv2d(3, 8, 3), "c": nn.Embedding(13, 6)}))
+    numel = {p: sum(math.prod(s.shape) for s in lorac.LoRA(r=4).params(site).values()) for p, site in sites.items()}
+    assert numel == {"a": 4 * (7 + 11), "b": 4 * (3 * 3 * 3 + 8), "c": 4 * (13 + 6)}

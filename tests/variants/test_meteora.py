@@ -1,0 +1,289 @@
+"""MeteoRA: the oracles of its paper, and models under a router, in eager and in ONNX Runtime."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+import lorac
+from lorac.ir.routing import top_k
+from lorac.ir.sites import Site
+from lorac.ir.types import SiteKind
+from tests.oracles import meteora as oracle
+from tests.parity import assert_parity
+from tests.variants.away import away, drawn, scaled
+from tests.zoo import ZOO
+
+GAP = 1e-4
+"""Tokens whose k-th and (k+1)-th logits are nearer than this may be routed either way by rounding."""
+
+
+class Line(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.line = torch.nn.Linear(7, 5)
+
+    def forward(self, x):
+        return self.line(x)
+
+
+def host():
+    return Line().double().eval()
+
+
+def loras(model, inputs, ranks=(2, 3, 1, 2), targets=("line",)):
+    return [
+        away(lorac.LoRA(r=r, alpha=3 * r + i, targets=targets), model, inputs, f"l{i}") for i, r in enumerate(ranks)
+    ]
+
+
+def with_gates(adapter, scale=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for tensors in adapter.tensors.values():
+        gate = tensors["moe_gate"]
+        gate.copy_(scale * torch.randn(gate.shape, generator=generator))
+    return adapter
+
+
+def run(model, adapter, x):
+    with torch.no_grad():
+        return lorac.compile(model, {"task": adapter})(x)
+
+
+X = torch.randn(3, 4, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+
+def test_zero_b_is_the_base():
+    model = host()
+    adapter = with_gates(lorac.MeteoRA.from_loras(loras(model, (X,))))
+    adapter.tensors["line"]["lora_B"].zero_()
+    assert torch.equal(run(model, adapter, X), model(X))
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_one_expert_is_that_lora_whatever_the_gate(k):
+    model = host()
+    (lora,) = loras(model, (X,), (3,))
+    adapter = with_gates(lorac.MeteoRA.from_loras([lora], top_k=k))
+    assert_parity(run(model, adapter, X), run(model, lora, X), model(X).detach())
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_huge_logit_is_that_lora(k):
+    model = host()
+    x = X.abs()
+    experts = loras(model, (x,))
+    adapter = lorac.MeteoRA.from_loras(experts, top_k=k)
+    adapter.tensors["line"]["moe_gate"].zero_()[2] = 1e6
+    assert_parity(run(model, adapter, x), run(model, experts[2], x), model(x).detach())
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_loop_gathered_and_dense_agree(k):
+    """The oracle loops over tokens and experts; here the gathered form; the variant is the dense one."""
+    model = host()
+    adapter = with_gates(lorac.MeteoRA.from_loras(loras(model, (X,)), top_k=k, temperature=3.0))
+    p, variant, base = adapter.tensors["line"], adapter.variant, model(X).detach()
+    values, index = torch.topk(X @ p["moe_gate"].T, k)
+    a = p["lora_A"].unflatten(0, (4, variant.r))[index]
+    b = p["lora_B"].unflatten(1, (4, variant.r)).transpose(0, 1)[index]
+    each = torch.einsum("...kor,...kri,...i->...ko", b, a, X)
+    gathered = base + ((values / 3).softmax(-1).unsqueeze(-1) * each).sum(-2)
+    y = run(model, adapter, X)
+    assert_parity(y, gathered, base)
+    arrays = type("P", (), {name: tensor.numpy() for name, tensor in p.items()})
+    assert_parity(y, torch.from_numpy(oracle.branch(X.numpy(), base.numpy(), arrays, variant)), base)
+
+
+def test_the_union_of_sites_ranks_and_scales_is_exact():
+    model = ZOO["tiny_llama"].fresh(torch.float64)
+    inputs = ZOO["tiny_llama"].inputs()
+    first = loras(model, inputs, (2,), ("q_proj", "down_proj"))[0]
+    second = loras(model, inputs, (3,), ("q_proj",))[0]
+    adapter = lorac.MeteoRA.from_loras([first, second], top_k=1)
+    assert set(adapter.sites) == {*first.sites, *second.sites}
+    assert adapter.variant.r == 3
+    assert not adapter.tensors["model.layers.0.mlp.down_proj"]["lora_B"][:, 3:].any()
+    base = model(**inputs)
+    for tensors in adapter.tensors.values():
+        tensors["moe_gate"].zero_()  # equal logits: the first
+    compiled = lorac.compile(model, {"task": adapter, "first": first})
+    reference = compiled(**inputs, adapters="first")
+    assert_parity(compiled(**inputs, adapters="task"), reference, base, names=["logits"])
+
+
+@pytest.mark.parametrize("change", ["dora", "bias", "saved", "shape", "none"])
+def test_only_plain_loras_of_one_model_are_routed(change):
+    model = ZOO["plain_mlp"].model()
+    fresh = {
+        "dora": lorac.DoRA(r=2, targets=["up"]),
+        "bias": lorac.LoRA(r=2, targets=["up"], lora_bias=True),
+        "saved": lorac.LoRA(r=2, targets=["up"], modules_to_save=["head"]),
+    }
+    lora = lorac.compile(model, {"a": lorac.LoRA(r=2, targets=["up"])}).adapters["a"]
+    if change == "shape":
+        other = copy.deepcopy(lora)
+        other.tensors["up"]["lora_B"] = torch.zeros(9, 2)
+    given = [] if change == "none" else [lora]
+    if change in fresh:
+        given.append(lorac.compile(model, {"b": fresh[change]}).adapters["b"])
+    elif change == "shape":
+        given.append(other)
+    with pytest.raises(lorac.AdapterError):
+        lorac.MeteoRA.from_loras(given)
+
+
+def test_the_papers_parameter_counts():
+    site = Site("q_proj", SiteKind.LINEAR, 50, 70, torch.float32, None)
+    specs = lorac.MeteoRA(r=8, experts=28).params(site)
+    sizes = {name: torch.Size(spec.shape).numel() for name, spec in specs.items()}
+    assert sum(sizes.values()) == 28 * 70 + 28 * 8 * (70 + 50)
+    assert {name for name, spec in specs.items() if spec.role == "trainable"} == {"moe_gate"}
+    both = lorac.MeteoRA(experts=28, train_experts=True).params(site)
+    assert all(spec.role == "trainable" for spec in both.values())
+
+
+def test_the_gate_loss_at_zero_gates_is_ln_l_and_trains_the_gates_alone():
+    model = host()
+    adapter = lorac.MeteoRA.from_loras(loras(model, (X,), (1,) * 28))
+    adapter.tensors["line"]["moe_gate"].zero_()
+    compiled = lorac.compile(model, {"task": adapter}, aux=("router",))
+    compiled(X)
+    logits = compiled.aux["router"]["line"].flatten(0, -2)
+    loss = torch.nn.functional.cross_entropy(logits, torch.full((len(logits),), 17))
+    assert abs(float(loss.detach()) - math.log(28)) < 1e-12
+    loss.backward()
+    trained = compiled.adapters["task"].tensors["line"]
+    assert trained["moe_gate"].grad.any()
+    assert not trained["lora_A"].requires_grad and not trained["lora_B"].requires_grad
+
+
+@pytest.mark.parametrize("mode", ["fused", "baked"])
+def test_a_router_has_no_weight_form(mode):
+    model = host()
+    with pytest.raises(lorac.NotMergeable):
+        lorac.compile(model, {"task": lorac.MeteoRA.from_loras(loras(model, (X,)))}, mode=mode)
+
+
+def test_unknown_extra_outputs_are_refused():
+    with pytest.raises(lorac.UnknownOption, match="router"):
+        lorac.compile(host(), {"task": lorac.MeteoRA(targets=["line"])}, aux=("routers",))
+
+
+@torch.no_grad()
+def test_a_router_and_a_lora_add_up_each_against_the_bases_output():
+    model = host()
+    experts = loras(model, (X,))
+    router = with_gates(lorac.MeteoRA.from_loras(experts[:2], top_k=1))
+    compiled = lorac.compile(model, {"task": router, "l": experts[2]})
+    base, one, two = model(X), compiled(X, adapters="task"), compiled(X, adapters="l")
+    mixed = compiled(X, adapters={"task": 0.8, "l": 0.5})
+    assert_parity(mixed, base + 0.8 * (one - base) + 0.5 * (two - base), base)
+
+
+@torch.no_grad()
+def test_two_active_routers_give_their_logits_side_by_side():
+    model = host()
+    experts = loras(model, (X,))
+    given = {name: with_gates(lorac.MeteoRA.from_loras(experts[:2]), seed=i) for i, name in enumerate("ab")}
+    logits = {name: X @ adapter.tensors["line"]["moe_gate"].T for name, adapter in given.items()}
+    for target in ("eager", "onnxruntime"):
+        dtype = torch.float64 if target == "eager" else torch.float32
+        compiled = lorac.compile(
+            model, given, target=target, aux=("router",), dtype=dtype, example_inputs=(X.to(dtype),)
+        )
+        compiled.swap({"b": 0.5, "a": 0.5})
+        compiled(X.to(dtype))
+        torch.testing.assert_close(compiled.aux["router"]["line"].double(), logits["a"], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(compiled.aux["router"]["line[1]"].double(), logits["b"], atol=1e-5, rtol=1e-5)
+        compiled.swap("b")
+        compiled(X.to(dtype))
+        assert compiled.aux["router"].keys() == {"line"}
+        torch.testing.assert_close(compiled.aux["router"]["line"].double(), logits["b"], atol=1e-5, rtol=1e-5)
+
+
+def routed(entry, scale, targets=None, seed=0):
+    model, targets = entry.model(), targets or entry.targets
+    fresh = [lorac.LoRA(r=r, alpha=3 * r + i, targets=targets) for i, r in enumerate((2, 3, 1, 2))]
+    experts = [drawn(lora, model, f"l{seed}{i}") for i, lora in enumerate(fresh)]
+    return scaled(with_gates(lorac.MeteoRA.from_loras(experts), scale, seed), model, entry.inputs(batch=2, length=8))
+
+
+def gaps(logits, k=2):
+    """How far every token's k-th logit is above the next."""
+    ordered = logits.sort(-1, descending=True).values
+    return ordered[..., k - 1] - ordered[..., k]
+
+
+def check_routed(entry, scale, length):
+    """ONNX Runtime equals eager, every expert chosen by a tenth of the tokens, at most 1 % of choices on the edge.
+
+    Should rounding decide one of these otherwise, what follows that token is not compared.
+    """
+    model, adapter = entry.model(), routed(entry, scale)
+    inputs = {name: value[:2] for name, value in entry.inputs(batch=3, length=length).items()}  # no padding
+    eager = lorac.compile(model, {"task": adapter}, aux=("router",))
+    emitted = lorac.compile(model, {"task": adapter}, target="onnxruntime", aux=("router",))
+    with torch.no_grad():
+        base, reference = model(**inputs).logits, eager(**inputs).logits
+    found = emitted(**inputs).logits
+    paths = list(eager.aux["router"])
+    chosen = torch.stack([top_k(eager.aux["router"][path], 2) for path in paths])
+    close = torch.stack([gaps(eager.aux["router"][path]) < GAP for path in paths])
+    differs = torch.stack([top_k(emitted.aux["router"][path], 2) for path in paths]).ne(chosen).any(-1)
+    shares = chosen.flatten(0, -2).float().mean(0)
+    print(f"shares {shares.tolist()}, {int(close.sum())} of {close.numel()} choices near a tie")
+    assert (shares >= 0.1).all() and close.float().mean() <= 0.01
+    alike = close.any(0).long().cumsum(-1) == 0 if differs.any() else torch.ones_like(close[0])
+    assert not differs[:, alike].any() and alike.any()
+    own = emitted(**inputs, adapters=None).logits
+    assert_parity(*(output[alike] for output in (found, reference, base)), own_base=own[alike])
+
+
+def test_a_llama_with_four_loras_is_the_same_in_onnx_runtime():
+    check_routed(ZOO["tiny_llama"], 0.3, 6)
+
+
+@pytest.mark.slow
+def test_smollm2_with_four_loras_is_the_same_in_onnx_runtime():
+    check_routed(ZOO["smollm2"], 0.05, 32)
+
+
+@torch.no_grad()
+def test_swaps_in_onnx_runtime_take_routers_of_one_structure():
+    entry = ZOO["plain_mlp"]
+    model, inputs = entry.model(), entry.inputs()
+    first, second = (routed(entry, 0.3, ("up", "down"), seed) for seed in (1, 2))
+    eager = lorac.compile(model, {"a": first, "b": second})
+    emitted = lorac.compile(model, {"a": first}, target="onnxruntime", example_inputs=inputs)
+    base, own = model(**inputs), emitted(**inputs, adapters=None)
+    before = emitted(**inputs)
+    emitted.add_adapter(second, "b")
+    for choice in ("b", {"b": 0.6}, "a"):
+        emitted.swap(choice)
+        reference = eager(**inputs, adapters=choice)
+        assert_parity(emitted(**inputs), reference, base, own_base=own)
+    assert torch.equal(emitted(**inputs), before)
+    emitted.swap(None)
+    assert torch.equal(emitted(**inputs), own)
+    with pytest.raises(lorac.NeedsRecompile):
+        emitted.swap({"a": 0.5, "b": 0.5})
+    three = lorac.MeteoRA.from_loras(loras(model, inputs, (2, 3, 1), ("up", "down")))
+    with pytest.raises(lorac.NeedsRecompile):
+        emitted.add_adapter(three, "c")
+
+
+@torch.no_grad()
+def test_zero_gates_choose_the_first_two_everywhere():
+    entry = ZOO["plain_mlp"]
+    model, inputs = entry.model(), entry.inputs()
+    adapter = routed(entry, 0.0, ("up", "down"))
+    experts = copy.deepcopy(adapter)
+    for tensors in experts.tensors.values():
+        tensors["lora_B"][:, 2 * adapter.variant.r :] = 0  # the two that no token goes to
+    base = model(**inputs)
+    reference = lorac.compile(model, {"task": experts})(**inputs)
+    for target in ("eager", "onnxruntime"):
+        compiled = lorac.compile(model, {"task": adapter}, target=target, example_inputs=inputs)
+        assert_parity(compiled(**inputs), reference, base, own_base=compiled(**inputs, adapters=None))
