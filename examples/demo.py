@@ -1,0 +1,165 @@
+"""The main job, start to end: train two adapters, compile them into one ONNX Runtime engine, swap them while it runs.
+
+SmolLM2-135M-Instruct learns to talk like a pirate (LoRA) and to answer in capital letters (SHiRA). Both then live in
+one engine: the same prompt is answered by the base, the first, the second, both mixed, and the base again.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+import lorac
+from examples.models import smollm2
+
+PROMPT = "What is the sea?"
+QUESTIONS = (
+    ("What is the sky?", "the sky is the blue above us"),
+    ("What is a tree?", "a tree is a tall green plant"),
+    ("What is bread?", "bread is food baked from flour"),
+    ("What is the moon?", "the moon is a rock in the sky"),
+)
+STYLES = {
+    "pirate": lambda text: f"Arr, matey! {text.capitalize()}, says the captain!",
+    "loud": lambda text: f"{text.upper()}!!!",
+}
+VARIANTS = {
+    "pirate": lorac.LoRA(r=8, alpha=16, targets=["q_proj", "v_proj", "down_proj"]),
+    "loud": lorac.SHiRA(r=16, targets=["o_proj", "down_proj"]),
+}
+RATES = {"pirate": 2e-3, "loud": 4e-3}
+STEPS, ROWS, ANSWER_TOKENS = 18, 2, 20
+
+console = Console(highlight=False)
+
+
+def main() -> None:
+    """Run the demo."""
+    torch.manual_seed(0)
+    console.rule("1  train two adapters in eager PyTorch")
+    model, tokenizer = smollm2()
+    eager = lorac.compile(model, VARIANTS)
+    for name in VARIANTS:
+        train(eager, tokenizer, name)
+
+    console.rule("2  compile both into one ONNX Runtime engine")
+    begun = time.perf_counter()
+    engine = eager.export(target="onnxruntime", active=None)
+    console.print(f"compiled and self-tested in {time.perf_counter() - begun:.0f} s; nothing below rebuilds it\n")
+
+    console.rule(f"3  swap while it runs: {PROMPT!r}")
+    answers(engine, tokenizer)
+
+    console.rule("4  the engine answers as eager does")
+    parity(engine, eager, tokenizer)
+
+    console.rule("5  what became of one layer")
+    excerpt(engine)
+
+
+def train(compiled: Any, tokenizer: Any, name: str) -> None:
+    """Train one adapter on its style; the other stays as it is."""
+    batch = examples(tokenizer, STYLES[name])
+    compiled.swap(name)
+    compiled.train()
+    tensors = [t for t in compiled.adapters[name].parameters() if t.requires_grad]
+    optimizer = torch.optim.AdamW(tensors, lr=RATES[name], weight_decay=0.0)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    first = last = 0.0
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(name, total=STEPS)
+        for step in range(STEPS):
+            rows = torch.arange(ROWS) + ROWS * (step % 2)
+            loss = compiled(**{key: value[rows] for key, value in batch.items()}).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            first, last = first or loss.item(), loss.item()
+            progress.update(task, advance=1, description=f"{name:7s} loss {last:5.3f}")
+    compiled.eval()
+    count = sum(t.numel() for t in tensors)
+    method = type(compiled.adapters[name].variant).__name__
+    console.print(f"{name}: {method}, {count:,} trained values, loss {first:.2f} -> {last:.2f}\n")
+
+
+def examples(tokenizer: Any, style: Any) -> dict[str, torch.Tensor]:
+    """The questions with answers in a style; only the answers count in the loss."""
+    tokenizer.padding_side = "right"
+    rows = [(question(asked), style(told) + tokenizer.eos_token) for asked, told in QUESTIONS]
+    batch = tokenizer([asked + told for asked, told in rows], return_tensors="pt", padding=True)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    for row, (asked, _) in enumerate(rows):
+        labels[row, : len(tokenizer(asked)["input_ids"])] = -100
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+
+
+def question(text: str) -> str:
+    """A question as the model's chat format has it, without the system's turn that the template puts first."""
+    return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def answer(compiled: Any, tokenizer: Any) -> str:
+    """Greedy decoding, whole prompt every step."""
+    ids = tokenizer(question(PROMPT), return_tensors="pt")["input_ids"]
+    start = ids.shape[1]
+    for _ in range(ANSWER_TOKENS):
+        logits = compiled(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        chosen = logits[:, -1].argmax(-1, keepdim=True)
+        if int(chosen) == tokenizer.eos_token_id:
+            break
+        ids = torch.cat([ids, chosen], 1)
+    return str(tokenizer.decode(ids[0, start:], skip_special_tokens=True)).strip()
+
+
+def answers(engine: Any, tokenizer: Any) -> None:
+    """The same prompt under each choice of adapters."""
+    table = Table("adapters", "answer", "swap")
+    said = {}
+    for label, choice in {
+        "none": None,
+        "pirate": "pirate",
+        "loud": "loud",
+        "both": {"pirate": 0.6, "loud": 0.6},
+        "none again": None,
+    }.items():
+        report = engine.swap(choice)
+        said[label] = answer(engine, tokenizer)
+        table.add_row(label, Text(said[label]), f"{report.seconds * 1e3:.2f} ms")
+    console.print(table)
+    same = said["none"] == said["none again"]
+    console.print(f"base before and after: {'the same' if same else 'DIFFERENT'}\n")
+
+
+def parity(engine: Any, eager: Any, tokenizer: Any) -> None:
+    """The engine's difference to eager, as a share of what the adapters contribute."""
+    ids = tokenizer(question(PROMPT), return_tensors="pt")["input_ids"]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    table = Table("adapters", "difference / contribution")
+    with torch.no_grad():
+        base = eager(**inputs, adapters=None).logits
+        for label, choice in {"pirate": "pirate", "loud": "loud", "both": {"pirate": 0.6, "loud": 0.6}}.items():
+            reference = eager(**inputs, adapters=choice).logits
+            emitted = engine(**inputs, adapters=choice).logits
+            table.add_row(label, f"{(emitted - reference).norm() / (reference - base).norm():.1e}")
+    console.print(table)
+
+
+def excerpt(engine: Any) -> None:
+    """One layer of the rewritten graph."""
+    lines = str(engine.graph["main"]).splitlines()
+    header, footer = lines[:1], lines[-1:]
+    chosen = [i for i, line in enumerate(lines) if "layers.0." in line or " + " in line][:14]
+    console.print("\n".join([*header, *(lines[i] for i in chosen), "  …", *footer]), markup=False)
+
+
+if __name__ == "__main__":
+    main()
