@@ -1,6 +1,7 @@
 """What an adapter costs per call in ONNX Runtime and in PEFT, beside the same base.
 
     python -m benchmarks.overhead [--layers 20] [--rank 16] [--rounds 15] [--processes 3] [--peft/--no-peft]
+        [--folder FOLDER]
 
 Targets: live LoRA <= 1.06 as the median over shapes and none above 1.09; live DoRA <= 1.10; swapped to none <= 1.03;
 baked 1.00; lorac's base <= 1.03 of the plain export. Fused (bound) is reported as measured; settled 1.00.
@@ -41,12 +42,16 @@ def build(folder: Path, layers: int, rank: int) -> None:
 
 
 def plain_export(model: Any, path: Path, torch: Any) -> None:
-    """The same model through transformers' own exporter."""
+    """The same model through transformers' own exporter, told the shapes: left to find them it takes longer."""
+    import onnx_ir
     from transformers.exporters.configs import OnnxConfig
     from transformers.exporters.exporter_onnx import OnnxExporter
 
     inputs = {"input_ids": torch.ones(2, 7, dtype=torch.int64), "attention_mask": torch.ones(2, 7, dtype=torch.int64)}
-    OnnxExporter().export(model, inputs, OnnxConfig(dynamic=True)).save(path, external_data=True)
+    free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    config = OnnxConfig(dynamic_shapes=dict.fromkeys(inputs, free))
+    program = OnnxExporter().export(model, inputs, config).program
+    onnx_ir.save(program, path, external_data=f"{path.name}.data")
 
 
 def worker(folder: Path, layers: int, rank: int, rounds: int, with_peft: bool) -> dict[str, float]:
@@ -133,14 +138,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--processes", type=int, default=3)
     parser.add_argument("--peft", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--folder", type=Path, help="where compiled models are kept, and found by the next run")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
         print(json.dumps(worker(given.worker, given.layers, given.rank, given.rounds, given.peft)))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        build(Path(folder), given.layers, given.rank)
-        arguments = ["--worker", folder, "--layers", str(given.layers), "--rank", str(given.rank)]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = given.folder or Path(temporary)
+        if not (folder / "plain.onnx").exists():
+            build(folder, given.layers, given.rank)
+        arguments = ["--worker", str(folder), "--layers", str(given.layers), "--rank", str(given.rank)]
         arguments += ["--rounds", str(given.rounds), "--peft" if given.peft else "--no-peft"]
         runs = [common.in_fresh_process("benchmarks.overhead", *arguments) for _ in range(given.processes)]
     report(common.medians(runs))

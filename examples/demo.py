@@ -36,6 +36,7 @@ VARIANTS = {
     "pirate": lorac.LoRA(r=8, alpha=16, targets=["q_proj", "v_proj", "down_proj"]),
     "loud": lorac.SHiRA(r=16, targets=["o_proj", "down_proj"]),
 }
+CHOICES = {"pirate": "pirate", "loud": "loud", "both": {"pirate": 0.6, "loud": 0.6}}
 RATES = {"pirate": 2e-3, "loud": 4e-3}
 STEPS, ROWS, ANSWER_TOKENS = 18, 2, 20
 
@@ -121,19 +122,16 @@ def answer(compiled: Any, tokenizer: Any) -> str:
 
 
 def answers(engine: Any, tokenizer: Any) -> None:
-    """The same prompt under each choice of adapters."""
-    table = Table("adapters", "answer", "swap")
-    said = {}
-    for label, choice in {
-        "none": None,
-        "pirate": "pirate",
-        "loud": "loud",
-        "both": {"pirate": 0.6, "loud": 0.6},
-        "none again": None,
-    }.items():
-        report = engine.swap(choice)
+    """The same prompt under each choice of adapters; then the swaps once more, now that every mixture is known."""
+    choices = {"none": None, **CHOICES, "none again": None}
+    first, said = {}, {}
+    for label, choice in choices.items():
+        first[label] = engine.swap(choice).seconds
         said[label] = answer(engine, tokenizer)
-        table.add_row(label, Text(said[label]), f"{report.seconds * 1e3:.2f} ms")
+    table = Table("adapters", "answer", "first swap", "later swaps")
+    for label, choice in choices.items():
+        later = engine.swap(choice).seconds
+        table.add_row(label, Text(said[label]), *(f"{seconds * 1e3:.2f} ms" for seconds in (first[label], later)))
     console.print(table)
     same = said["none"] == said["none again"]
     console.print(f"base before and after: {'the same' if same else 'DIFFERENT'}\n")
@@ -146,7 +144,7 @@ def parity(engine: Any, eager: Any, tokenizer: Any) -> None:
     table = Table("adapters", "difference / contribution")
     with torch.no_grad():
         base = eager(**inputs, adapters=None).logits
-        for label, choice in {"pirate": "pirate", "loud": "loud", "both": {"pirate": 0.6, "loud": 0.6}}.items():
+        for label, choice in CHOICES.items():
             reference = eager(**inputs, adapters=choice).logits
             emitted = engine(**inputs, adapters=choice).logits
             table.add_row(label, f"{(emitted - reference).norm() / (reference - base).norm():.1e}")
@@ -154,11 +152,11 @@ def parity(engine: Any, eager: Any, tokenizer: Any) -> None:
 
 
 def excerpt(engine: Any) -> None:
-    """One layer of the rewritten graph."""
-    lines = str(engine.graph["main"]).splitlines()
-    header, footer = lines[:1], lines[-1:]
-    chosen = [i for i, line in enumerate(lines) if "layers.0." in line or " + " in line][:14]
-    console.print("\n".join([*header, *(lines[i] for i in chosen), "  …", *footer]), markup=False)
+    """The attention of one layer, as the passes rewrote it."""
+    view = engine.graph["main"].after("insert").at("model.layers.0.self_attn")
+    header, *rows, footer = str(view).splitlines()
+    sites = [i for i, row in enumerate(rows) if " adapted " in row or row.lstrip().startswith("+ ")]
+    console.print("\n".join([header, *(rows[i] for i in sites), "  …", footer]), markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -76,6 +76,10 @@ class FusedBuffer:
         self.holds = value
         return written
 
+    def forget(self) -> None:
+        """Somebody else wrote into the memory: what it holds is not known, and the next write writes all of it."""
+        self.holds = _NOTHING
+
     def _write(self, value: Value | None, held: Value | None) -> int:
         if self._grouped:
             self.buffer.copy_(self.site.store(self.base() if value is None else merge(value, self.base())))

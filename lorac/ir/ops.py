@@ -97,7 +97,18 @@ def _(u: Tensor, ranks: Tensor, pairs: list[Tensor]) -> list[Tensor]:
     return [u.new_empty((*u.shape[:-1], pair.shape[0])) for pair in pairs]
 
 
-SPLIT_RANKS = split_ranks._opoverload
+@torch.library.custom_op("lorac::matmul", mutates_args=())
+def matmul(x: Tensor, matrix: Tensor) -> Tensor:
+    """x (..., K) times a matrix (K, N)."""
+    return torch.matmul(x, matrix)
+
+
+@matmul.register_fake
+def _(x: Tensor, matrix: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], matrix.shape[1]))
+
+
+SPLIT_RANKS, MATMUL = split_ranks._opoverload, matmul._opoverload
 OPS = frozenset(op._opoverload for op in (linear, embedding, conv, block))
 
 

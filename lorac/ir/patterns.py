@@ -115,12 +115,14 @@ def select(
         if targets == "all-linear":
             named = site.kind is SiteKind.LINEAR and path not in heads and path.rpartition(".")[2] not in _HEADS
         elif targets == "all-blocks":
-            named = path in blocks and (not chosen_layers or block_index(path) in chosen_layers)
+            named = path in blocks
         else:
             named = names(targets, path)
         # A path that is given in full is meant, whatever its layer (PEFT).
-        if named and chosen_layers and not isinstance(targets, str) and path not in targets:
-            named = layer_index(path, layers_pattern) in chosen_layers
+        given = not isinstance(targets, str) and path in targets
+        if named and chosen_layers and not given:
+            index = block_index(path) if site.kind is SiteKind.BLOCK else layer_index(path, layers_pattern)
+            named = index in chosen_layers
         if named:
             picked.append(site)
     return picked

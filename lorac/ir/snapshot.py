@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -69,16 +69,34 @@ def compose_choice(
     return Snapshot(choice, composed)
 
 
-def slots_of(plans: Mapping[str, SitePlan], snapshot: Snapshot, base: BaseReader) -> dict[str, SiteSlots]:
-    """The tensors of a snapshot for every site's slots, idle slots included."""
+def slots_of(
+    plans: Mapping[str, SitePlan], snapshot: Snapshot, base: BaseReader, idle: dict[str, SiteSlots] | None = None
+) -> dict[str, SiteSlots]:
+    """The tensors of a snapshot for every site's slots, idle slots included.
+
+    Args:
+        plans: the sites' slots.
+        snapshot: the choice.
+        base: reads base weights.
+        idle: what idle sites hold, by path; what it lacks is added. Snapshots that share it share those tensors,
+            which with bound weights are as large as the base's.
+    """
+    idle = {} if idle is None else idle
     filled = {}
     for path, plan in plans.items():
-        composed = snapshot.composed.get(path, Composed())
-        site = plan.site
-        slots = fill_site(plan, composed.value, lambda site=site: base.weight(site), base.bias(site))  # type: ignore[misc]
-        branches = fill_branches(plan, composed.branches)
-        filled[path] = SiteSlots(**{**vars(slots), "branches": branches})
+        composed = snapshot.composed.get(path)
+        if composed is not None:
+            filled[path] = _filled(plan, composed, base)
+            continue
+        if path not in idle:
+            idle[path] = _filled(plan, Composed(), base)
+        filled[path] = idle[path]
     return filled
+
+
+def _filled(plan: SitePlan, composed: Composed, base: BaseReader) -> SiteSlots:
+    slots = fill_site(plan, composed.value, functools.partial(base.weight, plan.site), base.bias(plan.site))
+    return replace(slots, branches=fill_branches(plan, composed.branches))
 
 
 def _cut(name: str, prepared: Prepared, rank: int | None) -> Prepared:

@@ -12,7 +12,7 @@ _FORBIDDEN: dict[Level, tuple[object, ...]] = {
     Level.HOST: (ops.adapted,),
     Level.ADAPTED: (),
     Level.EXPANDED: (ops.adapted, *ops.OPS),
-    Level.TARGET: (ops.adapted, *ops.OPS),
+    Level.TARGET: (ops.adapted, *(ops.OPS - {ops.LINEAR})),
 }
 
 

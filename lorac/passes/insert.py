@@ -92,7 +92,7 @@ def _parts(
     dtype = a.meta["val"].dtype
 
     def down(x: torch.Tensor, a: torch.Tensor, ranks: torch.Tensor, *pairs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(ops.split_ranks(torch.matmul(x.to(dtype), a), ranks, list(pairs)))
+        return tuple(ops.split_ranks(ops.matmul(x.to(dtype), a), ranks, list(pairs)))
 
     return inline(graph.exported, before, down, [x, a, ranks, *pairs])[1]
 

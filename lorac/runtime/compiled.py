@@ -13,7 +13,7 @@ from lorac.errors import BaseNeeded, NeedsRecompile, Unavailable
 from lorac.ir.choice import Active, Choice, Spec, describe, parse_choice, spell
 from lorac.ir.engine import Engine
 from lorac.ir.sites import Site
-from lorac.ir.slots import Prepared, SitePlan
+from lorac.ir.slots import Prepared, SitePlan, SiteSlots
 from lorac.ir.snapshot import BaseReader, Snapshot, compose_choice, slots_of
 from lorac.runtime.advice import admitting_reserve, refuse_misfit
 from lorac.runtime.graphs import Graphs, graphs_of
@@ -99,7 +99,8 @@ class Compiled:
         self._adding = threading.Lock()
         self._calls = ReadWriteLock()
         self._cache: dict[Choice, _State] = {}
-        self._state = self._make_state(())
+        self._idle: dict[str, SiteSlots] = {}
+        self._state = self._state_for(())
         if not engine.fused:
             self._activate(self._state)
 
@@ -255,7 +256,7 @@ class Compiled:
         if self.engine.fused:
             return _State(snapshot, None, adapters, version, 0)
         try:
-            slots = slots_of(self.plans, snapshot, self.base)
+            slots = slots_of(self.plans, snapshot, self.base, self._idle)
         except NeedsRecompile as error:
             together = admitting_reserve([self.pool[name] for name, _ in choice])
             raise NeedsRecompile(

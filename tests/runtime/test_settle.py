@@ -71,3 +71,14 @@ def test_what_binds_no_weights_cannot_settle(target, mode):
 def test_an_unknown_setting():
     with pytest.raises(lorac.UnknownOption, match="background"):
         build([], "onnxruntime", settle="later")
+
+
+def test_settling_leaves_an_artefact_as_it_is(fused, expected, tmp_path):
+    fused.swap("a")
+    fused.save(tmp_path / "saved")
+    files = {path: path.read_bytes() for path in (tmp_path / "saved").rglob("*") if path.is_file()}
+    loaded = lorac.load(tmp_path / "saved")
+    loaded.swap("a", settle=True)
+    assert raw(answer(loaded)) == expected["settled"]["a"]
+    assert {path: path.read_bytes() for path in (tmp_path / "saved").rglob("*") if path.is_file()} == files
+    assert raw(answer(lorac.load(tmp_path / "saved"))) == expected["bound"]["a"]

@@ -18,8 +18,8 @@ import torch
 from onnxscript import rewriter
 from onnxscript.optimizer._constant_folding import FoldConstantsPass
 
-from lorac.backends.onnxruntime.translate import TRANSLATIONS, settle
-from lorac.ir.graph import Graph, Level
+from lorac.backends.onnxruntime.translate import TRANSLATIONS, legalize, settle
+from lorac.ir.graph import Graph
 
 MODEL, WEIGHTS = "model.onnx", "model.onnx.data"
 SITE_METADATA = "lorac.site"
@@ -36,7 +36,7 @@ def emit(graph: Graph, folder: Path, constants: Mapping[str, torch.Tensor] | Non
     Returns:
         The model's path.
     """
-    graph.level = Level.TARGET
+    legalize(graph)
     model = to_onnx(graph)
     if constants is not None:
         bake(model, constants)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorac.backends.onnxruntime.inputs import wanted
 from lorac.backends.onnxruntime.session import session_options
@@ -76,8 +77,9 @@ class OrtEngine:
         self.aux: dict[str, dict[str, Any]] = {}
         self._outputs = [output.name for output in session.get_outputs()]
         self._wanted = wanted(session)
-        self.buffers, memory = fused_buffers(self.plans, base) if self.fused else ({}, {})
-        self._fixed = self.bind_tensors(memory) if self.fused else None
+        self.buffers, self.memory = fused_buffers(self.plans, base) if self.fused else ({}, {})
+        self._contiguous = WeakTensorKeyDictionary()
+        self._fixed = self.bind_tensors(self.memory) if self.fused else None
         self._holds = Snapshot(())
         # By snapshot, weakly: constants that can never serve again are let go.
         self._settled: weakref.WeakKeyDictionary[Snapshot, _Settled] = weakref.WeakKeyDictionary()
@@ -92,8 +94,17 @@ class OrtEngine:
 
     def bind_tensors(self, tensors: Mapping[str, Tensor]) -> Binding:
         """A binding from slot name -> tensor."""
-        held = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        held = {name: self._laid_out(tensor) for name, tensor in tensors.items()}
         return Binding({name: aliased(tensor) for name, tensor in held.items()}, held, threading.local())
+
+    def _laid_out(self, tensor: Tensor) -> Tensor:
+        """The tensor as a session reads it; bindings that hold one tensor share one copy."""
+        if tensor.is_contiguous():
+            return tensor.detach()
+        copied = self._contiguous.get(tensor)
+        if copied is None:
+            copied = self._contiguous[tensor] = tensor.detach().contiguous()
+        return copied
 
     def activate(self, binding: Binding) -> None:
         """Nothing: every call names its binding."""

@@ -8,7 +8,7 @@ noise the session answers as the captured program does, and with the old tensors
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -31,6 +31,8 @@ TOLERANCE = 1e-3
 """‖y − y_ref‖ / ‖y_ref‖ per output. Rounding leaves 1e-6 to 1e-5; a wrong slot moves what it feeds by a third."""
 _SHARE = 0.3
 """How much of its site's output the noise is."""
+_SPREAD = 0.1
+"""Of the noise in scales and biases."""
 _RANK = 3
 _SAMPLE = 8
 _SMALL = 4
@@ -49,15 +51,77 @@ def self_test(engine: OrtEngine, graph: Graph, snapshot: Snapshot) -> None:
         SelfTestFailed: naming the slots.
     """
     model = ir.load(engine.folder / MODEL)
-    old = slots_of(engine.plans, snapshot, engine.base)
-    tensors = named_tensors(engine.slots, engine.plans, old)
     check_inputs(model, [] if engine.mode == "baked" else list(engine.slots), list(engine.slots))
-    idle = slots_of(engine.plans, Snapshot(()), engine.base)
-    if engine.mode != "baked":
-        changed = _changed(tensors, named_tensors(engine.slots, engine.plans, idle))
-        check_constants(model, changed)
     with torch.no_grad():
-        _Comparison(engine, graph, idle).check(tensors)
+        contents = (_Written if engine.fused else _Bound)(engine, snapshot)
+        if engine.mode != "baked":
+            check_constants(model, _changed(contents.old(), contents.idle))
+        _Comparison(engine, graph, contents).check()
+        contents.leave()
+
+
+# ── What the slots hold ──────────────────────────────────────────────────────────────────────────────────────────────
+class _Bound:
+    """Slots that are bound call by call: any tensors may be tried.
+
+    Args:
+        engine: as built.
+        snapshot: what the slots hold at first.
+    """
+
+    def __init__(self, engine: OrtEngine, snapshot: Snapshot) -> None:
+        self.engine = engine
+        self._slots = slots_of(engine.plans, Snapshot(()), engine.base)
+        self._idle = self._named(self._slots)
+        self._old = self._named(slots_of(engine.plans, snapshot, engine.base, dict(self._slots)))
+
+    def idle(self, name: str) -> Tensor:
+        """What a slot holds where nothing is active."""
+        return self._idle[name]
+
+    def old(self) -> Mapping[str, Tensor]:
+        """What the slots hold at first."""
+        return self._old
+
+    def noise(self) -> Mapping[str, Tensor]:
+        """Seeded noise for every slot."""
+        return self._named(noise_of(self.engine.plans, self._slots, self.engine.base))
+
+    def leave(self) -> None:
+        """Nothing was written."""
+
+    def _named(self, slots: Mapping[str, SiteSlots]) -> dict[str, Tensor]:
+        return named_tensors(self.engine.slots, self.engine.plans, slots)
+
+
+class _Written(_Bound):
+    """Weights in the engine's own memory, which are tried there: a second copy of them all would be large."""
+
+    def __init__(self, engine: OrtEngine, snapshot: Snapshot) -> None:
+        self.engine, self._snapshot = engine, snapshot
+
+    def idle(self, name: str) -> Tensor:
+        slot = self.engine.slots[name]
+        plan = {slot.site: self.engine.plans[slot.site]}
+        return named_tensors({name: slot}, plan, slots_of(plan, Snapshot(()), self.engine.base))[name]
+
+    def old(self) -> Mapping[str, Tensor]:
+        self.engine.write(self._snapshot)
+        return self.engine.memory
+
+    def noise(self) -> Mapping[str, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        for buffer in self.engine.buffers.values():
+            buffer.forget()
+        for name, tensor in self.engine.memory.items():
+            if self.engine.slots[name].role == "bias":
+                tensor.add_(_SPREAD * torch.randn(tensor.shape, generator=generator))
+            else:
+                _shake(tensor, generator)
+        return self.engine.memory
+
+    def leave(self) -> None:
+        self.engine.write(Snapshot(()))
 
 
 # ── Statically ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -123,13 +187,13 @@ def _constants(model: ir.Model) -> Iterator[ir.TensorProtocol]:
             yield node.attributes["value"].as_tensor()
 
 
-def _changed(tensors: Mapping[str, Tensor], idle: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _changed(tensors: Mapping[str, Tensor], idle: Callable[[str], Tensor]) -> dict[str, Tensor]:
     """Slots whose content is telling: not the base's own, and not the same value throughout."""
     return {
         name: tensor
         for name, tensor in tensors.items()
         if tensor.numel() >= _SMALL
-        and not _same(tensor, idle[name])
+        and not _same(tensor, idle(name))
         and bool((tensor != tensor.flatten()[0]).any())
         and tensor.is_floating_point()
     }
@@ -146,26 +210,25 @@ class _Comparison:
     Args:
         engine: the emitted program.
         graph: the captured one.
-        idle: what the slots hold where nothing is active.
+        contents: what the slots can hold.
     """
 
-    def __init__(self, engine: OrtEngine, graph: Graph, idle: Mapping[str, SiteSlots]) -> None:
-        self.engine, self.graph, self.idle = engine, graph, idle
+    def __init__(self, engine: OrtEngine, graph: Graph, contents: _Bound) -> None:
+        self.engine, self.graph, self.contents = engine, graph, contents
         self.inputs = example_inputs(graph, engine.signature.inputs)
 
-    def check(self, old: Mapping[str, Tensor]) -> None:
+    def check(self) -> None:
         """Both runs; where the first fails, find the slots."""
-        engine = self.engine
+        engine, contents = self.engine, self.contents
         if engine.mode == "baked":
-            if self._differs(old):
+            if self._differs(contents.old()):
                 raise _failed(list(engine.slots), "do not hold what was baked into them")
             return
-        before = self._run(engine.bind_tensors(old))
-        filled = noise_of(engine.plans, self.idle, engine.base)
-        noise = named_tensors(engine.slots, engine.plans, filled)
+        before = self._run(engine.bind_tensors(contents.old()))
+        noise = contents.noise()
         if self._differs(noise):
             raise self._diagnosed(noise)
-        after = self._run(engine.bind_tensors(old))
+        after = self._run(engine.bind_tensors(contents.old()))
         if not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
             raise _failed(list(engine.slots), "keep traces of what was in them: the old tensors give other bits")
 
@@ -241,12 +304,12 @@ def _noise(plan: SitePlan, idle: SiteSlots, typical: float, generator: torch.Gen
 
     site, kind = plan.site, kind_of(plan.site)
     made: dict[str, object] = {}
-    for role, spread in (("c", 0.1), ("d", 0.1), ("bias", 0.1)):
+    for role in ("c", "d", "bias"):
         held = getattr(idle, role)
         if held is not None:
-            made[role] = held + spread * randn(*held.shape, like=held)
+            made[role] = held + _SPREAD * randn(*held.shape, like=held)
     if idle.weight is not None:
-        made["weight"] = _shaken(idle.weight, generator)
+        made["weight"] = _shake(idle.weight.clone(memory_format=torch.contiguous_format), generator)
     if idle.a is not None and idle.b is not None:
         rank = min(plan.rank, _RANK)
         down = site.in_features**-0.5
@@ -263,17 +326,16 @@ def _noise(plan: SitePlan, idle: SiteSlots, typical: float, generator: torch.Gen
     return replace(idle, **made)  # type: ignore[arg-type]
 
 
-def _shaken(weight: Tensor, generator: torch.Generator) -> Tensor:
-    """A weight with every row and column scaled its own way: one pass, where noise per value would take many.
+def _shake(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """Scale every row and column its own way, in place: one pass, where noise per value would take many.
 
     Signs stay: a variance must not become negative.
     """
-    shaken = weight
     for axis in (0, weight.dim() - 1):
         shape = [1] * weight.dim()
         shape[axis] = weight.shape[axis]
-        shaken = shaken * torch.exp(_SHARE * torch.randn(shape, generator=generator)).to(weight.dtype)
-    return shaken
+        weight.mul_(torch.exp(_SHARE * torch.randn(shape, generator=generator)).to(weight.dtype))
+    return weight
 
 
 def _typical(plan: SitePlan, base: BaseReader) -> float:

@@ -15,7 +15,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import torch
 
-_NAME = "settled.onnx"
+from lorac.backends.onnxruntime.emit import MODEL
 
 
 def settled_session(
@@ -30,20 +30,19 @@ def settled_session(
         providers: execution providers.
     """
     held = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    path = folder / _NAME
-    if not path.exists():
-        _write_model(folder, path, held)
     values = [ort.OrtValue.ortvalue_from_numpy(tensor.numpy()) for tensor in held.values()]
     settings.add_external_initializers(list(held), values)
-    session = ort.InferenceSession(str(path), settings, providers=providers)
+    # From memory: the folder may be an artefact, which holds what its manifest lists and nothing else.
+    settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    session = ort.InferenceSession(_with_constants(folder, held), settings, providers=providers)
     # Constants that are not prepacked are read in place.
     session.lorac_constants = held
     return session
 
 
-def _write_model(folder: Path, path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+def _with_constants(folder: Path, tensors: Mapping[str, torch.Tensor]) -> bytes:
     """The emitted program with its slots as initializers whose data is handed over when a session is made."""
-    model = ir.load(folder / "model.onnx")
+    model = ir.load(folder / MODEL)
     for value in list(model.graph.inputs):
         tensor = tensors.get(str(value.name))
         if tensor is None:
@@ -51,7 +50,7 @@ def _write_model(folder: Path, path: Path, tensors: Mapping[str, torch.Tensor]) 
         model.graph.inputs.remove(value)
         value.const_value = _promised(str(value.name), tensor, folder)
         model.graph.initializers[str(value.name)] = value
-    ir.save(model, path)
+    return ir.to_proto(model).SerializeToString()
 
 
 def _promised(name: str, tensor: torch.Tensor, folder: Path) -> Any:
