@@ -18,6 +18,7 @@ import torch
 from onnxscript import rewriter
 from onnxscript.optimizer._constant_folding import FoldConstantsPass
 
+from lorac.backends.onnxruntime.gate import gate_branches
 from lorac.backends.onnxruntime.translate import TRANSLATIONS, legalize, settle
 from lorac.ir.graph import Graph
 
@@ -56,6 +57,7 @@ def to_onnx(graph: Graph) -> ir.Model:
     settle(model)
     _name_slots(graph, model)
     tidy(model)
+    gate_branches(model, graph.slots)
     return model
 
 

@@ -1,0 +1,86 @@
+"""Branches that are off cost nothing: each goes into an ``If`` on its strength.
+
+``run_site`` emits ``y + t·(y' − base)`` per branch. Everything that only y' needs moves into the ``If``'s first graph;
+where t is 0 the second passes y on, so an idle branch is neither computed nor can its zeros turn into NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import onnx_ir as ir
+
+from lorac.ir.graph import SlotInput
+
+
+def gate_branches(model: ir.Model, slots: Mapping[str, SlotInput]) -> bool:
+    """Move the branches of a model into ``If`` nodes, in place; say whether there were any.
+
+    Args:
+        model: as emitted; its slot inputs bear their public names.
+        slots: the slot inputs by public name.
+    """
+    strengths = {name for name, slot in slots.items() if slot.role.startswith("branch") and slot.role.endswith(".t")}
+    ends = [
+        (value, add)
+        for value in model.graph.inputs
+        if value.name in strengths
+        for scaled in value.consumers()
+        for add in scaled.outputs[0].consumers()
+    ]
+    for strength, add in ends:
+        _gate(model.graph, strength, add)
+    return bool(ends)
+
+
+def _gate(graph: ir.Graph, strength: ir.Value, add: ir.Node) -> None:
+    passed = next(v for v in add.inputs if v is not None and not _depends_on(v, strength))
+    cone = _cone(add, passed)
+    old = add.outputs[0]
+    taken = [node for node in graph if node in cone]
+    switch = ir.val(f"{old.name}_on", dtype=ir.DataType.BOOL, shape=ir.Shape([1]))
+    cast = ir.Node("", "Cast", [strength], {"to": ir.AttrInt64("to", ir.DataType.BOOL)}, outputs=[switch])
+    graph.insert_before(add, cast)
+    result = ir.val(f"{old.name}_gated", type=old.type, shape=old.shape)
+    gate = ir.Node("", "If", [switch], outputs=[result])
+    gate.metadata_props.update(add.metadata_props)
+    graph.insert_before(add, gate)
+    old.replace_all_uses_with(result, replace_graph_outputs=True)
+    for node in taken:
+        graph.remove(node)
+    kept = ir.val(f"{old.name}_off", type=old.type, shape=old.shape)
+    idle = ir.Node("", "Identity", [passed], outputs=[kept])
+    for name, output, nodes in (("then_branch", old, taken), ("else_branch", kept, [idle])):
+        gate.attributes[name] = ir.AttrGraph(name, ir.Graph([], [output], nodes=nodes, name=f"{old.name}_{name}"))
+
+
+def _cone(add: ir.Node, passed: ir.Value) -> set[ir.Node]:
+    """The nodes that nothing but ``add`` needs, those behind ``passed`` excepted."""
+    spared = set(_ancestors(passed))
+    cone, todo = {add}, [add]
+    while todo:
+        for value in todo.pop().inputs:
+            node = value.producer() if value is not None else None
+            if node is None or node in cone or node in spared:
+                continue
+            users = {user for output in node.outputs for user in output.consumers()}
+            if users <= cone and not any(output.is_graph_output() for output in node.outputs):
+                cone.add(node)
+                todo.append(node)
+    return cone
+
+
+def _ancestors(value: ir.Value) -> Iterator[ir.Node]:
+    seen: set[ir.Node] = set()
+    todo = [value.producer()]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        todo.extend(v.producer() for v in node.inputs if v is not None)
+
+
+def _depends_on(value: ir.Value, source: ir.Value) -> bool:
+    return any(source in node.inputs for node in _ancestors(value))
