@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,7 +63,8 @@ def fused_buffers(plans: Mapping[str, SitePlan], base: BaseReader) -> tuple[dict
         if not plan.bound:
             continue
         site = plan.site
-        weight = kind_of(site).layout_weight(base.weight(site)).clone(memory_format=torch.contiguous_format)
+        unchanged = _held(base.weight(site))
+        weight = kind_of(site).layout_weight(unchanged()).clone(memory_format=torch.contiguous_format)
         memory[f"{path}:weight"] = weight
         bias = None
         if plan.bias:
@@ -71,8 +72,13 @@ def fused_buffers(plans: Mapping[str, SitePlan], base: BaseReader) -> tuple[dict
             bias = torch.zeros(site.out_features) if original is None else original.clone()
             memory[f"{path}:bias"] = bias
         matrix_of = _matrix_view(plan)
-        buffers[path] = FusedBuffer(site, weight, matrix_of, lambda site=site: base.weight(site), bias, base.bias(site))  # type: ignore[misc]
+        buffers[path] = FusedBuffer(site, weight, matrix_of, unchanged, bias, base.bias(site))
     return buffers, memory
+
+
+def _held(tensor: Tensor) -> Callable[[], Tensor]:
+    """A reader of one tensor; to map a file anew at every swap costs as much as the write itself."""
+    return lambda: tensor
 
 
 def _matrix_view(plan: SitePlan) -> Any:

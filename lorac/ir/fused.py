@@ -98,6 +98,7 @@ class FusedBuffer:
 
     def _write_whole(self, value: Value | None) -> int:
         target, base = self.matrix_of(self.buffer), self.base()
+        value = value.folded() if isinstance(value, LowRank) else value
         plain = isinstance(value, LowRank) and value.d is None and value.a.dtype == base.dtype
         if value is None:
             target.copy_(base)
@@ -147,4 +148,6 @@ class FusedBuffer:
             added = term.values if strength == 1 else term.values * strength
             written.index_put_((here,), added.to(written.dtype), accumulate=True)
             start += term.rows.numel()
-        return _Patch(rows * strides[0] + cols * strides[1], written, original)
+        # In the order of memory: scattering back and forth costs more.
+        positions, order = torch.sort(rows * strides[0] + cols * strides[1])
+        return _Patch(positions, written[order], original[order])

@@ -7,7 +7,7 @@ several metadata entries in random order, and copies all tensors before it write
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from safetensors import safe_open
 
 from lorac.errors import BaseNeeded
 from lorac.ir.sites import Site, stored_tensor
+from lorac.ir.slots import SitePlan
 from lorac.ir.snapshot import BaseReader
+from lorac.ir.types import SiteKind
 
 Tensor = torch.Tensor
 DTYPES = {
@@ -37,6 +39,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_ALIAS, _TRANSPOSED = "alias", "transposed"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -63,7 +66,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
 def raw_bytes(tensor: Tensor) -> memoryview:
     """A tensor's values as bytes in row-major order."""
-    flat = tensor.detach().cpu().contiguous().flatten()
+    # A tensor of one element counts as contiguous whatever its strides are.
+    flat = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))
     values: Any = flat.view(torch.uint8).numpy()
     return memoryview(values)
 
@@ -71,21 +75,25 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 class TensorFile(Mapping[str, Tensor]):
     """Tensors of a file by name, mapped when asked for and let go with the answer: nothing stays in memory.
 
-    Tensors written under several names are in the file once; its metadata says which name stands for which.
+    Tensors written under several names are in the file once, and some lie in it column by column; its metadata says
+    which.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with safe_open(path, framework="pt") as opened:
-            self._alias = dict(opened.metadata() or {})
+            told = {key: json.loads(value) for key, value in (opened.metadata() or {}).items()}
+            self._alias: dict[str, str] = told.get(_ALIAS, {})
+            self._transposed = frozenset(told.get(_TRANSPOSED, ()))
             self._names = frozenset({*opened.keys(), *self._alias})
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
+        stored = self._alias.get(name, name)
         with safe_open(self.path, framework="pt") as opened:
-            found: Tensor = opened.get_tensor(self._alias.get(name, name))
-        return found
+            found: Tensor = opened.get_tensor(stored)
+        return found.t() if stored in self._transposed else found
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
@@ -97,8 +105,14 @@ class TensorFile(Mapping[str, Tensor]):
         return len(self._names)
 
     @staticmethod
-    def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Write a file; what shares its memory with an earlier tensor is written once."""
+    def write(path: Path, tensors: Mapping[str, Tensor], transposed: Collection[str] = ()) -> None:
+        """Write a file; what shares its memory with an earlier tensor is written once.
+
+        Args:
+            path: the file.
+            tensors: by name.
+            transposed: matrices to write column by column, for a reader that wants their transposes contiguous.
+        """
         first: dict[Any, str] = {}
         alias = {}
         for name, tensor in tensors.items():
@@ -106,7 +120,10 @@ class TensorFile(Mapping[str, Tensor]):
             known = first.setdefault(view if tensor.numel() else name, name)
             if known != name:
                 alias[name] = known
-        write_safetensors(path, {n: t.detach() for n, t in tensors.items() if n not in alias}, alias)
+        columns = sorted({*transposed} - alias.keys())
+        written = {n: t.detach().t() if n in columns else t.detach() for n, t in tensors.items() if n not in alias}
+        told = {_ALIAS: alias, _TRANSPOSED: columns}
+        write_safetensors(path, written, {key: json.dumps(value, sort_keys=True) for key, value in told.items()})
 
 
 def file_base(file: TensorFile, device: Any = None) -> BaseReader:
@@ -125,6 +142,12 @@ def file_base(file: TensorFile, device: Any = None) -> BaseReader:
         return site.present(tensor(site.weight))
 
     return BaseReader(weight, lambda site: tensor(site.bias) if site.bias else None)
+
+
+def by_columns(plans: Iterable[SitePlan]) -> list[str]:
+    """Names of the stored weights whose slot holds their transpose, so that a file of them is best laid out alike."""
+    linear = [plan.site for plan in plans if plan.bound and plan.site.kind is SiteKind.LINEAR]
+    return [str(site.weight) for site in linear if not site.transposed]
 
 
 def base_tensors(model: torch.nn.Module, sites: Mapping[str, Site]) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from lorac.ir.extras import refuse_unemitted
 from lorac.ir.feeds import named_tensors
 from lorac.ir.lowered import lowered
 from lorac.ir.snapshot import slots_of
-from lorac.ir.tensorfile import TensorFile, base_tensors, file_base
+from lorac.ir.tensorfile import TensorFile, base_tensors, by_columns, file_base
 from lorac.progress import Progress, progress
 
 BASE = "base.safetensors"
@@ -49,9 +49,9 @@ def _build(request: BuildRequest, folder: Path, report: Progress) -> OrtEngine:
     report.step("emission")
     path = emit(graph, folder, constants)
     report.step("session")
-    TensorFile.write(
-        folder / BASE, base_tensors(request.model, {path: plan.site for path, plan in request.plans.items()})
-    )
+    plans = request.plans
+    tensors = base_tensors(request.model, {path: plan.site for path, plan in plans.items()})
+    TensorFile.write(folder / BASE, tensors, by_columns(plans.values()))
     engine = OrtEngine(
         session=new_session(path, request.options),
         signature=signature,
