@@ -187,7 +187,7 @@ class Compilation:
             return [LiveTerm(how.strength, branch=(term.slot, BranchFill(strength, term.params)))]
         value = self.lowerer.value(lowering, site, tensors)
         if how.rank is not None and isinstance(value, LowRank):
-            value = value.truncated(how.rank)
+            value = value.truncated(how.rank, adapter.variant.truncatable or 0.0)
         value = self.lowerer.with_bias(adapter, site, value)
         return [LiveTerm(how.strength, value, rate=rate, place=place)]
 

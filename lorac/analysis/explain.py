@@ -154,7 +154,9 @@ def _slots(term: Term, plan: SitePlan) -> tuple[str, ...]:
         return ("weight", "bias") if plan.bias else ("weight",)
     if term.form == "branch":
         return tuple(part.name for part in term.parts)
-    return tuple(role for role, part in (("a", "A"), ("b", "B"), *zip("cde", "cde", strict=True)) if _has(term, part))
+    return tuple(
+        role for role, part in (("a", "A"), ("b", "B"), *zip("cdghe", "cdghe", strict=True)) if _has(term, part)
+    )
 
 
 def _has(term: Term, part: str) -> bool:

@@ -72,8 +72,9 @@ def check_site(
         UnusedTensors: A parameter is one too many.
         ShapeMismatch: A shape differs, or a parameter is missing.
     """
-    variant.check(site)
-    specs = variant.at(site).params(site)
+    here = variant.at(site)
+    here.check(site)
+    specs = here.params(site)
     has = f"{variant.name} as configured has {', '.join(specs)} there"
     for name in tensors:
         if name not in specs:
@@ -85,7 +86,7 @@ def check_site(
             raise ShapeMismatch(what, next_step=has)
     for name, spec in specs.items():
         found = tuple(tensors[name].shape)
-        if found != spec.shape if shapes else len(found) != len(spec.shape):
+        if not spec.admits(found) if shapes else len(found) != len(spec.shape):
             raise ShapeMismatch(
                 f"adapter '{adapter}': {name} at '{site.path}' has shape {found}, expected {spec.shape}",
                 next_step=f"the site is {site.kind} {site.in_features} -> {site.out_features}; "

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from lorac.ir.forms import LowRank, Value, merge, merge_bias
 from lorac.ir.kinds import LinearKind, kind_of
 from lorac.ir.sites import Site
-from lorac.ir.slots import BranchFill, BranchSlot, Ctx, run_branch
+from lorac.ir.slots import BranchFill, BranchSlot, Ctx, SitePlan, SiteSlots, run_branch, run_site
 from lorac.ir.types import Dropout
 
 Tensor = torch.Tensor
@@ -64,14 +64,14 @@ def run_terms(
     if base is None:
         assert weight is not None
         if len(terms) == 1 and _replaces(terms[0], ctx):
-            return _with_weight(kind, terms[0].value, x, weight, bias)
+            return _whole(kind, terms[0].value, x, weight, bias)
         base = kind.base(x, weight, bias)
     y = base
     for term in terms:
         if term.branch is not None:
             slot, fill = term.branch
             y = y + fill.strength * (run_branch(site, slot, fill, x, base, ctx) - base)
-        elif isinstance(term.value, LowRank) and term.value.d is None:
+        elif isinstance(term.value, LowRank) and _runs_beside(kind, term.value):
             y = y + _scaled(term.strength, _low_rank_delta(kind, term, x, base, weight, bias, ctx)).to(y.dtype)
         elif term.value is not None:
             y = y + _scaled(term.strength, _dense_delta(kind, term, x, base, weight, bias, ctx))
@@ -89,29 +89,61 @@ def _active_rate(term: LiveTerm, ctx: Ctx, place: Dropout) -> float:
 def _replaces(term: LiveTerm, ctx: Ctx) -> bool:
     """Whether the term is alone, whole, and undropped: then its weight simply takes the base's place."""
     whole = term.value is not None and (not isinstance(term.value, LowRank) or term.value.d is not None)
-    return whole and term.strength == 1 and not _active_rate(term, ctx, Dropout.INPUT)
+    places = (Dropout.INPUT, Dropout.RANK) if isinstance(term.value, LowRank) else (Dropout.INPUT,)
+    dropped = any(_active_rate(term, ctx, place) for place in places)
+    return whole and term.strength == 1 and not dropped
+
+
+def _runs_beside(kind: LinearKind, value: LowRank) -> bool:
+    """Whether a value needs no weight of its own: where it scales inputs, the kind has an axis for it."""
+    return value.d is None or kind.per_input(value.d) is not None
+
+
+def _whole(kind: LinearKind, value: Value | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y' of one term that nothing is added to."""
+    if not isinstance(value, LowRank) or not _runs_beside(kind, value):
+        return _with_weight(kind, value, x, weight, bias)
+    value = value.folded()
+    a, b = (kind.layout_a(value.a), kind.layout_b(value.b)) if value.rank else (None, None)
+    slots = SiteSlots(a, b, value.c, value.d, bias=merge_bias(value, bias))
+    return run_site(SitePlan(kind.site), slots, x, weight, bias)
 
 
 def _low_rank_delta(
     kind: LinearKind, term: LiveTerm, x: Tensor, base: Tensor, weight: Tensor | None, bias: Tensor | None, ctx: Ctx
 ) -> Tensor:
-    value = term.value
-    assert isinstance(value, LowRank)
+    assert isinstance(term.value, LowRank)
+    value = term.value.folded()
     rate = _active_rate(term, ctx, Dropout.INPUT)
     cast = x.to(value.a.dtype) if x.is_floating_point() else x
     dropped = F.dropout(cast, rate) if rate else cast
-    down = kind.down(dropped, kind.layout_a(value.a))
-    rank_rate = _active_rate(term, ctx, Dropout.RANK)
-    delta = kind.up(F.dropout(down, rank_rate) if rank_rate else down, kind.layout_b(value.b))
-    if value.c is None:
-        return delta if value.e is None else delta + kind.per_output(value.e)
-    if rate:
-        assert weight is not None
-        linear = kind.base(dropped.to(weight.dtype), weight, None)
-    else:
-        linear = base if bias is None else base - kind.per_output(bias)
-    delta = delta + (kind.per_output(value.c) - 1) * linear
-    return delta if value.e is None else delta + kind.per_output(value.e)
+    parts = []
+    if value.rank:
+        down = kind.down(dropped, kind.layout_a(value.a))
+        rank_rate = _active_rate(term, ctx, Dropout.RANK)
+        parts.append(kind.up(F.dropout(down, rank_rate) if rank_rate else down, kind.layout_b(value.b)))
+    if value.c is not None or value.d is not None:
+        if rate:
+            assert weight is not None
+            linear = kind.base(dropped.to(weight.dtype), weight, None)
+        else:
+            linear = base if bias is None else base - kind.per_output(bias)
+        parts.append(_scaled_delta(kind, value, dropped, linear, weight))
+    if value.e is not None:
+        parts.append(kind.per_output(value.e))
+    return sum(parts[1:], parts[0]) if parts else torch.zeros_like(base)
+
+
+def _scaled_delta(kind: LinearKind, value: LowRank, x: Tensor, linear: Tensor, weight: Tensor | None) -> Tensor:
+    """c∘(W·(d∘x)) − W·x, of which ``linear`` is the second."""
+    if value.d is None:
+        assert value.c is not None
+        return (kind.per_output(value.c) - 1) * linear
+    scale = kind.per_input(value.d)
+    assert scale is not None
+    assert weight is not None
+    moved = kind.base((x * scale).to(weight.dtype), weight, None)
+    return (moved if value.c is None else kind.per_output(value.c) * moved) - linear
 
 
 def _dense_delta(

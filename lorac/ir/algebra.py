@@ -12,6 +12,7 @@ original nodes: a ``Form`` is an annotation, new nodes are made only for the fac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -240,6 +241,30 @@ def _scale_by(found: Analysis, node: fx.Node, matrix: Any, form: Form, factor: A
     return None
 
 
+def _hadamard(found: Analysis, node: fx.Node) -> Form | None:
+    """(Σ P·Q)∘(Σ R·S) = Σ (P∗R)·(Q∗S), ∗ multiplying every column of one with every column of the other."""
+    x, y = (found.form(operand) for operand in node.args[:2])
+    if x is None or y is None or any(form.base or form.sparse for form in (x, y)):
+        return None
+    n, m = shape_of(node)
+    if any(shape_of(operand) != (n, m) for operand in node.args[:2]):
+        return None
+    rank = math.prod(sum(shape_of(a)[0] for _, a in form.low) for form in (x, y))
+    if rank * (n + m) > n * m:
+        found.misses.append(f"{node.name}: inner size {rank} of a {n} x {m} product saves nothing")
+        return None
+    pairs = ((_all_products(found, p, r, 1), _all_products(found, q, s, 0)) for p, q in x.low for r, s in y.low)
+    return Form(low=tuple(pairs))
+
+
+def _all_products(found: Analysis, left: fx.Node, right: fx.Node, dim: int) -> fx.Node:
+    """Every column (dim 1) or row (dim 0) of one matrix times every one of the other."""
+    wide = found.emit(aten.unsqueeze.default, left, dim + 1), found.emit(aten.unsqueeze.default, right, dim)
+    shape = list(shape_of(left))
+    shape[dim] *= shape_of(right)[dim]
+    return found.emit(aten.reshape.default, found.emit(aten.mul.Tensor, *wide), shape)
+
+
 def _divide(found: Analysis, node: fx.Node) -> Form | None:
     """X / s = X·(1/s), for a number, a column or a row."""
     form, divisor = found.form(node.args[0]), node.args[1]
@@ -326,6 +351,7 @@ RULES: tuple[NamedRule, ...] = (
     NamedRule("addmm", (aten.addmm.default,), _addmm),
     NamedRule("sum", (aten.add.Tensor, aten.sub.Tensor), _sum),
     NamedRule("scale", (aten.mul.Tensor,), _scale),
+    NamedRule("hadamard", (aten.mul.Tensor,), _hadamard),
     NamedRule("divide", (aten.div.Tensor,), _divide),
     NamedRule("negate", (aten.neg.default,), _negate),
     NamedRule("transpose", (aten.t.default,), _transpose),

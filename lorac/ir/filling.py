@@ -32,7 +32,7 @@ def fill_site(plan: SitePlan, value: Value | None, base: Callable[[], Tensor], b
         raise NeedsRecompile(f"'{plan.site.path}' {misfit}")
     kind = kind_of(plan.site)
     tensors: dict[str, Tensor | None] = {}
-    low = _beside(plan, value)
+    low = beside(plan, value)
     if plan.bound:
         merged = None if low is not None else value
         matrix = base() if merged is None else merge(merged, base())
@@ -49,7 +49,7 @@ def does_not_fit(plan: SitePlan, value: Value | None) -> str | None:
     if value is None:
         return None
     if plan.bound:
-        return None if _beside(plan, value) is not None else _does_not_bind(plan, value)
+        return None if beside(plan, value) is not None else _does_not_bind(plan, value)
     if isinstance(value, Dense | Sparse | SparseSum):
         return "has no slot for a whole weight"
     if value.rank > plan.rank:
@@ -70,9 +70,9 @@ def _does_not_bind(plan: SitePlan, value: Value) -> str | None:
     return "has no slot for a bias" if value.e is not None and not plan.bias else None
 
 
-def _beside(plan: SitePlan, value: Value | None) -> LowRank | None:
+def beside(plan: SitePlan, value: Value | None) -> LowRank | None:
     """The value, where it fits the slots beside the weight."""
-    if not isinstance(value, LowRank) or not plan.rank >= value.rank or not plan.rank:
+    if not isinstance(value, LowRank) or plan.rank < value.rank:
         return None
     return value if all(needed <= getattr(plan, role) for role, needed in _extras(value).items()) else None
 
@@ -81,11 +81,14 @@ def _low_rank_slots(plan: SitePlan, value: LowRank | None) -> dict[str, Tensor |
     kind, site = kind_of(plan.site), plan.site
     dtype = factor_dtype(site.dtype)
     tensors: dict[str, Tensor | None] = {}
+    if value is not None and not (plan.g and plan.h):
+        value = value.folded()
     if plan.rank:
         a = value.a if value is not None else torch.zeros(site.in_features, 0, dtype=dtype)
         b = value.b if value is not None else torch.zeros(0, site.out_features, dtype=dtype)
         tensors |= {"a": kind.layout_a(a).contiguous(), "b": kind.layout_b(b).contiguous()}
-    for name, size in (("c", site.out_features), ("d", site.in_features)):
+    rank = value.rank if value is not None else 0
+    for name, size in (("c", site.out_features), ("d", site.in_features), ("g", rank), ("h", site.out_features)):
         if getattr(plan, name):
             given = getattr(value, name) if value is not None else None
             tensors[name] = given if given is not None else torch.ones(size, dtype=dtype)

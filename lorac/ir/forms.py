@@ -5,13 +5,13 @@ Everything is a change of the base's output y = x·Wᵀ + b, so that forms add u
     ========  ==========================================  ==================================
     form      live                                        merged
     ========  ==========================================  ==================================
-    LowRank   ``y' = c∘(x·Wᵀ) + (x·A)·B + b + e``         ``W' = c∘W + (A·B)ᵀ``, ``b' = b + e``
+    LowRank   ``y' = c∘(d∘x)·Wᵀ + h∘((g∘x·A)·B) + b + e`` ``W' = c∘W∘d + h∘(A∘g·B)ᵀ``, ``b' = b + e``
     Sparse    bound W'                                    ``W'[rows, cols] = W + values``, ``b' = b + e``
     Dense     bound W'                                    ``W'``, ``b' = b + e``
     ========  ==========================================  ==================================
 
-c, e are (out,), A (in, R), B (R, out), W (out, in). A value is immutable; composing makes a new one, always against the
-original W, never by subtraction.
+c, e, h are (out,), d (in,), g (R,), A (in, R), B (R, out), W (out, in). A value is immutable; composing makes a new
+one, always against the original W, never by subtraction.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """``y' = c∘(W·(d∘x)) + (x·A)·B + b + e``; absent c and d are 1, absent e is 0.
+    """``y' = c∘(W·(d∘x)) + h∘(((x·A)∘g)·B) + b + e``; absent c, d, g, h are 1, absent e is 0.
 
     Attributes:
         a: A (in, R).
-        b: B (R, out), every scale folded in.
+        b: B (R, out), every scale folded in but g and h.
         c: (out,) or None.
         d: (in,) or None.
         e: (out,) or None.
+        g: (R,) or None: kept apart where sites have A in common.
+        h: (out,) or None: kept apart where sites have B in common.
     """
 
     a: Tensor
@@ -41,15 +43,27 @@ class LowRank:
     c: Tensor | None = None
     d: Tensor | None = None
     e: Tensor | None = None
+    g: Tensor | None = None
+    h: Tensor | None = None
 
     @property
     def rank(self) -> int:
         """R."""
         return self.a.shape[1]
 
-    def truncated(self, rank: int) -> LowRank:
-        """The first ``rank`` components."""
-        return replace(self, a=self.a[:, :rank].contiguous(), b=self.b[:rank].contiguous())
+    def truncated(self, rank: int, power: float = 0.0) -> LowRank:
+        """The first ``rank`` components, scaled by (R/rank)^power: what a scale of r^−power is at that rank."""
+        if rank >= self.rank:
+            return self
+        whole, factor = self.folded(), (self.rank / rank) ** power
+        return replace(whole, a=whole.a[:, :rank].contiguous(), b=whole.b[:rank] * factor)
+
+    def folded(self) -> LowRank:
+        """The same with g and h folded into B."""
+        if self.g is None and self.h is None:
+            return self
+        b = self.b if self.g is None else self.b * self.g[:, None]
+        return replace(self, b=b if self.h is None else b * self.h, g=None, h=None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +109,8 @@ def from_outputs(form: str, outputs: Mapping[str, Tensor], bias: Tensor | None) 
         return Dense(outputs["W"], delta)
     if form == "sparse":
         return Sparse(outputs["rows"], outputs["cols"], outputs["values"], delta)
-    return LowRank(outputs["A"], outputs["B"], outputs.get("c"), outputs.get("d"), delta)
+    scales = {name: outputs.get(name) for name in ("c", "d", "g", "h")}
+    return LowRank(outputs["A"], outputs["B"], e=delta, **scales)
 
 
 def compose(terms: Sequence[tuple[float, Value]], weight: Callable[[], Tensor]) -> Value | None:
@@ -110,7 +125,7 @@ def compose(terms: Sequence[tuple[float, Value]], weight: Callable[[], Tensor]) 
     if len(terms) == 1 and terms[0][0] == 1:
         return terms[0][1]
     values = [value for _, value in terms]
-    if all(isinstance(v, LowRank) and v.d is None for v in values):
+    if all(isinstance(v, LowRank) for v in values) and _scale_one_side(values):  # type: ignore[arg-type]
         return _sum_low_rank(terms)  # type: ignore[arg-type]
     if all(isinstance(v, Sparse) for v in values):
         return SparseSum(tuple(terms), _weighted([(t, v.e) for t, v in terms]))  # type: ignore[arg-type]
@@ -125,6 +140,7 @@ def merge(value: Value, weight: Tensor) -> Tensor:
         return add_sparse(weight.clone(), [(1.0, value)])
     if isinstance(value, SparseSum):
         return add_sparse(weight.clone(), value.terms)
+    value = value.folded()
     wide = torch.promote_types(weight.dtype, value.a.dtype)
     scaled = weight.to(wide) * value.d.to(wide) if value.d is not None else weight.to(wide)
     if value.c is not None:
@@ -147,13 +163,23 @@ def add_sparse(matrix: Tensor, terms: Sequence[tuple[float, Sparse]]) -> Tensor:
     return matrix
 
 
+def _scale_one_side(values: Sequence[LowRank]) -> bool:
+    """Whether all scales are of outputs, or all of inputs: only then is their sum again c∘W, or W∘d."""
+    return all(v.c is None for v in values) or all(v.d is None for v in values)
+
+
 def _sum_low_rank(terms: Sequence[tuple[float, LowRank]]) -> LowRank:
+    terms = [(t, v.folded()) for t, v in terms]
     a = torch.cat([v.a for _, v in terms], dim=1)
     b = torch.cat([v.b * t for t, v in terms], dim=0)
-    scales = [(t, v.c - 1) for t, v in terms if v.c is not None]
-    moved = _weighted(scales)
-    c = None if moved is None else moved + 1
-    return LowRank(a, b, c, None, _weighted([(t, v.e) for t, v in terms]))
+    c, d = (_sum_of_scales([(t, getattr(v, name)) for t, v in terms]) for name in ("c", "d"))
+    return LowRank(a, b, c, d, _weighted([(t, v.e) for t, v in terms]))
+
+
+def _sum_of_scales(terms: Sequence[tuple[float, Tensor | None]]) -> Tensor | None:
+    """1 + Σ t·(s − 1)."""
+    moved = _weighted([(t, None if s is None else s - 1) for t, s in terms])
+    return None if moved is None else moved + 1
 
 
 def _sum_dense(terms: Sequence[tuple[float, Value]], weight: Tensor) -> Dense:

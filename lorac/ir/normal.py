@@ -6,8 +6,9 @@ for every value of the parameters. It runs once when an adapter is added, and ev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -15,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from lorac.ir.affine import weight_formula
-from lorac.ir.algebra import RULES, WEIGHT, Analysis, Form, NamedRule, analyse
+from lorac.ir.algebra import RULES, WEIGHT, Analysis, Form, NamedRule, analyse, shape_of
 from lorac.ir.types import Params
 
 aten = torch.ops.aten
@@ -35,9 +36,11 @@ class Lowering:
         graph: computes the form's tensors from (W (out, in), b (out,), *params); for a branch, the traced branch
             itself, (x, y, *params) -> y'.
         params: names of the parameters, in the graph's order.
-        outputs: names of the tensors it returns. low-rank: A (in, R), B (R, out), c (out,), d (in,), b (out,), of which
-            c, d and b are absent where they are 1, 1 and the base's; sparse: rows, cols, values (k,), b;
-            dense: W (out, in), b.
+        outputs: names of the tensors it returns. low-rank: A (in, R), B (R, out), c (out,), d (in,), g (R,), h (out,),
+            b (out,), of which all but A and B are absent where they are 1 or the base's; sparse: rows, cols,
+            values (k,), b; dense: W (out, in), b.
+        shared: names of the parameters that all sites have in common.
+        common: those of the outputs that follow from shared parameters alone: one tensor for all sites of a shape.
         rank: R of a low-rank form, else 0.
         reads_weight: whether the tensors depend on W.
         reasons: why nothing cheaper was found.
@@ -49,6 +52,8 @@ class Lowering:
     outputs: tuple[str, ...]
     rank: int = 0
     reads_weight: bool = False
+    shared: tuple[str, ...] = ()
+    common: frozenset[str] = frozenset()
     reasons: tuple[str, ...] = ()
 
     def __call__(self, weight: Tensor, bias: Tensor, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -63,6 +68,7 @@ def lower_weight(
     params: Mapping[str, Tensor],
     dtype: torch.dtype,
     rules: Sequence[NamedRule] = RULES,
+    shared: Collection[str] = (),
 ) -> Lowering:
     """Lower a weight formula (W, b, p) -> (W', b').
 
@@ -72,6 +78,7 @@ def lower_weight(
         params: one example tensor per parameter (any device; only shape and dtype are read).
         dtype: dtype the formula computes in.
         rules: the algebra's table.
+        shared: names of the parameters that all sites have in common.
     """
     names = tuple(params)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -82,7 +89,7 @@ def lower_weight(
             return formula(w, b, Params(**dict(zip(names, tensors, strict=True))))
 
         graph = make_fx(traced)(w, b, *fakes)
-        return _classify(graph, names, rules)
+        return _classify(graph, names, rules, shared)
 
 
 def lower_branch(
@@ -109,16 +116,19 @@ def lower_branch(
         return Lowering(BRANCH, branch, names, ("y",), reasons=("not affine in x and y",))
 
 
-def _classify(module: fx.GraphModule, names: tuple[str, ...], rules: Sequence[NamedRule]) -> Lowering:
+def _classify(
+    module: fx.GraphModule, names: tuple[str, ...], rules: Sequence[NamedRule], shared: Collection[str] = ()
+) -> Lowering:
     graph = module.graph
-    w, b = [n for n in graph.nodes if n.op == "placeholder"][:2]
+    w, b, *inputs = [n for n in graph.nodes if n.op == "placeholder"]
     output = next(iter(reversed(graph.nodes)))
     new_weight, new_bias = output.args[0]
     found = analyse(graph, w, rules)
     form = found.form(new_weight)
     reasons = tuple(found.misses)
+    common = {node for name, node in zip(names, inputs, strict=True) if name in shared}
     if form is not None and form.base == WEIGHT and not form.sparse:
-        kind, tensors, rank = LOW_RANK, _low_rank(found, form, w), _rank(form)
+        kind, tensors, rank = LOW_RANK, _low_rank(found, form, w, common), _rank(form)
     elif form is not None and form.base == WEIGHT and not form.low and form.c is None and form.d is None:
         kind, tensors, rank = SPARSE, _sparse(found, form), 0
     else:
@@ -127,18 +137,23 @@ def _classify(module: fx.GraphModule, names: tuple[str, ...], rules: Sequence[Na
     if new_bias is not b:
         tensors["b"] = new_bias
     output.args = (tuple(tensors.values()),)
+    alike = frozenset(name for name, node in tensors.items() if _follows_from(node, common))
     graph.eliminate_dead_code()
     graph.lint()
     module.recompile()
-    return Lowering(kind, module, names, tuple(tensors), rank, bool(w.users), reasons)
+    return Lowering(kind, module, names, tuple(tensors), rank, bool(w.users), tuple(shared), alike, reasons)
 
 
 def _rank(form: Form) -> int:
     return sum(int(a.meta["val"].shape[0]) for _, a in form.low)
 
 
-def _low_rank(found: Analysis, form: Form, w: fx.Node) -> dict[str, fx.Node]:
-    if form.low:
+def _low_rank(found: Analysis, form: Form, w: fx.Node, common: set[fx.Node]) -> dict[str, fx.Node]:
+    scales = {"c": form.c, "d": form.d}
+    if len(form.low) == 1 and (apart := _apart(*form.low[0], common)) is not None:
+        b, a, scales["g"], scales["h"] = apart
+        tensors = {"A": found.emit(aten.t.default, a), "B": found.emit(aten.t.default, b)}
+    elif form.low:
         a = found.emit(aten.cat.default, [a for _, a in form.low], 0)
         b = found.emit(aten.cat.default, [b for b, _ in form.low], 1)
         tensors = {"A": found.emit(aten.t.default, a), "B": found.emit(aten.t.default, b)}
@@ -148,10 +163,40 @@ def _low_rank(found: Analysis, form: Form, w: fx.Node) -> dict[str, fx.Node]:
             "A": found.emit(aten.new_zeros.default, w, [columns, 0]),
             "B": found.emit(aten.new_zeros.default, w, [0, rows]),
         }
-    for name, scale in (("c", form.c), ("d", form.d)):
+    for name, scale in scales.items():
         if scale is not None:
             tensors[name] = found.emit(aten.view.default, scale, [-1])
     return tensors
+
+
+def _apart(
+    b: fx.Node, a: fx.Node, common: set[fx.Node]
+) -> tuple[fx.Node, fx.Node, fx.Node | None, fx.Node | None] | None:
+    """(h∘B)·(g∘A) as B, A, g, h, where B and A follow from shared parameters alone; None where they do not."""
+    core_b, h = _unscaled(b, common)
+    core_a, g = _unscaled(a, common)
+    return (core_b, core_a, g, h) if all(_follows_from(core, common) for core in (core_b, core_a)) else None
+
+
+def _unscaled(matrix: fx.Node, common: set[fx.Node]) -> tuple[fx.Node, fx.Node | None]:
+    """A matrix (n, m) without the column (n, 1) that scales its rows, and the column; None where there is none."""
+    if matrix.target is aten.mul.Tensor and not _follows_from(matrix, common):
+        for core, scale in (matrix.args[:2], matrix.args[1::-1]):
+            shapes = shape_of(core), shape_of(scale)
+            if shapes == (shape_of(matrix), (shape_of(matrix)[0], 1)) and _follows_from(core, common):
+                return core, scale  # type: ignore[return-value]
+    return matrix, None
+
+
+def _follows_from(node: Any, common: set[fx.Node]) -> bool:
+    """Whether a node reads inputs of ``common`` and no others."""
+    todo, read = [node], set()
+    while todo:
+        inner = todo.pop()
+        if inner.op == "placeholder":
+            read.add(inner)
+        todo.extend(inner.all_input_nodes)
+    return bool(read) and read <= common
 
 
 def _sparse(found: Analysis, form: Form) -> dict[str, fx.Node]:

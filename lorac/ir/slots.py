@@ -49,6 +49,7 @@ class SitePlan:
         site: the site.
         rank: largest rank that fits, 0 for no low-rank slot.
         c, d: whether the output scale and input scale exist.
+        g, h: whether the pair has a scale between its halves, and one behind them.
         bound: the weight itself is a slot.
         bias: so is the bias: a slot (out,) that holds the whole new bias.
         branches: room for branches.
@@ -59,6 +60,8 @@ class SitePlan:
     rank: int = 0
     c: bool = False
     d: bool = False
+    g: bool = False
+    h: bool = False
     bound: bool = False
     bias: bool = False
     branches: tuple[BranchSlot, ...] = ()
@@ -86,6 +89,7 @@ class SiteSlots:
         a, b: low-rank pair; rank 0 when nothing is active.
         c: output scale (out,).
         d: input scale (in,).
+        g: scale (R,) between the halves of the pair; h: scale (out,) behind them.
         weight, bias: the bound weight and its bias.
         branches: one fill per branch slot, in the plan's order; None where the slot is idle.
     """
@@ -94,6 +98,8 @@ class SiteSlots:
     b: Tensor | None = None
     c: Tensor | None = None
     d: Tensor | None = None
+    g: Tensor | None = None
+    h: Tensor | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
     branches: tuple[BranchFill | None, ...] = ()
@@ -105,7 +111,7 @@ class SiteSlots:
 
     def named(self) -> dict[str, Tensor]:
         """Slot role -> tensor; a branch's parameters are ``branch<i>.<j>``, its strength ``branch<i>.t``."""
-        found = {role: getattr(self, role) for role in ("a", "b", "c", "d", "weight", "bias")}
+        found = {role: getattr(self, role) for role in ("a", "b", "c", "d", "g", "h", "weight", "bias")}
         tensors = {role: tensor for role, tensor in found.items() if tensor is not None}
         for i, fill in enumerate(self.branches):
             if fill is None:
@@ -211,13 +217,12 @@ def _scaled_linear(
     kind: LinearKind, slots: SiteSlots, x: Tensor, weight: Tensor | None, linear: Tensor | None
 ) -> Tensor:
     """c∘(W·(d∘x)), without the bias: it comes last, where ONNX Runtime's fusions look for it."""
-    if slots.weight is not None:
-        linear = kind.bound(x, slots.weight, None)
-    elif slots.d is not None:
+    if slots.d is not None:
         scale = kind.per_input(slots.d)
         assert scale is not None
-        assert weight is not None
-        linear = kind.base(x * scale, weight, None)
+        x, linear = (x * scale).to(x.dtype), None
+    if slots.weight is not None:
+        linear = kind.bound(x, slots.weight, None)
     elif linear is None:
         assert weight is not None
         linear = kind.base(x, weight, None)
@@ -226,12 +231,23 @@ def _scaled_linear(
 
 def _plus_low_rank(kind: LinearKind, slots: SiteSlots, x: Tensor, y: Tensor, down: Tensor | None) -> Tensor:
     """y + (x·A)·B in the dtype of y; the branch is computed in the factors' dtype (PEFT's rule)."""
-    if slots.b is None:
+    if slots.b is None or _is_empty(slots.b):
         return y
     if down is None:
         assert slots.a is not None
         down = kind.down(x.to(slots.a.dtype) if x.is_floating_point() else x, slots.a)
-    return y + kind.up(down, slots.b).to(y.dtype)
+    if slots.g is not None:
+        down = down * kind.per_rank(slots.g)
+    up = kind.up(down, slots.b)
+    if slots.h is not None:
+        up = up * kind.per_output(slots.h)
+    return y + up.to(y.dtype)
+
+
+def _is_empty(tensor: Tensor) -> bool:
+    """Whether a tensor is known to hold nothing: a traced rank is not, and torch convolves with no empty kernel."""
+    size = tensor.numel()
+    return isinstance(size, int) and size == 0
 
 
 def _plus_bias(kind: LinearKind, y: Tensor, bias: Tensor | None) -> Tensor:
@@ -274,12 +290,13 @@ class Prepared:
     Attributes:
         values: site path -> weight-form value.
         branches: site path -> branch term.
-        truncatable: whether ``Active(rank=…)`` may cut it.
+        truncatable: None where ``Active(rank=…)`` may not cut it; else the power by which its scale falls with the
+            rank (``LowRank.truncated``).
     """
 
     values: Mapping[str, Value]
     branches: Mapping[str, BranchTerm] = field(default_factory=dict)
-    truncatable: bool = False
+    truncatable: float | None = None
 
     @property
     def paths(self) -> frozenset[str]:

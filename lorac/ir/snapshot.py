@@ -102,10 +102,11 @@ def _filled(plan: SitePlan, composed: Composed, base: BaseReader) -> SiteSlots:
 def _cut(name: str, prepared: Prepared, rank: int | None) -> Prepared:
     if rank is None:
         return prepared
-    if not prepared.truncatable:
+    power = prepared.truncatable
+    if power is None:
         raise ChoiceError(
             f"'{name}' cannot be cut to rank {rank}: its method is not trained to be truncated",
             next_step="lorac.DyLoRA is; lorac.to_lora(adapter, rank=...) approximates others",
         )
-    values = {path: v.truncated(rank) if isinstance(v, LowRank) else v for path, v in prepared.values.items()}
-    return Prepared(values, prepared.branches, prepared.truncatable)
+    values = {path: v.truncated(rank, power) if isinstance(v, LowRank) else v for path, v in prepared.values.items()}
+    return Prepared(values, prepared.branches, power)

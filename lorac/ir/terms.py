@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lorac.ir.filling import beside
 from lorac.ir.forms import Dense, LowRank, Sparse, SparseSum, Value
 from lorac.ir.sites import Site
 from lorac.ir.slots import BranchSlot, BranchTerm, Prepared, SitePlan
@@ -104,7 +105,7 @@ def describe_variant(variant: Any) -> str:
 def _value_term(name: str, plan: SitePlan, value: Value, mode: str, strength: float) -> Term:
     site = plan.site
     form, size, parts = _describe(value, site)
-    live = isinstance(value, LowRank) and value.rank <= plan.rank and mode == LIVE and value.d is None
+    live = mode == LIVE and beside(plan, value) is not None
     state = LIVE if live else {"live": BOUND, "fused": FUSED, "baked": BAKED}[mode]
     flops = _low_rank_flops(value, site) if live and isinstance(value, LowRank) else 0
     return Term(name, site.path, form, size, parts, state, strength, _unfusable(site, value), flops)
@@ -122,6 +123,8 @@ def _describe(value: Value, site: Site) -> tuple[str, str, tuple[Part, ...]]:
             ("B", value.b.t()),
             ("c", value.c),
             ("d", value.d),
+            ("g", value.g),
+            ("h", value.h),
             ("e", value.e),
         )
         return "low-rank", f"r={value.rank}", _parts(found)
@@ -149,7 +152,7 @@ def _unfusable(site: Site, value: Value) -> str | None:
 
 
 def _low_rank_flops(value: LowRank, site: Site) -> int:
-    scales = sum(t.numel() for t in (value.c, value.e) if t is not None)
+    scales = sum(t.numel() for t in (value.c, value.d, value.e, value.g, value.h) if t is not None)
     first = 0 if site.kind == "embedding" else site.in_features
     return 2 * value.rank * (first + site.out_features) + scales
 

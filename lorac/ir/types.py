@@ -83,7 +83,8 @@ class ParamSpec:
         shape: shape at this site, in the matrix convention (out, in); kernels flattened.
         init: makes the start value.
         role: trainable, frozen, buffer or index.
-        shared: one tensor for the whole adapter instead of one per site.
+        shared: one tensor for the whole adapter instead of one per site, as large in every axis as its largest site
+            asks; a formula takes the corner it needs.
         decay: whether weight decay customarily applies (metadata for trainers).
     """
 
@@ -92,3 +93,9 @@ class ParamSpec:
     role: Role = Role.TRAINABLE
     shared: bool = False
     decay: bool = True
+
+    def admits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of this shape will do."""
+        if not self.shared:
+            return shape == self.shape
+        return len(shape) == len(self.shape) and all(a >= b for a, b in zip(shape, self.shape, strict=True))

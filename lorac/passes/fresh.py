@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -28,14 +29,16 @@ def fresh_adapter(
         SiteUnsupported: they name a site the method is not defined on.
     """
     chosen = target_sites(variant, model, sites)
-    if not chosen and not variant.modules_to_save:
-        raise nothing_matches(name, variant.targets, sites)
     adapter = Adapter(name, variant)
-    shared: dict[str, Tensor] = {}
     for site in chosen:
-        variant.check(site)
-        adapter.tensors[site.path] = _initial(variant.at(site), site, name, base, seed, shared)
+        variant.at(site).check(site)
+    specs = {site.path: variant.at(site).params(site) for site in chosen}
+    shared = _Shared(_largest(specs.values()), {})
+    for site in chosen:
+        adapter.tensors[site.path] = _initial(specs[site.path], site, name, base, seed, shared)
     _add_replaced(adapter, model, [site.path for site in chosen])
+    if not adapter.tensors and not adapter.replaced:
+        raise nothing_matches(name, variant.targets, sites)
     return adapter
 
 
@@ -94,20 +97,41 @@ def parameter_sites(model: nn.Module, adapter: Adapter, sites: Mapping[str, Site
     return found
 
 
+@dataclass(frozen=True)
+class _Shared:
+    """Tensors that all sites of an adapter have in common: their shapes, and those made so far."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    made: dict[str, Tensor]
+
+
+def _largest(specs: Iterable[Mapping[str, ParamSpec]]) -> dict[str, tuple[int, ...]]:
+    """The shape of every shared tensor: in each axis the largest that a site asks for."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for at_site in specs:
+        for key, spec in at_site.items():
+            if spec.shared:
+                shapes[key] = tuple(map(max, spec.shape, shapes.get(key, spec.shape)))
+    return shapes
+
+
 def _initial(
-    variant: Variant, site: Site, name: str, base: BaseReader, seed: int, shared: dict[str, Tensor]
+    specs: Mapping[str, ParamSpec], site: Site, name: str, base: BaseReader, seed: int, shared: _Shared
 ) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(_fold(seed, name, site.path))
+    own = torch.Generator().manual_seed(_fold(seed, name, site.path))
     tensors: dict[str, Tensor] = {}
     dtype = factor_dtype(site.dtype)
-    for key, spec in variant.params(site).items():
-        if spec.shared and key in shared:
-            tensors[key] = shared[key]
+    for key, spec in specs.items():
+        if key in shared.made:
+            tensors[key] = shared.made[key]
             continue
-        context = InitContext(spec.shape, site, lambda: base.weight(site).to(dtype), Params(**tensors), generator, name)
+        shape, generator = spec.shape, own
+        if spec.shared:
+            shape, generator = shared.shapes[key], torch.Generator().manual_seed(_fold(seed, name, key))
+        context = InitContext(shape, site, lambda: base.weight(site).to(dtype), Params(**tensors), generator, name)
         tensors[key] = _made(spec, context, dtype)
         if spec.shared:
-            shared[key] = tensors[key]
+            shared.made[key] = tensors[key]
     return tensors
 
 
@@ -127,7 +151,7 @@ def _add_replaced(adapter: Adapter, model: nn.Module, adapted: list[str]) -> Non
     saved = variant.modules_to_save
     for path, module in model.named_modules():
         leaf = path.rpartition(".")[2]
-        if path in saved or leaf in saved:
+        if path in saved or leaf in saved or variant.copies(path):
             for fqn, parameter in module.named_parameters(path):
                 adapter.replaced[fqn] = parameter.detach().clone()
     for fqn, parameter in model.named_parameters():

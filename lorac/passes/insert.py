@@ -124,7 +124,9 @@ def _inputs(graph: Graph, path: str, plan: SitePlan) -> dict[str, tuple[Any, tor
         conv = site.conv is not None
         slot("a", _with_rank(example_a, 0 if conv else 1, rank))
         slot("b", _with_rank(example_b, 1 if conv else 0, rank))
-    for role, size in (("c", site.out_features), ("d", site.in_features)):
+        if plan.g:
+            slot("g", (rank,))
+    for role, size in (("c", site.out_features), ("d", site.in_features), ("h", site.out_features)):
         if getattr(plan, role):
             slot(role, (size,))
     if plan.bound:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorac.errors import NonFinite, ShapeMismatch, SiteNotFound, nearest_name
 from lorac.ir.algebra import RULES, NamedRule
@@ -29,6 +30,7 @@ class Lowerer:
     def __init__(self, sites: Mapping[str, Site], base: BaseReader, rules: Sequence[NamedRule] = RULES) -> None:
         self.sites, self.base, self.rules = sites, base, rules
         self._cache: dict[Any, Lowering] = {}
+        self._common: Any = WeakTensorKeyDictionary()
 
     def prepare(self, adapter: Adapter) -> Prepared:
         """Every term of an adapter in its normal form.
@@ -74,7 +76,20 @@ class Lowerer:
         given = [_cast(tensors[name], dtype) for name in lowering.params]
         wide_bias = bias.to(dtype) if bias is not None else torch.zeros(site.out_features, dtype=dtype)
         outputs = lowering(weight, wide_bias, given)
+        outputs |= {name: self._once(lowering, name, outputs[name], tensors) for name in lowering.common}
         return from_outputs(lowering.form, outputs, None if bias is None else wide_bias)
+
+    def _once(self, lowering: Lowering, name: str, made: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """What was made of shared parameters: the tensor that the sites before made of them, where there is one."""
+        if made.requires_grad:
+            return made
+        shared = [tensors[key] for key in lowering.shared]
+        known = self._common.setdefault(shared[0], {})
+        written = [(id(t), 0 if t.is_inference() else t._version) for t in shared]
+        held = known.get((id(lowering), name))
+        if held is None or held[0] != written:
+            held = known[id(lowering), name] = (written, made.contiguous())
+        return held[1]
 
     def with_bias(self, adapter: Adapter, site: Site, value: Value) -> Value:
         """A value with the adapter's own copy of the base's bias (PEFT's ``bias=``) worked in."""
@@ -108,9 +123,12 @@ class Lowerer:
         dtype = factor_dtype(site.dtype)
         examples = {name: _cast(tensor.detach(), dtype) for name, tensor in tensors.items()}
         if isinstance(variant, WeightVariant):
-            return lower_weight(
-                lambda w, b, p: (variant.weight(w, p), variant.new_bias(b, p)), shape, examples, dtype, self.rules
-            )
+            shared = [name for name, spec in variant.params(site).items() if spec.shared]
+
+            def formula(w: Tensor, b: Tensor, p: Any) -> tuple[Tensor, Tensor]:
+                return variant.weight(w, p), variant.new_bias(b, p)
+
+            return lower_weight(formula, shape, examples, dtype, self.rules, shared)
         assert isinstance(variant, BranchVariant)
         if site.kind is not SiteKind.LINEAR or variant.reads:
             return Lowering(BRANCH, torch.fx.GraphModule(nn.Module(), torch.fx.Graph()), tuple(tensors), ("y",))
@@ -132,7 +150,7 @@ def check_adapter(adapter: Adapter, sites: Mapping[str, Site]) -> None:
                 nearest=nearest_name(path, sites),
                 next_step="`lorac sites MODEL` prints them all",
             )
-        adapter.variant.check(site)
+        adapter.variant.at(site).check(site)
         if isinstance(adapter.variant, BranchVariant):
             check_reads(adapter.variant.reads, sites)
         _check_tensors(adapter, site, tensors)
@@ -169,7 +187,7 @@ def _check_tensors(adapter: Adapter, site: Site, tensors: Mapping[str, Tensor]) 
             next_step=f"{adapter.variant.name} takes {list(specs)}",
         )
     for name, spec in specs.items():
-        if tuple(tensors[name].shape) != spec.shape:
+        if not spec.admits(tuple(tensors[name].shape)):
             raise ShapeMismatch(
                 f"adapter '{adapter.name}' at '{site.path}': {name} is {list(tensors[name].shape)}",
                 nearest=f"{list(spec.shape)}, for {site.in_features} -> {site.out_features}",

@@ -24,7 +24,8 @@ def pack(graph: Graph) -> bool:
     for node in graph.find(ops.LINEAR):
         path = str(node.args[-1])
         plan = graph.plans.get(path)
-        if plan is not None and plan.rank and plan.site.kind is SiteKind.LINEAR:
+        # An A that sites have in common is one already.
+        if plan is not None and plan.rank and not plan.g and plan.site.kind is SiteKind.LINEAR:
             groups[node.args[0]].append(path)  # type: ignore[index]
     together = {tuple(paths) for paths in groups.values() if len(paths) > 1}
     for paths in sorted(together):

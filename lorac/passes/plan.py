@@ -50,6 +50,7 @@ class _Needs:
     rank: int = 0
     c: bool = False
     d: bool = False
+    gates: bool = False
     bound: bool = False
     bias: bool = False
     branches: list[BranchSlot] = field(default_factory=list)
@@ -72,8 +73,9 @@ def plan_sites(
     for name in sorted(prepared):
         for path, value in prepared[name].values.items():
             need = needs.setdefault(path, _Needs())
-            _need_value(need, name, value, mode)
-            if (mode in {"fused", "baked"} or not _beside(value)) and leaves_blocks(sites[path], value):
+            _need_value(need, name, sites[path], value, mode)
+            bound = mode in {"fused", "baked"} or not _beside(sites[path], value)
+            if bound and leaves_blocks(sites[path], value):
                 raise NotMergeable(
                     f"'{name}' leaves the blocks of '{path}', a grouped convolution whose kernel cannot hold that",
                     next_step="mode='live' (or 'auto') runs a low-rank adapter beside it",
@@ -90,18 +92,20 @@ def plan_sites(
     return {path: _plan(sites[path], needs[path]) for path in sites if path in needs}
 
 
-def _beside(value: Value) -> bool:
-    """Whether a value runs beside the weight in live mode."""
-    return isinstance(value, LowRank) and value.d is None
+def _beside(site: Site, value: Value) -> bool:
+    """Whether a value runs beside the weight in live mode; scaled inputs do where they have an axis for it."""
+    return isinstance(value, LowRank) and (value.d is None or site.kind is SiteKind.LINEAR)
 
 
-def _need_value(need: _Needs, name: str, value: Value, mode: str) -> None:
+def _need_value(need: _Needs, name: str, site: Site, value: Value, mode: str) -> None:
     if mode in {"fused", "baked"}:
         need.bound = True
         need.bias |= value.e is not None
-    elif isinstance(value, LowRank) and _beside(value):
+    elif isinstance(value, LowRank) and _beside(site, value):
         need.rank += value.rank
         need.c |= value.c is not None
+        need.d |= value.d is not None
+        need.gates |= value.g is not None or value.h is not None
         need.bias |= value.e is not None
     else:
         need.bound = True
@@ -124,11 +128,16 @@ def _reserve(needs: dict[str, _Needs], sites: Mapping[str, Site], reserve: Reser
 
 
 def _plan(site: Site, need: _Needs) -> SitePlan:
+    if need.c and need.d:
+        need.bound = True
+        need.reasons.append("bound weight: outputs and inputs are scaled, and the sum of both is neither")
     return SitePlan(
         site,
         need.rank,
         need.c,
         need.d,
+        need.gates,
+        need.gates,
         need.bound,
         need.bias,
         tuple(need.branches),

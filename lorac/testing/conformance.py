@@ -47,7 +47,7 @@ def conformance(
         def test_my_variant(check):
             check()
 
-    On each host that the variant's ``kinds`` admit: formula = oracle, live = fused = baked, strength and mixture,
+    On each host that the variant's ``check`` admits: formula = oracle, live = fused = baked, strength and mixture,
     identity at init, training moves what it should and nothing else, undo and swap bit for bit, save and load, every
     tensor matters, parameter count, every algebra rule dispensable, and the targets equal to eager. On the others: a
     typed refusal.
@@ -61,8 +61,9 @@ def conformance(
         **fields: hyper-parameters to set.
     """
     equations = Oracle.of(oracle) if isinstance(oracle, ModuleType) else oracle
-    found = []
+    found: list[Check] = []
     for index, sample in enumerate(samples(variant, **fields)):
+        found.append(Check(f"{label(sample)}-admitted", _somewhere(sample, hosts.values())))
         for host in hosts.values():
             case = Case(sample, host, equations)
             run = _eager(sample, host)
@@ -74,19 +75,24 @@ def conformance(
 
 
 def _eager(sample: Variant, host: Host) -> dict[str, Callable[[Case], None]]:
-    if host.kind not in sample.kinds:
-        return {"refused": checks.refused}
-    return dict(checks.CHECKS)
+    return dict(checks.CHECKS) if host.admits(sample) else {"refused": checks.refused}
 
 
 def _targets(sample: Variant, host: Host, targets: Iterable[str]) -> dict[str, Callable[[Case], None]]:
-    if host.kind not in sample.kinds:
+    if not host.admits(sample):
         return {}
     return {
         f"{target}-{name}": lambda case, target=target, check=check: check(case, target)  # type: ignore[misc]
         for target in targets
         for name, check in emitted.CHECKS.items()
     }
+
+
+def _somewhere(sample: Variant, hosts: Iterable[Host]) -> Callable[[], None]:
+    def check() -> None:
+        assert any(host.admits(sample) for host in hosts), "no host admits this configuration: give smaller sizes"
+
+    return check
 
 
 def _bound(check: Callable[[Case], None], case: Case) -> Callable[[], None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -10,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lorac.errors import SiteUnsupported
+from lorac.ir.sites import Site, find_sites
 from lorac.ir.types import SiteKind
+from lorac.variants.base import Variant
 
 Array = np.ndarray
 Tensor = torch.Tensor
@@ -90,6 +94,19 @@ class Host:
     vocabulary: int = 0
     path: str = "site"
 
+    @functools.cached_property
+    def site(self) -> Site:
+        """Its site."""
+        return find_sites(self.model())[self.path]
+
+    def admits(self, variant: Variant) -> bool:
+        """Whether a method is defined here: on the site's kind and shape."""
+        try:
+            variant.at(self.site).check(self.site)
+        except SiteUnsupported:
+            return False
+        return True
+
     def model(self, dtype: torch.dtype = torch.float64) -> nn.Module:
         """The model, the same weights every time, in eval mode; the process's random state is left alone."""
         with torch.random.fork_rng(devices=[]):
@@ -125,6 +142,7 @@ def _host(name: str, kind: SiteKind, make: Callable[[], nn.Module], **rest: obje
 HOSTS: Mapping[str, Host] = dict(
     (
         _host("linear", SiteKind.LINEAR, lambda: nn.Linear(7, 11), sizes=(7,), apply=_linear),
+        _host("divisible", SiteKind.LINEAR, lambda: nn.Linear(12, 6), sizes=(12,), apply=_linear),
         _host("no_bias", SiteKind.LINEAR, lambda: nn.Linear(9, 8, bias=False), sizes=(9,), apply=_linear),
         _host("transposed", SiteKind.LINEAR, lambda: Conv1D(11, 7), sizes=(7,), apply=_linear),
         _host(

@@ -33,3 +33,8 @@ def normal(std: float) -> Init:
         return torch.empty(context.shape).normal_(0, std, generator=context.generator)
 
     return make
+
+
+def row_norms(context: InitContext) -> torch.Tensor:
+    """The row norms of W (out,): where a magnitude starts whose update is zero at first."""
+    return torch.linalg.vector_norm(context.weight(), dim=1)

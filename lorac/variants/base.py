@@ -66,8 +66,9 @@ class Variant(ABC):
     """Site kinds the method is defined on."""
     dropout_place: ClassVar[Dropout] = Dropout.NONE
     identity_at_init: ClassVar[bool] = True
-    truncatable: ClassVar[bool] = False
-    """Trained so that the first components of its rank stand alone."""
+    truncatable: ClassVar[float | None] = None
+    """Of a method trained so that the first components of its rank stand alone: the power p by which its scale falls
+    with the rank, as r^−p (1 for alpha/r); None where they do not stand alone."""
     patterned: ClassVar[Mapping[str, str]] = {}
     """Pattern field -> the field it overrides per module, such as rank_pattern -> r."""
 
@@ -94,6 +95,10 @@ class Variant(ABC):
     def adapts(self, site: Site) -> bool:
         """Whether a site that ``targets`` names gets an adapter; a method may skip some (every k-th block, say)."""
         return True
+
+    def copies(self, path: str) -> bool:
+        """Whether the module at ``path`` is trained and stored whole, by the method itself (``LNTuning``)."""
+        return False
 
     def check(self, site: Site) -> None:
         """Raise ``SiteUnsupported`` where the method is not defined on the site's kind."""

@@ -13,14 +13,9 @@ from typing import ClassVar
 import torch
 
 from lorac.ir.sites import Site
-from lorac.ir.types import Dropout, InitContext, Params, ParamSpec, SiteKind
+from lorac.ir.types import Dropout, Params, ParamSpec, SiteKind
 from lorac.variants import _inits
 from lorac.variants.base import WeightVariant
-
-
-def _row_norms(context: InitContext) -> torch.Tensor:
-    """m = the row norms of W: B·A is zero at the start, so this is the norm of W + s·B·A."""
-    return torch.linalg.vector_norm(context.weight(), dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +49,7 @@ class DoRA(WeightVariant):
         return {
             "lora_A": ParamSpec((self.r, site.in_features), first),
             "lora_B": ParamSpec((site.out_features, self.r), second),
-            "magnitude": ParamSpec((site.out_features,), _row_norms),
+            "magnitude": ParamSpec((site.out_features,), _inits.row_norms),
         }
 
     def weight(self, W: torch.Tensor, p: Params) -> torch.Tensor:

@@ -71,6 +71,9 @@ FORMULAS = {
     "several factors": Formula(
         lambda W, p: W + p.B @ p.A - p.b @ p.a, {**AB, "b": (OUT, 1), "a": (1, IN)}, "low-rank", 3
     ),
+    "entries of two factors multiplied": Formula(
+        lambda W, p: W + (p.B @ p.A) * (p.b @ p.a), {**AB, "b": (OUT, 1), "a": (1, IN)}, "low-rank", 2
+    ),
     "sum of bases": Formula(lambda W, p: W + W + p.B @ p.A, AB, "low-rank", 2),
     "sum of scaled bases": Formula(lambda W, p: p.m * W + W + 0.5 * W, {"m": (OUT, 1)}, "low-rank"),
     "number": Formula(lambda W, p: p.t * (W + p.B @ p.A) * 2, {**AB, "t": ()}, "low-rank", 2),

@@ -304,7 +304,7 @@ def _noise(plan: SitePlan, idle: SiteSlots, typical: float, generator: torch.Gen
 
     site, kind = plan.site, kind_of(plan.site)
     made: dict[str, object] = {}
-    for role in ("c", "d", "bias"):
+    for role in ("c", "d", "h", "bias"):
         held = getattr(idle, role)
         if held is not None:
             made[role] = held + _SPREAD * randn(*held.shape, like=held)
@@ -315,6 +315,8 @@ def _noise(plan: SitePlan, idle: SiteSlots, typical: float, generator: torch.Gen
         down = site.in_features**-0.5
         up = _SHARE * typical / (down * rank**0.5)
         made["a"] = kind.layout_a(down * randn(site.in_features, rank, like=idle.a)).contiguous()
+        if idle.g is not None:
+            made["g"] = 1 + _SPREAD * randn(rank, like=idle.g)
         made["b"] = kind.layout_b(up * randn(rank, site.out_features, like=idle.b)).contiguous()
     made["branches"] = tuple(
         BranchFill(
