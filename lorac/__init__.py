@@ -24,13 +24,38 @@ if TYPE_CHECKING:
     from lorac.runtime.compiled import Compiled
     from lorac.runtime.report import SwapReport
     from lorac.variants import variants
+    from lorac.variants.adalora import AdaLoRA
     from lorac.variants.adaptertune import AdapterTune
     from lorac.variants.base import Adapter, BranchVariant, ProgramVariant, WeightVariant
+    from lorac.variants.bat import BAT
+    from lorac.variants.boft import BOFT
+    from lorac.variants.cp_lora import CPLoRA
     from lorac.variants.dora import DoRA
+    from lorac.variants.dylora import DyLoRA
+    from lorac.variants.fourierft import FourierFT
+    from lorac.variants.hira import HiRA
+    from lorac.variants.hra import HRA
     from lorac.variants.hydra import Hydra
+    from lorac.variants.ia3 import IA3
+    from lorac.variants.ln_tuning import LNTuning
+    from lorac.variants.loha import LoHa
+    from lorac.variants.lokr import LoKr
+    from lorac.variants.loldu import LoLDU
     from lorac.variants.lora import LoRA
+    from lorac.variants.lora_c import LoRAC
+    from lorac.variants.lora_xs import LoRAXS
     from lorac.variants.meteora import MeteoRA
+    from lorac.variants.miss import MiSS
+    from lorac.variants.mps import MPS
+    from lorac.variants.oft import OFT
+    from lorac.variants.plp import PLP
+    from lorac.variants.randlora import RandLoRA
     from lorac.variants.shira import SHiRA
+    from lorac.variants.sora import SoRA
+    from lorac.variants.tera import TeRA
+    from lorac.variants.tlora import TLoRA
+    from lorac.variants.vblora import VBLoRA
+    from lorac.variants.vera import VeRA
 
 __version__ = VERSION
 
@@ -52,35 +77,55 @@ _HOMES = {
 }
 """Public name -> the module it comes from (``module:name`` where the names differ). Methods are found by listing."""
 
-__all__ = [
+__all__ = [  # noqa: RUF022  (in plain order: BAT and OFT are no constants)
     "Active",
+    "AdaLoRA",
     "Adapter",
     "AdapterError",
     "AdapterExists",
     "AdapterNotFound",
     "AdapterTune",
     "ArtifactError",
+    "BAT",
+    "BOFT",
     "BaseMismatch",
     "BaseNeeded",
     "BranchVariant",
+    "CPLoRA",
     "CaptureFailed",
     "ChoiceError",
     "CompileError",
     "Compiled",
     "CorruptFile",
     "DoRA",
+    "DyLoRA",
     "ExampleInputsNeeded",
     "FormatError",
+    "FourierFT",
+    "HRA",
+    "HiRA",
     "Hydra",
+    "IA3",
+    "LNTuning",
+    "LoHa",
+    "LoKr",
+    "LoLDU",
     "LoRA",
+    "LoRAC",
+    "LoRAXS",
     "LoracError",
+    "MPS",
     "MeteoRA",
+    "MiSS",
     "MissingExtra",
     "NeedsRecompile",
     "NonFinite",
     "NotMergeable",
+    "OFT",
+    "PLP",
     "PatternTooSlow",
     "ProgramVariant",
+    "RandLoRA",
     "Reserve",
     "RuntimeFailure",
     "SHiRA",
@@ -90,13 +135,18 @@ __all__ = [
     "SiteNotFound",
     "SiteUnreached",
     "SiteUnsupported",
+    "SoRA",
     "SwapReport",
+    "TLoRA",
+    "TeRA",
     "Unavailable",
     "UnknownField",
     "UnknownFormat",
     "UnknownOption",
     "UnsupportedField",
     "UnusedTensors",
+    "VBLoRA",
+    "VeRA",
     "VerificationFailed",
     "WeightVariant",
     "compile",

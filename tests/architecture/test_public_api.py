@@ -22,7 +22,39 @@ CLASSES = {
     "SwapReport",
     "WeightVariant",
 }
-METHODS = {"AdapterTune", "DoRA", "Hydra", "LoRA", "MeteoRA", "SHiRA"}
+METHODS = {
+    "AdaLoRA",
+    "AdapterTune",
+    "BAT",
+    "BOFT",
+    "CPLoRA",
+    "DoRA",
+    "DyLoRA",
+    "FourierFT",
+    "HRA",
+    "HiRA",
+    "Hydra",
+    "IA3",
+    "LNTuning",
+    "LoHa",
+    "LoKr",
+    "LoLDU",
+    "LoRA",
+    "LoRAC",
+    "LoRAXS",
+    "MPS",
+    "MeteoRA",
+    "MiSS",
+    "OFT",
+    "PLP",
+    "RandLoRA",
+    "SHiRA",
+    "SoRA",
+    "TLoRA",
+    "TeRA",
+    "VBLoRA",
+    "VeRA",
+}
 GOLDEN = sorted(FUNCTIONS | CLASSES | METHODS | set(errors.__all__))
 
 

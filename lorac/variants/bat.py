@@ -1,0 +1,54 @@
+"""BAT: block affine transformation, the first version of Bone.
+
+Kang 2024, arXiv 2409.15371v1; shapes and layout as in PEFT's MISS with init_weights="bat".
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from lorac.errors import SiteUnsupported
+from lorac.ir.sites import Site
+from lorac.ir.types import Params, ParamSpec, SiteKind
+from lorac.variants import _inits
+from lorac.variants.base import WeightVariant
+
+
+@dataclass(frozen=True, kw_only=True)
+class BAT(WeightVariant):
+    """``W'ᵢⱼ = Wᵢⱼ·(I + Bᵢ) + Bᵢ`` on the r x r blocks of W, i the block of outputs, j that of inputs.
+
+    The change depends on W and has full rank: it is merged, or bound as a weight of its own.
+
+    Attributes:
+        r: size of a block; divides both out and in.
+    """
+
+    r: int = 64
+
+    name: ClassVar[str] = "bat"
+    paper: ClassVar[str] = "Bone: Block Affine Transformation as PEFT Methods for LLMs, arXiv 2409.15371v1"
+    kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.LINEAR})
+
+    def check(self, site: Site) -> None:
+        super().check(site)
+        both = math.gcd(site.out_features, site.in_features)
+        if both % self.r:
+            raise SiteUnsupported(
+                f"BAT cannot cut '{site.path}' ({site.in_features} -> {site.out_features}) into blocks: "
+                f"r={self.r} must divide both",
+                nearest=f"r={math.gcd(both, self.r)}",
+                next_step="give another r, or exclude= the module",
+            )
+
+    def params(self, site: Site) -> dict[str, ParamSpec]:
+        return {"miss_block": ParamSpec((site.out_features // self.r, self.r, self.r), _inits.zeros)}
+
+    def weight(self, W: torch.Tensor, p: Params) -> torch.Tensor:
+        count, r, _ = p.miss_block.shape
+        products = torch.bmm(W.reshape(count, -1, r), p.miss_block).reshape(count, r, -1, r)
+        return W + (products + p.miss_block[:, :, None]).reshape(W.shape)

@@ -1,0 +1,104 @@
+"""BOFT: rotations of a layer's input as a product of butterfly factors.
+
+Liu et al. 2023, arXiv 2311.06243.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from lorac.errors import SiteUnsupported, UnknownOption
+from lorac.ir.sites import Site
+from lorac.ir.types import InitContext, Params, ParamSpec, SiteKind
+from lorac.variants import _inits
+from lorac.variants._rotations import cayley
+from lorac.variants.base import WeightVariant
+
+Tensor = torch.Tensor
+
+
+def _ones(context: InitContext) -> Tensor:
+    return torch.ones(context.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BOFT(WeightVariant):
+    """``W' = diag(s)·W·Rᵀ`` with ``R = F_{m−1} ⋯ F₁·F₀`` and ``Fᵢ = Pᵢ·blockdiag(…)·Pᵢᵀ``; the bias is not scaled.
+
+    A block is ``(I − S)·(I + S)⁻¹`` with ``S = (X − Xᵀ)/2``, X one of boft_R (m, blocks, β, β). Pᵢ reorders each group
+    of 2ⁱ blocks, cut into units of β/2: the even units, then the odd ones. s is boft_s (out, 1).
+
+    Attributes:
+        block_size: β, PEFT's boft_block_size; 0 where block_num is given.
+        block_num: number of blocks; 0 where block_size is given.
+        n_butterfly_factor: m.
+    """
+
+    block_size: int = 4
+    block_num: int = 0
+    n_butterfly_factor: int = 1
+
+    name: ClassVar[str] = "boft"
+    paper: ClassVar[str] = "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization, arXiv 2311.06243"
+    kinds: ClassVar[frozenset[SiteKind]] = frozenset(
+        {SiteKind.LINEAR, SiteKind.CONV1D, SiteKind.CONV2D, SiteKind.CONV3D}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.block_num > 0) == (self.block_size > 0) or self.n_butterfly_factor < 1:
+            raise UnknownOption(
+                f"BOFT takes a number of blocks or their size, and a factor or more, not block_num={self.block_num}, "
+                f"block_size={self.block_size}, n_butterfly_factor={self.n_butterfly_factor}",
+                next_step="give one of the two, and 0 for the other",
+            )
+
+    def check(self, site: Site) -> None:
+        super().check(site)
+        width, m = site.in_features, self.n_butterfly_factor
+        given = self.block_size or self.block_num
+        size, number = self._blocks(site)
+        if width % given:
+            problem = f"{given} does not divide"
+        elif m > 1 and (size % 2 or number % 2 ** (m - 1)):
+            problem = f"{m} factors need an even block size and a multiple of {2 ** (m - 1)} blocks, of"
+        else:
+            return
+        raise SiteUnsupported(
+            f"BOFT cannot cut the input of '{site.path}': {problem} {width} features",
+            next_step="give another block_size or block_num, or exclude= the module",
+        )
+
+    def params(self, site: Site) -> dict[str, ParamSpec]:
+        size, number = self._blocks(site)
+        return {
+            "boft_R": ParamSpec((self.n_butterfly_factor, number, size, size), _inits.zeros),
+            "boft_s": ParamSpec((site.out_features, 1), _ones),
+        }
+
+    def weight(self, W: Tensor, p: Params) -> Tensor:
+        for i, x in enumerate(p.boft_R):
+            W = _times_factor(W, cayley(0.5 * (x - x.transpose(1, 2))), 2**i)
+        return p.boft_s * W
+
+    def _blocks(self, site: Site) -> tuple[int, int]:
+        """Size and number of the blocks."""
+        width = site.in_features
+        size = self.block_size or width // self.block_num
+        return size, self.block_num or width // size
+
+
+def _times_factor(rows: Tensor, blocks: Tensor, together: int) -> Tensor:
+    """rows (n, width) · Fᵀ, F with these blocks (number, β, β), reordered in groups of ``together`` blocks."""
+    number, size, _ = blocks.shape
+    count, width = rows.shape
+    groups = number // together
+    # A group's columns: (parity, pair of units, place) on the outside, (pair, parity, place) within.
+    inner = rows.reshape(count, groups, 2, together, size // 2).transpose(2, 3) if together > 1 else rows
+    turned = (inner.reshape(count, number, size).transpose(0, 1) @ blocks.transpose(1, 2)).transpose(0, 1)
+    if together > 1:
+        turned = turned.reshape(count, groups, together, 2, size // 2).transpose(2, 3)
+    return turned.reshape(count, width)

@@ -1,0 +1,77 @@
+"""HRA: a chain of Householder reflections on a layer's input.
+
+Yuan et al. 2024, arXiv 2405.17484.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from lorac.errors import SiteUnsupported
+from lorac.ir.sites import Site
+from lorac.ir.types import InitContext, Params, ParamSpec, SiteKind
+from lorac.variants import _inits
+from lorac.variants.base import WeightVariant
+
+
+def _pairs(context: InitContext) -> torch.Tensor:
+    """Columns 2j and 2j + 1 alike: each pair of reflections is the identity."""
+    rows, columns = context.shape
+    half = _inits.kaiming_uniform(dataclasses.replace(context, shape=(rows, columns // 2)))
+    return half.repeat_interleave(2, dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HRA(WeightVariant):
+    """``W' = W·H₀·H₁ ⋯ H_{r−1}`` with ``Hᵢ = I − 2·uᵢ·uᵢᵀ``, uᵢ the normalised columns of hra_u (in, r).
+
+    In compact WY form the product is ``I − U·T·Uᵀ``, ``T⁻¹ = I/2 + triu(Uᵀ·U, 1)``: rank r. With ``apply_GS`` the
+    columns are made orthonormal first, and it is ``I − 2·Q·Qᵀ``, a reflection in their span.
+
+    Attributes:
+        r: number of reflections.
+        apply_GS: PEFT's name for orthonormal columns. They then start independent, for pairs span half the space.
+    """
+
+    r: int = 8
+    apply_GS: bool = False
+
+    name: ClassVar[str] = "hra"
+    paper: ClassVar[str] = (
+        "Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder Reflection Adaptation, "
+        "arXiv 2405.17484"
+    )
+    kinds: ClassVar[frozenset[SiteKind]] = frozenset(
+        {SiteKind.LINEAR, SiteKind.CONV1D, SiteKind.CONV2D, SiteKind.CONV3D}
+    )
+
+    @property
+    def identity_at_init(self) -> bool:  # type: ignore[override]
+        """An odd number of reflections is never the identity, nor is a single reflection in a span."""
+        return self.r % 2 == 0 and not self.apply_GS
+
+    def check(self, site: Site) -> None:
+        super().check(site)
+        if self.apply_GS and self.r > site.in_features:
+            raise SiteUnsupported(
+                f"HRA cannot make {self.r} columns of '{site.path}' orthonormal in {site.in_features} dimensions",
+                next_step=f"give r={site.in_features} or less, or leave apply_GS off",
+            )
+
+    def params(self, site: Site) -> dict[str, ParamSpec]:
+        init = _pairs if self.identity_at_init else _inits.kaiming_uniform
+        return {"hra_u": ParamSpec((site.in_features, self.r), init)}
+
+    def weight(self, W: torch.Tensor, p: Params) -> torch.Tensor:
+        if self.apply_GS:
+            # QR's columns span what Gram-Schmidt's do, and only the span counts.
+            q = torch.linalg.qr(p.hra_u).Q
+            return W - (W @ (2 * q)) @ q.t()
+        u = p.hra_u / torch.linalg.vector_norm(p.hra_u, dim=0)
+        eye = torch.eye(self.r, dtype=u.dtype, device=u.device)
+        t = torch.linalg.solve_triangular(0.5 * eye + torch.triu(u.t() @ u, 1), eye, upper=True)
+        return W - (W @ (u @ t)) @ u.t()

@@ -1,0 +1,69 @@
+"""(IA)³: trained vectors that scale activations.
+
+Liu et al. 2022, arXiv 2205.05638; which side of a layer is scaled, as in PEFT.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from lorac.ir.patterns import matches
+from lorac.ir.sites import Site
+from lorac.ir.types import InitContext, Params, ParamSpec, SiteKind
+from lorac.variants.base import WeightVariant
+
+_ALL = ".*"
+
+
+def _ones(context: InitContext) -> torch.Tensor:
+    return torch.ones(context.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IA3(WeightVariant):
+    """``W' = l∘W`` and ``b' = l∘b`` with l a column (out, 1); in feedforward modules ``W' = W∘l``, l a row (1, in).
+
+    A convolution's input scale is per channel, (1, channels).
+
+    Attributes:
+        feedforward: PEFT's feedforward_modules, the modules whose input is scaled: endings of paths, or one regular
+            expression for the whole path.
+    """
+
+    feedforward: str | tuple[str, ...] = ()
+
+    name: ClassVar[str] = "ia3"
+    paper: ClassVar[str] = (
+        "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning, arXiv 2205.05638"
+    )
+    kinds: ClassVar[frozenset[SiteKind]] = frozenset(
+        {SiteKind.LINEAR, SiteKind.CONV1D, SiteKind.CONV2D, SiteKind.CONV3D}
+    )
+
+    def scales_input(self, path: str) -> bool:
+        """Whether the module at ``path`` is a feedforward one (PEFT compares endings, not whole names)."""
+        if isinstance(self.feedforward, str):
+            return matches(self.feedforward, path) is not None
+        return path.endswith(self.feedforward)
+
+    def at(self, site: Site) -> IA3:
+        """This variant for one site: its ``feedforward`` names all or nothing."""
+        return dataclasses.replace(self, feedforward=_ALL if self.scales_input(site.path) else ())
+
+    def params(self, site: Site) -> dict[str, ParamSpec]:
+        channels = site.in_features if site.conv is None else site.conv.channels
+        shape = (1, channels) if self.scales_input(site.path) else (site.out_features, 1)
+        return {"ia3_l": ParamSpec(shape, _ones)}
+
+    def weight(self, W: torch.Tensor, p: Params) -> torch.Tensor:
+        scale = p.ia3_l
+        if self.feedforward and scale.shape[1] < W.shape[1]:
+            scale = scale.repeat_interleave(W.shape[1] // scale.shape[1], dim=1)
+        return W * scale
+
+    def new_bias(self, b: torch.Tensor, p: Params) -> torch.Tensor:
+        return b if self.feedforward else b * p.ia3_l[:, 0]

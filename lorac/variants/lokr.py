@@ -1,0 +1,114 @@
+"""LoKr: the Kronecker product of two small matrices, the larger of them in low-rank factors.
+
+LyCORIS: Yeh et al. 2023, arXiv 2309.14859; KronA: Edalati et al. 2022, arXiv 2212.10650; shapes, initialisation and
+scale as in PEFT's LOKR.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+
+from lorac.errors import SiteUnsupported
+from lorac.ir.sites import Site
+from lorac.ir.types import Params, ParamSpec
+from lorac.variants import _inits, _kernels
+from lorac.variants.base import WeightVariant
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoKr(WeightVariant):
+    """``W' = W + (alpha/r)·kron(w1, w2)`` with w1 (l, m) and w2 (k, n·taps), out = l·k, in = m·n.
+
+    Attributes:
+        r: rank of what is factored: w2 where r < max(k, n)/2, and w1 only under ``decompose_both``.
+        alpha: the scale's numerator.
+        decompose_both: w1 is factored, too, where r < max(l, m)/2.
+        decompose_factor: l and m, where they divide; else the nearest divisor below. −1: nearest to the square root.
+        effective_conv2d: PEFT's use_effective_conv2d: a factored w2 of more than one tap has a core ``lokr_t2``
+            (r, r, taps).
+        rank_pattern, alpha_pattern: module pattern -> its own r or alpha.
+    """
+
+    r: int = 8
+    alpha: float = 8
+    decompose_both: bool = False
+    decompose_factor: int = -1
+    effective_conv2d: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    name: ClassVar[str] = "lokr"
+    paper: ClassVar[str] = "LyCORIS: Navigating Text-To-Image Customization, arXiv 2309.14859"
+    patterned: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "alpha"}
+
+    @property
+    def scale(self) -> float:
+        """alpha/r."""
+        return self.alpha / self.r
+
+    def check(self, site: Site) -> None:
+        super().check(site)
+        if self.decompose_factor < 1 and self.decompose_factor != -1:
+            raise SiteUnsupported(
+                f"decompose_factor={self.decompose_factor} divides neither side of '{site.path}'",
+                next_step="give a number above 0, or -1 for the divisors nearest to the square root",
+            )
+
+    def params(self, site: Site) -> dict[str, ParamSpec]:
+        channels, taps = _kernels.columns(site)
+        left, small = factors(site.out_features, self.decompose_factor)
+        middle, columns = factors(channels, self.decompose_factor)
+        return {**self._first(left, middle), **self._second(small, columns, taps)}
+
+    def weight(self, W: torch.Tensor, p: Params) -> torch.Tensor:
+        w1, w2 = (getattr(p, name) if hasattr(p, name) else _product(p, name) for name in ("lokr_w1", "lokr_w2"))
+        return W + _kernels.on_blocks(self.scale * torch.kron(w1, w2), W)
+
+    def _first(self, rows: int, columns: int) -> dict[str, ParamSpec]:
+        """What makes up w1, zero at the start."""
+        if not (self.decompose_both and self.r < max(rows, columns) / 2):
+            return {"lokr_w1": ParamSpec((rows, columns), _inits.zeros)}
+        return {
+            "lokr_w1_a": ParamSpec((rows, self.r), _inits.zeros),
+            "lokr_w1_b": ParamSpec((self.r, columns), _inits.kaiming_uniform),
+        }
+
+    def _second(self, rows: int, columns: int, taps: int) -> dict[str, ParamSpec]:
+        """What makes up w2."""
+        r, uniform = self.r, _inits.kaiming_uniform
+        if r >= max(rows, columns) / 2:
+            return {"lokr_w2": ParamSpec((rows, columns * taps), uniform)}
+        if not (self.effective_conv2d and taps > 1):
+            return {"lokr_w2_a": ParamSpec((rows, r), uniform), "lokr_w2_b": ParamSpec((r, columns * taps), uniform)}
+        return {
+            "lokr_t2": ParamSpec((r, r, taps), _kernels.core_uniform),
+            "lokr_w2_a": ParamSpec((r, rows), uniform),
+            "lokr_w2_b": ParamSpec((r, columns), uniform),
+        }
+
+
+def factors(number: int, factor: int) -> tuple[int, int]:
+    """Two divisors whose product is ``number``: ``factor`` first, if it is one; else the larger one last.
+
+    Args:
+        number: what to divide.
+        factor: the largest that the smaller divisor may be; −1 for no limit.
+    """
+    if factor > 0 and number % factor == 0:
+        return factor, number // factor
+    limit = math.isqrt(number) if factor == -1 else min(math.isqrt(number), factor)
+    small = next(d for d in range(limit, 0, -1) if number % d == 0)
+    return small, number // small
+
+
+def _product(p: Params, name: str) -> torch.Tensor:
+    """A matrix of factors."""
+    a, b = getattr(p, f"{name}_a"), getattr(p, f"{name}_b")
+    core = getattr(p, "lokr_t2", None) if name == "lokr_w2" else None
+    product: torch.Tensor = a @ b if core is None else _kernels.tucker(core, a, b)
+    return product

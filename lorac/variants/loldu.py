@@ -1,0 +1,159 @@
+"""LoLDU: the diagonal of an LDU factorisation of the weight is trained, its triangles are frozen.
+
+Shi et al. 2024, arXiv 2410.13618. W = P·L·D·U by LU with partial pivoting, L and U with unit diagonals. The paper
+splits the first r terms off the weight; beside an untouched W the same result is a low-rank branch, so that the base
+stays shared between adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from lorac.errors import SiteUnsupported, UnknownOption, nearest_name
+from lorac.ir.sites import Site
+from lorac.ir.types import InitContext, Params, ParamSpec, Role, SiteKind
+from lorac.variants.base import WeightVariant
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoLDU(WeightVariant):
+    """``W' = W + (P·L_r)·diag(σ·z − σ₀·D_r)·U_r``, with z (r,) trained and the factors of W frozen.
+
+    P·L_r (out, r), D_r (r,) and U_r (r, in) are the first terms of W = P·L·D·U; an embedding's are those of its
+    table (V, d), transposed. σ₀ = alpha/r. An adapter carries its factors, for LU on another machine may pivot
+    otherwise.
+
+    Attributes:
+        r: number of terms, at most min(out, in).
+        alpha: the released code's lora_alpha; None for r, which is σ₀ = 1 as in the paper's runs.
+        train_sigma: σ is trained too (the paper's formula; its counts and the released code leave it at σ₀).
+        init: start of z. ``"lu"``: D_r, which alone starts from the base. ``"uniform"``: U(−|m|/2, |m|/2) with m the
+            mean of D_r; ``"normal"``: N(m, std(D_r)²); ``"constant"``: m; ``"s_uniform"``: U(−1, 1); ``"s_normal"``:
+            N(0, 1); ``"ones"``; ``"zeros"``.
+    """
+
+    r: int = 8
+    alpha: float | None = None
+    train_sigma: bool = False
+    init: str = "lu"
+
+    name: ClassVar[str] = "loldu"
+    paper: ClassVar[str] = (
+        "LoLDU: Low-Rank Adaptation via Lower-Diag-Upper Decomposition for Parameter-Efficient Fine-Tuning, "
+        "arXiv 2410.13618"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init not in _STARTS:
+            raise UnknownOption(
+                f"LoLDU has no init '{self.init}'", nearest=nearest_name(self.init, _STARTS) or ", ".join(_STARTS)
+            )
+
+    @property
+    def sigma(self) -> float:
+        """σ₀."""
+        return 1.0 if self.alpha is None else self.alpha / self.r
+
+    def check(self, site: Site) -> None:
+        super().check(site)
+        terms = min(site.out_features, site.in_features)
+        if self.r > terms:
+            raise SiteUnsupported(
+                f"loldu trains {self.r} terms of an LDU factorisation; '{site.path}' has {terms}",
+                nearest=f"r={terms}",
+                next_step="give a smaller r, or exclude= the module",
+            )
+        if site.conv is not None and site.conv.groups > 1:
+            raise SiteUnsupported(
+                f"loldu factorises one matrix; '{site.path}' is a convolution of {site.conv.groups} groups",
+                next_step="exclude= the module",
+            )
+
+    def params(self, site: Site) -> dict[str, ParamSpec]:
+        out, columns, factors = site.out_features, site.in_features, _Factors(self.r)
+        specs = {
+            "lora_B": ParamSpec((out, self.r), factors.lower, Role.FROZEN),
+            "lora_A": ParamSpec((self.r, columns), factors.upper, Role.FROZEN),
+            "diagonal": ParamSpec((self.r,), factors.diagonal, Role.FROZEN),
+            "vector_z": ParamSpec((self.r,), _STARTS[self.init], decay=False),
+        }
+        if self.train_sigma:
+            specs["scaling_factor"] = ParamSpec(
+                (), lambda context: torch.tensor(self.sigma, dtype=torch.float64), decay=False
+            )
+        return specs
+
+    def weight(self, W: Tensor, p: Params) -> Tensor:
+        sigma = p.scaling_factor if self.train_sigma else self.sigma
+        core = sigma * p.vector_z - self.sigma * p.diagonal
+        return W + p.lora_B @ (core[:, None] * p.lora_A)
+
+
+@dataclass
+class _Factors:
+    """The first r terms of W = P·L·D·U at one site: found for ``lora_B``, kept for the tensors made after it."""
+
+    r: int
+    found: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def lower(self, context: InitContext) -> Tensor:
+        """P·L_r (out, r)."""
+        self.found = _factorised(context, self.r)
+        return self.found[0]
+
+    def upper(self, context: InitContext) -> Tensor:
+        """U_r (r, in)."""
+        return (self.found or _factorised(context, self.r))[1]
+
+    def diagonal(self, context: InitContext) -> Tensor:
+        """D_r (r,)."""
+        return (self.found or _factorised(context, self.r))[2]
+
+
+def _factorised(context: InitContext, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """P·L_r (out, r), U_r (r, in) and D_r (r,)."""
+    # The paper's matrix is the one the module stores.
+    table = context.site.kind is SiteKind.EMBEDDING
+    permutation, lower, upper = torch.linalg.lu(context.weight().t() if table else context.weight())
+    diagonal = upper.diagonal()[:r]
+    # A singular leading block has a zero here; its row is kept as it is, and z starts at 0.
+    left = lower[permutation.argmax(dim=1), :r]
+    right = upper[:r] / torch.where(diagonal == 0, 1, diagonal)[:, None]
+    b, a = (right.t(), left.t()) if table else (left, right)
+    # LAPACK's factors are column by column, and views of whole ones.
+    b, a, diagonal = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (b, a, diagonal))
+    return b, a, diagonal
+
+
+def _around(context: InitContext, half: Tensor | float, center: Tensor | float = 0.0) -> Tensor:
+    """U(center − half, center + half)."""
+    return center + half * (2 * torch.rand(context.shape, generator=context.generator) - 1)
+
+
+def _gaussian(context: InitContext, std: Tensor | float, mean: Tensor | float = 0.0) -> Tensor:
+    """N(mean, std²)."""
+    return mean + std * torch.randn(context.shape, generator=context.generator)
+
+
+def _normal(context: InitContext) -> Tensor:
+    diagonal = context.params.diagonal
+    return _gaussian(context, diagonal.std(correction=int(len(diagonal) > 1)), diagonal.mean())
+
+
+_STARTS: Mapping[str, Callable[[InitContext], Tensor]] = {
+    "lu": lambda context: context.params.diagonal.clone(),
+    "uniform": lambda context: _around(context, context.params.diagonal.mean().abs() / 2),
+    "normal": _normal,
+    "constant": lambda context: context.params.diagonal.mean().expand(context.shape).clone(),
+    "s_uniform": lambda context: _around(context, 1.0),
+    "s_normal": lambda context: _gaussian(context, 1.0),
+    "ones": lambda context: torch.ones(context.shape),
+    "zeros": lambda context: torch.zeros(context.shape),
+}

@@ -1,0 +1,94 @@
+"""LoRA-C: low-rank factors as wide as a row of the kernel; with a magnitude, DoRA-C.
+
+LoRA-C: arXiv 2410.16954, in the layout of loralib, whose convolutions it takes; DoRA-C: arXiv 2508.01772. In the
+unfolded layout, A (r, in·kh·kw) and B (out, r), LoRA-C is what convLoRA (arXiv 2402.04964) is: ``LoRA`` on a
+convolution, and ``DoRA`` is convDoRA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+
+from lorac.errors import SiteUnsupported
+from lorac.ir.sites import Site
+from lorac.ir.types import Dropout, Params, ParamSpec, SiteKind
+from lorac.variants import _inits
+from lorac.variants.base import MATRIX_KINDS, WeightVariant
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAC(WeightVariant):
+    """``W' = W + s·reshape(B·A)``, the rows of B·A read one after another into the kernel, with s = alpha/r.
+
+    A (r·k, I·k) and B (O/g·kⁿ⁻¹, r·k), for a kernel of n axes of k each, I input and O output channels and g groups;
+    loralib has n = 2 only. On a linear layer, k = 1, it is LoRA. The rank of the update is up to r·kⁿ.
+    With ``dora``, W' = (m/n) ∘ (the above), n its row norms (O,), constant in the backward pass, m (O,) trained.
+
+    Attributes:
+        r: rank, which may exceed the channels.
+        alpha: loralib's lora_alpha.
+        dropout: rate of the dropout on the input, in training (loralib's convolutions take one and ignore it).
+        dora: with a trained magnitude.
+        rank_pattern, alpha_pattern: module pattern -> its own r or alpha.
+    """
+
+    r: int = 8
+    alpha: float = 8
+    dropout: float = 0.0
+    dora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    name: ClassVar[str] = "lora_c"
+    paper: ClassVar[str] = "LoRA-C: Parameter-Efficient Fine-Tuning of Robust CNN for IoT Devices, arXiv 2410.16954"
+    kinds: ClassVar[frozenset[SiteKind]] = MATRIX_KINDS - {SiteKind.EMBEDDING}
+    dropout_place: ClassVar[Dropout] = Dropout.INPUT
+    patterned: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "alpha"}
+
+    def check(self, site: Site) -> None:
+        super().check(site)
+        if site.conv is not None and len(set(site.conv.kernel)) > 1:
+            raise SiteUnsupported(
+                f"lora_c reads its factors into a square kernel; that of '{site.path}' is "
+                f"{' x '.join(map(str, site.conv.kernel))}",
+                next_step="use LoRA or CPLoRA there, or exclude= the module",
+            )
+
+    def params(self, site: Site) -> dict[str, ParamSpec]:
+        out, channels, kernel, groups = site.out_features, *_geometry(site)
+        k = kernel[0] if kernel else 1
+        slices = torch.Size(kernel[1:]).numel()
+        specs = {
+            "lora_A": ParamSpec((self.r * k, channels * k), _inits.kaiming_uniform),
+            "lora_B": ParamSpec((out // groups * slices, self.r * k), _inits.zeros),
+        }
+        if self.dora:
+            specs["magnitude"] = ParamSpec((out,), _inits.row_norms)
+        return specs
+
+    def weight(self, W: torch.Tensor, p: Params) -> torch.Tensor:
+        updated = W + (self.alpha / self.r) * _read_into(W, p.lora_A, p.lora_B)
+        if not self.dora:
+            return updated
+        norm = torch.linalg.vector_norm(updated, dim=1).detach()
+        return (p.magnitude / norm)[:, None] * updated
+
+
+def _geometry(site: Site) -> tuple[int, tuple[int, ...], int]:
+    """Input channels, kernel and groups; a linear layer is a convolution without spatial axes."""
+    return (site.in_features, (), 1) if site.conv is None else (site.conv.channels, site.conv.kernel, site.conv.groups)
+
+
+def _read_into(W: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """B·A read row by row into the shape of W; of groups, into the blocks on its diagonal."""
+    rows, columns = W.shape
+    slices = columns // a.shape[1]
+    groups = rows * slices // b.shape[0]
+    if groups > 1:
+        return torch.block_diag(*(b @ a).reshape(rows, -1).chunk(groups))
+    # Row o of the update is B[o, 0]·A, B[o, 1]·A, … side by side: a product of wider factors.
+    return b.reshape(rows, -1) @ torch.kron(torch.eye(slices, dtype=a.dtype, device=a.device), a)

@@ -1,0 +1,66 @@
+"""MiSS: one shard of trained values, shared by all shards of the input.
+
+Kang 2024, arXiv 2409.15371, later versions (the first one, Bone, is ``bat``); shapes and layout as in PEFT's MISS.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from lorac.errors import SiteUnsupported
+from lorac.ir.sites import Site
+from lorac.ir.types import Dropout, Params, ParamSpec, SiteKind
+from lorac.variants import _inits
+from lorac.variants.base import WeightVariant
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiSS(WeightVariant):
+    """``W' = W + Dᵀ·F`` with D (r, out) trained and F = [I_r I_r …] (r, in), its last block cut: rank r, half of LoRA.
+
+    Attributes:
+        r: size of a shard of the input.
+        mini: D = [M M …], with M (r, mini_r) trained; PEFT's init_weights="mini".
+        mini_r: columns of M, which divide out; without ``mini`` of no effect.
+        dropout: rate of the dropout on the branch's input, in training.
+    """
+
+    r: int = 64
+    mini: bool = False
+    mini_r: int = 1
+    dropout: float = 0.0
+
+    name: ClassVar[str] = "miss"
+    paper: ClassVar[str] = "MiSS: Balancing LoRA Performance and Efficiency with Simple Shard Sharing, arXiv 2409.15371"
+    kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.LINEAR})
+    dropout_place: ClassVar[Dropout] = Dropout.INPUT
+
+    def check(self, site: Site) -> None:
+        super().check(site)
+        if self.r > site.in_features:
+            raise SiteUnsupported(
+                f"MiSS cannot cut the {site.in_features} inputs of '{site.path}' into shards of r={self.r}",
+                nearest=f"r={site.in_features}",
+                next_step="give a smaller r, or exclude= the module",
+            )
+        if self.mini and site.out_features % self.mini_r:
+            raise SiteUnsupported(
+                f"mini_r={self.mini_r} does not divide the {site.out_features} outputs of '{site.path}'",
+                nearest=f"mini_r={math.gcd(site.out_features, self.mini_r)}",
+                next_step="give another mini_r, or exclude= the module",
+            )
+
+    def params(self, site: Site) -> dict[str, ParamSpec]:
+        return {"miss_block": ParamSpec((self.r, self.mini_r if self.mini else site.out_features), _inits.zeros)}
+
+    def weight(self, W: torch.Tensor, p: Params) -> torch.Tensor:
+        out, columns = W.shape
+        block = p.miss_block.repeat(1, out // self.mini_r) if self.mini else p.miss_block
+        shards = -(-columns // self.r)
+        # Ones of the block's own, not torch.eye: the formula runs wherever its tensors are.
+        identity = torch.diag_embed(block.new_ones(self.r))
+        return W + block.t() @ identity.repeat(1, shards)[:, :columns]

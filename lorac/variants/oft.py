@@ -1,0 +1,117 @@
+"""OFT: block-diagonal rotations of a layer's input.
+
+Qiu et al. 2023, arXiv 2306.07280; the truncated series: Qiu et al. 2025 (OFTv2), arXiv 2506.19847.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from lorac.errors import SiteUnsupported, UnknownOption
+from lorac.ir.sites import Site
+from lorac.ir.types import Params, ParamSpec, SiteKind
+from lorac.variants import _inits
+from lorac.variants._rotations import cayley, neumann, skew
+from lorac.variants.base import WeightVariant
+
+Tensor = torch.Tensor
+
+
+def nearest_divisor(number: int, wanted: int) -> int:
+    """The divisor of ``number`` nearest to ``wanted``, of two equally near the lower (PEFT's rule)."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    return min(divisors, key=lambda d: (abs(d - wanted), d))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OFT(WeightVariant):
+    """``W' = W·Rᵀ``, R block-diagonal over the input; an embedding's rows are rotated instead, ``E' = E·R``.
+
+    A block is ``(I − Q)·(I + Q)⁻¹``, or the series of ``neumann``, which approaches that block's *transpose*; Q is
+    skew-symmetric, its upper triangle a row of oft_R (blocks, β(β−1)/2). Convolutions: the input is the unfolded
+    (channels·kernel). Of block_size and r one is given; it is moved to the nearest divisor of the input.
+
+    Attributes:
+        block_size: β, PEFT's oft_block_size; 0 where r is given.
+        r: number of blocks; 0 where block_size is given.
+        block_share: one block, the same everywhere.
+        use_cayley_neumann: the series instead of the inverse.
+        num_cayley_neumann_terms: t.
+        coft: Q's Frobenius norm is at most eps/√blocks.
+        eps: the constraint of coft.
+    """
+
+    block_size: int = 32
+    r: int = 0
+    block_share: bool = False
+    use_cayley_neumann: bool = True
+    num_cayley_neumann_terms: int = 5
+    coft: bool = False
+    eps: float = 6e-5
+
+    name: ClassVar[str] = "oft"
+    paper: ClassVar[str] = (
+        "Controlling Text-to-Image Diffusion by Orthogonal Finetuning, arXiv 2306.07280; "
+        "Orthogonal Finetuning Made Scalable, arXiv 2506.19847"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.r > 0) == (self.block_size > 0):
+            raise UnknownOption(
+                f"OFT takes a number of blocks or their size, not r={self.r} and block_size={self.block_size}",
+                next_step="give one of the two, and 0 for the other",
+            )
+
+    def size(self, site: Site) -> int:
+        """β at a site."""
+        width = self._width(site)
+        return nearest_divisor(width, self.block_size) if self.block_size else width // nearest_divisor(width, self.r)
+
+    def check(self, site: Site) -> None:
+        super().check(site)
+        if self.size(site) == 1:
+            width = self._width(site)
+            divisors = ", ".join(str(d) for d in range(2, width + 1) if width % d == 0)
+            raise SiteUnsupported(
+                f"OFT at '{site.path}' comes to blocks of size 1, which rotate nothing: {width} has the divisors "
+                f"{divisors or 'of no block'}",
+                next_step="give a block_size near one of them, or exclude= the module",
+            )
+
+    def params(self, site: Site) -> dict[str, ParamSpec]:
+        size, width = self.size(site), self._width(site)
+        shape = (1 if self.block_share else width // size, size * (size - 1) // 2)
+        embedding = site.kind is SiteKind.EMBEDDING
+        return {"oft_embedding_R" if embedding else "oft_R": ParamSpec(shape, _inits.zeros)}
+
+    def weight(self, W: Tensor, p: Params) -> Tensor:
+        if hasattr(p, "oft_embedding_R"):
+            return self._rotated(W.t(), p.oft_embedding_R, transposed=False).t()
+        return self._rotated(W, p.oft_R, transposed=True)
+
+    def rotations(self, upper: Tensor) -> Tensor:
+        """R's blocks (blocks, β, β) from oft_R."""
+        size = (1 + math.isqrt(1 + 8 * upper.shape[1])) // 2
+        q = skew(upper, size)
+        if self.coft:
+            cap = self.eps / math.sqrt(upper.shape[0])
+            norm = torch.linalg.vector_norm(q, dim=(1, 2), keepdim=True)
+            q = q * (cap / norm.clamp_min(cap)).detach()
+        return neumann(q, self.num_cayley_neumann_terms) if self.use_cayley_neumann else cayley(q)
+
+    def _rotated(self, rows: Tensor, upper: Tensor, *, transposed: bool) -> Tensor:
+        """Rows (n, width) times R, or Rᵀ."""
+        blocks = self.rotations(upper)
+        size = blocks.shape[-1]
+        cut = rows.reshape(rows.shape[0], rows.shape[1] // size, size).transpose(0, 1)
+        turned = cut @ (blocks.transpose(1, 2) if transposed else blocks)
+        return turned.transpose(0, 1).reshape(rows.shape)
+
+    @staticmethod
+    def _width(site: Site) -> int:
+        return site.out_features if site.kind is SiteKind.EMBEDDING else site.in_features

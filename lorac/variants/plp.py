@@ -1,0 +1,99 @@
+"""Partly learnable projections: a LoRA of which half of each factor is a frozen orthonormal basis.
+
+Break-for-Make, 2024, arXiv 2403.19456; its content owns the learned half of the down factor, its style that of the up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from lorac.errors import UnknownOption, nearest_name
+from lorac.ir.sites import Site
+from lorac.ir.types import Init, InitContext, Params, ParamSpec, Role
+from lorac.variants import _inits
+from lorac.variants.base import WeightVariant
+
+Tensor = torch.Tensor
+_BASES = ("rows", "exact", "none")
+_ROWS = 1280
+"""Rows of the orthonormal matrix that the paper's code draws from, whatever the width: the widest of SDXL's U-Net."""
+UP, DOWN = 0, 1
+
+
+def _halves(context: InitContext, rank: int) -> tuple[Tensor, Tensor]:
+    """Two disjoint draws (n/2, r) from the rows of one matrix with orthonormal columns: the same two at every call."""
+    count = context.site.in_features // 2
+    generator = torch.Generator().manual_seed(context.generator.initial_seed() + 1)
+    rows = max(_ROWS, 2 * count, rank)
+    basis = torch.linalg.qr(torch.randn(rows, rank, generator=generator)).Q
+    chosen = torch.randperm(rows, generator=generator)
+    return basis[chosen[:count]], basis[chosen[count : 2 * count]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PLP(WeightVariant):
+    """``W' = W + [A; E]·[C, D]``: A (out/2, r) and C (r, in/2) frozen, E and D, the other rows and columns, trained.
+
+    Attributes:
+        r: rank.
+        basis: what a square site's A and C are: ``"rows"``, disjoint rows of one matrix with orthonormal columns (the
+            paper's code: A·C is small, not 0); ``"exact"``, such rows over disjoint halves of the rank, A·C = 0;
+            ``"none"``, A = 0 and C Gaussian, as everywhere at sites that are not square.
+        identity_init: leaves A·C out and starts D at 0 at square sites. Without it a square site begins off the
+            identity, as in the code; with it the low-rank form is of rank 2r.
+    """
+
+    r: int = 64
+    basis: str = "rows"
+    identity_init: bool = False
+
+    name: ClassVar[str] = "plp"
+    paper: ClassVar[str] = (
+        "Break-for-Make: Modular Low-Rank Adaptations for Composable Content-Style Customization, arXiv 2403.19456"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.basis not in _BASES:
+            raise UnknownOption(
+                f"PLP has no basis named '{self.basis}'",
+                nearest=nearest_name(self.basis, _BASES),
+                next_step=f"it is one of {', '.join(_BASES)}",
+            )
+
+    def params(self, site: Site) -> dict[str, ParamSpec]:
+        out, columns, r = site.out_features, site.in_features, self.r
+        top, left = out // 2, columns // 2
+        based = out == columns and self.basis != "none"
+        gaussian = _inits.normal(1 / r)
+        learned = _inits.zeros if based and self.identity_init else gaussian
+        return {
+            "up_frozen": ParamSpec((top, r), self._basis(UP) if based else _inits.zeros, role=Role.FROZEN),
+            "up_learned": ParamSpec((out - top, r), _inits.zeros),
+            "down_frozen": ParamSpec((r, left), self._basis(DOWN) if based else gaussian, role=Role.FROZEN),
+            "down_learned": ParamSpec((r, columns - left), learned),
+        }
+
+    def weight(self, W: Tensor, p: Params) -> Tensor:
+        up, down = torch.cat([p.up_frozen, p.up_learned]), torch.cat([p.down_frozen, p.down_learned], dim=1)
+        adapted = W + up @ down
+        if not (self.identity_init and self.basis == "rows" and len(W) == W.shape[1]):
+            return adapted  # elsewhere A·C is 0
+        frozen_up = torch.cat([p.up_frozen, torch.zeros_like(p.up_learned)])
+        frozen_down = torch.cat([p.down_frozen, torch.zeros_like(p.down_learned)], dim=1)
+        return adapted - frozen_up @ frozen_down
+
+    def _basis(self, half: int) -> Init:
+        """The frozen half of one factor, from the basis that both share."""
+
+        def make(context: InitContext) -> Tensor:
+            rows = _halves(context, self.r)[half]
+            if self.basis == "exact":
+                first = torch.arange(self.r) < self.r // 2
+                rows = rows * (first if half == UP else ~first)
+            return rows if half == UP else rows.t()
+
+        return make

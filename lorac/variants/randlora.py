@@ -1,0 +1,117 @@
+"""RandLoRA: full-rank updates from scaled random bases.
+
+Albert et al. 2025, arXiv 2502.00987; layout and draw of the bases as in PEFT, which pairs them its own way.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from lorac.ir.sites import Site
+from lorac.ir.types import Dropout, InitContext, Params, ParamSpec, Role
+from lorac.variants import _inits
+from lorac.variants.base import WeightVariant
+
+Tensor = torch.Tensor
+Shape = tuple[int, int, int]
+
+
+def bases(*shapes: Shape, key: int, sparsity: float | None = None) -> list[Tensor]:
+    """A (r, 1, d), then B (D, n, r), in float32, each of deviation 1, from a CPU generator seeded with ``key``.
+
+    Drawn in bfloat16, as PEFT does where the device knows it; the same bits where torch's generator gives the same.
+
+    Args:
+        shapes: of A and B; A does not depend on B.
+        key: the seed.
+        sparsity: s makes entries of −1, 0, 1 with probabilities 1/2s, 1 − 1/s, 1/2s; None a uniform law.
+    """
+    generator = torch.Generator().manual_seed(key)
+    if sparsity is None:
+        drawn = [_uniform(shape, generator) for shape in shapes]
+    else:
+        drawn = [_ternary(torch.rand(shape, generator=generator), sparsity) for shape in shapes]
+    return [(values / values.std()).float() for values in drawn]
+
+
+def _uniform(shape: Shape, generator: torch.Generator) -> Tensor:
+    """Blocks (rows, 1, columns) drawn one after the other, side by side."""
+    rows, count, columns = shape
+    blocks = [torch.empty((rows, 1, columns), dtype=torch.bfloat16) for _ in range(count)]
+    for block in blocks:
+        torch.nn.init.kaiming_uniform_(block, a=math.sqrt(5), generator=generator)
+    return torch.cat(blocks, dim=1)
+
+
+def _ternary(drawn: Tensor, sparsity: float) -> Tensor:
+    share = 1 / (2 * sparsity)
+    return (drawn > 1 - share).float() - (drawn < share).float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandLoRA(WeightVariant):
+    """``W' = W + s·Σⱼ Bⱼ·diag(λⱼ)·A·diag(γⱼ)`` over n = ⌈d/r⌉ bases, s = alpha/r; transposed where in > out.
+
+    d and D are the smaller and the larger of out and in. A (r, 1, d) and B (D, n, r) are random, frozen, and the same
+    tensors at every site, which takes its corner. Row k·n + j of λ∘A∘γ meets column t = k·n + j of B[:D, :n] flattened
+    over its last two axes, as in every known file; the paper's sum has the same (k, j) on both sides.
+
+    Attributes:
+        r: rank of one base; a smaller one means more bases, and more parameters.
+        alpha: PEFT's randlora_alpha.
+        dropout: rate of the dropout on the branch's input, in training.
+        projection_prng_key: seed of A and B.
+        sparse: A and B start as −1, 0, 1 with probabilities 1/6, 2/3, 1/6, scaled to deviation 1.
+        very_sparse: so they do with probability 1/(2√d) of ±1 each; goes before sparse.
+    """
+
+    r: int = 32
+    alpha: float = 640
+    dropout: float = 0.0
+    projection_prng_key: int = 0
+    sparse: bool = False
+    very_sparse: bool = False
+
+    name: ClassVar[str] = "randlora"
+    paper: ClassVar[str] = "RandLoRA: Full-rank parameter-efficient fine-tuning of large models, arXiv 2502.00987"
+    dropout_place: ClassVar[Dropout] = Dropout.INPUT
+
+    def params(self, site: Site) -> dict[str, ParamSpec]:
+        small, large = sorted((site.out_features, site.in_features))
+        count = math.ceil(small / self.r)
+        return {
+            "randlora_A": ParamSpec((self.r, 1, small), self._draw_a, role=Role.FROZEN, shared=True),
+            "randlora_B": ParamSpec((large, count, self.r), self._draw_b, role=Role.FROZEN, shared=True),
+            "randlora_lambda": ParamSpec((self.r, count), _inits.zeros),
+            "randlora_gamma": ParamSpec((count, small), _start_gamma),
+        }
+
+    def weight(self, W: Tensor, p: Params) -> Tensor:
+        small, large = sorted(W.shape)
+        count = p.randlora_gamma.shape[0]
+        scaled = p.randlora_lambda[:, :, None] * p.randlora_A[:, :, :small] * p.randlora_gamma
+        thin, wide = scaled.flatten(0, 1), p.randlora_B[:large, :count].flatten(1)
+        delta = wide @ thin if W.shape[1] == small else thin.t() @ wide.t()
+        return W + self.alpha / self.r * delta
+
+    def sparsity(self, small: int) -> float | None:
+        """What ``bases`` takes as its sparsity, for A of ``small`` columns."""
+        return math.sqrt(small) if self.very_sparse else 3 if self.sparse else None
+
+    def _draw_a(self, context: InitContext) -> Tensor:
+        return self._drawn(context.shape)[0]
+
+    def _draw_b(self, context: InitContext) -> Tensor:
+        return self._drawn(tuple(context.params.randlora_A.shape), context.shape)[1]
+
+    def _drawn(self, *shapes: tuple[int, ...]) -> list[Tensor]:
+        sparsity = self.sparsity(shapes[0][2])
+        return bases(*shapes, key=self.projection_prng_key, sparsity=sparsity)  # type: ignore[arg-type]
+
+
+def _start_gamma(context: InitContext) -> Tensor:
+    return torch.full(context.shape, 1 / max(context.shape))

@@ -1,0 +1,130 @@
+"""TeRA: vectors in a random tensor network. TeRA-style, unverified.
+
+Gu et al. 2025, arXiv 2509.03234. Taken from its abstract: a Tucker-like network, whose core and factors are random,
+frozen and shared by the layers, and of which only diagonal factors are trained, per layer. Where the diagonals sit, the
+modes, scale and start values are lorac's completion, each behind a field.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from lorac.errors import UnknownOption, nearest_name
+from lorac.ir.sites import Site
+from lorac.ir.types import Dropout, Init, InitContext, Params, ParamSpec, Role
+from lorac.variants import _inits
+from lorac.variants.base import WeightVariant
+
+Tensor = torch.Tensor
+FACTORS = ("dense", "identity")
+
+
+def modes(size: int, order: int) -> tuple[int, ...]:
+    """``size`` as a product of ``order`` divisors as alike as can be, smaller ones first: 11008 = 86·128."""
+    if order == 1:
+        return (size,)
+    first = max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0 and n**order <= size)
+    return (first, *modes(size // first, order - 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeRA(WeightVariant):
+    """``W' = W + s·mat(G ×₁ U₁·diag(d₁) ×₂ … ×_K U_K·diag(d_K))`` with K = 2·order modes, half of out, half of in.
+
+    The core G (R₁, …, R_K) and the factors U_k (n_k, R_k) are random, frozen, and the same tensors at every site, as
+    large as the largest asks; a site uses their corners. Trained are the vectors d_k (R_k,). With order 1 and U₁ = 1
+    this is VeRA.
+
+    Attributes:
+        r: largest R_k; None for R_k = n_k, where the update can have full rank.
+        order: number of modes that out is split into, and in.
+        scale: s; None for 1/√in.
+        factors: ``"dense"``; ``"identity"`` for U_k = 1, which leaves G with diagonals on it, and r out of account.
+        zero_mode: index k of the vector that starts at zero, as in a list; the others start at one.
+        seed: of G and U, drawn in this order.
+        dropout: rate of the dropout on the branch's input, in training.
+    """
+
+    r: int | None = None
+    order: int = 2
+    scale: float | None = None
+    factors: str = "dense"
+    zero_mode: int = -1
+    seed: int = 0
+    dropout: float = 0.0
+
+    name: ClassVar[str] = "tera"
+    paper: ClassVar[str] = "TeRA: Vector-based Random Tensor Network for High-Rank Adaptation, arXiv 2509.03234"
+    dropout_place: ClassVar[Dropout] = Dropout.INPUT
+
+    def params(self, site: Site) -> dict[str, ParamSpec]:
+        if self.factors not in FACTORS:
+            nearest = nearest_name(self.factors, FACTORS) or " or ".join(FACTORS)
+            raise UnknownOption(f"TeRA has no factors '{self.factors}'", nearest=nearest)
+        sizes = self._modes(site.out_features, site.in_features)
+        ranks = self._ranks(sizes)
+        specs = {"tera_G": ParamSpec(ranks, self._draw(0), role=Role.FROZEN, shared=True)}
+        for k, shape in enumerate(zip(sizes, ranks, strict=True)):
+            if self.factors == "dense":
+                specs[f"tera_U_{k}"] = ParamSpec(shape, self._draw(k + 1), role=Role.FROZEN, shared=True)
+        zero = range(len(ranks))[self.zero_mode]
+        for k, rank in enumerate(ranks):
+            specs[f"tera_d_{k}"] = ParamSpec((rank,), _inits.zeros if k == zero else _ones, decay=False)
+        return specs
+
+    def weight(self, W: Tensor, p: Params) -> Tensor:
+        rows, columns = W.shape
+        sizes = self._modes(rows, columns)
+        ranks = self._ranks(sizes)
+        core = p.tera_G[tuple(slice(rank) for rank in ranks)]
+        scaled = [self._factor(p, k, *shape) for k, shape in enumerate(zip(sizes, ranks, strict=True))]
+        scale = columns**-0.5 if self.scale is None else self.scale
+        left, right = scaled[: self.order], scaled[self.order :]
+        inner = min(math.prod(ranks[: self.order]), math.prod(ranks[self.order :]))
+        if inner * (rows + columns) > rows * columns:
+            return W + scale * _expanded(core, scaled).reshape(rows, columns)
+        up, down = (functools.reduce(torch.kron, part) for part in (left, right))
+        return W + scale * up @ (core.reshape(up.shape[1], down.shape[1]) @ down.t())
+
+    def _modes(self, rows: int, columns: int) -> tuple[int, ...]:
+        return (*modes(rows, self.order), *modes(columns, self.order))
+
+    def _ranks(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        largest = None if self.factors == "identity" else self.r
+        return tuple(size if largest is None else min(size, largest) for size in sizes)
+
+    def _factor(self, p: Params, k: int, size: int, rank: int) -> Tensor:
+        """U_k·diag(d_k)."""
+        diagonal = getattr(p, f"tera_d_{k}")
+        if self.factors == "identity":
+            return torch.diag(diagonal)
+        return getattr(p, f"tera_U_{k}")[:size, :rank] * diagonal
+
+    def _draw(self, place: int) -> Init:
+        """Draws the ``place``-th of G ~ N(0, 1), U_k ~ N(0, 1/R_k), after those before it."""
+
+        def make(context: InitContext) -> Tensor:
+            generator = torch.Generator().manual_seed(self.seed)
+            names = ["tera_G", *(f"tera_U_{k}" for k in range(place))][:place]
+            for before in names:
+                torch.randn(getattr(context.params, before).shape, generator=generator)
+            drawn = torch.randn(context.shape, generator=generator)
+            return drawn if place == 0 else drawn * context.shape[1] ** -0.5
+
+        return make
+
+
+def _expanded(core: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """The core (R₁, …, R_K) with every mode multiplied by its factor (n_k, R_k): (n₁, …, n_K)."""
+    # Each step takes the first mode away and puts its image last, so that K of them restore the order.
+    return functools.reduce(lambda tensor, factor: torch.tensordot(tensor, factor, dims=([0], [1])), factors, core)
+
+
+def _ones(context: InitContext) -> Tensor:
+    return torch.ones(context.shape)

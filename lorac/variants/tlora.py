@@ -1,0 +1,172 @@
+"""TLoRA: a full-rank transform of the layer's input in tensor form, and a low-rank or tensor-ring residual.
+
+Tao et al. 2025, arXiv 2501.08727; names, scale and index order as in the authors' code (taozerui/tlora_diffusion).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from lorac.errors import SiteUnsupported, UnknownOption, nearest_name
+from lorac.ir.sites import Site
+from lorac.ir.types import Init, InitContext, Params, ParamSpec, SiteKind
+from lorac.variants import _inits
+from lorac.variants.base import WeightVariant
+
+Tensor = torch.Tensor
+_DIMS = ((4, 8, 10), (8, 8, 10), (8, 8, 12), (8, 10, 16), (8, 16, 16))
+"""The factors of the authors' code."""
+_RESIDUALS, _ORDERS = ("lora", "ttv"), ("big", "little")
+
+
+def _identity(context: InitContext) -> Tensor:
+    """I, or I/R in every pair of ring indices: the trace over the ring is then I. In float64, which 1/3 needs."""
+    size, _, *ring = context.shape
+    eye = torch.eye(size, dtype=torch.float64)
+    return eye if not ring else (eye / ring[0])[:, :, None, None].expand(context.shape).clone()
+
+
+def _kaiming_normal(context: InitContext) -> Tensor:
+    """N(0, 1/(3·fan_in)): kaiming_normal with a = √5."""
+    return _inits.normal((3 * context.shape[1]) ** -0.5)(context)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TLoRA(WeightVariant):
+    """``W' = W·T + s·Δ``, s = alpha/√r or alpha/r.
+
+    ``T[j, k] = tr(A¹[j₁, k₁] ⋯ Aᴰ[j_D, k_D])``, a tensor-ring matrix, A^d (i_d, i_d, R, R), or the Kronecker product of
+    A^d (i_d, i_d) for R = 1. Δ is ``B·A``, or ``Δ[a, j] = tr(B¹[a₁] ⋯ Bᴰ[a_D]·C¹[j₁] ⋯ Cᴰ[j_D])``, a tensor ring.
+
+    Attributes:
+        transform_rank: R; 0 for no transform.
+        r: rank of the residual, R' for a ring.
+        residual: ``"lora"`` or ``"ttv"`` (the ring).
+        alpha, rslora: s = alpha/√r under rslora, the code's default; the paper's formula is s = 1.
+        index_order: ``"big"``: the first factor is the slowest index (the code); ``"little"``: the fastest (the paper).
+        dims: factorisations to use, each for the size that is its product. Other sizes: the authors' table, else the
+            most balanced factors, as many as those of the other side.
+    """
+
+    transform_rank: int = 1
+    r: int = 1
+    residual: str = "lora"
+    alpha: float = 1
+    rslora: bool = True
+    index_order: str = "big"
+    dims: tuple[tuple[int, ...], ...] = ()
+
+    name: ClassVar[str] = "tlora"
+    paper: ClassVar[str] = (
+        "Transformed Low-rank Adaptation via Tensor Decomposition and Its Applications to Text-to-image Models, "
+        "arXiv 2501.08727"
+    )
+    kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.LINEAR})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "dims", tuple(tuple(factors) for factors in self.dims))
+        for field, allowed in (("residual", _RESIDUALS), ("index_order", _ORDERS)):
+            value = getattr(self, field)
+            if value not in allowed:
+                raise UnknownOption(
+                    f"TLoRA has no {field} {value!r}", nearest=nearest_name(str(value), allowed) or ", ".join(allowed)
+                )
+
+    @property
+    def scale(self) -> float:
+        """s."""
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+    def factors(self, size: int) -> tuple[int, ...]:
+        """The factorisation of one side of a layer."""
+        for known in (*self.dims, *_DIMS):
+            if math.prod(known) == size:
+                return known
+        return _balanced(size)
+
+    def check(self, site: Site) -> None:
+        super().check(site)
+        rows, columns = self.factors(site.out_features), self.factors(site.in_features)
+        if self.residual == "ttv" and len(rows) != len(columns):
+            raise SiteUnsupported(
+                f"TLoRA's ring needs as many factors of the outputs {rows} as of the inputs {columns} at '{site.path}'",
+                next_step="give dims= factorisations of equal length",
+            )
+
+    def params(self, site: Site) -> dict[str, ParamSpec]:
+        rows, columns = self.factors(site.out_features), self.factors(site.in_features)
+        specs = {}
+        if self.transform_rank > 0:
+            ring = () if self.transform_rank == 1 else (self.transform_rank,) * 2
+            for d, size in enumerate(columns):
+                specs[f"transform_core_{d}"] = ParamSpec((size, size, *ring), _identity)
+        if self.residual == "lora":
+            specs["lora_A"] = ParamSpec((self.r, site.in_features), _kaiming_normal)
+            specs["lora_B"] = ParamSpec((site.out_features, self.r), _inits.zeros)
+            return specs
+        for d, size in enumerate((*rows, *columns)):
+            init: Init = _inits.normal(size**-0.5)
+            if d < len(rows):
+                init = _inits.normal(math.sqrt(size) / self.r**2) if d else _inits.zeros
+            specs[f"ttv_core_{d}"] = ParamSpec((size, self.r, self.r), init)
+        return specs
+
+    def weight(self, W: Tensor, p: Params) -> Tensor:
+        cores = self._ordered(_cores(p, "transform_core_"))
+        turned = _times_ring(W, cores) if cores else W
+        if self.residual == "lora":
+            return turned + self.scale * (p.lora_B @ p.lora_A)
+        ring = _cores(p, "ttv_core_")
+        half = len(ring) // 2
+        # tr(L·R) = Σ L[p, q]·R[q, p]: a matrix product over pairs of ring indices.
+        left, right = (self._chain(part) for part in (ring[:half], ring[half:]))
+        return turned + (self.scale * left.flatten(1)) @ right.transpose(1, 2).flatten(1).t()
+
+    def _ordered(self, cores: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Cores from the slowest index to the fastest, each (n, n, R, R).
+
+        The ring's trace of the factors in reverse is that of the transposed ones in order.
+        """
+        whole = [core if core.dim() > 2 else core[:, :, None, None] for core in cores]
+        return whole if self.index_order == "big" else [core.transpose(2, 3) for core in reversed(whole)]
+
+    def _chain(self, cores: Sequence[Tensor]) -> Tensor:
+        """G¹[a₁] ⋯ Gᴰ[a_D] for every index a: (n, R, R)."""
+        total = cores[0]
+        for core in cores[1:]:
+            grid = torch.einsum("apq,bqr->abpr", total, core)
+            ordered = grid if self.index_order == "big" else grid.transpose(0, 1)
+            total = ordered.reshape(-1, *core.shape[1:])
+        return total
+
+
+def _cores(p: Params, prefix: str) -> list[Tensor]:
+    names = itertools.takewhile(lambda name: hasattr(p, name), (f"{prefix}{d}" for d in itertools.count()))
+    return [getattr(p, name) for name in names]
+
+
+def _times_ring(W: Tensor, cores: Sequence[Tensor]) -> Tensor:
+    """W (out, in)·T, one core after the other; T is never built."""
+    out, columns = W.shape
+    ring = cores[0].shape[2]
+    # (out·done, rest, first ring index, running ring index): the running one starts equal to the first.
+    state = torch.einsum("nj,pq->njpq", W, torch.eye(ring, dtype=W.dtype, device=W.device))
+    for core in cores:
+        done, rest, size = state.shape[0], state.shape[1], core.shape[0]
+        cut = state.reshape(done, size, rest // size, ring, ring)
+        state = torch.einsum("njmpq,jkqr->nkmpr", cut, core).reshape(done * size, rest // size, ring, ring)
+    return torch.einsum("nmpp->nm", state).reshape(out, columns)
+
+
+def _balanced(size: int) -> tuple[int, int, int]:
+    """Three factors in ascending order, of least sum."""
+    firsts = [d for d in range(1, size + 1) if size % d == 0]
+    triples = ((a, b, size // a // b) for a in firsts for b in firsts if a <= b and size // a % b == 0)
+    return min((t for t in triples if t[1] <= t[2]), key=sum)

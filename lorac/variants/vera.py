@@ -1,0 +1,80 @@
+"""VeRA: vector-based random matrix adaptation.
+
+Kopiczko et al. 2024, arXiv 2310.11454; shapes, start values and the draw of A and B as in PEFT.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from lorac.ir.sites import Site
+from lorac.ir.types import Dropout, InitContext, Params, ParamSpec, Role
+from lorac.variants import _inits
+from lorac.variants.base import WeightVariant
+
+Tensor = torch.Tensor
+
+
+def projections(r: int, out: int, columns: int, key: int) -> tuple[Tensor, Tensor]:
+    """A (r, columns) and B (out, r), float32, drawn one after the other from a CPU generator seeded with ``key``.
+
+    Both are U(±√(6 / size of the last axis)). The same bits as PEFT's where torch's generator gives the same bits.
+    """
+    generator = torch.Generator().manual_seed(key)
+    return _uniform((r, columns), generator), _uniform((out, r), generator)
+
+
+def _uniform(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    # Factor by factor as torch's kaiming_uniform rounds it: the bound decides the bits.
+    bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))
+    return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VeRA(WeightVariant):
+    """``W' = W + diag(λ_b)·B·diag(λ_d)·A``: A and B random, frozen, and the same tensors at every site.
+
+    A and B are as large as the largest site asks; a site uses the first in columns of A and the first out rows of B.
+
+    Attributes:
+        r: rank.
+        d_initial: what λ_d starts at.
+        projection_prng_key: seed of A and B.
+        dropout: rate of the dropout on the branch's input, in training.
+    """
+
+    r: int = 256
+    d_initial: float = 0.1
+    projection_prng_key: int = 0
+    dropout: float = 0.0
+
+    name: ClassVar[str] = "vera"
+    paper: ClassVar[str] = "VeRA: Vector-based Random Matrix Adaptation, arXiv 2310.11454"
+    dropout_place: ClassVar[Dropout] = Dropout.INPUT
+
+    def params(self, site: Site) -> dict[str, ParamSpec]:
+        return {
+            "vera_A": ParamSpec((self.r, site.in_features), self._draw_a, role=Role.FROZEN, shared=True),
+            "vera_B": ParamSpec((site.out_features, self.r), self._draw_b, role=Role.FROZEN, shared=True),
+            "vera_lambda_b": ParamSpec((site.out_features,), _inits.zeros),
+            "vera_lambda_d": ParamSpec((self.r,), self._start_d),
+        }
+
+    def weight(self, W: Tensor, p: Params) -> Tensor:
+        rows, columns = W.shape
+        up = p.vera_lambda_b[:, None] * p.vera_B[:rows]
+        down = p.vera_lambda_d[:, None] * p.vera_A[:, :columns]
+        return W + up @ down
+
+    def _draw_a(self, context: InitContext) -> Tensor:
+        return projections(self.r, 0, context.shape[1], self.projection_prng_key)[0]
+
+    def _draw_b(self, context: InitContext) -> Tensor:
+        return projections(self.r, context.shape[0], context.params.vera_A.shape[1], self.projection_prng_key)[1]
+
+    def _start_d(self, context: InitContext) -> Tensor:
+        return torch.full(context.shape, self.d_initial)

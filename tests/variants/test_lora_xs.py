@@ -1,0 +1,110 @@
+"""LoRA-XS by hand: a core between the weight's own singular vectors."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import lorac
+from lorac.ir.forms import LowRank
+from lorac.ir.sites import Site
+from lorac.ir.types import Role, SiteKind
+from lorac.testing import HOSTS, Case
+from tests import parity
+
+
+def fresh(model, **fields):
+    compiled = lorac.compile(model, {"a": lorac.LoRAXS(targets=("site",), **fields)}, mode="fused", active=None)
+    return compiled.adapters["a"]
+
+
+def best(W, r):
+    """The truncated SVD of W."""
+    u, s, v = torch.linalg.svd(W, full_matrices=False)
+    return (u[:, :r] * s[:r]) @ v[:r]
+
+
+@torch.no_grad()
+def merged(model, adapter, core):
+    adapter.tensors["site"]["lora_latent"].copy_(core)
+    return lorac.compile(model, {"a": adapter}, mode="fused").host.site.weight
+
+
+@pytest.mark.parametrize(("r", "host"), [(3, "linear"), (2, "no_bias")])
+def test_core_of_ones_adds_the_truncated_weight(r, host):
+    model = HOSTS[host].model()
+    weight, adapter = model.site.weight.detach(), fresh(model, r=r, alpha=r)
+    torch.testing.assert_close(merged(model, adapter, torch.eye(r)), weight + best(weight, r))
+    assert torch.equal(merged(model, adapter, torch.zeros(r, r)), weight)
+
+
+def test_factors_are_frozen_singular_vectors():
+    model = HOSTS["linear"].model()
+    p = fresh(model, r=3).tensors["site"]
+    b, a = p["lora_B"], p["lora_A"]
+    torch.testing.assert_close(b.t() @ b, torch.eye(3, dtype=torch.float64))
+    values = torch.linalg.svdvals(model.site.weight.detach())[:3]
+    torch.testing.assert_close(a @ a.t(), torch.diag(values.square()))
+    assert (b.gather(0, b.abs().argmax(0, keepdim=True)) > 0).all()
+    assert p["lora_latent"].std() < 1e-4
+    again = fresh(model, r=3).tensors["site"]
+    assert all(torch.equal(again[name], tensor) for name, tensor in p.items())
+
+
+def test_a_large_weight_is_decomposed_from_a_sketch():
+    """600 x 640, with a spectrum that falls slowly: the sketch finds what the whole SVD does."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(640, 600, generator=generator, dtype=torch.float64)
+    weight *= torch.arange(1, 601, dtype=torch.float64) ** -0.5
+    model = nn.Sequential()
+    model.add_module("site", nn.Linear(600, 640, bias=False, dtype=torch.float64))
+    model.site.weight.data.copy_(weight)
+    state = torch.get_rng_state()
+    p = fresh(model, r=4).tensors["site"]
+    assert torch.equal(torch.get_rng_state(), state)
+    expected = best(weight, 4)
+    assert (p["lora_B"] @ p["lora_A"] - expected).norm() < 1e-4 * expected.norm()
+
+
+@torch.no_grad()
+def test_is_the_lora_with_the_core_folded_in():
+    case = Case(lorac.LoRAXS(r=3, alpha=5), HOSTS["linear"])
+    p = case.a.tensors["site"]
+    tensors = {"lora_A": p["lora_latent"] @ p["lora_A"], "lora_B": p["lora_B"]}
+    lora = lorac.Adapter("b", lorac.LoRA(r=3, alpha=5, targets=("site",)), {"site": tensors})
+    parity.assert_parity(case.live(case.x), lorac.compile(case.model, {"b": lora})(case.x), case.base(case.x))
+    value = case.live.pool["a"].values["site"]
+    assert isinstance(value, LowRank)
+    assert value.rank == 3
+
+
+def test_gradient_of_the_core_is_that_of_the_weight_projected():
+    case = Case(lorac.LoRAXS(r=3, alpha=5), HOSTS["linear"])
+    compiled = case.compiled(case.a).train()
+    compiled(case.x).square().sum().backward()
+    p = compiled.adapters["a"].tensors["site"]
+    y = compiled(case.x).detach()
+    of_weight = (2 * y).t() @ case.x
+    torch.testing.assert_close(p["lora_latent"].grad, 5 / 3 * p["lora_B"].t() @ of_weight @ p["lora_A"].t())
+
+
+def test_more_vectors_than_there_are():
+    with pytest.raises(lorac.SiteUnsupported, match="no 8 singular vectors") as error:
+        lorac.compile(HOSTS["linear"].model(), {"a": lorac.LoRAXS(r=8, targets=("site",))})
+    assert error.value.nearest == "r=7"
+
+
+@pytest.mark.parametrize(
+    ("r", "shapes", "total"),
+    [
+        (96, 32 * [(4096, 4096)] * 2 + 32 * [(1024, 4096)] * 2 + 32 * [(14336, 4096)] * 3, 2_064_384),
+        (24, 24 * [(1024, 1024)] * 2 + 24 * [(1024, 1024), (1024, 4096)], 55_296),
+    ],
+    ids=["mistral-7b", "roberta-large"],
+)
+def test_published_counts(r, shapes, total):
+    variant = lorac.LoRAXS(r=r)
+    sites = [Site("site", SiteKind.LINEAR, out, columns, torch.float32, "site.weight") for out, columns in shapes]
+    specs = [spec for site in sites for spec in variant.params(site).values() if spec.role is Role.TRAINABLE]
+    assert sum(math.prod(spec.shape) for spec in specs) == total

@@ -1,0 +1,95 @@
+"""OFT by hand: blocks, the series and the inverse, embeddings, and sizes that do not divide."""
+
+import pytest
+import torch
+from torch import nn
+
+import lorac
+from lorac.errors import SiteUnsupported, UnknownOption
+from lorac.ir.forms import Dense
+from lorac.testing import HOSTS, Case
+from lorac.variants.oft import OFT, nearest_divisor
+
+
+def tensor(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+SERIES = tensor([[0.9801, 0.198], [-0.198, 0.9801]])
+EXACT = tensor([[0.980198, -0.198020], [0.198020, 0.980198]])
+
+
+@pytest.mark.parametrize(("settings", "expected"), [({}, SERIES), ({"use_cayley_neumann": False}, EXACT)])
+def test_worked_rotation(settings, expected):
+    """The spec's block: Q₁₂ = 0.1. The inverse turns the other way round."""
+    found = OFT(block_size=2, **settings).rotations(tensor([[0.1]]))[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-7)
+
+
+def test_terms_of_the_series():
+    q = tensor([[0.0, 0.1], [-0.1, 0.0]])
+    eye = torch.eye(2, dtype=torch.float64)
+    expected = {
+        1: eye,
+        2: eye + 2 * q,
+        3: eye + 2 * q + 2 * q @ q + q @ q @ q,
+        4: eye + 2 * q + 2 * q @ q + q @ q @ q,
+        5: eye + 2 * q + 2 * q @ q + 2 * q @ q @ q + q @ q @ q @ q,
+    }
+    for terms, value in expected.items():
+        found = OFT(block_size=2, num_cayley_neumann_terms=terms).rotations(tensor([[0.1]]))[0]
+        torch.testing.assert_close(found, value, rtol=1e-14, atol=1e-14)
+
+
+def test_the_triangle_is_read_by_rows():
+    found = OFT(block_size=3, num_cayley_neumann_terms=2).rotations(tensor([[0.1, 0.2, 0.3]]))[0]
+    assert found.tolist() == [[1.0, 0.2, 0.4], [-0.2, 1.0, 0.6], [-0.4, -0.6, 1.0]]
+
+
+def test_the_constraint():
+    """Each block's norm is at most eps/√blocks; a shared block is one."""
+    upper = tensor([[3.0], [0.001]])
+    variant = OFT(block_size=2, num_cayley_neumann_terms=2, coft=True, eps=0.02)
+    q = (variant.rotations(upper) - torch.eye(2, dtype=torch.float64)) / 2
+    norms = torch.linalg.vector_norm(q, dim=(1, 2))
+    torch.testing.assert_close(norms, tensor([0.02 / 2**0.5, 0.001 * 2**0.5]))
+    shared = (variant.rotations(upper[:1]) - torch.eye(2, dtype=torch.float64)) / 2
+    torch.testing.assert_close(torch.linalg.vector_norm(shared), tensor(0.02))
+
+
+@torch.no_grad()
+def test_an_embedding_is_rotated_in_its_own_dimensions():
+    model = nn.Sequential()
+    model.add_module("site", nn.Embedding(3, 2, dtype=torch.float64))
+    model.site.weight.data = tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 3.0]])
+    tensors = {"site": {"oft_embedding_R": tensor([[0.1]])}}
+    adapter = lorac.Adapter("a", OFT(block_size=2, targets=("site",)), tensors)
+    compiled = lorac.compile(model, {"a": adapter})
+    torch.testing.assert_close(compiled(torch.tensor([0, 1, 2])), model.site.weight @ SERIES, rtol=1e-12, atol=1e-12)
+
+
+def test_is_dense_and_orthogonal():
+    case = Case(OFT(block_size=4, use_cayley_neumann=False), HOSTS["divisible"])
+    value = case.live.pool["a"].values["site"]
+    assert isinstance(value, Dense)
+    torch.testing.assert_close(value.weight @ value.weight.t(), case.weight @ case.weight.t())
+
+
+@pytest.mark.parametrize(
+    ("number", "wanted", "found"), [(12, 3, 3), (12, 5, 4), (48, 32, 24), (14, 5, 7), (10, 7, 5), (9, 6, 3), (7, 32, 7)]
+)
+def test_nearest_divisor(number, wanted, found):
+    """Of two equally near, as 3 and 9 are to 6, the lower."""
+    assert nearest_divisor(number, wanted) == found
+
+
+def test_blocks_of_one_feature_are_refused():
+    model = HOSTS["linear"].model()
+    with pytest.raises(SiteUnsupported, match="blocks of size 1"):
+        lorac.compile(model, {"a": OFT(block_size=2, targets=("site",))})  # of 7, to which 1 is nearest
+
+
+def test_one_of_two_sizes():
+    for fields in ({"r": 2}, {"block_size": 0}):
+        with pytest.raises(UnknownOption, match="a number of blocks or their size"):
+            OFT(**fields)

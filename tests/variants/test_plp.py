@@ -1,0 +1,125 @@
+"""Partly learnable projections by hand."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+import lorac
+from lorac.ir.forms import LowRank
+from lorac.ir.types import InitContext, Params, Role, SiteKind
+from lorac.testing import HOSTS, Case, Host, conformance
+from lorac.testing.hosts import OneSite
+from tests.oracles import plp as oracle
+
+SQUARE = Host(
+    "square",
+    SiteKind.LINEAR,
+    lambda: OneSite(nn.Linear(10, 10)),
+    (10,),
+    lambda x, weight, bias: x @ weight.T + bias,
+)
+
+
+def tensor(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def fresh(host=SQUARE, **fields):
+    """The tensors of a fresh adapter, and W' − W."""
+    case = Case(lorac.PLP(**{"r": 4, **fields}), host)
+    p = lorac.compile(case.model, {"a": case.variant}).adapters["a"].tensors["site"]
+    with torch.no_grad():
+        return p, case.variant.weight(case.weight, Params(**p)) - case.weight
+
+
+def test_worked_example():
+    """A=[[1,0]], E=[[0,2]], C=[[0],[1]], D=[[3],[4]]."""
+    p = Params(
+        up_frozen=tensor([[1, 0]]),
+        up_learned=tensor([[0, 2]]),
+        down_frozen=tensor([[0], [1]]),
+        down_learned=tensor([[3], [4]]),
+    )
+    zeros = torch.zeros(2, 2, dtype=torch.float64)
+    assert lorac.PLP(r=2).weight(zeros, p).tolist() == [[0, 3], [2, 8]]
+    p.up_frozen[0, 1] = 5
+    assert lorac.PLP(r=2).weight(zeros, p).tolist() == [[5, 23], [2, 8]]
+    assert lorac.PLP(r=2, identity_init=True).weight(zeros, p).tolist() == [[0, 23], [2, 8]]
+
+
+CHECKS = conformance(lorac.PLP(r=3, identity_init=True), oracle, targets=(), hosts={"square": SQUARE})
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=str)
+def test_conforms_at_square_sites(check):
+    check()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("basis", ["rows", "exact", "none"])
+@pytest.mark.parametrize("identity_init", [False, True])
+def test_where_a_square_site_begins(basis, identity_init):
+    p, moved = fresh(basis=basis, identity_init=identity_init)
+    fixed = p["up_frozen"] @ p["down_frozen"]
+    assert bool(fixed.any()) == (basis == "rows")
+    assert bool(p["up_frozen"].any()) == (basis != "none")
+    if identity_init or basis == "none":
+        assert not moved.any()
+    else:
+        assert moved.any()
+        assert not moved[5:].any()
+        torch.testing.assert_close(moved[:5, :5], fixed)
+
+
+def test_other_sites_begin_at_the_identity():
+    p, moved = fresh(HOSTS["divisible"], r=2)
+    assert not moved.any()
+    assert not p["up_frozen"].any() and p["down_frozen"].any() and p["down_learned"].any()
+
+
+def test_bases_are_disjoint_rows_of_one_matrix():
+    """Of a square site 1280 wide the two halves are all its rows, and its columns are orthonormal."""
+    site = dataclasses.replace(SQUARE.site, out_features=1280, in_features=1280)
+    specs = lorac.PLP(r=8).params(site)
+    generator = torch.Generator().manual_seed(3)
+    a, c = (
+        specs[name].init(InitContext(specs[name].shape, site, lambda: None, Params(), generator, "a"))
+        for name in ("up_frozen", "down_frozen")
+    )
+    assert (a.shape, c.shape) == ((640, 8), (8, 640))
+    basis = torch.cat([a, c.t()])
+    torch.testing.assert_close(basis.t() @ basis, torch.eye(8), rtol=0, atol=1e-5)
+    assert len(basis.unique(dim=0)) == 1280
+
+
+def test_swapping_the_content_changes_its_columns_alone():
+    """The recombination: the style's whole up, its frozen down, the content's learned down."""
+    style = Case(lorac.PLP(r=2), HOSTS["no_bias"])
+    content = style.b.tensors["site"]
+    mixed = {**style.a.tensors["site"], "down_learned": content["down_learned"]}
+    before, after = (style.variant.weight(style.weight, Params(**p)) for p in (style.a.tensors["site"], mixed))
+    left = style.weight.shape[1] // 2
+    assert torch.equal(before[:, :left], after[:, :left])
+    assert (before[:, left:] != after[:, left:]).all()
+
+
+@pytest.mark.parametrize(("identity_init", "rank"), [(False, 2), (True, 4)])
+def test_lowers_to_low_rank(identity_init, rank):
+    case = Case(lorac.PLP(r=2, identity_init=identity_init), SQUARE)
+    value = case.live.pool["a"].values["site"]
+    assert isinstance(value, LowRank)
+    assert value.rank == rank
+
+
+def test_half_of_each_factor_trains():
+    specs = lorac.PLP(r=3).params(HOSTS["linear"].site)  # 7 -> 11
+    shapes = {name: spec.shape for name, spec in specs.items() if spec.role is Role.TRAINABLE}
+    assert shapes == {"up_learned": (6, 3), "down_learned": (3, 4)}
+
+
+def test_unknown_basis():
+    with pytest.raises(lorac.UnknownOption, match="no basis named 'row'") as error:
+        lorac.PLP(basis="row")
+    assert error.value.nearest == "rows"

@@ -1,0 +1,180 @@
+"""TeRA by hand: its special cases, the law of its rank, and one core for all sites."""
+
+import pytest
+import torch
+from torch import nn
+
+import lorac
+from lorac.ir.forms import Dense, LowRank
+from lorac.ir.sites import Site
+from lorac.ir.types import Params, SiteKind
+from lorac.testing import conformance
+from lorac.variants.tera import modes
+from tests.oracles import tera as oracle
+
+
+def tensor(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def site(out, columns):
+    return Site("site", SiteKind.LINEAR, out, columns, torch.float32, "site.weight")
+
+
+def random(variant, out, columns, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    specs = variant.params(site(out, columns))
+    return {n: torch.randn(spec.shape, generator=generator, dtype=torch.float64) for n, spec in specs.items()}
+
+
+def delta(variant, out, columns, tensors):
+    return variant.weight(torch.zeros(out, columns, dtype=torch.float64), Params(**tensors))
+
+
+def test_worked_example():
+    tensors = {
+        "tera_G": tensor([[1.0, 2.0], [3.0, 4.0]]),
+        "tera_d_0": tensor([1.0, 2.0]),
+        "tera_d_1": tensor([1.0, 0.5]),
+    }
+    variant = lorac.TeRA(order=1, factors="identity", scale=1)
+    assert delta(variant, 2, 2, tensors).tolist() == [[1.0, 1.0], [6.0, 4.0]]
+
+
+def test_order_one_holds_vera():
+    tensors = random(lorac.TeRA(order=1, scale=1), 11, 7)
+    tensors["tera_U_0"] = torch.eye(11, dtype=torch.float64)
+    vera = {
+        "vera_A": tensors["tera_U_1"].t(),
+        "vera_B": tensors["tera_G"],
+        "vera_lambda_b": tensors["tera_d_0"],
+        "vera_lambda_d": tensors["tera_d_1"],
+    }
+    found = delta(lorac.TeRA(order=1, scale=1), 11, 7, tensors)
+    torch.testing.assert_close(found, delta(lorac.VeRA(r=7), 11, 7, vera), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("r", [1, 2, 3, 4])
+def test_the_law_of_its_rank(r):
+    variant = lorac.TeRA(r=r)
+    tensors = random(variant, 16, 16)
+    assert torch.linalg.matrix_rank(delta(variant, 16, 16, tensors)) == r * r
+    assert sum(t.numel() for name, t in tensors.items() if name.startswith("tera_d")) == 4 * r
+
+
+def test_it_is_linear_in_every_vector():
+    variant = lorac.TeRA(r=2)
+    tensors = random(variant, 12, 6)
+    for k in range(4):
+        scaled = {**tensors, f"tera_d_{k}": 3 * tensors[f"tera_d_{k}"]}
+        torch.testing.assert_close(delta(variant, 12, 6, scaled), 3 * delta(variant, 12, 6, tensors))
+
+
+@pytest.mark.parametrize(
+    ("size", "order", "expected"),
+    [
+        (4096, 2, (64, 64)),
+        (11008, 2, (86, 128)),
+        (13, 2, (1, 13)),
+        (64, 3, (4, 4, 4)),
+        (7, 1, (7,)),
+        (1, 2, (1, 1)),
+    ],
+)
+def test_modes(size, order, expected):
+    assert modes(size, order) == expected
+
+
+def test_a_count_of_the_specification():
+    """4096 x 4096 at full rank: four vectors of 64."""
+    specs = lorac.TeRA().params(site(4096, 4096))
+    assert sum(spec.shape[0] for spec in specs.values() if not spec.shared) == 256
+
+
+class Host(nn.Module):
+    """Two layers of one shape and a smaller one."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(16, 24), nn.Linear(16, 24)
+        self.three = nn.Linear(24, 10)
+
+    def forward(self, x):
+        return self.three(torch.tanh(self.one(x)) * self.two(x))
+
+
+TARGETS = ("one", "two", "three")
+
+
+def fresh(**fields):
+    model = Host().double().eval()
+    return model, lorac.compile(model, {"a": lorac.TeRA(targets=TARGETS, **fields)})
+
+
+@torch.no_grad()
+def test_one_core_for_all_sites(tmp_path):
+    model, compiled = fresh()
+    adapter = compiled.adapters["a"]
+    for name in ("tera_G", "tera_U_0", "tera_U_3"):
+        assert len({id(tensors[name]) for tensors in adapter.tensors.values()}) == 1
+    assert adapter.tensors["one"]["tera_G"].shape == (4, 6, 4, 6)
+    lorac.save_adapter(adapter, tmp_path / "a.safetensors", format="native", model=model)
+    assert (tmp_path / "a.safetensors").stat().st_size < 8 * adapter.numel() + 16_000
+    assert lorac.load_adapter(tmp_path / "a.safetensors", model).numel() == adapter.numel()
+
+
+def test_the_seed_alone_tells_core_and_factors():
+    (_, one), (_, two), (_, other) = fresh(), fresh(), fresh(seed=1)
+    for name in ("tera_G", "tera_U_0", "tera_U_1", "tera_U_2", "tera_U_3"):
+        first, second, third = (c.adapters["a"].tensors["one"][name] for c in (one, two, other))
+        assert torch.equal(first, second)
+        assert not torch.equal(first, third)
+
+
+@torch.no_grad()
+def test_at_ones_an_entry_is_as_large_as_a_linears():
+    """std(ΔW) = 1/√in, so that one learning rate serves all shapes."""
+    _, compiled = fresh()
+    tensors = {name: torch.ones_like(t) if "_d_" in name else t for name, t in _at(compiled, "one").items()}
+    found = delta(lorac.TeRA(), 24, 16, tensors).std()
+    assert 0.5 < found * 16**0.5 < 2
+
+
+def _at(compiled, path):
+    return compiled.adapters["a"].tensors[path]
+
+
+@pytest.mark.parametrize(("zero_mode", "k"), [(-1, 3), (0, 0), (2, 2)])
+def test_one_vector_starts_at_zero(zero_mode, k):
+    _, compiled = fresh(zero_mode=zero_mode)
+    starts = [_at(compiled, "three")[f"tera_d_{i}"] for i in range(4)]
+    assert [bool(t.any()) for t in starts] == [i != k for i in range(4)]
+
+
+@pytest.mark.parametrize(("fields", "form"), [({"r": 2}, LowRank), ({}, Dense), ({"factors": "identity"}, Dense)])
+def test_form(fields, form):
+    _, compiled = fresh(**fields)
+    values = compiled.pool["a"].values
+    assert isinstance(values["one"], form)
+    if form is LowRank:
+        assert values["one"].rank == 4
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        check
+        for fields in ({"factors": "identity"}, {"order": 1}, {"order": 3, "r": 2}, {"r": None})
+        for check in conformance(lorac.TeRA(**fields), oracle, targets=())
+        if check.name.endswith(("linear-formula", "conv-formula", "embedding-formula"))
+    ],
+    ids=str,
+)
+def test_every_completion_is_the_oracle(check):
+    check()
+
+
+def test_an_unknown_kind_of_factors():
+    with pytest.raises(lorac.UnknownOption, match="no factors 'identiy'") as error:
+        fresh(factors="identiy")
+    assert error.value.nearest == "identity"
