@@ -109,9 +109,9 @@ def _checkpoints(name: str, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def _runs() -> Iterator[Any]:
-    """Every model in every mode; where a capture takes long, baking waits for the long run."""
+    """Every model in every mode; what bakes more than the small ones waits for the long run."""
     for name, mode in itertools.product(ADAPTERS, ("live", "fused", "baked")):
-        late = mode == "baked" and name in {"tiny_t5", "tiny_llama"}
+        late = mode == "baked" and name not in {"plain_mlp", "plain_conv", "tiny_bert"}
         yield pytest.param(name, mode, marks=pytest.mark.slow if late else ())
 
 

@@ -10,7 +10,25 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft import LoraConfig, PeftType, ShiraConfig
+from peft import (
+    AdaLoraConfig,
+    BOFTConfig,
+    FourierFTConfig,
+    HiraConfig,
+    HRAConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    MissConfig,
+    OFTConfig,
+    PeftType,
+    RandLoraConfig,
+    ShiraConfig,
+    VBLoRAConfig,
+    VeraConfig,
+)
 
 from lorac.errors import UnknownField, UnsupportedField
 from lorac.formats import load_adapter
@@ -21,7 +39,24 @@ from lorac.variants.lora import LoRA
 from tests import peft_files
 from tests.zoo import ZOO
 
-CLASSES = {"LORA": LoraConfig, "SHIRA": ShiraConfig}
+CLASSES = {
+    "ADALORA": AdaLoraConfig,
+    "BOFT": BOFTConfig,
+    "FOURIERFT": FourierFTConfig,
+    "HIRA": HiraConfig,
+    "HRA": HRAConfig,
+    "IA3": IA3Config,
+    "LN_TUNING": LNTuningConfig,
+    "LOHA": LoHaConfig,
+    "LOKR": LoKrConfig,
+    "LORA": LoraConfig,
+    "MISS": MissConfig,
+    "OFT": OFTConfig,
+    "RANDLORA": RandLoraConfig,
+    "SHIRA": ShiraConfig,
+    "VBLORA": VBLoRAConfig,
+    "VERA": VeraConfig,
+}
 
 
 def test_every_type_has_a_class_here() -> None:
@@ -146,7 +181,7 @@ def test_unknown_field(folder: Path) -> None:
         ("lora", UnknownField, "LORA"),
         (None, UnknownField, None),
         (["LORA"], UnknownField, None),
-        ("LOHA", UnsupportedField, None),
+        ("C3A", UnsupportedField, None),
     ],
 )
 def test_peft_type(folder: Path, value: object, error: type[Exception], nearest: str | None) -> None:

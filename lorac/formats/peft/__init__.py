@@ -6,14 +6,16 @@ The PEFT types are the modules of this package that define `METHOD`; the rest is
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from lorac.errors import CorruptFile
+from lorac.errors import BaseNeeded, CorruptFile
 from lorac.formats._files import read_json, read_pickle, read_safetensors
-from lorac.formats._fit import check_site, in_order
+from lorac.formats._fit import check_site, in_order, no_site
 from lorac.formats._format import Format
 from lorac.formats._hash import tensor_hash
 from lorac.formats._layout import LAYOUT, describe
@@ -22,7 +24,7 @@ from lorac.formats.peft.config import method_of, read_config, variant_of
 from lorac.formats.peft.keys import Contents, read_keys
 from lorac.formats.peft.method import Method
 from lorac.formats.peft.save import BASE, CONFIG, WEIGHTS, save
-from lorac.ir.sites import Site
+from lorac.ir.sites import Site, find_sites
 from lorac.variants.base import Adapter
 
 _PICKLED = "adapter_model.bin"
@@ -60,7 +62,8 @@ def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
             "tied": contents.tied,
         },
     )
-    told = _sites(adapter, method, contents)
+    contents.shared = _shared(adapter, method, contents, values, model)
+    told = _sites(adapter, method, contents, model)
     if model is None:
         against_itself(adapter, told, values)
         adapter.replaced |= contents.whole
@@ -85,14 +88,53 @@ def _weights(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     )
 
 
-def _sites(adapter: Adapter, method: Method, contents: Contents) -> dict[str, Site]:
+def _sites(adapter: Adapter, method: Method, contents: Contents, model: nn.Module | None) -> dict[str, Site]:
     """Fill in the adapter's tensors; return its sites as far as the file tells them."""
     told = {}
+    sites = find_sites(model) if method.make_site and model is not None else {}
     for path, stored in contents.sites.items():
-        site, adapter.tensors[path] = method.read_site(adapter.variant, path, stored)
-        check_site(adapter.name, adapter.variant, site, adapter.tensors[path])
+        site, tensors = method.read_site(adapter.variant, path, {**stored, **contents.shared})
+        if method.make_site is not None:
+            site = _known(adapter, method, path, sites, model)
+            tensors = {**method.make_site(adapter.variant.at(site), site), **tensors}
+        adapter.tensors[path] = tensors
+        check_site(adapter.name, adapter.variant, site, tensors)
         told[path] = site
     return told
+
+
+def _known(adapter: Adapter, method: Method, path: str, sites: Mapping[str, Site], model: nn.Module | None) -> Site:
+    """The model's site at a path, for files that mean nothing without it."""
+    if model is None:
+        raise BaseNeeded(
+            f"a file of peft_type {method.peft_type} does not tell the shapes of adapter '{adapter.name}'",
+            next_step="pass model=",
+        )
+    if path not in sites:
+        raise no_site(adapter.name, path, sites, model)
+    return sites[path]
+
+
+def _shared(
+    adapter: Adapter, method: Method, contents: Contents, values: Mapping[str, Any], model: nn.Module | None
+) -> dict[str, torch.Tensor]:
+    """The tensors that all sites have in common, from the file or from the seed it names."""
+    missing = [name for name in method.shared if name not in contents.shared]
+    if not missing:
+        return contents.shared
+    made: dict[str, torch.Tensor] = {}
+    if method.make_shared is not None:
+        sites = find_sites(model) if model is not None else {}
+        strange = [path for path in contents.sites if path not in sites]
+        if strange and model is not None:
+            raise no_site(adapter.name, strange[0], sites, model)
+        made = method.make_shared(values, [sites[path] for path in contents.sites if path in sites])
+    if not set(missing) <= made.keys():
+        raise CorruptFile(
+            f"the file of adapter '{adapter.name}' lacks '{missing[0]}', which all its sites have in common",
+            next_step="save the adapter again, with save_projection=True where its configuration has that",
+        )
+    return {**made, **contents.shared}
 
 
 FORMAT = Format(

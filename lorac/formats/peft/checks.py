@@ -12,7 +12,7 @@ from lorac.errors import BaseMismatch, CorruptFile, ShapeMismatch, SiteUnsupport
 from lorac.formats._fit import check_adapter, check_replaced, named_tensors, no_site
 from lorac.formats._layout import same_layout
 from lorac.formats.peft.config import ALL_LINEAR
-from lorac.formats.peft.keys import Contents, embedding_modules, saved
+from lorac.formats.peft.keys import Contents, copied_module, embedding_modules, saved
 from lorac.formats.peft.method import Method
 from lorac.ir.patterns import nothing_matches, select
 from lorac.ir.sites import Site, find_sites
@@ -29,7 +29,7 @@ def against_itself(adapter: Adapter, told: Mapping[str, Site], values: Mapping[s
         CorruptFile: There is no site at all.
         UnusedTensors: A site is not targeted: PEFT would ignore its tensors in silence.
     """
-    if not told:
+    if not told and not _copies(adapter):
         raise CorruptFile(f"the file of adapter '{adapter.name}' holds no tensor of its method")
     _only_targeted(adapter, told, targeted(adapter.variant, told), values)
 
@@ -58,7 +58,7 @@ def against_model(
     wanted = targeted(adapter.variant, sites, model)
     strange = [no_site(adapter.name, path, sites, model) for path in told if path not in sites]
     strange.sort(key=lambda error: not isinstance(error, SiteUnsupported))
-    if not wanted and not (strange and isinstance(strange[0], SiteUnsupported)):
+    if not wanted and not _copies(adapter) and not (strange and isinstance(strange[0], SiteUnsupported)):
         raise nothing_matches(adapter.name, adapter.variant.targets, sites)
     if strange:
         raise strange[0]
@@ -97,12 +97,13 @@ def targeted(variant: Variant, sites: Mapping[str, Site], model: nn.Module | Non
         layers_pattern=variant.layers_pattern,
         saved=variant.modules_to_save,
     )
-    return [site.path for site in found if site.kind in variant.kinds]
+    return [site.path for site in found if site.kind in variant.kinds and variant.adapts(site)]
 
 
 def saved_names(variant: Variant, model: nn.Module) -> list[str]:
-    """Every parameter and buffer that PEFT saves for modules_to_save."""
-    return [name for name in model.state_dict(keep_vars=True) if saved(name, variant.modules_to_save)]
+    """Every parameter and buffer that PEFT saves for modules_to_save, or as part of a copied module."""
+    every = model.state_dict(keep_vars=True)
+    return [name for name in every if saved(name, variant.modules_to_save) or copied_module(variant, name)]
 
 
 def tie(adapter: Adapter, path: str, sites: Mapping[str, Site]) -> str | None:
@@ -123,6 +124,11 @@ def tie(adapter: Adapter, path: str, sites: Mapping[str, Site]) -> str | None:
             own |= crossed
             return other
     return None
+
+
+def _copies(adapter: Adapter) -> bool:
+    """Whether the adapter holds a copy of a module that its method trains whole."""
+    return any(copied_module(adapter.variant, name) for name in adapter.replaced)
 
 
 def _only_targeted(

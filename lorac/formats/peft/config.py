@@ -190,15 +190,15 @@ def variant_of(values: Mapping[str, Any], method: Method, path: Path) -> Variant
     kind = next(
         kind for kind, picks in method.variants.items() if all(values[name] == value for name, value in picks.items())
     )
-    own = {field.name for field in dataclasses.fields(kind)}
+    picks, own = method.variants[kind], {field.name for field in dataclasses.fields(kind)}
     chosen = {}
     for name, field in method.fields.items():
         if field.to in own:
             chosen[field.to] = values[name]
-        elif field.to and values[name] != field.read(field.default):
+        elif field.use is Use.APPLIED and field.to and name not in picks and values[name] != field.read(field.default):
             raise UnsupportedField(
                 f"'{path}' sets {name}={values[name]!r} together with "
-                + ", ".join(f"{n}={v!r}" for n, v in method.variants[kind].items()),
+                + ", ".join(f"{n}={v!r}" for n, v in picks.items()),
                 next_step="PEFT does not combine them either",
             )
     if isinstance(values["target_modules"], str) and values.get("layers_to_transform"):
@@ -226,7 +226,7 @@ def write_config(variant: Variant, method: Method, given: Mapping[str, Any], kep
             continue
         written[name] = field.default
         if field.kept:
-            written[name] = kept.get(name, field.default)
+            written[name] = field.write(kept.get(name, field.default))
         elif field.to and hasattr(variant, field.to):
             written[name] = field.write(getattr(variant, field.to))
     written |= {"peft_type": method.peft_type, "inference_mode": True}

@@ -4,6 +4,8 @@ Source: peft.utils.save_and_load.get_peft_model_state_dict and peft.utils.other 
 the prefix and the adapter's name taken off:
 
     <site>.<suffix>                      a tensor of the method
+    <module>.<copied>.<parameter>        of a module of which the method trains a copy
+    base_model.<shared>, <site>.<shared> a tensor that all sites have in common, and copies of it
     <saved module>.<parameter>           modules_to_save; with bias="all" also two copies of its bias
                                          under .original_module and .modules_to_save
     <tied module>.weight                 under ensure_weight_tying: the saved embedding once more
@@ -24,9 +26,12 @@ from torch import nn
 
 from lorac.errors import CorruptFile, UnusedTensors, nearest_name
 from lorac.formats.peft.method import Method
+from lorac.ir.patterns import names
+from lorac.variants.base import Variant
 
 Tensor = torch.Tensor
 PREFIX = "base_model.model."
+SHARED_PREFIX = "base_model."
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 """Modules that PEFT takes for embeddings by their name alone (EMBEDDING_LAYER_NAMES)."""
 
@@ -37,6 +42,7 @@ class Contents:
 
     Attributes:
         sites: Site path -> suffix -> tensor.
+        shared: Name -> tensor that all sites have in common.
         replaced: Parameter of the model -> what takes its place.
         copies: Parameter of the model -> the base's own value, as saved.
         whole: Parameter of an embedding -> its value, the base's own or another.
@@ -44,6 +50,7 @@ class Contents:
     """
 
     sites: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    shared: dict[str, Tensor] = field(default_factory=dict)
     replaced: dict[str, Tensor] = field(default_factory=dict)
     copies: dict[str, Tensor] = field(default_factory=dict)
     whole: dict[str, Tensor] = field(default_factory=dict)
@@ -76,8 +83,10 @@ def read_keys(
         CorruptFile: Two copies of one thing differ.
     """
     reading = _Reading(method, values, frozenset(_embeddings(model)))
+    shared = {SHARED_PREFIX + name: name for name in method.shared}
+    reading.found.shared = {shared[key]: tensor for key, tensor in tensors.items() if key in shared}
     rest = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items() if key.startswith(PREFIX)}
-    strange = [key for key in tensors if not key.startswith(PREFIX)]
+    strange = [key for key in tensors if not key.startswith(PREFIX) and key not in shared]
     for rule in RULES:
         rest = {name: tensor for name, tensor in rest.items() if not rule(reading, name, tensor)}
     if rest or strange:
@@ -116,6 +125,25 @@ def _site(reading: _Reading, name: str, tensor: Tensor) -> bool:
             reading.found.sites.setdefault(path, {})[suffix] = tensor
             return True
     return False
+
+
+def _copied_module(reading: _Reading, name: str, tensor: Tensor) -> bool:
+    if reading.method.copied is None:
+        return False
+    module, mark, parameter = name.partition(f".{reading.method.copied}.")
+    excluded = reading.values["exclude_modules"]
+    if not mark or not names(reading.values["target_modules"], module) or (excluded and names(excluded, module)):
+        return False
+    reading.found.replaced[f"{module}.{parameter}"] = tensor
+    return True
+
+
+def _shared_again(reading: _Reading, name: str, tensor: Tensor) -> bool:
+    leaf = name.rpartition(".")[2]
+    if leaf not in reading.method.shared:
+        return False
+    _same(name, tensor, SHARED_PREFIX + leaf, reading.found.shared.setdefault(leaf, tensor))
+    return True
 
 
 def _saved_module(reading: _Reading, name: str, tensor: Tensor) -> bool:
@@ -186,6 +214,8 @@ def _training_state(reading: _Reading, name: str, tensor: Tensor) -> bool:
 
 RULES: tuple[Callable[[_Reading, str, Tensor], bool], ...] = (
     _site,
+    _copied_module,
+    _shared_again,
     _saved_module,
     _saved_bias_again,
     _tied_module,
@@ -209,6 +239,11 @@ def _wrapped_bias(reading: _Reading, name: str) -> tuple[str, str] | None:
             if owner.endswith(reading.values["modules_to_save"] or ("\0",)):
                 return plain, wrapper
     return None
+
+
+def copied_module(variant: Variant, name: str) -> str | None:
+    """The module that holds parameter `name` and of which the method trains a copy, or None."""
+    return next((path for path in _parents(name) if variant.copies(path)), None)
 
 
 def _parents(name: str) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +70,16 @@ class Method:
         fields: Every field of PEFT's configuration class.
         retired: Fields that older releases of PEFT wrote.
         suffixes: What follows a site's path in a key.
+        shared: Names of tensors that all sites have in common, in the file and as parameters:
+            `base_model.<name>`, and in older files once more at every site.
+        copied: What stands between a module's path and its parameters' names, of a type that trains whole copies
+            of the targeted modules (`Variant.copies`).
+        make_shared: (configuration, the model's sites that the file names) -> the shared tensors of
+            a file that left them out because a seed tells them; none where it promises them.
+        make_site: (variant, the model's site) -> the site's parameters that no file of the type holds, because a
+            seed and the site's shape tell them. Reading then needs the model.
+        shared_shapes: (variant, all sites) -> the shapes that PEFT gives the shared tensors, where they
+            are not those that the sites ask for: saving pads and cuts to them.
         training_state: Mark in a key -> field that accounts for it: state of the training alone.
         read_site: (variant, path, file's tensors by suffix) -> the site as the file tells it, and
             the tensors by parameter in the matrix convention.
@@ -86,5 +96,10 @@ class Method:
     write_site: Callable[[Variant, Site, Tensors], dict[str, torch.Tensor]]
     lays_out: bool = True
     check_site: Callable[[Site, Tensors], None] = lambda site, tensors: None
+    shared: tuple[str, ...] = ()
+    make_site: Callable[[Variant, Site], dict[str, torch.Tensor]] | None = None
+    copied: str | None = None
+    make_shared: Callable[[Mapping[str, Any], Sequence[Site]], dict[str, torch.Tensor]] | None = None
+    shared_shapes: Callable[[Variant, Sequence[Site]], Mapping[str, tuple[int, ...]]] | None = None
     retired: Mapping[str, Field] = field(default_factory=dict)
     training_state: Mapping[str, str] = field(default_factory=dict)

@@ -18,7 +18,7 @@ from lorac.formats._hash import base_hash
 from lorac.formats._layout import layouts
 from lorac.formats.peft.checks import saved_names, targeted
 from lorac.formats.peft.config import ALL_LINEAR, methods, write_config
-from lorac.formats.peft.keys import EMBEDDING_NAMES, PREFIX, embedding_modules, saved
+from lorac.formats.peft.keys import EMBEDDING_NAMES, PREFIX, SHARED_PREFIX, copied_module, embedding_modules, saved
 from lorac.formats.peft.method import Method
 from lorac.ir.sites import Site, find_sites
 from lorac.ir.tensorfile import write_safetensors
@@ -46,7 +46,12 @@ def save(adapter: Adapter, folder: Path, model: nn.Module | None) -> None:
     tensors: dict[str, Tensor] = {}
     for path, at in adapter.tensors.items():
         written = method.write_site(adapter.variant, sites[path], at)
-        tensors |= {f"{PREFIX}{path}.{suffix}": tensor for suffix, tensor in written.items()}
+        for suffix, tensor in written.items():
+            common = suffix in method.shared
+            tensors[f"{SHARED_PREFIX}{suffix}" if common else f"{PREFIX}{path}.{suffix}"] = tensor
+    if method.shared_shapes is not None and model is not None:
+        for name, shape in method.shared_shapes(adapter.variant, list(sites.values())).items():
+            tensors[SHARED_PREFIX + name] = _resized(tensors[SHARED_PREFIX + name], shape)
     for name, tensor in _replaced(adapter, model).items():
         tensors[PREFIX + _key(adapter, name, method, tied, model)] = tensor
     given = _targets(adapter, method, model, sites, tied)
@@ -60,6 +65,14 @@ def save(adapter: Adapter, folder: Path, model: nn.Module | None) -> None:
     metadata = {"format": "pt"} | ({BASE: recorded} if recorded else {})
     write_safetensors(folder / WEIGHTS, tensors, metadata)
     write_json(folder / CONFIG, config)
+
+
+def _resized(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The corner of a tensor, among zeros where it is smaller than ``shape``."""
+    corner = tuple(slice(min(pair)) for pair in zip(tensor.shape, shape, strict=True))
+    made = tensor.new_zeros(shape)
+    made[corner] = tensor[corner]
+    return made
 
 
 def _method(adapter: Adapter) -> Method:
@@ -100,6 +113,9 @@ def _replaced(adapter: Adapter, model: nn.Module | None) -> dict[str, Tensor]:
 def _key(adapter: Adapter, name: str, method: Method, tied: Mapping[str, str], model: nn.Module | None) -> str:
     """The key of a replacement, without the prefix."""
     module, _, parameter = name.rpartition(".")
+    whole = copied_module(adapter.variant, name)
+    if whole and method.copied:
+        return f"{whole}.{method.copied}{name.removeprefix(whole)}"
     if saved(name, adapter.variant.modules_to_save) or name in tied:
         return name
     bias = adapter.variant.bias if "bias" in method.fields else "none"
@@ -136,9 +152,10 @@ def _targets(
         return set(targeted(variant, sites, model)) == wanted
 
     # What PEFT makes of "all-linear" depends on its class of model, and with layers it wants a list.
-    narrowed = variant.exclude or variant.layers
+    narrowed = {"exclude_modules": variant.exclude, "layers_to_transform": variant.layers}
+    said = all(name in method.fields for name, value in narrowed.items() if value)
     spelt = variant.targets != ALL_LINEAR and not (isinstance(variant.targets, str) and variant.layers)
-    if spelt and ("exclude_modules" in method.fields or not narrowed) and exact(variant):
+    if spelt and said and exact(variant):
         return {} if variant.layers else {"layers_pattern": None}
     suffixes = tuple(sorted({path.rpartition(".")[2] for path in wanted}))
     paths = tuple(sorted(wanted))

@@ -1,0 +1,65 @@
+"""What VERA, RANDLORA and VBLORA have in common: they adapt linear layers, which share random or trained tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lorac.errors import BaseNeeded
+from lorac.formats.peft import config
+from lorac.formats.peft.method import Field, Use
+from lorac.formats.peft.tables import PLACES, only
+from lorac.ir.sites import Site
+from lorac.ir.types import SiteKind
+
+
+def linear(peft_type: str) -> Any:
+    """The check that a site is an nn.Linear or GPT-2's Conv1D."""
+    return only(peft_type, {SiteKind.LINEAR}, transposed=True)
+
+
+def bias(prefix: str) -> Field:
+    """Which biases are trained: none, all or ``<prefix>_only``."""
+    allowed = ("none", "all", f"{prefix}_only")
+
+    def read(value: Any) -> str:
+        if value not in allowed:
+            raise ValueError(f"expected {allowed[0]}, {allowed[1]} or {allowed[2]}")
+        return str(value)
+
+    return Field(Use.APPLIED, "none", to="bias", read=read, write=lambda b: config.bias_name(b, prefix))
+
+
+def seed(value: Any) -> int:
+    """A whole number."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError("expected a whole number")
+    return value
+
+
+LAYERS = {name: field for name, field in PLACES.items() if name != "exclude_modules"}
+"""Fields that narrow target_modules, of types that have no exclude_modules."""
+
+SEEDED = {
+    "projection_prng_key": Field(Use.APPLIED, 0, to="projection_prng_key", read=seed),
+    # Without, the file leaves out what the seed tells; lorac always writes it.
+    "save_projection": Field(Use.APPLIED, True, read=config.flag),
+    "init_weights": Field(Use.TRAINING, True),
+}
+"""Fields of types whose shared tensors are drawn from a seed."""
+
+
+def largest(values: Mapping[str, Any], sites: Sequence[Site]) -> tuple[int, int] | None:
+    """The largest out and the largest in of the sites; None where the file promises what the seed tells.
+
+    Raises:
+        BaseNeeded: No site is known, so the size of what the file leaves out is not either.
+    """
+    if values["save_projection"]:
+        return None
+    if not sites:
+        raise BaseNeeded(
+            "save_projection=False: the file leaves out what its seed tells, and the model tells how large that is",
+            next_step="load_adapter(path, model)",
+        )
+    return max(site.out_features for site in sites), max(site.in_features for site in sites)

@@ -1,0 +1,74 @@
+"""What several PEFT types have in common: tables of fields, and what they say of sites that are not theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+import torch
+
+from lorac.errors import ShapeMismatch, SiteUnsupported
+from lorac.formats.peft import config
+from lorac.formats.peft.method import Field, Tensors, Use
+from lorac.ir.sites import Site
+from lorac.ir.types import SiteKind
+
+PLACES = {
+    "exclude_modules": Field(Use.APPLIED, to="exclude", read=config.pattern, write=config.sorted_or_none),
+    "layers_to_transform": Field(Use.APPLIED, to="layers", read=config.layers, write=config.list_or_none),
+    "layers_pattern": Field(Use.APPLIED, to="layers_pattern", read=config.names, write=config.list_or_none),
+}
+"""Fields that narrow target_modules."""
+
+LYCORIS = {
+    **{name: field for name, field in config.COMMON.items() if name != "fan_in_fan_out"},
+    **PLACES,
+    "r": Field(Use.APPLIED, 8, to="r", read=config.rank),
+    "alpha": Field(Use.APPLIED, 8, to="alpha", read=config.number, write=config.whole),
+    "rank_pattern": Field(Use.APPLIED, {}, to="rank_pattern", read=config.ranks, write=config.mapping),
+    "alpha_pattern": Field(Use.APPLIED, {}, to="alpha_pattern", read=config.numbers, write=config.mapping),
+    "use_effective_conv2d": Field(Use.APPLIED, False, to="effective_conv2d", read=config.flag),
+    # PEFT drops rows of the update, or the whole of it.
+    "rank_dropout": Field(Use.TRAINING, 0.0, kept=True),
+    "module_dropout": Field(Use.TRAINING, 0.0, kept=True),
+    "init_weights": Field(Use.TRAINING, True),
+}
+"""Fields of LOHA, all of which LOKR has, too."""
+LYCORIS_KINDS = frozenset({SiteKind.LINEAR, SiteKind.CONV1D, SiteKind.CONV2D})
+"""What LOHA and LOKR adapt."""
+
+
+def only(
+    peft_type: str, kinds: Collection[SiteKind], *, transposed: bool = False, grouped: bool = False
+) -> Callable[[Site, Tensors], None]:
+    """A check that PEFT's type adapts a site.
+
+    Args:
+        peft_type: The type, for messages.
+        kinds: Kinds of site that it adapts.
+        transposed: Whether GPT-2's Conv1D is among them.
+        grouped: Whether convolutions of several groups are.
+    """
+
+    def check(site: Site, tensors: Tensors) -> None:
+        groups = site.conv.groups if site.conv else 1
+        if site.kind in kinds and (transposed or not site.transposed) and (grouped or groups == 1):
+            return
+        what = "GPT-2's Conv1D" if site.transposed else f"{site.kind} of {groups} groups" if groups > 1 else site.kind
+        raise SiteUnsupported(
+            f"PEFT's {peft_type} does not adapt '{site.path}', which is {what}",
+            next_step="use format='native', or exclude= the module",
+        )
+
+    return check
+
+
+def core_shape(site: Site, core: torch.Tensor) -> tuple[int, ...]:
+    """The file's shape (r, r, kh, kw) of a core (r, r, taps); a Conv1d's kernel counts as (k, 1)."""
+    assert site.conv is not None
+    return (*core.shape[:2], *(*site.conv.kernel, 1)[:2])
+
+
+def misfit(path: str, stored: Tensors, expected: str) -> ShapeMismatch:
+    """The error for tensors of one site that make no adapter of it."""
+    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in stored.items())
+    return ShapeMismatch(f"the tensors at '{path}' do not belong together: {shapes}", next_step=expected)
