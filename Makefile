@@ -1,6 +1,6 @@
 # Everything needed is made by the target that needs it: `make demo` and `make test` work on a fresh clone.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format bench clean
+.PHONY: help demo test test-slow check docs format bench clean
 SHELL := /bin/bash
 
 # Tried by running it: a version manager's shim may exist without a Python behind it.
@@ -24,11 +24,15 @@ test: $(STAMP) ## Run the test suite
 test-slow: $(STAMP) ## Run the long checks
 	$(PYTEST) -m slow
 
-check: $(STAMP) ## Check format, lint, types and the direction of imports
+check: $(STAMP) ## Check format, lint, types, the direction of imports and the made pages
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/lorac variants --markdown | diff -u docs/methods.md - || { echo "docs/methods.md is stale: make docs"; exit 1; }
+
+docs: $(STAMP) ## Write the pages that are made from the code
+	$(BIN)/lorac variants --markdown > docs/methods.md
 
 format: $(STAMP) ## Format the code and apply safe fixes
 	$(BIN)/ruff format .

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lorac.cli._hosts import ADAPTER_HELP, MODEL_HELP, load_model, named_adapters, parse_spec
@@ -40,13 +41,24 @@ def sites(model: Model, targets: Annotated[str, typer.Option(help="Only those a 
     Console(width=None).print(table)
 
 
-def variants() -> None:
-    """Print every adapter method."""
+def variants(
+    markdown: Annotated[bool, typer.Option("--markdown", help="As the page docs/methods.md.")] = False,
+) -> None:
+    """Print every adapter method: its formula, its normal form and size on a layer, its paper and its files."""
+    from lorac.analysis.methods import HEADERS, cells
+    from lorac.analysis.methods import markdown as page
+    from lorac.cli._methods import method_rows
     from lorac.variants import variants as known
 
-    table = Table("method", "class", "adapts", "paper")
-    for name, variant in known().items():
-        table.add_row(name, variant.__name__, ", ".join(sorted(variant.kinds)), variant.paper)
+    rows = method_rows(known().values())
+    if markdown:
+        print(page(rows), end="")
+        return
+    table = Table()
+    for header in HEADERS:
+        table.add_column(header, no_wrap=header == "method")
+    for row in rows:
+        table.add_row(*map(escape, cells(row)))
     Console().print(table)
 
 

@@ -1,0 +1,201 @@
+"""The table of all methods: what each is, and what it comes to on one layer. Everything is read off the code."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lorac.errors import SiteUnsupported
+from lorac.ir.normal import BRANCH, LOW_RANK, Lowering
+from lorac.ir.sites import CONVOLUTIONS, ConvGeometry, Site
+from lorac.ir.types import ParamSpec, Role, SiteKind
+from lorac.variants.base import BranchVariant, ProgramVariant, Variant, WeightVariant
+
+WIDTH = 768
+"""d of the d x d layer that forms and counts are given for."""
+_FORMULA = re.compile(r"``(.+?)``", re.DOTALL)
+_ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5}(?:v\d+)?)")
+_SCALES = ("c", "d", "g", "h")
+_POINT = ConvGeometry(WIDTH, (1, 1), (1, 1), (0, 0), (1, 1))
+_SITES = tuple(
+    Site("layers.0", kind, WIDTH, WIDTH, torch.float32, weight, bias, conv=conv)
+    for kind, weight, bias, conv in (
+        (SiteKind.LINEAR, "layers.0.weight", "layers.0.bias", None),
+        (SiteKind.CONV2D, "layers.0.weight", "layers.0.bias", _POINT),
+        (SiteKind.EMBEDDING, "layers.0.weight", None, None),
+        (SiteKind.BLOCK, None, None, None),
+    )
+)
+"""Where a method is looked at: the first of these that it adapts."""
+
+Lower = Callable[[Variant, Site, Mapping[str, torch.Tensor]], Lowering]
+"""(variant, site, one tensor per parameter, of which only shape and dtype count) -> its normal form."""
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """One method.
+
+    Attributes:
+        name: how files and lists call it.
+        title: its class.
+        formula: the first formula of its docstring; empty where it has none.
+        adapts: kinds of sites it is defined on.
+        form: its normal form on a d x d layer at default hyper-parameters, with its rank; empty where the defaults
+            fit no such layer.
+        merges: whether it can be merged into the weights.
+        shared: names of the tensors that all sites have in common.
+        own, common: trained values of that layer, and those that all layers share.
+        paper: title and arXiv number.
+        files: formats that hold it.
+    """
+
+    name: str
+    title: str
+    formula: str
+    adapts: tuple[str, ...]
+    form: str
+    merges: bool
+    shared: tuple[str, ...]
+    own: int
+    common: int
+    paper: str
+    files: tuple[str, ...]
+
+    @property
+    def trained(self) -> str:
+        """The number of trained values in words."""
+        found = [f"{self.own:,}"] if self.own else []
+        return " + ".join([*found, f"{self.common:,} shared"] if self.common else found)
+
+
+HEADERS = (
+    "method",
+    "class",
+    "formula",
+    "adapts",
+    "normal form",
+    "merges",
+    "shared tensors",
+    "trained",
+    "paper",
+    "files",
+)
+"""Heads of the columns of ``cells``."""
+
+
+def methods(
+    known: Iterable[type[Variant]], lower: Lower, files: Mapping[type[Variant], Sequence[str]]
+) -> tuple[MethodRow, ...]:
+    """One row per method, in the order given.
+
+    Args:
+        known: the methods.
+        lower: brings a term to its normal form.
+        files: method -> formats that hold it.
+    """
+    return tuple(_row(variant, lower, tuple(files.get(variant, ()))) for variant in known)
+
+
+def cells(row: MethodRow) -> tuple[str, ...]:
+    """A row's texts, one per column of ``HEADERS``."""
+    adapts, shared, files = (", ".join(words) for words in (row.adapts, row.shared, row.files))
+    merges = "yes" if row.merges else "no"
+    texts = (row.name, row.title, row.formula, adapts, row.form, merges, shared, row.trained, row.paper, files)
+    return tuple(text or "–" for text in texts)
+
+
+def markdown(rows: Sequence[MethodRow]) -> str:
+    """The table as a page."""
+    return "\n".join(_page(rows)) + "\n"
+
+
+def _page(rows: Sequence[MethodRow]) -> Iterator[str]:
+    yield "# Methods"
+    yield ""
+    yield "Made by `make docs` from the code; `make check` fails where the two differ."
+    yield ""
+    yield f"Normal form and number of trained values are those of one layer {WIDTH} x {WIDTH} at default"
+    yield "hyper-parameters; of methods on blocks, those of a block of that width. A low-rank form runs beside the"
+    yield "weight and is swapped by rebinding; c and d are its scales of the base's outputs and inputs, g and h those"
+    yield "of a pair that layers share. Sparse and dense forms run as a merged weight, a branch is a subgraph of its"
+    yield "own, and what replaces parameters whole has no form beside them. The files are lorac's own format"
+    yield "(`native`), which holds every method, and PEFT's types."
+    yield ""
+    yield f"| {' | '.join(HEADERS)} |"
+    yield "|" + " --- |" * len(HEADERS)
+    for row in rows:
+        name, title, formula, *middle, paper, files = (text.replace("|", r"\|") for text in cells(row))
+        linked = _ARXIV.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", paper)
+        coded = formula if not row.formula else f"`{formula}`"
+        yield f"| {' | '.join((name, f'`lorac.{title}`', coded, *middle, linked, files))} |"
+
+
+def _row(variant: type[Variant], lower: Lower, files: tuple[str, ...]) -> MethodRow:
+    found = _looked_at(variant)
+    specs: Mapping[str, ParamSpec] = found[0].params(found[1]) if found else {}
+    form, merges = _form(*found, specs, lower) if found else ("", False)
+    trained = [spec for spec in specs.values() if spec.role is Role.TRAINABLE]
+    own, common = (sum(math.prod(s.shape) for s in trained if s.shared is shared) for shared in (False, True))
+    return MethodRow(
+        name=variant.name,
+        title=variant.__name__,
+        formula=_formula(variant),
+        adapts=_adapts(variant),
+        form=form,
+        merges=merges,
+        shared=tuple(name for name, spec in specs.items() if spec.shared),
+        own=own,
+        common=common,
+        paper=variant.paper,
+        files=files,
+    )
+
+
+def _looked_at(variant: type[Variant]) -> tuple[Variant, Site] | None:
+    """A method at its defaults and a layer that it adapts; None where it has no defaults or adapts none."""
+    fields = dataclasses.fields(variant)
+    if any(f.default is f.default_factory is dataclasses.MISSING for f in fields):
+        return None
+    default = variant()
+    for site in _SITES:
+        try:
+            default.check(site)
+        except SiteUnsupported:
+            continue
+        return default, site
+    return None
+
+
+def _form(variant: Variant, site: Site, specs: Mapping[str, ParamSpec], lower: Lower) -> tuple[str, bool]:
+    """The normal form in words, and whether it merges."""
+    if isinstance(variant, ProgramVariant):
+        return "program", False
+    if not isinstance(variant, WeightVariant | BranchVariant):
+        return "replace", True
+    tensors = {
+        name: torch.empty(spec.shape, dtype=torch.int64 if spec.role is Role.INDEX else site.dtype)
+        for name, spec in specs.items()
+    }
+    lowering = lower(variant, site, tensors)
+    scales = [name for name in _SCALES if name in lowering.outputs]
+    ranked = f"{lowering.form} r={lowering.rank}" if lowering.form == LOW_RANK else lowering.form
+    return " ".join((ranked, *scales)), lowering.form != BRANCH
+
+
+def _formula(variant: type[Variant]) -> str:
+    found = _FORMULA.search(inspect.getdoc(variant) or "")
+    return " ".join(found.group(1).split()) if found else ""
+
+
+def _adapts(variant: type[Variant]) -> tuple[str, ...]:
+    convolutions = set(CONVOLUTIONS.values())
+    if not convolutions <= variant.kinds:
+        return tuple(sorted(variant.kinds))
+    return tuple(sorted({*(variant.kinds - convolutions), "conv"}))

@@ -1,0 +1,29 @@
+"""The rows of the table of methods, which needs the passes and the formats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from lorac.analysis.methods import MethodRow, methods
+from lorac.errors import BaseNeeded
+from lorac.formats.peft.config import methods as peft_types
+from lorac.ir.sites import Site
+from lorac.ir.snapshot import BaseReader
+from lorac.passes.normal_forms import Lowerer
+from lorac.variants.base import Variant
+
+
+def method_rows(known: Iterable[type[Variant]]) -> tuple[MethodRow, ...]:
+    """One row per method: its formula, its normal form, its size and its files."""
+    classes = tuple(known)
+    files = {variant: ["native"] for variant in classes}
+    for name, kind in sorted(peft_types().items()):
+        for variant in kind.variants:
+            files.setdefault(variant, ["native"]).append(name)
+    return methods(classes, Lowerer({}, BaseReader(_no_base, _no_base)).lowering, files)
+
+
+def _no_base(site: Site) -> torch.Tensor:
+    raise BaseNeeded(f"'{site.path}' stands for any layer of its shape")
