@@ -72,12 +72,17 @@ class Lowerer:
         """The normal form's tensors for one term, computed in the factors' dtype."""
         dtype = factor_dtype(site.dtype)
         bias = self.base.bias(site)
-        weight = self.base.weight(site).to(dtype) if lowering.reads_weight else _absent(site, dtype)
+        weight = self._weight(site).to(dtype) if lowering.reads_weight else _absent(site, dtype)
         given = [_cast(tensors[name], dtype) for name in lowering.params]
         wide_bias = bias.to(dtype) if bias is not None else torch.zeros(site.out_features, dtype=dtype)
         outputs = lowering(weight, wide_bias, given)
         outputs |= {name: self._once(lowering, name, outputs[name], tensors) for name in lowering.common}
         return from_outputs(lowering.form, outputs, None if bias is None else wide_bias)
+
+    def _weight(self, site: Site) -> Tensor:
+        """W in the memory order of the host's own, whoever holds it: norms of it are summed in that order."""
+        weight = self.base.weight(site)
+        return weight.contiguous() if site.kind is SiteKind.LINEAR and not site.transposed else weight
 
     def _once(self, lowering: Lowering, name: str, made: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """What was made of shared parameters: the tensor that the sites before made of them, where there is one."""

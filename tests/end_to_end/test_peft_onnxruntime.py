@@ -109,9 +109,10 @@ def _checkpoints(name: str, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def _runs() -> Iterator[Any]:
-    """Every model in every mode; what bakes more than the small ones waits for the long run."""
+    """Every model in every mode; merged modes of all but a few small models wait for the long run."""
     for name, mode in itertools.product(ADAPTERS, ("live", "fused", "baked")):
-        late = mode == "baked" and name not in {"plain_mlp", "plain_conv", "tiny_bert"}
+        small = {"plain_mlp", "plain_conv", "tiny_bert"}
+        late = mode != "live" and name not in small
         yield pytest.param(name, mode, marks=pytest.mark.slow if late else ())
 
 
