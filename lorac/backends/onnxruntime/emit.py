@@ -6,10 +6,7 @@ maps them instead of reading them.
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx_ir as ir
@@ -18,6 +15,7 @@ import torch
 from onnxscript import rewriter
 from onnxscript.optimizer._constant_folding import FoldConstantsPass
 
+from lorac.backends.onnxruntime.exporter import export, quiet
 from lorac.backends.onnxruntime.gate import gate_branches
 from lorac.backends.onnxruntime.translate import TRANSLATIONS, legalize, settle
 from lorac.ir.graph import Graph
@@ -48,12 +46,7 @@ def emit(graph: Graph, folder: Path, constants: Mapping[str, torch.Tensor] | Non
 
 def to_onnx(graph: Graph) -> ir.Model:
     """The graph as an onnx_ir model whose slot inputs bear their public names."""
-    with _quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            graph.exported, dynamo=True, optimize=False, verbose=False, custom_translation_table=TRANSLATIONS
-        )
-    assert program is not None
-    model = program.model
+    model = export(graph.exported, TRANSLATIONS)
     settle(model)
     _name_slots(graph, model)
     tidy(model)
@@ -78,7 +71,7 @@ def tidy(model: ir.Model) -> None:
         common_passes.OutputFixPass(),
         common_passes.NameFixPass(),
     )
-    with _quiet():
+    with quiet():
         passes(model)
 
 
@@ -100,19 +93,3 @@ def _name_slots(graph: Graph, model: ir.Model) -> None:
         if slot is not None:
             value.name = slot.name
             value.metadata_props[SITE_METADATA] = slot.site
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter warns of its own deprecations and logs what it skips; neither is the user's to act on."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

@@ -14,6 +14,7 @@ from lorac.ir import ops
 from lorac.ir.graph import Graph, Level
 from lorac.ir.verify import verify
 
+aten = torch.ops.aten
 _MATRIX = 2
 
 
@@ -44,18 +45,61 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 def legalize(graph: Graph) -> None:
-    """expanded -> target: products with a matrix become the dialect's own, which reach the emitter whole.
+    """expanded -> target: products with a matrix become the dialect's own, and aliases of ops the ops themselves.
 
-    torch's exporter decomposes ``aten.linear`` and ``aten.matmul`` for every shape anew just to learn the result's; of
-    a graph with symbolic ranks that is half of the whole export.
+    torch's exporter decomposes what it has no translation for by tracing the whole graph anew, and products for every
+    shape once more; without anything to decompose (``exporter``) a compile takes half the time.
     """
-    for node in graph.fx.nodes:
-        if node.op != "call_function" or node.target not in _PRODUCTS:
+    for node in list(graph.fx.nodes):
+        if node.op != "call_function":
             continue
-        if node.args[1].meta["val"].dim() == _MATRIX and node.args[0].meta["val"].dim() >= _MATRIX:
-            node.target, node.args = _PRODUCTS[node.target](*node.args)
+        if node.target in _PRODUCTS:
+            _legalize_product(node)
+        elif node.target in _CASTS:
+            _legalize_cast(graph, node)
+        elif node.target is aten._assert_tensor_metadata.default:
+            graph.fx.erase_node(node)
+        elif _writes_unseen(node):
+            name, overload = node.target._schema.name.partition("::")[2], node.target._overloadname
+            node.target = getattr(getattr(aten, name.removesuffix("_")), overload)
+        else:
+            node.target = _ALIASES.get(node.target, node.target)
     graph.level = Level.TARGET
     verify(graph, after="legalize")
+
+
+def _legalize_product(node: fx.Node) -> None:
+    x, matrix = node.args[:2]
+    if matrix.meta["val"].dim() == _MATRIX and x.meta["val"].dim() >= _MATRIX:  # type: ignore[union-attr]
+        node.target, node.args = _PRODUCTS[node.target](*node.args)
+
+
+def _legalize_cast(graph: Graph, node: fx.Node) -> None:
+    """A copy to another dtype; to the same one, or to another device, nothing."""
+    x, dtype = node.args[0], node.meta["val"].dtype
+    assert isinstance(x, fx.Node)
+    if x.meta["val"].dtype == dtype:
+        node.replace_all_uses_with(x)
+        graph.fx.erase_node(node)
+    else:
+        node.target, node.args, node.kwargs = aten._to_copy.default, (x,), {"dtype": dtype}
+
+
+def _writes_unseen(node: fx.Node) -> bool:
+    """Whether an op writes in place to a new tensor that only it reads: then it may as well make another."""
+    if not _returns(node, writes=True) or not node.target._schema.name.startswith("aten::"):  # type: ignore[union-attr]
+        return False
+    written = node.args[0]
+    return isinstance(written, fx.Node) and list(written.users) == [node] and _returns(written, writes=None)
+
+
+def _returns(node: fx.Node, *, writes: bool | None) -> bool:
+    """Whether an op returns one tensor: its written operand (True), or a new one (None)."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or len(schema.returns) != 1:
+        return False
+    alias = schema.returns[0].alias_info
+    return (alias and alias.is_write) is writes
 
 
 def _linear(x: fx.Node, weight: fx.Node, bias: fx.Node | None = None) -> tuple[Any, tuple[Any, ...]]:
@@ -67,9 +111,17 @@ def _matmul(x: fx.Node, matrix: fx.Node) -> tuple[Any, tuple[Any, ...]]:
 
 
 _PRODUCTS: dict[Any, Callable[..., tuple[Any, tuple[Any, ...]]]] = {
-    torch.ops.aten.linear.default: _linear,
-    torch.ops.aten.matmul.default: _matmul,
+    aten.linear.default: _linear,
+    aten.matmul.default: _matmul,
 }
+_CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other}
+_ALIASES: dict[Any, Any] = {
+    aten.__and__.Tensor: aten.bitwise_and.Tensor,
+    aten.__or__.Tensor: aten.bitwise_or.Tensor,
+    aten.max.other: aten.maximum.default,
+    aten.min.other: aten.minimum.default,
+}
+"""Op that torch's exporter has no translation for -> the op of the same meaning that it has one for."""
 
 
 def settle(model: ir.Model) -> None:
