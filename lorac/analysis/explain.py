@@ -154,9 +154,8 @@ def _slots(term: Term, plan: SitePlan) -> tuple[str, ...]:
         return ("weight", "bias") if plan.bias else ("weight",)
     if term.form == "branch":
         return tuple(part.name for part in term.parts)
-    return tuple(
-        role for role, part in (("a", "A"), ("b", "B"), *zip("cdghe", "cdghe", strict=True)) if _has(term, part)
-    )
+    named = {"a": "A", "b": "B", "t": "T"} | {role: role for role in "cdghe"}
+    return tuple(role for role, part in named.items() if _has(term, part))
 
 
 def _has(term: Term, part: str) -> bool:

@@ -21,7 +21,7 @@ WIDTH = 768
 """d of the d x d layer that forms and counts are given for."""
 _FORMULA = re.compile(r"``(.+?)``", re.DOTALL)
 _ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5}(?:v\d+)?)")
-_SCALES = ("c", "d", "g", "h")
+_SCALES = ("c", "d", "t", "g", "h")
 _POINT = ConvGeometry(WIDTH, (1, 1), (1, 1), (0, 0), (1, 1))
 _SITES = tuple(
     Site("layers.0", kind, WIDTH, WIDTH, torch.float32, weight, bias, conv=conv)
@@ -123,10 +123,10 @@ def _page(rows: Sequence[MethodRow]) -> Iterator[str]:
     yield ""
     yield f"Normal form and number of trained values are those of one layer {WIDTH} x {WIDTH} at default"
     yield "hyper-parameters; of methods on blocks, those of a block of that width. A low-rank form runs beside the"
-    yield "weight and is swapped by rebinding; c and d are its scales of the base's outputs and inputs, g and h those"
-    yield "of a pair that layers share. Sparse and dense forms run as a merged weight, a branch is a subgraph of its"
-    yield "own, and what replaces parameters whole has no form beside them. The files are lorac's own format"
-    yield "(`native`), which holds every method, and PEFT's types."
+    yield "weight and is swapped by rebinding; c and d are its scales of the base's outputs and inputs, t a"
+    yield "block-diagonal transform of its inputs, g and h scales of a pair that layers share. Sparse and dense forms"
+    yield "run as a merged weight, a branch is a subgraph of its own, and what replaces parameters whole has no form"
+    yield "beside them. The files are lorac's own format (`native`), which holds every method, and PEFT's types."
     yield ""
     yield f"| {' | '.join(HEADERS)} |"
     yield "|" + " --- |" * len(HEADERS)
@@ -140,7 +140,7 @@ def _page(rows: Sequence[MethodRow]) -> Iterator[str]:
 def _row(variant: type[Variant], lower: Lower, files: tuple[str, ...]) -> MethodRow:
     found = _looked_at(variant)
     specs: Mapping[str, ParamSpec] = found[0].params(found[1]) if found else {}
-    form, merges = _form(*found, specs, lower) if found else ("", False)
+    form, merges = _form(*found, specs, lower) if found else ("", issubclass(variant, WeightVariant))
     trained = [spec for spec in specs.values() if spec.role is Role.TRAINABLE]
     own, common = (sum(math.prod(s.shape) for s in trained if s.shared is shared) for shared in (False, True))
     return MethodRow(

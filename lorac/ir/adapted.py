@@ -88,15 +88,15 @@ def _active_rate(term: LiveTerm, ctx: Ctx, place: Dropout) -> float:
 
 def _replaces(term: LiveTerm, ctx: Ctx) -> bool:
     """Whether the term is alone, whole, and undropped: then its weight simply takes the base's place."""
-    whole = term.value is not None and (not isinstance(term.value, LowRank) or term.value.d is not None)
+    whole = term.value is not None and (not isinstance(term.value, LowRank) or term.value.changes_input)
     places = (Dropout.INPUT, Dropout.RANK) if isinstance(term.value, LowRank) else (Dropout.INPUT,)
     dropped = any(_active_rate(term, ctx, place) for place in places)
     return whole and term.strength == 1 and not dropped
 
 
 def _runs_beside(kind: LinearKind, value: LowRank) -> bool:
-    """Whether a value needs no weight of its own: where it scales inputs, the kind has an axis for it."""
-    return value.d is None or kind.per_input(value.d) is not None
+    """Whether a value needs no weight of its own: where it changes inputs, the kind has an axis for it."""
+    return kind.has_input_axis or not value.changes_input
 
 
 def _whole(kind: LinearKind, value: Value | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -105,7 +105,7 @@ def _whole(kind: LinearKind, value: Value | None, x: Tensor, weight: Tensor, bia
         return _with_weight(kind, value, x, weight, bias)
     value = value.folded()
     a, b = (kind.layout_a(value.a), kind.layout_b(value.b)) if value.rank else (None, None)
-    slots = SiteSlots(a, b, value.c, value.d, bias=merge_bias(value, bias))
+    slots = SiteSlots(a, b, value.c, value.d, value.t, bias=merge_bias(value, bias))
     return run_site(SitePlan(kind.site), slots, x, weight, bias)
 
 
@@ -122,7 +122,7 @@ def _low_rank_delta(
         down = kind.down(dropped, kind.layout_a(value.a))
         rank_rate = _active_rate(term, ctx, Dropout.RANK)
         parts.append(kind.up(F.dropout(down, rank_rate) if rank_rate else down, kind.layout_b(value.b)))
-    if value.c is not None or value.d is not None:
+    if value.c is not None or value.changes_input:
         if rate:
             assert weight is not None
             linear = kind.base(dropped.to(weight.dtype), weight, None)
@@ -135,14 +135,16 @@ def _low_rank_delta(
 
 
 def _scaled_delta(kind: LinearKind, value: LowRank, x: Tensor, linear: Tensor, weight: Tensor | None) -> Tensor:
-    """c∘(W·(d∘x)) − W·x, of which ``linear`` is the second."""
-    if value.d is None:
+    """c∘(W·((d∘x)·T)) − W·x, of which ``linear`` is the second."""
+    if not value.changes_input:
         assert value.c is not None
         return (kind.per_output(value.c) - 1) * linear
-    scale = kind.per_input(value.d)
-    assert scale is not None
     assert weight is not None
-    moved = kind.base((x * scale).to(weight.dtype), weight, None)
+    if value.d is not None:
+        x = x * kind.per_input(value.d)
+    if value.t is not None:
+        x = kind.through(x, value.t)
+    moved = kind.base(x.to(weight.dtype), weight, None)
     return (moved if value.c is None else kind.per_output(value.c) * moved) - linear
 
 

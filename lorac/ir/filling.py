@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from lorac.errors import NeedsRecompile
-from lorac.ir.forms import Dense, LowRank, Sparse, SparseSum, Value, merge, merge_bias
+from lorac.ir.forms import Dense, LowRank, Sparse, SparseSum, Value, identity_blocks, merge, merge_bias
 from lorac.ir.fused import leaves_blocks
 from lorac.ir.kinds import kind_of
 from lorac.ir.slots import BranchFill, BranchTerm, SitePlan, SiteSlots, factor_dtype
@@ -54,6 +54,8 @@ def does_not_fit(plan: SitePlan, value: Value | None) -> str | None:
         return "has no slot for a whole weight"
     if value.rank > plan.rank:
         return f"holds rank {plan.rank}, not {value.rank}"
+    if value.t is not None and value.t.shape[-1] != plan.t:
+        return f"holds input transforms in blocks of {plan.t}, not {value.t.shape[-1]}"
     return next(
         (f"has no slot '{role}'" for role, needed in _extras(value).items() if needed > getattr(plan, role)), None
     )
@@ -74,6 +76,8 @@ def beside(plan: SitePlan, value: Value | None) -> LowRank | None:
     """The value, where it fits the slots beside the weight."""
     if not isinstance(value, LowRank) or plan.rank < value.rank:
         return None
+    if value.t is not None and value.t.shape[-1] != plan.t:
+        return None
     return value if all(needed <= getattr(plan, role) for role, needed in _extras(value).items()) else None
 
 
@@ -87,6 +91,9 @@ def _low_rank_slots(plan: SitePlan, value: LowRank | None) -> dict[str, Tensor |
         a = value.a if value is not None else torch.zeros(site.in_features, 0, dtype=dtype)
         b = value.b if value is not None else torch.zeros(0, site.out_features, dtype=dtype)
         tensors |= {"a": kind.layout_a(a).contiguous(), "b": kind.layout_b(b).contiguous()}
+    if plan.t:
+        given = value.t if value is not None else None
+        tensors["t"] = given if given is not None else identity_blocks(site.in_features, plan.t, dtype).contiguous()
     rank = value.rank if value is not None else 0
     for name, size in (("c", site.out_features), ("d", site.in_features), ("g", rank), ("h", site.out_features)):
         if getattr(plan, name):

@@ -5,13 +5,13 @@ Everything is a change of the base's output y = x·Wᵀ + b, so that forms add u
     ========  ==========================================  ==================================
     form      live                                        merged
     ========  ==========================================  ==================================
-    LowRank   ``y' = c∘(d∘x)·Wᵀ + h∘((g∘x·A)·B) + b + e`` ``W' = c∘W∘d + h∘(A∘g·B)ᵀ``, ``b' = b + e``
+    LowRank   ``y' = c∘(d∘x)·T·Wᵀ + h∘((g∘x·A)·B)+b+e``   ``W' = c∘W·Tᵀ∘d + h∘(A∘g·B)ᵀ``, ``b' = b + e``
     Sparse    bound W'                                    ``W'[rows, cols] = W + values``, ``b' = b + e``
     Dense     bound W'                                    ``W'``, ``b' = b + e``
     ========  ==========================================  ==================================
 
-c, e, h are (out,), d (in,), g (R,), A (in, R), B (R, out), W (out, in). A value is immutable; composing makes a new
-one, always against the original W, never by subtraction.
+c, e, h are (out,), d (in,), g (R,), A (in, R), B (R, out), W (out, in), and T (in, in) is block-diagonal, held as its
+blocks (n, k, k). A value is immutable; composing makes a new one, always against the original W, never by subtraction.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """``y' = c∘(W·(d∘x)) + h∘(((x·A)∘g)·B) + b + e``; absent c, d, g, h are 1, absent e is 0.
+    """``y' = c∘(W·((d∘x)·T)) + h∘(((x·A)∘g)·B) + b + e``; absent c, d, g, h and T are 1, absent e is 0.
 
     Attributes:
         a: A (in, R).
         b: B (R, out), every scale folded in but g and h.
         c: (out,) or None.
         d: (in,) or None.
+        t: blocks (n, k, k) of T, n·k = in, or None.
         e: (out,) or None.
         g: (R,) or None: kept apart where sites have A in common.
         h: (out,) or None: kept apart where sites have B in common.
@@ -42,9 +43,15 @@ class LowRank:
     b: Tensor
     c: Tensor | None = None
     d: Tensor | None = None
+    t: Tensor | None = None
     e: Tensor | None = None
     g: Tensor | None = None
     h: Tensor | None = None
+
+    @property
+    def changes_input(self) -> bool:
+        """Whether the base's product is with another input than the site's."""
+        return self.d is not None or self.t is not None
 
     @property
     def rank(self) -> int:
@@ -109,7 +116,7 @@ def from_outputs(form: str, outputs: Mapping[str, Tensor], bias: Tensor | None) 
         return Dense(outputs["W"], delta)
     if form == "sparse":
         return Sparse(outputs["rows"], outputs["cols"], outputs["values"], delta)
-    scales = {name: outputs.get(name) for name in ("c", "d", "g", "h")}
+    scales = {name: outputs.get(name) for name in ("c", "d", "t", "g", "h")}
     return LowRank(outputs["A"], outputs["B"], e=delta, **scales)
 
 
@@ -125,7 +132,7 @@ def compose(terms: Sequence[tuple[float, Value]], weight: Callable[[], Tensor]) 
     if len(terms) == 1 and terms[0][0] == 1:
         return terms[0][1]
     values = [value for _, value in terms]
-    if all(isinstance(v, LowRank) for v in values) and _scale_one_side(values):  # type: ignore[arg-type]
+    if all(isinstance(v, LowRank) for v in values) and _add_up(values):  # type: ignore[arg-type]
         return _sum_low_rank(terms)  # type: ignore[arg-type]
     if all(isinstance(v, Sparse) for v in values):
         return SparseSum(tuple(terms), _weighted([(t, v.e) for t, v in terms]))  # type: ignore[arg-type]
@@ -142,7 +149,11 @@ def merge(value: Value, weight: Tensor) -> Tensor:
         return add_sparse(weight.clone(), value.terms)
     value = value.folded()
     wide = torch.promote_types(weight.dtype, value.a.dtype)
-    scaled = weight.to(wide) * value.d.to(wide) if value.d is not None else weight.to(wide)
+    scaled = weight.to(wide)
+    if value.t is not None:
+        scaled = times_blocks(scaled, value.t.to(wide).transpose(1, 2))
+    if value.d is not None:
+        scaled = scaled * value.d.to(wide)
     if value.c is not None:
         scaled = scaled * value.c.to(wide)[:, None]
     return torch.addmm(scaled, value.b.t().to(wide), value.a.t().to(wide)).to(weight.dtype)
@@ -163,17 +174,49 @@ def add_sparse(matrix: Tensor, terms: Sequence[tuple[float, Sparse]]) -> Tensor:
     return matrix
 
 
-def _scale_one_side(values: Sequence[LowRank]) -> bool:
-    """Whether all scales are of outputs, or all of inputs: only then is their sum again c∘W, or W∘d."""
-    return all(v.c is None for v in values) or all(v.d is None for v in values)
+def times_blocks(x: Tensor, blocks: Tensor) -> Tensor:
+    """x (…, in) times the block-diagonal matrix of ``blocks`` (n, k, k)."""
+    number, size, _ = blocks.shape
+    cut = x.unflatten(-1, (number, size)).movedim(-2, 0)
+    turned = torch.bmm(cut.reshape(number, -1, size), blocks)
+    return turned.reshape(cut.shape).movedim(0, -2).flatten(-2)
+
+
+def identity_blocks(width: int, size: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """The blocks (width/size, size, size) of the identity."""
+    return torch.eye(size, dtype=dtype, device=device).expand(width // size, size, size)
+
+
+def _add_up(values: Sequence[LowRank]) -> bool:
+    """Whether all change outputs, or all inputs in blocks of one size: only then is their sum again c∘W, or W·Tᵀ."""
+    sizes = {v.t.shape[-1] for v in values if v.t is not None}
+    one_side = all(v.c is None for v in values) or not any(v.changes_input for v in values)
+    return one_side and len(sizes) <= 1
 
 
 def _sum_low_rank(terms: Sequence[tuple[float, LowRank]]) -> LowRank:
     terms = [(t, v.folded()) for t, v in terms]
     a = torch.cat([v.a for _, v in terms], dim=1)
     b = torch.cat([v.b * t for t, v in terms], dim=0)
+    e = _weighted([(t, v.e) for t, v in terms])
+    if any(v.t is not None for _, v in terms):
+        return LowRank(a, b, t=_sum_of_transforms(terms), e=e)
     c, d = (_sum_of_scales([(t, getattr(v, name)) for t, v in terms]) for name in ("c", "d"))
-    return LowRank(a, b, c, d, _weighted([(t, v.e) for t, v in terms]))
+    return LowRank(a, b, c, d, e=e)
+
+
+def _sum_of_transforms(terms: Sequence[tuple[float, LowRank]]) -> Tensor:
+    """1 + Σ t·(diag(d)·T − 1)."""
+    first = next(v.t for _, v in terms if v.t is not None)
+    number, size, _ = first.shape
+    one = identity_blocks(number * size, size, first.dtype, first.device)
+    total = one
+    for strength, value in terms:
+        moved = one if value.t is None else value.t
+        if value.d is not None:
+            moved = moved * value.d.view(number, size, 1)
+        total = total + strength * (moved - one)
+    return total
 
 
 def _sum_of_scales(terms: Sequence[tuple[float, Tensor | None]]) -> Tensor | None:

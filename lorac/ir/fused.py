@@ -99,7 +99,7 @@ class FusedBuffer:
     def _write_whole(self, value: Value | None) -> int:
         target, base = self.matrix_of(self.buffer), self.base()
         value = value.folded() if isinstance(value, LowRank) else value
-        plain = isinstance(value, LowRank) and value.d is None and value.a.dtype == base.dtype
+        plain = isinstance(value, LowRank) and not value.changes_input and value.a.dtype == base.dtype
         if value is None:
             target.copy_(base)
         elif plain and isinstance(value, LowRank) and value.c is None:

@@ -20,6 +20,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from lorac.ir.forms import times_blocks
 from lorac.ir.sites import Site
 from lorac.ir.types import SiteKind
 
@@ -32,6 +33,8 @@ class LinearKind:
 
     keeps_bias_inside: bool = False
     """The base's own bias belongs to its op (a convolution's); elsewhere it is added last."""
+    has_input_axis: bool = True
+    """Whether the input has one axis of features, which scales and transforms of the input go along."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -61,9 +64,13 @@ class LinearKind:
         """A vector (R,) shaped to broadcast over x·A."""
         return vector
 
-    def per_input(self, vector: Tensor) -> Tensor | None:
-        """A vector (in,) shaped to broadcast over the site's input; None where the kind has no such thing."""
+    def per_input(self, vector: Tensor) -> Tensor:
+        """A vector (in,) shaped to broadcast over the site's input, where it ``has_input_axis``."""
         return vector
+
+    def through(self, x: Tensor, blocks: Tensor) -> Tensor:
+        """The site's input (…, in) times a block-diagonal matrix of blocks (n, k, k); where ``per_input`` is."""
+        return times_blocks(x, blocks)
 
     def layout_a(self, a: Tensor) -> Tensor:
         """A matrix A (K, R) in slot layout."""
@@ -81,6 +88,8 @@ class LinearKind:
 class EmbeddingKind(LinearKind):
     """``y = Wᵀ[ids]``: a linear site over one-hot rows."""
 
+    has_input_axis = False
+
     def base(self, x: Tensor, stored: Tensor, bias: Tensor | None) -> Tensor:
         return F.embedding(x, stored, padding_idx=self.site.padding_idx if self.site.padding_idx >= 0 else None)
 
@@ -91,14 +100,12 @@ class EmbeddingKind(LinearKind):
     def down(self, x: Tensor, a: Tensor) -> Tensor:
         return F.embedding(x, a)
 
-    def per_input(self, vector: Tensor) -> Tensor | None:
-        return None
-
 
 class ConvKind(LinearKind):
     """A convolution: A takes the base's geometry, B is 1x1 (PEFT's form; dilation is the base's own)."""
 
     keeps_bias_inside = True
+    has_input_axis = False
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
@@ -129,9 +136,6 @@ class ConvKind(LinearKind):
 
     def per_rank(self, vector: Tensor) -> Tensor:
         return vector.view(-1, *self.ones)
-
-    def per_input(self, vector: Tensor) -> Tensor | None:
-        return None
 
     def layout_a(self, a: Tensor) -> Tensor:
         return a.t().reshape(a.shape[1], self.conv.channels, *self.conv.kernel)

@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from lorac.ir.affine import weight_formula
-from lorac.ir.algebra import RULES, WEIGHT, Analysis, Form, NamedRule, analyse, shape_of
+from lorac.ir.algebra import WEIGHT, Analysis, Form, NamedRule, analyse, shape_of
+from lorac.ir.rules import RULES
 from lorac.ir.types import Params
 
 aten = torch.ops.aten
@@ -36,9 +37,9 @@ class Lowering:
         graph: computes the form's tensors from (W (out, in), b (out,), *params); for a branch, the traced branch
             itself, (x, y, *params) -> y'.
         params: names of the parameters, in the graph's order.
-        outputs: names of the tensors it returns. low-rank: A (in, R), B (R, out), c (out,), d (in,), g (R,), h (out,),
-            b (out,), of which all but A and B are absent where they are 1 or the base's; sparse: rows, cols,
-            values (k,), b; dense: W (out, in), b.
+        outputs: names of the tensors it returns. low-rank: A (in, R), B (R, out), c (out,), d (in,), t (n, k, k),
+            g (R,), h (out,), b (out,), of which all but A and B are absent where they are 1 or the base's; sparse:
+            rows, cols, values (k,), b; dense: W (out, in), b.
         shared: names of the parameters that all sites have in common.
         common: those of the outputs that follow from shared parameters alone: one tensor for all sites of a shape.
         rank: R of a low-rank form, else 0.
@@ -69,6 +70,8 @@ def lower_weight(
     dtype: torch.dtype,
     rules: Sequence[NamedRule] = RULES,
     shared: Collection[str] = (),
+    *,
+    keep_factors: bool = False,
 ) -> Lowering:
     """Lower a weight formula (W, b, p) -> (W', b').
 
@@ -79,6 +82,7 @@ def lower_weight(
         dtype: dtype the formula computes in.
         rules: the algebra's table.
         shared: names of the parameters that all sites have in common.
+        keep_factors: products stay low-rank whatever their rank, for a weight that has no place for W'.
     """
     names = tuple(params)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -89,7 +93,7 @@ def lower_weight(
             return formula(w, b, Params(**dict(zip(names, tensors, strict=True))))
 
         graph = make_fx(traced)(w, b, *fakes)
-        return _classify(graph, names, rules, shared)
+        return _classify(graph, names, rules, shared, keep_factors=keep_factors)
 
 
 def lower_branch(
@@ -117,19 +121,24 @@ def lower_branch(
 
 
 def _classify(
-    module: fx.GraphModule, names: tuple[str, ...], rules: Sequence[NamedRule], shared: Collection[str] = ()
+    module: fx.GraphModule,
+    names: tuple[str, ...],
+    rules: Sequence[NamedRule],
+    shared: Collection[str] = (),
+    *,
+    keep_factors: bool = False,
 ) -> Lowering:
     graph = module.graph
     w, b, *inputs = [n for n in graph.nodes if n.op == "placeholder"]
     output = next(iter(reversed(graph.nodes)))
     new_weight, new_bias = output.args[0]
-    found = analyse(graph, w, rules)
+    found = analyse(graph, w, rules, keep_factors=keep_factors)
     form = found.form(new_weight)
     reasons = tuple(found.misses)
     common = {node for name, node in zip(names, inputs, strict=True) if name in shared}
     if form is not None and form.base == WEIGHT and not form.sparse:
         kind, tensors, rank = LOW_RANK, _low_rank(found, form, w, common), _rank(form)
-    elif form is not None and form.base == WEIGHT and not form.low and form.c is None and form.d is None:
+    elif form is not None and form.base == WEIGHT and form == Form(WEIGHT, sparse=form.sparse):
         kind, tensors, rank = SPARSE, _sparse(found, form), 0
     else:
         kind, tensors, rank = DENSE, {"W": new_weight}, 0
@@ -166,6 +175,8 @@ def _low_rank(found: Analysis, form: Form, w: fx.Node, common: set[fx.Node]) -> 
     for name, scale in scales.items():
         if scale is not None:
             tensors[name] = found.emit(aten.view.default, scale, [-1])
+    if form.blocks is not None:
+        tensors["t"] = found.emit(aten.transpose.int, form.blocks, 1, 2)
     return tensors
 
 

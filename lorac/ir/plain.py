@@ -14,7 +14,7 @@ from lorac.ir.choice import Active, Choice
 from lorac.ir.sites import Site
 from lorac.ir.slots import BranchSlot, SitePlan
 
-_FLAGS = ("rank", "c", "d", "g", "h", "bound", "bias")
+_FLAGS = ("rank", "c", "d", "t", "g", "h", "bound", "bias")
 _LEAF = "*"
 _TRUSTED = "transformers."
 """Output classes are restored from here alone: a module's import runs its code."""

@@ -49,6 +49,7 @@ class SitePlan:
         site: the site.
         rank: largest rank that fits, 0 for no low-rank slot.
         c, d: whether the output scale and input scale exist.
+        t: size of the blocks of the input transform, 0 for no such slot.
         g, h: whether the pair has a scale between its halves, and one behind them.
         bound: the weight itself is a slot.
         bias: so is the bias: a slot (out,) that holds the whole new bias.
@@ -60,6 +61,7 @@ class SitePlan:
     rank: int = 0
     c: bool = False
     d: bool = False
+    t: int = 0
     g: bool = False
     h: bool = False
     bound: bool = False
@@ -70,7 +72,7 @@ class SitePlan:
     @property
     def empty(self) -> bool:
         """Nothing can be replaced here."""
-        return not (self.rank or self.c or self.d or self.bias or self.bound or self.branches)
+        return not (self.rank or self.c or self.d or self.t or self.bias or self.bound or self.branches)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +91,7 @@ class SiteSlots:
         a, b: low-rank pair; rank 0 when nothing is active.
         c: output scale (out,).
         d: input scale (in,).
+        t: input transform, blocks (n, k, k).
         g: scale (R,) between the halves of the pair; h: scale (out,) behind them.
         weight, bias: the bound weight and its bias.
         branches: one fill per branch slot, in the plan's order; None where the slot is idle.
@@ -98,6 +101,7 @@ class SiteSlots:
     b: Tensor | None = None
     c: Tensor | None = None
     d: Tensor | None = None
+    t: Tensor | None = None
     g: Tensor | None = None
     h: Tensor | None = None
     weight: Tensor | None = None
@@ -107,11 +111,11 @@ class SiteSlots:
     @property
     def leaves_base(self) -> bool:
         """The base's own product and bias stay as they are; a low-rank branch may come beside."""
-        return self.weight is None and self.bias is None and self.c is None and self.d is None
+        return all(slot is None for slot in (self.weight, self.bias, self.c, self.d, self.t))
 
     def named(self) -> dict[str, Tensor]:
         """Slot role -> tensor; a branch's parameters are ``branch<i>.<j>``, its strength ``branch<i>.t``."""
-        found = {role: getattr(self, role) for role in ("a", "b", "c", "d", "g", "h", "weight", "bias")}
+        found = {role: getattr(self, role) for role in ("a", "b", "c", "d", "t", "g", "h", "weight", "bias")}
         tensors = {role: tensor for role, tensor in found.items() if tensor is not None}
         for i, fill in enumerate(self.branches):
             if fill is None:
@@ -216,11 +220,11 @@ def run_site(
 def _scaled_linear(
     kind: LinearKind, slots: SiteSlots, x: Tensor, weight: Tensor | None, linear: Tensor | None
 ) -> Tensor:
-    """c∘(W·(d∘x)), without the bias: it comes last, where ONNX Runtime's fusions look for it."""
+    """c∘(W·((d∘x)·T)), without the bias: it comes last, where ONNX Runtime's fusions look for it."""
     if slots.d is not None:
-        scale = kind.per_input(slots.d)
-        assert scale is not None
-        x, linear = (x * scale).to(x.dtype), None
+        x, linear = (x * kind.per_input(slots.d)).to(x.dtype), None
+    if slots.t is not None:
+        x, linear = kind.through(x.to(slots.t.dtype), slots.t).to(x.dtype), None
     if slots.weight is not None:
         linear = kind.bound(x, slots.weight, None)
     elif linear is None:

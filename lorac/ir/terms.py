@@ -123,6 +123,7 @@ def _describe(value: Value, site: Site) -> tuple[str, str, tuple[Part, ...]]:
             ("B", value.b.t()),
             ("c", value.c),
             ("d", value.d),
+            ("T", value.t),
             ("g", value.g),
             ("h", value.h),
             ("e", value.e),
@@ -153,6 +154,7 @@ def _unfusable(site: Site, value: Value) -> str | None:
 
 def _low_rank_flops(value: LowRank, site: Site) -> int:
     scales = sum(t.numel() for t in (value.c, value.d, value.e, value.g, value.h) if t is not None)
+    scales += 2 * value.t.numel() if value.t is not None else 0
     first = 0 if site.kind == "embedding" else site.in_features
     return 2 * value.rank * (first + site.out_features) + scales
 

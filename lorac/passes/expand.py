@@ -67,7 +67,7 @@ def slots_differ(plan: SitePlan) -> bool:
 def _structure(plan: SitePlan) -> Any:
     site = plan.site
     shape = (site.kind, site.out_features, site.in_features, site.transposed, site.conv, site.padding_idx)
-    flags = (bool(plan.rank), plan.c, plan.d, plan.g, plan.bound, plan.bias)
+    flags = (bool(plan.rank), plan.c, plan.d, plan.t, plan.g, plan.h, plan.bound, plan.bias)
     return (*shape, site.bias is not None, *flags)
 
 

@@ -126,9 +126,11 @@ def _inputs(graph: Graph, path: str, plan: SitePlan) -> dict[str, tuple[Any, tor
         slot("b", _with_rank(example_b, 1 if conv else 0, rank))
         if plan.g:
             slot("g", (rank,))
-    for role, size in (("c", site.out_features), ("d", site.in_features), ("h", site.out_features)):
+    blocks = (site.in_features // max(plan.t, 1), plan.t, plan.t)
+    wanted = {"c": (site.out_features,), "d": (site.in_features,), "t": blocks, "h": (site.out_features,)}
+    for role, shape in wanted.items():
         if getattr(plan, role):
-            slot(role, (size,))
+            slot(role, shape)
     if plan.bound:
         slot("weight", _weight_shape(graph, plan), site.dtype)
     if plan.bias:

@@ -11,9 +11,10 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorac.errors import NonFinite, ShapeMismatch, SiteNotFound, nearest_name
-from lorac.ir.algebra import RULES, NamedRule
+from lorac.ir.algebra import NamedRule
 from lorac.ir.forms import Dense, LowRank, Value, from_outputs
 from lorac.ir.normal import BRANCH, Lowering, lower_branch, lower_weight
+from lorac.ir.rules import RULES
 from lorac.ir.sites import Site
 from lorac.ir.slots import BranchSlot, BranchTerm, Ctx, Prepared, factor_dtype
 from lorac.ir.snapshot import BaseReader
@@ -63,7 +64,7 @@ class Lowerer:
         here = variant.at(site)
         shapes = tuple((name, tuple(t.shape)) for name, t in tensors.items())
         shape = (site.out_features, site.in_features)
-        key = (type(here), repr(here), site.kind, shape, shapes, site.dtype)
+        key = (type(here), repr(here), site.kind, _grouped(site), shape, shapes, site.dtype)
         if key not in self._cache:
             self._cache[key] = self._lower(here, site, shape, tensors)
         return self._cache[key]
@@ -133,12 +134,18 @@ class Lowerer:
             def formula(w: Tensor, b: Tensor, p: Any) -> tuple[Tensor, Tensor]:
                 return variant.weight(w, p), variant.new_bias(b, p)
 
-            return lower_weight(formula, shape, examples, dtype, self.rules, shared)
+            # A kernel of groups has no room for what leaves its blocks, as a product of factors does.
+            grouped = _grouped(site)
+            return lower_weight(formula, shape, examples, dtype, self.rules, shared, keep_factors=grouped)
         assert isinstance(variant, BranchVariant)
         if site.kind is not SiteKind.LINEAR or variant.reads:
             return Lowering(BRANCH, torch.fx.GraphModule(nn.Module(), torch.fx.Graph()), tuple(tensors), ("y",))
         ctx = Ctx(site)
         return lower_branch(lambda x, y, p: variant.branch(x, y, p, ctx), shape, examples, dtype, self.rules)
+
+
+def _grouped(site: Site) -> bool:
+    return site.conv is not None and site.conv.groups > 1
 
 
 def check_adapter(adapter: Adapter, sites: Mapping[str, Site]) -> None:

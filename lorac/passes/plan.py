@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from lorac.errors import NotMergeable, UnknownOption, nearest_name
 from lorac.ir.forms import Dense, LowRank, Value
 from lorac.ir.fused import leaves_blocks
+from lorac.ir.kinds import kind_of
 from lorac.ir.patterns import nothing_matches, select
 from lorac.ir.sites import Site
 from lorac.ir.slots import BranchSlot, Prepared, SitePlan
@@ -50,6 +51,7 @@ class _Needs:
     rank: int = 0
     c: bool = False
     d: bool = False
+    t: set[int] = field(default_factory=set)
     gates: bool = False
     bound: bool = False
     bias: bool = False
@@ -93,8 +95,8 @@ def plan_sites(
 
 
 def _beside(site: Site, value: Value) -> bool:
-    """Whether a value runs beside the weight in live mode; scaled inputs do where they have an axis for it."""
-    return isinstance(value, LowRank) and (value.d is None or site.kind is SiteKind.LINEAR)
+    """Whether a value runs beside the weight in live mode; changed inputs do where they have an axis for it."""
+    return isinstance(value, LowRank) and (kind_of(site).has_input_axis or not value.changes_input)
 
 
 def _need_value(need: _Needs, name: str, site: Site, value: Value, mode: str) -> None:
@@ -105,12 +107,13 @@ def _need_value(need: _Needs, name: str, site: Site, value: Value, mode: str) ->
         need.rank += value.rank
         need.c |= value.c is not None
         need.d |= value.d is not None
+        need.t |= set() if value.t is None else {value.t.shape[-1]}
         need.gates |= value.g is not None or value.h is not None
         need.bias |= value.e is not None
     else:
         need.bound = True
         need.bias |= value.e is not None
-        what = "dense" if isinstance(value, Dense) else "scales its input" if isinstance(value, LowRank) else "sparse"
+        what = "dense" if isinstance(value, Dense) else "changes its input" if isinstance(value, LowRank) else "sparse"
         need.reasons.append(f"bound weight: '{name}' is {what}")
 
 
@@ -128,18 +131,22 @@ def _reserve(needs: dict[str, _Needs], sites: Mapping[str, Site], reserve: Reser
 
 
 def _plan(site: Site, need: _Needs) -> SitePlan:
-    if need.c and need.d:
+    if need.c and (need.d or need.t):
         need.bound = True
-        need.reasons.append("bound weight: outputs and inputs are scaled, and the sum of both is neither")
+        need.reasons.append("bound weight: outputs and inputs are changed, and the sum of both is neither")
+    if len(need.t) > 1:
+        need.bound = True
+        need.reasons.append(f"bound weight: input transforms in blocks of {' and '.join(map(str, sorted(need.t)))}")
     return SitePlan(
         site,
-        need.rank,
-        need.c,
-        need.d,
-        need.gates,
-        need.gates,
-        need.bound,
-        need.bias,
-        tuple(need.branches),
-        tuple(need.reasons),
+        rank=need.rank,
+        c=need.c,
+        d=need.d,
+        t=max(need.t, default=0),
+        g=need.gates,
+        h=need.gates,
+        bound=need.bound,
+        bias=need.bias,
+        branches=tuple(need.branches),
+        reasons=tuple(need.reasons),
     )

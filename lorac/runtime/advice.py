@@ -18,7 +18,7 @@ def admitting_reserve(together: Sequence[Prepared]) -> str:
     values = [value for prepared in together for value in prepared.values.values()]
     ranks = [v.rank for v in values if isinstance(v, LowRank)]
     scales = any(v.e is not None or (isinstance(v, LowRank) and v.c is not None) for v in values)
-    whole = any(not isinstance(v, LowRank) or v.d is not None for v in values)
+    whole = any(not isinstance(v, LowRank) or v.changes_input for v in values)
     extras = (
         (f", adapters={len(together)}" if len(together) > 1 else "")
         + (", scales=True" if scales else "")

@@ -13,8 +13,8 @@ from torch import nn
 from lorac.compiler import compile
 from lorac.errors import NotMergeable, SiteUnsupported
 from lorac.formats import load_adapter, save_adapter
-from lorac.ir.algebra import RULES
 from lorac.ir.forms import merge, merge_bias
+from lorac.ir.rules import RULES
 from lorac.ir.sites import bias_of
 from lorac.ir.snapshot import BaseReader
 from lorac.ir.types import Role

@@ -1,4 +1,4 @@
-"""A convolution's kernel in factors (out, r), (r, r, taps), (r, in), where taps is the number of its pixels.
+"""Kernels of convolutions: in groups, and in factors (out, r), (r, r, taps), (r, in), taps the number of its pixels.
 
 FedPara's proposition 3, arXiv 2108.06098; as in LyCORIS, arXiv 2309.14859, and PEFT's use_effective_conv2d.
 """
@@ -9,6 +9,7 @@ import math
 
 import torch
 
+from lorac.errors import SiteUnsupported
 from lorac.ir.sites import Site
 from lorac.ir.types import InitContext
 
@@ -18,6 +19,15 @@ def columns(site: Site) -> tuple[int, int]:
     if site.conv is None:
         return site.in_features, 1
     return site.conv.channels // site.conv.groups, math.prod(site.conv.kernel)
+
+
+def refuse_groups(method: str, site: Site) -> None:
+    """Raise ``SiteUnsupported`` at a convolution of several groups, for a method whose W' leaves their blocks."""
+    if site.conv is not None and site.conv.groups > 1:
+        raise SiteUnsupported(
+            f"{method} makes one full matrix; '{site.path}' is a convolution of {site.conv.groups} groups",
+            next_step="exclude= the module",
+        )
 
 
 def on_blocks(kernel: torch.Tensor, W: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch
 from lorac.errors import SiteUnsupported, UnknownOption, nearest_name
 from lorac.ir.sites import Site
 from lorac.ir.types import InitContext, Params, ParamSpec, Role, SiteKind
+from lorac.variants._kernels import refuse_groups
 from lorac.variants.base import WeightVariant
 
 Tensor = torch.Tensor
@@ -70,11 +71,7 @@ class LoLDU(WeightVariant):
                 nearest=f"r={terms}",
                 next_step="give a smaller r, or exclude= the module",
             )
-        if site.conv is not None and site.conv.groups > 1:
-            raise SiteUnsupported(
-                f"loldu factorises one matrix; '{site.path}' is a convolution of {site.conv.groups} groups",
-                next_step="exclude= the module",
-            )
+        refuse_groups(self.name, site)
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         out, columns, factors = site.out_features, site.in_features, _Factors(self.r)

@@ -108,9 +108,8 @@ class OFT(WeightVariant):
         """Rows (n, width) times R, or Rᵀ."""
         blocks = self.rotations(upper)
         size = blocks.shape[-1]
-        cut = rows.reshape(rows.shape[0], rows.shape[1] // size, size).transpose(0, 1)
-        turned = cut @ (blocks.transpose(1, 2) if transposed else blocks)
-        return turned.transpose(0, 1).reshape(rows.shape)
+        everywhere = blocks.expand(rows.shape[1] // size, size, size)
+        return rows @ torch.block_diag(*(everywhere.transpose(1, 2) if transposed else everywhere))
 
     @staticmethod
     def _width(site: Site) -> int:

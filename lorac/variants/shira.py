@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from lorac.errors import ShapeMismatch
+from lorac.errors import SiteUnsupported
 from lorac.ir.sites import Site
 from lorac.ir.types import Params, ParamSpec, Role
 from lorac.variants import _inits
@@ -51,15 +51,19 @@ class SHiRA(WeightVariant):
         out, columns = site.out_features, site.in_features
         return self.r * (out + columns) if self.ratio is None else round(self.ratio * out * columns)
 
-    def params(self, site: Site) -> dict[str, ParamSpec]:
-        chosen = maker(self.mask, self.entries(site))
-        entries, size = chosen.entries(site), site.out_features * site.in_features
+    def check(self, site: Site) -> None:
+        super().check(site)
+        entries, size = maker(self.mask, self.entries(site)).entries(site), site.out_features * site.in_features
         if entries > size:
-            raise ShapeMismatch(
+            raise SiteUnsupported(
                 f"SHiRA cannot train {entries} positions of '{site.path}', which has {size}",
                 nearest=f"r={size // (site.out_features + site.in_features)}",
                 next_step="give a smaller r or ratio",
             )
+
+    def params(self, site: Site) -> dict[str, ParamSpec]:
+        chosen = maker(self.mask, self.entries(site))
+        entries = chosen.entries(site)
         return {
             "indices": ParamSpec((2, entries), chosen.make, role=Role.INDEX),
             "values": ParamSpec((entries,), _inits.zeros, decay=False),

@@ -19,6 +19,7 @@ from lorac.errors import UnknownOption, nearest_name
 from lorac.ir.sites import Site
 from lorac.ir.types import Dropout, Init, InitContext, Params, ParamSpec, Role
 from lorac.variants import _inits
+from lorac.variants._kernels import refuse_groups
 from lorac.variants.base import WeightVariant
 
 Tensor = torch.Tensor
@@ -62,6 +63,10 @@ class TeRA(WeightVariant):
     name: ClassVar[str] = "tera"
     paper: ClassVar[str] = "TeRA: Vector-based Random Tensor Network for High-Rank Adaptation, arXiv 2509.03234"
     dropout_place: ClassVar[Dropout] = Dropout.INPUT
+
+    def check(self, site: Site) -> None:
+        super().check(site)
+        refuse_groups(self.name, site)
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         if self.factors not in FACTORS:

@@ -51,7 +51,8 @@ def rows() -> dict[str, MethodRow]:
 
 def test_every_method_has_a_formula_a_form_and_a_file(rows: dict[str, MethodRow]) -> None:
     assert list(rows) == list(BUILT_IN)
-    for name, row in rows.items():
+    formed = {name: row for name, row in rows.items() if name != "chain"}  # whose form is that of its parts
+    for name, row in formed.items():
         assert row.form, f"the defaults of '{name}' fit no layer {WIDTH} x {WIDTH}"
         assert row.files[0] == "native"
         if row.form != "replace":

@@ -9,7 +9,7 @@ from lorac.ir.forms import from_outputs, merge, merge_bias
 from lorac.ir.normal import lower_weight
 from lorac.ir.types import Params
 
-OUT, IN = 6, 5
+OUT, IN = 6, 4
 """Shape of W."""
 
 
@@ -58,7 +58,7 @@ def _eye(size):
     return torch.eye(size, dtype=torch.float64)
 
 
-POSITIONS = {"rows": torch.tensor([0, 3, 5, 3]), "cols": torch.tensor([4, 1, 0, 2])}
+POSITIONS = {"rows": torch.tensor([0, 3, 5, 3]), "cols": torch.tensor([3, 1, 0, 2])}
 AB = {"B": (OUT, 2), "A": (2, IN)}
 
 FORMULAS = {
@@ -114,6 +114,24 @@ FORMULAS = {
     ),
     "factor of a factor": Formula(
         lambda W, p: W + p.M @ (p.B @ p.A) + (p.B @ p.A) @ p.N, {**AB, "M": (OUT, OUT), "N": (IN, IN)}, "low-rank", 4
+    ),
+    "blocks": Formula(lambda W, p: W @ torch.block_diag(*p.T), {"T": (2, 2, 2)}, "low-rank"),
+    "blocks, scales and a factor": Formula(
+        lambda W, p: ((p.c * W * p.d) + p.B @ p.A) @ torch.block_diag(*p.T) / p.d + p.B @ p.A,
+        {**AB, "c": (OUT, 1), "d": (1, IN), "T": (2, 2, 2)},
+        "low-rank",
+        4,
+    ),
+    "blocks of blocks": Formula(
+        lambda W, p: W @ (torch.block_diag(*p.S).t() @ torch.block_diag(p.T[1], p.T[0])),
+        {"S": (2, 2, 2), "T": (2, 2, 2)},
+        "low-rank",
+    ),
+    "blocks as large as the input": Formula(lambda W, p: W @ torch.block_diag(p.T), {"T": (IN, IN)}, "dense"),
+    "blocks of two sizes": Formula(lambda W, p: W @ torch.block_diag(p.T, p.S), {"T": (1, 1), "S": (3, 3)}, "dense"),
+    "blocks of the output": Formula(lambda W, p: torch.block_diag(*p.T) @ W, {"T": (3, 2, 2)}, "dense"),
+    "sum of blocks": Formula(
+        lambda W, p: W @ torch.block_diag(*p.T) + W @ torch.block_diag(*p.S), {"T": (2, 2, 2), "S": (2, 2, 2)}, "dense"
     ),
     "reads the base": Formula(lambda W, p: W + p.U @ (p.D @ W), {"U": (OUT, 2), "D": (2, OUT)}, "low-rank", 2),
     "norm of the result": Formula(

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorac
-from lorac.ir.algebra import RULES, rule_names, without
 from lorac.ir.normal import lower_weight
+from lorac.ir.rules import RULES, rule_names, without
 from lorac.ir.types import Params
 from lorac.testing import HOSTS, Case
 from lorac.testing.checks import assert_close
@@ -54,7 +54,9 @@ def test_every_rule_says_its_identity():
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("wide factor", "inner size 4 of a 6 x 5 product saves nothing"),
+        ("wide factor", "inner size 4 of a 6 x 4 product saves nothing"),
+        ("blocks as large as the input", "its blocks are not several squares of one size"),
+        ("blocks of two sizes", "its blocks are not several squares of one size"),
         ("one value at many positions", "its positions are no two lists as long as its values"),
         ("scatter and factor", "mixed structure"),
         ("product of entries", "the formula's result has no recognised structure"),
@@ -158,7 +160,7 @@ class _Drawn:
     def matrix(self, n, m, depth):
         """An expression of shape (n, m)."""
         leaves = [self.zeros, self.factor] + ([self.base] if (n, m) == (OUT, IN) else [])
-        leaves += [self.identity] if n == m else []
+        leaves += [self.identity, self.blocks] if n == m else []
         inner = [self.sum, self.number, self.rows, self.columns, self.quotient, self.minus, self.copy, self.turned]
         inner += [self.product, self.addmm, self.scatter, self.opaque]
         make = self.draw(st.sampled_from(leaves if depth == 0 else inner + leaves))
@@ -173,6 +175,11 @@ class _Drawn:
 
     def identity(self, n, m, depth):
         return lambda W, p: torch.eye(n, dtype=torch.float64)
+
+    def blocks(self, n, m, depth):
+        size = self.draw(st.sampled_from([k for k in range(1, n + 1) if n % k == 0]))
+        t = self.parameter(n // size, size, size)
+        return lambda W, p: torch.block_diag(*t(W, p))
 
     def factor(self, n, m, depth):
         rank = self.draw(st.integers(1, 2))

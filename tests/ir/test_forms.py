@@ -6,7 +6,7 @@ import torch
 from lorac.ir.forms import Dense, LowRank, Sparse, SparseSum, compose, from_outputs, merge, merge_bias
 from lorac.testing.checks import assert_close
 
-OUT, IN, R = 6, 5, 3
+OUT, IN, R = 6, 4, 3
 
 
 def rand(*shape):
@@ -23,7 +23,11 @@ def values():
         "low-rank": LowRank(rand(IN, R), rand(R, OUT)),
         "scaled": LowRank(rand(IN, R), rand(R, OUT), c=rand(OUT), e=rand(OUT)),
         "both scales": LowRank(rand(IN, R), rand(R, OUT), c=rand(OUT), d=rand(IN)),
-        "sparse": Sparse(torch.tensor([0, 5, 2]), torch.tensor([4, 0, 2]), rand(3), rand(OUT)),
+        "transform": LowRank(rand(IN, R), rand(R, OUT), t=rand(2, 2, 2)),
+        "everything": LowRank(rand(IN, R), rand(R, OUT), c=rand(OUT), d=rand(IN), t=rand(2, 2, 2), e=rand(OUT)),
+        "input scale": LowRank(rand(IN, R), rand(R, OUT), d=rand(IN)),
+        "smaller blocks": LowRank(rand(IN, R), rand(R, OUT), t=rand(4, 1, 1)),
+        "sparse": Sparse(torch.tensor([0, 5, 2]), torch.tensor([3, 0, 2]), rand(3), rand(OUT)),
         "dense": Dense(rand(OUT, IN), rand(OUT)),
     }
 
@@ -33,7 +37,8 @@ def by_hand(value, W, b):
     if isinstance(value, LowRank):
         c = torch.ones(OUT) if value.c is None else value.c
         d = torch.ones(IN) if value.d is None else value.d
-        new = torch.diag(c.double()) @ W @ torch.diag(d.double()) + (value.a @ value.b).t()
+        turned = torch.eye(IN).double() if value.t is None else torch.block_diag(*value.t)
+        new = torch.diag(c.double()) @ W @ (torch.diag(d.double()) @ turned).t() + (value.a @ value.b).t()
         return new, b + (0 if value.e is None else value.e)
     new = value.weight.clone() if isinstance(value, Dense) else W.clone()
     if isinstance(value, Sparse):
@@ -42,7 +47,7 @@ def by_hand(value, W, b):
     return new, b + value.e
 
 
-@pytest.mark.parametrize("name", ["low-rank", "scaled", "both scales", "sparse", "dense"])
+@pytest.mark.parametrize("name", ["low-rank", "scaled", "both scales", "transform", "everything", "sparse", "dense"])
 def test_merge(values, name):
     W, b, value = rand(OUT, IN), rand(OUT), values[name]
     before = W.clone()
@@ -59,6 +64,11 @@ def test_merge(values, name):
         ("low-rank", "scaled"),
         ("scaled", "sparse"),
         ("both scales", "low-rank"),
+        ("transform",),
+        ("transform", "input scale", "low-rank", "transform"),
+        ("transform", "scaled"),
+        ("everything", "low-rank"),
+        ("transform", "smaller blocks"),
         ("sparse", "sparse"),
         ("dense", "scaled", "sparse"),
     ],

@@ -78,7 +78,10 @@ def test_vectors_broadcast_over_outputs_ranks_and_inputs(made):
     ranks = torch.randn(3, dtype=torch.float64)
     down = kind.down(x, kind.layout_a(a))
     assert_close(down * kind.per_rank(ranks), kind.down(x, kind.layout_a(a * ranks)))
-    columns = kind.per_input(torch.linspace(1, 2, site.in_features).double())
-    if columns is not None:
+    if kind.has_input_axis:
+        columns = kind.per_input(torch.linspace(1, 2, site.in_features).double())
         by_columns = site.store(site.present(module.weight) * columns)
         assert_close(kind.base(x * columns, module.weight, None), kind.base(x, by_columns, None))
+        blocks = torch.randn(1, site.in_features, site.in_features, dtype=torch.float64)
+        turned = site.store(site.present(module.weight) @ blocks[0].t())
+        assert_close(kind.base(kind.through(x, blocks), module.weight, None), kind.base(x, turned, None))

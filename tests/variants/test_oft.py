@@ -1,14 +1,18 @@
 """OFT by hand: blocks, the series and the inverse, embeddings, and sizes that do not divide."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
 import lorac
 from lorac.errors import SiteUnsupported, UnknownOption
-from lorac.ir.forms import Dense
+from lorac.ir.forms import LowRank
+from lorac.ir.types import Params
 from lorac.testing import HOSTS, Case
 from lorac.variants.oft import OFT, nearest_divisor
+from tests import parity
 
 
 def tensor(values):
@@ -68,11 +72,57 @@ def test_an_embedding_is_rotated_in_its_own_dimensions():
     torch.testing.assert_close(compiled(torch.tensor([0, 1, 2])), model.site.weight @ SERIES, rtol=1e-12, atol=1e-12)
 
 
-def test_is_dense_and_orthogonal():
+def test_transforms_the_input_and_is_orthogonal():
     case = Case(OFT(block_size=4, use_cayley_neumann=False), HOSTS["divisible"])
     value = case.live.pool["a"].values["site"]
-    assert isinstance(value, Dense)
-    torch.testing.assert_close(value.weight @ value.weight.t(), case.weight @ case.weight.t())
+    assert isinstance(value, LowRank)
+    assert value.rank == 0
+    assert value.t.shape == (3, 4, 4)
+    identity = torch.eye(4, dtype=torch.float64).expand(3, 4, 4)
+    torch.testing.assert_close(value.t @ value.t.transpose(1, 2), identity)
+    assert not case.live.plans["site"].bound
+    assert case.live.explain().terms[0].slots == ("a", "b", "t")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("target", ["eager", "onnxruntime"])
+def test_runs_beside_the_weight_alone_and_in_mixtures(target):
+    """One more of the same blocks, a LoRA, and an input scale: the sum transforms the input still."""
+    rotation = OFT(block_size=4)
+    cases = [
+        Case(v, HOSTS["divisible"]) for v in (rotation, rotation, lorac.LoRA(r=1), lorac.IA3(feedforward=("site",)))
+    ]
+    adapters = [
+        cases[0].a,
+        cases[1].b,
+        *(dataclasses.replace(c.a, name=n) for c, n in zip(cases[2:], "cd", strict=True)),
+    ]
+    x = cases[0].x if target == "eager" else cases[0].x.float()
+    model = cases[0].model if target == "eager" else cases[0].model32
+    compiled = lorac.compile(model, {a.name: a for a in adapters}, target=target, example_inputs=(x,))
+    assert compiled.plans["site"].t == 4
+    assert not compiled.plans["site"].bound
+    for choice in ({"a": 1.0}, {"a": 0.4, "b": 0.5}, {"a": 0.4, "c": 0.8, "d": 0.3}, {"c": 1.0}, {}):
+        compiled.swap(choice or None)
+        weight = cases[0].weight.clone()
+        for case, adapter in zip(cases, adapters, strict=True):
+            moved = adapter.variant.weight(case.weight, Params(**adapter.tensors["site"])) - case.weight
+            weight += choice.get(adapter.name, 0.0) * moved
+        expected = torch.nn.functional.linear(cases[0].x, weight, cases[0].bias)
+        if choice:
+            parity.assert_parity(compiled(x), expected.to(x.dtype), model(x))
+        else:
+            torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_other_blocks_beside_it_need_a_weight():
+    cases = [Case(OFT(block_size=size), HOSTS["divisible"]) for size in (4, 3)]
+    compiled = cases[0].compiled(cases[0].a, cases[1].b)
+    assert compiled.plans["site"].bound
+    assert "input transforms in blocks of 3 and 4" in compiled.plans["site"].reasons[-1]
+    alone = cases[0].compiled(cases[0].a)
+    with pytest.raises(lorac.NeedsRecompile, match="holds input transforms in blocks of 4, not 3"):
+        alone.add_adapter(cases[1].b)
 
 
 @pytest.mark.parametrize(

@@ -304,7 +304,7 @@ def _noise(plan: SitePlan, idle: SiteSlots, typical: float, generator: torch.Gen
 
     site, kind = plan.site, kind_of(plan.site)
     made: dict[str, object] = {}
-    for role in ("c", "d", "h", "bias"):
+    for role in ("c", "d", "t", "h", "bias"):
         held = getattr(idle, role)
         if held is not None:
             made[role] = held + _SPREAD * randn(*held.shape, like=held)
