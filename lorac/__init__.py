@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lorac.variants.base import Adapter, BranchVariant, ProgramVariant, WeightVariant
     from lorac.variants.bat import BAT
     from lorac.variants.boft import BOFT
+    from lorac.variants.chain import Chain
     from lorac.variants.cp_lora import CPLoRA
     from lorac.variants.dora import DoRA
     from lorac.variants.dylora import DyLoRA
@@ -93,6 +94,7 @@ __all__ = [  # noqa: RUF022  (in plain order: BAT and OFT are no constants)
     "BranchVariant",
     "CPLoRA",
     "CaptureFailed",
+    "Chain",
     "ChoiceError",
     "CompileError",
     "Compiled",

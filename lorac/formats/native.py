@@ -66,7 +66,7 @@ def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
         stored[alias] = stored[first]
     adapter = Adapter(
         name=name or record["name"],
-        variant=_variant(path, record),
+        variant=_variant(path, record["variant"], record["config"]),
         provenance={
             **record["provenance"],
             "format": "native",
@@ -152,10 +152,10 @@ def _record(path: Path, text: str) -> dict[str, Any]:
     return record
 
 
-def _variant(path: Path, record: Mapping[str, Any]) -> Variant:
-    variant = variant_named(record["variant"])
+def _variant(path: Path, name: str, config: Mapping[str, Any]) -> Variant:
+    variant = variant_named(name)
     known = dataclass_fields(variant)
-    for field in record["config"]:
+    for field in config:
         if field not in known:
             raise UnknownField(
                 f"'{path}' sets '{field}', which {variant.name} does not have",
@@ -164,7 +164,7 @@ def _variant(path: Path, record: Mapping[str, Any]) -> Variant:
             )
     default = _defaults(variant)
     kinds = {field.name: field.type for field in dataclasses.fields(variant)}
-    for field, value in record["config"].items():
+    for field, value in config.items():
         # `alpha: float = 8` is no int.
         kind = float if kinds[field] in {float, "float"} else type(default.get(field))
         allowed = _ALLOWED.get(kind, (object,))
@@ -174,9 +174,19 @@ def _variant(path: Path, record: Mapping[str, Any]) -> Variant:
                 next_step=f"its default is {default[field]!r}",
             )
     try:
-        return variant(**record["config"])
+        return variant(**{field: _revived(path, value) for field, value in config.items()})
     except (TypeError, ValueError) as error:
         raise UnsupportedField(f"'{path}' configures {variant.name} wrongly: {error}") from error
+
+
+def _revived(path: Path, value: Any) -> Any:
+    """A field's value, with the methods in it (``_plain``) made again."""
+    if isinstance(value, list):
+        return [_revived(path, item) for item in value]
+    match value:
+        case {"variant": str(name), "config": dict(config), **rest} if not rest:
+            return _variant(path, name, config)
+    return value
 
 
 def _defaults(variant: type[Variant]) -> dict[str, Any]:
@@ -198,6 +208,8 @@ def _config(variant: Variant) -> tuple[dict[str, Any], list[str]]:
 
 
 def _is_json(value: Any) -> bool:
+    if isinstance(value, Variant):
+        return not _config(value)[1]
     if isinstance(value, Mapping):
         return all(isinstance(k, str) and _is_json(v) for k, v in value.items())
     if isinstance(value, list | tuple):
@@ -206,6 +218,8 @@ def _is_json(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Variant):
+        return {"variant": value.name, "config": _config(value)[0]}
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

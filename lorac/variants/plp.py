@@ -10,11 +10,11 @@ from typing import ClassVar
 
 import torch
 
-from lorac.errors import UnknownOption, nearest_name
+from lorac.errors import ChoiceError, SiteNotFound, UnknownOption, nearest_name
 from lorac.ir.sites import Site
 from lorac.ir.types import Init, InitContext, Params, ParamSpec, Role
 from lorac.variants import _inits
-from lorac.variants.base import WeightVariant
+from lorac.variants.base import Adapter, Variant, WeightVariant
 
 Tensor = torch.Tensor
 _BASES = ("rows", "exact", "none")
@@ -31,6 +31,11 @@ def _halves(context: InitContext, rank: int) -> tuple[Tensor, Tensor]:
     basis = torch.linalg.qr(torch.randn(rows, rank, generator=generator)).Q
     chosen = torch.randperm(rows, generator=generator)
     return basis[chosen[:count]], basis[chosen[count : 2 * count]]
+
+
+def _form(variant: Variant) -> tuple[object, ...]:
+    """What two halves must have in common."""
+    return tuple(getattr(variant, field, None) for field in ("r", "basis", "identity_init"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +90,37 @@ class PLP(WeightVariant):
         frozen_up = torch.cat([p.up_frozen, torch.zeros_like(p.up_learned)])
         frozen_down = torch.cat([p.down_frozen, torch.zeros_like(p.down_learned)], dim=1)
         return adapted - frozen_up @ frozen_down
+
+    @classmethod
+    def join(cls, content: Adapter, style: Adapter, *, name: str) -> Adapter:
+        """The two halves as one: the style's, with the trained part of the content's down factor (the paper's "make").
+
+        They go together where both were trained against the same frozen parts, or the result is trained on.
+
+        Args:
+            content, style: adapters of one configuration on the same sites; tensors are shared with them, not copied.
+            name: of the result.
+
+        Raises:
+            ChoiceError: one is of another method, rank or basis.
+            SiteNotFound: the content lacks a site that the style has, or the other way round.
+        """
+        for adapter in (content, style):
+            if not isinstance(adapter.variant, cls) or _form(adapter.variant) != _form(style.variant):
+                raise ChoiceError(
+                    f"'{adapter.name}' is {adapter.variant.name} {_form(adapter.variant)}: no half for '{style.name}'",
+                    next_step="content and style are plp adapters of equal r, basis and identity_init",
+                )
+        apart = content.tensors.keys() ^ style.tensors.keys()
+        if apart:
+            raise SiteNotFound(
+                f"'{content.name}' and '{style.name}' do not both adapt '{min(apart)}'",
+                next_step="train both halves with the same targets=",
+            )
+        tensors = {
+            path: {**own, "down_learned": content.tensors[path]["down_learned"]} for path, own in style.tensors.items()
+        }
+        return Adapter(name, style.variant, tensors, {**content.replaced, **style.replaced})
 
     def _basis(self, half: int) -> Init:
         """The frozen half of one factor, from the basis that both share."""

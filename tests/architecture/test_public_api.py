@@ -28,6 +28,7 @@ METHODS = {
     "BAT",
     "BOFT",
     "CPLoRA",
+    "Chain",
     "DoRA",
     "DyLoRA",
     "FourierFT",

@@ -94,15 +94,37 @@ def test_bases_are_disjoint_rows_of_one_matrix():
     assert len(basis.unique(dim=0)) == 1280
 
 
-def test_swapping_the_content_changes_its_columns_alone():
-    """The recombination: the style's whole up, its frozen down, the content's learned down."""
-    style = Case(lorac.PLP(r=2), HOSTS["no_bias"])
-    content = style.b.tensors["site"]
-    mixed = {**style.a.tensors["site"], "down_learned": content["down_learned"]}
-    before, after = (style.variant.weight(style.weight, Params(**p)) for p in (style.a.tensors["site"], mixed))
-    left = style.weight.shape[1] // 2
-    assert torch.equal(before[:, :left], after[:, :left])
-    assert (before[:, left:] != after[:, left:]).all()
+def halves(**fields):
+    """A content's and a style's adapter, and the case they belong to."""
+    case = Case(lorac.PLP(**{"r": 2, **fields}), HOSTS["no_bias"])
+    return case, case.a, case.b
+
+
+@torch.no_grad()
+def test_joined_halves_are_the_styles_with_the_contents_learned_columns():
+    case, content, style = halves()
+    joined = lorac.PLP.join(content, style, name="both")
+    own = joined.tensors["site"]
+    kept = {name for name in own if own[name] is style.tensors["site"][name]}
+    assert kept == {"up_frozen", "up_learned", "down_frozen"}
+    assert own["down_learned"] is content.tensors["site"]["down_learned"]
+    alone, both = (case.variant.weight(case.weight, Params(**a.tensors["site"])) for a in (style, joined))
+    left = case.weight.shape[1] // 2
+    assert torch.equal(alone[:, :left], both[:, :left])
+    assert (alone[:, left:] != both[:, left:]).all()
+    expected = torch.nn.functional.linear(case.x, both)
+    torch.testing.assert_close(case.compiled(joined)(case.x), expected)
+
+
+def test_halves_that_do_not_belong_together():
+    _, content, style = halves()
+    with pytest.raises(lorac.ChoiceError, match=r"'b' is plp \(3, 'rows', False\): no half for 'a'"):
+        lorac.PLP.join(halves(r=3)[2], content, name="x")
+    with pytest.raises(lorac.ChoiceError, match="'a' is lora"):
+        lorac.PLP.join(Case(lorac.LoRA(r=2), HOSTS["no_bias"]).a, style, name="x")
+    elsewhere = lorac.Adapter("c", content.variant, {"other": content.tensors["site"]})
+    with pytest.raises(lorac.SiteNotFound, match="do not both adapt 'other'"):
+        lorac.PLP.join(elsewhere, style, name="x")
 
 
 @pytest.mark.parametrize(("identity_init", "rank"), [(False, 2), (True, 4)])
