@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lorac
@@ -17,15 +19,28 @@ Batch = Mapping[str, Tensor]
 TARGETS = {
     "tiny_llama": ("q_proj", "v_proj", "down_proj"),
     "tiny_bert": ("query", "value"),
+    "plain_conv": ("stem", "grouped", "dilated", "line"),
     "minilm": ("query", "value"),
     "smollm2": ("q_proj", "v_proj"),
 }
 
 
+class Classifier(nn.Module):
+    """A model that answers with its output alone, given a loss; of ten times its logits, for as drawn they are even."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, image: Tensor, labels: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(loss=F.cross_entropy(10 * self.body(image), labels))
+
+
 def host(name: str) -> nn.Module:
     """A host of its own that answers with a loss; MiniLM's encoder gets a classifier, which stays as drawn."""
     if name != "minilm":
-        return ZOO[name].fresh()
+        model = ZOO[name].fresh()
+        return Classifier(model).eval() if name == "plain_conv" else model
     from transformers import BertForSequenceClassification
 
     encoder: Any = ZOO[name].fresh()
