@@ -18,18 +18,6 @@ def linear(peft_type: str) -> Any:
     return only(peft_type, {SiteKind.LINEAR}, transposed=True)
 
 
-def bias(prefix: str) -> Field:
-    """Which biases are trained: none, all or ``<prefix>_only``."""
-    allowed = ("none", "all", f"{prefix}_only")
-
-    def read(value: Any) -> str:
-        if value not in allowed:
-            raise ValueError(f"expected {allowed[0]}, {allowed[1]} or {allowed[2]}")
-        return str(value)
-
-    return Field(Use.APPLIED, "none", to="bias", read=read, write=lambda b: config.bias_name(b, prefix))
-
-
 def seed(value: Any) -> int:
     """A whole number."""
     if not isinstance(value, int) or isinstance(value, bool):

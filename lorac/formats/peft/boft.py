@@ -7,15 +7,12 @@ such a file's boft_R has one.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from lorac.formats._layout import conv_site, matrix_site
 from lorac.formats.peft import config
-from lorac.formats.peft.banks import bias
 from lorac.formats.peft.method import Field, Method, Tensors, Use
-from lorac.formats.peft.tables import PLACES, misfit, only
+from lorac.formats.peft.tables import PLACES, bias, count, misfit, only
 from lorac.ir.sites import Site
 from lorac.ir.types import SiteKind
 from lorac.variants.base import Variant
@@ -23,13 +20,6 @@ from lorac.variants.boft import BOFT
 
 Tensor = torch.Tensor
 ROTATION, SCALE = "boft_R", "boft_s"
-
-
-def count(value: Any) -> int:
-    """A whole number from 0."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError("expected a whole number from 0")
-    return value
 
 
 FIELDS = {

@@ -15,10 +15,8 @@ import torch
 
 from lorac.formats._layout import matrix_site
 from lorac.formats.peft import config
-from lorac.formats.peft.banks import bias
-from lorac.formats.peft.boft import count
 from lorac.formats.peft.method import Field, Method, Tensors, Use
-from lorac.formats.peft.tables import PLACES, misfit, only
+from lorac.formats.peft.tables import PLACES, bias, count, misfit, only
 from lorac.ir.sites import Site
 from lorac.ir.types import SiteKind
 from lorac.variants.base import Variant

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 
@@ -35,6 +36,25 @@ LYCORIS = {
 """Fields of LOHA, all of which LOKR has, too."""
 LYCORIS_KINDS = frozenset({SiteKind.LINEAR, SiteKind.CONV1D, SiteKind.CONV2D})
 """What LOHA and LOKR adapt."""
+
+
+def bias(prefix: str) -> Field:
+    """Which biases are trained: none, all or ``<prefix>_only``."""
+    allowed = ("none", "all", f"{prefix}_only")
+
+    def read(value: Any) -> str:
+        if value not in allowed:
+            raise ValueError(f"expected {allowed[0]}, {allowed[1]} or {allowed[2]}")
+        return str(value)
+
+    return Field(Use.APPLIED, "none", to="bias", read=read, write=lambda b: config.bias_name(b, prefix))
+
+
+def count(value: Any) -> int:
+    """A whole number from 0."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError("expected a whole number from 0")
+    return value
 
 
 def only(

@@ -17,9 +17,9 @@ import torch
 from lorac.errors import ShapeMismatch
 from lorac.formats._layout import matrix_site
 from lorac.formats.peft import config
-from lorac.formats.peft.banks import bias, linear
+from lorac.formats.peft.banks import linear
 from lorac.formats.peft.method import Field, Method, Tensors, Use
-from lorac.formats.peft.tables import PLACES, misfit
+from lorac.formats.peft.tables import PLACES, bias, misfit
 from lorac.ir.sites import Site
 from lorac.variants.base import Variant
 from lorac.variants.vblora import VBLoRA

@@ -14,9 +14,9 @@ import torch
 
 from lorac.formats._layout import matrix_site
 from lorac.formats.peft import config
-from lorac.formats.peft.banks import LAYERS, SEEDED, bias, largest, linear
+from lorac.formats.peft.banks import LAYERS, SEEDED, largest, linear
 from lorac.formats.peft.method import Field, Method, Tensors, Use
-from lorac.formats.peft.tables import misfit
+from lorac.formats.peft.tables import bias, misfit
 from lorac.ir.sites import Site
 from lorac.variants.base import Variant
 from lorac.variants.vera import VeRA, projections
