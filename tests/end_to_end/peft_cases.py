@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, ShiraConfig
 from torch import Tensor, nn
 
 from tests import parity
-from tests.peft_files import make_peft
+from tests.peft_files import make_peft, quiet
 from tests.zoo import ZOO
 
 Inputs = Mapping[str, Tensor]
@@ -30,6 +30,11 @@ class Case:
         change: done to a copy of the model first (ties, say); None takes it as it is.
         modes: the modes it runs in.
         outputs: the outputs that it moves by 5 to 50 %, if not those of the zoo.
+        dtype: of the model and the file in eager.
+        back: what lorac saves of it, PEFT loads.
+        alone: it can be read and written without its model, too.
+        emitted: it runs in ONNX Runtime, too.
+        late: it takes long, and is in the long run.
     """
 
     name: str
@@ -38,10 +43,20 @@ class Case:
     change: Callable[[nn.Module], None] | None = None
     modes: tuple[str, ...] = ("live", "fused", "baked")
     outputs: tuple[str, ...] = ()
+    dtype: torch.dtype = torch.float64
+    back: bool = True
+    alone: bool = True
+    emitted: bool = False
+    late: bool = False
 
     @property
     def id(self) -> str:
         return f"{self.model}-{self.name}"
+
+    @property
+    def kind(self) -> str:
+        """The PEFT type."""
+        return str(self.config.peft_type.value)
 
     def host(self, dtype: torch.dtype) -> nn.Module:
         """The base, a copy of its own."""
@@ -78,14 +93,20 @@ def tie(model: nn.Module) -> None:
     model.tie_weights()  # type: ignore[operator]
 
 
+def build(config: type[PeftConfig], name: str, model: str, /, **settings: Any) -> Case:
+    """A case of a configuration; settings that are attributes of `Case` are the case's."""
+    own = {field.name: settings.pop(field.name) for field in fields(Case) if field.name in settings}
+    with quiet():
+        return Case(name, model, config(**settings), **own)
+
+
 def _lora(name: str, model: str, targets: Any = None, /, **settings: Any) -> Case:
-    own = {key: settings.pop(key) for key in ("change", "modes", "outputs") if key in settings}
-    config = LoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": targets or list(ZOO[model].targets), **settings})
-    return Case(name, model, config, **own)
+    fixed = {"r": 3, "lora_alpha": 5, "target_modules": targets or list(ZOO[model].targets)}
+    return build(LoraConfig, name, model, **{**fixed, **settings})
 
 
 def _shira(name: str, model: str, targets: Any, /, **settings: Any) -> Case:
-    return Case(name, model, ShiraConfig(**{"r": 3, "target_modules": targets, "random_seed": 7, **settings}))
+    return build(ShiraConfig, name, model, **{"r": 3, "target_modules": targets, "random_seed": 7, **settings})
 
 
 PLAIN = ("plain_mlp", "plain_conv", "resnet18")
@@ -166,8 +187,18 @@ CASES: tuple[Case, ...] = (
 def checkpoint(case: Case, folder: Path, base: torch.dtype, **settings: Any) -> tuple[nn.Module, PeftModel]:
     """The case's base in a dtype, and PEFT's model of the checkpoint that it writes into ``folder``."""
     model = case.host(base)
+    return model, _written(case, folder, model, base, **settings)
+
+
+def checkpoints(cases: Sequence[Case], folder: Path, base: torch.dtype) -> tuple[nn.Module, dict[str, PeftModel]]:
+    """One base of several cases in a dtype, and by name PEFT's models of what it writes into a folder for each."""
+    model = cases[0].host(base)
+    return model, {case.name: _written(case, folder / case.name, model, base) for case in cases}
+
+
+def _written(case: Case, folder: Path, model: nn.Module, base: torch.dtype, **settings: Any) -> PeftModel:
     inputs = ZOO[case.model].inputs(dtype=base)
-    return model, make_peft(
+    return make_peft(
         model, folder, case.config, inputs=inputs, outputs=case.compared, **{"contribution": 0.15, **settings}
     )
 

@@ -2,78 +2,83 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import pytest
 import torch
-from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
 import lorac
 from lorac.formats import load_adapter, save_adapter
 from tests import parity, peft_files
-from tests.end_to_end.peft_cases import Case, checkpoint, example, joined, shapes
+from tests.end_to_end.peft_cases import Case, Inputs, checkpoint, example, joined, shapes
 from tests.formats.oracle import assert_equal
 
-EMITTED = ("live", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("fused", "baked")))
-"""Modes in ONNX Runtime: how a weight is merged does not depend on the method, so the rest waits for the long run."""
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """What PEFT wrote of a case, and what it and the base alone answer to several calls.
 
-@torch.no_grad()
-def assert_eager(case: Case, folder: Path, dtype: torch.dtype = torch.float64) -> None:
-    """lorac computes what PEFT does, in every mode of the case."""
-    model, oracle = checkpoint(case, folder, dtype)
-    calls = shapes(case.model, dtype)
-    reference, base = ([host(**inputs) for inputs in calls] for host in (oracle, model))
-    for mode in case.modes:
-        compiled = lorac.compile(model, {"a": folder}, mode=mode)
-        answers = [compiled(**inputs) for inputs in calls]
-        parity.assert_parity(*(joined(outputs, case.compared) for outputs in (answers, reference, base)))
-
-
-@torch.no_grad()
-def assert_back(case: Case, folder: Path, dtype: torch.dtype = torch.float64, *, alone: bool = True) -> None:
-    """What lorac saves of a checkpoint, PEFT loads and computes the same with.
-
-    Args:
-        case: The checkpoint.
-        folder: Where to write.
-        dtype: Of the model.
-        alone: It can be read and written without its model, too.
+    Attributes:
+        case: what it is of.
+        folder: where it is.
+        model: the base.
+        calls: the inputs of each call.
+        reference: PEFT's answers.
+        base: the base's.
+        types: of the base's answers, one per call.
     """
-    model, oracle = checkpoint(case, folder / "first", dtype)
-    adapter = load_adapter(folder / "first", model)
-    save_adapter(adapter, folder / "second", model=model)
-    assert_peft_says_the_same(case, model, oracle, folder / "second", dtype)
-    assert_equal(load_adapter(folder / "second", model), adapter)
-    if alone:
-        save_adapter(load_adapter(folder / "first"), folder / "third")
-        assert_equal(load_adapter(folder / "third", model), adapter)
-        assert_peft_says_the_same(case, model, oracle, folder / "third", dtype)
+
+    case: Case
+    folder: Path
+    model: nn.Module
+    calls: list[Inputs]
+    reference: dict[str, Tensor]
+    base: dict[str, Tensor]
+    types: list[type]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, case: Case, folder: Path, dtype: torch.dtype) -> Checkpoint:
+        """Have PEFT write it, for a base of a dtype, into ``folder``."""
+        model, oracle = checkpoint(case, folder, dtype)
+        calls = shapes(case.model, dtype)
+        reference, base = ([host(**inputs) for inputs in calls] for host in (oracle, model))
+        both = (joined(answers, case.compared) for answers in (reference, base))
+        return cls(case, folder, model, calls, *both, [type(answer) for answer in base])
+
+    @torch.no_grad()
+    def answers(self, host: Any, **settings: Any) -> dict[str, Tensor]:
+        """What a model, PEFT's or lorac's, answers to the same calls."""
+        found = [host(**inputs, **settings) for inputs in self.calls]
+        assert [type(answer) for answer in found] == self.types
+        return joined(found, self.case.compared)
 
 
-@torch.no_grad()
-def assert_peft_says_the_same(
-    case: Case, model: nn.Module, oracle: PeftModel, folder: Path, dtype: torch.dtype
-) -> None:
-    """PEFT computes with the folder what the oracle does, bit for bit: the same tensors on the same code."""
-    again, calls = peft_files.load_peft(model, folder), shapes(case.model, dtype)
-    found, expected = (joined([host(**inputs) for inputs in calls], case.compared) for host in (again, oracle))
-    for name, value in expected.items():
-        assert torch.equal(found[name], value), name
+def assert_eager(made: Checkpoint) -> None:
+    """lorac computes what PEFT does, in every mode of the case."""
+    for mode in made.case.modes:
+        compiled = lorac.compile(made.model, {"a": made.folder}, mode=mode)
+        parity.assert_parity(made.answers(compiled), made.reference, made.base)
 
 
-@torch.no_grad()
-def assert_onnxruntime(case: Case, folder: Path, mode: str) -> None:
+def assert_back(made: Checkpoint, folder: Path) -> None:
+    """PEFT computes with what lorac saves into ``folder`` as with its own file, bit for bit: by the same code."""
+    adapter = load_adapter(made.folder, made.model)
+    save_adapter(adapter, folder / "known", model=made.model)
+    if made.case.alone:
+        save_adapter(load_adapter(made.folder), folder / "alone")
+    for saved in folder.iterdir():
+        assert_equal(load_adapter(saved, made.model), adapter)
+        found = made.answers(peft_files.load_peft(made.model, saved))
+        for name, value in made.reference.items():
+            assert torch.equal(found[name], value), (saved.name, name)
+
+
+def assert_onnxruntime(made: Checkpoint, mode: str) -> None:
     """A compiled program in ONNX Runtime computes what PEFT does, in float32."""
-    dtype = torch.float32
-    model, oracle = checkpoint(case, folder, dtype)
-    calls = shapes(case.model, dtype)
-    compiled = lorac.compile(model, {"a": folder}, target="onnxruntime", mode=mode, **example(case.model))
-    base = joined([model(**inputs) for inputs in calls], case.compared)
-    reference = joined([oracle(**inputs) for inputs in calls], case.compared)
-    own = None
-    if mode != "baked":
-        own = joined([compiled(**inputs, adapters=None) for inputs in calls], case.compared)
-    answers = joined([compiled(**inputs) for inputs in calls], case.compared)
-    parity.assert_parity(answers, reference, base, own_base=own)
+    settings = example(made.case.model)
+    compiled = lorac.compile(made.model, {"a": made.folder}, target="onnxruntime", mode=mode, **settings)
+    own = None if mode == "baked" else made.answers(compiled, adapters=None)
+    parity.assert_parity(made.answers(compiled), made.reference, made.base, own_base=own)

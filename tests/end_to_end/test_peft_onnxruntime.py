@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, ShiraConfig
-from torch import nn
 
 import lorac
 from tests import parity
-from tests.end_to_end.peft_cases import Case, checkpoint, example, joined, shapes
+from tests.end_to_end.peft_cases import Case, checkpoints, example, joined, shapes
 from tests.zoo import ZOO
 
 DTYPE = torch.float32
@@ -100,26 +99,18 @@ ADAPTERS = dict(
 )
 
 
-def _checkpoints(name: str, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """A model and, by adapter, what PEFT makes of the checkpoint in ``folder``."""
-    oracles = {}
-    for case in ADAPTERS[name]:
-        model, oracles[case.name] = checkpoint(case, folder / case.name, DTYPE)
-    return model, oracles
-
-
 def _runs() -> Iterator[Any]:
-    """Every model in every mode; merged modes of all but a few small models wait for the long run."""
+    """Every model in every mode; ResNet, and merged modes of all but a few small models, wait for the long run."""
     for name, mode in itertools.product(ADAPTERS, ("live", "fused", "baked")):
         small = {"plain_mlp", "plain_conv", "tiny_bert"}
-        late = mode != "live" and name not in small
+        late = name == "resnet18" or (mode != "live" and name not in small)
         yield pytest.param(name, mode, marks=pytest.mark.slow if late else ())
 
 
 @pytest.mark.parametrize(("name", "mode"), list(_runs()))
 def test_what_peft_computes(name: str, mode: str, tmp_path: Path) -> None:
     names, calls = ZOO[name].outputs, shapes(name, DTYPE)
-    model, oracles = _checkpoints(name, tmp_path)
+    model, oracles = checkpoints(ADAPTERS[name], tmp_path, DTYPE)
     adapters = {key: tmp_path / key for key in oracles}
     only = {"active": "b"} if mode == "baked" else {}
     compiled = lorac.compile(model, adapters, target="onnxruntime", mode=mode, **only, **example(name))

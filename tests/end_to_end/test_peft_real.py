@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from peft import LoraConfig, PeftConfig, ShiraConfig
 
 import lorac
 from tests import parity
-from tests.end_to_end.peft_cases import Case, checkpoint, joined, shapes
+from tests.end_to_end.peft_cases import Case, checkpoints, joined, shapes
 from tests.zoo import ZOO
 
 MODES = ("live", "fused", "baked")
@@ -60,18 +59,11 @@ CONFIGS: dict[str, dict[str, PeftConfig]] = {
 }
 
 
-def _checkpoints(of: str, folder: Path, dtype: torch.dtype) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """A model and, by adapter, what PEFT makes of the checkpoint in ``folder``."""
-    oracles, name = {}, of.partition(",")[0]
-    for key, config in CONFIGS[of].items():
-        model, oracles[key] = checkpoint(Case(key, name, config), folder / key, dtype)
-    return model, oracles
-
-
 def _compare(of: str, modes: Sequence[str], target: str, dtype: torch.dtype, folder: Path) -> None:
     name = of.partition(",")[0]
     names, calls = ZOO[name].outputs, shapes(name, dtype)
-    model, oracles = _checkpoints(of, folder, dtype)
+    cases = [Case(key, name, config) for key, config in CONFIGS[of].items()]
+    model, oracles = checkpoints(cases, folder, dtype)
     adapters = {key: folder / key for key in oracles}
     with torch.no_grad():
         base = joined([model(**inputs) for inputs in calls], names)
@@ -83,7 +75,7 @@ def _compare(of: str, modes: Sequence[str], target: str, dtype: torch.dtype, fol
         print(f"{name} {target} {mode}: compiled in {time.perf_counter() - begun:.1f} s")
         own_base = None
         with torch.no_grad():
-            if mode != "baked":
+            if mode != "baked" and dtype != torch.float64:  # where no rounding of the base's own is allowed for
                 own_base = joined([compiled(**inputs, adapters=None) for inputs in calls], names)
             for key in chosen:
                 if mode != "baked":
@@ -93,15 +85,18 @@ def _compare(of: str, modes: Sequence[str], target: str, dtype: torch.dtype, fol
                 print(f"{name} {target} {mode} {key}: {max(ratios.values()):.1e}")
 
 
+# SmolLM2 takes a minute in eager, and one per mode in ONNX Runtime: it is in the long run, with adapters on some of its
+# layers and on all.
 SLOW = pytest.param("smollm2, every layer", MODES, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("of", "modes"), [("minilm", MODES), ("smollm2", MODES), SLOW])
+@pytest.mark.parametrize(
+    ("of", "modes"), [("minilm", MODES), pytest.param("smollm2", MODES, marks=pytest.mark.slow), SLOW]
+)
 def test_in_eager(of: str, modes: Sequence[str], tmp_path: Path) -> None:
     _compare(of, modes, "eager", torch.float64, tmp_path)
 
 
-# SmolLM2 takes more than a minute per mode: it is in the long run, with adapters on some of its layers and on all.
 @pytest.mark.parametrize(
     ("of", "modes"),
     [

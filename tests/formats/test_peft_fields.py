@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
@@ -36,7 +35,7 @@ from lorac.formats.peft.config import PEFT_TYPES, methods
 from lorac.formats.peft.method import ABSENT, Use
 from lorac.variants.dora import DoRA
 from lorac.variants.lora import LoRA
-from tests import peft_files
+from tests.peft_files import CONFIG, configure, made, make_peft
 from tests.zoo import ZOO
 
 CLASSES = {
@@ -87,15 +86,7 @@ def test_refusals_say_what_to_do(kind: str) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    config = LoraConfig(r=2, target_modules=["up", "down"])
-    inputs = ZOO["plain_mlp"].inputs()
-    peft_files.make_peft(ZOO["plain_mlp"].fresh(), tmp_path / "f", config, inputs=inputs)
-    return tmp_path / "f"
-
-
-def configure(folder: Path, **changes: Any) -> None:
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return made(tmp_path / "f", "LORA")
 
 
 @pytest.mark.parametrize(
@@ -216,7 +207,7 @@ def test_what_the_fields_become(folder: Path, tmp_path: Path) -> None:
         modules_to_save=["down"],
     )
     model, inputs = ZOO["plain_mlp"].fresh(torch.float64), ZOO["plain_mlp"].inputs()
-    peft_files.make_peft(model, tmp_path / "g", config, inputs=inputs)
+    make_peft(model, tmp_path / "g", config, inputs=inputs)
     variant = load_adapter(tmp_path / "g", model).variant
     assert isinstance(variant, DoRA)
     assert sorted(variant.targets) == ["embed", "head", "up"]
@@ -235,7 +226,7 @@ def test_what_the_fields_become(folder: Path, tmp_path: Path) -> None:
 
 
 def test_old_files_lack_fields(folder: Path) -> None:
-    path = folder / "adapter_config.json"
+    path = folder / CONFIG
     raw = json.loads(path.read_text())
     keep = ("peft_type", "r", "lora_alpha", "target_modules")
     old = {name: raw[name] for name in keep} | {"merge_weights": False, "enable_lora": None}

@@ -76,7 +76,6 @@ def test_parity_and_round_trip(tmp_path: Path, name: str, config: dict[str, Any]
         ("tiny_gpt2", {"target_modules": ["c_attn"], "lora_bias": True}),
     ],
 )
-@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but")
 def test_what_dora_does_not_have(tmp_path: Path, name: str, config: dict[str, Any]) -> None:
     assert_round_trip(name, tmp_path, LoraConfig(**config))
 
@@ -211,7 +210,6 @@ def test_resized_embedding_is_a_replacement(tmp_path: Path) -> None:
     ],
     ids=lambda extra: "-".join(map(str, extra.values()))[:30],
 )
-@pytest.mark.filterwarnings("ignore:lora with eva initialization used with")
 def test_what_matters_in_training_only(tmp_path: Path, extra: dict[str, Any]) -> None:
     """PEFT's outputs are those of a plain LoRA, whatever these say."""
     model, inputs = ZOO["plain_mlp"].fresh(), ZOO["plain_mlp"].inputs()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import ShiraConfig
-from safetensors.torch import load_file, save_file
 
 from lorac.errors import BaseNeeded, ShapeMismatch, SiteUnsupported, UnsupportedField
 from lorac.formats import load_adapter, save_adapter
@@ -17,9 +15,8 @@ from lorac.variants.base import Adapter
 from lorac.variants.shira import SHiRA
 from tests import peft_files
 from tests.formats.oracle import assert_equal, assert_round_trip, assert_same
+from tests.peft_files import change, configure
 from tests.zoo import ZOO
-
-WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.mark.parametrize(
@@ -33,7 +30,6 @@ WEIGHTS = "adapter_model.safetensors"
         ("tiny_llama", {"r": 2, "target_modules": "all-linear", "fan_in_fan_out": True}),
     ],
 )
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True")
 def test_parity_and_round_trip(tmp_path: Path, name: str, config: dict[str, Any]) -> None:
     adapter = assert_round_trip(name, tmp_path, ShiraConfig(**config))
     assert isinstance(adapter.variant, SHiRA)
@@ -50,17 +46,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "f"
 
 
-def change(folder: Path, name: str, tensor: torch.Tensor) -> None:
-    tensors = load_file(folder / WEIGHTS)
-    tensors[f"base_model.model.{name}"] = tensor
-    save_file(tensors, folder / WEIGHTS)
-
-
 def test_indices_written_as_floats_on_windows(folder: Path) -> None:
     model, inputs = ZOO["plain_mlp"].fresh(torch.float64), ZOO["plain_mlp"].inputs()
     before = load_adapter(folder, model)
     for path in ("up", "down"):
-        change(folder, f"{path}.shira_indices", before.tensors[path]["indices"].float())
+        change(folder, {f"model.{path}.shira_indices": before.tensors[path]["indices"].float()})
     assert_equal(load_adapter(folder, model), before)
     assert_same(model, before, peft_files.load_peft(model, folder), inputs)
 
@@ -68,15 +58,14 @@ def test_indices_written_as_floats_on_windows(folder: Path) -> None:
 def test_custom_masks_are_in_the_file(folder: Path) -> None:
     """PEFT does not serialise a mask function; the positions are all that is needed."""
     before = load_adapter(folder)
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "mask_type": "mine"}))
+    configure(folder, mask_type="mine")
     assert_equal(load_adapter(folder), before)
 
 
 def test_positions_outside_the_weight(folder: Path) -> None:
     indices = load_adapter(folder).tensors["up"]["indices"].clone()
     indices[1, 0] = 10
-    change(folder, "up.shira_indices", indices.int())
+    change(folder, {"model.up.shira_indices": indices.int()})
     with pytest.raises(ShapeMismatch, match=r"position \(13, 10\) at 'up' lies outside"):
         load_adapter(folder, ZOO["plain_mlp"].model())
 
@@ -84,20 +73,19 @@ def test_positions_outside_the_weight(folder: Path) -> None:
 def test_fractional_and_negative_positions(folder: Path) -> None:
     indices = load_adapter(folder).tensors["up"]["indices"]
     for wrong in (indices.float() + 0.5, indices.int() - 20):
-        change(folder, "up.shira_indices", wrong)
+        change(folder, {"model.up.shira_indices": wrong})
         with pytest.raises(ShapeMismatch, match="whole numbers from 0"):
             load_adapter(folder)
 
 
 def test_values_that_do_not_fit(folder: Path) -> None:
-    change(folder, "up.shira_weight", torch.zeros(47))
+    change(folder, {"model.up.shira_weight": torch.zeros(47)})
     with pytest.raises(ShapeMismatch, match=r"'up' do not belong together: shira_weight \(47,\)"):
         load_adapter(folder)
 
 
 def test_r_of_the_configuration(folder: Path) -> None:
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "r": 7}))
+    configure(folder, r=7)
     with pytest.raises(ShapeMismatch, match="r = 7"):
         load_adapter(folder)
 

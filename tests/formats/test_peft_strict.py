@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 
 from lorac.errors import (
     BaseMismatch,
-    BaseNeeded,
     CorruptFile,
     FormatError,
     LoracError,
@@ -25,52 +23,20 @@ from lorac.errors import (
     ShapeMismatch,
     SiteNotFound,
     SiteUnsupported,
-    UnsupportedField,
     UnusedTensors,
 )
 from lorac.formats import load_adapter, save_adapter
-from lorac.variants.base import Adapter
-from lorac.variants.hydra import Hydra
-from lorac.variants.lora import LoRA
-from tests import peft_files
 from tests.formats.oracle import assert_equal
+from tests.peft_files import CONFIG, WEIGHTS, change, configure, made, make_peft
 from tests.zoo import ZOO
 
-CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 Make = Callable[..., Path]
 
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    def make(name: str = "plain_mlp", **config: Any) -> Path:
-        config = {"r": 2, "target_modules": ["up", "down"], **config}
-        outputs = None if name.startswith("plain") else ["logits"]
-        peft_files.make_peft(
-            ZOO[name].fresh(),
-            tmp_path / "f",
-            LoraConfig(**config),
-            inputs=ZOO[name].inputs(),
-            outputs=outputs,
-        )
-        return tmp_path / "f"
-
-    return make
-
-
-def configure(folder: Path, **changes: Any) -> None:
-    path = folder / CONFIG
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def change(folder: Path, **tensors: Tensor | None) -> None:
-    """Replace, add or remove tensors; names without the prefix, `/` for `.`."""
-    stored = load_file(folder / WEIGHTS)
-    for name, tensor in tensors.items():
-        key = PREFIX + name.replace("/", ".")
-        stored.pop(key, None)
-        if tensor is not None:
-            stored[key] = tensor
-    save_file(stored, folder / WEIGHTS)
+    """Makes a LoRA for a model of the zoo."""
+    return lambda model="plain_mlp", **settings: made(tmp_path / "f", "LORA", model, **settings)
 
 
 def refuse(kind: type[LoracError], folder: Path, match: str, model: nn.Module | None = None) -> LoracError:
@@ -91,9 +57,9 @@ def both(kind: type[LoracError], folder: Path, match: str, name: str = "plain_ml
 
 def test_leftover_tensors(make: Make) -> None:
     folder = make()
-    change(folder, **{"up/lora_C/weight": torch.ones(2)})
+    change(folder, {"model.up.lora_C.weight": torch.ones(2)})
     error = both(UnusedTensors, folder, r"1 tensors: 'base_model.model.up.lora_C.weight'")
-    assert error.nearest in (f"{PREFIX}up.lora_A.weight", f"{PREFIX}up.lora_B.weight")
+    assert error.nearest in ("base_model.model.up.lora_A.weight", "base_model.model.up.lora_B.weight")
 
 
 def test_tensors_under_another_prefix(make: Make) -> None:
@@ -121,22 +87,22 @@ def test_magnitudes_without_dora_and_biases_without_lora_bias(make: Make) -> Non
 
 def test_missing_tensors(make: Make) -> None:
     folder = make()
-    change(folder, **{"up/lora_B/weight": None})
+    change(folder, {"model.up.lora_B.weight": None})
     both(ShapeMismatch, folder, r"'up' do not belong together: lora_A.weight \(2, 10\)")
-    change(folder, **{"up/lora_A/weight": None})
+    change(folder, {"model.up.lora_A.weight": None})
     load_adapter(folder)  # only the model can tell
     refuse(CorruptFile, folder, "lacks tensors .* 'up'", ZOO["plain_mlp"].model())
 
 
 def test_missing_magnitude(make: Make) -> None:
     folder = make(use_dora=True)
-    change(folder, **{"up/lora_magnitude_vector": None})
+    change(folder, {"model.up.lora_magnitude_vector": None})
     both(ShapeMismatch, folder, "lacks the tensor 'magnitude' at 'up'")
 
 
 def test_missing_saved_module(make: Make) -> None:
     folder = make(target_modules=["up"], modules_to_save=["head"])
-    change(folder, **{"head/bias": None})
+    change(folder, {"model.head.bias": None})
     refuse(CorruptFile, folder, r"lacks tensors .* 'head.bias'", ZOO["plain_mlp"].model())
 
 
@@ -152,20 +118,20 @@ def test_non_finite_tensors(make: Make, value: float) -> None:
     folder = make()
     wrong = torch.ones(14, 2)
     wrong[3, 1] = value
-    change(folder, **{"up/lora_B/weight": wrong})
+    change(folder, {"model.up.lora_B.weight": wrong})
     both(NonFinite, folder, r"'base_model.model.up.lora_B.weight' .* holds 1 NaN or infinite of 28")
 
 
 @pytest.mark.parametrize(
     ("shapes", "match"),
     [
-        ({"up/lora_A/weight": (2, 11)}, r"lora_A at 'up' has shape \(2, 11\), expected \(2, 10\)"),
-        ({"up/lora_B/weight": (13, 2)}, r"lora_B at 'up' has shape \(13, 2\), expected \(14, 2\)"),
+        ({"model.up.lora_A.weight": (2, 11)}, r"lora_A at 'up' has shape \(2, 11\), expected \(2, 10\)"),
+        ({"model.up.lora_B.weight": (13, 2)}, r"lora_B at 'up' has shape \(13, 2\), expected \(14, 2\)"),
     ],
 )
 def test_shapes_that_only_the_model_can_tell(make: Make, shapes: dict[str, Any], match: str) -> None:
     folder = make()
-    change(folder, **{name: torch.ones(shape) for name, shape in shapes.items()})
+    change(folder, {name: torch.ones(shape) for name, shape in shapes.items()})
     load_adapter(folder)
     refuse(ShapeMismatch, folder, match, ZOO["plain_mlp"].model())
 
@@ -184,7 +150,7 @@ def test_rank_of_the_tensors_and_of_the_configuration(make: Make) -> None:
 )
 def test_pairs_that_do_not_belong_together(make: Make, a: tuple[int, ...], b: tuple[int, ...]) -> None:
     folder = make()
-    change(folder, **{"up/lora_A/weight": torch.ones(a), "up/lora_B/weight": torch.ones(b)})
+    change(folder, {"model.up.lora_A.weight": torch.ones(a), "model.up.lora_B.weight": torch.ones(b)})
     both(ShapeMismatch, folder, "'up' do not belong together")
 
 
@@ -192,19 +158,19 @@ def test_kinds_of_sites(make: Make) -> None:
     folder = make("plain_conv", target_modules=["stem"])
     stored = load_adapter(folder).tensors["stem"]
     turned = {
-        "stem/lora_A/weight": stored["lora_A"].reshape(2, 6, 1, 9),
-        "stem/lora_B/weight": stored["lora_B"].reshape(10, 2, 1, 1),
+        "model.stem.lora_A.weight": stored["lora_A"].reshape(2, 6, 1, 9),
+        "model.stem.lora_B.weight": stored["lora_B"].reshape(10, 2, 1, 1),
     }
-    change(folder, **turned)
+    change(folder, turned)
     match = r"for a conv2d \(10, 6, 1, 9\) at 'stem', which is a conv2d \(10, 6, 3, 3\)"
     refuse(ShapeMismatch, folder, match, ZOO["plain_conv"].model())
-    change(folder, **{key: tensor.flatten(1) for key, tensor in turned.items()})
+    change(folder, {key: tensor.flatten(1) for key, tensor in turned.items()})
     refuse(ShapeMismatch, folder, r"for a linear \(10, 54\)", ZOO["plain_conv"].model())
 
 
 def test_groups(make: Make) -> None:
     folder = make("plain_conv", target_modules=["grouped"])
-    change(folder, **{"grouped/lora_B/weight": torch.ones(8, 2, 1, 1)})
+    change(folder, {"model.grouped.lora_B.weight": torch.ones(8, 2, 1, 1)})
     refuse(ShapeMismatch, folder, r"is a conv2d .* in 2 groups", ZOO["plain_conv"].model())
 
 
@@ -232,7 +198,7 @@ def test_modules_that_are_no_sites(tmp_path: Path) -> None:
 
     inputs = {"input": torch.randn(2, 3, 5)}
     config = LoraConfig(r=2, target_modules=["0", "1"])
-    peft_files.make_peft(build("zeros"), tmp_path, config, inputs=inputs)
+    make_peft(build("zeros"), tmp_path, config, inputs=inputs)
     refuse(SiteUnsupported, tmp_path, "'0', a Conv1d as built here is not a site", build("circular"))
 
 
@@ -249,7 +215,7 @@ class Attending(nn.Module):
 def test_packed_attention_is_no_site(tmp_path: Path) -> None:
     inputs = {"x": torch.randn(2, 3, 6)}
     config = LoraConfig(r=2, target_modules=["attention"])
-    peft_files.make_peft(Attending(), tmp_path, config, inputs=inputs)
+    make_peft(Attending(), tmp_path, config, inputs=inputs)
     refuse(SiteUnsupported, tmp_path, "'attention', a MultiheadAttention", Attending())
     refuse(UnusedTensors, tmp_path, r"'attention\.base_layer\.out_proj'")
 
@@ -266,10 +232,10 @@ def test_sites_that_are_not_targeted(make: Make) -> None:
 
 def test_replacements_the_model_does_not_have(make: Make) -> None:
     folder = make(target_modules=["up"], modules_to_save=["head"])
-    change(folder, **{"head/scale": torch.ones(3)})
+    change(folder, {"model.head.scale": torch.ones(3)})
     error = refuse(SiteNotFound, folder, "replaces 'head.scale'", ZOO["plain_mlp"].model())
     assert str(error.nearest).startswith("head.")
-    change(folder, **{"head/scale": None, "head/bias": torch.ones(8)})
+    change(folder, {"model.head.scale": None, "model.head.bias": torch.ones(8)})
     refuse(ShapeMismatch, folder, r"'head.bias' by shape \(8,\)", ZOO["plain_mlp"].model())
 
 
@@ -302,10 +268,10 @@ def test_patterns_that_are_none(make: Make) -> None:
 
 def test_copies_of_another_base(make: Make) -> None:
     folder = make("tiny_llama", target_modules=["embed_tokens", "q_proj"])
-    key = f"{PREFIX}model.embed_tokens.base_layer.weight"
-    copy = load_file(folder / WEIGHTS)[key]
+    name = "model.model.embed_tokens.base_layer.weight"
+    copy = load_file(folder / WEIGHTS)[f"base_model.{name}"]
     copy[3, 4] += 1e-3
-    change(folder, **{"model/embed_tokens/base_layer/weight": copy})
+    change(folder, {name: copy})
     model = ZOO["tiny_llama"].model()
     refuse(BaseMismatch, folder, "copy of 'model.embed_tokens.weight', and this model's differs", model)
     later = load_adapter(folder)  # nothing to hold it against yet
@@ -323,7 +289,7 @@ def test_copies_of_a_resized_base(make: Make) -> None:
 def test_copies_that_differ_among_themselves(make: Make) -> None:
     folder = make("tiny_bert", target_modules=["query"], bias="all", modules_to_save=["classifier"])
     wrong = torch.full((5,), 3.0)
-    change(folder, **{"classifier/modules_to_save/bias": wrong})
+    change(folder, {"model.classifier.modules_to_save.bias": wrong})
     match = "'classifier.modules_to_save.bias' and 'classifier.bias' are copies of one tensor, and differ"
     both(CorruptFile, folder, match, "tiny_bert")
 
@@ -357,75 +323,3 @@ def test_configurations_that_are_no_json_object(make: Make, text: str) -> None:
     folder = make()
     (folder / CONFIG).write_text(text)
     refuse(CorruptFile, folder, "is damaged: it")
-
-
-# Saving
-
-
-def test_methods_without_a_peft_type(tmp_path: Path) -> None:
-    adapter = Adapter("x", Hydra(), {"up": {}})
-    with pytest.raises(UnsupportedField, match="no type for 'hydra'") as error:
-        save_adapter(adapter, tmp_path / "x")
-    assert "format='native'" in str(error.value)
-
-
-def test_saving_needs_the_layout(make: Make, tmp_path: Path) -> None:
-    read = load_adapter(make("plain_conv", target_modules=["grouped"]), ZOO["plain_conv"].model())
-    fresh = Adapter("x", read.variant, read.tensors)
-    with pytest.raises(BaseNeeded, match="layout of 'grouped'"):
-        save_adapter(fresh, tmp_path / "x")
-    save_adapter(fresh, tmp_path / "x", model=ZOO["plain_conv"].model())
-    assert_equal(load_adapter(tmp_path / "x", ZOO["plain_conv"].model()), read)
-
-
-def test_saving_a_grouped_convolution_that_leaves_its_blocks(make: Make, tmp_path: Path) -> None:
-    model = ZOO["plain_conv"].model()
-    read = load_adapter(make("plain_conv", target_modules=["grouped"]), model)
-    read.tensors["grouped"]["lora_B"] = torch.ones(8, 2)
-    with pytest.raises(UnsupportedField, match="mixes the groups"):
-        save_adapter(read, tmp_path / "x", model=model)
-
-
-def test_saving_what_does_not_fit(make: Make, tmp_path: Path) -> None:
-    folder, model = make(), ZOO["plain_mlp"].model()
-    adapter = load_adapter(folder, model)
-    adapter.replaced["head.weight"] = model.get_parameter("head.weight").detach() + 1
-    with pytest.raises(UnsupportedField, match=r"no place for 'head.weight'"):
-        save_adapter(adapter, tmp_path / "x", model=model)
-    adapter = load_adapter(folder, model)
-    adapter.tensors["up"]["lora_A"] = torch.ones(2, 3)
-    with pytest.raises(ShapeMismatch):
-        save_adapter(adapter, tmp_path / "x", model=model)
-    assert not (tmp_path / "x").exists()
-
-
-def test_saving_lora_bias_on_an_embedding(tmp_path: Path) -> None:
-    tensors = {"lora_A": torch.ones(1, 23), "lora_B": torch.ones(10, 1), "lora_bias": torch.ones(10)}
-    adapter = Adapter("x", LoRA(r=1, lora_bias=True, targets=("embed",)), {"embed": tensors})
-    with pytest.raises(SiteUnsupported, match="no lora_bias on embeddings"):
-        save_adapter(adapter, tmp_path / "x", model=ZOO["plain_mlp"].model())
-
-
-def test_targets_are_written_so_that_peft_finds_the_same_sites(tmp_path: Path) -> None:
-    """Whatever the variant says, PEFT must build the adapter's sites and no other."""
-    model, inputs = ZOO["tiny_llama"].fresh(torch.float64), ZOO["tiny_llama"].inputs()
-    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], layers_to_transform=[0, 2])
-    peft_files.make_peft(model, tmp_path / "a", config, inputs=inputs, outputs=["logits"])
-    read = load_adapter(tmp_path / "a", model)
-    two = dict(list(read.tensors.items())[:2])
-    cases: list[tuple[dict[str, Any], dict[str, Any], Any]] = [
-        ({"targets": "all-linear"}, read.tensors, sorted(read.tensors)),
-        ({"targets": r".*\.(q|v)_proj", "layers": (0, 2)}, read.tensors, sorted(read.tensors)),
-        ({"targets": r".*(0|2)\..*\.(q|v)_proj", "layers": ()}, read.tensors, r".*(0|2)\..*\.(q|v)_proj"),
-        ({}, two, sorted(two)),
-        ({"targets": ("q_proj", "v_proj")}, read.tensors, ["q_proj", "v_proj"]),
-    ]
-    for index, (fields, tensors, expected) in enumerate(cases):
-        variant = LoRA(**{**vars(read.variant), **fields})
-        folder = tmp_path / str(index)
-        save_adapter(Adapter("x", variant, tensors), folder, model=model)
-        assert json.loads((folder / CONFIG).read_text())["target_modules"] == expected
-        peft = peft_files.load_peft(model, folder)
-        found = {n.removeprefix(PREFIX) for n, m in peft.named_modules() if hasattr(m, "lora_A")}
-        assert {name for name in found if name} == set(tensors)
-        assert_equal(load_adapter(folder, model), Adapter("x", variant, tensors))

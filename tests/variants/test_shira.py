@@ -79,7 +79,7 @@ def test_gradient_is_the_dense_gradient_at_the_positions():
 
 
 def test_more_positions_than_entries_are_refused():
-    with pytest.raises(lorac.ShapeMismatch, match="36 positions of 'site', which has 35"):
+    with pytest.raises(lorac.SiteUnsupported, match="36 positions of 'site', which has 35"):
         lorac.compile(linear(5, 7), {"a": lorac.SHiRA(r=3, targets=("site",))})
 
 

@@ -1,0 +1,164 @@
+"""Cases of every PEFT type but LORA and SHIRA, whose tables are `peft_cases`.
+
+Of a type's transformers the first is in the fast suite, the others are in the long run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import (
+    AdaLoraConfig,
+    BOFTConfig,
+    FourierFTConfig,
+    HiraConfig,
+    HRAConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    MissConfig,
+    OFTConfig,
+    PeftConfig,
+    RandLoraConfig,
+    VBLoRAConfig,
+    VeraConfig,
+)
+
+from tests.end_to_end.peft_cases import Case, build
+
+
+def _of(config: type[PeftConfig], **defaults: Any) -> Callable[..., Case]:
+    """A builder of cases of one type; what it is given beside names are settings of PEFT or attributes of `Case`."""
+
+    def case(name: str, model: str, *targets: str, **settings: Any) -> Case:
+        return build(config, name, model, **{"target_modules": list(targets), **defaults, **settings})
+
+    return case
+
+
+adalora = _of(AdaLoraConfig, init_r=3, target_r=2, lora_alpha=5, total_step=10)
+boft = _of(BOFTConfig)
+# PEFT transforms in float32 only. From zeros: what it draws at first moves the output far more than decides anything.
+fourierft = _of(FourierFTConfig, n_frequency=30, scaling=20.0, init_weights=True, dtype=torch.float32, alone=False)
+hira = _of(HiraConfig, r=3)
+hra = _of(HRAConfig, r=4)
+ia3 = _of(IA3Config)
+ln_tuning = _of(LNTuningConfig)
+# PEFT rounds alpha/r to float32: quotients that are exact there leave float64 to decide.
+loha = _of(LoHaConfig, r=3, alpha=6)
+lokr = _of(LoKrConfig, r=2, alpha=5)
+miss = _of(MissConfig, r=3)
+oft = _of(OFTConfig)
+randlora = _of(RandLoraConfig, r=3, randlora_alpha=6)
+vblora = _of(VBLoRAConfig, r=3, num_vectors=7, vector_length=2)
+vera = _of(VeraConfig, r=3)
+
+OUTER = {"layers_to_transform": [0, 2]}
+NO_POOLER = {"exclude_modules": ["pooler.dense"]}
+HEAD, CLASSIFIER = {"modules_to_save": ["head"]}, {"modules_to_save": ["classifier"]}
+KERNELS = ("stem", "grouped", "dilated", "head")
+CONVS = (*KERNELS, "line")
+BY_NUMBER, BY_RANK = {"boft_block_size": 0}, {"oft_block_size": 0}
+EXACT = {"use_cayley_neumann": False}
+TAPS = {"use_effective_conv2d": True, "back": False, "late": True}
+SEED = {"save_projection": False, "projection_prng_key": 7, "alone": False}  # A and B are drawn for the model
+# In float32, the one dtype in which PEFT reads such a file. lorac writes whole ones: see formats/test_peft_banks.py.
+CHOSEN = {"save_only_topk_weights": True, "dtype": torch.float32, "back": False}
+
+CASES: tuple[Case, ...] = (
+    adalora("bias", "plain_mlp", "up", "head", bias="lora_only", init_r=1),
+    adalora("saved", "plain_mlp", "up", bias="all", **HEAD),
+    adalora("conv", "plain_conv", "stem", "dilated", "head", emitted=True),
+    adalora("linear", "tiny_llama", "q_proj", "down_proj", **OUTER),
+    adalora("linear", "tiny_bert", "query", "value", "dense", **NO_POOLER),
+    adalora("conv1d", "tiny_gpt2", "c_attn", "c_proj", fan_in_fan_out=True),
+    boft("size", "plain_mlp", "up", "down", "head", boft_block_size=2, bias="all", emitted=True),
+    boft("number", "plain_conv", "stem", "head", boft_block_num=1, bias="boft_only", **BY_NUMBER),
+    boft("number", "tiny_bert", "query", "dense", boft_block_num=4, **BY_NUMBER, **CLASSIFIER),
+    boft("size", "tiny_llama", "q_proj", "down_proj", boft_block_size=8, **OUTER),
+    fourierft("bias", "plain_mlp", "up", "head", bias="fourier_only", n_frequency_pattern={"up": 140}, emitted=True),
+    fourierft("saved", "plain_mlp", "up", bias="all", random_loc_seed=3, **HEAD),
+    fourierft("linear", "tiny_llama", "q_proj", "down_proj", **OUTER),
+    fourierft("linear", "tiny_bert", "query", "value", "dense", **NO_POOLER),
+    fourierft("conv1d", "tiny_gpt2", "c_attn", "c_proj", fan_in_fan_out=True),
+    hira("embedding", "plain_mlp", "embed", "up", "head", r=5, emitted=True),
+    hira("saved", "plain_mlp", "up", **HEAD),
+    hira("conv", "plain_conv", "stem", "dilated", "line", "head"),
+    hira("linear", "tiny_bert", "query", "value", "dense", **NO_POOLER),
+    hira("linear", "tiny_llama", "q_proj", "down_proj", **OUTER),
+    hira("embedding", "tiny_llama", "embed_tokens", "v_proj"),
+    hira("conv1d", "tiny_gpt2", "c_attn", "c_proj", fan_in_fan_out=True),
+    hra("bias", "plain_mlp", "up", "down", "head", r=2, bias="all", emitted=True),
+    hra("bias", "plain_conv", "stem", "head", r=2, bias="hra_only"),
+    hra("layers", "tiny_llama", "q_proj", "down_proj", **OUTER),
+    hra("saved", "tiny_bert", "query", "dense", r=6, **NO_POOLER, **CLASSIFIER),
+    ia3("both", "plain_mlp", "up", "down", "head", feedforward_modules=["down", "head"], emitted=True),
+    ia3("both", "plain_conv", *KERNELS, feedforward_modules=["stem", "grouped", "head"], emitted=True),
+    ia3("outputs", "tiny_bert", "key", "value", "dense", feedforward_modules=[], task_type="SEQ_CLS", **CLASSIFIER),
+    ia3("both", "tiny_llama", "k_proj", "v_proj", "down_proj", feedforward_modules=["down_proj"]),
+    ia3("both", "tiny_gpt2", "c_attn", "mlp.c_proj", feedforward_modules=["mlp.c_proj"], fan_in_fan_out=True),
+    ia3("both", "tiny_t5", "k", "v", "wo", feedforward_modules=["wo"]),
+    ln_tuning("linears", "plain_mlp", "up", "head"),
+    ln_tuning("buffers", "resnet18", "bn1"),
+    ln_tuning("norms", "tiny_bert", "LayerNorm", emitted=True, **CLASSIFIER),
+    ln_tuning("norms", "tiny_llama", "input_layernorm", "post_attention_layernorm", "norm"),
+    ln_tuning("pattern", "tiny_gpt2", target_modules=r".*ln_[12f]", exclude_modules=["h.0.ln_1"]),
+    loha("patterns", "plain_mlp", "up", "head", rank_pattern={"up": 1}, alpha_pattern={"head": 9}),
+    loha("conv", "plain_conv", *CONVS, rank_pattern={"line": 2}),
+    loha("effective", "plain_conv", *CONVS, use_effective_conv2d=True, rank_pattern={"line": 2}, emitted=True),
+    loha("single_taps", "resnet18", "conv2", "downsample.0", "fc", **TAPS),
+    loha("linear", "tiny_llama", "q_proj", "down_proj", **OUTER),
+    loha("linear", "tiny_bert", "query", "value", "dense", **NO_POOLER),
+    lokr(
+        "patterns", "plain_mlp", "up", "down", "head", rank_pattern={"up": 9}, alpha_pattern={"head": 2}, emitted=True
+    ),
+    lokr("whole", "plain_conv", *KERNELS, r=8),
+    lokr("factored", "plain_conv", *CONVS, r=1),
+    lokr("effective", "plain_conv", *CONVS, use_effective_conv2d=True, decompose_both=True),
+    lokr("single_taps", "resnet18", "conv2", "downsample.0", "fc", **TAPS),
+    lokr("factor", "tiny_bert", "query", "value", "dense", decompose_factor=4, **NO_POOLER),
+    lokr("lycoris", "tiny_bert", "query", "dense", init_weights="lycoris", r=1, decompose_both=True),
+    lokr("both", "tiny_llama", "q_proj", "down_proj", decompose_both=True, **OUTER),
+    # One adapter at a time: of two BATs active together PEFT applies the second to the weight that the first left.
+    miss("miss", "plain_mlp", "up", "down", "head", bias="all", emitted=True),
+    miss("mini", "plain_mlp", "up", "down", init_weights="mini", mini_r=2, emitted=True, **HEAD),
+    miss("bat", "plain_mlp", "up", "down", r=2, init_weights="bat", bias="MiSS_only", emitted=True),
+    miss("miss", "tiny_llama", "q_proj", "down_proj", r=5, **OUTER),
+    miss("mini", "tiny_llama", "k_proj", "up_proj", init_weights="mini", mini_r=4),
+    miss("bat", "tiny_llama", "q_proj", "down_proj", r=4, init_weights="bat"),
+    miss("miss", "tiny_bert", "query", "dense", **NO_POOLER),
+    miss("bat", "tiny_bert", "query", "dense", r=8, init_weights="bat", **CLASSIFIER),
+    oft("series", "plain_mlp", "embed", "up", "down", "head", oft_block_size=4, bias="oft_only", emitted=True),
+    oft("exact", "plain_mlp", "up", "down", "head", r=3, **BY_RANK, **EXACT),
+    oft("shared", "plain_mlp", "embed", "down", "head", r=2, block_share=True, **BY_RANK),
+    oft("constrained", "plain_mlp", "up", "down", oft_block_size=5, coft=True, eps=0.6, **HEAD),
+    oft("exact", "tiny_bert", "query", "dense", r=7, **BY_RANK, **EXACT, **CLASSIFIER),
+    oft("terms", "tiny_llama", "q_proj", "down_proj", num_cayley_neumann_terms=3, **OUTER),
+    oft("default", "tiny_llama", "embed_tokens", "q_proj"),
+    randlora("plain", "plain_mlp", "up", "down", "head", bias="randlora_only", emitted=True),
+    randlora("sparse", "plain_mlp", "up", "down", sparse=True, projection_prng_key=4, **HEAD),
+    randlora("seed", "plain_mlp", "up", **SEED),
+    randlora("layers", "tiny_llama", "q_proj", "down_proj", r=8, **OUTER),
+    randlora("bias", "tiny_bert", "query", "value", "dense", bias="all", very_sparse=True, **CLASSIFIER),
+    randlora("seed", "tiny_bert", "dense", **SEED),
+    randlora("conv1d", "tiny_gpt2", "c_attn", "c_proj", fan_in_fan_out=True, r=5),
+    vblora("plain", "plain_mlp", "up", "down", bias="vblora_only", emitted=True),
+    vblora("top3", "plain_mlp", "up", "down", topk=3, **HEAD),
+    vblora("chosen", "plain_mlp", "up", "down", **CHOSEN),
+    vblora("one", "plain_mlp", "up", "down", topk=1, **CHOSEN),
+    vblora("bias", "tiny_bert", "query", "value", bias="all", **CLASSIFIER),
+    vblora("chosen", "tiny_bert", "query", "value", topk=3, num_vectors=300, **CHOSEN),
+    vblora("layers", "tiny_llama", "q_proj", "down_proj", vector_length=16, r=2, **OUTER),
+    vblora("conv1d", "tiny_gpt2", "c_attn", "c_proj", fan_in_fan_out=True, exclude_modules=["h.0.mlp.c_proj"]),
+    vera("plain", "plain_mlp", "up", "down", "head", bias="vera_only", emitted=True),
+    vera("saved", "plain_mlp", "up", "down", projection_prng_key=4, **HEAD),
+    vera("seed", "plain_mlp", "up", **SEED),
+    vera("layers", "tiny_llama", "q_proj", "down_proj", **OUTER),
+    vera("dense", "tiny_llama", "q_proj", "k_proj", r=64),
+    vera("bias", "tiny_bert", "query", "value", "dense", bias="all", **CLASSIFIER),
+    vera("seed", "tiny_bert", "dense", **SEED),
+    vera("conv1d", "tiny_gpt2", "c_attn", "c_proj", fan_in_fan_out=True),
+)

@@ -1,0 +1,57 @@
+"""Every PEFT type against PEFT's own outputs: in eager in every mode, there and back, and in ONNX Runtime."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorac.formats.peft.config import methods
+from tests.end_to_end.peft_cases import TEXT, Case
+from tests.end_to_end.peft_parity import Checkpoint, assert_back, assert_eager, assert_onnxruntime
+from tests.end_to_end.peft_types import CASES
+
+
+def _first(cases: Iterable[Case]) -> list[Case]:
+    """The first case of each type."""
+    return [next(of) for _, of in itertools.groupby(cases, lambda case: case.kind)]
+
+
+def _in_eager() -> Iterator[Any]:
+    """All cases; those marked late, and the transformers beyond one per type, wait for the long run."""
+    transformers = [case for case in CASES if case.model in TEXT]
+    late = [case for case in CASES if case.late or (case in transformers and case not in _first(transformers))]
+    for case in CASES:
+        marks = pytest.mark.slow if case in late else ()
+        yield pytest.param(case, id=f"{case.kind.lower()}-{case.id}", marks=marks)
+
+
+def _in_onnxruntime() -> Iterator[Any]:
+    """How a weight is merged does not depend on the method: all but one live program per type wait for the long run."""
+    emitted = [case for case in CASES if case.emitted]
+    for case, mode in itertools.product(emitted, ("live", "fused", "baked")):
+        marks = () if mode == "live" and case in _first(emitted) else pytest.mark.slow
+        yield pytest.param(case, mode, id=f"{case.kind.lower()}-{case.id}-{mode}", marks=marks)
+
+
+def test_every_type_has_cases() -> None:
+    others = set(methods()) - {"LORA", "SHIRA"}
+    for chosen in (CASES, [c for c in CASES if c.model in TEXT], [c for c in CASES if c.emitted]):
+        assert {case.kind for case in chosen} == others
+
+
+@pytest.mark.parametrize("case", list(_in_eager()))
+def test_what_peft_computes(case: Case, tmp_path: Path) -> None:
+    made = Checkpoint.of(case, tmp_path / "own", case.dtype)
+    assert_eager(made)
+    if case.back:
+        assert_back(made, tmp_path / "back")
+
+
+@pytest.mark.parametrize(("case", "mode"), list(_in_onnxruntime()))
+def test_onnxruntime(case: Case, mode: str, tmp_path: Path) -> None:
+    assert_onnxruntime(Checkpoint.of(case, tmp_path, torch.float32), mode)

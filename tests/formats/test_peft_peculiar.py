@@ -1,0 +1,114 @@
+"""What PEFT does in a way of its own with one type or another, and how lorac takes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import HRAConfig, OFTConfig
+
+import lorac
+from lorac.errors import BaseNeeded, UnsupportedField
+from lorac.formats import load_adapter, save_adapter
+from lorac.variants.base import Adapter
+from lorac.variants.hira import HiRA
+from lorac.variants.lokr import LoKr
+from tests import parity
+from tests.peft_files import configure, load_peft, made, quiet, wrap
+from tests.zoo import ZOO
+
+MODEL = ZOO["plain_mlp"].model
+
+
+def test_fourierft_tells_no_shapes(tmp_path: Path) -> None:
+    with pytest.raises(BaseNeeded, match="FOURIERFT does not tell the shapes"):
+        load_adapter(made(tmp_path / "f", "FOURIERFT"))
+
+
+@torch.no_grad()
+def test_fourierft_chooses_its_positions_by_a_seed(tmp_path: Path) -> None:
+    """A native file holds them; to PEFT no others can be written."""
+    model, inputs, folder = MODEL(), ZOO["plain_mlp"].inputs(), made(tmp_path / "f", "FOURIERFT")
+    adapter = load_adapter(folder, model)
+    save_adapter(adapter, tmp_path / "a.safetensors", format="native", model=model)
+    native = load_adapter(tmp_path / "a.safetensors")
+    assert native.tensors["up"]["indices"].shape == (2, 9)
+    oracle = load_peft(model, folder)
+    parity.assert_parity(lorac.compile(model, {"a": native})(**inputs), oracle(**inputs), model(**inputs))
+
+    adapter.tensors["up"]["indices"] = adapter.tensors["up"]["indices"].flip(-1)
+    with pytest.raises(UnsupportedField, match="the positions at 'up' are not those that random_loc_seed chooses"):
+        save_adapter(adapter, tmp_path / "x", model=model)
+
+
+def test_hira_ignores_its_rank_pattern(tmp_path: Path) -> None:
+    adapter = load_adapter(made(tmp_path / "f", "HIRA", rank_pattern={"up": 1}), MODEL())
+    tensors = adapter.tensors["up"]
+    assert tensors["hira_A"].shape[0] == 2
+    adapter.variant = HiRA(r=2, rank_pattern={"up": 1}, targets=("down", "up"))
+    adapter.tensors["up"] = {"hira_A": tensors["hira_A"][:1], "hira_B": tensors["hira_B"][:, :1]}
+    with pytest.raises(UnsupportedField, match="'up' is of rank 1 by rank_pattern, which PEFT's HIRA ignores"):
+        save_adapter(adapter, tmp_path / "x", model=MODEL())
+
+
+@pytest.mark.parametrize("orthonormal", [False, True])
+@pytest.mark.parametrize("r", [1, 3])
+@torch.no_grad()
+def test_hra_of_odd_numbers_and_by_gram_schmidt(tmp_path: Path, r: int, orthonormal: bool) -> None:
+    """Neither starts as the identity, and neither can be brought near it: no strength to search for."""
+    model, inputs = ZOO["plain_mlp"].fresh(torch.float64), ZOO["plain_mlp"].inputs()
+    oracle = wrap(model, HRAConfig(r=r, apply_GS=orthonormal, target_modules=["up", "down"]))
+    with quiet():
+        oracle.save_pretrained(str(tmp_path))
+    for mode in ("live", "fused", "baked"):
+        compiled = lorac.compile(model, {"a": tmp_path}, mode=mode)
+        torch.testing.assert_close(compiled(**inputs), oracle.eval()(**inputs), rtol=1e-12, atol=1e-12)
+
+
+def test_lokr_of_a_conv1d_with_a_whole_w2(tmp_path: Path) -> None:
+    """Its rank is too high to factor w2, and PEFT multiplies (l, m) and (k, n, kw) along the wrong axes."""
+    model = ZOO["plain_conv"].model()
+    made(tmp_path / "f", "LOKR", "plain_conv", r=8, target_modules=["line"])
+    for known in (model, None):
+        with pytest.raises(UnsupportedField, match="'line' is a Conv1d with a whole lokr_w2"):
+            load_adapter(tmp_path / "f", known)
+    tensors = {"lokr_w1": torch.zeros(1, 1), "lokr_w2": torch.zeros(5, 7 * 3)}
+    adapter = Adapter("x", LoKr(r=8, targets=("line",)), {"line": tensors})
+    with pytest.raises(UnsupportedField, match="'line' is a Conv1d with a whole lokr_w2"):
+        save_adapter(adapter, tmp_path / "x", model=model)
+
+
+def test_miss_that_starts_anywhere_has_the_same_form(tmp_path: Path) -> None:
+    folder = made(tmp_path / "f", "MISS")
+    before = load_adapter(folder).variant
+    configure(folder, init_weights=False)
+    assert load_adapter(folder).variant == before
+
+
+@torch.no_grad()
+def test_oft_at_convolutions_is_what_peft_merges(tmp_path: Path) -> None:
+    """Its forward pass rotates patches and adds them up where they overlap."""
+    model, inputs = ZOO["plain_conv"].fresh(torch.float64), ZOO["plain_conv"].inputs(dtype=torch.float64)
+    oracle = wrap(model, OFTConfig(oft_block_size=6, target_modules=["stem", "head"])).eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in oracle.named_parameters():
+        if "oft_R" in name:
+            parameter.copy_(0.08 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    with quiet():
+        oracle.save_pretrained(str(tmp_path))
+    oracle.merge_adapter()
+    for mode in ("live", "fused", "baked"):
+        compiled = lorac.compile(model, {"a": tmp_path}, mode=mode)
+        parity.assert_parity(compiled(**inputs), oracle(**inputs), model(**inputs))
+
+
+def test_oft_of_another_series(tmp_path: Path) -> None:
+    folder = made(tmp_path / "f", "OFT")
+    for other in (None, "0.17.1", "0.9.0", "none"):
+        configure(folder, peft_version=other)
+        with pytest.raises(UnsupportedField, match=r"before 0\.18"):
+            load_adapter(folder)
+    for same in ("0.18.0", "0.19.0.dev0@abc", "1.0"):
+        configure(folder, peft_version=same)
+        load_adapter(folder)

@@ -1,0 +1,91 @@
+"""What lorac writes for PEFT, and what it refuses to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from lorac.errors import BaseNeeded, ShapeMismatch, SiteUnsupported, UnsupportedField
+from lorac.formats import load_adapter, save_adapter
+from lorac.variants.base import Adapter
+from lorac.variants.hydra import Hydra
+from lorac.variants.lora import LoRA
+from tests.formats.oracle import assert_equal
+from tests.peft_files import CONFIG, load_peft, made, make_peft
+from tests.zoo import ZOO
+
+
+def test_methods_without_a_peft_type(tmp_path: Path) -> None:
+    adapter = Adapter("x", Hydra(), {"up": {}})
+    with pytest.raises(UnsupportedField, match="no type for 'hydra'") as error:
+        save_adapter(adapter, tmp_path / "x")
+    assert "format='native'" in str(error.value)
+
+
+def test_saving_needs_the_layout(tmp_path: Path) -> None:
+    read = load_adapter(
+        made(tmp_path / "f", "LORA", "plain_conv", target_modules=["grouped"]), ZOO["plain_conv"].model()
+    )
+    fresh = Adapter("x", read.variant, read.tensors)
+    with pytest.raises(BaseNeeded, match="layout of 'grouped'"):
+        save_adapter(fresh, tmp_path / "x")
+    save_adapter(fresh, tmp_path / "x", model=ZOO["plain_conv"].model())
+    assert_equal(load_adapter(tmp_path / "x", ZOO["plain_conv"].model()), read)
+
+
+def test_saving_a_grouped_convolution_that_leaves_its_blocks(tmp_path: Path) -> None:
+    model = ZOO["plain_conv"].model()
+    read = load_adapter(made(tmp_path / "f", "LORA", "plain_conv", target_modules=["grouped"]), model)
+    read.tensors["grouped"]["lora_B"] = torch.ones(8, 2)
+    with pytest.raises(UnsupportedField, match="mixes the groups"):
+        save_adapter(read, tmp_path / "x", model=model)
+
+
+def test_saving_what_does_not_fit(tmp_path: Path) -> None:
+    folder, model = made(tmp_path / "f", "LORA"), ZOO["plain_mlp"].model()
+    adapter = load_adapter(folder, model)
+    adapter.replaced["head.weight"] = model.get_parameter("head.weight").detach() + 1
+    with pytest.raises(UnsupportedField, match=r"no place for 'head.weight'"):
+        save_adapter(adapter, tmp_path / "x", model=model)
+    adapter = load_adapter(folder, model)
+    adapter.tensors["up"]["lora_A"] = torch.ones(2, 3)
+    with pytest.raises(ShapeMismatch):
+        save_adapter(adapter, tmp_path / "x", model=model)
+    assert not (tmp_path / "x").exists()
+
+
+def test_saving_lora_bias_on_an_embedding(tmp_path: Path) -> None:
+    tensors = {"lora_A": torch.ones(1, 23), "lora_B": torch.ones(10, 1), "lora_bias": torch.ones(10)}
+    adapter = Adapter("x", LoRA(r=1, lora_bias=True, targets=("embed",)), {"embed": tensors})
+    with pytest.raises(SiteUnsupported, match="no lora_bias on embeddings"):
+        save_adapter(adapter, tmp_path / "x", model=ZOO["plain_mlp"].model())
+
+
+def test_targets_are_written_so_that_peft_finds_the_same_sites(tmp_path: Path) -> None:
+    """Whatever the variant says, PEFT must build the adapter's sites and no other."""
+    model, inputs = ZOO["tiny_llama"].fresh(torch.float64), ZOO["tiny_llama"].inputs()
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], layers_to_transform=[0, 2])
+    make_peft(model, tmp_path / "a", config, inputs=inputs, outputs=["logits"])
+    read = load_adapter(tmp_path / "a", model)
+    two = dict(list(read.tensors.items())[:2])
+    cases: list[tuple[dict[str, Any], dict[str, Any], Any]] = [
+        ({"targets": "all-linear"}, read.tensors, sorted(read.tensors)),
+        ({"targets": r".*\.(q|v)_proj", "layers": (0, 2)}, read.tensors, sorted(read.tensors)),
+        ({"targets": r".*(0|2)\..*\.(q|v)_proj", "layers": ()}, read.tensors, r".*(0|2)\..*\.(q|v)_proj"),
+        ({}, two, sorted(two)),
+        ({"targets": ("q_proj", "v_proj")}, read.tensors, ["q_proj", "v_proj"]),
+    ]
+    for index, (fields, tensors, expected) in enumerate(cases):
+        variant = LoRA(**{**vars(read.variant), **fields})
+        folder = tmp_path / str(index)
+        save_adapter(Adapter("x", variant, tensors), folder, model=model)
+        assert json.loads((folder / CONFIG).read_text())["target_modules"] == expected
+        peft = load_peft(model, folder)
+        found = {n.removeprefix("base_model.model.") for n, m in peft.named_modules() if hasattr(m, "lora_A")}
+        assert {name for name in found if name} == set(tensors)
+        assert_equal(load_adapter(folder, model), Adapter("x", variant, tensors))

@@ -1,0 +1,304 @@
+"""Every PEFT type's configuration and tensors: what they become, and what is refused of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import lorac
+from lorac.errors import CorruptFile, LoracError, ShapeMismatch, SiteUnsupported, UnsupportedField, UnusedTensors
+from lorac.formats import load_adapter, save_adapter
+from lorac.variants.adalora import AdaLoRA
+from lorac.variants.base import Variant
+from lorac.variants.bat import BAT
+from lorac.variants.boft import BOFT
+from lorac.variants.fourierft import FourierFT
+from lorac.variants.hira import HiRA
+from lorac.variants.hra import HRA
+from lorac.variants.ia3 import IA3
+from lorac.variants.ln_tuning import LNTuning
+from lorac.variants.loha import LoHa
+from lorac.variants.lokr import LoKr
+from lorac.variants.miss import MiSS
+from lorac.variants.oft import OFT
+from lorac.variants.randlora import RandLoRA
+from lorac.variants.vblora import VBLoRA
+from lorac.variants.vera import VeRA
+from tests.peft_files import CONFIG, WEIGHTS, change, configure, made
+from tests.zoo import ZOO
+
+Copy = Callable[[str], Path]
+MODEL = ZOO["plain_mlp"].model
+
+
+def _id(value: Any) -> str | None:
+    return "-".join(value) if isinstance(value, dict) else type(value).__name__ if isinstance(value, Variant) else None
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("originals")
+
+
+@pytest.fixture
+def copy_of(originals: Path, tmp_path: Path) -> Copy:
+    """A small checkpoint of a type, to be spoilt."""
+
+    def copy_of(kind: str) -> Path:
+        if not (originals / kind).exists():
+            made(originals / kind, kind)
+        return Path(shutil.copytree(originals / kind, tmp_path / kind))
+
+    return copy_of
+
+
+# The configuration
+
+BECOMES: tuple[tuple[str, dict[str, Any], Variant], ...] = (
+    ("ADALORA", {"bias": "lora_only", "lora_dropout": 0.25}, AdaLoRA(r=3, alpha=5, bias="adalora_only", dropout=0.25)),
+    ("BOFT", {"bias": "boft_only", "boft_dropout": 0.5}, BOFT(block_size=2, bias="boft_only")),
+    ("FOURIERFT", {}, FourierFT(n_frequency=9, scaling=30)),
+    ("HIRA", {"hira_dropout": 0.25, "rank_pattern": {"up": 1}}, HiRA(r=2, dropout=0.25)),
+    ("HRA", {"bias": "hra_only", "exclude_modules": ["head"]}, HRA(r=2, exclude=("head",), bias="hra_only")),
+    ("IA3", {"exclude_modules": ["head"]}, IA3(exclude=("head",), feedforward=("down",))),
+    ("LN_TUNING", {}, LNTuning()),
+    ("LOHA", {"rank_dropout": 0.25, "module_dropout": 0.5}, LoHa(r=2, alpha=3)),
+    ("LOKR", {"rank_dropout_scale": True}, LoKr(r=2, alpha=3, decompose_both=True, decompose_factor=2)),
+    ("MISS", {"miss_dropout": 0.25}, MiSS(r=2, dropout=0.25)),
+    ("MISS", {"bias": "MiSS_only"}, MiSS(r=2, bias="miss_only")),
+    ("MISS", {"init_weights": "mini", "mini_r": 2}, MiSS(r=2, mini=True, mini_r=2)),
+    ("MISS", {"init_weights": "bat", "miss_dropout": 0.25, "bias": "MiSS_only"}, BAT(r=2, bias="bat_only")),
+    (
+        "OFT",
+        {"bias": "oft_only", "module_dropout": 0.5, "block_share": True, "num_cayley_neumann_terms": 4},
+        OFT(block_size=2, bias="oft_only", block_share=True, num_cayley_neumann_terms=4),
+    ),
+    (
+        "RANDLORA",
+        {"projection_prng_key": 3, "randlora_dropout": 0.25, "bias": "randlora_only", "sparse": True},
+        RandLoRA(r=2, alpha=4, projection_prng_key=3, dropout=0.25, bias="randlora_only", sparse=True),
+    ),
+    (
+        "VBLORA",
+        {"topk": 3, "vblora_dropout": 0.25, "init_vector_bank_bound": 0.03, "bias": "vblora_only"},
+        VBLoRA(
+            r=2,
+            num_vectors=6,
+            vector_length=2,
+            topk=3,
+            dropout=0.25,
+            init_vector_bank_bound=0.03,
+            bias="vblora_only",
+        ),
+    ),
+    (
+        "VERA",
+        {"projection_prng_key": 3, "vera_dropout": 0.25, "d_initial": 0.5, "bias": "vera_only"},
+        VeRA(r=2, projection_prng_key=3, dropout=0.25, d_initial=0.5, bias="vera_only"),
+    ),
+)
+"""PEFT type, settings, and the variant that they are, but for its targets."""
+
+
+@pytest.mark.parametrize(("kind", "settings", "expected"), BECOMES, ids=_id)
+def test_what_the_fields_become(kind: str, settings: dict[str, Any], expected: Variant, tmp_path: Path) -> None:
+    folder = made(tmp_path / "f", kind, **settings)
+    variant = load_adapter(folder, MODEL()).variant
+    assert sorted(variant.targets) == ["down", "up"]
+    assert variant == dataclasses.replace(expected, targets=variant.targets)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("LOHA", {"rank_dropout": 0.25, "module_dropout": 0.5}), ("LOKR", {"rank_dropout_scale": True})],
+    ids=_id,
+)
+def test_fields_of_training_are_kept(kind: str, settings: dict[str, Any], copy_of: Copy, tmp_path: Path) -> None:
+    folder = copy_of(kind)
+    configure(folder, **settings)
+    save_adapter(load_adapter(folder), tmp_path / "g")
+    assert json.loads((tmp_path / "g" / CONFIG).read_text()).items() >= settings.items()
+
+
+WRONG: dict[str, list[tuple[str, object]]] = {
+    "ADALORA": [
+        ("init_r", 0),
+        ("lora_alpha", 0),
+        ("use_dora", True),
+        ("loftq_config", {"loftq_bits": 4}),
+        ("rank_pattern", {"up.lora_E": 2}),
+        ("rank_pattern", {"up": [True]}),
+        ("rank_pattern", [True]),
+        ("layer_replication", [[0, 1]]),
+    ],
+    "BOFT": [("boft_block_size", -1), ("boft_block_num", "2"), ("boft_n_butterfly_factor", 0), ("bias", "some")],
+    "FOURIERFT": [("n_frequency", 0), ("scaling", "30"), ("random_loc_seed", None), ("bias", "lora_only")],
+    "HIRA": [("r", 0), ("hira_dropout", "0.1")],
+    "HRA": [("r", 0), ("apply_GS", "yes"), ("bias", "some"), ("layers_to_transform", ["0"])],
+    "IA3": [("feedforward_modules", 3), ("exclude_modules", [1])],
+    "LN_TUNING": [("target_modules", None), ("target_modules", 3), ("exclude_modules", [1])],
+    "LOHA": [("r", 0), ("alpha", None), ("use_effective_conv2d", "yes")],
+    "LOKR": [("r", 0), ("alpha", None), ("decompose_factor", 0), ("decompose_both", 1)],
+    "MISS": [("r", 0), ("mini_r", None), ("init_weights", "bone"), ("miss_dropout", "0.1"), ("bias", "some")],
+    "OFT": [
+        ("r", -1),
+        ("oft_block_size", "2"),
+        ("block_share", "yes"),
+        ("use_cayley_neumann", 1),
+        ("num_cayley_neumann_terms", 0),
+        ("coft", "yes"),
+        ("eps", None),
+        ("bias", "some"),
+    ],
+    "RANDLORA": [("r", 0), ("randlora_alpha", None), ("sparse", 1), ("projection_prng_key", 0.5)],
+    "VBLORA": [("r", 0), ("topk", "2"), ("vector_length", None), ("save_only_topk_weights", 1)],
+    "VERA": [
+        ("r", 0),
+        ("projection_prng_key", "0"),
+        ("save_projection", "yes"),
+        ("bias", "lora_only"),
+        ("d_initial", None),
+    ],
+}
+"""Fields and values that no file of a type may have."""
+
+
+@pytest.mark.parametrize(("kind", "name", "value"), [(kind, *row) for kind, rows in WRONG.items() for row in rows])
+def test_wrong_fields(kind: str, name: str, value: object, copy_of: Copy) -> None:
+    folder = copy_of(kind)
+    configure(folder, **{name: value})
+    with pytest.raises(UnsupportedField, match=f"sets {name}="):
+        load_adapter(folder, MODEL())
+
+
+# The tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class Spoilt:
+    """A checkpoint whose configuration and tensors disagree.
+
+    Attributes:
+        kind: its PEFT type.
+        match: what the error says.
+        fields: changes of its configuration.
+        tensors: changes of its tensors.
+        error: what is raised.
+        alone: without the model, too.
+    """
+
+    kind: str
+    match: str
+    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tensors: dict[str, Tensor | None] = dataclasses.field(default_factory=dict)
+    error: type[LoracError] = ShapeMismatch
+    alone: bool = True
+
+    @property
+    def id(self) -> str:
+        return "-".join((self.kind, *self.fields, *self.tensors))
+
+
+SPOILT = (
+    # Without its extension PEFT trains one factor, whatever is configured: no rotation of two can be made of it.
+    Spoilt("BOFT", "'down': 2 factors need", {"boft_n_butterfly_factor": 2}, error=SiteUnsupported),
+    Spoilt("BOFT", r"'down'|'up'", {"boft_block_size": 14}),
+    Spoilt(
+        "FOURIERFT", r"fourierft_spectrum at '.*' has shape \(9,\), expected \(8,\)", {"n_frequency": 8}, alone=False
+    ),
+    Spoilt(
+        "HIRA",
+        r"'up' do not belong together: hira_A \(2, 10\), hira_B \(14, 3\)",
+        tensors={"model.up.hira_B": torch.zeros(14, 3)},
+    ),
+    Spoilt("HRA", r"shape \(14, 2\), expected \(14, 3\)", {"r": 3}),
+    Spoilt("LN_TUNING", "LN_TUNING accounts for 2 tensors", {"exclude_modules": ["up"]}, error=UnusedTensors),
+    Spoilt(
+        "LN_TUNING",
+        r"lacks tensors.*'up\.weight', 'up\.bias'",
+        tensors={"model.up.ln_tuning_layers.weight": None, "model.up.ln_tuning_layers.bias": None},
+        error=CorruptFile,
+        alone=False,
+    ),
+    Spoilt("LOHA", "'up' do not belong together", tensors={"model.up.hada_w2_b": None}),
+    Spoilt("LOKR", "'up' do not belong together", tensors={"model.up.lokr_w2": torch.zeros(7, 5)}),
+    Spoilt("LOKR", r"lokr_w1 at 'down' has shape \(2, 2\), expected \(3, 2\)", {"decompose_factor": 3}),
+    Spoilt("LOKR", "'down' do not belong together.*\n.*no layer is so divided", {"decompose_factor": 1}),
+    Spoilt("MISS", r"'down' do not belong together: miss_block \(2, 6\)", {"init_weights": "bat"}),
+    Spoilt("MISS", r"shape \(2, 6\), expected \(3, 6\)", {"r": 3}),
+    Spoilt(
+        "MISS",
+        r"shape \(2, 5\), expected \(2, 6\)",
+        tensors={"model.down.miss_block": torch.zeros(2, 5)},
+        alone=False,
+    ),
+    Spoilt("OFT", "oft_R at 'down'", {"oft_block_size": 7}, alone=False),
+    Spoilt("RANDLORA", r"randlora_A at 'down' has shape \(2, 1, 14\), expected \(3, 1, 6\)", {"r": 3}, alone=False),
+    Spoilt("VBLORA", "'up' do not belong together", tensors={"model.up.vblora_logits_B": None}),
+    Spoilt("VBLORA", "lacks 'vblora_vector_bank'", tensors={"vblora_vector_bank": None}, error=CorruptFile),
+    Spoilt("VERA", "lacks 'vera_B', which all its sites have in common", tensors={"vera_B": None}, error=CorruptFile),
+    Spoilt(
+        "VERA",
+        r"vera_A at 'down' has shape \(2, 5\), expected \(2, 14\)",
+        tensors={"vera_A": torch.zeros(2, 5)},
+        alone=False,
+    ),
+)
+
+
+@pytest.mark.parametrize("spoilt", SPOILT, ids=lambda spoilt: spoilt.id)
+def test_a_file_that_disagrees_with_itself(spoilt: Spoilt, copy_of: Copy) -> None:
+    folder = copy_of(spoilt.kind)
+    configure(folder, **spoilt.fields)
+    change(folder, spoilt.tensors)
+    for model in (MODEL(), None) if spoilt.alone else (MODEL(),):
+        with pytest.raises(spoilt.error, match=spoilt.match) as error:
+            load_adapter(folder, model)
+        assert type(error.value) is spoilt.error
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_no_tensors_at_all(kind: str, copy_of: Copy) -> None:
+    folder = copy_of(kind)
+    save_file({}, folder / WEIGHTS)
+    with pytest.raises(CorruptFile, match=r"no tensor of its method|which all its sites have in common"):
+        load_adapter(folder)
+
+
+# The sites
+
+ATTENTION = "transformer.h.0.attn.c_attn"
+NOT_ADAPTED: tuple[tuple[str, Variant, str, str], ...] = (
+    ("ADALORA", AdaLoRA(r=2, targets=("grouped",)), "plain_conv", "conv2d of 2 groups"),
+    ("BOFT", BOFT(block_size=4, targets=(ATTENTION,)), "tiny_gpt2", "GPT-2's Conv1D"),
+    ("FOURIERFT", FourierFT(n_frequency=3, targets=("embed",)), "plain_mlp", "embedding"),
+    ("HIRA", HiRA(r=2, targets=("grouped",)), "plain_conv", "conv2d of 2 groups"),
+    ("HRA", HRA(r=2, targets=(ATTENTION,)), "tiny_gpt2", "GPT-2's Conv1D"),
+    ("IA3", IA3(targets=("line",)), "plain_conv", "conv1d"),
+    ("LOHA", LoHa(r=1, targets=(ATTENTION,)), "tiny_gpt2", "GPT-2's Conv1D"),
+    ("LOHA", LoHa(r=1, targets=("embed",)), "plain_mlp", "embedding"),
+    ("LOKR", LoKr(r=8, targets=(ATTENTION,)), "tiny_gpt2", "GPT-2's Conv1D"),
+    ("MISS", MiSS(r=2, targets=(ATTENTION,)), "tiny_gpt2", "GPT-2's Conv1D"),
+    ("OFT", OFT(block_size=3, targets=("line",)), "plain_conv", "conv1d"),
+    ("RANDLORA", RandLoRA(r=2, targets=("embed",)), "plain_mlp", "embedding"),
+    ("VBLORA", VBLoRA(r=2, num_vectors=5, vector_length=2, targets=("stem",)), "plain_conv", "conv2d"),
+    ("VERA", VeRA(r=2, targets=("embed",)), "plain_mlp", "embedding"),
+)
+"""PEFT type, a variant on one site that lorac adapts and PEFT does not, its model in the zoo, and what the site is."""
+
+
+@pytest.mark.parametrize(("kind", "variant", "model", "what"), NOT_ADAPTED, ids=_id)
+def test_what_peft_does_not_adapt(kind: str, variant: Variant, model: str, what: str, tmp_path: Path) -> None:
+    host = ZOO[model].model()
+    adapter = lorac.compile(host, {"a": variant}).adapters["a"]
+    with pytest.raises(SiteUnsupported, match=f"{kind} does not adapt '{variant.targets[0]}', which is {what}"):
+        save_adapter(adapter, tmp_path / "x", model=host)
