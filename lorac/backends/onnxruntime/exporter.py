@@ -89,5 +89,8 @@ def _is_translated(program: ExportedProgram, registry: ONNXRegistry) -> bool:
 def _copied(program: ExportedProgram) -> ExportedProgram:
     """The program with a graph of its own, for the exporter edits the one it is given."""
     copied, module = copy.copy(program), program.graph_module
-    copied._graph_module = fx.GraphModule(module, copy.deepcopy(module.graph))
+    graph = copy.deepcopy(module.graph)
+    for node, original in zip(graph.nodes, module.graph.nodes, strict=True):
+        node.name = original.name  # an input called as a builtin is, "input", is given another in a copy
+    copied._graph_module = fx.GraphModule(module, graph)
     return copied

@@ -75,10 +75,10 @@ def _legalize_product(node: fx.Node) -> None:
 
 
 def _legalize_cast(graph: Graph, node: fx.Node) -> None:
-    """A copy to another dtype; to the same one, or to another device, nothing."""
+    """A copy to another dtype; to the same one, or another device, nothing, but for outputs, which keep their name."""
     x, dtype = node.args[0], node.meta["val"].dtype
     assert isinstance(x, fx.Node)
-    if x.meta["val"].dtype == dtype:
+    if x.meta["val"].dtype == dtype and all(user.op != "output" for user in node.users):
         node.replace_all_uses_with(x)
         graph.fx.erase_node(node)
     else:
@@ -90,7 +90,12 @@ def _writes_unseen(node: fx.Node) -> bool:
     if not _returns(node, writes=True) or not node.target._schema.name.startswith("aten::"):  # type: ignore[union-attr]
         return False
     written = node.args[0]
-    return isinstance(written, fx.Node) and list(written.users) == [node] and _returns(written, writes=None)
+    if not isinstance(written, fx.Node) or list(written.users) != [node] or not _returns(written, writes=None):
+        return False
+    # What decomposes may return its operand and not say so, as dropout does outside training.
+    new = written.target in _PRODUCTS or not written.target._can_decompose()  # type: ignore[union-attr]
+    dtype = written.meta["val"].dtype  # of other operands it would be promoted
+    return new and all(operand.meta["val"].dtype == dtype for operand in node.all_input_nodes)
 
 
 def _returns(node: fx.Node, *, writes: bool | None) -> bool:

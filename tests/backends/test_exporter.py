@@ -1,0 +1,92 @@
+"""What is emitted without decomposition, and that torch's exporter is left as it was."""
+
+import pytest
+import torch
+from torch import nn
+from torch.onnx._internal.exporter import _fx_passes
+from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+import lorac
+
+
+class Host(nn.Module):
+    """A linear layer, and a step after it."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.drop = nn.Dropout(0.5)
+        self.step = step
+
+    def forward(self, x):
+        return self.step(self, x, self.up(x))
+
+
+def masked(host, x, y):
+    wanted = (y > 0) & (x > 0) | (x < -1)
+    return torch.where(wanted, y.min(x), y.max(x))
+
+
+def cast(host, x, y):
+    return host.down((y.to(torch.float64) * 2).to(x).to(torch.float32)).to(torch.float32)
+
+
+def scores_in_place(host, x, y):
+    scores = torch.matmul(y, x.transpose(-1, -2))
+    scores += 1.5
+    scores += torch.ones(1)
+    return host.down(y) + scores.sum()
+
+
+def dropped_in_place(host, x, y):
+    """Outside training dropout returns its operand, which is read once more."""
+    dropped = host.drop(y)
+    dropped += 1.5
+    return host.down(y) + dropped
+
+
+def viewed_in_place(host, x, y):
+    y[:, 0] += 1.5
+    return host.down(y)
+
+
+def of_another_dtype(host, x, y):
+    scaled = (y * 3).to(torch.int64) * 1
+    scaled += scaled.new_ones(1)
+    wide = y * 2
+    wide += scaled
+    return wide
+
+
+def answers(step):
+    torch.manual_seed(0)
+    host, x = Host(step).eval(), torch.randn(3, 6)
+    compiled = lorac.compile(host, {"a": lorac.LoRA(r=2, targets=("up",))}, target="onnxruntime", example_inputs=(x,))
+    with torch.no_grad():
+        return compiled(x), host(x)
+
+
+@pytest.mark.parametrize("step", [masked, cast, scores_in_place], ids=lambda step: step.__name__)
+def test_nothing_is_decomposed(step, monkeypatch):
+    def decompose(*_):
+        pytest.fail("decomposed")
+
+    monkeypatch.setattr(_fx_passes, "decompose_with_registry", decompose)
+    torch.testing.assert_close(*answers(step))
+
+
+@pytest.mark.parametrize("step", [viewed_in_place, of_another_dtype], ids=lambda step: step.__name__)
+def test_what_others_may_see_is_written_as_torch_does(step):
+    torch.testing.assert_close(*answers(step))
+
+
+def test_what_torch_loses_is_not_answered():
+    """Its decomposition takes dropout's answer for a new tensor."""
+    with pytest.raises(lorac.SelfTestFailed):
+        answers(dropped_in_place)
+
+
+def test_torchs_exporter_stays_as_it_was():
+    before = _fx_passes.decompose_with_registry, vars(ONNXRegistry)["from_torchlib"]
+    answers(masked)
+    assert (_fx_passes.decompose_with_registry, vars(ONNXRegistry)["from_torchlib"]) == before
