@@ -23,14 +23,17 @@ from lorac.ir.values import check_reads
 from lorac.variants.base import Adapter, BranchVariant, Variant, WeightVariant
 
 Tensor = torch.Tensor
+_LOWERINGS: dict[Any, Lowering] = {}
+"""Structure (method, hyper-parameters, shapes, dtype, rules) -> its lowering, of every program in this process."""
+_MOST_LOWERINGS = 512
+_FORMULAS = ("weight", "new_bias", "branch")
 
 
 class Lowerer:
-    """Lowers adapters; keeps one lowering per structure (method, hyper-parameters, shapes, dtype)."""
+    """Lowers adapters; a structure is lowered once."""
 
     def __init__(self, sites: Mapping[str, Site], base: BaseReader, rules: Sequence[NamedRule] = RULES) -> None:
-        self.sites, self.base, self.rules = sites, base, rules
-        self._cache: dict[Any, Lowering] = {}
+        self.sites, self.base, self.rules = sites, base, tuple(rules)
         self._common: Any = WeakTensorKeyDictionary()
 
     def prepare(self, adapter: Adapter) -> Prepared:
@@ -64,10 +67,14 @@ class Lowerer:
         here = variant.at(site)
         shapes = tuple((name, tuple(t.shape)) for name, t in tensors.items())
         shape = (site.out_features, site.in_features)
-        key = (type(here), repr(here), site.kind, _grouped(site), shape, shapes, site.dtype)
-        if key not in self._cache:
-            self._cache[key] = self._lower(here, site, shape, tensors)
-        return self._cache[key]
+        method = (type(here), *(getattr(type(here), formula, None) for formula in _FORMULAS), repr(here))
+        key = (*method, site.kind, _grouped(site), shape, shapes, site.dtype, self.rules)
+        found = _LOWERINGS.get(key)
+        if found is None:
+            found = _LOWERINGS[key] = self._lower(here, site, shape, tensors)
+            for oldest in list(_LOWERINGS)[:-_MOST_LOWERINGS]:
+                _LOWERINGS.pop(oldest, None)
+        return found
 
     def value(self, lowering: Lowering, site: Site, tensors: Mapping[str, Tensor]) -> Value:
         """The normal form's tensors for one term, computed in the factors' dtype."""
