@@ -175,7 +175,7 @@ def _variant(path: Path, name: str, config: Mapping[str, Any]) -> Variant:
             )
     try:
         return variant(**{field: _revived(path, value) for field, value in config.items()})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise UnsupportedField(f"'{path}' configures {variant.name} wrongly: {error}") from error
 
 

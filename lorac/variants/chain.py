@@ -14,7 +14,7 @@ from typing import ClassVar, cast
 
 import torch
 
-from lorac.errors import ChoiceError, NotMergeable
+from lorac.errors import ChoiceError, NotMergeable, UnknownOption
 from lorac.ir.patterns import select
 from lorac.ir.sites import Site
 from lorac.ir.types import Init, InitContext, Params, ParamSpec
@@ -36,6 +36,15 @@ class Chain(WeightVariant):
     parts: tuple[WeightVariant, ...]
 
     name: ClassVar[str] = "chain"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for part in self.parts:
+            if not isinstance(part, WeightVariant):
+                raise UnknownOption(
+                    f"a chain is made of methods that edit weights, which {part!r} is not",
+                    next_step="`lorac variants` lists them",
+                )
 
     @classmethod
     def of(cls, *adapters: Adapter, name: str) -> Adapter:

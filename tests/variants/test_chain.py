@@ -115,6 +115,11 @@ def test_what_is_no_weight_is_refused():
         lorac.Chain.of(adapters["lora"], adapters["hydra"], name="x")
 
 
+def test_a_part_that_is_no_method_is_refused():
+    with pytest.raises(lorac.UnknownOption, match="made of methods that edit weights, which Hydra"):
+        lorac.Chain(parts=(lorac.LoRA(), lorac.Hydra()))
+
+
 def test_two_copies_of_a_module_are_refused():
     model = two_layers()
     made = {name: lorac.LoRA(targets=("0",), modules_to_save=("1",)) for name in "ab"}
