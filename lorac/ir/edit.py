@@ -196,7 +196,7 @@ def _extend_call_signature(program: ExportedProgram, nodes: Mapping[str, fx.Node
 
 def _example(value: torch.Tensor) -> torch.Tensor:
     shape = [size if isinstance(size, int) else int(size.node.hint) for size in value.shape]
-    return torch.zeros(shape, dtype=value.dtype)
+    return torch.zeros((), dtype=value.dtype).expand(shape)  # its shape is asked for, and a slot may be a whole weight
 
 
 GETITEM = operator.getitem
