@@ -1,18 +1,21 @@
 """What every method costs on all linear layers of a small Llama: one row each, at its default hyper-parameters.
 
-    python -m benchmarks.variants [--layers 2] [--rounds 9] [--only NAME ...]
+    python -m benchmarks.variants [--layers 2] [--rounds 25] [--only NAME ...]
 
-Latency is of 1 x 16 tokens, over the same side's base in the same process; PEFT's is that of the adapter as lorac
-writes it for PEFT, over PEFT's base. Targets: no live form costs more than a bound weight (SHiRA's row); what reduces
-to low-rank stays <= 1.09 at ranks up to 32.
+Latency is of 1 x 16 tokens through the layers alone (the output layer, which no method adapts here, would hide what
+they cost), over the same side's base in the same process; PEFT's is that of the adapter as lorac writes it for PEFT,
+over PEFT's base. ONNX Runtime's base is two sessions of it, and A/A how far they are apart. Targets: no live form costs
+more than a bound weight (SHiRA's row); what reduces to low-rank stays <= 1.09 at ranks up to 32.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +43,7 @@ def worker(name: str, layers: int, rounds: int) -> dict[str, Any]:
     import lorac
     from lorac.errors import LoracError
 
-    model, variant = common.llama_170m(layers), lorac.variants()[name]()
+    model, variant = _layers(layers), lorac.variants()[name]()
     eager = {"eager base": lorac.compile(model, {}), "eager live": lorac.compile(model, {"a": variant})}
     adapter = eager["eager live"].adapters["a"]
     common.away_from_init(adapter, seed=1)
@@ -56,6 +59,7 @@ def worker(name: str, layers: int, rounds: int) -> dict[str, Any]:
         size = Path(folder, "a.safetensors").stat().st_size
         peft = _peft(adapter, Path(folder, "peft"), layers, model)
     found = common.alternate(_sides({**eager, **peft}, emitted), rounds)
+    found["ORT base"] = (found["ORT A/A"] + found["ORT base"]) / 2
     values = [*eager["eager live"].pool["a"].values.values()]
     return {
         "seconds": found,
@@ -79,9 +83,14 @@ def _peft(adapter: Any, folder: Path, layers: int, model: Any) -> dict[str, Any]
     except UnsupportedField:
         return {}
     return {
-        "PEFT base": common.llama_170m(layers),
-        "PEFT": PeftModel.from_pretrained(common.llama_170m(layers), str(folder)).eval(),
+        "PEFT base": _layers(layers),
+        "PEFT": PeftModel.from_pretrained(_layers(layers), str(folder)).eval(),
     }
+
+
+def _layers(count: int) -> Any:
+    """Embedding and layers of the benchmarks' Llama."""
+    return common.llama_170m(count).model
 
 
 def _sides(hosts: dict[str, Any], emitted: dict[str, Any]) -> dict[str, common.Side]:
@@ -130,13 +139,18 @@ def row(name: str, found: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+def _with_defaults(known: Mapping[str, Any]) -> list[str]:
+    """Names of the methods that need no configuration."""
+    return [n for n, v in known.items() if all(f.default is not f.default_factory for f in dataclasses.fields(v))]
+
+
 def main() -> None:
     """One fresh process per method; rows as they are measured, then the table."""
     import lorac
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--only", nargs="+", help="names of methods")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -144,7 +158,7 @@ def main() -> None:
         print(json.dumps(worker(given.worker, given.layers, given.rounds)))
         return
     rows = []
-    for name in given.only or lorac.variants():
+    for name in given.only or _with_defaults(lorac.variants()):
         arguments = ("--worker", name, "--layers", str(given.layers), "--rounds", str(given.rounds))
         rows.append(row(name, common.in_fresh_process("benchmarks.variants", *arguments)))
         print("  ".join(rows[-1]), flush=True)
