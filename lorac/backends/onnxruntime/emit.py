@@ -14,6 +14,7 @@ import onnx_ir.passes.common as common_passes
 import torch
 from onnxscript import rewriter
 from onnxscript.optimizer._constant_folding import FoldConstantsPass
+from onnxscript.rewriter.ort_fusions.rms_normalization import rms_normalization_rules
 
 from lorac.backends.onnxruntime.exporter import export, quiet
 from lorac.backends.onnxruntime.gate import gate_branches
@@ -55,12 +56,17 @@ def to_onnx(graph: Graph) -> ir.Model:
 
 
 def tidy(model: ir.Model) -> None:
-    """The exporter's own clean-ups, without the one rule that is quadratic in the number of nodes."""
+    """The exporter's own clean-ups, without the one rule that is quadratic in the number of nodes.
+
+    RMS norms become ONNX Runtime's op for them here: its own fusion looks for a quotient, where torch has a product
+    with ``rsqrt``.
+    """
     rules = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule.name != "SlicesSplit"]
     passes = ir.passes.Sequential(
         common_passes.InlinePass(),
         FoldConstantsPass(shape_inference=False, input_size_limit=1024, output_size_limit=1024),
         rewriter.RewritePass(rules),
+        rewriter.RewritePass(rms_normalization_rules),
         common_passes.RemoveUnusedNodesPass(),
         common_passes.RemoveUnusedFunctionsPass(),
         common_passes.RemoveUnusedOpsetsPass(),
