@@ -117,12 +117,15 @@ def _peft_sides(layers: int, rank: int) -> dict[str, Any]:
 
 
 def report(found: dict[str, float]) -> None:
-    """Ratios to the side's own base, per shape, their median last."""
+    """Ratios to the side's own base, per shape, their median last; live LoRA's also to the plain export."""
     shapes = [f"{batch}x{length}" for batch, length in SHAPES]
     names = list(dict.fromkeys(key.partition("|")[0] for key in found))
+    pairs = [
+        (name, "PEFT's base" if name.startswith("PEFT") else "plain export" if name == "base" else "base")
+        for name in names
+    ]
     rows = []
-    for name in names:
-        base = "PEFT's base" if name.startswith("PEFT") else "plain export" if name == "base" else "base"
+    for name, base in (*pairs, ("live", "plain export")):
         ratios = [found[f"{name}|{shape}"] / found[f"{base}|{shape}"] for shape in shapes]
         milliseconds = [f"{found[f'{name}|{shape}'] * 1e3:.1f}" for shape in shapes]
         label = f"{name} / {base}"
