@@ -50,6 +50,13 @@ def viewed_in_place(host, x, y):
     return host.down(y)
 
 
+def seen_through_a_view(host, x, y):
+    doubled = y * 2
+    first = doubled[0]
+    doubled += 1.5
+    return host.down(doubled) + first
+
+
 def of_another_dtype(host, x, y):
     scaled = (y * 3).to(torch.int64) * 1
     scaled += scaled.new_ones(1)
@@ -75,7 +82,9 @@ def test_nothing_is_decomposed(step, monkeypatch):
     torch.testing.assert_close(*answers(step))
 
 
-@pytest.mark.parametrize("step", [viewed_in_place, of_another_dtype], ids=lambda step: step.__name__)
+@pytest.mark.parametrize(
+    "step", [viewed_in_place, seen_through_a_view, of_another_dtype], ids=lambda step: step.__name__
+)
 def test_what_others_may_see_is_written_as_torch_does(step):
     torch.testing.assert_close(*answers(step))
 
