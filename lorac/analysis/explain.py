@@ -154,7 +154,8 @@ def _slots(term: Term, plan: SitePlan) -> tuple[str, ...]:
         return ("weight", "bias") if plan.bias else ("weight",)
     if term.form == "branch":
         return tuple(part.name for part in term.parts)
-    named = {"a": "A", "b": "B", "t": "T"} | {role: role for role in "cdghe"}
+    pair = {"a": "A", "b": "B"} if plan.rank else {}
+    named = pair | {"t": "T"} | {role: role for role in "cdghe"}
     return tuple(role for role, part in named.items() if _has(term, part))
 
 
