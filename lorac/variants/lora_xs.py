@@ -1,20 +1,21 @@
-"""LoRA-XS: an r x r core between two frozen factors of the weight itself.
+"""LoRA-XS: an r x r core between two frozen factors of the weight itself; LoRA-SB: of an estimated update.
 
-Bałazy, Banaei et al. 2024, arXiv 2405.17604.
+Bałazy, Banaei et al. 2024, arXiv 2405.17604; Ponkshe, Singhal et al. 2024 (LoRA-SB), arXiv 2411.19557.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from lorac.errors import SiteUnsupported
+from lorac.errors import ShapeMismatch, SiteUnsupported
 from lorac.ir.sites import Site
 from lorac.ir.types import Dropout, InitContext, Params, ParamSpec, Role
 from lorac.variants import _inits
-from lorac.variants.base import WeightVariant
+from lorac.variants.base import Adapter, WeightVariant
 
 Tensor = torch.Tensor
 _EXACT = 512
@@ -24,12 +25,15 @@ _ROUNDS, _SPARE = 10, 10
 
 
 def _left(context: InitContext) -> Tensor:
+    return _vectors(context.weight(), context.shape[1], context.generator)
+
+
+def _vectors(W: Tensor, r: int, generator: torch.Generator) -> Tensor:
     """U_r (out, r), the first left singular vectors of W, the largest entry of each positive."""
-    W, r = context.weight(), context.shape[1]
     if min(W.shape) <= max(_EXACT, 4 * r):
         vectors = torch.linalg.svd(W, full_matrices=False).U[:, :r]
     else:
-        vectors = _sketched(W, r, context.generator)
+        vectors = _sketched(W, r, generator)
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     return vectors * largest.sign()
 
@@ -66,6 +70,43 @@ class LoRAXS(WeightVariant):
     paper: ClassVar[str] = "LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters, arXiv 2405.17604"
     dropout_place: ClassVar[Dropout] = Dropout.INPUT
     identity_at_init: ClassVar[bool] = False
+
+    @classmethod
+    def from_update(
+        cls, updates: Mapping[str, Tensor], *, name: str, r: int = 32, alpha: float | None = None
+    ) -> Adapter:
+        """LoRA-SB: a core that begins as the best approximation of rank r of the first step of full fine-tuning.
+
+        B = U_r, A = V_rᵀ and R = diag(σ)·r/alpha of the update's SVD, so W' is not W at the start, by design. For
+        AdamW the first step is −η·sign(G), η its first learning rate and G the gradient summed over some batches.
+
+        Args:
+            updates: path of a site -> estimated update of its weight (out, in).
+            name: of the adapter.
+            r: rank, at most min(out, in) of every site.
+            alpha: None for r, the paper's.
+
+        Raises:
+            ShapeMismatch: an update is no matrix of rank r or more.
+        """
+        variant = cls(r=r, alpha=r if alpha is None else alpha, targets=tuple(updates))
+        generator = torch.Generator().manual_seed(0)
+        adapter = Adapter(name, variant)
+        for path, update in updates.items():
+            if update.ndim != 2 or min(update.shape) < r:
+                raise ShapeMismatch(
+                    f"the update of '{path}' is {list(update.shape)}, which has no {r} singular vectors",
+                    next_step="give (out, in) as the site presents its weight, or a smaller r",
+                )
+            left = _vectors(update, r, generator)
+            right = left.t() @ update
+            sizes = torch.linalg.vector_norm(right, dim=1)
+            adapter.tensors[path] = {
+                "lora_B": left,
+                "lora_A": right / sizes.clamp_min(torch.finfo(update.dtype).tiny)[:, None],
+                "lora_latent": torch.diag(sizes * r / variant.alpha),
+            }
+        return adapter
 
     def check(self, site: Site) -> None:
         super().check(site)

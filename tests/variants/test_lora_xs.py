@@ -9,7 +9,7 @@ from torch import nn
 import lorac
 from lorac.ir.forms import LowRank
 from lorac.ir.sites import Site
-from lorac.ir.types import Role, SiteKind
+from lorac.ir.types import Params, Role, SiteKind
 from lorac.testing import HOSTS, Case
 from tests import parity
 
@@ -108,3 +108,51 @@ def test_published_counts(r, shapes, total):
     sites = [Site("site", SiteKind.LINEAR, out, columns, torch.float32, "site.weight") for out, columns in shapes]
     specs = [spec for site in sites for spec in variant.params(site).values() if spec.role is Role.TRAINABLE]
     assert sum(math.prod(spec.shape) for spec in specs) == total
+
+
+def test_sb_worked_example():
+    """G = [[3,1],[2,5]], η = 0.1: every entry of the first step is −0.1, of rank one."""
+    gradient = torch.tensor([[3.0, 1], [2, 5]], dtype=torch.float64)
+    update = -0.1 * gradient.sign()
+    p = lorac.LoRAXS.from_update({"site": update}, name="sb", r=1).tensors["site"]
+    torch.testing.assert_close(p["lora_latent"], torch.tensor([[0.2]], dtype=torch.float64))
+    torch.testing.assert_close(p["lora_B"] @ p["lora_latent"] @ p["lora_A"], update)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("alpha", [None, 5.0])
+@pytest.mark.parametrize("r", [3, 7])
+def test_sb_begins_at_the_best_update_of_its_rank(r, alpha):
+    """Whatever its scale; with all singular vectors, at the whole step."""
+    model = HOSTS["linear"].model()
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(model.site.weight.shape, generator=generator, dtype=torch.float64)
+    update = -0.1 * gradient.sign()
+    adapter = lorac.LoRAXS.from_update({"site": update}, name="sb", r=r, alpha=alpha)
+    p, identity = adapter.tensors["site"], torch.eye(r, dtype=torch.float64)
+    torch.testing.assert_close(p["lora_B"].t() @ p["lora_B"], identity)
+    torch.testing.assert_close(p["lora_A"] @ p["lora_A"].t(), identity)
+    expected = update if r == 7 else best(update, r)
+    found = lorac.compile(model, {"a": adapter}, mode="fused").host.site.weight
+    torch.testing.assert_close(found, model.site.weight + expected)
+
+
+def test_sb_trains_its_core_alone_by_the_projected_gradient():
+    """g̃ = BBᵀ·g·AᵀA for a step on R, at s = 1."""
+    model = HOSTS["linear"].model()
+    update = torch.linspace(-1, 1, model.site.weight.numel(), dtype=torch.float64).sin().reshape_as(model.site.weight)
+    adapter = lorac.LoRAXS.from_update({"site": update}, name="sb", r=2)
+    compiled = lorac.compile(model, {"a": adapter})
+    assert [t.shape for t in compiled.parameters() if t.requires_grad] == [(2, 2)]
+    own = compiled.adapters["a"].tensors["site"]
+    weight = adapter.variant.weight(model.site.weight.detach(), Params(**own))
+    (gradient,) = torch.autograd.grad(weight.square().sum(), own["lora_latent"])
+    step = own["lora_B"] @ gradient @ own["lora_A"]
+    full = 2 * weight.detach()
+    b, a = own["lora_B"], own["lora_A"]
+    torch.testing.assert_close(step, b @ b.t() @ full @ a.t() @ a)
+
+
+def test_sb_needs_an_update_of_that_rank():
+    with pytest.raises(lorac.ShapeMismatch, match=r"the update of 'site' is \[3, 2\], which has no 4 singular"):
+        lorac.LoRAXS.from_update({"site": torch.zeros(3, 2)}, name="sb", r=4)
