@@ -54,16 +54,15 @@ def does_not_fit(plan: SitePlan, value: Value | None) -> str | None:
         return "has no slot for a whole weight"
     if value.rank > plan.rank:
         return f"holds rank {plan.rank}, not {value.rank}"
+    return _lacks(plan, value)
+
+
+def _lacks(plan: SitePlan, value: LowRank) -> str | None:
+    """What a value needs besides its pair and the plan has not, or None."""
     if value.t is not None and value.t.shape[-1] != plan.t:
         return f"holds input transforms in blocks of {plan.t}, not {value.t.shape[-1]}"
-    return next(
-        (f"has no slot '{role}'" for role, needed in _extras(value).items() if needed > getattr(plan, role)), None
-    )
-
-
-def _extras(value: LowRank) -> dict[str, bool]:
-    """Which slots a value needs besides its pair."""
-    return {"c": value.c is not None, "d": value.d is not None, "bias": value.e is not None}
+    extras = {"c": value.c is not None, "d": value.d is not None, "bias": value.e is not None}
+    return next((f"has no slot '{role}'" for role, needed in extras.items() if needed > getattr(plan, role)), None)
 
 
 def _does_not_bind(plan: SitePlan, value: Value) -> str | None:
@@ -76,9 +75,7 @@ def beside(plan: SitePlan, value: Value | None) -> LowRank | None:
     """The value, where it fits the slots beside the weight."""
     if not isinstance(value, LowRank) or plan.rank < value.rank:
         return None
-    if value.t is not None and value.t.shape[-1] != plan.t:
-        return None
-    return value if all(needed <= getattr(plan, role) for role, needed in _extras(value).items()) else None
+    return None if _lacks(plan, value) else value
 
 
 def _low_rank_slots(plan: SitePlan, value: LowRank | None) -> dict[str, Tensor | None]:

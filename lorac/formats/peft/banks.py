@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from lorac.errors import BaseNeeded
 from lorac.formats.peft import config
-from lorac.formats.peft.method import Field, Use
+from lorac.formats.peft.method import Field, Tensors, Use
 from lorac.formats.peft.tables import PLACES, only
 from lorac.ir.sites import Site
 from lorac.ir.types import SiteKind
+from lorac.variants.base import Variant
 
 
-def linear(peft_type: str) -> Any:
+def linear(peft_type: str) -> Callable[[Site, Tensors], None]:
     """The check that a site is an nn.Linear or GPT-2's Conv1D."""
     return only(peft_type, {SiteKind.LINEAR}, transposed=True)
 
@@ -23,6 +26,20 @@ def seed(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError("expected a whole number")
     return value
+
+
+def whole(peft_type: str) -> Callable[[Variant, Site, Tensors], dict[str, Tensor]]:
+    """A writer of one site's tensors by suffix, those that all sites share among them.
+
+    Its function raises ``SiteUnsupported`` where PEFT's type adapts no linear layer.
+    """
+    check_site = linear(peft_type)
+
+    def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tensor]:
+        check_site(site, tensors)
+        return dict(tensors)
+
+    return write_site
 
 
 LAYERS = {name: field for name, field in PLACES.items() if name != "exclude_modules"}

@@ -18,7 +18,7 @@ import torch
 
 from lorac.formats._layout import matrix_site
 from lorac.formats.peft import config
-from lorac.formats.peft.banks import LAYERS, SEEDED, largest, linear
+from lorac.formats.peft.banks import LAYERS, SEEDED, largest, linear, whole
 from lorac.formats.peft.method import Field, Method, Tensors, Use
 from lorac.formats.peft.tables import bias, misfit
 from lorac.ir.sites import Site
@@ -42,8 +42,6 @@ FIELDS = {
     "bias": bias("randlora"),
 }
 
-check_site = linear("RANDLORA")
-
 
 def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
     """The tensors of one site, and a site whose larger side is as large as its smaller.
@@ -56,16 +54,6 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
         raise misfit(path, stored, "randlora_lambda is (r, n), randlora_gamma (n, d), A (r, 1, d) and B (D, n, r)")
     small = stored["randlora_gamma"].shape[1]
     return matrix_site(path, small, small), {name: stored[name] for name in names}
-
-
-def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tensor]:
-    """The tensors of one site by suffix, those that all sites share among them.
-
-    Raises:
-        SiteUnsupported: PEFT's RandLoRA adapts linear layers only.
-    """
-    check_site(site, tensors)
-    return dict(tensors)
 
 
 def make_shared(values: Mapping[str, Any], sites: Sequence[Site]) -> dict[str, Tensor]:
@@ -97,7 +85,7 @@ METHOD = Method(
     make_shared=make_shared,
     shared_shapes=shared_shapes,
     read_site=read_site,
-    write_site=write_site,
+    write_site=whole("RANDLORA"),
     lays_out=False,
-    check_site=check_site,
+    check_site=linear("RANDLORA"),
 )

@@ -14,7 +14,7 @@ import torch
 
 from lorac.formats._layout import matrix_site
 from lorac.formats.peft import config
-from lorac.formats.peft.banks import LAYERS, SEEDED, largest, linear
+from lorac.formats.peft.banks import LAYERS, SEEDED, largest, linear, whole
 from lorac.formats.peft.method import Field, Method, Tensors, Use
 from lorac.formats.peft.tables import bias, misfit
 from lorac.ir.sites import Site
@@ -35,8 +35,6 @@ FIELDS = {
     "bias": bias("vera"),
 }
 
-check_site = linear("VERA")
-
 
 def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
     """The tensors of one site, and a site of as many inputs as the largest has.
@@ -49,16 +47,6 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
         raise misfit(path, stored, "vera_A is (r, in), vera_B (out, r), vera_lambda_b (out,), vera_lambda_d (r,)")
     site = matrix_site(path, stored["vera_lambda_b"].shape[0], stored["vera_A"].shape[1])
     return site, {name: stored[name] for name in names}
-
-
-def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tensor]:
-    """The tensors of one site by suffix, those that all sites share among them.
-
-    Raises:
-        SiteUnsupported: PEFT's VeRA adapts linear layers only.
-    """
-    check_site(site, tensors)
-    return dict(tensors)
 
 
 def make_shared(values: Mapping[str, Any], sites: Sequence[Site]) -> dict[str, Tensor]:
@@ -77,7 +65,7 @@ METHOD = Method(
     shared=SHARED,
     make_shared=make_shared,
     read_site=read_site,
-    write_site=write_site,
+    write_site=whole("VERA"),
     lays_out=False,
-    check_site=check_site,
+    check_site=linear("VERA"),
 )
