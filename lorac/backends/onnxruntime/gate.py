@@ -13,8 +13,8 @@ import onnx_ir as ir
 from lorac.ir.graph import SlotInput
 
 
-def gate_branches(model: ir.Model, slots: Mapping[str, SlotInput]) -> bool:
-    """Move the branches of a model into ``If`` nodes, in place; say whether there were any.
+def gate_branches(model: ir.Model, slots: Mapping[str, SlotInput]) -> None:
+    """Move the branches of a model into ``If`` nodes, in place.
 
     Args:
         model: as emitted; its slot inputs bear their public names.
@@ -30,7 +30,6 @@ def gate_branches(model: ir.Model, slots: Mapping[str, SlotInput]) -> bool:
     ]
     for strength, add in ends:
         _gate(model.graph, strength, add)
-    return bool(ends)
 
 
 def _gate(graph: ir.Graph, strength: ir.Value, add: ir.Node) -> None:
