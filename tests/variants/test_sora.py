@@ -7,6 +7,7 @@ from torch import nn
 import lorac
 from lorac.ir.forms import LowRank
 from lorac.testing import HOSTS, Case
+from lorac.training import pruned
 from tests import parity
 
 
@@ -16,13 +17,6 @@ def tensor(values):
 
 def lora_of(tensors, r, alpha):
     return lorac.Adapter("a", lorac.LoRA(r=r, alpha=alpha, targets=("site",)), {"site": tensors})
-
-
-def pruned(p, r, alpha):
-    """The LoRA of the open gates: the gates on A, the scale of the r that it began with."""
-    kept = p["gate"].nonzero().flatten()
-    tensors = {"lora_A": p["gate"][kept, None] * p["lora_A"][kept], "lora_B": p["lora_B"][:, kept].contiguous()}
-    return lora_of(tensors, len(kept), alpha * len(kept) / r)
 
 
 @pytest.fixture
@@ -39,7 +33,7 @@ def test_worked_example_and_what_it_prunes_to():
     adapter = lorac.Adapter("a", lorac.SoRA(r=2, alpha=4, targets=("site",)), {"site": p})
     x = tensor([[1, 2]])
     assert lorac.compile(model, {"a": adapter})(x).tolist() == [[1, 2]]
-    small = pruned(p, 2, 4)
+    small = pruned(adapter)
     assert (small.variant.r, small.variant.alpha) == (1, 2)
     assert small.tensors["site"]["lora_A"].tolist() == [[0.5, 0]]
     assert lorac.compile(model, {"a": small})(x).tolist() == [[1, 2]]
@@ -47,9 +41,8 @@ def test_worked_example_and_what_it_prunes_to():
 
 @torch.no_grad()
 def test_closed_gates_drop_out(case):
-    p = case.a.tensors["site"]
-    p["gate"][1] = 0
-    small = lorac.compile(case.model, {"a": pruned(p, 3, 5)})
+    case.a.tensors["site"]["gate"][1] = 0
+    small = lorac.compile(case.model, {"a": pruned(case.a)})
     parity.assert_parity(case.live(case.x), small(case.x), case.base(case.x))
 
 
@@ -59,6 +52,14 @@ def test_open_gates_are_lora(case):
     p["gate"].fill_(1)
     lora = lorac.compile(case.model, {"a": lora_of({name: p[name] for name in ("lora_A", "lora_B")}, 3, 5)})
     parity.assert_parity(case.live(case.x), lora(case.x), case.base(case.x))
+
+
+@pytest.mark.parametrize("gate", [[1.0, 1.0, 1.0], [0.3, -7.0, 0.0]])
+@torch.no_grad()
+def test_a_fresh_one_is_the_base_whatever_its_gates(case, gate):
+    fresh = lorac.compile(case.model, {"a": case.variant}).adapters["a"]
+    fresh.tensors["site"]["gate"].copy_(tensor(gate))
+    assert torch.equal(lorac.compile(case.model, {"a": fresh})(case.x), case.base(case.x))
 
 
 def test_a_closed_gate_still_learns(case):

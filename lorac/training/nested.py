@@ -1,0 +1,242 @@
+"""DyLoRA's rule: every step trains at one rank, drawn for all layers, so that components come to be ordered.
+
+Valipour et al. 2022, arXiv 2210.07558.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from lorac.errors import ChoiceError
+from lorac.training.rule import Rule
+from lorac.variants.base import Variant
+from lorac.variants.dylora import DyLoRA
+
+Tensor = torch.Tensor
+State = dict[str, Any]
+_SAVED = "nested_ranks"
+"""Key of the optimizer's state dict under which the rule's own state is."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Factor:
+    """A tensor whose ``dim`` counts components."""
+
+    tensor: Tensor
+    dim: int
+
+    @property
+    def rank(self) -> int:
+        return self.tensor.shape[self.dim]
+
+    def component(self, index: int, of: Tensor) -> Tensor:
+        """View of one component, of the tensor or of one shaped like it; both axes stay."""
+        return of.narrow(self.dim, index, 1)
+
+    def share(self, index: int, value: Any) -> Any:
+        """A copy of what an entry of the tensor's optimizer state is to one component."""
+        if not isinstance(value, Tensor):
+            return value
+        return (self.component(index, value) if value.shape == self.tensor.shape else value).clone()
+
+
+class NestedRanks(Rule):
+    """Every step runs at one rank b for all DyLoRA layers, drawn anew after it, and trains component b or all up to b.
+
+    The rank holds for calls of the compiled model that train (in training mode, or with gradients recorded), whatever
+    is active: the active DyLoRA adapters are cut to b. Other calls, such as an evaluation under ``torch.no_grad()`` in
+    eval mode, have the whole rank, and so has a call with a choice of its own (``adapters=``). A layer of r < b
+    components (``rank_pattern``) is used whole; then it has no component b, and under ``frozen`` it stands still.
+
+    Components that do not move are skipped: their values and their optimizer state stay bit for bit, without weight
+    decay, as if each component were a parameter of its own. Each keeps its own count of steps, too. This state is
+    part of the optimizer's ``state_dict()`` as long as the rule is on, with the draws' state, so that a run resumes
+    exactly. ``remove()`` hands it back to the optimizer, with the largest count as the tensor's.
+
+    Args:
+        compiled, optimizer: as ``Rule``'s.
+        ranks: what b is drawn from; default 1 to the largest r.
+        weights: how likely each of them is, in any scale; default: equally.
+        frozen: the paper's headline rule: components 1 to b − 1 are used, but only b trains.
+        exact_skip: False for what the released code does: components that do not move have a gradient of zero, so
+            that momentum moves them still and weight decay acts.
+        generator: draws the ranks; default: one of its own, begun from torch's seed. Processes that train together
+            need generators of the same seed.
+
+    Attributes:
+        rank: b of the step to come.
+
+    Raises:
+        Unavailable, AdapterNotFound: as ``Rule``.
+        ChoiceError: as ``Rule``; also ranks that no layer has, or weights that are no distribution over them.
+    """
+
+    methods: ClassVar[tuple[type[Variant], ...]] = (DyLoRA,)
+    governed: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
+
+    def __init__(
+        self,
+        compiled: Any,
+        optimizer: Any,
+        *,
+        ranks: Sequence[int] | None = None,
+        weights: Sequence[float] | None = None,
+        frozen: bool = True,
+        exact_skip: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(compiled, optimizer)
+        self.frozen, self.exact_skip = frozen, exact_skip
+        self.before_gradients = exact_skip
+        self.ranks = _ranks(ranks, max(len(term.tensors["lora_A"]) for term in self.terms))
+        self.weights = _weights(weights, self.ranks)
+        self.generator = generator or torch.Generator().manual_seed(torch.initial_seed())
+        self.rank = self._draw()
+        self._cut = {term.adapter for term in self.terms}
+        pairs = [(term.tensors[name], dim) for term in self.terms for dim, name in enumerate(self.governed)]
+        self._factors = [_Factor(tensor, dim) for tensor, dim in pairs if tensor.requires_grad]
+        self._states = [self._begun(factor) for factor in self._factors]
+        self._stepping: list[tuple[int, int, nn.Parameter]] = []
+        self._groups: list[list[Tensor]] = []
+        self.attach(*self._hooks())
+
+    def before(self) -> None:
+        """Give the optimizer the components that move in place of the tensors they are parts of."""
+        if not self.exact_skip:
+            return
+        self._put_back()  # where the step before this one raised
+        indices = {id(factor.tensor): index for index, factor in enumerate(self._factors)}
+        for group in self.optimizer.param_groups:
+            whole = group["params"]
+            self._groups.append(whole)
+            group["params"] = [
+                part
+                for tensor in whole
+                for part in (self._parts(indices[id(tensor)]) if id(tensor) in indices else (tensor,))
+            ]
+
+    def after(self) -> None:
+        """Take the components back, and draw the next rank."""
+        for index, component, part in self._stepping:
+            factor = self._factors[index]
+            factor.component(component, factor.tensor).copy_(part)
+        self._put_back()
+        self.rank = self._draw()
+
+    def remove(self) -> None:
+        if self._handles and self.exact_skip:
+            for factor, states in zip(self._factors, self._states, strict=True):
+                if any(states):
+                    self.optimizer.state[factor.tensor] = _joined(factor, states)
+        super().remove()
+
+    def _draw(self) -> int:
+        return self.ranks[int(torch.multinomial(self.weights.to(self.generator.device), 1, generator=self.generator))]
+
+    def _moving(self, factor: _Factor) -> range:
+        """Indices, from 0, of the components of a factor that move in this step."""
+        return range(self.rank - 1 if self.frozen else 0, min(self.rank, factor.rank))
+
+    def _parts(self, index: int) -> Iterator[nn.Parameter]:
+        factor = self._factors[index]
+        for component in self._moving(factor):
+            part = nn.Parameter(factor.share(component, factor.tensor.detach()))
+            part.grad = factor.share(component, factor.tensor.grad)
+            self.optimizer.state[part] = self._states[index][component]
+            self._stepping.append((index, component, part))
+            yield part
+
+    def _put_back(self) -> None:
+        for index, component, part in self._stepping:
+            self._states[index][component] = self.optimizer.state.pop(part)
+        for group, whole in zip(self.optimizer.param_groups, self._groups, strict=False):
+            group["params"] = whole
+        self._stepping, self._groups = [], []
+
+    def _begun(self, factor: _Factor) -> list[State]:
+        """The state of every component, out of what the optimizer has of the tensor."""
+        whole: State = self.optimizer.state.get(factor.tensor, {})
+        return [{key: factor.share(i, value) for key, value in whole.items()} for i in range(factor.rank)]
+
+    def _hooks(self) -> Iterator[Any]:
+        yield self.compiled.register_forward_pre_hook(self._choose, with_kwargs=True)
+        yield self.optimizer.register_state_dict_post_hook(self._save)
+        yield self.optimizer.register_load_state_dict_pre_hook(self._load)
+        for factor in self._factors if self.frozen else ():
+            yield factor.tensor.register_hook(functools.partial(self._only_moving, factor))
+
+    def _choose(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if "adapters" in kwargs or not self.compiled.computes_terms():
+            return None
+        active = {
+            name: dataclasses.replace(how, rank=self.rank) if name in self._cut else how
+            for name, how in self.compiled.choice
+        }
+        return args, {**kwargs, "adapters": active}
+
+    def _only_moving(self, factor: _Factor, grad: Tensor) -> Tensor:
+        """The gradient where components move, 0 elsewhere: here, so that clipping measures no other."""
+        kept = torch.zeros_like(grad)
+        for component in self._moving(factor):
+            factor.component(component, kept).copy_(factor.component(component, grad))
+        return kept
+
+    def _save(self, optimizer: Any, state_dict: State) -> None:
+        components = [[dict(state) for state in states] for states in self._states]
+        state_dict[_SAVED] = {"rank": self.rank, "draws": self.generator.get_state(), "components": components}
+
+    def _load(self, optimizer: Any, state_dict: State) -> None:
+        if _SAVED in state_dict:
+            saved = state_dict[_SAVED]
+            self.rank = saved["rank"]
+            self.generator.set_state(saved["draws"].cpu())
+            self._states = [[dict(state) for state in states] for states in saved["components"]]
+
+
+def _joined(factor: _Factor, states: Sequence[State]) -> State:
+    """One state of the whole tensor out of its components'; where a component has none yet it is 0."""
+    shape = factor.component(0, factor.tensor).shape
+    joined: State = {}
+    for key in dict.fromkeys(key for state in states for key in state):
+        found = [state[key] for state in states if state.get(key) is not None]
+        if not found:
+            joined[key] = None
+        elif isinstance(found[0], Tensor) and found[0].shape == shape:
+            filled = [state[key] if key in state else torch.zeros_like(found[0]) for state in states]
+            joined[key] = torch.cat(filled, dim=factor.dim)
+        else:
+            joined[key] = max(found)
+    return joined
+
+
+def _ranks(ranks: Sequence[int] | None, largest: int) -> tuple[int, ...]:
+    chosen = tuple(range(1, largest + 1)) if ranks is None else tuple(ranks)
+    wrong = [b for b in chosen if not 1 <= b <= largest]
+    if wrong or not chosen:
+        raise ChoiceError(
+            f"no layer has rank {wrong[0]}" if wrong else "ranks= is empty",
+            nearest=f"1 to {largest}",
+            next_step="give ranks= some of these, or None for all",
+        )
+    return chosen
+
+
+def _weights(weights: Sequence[float] | None, ranks: Sequence[int]) -> Tensor:
+    likely = torch.ones(len(ranks)) if weights is None else torch.tensor(weights, dtype=torch.float64)
+    total = float(likely.sum())
+    if len(likely) != len(ranks) or bool((likely < 0).any()) or not 0 < total < math.inf:
+        raise ChoiceError(
+            f"weights={list(likely.tolist())} is no distribution over {len(ranks)} ranks",
+            next_step="give one number from 0 on for each, not all 0",
+        )
+    return likely

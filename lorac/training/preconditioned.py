@@ -1,0 +1,89 @@
+"""Preconditioned gradients of two factors: what a step does to their product no longer depends on how it is factored.
+
+Break-for-Make's second stage (ACM TOG 44(2), 2025), whose first form is arXiv 2403.19456; for LoRA: Zhang and Pilanci
+2024, arXiv 2402.02347.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+
+from lorac.errors import ChoiceError, Unavailable
+from lorac.training.rule import Rule, Term
+from lorac.variants.base import Variant
+from lorac.variants.lora import LoRA
+from lorac.variants.plp import PLP
+
+Tensor = torch.Tensor
+_NOTHING = 1e-6
+"""Frobenius norm of a Gram matrix up to which the identity takes its place: a factor that starts at 0."""
+_UP, _DOWN = ("up_frozen", "up_learned"), ("down_frozen", "down_learned")
+
+
+class Preconditioned(Rule):
+    """Before every step g_up ← g_up·(down·downᵀ + reg·I)⁻¹ and g_down ← (upᵀ·up + reg·I)⁻¹·g_down, (r, r) each.
+
+    up (out, r) and down (r, in) are PLP's, of which the frozen halves count in the Gram matrices and have no gradient,
+    or LoRA's B and A. Both gradients change by the factors as they are before the step. Gradients are clipped, where
+    they are, before this.
+
+    Args:
+        compiled, optimizer: as ``Rule``'s; one optimizer holds both factors.
+        reg: what is added to the diagonals; 0, the paper's, needs factors of full rank, which one that starts at 0
+            lacks after a first step on fewer tokens than r.
+
+    Raises:
+        Unavailable, AdapterNotFound: as ``Rule``; in a step, Unavailable where a Gram matrix has no inverse.
+        ChoiceError: as ``Rule``; also where reg is negative or not finite.
+    """
+
+    methods: ClassVar[tuple[type[Variant], ...]] = (PLP, LoRA)
+    governed: ClassVar[tuple[str, ...]] = ("up_learned", "down_learned", "lora_A", "lora_B")
+    before_gradients = True
+
+    def __init__(self, compiled: Any, optimizer: Any, *, reg: float = 0.0) -> None:
+        super().__init__(compiled, optimizer)
+        if not 0 <= reg < math.inf:
+            raise ChoiceError(f"reg={reg} regularises nothing", next_step="it is a finite number from 0 on")
+        self.reg = reg
+        self.attach()
+
+    def before(self) -> None:
+        """Change the gradients of every pair of factors."""
+        for term in self.terms:
+            self._change(term)
+
+    def _change(self, term: Term) -> None:
+        own = term.tensors
+        if "lora_A" in own:
+            up, down = own["lora_B"], own["lora_A"]
+            learned_up, learned_down = up, down
+        else:
+            up, down = torch.cat([own[name] for name in _UP]), torch.cat([own[name] for name in _DOWN], dim=1)
+            learned_up, learned_down = own["up_learned"], own["down_learned"]
+        if learned_up.grad is not None:
+            changed = self._solve(down, learned_up.grad.t(), f"down·downᵀ of '{term.adapter}' at '{term.site}'")
+            learned_up.grad.copy_(changed.t())
+        if learned_down.grad is not None:
+            learned_down.grad.copy_(
+                self._solve(up.t(), learned_down.grad, f"upᵀ·up of '{term.adapter}' at '{term.site}'")
+            )
+
+    def _solve(self, factor: Tensor, grad: Tensor, what: str) -> Tensor:
+        """(F·Fᵀ + reg·I)⁻¹·grad of a factor F (r, n) and a gradient (r, m), in float32 at least."""
+        wide = factor.to(torch.promote_types(factor.dtype, torch.float32))
+        gram = wide @ wide.t()
+        if torch.linalg.matrix_norm(gram) <= _NOTHING:
+            return grad
+        gram.diagonal().add_(self.reg)
+        lower, failed = torch.linalg.cholesky_ex(gram)
+        # One that rounding alone keeps from failing would answer with noise.
+        noise = len(gram) * torch.finfo(gram.dtype).eps * gram.diagonal().max()
+        if failed or lower.diagonal().square().min() <= noise:
+            raise Unavailable(
+                f"{what} has no inverse: the factor is not of full rank, or not finite", next_step="give reg= above 0"
+            )
+        return torch.cholesky_solve(grad.to(gram.dtype), lower)

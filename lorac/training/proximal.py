@@ -1,0 +1,148 @@
+"""SoRA's rule: after every step the gates go through a proximal map, which closes the small ones.
+
+Ding et al., EMNLP 2023, arXiv 2311.11696.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from lorac.errors import ChoiceError, UnknownOption, nearest_name
+from lorac.training.rule import Rule, terms_of
+from lorac.variants.base import Variant
+from lorac.variants.sora import SoRA
+
+Tensor = torch.Tensor
+
+
+def soft_threshold(g: Tensor, xi: float) -> Tensor:
+    """``sign(g)·max(|g| − ξ, 0)``, elementwise: the proximal map of ξ·|g| (section 3 of the paper).
+
+    Args:
+        g: gates, of any shape.
+        xi: the threshold ξ ≥ 0.
+    """
+    return F.softshrink(g, xi)
+
+
+def sora_code_threshold(g: Tensor, xi: float) -> Tensor:
+    """What the released code does: entries beyond ξ shrink by ξ, and what is then below ξ is 0.
+
+    So entries below 2ξ close, but those of exactly ±ξ, which neither step touches.
+    """
+    shrunk = torch.where(g.abs() > xi, g - xi * g.sign(), g)
+    return torch.where(shrunk.abs() < xi, torch.zeros_like(g), shrunk)
+
+
+_MAPS: Mapping[str, Callable[[Tensor, float], Tensor]] = {"soft": soft_threshold, "sora_code": sora_code_threshold}
+_SPACINGS: Mapping[str, Callable[[float, float, int], Any]] = {
+    "linear": np.linspace,
+    # log(linspace(e^first, e^last)), in a form that keeps the digits of small thresholds.
+    "log_linear": lambda first, last, count: np.log1p(np.linspace(np.expm1(first), np.expm1(last), count)),
+    "exp_linear": np.geomspace,
+}
+
+
+class ProximalGates(Rule):
+    """After every step each gate that took it goes through the proximal map: small ones become exactly 0.
+
+    A closed gate still has a gradient, and opens again when one step carries it beyond the threshold; its rows and
+    columns of A and B have none while it is closed. The gates belong in a parameter group without weight decay; the
+    paper gives them an optimizer of their own, which is then the one to pass here.
+
+    Args:
+        compiled, optimizer: as ``Rule``'s; the optimizer may hold the gates alone.
+        threshold: ξ, not multiplied by the learning rate. It may be set anew while training: the paper's sparsifying
+            scheduler trains at each of ``thresholds(...)`` in turn, with a learning-rate schedule of its own for each.
+        prox: ``"soft"``, the paper's map, or ``"sora_code"``, the released code's.
+
+    Raises:
+        Unavailable, AdapterNotFound: as ``Rule``; also ChoiceError where the threshold is negative or not finite.
+        UnknownOption: there is no such map.
+    """
+
+    methods: ClassVar[tuple[type[Variant], ...]] = (SoRA,)
+    governed: ClassVar[tuple[str, ...]] = ("gate",)
+
+    def __init__(self, compiled: Any, optimizer: Any, *, threshold: float = 1e-3, prox: str = "soft") -> None:
+        super().__init__(compiled, optimizer)
+        self.threshold = threshold
+        self._map = _named(prox, _MAPS, "proximal map")
+        self._gates = [term.tensors["gate"] for term in self.terms if term.tensors["gate"].requires_grad]
+        self.attach()
+
+    @property
+    def threshold(self) -> float:
+        """ξ."""
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, xi: float) -> None:
+        if not 0 <= xi < math.inf:
+            raise ChoiceError(f"a threshold of {xi} closes no gates", next_step="it is a finite number from 0 on")
+        self._threshold = xi
+
+    def after(self) -> None:
+        """Close what is small."""
+        for gate in self._gates:
+            if gate.grad is not None:
+                gate.copy_(self._map(gate, self._threshold))
+
+
+def gate_penalty(compiled: Any, weight: float) -> Tensor:
+    """``λ₁·Σ|g| / N`` over the N gates of the active SoRA adapters: a scalar to add to the loss.
+
+    The released code has this subgradient beside the proximal map; the paper's method is the map alone, λ₁ = 0.
+
+    Args:
+        compiled: what ``lorac.compile(..., target="eager")`` returned.
+        weight: λ₁.
+
+    Raises:
+        Unavailable, AdapterNotFound: as ``Rule``.
+        ChoiceError: no SoRA adapter is active.
+    """
+    gates = [term.tensors["gate"] for term in terms_of(compiled, (SoRA,)) if term.adapter in compiled.active]
+    if not gates:
+        raise ChoiceError("no sora adapter is active, so no gate to penalise", next_step="swap to one first")
+    return weight * torch.cat(gates).abs().mean()
+
+
+def thresholds(first: float, last: float, count: int, spacing: str = "linear") -> tuple[float, ...]:
+    """``count`` thresholds from ``first`` to ``last``, for the paper's sparsifying scheduler (section 3).
+
+    Args:
+        first, last: ξ₀ and ξ_max.
+        count: how many.
+        spacing: ``"linear"``; ``"log_linear"``, linear in e^ξ; ``"exp_linear"``, geometric, from above 0.
+
+    Raises:
+        UnknownOption: there is no such spacing.
+        ChoiceError: the ends are not 0 ≤ first ≤ last, or first = 0 is to be spaced geometrically.
+    """
+    space = _named(spacing, _SPACINGS, "spacing")
+    if count < 1 or not 0 <= first <= last < math.inf:
+        raise ChoiceError(
+            f"no {count} thresholds go from {first:g} to {last:g}", next_step="0 <= first <= last, and count from 1 on"
+        )
+    if spacing == "exp_linear" and first == 0:
+        raise ChoiceError(
+            "no geometric spacing begins at 0", nearest="log_linear", next_step="or give first= a value above 0"
+        )
+    return tuple(float(xi) for xi in space(first, last, count))
+
+
+def _named(name: str, known: Mapping[str, Any], what: str) -> Any:
+    if name not in known:
+        raise UnknownOption(
+            f"there is no {what} '{name}'",
+            nearest=nearest_name(name, known),
+            next_step=f"it is one of {', '.join(known)}",
+        )
+    return known[name]
