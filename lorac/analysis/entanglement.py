@@ -1,0 +1,153 @@
+"""Entanglement entropies of a matrix: how an update, or a map of attention, spreads over the digits of its indices.
+
+Chen et al. 2026, arXiv 2601.06788. A matrix (out, in) is flattened into the state of a chain of sites, of which the
+first together count the outputs and the others the inputs; every cut of the chain has an entropy.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+
+from lorac.errors import AdapterError, NonFinite, ShapeMismatch, UnknownOption, nearest_name
+
+Tensor = torch.Tensor
+_ORDERS = ("row_major", "interleaved")
+
+
+def prime_sites(size: int) -> tuple[int, ...]:
+    """The prime factors of a size ≥ 1, largest first: the sites of a dimension of which nothing else is said."""
+    found, divisor = [], 2
+    while size > 1:
+        while size % divisor == 0:
+            found.append(divisor)
+            size //= divisor
+        divisor += 1
+    return tuple(reversed(found))
+
+
+def internal_entropy(
+    M: Tensor,
+    out_dims: Sequence[int] | None = None,
+    in_dims: Sequence[int] | None = None,
+    order: str = "row_major",
+) -> Tensor:
+    """S(l) = −Σ w·ln w in nats at every cut, w = σ²/Σσ²: the internal entropy of arXiv 2601.06788.
+
+    σ are the singular values of M reshaped to (the first l sites, all others). The scale of M does not matter. Of a
+    softmax attention (heads, T, T) the same function is the paper's external entropy, one row per head.
+
+    Args:
+        M: (…, out, in), computed in float64. One singular value decomposition per cut, the largest that of M itself.
+        out_dims, in_dims: the sites, slowest digit first; their products are out and in. None: ``prime_sites``.
+        order: ``"row_major"``, output sites, then input sites: L sites, the cut after the last output site that of
+            the matrix itself. ``"interleaved"``: site l holds the l-th output and the l-th input digit, as in a
+            matrix product operator; it takes as many of one as of the other.
+
+    Returns:
+        (…, L − 1), S(1) to S(L − 1).
+
+    Raises:
+        ShapeMismatch: the sites do not multiply to the matrix's sizes, or are not as many on both sides.
+        UnknownOption: there is no such order.
+        NonFinite: an entry is infinite or no number.
+        AdapterError: a matrix is all zeros: it is no state.
+    """
+    out, columns = M.shape[-2:]
+    rows, inputs = _sites(out, out_dims, "out"), _sites(columns, in_dims, "in")
+    state = M.detach().double()
+    if not bool(state.isfinite().all()):
+        raise NonFinite("the matrix holds infinities or NaN", next_step="look for the step of training that made them")
+    if not bool(state.flatten(-2).any(-1).all()):
+        raise AdapterError("a matrix of zeros has no entropy", next_step="measure after the first step of training")
+    batch = M.shape[:-2]
+    if _interleaves(rows, inputs, order):
+        count, first = len(rows), len(batch)
+        digits = [first + side * count + place for place in range(count) for side in (0, 1)]
+        state = state.reshape(*batch, *rows, *inputs).permute(*range(first), *digits)
+    lefts = _lefts(rows, inputs, order)
+    cuts = [_entropy(torch.linalg.svdvals(state.reshape(*batch, left, out * columns // left))) for left in lefts]
+    return torch.stack(cuts, dim=-1) if cuts else state.new_zeros(*batch, 0)
+
+
+def rank_bound(rank: int, out_dims: Sequence[int], in_dims: Sequence[int], order: str = "row_major") -> Tensor:
+    """The largest S(l) in nats that a matrix of a rank can have at every cut, (L − 1,).
+
+    A cut inside the outputs, P rows before and P' after it, has at most min(P, rank·P') singular values; so has one
+    inside the inputs, from the other end. For 2ⁿ x 2ⁿ in sites of 2 that is ln 2·min(l, n − l + log₂ rank) up to the
+    middle, and ln rank there: two humps and the entanglement valley of arXiv 2601.06788.
+
+    Args:
+        rank: of the matrix, at most min(out, in).
+        out_dims, in_dims, order: as for ``internal_entropy``.
+
+    Raises:
+        ShapeMismatch: interleaved, the sites are not as many on both sides.
+        UnknownOption: there is no such order.
+    """
+    out, columns = math.prod(out_dims), math.prod(in_dims)
+    most = []
+    if _interleaves(out_dims, in_dims, order):
+        for p, q in zip(_products(out_dims), _products(in_dims), strict=True):
+            # Each of the rank terms is a column times a row, whose own cuts multiply.
+            factored = rank * min(p, out // p) * min(q, columns // q)
+            most.append(min(p * q, out * columns // (p * q), factored))
+        most.pop()
+    else:
+        for left in _lefts(out_dims, in_dims, order):
+            # Columns of the inputs before the cut and after it.
+            near, far = (left, rank * out // left) if left <= out else (rank * left // out, out * columns // left)
+            most.append(min(near, far))
+    return torch.tensor(most, dtype=torch.float64).log()
+
+
+def random_entropy(rows: int, columns: int) -> float:
+    """What S of a Gaussian matrix comes to as it grows, in nats: ln m − m/(2n) for m ≤ n (Page)."""
+    small, large = sorted((rows, columns))
+    return math.log(small) - small / (2 * large)
+
+
+def _sites(size: int, dims: Sequence[int] | None, side: str) -> tuple[int, ...]:
+    found = prime_sites(size) if dims is None else tuple(dims)
+    if math.prod(found) != size:
+        raise ShapeMismatch(
+            f"{side}_dims {' x '.join(map(str, found))} make {math.prod(found)}; the matrix has {size}",
+            nearest=" x ".join(map(str, prime_sites(size))),
+            next_step="give factors of it, or none for its primes",
+        )
+    return found
+
+
+def _interleaves(out_dims: Sequence[int], in_dims: Sequence[int], order: str) -> bool:
+    if order not in _ORDERS:
+        raise UnknownOption(
+            f"sites come in no order '{order}'", nearest=nearest_name(order, _ORDERS) or ", ".join(_ORDERS)
+        )
+    if order == "interleaved" and len(out_dims) != len(in_dims):
+        raise ShapeMismatch(
+            f"{len(out_dims)} output sites cannot be interleaved with {len(in_dims)} input sites",
+            next_step='give as many out_dims as in_dims, or order="row_major"',
+        )
+    return order == "interleaved"
+
+
+def _products(dims: Sequence[int]) -> list[int]:
+    """Of the first 1, 2, … of them."""
+    return list(itertools.accumulate(dims, lambda product, dim: product * dim))
+
+
+def _lefts(out_dims: Sequence[int], in_dims: Sequence[int], order: str) -> list[int]:
+    """The size of what is left of every cut."""
+    paired = order == "interleaved"
+    sites = [p * q for p, q in zip(out_dims, in_dims, strict=True)] if paired else [*out_dims, *in_dims]
+    return _products(sites)[:-1]
+
+
+def _entropy(values: Tensor) -> Tensor:
+    """S (…) of singular values (…, k)."""
+    weights = values.square()
+    weights = weights / weights.sum(-1, keepdim=True)
+    return torch.special.entr(weights).sum(-1)

@@ -1,0 +1,88 @@
+"""How far two adapters keep out of each other's way: SHiRA's two measures of the orthogonality of their updates.
+
+Bhardwaj et al. 2024, arXiv 2406.13175.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lorac.errors import NotMergeable, ShapeMismatch, SiteNotFound
+from lorac.ir.sites import Site, find_sites
+from lorac.ir.types import Params
+from lorac.variants.base import Adapter, WeightVariant
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Orthogonality:
+    """The product A₁ᵀ·A₂ (in, in) of two updates of one weight (out, in), in two numbers.
+
+    Attributes:
+        magnitude: AWOM, its Frobenius norm; 0: they write to orthogonal outputs.
+        ratio: AWOR, the share of its entries that are exactly 0; 1: orthogonal, 0: every entry meets.
+    """
+
+    magnitude: float
+    ratio: float
+
+
+def orthogonality(first: Tensor, second: Tensor) -> Orthogonality:
+    """AWOM and AWOR of two updates, computed in float64. Source: SHiRA, arXiv 2406.13175.
+
+    Args:
+        first, second: updates ΔW (out, in) of one weight.
+
+    Raises:
+        ShapeMismatch: they are no two matrices of one shape.
+    """
+    if first.ndim != 2 or first.shape != second.shape:
+        raise ShapeMismatch(
+            f"updates of {list(first.shape)} and {list(second.shape)} are not of one weight",
+            next_step="give two matrices (out, in)",
+        )
+    product = first.detach().double().t() @ second.detach().double()
+    met = int(product.count_nonzero())
+    return Orthogonality(float(torch.linalg.vector_norm(product)), 1 - met / product.numel())
+
+
+def adapter_orthogonality(first: Adapter, second: Adapter, model: nn.Module) -> dict[str, Orthogonality]:
+    """AWOM and AWOR of two adapters, at every site that both adapt.
+
+    Args:
+        first, second: adapters of methods that edit weights, of any two such methods.
+        model: the base; read only.
+
+    Raises:
+        NotMergeable: a method has no update of the weight.
+        SiteNotFound: no site is adapted by both.
+    """
+    common = [path for path in first.tensors if path in second.tensors]
+    if not common:
+        raise SiteNotFound(
+            f"'{first.name}' and '{second.name}' adapt no site in common",
+            next_step="adapters that share no site are orthogonal as they are",
+        )
+    sites = find_sites(model)
+    return {
+        path: orthogonality(*(_update(adapter, sites[path], model) for adapter in (first, second))) for path in common
+    }
+
+
+@torch.no_grad()
+def _update(adapter: Adapter, site: Site, model: nn.Module) -> Tensor:
+    """W' − W (out, in) in float64, at strength 1."""
+    variant = adapter.variant.at(site)
+    if not isinstance(variant, WeightVariant) or site.weight is None:
+        raise NotMergeable(
+            f"'{adapter.name}' ({variant.name}) makes no update of the weight of '{site.path}'",
+            next_step="compare adapters of methods that edit weights",
+        )
+    tensors = adapter.tensors[site.path]
+    wide = {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
+    weight = site.present(model.get_parameter(site.weight)).double()
+    return variant.weight(weight, Params(**wide)) - weight
