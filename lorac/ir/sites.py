@@ -54,6 +54,8 @@ class Site:
         conv: geometry, for convolutions.
         padding_idx: of an embedding, −1 for none.
         buffer: what is stored is a buffer, which is never trained.
+        packed: the class of tensor that stands for the weight, where it holds other numbers (a quantised one): nothing
+            can be merged into it.
         shares: paths of the other sites that read the same weight tensor (tied embeddings).
     """
 
@@ -68,6 +70,7 @@ class Site:
     conv: ConvGeometry | None = None
     padding_idx: int = -1
     buffer: bool = False
+    packed: str | None = None
     shares: tuple[str, ...] = field(default=(), compare=False)
 
     @property
@@ -154,7 +157,7 @@ def _module_site(path: str, module: nn.Module) -> Site | None:
         return None
     bias = f"{path}.bias" if isinstance(getattr(module, "bias", None), nn.Parameter) else None
     rows, columns = weight.shape[0], weight.shape[-1]
-    site = Site(path, SiteKind.LINEAR, rows, columns, weight.dtype, f"{path}.weight", bias)
+    site = Site(path, SiteKind.LINEAR, rows, columns, weight.dtype, f"{path}.weight", bias, packed=_packed(weight))
     if isinstance(module, nn.Linear):
         return site
     if is_conv1d_of_gpt2(module):
@@ -164,6 +167,10 @@ def _module_site(path: str, module: nn.Module) -> Site | None:
         kind = SiteKind.EMBEDDING
         return dataclasses.replace(site, kind=kind, out_features=columns, in_features=rows, padding_idx=padding)
     return _conv_site(module, site)
+
+
+def _packed(weight: torch.Tensor) -> str | None:
+    return None if type(weight) in (torch.Tensor, nn.Parameter) else type(weight).__name__
 
 
 def _conv_site(module: nn.Module, site: Site) -> Site | None:

@@ -66,7 +66,8 @@ def plan_sites(
 
     Raises:
         UnknownOption: no such mode.
-        NotMergeable: a branch, or a weight that leaves a grouped convolution's blocks, is to be fused or baked.
+        NotMergeable: a branch, a weight that leaves a grouped convolution's blocks, or anything at a quantised weight
+            is to be fused or baked.
         SiteNotFound: ``reserve`` names no site.
     """
     if mode not in MODES:
@@ -91,6 +92,12 @@ def plan_sites(
             needs.setdefault(path, _Needs()).branches.append(term.slot)
     if reserve is not None:
         _reserve(needs, sites, reserve, mode)
+    packed = [site for path, site in sites.items() if path in needs and site.packed]
+    if packed and mode in {"fused", "baked"}:
+        raise NotMergeable(
+            f"'{packed[0].path}' holds its weight as {packed[0].packed}, into which nothing can be merged",
+            next_step="mode='live' (or 'auto') runs adapters beside it; or dequantise the base",
+        )
     return {path: _plan(sites[path], needs[path]) for path in sites if path in needs}
 
 
