@@ -45,3 +45,11 @@ def test_branch_form(dora, dilation):
     compiled = lorac.compile(model, {"a": compiled.adapters["a"]})
     parity.assert_parity(compiled(x), linear + base.bias[:, None, None], model(x), limit=1e-12)
     assert isinstance(compiled.pool["a"].values["site"], LowRank)
+
+
+@torch.no_grad()
+def test_the_unfolded_update_has_rank_r():
+    """O x I·k² = 8 x 27, whichever mode is large: at most r, and r away from init."""
+    case = Case(lorac.LoRA(r=3, alpha=5), HOSTS["strided"])
+    moved = lorac.compile(case.model, {"a": case.a}, mode="baked").host.site.weight - case.model.site.weight
+    assert torch.linalg.matrix_rank(moved.flatten(1), rtol=1e-10) == 3

@@ -33,6 +33,21 @@ def test_worked_example(mode):
     torch.testing.assert_close(answer, tensor([[4.0, 5.0]]), rtol=1e-14, atol=0)
 
 
+@torch.no_grad()
+def test_worked_norms_and_weight():
+    """W + s·B·A = [[2, 1], [7, 0]], its rows of length n = [√5, 7]: m/n = [1, 5/7], W' = [[2, 1], [5, 0]]."""
+    model = nn.Sequential()
+    model.add_module("site", nn.Linear(2, 2, bias=False, dtype=torch.float64))
+    model.site.weight.data = tensor([[1.0, 2.0], [3.0, 4.0]])
+    tensors = {"lora_A": tensor([[1.0, -1.0]]), "lora_B": tensor([[0.5], [2.0]])}
+    tensors["magnitude"] = tensor([math.sqrt(5), 5.0])
+    adapter = lorac.Adapter("a", lorac.DoRA(r=1, alpha=2, targets=("site",)), {"site": tensors})
+    c = lorac.compile(model, {"a": adapter}).pool["a"].values["site"].c
+    torch.testing.assert_close(c, tensor([1.0, 5 / 7]), rtol=1e-15, atol=0)
+    baked = lorac.compile(model, {"a": adapter}, mode="baked").host.site.weight
+    torch.testing.assert_close(baked, tensor([[2.0, 1.0], [5.0, 0.0]]), rtol=1e-15, atol=0)
+
+
 def test_the_norm_is_a_constant_in_backward():
     """dL/dB = s·(m/n)∘(dL/dW')·Aᵀ, without the term that the norm's own derivative would add."""
     model = nn.Sequential()

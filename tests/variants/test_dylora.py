@@ -65,6 +65,17 @@ def test_cut_is_the_lora_that_ships_at_that_rank(case, b):
             parity.assert_parity(compiled(case.x), expected, base)
 
 
+@pytest.mark.parametrize("b", RANKS)
+@torch.no_grad()
+def test_cut_saved_and_loaded_it_runs_as_at_that_rank(case, b, tmp_path):
+    """The file holds b·(in + out) values."""
+    lorac.save_adapter(as_lora(case, b), tmp_path / "cut", model=case.model)
+    shipped = lorac.load_adapter(tmp_path / "cut", case.model)
+    assert shipped.numel() == b * (7 + 11)
+    expected = case.live(case.x, adapters=at_rank(b))
+    parity.assert_parity(lorac.compile(case.model, {"a": shipped})(case.x), expected, case.base(case.x))
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_cut_in_onnxruntime(case):

@@ -53,6 +53,25 @@ def test_lowers_to_one_low_rank_pair(worked):
     assert value.c is value.d is None
 
 
+@pytest.mark.parametrize("branch_bias", [False, True])
+@pytest.mark.parametrize("scale", [-3.0, 0.3, 100.0])
+@torch.no_grad()
+def test_a_fresh_one_is_the_base_whatever_its_scale(scale, branch_bias):
+    case = Case(lorac.Hydra(r=3, r_sequential=2, scale=scale, branch_bias=branch_bias), HOSTS["linear"])
+    compiled = lorac.compile(case.model, {"a": case.variant})
+    torch.testing.assert_close(compiled(case.x), case.base(case.x), rtol=1e-14, atol=0)
+
+
+@torch.no_grad()
+def test_the_pair_is_the_merged_change_and_of_both_ranks():
+    case = Case(lorac.Hydra(r=2, r_sequential=3, scale=0.7), HOSTS["linear"])
+    value = case.live.pool["a"].values["site"]
+    baked = lorac.compile(case.model, {"a": case.a}, mode="baked").host.site.weight
+    moved = baked - case.weight
+    torch.testing.assert_close((value.a @ value.b).t(), moved, rtol=1e-12, atol=1e-14)
+    assert torch.linalg.matrix_rank(moved, rtol=1e-10) == 2 + 3
+
+
 @torch.no_grad()
 def test_without_the_sequential_branch_it_is_lora():
     case = Case(lorac.Hydra(r=3, r_sequential=2, scale=0.7), HOSTS["linear"])

@@ -54,6 +54,15 @@ def test_scale():
     assert lorac.LoRA(r=3, alpha=5, rslora=True).scale == 5 / math.sqrt(3)
 
 
+@pytest.mark.parametrize("mode", ["live", "fused"])
+@pytest.mark.parametrize("host", ["linear", "no_bias", "transposed", "conv", "embedding"])
+@torch.no_grad()
+def test_a_fresh_one_is_the_base_bit_for_bit(host, mode):
+    case = Case(lorac.LoRA(r=3, alpha=5), HOSTS[host])
+    compiled = lorac.compile(case.model, {"a": case.variant}, mode=mode)
+    assert torch.equal(compiled(case.x), case.base(case.x))
+
+
 @torch.no_grad()
 def test_padding_and_permuting_the_rank_change_nothing(case):
     x, tensors = case.x, case.a.tensors["site"]

@@ -1,5 +1,6 @@
 """LoRA-C and DoRA-C by hand, and on convolutions of every geometry."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -69,6 +70,19 @@ def test_worked_dora():
     p = Params(lora_A=tensor([[1.0, -1.0]]), lora_B=tensor([[1.0], [0.0]]), magnitude=tensor([5.0, 5.0]))
     moved = variant.weight(tensor([[3.0, 4.0], [0.0, 5.0]]), p)
     torch.testing.assert_close(moved, tensor([[4.0, 3.0], [0.0, 5.0]]), rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize(
+    "variant", [lorac.LoRAC(r=1, dora=True), lorac.CPLoRA(r=1, dora=True), lorac.DoRA(r=1)], ids=lambda v: v.name
+)
+@torch.no_grad()
+def test_magnitudes_start_as_the_norms_of_the_channels(variant):
+    """[3, 4] and [0, 5] are both of length 5."""
+    model = nn.Sequential()
+    model.add_module("site", nn.Conv2d(2, 2, 1).double())
+    model.site.weight.copy_(tensor([[3.0, 4.0], [0.0, 5.0]])[:, :, None, None])
+    fresh = lorac.compile(model, {"a": dataclasses.replace(variant, targets=("site",))}).adapters["a"]
+    assert fresh.tensors["site"]["magnitude"].tolist() == [5.0, 5.0]
 
 
 @torch.no_grad()

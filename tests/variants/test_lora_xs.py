@@ -14,6 +14,10 @@ from lorac.testing import HOSTS, Case
 from tests import parity
 
 
+def tensor(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
 def fresh(model, **fields):
     compiled = lorac.compile(model, {"a": lorac.LoRAXS(targets=("site",), **fields)}, mode="fused", active=None)
     return compiled.adapters["a"]
@@ -135,6 +139,36 @@ def test_sb_begins_at_the_best_update_of_its_rank(r, alpha):
     expected = update if r == 7 else best(update, r)
     found = lorac.compile(model, {"a": adapter}, mode="fused").host.site.weight
     torch.testing.assert_close(found, model.site.weight + expected)
+
+
+def test_sb_leaves_the_tail_of_the_singular_values():
+    """diag(3, 2, 1) in other axes, r = 2: what B·R·A misses has the singular values 1, 0, 0."""
+    turn = torch.linalg.qr(torch.arange(16.0, dtype=torch.float64).sin().reshape(4, 4)).Q
+    update = turn[:, :3] * tensor([3.0, 2.0, 1.0])
+    p = lorac.LoRAXS.from_update({"site": update}, name="sb", r=2).tensors["site"]
+    missed = torch.linalg.svdvals(update - p["lora_B"] @ p["lora_latent"] @ p["lora_A"])
+    torch.testing.assert_close(missed, tensor([1.0, 0.0, 0.0]), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(p["lora_latent"], torch.diag(tensor([3.0, 2.0])), rtol=1e-12, atol=1e-12)
+
+
+def test_sb_goes_down_with_a_small_step():
+    """By η·‖g^R‖² to first order, η = 1e-4: the step is along the core's own gradient."""
+    case = Case(lorac.LoRA(r=1), HOSTS["linear"])
+    model, x = case.model, case.x
+    target = torch.linspace(-2, 2, 12 * 11, dtype=torch.float64).sin().reshape(12, 11)
+    loss = (model(x) - target).square().sum()
+    (gradient,) = torch.autograd.grad(loss, model.site.weight)
+    adapter = lorac.LoRAXS.from_update({"site": -1e-3 * gradient.sign()}, name="sb", r=2)
+    compiled = lorac.compile(model, {"sb": adapter})
+    core = compiled.adapters["sb"].tensors["site"]["lora_latent"]
+    before = (compiled(x) - target).square().sum()
+    before.backward()
+    with torch.no_grad():
+        expected = 1e-4 * core.grad.square().sum()
+        core -= 1e-4 * core.grad
+        after = (lorac.compile(model, {"sb": compiled.adapters["sb"]})(x) - target).square().sum()
+    assert after < before
+    torch.testing.assert_close(before.detach() - after, expected, rtol=0.01, atol=0)
 
 
 def test_sb_trains_its_core_alone_by_the_projected_gradient():

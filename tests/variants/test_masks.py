@@ -73,6 +73,21 @@ def test_struct_counts_as_the_formula(out, columns, every, offset):
     assert torch.linalg.matrix_rank(values) == min(out, columns)
 
 
+@pytest.mark.parametrize(("size", "every"), [(12, 5), (9, 2)])
+def test_struct_has_full_rank_by_its_diagonal(size, every):
+    """The rows alone, as 0 and 1, have rank 1; with the diagonal those left add one each, and values all."""
+    indices = shira.struct_mask(every).make(context(torch.empty(size, size)))
+    chosen = list(range(0, size, every))
+    rows, mask, values = (torch.zeros(size, size, dtype=torch.float64) for _ in range(3))
+    rows[chosen] = 1
+    mask[tuple(indices)] = 1
+    values[tuple(indices)] = torch.randn(indices.shape[1], generator=torch.Generator().manual_seed(0)).double()
+    assert torch.equal(mask, rows.logical_or(torch.eye(size)).double())
+    assert torch.linalg.matrix_rank(rows) == 1
+    assert torch.linalg.matrix_rank(mask) == size - len(chosen) + 1
+    assert torch.linalg.matrix_rank(values) == size
+
+
 def test_random_is_exact_distinct_sorted_and_its_own_per_adapter_and_site():
     model = nn.ModuleDict({"a": nn.Linear(7, 11), "b": nn.Linear(7, 11)})
     variant = lorac.SHiRA(ratio=0.25, targets=("a", "b"))

@@ -1,6 +1,7 @@
 """MeteoRA: the oracles of its paper, and models under a router, in eager and in ONNX Runtime."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -111,6 +112,24 @@ def test_the_union_of_sites_ranks_and_scales_is_exact():
     compiled = lorac.compile(model, {"task": adapter, "first": first})
     reference = compiled(**inputs, adapters="first")
     assert_parity(compiled(**inputs, adapters="task"), reference, base, names=["logits"])
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_ranks_padded_with_zeros_change_nothing(k):
+    """Three experts of rank 2 in room for 5, under gates that choose by token."""
+    model = host()
+    narrow = with_gates(lorac.MeteoRA.from_loras(loras(model, (X,), (2, 2, 2)), top_k=k))
+    p = narrow.tensors["line"]
+    pad = torch.nn.functional.pad
+    padded = {
+        "lora_A": pad(p["lora_A"].unflatten(0, (3, 2)), (0, 0, 0, 3)).flatten(0, 1),
+        "lora_B": pad(p["lora_B"].unflatten(1, (3, 2)), (0, 3)).flatten(1),
+        "moe_gate": p["moe_gate"],
+    }
+    assert padded["lora_A"].shape == (15, 7)
+    wide = lorac.Adapter("task", dataclasses.replace(narrow.variant, r=5, alpha=5), {"line": padded})
+    assert len((X @ p["moe_gate"].T).argmax(-1).unique()) == 3
+    torch.testing.assert_close(run(model, wide, X), run(model, narrow, X), rtol=1e-14, atol=1e-14)
 
 
 @pytest.mark.parametrize("change", ["dora", "bias", "saved", "shape", "none"])

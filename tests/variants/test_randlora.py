@@ -11,6 +11,7 @@ import lorac
 from lorac.ir.forms import Dense
 from lorac.ir.sites import Site
 from lorac.ir.types import Params, SiteKind
+from tests.oracles import randlora as oracle
 from tests.parity import assert_parity
 
 
@@ -104,6 +105,42 @@ def test_sites_take_their_corners_of_one_pair_of_bases():
         assert isinstance(value, Dense)
     live.swap(None)
     assert torch.equal(live(x), model(x))
+
+
+@torch.no_grad()
+def test_both_orientations_are_the_dense_sum():
+    """100 -> 20 and 20 -> 50 -> 80, every site from its corner of A (6, 1, 50) and B (100, 9, 6)."""
+    model = host()
+    adapter = drawn(lorac.RandLoRA(r=6, alpha=30, targets=TARGETS), model)
+    fused = lorac.compile(model, {"a": adapter}, mode="fused")
+    for path, tensors in adapter.tensors.items():
+        weight = model.get_submodule(path).weight
+        p = Params(**{name: value.numpy() for name, value in tensors.items()})
+        expected = torch.from_numpy(oracle.weight(torch.zeros_like(weight).numpy(), p, adapter.variant))
+        moved = fused.host.get_submodule(path).weight - weight
+        torch.testing.assert_close(moved, expected, rtol=1e-10, atol=1e-15)
+
+
+@pytest.mark.parametrize(("out", "columns"), [(11, 7), (7, 11)])
+def test_gradients(out, columns):
+    """∂λ[k, j] = Σᵢ G·A[k, i]·γ[j, i] and ∂γ[j, i] = Σₖ G·A[k, i]·λ[k, j], G[k, j, i] that of λ∘A∘γ."""
+    generator = torch.Generator().manual_seed(0)
+    variant = lorac.RandLoRA(r=3, alpha=5)
+    site = Site("site", SiteKind.LINEAR, out, columns, torch.float32, "site.weight")
+    shapes = {name: spec.shape for name, spec in variant.params(site).items()}
+    p = Params(**{n: torch.randn(shape, generator=generator, dtype=torch.float64) for n, shape in shapes.items()})
+    p.randlora_lambda.requires_grad_()
+    p.randlora_gamma.requires_grad_()
+    upstream = torch.randn(out, columns, generator=generator, dtype=torch.float64)
+    variant.weight(torch.zeros(out, columns, dtype=torch.float64), p).backward(upstream)
+    tall = upstream if out > columns else upstream.t()
+    # Row k·n + j of the scaled A meets that column of the flattened B.
+    G = (5 / 3 * p.randlora_B.flatten(1).t() @ tall).reshape(3, 3, 7)
+    A = p.randlora_A[:, 0]
+    of_lambda = torch.einsum("kji,ki,ji->kj", G, A, p.randlora_gamma)
+    of_gamma = torch.einsum("kji,ki,kj->ji", G, A, p.randlora_lambda)
+    torch.testing.assert_close(p.randlora_lambda.grad, of_lambda.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(p.randlora_gamma.grad, of_gamma.detach(), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("law", [{}, {"sparse": True}, {"very_sparse": True}, {"sparse": True, "very_sparse": True}])

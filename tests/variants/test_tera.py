@@ -70,6 +70,19 @@ def test_it_is_linear_in_every_vector():
         torch.testing.assert_close(delta(variant, 12, 6, scaled), 3 * delta(variant, 12, 6, tensors))
 
 
+@pytest.mark.parametrize("r", [None, 2])
+def test_modes_contracted_one_by_one(r):
+    """6 inputs in modes (2, 3) through U·diag(d) into the core, and out of it into 12 outputs in modes (3, 4)."""
+    variant = lorac.TeRA(r=r)
+    tensors = random(variant, 12, 6)
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    U, d = ([tensors[f"tera_{kind}_{k}"] for k in range(4)] for kind in ("U", "d"))
+    hidden = torch.einsum("tij,ia,jb->tab", x.unflatten(1, (2, 3)), U[2], U[3]) * d[2][:, None] * d[3]
+    hidden = torch.einsum("tab,cdab->tcd", hidden, tensors["tera_G"]) * d[0][:, None] * d[1]
+    y = torch.einsum("tcd,kc,ld->tkl", hidden, U[0], U[1]).flatten(1) * 6**-0.5
+    torch.testing.assert_close(x @ delta(variant, 12, 6, tensors).t(), y, rtol=1e-12, atol=1e-13)
+
+
 @pytest.mark.parametrize(
     ("size", "order", "expected"),
     [
@@ -129,6 +142,27 @@ def test_the_seed_alone_tells_core_and_factors():
         first, second, third = (c.adapters["a"].tensors["one"][name] for c in (one, two, other))
         assert torch.equal(first, second)
         assert not torch.equal(first, third)
+
+
+@torch.no_grad()
+def test_an_adapter_is_exchanged_by_its_vectors():
+    """Of its values 53 are sent; core and factors are drawn anew where they arrive."""
+    model, sender = fresh(seed=3)
+    x = torch.randn(5, 16, dtype=torch.float64)
+    own = {path: {n: t for n, t in at.items() if "_d_" in n} for path, at in sender.adapters["a"].tensors.items()}
+    for vector in (vector for at in own.values() for vector in at.values()):
+        vector.normal_()
+    assert sum(vector.numel() for at in own.values() for vector in at.values()) == 18 + 18 + 17
+    answers = {}
+    for seed in (3, 4):
+        received = fresh(seed=seed)[1].adapters["a"]
+        for path, at in own.items():
+            for name, vector in at.items():
+                received.tensors[path][name].copy_(vector)
+        answers[seed] = lorac.compile(model, {"a": received})(x)
+    sent = lorac.compile(model, {"a": sender.adapters["a"]})(x)
+    assert torch.equal(answers[3], sent)
+    assert not torch.allclose(answers[4], sent)
 
 
 @torch.no_grad()

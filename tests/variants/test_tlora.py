@@ -90,6 +90,17 @@ def test_starts_as_the_base_and_first_moves_what_it_should(rank, residual):
     assert moved == first | {name for name in tensors if name.startswith("transform_core_")}
 
 
+@pytest.mark.parametrize("rank", [1, 2, 3, 5])
+@pytest.mark.parametrize("factors", [(24,), (4, 6), (2, 3, 4), (2, 2, 3, 2)])
+def test_the_transform_starts_as_the_identity(factors, rank):
+    variant = TLoRA(transform_rank=rank, r=1, dims=(factors,), targets=("site",))
+    cores = fresh(variant, 24, 24)[1].adapters["a"].tensors["site"]
+    cores = [cores[f"transform_core_{d}"].detach() for d in range(len(factors))]
+    assert [core.shape for core in cores] == [(n, n, rank, rank)[: 2 if rank == 1 else 4] for n in factors]
+    found = transform(TLoRA(transform_rank=rank, dims=(factors,)), *cores)
+    torch.testing.assert_close(found, torch.eye(24, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
 def test_forms():
     for variant, form in ((TLoRA(targets=("site",)), Dense), (TLoRA(transform_rank=0, targets=("site",)), LowRank)):
         assert isinstance(fresh(variant, 12, 24)[1].pool["a"].values["site"], form)
