@@ -16,6 +16,7 @@ from onnxscript import rewriter
 from onnxscript.optimizer._constant_folding import FoldConstantsPass
 from onnxscript.rewriter.ort_fusions.rms_normalization import rms_normalization_rules
 
+from lorac.backends.onnxruntime.attention import rotary_rules
 from lorac.backends.onnxruntime.exporter import export, quiet
 from lorac.backends.onnxruntime.gate import gate_branches
 from lorac.backends.onnxruntime.translate import TRANSLATIONS, legalize, settle
@@ -67,6 +68,7 @@ def tidy(model: ir.Model) -> None:
         FoldConstantsPass(shape_inference=False, input_size_limit=1024, output_size_limit=1024),
         rewriter.RewritePass(rules),
         rewriter.RewritePass(rms_normalization_rules),
+        rewriter.RewritePass(rotary_rules),
         common_passes.RemoveUnusedNodesPass(),
         common_passes.RemoveUnusedFunctionsPass(),
         common_passes.RemoveUnusedOpsetsPass(),

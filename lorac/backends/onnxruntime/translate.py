@@ -10,6 +10,7 @@ import torch
 from onnxscript import opset18 as op
 from torch import fx
 
+from lorac.backends.onnxruntime.attention import attention
 from lorac.ir import ops
 from lorac.ir.graph import Graph, Level
 from lorac.ir.verify import verify
@@ -40,6 +41,7 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     ops.SPLIT_RANKS: split_ranks,
     ops.LINEAR: linear,
     ops.MATMUL: matmul,
+    aten.scaled_dot_product_attention.default: attention,
 }
 """Op -> its ONNX."""
 
