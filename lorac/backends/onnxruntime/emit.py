@@ -19,6 +19,7 @@ from onnxscript.rewriter.ort_fusions.rms_normalization import rms_normalization_
 from lorac.backends.onnxruntime.attention import rotary_rules
 from lorac.backends.onnxruntime.exporter import export, quiet
 from lorac.backends.onnxruntime.gate import gate_branches
+from lorac.backends.onnxruntime.rows import to_rows
 from lorac.backends.onnxruntime.translate import TRANSLATIONS, legalize, settle
 from lorac.ir.graph import Graph
 
@@ -53,6 +54,7 @@ def to_onnx(graph: Graph) -> ir.Model:
     _name_slots(graph, model)
     tidy(model)
     gate_branches(model, graph.slots)
+    to_rows(model)
     return model
 
 

@@ -1,0 +1,184 @@
+"""Products on rows: from the first slot's product on, (…, features) is computed as (rows, features).
+
+ONNX Runtime takes one matrix faster than a stack of them, and its ``Gemm`` adds a product to what is there without an
+op for the sum. What acts on each row alone (sums, scales, norms) stays on rows too; the rest sees the full shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+_ELEMENTWISE = frozenset(
+    ("Add", "Sub", "Mul", "Div", "Pow", "Neg", "Exp", "Erf", "Sqrt", "Tanh", "Sigmoid", "Relu", "Gelu", "Identity")
+)
+_ALONG_AXIS = {"LayerNormalization": -1, "SimplifiedLayerNormalization": -1, "Split": 0}
+"""Op -> the axis it acts along where it names none: row-wise where that is the last."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A value (…, features) as a matrix; ``full`` is one with the same leading dimensions."""
+
+    matrix: ir.Value
+    full: ir.Value
+
+    @property
+    def leading(self) -> str:
+        """Equal for values whose rows correspond."""
+        dims = [] if self.full.shape is None else [getattr(dim, "value", dim) for dim in self.full.shape[:-1]]
+        return "_".join(str(dim) for dim in dims) if None not in dims else str(self.full.name)
+
+
+def to_rows(model: ir.Model) -> None:
+    """Move what follows a slot's product onto rows, and add the products of slots by ``Gemm``, in place."""
+    _Flattening(model.graph).run()
+    slots = set(model.graph.inputs)
+    for node in list(model.graph):
+        if node.op_type == "Add":
+            _add_by_product(model.graph, node, slots)
+    RemoveUnusedNodesPass()(model)
+
+
+class _Flattening:
+    """One pass over a graph: ``rows`` has what is on rows so far, ``adapted`` what meets a slot's product."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph, slots = graph, set(graph.inputs)
+        self.adapted = {node.inputs[0] for node in graph if node.op_type == "MatMul" and node.inputs[1] in slots}
+        self.rows: dict[ir.Value, _Rows] = {}
+        self.leading: dict[ir.Value, ir.Value] = {}
+
+    def run(self) -> None:
+        moved = [node for node in list(self.graph) if self._moves(node)]
+        for node in reversed(moved):
+            for value in node.outputs:
+                if value.uses() or value.is_graph_output():
+                    self._restore(value)
+            self.graph.remove(node, safe=True)
+
+    def _moves(self, node: ir.Node) -> bool:
+        """Whether a node has a twin on rows now."""
+        first = node.inputs[0] if node.inputs else None
+        if node.op_type == "Reshape" and first in self.rows and not _copies_a_dimension(node):
+            node.replace_input_with(0, self.rows[first].matrix)
+            return False
+        operands = self._operands(node)
+        begins = node.op_type == "MatMul" and first in self.adapted
+        if not operands or not (begins or any(value in self.rows for value in operands)):
+            return False
+        found = [self._rows_of(value) for value in operands]
+        if None in found or len({rows.leading for rows in found if rows is not None}) != 1:
+            return False
+        self._twin(node, dict(zip(operands, found, strict=True)))  # type: ignore[arg-type]
+        return True
+
+    def _operands(self, node: ir.Node) -> list[ir.Value]:
+        """The inputs of a row-wise op that have rows; none where it is not row-wise."""
+        values = [value for value in node.inputs if value is not None]
+        if node.op_type == "MatMul":
+            return values[:1] if _rank(values[1]) == 2 and self._has_rows(values[0]) else []
+        if node.op_type in _ALONG_AXIS:
+            axis = node.attributes.get_int("axis", _ALONG_AXIS[node.op_type])
+            last = axis in (-1, (_rank(values[0]) or 0) - 1)
+            return values[:1] if last and self._has_rows(values[0]) else []
+        if node.op_type not in _ELEMENTWISE:
+            return []
+        full = [value for value in values if _rank(value) not in (0, 1)]
+        return full if all(self._has_rows(value) for value in full) else []
+
+    def _has_rows(self, value: ir.Value) -> bool:
+        return value in self.rows or (_rank(value) or 0) > 2
+
+    def _rows_of(self, value: ir.Value) -> _Rows | None:
+        if value in self.rows or value.shape is None:
+            return self.rows.get(value)
+        features = value.shape[-1]
+        if not isinstance(features, int):
+            return None
+        producer = value.producer()
+        reshaped = producer.inputs[0] if producer is not None and producer.op_type == "Reshape" else None
+        reshape = ir.Node("", "Reshape", [reshaped or value, self._constant([-1, features])])
+        self._insert(value, reshape)
+        self.rows[value] = _Rows(reshape.outputs[0], value)
+        self._describe(reshape.outputs[0], value, self.rows[value])
+        return self.rows[value]
+
+    def _twin(self, node: ir.Node, rows: dict[ir.Value, _Rows]) -> None:
+        full = next(iter(rows.values())).full
+        inputs = [rows[value].matrix if value in rows else value for value in node.inputs]
+        attributes = [ir.AttrInt64("axis", -1) if a.name == "axis" else a for a in node.attributes.values()]
+        twin = ir.Node(node.domain, node.op_type, inputs, attributes, num_outputs=len(node.outputs), name=node.name)
+        twin.metadata_props.update(node.metadata_props)
+        self.graph.insert_before(node, twin)
+        for old, new in zip(node.outputs, twin.outputs, strict=True):
+            new.name = f"{old.name}_rows"
+            self.rows[old] = _Rows(new, full)
+            self._describe(new, old, self.rows[old])
+
+    def _describe(self, matrix: ir.Value, value: ir.Value, rows: _Rows) -> None:
+        features = value.shape[-1] if value.shape is not None else None
+        matrix.shape, matrix.type = ir.Shape([f"rows_{rows.leading}", features]), value.type or rows.full.type
+
+    def _restore(self, value: ir.Value) -> None:
+        """Give what still reads the full shape a value that has it."""
+        rows = self.rows[value]
+        if rows.full not in self.leading:
+            leading = ir.Node("", "Shape", [rows.full], [ir.AttrInt64("end", -1)])
+            self._insert(rows.full, leading)
+            self.leading[rows.full] = leading.outputs[0]
+        features = ir.Node("", "Shape", [rows.matrix], [ir.AttrInt64("start", 1)])
+        shape = ir.Node("", "Concat", [self.leading[rows.full], features.outputs[0]], [ir.AttrInt64("axis", 0)])
+        reshape = ir.Node("", "Reshape", [rows.matrix, shape.outputs[0]])
+        self._insert(rows.matrix, features, shape, reshape)
+        restored = reshape.outputs[0]
+        restored.shape, restored.type, restored.name = value.shape, value.type, value.name
+        value.name = None
+        value.replace_all_uses_with(restored, replace_graph_outputs=True)
+
+    def _insert(self, after: ir.Value, *nodes: ir.Node) -> None:
+        producer = after.producer()
+        if producer is None:
+            self.graph.insert_before(self.graph[0], nodes)
+        else:
+            self.graph.insert_after(producer, nodes)
+
+    def _constant(self, numbers: list[int]) -> ir.Value:
+        name = "shape_" + "_".join(str(number) for number in numbers)
+        if name not in self.graph.initializers:
+            self.graph.register_initializer(ir.val(name, const_value=ir.tensor(np.array(numbers, np.int64), name=name)))
+        return self.graph.initializers[name]
+
+
+def _add_by_product(graph: ir.Graph, node: ir.Node, slots: set[ir.Value]) -> None:
+    """``y + u·B`` as one ``Gemm``, B a slot and all of it matrices of one shape."""
+    for y, product in (node.inputs, reversed(node.inputs)):
+        made = product.producer() if product is not None else None
+        if y is None or product is None or made is None or made.op_type != "MatMul" or made.inputs[1] not in slots:
+            continue
+        if _rank(product) != 2 or y.shape != product.shape or len(product.uses()) != 1 or product.is_graph_output():
+            continue
+        summed = ir.Node("", "Gemm", [*made.inputs, y], name=node.name)
+        summed.metadata_props.update(made.metadata_props)
+        graph.insert_before(node, summed)
+        old, new = node.outputs[0], summed.outputs[0]
+        new.shape, new.type, new.name, old.name = old.shape, old.type, old.name, None
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        graph.remove([node, made], safe=True)
+        return
+
+
+def _rank(value: ir.Value | None) -> int | None:
+    if value is not None and value.shape is None and value.producer() is not None:
+        made = value.producer()
+        return _rank(made.inputs[0]) if made is not None and made.op_type == "Transpose" else None  # as of a weight
+    return None if value is None or value.shape is None else len(value.shape)
+
+
+def _copies_a_dimension(reshape: ir.Node) -> bool:
+    """Whether a ``Reshape`` takes a dimension from its input's place: on rows another stands there."""
+    shape = ir.convenience.get_const_tensor(reshape.inputs[1]) if reshape.inputs[1] is not None else None
+    return shape is not None and not reshape.attributes.get_int("allowzero", 0) and 0 in shape.numpy()

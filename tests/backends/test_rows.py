@@ -1,0 +1,142 @@
+"""Products on rows: what moves, what sees the full shape, and that every answer stays."""
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+
+import lorac
+from lorac.backends.onnxruntime.emit import MODEL
+from lorac.backends.onnxruntime.rows import to_rows
+from tests.zoo import ZOO
+
+FEATURES, OUT, RANK = 4, 6, 2
+DRAWN = np.random.default_rng(0)
+WEIGHT, BIAS = DRAWN.standard_normal((FEATURES, OUT)), DRAWN.standard_normal(OUT)
+HEAD = """<ir_version: 9, opset_import: ["" : 18]>
+agraph (float[b, s, 4] x, float[4, r] a, float[r, 6] b) => ("""
+SITE = """{ u = MatMul(x, a)
+  y = MatMul(x, w)
+  d = MatMul(u, b)
+  z = Add(y, d)
+"""
+
+
+def emitted(body, output):
+    """A site of rank r, x·w + (x·a)·b = z, and what follows it."""
+    model = ir.from_onnx_text(HEAD + output + ") " + SITE + body + "}")
+    for name, value in (("w", WEIGHT), ("bias", BIAS)):
+        held = ir.val(name, const_value=ir.tensor(value.astype(np.float32), name=name))
+        for node in model.graph.all_nodes():
+            for index, used in enumerate(node.inputs):
+                if used is not None and used.name == name:
+                    node.replace_input_with(index, held)
+        if held.uses():
+            model.graph.register_initializer(held)
+    return ir.from_proto(onnx.shape_inference.infer_shapes(ir.to_proto(model)))
+
+
+def answers(model, batch=2):
+    inputs = {"x": (batch, 3, FEATURES), "a": (FEATURES, RANK), "b": (RANK, OUT)}
+    drawn = np.random.default_rng(1)
+    feeds = {name: drawn.standard_normal(shape).astype(np.float32) for name, shape in inputs.items()}
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, feeds)
+
+
+def ops(model):
+    return [node.op_type for node in model.graph]
+
+
+FOLLOWED = {
+    "nothing": ("", "float[b, s, 6] z", ["Reshape", "MatMul", "MatMul", "Gemm", "Shape", "Shape", "Concat", "Reshape"]),
+    "sums and scales": ("v = Add(z, bias) o = Mul(v, z)", "float[b, s, 6] o", None),
+    "a norm": ("o = LayerNormalization <axis = 2> (z, bias)", "float[b, s, 6] o", None),
+    "parts": (
+        "p, q = Split <axis = 2, num_outputs = 2> (z) t = Tanh(p) o = Sub(t, q)",
+        "float[b, s, 3] o",
+        None,
+    ),
+    "heads": (
+        "k = Constant <value_ints = [-1, 3, 2, 3]> () o = Reshape(z, k)",
+        "float[n, 3, 2, 3] o",
+        ["Reshape", "MatMul", "MatMul", "Gemm", "Constant", "Reshape"],
+    ),
+}
+ACROSS = {
+    "a sum of rows": ("o = ReduceSum(z)", "float[i, j, k] o"),
+    "a dimension copied": ("k = Constant <value_ints = [0, 0, 2, 3]> () o = Reshape(z, k)", "float[b, s, 2, 3] o"),
+    "positions": (
+        "n = Constant <value_ints = [0]> () m = ReduceMax(z, n) o = Add(z, m)",
+        "float[b, s, 6] o",
+    ),
+    "parts of the batch": (
+        "k = Constant <value_ints = [1, 1]> () p, q = Split (z, k) o = Add(p, q)",
+        "float[h, s, 6] o",
+    ),
+    "the other way round": ("t = Transpose <perm = [1, 0, 2]> (z) o = Add(t, t)", "float[s, b, 6] o"),
+}
+
+
+@pytest.mark.parametrize("followed", FOLLOWED)
+@pytest.mark.parametrize("batch", [2, 0])
+def test_what_acts_on_rows_moves(followed, batch):
+    body, output, expected = FOLLOWED[followed]
+    before = answers(emitted(body, output), batch)
+    model = emitted(body, output)
+    to_rows(model)
+    for own, moved in zip(before, answers(model, batch), strict=True):
+        assert moved.shape == own.shape
+        np.testing.assert_allclose(moved, own, rtol=1e-5, atol=1e-6)
+    assert "Gemm" in ops(model)
+    assert [value.name for value in model.graph.outputs] == [output.split()[-1]]
+    assert expected is None or sorted(ops(model)) == sorted(expected)
+    assert ops(model).count("Reshape") == 2
+
+
+@pytest.mark.parametrize("across", ACROSS)
+def test_what_looks_across_rows_sees_the_full_shape(across):
+    body, output = ACROSS[across]
+    before = answers(emitted(body, output))
+    model = emitted(body, output)
+    to_rows(model)
+    for own, moved in zip(before, answers(model), strict=True):
+        assert moved.shape == own.shape
+        np.testing.assert_allclose(moved, own, rtol=1e-5, atol=1e-6)
+    assert "Gemm" in ops(model)
+
+
+def test_a_branch_within_sees_the_full_shape():
+    body = """on = Constant <value = bool {1}> ()
+      o = If (on) <then_branch = taken () => (float[b, s, 6] t) { t = Neg(z) },
+                   else_branch = left () => (float[b, s, 6] e) { e = Identity(z) }>"""
+    before = answers(emitted(body, "float[b, s, 6] o"))
+    model = emitted(body, "float[b, s, 6] o")
+    to_rows(model)
+    np.testing.assert_allclose(answers(model)[0], before[0], rtol=1e-5, atol=1e-6)
+    assert "Gemm" in ops(model)
+
+
+def test_without_a_slot_nothing_moves():
+    model = ir.from_onnx_text(
+        """<ir_version: 9, opset_import: ["" : 18]>
+        agraph (float[b, s, 4] x) => (float[b, s, 6] z) <float[4, 6] w = {"""
+        + ", ".join(["1"] * 24)
+        + """}>
+        { y = MatMul(x, w) z = Tanh(y) }"""
+    )
+    to_rows(model)
+    assert ops(model) == ["MatMul", "Tanh"]
+
+
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_albert", "tiny_t5", "tiny_vit"])
+@torch.no_grad()
+def test_every_pair_is_added_by_its_product(name):
+    entry = ZOO[name]
+    compiled = lorac.compile(
+        entry.model(), {"a": lorac.LoRA(r=2, targets=entry.targets)}, target="onnxruntime", mode="live"
+    )
+    found = ops(ir.load(compiled.engine.folder / MODEL))
+    assert found.count("Gemm") >= len(compiled.adapters["a"].sites)
