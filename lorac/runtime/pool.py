@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
-
-import torch
 
 from lorac.errors import AdapterExists
 from lorac.ir.choice import require_known
@@ -101,13 +100,12 @@ class Pool(Mapping[str, Prepared]):
 
 def versions(adapter: HasTensors) -> tuple[int, ...]:
     """The write counts of an adapter's tensors."""
-    return tuple(_version(tensor) for tensor in adapter.parameters())
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+    try:
+        return tuple([tensor._version for tensor in adapter.parameters()])
+    except RuntimeError:  # a tensor made in inference mode counts nothing; asking each first would slow every call
+        return tuple([0 if tensor.is_inference() else tensor._version for tensor in adapter.parameters()])
 
 
 def written(adapters: Sequence[Any]) -> tuple[int, ...]:
     """Changes whenever a tensor of one of these adapters is written."""
-    return tuple(count for adapter in adapters for count in versions(adapter))
+    return tuple(itertools.chain.from_iterable(map(versions, adapters)))

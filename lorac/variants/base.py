@@ -173,10 +173,8 @@ class Adapter:
 
     def parameters(self) -> Iterable[Tensor]:
         """Every distinct tensor of the adapter."""
-        seen: dict[int, Tensor] = {}
-        for tensor in (*(t for at in self.tensors.values() for t in at.values()), *self.replaced.values()):
-            seen.setdefault(id(tensor), tensor)
-        return seen.values()
+        own = [tensor for at in self.tensors.values() for tensor in at.values()]
+        return {id(tensor): tensor for tensor in (*own, *self.replaced.values())}.values()
 
     def numel(self) -> int:
         """Number of stored values, shared tensors counted once."""
