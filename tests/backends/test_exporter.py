@@ -1,5 +1,6 @@
 """What is emitted without decomposition, and that torch's exporter is left as it was."""
 
+import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
@@ -7,6 +8,7 @@ from torch.onnx._internal.exporter import _fx_passes
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 import lorac
+from lorac.backends.onnxruntime.emit import MODEL
 
 
 class Host(nn.Module):
@@ -29,6 +31,10 @@ def masked(host, x, y):
 
 def cast(host, x, y):
     return host.down((y.to(torch.float64) * 2).to(x).to(torch.float32)).to(torch.float32)
+
+
+def viewed_as_it_was(host, x, y):
+    return host.down(y.view(y.shape).reshape(-1, 6))
 
 
 def scores_in_place(host, x, y):
@@ -65,15 +71,20 @@ def of_another_dtype(host, x, y):
     return wide
 
 
-def answers(step):
+def emitted(step):
     torch.manual_seed(0)
     host, x = Host(step).eval(), torch.randn(3, 6)
-    compiled = lorac.compile(host, {"a": lorac.LoRA(r=2, targets=("up",))}, target="onnxruntime", example_inputs=(x,))
+    variant = lorac.LoRA(r=2, targets=("up",))
+    return host, x, lorac.compile(host, {"a": variant}, target="onnxruntime", example_inputs=(x,))
+
+
+def answers(step):
+    host, x, compiled = emitted(step)
     with torch.no_grad():
         return compiled(x), host(x)
 
 
-@pytest.mark.parametrize("step", [masked, cast, scores_in_place], ids=lambda step: step.__name__)
+@pytest.mark.parametrize("step", [masked, cast, scores_in_place, viewed_as_it_was], ids=lambda step: step.__name__)
 def test_nothing_is_decomposed(step, monkeypatch):
     def decompose(*_):
         pytest.fail("decomposed")
@@ -93,6 +104,11 @@ def test_what_torch_loses_is_not_answered():
     """Its decomposition takes dropout's answer for a new tensor."""
     with pytest.raises(lorac.SelfTestFailed):
         answers(dropped_in_place)
+
+
+def test_a_view_of_the_same_shape_is_no_op():
+    compiled = emitted(viewed_as_it_was)[2]
+    assert "Reshape" not in {node.op_type for node in ir.load(compiled.engine.folder / MODEL).graph}
 
 
 def test_torchs_exporter_stays_as_it_was():

@@ -9,6 +9,7 @@ import onnx_ir as ir
 import torch
 from onnxscript import opset18 as op
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from lorac.backends.onnxruntime.attention import attention
 from lorac.ir import ops
@@ -59,6 +60,9 @@ def legalize(graph: Graph) -> None:
             _legalize_product(node)
         elif node.target in _CASTS:
             _legalize_cast(graph, node)
+        elif node.target in _VIEWS and _is_as_it_was(node):
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            graph.fx.erase_node(node)
         elif node.target is aten._assert_tensor_metadata.default:
             graph.fx.erase_node(node)
         elif _writes_unseen(node):
@@ -85,6 +89,13 @@ def _legalize_cast(graph: Graph, node: fx.Node) -> None:
         graph.fx.erase_node(node)
     else:
         node.target, node.args, node.kwargs = aten._to_copy.default, (x,), {"dtype": dtype}
+
+
+def _is_as_it_was(node: fx.Node) -> bool:
+    """Whether a view has its operand's own shape, and is no output, which keeps its name."""
+    old, new = node.args[0].meta["val"].shape, node.meta["val"].shape  # type: ignore[union-attr]
+    same = len(old) == len(new) and all(statically_known_true(a == b) for a, b in zip(old, new, strict=True))
+    return same and all(user.op != "output" for user in node.users)
 
 
 def _writes_unseen(node: fx.Node) -> bool:
@@ -121,6 +132,7 @@ _PRODUCTS: dict[Any, Callable[..., tuple[Any, tuple[Any, ...]]]] = {
     aten.linear.default: _linear,
     aten.matmul.default: _matmul,
 }
+_VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 _CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other}
 _ALIASES: dict[Any, Any] = {
     aten.__and__.Tensor: aten.bitwise_and.Tensor,
