@@ -21,6 +21,7 @@ from lorac.errors import (
     UnknownOption,
     nearest_name,
 )
+from lorac.ir.models import Models
 from lorac.ir.plain import choice_from_json, plan_from_json
 from lorac.ir.sites import parameter_site
 from lorac.ir.tensorfile import TensorFile, file_base
@@ -50,7 +51,8 @@ def compile(  # noqa: PLR0913, PLR0917  (the interface of DESIGN 2)
     """Compile a model and its adapters for a target.
 
     Args:
-        model: an nn.Module, or several by name; left as it was: weights, flags, hooks, mode, random state.
+        model: an nn.Module; left as it was: weights, flags, hooks, mode, random state. Or several by name, for eager:
+            sites begin with a model's name, and ``compiled[name](...)`` calls it.
         adapters: paths, Adapters, or fresh Variants (to train), by name or as a list.
         target: ``"eager"``, ``"onnxruntime"`` or ``"tensorrt"``.
         example_inputs: tuple or dict; default: made from the model's main input and config.
@@ -64,7 +66,7 @@ def compile(  # noqa: PLR0913, PLR0917  (the interface of DESIGN 2)
     Raises:
         LoracError: a subclass, see ``lorac.errors``.
     """
-    host = nn.ModuleDict(dict(model)) if isinstance(model, Mapping) else model
+    host = Models(dict(model)) if isinstance(model, Mapping) else model
     backend, backend_options = _backend(target, options)
     moved = backend.host_for(_moved(host, dtype, device))
     compilation = Compilation(Host(moved, model, {"dtype": dtype, "device": device}), compile)

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, is_concrete_int
 
-from lorac.errors import CaptureFailed
+from lorac.errors import CaptureFailed, Unavailable
 from lorac.ir import ops
 from lorac.ir.copying import structural_copy
 from lorac.ir.example_inputs import CAPTURED, Inputs, default_inputs, default_shapes, is_hugging_face, widened
+from lorac.ir.models import Models
 from lorac.ir.sites import is_conv1d_of_gpt2
 from lorac.ir.values import first_tensor, replace_first
 
@@ -151,7 +152,13 @@ def export(
     Raises:
         ExampleInputsNeeded: there are no inputs and none can be made.
         CaptureFailed: the model does not trace; the message names the line that does not.
+        Unavailable: they are several models.
     """
+    if isinstance(model, Models):
+        raise Unavailable(
+            f"several models ({', '.join(model)}) compile together for eager alone, and have no one graph",
+            next_step="compile each of them by itself",
+        )
     given = default_inputs(model) if example_inputs is None else example_inputs
     inputs = _by_name(model, given) if isinstance(given, Mapping) or is_hugging_face(model) else given
     with _LOCK, torch.no_grad(), torch.random.fork_rng(devices=[]), _no_fast_path():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from lorac.ir.models import Models
 from lorac.runtime.compiled import UNSET, Compiled
 
 
@@ -68,9 +71,16 @@ def compiled_module(module: nn.Module) -> CompiledModule:
 
     forward.__doc__ = CompiledModule.forward.__doc__
     forward.__signature__ = inspect.signature(host.forward)  # type: ignore[attr-defined]
-    members = {"forward": forward, "__module__": __name__, "__doc__": CompiledModule.__doc__}
+    members: dict[str, Any] = {"forward": forward, "__module__": __name__, "__doc__": CompiledModule.__doc__}
+    if isinstance(module, Models):
+        members["__getitem__"] = _one_of
     made: type[CompiledModule] = type(f"Compiled{host.__name__}", (CompiledModule,), members)
     return made(module)
+
+
+def _one_of(self: CompiledModule, name: str) -> Callable[..., Any]:
+    """One of several models, called as it is, also with a choice of its own by ``adapters=``."""
+    return functools.partial(self, name)
 
 
 class _Tensors(nn.Module):
