@@ -26,6 +26,7 @@ Tensor = torch.Tensor
 _LOWERINGS: dict[Any, Lowering] = {}
 """Structure (method, hyper-parameters, shapes, dtype, rules) -> its lowering, of every program in this process."""
 _MOST_LOWERINGS = 512
+Shapes = tuple[tuple[str, torch.Size], ...]
 _FORMULAS = ("weight", "new_bias", "branch")
 
 
@@ -35,6 +36,7 @@ class Lowerer:
     def __init__(self, sites: Mapping[str, Site], base: BaseReader, rules: Sequence[NamedRule] = RULES) -> None:
         self.sites, self.base, self.rules = sites, base, tuple(rules)
         self._common: Any = WeakTensorKeyDictionary()
+        self._asked: dict[str, tuple[Variant, Shapes, Lowering]] = {}
 
     def prepare(self, adapter: Adapter) -> Prepared:
         """Every term of an adapter in its normal form.
@@ -64,8 +66,14 @@ class Lowerer:
 
     def lowering(self, variant: Variant, site: Site, tensors: Mapping[str, Tensor]) -> Lowering:
         """The lowering of a variant at a site, from the cache where the structure was met before."""
-        here = variant.at(site)
-        shapes = tuple((name, tuple(t.shape)) for name, t in tensors.items())
+        shapes = tuple([(name, tensor.shape) for name, tensor in tensors.items()])
+        asked = self._asked.get(site.path)
+        # In training it is asked anew at every step, where to spell out what it follows from would take longest.
+        if asked is None or asked[0] is not variant or asked[1] != shapes:
+            asked = self._asked[site.path] = (variant, shapes, self._met(variant.at(site), site, shapes, tensors))
+        return asked[2]
+
+    def _met(self, here: Variant, site: Site, shapes: Shapes, tensors: Mapping[str, Tensor]) -> Lowering:
         shape = (site.out_features, site.in_features)
         method = (type(here), *(getattr(type(here), formula, None) for formula in _FORMULAS), repr(here))
         key = (*method, site.kind, _grouped(site), shape, shapes, site.dtype, self.rules)
