@@ -71,6 +71,20 @@ def of_another_dtype(host, x, y):
     return wide
 
 
+@torch.library.custom_op("lorac_tests::doubled", mutates_args=())
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+@doubled.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+def of_its_own(host, x, y):
+    return doubled(y)
+
+
 def emitted(step):
     torch.manual_seed(0)
     host, x = Host(step).eval(), torch.randn(3, 6)
@@ -109,6 +123,12 @@ def test_what_torch_loses_is_not_answered():
 def test_a_view_of_the_same_shape_is_no_op():
     compiled = emitted(viewed_as_it_was)[2]
     assert "Reshape" not in {node.op_type for node in ir.load(compiled.engine.folder / MODEL).graph}
+
+
+def test_an_op_without_translation_is_named():
+    with pytest.raises(lorac.Unavailable, match=r"no op for lorac_tests::doubled, which .*test_exporter\.py:") as error:
+        emitted(of_its_own)
+    assert "target='eager'" in str(error.value)
 
 
 def test_torchs_exporter_stays_as_it_was():

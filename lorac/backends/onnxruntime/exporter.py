@@ -21,6 +21,10 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.onnx._internal.exporter import _fx_passes
 from torch.onnx._internal.exporter._registration import ONNXRegistry
+from torch.onnx.errors import OnnxExporterError
+
+from lorac.errors import Unavailable
+from lorac.ir.capture import node_line
 
 _ONE_AT_A_TIME = threading.Lock()
 _whole_registry = functools.cache(ONNXRegistry.from_torchlib)
@@ -32,13 +36,36 @@ def export(program: ExportedProgram, translations: Mapping[Callable[..., Any], C
     Args:
         program: what to export.
         translations: op -> its ONNX, before torch's own.
+
+    Raises:
+        Unavailable: an op has no translation.
     """
     with _ONE_AT_A_TIME, quiet(), _without_repetition(), torch.no_grad():
-        found = torch.onnx.export(
-            program, dynamo=True, optimize=False, verbose=False, custom_translation_table=dict(translations)
-        )
+        try:
+            found = torch.onnx.export(
+                program, dynamo=True, optimize=False, verbose=False, custom_translation_table=dict(translations)
+            )
+        except OnnxExporterError as error:
+            raise _untranslated(program, translations, error) from error
     assert found is not None
     return found.model
+
+
+def _untranslated(program: ExportedProgram, translations: Mapping[Any, Any], error: BaseException) -> Unavailable:
+    """The error for a program that torch's exporter cannot write, with the line of the model that asks for it."""
+    known = {*ONNXRegistry.from_torchlib().functions, *(op.name() for op in translations)}
+    ops = [node for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    replaced = [node for node in ops if node.target._schema.is_mutable or node.target._can_decompose()]
+    unknown = [node for node in ops if node.target.name() not in known and node not in replaced]
+    while error.__cause__ is not None:
+        error = error.__cause__
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    what = f"has no op for {unknown[0].target.name()}" if unknown else f"cannot hold the program: {reason}"
+    line = node_line(unknown[0]) if unknown else None
+    return Unavailable(
+        f"ONNX {what}" + (f", which {line} asks for" if line else ""),
+        next_step="target='eager' runs it; another implementation of that part of the model may be exported",
+    )
 
 
 @contextlib.contextmanager
