@@ -82,10 +82,12 @@ def trained(model: Any) -> list[Tensor]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def plain_loop(model: Any, batches: Iterable[Batch], *, lr: float, decay: float = 0.0) -> list[float]:
-    """AdamW over the batches; the loss of every step. The random stream starts anew in each step."""
+def plain_loop(
+    model: Any, batches: Iterable[Batch], *, lr: float = 1e-3, decay: float = 0.0, optimizer: Any = None
+) -> list[float]:
+    """AdamW, or an optimizer, over the batches; the loss of every step. The random stream starts anew in each step."""
     model.train()
-    optimizer = torch.optim.AdamW(trained(model), lr=lr, weight_decay=decay)
+    optimizer = optimizer or torch.optim.AdamW(trained(model), lr=lr, weight_decay=decay)
     losses = []
     for step, batch in enumerate(batches):
         torch.manual_seed(step)
@@ -98,7 +100,15 @@ def plain_loop(model: Any, batches: Iterable[Batch], *, lr: float, decay: float 
     return losses
 
 
-def by_trainer(model: Any, batches: list[Batch], folder: Path, *, lr: float, checkpointing: bool) -> list[float]:
+def by_trainer(
+    model: Any,
+    batches: list[Batch],
+    folder: Path,
+    *,
+    lr: float = 1e-3,
+    checkpointing: bool = False,
+    optimizer: Any = None,
+) -> list[float]:
     """The same with transformers' Trainer; the dataset has a column that no model takes."""
     from transformers import Trainer, TrainingArguments
 
@@ -123,7 +133,8 @@ def by_trainer(model: Any, batches: list[Batch], folder: Path, *, lr: float, che
         dataloader_pin_memory=False,
         activation_checkpointing=checkpointing,
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows[:2])
+    given = {"train_dataset": rows, "eval_dataset": rows[:2], "optimizers": (optimizer, None)}
+    trainer = Trainer(model=model, args=arguments, **given)
     trainer.train()
     assert "eval_loss" in trainer.evaluate()
     model.eval()

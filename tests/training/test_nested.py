@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import lorac
 from lorac.training import NestedRanks
-from tests.training.loops import TARGETS, data, host, trained
-from tests.training.rules import by_trainer, drawn, linear, plain
+from tests.training.loops import TARGETS, by_trainer, data, host, plain_loop, trained
+from tests.training.rules import drawn, linear
 
 R, ALPHA = 4, 6
 OPTIMIZERS: dict[str, Any] = {
@@ -306,7 +306,7 @@ def test_it_learns_at_every_rank(frozen: bool) -> None:
         return [float(compiled(**batches[0], adapters=choice).loss) for choice in choices]
 
     before = losses()
-    plain(compiled, optimizer, batches)
+    plain_loop(compiled, batches, optimizer=optimizer)
     rule.remove()
     assert all(after <= 0.95 * then for after, then in zip(losses(), before, strict=True)), losses()
 
@@ -314,7 +314,7 @@ def test_it_learns_at_every_rank(frozen: bool) -> None:
 def test_trainer_runs_the_rule(tmp_path: Path) -> None:
     compiled, optimizer, _ = nested(ranks=(3,))
     before = {path: at["lora_A"].detach().clone() for path, at in compiled.adapters["a"].tensors.items()}
-    losses = by_trainer(compiled, optimizer, data("tiny_bert", 10, distinct=False), tmp_path)
+    losses = by_trainer(compiled, data("tiny_bert", 10, distinct=False), tmp_path, optimizer=optimizer)
     assert losses[-1] < losses[0], losses
     for path, at in compiled.adapters["a"].tensors.items():
         assert (at["lora_A"] != before[path]).any(dim=1).tolist() == [False, False, True, False]

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import lorac
 from lorac.training import Preconditioned
-from tests.training.loops import TARGETS, data, host, trained
-from tests.training.rules import by_trainer, drawn, linear, plain
+from tests.training.loops import TARGETS, by_trainer, data, host, plain_loop, trained
+from tests.training.rules import drawn, linear
 
 
 def tensor(values: Any) -> Tensor:
@@ -177,7 +177,7 @@ def test_it_learns(method: str) -> None:
     frozen = {key: value.clone() for key, value in compiled.named_buffers()}
     batches = data("tiny_bert", 12, distinct=False)
     before = compiled(**batches[0]).loss.item()  # in eval mode, for BERT's own dropout moves the loss, too
-    plain(compiled, optimizer, batches)
+    plain_loop(compiled, batches, optimizer=optimizer)
     after = compiled(**batches[0]).loss.item()
     assert after <= 0.9 * before
     assert all(torch.equal(value, frozen[key]) for key, value in compiled.named_buffers())
@@ -193,7 +193,7 @@ def test_trainer_runs_the_rule(tmp_path: Path) -> None:
         optimizer = torch.optim.SGD(trained(compiled), lr=1e-2)
         if reg is not None:
             Preconditioned(compiled, optimizer, reg=reg)
-        losses = by_trainer(compiled, optimizer, batches, tmp_path)
+        losses = by_trainer(compiled, batches, tmp_path, optimizer=optimizer)
         moved.append((losses, next(iter(compiled.adapters["a"].tensors.values()))["lora_B"]))
     (_, unruled), (losses, ruled_b) = moved
     assert losses[-1] < losses[0]

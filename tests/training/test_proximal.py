@@ -12,8 +12,8 @@ from torch import Tensor
 
 import lorac
 from lorac.training import ProximalGates, gate_penalty, pruned, soft_threshold, sora_code_threshold, thresholds
-from tests.training.loops import TARGETS, data, host, trained
-from tests.training.rules import by_trainer, drawn, linear, plain
+from tests.training.loops import TARGETS, by_trainer, data, host, plain_loop, trained
+from tests.training.rules import drawn, linear
 
 G = [0.05, 0.1, 0.15, 0.2, 0.25, -0.12, -0.31]
 
@@ -223,7 +223,7 @@ def sora(threshold: float) -> tuple[Any, Any, ProximalGates]:
 def test_training_closes_gates_that_pruning_drops() -> None:
     compiled, optimizer, _ = sora(0.06)
     batches = data("tiny_llama", 12, distinct=False)
-    losses = plain(compiled, optimizer, batches)
+    losses = plain_loop(compiled, batches, optimizer=optimizer)
     assert losses[-1] <= 0.9 * losses[0], losses
     adapter = compiled.adapters["a"]
     left = {path: int(at["gate"].count_nonzero()) for path, at in adapter.tensors.items()}
@@ -239,7 +239,7 @@ def test_training_closes_gates_that_pruning_drops() -> None:
 
 def test_trainer_runs_the_rule(tmp_path: Path) -> None:
     compiled, optimizer, _ = sora(0.06)
-    losses = by_trainer(compiled, optimizer, data("tiny_llama", 8, distinct=False), tmp_path)
+    losses = by_trainer(compiled, data("tiny_llama", 8, distinct=False), tmp_path, optimizer=optimizer)
     assert losses[-1] < losses[0], losses
     assert any((at["gate"] == 0).any() for at in compiled.adapters["a"].tensors.values())
 
