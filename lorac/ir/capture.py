@@ -15,7 +15,7 @@ import re
 import sysconfig
 import threading
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,11 +28,10 @@ from lorac.errors import CaptureFailed, Unavailable
 from lorac.ir import ops
 from lorac.ir.copying import structural_copy
 from lorac.ir.example_inputs import CAPTURED, Inputs, default_inputs, default_shapes, is_hugging_face, widened
+from lorac.ir.layers import Forward, calls_below, is_plain, with_below
 from lorac.ir.models import Models
 from lorac.ir.sites import is_conv1d_of_gpt2
 from lorac.ir.values import first_tensor, replace_first
-
-Forward = Callable[..., Any]
 
 _LOCK = threading.RLock()  # tracing swaps attributes of torch and of transformers' classes for the whole process
 _MACHINERY = frozenset({os.path.abspath(__file__), os.path.abspath(ops.__file__)})
@@ -100,7 +99,7 @@ def _conv_forward(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, path: str) -> Forwa
 
 
 def _override(module: Any, forward: Forward) -> None:
-    """Replace a layer's own forward.
+    """Replace a layer's own forward, where that is known.
 
     Also below a subclass whose forward calls ``super().forward`` (a scaled or offset embedding), and below a wrapper on
     the instance (accelerate's hooks).
@@ -108,17 +107,10 @@ def _override(module: Any, forward: Forward) -> None:
     if "_old_forward" in vars(module):
         module._old_forward = forward
         return
-    cls: Any = type(module)
-    base = next(c for c in cls.__mro__ if c in _LAYERS or c.__name__ == "Conv1D")
-    if cls.forward is base.forward:
+    if is_plain(module):
         module.forward = forward
-        return
-    below = type(base.__name__, (base,), {"forward": lambda self, *args, **kwargs: forward(*args, **kwargs)})
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    module.__class__ = type(cls.__name__, (cls, below), names)
-
-
-_LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    elif calls_below(module):
+        module.__class__ = with_below(module, forward)
 
 
 def _block_forward(original: Forward, path: str) -> Forward:

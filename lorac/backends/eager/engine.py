@@ -18,11 +18,12 @@ import torch
 from torch import nn
 
 from lorac.backends.eager.buffers import adds_bias, fused_buffers
-from lorac.errors import Unavailable
+from lorac.errors import SiteUnsupported, Unavailable
 from lorac.ir.adapted import LiveTerm, run_terms
 from lorac.ir.choice import Choice
 from lorac.ir.extras import record_emitted
 from lorac.ir.fused import FusedBuffer
+from lorac.ir.layers import calls_below, is_plain, layer_of, with_below
 from lorac.ir.sites import Site, stored_tensor
 from lorac.ir.slots import Ctx, SitePlan, SiteSlots, run_site
 from lorac.ir.snapshot import BaseReader, Snapshot
@@ -198,8 +199,29 @@ class EagerEngine:
             module.forward = functools.partial(self._forward_owner, owner, module, leaves)
         elif plan.site.kind is SiteKind.BLOCK:
             module.forward = functools.partial(self._forward_block, path, module)
-        else:
+        elif is_plain(module):
             module.forward = functools.partial(self._forward_site, path, module)
+        else:
+            self._install_below(path, module)
+
+    def _install_below(self, path: str, module: nn.Module) -> None:
+        """Adapt what a layer of a class of its own calls by ``super().forward``, on a twin over the same attributes."""
+        if not calls_below(module):
+            raise SiteUnsupported(
+                f"'{path}' is a {type(module).__name__}, whose forward computes more than its layer, by itself",
+                next_step="exclude= it, or let its forward call super().forward",
+            )
+        whole = self._originals[path]
+        self._originals[path] = functools.partial(layer_of(module).forward, module)
+        twin = object.__new__(with_below(module, functools.partial(self._forward_site, path, module)))
+        object.__setattr__(twin, "__dict__", vars(module))
+        own = functools.partial(type(twin).forward, twin)
+        module.forward = functools.partial(self._forward_above, path, whole, own)
+
+    def _forward_above(
+        self, path: str, whole: Callable[..., Any], own: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        return (own if path in self.binding().touched else whole)(*args, **kwargs)
 
     def _forward_site(self, path: str, module: nn.Module, x: Tensor) -> Tensor:
         binding = self.binding()
