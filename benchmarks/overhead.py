@@ -67,13 +67,13 @@ def worker(folder: Path, layers: int, rank: int, rounds: int, with_peft: bool) -
     compiled["A/A"], compiled["live, none"], compiled["settled"] = load("base"), load("live"), load("fused")
     compiled["live, none"].swap(None)
     compiled["settled"].swap("a", settle=True)
-    plain, torch_sides = _plain_session(folder / "plain.onnx"), _peft_sides(layers, rank) if with_peft else {}
+    compiled["plain export"] = _plain(load("base"), folder / "plain.onnx")
+    torch_sides = _peft_sides(layers, rank) if with_peft else {}
     found = {}
     for shape in SHAPES:
         ids = np.random.default_rng(0).integers(0, 32000, shape)
         inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
         sides = {name: _call(model, inputs) for name, model in compiled.items()}
-        sides["plain export"] = lambda inputs=inputs: plain.run(None, inputs)
         sides |= {name: _torch_call(model, inputs) for name, model in torch_sides.items()}
         for name, seconds in common.alternate(sides, rounds).items():
             found[f"{name}|{shape[0]}x{shape[1]}"] = seconds
@@ -96,12 +96,23 @@ def _torch_call(model: Any, inputs: Any) -> common.Side:
     return call
 
 
-def _plain_session(path: Path) -> Any:
-    import onnxruntime as ort
+def _plain(compiled: Any, path: Path) -> Any:
+    """The plain export behind lorac's call, so that all sides go through the same one."""
+    from lorac.backends.onnxruntime.engine import OrtEngine
+    from lorac.backends.onnxruntime.session import new_session
 
-    settings = ort.SessionOptions()
-    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+    base = compiled.engine
+    compiled.engine = OrtEngine(
+        session=new_session(path, base.options),
+        signature=base.signature,
+        slots={},
+        plans={},
+        base=base.base,
+        mode=base.mode,
+        folder=base.folder,
+        options=base.options,
+    )
+    return compiled
 
 
 def _peft_sides(layers: int, rank: int) -> dict[str, Any]:
