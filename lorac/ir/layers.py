@@ -36,8 +36,9 @@ def is_plain(module: Any) -> bool:
 
 
 def calls_below(module: Any) -> bool:
-    """Whether a layer's own forward calls ``super().forward``, by its code."""
-    return "forward" in inspect.unwrap(type(module).forward).__code__.co_names
+    """Whether a layer's own forward calls ``super().forward``, by its code; what has none is taken to."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is None or "forward" in code.co_names
 
 
 def with_below(module: nn.Module, forward: Forward) -> Any:

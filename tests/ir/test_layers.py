@@ -32,6 +32,13 @@ class Clamped(nn.Linear):
         return (x @ self.weight.T).clamp(max=0.1)
 
 
+class Shifted(nn.Embedding):
+    """As Bart's learned positions: it takes other arguments than its layer does."""
+
+    def forward(self, ids, past=0):
+        return super().forward(ids + past + 2)
+
+
 HOSTS = {
     "scaled": (lambda: Scaled(6, 5), torch.linspace(-1, 1, 18).reshape(3, 6)),
     "rows": (lambda: ScaledRows(7, 6), torch.tensor([[0, 3], [5, 6]])),
@@ -86,6 +93,15 @@ def test_its_attributes_are_the_modules():
     live.host.site.factor = 5.0
     torch.testing.assert_close(live(x), 5 * before)
     torch.testing.assert_close(live.train()(x), 10 * before)
+
+
+@torch.no_grad()
+def test_arguments_of_its_own():
+    model, ids = host(lambda: Shifted(9, 6)).site, torch.tensor([[0, 3], [1, 2]])
+    model = nn.ModuleDict({"site": model})
+    live = lorac.compile(model, {"a": trained(model, 0.3)})
+    merged = lorac.compile(model, {"a": live.adapters["a"]}, mode="fused")
+    parity.assert_parity(live.host.site(ids, past=1), merged.host.site(ids, past=1), model.site(ids, past=1))
 
 
 @pytest.mark.parametrize("mode", ["live", "fused"])
