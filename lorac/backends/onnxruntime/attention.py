@@ -79,11 +79,13 @@ class _Rotary(pattern.RewriteRuleClassBase):
         shapes = [value.shape for value in (x, cos, sin)]
         if None in shapes or [len(shape) for shape in shapes] != [4, 3, 3] or not isinstance(x.shape[3], int):
             return result.fail("shapes are not known", x)
+        if cos.shape != sin.shape or cos.shape[0] not in (1, x.shape[0]):
+            return result.fail("the angles are not one table for all of the batch, or one for each", cos)
         size = x.shape[3]
         starts = {"zero": 0, "half": size // 2, "also_half": size // 2}
         if size % 2 or any(_number(bounds[name]) != wanted for name, wanted in starts.items()):
             return result.fail("x is not turned by halves", x)
-        if (_number(bounds["end"]) or 0) < size or any(shape[2] != size for shape in shapes[1:]):
+        if (_number(bounds["end"]) or 0) < size or cos.shape[2] != size:
             return result.fail("a part of x is not turned", x)
         return result if _repeats(cos) and _repeats(sin) else result.fail("the angles' halves may differ", cos)
 

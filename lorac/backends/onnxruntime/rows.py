@@ -70,10 +70,10 @@ class _Flattening:
         begins = node.op_type == "MatMul" and first in self.adapted
         if not operands or not (begins or any(value in self.rows for value in operands)):
             return False
-        found = [self._rows_of(value) for value in operands]
-        if None in found or len({rows.leading for rows in found if rows is not None}) != 1:
+        found = {value: rows for value in operands if (rows := self._rows_of(value)) is not None}
+        if any(value not in found for value in operands) or len({rows.leading for rows in found.values()}) != 1:
             return False
-        self._twin(node, dict(zip(operands, found, strict=True)))  # type: ignore[arg-type]
+        self._twin(node, found)
         return True
 
     def _operands(self, node: ir.Node) -> list[ir.Value]:

@@ -74,9 +74,14 @@ def legalize(graph: Graph) -> None:
     verify(graph, after="legalize")
 
 
+def _value(node: Any) -> Any:
+    """The example of what a node computes; an op's operands are typed as anything an argument may be."""
+    return node.meta["val"]
+
+
 def _legalize_product(node: fx.Node) -> None:
     x, matrix = node.args[:2]
-    if matrix.meta["val"].dim() == _MATRIX and x.meta["val"].dim() >= _MATRIX:  # type: ignore[union-attr]
+    if _value(matrix).dim() == _MATRIX and _value(x).dim() >= _MATRIX:
         node.target, node.args = _PRODUCTS[node.target](*node.args)
 
 
@@ -93,7 +98,7 @@ def _legalize_cast(graph: Graph, node: fx.Node) -> None:
 
 def _is_as_it_was(node: fx.Node) -> bool:
     """Whether a view has its operand's own shape, and is no output, which keeps its name."""
-    old, new = node.args[0].meta["val"].shape, node.meta["val"].shape  # type: ignore[union-attr]
+    old, new = _value(node.args[0]).shape, _value(node).shape
     same = len(old) == len(new) and all(statically_known_true(a == b) for a, b in zip(old, new, strict=True))
     return same and all(user.op != "output" for user in node.users)
 
