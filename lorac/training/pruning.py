@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from lorac.errors import AdapterError, AdapterNotFound
-from lorac.ir.patterns import first_match
 from lorac.variants.base import Adapter
 from lorac.variants.lora import LoRA
 from lorac.variants.sora import SoRA
@@ -41,9 +40,8 @@ def pruned(adapter: Adapter, name: str | None = None) -> Adapter:
     if not tensors:
         raise AdapterError(f"every gate of '{adapter.name}' is closed", next_step="train with a smaller threshold")
     ranks = {path: len(own["lora_A"]) for path, own in tensors.items()}
-    alphas = {
-        path: _alpha(variant, path) * rank / adapter.tensors[path]["gate"].numel() for path, rank in ranks.items()
-    }
+    begun: dict[str, Any] = {path: variant.at_path(path) for path in tensors}
+    alphas = {path: begun[path].alpha * rank / begun[path].r for path, rank in ranks.items()}
     widest = max(ranks, key=lambda path: ranks[path])
     lora = LoRA(
         r=ranks[widest],
@@ -63,11 +61,6 @@ def _open(own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     left = gate.nonzero().flatten()
     lora_a, lora_b = own["lora_A"].detach(), own["lora_B"].detach()
     return {"lora_A": gate[left, None] * lora_a[left], "lora_B": lora_b[:, left].contiguous()}
-
-
-def _alpha(variant: SoRA, path: str) -> float:
-    key = first_match(variant.alpha_pattern, path)
-    return variant.alpha if key is None else variant.alpha_pattern[key]
 
 
 def _unlike(values: Mapping[str, Any], path: str) -> dict[str, Any]:

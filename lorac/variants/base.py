@@ -84,10 +84,14 @@ class Variant(ABC):
 
     def at(self, site: Site) -> Variant:
         """This variant with the per-module patterns applied for ``site``."""
+        return self.at_path(site.path)
+
+    def at_path(self, path: str) -> Variant:
+        """The same for a site of which only the path is known."""
         changed = {}
         for pattern_field, target in self.patterned.items():
             patterns = getattr(self, pattern_field)
-            key = first_match(patterns, site.path)
+            key = first_match(patterns, path)
             if key is not None:
                 changed[target] = patterns[key]
         return dataclasses.replace(self, **changed) if changed else self

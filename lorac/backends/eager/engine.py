@@ -280,7 +280,7 @@ class EagerEngine:
                 continue
             terms = self._live_terms(path, call)
             if terms is not None:
-                replaced[leaf] = terms[-1].value.weight  # type: ignore[union-attr]
+                replaced[leaf] = terms[-1].value.weight  # type: ignore[union-attr]  # replaced whole: dense
             elif path in binding.slots:
                 replaced[leaf] = binding.slots[path].weight
         if not replaced:

@@ -97,12 +97,12 @@ def _without_repetition() -> Iterator[None]:
         translated = _is_translated(exported_program, registry)
         return _copied(exported_program) if translated else own_decompose(exported_program, registry)
 
-    ONNXRegistry.from_torchlib = classmethod(registry)  # type: ignore[method-assign, assignment]
+    ONNXRegistry.from_torchlib = classmethod(registry)  # type: ignore[method-assign, assignment]  # for as long as this runs
     _fx_passes.decompose_with_registry = decompose
     try:
         yield
     finally:
-        ONNXRegistry.from_torchlib = own_registry  # type: ignore[method-assign]
+        ONNXRegistry.from_torchlib = own_registry  # type: ignore[method-assign]  # put back
         _fx_passes.decompose_with_registry = own_decompose
 
 

@@ -325,7 +325,7 @@ def _noise(plan: SitePlan, idle: SiteSlots, typical: float, generator: torch.Gen
         )
         for branch in plan.branches
     )
-    return replace(idle, **made)  # type: ignore[arg-type]
+    return replace(idle, **made)  # type: ignore[arg-type]  # fields by name
 
 
 def _shake(weight: Tensor, generator: torch.Generator) -> Tensor:
