@@ -16,17 +16,18 @@ from lorac.errors import *  # noqa: F403  (the exception tree is part of the int
 from lorac.version import VERSION
 
 if TYPE_CHECKING:
-    from lorac.compiler import compile, load
+    from lorac.compiler.api import compile, load
     from lorac.formats import load_adapter, save_adapter
-    from lorac.ir.choice import Active
-    from lorac.ir.sites import find_sites as sites
-    from lorac.passes.plan import Reserve
+    from lorac.ir.host.sites import find_sites as sites
+    from lorac.ir.slots.choice import Active
+    from lorac.ir.slots.planning import Reserve
     from lorac.runtime.compiled import Compiled
     from lorac.runtime.report import SwapReport
     from lorac.variants import variants
     from lorac.variants.adalora import AdaLoRA
+    from lorac.variants.adapter import Adapter
     from lorac.variants.adaptertune import AdapterTune
-    from lorac.variants.base import Adapter, BranchVariant, ProgramVariant, WeightVariant
+    from lorac.variants.base import BranchVariant, WeightVariant
     from lorac.variants.bat import BAT
     from lorac.variants.boft import BOFT
     from lorac.variants.chain import Chain
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from lorac.variants.miss import MiSS
     from lorac.variants.mps import MPS
     from lorac.variants.oft import OFT
+    from lorac.variants.params import ParamSpec, Role
     from lorac.variants.plp import PLP
     from lorac.variants.randlora import RandLoRA
     from lorac.variants.shira import SHiRA
@@ -61,19 +63,20 @@ if TYPE_CHECKING:
 __version__ = VERSION
 
 _HOMES = {
-    "Active": "lorac.ir.choice",
-    "Adapter": "lorac.variants.base",
+    "Active": "lorac.ir.slots.choice",
+    "Adapter": "lorac.variants.adapter",
     "BranchVariant": "lorac.variants.base",
     "Compiled": "lorac.runtime.compiled",
-    "ProgramVariant": "lorac.variants.base",
-    "Reserve": "lorac.passes.plan",
+    "ParamSpec": "lorac.variants.params",
+    "Reserve": "lorac.ir.slots.planning",
+    "Role": "lorac.variants.params",
     "SwapReport": "lorac.runtime.report",
     "WeightVariant": "lorac.variants.base",
-    "compile": "lorac.compiler",
-    "load": "lorac.compiler",
+    "compile": "lorac.compiler.api",
+    "load": "lorac.compiler.api",
     "load_adapter": "lorac.formats",
     "save_adapter": "lorac.formats",
-    "sites": "lorac.ir.sites:find_sites",
+    "sites": "lorac.ir.host.sites:find_sites",
     "variants": "lorac.variants",
 }
 """Public name -> the module it comes from (``module:name`` where the names differ). Methods are found by listing."""
@@ -125,10 +128,11 @@ __all__ = [  # noqa: RUF022  (in plain order: BAT and OFT are no constants)
     "NotMergeable",
     "OFT",
     "PLP",
+    "ParamSpec",
     "PatternTooSlow",
-    "ProgramVariant",
     "RandLoRA",
     "Reserve",
+    "Role",
     "RuntimeFailure",
     "SHiRA",
     "SelfTestFailed",

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import lorac
-from lorac.ir.capture import export
-from lorac.ir.feeds import named_tensors
-from lorac.ir.graph import Graph
-from lorac.ir.snapshot import compose_choice, slots_of
+from lorac.ir.graph.capture import export
+from lorac.ir.graph.feeds import named_tensors
+from lorac.ir.graph.graph import Graph
+from lorac.ir.slots.snapshot import compose_choice, slots_of
 from lorac.passes.pipelines import adapt, run_pipeline
 from tests.zoo import ZOO
 

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 
-from lorac.ir.choice import describe
-from lorac.ir.dump import short_dtype
-from lorac.ir.sites import Site
-from lorac.ir.slots import SitePlan
-from lorac.ir.terms import BAKED, BOUND, FUSED, Term, describe_terms, describe_variant
-from lorac.ir.types import SiteKind
+from lorac.ir.host.sites import Site, SiteKind
+from lorac.ir.slots.choice import describe
+from lorac.ir.slots.site import SitePlan
+from lorac.ir.view.dump import short_dtype
+from lorac.ir.view.terms import BAKED, BOUND, FUSED, Term, describe_terms, describe_variant
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")
 
@@ -30,7 +29,7 @@ class TermRow:
         shape: (in, out).
         adapter: the adapter's name.
         form: its normal form, with rank or count.
-        state: ``live``, ``bound``, ``fused`` or ``baked`` (``lorac.ir.terms.Term``).
+        state: ``live``, ``bound``, ``fused`` or ``baked`` (``lorac.ir.view.terms.Term``).
         strength: in the active choice; 0: off.
         slots: which of the site's slots it fills.
         dtype: dtype it is computed in.

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from lorac.errors import SiteUnsupported
-from lorac.ir.normal import BRANCH, LOW_RANK, Lowering
-from lorac.ir.sites import CONVOLUTIONS, ConvGeometry, Site
-from lorac.ir.types import ParamSpec, Role, SiteKind
-from lorac.variants.base import BranchVariant, ProgramVariant, Variant, WeightVariant
+from lorac.ir.algebra.reduction import BRANCH, LOW_RANK, Lowering
+from lorac.ir.host.sites import CONVOLUTIONS, ConvGeometry, Site, SiteKind
+from lorac.variants.base import BranchVariant, Variant, WeightVariant
+from lorac.variants.params import ParamSpec, Role
 
 WIDTH = 768
 """d of the d x d layer that forms and counts are given for."""
@@ -175,8 +175,6 @@ def _looked_at(variant: type[Variant]) -> tuple[Variant, Site] | None:
 
 def _form(variant: Variant, site: Site, specs: Mapping[str, ParamSpec], lower: Lower) -> tuple[str, bool]:
     """The normal form in words, and whether it merges."""
-    if isinstance(variant, ProgramVariant):
-        return "program", False
     if not isinstance(variant, WeightVariant | BranchVariant):
         return "replace", True
     tensors = {

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from lorac.errors import NotMergeable, ShapeMismatch, SiteNotFound
-from lorac.ir.sites import Site, find_sites
-from lorac.ir.types import Params
-from lorac.variants.base import Adapter, WeightVariant
+from lorac.ir.algebra.reduction import Params
+from lorac.ir.host.sites import Site, find_sites
+from lorac.variants.adapter import Adapter
+from lorac.variants.base import WeightVariant
 
 Tensor = torch.Tensor
 

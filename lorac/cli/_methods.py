@@ -6,12 +6,11 @@ from collections.abc import Iterable
 
 import torch
 
+from lorac.adapters.preparing import Lowerer
 from lorac.analysis.methods import MethodRow, methods
 from lorac.errors import BaseNeeded
 from lorac.formats.peft.config import methods as peft_types
-from lorac.ir.sites import Site
-from lorac.ir.snapshot import BaseReader
-from lorac.passes.normal_forms import Lowerer
+from lorac.ir.host.sites import BaseReader, Site
 from lorac.variants.base import Variant
 
 

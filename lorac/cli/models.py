@@ -24,8 +24,8 @@ def register(app: typer.Typer) -> None:
 
 def sites(model: Model, targets: Annotated[str, typer.Option(help="Only those a pattern names.")] = "") -> None:
     """Print every adaptable place of a model."""
-    from lorac.ir.patterns import nothing_matches, select
-    from lorac.ir.sites import find_sites
+    from lorac.ir.host.patterns import nothing_matches, select
+    from lorac.ir.host.sites import find_sites
 
     found = find_sites(load_model(model))
     wanted = list(found.values())

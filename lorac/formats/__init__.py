@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import os
-import pkgutil
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,12 +17,13 @@ from typing import cast
 
 from torch import nn
 
+from lorac.adapters.base_hash import base_hash
+from lorac.adapters.fit import check_adapter
+from lorac.discovery import modules_of
 from lorac.errors import FormatError, UnknownFormat, nearest_name
 from lorac.formats._files import install, read_header
-from lorac.formats._fit import check_adapter
 from lorac.formats._format import Format
-from lorac.formats._hash import base_hash
-from lorac.variants.base import Adapter
+from lorac.variants.adapter import Adapter
 
 __all__ = ["Format", "base_hash", "check_adapter", "formats", "load_adapter", "save_adapter"]
 
@@ -31,9 +31,8 @@ __all__ = ["Format", "base_hash", "check_adapter", "formats", "load_adapter", "s
 @functools.cache
 def formats() -> dict[str, Format]:
     """Every format by name."""
-    modules = [m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")]
-    found = (importlib.import_module(f"{__name__}.{name}").FORMAT for name in sorted(modules))
-    return {format.name: cast(Format, format) for format in found}
+    found = (cast(Format, module.FORMAT) for module in modules_of(sys.modules[__name__]))
+    return {format.name: format for format in found}
 
 
 def load_adapter(path: str | os.PathLike[str], model: nn.Module | None = None, name: str | None = None) -> Adapter:

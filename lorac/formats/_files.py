@@ -1,7 +1,7 @@
 """Files, read with distrust and written so that equal input gives equal bytes.
 
 safetensors: https://github.com/huggingface/safetensors#format. Its header is checked here before
-the library sees the file, so that a lying one is reported by name; `lorac.ir.tensorfile` writes.
+the library sees the file, so that a lying one is reported by name; `lorac.ir.store.tensors` writes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lorac.errors import CorruptFile, NonFinite, nearest_name
-from lorac.ir.tensorfile import DTYPES
+from lorac.ir.store.tensors import DTYPES
 
 Tensor = torch.Tensor
 MAX_HEADER = 100_000_000

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from lorac.variants.base import Adapter
+from lorac.variants.adapter import Adapter
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,8 @@ import torch
 from torch import nn
 
 from lorac.errors import BaseNeeded
-from lorac.ir.sites import ConvGeometry, Site, find_sites
-from lorac.ir.types import SiteKind
-from lorac.variants.base import Adapter
+from lorac.ir.host.sites import ConvGeometry, Site, SiteKind, find_sites
+from lorac.variants.adapter import Adapter
 
 LAYOUT = "layout"
 """Key of `Adapter.provenance` under which the sites are kept: path -> `describe(site)`."""

@@ -18,14 +18,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorac.adapters.base_hash import base_hash
+from lorac.adapters.fit import check_adapter, in_order
 from lorac.errors import CorruptFile, UnknownField, UnsupportedField, UnusedTensors, nearest_name
 from lorac.formats._files import peek_metadata, read_safetensors
-from lorac.formats._fit import check_adapter, in_order
 from lorac.formats._format import Format
-from lorac.formats._hash import base_hash
-from lorac.ir.tensorfile import write_safetensors
+from lorac.ir.store.tensors import write_safetensors
 from lorac.variants import variant_named
-from lorac.variants.base import Adapter, Variant, dataclass_fields
+from lorac.variants.adapter import Adapter
+from lorac.variants.base import Variant, dataclass_fields
 
 Tensor = torch.Tensor
 VERSION = 1

@@ -9,13 +9,13 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from lorac.ir.adapted import LiveTerm
-from lorac.ir.choice import Choice
-from lorac.ir.graph import Graph
-from lorac.ir.signature import CallSignature
-from lorac.ir.sites import Site
-from lorac.ir.slots import SitePlan, SiteSlots
-from lorac.ir.snapshot import BaseReader, Snapshot
+from lorac.ir.graph.graph import Graph
+from lorac.ir.graph.signature import CallSignature
+from lorac.ir.host.sites import BaseReader, Site
+from lorac.ir.slots.choice import Choice
+from lorac.ir.slots.site import SitePlan, SiteSlots
+from lorac.ir.slots.snapshot import Snapshot
+from lorac.ir.slots.training import LiveTerm
 
 
 class Engine(Protocol):

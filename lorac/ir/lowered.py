@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from lorac.ir.capture import export
 from lorac.ir.engine import BuildRequest
-from lorac.ir.graph import Graph
-from lorac.ir.signature import CallSignature
-from lorac.ir.types import SiteKind
-from lorac.ir.values import tapped
+from lorac.ir.graph.capture import export
+from lorac.ir.graph.graph import Graph
+from lorac.ir.graph.signature import CallSignature
+from lorac.ir.host.sites import SiteKind
+from lorac.ir.slots.reads import tapped
 
 
 def lowered(request: BuildRequest, aux: tuple[str, ...]) -> tuple[Graph, CallSignature]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lorac.ir.edit import drop_unused_state, settle
-from lorac.ir.graph import Graph
+from lorac.ir.graph.edit import drop_unused_state, settle
+from lorac.ir.graph.graph import Graph
 
 
 def cleanup(graph: Graph) -> bool:

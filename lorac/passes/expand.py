@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from lorac.ir import ops
-from lorac.ir.edit import add_outputs, inline
-from lorac.ir.graph import Graph, Level
-from lorac.ir.meaning import adapted_output
-from lorac.ir.sites import Site
-from lorac.ir.slots import SitePlan
+from lorac.ir.graph import ops
+from lorac.ir.graph.adapted import adapted_output
+from lorac.ir.graph.edit import add_outputs, inline
+from lorac.ir.graph.graph import Graph, Level
+from lorac.ir.host.sites import Site
+from lorac.ir.slots.site import SitePlan
 
 Tensor = torch.Tensor
 

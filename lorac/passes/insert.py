@@ -9,12 +9,12 @@ import torch
 from torch import fx
 
 from lorac.errors import SiteUnreached
-from lorac.ir import ops
-from lorac.ir.edit import add_inputs, inherit, inline, new_dimension
-from lorac.ir.graph import Graph, Level, Pack, SlotInput
-from lorac.ir.kinds import kind_of
-from lorac.ir.slots import SitePlan, factor_dtype
-from lorac.ir.types import SiteKind
+from lorac.ir.graph import ops
+from lorac.ir.graph.edit import add_inputs, inherit, inline, new_dimension
+from lorac.ir.graph.graph import Graph, Level, Pack, SlotInput
+from lorac.ir.host.sites import SiteKind, factor_dtype
+from lorac.ir.slots.layouts import kind_of
+from lorac.ir.slots.site import SitePlan
 
 
 def insert(graph: Graph) -> bool:

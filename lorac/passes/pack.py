@@ -11,9 +11,9 @@ from collections import defaultdict
 
 from torch import fx
 
-from lorac.ir import ops
-from lorac.ir.graph import Graph, Level, Pack
-from lorac.ir.types import SiteKind
+from lorac.ir.graph import ops
+from lorac.ir.graph.graph import Graph, Level, Pack
+from lorac.ir.host.sites import SiteKind
 
 
 def pack(graph: Graph) -> bool:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 
-from lorac.ir.graph import Graph
-from lorac.ir.verify import verify
+from lorac.ir.graph.graph import Graph
+from lorac.ir.graph.verify import verify
 from lorac.passes.cleanup import cleanup
 from lorac.passes.expand import expand
 from lorac.passes.insert import insert

@@ -1,4 +1,4 @@
-"""values: branches that read program values get them as operands (``lorac.ir.values``).
+"""values: branches that read program values get them as operands (``lorac.ir.slots.reads``).
 
 A base pass is the part of the captured graph that leads to the value, copied with every adapted op undone. What no
 adapted op reaches is not copied but shared with the pass that reads.
@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from torch import fx
 
 from lorac.errors import CompileError, SiteUnreached
-from lorac.ir import ops
-from lorac.ir.graph import Graph, Level
-from lorac.ir.meaning import VALUE_ROLE
-from lorac.ir.values import BASE, WEIGHT, names_read, parse
+from lorac.ir.graph import ops
+from lorac.ir.graph.adapted import VALUE_ROLE
+from lorac.ir.graph.graph import Graph, Level
+from lorac.ir.slots.reads import BASE, WEIGHT, names_read, parse
 
 
 def values(graph: Graph) -> bool:

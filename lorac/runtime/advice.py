@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from lorac.errors import NeedsRecompile
-from lorac.ir.filling import branch_misfit, does_not_fit
-from lorac.ir.forms import LowRank
-from lorac.ir.sites import Site
-from lorac.ir.slots import Prepared, SitePlan
-from lorac.ir.types import SiteKind
+from lorac.ir.algebra.changes import LowRank
+from lorac.ir.host.sites import Site, SiteKind
+from lorac.ir.slots.filling import branch_misfit, does_not_fit
+from lorac.ir.slots.site import Prepared, SitePlan
 
 
 def admitting_reserve(together: Sequence[Prepared]) -> str:

@@ -27,7 +27,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lorac.errors import ArtifactError
-from lorac.ir.plain import choice_to_json, plan_to_json
+from lorac.ir.store.plans import choice_to_json, plan_to_json
 from lorac.runtime.compiled import Compiled
 from lorac.version import VERSION
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorac.errors import BaseNeeded, NeedsRecompile, Unavailable
-from lorac.ir.choice import Active, Choice, Spec, describe, parse_choice, spell
 from lorac.ir.engine import Engine
-from lorac.ir.sites import Site
-from lorac.ir.slots import Prepared, SitePlan, SiteSlots
-from lorac.ir.snapshot import BaseReader, Snapshot, compose_choice, slots_of
+from lorac.ir.host.sites import BaseReader, Site
+from lorac.ir.slots.choice import Active, Choice, Spec, describe, parse_choice, spell
+from lorac.ir.slots.site import Prepared, SitePlan, SiteSlots
+from lorac.ir.slots.snapshot import Snapshot, compose_choice, slots_of
 from lorac.runtime.advice import admitting_reserve, refuse_misfit
 from lorac.runtime.graphs import Graphs, graphs_of
 from lorac.runtime.locks import ReadWriteLock

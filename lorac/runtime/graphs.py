@@ -1,7 +1,7 @@
 """``compiled.graph``: what was captured and how the passes changed it, to print, compare and draw.
 
-Kept is text only (``lorac.ir.dump``), never the graph or a weight. The adapters at the sites are looked up when a graph
-is printed, so they are those of that moment.
+Kept is text only (``lorac.ir.view.dump``), never the graph or a weight. The adapters at the sites are looked up when a
+graph is printed, so they are those of that moment.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from lorac.errors import Unavailable, nearest_name
-from lorac.ir.drawing import to_dot, to_html
-from lorac.ir.dump import Dump, dump
-from lorac.ir.graph import Graph
-from lorac.ir.printer import Notes, diff_dumps, to_text
-from lorac.ir.structure import narrow
-from lorac.ir.terms import describe_terms, describe_variant
+from lorac.ir.graph.graph import Graph
+from lorac.ir.view.drawing import to_dot, to_html
+from lorac.ir.view.dump import Dump, dump
+from lorac.ir.view.printer import Notes, diff_dumps, to_text
+from lorac.ir.view.sections import narrow
+from lorac.ir.view.terms import describe_terms, describe_variant
 
 CAPTURE = "capture"
 

@@ -9,15 +9,15 @@ from typing import Any
 from torch import nn
 
 from lorac.errors import BaseNeeded
-from lorac.ir import skeleton
-from lorac.ir.tensorfile import TensorFile
+from lorac.ir.host import skeleton
+from lorac.ir.store.tensors import TensorFile
 
 
 class Host:
     """A host model.
 
     An engine that runs the host keeps it. One that runs an emitted program lets it go after the build: adapters then
-    find their places on a skeleton (``lorac.ir.skeleton``), and base weights come from the engine's own file.
+    find their places on a skeleton (``lorac.ir.host.skeleton``), and base weights come from the engine's own file.
 
     Args:
         module: the model, in the dtype the target computes in.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorac.ir.models import Models
+from lorac.ir.host.components import Models
 from lorac.runtime.compiled import UNSET, Compiled
 
 

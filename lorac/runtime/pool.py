@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from lorac.errors import AdapterExists
-from lorac.ir.choice import require_known
-from lorac.ir.slots import Prepared
+from lorac.ir.slots.choice import require_known
+from lorac.ir.slots.site import Prepared
 
 
 class HasTensors(Protocol):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lorac.errors import ChoiceError, Unavailable
-from lorac.ir.choice import Spec
+from lorac.ir.slots.choice import Spec
 
 
 def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:

@@ -14,14 +14,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from lorac.compiler import compile
-from lorac.ir.sites import Site, bias_of, find_sites
-from lorac.ir.slots import Ctx
+from lorac.compiler.api import compile
+from lorac.ir.host.sites import Site, bias_of, find_sites
+from lorac.ir.slots.run import Ctx
 from lorac.runtime.compiled import Compiled
 from lorac.testing.hosts import Host
 from lorac.testing.parity import contribution
 from lorac.testing.samples import AIM, adapter_away
-from lorac.variants.base import Adapter, BranchVariant, Variant, WeightVariant
+from lorac.variants.adapter import Adapter
+from lorac.variants.base import BranchVariant, Variant, WeightVariant
 
 Array = np.ndarray
 Tensor = torch.Tensor

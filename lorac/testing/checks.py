@@ -10,20 +10,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorac.compiler import compile
+from lorac.adapters.preparing import Lowerer
+from lorac.compiler.api import compile
 from lorac.errors import NotMergeable, SiteUnsupported
 from lorac.formats import load_adapter, save_adapter
-from lorac.ir.forms import merge, merge_bias
-from lorac.ir.rules import RULES
-from lorac.ir.sites import bias_of
-from lorac.ir.snapshot import BaseReader
-from lorac.ir.types import Role
-from lorac.passes.normal_forms import Lowerer
+from lorac.ir.algebra.changes import merge, merge_bias
+from lorac.ir.algebra.rules import RULES
+from lorac.ir.host.sites import BaseReader, bias_of
 from lorac.runtime.compiled import Compiled
 from lorac.testing.case import Case
 from lorac.testing.parity import assert_parity
 from lorac.testing.samples import spread
-from lorac.variants.base import Adapter, WeightVariant
+from lorac.variants.adapter import Adapter
+from lorac.variants.base import WeightVariant
+from lorac.variants.params import Role
 
 Tensor = torch.Tensor
 MIX = {"a": 0.7, "b": 0.3}

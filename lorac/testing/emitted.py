@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lorac.compiler import compile
+from lorac.compiler.api import compile
 from lorac.errors import NotMergeable
 from lorac.runtime.compiled import Compiled
 from lorac.testing.case import Case

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorac.errors import SiteUnsupported
-from lorac.ir.sites import Site, find_sites
-from lorac.ir.types import SiteKind
+from lorac.ir.host.sites import Site, SiteKind, find_sites
 from lorac.variants.base import Variant
 
 Array = np.ndarray

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorac.compiler import compile
+from lorac.compiler.api import compile
 from lorac.errors import UnknownOption
-from lorac.ir.sites import Site, find_sites
-from lorac.ir.types import Role
+from lorac.ir.host.sites import Site, find_sites
 from lorac.testing.parity import CONTRIBUTION, contribution
-from lorac.variants.base import Adapter, Variant, dataclass_fields
+from lorac.variants.adapter import Adapter
+from lorac.variants.base import Variant, dataclass_fields
+from lorac.variants.params import Role
 
 Tensor = torch.Tensor
 AIM = 0.2

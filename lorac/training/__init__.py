@@ -5,10 +5,10 @@ with NestedRanks(compiled, optimizer):
     ...  # a plain loop, or Trainer(..., optimizers=(optimizer, None))
 """
 
+from lorac.adapters.pruning import pruned
 from lorac.training.nested import NestedRanks
 from lorac.training.preconditioned import Preconditioned
 from lorac.training.proximal import ProximalGates, gate_penalty, soft_threshold, sora_code_threshold, thresholds
-from lorac.training.pruning import pruned
 
 __all__ = [
     "NestedRanks",

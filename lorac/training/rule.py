@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 
 from lorac.errors import AdapterNotFound, ChoiceError, Unavailable
-from lorac.variants.base import Adapter, Variant
+from lorac.variants.adapter import Adapter
+from lorac.variants.base import Variant
 
 Tensor = torch.Tensor
 

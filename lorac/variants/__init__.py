@@ -1,26 +1,25 @@
 """One file per method; a file's existence is its registration.
 
-Files that begin with an underscore hold helpers, ``base.py`` the two abstract bases.
+Files that begin with an underscore hold helpers; ``base.py`` has the two abstract bases, ``params.py`` the tensors of
+a method, ``adapter.py`` what holds them.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
-import pkgutil
 import sys
 from collections.abc import Iterator
 from types import ModuleType
 
+from lorac.discovery import modules_of
 from lorac.errors import UnknownField, nearest_name
 from lorac.variants.base import Variant, is_concrete
 
 
 @functools.cache
 def _load_all() -> None:
-    for module in pkgutil.iter_modules(__path__):
-        if not module.name.startswith("_") and module.name != "base":
-            importlib.import_module(f"{__name__}.{module.name}")
+    for _ in modules_of(sys.modules[__name__]):
+        pass
 
 
 def _subclasses(parent: type[Variant]) -> Iterator[type[Variant]]:

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from lorac.ir.types import Init, InitContext
+from lorac.variants.params import Init, InitContext
 
 
 def zeros(context: InitContext) -> torch.Tensor:

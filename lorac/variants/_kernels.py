@@ -10,8 +10,8 @@ import math
 import torch
 
 from lorac.errors import SiteUnsupported
-from lorac.ir.sites import Site
-from lorac.ir.types import InitContext
+from lorac.ir.host.sites import Site
+from lorac.variants.params import InitContext
 
 
 def columns(site: Site) -> tuple[int, int]:

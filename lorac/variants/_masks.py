@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from lorac.errors import UnknownOption, nearest_name
-from lorac.ir.sites import Site
-from lorac.ir.types import InitContext
+from lorac.ir.host.sites import Site
+from lorac.variants.params import InitContext
 
 Tensor = torch.Tensor
 

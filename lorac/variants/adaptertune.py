@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from lorac.errors import UnknownOption, nearest_name
-from lorac.ir.patterns import block_index
-from lorac.ir.sites import Site
-from lorac.ir.types import Params, ParamSpec, SiteKind
+from lorac.ir.algebra.reduction import Params
+from lorac.ir.host.patterns import block_index
+from lorac.ir.host.sites import Site, SiteKind
 from lorac.variants import _inits
 from lorac.variants.base import BranchVariant, Context
+from lorac.variants.params import ParamSpec
 
 _UP_INITS = {"zero": _inits.zeros, "small": _inits.normal(1e-4)}
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 
 from lorac.errors import SiteUnsupported
-from lorac.ir.patterns import first_match
-from lorac.ir.sites import Site
-from lorac.ir.types import Dropout, Params, ParamSpec, SiteKind
+from lorac.ir.algebra.reduction import Params
+from lorac.ir.host.patterns import first_match
+from lorac.ir.host.sites import Site, SiteKind
+from lorac.ir.slots.training import Dropout
+from lorac.variants.params import ParamSpec
 
 Tensor = torch.Tensor
 MATRIX_KINDS = frozenset({SiteKind.LINEAR, SiteKind.CONV1D, SiteKind.CONV2D, SiteKind.CONV3D, SiteKind.EMBEDDING})
@@ -135,54 +137,12 @@ class BranchVariant(Variant):
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """Names of the program values the formula asks for through ``ctx.value`` (``lorac.ir.values``)."""
+        """Names of the program values the formula asks for through ``ctx.value`` (``lorac.ir.slots.reads``)."""
         return ()
 
     @abstractmethod
     def branch(self, x: Tensor, y: Tensor, p: Params, ctx: Context) -> Tensor:
         """y' (…, out) from x (…, in) and y (…, out); y' is the whole new output."""
-
-
-class ProgramVariant(Variant):
-    """A method that rewrites the program itself; the last resort, for side networks and text projectors."""
-
-    @abstractmethod
-    def rewrite(self, program: Any) -> Any:
-        """Program -> Program."""
-
-
-@dataclass(eq=False)
-class Adapter:
-    """An adapter: a name, a variant, the sites it targets, and its tensors.
-
-    Attributes:
-        name: how ``swap`` calls it.
-        variant: the method and its hyper-parameters.
-        tensors: site path -> parameter name -> tensor, in the matrix convention. Parameters shared by all sites are
-            the same tensor object at each.
-        replaced: fully qualified parameter name -> the tensor that takes its place (modules_to_save, trained biases).
-        provenance: where it came from, and what its file recorded (base hash, format, original configuration).
-    """
-
-    name: str
-    variant: Variant
-    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    replaced: dict[str, Tensor] = field(default_factory=dict)
-    provenance: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def sites(self) -> tuple[str, ...]:
-        """Paths of the sites it adapts, in order."""
-        return tuple(self.tensors)
-
-    def parameters(self) -> Iterable[Tensor]:
-        """Every distinct tensor of the adapter."""
-        own = [tensor for at in self.tensors.values() for tensor in at.values()]
-        return {id(tensor): tensor for tensor in (*own, *self.replaced.values())}.values()
-
-    def numel(self) -> int:
-        """Number of stored values, shared tensors counted once."""
-        return sum(t.numel() for t in self.parameters())
 
 
 def dataclass_fields(variant: type[Variant]) -> tuple[str, ...]:

@@ -15,10 +15,12 @@ from typing import ClassVar, cast
 import torch
 
 from lorac.errors import ChoiceError, NotMergeable, UnknownOption
-from lorac.ir.patterns import select
-from lorac.ir.sites import Site
-from lorac.ir.types import Init, InitContext, Params, ParamSpec
-from lorac.variants.base import Adapter, Variant, WeightVariant
+from lorac.ir.algebra.reduction import Params
+from lorac.ir.host.patterns import select
+from lorac.ir.host.sites import Site
+from lorac.variants.adapter import Adapter
+from lorac.variants.base import Variant, WeightVariant
+from lorac.variants.params import Init, InitContext, ParamSpec
 
 Tensor = torch.Tensor
 

@@ -13,10 +13,12 @@ from typing import ClassVar
 
 import torch
 
-from lorac.ir.sites import Site
-from lorac.ir.types import Dropout, InitContext, Params, ParamSpec, SiteKind
+from lorac.ir.algebra.reduction import Params
+from lorac.ir.host.sites import Site, SiteKind
+from lorac.ir.slots.training import Dropout
 from lorac.variants import _inits
 from lorac.variants.base import MATRIX_KINDS, WeightVariant
+from lorac.variants.params import InitContext, ParamSpec
 
 _AXES = ("cp_d", "cp_h", "cp_w")
 """Factors of a kernel's axes; a kernel has the last of them."""

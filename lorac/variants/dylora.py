@@ -12,10 +12,12 @@ from typing import ClassVar
 import torch
 
 from lorac.errors import SiteUnsupported
-from lorac.ir.sites import Site
-from lorac.ir.types import Dropout, Params, ParamSpec
+from lorac.ir.algebra.reduction import Params
+from lorac.ir.host.sites import Site
+from lorac.ir.slots.training import Dropout
 from lorac.variants import _inits
 from lorac.variants.base import WeightVariant
+from lorac.variants.params import ParamSpec
 
 
 @dataclass(frozen=True, kw_only=True)

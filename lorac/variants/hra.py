@@ -12,10 +12,11 @@ from typing import ClassVar
 import torch
 
 from lorac.errors import SiteUnsupported
-from lorac.ir.sites import Site
-from lorac.ir.types import InitContext, Params, ParamSpec, SiteKind
+from lorac.ir.algebra.reduction import Params
+from lorac.ir.host.sites import Site, SiteKind
 from lorac.variants import _inits
 from lorac.variants.base import WeightVariant
+from lorac.variants.params import InitContext, ParamSpec
 
 
 def _pairs(context: InitContext) -> torch.Tensor:

@@ -11,10 +11,11 @@ from typing import ClassVar
 
 import torch
 
-from lorac.ir.patterns import matches
-from lorac.ir.sites import Site
-from lorac.ir.types import InitContext, Params, ParamSpec, SiteKind
+from lorac.ir.algebra.reduction import Params
+from lorac.ir.host.patterns import matches
+from lorac.ir.host.sites import Site, SiteKind
 from lorac.variants.base import WeightVariant
+from lorac.variants.params import InitContext, ParamSpec
 
 _ALL = ".*"
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lorac.ir.patterns import names
-from lorac.ir.sites import Site
-from lorac.ir.types import ParamSpec, SiteKind
+from lorac.ir.host.patterns import names
+from lorac.ir.host.sites import Site, SiteKind
 from lorac.variants.base import Variant
+from lorac.variants.params import ParamSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,10 +12,11 @@ from typing import ClassVar
 
 import torch
 
-from lorac.ir.sites import Site
-from lorac.ir.types import Params, ParamSpec
+from lorac.ir.algebra.reduction import Params
+from lorac.ir.host.sites import Site
 from lorac.variants import _inits, _kernels
 from lorac.variants.base import WeightVariant
+from lorac.variants.params import ParamSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,11 @@ from typing import ClassVar
 import torch
 
 from lorac.errors import SiteUnsupported, UnknownOption, nearest_name
-from lorac.ir.sites import Site
-from lorac.ir.types import InitContext, Params, ParamSpec, Role, SiteKind
+from lorac.ir.algebra.reduction import Params
+from lorac.ir.host.sites import Site, SiteKind
 from lorac.variants._kernels import refuse_groups
 from lorac.variants.base import WeightVariant
+from lorac.variants.params import InitContext, ParamSpec, Role
 
 Tensor = torch.Tensor
 

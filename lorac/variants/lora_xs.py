@@ -12,10 +12,13 @@ from typing import ClassVar
 import torch
 
 from lorac.errors import ShapeMismatch, SiteUnsupported
-from lorac.ir.sites import Site
-from lorac.ir.types import Dropout, InitContext, Params, ParamSpec, Role
+from lorac.ir.algebra.reduction import Params
+from lorac.ir.host.sites import Site
+from lorac.ir.slots.training import Dropout
 from lorac.variants import _inits
-from lorac.variants.base import Adapter, WeightVariant
+from lorac.variants.adapter import Adapter
+from lorac.variants.base import WeightVariant
+from lorac.variants.params import InitContext, ParamSpec, Role
 
 Tensor = torch.Tensor
 _EXACT = 512

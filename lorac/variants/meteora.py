@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 
 from lorac.errors import AdapterError, BaseNeeded, ShapeMismatch
-from lorac.ir.routing import topk_gate
-from lorac.ir.sites import Site
-from lorac.ir.types import InitContext, Params, ParamSpec, Role, SiteKind
+from lorac.ir.algebra.reduction import Params
+from lorac.ir.host.sites import Site, SiteKind
 from lorac.variants import _inits
-from lorac.variants.base import Adapter, BranchVariant, Context
+from lorac.variants._routing import topk_gate
+from lorac.variants.adapter import Adapter
+from lorac.variants.base import BranchVariant, Context
+from lorac.variants.params import InitContext, ParamSpec, Role
 
 Factors = tuple[torch.Tensor, torch.Tensor]
 """A (r, in) and B (out, r) of one LoRA at one site, its scale folded into B."""

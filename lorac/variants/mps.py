@@ -14,10 +14,12 @@ from typing import ClassVar
 import torch
 
 from lorac.errors import SiteUnsupported, UnknownOption, nearest_name
-from lorac.ir.sites import Site
-from lorac.ir.types import Dropout, Params, ParamSpec, SiteKind
+from lorac.ir.algebra.reduction import Params
+from lorac.ir.host.sites import Site, SiteKind
+from lorac.ir.slots.training import Dropout
 from lorac.variants import _inits
 from lorac.variants.base import WeightVariant
+from lorac.variants.params import ParamSpec
 
 _LEGS = ("first", "last")
 

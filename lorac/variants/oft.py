@@ -12,11 +12,12 @@ from typing import ClassVar
 import torch
 
 from lorac.errors import SiteUnsupported, UnknownOption
-from lorac.ir.sites import Site
-from lorac.ir.types import Params, ParamSpec, SiteKind
+from lorac.ir.algebra.reduction import Params
+from lorac.ir.host.sites import Site, SiteKind
 from lorac.variants import _inits
 from lorac.variants._rotations import cayley, neumann, skew
 from lorac.variants.base import WeightVariant
+from lorac.variants.params import ParamSpec
 
 Tensor = torch.Tensor
 

@@ -11,10 +11,12 @@ from typing import ClassVar
 import torch
 
 from lorac.errors import ChoiceError, SiteNotFound, UnknownOption, nearest_name
-from lorac.ir.sites import Site
-from lorac.ir.types import Init, InitContext, Params, ParamSpec, Role
+from lorac.ir.algebra.reduction import Params
+from lorac.ir.host.sites import Site
 from lorac.variants import _inits
-from lorac.variants.base import Adapter, Variant, WeightVariant
+from lorac.variants.adapter import Adapter
+from lorac.variants.base import Variant, WeightVariant
+from lorac.variants.params import Init, InitContext, ParamSpec, Role
 
 Tensor = torch.Tensor
 _BASES = ("rows", "exact", "none")

@@ -11,10 +11,12 @@ from typing import ClassVar
 
 import torch
 
-from lorac.ir.sites import Site
-from lorac.ir.types import Dropout, InitContext, Params, ParamSpec, Role
+from lorac.ir.algebra.reduction import Params
+from lorac.ir.host.sites import Site
+from lorac.ir.slots.training import Dropout
 from lorac.variants import _inits
 from lorac.variants.base import WeightVariant
+from lorac.variants.params import InitContext, ParamSpec, Role
 
 Tensor = torch.Tensor
 Shape = tuple[int, int, int]

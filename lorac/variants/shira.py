@@ -11,8 +11,8 @@ from typing import ClassVar
 import torch
 
 from lorac.errors import SiteUnsupported
-from lorac.ir.sites import Site
-from lorac.ir.types import Params, ParamSpec, Role
+from lorac.ir.algebra.reduction import Params
+from lorac.ir.host.sites import Site
 from lorac.variants import _inits
 from lorac.variants._masks import (
     MaskMaker,
@@ -24,6 +24,7 @@ from lorac.variants._masks import (
     struct_mask,
 )
 from lorac.variants.base import WeightVariant
+from lorac.variants.params import ParamSpec, Role
 
 __all__ = ["MaskMaker", "SHiRA", "gradient_mask", "magnitude_mask", "random_mask", "snip_mask", "struct_mask"]
 

@@ -16,11 +16,13 @@ from typing import ClassVar
 import torch
 
 from lorac.errors import UnknownOption, nearest_name
-from lorac.ir.sites import Site
-from lorac.ir.types import Dropout, Init, InitContext, Params, ParamSpec, Role
+from lorac.ir.algebra.reduction import Params
+from lorac.ir.host.sites import Site
+from lorac.ir.slots.training import Dropout
 from lorac.variants import _inits
 from lorac.variants._kernels import refuse_groups
 from lorac.variants.base import WeightVariant
+from lorac.variants.params import Init, InitContext, ParamSpec, Role
 
 Tensor = torch.Tensor
 FACTORS = ("dense", "identity")

@@ -14,10 +14,11 @@ from typing import ClassVar
 import torch
 
 from lorac.errors import SiteUnsupported, UnknownOption, nearest_name
-from lorac.ir.sites import Site
-from lorac.ir.types import Init, InitContext, Params, ParamSpec, SiteKind
+from lorac.ir.algebra.reduction import Params
+from lorac.ir.host.sites import Site, SiteKind
 from lorac.variants import _inits
 from lorac.variants.base import WeightVariant
+from lorac.variants.params import Init, InitContext, ParamSpec
 
 Tensor = torch.Tensor
 _DIMS = ((4, 8, 10), (8, 8, 10), (8, 8, 12), (8, 10, 16), (8, 16, 16))

@@ -11,7 +11,7 @@ import torch
 import lorac
 from lorac.analysis.methods import HEADERS, WIDTH, MethodRow, cells, markdown
 from lorac.cli._methods import method_rows
-from lorac.ir.types import ParamSpec
+from lorac.variants.params import ParamSpec
 
 BUILT_IN = {v.name: v for v in lorac.variants().values() if v.__module__.startswith("lorac.")}
 

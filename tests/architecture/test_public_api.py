@@ -17,8 +17,9 @@ CLASSES = {
     "Adapter",
     "BranchVariant",
     "Compiled",
-    "ProgramVariant",
+    "ParamSpec",
     "Reserve",
+    "Role",
     "SwapReport",
     "WeightVariant",
 }

@@ -115,8 +115,8 @@ def _input(model: ir.Model, name: str) -> ir.Value:
 
 
 def _content(built: Built, name: str) -> Tensor:
-    from lorac.ir.feeds import named_tensors
-    from lorac.ir.snapshot import slots_of
+    from lorac.ir.graph.feeds import named_tensors
+    from lorac.ir.slots.snapshot import slots_of
 
     engine = built.engine
     return named_tensors(engine.slots, engine.plans, slots_of(engine.plans, built.snapshot, engine.base))[name]

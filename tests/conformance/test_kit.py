@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import lorac
-from lorac.ir.types import ParamSpec, Role, SiteKind
+from lorac.ir.host.sites import SiteKind
 from lorac.testing import HOSTS, Oracle, conformance, samples
 from lorac.variants import _inits
+from lorac.variants.params import ParamSpec, Role
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from typing import ClassVar
 
 import torch
 
-from lorac.ir.types import ParamSpec
+from lorac.variants.params import ParamSpec
 from lorac.variants import _inits
 from lorac.variants.base import WeightVariant
 

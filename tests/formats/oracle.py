@@ -11,9 +11,10 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 
 from lorac.formats import load_adapter, save_adapter
-from lorac.ir.sites import Site, find_sites
-from lorac.ir.types import Params
-from lorac.variants.base import Adapter, WeightVariant
+from lorac.ir.algebra.reduction import Params
+from lorac.ir.host.sites import Site, find_sites
+from lorac.variants.adapter import Adapter
+from lorac.variants.base import WeightVariant
 from tests import parity, peft_files
 from tests.zoo import ZOO
 

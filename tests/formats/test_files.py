@@ -22,7 +22,7 @@ from lorac.formats._files import (
     read_safetensors,
     write_json,
 )
-from lorac.ir.tensorfile import DTYPES, write_safetensors
+from lorac.ir.store.tensors import DTYPES, write_safetensors
 
 GOOD = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
 

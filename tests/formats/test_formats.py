@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import lorac.formats
 from lorac.errors import CorruptFile, FormatError, UnknownFormat
 from lorac.formats import formats, load_adapter, save_adapter
-from lorac.variants.base import Adapter
+from lorac.variants.adapter import Adapter
 from lorac.variants.lora import LoRA
 from tests import peft_files
 from tests.formats.oracle import assert_equal
@@ -104,7 +104,7 @@ def test_failed_saves_leave_everything_as_it_was(
 
     before = contents()
     other = Adapter("mine", adapter.variant, {"up": {n: t + 1 for n, t in adapter.tensors["up"].items()}})
-    monkeypatch.setattr("lorac.ir.tensorfile.raw_bytes", lambda tensor: (_ for _ in ()).throw(OSError))
+    monkeypatch.setattr("lorac.ir.store.tensors.raw_bytes", lambda tensor: (_ for _ in ()).throw(OSError))
     with pytest.raises(OSError):
         save_adapter(other, target, format, model)  # while writing
     assert contents() == before
@@ -160,7 +160,7 @@ def test_tensors_that_train_are_written_as_they_are(tmp_path: Path, adapter: Ada
 def another_format(tmp_path: Path) -> Iterator[None]:
     source = """
 from lorac.formats._format import Format
-from lorac.variants.base import Adapter
+from lorac.variants.adapter import Adapter
 from lorac.variants.lora import LoRA
 
 FORMAT = Format(

@@ -22,15 +22,17 @@ from lorac.errors import (
     UnusedTensors,
 )
 from lorac.formats import load_adapter, save_adapter
-from lorac.ir.sites import Site, find_sites
-from lorac.ir.types import Params, ParamSpec
+from lorac.ir.algebra.reduction import Params
+from lorac.ir.host.sites import Site, find_sites
 from lorac.variants import variants
 from lorac.variants._inits import zeros
 from lorac.variants._masks import struct_mask
-from lorac.variants.base import Adapter, Variant, WeightVariant
+from lorac.variants.adapter import Adapter
+from lorac.variants.base import Variant, WeightVariant
 from lorac.variants.dora import DoRA
 from lorac.variants.hydra import Hydra
 from lorac.variants.lora import LoRA
+from lorac.variants.params import ParamSpec
 from lorac.variants.shira import SHiRA
 from tests.formats.oracle import assert_equal
 from tests.zoo import ZOO

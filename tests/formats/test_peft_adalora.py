@@ -13,7 +13,7 @@ import lorac
 from lorac.errors import ShapeMismatch
 from lorac.formats import load_adapter, save_adapter
 from lorac.formats.peft.config import methods
-from lorac.ir.forms import LowRank
+from lorac.ir.algebra.changes import LowRank
 from lorac.variants.adalora import AdaLoRA
 from tests import parity
 from tests.peft_files import SMALL, configure, load_peft, quiet, wrap

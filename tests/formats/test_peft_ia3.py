@@ -9,7 +9,7 @@ import torch
 
 from lorac.errors import ShapeMismatch
 from lorac.formats import load_adapter, save_adapter
-from lorac.variants.base import Adapter
+from lorac.variants.adapter import Adapter
 from lorac.variants.ia3 import IA3
 from tests.peft_files import configure, load_peft, made
 from tests.zoo import ZOO

@@ -11,7 +11,7 @@ from peft import HRAConfig, OFTConfig
 import lorac
 from lorac.errors import BaseNeeded, UnsupportedField
 from lorac.formats import load_adapter, save_adapter
-from lorac.variants.base import Adapter
+from lorac.variants.adapter import Adapter
 from lorac.variants.hira import HiRA
 from lorac.variants.lokr import LoKr
 from tests import parity

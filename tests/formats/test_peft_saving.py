@@ -12,7 +12,7 @@ from peft import LoraConfig
 
 from lorac.errors import BaseNeeded, ShapeMismatch, SiteUnsupported, UnsupportedField
 from lorac.formats import load_adapter, save_adapter
-from lorac.variants.base import Adapter
+from lorac.variants.adapter import Adapter
 from lorac.variants.hydra import Hydra
 from lorac.variants.lora import LoRA
 from tests.formats.oracle import assert_equal

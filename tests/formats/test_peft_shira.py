@@ -11,7 +11,7 @@ from peft import ShiraConfig
 
 from lorac.errors import BaseNeeded, ShapeMismatch, SiteUnsupported, UnsupportedField
 from lorac.formats import load_adapter, save_adapter
-from lorac.variants.base import Adapter
+from lorac.variants.adapter import Adapter
 from lorac.variants.shira import SHiRA
 from tests import peft_files
 from tests.formats.oracle import assert_equal, assert_round_trip, assert_same

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 import lorac
-from lorac.ir.dump import dump
-from lorac.ir.graph import Graph, Level
-from lorac.ir.printer import diff_dumps, to_text
+from lorac.ir.graph.graph import Graph, Level
+from lorac.ir.view.dump import dump
+from lorac.ir.view.printer import diff_dumps, to_text
 from lorac.passes.pack import pack
 from lorac.passes.pipelines import adapt, run_pipeline
 from tests import goldens

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.ir.types import ParamSpec
+from lorac.variants.params import ParamSpec
 
 
 @dataclass(frozen=True, kw_only=True)

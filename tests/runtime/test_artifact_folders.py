@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.ir.plain import output_class
+from lorac.ir.graph.outputs import output_class
 from lorac.runtime import artifact
 from tests.runtime.artefacts import assert_same_folders, make_compiled
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.ir.types import ParamSpec
+from lorac.variants.params import ParamSpec
 from tests.runtime.switching import ENTRY, adapter, answer, build, pair, raw
 
 TARGETS = ("eager", "onnxruntime")

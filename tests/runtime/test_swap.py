@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.ir.fused import FusedBuffer
+from lorac.ir.slots.buffers import FusedBuffer
 from tests.runtime.switching import CHOICES, CYCLE, MIXTURE, X, adapter, answer, build, fresh, key, pair, raw
 
 PAIRS = (("dora", "shira"), ("lora", "hydra"))

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 import lorac
-from lorac.ir.routing import top_k
-from lorac.ir.types import ParamSpec, SiteKind
+from lorac.ir.host.sites import SiteKind
 from lorac.variants import _inits
+from lorac.variants._routing import top_k
+from lorac.variants.params import ParamSpec
 from tests.parity import assert_parity
 from tests.variants.away import away
 

@@ -13,11 +13,11 @@ from torch import nn
 
 import lorac
 from lorac.errors import ShapeMismatch, SiteUnsupported
-from lorac.ir.patterns import layer_index, names
-from lorac.ir.sites import Site, find_sites
-from lorac.ir.types import Role
+from lorac.ir.host.patterns import layer_index, names
+from lorac.ir.host.sites import Site, find_sites
 from lorac.testing import samples
 from lorac.variants.base import BranchVariant, Variant
+from lorac.variants.params import Role
 from tests import zoo
 from tests.training.loops import TARGETS, data, host, plain_loop, trained
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lorac.ir.sites import CONVOLUTIONS
+from lorac.ir.host.sites import CONVOLUTIONS
 from lorac.testing import Host
 from lorac.testing.hosts import OneSite
 

@@ -8,9 +8,8 @@ from torch import nn
 
 import lorac
 from lorac.errors import ShapeMismatch
-from lorac.ir.forms import LowRank
-from lorac.ir.sites import Site, find_sites
-from lorac.ir.types import SiteKind
+from lorac.ir.algebra.changes import LowRank
+from lorac.ir.host.sites import Site, SiteKind, find_sites
 from lorac.testing import HOSTS, Case
 from lorac.variants.adalora import AdaLoRA
 from tests import parity

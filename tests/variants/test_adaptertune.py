@@ -6,9 +6,8 @@ import pytest
 import torch
 
 import lorac
-from lorac.ir.sites import Site
-from lorac.ir.slots import Ctx
-from lorac.ir.types import SiteKind
+from lorac.ir.host.sites import Site, SiteKind
+from lorac.ir.slots.run import Ctx
 from tests.parity import assert_parity
 from tests.variants.away import away
 from tests.zoo import ZOO

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import lorac
-from lorac.ir.forms import Dense
-from lorac.ir.types import Params
+from lorac.ir.algebra.changes import Dense
+from lorac.ir.algebra.reduction import Params
 from lorac.testing import HOSTS, Case
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 import lorac
 from lorac.errors import SiteUnsupported, UnknownOption
-from lorac.ir.forms import Dense
+from lorac.ir.algebra.changes import Dense
 from lorac.testing import HOSTS, Case, conformance
 from lorac.variants.boft import BOFT
 from lorac.variants.oft import OFT

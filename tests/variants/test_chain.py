@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.ir.forms import LowRank
-from lorac.ir.types import Params
+from lorac.ir.algebra.changes import LowRank
+from lorac.ir.algebra.reduction import Params
 from lorac.testing import HOSTS, Case, conformance
 from tests.oracles import chain as oracle
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lorac
-from lorac.ir.forms import LowRank
+from lorac.ir.algebra.changes import LowRank
 from lorac.testing import Case, checks
 from tests import parity
 from tests.variants.convs import OBLONG, SQUARE

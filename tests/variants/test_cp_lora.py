@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import lorac
-from lorac.ir.forms import Dense, LowRank
-from lorac.ir.types import Params
+from lorac.ir.algebra.changes import Dense, LowRank
+from lorac.ir.algebra.reduction import Params
 from lorac.testing import Case, checks
 from tests import parity
 from tests.variants.convs import GROUPED, OBLONG, SQUARE, conv_host

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.ir.forms import LowRank
-from lorac.ir.sites import find_sites
+from lorac.ir.algebra.changes import LowRank
+from lorac.ir.host.sites import find_sites
 from lorac.testing import HOSTS, Case
 from tests import parity
 

@@ -9,9 +9,9 @@ from torch import nn
 
 import lorac
 from lorac.errors import SiteUnsupported
-from lorac.ir.forms import Dense
-from lorac.ir.sites import Site, find_sites
-from lorac.ir.types import Params, SiteKind
+from lorac.ir.algebra.changes import Dense
+from lorac.ir.algebra.reduction import Params
+from lorac.ir.host.sites import Site, SiteKind, find_sites
 from lorac.variants.fourierft import FourierFT
 
 

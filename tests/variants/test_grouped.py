@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.ir.types import Params
+from lorac.ir.algebra.reduction import Params
 from lorac.testing import Case
 from tests.variants.convs import conv_host
 

@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.ir.forms import LowRank
-from lorac.ir.sites import Site
-from lorac.ir.types import SiteKind
+from lorac.ir.algebra.changes import LowRank
+from lorac.ir.host.sites import Site, SiteKind
 from lorac.testing import HOSTS, Case
 from tests import parity
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.ir.forms import LowRank
+from lorac.ir.algebra.changes import LowRank
 from lorac.testing import HOSTS, Case, Oracle, conformance
 from tests import parity
 from tests.oracles import ia3 as equations

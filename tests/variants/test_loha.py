@@ -8,8 +8,7 @@ from torch import nn
 
 import lorac
 from lorac.errors import ShapeMismatch
-from lorac.ir.sites import Site, find_sites
-from lorac.ir.types import SiteKind
+from lorac.ir.host.sites import Site, SiteKind, find_sites
 from lorac.testing import HOSTS, Case
 from lorac.variants.loha import LoHa
 
@@ -56,11 +55,11 @@ def test_worked_example():
 def test_rank_is_up_to_r_squared():
     case = Case(LoHa(r=3), HOSTS["divisible"])
     p = case.a.tensors["site"]
-    change = case.variant.weight(torch.zeros(6, 12, dtype=torch.float64), lorac.ir.types.Params(**p))
+    change = case.variant.weight(torch.zeros(6, 12, dtype=torch.float64), lorac.ir.algebra.reduction.Params(**p))
     assert torch.linalg.matrix_rank(change) == 6
     case = Case(LoHa(r=2), HOSTS["divisible"])
     p = case.a.tensors["site"]
-    change = case.variant.weight(torch.zeros(6, 12, dtype=torch.float64), lorac.ir.types.Params(**p))
+    change = case.variant.weight(torch.zeros(6, 12, dtype=torch.float64), lorac.ir.algebra.reduction.Params(**p))
     assert torch.linalg.matrix_rank(change) == 4
 
 

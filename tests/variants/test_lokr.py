@@ -7,8 +7,7 @@ from torch import nn
 
 import lorac
 from lorac.errors import SiteUnsupported
-from lorac.ir.sites import Site, find_sites
-from lorac.ir.types import SiteKind
+from lorac.ir.host.sites import Site, SiteKind, find_sites
 from lorac.variants.lokr import LoKr, factors
 
 
@@ -46,7 +45,7 @@ def test_worked_example():
     host.site.weight.zero_()
     variant = LoKr(r=1, alpha=1, targets=("site",))
     # 2 is divided as (1, 2), so that w1 is (1, 1) there; the formula takes any.
-    p = lorac.ir.types.Params(lokr_w1=tensor([[1.0, 2.0]]), lokr_w2=tensor([[1.0], [3.0]]))
+    p = lorac.ir.algebra.reduction.Params(lokr_w1=tensor([[1.0, 2.0]]), lokr_w2=tensor([[1.0], [3.0]]))
     assert variant.weight(host.site.weight, p).tolist() == [[1.0, 2.0], [3.0, 6.0]]
     tensors = {"lokr_w1": tensor([[3.0]]), "lokr_w2": tensor([[1.0, 2.0], [0.0, 1.0]])}
     for mode in ("live", "fused", "baked"):

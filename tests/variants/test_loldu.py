@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.ir.forms import Dense, LowRank
-from lorac.ir.sites import find_sites
-from lorac.ir.types import Params, Role
+from lorac.ir.algebra.changes import Dense, LowRank
+from lorac.ir.algebra.reduction import Params
+from lorac.ir.host.sites import find_sites
 from lorac.testing import HOSTS, Case
+from lorac.variants.params import Role
 from tests import parity
 
 

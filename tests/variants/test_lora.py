@@ -8,8 +8,8 @@ from peft import LoraConfig
 from torch import nn
 
 import lorac
-from lorac.ir.sites import find_sites
-from lorac.ir.types import Params
+from lorac.ir.algebra.reduction import Params
+from lorac.ir.host.sites import find_sites
 from lorac.testing import HOSTS, Case
 from tests import parity, peft_files
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.ir.forms import Dense, LowRank
-from lorac.ir.sites import find_sites
-from lorac.ir.types import Params
+from lorac.ir.algebra.changes import Dense, LowRank
+from lorac.ir.algebra.reduction import Params
+from lorac.ir.host.sites import find_sites
 from lorac.testing import Case, Oracle, checks
 from tests import parity
 from tests.oracles import lora_c as oracle

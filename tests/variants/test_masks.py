@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.ir.sites import find_sites
-from lorac.ir.types import InitContext, Params
+from lorac.ir.algebra.reduction import Params
+from lorac.ir.host.sites import find_sites
 from lorac.variants import _masks, shira
+from lorac.variants.params import InitContext
 
 WEIGHT = torch.tensor([[3.0, -1.0, 0.5], [0.2, -4.0, 2.0]])
 GRADIENTS = {"site": torch.tensor([[0.1, 5.0, -9.0], [0.3, 0.1, 3.0]])}

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 import lorac
-from lorac.ir.routing import top_k
-from lorac.ir.sites import Site
-from lorac.ir.types import SiteKind
+from lorac.ir.host.sites import Site, SiteKind
+from lorac.variants._routing import top_k
 from tests.oracles import meteora as oracle
 from tests.parity import assert_parity
 from tests.variants.away import away, drawn, scaled

@@ -8,8 +8,8 @@ from torch import nn
 
 import lorac
 from lorac.errors import SiteUnsupported, UnknownOption
-from lorac.ir.forms import LowRank
-from lorac.ir.types import Params
+from lorac.ir.algebra.changes import LowRank
+from lorac.ir.algebra.reduction import Params
 from lorac.testing import HOSTS, Case
 from lorac.variants.oft import OFT, nearest_divisor
 from tests import parity

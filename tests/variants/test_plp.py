@@ -7,10 +7,12 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.ir.forms import LowRank
-from lorac.ir.types import InitContext, Params, Role, SiteKind
+from lorac.ir.algebra.changes import LowRank
+from lorac.ir.algebra.reduction import Params
+from lorac.ir.host.sites import SiteKind
 from lorac.testing import HOSTS, Case, Host, conformance
 from lorac.testing.hosts import OneSite
+from lorac.variants.params import InitContext, Role
 from tests.oracles import plp as oracle
 
 SQUARE = Host(

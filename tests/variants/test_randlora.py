@@ -8,9 +8,9 @@ from peft import RandLoraConfig, get_peft_model
 from torch import nn
 
 import lorac
-from lorac.ir.forms import Dense
-from lorac.ir.sites import Site
-from lorac.ir.types import Params, SiteKind
+from lorac.ir.algebra.changes import Dense
+from lorac.ir.algebra.reduction import Params
+from lorac.ir.host.sites import Site, SiteKind
 from tests.oracles import randlora as oracle
 from tests.parity import assert_parity
 

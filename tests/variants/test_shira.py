@@ -6,7 +6,7 @@ from peft import ShiraConfig
 from torch import nn
 
 import lorac
-from lorac.ir.forms import Sparse, SparseSum, add_sparse
+from lorac.ir.algebra.changes import Sparse, SparseSum, add_sparse
 from tests import parity, peft_files
 
 

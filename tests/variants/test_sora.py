@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.ir.forms import LowRank
+from lorac.ir.algebra.changes import LowRank
 from lorac.testing import HOSTS, Case
 from lorac.training import pruned
 from tests import parity

@@ -8,9 +8,9 @@ from torch import nn
 
 import lorac
 from lorac.errors import SiteUnsupported, UnknownOption
-from lorac.ir.forms import Dense, LowRank
-from lorac.ir.sites import Site
-from lorac.ir.types import Params, SiteKind
+from lorac.ir.algebra.changes import Dense, LowRank
+from lorac.ir.algebra.reduction import Params
+from lorac.ir.host.sites import Site, SiteKind
 from lorac.testing import HOSTS, conformance
 from lorac.variants.tlora import TLoRA
 from tests.oracles import tlora as equations

@@ -9,9 +9,9 @@ from torch import nn
 
 import lorac
 from lorac.backends.onnxruntime import emit as emitting
-from lorac.ir.forms import Dense, LowRank
-from lorac.ir.sites import Site, find_sites
-from lorac.ir.types import Params, SiteKind
+from lorac.ir.algebra.changes import Dense, LowRank
+from lorac.ir.algebra.reduction import Params
+from lorac.ir.host.sites import Site, SiteKind, find_sites
 from tests.oracles import vera as oracle
 from tests.parity import assert_parity
 

@@ -8,9 +8,9 @@ from torch import nn
 
 from lorac.backends.eager.artifact import base_file, relowered, restore, store
 from lorac.backends.eager.engine import EagerEngine
-from lorac.ir.copying import structural_copy
 from lorac.ir.engine import BuildRequest
-from lorac.ir.extras import refuse_unemitted
+from lorac.ir.host.copying import structural_copy
+from lorac.ir.slots.emits import refuse_unemitted
 
 __all__ = ["EagerEngine", "Options", "base_file", "build", "host_for", "relowered", "restore", "store"]
 

@@ -14,14 +14,14 @@ from torch.export import Dim
 from lorac.backends.eager.program import ProgramEngine
 from lorac.errors import Unavailable
 from lorac.ir.engine import BuildRequest
-from lorac.ir.feeds import slot_from_json, slot_to_json
-from lorac.ir.graph import Graph, Level, SlotInput
+from lorac.ir.graph.graph import Graph, Level, SlotInput
+from lorac.ir.graph.signature import CallSignature
+from lorac.ir.host.sites import Site
 from lorac.ir.lowered import lowered
-from lorac.ir.signature import CallSignature
-from lorac.ir.sites import Site
-from lorac.ir.slots import SitePlan
-from lorac.ir.storage import StoredProgram, tensors_of, to_json
-from lorac.ir.tensorfile import TensorFile, base_tensors, file_base
+from lorac.ir.slots.site import SitePlan
+from lorac.ir.store.plans import slot_from_json, slot_to_json
+from lorac.ir.store.program import StoredProgram, tensors_of, to_json
+from lorac.ir.store.tensors import TensorFile, base_tensors, file_base
 
 _PROGRAM, _WEIGHTS = "program.json", "weights.safetensors"
 

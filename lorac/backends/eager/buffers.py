@@ -7,10 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from lorac.ir.fused import FusedBuffer
-from lorac.ir.sites import stored_tensor
-from lorac.ir.slots import SitePlan
-from lorac.ir.snapshot import BaseReader
+from lorac.ir.host.sites import BaseReader, stored_tensor
+from lorac.ir.slots.buffers import FusedBuffer
+from lorac.ir.slots.site import SitePlan
 
 
 def fused_buffers(module: nn.Module, plans: Mapping[str, SitePlan], base: BaseReader) -> dict[str, FusedBuffer]:

@@ -19,16 +19,16 @@ from torch import nn
 
 from lorac.backends.eager.buffers import adds_bias, fused_buffers
 from lorac.errors import SiteUnsupported, Unavailable
-from lorac.ir.adapted import LiveTerm, run_terms
-from lorac.ir.choice import Choice
-from lorac.ir.extras import record_emitted
-from lorac.ir.fused import FusedBuffer
-from lorac.ir.layers import calls_below, is_plain, layer_of, with_below
-from lorac.ir.sites import Site, stored_tensor
-from lorac.ir.slots import Ctx, SitePlan, SiteSlots, run_site
-from lorac.ir.snapshot import BaseReader, Snapshot
-from lorac.ir.types import SiteKind
-from lorac.ir.values import BASE, WEIGHT, first_tensor, names_read, parse, presented, replace_first, tapped
+from lorac.ir.host.layers import calls_below, is_plain, layer_of, with_below
+from lorac.ir.host.sites import BaseReader, Site, SiteKind, stored_tensor
+from lorac.ir.slots.buffers import FusedBuffer
+from lorac.ir.slots.choice import Choice
+from lorac.ir.slots.emits import record_emitted
+from lorac.ir.slots.reads import BASE, WEIGHT, first_tensor, names_read, parse, presented, replace_first, tapped
+from lorac.ir.slots.run import Ctx, run_site
+from lorac.ir.slots.site import SitePlan, SiteSlots
+from lorac.ir.slots.snapshot import Snapshot
+from lorac.ir.slots.training import LiveTerm, run_terms
 
 Tensor = torch.Tensor
 Terms = Callable[[str, Choice], Sequence[LiveTerm] | None]

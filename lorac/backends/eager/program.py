@@ -11,12 +11,14 @@ import numpy as np
 import torch
 
 from lorac.errors import Unavailable
-from lorac.ir.feeds import fed, fused_buffers, grouped_aux, named_tensors
-from lorac.ir.graph import SlotInput
-from lorac.ir.signature import CallSignature
-from lorac.ir.slots import SitePlan, SiteSlots
-from lorac.ir.snapshot import BaseReader, Snapshot
-from lorac.ir.storage import StoredProgram
+from lorac.ir.graph.feeds import fed, grouped_aux, named_tensors
+from lorac.ir.graph.graph import SlotInput
+from lorac.ir.graph.signature import CallSignature
+from lorac.ir.host.sites import BaseReader
+from lorac.ir.slots.buffers import fused_buffers
+from lorac.ir.slots.site import SitePlan, SiteSlots
+from lorac.ir.slots.snapshot import Snapshot
+from lorac.ir.store.program import StoredProgram
 
 Tensor = torch.Tensor
 

@@ -18,10 +18,10 @@ from lorac.backends.onnxruntime.options import Options
 from lorac.backends.onnxruntime.session import new_session
 from lorac.errors import ArtifactError, Unavailable
 from lorac.ir.engine import BuildRequest
-from lorac.ir.feeds import slot_from_json, slot_to_json
-from lorac.ir.signature import CallSignature
-from lorac.ir.slots import SitePlan
-from lorac.ir.tensorfile import TensorFile, file_base
+from lorac.ir.graph.signature import CallSignature
+from lorac.ir.slots.site import SitePlan
+from lorac.ir.store.plans import slot_from_json, slot_to_json
+from lorac.ir.store.tensors import TensorFile, file_base
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 

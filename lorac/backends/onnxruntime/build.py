@@ -14,13 +14,13 @@ from lorac.backends.onnxruntime.emit import emit
 from lorac.backends.onnxruntime.engine import OrtEngine
 from lorac.backends.onnxruntime.selftest import self_test
 from lorac.backends.onnxruntime.session import new_session
-from lorac.ir.copying import structural_copy
 from lorac.ir.engine import BuildRequest
-from lorac.ir.extras import refuse_unemitted
-from lorac.ir.feeds import named_tensors
+from lorac.ir.graph.feeds import named_tensors
+from lorac.ir.host.copying import structural_copy
 from lorac.ir.lowered import lowered
-from lorac.ir.snapshot import slots_of
-from lorac.ir.tensorfile import TensorFile, base_tensors, by_columns, file_base
+from lorac.ir.slots.emits import refuse_unemitted
+from lorac.ir.slots.snapshot import slots_of
+from lorac.ir.store.tensors import TensorFile, base_tensors, by_columns, file_base
 from lorac.progress import Progress, progress
 
 BASE = "base.safetensors"

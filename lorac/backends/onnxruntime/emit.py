@@ -21,7 +21,7 @@ from lorac.backends.onnxruntime.exporter import export, quiet
 from lorac.backends.onnxruntime.gate import gate_branches
 from lorac.backends.onnxruntime.rows import to_rows
 from lorac.backends.onnxruntime.translate import TRANSLATIONS, legalize, settle
-from lorac.ir.graph import Graph
+from lorac.ir.graph.graph import Graph
 
 MODEL, WEIGHTS = "model.onnx", "model.onnx.data"
 SITE_METADATA = "lorac.site"

@@ -24,7 +24,7 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.onnx.errors import OnnxExporterError
 
 from lorac.errors import Unavailable
-from lorac.ir.capture import node_line
+from lorac.ir.graph.capture import node_line
 
 _ONE_AT_A_TIME = threading.Lock()
 _whole_registry = functools.cache(ONNXRegistry.from_torchlib)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 import onnx_ir as ir
 
-from lorac.ir.graph import SlotInput
+from lorac.ir.graph.graph import SlotInput
 
 
 def gate_branches(model: ir.Model, slots: Mapping[str, SlotInput]) -> None:

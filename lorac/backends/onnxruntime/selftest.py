@@ -18,13 +18,14 @@ from torch.utils import _pytree as pytree
 from lorac.backends.onnxruntime.emit import MODEL
 from lorac.backends.onnxruntime.engine import Binding, OrtEngine
 from lorac.errors import SelfTestFailed
-from lorac.ir.edit import KEYWORD
-from lorac.ir.feeds import named_tensors
-from lorac.ir.graph import Graph
-from lorac.ir.interp import outputs_of
-from lorac.ir.kinds import kind_of
-from lorac.ir.slots import BranchFill, SitePlan, SiteSlots
-from lorac.ir.snapshot import BaseReader, Snapshot, slots_of
+from lorac.ir.graph.edit import KEYWORD
+from lorac.ir.graph.feeds import named_tensors
+from lorac.ir.graph.graph import Graph
+from lorac.ir.graph.interp import outputs_of
+from lorac.ir.host.sites import BaseReader
+from lorac.ir.slots.layouts import kind_of
+from lorac.ir.slots.site import BranchFill, SitePlan, SiteSlots
+from lorac.ir.slots.snapshot import Snapshot, slots_of
 
 Tensor = torch.Tensor
 TOLERANCE = 1e-3

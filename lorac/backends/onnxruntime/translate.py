@@ -12,9 +12,9 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from lorac.backends.onnxruntime.attention import attention
-from lorac.ir import ops
-from lorac.ir.graph import Graph, Level
-from lorac.ir.verify import verify
+from lorac.ir.graph import ops
+from lorac.ir.graph.graph import Graph, Level
+from lorac.ir.graph.verify import verify
 
 aten = torch.ops.aten
 _MATRIX = 2

@@ -1,6 +1,6 @@
 """PEFT's folders: adapter_config.json with adapter_model.safetensors or adapter_model.bin.
 
-The PEFT types are the modules of this package that define `METHOD`; the rest is the same for all.
+The PEFT types are the modules of `types`; the rest is the same for all.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorac.adapters.base_hash import tensor_hash
+from lorac.adapters.fit import check_site, in_order, no_site
 from lorac.errors import BaseNeeded, CorruptFile
 from lorac.formats._files import read_json, read_pickle, read_safetensors
-from lorac.formats._fit import check_site, in_order, no_site
 from lorac.formats._format import Format
-from lorac.formats._hash import tensor_hash
 from lorac.formats._layout import LAYOUT, describe
 from lorac.formats.peft.checks import against_itself, against_model
 from lorac.formats.peft.config import method_of, read_config, variant_of
 from lorac.formats.peft.keys import Contents, read_keys
 from lorac.formats.peft.method import Method
 from lorac.formats.peft.save import BASE, CONFIG, WEIGHTS, save
-from lorac.ir.sites import Site, find_sites
-from lorac.variants.base import Adapter
+from lorac.ir.host.sites import Site, find_sites
+from lorac.variants.adapter import Adapter
 
 _PICKLED = "adapter_model.bin"
 

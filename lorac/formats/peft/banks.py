@@ -11,8 +11,7 @@ from lorac.errors import BaseNeeded
 from lorac.formats.peft import config
 from lorac.formats.peft.method import Field, Tensors, Use
 from lorac.formats.peft.tables import PLACES, only
-from lorac.ir.sites import Site
-from lorac.ir.types import SiteKind
+from lorac.ir.host.sites import Site, SiteKind
 from lorac.variants.base import Variant
 
 

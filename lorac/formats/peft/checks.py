@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorac.adapters.fit import check_adapter, check_replaced, named_tensors, no_site
 from lorac.errors import BaseMismatch, CorruptFile, ShapeMismatch, SiteUnsupported, UnusedTensors
-from lorac.formats._fit import check_adapter, check_replaced, named_tensors, no_site
 from lorac.formats._layout import same_layout
 from lorac.formats.peft.config import ALL_LINEAR
 from lorac.formats.peft.keys import Contents, copied_module, embedding_modules, saved
 from lorac.formats.peft.method import Method
-from lorac.ir.patterns import nothing_matches, select
-from lorac.ir.sites import Site, find_sites
-from lorac.ir.types import SiteKind
-from lorac.variants.base import Adapter, Variant
+from lorac.ir.host.patterns import nothing_matches, select
+from lorac.ir.host.sites import Site, SiteKind, find_sites
+from lorac.variants.adapter import Adapter
+from lorac.variants.base import Variant
 
 Tensor = torch.Tensor
 

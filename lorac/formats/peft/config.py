@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import math
-import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lorac.discovery import modules_of
 from lorac.errors import UnknownField, UnsupportedField, nearest_name
 from lorac.formats.peft.method import ABSENT, Field, Method, Use
 from lorac.variants.base import Variant
@@ -135,11 +134,9 @@ COMMON = {
 @functools.cache
 def methods() -> dict[str, Method]:
     """The PEFT types that lorac reads, by name."""
-    package = __name__.rpartition(".")[0]
-    folder = str(Path(__file__).parent)
-    modules = [importlib.import_module(f"{package}.{module.name}") for module in pkgutil.iter_modules([folder])]
-    found = [module.METHOD for module in modules if hasattr(module, "METHOD")]
-    return {method.peft_type: method for method in found}
+    from lorac.formats.peft import types  # each of them builds on this module
+
+    return {module.METHOD.peft_type: module.METHOD for module in modules_of(types)}
 
 
 def method_of(raw: Mapping[str, Any], path: Path) -> Method:

@@ -26,7 +26,7 @@ from torch import nn
 
 from lorac.errors import CorruptFile, UnusedTensors, nearest_name
 from lorac.formats.peft.method import Method
-from lorac.ir.patterns import names
+from lorac.ir.host.patterns import names
 from lorac.variants.base import Variant
 
 Tensor = torch.Tensor

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lorac.ir.sites import Site
+from lorac.ir.host.sites import Site
 from lorac.variants.base import Variant
 
 Tensors = Mapping[str, torch.Tensor]
@@ -62,7 +62,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Method:
-    """One PEFT type. A module beside this one that defines `METHOD` is a PEFT type.
+    """One PEFT type. A module of `types` defines it as `METHOD`.
 
     Attributes:
         peft_type: As the configuration names it.

@@ -11,18 +11,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorac.adapters.base_hash import base_hash
+from lorac.adapters.fit import check_adapter, named_tensors
 from lorac.errors import UnsupportedField
 from lorac.formats._files import write_json
-from lorac.formats._fit import check_adapter, named_tensors
-from lorac.formats._hash import base_hash
 from lorac.formats._layout import layouts
 from lorac.formats.peft.checks import saved_names, targeted
 from lorac.formats.peft.config import ALL_LINEAR, methods, write_config
 from lorac.formats.peft.keys import EMBEDDING_NAMES, PREFIX, SHARED_PREFIX, copied_module, embedding_modules, saved
 from lorac.formats.peft.method import Method
-from lorac.ir.sites import Site, find_sites
-from lorac.ir.tensorfile import write_safetensors
-from lorac.variants.base import Adapter, Variant
+from lorac.ir.host.sites import Site, find_sites
+from lorac.ir.store.tensors import write_safetensors
+from lorac.variants.adapter import Adapter
+from lorac.variants.base import Variant
 
 Tensor = torch.Tensor
 CONFIG = "adapter_config.json"

@@ -10,8 +10,7 @@ import torch
 from lorac.errors import ShapeMismatch, SiteUnsupported
 from lorac.formats.peft import config
 from lorac.formats.peft.method import Field, Tensors, Use
-from lorac.ir.sites import Site
-from lorac.ir.types import SiteKind
+from lorac.ir.host.sites import Site, SiteKind
 
 PLACES = {
     "exclude_modules": Field(Use.APPLIED, to="exclude", read=config.pattern, write=config.sorted_or_none),

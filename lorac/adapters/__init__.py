@@ -1,0 +1,1 @@
+"""What makes an adapter ready, or turns one into another."""

@@ -1,0 +1,110 @@
+"""A fingerprint of the base weights an adapter was made for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+
+from lorac.errors import BaseMismatch
+from lorac.ir.host.sites import find_sites
+from lorac.ir.store.tensors import raw_bytes
+
+_MIXED = "mixed"
+
+
+def base_hash(model: nn.Module, paths: Iterable[str], *, dtype: torch.dtype | None = None) -> str:
+    """A stable hash over the base weights of the sites at `paths`.
+
+    Args:
+        model: The base.
+        paths: Site paths; order and repetition do not matter.
+        dtype: Hash the weights as cast to it, instead of as they are.
+
+    Returns:
+        "<dtype>:<blake2b of path, dtype, shape and bytes of each weight>", dtype "mixed" where the
+        weights have several.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    dtypes = set()
+    for name, stored in _weights(model, paths):
+        weight = stored if dtype is None else stored.to(dtype)
+        dtypes.add(weight.dtype)
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
+        digest.update(raw_bytes(weight))
+    return f"{_label(dtypes)}:{digest.hexdigest()}"
+
+
+def tensor_hash(tensor: torch.Tensor) -> str:
+    """A stable hash of one tensor, in the form of `base_hash`."""
+    digest = hashlib.blake2b(f"{tuple(tensor.shape)}\n".encode(), digest_size=16)
+    digest.update(raw_bytes(tensor))
+    return f"{_label({tensor.dtype})}:{digest.hexdigest()}"
+
+
+def check_copy(name: str, parameter: str, recorded: str, tensor: torch.Tensor) -> None:
+    """Hold the recorded hash of a saved copy against the model's own tensor, as `check_base` does.
+
+    Raises:
+        BaseMismatch: They differ.
+    """
+    label, own = recorded.partition(":")[0], _label({tensor.dtype})
+    if label != own and not _wider(own, label):
+        return
+    if tensor_hash(tensor.to(getattr(torch, label))) != recorded:
+        raise BaseMismatch(
+            f"adapter '{name}' was saved with a copy of '{parameter}', and this model's differs",
+            next_step="load the base model that the adapter was trained on",
+        )
+
+
+def check_base(name: str, recorded: str, model: nn.Module, paths: Iterable[str]) -> None:
+    """Hold a recorded hash against the model.
+
+    A model in a wider dtype than the recorded one is compared as cast to it. In a narrower one the
+    original cannot be told, and nothing is checked.
+
+    Raises:
+        BaseMismatch: The weights are others.
+    """
+    paths = tuple(paths)
+    label = recorded.partition(":")[0]
+    own = _label({weight.dtype for _, weight in _weights(model, paths)})
+    if label == own:
+        found = base_hash(model, paths)
+    elif _wider(own, label):
+        found = base_hash(model, paths, dtype=getattr(torch, label))
+    else:
+        return
+    if found != recorded:
+        raise BaseMismatch(
+            f"adapter '{name}' was made for other base weights: it recorded {recorded}, "
+            f"this model has {found} at the {len(paths)} adapted sites",
+            next_step="load the base model, and the revision of it, that the adapter was trained on",
+        )
+
+
+def _weights(model: nn.Module, paths: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and value of every weight of the sites, by name; of a block, all its parameters."""
+    sites = find_sites(model)
+    for path in sorted(set(paths)):
+        weight = sites[path].weight
+        if weight is not None:
+            yield weight, model.get_parameter(weight).detach()
+            continue
+        for name, parameter in sorted(model.get_submodule(path).named_parameters(path)):
+            yield name, parameter.detach()
+
+
+def _label(dtypes: set[torch.dtype]) -> str:
+    return str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else _MIXED
+
+
+def _wider(own: str, label: str) -> bool:
+    """Whether every value of dtype `label` is one of dtype `own`."""
+    if _MIXED in (own, label) or not isinstance(getattr(torch, label, None), torch.dtype):
+        return False
+    wide, narrow = getattr(torch, own), getattr(torch, label)
+    return bool(torch.promote_types(wide, narrow) == wide)

@@ -1,0 +1,160 @@
+"""New adapters from a variant: choose its sites, make its tensors; and any adapter's tensors made trainable."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lorac.ir.algebra.reduction import Params
+from lorac.ir.host.patterns import nothing_matches, select
+from lorac.ir.host.sites import BaseReader, Site, factor_dtype, parameter_site
+from lorac.variants.adapter import Adapter
+from lorac.variants.base import Variant
+from lorac.variants.params import InitContext, ParamSpec, Role
+
+Tensor = torch.Tensor
+
+
+def fresh_adapter(
+    variant: Variant, name: str, model: nn.Module, sites: Mapping[str, Site], base: BaseReader, seed: int = 0
+) -> Adapter:
+    """An adapter at its initial values; the process's random state is left alone.
+
+    Raises:
+        SiteNotFound: the variant's targets name no site.
+        SiteUnsupported: they name a site the method is not defined on.
+    """
+    chosen = target_sites(variant, model, sites)
+    adapter = Adapter(name, variant)
+    for site in chosen:
+        variant.at(site).check(site)
+    specs = {site.path: variant.at(site).params(site) for site in chosen}
+    shared = _Shared(_largest(specs.values()), {})
+    for site in chosen:
+        adapter.tensors[site.path] = _initial(specs[site.path], site, name, base, seed, shared)
+    _add_replaced(adapter, model, [site.path for site in chosen])
+    if not adapter.tensors and not adapter.replaced:
+        raise nothing_matches(name, variant.targets, sites)
+    return adapter
+
+
+def target_sites(variant: Variant, model: nn.Module, sites: Mapping[str, Site]) -> list[Site]:
+    """The sites a variant's ``targets`` name."""
+    found = select(
+        sites,
+        variant.targets,
+        exclude=variant.exclude,
+        layers=variant.layers,
+        layers_pattern=variant.layers_pattern,
+        saved=variant.modules_to_save,
+        heads=output_layers(model),
+    )
+    # A site of a kind the method is not defined on stays in, to be refused by name.
+    return [site for site in found if site.kind not in variant.kinds or variant.adapts(site)]
+
+
+def output_layers(model: nn.Module) -> list[str]:
+    """Paths of the layers a model names as its output layer."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    return [path for path, module in model.named_modules() if head is not None and module is head]
+
+
+def trainable(adapter: Adapter, sites: Mapping[str, Site]) -> Adapter:
+    """The same adapter with tensors of its own: parameters where they train, in the factors' dtype (PEFT's rule)."""
+    made: dict[int, Tensor] = {}
+
+    def own(tensor: Tensor, dtype: torch.dtype, role: Role) -> Tensor:
+        if id(tensor) not in made:
+            cast = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
+            copied = cast.clone()
+            made[id(tensor)] = nn.Parameter(copied) if role is Role.TRAINABLE else copied
+        return made[id(tensor)]
+
+    copy = Adapter(adapter.name, adapter.variant, provenance=dict(adapter.provenance))
+    for path, tensors in adapter.tensors.items():
+        site = sites[path]
+        specs = adapter.variant.at(site).params(site)
+        dtype = factor_dtype(site.dtype)
+        copy.tensors[path] = {name: own(tensors[name], dtype, spec.role) for name, spec in specs.items()}
+    for fqn, tensor in adapter.replaced.items():
+        kept = fqn in sites and sites[fqn].buffer
+        copy.replaced[fqn] = own(tensor, tensor.dtype, Role.BUFFER if kept else Role.TRAINABLE)
+    return copy
+
+
+def parameter_sites(model: nn.Module, adapter: Adapter, sites: Mapping[str, Site]) -> dict[str, Site]:
+    """Sites for replaced parameters and buffers that no other site owns (a norm's scale, a class token)."""
+    owned = {name for site in sites.values() for name in (site.weight, site.bias) if name}
+    found = {}
+    for fqn in adapter.replaced:
+        if fqn not in owned and fqn not in sites:
+            found[fqn] = parameter_site(fqn, model)
+    return found
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """Tensors that all sites of an adapter have in common: their shapes, and those made so far."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    made: dict[str, Tensor]
+
+
+def _largest(specs: Iterable[Mapping[str, ParamSpec]]) -> dict[str, tuple[int, ...]]:
+    """The shape of every shared tensor: in each axis the largest that a site asks for."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for at_site in specs:
+        for key, spec in at_site.items():
+            if spec.shared:
+                shapes[key] = tuple(map(max, spec.shape, shapes.get(key, spec.shape)))
+    return shapes
+
+
+def _initial(
+    specs: Mapping[str, ParamSpec], site: Site, name: str, base: BaseReader, seed: int, shared: _Shared
+) -> dict[str, Tensor]:
+    own = torch.Generator().manual_seed(_fold(seed, name, site.path))
+    tensors: dict[str, Tensor] = {}
+    dtype = factor_dtype(site.dtype)
+    for key, spec in specs.items():
+        if key in shared.made:
+            tensors[key] = shared.made[key]
+            continue
+        shape, generator = spec.shape, own
+        if spec.shared:
+            shape, generator = shared.shapes[key], torch.Generator().manual_seed(_fold(seed, name, key))
+        context = InitContext(shape, site, lambda: base.weight(site).to(dtype), Params(**tensors), generator, name)
+        tensors[key] = _made(spec, context, dtype)
+        if spec.shared:
+            shared.made[key] = tensors[key]
+    return tensors
+
+
+def _made(spec: ParamSpec, context: InitContext, dtype: torch.dtype) -> Tensor:
+    with torch.no_grad():
+        value = spec.init(context)
+    return value if spec.role is Role.INDEX else value.to(dtype)
+
+
+def _fold(seed: int, *names: str) -> int:
+    digest = hashlib.blake2b("\0".join((str(seed), *names)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def _add_replaced(adapter: Adapter, model: nn.Module, adapted: list[str]) -> None:
+    variant = adapter.variant
+    saved = variant.modules_to_save
+    for path, module in model.named_modules():
+        leaf = path.rpartition(".")[2]
+        if path in saved or leaf in saved or variant.copies(path):
+            for fqn, parameter in module.named_parameters(path):
+                adapter.replaced[fqn] = parameter.detach().clone()
+    for fqn, parameter in model.named_parameters():
+        owner, _, leaf = fqn.rpartition(".")
+        if leaf.endswith("bias") and (variant.bias == "all" or (variant.bias != "none" and owner in adapted)):
+            adapter.replaced.setdefault(fqn, parameter.detach().clone())

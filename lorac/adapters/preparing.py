@@ -1,0 +1,245 @@
+"""Adapters to normal forms: each term's formula is lowered once per structure, then evaluated on its tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lorac.errors import NonFinite, ShapeMismatch, SiteNotFound, nearest_name
+from lorac.ir.algebra.changes import Dense, LowRank, Value, from_outputs
+from lorac.ir.algebra.reduction import BRANCH, Lowering, lower_branch, lower_weight
+from lorac.ir.algebra.rules import RULES
+from lorac.ir.algebra.structure import NamedRule
+from lorac.ir.host.sites import BaseReader, Site, SiteKind, factor_dtype
+from lorac.ir.slots.reads import check_reads
+from lorac.ir.slots.run import Ctx
+from lorac.ir.slots.site import BranchSlot, BranchTerm, Prepared
+from lorac.variants.adapter import Adapter
+from lorac.variants.base import BranchVariant, Variant, WeightVariant
+
+Tensor = torch.Tensor
+_LOWERINGS: dict[Any, Lowering] = {}
+"""Structure (method, hyper-parameters, shapes, dtype, rules) -> its lowering, of every program in this process."""
+_MOST_LOWERINGS = 512
+Shapes = tuple[tuple[str, torch.Size], ...]
+_FORMULAS = ("weight", "new_bias", "branch")
+
+
+class Lowerer:
+    """Lowers adapters; a structure is lowered once."""
+
+    def __init__(self, sites: Mapping[str, Site], base: BaseReader, rules: Sequence[NamedRule] = RULES) -> None:
+        self.sites, self.base, self.rules = sites, base, tuple(rules)
+        self._common: Any = WeakTensorKeyDictionary()
+        self._asked: dict[str, tuple[Variant, Shapes, Lowering]] = {}
+
+    def prepare(self, adapter: Adapter) -> Prepared:
+        """Every term of an adapter in its normal form.
+
+        Raises:
+            SiteNotFound, SiteUnsupported, ShapeMismatch, NonFinite: before anything is computed.
+        """
+        self.check(adapter)
+        values: dict[str, Value] = {}
+        branches: dict[str, BranchTerm] = {}
+        for path, tensors in adapter.tensors.items():
+            site = self.sites[path]
+            lowering = self.lowering(adapter.variant, site, tensors)
+            if lowering.form == BRANCH:
+                branches[path] = branch_term(adapter.variant, site, tensors)
+            else:
+                values[path] = _settled(self.with_bias(adapter, site, self.value(lowering, site, tensors)))
+        for path in self._replaced_sites(adapter):
+            value = self.replaced_value(adapter, self.sites[path])
+            if path not in values and value is not None:
+                values[path] = _settled(value)
+        return Prepared(values, branches, adapter.variant.truncatable)
+
+    def check(self, adapter: Adapter) -> None:
+        """Refuse an adapter that does not fit the model (``check_adapter``)."""
+        check_adapter(adapter, self.sites)
+
+    def lowering(self, variant: Variant, site: Site, tensors: Mapping[str, Tensor]) -> Lowering:
+        """The lowering of a variant at a site, from the cache where the structure was met before."""
+        shapes = tuple([(name, tensor.shape) for name, tensor in tensors.items()])
+        asked = self._asked.get(site.path)
+        # In training it is asked anew at every step, where to spell out what it follows from would take longest.
+        if asked is None or asked[0] is not variant or asked[1] != shapes:
+            asked = self._asked[site.path] = (variant, shapes, self._met(variant.at(site), site, shapes, tensors))
+        return asked[2]
+
+    def _met(self, here: Variant, site: Site, shapes: Shapes, tensors: Mapping[str, Tensor]) -> Lowering:
+        shape = (site.out_features, site.in_features)
+        method = (type(here), *(getattr(type(here), formula, None) for formula in _FORMULAS), repr(here))
+        key = (*method, site.kind, _grouped(site), shape, shapes, site.dtype, self.rules)
+        found = _LOWERINGS.get(key)
+        if found is None:
+            found = _LOWERINGS[key] = self._lower(here, site, shape, tensors)
+            for oldest in list(_LOWERINGS)[:-_MOST_LOWERINGS]:
+                _LOWERINGS.pop(oldest, None)
+        return found
+
+    def value(self, lowering: Lowering, site: Site, tensors: Mapping[str, Tensor]) -> Value:
+        """The normal form's tensors for one term, computed in the factors' dtype."""
+        dtype = factor_dtype(site.dtype)
+        bias = self.base.bias(site)
+        weight = self._weight(site).to(dtype) if lowering.reads_weight else _absent(site, dtype)
+        given = [_cast(tensors[name], dtype) for name in lowering.params]
+        wide_bias = bias.to(dtype) if bias is not None else torch.zeros(site.out_features, dtype=dtype)
+        outputs = lowering(weight, wide_bias, given)
+        outputs |= {name: self._once(lowering, name, outputs[name], tensors) for name in lowering.common}
+        return from_outputs(lowering.form, outputs, None if bias is None else wide_bias)
+
+    def _weight(self, site: Site) -> Tensor:
+        """W in the memory order of the host's own, whoever holds it: norms of it are summed in that order."""
+        weight = self.base.weight(site)
+        return weight.contiguous() if site.kind is SiteKind.LINEAR and not site.transposed else weight
+
+    def _once(self, lowering: Lowering, name: str, made: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """What was made of shared parameters: the tensor that the sites before made of them, where there is one."""
+        if made.requires_grad:
+            return made
+        shared = [tensors[key] for key in lowering.shared]
+        known = self._common.setdefault(shared[0], {})
+        written = [(id(t), 0 if t.is_inference() else t._version) for t in shared]
+        held = known.get((id(lowering), name))
+        if held is None or held[0] != written:
+            held = known[id(lowering), name] = (written, made.contiguous())
+        return held[1]
+
+    def with_bias(self, adapter: Adapter, site: Site, value: Value) -> Value:
+        """A value with the adapter's own copy of the base's bias (PEFT's ``bias=``) worked in."""
+        trained = adapter.replaced.get(site.bias) if site.bias else None
+        if trained is None:
+            return value
+        bias = self.base.bias(site)
+        assert bias is not None
+        dtype = factor_dtype(site.dtype)
+        shift = trained.to(dtype) - bias.to(dtype)
+        return dataclasses.replace(value, e=shift if value.e is None else value.e + shift)
+
+    def replaced_value(self, adapter: Adapter, site: Site) -> Value | None:
+        """The value of a site that an adapter only replaces whole (modules_to_save, a norm, a bias), or None."""
+        weight = adapter.replaced.get(site.weight) if site.weight else None
+        if weight is not None:
+            return self.with_bias(adapter, site, Dense(site.present(weight.to(site.dtype))))
+        if site.bias is None or site.bias not in adapter.replaced:
+            return None
+        dtype = factor_dtype(site.dtype)
+        unchanged = LowRank(
+            torch.zeros(site.in_features, 0, dtype=dtype), torch.zeros(0, site.out_features, dtype=dtype)
+        )
+        return self.with_bias(adapter, site, unchanged)
+
+    def _replaced_sites(self, adapter: Adapter) -> list[str]:
+        owners = {name: path for path, site in self.sites.items() for name in (site.weight, site.bias) if name}
+        return list(dict.fromkeys(owners[fqn] for fqn in adapter.replaced))
+
+    def _lower(self, variant: Variant, site: Site, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Lowering:
+        dtype = factor_dtype(site.dtype)
+        examples = {name: _cast(tensor.detach(), dtype) for name, tensor in tensors.items()}
+        if isinstance(variant, WeightVariant):
+            shared = [name for name, spec in variant.params(site).items() if spec.shared]
+
+            def formula(w: Tensor, b: Tensor, p: Any) -> tuple[Tensor, Tensor]:
+                return variant.weight(w, p), variant.new_bias(b, p)
+
+            # A kernel of groups has no room for what leaves its blocks, as a product of factors does.
+            grouped = _grouped(site)
+            return lower_weight(formula, shape, examples, dtype, self.rules, shared, keep_factors=grouped)
+        assert isinstance(variant, BranchVariant)
+        if site.kind is not SiteKind.LINEAR or variant.reads:
+            return Lowering(BRANCH, torch.fx.GraphModule(nn.Module(), torch.fx.Graph()), tuple(tensors), ("y",))
+        ctx = Ctx(site)
+        return lower_branch(lambda x, y, p: variant.branch(x, y, p, ctx), shape, examples, dtype, self.rules)
+
+
+def _grouped(site: Site) -> bool:
+    return site.conv is not None and site.conv.groups > 1
+
+
+def check_adapter(adapter: Adapter, sites: Mapping[str, Site]) -> None:
+    """Refuse an adapter that does not fit the model, before anything is computed from it.
+
+    Raises:
+        SiteNotFound, SiteUnsupported, ShapeMismatch, NonFinite.
+    """
+    for path, tensors in adapter.tensors.items():
+        site = sites.get(path)
+        if site is None:
+            raise SiteNotFound(
+                f"adapter '{adapter.name}' has tensors for '{path}', which is no site of the model",
+                nearest=nearest_name(path, sites),
+                next_step="`lorac sites MODEL` prints them all",
+            )
+        adapter.variant.at(site).check(site)
+        if isinstance(adapter.variant, BranchVariant):
+            check_reads(adapter.variant.reads, sites)
+        _check_tensors(adapter, site, tensors)
+    for name, tensor in adapter.replaced.items():
+        _check_finite(adapter.name, name, tensor)
+
+
+def branch_term(variant: Variant, site: Site, tensors: Mapping[str, Tensor], *, detach: bool = True) -> BranchTerm:
+    """A term that stays a branch, with the structure other adapters must have to take its slot."""
+    assert isinstance(variant, BranchVariant)
+    here = variant.at(site)
+    assert isinstance(here, BranchVariant)
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+    dtype = factor_dtype(site.dtype)
+    key = f"{here.name}{_structure(here)}{sorted(shapes.items())}"
+    slot = BranchSlot(key, here.branch, shapes, here.emits, here.reads)
+    given = (t.detach() if detach else t for t in tensors.values())
+    return BranchTerm(slot, tuple(_cast(t, dtype) for t in given))
+
+
+def _structure(variant: Variant) -> str:
+    """The hyper-parameters a formula may read; which sites it was asked for does not matter to it."""
+    common = {f.name for f in dataclasses.fields(Variant)}
+    own = {f.name: getattr(variant, f.name) for f in dataclasses.fields(variant) if f.name not in common}
+    return repr({name: value for name, value in own.items() if not name.endswith("_pattern")})
+
+
+def _check_tensors(adapter: Adapter, site: Site, tensors: Mapping[str, Tensor]) -> None:
+    specs = adapter.variant.at(site).params(site)
+    missing, extra = specs.keys() - tensors.keys(), tensors.keys() - specs.keys()
+    if missing or extra:
+        raise ShapeMismatch(
+            f"adapter '{adapter.name}' at '{site.path}' lacks {sorted(missing)} and has unknown {sorted(extra)}",
+            next_step=f"{adapter.variant.name} takes {list(specs)}",
+        )
+    for name, spec in specs.items():
+        if not spec.admits(tuple(tensors[name].shape)):
+            raise ShapeMismatch(
+                f"adapter '{adapter.name}' at '{site.path}': {name} is {list(tensors[name].shape)}",
+                nearest=f"{list(spec.shape)}, for {site.in_features} -> {site.out_features}",
+                next_step="the adapter was made for another model, or with other hyper-parameters",
+            )
+        _check_finite(adapter.name, f"{site.path}.{name}", tensors[name])
+
+
+def _check_finite(adapter: str, name: str, tensor: Tensor) -> None:
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise NonFinite(
+            f"adapter '{adapter}': {name} holds NaN or infinity", next_step="the file was saved from a diverged run"
+        )
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _absent(site: Site, dtype: torch.dtype) -> Tensor:
+    return torch.empty((site.out_features, site.in_features), dtype=dtype, device="meta")
+
+
+def _settled(value: Value) -> Value:
+    changed: dict[str, Any] = {
+        name: tensor.detach().contiguous() for name, tensor in vars(value).items() if isinstance(tensor, Tensor)
+    }
+    return dataclasses.replace(value, **changed)

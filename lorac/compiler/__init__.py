@@ -1,0 +1,1 @@
+"""``compile`` and ``load``: the only package that knows all the others."""

@@ -1,0 +1,98 @@
+"""PEFT type FOURIERFT.
+
+Source: peft.tuners.fourierft of PEFT 0.21. A site has `fourierft_spectrum` (n,) alone: the positions are the first n
+of a permutation of its out·in, drawn from random_loc_seed. PEFT transforms in float32, whatever the model's dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lorac.errors import UnsupportedField
+from lorac.formats._layout import matrix_site
+from lorac.formats.peft import config
+from lorac.formats.peft.method import Field, Method, Tensors, Use
+from lorac.formats.peft.tables import PLACES, misfit, only
+from lorac.ir.host.sites import Site, SiteKind
+from lorac.variants.base import Variant
+from lorac.variants.fourierft import FourierFT
+
+Tensor = torch.Tensor
+SPECTRUM, INDICES = "fourierft_spectrum", "indices"
+
+
+def seed(value: Any) -> int:
+    """A whole number; PEFT cannot draw from null."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError("expected a whole number")
+    return value
+
+
+def bias(value: Any) -> str:
+    """Which biases are trained."""
+    if value not in ("none", "all", "fourier_only"):
+        raise ValueError("expected none, all or fourier_only")
+    return str(value)
+
+
+FIELDS = {
+    **config.COMMON,
+    **PLACES,
+    "n_frequency": Field(Use.APPLIED, 1000, to="n_frequency", read=config.rank),
+    "scaling": Field(Use.APPLIED, 150.0, to="scaling", read=config.number),
+    "random_loc_seed": Field(Use.APPLIED, 777, to="random_loc_seed", read=seed),
+    "n_frequency_pattern": Field(Use.APPLIED, {}, to="n_frequency_pattern", read=config.ranks, write=config.mapping),
+    "bias": Field(Use.APPLIED, "none", to="bias", read=bias, write=lambda b: config.bias_name(b, "fourier")),
+    "init_weights": Field(Use.TRAINING, False),
+}
+
+check_site = only("FOURIERFT", {SiteKind.LINEAR}, transposed=True)
+
+
+def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
+    """The spectrum; no tensor tells the site.
+
+    Raises:
+        ShapeMismatch: It is no vector.
+    """
+    if set(stored) != {SPECTRUM} or stored[SPECTRUM].ndim != 1:
+        raise misfit(path, stored, f"{SPECTRUM} is (n_frequency,)")
+    return matrix_site(path, 1, stored[SPECTRUM].numel()), dict(stored)
+
+
+def make_site(variant: Variant, site: Site) -> dict[str, Tensor]:
+    """The positions (2, n) that the seed chooses."""
+    assert isinstance(variant, FourierFT)
+    variant.check(site)
+    return {INDICES: variant.positions(site)}
+
+
+def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tensor]:
+    """The spectrum, by suffix.
+
+    Raises:
+        SiteUnsupported: PEFT has no such layer.
+        UnsupportedField: The positions are not those of the seed, which are all that PEFT knows.
+    """
+    check_site(site, tensors)
+    if not torch.equal(make_site(variant.at(site), site)[INDICES], tensors[INDICES].cpu()):
+        raise UnsupportedField(
+            f"the positions at '{site.path}' are not those that random_loc_seed chooses, and PEFT stores none",
+            next_step="use format='native'",
+        )
+    return {SPECTRUM: tensors[SPECTRUM]}
+
+
+METHOD = Method(
+    peft_type="FOURIERFT",
+    variants={FourierFT: {}},
+    fields=FIELDS,
+    suffixes=(SPECTRUM,),
+    read_site=read_site,
+    write_site=write_site,
+    make_site=make_site,
+    lays_out=False,
+    check_site=check_site,
+)

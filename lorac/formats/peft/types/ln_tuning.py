@@ -1,0 +1,54 @@
+"""PEFT type LN_TUNING.
+
+Source: peft.tuners.ln_tuning of PEFT 0.21 (config.py, layer.py). In a file `<module>.ln_tuning_layers.<parameter>`,
+buffers too: a trained copy of every targeted module, which takes its place. PEFT runs one such adapter at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lorac.formats.peft import config
+from lorac.formats.peft.method import Field, Method, Tensors, Use
+from lorac.formats.peft.tables import PLACES, misfit
+from lorac.ir.host.sites import Site
+from lorac.variants.base import Variant
+from lorac.variants.ln_tuning import LNTuning
+
+
+def modules(value: Any) -> str | tuple[str, ...]:
+    """A list of names, or one regular expression; PEFT writes what it chose itself."""
+    found = config.pattern(value)
+    if not found:
+        raise ValueError("expected names of modules, or a pattern")
+    return found
+
+
+FIELDS = {
+    **{name: field for name, field in config.COMMON.items() if name != "fan_in_fan_out"},
+    "target_modules": Field(Use.APPLIED, to="targets", read=modules, write=config.sorted_or_none),
+    "exclude_modules": PLACES["exclude_modules"],
+}
+
+
+def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[str, torch.Tensor]]:
+    """Refuse: a file has no tensors of sites."""
+    raise misfit(path, stored, "LN_TUNING replaces whole modules")
+
+
+def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, torch.Tensor]:
+    """Refuse: the method has no tensors of sites."""
+    raise misfit(site.path, tensors, "LN_TUNING replaces whole modules")
+
+
+METHOD = Method(
+    peft_type="LN_TUNING",
+    variants={LNTuning: {}},
+    fields=FIELDS,
+    suffixes=(),
+    copied="ln_tuning_layers",
+    read_site=read_site,
+    write_site=write_site,
+)

@@ -1,0 +1,229 @@
+"""PEFT type LORA: LoRA, rsLoRA and DoRA.
+
+Source: peft.tuners.lora of PEFT 0.21 (config.py, layer.py, dora.py, variants.py). Shapes in a file:
+
+    ===========  ====================  ==========================  ===================
+    site         A                     B                           magnitude
+    ===========  ====================  ==========================  ===================
+    linear       (r, in)               (out, r)                    (out,)
+    embedding    (r, V)                (d, r)                      (d,)
+    convolution  (r, in, *kernel)      (out, r/groups, 1, …)       (1, out, 1, …)
+    ===========  ====================  ==========================  ===================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lorac.errors import ShapeMismatch, SiteUnsupported, UnsupportedField, nearest_name
+from lorac.formats._layout import conv_site, matrix_site
+from lorac.formats.peft import config
+from lorac.formats.peft.method import ABSENT, Field, Method, Tensors, Use
+from lorac.ir.host.sites import Site, SiteKind
+from lorac.variants.base import Variant
+from lorac.variants.dora import DoRA
+from lorac.variants.lora import LoRA
+
+Tensor = torch.Tensor
+MATRICES = ("lora_A.weight", "lora_B.weight")
+EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
+VECTORS = {"lora_B.bias": "lora_bias", "lora_magnitude_vector": "magnitude"}
+_BASE_KEPT = ("gaussian", "eva", "orthogonal", "mica")
+"""Initialisations that leave the base alone. MiCA's frozen B is trained or not, nothing else."""
+_BASE_REWRITTEN = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initialisations that take the adapter's first value out of the base weights."""
+_CONVERT = (
+    "the adapter is valid on the base rewritten at its initialisation only: save it from PEFT with "
+    "save_pretrained(..., path_initial_model_for_weight_conversion=...), which makes it a plain LoRA"
+)
+_NOT_YET = "lorac does not build this method; merge the adapter into its base with PEFT"
+
+
+def initialisation(value: Any) -> Any:
+    """An initialisation that leaves the base as it is."""
+    if value is None or isinstance(value, bool):
+        return value
+    given = str(value).lower()
+    if given in _BASE_KEPT:
+        return value
+    if given.startswith(_BASE_REWRITTEN):
+        raise ValueError("this initialisation rewrites the base weights")
+    near = nearest_name(given, (*_BASE_KEPT, *_BASE_REWRITTEN))
+    raise ValueError(f"no such initialisation; nearest is {near}" if near else "no such initialisation")
+
+
+def bias(value: Any) -> str:
+    """Which biases are trained."""
+    if value not in ("none", "all", "lora_only"):
+        raise ValueError("expected none, all or lora_only")
+    return str(value)
+
+
+def refused(instead: str = _NOT_YET, default: Any = None) -> Field:
+    """A field that must stay at its default."""
+    return Field(Use.REFUSED, default, instead=instead)
+
+
+FIELDS = {
+    **config.COMMON,
+    "r": Field(Use.APPLIED, 8, to="r", read=config.rank),
+    "lora_alpha": Field(Use.APPLIED, 8, to="alpha", read=config.number, write=config.whole),
+    "lora_dropout": Field(Use.TRAINING, 0.0, to="dropout", read=config.number),
+    "use_rslora": Field(Use.APPLIED, False, to="rslora", read=config.flag),
+    "use_dora": Field(Use.APPLIED, False, read=config.flag),
+    "lora_bias": Field(Use.APPLIED, False, to="lora_bias", read=config.flag),
+    "rank_pattern": Field(Use.APPLIED, {}, to="rank_pattern", read=config.ranks, write=config.mapping),
+    "alpha_pattern": Field(Use.APPLIED, {}, to="alpha_pattern", read=config.numbers, write=config.mapping),
+    "exclude_modules": Field(Use.APPLIED, to="exclude", read=config.pattern, write=config.sorted_or_none),
+    "layers_to_transform": Field(Use.APPLIED, to="layers", read=config.layers, write=config.list_or_none),
+    "layers_pattern": Field(Use.APPLIED, to="layers_pattern", read=config.names, write=config.list_or_none),
+    "bias": Field(Use.APPLIED, "none", to="bias", read=bias, write=lambda b: config.bias_name(b, "lora")),
+    "ensure_weight_tying": Field(Use.APPLIED, False, read=config.flag),
+    "init_lora_weights": Field(Use.TRAINING, True, read=initialisation, instead=_CONVERT),
+    "loftq_config": Field(Use.TRAINING, {}),
+    "eva_config": Field(Use.TRAINING),
+    "corda_config": Field(Use.TRAINING),
+    "lora_ga_config": Field(Use.TRAINING),
+    # Another backward pass, and noise that is off in evaluation: the forward pass is LoRA's.
+    "velora_config": Field(Use.TRAINING),
+    "monteclora_config": Field(Use.TRAINING),
+    "megatron_core": Field(Use.IRRELEVANT, "megatron.core"),
+    "qalora_group_size": Field(Use.IRRELEVANT, 16),
+    "runtime_config": Field(Use.IRRELEVANT, ABSENT),
+    "megatron_config": refused("save the adapter from a model without Megatron's parallel layers"),
+    "trainable_token_indices": refused("train the embedding by modules_to_save instead"),
+    "alora_invocation_tokens": refused("it acts on some tokens only; run it in PEFT"),
+    "use_qalora": refused("it pools the inputs of quantised layers; run it in PEFT", False),
+    "layer_replication": refused("stack the layers in the base model, then train on that"),
+    "target_parameters": refused("expert weights are not built yet; target modules instead"),
+    "use_bdlora": refused(),
+    "arrow_config": refused("compile the adapters that it routes between, each by itself"),
+    "kasa_config": refused(),
+}
+RETIRED = {
+    "merge_weights": Field(Use.IRRELEVANT, False),
+    "enable_lora": refused("it is of PEFT before 0.3; train the adapter again"),
+}
+
+
+def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
+    """The tensors of one site as matrices, and the site as its tensors tell it.
+
+    Raises:
+        ShapeMismatch: A and B do not belong together, or to no kind of site.
+        UnsupportedField: DoRA on a grouped convolution.
+    """
+    pair = EMBEDDING if EMBEDDING[0] in stored else MATRICES
+    if set(stored) - {*pair, *VECTORS} or any(n not in stored or stored[n].ndim < 2 for n in pair):
+        raise _misfit(path, stored)
+    a, b = (stored[name] for name in pair)
+    groups = a.shape[0] // b.shape[1] if b.shape[1] else 0
+    fits = a.ndim == b.ndim <= 5 and b.shape[1] * groups == a.shape[0] and b[0, 0].numel() == 1
+    if not fits or b.shape[0] % groups or (groups > 1 and a.ndim == 2):
+        raise _misfit(path, stored)
+    if a.ndim == 2:
+        kind = SiteKind.EMBEDDING if pair is EMBEDDING else SiteKind.LINEAR
+        site = matrix_site(path, b.shape[0], a.shape[1], kind)
+    else:
+        site = conv_site(path, b.shape[0], a.shape[1], tuple(a.shape[2:]), groups)
+    if "lora_magnitude_vector" in stored:
+        _refuse_grouped_dora(path, groups)
+    dense = _diagonal(b.flatten(1).chunk(groups))
+    vectors = {VECTORS[name]: stored[name].flatten() for name in VECTORS if name in stored}
+    return site, {"lora_A": a.flatten(1), "lora_B": dense, **vectors}
+
+
+def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tensor]:
+    """The tensors of one site in the file's shapes, by suffix.
+
+    Raises:
+        SiteUnsupported: PEFT has no such layer.
+        UnsupportedField: B leaves the blocks of a grouped convolution.
+    """
+    a, b = tensors["lora_A"], tensors["lora_B"]
+    if site.kind is SiteKind.EMBEDDING:
+        if "lora_bias" in tensors:
+            raise SiteUnsupported(
+                f"PEFT has no lora_bias on embeddings, and '{site.path}' is one",
+                next_step="use format='native', or exclude= the embedding",
+            )
+        written = dict(zip(EMBEDDING, (a, b), strict=True))
+    elif site.conv is None:
+        written = dict(zip(MATRICES, (a, b), strict=True))
+    else:
+        ones = (1,) * len(site.conv.kernel)
+        kernels = a.reshape(-1, *site.kernel[1:]), _blocks(site, b).reshape(b.shape[0], -1, *ones)
+        written = dict(zip(MATRICES, kernels, strict=True))
+    if "lora_bias" in tensors:
+        written["lora_B.bias"] = tensors["lora_bias"]
+    if "magnitude" in tensors:
+        magnitude = tensors["magnitude"]
+        if site.conv is not None:
+            _refuse_grouped_dora(site.path, site.conv.groups)
+            magnitude = magnitude.reshape(1, -1, *(1,) * len(site.conv.kernel))
+        written["lora_magnitude_vector"] = magnitude
+    return written
+
+
+def _blocks(site: Site, b: Tensor) -> Tensor:
+    """B (out, r) of a grouped convolution as PEFT keeps it, (out, r/groups)."""
+    assert site.conv is not None
+    groups = site.conv.groups
+    if groups == 1:
+        return b
+    if b.shape[1] % groups:
+        raise SiteUnsupported(
+            f"PEFT needs a rank that {groups} groups divide, and '{site.path}' has {b.shape[1]}",
+            next_step="use format='native'",
+        )
+    rows, columns = b.shape[0] // groups, b.shape[1] // groups
+    blocks = [b[g * rows : (g + 1) * rows, g * columns : (g + 1) * columns] for g in range(groups)]
+    if not torch.equal(_diagonal(blocks), b):
+        raise UnsupportedField(
+            f"lora_B at '{site.path}' mixes the groups of a grouped convolution, PEFT's cannot",
+            next_step="use format='native'",
+        )
+    return torch.cat(blocks)
+
+
+def _diagonal(blocks: Sequence[Tensor]) -> Tensor:
+    """Blocks on the diagonal of a matrix, a single one as it is."""
+    if len(blocks) == 1:
+        return blocks[0]
+    dense: Tensor = torch.block_diag(*blocks)
+    return dense
+
+
+def _refuse_grouped_dora(path: str, groups: int) -> None:
+    """PEFT takes DoRA's norms there over a matrix whose rows are scrambled (dora.py, get_lora_weight)."""
+    if groups > 1:
+        raise UnsupportedField(
+            f"use_dora=True at '{path}', a convolution of {groups} groups: what PEFT computes there is not DoRA",
+            next_step="exclude_modules the grouped convolutions",
+        )
+
+
+def _misfit(path: str, stored: Tensors) -> ShapeMismatch:
+    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in stored.items())
+    return ShapeMismatch(
+        f"the tensors at '{path}' do not belong together: {shapes}",
+        next_step="lora_A is (r, in), lora_B (out, r); a shard of a sharded model is neither",
+    )
+
+
+METHOD = Method(
+    peft_type="LORA",
+    variants={LoRA: {"use_dora": False}, DoRA: {"use_dora": True}},
+    fields=FIELDS,
+    retired=RETIRED,
+    suffixes=(*MATRICES, *EMBEDDING, *VECTORS),
+    training_state={
+        ".lora_velora_embed": "velora_config",
+        ".lora_monteclora_sampler.": "monteclora_config",
+    },
+    read_site=read_site,
+    write_site=write_site,
+)

@@ -1,0 +1,113 @@
+"""PEFT type SHIRA: sparse high-rank adapters.
+
+Source: peft.tuners.shira of PEFT 0.21. A site has `shira_weight` (K,) and `shira_indices` (2, K)
+int32, row 0 the out index; float32 where Windows wrote them. K = r·(out + in), or PEFT cannot load
+the file. Only nn.Linear is adapted, so that fan_in_fan_out never matters.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lorac.errors import ShapeMismatch, SiteUnsupported, UnsupportedField
+from lorac.formats._layout import matrix_site
+from lorac.formats.peft import config
+from lorac.formats.peft.method import Field, Method, Tensors, Use
+from lorac.ir.host.sites import Site, SiteKind
+from lorac.variants.base import Variant
+from lorac.variants.shira import SHiRA
+
+Tensor = torch.Tensor
+VALUES, INDICES = "shira_weight", "shira_indices"
+
+FIELDS = {
+    **config.COMMON,
+    "r": Field(Use.APPLIED, 32, to="r", read=config.rank),
+    # The file holds the positions, whatever chose them.
+    "mask_type": Field(Use.TRAINING, "random"),
+    "random_seed": Field(Use.TRAINING),
+    "init_weights": Field(Use.TRAINING, True),
+}
+
+
+def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
+    """Values (K,) and int64 indices (2, K), and a site that K positions at this r imply.
+
+    Raises:
+        ShapeMismatch: They do not belong together, or K is no multiple of r.
+    """
+    values, indices = stored.get(VALUES), stored.get(INDICES)
+    if values is None or indices is None or indices.shape != (2, *values.shape) or values.ndim != 1:
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in stored.items())
+        raise ShapeMismatch(
+            f"the tensors at '{path}' do not belong together: {shapes}",
+            next_step=f"{VALUES} is (K,), {INDICES} (2, K)",
+        )
+    whole = indices.to(torch.int64)
+    if not torch.equal(whole.to(indices.dtype), indices) or bool((whole < 0).any()):
+        raise ShapeMismatch(f"{INDICES} at '{path}' are not whole numbers from 0")
+    r, count = _rank(variant), values.numel()
+    rows = int(whole[0].max()) + 1 if count else 0
+    if count % r or count // r <= rows:
+        raise ShapeMismatch(
+            f"{count} values at '{path}' are no r·(out + in) for r = {r}",
+            next_step="r must be that of the training",
+        )
+    return matrix_site(path, rows, count // r - rows), {"indices": whole, "values": values}
+
+
+def check_site(site: Site, tensors: Tensors) -> None:
+    """What only the model can tell: that the positions lie inside the weight of an nn.Linear.
+
+    Raises:
+        SiteUnsupported: PEFT's SHIRA adapts nn.Linear only.
+        ShapeMismatch: A position lies outside the weight.
+    """
+    if site.kind is not SiteKind.LINEAR or site.transposed:
+        raise SiteUnsupported(
+            f"'{site.path}' is no nn.Linear, and PEFT's SHIRA adapts nothing else",
+            next_step="use format='native', or LoRA",
+        )
+    rows, columns = (int(row.max()) for row in tensors["indices"])
+    if rows >= site.out_features or columns >= site.in_features:
+        raise ShapeMismatch(
+            f"position ({rows}, {columns}) at '{site.path}' lies outside its weight "
+            f"({site.out_features}, {site.in_features})",
+            next_step="load the base model that the adapter was trained on",
+        )
+
+
+def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tensor]:
+    """The tensors of one site in the file's shapes, by suffix.
+
+    Raises:
+        SiteUnsupported, ShapeMismatch: As `check_site`.
+        UnsupportedField: The number of values is not PEFT's r·(out + in).
+    """
+    check_site(site, tensors)
+    count, r = tensors["values"].numel(), _rank(variant)
+    if count != r * (site.out_features + site.in_features):
+        raise UnsupportedField(
+            f"{count} values at '{site.path}' are not r·(out + in) for r = {r}, as PEFT needs",
+            next_step="use format='native', or train with r= instead of ratio=",
+        )
+    return {VALUES: tensors["values"], INDICES: tensors["indices"].to(torch.int32)}
+
+
+def _rank(variant: Variant) -> Any:
+    assert isinstance(variant, SHiRA)
+    return variant.r
+
+
+METHOD = Method(
+    peft_type="SHIRA",
+    variants={SHiRA: {}},
+    fields=FIELDS,
+    suffixes=(VALUES, INDICES),
+    read_site=read_site,
+    write_site=write_site,
+    lays_out=False,
+    check_site=check_site,
+)

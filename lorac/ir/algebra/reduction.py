@@ -1,0 +1,221 @@
+"""From a formula to its normal form: trace, analyse, and keep the small graph that computes the form's tensors.
+
+The result, a ``Lowering``, is itself a graph (W, b, *params) -> tensors of one normal form, differentiable and valid
+for every value of the parameters. It runs once when an adapter is added, and every step in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from lorac.ir.algebra.affine import weight_formula
+from lorac.ir.algebra.rules import RULES
+from lorac.ir.algebra.structure import WEIGHT, Analysis, Form, NamedRule, analyse, shape_of
+
+Params = SimpleNamespace
+"""What a formula gets as ``p``: one attribute per parameter of the variant, each a tensor."""
+
+aten = torch.ops.aten
+Tensor = torch.Tensor
+
+LOW_RANK, SPARSE, DENSE, BRANCH = "low-rank", "sparse", "dense", "branch"
+_TOKENS = 5
+"""Tokens in the example a branch is traced with; any size ≥ 2 that equals no feature size by design of the trace."""
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """A formula in its normal form.
+
+    Attributes:
+        form: ``"low-rank"``, ``"sparse"``, ``"dense"`` or ``"branch"``.
+        graph: computes the form's tensors from (W (out, in), b (out,), *params); for a branch, the traced branch
+            itself, (x, y, *params) -> y'.
+        params: names of the parameters, in the graph's order.
+        outputs: names of the tensors it returns. low-rank: A (in, R), B (R, out), c (out,), d (in,), t (n, k, k),
+            g (R,), h (out,), b (out,), of which all but A and B are absent where they are 1 or the base's; sparse:
+            rows, cols, values (k,), b; dense: W (out, in), b.
+        shared: names of the parameters that all sites have in common.
+        common: those of the outputs that follow from shared parameters alone: one tensor for all sites of a shape.
+        rank: R of a low-rank form, else 0.
+        reads_weight: whether the tensors depend on W.
+        reasons: why nothing cheaper was found.
+    """
+
+    form: str
+    graph: fx.GraphModule
+    params: tuple[str, ...]
+    outputs: tuple[str, ...]
+    rank: int = 0
+    reads_weight: bool = False
+    shared: tuple[str, ...] = ()
+    common: frozenset[str] = frozenset()
+    reasons: tuple[str, ...] = ()
+
+    def __call__(self, weight: Tensor, bias: Tensor, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The form's tensors."""
+        values = self.graph(weight, bias, *tensors)
+        return dict(zip(self.outputs, values, strict=True))
+
+
+def lower_weight(
+    formula: Callable[[Tensor, Tensor, Params], tuple[Tensor, Tensor]],
+    weight: tuple[int, int],
+    params: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    rules: Sequence[NamedRule] = RULES,
+    shared: Collection[str] = (),
+    *,
+    keep_factors: bool = False,
+) -> Lowering:
+    """Lower a weight formula (W, b, p) -> (W', b').
+
+    Args:
+        formula: pure function of torch ops.
+        weight: shape (out, in) of W.
+        params: one example tensor per parameter (any device; only shape and dtype are read).
+        dtype: dtype the formula computes in.
+        rules: the algebra's table.
+        shared: names of the parameters that all sites have in common.
+        keep_factors: products stay low-rank whatever their rank, for a weight that has no place for W'.
+    """
+    names = tuple(params)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        w, b = torch.empty(weight, dtype=dtype), torch.empty(weight[0], dtype=dtype)
+        fakes = [mode.from_tensor(t) for t in params.values()]
+
+        def traced(w: Tensor, b: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+            return formula(w, b, Params(**dict(zip(names, tensors, strict=True))))
+
+        graph = make_fx(traced)(w, b, *fakes)
+        return _classify(graph, names, rules, shared, keep_factors=keep_factors)
+
+
+def lower_branch(
+    formula: Callable[[Tensor, Tensor, Params], Tensor],
+    weight: tuple[int, int],
+    params: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    rules: Sequence[NamedRule] = RULES,
+) -> Lowering:
+    """Lower a branch formula (x, y, p) -> y' of a linear site: as a weight formula where it is affine."""
+    names = tuple(params)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        out_features, in_features = weight
+        x, y = torch.empty(_TOKENS, in_features, dtype=dtype), torch.empty(_TOKENS, out_features, dtype=dtype)
+        fakes = [mode.from_tensor(t) for t in params.values()]
+
+        def traced(x: Tensor, y: Tensor, *tensors: Tensor) -> Tensor:
+            return formula(x, y, Params(**dict(zip(names, tensors, strict=True))))
+
+        branch = make_fx(traced, pre_dispatch=True)(x, y, *fakes)
+        affine = weight_formula(branch, weight)
+        if affine is not None:
+            return _classify(affine, names, rules)
+        return Lowering(BRANCH, branch, names, ("y",), reasons=("not affine in x and y",))
+
+
+def _classify(
+    module: fx.GraphModule,
+    names: tuple[str, ...],
+    rules: Sequence[NamedRule],
+    shared: Collection[str] = (),
+    *,
+    keep_factors: bool = False,
+) -> Lowering:
+    graph = module.graph
+    w, b, *inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    output = next(iter(reversed(graph.nodes)))
+    new_weight, new_bias = output.args[0]
+    found = analyse(graph, w, rules, keep_factors=keep_factors)
+    form = found.form(new_weight)
+    reasons = tuple(found.misses)
+    common = {node for name, node in zip(names, inputs, strict=True) if name in shared}
+    if form is not None and form.base == WEIGHT and not form.sparse:
+        kind, tensors, rank = LOW_RANK, _low_rank(found, form, w, common), _rank(form)
+    elif form is not None and form.base == WEIGHT and form == Form(WEIGHT, sparse=form.sparse):
+        kind, tensors, rank = SPARSE, _sparse(found, form), 0
+    else:
+        kind, tensors, rank = DENSE, {"W": new_weight}, 0
+        reasons = (*reasons, "the formula's result has no recognised structure" if form is None else "mixed structure")
+    if new_bias is not b:
+        tensors["b"] = new_bias
+    output.args = (tuple(tensors.values()),)
+    alike = frozenset(name for name, node in tensors.items() if _follows_from(node, common))
+    graph.eliminate_dead_code()
+    graph.lint()
+    module.recompile()
+    return Lowering(kind, module, names, tuple(tensors), rank, bool(w.users), tuple(shared), alike, reasons)
+
+
+def _rank(form: Form) -> int:
+    return sum(int(a.meta["val"].shape[0]) for _, a in form.low)
+
+
+def _low_rank(found: Analysis, form: Form, w: fx.Node, common: set[fx.Node]) -> dict[str, fx.Node]:
+    scales = {"c": form.c, "d": form.d}
+    if len(form.low) == 1 and (apart := _apart(*form.low[0], common)) is not None:
+        b, a, scales["g"], scales["h"] = apart
+        tensors = {"A": found.emit(aten.t.default, a), "B": found.emit(aten.t.default, b)}
+    elif form.low:
+        a = found.emit(aten.cat.default, [a for _, a in form.low], 0)
+        b = found.emit(aten.cat.default, [b for b, _ in form.low], 1)
+        tensors = {"A": found.emit(aten.t.default, a), "B": found.emit(aten.t.default, b)}
+    else:
+        rows, columns = w.meta["val"].shape
+        tensors = {
+            "A": found.emit(aten.new_zeros.default, w, [columns, 0]),
+            "B": found.emit(aten.new_zeros.default, w, [0, rows]),
+        }
+    for name, scale in scales.items():
+        if scale is not None:
+            tensors[name] = found.emit(aten.view.default, scale, [-1])
+    if form.blocks is not None:
+        tensors["t"] = found.emit(aten.transpose.int, form.blocks, 1, 2)
+    return tensors
+
+
+def _apart(
+    b: fx.Node, a: fx.Node, common: set[fx.Node]
+) -> tuple[fx.Node, fx.Node, fx.Node | None, fx.Node | None] | None:
+    """(h∘B)·(g∘A) as B, A, g, h, where B and A follow from shared parameters alone; None where they do not."""
+    core_b, h = _unscaled(b, common)
+    core_a, g = _unscaled(a, common)
+    return (core_b, core_a, g, h) if all(_follows_from(core, common) for core in (core_b, core_a)) else None
+
+
+def _unscaled(matrix: fx.Node, common: set[fx.Node]) -> tuple[fx.Node, fx.Node | None]:
+    """A matrix (n, m) without the column (n, 1) that scales its rows, and the column; None where there is none."""
+    if matrix.target is aten.mul.Tensor and not _follows_from(matrix, common):
+        for core, scale in (matrix.args[:2], matrix.args[1::-1]):
+            shapes = shape_of(core), shape_of(scale)
+            if shapes == (shape_of(matrix), (shape_of(matrix)[0], 1)) and _follows_from(core, common):
+                return core, scale  # type: ignore[return-value]
+    return matrix, None
+
+
+def _follows_from(node: Any, common: set[fx.Node]) -> bool:
+    """Whether a node reads inputs of ``common`` and no others."""
+    todo, read = [node], set()
+    while todo:
+        inner = todo.pop()
+        if inner.op == "placeholder":
+            read.add(inner)
+        todo.extend(inner.all_input_nodes)
+    return bool(read) and read <= common
+
+
+def _sparse(found: Analysis, form: Form) -> dict[str, fx.Node]:
+    columns = ("rows", "cols", "values")
+    return {
+        name: found.emit(aten.cat.default, list(parts), 0)
+        for name, parts in zip(columns, zip(*form.sparse, strict=True), strict=True)
+    }

@@ -1,0 +1,1 @@
+"""Captured computations: programs of graphs, their signatures, edits, checks and reference meaning."""

@@ -1,0 +1,331 @@
+"""Capture: a host model becomes an ExportedProgram in which every call of a site is one ``lorac`` node.
+
+The host is never touched. ``structural_copy`` makes a second tree of modules over the same storage; ``mark`` gives the
+sites of that copy a forward that calls the site's op; ``export`` traces it. Hugging Face models go through
+``transformers.exporters``, which patches what does not trace, all others through ``torch.export`` directly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import os
+import re
+import sysconfig
+import threading
+import traceback
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, is_concrete_int
+
+from lorac.errors import CaptureFailed, Unavailable
+from lorac.ir.graph import ops
+from lorac.ir.graph.example_inputs import CAPTURED, Inputs, default_inputs, default_shapes, is_hugging_face, widened
+from lorac.ir.host.components import Models
+from lorac.ir.host.copying import structural_copy
+from lorac.ir.host.layers import Forward, calls_below, is_plain, with_below
+from lorac.ir.host.sites import is_conv1d_of_gpt2
+from lorac.ir.slots.reads import first_tensor, replace_first
+
+_LOCK = threading.RLock()  # tracing swaps attributes of torch and of transformers' classes for the whole process
+_MACHINERY = frozenset({os.path.abspath(__file__), os.path.abspath(ops.__file__)})
+_LIBRARIES = ("/torch/", "/transformers/exporters/", "<string>", "<frozen")
+_STDLIB = sysconfig.get_paths()["stdlib"]
+
+
+# ── The sites ────────────────────────────────────────────────────────────────────────────────────────────────────────
+def mark(model: nn.Module, blocks: Collection[str] = ()) -> list[str]:
+    """Make every site of ``model`` (a structural copy) call its op, in place; return the paths of the sites.
+
+    Args:
+        model: the copy.
+        blocks: paths of modules whose exits are marked too.
+
+    Raises:
+        CaptureFailed: ``blocks`` names no module of the model.
+    """
+    modules = dict(model.named_modules())
+    if unknown := sorted(set(blocks) - modules.keys()):
+        raise CaptureFailed(f"the model has no module {unknown[0]!r} to mark as a block")
+    sites = []
+    for path, module in modules.items():
+        if (forward := _site_forward(module, path)) is not None:
+            _override(module, forward)
+            sites.append(path)
+    for path in blocks:
+        module = modules[path]
+        module.forward = _block_forward(module.forward, path)
+        sites.append(path)
+    return sites
+
+
+def _site_forward(module: nn.Module, path: str) -> Forward | None:
+    """The forward that calls the op of this site; None where the module is no site."""
+    if isinstance(module, nn.Linear):
+        return lambda input: torch.ops.lorac.linear(input, module.weight, module.bias, path)
+    if isinstance(module, nn.Embedding) and module.max_norm is None:  # max_norm writes into the weight
+        padding = -1 if module.padding_idx is None else module.padding_idx
+        return lambda input: torch.ops.lorac.embedding(input, module.weight, padding, path)
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return _conv_forward(module, path)
+    if is_conv1d_of_gpt2(module):
+        conv1d: Any = module  # GPT-2's: a linear layer that stores its weight as (in, out)
+        return lambda x: torch.ops.lorac.linear(x, conv1d.weight.t(), conv1d.bias, path)
+    return None
+
+
+def _conv_forward(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, path: str) -> Forward:
+    """A convolution's forward; padding the op does not know (by mode, or lopsided "same") is done before it."""
+    pads = module._reversed_padding_repeated_twice
+    lopsided = any(pads[i] != pads[i + 1] for i in range(0, len(pads), 2))
+    before = module.padding_mode != "zeros" or lopsided
+    mode = module.padding_mode if module.padding_mode != "zeros" else "constant"
+    padding = [0] * len(module.stride) if before else list(pads[::-2])
+    stride, dilation = list(module.stride), list(module.dilation)
+
+    def forward(input: Tensor) -> Tensor:
+        x = F.pad(input, pads, mode=mode) if before else input
+        bias, groups = module.bias, module.groups
+        result: Tensor = torch.ops.lorac.conv(x, module.weight, bias, stride, padding, dilation, groups, path)
+        return result
+
+    return forward
+
+
+def _override(module: Any, forward: Forward) -> None:
+    """Replace a layer's own forward, where that is known.
+
+    Also below a subclass whose forward calls ``super().forward`` (a scaled or offset embedding), and below a wrapper on
+    the instance (accelerate's hooks).
+    """
+    if "_old_forward" in vars(module):
+        module._old_forward = forward
+        return
+    if is_plain(module):
+        module.forward = forward
+    elif calls_below(module):
+        module.__class__ = with_below(module, forward)
+
+
+def _block_forward(original: Forward, path: str) -> Forward:
+    """A block's forward with the first tensor of its output marked; the kind of output stays."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        x = first_tensor((args, kwargs))
+        return replace_first(output, lambda y: torch.ops.lorac.block(x, y, path))
+
+    forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    return forward
+
+
+# ── The export ───────────────────────────────────────────────────────────────────────────────────────────────────────
+def export(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...] | Inputs | None = None,
+    dynamic_shapes: Any = None,
+    *,
+    blocks: Collection[str] = (),
+) -> ExportedProgram:
+    """Capture ``model`` in eval mode, each call of a site one ``lorac`` node whose last argument is the site's path.
+
+    Args:
+        model: the host; left as it was.
+        example_inputs: what forward is called with; None makes them (``default_inputs``).
+        dynamic_shapes: as ``torch.export`` takes them; None means batch, and length for text.
+        blocks: paths of modules whose exits are marked too.
+
+    Raises:
+        ExampleInputsNeeded: there are no inputs and none can be made.
+        CaptureFailed: the model does not trace; the message names the line that does not.
+        Unavailable: they are several models.
+    """
+    if isinstance(model, Models):
+        raise Unavailable(
+            f"several models ({', '.join(model)}) compile together for eager alone, and have no one graph",
+            next_step="compile each of them by itself",
+        )
+    given = default_inputs(model) if example_inputs is None else example_inputs
+    inputs = _by_name(model, given) if isinstance(given, Mapping) or is_hugging_face(model) else given
+    with _LOCK, torch.no_grad(), torch.random.fork_rng(devices=[]), _no_fast_path():
+        try:
+            host = structural_copy(model, share_buffers=True).eval()
+        except Exception as error:
+            raise CaptureFailed(f"{type(model).__name__} cannot be copied: {error}") from error
+        mark(host, blocks)
+        attempts = [(inputs, dynamic_shapes)] if dynamic_shapes is not None else _attempts(model, inputs)
+        for tried, shapes in attempts:
+            try:
+                return _trace(host, tried, shapes)
+            except Exception as error:
+                cause = error
+                if not _is_about_shapes(error):
+                    break
+        failure = _failure(host, tried, shapes, cause)
+    raise failure from cause
+
+
+def _trace(host: nn.Module, inputs: Any, shapes: Any) -> ExportedProgram:
+    """One torch.export of a marked copy."""
+    if is_hugging_face(host):
+        return _trace_hugging_face(host, inputs, shapes)
+    args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
+    return torch.export.export(host, args, kwargs, dynamic_shapes=shapes)
+
+
+def _trace_hugging_face(host: nn.Module, inputs: Inputs, shapes: Any) -> ExportedProgram:
+    """Through transformers' exporter, without caches. It changes its arguments: the copy's, not the host's."""
+    from transformers.exporters.configs import DynamoConfig
+    from transformers.exporters.exporter_dynamo import DynamoExporter
+
+    # tested_versions: else it says at every export that torch is newer than the one they tested with
+    exporter: Any = type("Exporter", (DynamoExporter,), {"tested_versions": {}})()
+    for module in host.modules():
+        config: Any = getattr(module, "config", None)
+        for name, value in CAPTURED.items():
+            if hasattr(config, name):
+                setattr(config, name, value)
+    program: ExportedProgram
+    program, _ = exporter.export_program(host, dict(inputs), DynamoConfig(dynamic_shapes=shapes))
+    return program
+
+
+def _attempts(model: nn.Module, inputs: Any) -> Iterator[tuple[Any, Any]]:
+    """The inputs and default shapes to try: named dims, then dims that torch may narrow or fix."""
+    named = isinstance(inputs, Mapping)
+    by_name = dict(inputs) if named else {str(i): value for i, value in enumerate(inputs)}
+    for names in (True, False):
+        shapes = default_shapes(model, by_name, named=names)
+        wide = {name: widened(value, shapes[name]) for name, value in by_name.items()}
+        yield (wide, shapes) if named else (tuple(wide.values()), tuple(shapes.values()))
+
+
+@contextlib.contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """Keep nn.TransformerEncoderLayer and nn.MultiheadAttention off the fused kernel that bypasses their layers."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+# ── The errors ───────────────────────────────────────────────────────────────────────────────────────────────────────
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_about_shapes(error: BaseException) -> bool:
+    """Whether the model traced, but not for every size the shapes promise."""
+    return any(type(e).__name__ in ("ConstraintViolationError", "UserError") for e in _chain(error))
+
+
+def source_line(error: BaseException) -> str | None:
+    """``file:line: code`` of the innermost line of the model in an error of torch.export; None where there is none.
+
+    Tracing runs the model's own Python, so its frames are in the traceback.
+    """
+    for e in _chain(error):
+        if line := _model_line(traceback.extract_tb(e.__traceback__)):
+            return line
+    return None
+
+
+def _model_line(frames: Sequence[traceback.FrameSummary]) -> str | None:
+    entered = next((i for i, frame in enumerate(frames) if frame.name == "_call_impl"), len(frames))
+    for frame in reversed(frames[entered:]):
+        if _is_model_file(frame.filename):
+            return f"{frame.filename}:{frame.lineno}: {frame.line}"
+    return None
+
+
+def _is_model_file(filename: str) -> bool:
+    if filename in _MACHINERY or (filename.startswith(_STDLIB) and "site-packages" not in filename):
+        return False
+    path = filename.replace(os.sep, "/")
+    return not any(part in path for part in _LIBRARIES)
+
+
+class _GuardLines(logging.Handler):
+    """Where guards come from.
+
+    A broken promise about sizes is reported after the trace, when the line is gone, but torch logs each guard while the
+    line runs.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "[guard added]" in record.getMessage() and (line := _model_line(traceback.extract_stack())):
+            self.lines.append(line)
+
+
+def _guard_lines(host: nn.Module, inputs: Any, shapes: Any) -> list[str]:
+    """The lines of the model that need particular sizes, found by tracing once more."""
+    logger, handler = logging.getLogger("torch.fx.experimental.symbolic_shapes"), _GuardLines()
+    before = logger.handlers, logger.level, logger.propagate
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
+    try:
+        with contextlib.suppress(Exception):
+            _trace(host, inputs, shapes)
+    finally:
+        logger.handlers, level, logger.propagate = before
+        logger.setLevel(level)
+    return list(dict.fromkeys(handler.lines))
+
+
+def _failure(host: nn.Module, inputs: Any, shapes: Any, error: Exception) -> CaptureFailed:
+    line = source_line(error)
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    step = "make this line independent of the values of tensors (torch.where, torch.cond)"
+    if _is_about_shapes(error):
+        lines = _guard_lines(host, inputs, shapes)
+        line = line or (lines[0] if lines else None)
+        reason = " ".join(str(error).partition("The error above")[0].split())
+        step = "give dynamic_shapes= that this line admits, or change the line"
+    elif not isinstance(error, GuardOnDataDependentSymNode):
+        step = "the same call in eager shows whether the inputs fit the model"
+    return CaptureFailed(
+        f"torch.export cannot trace {type(host).__name__}" + (f" at {line}" if line else "") + f": {reason}",
+        next_step=step,
+    )
+
+
+def _by_name(model: nn.Module, given: Any) -> dict[str, Any]:
+    """Inputs as a dict: a tuple is bound to the names of forward, and what is None is left out."""
+    if not isinstance(given, Mapping):
+        given = inspect.signature(model.forward).bind(*given).arguments
+    return {name: value for name, value in given.items() if value is not None}
+
+
+# ── What a captured node says about its origin ───────────────────────────────────────────────────────────────────────
+def node_line(node: torch.fx.Node) -> str | None:
+    """``file:line: code`` of the innermost line of the model that made ``node``; None where torch recorded none."""
+    entries = re.findall(r'File "(.+?)", line (\d+), in .*\n\s*(.*)', node.meta.get("stack_trace") or "")
+    return next((f"{f}:{line}: {code}" for f, line, code in reversed(entries) if _is_model_file(f)), None)
+
+
+def fixed_axes(program: ExportedProgram, dynamic_shapes: Mapping[str, Any]) -> dict[str, dict[int, int]]:
+    """The axes that were asked to be dynamic and that the model fixed: input -> axis -> size.
+
+    ``Dim.AUTO`` is silent about it.
+    """
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    fixed: dict[str, dict[int, int]] = {}
+    for name, axes in dynamic_shapes.items():
+        if isinstance(value := values.get(name), Tensor) and isinstance(axes, Mapping):
+            sizes = {axis: int(size) for axis in axes if is_concrete_int(size := value.shape[axis])}
+            fixed |= {name: sizes} if sizes else {}
+    return fixed

@@ -1,0 +1,66 @@
+"""What goes into the slot inputs of a lowered program: one tensor per input, from the slots of its site or pack."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from lorac.ir.graph.graph import SlotInput
+from lorac.ir.slots.emits import record_emitted
+from lorac.ir.slots.site import SitePlan, SiteSlots
+
+Tensor = torch.Tensor
+
+
+def named_tensors(
+    inputs: Mapping[str, SlotInput], plans: Mapping[str, SitePlan], slots: Mapping[str, SiteSlots]
+) -> dict[str, Tensor]:
+    """Slot input -> tensor. Idle branches get zeros of their shape."""
+    tensors: dict[str, Tensor] = {}
+    by_site: dict[str, dict[str, Tensor]] = {}
+    for name, slot in inputs.items():
+        if slot.members:
+            tensors[name] = packed(slot, [slots[member] for member in slot.members])
+            continue
+        if slot.site not in by_site:
+            by_site[slot.site] = slots[slot.site].named()
+        filled = by_site[slot.site].get(slot.role)
+        tensors[name] = filled if filled is not None else idle(plans[slot.site], slot.role)
+    return tensors
+
+
+def fed(inputs: Mapping[str, SlotInput], plans: Mapping[str, SitePlan]) -> dict[str, SitePlan]:
+    """The plans of the sites that have slot inputs: those that the program reaches."""
+    reached = {path for slot in inputs.values() for path in (slot.site, *slot.members)}
+    return {path: plan for path, plan in plans.items() if path in reached}
+
+
+def packed(slot: SlotInput, members: Sequence[SiteSlots]) -> Tensor:
+    """What the slots of a pack hold: the A's of its sites side by side, or how wide each is."""
+    parts = [member.a for member in members if member.a is not None]
+    if slot.role == "pack.ranks":
+        return torch.tensor([part.shape[1] for part in parts])
+    return torch.cat(parts, dim=1)
+
+
+def idle(plan: SitePlan, role: str) -> Tensor:
+    """What an idle branch slot holds: strength and parameters of zero."""
+    index, _, part = role.removeprefix("branch").partition(".")
+    shape = (1,) if part == "t" else list(plan.branches[int(index)].params.values())[int(part)]
+    return torch.zeros(shape)
+
+
+def grouped_aux(extra: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """The extra outputs of the branches that are on, by name and site (``record_emitted``)."""
+    aux: dict[str, dict[str, Any]] = {}
+    emitted: dict[str, dict[str, list[Any]]] = {}
+    for key, value in extra.items():
+        name, _, place = key.partition(":")
+        path, _, branch = place.rpartition(":")
+        if bool(tensors[f"{path}:{branch}.t"].any()):
+            emitted.setdefault(path, {}).setdefault(name, []).append(value)
+    for path, found in emitted.items():
+        record_emitted(aux, path, found)
+    return aux

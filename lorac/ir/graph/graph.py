@@ -1,0 +1,109 @@
+"""Graph: one captured computation, its level, and the slot inputs it has been given.
+
+A Graph wraps a ``torch.export`` program. Its fx graph, signature and state belong together:
+``lorac.ir.graph.edit`` is the only place that changes the signature.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch.fx
+from torch.export import ExportedProgram
+
+from lorac.ir.host.sites import Site
+from lorac.ir.slots.site import SitePlan
+
+
+class Level(enum.IntEnum):
+    """How far a graph has been lowered."""
+
+    HOST = 0
+    """As captured: each call of a site is one ``lorac`` op."""
+    ADAPTED = 1
+    """One ``adapted`` op per call of a touched site, its slots among its operands, still opaque."""
+    EXPANDED = 2
+    """Adapted sites lowered to aten in their normal form."""
+    TARGET = 3
+    """Only ops the backend claims."""
+
+
+@dataclass(frozen=True)
+class SlotInput:
+    """A slot as an input of a graph.
+
+    Attributes:
+        name: public name: ``<site path>:<role>``; survives into the emitted program.
+        site: path of the site.
+        role: ``a``, ``b``, ``c``, ``d``, ``weight``, ``bias``, ``branch<i>.<j>``, ``branch<i>.t``; of a pack,
+            ``pack.a`` (the A's of all its sites, side by side) and ``pack.ranks`` (how wide each is).
+        node: name of the placeholder.
+        members: sites of a pack's slot.
+    """
+
+    name: str
+    site: str
+    role: str
+    node: str
+    members: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Sites that read the same input and share one x·A.
+
+    Attributes:
+        name: path of the first; names the pack's slots.
+        sites: their paths, in the order in which the parts of A lie.
+    """
+
+    name: str
+    sites: tuple[str, ...]
+
+
+@dataclass(repr=False)
+class Graph:
+    """One captured computation.
+
+    Attributes:
+        name: which of the program's graphs it is.
+        exported: the torch.export program.
+        sites: every site of the host.
+        plans: slots of the touched sites.
+        level: how far it is lowered.
+        slots: slot inputs by public name, in input order.
+        packs: name -> sites that share one x·A.
+        extra_outputs: names of outputs added behind the host's own (``aux``).
+    """
+
+    name: str
+    exported: ExportedProgram
+    sites: Mapping[str, Site]
+    plans: Mapping[str, SitePlan]
+    level: Level = Level.HOST
+    slots: dict[str, SlotInput] = field(default_factory=dict)
+    packs: dict[str, Pack] = field(default_factory=dict)
+    extra_outputs: list[str] = field(default_factory=list)
+
+    @property
+    def fx(self) -> torch.fx.Graph:
+        """The fx graph."""
+        return self.exported.graph
+
+    def placeholders(self) -> list[torch.fx.Node]:
+        """Input nodes, in signature order."""
+        return [node for node in self.fx.nodes if node.op == "placeholder"]
+
+    def find(self, *targets: object) -> Iterator[torch.fx.Node]:
+        """Call nodes of the given targets, safe against edits of the node at hand."""
+        wanted = set(targets)
+        return iter([n for n in self.fx.nodes if n.op == "call_function" and n.target in wanted])
+
+    def __repr__(self) -> str:
+        return f"<graph {self.name} @{self.level.name.lower()}, {len(self.fx.nodes)} nodes>"
+
+    def node(self, name: str) -> torch.fx.Node:
+        """The node called ``name``."""
+        return next(n for n in self.fx.nodes if n.name == name)

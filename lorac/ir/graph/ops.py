@@ -1,0 +1,148 @@
+"""The ops that mark sites in a captured graph: one node per call of a site, until a pass expands or lowers it.
+
+Each op computes what the host's layer computes, so a graph that still holds them runs as it is. Their last argument is
+the site: its module path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+aten = torch.ops.aten
+_CONVOLUTIONS: dict[int, Any] = {3: aten.conv1d.default, 4: aten.conv2d.default, 5: aten.conv3d.default}
+
+
+@torch.library.custom_op("lorac::linear", mutates_args=())
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: str) -> Tensor:
+    """``x @ weight.T + bias``."""
+    return F.linear(x, weight, bias)
+
+
+@linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, site: str) -> Tensor:
+    inner, wanted = x.shape[-1], weight.shape[1]
+    torch._check(inner == wanted, lambda: f"{site}: the input's last size is {inner}, the weight takes {wanted}")
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.custom_op("lorac::embedding", mutates_args=())
+def embedding(ids: Tensor, weight: Tensor, padding_idx: int, site: str) -> Tensor:
+    """Rows of ``weight``; ``padding_idx`` is -1 where the module has none (it only matters to gradients)."""
+    return F.embedding(ids, weight, padding_idx if padding_idx >= 0 else None)
+
+
+@embedding.register_fake
+def _(ids: Tensor, weight: Tensor, padding_idx: int, site: str) -> Tensor:
+    integral = ids.dtype in (torch.int32, torch.int64)
+    torch._check_type(integral, lambda: f"{site}: ids must be int32 or int64, not {ids.dtype}")
+    return weight.new_empty((*ids.shape, weight.shape[1]))
+
+
+@torch.library.custom_op("lorac::conv", mutates_args=())
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    site: str,
+) -> Tensor:
+    """A 1-, 2- or 3-d convolution, by the rank of ``weight``."""
+    return _CONVOLUTIONS[weight.dim()](x, weight, bias, stride, padding, dilation, groups)
+
+
+@conv.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    site: str,
+) -> Tensor:
+    return _CONVOLUTIONS[weight.dim()](x, weight, bias, stride, padding, dilation, groups)
+
+
+@torch.library.custom_op("lorac::block", mutates_args=())
+def block(x: Tensor, y: Tensor, site: str) -> Tensor:
+    """A marker at a block's exit: ``y``, with the block's input at hand for an adapter that needs it."""
+    return y.clone()
+
+
+@block.register_fake
+def _(x: Tensor, y: Tensor, site: str) -> Tensor:
+    return torch.empty_like(y)
+
+
+LINEAR, BLOCK = linear._opoverload, block._opoverload
+
+
+@torch.library.custom_op("lorac::split_ranks", mutates_args=())
+def split_ranks(u: Tensor, ranks: Tensor, pairs: list[Tensor]) -> list[Tensor]:
+    """u (..., sum of ranks) cut along its last axis by ``ranks`` (n,), one part per B (R, N) of ``pairs``."""
+    return [part.clone() for part in u.split(ranks.tolist(), dim=-1)]
+
+
+@split_ranks.register_fake
+def _(u: Tensor, ranks: Tensor, pairs: list[Tensor]) -> list[Tensor]:
+    return [u.new_empty((*u.shape[:-1], pair.shape[0])) for pair in pairs]
+
+
+@torch.library.custom_op("lorac::matmul", mutates_args=())
+def matmul(x: Tensor, matrix: Tensor) -> Tensor:
+    """x (..., K) times a matrix (K, N)."""
+    return torch.matmul(x, matrix)
+
+
+@matmul.register_fake
+def _(x: Tensor, matrix: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], matrix.shape[1]))
+
+
+SPLIT_RANKS, MATMUL = split_ranks._opoverload, matmul._opoverload
+OPS = frozenset(op._opoverload for op in (linear, embedding, conv, block))
+
+
+def adapted(op: Any, host_args: tuple[Any, ...], slots: dict[str, Tensor], site: str) -> Tensor:
+    """A call of a touched site, at level adapted: the host's op and operands, and the tensors in the site's slots.
+
+    Its meaning is ``lorac.ir.slots.run.run_site``; the ``expand`` pass puts that in its place: this is never executed.
+    """
+    raise AssertionError("an adapted op is expanded before anything runs")  # pragma: no cover
+
+
+def _lower_conv(args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+    return _CONVOLUTIONS[args[1].meta["val"].dim()], args[:7]
+
+
+_LOWERINGS: dict[Any, Callable[[tuple[Any, ...]], tuple[Any, tuple[Any, ...]]]] = {
+    linear._opoverload: lambda args: (aten.linear.default, args[:3]),
+    embedding._opoverload: lambda args: (aten.embedding.default, (args[1], args[0], args[2])),
+    conv._opoverload: _lower_conv,
+    block._opoverload: lambda args: (aten.clone.default, (args[1],)),
+}
+
+
+def lower(module: fx.GraphModule) -> bool:
+    """Turn every site's op into the aten op it stands for, in place; say whether anything changed.
+
+    Nodes keep their identity, name and meta, so an ExportedProgram's signature stays valid.
+    """
+    changed = False
+    for node in module.graph.nodes:
+        if node.op == "call_function" and (lowering := _LOWERINGS.get(node.target)) is not None:
+            node.target, node.args = lowering(node.args)
+            changed = True
+    if changed:
+        module.graph.lint()
+        module.recompile()
+    return changed

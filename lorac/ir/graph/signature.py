@@ -1,0 +1,124 @@
+"""How a captured program is called: the host's inputs by name, and its own output type back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from lorac.errors import ChoiceError, nearest_name
+from lorac.ir.graph.example_inputs import fixed_arguments, positional_arguments
+from lorac.ir.graph.graph import Graph
+from lorac.ir.graph.outputs import spec_from_json, spec_to_json
+
+
+@dataclass(frozen=True, eq=False)
+class CallSignature:
+    """Inputs and outputs of the host as an emitted program has them.
+
+    Attributes:
+        inputs: names of the program's inputs, in order.
+        arguments: names of the host's arguments, in the order of positional calls.
+        out_spec: pytree of the host's output; None where only names are known.
+        outputs: names of the program's outputs, the host's own first.
+        extra: names of the extra outputs behind them.
+        fixed: arguments that are no tensors, and what they were when the host was captured.
+    """
+
+    inputs: tuple[str, ...]
+    arguments: tuple[str, ...]
+    outputs: tuple[str, ...]
+    out_spec: Any = None
+    extra: tuple[str, ...] = ()
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Program input -> value, for one call.
+
+        Raises:
+            ChoiceError: an argument the program was not captured with, one given twice, or a missing one.
+        """
+        positional = dict(zip(self.arguments, args, strict=False))
+        twice = sorted(positional.keys() & kwargs.keys())
+        if twice or len(args) > len(self.arguments):
+            what = f"'{twice[0]}' is given twice" if twice else f"{len(args)} positional arguments are too many"
+            raise ChoiceError(what, next_step=f"the host takes {', '.join(self.arguments)}")
+        given = {name: value for name, value in {**positional, **kwargs}.items() if value is not None}
+        for name in given.keys() - set(self.inputs):
+            self._refuse_other(name, given[name])
+        for name in self.inputs:
+            if name not in given:
+                given[name] = self._default(name, given)
+        return {name: given[name] for name in self.inputs}
+
+    def _refuse_other(self, name: str, value: Any) -> None:
+        """Refuse an argument that is no input, unless it says what the program does anyway."""
+        if name not in self.fixed:
+            raise ChoiceError(
+                f"the compiled program has no input '{name}'",
+                nearest=nearest_name(name, self.inputs) or ", ".join(self.inputs),
+                next_step="give it in example_inputs= when compiling",
+            )
+        if isinstance(value, torch.Tensor | np.ndarray) or value != self.fixed[name]:
+            raise ChoiceError(
+                f"the program was captured with {name}={self.fixed[name]!r}, and cannot take {name}={value!r}",
+                next_step="leave it out, or set it in the model's configuration before compiling",
+            )
+
+    def answer(self, values: list[Any]) -> tuple[Any, dict[str, Any]]:
+        """The host's output object, and the extra outputs by name."""
+        own = values[: len(values) - len(self.extra)]
+        extra = dict(zip(self.extra, values[len(own) :], strict=True))
+        if self.out_spec is None:
+            return dict(zip(self.outputs, own, strict=False)), extra
+        return pytree.tree_unflatten(own, self.out_spec), extra
+
+    def _default(self, name: str, given: Mapping[str, Any]) -> Any:
+        """An attention mask may be left out, as the host allows: it is all ones."""
+        ids = given.get(name.replace("attention_mask", "input_ids"))
+        if name.endswith("attention_mask") and ids is not None:
+            return np.ones_like(ids) if isinstance(ids, np.ndarray) else torch.ones_like(ids)
+        raise ChoiceError(
+            f"the compiled program needs the input '{name}'",
+            next_step=f"it takes {', '.join(self.inputs)}",
+        )
+
+    # --- where it comes from, and how it is stored ---------------------------------------------------------------
+
+    @classmethod
+    def of(cls, graph: Graph, host: torch.nn.Module | None = None) -> CallSignature:
+        """How the host is called, read off its captured program.
+
+        Args:
+            graph: the program.
+            host: tells the order of positional arguments, which a program captured from keywords does not keep.
+        """
+        exported = graph.exported
+        slots = {slot.node for slot in graph.slots.values()}
+        inputs = tuple(str(name) for name in exported.graph_signature.user_inputs if name not in slots)
+        signature = exported.module_call_graph[0].signature
+        assert signature is not None
+        spec = signature.out_spec.child(0) if graph.extra_outputs else signature.out_spec
+        return cls(
+            inputs=inputs,
+            arguments=inputs if host is None else positional_arguments(host, inputs),
+            outputs=tuple(str(name) for name in exported.graph_signature.user_outputs),
+            out_spec=spec,
+            extra=tuple(graph.extra_outputs),
+            fixed={} if host is None else fixed_arguments(host),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The signature as JSON; the output's class by name."""
+        names = {name: list(getattr(self, name)) for name in ("inputs", "arguments", "outputs", "extra")}
+        return {**names, "fixed": dict(self.fixed), "output": spec_to_json(self.out_spec)}
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> CallSignature:
+        """The inverse of ``to_json``."""
+        names = {name: tuple(stored[name]) for name in ("inputs", "arguments", "outputs", "extra")}
+        return cls(**names, fixed=stored["fixed"], out_spec=spec_from_json(stored["output"]))

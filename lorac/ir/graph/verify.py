@@ -1,0 +1,87 @@
+"""The verifier: the rules of each level, checked between all passes."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from lorac.errors import VerificationFailed
+from lorac.ir.graph import ops
+from lorac.ir.graph.graph import Graph, Level
+
+_FORBIDDEN: dict[Level, tuple[object, ...]] = {
+    Level.HOST: (ops.adapted,),
+    Level.ADAPTED: (),
+    Level.EXPANDED: (ops.adapted, *ops.OPS),
+    Level.TARGET: (ops.adapted, *(ops.OPS - {ops.LINEAR})),
+}
+
+
+def verify(graph: Graph, after: str) -> None:
+    """Check a graph against the rules of its level.
+
+    Args:
+        graph: the graph.
+        after: the pass that ran last, for the message.
+
+    Raises:
+        VerificationFailed: what rule is broken, at which node, after which pass.
+    """
+    _known_operands(graph, after)
+    for node in graph.find(*_FORBIDDEN[graph.level]):
+        raise _failed(after, node, f"{node.target} does not belong at level {graph.level.name.lower()}")
+    for node in graph.fx.nodes:
+        if node.op == "call_function" and "val" not in node.meta:
+            raise _failed(after, node, "has no type")
+    _slots(graph, after)
+    _no_writes(graph, after)
+
+
+def _known_operands(graph: Graph, after: str) -> None:
+    seen: set[fx.Node] = set()
+    for node in graph.fx.nodes:
+        for operand in node.all_input_nodes:
+            if operand not in seen:
+                raise _failed(after, node, f"reads {operand.name} before it is computed")
+        seen.add(node)
+
+
+def _slots(graph: Graph, after: str) -> None:
+    """Every slot is an input of the graph, and something of what it feeds reaches an output (invariant 8)."""
+    placeholders = {node.name: node for node in graph.placeholders()}
+    live = _reaching_outputs(graph)
+    for slot in graph.slots.values():
+        node = placeholders.get(slot.node)
+        if node is None:
+            raise VerificationFailed(f"after '{after}': slot '{slot.name}' is no input of the graph any more")
+        if node not in live:
+            raise _failed(after, node, f"slot '{slot.name}' reaches no output")
+
+
+def _reaching_outputs(graph: Graph) -> set[fx.Node]:
+    live: set[fx.Node] = set()
+    for node in reversed(graph.fx.nodes):
+        if node.op == "output" or any(user in live for user in node.users):
+            live.add(node)
+    return live
+
+
+def _no_writes(graph: Graph, after: str) -> None:
+    """Base weights are read-only: no op may write to a parameter."""
+    parameters = set(graph.exported.graph_signature.inputs_to_parameters)
+    for node in graph.fx.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node.op != "call_function" or schema is None:
+            continue
+        for argument, value in zip(schema.arguments, node.args, strict=False):
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written and isinstance(value, fx.Node) and value.name in parameters:
+                raise _failed(after, node, f"writes to the base weight {value.name}")
+
+
+def _failed(after: str, node: fx.Node, what: str) -> VerificationFailed:
+    line = (node.meta.get("stack_trace") or "").strip().splitlines()
+    return VerificationFailed(
+        f"after '{after}': {node.name} {what}",
+        nearest=line[-2].strip() if len(line) > 1 else None,
+        next_step="this is a bug in a pass, not in your model",
+    )

@@ -1,0 +1,144 @@
+"""Which modules a pattern names: PEFT's rules, with a bound on the time a pattern from a file may take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import regex
+
+from lorac.errors import FormatError, PatternTooSlow, SiteNotFound, nearest_name
+from lorac.ir.host.sites import Site, SiteKind
+
+TIMEOUT_SECONDS = 0.1
+"""Longest a single pattern may take on one module path, in the thread's own time; an honest one takes microseconds."""
+_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
+_HEADS = ("lm_head", "embed_out", "output_layer")
+"""Output layers by name, for models that do not say which module is theirs (``get_output_embeddings``)."""
+
+
+def matches(pattern: str, path: str, *, full: bool = True) -> regex.Match[str] | None:
+    """``pattern`` against the whole of ``path`` (or its beginning).
+
+    Raises:
+        PatternTooSlow: matching did not end within ``TIMEOUT_SECONDS``.
+        FormatError: the pattern is not a regular expression.
+    """
+    try:
+        compiled = regex.compile(pattern)  # cached; a long list of alternatives takes its time, once
+        match: Callable[..., Any] = compiled.fullmatch if full else compiled.match
+        start = time.thread_time()
+        found = match(path, timeout=TIMEOUT_SECONDS)
+        # The engine looks at its clock now and then only: a match may end in time for it and yet be too slow.
+        if time.thread_time() - start > TIMEOUT_SECONDS:
+            raise TimeoutError
+        return found
+    except TimeoutError:
+        raise PatternTooSlow(
+            f"pattern {pattern!r} did not finish matching '{path}' in {TIMEOUT_SECONDS:g} s",
+            next_step="write the module names out instead of the pattern",
+        ) from None
+    except regex.error as error:
+        raise FormatError(f"pattern {pattern!r} is not a regular expression: {error}") from None
+
+
+def first_match(patterns: Mapping[str, Any] | Iterable[str], path: str) -> str | None:
+    """The first pattern that ends ``path`` (PEFT's rule for rank_pattern and alpha_pattern), or None."""
+    for pattern in patterns:
+        if matches(rf"(.*\.)?({pattern})$", path, full=False):
+            return pattern
+    return None
+
+
+def names(patterns: str | Iterable[str], path: str) -> bool:
+    """Whether ``path`` is named: by one regular expression, or by a list of paths and suffixes."""
+    if isinstance(patterns, str):
+        return matches(patterns, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in patterns)
+
+
+def holds(modules: Iterable[str], path: str) -> bool:
+    """Whether ``path`` is, or lies inside, one of the ``modules_to_save``."""
+    return any(matches(rf"(^|.*\.){name}($|\..*)", path) for name in modules)
+
+
+def layer_index(path: str, patterns: Iterable[str]) -> int | None:
+    """The layer number in ``path``: the first number after the name of a list of layers."""
+    expressions = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in patterns] or [_LAYER]
+    for expression in expressions:
+        found = matches(expression, path, full=False)
+        if found:
+            return int(found["idx"])
+    return None
+
+
+def block_index(path: str) -> int:
+    """The number of a block in its list: ``encoder.layer.3`` is 3."""
+    return int(path.rpartition(".")[2])
+
+
+def outermost_blocks(sites: Mapping[str, Site]) -> set[str]:
+    """Paths of the blocks that lie in no other block: not an expert, or a layer's part, inside a layer."""
+    blocks = {path for path, site in sites.items() if site.kind is SiteKind.BLOCK}
+    return {path for path in blocks if not any(path.startswith(f"{other}.") for other in blocks)}
+
+
+def select(
+    sites: Mapping[str, Site],
+    targets: str | Iterable[str],
+    *,
+    exclude: str | Iterable[str] = (),
+    layers: Iterable[int] = (),
+    layers_pattern: Iterable[str] = (),
+    saved: Iterable[str] = (),
+    heads: Iterable[str] = (),
+) -> list[Site]:
+    """The sites that ``targets`` names, by PEFT's rules.
+
+    Args:
+        sites: all sites of the model.
+        targets: suffixes, one regular expression, ``"all-linear"`` (every linear layer but the output layer), or
+            ``"all-blocks"`` (every outermost block).
+        exclude, layers, layers_pattern, saved: PEFT's exclude_modules, layers_to_transform, layers_pattern,
+            modules_to_save.
+        heads: paths of output layers, which ``"all-linear"`` leaves out.
+    """
+    chosen_layers, saved = set(layers), tuple(saved)
+    heads = set(heads)
+    blocks = outermost_blocks(sites) if targets == "all-blocks" else set()
+    picked = []
+    for path, site in sites.items():
+        if (exclude and names(exclude, path)) or holds(saved, path):
+            continue
+        if targets == "all-linear":
+            named = site.kind is SiteKind.LINEAR and path not in heads and path.rpartition(".")[2] not in _HEADS
+        elif targets == "all-blocks":
+            named = path in blocks
+        else:
+            named = names(targets, path)
+        # A path that is given in full is meant, whatever its layer (PEFT).
+        given = not isinstance(targets, str) and path in targets
+        if named and chosen_layers and not given:
+            index = block_index(path) if site.kind is SiteKind.BLOCK else layer_index(path, layers_pattern)
+            named = index in chosen_layers
+        if named:
+            picked.append(site)
+    return picked
+
+
+def nothing_matches(adapter: str, targets: str | Iterable[str], sites: Mapping[str, Site]) -> SiteNotFound:
+    """The error for an adapter whose targets name no site, with the nearest name that exists."""
+    wanted = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+    suffixes = {path.rpartition(".")[2] for path in sites}
+    first = wanted.split(",")[0].strip()
+    name = nearest_name(first.rpartition(".")[2], suffixes)
+    near = None
+    if name is not None:
+        found = [site for path, site in sites.items() if path.rpartition(".")[2] == name]
+        near = f"{name} ({len(found)} sites, {found[0].kind} {found[0].in_features} -> {found[0].out_features})"
+    return SiteNotFound(
+        f"adapter '{adapter}' targets '{wanted}', which matches no site",
+        nearest=near,
+        next_step="`lorac sites MODEL` prints them all",
+    )

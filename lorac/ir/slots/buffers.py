@@ -1,0 +1,181 @@
+"""Writing merged weights into buffers an engine reads, always from the base, at the cost of the form.
+
+A buffer is written from its base and the new value, whatever it held before: low-rank and dense values overwrite it
+whole, sparse ones restore the positions of the last sparse value and set their own.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lorac.ir.algebra.changes import Dense, LowRank, Sparse, SparseSum, Value, merge, merge_bias
+from lorac.ir.host.sites import BaseReader, Site, SiteKind
+from lorac.ir.slots.layouts import kind_of
+from lorac.ir.slots.site import SitePlan
+
+Tensor = torch.Tensor
+
+
+_NOTHING = Dense(torch.empty(0))
+"""What a buffer holds while it is written."""
+
+
+@dataclass(eq=False)
+class _Patch:
+    """A sparse value as positions in the buffer's memory: what to write, and what the base holds there."""
+
+    positions: Tensor
+    written: Tensor
+    original: Tensor
+
+
+class FusedBuffer:
+    """The weight (and bias) of one site, as an engine reads it.
+
+    Args:
+        site: the site.
+        buffer: contiguous memory the engine reads, at first holding the base.
+        matrix_of: buffer memory -> its view as a matrix (out, in).
+        base: reads W (out, in), unchanged for the buffer's whole life.
+        bias, base_bias: memory the engine reads the bias from, and the base's bias; None where there is none.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        buffer: Tensor,
+        matrix_of: Callable[[Tensor], Tensor],
+        base: Callable[[], Tensor],
+        bias: Tensor | None = None,
+        base_bias: Tensor | None = None,
+    ) -> None:
+        self.site, self.buffer, self.matrix_of, self.base = site, buffer, matrix_of, base
+        self.bias, self.base_bias = bias, base_bias
+        self.holds: Value | None = None
+        # The matrix of a grouped kernel is block-diagonal: no view of the buffer.
+        self._grouped = site.conv is not None and site.conv.groups > 1
+        self._patches: weakref.WeakKeyDictionary[Value, _Patch] = weakref.WeakKeyDictionary()
+
+    @torch.no_grad()
+    def write(self, value: Value | None) -> int:
+        """Make the buffer hold ``value`` (None: the base); returns the bytes written."""
+        if value is self.holds:
+            return 0
+        # Until it is done the content is nobody's: a write that fails half-way must not pass for what was there.
+        held, self.holds = self.holds, _NOTHING
+        written = self._write(value, held)
+        self.holds = value
+        return written
+
+    def forget(self) -> None:
+        """Somebody else wrote into the memory: what it holds is not known, and the next write writes all of it."""
+        self.holds = _NOTHING
+
+    def _write(self, value: Value | None, held: Value | None) -> int:
+        if self._grouped:
+            self.buffer.copy_(self.site.store(self.base() if value is None else merge(value, self.base())))
+            written = self.buffer.nbytes
+        elif isinstance(value, Sparse | SparseSum) and isinstance(held, Sparse | SparseSum | None):
+            written = self._write_sparse(value, held)
+        elif value is None and isinstance(held, Sparse | SparseSum):
+            written = self._restore(held)
+        else:
+            written = self._write_whole(value)
+        if self.bias is not None:
+            new_bias = None if value is None else merge_bias(value, self.base_bias)
+            start = new_bias if new_bias is not None else self.base_bias
+            self.bias.copy_(start) if start is not None else self.bias.zero_()
+        return written
+
+    def _write_whole(self, value: Value | None) -> int:
+        target, base = self.matrix_of(self.buffer), self.base()
+        value = value.folded() if isinstance(value, LowRank) else value
+        plain = isinstance(value, LowRank) and not value.changes_input and value.a.dtype == base.dtype
+        if value is None:
+            target.copy_(base)
+        elif plain and isinstance(value, LowRank) and value.c is None:
+            torch.addmm(base, value.b.t(), value.a.t(), out=target)
+        elif isinstance(value, Dense):
+            target.copy_(value.weight)
+        else:
+            target.copy_(merge(value, base))
+        return self.buffer.nbytes
+
+    def _write_sparse(self, value: Sparse | SparseSum, held: Value | None) -> int:
+        written = self._restore(held)
+        patch = self._patch(value)
+        self._flat().index_copy_(0, patch.positions, patch.written)
+        return written + patch.written.nbytes
+
+    def _restore(self, held: Value | None) -> int:
+        if not isinstance(held, Sparse | SparseSum):
+            return 0
+        patch = self._patch(held)
+        self._flat().index_copy_(0, patch.positions, patch.original)
+        return patch.original.nbytes
+
+    def _flat(self) -> Tensor:
+        return self.buffer.view(-1)
+
+    def _patch(self, value: Sparse | SparseSum) -> _Patch:
+        known = self._patches.get(value)
+        if known is None:
+            known = self._patches[value] = self._make_patch(value)
+        return known
+
+    def _make_patch(self, value: Sparse | SparseSum) -> _Patch:
+        terms = ((1.0, value),) if isinstance(value, Sparse) else value.terms
+        base = self.base()
+        strides = self.matrix_of(self.buffer).stride()
+        columns = base.shape[1]
+        flat = torch.cat([term.rows * columns + term.cols for _, term in terms])
+        unique, places = torch.unique(flat, return_inverse=True)
+        rows, cols = unique // columns, unique % columns
+        original = base[rows, cols]
+        written = original.clone()
+        start = 0
+        for strength, term in terms:
+            here = places[start : start + term.rows.numel()]
+            added = term.values if strength == 1 else term.values * strength
+            written.index_put_((here,), added.to(written.dtype), accumulate=True)
+            start += term.rows.numel()
+        # In the order of memory: scattering back and forth costs more.
+        positions, order = torch.sort(rows * strides[0] + cols * strides[1])
+        return _Patch(positions, written[order], original[order])
+
+
+def fused_buffers(plans: Mapping[str, SitePlan], base: BaseReader) -> tuple[dict[str, FusedBuffer], dict[str, Tensor]]:
+    """A buffer per bound weight, in slot layout and holding the base, and the memory by slot name."""
+    buffers, memory = {}, {}
+    for path, plan in plans.items():
+        if not plan.bound:
+            continue
+        site = plan.site
+        unchanged = _held(base.weight(site))
+        weight = kind_of(site).layout_weight(unchanged()).clone(memory_format=torch.contiguous_format)
+        memory[f"{path}:weight"] = weight
+        bias = None
+        if plan.bias:
+            original = base.bias(site)
+            bias = torch.zeros(site.out_features) if original is None else original.clone()
+            memory[f"{path}:bias"] = bias
+        matrix_of = _matrix_view(plan)
+        buffers[path] = FusedBuffer(site, weight, matrix_of, unchanged, bias, base.bias(site))
+    return buffers, memory
+
+
+def _held(tensor: Tensor) -> Callable[[], Tensor]:
+    """A reader of one tensor; to map a file anew at every swap costs as much as the write itself."""
+    return lambda: tensor
+
+
+def _matrix_view(plan: SitePlan) -> Any:
+    site = plan.site
+    if site.kind in {SiteKind.LINEAR, SiteKind.EMBEDDING}:
+        return lambda buffer: buffer.t()
+    return site.present

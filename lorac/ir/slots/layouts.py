@@ -1,0 +1,169 @@
+"""What a site of each kind computes, in torch ops that trace: its base, and the two halves of a low-rank branch.
+
+Layouts of the tensors a site takes at run time ("slot layouts"), K inputs, N outputs, R rank:
+
+    =========  ==============  ==============  =====================
+    kind       A               B               W (bound)
+    =========  ==============  ==============  =====================
+    linear     [K, R]          [R, N]          [K, N]
+    embedding  [V, R]          [R, d]          [V, d]
+    conv       [R, in, *k]     [N, R, 1, …]    [N, in/groups, *k]
+    =========  ==============  ==============  =====================
+
+Values elsewhere (``lorac.ir.algebra.changes``) are matrices A (K, R), B (R, N), W (N, K); ``layout_*`` here converts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from lorac.ir.algebra.changes import times_blocks
+from lorac.ir.host.sites import Site, SiteKind
+
+Tensor = torch.Tensor
+_CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class LinearKind:
+    """``y = x·Wᵀ + b`` over the last axis."""
+
+    keeps_bias_inside: bool = False
+    """The base's own bias belongs to its op (a convolution's); elsewhere it is added last."""
+    has_input_axis: bool = True
+    """Whether the input has one axis of features, which scales and transforms of the input go along."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+
+    def base(self, x: Tensor, stored: Tensor, bias: Tensor | None) -> Tensor:
+        """The unadapted site, from the weight as the module stores it."""
+        return F.linear(x, self.site.present(stored), bias)
+
+    def bound(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The site with another weight, given in slot layout."""
+        y = torch.matmul(x, weight)
+        return y if bias is None else y + bias
+
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        """x·A: the low-rank branch's first half."""
+        return torch.matmul(x, a)
+
+    def up(self, u: Tensor, b: Tensor) -> Tensor:
+        """u·B: its second half."""
+        return torch.matmul(u, b)
+
+    def per_output(self, vector: Tensor) -> Tensor:
+        """A vector (out,) shaped to broadcast over the site's output."""
+        return vector
+
+    def per_rank(self, vector: Tensor) -> Tensor:
+        """A vector (R,) shaped to broadcast over x·A."""
+        return vector
+
+    def per_input(self, vector: Tensor) -> Tensor:
+        """A vector (in,) shaped to broadcast over the site's input, where it ``has_input_axis``."""
+        return vector
+
+    def through(self, x: Tensor, blocks: Tensor) -> Tensor:
+        """The site's input (…, in) times a block-diagonal matrix of blocks (n, k, k); where ``per_input`` is."""
+        return times_blocks(x, blocks)
+
+    def layout_a(self, a: Tensor) -> Tensor:
+        """A matrix A (K, R) in slot layout."""
+        return a
+
+    def layout_b(self, b: Tensor) -> Tensor:
+        """A matrix B (R, N) in slot layout."""
+        return b
+
+    def layout_weight(self, matrix: Tensor) -> Tensor:
+        """A matrix (N, K) in slot layout."""
+        return matrix.t()
+
+
+class EmbeddingKind(LinearKind):
+    """``y = Wᵀ[ids]``: a linear site over one-hot rows."""
+
+    has_input_axis = False
+
+    def base(self, x: Tensor, stored: Tensor, bias: Tensor | None) -> Tensor:
+        return F.embedding(x, stored, padding_idx=self.site.padding_idx if self.site.padding_idx >= 0 else None)
+
+    def bound(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = F.embedding(x, weight)
+        return y if bias is None else y + bias
+
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        return F.embedding(x, a)
+
+
+class ConvKind(LinearKind):
+    """A convolution: A takes the base's geometry, B is 1x1 (PEFT's form; dilation is the base's own)."""
+
+    keeps_bias_inside = True
+    has_input_axis = False
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        assert site.conv is not None
+        self.conv = site.conv
+        self.rank = len(site.conv.kernel)
+        self.apply = _CONV[self.rank]
+        self.ones = (1,) * self.rank
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+        conv = self.conv
+        return self.apply(x, weight, bias, conv.stride, conv.padding, conv.dilation, groups)
+
+    def base(self, x: Tensor, stored: Tensor, bias: Tensor | None) -> Tensor:
+        return self._convolve(x, stored, bias, self.conv.groups)
+
+    def bound(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._convolve(x, weight, bias, self.conv.groups)
+
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        return self._convolve(x, a, None, 1)
+
+    def up(self, u: Tensor, b: Tensor) -> Tensor:
+        return self.apply(u, b)
+
+    def per_output(self, vector: Tensor) -> Tensor:
+        return vector.view(-1, *self.ones)
+
+    def per_rank(self, vector: Tensor) -> Tensor:
+        return vector.view(-1, *self.ones)
+
+    def layout_a(self, a: Tensor) -> Tensor:
+        return a.t().reshape(a.shape[1], self.conv.channels, *self.conv.kernel)
+
+    def layout_b(self, b: Tensor) -> Tensor:
+        return b.t().reshape(b.shape[1], b.shape[0], *self.ones)
+
+    def layout_weight(self, matrix: Tensor) -> Tensor:
+        return self.site.store(matrix)
+
+
+class ParameterKind(LinearKind):
+    """A bare parameter, or a block: nothing to compute from a matrix; a parameter's slot is the parameter itself."""
+
+    def layout_weight(self, matrix: Tensor) -> Tensor:
+        return matrix
+
+
+_KINDS: dict[SiteKind, type[LinearKind]] = {
+    SiteKind.LINEAR: LinearKind,
+    SiteKind.EMBEDDING: EmbeddingKind,
+    SiteKind.CONV1D: ConvKind,
+    SiteKind.CONV2D: ConvKind,
+    SiteKind.CONV3D: ConvKind,
+    SiteKind.PARAMETER: ParameterKind,
+    SiteKind.BLOCK: ParameterKind,
+}
+
+
+def kind_of(site: Site) -> LinearKind:
+    """The computation of a site."""
+    return _KINDS[site.kind](site)

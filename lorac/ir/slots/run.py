@@ -1,0 +1,159 @@
+"""The one function that computes an adapted site from its slots, in torch ops.
+
+The eager backend calls it, the other backends trace it (``lorac.ir.graph.adapted``), so no backend has a formula of
+its own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+
+from lorac.errors import SiteUnreached
+from lorac.ir.algebra.reduction import Params
+from lorac.ir.host.sites import Site
+from lorac.ir.slots.layouts import LinearKind, kind_of
+from lorac.ir.slots.site import BranchFill, BranchSlot, SitePlan, SiteSlots
+
+Tensor = torch.Tensor
+
+
+class Ctx:
+    """What the branches of one call of a site see of their surroundings (``lorac.variants.base.Context``).
+
+    Args:
+        site: the site.
+        training: whether the host trains.
+        generator: source of randomness.
+        values: program values by the names the branches read.
+        emitted: takes the extra outputs: name -> one tensor per branch that gives it, in the order the branches ran.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        training: bool = False,
+        generator: torch.Generator | None = None,
+        values: Mapping[str, Tensor] | None = None,
+        emitted: dict[str, list[Tensor]] | None = None,
+    ) -> None:
+        self.site, self.training, self.generator = site, training, generator
+        self._values = values if values is not None else {}
+        self._emitted = emitted if emitted is not None else {}
+        self._dtype = torch.get_default_dtype()
+
+    def value(self, name: str) -> Tensor:
+        """A value of the program, in the dtype the branch computes in."""
+        if name not in self._values:
+            raise SiteUnreached(
+                f"the value '{name}' is not computed before '{self.site.path}', which reads it",
+                next_step="a variant's `reads` names what its formula reads; 'base:<site>' is there from the start",
+            )
+        found = self._values[name]
+        return found.to(self._dtype) if found.is_floating_point() else found
+
+    def emit(self, name: str, tensor: Tensor) -> None:
+        """An extra output."""
+        self._emitted.setdefault(name, []).append(tensor)
+
+    def within(self, dtype: torch.dtype) -> Ctx:
+        """The same surroundings for a branch that computes in ``dtype``."""
+        inner = copy.copy(self)
+        inner._dtype = dtype
+        return inner
+
+
+def run_site(
+    plan: SitePlan,
+    slots: SiteSlots,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    ctx: Ctx | None = None,
+    block: Tensor | None = None,
+    down: Tensor | None = None,
+) -> Tensor:
+    """The output of an adapted site.
+
+    Args:
+        plan, slots: what the site has and what fills it.
+        x: its input (ids for embeddings).
+        weight: its stored base weight; bias: its base bias.
+        block: the output of a block, where the site is one.
+        ctx: handed to branches.
+        down: x·A where it was computed together with other sites' (shared-input packing).
+    """
+    kind = kind_of(plan.site)
+    if block is not None:
+        return _with_branches(plan, slots, x, block, block, ctx)
+    if kind.keeps_bias_inside and not plan.branches and slots.leaves_base:
+        assert weight is not None
+        return _plus_low_rank(kind, slots, x, kind.base(x, weight, bias), down)
+    linear = kind.base(x, weight, None) if weight is not None and (slots.leaves_base or plan.branches) else None
+    y = _scaled_linear(kind, slots, x, weight, linear)
+    y = _plus_bias(kind, _plus_low_rank(kind, slots, x, y, down), bias if slots.bias is None else slots.bias)
+    if not plan.branches:
+        return y
+    assert linear is not None
+    return _with_branches(plan, slots, x, y, _plus_bias(kind, linear, bias), ctx)
+
+
+def _scaled_linear(
+    kind: LinearKind, slots: SiteSlots, x: Tensor, weight: Tensor | None, linear: Tensor | None
+) -> Tensor:
+    """c∘(W·((d∘x)·T)), without the bias: it comes last, where ONNX Runtime's fusions look for it."""
+    if slots.d is not None:
+        x, linear = (x * kind.per_input(slots.d)).to(x.dtype), None
+    if slots.t is not None:
+        x, linear = kind.through(x.to(slots.t.dtype), slots.t).to(x.dtype), None
+    if slots.weight is not None:
+        linear = kind.bound(x, slots.weight, None)
+    elif linear is None:
+        assert weight is not None
+        linear = kind.base(x, weight, None)
+    return linear if slots.c is None else linear * kind.per_output(slots.c).to(linear.dtype)
+
+
+def _plus_low_rank(kind: LinearKind, slots: SiteSlots, x: Tensor, y: Tensor, down: Tensor | None) -> Tensor:
+    """y + (x·A)·B in the dtype of y; the branch is computed in the factors' dtype (PEFT's rule)."""
+    if slots.b is None or _is_empty(slots.b):
+        return y
+    if down is None:
+        assert slots.a is not None
+        down = kind.down(x.to(slots.a.dtype) if x.is_floating_point() else x, slots.a)
+    if slots.g is not None:
+        down = down * kind.per_rank(slots.g)
+    up = kind.up(down, slots.b)
+    if slots.h is not None:
+        up = up * kind.per_output(slots.h)
+    return y + up.to(y.dtype)
+
+
+def _is_empty(tensor: Tensor) -> bool:
+    """Whether a tensor is known to hold nothing: a traced rank is not, and torch convolves with no empty kernel."""
+    size = tensor.numel()
+    return isinstance(size, int) and size == 0
+
+
+def _plus_bias(kind: LinearKind, y: Tensor, bias: Tensor | None) -> Tensor:
+    return y if bias is None else y + kind.per_output(bias).to(y.dtype)
+
+
+def _with_branches(plan: SitePlan, slots: SiteSlots, x: Tensor, y: Tensor, base: Tensor, ctx: Ctx | None) -> Tensor:
+    """y plus t·(y'ᵢ − base) of every active branch."""
+    for slot, fill in zip(plan.branches, slots.branches, strict=True):
+        if fill is not None:
+            y = y + fill.strength * (run_branch(plan.site, slot, fill, x, base, ctx) - base)
+    return y
+
+
+def run_branch(site: Site, slot: BranchSlot, fill: BranchFill, x: Tensor, y: Tensor, ctx: Ctx | None) -> Tensor:
+    """y' of one branch, in the dtype of y."""
+    params = Params(**dict(zip(slot.params, fill.params, strict=True)))
+    dtype = next((t.dtype for t in fill.params if t.is_floating_point()), y.dtype)
+    surroundings = (ctx or Ctx(site)).within(dtype)
+    return slot.formula(x.to(dtype), y.to(dtype), params, surroundings).to(y.dtype)

@@ -1,0 +1,80 @@
+"""The parts of a compiled program as JSON and back: plans, choices, and the structure of the host's output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from lorac.errors import Unavailable
+from lorac.ir.graph.graph import SlotInput
+from lorac.ir.host.sites import Site
+from lorac.ir.slots.choice import Active, Choice
+from lorac.ir.slots.site import BranchSlot, SitePlan
+
+_FLAGS = ("rank", "c", "d", "t", "g", "h", "bound", "bias")
+
+
+# ── Plans ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+def plan_to_json(plan: SitePlan) -> dict[str, Any]:
+    """A plan without its site, which the skeleton knows."""
+    branches = [
+        {
+            "key": b.key,
+            "params": {name: list(shape) for name, shape in b.params.items()},
+            "emits": list(b.emits),
+            "reads": list(b.reads),
+        }
+        for b in plan.branches
+    ]
+    return {**{name: getattr(plan, name) for name in _FLAGS}, "branches": branches, "reasons": list(plan.reasons)}
+
+
+def plan_from_json(site: Site, stored: Mapping[str, Any]) -> SitePlan:
+    """The plan of a site. Its branches' formulas are in the program; here they only hold the place."""
+    formula = _emitted(site.path)
+    branches = tuple(
+        BranchSlot(
+            key=b["key"],
+            formula=formula,
+            params={name: tuple(shape) for name, shape in b["params"].items()},
+            emits=tuple(b["emits"]),
+            reads=tuple(b["reads"]),
+        )
+        for b in stored["branches"]
+    )
+    return SitePlan(
+        site, **{name: stored[name] for name in _FLAGS}, branches=branches, reasons=tuple(stored["reasons"])
+    )
+
+
+def _emitted(path: str) -> Callable[..., torch.Tensor]:
+    def formula(*_: Any) -> torch.Tensor:
+        raise Unavailable(f"the branch at '{path}' is part of a stored program and has no formula any more")
+
+    return formula
+
+
+# ── Choices ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def choice_to_json(choice: Choice) -> dict[str, Any]:
+    """Name -> strength and rank."""
+    return {name: {"strength": how.strength, "rank": how.rank} for name, how in choice}
+
+
+def choice_from_json(stored: Mapping[str, Any]) -> dict[str, Active] | None:
+    """What ``swap`` takes."""
+    return {name: Active(how["strength"], how["rank"]) for name, how in stored.items()} or None
+
+
+# ── The output's structure ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def slot_to_json(slot: SlotInput) -> dict[str, Any]:
+    """A slot input as JSON."""
+    return {**vars(slot), "members": list(slot.members)}
+
+
+def slot_from_json(stored: Mapping[str, Any]) -> SlotInput:
+    """The inverse of ``slot_to_json``."""
+    return SlotInput(**{**stored, "members": tuple(stored["members"])})

@@ -1,0 +1,154 @@
+"""Tensors in one file: written so that equal input gives equal bytes, read back mapped and one at a time.
+
+safetensors: https://github.com/huggingface/safetensors#format. The writer is lorac's own because the library writes
+several metadata entries in random order, and copies all tensors before it writes the first.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from lorac.errors import BaseNeeded
+from lorac.ir.host.sites import BaseReader, Site, SiteKind, stored_tensor
+from lorac.ir.slots.site import SitePlan
+
+Tensor = torch.Tensor
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_ALIAS, _TRANSPOSED = "alias", "transposed"
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file; a function of names, values and metadata alone.
+
+    As in the library, larger element types come first, so that every tensor is aligned.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {key: metadata[key] for key in sorted(metadata)}}
+    end = 0
+    for name in names:
+        tensor, begin = tensors[name], end
+        end = begin + tensor.numel() * tensor.itemsize
+        kind = _NAMES[tensor.dtype]
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            file.write(raw_bytes(tensors[name]))
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's values as bytes in row-major order."""
+    # A tensor of one element counts as contiguous whatever its strides are.
+    flat = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))
+    values: Any = flat.view(torch.uint8).numpy()
+    return memoryview(values)
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """Tensors of a file by name, mapped when asked for and let go with the answer: nothing stays in memory.
+
+    Tensors written under several names are in the file once, and some lie in it column by column; its metadata says
+    which.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with safe_open(path, framework="pt") as opened:
+            told = {key: json.loads(value) for key, value in (opened.metadata() or {}).items()}
+            self._alias: dict[str, str] = told.get(_ALIAS, {})
+            self._transposed = frozenset(told.get(_TRANSPOSED, ()))
+            self._names = frozenset({*opened.keys(), *self._alias})
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        stored = self._alias.get(name, name)
+        with safe_open(self.path, framework="pt") as opened:
+            found: Tensor = opened.get_tensor(stored)
+        return found.t() if stored in self._transposed else found
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._names))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @staticmethod
+    def write(path: Path, tensors: Mapping[str, Tensor], transposed: Collection[str] = ()) -> None:
+        """Write a file; what shares its memory with an earlier tensor is written once.
+
+        Args:
+            path: the file.
+            tensors: by name.
+            transposed: matrices to write column by column, for a reader that wants their transposes contiguous.
+        """
+        first: dict[Any, str] = {}
+        alias = {}
+        for name, tensor in tensors.items():
+            view = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+            known = first.setdefault(view if tensor.numel() else name, name)
+            if known != name:
+                alias[name] = known
+        columns = sorted({*transposed} - alias.keys())
+        written = {n: t.detach().t() if n in columns else t.detach() for n, t in tensors.items() if n not in alias}
+        told = {_ALIAS: alias, _TRANSPOSED: columns}
+        write_safetensors(path, written, {key: json.dumps(value, sort_keys=True) for key, value in told.items()})
+
+
+def file_base(file: TensorFile, device: Any = None) -> BaseReader:
+    """A reader of base weights in a file."""
+
+    def tensor(name: str) -> Tensor:
+        if name not in file:
+            raise BaseNeeded(
+                f"the base weight '{name}' is not kept, since nothing could be replaced there",
+                next_step="compile from the model again, with the site in reserve= or an adapter on it",
+            )
+        return file[name] if device is None else file[name].to(device)
+
+    def weight(site: Site) -> Tensor:
+        assert site.weight is not None
+        return site.present(tensor(site.weight))
+
+    return BaseReader(weight, lambda site: tensor(site.bias) if site.bias else None)
+
+
+def by_columns(plans: Iterable[SitePlan]) -> list[str]:
+    """Names of the stored weights whose slot holds their transpose, so that a file of them is best laid out alike."""
+    linear = [plan.site for plan in plans if plan.bound and plan.site.kind is SiteKind.LINEAR]
+    return [str(site.weight) for site in linear if not site.transposed]
+
+
+def base_tensors(model: torch.nn.Module, sites: Mapping[str, Site]) -> dict[str, Tensor]:
+    """The stored weights and biases of sites, by name, in the sites' order."""
+    names = [name for site in sites.values() for name in (site.weight, site.bias) if name is not None]
+    return {name: stored_tensor(model, name).detach() for name in dict.fromkeys(names)}

@@ -1,0 +1,366 @@
+"""A graph as rows of text and references: what the printer, the diff and the drawings work on.
+
+A dump holds no tensors, no fx nodes and no fake values, so it may be kept after the graph and its weights are gone.
+Names come from the module path and the op, never from a counter over the whole graph: a pass that adds a node to one
+layer renames nothing elsewhere, and identical layers have identical rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export.graph_signature import InputKind
+
+from lorac.ir.graph import ops
+from lorac.ir.graph.graph import Graph, SlotInput
+from lorac.ir.host.sites import SiteKind
+
+REF = "\x00"
+"""Stands for the next reference in a row's text."""
+_LETTERS = ("s", "t", "u", "v", "w")
+_PLUMBING = frozenset({"device", "layout", "pin_memory", "memory_format", "dtype", "non_blocking", "copy"})
+_SYMBOL = re.compile(r"\b[su]\d+\b")
+_SOURCE = re.compile(r'File "(?:[^"]*[/\\])?([^"/\\]+)", line (\d+)')
+_NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One value of a graph.
+
+    Attributes:
+        kind: ``"in"``, ``"value"`` or ``"out"``.
+        name: unique within its block.
+        text: op and operands; ``REF`` stands for the next of ``refs``.
+        refs: rows it reads, by index.
+        type: dtype and shape.
+        source: file and line it was written in.
+        blocks: the repeated blocks around it, outermost first.
+        site: the site it belongs to, or None.
+        adapted: it is a whole call of an adapted site.
+    """
+
+    kind: str
+    name: str
+    text: str
+    refs: tuple[int, ...] = ()
+    type: str = ""
+    source: str = ""
+    blocks: tuple[str, ...] = ()
+    site: str | None = None
+    adapted: bool = False
+
+
+@dataclass(frozen=True)
+class Dump:
+    """A graph as text.
+
+    Attributes:
+        name: the graph's name.
+        level: its level, in lower case.
+        rows: inputs, values, outputs.
+        sites: path of every adaptable site -> ``"fused"`` (its merged weight is a slot), ``"live"`` or ``"bare"``.
+        slots: public name of every slot -> path of its site.
+        calls: site -> how often it is called; empty once calls are lowered.
+    """
+
+    name: str
+    level: str
+    rows: tuple[Row, ...]
+    sites: Mapping[str, str] = field(default_factory=dict)
+    slots: Mapping[str, str] = field(default_factory=dict)
+    calls: Mapping[str, int] = field(default_factory=dict)
+
+
+def dump(graph: Graph) -> Dump:
+    """The rows of a graph, at any level."""
+    return _Writer(graph).dump()
+
+
+def short(path: str) -> str:
+    """The last component of a module path, with the one before where it is a number."""
+    parts = path.split(".")
+    start = len(parts) - 1
+    while start and parts[start].isdigit():
+        start -= 1
+    return ".".join(parts[start:])
+
+
+def short_dtype(dtype: torch.dtype) -> str:
+    """``f32``, ``bf16``, ``i64``, ``u8``, ``bool``."""
+    name = str(dtype).removeprefix("torch.")
+    for long, brief in (("complex", "c"), ("float", "f"), ("uint", "u"), ("int", "i")):
+        name = name.replace(long, brief)
+    return name
+
+
+class _Writer:
+    """Writes the rows of one graph."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.slots = {slot.node: slot for slot in graph.slots.values()}
+        self.specs = {getattr(s.arg, "name", ""): s for s in graph.exported.graph_signature.input_specs}
+        self.symbols = self._symbols()
+        self.sizes: dict[Any, str] = {}
+        self.index: dict[fx.Node, int] = {}
+        self.taken: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
+        self.scopes = _Scopes([n for n in graph.fx.nodes if n.op not in ("placeholder", "output")])
+
+    def dump(self) -> Dump:
+        rows: list[Row] = []
+        for node in self.graph.fx.nodes:
+            for row in self._rows(node):
+                self.index[node] = len(rows)
+                rows.append(row)
+        calls = Counter(site for n in self.graph.fx.nodes if (site := _called(n)) is not None)
+        slots = {slot.name: slot.site for slot in self.graph.slots.values()}
+        return Dump(self.graph.name, self.graph.level.name.lower(), tuple(rows), self._sites(), slots, dict(calls))
+
+    def _sites(self) -> dict[str, str]:
+        plans = {path: plan for path, plan in self.graph.plans.items() if not plan.empty}
+        states = {path: "fused" if plan.bound else "live" for path, plan in plans.items()}
+        passive = {SiteKind.BLOCK, SiteKind.PARAMETER}
+        shown = (path for path, site in self.graph.sites.items() if site.kind not in passive or path in plans)
+        return {path: states.get(path, "bare") for path in shown}
+
+    def _rows(self, node: fx.Node) -> Iterable[Row]:
+        if node.op == "placeholder":
+            if self._is_input(node):
+                yield Row("in", node.name, "", (), self._type(node.meta.get("val")))
+            return
+        if node.op == "output":
+            for value in node.args[0]:  # type: ignore[union-attr]
+                refs: list[int] = []
+                text = self._operand(value, refs)
+                of = value.meta.get("val") if isinstance(value, fx.Node) else None
+                yield Row("out", "", text, tuple(refs), self._type(of))
+            return
+        value = node.meta.get("val")
+        if _is_size(value) or (value is None and not node.users):
+            return  # sizes are written where they are used; checks compute nothing
+        yield self._value(node)
+
+    def _value(self, node: fx.Node) -> Row:
+        owner, blocks, source = self.scopes.of(node)
+        refs: list[int] = []
+        label, args, kwargs = _call(node)
+        operands = [self._operand(a, refs) for a in args]
+        named = [f"{k}={self._operand(v, refs)}" for k, v in kwargs.items() if k not in _PLUMBING and v is not None]
+        text = " ".join(part for part in (label, ", ".join([*operands, *named])) if part)
+        name = self._name(node, label, owner, blocks)
+        adapted = node.target is ops.adapted
+        return Row(
+            "value", name, text, tuple(refs), self._type(node.meta.get("val")), source, blocks, _site(node), adapted
+        )
+
+    def _name(self, node: fx.Node, label: str, owner: str, blocks: tuple[str, ...]) -> str:
+        inner = blocks[-1].partition("@")[0] if blocks else ""
+        within = owner[len(inner) :].removeprefix(".") if owner.startswith(inner) else owner
+        stem = within if within and node in self.scopes.exits else f"{within}.{label}".removeprefix(".")
+        stem = stem.replace(" ", "_")
+        taken = self.taken[blocks]
+        taken[stem] += 1
+        return stem if taken[stem] == 1 else f"{stem}_{taken[stem] - 1}"
+
+    def _operand(self, value: Any, refs: list[int]) -> str:
+        if isinstance(value, fx.Node):
+            return self._node_operand(value, refs)
+        if isinstance(value, list | tuple):
+            return f"[{', '.join(self._operand(v, refs) for v in value)}]"
+        if isinstance(value, torch.dtype):
+            return short_dtype(value)
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 2**63 - 1:
+            return "end"
+        return str(value)
+
+    def _node_operand(self, node: fx.Node, refs: list[int]) -> str:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and not self._is_input(node):
+            return self._state(node)
+        if _is_size(value):
+            return self._size(value)
+        if node.op == "get_attr" and node not in self.index:
+            return str(node.target)
+        refs.append(self.index[node])
+        return REF
+
+    def _state(self, node: fx.Node) -> str:
+        """A parameter, buffer, constant or slot, with its shape."""
+        shape = self._shape(node.meta.get("val"))
+        slot = self.slots.get(node.name)
+        if slot is not None:
+            return f"{_slot_name(slot)}{shape}!"
+        spec = self.specs.get(node.name)
+        target = str(spec.target if spec is not None and spec.target else node.target)
+        owner, _, leaf = target.rpartition(".")
+        letter = {"weight": "W", "bias": "b"}.get(leaf)
+        if letter is not None and owner:
+            return f"{letter}.{short(owner)}{shape}"
+        return f"{short(owner)}.{leaf}{shape}".removeprefix(".")
+
+    def _is_input(self, node: fx.Node) -> bool:
+        spec = self.specs.get(node.name)
+        return node.name not in self.slots and (spec is None or spec.kind is InputKind.USER_INPUT)
+
+    def _type(self, value: Any) -> str:
+        if isinstance(value, torch.Tensor):
+            return short_dtype(value.dtype) + self._shape(value)
+        if isinstance(value, list | tuple):
+            return f"({', '.join(self._type(v) for v in value)})"
+        return "" if value is None else str(value)
+
+    def _shape(self, value: Any) -> str:
+        return f"[{', '.join(map(self._size, value.shape))}]" if value is not None else ""
+
+    def _size(self, size: Any) -> str:
+        """A size with the graph's own symbols replaced by letters."""
+        if isinstance(size, int):
+            return str(size)
+        expression = getattr(size, "node", size)
+        expression = getattr(expression, "expr", expression)
+        if expression not in self.sizes:
+            self.sizes[expression] = _SYMBOL.sub(lambda m: self.symbols.get(m.group(), m.group()), str(expression))
+        return self.sizes[expression]
+
+    def _symbols(self) -> dict[str, str]:
+        """Symbol -> letter: ``b`` for the first size of an input, then s, t, …; ``r`` for a rank."""
+        letters: dict[str, str] = {}
+        following = itertools.chain(_LETTERS, (f"n{i}" for i in itertools.count()))
+        for node in self.graph.placeholders():
+            value = node.meta.get("val")
+            if not isinstance(value, torch.Tensor):
+                continue
+            for axis, size in enumerate(value.shape):
+                symbol = str(size)
+                if symbol in letters or not _SYMBOL.fullmatch(symbol):
+                    continue
+                if node.name in self.slots:
+                    letters[symbol] = "r"
+                else:
+                    letters[symbol] = "b" if axis == 0 and "b" not in letters.values() else next(following)
+        return letters
+
+
+class _Scopes:
+    """Where nodes come from: their module, the repeated blocks around it, their source line."""
+
+    def __init__(self, nodes: Sequence[fx.Node]) -> None:
+        self._stacks = {node: _stack(node) for node in nodes}
+        owners = {stack[-1] for stack in self._stacks.values() if stack}
+        parents = {entry for stack in self._stacks.values() for entry in stack[:-1]}
+        self._containers = {_plain(entry) for entry in parents | owners if entry in parents}
+        self._sources: dict[str, str] = {}
+        self.exits = self._find_exits(owners)
+
+    def of(self, node: fx.Node) -> tuple[str, tuple[str, ...], str]:
+        """Module path, blocks, source line."""
+        stack = self._stacks[node]
+        owner = _plain(stack[-1]) if stack else ""
+        blocks = tuple(entry for entry in stack if self._is_block(entry))
+        trace = node.meta.get("stack_trace") or ""
+        if trace not in self._sources:
+            self._sources[trace] = _source_line(trace)
+        return owner, blocks, self._sources[trace]
+
+    def _is_block(self, entry: str) -> bool:
+        """An element of a list of modules that has modules of its own."""
+        path = _plain(entry)
+        return path.rpartition(".")[2].isdigit() and path in self._containers
+
+    def _find_exits(self, owners: Iterable[str]) -> set[fx.Node]:
+        """The node that is the result of a call of a leaf module: it bears the module's name.
+
+        Of a site it is the last that others read (parts of a shared x·A come before it), else the only result.
+        """
+        visible: dict[str, list[fx.Node]] = defaultdict(list)
+        results: dict[str, list[fx.Node]] = defaultdict(list)
+        sites = {self._owner(node) for node in self._stacks if _site(node)}
+        for node in self._stacks:
+            owner = self._owner(node) or ""
+            readers = {self._owner(user) for user in node.users}
+            if _is_size(node.meta.get("val")) or readers <= {owner}:
+                continue
+            visible[owner].append(node)
+            if owner not in readers:
+                results[owner].append(node)
+        leaves = {owner for owner in owners if _plain(owner) not in self._containers}
+        found = {nodes[-1] for owner, nodes in visible.items() if owner in leaves & sites}
+        return found | {nodes[0] for owner, nodes in results.items() if owner in leaves - sites and len(nodes) == 1}
+
+    def _owner(self, node: fx.Node) -> str | None:
+        stack = self._stacks.get(node)
+        return None if stack is None else stack[-1] if stack else ""
+
+
+def _stack(node: fx.Node) -> tuple[str, ...]:
+    """Module paths around a node, outermost first; the n-th call of a module ends in ``@n``."""
+    found = []
+    for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
+        if path and path != _NO_MODULE:
+            call = key.rpartition("@")[2] if "@" in key else ""
+            found.append(f"{path}@{call}" if call else path)
+    return tuple(found)
+
+
+def _plain(entry: str) -> str:
+    return entry.partition("@")[0]
+
+
+def _source_line(trace: str) -> str:
+    found = _SOURCE.findall(trace)
+    return f"{found[-1][0]}:{found[-1][1]}" if found else ""
+
+
+def _call(node: fx.Node) -> tuple[str, list[Any], Mapping[str, Any]]:
+    """Label, operands and keywords of a node, the site's own op unwrapped."""
+    if node.target is ops.adapted:
+        target, args, slots, _ = node.args
+        given = {role: slot for role, slot in slots.items() if slot.op != "placeholder"}  # type: ignore[union-attr]
+        return f"adapted {_label(target)}", _trimmed(list(args)), given  # type: ignore[arg-type]
+    args = list(node.args[:-1] if node.target in ops.OPS else node.args)
+    return _label(node.target), _trimmed(args), node.kwargs
+
+
+def _label(target: Any) -> str:
+    schema = getattr(target, "_schema", None)
+    if schema is None:
+        return str(getattr(target, "__name__", target))
+    return str(schema.name).removeprefix("aten::").removeprefix("lorac::").replace("::", ".")
+
+
+def _trimmed(args: list[Any]) -> list[Any]:
+    while args and args[-1] is None:
+        args.pop()
+    return args
+
+
+def _called(node: fx.Node) -> str | None:
+    if node.target is ops.adapted or node.target in ops.OPS:
+        return str(node.args[-1])
+    return None
+
+
+def _site(node: fx.Node) -> str | None:
+    return _called(node) or node.meta.get("custom", {}).get("lorac")
+
+
+def _slot_name(slot: SlotInput) -> str:
+    return f"{short(slot.site)}:{slot.role}"
+
+
+def _is_size(value: Any) -> bool:
+    """A plain number, symbolic or not, or a check's result."""
+    return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | int | float) and not _infinite(value)
+
+
+def _infinite(value: Any) -> bool:
+    return isinstance(value, float) and math.isinf(value)

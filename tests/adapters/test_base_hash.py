@@ -1,0 +1,87 @@
+"""The fingerprint of the base: what changes it, and what does not."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from lorac.adapters.base_hash import check_base
+from lorac.errors import BaseMismatch
+from lorac.formats import base_hash
+from tests.zoo import ZOO
+
+PATHS = ("up", "down", "embed")
+
+
+def model(dtype: torch.dtype = torch.float32) -> nn.Module:
+    return ZOO["plain_mlp"].fresh(dtype)
+
+
+def test_only_adapted_weights_count() -> None:
+    base = base_hash(model(), PATHS)
+    assert base == base_hash(model(), (*reversed(PATHS), "up"))
+    assert base != base_hash(model(), PATHS[:2])
+    for name, counts in (("up.weight", True), ("embed.weight", True), ("up.bias", False), ("head.weight", False)):
+        changed = model()
+        with torch.no_grad():
+            changed.get_parameter(name).view(-1)[-1] += 1e-3
+        assert (base_hash(changed, PATHS) != base) is counts, name
+
+
+def test_it_is_the_same_in_another_process() -> None:
+    code = (
+        "import torch; from lorac.formats import base_hash; m = torch.nn.Sequential(torch.nn.Linear(3, 4));"
+        "torch.nn.init.ones_(m[0].weight); print(base_hash(m, ['0']))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    ones = nn.Sequential(nn.Linear(3, 4))
+    nn.init.ones_(ones.get_parameter("0.weight"))
+    assert found.stdout.strip() == base_hash(ones, ["0"])
+
+
+def test_layout_and_device_do_not_count() -> None:
+    turned = model()
+    up = turned.get_submodule("up")
+    up.weight = nn.Parameter(turned.get_parameter("up.weight").detach().t().contiguous().t())
+    assert base_hash(turned, PATHS) == base_hash(model(), PATHS)
+
+
+def test_blocks_count_whole() -> None:
+    blocks = nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)), nn.Sequential(nn.Linear(4, 3)))
+    changed = copy.deepcopy(blocks)
+    with torch.no_grad():
+        changed.get_parameter("0.1.bias")[0] += 1
+    assert base_hash(blocks, ["0"]) != base_hash(changed, ["0"])
+    assert base_hash(blocks, ["1"]) == base_hash(changed, ["1"])
+
+
+@pytest.mark.parametrize("recorded", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("own", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_same_weights_in_another_dtype(recorded: torch.dtype, own: torch.dtype) -> None:
+    """A model in a wider dtype is compared exactly; in a narrower one nothing can be said."""
+    mark = base_hash(model(recorded), PATHS)
+    assert mark.startswith(str(recorded).removeprefix("torch."))
+    check_base("x", mark, model(recorded).to(own), PATHS)
+    other = model(recorded)
+    with torch.no_grad():
+        other.get_parameter("up.weight")[0, 0] += 1
+    if torch.promote_types(own, recorded) == own:
+        with pytest.raises(BaseMismatch, match="'x' was made for other base weights"):
+            check_base("x", mark, other.to(own), PATHS)
+    else:
+        check_base("x", mark, other.to(own), PATHS)
+
+
+def test_mixed_dtypes() -> None:
+    mixed = model()
+    mixed.get_submodule("up").to(torch.bfloat16)
+    mark = base_hash(mixed, PATHS)
+    assert mark.startswith("mixed:")
+    check_base("x", mark, mixed, PATHS)
+    check_base("x", mark, model(), PATHS)  # cannot be told
+    check_base("x", "nonsense:00", model(), PATHS)
