@@ -155,6 +155,7 @@ __all__ = [  # noqa: RUF022  (in plain order: BAT and OFT are no constants)
     "VeRA",
     "VerificationFailed",
     "WeightVariant",
+    "WrongLevel",
     "compile",
     "load",
     "load_adapter",

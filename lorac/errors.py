@@ -24,6 +24,7 @@
     │   ├── ExampleInputsNeeded   example inputs cannot be made from the model
     │   ├── UnknownOption         an option the target does not have
     │   ├── NotMergeable          a term that has no weight form was to be fused or baked
+    │   ├── WrongLevel            a pass was to run on a graph at another level than it reads
     │   ├── VerificationFailed    a graph breaks a rule of its level
     │   └── SelfTestFailed        a slot was folded, copied, exchanged or bypassed
     ├── RuntimeFailure
@@ -74,6 +75,7 @@ __all__ = [
     "UnsupportedField",
     "UnusedTensors",
     "VerificationFailed",
+    "WrongLevel",
 ]
 
 
@@ -188,6 +190,10 @@ class UnknownOption(CompileError):
 
 class NotMergeable(CompileError):
     """A term without a weight form was to be fused or baked."""
+
+
+class WrongLevel(CompileError):
+    """A pass was to run on a graph at another level than it reads."""
 
 
 class VerificationFailed(CompileError):

@@ -104,4 +104,4 @@ def capture(name: str, adapters: dict[str, Any] | None = None, *, mode: str = "a
 
 def lower(graph: Graph, observe: Callable[[str, Graph], None] | None = None) -> list[str]:
     """Run the passes; returns those that changed the graph."""
-    return run_pipeline(graph, adapt(), observe)
+    return [name for name, outcome in run_pipeline(graph, adapt(), observe) if outcome.changed]

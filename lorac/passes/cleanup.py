@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar, final
+
 from lorac.ir.graph.edit import drop_unused_state, settle
-from lorac.ir.graph.graph import Graph
+from lorac.ir.graph.graph import Graph, Level
+from lorac.passes.base import Outcome, Pass
 
 
-def cleanup(graph: Graph) -> bool:
+@final
+@dataclass(frozen=True)
+class Cleanup(Pass):
     """Remove dead nodes and unread state, and bring the signature in line."""
-    before = len(graph.fx.nodes)
-    graph.fx.eliminate_dead_code()
-    dropped = drop_unused_state(graph.exported)
-    settle(graph.exported)
-    return bool(dropped) or len(graph.fx.nodes) != before
+
+    name: ClassVar[str] = "cleanup"
+    reads: ClassVar[Level] = Level.EXPANDED
+    leaves: ClassVar[Level] = Level.EXPANDED
+
+    def apply(self, graph: Graph) -> Outcome:
+        """As the class says."""
+        before = len(graph.fx.nodes)
+        graph.fx.eliminate_dead_code()
+        dropped = drop_unused_state(graph.exported)
+        settle(graph.exported)
+        return Outcome(bool(dropped) or len(graph.fx.nodes) != before)

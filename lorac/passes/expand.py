@@ -3,52 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, final
 
 import torch
 from torch import fx
 
 from lorac.ir.graph import ops
-from lorac.ir.graph.adapted import adapted_output
+from lorac.ir.graph.adapted import AdaptedCall, adapted_output
 from lorac.ir.graph.edit import add_outputs, inline
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.host.sites import Site
 from lorac.ir.slots.site import SitePlan
+from lorac.passes.base import Outcome, Pass, Skip
 
 Tensor = torch.Tensor
 
 
-def expand(graph: Graph, aux: tuple[str, ...] = ()) -> bool:
+@final
+@dataclass(frozen=True)
+class Expand(Pass):
     """adapted -> expanded. The meaning of an adapted op is ``run_site``, traced once per structure.
 
-    Args:
-        graph: edited in place.
+    Attributes:
         aux: names of extra outputs to give (what branches emit).
     """
-    if graph.level is not Level.ADAPTED:
-        return False
-    traces: dict[Any, fx.GraphModule] = {}
-    extra: dict[str, fx.Node] = {}
-    for node in graph.find(ops.adapted):
-        _expand_one(graph, node, traces, aux, extra)
-    ops.lower(graph.exported.graph_module)
-    if extra:
-        add_outputs(graph.exported, extra)
-        graph.extra_outputs.extend(extra)
-    graph.level = Level.EXPANDED
-    return True
+
+    name: ClassVar[str] = "expand"
+    reads: ClassVar[Level] = Level.ADAPTED
+    leaves: ClassVar[Level] = Level.EXPANDED
+    aux: tuple[str, ...] = ()
+
+    def apply(self, graph: Graph) -> Outcome:
+        """As the class says; skipped is an extra output that nothing in this graph gives."""
+        traces: dict[Any, fx.GraphModule] = {}
+        extra: dict[str, fx.Node] = {}
+        adapted = list(graph.find(ops.adapted))
+        for node in adapted:
+            _expand_one(graph, node, traces, self.aux, extra)
+        lowered = ops.lower(graph.exported.graph_module)
+        if extra:
+            add_outputs(graph.exported, extra)
+            graph.extra_outputs.extend(extra)
+        given = {name.partition(":")[0] for name in extra}
+        unmet = [Skip(name, "no branch at a site of this graph emits it") for name in self.aux if name not in given]
+        return Outcome(bool(adapted) or lowered, tuple(unmet))
 
 
 def _expand_one(
     graph: Graph, node: fx.Node, traces: dict[Any, fx.GraphModule], aux: tuple[str, ...], extra: dict[str, fx.Node]
 ) -> None:
-    target, host_args, slots, path = node.args
-    plan = graph.plans[str(path)]
-    operands = [a for a in host_args if isinstance(a, fx.Node)]  # type: ignore[union-attr]
-    roles = list(slots)  # type: ignore[arg-type]
-    function, emitted = _meaning(graph.sites, plan, target, len(operands), roles, aux)
-    inputs = [*operands, *slots.values()]  # type: ignore[union-attr]
-    key = (target, tuple(roles), _structure(plan), *(tuple(map(str, n.meta["val"].shape[:-1])) for n in operands[:1]))
+    call = AdaptedCall.of(node)
+    plan, operands = graph.plans[call.site], call.tensors
+    function, emitted = _meaning(graph.sites, plan, call, aux)
+    inputs = [*operands, *call.operands.values()]
+    shapes = (tuple(map(str, n.meta["val"].shape[:-1])) for n in operands[:1])
+    key = (call.op, tuple(call.operands), _structure(plan), *shapes)
     traced, outputs = inline(
         graph.exported, node, function, inputs, traces.get(key) if not slots_differ(plan) else None
     )
@@ -72,20 +82,16 @@ def _structure(plan: SitePlan) -> Any:
 
 
 def _meaning(
-    sites: Mapping[str, Site],
-    plan: SitePlan,
-    target: object,
-    count: int,
-    roles: list[str],
-    aux: tuple[str, ...],
+    sites: Mapping[str, Site], plan: SitePlan, call: AdaptedCall, aux: tuple[str, ...]
 ) -> tuple[Callable[..., tuple[Tensor, ...]], list[str]]:
     """The function an adapted op stands for, over its tensor operands, and the names of its extra outputs."""
+    count, roles = len(call.tensors), tuple(call.operands)
     emits = [(name, i) for i, branch in enumerate(plan.branches) for name in branch.emits if name in aux]
 
     def function(*tensors: Tensor) -> tuple[Tensor, ...]:
         operands = dict(zip(roles, tensors[count:], strict=True))
         emitted: dict[str, list[Tensor]] = {}
-        y = adapted_output(plan, target, tensors[:count], operands, sites, emitted)
+        y = adapted_output(plan, replace(call, host=tensors[:count], operands=operands), sites, emitted)
         return (y, *(emitted[name].pop(0) for name, _ in emits))
 
     return function, [f"{name}:{plan.site.path}:branch{i}" for name, i in emits]

@@ -3,45 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
 
 import torch
 from torch import fx
 
 from lorac.errors import SiteUnreached
 from lorac.ir.graph import ops
-from lorac.ir.graph.edit import add_inputs, inherit, inline, new_dimension
-from lorac.ir.graph.graph import Graph, Level, Pack, SlotInput
+from lorac.ir.graph.adapted import AdaptedCall, give
+from lorac.ir.graph.edit import add_inputs, inline, new_dimension
+from lorac.ir.graph.graph import Graph, Level, PackedSites, SlotInput
 from lorac.ir.host.sites import SiteKind, factor_dtype
 from lorac.ir.slots.layouts import kind_of
 from lorac.ir.slots.site import SitePlan
+from lorac.passes.base import Outcome, Pass, Skip
 
 
-def insert(graph: Graph) -> bool:
-    """host -> adapted. Slots become inputs of the graph, named ``<site>:<role>``.
+@final
+@dataclass(frozen=True)
+class Insert(Pass):
+    """host -> adapted. Slots become inputs of the graph, named ``<site>:<role>``."""
 
-    Raises:
-        SiteUnreached: none of the planned sites is part of the graph. Where some are, the others lose their plans:
-            whether that leaves an adapter without effect, ``refuse_idle`` says.
-    """
-    if graph.level is not Level.HOST:
-        return False
-    calls: dict[str, list[fx.Node]] = {}
-    for node in graph.find(*ops.OPS):
-        calls.setdefault(str(node.args[-1]), []).append(node)
-    planned = _reached(graph, calls)
-    nodes = _add_slots(graph, planned)
-    for path, plan in planned.items():
-        slots = {slot.role: nodes[slot.name] for slot in graph.slots.values() if slot.site == path and not slot.members}
-        if plan.site.kind is SiteKind.PARAMETER:
-            _replace_parameter(graph, plan, slots["weight"])
-            continue
-        for node in calls[path]:
-            _adapt(graph, node, path, slots)
-    for group in graph.packs.values():
-        _share(graph, group)
-    graph.level = Level.ADAPTED
-    return True
+    name: ClassVar[str] = "insert"
+    reads: ClassVar[Level] = Level.HOST
+    leaves: ClassVar[Level] = Level.ADAPTED
+
+    def apply(self, graph: Graph) -> Outcome:
+        """As the class says; skipped are planned sites that are no part of the graph, and they lose their plans.
+
+        Whether that leaves an adapter without effect, ``refuse_idle`` says.
+
+        Raises:
+            SiteUnreached: none of the planned sites is part of the graph.
+        """
+        calls: dict[str, list[fx.Node]] = {}
+        for node in graph.find(*ops.OPS):
+            calls.setdefault(ops.site_of(node), []).append(node)
+        planned, unreached = _reached(graph, calls)
+        nodes = _add_slots(graph, planned)
+        for path, plan in planned.items():
+            own = [slot for slot in graph.slots.values() if slot.site == path and not slot.members]
+            slots = {slot.role: nodes[slot.name] for slot in own}
+            if plan.site.kind is SiteKind.PARAMETER:
+                _replace_parameter(graph, plan, slots["weight"])
+                continue
+            for node in calls[path]:
+                _adapt(graph, node, slots)
+        for group in graph.packs.values():
+            _share(graph, group)
+        return Outcome(bool(planned), tuple(Skip(path, "the graph never calls or reads it") for path in unreached))
 
 
 def _add_slots(graph: Graph, planned: dict[str, SitePlan]) -> dict[str, fx.Node]:
@@ -61,7 +72,7 @@ def _add_slots(graph: Graph, planned: dict[str, SitePlan]) -> dict[str, fx.Node]
     return nodes
 
 
-def _pack_inputs(graph: Graph, group: Pack) -> dict[str, tuple[Any, torch.dtype, str, str]]:
+def _pack_inputs(graph: Graph, group: PackedSites) -> dict[str, tuple[Any, torch.dtype, str, str]]:
     site = graph.plans[group.name].site
     total = new_dimension(graph.exported, f"rank_{len(graph.exported._range_constraints)}", hint=3 * len(group.sites))
     return {
@@ -70,20 +81,18 @@ def _pack_inputs(graph: Graph, group: Pack) -> dict[str, tuple[Any, torch.dtype,
     }
 
 
-def _share(graph: Graph, group: Pack) -> None:
+def _share(graph: Graph, group: PackedSites) -> None:
     """Compute x·A once per input that the group's sites read, and hand each site its part as ``down``."""
     a, ranks = (graph.node(graph.slots[f"{group.name}:{role}"].node) for role in ("pack.a", "pack.ranks"))
     pairs = [graph.node(graph.slots[f"{path}:b"].node) for path in group.sites]
     parts: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.find(ops.adapted):
-        path = str(node.args[3])
-        if path not in group.sites:
+        call = AdaptedCall.of(node)
+        if call.site not in group.sites:
             continue
-        x: fx.Node = node.args[1][0]  # type: ignore[index, assignment]
-        if x not in parts:
-            parts[x] = _parts(graph, node, x, a, ranks, pairs)
-        down = parts[x][group.sites.index(path)]
-        node.update_arg(2, {**node.args[2], "down": down})  # type: ignore[dict-item]
+        if call.x not in parts:
+            parts[call.x] = _parts(graph, node, call.x, a, ranks, pairs)
+        give(node, {"down": parts[call.x][group.sites.index(call.site)]})
 
 
 def _parts(
@@ -97,12 +106,8 @@ def _parts(
     return inline(graph.exported, before, down, [x, a, ranks, *pairs])[1]
 
 
-def _adapt(graph: Graph, node: fx.Node, path: str, slots: dict[str, fx.Node]) -> None:
-    with graph.fx.inserting_before(node):
-        adapted = graph.fx.call_function(ops.adapted, (node.target, node.args[:-1], slots, path))  # type: ignore[arg-type]
-    adapted.meta["val"] = node.meta["val"]
-    inherit(adapted, node)
-    adapted.meta["custom"] = {"lorac": path}
+def _adapt(graph: Graph, node: fx.Node, slots: dict[str, fx.Node]) -> None:
+    adapted = AdaptedCall.adapting(node, slots).before(graph.fx, node)
     node.replace_all_uses_with(adapted)
     graph.fx.erase_node(node)
 
@@ -177,14 +182,14 @@ def _module_of(node: fx.Node) -> str:
     return str(list(stack.values())[-1][0]) if stack else ""
 
 
-def _reached(graph: Graph, calls: Mapping[str, Sequence[fx.Node]]) -> dict[str, SitePlan]:
-    """The plans of the sites that are part of the graph; the graph keeps no others."""
+def _reached(graph: Graph, calls: Mapping[str, Sequence[fx.Node]]) -> tuple[dict[str, SitePlan], list[str]]:
+    """The plans of the sites that are part of the graph, which keeps no others; and the paths of those others."""
     planned = {path: plan for path, plan in graph.plans.items() if not plan.empty}
     missing = [path for path, plan in planned.items() if path not in calls and not _is_read(graph, plan)]
     if missing and len(missing) == len(planned):
         raise _unreached(f"'{missing[0]}' ({len(missing)} sites) is adapted", graph)
     graph.plans = {path: plan for path, plan in graph.plans.items() if path not in missing}
-    return {path: plan for path, plan in planned.items() if path not in missing}
+    return {path: plan for path, plan in planned.items() if path not in missing}, missing
 
 
 def _is_read(graph: Graph, plan: SitePlan) -> bool:

@@ -7,30 +7,60 @@ time: sites in the order of their first call, whatever is active later.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, final
 
-from torch import fx
-
-from lorac.ir.graph import ops
-from lorac.ir.graph.graph import Graph, Level, Pack
+from lorac.ir.graph.adapted import sites_by_input
+from lorac.ir.graph.graph import Graph, Level, PackedSites
 from lorac.ir.host.sites import SiteKind
+from lorac.ir.slots.site import SitePlan
+from lorac.passes.base import Outcome, Pass, Skip
 
 
-def pack(graph: Graph) -> bool:
+@final
+@dataclass(frozen=True)
+class Pack(Pass):
     """Note which sites share an input; ``insert`` gives each such group one A. A site belongs to one group at most."""
-    if graph.level is not Level.HOST or graph.packs:
-        return False
-    groups: dict[fx.Node, list[str]] = defaultdict(list)
-    for node in graph.find(ops.LINEAR):
-        path = str(node.args[-1])
-        plan = graph.plans.get(path)
-        # An A that sites have in common is one already.
-        if plan is not None and plan.rank and not plan.g and plan.site.kind is SiteKind.LINEAR:
-            groups[node.args[0]].append(path)  # type: ignore[index]
-    together = {tuple(paths) for paths in groups.values() if len(paths) > 1}
-    for paths in sorted(together):
-        # Shared layers are called several times: their calls must all come in the same company.
-        shared = [group for group in groups.values() if set(group) & set(paths)]
-        if all(tuple(group) == paths for group in shared) and len(set(paths)) == len(paths):
-            graph.packs[paths[0]] = Pack(paths[0], paths)
-    return bool(graph.packs)
+
+    name: ClassVar[str] = "pack"
+    reads: ClassVar[Level] = Level.HOST
+    leaves: ClassVar[Level] = Level.HOST
+
+    def apply(self, graph: Graph) -> Outcome:
+        """As the class says; skipped is every adapted site that the graph calls and that shares no A."""
+        before = dict(graph.packs)
+        calls = [[path for path in paths if path in graph.plans] for paths in sites_by_input(graph).values()]
+        adapted = {path: graph.plans[path] for paths in calls for path in paths if not graph.plans[path].empty}
+        unfit = {path: why for path, plan in adapted.items() if (why := _unfit(plan)) is not None}
+        groups = [[path for path in paths if path in adapted and path not in unfit] for paths in calls]
+        together = {tuple(paths) for paths in groups if len(paths) > 1}
+        graph.packs.clear()
+        graph.packs.update(
+            {paths[0]: PackedSites(paths[0], paths) for paths in sorted(together) if _alike(paths, groups)}
+        )
+        packed = {path for group in graph.packs.values() for path in group.sites}
+        left = {path: unfit.get(path) or _why_alone(path, groups) for path in adapted if path not in packed}
+        return Outcome(graph.packs != before, tuple(Skip(path, why) for path, why in left.items()))
+
+
+def _unfit(plan: SitePlan) -> str | None:
+    """Why a site's A can be no part of another; None where it can."""
+    if not plan.rank:
+        return "it has no A"
+    if plan.g:
+        return "its A is one that sites have in common already"
+    return None if plan.site.kind is SiteKind.LINEAR else "it is no linear layer"
+
+
+def _alike(paths: tuple[str, ...], groups: Sequence[Sequence[str]]) -> bool:
+    """Whether the calls of these sites all come in the same company: a shared layer is called several times."""
+    shared = [group for group in groups if set(group) & set(paths)]
+    return all(tuple(group) == paths for group in shared) and len(set(paths)) == len(paths)
+
+
+def _why_alone(path: str, groups: Sequence[Sequence[str]]) -> str:
+    """Why a site whose A could be packed is not."""
+    if all(len(group) == 1 for group in groups if path in group):
+        return "no other site with an A to share reads its input"
+    return "its calls do not all read an input together with the same sites"

@@ -1,61 +1,100 @@
-"""The order of passes, as data.
+"""The order of passes, as data, and what runs them.
 
-Each pass is a function Graph -> bool, honest about whether it changed anything. Between any two of them the verifier
-runs, and whoever asked may look at the graph (``observe``).
+Between any two passes the verifier runs, and whoever asked may look at the graph (``observe``).
 """
 
 from __future__ import annotations
 
-import functools
+import itertools
 from collections.abc import Callable, Sequence
 
+from lorac.errors import WrongLevel
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.verify import verify
-from lorac.passes.cleanup import cleanup
-from lorac.passes.expand import expand
-from lorac.passes.insert import insert
-from lorac.passes.pack import pack
-from lorac.passes.values import values
+from lorac.passes.base import Outcome, Pass, Skip
+from lorac.passes.cleanup import Cleanup
+from lorac.passes.expand import Expand
+from lorac.passes.insert import Insert
+from lorac.passes.pack import Pack
+from lorac.passes.values import Values
 
-Pass = Callable[[Graph], bool]
 Observer = Callable[[str, Graph], None]
 
 
-def adapt(aux: tuple[str, ...] = ()) -> tuple[tuple[str, Pass], ...]:
+def adapt(aux: tuple[str, ...] = ()) -> tuple[Pass, ...]:
     """From a captured graph to aten ops with slots as inputs.
 
     Args:
         aux: extra outputs to give.
     """
-    return (
-        ("pack", pack),
-        ("insert", insert),
-        ("values", values),
-        ("expand", functools.partial(expand, aux=aux)),
-        ("cleanup", cleanup),
-    )
+    return Pack(), Insert(), Values(), Expand(aux), Cleanup()
 
 
-def run_pipeline(graph: Graph, passes: Sequence[tuple[str, Pass]], observe: Observer | None = None) -> list[str]:
-    """Run passes in order; returns the names of those that changed the graph.
+def run_pipeline(graph: Graph, passes: Sequence[Pass], observe: Observer | None = None) -> list[tuple[str, Outcome]]:
+    """Run passes in order; returns the name and the outcome of each.
+
+    A pipeline goes on from where the graph is: passes at its beginning that read a level the graph has left are passed
+    over, and their outcome says so. Behind them every pass must find the level it reads. A pipeline of passes that the
+    graph has left behind altogether, one pass alone for instance, is a mistake and is refused.
 
     Args:
         graph: edited in place.
-        passes: (name, pass) in order.
+        passes: in order.
         observe: called with ``"capture"`` before the first, then with the name of each pass that changed the graph.
 
     Raises:
+        WrongLevel: a pass reads another level than the graph is at.
         VerificationFailed: a pass left the graph breaking a rule of its level.
     """
-    changed = []
     verify(graph, after="capture")
     if observe is not None:
         observe("capture", graph)
-    for name, step in passes:
-        did = step(graph)
-        verify(graph, after=name)
-        if did:
-            changed.append(name)
-        if did and observe is not None:
-            observe(name, graph)
-    return changed
+    over = list(itertools.takewhile(lambda step: step.reads < graph.level, passes))
+    if over and len(over) == len(passes):
+        raise _wrong_level(over[0], graph, passes)
+    behind = Skip(graph.name, f"the graph is at level {_name(graph)} already")
+    outcomes = [(step.name, Outcome(changed=False, skipped=(behind,))) for step in over]
+    for step in passes[len(over) :]:
+        if graph.level is not step.reads:
+            raise _wrong_level(step, graph, passes)
+        outcome = _run(step, graph)
+        outcomes.append((step.name, outcome))
+        if outcome.changed and observe is not None:
+            observe(step.name, graph)
+    return outcomes
+
+
+def _run(step: Pass, graph: Graph) -> Outcome:
+    """Run one pass. A graph that has come to another level has changed, even where no node has."""
+    outcome = step.apply(graph)
+    graph.level = step.leaves
+    verify(graph, after=step.name)
+    return Outcome(outcome.changed or step.leaves is not step.reads, outcome.skipped)
+
+
+def _wrong_level(step: Pass, graph: Graph, passes: Sequence[Pass]) -> WrongLevel:
+    """The refusal to run a pass on a graph that is not at the level it reads."""
+    what = f"the pass '{step.name}' reads level {step.reads.name.lower()}, but graph '{graph.name}' is at"
+    known = list({other.name: other for other in (*adapt(), *passes)}.values())
+    next_step = _before(step, graph, known) if graph.level < step.reads else _too_late(step, known)
+    return WrongLevel(f"{what} level {_name(graph)}", next_step=next_step)
+
+
+def _before(step: Pass, graph: Graph, known: Sequence[Pass]) -> str:
+    """Which passes lead from the graph's level to the one a pass reads."""
+    missing = [p.name for p in known if graph.level <= p.reads < p.leaves <= step.reads]
+    if not missing:
+        return f"no pass of the pipeline leads from level {_name(graph)} to that"
+    return f"run {' and '.join(map(repr, missing))} before it"
+
+
+def _too_late(step: Pass, known: Sequence[Pass]) -> str:
+    """Which pass took the graph past the level that a pass reads."""
+    past = [p.name for p in known if p.reads <= step.reads < p.leaves]
+    if step.name in past:
+        return "it has run already; capture the host again to run it anew"
+    return f"run it before {' or '.join(map(repr, past)) or 'the graph leaves that level'}, on a new capture"
+
+
+def _name(graph: Graph) -> str:
+    return graph.level.name.lower()

@@ -6,30 +6,51 @@ adapted op reaches is not copied but shared with the pass that reads.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, final
 
 from torch import fx
 
 from lorac.errors import CompileError, SiteUnreached
 from lorac.ir.graph import ops
-from lorac.ir.graph.adapted import VALUE_ROLE
+from lorac.ir.graph.adapted import VALUE_ROLE, AdaptedCall, give
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.slots.reads import BASE, WEIGHT, names_read, parse
+from lorac.passes.base import Outcome, Pass, Skip
 
 
-def values(graph: Graph) -> bool:
-    """Add operands ``value:<name>`` to the adapted ops whose branches read values.
+@final
+@dataclass(frozen=True)
+class Values(Pass):
+    """Add operands ``value:<name>`` to the adapted ops whose branches read values."""
 
-    Raises:
-        SiteUnreached: a value is not computed before the site that reads it.
-        CompileError: a base pass would write in place.
-    """
-    if graph.level is not Level.ADAPTED:
-        return False
-    reads = {node: names_read([graph.plans[str(node.args[3])]]) for node in graph.find(ops.adapted)}
-    readers = {n: names for n, names in reads.items() if any(VALUE_ROLE + name not in n.args[2] for name in names)}  # type: ignore[operator]
-    if not readers:
-        return False
+    name: ClassVar[str] = "values"
+    reads: ClassVar[Level] = Level.ADAPTED
+    leaves: ClassVar[Level] = Level.ADAPTED
+
+    def apply(self, graph: Graph) -> Outcome:
+        """As the class says; skipped are the ops that have their values already.
+
+        Raises:
+            SiteUnreached: a value is not computed before the site that reads it.
+            CompileError: a base pass would write in place.
+        """
+        found = {node: names_read([graph.plans[ops.site_of(node)]]) for node in graph.find(ops.adapted)}
+        reads = {node: names for node, names in found.items() if names}
+        given = [node for node, names in reads.items() if _has(AdaptedCall.of(node), names)]
+        readers = {node: names for node, names in reads.items() if node not in given}
+        if readers:
+            _connect(graph, readers)
+        return Outcome(bool(readers), tuple(Skip(ops.site_of(node), "it has its values already") for node in given))
+
+
+def _has(call: AdaptedCall, names: Iterable[str]) -> bool:
+    return all(VALUE_ROLE + name in call.operands for name in names)
+
+
+def _connect(graph: Graph, readers: Mapping[fx.Node, Collection[str]]) -> None:
+    """Find what each of the readers reads, by name, and hand it over."""
     order = {node: i for i, node in enumerate(graph.fx.nodes)}
     calls = _calls(graph)
     wanted = {path for names in readers.values() for kind, path in map(parse, names) if kind == BASE}
@@ -48,26 +69,24 @@ def values(graph: Graph) -> bool:
             else:
                 before = [call for call in calls.get(path, ()) if order[call] < order[reader]]
                 found[name] = before[-1] if before else None
-        _give(reader, found)
-    return True
+        _hand(reader, found)
 
 
-def _give(reader: fx.Node, found: dict[str, fx.Node | None]) -> None:
+def _hand(reader: fx.Node, found: Mapping[str, fx.Node | None]) -> None:
     missing = [name for name, node in found.items() if node is None]
     if missing:
         raise SiteUnreached(
-            f"the value '{missing[0]}' is not computed before '{reader.args[3]}', which reads it",
+            f"the value '{missing[0]}' is not computed before '{ops.site_of(reader)}', which reads it",
             next_step=f"'base:{parse(missing[0])[1]}' reads it from a pass of the unadapted model",
         )
-    reader.update_arg(2, {**reader.args[2], **{VALUE_ROLE + name: node for name, node in found.items()}})  # type: ignore[dict-item]
+    give(reader, {VALUE_ROLE + name: node for name, node in found.items() if node is not None})
 
 
 def _calls(graph: Graph) -> dict[str, list[fx.Node]]:
     """Site path -> its calls, in order."""
     calls: dict[str, list[fx.Node]] = {}
-    for node in graph.find(ops.adapted, *ops.OPS):
-        path = node.args[3] if node.target is ops.adapted else node.args[-1]
-        calls.setdefault(str(path), []).append(node)
+    for node in graph.find(*ops.CALLS):
+        calls.setdefault(ops.site_of(node), []).append(node)
     return calls
 
 
@@ -80,8 +99,7 @@ def _base_pass(
         node = pending.pop()
         if node not in needed:
             needed.add(node)
-            pending.extend(node.args[1] if node.target is ops.adapted else node.all_input_nodes)  # type: ignore[arg-type]
-            pending = [item for item in pending if isinstance(item, fx.Node)]
+            pending.extend(AdaptedCall.of(node).tensors if node.target is ops.adapted else node.all_input_nodes)
     copies: dict[fx.Node, fx.Node] = {}
     with graph.fx.inserting_before(reader):
         for node in sorted(needed, key=order.__getitem__):
@@ -99,8 +117,7 @@ def _undone(graph: Graph, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.N
         )
     if node.target is not ops.adapted:
         return graph.fx.node_copy(node, lambda n: copies.get(n, n))
-    target, host_args, _, path = node.args
-    args = fx.map_arg(host_args, lambda n: copies.get(n, n))
-    plain = graph.fx.call_function(target, (*args, path))  # type: ignore[arg-type, misc]
+    call = AdaptedCall.of(node)
+    plain = graph.fx.call_function(call.op, fx.map_arg(call.unadapted, lambda n: copies.get(n, n)))
     plain.meta = {**node.meta}
     return plain

@@ -1,14 +1,22 @@
-"""The pipeline: what each pass changes, that it says so truthfully, and that a second run changes nothing."""
+"""The pipeline: what each pass changes and skips, that it says so, where it may run, and what a second run does."""
 
 from __future__ import annotations
 
+from dataclasses import FrozenInstanceError
+
 import pytest
+import torch
 
 import lorac
+from lorac.ir.graph.capture import export
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.view.dump import dump
 from lorac.ir.view.printer import diff_dumps, to_text
-from lorac.passes.pack import pack
+from lorac.passes.base import Outcome, Pass, Skip
+from lorac.passes.cleanup import Cleanup
+from lorac.passes.expand import Expand
+from lorac.passes.insert import Insert
+from lorac.passes.pack import Pack
 from lorac.passes.pipelines import adapt, run_pipeline
 from tests import goldens
 from tests.captured import capture, captured_stack, lower
@@ -25,13 +33,19 @@ def _mixed() -> Graph:
     )
 
 
+def _run(graph: Graph, step: Pass) -> Outcome:
+    """One pass by itself."""
+    ((_, outcome),) = run_pipeline(graph, [step])
+    return outcome
+
+
 def test_golden_of_what_each_pass_changes() -> None:
     graph = _mixed()
     before, steps = dump(graph), []
-    for name, step in adapt():
-        changed = step(graph)
+    for step in adapt():
+        changed = _run(graph, step).changed
         after = dump(graph)
-        steps.append(f"{name}: {'changed' if changed else 'no change'}\n{diff_dumps(before, after)}")
+        steps.append(f"{step.name}: {'changed' if changed else 'no change'}\n{diff_dumps(before, after)}")
         before = after
     goldens.check("passes", "\n".join(steps))
 
@@ -51,43 +65,99 @@ def test_a_second_run_reports_no_change_and_makes_none(name: str) -> None:
     assert dump(it.graph) == before
 
 
-def test_each_pass_is_idempotent_where_it_stands() -> None:
+@pytest.mark.parametrize("step", adapt(), ids=lambda step: step.name)
+def test_each_pass_is_idempotent_where_it_stands(step: Pass) -> None:
+    """One that stays on its level may run again and changes nothing; one that leaves it is refused."""
     graph = _mixed()
-    for name, step in adapt():
-        step(graph)
-        before = dump(graph)
-        assert step(graph) is False, f"'{name}' reports a change on its own result"
-        assert dump(graph) == before, f"'{name}' changes its own result"
+    for earlier in adapt()[: adapt().index(step) + 1]:
+        _run(graph, earlier)
+    before = dump(graph)
+    if step.reads is step.leaves:
+        assert not _run(graph, step).changed, "it reports a change on its own result"
+    else:
+        with pytest.raises(lorac.WrongLevel, match="it has run already"):
+            _run(graph, step)
+    assert dump(graph) == before, "it changes its own result"
+
+
+def test_a_second_run_says_which_passes_the_graph_has_behind_it() -> None:
+    graph = _mixed()
+    lower(graph)
+    outcomes = run_pipeline(graph, adapt())
+    behind = Outcome(changed=False, skipped=(Skip("stack", "the graph is at level expanded already"),))
+    assert outcomes[:-1] == [(name, behind) for name in ("pack", "insert", "values", "expand")]
+    assert outcomes[-1] == ("cleanup", Outcome(changed=False))
 
 
 def test_a_pass_that_reports_no_change_makes_none() -> None:
     """On a graph without adapters nothing is inserted, packed or read."""
     graph = captured_stack()
-    for name, step in adapt():
+    for step in adapt():
         level, before = graph.level, [(n.name, n.target) for n in graph.fx.nodes]
-        if not step(graph):
-            assert (graph.level, [(n.name, n.target) for n in graph.fx.nodes]) == (level, before), name
+        if not _run(graph, step).changed:
+            assert (graph.level, [(n.name, n.target) for n in graph.fx.nodes]) == (level, before), step.name
     assert graph.level is Level.EXPANDED
     assert graph.slots == {}
 
 
 def test_observers_see_the_capture_and_every_pass_that_changed_something() -> None:
     graph, seen = _mixed(), []
-    changed = run_pipeline(graph, adapt(), lambda name, graph: seen.append((name, graph.level)))
+    changed = lower(graph, lambda name, graph: seen.append((name, graph.level)))
     assert [name for name, _ in seen] == ["capture", *changed]
     assert [level for _, level in seen] == sorted(level for _, level in seen)
 
 
-# Near misses: where a pass leaves things alone
+# The levels
+
+
+@pytest.mark.parametrize(
+    ("passes", "message"),
+    [
+        (
+            [Expand(), Insert()],
+            "'expand' reads level adapted, but graph 'stack' is at level host\n  run 'insert' before",
+        ),
+        ([Pack(), Cleanup()], "'cleanup' reads level expanded, .* host\n  run 'insert' and 'expand' before it"),
+        ([Insert(), Pack()], "'pack' reads level host, .* adapted\n  run it before 'insert'"),
+        ([Insert(), Insert()], "'insert' reads level host, .* adapted\n  it has run already"),
+    ],
+    ids=lambda given: "-".join(step.name for step in given) if isinstance(given, list) else "",
+)
+def test_passes_in_the_wrong_order_are_refused(passes: list[Pass], message: str) -> None:
+    with pytest.raises(lorac.WrongLevel, match=message):
+        run_pipeline(_mixed(), passes)
+
+
+def test_a_graph_at_the_wrong_level_stays_as_it_is() -> None:
+    graph = _mixed()
+    before = dump(graph)
+    with pytest.raises(lorac.WrongLevel):
+        _run(graph, Expand())
+    assert dump(graph) == before
+
+
+@pytest.mark.parametrize("step", adapt(), ids=lambda step: step.name)
+def test_a_pass_is_a_value(step: Pass) -> None:
+    assert step == type(step)()
+    with pytest.raises(FrozenInstanceError):
+        step.name = "other"
+
+
+# Near misses: where a pass leaves things alone, and why
 
 
 def test_pack_needs_two_sites_with_a_rank_on_one_input() -> None:
     alone = captured_stack({"one": lorac.LoRA(r=2, targets=["query", "out"])})
-    assert pack(alone) is False
+    outcome = _run(alone, Pack())
+    assert not outcome.changed
+    assert Skip("body.layers.0.out", "no other site with an A to share reads its input") in outcome.skipped
+    assert len(outcome.skipped) == 6
     bound = captured_stack({"one": lorac.SHiRA(r=1, targets=["query", "key"])})
-    assert pack(bound) is False, "a bound weight has no A to share"
+    outcome = _run(bound, Pack())
+    assert not outcome.changed, "a bound weight has no A to share"
+    assert {skip.why for skip in outcome.skipped} == {"it has no A"}
     both = captured_stack({"one": lorac.LoRA(r=2, targets=["query", "key"])})
-    assert pack(both) is True
+    assert _run(both, Pack()) == Outcome(changed=True)
     assert [group.sites for group in both.packs.values()] == [
         (f"body.layers.{i}.query", f"body.layers.{i}.key") for i in range(3)
     ]
@@ -95,9 +165,54 @@ def test_pack_needs_two_sites_with_a_rank_on_one_input() -> None:
 
 def test_pack_joins_the_calls_of_a_shared_layer() -> None:
     it = capture("tiny_albert", {"one": lorac.LoRA(r=2, targets=["query", "value"])})
-    assert pack(it.graph) is True
+    assert _run(it.graph, Pack()).changed
     (group,) = it.graph.packs.values()
     assert [path.rpartition(".")[2] for path in group.sites] == ["query", "value"]
+
+
+def test_pack_leaves_an_a_that_sites_have_in_common() -> None:
+    graph = captured_stack({"one": lorac.VeRA(r=2, targets=["query", "key"])})
+    assert {skip.why for skip in _run(graph, Pack()).skipped} == {"its A is one that sites have in common already"}
+
+
+def test_pack_leaves_sites_whose_calls_come_in_different_company() -> None:
+    class Host(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.first(self.first(x) + self.second(x))
+
+    host, inputs = Host(), (torch.randn(3, 4),)
+    compiled = lorac.compile(host, {"one": lorac.LoRA(r=2)})
+    outcome = _run(Graph("host", export(host, inputs), compiled.sites, compiled.plans), Pack())
+    assert not outcome.changed
+    assert [skip.where for skip in outcome.skipped] == ["first", "second"]
+    assert {skip.why for skip in outcome.skipped} == {"its calls do not all read an input together with the same sites"}
+
+
+def test_insert_says_which_sites_the_graph_never_calls() -> None:
+    class Host(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.idle = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)
+
+    host, inputs = Host(), (torch.randn(3, 4),)
+    compiled = lorac.compile(host, {"one": lorac.LoRA(r=2)})
+    graph = Graph("host", export(host, inputs), compiled.sites, compiled.plans)
+    assert _run(graph, Insert()) == Outcome(True, (Skip("idle", "the graph never calls or reads it"),))
+    assert list(graph.plans) == ["used"]
+
+
+def test_expand_says_which_extra_outputs_nothing_gives() -> None:
+    graph = _mixed()
+    outcomes = dict(run_pipeline(graph, adapt(aux=("router",))))
+    assert outcomes["expand"].skipped == (Skip("router", "no branch at a site of this graph emits it"),)
+    assert graph.extra_outputs == []
 
 
 def test_plans_say_why_a_weight_is_bound() -> None:

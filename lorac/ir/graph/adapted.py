@@ -1,13 +1,21 @@
-"""What one ``adapted`` op computes: the ``expand`` pass traces it, the reference interpreter runs it."""
+"""One call of an adapted site: what its node holds, by name, and what it computes.
+
+The ``expand`` pass traces ``adapted_output``, the reference interpreter runs it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
 
 from lorac.ir.graph import ops
+from lorac.ir.graph.edit import KEYWORD, inherit
+from lorac.ir.graph.graph import Graph
 from lorac.ir.host.sites import Site
 from lorac.ir.slots.reads import presented
 from lorac.ir.slots.run import Ctx, run_site
@@ -18,11 +26,84 @@ VALUE_ROLE = "value:"
 """Before a program value's name among the operands of an adapted op."""
 
 
+@dataclass(frozen=True)
+class AdaptedCall:
+    """The arguments of an ``adapted`` node, in its order; the same over tensors while a graph runs or is traced.
+
+    Attributes:
+        op: the host's op, one of ``ops.OPS``.
+        host: what the host calls that op with, without the site's path.
+        operands: role -> what the adapters bring: the site's slots, ``down`` (x·A from a pack), and the program values
+            that its branches read.
+        site: the site's path.
+    """
+
+    op: Any
+    host: tuple[Any, ...]
+    operands: Mapping[str, Any]
+    site: str
+
+    @classmethod
+    def of(cls, node: fx.Node) -> AdaptedCall:
+        """What an ``adapted`` node holds."""
+        arguments: tuple[Any, ...] = node.args
+        return cls(*arguments)
+
+    @classmethod
+    def adapting(cls, node: fx.Node, operands: Mapping[str, fx.Node]) -> AdaptedCall:
+        """The call that a node of a site's own op becomes when it is adapted."""
+        return cls(node.target, ops.operands_of(node), operands, ops.site_of(node))
+
+    @property
+    def x(self) -> Any:
+        """The site's input."""
+        return self.host[0]
+
+    @property
+    def tensors(self) -> list[Any]:
+        """The tensors (in a graph, the nodes) among the host's operands."""
+        return [operand for operand in self.host if isinstance(operand, fx.Node | Tensor)]
+
+    @property
+    def unadapted(self) -> tuple[Any, ...]:
+        """The arguments of ``op`` in a call of the site without its adapters."""
+        return (*self.host, self.site)
+
+    def before(self, graph: fx.Graph, node: fx.Node) -> fx.Node:
+        """Put this call into a graph before ``node``, with the type and provenance of that."""
+        with graph.inserting_before(node):
+            made = graph.call_function(ops.adapted, self._arguments())
+        made.meta["val"] = node.meta["val"]
+        inherit(made, node)
+        made.meta["custom"] = {KEYWORD: self.site}
+        return made
+
+    def _arguments(self) -> tuple[Any, ...]:
+        return self.op, self.host, dict(self.operands), self.site
+
+
+def give(node: fx.Node, operands: Mapping[str, fx.Node]) -> None:
+    """Give an ``adapted`` node more operands, by role."""
+    call = AdaptedCall.of(node)
+    node.args = dataclasses.replace(call, operands={**call.operands, **operands})._arguments()
+
+
+def sites_by_input(graph: Graph) -> dict[fx.Node, list[str]]:
+    """Value -> paths of the sites that take it as their input, one entry a call, in the order of the calls.
+
+    Blocks are left out: what enters a block enters a site inside it.
+    """
+    readers: dict[fx.Node, list[str]] = {}
+    for node in graph.find(*ops.CALLS):
+        call = AdaptedCall.of(node) if node.target is ops.adapted else AdaptedCall.adapting(node, {})
+        if call.op is not ops.BLOCK:
+            readers.setdefault(call.x, []).append(call.site)
+    return readers
+
+
 def adapted_output(
     plan: SitePlan,
-    target: Any,
-    host: Sequence[Tensor],
-    operands: Mapping[str, Tensor],
+    call: AdaptedCall,
     sites: Mapping[str, Site],
     emitted: dict[str, list[Tensor]],
 ) -> Tensor:
@@ -30,22 +111,20 @@ def adapted_output(
 
     Args:
         plan: the site's slots.
-        target: the host's op.
-        host: the tensors among that op's operands.
-        operands: role -> tensor: the site's slots, ``down`` (x·A from a pack), and the program values it reads.
+        call: over tensors.
         sites: every site, for the layout of the values read.
         emitted: takes the extra outputs.
     """
-    given = dict(operands)
+    given = dict(call.operands)
     read = [role for role in given if role.startswith(VALUE_ROLE)]
     values = {role.removeprefix(VALUE_ROLE): given.pop(role) for role in read}
     ctx = Ctx(plan.site, values=presented(values, sites), emitted=emitted)
     down = given.pop("down", None)
     slots = SiteSlots.of_named(given, plan)
-    if target is ops.BLOCK:
-        x, block = host
+    if call.op is ops.BLOCK:
+        x, block = call.tensors
         return run_site(plan, slots, x, None, None, ctx=ctx, block=block)
-    x, matrix, *bias = host
+    x, matrix, *bias = call.tensors
     # A linear site's operand is the presented matrix; run_site takes the weight as the module stores it.
-    stored = matrix.t() if target is ops.LINEAR and plan.site.transposed else matrix
+    stored = matrix.t() if call.op is ops.LINEAR and plan.site.transposed else matrix
     return run_site(plan, slots, x, stored, bias[0] if bias else None, ctx=ctx, down=down)

@@ -51,7 +51,7 @@ class SlotInput:
 
 
 @dataclass(frozen=True)
-class Pack:
+class PackedSites:
     """Sites that read the same input and share one x·A.
 
     Attributes:
@@ -84,7 +84,7 @@ class Graph:
     plans: Mapping[str, SitePlan]
     level: Level = Level.HOST
     slots: dict[str, SlotInput] = field(default_factory=dict)
-    packs: dict[str, Pack] = field(default_factory=dict)
+    packs: dict[str, PackedSites] = field(default_factory=dict)
     extra_outputs: list[str] = field(default_factory=list)
 
     @property

@@ -16,7 +16,7 @@ from torch import fx
 from torch.export.graph_signature import InputKind, OutputKind
 
 from lorac.ir.graph import ops
-from lorac.ir.graph.adapted import adapted_output
+from lorac.ir.graph.adapted import AdaptedCall, adapted_output
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.signature import CallSignature
 
@@ -72,9 +72,8 @@ class _Interpreter(fx.Interpreter):
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is ops.adapted:
-            op, host, slots, path = args
-            tensors = [operand for operand in host if isinstance(operand, Tensor)]
-            return adapted_output(self._program.plans[path], op, tensors, slots, self._program.sites, {})
+            call = AdaptedCall(*args)
+            return adapted_output(self._program.plans[call.site], call, self._program.sites, {})
         return _LOWEST_INDEX.get(target, target)(*args, **kwargs)
 
 

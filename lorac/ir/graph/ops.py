@@ -120,6 +120,20 @@ def adapted(op: Any, host_args: tuple[Any, ...], slots: dict[str, Tensor], site:
     raise AssertionError("an adapted op is expanded before anything runs")  # pragma: no cover
 
 
+CALLS = OPS | {adapted}
+"""The ops that are a call of a site, adapted or not; the last argument of each is the site's path."""
+
+
+def site_of(node: fx.Node) -> str:
+    """Module path of the site that ``node``, a call of one of ``CALLS``, stands for."""
+    return str(node.args[-1])
+
+
+def operands_of(node: fx.Node) -> tuple[Any, ...]:
+    """What the host's layer is called with: the arguments of a call of one of ``OPS``, without the site's path."""
+    return node.args[:-1]
+
+
 def _lower_conv(args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
     return _CONVOLUTIONS[args[1].meta["val"].dim()], args[:7]
 

@@ -20,6 +20,7 @@ from torch import fx
 from torch.export.graph_signature import InputKind
 
 from lorac.ir.graph import ops
+from lorac.ir.graph.adapted import AdaptedCall
 from lorac.ir.graph.graph import Graph, SlotInput
 from lorac.ir.host.sites import SiteKind
 
@@ -323,11 +324,11 @@ def _source_line(trace: str) -> str:
 def _call(node: fx.Node) -> tuple[str, list[Any], Mapping[str, Any]]:
     """Label, operands and keywords of a node, the site's own op unwrapped."""
     if node.target is ops.adapted:
-        target, args, slots, _ = node.args
-        given = {role: slot for role, slot in slots.items() if slot.op != "placeholder"}  # type: ignore[union-attr]
-        return f"adapted {_label(target)}", _trimmed(list(args)), given  # type: ignore[arg-type]
-    args = list(node.args[:-1] if node.target in ops.OPS else node.args)
-    return _label(node.target), _trimmed(args), node.kwargs
+        call = AdaptedCall.of(node)
+        given = {role: operand for role, operand in call.operands.items() if operand.op != "placeholder"}
+        return f"adapted {_label(call.op)}", _trimmed(list(call.host)), given
+    args = ops.operands_of(node) if node.target in ops.OPS else node.args
+    return _label(node.target), _trimmed(list(args)), node.kwargs
 
 
 def _label(target: Any) -> str:
@@ -344,9 +345,7 @@ def _trimmed(args: list[Any]) -> list[Any]:
 
 
 def _called(node: fx.Node) -> str | None:
-    if node.target is ops.adapted or node.target in ops.OPS:
-        return str(node.args[-1])
-    return None
+    return ops.site_of(node) if node.target in ops.CALLS else None
 
 
 def _site(node: fx.Node) -> str | None:

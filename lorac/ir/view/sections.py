@@ -1,16 +1,12 @@
-"""Structure of a graph: its repeated blocks, the values that flow between them, the sites that read the same input."""
+"""Structure of a graph: its repeated blocks, and the values that flow between them."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from torch import fx
-
-from lorac.ir.graph import ops
-from lorac.ir.graph.graph import Graph
 from lorac.ir.view.dump import REF, Dump, Row, short
 
 if TYPE_CHECKING:
@@ -120,21 +116,6 @@ def dataflow(dump: Dump) -> nx.DiGraph[int]:
         graph.add_node(index, row=row)
         graph.add_edges_from((ref, index) for ref in row.refs)
     return graph
-
-
-def shared_inputs(graph: Graph) -> list[tuple[str, ...]]:
-    """Groups of sites that read one value (q, k and v; gate and up), in the order of their first call."""
-    import networkx as nx
-
-    readers: nx.DiGraph[Any] = nx.DiGraph()
-    for node in graph.fx.nodes:
-        if node.target is ops.adapted:
-            readers.add_edge(node.args[1][0], ("site", str(node.args[-1])))
-        elif node.target in ops.OPS and node.target is not ops.BLOCK:
-            readers.add_edge(node.args[0], ("site", str(node.args[-1])))
-    values = [value for value in readers if isinstance(value, fx.Node)]
-    groups = (tuple(path for _, path in readers.successors(value)) for value in values)
-    return list(dict.fromkeys(group for group in groups if len(group) > 1))
 
 
 def narrow(dump: Dump, path: str) -> Dump:

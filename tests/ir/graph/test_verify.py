@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from lorac.errors import VerificationFailed
 from lorac.ir.graph import ops
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.verify import verify
+from lorac.passes.base import Outcome, Pass
 from lorac.passes.pipelines import adapt, run_pipeline
 from tests.captured import capture, lower
 
@@ -21,10 +23,10 @@ aten = torch.ops.aten
 def _at(level: Level) -> Graph:
     """A graph at a level."""
     graph = capture("plain_mlp").graph
-    for _, step in adapt():
+    for step in adapt():
         if graph.level is level:
             return graph
-        step(graph)
+        run_pipeline(graph, [step])
     return graph
 
 
@@ -115,15 +117,24 @@ def test_a_write_to_a_base_weight() -> None:
     _refused(graph, written.name, f"writes to the base weight {parameter.name}")
 
 
-def test_it_runs_after_every_pass() -> None:
-    def broken(graph: Graph) -> bool:
-        del next(n for n in graph.fx.nodes if n.op == "call_function").meta["val"]
-        return True
+@dataclass(frozen=True)
+class Broken(Pass):
+    """Forgets what a value is."""
 
+    name: ClassVar[str] = "broken"
+    reads: ClassVar[Level] = Level.HOST
+    leaves: ClassVar[Level] = Level.HOST
+
+    def apply(self, graph: Graph) -> Outcome:
+        del next(n for n in graph.fx.nodes if n.op == "call_function").meta["val"]
+        return Outcome(changed=True)
+
+
+def test_it_runs_after_every_pass() -> None:
     graph = capture("plain_mlp").graph
-    passes: list[tuple[str, Callable[[Graph], bool]]] = [adapt()[0], ("broken", broken), *adapt()[1:]]
+    pack, *others = adapt()
     with pytest.raises(VerificationFailed, match="after 'broken'"):
-        run_pipeline(graph, passes)
+        run_pipeline(graph, [pack, Broken(), *others])
 
 
 def test_the_message_names_the_source_line() -> None:

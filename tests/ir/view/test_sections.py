@@ -1,4 +1,4 @@
-"""Structure: repeated blocks, shared inputs, the graph of values."""
+"""Structure: repeated blocks, the graph of values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import lorac
 from lorac.ir.graph.graph import Graph
 from lorac.ir.view.dump import dump
 from lorac.ir.view.printer import Body, Notes
-from lorac.ir.view.sections import dataflow, grouped, narrow, repeats, sections, shared_inputs
+from lorac.ir.view.sections import dataflow, grouped, narrow, repeats, sections
 from tests.captured import capture, captured_stack, lower
 
 
@@ -47,14 +47,6 @@ def test_calls_of_a_shared_layer_are_blocks_of_their_own() -> None:
 
 def test_repeats_need_neighbours_of_one_list() -> None:
     assert repeats([("a", "1"), ("a", "1"), ("b", "1"), ("b", "2"), ("a", "1")]) == [(0, 2), (2, 1), (3, 1), (4, 1)]
-
-
-@pytest.mark.parametrize("stage", ["capture", "insert"])
-def test_sites_that_read_one_input(stage: str) -> None:
-    graph = captured_stack({"all": lorac.LoRA(r=2)})
-    seen: dict[str, list[tuple[str, ...]]] = {}
-    lower(graph, lambda name, graph: seen.update({name: shared_inputs(graph)}))
-    assert seen[stage] == [(f"body.layers.{i}.query", f"body.layers.{i}.key") for i in range(3)]
 
 
 def test_values_form_an_acyclic_graph_from_inputs_to_outputs() -> None:

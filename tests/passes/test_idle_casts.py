@@ -1,0 +1,46 @@
+"""A pass that lorac does not have takes two files, itself and this, and a place in a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+import lorac
+from lorac.ir.graph.interp import interpret
+from lorac.passes.base import Pass
+from lorac.passes.pipelines import adapt, run_pipeline
+from tests.captured import capture
+from tests.passes.idle_casts import IdleCasts
+
+*FIRST, LAST = adapt()
+
+
+@pytest.mark.parametrize("passes", [[*FIRST, IdleCasts(), LAST], [*FIRST, LAST, IdleCasts()]], ids=["inside", "behind"])
+def test_it_runs_in_a_pipeline_and_changes_no_answer(passes: Sequence[Pass]) -> None:
+    it, seen = capture("plain_mlp"), []
+    before = interpret(it.graph, it.inputs).output
+    outcomes = dict(run_pipeline(it.graph, passes, lambda name, graph: seen.append(name)))
+    assert outcomes["idle-casts"].changed
+    assert "idle-casts" in seen
+    expected = it.compiled(**it.inputs)
+    torch.testing.assert_close(interpret(it.graph, it.inputs, it.slots()).output, expected)
+    assert not torch.equal(before, expected)
+    (again,) = run_pipeline(it.graph, [IdleCasts()])
+    assert not again[1].changed
+
+
+def test_it_says_which_casts_it_left() -> None:
+    it = capture("tiny_llama")
+    outcomes = dict(run_pipeline(it.graph, [*adapt(), IdleCasts()]))
+    kept = {node.name: node.meta["val"].dtype for node in it.graph.find(torch.ops.aten.to.dtype)}
+    assert kept
+    assert {skip.where: skip.why for skip in outcomes["idle-casts"].skipped} == {
+        name: f"it casts to {dtype}" for name, dtype in kept.items()
+    }
+
+
+def test_it_is_refused_before_expand() -> None:
+    with pytest.raises(lorac.WrongLevel, match=r"'idle-casts' reads level expanded, .*\n  run 'expand' before it"):
+        run_pipeline(capture("plain_mlp").graph, [*FIRST[:-1], IdleCasts(), *FIRST[-1:], LAST])
