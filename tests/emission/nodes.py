@@ -1,7 +1,4 @@
-"""The emitted programs of four models as lists of nodes: ops, attributes and slot inputs, no other names.
-
-`python -m tests.emission.nodes` prints how each is compiled; the lists are golden texts.
-"""
+"""The emitted programs of four models as lists of nodes: ops, attributes and slot inputs, no other names."""
 
 from __future__ import annotations
 
