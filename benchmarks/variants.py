@@ -60,7 +60,7 @@ def worker(name: str, layers: int, rounds: int) -> dict[str, Any]:
         peft = _peft(adapter, Path(folder, "peft"), layers, model)
     found = common.alternate(_sides({**eager, **peft}, emitted), rounds)
     found["ORT base"] = (found["ORT A/A"] + found["ORT base"]) / 2
-    values = [*eager["eager live"].pool["a"].values.values()]
+    values = [*eager["eager live"].pool["a"].changes.values()]
     return {
         "seconds": found,
         "form": type(values[0]).__name__ if values else "branch",

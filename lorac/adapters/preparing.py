@@ -1,4 +1,4 @@
-"""Adapters to normal forms: each term's formula is lowered once per structure, then evaluated on its tensors."""
+"""Adapters to normal forms: each term's formula is reduced once per structure, then evaluated on its tensors."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorac.errors import NonFinite, ShapeMismatch, SiteNotFound, nearest_name
-from lorac.ir.algebra.changes import Dense, LowRank, Value, from_outputs
-from lorac.ir.algebra.reduction import BRANCH, Lowering, lower_branch, lower_weight
+from lorac.ir.algebra.changes import Change, Dense, LowRank, from_outputs
+from lorac.ir.algebra.reduction import BRANCH, Reduction, reduce_branch, reduce_weight
 from lorac.ir.algebra.rules import RULES
 from lorac.ir.algebra.structure import NamedRule
 from lorac.ir.host.sites import BaseReader, Site, SiteKind, factor_dtype
@@ -23,20 +23,20 @@ from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant, Variant, WeightVariant
 
 Tensor = torch.Tensor
-_LOWERINGS: dict[Any, Lowering] = {}
-"""Structure (method, hyper-parameters, shapes, dtype, rules) -> its lowering, of every program in this process."""
-_MOST_LOWERINGS = 512
+_REDUCTIONS: dict[Any, Reduction] = {}
+"""Structure (method, hyper-parameters, shapes, dtype, rules) -> its reduction, of every program in this process."""
+_MOST_REDUCTIONS = 512
 Shapes = tuple[tuple[str, torch.Size], ...]
 _FORMULAS = ("weight", "new_bias", "branch")
 
 
-class Lowerer:
-    """Lowers adapters; a structure is lowered once."""
+class Preparer:
+    """Prepares adapters; a structure is reduced once."""
 
     def __init__(self, sites: Mapping[str, Site], base: BaseReader, rules: Sequence[NamedRule] = RULES) -> None:
         self.sites, self.base, self.rules = sites, base, tuple(rules)
         self._common: Any = WeakTensorKeyDictionary()
-        self._asked: dict[str, tuple[Variant, Shapes, Lowering]] = {}
+        self._asked: dict[str, tuple[Variant, Shapes, Reduction]] = {}
 
     def prepare(self, adapter: Adapter) -> Prepared:
         """Every term of an adapter in its normal form.
@@ -45,27 +45,27 @@ class Lowerer:
             SiteNotFound, SiteUnsupported, ShapeMismatch, NonFinite: before anything is computed.
         """
         self.check(adapter)
-        values: dict[str, Value] = {}
+        changes: dict[str, Change] = {}
         branches: dict[str, BranchTerm] = {}
         for path, tensors in adapter.tensors.items():
             site = self.sites[path]
-            lowering = self.lowering(adapter.variant, site, tensors)
-            if lowering.form == BRANCH:
+            reduction = self.reduction(adapter.variant, site, tensors)
+            if reduction.form == BRANCH:
                 branches[path] = branch_term(adapter.variant, site, tensors)
             else:
-                values[path] = _settled(self.with_bias(adapter, site, self.value(lowering, site, tensors)))
+                changes[path] = _detached(self.with_bias(adapter, site, self.change(reduction, site, tensors)))
         for path in self._replaced_sites(adapter):
-            value = self.replaced_value(adapter, self.sites[path])
-            if path not in values and value is not None:
-                values[path] = _settled(value)
-        return Prepared(values, branches, adapter.variant.truncatable)
+            change = self.replaced_change(adapter, self.sites[path])
+            if path not in changes and change is not None:
+                changes[path] = _detached(change)
+        return Prepared(changes, branches, adapter.variant.truncatable)
 
     def check(self, adapter: Adapter) -> None:
         """Refuse an adapter that does not fit the model (``check_adapter``)."""
         check_adapter(adapter, self.sites)
 
-    def lowering(self, variant: Variant, site: Site, tensors: Mapping[str, Tensor]) -> Lowering:
-        """The lowering of a variant at a site, from the cache where the structure was met before."""
+    def reduction(self, variant: Variant, site: Site, tensors: Mapping[str, Tensor]) -> Reduction:
+        """The reduction of a variant at a site, from the cache where the structure was met before."""
         shapes = tuple([(name, tensor.shape) for name, tensor in tensors.items()])
         asked = self._asked.get(site.path)
         # In training it is asked anew at every step, where to spell out what it follows from would take longest.
@@ -73,58 +73,58 @@ class Lowerer:
             asked = self._asked[site.path] = (variant, shapes, self._met(variant.at(site), site, shapes, tensors))
         return asked[2]
 
-    def _met(self, here: Variant, site: Site, shapes: Shapes, tensors: Mapping[str, Tensor]) -> Lowering:
+    def _met(self, here: Variant, site: Site, shapes: Shapes, tensors: Mapping[str, Tensor]) -> Reduction:
         shape = (site.out_features, site.in_features)
         method = (type(here), *(getattr(type(here), formula, None) for formula in _FORMULAS), repr(here))
         key = (*method, site.kind, _grouped(site), shape, shapes, site.dtype, self.rules)
-        found = _LOWERINGS.get(key)
+        found = _REDUCTIONS.get(key)
         if found is None:
-            found = _LOWERINGS[key] = self._lower(here, site, shape, tensors)
-            for oldest in list(_LOWERINGS)[:-_MOST_LOWERINGS]:
-                _LOWERINGS.pop(oldest, None)
+            found = _REDUCTIONS[key] = self._reduce(here, site, shape, tensors)
+            for oldest in list(_REDUCTIONS)[:-_MOST_REDUCTIONS]:
+                _REDUCTIONS.pop(oldest, None)
         return found
 
-    def value(self, lowering: Lowering, site: Site, tensors: Mapping[str, Tensor]) -> Value:
+    def change(self, reduction: Reduction, site: Site, tensors: Mapping[str, Tensor]) -> Change:
         """The normal form's tensors for one term, computed in the factors' dtype."""
         dtype = factor_dtype(site.dtype)
         bias = self.base.bias(site)
-        weight = self._weight(site).to(dtype) if lowering.reads_weight else _absent(site, dtype)
-        given = [_cast(tensors[name], dtype) for name in lowering.params]
+        weight = self._weight(site).to(dtype) if reduction.reads_weight else _absent(site, dtype)
+        given = [_cast(tensors[name], dtype) for name in reduction.params]
         wide_bias = bias.to(dtype) if bias is not None else torch.zeros(site.out_features, dtype=dtype)
-        outputs = lowering(weight, wide_bias, given)
-        outputs |= {name: self._once(lowering, name, outputs[name], tensors) for name in lowering.common}
-        return from_outputs(lowering.form, outputs, None if bias is None else wide_bias)
+        outputs = reduction(weight, wide_bias, given)
+        outputs |= {name: self._once(reduction, name, outputs[name], tensors) for name in reduction.common}
+        return from_outputs(reduction.form, outputs, None if bias is None else wide_bias)
 
     def _weight(self, site: Site) -> Tensor:
         """W in the memory order of the host's own, whoever holds it: norms of it are summed in that order."""
         weight = self.base.weight(site)
         return weight.contiguous() if site.kind is SiteKind.LINEAR and not site.transposed else weight
 
-    def _once(self, lowering: Lowering, name: str, made: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    def _once(self, reduction: Reduction, name: str, made: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """What was made of shared parameters: the tensor that the sites before made of them, where there is one."""
         if made.requires_grad:
             return made
-        shared = [tensors[key] for key in lowering.shared]
+        shared = [tensors[key] for key in reduction.shared]
         known = self._common.setdefault(shared[0], {})
         written = [(id(t), 0 if t.is_inference() else t._version) for t in shared]
-        held = known.get((id(lowering), name))
+        held = known.get((id(reduction), name))
         if held is None or held[0] != written:
-            held = known[id(lowering), name] = (written, made.contiguous())
+            held = known[id(reduction), name] = (written, made.contiguous())
         return held[1]
 
-    def with_bias(self, adapter: Adapter, site: Site, value: Value) -> Value:
-        """A value with the adapter's own copy of the base's bias (PEFT's ``bias=``) worked in."""
+    def with_bias(self, adapter: Adapter, site: Site, change: Change) -> Change:
+        """A change with the adapter's own copy of the base's bias (PEFT's ``bias=``) worked in."""
         trained = adapter.replaced.get(site.bias) if site.bias else None
         if trained is None:
-            return value
+            return change
         bias = self.base.bias(site)
         assert bias is not None
         dtype = factor_dtype(site.dtype)
         shift = trained.to(dtype) - bias.to(dtype)
-        return dataclasses.replace(value, e=shift if value.e is None else value.e + shift)
+        return dataclasses.replace(change, e=shift if change.e is None else change.e + shift)
 
-    def replaced_value(self, adapter: Adapter, site: Site) -> Value | None:
-        """The value of a site that an adapter only replaces whole (modules_to_save, a norm, a bias), or None."""
+    def replaced_change(self, adapter: Adapter, site: Site) -> Change | None:
+        """The change of a site that an adapter only replaces whole (modules_to_save, a norm, a bias), or None."""
         weight = adapter.replaced.get(site.weight) if site.weight else None
         if weight is not None:
             return self.with_bias(adapter, site, Dense(site.present(weight.to(site.dtype))))
@@ -140,7 +140,7 @@ class Lowerer:
         owners = {name: path for path, site in self.sites.items() for name in (site.weight, site.bias) if name}
         return list(dict.fromkeys(owners[fqn] for fqn in adapter.replaced))
 
-    def _lower(self, variant: Variant, site: Site, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Lowering:
+    def _reduce(self, variant: Variant, site: Site, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Reduction:
         dtype = factor_dtype(site.dtype)
         examples = {name: _cast(tensor.detach(), dtype) for name, tensor in tensors.items()}
         if isinstance(variant, WeightVariant):
@@ -151,12 +151,12 @@ class Lowerer:
 
             # A kernel of groups has no room for what leaves its blocks, as a product of factors does.
             grouped = _grouped(site)
-            return lower_weight(formula, shape, examples, dtype, self.rules, shared, keep_factors=grouped)
+            return reduce_weight(formula, shape, examples, dtype, self.rules, shared, keep_factors=grouped)
         assert isinstance(variant, BranchVariant)
         if site.kind is not SiteKind.LINEAR or variant.reads:
-            return Lowering(BRANCH, torch.fx.GraphModule(nn.Module(), torch.fx.Graph()), tuple(tensors), ("y",))
+            return Reduction(BRANCH, torch.fx.GraphModule(nn.Module(), torch.fx.Graph()), tuple(tensors), ("y",))
         ctx = Ctx(site)
-        return lower_branch(lambda x, y, p: variant.branch(x, y, p, ctx), shape, examples, dtype, self.rules)
+        return reduce_branch(lambda x, y, p: variant.branch(x, y, p, ctx), shape, examples, dtype, self.rules)
 
 
 def _grouped(site: Site) -> bool:
@@ -238,8 +238,8 @@ def _absent(site: Site, dtype: torch.dtype) -> Tensor:
     return torch.empty((site.out_features, site.in_features), dtype=dtype, device="meta")
 
 
-def _settled(value: Value) -> Value:
+def _detached(change: Change) -> Change:
     changed: dict[str, Any] = {
-        name: tensor.detach().contiguous() for name, tensor in vars(value).items() if isinstance(tensor, Tensor)
+        name: tensor.detach().contiguous() for name, tensor in vars(change).items() if isinstance(tensor, Tensor)
     }
-    return dataclasses.replace(value, **changed)
+    return dataclasses.replace(change, **changed)

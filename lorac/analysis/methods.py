@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from lorac.errors import SiteUnsupported
-from lorac.ir.algebra.reduction import BRANCH, LOW_RANK, Lowering
+from lorac.ir.algebra.reduction import BRANCH, LOW_RANK, Reduction
 from lorac.ir.host.sites import CONVOLUTIONS, ConvGeometry, Site, SiteKind
 from lorac.variants.base import BranchVariant, Variant, WeightVariant
 from lorac.variants.params import ParamSpec, Role
@@ -34,7 +34,7 @@ _SITES = tuple(
 )
 """Where a method is looked at: the first of these that it adapts."""
 
-Lower = Callable[[Variant, Site, Mapping[str, torch.Tensor]], Lowering]
+Reduce = Callable[[Variant, Site, Mapping[str, torch.Tensor]], Reduction]
 """(variant, site, one tensor per parameter, of which only shape and dtype count) -> its normal form."""
 
 
@@ -91,16 +91,16 @@ HEADERS = (
 
 
 def methods(
-    known: Iterable[type[Variant]], lower: Lower, files: Mapping[type[Variant], Sequence[str]]
+    known: Iterable[type[Variant]], reduce: Reduce, files: Mapping[type[Variant], Sequence[str]]
 ) -> tuple[MethodRow, ...]:
     """One row per method, in the order given.
 
     Args:
         known: the methods.
-        lower: brings a term to its normal form.
+        reduce: brings a term to its normal form.
         files: method -> formats that hold it.
     """
-    return tuple(_row(variant, lower, tuple(files.get(variant, ()))) for variant in known)
+    return tuple(_row(variant, reduce, tuple(files.get(variant, ()))) for variant in known)
 
 
 def cells(row: MethodRow) -> tuple[str, ...]:
@@ -137,10 +137,10 @@ def _page(rows: Sequence[MethodRow]) -> Iterator[str]:
         yield f"| {' | '.join((name, f'`lorac.{title}`', coded, *middle, linked, files))} |"
 
 
-def _row(variant: type[Variant], lower: Lower, files: tuple[str, ...]) -> MethodRow:
+def _row(variant: type[Variant], reduce: Reduce, files: tuple[str, ...]) -> MethodRow:
     found = _looked_at(variant)
     specs: Mapping[str, ParamSpec] = found[0].params(found[1]) if found else {}
-    form, merges = _form(*found, specs, lower) if found else ("", issubclass(variant, WeightVariant))
+    form, merges = _form(*found, specs, reduce) if found else ("", issubclass(variant, WeightVariant))
     trained = [spec for spec in specs.values() if spec.role is Role.TRAINABLE]
     own, common = (sum(math.prod(s.shape) for s in trained if s.shared is shared) for shared in (False, True))
     return MethodRow(
@@ -173,7 +173,7 @@ def _looked_at(variant: type[Variant]) -> tuple[Variant, Site] | None:
     return None
 
 
-def _form(variant: Variant, site: Site, specs: Mapping[str, ParamSpec], lower: Lower) -> tuple[str, bool]:
+def _form(variant: Variant, site: Site, specs: Mapping[str, ParamSpec], reduce: Reduce) -> tuple[str, bool]:
     """The normal form in words, and whether it merges."""
     if not isinstance(variant, WeightVariant | BranchVariant):
         return "replace", True
@@ -181,10 +181,10 @@ def _form(variant: Variant, site: Site, specs: Mapping[str, ParamSpec], lower: L
         name: torch.empty(spec.shape, dtype=torch.int64 if spec.role is Role.INDEX else site.dtype)
         for name, spec in specs.items()
     }
-    lowering = lower(variant, site, tensors)
-    scales = [name for name in _SCALES if name in lowering.outputs]
-    ranked = f"{lowering.form} r={lowering.rank}" if lowering.form == LOW_RANK else lowering.form
-    return " ".join((ranked, *scales)), lowering.form != BRANCH
+    reduction = reduce(variant, site, tensors)
+    scales = [name for name in _SCALES if name in reduction.outputs]
+    ranked = f"{reduction.form} r={reduction.rank}" if reduction.form == LOW_RANK else reduction.form
+    return " ".join((ranked, *scales)), reduction.form != BRANCH
 
 
 def _formula(variant: type[Variant]) -> str:

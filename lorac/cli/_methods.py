@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from lorac.adapters.preparing import Lowerer
+from lorac.adapters.preparing import Preparer
 from lorac.analysis.methods import MethodRow, methods
 from lorac.errors import BaseNeeded
 from lorac.formats.peft.config import methods as peft_types
@@ -21,7 +21,7 @@ def method_rows(known: Iterable[type[Variant]]) -> tuple[MethodRow, ...]:
     for name, kind in sorted(peft_types().items()):
         for variant in kind.variants:
             files.setdefault(variant, ["native"]).append(name)
-    return methods(classes, Lowerer({}, BaseReader(_no_base, _no_base)).lowering, files)
+    return methods(classes, Preparer({}, BaseReader(_no_base, _no_base)).reduction, files)
 
 
 def _no_base(site: Site) -> torch.Tensor:

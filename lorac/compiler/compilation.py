@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lorac.adapters.fresh import fresh_adapter, parameter_sites, trainable
-from lorac.adapters.preparing import Lowerer, branch_term
+from lorac.adapters.preparing import Preparer, branch_term
 from lorac.errors import (
     BaseNeeded,
     ChoiceError,
@@ -48,7 +48,7 @@ Source = str | Path | Adapter | Variant
 
 
 class Compilation:
-    """One compilation: the host, its sites, and the lowering of its adapters.
+    """One compilation: the host, its sites, and the reduction of its adapters.
 
     Args:
         host: the host model, or what an artefact has of it.
@@ -60,7 +60,7 @@ class Compilation:
         self.host, self.again = host, again
         self.sites: dict[str, Site] = find_sites(host.module)
         self.base = base or BaseReader(self._weight, self._bias)
-        self.lowerer = Lowerer(self.sites, self.base)
+        self.preparer = Preparer(self.sites, self.base)
         self.pool = Pool(self.prepare)
         self.request: BuildRequest | None = None
         self.examples: dict[str, Any] = {}
@@ -122,7 +122,7 @@ class Compilation:
         else:
             file = TensorFile(backend.base_file(engine.folder))
             self.host.let_go(file)
-            self.base = self.lowerer.base = file_base(file)
+            self.base = self.preparer.base = file_base(file)
         return self.assemble(backend, engine, request.plans, request.mode, choice)
 
     def register(self, adapter: Adapter) -> None:
@@ -139,8 +139,8 @@ class Compilation:
         self.pool.refuse_taken(adapter.name)
         if any(tensor.is_meta for tensor in adapter.parameters()):
             raise _not_kept(adapter.name)
-        self.lowerer.sites = self.sites = {**self.sites, **parameter_sites(model, adapter, self.sites)}
-        self.lowerer.check(adapter)
+        self.preparer.sites = self.sites = {**self.sites, **parameter_sites(model, adapter, self.sites)}
+        self.preparer.check(adapter)
         return trainable(adapter, self.sites)
 
     def _read(self, source: Source, name: str | None, model: nn.Module) -> Adapter:
@@ -153,7 +153,7 @@ class Compilation:
     def prepare(self, adapter: Adapter) -> Prepared:
         """An adapter's normal forms."""
         with torch.no_grad():
-            return self.lowerer.prepare(adapter)
+            return self.preparer.prepare(adapter)
 
     def outline(self, adapter: Adapter) -> Prepared:
         """An adapter's normal forms with their shapes alone, for sites whose base weight is not kept."""
@@ -165,7 +165,7 @@ class Compilation:
             return torch.zeros(site.out_features, dtype=site.dtype) if site.bias else None
 
         with torch.no_grad():
-            return Lowerer(self.sites, BaseReader(ones, bias)).prepare(adapter)
+            return Preparer(self.sites, BaseReader(ones, bias)).prepare(adapter)
 
     def terms(self, path: str, choice: Choice) -> Sequence[LiveTerm] | None:
         """The active terms of a site from the adapters' own tensors; None where none of them needs gradients."""
@@ -179,18 +179,18 @@ class Compilation:
         place = adapter.variant.dropout_place
         tensors = adapter.tensors.get(path)
         if tensors is None:
-            value = self.lowerer.replaced_value(adapter, site)
-            return [] if value is None else [LiveTerm(how.strength, value)]
-        lowering = self.lowerer.lowering(adapter.variant, site, tensors)
-        if lowering.form == BRANCH:
+            change = self.preparer.replaced_change(adapter, site)
+            return [] if change is None else [LiveTerm(how.strength, change)]
+        reduction = self.preparer.reduction(adapter.variant, site, tensors)
+        if reduction.form == BRANCH:
             term = branch_term(adapter.variant, site, tensors, detach=False)
             strength = next(t for t in term.params if t.is_floating_point()).new_full((1,), how.strength)
             return [LiveTerm(how.strength, branch=(term.slot, BranchFill(strength, term.params)))]
-        value = self.lowerer.value(lowering, site, tensors)
-        if how.rank is not None and isinstance(value, LowRank):
-            value = value.truncated(how.rank, adapter.variant.truncatable or 0.0)
-        value = self.lowerer.with_bias(adapter, site, value)
-        return [LiveTerm(how.strength, value, rate=rate, place=place)]
+        change = self.preparer.change(reduction, site, tensors)
+        if how.rank is not None and isinstance(change, LowRank):
+            change = change.truncated(how.rank, adapter.variant.truncatable or 0.0)
+        change = self.preparer.with_bias(adapter, site, change)
+        return [LiveTerm(how.strength, change, rate=rate, place=place)]
 
     def assemble(
         self, backend: Any, engine: Engine, plans: Mapping[str, SitePlan], mode: str, choice: Spec
@@ -240,7 +240,7 @@ class Compilation:
         """Why an adapter's term at a site has no cheaper form."""
         adapter = self.pool.adapters[name]
         tensors = adapter.tensors.get(path)
-        return () if tensors is None else self.lowerer.lowering(adapter.variant, self.sites[path], tensors).reasons
+        return () if tensors is None else self.preparer.reduction(adapter.variant, self.sites[path], tensors).reasons
 
     def save(self, backend: Any, compiled: Compiled, folder: Any) -> None:
         """Write an artefact of a compiled model of this compilation's."""

@@ -14,10 +14,10 @@ from lorac.ir.slots.site import Prepared, SitePlan
 def admitting_reserve(together: Sequence[Prepared]) -> str:
     """The ``reserve=`` argument that would admit adapters that are active together."""
     paths = sorted({path.rpartition(".")[2] for prepared in together for path in prepared.paths})
-    values = [value for prepared in together for value in prepared.values.values()]
-    ranks = [v.rank for v in values if isinstance(v, LowRank)]
-    scales = any(v.e is not None or (isinstance(v, LowRank) and v.c is not None) for v in values)
-    whole = any(not isinstance(v, LowRank) or v.changes_input for v in values)
+    changes = [change for prepared in together for change in prepared.changes.values()]
+    ranks = [v.rank for v in changes if isinstance(v, LowRank)]
+    scales = any(v.e is not None or (isinstance(v, LowRank) and v.c is not None) for v in changes)
+    whole = any(not isinstance(v, LowRank) or v.changes_input for v in changes)
     extras = (
         (f", adapters={len(together)}" if len(together) > 1 else "")
         + (", scales=True" if scales else "")
@@ -29,9 +29,9 @@ def admitting_reserve(together: Sequence[Prepared]) -> str:
 def refuse_misfit(name: str, prepared: Prepared, plans: Mapping[str, SitePlan], sites: Mapping[str, Site]) -> None:
     """Raise ``NeedsRecompile`` where an adapter does not fit the plans, with the ``reserve=`` that admits it."""
     problems = []
-    for path, value in prepared.values.items():
+    for path, change in prepared.changes.items():
         plan = plans.get(path)
-        reason = "has no slot" if plan is None or plan.empty else does_not_fit(plan, value)
+        reason = "has no slot" if plan is None or plan.empty else does_not_fit(plan, change)
         if reason:
             problems.append((path, reason))
     for path, term in prepared.branches.items():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorac.adapters.preparing import Lowerer
+from lorac.adapters.preparing import Preparer
 from lorac.compiler.api import compile
 from lorac.errors import NotMergeable, SiteUnsupported
 from lorac.formats import load_adapter, save_adapter
@@ -169,7 +169,7 @@ def rules(case: Case) -> None:
     base = BaseReader(lambda site: case.weight, lambda site: bias_of(site, case.model))
     sites = {case.host.path: case.site}
     with torch.no_grad():
-        values = [Lowerer(sites, base, table).prepare(case.a).values[case.host.path] for table in (RULES, ())]
+        values = [Preparer(sites, base, table).prepare(case.a).changes[case.host.path] for table in (RULES, ())]
     given, plain = ((merge(v, case.weight), merge_bias(v, bias_of(case.site, case.model))) for v in values)
     assert_close(given[0], plain[0])
     assert (given[1] is None) == (plain[1] is None)

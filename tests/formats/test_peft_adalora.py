@@ -48,7 +48,7 @@ def test_a_pruned_file_is_the_masked_model(pruned: tuple[nn.Module, PeftModel, P
     for mode in ("live", "fused", "baked"):
         compiled = lorac.compile(model, {"a": folder}, mode=mode)
         parity.assert_parity(compiled(**inputs), masked(**inputs), model(**inputs))
-    values = lorac.compile(model, {"a": folder}).pool["a"].values
+    values = lorac.compile(model, {"a": folder}).pool["a"].changes
     assert {path: value.rank for path, value in values.items() if isinstance(value, LowRank)} == {
         "up": 2,
         "down": 3,

@@ -230,7 +230,7 @@ def test_training_closes_gates_that_pruning_drops() -> None:
     assert 0 < sum(left.values()) < 6 * len(left)
     assert len(set(left.values())) > 1
     small = lorac.compile(host("tiny_llama").double(), {"a": pruned(adapter)})
-    assert {path: value.rank for path, value in small.pool["a"].values.items()} == {
+    assert {path: value.rank for path, value in small.pool["a"].changes.items()} == {
         path: n for path, n in left.items() if n
     }
     with torch.no_grad():

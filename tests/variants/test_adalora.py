@@ -37,7 +37,7 @@ def test_worked_example():
 
 
 def test_lowers_to_one_low_rank_pair():
-    value = Case(AdaLoRA(r=3), HOSTS["linear"]).live.pool["a"].values["site"]
+    value = Case(AdaLoRA(r=3), HOSTS["linear"]).live.pool["a"].changes["site"]
     assert isinstance(value, LowRank)
     assert value.rank == 3
     assert value.c is value.d is None
@@ -54,7 +54,7 @@ def test_a_pruned_adapter_is_the_masked_one():
     variant = AdaLoRA(r=3, alpha=5, targets=("site",), rank_pattern={"site": [True, False, True]})
     reference = lorac.compile(case.model, {"b": lorac.Adapter("b", case.a.variant, {"site": masked})})(case.x)
     compiled = lorac.compile(case.model, {"b": lorac.Adapter("b", variant, {"site": pruned})})
-    assert compiled.pool["b"].values["site"].rank == 2
+    assert compiled.pool["b"].changes["site"].rank == 2
     parity.assert_parity(compiled(case.x), reference, case.base(case.x))
     with pytest.raises(ShapeMismatch):
         lorac.compile(case.model, {"b": lorac.Adapter("b", variant, {"site": p})})

@@ -41,7 +41,7 @@ def test_rank_of_the_change_exceeds_r():
 
 def test_lowers_to_a_weight_of_its_own():
     case = Case(lorac.BAT(r=3), HOSTS["divisible"])
-    assert isinstance(case.live.pool["a"].values["site"], Dense)
+    assert isinstance(case.live.pool["a"].changes["site"], Dense)
 
 
 @torch.no_grad()

@@ -69,7 +69,7 @@ def test_one_factor_is_oft():
 
 def test_the_scale_leaves_the_bias():
     case = Case(BOFT(block_size=3), HOSTS["divisible"])
-    value = case.live.pool["a"].values["site"]
+    value = case.live.pool["a"].changes["site"]
     assert isinstance(value, Dense)
     assert value.e is None
 

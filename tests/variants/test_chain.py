@@ -56,7 +56,7 @@ def test_scales_and_low_rank_parts_stay_low_rank():
     host = nn.Sequential(nn.Linear(32, 48))
     parts = (lorac.LoRA(r=2), lorac.DoRA(r=2), lorac.IA3())
     compiled = lorac.compile(host, {"a": lorac.Chain(parts=parts, targets=("0",))})
-    value = compiled.pool["a"].values["0"]
+    value = compiled.pool["a"].changes["0"]
     assert isinstance(value, LowRank)
     assert value.rank == 4
     assert value.c is not None

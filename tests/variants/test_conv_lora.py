@@ -44,7 +44,7 @@ def test_branch_form(dora, dilation):
     # What was drawn since is another adapter.
     compiled = lorac.compile(model, {"a": compiled.adapters["a"]})
     parity.assert_parity(compiled(x), linear + base.bias[:, None, None], model(x), limit=1e-12)
-    assert isinstance(compiled.pool["a"].values["site"], LowRank)
+    assert isinstance(compiled.pool["a"].changes["site"], LowRank)
 
 
 @torch.no_grad()

@@ -85,12 +85,12 @@ def test_every_unfolding_has_at_most_rank_r():
 @torch.no_grad()
 def test_form():
     """Rank r; for groups, whose kernels are small, the kernel itself."""
-    wide = Case(lorac.CPLoRA(r=3, dora=True), SQUARE[0]).live.pool["a"].values["site"]
+    wide = Case(lorac.CPLoRA(r=3, dora=True), SQUARE[0]).live.pool["a"].changes["site"]
     assert isinstance(wide, LowRank)
     assert wide.rank == 3
     assert wide.c is not None
     for host in GROUPED:
-        assert isinstance(Case(lorac.CPLoRA(r=2), host).live.pool["a"].values["site"], Dense)
+        assert isinstance(Case(lorac.CPLoRA(r=2), host).live.pool["a"].changes["site"], Dense)
 
 
 @torch.no_grad()

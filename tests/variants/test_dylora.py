@@ -130,7 +130,7 @@ def test_identity_at_init_at_every_rank(case):
 
 
 def test_lowers_to_low_rank(case):
-    value = case.live.pool["a"].values["site"]
+    value = case.live.pool["a"].changes["site"]
     assert isinstance(value, LowRank)
     assert value.rank == 3
 

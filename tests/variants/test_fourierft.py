@@ -37,7 +37,7 @@ def test_worked_example():
         expected = tensor([[30.0, -10.0], [-10.0, 30.0]])
         torch.testing.assert_close(compiled(torch.eye(2, dtype=torch.float64)), expected, rtol=1e-14, atol=1e-13)
     assert isinstance(
-        lorac.compile(host, {"a": lorac.Adapter("a", variant, {"site": tensors})}).pool["a"].values["site"], Dense
+        lorac.compile(host, {"a": lorac.Adapter("a", variant, {"site": tensors})}).pool["a"].changes["site"], Dense
     )
 
 

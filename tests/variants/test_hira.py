@@ -42,7 +42,7 @@ def test_worked_example(model):
 
 def test_needs_the_weight_itself(model):
     a = adapter("a", tensor([[3.0, 1.0]]), tensor([[1.0], [2.0]]))
-    assert isinstance(lorac.compile(model, {"a": a}).pool["a"].values["site"], Dense)
+    assert isinstance(lorac.compile(model, {"a": a}).pool["a"].changes["site"], Dense)
 
 
 @torch.no_grad()

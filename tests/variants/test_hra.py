@@ -80,7 +80,7 @@ def test_order_of_two_reflections():
 @pytest.mark.parametrize("host", ["linear", "conv"])
 def test_is_low_rank(variant, host):
     compiled = lorac.compile(HOSTS[host].model(), {"a": dataclasses.replace(variant, targets=("site",))})
-    value = compiled.pool["a"].values["site"]
+    value = compiled.pool["a"].changes["site"]
     assert isinstance(value, LowRank)
     assert value.rank == variant.r
     assert value.c is value.d is value.e is None

@@ -46,7 +46,7 @@ def test_worked_example(worked):
 
 def test_lowers_to_one_low_rank_pair(worked):
     model, adapter = worked
-    value = lorac.compile(model, {"a": adapter}).pool["a"].values["site"]
+    value = lorac.compile(model, {"a": adapter}).pool["a"].changes["site"]
     assert isinstance(value, LowRank)
     assert value.rank == 2
     assert value.c is value.d is None
@@ -64,7 +64,7 @@ def test_a_fresh_one_is_the_base_whatever_its_scale(scale, branch_bias):
 @torch.no_grad()
 def test_the_pair_is_the_merged_change_and_of_both_ranks():
     case = Case(lorac.Hydra(r=2, r_sequential=3, scale=0.7), HOSTS["linear"])
-    value = case.live.pool["a"].values["site"]
+    value = case.live.pool["a"].changes["site"]
     baked = lorac.compile(case.model, {"a": case.a}, mode="baked").host.site.weight
     moved = baked - case.weight
     torch.testing.assert_close((value.a @ value.b).t(), moved, rtol=1e-12, atol=1e-14)

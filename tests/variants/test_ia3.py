@@ -51,7 +51,7 @@ def test_worked_example(feedforward, scale, weight, bias):
     assert baked.host.site.bias.tolist() == bias
     live = lorac.compile(model, {"a": adapter})
     assert live(tensor([[1.0, 1.0, -1.0]])).tolist() == baked(tensor([[1.0, 1.0, -1.0]])).tolist()
-    value = live.pool["a"].values["site"]
+    value = live.pool["a"].changes["site"]
     assert isinstance(value, LowRank)
     assert value.rank == 0
     assert (value.d is None, value.c is None) == ((True, False) if not feedforward else (False, True))

@@ -125,12 +125,12 @@ def test_gradient():
 
 def test_form():
     model = hosting(nn.Linear(7, 11))
-    few = lorac.compile(model, {"a": lorac.LoLDU(r=3, targets=("site",))}).pool["a"].values["site"]
+    few = lorac.compile(model, {"a": lorac.LoLDU(r=3, targets=("site",))}).pool["a"].changes["site"]
     assert isinstance(few, LowRank)
     assert few.rank == 3
     assert few.c is few.d is None
     # r = k factors cost more than the weight itself.
-    many = lorac.compile(model, {"a": lorac.LoLDU(r=7, targets=("site",))}).pool["a"].values["site"]
+    many = lorac.compile(model, {"a": lorac.LoLDU(r=7, targets=("site",))}).pool["a"].changes["site"]
     assert isinstance(many, Dense)
 
 

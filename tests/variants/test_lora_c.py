@@ -113,13 +113,13 @@ def test_gradients_past_the_norm():
 def test_form():
     """r·k² of low rank where that is cheaper than the kernel, else the kernel itself; always so for groups."""
     few = Case(lorac.LoRAC(r=1, dora=True), conv_host("wide", 16, 32, 3, (4, 4)))
-    value = few.live.pool["a"].values["site"]
+    value = few.live.pool["a"].changes["site"]
     assert isinstance(value, LowRank)
     assert value.rank == 9
     assert value.c is not None
     assert value.d is None
     for host in (SQUARE[0], GROUPED[0]):
-        assert isinstance(Case(lorac.LoRAC(r=2), host).live.pool["a"].values["site"], Dense)
+        assert isinstance(Case(lorac.LoRAC(r=2), host).live.pool["a"].changes["site"], Dense)
 
 
 @torch.no_grad()

@@ -79,7 +79,7 @@ def test_is_the_lora_with_the_core_folded_in():
     tensors = {"lora_A": p["lora_latent"] @ p["lora_A"], "lora_B": p["lora_B"]}
     lora = lorac.Adapter("b", lorac.LoRA(r=3, alpha=5, targets=("site",)), {"site": tensors})
     parity.assert_parity(case.live(case.x), lorac.compile(case.model, {"b": lora})(case.x), case.base(case.x))
-    value = case.live.pool["a"].values["site"]
+    value = case.live.pool["a"].changes["site"]
     assert isinstance(value, LowRank)
     assert value.rank == 3
 

@@ -83,7 +83,7 @@ def test_ranks():
     case = Case(variant, HOSTS["divisible"])
     a = first_factor(variant, case.a.tensors["site"], 12)
     assert [int(torch.linalg.matrix_rank(row.reshape(3, 4))) for row in a] == [1, 1, 1]
-    value = case.live.pool["a"].values["site"]
+    value = case.live.pool["a"].changes["site"]
     assert isinstance(value, LowRank)
     assert value.rank == 3
     assert value.c is value.d is None

@@ -74,7 +74,7 @@ def test_an_embedding_is_rotated_in_its_own_dimensions():
 
 def test_transforms_the_input_and_is_orthogonal():
     case = Case(OFT(block_size=4, use_cayley_neumann=False), HOSTS["divisible"])
-    value = case.live.pool["a"].values["site"]
+    value = case.live.pool["a"].changes["site"]
     assert isinstance(value, LowRank)
     assert value.rank == 0
     assert value.t.shape == (3, 4, 4)

@@ -101,7 +101,7 @@ def test_sites_take_their_corners_of_one_pair_of_bases():
     x = torch.randn(5, 100, dtype=torch.float64)
     live, fused = (lorac.compile(model, {"a": adapter}, mode=mode) for mode in ("live", "fused"))
     assert_parity(fused(x), live(x), model(x))
-    for value in live.pool["a"].values.values():
+    for value in live.pool["a"].changes.values():
         assert isinstance(value, Dense)
     live.swap(None)
     assert torch.equal(live(x), model(x))

@@ -80,6 +80,6 @@ def test_gates_start_open_and_are_not_decayed(case):
 
 
 def test_lowers_to_low_rank(case):
-    value = case.live.pool["a"].values["site"]
+    value = case.live.pool["a"].changes["site"]
     assert isinstance(value, LowRank)
     assert value.rank == 3

@@ -188,7 +188,7 @@ def test_one_vector_starts_at_zero(zero_mode, k):
 @pytest.mark.parametrize(("fields", "form"), [({"r": 2}, LowRank), ({}, Dense), ({"factors": "identity"}, Dense)])
 def test_form(fields, form):
     _, compiled = fresh(**fields)
-    values = compiled.pool["a"].values
+    values = compiled.pool["a"].changes
     assert isinstance(values["one"], form)
     if form is LowRank:
         assert values["one"].rank == 4

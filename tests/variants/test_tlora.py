@@ -103,9 +103,9 @@ def test_the_transform_starts_as_the_identity(factors, rank):
 
 def test_forms():
     for variant, form in ((TLoRA(targets=("site",)), Dense), (TLoRA(transform_rank=0, targets=("site",)), LowRank)):
-        assert isinstance(fresh(variant, 12, 24)[1].pool["a"].values["site"], form)
+        assert isinstance(fresh(variant, 12, 24)[1].pool["a"].changes["site"], form)
     ring = TLoRA(transform_rank=0, r=2, residual="ttv", targets=("site",))
-    value = fresh(ring, 12, 24)[1].pool["a"].values["site"]
+    value = fresh(ring, 12, 24)[1].pool["a"].changes["site"]
     assert isinstance(value, LowRank)
     assert value.rank == 4
 

@@ -88,7 +88,7 @@ def test_one_bank_that_every_site_trains(tmp_path):
     assert adapter.numel() == 5 * 2 + 5 * 2 * (8 + 12 + 12 + 6) // 2
     compiled(x).square().sum().backward()
     assert bank.grad is not None and bank.grad.any()
-    values = compiled.pool["a"].values
+    values = compiled.pool["a"].changes
     assert all(isinstance(value, LowRank) and value.rank == 2 and value.g is None for value in values.values())
     lorac.save_adapter(adapter, tmp_path / "a.safetensors", format="native", model=model)
     loaded = lorac.load_adapter(tmp_path / "a.safetensors", model)

@@ -134,7 +134,7 @@ def test_a_fresh_one_is_pefts(key):
 
 
 def test_form(model, adapters):
-    values = lorac.compile(model, {"a": adapters["a"]}).pool["a"].values
+    values = lorac.compile(model, {"a": adapters["a"]}).pool["a"].changes
     for path, value in values.items():
         assert isinstance(value, LowRank)
         tensors = adapters["a"].tensors[path]
@@ -145,7 +145,7 @@ def test_form(model, adapters):
 
 def test_a_rank_that_saves_nothing_is_merged(model):
     compiled = lorac.compile(model, {"a": lorac.VeRA(targets=TARGETS)})
-    assert all(isinstance(value, Dense) for value in compiled.pool["a"].values.values())
+    assert all(isinstance(value, Dense) for value in compiled.pool["a"].changes.values())
     assert "saves nothing" in compiled.services.reasons("a", compiled.adapters["a"].sites[0])[0]
 
 
@@ -173,7 +173,7 @@ def test_one_tensor_in_the_adapter_and_one_memory_in_its_form(model, adapters):
     compiled = lorac.compile(model, {"a": adapters["a"]})
     held = compiled.adapters["a"].tensors.values()
     assert len({id(tensors["vera_A"]) for tensors in held}) == len({id(tensors["vera_B"]) for tensors in held}) == 1
-    values = compiled.pool["a"].values
+    values = compiled.pool["a"].changes
     found = by_shape(compiled, {(path, role): getattr(v, role) for path, v in values.items() for role in ("a", "b")})
     assert len(found) == 2 * 2
     for places in found.values():
@@ -224,7 +224,7 @@ def test_training_moves_lambda_alone(model, adapters):
             assert torch.equal(value, kept[id(value)]) == (name in {"vera_A", "vera_B"})
     again = lorac.compile(model, {"a": compiled.adapters["a"]})
     assert torch.equal(answer(compiled), answer(again))
-    values = compiled.pool["a"].values
+    values = compiled.pool["a"].changes
     assert len({v.a.data_ptr() for path, v in values.items() if path in {"q", "k", "v"}}) == 1
 
 
@@ -329,7 +329,7 @@ def test_an_artefact_answers_the_same(emitted, tmp_path):
     loaded = lorac.load(tmp_path / "it")
     for choice in ("a", MIXTURE, None):
         assert torch.equal(answer(loaded, adapters=choice), answer(emitted, adapters=choice))
-    values = loaded.pool["a"].values
+    values = loaded.pool["a"].changes
     assert len({v.a.data_ptr() for path, v in values.items() if path in {"q", "k", "v"}}) == 1
     files = [file.stat().st_size for file in (tmp_path / "it" / "adapters").iterdir()]
     assert max(files) < 64_000

@@ -161,7 +161,7 @@ class EagerEngine:
         written = 0
         for path, buffer in self.buffers.items():
             composed = snapshot.composed.get(path)
-            written += buffer.write(composed.value if composed is not None else None)
+            written += buffer.write(composed.change if composed is not None else None)
         self.active = Binding(snapshot.choice, {}, frozenset(snapshot.composed))
         return written
 
@@ -280,7 +280,7 @@ class EagerEngine:
                 continue
             terms = self._live_terms(path, call)
             if terms is not None:
-                replaced[leaf] = terms[-1].value.weight  # type: ignore[union-attr]  # replaced whole: dense
+                replaced[leaf] = terms[-1].change.weight  # type: ignore[union-attr]  # replaced whole: dense
             elif path in binding.slots:
                 replaced[leaf] = binding.slots[path].weight
         if not replaced:

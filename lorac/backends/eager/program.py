@@ -102,5 +102,5 @@ class ProgramEngine:
         written = 0
         for path, buffer in self.buffers.items():
             composed = snapshot.composed.get(path)
-            written += buffer.write(composed.value if composed is not None else None)
+            written += buffer.write(composed.change if composed is not None else None)
         return written

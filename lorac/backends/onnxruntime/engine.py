@@ -145,7 +145,7 @@ class OrtEngine:
         written = 0
         for path, buffer in self.buffers.items():
             composed = snapshot.composed.get(path)
-            written += buffer.write(composed.value if composed is not None else None)
+            written += buffer.write(composed.change if composed is not None else None)
         self._holds = snapshot
         return written
 

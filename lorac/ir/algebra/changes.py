@@ -1,4 +1,4 @@
-"""Values of the normal forms: what one adapter, or one mixture, does to one site, as plain tensors.
+"""Changes in their normal forms: what one adapter, or one mixture, does to one site, as plain tensors.
 
 Everything is a change of the base's output y = x·Wᵀ + b, so that forms add up:
 
@@ -11,7 +11,7 @@ Everything is a change of the base's output y = x·Wᵀ + b, so that forms add u
     ========  ==========================================  ==================================
 
 c, e, h are (out,), d (in,), g (R,), A (in, R), B (R, out), W (out, in), and T (in, in) is block-diagonal, held as its
-blocks (n, k, k). A value is immutable; composing makes a new one, always against the original W, never by subtraction.
+blocks (n, k, k). A change is immutable; composing makes a new one, always against the original W, never by subtraction.
 """
 
 from __future__ import annotations
@@ -99,15 +99,15 @@ class SparseSum:
     e: Tensor | None = None
 
 
-Value = LowRank | Sparse | SparseSum | Dense
+Change = LowRank | Sparse | SparseSum | Dense
 
 
-def from_outputs(form: str, outputs: Mapping[str, Tensor], bias: Tensor | None) -> Value:
-    """The value of a lowering's outputs.
+def from_outputs(form: str, outputs: Mapping[str, Tensor], bias: Tensor | None) -> Change:
+    """The change of a reduction's outputs.
 
     Args:
-        form: ``Lowering.form``.
-        outputs: what the lowering returned.
+        form: ``Reduction.form``.
+        outputs: what the reduction returned.
         bias: the base's bias (out,), or None where it has none.
     """
     new_bias = outputs.get("b")
@@ -120,57 +120,57 @@ def from_outputs(form: str, outputs: Mapping[str, Tensor], bias: Tensor | None) 
     return LowRank(outputs["A"], outputs["B"], e=delta, **scales)
 
 
-def compose(terms: Sequence[tuple[float, Value]], weight: Callable[[], Tensor]) -> Value | None:
-    """The exact weighted sum W + Σ tᵢ·(W'ᵢ − W) of values at one site, in the order given.
+def compose(terms: Sequence[tuple[float, Change]], weight: Callable[[], Tensor]) -> Change | None:
+    """The exact weighted sum W + Σ tᵢ·(W'ᵢ − W) of changes at one site, in the order given.
 
     Args:
-        terms: (strength, value) pairs, sorted by adapter name.
+        terms: (strength, change) pairs, sorted by adapter name.
         weight: reads the base W (out, in); called only where a dense sum needs it.
     """
     if not terms:
         return None
     if len(terms) == 1 and terms[0][0] == 1:
         return terms[0][1]
-    values = [value for _, value in terms]
-    if all(isinstance(v, LowRank) for v in values) and _add_up(values):  # type: ignore[arg-type]
+    changes = [change for _, change in terms]
+    if all(isinstance(v, LowRank) for v in changes) and _add_up(changes):  # type: ignore[arg-type]
         return _sum_low_rank(terms)  # type: ignore[arg-type]
-    if all(isinstance(v, Sparse) for v in values):
+    if all(isinstance(v, Sparse) for v in changes):
         return SparseSum(tuple(terms), _weighted([(t, v.e) for t, v in terms]))  # type: ignore[arg-type]
     return _sum_dense(terms, weight())
 
 
-def merge(value: Value, weight: Tensor) -> Tensor:
+def merge(change: Change, weight: Tensor) -> Tensor:
     """W' (out, in) in the dtype of W (out, in), a new tensor; computed in the wider of the two dtypes."""
-    if isinstance(value, Dense):
-        return value.weight.to(weight.dtype, copy=True)
-    if isinstance(value, Sparse):
-        return add_sparse(weight.clone(), [(1.0, value)])
-    if isinstance(value, SparseSum):
-        return add_sparse(weight.clone(), value.terms)
-    value = value.folded()
-    wide = torch.promote_types(weight.dtype, value.a.dtype)
+    if isinstance(change, Dense):
+        return change.weight.to(weight.dtype, copy=True)
+    if isinstance(change, Sparse):
+        return add_sparse(weight.clone(), [(1.0, change)])
+    if isinstance(change, SparseSum):
+        return add_sparse(weight.clone(), change.terms)
+    change = change.folded()
+    wide = torch.promote_types(weight.dtype, change.a.dtype)
     scaled = weight.to(wide)
-    if value.t is not None:
-        scaled = times_blocks(scaled, value.t.to(wide).transpose(1, 2))
-    if value.d is not None:
-        scaled = scaled * value.d.to(wide)
-    if value.c is not None:
-        scaled = scaled * value.c.to(wide)[:, None]
-    return torch.addmm(scaled, value.b.t().to(wide), value.a.t().to(wide)).to(weight.dtype)
+    if change.t is not None:
+        scaled = times_blocks(scaled, change.t.to(wide).transpose(1, 2))
+    if change.d is not None:
+        scaled = scaled * change.d.to(wide)
+    if change.c is not None:
+        scaled = scaled * change.c.to(wide)[:, None]
+    return torch.addmm(scaled, change.b.t().to(wide), change.a.t().to(wide)).to(weight.dtype)
 
 
-def merge_bias(value: Value, bias: Tensor | None) -> Tensor | None:
+def merge_bias(change: Change, bias: Tensor | None) -> Tensor | None:
     """b' (out,), or None where there is neither a base bias nor a change of it."""
-    if value.e is None:
+    if change.e is None:
         return bias
-    return value.e.clone() if bias is None else bias + value.e.to(bias.dtype)
+    return change.e.clone() if bias is None else bias + change.e.to(bias.dtype)
 
 
 def add_sparse(matrix: Tensor, terms: Sequence[tuple[float, Sparse]]) -> Tensor:
     """Add sparse terms to a matrix (out, in) in place, one after another."""
-    for strength, value in terms:
-        scaled = value.values if strength == 1 else value.values * strength
-        matrix.index_put_((value.rows, value.cols), scaled.to(matrix.dtype), accumulate=True)
+    for strength, change in terms:
+        scaled = change.values if strength == 1 else change.values * strength
+        matrix.index_put_((change.rows, change.cols), scaled.to(matrix.dtype), accumulate=True)
     return matrix
 
 
@@ -211,10 +211,10 @@ def _sum_of_transforms(terms: Sequence[tuple[float, LowRank]]) -> Tensor:
     number, size, _ = first.shape
     one = identity_blocks(number * size, size, first.dtype, first.device)
     total = one
-    for strength, value in terms:
-        moved = one if value.t is None else value.t
-        if value.d is not None:
-            moved = moved * value.d.view(number, size, 1)
+    for strength, change in terms:
+        moved = one if change.t is None else change.t
+        if change.d is not None:
+            moved = moved * change.d.view(number, size, 1)
         total = total + strength * (moved - one)
     return total
 
@@ -225,14 +225,14 @@ def _sum_of_scales(terms: Sequence[tuple[float, Tensor | None]]) -> Tensor | Non
     return None if moved is None else moved + 1
 
 
-def _sum_dense(terms: Sequence[tuple[float, Value]], weight: Tensor) -> Dense:
+def _sum_dense(terms: Sequence[tuple[float, Change]], weight: Tensor) -> Dense:
     wide = torch.promote_types(weight.dtype, torch.float32)
     base = weight.to(wide)
     total = base.clone()
     shift: list[tuple[float, Tensor | None]] = []
-    for strength, value in terms:
-        total.add_(merge(value, base) - base, alpha=strength)
-        shift.append((strength, value.e))
+    for strength, change in terms:
+        total.add_(merge(change, base) - base, alpha=strength)
+        shift.append((strength, change.e))
     return Dense(total.to(weight.dtype), _weighted(shift))
 
 
@@ -241,6 +241,6 @@ def _weighted(terms: Sequence[tuple[float, Tensor | None]]) -> Tensor | None:
     if not present:
         return None
     total = present[0][1] * present[0][0]
-    for strength, value in present[1:]:
-        total = total + value * strength
+    for strength, tensor in present[1:]:
+        total = total + tensor * strength
     return total

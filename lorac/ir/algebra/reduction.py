@@ -1,6 +1,6 @@
 """From a formula to its normal form: trace, analyse, and keep the small graph that computes the form's tensors.
 
-The result, a ``Lowering``, is itself a graph (W, b, *params) -> tensors of one normal form, differentiable and valid
+The result, a ``Reduction``, is itself a graph (W, b, *params) -> tensors of one normal form, differentiable and valid
 for every value of the parameters. It runs once when an adapter is added, and every step in training.
 """
 
@@ -32,7 +32,7 @@ _TOKENS = 5
 
 
 @dataclass(frozen=True)
-class Lowering:
+class Reduction:
     """A formula in its normal form.
 
     Attributes:
@@ -66,7 +66,7 @@ class Lowering:
         return dict(zip(self.outputs, values, strict=True))
 
 
-def lower_weight(
+def reduce_weight(
     formula: Callable[[Tensor, Tensor, Params], tuple[Tensor, Tensor]],
     weight: tuple[int, int],
     params: Mapping[str, Tensor],
@@ -75,8 +75,8 @@ def lower_weight(
     shared: Collection[str] = (),
     *,
     keep_factors: bool = False,
-) -> Lowering:
-    """Lower a weight formula (W, b, p) -> (W', b').
+) -> Reduction:
+    """Reduce a weight formula (W, b, p) -> (W', b').
 
     Args:
         formula: pure function of torch ops.
@@ -99,14 +99,14 @@ def lower_weight(
         return _classify(graph, names, rules, shared, keep_factors=keep_factors)
 
 
-def lower_branch(
+def reduce_branch(
     formula: Callable[[Tensor, Tensor, Params], Tensor],
     weight: tuple[int, int],
     params: Mapping[str, Tensor],
     dtype: torch.dtype,
     rules: Sequence[NamedRule] = RULES,
-) -> Lowering:
-    """Lower a branch formula (x, y, p) -> y' of a linear site: as a weight formula where it is affine."""
+) -> Reduction:
+    """Reduce a branch formula (x, y, p) -> y' of a linear site: as a weight formula where it is affine."""
     names = tuple(params)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         out_features, in_features = weight
@@ -120,7 +120,7 @@ def lower_branch(
         affine = weight_formula(branch, weight)
         if affine is not None:
             return _classify(affine, names, rules)
-        return Lowering(BRANCH, branch, names, ("y",), reasons=("not affine in x and y",))
+        return Reduction(BRANCH, branch, names, ("y",), reasons=("not affine in x and y",))
 
 
 def _classify(
@@ -130,7 +130,7 @@ def _classify(
     shared: Collection[str] = (),
     *,
     keep_factors: bool = False,
-) -> Lowering:
+) -> Reduction:
     graph = module.graph
     w, b, *inputs = [n for n in graph.nodes if n.op == "placeholder"]
     output = next(iter(reversed(graph.nodes)))
@@ -153,7 +153,7 @@ def _classify(
     graph.eliminate_dead_code()
     graph.lint()
     module.recompile()
-    return Lowering(kind, module, names, tuple(tensors), rank, bool(w.users), tuple(shared), alike, reasons)
+    return Reduction(kind, module, names, tuple(tensors), rank, bool(w.users), tuple(shared), alike, reasons)
 
 
 def _rank(form: Form) -> int:

@@ -1,7 +1,7 @@
 """Writing merged weights into buffers an engine reads, always from the base, at the cost of the form.
 
-A buffer is written from its base and the new value, whatever it held before: low-rank and dense values overwrite it
-whole, sparse ones restore the positions of the last sparse value and set their own.
+A buffer is written from its base and the new change, whatever it held before: low-rank and dense changes overwrite it
+whole, sparse ones restore the positions of the last sparse change and set their own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lorac.ir.algebra.changes import Dense, LowRank, Sparse, SparseSum, Value, merge, merge_bias
+from lorac.ir.algebra.changes import Change, Dense, LowRank, Sparse, SparseSum, merge, merge_bias
 from lorac.ir.host.sites import BaseReader, Site, SiteKind
 from lorac.ir.slots.layouts import kind_of
 from lorac.ir.slots.site import SitePlan
@@ -27,7 +27,7 @@ _NOTHING = Dense(torch.empty(0))
 
 @dataclass(eq=False)
 class _Patch:
-    """A sparse value as positions in the buffer's memory: what to write, and what the base holds there."""
+    """A sparse change as positions in the buffer's memory: what to write, and what the base holds there."""
 
     positions: Tensor
     written: Tensor
@@ -56,63 +56,63 @@ class FusedBuffer:
     ) -> None:
         self.site, self.buffer, self.matrix_of, self.base = site, buffer, matrix_of, base
         self.bias, self.base_bias = bias, base_bias
-        self.holds: Value | None = None
+        self.holds: Change | None = None
         # The matrix of a grouped kernel is block-diagonal: no view of the buffer.
         self._grouped = site.conv is not None and site.conv.groups > 1
-        self._patches: weakref.WeakKeyDictionary[Value, _Patch] = weakref.WeakKeyDictionary()
+        self._patches: weakref.WeakKeyDictionary[Change, _Patch] = weakref.WeakKeyDictionary()
 
     @torch.no_grad()
-    def write(self, value: Value | None) -> int:
-        """Make the buffer hold ``value`` (None: the base); returns the bytes written."""
-        if value is self.holds:
+    def write(self, change: Change | None) -> int:
+        """Make the buffer hold ``change`` (None: the base); returns the bytes written."""
+        if change is self.holds:
             return 0
         # Until it is done the content is nobody's: a write that fails half-way must not pass for what was there.
         held, self.holds = self.holds, _NOTHING
-        written = self._write(value, held)
-        self.holds = value
+        written = self._write(change, held)
+        self.holds = change
         return written
 
     def forget(self) -> None:
         """Somebody else wrote into the memory: what it holds is not known, and the next write writes all of it."""
         self.holds = _NOTHING
 
-    def _write(self, value: Value | None, held: Value | None) -> int:
+    def _write(self, change: Change | None, held: Change | None) -> int:
         if self._grouped:
-            self.buffer.copy_(self.site.store(self.base() if value is None else merge(value, self.base())))
+            self.buffer.copy_(self.site.store(self.base() if change is None else merge(change, self.base())))
             written = self.buffer.nbytes
-        elif isinstance(value, Sparse | SparseSum) and isinstance(held, Sparse | SparseSum | None):
-            written = self._write_sparse(value, held)
-        elif value is None and isinstance(held, Sparse | SparseSum):
+        elif isinstance(change, Sparse | SparseSum) and isinstance(held, Sparse | SparseSum | None):
+            written = self._write_sparse(change, held)
+        elif change is None and isinstance(held, Sparse | SparseSum):
             written = self._restore(held)
         else:
-            written = self._write_whole(value)
+            written = self._write_whole(change)
         if self.bias is not None:
-            new_bias = None if value is None else merge_bias(value, self.base_bias)
+            new_bias = None if change is None else merge_bias(change, self.base_bias)
             start = new_bias if new_bias is not None else self.base_bias
             self.bias.copy_(start) if start is not None else self.bias.zero_()
         return written
 
-    def _write_whole(self, value: Value | None) -> int:
+    def _write_whole(self, change: Change | None) -> int:
         target, base = self.matrix_of(self.buffer), self.base()
-        value = value.folded() if isinstance(value, LowRank) else value
-        plain = isinstance(value, LowRank) and not value.changes_input and value.a.dtype == base.dtype
-        if value is None:
+        change = change.folded() if isinstance(change, LowRank) else change
+        plain = isinstance(change, LowRank) and not change.changes_input and change.a.dtype == base.dtype
+        if change is None:
             target.copy_(base)
-        elif plain and isinstance(value, LowRank) and value.c is None:
-            torch.addmm(base, value.b.t(), value.a.t(), out=target)
-        elif isinstance(value, Dense):
-            target.copy_(value.weight)
+        elif plain and isinstance(change, LowRank) and change.c is None:
+            torch.addmm(base, change.b.t(), change.a.t(), out=target)
+        elif isinstance(change, Dense):
+            target.copy_(change.weight)
         else:
-            target.copy_(merge(value, base))
+            target.copy_(merge(change, base))
         return self.buffer.nbytes
 
-    def _write_sparse(self, value: Sparse | SparseSum, held: Value | None) -> int:
+    def _write_sparse(self, change: Sparse | SparseSum, held: Change | None) -> int:
         written = self._restore(held)
-        patch = self._patch(value)
+        patch = self._patch(change)
         self._flat().index_copy_(0, patch.positions, patch.written)
         return written + patch.written.nbytes
 
-    def _restore(self, held: Value | None) -> int:
+    def _restore(self, held: Change | None) -> int:
         if not isinstance(held, Sparse | SparseSum):
             return 0
         patch = self._patch(held)
@@ -122,14 +122,14 @@ class FusedBuffer:
     def _flat(self) -> Tensor:
         return self.buffer.view(-1)
 
-    def _patch(self, value: Sparse | SparseSum) -> _Patch:
-        known = self._patches.get(value)
+    def _patch(self, change: Sparse | SparseSum) -> _Patch:
+        known = self._patches.get(change)
         if known is None:
-            known = self._patches[value] = self._make_patch(value)
+            known = self._patches[change] = self._make_patch(change)
         return known
 
-    def _make_patch(self, value: Sparse | SparseSum) -> _Patch:
-        terms = ((1.0, value),) if isinstance(value, Sparse) else value.terms
+    def _make_patch(self, change: Sparse | SparseSum) -> _Patch:
+        terms = ((1.0, change),) if isinstance(change, Sparse) else change.terms
         base = self.base()
         strides = self.matrix_of(self.buffer).stride()
         columns = base.shape[1]

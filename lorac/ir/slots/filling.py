@@ -1,4 +1,4 @@
-"""Filling slots: what a composed value puts into a site's slots, and why it may not fit them."""
+"""Filling slots: what a composed change puts into a site's slots, and why it may not fit them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from lorac.errors import NeedsRecompile
-from lorac.ir.algebra.changes import Dense, LowRank, Sparse, SparseSum, Value, identity_blocks, merge, merge_bias
+from lorac.ir.algebra.changes import Change, Dense, LowRank, Sparse, SparseSum, identity_blocks, merge, merge_bias
 from lorac.ir.host.sites import Site, factor_dtype
 from lorac.ir.slots.layouts import kind_of
 from lorac.ir.slots.site import BranchFill, BranchTerm, SitePlan, SiteSlots
@@ -15,86 +15,86 @@ from lorac.ir.slots.site import BranchFill, BranchTerm, SitePlan, SiteSlots
 Tensor = torch.Tensor
 
 
-def fill_site(plan: SitePlan, value: Value | None, base: Callable[[], Tensor], bias: Tensor | None) -> SiteSlots:
-    """The tensors of one composed value in a site's weight-form slots (branches are filled by ``with_branches``).
+def fill_site(plan: SitePlan, change: Change | None, base: Callable[[], Tensor], bias: Tensor | None) -> SiteSlots:
+    """The tensors of one composed change in a site's weight-form slots (branches are filled by ``with_branches``).
 
     Args:
         plan: the site's plan.
-        value: what the active adapters come to, or None for the base.
+        change: what the active adapters come to, or None for the base.
         base: reads W (out, in); called where the plan binds the weight.
         bias: the base's bias.
 
     Raises:
-        NeedsRecompile: the value does not fit the plan.
+        NeedsRecompile: the change does not fit the plan.
     """
-    misfit = does_not_fit(plan, value)
+    misfit = does_not_fit(plan, change)
     if misfit:
         raise NeedsRecompile(f"'{plan.site.path}' {misfit}")
     kind = kind_of(plan.site)
     tensors: dict[str, Tensor | None] = {}
-    low = beside(plan, value)
+    low = beside(plan, change)
     if plan.bound:
-        merged = None if low is not None else value
+        merged = None if low is not None else change
         matrix = base() if merged is None else merge(merged, base())
         tensors["weight"] = kind.layout_weight(matrix)
     if plan.bias:
-        new_bias = bias if value is None else merge_bias(value, bias)
+        new_bias = bias if change is None else merge_bias(change, bias)
         tensors["bias"] = torch.zeros(plan.site.out_features, dtype=plan.site.dtype) if new_bias is None else new_bias
     tensors |= _low_rank_slots(plan, low)
     return SiteSlots(**tensors)  # type: ignore[arg-type]
 
 
-def does_not_fit(plan: SitePlan, value: Value | None) -> str | None:
-    """Why a value cannot be held by the plan's slots, or None."""
-    if value is None:
+def does_not_fit(plan: SitePlan, change: Change | None) -> str | None:
+    """Why a change cannot be held by the plan's slots, or None."""
+    if change is None:
         return None
     if plan.bound:
-        return None if beside(plan, value) is not None else _does_not_bind(plan, value)
-    if isinstance(value, Dense | Sparse | SparseSum):
+        return None if beside(plan, change) is not None else _does_not_bind(plan, change)
+    if isinstance(change, Dense | Sparse | SparseSum):
         return "has no slot for a whole weight"
-    if value.rank > plan.rank:
-        return f"holds rank {plan.rank}, not {value.rank}"
-    return _lacks(plan, value)
+    if change.rank > plan.rank:
+        return f"holds rank {plan.rank}, not {change.rank}"
+    return _lacks(plan, change)
 
 
-def _lacks(plan: SitePlan, value: LowRank) -> str | None:
-    """What a value needs besides its pair and the plan has not, or None."""
-    if value.t is not None and value.t.shape[-1] != plan.t:
-        return f"holds input transforms in blocks of {plan.t}, not {value.t.shape[-1]}"
-    extras = {"c": value.c is not None, "d": value.d is not None, "bias": value.e is not None}
+def _lacks(plan: SitePlan, change: LowRank) -> str | None:
+    """What a change needs besides its pair and the plan has not, or None."""
+    if change.t is not None and change.t.shape[-1] != plan.t:
+        return f"holds input transforms in blocks of {plan.t}, not {change.t.shape[-1]}"
+    extras = {"c": change.c is not None, "d": change.d is not None, "bias": change.e is not None}
     return next((f"has no slot '{role}'" for role, needed in extras.items() if needed > getattr(plan, role)), None)
 
 
-def _does_not_bind(plan: SitePlan, value: Value) -> str | None:
-    if leaves_blocks(plan.site, value):
+def _does_not_bind(plan: SitePlan, change: Change) -> str | None:
+    if leaves_blocks(plan.site, change):
         return "is a grouped convolution, whose kernel cannot hold a weight that leaves the blocks"
-    return "has no slot for a bias" if value.e is not None and not plan.bias else None
+    return "has no slot for a bias" if change.e is not None and not plan.bias else None
 
 
-def beside(plan: SitePlan, value: Value | None) -> LowRank | None:
-    """The value, where it fits the slots beside the weight."""
-    if not isinstance(value, LowRank) or plan.rank < value.rank:
+def beside(plan: SitePlan, change: Change | None) -> LowRank | None:
+    """The change, where it fits the slots beside the weight."""
+    if not isinstance(change, LowRank) or plan.rank < change.rank:
         return None
-    return None if _lacks(plan, value) else value
+    return None if _lacks(plan, change) else change
 
 
-def _low_rank_slots(plan: SitePlan, value: LowRank | None) -> dict[str, Tensor | None]:
+def _low_rank_slots(plan: SitePlan, change: LowRank | None) -> dict[str, Tensor | None]:
     kind, site = kind_of(plan.site), plan.site
     dtype = factor_dtype(site.dtype)
     tensors: dict[str, Tensor | None] = {}
-    if value is not None and not (plan.g and plan.h):
-        value = value.folded()
+    if change is not None and not (plan.g and plan.h):
+        change = change.folded()
     if plan.rank:
-        a = value.a if value is not None else torch.zeros(site.in_features, 0, dtype=dtype)
-        b = value.b if value is not None else torch.zeros(0, site.out_features, dtype=dtype)
+        a = change.a if change is not None else torch.zeros(site.in_features, 0, dtype=dtype)
+        b = change.b if change is not None else torch.zeros(0, site.out_features, dtype=dtype)
         tensors |= {"a": kind.layout_a(a).contiguous(), "b": kind.layout_b(b).contiguous()}
     if plan.t:
-        given = value.t if value is not None else None
+        given = change.t if change is not None else None
         tensors["t"] = given if given is not None else identity_blocks(site.in_features, plan.t, dtype).contiguous()
-    rank = value.rank if value is not None else 0
+    rank = change.rank if change is not None else 0
     for name, size in (("c", site.out_features), ("d", site.in_features), ("g", rank), ("h", site.out_features)):
         if getattr(plan, name):
-            given = getattr(value, name) if value is not None else None
+            given = getattr(change, name) if change is not None else None
             tensors[name] = given if given is not None else torch.ones(size, dtype=dtype)
     return tensors
 
@@ -122,8 +122,8 @@ def branch_misfit(plan: SitePlan | None, term: BranchTerm) -> str | None:
     return f"has no slot for a branch {term.slot.key}"
 
 
-def leaves_blocks(site: Site, value: Value) -> bool:
+def leaves_blocks(site: Site, change: Change) -> bool:
     """Whether a merged weight has entries that a grouped convolution's kernel cannot hold: it may run live only."""
     if site.conv is None or site.conv.groups == 1:
         return False
-    return site.leaves_blocks(merge(value, torch.zeros(site.out_features, site.in_features)))
+    return site.leaves_blocks(merge(change, torch.zeros(site.out_features, site.in_features)))

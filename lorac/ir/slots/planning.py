@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lorac.errors import NotMergeable, UnknownOption, nearest_name
-from lorac.ir.algebra.changes import Dense, LowRank, Value
+from lorac.ir.algebra.changes import Change, Dense, LowRank
 from lorac.ir.host.patterns import nothing_matches, select
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.ir.slots.filling import leaves_blocks
@@ -73,11 +73,11 @@ def plan_sites(
         raise UnknownOption(f"there is no mode '{mode}'", nearest=nearest_name(mode, MODES) or ", ".join(MODES))
     needs: dict[str, _Needs] = {}
     for name in sorted(prepared):
-        for path, value in prepared[name].values.items():
+        for path, change in prepared[name].changes.items():
             need = needs.setdefault(path, _Needs())
-            _need_value(need, name, sites[path], value, mode)
-            bound = mode in {"fused", "baked"} or not _beside(sites[path], value)
-            if bound and leaves_blocks(sites[path], value):
+            _need_change(need, name, sites[path], change, mode)
+            bound = mode in {"fused", "baked"} or not _beside(sites[path], change)
+            if bound and leaves_blocks(sites[path], change):
                 raise NotMergeable(
                     f"'{name}' leaves the blocks of '{path}', a grouped convolution whose kernel cannot hold that",
                     next_step="mode='live' (or 'auto') runs a low-rank adapter beside it",
@@ -100,26 +100,28 @@ def plan_sites(
     return {path: _plan(sites[path], needs[path]) for path in sites if path in needs}
 
 
-def _beside(site: Site, value: Value) -> bool:
-    """Whether a value runs beside the weight in live mode; changed inputs do where they have an axis for it."""
-    return isinstance(value, LowRank) and (kind_of(site).has_input_axis or not value.changes_input)
+def _beside(site: Site, change: Change) -> bool:
+    """Whether a change runs beside the weight in live mode; changed inputs do where they have an axis for it."""
+    return isinstance(change, LowRank) and (kind_of(site).has_input_axis or not change.changes_input)
 
 
-def _need_value(need: _Needs, name: str, site: Site, value: Value, mode: str) -> None:
+def _need_change(need: _Needs, name: str, site: Site, change: Change, mode: str) -> None:
     if mode in {"fused", "baked"}:
         need.bound = True
-        need.bias |= value.e is not None
-    elif isinstance(value, LowRank) and _beside(site, value):
-        need.rank += value.rank
-        need.c |= value.c is not None
-        need.d |= value.d is not None
-        need.t |= set() if value.t is None else {value.t.shape[-1]}
-        need.gates |= value.g is not None or value.h is not None
-        need.bias |= value.e is not None
+        need.bias |= change.e is not None
+    elif isinstance(change, LowRank) and _beside(site, change):
+        need.rank += change.rank
+        need.c |= change.c is not None
+        need.d |= change.d is not None
+        need.t |= set() if change.t is None else {change.t.shape[-1]}
+        need.gates |= change.g is not None or change.h is not None
+        need.bias |= change.e is not None
     else:
         need.bound = True
-        need.bias |= value.e is not None
-        what = "dense" if isinstance(value, Dense) else "changes its input" if isinstance(value, LowRank) else "sparse"
+        need.bias |= change.e is not None
+        what = (
+            "dense" if isinstance(change, Dense) else "changes its input" if isinstance(change, LowRank) else "sparse"
+        )
         need.reasons.append(f"bound weight: '{name}' is {what}")
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lorac.ir.algebra.changes import Value
+from lorac.ir.algebra.changes import Change
 from lorac.ir.host.sites import Site
 
 Tensor = torch.Tensor
@@ -144,17 +144,17 @@ class Prepared:
     """An adapter in its normal forms, ready to fill slots.
 
     Attributes:
-        values: site path -> weight-form value.
+        changes: site path -> the change in a weight form.
         branches: site path -> branch term.
         truncatable: None where ``Active(rank=…)`` may not cut it; else the power by which its scale falls with the
             rank (``LowRank.truncated``).
     """
 
-    values: Mapping[str, Value]
+    changes: Mapping[str, Change]
     branches: Mapping[str, BranchTerm] = field(default_factory=dict)
     truncatable: float | None = None
 
     @property
     def paths(self) -> frozenset[str]:
         """Every site it touches."""
-        return frozenset(self.values) | frozenset(self.branches)
+        return frozenset(self.changes) | frozenset(self.branches)

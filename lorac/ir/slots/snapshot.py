@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from lorac.errors import ChoiceError
-from lorac.ir.algebra.changes import LowRank, Value, compose
+from lorac.ir.algebra.changes import Change, LowRank, compose
 from lorac.ir.host.sites import BaseReader
 from lorac.ir.slots.choice import Choice
 from lorac.ir.slots.filling import fill_branches, fill_site
@@ -26,7 +26,7 @@ Tensor = torch.Tensor
 class Composed:
     """What the active adapters come to at one site."""
 
-    value: Value | None = None
+    change: Change | None = None
     branches: tuple[tuple[float, BranchTerm], ...] = ()
 
 
@@ -49,7 +49,7 @@ def compose_choice(
     active = [(how.strength, _cut(name, prepared[name], how.rank)) for name, how in choice]
     composed = {}
     for path, plan in plans.items():
-        terms = [(t, p.values[path]) for t, p in active if path in p.values]
+        terms = [(t, p.changes[path]) for t, p in active if path in p.changes]
         branches = tuple((t, p.branches[path]) for t, p in active if path in p.branches)
         if terms or branches:
             composed[path] = Composed(compose(terms, functools.partial(base.weight, plan.site)), branches)
@@ -82,7 +82,7 @@ def slots_of(
 
 
 def _filled(plan: SitePlan, composed: Composed, base: BaseReader) -> SiteSlots:
-    slots = fill_site(plan, composed.value, functools.partial(base.weight, plan.site), base.bias(plan.site))
+    slots = fill_site(plan, composed.change, functools.partial(base.weight, plan.site), base.bias(plan.site))
     return replace(slots, branches=fill_branches(plan, composed.branches))
 
 
@@ -95,5 +95,5 @@ def _cut(name: str, prepared: Prepared, rank: int | None) -> Prepared:
             f"'{name}' cannot be cut to rank {rank}: its method is not trained to be truncated",
             next_step="lorac.DyLoRA is; lorac.to_lora(adapter, rank=...) approximates others",
         )
-    values = {path: v.truncated(rank, power) if isinstance(v, LowRank) else v for path, v in prepared.values.items()}
-    return Prepared(values, prepared.branches, power)
+    changes = {path: v.truncated(rank, power) if isinstance(v, LowRank) else v for path, v in prepared.changes.items()}
+    return Prepared(changes, prepared.branches, power)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from lorac.ir.algebra.changes import LowRank, Value, merge, merge_bias
+from lorac.ir.algebra.changes import Change, LowRank, merge, merge_bias
 from lorac.ir.host.sites import Site
 from lorac.ir.slots.layouts import LinearKind, kind_of
 from lorac.ir.slots.run import Ctx, run_branch, run_site
@@ -38,14 +38,14 @@ class LiveTerm:
 
     Attributes:
         strength: t.
-        value: the weight form, or None for a branch.
+        change: the weight form, or None for a branch.
         branch: the branch's slot and fill, or None.
         rate: dropout rate.
         place: where dropout acts.
     """
 
     strength: float
-    value: Value | None = None
+    change: Change | None = None
     branch: tuple[BranchSlot, BranchFill] | None = None
     rate: float = 0.0
     place: Dropout = Dropout.NONE
@@ -75,16 +75,16 @@ def run_terms(
     if base is None:
         assert weight is not None
         if len(terms) == 1 and _replaces(terms[0], ctx):
-            return _whole(kind, terms[0].value, x, weight, bias)
+            return _whole(kind, terms[0].change, x, weight, bias)
         base = kind.base(x, weight, bias)
     y = base
     for term in terms:
         if term.branch is not None:
             slot, fill = term.branch
             y = y + fill.strength * (run_branch(site, slot, fill, x, base, ctx) - base)
-        elif isinstance(term.value, LowRank) and _runs_beside(kind, term.value):
+        elif isinstance(term.change, LowRank) and _runs_beside(kind, term.change):
             y = y + _scaled(term.strength, _low_rank_delta(kind, term, x, base, weight, bias, ctx)).to(y.dtype)
-        elif term.value is not None:
+        elif term.change is not None:
             y = y + _scaled(term.strength, _dense_delta(kind, term, x, base, weight, bias, ctx))
     return y
 
@@ -99,64 +99,64 @@ def _active_rate(term: LiveTerm, ctx: Ctx, place: Dropout) -> float:
 
 def _replaces(term: LiveTerm, ctx: Ctx) -> bool:
     """Whether the term is alone, whole, and undropped: then its weight simply takes the base's place."""
-    whole = term.value is not None and (not isinstance(term.value, LowRank) or term.value.changes_input)
-    places = (Dropout.INPUT, Dropout.RANK) if isinstance(term.value, LowRank) else (Dropout.INPUT,)
+    whole = term.change is not None and (not isinstance(term.change, LowRank) or term.change.changes_input)
+    places = (Dropout.INPUT, Dropout.RANK) if isinstance(term.change, LowRank) else (Dropout.INPUT,)
     dropped = any(_active_rate(term, ctx, place) for place in places)
     return whole and term.strength == 1 and not dropped
 
 
-def _runs_beside(kind: LinearKind, value: LowRank) -> bool:
-    """Whether a value needs no weight of its own: where it changes inputs, the kind has an axis for it."""
-    return kind.has_input_axis or not value.changes_input
+def _runs_beside(kind: LinearKind, change: LowRank) -> bool:
+    """Whether a change needs no weight of its own: where it changes inputs, the kind has an axis for it."""
+    return kind.has_input_axis or not change.changes_input
 
 
-def _whole(kind: LinearKind, value: Value | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _whole(kind: LinearKind, change: Change | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """y' of one term that nothing is added to."""
-    if not isinstance(value, LowRank) or not _runs_beside(kind, value):
-        return _with_weight(kind, value, x, weight, bias)
-    value = value.folded()
-    a, b = (kind.layout_a(value.a), kind.layout_b(value.b)) if value.rank else (None, None)
-    slots = SiteSlots(a, b, value.c, value.d, value.t, bias=merge_bias(value, bias))
+    if not isinstance(change, LowRank) or not _runs_beside(kind, change):
+        return _with_weight(kind, change, x, weight, bias)
+    change = change.folded()
+    a, b = (kind.layout_a(change.a), kind.layout_b(change.b)) if change.rank else (None, None)
+    slots = SiteSlots(a, b, change.c, change.d, change.t, bias=merge_bias(change, bias))
     return run_site(SitePlan(kind.site), slots, x, weight, bias)
 
 
 def _low_rank_delta(
     kind: LinearKind, term: LiveTerm, x: Tensor, base: Tensor, weight: Tensor | None, bias: Tensor | None, ctx: Ctx
 ) -> Tensor:
-    assert isinstance(term.value, LowRank)
-    value = term.value.folded()
+    assert isinstance(term.change, LowRank)
+    change = term.change.folded()
     rate = _active_rate(term, ctx, Dropout.INPUT)
-    cast = x.to(value.a.dtype) if x.is_floating_point() else x
+    cast = x.to(change.a.dtype) if x.is_floating_point() else x
     dropped = F.dropout(cast, rate) if rate else cast
     parts = []
-    if value.rank:
-        down = kind.down(dropped, kind.layout_a(value.a))
+    if change.rank:
+        down = kind.down(dropped, kind.layout_a(change.a))
         rank_rate = _active_rate(term, ctx, Dropout.RANK)
-        parts.append(kind.up(F.dropout(down, rank_rate) if rank_rate else down, kind.layout_b(value.b)))
-    if value.c is not None or value.changes_input:
+        parts.append(kind.up(F.dropout(down, rank_rate) if rank_rate else down, kind.layout_b(change.b)))
+    if change.c is not None or change.changes_input:
         if rate:
             assert weight is not None
             linear = kind.base(dropped.to(weight.dtype), weight, None)
         else:
             linear = base if bias is None else base - kind.per_output(bias)
-        parts.append(_scaled_delta(kind, value, dropped, linear, weight))
-    if value.e is not None:
-        parts.append(kind.per_output(value.e))
+        parts.append(_scaled_delta(kind, change, dropped, linear, weight))
+    if change.e is not None:
+        parts.append(kind.per_output(change.e))
     return sum(parts[1:], parts[0]) if parts else torch.zeros_like(base)
 
 
-def _scaled_delta(kind: LinearKind, value: LowRank, x: Tensor, linear: Tensor, weight: Tensor | None) -> Tensor:
+def _scaled_delta(kind: LinearKind, change: LowRank, x: Tensor, linear: Tensor, weight: Tensor | None) -> Tensor:
     """c∘(W·((d∘x)·T)) − W·x, of which ``linear`` is the second."""
-    if not value.changes_input:
-        assert value.c is not None
-        return (kind.per_output(value.c) - 1) * linear
+    if not change.changes_input:
+        assert change.c is not None
+        return (kind.per_output(change.c) - 1) * linear
     assert weight is not None
-    if value.d is not None:
-        x = x * kind.per_input(value.d)
-    if value.t is not None:
-        x = kind.through(x, value.t)
+    if change.d is not None:
+        x = x * kind.per_input(change.d)
+    if change.t is not None:
+        x = kind.through(x, change.t)
     moved = kind.base(x.to(weight.dtype), weight, None)
-    return (moved if value.c is None else kind.per_output(value.c) * moved) - linear
+    return (moved if change.c is None else kind.per_output(change.c) * moved) - linear
 
 
 def _dense_delta(
@@ -165,12 +165,12 @@ def _dense_delta(
     assert weight is not None
     rate = _active_rate(term, ctx, Dropout.INPUT)
     if not rate:
-        return _with_weight(kind, term.value, x, weight, bias) - base
+        return _with_weight(kind, term.change, x, weight, bias) - base
     dropped = F.dropout(x, rate)
-    return _with_weight(kind, term.value, dropped, weight, bias) - kind.base(dropped, weight, bias)
+    return _with_weight(kind, term.change, dropped, weight, bias) - kind.base(dropped, weight, bias)
 
 
-def _with_weight(kind: LinearKind, value: Value | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    assert value is not None
-    merged = merge(value, kind.site.present(weight))
-    return kind.bound(x, kind.layout_weight(merged), merge_bias(value, bias))
+def _with_weight(kind: LinearKind, change: Change | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    assert change is not None
+    merged = merge(change, kind.site.present(weight))
+    return kind.bound(x, kind.layout_weight(merged), merge_bias(change, bias))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lorac.ir.algebra.changes import Dense, LowRank, Sparse, SparseSum, Value
+from lorac.ir.algebra.changes import Change, Dense, LowRank, Sparse, SparseSum
 from lorac.ir.host.sites import Site
 from lorac.ir.slots.filling import beside
 from lorac.ir.slots.site import BranchSlot, BranchTerm, Prepared, SitePlan
@@ -79,9 +79,9 @@ def describe_terms(
     found: dict[str, list[Term]] = {path: [] for path in plans}
     for name in sorted(prepared):
         adapter, strength = prepared[name], strengths.get(name, 0.0)
-        for path, value in adapter.values.items():
+        for path, change in adapter.changes.items():
             if path in found:
-                found[path].append(_value_term(name, plans[path], value, mode, strength))
+                found[path].append(_change_term(name, plans[path], change, mode, strength))
         for path, branch in adapter.branches.items():
             if path in found:
                 found[path].append(_branch_term(name, path, branch, strength))
@@ -102,13 +102,13 @@ def describe_variant(variant: Any) -> str:
     return " ".join(parts)
 
 
-def _value_term(name: str, plan: SitePlan, value: Value, mode: str, strength: float) -> Term:
+def _change_term(name: str, plan: SitePlan, change: Change, mode: str, strength: float) -> Term:
     site = plan.site
-    form, size, parts = _describe(value, site)
-    live = mode == LIVE and beside(plan, value) is not None
+    form, size, parts = _describe(change, site)
+    live = mode == LIVE and beside(plan, change) is not None
     state = LIVE if live else {"live": BOUND, "fused": FUSED, "baked": BAKED}[mode]
-    flops = _low_rank_flops(value, site) if live and isinstance(value, LowRank) else 0
-    return Term(name, site.path, form, size, parts, state, strength, _unfusable(site, value), flops)
+    flops = _low_rank_flops(change, site) if live and isinstance(change, LowRank) else 0
+    return Term(name, site.path, form, size, parts, state, strength, _unfusable(site, change), flops)
 
 
 def _branch_term(name: str, path: str, branch: BranchTerm, strength: float) -> Term:
@@ -116,26 +116,26 @@ def _branch_term(name: str, path: str, branch: BranchTerm, strength: float) -> T
     return Term(name, path, "branch", "", parts, LIVE, strength, "y' is not affine in x", branch_flops(branch.slot))
 
 
-def _describe(value: Value, site: Site) -> tuple[str, str, tuple[Part, ...]]:
-    if isinstance(value, LowRank):
+def _describe(change: Change, site: Site) -> tuple[str, str, tuple[Part, ...]]:
+    if isinstance(change, LowRank):
         found: Iterable[tuple[str, torch.Tensor | None]] = (
-            ("A", value.a.t()),
-            ("B", value.b.t()),
-            ("c", value.c),
-            ("d", value.d),
-            ("T", value.t),
-            ("g", value.g),
-            ("h", value.h),
-            ("e", value.e),
+            ("A", change.a.t()),
+            ("B", change.b.t()),
+            ("c", change.c),
+            ("d", change.d),
+            ("T", change.t),
+            ("g", change.g),
+            ("h", change.h),
+            ("e", change.e),
         )
-        return "low-rank", f"r={value.rank}", _parts(found)
-    if isinstance(value, Dense):
-        return "dense", "", _parts((("W'", value.weight), ("e", value.e)))
-    terms = (value,) if isinstance(value, Sparse) else tuple(term for _, term in value.terms)
+        return "low-rank", f"r={change.rank}", _parts(found)
+    if isinstance(change, Dense):
+        return "dense", "", _parts((("W'", change.weight), ("e", change.e)))
+    terms = (change,) if isinstance(change, Sparse) else tuple(term for _, term in change.terms)
     count = sum(term.values.numel() for term in terms)
     share = count / max(1, site.out_features * site.in_features)
     rows = [(n, torch.cat([getattr(term, n) for term in terms])) for n in ("rows", "cols", "values")]
-    return "sparse", f"k={count} ({share:.2%})", _parts([*rows, ("e", value.e)])
+    return "sparse", f"k={count} ({share:.2%})", _parts([*rows, ("e", change.e)])
 
 
 def _parts(tensors: Iterable[tuple[str, torch.Tensor | None]]) -> tuple[Part, ...]:
@@ -146,17 +146,17 @@ def _part(name: str, tensor: torch.Tensor) -> Part:
     return Part(name, tuple(tensor.shape), tensor.dtype, tensor.nbytes)
 
 
-def _unfusable(site: Site, value: Value) -> str | None:
-    if site.conv is None or site.conv.groups == 1 or isinstance(value, Sparse | SparseSum):
+def _unfusable(site: Site, change: Change) -> str | None:
+    if site.conv is None or site.conv.groups == 1 or isinstance(change, Sparse | SparseSum):
         return None
     return "it may leave the blocks of a grouped convolution"
 
 
-def _low_rank_flops(value: LowRank, site: Site) -> int:
-    scales = sum(t.numel() for t in (value.c, value.d, value.e, value.g, value.h) if t is not None)
-    scales += 2 * value.t.numel() if value.t is not None else 0
+def _low_rank_flops(change: LowRank, site: Site) -> int:
+    scales = sum(t.numel() for t in (change.c, change.d, change.e, change.g, change.h) if t is not None)
+    scales += 2 * change.t.numel() if change.t is not None else 0
     first = 0 if site.kind == "embedding" else site.in_features
-    return 2 * value.rank * (first + site.out_features) + scales
+    return 2 * change.rank * (first + site.out_features) + scales
 
 
 def branch_flops(slot: BranchSlot) -> int:

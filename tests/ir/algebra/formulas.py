@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lorac.ir.algebra.changes import from_outputs, merge, merge_bias
-from lorac.ir.algebra.reduction import Params, lower_weight
+from lorac.ir.algebra.reduction import Params, reduce_weight
 
 OUT, IN = 6, 4
 """Shape of W."""
@@ -35,21 +35,21 @@ class Formula:
         generator = torch.Generator().manual_seed(6)
         return torch.randn(OUT, IN, generator=generator, dtype=torch.float64), torch.linspace(-1, 1, OUT).double()
 
-    def lowered(self, *rules):
+    def reduced(self, *rules):
         def formula(W, b, p):
             return self.weight(W, p), b if self.bias is None else self.bias(b, p)
 
-        return lower_weight(formula, (OUT, IN), self.tensors(), torch.float64, *rules)
+        return reduce_weight(formula, (OUT, IN), self.tensors(), torch.float64, *rules)
 
     def direct(self):
         W, b = self.base()
         p = Params(**self.tensors())
         return self.weight(W, p), b if self.bias is None else self.bias(b, p)
 
-    def merged(self, lowering):
+    def merged(self, reduction):
         """W' and b' by way of the normal form."""
         W, b = self.base()
-        value = from_outputs(lowering.form, lowering(W, b, [self.tensors()[n] for n in lowering.params]), b)
+        value = from_outputs(reduction.form, reduction(W, b, [self.tensors()[n] for n in reduction.params]), b)
         return merge(value, W), merge_bias(value, b)
 
 

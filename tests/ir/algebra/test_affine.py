@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import lorac
 from lorac.ir.algebra.changes import from_outputs, merge, merge_bias
-from lorac.ir.algebra.reduction import BRANCH, Params, lower_branch
+from lorac.ir.algebra.reduction import BRANCH, Params, reduce_branch
 from lorac.ir.slots.run import Ctx
 from lorac.testing import HOSTS, Case, assert_parity
 
@@ -45,12 +45,12 @@ NOT = {
 @pytest.mark.parametrize(("branch", "shapes", "form"), AFFINE.values(), ids=AFFINE)
 def test_affine(branch, shapes, form):
     p = tensors(shapes)
-    lowering = lower_branch(branch, (OUT, IN), p, torch.float64)
-    assert lowering.form == form, lowering.reasons
+    reduction = reduce_branch(branch, (OUT, IN), p, torch.float64)
+    assert reduction.form == form, reduction.reasons
     w, b, x = tensors({"W": (OUT, IN), "b": (OUT,), "x": (3, 4, IN)}).values()
     expected = branch(x, F.linear(x, w, b), Params(**p))
     for table in ((), None):
-        chosen = lowering if table is None else lower_branch(branch, (OUT, IN), p, torch.float64, table)
+        chosen = reduction if table is None else reduce_branch(branch, (OUT, IN), p, torch.float64, table)
         value = from_outputs(chosen.form, chosen(w, b, [p[n] for n in chosen.params]), b)
         found = F.linear(x, merge(value, w), merge_bias(value, b))
         assert torch.linalg.vector_norm(found - expected) <= 1e-12 * torch.linalg.vector_norm(expected)
@@ -61,9 +61,9 @@ def test_affine(branch, shapes, form):
 def test_not_affine(branch, shapes, zero):
     """Also where every parameter is zero and the branch happens to be the identity."""
     p = {name: t * (0 if zero else 1) for name, t in tensors(shapes).items()}
-    lowering = lower_branch(branch, (OUT, IN), p, torch.float64)
-    assert lowering.form == BRANCH
-    assert lowering.reasons == ("not affine in x and y",)
+    reduction = reduce_branch(branch, (OUT, IN), p, torch.float64)
+    assert reduction.form == BRANCH
+    assert reduction.reasons == ("not affine in x and y",)
 
 
 @pytest.mark.parametrize("branch_bias", [False, True])
@@ -72,11 +72,11 @@ def test_hydra_is_found_affine(branch_bias, host):
     variant = lorac.Hydra(r=3, r_sequential=2, scale=0.7, branch_bias=branch_bias)
     case = Case(variant, HOSTS[host])
     p, site = case.a.tensors["site"], case.site
-    lowering = lower_branch(
+    reduction = reduce_branch(
         lambda x, y, p: variant.branch(x, y, p, Ctx(site)), (site.out_features, site.in_features), p, torch.float64
     )
-    assert (lowering.form, lowering.rank) == ("low-rank", 5)
-    assert set(lowering.outputs) == {"A", "B", "b"}
+    assert (reduction.form, reduction.rank) == ("low-rank", 5)
+    assert set(reduction.outputs) == {"A", "B", "b"}
 
 
 @pytest.mark.parametrize("mode", ["live", "fused"])

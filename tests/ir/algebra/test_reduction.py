@@ -1,4 +1,4 @@
-"""Lowerings: what their graphs return, and that mixtures of methods stay in the form they have."""
+"""Reductions: what their graphs return, and that mixtures of methods stay in the form they have."""
 
 import pytest
 import torch
@@ -12,19 +12,19 @@ from tests.ir.algebra.formulas import FORMULAS, IN, OUT
 
 
 def test_outputs_of_each_form():
-    names = {key: FORMULAS[key].lowered().outputs for key in ("sum of a factor", "rows and columns", "scatter")}
+    names = {key: FORMULAS[key].reduced().outputs for key in ("sum of a factor", "rows and columns", "scatter")}
     assert names["sum of a factor"] == ("A", "B")
     assert names["rows and columns"] == ("A", "B", "c", "d")
     assert names["scatter"] == ("rows", "cols", "values")
-    assert FORMULAS["new bias"].lowered().outputs == ("A", "B", "b")
-    assert FORMULAS["product of entries"].lowered().outputs == ("W",)
+    assert FORMULAS["new bias"].reduced().outputs == ("A", "B", "b")
+    assert FORMULAS["product of entries"].reduced().outputs == ("W",)
 
 
 def test_shapes_of_the_low_rank_form():
     formula = FORMULAS["rows and columns"]
-    lowering = formula.lowered()
+    reduction = formula.reduced()
     W, b = formula.base()
-    outputs = lowering(W, b, [formula.tensors()[name] for name in lowering.params])
+    outputs = reduction(W, b, [formula.tensors()[name] for name in reduction.params])
     assert {name: tuple(t.shape) for name, t in outputs.items()} == {
         "A": (IN, 2),
         "B": (2, OUT),
@@ -47,7 +47,7 @@ def cases():
 
 
 def value_of(case):
-    return case.live.pool["a"].values["site"]
+    return case.live.pool["a"].changes["site"]
 
 
 def test_forms_of_the_methods(cases):
@@ -97,5 +97,5 @@ def test_mixtures_of_methods(cases, names, kind, mode, gradients):
         moved = one.compiled(one.a)(one.x) - base, two.compiled(two.b)(two.x) - base
         mixed = compiled(one.x)
     assert_parity(mixed, base + 0.7 * moved[0] + 0.3 * moved[1], base)
-    terms = [(0.7, value_of(one)), (0.3, two.compiled(two.b).pool["b"].values["site"])]
+    terms = [(0.7, value_of(one)), (0.3, two.compiled(two.b).pool["b"].changes["site"])]
     assert isinstance(compose(terms, lambda: one.weight), kind)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorac
-from lorac.ir.algebra.reduction import Params, lower_weight
+from lorac.ir.algebra.reduction import Params, reduce_weight
 from lorac.ir.algebra.rules import RULES, rule_names, without
 from lorac.testing import HOSTS, Case
 from lorac.testing.checks import assert_close
@@ -19,28 +19,28 @@ TABLES = {"all": RULES, "none": (), **{f"without {rule.name}": without(rule.name
 def test_results_stay_whatever_rule_is_taken_away(formula):
     expected = formula.direct()
     for table in TABLES.values():
-        found = formula.merged(formula.lowered(table))
+        found = formula.merged(formula.reduced(table))
         assert_close(found[0], expected[0])
         assert_close(found[1], expected[1])
 
 
 @pytest.mark.parametrize("formula", FORMULAS.values(), ids=FORMULAS)
 def test_form(formula):
-    lowering = formula.lowered()
-    assert (lowering.form, lowering.rank) == (formula.form, formula.rank), lowering.reasons
+    reduction = formula.reduced()
+    assert (reduction.form, reduction.rank) == (formula.form, formula.rank), reduction.reasons
 
 
 @pytest.mark.parametrize("formula", FORMULAS.values(), ids=FORMULAS)
 def test_without_rules_everything_is_dense(formula):
     # The base itself needs no rule.
-    lowering = formula.lowered(())
-    assert lowering.form == "dense"
+    reduction = formula.reduced(())
+    assert reduction.form == "dense"
 
 
 @pytest.mark.parametrize("rule", [rule.name for rule in RULES])
 def test_every_rule_is_needed(rule):
     """A rule without which nothing gets dearer is to be deleted."""
-    dearer = [n for n, f in FORMULAS.items() if f.form != "dense" and f.lowered(without(rule)).form == "dense"]
+    dearer = [n for n, f in FORMULAS.items() if f.form != "dense" and f.reduced(without(rule)).form == "dense"]
     assert dearer, f"no formula needs the rule '{rule}': {rule_names()[rule]}"
 
 
@@ -62,42 +62,42 @@ def test_every_rule_says_its_identity():
     ],
 )
 def test_a_near_miss_says_why(name, reason):
-    assert any(reason in found for found in FORMULAS[name].lowered().reasons)
+    assert any(reason in found for found in FORMULAS[name].reduced().reasons)
 
 
 def test_a_form_reads_the_base_only_where_it_needs_it():
-    reads = {name: FORMULAS[name].lowered().reads_weight for name in ("sum of a factor", "number", "scatter")}
+    reads = {name: FORMULAS[name].reduced().reads_weight for name in ("sum of a factor", "number", "scatter")}
     assert reads == dict.fromkeys(reads, False)
-    assert FORMULAS["reads the base"].lowered().reads_weight
-    assert FORMULAS["norm of the result"].lowered().reads_weight
+    assert FORMULAS["reads the base"].reduced().reads_weight
+    assert FORMULAS["norm of the result"].reduced().reads_weight
 
 
-def test_lowering_holds_for_every_value_of_the_parameters():
+def test_reduction_holds_for_every_value_of_the_parameters():
     formula = FORMULAS["rows"]
-    lowering = formula.lowered()
+    reduction = formula.reduced()
     W, b = formula.base()
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         p = {n: torch.randn(t.shape, generator=generator).double() for n, t in formula.tensors().items()}
-        outputs = lowering(W, b, [p[n] for n in lowering.params])
+        outputs = reduction(W, b, [p[n] for n in reduction.params])
         low = outputs["A"] @ outputs["B"]
         assert_close(outputs["c"][:, None] * W + low.t(), formula.weight(W, Params(**p)))
 
 
-def test_lowering_has_gradients():
+def test_reduction_has_gradients():
     formula = FORMULAS["reflection"]
-    lowering = formula.lowered()
+    reduction = formula.reduced()
     W, b = formula.base()
     grads = []
-    for evaluate in (lambda u: _merged(lowering, W, b, u), lambda u: formula.weight(W, Params(u=u))):
+    for evaluate in (lambda u: _merged(reduction, W, b, u), lambda u: formula.weight(W, Params(u=u))):
         u = formula.tensors()["u"].requires_grad_()
         evaluate(u).square().sum().backward()
         grads.append(u.grad)
     assert_close(grads[0], grads[1])
 
 
-def _merged(lowering, W, b, u):
-    outputs = lowering(W, b, [u])
+def _merged(reduction, W, b, u):
+    outputs = reduction(W, b, [u])
     return W + (outputs["A"] @ outputs["B"]).t()
 
 
@@ -116,10 +116,10 @@ def test_methods(variant, form):
 
     expected = variant.weight(case.weight, Params(**tensors))
     for name, table in TABLES.items():
-        lowering = lower_weight(formula, tuple(case.weight.shape), tensors, torch.float64, table)
-        assert name != "all" or lowering.form == form
+        reduction = reduce_weight(formula, tuple(case.weight.shape), tensors, torch.float64, table)
+        assert name != "all" or reduction.form == form
         case_formula = _As(case, tensors, variant)
-        assert_close(case_formula.merged(lowering)[0], expected)
+        assert_close(case_formula.merged(reduction)[0], expected)
 
 
 class _As(Formula):
@@ -253,5 +253,5 @@ def test_random_formulas(data):
     # Terms may cancel: the error is judged by the size of what was added up.
     size = torch.linalg.vector_norm(expected) + torch.linalg.vector_norm(W) * 10
     for table in (RULES, without(rule.name), ()):
-        found = formula.merged(formula.lowered(table))[0]
+        found = formula.merged(formula.reduced(table))[0]
         assert torch.linalg.vector_norm(found - expected) <= 1e-12 * size, drawn.text
