@@ -15,7 +15,7 @@ from lorac.ir.graph.adapted import AdaptedCall, give
 from lorac.ir.graph.edit import add_inputs, inline, new_dimension
 from lorac.ir.graph.graph import Graph, Level, PackedSites, SlotInput
 from lorac.ir.host.sites import SiteKind, factor_dtype
-from lorac.ir.slots.layouts import kind_of
+from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.site import SitePlan
 from lorac.passes.base import Outcome, Pass, Skip
 
@@ -114,7 +114,7 @@ def _adapt(graph: Graph, node: fx.Node, slots: dict[str, fx.Node]) -> None:
 
 def _inputs(graph: Graph, path: str, plan: SitePlan) -> dict[str, tuple[Any, torch.dtype, str, str]]:
     """Public name -> (shape, dtype, site, role) of a site's slots, in slot layout."""
-    site, kind = plan.site, kind_of(plan.site)
+    site, layout = plan.site, layout_of(plan.site)
     dtype = factor_dtype(site.dtype)
     found: dict[str, tuple[Any, torch.dtype, str, str]] = {}
 
@@ -123,8 +123,8 @@ def _inputs(graph: Graph, path: str, plan: SitePlan) -> dict[str, tuple[Any, tor
 
     if plan.rank:
         rank = new_dimension(graph.exported, f"rank_{len(graph.exported._range_constraints)}", hint=3)
-        example_a = kind.layout_a(torch.empty(site.in_features, 3, device="meta")).shape
-        example_b = kind.layout_b(torch.empty(3, site.out_features, device="meta")).shape
+        example_a = layout.slot_a(torch.empty(site.in_features, 3, device="meta")).shape
+        example_b = layout.slot_b(torch.empty(3, site.out_features, device="meta")).shape
         # Where the layouts put the rank: axis 1 of A and 0 of B for matrices, the other way round for kernels.
         conv = site.conv is not None
         slot("a", _with_rank(example_a, 0 if conv else 1, rank))
@@ -156,7 +156,7 @@ def _weight_shape(graph: Graph, plan: SitePlan) -> tuple[int, ...]:
     if plan.site.kind is SiteKind.PARAMETER:
         return tuple(stored.shape)
     meta = plan.site.present(torch.empty(stored.shape, device="meta"))
-    return tuple(kind_of(plan.site).layout_weight(meta).shape)
+    return tuple(layout_of(plan.site).slot_weight(meta).shape)
 
 
 def _replace_parameter(graph: Graph, plan: SitePlan, slot: fx.Node) -> None:

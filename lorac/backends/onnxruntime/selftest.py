@@ -23,7 +23,7 @@ from lorac.ir.graph.feeds import named_tensors
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.interp import outputs_of
 from lorac.ir.host.sites import BaseReader
-from lorac.ir.slots.layouts import kind_of
+from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.site import BranchFill, SitePlan, SiteSlots
 from lorac.ir.slots.snapshot import Snapshot, slots_of
 
@@ -303,7 +303,7 @@ def _noise(plan: SitePlan, idle: SiteSlots, typical: float, generator: torch.Gen
     def randn(*shape: int, like: Tensor) -> Tensor:
         return torch.randn(*shape, generator=generator).to(like.dtype)
 
-    site, kind = plan.site, kind_of(plan.site)
+    site, layout = plan.site, layout_of(plan.site)
     made: dict[str, object] = {}
     for role in ("c", "d", "t", "h", "bias"):
         held = getattr(idle, role)
@@ -315,10 +315,10 @@ def _noise(plan: SitePlan, idle: SiteSlots, typical: float, generator: torch.Gen
         rank = min(plan.rank, _RANK)
         down = site.in_features**-0.5
         up = _SHARE * typical / (down * rank**0.5)
-        made["a"] = kind.layout_a(down * randn(site.in_features, rank, like=idle.a)).contiguous()
+        made["a"] = layout.slot_a(down * randn(site.in_features, rank, like=idle.a)).contiguous()
         if idle.g is not None:
             made["g"] = 1 + _SPREAD * randn(rank, like=idle.g)
-        made["b"] = kind.layout_b(up * randn(rank, site.out_features, like=idle.b)).contiguous()
+        made["b"] = layout.slot_b(up * randn(rank, site.out_features, like=idle.b)).contiguous()
     made["branches"] = tuple(
         BranchFill(
             torch.rand(1, generator=generator) + 0.5,

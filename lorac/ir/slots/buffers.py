@@ -15,7 +15,7 @@ import torch
 
 from lorac.ir.algebra.changes import Change, Dense, LowRank, Sparse, SparseSum, merge, merge_bias
 from lorac.ir.host.sites import BaseReader, Site, SiteKind
-from lorac.ir.slots.layouts import kind_of
+from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.site import SitePlan
 
 Tensor = torch.Tensor
@@ -157,7 +157,7 @@ def fused_buffers(plans: Mapping[str, SitePlan], base: BaseReader) -> tuple[dict
             continue
         site = plan.site
         unchanged = _held(base.weight(site))
-        weight = kind_of(site).layout_weight(unchanged()).clone(memory_format=torch.contiguous_format)
+        weight = layout_of(site).slot_weight(unchanged()).clone(memory_format=torch.contiguous_format)
         memory[f"{path}:weight"] = weight
         bias = None
         if plan.bias:

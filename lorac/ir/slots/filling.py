@@ -9,7 +9,7 @@ import torch
 from lorac.errors import NeedsRecompile
 from lorac.ir.algebra.changes import Change, Dense, LowRank, Sparse, SparseSum, identity_blocks, merge, merge_bias
 from lorac.ir.host.sites import Site, factor_dtype
-from lorac.ir.slots.layouts import kind_of
+from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.site import BranchFill, BranchTerm, SitePlan, SiteSlots
 
 Tensor = torch.Tensor
@@ -30,13 +30,13 @@ def fill_site(plan: SitePlan, change: Change | None, base: Callable[[], Tensor],
     misfit = does_not_fit(plan, change)
     if misfit:
         raise NeedsRecompile(f"'{plan.site.path}' {misfit}")
-    kind = kind_of(plan.site)
+    layout = layout_of(plan.site)
     tensors: dict[str, Tensor | None] = {}
     low = beside(plan, change)
     if plan.bound:
         merged = None if low is not None else change
         matrix = base() if merged is None else merge(merged, base())
-        tensors["weight"] = kind.layout_weight(matrix)
+        tensors["weight"] = layout.slot_weight(matrix)
     if plan.bias:
         new_bias = bias if change is None else merge_bias(change, bias)
         tensors["bias"] = torch.zeros(plan.site.out_features, dtype=plan.site.dtype) if new_bias is None else new_bias
@@ -79,7 +79,7 @@ def beside(plan: SitePlan, change: Change | None) -> LowRank | None:
 
 
 def _low_rank_slots(plan: SitePlan, change: LowRank | None) -> dict[str, Tensor | None]:
-    kind, site = kind_of(plan.site), plan.site
+    layout, site = layout_of(plan.site), plan.site
     dtype = factor_dtype(site.dtype)
     tensors: dict[str, Tensor | None] = {}
     if change is not None and not (plan.g and plan.h):
@@ -87,7 +87,7 @@ def _low_rank_slots(plan: SitePlan, change: LowRank | None) -> dict[str, Tensor 
     if plan.rank:
         a = change.a if change is not None else torch.zeros(site.in_features, 0, dtype=dtype)
         b = change.b if change is not None else torch.zeros(0, site.out_features, dtype=dtype)
-        tensors |= {"a": kind.layout_a(a).contiguous(), "b": kind.layout_b(b).contiguous()}
+        tensors |= {"a": layout.slot_a(a).contiguous(), "b": layout.slot_b(b).contiguous()}
     if plan.t:
         given = change.t if change is not None else None
         tensors["t"] = given if given is not None else identity_blocks(site.in_features, plan.t, dtype).contiguous()

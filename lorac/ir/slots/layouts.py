@@ -10,11 +10,12 @@ Layouts of the tensors a site takes at run time ("slot layouts"), K inputs, N ou
     conv       [R, in, *k]     [N, R, 1, …]    [N, in/groups, *k]
     =========  ==============  ==============  =====================
 
-Values elsewhere (``lorac.ir.algebra.changes``) are matrices A (K, R), B (R, N), W (N, K); ``layout_*`` here converts.
+Values elsewhere (``lorac.ir.algebra.changes``) are matrices A (K, R), B (R, N), W (N, K); ``slot_*`` here converts.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -27,8 +28,12 @@ Tensor = torch.Tensor
 _CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-class LinearKind:
-    """``y = x·Wᵀ + b`` over the last axis."""
+class SiteLayout(ABC):
+    """What a site of one kind computes, and how its slots are laid out; written out here for matrices and vectors.
+
+    Args:
+        site: the site.
+    """
 
     keeps_bias_inside: bool = False
     """The base's own bias belongs to its op (a convolution's); elsewhere it is added last."""
@@ -38,18 +43,17 @@ class LinearKind:
     def __init__(self, site: Site) -> None:
         self.site = site
 
+    @abstractmethod
     def base(self, x: Tensor, stored: Tensor, bias: Tensor | None) -> Tensor:
         """The unadapted site, from the weight as the module stores it."""
-        return F.linear(x, self.site.present(stored), bias)
 
+    @abstractmethod
     def bound(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The site with another weight, given in slot layout."""
-        y = torch.matmul(x, weight)
-        return y if bias is None else y + bias
 
+    @abstractmethod
     def down(self, x: Tensor, a: Tensor) -> Tensor:
         """x·A: the low-rank branch's first half."""
-        return torch.matmul(x, a)
 
     def up(self, u: Tensor, b: Tensor) -> Tensor:
         """u·B: its second half."""
@@ -71,20 +75,34 @@ class LinearKind:
         """The site's input (…, in) times a block-diagonal matrix of blocks (n, k, k); where ``per_input`` is."""
         return times_blocks(x, blocks)
 
-    def layout_a(self, a: Tensor) -> Tensor:
+    def slot_a(self, a: Tensor) -> Tensor:
         """A matrix A (K, R) in slot layout."""
         return a
 
-    def layout_b(self, b: Tensor) -> Tensor:
+    def slot_b(self, b: Tensor) -> Tensor:
         """A matrix B (R, N) in slot layout."""
         return b
 
-    def layout_weight(self, matrix: Tensor) -> Tensor:
+    def slot_weight(self, matrix: Tensor) -> Tensor:
         """A matrix (N, K) in slot layout."""
         return matrix.t()
 
 
-class EmbeddingKind(LinearKind):
+class LinearLayout(SiteLayout):
+    """``y = x·Wᵀ + b`` over the last axis."""
+
+    def base(self, x: Tensor, stored: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, self.site.present(stored), bias)
+
+    def bound(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = torch.matmul(x, weight)
+        return y if bias is None else y + bias
+
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        return torch.matmul(x, a)
+
+
+class EmbeddingLayout(SiteLayout):
     """``y = Wᵀ[ids]``: a linear site over one-hot rows."""
 
     has_input_axis = False
@@ -100,7 +118,7 @@ class EmbeddingKind(LinearKind):
         return F.embedding(x, a)
 
 
-class ConvKind(LinearKind):
+class ConvLayout(SiteLayout):
     """A convolution: A takes the base's geometry, B is 1x1 (PEFT's form; dilation is the base's own)."""
 
     keeps_bias_inside = True
@@ -136,34 +154,46 @@ class ConvKind(LinearKind):
     def per_rank(self, vector: Tensor) -> Tensor:
         return vector.view(-1, *self.ones)
 
-    def layout_a(self, a: Tensor) -> Tensor:
+    def slot_a(self, a: Tensor) -> Tensor:
         return a.t().reshape(a.shape[1], self.conv.channels, *self.conv.kernel)
 
-    def layout_b(self, b: Tensor) -> Tensor:
+    def slot_b(self, b: Tensor) -> Tensor:
         return b.t().reshape(b.shape[1], b.shape[0], *self.ones)
 
-    def layout_weight(self, matrix: Tensor) -> Tensor:
+    def slot_weight(self, matrix: Tensor) -> Tensor:
         return self.site.store(matrix)
 
 
-class ParameterKind(LinearKind):
+class ParameterLayout(SiteLayout):
     """A bare parameter, or a block: nothing to compute from a matrix; a parameter's slot is the parameter itself."""
 
-    def layout_weight(self, matrix: Tensor) -> Tensor:
+    def base(self, x: Tensor, stored: Tensor, bias: Tensor | None) -> Tensor:
+        raise self._computes_nothing()
+
+    def bound(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        raise self._computes_nothing()
+
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        raise self._computes_nothing()
+
+    def _computes_nothing(self) -> AssertionError:
+        return AssertionError(f"'{self.site.path}' is a {self.site.kind}: it has no product with an input")
+
+    def slot_weight(self, matrix: Tensor) -> Tensor:
         return matrix
 
 
-_KINDS: dict[SiteKind, type[LinearKind]] = {
-    SiteKind.LINEAR: LinearKind,
-    SiteKind.EMBEDDING: EmbeddingKind,
-    SiteKind.CONV1D: ConvKind,
-    SiteKind.CONV2D: ConvKind,
-    SiteKind.CONV3D: ConvKind,
-    SiteKind.PARAMETER: ParameterKind,
-    SiteKind.BLOCK: ParameterKind,
+_LAYOUTS: dict[SiteKind, type[SiteLayout]] = {
+    SiteKind.LINEAR: LinearLayout,
+    SiteKind.EMBEDDING: EmbeddingLayout,
+    SiteKind.CONV1D: ConvLayout,
+    SiteKind.CONV2D: ConvLayout,
+    SiteKind.CONV3D: ConvLayout,
+    SiteKind.PARAMETER: ParameterLayout,
+    SiteKind.BLOCK: ParameterLayout,
 }
 
 
-def kind_of(site: Site) -> LinearKind:
-    """The computation of a site."""
-    return _KINDS[site.kind](site)
+def layout_of(site: Site) -> SiteLayout:
+    """How a site computes and lays out its slots."""
+    return _LAYOUTS[site.kind](site)

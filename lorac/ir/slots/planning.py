@@ -14,7 +14,7 @@ from lorac.ir.algebra.changes import Change, Dense, LowRank
 from lorac.ir.host.patterns import nothing_matches, select
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.ir.slots.filling import leaves_blocks
-from lorac.ir.slots.layouts import kind_of
+from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.site import BranchSlot, Prepared, SitePlan
 
 MODES = ("auto", "live", "fused", "baked")
@@ -102,7 +102,7 @@ def plan_sites(
 
 def _beside(site: Site, change: Change) -> bool:
     """Whether a change runs beside the weight in live mode; changed inputs do where they have an axis for it."""
-    return isinstance(change, LowRank) and (kind_of(site).has_input_axis or not change.changes_input)
+    return isinstance(change, LowRank) and (layout_of(site).has_input_axis or not change.changes_input)
 
 
 def _need_change(need: _Needs, name: str, site: Site, change: Change, mode: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from lorac.errors import SiteUnreached
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site
-from lorac.ir.slots.layouts import LinearKind, kind_of
+from lorac.ir.slots.layouts import SiteLayout, layout_of
 from lorac.ir.slots.site import BranchFill, BranchSlot, SitePlan, SiteSlots
 
 Tensor = torch.Tensor
@@ -87,49 +87,49 @@ def run_site(
         ctx: handed to branches.
         down: x·A where it was computed together with other sites' (shared-input packing).
     """
-    kind = kind_of(plan.site)
+    layout = layout_of(plan.site)
     if block is not None:
         return _with_branches(plan, slots, x, block, block, ctx)
-    if kind.keeps_bias_inside and not plan.branches and slots.leaves_base:
+    if layout.keeps_bias_inside and not plan.branches and slots.leaves_base:
         assert weight is not None
-        return _plus_low_rank(kind, slots, x, kind.base(x, weight, bias), down)
-    linear = kind.base(x, weight, None) if weight is not None and (slots.leaves_base or plan.branches) else None
-    y = _scaled_linear(kind, slots, x, weight, linear)
-    y = _plus_bias(kind, _plus_low_rank(kind, slots, x, y, down), bias if slots.bias is None else slots.bias)
+        return _plus_low_rank(layout, slots, x, layout.base(x, weight, bias), down)
+    linear = layout.base(x, weight, None) if weight is not None and (slots.leaves_base or plan.branches) else None
+    y = _scaled_linear(layout, slots, x, weight, linear)
+    y = _plus_bias(layout, _plus_low_rank(layout, slots, x, y, down), bias if slots.bias is None else slots.bias)
     if not plan.branches:
         return y
     assert linear is not None
-    return _with_branches(plan, slots, x, y, _plus_bias(kind, linear, bias), ctx)
+    return _with_branches(plan, slots, x, y, _plus_bias(layout, linear, bias), ctx)
 
 
 def _scaled_linear(
-    kind: LinearKind, slots: SiteSlots, x: Tensor, weight: Tensor | None, linear: Tensor | None
+    layout: SiteLayout, slots: SiteSlots, x: Tensor, weight: Tensor | None, linear: Tensor | None
 ) -> Tensor:
     """c∘(W·((d∘x)·T)), without the bias: it comes last, where ONNX Runtime's fusions look for it."""
     if slots.d is not None:
-        x, linear = (x * kind.per_input(slots.d)).to(x.dtype), None
+        x, linear = (x * layout.per_input(slots.d)).to(x.dtype), None
     if slots.t is not None:
-        x, linear = kind.through(x.to(slots.t.dtype), slots.t).to(x.dtype), None
+        x, linear = layout.through(x.to(slots.t.dtype), slots.t).to(x.dtype), None
     if slots.weight is not None:
-        linear = kind.bound(x, slots.weight, None)
+        linear = layout.bound(x, slots.weight, None)
     elif linear is None:
         assert weight is not None
-        linear = kind.base(x, weight, None)
-    return linear if slots.c is None else linear * kind.per_output(slots.c).to(linear.dtype)
+        linear = layout.base(x, weight, None)
+    return linear if slots.c is None else linear * layout.per_output(slots.c).to(linear.dtype)
 
 
-def _plus_low_rank(kind: LinearKind, slots: SiteSlots, x: Tensor, y: Tensor, down: Tensor | None) -> Tensor:
+def _plus_low_rank(layout: SiteLayout, slots: SiteSlots, x: Tensor, y: Tensor, down: Tensor | None) -> Tensor:
     """y + (x·A)·B in the dtype of y; the branch is computed in the factors' dtype (PEFT's rule)."""
     if slots.b is None or _is_empty(slots.b):
         return y
     if down is None:
         assert slots.a is not None
-        down = kind.down(x.to(slots.a.dtype) if x.is_floating_point() else x, slots.a)
+        down = layout.down(x.to(slots.a.dtype) if x.is_floating_point() else x, slots.a)
     if slots.g is not None:
-        down = down * kind.per_rank(slots.g)
-    up = kind.up(down, slots.b)
+        down = down * layout.per_rank(slots.g)
+    up = layout.up(down, slots.b)
     if slots.h is not None:
-        up = up * kind.per_output(slots.h)
+        up = up * layout.per_output(slots.h)
     return y + up.to(y.dtype)
 
 
@@ -139,8 +139,8 @@ def _is_empty(tensor: Tensor) -> bool:
     return isinstance(size, int) and size == 0
 
 
-def _plus_bias(kind: LinearKind, y: Tensor, bias: Tensor | None) -> Tensor:
-    return y if bias is None else y + kind.per_output(bias).to(y.dtype)
+def _plus_bias(layout: SiteLayout, y: Tensor, bias: Tensor | None) -> Tensor:
+    return y if bias is None else y + layout.per_output(bias).to(y.dtype)
 
 
 def _with_branches(plan: SitePlan, slots: SiteSlots, x: Tensor, y: Tensor, base: Tensor, ctx: Ctx | None) -> Tensor:

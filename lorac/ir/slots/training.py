@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from lorac.ir.algebra.changes import Change, LowRank, merge, merge_bias
 from lorac.ir.host.sites import Site
-from lorac.ir.slots.layouts import LinearKind, kind_of
+from lorac.ir.slots.layouts import SiteLayout, layout_of
 from lorac.ir.slots.run import Ctx, run_branch, run_site
 from lorac.ir.slots.site import BranchFill, BranchSlot, SitePlan, SiteSlots
 
@@ -70,22 +70,22 @@ def run_terms(
         ctx: handed to branches; says whether dropout acts.
         block: the block's output, where the site is one.
     """
-    kind = kind_of(site)
+    layout = layout_of(site)
     base = block
     if base is None:
         assert weight is not None
         if len(terms) == 1 and _replaces(terms[0], ctx):
-            return _whole(kind, terms[0].change, x, weight, bias)
-        base = kind.base(x, weight, bias)
+            return _whole(layout, terms[0].change, x, weight, bias)
+        base = layout.base(x, weight, bias)
     y = base
     for term in terms:
         if term.branch is not None:
             slot, fill = term.branch
             y = y + fill.strength * (run_branch(site, slot, fill, x, base, ctx) - base)
-        elif isinstance(term.change, LowRank) and _runs_beside(kind, term.change):
-            y = y + _scaled(term.strength, _low_rank_delta(kind, term, x, base, weight, bias, ctx)).to(y.dtype)
+        elif isinstance(term.change, LowRank) and _runs_beside(layout, term.change):
+            y = y + _scaled(term.strength, _low_rank_delta(layout, term, x, base, weight, bias, ctx)).to(y.dtype)
         elif term.change is not None:
-            y = y + _scaled(term.strength, _dense_delta(kind, term, x, base, weight, bias, ctx))
+            y = y + _scaled(term.strength, _dense_delta(layout, term, x, base, weight, bias, ctx))
     return y
 
 
@@ -105,23 +105,23 @@ def _replaces(term: LiveTerm, ctx: Ctx) -> bool:
     return whole and term.strength == 1 and not dropped
 
 
-def _runs_beside(kind: LinearKind, change: LowRank) -> bool:
-    """Whether a change needs no weight of its own: where it changes inputs, the kind has an axis for it."""
-    return kind.has_input_axis or not change.changes_input
+def _runs_beside(layout: SiteLayout, change: LowRank) -> bool:
+    """Whether a change needs no weight of its own: where it changes inputs, the layout has an axis for it."""
+    return layout.has_input_axis or not change.changes_input
 
 
-def _whole(kind: LinearKind, change: Change | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _whole(layout: SiteLayout, change: Change | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """y' of one term that nothing is added to."""
-    if not isinstance(change, LowRank) or not _runs_beside(kind, change):
-        return _with_weight(kind, change, x, weight, bias)
+    if not isinstance(change, LowRank) or not _runs_beside(layout, change):
+        return _with_weight(layout, change, x, weight, bias)
     change = change.folded()
-    a, b = (kind.layout_a(change.a), kind.layout_b(change.b)) if change.rank else (None, None)
+    a, b = (layout.slot_a(change.a), layout.slot_b(change.b)) if change.rank else (None, None)
     slots = SiteSlots(a, b, change.c, change.d, change.t, bias=merge_bias(change, bias))
-    return run_site(SitePlan(kind.site), slots, x, weight, bias)
+    return run_site(SitePlan(layout.site), slots, x, weight, bias)
 
 
 def _low_rank_delta(
-    kind: LinearKind, term: LiveTerm, x: Tensor, base: Tensor, weight: Tensor | None, bias: Tensor | None, ctx: Ctx
+    layout: SiteLayout, term: LiveTerm, x: Tensor, base: Tensor, weight: Tensor | None, bias: Tensor | None, ctx: Ctx
 ) -> Tensor:
     assert isinstance(term.change, LowRank)
     change = term.change.folded()
@@ -130,47 +130,47 @@ def _low_rank_delta(
     dropped = F.dropout(cast, rate) if rate else cast
     parts = []
     if change.rank:
-        down = kind.down(dropped, kind.layout_a(change.a))
+        down = layout.down(dropped, layout.slot_a(change.a))
         rank_rate = _active_rate(term, ctx, Dropout.RANK)
-        parts.append(kind.up(F.dropout(down, rank_rate) if rank_rate else down, kind.layout_b(change.b)))
+        parts.append(layout.up(F.dropout(down, rank_rate) if rank_rate else down, layout.slot_b(change.b)))
     if change.c is not None or change.changes_input:
         if rate:
             assert weight is not None
-            linear = kind.base(dropped.to(weight.dtype), weight, None)
+            linear = layout.base(dropped.to(weight.dtype), weight, None)
         else:
-            linear = base if bias is None else base - kind.per_output(bias)
-        parts.append(_scaled_delta(kind, change, dropped, linear, weight))
+            linear = base if bias is None else base - layout.per_output(bias)
+        parts.append(_scaled_delta(layout, change, dropped, linear, weight))
     if change.e is not None:
-        parts.append(kind.per_output(change.e))
+        parts.append(layout.per_output(change.e))
     return sum(parts[1:], parts[0]) if parts else torch.zeros_like(base)
 
 
-def _scaled_delta(kind: LinearKind, change: LowRank, x: Tensor, linear: Tensor, weight: Tensor | None) -> Tensor:
+def _scaled_delta(layout: SiteLayout, change: LowRank, x: Tensor, linear: Tensor, weight: Tensor | None) -> Tensor:
     """c∘(W·((d∘x)·T)) − W·x, of which ``linear`` is the second."""
     if not change.changes_input:
         assert change.c is not None
-        return (kind.per_output(change.c) - 1) * linear
+        return (layout.per_output(change.c) - 1) * linear
     assert weight is not None
     if change.d is not None:
-        x = x * kind.per_input(change.d)
+        x = x * layout.per_input(change.d)
     if change.t is not None:
-        x = kind.through(x, change.t)
-    moved = kind.base(x.to(weight.dtype), weight, None)
-    return (moved if change.c is None else kind.per_output(change.c) * moved) - linear
+        x = layout.through(x, change.t)
+    moved = layout.base(x.to(weight.dtype), weight, None)
+    return (moved if change.c is None else layout.per_output(change.c) * moved) - linear
 
 
 def _dense_delta(
-    kind: LinearKind, term: LiveTerm, x: Tensor, base: Tensor, weight: Tensor | None, bias: Tensor | None, ctx: Ctx
+    layout: SiteLayout, term: LiveTerm, x: Tensor, base: Tensor, weight: Tensor | None, bias: Tensor | None, ctx: Ctx
 ) -> Tensor:
     assert weight is not None
     rate = _active_rate(term, ctx, Dropout.INPUT)
     if not rate:
-        return _with_weight(kind, term.change, x, weight, bias) - base
+        return _with_weight(layout, term.change, x, weight, bias) - base
     dropped = F.dropout(x, rate)
-    return _with_weight(kind, term.change, dropped, weight, bias) - kind.base(dropped, weight, bias)
+    return _with_weight(layout, term.change, dropped, weight, bias) - layout.base(dropped, weight, bias)
 
 
-def _with_weight(kind: LinearKind, change: Change | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _with_weight(layout: SiteLayout, change: Change | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     assert change is not None
-    merged = merge(change, kind.site.present(weight))
-    return kind.bound(x, kind.layout_weight(merged), merge_bias(change, bias))
+    merged = merge(change, layout.site.present(weight))
+    return layout.bound(x, layout.slot_weight(merged), merge_bias(change, bias))

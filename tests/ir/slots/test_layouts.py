@@ -6,7 +6,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lorac
-from lorac.ir.slots.layouts import kind_of
+from lorac.ir.slots.layouts import layout_of
 from lorac.testing.checks import assert_close
 
 CASES = {
@@ -28,33 +28,33 @@ def made(request):
     model = nn.ModuleDict({"site": make()}).double()
     site = lorac.sites(model)["site"]
     x = torch.randint(13, (2, 4)) if shape is None else torch.randn(shape, dtype=torch.float64)
-    return site, kind_of(site), model["site"], x
+    return site, layout_of(site), model["site"], x
 
 
 @torch.no_grad()
 def test_base_is_the_modules_own(made):
-    site, kind, module, x = made
+    site, layout, module, x = made
     bias = module.bias if site.bias else None
-    assert_close(kind.base(x, module.weight, bias), module(x))
+    assert_close(layout.base(x, module.weight, bias), module(x))
 
 
 @torch.no_grad()
 def test_bound_weight_in_slot_layout(made):
-    site, kind, module, x = made
+    site, layout, module, x = made
     matrix = site.present(module.weight)
     bias = torch.randn(site.out_features, dtype=torch.float64)
-    slot = kind.layout_weight(matrix)
-    no_bias = kind.base(x, module.weight, None)
-    assert_close(kind.bound(x, slot, None), no_bias)
-    assert_close(kind.bound(x, slot, bias), no_bias + kind.per_output(bias))
+    slot = layout.slot_weight(matrix)
+    no_bias = layout.base(x, module.weight, None)
+    assert_close(layout.bound(x, slot, None), no_bias)
+    assert_close(layout.bound(x, slot, bias), no_bias + layout.per_output(bias))
 
 
 @torch.no_grad()
 def test_the_two_halves_are_the_merged_delta(made):
-    site, kind, module, x = made
+    site, layout, module, x = made
     a = torch.randn(site.in_features, 3, dtype=torch.float64)
     b = torch.randn(3, site.out_features, dtype=torch.float64)
-    half = kind.up(kind.down(x, kind.layout_a(a)), kind.layout_b(b))
+    half = layout.up(layout.down(x, layout.slot_a(a)), layout.slot_b(b))
     dense = (a @ b).t()
     if site.conv is not None:
         # PEFT's rule: A mixes all channels, whatever the base's groups.
@@ -63,25 +63,25 @@ def test_the_two_halves_are_the_merged_delta(made):
         expected = convolve(x, dense.reshape(site.kernel), None, conv.stride, conv.padding, conv.dilation)
     else:
         stored = site.store(site.present(module.weight) + dense)
-        expected = kind.base(x, stored, None) - kind.base(x, module.weight, None)
+        expected = layout.base(x, stored, None) - layout.base(x, module.weight, None)
     assert torch.linalg.vector_norm(half - expected) <= 1e-12 * torch.linalg.vector_norm(expected)
 
 
 @torch.no_grad()
 def test_vectors_broadcast_over_outputs_ranks_and_inputs(made):
-    site, kind, module, x = made
-    y = kind.base(x, module.weight, None)
+    site, layout, module, x = made
+    y = layout.base(x, module.weight, None)
     scale = torch.randn(site.out_features, dtype=torch.float64)
-    scaled = kind.base(x, site.store(site.present(module.weight) * scale[:, None]), None)
-    assert_close(y * kind.per_output(scale), scaled)
+    scaled = layout.base(x, site.store(site.present(module.weight) * scale[:, None]), None)
+    assert_close(y * layout.per_output(scale), scaled)
     a = torch.randn(site.in_features, 3, dtype=torch.float64)
     ranks = torch.randn(3, dtype=torch.float64)
-    down = kind.down(x, kind.layout_a(a))
-    assert_close(down * kind.per_rank(ranks), kind.down(x, kind.layout_a(a * ranks)))
-    if kind.has_input_axis:
-        columns = kind.per_input(torch.linspace(1, 2, site.in_features).double())
+    down = layout.down(x, layout.slot_a(a))
+    assert_close(down * layout.per_rank(ranks), layout.down(x, layout.slot_a(a * ranks)))
+    if layout.has_input_axis:
+        columns = layout.per_input(torch.linspace(1, 2, site.in_features).double())
         by_columns = site.store(site.present(module.weight) * columns)
-        assert_close(kind.base(x * columns, module.weight, None), kind.base(x, by_columns, None))
+        assert_close(layout.base(x * columns, module.weight, None), layout.base(x, by_columns, None))
         blocks = torch.randn(1, site.in_features, site.in_features, dtype=torch.float64)
         turned = site.store(site.present(module.weight) @ blocks[0].t())
-        assert_close(kind.base(kind.through(x, blocks), module.weight, None), kind.base(x, turned, None))
+        assert_close(layout.base(layout.through(x, blocks), module.weight, None), layout.base(x, turned, None))
