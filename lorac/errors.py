@@ -227,8 +227,9 @@ class ArtifactError(LoracError):
 class MissingExtra(LoracError):
     """An optional library is not installed; the message gives the pip command."""
 
-    def __init__(self, library: str, extra: str) -> None:
-        super().__init__(f"{library} is not installed", next_step=f"pip install 'lorac[{extra}]'")
+    def __init__(self, library: str, extra: str | None) -> None:
+        needed = f"'lorac[{extra}]'" if extra is not None else library
+        super().__init__(f"{library} is not installed", next_step=f"pip install {needed}")
 
 
 def nearest_name(name: str, choices: Iterable[str]) -> str | None:

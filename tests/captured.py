@@ -14,7 +14,7 @@ from lorac.ir.graph.capture import export
 from lorac.ir.graph.feeds import named_tensors
 from lorac.ir.graph.graph import Graph
 from lorac.ir.slots.snapshot import compose_choice, slots_of
-from lorac.passes.pipelines import adapt, run_pipeline
+from lorac.passes.pipelines import lowering, run_pipeline
 from tests.zoo import ZOO
 
 
@@ -104,4 +104,4 @@ def capture(name: str, adapters: dict[str, Any] | None = None, *, mode: str = "a
 
 def lower(graph: Graph, observe: Callable[[str, Graph], None] | None = None) -> list[str]:
     """Run the passes; returns those that changed the graph."""
-    return [name for name, outcome in run_pipeline(graph, adapt(), observe) if outcome.changed]
+    return [name for name, outcome in run_pipeline(graph, lowering(), observe) if outcome.changed]

@@ -1,79 +1,260 @@
-"""What a backend gives the runtime: an engine that runs a program with whatever fills its slots."""
+"""The contract between the compiler, the runtime and a target: dialect, request, backend, engine, binding.
+
+A *backend* states its *dialect* (what the target can run, and in which taste) and builds an *engine* from a *request*.
+An engine turns slot tensors into a *binding*, once per choice of adapters; calls run with a binding. The compiler and
+the runtime know these types and no target.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import enum
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Generic, Never, Protocol, TypeVar
 
+import torch
 from torch import nn
 
-from lorac.ir.graph.graph import Graph
-from lorac.ir.graph.signature import CallSignature
-from lorac.ir.host.sites import BaseReader, Site
+from lorac.errors import Unavailable, UnknownOption, nearest_name
+from lorac.ir.graph.passes import Pass
+from lorac.ir.graph.program import Program
+from lorac.ir.host.copying import structural_copy
+from lorac.ir.host.sites import BaseReader, Site, SiteKind
+from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.choice import Choice
 from lorac.ir.slots.site import SitePlan, SiteSlots
 from lorac.ir.slots.snapshot import Snapshot
 from lorac.ir.slots.training import LiveTerm
 
+Claims = frozenset[tuple[str, str]]
+"""(domain, op) pairs; the default domain is ``""``."""
+Aux = Mapping[str, Mapping[str, object]]
+"""Extra outputs: name -> site path -> tensor."""
 
-class Engine(Protocol):
+
+Model_contra = TypeVar("Model_contra", contravariant=True)
+
+
+# ── What a target can run ────────────────────────────────────────────────────────────────────────────────────────────
+class Gate(enum.Enum):
+    """How a branch that is off is left out of a call."""
+
+    NONE = "none"
+    """It is not: what is off is not part of the program that runs."""
+    IF = "if"
+    """A conditional op around it: an idle branch is not computed."""
+    WHERE = "where"
+    """It is computed, and its result dropped by a selection on its strength, so that its zeros cannot turn into NaN."""
+
+
+class Ranks(enum.Enum):
+    """Which ranks the pair of a site may have at run time, up to the room that its plan has."""
+
+    FROM_ZERO = "from zero"
+    FROM_ONE = "from one"
+    """A pair that is off holds one component of zeros."""
+    FIXED = "fixed"
+    """Always the whole room, filled up with zeros."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dialect(Generic[Model_contra]):
+    """What a target can run. Pipelines and emission read it and nothing else about the target.
+
+    It is generic in what emission writes for it, which only its own rewrites take: ``AnyDialect`` is any of them.
+
+    Attributes:
+        name: the target's.
+        claims: the ops the target computes; None where no program is emitted for it.
+        passes: what brings a graph from level expanded to level target, in order.
+        fusions: rewrites of the emitted program before its clean-up, in order.
+        finish: rewrites of the cleaned-up program, in order.
+        gates: how branches that are off are left out.
+        ranks: kinds of sites whose pairs have other ranks than ``FROM_ZERO``.
+        dtypes: floating-point dtypes the target computes in, best first; a host in another one is cast to the first.
+        packs: whether sites that read the same input share one x·A.
+    """
+
+    name: str
+    claims: Claims | None = None
+    passes: tuple[Pass, ...] = ()
+    fusions: tuple[Callable[[Model_contra], None], ...] = ()
+    finish: tuple[Callable[[Model_contra], None], ...] = ()
+    gates: Gate = Gate.IF
+    ranks: Mapping[SiteKind, Ranks] = field(default_factory=dict)
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
+    packs: bool = True
+
+    def ranks_at(self, site: Site) -> Ranks:
+        """Which ranks a site's pair may have."""
+        return self.ranks.get(site.kind, Ranks.FROM_ZERO)
+
+    def host_for(self, model: nn.Module) -> nn.Module:
+        """The model in a dtype the target computes in: itself, or a copy."""
+        floating = (t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point())
+        if all(dtype in self.dtypes for dtype in floating):
+            return model
+        return structural_copy(model).to(self.dtypes[0])
+
+
+AnyDialect = Dialect[Never]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetOptions:
+    """What every target can be told; each adds its own.
+
+    Attributes:
+        aux: extra outputs to give, such as ``("router",)``; read them from ``compiled.aux``.
+    """
+
+    aux: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Lists are taken for tuples."""
+        for spec in dataclasses.fields(self):
+            value = getattr(self, spec.name)
+            if isinstance(value, list):
+                object.__setattr__(self, spec.name, tuple(value))
+
+
+Options = TypeVar("Options", bound=TargetOptions)
+Content = TypeVar("Content")
+Content_contra = TypeVar("Content_contra", contravariant=True)
+
+
+# ── What runs ────────────────────────────────────────────────────────────────────────────────────────────────────────
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What one call gives: the host's own output object, and the extra outputs asked for."""
+
+    output: object
+    aux: Aux = field(default_factory=dict)
+
+
+class Runs(Protocol[Content_contra]):
+    """An engine as its own bindings know it: it runs with what it made of a choice."""
+
+    def call(
+        self, content: Content_contra, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> Answer:
+        """One call of a graph of the program; inputs and outputs are torch or numpy, as they came."""
+
+    def activate(self, content: Content_contra) -> None:
+        """It became the active one (for work that no call encloses, such as recomputation in backward)."""
+
+
+class Bound(Protocol):
+    """What one choice of adapters comes to in an engine. It may be run from any thread, by many calls."""
+
+    def run(self, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Answer:
+        """As the engine's ``call``."""
+
+    def activate(self) -> None:
+        """As the engine's."""
+
+
+@dataclass(frozen=True, eq=False)
+class Binding(Generic[Content]):
+    """An engine and what it made of a choice. No engine keeps one, so that neither keeps the other alive."""
+
+    engine: Runs[Content]
+    content: Content
+
+    def run(self, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Answer:
+        """One call."""
+        return self.engine.call(self.content, graph, args, kwargs)
+
+    def activate(self) -> None:
+        """Make it the active one."""
+        self.engine.activate(self.content)
+
+
+class Engine(ABC):
     """One running program. Every method may be called from any thread.
 
     Attributes:
         target: the backend's name.
-        aux: extra outputs of the last call: name -> site path -> tensor.
-        settles_alone: a swap settles in the background, unasked.
-        settled: the active weights are constants of a session now.
-        fused: weights are written in place (``write``) instead of bound per call (``bind``).
+        mode: ``"live"``, ``"fused"`` or ``"baked"``.
         folder: where the emitted program and its base weights lie; None where the engine runs the host itself.
+        module: the copy of the host that it runs; None where it runs an emitted program.
+        buffers: fused mode: the weights it reads, by site path.
+        settles_alone: a swap settles in the background, unasked.
     """
 
     target: str
-    fused: bool
-    folder: Path | None
-    settles_alone: bool
-    settled: bool
-    aux: dict[str, dict[str, Any]]
+    mode: str
+    folder: Path | None = None
+    module: nn.Module | None = None
+    buffers: Mapping[str, FusedBuffer]
+    settles_alone: bool = False
 
-    def bind(self, snapshot: Snapshot, slots: Mapping[str, SiteSlots]) -> Any:
-        """Turn slot tensors into the engine's own binding; done once per choice, reused by many calls."""
+    @property
+    def fused(self) -> bool:
+        """Whether weights are written in place (``write``) instead of bound per call (``bind``)."""
+        return self.mode == "fused"
 
-    def activate(self, binding: Any) -> None:
-        """``binding`` became the active one (for work that no call encloses, such as recomputation in backward)."""
+    @property
+    def computes_terms(self) -> bool:
+        """Whether a call made now computes its terms from the adapters' own tensors, and reads no slot."""
+        return False
 
-    def run(self, binding: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One call with a binding (None in fused mode)."""
+    @abstractmethod
+    def bind(self, snapshot: Snapshot, slots: Mapping[str, SiteSlots]) -> Bound:
+        """Turn slot tensors into a binding; done once per choice, used by many calls."""
+
+    @property
+    @abstractmethod
+    def written(self) -> Bound:
+        """Fused mode: the binding of what was written last."""
+
+    def write(self, snapshot: Snapshot) -> int:
+        """Fused mode: make the weights hold the snapshot; returns the bytes written. The caller keeps calls away."""
+        written = 0
+        for path, buffer in self.buffers.items():
+            composed = snapshot.composed.get(path)
+            written += buffer.write(composed.change if composed is not None else None)
+        self.hold(snapshot)
+        return written
+
+    @abstractmethod
+    def hold(self, snapshot: Snapshot) -> None:
+        """Fused mode: note what was written."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether the active weights are constants of a session now."""
+        return False
 
     def settle(self) -> None:
         """Fused mode: re-bake the active weights as constants and let calls run on them.
 
         Raises:
-            Unavailable: the engine binds no weights.
+            Unavailable: the engine has no such state.
         """
+        raise Unavailable(
+            f"there is nothing to settle in {self.target}", next_step="target='onnxruntime', mode='fused' settles"
+        )
 
-    def write(self, snapshot: Snapshot) -> int:
-        """Fused mode: make the weights hold the snapshot; returns the bytes written. The caller keeps calls away."""
 
-
+# ── What builds it ───────────────────────────────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True, kw_only=True)
-class BuildRequest:
+class BuildRequest(Generic[Options]):
     """Everything a backend needs to build an engine.
 
     Attributes:
-        model: the host; never written.
+        model: the host, or several (``Components``); never written.
         sites: its sites.
         plans: the slots of every touched site.
         base: reads base weights from the host.
         mode: ``"live"``, ``"fused"`` or ``"baked"``.
         snapshot: what a baked engine holds.
-        example_inputs: as given to ``compile``, or None.
-        dynamic_shapes: as torch.export's, or None.
         options: the target's options.
         terms: (site path, choice) -> terms from the adapters' own tensors, for targets that train.
-        lower: (graph, aux) -> None: run the passes that bring a captured graph to level expanded.
-        lowered: the program at level expanded and how it is called, where it is there already (read from an artefact).
+        program: (names of extra outputs) -> the captured program at the level that the dialect's pipeline leaves.
     """
 
     model: nn.Module
@@ -82,26 +263,51 @@ class BuildRequest:
     base: BaseReader
     mode: str
     snapshot: Snapshot
-    example_inputs: Any
-    dynamic_shapes: Any
-    options: Any
+    options: Options
     terms: Callable[[str, Choice], Sequence[LiveTerm] | None]
-    lower: Callable[[Graph, tuple[str, ...]], None]
-    lowered: tuple[Graph, CallSignature] | None = None
+    program: Callable[[tuple[str, ...]], Program]
 
 
-class Backend(Protocol):
-    """A backend's module: builds engines; says what its options are."""
+Stored = Mapping[str, object]
+"""JSON: what ``store`` returned."""
 
-    Options: type
 
-    def host_for(self, model: nn.Module) -> nn.Module:
-        """The model in a dtype the target computes in: itself, or a copy."""
+class Backend(ABC, Generic[Options]):
+    """A target: what it can run, what it can be told, and how an engine for it comes to be.
 
-    def build(self, request: BuildRequest) -> Engine:
+    It is found by its place: a package of ``lorac.backends`` whose module ``backend`` has one as ``BACKEND``, or an
+    entry point of the group ``lorac.backends`` that names one. Its name is the package's or the entry point's.
+
+    Attributes:
+        dialect: what the target can run.
+        options: the class of its options.
+    """
+
+    dialect: AnyDialect
+    options: type[Options]
+
+    def told(self, options: Mapping[str, object]) -> Options:
+        """The target's options out of what ``compile`` was given beside its own arguments.
+
+        Raises:
+            UnknownOption: the target has no such option.
+        """
+        known = [spec.name for spec in dataclasses.fields(self.options)]
+        for name in options:
+            if name not in known:
+                raise UnknownOption(
+                    f"target '{self.dialect.name}' has no option '{name}'",
+                    nearest=nearest_name(name, known),
+                    next_step=f"it takes {', '.join(known)}",
+                )
+        return self.options(**options)  # type: ignore[arg-type]  # each class checks its own values
+
+    @abstractmethod
+    def build(self, request: BuildRequest[Options]) -> Engine:
         """An engine for the request."""
 
-    def store(self, engine: Any, folder: Path, request: Callable[[], BuildRequest]) -> dict[str, Any]:
+    @abstractmethod
+    def store(self, engine: Engine, folder: Path, request: Callable[[], BuildRequest[Options]]) -> Stored:
         """Write an engine's program and base weights into a folder; returns what else ``restore`` needs, as JSON.
 
         Args:
@@ -110,10 +316,25 @@ class Backend(Protocol):
             request: what the engine was built from, for engines that run the host itself.
         """
 
+    @abstractmethod
     def restore(
-        self, stored: Mapping[str, Any], folder: Path, plans: Mapping[str, SitePlan], mode: str, device: Any
+        self, stored: Stored, folder: Path, plans: Mapping[str, SitePlan], mode: str, device: str | torch.device | None
     ) -> Engine:
         """An engine over what ``store`` wrote."""
 
+    @abstractmethod
     def base_file(self, folder: Path) -> Path:
         """The file with the base weights that ``store`` wrote."""
+
+    def program_of(
+        self, stored: Stored, folder: Path, sites: Mapping[str, Site], plans: Mapping[str, SitePlan]
+    ) -> Program:
+        """The stored program at level expanded again, for another target to build from.
+
+        Raises:
+            Unavailable: what is stored is no longer such a program.
+        """
+        raise Unavailable(
+            f"'{folder}' holds a program for {self.dialect.name}, which cannot be turned into one for another target",
+            next_step="compile from the model, or save an eager artefact: that can be loaded for every target",
+        )

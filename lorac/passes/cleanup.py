@@ -7,7 +7,7 @@ from typing import ClassVar, final
 
 from lorac.ir.graph.edit import drop_unused_state, settle
 from lorac.ir.graph.graph import Graph, Level
-from lorac.passes.base import Outcome, Pass
+from lorac.ir.graph.passes import Outcome, Pass
 
 
 @final

@@ -13,9 +13,9 @@ from lorac.ir.graph import ops
 from lorac.ir.graph.adapted import AdaptedCall, adapted_output
 from lorac.ir.graph.edit import add_outputs, inline
 from lorac.ir.graph.graph import Graph, Level
+from lorac.ir.graph.passes import Outcome, Pass, Skip
 from lorac.ir.host.sites import Site
 from lorac.ir.slots.site import SitePlan
-from lorac.passes.base import Outcome, Pass, Skip
 
 Tensor = torch.Tensor
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -14,10 +14,10 @@ from lorac.ir.graph import ops
 from lorac.ir.graph.adapted import AdaptedCall, give
 from lorac.ir.graph.edit import add_inputs, inline, new_dimension
 from lorac.ir.graph.graph import Graph, Level, PackedSites, SlotInput
+from lorac.ir.graph.passes import Outcome, Pass, Skip
 from lorac.ir.host.sites import SiteKind, factor_dtype
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.site import SitePlan
-from lorac.passes.base import Outcome, Pass, Skip
 
 
 @final
@@ -198,23 +198,26 @@ def _is_read(graph: Graph, plan: SitePlan) -> bool:
     return bare and any(graph.node(name).users for name in _inputs_of(graph, plan))
 
 
-def refuse_idle(graph: Graph, touched: Mapping[str, Collection[str]]) -> None:
-    """Refuse an adapter that no part of a captured graph runs.
+def refuse_idle(graphs: Iterable[Graph], touched: Mapping[str, Collection[str]]) -> None:
+    """Refuse an adapter that no captured graph runs.
 
     Args:
-        graph: after ``insert``.
+        graphs: all of a program, after ``insert``.
         touched: adapter -> paths of the sites it touches.
 
     Raises:
-        SiteUnreached: the graph reaches none of an adapter's sites.
+        SiteUnreached: the graphs reach none of an adapter's sites.
     """
+    captured = list(graphs)
+    reached = {path for graph in captured for path in graph.plans}
     for name, paths in touched.items():
-        if paths and not any(path in graph.plans for path in paths):
-            raise _unreached(f"adapter '{name}' touches '{min(paths)}' ({len(paths)} sites)", graph)
+        if paths and reached.isdisjoint(paths):
+            raise _unreached(f"adapter '{name}' touches '{min(paths)}' ({len(paths)} sites)", *captured)
 
 
-def _unreached(what: str, graph: Graph) -> SiteUnreached:
+def _unreached(what: str, *graphs: Graph) -> SiteUnreached:
+    names = " or ".join(f"'{graph.name}'" for graph in graphs)
     return SiteUnreached(
-        f"{what}, but the captured graph '{graph.name}' never calls it",
+        f"{what}, but the captured graph {names} never calls it",
         next_step="give example_inputs= that reach it, or leave the site out of targets=",
     )

@@ -13,9 +13,9 @@ from typing import ClassVar, final
 
 from lorac.ir.graph.adapted import sites_by_input
 from lorac.ir.graph.graph import Graph, Level, PackedSites
+from lorac.ir.graph.passes import Outcome, Pass, Skip
 from lorac.ir.host.sites import SiteKind
 from lorac.ir.slots.site import SitePlan
-from lorac.passes.base import Outcome, Pass, Skip
 
 
 @final

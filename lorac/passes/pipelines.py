@@ -9,9 +9,10 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from lorac.errors import WrongLevel
+from lorac.ir.engine import AnyDialect, Dialect
 from lorac.ir.graph.graph import Graph
+from lorac.ir.graph.passes import Outcome, Pass, Skip
 from lorac.ir.graph.verify import verify
-from lorac.passes.base import Outcome, Pass, Skip
 from lorac.passes.cleanup import Cleanup
 from lorac.passes.expand import Expand
 from lorac.passes.insert import Insert
@@ -21,13 +22,19 @@ from lorac.passes.values import Values
 Observer = Callable[[str, Graph], None]
 
 
-def adapt(aux: tuple[str, ...] = ()) -> tuple[Pass, ...]:
-    """From a captured graph to aten ops with slots as inputs.
+ANY: AnyDialect = Dialect(name="any")
+"""A dialect that asks for nothing of its own."""
+
+
+def lowering(dialect: AnyDialect = ANY, aux: tuple[str, ...] = ()) -> tuple[Pass, ...]:
+    """From a captured graph to what a dialect takes: aten ops with slots as inputs, then its own passes.
 
     Args:
+        dialect: the target's.
         aux: extra outputs to give.
     """
-    return Pack(), Insert(), Values(), Expand(aux), Cleanup()
+    packed = (Pack(),) if dialect.packs else ()
+    return *packed, Insert(), Values(), Expand(aux), Cleanup(), *dialect.passes
 
 
 def run_pipeline(graph: Graph, passes: Sequence[Pass], observe: Observer | None = None) -> list[tuple[str, Outcome]]:
@@ -75,7 +82,7 @@ def _run(step: Pass, graph: Graph) -> Outcome:
 def _wrong_level(step: Pass, graph: Graph, passes: Sequence[Pass]) -> WrongLevel:
     """The refusal to run a pass on a graph that is not at the level it reads."""
     what = f"the pass '{step.name}' reads level {step.reads.name.lower()}, but graph '{graph.name}' is at"
-    known = list({other.name: other for other in (*adapt(), *passes)}.values())
+    known = list({other.name: other for other in (*lowering(), *passes)}.values())
     next_step = _before(step, graph, known) if graph.level < step.reads else _too_late(step, known)
     return WrongLevel(f"{what} level {_name(graph)}", next_step=next_step)
 

@@ -16,8 +16,8 @@ from lorac.errors import CompileError, SiteUnreached
 from lorac.ir.graph import ops
 from lorac.ir.graph.adapted import VALUE_ROLE, AdaptedCall, give
 from lorac.ir.graph.graph import Graph, Level
+from lorac.ir.graph.passes import Outcome, Pass, Skip
 from lorac.ir.slots.reads import BASE, WEIGHT, names_read, parse
-from lorac.passes.base import Outcome, Pass, Skip
 
 
 @final

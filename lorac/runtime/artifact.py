@@ -31,7 +31,7 @@ from lorac.ir.store.plans import choice_to_json, plan_to_json
 from lorac.runtime.compiled import Compiled
 from lorac.version import VERSION
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 22
 _FIELDS: dict[str, type | tuple[type, ...]] = {
@@ -44,6 +44,7 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "adapters": dict,
     "host": dict,
     "program": dict,
+    "components": dict,
     "files": dict,
 }
 """What a manifest holds, and as what."""
@@ -77,6 +78,7 @@ def save(
             "adapters": _save_adapters(compiled.adapters, staged / "adapters", save_adapter),
             "plans": {path: plan_to_json(plan) for path, plan in compiled.plans.items()},
             "program": store(staged),
+            "components": {name: traits.to_json() for name, traits in compiled.services.traits.items()},
             "host": host,
         }
 

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lorac.errors import BaseNeeded, NeedsRecompile, Unavailable
-from lorac.ir.engine import Engine
+from lorac.ir.engine import Bound, Engine
+from lorac.ir.host.components import MAIN, require_component
 from lorac.ir.host.sites import BaseReader, Site
-from lorac.ir.slots.choice import Active, Choice, Spec, describe, parse_choice, spell
+from lorac.ir.slots.choice import UNSET, Active, Choice, Spec, describe, parse_choice, spell
 from lorac.ir.slots.site import Prepared, SitePlan, SiteSlots
 from lorac.ir.slots.snapshot import Snapshot, compose_choice, slots_of
 from lorac.runtime.advice import admitting_reserve, refuse_misfit
+from lorac.runtime.components import Component, Traits
 from lorac.runtime.graphs import Graphs, graphs_of
 from lorac.runtime.locks import ReadWriteLock
 from lorac.runtime.pool import Pool, written
 from lorac.runtime.report import SwapReport
 
-UNSET: Any = object()
-"""No choice was given: use the active one."""
 _CACHED_MIXTURES = 8
 """States kept for mixtures and strengths; those of whole single adapters are kept as long as the adapter is."""
 
@@ -40,6 +41,7 @@ class Services:
         stages: () -> graph name -> stage -> how the graph looked.
         reasons: (adapter, site path) -> why the term there has no cheaper form.
         casts: (model's dtype, dtype the target computes in), where they differ.
+        traits: graph name -> what others ask of its host besides calling it.
     """
 
     load: Callable[[Any, str | None], Any]
@@ -50,6 +52,7 @@ class Services:
     stages: Callable[[], Mapping[str, Mapping[str, Any]]]
     reasons: Callable[[str, str], tuple[str, ...]]
     casts: Sequence[tuple[Any, Any]] = ()
+    traits: Mapping[str, Traits] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +63,7 @@ class _State:
     """
 
     snapshot: Snapshot
-    binding: Any
+    bound: Bound | None
     adapters: tuple[Any, ...]
     version: tuple[int, ...]
     nbytes: int
@@ -100,6 +103,7 @@ class Compiled:
         self._calls = ReadWriteLock()
         self._cache: dict[Choice, _State] = {}
         self._idle: dict[str, SiteSlots] = {}
+        self._answered = threading.local()
         self._state = self._state_for(())
         if not engine.fused:
             self._activate(self._state)
@@ -110,34 +114,51 @@ class Compiled:
         """Answer as the model does: its own output type; torch or numpy as it came."""
         return self.call(args, kwargs, adapters)
 
-    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], adapters: Any = UNSET) -> Any:
-        """One call, with the active adapters or with a choice of its own."""
+    def __getitem__(self, name: str) -> Component:
+        """One of several models compiled together, called as it is.
+
+        Raises:
+            ChoiceError: there is no such component.
+        """
+        known = self.services.traits
+        return Component(self, require_component(name, known), known[name])
+
+    def call(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], adapters: Any = UNSET, *, graph: str = MAIN
+    ) -> Any:
+        """One call of a graph, with the active adapters or with a choice of its own."""
         if isinstance(adapters, Sequence) and not isinstance(adapters, str):
-            return self._call_rows(args, kwargs, adapters)
+            return self._call_rows(args, kwargs, adapters, graph)
         if self.mode == "baked":
-            return self._call_baked(args, kwargs, adapters)
+            return self._call_baked(args, kwargs, adapters, graph)
         if self.engine.fused:
-            return self._call_fused(args, kwargs, adapters)
+            return self._call_fused(args, kwargs, adapters, graph)
         computed = self.computes_terms()
         state = self._state if adapters is UNSET else self._state_for(parse_choice(adapters, self.pool), stale=computed)
-        return self.engine.run((state if computed else self._fresh(state)).binding, args, kwargs)
+        return self._run((state if computed else self._fresh(state)).bound, graph, args, kwargs)
 
-    def _call_baked(self, args: tuple[Any, ...], kwargs: dict[str, Any], adapters: Any) -> Any:
+    def _run(self, bound: Bound | None, graph: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """One call with what is bound; with what was written, where that is nothing."""
+        answer = (bound or self.engine.written).run(graph, args, kwargs)
+        self._answered.aux = answer.aux
+        return answer.output
+
+    def _call_baked(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], adapters: Any, graph: str) -> Any:
         if adapters is not UNSET and parse_choice(adapters, self.pool) != self.choice:
             self.refuse_baked()
-        return self.engine.run(self._state.binding, args, kwargs)
+        return self._run(self._state.bound, graph, args, kwargs)
 
-    def _call_fused(self, args: tuple[Any, ...], kwargs: dict[str, Any], adapters: Any) -> Any:
+    def _call_fused(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], adapters: Any, graph: str) -> Any:
         if adapters is UNSET:
             self._rewrite_stale()
             with self._calls.reading():
-                return self.engine.run(None, args, kwargs)
+                return self._run(None, graph, args, kwargs)
         choice = parse_choice(adapters, self.pool)
         with self._swaps, self._calls.writing():
             before = self._state.snapshot
             try:
                 self.engine.write(self._state_for(choice).snapshot)
-                return self.engine.run(None, args, kwargs)
+                return self._run(None, graph, args, kwargs)
             finally:
                 self.engine.write(before)
 
@@ -149,12 +170,12 @@ class Compiled:
             if self._state.stale:
                 self._write(self._state.choice)
 
-    def _call_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any], adapters: Sequence[Spec]) -> Any:
+    def _call_rows(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], adapters: Sequence[Spec], graph: str) -> Any:
         from lorac.runtime.rows import run_rows
 
         # In their canonical spelling, so that rows of one choice run together however it was written.
         choices = [dict(parse_choice(choice, self.pool)) or None for choice in adapters]
-        return run_rows(self.call, args, kwargs, choices)
+        return run_rows(functools.partial(self.call, graph=graph), args, kwargs, choices)
 
     # --- swapping ----------------------------------------------------------------------------------------------
 
@@ -219,7 +240,8 @@ class Compiled:
 
     def _activate(self, state: _State) -> None:
         self._state = state
-        self.engine.activate(state.binding)
+        assert state.bound is not None
+        state.bound.activate()
 
     def _write(self, choice: Choice) -> tuple[int, float]:
         cached = self._state_for(choice)
@@ -348,9 +370,9 @@ class Compiled:
     # --- the rest of the interface -------------------------------------------------------------------------------
 
     @property
-    def aux(self) -> dict[str, dict[str, Any]]:
-        """Extra outputs asked for with ``aux=``, of the last call: name -> site path -> tensor."""
-        return self.engine.aux
+    def aux(self) -> Mapping[str, Mapping[str, Any]]:
+        """Extra outputs asked for with ``aux=``, of this thread's last call: name -> site path -> tensor."""
+        return getattr(self._answered, "aux", {})
 
     @property
     def graph(self) -> Graphs:

@@ -12,6 +12,9 @@ from lorac.errors import BaseNeeded
 from lorac.ir.host import skeleton
 from lorac.ir.store.tensors import TensorFile
 
+Again = Callable[..., Any]
+"""``lorac.compile``."""
+
 
 class Host:
     """A host model.
@@ -81,6 +84,21 @@ class Host:
                 "an eager artefact becomes an ONNX Runtime one by lorac.load(folder, target='onnxruntime')",
             )
         return given, self._moved
+
+    def recompiled(
+        self, again: Again, examples: Mapping[str, Any], compiled: Any, *, target: str, mode: str, **options: Any
+    ) -> Any:
+        """Compile again from the model, with the adapters' present tensors and the same active choice.
+
+        Args:
+            again: ``lorac.compile``.
+            examples: its example inputs and dynamic shapes.
+            compiled: what was compiled from the model.
+            target, mode, options: of the new one; they come before what was given for the old one.
+        """
+        given, moved = self.original("export()")
+        told = {"active": dict(compiled.choice) or None, **examples, **moved, **options}
+        return again(given, dict(compiled.adapters), target=target, mode=mode, **told)
 
 
 def _weakly(given: Any) -> Callable[[], Any]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from lorac.ir.host.components import Models
-from lorac.runtime.compiled import UNSET, Compiled
+from lorac.ir.slots.choice import UNSET
+from lorac.runtime.compiled import Compiled
 
 
 class CompiledModule(nn.Module, Compiled):
@@ -39,7 +37,7 @@ class CompiledModule(nn.Module, Compiled):
 
     def computes_terms(self) -> bool:
         """Whether a call made now reads the adapters' own tensors: in training."""
-        return bool(self.engine.computes_terms)  # type: ignore[attr-defined]
+        return self.engine.computes_terms
 
     def registered(self, adapter: Any) -> None:
         """Make an adapter's tensors parameters of this module."""
@@ -72,15 +70,8 @@ def compiled_module(module: nn.Module) -> CompiledModule:
     forward.__doc__ = CompiledModule.forward.__doc__
     forward.__signature__ = inspect.signature(host.forward)  # type: ignore[attr-defined]
     members: dict[str, Any] = {"forward": forward, "__module__": __name__, "__doc__": CompiledModule.__doc__}
-    if isinstance(module, Models):
-        members["__getitem__"] = _one_of
     made: type[CompiledModule] = type(f"Compiled{host.__name__}", (CompiledModule,), members)
     return made(module)
-
-
-def _one_of(self: CompiledModule, name: str) -> Callable[..., Any]:
-    """One of several models, called as it is, also with a choice of its own by ``adapters=``."""
-    return functools.partial(self, name)
 
 
 class _Tensors(nn.Module):

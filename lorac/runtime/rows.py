@@ -32,7 +32,7 @@ def check_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any], choices: Sequen
 def run_rows(
     run: Callable[[tuple[Any, ...], dict[str, Any], Spec], Any],
     args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    kwargs: Mapping[str, Any],
     choices: Sequence[Spec],
 ) -> Any:
     """Run a batch whose rows choose differently, one call per distinct choice, rows put back in order.

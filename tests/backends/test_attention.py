@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 import lorac
-from lorac.backends.onnxruntime.emit import MODEL
+from lorac.backends.onnx.files import MODEL
 from tests.zoo import ZOO
 
 

@@ -8,7 +8,7 @@ from torch.onnx._internal.exporter import _fx_passes
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 import lorac
-from lorac.backends.onnxruntime.emit import MODEL
+from lorac.backends.onnx.files import MODEL
 
 
 class Host(nn.Module):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.backends.onnxruntime.emit import MODEL
+from lorac.backends.onnx.files import MODEL
 from lorac.testing import HOSTS, Case
 
 VARIANTS = {"adaptertune": (lorac.AdapterTune(r=2), "block"), "meteora": (lorac.MeteoRA(r=2, experts=3), "linear")}

@@ -4,7 +4,7 @@ import onnx_ir as ir
 import torch
 
 import lorac
-from lorac.backends.onnxruntime.emit import MODEL
+from lorac.backends.onnx.files import MODEL
 from tests import parity
 from tests.zoo import ZOO
 

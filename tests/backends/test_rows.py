@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.backends.onnxruntime.emit import MODEL
+from lorac.backends.onnx.files import MODEL
 from lorac.backends.onnxruntime.rows import to_rows
 from tests.zoo import ZOO
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import lorac
+from lorac.backends.onnx.files import MODEL, WEIGHTS
+from lorac.backends.onnx.selftest import self_test
 from lorac.backends.onnxruntime import emit as emitting
-from lorac.backends.onnxruntime.emit import MODEL, WEIGHTS
 from lorac.backends.onnxruntime.engine import OrtEngine
-from lorac.backends.onnxruntime.selftest import self_test
 from lorac.backends.onnxruntime.session import new_session
 
 building = importlib.import_module("lorac.backends.onnxruntime.build")  # its package has a function of that name

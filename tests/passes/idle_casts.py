@@ -8,7 +8,7 @@ from typing import ClassVar, final
 import torch
 
 from lorac.ir.graph.graph import Graph, Level
-from lorac.passes.base import Outcome, Pass, Skip
+from lorac.ir.graph.passes import Outcome, Pass, Skip
 
 
 @final

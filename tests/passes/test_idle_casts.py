@@ -9,12 +9,12 @@ import torch
 
 import lorac
 from lorac.ir.graph.interp import interpret
-from lorac.passes.base import Pass
-from lorac.passes.pipelines import adapt, run_pipeline
+from lorac.ir.graph.passes import Pass
+from lorac.passes.pipelines import lowering, run_pipeline
 from tests.captured import capture
 from tests.passes.idle_casts import IdleCasts
 
-*FIRST, LAST = adapt()
+*FIRST, LAST = lowering()
 
 
 @pytest.mark.parametrize("passes", [[*FIRST, IdleCasts(), LAST], [*FIRST, LAST, IdleCasts()]], ids=["inside", "behind"])
@@ -33,7 +33,7 @@ def test_it_runs_in_a_pipeline_and_changes_no_answer(passes: Sequence[Pass]) -> 
 
 def test_it_says_which_casts_it_left() -> None:
     it = capture("tiny_llama")
-    outcomes = dict(run_pipeline(it.graph, [*adapt(), IdleCasts()]))
+    outcomes = dict(run_pipeline(it.graph, [*lowering(), IdleCasts()]))
     kept = {node.name: node.meta["val"].dtype for node in it.graph.find(torch.ops.aten.to.dtype)}
     assert kept
     assert {skip.where: skip.why for skip in outcomes["idle-casts"].skipped} == {

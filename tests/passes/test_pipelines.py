@@ -10,14 +10,14 @@ import torch
 import lorac
 from lorac.ir.graph.capture import export
 from lorac.ir.graph.graph import Graph, Level
+from lorac.ir.graph.passes import Outcome, Pass, Skip
 from lorac.ir.view.dump import dump
 from lorac.ir.view.printer import diff_dumps, to_text
-from lorac.passes.base import Outcome, Pass, Skip
 from lorac.passes.cleanup import Cleanup
 from lorac.passes.expand import Expand
 from lorac.passes.insert import Insert
 from lorac.passes.pack import Pack
-from lorac.passes.pipelines import adapt, run_pipeline
+from lorac.passes.pipelines import lowering, run_pipeline
 from tests import goldens
 from tests.captured import capture, captured_stack, lower
 
@@ -42,7 +42,7 @@ def _run(graph: Graph, step: Pass) -> Outcome:
 def test_golden_of_what_each_pass_changes() -> None:
     graph = _mixed()
     before, steps = dump(graph), []
-    for step in adapt():
+    for step in lowering():
         changed = _run(graph, step).changed
         after = dump(graph)
         steps.append(f"{step.name}: {'changed' if changed else 'no change'}\n{diff_dumps(before, after)}")
@@ -65,11 +65,11 @@ def test_a_second_run_reports_no_change_and_makes_none(name: str) -> None:
     assert dump(it.graph) == before
 
 
-@pytest.mark.parametrize("step", adapt(), ids=lambda step: step.name)
+@pytest.mark.parametrize("step", lowering(), ids=lambda step: step.name)
 def test_each_pass_is_idempotent_where_it_stands(step: Pass) -> None:
     """One that stays on its level may run again and changes nothing; one that leaves it is refused."""
     graph = _mixed()
-    for earlier in adapt()[: adapt().index(step) + 1]:
+    for earlier in lowering()[: lowering().index(step) + 1]:
         _run(graph, earlier)
     before = dump(graph)
     if step.reads is step.leaves:
@@ -83,7 +83,7 @@ def test_each_pass_is_idempotent_where_it_stands(step: Pass) -> None:
 def test_a_second_run_says_which_passes_the_graph_has_behind_it() -> None:
     graph = _mixed()
     lower(graph)
-    outcomes = run_pipeline(graph, adapt())
+    outcomes = run_pipeline(graph, lowering())
     behind = Outcome(changed=False, skipped=(Skip("stack", "the graph is at level expanded already"),))
     assert outcomes[:-1] == [(name, behind) for name in ("pack", "insert", "values", "expand")]
     assert outcomes[-1] == ("cleanup", Outcome(changed=False))
@@ -92,7 +92,7 @@ def test_a_second_run_says_which_passes_the_graph_has_behind_it() -> None:
 def test_a_pass_that_reports_no_change_makes_none() -> None:
     """On a graph without adapters nothing is inserted, packed or read."""
     graph = captured_stack()
-    for step in adapt():
+    for step in lowering():
         level, before = graph.level, [(n.name, n.target) for n in graph.fx.nodes]
         if not _run(graph, step).changed:
             assert (graph.level, [(n.name, n.target) for n in graph.fx.nodes]) == (level, before), step.name
@@ -136,7 +136,7 @@ def test_a_graph_at_the_wrong_level_stays_as_it_is() -> None:
     assert dump(graph) == before
 
 
-@pytest.mark.parametrize("step", adapt(), ids=lambda step: step.name)
+@pytest.mark.parametrize("step", lowering(), ids=lambda step: step.name)
 def test_a_pass_is_a_value(step: Pass) -> None:
     assert step == type(step)()
     with pytest.raises(FrozenInstanceError):
@@ -210,7 +210,7 @@ def test_insert_says_which_sites_the_graph_never_calls() -> None:
 
 def test_expand_says_which_extra_outputs_nothing_gives() -> None:
     graph = _mixed()
-    outcomes = dict(run_pipeline(graph, adapt(aux=("router",))))
+    outcomes = dict(run_pipeline(graph, lowering(aux=("router",))))
     assert outcomes["expand"].skipped == (Skip("router", "no branch at a site of this graph emits it"),)
     assert graph.extra_outputs == []
 

@@ -18,7 +18,9 @@ import torch
 from torch import nn
 
 from lorac.backends.eager.buffers import adds_bias, fused_buffers
-from lorac.errors import SiteUnsupported, Unavailable
+from lorac.errors import SiteUnsupported
+from lorac.ir.engine import Answer, Binding, Engine
+from lorac.ir.host.components import components_of, require_component
 from lorac.ir.host.layers import calls_below, is_plain, layer_of, with_below
 from lorac.ir.host.sites import BaseReader, Site, SiteKind, stored_tensor
 from lorac.ir.slots.buffers import FusedBuffer
@@ -35,7 +37,7 @@ Terms = Callable[[str, Choice], Sequence[LiveTerm] | None]
 
 
 @dataclass(frozen=True, eq=False)
-class Binding:
+class Filled:
     """What one choice puts at the sites it touches.
 
     Attributes:
@@ -50,17 +52,17 @@ class Binding:
     reads_base: bool = False
 
 
-_NONE = Binding()
+_BARE = Filled()
 
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """One call of the host: its binding, the program values read so far, and the extra outputs given.
+    """One call of the host: what fills its slots, the program values read so far, and the extra outputs given.
 
     ``computes_terms`` is settled at the call's start: a reentrant checkpoint turns gradients off within it.
     """
 
-    binding: Binding
+    filled: Filled
     computes_terms: bool = False
     values: dict[str, Tensor] = field(default_factory=dict)
     aux: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -69,7 +71,7 @@ class _Call:
 _current: contextvars.ContextVar[tuple[object, _Call] | None] = contextvars.ContextVar("call", default=None)
 
 
-class EagerEngine:
+class EagerEngine(Engine):
     """Runs a host copy.
 
     Args:
@@ -77,15 +79,13 @@ class EagerEngine:
         plans: what each site has.
         base: reads base weights.
         sites: every site of the host.
-        fused: merged weights are written into buffers instead of computed beside the base.
+        mode: ``"live"``, or merged weights are written into buffers instead of computed beside the base.
         terms: (site path, choice) -> terms computed from the adapters' own tensors, for training.
         aux: names of the extra outputs to keep.
     """
 
     target = "eager"
-    folder = None
-    settled = False
-    settles_alone = False
+    module: nn.Module
 
     def __init__(
         self,
@@ -94,15 +94,15 @@ class EagerEngine:
         base: BaseReader,
         *,
         sites: Mapping[str, Site],
-        fused: bool,
+        mode: str,
         terms: Terms,
         aux: Sequence[str] = (),
     ) -> None:
-        self.module, self.plans, self.base, self.fused, self.terms = module, plans, base, fused, terms
-        self.active = _NONE
+        self.module, self.plans, self.base, self.mode, self.terms = module, plans, base, mode, terms
+        self.components = components_of(module)
+        self.active = _BARE
         self.sites, self.wanted = sites, frozenset(aux)
-        self.aux: dict[str, dict[str, Tensor]] = {}
-        self._recorded = _Call(_NONE, computes_terms=True)
+        self._recorded = _Call(_BARE, computes_terms=True)
         self._originals: dict[str, Callable[..., Any]] = {}
         self._weights: dict[str, tuple[Tensor | None, Tensor | None]] = {}
         for path, plan in plans.items():
@@ -110,20 +110,31 @@ class EagerEngine:
         for path in tapped(plans.values()):
             tap = module.get_submodule(path)
             tap.forward = functools.partial(self._forward_tap, path, tap.forward)
-        self.buffers: dict[str, FusedBuffer] = fused_buffers(module, plans, base) if fused else {}
+        self.buffers: Mapping[str, FusedBuffer] = fused_buffers(module, plans, base) if self.fused else {}
 
-    # --- the engine protocol -----------------------------------------------------------------------------------
+    # --- the engine's contract -----------------------------------------------------------------------------------
 
-    def bind(self, snapshot: Snapshot, slots: Mapping[str, SiteSlots]) -> Binding:
+    def bind(self, snapshot: Snapshot, slots: Mapping[str, SiteSlots]) -> Binding[Filled]:
         """Keep the slots of the sites the choice touches; elsewhere the base runs untouched."""
         touched = frozenset(snapshot.composed)
         read = (name for c in snapshot.composed.values() for _, term in c.branches for name in term.slot.reads)
         reads_base = any(parse(name)[0] == BASE for name in read)
-        return Binding(snapshot.choice, {path: slots[path] for path in touched}, touched, reads_base)
+        filled = Filled(snapshot.choice, {path: slots[path] for path in touched}, touched, reads_base)
+        return Binding(self, filled)
 
-    def activate(self, binding: Binding) -> None:
-        """What runs outside any call (a submodule called directly) uses the active binding."""
-        self.active = binding
+    @property
+    def written(self) -> Binding[Filled]:
+        """The choice that the weights hold."""
+        return Binding(self, self.active)
+
+    def activate(self, content: Filled) -> None:
+        """What runs outside any call (a submodule called directly) uses it from now on."""
+        self.active = content
+
+    @property
+    def fused(self) -> bool:
+        """Baked weights are written in place too, once."""
+        return self.mode != "live"
 
     @property
     def computes_terms(self) -> bool:
@@ -133,37 +144,24 @@ class EagerEngine:
         """
         return torch.is_grad_enabled() or self.module.training
 
-    def run(self, binding: Binding | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call the host copy with a binding; in fused mode the weights already hold it."""
-        call = _Call(binding if binding is not None else self.active, self.computes_terms)
-        if call.binding.reads_base:
-            unadapted = _Call(_NONE)
+    def hold(self, snapshot: Snapshot) -> None:
+        """Calls run with what was written, at the sites it touches."""
+        self.active = Filled(snapshot.choice, {}, frozenset(snapshot.composed))
+
+    def call(self, content: Filled, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Answer:
+        """Call the host copy, or one of several; in fused mode the weights already hold the choice."""
+        module = self.components[require_component(graph, self.components)]
+        call = _Call(content, self.computes_terms)
+        if content.reads_base:
+            unadapted = _Call(_BARE)
             with torch.no_grad(), self._using(unadapted):
-                self.module(*args, **kwargs)
+                module(*args, **kwargs)
             call.values.update({f"{BASE}:{path}": value for path, value in unadapted.values.items()})
         with self._using(call):
-            output = self.module(*args, **kwargs)
-        self.aux = call.aux
+            output = module(*args, **kwargs)
         if torch.is_grad_enabled():
             self._recorded = call
-        return output
-
-    def settle(self) -> None:
-        """Refuse: eager weights are always what calls run on.
-
-        Raises:
-            Unavailable: always.
-        """
-        raise Unavailable("there is nothing to settle in eager", next_step="target='onnxruntime', mode='fused' settles")
-
-    def write(self, snapshot: Snapshot) -> int:
-        """Write merged weights; only touched buffers change."""
-        written = 0
-        for path, buffer in self.buffers.items():
-            composed = snapshot.composed.get(path)
-            written += buffer.write(composed.change if composed is not None else None)
-        self.active = Binding(snapshot.choice, {}, frozenset(snapshot.composed))
-        return written
+        return Answer(output, call.aux)
 
     # --- the sites ---------------------------------------------------------------------------------------------
 
@@ -175,9 +173,9 @@ class EagerEngine:
         finally:
             _current.reset(token)
 
-    def binding(self) -> Binding:
-        """The binding of the running call; outside one the active one."""
-        return self._call().binding
+    def filled(self) -> Filled:
+        """What fills the slots in the running call; outside one the active choice."""
+        return self._call().filled
 
     def _call(self) -> _Call:
         current = _current.get()
@@ -221,11 +219,10 @@ class EagerEngine:
     def _forward_above(
         self, path: str, whole: Callable[..., Any], own: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        return (own if path in self.binding().touched else whole)(*args, **kwargs)
+        return (own if path in self.filled().touched else whole)(*args, **kwargs)
 
     def _forward_site(self, path: str, module: nn.Module, x: Tensor) -> Tensor:
-        binding = self.binding()
-        if path not in binding.touched:
+        if path not in self.filled().touched:
             return self._originals[path](x)
         adapted = self._adapted(path, module, x)
         if adapted is not None:
@@ -236,7 +233,7 @@ class EagerEngine:
 
     def _forward_block(self, path: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         output = self._originals[path](*args, **kwargs)
-        if path not in self.binding().touched:
+        if path not in self.filled().touched:
             return output
         x, y = first_tensor((args, kwargs)), first_tensor(output)
         adapted = self._adapted(path, module, x, y)
@@ -253,7 +250,7 @@ class EagerEngine:
         weight, bias = self._weights[path]
         emitted: dict[str, list[Tensor]] = {}
         ctx = Ctx(plan.site, training=module.training, values=self._values(plan, call), emitted=emitted)
-        terms, slots = self._live_terms(path, call), call.binding.slots.get(path)
+        terms, slots = self._live_terms(path, call), call.filled.slots.get(path)
         if terms is not None:
             y = run_terms(plan.site, terms, x, weight, bias, ctx, block)
         elif slots is not None:
@@ -274,15 +271,15 @@ class EagerEngine:
     ) -> Any:
         """A module some of whose parameters are replaced: its own forward, on a shadow that holds the replacements."""
         call = self._call()
-        binding, replaced = call.binding, {}
+        filled, replaced = call.filled, {}
         for leaf, path in leaves.items():
-            if path not in binding.touched:
+            if path not in filled.touched:
                 continue
             terms = self._live_terms(path, call)
             if terms is not None:
                 replaced[leaf] = terms[-1].change.weight  # type: ignore[union-attr]  # replaced whole: dense
-            elif path in binding.slots:
-                replaced[leaf] = binding.slots[path].weight
+            elif path in filled.slots:
+                replaced[leaf] = filled.slots[path].weight
         if not replaced:
             return self._originals[owner](*args, **kwargs)
         shadow = copy.copy(module)
@@ -293,7 +290,7 @@ class EagerEngine:
 
     def _live_terms(self, path: str, call: _Call) -> Sequence[LiveTerm] | None:
         """The terms from the adapters' own tensors where the call computes them, else None."""
-        return self.terms(path, call.binding.choice) if call.computes_terms else None
+        return self.terms(path, call.filled.choice) if call.computes_terms else None
 
 
 def _stored(module: nn.Module, plan: SitePlan) -> tuple[Tensor | None, Tensor | None]:

@@ -1,4 +1,4 @@
-"""Building the engine: capture, passes, emission, session, self-test."""
+"""Building the engine: emission, sessions, self-test."""
 
 from __future__ import annotations
 
@@ -7,26 +7,23 @@ import tempfile
 import weakref
 from pathlib import Path
 
-import torch
-from torch import nn
-
-from lorac.backends.onnxruntime.emit import emit
-from lorac.backends.onnxruntime.engine import OrtEngine
-from lorac.backends.onnxruntime.selftest import self_test
+from lorac.backends.onnx.emit import emit
+from lorac.backends.onnx.files import BASE, bake, home_of, write
+from lorac.backends.onnx.selftest import self_test
+from lorac.backends.onnxruntime.dialect import DIALECT
+from lorac.backends.onnxruntime.engine import OrtEngine, Part
+from lorac.backends.onnxruntime.options import Options
 from lorac.backends.onnxruntime.session import new_session
 from lorac.ir.engine import BuildRequest
 from lorac.ir.graph.feeds import named_tensors
-from lorac.ir.host.copying import structural_copy
-from lorac.ir.lowered import lowered
+from lorac.ir.graph.program import Program
 from lorac.ir.slots.emits import refuse_unemitted
 from lorac.ir.slots.snapshot import slots_of
 from lorac.ir.store.tensors import TensorFile, base_tensors, by_columns, file_base
 from lorac.progress import Progress, progress
 
-BASE = "base.safetensors"
 
-
-def build(request: BuildRequest) -> OrtEngine:
+def build(request: BuildRequest[Options]) -> OrtEngine:
     """An engine for the request; the host is not kept."""
     folder = Path(tempfile.mkdtemp(prefix="lorac-"))
     try:
@@ -39,38 +36,41 @@ def build(request: BuildRequest) -> OrtEngine:
     return engine
 
 
-def _build(request: BuildRequest, folder: Path, report: Progress) -> OrtEngine:
-    refuse_unemitted(request.options.aux, request.plans.values())
+def _build(request: BuildRequest[Options], folder: Path, report: Progress) -> OrtEngine:
+    options, plans = request.options, request.plans
+    refuse_unemitted(options.aux, plans.values())
     report.step("capture and passes")
-    graph, signature = lowered(request, request.options.aux)
-    constants = None
-    if request.mode == "baked":
-        constants = named_tensors(graph.slots, request.plans, slots_of(request.plans, request.snapshot, request.base))
+    program = request.program(options.aux)
     report.step("emission")
-    path = emit(graph, folder, constants)
+    paths = _emitted(program, request, folder)
     report.step("session")
-    plans = request.plans
     tensors = base_tensors(request.model, {path: plan.site for path, plan in plans.items()})
     TensorFile.write(folder / BASE, tensors, by_columns(plans.values()))
     engine = OrtEngine(
-        session=new_session(path, request.options),
-        signature=signature,
-        slots=graph.slots,
-        plans=request.plans,
+        parts={
+            name: Part(new_session(path, options), program.signatures[name], program.graphs[name].slots)
+            for name, path in paths.items()
+        },
+        plans=plans,
         base=file_base(TensorFile(folder / BASE)),
         mode=request.mode,
         folder=folder,
-        options=request.options,
+        options=options,
     )
-    if request.options.self_test:
+    if options.self_test:
         report.step("self-test")
-        self_test(engine, graph, request.snapshot)
+        self_test(engine, program, request.snapshot)
     return engine
 
 
-def host_for(model: nn.Module) -> nn.Module:
-    """The host itself, or a float32 copy of one in half precision (ONNX Runtime's CPU kernels are float32)."""
-    half = {torch.float16, torch.bfloat16}
-    if not any(p.dtype in half for p in (*model.parameters(), *model.buffers())):
-        return model
-    return structural_copy(model).float()
+def _emitted(program: Program, request: BuildRequest[Options], folder: Path) -> dict[str, Path]:
+    """Graph name -> its model, written."""
+    baked = request.mode == "baked"
+    slots = slots_of(request.plans, request.snapshot, request.base) if baked else {}
+    paths = {}
+    for name, graph in program.graphs.items():
+        model = emit(graph, program.signatures[name], DIALECT)
+        if baked:
+            bake(model, named_tensors(graph.slots, request.plans, slots))
+        paths[name] = write(model, home_of(folder, name))
+    return paths

@@ -1,11 +1,11 @@
-"""The ONNX Runtime engine: one session; a binding is a set of values for its slot inputs."""
+"""The ONNX Runtime engine: a session per graph; a choice of adapters is a set of values for their slot inputs."""
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,17 @@ import onnxruntime as ort
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lorac.backends.onnx.files import home_of
 from lorac.backends.onnxruntime.inputs import wanted
+from lorac.backends.onnxruntime.options import Options
 from lorac.backends.onnxruntime.session import session_options
-from lorac.backends.onnxruntime.settle import settled_session
+from lorac.backends.onnxruntime.settling import settled_session
 from lorac.errors import Unavailable
+from lorac.ir.engine import Answer, Binding, Engine
 from lorac.ir.graph.feeds import fed, grouped_aux, named_tensors
 from lorac.ir.graph.graph import SlotInput
 from lorac.ir.graph.signature import CallSignature
+from lorac.ir.host.components import require_component
 from lorac.ir.host.sites import BaseReader
 from lorac.ir.slots.buffers import fused_buffers
 from lorac.ir.slots.site import SitePlan, SiteSlots
@@ -29,28 +33,41 @@ from lorac.ir.slots.snapshot import Snapshot
 Tensor = torch.Tensor
 
 
+class Part:
+    """One graph of the program: its session, and how it is called.
+
+    Args:
+        session: the session.
+        signature: how the graph's host is called.
+        slots: its slot inputs by public name.
+    """
+
+    def __init__(self, session: ort.InferenceSession, signature: CallSignature, slots: Mapping[str, SlotInput]) -> None:
+        self.session, self.signature, self.slots = session, signature, slots
+        self.outputs = [output.name for output in session.get_outputs()]
+        self.wanted = wanted(session)
+
+
 @dataclass(eq=False)
-class Binding:
+class Values:
     """Values for every slot input.
 
     Attributes:
         values: slot input -> OrtValue over the tensor's own memory.
         tensors: the tensors, kept alive as long as the binding.
-        bindings: thread -> an IOBinding with the slots bound; made on a thread's first call, never shared.
+        own: per thread: graph -> an IOBinding with its slots bound; made on a thread's first call, never shared.
     """
 
     values: Mapping[str, ort.OrtValue]
     tensors: Mapping[str, Tensor]
-    bindings: threading.local
+    own: threading.local = field(default_factory=threading.local)
 
 
-class OrtEngine:
-    """Runs one session.
+class OrtEngine(Engine):
+    """Runs a program, one session per graph.
 
     Args:
-        session: the session.
-        signature: how the host is called.
-        slots: slot inputs by public name.
+        parts: graph name -> its session.
         plans: slots of every site.
         base: reads base weights without the host.
         mode: ``"live"``, ``"fused"`` or ``"baked"``.
@@ -59,45 +76,101 @@ class OrtEngine:
     """
 
     target = "onnxruntime"
+    folder: Path
 
     def __init__(
         self,
         *,
-        session: ort.InferenceSession,
-        signature: CallSignature,
-        slots: Mapping[str, SlotInput],
+        parts: Mapping[str, Part],
         plans: Mapping[str, SitePlan],
         base: BaseReader,
         mode: str,
         folder: Path,
-        options: Any,
+        options: Options,
     ) -> None:
-        self.session, self.signature, self.slots, self.plans = session, signature, slots, fed(slots, plans)
+        self.parts = parts
+        self.slots = {name: slot for part in parts.values() for name, slot in part.slots.items()}
+        self.plans = fed(self.slots, plans)
         self.base, self.mode, self.folder, self.options = base, mode, folder, options
-        self.fused = mode == "fused"
         self.settles_alone = self.fused and options.settle == "background"
-        self.aux: dict[str, dict[str, Any]] = {}
-        self._outputs = [output.name for output in session.get_outputs()]
-        self._wanted = wanted(session)
-        self.buffers, self.memory = fused_buffers(self.plans, base) if self.fused else ({}, {})
         self._contiguous = WeakTensorKeyDictionary()
-        self._fixed = self.bind_tensors(self.memory) if self.fused else None
+        self.buffers, self.memory = fused_buffers(self.plans, base) if self.fused else ({}, {})
+        self._written = self._values(self.memory)
         self._holds = Snapshot(())
         # By snapshot, weakly: constants that can never serve again are let go.
         self._settled: weakref.WeakKeyDictionary[Snapshot, _Settled] = weakref.WeakKeyDictionary()
 
-    # --- the engine protocol -----------------------------------------------------------------------------------
+    # --- the engine's contract ---------------------------------------------------------------------------------
 
-    def bind(self, snapshot: Snapshot, slots: Mapping[str, SiteSlots]) -> Binding:
+    def bind(self, snapshot: Snapshot, slots: Mapping[str, SiteSlots]) -> Binding[Values]:
         """OrtValues over the slots' tensors; nothing is copied."""
-        if self.mode == "baked":
-            return self.bind_tensors({})
-        return self.bind_tensors(named_tensors(self.slots, self.plans, slots))
+        tensors = {} if self.mode == "baked" else named_tensors(self.slots, self.plans, slots)
+        return Binding(self, self._values(tensors))
 
-    def bind_tensors(self, tensors: Mapping[str, Tensor]) -> Binding:
-        """A binding from slot name -> tensor."""
+    @property
+    def written(self) -> Binding[Values]:
+        """The buffers that weights are written to."""
+        return Binding(self, self._written)
+
+    def activate(self, content: Values) -> None:
+        """Nothing: every call names its binding."""
+
+    def hold(self, snapshot: Snapshot) -> None:
+        """Remember it: constants that were made of it serve again."""
+        self._holds = snapshot
+
+    def settle(self) -> None:
+        """Make sessions with the present weights as constants; they serve calls while those are the active ones.
+
+        Raises:
+            Unavailable: no weight is bound.
+        """
+        snapshot = self._holds
+        if not self.fused:
+            raise Unavailable(
+                "only bound weights can settle, and this program binds none",
+                next_step="compile with mode='fused'",
+            )
+        if snapshot in self._settled:
+            return
+        sessions = {name: self._with_constants(name, part) for name, part in self.parts.items()}
+        if self._holds is snapshot:
+            self._settled[snapshot] = _Settled(sessions, self._values({}))
+
+    def _with_constants(self, name: str, part: Part) -> ort.InferenceSession:
+        constants = {slot: self.memory[slot] for slot in part.slots if slot in self.memory}
+        if not constants:
+            return part.session
+        home = home_of(self.folder, name)
+        return settled_session(home, constants, session_options(self.options), list(self.options.providers))
+
+    @property
+    def settled(self) -> bool:
+        """Whether calls run on constants now."""
+        return self._holds in self._settled
+
+    # --- calls -------------------------------------------------------------------------------------------------
+
+    def call(self, content: Values, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Answer:
+        """One call of a graph with a binding."""
+        part = self.parts[require_component(graph, self.parts)]
+        session, values = self._serving(part, graph, content)
+        given = part.signature.bind(args, kwargs)
+        as_numpy = all(isinstance(v, np.ndarray) for v in given.values())
+        outputs = [_answer(value, as_numpy) for value in _execute(part, graph, session, values, given)]
+        output, extra = part.signature.answer(outputs, kwargs)
+        return Answer(output, grouped_aux(extra, values.tensors))
+
+    def outputs(self, graph: str, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """A graph's outputs as it gives them, copied, for tensors in its slots and inputs by name."""
+        part = self.parts[graph]
+        values = _execute(part, graph, part.session, self._values(tensors), inputs)
+        return [torch.from_numpy(value.numpy().copy()) for value in values]
+
+    def _values(self, tensors: Mapping[str, Tensor]) -> Values:
+        """What is bound for slot name -> tensor."""
         held = {name: self._laid_out(tensor) for name, tensor in tensors.items()}
-        return Binding({name: aliased(tensor) for name, tensor in held.items()}, held, threading.local())
+        return Values({name: aliased(tensor) for name, tensor in held.items()}, held)
 
     def _laid_out(self, tensor: Tensor) -> Tensor:
         """The tensor as a session reads it; bindings that hold one tensor share one copy."""
@@ -108,98 +181,47 @@ class OrtEngine:
             copied = self._contiguous[tensor] = tensor.detach().contiguous()
         return copied
 
-    def activate(self, binding: Binding) -> None:
-        """Nothing: every call names its binding."""
-
-    def run(self, binding: Binding | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One call. Inputs and outputs are torch or numpy, as they came."""
-        session, binding = self._serving(binding)
-        given = self.signature.bind(args, kwargs)
-        as_numpy = all(isinstance(v, np.ndarray) for v in given.values())
-        values = [_answer(value, as_numpy) for value in self._execute(session, binding, given)]
-        output, extra = self.signature.answer(values)
-        self.aux = grouped_aux(extra, binding.tensors)
-        return output
-
-    def outputs(self, binding: Binding, given: Mapping[str, Tensor]) -> list[Tensor]:
-        """The program's outputs for its inputs by name, as it gives them, copied."""
-        return [torch.from_numpy(value.numpy().copy()) for value in self._execute(self.session, binding, given)]
-
-    def _execute(self, session: ort.InferenceSession, binding: Binding, given: Mapping[str, Any]) -> list[ort.OrtValue]:
-        io = _io(session, binding)
-        held = []
-        for name, value in given.items():
-            tensor = self._wanted[name].fit(value)
-            held.append(tensor)
-            io.bind_ortvalue_input(name, aliased(tensor))
-        io.clear_binding_outputs()
-        for name in self._outputs:
-            io.bind_output(name)
-        session.run_with_iobinding(io)
-        outputs: list[ort.OrtValue] = io.get_outputs()
-        io.clear_binding_outputs()
-        return outputs
-
-    def write(self, snapshot: Snapshot) -> int:
-        """Write merged weights into the buffers the session reads."""
-        written = 0
-        for path, buffer in self.buffers.items():
-            composed = snapshot.composed.get(path)
-            written += buffer.write(composed.change if composed is not None else None)
-        self._holds = snapshot
-        return written
-
-    def settle(self) -> None:
-        """Make a session with the present weights as constants; it serves calls while they are the active ones.
-
-        Raises:
-            Unavailable: no weight is bound.
-        """
-        snapshot, fixed = self._holds, self._fixed
-        if fixed is None:
-            raise Unavailable(
-                "only bound weights can settle, and this program binds none",
-                next_step="compile with mode='fused'",
-            )
-        if snapshot in self._settled:
-            return
-        session = settled_session(
-            self.folder, fixed.tensors, session_options(self.options), list(self.options.providers)
-        )
-        if self._holds is snapshot:
-            self._settled[snapshot] = _Settled(session, self.bind_tensors({}))
-
-    @property
-    def settled(self) -> bool:
-        """Whether calls run on constants now."""
-        return self._holds in self._settled
-
-    def _serving(self, binding: Binding | None) -> tuple[ort.InferenceSession, Binding]:
-        settled = self._settled.get(self._holds)
-        if binding is None and settled is not None:
-            return settled.session, settled.binding
-        chosen = binding if binding is not None else self._fixed
-        assert chosen is not None
-        return self.session, chosen
+    def _serving(self, part: Part, graph: str, values: Values) -> tuple[ort.InferenceSession, Values]:
+        settled = self._settled.get(self._holds) if values is self._written else None
+        return (part.session, values) if settled is None else (settled.sessions[graph], settled.values)
 
 
 @dataclass(frozen=True, eq=False)
 class _Settled:
-    """A session with constants, and a binding for it."""
+    """Sessions with constants by graph, and the values that are left to bind: none."""
 
-    session: ort.InferenceSession
-    binding: Binding
+    sessions: Mapping[str, ort.InferenceSession]
+    values: Values
 
 
-def _io(session: ort.InferenceSession, binding: Binding) -> Any:
-    """This thread's IOBinding with the slots bound."""
-    owned = getattr(binding.bindings, "io", None)
-    if owned is None or owned[0]() is not session:
+def _execute(
+    part: Part, graph: str, session: ort.InferenceSession, values: Values, given: Mapping[str, Any]
+) -> Sequence[ort.OrtValue]:
+    io = _io(part, graph, session, values)
+    held = []
+    for name, value in given.items():
+        tensor = part.wanted[name].fit(value)
+        held.append(tensor)
+        io.bind_ortvalue_input(name, aliased(tensor))
+    io.clear_binding_outputs()
+    for name in part.outputs:
+        io.bind_output(name)
+    session.run_with_iobinding(io)
+    outputs: Sequence[ort.OrtValue] = io.get_outputs()
+    io.clear_binding_outputs()
+    return outputs
+
+
+def _io(part: Part, graph: str, session: ort.InferenceSession, values: Values) -> Any:
+    """This thread's IOBinding of a graph with its slots bound."""
+    owned: dict[str, Any] = vars(values.own).setdefault("io", {})
+    if graph not in owned or owned[graph][0]() is not session:
         io = session.io_binding()
-        for name, value in binding.values.items():
-            io.bind_ortvalue_input(name, value)
-        binding.bindings.io = owned = (weakref.ref(session), io)
-    return owned[1]
+        for name in part.slots:
+            if name in values.values:
+                io.bind_ortvalue_input(name, values.values[name])
+        owned[graph] = (weakref.ref(session), io)
+    return owned[graph][1]
 
 
 def aliased(tensor: Tensor) -> ort.OrtValue:

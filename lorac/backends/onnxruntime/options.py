@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lorac.errors import UnknownOption
+from lorac.ir.engine import TargetOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(TargetOptions):
     """Options of the onnxruntime target.
 
     Attributes:
         threads: threads of one operator, 0 for ONNX Runtime's own choice.
         spinning: idle threads wait busily; faster alone, slower for everything else in the process.
-        aux: extra outputs to give, such as ``("router",)``; read them from ``compiled.aux``.
         self_test: check after emission that every slot is live (invariant 8).
         settle: ``"asked"``: weights settle when ``swap(..., settle=True)`` asks; ``"background"``: after every swap.
         providers: execution providers, best first.
@@ -22,13 +22,11 @@ class Options:
 
     threads: int = 0
     spinning: bool = False
-    aux: tuple[str, ...] = ()
     self_test: bool = True
     settle: str = "asked"
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
 
     def __post_init__(self) -> None:
-        for name in ("aux", "providers"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        TargetOptions.__post_init__(self)
         if self.settle not in {"asked", "background"}:
             raise UnknownOption(f"settle cannot be '{self.settle}'", nearest="asked, background")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import onnxruntime as ort
 
+from lorac.backends.onnxruntime.options import Options
 
-def session_options(options: Any) -> ort.SessionOptions:
+
+def session_options(options: Options) -> ort.SessionOptions:
     """ONNX Runtime's settings for the target's options."""
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = options.threads
@@ -17,6 +18,6 @@ def session_options(options: Any) -> ort.SessionOptions:
     return settings
 
 
-def new_session(path: Path, options: Any) -> ort.InferenceSession:
+def new_session(path: Path, options: Options) -> ort.InferenceSession:
     """A session over an emitted model."""
     return ort.InferenceSession(str(path), session_options(options), providers=list(options.providers))

@@ -22,16 +22,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, is_concrete_int
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from lorac.errors import CaptureFailed, Unavailable
+from lorac.errors import CaptureFailed
 from lorac.ir.graph import ops
+from lorac.ir.graph.axes import axis_names
+from lorac.ir.graph.edit import qualified
 from lorac.ir.graph.example_inputs import CAPTURED, Inputs, default_inputs, default_shapes, is_hugging_face, widened
-from lorac.ir.host.components import Models
+from lorac.ir.graph.graph import Graph
 from lorac.ir.host.copying import structural_copy
 from lorac.ir.host.layers import Forward, calls_below, is_plain, with_below
-from lorac.ir.host.sites import is_conv1d_of_gpt2
+from lorac.ir.host.sites import Site, is_conv1d_of_gpt2
 from lorac.ir.slots.reads import first_tensor, replace_first
+from lorac.ir.slots.site import SitePlan
 
 _LOCK = threading.RLock()  # tracing swaps attributes of torch and of transformers' classes for the whole process
 _MACHINERY = frozenset({os.path.abspath(__file__), os.path.abspath(ops.__file__)})
@@ -40,17 +43,18 @@ _STDLIB = sysconfig.get_paths()["stdlib"]
 
 
 # ── The sites ────────────────────────────────────────────────────────────────────────────────────────────────────────
-def mark(model: nn.Module, blocks: Collection[str] = ()) -> list[str]:
+def mark(model: nn.Module, blocks: Collection[str] = (), prefix: str = "") -> list[str]:
     """Make every site of ``model`` (a structural copy) call its op, in place; return the paths of the sites.
 
     Args:
         model: the copy.
         blocks: paths of modules whose exits are marked too.
+        prefix: what the sites' paths begin with, where the model is one component of several.
 
     Raises:
         CaptureFailed: ``blocks`` names no module of the model.
     """
-    modules = dict(model.named_modules())
+    modules = {f"{prefix}{path}": module for path, module in model.named_modules()}
     if unknown := sorted(set(blocks) - modules.keys()):
         raise CaptureFailed(f"the model has no module {unknown[0]!r} to mark as a block")
     sites = []
@@ -132,6 +136,7 @@ def export(
     dynamic_shapes: Any = None,
     *,
     blocks: Collection[str] = (),
+    prefix: str = "",
 ) -> ExportedProgram:
     """Capture ``model`` in eval mode, each call of a site one ``lorac`` node whose last argument is the site's path.
 
@@ -140,17 +145,12 @@ def export(
         example_inputs: what forward is called with; None makes them (``default_inputs``).
         dynamic_shapes: as ``torch.export`` takes them; None means batch, and length for text.
         blocks: paths of modules whose exits are marked too.
+        prefix: what the paths of its modules and tensors begin with, where it is one component of several.
 
     Raises:
         ExampleInputsNeeded: there are no inputs and none can be made.
         CaptureFailed: the model does not trace; the message names the line that does not.
-        Unavailable: they are several models.
     """
-    if isinstance(model, Models):
-        raise Unavailable(
-            f"several models ({', '.join(model)}) compile together for eager alone, and have no one graph",
-            next_step="compile each of them by itself",
-        )
     given = default_inputs(model) if example_inputs is None else example_inputs
     inputs = _by_name(model, given) if isinstance(given, Mapping) or is_hugging_face(model) else given
     with _LOCK, torch.no_grad(), torch.random.fork_rng(devices=[]), _no_fast_path():
@@ -158,17 +158,43 @@ def export(
             host = structural_copy(model, share_buffers=True).eval()
         except Exception as error:
             raise CaptureFailed(f"{type(model).__name__} cannot be copied: {error}") from error
-        mark(host, blocks)
+        mark(host, blocks, prefix)
         attempts = [(inputs, dynamic_shapes)] if dynamic_shapes is not None else _attempts(model, inputs)
         for tried, shapes in attempts:
             try:
-                return _trace(host, tried, shapes)
+                return qualified(_trace(host, tried, shapes), prefix)
             except Exception as error:
                 cause = error
                 if not _is_about_shapes(error):
                     break
         failure = _failure(host, tried, shapes, cause)
     raise failure from cause
+
+
+def capture(
+    name: str,
+    model: nn.Module,
+    inputs: Any,
+    dynamic_shapes: Any,
+    *,
+    sites: Mapping[str, Site],
+    plans: Mapping[str, SitePlan],
+    blocks: Collection[str] = (),
+    prefix: str = "",
+) -> Graph:
+    """A model as a graph at level host; what it may raise, ``export`` says.
+
+    Args:
+        name: the graph's name.
+        model, inputs, dynamic_shapes, blocks, prefix: as ``export`` takes them.
+        sites, plans: the host's, of which the graph keeps those of this model.
+    """
+    exported = export(model, inputs, dynamic_shapes, blocks=blocks, prefix=prefix)
+    given = default_inputs(model) if inputs is None else inputs
+    named = _by_name(model, given)
+    shapes = default_shapes(model, named) if dynamic_shapes is None else _by_name(model, dynamic_shapes)
+    own = {path: plan for path, plan in plans.items() if path.startswith(prefix)}
+    return Graph(name, exported, sites, own, axes=axis_names(exported, shapes))
 
 
 def _trace(host: nn.Module, inputs: Any, shapes: Any) -> ExportedProgram:
@@ -315,17 +341,3 @@ def node_line(node: torch.fx.Node) -> str | None:
     """``file:line: code`` of the innermost line of the model that made ``node``; None where torch recorded none."""
     entries = re.findall(r'File "(.+?)", line (\d+), in .*\n\s*(.*)', node.meta.get("stack_trace") or "")
     return next((f"{f}:{line}: {code}" for f, line, code in reversed(entries) if _is_model_file(f)), None)
-
-
-def fixed_axes(program: ExportedProgram, dynamic_shapes: Mapping[str, Any]) -> dict[str, dict[int, int]]:
-    """The axes that were asked to be dynamic and that the model fixed: input -> axis -> size.
-
-    ``Dim.AUTO`` is silent about it.
-    """
-    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
-    fixed: dict[str, dict[int, int]] = {}
-    for name, axes in dynamic_shapes.items():
-        if isinstance(value := values.get(name), Tensor) and isinstance(axes, Mapping):
-            sizes = {axis: int(size) for axis in axes if is_concrete_int(size := value.shape[axis])}
-            fixed |= {name: sizes} if sizes else {}
-    return fixed

@@ -114,6 +114,30 @@ def drop_unused_state(program: ExportedProgram) -> list[str]:
     return dropped
 
 
+def qualified(program: ExportedProgram, prefix: str) -> ExportedProgram:
+    """The program of a component, its modules and tensors called as the whole calls them; edited in place.
+
+    Args:
+        program: as captured from the component alone.
+        prefix: the component's name and a dot; nothing to do where it is empty.
+    """
+    if not prefix:
+        return program
+    for held in (program.state_dict, program.constants):
+        for name in list(held):
+            held[f"{prefix}{name}"] = held.pop(name)
+    for spec in (*program.graph_signature.input_specs, *program.graph_signature.output_specs):
+        if spec.target is not None:
+            spec.target = f"{prefix}{spec.target}"
+    for node in program.graph.nodes:
+        stack = node.meta.get("nn_module_stack")
+        if stack:
+            node.meta["nn_module_stack"] = {
+                key: (f"{prefix}{path}".removesuffix("."), *rest) for key, (path, *rest) in stack.items()
+            }
+    return program
+
+
 def inline(
     program: ExportedProgram,
     node: fx.Node,

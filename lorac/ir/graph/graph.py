@@ -76,6 +76,7 @@ class Graph:
         slots: slot inputs by public name, in input order.
         packs: name -> sites that share one x·A.
         extra_outputs: names of outputs added behind the host's own (``aux``).
+        axes: torch's symbols for sizes that vary -> their names.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Graph:
     slots: dict[str, SlotInput] = field(default_factory=dict)
     packs: dict[str, PackedSites] = field(default_factory=dict)
     extra_outputs: list[str] = field(default_factory=list)
+    axes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def fx(self) -> torch.fx.Graph:

@@ -1,18 +1,42 @@
-"""The structure of the host's output, as JSON and back."""
+"""The structure of the host's output: the names of its tensors, and the structure as JSON and back."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from torch.utils import _pytree as pytree
 
 _LEAF = "*"
+_TRUSTED = {"transformers": "transformers.utils.generic:ModelOutput", "diffusers": "diffusers.utils.outputs:BaseOutput"}
+"""Package -> the base of its output classes. They are restored from here alone: a module's import runs its code."""
+
+OUTPUT = "output"
+"""What an output is called that the model gives no name: a lone tensor; those of a tuple add their place."""
 
 
-_TRUSTED = "transformers."
-"""Output classes are restored from here alone: a module's import runs its code."""
+def output_names(spec: pytree.TreeSpec, inputs: Collection[str]) -> tuple[str, ...]:
+    """A name for every tensor of the host's output: its own where it has one (``logits``), parts joined by dots.
+
+    Args:
+        spec: the output's structure.
+        inputs: names of the program's inputs, which an output of the same name must not take.
+    """
+    names = [".".join(keys) for keys in _places(spec)]
+    named = [name if name and not name[0].isdigit() else f"{OUTPUT}.{name}".removesuffix(".") for name in names]
+    return tuple(f"{name}.{OUTPUT}" if name in inputs else name for name in named)
+
+
+def _places(spec: pytree.TreeSpec) -> Iterator[tuple[str, ...]]:
+    """The keys and indices that lead to each leaf."""
+    if spec.is_leaf():
+        yield ()
+        return
+    children = spec.children()
+    keys = spec.context if _names_children(spec.context, len(children)) else range(len(children))
+    for key, child in zip(keys, children, strict=True):
+        yield from ((str(key), *place) for place in _places(child))
 
 
 def spec_to_json(spec: Any) -> Any:
@@ -28,7 +52,7 @@ def spec_to_json(spec: Any) -> Any:
         return {"type": "tuple", "children": children}
     named = {"type": "mapping", "names": list(spec.context), "children": children}
     cls = f"{spec.type.__module__}.{spec.type.__qualname__}"
-    return {**named, "class": cls} if cls.startswith(_TRUSTED) else named
+    return {**named, "class": cls} if cls.partition(".")[0] in _TRUSTED else named
 
 
 def spec_from_json(stored: Any) -> Any:
@@ -46,21 +70,25 @@ def spec_from_json(stored: Any) -> Any:
 
 
 def output_class(name: str | None) -> type:
-    """An output class of transformers by its import path; a dict where there is none, or it is something else.
+    """An output class of a trusted library by its import path; a dict where there is none, or it is something else.
 
-    Only modules of transformers are imported, and only a subclass of its ModelOutput is taken, so an artefact cannot
+    Only modules of those libraries are imported, and only a subclass of their own base is taken, so an artefact cannot
     name code to run.
     """
-    if name is None or not name.startswith(_TRUSTED) or not all(part.isidentifier() for part in name.split(".")):
+    package = (name or "").partition(".")[0]
+    if name is None or package not in _TRUSTED or not all(part.isidentifier() for part in name.split(".")):
         return dict
-    module, _, attribute = name.rpartition(".")
     try:
-        from transformers.utils.generic import ModelOutput
-
-        found = getattr(importlib.import_module(module), attribute, None)
+        base, found = (_imported(path) for path in (_TRUSTED[package], ":".join(name.rsplit(".", 1))))
     except ImportError:
         return dict
-    return found if isinstance(found, type) and issubclass(found, ModelOutput) else dict
+    return found if isinstance(found, type) and issubclass(found, base) else dict
+
+
+def _imported(path: str) -> Any:
+    """``module:attribute``; None where the module has none of that name."""
+    module, _, attribute = path.partition(":")
+    return getattr(importlib.import_module(module), attribute, None)
 
 
 def _names_children(context: Any, count: int) -> bool:

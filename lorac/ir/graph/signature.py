@@ -13,7 +13,10 @@ from torch.utils import _pytree as pytree
 from lorac.errors import ChoiceError, nearest_name
 from lorac.ir.graph.example_inputs import fixed_arguments, positional_arguments
 from lorac.ir.graph.graph import Graph
-from lorac.ir.graph.outputs import spec_from_json, spec_to_json
+from lorac.ir.graph.outputs import output_names, spec_from_json, spec_to_json
+
+AS_TUPLE = "return_dict"
+"""The argument by which models of transformers and diffusers are asked for a tuple: only the output's kind changes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +27,7 @@ class CallSignature:
         inputs: names of the program's inputs, in order.
         arguments: names of the host's arguments, in the order of positional calls.
         out_spec: pytree of the host's output; None where only names are known.
-        outputs: names of the program's outputs, the host's own first.
+        outputs: names of the program's outputs, the host's own first: the model's names for them.
         extra: names of the extra outputs behind them.
         fixed: arguments that are no tensors, and what they were when the host was captured.
     """
@@ -63,19 +66,28 @@ class CallSignature:
                 nearest=nearest_name(name, self.inputs) or ", ".join(self.inputs),
                 next_step="give it in example_inputs= when compiling",
             )
+        if name == AS_TUPLE and self.fixed[name] and value is False:
+            return
         if isinstance(value, torch.Tensor | np.ndarray) or value != self.fixed[name]:
             raise ChoiceError(
                 f"the program was captured with {name}={self.fixed[name]!r}, and cannot take {name}={value!r}",
                 next_step="leave it out, or set it in the model's configuration before compiling",
             )
 
-    def answer(self, values: list[Any]) -> tuple[Any, dict[str, Any]]:
-        """The host's output object, and the extra outputs by name."""
+    def answer(self, values: list[Any], asked: Mapping[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """The host's output object, and the extra outputs by name.
+
+        Args:
+            values: the program's outputs, in order.
+            asked: the call's keyword arguments; ``return_dict=False`` among them gets a tuple, as from the host.
+        """
         own = values[: len(values) - len(self.extra)]
         extra = dict(zip(self.extra, values[len(own) :], strict=True))
         if self.out_spec is None:
             return dict(zip(self.outputs, own, strict=False)), extra
-        return pytree.tree_unflatten(own, self.out_spec), extra
+        output = pytree.tree_unflatten(own, self.out_spec)
+        as_tuple = isinstance(output, Mapping) and (asked or {}).get(AS_TUPLE, True) is False
+        return tuple(v for v in output.values() if v is not None) if as_tuple else output, extra
 
     def _default(self, name: str, given: Mapping[str, Any]) -> Any:
         """An attention mask may be left out, as the host allows: it is all ones."""
@@ -106,7 +118,7 @@ class CallSignature:
         return cls(
             inputs=inputs,
             arguments=inputs if host is None else positional_arguments(host, inputs),
-            outputs=tuple(str(name) for name in exported.graph_signature.user_outputs),
+            outputs=(*output_names(spec, inputs), *graph.extra_outputs),
             out_spec=spec,
             extra=tuple(graph.extra_outputs),
             fixed={} if host is None else fixed_arguments(host),

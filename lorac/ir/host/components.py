@@ -2,27 +2,53 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 from torch import nn
 
-from lorac.errors import ChoiceError, nearest_name
+from lorac.errors import ChoiceError, UnknownOption, nearest_name
+
+MAIN = "main"
+"""What the only graph of a single model is called."""
 
 
-class Models(nn.ModuleDict):
-    """Models by name; paths of sites begin with it. Called with the name of one, then as that one is."""
+class Components(nn.ModuleDict):
+    """Models by name; paths of sites begin with it. It is not called itself: each of them is, by its name.
 
-    def forward(self, model: str, /, *args: Any, **kwargs: Any) -> Any:
-        """What the model of that name answers.
+    Raises:
+        UnknownOption: a name that cannot begin a path or name a folder.
+    """
 
-        Raises:
-            ChoiceError: there is none.
-        """
-        if not isinstance(model, str) or model not in self:
-            what = f"'{model}'" if isinstance(model, str) else f"a {type(model).__name__}"
-            raise ChoiceError(
-                f"{what} is the name of none of these models",
-                nearest=nearest_name(str(model), self) or ", ".join(self),
-                next_step=f"call one of them: compiled['{next(iter(self), '')}'](...)",
-            )
-        return self[model](*args, **kwargs)
+    def __init__(self, models: Mapping[str, nn.Module]) -> None:
+        for name in models:
+            if not name.isidentifier():
+                raise UnknownOption(f"'{name}' cannot name a component", next_step="names are letters, digits and _")
+        super().__init__(dict(models))
+
+
+def components_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Graph name -> the model that is captured as that graph."""
+    return dict(model.items()) if isinstance(model, Components) else {MAIN: model}
+
+
+def prefix_of(model: nn.Module, name: str) -> str:
+    """What the paths of a component begin with: its name and a dot, nothing for a single model."""
+    return f"{name}." if isinstance(model, Components) else ""
+
+
+def require_component(name: object, known: Mapping[str, object]) -> str:
+    """The name, if it is that of a component.
+
+    Raises:
+        ChoiceError: there is no such component, or there are none.
+    """
+    if isinstance(name, str) and name in known:
+        return name
+    if MAIN in known:
+        raise ChoiceError(f"a single model has no component {name!r}", next_step="call it as it is: compiled(...)")
+    what = "several models were compiled together, and which to call is not said"
+    raise ChoiceError(
+        what if name == MAIN else f"{name!r} is the name of no component",
+        nearest=nearest_name(str(name), known) or ", ".join(known),
+        next_step=f"call one of them: compiled['{next(iter(known))}'](...)",
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lorac.errors import AdapterNotFound, ChoiceError, nearest_name
 
@@ -26,6 +27,10 @@ Choice = tuple[tuple[str, Active], ...]
 """Active adapters sorted by name; () is the base. Mixtures are summed in this order, whoever wrote them how."""
 
 Spec = str | Mapping[str, "float | Active"] | None
+
+
+UNSET: Any = object()
+"""No choice was given: use the active one."""
 
 
 def parse_choice(spec: Spec, known: Collection[str]) -> Choice:

@@ -12,9 +12,9 @@ from torch import fx
 from lorac.errors import VerificationFailed
 from lorac.ir.graph import ops
 from lorac.ir.graph.graph import Graph, Level
+from lorac.ir.graph.passes import Outcome, Pass
 from lorac.ir.graph.verify import verify
-from lorac.passes.base import Outcome, Pass
-from lorac.passes.pipelines import adapt, run_pipeline
+from lorac.passes.pipelines import lowering, run_pipeline
 from tests.captured import capture, lower
 
 aten = torch.ops.aten
@@ -23,7 +23,7 @@ aten = torch.ops.aten
 def _at(level: Level) -> Graph:
     """A graph at a level."""
     graph = capture("plain_mlp").graph
-    for step in adapt():
+    for step in lowering():
         if graph.level is level:
             return graph
         run_pipeline(graph, [step])
@@ -132,7 +132,7 @@ class Broken(Pass):
 
 def test_it_runs_after_every_pass() -> None:
     graph = capture("plain_mlp").graph
-    pack, *others = adapt()
+    pack, *others = lowering()
     with pytest.raises(VerificationFailed, match="after 'broken'"):
         run_pipeline(graph, [pack, Broken(), *others])
 

@@ -1,66 +1,28 @@
-"""Attention as ONNX Runtime computes it in few ops: the products with their softmax, and rotary positions.
+"""Ops of ONNX Runtime's own for what torch writes in many: rotary positions and RMS norms.
 
-torch's exporter writes the key's transposition as three ops and looks for NaN after each softmax, which its finite mask
-never makes; together with rotary positions, seven ops a use, that is half of the nodes of a Llama.
+Rotary positions are seven ops a use, of which a Llama has two a layer. RMS norms become one op here: ONNX Runtime's own
+fusion looks for a quotient, where torch has a product with ``rsqrt``.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import onnx_ir as ir
-from onnxscript import opset18
+from onnxscript import rewriter
 from onnxscript.rewriter import pattern
-
-op: Any = opset18  # typed for tensors alone, where its tracer takes numbers too
-
-
-def attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
-    """``aten.scaled_dot_product_attention`` outside training: a row that attends to nothing answers 0, as in torch."""
-    rank, scale = len(query.shape), 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    if enable_gqa:
-        key, value = (_repeated(kept, query.shape[1]) for kept in (key, value))
-    if is_causal:
-        attn_mask = op.GreaterOrEqual(op.Unsqueeze(_positions(query), [1]), _positions(key))
-    transposed = op.Transpose(key, perm=[*range(rank - 2), rank - 1, rank - 2])
-    scores = op.MatMul(op.Mul(query, _scalar(scale, query)), transposed)
-    if attn_mask is None:
-        return op.MatMul(op.Softmax(scores, axis=-1), value)
-    zero, lowest = _scalar(0.0, query), _scalar(query.dtype.min, query)
-    if is_causal or attn_mask.dtype == ir.DataType.BOOL:
-        hidden = op.Where(attn_mask, zero, lowest)
-        attends = op.Cast(op.ReduceMax(op.Cast(attn_mask, to=ir.DataType.INT32), [-1]), to=ir.DataType.BOOL)
-    else:
-        hidden = attn_mask
-        attends = op.Greater(op.ReduceMax(attn_mask, [-1]), _scalar(-math.inf, query))
-    answered = op.MatMul(op.Softmax(op.Add(scores, hidden), axis=-1), value)
-    return answered if is_causal else op.Where(attends, answered, zero)
+from onnxscript.rewriter.ort_fusions.rms_normalization import rms_normalization_rules
 
 
-def _scalar(number: float, like: Any) -> Any:
-    return op.Constant(value=ir.tensor(number, dtype=like.dtype))
+def fuse_rms_norms(model: ir.Model) -> None:
+    """RMS norms as ``SimplifiedLayerNormalization``, in place."""
+    rewriter.RewritePass(rms_normalization_rules)(model)
 
 
-def _positions(rows: Any) -> Any:
-    zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
-    return op.Range(zero, op.Squeeze(op.Shape(rows, start=-2, end=-1)), one)
-
-
-def _repeated(kept: Any, heads: int) -> Any:
-    """Every head of (batch, kept heads, length, size) as often as ``heads`` queries share it."""
-    _, shared, _, size = kept.shape
-    repeated = op.Expand(op.Unsqueeze(kept, [2]), [1, 1, heads // shared, 1, 1])
-    return op.Reshape(repeated, [0, heads, -1, size])
+def fuse_rotary_positions(model: ir.Model) -> None:
+    """Rotary positions as ``com.microsoft::RotaryEmbedding``, in place."""
+    rules = pattern.RewriteRuleSet([_Rotary.rule()])  # type: ignore[no-untyped-call]  # onnxscript's own
+    rewriter.RewritePass(rules)(model)
 
 
 class _Rotary(pattern.RewriteRuleClassBase):
@@ -68,6 +30,7 @@ class _Rotary(pattern.RewriteRuleClassBase):
 
     def __init__(self) -> None:
         super().__init__(name="RotaryEmbedding", remove_nodes=False)  # others use the angles too
+        self._shared: dict[tuple[ir.Value, str], Any] = {}
 
     def pattern(self, op: Any, x: Any, cos: Any, sin: Any, zero: Any, half: Any, also_half: Any, end: Any) -> Any:
         first, second = op.Slice(x, zero, half, [3], [1]), op.Slice(x, also_half, end, [3], [1])
@@ -94,13 +57,22 @@ class _Rotary(pattern.RewriteRuleClassBase):
         zero, two, last = (op.Constant(value_ints=[number]) for number in (0, 2, half))
         flat = op.Constant(value_ints=[-1, half])
         tables = [op.Reshape(op.Slice(table, zero, last, two), flat) for table in (cos, sin)]
-        return op.RotaryEmbedding(x, _rows(op, cos), *tables, interleaved=0, _domain="com.microsoft", _version=1)
+        rows = self._shared_rows(op, x, cos) if cos.shape[0] == 1 else _own_rows(op, cos)
+        return op.RotaryEmbedding(x, rows, *tables, interleaved=0, _domain="com.microsoft", _version=1)
+
+    def _shared_rows(self, op: Any, x: Any, table: Any) -> Any:
+        """Positions (batch, length) from 0 on, the same in every row; made once for all heads and layers of a table."""
+        key = (table, str(x.shape[0]))
+        if key not in self._shared:
+            zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
+            length = op.Shape(table, start=1, end=2)
+            positions = op.Range(zero, op.Squeeze(length), one)
+            self._shared[key] = op.Expand(positions, op.Concat(op.Shape(x, start=0, end=1), length, axis=0))
+        return self._shared[key]
 
 
-def _rows(op: Any, table: Any) -> Any:
-    """Which row of the flattened table each position has: those from 0 on, where all of a batch share them."""
-    if table.shape[0] == 1:
-        return op.Constant(value_ints=[0])
+def _own_rows(op: Any, table: Any) -> Any:
+    """Positions (batch, length) as rows of the flattened table, of which every row of the batch has its own."""
     shape = op.Shape(table, start=0, end=2)
     zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
     return op.Reshape(op.Range(zero, op.ReduceProd(shape, keepdims=0), one), shape)
@@ -121,6 +93,3 @@ def _repeats(value: ir.Value) -> bool:
         return halves and node.inputs[0] is node.inputs[1]
     scalars = all(v is not None and v.shape is not None and v.shape.dims in ((), (1,)) for v in node.inputs[1:])
     return node.op_type in ("Cos", "Sin", "Cast", "Identity", "Mul") and scalars and _repeats(node.inputs[0])
-
-
-rotary_rules = pattern.RewriteRuleSet([_Rotary.rule()])  # type: ignore[no-untyped-call]  # onnxscript's own

@@ -7,22 +7,25 @@ noise the session answers as the captured program does, and with the old tensors
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
 
 import onnx_ir as ir
 import torch
 from torch.utils import _pytree as pytree
 
-from lorac.backends.onnxruntime.emit import MODEL
-from lorac.backends.onnxruntime.engine import Binding, OrtEngine
+from lorac.backends.onnx.checks import check_constants, check_inputs, failed, same
+from lorac.backends.onnx.files import MODEL, home_of
 from lorac.errors import SelfTestFailed
 from lorac.ir.graph.edit import KEYWORD
 from lorac.ir.graph.feeds import named_tensors
-from lorac.ir.graph.graph import Graph
+from lorac.ir.graph.graph import Graph, SlotInput
 from lorac.ir.graph.interp import outputs_of
+from lorac.ir.graph.program import Program
 from lorac.ir.host.sites import BaseReader
+from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.site import BranchFill, SitePlan, SiteSlots
 from lorac.ir.slots.snapshot import Snapshot, slots_of
@@ -40,24 +43,64 @@ _SMALL = 4
 """Tensors of fewer values are equal by chance."""
 
 
-def self_test(engine: OrtEngine, graph: Graph, snapshot: Snapshot) -> None:
+class Emitted(Protocol):
+    """An engine over emitted models, as far as it is tried here.
+
+    Attributes:
+        mode, folder, base: as ``lorac.ir.engine.Engine``'s.
+    """
+
+    mode: str
+    folder: Path
+    base: BaseReader
+
+    @property
+    def plans(self) -> Mapping[str, SitePlan]:
+        """Slots of the sites that the program reaches."""
+
+    @property
+    def slots(self) -> Mapping[str, SlotInput]:
+        """Slot inputs of all graphs by public name."""
+
+    @property
+    def buffers(self) -> Mapping[str, FusedBuffer]:
+        """Fused mode: the weights that the program reads, by site path."""
+
+    @property
+    def memory(self) -> Mapping[str, Tensor]:
+        """Fused mode: slot -> the memory that its weight is written to."""
+
+    @property
+    def fused(self) -> bool:
+        """Whether weights are written in place."""
+
+    def write(self, snapshot: Snapshot) -> int:
+        """Make the weights hold a snapshot."""
+
+    def outputs(self, graph: str, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """A graph's outputs for tensors in its slots and inputs by name."""
+
+
+def self_test(engine: Emitted, program: Program, snapshot: Snapshot) -> None:
     """Check an engine against the program it was emitted from.
 
     Args:
         engine: as built.
-        graph: the lowered program, with its weights.
+        program: the lowered program, with its weights.
         snapshot: what the slots hold at first; what a baked engine holds.
 
     Raises:
         SelfTestFailed: naming the slots.
     """
-    model = ir.load(engine.folder / MODEL)
-    check_inputs(model, [] if engine.mode == "baked" else list(engine.slots), list(engine.slots))
+    baked = engine.mode == "baked"
     with torch.no_grad():
         contents = (_Written if engine.fused else _Bound)(engine, snapshot)
-        if engine.mode != "baked":
-            check_constants(model, _changed(contents.old(), contents.idle))
-        _Comparison(engine, graph, contents).check()
+        for name, graph in program.graphs.items():
+            model = ir.load(home_of(engine.folder, name) / MODEL)
+            check_inputs(model, [] if baked else list(graph.slots), list(graph.slots))
+            if not baked:
+                check_constants(model, _changed(_part(contents.old(), graph), contents.idle))
+            _Comparison(engine, program, name, contents).check()
         contents.leave()
 
 
@@ -70,7 +113,7 @@ class _Bound:
         snapshot: what the slots hold at first.
     """
 
-    def __init__(self, engine: OrtEngine, snapshot: Snapshot) -> None:
+    def __init__(self, engine: Emitted, snapshot: Snapshot) -> None:
         self.engine = engine
         self._slots = slots_of(engine.plans, Snapshot(()), engine.base)
         self._idle = self._named(self._slots)
@@ -98,7 +141,7 @@ class _Bound:
 class _Written(_Bound):
     """Weights in the engine's own memory, which are tried there: a second copy of them all would be large."""
 
-    def __init__(self, engine: OrtEngine, snapshot: Snapshot) -> None:
+    def __init__(self, engine: Emitted, snapshot: Snapshot) -> None:
         self.engine, self._snapshot = engine, snapshot
 
     def idle(self, name: str) -> Tensor:
@@ -125,83 +168,16 @@ class _Written(_Bound):
         self.engine.write(Snapshot(()))
 
 
-# ── Statically ───────────────────────────────────────────────────────────────────────────────────────────────────────
-def check_inputs(model: ir.Model, slots: Collection[str], known: Collection[str]) -> None:
-    """Every slot is an input, no initializer, and reaches an output; of the known slots no other is an input."""
-    inputs = {str(value.name): value for value in model.graph.inputs}
-    folded = [s for s in slots if s not in inputs or s in model.graph.initializers]
-    if folded:
-        raise _failed(folded, "became constants")
-    stray = [s for s in known if s not in slots and s in inputs]
-    if stray:
-        raise _failed(stray, "are inputs of a baked program still")
-    live = _live(model)
-    dead = [s for s in slots if id(inputs[s]) not in live]
-    if dead:
-        raise _failed(dead, "reach no output")
-
-
-def check_constants(model: ir.Model, contents: Mapping[str, Tensor]) -> None:
-    """No constant of the model holds what a slot holds, as it is or transposed."""
-    by_size: dict[int, list[tuple[str, Tensor]]] = defaultdict(list)
-    for name, tensor in contents.items():
-        by_size[tensor.numel()].append((name, tensor))
-    for constant in _constants(model):
-        candidates = by_size.get(int(constant.size), [])
-        if not candidates or constant.dtype not in {ir.DataType.FLOAT, ir.DataType.DOUBLE}:
-            continue
-        value = torch.from_numpy(constant.numpy().copy()).flatten()
-        copied = [n for n, t in candidates if _same(value, t) or (t.dim() == 2 and _same(value, t.t()))]
-        if copied:
-            raise _failed(copied, "were copied into a constant")
-
-
-def _live(model: ir.Model) -> set[int]:
-    """Values from which a path leads to an output; what a nested graph reads, its node reads."""
-    live: set[int] = set()
-    todo = [value for value in model.graph.outputs]
-    while todo:
-        value = todo.pop()
-        if value is None or id(value) in live:
-            continue
-        live.add(id(value))
-        producer = value.producer()
-        if producer is not None:
-            todo.extend(v for v in producer.inputs if v is not None)
-            todo.extend(v for node in _nested(producer) for v in node.inputs if v is not None)
-    return live
-
-
-def _nested(node: ir.Node) -> Iterator[ir.Node]:
-    for attribute in node.attributes.values():
-        graphs = [attribute.value] if attribute.type == ir.AttributeType.GRAPH else []
-        for graph in graphs:
-            yield from graph.all_nodes()
-
-
-def _constants(model: ir.Model) -> Iterator[ir.TensorProtocol]:
-    for value in model.graph.initializers.values():
-        if value.const_value is not None:
-            yield value.const_value
-    for node in model.graph.all_nodes():
-        if node.op_type == "Constant" and "value" in node.attributes:
-            yield node.attributes["value"].as_tensor()
-
-
 def _changed(tensors: Mapping[str, Tensor], idle: Callable[[str], Tensor]) -> dict[str, Tensor]:
     """Slots whose content is telling: not the base's own, and not the same value throughout."""
     return {
         name: tensor
         for name, tensor in tensors.items()
         if tensor.numel() >= _SMALL
-        and not _same(tensor, idle(name))
+        and not same(tensor, idle(name))
         and bool((tensor != tensor.flatten()[0]).any())
         and tensor.is_floating_point()
     }
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.numel() == other.numel() and torch.equal(one.flatten(), other.flatten())
 
 
 # ── Dynamically ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -210,37 +186,38 @@ class _Comparison:
 
     Args:
         engine: the emitted program.
-        graph: the captured one.
+        program: the captured one.
+        name: which of its graphs.
         contents: what the slots can hold.
     """
 
-    def __init__(self, engine: OrtEngine, graph: Graph, contents: _Bound) -> None:
-        self.engine, self.graph, self.contents = engine, graph, contents
-        self.inputs = example_inputs(graph, engine.signature.inputs)
+    def __init__(self, engine: Emitted, program: Program, name: str, contents: _Bound) -> None:
+        self.engine, self.graph, self.contents = engine, program.graphs[name], contents
+        self.inputs = example_inputs(self.graph, program.signatures[name].inputs)
 
     def check(self) -> None:
         """Both runs; where the first fails, find the slots."""
-        engine, contents = self.engine, self.contents
-        if engine.mode == "baked":
+        slots, contents = list(self.graph.slots), self.contents
+        if self.engine.mode == "baked":
             if self._differs(contents.old()):
-                raise _failed(list(engine.slots), "do not hold what was baked into them")
+                raise failed(slots, "do not hold what was baked into them")
             return
-        before = self._run(engine.bind_tensors(contents.old()))
+        before = self._run(contents.old())
         noise = contents.noise()
         if self._differs(noise):
-            raise self._diagnosed(noise)
-        after = self._run(engine.bind_tensors(contents.old()))
+            raise self._diagnosed(_part(noise, self.graph))
+        after = self._run(contents.old())
         if not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
-            raise _failed(list(engine.slots), "keep traces of what was in them: the old tensors give other bits")
+            raise failed(slots, "keep traces of what was in them: the old tensors give other bits")
 
-    def _run(self, binding: Binding) -> list[Tensor]:
-        return self.engine.outputs(binding, self.inputs)
+    def _run(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        return self.engine.outputs(self.graph.name, _part(tensors, self.graph), self.inputs)
 
     def _differs(self, tensors: Mapping[str, Tensor]) -> bool:
         baked = self.engine.mode == "baked"
         expected = outputs_of(self.graph, self.inputs, tensors)
         try:
-            found = self._run(self.engine.bind_tensors({} if baked else tensors))
+            found = self._run({} if baked else tensors)
         except Exception:  # shapes that do not fit: the slot feeds something else
             return True
         return any(_apart(y, ref) for y, ref in zip(found, expected, strict=True))
@@ -253,22 +230,27 @@ class _Comparison:
         """
         mute = [name for name in noise if not self._matters(name, noise)]
         if mute:
-            return _failed(mute, "change nothing")
+            return failed(mute, "change nothing")
         common = _common(noise)
         wrong = [name for name in noise if self._differs({**common, name: _other(common[name])})]
         if self._differs(common) or not wrong:
-            return _failed(list(noise), "give other answers than in the captured program")
-        return _failed(wrong, "are exchanged")
+            return failed(list(noise), "give other answers than in the captured program")
+        return failed(wrong, "are exchanged")
 
     def _matters(self, name: str, noise: Mapping[str, Tensor]) -> bool:
         if not noise[name].is_floating_point():
             return True
         changed = {**noise, name: _other(noise[name])}
         try:
-            one, two = (self._run(self.engine.bind_tensors(tensors)) for tensors in (noise, changed))
+            one, two = (self._run(tensors) for tensors in (noise, changed))
         except Exception:  # as above: then it matters, to something else
             return True
         return any(not torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def _part(tensors: Mapping[str, Tensor], graph: Graph) -> dict[str, Tensor]:
+    """Of the tensors of all slots those of one graph's."""
+    return {name: tensors[name] for name in graph.slots if name in tensors}
 
 
 def _other(tensor: Tensor) -> Tensor:
@@ -356,11 +338,3 @@ def _apart(y: Tensor, ref: Tensor) -> bool:
         return False
     norm = torch.linalg.vector_norm(ref.double())
     return not bool(torch.linalg.vector_norm(y.double() - ref.double()) <= TOLERANCE * norm)
-
-
-def _failed(slots: Sequence[str], what: str) -> SelfTestFailed:
-    listed = ", ".join(f"'{slot}'" for slot in slots[:4]) + (f" and {len(slots) - 4} more" if len(slots) > 4 else "")
-    return SelfTestFailed(
-        f"after emission {len(slots)} slots {what}: {listed}",
-        next_step="this is a bug of the emitter, not of your model; a swap would not do what it says",
-    )

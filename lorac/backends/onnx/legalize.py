@@ -1,77 +1,60 @@
-"""ONNX for the dialect's ops that reach the emitter: one function per op, and what a function cannot say itself."""
+"""legalize: what torch's ONNX exporter would decompose becomes what it has a translation for.
+
+The exporter decomposes what it has no translation for by tracing the whole graph anew, and products for every shape
+once more; without anything to decompose (``exporter``) a compile takes half the time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-import onnx_ir as ir
 import torch
-from onnxscript import opset18 as op
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from lorac.backends.onnxruntime.attention import attention
 from lorac.ir.graph import ops
 from lorac.ir.graph.graph import Graph, Level
-from lorac.ir.graph.verify import verify
+from lorac.ir.graph.passes import Outcome, Pass
 
 aten = torch.ops.aten
 _MATRIX = 2
 
 
-def split_ranks(u: Any, ranks: Any, pairs: Sequence[Any]) -> Any:
-    """``Split`` by a tensor of sizes: ranks change with the adapter, the graph does not."""
-    return op.Split(u, ranks, axis=-1, num_outputs=len(pairs))
+@dataclass(frozen=True)
+class Legalize(Pass):
+    """expanded -> target: products with a matrix become lorac's own op, and aliases of ops the ops themselves."""
+
+    name: ClassVar[str] = "legalize"
+    reads: ClassVar[Level] = Level.EXPANDED
+    leaves: ClassVar[Level] = Level.TARGET
+
+    def apply(self, graph: Graph) -> Outcome:
+        """Replace what torch's exporter would have to decompose."""
+        changed = [node for node in list(graph.fx.nodes) if node.op == "call_function" and _legalized(graph, node)]
+        return Outcome(changed=bool(changed))
 
 
-def linear(x: Any, weight: Any, bias: Any, site: str) -> Any:
-    """As torch's own exporter has ``aten.linear``, so that ONNX Runtime fuses it as it would there."""
-    if len(x.shape) == _MATRIX:
-        return op.Gemm(x, weight, bias, transB=1)
-    y = op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
-    return y if bias is None else op.Add(y, bias)
-
-
-def matmul(x: Any, matrix: Any) -> Any:
-    """``MatMul``."""
-    return op.MatMul(x, matrix)
-
-
-TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
-    ops.SPLIT_RANKS: split_ranks,
-    ops.LINEAR: linear,
-    ops.MATMUL: matmul,
-    aten.scaled_dot_product_attention.default: attention,
-}
-"""Op -> its ONNX."""
-
-
-def legalize(graph: Graph) -> None:
-    """expanded -> target: products with a matrix become the dialect's own, and aliases of ops the ops themselves.
-
-    torch's exporter decomposes what it has no translation for by tracing the whole graph anew, and products for every
-    shape once more; without anything to decompose (``exporter``) a compile takes half the time.
-    """
-    for node in list(graph.fx.nodes):
-        if node.op != "call_function":
-            continue
-        if node.target in _PRODUCTS:
-            _legalize_product(node)
-        elif node.target in _CASTS:
-            _legalize_cast(graph, node)
-        elif node.target in _VIEWS and _is_as_it_was(node):
-            node.replace_all_uses_with(node.all_input_nodes[0])
-            graph.fx.erase_node(node)
-        elif node.target is aten._assert_tensor_metadata.default:
-            graph.fx.erase_node(node)
-        elif _writes_unseen(node):
-            name, overload = node.target._schema.name.partition("::")[2], node.target._overloadname
-            node.target = getattr(getattr(aten, name.removesuffix("_")), overload)
-        else:
-            node.target = _ALIASES.get(node.target, node.target)
-    graph.level = Level.TARGET
-    verify(graph, after="legalize")
+def _legalized(graph: Graph, node: fx.Node) -> bool:
+    """Replace one op, where it is to be; say whether it was."""
+    if node.target in _PRODUCTS:
+        return _legalize_product(node)
+    if node.target in _CASTS:
+        return _legalize_cast(graph, node)
+    if node.target in _VIEWS and _is_as_it_was(node):
+        node.replace_all_uses_with(node.all_input_nodes[0])
+        graph.fx.erase_node(node)
+    elif node.target is aten._assert_tensor_metadata.default:
+        graph.fx.erase_node(node)
+    elif _writes_unseen(node):
+        name, overload = node.target._schema.name.partition("::")[2], node.target._overloadname  # type: ignore[union-attr]
+        node.target = getattr(getattr(aten, name.removesuffix("_")), overload)
+    elif node.target in _ALIASES:
+        node.target = _ALIASES[node.target]
+    else:
+        return False
+    return True
 
 
 def _value(node: Any) -> Any:
@@ -79,13 +62,15 @@ def _value(node: Any) -> Any:
     return node.meta["val"]
 
 
-def _legalize_product(node: fx.Node) -> None:
+def _legalize_product(node: fx.Node) -> bool:
     x, matrix = node.args[:2]
-    if _value(matrix).dim() == _MATRIX and _value(x).dim() >= _MATRIX:
+    plain = _value(matrix).dim() == _MATRIX and _value(x).dim() >= _MATRIX
+    if plain:
         node.target, node.args = _PRODUCTS[node.target](*node.args)
+    return bool(plain)
 
 
-def _legalize_cast(graph: Graph, node: fx.Node) -> None:
+def _legalize_cast(graph: Graph, node: fx.Node) -> bool:
     """A copy to another dtype; to the same one, or another device, nothing, but for outputs, which keep their name."""
     x, dtype = node.args[0], node.meta["val"].dtype
     assert isinstance(x, fx.Node)
@@ -94,6 +79,7 @@ def _legalize_cast(graph: Graph, node: fx.Node) -> None:
         graph.fx.erase_node(node)
     else:
         node.target, node.args, node.kwargs = aten._to_copy.default, (x,), {"dtype": dtype}
+    return True
 
 
 def _is_as_it_was(node: fx.Node) -> bool:
@@ -146,10 +132,3 @@ _ALIASES: dict[Any, Any] = {
     aten.min.other: aten.minimum.default,
 }
 """Op that torch's exporter has no translation for -> the op of the same meaning that it has one for."""
-
-
-def settle(model: ir.Model) -> None:
-    """torch's builder asks how many parts a ``Split`` has; ONNX allows that only where the sizes are not given."""
-    for node in model.graph.all_nodes():
-        if node.op_type == "Split" and len(node.inputs) > 1 and node.inputs[1] is not None:
-            node.attributes.pop("num_outputs", None)

@@ -15,7 +15,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import torch
 
-from lorac.backends.onnxruntime.emit import MODEL
+from lorac.backends.onnx.files import MODEL
 
 
 def settled_session(

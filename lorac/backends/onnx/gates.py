@@ -1,39 +1,80 @@
-"""Branches that are off cost nothing: each goes into an ``If`` on its strength.
+"""Branches that are off leave no trace: each goes into an ``If`` on its strength, or behind a ``Where``.
 
-``run_site`` emits ``y + t·(y' − base)`` per branch. Everything that only y' needs moves into the ``If``'s first graph;
-where t is 0 the second passes y on, so an idle branch is neither computed nor can its zeros turn into NaN.
+``run_site`` emits ``y + t·(y' − base)`` per branch. As an ``If``, everything that only y' needs moves into its first
+graph; where t is 0 the second passes y on, so an idle branch is neither computed nor can its zeros turn into NaN. A
+``Where`` computes it and drops the result, for targets that run no conditional graphs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import onnx_ir as ir
 
+from lorac.ir.engine import Gate
 from lorac.ir.graph.graph import SlotInput
 
 
-def gate_branches(model: ir.Model, slots: Mapping[str, SlotInput]) -> None:
+def gate_by_if(model: ir.Model, slots: Mapping[str, SlotInput]) -> None:
     """Move the branches of a model into ``If`` nodes, in place.
 
     Args:
         model: as emitted; its slot inputs bear their public names.
         slots: the slot inputs by public name.
     """
+    for strength, add in _ends(model, slots):
+        _into_if(model.graph, strength, add)
+
+
+def gate_by_where(model: ir.Model, slots: Mapping[str, SlotInput]) -> None:
+    """Put the sums that branches end in behind ``Where`` nodes, in place; arguments as ``gate_by_if``'s."""
+    for strength, add in _ends(model, slots):
+        _behind_where(model.graph, strength, add)
+
+
+def leave(model: ir.Model, slots: Mapping[str, SlotInput]) -> None:
+    """Nothing: what is off stays a product with 0."""
+
+
+GATES: Mapping[Gate, Callable[[ir.Model, Mapping[str, SlotInput]], None]] = {
+    Gate.NONE: leave,
+    Gate.IF: gate_by_if,
+    Gate.WHERE: gate_by_where,
+}
+"""Form of gates -> what puts them into a model."""
+
+
+def _ends(model: ir.Model, slots: Mapping[str, SlotInput]) -> list[tuple[ir.Value, ir.Node]]:
+    """The strength of every branch, and the sum that the branch ends in."""
     strengths = {name for name, slot in slots.items() if slot.role.startswith("branch") and slot.role.endswith(".t")}
-    ends = [
+    return [
         (value, add)
         for value in model.graph.inputs
         if value.name in strengths
         for scaled in value.consumers()
         for add in scaled.outputs[0].consumers()
     ]
-    for strength, add in ends:
-        _gate(model.graph, strength, add)
 
 
-def _gate(graph: ir.Graph, strength: ir.Value, add: ir.Node) -> None:
-    passed = next(v for v in add.inputs if v is not None and not _depends_on(v, strength))
+def _passed(strength: ir.Value, add: ir.Node) -> ir.Value:
+    """The operand of a branch's sum that holds without the branch."""
+    return next(v for v in add.inputs if v is not None and not _depends_on(v, strength))
+
+
+def _behind_where(graph: ir.Graph, strength: ir.Value, add: ir.Node) -> None:
+    old, passed = add.outputs[0], _passed(strength, add)
+    cast = ir.Node("", "Cast", [strength], {"to": ir.AttrInt64("to", ir.DataType.BOOL)})
+    chosen = ir.val(f"{old.name}_gated", type=old.type, shape=old.shape)
+    select = ir.Node("", "Where", [cast.outputs[0], old, passed], outputs=[chosen])
+    for node in (cast, select):
+        node.metadata_props.update(add.metadata_props)
+    graph.insert_after(add, [cast, select])
+    old.replace_all_uses_with(chosen, replace_graph_outputs=True)
+    select.replace_input_with(1, old)
+
+
+def _into_if(graph: ir.Graph, strength: ir.Value, add: ir.Node) -> None:
+    passed = _passed(strength, add)
     cone = _cone(add, passed)
     old = add.outputs[0]
     taken = [node for node in graph if node in cone]

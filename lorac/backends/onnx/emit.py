@@ -1,0 +1,105 @@
+"""From a lowered graph to an ONNX model, in the taste of a dialect: one emitter for all targets that read ONNX.
+
+Slots stay true inputs. Inputs, outputs and axes bear the model's own names.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+from onnxscript import rewriter
+from onnxscript.optimizer._constant_folding import FoldConstantsPass
+
+from lorac.backends.onnx.claims import refuse_unclaimed
+from lorac.backends.onnx.exporter import export
+from lorac.backends.onnx.gates import GATES
+from lorac.backends.onnx.translate import TRANSLATIONS, drop_part_counts
+from lorac.ir.engine import Dialect
+from lorac.ir.graph.axes import renamed
+from lorac.ir.graph.graph import Graph
+from lorac.ir.graph.signature import CallSignature
+from lorac.quiet import quiet
+
+SITE_METADATA = "lorac.site"
+
+
+def emit(graph: Graph, signature: CallSignature, dialect: Dialect[ir.Model]) -> ir.Model:
+    """The graph as a model whose slot inputs bear their public names.
+
+    Args:
+        graph: at level target.
+        signature: names the outputs.
+        dialect: what the target can run, and how it likes it written.
+
+    Raises:
+        Unavailable: an op has no ONNX, or the target does not claim it; named with the module that asks for it.
+    """
+    model = export(graph.exported, TRANSLATIONS)
+    drop_part_counts(model)
+    _name_slots(graph, model)
+    with quiet():
+        _REDUCE(model)
+        for rewrite in dialect.fusions:
+            rewrite(model)
+        _CLEAN_UP(model)
+    GATES[dialect.gates](model, graph.slots)
+    for rewrite in dialect.finish:
+        rewrite(model)
+    _name_outputs(model, signature)
+    _name_axes(model, graph)
+    refuse_unclaimed(model, dialect)
+    return model
+
+
+_REDUCE = ir.passes.Sequential(
+    common_passes.InlinePass(),
+    FoldConstantsPass(shape_inference=False, input_size_limit=1024, output_size_limit=1024),
+    # The exporter's own rules, without the one that is quadratic in the number of nodes.
+    rewriter.RewritePass([rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule.name != "SlicesSplit"]),
+)
+_CLEAN_UP = ir.passes.Sequential(
+    common_passes.RemoveUnusedNodesPass(),
+    common_passes.RemoveUnusedFunctionsPass(),
+    common_passes.RemoveUnusedOpsetsPass(),
+    common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+    common_passes.LiftSubgraphInitializersToMainGraphPass(),
+    common_passes.DeduplicateInitializersPass(),
+    common_passes.CommonSubexpressionEliminationPass(),
+    common_passes.OutputFixPass(),
+    common_passes.NameFixPass(),
+)
+
+
+def _name_slots(graph: Graph, model: ir.Model) -> None:
+    by_node = {slot.node: slot for slot in graph.slots.values()}
+    for value in model.graph.inputs:
+        slot = by_node.get(value.name or "")
+        if slot is not None:
+            value.name = slot.name
+            value.metadata_props[SITE_METADATA] = slot.site
+
+
+def _name_outputs(model: ir.Model, signature: CallSignature) -> None:
+    """The model's names for its outputs; another value that bears one of them already steps aside."""
+    wanted = dict(zip(model.graph.outputs, signature.outputs, strict=True))
+    taken = set(wanted.values())
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            if value.name in taken and value not in wanted:
+                value.name = f"{value.name}_value"
+    for value, name in wanted.items():
+        value.name = name
+
+
+def _name_axes(model: ir.Model, graph: Graph) -> None:
+    """The model's names for sizes that vary, in place of torch's symbols."""
+    values = [*model.graph.inputs, *(value for node in model.graph.all_nodes() for value in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape(_named(dim, graph) for dim in value.shape)
+
+
+def _named(dim: int | ir.SymbolicDim, graph: Graph) -> int | str | None:
+    if isinstance(dim, int):
+        return dim
+    return None if dim.value is None else renamed(str(dim.value), graph.axes)

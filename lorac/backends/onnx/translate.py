@@ -1,0 +1,50 @@
+"""ONNX for lorac's own ops that reach the emitter: one function per op, and what a function cannot say itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnxscript import opset18 as op
+
+from lorac.backends.onnx.attention import attention
+from lorac.ir.graph import ops
+
+aten = torch.ops.aten
+_MATRIX = 2
+
+
+def split_ranks(u: Any, ranks: Any, pairs: Sequence[Any]) -> Any:
+    """``Split`` by a tensor of sizes: ranks change with the adapter, the graph does not."""
+    return op.Split(u, ranks, axis=-1, num_outputs=len(pairs))
+
+
+def linear(x: Any, weight: Any, bias: Any, site: str) -> Any:
+    """As torch's own exporter has ``aten.linear``, so that ONNX Runtime fuses it as it would there."""
+    if len(x.shape) == _MATRIX:
+        return op.Gemm(x, weight, bias, transB=1)
+    y = op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
+    return y if bias is None else op.Add(y, bias)
+
+
+def matmul(x: Any, matrix: Any) -> Any:
+    """``MatMul``."""
+    return op.MatMul(x, matrix)
+
+
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    ops.SPLIT_RANKS: split_ranks,
+    ops.LINEAR: linear,
+    ops.MATMUL: matmul,
+    aten.scaled_dot_product_attention.default: attention,
+}
+"""Op -> its ONNX."""
+
+
+def drop_part_counts(model: ir.Model) -> None:
+    """torch's builder asks how many parts a ``Split`` has; ONNX allows that only where the sizes are not given."""
+    for node in model.graph.all_nodes():
+        if node.op_type == "Split" and len(node.inputs) > 1 and node.inputs[1] is not None:
+            node.attributes.pop("num_outputs", None)

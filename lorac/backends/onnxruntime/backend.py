@@ -1,0 +1,101 @@
+"""The onnxruntime target: what it builds, stores and restores."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+import torch
+
+from lorac.backends.onnx.files import BASE, MODEL, check_locations, home_of, written_files
+from lorac.backends.onnxruntime.build import build
+from lorac.backends.onnxruntime.dialect import DIALECT
+from lorac.backends.onnxruntime.engine import OrtEngine, Part
+from lorac.backends.onnxruntime.options import Options
+from lorac.backends.onnxruntime.session import new_session
+from lorac.errors import Unavailable
+from lorac.ir.engine import AnyDialect, Backend, BuildRequest, Engine, Stored
+from lorac.ir.graph.signature import CallSignature
+from lorac.ir.slots.site import SitePlan
+from lorac.ir.store.plans import slot_from_json, slot_to_json
+from lorac.ir.store.tensors import TensorFile, file_base
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+class OnnxRuntime(Backend[Options]):
+    """Emits ONNX, and runs it in sessions whose slot inputs are bound once per choice."""
+
+    dialect: AnyDialect = DIALECT
+    options = Options
+
+    def build(self, request: BuildRequest[Options]) -> OrtEngine:
+        """An engine over sessions; the host is not kept."""
+        return build(request)
+
+    def store(self, engine: Engine, folder: Path, request: Callable[[], BuildRequest[Options]]) -> Stored:
+        """Copy the emitted models, their weights and the base weights."""
+        assert isinstance(engine, OrtEngine)
+        for file in written_files(engine.folder, engine.parts):
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(engine.folder / file, folder / file)
+        return {
+            "graphs": {name: _described(part) for name, part in engine.parts.items()},
+            "options": dataclasses.asdict(engine.options),
+        }
+
+    def restore(
+        self, stored: Stored, folder: Path, plans: Mapping[str, SitePlan], mode: str, device: str | torch.device | None
+    ) -> OrtEngine:
+        """Sessions over the models where they lie; their weights are mapped."""
+        given: Any = stored
+        options = Options(**given["options"])
+        if device is not None:
+            options = dataclasses.replace(options, providers=_providers(str(device)))
+        return OrtEngine(
+            parts={name: _part(home_of(folder, name), entry, options) for name, entry in given["graphs"].items()},
+            plans=plans,
+            base=file_base(TensorFile(self.base_file(folder))),
+            mode=mode,
+            folder=folder,
+            options=options,
+        )
+
+    def base_file(self, folder: Path) -> Path:
+        """The file with the base weights."""
+        return folder / BASE
+
+
+BACKEND = OnnxRuntime()
+
+
+def _described(part: Part) -> dict[str, Any]:
+    return {
+        "signature": part.signature.to_json(),
+        "slots": [slot_to_json(slot) for slot in part.slots.values()],
+    }
+
+
+def _part(home: Path, stored: Mapping[str, Any], options: Options) -> Part:
+    check_locations(home / MODEL)
+    slots = [slot_from_json(slot) for slot in stored["slots"]]
+    return Part(
+        new_session(home / MODEL, options),
+        CallSignature.from_json(stored["signature"]),
+        {slot.name: slot for slot in slots},
+    )
+
+
+def _providers(device: str) -> tuple[str, ...]:
+    wanted = _PROVIDERS.get(device.partition(":")[0])
+    if wanted is None or wanted not in ort.get_available_providers():
+        raise Unavailable(
+            f"this ONNX Runtime has no provider for device '{device}'",
+            nearest=", ".join(ort.get_available_providers()),
+            next_step="pip install 'lorac[cuda]'",
+        )
+    return tuple(dict.fromkeys((wanted, _PROVIDERS["cpu"])))

@@ -1,0 +1,179 @@
+"""What lives on after a compilation: reading and preparing adapters, training's terms, the graph, saving."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lorac.adapters.fresh import fresh_adapter, parameter_sites, trainable
+from lorac.adapters.preparing import Preparer, branch_term
+from lorac.errors import BaseNeeded
+from lorac.formats import load_adapter, save_adapter
+from lorac.ir.algebra.changes import LowRank
+from lorac.ir.algebra.reduction import BRANCH
+from lorac.ir.engine import Backend, BuildRequest, TargetOptions
+from lorac.ir.host.sites import BaseReader, Site, find_sites, stored_tensor
+from lorac.ir.slots.choice import Active, Choice
+from lorac.ir.slots.site import BranchFill, Prepared
+from lorac.ir.slots.training import LiveTerm
+from lorac.ir.store.tensors import TensorFile, file_base
+from lorac.ir.view.dump import Dump
+from lorac.runtime import artifact
+from lorac.runtime.compiled import Compiled
+from lorac.runtime.graphs import Stages
+from lorac.runtime.host import Host
+from lorac.runtime.pool import Pool
+from lorac.variants.adapter import Adapter
+from lorac.variants.base import Variant
+
+Source = str | Path | Adapter | Variant
+"""What an adapter can be given as."""
+
+
+class Lasting:
+    """The host, its sites and its adapters, for as long as a compiled model lives.
+
+    Args:
+        host: the host model, or what an artefact has of it.
+        base: reads base weights; default: the host's.
+
+    Attributes:
+        sites: every site of the host, and the parameters that adapters replace.
+        pool: the adapters, prepared.
+        stages: how the graphs looked after each pass.
+        request: what the engine was built from, where it runs the host itself.
+    """
+
+    def __init__(self, host: Host, base: BaseReader | None = None) -> None:
+        self.host = host
+        self.sites: dict[str, Site] = find_sites(host.module)
+        self.base = base or BaseReader(self._weight, self._bias)
+        self.preparer = Preparer(self.sites, self.base)
+        self.pool = Pool(self.prepare)
+        self.stages = Stages()
+        self.request: BuildRequest[TargetOptions] | None = None
+
+    # --- adapters ----------------------------------------------------------------------------------------------
+
+    def load(self, source: Source, name: str | None) -> Adapter:
+        """An adapter of this model's own from a path, an Adapter or a fresh Variant."""
+        model = self.host.module
+        try:
+            adapter = self._read(source, name, model)
+        except NotImplementedError as error:  # a weight on the meta device: the file holds a copy to compare with
+            raise _not_kept(name or str(source)) from error
+        self.pool.refuse_taken(adapter.name)
+        if any(tensor.is_meta for tensor in adapter.parameters()):
+            raise _not_kept(adapter.name)
+        self.preparer.sites = self.sites = {**self.sites, **parameter_sites(model, adapter, self.sites)}
+        self.preparer.check(adapter)
+        return trainable(adapter, self.sites)
+
+    def register(self, adapter: Adapter) -> None:
+        """Prepare an adapter and put it into the pool."""
+        self.pool.put(adapter, self.pool.prepare(adapter))
+
+    def _read(self, source: Source, name: str | None, model: nn.Module) -> Adapter:
+        if isinstance(source, Variant):
+            return fresh_adapter(source, name or source.name, model, self.sites, self.base)
+        if isinstance(source, Adapter):
+            return dataclasses.replace(source, name=name or source.name)
+        return load_adapter(source, model, name)
+
+    @torch.no_grad()
+    def prepare(self, adapter: Adapter) -> Prepared:
+        """An adapter's normal forms."""
+        return self.preparer.prepare(adapter)
+
+    @torch.no_grad()
+    def outline(self, adapter: Adapter) -> Prepared:
+        """An adapter's normal forms with their shapes alone, for sites whose base weight is not kept."""
+
+        def ones(site: Site) -> torch.Tensor:
+            return torch.ones(site.out_features, site.in_features, dtype=site.dtype)
+
+        def bias(site: Site) -> torch.Tensor | None:
+            return torch.zeros(site.out_features, dtype=site.dtype) if site.bias else None
+
+        return Preparer(self.sites, BaseReader(ones, bias)).prepare(adapter)
+
+    def reasons(self, name: str, path: str) -> tuple[str, ...]:
+        """Why an adapter's term at a site has no cheaper form."""
+        adapter = self.pool.adapters[name]
+        tensors = adapter.tensors.get(path)
+        return () if tensors is None else self.preparer.reduction(adapter.variant, self.sites[path], tensors).reasons
+
+    # --- training ----------------------------------------------------------------------------------------------
+
+    def terms(self, path: str, choice: Choice) -> Sequence[LiveTerm] | None:
+        """The active terms of a site from the adapters' own tensors; None where there are none."""
+        adapters = self.pool.adapters
+        found = [term for name, how in choice for term in self._terms_of(adapters[name], path, how)]
+        return found or None
+
+    def _terms_of(self, adapter: Adapter, path: str, how: Active) -> list[LiveTerm]:
+        site = self.sites[path]
+        rate = float(getattr(adapter.variant, "dropout", 0.0))
+        place = adapter.variant.dropout_place
+        tensors = adapter.tensors.get(path)
+        if tensors is None:
+            change = self.preparer.replaced_change(adapter, site)
+            return [] if change is None else [LiveTerm(how.strength, change)]
+        reduction = self.preparer.reduction(adapter.variant, site, tensors)
+        if reduction.form == BRANCH:
+            term = branch_term(adapter.variant, site, tensors, detach=False)
+            strength = next(t for t in term.params if t.is_floating_point()).new_full((1,), how.strength)
+            return [LiveTerm(how.strength, branch=(term.slot, BranchFill(strength, term.params)))]
+        change = self.preparer.change(reduction, site, tensors)
+        if how.rank is not None and isinstance(change, LowRank):
+            change = change.truncated(how.rank, adapter.variant.truncatable or 0.0)
+        change = self.preparer.with_bias(adapter, site, change)
+        return [LiveTerm(how.strength, change, rate=rate, place=place)]
+
+    # --- the program -------------------------------------------------------------------------------------------
+
+    def let_go(self, file: Path) -> None:
+        """Let go what an engine over an emitted program does not need of the host; ``file`` has the base weights."""
+        tensors = TensorFile(file)
+        self.host.let_go(tensors)
+        self.base = self.preparer.base = file_base(tensors)
+
+    def dumps(self) -> Mapping[str, Mapping[str, Dump]]:
+        """How the graphs looked after each pass; a host that runs as it is is captured for it now."""
+        if not self.stages.dumps and self.request is not None:
+            self.request.program(())
+        return self.stages.dumps
+
+    def save(self, backend: Backend[TargetOptions], compiled: Compiled, folder: str | Path) -> None:
+        """Write an artefact of a compiled model."""
+
+        def request() -> BuildRequest[TargetOptions]:
+            assert self.request is not None
+            return self.request
+
+        artifact.save(
+            compiled,
+            folder,
+            host=self.host.described,
+            store=lambda staged: backend.store(compiled.engine, staged, request),
+            save_adapter=functools.partial(save_adapter, format="native"),
+        )
+
+    def _weight(self, site: Site) -> torch.Tensor:
+        assert site.weight is not None
+        return site.present(stored_tensor(self.host.module, site.weight).detach())
+
+    def _bias(self, site: Site) -> torch.Tensor | None:
+        return self.host.module.get_parameter(site.bias).detach() if site.bias else None
+
+
+def _not_kept(adapter: str) -> BaseNeeded:
+    return BaseNeeded(
+        f"adapter '{adapter}' needs base weights that the engine does not keep",
+        next_step="compile from the model again, with the adapter in adapters=",
+    )

@@ -1,0 +1,30 @@
+"""Program: what is compiled. Named graphs with their call signatures, over one set of weights, sites and slots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lorac.ir.graph.graph import Graph, SlotInput
+from lorac.ir.graph.signature import CallSignature
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Program:
+    """One or more graphs that are swapped together.
+
+    Attributes:
+        graphs: name -> graph; of a single model one, ``"main"``.
+        signatures: name -> how the host of that graph is called.
+    """
+
+    graphs: Mapping[str, Graph]
+    signatures: Mapping[str, CallSignature]
+
+    @property
+    def slots(self) -> dict[str, SlotInput]:
+        """The slot inputs of all graphs by public name. A site belongs to one graph, so names do not clash."""
+        return {name: slot for graph in self.graphs.values() for name, slot in graph.slots.items()}
+
+    def __repr__(self) -> str:
+        return f"<program of {', '.join(map(repr, self.graphs.values()))}>"

@@ -1,0 +1,100 @@
+"""Components: one of several models compiled together, called and asked as the model it stands for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorac.ir.host.components import components_of
+from lorac.ir.slots.choice import UNSET
+
+
+class Config(dict[str, Any]):
+    """A model's configuration as it was stored: a mapping whose entries are attributes too."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What others ask of a model besides calling it.
+
+    Attributes:
+        config: its configuration, or None.
+        dtype: of its parameters: the first floating-point one's.
+        device: where they are.
+    """
+
+    config: Any
+    dtype: torch.dtype
+    device: torch.device
+
+    def to_json(self) -> dict[str, Any]:
+        """The traits as JSON; of the configuration what JSON can hold."""
+        plain = json.loads(json.dumps(_entries(self.config), default=lambda _: None))
+        return {"config": plain, "dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device)}
+
+
+def traits_of(model: nn.Module) -> dict[str, Traits]:
+    """Graph name -> the traits of its host."""
+    return {name: _traits(component) for name, component in components_of(model).items()}
+
+
+def traits_from_json(stored: Mapping[str, Any]) -> dict[str, Traits]:
+    """The inverse of ``Traits.to_json``, by graph."""
+    return {
+        name: Traits(
+            config=None if told["config"] is None else Config(told["config"]),
+            dtype=getattr(torch, told["dtype"]),
+            device=torch.device(told["device"]),
+        )
+        for name, told in stored.items()
+    }
+
+
+def _entries(config: Any) -> dict[str, Any] | None:
+    """The entries of a configuration: of transformers', of diffusers', or of any object with attributes."""
+    if config is None or isinstance(config, Mapping):
+        return None if config is None else dict(config)
+    told = getattr(config, "to_dict", None)
+    return dict(told()) if callable(told) else dict(vars(config))
+
+
+def _traits(model: nn.Module) -> Traits:
+    tensors = [*model.parameters(), *model.buffers()]
+    dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.get_default_dtype())
+    device = tensors[0].device if tensors else torch.device("cpu")
+    return Traits(getattr(model, "config", None), dtype, device)
+
+
+class Component:
+    """One of several models compiled together, in place of the original.
+
+    It is called as the model was (``adapters=`` chooses for that call only), and has its ``config``, ``dtype`` and
+    ``device``, so that a pipeline takes it.
+
+    Args:
+        compiled: all of them.
+        name: which one.
+        traits: what others ask of the model.
+    """
+
+    def __init__(self, compiled: Any, name: str, traits: Traits) -> None:
+        self._compiled, self._name = compiled, name
+        self.config, self.dtype, self.device = traits.config, traits.dtype, traits.device
+
+    def __call__(self, *args: Any, adapters: Any = UNSET, **kwargs: Any) -> Any:
+        """Answer as the model does."""
+        return self._compiled.call(args, kwargs, adapters, graph=self._name)
+
+    def __repr__(self) -> str:
+        return f"<component {self._name} of {self._compiled!r}>"
