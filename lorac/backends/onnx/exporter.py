@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import logging
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -25,6 +23,7 @@ from torch.onnx.errors import OnnxExporterError
 
 from lorac.errors import Unavailable
 from lorac.ir.graph.capture import node_line
+from lorac.quiet import quiet
 
 _ONE_AT_A_TIME = threading.Lock()
 _whole_registry = functools.cache(ONNXRegistry.from_torchlib)
@@ -66,22 +65,6 @@ def _untranslated(program: ExportedProgram, translations: Mapping[Any, Any], err
         f"ONNX {what}" + (f", which {line} asks for" if line else ""),
         next_step="target='eager' runs it; another implementation of that part of the model may be exported",
     )
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """The exporter warns of its own deprecations and logs what it skips; neither is the user's to act on."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
 
 
 @contextlib.contextmanager

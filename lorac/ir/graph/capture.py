@@ -35,6 +35,7 @@ from lorac.ir.host.layers import Forward, calls_below, is_plain, with_below
 from lorac.ir.host.sites import Site, is_conv1d_of_gpt2
 from lorac.ir.slots.reads import first_tensor, replace_first
 from lorac.ir.slots.site import SitePlan
+from lorac.quiet import quiet
 
 _LOCK = threading.RLock()  # tracing swaps attributes of torch and of transformers' classes for the whole process
 _MACHINERY = frozenset({os.path.abspath(__file__), os.path.abspath(ops.__file__)})
@@ -153,7 +154,7 @@ def export(
     """
     given = default_inputs(model) if example_inputs is None else example_inputs
     inputs = _by_name(model, given) if isinstance(given, Mapping) or is_hugging_face(model) else given
-    with _LOCK, torch.no_grad(), torch.random.fork_rng(devices=[]), _no_fast_path():
+    with _LOCK, quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]), _no_fast_path():
         try:
             host = structural_copy(model, share_buffers=True).eval()
         except Exception as error:
