@@ -1,44 +1,205 @@
-"""What every benchmark shares: the model, fresh processes, alternating sides, medians, one table with the ratio last.
+"""What every benchmark shares: its command line, fresh processes, alternating sides, medians, tables, and their JSON.
 
 Every figure is the median over processes of the median over rounds; within a round all sides run in shuffled order
-through the same kind of call. The A/A row is the base against a second session of the base: its distance from 1 is what
-the machine's noise is worth.
+through the same kind of call. A/A is the base against a second one of the same base: its distance from 1 is what the
+machine's noise is worth.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib.metadata
 import json
 import os
+import platform
 import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from lorac.progress import progress
+from lorac.quiet import quiet
+
 Side = Callable[[], Any]
+Job = tuple[str, ...]
+Found = Mapping[Job, Mapping[str, Any]]
 # Sessions of one model in one process differ by the pages they land on; huge pages make them alike.
 ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "HF_HUB_OFFLINE": "1"}
+LIBRARIES = ("torch", "onnxruntime", "transformers", "peft", "lorac")
 
 
-def llama_170m(layers: int = 20) -> Any:
-    """A randomly initialised Llama of 166 M parameters (20 layers, hidden 768, tied embeddings)."""
+# ── A benchmark and its command line ─────────────────────────────────────────────────────────────────────────────────
+@dataclass(frozen=True)
+class Option:
+    """``--name``: a number, a word, a switch, or (where the default is a tuple) any of the words in it."""
+
+    name: str
+    default: Any
+    smoke: Any
+    """Its value in the smoke run, where everything is tiny."""
+    help: str
+    choices: Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table; it fits a terminal, a log and a closing note alike."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    promised: Sequence[tuple[str, ...]]
+    """The first cells of each of its rows: a table with other rows is refused."""
+    a_a: Mapping[str, float]
+    """The base over a second one of the same base, by what was compared."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What one file measures.
+
+    Attributes:
+        name: of its module below ``benchmarks``.
+        text: the module's docstring.
+        options: its own options; ``--smoke``, ``--json`` and ``--processes`` have all.
+        jobs: what is measured, each in a process of its own.
+        measure: one job's figures (numbers in mappings; words where all processes agree).
+        tables: the tables, from the medians of every job.
+        prepare: writes what the jobs share into the folder that ``--folder`` names, else one for this run.
+    """
+
+    name: str
+    text: str
+    options: Sequence[Option]
+    jobs: Callable[[argparse.Namespace], Sequence[Job]]
+    measure: Callable[[Job, argparse.Namespace], Mapping[str, Any]]
+    tables: Callable[[Found, argparse.Namespace], Sequence[Table]]
+    prepare: Callable[[argparse.Namespace], None] | None = None
+
+    def main(self, arguments: Sequence[str] | None = None) -> None:
+        """Measure as the command line says, print the tables, and write them as JSON where that is asked for."""
+        given = self._given(arguments)
+        if given.worker:
+            settings = json.loads(given.worker)
+            with quiet():
+                print(json.dumps(self.measure(tuple(settings.pop("job")), argparse.Namespace(**settings))))
+            return
+        begun = time.perf_counter()
+        with quiet(), tempfile.TemporaryDirectory() as folder:
+            if self.prepare is not None:
+                given.folder = given.folder or folder
+                self.prepare(given)
+            found = self._measured(given)
+        tables = self.tables(found, given)
+        for table in tables:
+            print_table(table)
+        if given.json:
+            write_json(given.json, self, given, tables, time.perf_counter() - begun)
+
+    def _given(self, arguments: Sequence[str] | None) -> argparse.Namespace:
+        parser = argparse.ArgumentParser(
+            f"python -m benchmarks.{self.name}",
+            description=self.text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.add_argument(
+            "--smoke", action="store_true", help="seconds instead of minutes: everything tiny, no figures"
+        )
+        parser.add_argument(
+            "--json", type=Path, help="also write the tables, the machine and the versions to this file"
+        )
+        parser.add_argument("--processes", type=int, default=3, help="per figure; 0 measures in this one (default: 3)")
+        parser.add_argument("--worker", help=argparse.SUPPRESS)
+        if self.prepare is not None:
+            parser.add_argument("--folder", help="where what is prepared is kept, and found by the next run")
+        for option in self.options:
+            _add(parser, option)
+        if parser.parse_args(arguments).smoke:
+            parser.set_defaults(processes=0, **{option.name: option.smoke for option in self.options})
+        return parser.parse_args(arguments)
+
+    def _measured(self, given: argparse.Namespace) -> Found:
+        jobs = list(self.jobs(given))
+        runs: dict[Job, list[Mapping[str, Any]]] = {job: [] for job in jobs}
+        turns = max(given.processes, 1)
+        with progress(f"benchmarks.{self.name}", total=turns * len(jobs)) as report:
+            for turn in range(turns):
+                for job in random.sample(jobs, len(jobs)):
+                    report.step(f"{' '.join(job)}, {turn + 1} of {turns}")
+                    runs[job].append(
+                        self._in_fresh_process(job, given) if given.processes else self.measure(job, given)
+                    )
+        return {job: medians(found) for job, found in runs.items()}
+
+    def _in_fresh_process(self, job: Job, given: argparse.Namespace) -> Mapping[str, Any]:
+        """One job's figures: the JSON on the last line of ``python -m benchmarks.<name> --worker``."""
+        settings = {name: value for name, value in vars(given).items() if name not in {"json", "worker"}}
+        command = [sys.executable, "-m", f"benchmarks.{self.name}", "--worker", json.dumps({"job": job, **settings})]
+        done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command[1:])} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _add(parser: argparse.ArgumentParser, option: Option) -> None:
+    """The option as argparse takes it; its kind follows from its default."""
+    flag, default = f"--{option.name}", option.default
+    if isinstance(default, bool):
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=option.help)
+    elif isinstance(default, tuple):
+        choices = option.choices or default
+        parser.add_argument(flag, nargs="+", choices=choices, metavar="NAME", default=default, help=option.help)
+    else:
+        text = f"{option.help} (default: {default})"
+        parser.add_argument(flag, type=type(default), choices=option.choices, default=default, help=text)
+
+
+# ── Hosts ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+LLAMAS = {
+    "llama": {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12, "vocab_size": 32000},
+    "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 128},
+}
+"""Randomly initialised Llamas; at 20 layers the first has 166 M parameters."""
+MODEL = Option("model", "llama", smoke="tiny", help="the host", choices=tuple(LLAMAS))
+
+
+def layers(full: int) -> Option:
+    """``--layers``."""
+    return Option("layers", full, smoke=1, help="of the host")
+
+
+def rounds(full: int) -> Option:
+    """``--rounds``."""
+    return Option("rounds", full, smoke=1, help="timed in each process, all sides in each")
+
+
+RANK = Option("rank", 16, smoke=2, help="of the adapters")
+
+
+def llama(given: argparse.Namespace) -> Any:
+    """The randomly initialised Llama that the options name, with tied embeddings."""
     import torch
     import transformers
 
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=layers,
-        num_attention_heads=12,
-        num_key_value_heads=12,
-        vocab_size=32000,
-        tie_word_embeddings=True,
-        use_cache=False,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+    sizes = {**LLAMAS[given.model], "num_hidden_layers": given.layers}
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**sizes, tie_word_embeddings=True, use_cache=False)
+    ).eval()
+
+
+def tokens(given: argparse.Namespace, shape: tuple[int, int]) -> dict[str, Any]:
+    """What a call of that Llama takes, as NumPy arrays, the same in every process."""
+    import numpy as np
+
+    ids = np.random.default_rng(0).integers(0, LLAMAS[given.model]["vocab_size"], shape)
+    return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
 
 
 def away_from_init(adapter: Any, seed: int) -> None:
@@ -53,6 +214,27 @@ def away_from_init(adapter: Any, seed: int) -> None:
                     tensor.normal_(0, 0.02, generator=generator)
 
 
+def plain_export(model: Any, path: Path) -> None:
+    """The model through transformers' own ONNX exporter, told the shapes: left to find them it takes longer."""
+    import functools
+    from unittest import mock
+
+    import onnx_ir
+    import torch
+    from transformers.exporters.configs import OnnxConfig
+    from transformers.exporters.exporter_onnx import OnnxExporter
+
+    inputs = {"input_ids": torch.ones(2, 7, dtype=torch.int64), "attention_mask": torch.ones(2, 7, dtype=torch.int64)}
+    free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    config = OnnxConfig(dynamic_shapes=dict.fromkeys(inputs, free))
+    # torch prints its steps unless it is told not to, and transformers has no way to tell it.
+    silent = functools.partial(torch.onnx.export, verbose=False)
+    with mock.patch.object(torch.onnx, "export", silent):
+        program = OnnxExporter().export(model, inputs, config).program
+    onnx_ir.save(program, path, external_data=f"{path.name}.data")
+
+
+# ── Figures ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def alternate(sides: Mapping[str, Side], rounds: int, warm_up: int = 2) -> dict[str, float]:
     """Seconds per call of each side: the median over rounds, order shuffled in each."""
     names = list(sides)
@@ -63,29 +245,63 @@ def alternate(sides: Mapping[str, Side], rounds: int, warm_up: int = 2) -> dict[
     for _ in range(rounds):
         random.shuffle(names)
         for name in names:
-            begun = time.perf_counter()
-            sides[name]()
-            times[name].append(time.perf_counter() - begun)
+            times[name].append(seconds(sides[name]))
     return {name: statistics.median(times[name]) for name in sides}
 
 
-def in_fresh_process(module: str, *arguments: str) -> Any:
-    """Run ``python -m module arguments`` and read the JSON of its last line."""
-    command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command[1:])} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+def seconds(side: Side) -> float:
+    """How long one call takes."""
+    begun = time.perf_counter()
+    side()
+    return time.perf_counter() - begun
 
 
-def medians(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The median over processes, key by key."""
-    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+def medians(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The median over processes, key by key; words must be the same in all."""
+    return {key: _median([run[key] for run in runs]) for key in runs[0]}
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """One table; it fits a terminal, a log and a closing note alike."""
-    widths = [max(len(str(row[i])) for row in (columns, *rows)) for i in range(len(columns))]
-    print(f"\n{title}")
-    for row in (columns, ["-" * width for width in widths], *rows):
-        print("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+def _median(values: Sequence[Any]) -> Any:
+    if isinstance(values[0], Mapping):
+        return medians(values)
+    if isinstance(values[0], str):
+        assert len(set(values)) == 1, f"processes disagree: {values}"
+        return values[0]
+    return statistics.median(values)
+
+
+# ── Tables ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+def print_table(table: Table) -> None:
+    """Print it, having seen that it is whole."""
+    begun = [tuple(row[: len(cells)]) for row, cells in zip(table.rows, table.promised, strict=True)]
+    assert begun == list(table.promised), f"{table.title}: not the rows it promises"
+    assert all(len(row) == len(table.columns) for row in table.rows), f"{table.title}: a row of another length"
+    lines = (table.columns, *table.rows)
+    widths = [max(len(row[i]) for row in lines) for i in range(len(table.columns))]
+    print(f"\n{table.title}")
+    for row in (table.columns, ["-" * width for width in widths], *table.rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def write_json(
+    path: Path, benchmark: Benchmark, given: argparse.Namespace, tables: Sequence[Table], took: float
+) -> None:
+    """The tables for the pages that cite them, with what they were measured on and with."""
+    options = ("smoke", "processes", *(option.name for option in benchmark.options))
+    result = {
+        "benchmark": benchmark.name,
+        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.platform()},
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "options": {name: getattr(given, name) for name in options},
+        "seconds": round(took, 1),
+        "tables": [{"title": t.title, "columns": t.columns, "rows": t.rows, "A/A": t.a_a} for t in tables],
+    }
+    path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+
+
+def _cpu() -> str:
+    """The processor's model as Linux names it; elsewhere what Python knows."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()

@@ -9,69 +9,70 @@ weights once).
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import tempfile
-import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks import common
 
-SIDES = ("plain export", "lorac live", "lorac fused")
+PLAIN, AGAIN = "plain export", "plain export, A/A"
+SIDES = (PLAIN, AGAIN, "lorac live", "lorac fused")
 
 
-def worker(side: str, layers: int) -> dict[str, float]:
+def measure(job: common.Job, given: argparse.Namespace) -> dict[str, float]:
     """One side in a process of its own, up to a session that answers."""
-    import torch
     import transformers.exporters.exporter_onnx  # noqa: F401  (both sides need it: not part of the comparison)
 
+    (side,) = job
+    model = common.llama(given)
+    work = _plain if side in (PLAIN, AGAIN) else _lorac
+    seconds = common.seconds(lambda: work(model, side))
+    return {"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def _plain(model: Any, side: str) -> None:
+    from lorac.backends.onnxruntime.options import Options
+    from lorac.backends.onnxruntime.session import new_session
+
+    with tempfile.TemporaryDirectory() as folder:
+        common.plain_export(model, Path(folder, "plain.onnx"))
+        new_session(Path(folder, "plain.onnx"), Options())
+
+
+def _lorac(model: Any, side: str) -> None:
     import lorac
-    from benchmarks.overhead import _plain_session, plain_export
 
-    model = common.llama_170m(layers)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    begun = time.perf_counter()
-    if side == "plain export":
-        with tempfile.TemporaryDirectory() as folder:
-            plain_export(model, Path(folder) / "plain.onnx", torch)
-            _plain_session(Path(folder) / "plain.onnx")
-    else:
-        mode = side.split()[1]
-        lorac.compile(model, {"a": lorac.LoRA(r=16, alpha=16)}, target="onnxruntime", mode=mode)
-    seconds = time.perf_counter() - begun
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": seconds, "peak": peak / 1024, "before": before / 1024}
+    lorac.compile(model, {"a": lorac.LoRA(r=16, alpha=16)}, target="onnxruntime", mode=side.split()[1])
 
 
-def main() -> None:
-    """Alternate the sides over fresh processes and print one table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=20)
-    parser.add_argument("--processes", type=int, default=3)
-    parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.worker:
-        print(json.dumps(worker(given.worker, given.layers)))
-        return
-    runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-    for _ in range(given.processes):
-        for side in SIDES:
-            arguments = ("--worker", side, "--layers", str(given.layers))
-            runs[side].append(common.in_fresh_process("benchmarks.compile", *arguments))
-    found = {side: common.medians(side_runs) for side, side_runs in runs.items()}
-    plain = found["plain export"]
+def tables(found: common.Found, given: argparse.Namespace) -> Sequence[common.Table]:
+    """Each side beside the plain export."""
+    plain = found[(PLAIN,)]
+    ratios = {side: {what: found[(side,)][what] / plain[what] for what in plain} for side in SIDES}
     rows = [
         (
             side,
-            f"{row['seconds']:.1f}",
-            f"{row['peak']:.0f}",
-            f"{row['peak'] / plain['peak']:.2f}",
-            f"{row['seconds'] / plain['seconds']:.2f}",
+            f"{found[(side,)]['seconds']:.1f}",
+            f"{found[(side,)]['peak']:.0f}",
+            f"{ratios[side]['peak']:.2f}",
+            f"{ratios[side]['seconds']:.2f}",
         )
-        for side, row in found.items()
+        for side in SIDES
     ]
-    common.print_table("from model to session", ("side", "s", "peak MiB", "memory ratio", "time ratio"), rows)
+    columns = ("side", "s", "peak MiB", "memory ratio", "time ratio")
+    return [common.Table("from model to session", columns, rows, [(side,) for side in SIDES], ratios[AGAIN])]
 
+
+BENCHMARK = common.Benchmark(
+    name="compile",
+    text=__doc__,
+    options=(common.MODEL, common.layers(20)),
+    jobs=lambda given: [(side,) for side in SIDES],
+    measure=measure,
+    tables=tables,
+)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.main()

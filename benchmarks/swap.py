@@ -1,6 +1,6 @@
 """What a swap costs: adapters resident; swap plus the next call, minus a steady call.
 
-    python -m benchmarks.swap [--layers 20] [--rank 16] [--rounds 15]
+    python -m benchmarks.swap [--layers 20] [--rank 16] [--rounds 15] [--processes 3]
 
 Targets: sparse switch at 1 % (restore A's, write B's) <= 1.3 of the same two bare scatters and >= 8x faster than
 PEFT's unmerge + merge of LoRA; live swap <= 2 ms; exact fused LoRA switch <= 1.3 of ``torch.addmm(out=)`` over the
@@ -11,34 +11,45 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import common
 
+PEFT, ADDMM, SCATTERS = "PEFT unmerge + merge", "bare addmm(out=)", "bare two scatters"
+# A swap -> what it cannot be quicker than; the base of A/A is a second compile of the same.
+FLOORS = {
+    "live LoRA (ONNX Runtime)": None,
+    "fused LoRA (ONNX Runtime)": ADDMM,
+    "fused LoRA (eager)": ADDMM,
+    "A/A: fused LoRA (eager)": "fused LoRA (eager)",
+    "fused SHiRA 1 % (eager)": SCATTERS,
+    "fused SHiRA 1 % (ONNX Runtime)": SCATTERS,
+    ADDMM: None,
+    SCATTERS: None,
+    PEFT: None,
+}
+MODES = ("live", "fused")
 
-def main() -> None:
-    """Measure every kind of swap in one process, alternating, and print one table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=20)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=15)
-    given = parser.parse_args()
-    model = common.llama_170m(given.layers)
+
+def measure(job: common.Job, given: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Every kind of swap in one process, alternating; then what follows one: part of the report -> seconds."""
+    model = common.llama(given)
     lora, sparse = _adapters(model, given.rank)
     sides = {
         "live LoRA (ONNX Runtime)": _swapper(_compiled(model, lora, "onnxruntime", "live")),
         "fused LoRA (ONNX Runtime)": _swapper(_compiled(model, lora, "onnxruntime", "fused")),
         "fused LoRA (eager)": _swapper(_compiled(model, lora, "eager", "fused")),
+        "A/A: fused LoRA (eager)": _swapper(_compiled(model, lora, "eager", "fused")),
         "fused SHiRA 1 % (eager)": _swapper(_compiled(model, sparse, "eager", "fused")),
         "fused SHiRA 1 % (ONNX Runtime)": _swapper(_compiled(model, sparse, "onnxruntime", "fused")),
-        "bare addmm(out=)": _bare_addmm(model, lora["a"]),
-        "bare two scatters": _bare_scatters(model, sparse),
-        "PEFT unmerge + merge": _peft(model, given.rank),
+        ADDMM: _bare_addmm(model, lora["a"]),
+        SCATTERS: _bare_scatters(model, sparse),
+        PEFT: _peft(model, given.rank),
     }
-    seconds = common.alternate(sides, given.rounds)
-    report(seconds)
-    _report_following_calls(model, lora, given.rounds)
+    return {"swaps": common.alternate(sides, given.rounds)} | {
+        mode: _following_calls(_compiled(model, lora, "onnxruntime", mode), lora, given) for mode in MODES
+    }
 
 
 def _adapters(model: Any, rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -120,50 +131,58 @@ def _peft(model: Any, rank: int) -> common.Side:
     return swap
 
 
-def report(seconds: dict[str, float]) -> None:
-    """Each swap beside its floor and beside PEFT's."""
-    floors = {
-        "fused LoRA (ONNX Runtime)": "bare addmm(out=)",
-        "fused LoRA (eager)": "bare addmm(out=)",
-        "fused SHiRA 1 % (eager)": "bare two scatters",
-        "fused SHiRA 1 % (ONNX Runtime)": "bare two scatters",
-    }
-    peft = seconds["PEFT unmerge + merge"]
-    rows = []
-    for name, value in seconds.items():
-        floor = f"{value / seconds[floors[name]]:.2f}" if name in floors else ""
-        rows.append((name, f"{value * 1e3:.2f}", floor, f"{peft / value:.1f}x"))
-    common.print_table("a swap, adapters resident", ("swap", "ms", "ratio to its floor", "faster than PEFT"), rows)
+def _following_calls(compiled: Any, adapters: dict[str, Any], given: argparse.Namespace) -> dict[str, float]:
+    """Seconds of a steady call, of a swap and the next call beyond that, and of a cold ``add_adapter``."""
+    inputs = common.tokens(given, (1, 16))
+    swap = _swapper(compiled)
+    steady, after, cold = [], [], []
+    for _ in range(given.rounds):
+        swap()
+        compiled(**inputs)
+        steady.append(common.seconds(lambda: compiled(**inputs)))
+        after.append(common.seconds(lambda: (swap(), compiled(**inputs))))
+        cold.append(common.seconds(lambda: compiled.add_adapter(adapters["a"], name="cold")))
+        compiled.remove_adapter("cold")
+    call = statistics.median(steady)
+    return {"steady": call, "extra": statistics.median(after) - call, "cold": statistics.median(cold)}
 
 
-def _report_following_calls(model: Any, adapters: dict[str, Any], rounds: int) -> None:
-    """Swap plus the next call, minus a steady call; and a cold ``add_adapter``."""
-    import numpy as np
+def tables(found: common.Found, given: argparse.Namespace) -> Sequence[common.Table]:
+    """Each swap beside its floor and beside PEFT's; then what follows a swap."""
+    (parts,) = found.values()
+    return [_swaps(parts["swaps"]), _following(parts)]
 
-    rows = []
-    ids = np.ones((1, 16), dtype=np.int64)
-    inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-    for mode in ("live", "fused"):
-        compiled = _compiled(model, adapters, "onnxruntime", mode)
-        swap, steady, after, cold = _swapper(compiled), [], [], []
-        for _ in range(rounds):
-            swap()
-            compiled(**inputs)
-            steady.append(_timed(lambda compiled=compiled: compiled(**inputs)))
-            after.append(_timed(lambda compiled=compiled, swap=swap: (swap(), compiled(**inputs))))
-            cold.append(_timed(lambda compiled=compiled: compiled.add_adapter(adapters["a"], name="cold")))
-            compiled.remove_adapter("cold")
-        extra = statistics.median(after) - statistics.median(steady)
-        rows.append((mode, *(f"{v * 1e3:.2f}" for v in (statistics.median(steady), extra, statistics.median(cold)))))
+
+def _swaps(seconds: dict[str, float]) -> common.Table:
+    ratios = {name: seconds[name] / seconds[floor] for name, floor in FLOORS.items() if floor}
+    rows = [
+        (
+            name,
+            f"{value * 1e3:.2f}",
+            f"{ratios[name]:.2f}" if name in ratios else "",
+            f"{seconds[PEFT] / value:.1f}x",
+        )
+        for name, value in seconds.items()
+    ]
+    columns = ("swap", "ms", "ratio to its floor", "faster than PEFT")
+    a_a = {"fused LoRA (eager)": ratios["A/A: fused LoRA (eager)"]}
+    return common.Table("a swap, adapters resident", columns, rows, [(name,) for name in FLOORS], a_a)
+
+
+def _following(parts: dict[str, dict[str, float]]) -> common.Table:
+    rows = [(mode, *(f"{parts[mode][what] * 1e3:.2f}" for what in ("steady", "extra", "cold"))) for mode in MODES]
     columns = ("mode", "steady call ms", "swap + next call - steady ms", "cold add_adapter ms")
-    common.print_table("ONNX Runtime, 1x16", columns, rows)
+    return common.Table("ONNX Runtime, 1x16", columns, rows, [(mode,) for mode in MODES], {})
 
 
-def _timed(work: Any) -> float:
-    begun = time.perf_counter()
-    work()
-    return time.perf_counter() - begun
-
+BENCHMARK = common.Benchmark(
+    name="swap",
+    text=__doc__,
+    options=(common.MODEL, common.layers(20), common.RANK, common.rounds(15)),
+    jobs=lambda given: [("swaps",)],
+    measure=measure,
+    tables=tables,
+)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.main()

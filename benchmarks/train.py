@@ -1,6 +1,6 @@
 """What a training step costs in lorac's eager target and in PEFT: time and peak memory, SmolLM2-135M on the CPU.
 
-    python -m benchmarks.train [--steps 5] [--length 128] [--batch 1] [--layers 30] [--processes 3] [--case NAME ...]
+    python -m benchmarks.train [--steps 5] [--length 128] [--batch 1] [--layers 30] [--processes 3] [--only NAME ...]
 
 Both sides train the same adapter on the same tokens with AdamW. A step's time is measured with all sides in one
 process, alternating; the peak is the high-water mark of two steps in a process that holds one side only, what is
@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,12 @@ CASES = {
     for label, targets in (("q,v", FEW), ("all", ALL))
     for checkpointing in (False, True)
 }
-SIDES = ("lorac", "peft", "peft again")
+LORAC, PEFT, AGAIN = SIDES = ("lorac", "peft", "peft again")
+SMOLLM2 = "smollm2"
+WHAT = {"step": ("ms", 1e3), "peak": ("MiB", 1.0)}
 
 
-def stepper(side: str, case: str, model: Any, batch: int, length: int) -> Callable[[], Any]:
+def stepper(side: str, case: str, model: Any, given: argparse.Namespace) -> Callable[[], Any]:
     """A function that trains one step on one side."""
     import torch
 
@@ -39,7 +40,8 @@ def stepper(side: str, case: str, model: Any, batch: int, length: int) -> Callab
         wrapped.activation_checkpointing_enable()
     wrapped.train()
     optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-4)
-    tokens = torch.randint(10, 40000, (batch, length), generator=torch.Generator().manual_seed(0))
+    shape, generator = (given.batch, given.length), torch.Generator().manual_seed(0)
+    tokens = torch.randint(10, model.config.vocab_size, shape, generator=generator)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -63,72 +65,73 @@ def _peft(model: Any, method: str, targets: tuple[str, ...]) -> Any:
     return peft.get_peft_model(model, config)
 
 
-def host(layers: int) -> Any:
-    """SmolLM2, cut to its first layers."""
+def host(given: argparse.Namespace) -> Any:
+    """SmolLM2, cut to its first layers; or one of the Llamas."""
+    if given.model != SMOLLM2:
+        return common.llama(given)
     from examples.models import smollm2
 
     model, _ = smollm2()
-    model.model.layers = model.model.layers[:layers]
+    model.model.layers = model.model.layers[: given.layers]
     model.config.num_hidden_layers = len(model.model.layers)
     return model
 
 
-def time_worker(options: argparse.Namespace) -> dict[str, float]:
-    """Seconds per step of every side."""
-    model = host(options.layers)
-    sides = {
-        side: stepper(side, options.case[0], copy.deepcopy(model), options.batch, options.length) for side in SIDES
-    }
-    return common.alternate(sides, options.steps, warm_up=1)
+def jobs(given: argparse.Namespace) -> Sequence[common.Job]:
+    """Times of all sides together, peaks of each side alone."""
+    return [(case, *rest) for case in given.only for rest in (("step",), *(("peak", side) for side in SIDES))]
 
 
-def memory_worker(options: argparse.Namespace) -> dict[str, float]:
-    """High-water mark of this process's steps in MiB, with one side in it."""
-    step = stepper(options.side, options.case[0], host(options.layers), options.batch, options.length)
+def measure(job: common.Job, given: argparse.Namespace) -> dict[str, float]:
+    """Seconds per step of every side, or the high-water mark of two steps of one side in MiB."""
+    case, what, *alone = job
+    if what == "step":
+        model = host(given)
+        steps = {side: stepper(side, case, copy.deepcopy(model), given) for side in SIDES}
+        return common.alternate(steps, given.steps, warm_up=1)
+    (side,) = alone
+    step = stepper(side, case, host(given), given)
     Path("/proc/self/clear_refs").write_text("5")  # the kernel's high-water mark starts anew
     for _ in range(2):
         step()
     marks = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {"peak": int(marks["VmHWM"].split()[0]) / 1024}
+    return {side: int(marks["VmHWM"].split()[0]) / 1024}
 
 
-def measured(options: argparse.Namespace, case: str) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds and MiB of every side: medians over fresh processes."""
-    settings = [f"--{name}={getattr(options, name)}" for name in ("steps", "length", "batch", "layers")]
-    given = ("benchmarks.train", f"--case={case}", *settings)
-    times = [common.in_fresh_process(*given, "--worker=time") for _ in range(options.processes)]
-    peaks = [
-        {side: common.in_fresh_process(*given, "--worker=memory", f"--side={side}")["peak"] for side in SIDES}
-        for _ in range(options.processes)
-    ]
-    return common.medians(times), common.medians(peaks)
-
-
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("steps", 5), ("length", 128), ("batch", 1), ("layers", 30), ("processes", 3)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--worker", choices=("time", "memory"), help=argparse.SUPPRESS)
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker:
-        print(json.dumps(time_worker(options) if options.worker == "time" else memory_worker(options)))
-        return
-    rows = []
-    for case in options.case:
-        seconds, peaks = measured(options, case)
-        for what, unit, found in (("step", "ms", {k: v * 1e3 for k, v in seconds.items()}), ("peak", "MiB", peaks)):
-            ratios = (found["peft again"] / found["peft"], found["lorac"] / found["peft"])
-            sides = (f"{found[side]:.0f} {unit}" for side in ("lorac", "peft"))
-            rows.append((case, what, *sides, *(f"{ratio:.2f}" for ratio in ratios)))
-            print("  ".join(rows[-1]), flush=True)
+def tables(found: common.Found, given: argparse.Namespace) -> Sequence[common.Table]:
+    """One row for the time and one for the peak of every case."""
+    rows, a_a = [], {}
+    for case in given.only:
+        peaks = {side: found[(case, "peak", side)][side] for side in SIDES}
+        for what, values in (("step", found[(case, "step")]), ("peak", peaks)):
+            unit, factor = WHAT[what]
+            again, ratio = values[AGAIN] / values[PEFT], values[LORAC] / values[PEFT]
+            sides = (f"{values[side] * factor:.0f} {unit}" for side in (LORAC, PEFT))
+            rows.append((case, what, *sides, f"{again:.2f}", f"{ratio:.2f}"))
+            a_a[f"{case}, {what}"] = again
+    columns = ("adapter", "", "lorac", "peft", "A/A", "lorac / peft")
     title = (
-        f"Training SmolLM2 ({options.layers} layers), r = 8, {options.batch} x {options.length} tokens; target <= 1.1"
+        f"Training {given.model} ({given.layers} layers), r = 8, {given.batch} x {given.length} tokens; target <= 1.1"
     )
-    common.print_table(title, ("adapter", "", "lorac", "peft", "A/A", "lorac / peft"), rows)
+    promised = [(case, what) for case in given.only for what in WHAT]
+    return [common.Table(title, columns, rows, promised, a_a)]
 
+
+BENCHMARK = common.Benchmark(
+    name="train",
+    text=__doc__,
+    options=(
+        common.Option("model", SMOLLM2, smoke="tiny", help="the host", choices=(SMOLLM2, *common.LLAMAS)),
+        common.layers(30),
+        common.Option("steps", 5, smoke=1, help="timed in each process, all sides in each"),
+        common.Option("length", 128, smoke=8, help="of a row, in tokens"),
+        common.Option("batch", 1, smoke=1, help="rows of a step"),
+        common.Option("only", tuple(CASES), smoke=("lora q,v", "dora all checkpointed"), help="these adapters"),
+    ),
+    jobs=jobs,
+    measure=measure,
+    tables=tables,
+)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.main()

@@ -1,6 +1,6 @@
 """What every method costs on all linear layers of a small Llama: one row each, at its default hyper-parameters.
 
-    python -m benchmarks.variants [--layers 2] [--rounds 25] [--only NAME ...]
+    python -m benchmarks.variants [--layers 2] [--rounds 25] [--only NAME ...] [--processes 3]
 
 Latency is of 1 x 16 tokens through the layers alone (the output layer, which no method adapts here, would hide what
 they cost), over the same side's base in the same process; PEFT's is that of the adapter as lorac writes it for PEFT,
@@ -11,11 +11,11 @@ more than a bound weight (SHiRA's row); what reduces to low-rank stays <= 1.09 a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-import json
+import statistics
 import tempfile
-import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,27 +38,26 @@ COLUMNS = (
 )
 
 
-def worker(name: str, layers: int, rounds: int) -> dict[str, Any]:
+def measure(job: common.Job, given: argparse.Namespace) -> dict[str, Any]:
     """One method in a process of its own."""
     import lorac
     from lorac.errors import LoracError
 
-    model, variant = _layers(layers), lorac.variants()[name]()
+    (name,) = job
+    model, variant = _layers(given), lorac.variants()[name]()
     eager = {"eager base": lorac.compile(model, {}), "eager live": lorac.compile(model, {"a": variant})}
     adapter = eager["eager live"].adapters["a"]
     common.away_from_init(adapter, seed=1)
     emitted = {side: lorac.compile(model, {}, target="onnxruntime") for side in ("ORT base", "ORT A/A")}
     emitted["ORT live"] = lorac.compile(model, {"a": adapter}, target="onnxruntime")
-    try:
+    with contextlib.suppress(LoracError):  # a method that is not fused has no such cells
         eager["eager fused"] = lorac.compile(model, {"a": adapter}, mode="fused")
         emitted["ORT fused"] = lorac.compile(model, {"a": adapter}, target="onnxruntime", mode="fused")
-    except LoracError as error:
-        print(f"{name} is not fused: {error.what}")
     with tempfile.TemporaryDirectory() as folder:
         lorac.save_adapter(adapter, Path(folder, "a.safetensors"), format="native", model=model)
         size = Path(folder, "a.safetensors").stat().st_size
-        peft = _peft(adapter, Path(folder, "peft"), layers, model)
-    found = common.alternate(_sides({**eager, **peft}, emitted), rounds)
+        peft = _peft(adapter, Path(folder, "peft"), given, model)
+    found = common.alternate(_sides({**eager, **peft, **emitted}), given.rounds)
     found["ORT base"] = (found["ORT A/A"] + found["ORT base"]) / 2
     values = [*eager["eager live"].pool["a"].changes.values()]
     return {
@@ -67,11 +66,11 @@ def worker(name: str, layers: int, rounds: int) -> dict[str, Any]:
         "rank": max((getattr(value, "rank", 0) for value in values), default=0),
         "trained": sum(t.numel() for t in adapter.parameters() if t.requires_grad),
         "size": size,
-        "swap": _swap(emitted["ORT live"], rounds),
+        "swap": _swap(emitted["ORT live"], given.rounds),
     }
 
 
-def _peft(adapter: Any, folder: Path, layers: int, model: Any) -> dict[str, Any]:
+def _peft(adapter: Any, folder: Path, given: argparse.Namespace, model: Any) -> dict[str, Any]:
     """PEFT's model of the same adapter, where PEFT has its type."""
     from peft import PeftModel
 
@@ -83,17 +82,17 @@ def _peft(adapter: Any, folder: Path, layers: int, model: Any) -> dict[str, Any]
     except UnsupportedField:
         return {}
     return {
-        "PEFT base": _layers(layers),
-        "PEFT": PeftModel.from_pretrained(_layers(layers), str(folder)).eval(),
+        "PEFT base": _layers(given),
+        "PEFT": PeftModel.from_pretrained(_layers(given), str(folder)).eval(),
     }
 
 
-def _layers(count: int) -> Any:
+def _layers(given: argparse.Namespace) -> Any:
     """Embedding and layers of the benchmarks' Llama."""
-    return common.llama_170m(count).model
+    return common.llama(given).model
 
 
-def _sides(hosts: dict[str, Any], emitted: dict[str, Any]) -> dict[str, common.Side]:
+def _sides(models: dict[str, Any]) -> dict[str, common.Side]:
     import torch
 
     ids = torch.ones(SHAPE, dtype=torch.int64)
@@ -106,7 +105,7 @@ def _sides(hosts: dict[str, Any], emitted: dict[str, Any]) -> dict[str, common.S
 
         return call
 
-    return {name: side(model) for name, model in {**hosts, **emitted}.items()}
+    return {name: side(model) for name, model in models.items()}
 
 
 def _swap(compiled: Any, rounds: int) -> float:
@@ -114,13 +113,19 @@ def _swap(compiled: Any, rounds: int) -> float:
     times = []
     for _ in range(rounds):
         compiled.swap(None)
-        begun = time.perf_counter()
-        compiled.swap("a")
-        times.append(time.perf_counter() - begun)
-    return sorted(times)[len(times) // 2]
+        times.append(common.seconds(lambda: compiled.swap("a")))
+    return statistics.median(times)
 
 
-def row(name: str, found: dict[str, Any]) -> tuple[str, ...]:
+def tables(found: common.Found, given: argparse.Namespace) -> Sequence[common.Table]:
+    """One row per method."""
+    rows = [_row(name, found[(name,)]) for name in given.only]
+    a_a = {name: found[(name,)]["seconds"]["ORT A/A"] / found[(name,)]["seconds"]["ORT base"] for name in given.only}
+    title = f"every method, Llama of {given.layers} layers, 1 x 16 tokens"
+    return [common.Table(title, COLUMNS, rows, [(name,) for name in given.only], a_a)]
+
+
+def _row(name: str, found: dict[str, Any]) -> tuple[str, ...]:
     """One method's row."""
     seconds = found["seconds"]
 
@@ -131,39 +136,35 @@ def row(name: str, found: dict[str, Any]) -> tuple[str, ...]:
     return (
         name,
         found["form"],
-        str(found["rank"]),
-        f"{found['trained']:,}",
+        f"{found['rank']:.0f}",
+        f"{found['trained']:,.0f}",
         f"{found['size'] / 2**20:.2f}",
         f"{found['swap'] * 1e3:.2f}",
         *(ratio(side) for side in COLUMNS[6:]),
     )
 
 
-def _with_defaults(known: Mapping[str, Any]) -> list[str]:
+def methods() -> tuple[str, ...]:
     """Names of the methods that need no configuration."""
-    return [n for n, v in known.items() if all(f.default is not f.default_factory for f in dataclasses.fields(v))]
-
-
-def main() -> None:
-    """One fresh process per method; rows as they are measured, then the table."""
     import lorac
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--only", nargs="+", help="names of methods")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.worker:
-        print(json.dumps(worker(given.worker, given.layers, given.rounds)))
-        return
-    rows = []
-    for name in given.only or _with_defaults(lorac.variants()):
-        arguments = ("--worker", name, "--layers", str(given.layers), "--rounds", str(given.rounds))
-        rows.append(row(name, common.in_fresh_process("benchmarks.variants", *arguments)))
-        print("  ".join(rows[-1]), flush=True)
-    common.print_table(f"every method, Llama of {given.layers} layers, 1 x 16 tokens", COLUMNS, rows)
+    known = lorac.variants().items()
+    return tuple(n for n, v in known if all(f.default is not f.default_factory for f in dataclasses.fields(v)))
 
+
+BENCHMARK = common.Benchmark(
+    name="variants",
+    text=__doc__,
+    options=(
+        common.MODEL,
+        common.layers(2),
+        common.rounds(25),
+        common.Option("only", methods(), smoke=("lora", "shira"), help="these methods"),
+    ),
+    jobs=lambda given: [(name,) for name in given.only],
+    measure=measure,
+    tables=tables,
+)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.main()

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 LOGGERS = ("torch", "transformers", "onnxscript", "onnx_ir")
-"""Whose messages are held back; a logger below them with a level of its own (``TORCH_LOGS`` gives them) still speaks."""
+"""Whose messages are held back; a logger below them with a level of its own (``TORCH_LOGS`` gives one) still speaks."""
 _HELD = logging.CRITICAL
 
 

@@ -1,0 +1,120 @@
+"""Every benchmark runs, tiny, on the path of the full run: tables whole, JSON filled, nothing else on the terminal."""
+
+import importlib
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from benchmarks import __main__ as everything
+
+ROOT = Path(__file__).parents[2]
+ROWS = {
+    "compile": [["plain export", "plain export, A/A", "lorac live", "lorac fused"]],
+    "overhead": [
+        [
+            "base / plain export",
+            "live / base",
+            "dora / base",
+            "baked / base",
+            "fused / base",
+            "A/A / base",
+            "live, none / base",
+            "settled / base",
+            "plain export / base",
+            "PEFT's base / PEFT's base",
+            "PEFT LoRA / PEFT's base",
+            "PEFT DoRA / PEFT's base",
+            "live / plain export",
+        ]
+    ],
+    "swap": [
+        [
+            "live LoRA (ONNX Runtime)",
+            "fused LoRA (ONNX Runtime)",
+            "fused LoRA (eager)",
+            "A/A: fused LoRA (eager)",
+            "fused SHiRA 1 % (eager)",
+            "fused SHiRA 1 % (ONNX Runtime)",
+            "bare addmm(out=)",
+            "bare two scatters",
+            "PEFT unmerge + merge",
+        ],
+        ["live", "fused"],
+    ],
+    "threads": [["eager"] * 4 + ["onnxruntime"] * 4],
+    "train": [["lora q,v"] * 2 + ["dora all checkpointed"] * 2],
+    "variants": [["lora", "shira"]],
+}
+"""The first cells of every table of a smoke run."""
+
+
+def _benchmark(name):
+    return importlib.import_module(f"benchmarks.{name}").BENCHMARK
+
+
+def test_every_benchmark_is_here():
+    assert everything.names() == sorted(ROWS)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_it_runs(name, tmp_path, capfd):
+    _benchmark(name).main(["--smoke", "--json", str(tmp_path / "result.json")])
+    printed, complaints = capfd.readouterr()
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert [[row[0] for row in table["rows"]] for table in result["tables"]] == ROWS[name]
+    assert len(printed.split("\n")) == 1 + sum(4 + len(rows) for rows in ROWS[name]), "it prints its tables alone"
+    assert complaints == ""
+    noise = [ratio for table in result["tables"] for ratio in table["A/A"].values()]
+    assert noise and all(math.isfinite(ratio) and ratio > 0 for ratio in noise)
+    assert result["machine"]["cpu"] and result["machine"]["cores"] > 0
+    assert result["versions"].keys() == {"torch", "onnxruntime", "transformers", "peft", "lorac"}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_it_says_what_it_takes(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        _benchmark(name).main(["--help"])
+    shown = capsys.readouterr().out
+    assert end.value.code == 0
+    assert all(option in shown for option in ("--smoke", "--json", "--processes", "--layers"))
+    assert "arget" in shown, "the docstring, with what is to be reached"
+
+
+def test_processes_of_their_own(tmp_path, monkeypatch, capsys):
+    """The full run's way: each job is measured by a fresh process, and its median over processes is what counts."""
+    monkeypatch.chdir(ROOT)
+    options = ["--smoke", "--processes", "1", "--only", "eager", "--json", str(tmp_path / "result.json")]
+    _benchmark("threads").main(options)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["options"]["processes"] == 1
+    assert [row[0] for row in result["tables"][0]["rows"]] == ["eager"] * 4
+    assert "eager" in capsys.readouterr().out
+
+
+def test_a_process_that_fails_says_why(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    benchmark = _benchmark("threads")
+    with pytest.raises(SystemExit, match="ZeroDivisionError"):
+        benchmark.main(["--smoke", "--processes", "1", "--only", "eager", "--milliseconds", "0"])
+
+
+def test_one_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capfd):
+    package = tmp_path / "benchmarks"
+    package.mkdir()
+    for name, text in {"__init__": "", "bad": "raise SystemExit(3)", "good": "print('measured')"}.items():
+        (package / f"{name}.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(everything.benchmarks, "__path__", [str(package)])
+    with pytest.raises(SystemExit, match=r"^failed: bad$"):
+        everything.main([])
+    assert capfd.readouterr().out == "measured\n"
+
+
+def test_a_table_without_a_promised_row_is_refused():
+    from benchmarks import common
+
+    table = common.Table("title", ("side", "ratio"), [("a", "1")], [("b",)], {})
+    with pytest.raises(AssertionError, match="not the rows it promises"):
+        common.print_table(table)
