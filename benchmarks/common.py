@@ -30,7 +30,7 @@ Side = Callable[[], Any]
 Job = tuple[str, ...]
 Found = Mapping[Job, Mapping[str, Any]]
 # Sessions of one model in one process differ by the pages they land on; huge pages make them alike.
-ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 LIBRARIES = ("torch", "onnxruntime", "transformers", "peft", "lorac")
 
 

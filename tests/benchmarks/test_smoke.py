@@ -1,5 +1,6 @@
 """Every benchmark runs, tiny, on the path of the full run: tables whole, JSON filled, nothing else on the terminal."""
 
+import dataclasses
 import importlib
 import json
 import math
@@ -45,7 +46,7 @@ ROWS = {
     ],
     "threads": [["eager"] * 4 + ["onnxruntime"] * 4],
     "train": [["lora q,v"] * 2 + ["dora all checkpointed"] * 2],
-    "variants": [["lora", "shira"]],
+    "variants": [["lora"]],
 }
 """The first cells of every table of a smoke run."""
 
@@ -95,9 +96,9 @@ def test_processes_of_their_own(tmp_path, monkeypatch, capsys):
 
 def test_a_process_that_fails_says_why(monkeypatch):
     monkeypatch.chdir(ROOT)
-    benchmark = _benchmark("threads")
-    with pytest.raises(SystemExit, match="ZeroDivisionError"):
-        benchmark.main(["--smoke", "--processes", "1", "--only", "eager", "--milliseconds", "0"])
+    moved = dataclasses.replace(_benchmark("threads"), name="moved")
+    with pytest.raises(SystemExit, match=r"No module named benchmarks\.moved"):
+        moved.main(["--smoke", "--processes", "1"])
 
 
 def test_one_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capfd):

@@ -8,6 +8,7 @@ sites of that copy a forward that calls the site's op; ``export`` traces it. Hug
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import logging
 import os
@@ -160,6 +161,7 @@ def export(
         except Exception as error:
             raise CaptureFailed(f"{type(model).__name__} cannot be copied: {error}") from error
         mark(host, blocks, prefix)
+        host.forward = _restrained(host.forward)
         attempts = [(inputs, dynamic_shapes)] if dynamic_shapes is not None else _attempts(model, inputs)
         for tried, shapes in attempts:
             try:
@@ -244,6 +246,24 @@ def _no_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
+class _ValuesNeeded(Exception):
+    """Stands in for torch's error of a step that depends on the values of tensors.
+
+    torch.export prints the whole graph so far before it passes that one on, and has no switch for it.
+    """
+
+
+def _restrained(forward: Forward) -> Forward:
+    @functools.wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return forward(*args, **kwargs)
+        except GuardOnDataDependentSymNode as error:
+            raise _ValuesNeeded(str(error)).with_traceback(error.__traceback__) from error
+
+    return call
+
+
 # ── The errors ───────────────────────────────────────────────────────────────────────────────────────────────────────
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
@@ -322,7 +342,7 @@ def _failure(host: nn.Module, inputs: Any, shapes: Any, error: Exception) -> Cap
         line = line or (lines[0] if lines else None)
         reason = " ".join(str(error).partition("The error above")[0].split())
         step = "give dynamic_shapes= that this line admits, or change the line"
-    elif not isinstance(error, GuardOnDataDependentSymNode):
+    elif not isinstance(error, _ValuesNeeded | GuardOnDataDependentSymNode):
         step = "the same call in eager shows whether the inputs fit the model"
     return CaptureFailed(
         f"torch.export cannot trace {type(host).__name__}" + (f" at {line}" if line else "") + f": {reason}",
