@@ -6,7 +6,6 @@ the library sees the file, so that a lying one is reported by name; `lorac.ir.st
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from lorac.errors import CorruptFile, NonFinite, nearest_name
+from lorac.errors import CorruptFile, NonFinite, UnsupportedField, nearest_name
+from lorac.ir.store.strict_json import json_text, parse_object
 from lorac.ir.store.tensors import DTYPES
 
 Tensor = torch.Tensor
@@ -131,21 +131,33 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-        CorruptFile: Not JSON, not an object, a name given twice, or NaN or infinity in it.
+        CorruptFile: Not JSON as `parse_object` wants it.
     """
-    try:
-        value = _parse(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise _corrupt(path, f"it is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise _corrupt(path, f"it holds a {type(value).__name__}, not an object")
-    return value
+    return parse_object(path.read_bytes(), lambda reason: _corrupt(path, f"it {reason}"))
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object, its own names sorted; nested ones keep their order, which may matter."""
-    ordered = {name: value[name] for name in sorted(value)}
-    path.write_text(json.dumps(ordered, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    """Write a JSON object, its own names sorted; nested ones keep their order, which may matter.
+
+    Raises:
+        UnsupportedField: As `config_text`.
+    """
+    path.write_text(config_text({name: value[name] for name in sorted(value)}, indent=2) + "\n", encoding="utf-8")
+
+
+def config_text(value: Mapping[str, Any], indent: int | None = None) -> str:
+    """An adapter's description as JSON.
+
+    Raises:
+        UnsupportedField: It holds NaN, infinity, or whatever else `read_json` would refuse.
+    """
+    try:
+        return json_text(value, indent)
+    except ValueError as error:
+        raise UnsupportedField(
+            f"the adapter's configuration cannot be written: {error}",
+            next_step="give it finite numbers of ordinary size",
+        ) from error
 
 
 def install(staged: Path, target: Path) -> None:
@@ -190,12 +202,7 @@ def _raw_header(path: Path) -> tuple[dict[str, Any], int]:
         if size < 8 or length > min(size - 8, MAX_HEADER):
             raise _corrupt(path, f"it promises {length} bytes of header, the file has {size} bytes")
         text = file.read(length)
-    try:
-        header = _parse(text)
-    except (ValueError, RecursionError) as error:
-        raise _corrupt(path, f"its header is not JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise _corrupt(path, "its header is not an object")
+    header = parse_object(text, lambda reason: _corrupt(path, f"its header {reason}"))
     return header, size - 8 - length
 
 
@@ -223,23 +230,6 @@ def _check_layout(path: Path, tensors: Mapping[str, tuple[str, Any, int, int]], 
         reached = end
     if reached != size:
         raise _corrupt(path, f"its header promises {reached} bytes of data, the file has {size}")
-
-
-def _parse(text: bytes) -> Any:
-    """JSON without the liberties Python's parser takes."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        value = dict(pairs)
-        if len(value) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"'{twice}' is given twice")
-        return value
-
-    def constant(name: str) -> None:
-        raise ValueError(f"{name} is not a number of JSON")
-
-    return json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
 
 
 def _naturals(value: Any) -> bool:

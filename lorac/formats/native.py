@@ -10,7 +10,6 @@ object are stored once, under the first name.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,9 @@ from torch import nn
 from lorac.adapters.base_hash import base_hash
 from lorac.adapters.fit import check_adapter, in_order
 from lorac.errors import CorruptFile, UnknownField, UnsupportedField, UnusedTensors, nearest_name
-from lorac.formats._files import peek_metadata, read_safetensors
+from lorac.formats._files import config_text, peek_metadata, read_safetensors
 from lorac.formats._format import Format
+from lorac.ir.store.strict_json import parse_object
 from lorac.ir.store.tensors import write_safetensors
 from lorac.variants import variant_named
 from lorac.variants.adapter import Adapter
@@ -101,8 +101,7 @@ def _save(adapter: Adapter, path: Path, model: nn.Module | None) -> None:
         "base": base_hash(model, adapter.tensors) if model else adapter.provenance.get("base"),
     }
     # Names are not sorted here: the order of patterns matters, that of the record is fixed.
-    text = json.dumps(record, separators=(",", ":"), allow_nan=False)
-    write_safetensors(path, tensors, {_ENTRY: text})
+    write_safetensors(path, tensors, {_ENTRY: config_text(record)})
 
 
 def _stored(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -132,11 +131,8 @@ def _place(path: Path, adapter: Adapter, key: str, tensor: Tensor) -> None:
 
 
 def _record(path: Path, text: str) -> dict[str, Any]:
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CorruptFile(f"the description in '{path}' is not JSON: {error}") from error
-    if not isinstance(record, dict) or not isinstance(record.get("version"), int):
+    record = parse_object(text, lambda reason: CorruptFile(f"the description in '{path}' {reason}"))
+    if not isinstance(record.get("version"), int):
         raise CorruptFile(f"the description in '{path}' has no version")
     if record["version"] > VERSION:
         raise UnsupportedField(

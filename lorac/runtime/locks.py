@@ -31,11 +31,16 @@ class ReadWriteLock:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Wait for running readers, hold new ones for the block."""
+        """Wait for running readers, hold new ones for the block; one interrupted while it waits leaves no trace."""
         with self._condition:
             self._writers_waiting += 1
-            self._condition.wait_for(lambda: not self._writing and not self._readers)
-            self._writers_waiting -= 1
+            try:
+                self._condition.wait_for(lambda: not self._writing and not self._readers)
+            except BaseException:
+                self._condition.notify_all()  # an interrupted writer leaves; the readers it held back go on
+                raise
+            finally:
+                self._writers_waiting -= 1
             self._writing = True
         try:
             yield

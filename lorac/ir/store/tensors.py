@@ -6,7 +6,6 @@ several metadata entries in random order, and copies all tensors before it write
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from lorac.errors import BaseNeeded
+from lorac.errors import ArtifactError, BaseNeeded
 from lorac.ir.host.sites import BaseReader, Site, SiteKind, stored_tensor
 from lorac.ir.slots.site import SitePlan
+from lorac.ir.store.strict_json import json_text, parse_json
 
 Tensor = torch.Tensor
 DTYPES = {
@@ -54,7 +54,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         end = begin + tensor.numel() * tensor.itemsize
         kind = _NAMES[tensor.dtype]
         header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
+    text = json_text(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
@@ -80,7 +80,8 @@ class TensorFile(Mapping[str, Tensor]):
     def __init__(self, path: Path) -> None:
         self.path = path
         with safe_open(path, framework="pt") as opened:
-            told = {key: json.loads(value) for key, value in (opened.metadata() or {}).items()}
+            metadata = opened.metadata() or {}
+            told = {key: parse_json(metadata[key], self._damaged) for key in (_ALIAS, _TRANSPOSED) if key in metadata}
             self._alias: dict[str, str] = told.get(_ALIAS, {})
             self._transposed = frozenset(told.get(_TRANSPOSED, ()))
             self._names = frozenset({*opened.keys(), *self._alias})
@@ -102,6 +103,9 @@ class TensorFile(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._names)
 
+    def _damaged(self, reason: str) -> ArtifactError:
+        return ArtifactError(f"the metadata of '{self.path}' {reason}", next_step="copy the whole folder again")
+
     @staticmethod
     def write(path: Path, tensors: Mapping[str, Tensor], transposed: Collection[str] = ()) -> None:
         """Write a file; what shares its memory with an earlier tensor is written once.
@@ -120,8 +124,8 @@ class TensorFile(Mapping[str, Tensor]):
                 alias[name] = known
         columns = sorted({*transposed} - alias.keys())
         written = {n: t.detach().t() if n in columns else t.detach() for n, t in tensors.items() if n not in alias}
-        told = {_ALIAS: alias, _TRANSPOSED: columns}
-        write_safetensors(path, written, {key: json.dumps(value, sort_keys=True) for key, value in told.items()})
+        told = {_ALIAS: dict(sorted(alias.items())), _TRANSPOSED: columns}
+        write_safetensors(path, written, {key: json_text(value) for key, value in told.items()})
 
 
 def file_base(file: TensorFile, device: Any = None) -> BaseReader:

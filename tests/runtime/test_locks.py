@@ -1,0 +1,52 @@
+"""One writer or many readers, and a writer that is interrupted while it waits leaves no trace."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+
+import pytest
+
+from lorac.runtime.locks import ReadWriteLock
+
+
+class Interrupted(Exception):
+    """What the signal's handler raises."""
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise Interrupted
+
+
+def test_a_writer_interrupted_while_it_waits_leaves_no_trace() -> None:
+    lock, entered, leave, again = ReadWriteLock(), threading.Event(), threading.Event(), threading.Event()
+
+    def read() -> None:
+        with lock.reading():
+            entered.set()
+            leave.wait(30)
+
+    def read_again() -> None:
+        with lock.reading():
+            again.set()
+
+    held = threading.Thread(target=read, daemon=True)
+    held.start()
+    assert entered.wait(30)
+    waiting = threading.Timer(0.05, read_again)  # it comes while the writer waits, and is held back by it
+    waiting.daemon = True
+    old = signal.signal(signal.SIGALRM, _interrupt)
+    try:
+        waiting.start()
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(Interrupted), lock.writing():
+            raise AssertionError("a reader was still there")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+    assert again.wait(5)
+    leave.set()
+    held.join(30)
+    with lock.writing():
+        pass
