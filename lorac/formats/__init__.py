@@ -5,13 +5,9 @@ Every module here that does not begin with an underscore is a format, found by i
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -21,8 +17,9 @@ from lorac.adapters.base_hash import base_hash
 from lorac.adapters.fit import check_adapter
 from lorac.discovery import modules_of
 from lorac.errors import FormatError, UnknownFormat, nearest_name
-from lorac.formats._files import install, read_header
+from lorac.formats._files import read_header
 from lorac.formats._format import Format
+from lorac.ir.store.folders import recover, replacing, steady
 from lorac.variants.adapter import Adapter
 
 __all__ = ["Format", "base_hash", "check_adapter", "formats", "load_adapter", "save_adapter"]
@@ -56,11 +53,12 @@ def load_adapter(path: str | os.PathLike[str], model: nn.Module | None = None, n
         SiteError: SiteNotFound, SiteUnsupported.
     """
     path = Path(path)
+    recover(path)
     if not path.exists():
         raise UnknownFormat(f"there is no adapter at '{path}'", nearest=_sibling(path))
     matching = [format for format in formats().values() if format.recognises(path)]
     if len(matching) == 1:
-        return matching[0].load(path, model, name)
+        return steady(path, lambda: matching[0].load(path, model, name))
     if path.is_file() and path.suffix == ".safetensors":
         read_header(path)  # a damaged file is told as such
     raise UnknownFormat(
@@ -78,8 +76,8 @@ def save_adapter(
 ) -> None:
     """Write an adapter; equal input gives equal bytes.
 
-    It is written aside and moved into place: whatever goes wrong, what was there before stays. A
-    folder that exists already keeps the files that are not the adapter's.
+    It is written aside and takes its place in one step: whatever goes wrong, what was there before
+    stays whole. A folder that exists already keeps the files that are not the adapter's.
 
     Args:
         adapter: What to write.
@@ -103,27 +101,14 @@ def save_adapter(
         )
     save = writers[format].save
     assert save is not None
-    with _staged(Path(os.path.realpath(path)), format) as staged:
+    target = Path(path)
+    with replacing(target) as staged:
         save(adapter, staged, model)
-
-
-@contextlib.contextmanager
-def _staged(target: Path, format: str) -> Iterator[Path]:
-    """A path beside the target to write to; what is there at the end takes the target's place."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    workshop = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    staged = workshop / target.name
-    try:
-        yield staged
         if target.exists() and target.is_dir() != staged.is_dir():
             kind = "a folder" if target.is_dir() else "a file"
             raise FormatError(
-                f"'{target}' is {kind}, which the format '{format}' does not write",
-                next_step="give another path",
+                f"'{target}' is {kind}, which the format '{format}' does not write", next_step="give another path"
             )
-        install(staged, target)
-    finally:
-        shutil.rmtree(workshop, ignore_errors=True)
 
 
 def _sibling(path: Path) -> str | None:

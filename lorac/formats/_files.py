@@ -6,8 +6,7 @@ the library sees the file, so that a lying one is reported by name; `lorac.ir.st
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,11 +18,13 @@ from safetensors.torch import load_file
 
 from lorac.errors import CorruptFile, NonFinite, UnsupportedField, nearest_name
 from lorac.ir.store.strict_json import json_text, parse_object
-from lorac.ir.store.tensors import DTYPES
+from lorac.ir.store.tensors import DTYPES, seal
 
 Tensor = torch.Tensor
 MAX_HEADER = 100_000_000
 """Longest header in bytes, the library's own limit."""
+SEAL = "lorac_seal"
+"""Metadata entry that holds the hash over a description and its tensors."""
 _ENTRY = {"dtype", "shape", "data_offsets"}
 _AGAIN = "copy or download the file again"
 
@@ -160,38 +161,20 @@ def config_text(value: Mapping[str, Any], indent: int | None = None) -> str:
         ) from error
 
 
-def install(staged: Path, target: Path) -> None:
-    """Move a finished file or folder into place; on failure the old content stands.
+def check_seal(path: Path, text: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Hold a description and the tensors beside it against the hash that lorac wrote over both.
 
-    A folder that exists already keeps the files that `staged` lacks.
+    Files of other tools have none, and are taken as they are.
+
+    Raises:
+        CorruptFile: They do not belong together.
     """
-    files = sorted(staged.iterdir()) if staged.is_dir() else [staged]
-    for file in files:
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    if not (staged.is_dir() and target.exists()):
-        os.replace(staged, target)
-        return
-    done: list[tuple[Path, Path | None]] = []
-    try:
-        for new in files:
-            old, backup = target / new.name, staged / f"{new.name}.old"
-            kept = backup if old.exists() else None
-            if kept:
-                os.replace(old, kept)
-            done.append((old, kept))
-            os.replace(new, old)
-    except BaseException:
-        _restore(done)
-        raise
-
-
-def _restore(done: Iterable[tuple[Path, Path | None]]) -> None:
-    for old, kept in done:
-        if kept:
-            os.replace(kept, old)
-        else:
-            old.unlink(missing_ok=True)
+    if SEAL in metadata and metadata[SEAL] != seal(text, tensors):
+        raise CorruptFile(
+            f"the configuration and the tensors of '{path}' do not belong together: they, or one of them, were changed "
+            "since lorac wrote both",
+            next_step=f"{_AGAIN}; where the change is meant, remove '{SEAL}' from the tensors' metadata",
+        )
 
 
 def _raw_header(path: Path) -> tuple[dict[str, Any], int]:

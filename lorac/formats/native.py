@@ -3,8 +3,9 @@
     tensors/<site path>/<parameter>    of a site, in the matrix convention
     replaced/<parameter's name>        modules_to_save and trained biases
 
-Everything else is one JSON object in the metadata entry "lorac". Tensors that are one and the same
-object are stored once, under the first name.
+Everything else is one JSON object in the metadata entry "lorac"; the entry "lorac_seal" holds a
+hash over it and the tensors. Tensors that are one and the same object are stored once, under the
+first name.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from torch import nn
 from lorac.adapters.base_hash import base_hash
 from lorac.adapters.fit import check_adapter, in_order
 from lorac.errors import CorruptFile, UnknownField, UnsupportedField, UnusedTensors, nearest_name
-from lorac.formats._files import config_text, peek_metadata, read_safetensors
+from lorac.formats._files import SEAL, check_seal, config_text, peek_metadata, read_safetensors
 from lorac.formats._format import Format
 from lorac.ir.store.strict_json import parse_object
-from lorac.ir.store.tensors import write_safetensors
+from lorac.ir.store.tensors import seal, write_safetensors
 from lorac.variants import variant_named
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant, dataclass_fields
@@ -61,6 +62,7 @@ def _recognises(path: Path) -> bool:
 def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
     stored, metadata = read_safetensors(path)
     record = _record(path, metadata[_ENTRY])
+    check_seal(path, metadata[_ENTRY], stored, metadata)
     for alias, first in record["shared"].items():
         if first not in stored or alias in stored:
             raise CorruptFile(f"'{path}' says that '{alias}' is '{first}', which its tensors belie")
@@ -101,7 +103,8 @@ def _save(adapter: Adapter, path: Path, model: nn.Module | None) -> None:
         "base": base_hash(model, adapter.tensors) if model else adapter.provenance.get("base"),
     }
     # Names are not sorted here: the order of patterns matters, that of the record is fixed.
-    write_safetensors(path, tensors, {_ENTRY: config_text(record)})
+    text = config_text(record)
+    write_safetensors(path, tensors, {_ENTRY: text, SEAL: seal(text, tensors)})
 
 
 def _stored(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -5,10 +5,12 @@
     …                       the program and its weights, as the target stores them
 
 The manifest holds the versions, target and mode, the plan of every site, the active choice, the host's skeleton, what
-the target needs besides, and size and blake2b hash of every other file. There is no time stamp, path or random name in
-it and no pickle anywhere: equal input gives equal bytes, and loading runs no code that the artefact names.
+the target needs besides, size and blake2b hash of every other file, and last a hash over all this. There is no time
+stamp, path or random name in it and no pickle anywhere: equal input gives equal bytes, and loading runs no code that
+the artefact names.
 
-A folder is written beside its target and moved into place when it is complete; on failure nothing is left.
+A folder is written beside its target and takes its place in one step when it is complete; on failure nothing is left.
+It replaces nothing but an older artefact, and nothing in it that the older manifest does not list.
 """
 
 from __future__ import annotations
@@ -18,22 +20,24 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lorac.errors import ArtifactError
+from lorac.ir.store.folders import foreign, replacing, steady
 from lorac.ir.store.plans import choice_to_json, plan_to_json
+from lorac.ir.store.strict_json import json_text, parse_object
 from lorac.runtime.compiled import Compiled
 from lorac.version import VERSION
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+_SEAL = "seal"
 _CHUNK = 1 << 22
+_NAMED = 5
+"""Foreign files that a message names."""
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "lorac_artifact": int,
     "versions": dict,
@@ -46,6 +50,7 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "program": dict,
     "components": dict,
     "files": dict,
+    _SEAL: str,
 }
 """What a manifest holds, and as what."""
 
@@ -118,57 +123,52 @@ def write(folder: str | os.PathLike[str], fill: Callable[[Path], Mapping[str, An
         fill: (empty folder) -> the manifest's fields but version and files; writes all other files.
 
     Raises:
-        ArtifactError: the folder holds something else.
+        ArtifactError: the folder holds something else, or besides an artefact what its manifest does not list.
     """
-    target = Path(os.path.realpath(folder))
-    _refuse_occupied(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _beside(target) as workshop:
-        staged = workshop / "new"
+    target = Path(folder)
+    steady(target, lambda: _refuse_occupied(target))
+    with replacing(target, _written_by_lorac) as staged:
         staged.mkdir()
         fields = fill(staged)
-        manifest = {"lorac_artifact": FORMAT, **fields, "files": _listed(staged)}
-        text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        (staged / MANIFEST).write_text(text, encoding="utf-8")
-        _sync(staged)
-        _install(staged, target, workshop / "old")
+        manifest = sealed({"lorac_artifact": FORMAT, **fields, "files": _listed(staged)})
+        (staged / MANIFEST).write_text(json_text(manifest, indent=1) + "\n", encoding="utf-8")
 
 
-@contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """A folder of our own on the target's file system, gone afterwards."""
-    workshop = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield workshop
-    finally:
-        shutil.rmtree(workshop, ignore_errors=True)
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest with the hash of all its other fields."""
+    rest = {field: value for field, value in manifest.items() if field != _SEAL}
+    return {**rest, _SEAL: hashlib.blake2b(json_text(rest).encode(), digest_size=16).hexdigest()}
 
 
 def _refuse_occupied(target: Path) -> None:
-    if not target.exists():
+    """Nothing is replaced but an older artefact that holds what lorac wrote, and nothing else."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
-    if not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).is_file()):
+    owned = _written_by_lorac(target)
+    if not owned:
         raise ArtifactError(
             f"'{target}' exists and is no artefact", next_step="give a new folder, an empty one, or an older artefact"
         )
+    strange = foreign(target, owned)
+    if strange:
+        named = ", ".join(map(repr, strange[:_NAMED]))
+        more = f" and {len(strange) - _NAMED} more" if len(strange) > _NAMED else ""
+        raise ArtifactError(
+            f"the artefact '{target}' also holds {named}{more}, which lorac did not write",
+            next_step="move that elsewhere, or give another folder",
+        )
 
 
-def _install(staged: Path, target: Path, aside: Path) -> None:
-    """Move the finished folder into place; the old one comes back where that fails."""
-    if target.exists():
-        os.rename(target, aside)
+def _written_by_lorac(folder: Path) -> frozenset[str]:
+    """Names of the files of an artefact, of whatever version, as its manifest lists them; none where it is none."""
     try:
-        os.rename(staged, target)
-    except BaseException:
-        if aside.exists():
-            os.rename(aside, target)
-        raise
-
-
-def _sync(folder: Path) -> None:
-    for file in _files(folder):
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
+        manifest = parse_object((folder / MANIFEST).read_bytes(), ArtifactError)
+    except (ArtifactError, OSError):
+        return frozenset()
+    files = manifest.get("files")
+    if not isinstance(manifest.get("lorac_artifact"), int) or not isinstance(files, dict):
+        return frozenset()
+    return frozenset({*files, MANIFEST})
 
 
 def _files(folder: Path) -> list[Path]:
@@ -200,6 +200,10 @@ def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
             a missing file, one of another size or hash, or one that the manifest does not list.
     """
     folder = Path(folder)
+    return steady(folder, lambda: _read(folder))
+
+
+def _read(folder: Path) -> dict[str, Any]:
     manifest = _manifest(folder)
     for name, entry in manifest["files"].items():
         _check_file(folder, name, entry)
@@ -223,11 +227,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"'{folder}' is no artefact: it has no {MANIFEST}", next_step="compiled.save(folder) writes one"
         )
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(folder, f"it is not JSON: {error}") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("lorac_artifact"), int):
+    manifest = parse_object(path.read_bytes(), lambda reason: _damaged(folder, f"it {reason}"))
+    if not isinstance(manifest.get("lorac_artifact"), int):
         raise _damaged(folder, "it is no manifest of lorac's")
     if manifest["lorac_artifact"] != FORMAT:
         raise ArtifactError(
@@ -237,6 +238,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
     for field, kind in _FIELDS.items():
         if not isinstance(manifest.get(field), kind):
             raise _damaged(folder, f"'{field}' is missing, or of another type")
+    if sealed(manifest) != manifest:
+        raise _damaged(folder, f"it was changed since it was written, as its {_SEAL} tells")
     return manifest
 
 
@@ -262,10 +265,6 @@ def _check_file(folder: Path, name: str, entry: Any) -> None:
             f"'{path}' has the hash {found}, the manifest says {entry['blake2b']}",
             next_step="it was changed or damaged: copy the whole folder again",
         )
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number of JSON")
 
 
 def _unsafe(folder: Path, name: str) -> ArtifactError:

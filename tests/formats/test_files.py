@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 from lorac.errors import CorruptFile, NonFinite
 from lorac.formats._files import (
-    install,
     peek_metadata,
     read_header,
     read_json,
@@ -178,39 +177,3 @@ def test_damaged_pickles(tmp_path: Path) -> None:
         (tmp_path / "x.bin").write_bytes(damaged)
         with pytest.raises(CorruptFile):
             read_pickle(tmp_path / "x.bin")
-
-
-def test_install_keeps_what_it_does_not_replace(tmp_path: Path) -> None:
-    target, staged = tmp_path / "target", tmp_path / "staged"
-    target.mkdir()
-    staged.mkdir()
-    for folder, name in ((target, "a"), (target, "readme"), (staged, "a"), (staged, "b")):
-        (folder / name).write_text(folder.name)
-    install(staged, target)
-    assert {p.name: p.read_text() for p in target.iterdir()} == {
-        "a": "staged", "b": "staged", "readme": "target",
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("broken", [1, 2, 3])
-def test_install_undoes_what_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: int) -> None:
-    target, staged = tmp_path / "target", tmp_path / "staged"
-    target.mkdir()
-    staged.mkdir()
-    for folder, names in ((target, "a"), (staged, "ab")):
-        for name in names:
-            (folder / name).write_text(folder.name)
-    calls = 0
-    replace = os.replace
-
-    def failing(source: Any, destination: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == broken:
-            raise OSError("the disk is full")
-        replace(source, destination)
-
-    monkeypatch.setattr(os, "replace", failing)
-    with pytest.raises(OSError, match="the disk is full"):
-        install(staged, target)
-    assert {p.name: p.read_text() for p in target.iterdir()} == {"a": "target"}

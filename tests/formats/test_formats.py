@@ -109,7 +109,7 @@ def test_failed_saves_leave_everything_as_it_was(
         save_adapter(other, target, format, model)  # while writing
     assert contents() == before
     monkeypatch.undo()
-    monkeypatch.setattr("lorac.formats.install", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("lorac.ir.store.folders._install", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         save_adapter(other, target, format, model)  # while moving into place
     assert contents() == before

@@ -192,10 +192,66 @@ def test_bad_descriptions(file: Path, changes: dict[str, Any], error: type[Excep
         load_adapter(file)
 
 
-def test_description_that_is_no_json(file: Path) -> None:
-    save_file(load_file(file), file, metadata={"lorac": "{"})
-    with pytest.raises(CorruptFile, match="not JSON"):
+def described(file: Path) -> str:
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        return str(opened.metadata()["lorac"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "match"),
+    [
+        ('{"version"', '{"version"', None),
+        ('{"version"', "{", "is not JSON"),
+        ('"alpha":8', '"alpha":NaN', "nan is not a finite number"),
+        ('"alpha":8', '"alpha":-Infinity', "-inf is not a finite number"),
+        ('"alpha":8', '"alpha":1e999', "inf is not a finite number"),
+        ('"alpha":8', '"alpha":1' + "0" * 400, "an integer of"),
+        ('"alpha":8', '"alpha":8,"alpha":80', "'alpha' is given twice"),
+        ('"version"', '"name":"other","version"', "'name' is given twice"),
+        ('"provenance":{', '"provenance":{"x":' + "[" * 200 + "]" * 200, "nested deeper"),
+    ],
+)
+def test_descriptions_that_are_no_json(file: Path, old: str, new: str, match: str | None) -> None:
+    text = described(file)
+    assert old in text
+    save_file(load_file(file), file, metadata={"lorac": text.replace(old, new, 1)})
+    if match is None:
+        assert load_adapter(file).variant == LoRA(r=2)
+        return
+    with pytest.raises(CorruptFile, match=match):
         load_adapter(file)
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 10**30])
+def test_what_would_not_be_read_is_not_written(tmp_path: Path, alpha: float) -> None:
+    adapter = filled(LoRA(r=2), "up")
+    adapter.variant = LoRA(r=2, alpha=alpha)
+    for format in ("native", "peft"):
+        with pytest.raises(UnsupportedField, match="cannot be written"):
+            save_adapter(adapter, tmp_path / "x", format, ZOO["plain_mlp"].model())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_description_and_the_tensors_of_another_file(file: Path, tmp_path: Path) -> None:
+    """A file written anew in place, half of it: each half alone is in order."""
+    from safetensors import safe_open
+
+    other = tmp_path / "other.safetensors"
+    save_adapter(filled(LoRA(r=2), "up"), other, "native", ZOO["plain_mlp"].model())
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    save_file(load_file(file), file, metadata=metadata)
+    load_adapter(file)
+    save_file(load_file(other), file, metadata=metadata)
+    with pytest.raises(CorruptFile, match="do not belong together") as error:
+        load_adapter(file)
+    assert str(file) in str(error.value)
+    changed = metadata["lorac"].replace('"alpha":8', '"alpha":80')
+    save_file(load_file(other), other, metadata={**metadata, "lorac": changed})
+    with pytest.raises(CorruptFile, match="do not belong together"):
+        load_adapter(other)
 
 
 @pytest.mark.parametrize("key", ["up.lora_A", "tensors/lora_A", "replaced/", "other/up/lora_A"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from lorac.errors import BaseNeeded, ShapeMismatch, SiteUnsupported, UnsupportedField
+from lorac.errors import BaseNeeded, CorruptFile, ShapeMismatch, SiteUnsupported, UnsupportedField
 from lorac.formats import load_adapter, save_adapter
 from lorac.variants.adapter import Adapter
 from lorac.variants.hydra import Hydra
@@ -89,3 +91,36 @@ def test_targets_are_written_so_that_peft_finds_the_same_sites(tmp_path: Path) -
         found = {n.removeprefix("base_model.model.") for n, m in peft.named_modules() if hasattr(m, "lora_A")}
         assert {name for name in found if name} == set(tensors)
         assert_equal(load_adapter(folder, model), Adapter("x", variant, tensors))
+
+
+def test_a_configuration_and_the_tensors_of_another_saving(tmp_path: Path) -> None:
+    """Each is in order alone; a copy that was cut short, or another tool, may bring them together."""
+    model = ZOO["plain_mlp"].model()
+    read = load_adapter(made(tmp_path / "f", "LORA"), model)
+    other = Adapter("x", dataclasses.replace(read.variant, alpha=32), dict(read.tensors), provenance=read.provenance)
+    trained = {path: {name: t + 1 for name, t in at.items()} for path, at in read.tensors.items()}
+    later = Adapter("x", read.variant, trained, provenance=read.provenance)
+    for name, adapter in (("one", read), ("other", other), ("later", later)):
+        save_adapter(adapter, tmp_path / name, model=model)
+    for name in ("other", "later"):
+        mixture = tmp_path / f"mixed {name}"
+        mixture.mkdir()
+        shutil.copy(tmp_path / "one" / CONFIG, mixture)
+        shutil.copy(tmp_path / name / "adapter_model.safetensors", mixture)
+        if name == "later":  # the same configuration: nothing is mixed
+            assert_equal(load_adapter(mixture, model), later)
+            continue
+        with pytest.raises(CorruptFile, match="do not belong together") as error:
+            load_adapter(mixture, model)
+        assert "lorac_seal" in str(error.value)
+
+
+def test_peft_takes_a_sealed_folder_and_spaces_do_not_matter(tmp_path: Path) -> None:
+    model = ZOO["plain_mlp"].model()
+    read = load_adapter(made(tmp_path / "f", "LORA"), model)
+    save_adapter(read, tmp_path / "x", model=model)
+    path = tmp_path / "x" / CONFIG
+    path.write_text(json.dumps(dict(reversed(json.loads(path.read_text()).items()))))
+    assert_equal(load_adapter(tmp_path / "x", model), read)
+    load_peft(ZOO["plain_mlp"].fresh(), tmp_path / "x").save_pretrained(tmp_path / "y")
+    assert_equal(load_adapter(tmp_path / "y", model), read)

@@ -26,14 +26,19 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _manifest(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+def _edited(change: Callable[[dict[str, Any]], Any], seal: Callable[[Any], Any]) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         path = folder / "manifest.json"
         manifest = json.loads(path.read_text())
         change(manifest)
-        path.write_text(json.dumps(manifest))
+        path.write_text(json.dumps(seal(manifest)))
 
     return apply
+
+
+def _manifest(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """The manifest says something else, and its seal agrees."""
+    return _edited(change, artifact.sealed)
 
 
 def _rename(new: str) -> Callable[[Path], None]:
@@ -100,6 +105,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "other version": (_manifest(lambda m: m.update(lorac_artifact=99)), "version 99"),
     "field missing": (_manifest(lambda m: m.pop("plans")), "'plans'"),
     "field of another type": (_manifest(lambda m: m.update(adapters=[])), "'adapters'"),
+    "changed manifest": (_edited(lambda m: m.update(active={}), dict), "changed since it was written"),
+    "manifest without a seal": (_edited(lambda m: m.pop("seal"), dict), "'seal' is missing"),
+    "name given twice": (
+        lambda folder: (folder / "manifest.json").write_text(
+            (folder / "manifest.json").read_text().replace('"mode"', '"mode": "live", "mode"', 1)
+        ),
+        "'mode' is given twice",
+    ),
     "unlisted adapter": (_manifest(lambda m: m["adapters"]["a"].update(file="/etc/hostname")), "does not list"),
     "unknown site": (_manifest(lambda m: m["plans"].update(nowhere=m["plans"]["up"])), "does not fit together"),
     "op that reads files": (_op("aten.from_file.default"), "no op that an artefact may name"),
@@ -169,8 +182,48 @@ def test_an_artefact_is_replaced_whole_even_by_itself(sound: Path, tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["it"]
 
 
-def test_other_folders_are_not_touched(sound: Path, tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(lorac.ArtifactError, match="no artefact"):
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+PWA = '{"name": "my app", "icons": [], "files": {"index.html": {}}}'
+
+
+@pytest.mark.parametrize("manifest", [None, PWA, "not JSON", '{"lorac_artifact": "1", "files": {"index.html": {}}}'])
+def test_other_folders_are_not_touched(manifest: str | None, sound: Path, tmp_path: Path) -> None:
+    """A web app's folder has a manifest.json too."""
+    (tmp_path / "index.html").write_text("mine")
+    if manifest is not None:
+        (tmp_path / "manifest.json").write_text(manifest)
+    before = _contents(tmp_path)
+    with pytest.raises(lorac.ArtifactError, match="no artefact") as error:
         lorac.load(sound).save(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    assert "new folder" in str(error.value)
+    assert _contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "adapters/notes.txt", "more/notes.txt", "empty/"])
+def test_what_lorac_did_not_write_is_named_and_kept(name: str, sound: Path, tmp_path: Path) -> None:
+    compiled, folder = lorac.load(sound), tmp_path / "it"
+    compiled.save(folder)
+    foreign = folder / name
+    if name.endswith("/"):
+        foreign.mkdir()
+    else:
+        foreign.parent.mkdir(exist_ok=True)
+        foreign.write_text("mine")
+    before = _contents(folder)
+    with pytest.raises(lorac.ArtifactError, match=f"also holds '{name.rstrip('/')}'") as error:
+        compiled.save(folder)
+    assert "elsewhere" in str(error.value)
+    assert _contents(folder) == before
+    assert foreign.exists()
+
+
+def test_a_damaged_artefact_and_one_of_another_version_are_replaced(sound: Path, tmp_path: Path) -> None:
+    compiled = lorac.load(sound)
+    for harm in (_flip, _cut, _manifest(lambda m: m.update(lorac_artifact=1)), _edited(lambda m: m.pop("seal"), dict)):
+        compiled.save(tmp_path / "it")
+        harm(tmp_path / "it")
+        compiled.save(tmp_path / "it")
+        assert_same_folders(sound, tmp_path / "it")

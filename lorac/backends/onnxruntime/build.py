@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
-import weakref
 from pathlib import Path
 
 from lorac.backends.onnx.emit import emit
@@ -19,20 +17,21 @@ from lorac.ir.graph.feeds import named_tensors
 from lorac.ir.graph.program import Program
 from lorac.ir.slots.emits import refuse_unemitted
 from lorac.ir.slots.snapshot import slots_of
+from lorac.ir.store.owners import remove_with, temporary_folder
 from lorac.ir.store.tensors import TensorFile, base_tensors, by_columns, file_base
 from lorac.progress import Progress, progress
 
 
 def build(request: BuildRequest[Options]) -> OrtEngine:
     """An engine for the request; the host is not kept."""
-    folder = Path(tempfile.mkdtemp(prefix="lorac-"))
+    folder = temporary_folder()
     try:
         with progress("compiling for ONNX Runtime", total=4) as report:
             engine = _build(request, folder, report)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    weakref.finalize(engine, shutil.rmtree, folder, ignore_errors=True)
+    remove_with(engine, folder)
     return engine
 
 

@@ -16,14 +16,14 @@ from torch import nn
 from lorac.adapters.base_hash import tensor_hash
 from lorac.adapters.fit import check_site, in_order, no_site
 from lorac.errors import BaseNeeded, CorruptFile
-from lorac.formats._files import read_json, read_pickle, read_safetensors
+from lorac.formats._files import check_seal, read_json, read_pickle, read_safetensors
 from lorac.formats._format import Format
 from lorac.formats._layout import LAYOUT, describe
 from lorac.formats.peft.checks import against_itself, against_model
 from lorac.formats.peft.config import method_of, read_config, variant_of
 from lorac.formats.peft.keys import Contents, read_keys
 from lorac.formats.peft.method import Method
-from lorac.formats.peft.save import BASE, CONFIG, WEIGHTS, save
+from lorac.formats.peft.save import BASE, CONFIG, WEIGHTS, described, save
 from lorac.ir.host.sites import Site, find_sites
 from lorac.variants.adapter import Adapter
 
@@ -41,13 +41,14 @@ def _recognises(path: Path) -> bool:
 
 def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
     folder = _folder(path)
-    described = folder / CONFIG
-    raw = read_json(described)
-    method = method_of(raw, described)
-    values = read_config(raw, method, described)
+    file = folder / CONFIG
+    raw = read_json(file)
     tensors, metadata = _weights(folder)
+    check_seal(folder, described(raw, metadata), tensors, metadata)
+    method = method_of(raw, file)
+    values = read_config(raw, method, file)
     contents = read_keys(tensors, method, values, model)
-    variant = variant_of(values, method, described)
+    variant = variant_of(values, method, file)
     if values["target_modules"] is None:  # PEFT's own choice for the architecture: it is in the keys
         variant = dataclasses.replace(variant, targets=tuple(contents.sites))
     adapter = Adapter(

@@ -14,14 +14,14 @@ from torch import nn
 from lorac.adapters.base_hash import base_hash
 from lorac.adapters.fit import check_adapter, named_tensors
 from lorac.errors import UnsupportedField
-from lorac.formats._files import write_json
+from lorac.formats._files import SEAL, config_text, write_json
 from lorac.formats._layout import layouts
 from lorac.formats.peft.checks import saved_names, targeted
 from lorac.formats.peft.config import ALL_LINEAR, methods, write_config
 from lorac.formats.peft.keys import EMBEDDING_NAMES, PREFIX, SHARED_PREFIX, copied_module, embedding_modules, saved
 from lorac.formats.peft.method import Method
 from lorac.ir.host.sites import Site, find_sites
-from lorac.ir.store.tensors import write_safetensors
+from lorac.ir.store.tensors import seal, write_safetensors
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 
@@ -64,8 +64,14 @@ def save(adapter: Adapter, folder: Path, model: nn.Module | None) -> None:
     recorded = base_hash(model, adapter.tensors) if model else adapter.provenance.get("base")
     folder.mkdir()
     metadata = {"format": "pt"} | ({BASE: recorded} if recorded else {})
+    metadata[SEAL] = seal(described(config, metadata), tensors)
     write_safetensors(folder / WEIGHTS, tensors, metadata)
     write_json(folder / CONFIG, config)
+
+
+def described(config: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
+    """What is sealed with the tensors: the configuration, its own names sorted as in its file, and the base hash."""
+    return config_text({"config": {name: config[name] for name in sorted(config)}, BASE: metadata.get(BASE)})
 
 
 def _resized(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

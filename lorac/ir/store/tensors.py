@@ -6,6 +6,7 @@ several metadata entries in random order, and copies all tensors before it write
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -156,3 +157,22 @@ def base_tensors(model: torch.nn.Module, sites: Mapping[str, Site]) -> dict[str,
     """The stored weights and biases of sites, by name, in the sites' order."""
     names = [name for site in sites.values() for name in (site.weight, site.bias) if name is not None]
     return {name: stored_tensor(model, name).detach() for name in dict.fromkeys(names)}
+
+
+def seal(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """A hash over a description and the tensors it belongs to, so that neither is ever taken with another's.
+
+    Args:
+        text: what describes them.
+        tensors: by name; their order does not matter.
+
+    Returns:
+        The blake2b hash of the text and of each tensor's name, dtype, shape and bytes, 16 bytes as text.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json_text([text, len(tensors)]).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(json_text([name, _NAMES[tensor.dtype], list(tensor.shape)]).encode())
+        digest.update(raw_bytes(tensor))
+    return digest.hexdigest()
