@@ -42,7 +42,6 @@ folders cannot be exchanged, and a file on its way into a folder."""
 _TRIES = 20
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _CANNOT_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
-_OCCUPIED = {errno.ENOTEMPTY, errno.EEXIST}
 
 
 # ── Writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -92,28 +91,25 @@ def foreign(folder: Path, owned: Collection[str]) -> list[str]:
 
 def _install(staged: Path, target: Path, owned: Owned) -> None:
     """Move into place what is staged, and is on disk."""
-    written = foreign(staged, ())
-    brought: dict[str, _Stamp] = {}
     if staged.is_dir() and target.is_dir():
-        brought = _bring(target, staged, staged.with_name(_LINK), {*owned(target), *written}, {})
-    try:
-        os.replace(staged, target)  # a file, or a folder where there is none or an empty one
-    except OSError as error:
-        if error.errno not in _OCCUPIED:
-            raise
-        _exchange(staged, target)
-        _bring_late(staged, target, {*owned(staged), *written}, brought)
-        _flush(staged.parent)
+        _take_over(staged, target, owned)
+    else:
+        os.replace(staged, target)
     _flush(target.parent)
 
 
-def _bring_late(displaced: Path, target: Path, without: Collection[str], brought: Mapping[str, _Stamp]) -> None:
-    """Bring over what came into the displaced folder, or changed in it, since the new one was filled."""
+def _take_over(staged: Path, target: Path, owned: Owned) -> None:
+    """Let a new folder take the place of an older one, with all that is foreign in that one."""
+    written = foreign(staged, ())
+    through = staged.with_name(_LINK)
+    brought = _bring(target, staged, through, {*owned(target), *written}, {})
+    _exchange(staged, target)
     try:
-        _bring(displaced, target, displaced.with_name(_LINK), without, brought)
+        _bring(staged, target, through, {*owned(staged), *written}, brought)
     except BaseException:
-        _exchange(displaced, target)
+        _exchange(staged, target)
         raise
+    _flush(staged.parent)
 
 
 def _bring(
@@ -152,7 +148,7 @@ def _link(source: Path, place: Path, through: Path) -> None:
         os.link(source, through, follow_symlinks=False)
     except FileExistsError:  # a copy would write into somebody's file
         raise
-    except OSError:
+    except (OSError, NotImplementedError):
         shutil.copy2(source, through, follow_symlinks=False)
         _flush(through)
     os.replace(through, place)
@@ -185,13 +181,11 @@ def _exchange(one: Path, other: Path) -> None:
     if _exchanged(one, other):
         return
     through = one.with_name(_OLD)
-    os.rename(other, through)
-    try:
-        os.rename(one, other)
-    except BaseException:
-        os.rename(through, other)
-        raise
-    os.rename(through, one)
+    with contextlib.ExitStack() as undo:
+        for source, place in ((other, through), (one, other), (through, one)):
+            os.rename(source, place)
+            undo.callback(os.rename, place, source)
+        undo.pop_all()
 
 
 def _exchanged(one: Path, other: Path) -> bool:

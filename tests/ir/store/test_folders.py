@@ -54,6 +54,14 @@ def test_a_folder_takes_its_place(before: dict[str, str] | None, exchange: bool,
     assert os.listdir(target.parent) == ["target"]
 
 
+def test_an_empty_folder_that_is_there_keeps_its_permissions(target: Path) -> None:
+    target.mkdir(mode=0o700)
+    with replacing(target) as staged:
+        fill(staged, {"a": "new"})
+    assert contents(target) == {"a": "new"}
+    assert stat.S_IMODE(target.stat().st_mode) == 0o700
+
+
 def test_a_file_takes_its_place_through_links(target: Path) -> None:
     for text in ("one", "two"):
         with replacing(target.parent / "deep" / "file") as staged:
