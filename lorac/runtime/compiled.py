@@ -393,8 +393,10 @@ class Compiled:
     def save(self, folder: Any) -> None:
         """Write everything needed to run this elsewhere to ``folder``: ``lorac.load(folder)`` gives it back.
 
+        It takes the place of an older artefact in one step; nothing that lorac did not write is ever removed.
+
         Raises:
-            ArtifactError: the folder holds something else.
+            ArtifactError: the folder holds something else, or besides an older artefact files of others.
         """
         with self._swaps:
             self.services.save(self, folder)
