@@ -165,7 +165,7 @@ class UnsupportedField(FormatError):
 
 
 class UnusedTensors(FormatError):
-    """The file holds tensors that no rule of its format accounts for."""
+    """An adapter, or its file, holds tensors that no rule of its method or format accounts for."""
 
 
 class PatternTooSlow(FormatError):

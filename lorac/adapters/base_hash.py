@@ -54,22 +54,31 @@ def check_copy(name: str, parameter: str, recorded: str, tensor: torch.Tensor) -
     if label != own and not _wider(own, label):
         return
     if tensor_hash(tensor.to(getattr(torch, label))) != recorded:
-        raise BaseMismatch(
-            f"adapter '{name}' was saved with a copy of '{parameter}', and this model's differs",
-            next_step="load the base model that the adapter was trained on",
-        )
+        raise other_copy(name, parameter)
+
+
+def other_copy(name: str, parameter: str) -> BaseMismatch:
+    """The error for an adapter saved with a copy of a parameter of which the model has another value."""
+    return BaseMismatch(
+        f"adapter '{name}' was saved with a copy of '{parameter}', and this model's differs",
+        next_step="load the base it was trained on; if its vocabulary was resized, copy the saved embedding into the "
+        "model first",
+    )
 
 
 def check_base(name: str, recorded: str, model: nn.Module, paths: Iterable[str]) -> None:
     """Hold a recorded hash against the model.
 
     A model in a wider dtype than the recorded one is compared as cast to it. In a narrower one the
-    original cannot be told, and nothing is checked.
+    original cannot be told, and nothing is checked; nor can it under a quantised weight.
 
     Raises:
         BaseMismatch: The weights are others.
     """
     paths = tuple(paths)
+    sites = find_sites(model)
+    if any(sites[path].packed for path in paths):
+        return
     label = recorded.partition(":")[0]
     own = _label({weight.dtype for _, weight in _weights(model, paths)})
     if label == own:

@@ -1,4 +1,4 @@
-"""Whether an adapter fits a model: its sites, its shapes, the weights it was made for."""
+"""Whether an adapter fits a model: its sites, its shapes, its values, the weights it was made for."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from lorac.adapters.base_hash import check_base, check_copy
 from lorac.errors import (
+    NonFinite,
     ShapeMismatch,
     SiteError,
     SiteNotFound,
@@ -20,40 +21,85 @@ from lorac.errors import (
 )
 from lorac.ir.host.patterns import nothing_matches
 from lorac.ir.host.sites import Site, find_sites
+from lorac.ir.slots.reads import check_reads
 from lorac.variants.adapter import Adapter
-from lorac.variants.base import Variant
+from lorac.variants.base import BranchVariant, Variant
 
 Tensor = torch.Tensor
 T = TypeVar("T")
 
 
-def check_adapter(adapter: Adapter, model: nn.Module) -> None:
-    """Hold an adapter against the model it is meant for.
+def check_adapter(adapter: Adapter, sites: Mapping[str, Site], model: nn.Module) -> None:
+    """Hold an adapter against the model it is meant for, before anything is computed from it.
+
+    This is the one check: files, compiling and adding at run time all come through it, so that a fault has one error
+    and one text wherever it is met. A field that an adapter's file could not hold (``provenance["left_out"]``) may
+    have shaped its tensors, so that only their names and numbers of axes are compared.
+
+    Args:
+        adapter: The adapter; only read.
+        sites: Every site of the model, by path.
+        model: The model, or its skeleton, with the values of the adapted weights if a base hash is recorded.
 
     Raises:
-        SiteNotFound: A path names no site, a replaced tensor no parameter, or there is nothing.
+        SiteNotFound: A path names no site, a replaced tensor no parameter, what a branch reads no value of the
+            program, or there is nothing.
         SiteUnsupported: The module exists, but the method or lorac cannot adapt it.
         UnusedTensors: A tensor is no parameter of the method.
         ShapeMismatch: A tensor's shape does not fit, or a parameter of the method is missing.
+        NonFinite: A tensor holds NaN or infinity.
         BaseMismatch: The base hash recorded in its file differs.
     """
-    sites = find_sites(model)
     if not adapter.tensors and not adapter.replaced:
         raise nothing_matches(adapter.name, adapter.variant.targets, sites)
-    free = bool(adapter.provenance.get("left_out"))
+    known = named_tensors(model)
+    shapes = not adapter.provenance.get("left_out")
     for path, tensors in adapter.tensors.items():
         if path not in sites:
             raise no_site(adapter.name, path, sites, model)
-        check_site(adapter.name, adapter.variant, sites[path], tensors, shapes=not free)
+        check_site(adapter.name, adapter.variant, sites[path], tensors, shapes=shapes)
+    if isinstance(adapter.variant, BranchVariant):
+        check_reads(adapter.variant.reads, sites)
     for name, tensor in adapter.replaced.items():
-        check_replaced(adapter.name, name, tensor, model)
+        check_replaced(adapter.name, name, tensor, known)
+    check_values(adapter)
     for name, copy in adapter.provenance.get("copies", {}).items():
-        if name not in named_tensors(model):
-            check_replaced(adapter.name, name, torch.empty(0), model)
-        check_copy(adapter.name, name, copy, named_tensors(model)[name])
+        check_copy(adapter.name, name, copy, _replaceable(adapter.name, name, known))
     recorded = adapter.provenance.get("base")
     if recorded:
         check_base(adapter.name, str(recorded), model, adapter.tensors)
+
+
+def check_values(adapter: Adapter) -> None:
+    """Refuse an adapter that holds NaN or infinity.
+
+    Raises:
+        NonFinite: As `check_finite`.
+    """
+    named = {f"{path}.{name}": tensor for path, at in adapter.tensors.items() for name, tensor in at.items()}
+    check_finite({**named, **adapter.replaced}, f"adapter '{adapter.name}'")
+
+
+def check_finite(tensors: Mapping[str, Tensor], owner: str) -> None:
+    """Refuse tensors that hold NaN or infinity.
+
+    Args:
+        tensors: By the names that whoever gave them knows them by.
+        owner: Whose they are, for the message: an adapter, or the file they were read from.
+
+    Raises:
+        NonFinite: Naming the first such tensor, and how many of its values.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() and not tensor.is_complex():
+            continue
+        # isfinite knows no type of one byte.
+        finite = torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor)
+        if not bool(finite.all()):
+            raise NonFinite(
+                f"tensor '{name}' of {owner} holds {int((~finite).sum())} NaN or infinite of {tensor.numel()} values",
+                next_step="its training diverged: take an earlier checkpoint",
+            )
 
 
 def check_site(
@@ -95,29 +141,29 @@ def check_site(
             )
 
 
-def check_replaced(adapter: str, name: str, tensor: Tensor, model: nn.Module) -> None:
+def check_replaced(adapter: str, name: str, tensor: Tensor, known: Mapping[str, Tensor]) -> None:
     """Hold a replacement against the parameter or buffer it replaces.
+
+    Args:
+        adapter: The adapter's name, for messages.
+        name: Of the parameter or buffer.
+        tensor: What is to take its place.
+        known: The model's parameters and buffers (`named_tensors`).
 
     Raises:
         SiteNotFound: The model has no such parameter or buffer.
         ShapeMismatch: It has another shape.
     """
-    known = named_tensors(model)
-    if name not in known:
-        raise SiteNotFound(
-            f"adapter '{adapter}' replaces '{name}', which the model does not have",
-            nearest=nearest_name(name, known),
-            next_step="load the class of model that the adapter was trained on",
-        )
-    if known[name].shape != tensor.shape:
-        step = "load the base model that the adapter was trained on"
-        if known[name].shape[1:] == tensor.shape[1:] and tensor.ndim == 2:
-            step = f"call model.resize_token_embeddings({tensor.shape[0]}) if the vocabulary has grown"
-        raise ShapeMismatch(
-            f"adapter '{adapter}' replaces '{name}' by shape {tuple(tensor.shape)}, "
-            f"the model's has {tuple(known[name].shape)}",
-            next_step=step,
-        )
+    own = _replaceable(adapter, name, known)
+    if own.shape == tensor.shape:
+        return
+    step = "load the base model that the adapter was trained on"
+    if own.shape[1:] == tensor.shape[1:] and tensor.ndim == 2:
+        step = f"call model.resize_token_embeddings({tensor.shape[0]}) if the vocabulary has grown"
+    raise ShapeMismatch(
+        f"adapter '{adapter}' replaces '{name}' by shape {tuple(tensor.shape)}, the model's has {tuple(own.shape)}",
+        next_step=step,
+    )
 
 
 def in_order(tensors: Mapping[str, T], model: nn.Module | None) -> dict[str, T]:
@@ -142,6 +188,17 @@ def no_site(adapter: str, path: str, sites: Iterable[str], model: nn.Module) -> 
         f"adapter '{adapter}' has tensors for '{path}', a {type(module).__name__} as built here is not a site",
         next_step="train the adapter with exclude_modules naming it",
     )
+
+
+def _replaceable(adapter: str, name: str, known: Mapping[str, Tensor]) -> Tensor:
+    """The model's own tensor of a name that an adapter has a replacement, or a copy, of."""
+    if name not in known:
+        raise SiteNotFound(
+            f"adapter '{adapter}' replaces '{name}', which the model does not have",
+            nearest=nearest_name(name, known),
+            next_step="load the class of model that the adapter was trained on",
+        )
+    return known[name]
 
 
 def _natural(path: str) -> tuple[tuple[bool, int, str], ...]:

@@ -10,13 +10,12 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lorac.errors import NonFinite, ShapeMismatch, SiteNotFound, nearest_name
+from lorac.adapters.fit import check_values
 from lorac.ir.algebra.changes import Change, Dense, LowRank, from_outputs
 from lorac.ir.algebra.reduction import BRANCH, Reduction, reduce_branch, reduce_weight
 from lorac.ir.algebra.rules import RULES
 from lorac.ir.algebra.structure import NamedRule
 from lorac.ir.host.sites import BaseReader, Site, SiteKind, factor_dtype
-from lorac.ir.slots.reads import check_reads
 from lorac.ir.slots.run import Ctx
 from lorac.ir.slots.site import BranchSlot, BranchTerm, Prepared
 from lorac.variants.adapter import Adapter
@@ -39,12 +38,12 @@ class Preparer:
         self._asked: dict[str, tuple[Variant, Shapes, Reduction]] = {}
 
     def prepare(self, adapter: Adapter) -> Prepared:
-        """Every term of an adapter in its normal form.
+        """Every term, in its normal form, of an adapter that fits the model (``lorac.adapters.fit.check_adapter``).
 
         Raises:
-            SiteNotFound, SiteUnsupported, ShapeMismatch, NonFinite: before anything is computed.
+            NonFinite: a tensor was written since it was checked, and diverged.
         """
-        self.check(adapter)
+        check_values(adapter)
         changes: dict[str, Change] = {}
         branches: dict[str, BranchTerm] = {}
         for path, tensors in adapter.tensors.items():
@@ -59,10 +58,6 @@ class Preparer:
             if path not in changes and change is not None:
                 changes[path] = _detached(change)
         return Prepared(changes, branches, adapter.variant.truncatable)
-
-    def check(self, adapter: Adapter) -> None:
-        """Refuse an adapter that does not fit the model (``check_adapter``)."""
-        check_adapter(adapter, self.sites)
 
     def reduction(self, variant: Variant, site: Site, tensors: Mapping[str, Tensor]) -> Reduction:
         """The reduction of a variant at a site, from the cache where the structure was met before."""
@@ -163,28 +158,6 @@ def _grouped(site: Site) -> bool:
     return site.conv is not None and site.conv.groups > 1
 
 
-def check_adapter(adapter: Adapter, sites: Mapping[str, Site]) -> None:
-    """Refuse an adapter that does not fit the model, before anything is computed from it.
-
-    Raises:
-        SiteNotFound, SiteUnsupported, ShapeMismatch, NonFinite.
-    """
-    for path, tensors in adapter.tensors.items():
-        site = sites.get(path)
-        if site is None:
-            raise SiteNotFound(
-                f"adapter '{adapter.name}' has tensors for '{path}', which is no site of the model",
-                nearest=nearest_name(path, sites),
-                next_step="`lorac sites MODEL` prints them all",
-            )
-        adapter.variant.at(site).check(site)
-        if isinstance(adapter.variant, BranchVariant):
-            check_reads(adapter.variant.reads, sites)
-        _check_tensors(adapter, site, tensors)
-    for name, tensor in adapter.replaced.items():
-        _check_finite(adapter.name, name, tensor)
-
-
 def branch_term(variant: Variant, site: Site, tensors: Mapping[str, Tensor], *, detach: bool = True) -> BranchTerm:
     """A term that stays a branch, with the structure other adapters must have to take its slot."""
     assert isinstance(variant, BranchVariant)
@@ -203,31 +176,6 @@ def _structure(variant: Variant) -> str:
     common = {f.name for f in dataclasses.fields(Variant)}
     own = {f.name: getattr(variant, f.name) for f in dataclasses.fields(variant) if f.name not in common}
     return repr({name: value for name, value in own.items() if not name.endswith("_pattern")})
-
-
-def _check_tensors(adapter: Adapter, site: Site, tensors: Mapping[str, Tensor]) -> None:
-    specs = adapter.variant.at(site).params(site)
-    missing, extra = specs.keys() - tensors.keys(), tensors.keys() - specs.keys()
-    if missing or extra:
-        raise ShapeMismatch(
-            f"adapter '{adapter.name}' at '{site.path}' lacks {sorted(missing)} and has unknown {sorted(extra)}",
-            next_step=f"{adapter.variant.name} takes {list(specs)}",
-        )
-    for name, spec in specs.items():
-        if not spec.admits(tuple(tensors[name].shape)):
-            raise ShapeMismatch(
-                f"adapter '{adapter.name}' at '{site.path}': {name} is {list(tensors[name].shape)}",
-                nearest=f"{list(spec.shape)}, for {site.in_features} -> {site.out_features}",
-                next_step="the adapter was made for another model, or with other hyper-parameters",
-            )
-        _check_finite(adapter.name, f"{site.path}.{name}", tensors[name])
-
-
-def _check_finite(adapter: str, name: str, tensor: Tensor) -> None:
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        raise NonFinite(
-            f"adapter '{adapter}': {name} holds NaN or infinity", next_step="the file was saved from a diverged run"
-        )
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lorac.adapters.fit import check_adapter
 from lorac.adapters.fresh import fresh_adapter, parameter_sites, trainable
 from lorac.adapters.preparing import Preparer, branch_term
 from lorac.errors import BaseNeeded
@@ -71,7 +72,6 @@ class Lasting:
         if any(tensor.is_meta for tensor in adapter.parameters()):
             raise _not_kept(adapter.name)
         self.preparer.sites = self.sites = {**self.sites, **parameter_sites(model, adapter, self.sites)}
-        self.preparer.check(adapter)
         return trainable(adapter, self.sites)
 
     def register(self, adapter: Adapter) -> None:
@@ -81,9 +81,11 @@ class Lasting:
     def _read(self, source: Source, name: str | None, model: nn.Module) -> Adapter:
         if isinstance(source, Variant):
             return fresh_adapter(source, name or source.name, model, self.sites, self.base)
-        if isinstance(source, Adapter):
-            return dataclasses.replace(source, name=name or source.name)
-        return load_adapter(source, model, name)
+        if not isinstance(source, Adapter):
+            return load_adapter(source, model, name)
+        adapter = dataclasses.replace(source, name=name or source.name)
+        check_adapter(adapter, self.sites, model)
+        return adapter
 
     @torch.no_grad()
     def prepare(self, adapter: Adapter) -> Prepared:

@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from lorac.errors import CorruptFile, NonFinite, UnsupportedField, nearest_name
+from lorac.adapters.fit import check_finite
+from lorac.errors import CorruptFile, UnsupportedField, nearest_name
 from lorac.ir.store.strict_json import json_text, parse_object
 from lorac.ir.store.tensors import DTYPES, seal
 
@@ -83,7 +84,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     except SafetensorError as error:
         raise _corrupt(path, str(error)) from error
-    check_finite(tensors, path)
+    check_finite(tensors, f"'{path}'")
     return tensors, dict(header.metadata)
 
 
@@ -106,26 +107,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         if not isinstance(name, str) or not dense:
             raise _corrupt(path, f"{name!r} is not a dense tensor")
     tensors = {name: value.detach() for name, value in loaded.items()}
-    check_finite(tensors, path)
+    check_finite(tensors, f"'{path}'")
     return tensors
-
-
-def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse tensors that hold NaN or infinity.
-
-    Raises:
-        NonFinite: Naming the first such tensor, and how many of its values.
-    """
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point() and not tensor.is_complex():
-            continue
-        values = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
-        bad = int((~torch.isfinite(values)).sum())
-        if bad:
-            raise NonFinite(
-                f"tensor '{name}' of '{path}' holds {bad} NaN or infinite of {tensor.numel()} values",
-                next_step="its training diverged: take an earlier checkpoint",
-            )
 
 
 def read_json(path: Path) -> dict[str, Any]:

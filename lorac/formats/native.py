@@ -23,6 +23,7 @@ from lorac.adapters.fit import check_adapter, in_order
 from lorac.errors import CorruptFile, UnknownField, UnsupportedField, UnusedTensors, nearest_name
 from lorac.formats._files import SEAL, check_seal, config_text, peek_metadata, read_safetensors
 from lorac.formats._format import Format
+from lorac.ir.host.sites import find_sites
 from lorac.ir.store.strict_json import parse_object
 from lorac.ir.store.tensors import seal, write_safetensors
 from lorac.variants import variant_named
@@ -82,13 +83,13 @@ def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
         _place(path, adapter, key, tensor)
     adapter.tensors = in_order(adapter.tensors, model)
     if model is not None:
-        check_adapter(adapter, model)
+        check_adapter(adapter, find_sites(model), model)
     return adapter
 
 
 def _save(adapter: Adapter, path: Path, model: nn.Module | None) -> None:
     if model is not None:
-        check_adapter(adapter, model)
+        check_adapter(adapter, find_sites(model), model)
     tensors, shared = _stored(adapter)
     config, left_out = _config(adapter.variant)
     origin = {k: v for k, v in adapter.provenance.items() if k not in _LOCAL and _is_json(v)}

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorac.adapters.base_hash import other_copy
 from lorac.adapters.fit import check_adapter, check_replaced, named_tensors, no_site
-from lorac.errors import BaseMismatch, CorruptFile, ShapeMismatch, SiteUnsupported, UnusedTensors
+from lorac.errors import CorruptFile, ShapeMismatch, SiteUnsupported, UnusedTensors
 from lorac.formats._layout import same_layout
 from lorac.formats.peft.config import ALL_LINEAR
 from lorac.formats.peft.keys import Contents, copied_module, embedding_modules, saved
@@ -64,16 +65,17 @@ def against_model(
         raise strange[0]
     _only_targeted(adapter, {path: sites[path] for path in told}, wanted, values, by_weight=True)
     _complete(adapter, wanted, model)
+    known = named_tensors(model)
     for name, tensor in contents.whole.items():
-        check_replaced(adapter.name, name, tensor, model)
-        if not _equal(tensor, named_tensors(model)[name]):
+        check_replaced(adapter.name, name, tensor, known)
+        if not _equal(tensor, known[name]):
             adapter.replaced[name] = tensor
-    check_adapter(adapter, model)
+    check_adapter(adapter, sites, model)
     for path, site in told.items():
         if method.lays_out and not same_layout(site, sites[path]):
             raise _other_layout(adapter, site, sites[path])
         method.check_site(sites[path], adapter.tensors[path])
-    _same_copies(adapter, contents.copies, model)
+    _same_copies(adapter, contents.copies, known)
     return sites
 
 
@@ -175,16 +177,12 @@ def _complete(adapter: Adapter, wanted: Iterable[str], model: nn.Module) -> None
         )
 
 
-def _same_copies(adapter: Adapter, copies: Mapping[str, Tensor], model: nn.Module) -> None:
+def _same_copies(adapter: Adapter, copies: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> None:
     """Copies of the base are the model's own values, as far as the coarser of two dtypes can tell."""
     for name, tensor in copies.items():
-        check_replaced(adapter.name, name, tensor, model)
-        if not _equal(tensor, named_tensors(model)[name]):
-            raise BaseMismatch(
-                f"adapter '{adapter.name}' was saved with a copy of '{name}', and this model's differs",
-                next_step="load the base it was trained on; if its vocabulary was resized, copy "
-                "the saved embedding into the model first",
-            )
+        check_replaced(adapter.name, name, tensor, known)
+        if not _equal(tensor, known[name]):
+            raise other_copy(adapter.name, name)
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

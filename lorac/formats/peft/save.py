@@ -41,7 +41,7 @@ def save(adapter: Adapter, folder: Path, model: nn.Module | None) -> None:
     """
     method = _method(adapter)
     if model is not None:
-        check_adapter(adapter, model)
+        check_adapter(adapter, find_sites(model), model)
     sites = layouts(adapter, model)
     tied = _tied(adapter)
     tensors: dict[str, Tensor] = {}
