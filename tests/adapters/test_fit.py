@@ -1,0 +1,245 @@
+"""Whether an adapter fits: every fault has one error and one text, whichever way the adapter came."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lorac
+from lorac.adapters.base_hash import base_hash, tensor_hash
+from lorac.errors import LoracError
+
+NAME = "mine"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listener(lorac.BranchVariant):
+    """Adds a multiple of a value of the program."""
+
+    of: str = ""
+    name, paper = "test-listener", "none"
+    reads = property(lambda self: (self.of,))
+
+    def params(self, site: Any) -> dict[str, lorac.ParamSpec]:
+        return {"factor": lorac.ParamSpec((1,), lambda context: torch.ones(context.shape))}
+
+    def branch(self, x: Tensor, y: Tensor, p: Any, ctx: Any) -> Tensor:
+        return y + p.factor * ctx.value(self.of)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(4, 6), nn.Linear(6, 4, bias=False), nn.LayerNorm(4)
+        self.ring = nn.Conv1d(4, 4, 3, padding=1, padding_mode="circular")
+        self.line = nn.Conv1d(4, 4, 1)
+        self.table = nn.Embedding(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.down(self.up(x)))
+        return self.line(self.ring(y.mT)).mT + self.table.weight.sum()  # type: ignore[no-any-return]
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return Model()
+
+
+def good(**fields: Any) -> lorac.Adapter:
+    """An adapter that fits, but for what ``fields`` say."""
+    tensors = {"up": {"lora_A": torch.ones(2, 4), "lora_B": torch.ones(6, 2)}}
+    made = {"variant": lorac.LoRA(r=2, targets=["up"]), "tensors": tensors, "replaced": {}, "provenance": {}}
+    return lorac.Adapter(NAME, **{**made, **fields})
+
+
+def at(path: str, **tensors: Tensor) -> dict[str, dict[str, Tensor]]:
+    return {path: {"lora_A": torch.ones(2, 4), "lora_B": torch.ones(6, 2)} | tensors}
+
+
+def other_base() -> nn.Module:
+    other = model()
+    with torch.no_grad():
+        other.get_parameter("up.weight").add_(1)
+    return other
+
+
+FAULTS: dict[str, tuple[lorac.Adapter, type[LoracError], str]] = {
+    "nothing": (
+        good(variant=lorac.LoRA(r=2, targets=["upp"]), tensors={}),
+        lorac.SiteNotFound,
+        "adapter 'mine' targets 'upp', which matches no site\n  nearest: up (1 sites, linear 4 -> 6)\n"
+        "  `lorac sites MODEL` prints them all",
+    ),
+    "no module": (
+        good(tensors=at("upp")),
+        lorac.SiteNotFound,
+        "adapter 'mine' has tensors for 'upp', which is no module of the model\n  nearest: up\n"
+        "  load the class of model that the adapter was trained on; `lorac sites MODEL` prints its sites",
+    ),
+    "no site": (
+        good(tensors=at("ring")),
+        lorac.SiteUnsupported,
+        "adapter 'mine' has tensors for 'ring', a Conv1d as built here is not a site\n"
+        "  train the adapter with exclude_modules naming it",
+    ),
+    "another kind": (
+        good(variant=Listener(targets=["line"], of="up"), tensors={"line": {"factor": torch.ones(1)}}),
+        lorac.SiteUnsupported,
+        "test-listener adapts linear sites; 'line' is a conv1d\n  narrow targets=, or exclude= the module",
+    ),
+    "one too many": (
+        good(tensors=at("up", lora_AA=torch.ones(1))),
+        lorac.UnusedTensors,
+        "adapter 'mine' has a tensor 'lora_AA' at 'up' too many\n  nearest: lora_A\n"
+        "  lora as configured has lora_A, lora_B there",
+    ),
+    "one too few": (
+        good(tensors={"up": {"lora_A": torch.ones(2, 4)}}),
+        lorac.ShapeMismatch,
+        "adapter 'mine' lacks the tensor 'lora_B' at 'up'\n  lora as configured has lora_A, lora_B there",
+    ),
+    "another shape": (
+        good(tensors=at("up", lora_A=torch.ones(2, 5))),
+        lorac.ShapeMismatch,
+        "adapter 'mine': lora_A at 'up' has shape (2, 5), expected (2, 4)\n"
+        "  the site is linear 4 -> 6; rank and base model must be those of the training",
+    ),
+    "no value to read": (
+        good(variant=Listener(targets=["up"], of="base:dwn"), tensors={"up": {"factor": torch.ones(1)}}),
+        lorac.SiteNotFound,
+        "'base:dwn' is no value of the program\n  nearest: down\n"
+        "  values are named <site>, base:<site> or weight:<site>; lorac.sites(model) lists the sites",
+    ),
+    "no parameter": (
+        good(replaced={"norm.weigth": torch.ones(4)}),
+        lorac.SiteNotFound,
+        "adapter 'mine' replaces 'norm.weigth', which the model does not have\n  nearest: norm.weight\n"
+        "  load the class of model that the adapter was trained on",
+    ),
+    "another parameter": (
+        good(replaced={"norm.weight": torch.ones(5)}),
+        lorac.ShapeMismatch,
+        "adapter 'mine' replaces 'norm.weight' by shape (5,), the model's has (4,)\n"
+        "  load the base model that the adapter was trained on",
+    ),
+    "another vocabulary": (
+        good(replaced={"table.weight": torch.ones(7, 4)}),
+        lorac.ShapeMismatch,
+        "adapter 'mine' replaces 'table.weight' by shape (7, 4), the model's has (5, 4)\n"
+        "  call model.resize_token_embeddings(7) if the vocabulary has grown",
+    ),
+    "a copy of no parameter": (
+        good(provenance={"copies": {"table.wait": tensor_hash(torch.ones(5, 4))}}),
+        lorac.SiteNotFound,
+        "adapter 'mine' replaces 'table.wait', which the model does not have\n  nearest: table.weight\n"
+        "  load the class of model that the adapter was trained on",
+    ),
+    "a copy of another base": (
+        good(provenance={"copies": {"table.weight": tensor_hash(torch.ones(5, 4))}}),
+        lorac.BaseMismatch,
+        "adapter 'mine' was saved with a copy of 'table.weight', and this model's differs\n"
+        "  load the base it was trained on; if its vocabulary was resized, "
+        "copy the saved embedding into the model first",
+    ),
+    "another base": (
+        good(provenance={"base": base_hash(other_base(), ["up"])}),
+        lorac.BaseMismatch,
+        "adapter 'mine' was made for other base weights: "
+        f"it recorded {base_hash(other_base(), ['up'])}, this model has {base_hash(model(), ['up'])} at the 1 adapted "
+        "sites\n  load the base model, and the revision of it, that the adapter was trained on",
+    ),
+}
+"""Fault -> an adapter that has it, and what it is refused with."""
+
+
+def compiling(adapter: lorac.Adapter, folder: Path) -> None:
+    lorac.compile(model(), {NAME: adapter})
+
+
+def adding(adapter: lorac.Adapter, folder: Path) -> None:
+    lorac.compile(model(), [lorac.LoRA(r=4, targets=["up"], modules_to_save=["norm"])]).add_adapter(adapter)
+
+
+def compiling_a_file(adapter: lorac.Adapter, folder: Path) -> None:
+    lorac.save_adapter(adapter, folder / "file", format="native")
+    lorac.compile(model(), [folder / "file"])
+
+
+def loading(adapter: lorac.Adapter, folder: Path) -> None:
+    lorac.save_adapter(adapter, folder / "file", format="native")
+    lorac.load_adapter(folder / "file", model())
+
+
+def saving(adapter: lorac.Adapter, folder: Path) -> None:
+    lorac.save_adapter(adapter, folder / "file", format="native", model=model())
+
+
+WAYS = pytest.mark.parametrize("way", [compiling, adding, compiling_a_file, loading, saving])
+Way = Callable[[lorac.Adapter, Path], None]
+
+
+@WAYS
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_has_one_error_and_one_text(fault: str, way: Way, tmp_path: Path) -> None:
+    adapter, kind, text = FAULTS[fault]
+    with pytest.raises(LoracError) as raised:
+        way(adapter, tmp_path)
+    assert type(raised.value) is kind
+    assert str(raised.value) == text
+
+
+@WAYS
+def test_what_fits_is_taken(way: Way, tmp_path: Path) -> None:
+    own = model()
+    replaced = {"norm.weight": torch.ones(4)}
+    copies = {"table.weight": tensor_hash(own.get_parameter("table.weight"))}
+    way(good(replaced=replaced, provenance={"base": base_hash(own, ["up"]), "copies": copies}), tmp_path)
+
+
+BAD = torch.tensor([[1, torch.nan, 3, torch.inf]])
+
+
+@WAYS
+@pytest.mark.parametrize(
+    ("adapter", "name", "key", "values"),
+    [
+        (good(tensors=at("up", lora_A=BAD.expand(2, 4))), "up.lora_A", "tensors/up/lora_A", "4 NaN or infinite of 8"),
+        (good(replaced={"norm.weight": BAD[0]}), "norm.weight", "replaced/norm.weight", "2 NaN or infinite of 4"),
+    ],
+    ids=["of a site", "replaced"],
+)
+def test_what_is_not_finite(adapter: lorac.Adapter, name: str, key: str, values: str, way: Way, tmp_path: Path) -> None:
+    """A file is refused as it is read, by its own name and its key; anything else by the adapter's and the site's."""
+    owner = "adapter 'mine'"
+    if way in (compiling_a_file, loading):
+        name, owner = key, f"'{tmp_path / 'file'}'"
+    with pytest.raises(lorac.NonFinite) as raised:
+        way(adapter, tmp_path)
+    assert str(raised.value) == (
+        f"tensor '{name}' of {owner} holds {values} values\n  its training diverged: take an earlier checkpoint"
+    )
+
+
+def test_what_diverges_later_is_refused_when_it_is_next_used() -> None:
+    compiled = lorac.compile(model(), {NAME: good()})
+    with torch.no_grad():
+        compiled.adapters[NAME].tensors["up"]["lora_A"][1, 2] = torch.nan
+    with pytest.raises(lorac.NonFinite, match=r"'up\.lora_A' of adapter 'mine' holds 1 NaN"):
+        compiled.swap(NAME)
+
+
+class Packed(nn.Parameter):
+    """Stands for a quantised weight: its numbers are not the base's."""
+
+
+def test_no_hash_is_taken_of_a_quantised_weight() -> None:
+    quantised = model()
+    quantised.up.weight = Packed(torch.zeros(6, 4))  # type: ignore[union-attr]
+    assert lorac.sites(quantised)["up"].packed == "Packed"
+    lorac.compile(quantised, {NAME: good(provenance={"base": base_hash(model(), ["up"])})})
