@@ -66,7 +66,7 @@ def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
     contents.shared = _shared(adapter, method, contents, values, model)
     told = _sites(adapter, method, contents, model)
     if model is None:
-        against_itself(adapter, told, values)
+        against_itself(adapter, told, values, method)
         adapter.replaced |= contents.whole
         adapter.provenance["copies"] = {n: tensor_hash(t) for n, t in contents.copies.items()}
         known = told

@@ -23,7 +23,7 @@ from lorac.variants.base import Variant
 Tensor = torch.Tensor
 
 
-def against_itself(adapter: Adapter, told: Mapping[str, Site], values: Mapping[str, Any]) -> None:
+def against_itself(adapter: Adapter, told: Mapping[str, Site], values: Mapping[str, Any], method: Method) -> None:
     """Without a model: every site of the file is one that its configuration targets.
 
     Raises:
@@ -32,7 +32,7 @@ def against_itself(adapter: Adapter, told: Mapping[str, Site], values: Mapping[s
     """
     if not told and not _copies(adapter):
         raise CorruptFile(f"the file of adapter '{adapter.name}' holds no tensor of its method")
-    _only_targeted(adapter, told, targeted(adapter.variant, told), values)
+    _only_targeted(adapter, told, targeted(adapter.variant, told), values, method)
 
 
 def against_model(
@@ -63,7 +63,7 @@ def against_model(
         raise nothing_matches(adapter.name, adapter.variant.targets, sites)
     if strange:
         raise strange[0]
-    _only_targeted(adapter, {path: sites[path] for path in told}, wanted, values, by_weight=True)
+    _only_targeted(adapter, {path: sites[path] for path in told}, wanted, values, method, by_weight=True)
     _complete(adapter, wanted, model)
     known = named_tensors(model)
     for name, tensor in contents.whole.items():
@@ -108,24 +108,24 @@ def saved_names(variant: Variant, model: nn.Module) -> list[str]:
     return [name for name in every if saved(name, variant.modules_to_save) or copied_module(variant, name)]
 
 
-def tie(adapter: Adapter, path: str, sites: Mapping[str, Site]) -> str | None:
-    """Make a tied site's tensors those of the embedding it is tied to, transposed, if they are.
-
-    PEFT adapts lm_head, tied by ensure_weight_tying to an embedding with A (r, V) and B (d, r), by
-    Bᵀ and Aᵀ, and saves both (peft.tuners.lora.model).
+def tie(adapter: Adapter, path: str, sites: Mapping[str, Site], method: Method) -> str | None:
+    """Make a tied site's tensors those of the embedding it is tied to (`Method.tied_to`), if they are.
 
     Returns:
         The embedding's path, or None.
     """
     own = adapter.tensors[path]
     for other, at in adapter.tensors.items():
-        if sites[other].kind is not SiteKind.EMBEDDING or "lora_A" not in at or "lora_A" not in own:
-            continue
-        crossed = {"lora_A": at["lora_B"].t(), "lora_B": at["lora_A"].t()}
-        if all(torch.equal(own[name], tensor) for name, tensor in crossed.items()):
+        crossed = method.tied_to(at) if sites[other].kind is SiteKind.EMBEDDING else {}
+        if crossed and holds(own, crossed):
             own |= crossed
             return other
     return None
+
+
+def holds(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
+    """Whether among the tensors are these, value for value."""
+    return all(name in tensors and torch.equal(tensors[name], tensor) for name, tensor in expected.items())
 
 
 def _copies(adapter: Adapter) -> bool:
@@ -138,6 +138,7 @@ def _only_targeted(
     sites: Mapping[str, Site],
     wanted: Iterable[str],
     values: Mapping[str, Any],
+    method: Method,
     *,
     by_weight: bool = False,
 ) -> None:
@@ -146,7 +147,7 @@ def _only_targeted(
     for path in adapter.tensors:
         if path in wanted:
             continue
-        source = tie(adapter, path, sites) if values.get("ensure_weight_tying") else None
+        source = tie(adapter, path, sites, method) if values.get("ensure_weight_tying") else None
         if source and (not by_weight or path in sites[source].shares):
             adapter.provenance["tied"][path] = source
             continue

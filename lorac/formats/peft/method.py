@@ -72,6 +72,8 @@ class Method:
         suffixes: What follows a site's path in a key.
         shared: Names of tensors that all sites have in common, in the file and as parameters:
             `base_model.<name>`, and in older files once more at every site.
+        crossed: Two parameters, of a type that can tie the output layer to the embedding it adapts: each of them is
+            the other one of the embedding, transposed.
         copied: What stands between a module's path and its parameters' names, of a type that trains whole copies
             of the targeted modules (`Variant.copies`).
         make_shared: (configuration, the model's sites that the file names) -> the shared tensors of
@@ -98,8 +100,20 @@ class Method:
     check_site: Callable[[Site, Tensors], None] = lambda site, tensors: None
     shared: tuple[str, ...] = ()
     make_site: Callable[[Variant, Site], dict[str, torch.Tensor]] | None = None
+    crossed: tuple[str, str] | None = None
     copied: str | None = None
     make_shared: Callable[[Mapping[str, Any], Sequence[Site]], dict[str, torch.Tensor]] | None = None
     shared_shapes: Callable[[Variant, Sequence[Site]], Mapping[str, tuple[int, ...]]] | None = None
     retired: Mapping[str, Field] = field(default_factory=dict)
     training_state: Mapping[str, str] = field(default_factory=dict)
+
+    def tied_to(self, embedding: Tensors) -> dict[str, torch.Tensor]:
+        """What an output layer holds that is tied to an embedding of these tensors; nothing where the type ties none.
+
+        PEFT adapts lm_head, tied by ensure_weight_tying to an embedding with A (r, V) and B (d, r), by Bᵀ and Aᵀ, and
+        saves both (peft.tuners.lora.model).
+        """
+        if self.crossed is None or not embedding.keys() >= set(self.crossed):
+            return {}
+        one, other = self.crossed
+        return {one: embedding[other].t(), other: embedding[one].t()}

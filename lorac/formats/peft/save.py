@@ -16,7 +16,7 @@ from lorac.adapters.fit import check_adapter, named_tensors
 from lorac.errors import UnsupportedField
 from lorac.formats._files import SEAL, config_text, write_json
 from lorac.formats._layout import layouts
-from lorac.formats.peft.checks import saved_names, targeted
+from lorac.formats.peft.checks import holds, saved_names, targeted
 from lorac.formats.peft.config import ALL_LINEAR, methods, write_config
 from lorac.formats.peft.keys import EMBEDDING_NAMES, PREFIX, SHARED_PREFIX, copied_module, embedding_modules, saved
 from lorac.formats.peft.method import Method
@@ -43,7 +43,7 @@ def save(adapter: Adapter, folder: Path, model: nn.Module | None) -> None:
     if model is not None:
         check_adapter(adapter, find_sites(model), model)
     sites = layouts(adapter, model)
-    tied = _tied(adapter)
+    tied = _tied(adapter, method)
     tensors: dict[str, Tensor] = {}
     for path, at in adapter.tensors.items():
         written = method.write_site(adapter.variant, sites[path], at)
@@ -92,16 +92,15 @@ def _method(adapter: Adapter) -> Method:
     )
 
 
-def _tied(adapter: Adapter) -> dict[str, str]:
+def _tied(adapter: Adapter, method: Method) -> dict[str, str]:
     """Ties that the adapter was read with and that its tensors still keep."""
     kept = {}
     for name, source in adapter.provenance.get("tied", {}).items():
         if name in adapter.replaced and source in adapter.replaced:
             same = torch.equal(adapter.replaced[name], adapter.replaced[source])
         else:
-            one, other = adapter.tensors.get(name, {}), adapter.tensors.get(source, {})
-            pairs = (("lora_A", "lora_B"), ("lora_B", "lora_A"))
-            same = all(n in one and m in other and torch.equal(one[n], other[m].t()) for n, m in pairs)
+            crossed = method.tied_to(adapter.tensors.get(source, {}))
+            same = bool(crossed) and holds(adapter.tensors.get(name, {}), crossed)
         if same:
             kept[name] = source
     return kept
