@@ -16,6 +16,7 @@ from lorac.errors import *  # noqa: F403  (the exception tree is part of the int
 from lorac.version import VERSION
 
 if TYPE_CHECKING:
+    from lorac.adapters.factors import factors
     from lorac.compiler.api import compile, load
     from lorac.formats import load_adapter, save_adapter
     from lorac.ir.host.sites import find_sites as sites
@@ -73,6 +74,7 @@ _HOMES = {
     "SwapReport": "lorac.runtime.report",
     "WeightVariant": "lorac.variants.base",
     "compile": "lorac.compiler.api",
+    "factors": "lorac.adapters.factors",
     "load": "lorac.compiler.api",
     "load_adapter": "lorac.formats",
     "save_adapter": "lorac.formats",
@@ -157,6 +159,7 @@ __all__ = [  # noqa: RUF022  (in plain order: BAT and OFT are no constants)
     "WeightVariant",
     "WrongLevel",
     "compile",
+    "factors",
     "load",
     "load_adapter",
     "save_adapter",

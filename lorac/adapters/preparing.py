@@ -44,20 +44,27 @@ class Preparer:
             NonFinite: a tensor was written since it was checked, and diverged.
         """
         check_values(adapter)
-        changes: dict[str, Change] = {}
-        branches: dict[str, BranchTerm] = {}
-        for path, tensors in adapter.tensors.items():
-            site = self.sites[path]
-            reduction = self.reduction(adapter.variant, site, tensors)
-            if reduction.form == BRANCH:
-                branches[path] = branch_term(adapter.variant, site, tensors)
-            else:
-                changes[path] = _detached(self.with_bias(adapter, site, self.change(reduction, site, tensors)))
-        for path in self._replaced_sites(adapter):
-            change = self.replaced_change(adapter, self.sites[path])
-            if path not in changes and change is not None:
-                changes[path] = _detached(change)
+        terms = {path: self.term(adapter, path) for path in self.touched(adapter)}
+        branches = {path: term for path, term in terms.items() if isinstance(term, BranchTerm)}
+        changes = {path: term for path, term in terms.items() if not isinstance(term, BranchTerm)}
         return Prepared(changes, branches, adapter.variant.truncatable)
+
+    def touched(self, adapter: Adapter) -> list[str]:
+        """Paths of the sites an adapter touches: those it adapts, then those of which it only replaces a tensor."""
+        owners = {name: path for path, site in self.sites.items() for name in (site.weight, site.bias) if name}
+        return list(dict.fromkeys([*adapter.tensors, *(owners[fqn] for fqn in adapter.replaced)]))
+
+    def term(self, adapter: Adapter, path: str) -> Change | BranchTerm:
+        """What an adapter does at one site that it touches, in its normal form."""
+        site, tensors = self.sites[path], adapter.tensors.get(path)
+        if tensors is None:
+            replaced = self.replaced_change(adapter, site)
+            assert replaced is not None
+            return _detached(replaced)
+        reduction = self.reduction(adapter.variant, site, tensors)
+        if reduction.form == BRANCH:
+            return branch_term(adapter.variant, site, tensors)
+        return _detached(self.with_bias(adapter, site, self.change(reduction, site, tensors)))
 
     def reduction(self, variant: Variant, site: Site, tensors: Mapping[str, Tensor]) -> Reduction:
         """The reduction of a variant at a site, from the cache where the structure was met before."""
@@ -130,10 +137,6 @@ class Preparer:
             torch.zeros(site.in_features, 0, dtype=dtype), torch.zeros(0, site.out_features, dtype=dtype)
         )
         return self.with_bias(adapter, site, unchanged)
-
-    def _replaced_sites(self, adapter: Adapter) -> list[str]:
-        owners = {name: path for path, site in self.sites.items() for name in (site.weight, site.bias) if name}
-        return list(dict.fromkeys(owners[fqn] for fqn in adapter.replaced))
 
     def _reduce(self, variant: Variant, site: Site, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Reduction:
         dtype = factor_dtype(site.dtype)

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lorac.errors import NotMergeable, ShapeMismatch, SiteNotFound
-from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.sites import Site, find_sites
+from lorac.adapters.factors import changes_at
+from lorac.errors import ShapeMismatch, SiteNotFound
+from lorac.ir.algebra.changes import merge
+from lorac.ir.host.sites import base_of, find_sites
 from lorac.variants.adapter import Adapter
-from lorac.variants.base import WeightVariant
 
 Tensor = torch.Tensor
 
@@ -55,7 +55,7 @@ def adapter_orthogonality(first: Adapter, second: Adapter, model: nn.Module) -> 
     """AWOM and AWOR of two adapters, at every site that both adapt.
 
     Args:
-        first, second: adapters of methods that edit weights, of any two such methods.
+        first, second: adapters of any two methods that edit weights, or whose branches come to the same.
         model: the base; read only.
 
     Raises:
@@ -68,22 +68,10 @@ def adapter_orthogonality(first: Adapter, second: Adapter, model: nn.Module) -> 
             f"'{first.name}' and '{second.name}' adapt no site in common",
             next_step="adapters that share no site are orthogonal as they are",
         )
-    sites = find_sites(model)
-    return {
-        path: orthogonality(*(_update(adapter, sites[path], model) for adapter in (first, second))) for path in common
-    }
-
-
-@torch.no_grad()
-def _update(adapter: Adapter, site: Site, model: nn.Module) -> Tensor:
-    """W' − W (out, in) in float64, at strength 1."""
-    variant = adapter.variant.at(site)
-    if not isinstance(variant, WeightVariant) or site.weight is None:
-        raise NotMergeable(
-            f"'{adapter.name}' ({variant.name}) makes no update of the weight of '{site.path}'",
-            next_step="compare adapters of methods that edit weights",
-        )
-    tensors = adapter.tensors[site.path]
-    wide = {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
-    weight = site.present(model.get_parameter(site.weight)).double()
-    return variant.weight(weight, Params(**wide)) - weight
+    sites, base = find_sites(model), base_of(model)
+    updates = zip(*(changes_at(common, adapter, model, torch.float64) for adapter in (first, second)), strict=True)
+    found = {}
+    for (path, one), (_, other) in updates:
+        weight = base.weight(sites[path]).double()
+        found[path] = orthogonality(merge(one, weight) - weight, merge(other, weight) - weight)
+    return found

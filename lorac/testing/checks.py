@@ -16,7 +16,7 @@ from lorac.errors import NotMergeable, SiteUnsupported
 from lorac.formats import load_adapter, save_adapter
 from lorac.ir.algebra.changes import merge, merge_bias
 from lorac.ir.algebra.rules import RULES
-from lorac.ir.host.sites import BaseReader, bias_of
+from lorac.ir.host.sites import base_of, bias_of
 from lorac.runtime.compiled import Compiled
 from lorac.testing.case import Case
 from lorac.testing.parity import assert_parity
@@ -166,7 +166,7 @@ def rules(case: Case) -> None:
     """With every rule of the algebra taken away the result is the same, only slower."""
     if not case.mergeable:
         return
-    base = BaseReader(lambda site: case.weight, lambda site: bias_of(site, case.model))
+    base = base_of(case.model)
     sites = {case.host.path: case.site}
     with torch.no_grad():
         values = [Preparer(sites, base, table).prepare(case.a).changes[case.host.path] for table in (RULES, ())]

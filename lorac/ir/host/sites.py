@@ -248,3 +248,13 @@ class BaseReader:
 
     weight: Callable[[Site], torch.Tensor]
     bias: Callable[[Site], torch.Tensor | None]
+
+
+def base_of(model: nn.Module) -> BaseReader:
+    """Reads the base weights of a model that is at hand, which it keeps alive."""
+
+    def weight(site: Site) -> torch.Tensor:
+        assert site.weight is not None
+        return site.present(stored_tensor(model, site.weight).detach())
+
+    return BaseReader(weight, lambda site: bias_of(site, model))

@@ -1,0 +1,130 @@
+"""An adapter as tensors: what it does to each site, in factors where its method has them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+
+from lorac.adapters.fit import check_adapter, check_site, check_values
+from lorac.adapters.fresh import parameter_sites
+from lorac.adapters.preparing import Preparer
+from lorac.errors import BaseNeeded, LoracError, NotMergeable
+from lorac.ir.algebra.changes import Change
+from lorac.ir.host.sites import BaseReader, Site, SiteKind, base_of, find_sites
+from lorac.ir.slots.site import BranchTerm
+from lorac.variants.adapter import Adapter
+
+Tensor = torch.Tensor
+_OUT, _IN = 9973, 9967
+"""Sizes of a site that is asked for its parameters only to see which of their axes are its outputs and inputs: primes,
+so that no axis of another meaning has them."""
+
+
+def factors(adapter: Adapter, model: nn.Module | None = None, *, dtype: torch.dtype | None = None) -> dict[str, Change]:
+    """What an adapter does to each site at strength 1: low-rank factors where the method has them, else W' itself.
+
+    Each site's change is one of these, told by its class; b' = b + e, and e (out,) is None where the bias stays:
+
+    - ``LowRank``: W' = c∘W·Tᵀ∘d + h∘(A∘g·B)ᵀ with the attributes ``a``, A (in, R), ``b``, B (R, out), ``c`` (out,),
+      ``d`` (in,), ``t``, the blocks (n, k, k) of T, ``g`` (R,), ``h`` (out,) and ``e``. All but a and b may be None,
+      for 1; ``folded()`` works g and h into b, ``rank`` is R.
+    - ``Sparse``: ``values`` (k,) added to W at ``rows`` (k,) and ``cols`` (k,), and ``e``.
+    - ``Dense``: ``weight`` is W' (out, in), and ``e``.
+
+    W is the matrix (out, in) that sites present: kernels flattened, embeddings and GPT-2's layers transposed. A
+    parameter that is replaced and belongs to no site, such as a norm's scale, goes by its own name and is ``Dense`` in
+    its own shape.
+
+    Args:
+        adapter: Of a method that edits weights, or whose branch comes to the same; only read, but a change may share
+            its memory.
+        model: The base; only read. Needed where a change depends on the base's weight or bias (DoRA, HiRA, whatever
+            is dense or replaced), and where the adapter's tensors do not tell the site's shape.
+        dtype: What to compute in; default: the factors' own, which is float32 over a base in half precision.
+
+    Returns:
+        Site path -> change, in the adapter's order.
+
+    Raises:
+        BaseNeeded: There is no model, and a change needs one.
+        NotMergeable: At some site the method makes a branch that is no change of a weight.
+        SiteError, AdapterError, UnusedTensors: The adapter does not fit the model, as ``load_adapter`` says it.
+    """
+    return dict(_alone(adapter, dtype) if model is None else changes_at(None, adapter, model, dtype))
+
+
+@torch.no_grad()
+def changes_at(
+    paths: Iterable[str] | None, adapter: Adapter, model: nn.Module, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Change]]:
+    """Site by site, so that no more than one dense change need be held, the changes of `factors`.
+
+    Args:
+        paths: Of sites the adapter touches; None: all of them.
+        adapter, model, dtype: As `factors` takes them.
+    """
+    sites = find_sites(model)
+    check_adapter(adapter, sites, model)
+    sites |= parameter_sites(model, adapter, sites)
+    if dtype is not None:
+        sites = {path: dataclasses.replace(site, dtype=dtype) for path, site in sites.items()}
+    preparer = Preparer(sites, base_of(model))
+    for path in preparer.touched(adapter) if paths is None else paths:
+        yield path, _change(preparer, adapter, path)
+
+
+@torch.no_grad()
+def _alone(adapter: Adapter, dtype: torch.dtype | None) -> Iterator[tuple[str, Change]]:
+    """The changes as far as the adapter tells them by itself."""
+    if adapter.replaced:
+        raise _needed(f"which site owns '{next(iter(adapter.replaced))}', which adapter '{adapter.name}' replaces")
+    check_values(adapter)
+    sites = {path: _told(adapter, path, dtype) for path in adapter.tensors}
+
+    def weight(site: Site) -> Tensor:
+        raise _needed(f"what adapter '{adapter.name}' does to '{site.path}', which depends on its weight")
+
+    preparer = Preparer(sites, BaseReader(weight, lambda site: None))
+    for path, tensors in adapter.tensors.items():
+        if "b" in preparer.reduction(adapter.variant, sites[path], tensors).outputs:
+            raise _needed(f"what adapter '{adapter.name}' does to the bias of '{path}'")
+        yield path, _change(preparer, adapter, path)
+
+
+def _change(preparer: Preparer, adapter: Adapter, path: str) -> Change:
+    term = preparer.term(adapter, path)
+    if isinstance(term, BranchTerm):
+        raise NotMergeable(
+            f"'{adapter.name}' ({adapter.variant.name}) makes no update of the weight of '{path}'",
+            next_step="take an adapter of a method that edits weights; `lorac variants` shows which do",
+        )
+    return term
+
+
+def _told(adapter: Adapter, path: str, dtype: torch.dtype | None) -> Site:
+    """The site that an adapter's tensors are shaped for, as a matrix: all that most formulas ask of a site."""
+    tensors = adapter.tensors[path]
+    own = (tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    asked = Site(path, SiteKind.LINEAR, _OUT, _IN, dtype or next(own, torch.float32), weight=None)
+    try:
+        specs = adapter.variant.at(asked).params(asked)
+        found = {
+            (size, actual)
+            for name, spec in specs.items()
+            if not spec.shared and name in tensors
+            for size, actual in zip(spec.shape, tensors[name].shape, strict=False)
+        }
+        [out] = [actual for size, actual in found if size == _OUT]
+        [columns] = [actual for size, actual in found if size == _IN]
+        site = dataclasses.replace(asked, out_features=out, in_features=columns)
+        check_site(adapter.name, adapter.variant, site, tensors)
+    except (LoracError, ValueError) as error:
+        raise _needed(f"the shape of '{path}', which adapter '{adapter.name}' does not tell") from error
+    return site
+
+
+def _needed(what: str) -> BaseNeeded:
+    return BaseNeeded(f"only the base tells {what}", next_step="pass model=, the base that the adapter was trained on")
