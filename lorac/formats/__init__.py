@@ -13,8 +13,6 @@ from typing import cast
 
 from torch import nn
 
-from lorac.adapters.base_hash import base_hash
-from lorac.adapters.fit import check_adapter
 from lorac.discovery import modules_of
 from lorac.errors import FormatError, UnknownFormat, nearest_name
 from lorac.formats._files import read_header
@@ -22,7 +20,7 @@ from lorac.formats._format import Format
 from lorac.ir.store.folders import recover, replacing, steady
 from lorac.variants.adapter import Adapter
 
-__all__ = ["Format", "base_hash", "check_adapter", "formats", "load_adapter", "save_adapter"]
+__all__ = ["Format", "formats", "load_adapter", "save_adapter"]
 
 
 @functools.cache

@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from lorac.adapters.base_hash import check_base
+from lorac.adapters.base_hash import base_hash, check_base
 from lorac.errors import BaseMismatch
-from lorac.formats import base_hash
 from tests.zoo import ZOO
 
 PATHS = ("up", "down", "embed")
@@ -35,7 +34,7 @@ def test_only_adapted_weights_count() -> None:
 
 def test_it_is_the_same_in_another_process() -> None:
     code = (
-        "import torch; from lorac.formats import base_hash; m = torch.nn.Sequential(torch.nn.Linear(3, 4));"
+        "import torch; from lorac.adapters.base_hash import base_hash; m = torch.nn.Sequential(torch.nn.Linear(3, 4));"
         "torch.nn.init.ones_(m[0].weight); print(base_hash(m, ['0']))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -36,7 +36,7 @@ def test_worked_example():
         torch.testing.assert_close(answer, tensor([[7.0, 0.0], [0.0, -5.0]]), rtol=1e-15, atol=1e-14)
 
 
-def test_lowers_to_one_low_rank_pair():
+def test_reduces_to_one_low_rank_pair():
     value = Case(AdaLoRA(r=3), HOSTS["linear"]).live.pool["a"].changes["site"]
     assert isinstance(value, LowRank)
     assert value.rank == 3

@@ -129,7 +129,7 @@ def test_identity_at_init_at_every_rank(case):
         assert torch.equal(fresh(case.x, adapters=at_rank(b)), case.base(case.x))
 
 
-def test_lowers_to_low_rank(case):
+def test_reduces_to_low_rank(case):
     value = case.live.pool["a"].changes["site"]
     assert isinstance(value, LowRank)
     assert value.rank == 3

@@ -44,7 +44,7 @@ def test_worked_example(worked):
     assert compiled.host.site.bias.tolist() == [0.25, -0.75]
 
 
-def test_lowers_to_one_low_rank_pair(worked):
+def test_reduces_to_one_low_rank_pair(worked):
     model, adapter = worked
     value = lorac.compile(model, {"a": adapter}).pool["a"].changes["site"]
     assert isinstance(value, LowRank)

@@ -66,7 +66,7 @@ def test_is_a_lora_with_a_fixed_down_projection():
 
 
 @pytest.mark.parametrize("mini", [False, True])
-def test_lowers_to_low_rank(mini):
+def test_reduces_to_low_rank(mini):
     case = Case(lorac.MiSS(r=3, mini=mini, mini_r=2), HOSTS["divisible"])
     value = case.live.pool["a"].changes["site"]
     assert isinstance(value, LowRank)

@@ -130,7 +130,7 @@ def test_halves_that_do_not_belong_together():
 
 
 @pytest.mark.parametrize(("identity_init", "rank"), [(False, 2), (True, 4)])
-def test_lowers_to_low_rank(identity_init, rank):
+def test_reduces_to_low_rank(identity_init, rank):
     case = Case(lorac.PLP(r=2, identity_init=identity_init), SQUARE)
     value = case.live.pool["a"].changes["site"]
     assert isinstance(value, LowRank)

@@ -79,7 +79,7 @@ def test_gates_start_open_and_are_not_decayed(case):
     assert decayed == {"lora_A", "lora_B"}
 
 
-def test_lowers_to_low_rank(case):
+def test_reduces_to_low_rank(case):
     value = case.live.pool["a"].changes["site"]
     assert isinstance(value, LowRank)
     assert value.rank == 3
