@@ -163,11 +163,10 @@ def _replace_parameter(graph: Graph, plan: SitePlan, slot: fx.Node) -> None:
     """Reads of a bare parameter inside its own module become reads of the slot."""
     owner = str(plan.site.weight).rpartition(".")[0]
     names = _inputs_of(graph, plan)
-    for name in names:
-        parameter = graph.node(name)
-        for user in list(parameter.users):
-            if _module_of(user) == owner or len(names) == 1:
-                user.replace_input_with(parameter, slot)
+    reads = [(parameter, user) for parameter in map(graph.node, names) for user in parameter.users]
+    for parameter, user in reads:
+        if _module_of(user) == owner or len(names) == 1:
+            user.replace_input_with(parameter, slot)
 
 
 def _inputs_of(graph: Graph, plan: SitePlan) -> list[str]:

@@ -6,7 +6,7 @@ adapted op reaches is not copied but shared with the pass that reads.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -38,15 +38,48 @@ class Values(Pass):
         """
         found = {node: names_read([graph.plans[ops.site_of(node)]]) for node in graph.find(ops.adapted)}
         reads = {node: names for node, names in found.items() if names}
-        given = [node for node, names in reads.items() if _has(AdaptedCall.of(node), names)]
-        readers = {node: names for node, names in reads.items() if node not in given}
+        readers = {node: names for node, names in reads.items() if not _has(AdaptedCall.of(node), names)}
         if readers:
             _connect(graph, readers)
-        return Outcome(bool(readers), tuple(Skip(ops.site_of(node), "it has its values already") for node in given))
+        given = [ops.site_of(node) for node in reads if node not in readers]
+        return Outcome(bool(readers), tuple(Skip(path, "it has its values already") for path in given))
 
 
 def _has(call: AdaptedCall, names: Iterable[str]) -> bool:
     return all(VALUE_ROLE + name in call.operands for name in names)
+
+
+@final
+@dataclass(frozen=True)
+class _Sources:
+    """Where the values that branches read are computed.
+
+    Attributes:
+        graph: at level adapted.
+        order: node -> its place in the graph.
+        calls: site path -> its calls, in order.
+        base: site path -> its last call, as a pass of the base computes it.
+    """
+
+    graph: Graph
+    order: Mapping[fx.Node, int]
+    calls: Mapping[str, Sequence[fx.Node]]
+    base: Mapping[str, fx.Node]
+
+    def of(self, name: str, reader: fx.Node) -> fx.Node | None:
+        """The node of the value called ``name`` for a call that reads it; None where it is not computed before that."""
+        kind, path = parse(name)
+        if kind == WEIGHT:
+            return self._weight(path)
+        if kind == BASE:
+            return self.base.get(path)
+        before = [call for call in self.calls.get(path, ()) if self.order[call] < self.order[reader]]
+        return before[-1] if before else None
+
+    def _weight(self, path: str) -> fx.Node | None:
+        parameters = self.graph.exported.graph_signature.inputs_to_parameters
+        wanted = self.graph.sites[path].weight
+        return next((self.graph.node(name) for name, fqn in parameters.items() if fqn == wanted), None)
 
 
 def _connect(graph: Graph, readers: Mapping[fx.Node, Collection[str]]) -> None:
@@ -55,21 +88,11 @@ def _connect(graph: Graph, readers: Mapping[fx.Node, Collection[str]]) -> None:
     calls = _calls(graph)
     wanted = {path for names in readers.values() for kind, path in map(parse, names) if kind == BASE}
     latest = {path: calls[path][-1] for path in wanted if path in calls}
-    base = _base_pass(graph, latest.values(), next(iter(readers)), order)
-    parameters = {fqn: name for name, fqn in graph.exported.graph_signature.inputs_to_parameters.items()}
+    copies = _base_pass(graph, latest.values(), next(iter(readers)), order)
+    base = {path: copies.get(call, call) for path, call in latest.items()}
+    sources = _Sources(graph, order, calls, base)
     for reader, names in readers.items():
-        found: dict[str, fx.Node | None] = {}
-        for name in names:
-            kind, path = parse(name)
-            if kind == WEIGHT:
-                placeholder = parameters.get(str(graph.sites[path].weight))
-                found[name] = None if placeholder is None else graph.node(placeholder)
-            elif kind == BASE:
-                found[name] = base.get(latest[path], latest[path]) if path in latest else None
-            else:
-                before = [call for call in calls.get(path, ()) if order[call] < order[reader]]
-                found[name] = before[-1] if before else None
-        _hand(reader, found)
+        _hand(reader, {name: sources.of(name, reader) for name in names})
 
 
 def _hand(reader: fx.Node, found: Mapping[str, fx.Node | None]) -> None:
@@ -94,30 +117,38 @@ def _base_pass(
     graph: Graph, wanted: Iterable[fx.Node], reader: fx.Node, order: dict[fx.Node, int]
 ) -> dict[fx.Node, fx.Node]:
     """Copy what leads to the wanted nodes before ``reader``, adapted ops undone; returns node -> copy."""
-    needed, pending = set(), list(wanted)
-    while pending:
-        node = pending.pop()
-        if node not in needed:
-            needed.add(node)
-            pending.extend(AdaptedCall.of(node).tensors if node.target is ops.adapted else node.all_input_nodes)
+    needed = _leading_to(wanted)
     copies: dict[fx.Node, fx.Node] = {}
-    with graph.fx.inserting_before(reader):
-        for node in sorted(needed, key=order.__getitem__):
-            late = order[node] >= order[reader]
-            if late or node.target is ops.adapted or any(n in copies for n in node.all_input_nodes):
-                copies[node] = _undone(graph, node, copies)
+    for node in sorted(needed, key=order.__getitem__):
+        late = order[node] >= order[reader]
+        if late or node.target is ops.adapted or any(n in copies for n in node.all_input_nodes):
+            copies[node] = _undone(graph, node, copies, reader)
     return copies
 
 
-def _undone(graph: Graph, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+def _leading_to(wanted: Iterable[fx.Node]) -> set[fx.Node]:
+    """The wanted nodes and all that they are computed from, adapted ops undone."""
+    needed, pending = set(), list(wanted)
+    while pending:
+        node = pending.pop()
+        if node in needed:
+            continue
+        needed.add(node)
+        pending.extend(AdaptedCall.of(node).tensors if node.target is ops.adapted else node.all_input_nodes)
+    return needed
+
+
+def _undone(graph: Graph, node: fx.Node, copies: Mapping[fx.Node, fx.Node], before: fx.Node) -> fx.Node:
+    """A copy of a node of the base pass, its operands copies where there are some, put before ``before``."""
     if getattr(getattr(node.target, "_schema", None), "is_mutable", False):
         raise CompileError(
             f"a base pass cannot repeat {node.target}, which writes in place",
             next_step="switch the model's in-place operations (inplace=True) off",
         )
-    if node.target is not ops.adapted:
-        return graph.fx.node_copy(node, lambda n: copies.get(n, n))
-    call = AdaptedCall.of(node)
-    plain = graph.fx.call_function(call.op, fx.map_arg(call.unadapted, lambda n: copies.get(n, n)))
+    with graph.fx.inserting_before(before):
+        if node.target is not ops.adapted:
+            return graph.fx.node_copy(node, lambda n: copies.get(n, n))
+        call = AdaptedCall.of(node)
+        plain = graph.fx.call_function(call.op, fx.map_arg(call.unadapted, lambda n: copies.get(n, n)))
     plain.meta = {**node.meta}
     return plain

@@ -6,6 +6,14 @@ import pytest
 import torch
 
 import lorac
+from lorac.ir.graph import ops
+from lorac.ir.graph.adapted import AdaptedCall
+from lorac.ir.graph.capture import export
+from lorac.ir.graph.graph import Graph
+from lorac.passes.base import Outcome, Skip
+from lorac.passes.insert import Insert
+from lorac.passes.pipelines import run_pipeline
+from lorac.passes.values import Values
 from lorac.variants.params import ParamSpec
 
 
@@ -76,6 +84,19 @@ def test_a_value_is_adapted_and_a_base_value_is_not(target):
     }
     for name, y in expected.items():
         torch.testing.assert_close(compiled(X, adapters={"own": 1, name: 1}), y)
+
+
+def test_a_second_run_skips_the_sites_that_have_their_values():
+    compiled = lorac.compile(Host(), {"r": Reader(of="first", targets=["second"])})
+    graph = Graph("host", export(Host(), (X,)), compiled.sites, compiled.plans)
+    _, (_, outcome) = run_pipeline(graph, [Insert(), Values()])
+    assert outcome == Outcome(changed=True)
+    (reader,) = graph.find(ops.adapted)
+    (first,) = graph.find(ops.LINEAR)
+    assert AdaptedCall.of(reader).operands["value:first"] is first
+    assert run_pipeline(graph, [Values()]) == [
+        ("values", Outcome(changed=False, skipped=(Skip("second", "it has its values already"),)))
+    ]
 
 
 def test_a_base_pass_that_would_write_in_place_is_refused():
