@@ -172,13 +172,19 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         module, _, attribute = _HOMES[name].partition(":")
         return getattr(importlib.import_module(module), attribute or name)
-    if not name.startswith("_"):
-        from lorac.variants import variants
+    method = _method(name)
+    if method is None:
+        raise AttributeError(f"module 'lorac' has no attribute '{name}'")
+    return method
 
-        for variant in variants().values():
-            if variant.__name__ == name:
-                return variant
-    raise AttributeError(f"module 'lorac' has no attribute '{name}'")
+
+def _method(name: str) -> Any:
+    """The variant class of that name, or None; private names, which Python itself asks for, load nothing."""
+    if name.startswith("_"):
+        return None
+    from lorac.variants import variants
+
+    return next((variant for variant in variants().values() if variant.__name__ == name), None)
 
 
 def __dir__() -> list[str]:

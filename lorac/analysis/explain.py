@@ -169,7 +169,7 @@ def _dtype(term: Term, site: Site) -> str:
 
 
 def _swap_cost(term: Term, site: Site) -> str:
-    """What switching to the adapter alone costs at this site, by its form (DESIGN 3.4.7)."""
+    """What switching to the adapter alone costs at this site, by its form (docs/architecture.md, invariant 7)."""
     weight = site.out_features * site.in_features * torch.empty(0, dtype=site.dtype).element_size()
     if term.state == BAKED:
         return "none: constants of the program"

@@ -81,7 +81,7 @@ def compile(
 
 def explain(
     model: Model,
-    adapter: Adapters = [],  # noqa: B006
+    adapter: Adapters = [],  # noqa: B006  (the same)
     mode: Annotated[str, typer.Option(help="auto, live, fused or baked.")] = "auto",
 ) -> None:
     """Say per site what becomes of each adapter, and why not something cheaper. MODEL may be a compiled folder."""

@@ -30,7 +30,7 @@ from lorac.variants.base import Variant
 Device = str | torch.device
 
 
-def compile(  # noqa: PLR0913, PLR0917  (the public interface, which docs/architecture.md fixes)
+def compile(  # noqa: PLR0913, PLR0917  (the public interface)
     model: nn.Module | Mapping[str, nn.Module],
     adapters: Mapping[str, Source] | Iterable[Source] = (),
     target: str = "eager",

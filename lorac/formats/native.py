@@ -148,7 +148,7 @@ def _record(path: Path, text: str) -> dict[str, Any]:
             near = nearest_name(field, _FIELDS)
             raise UnknownField(f"'{path}' has the unknown field '{field}'", nearest=near)
     for field, kind in _FIELDS.items():
-        if field not in record or not isinstance(record[field], kind):  # type: ignore[arg-type]
+        if field not in record or not isinstance(record[field], kind):  # type: ignore[arg-type]  # a type or a tuple of types
             raise CorruptFile(f"the description in '{path}' lacks '{field}', or it is of another type")
     return record
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from lorac.errors import Unavailable, nearest_name
 from lorac.ir.graph.graph import Graph
 from lorac.ir.view.drawing import to_dot, to_html
@@ -185,14 +187,17 @@ def _trainable(adapters: Mapping[str, Any]) -> dict[str, int]:
     """Site path -> elements that train; a tensor shared by several sites counts at the first."""
     counts: dict[str, int] = {}
     seen: set[int] = set()
-    for adapter in adapters.values():
-        owned = [(path, t) for path, tensors in adapter.tensors.items() for t in tensors.values()]
-        owned += [(fqn.rpartition(".")[0], t) for fqn, t in adapter.replaced.items()]
-        for path, tensor in owned:
-            if tensor.requires_grad and id(tensor) not in seen:
-                seen.add(id(tensor))
-                counts[path] = counts.get(path, 0) + tensor.numel()
+    for path, tensor in itertools.chain.from_iterable(map(_owned, adapters.values())):
+        if tensor.requires_grad and id(tensor) not in seen:
+            seen.add(id(tensor))
+            counts[path] = counts.get(path, 0) + tensor.numel()
     return counts
+
+
+def _owned(adapter: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of an adapter with the path of the module it belongs to."""
+    yield from ((path, t) for path, tensors in adapter.tensors.items() for t in tensors.values())
+    yield from ((fqn.rpartition(".")[0], t) for fqn, t in adapter.replaced.items())
 
 
 def _holds(dump: Dump, path: str) -> bool:

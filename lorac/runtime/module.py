@@ -68,7 +68,7 @@ def compiled_module(module: nn.Module) -> CompiledModule:
         return self.call(args, kwargs, adapters)
 
     forward.__doc__ = CompiledModule.forward.__doc__
-    forward.__signature__ = inspect.signature(host.forward)  # type: ignore[attr-defined]
+    forward.__signature__ = inspect.signature(host.forward)  # type: ignore[attr-defined]  # functions take attributes
     members: dict[str, Any] = {"forward": forward, "__module__": __name__, "__doc__": CompiledModule.__doc__}
     made: type[CompiledModule] = type(f"Compiled{host.__name__}", (CompiledModule,), members)
     return made(module)

@@ -46,7 +46,7 @@ def modes(case: Case) -> None:
     assert case.mergeable or not needs_weight, "a method with a weight form stayed a branch"
     for mode in ("fused", "baked"):
         if not case.mergeable:
-            assert_raises(NotMergeable, lambda mode=mode: case.compiled(case.a, mode=mode))  # type: ignore[misc]
+            assert_raises(NotMergeable, lambda mode=mode: case.compiled(case.a, mode=mode))  # type: ignore[misc]  # the default binds the loop's value
             continue
         compiled = case.compiled(case.a, mode=mode)
         for batch in case.host.batches:

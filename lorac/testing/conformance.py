@@ -66,9 +66,7 @@ def conformance(
         found.append(Check(f"{label(sample)}-admitted", _somewhere(sample, hosts.values())))
         for host in hosts.values():
             case = Case(sample, host, equations)
-            run = _eager(sample, host)
-            if index == 0:
-                run |= _targets(sample, host, targets)
+            run = _eager(sample, host) | (_targets(sample, host, targets) if index == 0 else {})
             title = f"{label(sample)}-{host.name}"
             found += [Check(f"{title}-{name}", _bound(check, case)) for name, check in run.items()]
     return found
@@ -82,7 +80,7 @@ def _targets(sample: Variant, host: Host, targets: Iterable[str]) -> dict[str, C
     if not host.admits(sample):
         return {}
     return {
-        f"{target}-{name}": lambda case, target=target, check=check: check(case, target)  # type: ignore[misc]
+        f"{target}-{name}": lambda case, target=target, check=check: check(case, target)  # type: ignore[misc]  # the defaults bind the loop's values
         for target in targets
         for name, check in emitted.CHECKS.items()
     }

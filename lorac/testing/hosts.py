@@ -135,7 +135,7 @@ def _strided(x: Array, weight: Array, bias: Array) -> Array:
 
 
 def _host(name: str, kind: SiteKind, make: Callable[[], nn.Module], **rest: object) -> tuple[str, Host]:
-    return name, Host(name, kind, lambda: OneSite(make()), **rest)  # type: ignore[arg-type]
+    return name, Host(name, kind, lambda: OneSite(make()), **rest)  # type: ignore[arg-type]  # fields by name
 
 
 HOSTS: Mapping[str, Host] = dict(

@@ -22,7 +22,7 @@ AIM = 0.2
 """Share of the base's output that a sampled adapter contributes."""
 _SCALES = {"alpha": 5.0, "scale": 0.7}
 """Values for fields that are factors by their name: away from 1 and from any rank, so that a lost factor shows."""
-_COMMON = frozenset(dataclass_fields(Variant))  # type: ignore[type-abstract]
+_COMMON = frozenset(dataclass_fields(Variant))  # type: ignore[type-abstract]  # its fields alone are read
 
 
 def samples(variant: type[Variant] | Variant, **fields: Any) -> list[Variant]:

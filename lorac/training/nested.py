@@ -132,10 +132,10 @@ class NestedRanks(Rule):
         self.rank = self._draw()
 
     def remove(self) -> None:
-        if self._handles and self.exact_skip:
-            for factor, states in zip(self._factors, self._states, strict=True):
-                if any(states):
-                    self.optimizer.state[factor.tensor] = _joined(factor, states)
+        stepped = self._handles and self.exact_skip
+        for factor, states in zip(self._factors, self._states, strict=True) if stepped else ():
+            if any(states):
+                self.optimizer.state[factor.tensor] = _joined(factor, states)
         super().remove()
 
     def _draw(self) -> int:

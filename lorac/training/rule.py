@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -38,8 +39,10 @@ class Term:
     tensors: Mapping[str, Tensor]
 
 
-class Rule:
+class Rule(ABC):
     """An update rule on one optimizer; ``remove()``, or the end of a ``with`` block, takes it off.
+
+    Each rule has an ``__init__`` of its own, which ends with ``attach``.
 
     Args:
         compiled: what ``lorac.compile(..., target="eager")`` returned.
@@ -59,6 +62,7 @@ class Rule:
     before_gradients: bool = False
     """Whether the rule reads the gradients before the step, where a closure has not computed them yet."""
 
+    @abstractmethod
     def __init__(self, compiled: Any, optimizer: Any) -> None:
         self.compiled, self.optimizer = compiled, _unwrapped(optimizer)
         self.terms = terms_of(compiled, self.methods)
@@ -73,10 +77,10 @@ class Rule:
             *handles,
         ]
 
-    def before(self) -> None:
+    def before(self) -> None:  # noqa: B027  (not abstract: a rule has work before a step, after it, or both)
         """Run before every step of the optimizer."""
 
-    def after(self) -> None:
+    def after(self) -> None:  # noqa: B027  (the same)
         """Run after every step."""
 
     def remove(self) -> None:
@@ -145,11 +149,11 @@ def _unwrapped(optimizer: Any) -> Any:
 
 def _require_held(optimizer: Any, terms: Iterable[Term], governed: Iterable[str]) -> None:
     held = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
-    for term in terms:
-        for name in governed:
-            tensor = term.tensors.get(name)
-            if tensor is not None and tensor.requires_grad and id(tensor) not in held:
-                raise ChoiceError(
-                    f"the optimizer does not hold {name} of '{term.adapter}' at '{term.site}'",
-                    next_step="make it of all compiled.parameters() that require grad, or turn requires_grad off there",
-                )
+    wanted = ((term, name) for term in terms for name in governed if name in term.tensors)
+    for term, name in wanted:
+        tensor = term.tensors[name]
+        if tensor.requires_grad and id(tensor) not in held:
+            raise ChoiceError(
+                f"the optimizer does not hold {name} of '{term.adapter}' at '{term.site}'",
+                next_step="make it of all compiled.parameters() that require grad, or turn requires_grad off there",
+            )

@@ -51,7 +51,7 @@ class HRA(WeightVariant):
     )
 
     @property
-    def identity_at_init(self) -> bool:  # type: ignore[override]
+    def identity_at_init(self) -> bool:  # type: ignore[override]  # it depends on the rank
         """An odd number of reflections is never the identity, nor is a single reflection in a span."""
         return self.r % 2 == 0 and not self.apply_GS
 

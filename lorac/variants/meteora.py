@@ -130,7 +130,7 @@ def _factors(adapter: Adapter) -> dict[str, Factors]:
         if tensors.keys() != {"lora_A", "lora_B"}:
             raise AdapterError(f"'{adapter.name}' at '{path}' holds {sorted(tensors)}; MeteoRA routes A and B only")
         a, b = tensors["lora_A"].detach(), tensors["lora_B"].detach()
-        scale: float = adapter.variant.at(_site(path, a, b)).scale  # type: ignore[attr-defined]
+        scale: float = adapter.variant.at(_site(path, a, b)).scale  # type: ignore[attr-defined]  # LoRA and its kin have a scale
         found[path] = (a, b * scale)
     return found
 

@@ -112,7 +112,7 @@ class RandLoRA(WeightVariant):
 
     def _drawn(self, *shapes: tuple[int, ...]) -> list[Tensor]:
         sparsity = self.sparsity(shapes[0][2])
-        return bases(*shapes, key=self.projection_prng_key, sparsity=sparsity)  # type: ignore[arg-type]
+        return bases(*shapes, key=self.projection_prng_key, sparsity=sparsity)  # type: ignore[arg-type]  # shapes of three axes
 
 
 def _start_gamma(context: InitContext) -> Tensor:

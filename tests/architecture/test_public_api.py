@@ -85,7 +85,7 @@ def test_an_unknown_name_is_an_attribute_error():
 
 
 def test_listing_stays_callable_once_the_package_is_imported():
-    """`lorac.variants` is a function by DESIGN and a package on disk; importing the second must not hide the first."""
+    """`lorac.variants` is a function to call and a package on disk; importing the second must not hide the first."""
     script = "import lorac, lorac.variants; lorac.LoRA; print(len(lorac.variants()), len(lorac.variants()))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
     one, two = done.stdout.split()

@@ -1,4 +1,4 @@
-"""Swapping: after any history the bits of a fresh compile (DESIGN, invariants 1 and 7), and what a swap reports."""
+"""Swapping: after any history the bits of a fresh compile, and what a swap reports (invariants 1 and 7)."""
 
 import itertools
 
@@ -115,7 +115,7 @@ def test_report_of_a_live_swap():
     report = compiled.swap("a")
     found = compiled.adapters["a"]
     assert (report.state, report.sites, report.blocked_seconds) == ("bound", 3, 0.0)
-    # Hydra brings a slot for the bias to two sites; DESIGN 7: what a choice binds is what its slots hold.
+    # Hydra brings a slot for the bias to two sites; what a choice binds is what its slots hold.
     assert report.bytes >= sum(t.nbytes for t in found.parameters())
     assert report.seconds > 0
     again = compiled.swap("a")

@@ -232,12 +232,10 @@ def _wrapped_bias(reading: _Reading, name: str) -> tuple[str, str] | None:
     if reading.values.get("bias", "none") != "all" or not name.endswith(".bias"):
         return None
     parts = name.split(".")
-    for wrapper in ("original_module", "modules_to_save"):
-        if wrapper in parts:
-            index = parts.index(wrapper)
-            owner, plain = ".".join(parts[:index]), ".".join(parts[:index] + parts[index + 1 :])
-            if owner.endswith(reading.values["modules_to_save"] or ("\0",)):
-                return plain, wrapper
+    saved = reading.values["modules_to_save"] or ()
+    for index, wrapper in enumerate(parts):
+        if wrapper in {"original_module", "modules_to_save"} and ".".join(parts[:index]).endswith(saved):
+            return ".".join(parts[:index] + parts[index + 1 :]), wrapper
     return None
 
 

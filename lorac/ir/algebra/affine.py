@@ -114,10 +114,10 @@ def _step(build: _Builder, node: fx.Node, environment: dict[fx.Node, Any]) -> An
     """The value of one op: affine in (x, y), a node of parameters only, or None where the op is not affine."""
     args = fx.map_arg(node.args, lambda n: environment[n])
     flat: list[Any] = []
-    fx.node.map_aggregate(args, lambda a: flat.append(a) or a)  # type: ignore[func-returns-value]
+    fx.node.map_aggregate(args, lambda a: flat.append(a) or a)  # type: ignore[func-returns-value]  # append answers None
     if not any(isinstance(a, Affine) for a in flat):
         kwargs = fx.map_arg(node.kwargs, lambda n: environment[n])
-        return build.call(node.target, *args, **kwargs)  # type: ignore[arg-type]
+        return build.call(node.target, *args, **kwargs)  # type: ignore[arg-type]  # only calls come here
     rule = _RULES.get(node.target)
     return None if rule is None else rule(build, args, dict(node.kwargs))
 

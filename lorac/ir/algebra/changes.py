@@ -132,10 +132,10 @@ def compose(terms: Sequence[tuple[float, Change]], weight: Callable[[], Tensor])
     if len(terms) == 1 and terms[0][0] == 1:
         return terms[0][1]
     changes = [change for _, change in terms]
-    if all(isinstance(v, LowRank) for v in changes) and _add_up(changes):  # type: ignore[arg-type]
-        return _sum_low_rank(terms)  # type: ignore[arg-type]
+    if all(isinstance(v, LowRank) for v in changes) and _add_up(changes):  # type: ignore[arg-type]  # all() says so
+        return _sum_low_rank(terms)  # type: ignore[arg-type]  # all() says so
     if all(isinstance(v, Sparse) for v in changes):
-        return SparseSum(tuple(terms), _weighted([(t, v.e) for t, v in terms]))  # type: ignore[arg-type]
+        return SparseSum(tuple(terms), _weighted([(t, v.e) for t, v in terms]))  # type: ignore[arg-type]  # all() says so
     return _sum_dense(terms, weight())
 
 

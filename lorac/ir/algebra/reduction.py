@@ -194,11 +194,12 @@ def _apart(
 
 def _unscaled(matrix: fx.Node, common: set[fx.Node]) -> tuple[fx.Node, fx.Node | None]:
     """A matrix (n, m) without the column (n, 1) that scales its rows, and the column; None where there is none."""
-    if matrix.target is aten.mul.Tensor and not _follows_from(matrix, common):
-        for core, scale in (matrix.args[:2], matrix.args[1::-1]):
-            shapes = shape_of(core), shape_of(scale)
-            if shapes == (shape_of(matrix), (shape_of(matrix)[0], 1)) and _follows_from(core, common):
-                return core, scale  # type: ignore[return-value]
+    if matrix.target is not aten.mul.Tensor or _follows_from(matrix, common):
+        return matrix, None
+    for core, scale in (matrix.args[:2], matrix.args[1::-1]):
+        shapes = shape_of(core), shape_of(scale)
+        if shapes == (shape_of(matrix), (shape_of(matrix)[0], 1)) and _follows_from(core, common):
+            return core, scale  # type: ignore[return-value]  # what has a shape is a node
     return matrix, None
 
 

@@ -34,7 +34,7 @@ def _zero(found: Analysis, node: fx.Node) -> Form | None:
 
 def _block_diagonal(found: Analysis, node: fx.Node) -> Form | None:
     """block_diag(M₁, M₂, …) = I·D, for square Mᵢ of one size."""
-    parts: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
+    parts: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]  # block_diag takes a list
     sizes = {shape_of(part) for part in parts}
     size = next(iter(sizes), ())
     if len(parts) < 2 or len(sizes) > 1 or len(size) != 2 or size[0] != size[1]:
@@ -120,7 +120,7 @@ def _sum(found: Analysis, node: fx.Node) -> Form | None:
         return None
     alpha = node.kwargs.get("alpha", 1)
     if node.target == aten.sub.Tensor:
-        alpha = -alpha  # type: ignore[operator]
+        alpha = -alpha  # type: ignore[operator]  # a number
     if alpha != 1:
         y = _scale_number(found, node, y, alpha)
     return _add(found, node, x, y)
@@ -210,7 +210,7 @@ def _divide(found: Analysis, node: fx.Node) -> Form | None:
     form, divisor = found.form(node.args[0]), node.args[1]
     if form is None or found.form(divisor) is not None:
         return None
-    inverse = found.emit(aten.reciprocal.default, divisor) if isinstance(divisor, fx.Node) else 1.0 / divisor  # type: ignore[operator]
+    inverse = found.emit(aten.reciprocal.default, divisor) if isinstance(divisor, fx.Node) else 1.0 / divisor  # type: ignore[operator]  # a number
     return _scale_by(found, node, node.args[0], form, inverse)
 
 

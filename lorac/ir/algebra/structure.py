@@ -12,7 +12,7 @@ original nodes: a ``Form`` is an annotation, new nodes are made only for the fac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,11 +109,13 @@ def analyse(
         for op in rule.ops:
             by_op.setdefault(op, []).append(rule)
     for node in list(graph.nodes):
-        if node.op != "call_function":
-            continue
-        for rule in by_op.get(node.target, ()):
-            form = rule.build(found, node)
-            if form is not None:
-                found.forms[node] = form
-                break
+        form = _first_form(found, node, by_op.get(node.target, ()))
+        if form is not None:
+            found.forms[node] = form
     return found
+
+
+def _first_form(found: Analysis, node: fx.Node, rules: Iterable[NamedRule]) -> Form | None:
+    """What the first rule that has an answer makes of a node."""
+    built = (rule.build(found, node) for rule in rules)
+    return next((form for form in built if form is not None), None)

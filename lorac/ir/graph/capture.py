@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 import logging
 import os
 import re
 import sysconfig
 import threading
 import traceback
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -127,7 +128,7 @@ def _block_forward(original: Forward, path: str) -> Forward:
         x = first_tensor((args, kwargs))
         return replace_first(output, lambda y: torch.ops.lorac.block(x, y, path))
 
-    forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]  # functions take attributes
     return forward
 
 
@@ -156,22 +157,32 @@ def export(
     given = default_inputs(model) if example_inputs is None else example_inputs
     inputs = _by_name(model, given) if isinstance(given, Mapping) or is_hugging_face(model) else given
     with _LOCK, quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]), _no_fast_path():
-        try:
-            host = structural_copy(model, share_buffers=True).eval()
-        except Exception as error:
-            raise CaptureFailed(f"{type(model).__name__} cannot be copied: {error}") from error
-        mark(host, blocks, prefix)
-        host.forward = _restrained(host.forward)
+        host = _marked_copy(model, blocks, prefix)
         attempts = [(inputs, dynamic_shapes)] if dynamic_shapes is not None else _attempts(model, inputs)
-        for tried, shapes in attempts:
-            try:
-                return qualified(_trace(host, tried, shapes), prefix)
-            except Exception as error:
-                cause = error
-                if not _is_about_shapes(error):
-                    break
-        failure = _failure(host, tried, shapes, cause)
-    raise failure from cause
+        return qualified(_first_trace(host, attempts), prefix)
+
+
+def _marked_copy(model: nn.Module, blocks: Collection[str], prefix: str) -> nn.Module:
+    """A structural copy to trace, its sites and blocks marked."""
+    try:
+        host = structural_copy(model, share_buffers=True).eval()
+    except Exception as error:
+        raise CaptureFailed(f"{type(model).__name__} cannot be copied: {error}") from error
+    mark(host, blocks, prefix)
+    host.forward = _restrained(host.forward)
+    return host
+
+
+def _first_trace(host: nn.Module, attempts: Iterable[tuple[Any, Any]]) -> ExportedProgram:
+    """The trace of the first attempt that succeeds; other shapes are tried only where it was the shapes that failed."""
+    for inputs, shapes in attempts:
+        try:
+            return _trace(host, inputs, shapes)
+        except Exception as error:
+            cause = error
+        if not _is_about_shapes(cause):
+            break
+    raise _failure(host, inputs, shapes, cause) from cause
 
 
 def capture(
@@ -215,11 +226,10 @@ def _trace_hugging_face(host: nn.Module, inputs: Inputs, shapes: Any) -> Exporte
 
     # tested_versions: else it says at every export that torch is newer than the one they tested with
     exporter: Any = type("Exporter", (DynamoExporter,), {"tested_versions": {}})()
-    for module in host.modules():
-        config: Any = getattr(module, "config", None)
-        for name, value in CAPTURED.items():
-            if hasattr(config, name):
-                setattr(config, name, value)
+    configs = (getattr(module, "config", None) for module in host.modules())
+    for config, (name, value) in itertools.product(configs, CAPTURED.items()):
+        if hasattr(config, name):
+            setattr(config, name, value)
     program: ExportedProgram
     program, _ = exporter.export_program(host, dict(inputs), DynamoConfig(dynamic_shapes=shapes))
     return program

@@ -53,7 +53,7 @@ def new_dimension(program: ExportedProgram, name: str, hint: int) -> torch.SymIn
     bounds = ValueRanges(0, int_oo)
     environment.var_to_range[symbol] = bounds
     program._range_constraints[symbol] = bounds
-    return environment.create_symintnode(symbol, hint=hint, source=source)  # type: ignore[return-value]
+    return environment.create_symintnode(symbol, hint=hint, source=source)  # type: ignore[return-value]  # made of a symbol, so no plain int
 
 
 def add_inputs(program: ExportedProgram, inputs: Mapping[str, tuple[Sequence[Any], torch.dtype]]) -> dict[str, fx.Node]:
@@ -154,19 +154,15 @@ def inline(
     environment: dict[fx.Node, Any] = dict(
         zip((n for n in traced.graph.nodes if n.op == "placeholder"), operands, strict=True)
     )
-    outputs: list[fx.Node] = []
+    computed = [inner for inner in traced.graph.nodes if inner.op not in {"placeholder", "output"}]
     with program.graph.inserting_before(node):
-        for inner in traced.graph.nodes:
-            if inner.op == "placeholder":
-                continue
-            if inner.op == "output":
-                outputs = list(fx.map_arg(inner.args[0], lambda n: environment[n]))
-                continue
+        for inner in computed:
             copied = program.graph.node_copy(inner, lambda n: environment[n])
             copied.meta = {"val": inner.meta.get("val")}
             inherit(copied, node)
             environment[inner] = copied
-    return traced, outputs
+    results: Any = traced.graph.output_node().args[0]
+    return traced, list(fx.map_arg(results, lambda n: environment[n]))
 
 
 def trace(program: ExportedProgram, function: Callable[..., Any], operands: Sequence[fx.Node]) -> fx.GraphModule:
@@ -192,11 +188,13 @@ def settle(program: ExportedProgram) -> None:
     """Bring the signature's output names in line with the graph, and have torch check everything."""
     output = next(iter(reversed(program.graph.nodes)))
     signature = program._module_call_graph[0].signature
+    named = [] if signature is None else signature.outputs
     for index, (spec, node) in enumerate(zip(program.graph_signature.output_specs, output.args[0], strict=True)):
-        if isinstance(node, fx.Node) and isinstance(spec.arg, TensorArgument):
-            spec.arg = TensorArgument(node.name)
-            if signature is not None and index < len(signature.outputs):
-                signature.outputs[index] = spec.arg
+        if not isinstance(node, fx.Node) or not isinstance(spec.arg, TensorArgument):
+            continue
+        spec.arg = TensorArgument(node.name)
+        if index < len(named):
+            named[index] = spec.arg
     program.graph.lint()
     program.graph_module.recompile()
     program.validate()

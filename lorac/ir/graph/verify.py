@@ -39,9 +39,9 @@ def verify(graph: Graph, after: str) -> None:
 def _known_operands(graph: Graph, after: str) -> None:
     seen: set[fx.Node] = set()
     for node in graph.fx.nodes:
-        for operand in node.all_input_nodes:
-            if operand not in seen:
-                raise _failed(after, node, f"reads {operand.name} before it is computed")
+        unknown = next((operand for operand in node.all_input_nodes if operand not in seen), None)
+        if unknown is not None:
+            raise _failed(after, node, f"reads {unknown.name} before it is computed")
         seen.add(node)
 
 
@@ -69,13 +69,22 @@ def _no_writes(graph: Graph, after: str) -> None:
     """Base weights are read-only: no op may write to a parameter."""
     parameters = set(graph.exported.graph_signature.inputs_to_parameters)
     for node in graph.fx.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if node.op != "call_function" or schema is None:
-            continue
-        for argument, value in zip(schema.arguments, node.args, strict=False):
-            written = argument.alias_info is not None and argument.alias_info.is_write
-            if written and isinstance(value, fx.Node) and value.name in parameters:
-                raise _failed(after, node, f"writes to the base weight {value.name}")
+        written = next((value for value in _written(node) if value.name in parameters), None)
+        if written is not None:
+            raise _failed(after, node, f"writes to the base weight {written.name}")
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """The operands that an op writes to, as its schema says."""
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None:
+        return []
+    operands = [
+        value
+        for argument, value in zip(schema.arguments, node.args, strict=False)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    return [value for value in operands if isinstance(value, fx.Node)]
 
 
 def _failed(after: str, node: fx.Node, what: str) -> VerificationFailed:

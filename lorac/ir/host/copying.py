@@ -22,16 +22,13 @@ def structural_copy(model: Model, *, share_buffers: bool = False) -> Model:
         model: the host; not touched.
         share_buffers: share buffers too, for a copy that will never train (batch statistics are written in training).
     """
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor | torch.Generator):
-                memo[id(value)] = value
-        for value in module._buffers.values():
-            if share_buffers and value is not None:
-                memo[id(value)] = value
-        for parameter in module._parameters.values():
-            if parameter is not None and id(parameter) not in memo:
-                plain = type(parameter) is nn.Parameter
-                memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False) if plain else parameter
+    attributes = (value for module in model.modules() for value in vars(module).values())
+    shared: list[Any] = [value for value in attributes if isinstance(value, Tensor | torch.Generator)]
+    if share_buffers:
+        shared.extend(model.buffers())
+    memo: dict[int, Any] = {id(value): value for value in shared}
+    for parameter in model.parameters():
+        plain = type(parameter) is nn.Parameter
+        new = nn.Parameter(parameter.detach(), requires_grad=False) if plain else parameter
+        memo.setdefault(id(parameter), new)
     return copy.deepcopy(model, memo)

@@ -88,7 +88,7 @@ def build(described: Mapping[str, Any], values: Mapping[str, Tensor] | None = No
         if entry.get("buffer"):
             owner.register_buffer(leaf, tensor)
         else:
-            owner.register_parameter(leaf, tensor)  # type: ignore[arg-type]
+            owner.register_parameter(leaf, tensor)  # type: ignore[arg-type]  # what is no buffer is a Parameter
     return root.eval()
 
 
@@ -96,7 +96,7 @@ def _described(module: nn.Module) -> dict[str, Any]:
     if isinstance(module, nn.Linear):
         return {"kind": "linear", "in": module.in_features, "out": module.out_features}
     if is_conv1d_of_gpt2(module):
-        return {"kind": "gpt2", "in": int(module.nx), "out": int(module.nf)}  # type: ignore[arg-type]
+        return {"kind": "gpt2", "in": int(module.nx), "out": int(module.nf)}  # type: ignore[arg-type]  # numbers, of a class not imported
     if isinstance(module, nn.Embedding):
         return {
             "kind": "embedding",

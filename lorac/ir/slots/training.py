@@ -1,7 +1,8 @@
 """The ``adapted`` op in training: terms evaluated in their normal form, from tensors that need gradients, with dropout.
 
-Dropout is the op's business, by the term's trait (DESIGN 3.1): on the input, ``base(x) + D(x)·(W' − W)ᵀ``; between the
-factors; or nowhere. Evaluated in the normal form this is PEFT's result for LoRA and DoRA, random numbers included.
+Dropout is the op's business, by the term's trait (docs/architecture.md, "The one idea"): on the input,
+``base(x) + D(x)·(W' − W)ᵀ``; between the factors; or nowhere. Evaluated in the normal form this is PEFT's result for
+LoRA and DoRA, random numbers included.
 """
 
 from __future__ import annotations

@@ -28,12 +28,17 @@ def to_dot(dump: Dump, notes: Notes | None = None) -> str:
 def _representatives(root: Section, body: Body) -> dict[int, int]:
     """Row -> the row drawn for it: of identical blocks, the first one's."""
     standing = {index: index for index in root.rows()}
-    for section in root.sections():
-        for blocks in (part for part in grouped(section) if isinstance(part, list)):
-            for start, length in body.runs(blocks):
-                for block in blocks[start + 1 : start + length]:
-                    standing |= dict(zip(block.rows(), blocks[start].rows(), strict=True))
+    for block, first in _repeats(root, body):
+        standing |= dict(zip(block.rows(), first.rows(), strict=True))
     return {index: _settled(standing, index) for index in standing}
+
+
+def _repeats(root: Section, body: Body) -> Iterator[tuple[Section, Section]]:
+    """Each block that is identical to one before it, and the first such; outer blocks before those inside."""
+    groups = (part for section in root.sections() for part in grouped(section) if isinstance(part, list))
+    for blocks in groups:
+        for start, length in body.runs(blocks):
+            yield from ((block, blocks[start]) for block in blocks[start + 1 : start + length])
 
 
 def _settled(standing: dict[int, int], index: int) -> int:
@@ -43,19 +48,28 @@ def _settled(standing: dict[int, int], index: int) -> int:
 
 
 def _cluster(section: Section, dump: Dump, standing: dict[int, int], indent: str) -> Iterator[str]:
-    drawn = [item for item in section.items if isinstance(item, Section) or standing[item] == item]
-    for item in drawn:
+    for item in section.items:
         if isinstance(item, Section):
-            if any(standing[index] == index for index in item.rows()):
-                yield f"{indent}subgraph {_quoted('cluster_' + item.call)} {{ label={_quoted(item.call)};"
-                yield from _cluster(item, dump, standing, indent + "  ")
-                yield f"{indent}}}"
-            continue
-        row = dump.rows[item]
-        label = row.text.replace(REF, "·") if row.kind == "value" else row.kind
-        state = dump.sites.get(row.site or "", "bare") if row.kind == "value" else row.kind
-        shown = "\\n".join(part for part in (row.name, label, row.type) if part)
-        yield f"{indent}n{item} [label={_quoted(shown)}, fillcolor={_quoted(_COLOURS[state])}];"
+            yield from _subgraph(item, dump, standing, indent)
+        elif standing[item] == item:
+            yield f"{indent}{_box(item, dump)}"
+
+
+def _subgraph(section: Section, dump: Dump, standing: dict[int, int], indent: str) -> Iterator[str]:
+    """A block in a frame of its own; nothing where all of it is drawn elsewhere."""
+    if not any(standing[index] == index for index in section.rows()):
+        return
+    yield f"{indent}subgraph {_quoted('cluster_' + section.call)} {{ label={_quoted(section.call)};"
+    yield from _cluster(section, dump, standing, indent + "  ")
+    yield f"{indent}}}"
+
+
+def _box(index: int, dump: Dump) -> str:
+    row = dump.rows[index]
+    label = row.text.replace(REF, "·") if row.kind == "value" else row.kind
+    state = dump.sites.get(row.site or "", "bare") if row.kind == "value" else row.kind
+    shown = "\\n".join(part for part in (row.name, label, row.type) if part)
+    return f"n{index} [label={_quoted(shown)}, fillcolor={_quoted(_COLOURS[state])}];"
 
 
 def _quoted(text: str) -> str:

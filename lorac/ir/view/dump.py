@@ -139,7 +139,7 @@ class _Writer:
                 yield Row("in", node.name, "", (), self._type(node.meta.get("val")))
             return
         if node.op == "output":
-            for value in node.args[0]:  # type: ignore[union-attr]
+            for value in node.args[0]:  # type: ignore[union-attr]  # an output node holds a tuple
                 refs: list[int] = []
                 text = self._operand(value, refs)
                 of = value.meta.get("val") if isinstance(value, fx.Node) else None
@@ -236,18 +236,17 @@ class _Writer:
         """Symbol -> letter: ``b`` for the first size of an input, then s, t, …; ``r`` for a rank."""
         letters: dict[str, str] = {}
         following = itertools.chain(_LETTERS, (f"n{i}" for i in itertools.count()))
-        for node in self.graph.placeholders():
-            value = node.meta.get("val")
-            if not isinstance(value, torch.Tensor):
+        values = [(node.name, node.meta.get("val")) for node in self.graph.placeholders()]
+        shapes = [(name, value.shape) for name, value in values if isinstance(value, torch.Tensor)]
+        for name, axis, symbol in (
+            (name, axis, str(size)) for name, shape in shapes for axis, size in enumerate(shape)
+        ):
+            if symbol in letters or not _SYMBOL.fullmatch(symbol):
                 continue
-            for axis, size in enumerate(value.shape):
-                symbol = str(size)
-                if symbol in letters or not _SYMBOL.fullmatch(symbol):
-                    continue
-                if node.name in self.slots:
-                    letters[symbol] = "r"
-                else:
-                    letters[symbol] = "b" if axis == 0 and "b" not in letters.values() else next(following)
+            if name in self.slots:
+                letters[symbol] = "r"
+            else:
+                letters[symbol] = "b" if axis == 0 and "b" not in letters.values() else next(following)
         return letters
 
 

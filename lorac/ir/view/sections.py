@@ -171,19 +171,17 @@ def _bind_inputs(root: Section, dump: Dump) -> None:
     every layer. Everything else (the hidden state) gets a letter, so that layers that differ only in it are identical.
     """
     readers: dict[int, set[str]] = {}
-    for row in dump.rows:
-        for ref in row.refs:
-            if row.blocks and not dump.rows[ref].blocks:
-                readers.setdefault(ref, set()).add(row.blocks[0])
+    for row in (row for row in dump.rows if row.blocks):
+        for ref in (ref for ref in row.refs if not dump.rows[ref].blocks):
+            readers.setdefault(ref, set()).add(row.blocks[0])
     common = {ref for ref, blocks in readers.items() if len(blocks) > 1}
     for section in root.sections():
         if not section.call:
             continue
         inside = set(section.rows())
-        for ref in (ref for index in section.rows() for ref in dump.rows[index].refs):
-            if ref not in inside and ref not in common and ref not in section.inputs:
-                count = len(section.inputs)
-                section.inputs[ref] = "x" if not count else f"x{count}"
+        read = dict.fromkeys(ref for index in section.rows() for ref in dump.rows[index].refs)
+        outside = [ref for ref in read if ref not in inside and ref not in common]
+        section.inputs.update({ref: f"x{count or ''}" for count, ref in enumerate(outside)})
 
 
 def reference(section: Section, ref: int, dump: Dump) -> str:

@@ -79,12 +79,12 @@ def describe_terms(
     found: dict[str, list[Term]] = {path: [] for path in plans}
     for name in sorted(prepared):
         adapter, strength = prepared[name], strengths.get(name, 0.0)
-        for path, change in adapter.changes.items():
-            if path in found:
-                found[path].append(_change_term(name, plans[path], change, mode, strength))
-        for path, branch in adapter.branches.items():
-            if path in found:
-                found[path].append(_branch_term(name, path, branch, strength))
+        changes = {path: change for path, change in adapter.changes.items() if path in plans}
+        terms = [_change_term(name, plans[path], change, mode, strength) for path, change in changes.items()]
+        branches = {path: branch for path, branch in adapter.branches.items() if path in plans}
+        terms += [_branch_term(name, path, branch, strength) for path, branch in branches.items()]
+        for term in terms:
+            found[term.site].append(term)
     return {path: tuple(terms) for path, terms in found.items() if terms}
 
 
