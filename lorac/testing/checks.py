@@ -27,8 +27,18 @@ from lorac.variants.params import Role
 
 Tensor = torch.Tensor
 MIX = {"a": 0.7, "b": 0.3}
-_EXACT = 1e-12
-"""For results that must agree to rounding in float64, relative to their own size."""
+ROUNDING = {
+    torch.float64: 1e-12,
+    torch.float32: 64 * torch.finfo(torch.float32).eps,
+    torch.float16: 2 * torch.finfo(torch.float16).eps,
+    torch.bfloat16: 2 * torch.finfo(torch.bfloat16).eps,
+}
+"""How far two computations of one thing may be apart, relative to its size.
+
+Roundings are independent and so add up as the root of their number: 64 of the last bit are 4096 of them, more than
+follow one another in any model of a test. In float64 there is room for an inverse or a decomposition besides. Half
+precision is for single layers, which compute in float32 and round twice: a product and a sum.
+"""
 
 
 def formula(case: Case) -> None:
@@ -225,10 +235,14 @@ def assert_raises(error: type[Exception], call: Callable[[], object]) -> None:
 
 
 def assert_close(found: Tensor, expected: Tensor) -> None:
-    """Assert equality to float64 rounding, relative to the size of ``expected``."""
-    error = torch.linalg.vector_norm(found - expected)
-    size = torch.linalg.vector_norm(expected)
-    assert error <= _EXACT * size, f"off by {float(error / size):.2e} of its size"
+    """Assert that two tensors are one but for rounding (``ROUNDING``), relative to the size of ``expected``.
+
+    Shapes and dtypes are the same. An ``expected`` of zeros admits nothing else.
+    """
+    assert found.shape == expected.shape, f"{tuple(found.shape)}, not {tuple(expected.shape)}"
+    assert found.dtype == expected.dtype, f"{found.dtype}, not {expected.dtype}"
+    error, size = (float(torch.linalg.vector_norm(value.detach())) for value in (found - expected, expected))
+    assert error <= ROUNDING[expected.dtype] * size, f"off by {error / size if size else error:.2e} of its size"
 
 
 def _call(compiled: Compiled, x: Tensor, *choice: Any) -> Tensor:

@@ -23,6 +23,10 @@ SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
 SILENCED = re.compile(r"# (?:noqa|type: ignore)\b(?P<rest>.*)")
 REASON = re.compile(r"(?:: [A-Z0-9, ]+  \(|\[[a-z, -]+\]  # )\w")
 
+SMALLEST = 0.01
+TOLERANCES = {"allclose", "isclose", "approx", "assert_allclose", "assert_almost_equal"}
+MEASURES = ROOT / "tests" / "limits.py"
+
 OWED = {
     "adapters/fresh.py:_add_replaced",
     "adapters/fresh.py:_largest",
@@ -177,3 +181,46 @@ def test_whatever_silences_a_tool_says_why(source):
     for number, line in enumerate(source.read_text().splitlines(), 1):
         silenced = SILENCED.search(line)
         assert silenced is None or REASON.match(silenced["rest"]), f"line {number}: {line.strip()}"
+
+
+# --- tests -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", sorted((ROOT / "tests").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_test_chooses_a_tolerance(source):
+    """A test decides by ``torch.equal``, ``assert_parity``, ``assert_close`` or what ``tests/limits.py`` defines."""
+    if source == MEASURES:
+        return
+    for node in ast.walk(ast.parse(source.read_text())):
+        assert not _is_tolerance(node), f"line {node.lineno}: {ast.unparse(node)}: see tests/limits.py"
+
+
+def _is_tolerance(node):
+    """A library's comparison with tolerances of its own, a limit handed over, or a comparison with a tiny number."""
+    if isinstance(node, ast.Call):
+        called = ast.unparse(node.func)
+        given = {keyword.arg for keyword in node.keywords}
+        own = called.rpartition(".")[2] in TOLERANCES or called == "torch.testing.assert_close"
+        return own or bool(given & {"rtol", "atol"}) or (called.endswith("assert_parity") and "limit" in given)
+    if not isinstance(node, ast.Compare) or all(isinstance(op, ast.Eq | ast.NotEq | ast.In) for op in node.ops):
+        return False
+    numbers = (inner.value for inner in ast.walk(node) if isinstance(inner, ast.Constant))
+    return any(isinstance(number, float) and 0 < number < SMALLEST for number in numbers)
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("torch.allclose(x, y)", True),
+        ("torch.testing.assert_close(x, y)", True),
+        ("matrix_rank(x, rtol=r)", True),
+        ("assert_parity(y, ref, base, limit=1)", True),
+        ("(x - y).norm() <= 1e-9 * y.norm()", True),
+        ("x == 1e-9", False),
+        ("assert_close(x, y)", False),
+        ("loss <= 0.9 * before", False),
+        ("SGD(x, lr=1e-3)", False),
+    ],
+)
+def test_what_counts_as_a_tolerance(code, expected):
+    assert _is_tolerance(ast.parse(code, mode="eval").body) is expected

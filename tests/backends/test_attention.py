@@ -11,6 +11,7 @@ from torch import nn
 
 import lorac
 from lorac.backends.onnx.files import MODEL
+from lorac.testing.checks import assert_close
 from tests.zoo import ZOO
 
 
@@ -58,7 +59,7 @@ def test_answers_as_torch(settings, mask):
     model, x = Attends(**settings).eval(), torch.randn(2, 5, 8)
     inputs = (x,) if mask is None else (x, mask)
     compiled = lorac.compile(model, {"a": lorac.LoRA(r=2)}, target="onnxruntime", example_inputs=inputs)
-    torch.testing.assert_close(compiled(*inputs), model(*inputs), rtol=1e-5, atol=1e-6)
+    assert_close(compiled(*inputs), model(*inputs))
     assert "IsNaN" not in ops(compiled)
 
 
@@ -90,7 +91,7 @@ def test_rotations_are_one_op(settings):
     assert "Neg" not in ops(compiled)
     ids = torch.arange(14).reshape(2, 7)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, rtol=1e-4, atol=1e-5)
+    assert_close(compiled(**inputs).logits, model(**inputs).logits)
 
 
 @torch.no_grad()
@@ -100,7 +101,7 @@ def test_rotations_by_positions_of_each_row():
     compiled = lorac.compile(model, {"a": lorac.LoRA(r=2)}, target="onnxruntime", example_inputs=inputs)
     assert ops(compiled).count("RotaryEmbedding") == 2 * 2
     inputs["position_ids"] = inputs["position_ids"].flip(0)
-    torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, rtol=1e-4, atol=1e-5)
+    assert_close(compiled(**inputs).logits, model(**inputs).logits)
 
 
 class Turns(nn.Module):
@@ -134,7 +135,7 @@ def test_what_only_looks_like_a_rotation_stays(how, fused):
         model, {"a": lorac.LoRA(r=2)}, target="onnxruntime", example_inputs=(x,), dynamic_shapes=free
     )
     assert ops(compiled).count("RotaryEmbedding") == fused
-    torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+    assert_close(compiled(x), model(x))
 
 
 @torch.no_grad()
@@ -145,4 +146,4 @@ def test_left_padding_answers_as_eager():
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     inputs["attention_mask"][0, :2] = 0
     compiled = lorac.compile(model, {"a": lorac.LoRA(r=2)}, target="onnxruntime")
-    torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, rtol=1e-4, atol=1e-5)
+    assert_close(compiled(**inputs).logits, model(**inputs).logits)

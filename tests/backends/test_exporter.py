@@ -9,6 +9,7 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 import lorac
 from lorac.backends.onnx.files import MODEL
+from lorac.testing.checks import assert_close
 
 
 class Host(nn.Module):
@@ -104,14 +105,14 @@ def test_nothing_is_decomposed(step, monkeypatch):
         pytest.fail("decomposed")
 
     monkeypatch.setattr(_fx_passes, "decompose_with_registry", decompose)
-    torch.testing.assert_close(*answers(step))
+    assert_close(*answers(step))
 
 
 @pytest.mark.parametrize(
     "step", [viewed_in_place, seen_through_a_view, of_another_dtype], ids=lambda step: step.__name__
 )
 def test_what_others_may_see_is_written_as_torch_does(step):
-    torch.testing.assert_close(*answers(step))
+    assert_close(*answers(step))
 
 
 def test_what_torch_loses_is_not_answered():

@@ -10,6 +10,7 @@ import torch
 import lorac
 from lorac.backends.onnx.files import MODEL
 from lorac.backends.onnxruntime.rows import to_rows
+from lorac.testing.checks import assert_close
 from tests.zoo import ZOO
 
 FEATURES, OUT, RANK = 4, 6, 2
@@ -89,7 +90,7 @@ def test_what_acts_on_rows_moves(followed, batch):
     to_rows(model)
     for own, moved in zip(before, answers(model, batch), strict=True):
         assert moved.shape == own.shape
-        np.testing.assert_allclose(moved, own, rtol=1e-5, atol=1e-6)
+        assert_close(torch.from_numpy(moved), torch.from_numpy(own))
     assert "Gemm" in ops(model)
     assert [value.name for value in model.graph.outputs] == [output.split()[-1]]
     assert expected is None or sorted(ops(model)) == sorted(expected)
@@ -104,7 +105,7 @@ def test_what_looks_across_rows_sees_the_full_shape(across):
     to_rows(model)
     for own, moved in zip(before, answers(model), strict=True):
         assert moved.shape == own.shape
-        np.testing.assert_allclose(moved, own, rtol=1e-5, atol=1e-6)
+        assert_close(torch.from_numpy(moved), torch.from_numpy(own))
     assert "Gemm" in ops(model)
 
 
@@ -115,7 +116,7 @@ def test_a_branch_within_sees_the_full_shape():
     before = answers(emitted(body, "float[b, s, 6] o"))
     model = emitted(body, "float[b, s, 6] o")
     to_rows(model)
-    np.testing.assert_allclose(answers(model)[0], before[0], rtol=1e-5, atol=1e-6)
+    assert_close(torch.from_numpy(answers(model)[0]), torch.from_numpy(before[0]))
     assert "Gemm" in ops(model)
 
 

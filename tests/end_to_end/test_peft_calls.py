@@ -12,6 +12,7 @@ from torch import Tensor
 
 import lorac
 from lorac.errors import ChoiceError, ExampleInputsNeeded
+from lorac.testing.checks import assert_close
 from tests import parity
 from tests.end_to_end.peft_cases import CASES, checkpoint, example
 from tests.zoo import ZOO
@@ -70,7 +71,7 @@ def test_padding_changes_nothing_that_is_not_padded(bert: tuple[Any, Any, Any]) 
     ids = ZOO["tiny_bert"].inputs(length=7)["input_ids"]
     padded, mask = torch.nn.functional.pad(ids, (0, 4)), torch.nn.functional.pad(torch.ones_like(ids), (0, 4))
     with torch.no_grad():
-        assert torch.allclose(compiled(padded, mask)["logits"], compiled(ids)["logits"], atol=1e-5)
+        assert_close(compiled(padded, mask)["logits"], compiled(ids)["logits"])
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lorac.formats import load_adapter, save_adapter
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site, find_sites
+from lorac.testing import checks
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import WeightVariant
 from tests import parity, peft_files
@@ -110,7 +111,7 @@ def round_trip(
 def assert_close(y: object, y_ref: object) -> None:
     got, ref = parity.named_outputs(y), parity.named_outputs(y_ref)
     for name, value in ref.items():
-        torch.testing.assert_close(got[name], value, rtol=1e-12, atol=1e-12)
+        checks.assert_close(got[name], value)
 
 
 def assert_equal(one: Adapter, other: Adapter) -> None:

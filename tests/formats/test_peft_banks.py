@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import lorac
 from lorac.errors import BaseNeeded, CorruptFile, ShapeMismatch, SiteNotFound
 from lorac.formats import load_adapter, save_adapter
+from lorac.testing.checks import assert_close
 from lorac.variants.base import Variant
 from lorac.variants.randlora import RandLoRA
 from lorac.variants.vera import VeRA
@@ -97,7 +98,7 @@ def test_a_fresh_one_is_loaded_by_peft(variant: Variant, trained: str, tmp_path:
     for tensors in compiled.adapters["a"].tensors.values():
         tensors[trained].normal_()
     save_adapter(compiled.adapters["a"], tmp_path / "f", model=model)
-    torch.testing.assert_close(load_peft(model, tmp_path / "f")(**inputs), compiled(**inputs))
+    assert_close(load_peft(model, tmp_path / "f")(**inputs), compiled(**inputs))
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from peft import HRAConfig, OFTConfig
 import lorac
 from lorac.errors import BaseNeeded, UnsupportedField
 from lorac.formats import load_adapter, save_adapter
+from lorac.testing.checks import assert_close
 from lorac.variants.adapter import Adapter
 from lorac.variants.hira import HiRA
 from lorac.variants.lokr import LoKr
@@ -63,7 +64,7 @@ def test_hra_of_odd_numbers_and_by_gram_schmidt(tmp_path: Path, r: int, orthonor
         oracle.save_pretrained(str(tmp_path))
     for mode in ("live", "fused", "baked"):
         compiled = lorac.compile(model, {"a": tmp_path}, mode=mode)
-        torch.testing.assert_close(compiled(**inputs), oracle.eval()(**inputs), rtol=1e-12, atol=1e-12)
+        assert_close(compiled(**inputs), oracle.eval()(**inputs))
 
 
 def test_lokr_of_a_conv1d_with_a_whole_w2(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 import lorac
+from lorac.testing.checks import assert_close
 
 
 class Rounded(torch.Tensor):
@@ -57,7 +58,7 @@ def test_a_pair_runs_beside_it(mode, model):
     own, x = adapter(lorac.LoRA(r=2, alpha=2), model), torch.randn(3, 12, dtype=torch.float64)
     compiled = lorac.compile(model, {"a": own}, mode=mode)
     p = own.tensors["site"]
-    torch.testing.assert_close(compiled(x), model(x) + x @ p["lora_A"].t() @ p["lora_B"].t())
+    assert_close(compiled(x), model(x) + x @ p["lora_A"].t() @ p["lora_B"].t())
     compiled.swap(None)
     assert torch.equal(compiled(x), model(x))
     assert type(compiled.host.site.weight) is type(model.site.weight) is Rounded

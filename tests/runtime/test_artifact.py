@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 import lorac
+from lorac.testing.checks import assert_close
+from tests.limits import assert_apart
 from tests.parity import assert_parity, named_outputs
 from tests.runtime.artefacts import assert_same_folders, make_adapters, make_compiled, run_python
 from tests.zoo import ZOO
@@ -64,7 +66,7 @@ def test_the_loaded_answers_and_swaps_as_the_saved(saved: Any) -> None:
         _same(compiled, loaded, inputs, base if choice else None)
         if choice is None:
             for key, value in named_outputs(loaded(**inputs)).items():
-                assert torch.allclose(value, named_outputs(base)[key], rtol=1e-4, atol=1e-5)
+                assert_close(value.float(), named_outputs(base)[key].float())
 
 
 def test_the_loaded_takes_further_adapters(saved: Any) -> None:
@@ -120,11 +122,11 @@ def test_loading_needs_neither_transformers_nor_the_model(tmp_path: Path) -> Non
     script = (
         "import sys\n"
         "for name in ('transformers', 'tests', 'peft'): sys.modules[name] = None\n"
-        "import torch, lorac\n"
+        "import torch, lorac\nfrom lorac.testing.checks import assert_close\n"
         f"inputs, expected = torch.load({str(tmp_path / 'expected.pt')!r})\n"
         "for target, y in expected.items():\n"
         f"    z = lorac.load({str(tmp_path)!r} + '/' + target)(**inputs)\n"
-        "    assert torch.allclose(y, z, rtol=1e-5, atol=1e-6)\n"
+        "    assert_close(z, y)\n"
     )
     run_python(script)
 
@@ -142,7 +144,7 @@ def test_an_eager_artefact_becomes_an_onnxruntime_one(tmp_path: Path) -> None:
         loaded.swap(choice)
         assert_parity(loaded(**inputs), compiled(**inputs), base)
     loaded.swap(None)
-    assert torch.allclose(loaded(**inputs), base, rtol=1e-4, atol=1e-5)
+    assert_close(loaded(**inputs), base)
 
 
 def test_routers_are_saved_with_their_place(tmp_path: Path) -> None:
@@ -158,7 +160,7 @@ def test_routers_are_saved_with_their_place(tmp_path: Path) -> None:
     base = model(**inputs)
     assert_parity(loaded(**inputs), compiled(**inputs), base)
     loaded.remove_adapter("a")
-    assert torch.allclose(loaded(**inputs).logits, base.logits, rtol=1e-4, atol=1e-5)
+    assert_close(loaded(**inputs).logits, base.logits)
     loaded.add_adapter(adapter, "again")
     loaded.swap("again")
     assert_parity(loaded(**inputs), compiled(**inputs), base)
@@ -173,7 +175,7 @@ def test_trained_tensors_are_saved(tmp_path: Path) -> None:
             tensor.mul_(1.05)
     compiled.save(tmp_path / "it")
     y = compiled(**inputs).detach()
-    assert not torch.allclose(before, y)
+    assert_apart(before, y)
     assert_parity(lorac.load(tmp_path / "it")(**inputs), y, ZOO["plain_mlp"].model()(**inputs))
 
 
@@ -197,7 +199,7 @@ def test_the_host_is_let_go_and_found_again_while_it_lives() -> None:
     inputs = ZOO["plain_mlp"].inputs()
     compiled = lorac.compile(model, adapters, target="onnxruntime", active="a", example_inputs=inputs)
     fused = compiled.export(mode="fused")
-    assert torch.allclose(fused(**inputs), compiled(**inputs), rtol=1e-4, atol=1e-5)
+    assert_close(fused(**inputs), compiled(**inputs))
     base = model(**inputs)
     del model, fused
     gc.collect()
@@ -207,4 +209,4 @@ def test_the_host_is_let_go_and_found_again_while_it_lives() -> None:
     compiled.add_adapter(lorac.DoRA(r=1, targets=["up"]), name="fresh")
     assert not torch.equal(compiled(**inputs), base)
     compiled.swap("fresh")
-    assert torch.allclose(compiled(**inputs), base, rtol=1e-4, atol=1e-5)
+    assert_close(compiled(**inputs), base)

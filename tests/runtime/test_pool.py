@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import lorac
+from lorac.testing.checks import assert_close
 from lorac.variants.params import ParamSpec
 from tests.runtime.switching import ENTRY, adapter, answer, build, pair, raw
 
@@ -92,7 +93,7 @@ def test_what_does_not_fit_is_told_what_admits_it(method, mode):
     again.add_adapter(wanted)
     again.swap("b")
     direct = build([wanted], "eager", mode)
-    torch.testing.assert_close(answer(again), answer(direct))
+    assert_close(answer(again), answer(direct))
 
 
 def test_onnxruntime_says_the_same():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import lorac
+from lorac.testing.checks import assert_close
 from tests import zoo
 from tests.training.loops import by_trainer, data, host, plain_loop, trained, variant
 
@@ -84,4 +85,4 @@ def test_checkpointing_changes_no_gradient(method: str, fields: dict[str, float]
     plain = [gradients(choice) for choice in choices]
     checkpointed(compiled, reentrant)
     for choice, expected in zip(choices, plain, strict=True):
-        torch.testing.assert_close(gradients(choice), expected)
+        assert_close(gradients(choice), expected)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lorac
+from lorac.testing.checks import assert_close
 from lorac.training import NestedRanks
 from tests.training.loops import TARGETS, by_trainer, data, host, plain_loop, trained
 from tests.training.rules import drawn, linear
@@ -87,8 +88,8 @@ def test_it_is_as_if_every_component_were_a_parameter(name: str, frozen: bool) -
         expected.step()
         step(compiled, optimizer, seed)
     assert set(ranks) == {1, 2, 3, 4}
-    torch.testing.assert_close(a.detach(), torch.cat([*reference.a]).detach(), rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(b.detach(), torch.cat([*reference.b], dim=1).detach(), rtol=1e-11, atol=1e-11)
+    assert_close(a.detach(), torch.cat([*reference.a]).detach())
+    assert_close(b.detach(), torch.cat([*reference.b], dim=1).detach())
 
 
 def test_frozen_steps_leave_all_other_components() -> None:
@@ -144,14 +145,14 @@ def test_a_step_runs_at_its_rank() -> None:
     cut, whole = (x @ (base + ALPHA / n * b.detach()[:, :n] @ a.detach()[:n]).T for n in (2, R))
     with NestedRanks(compiled, torch.optim.SGD(trained(compiled), lr=1), ranks=[2]) as rule:
         assert rule.rank == 2
-        torch.testing.assert_close(compiled(x).detach(), cut)
-        torch.testing.assert_close(compiled(x, adapters="a").detach(), whole)
+        assert_close(compiled(x).detach(), cut)
+        assert_close(compiled(x, adapters="a").detach(), whole)
         compiled.eval()
-        torch.testing.assert_close(compiled(x).detach(), cut)
+        assert_close(compiled(x).detach(), cut)
         with torch.no_grad():
-            torch.testing.assert_close(compiled(x), whole)
+            assert_close(compiled(x), whole)
     assert compiled.active == {"a": 1}
-    torch.testing.assert_close(compiled.train()(x).detach(), whole)
+    assert_close(compiled.train()(x).detach(), whole)
 
 
 def test_other_methods_beside_it_stay_whole() -> None:
@@ -162,7 +163,7 @@ def test_other_methods_beside_it_stay_whole() -> None:
     x, base = drawn(5, 9, seed=3), linear(9, 8).site.weight.detach()
     moved = 0.5 * ALPHA * b[:, :1] @ a[:1] + 2 * own["lora_B"] @ own["lora_A"]
     NestedRanks(compiled, torch.optim.SGD(trained(compiled), lr=1), ranks=(1,))
-    torch.testing.assert_close(compiled(x), x @ (base + moved).T)
+    assert_close(compiled(x), x @ (base + moved).T)
 
 
 def test_fused_weights_train_alike() -> None:
@@ -174,8 +175,8 @@ def test_fused_weights_train_alike() -> None:
             for seed in range(4):
                 step(one, optimizer, seed)
     own = fused.adapters["a"].tensors["site"]
-    torch.testing.assert_close(own["lora_A"], a, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(own["lora_B"], b, rtol=1e-12, atol=1e-12)
+    assert_close(own["lora_A"], a)
+    assert_close(own["lora_B"], b)
 
 
 def test_draws_are_seeded_and_weighted() -> None:

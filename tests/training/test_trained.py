@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import lorac
+from lorac.testing.checks import assert_close
 from tests import parity
 from tests.peft_files import load_peft
 from tests.training.loops import data, host, plain_loop, trained, variant
@@ -45,7 +46,7 @@ def test_eval_answers_with_the_trained_tensors(method: str, mode: str) -> None:
     assert torch.equal(answer(compiled, adapters=None), answer(model))
     # With gradients recorded, the terms are computed anew from the tensors: the same answer to rounding.
     recorded = compiled(**ZOO["tiny_bert"].inputs(seed=5)).logits
-    torch.testing.assert_close(recorded.detach(), answer(compiled), rtol=1e-4, atol=1e-5)
+    assert_close(recorded.detach(), answer(compiled))
 
 
 def test_eval_renews_what_a_method_of_the_host_reads() -> None:

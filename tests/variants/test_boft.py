@@ -8,8 +8,10 @@ import lorac
 from lorac.errors import SiteUnsupported, UnknownOption
 from lorac.ir.algebra.changes import Dense
 from lorac.testing import HOSTS, Case, conformance
+from lorac.testing.checks import assert_close
 from lorac.variants.boft import BOFT
 from lorac.variants.oft import OFT
+from tests.limits import NULL
 from tests.oracles import boft as equations
 
 TWO = BOFT(block_size=2, n_butterfly_factor=2)
@@ -39,8 +41,8 @@ def noise(*shape):
 def test_is_orthogonal_and_reaches_further_with_every_factor(factors):
     """Each factor doubles how many features an output depends on."""
     found = rotation({"block_size": 2, "n_butterfly_factor": factors}, noise(factors, 8, 2, 2))
-    torch.testing.assert_close(found @ found.t(), torch.eye(16, dtype=torch.float64))
-    assert ((found.abs() > 1e-9).sum(1) == 2**factors).all()
+    assert_close(found @ found.t(), torch.eye(16, dtype=torch.float64))
+    assert ((found.abs() > NULL).sum(1) == 2**factors).all()
 
 
 @pytest.mark.parametrize("factors", [2, 3])
@@ -48,7 +50,7 @@ def test_permutations_of_larger_blocks(factors):
     boft_R = noise(factors, 8, 4, 4)
     expected = torch.from_numpy(equations.rotation(boft_R.numpy()))
     found = rotation({"block_size": 4, "n_butterfly_factor": factors}, boft_R)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert_close(found, expected)
 
 
 def test_the_second_permutation_of_the_spec():
@@ -64,7 +66,7 @@ def test_one_factor_is_oft():
     full = torch.zeros(1, 3, 4, 4, dtype=torch.float64)
     full[0][:, rows, columns] = 2 * upper
     expected = torch.block_diag(*OFT(block_size=4, use_cayley_neumann=False).rotations(upper))
-    torch.testing.assert_close(rotation({"block_size": 4}, full), expected)
+    assert_close(rotation({"block_size": 4}, full), expected)
 
 
 def test_the_scale_leaves_the_bias():

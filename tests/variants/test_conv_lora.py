@@ -9,6 +9,7 @@ import lorac
 from lorac.ir.algebra.changes import LowRank
 from lorac.testing import Case, checks
 from tests import parity
+from tests.limits import rank_of
 from tests.variants.convs import OBLONG, SQUARE
 
 HOSTS = {host.name: host for host in (*SQUARE, *OBLONG)}
@@ -43,7 +44,7 @@ def test_branch_form(dora, dilation):
         linear = (p["magnitude"] / V.flatten(1).norm(dim=1))[:, None, None] * linear
     # What was drawn since is another adapter.
     compiled = lorac.compile(model, {"a": compiled.adapters["a"]})
-    parity.assert_parity(compiled(x), linear + base.bias[:, None, None], model(x), limit=1e-12)
+    parity.assert_parity(compiled(x), linear + base.bias[:, None, None], model(x))
     assert isinstance(compiled.pool["a"].changes["site"], LowRank)
 
 
@@ -52,4 +53,4 @@ def test_the_unfolded_update_has_rank_r():
     """O x I·k² = 8 x 27, whichever mode is large: at most r, and r away from init."""
     case = Case(lorac.LoRA(r=3, alpha=5), HOSTS["strided"])
     moved = lorac.compile(case.model, {"a": case.a}, mode="baked").host.site.weight - case.model.site.weight
-    assert torch.linalg.matrix_rank(moved.flatten(1), rtol=1e-10) == 3
+    assert rank_of(moved.flatten(1)) == 3

@@ -10,6 +10,7 @@ import lorac
 from lorac.ir.algebra.changes import LowRank
 from lorac.ir.host.sites import find_sites
 from lorac.testing import HOSTS, Case
+from lorac.testing.checks import assert_close
 from tests import parity
 
 RANKS = (1, 2, 3)
@@ -110,7 +111,7 @@ def test_scale_is_alpha_over_the_rank_used():
     adapter = lorac.Adapter("a", lorac.DyLoRA(r=4, alpha=8, targets=("site",)), {"site": ones})
     compiled = lorac.compile(model, {"a": adapter}, mode="fused", active=at_rank(2))
     moved = compiled.host.site.weight - model.site.weight
-    torch.testing.assert_close(moved, torch.full_like(moved, 4 * 2))
+    assert_close(moved, torch.full_like(moved, 4 * 2))
 
 
 def test_whole_it_trains_as_lora(case):
@@ -120,7 +121,7 @@ def test_whole_it_trains_as_lora(case):
         compiled(case.x).square().sum().backward()
         gradients.append([p.grad for p in compiled.parameters() if p.requires_grad])
     for own, lora in zip(*gradients, strict=True):
-        torch.testing.assert_close(own, lora, rtol=1e-12, atol=1e-12)
+        assert_close(own, lora)
 
 
 def test_identity_at_init_at_every_rank(case):
@@ -155,7 +156,7 @@ def test_layers_of_other_ranks_are_cut_each():
     again = lorac.compile(model, {"a": compiled.adapters["a"]}, mode="fused", active=at_rank(2))
     for path, at in tensors.items():
         expected = model.get_submodule(path).weight + 6 / 2 * at["lora_B"][:, :2] @ at["lora_A"][:2]
-        torch.testing.assert_close(again.host.get_submodule(path).weight, expected, rtol=1e-12, atol=1e-12)
+        assert_close(again.host.get_submodule(path).weight, expected)
 
 
 def test_count():

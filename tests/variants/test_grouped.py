@@ -6,6 +6,7 @@ import torch
 import lorac
 from lorac.ir.algebra.reduction import Params
 from lorac.testing import Case
+from lorac.testing.checks import assert_close
 from tests.variants.convs import conv_host
 
 GROUPED = conv_host("grouped", 4, 8, (3, 1), (6, 5), groups=2)
@@ -29,7 +30,7 @@ def test_factors_too_wide_to_pay_stay_factors(variant):
         here = case.variant.at(case.site)
         W = here.weight(case.weight, Params(**adapter.tensors[GROUPED.path]))
         expected = torch.from_numpy(GROUPED.apply(case.x.numpy(), W.numpy(), case.bias.numpy()))
-        torch.testing.assert_close(compiled(case.x), expected)
+        assert_close(compiled(case.x), expected)
 
 
 @pytest.mark.parametrize("variant", [lorac.TeRA(), lorac.LoLDU(r=2)], ids=lambda v: v.name)

@@ -10,6 +10,7 @@ import lorac
 from lorac.errors import ShapeMismatch
 from lorac.ir.host.sites import Site, SiteKind, find_sites
 from lorac.testing import HOSTS, Case
+from lorac.testing.checks import assert_close
 from lorac.variants.loha import LoHa
 
 
@@ -76,9 +77,9 @@ def test_convolutions(layer, effective):
         factors = [p[f"hada_w{i}_a"] @ p[f"hada_w{i}_b"] for i in "12"]
     kernel = 1.5 * (factors[0] * factors[1]).reshape(host.site.weight.shape)
     fused = lorac.compile(host, {"a": compiled.adapters["a"]}, mode="fused")
-    torch.testing.assert_close(fused.host.site.weight, host.site.weight + kernel, rtol=1e-12, atol=1e-12)
+    assert_close(fused.host.site.weight, host.site.weight + kernel)
     x = torch.randn(2, layer.in_channels, *(5,) * len(layer.kernel_size), dtype=torch.float64)
-    torch.testing.assert_close(compiled(x), fused(x), rtol=1e-12, atol=1e-12)
+    assert_close(compiled(x), fused(x))
 
 
 def test_a_single_tap_needs_no_core():

@@ -8,6 +8,7 @@ from torch import nn
 import lorac
 from lorac.errors import SiteUnsupported
 from lorac.ir.host.sites import Site, SiteKind, find_sites
+from lorac.testing.checks import assert_close
 from lorac.variants.lokr import LoKr, factors
 
 
@@ -105,9 +106,9 @@ def test_convolutions(settings, expected, groups):
         w2 = p["lokr_w2_a"] @ p["lokr_w2_b"]
     kernel = torch.kron(p["lokr_w1"][:, :, None, None], w2.reshape(5, 3, 3, 2).contiguous()) * 3 / variant.r
     fused = lorac.compile(host, {"a": compiled.adapters["a"]}, mode="fused")
-    torch.testing.assert_close(fused.host.site.weight, host.site.weight + kernel, rtol=1e-12, atol=1e-12)
+    assert_close(fused.host.site.weight, host.site.weight + kernel)
     x = torch.randn(2, 6 * groups, 5, 5, dtype=torch.float64)
-    torch.testing.assert_close(compiled(x), fused(x), rtol=1e-12, atol=1e-12)
+    assert_close(compiled(x), fused(x))
 
 
 def test_factors_below_one_are_refused():

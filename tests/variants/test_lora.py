@@ -11,6 +11,7 @@ import lorac
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import find_sites
 from lorac.testing import HOSTS, Case
+from lorac.testing.checks import assert_close
 from tests import parity, peft_files
 
 
@@ -94,7 +95,7 @@ def test_grouped_convolution_runs_and_refuses_to_merge():
     tensors["lora_B"].normal_()
     kernel = (variant.scale * tensors["lora_B"] @ tensors["lora_A"]).reshape(6, 4, 3, 3)
     expected = model(x) + nn.functional.conv2d(x, kernel)
-    torch.testing.assert_close(compiled(x), expected, rtol=1e-12, atol=1e-12)
+    assert_close(compiled(x), expected)
     with pytest.raises(lorac.NotMergeable):
         lorac.compile(model, {"a": compiled.adapters["a"]}, mode="fused")
 

@@ -13,6 +13,7 @@ from lorac.ir.algebra.changes import Dense, LowRank
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import find_sites
 from lorac.testing import Case, Oracle, checks
+from lorac.testing.checks import assert_close
 from tests import parity
 from tests.oracles import lora_c as oracle
 from tests.variants.convs import GROUPED, OBLONG, SQUARE, conv_host
@@ -49,7 +50,7 @@ def test_groups(host, dora):
         ones = (1,) * (kernel.ndim - 1)
         kernel = kernel * (p["magnitude"] / kernel.flatten(1).norm(dim=1)).view(-1, *ones)
     baked = lorac.compile(case.model, {"a": case.a}, mode="baked")
-    torch.testing.assert_close(baked.host.site.weight, kernel, rtol=1e-12, atol=1e-14)
+    assert_close(baked.host.site.weight, kernel)
 
 
 @pytest.mark.parametrize("host", OBLONG, ids=lambda host: host.name)
@@ -62,14 +63,14 @@ def test_where_an_entry_of_the_product_goes():
     """O = 4, I = 3, k = 3: dW[2, 1, 0, 2] = s·(B·A)[7, 2]."""
     p = Params(lora_A=torch.randn(2 * 3, 3 * 3).double(), lora_B=torch.randn(4 * 3, 2 * 3).double())
     moved = lorac.LoRAC(r=2, alpha=5).weight(torch.zeros(4, 27, dtype=torch.float64), p).reshape(4, 3, 3, 3)
-    torch.testing.assert_close(moved[2, 1, 0, 2], 2.5 * (p.lora_B @ p.lora_A)[7, 2], rtol=1e-12, atol=1e-14)
+    assert_close(moved[2, 1, 0, 2], 2.5 * (p.lora_B @ p.lora_A)[7, 2])
 
 
 def test_worked_dora():
     variant = lorac.LoRAC(r=1, alpha=1, dora=True)
     p = Params(lora_A=tensor([[1.0, -1.0]]), lora_B=tensor([[1.0], [0.0]]), magnitude=tensor([5.0, 5.0]))
     moved = variant.weight(tensor([[3.0, 4.0], [0.0, 5.0]]), p)
-    torch.testing.assert_close(moved, tensor([[4.0, 3.0], [0.0, 5.0]]), rtol=1e-15, atol=0)
+    assert_close(moved, tensor([[4.0, 3.0], [0.0, 5.0]]))
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_magnitudes_start_as_the_norms_of_the_channels(variant):
 def test_rows_keep_the_magnitude():
     case = Case(lorac.LoRAC(r=2, alpha=5, dora=True), SQUARE[1])
     baked = lorac.compile(case.model, {"a": case.a}, mode="baked").host.site.weight
-    torch.testing.assert_close(baked.flatten(1).norm(dim=1), case.a.tensors["site"]["magnitude"], rtol=1e-12, atol=0)
+    assert_close(baked.flatten(1).norm(dim=1), case.a.tensors["site"]["magnitude"])
 
 
 def test_gradients_past_the_norm():
@@ -104,9 +105,9 @@ def test_gradients_past_the_norm():
     variant.weight(W, p).backward(upstream)
     V = (W + 2 * (p.lora_B @ p.lora_A).reshape(4, 27)).detach()
     norm = V.norm(dim=1, keepdim=True)
-    torch.testing.assert_close(p.magnitude.grad, (upstream * V / norm).sum(1), rtol=1e-12, atol=1e-12)
+    assert_close(p.magnitude.grad, (upstream * V / norm).sum(1))
     into = (p.magnitude.detach()[:, None] / norm * upstream).reshape(12, 9)
-    torch.testing.assert_close(p.lora_B.grad, 2 * into @ p.lora_A.t(), rtol=1e-12, atol=1e-12)
+    assert_close(p.lora_B.grad, 2 * into @ p.lora_A.t())
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from lorac.ir.algebra.changes import LowRank
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.testing import HOSTS, Case
+from lorac.testing.checks import assert_close
 from tests import parity
 
 
@@ -36,24 +37,24 @@ def test_worked_example(mode):
     )
     x = torch.ones(1, 4, dtype=torch.float64)
     moved = lorac.compile(model, {"a": adapter}, mode=mode)(x) - model(x)
-    torch.testing.assert_close(moved, tensor([[8.0, 12.0]]), rtol=0, atol=1e-14)
+    assert_close(moved, tensor([[8.0, 12.0]]))
 
 
 def test_every_shard_of_inputs_meets_the_same_block():
-    torch.testing.assert_close(change([[1, 2], [3, 4]], 4), tensor([[1, 3, 1, 3], [2, 4, 2, 4]]))
+    assert_close(change([[1, 2], [3, 4]], 4), tensor([[1, 3, 1, 3], [2, 4, 2, 4]]))
 
 
 def test_a_remainder_meets_the_first_rows():
-    torch.testing.assert_close(change([[1, 2], [3, 4]], 5)[:, 4], tensor([1, 2]))
+    assert_close(change([[1, 2], [3, 4]], 5)[:, 4], tensor([1, 2]))
 
 
 def test_mini_repeats_its_columns():
-    torch.testing.assert_close(change([[1], [3]], 4, mini=True, mini_r=1), tensor([[1, 3, 1, 3], [1, 3, 1, 3]]))
+    assert_close(change([[1], [3]], 4, mini=True, mini_r=1), tensor([[1, 3, 1, 3], [1, 3, 1, 3]]))
 
 
 def test_mini_of_all_outputs_is_the_plain_form():
     block = [[1, 2], [3, 4]]
-    torch.testing.assert_close(change(block, 5, mini=True, mini_r=2), change(block, 5))
+    assert_close(change(block, 5, mini=True, mini_r=2), change(block, 5))
 
 
 @torch.no_grad()

@@ -11,8 +11,10 @@ from lorac.errors import SiteUnsupported, UnknownOption
 from lorac.ir.algebra.changes import LowRank
 from lorac.ir.algebra.reduction import Params
 from lorac.testing import HOSTS, Case
+from lorac.testing.checks import assert_close
 from lorac.variants.oft import OFT, nearest_divisor
 from tests import parity
+from tests.limits import decimals
 
 
 def tensor(values):
@@ -27,7 +29,7 @@ EXACT = tensor([[0.980198, -0.198020], [0.198020, 0.980198]])
 def test_worked_rotation(settings, expected):
     """The spec's block: Q₁₂ = 0.1. The inverse turns the other way round."""
     found = OFT(block_size=2, **settings).rotations(tensor([[0.1]]))[0]
-    torch.testing.assert_close(found, expected, rtol=0, atol=5e-7)
+    assert decimals(found, 6) == decimals(expected, 6)
 
 
 def test_terms_of_the_series():
@@ -42,7 +44,7 @@ def test_terms_of_the_series():
     }
     for terms, value in expected.items():
         found = OFT(block_size=2, num_cayley_neumann_terms=terms).rotations(tensor([[0.1]]))[0]
-        torch.testing.assert_close(found, value, rtol=1e-14, atol=1e-14)
+        assert_close(found, value)
 
 
 def test_the_triangle_is_read_by_rows():
@@ -56,9 +58,9 @@ def test_the_constraint():
     variant = OFT(block_size=2, num_cayley_neumann_terms=2, coft=True, eps=0.02)
     q = (variant.rotations(upper) - torch.eye(2, dtype=torch.float64)) / 2
     norms = torch.linalg.vector_norm(q, dim=(1, 2))
-    torch.testing.assert_close(norms, tensor([0.02 / 2**0.5, 0.001 * 2**0.5]))
+    assert_close(norms, tensor([0.02 / 2**0.5, 0.001 * 2**0.5]))
     shared = (variant.rotations(upper[:1]) - torch.eye(2, dtype=torch.float64)) / 2
-    torch.testing.assert_close(torch.linalg.vector_norm(shared), tensor(0.02))
+    assert_close(torch.linalg.vector_norm(shared), tensor(0.02))
 
 
 @torch.no_grad()
@@ -69,7 +71,7 @@ def test_an_embedding_is_rotated_in_its_own_dimensions():
     tensors = {"site": {"oft_embedding_R": tensor([[0.1]])}}
     adapter = lorac.Adapter("a", OFT(block_size=2, targets=("site",)), tensors)
     compiled = lorac.compile(model, {"a": adapter})
-    torch.testing.assert_close(compiled(torch.tensor([0, 1, 2])), model.site.weight @ SERIES, rtol=1e-12, atol=1e-12)
+    assert_close(compiled(torch.tensor([0, 1, 2])), model.site.weight @ SERIES)
 
 
 def test_transforms_the_input_and_is_orthogonal():
@@ -79,7 +81,7 @@ def test_transforms_the_input_and_is_orthogonal():
     assert value.rank == 0
     assert value.t.shape == (3, 4, 4)
     identity = torch.eye(4, dtype=torch.float64).expand(3, 4, 4)
-    torch.testing.assert_close(value.t @ value.t.transpose(1, 2), identity)
+    assert_close(value.t @ value.t.transpose(1, 2), identity)
     assert not case.live.plans["site"].bound
     assert case.live.explain().terms[0].slots == ("t",)
 
@@ -112,7 +114,7 @@ def test_runs_beside_the_weight_alone_and_in_mixtures(target):
         if choice:
             parity.assert_parity(compiled(x), expected.to(x.dtype), model(x))
         else:
-            torch.testing.assert_close(compiled(x), model(x))
+            assert_close(compiled(x), model(x))
 
 
 def test_other_blocks_beside_it_need_a_weight():

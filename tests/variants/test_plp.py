@@ -11,6 +11,7 @@ from lorac.ir.algebra.changes import LowRank
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import SiteKind
 from lorac.testing import HOSTS, Case, Host, conformance
+from lorac.testing.checks import assert_close
 from lorac.testing.hosts import OneSite
 from lorac.variants.params import InitContext, Role
 from tests.oracles import plp as oracle
@@ -72,7 +73,7 @@ def test_where_a_square_site_begins(basis, identity_init):
     else:
         assert moved.any()
         assert not moved[5:].any()
-        torch.testing.assert_close(moved[:5, :5], fixed)
+        assert_close(moved[:5, :5], fixed)
 
 
 def test_other_sites_begin_at_the_identity():
@@ -92,7 +93,7 @@ def test_bases_are_disjoint_rows_of_one_matrix():
     )
     assert (a.shape, c.shape) == ((640, 8), (8, 640))
     basis = torch.cat([a, c.t()])
-    torch.testing.assert_close(basis.t() @ basis, torch.eye(8), rtol=0, atol=1e-5)
+    assert_close(basis.t() @ basis, torch.eye(8))
     assert len(basis.unique(dim=0)) == 1280
 
 
@@ -115,7 +116,7 @@ def test_joined_halves_are_the_styles_with_the_contents_learned_columns():
     assert torch.equal(alone[:, :left], both[:, :left])
     assert (alone[:, left:] != both[:, left:]).all()
     expected = torch.nn.functional.linear(case.x, both)
-    torch.testing.assert_close(case.compiled(joined)(case.x), expected)
+    assert_close(case.compiled(joined)(case.x), expected)
 
 
 def test_halves_that_do_not_belong_together():

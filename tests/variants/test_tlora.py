@@ -12,6 +12,7 @@ from lorac.ir.algebra.changes import Dense, LowRank
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.testing import HOSTS, conformance
+from lorac.testing.checks import assert_close
 from lorac.variants.tlora import TLoRA
 from tests.oracles import tlora as equations
 
@@ -54,7 +55,7 @@ def test_entries_by_brute_force(order):
     found = transform(TLoRA(transform_rank=3, index_order=order), *cores)
     p = Params(**{f"transform_core_{d}": core.numpy() for d, core in enumerate(cores)})
     expected = torch.from_numpy(equations.transform(p, TLoRA(index_order=order), 24))
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert_close(found, expected)
     assert torch.linalg.matrix_rank(found) == 24
 
 
@@ -66,7 +67,7 @@ def test_product_of_two_transforms():
         torch.einsum("alpq,lbrs->abprqs", a, b).reshape(len(a), len(a), 4, 4) for a, b in zip(one, other, strict=True)
     ]
     product = transform(TLoRA(), *one) @ transform(TLoRA(), *other)
-    torch.testing.assert_close(transform(TLoRA(), *joint), product, rtol=1e-12, atol=1e-12)
+    assert_close(transform(TLoRA(), *joint), product)
 
 
 def fresh(variant, out, columns):
@@ -82,7 +83,7 @@ def test_starts_as_the_base_and_first_moves_what_it_should(rank, residual):
     compiled.train()
     x = torch.randn(5, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     y = compiled(x)
-    torch.testing.assert_close(y.detach(), model(x).detach(), rtol=1e-12, atol=1e-12)
+    assert_close(y.detach(), model(x).detach())
     y.square().sum().backward()
     tensors = compiled.adapters["a"].tensors["site"]
     moved = {name for name, tensor in tensors.items() if tensor.grad is not None and bool(tensor.grad.any())}
@@ -98,7 +99,7 @@ def test_the_transform_starts_as_the_identity(factors, rank):
     cores = [cores[f"transform_core_{d}"].detach() for d in range(len(factors))]
     assert [core.shape for core in cores] == [(n, n, rank, rank)[: 2 if rank == 1 else 4] for n in factors]
     found = transform(TLoRA(transform_rank=rank, dims=(factors,)), *cores)
-    torch.testing.assert_close(found, torch.eye(24, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert_close(found, torch.eye(24, dtype=torch.float64))
 
 
 def test_forms():

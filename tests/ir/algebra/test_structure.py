@@ -9,7 +9,7 @@ import lorac
 from lorac.ir.algebra.reduction import Params, reduce_weight
 from lorac.ir.algebra.rules import RULES, rule_names, without
 from lorac.testing import HOSTS, Case
-from lorac.testing.checks import assert_close
+from lorac.testing.checks import ROUNDING, assert_close
 from tests.ir.algebra.formulas import FORMULAS, IN, OUT, Formula
 
 TABLES = {"all": RULES, "none": (), **{f"without {rule.name}": without(rule.name) for rule in RULES}}
@@ -254,4 +254,4 @@ def test_random_formulas(data):
     size = torch.linalg.vector_norm(expected) + torch.linalg.vector_norm(W) * 10
     for table in (RULES, without(rule.name), ()):
         found = formula.merged(formula.reduced(table))[0]
-        assert torch.linalg.vector_norm(found - expected) <= 1e-12 * size, drawn.text
+        assert torch.linalg.vector_norm(found - expected) <= ROUNDING[W.dtype] * size, drawn.text

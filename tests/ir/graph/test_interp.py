@@ -11,10 +11,11 @@ from lorac.errors import ChoiceError
 from lorac.ir.graph.capture import export
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.interp import interpret
+from lorac.testing.checks import ROUNDING
 from tests.captured import Stack, capture, filled, lower
 from tests.parity import assert_parity, named_outputs
 
-EXACT = 1e-12
+EXACT = ROUNDING[torch.float64]
 """Eager and the interpreter run the same ops in float64; only the order of a sum may differ."""
 
 

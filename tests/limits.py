@@ -1,0 +1,91 @@
+"""The limits that tests decide by where there is no contribution to measure an error against.
+
+What a test may use: ``torch.equal``; ``assert_parity`` (an output, against the adapter's own contribution);
+``assert_close`` (two computations of one thing, which differ by rounding alone); and these. Each limit stands here
+once, with the reason for its size, so that no test picks one that it passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lorac.testing.checks import ROUNDING
+
+LEAST_DIFFERENCE = 1e-3
+"""Two things that are to differ do so by this share of their size at least: a hundred times what float32 rounds off
+over a whole model, so that no rounding passes for a difference."""
+STANDARD_ERRORS = 5
+"""How far a statistic of a sample may be from its expectation: one sound sample in two million is farther."""
+NULL = 1e-10
+"""Singular values below this share of the largest are rounding (float64): a rank is the number of the others."""
+FIRST_ORDER = 1e-2
+"""What the terms of second order may add to a small step's effect, as a share of it."""
+SKETCHED = 1e-4
+"""How far the best approximation of low rank may be from what a sketch of the matrix finds, as a share of its size: the
+power iterations leave (σₖ₊₁/σₖ) to a high power, not 0."""
+TRAINED = 1e-3
+"""How far a trained float32 tensor may be from the reference's, as a share of what training changed: AdamW divides by
+the size of a gradient, and so makes of a rounding in a small one a step that shows."""
+CURVE = 1e-5
+"""How far two float32 training curves may be apart, relative to the loss: roundings of a step, which later steps carry
+on and which the mean over a batch evens out."""
+
+
+def assert_apart(found: Tensor, other: Tensor) -> None:
+    """Assert that two tensors differ by more than any rounding."""
+    share = _norm(found - other) / _norm(other)
+    assert share > LEAST_DIFFERENCE, f"they differ by {share:.1e} of their size, which may be rounding"
+
+
+def assert_at_most(found: Tensor, bound: Tensor) -> None:
+    """Assert that no value exceeds its bound, which is above 0, by more than rounding."""
+    assert bool((found <= bound * (1 + ROUNDING[found.dtype])).all()), f"{found} exceeds {bound}"
+
+
+def assert_sketched(found: Tensor, best: Tensor) -> None:
+    """Assert that an approximation found by a sketch is as good as the best of its rank."""
+    share = _norm(found - best) / _norm(best)
+    assert share <= SKETCHED, f"off by {share:.1e} of its size"
+
+
+def assert_mean(draws: Tensor, expected: float, places: int) -> None:
+    """Assert that draws have this mean, which a page prints to so many places, as nearly as their spread tells."""
+    allowed = STANDARD_ERRORS * float(draws.std()) / len(draws) ** 0.5 + 0.5 * 10.0**-places
+    assert abs(float(draws.mean()) - expected) <= allowed, f"a mean of {float(draws.mean())}, not of {expected}"
+
+
+def assert_deviation(sample: Tensor, deviation: float) -> None:
+    """Assert that independent normal numbers of mean 0 have this standard deviation, as nearly as their count tells."""
+    allowed = STANDARD_ERRORS * deviation / (2 * sample.numel()) ** 0.5
+    found = float(sample.detach().double().square().mean().sqrt())
+    assert abs(found - deviation) <= allowed, f"a deviation of {found:.3g}, not of {deviation:.3g} ± {allowed:.1g}"
+
+
+def rank_of(matrix: Tensor) -> int:
+    """The rank of a float64 matrix."""
+    return int(torch.linalg.matrix_rank(matrix, rtol=NULL))
+
+
+def decimals(found: Tensor, places: int) -> list[float]:
+    """Numbers as a page prints them, to compare with what it prints."""
+    return [round(value, places) for value in found.detach().flatten().tolist()]
+
+
+def assert_curve(losses: Sequence[float], expected: Sequence[float]) -> None:
+    """Assert that two float32 trainings went the same way."""
+    assert len(losses) == len(expected)
+    for step, (loss, wanted) in enumerate(zip(losses, expected, strict=True)):
+        assert abs(loss - wanted) <= CURVE * abs(wanted), f"step {step}: {loss}, not {wanted}"
+
+
+def assert_trained(found: Tensor, expected: Tensor, start: Tensor) -> None:
+    """Assert that training took a float32 tensor from ``start`` to where it took the reference's."""
+    share = _norm(found - expected) / _norm(expected - start)
+    assert share <= TRAINED, f"off by {share:.1e} of what training changed"
+
+
+def _norm(value: Tensor) -> float:
+    return float(torch.linalg.vector_norm(value.detach()))
