@@ -190,7 +190,12 @@ def _absent(site: Site, dtype: torch.dtype) -> Tensor:
 
 
 def _detached(change: Change) -> Change:
-    changed: dict[str, Any] = {
-        name: tensor.detach().contiguous() for name, tensor in vars(change).items() if isinstance(tensor, Tensor)
-    }
+    """A change whose tensors are plain memory of their own, whatever they were computed from."""
+    changed = {name: _plain(held) for name, held in vars(change).items() if isinstance(held, Tensor | Mapping)}
     return dataclasses.replace(change, **changed)
+
+
+def _plain(held: Any) -> Any:
+    if isinstance(held, Mapping):
+        return {name: _plain(tensor) for name, tensor in held.items()}
+    return held.detach().contiguous()

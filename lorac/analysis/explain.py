@@ -150,16 +150,11 @@ def _slots(term: Term, plan: SitePlan) -> tuple[str, ...]:
     if term.state == BAKED:
         return ()
     if term.state in (BOUND, FUSED):
-        return ("weight", "bias") if plan.bias else ("weight",)
+        return tuple(role.name for role, _ in plan.roles() if role.merged)
     if term.form == "branch":
         return tuple(part.name for part in term.parts)
-    pair = {"a": "A", "b": "B"} if plan.rank else {}
-    named = pair | {"t": "T"} | {role: role for role in "cdghe"}
-    return tuple(role for role, part in named.items() if _has(term, part))
-
-
-def _has(term: Term, part: str) -> bool:
-    return any(p.name == part for p in term.parts)
+    held = {part.name for part in term.parts}
+    return tuple(role.name for role, _ in plan.roles() if role.letter in held)
 
 
 def _dtype(term: Term, site: Site) -> str:

@@ -14,6 +14,7 @@ import torch
 from lorac.errors import SiteUnsupported
 from lorac.ir.algebra.reduction import BRANCH, LOW_RANK, Reduction
 from lorac.ir.host.sites import CONVOLUTIONS, ConvGeometry, Site, SiteKind
+from lorac.ir.slots.roles import ROLES
 from lorac.variants.base import BranchVariant, Variant, WeightVariant
 from lorac.variants.params import ParamSpec, Role
 
@@ -21,7 +22,6 @@ WIDTH = 768
 """d of the d x d layer that forms and counts are given for."""
 _FORMULA = re.compile(r"``(.+?)``", re.DOTALL)
 _ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5}(?:v\d+)?)")
-_SCALES = ("c", "d", "t", "g", "h")
 _POINT = ConvGeometry(WIDTH, (1, 1), (1, 1), (0, 0), (1, 1))
 _SITES = tuple(
     Site("layers.0", kind, WIDTH, WIDTH, torch.float32, weight, bias, conv=conv)
@@ -123,10 +123,13 @@ def _page(rows: Sequence[MethodRow]) -> Iterator[str]:
     yield ""
     yield f"Normal form and number of trained values are those of one layer {WIDTH} x {WIDTH} at default"
     yield "hyper-parameters; of methods on blocks, those of a block of that width. A low-rank form runs beside the"
-    yield "weight and is swapped by rebinding; c and d are its scales of the base's outputs and inputs, t a"
-    yield "block-diagonal transform of its inputs, g and h scales of a pair that layers share. Sparse and dense forms"
-    yield "run as a merged weight, a branch is a subgraph of its own, and what replaces parameters whole has no form"
-    yield "beside them. The files are lorac's own format (`native`), which holds every method, and PEFT's types."
+    yield "weight and is swapped by rebinding; it may carry, besides its pair,"
+    yield ""
+    yield from (f"- {role.name}: {role.meaning}" for role in ROLES.values() if role.optional)
+    yield ""
+    yield "Sparse and dense forms run as a merged weight, a branch is a subgraph of its own, and what replaces"
+    yield "parameters whole has no form beside them. The files are lorac's own format (`native`), which holds every"
+    yield "method, and PEFT's types."
     yield ""
     yield f"| {' | '.join(HEADERS)} |"
     yield "|" + " --- |" * len(HEADERS)
@@ -182,7 +185,7 @@ def _form(variant: Variant, site: Site, specs: Mapping[str, ParamSpec], reduce: 
         for name, spec in specs.items()
     }
     reduction = reduce(variant, site, tensors)
-    scales = [name for name in _SCALES if name in reduction.outputs]
+    scales = [role.name for role in ROLES.values() if role.optional and role.name in reduction.outputs]
     ranked = f"{reduction.form} r={reduction.rank}" if reduction.form == LOW_RANK else reduction.form
     return " ".join((ranked, *scales)), reduction.form != BRANCH
 

@@ -15,6 +15,7 @@ from lorac.ir.graph.edit import add_outputs, inline
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.passes import Outcome, Pass, Skip
 from lorac.ir.host.sites import Site
+from lorac.ir.slots.roles import branch_name, slot_name
 from lorac.ir.slots.site import SitePlan
 
 Tensor = torch.Tensor
@@ -77,8 +78,8 @@ def slots_differ(plan: SitePlan) -> bool:
 def _structure(plan: SitePlan) -> Any:
     site = plan.site
     shape = (site.kind, site.out_features, site.in_features, site.transposed, site.conv, site.padding_idx)
-    flags = (bool(plan.rank), plan.c, plan.d, plan.t, plan.g, plan.h, plan.bound, plan.bias)
-    return (*shape, site.bias is not None, *flags)
+    rooms = ((role.name, 1 if role.ranked else room) for role, room in plan.roles())
+    return (*shape, site.bias is not None, *rooms)
 
 
 def _meaning(
@@ -94,4 +95,4 @@ def _meaning(
         y = adapted_output(plan, replace(call, host=tensors[:count], operands=operands), sites, emitted)
         return (y, *(emitted[name].pop(0) for name, _ in emits))
 
-    return function, [f"{name}:{plan.site.path}:branch{i}" for name, i in emits]
+    return function, [f"{name}:{slot_name(plan.site.path, branch_name(i))}" for name, i in emits]

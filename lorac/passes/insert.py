@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -10,13 +10,16 @@ import torch
 from torch import fx
 
 from lorac.errors import SiteUnreached
+from lorac.ir.algebra import letters
 from lorac.ir.graph import ops
 from lorac.ir.graph.adapted import AdaptedCall, give
 from lorac.ir.graph.edit import add_inputs, inline, new_dimension
 from lorac.ir.graph.graph import Graph, Level, PackedSites, SlotInput
 from lorac.ir.graph.passes import Outcome, Pass, Skip
-from lorac.ir.host.sites import SiteKind, factor_dtype
+from lorac.ir.host.sites import Site, SiteKind, factor_dtype
 from lorac.ir.slots.layouts import layout_of
+from lorac.ir.slots.role import Place
+from lorac.ir.slots.roles import PACK_A, PACK_RANKS, ROLES, slot_name
 from lorac.ir.slots.site import SitePlan
 
 
@@ -46,7 +49,7 @@ class Insert(Pass):
             own = [slot for slot in graph.slots.values() if slot.site == path and not slot.members]
             slots = {slot.role: nodes[slot.name] for slot in own}
             if plan.site.kind is SiteKind.PARAMETER:
-                _replace_parameter(graph, plan, slots["weight"])
+                _replace_parameter(graph, plan, slots[letters.WEIGHT])
                 continue
             for node in calls[path]:
                 _adapt(graph, node, slots)
@@ -60,7 +63,7 @@ def _add_slots(graph: Graph, planned: dict[str, SitePlan]) -> dict[str, fx.Node]
     wanted: dict[str, tuple[Any, torch.dtype, str, str]] = {}
     for path, plan in planned.items():
         found = _inputs(graph, path, plan)
-        wanted |= {name: spec for name, spec in found.items() if path not in packed or spec[3] != "a"}
+        wanted |= {name: spec for name, spec in found.items() if path not in packed or spec[3] != letters.A}
     members: dict[str, tuple[str, ...]] = {}
     for group in graph.packs.values():
         found = _pack_inputs(graph, group)
@@ -75,16 +78,16 @@ def _add_slots(graph: Graph, planned: dict[str, SitePlan]) -> dict[str, fx.Node]
 def _pack_inputs(graph: Graph, group: PackedSites) -> dict[str, tuple[Any, torch.dtype, str, str]]:
     site = graph.plans[group.name].site
     total = new_dimension(graph.exported, f"rank_{len(graph.exported._range_constraints)}", hint=3 * len(group.sites))
-    return {
-        f"{group.name}:pack.a": ((site.in_features, total), factor_dtype(site.dtype), group.name, "pack.a"),
-        f"{group.name}:pack.ranks": ((len(group.sites),), torch.int64, group.name, "pack.ranks"),
-    }
+    place = Place(layout=layout_of(site), size=total, weight=_weight(graph, site))
+    wide = (ROLES[letters.A].shape(place), ROLES[letters.A].dtype(site))
+    found = {PACK_A: wide, PACK_RANKS: ((len(group.sites),), torch.int64)}
+    return {slot_name(group.name, role): (*spec, group.name, role) for role, spec in found.items()}
 
 
 def _share(graph: Graph, group: PackedSites) -> None:
     """Compute x·A once per input that the group's sites read, and hand each site its part as ``down``."""
-    a, ranks = (graph.node(graph.slots[f"{group.name}:{role}"].node) for role in ("pack.a", "pack.ranks"))
-    pairs = [graph.node(graph.slots[f"{path}:b"].node) for path in group.sites]
+    a, ranks = (graph.node(graph.slots[slot_name(group.name, role)].node) for role in (PACK_A, PACK_RANKS))
+    pairs = [graph.node(graph.slots[slot_name(path, letters.B)].node) for path in group.sites]
     parts: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.find(ops.adapted):
         call = AdaptedCall.of(node)
@@ -115,48 +118,21 @@ def _adapt(graph: Graph, node: fx.Node, slots: dict[str, fx.Node]) -> None:
 def _inputs(graph: Graph, path: str, plan: SitePlan) -> dict[str, tuple[Any, torch.dtype, str, str]]:
     """Public name -> (shape, dtype, site, role) of a site's slots, in slot layout."""
     site, layout = plan.site, layout_of(plan.site)
-    dtype = factor_dtype(site.dtype)
     found: dict[str, tuple[Any, torch.dtype, str, str]] = {}
-
-    def slot(role: str, shape: Any, of: torch.dtype = dtype) -> None:
-        found[f"{path}:{role}"] = (shape, of, path, role)
-
+    rank: Any = 0
     if plan.rank:
         rank = new_dimension(graph.exported, f"rank_{len(graph.exported._range_constraints)}", hint=3)
-        example_a = layout.slot_a(torch.empty(site.in_features, 3, device="meta")).shape
-        example_b = layout.slot_b(torch.empty(3, site.out_features, device="meta")).shape
-        # Where the layouts put the rank: axis 1 of A and 0 of B for matrices, the other way round for kernels.
-        conv = site.conv is not None
-        slot("a", _with_rank(example_a, 0 if conv else 1, rank))
-        slot("b", _with_rank(example_b, 1 if conv else 0, rank))
-        if plan.g:
-            slot("g", (rank,))
-    blocks = (site.in_features // max(plan.t, 1), plan.t, plan.t)
-    wanted = {"c": (site.out_features,), "d": (site.in_features,), "t": blocks, "h": (site.out_features,)}
-    for role, shape in wanted.items():
-        if getattr(plan, role):
-            slot(role, shape)
-    if plan.bound:
-        slot("weight", _weight_shape(graph, plan), site.dtype)
-    if plan.bias:
-        slot("bias", (site.out_features,), site.dtype)
-    for index, branch in enumerate(plan.branches):
-        slot(f"branch{index}.t", (1,))
-        for j, shape in enumerate(branch.params.values()):
-            slot(f"branch{index}.{j}", shape)
+    for role, room in plan.roles():
+        place = Place(layout=layout, size=rank if role.ranked else room, weight=_weight(graph, site))
+        found[slot_name(path, role.name)] = (role.shape(place), role.dtype(site), path, role.name)
+    for name, shape in plan.branch_shapes().items():
+        found[slot_name(path, name)] = (shape, factor_dtype(site.dtype), path, name)
     return found
 
 
-def _with_rank(shape: torch.Size, axis: int, rank: torch.SymInt) -> tuple[Any, ...]:
-    return tuple(rank if i == axis else size for i, size in enumerate(shape))
-
-
-def _weight_shape(graph: Graph, plan: SitePlan) -> tuple[int, ...]:
-    stored = graph.exported.state_dict[str(plan.site.weight)]
-    if plan.site.kind is SiteKind.PARAMETER:
-        return tuple(stored.shape)
-    meta = plan.site.present(torch.empty(stored.shape, device="meta"))
-    return tuple(layout_of(plan.site).slot_weight(meta).shape)
+def _weight(graph: Graph, site: Site) -> Callable[[], torch.Tensor]:
+    """A reader of the site's weight (out, in) without its values."""
+    return lambda: site.present(torch.empty(graph.exported.state_dict[str(site.weight)].shape, device="meta"))
 
 
 def _replace_parameter(graph: Graph, plan: SitePlan, slot: fx.Node) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
+from lorac.ir.algebra import letters
 from lorac.ir.graph.adapted import sites_by_input
 from lorac.ir.graph.graph import Graph, Level, PackedSites
 from lorac.ir.graph.passes import Outcome, Pass, Skip
@@ -48,7 +49,7 @@ def _unfit(plan: SitePlan) -> str | None:
     """Why a site's A can be no part of another; None where it can."""
     if not plan.rank:
         return "it has no A"
-    if plan.g:
+    if letters.G in plan.room:
         return "its A is one that sites have in common already"
     return None if plan.site.kind is SiteKind.LINEAR else "it is no linear layer"
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 
 from lorac.errors import NeedsRecompile
+from lorac.ir.algebra import letters
 from lorac.ir.algebra.changes import LowRank
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.ir.slots.filling import branch_misfit, does_not_fit
+from lorac.ir.slots.planning import Reserve
+from lorac.ir.slots.role import SlotRole
+from lorac.ir.slots.roles import ROLES, roles_of
 from lorac.ir.slots.site import Prepared, SitePlan
 
 
@@ -16,14 +21,15 @@ def admitting_reserve(together: Sequence[Prepared]) -> str:
     paths = sorted({path.rpartition(".")[2] for prepared in together for path in prepared.paths})
     changes = [change for prepared in together for change in prepared.changes.values()]
     ranks = [v.rank for v in changes if isinstance(v, LowRank)]
-    scales = any(v.e is not None or (isinstance(v, LowRank) and v.c is not None) for v in changes)
-    whole = any(not isinstance(v, LowRank) or v.changes_input for v in changes)
-    extras = (
-        (f", adapters={len(together)}" if len(together) > 1 else "")
-        + (", scales=True" if scales else "")
-        + (", weights=True" if whole else "")
-    )
-    return f"reserve=lorac.Reserve(targets={paths}, rank={max(ranks, default=0)}{extras})"
+    sought = {_admitting(role) for change in changes for role in roles_of(change)}
+    extras = [f"adapters={len(together)}"] if len(together) > 1 else []
+    extras += [f"{field.name}=True" for field in fields(Reserve) if field.name in sought and field.default is False]
+    return f"reserve=lorac.Reserve({', '.join([f'targets={paths}', f'rank={max(ranks, default=0)}', *extras])})"
+
+
+def _admitting(role: SlotRole) -> str:
+    """The field of ``Reserve`` that admits a change with such a part: any is, through a bound weight."""
+    return role.reserve or ROLES[letters.WEIGHT].reserve
 
 
 def refuse_misfit(name: str, prepared: Prepared, plans: Mapping[str, SitePlan], sites: Mapping[str, Site]) -> None:

@@ -85,7 +85,8 @@ def test_is_low_rank(variant, host):
     value = compiled.pool["a"].changes["site"]
     assert isinstance(value, LowRank)
     assert value.rank == variant.r
-    assert value.c is value.d is value.e is None
+    assert not value.parts
+    assert value.e is None
 
 
 @pytest.mark.parametrize("orthonormal", [False, True])

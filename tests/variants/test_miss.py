@@ -72,7 +72,8 @@ def test_reduces_to_low_rank(mini):
     value = case.live.pool["a"].changes["site"]
     assert isinstance(value, LowRank)
     assert value.rank == 3
-    assert value.c is value.d is value.e is None
+    assert not value.parts
+    assert value.e is None
 
 
 @pytest.mark.parametrize(("fields", "reason"), [({"r": 8}, "r=7"), ({"r": 2, "mini": True, "mini_r": 2}, "mini_r=1")])

@@ -79,9 +79,9 @@ def test_transforms_the_input_and_is_orthogonal():
     value = case.live.pool["a"].changes["site"]
     assert isinstance(value, LowRank)
     assert value.rank == 0
-    assert value.t.shape == (3, 4, 4)
+    assert value.parts["t"].shape == (3, 4, 4)
     identity = torch.eye(4, dtype=torch.float64).expand(3, 4, 4)
-    assert_close(value.t @ value.t.transpose(1, 2), identity)
+    assert_close(value.parts["t"] @ value.parts["t"].transpose(1, 2), identity)
     assert not case.live.plans["site"].bound
     assert case.live.explain().terms[0].slots == ("t",)
 
@@ -102,7 +102,7 @@ def test_runs_beside_the_weight_alone_and_in_mixtures(target):
     x = cases[0].x if target == "eager" else cases[0].x.float()
     model = cases[0].model if target == "eager" else cases[0].model32
     compiled = lorac.compile(model, {a.name: a for a in adapters}, target=target, example_inputs=(x,))
-    assert compiled.plans["site"].t == 4
+    assert compiled.plans["site"].room["t"] == 4
     assert not compiled.plans["site"].bound
     for choice in ({"a": 1.0}, {"a": 0.4, "b": 0.5}, {"a": 0.4, "c": 0.8, "d": 0.3}, {"c": 1.0}, {}):
         compiled.swap(choice or None)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from lorac.ir.algebra import letters
 from lorac.ir.host.sites import BaseReader, stored_tensor
 from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.site import SitePlan
@@ -28,7 +29,7 @@ def _own_buffer(module: nn.Module, plan: SitePlan, base: BaseReader) -> FusedBuf
     else:
         owner._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
     bias = None
-    if plan.bias:
+    if letters.BIAS in plan.room:
         original = base.bias(site)
         start = torch.zeros(site.out_features, dtype=weight.dtype) if original is None else original.clone()
         bias = nn.Parameter(start, requires_grad=False)

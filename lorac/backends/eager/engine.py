@@ -19,6 +19,7 @@ from torch import nn
 
 from lorac.backends.eager.buffers import adds_bias, fused_buffers
 from lorac.errors import SiteUnsupported
+from lorac.ir.algebra import letters
 from lorac.ir.engine import Answer, Binding, Engine
 from lorac.ir.host.components import components_of, require_component
 from lorac.ir.host.layers import calls_below, is_plain, layer_of, with_below
@@ -279,7 +280,7 @@ class EagerEngine(Engine):
             if terms is not None:
                 replaced[leaf] = terms[-1].change.weight  # type: ignore[union-attr]  # replaced whole: dense
             elif path in filled.slots:
-                replaced[leaf] = filled.slots[path].weight
+                replaced[leaf] = filled.slots[path].tensors[letters.WEIGHT]
         if not replaced:
             return self._originals[owner](*args, **kwargs)
         shadow = copy.copy(module)

@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from lorac.ir.engine import Gate
 from lorac.ir.graph.graph import SlotInput
+from lorac.ir.slots.roles import is_strength
 
 
 def gate_by_if(model: ir.Model, slots: Mapping[str, SlotInput]) -> None:
@@ -46,7 +47,7 @@ GATES: Mapping[Gate, Callable[[ir.Model, Mapping[str, SlotInput]], None]] = {
 
 def _ends(model: ir.Model, slots: Mapping[str, SlotInput]) -> list[tuple[ir.Value, ir.Node]]:
     """The strength of every branch, and the sum that the branch ends in."""
-    strengths = {name for name, slot in slots.items() if slot.role.startswith("branch") and slot.role.endswith(".t")}
+    strengths = {name for name, slot in slots.items() if is_strength(slot.role)}
     return [
         (value, add)
         for value in model.graph.inputs

@@ -8,7 +8,6 @@ noise the session answers as the captured program does, and with the old tensors
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -27,16 +26,14 @@ from lorac.ir.graph.program import Program
 from lorac.ir.host.sites import BaseReader
 from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.layouts import layout_of
+from lorac.ir.slots.role import Place, Surroundings
+from lorac.ir.slots.roles import ROLES
 from lorac.ir.slots.site import BranchFill, SitePlan, SiteSlots
 from lorac.ir.slots.snapshot import Snapshot, slots_of
 
 Tensor = torch.Tensor
 TOLERANCE = 1e-3
 """‖y − y_ref‖ / ‖y_ref‖ per output. Rounding leaves 1e-6 to 1e-5; a wrong slot moves what it feeds by a third."""
-_SHARE = 0.3
-"""How much of its site's output the noise is."""
-_SPREAD = 0.1
-"""Of the noise in scales and biases."""
 _RANK = 3
 _SAMPLE = 8
 _SMALL = 4
@@ -158,10 +155,9 @@ class _Written(_Bound):
         for buffer in self.engine.buffers.values():
             buffer.forget()
         for name, tensor in self.engine.memory.items():
-            if self.engine.slots[name].role == "bias":
-                tensor.add_(_SPREAD * torch.randn(tensor.shape, generator=generator))
-            else:
-                _shake(tensor, generator)
+            slot = self.engine.slots[name]
+            around = _surroundings(self.engine.plans[slot.site], self.engine.base)
+            ROLES[slot.role].noise(tensor, around, generator)
         return self.engine.memory
 
     def leave(self) -> None:
@@ -278,56 +274,34 @@ def noise_of(
 ) -> dict[str, SiteSlots]:
     """Seeded noise for every slot of every site, of about a third of what the site answers."""
     generator = torch.Generator().manual_seed(seed)
-    return {path: _noise(plan, idle[path], _typical(plan, base), generator) for path, plan in plans.items()}
+    return {path: _noise(plan, idle[path], _surroundings(plan, base), generator) for path, plan in plans.items()}
 
 
-def _noise(plan: SitePlan, idle: SiteSlots, typical: float, generator: torch.Generator) -> SiteSlots:
-    def randn(*shape: int, like: Tensor) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(like.dtype)
-
-    site, layout = plan.site, layout_of(plan.site)
-    made: dict[str, object] = {}
-    for role in ("c", "d", "t", "h", "bias"):
-        held = getattr(idle, role)
-        if held is not None:
-            made[role] = held + _SPREAD * randn(*held.shape, like=held)
-    if idle.weight is not None:
-        made["weight"] = _shake(idle.weight.clone(memory_format=torch.contiguous_format), generator)
-    if idle.a is not None and idle.b is not None:
-        rank = min(plan.rank, _RANK)
-        down = site.in_features**-0.5
-        up = _SHARE * typical / (down * rank**0.5)
-        made["a"] = layout.slot_a(down * randn(site.in_features, rank, like=idle.a)).contiguous()
-        if idle.g is not None:
-            made["g"] = 1 + _SPREAD * randn(rank, like=idle.g)
-        made["b"] = layout.slot_b(up * randn(rank, site.out_features, like=idle.b)).contiguous()
-    made["branches"] = tuple(
+def _noise(plan: SitePlan, idle: SiteSlots, around: Surroundings, generator: torch.Generator) -> SiteSlots:
+    tensors = {}
+    for role, room in plan.roles():
+        if role.ranked:
+            place = Place(layout=layout_of(plan.site), size=min(room, around.rank))
+            tensors[role.name] = role.neutral(place)
+        else:
+            tensors[role.name] = idle.tensors[role.name].clone(memory_format=torch.contiguous_format)
+        role.noise(tensors[role.name], around, generator)
+    branches = tuple(
         BranchFill(
             torch.rand(1, generator=generator) + 0.5,
             tuple(torch.randn(*shape, generator=generator) * shape[-1] ** -0.5 for shape in branch.params.values()),
         )
         for branch in plan.branches
     )
-    return replace(idle, **made)  # type: ignore[arg-type]  # fields by name
+    return SiteSlots(tensors, branches)
 
 
-def _shake(weight: Tensor, generator: torch.Generator) -> Tensor:
-    """Scale every row and column its own way, in place: one pass, where noise per value would take many.
-
-    Signs stay: a variance must not become negative.
-    """
-    for axis in (0, weight.dim() - 1):
-        shape = [1] * weight.dim()
-        shape[axis] = weight.shape[axis]
-        weight.mul_(torch.exp(_SHARE * torch.randn(shape, generator=generator)).to(weight.dtype))
-    return weight
-
-
-def _typical(plan: SitePlan, base: BaseReader) -> float:
-    """A typical size of a weight's values, from its first rows."""
-    if plan.site.weight is None or not plan.rank:
-        return 1.0
-    return float(base.weight(plan.site)[:_SAMPLE].float().square().mean().sqrt())
+def _surroundings(plan: SitePlan, base: BaseReader) -> Surroundings:
+    """What noise in a site's slots is measured by; values of its weight are typical in its first rows."""
+    rank = min(plan.rank, _RANK)
+    if plan.site.weight is None or not rank:
+        return Surroundings(plan.site, 1.0, rank)
+    return Surroundings(plan.site, float(base.weight(plan.site)[:_SAMPLE].float().square().mean().sqrt()), rank)
 
 
 def _apart(y: Tensor, ref: Tensor) -> bool:

@@ -17,11 +17,16 @@ blocks (n, k, k). A change is immutable; composing makes a new one, always again
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from lorac.errors import NotMergeable
+from lorac.ir.algebra.letters import BIAS, KEPT_APART, WEIGHT, A, B, C, D, G, H, T
+
 Tensor = torch.Tensor
+_MERGED = frozenset({C, D, T})
+"""The parts that W' can hold."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,28 +35,15 @@ class LowRank:
 
     Attributes:
         a: A (in, R).
-        b: B (R, out), every scale folded in but g and h.
-        c: (out,) or None.
-        d: (in,) or None.
-        t: blocks (n, k, k) of T, n·k = in, or None.
+        b: B (R, out), every scale folded in but those kept apart.
+        parts: what else there is, by its letter (``lorac.ir.algebra.letters``), always carried along whole.
         e: (out,) or None.
-        g: (R,) or None: kept apart where sites have A in common.
-        h: (out,) or None: kept apart where sites have B in common.
     """
 
     a: Tensor
     b: Tensor
-    c: Tensor | None = None
-    d: Tensor | None = None
-    t: Tensor | None = None
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
     e: Tensor | None = None
-    g: Tensor | None = None
-    h: Tensor | None = None
-
-    @property
-    def changes_input(self) -> bool:
-        """Whether the base's product is with another input than the site's."""
-        return self.d is not None or self.t is not None
 
     @property
     def rank(self) -> int:
@@ -67,10 +59,11 @@ class LowRank:
 
     def folded(self) -> LowRank:
         """The same with g and h folded into B."""
-        if self.g is None and self.h is None:
+        if not self.parts.keys() & KEPT_APART:
             return self
-        b = self.b if self.g is None else self.b * self.g[:, None]
-        return replace(self, b=b if self.h is None else b * self.h, g=None, h=None)
+        b = self.b if G not in self.parts else self.b * self.parts[G][:, None]
+        rest = {letter: part for letter, part in self.parts.items() if letter not in KEPT_APART}
+        return replace(self, b=b if H not in self.parts else b * self.parts[H], parts=rest)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,14 +103,14 @@ def from_outputs(form: str, outputs: Mapping[str, Tensor], bias: Tensor | None) 
         outputs: what the reduction returned.
         bias: the base's bias (out,), or None where it has none.
     """
-    new_bias = outputs.get("b")
+    new_bias = outputs.get(BIAS)
     delta = None if new_bias is None else new_bias if bias is None else new_bias - bias
     if form == "dense":
-        return Dense(outputs["W"], delta)
+        return Dense(outputs[WEIGHT], delta)
     if form == "sparse":
         return Sparse(outputs["rows"], outputs["cols"], outputs["values"], delta)
-    scales = {name: outputs.get(name) for name in ("c", "d", "t", "g", "h")}
-    return LowRank(outputs["A"], outputs["B"], e=delta, **scales)
+    parts = {letter: tensor for letter, tensor in outputs.items() if letter not in {A, B, BIAS}}
+    return LowRank(outputs[A], outputs[B], parts, delta)
 
 
 def compose(terms: Sequence[tuple[float, Change]], weight: Callable[[], Tensor]) -> Change | None:
@@ -140,7 +133,11 @@ def compose(terms: Sequence[tuple[float, Change]], weight: Callable[[], Tensor])
 
 
 def merge(change: Change, weight: Tensor) -> Tensor:
-    """W' (out, in) in the dtype of W (out, in), a new tensor; computed in the wider of the two dtypes."""
+    """W' (out, in) in the dtype of W (out, in), a new tensor; computed in the wider of the two dtypes.
+
+    Raises:
+        NotMergeable: the change has a part that no weight holds.
+    """
     if isinstance(change, Dense):
         return change.weight.to(weight.dtype, copy=True)
     if isinstance(change, Sparse):
@@ -148,15 +145,25 @@ def merge(change: Change, weight: Tensor) -> Tensor:
     if isinstance(change, SparseSum):
         return add_sparse(weight.clone(), change.terms)
     change = change.folded()
+    _refuse_unmerged(change)
     wide = torch.promote_types(weight.dtype, change.a.dtype)
-    scaled = weight.to(wide)
-    if change.t is not None:
-        scaled = times_blocks(scaled, change.t.to(wide).transpose(1, 2))
-    if change.d is not None:
-        scaled = scaled * change.d.to(wide)
-    if change.c is not None:
-        scaled = scaled * change.c.to(wide)[:, None]
+    scaled, parts = weight.to(wide), {letter: part.to(wide) for letter, part in change.parts.items()}
+    if T in parts:
+        scaled = times_blocks(scaled, parts[T].transpose(1, 2))
+    if D in parts:
+        scaled = scaled * parts[D]
+    if C in parts:
+        scaled = scaled * parts[C][:, None]
     return torch.addmm(scaled, change.b.t().to(wide), change.a.t().to(wide)).to(weight.dtype)
+
+
+def _refuse_unmerged(change: LowRank) -> None:
+    for letter in change.parts:
+        if letter not in _MERGED:
+            raise NotMergeable(
+                f"a change with a part '{letter}' has no merged weight",
+                next_step="mode='live' runs it beside the weight, alone and at strength 1",
+            )
 
 
 def merge_bias(change: Change, bias: Tensor | None) -> Tensor | None:
@@ -189,9 +196,10 @@ def identity_blocks(width: int, size: int, dtype: torch.dtype, device: torch.dev
 
 def _add_up(values: Sequence[LowRank]) -> bool:
     """Whether all change outputs, or all inputs in blocks of one size: only then is their sum again c∘W, or W·Tᵀ."""
-    sizes = {v.t.shape[-1] for v in values if v.t is not None}
-    one_side = all(v.c is None for v in values) or not any(v.changes_input for v in values)
-    return one_side and len(sizes) <= 1
+    letters = {letter for v in values for letter in v.parts}
+    sizes = {v.parts[T].shape[-1] for v in values if T in v.parts}
+    one_side = C not in letters or not letters & {D, T}
+    return one_side and len(sizes) <= 1 and letters <= _MERGED | KEPT_APART
 
 
 def _sum_low_rank(terms: Sequence[tuple[float, LowRank]]) -> LowRank:
@@ -199,22 +207,22 @@ def _sum_low_rank(terms: Sequence[tuple[float, LowRank]]) -> LowRank:
     a = torch.cat([v.a for _, v in terms], dim=1)
     b = torch.cat([v.b * t for t, v in terms], dim=0)
     e = _weighted([(t, v.e) for t, v in terms])
-    if any(v.t is not None for _, v in terms):
-        return LowRank(a, b, t=_sum_of_transforms(terms), e=e)
-    c, d = (_sum_of_scales([(t, getattr(v, name)) for t, v in terms]) for name in ("c", "d"))
-    return LowRank(a, b, c, d, e=e)
+    if any(T in v.parts for _, v in terms):
+        return LowRank(a, b, {T: _sum_of_transforms(terms)}, e)
+    scales = {letter: _sum_of_scales([(t, v.parts.get(letter)) for t, v in terms]) for letter in (C, D)}
+    return LowRank(a, b, {letter: scale for letter, scale in scales.items() if scale is not None}, e)
 
 
 def _sum_of_transforms(terms: Sequence[tuple[float, LowRank]]) -> Tensor:
     """1 + Σ t·(diag(d)·T − 1)."""
-    first = next(v.t for _, v in terms if v.t is not None)
+    first = next(v.parts[T] for _, v in terms if T in v.parts)
     number, size, _ = first.shape
     one = identity_blocks(number * size, size, first.dtype, first.device)
     total = one
     for strength, change in terms:
-        moved = one if change.t is None else change.t
-        if change.d is not None:
-            moved = moved * change.d.view(number, size, 1)
+        moved = change.parts.get(T, one)
+        if D in change.parts:
+            moved = moved * change.parts[D].view(number, size, 1)
         total = total + strength * (moved - one)
     return total
 

@@ -16,6 +16,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from lorac.ir.algebra import letters
 from lorac.ir.algebra.affine import weight_formula
 from lorac.ir.algebra.rules import RULES
 from lorac.ir.algebra.structure import WEIGHT, Analysis, Form, NamedRule, analyse, shape_of
@@ -40,9 +41,9 @@ class Reduction:
         graph: computes the form's tensors from (W (out, in), b (out,), *params); for a branch, the traced branch
             itself, (x, y, *params) -> y'.
         params: names of the parameters, in the graph's order.
-        outputs: names of the tensors it returns. low-rank: A (in, R), B (R, out), c (out,), d (in,), t (n, k, k),
-            g (R,), h (out,), b (out,), of which all but A and B are absent where they are 1 or the base's; sparse:
-            rows, cols, values (k,), b; dense: W (out, in), b.
+        outputs: names of the tensors it returns, by letter (``lorac.ir.algebra.letters``). low-rank: the pair, and
+            what is not 1 or the base's; sparse: rows, cols, values (k,); dense: the weight. Each with the bias, where
+            that changes.
         shared: names of the parameters that all sites have in common.
         common: those of the outputs that follow from shared parameters alone: one tensor for all sites of a shape.
         rank: R of a low-rank form, else 0.
@@ -144,10 +145,10 @@ def _classify(
     elif form is not None and form.base == WEIGHT and form == Form(WEIGHT, sparse=form.sparse):
         kind, tensors, rank = SPARSE, _sparse(found, form), 0
     else:
-        kind, tensors, rank = DENSE, {"W": new_weight}, 0
+        kind, tensors, rank = DENSE, {letters.WEIGHT: new_weight}, 0
         reasons = (*reasons, "the formula's result has no recognised structure" if form is None else "mixed structure")
     if new_bias is not b:
-        tensors["b"] = new_bias
+        tensors[letters.BIAS] = new_bias
     output.args = (tuple(tensors.values()),)
     alike = frozenset(name for name, node in tensors.items() if _follows_from(node, common))
     graph.eliminate_dead_code()
@@ -161,25 +162,26 @@ def _rank(form: Form) -> int:
 
 
 def _low_rank(found: Analysis, form: Form, w: fx.Node, common: set[fx.Node]) -> dict[str, fx.Node]:
-    scales = {"c": form.c, "d": form.d}
+    scales = {letters.C: form.c, letters.D: form.d}
     if len(form.low) == 1 and (apart := _apart(*form.low[0], common)) is not None:
-        b, a, scales["g"], scales["h"] = apart
-        tensors = {"A": found.emit(aten.t.default, a), "B": found.emit(aten.t.default, b)}
+        b, a, scales[letters.G], scales[letters.H] = apart
+        pair = found.emit(aten.t.default, a), found.emit(aten.t.default, b)
     elif form.low:
         a = found.emit(aten.cat.default, [a for _, a in form.low], 0)
         b = found.emit(aten.cat.default, [b for b, _ in form.low], 1)
-        tensors = {"A": found.emit(aten.t.default, a), "B": found.emit(aten.t.default, b)}
+        pair = found.emit(aten.t.default, a), found.emit(aten.t.default, b)
     else:
         rows, columns = w.meta["val"].shape
-        tensors = {
-            "A": found.emit(aten.new_zeros.default, w, [columns, 0]),
-            "B": found.emit(aten.new_zeros.default, w, [0, rows]),
-        }
-    for name, scale in scales.items():
+        pair = (
+            found.emit(aten.new_zeros.default, w, [columns, 0]),
+            found.emit(aten.new_zeros.default, w, [0, rows]),
+        )
+    tensors = dict(zip((letters.A, letters.B), pair, strict=True))
+    for letter, scale in scales.items():
         if scale is not None:
-            tensors[name] = found.emit(aten.view.default, scale, [-1])
+            tensors[letter] = found.emit(aten.view.default, scale, [-1])
     if form.blocks is not None:
-        tensors["t"] = found.emit(aten.transpose.int, form.blocks, 1, 2)
+        tensors[letters.T] = found.emit(aten.transpose.int, form.blocks, 1, 2)
     return tensors
 
 

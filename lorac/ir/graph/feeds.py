@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from lorac.ir.algebra import letters
 from lorac.ir.graph.graph import SlotInput
 from lorac.ir.slots.emits import record_emitted
+from lorac.ir.slots.roles import PACK_RANKS, slot_name, strength_role
 from lorac.ir.slots.site import SitePlan, SiteSlots
 
 Tensor = torch.Tensor
@@ -39,17 +41,15 @@ def fed(inputs: Mapping[str, SlotInput], plans: Mapping[str, SitePlan]) -> dict[
 
 def packed(slot: SlotInput, members: Sequence[SiteSlots]) -> Tensor:
     """What the slots of a pack hold: the A's of its sites side by side, or how wide each is."""
-    parts = [member.a for member in members if member.a is not None]
-    if slot.role == "pack.ranks":
+    parts = [member.tensors[letters.A] for member in members]
+    if slot.role == PACK_RANKS:
         return torch.tensor([part.shape[1] for part in parts])
     return torch.cat(parts, dim=1)
 
 
 def idle(plan: SitePlan, role: str) -> Tensor:
     """What an idle branch slot holds: strength and parameters of zero."""
-    index, _, part = role.removeprefix("branch").partition(".")
-    shape = (1,) if part == "t" else list(plan.branches[int(index)].params.values())[int(part)]
-    return torch.zeros(shape)
+    return torch.zeros(plan.branch_shapes()[role])
 
 
 def grouped_aux(extra: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
@@ -59,7 +59,7 @@ def grouped_aux(extra: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict
     for key, value in extra.items():
         name, _, place = key.partition(":")
         path, _, branch = place.rpartition(":")
-        if bool(tensors[f"{path}:{branch}.t"].any()):
+        if bool(tensors[slot_name(path, strength_role(branch))].any()):
             emitted.setdefault(path, {}).setdefault(name, []).append(value)
     for path, found in emitted.items():
         record_emitted(aux, path, found)

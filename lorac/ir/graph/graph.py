@@ -37,8 +37,7 @@ class SlotInput:
     Attributes:
         name: public name: ``<site path>:<role>``; survives into the emitted program.
         site: path of the site.
-        role: ``a``, ``b``, ``c``, ``d``, ``weight``, ``bias``, ``branch<i>.<j>``, ``branch<i>.t``; of a pack,
-            ``pack.a`` (the A's of all its sites, side by side) and ``pack.ranks`` (how wide each is).
+        role: a row of the table of roles, or what a branch or a pack holds (``lorac.ir.slots.roles``).
         node: name of the placeholder.
         members: sites of a pack's slot.
     """

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
+from lorac.ir.algebra import letters
 from lorac.ir.algebra.changes import Change, Dense, LowRank, Sparse, SparseSum, merge, merge_bias
 from lorac.ir.host.sites import BaseReader, Site, SiteKind
 from lorac.ir.slots.layouts import layout_of
+from lorac.ir.slots.roles import slot_name
 from lorac.ir.slots.site import SitePlan
 
 Tensor = torch.Tensor
@@ -95,10 +97,9 @@ class FusedBuffer:
     def _write_whole(self, change: Change | None) -> int:
         target, base = self.matrix_of(self.buffer), self.base()
         change = change.folded() if isinstance(change, LowRank) else change
-        plain = isinstance(change, LowRank) and not change.changes_input and change.a.dtype == base.dtype
         if change is None:
             target.copy_(base)
-        elif plain and isinstance(change, LowRank) and change.c is None:
+        elif isinstance(change, LowRank) and not change.parts and change.a.dtype == base.dtype:
             torch.addmm(base, change.b.t(), change.a.t(), out=target)
         elif isinstance(change, Dense):
             target.copy_(change.weight)
@@ -158,12 +159,12 @@ def fused_buffers(plans: Mapping[str, SitePlan], base: BaseReader) -> tuple[dict
         site = plan.site
         unchanged = _held(base.weight(site))
         weight = layout_of(site).slot_weight(unchanged()).clone(memory_format=torch.contiguous_format)
-        memory[f"{path}:weight"] = weight
+        memory[slot_name(path, letters.WEIGHT)] = weight
         bias = None
-        if plan.bias:
+        if letters.BIAS in plan.room:
             original = base.bias(site)
             bias = torch.zeros(site.out_features) if original is None else original.clone()
-            memory[f"{path}:bias"] = bias
+            memory[slot_name(path, letters.BIAS)] = bias
         matrix_of = _matrix_view(plan)
         buffers[path] = FusedBuffer(site, weight, matrix_of, unchanged, bias, base.bias(site))
     return buffers, memory

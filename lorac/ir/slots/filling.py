@@ -7,9 +7,13 @@ from collections.abc import Callable, Sequence
 import torch
 
 from lorac.errors import NeedsRecompile
-from lorac.ir.algebra.changes import Change, Dense, LowRank, Sparse, SparseSum, identity_blocks, merge, merge_bias
-from lorac.ir.host.sites import Site, factor_dtype
+from lorac.ir.algebra import letters
+from lorac.ir.algebra.changes import Change, Dense, LowRank, Sparse, SparseSum, merge, merge_bias
+from lorac.ir.algebra.letters import KEPT_APART
+from lorac.ir.host.sites import Site
 from lorac.ir.slots.layouts import layout_of
+from lorac.ir.slots.role import Place
+from lorac.ir.slots.roles import ROLES, parts_of
 from lorac.ir.slots.site import BranchFill, BranchTerm, SitePlan, SiteSlots
 
 Tensor = torch.Tensor
@@ -30,18 +34,18 @@ def fill_site(plan: SitePlan, change: Change | None, base: Callable[[], Tensor],
     misfit = does_not_fit(plan, change)
     if misfit:
         raise NeedsRecompile(f"'{plan.site.path}' {misfit}")
-    layout = layout_of(plan.site)
-    tensors: dict[str, Tensor | None] = {}
     low = beside(plan, change)
-    if plan.bound:
-        merged = None if low is not None else change
-        matrix = base() if merged is None else merge(merged, base())
-        tensors["weight"] = layout.slot_weight(matrix)
-    if plan.bias:
-        new_bias = bias if change is None else merge_bias(change, bias)
-        tensors["bias"] = torch.zeros(plan.site.out_features, dtype=plan.site.dtype) if new_bias is None else new_bias
-    tensors |= _low_rank_slots(plan, low)
-    return SiteSlots(**tensors)  # type: ignore[arg-type]
+    parts = {} if low is None else parts_of(low if plan.room.keys() >= KEPT_APART else low.folded())
+    if plan.bound and low is None and change is not None:
+        parts[letters.WEIGHT] = merge(change, base())
+    if change is not None and (new_bias := merge_bias(change, bias)) is not None:
+        parts[letters.BIAS] = new_bias
+    layout, rank = layout_of(plan.site), 0 if low is None else low.rank
+    tensors = {}
+    for role, room in plan.roles():
+        place = Place(layout=layout, size=rank if role.ranked else room, weight=base, bias=bias)
+        tensors[role.name] = role.filled(place, parts.get(role.name))
+    return SiteSlots(tensors)
 
 
 def does_not_fit(plan: SitePlan, change: Change | None) -> str | None:
@@ -52,51 +56,31 @@ def does_not_fit(plan: SitePlan, change: Change | None) -> str | None:
         return None if beside(plan, change) is not None else _does_not_bind(plan, change)
     if isinstance(change, Dense | Sparse | SparseSum):
         return "has no slot for a whole weight"
-    if change.rank > plan.rank:
-        return f"holds rank {plan.rank}, not {change.rank}"
     return _lacks(plan, change)
 
 
 def _lacks(plan: SitePlan, change: LowRank) -> str | None:
-    """What a change needs besides its pair and the plan has not, or None."""
-    if change.t is not None and change.t.shape[-1] != plan.t:
-        return f"holds input transforms in blocks of {plan.t}, not {change.t.shape[-1]}"
-    extras = {"c": change.c is not None, "d": change.d is not None, "bias": change.e is not None}
-    return next((f"has no slot '{role}'" for role, needed in extras.items() if needed > getattr(plan, role)), None)
+    """What a change needs and the plan has no room for, or None; what can be folded into its pair needs none."""
+    parts = parts_of(change)
+    wanted = [(ROLES[name], ROLES[name].room(part)) for name, part in parts.items() if name not in KEPT_APART]
+    for role, size in [*wanted, *([(ROLES[letters.BIAS], 1)] if change.e is not None else [])]:
+        room = plan.room.get(role.name, 0)
+        if not room and not role.ranked:
+            return f"has no slot '{role.name}'"
+        if size > room or (size != room and not role.ranked):
+            return f"holds {role.unit.format(room)}, not {size}"
+    return None
 
 
 def _does_not_bind(plan: SitePlan, change: Change) -> str | None:
     if leaves_blocks(plan.site, change):
         return "is a grouped convolution, whose kernel cannot hold a weight that leaves the blocks"
-    return "has no slot for a bias" if change.e is not None and not plan.bias else None
+    return "has no slot for a bias" if change.e is not None and letters.BIAS not in plan.room else None
 
 
 def beside(plan: SitePlan, change: Change | None) -> LowRank | None:
     """The change, where it fits the slots beside the weight."""
-    if not isinstance(change, LowRank) or plan.rank < change.rank:
-        return None
-    return None if _lacks(plan, change) else change
-
-
-def _low_rank_slots(plan: SitePlan, change: LowRank | None) -> dict[str, Tensor | None]:
-    layout, site = layout_of(plan.site), plan.site
-    dtype = factor_dtype(site.dtype)
-    tensors: dict[str, Tensor | None] = {}
-    if change is not None and not (plan.g and plan.h):
-        change = change.folded()
-    if plan.rank:
-        a = change.a if change is not None else torch.zeros(site.in_features, 0, dtype=dtype)
-        b = change.b if change is not None else torch.zeros(0, site.out_features, dtype=dtype)
-        tensors |= {"a": layout.slot_a(a).contiguous(), "b": layout.slot_b(b).contiguous()}
-    if plan.t:
-        given = change.t if change is not None else None
-        tensors["t"] = given if given is not None else identity_blocks(site.in_features, plan.t, dtype).contiguous()
-    rank = change.rank if change is not None else 0
-    for name, size in (("c", site.out_features), ("d", site.in_features), ("g", rank), ("h", site.out_features)):
-        if getattr(plan, name):
-            given = getattr(change, name) if change is not None else None
-            tensors[name] = given if given is not None else torch.ones(size, dtype=dtype)
-    return tensors
+    return change if isinstance(change, LowRank) and not _lacks(plan, change) else None
 
 
 def fill_branches(plan: SitePlan, terms: Sequence[tuple[float, BranchTerm]]) -> tuple[BranchFill | None, ...]:

@@ -75,6 +75,14 @@ class SiteLayout(ABC):
         """The site's input (…, in) times a block-diagonal matrix of blocks (n, k, k); where ``per_input`` is."""
         return times_blocks(x, blocks)
 
+    def shape_a(self, rank: int | torch.SymInt) -> tuple[int | torch.SymInt, ...]:
+        """The shape of A in slot layout."""
+        return (self.site.in_features, rank)
+
+    def shape_b(self, rank: int | torch.SymInt) -> tuple[int | torch.SymInt, ...]:
+        """The shape of B in slot layout."""
+        return (rank, self.site.out_features)
+
     def slot_a(self, a: Tensor) -> Tensor:
         """A matrix A (K, R) in slot layout."""
         return a
@@ -154,11 +162,17 @@ class ConvLayout(SiteLayout):
     def per_rank(self, vector: Tensor) -> Tensor:
         return vector.view(-1, *self.ones)
 
+    def shape_a(self, rank: int | torch.SymInt) -> tuple[int | torch.SymInt, ...]:
+        return (rank, self.conv.channels, *self.conv.kernel)
+
+    def shape_b(self, rank: int | torch.SymInt) -> tuple[int | torch.SymInt, ...]:
+        return (self.site.out_features, rank, *self.ones)
+
     def slot_a(self, a: Tensor) -> Tensor:
-        return a.t().reshape(a.shape[1], self.conv.channels, *self.conv.kernel)
+        return a.t().reshape(self.shape_a(a.shape[1]))
 
     def slot_b(self, b: Tensor) -> Tensor:
-        return b.t().reshape(b.shape[1], b.shape[0], *self.ones)
+        return b.t().reshape(self.shape_b(b.shape[0]))
 
     def slot_weight(self, matrix: Tensor) -> Tensor:
         return self.site.store(matrix)

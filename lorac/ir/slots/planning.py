@@ -10,11 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lorac.errors import NotMergeable, UnknownOption, nearest_name
+from lorac.ir.algebra import letters
 from lorac.ir.algebra.changes import Change, Dense, LowRank
+from lorac.ir.algebra.letters import KEPT_APART
 from lorac.ir.host.patterns import nothing_matches, select
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.ir.slots.filling import leaves_blocks
 from lorac.ir.slots.layouts import layout_of
+from lorac.ir.slots.role import Stage
+from lorac.ir.slots.roles import ROLES, acts_on, parts_of
 from lorac.ir.slots.site import BranchSlot, Prepared, SitePlan
 
 MODES = ("auto", "live", "fused", "baked")
@@ -45,17 +49,21 @@ class Reserve:
 
 @dataclass
 class _Needs:
-    """What the terms met at one site ask for."""
+    """What the terms met at one site ask for.
 
+    Attributes:
+        rooms: role -> every size of room that a term asks for.
+        rank: of all terms together.
+    """
+
+    rooms: dict[str, set[int]] = field(default_factory=dict)
     rank: int = 0
-    c: bool = False
-    d: bool = False
-    t: set[int] = field(default_factory=set)
-    gates: bool = False
-    bound: bool = False
-    bias: bool = False
     branches: list[BranchSlot] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
+
+    def want(self, role: str, size: int = 1) -> None:
+        """Ask for a role."""
+        self.rooms.setdefault(role, set()).add(size)
 
 
 def plan_sites(
@@ -102,23 +110,20 @@ def plan_sites(
 
 def _beside(site: Site, change: Change) -> bool:
     """Whether a change runs beside the weight in live mode; changed inputs do where they have an axis for it."""
-    return isinstance(change, LowRank) and (layout_of(site).has_input_axis or not change.changes_input)
+    return isinstance(change, LowRank) and (layout_of(site).has_input_axis or not acts_on(change, Stage.INPUT))
 
 
 def _need_change(need: _Needs, name: str, site: Site, change: Change, mode: str) -> None:
+    if change.e is not None:
+        need.want(letters.BIAS)
     if mode in {"fused", "baked"}:
-        need.bound = True
-        need.bias |= change.e is not None
+        need.want(letters.WEIGHT)
     elif isinstance(change, LowRank) and _beside(site, change):
         need.rank += change.rank
-        need.c |= change.c is not None
-        need.d |= change.d is not None
-        need.t |= set() if change.t is None else {change.t.shape[-1]}
-        need.gates |= change.g is not None or change.h is not None
-        need.bias |= change.e is not None
+        for role, part in parts_of(change).items():
+            need.want(role, ROLES[role].room(part))
     else:
-        need.bound = True
-        need.bias |= change.e is not None
+        need.want(letters.WEIGHT)
         what = (
             "dense" if isinstance(change, Dense) else "changes its input" if isinstance(change, LowRank) else "sparse"
         )
@@ -129,32 +134,35 @@ def _reserve(needs: dict[str, _Needs], sites: Mapping[str, Site], reserve: Reser
     chosen = [s for s in select(sites, reserve.targets) if s.kind not in {SiteKind.BLOCK, SiteKind.PARAMETER}]
     if not chosen:
         raise nothing_matches("reserve", reserve.targets, sites)
+    admitted = [role for role in ROLES.values() if role.reserve and getattr(reserve, role.reserve)]
     for site in chosen:
         need = needs.setdefault(site.path, _Needs())
-        need.bound |= mode == "fused" or reserve.weights
-        if mode != "fused":
+        for role in admitted:
+            if role.merged or mode != "fused":
+                need.want(role.name)
+        if mode == "fused":
+            need.want(letters.WEIGHT)
+        else:
             need.rank += reserve.rank * reserve.adapters
-            need.c |= reserve.scales
-        need.bias |= reserve.scales
 
 
 def _plan(site: Site, need: _Needs) -> SitePlan:
-    if need.c and (need.d or need.t):
-        need.bound = True
+    wanted, stages = need.rooms, {ROLES[role].stage for role in need.rooms}
+    if {Stage.INPUT, Stage.OUTPUT} <= stages:
+        need.want(letters.WEIGHT)
         need.reasons.append("bound weight: outputs and inputs are changed, and the sum of both is neither")
-    if len(need.t) > 1:
-        need.bound = True
-        need.reasons.append(f"bound weight: input transforms in blocks of {' and '.join(map(str, sorted(need.t)))}")
+    for role in ROLES.values():
+        sizes = sorted(wanted.get(role.name, ()))
+        if len(sizes) > 1 and not role.ranked:
+            need.want(letters.WEIGHT)
+            need.reasons.append(f"bound weight: {role.unit.format(' and '.join(map(str, sizes)))}")
+    if wanted.keys() & KEPT_APART:
+        for letter in KEPT_APART:
+            need.want(letter)
+    rooms = {role.name: need.rank if role.ranked else max(wanted.get(role.name, (0,))) for role in ROLES.values()}
     return SitePlan(
         site,
-        rank=need.rank,
-        c=need.c,
-        d=need.d,
-        t=max(need.t, default=0),
-        g=need.gates,
-        h=need.gates,
-        bound=need.bound,
-        bias=need.bias,
+        room={role: room for role, room in rooms.items() if role in wanted and room},
         branches=tuple(need.branches),
         reasons=tuple(need.reasons),
     )

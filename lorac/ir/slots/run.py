@@ -12,9 +12,12 @@ from collections.abc import Mapping
 import torch
 
 from lorac.errors import SiteUnreached
+from lorac.ir.algebra import letters
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site
 from lorac.ir.slots.layouts import SiteLayout, layout_of
+from lorac.ir.slots.role import Stage
+from lorac.ir.slots.roles import ROLES
 from lorac.ir.slots.site import BranchFill, BranchSlot, SitePlan, SiteSlots
 
 Tensor = torch.Tensor
@@ -92,45 +95,44 @@ def run_site(
         return _with_branches(plan, slots, x, block, block, ctx)
     if layout.keeps_bias_inside and not plan.branches and slots.leaves_base:
         assert weight is not None
-        return _plus_low_rank(layout, slots, x, layout.base(x, weight, bias), down)
+        return _plus_pair(layout, slots, x, layout.base(x, weight, bias), down)
     linear = layout.base(x, weight, None) if weight is not None and (slots.leaves_base or plan.branches) else None
-    y = _scaled_linear(layout, slots, x, weight, linear)
-    y = _plus_bias(layout, _plus_low_rank(layout, slots, x, y, down), bias if slots.bias is None else slots.bias)
+    y = _plus_pair(layout, slots, x, _product(layout, slots, x, weight, linear), down)
+    # The bias comes last, where ONNX Runtime's fusions look for it.
+    y = _plus_bias(layout, y, slots.tensors.get(letters.BIAS, bias))
     if not plan.branches:
         return y
     assert linear is not None
     return _with_branches(plan, slots, x, y, _plus_bias(layout, linear, bias), ctx)
 
 
-def _scaled_linear(
-    layout: SiteLayout, slots: SiteSlots, x: Tensor, weight: Tensor | None, linear: Tensor | None
-) -> Tensor:
-    """c∘(W·((d∘x)·T)), without the bias: it comes last, where ONNX Runtime's fusions look for it."""
-    if slots.d is not None:
-        x, linear = (x * layout.per_input(slots.d)).to(x.dtype), None
-    if slots.t is not None:
-        x, linear = layout.through(x.to(slots.t.dtype), slots.t).to(x.dtype), None
-    if slots.weight is not None:
-        linear = layout.bound(x, slots.weight, None)
+def _at(stage: Stage, layout: SiteLayout, slots: SiteSlots, value: Tensor) -> Tensor:
+    """A value behind the roles of a stage."""
+    for role, tensor in slots.stages[stage]:
+        value = role.apply(layout, value, tensor)
+    return value
+
+
+def _product(layout: SiteLayout, slots: SiteSlots, x: Tensor, weight: Tensor | None, linear: Tensor | None) -> Tensor:
+    """c∘(W·((d∘x)·T)), without a bias; ``linear`` is W·x where it is known."""
+    if slots.stages[Stage.INPUT]:
+        x, linear = _at(Stage.INPUT, layout, slots, x), None
+    if slots.stages[Stage.PRODUCT]:
+        linear = _at(Stage.PRODUCT, layout, slots, x)
     elif linear is None:
         assert weight is not None
         linear = layout.base(x, weight, None)
-    return linear if slots.c is None else linear * layout.per_output(slots.c).to(linear.dtype)
+    return _at(Stage.OUTPUT, layout, slots, linear)
 
 
-def _plus_low_rank(layout: SiteLayout, slots: SiteSlots, x: Tensor, y: Tensor, down: Tensor | None) -> Tensor:
-    """y + (x·A)·B in the dtype of y; the branch is computed in the factors' dtype (PEFT's rule)."""
-    if slots.b is None or _is_empty(slots.b):
+def _plus_pair(layout: SiteLayout, slots: SiteSlots, x: Tensor, y: Tensor, down: Tensor | None) -> Tensor:
+    """y + h∘(((x·A)∘g)·B) in the dtype of y; the pair is computed in the factors' dtype (PEFT's rule)."""
+    if not slots.stages[Stage.UP] or any(_is_empty(tensor) for _, tensor in slots.stages[Stage.UP]):
         return y
-    if down is None:
-        assert slots.a is not None
-        down = layout.down(x.to(slots.a.dtype) if x.is_floating_point() else x, slots.a)
-    if slots.g is not None:
-        down = down * layout.per_rank(slots.g)
-    up = layout.up(down, slots.b)
-    if slots.h is not None:
-        up = up * layout.per_output(slots.h)
-    return y + up.to(y.dtype)
+    u = _at(Stage.DOWN, layout, slots, x) if down is None else down
+    for stage in (Stage.BETWEEN, Stage.UP, Stage.BEHIND):
+        u = _at(stage, layout, slots, u)
+    return y + u.to(y.dtype)
 
 
 def _is_empty(tensor: Tensor) -> bool:
@@ -140,7 +142,7 @@ def _is_empty(tensor: Tensor) -> bool:
 
 
 def _plus_bias(layout: SiteLayout, y: Tensor, bias: Tensor | None) -> Tensor:
-    return y if bias is None else y + layout.per_output(bias).to(y.dtype)
+    return y if bias is None else ROLES[letters.BIAS].apply(layout, y, bias)
 
 
 def _with_branches(plan: SitePlan, slots: SiteSlots, x: Tensor, y: Tensor, base: Tensor, ctx: Ctx | None) -> Tensor:

@@ -1,19 +1,23 @@
 """Slots: what of a site can be replaced at run time, and the one function that computes an adapted site from them.
 
 A ``SitePlan`` says which slots a site has; it is fixed at compile time. A ``SiteSlots`` holds the tensors that fill
-them for one choice of adapters. ``run_site`` is the meaning of both, in torch ops: the eager backend calls it, the
-other backends trace it (``lorac.ir.lower``), so no backend has a formula of its own.
+them for one choice of adapters. Both go by role (``lorac.ir.slots.roles``). ``run_site`` is the meaning of both, in
+torch ops: the eager backend calls it, the other backends trace it, so no backend has a formula of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
+from lorac.ir.algebra import letters
 from lorac.ir.algebra.changes import Change
 from lorac.ir.host.sites import Site
+from lorac.ir.slots.role import SlotRole, Stage
+from lorac.ir.slots.roles import ROLES, branch_name, parameter_role, strength_role
 
 Tensor = torch.Tensor
 
@@ -43,32 +47,44 @@ class SitePlan:
 
     Attributes:
         site: the site.
-        rank: largest rank that fits, 0 for no low-rank slot.
-        c, d: whether the output scale and input scale exist.
-        t: size of the blocks of the input transform, 0 for no such slot.
-        g, h: whether the pair has a scale between its halves, and one behind them.
-        bound: the weight itself is a slot.
-        bias: so is the bias: a slot (out,) that holds the whole new bias.
+        room: role -> its room: the largest rank that fits, for the pair and what lies along its rank; the size of the
+            blocks, for input transforms; 1 for what has no size of its own. A role that is absent has no slot.
         branches: room for branches.
         reasons: why nothing cheaper was chosen.
     """
 
     site: Site
-    rank: int = 0
-    c: bool = False
-    d: bool = False
-    t: int = 0
-    g: bool = False
-    h: bool = False
-    bound: bool = False
-    bias: bool = False
+    room: Mapping[str, int] = field(default_factory=dict)
     branches: tuple[BranchSlot, ...] = ()
     reasons: tuple[str, ...] = ()
 
     @property
     def empty(self) -> bool:
         """Nothing can be replaced here."""
-        return not (self.rank or self.c or self.d or self.t or self.bias or self.bound or self.branches)
+        return not (self.room or self.branches)
+
+    @property
+    def rank(self) -> int:
+        """Largest rank that fits, 0 where there is no pair."""
+        return self.room.get(letters.A, 0)
+
+    @property
+    def bound(self) -> bool:
+        """Whether the weight itself is a slot."""
+        return letters.WEIGHT in self.room
+
+    def roles(self) -> Iterator[tuple[SlotRole, int]]:
+        """The roles that have slots, in the table's order, and their room."""
+        return ((role, self.room[role.name]) for role in ROLES.values() if role.name in self.room)
+
+    def branch_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Role -> shape of everything that branches hold: each its strength and its parameters."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for index, slot in enumerate(self.branches):
+            branch = branch_name(index)
+            shapes[strength_role(branch)] = (1,)
+            shapes |= {parameter_role(branch, j): shape for j, shape in enumerate(slot.params.values())}
+        return shapes
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,54 +97,47 @@ class BranchFill:
 
 @dataclass(frozen=True, eq=False)
 class SiteSlots:
-    """The tensors in a site's slots, in slot layout (``lorac.ir.slots.layouts``). None: the slot is absent.
+    """The tensors in a site's slots, in slot layout (``lorac.ir.slots.layouts``).
 
     Attributes:
-        a, b: low-rank pair; rank 0 when nothing is active.
-        c: output scale (out,).
-        d: input scale (in,).
-        t: input transform, blocks (n, k, k).
-        g: scale (R,) between the halves of the pair; h: scale (out,) behind them.
-        weight, bias: the bound weight and its bias.
+        tensors: role -> what is in its slot; the pair has rank 0 where nothing is active.
         branches: one fill per branch slot, in the plan's order; None where the slot is idle.
     """
 
-    a: Tensor | None = None
-    b: Tensor | None = None
-    c: Tensor | None = None
-    d: Tensor | None = None
-    t: Tensor | None = None
-    g: Tensor | None = None
-    h: Tensor | None = None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
     branches: tuple[BranchFill | None, ...] = ()
+
+    @functools.cached_property
+    def stages(self) -> Mapping[Stage, tuple[tuple[SlotRole, Tensor], ...]]:
+        """Stage -> the roles that act there, in the table's order, and their tensors."""
+        present = [(role, self.tensors[role.name]) for role in ROLES.values() if role.name in self.tensors]
+        return {stage: tuple(pair for pair in present if pair[0].stage is stage) for stage in Stage}
 
     @property
     def leaves_base(self) -> bool:
         """The base's own product and bias stay as they are; a low-rank branch may come beside."""
-        return all(slot is None for slot in (self.weight, self.bias, self.c, self.d, self.t))
+        return all(stage.of_pair for stage, present in self.stages.items() if present)
 
     def named(self) -> dict[str, Tensor]:
-        """Slot role -> tensor; a branch's parameters are ``branch<i>.<j>``, its strength ``branch<i>.t``."""
-        found = {role: getattr(self, role) for role in ("a", "b", "c", "d", "t", "g", "h", "weight", "bias")}
-        tensors = {role: tensor for role, tensor in found.items() if tensor is not None}
-        for i, fill in enumerate(self.branches):
+        """Every role -> tensor, the branches' own among them."""
+        tensors = dict(self.tensors)
+        for index, fill in enumerate(self.branches):
             if fill is None:
                 continue
-            tensors[f"branch{i}.t"] = fill.strength
-            tensors |= {f"branch{i}.{j}": tensor for j, tensor in enumerate(fill.params)}
+            branch = branch_name(index)
+            tensors[strength_role(branch)] = fill.strength
+            tensors |= {parameter_role(branch, j): tensor for j, tensor in enumerate(fill.params)}
         return tensors
 
     @staticmethod
     def of_named(tensors: Mapping[str, Tensor], plan: SitePlan) -> SiteSlots:
         """The inverse of ``named``."""
-        branches = tuple(
-            BranchFill(tensors[f"branch{i}.t"], tuple(tensors[f"branch{i}.{j}"] for j in range(len(slot.params))))
-            for i, slot in enumerate(plan.branches)
-        )
-        plain = {role: tensor for role, tensor in tensors.items() if not role.startswith("branch")}
-        return SiteSlots(**plain, branches=branches)
+        fills = []
+        for index, slot in enumerate(plan.branches):
+            branch = branch_name(index)
+            params = tuple(tensors[parameter_role(branch, j)] for j in range(len(slot.params)))
+            fills.append(BranchFill(tensors[strength_role(branch)], params))
+        return SiteSlots({name: tensor for name, tensor in tensors.items() if name in ROLES}, tuple(fills))
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,15 +8,18 @@ LoRA and DoRA, random numbers included.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from lorac.ir.algebra import letters
 from lorac.ir.algebra.changes import Change, LowRank, merge, merge_bias
 from lorac.ir.host.sites import Site
 from lorac.ir.slots.layouts import SiteLayout, layout_of
+from lorac.ir.slots.role import Place, SlotRole, Stage
+from lorac.ir.slots.roles import ROLES, acts_on, applied, parts_of
 from lorac.ir.slots.run import Ctx, run_branch, run_site
 from lorac.ir.slots.site import BranchFill, BranchSlot, SitePlan, SiteSlots
 
@@ -100,7 +103,7 @@ def _active_rate(term: LiveTerm, ctx: Ctx, place: Dropout) -> float:
 
 def _replaces(term: LiveTerm, ctx: Ctx) -> bool:
     """Whether the term is alone, whole, and undropped: then its weight simply takes the base's place."""
-    whole = term.change is not None and (not isinstance(term.change, LowRank) or term.change.changes_input)
+    whole = term.change is not None and (not isinstance(term.change, LowRank) or acts_on(term.change, Stage.INPUT))
     places = (Dropout.INPUT, Dropout.RANK) if isinstance(term.change, LowRank) else (Dropout.INPUT,)
     dropped = any(_active_rate(term, ctx, place) for place in places)
     return whole and term.strength == 1 and not dropped
@@ -108,17 +111,23 @@ def _replaces(term: LiveTerm, ctx: Ctx) -> bool:
 
 def _runs_beside(layout: SiteLayout, change: LowRank) -> bool:
     """Whether a change needs no weight of its own: where it changes inputs, the layout has an axis for it."""
-    return layout.has_input_axis or not change.changes_input
+    return layout.has_input_axis or not acts_on(change, Stage.INPUT)
 
 
 def _whole(layout: SiteLayout, change: Change | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """y' of one term that nothing is added to."""
     if not isinstance(change, LowRank) or not _runs_beside(layout, change):
         return _with_weight(layout, change, x, weight, bias)
-    change = change.folded()
-    a, b = (layout.slot_a(change.a), layout.slot_b(change.b)) if change.rank else (None, None)
-    slots = SiteSlots(a, b, change.c, change.d, change.t, bias=merge_bias(change, bias))
-    return run_site(SitePlan(layout.site), slots, x, weight, bias)
+    tensors = _laid_out(layout, change.folded())
+    new_bias = merge_bias(change, bias)
+    if new_bias is not None:
+        tensors[letters.BIAS] = new_bias
+    return run_site(SitePlan(layout.site), SiteSlots(tensors), x, weight, bias)
+
+
+def _laid_out(layout: SiteLayout, change: LowRank) -> dict[str, Tensor]:
+    """A change's parts in slot layout, by role."""
+    return {name: ROLES[name].layout(layout, part) for name, part in parts_of(change).items()}
 
 
 def _low_rank_delta(
@@ -126,38 +135,49 @@ def _low_rank_delta(
 ) -> Tensor:
     assert isinstance(term.change, LowRank)
     change = term.change.folded()
-    rate = _active_rate(term, ctx, Dropout.INPUT)
+    tensors, rate = _laid_out(layout, change), _active_rate(term, ctx, Dropout.INPUT)
     cast = x.to(change.a.dtype) if x.is_floating_point() else x
     dropped = F.dropout(cast, rate) if rate else cast
     parts = []
     if change.rank:
-        down = layout.down(dropped, layout.slot_a(change.a))
+        down = applied(Stage.BETWEEN, layout, applied(Stage.DOWN, layout, dropped, tensors), tensors)
         rank_rate = _active_rate(term, ctx, Dropout.RANK)
-        parts.append(layout.up(F.dropout(down, rank_rate) if rank_rate else down, layout.slot_b(change.b)))
-    if change.c is not None or change.changes_input:
+        up = applied(Stage.UP, layout, F.dropout(down, rank_rate) if rank_rate else down, tensors)
+        parts.append(applied(Stage.BEHIND, layout, up, tensors))
+    if acts_on(change, Stage.OUTPUT) or acts_on(change, Stage.INPUT):
         if rate:
             assert weight is not None
             linear = layout.base(dropped.to(weight.dtype), weight, None)
         else:
             linear = base if bias is None else base - layout.per_output(bias)
-        parts.append(_scaled_delta(layout, change, dropped, linear, weight))
+        parts.append(_product_delta(layout, change, tensors, dropped, linear, weight))
     if change.e is not None:
         parts.append(layout.per_output(change.e))
     return sum(parts[1:], parts[0]) if parts else torch.zeros_like(base)
 
 
-def _scaled_delta(layout: SiteLayout, change: LowRank, x: Tensor, linear: Tensor, weight: Tensor | None) -> Tensor:
+def _product_delta(
+    layout: SiteLayout,
+    change: LowRank,
+    tensors: Mapping[str, Tensor],
+    x: Tensor,
+    linear: Tensor,
+    weight: Tensor | None,
+) -> Tensor:
     """c∘(W·((d∘x)·T)) − W·x, of which ``linear`` is the second."""
-    if not change.changes_input:
-        assert change.c is not None
-        return (layout.per_output(change.c) - 1) * linear
-    assert weight is not None
-    if change.d is not None:
-        x = x * layout.per_input(change.d)
-    if change.t is not None:
-        x = layout.through(x, change.t)
-    moved = layout.base(x.to(weight.dtype), weight, None)
-    return (moved if change.c is None else layout.per_output(change.c) * moved) - linear
+    outputs, moved = [name for name in change.parts if ROLES[name].stage is Stage.OUTPUT], linear
+    if acts_on(change, Stage.INPUT):
+        assert weight is not None
+        moved = layout.base(applied(Stage.INPUT, layout, x, tensors).to(weight.dtype), weight, None)
+    elif len(outputs) == 1:
+        return _of_difference(layout, ROLES[outputs[0]], tensors[outputs[0]], linear)
+    # In the factors' dtype, which is the wider one: what is left of it is rounded once, with the other parts.
+    return applied(Stage.OUTPUT, layout, moved.to(change.a.dtype) if outputs else moved, tensors) - linear
+
+
+def _of_difference(layout: SiteLayout, role: SlotRole, tensor: Tensor, linear: Tensor) -> Tensor:
+    """What one role makes of the base's product more than it was: rounded once, as PEFT does."""
+    return role.apply(layout, linear.to(tensor.dtype), tensor - role.neutral(Place(layout=layout)).to(tensor))
 
 
 def _dense_delta(

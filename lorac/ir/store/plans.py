@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 
-from lorac.errors import Unavailable
+from lorac.errors import ArtifactError, Unavailable, nearest_name
 from lorac.ir.graph.graph import SlotInput
 from lorac.ir.host.sites import Site
 from lorac.ir.slots.choice import Active, Choice
+from lorac.ir.slots.roles import ROLES
 from lorac.ir.slots.site import BranchSlot, SitePlan
-
-_FLAGS = ("rank", "c", "d", "t", "g", "h", "bound", "bias")
 
 
 # ── Plans ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -28,11 +27,22 @@ def plan_to_json(plan: SitePlan) -> dict[str, Any]:
         }
         for b in plan.branches
     ]
-    return {**{name: getattr(plan, name) for name in _FLAGS}, "branches": branches, "reasons": list(plan.reasons)}
+    return {"room": dict(plan.room), "branches": branches, "reasons": list(plan.reasons)}
 
 
 def plan_from_json(site: Site, stored: Mapping[str, Any]) -> SitePlan:
-    """The plan of a site. Its branches' formulas are in the program; here they only hold the place."""
+    """The plan of a site. Its branches' formulas are in the program; here they only hold the place.
+
+    Raises:
+        ArtifactError: it has room for a role that is not in the table.
+    """
+    unknown = [role for role in stored["room"] if role not in ROLES]
+    if unknown:
+        raise ArtifactError(
+            f"the plan of '{site.path}' has room for '{unknown[0]}', which is no role of a slot",
+            nearest=nearest_name(unknown[0], ROLES),
+            next_step="save it again with this lorac",
+        )
     formula = _emitted(site.path)
     branches = tuple(
         BranchSlot(
@@ -44,9 +54,7 @@ def plan_from_json(site: Site, stored: Mapping[str, Any]) -> SitePlan:
         )
         for b in stored["branches"]
     )
-    return SitePlan(
-        site, **{name: stored[name] for name in _FLAGS}, branches=branches, reasons=tuple(stored["reasons"])
-    )
+    return SitePlan(site, room=stored["room"], branches=branches, reasons=tuple(stored["reasons"]))
 
 
 def _emitted(path: str) -> Callable[..., torch.Tensor]:

@@ -19,10 +19,12 @@ import torch
 from torch import fx
 from torch.export.graph_signature import InputKind
 
+from lorac.ir.algebra.letters import BIAS, WEIGHT
 from lorac.ir.graph import ops
 from lorac.ir.graph.adapted import AdaptedCall
 from lorac.ir.graph.graph import Graph, SlotInput
 from lorac.ir.host.sites import SiteKind
+from lorac.ir.slots.roles import ROLES, slot_name
 
 REF = "\x00"
 """Stands for the next reference in a row's text."""
@@ -203,9 +205,8 @@ class _Writer:
         spec = self.specs.get(node.name)
         target = str(spec.target if spec is not None and spec.target else node.target)
         owner, _, leaf = target.rpartition(".")
-        letter = {"weight": "W", "bias": "b"}.get(leaf)
-        if letter is not None and owner:
-            return f"{letter}.{short(owner)}{shape}"
+        if leaf in (WEIGHT, BIAS) and owner:
+            return f"{ROLES[leaf].letter}.{short(owner)}{shape}"
         return f"{short(owner)}.{leaf}{shape}".removeprefix(".")
 
     def _is_input(self, node: fx.Node) -> bool:
@@ -352,7 +353,7 @@ def _site(node: fx.Node) -> str | None:
 
 
 def _slot_name(slot: SlotInput) -> str:
-    return f"{short(slot.site)}:{slot.role}"
+    return slot_name(short(slot.site), slot.role)
 
 
 def _is_size(value: Any) -> bool:

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from lorac.ir.algebra import letters
 from lorac.ir.algebra.changes import Change, Dense, LowRank, Sparse, SparseSum
 from lorac.ir.host.sites import Site
 from lorac.ir.slots.filling import beside
+from lorac.ir.slots.roles import ROLES, parts_of
 from lorac.ir.slots.site import BranchSlot, BranchTerm, Prepared, SitePlan
 
 LIVE, BOUND, FUSED, BAKED = "live", "bound", "fused", "baked"
@@ -117,29 +119,21 @@ def _branch_term(name: str, path: str, branch: BranchTerm, strength: float) -> T
 
 
 def _describe(change: Change, site: Site) -> tuple[str, str, tuple[Part, ...]]:
+    shift = [] if change.e is None else [(ROLES[letters.BIAS].letter, change.e)]
     if isinstance(change, LowRank):
-        found: Iterable[tuple[str, torch.Tensor | None]] = (
-            ("A", change.a.t()),
-            ("B", change.b.t()),
-            ("c", change.c),
-            ("d", change.d),
-            ("T", change.t),
-            ("g", change.g),
-            ("h", change.h),
-            ("e", change.e),
-        )
-        return "low-rank", f"r={change.rank}", _parts(found)
+        found = [(ROLES[name].letter, ROLES[name].seen(part)) for name, part in parts_of(change).items()]
+        return "low-rank", f"r={change.rank}", _parts([*found, *shift])
     if isinstance(change, Dense):
-        return "dense", "", _parts((("W'", change.weight), ("e", change.e)))
+        return "dense", "", _parts([(f"{ROLES[letters.WEIGHT].letter}'", change.weight), *shift])
     terms = (change,) if isinstance(change, Sparse) else tuple(term for _, term in change.terms)
     count = sum(term.values.numel() for term in terms)
     share = count / max(1, site.out_features * site.in_features)
     rows = [(n, torch.cat([getattr(term, n) for term in terms])) for n in ("rows", "cols", "values")]
-    return "sparse", f"k={count} ({share:.2%})", _parts([*rows, ("e", change.e)])
+    return "sparse", f"k={count} ({share:.2%})", _parts([*rows, *shift])
 
 
-def _parts(tensors: Iterable[tuple[str, torch.Tensor | None]]) -> tuple[Part, ...]:
-    return tuple(_part(name, tensor) for name, tensor in tensors if tensor is not None)
+def _parts(tensors: Iterable[tuple[str, torch.Tensor]]) -> tuple[Part, ...]:
+    return tuple(_part(name, tensor) for name, tensor in tensors)
 
 
 def _part(name: str, tensor: torch.Tensor) -> Part:
@@ -153,10 +147,8 @@ def _unfusable(site: Site, change: Change) -> str | None:
 
 
 def _low_rank_flops(change: LowRank, site: Site) -> int:
-    scales = sum(t.numel() for t in (change.c, change.d, change.e, change.g, change.h) if t is not None)
-    scales += 2 * change.t.numel() if change.t is not None else 0
-    first = 0 if site.kind == "embedding" else site.in_features
-    return 2 * change.rank * (first + site.out_features) + scales
+    parts = parts_of(change) | ({} if change.e is None else {letters.BIAS: change.e})
+    return sum(ROLES[name].flops(site, part) for name, part in parts.items())
 
 
 def branch_flops(slot: BranchSlot) -> int:

@@ -77,7 +77,7 @@ def test_hydra_is_found_affine(branch_bias, host):
         lambda x, y, p: variant.branch(x, y, p, Ctx(site)), (site.out_features, site.in_features), p, torch.float64
     )
     assert (reduction.form, reduction.rank) == ("low-rank", 5)
-    assert set(reduction.outputs) == {"A", "B", "b"}
+    assert set(reduction.outputs) == {"a", "b", "bias"}
 
 
 @pytest.mark.parametrize("mode", ["live", "fused"])

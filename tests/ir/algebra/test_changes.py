@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lorac.ir.algebra.changes import Dense, LowRank, Sparse, SparseSum, compose, from_outputs, merge, merge_bias
+from lorac.ir.algebra.letters import A, B, C, D, T
 from lorac.testing.checks import assert_close
 
 OUT, IN, R = 6, 4, 3
@@ -21,12 +22,12 @@ def _unread():
 def values():
     return {
         "low-rank": LowRank(rand(IN, R), rand(R, OUT)),
-        "scaled": LowRank(rand(IN, R), rand(R, OUT), c=rand(OUT), e=rand(OUT)),
-        "both scales": LowRank(rand(IN, R), rand(R, OUT), c=rand(OUT), d=rand(IN)),
-        "transform": LowRank(rand(IN, R), rand(R, OUT), t=rand(2, 2, 2)),
-        "everything": LowRank(rand(IN, R), rand(R, OUT), c=rand(OUT), d=rand(IN), t=rand(2, 2, 2), e=rand(OUT)),
-        "input scale": LowRank(rand(IN, R), rand(R, OUT), d=rand(IN)),
-        "smaller blocks": LowRank(rand(IN, R), rand(R, OUT), t=rand(4, 1, 1)),
+        "scaled": LowRank(rand(IN, R), rand(R, OUT), {C: rand(OUT)}, e=rand(OUT)),
+        "both scales": LowRank(rand(IN, R), rand(R, OUT), {C: rand(OUT), D: rand(IN)}),
+        "transform": LowRank(rand(IN, R), rand(R, OUT), {T: rand(2, 2, 2)}),
+        "everything": LowRank(rand(IN, R), rand(R, OUT), {C: rand(OUT), D: rand(IN), T: rand(2, 2, 2)}, e=rand(OUT)),
+        "input scale": LowRank(rand(IN, R), rand(R, OUT), {D: rand(IN)}),
+        "smaller blocks": LowRank(rand(IN, R), rand(R, OUT), {T: rand(4, 1, 1)}),
         "sparse": Sparse(torch.tensor([0, 5, 2]), torch.tensor([3, 0, 2]), rand(3), rand(OUT)),
         "dense": Dense(rand(OUT, IN), rand(OUT)),
     }
@@ -35,9 +36,8 @@ def values():
 def by_hand(value, W, b):
     """W' and b' entry by entry."""
     if isinstance(value, LowRank):
-        c = torch.ones(OUT) if value.c is None else value.c
-        d = torch.ones(IN) if value.d is None else value.d
-        turned = torch.eye(IN).double() if value.t is None else torch.block_diag(*value.t)
+        c, d = value.parts.get(C, torch.ones(OUT)), value.parts.get(D, torch.ones(IN))
+        turned = torch.block_diag(*value.parts[T]) if T in value.parts else torch.eye(IN).double()
         new = torch.diag(c.double()) @ W @ (torch.diag(d.double()) @ turned).t() + (value.a @ value.b).t()
         return new, b + (0 if value.e is None else value.e)
     new = value.weight.clone() if isinstance(value, Dense) else W.clone()
@@ -110,7 +110,7 @@ def test_truncated_keeps_the_first_components(values):
 def test_scaled_outputs_leave_the_bias_of_the_base_as_it_is(biased):
     """c scales the product with W only."""
     b = rand(OUT) if biased else None
-    value = from_outputs("low-rank", {"A": rand(IN, R), "B": rand(R, OUT), "c": rand(OUT)}, b)
+    value = from_outputs("low-rank", {A: rand(IN, R), B: rand(R, OUT), C: rand(OUT)}, b)
     assert value.e is None
     assert merge_bias(value, b) is b
 

@@ -13,11 +13,11 @@ from tests.ir.algebra.formulas import FORMULAS, IN, OUT
 
 def test_outputs_of_each_form():
     names = {key: FORMULAS[key].reduced().outputs for key in ("sum of a factor", "rows and columns", "scatter")}
-    assert names["sum of a factor"] == ("A", "B")
-    assert names["rows and columns"] == ("A", "B", "c", "d")
+    assert names["sum of a factor"] == ("a", "b")
+    assert names["rows and columns"] == ("a", "b", "c", "d")
     assert names["scatter"] == ("rows", "cols", "values")
-    assert FORMULAS["new bias"].reduced().outputs == ("A", "B", "b")
-    assert FORMULAS["product of entries"].reduced().outputs == ("W",)
+    assert FORMULAS["new bias"].reduced().outputs == ("a", "b", "bias")
+    assert FORMULAS["product of entries"].reduced().outputs == ("weight",)
 
 
 def test_shapes_of_the_low_rank_form():
@@ -26,8 +26,8 @@ def test_shapes_of_the_low_rank_form():
     W, b = formula.base()
     outputs = reduction(W, b, [formula.tensors()[name] for name in reduction.params])
     assert {name: tuple(t.shape) for name, t in outputs.items()} == {
-        "A": (IN, 2),
-        "B": (2, OUT),
+        "a": (IN, 2),
+        "b": (2, OUT),
         "c": (OUT,),
         "d": (IN,),
     }
@@ -60,7 +60,7 @@ def test_a_mixture_of_lora_and_dora_is_exactly_low_rank(cases):
     lora, dora = cases["lora"], cases["dora"]
     mixed = compose([(0.7, value_of(lora)), (0.3, value_of(dora))], _unread)
     assert isinstance(mixed, LowRank)
-    assert (mixed.rank, mixed.d) == (5, None)
+    assert (mixed.rank, set(mixed.parts)) == (5, {"c"})
     W, b = lora.weight, lora.bias
     deltas = [case.variant.weight(W, _params(case)) - W for case in (lora, dora)]
     assert_close(merge(mixed, W), W + 0.7 * deltas[0] + 0.3 * deltas[1])

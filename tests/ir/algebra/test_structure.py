@@ -80,7 +80,7 @@ def test_reduction_holds_for_every_value_of_the_parameters():
         generator = torch.Generator().manual_seed(seed)
         p = {n: torch.randn(t.shape, generator=generator).double() for n, t in formula.tensors().items()}
         outputs = reduction(W, b, [p[n] for n in reduction.params])
-        low = outputs["A"] @ outputs["B"]
+        low = outputs["a"] @ outputs["b"]
         assert_close(outputs["c"][:, None] * W + low.t(), formula.weight(W, Params(**p)))
 
 
@@ -98,7 +98,7 @@ def test_reduction_has_gradients():
 
 def _merged(reduction, W, b, u):
     outputs = reduction(W, b, [u])
-    return W + (outputs["A"] @ outputs["B"]).t()
+    return W + (outputs["a"] @ outputs["b"]).t()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,147 @@
+"""What a row of the table of roles says (``lorac.ir.slots.roles``): all there is to know of one kind of slot."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from lorac.ir.host.sites import Site, factor_dtype
+from lorac.ir.slots.layouts import SiteLayout
+
+Tensor = torch.Tensor
+Size = int | torch.SymInt
+Shape = tuple[Size, ...]
+
+
+class Stage(enum.Enum):
+    """Where in a site's computation a role acts. Roles of one stage act in the order of the table."""
+
+    INPUT = "on what the base's product reads"
+    PRODUCT = "in the place of the base's product"
+    OUTPUT = "on what the base's product gives"
+    DOWN = "as the first half of the pair"
+    BETWEEN = "between the halves of the pair"
+    UP = "as the second half of the pair"
+    BEHIND = "behind the pair"
+    BIAS = "in the place of the base's bias"
+
+    @property
+    def of_pair(self) -> bool:
+        """Whether it is part of what runs beside the base's product, which that does not notice."""
+        return self in {Stage.DOWN, Stage.BETWEEN, Stage.UP, Stage.BEHIND}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Place:
+    """Where a slot stands: what its shape and its neutral value follow from.
+
+    Attributes:
+        layout: what the site computes.
+        size: for roles along the rank the rank at hand, symbolic in a graph; for others the plan's room.
+        weight: reads W (out, in), for the role that holds it; where only shapes are asked for, one without values.
+        bias: the base's bias (out,), or None.
+    """
+
+    layout: SiteLayout
+    size: Size = 1
+    weight: Callable[[], Tensor] | None = None
+    bias: Tensor | None = None
+
+    @property
+    def site(self) -> Site:
+        """The site."""
+        return self.layout.site
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What noise in a slot is measured by.
+
+    Attributes:
+        site: the site.
+        typical: a typical size of its weight's values.
+        rank: how wide the noise's pair is.
+    """
+
+    site: Site
+    typical: float
+    rank: int
+
+
+Noise = Callable[[Tensor, Surroundings, torch.Generator], None]
+"""Moves a slot's neutral tensor away from neutral, in place."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SlotRole:
+    """One kind of slot.
+
+    Attributes:
+        name: its name in slots, files and changes.
+        letter: how people see it.
+        meaning: what it is, in a few words.
+        stage: where it acts.
+        apply: (layout, value, tensor) -> the value behind it. Linear in the tensor, so that applying the difference
+            from neutral gives the difference it makes.
+        shape: its shape at a place.
+        start: (this role, place) -> its tensor where nothing is active.
+        noise: what the self-test puts into it.
+        flops: (site, part of a change) -> multiplications and additions per token that it costs.
+        layout: a change's part in slot layout.
+        room: the room that a change's part asks for: its rank or its block size; 1 where there is nothing to size.
+        unit: how its room is said, ``{}`` for the number; empty where there is nothing to size.
+        ranked: its room is the largest rank of the site's pair, and the rank may differ from call to call.
+        of_base: it has the base's dtype; others have that of factors (PEFT's rule).
+        reserve: the field of ``Reserve`` that makes room for it; empty where none does, so that only a bound weight
+            admits what needs it.
+        transposed: adapters store the transpose of what changes carry, and people see it so.
+    """
+
+    name: str
+    letter: str
+    meaning: str
+    stage: Stage
+    apply: Callable[[SiteLayout, Tensor, Tensor], Tensor]
+    shape: Callable[[Place], Shape]
+    start: Callable[[SlotRole, Place], Tensor]
+    noise: Noise
+    flops: Callable[[Site, Tensor], int] = lambda _, part: part.numel()
+    layout: Callable[[SiteLayout, Tensor], Tensor] = lambda _, part: part
+    room: Callable[[Tensor], int] = lambda _: 1
+    unit: str = ""
+    ranked: bool = False
+    of_base: bool = False
+    reserve: str = ""
+    transposed: bool = False
+
+    @property
+    def merged(self) -> bool:
+        """Whether it takes the place of something of the base's, and holds it whole."""
+        return self.stage in {Stage.PRODUCT, Stage.BIAS}
+
+    @property
+    def optional(self) -> bool:
+        """Whether a low-rank change may carry it besides its pair."""
+        return self.stage in {Stage.INPUT, Stage.OUTPUT, Stage.BETWEEN, Stage.BEHIND}
+
+    def dtype(self, site: Site) -> torch.dtype:
+        """Its dtype at a site."""
+        return site.dtype if self.of_base else factor_dtype(site.dtype)
+
+    def neutral(self, place: Place) -> Tensor:
+        """What it holds where nothing is active."""
+        return self.start(self, place)
+
+    def filled(self, place: Place, part: Tensor | None) -> Tensor:
+        """What it holds for a change's part, or for none."""
+        if part is None:
+            return self.neutral(place)
+        placed = self.layout(place.layout, part)
+        return placed.contiguous() if self.ranked else placed
+
+    def seen(self, part: Tensor) -> Tensor:
+        """A change's part as people see it."""
+        return part.t() if self.transposed else part

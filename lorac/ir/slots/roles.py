@@ -1,0 +1,318 @@
+"""The table of slot roles: what of a site can be replaced, one row per kind of tensor.
+
+An adapted site computes, of its input x and with the base's weight W and bias b,
+
+    ``y' = c∘(W·((d∘x)·T)) + h∘(((x·A)∘g)·B) + bias``
+
+and every letter of it is a role. A row (``lorac.ir.slots.role``) says all there is to know of one: where it acts and
+by which function, what it holds where nothing is active, its shape, what admits it, what it costs, how people see it.
+Everything else is derived: plans have room for roles, changes fill them, ``run_site`` applies them stage by stage,
+graphs get an input for each, files store them, reports name them and the self-test shakes them. A new role is a new
+row, and a reduction that makes changes carrying it; nothing else lists roles.
+
+The letters themselves are ``lorac.ir.algebra.letters``, since the algebra knows how changes of the same letters merge
+and add up. Tensors are in slot layout (``lorac.ir.slots.layouts``) unless it is said otherwise. What branches and packs
+need is named by the functions at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from lorac.ir.algebra import letters
+from lorac.ir.algebra.changes import Change, LowRank, identity_blocks
+from lorac.ir.host.sites import Site, SiteKind
+from lorac.ir.slots.layouts import SiteLayout
+from lorac.ir.slots.role import Noise, Place, Shape, SlotRole, Stage, Surroundings
+
+Tensor = torch.Tensor
+
+# ── What the rows are made of ────────────────────────────────────────────────────────────────────────────────────────
+_SHARE = 0.3
+"""How much of its site's output the noise in a pair is, and how far it scales a weight's rows and columns."""
+_SPREAD = 0.1
+"""How far noise is from neutral in scales, transforms and biases."""
+
+
+def _per_output(place: Place) -> Shape:
+    return (place.site.out_features,)
+
+
+def _per_input(place: Place) -> Shape:
+    return (place.site.in_features,)
+
+
+def _per_rank(place: Place) -> Shape:
+    return (place.size,)
+
+
+def _blocks(place: Place) -> Shape:
+    size = int(place.size)
+    return (place.site.in_features // size, size, size)
+
+
+def _weight(place: Place) -> Tensor:
+    assert place.weight is not None
+    return place.layout.slot_weight(place.weight())
+
+
+def _whole(place: Place) -> Shape:
+    return tuple(_weight(place).shape)
+
+
+def _zeros(role: SlotRole, place: Place) -> Tensor:
+    return torch.zeros(role.shape(place), dtype=role.dtype(place.site))
+
+
+def _ones(role: SlotRole, place: Place) -> Tensor:
+    return torch.ones(role.shape(place), dtype=role.dtype(place.site))
+
+
+def _identity(role: SlotRole, place: Place) -> Tensor:
+    return identity_blocks(place.site.in_features, int(place.size), role.dtype(place.site)).contiguous()
+
+
+def _base_weight(_: SlotRole, place: Place) -> Tensor:
+    return _weight(place)
+
+
+def _base_bias(role: SlotRole, place: Place) -> Tensor:
+    return _zeros(role, place) if place.bias is None else place.bias
+
+
+def _around(spread: Callable[[Surroundings], float]) -> Noise:
+    """Noise of a standard deviation about what the slot holds."""
+
+    def noise(tensor: Tensor, around: Surroundings, generator: torch.Generator) -> None:
+        tensor.add_(spread(around) * torch.randn(tensor.shape, generator=generator).to(tensor.dtype))
+
+    return noise
+
+
+def _a_little(_: Surroundings) -> float:
+    return _SPREAD
+
+
+def _for_a(around: Surroundings) -> float:
+    return float(around.site.in_features**-0.5)
+
+
+def _for_b(around: Surroundings) -> float:
+    """Such that the pair answers a share of what the weight does."""
+    return float(_SHARE * around.typical / (_for_a(around) * around.rank**0.5))
+
+
+def _shake(weight: Tensor, around: Surroundings, generator: torch.Generator) -> None:
+    """Scale every row and column its own way: one pass, where noise per value would take many.
+
+    Signs stay: a variance must not become negative.
+    """
+    for axis in (0, weight.dim() - 1):
+        shape = [1] * weight.dim()
+        shape[axis] = weight.shape[axis]
+        weight.mul_(torch.exp(_SHARE * torch.randn(shape, generator=generator)).to(weight.dtype))
+
+
+def _looked_up(site: Site, a: Tensor) -> int:
+    """x·A: rows of a table cost nothing."""
+    return 0 if site.kind is SiteKind.EMBEDDING else 2 * a.numel()
+
+
+def _multiplied(site: Site, matrix: Tensor) -> int:
+    return 2 * matrix.numel()
+
+
+def _nothing_more(site: Site, weight: Tensor) -> int:
+    """The product is the base's, with other numbers."""
+    return 0
+
+
+def _down(layout: SiteLayout, x: Tensor, a: Tensor) -> Tensor:
+    return layout.down(x.to(a.dtype) if x.is_floating_point() else x, a)
+
+
+# ── The table ────────────────────────────────────────────────────────────────────────────────────────────────────────
+_TABLE = (
+    SlotRole(
+        name=letters.A,
+        letter="A",
+        meaning="first half of the low-rank pair",
+        stage=Stage.DOWN,
+        apply=_down,
+        shape=lambda place: place.layout.shape_a(place.size),
+        start=_zeros,
+        noise=_around(_for_a),
+        flops=_looked_up,
+        layout=lambda layout, a: layout.slot_a(a),
+        room=lambda a: a.shape[1],
+        unit="rank {}",
+        ranked=True,
+        reserve="rank",
+        transposed=True,
+    ),
+    SlotRole(
+        name=letters.B,
+        letter="B",
+        meaning="its second half",
+        stage=Stage.UP,
+        apply=lambda layout, u, b: layout.up(u, b),
+        shape=lambda place: place.layout.shape_b(place.size),
+        start=_zeros,
+        noise=_around(_for_b),
+        flops=_multiplied,
+        layout=lambda layout, b: layout.slot_b(b),
+        room=lambda b: b.shape[0],
+        unit="rank {}",
+        ranked=True,
+        reserve="rank",
+        transposed=True,
+    ),
+    SlotRole(
+        name=letters.C,
+        letter="c",
+        meaning="scale of the base's outputs",
+        stage=Stage.OUTPUT,
+        apply=lambda layout, y, c: y * layout.per_output(c).to(y.dtype),
+        shape=_per_output,
+        start=_ones,
+        noise=_around(_a_little),
+        reserve="scales",
+    ),
+    SlotRole(
+        name=letters.D,
+        letter="d",
+        meaning="scale of the base's inputs",
+        stage=Stage.INPUT,
+        apply=lambda layout, x, d: (x * layout.per_input(d)).to(x.dtype),
+        shape=_per_input,
+        start=_ones,
+        noise=_around(_a_little),
+    ),
+    SlotRole(
+        name=letters.T,
+        letter="T",
+        meaning="block-diagonal transform of the base's inputs",
+        stage=Stage.INPUT,
+        apply=lambda layout, x, t: layout.through(x.to(t.dtype), t).to(x.dtype),
+        shape=_blocks,
+        start=_identity,
+        noise=_around(_a_little),
+        flops=_multiplied,
+        room=lambda t: t.shape[-1],
+        unit="input transforms in blocks of {}",
+    ),
+    SlotRole(
+        name=letters.G,
+        letter="g",
+        meaning="scale between the halves of a pair whose A layers share",
+        stage=Stage.BETWEEN,
+        apply=lambda layout, u, g: u * layout.per_rank(g),
+        shape=_per_rank,
+        start=_ones,
+        noise=_around(_a_little),
+        room=lambda g: g.shape[0],
+        unit="rank {}",
+        ranked=True,
+    ),
+    SlotRole(
+        name=letters.H,
+        letter="h",
+        meaning="scale behind a pair whose B layers share",
+        stage=Stage.BEHIND,
+        apply=lambda layout, u, h: u * layout.per_output(h),
+        shape=_per_output,
+        start=_ones,
+        noise=_around(_a_little),
+    ),
+    SlotRole(
+        name=letters.WEIGHT,
+        letter="W",
+        meaning="merged weight",
+        stage=Stage.PRODUCT,
+        apply=lambda layout, x, weight: layout.bound(x, weight, None),
+        shape=_whole,
+        start=_base_weight,
+        noise=_shake,
+        flops=_nothing_more,
+        layout=lambda layout, matrix: layout.slot_weight(matrix),
+        of_base=True,
+        reserve="weights",
+    ),
+    SlotRole(
+        name=letters.BIAS,
+        letter="b",
+        meaning="bias",
+        stage=Stage.BIAS,
+        apply=lambda layout, y, bias: y + layout.per_output(bias).to(y.dtype),
+        shape=_per_output,
+        start=_base_bias,
+        noise=_around(_a_little),
+        of_base=True,
+        reserve="scales",
+    ),
+)
+
+ROLES: dict[str, SlotRole] = {role.name: role for role in _TABLE}
+"""Name -> role, in the order in which they are listed, bound and, within a stage, applied."""
+
+
+def parts_of(value: LowRank) -> dict[str, Tensor]:
+    """Role -> what a low-rank change brings to it, in the table's order; a pair of rank 0 brings nothing."""
+    pair = {letters.A: value.a, letters.B: value.b} if value.rank else {}
+    given = {**pair, **value.parts}
+    return {name: given[name] for name in ROLES if name in given}
+
+
+def roles_of(value: Change) -> tuple[SlotRole, ...]:
+    """The roles that a change needs, in the table's order; what can be folded into its pair needs none."""
+    whole = {letters.WEIGHT} if not isinstance(value, LowRank) else parts_of(value).keys() - letters.KEPT_APART
+    needed = {*whole, *((letters.BIAS,) if value.e is not None else ())}
+    return tuple(role for role in ROLES.values() if role.name in needed)
+
+
+def acts_on(value: LowRank, stage: Stage) -> bool:
+    """Whether a change has a part that acts at a stage."""
+    return any(ROLES[name].stage is stage for name in value.parts)
+
+
+def applied(stage: Stage, layout: SiteLayout, value: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """A value behind the roles of one stage, of those there are tensors for."""
+    for role in ROLES.values():
+        if role.stage is stage and role.name in tensors:
+            value = role.apply(layout, value, tensors[role.name])
+    return value
+
+
+# ── Names ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+PACK_A = f"pack.{letters.A}"
+"""The A's of the sites of a pack, side by side."""
+PACK_RANKS = "pack.ranks"
+"""How wide each of them is."""
+_BRANCH, _STRENGTH = "branch", "t"
+
+
+def slot_name(path: str, role: str) -> str:
+    """The public name of a site's slot, which survives into the emitted program."""
+    return f"{path}:{role}"
+
+
+def branch_name(index: int) -> str:
+    """A branch slot of a site, by its place in the plan."""
+    return f"{_BRANCH}{index}"
+
+
+def strength_role(branch: str) -> str:
+    """The role of a branch's strength."""
+    return f"{branch}.{_STRENGTH}"
+
+
+def parameter_role(branch: str, position: int) -> str:
+    """The role of one of a branch's parameters, by its place among them."""
+    return f"{branch}.{position}"
+
+
+def is_strength(role: str) -> bool:
+    """Whether a role is a branch's strength."""
+    return role.startswith(_BRANCH) and role.endswith(f".{_STRENGTH}")
