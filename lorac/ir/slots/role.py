@@ -1,4 +1,4 @@
-"""What a row of the table of roles says (``lorac.ir.slots.roles``): all there is to know of one kind of slot."""
+"""What a row of the table of roles says (``lorac.ir.slots.roles``): everything there is to know of one kind of slot."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Place:
     """Where a slot stands: what its shape and its neutral value follow from.
 
     Attributes:
-        layout: what the site computes.
+        layout: what the site computes, and how its slots are laid out.
         size: for roles along the rank the rank at hand, symbolic in a graph; for others the plan's room.
         weight: reads W (out, in), for the role that holds it; where only shapes are asked for, one without values.
         bias: the base's bias (out,), or None.
@@ -84,13 +84,13 @@ class SlotRole:
         letter: how people see it.
         meaning: what it is, in a few words.
         stage: where it acts.
-        apply: (layout, value, tensor) -> the value behind it. Linear in the tensor, so that applying the difference
-            from neutral gives the difference it makes.
+        apply: (layout, value, tensor) -> the value behind it. Linear in the tensor: applying the tensor's difference
+            from neutral gives the difference that it makes.
         shape: its shape at a place.
         start: (this role, place) -> its tensor where nothing is active.
         noise: what the self-test puts into it.
         flops: (site, part of a change) -> multiplications and additions per token that it costs.
-        layout: a change's part in slot layout.
+        into_slot: a change's part in slot layout.
         room: the room that a change's part asks for: its rank or its block size; 1 where there is nothing to size.
         unit: how its room is said, ``{}`` for the number; empty where there is nothing to size.
         ranked: its room is the largest rank of the site's pair, and the rank may differ from call to call.
@@ -109,7 +109,7 @@ class SlotRole:
     start: Callable[[SlotRole, Place], Tensor]
     noise: Noise
     flops: Callable[[Site, Tensor], int] = lambda _, part: part.numel()
-    layout: Callable[[SiteLayout, Tensor], Tensor] = lambda _, part: part
+    into_slot: Callable[[SiteLayout, Tensor], Tensor] = lambda _, part: part
     room: Callable[[Tensor], int] = lambda _: 1
     unit: str = ""
     ranked: bool = False
@@ -139,7 +139,7 @@ class SlotRole:
         """What it holds for a change's part, or for none."""
         if part is None:
             return self.neutral(place)
-        placed = self.layout(place.layout, part)
+        placed = self.into_slot(place.layout, part)
         return placed.contiguous() if self.ranked else placed
 
     def seen(self, part: Tensor) -> Tensor:

@@ -145,7 +145,7 @@ _TABLE = (
         start=_zeros,
         noise=_around(_for_a),
         flops=_looked_up,
-        layout=lambda layout, a: layout.slot_a(a),
+        into_slot=lambda layout, a: layout.slot_a(a),
         room=lambda a: a.shape[1],
         unit="rank {}",
         ranked=True,
@@ -162,7 +162,7 @@ _TABLE = (
         start=_zeros,
         noise=_around(_for_b),
         flops=_multiplied,
-        layout=lambda layout, b: layout.slot_b(b),
+        into_slot=lambda layout, b: layout.slot_b(b),
         room=lambda b: b.shape[0],
         unit="rank {}",
         ranked=True,
@@ -236,7 +236,7 @@ _TABLE = (
         start=_base_weight,
         noise=_shake,
         flops=_nothing_more,
-        layout=lambda layout, matrix: layout.slot_weight(matrix),
+        into_slot=lambda layout, matrix: layout.slot_weight(matrix),
         of_base=True,
         reserve="weights",
     ),
@@ -258,23 +258,23 @@ ROLES: dict[str, SlotRole] = {role.name: role for role in _TABLE}
 """Name -> role, in the order in which they are listed, bound and, within a stage, applied."""
 
 
-def parts_of(value: LowRank) -> dict[str, Tensor]:
+def parts_of(change: LowRank) -> dict[str, Tensor]:
     """Role -> what a low-rank change brings to it, in the table's order; a pair of rank 0 brings nothing."""
-    pair = {letters.A: value.a, letters.B: value.b} if value.rank else {}
-    given = {**pair, **value.parts}
+    pair = {letters.A: change.a, letters.B: change.b} if change.rank else {}
+    given = {**pair, **change.parts}
     return {name: given[name] for name in ROLES if name in given}
 
 
-def roles_of(value: Change) -> tuple[SlotRole, ...]:
+def roles_of(change: Change) -> tuple[SlotRole, ...]:
     """The roles that a change needs, in the table's order; what can be folded into its pair needs none."""
-    whole = {letters.WEIGHT} if not isinstance(value, LowRank) else parts_of(value).keys() - letters.KEPT_APART
-    needed = {*whole, *((letters.BIAS,) if value.e is not None else ())}
+    whole = {letters.WEIGHT} if not isinstance(change, LowRank) else parts_of(change).keys() - letters.KEPT_APART
+    needed = {*whole, *((letters.BIAS,) if change.e is not None else ())}
     return tuple(role for role in ROLES.values() if role.name in needed)
 
 
-def acts_on(value: LowRank, stage: Stage) -> bool:
+def acts_on(change: LowRank, stage: Stage) -> bool:
     """Whether a change has a part that acts at a stage."""
-    return any(ROLES[name].stage is stage for name in value.parts)
+    return any(ROLES[name].stage is stage for name in change.parts)
 
 
 def applied(stage: Stage, layout: SiteLayout, value: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:

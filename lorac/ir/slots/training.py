@@ -127,7 +127,7 @@ def _whole(layout: SiteLayout, change: Change | None, x: Tensor, weight: Tensor,
 
 def _laid_out(layout: SiteLayout, change: LowRank) -> dict[str, Tensor]:
     """A change's parts in slot layout, by role."""
-    return {name: ROLES[name].layout(layout, part) for name, part in parts_of(change).items()}
+    return {name: ROLES[name].into_slot(layout, part) for name, part in parts_of(change).items()}
 
 
 def _low_rank_delta(
