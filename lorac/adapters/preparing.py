@@ -17,7 +17,7 @@ from lorac.ir.algebra.rules import RULES
 from lorac.ir.algebra.structure import NamedRule
 from lorac.ir.host.sites import BaseReader, Site, SiteKind, factor_dtype
 from lorac.ir.slots.run import Ctx
-from lorac.ir.slots.site import BranchSlot, BranchTerm, Prepared
+from lorac.ir.slots.site import BranchSlot, BranchTerm, Prepared, Reason
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant, Variant, WeightVariant
 
@@ -47,7 +47,13 @@ class Preparer:
         terms = {path: self.term(adapter, path) for path in self.touched(adapter)}
         branches = {path: term for path, term in terms.items() if isinstance(term, BranchTerm)}
         changes = {path: term for path, term in terms.items() if not isinstance(term, BranchTerm)}
-        return Prepared(changes, branches, adapter.variant.truncatable)
+        reasons = (reason for path in adapter.tensors for reason in self._reasons(adapter, path))
+        return Prepared(changes, branches, adapter.variant.truncatable, tuple(reasons))
+
+    def _reasons(self, adapter: Adapter, path: str) -> list[Reason]:
+        """Why an adapter's term at a site that it adapts has no cheaper form."""
+        reduction = self.reduction(adapter.variant, self.sites[path], adapter.tensors[path])
+        return [Reason(adapter.name, path, why) for why in reduction.reasons]
 
     def touched(self, adapter: Adapter) -> list[str]:
         """Paths of the sites an adapter touches: those it adapts, then those of which it only replaces a tensor."""

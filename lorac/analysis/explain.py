@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from lorac.ir.algebra.reduction import BRANCH
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.ir.slots.choice import describe
-from lorac.ir.slots.site import SitePlan
+from lorac.ir.slots.roles import ROLES
+from lorac.ir.slots.site import Reason, SitePlan
 from lorac.ir.view.dump import short_dtype
-from lorac.ir.view.terms import BAKED, BOUND, FUSED, Term, describe_terms, describe_variant
+from lorac.ir.view.terms import BAKED, BOUND, FUSED, LEFT_OUT, LIVE, Term, describe_terms, describe_variant
 
+_Row = TypeVar("_Row", "TermRow", "AdapterRow")
+_MANY = 3
+"""More adapters than these, of which the same is to be said, are one line."""
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")
 
 
@@ -29,9 +34,9 @@ class TermRow:
         shape: (in, out).
         adapter: the adapter's name.
         form: its normal form, with rank or count.
-        state: ``live``, ``bound``, ``fused`` or ``baked`` (``lorac.ir.view.terms.Term``).
+        state: what the active choice did with it, or would do where it is off (``lorac.ir.view.terms.Term``).
         strength: in the active choice; 0: off.
-        slots: which of the site's slots it fills.
+        slots: which of the site's slots it fills: roles, or a branch's parameters.
         dtype: dtype it is computed in.
         nbytes: size of its tensors.
         swap: what switching to it costs.
@@ -49,7 +54,7 @@ class TermRow:
     dtype: str
     nbytes: int
     swap: str
-    reasons: tuple[str, ...] = ()
+    reasons: tuple[Reason, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class AdapterRow:
 
     Attributes:
         name, method: the adapter's name; its method and hyper-parameters.
-        states: how many of its terms are live, bound, fused, baked.
+        states: how many of its terms are in which state.
         nbytes: size of its tensors in their normal form.
         strength: in the active choice; 0: off.
     """
@@ -99,19 +104,14 @@ class Report:
 def explain(compiled: Any) -> Report:
     """The report of a compiled model, as it is now."""
     plans: Mapping[str, SitePlan] = compiled.plans
-    strengths, mode = compiled.active, compiled.mode
-    terms = describe_terms(compiled.pool, plans, mode=mode, strengths=strengths)
-    rows = tuple(
-        _row(term, plans[path], compiled.services.reasons(term.adapter, path), mode)
-        for path, found in terms.items()
-        for term in found
-    )
+    terms = describe_terms(compiled.pool, plans, mode=compiled.mode, snapshot=compiled.snapshot)
+    rows = tuple(_row(term, plans[path].site) for path, found in terms.items() for term in found)
     adaptable = [path for path, s in compiled.sites.items() if s.kind not in (SiteKind.BLOCK, SiteKind.PARAMETER)]
     return Report(
         target=compiled.engine.target,
-        mode=mode,
+        mode=compiled.mode,
         active=describe(compiled.choice),
-        adapters=tuple(_adapter(n, a, rows, strengths) for n, a in compiled.adapters.items()),
+        adapters=tuple(_adapter(n, a, rows, compiled.active) for n, a in compiled.adapters.items()),
         terms=rows,
         reserved=tuple(path for path, plan in plans.items() if not plan.empty and path not in terms),
         bare=tuple(path for path in adaptable if path not in plans or plans[path].empty),
@@ -119,12 +119,8 @@ def explain(compiled: Any) -> Report:
     )
 
 
-def _row(term: Term, plan: SitePlan, reasons: Sequence[str], mode: str) -> TermRow:
-    site = plan.site
-    own = tuple(reason for reason in plan.reasons if f"'{term.adapter}'" in reason)
-    cheapest = term.form == "low-rank" and term.state not in (BOUND, FUSED)
-    known = reasons or ((term.unfusable,) if term.unfusable else ())
-    why = () if cheapest or term.state == BAKED else (*known, *own, *_asked(term, mode))
+def _row(term: Term, site: Site) -> TermRow:
+    cheapest = term.state in (BAKED, LEFT_OUT) or (term.form == "low-rank" and term.state == LIVE)
     return TermRow(
         site=term.site,
         kind=str(site.kind),
@@ -133,40 +129,31 @@ def _row(term: Term, plan: SitePlan, reasons: Sequence[str], mode: str) -> TermR
         form=" ".join(part for part in (term.form, term.size) if part),
         state=term.state,
         strength=term.strength,
-        slots=_slots(term, plan),
+        slots=term.slots,
         dtype=_dtype(term, site),
         nbytes=term.nbytes,
         swap=_swap_cost(term, site),
-        reasons=tuple(dict.fromkeys(why)),
+        reasons=() if cheapest else _reasons(term),
     )
 
 
-def _asked(term: Term, mode: str) -> tuple[str, ...]:
-    return (f"mode='{mode}' merges every adapter into the weight",) if term.state == FUSED else ()
-
-
-def _slots(term: Term, plan: SitePlan) -> tuple[str, ...]:
-    """Names of the slots a term fills."""
-    if term.state == BAKED:
-        return ()
-    if term.state in (BOUND, FUSED):
-        return tuple(role.name for role, _ in plan.roles() if role.merged)
-    if term.form == "branch":
-        return tuple(part.name for part in term.parts)
-    held = {part.name for part in term.parts}
-    return tuple(role.name for role, _ in plan.roles() if role.letter in held)
+def _reasons(term: Term) -> tuple[Reason, ...]:
+    """Those of the term; of a branch that nothing more is known of, what it has in common with all."""
+    if term.reasons or term.unfusable is None:
+        return tuple(dict.fromkeys(term.reasons))
+    return (Reason(term.adapter, term.site, term.unfusable),)
 
 
 def _dtype(term: Term, site: Site) -> str:
     floating = [part.dtype for part in term.parts if part.dtype.is_floating_point]
     own = floating[0] if floating else site.dtype
-    return short_dtype(own if own == site.dtype or term.state == "live" else site.dtype)
+    return short_dtype(own if own == site.dtype or term.state == LIVE else site.dtype)
 
 
 def _swap_cost(term: Term, site: Site) -> str:
     """What switching to the adapter alone costs at this site, by its form (docs/architecture.md, invariant 7)."""
     weight = site.out_features * site.in_features * torch.empty(0, dtype=site.dtype).element_size()
-    if term.state == BAKED:
+    if term.state in (BAKED, LEFT_OUT):
         return "none: constants of the program"
     if term.state == BOUND:
         return f"once {_size(weight)} for its merged weight, then rebinding"
@@ -189,36 +176,90 @@ def _text(report: Report) -> Iterator[str]:
     yield f"{report.target}, {report.mode}, active: {report.active}"
     for before, after in report.casts:
         yield f"computed in {after}: {report.target} has no kernels for the model's {before}"
-    for row in report.adapters:
+    for row, names in _folded(report.adapters, lambda row: replace(row, name="")):
         states = ", ".join(f"{count} {state}" for state, count in sorted(row.states.items())) or "no term"
-        yield f"{row.name}: {row.method}  {states}  {_size(row.nbytes)}{'' if row.strength else '  off'}"
+        each = f"{_size(row.nbytes)}{' each' if len(names) > 1 else ''}{'' if row.strength else '  off'}"
+        yield f"{_elided(names)}: {row.method}  {states}  {each}"
     yield ""
     yield from _aligned(report)
     for what, paths in (("reserved, no adapter", report.reserved), ("bare", report.bare)):
         if paths:
             yield f"{what}: {', '.join(_counted(paths))}"
+    yield from _legend(report)
 
 
 def _aligned(report: Report) -> Iterator[str]:
     """Sites, those that differ only in the number of their layer together; their terms below, in columns."""
     groups: dict[tuple[str, tuple[TermRow, ...]], int] = {}
-    for site in dict.fromkeys(row.site for row in report.terms):
-        rows = tuple(replace(row, site="") for row in report.terms if row.site == site)
-        key = (_pattern(site), rows)
+    by_site: dict[str, list[TermRow]] = {}
+    for row in report.terms:
+        by_site.setdefault(row.site, []).append(_nowhere(row))
+    for site, found in by_site.items():
+        key = (_pattern(site), tuple(found))
         groups[key] = groups.get(key, 0) + 1
-    columns = [_columns(row) for _, rows in groups for row in rows]
+    shown = {key: list(_folded(key[1], _nobody)) for key in groups}
+    columns = [_columns(row, names) for folded in shown.values() for row, names in folded]
     widths = [max(map(len, column)) for column in zip(*columns, strict=True)] if columns else []
-    for (pattern, rows), count in groups.items():
-        shape = f"{rows[0].shape[0]} -> {rows[0].shape[1]}"
-        yield f"{pattern}  {rows[0].kind} {shape}" + (f"  x {count}" if count > 1 else "")
-        for row in rows:
-            cells = [cell.ljust(width) for cell, width in zip(_columns(row), widths, strict=True)]
+    for key, count in groups.items():
+        first = key[1][0]
+        yield f"{key[0]}  {first.kind} {first.shape[0]} -> {first.shape[1]}" + (f"  x {count}" if count > 1 else "")
+        for row, names in shown[key]:
+            cells = [cell.ljust(width) for cell, width in zip(_columns(row, names), widths, strict=True)]
             yield ("  " + "  ".join(cells)).rstrip()
-            yield from (f"      why: {reason}" for reason in row.reasons)
+            yield from (f"      why: {_said(reason, names)}" for reason in row.reasons)
 
 
-def _columns(row: TermRow) -> tuple[str, ...]:
-    return (row.adapter, row.form, row.state, " ".join(row.slots), row.dtype, _size(row.nbytes), f"swap: {row.swap}")
+def _nowhere(row: TermRow) -> TermRow:
+    """A row without its site, equal for sites where the same happens."""
+    return replace(row, site="", reasons=tuple(replace(reason, site="") for reason in row.reasons))
+
+
+def _nobody(row: TermRow) -> TermRow:
+    """A row without its adapter, equal for adapters of which the same is to be said."""
+    own = (replace(reason, adapter="") if reason.adapter == row.adapter else reason for reason in row.reasons)
+    return replace(row, adapter="", reasons=tuple(own))
+
+
+def _folded(rows: Sequence[_Row], key: Callable[[_Row], object]) -> Iterator[tuple[_Row, list[str]]]:
+    """Rows in order; those of many adapters of which the same is to be said once, with all the adapters' names."""
+    alike: dict[str, list[str]] = {}
+    for row in rows:
+        alike.setdefault(repr(key(row)), []).append(_name(row))
+    for row in rows:
+        names = alike[repr(key(row))]
+        if len(names) <= _MANY:
+            yield row, [_name(row)]
+        elif names[0] == _name(row):
+            yield row, names
+
+
+def _name(row: TermRow | AdapterRow) -> str:
+    return row.adapter if isinstance(row, TermRow) else row.name
+
+
+def _elided(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]} x {len(names)}"
+
+
+def _columns(row: TermRow, names: Sequence[str]) -> tuple[str, ...]:
+    slots = row.slots if row.form == BRANCH else [ROLES[role].letter for role in row.slots]
+    swap = f"swap: {row.swap}"
+    return (_elided(names), row.form, row.state, " ".join(slots), row.dtype, _size(row.nbytes), swap)
+
+
+def _said(reason: Reason, names: Sequence[str]) -> str:
+    """A reason below the line of an adapter: its own need not name it."""
+    if reason.adapter is None or reason.adapter in names:
+        return reason.why
+    return f"active together with it, {reason}"
+
+
+def _legend(report: Report) -> Iterator[str]:
+    """What the letters of the slots shown stand for."""
+    shown = {role for row in report.terms if row.form != BRANCH for role in row.slots}
+    meanings = [f"{role.letter} {role.meaning}" for role in ROLES.values() if role.name in shown]
+    if meanings:
+        yield f"slots: {', '.join(meanings)}"
 
 
 def _counted(paths: Sequence[str]) -> list[str]:

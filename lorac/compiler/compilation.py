@@ -144,7 +144,6 @@ class Compilation:
             save=functools.partial(lasting.save, self.backend),
             explain=explain,
             stages=lasting.dumps,
-            reasons=lasting.reasons,
             casts=self.casts,
             traits=self.traits,
         )

@@ -104,12 +104,6 @@ class Lasting:
 
         return Preparer(self.sites, BaseReader(ones, bias)).prepare(adapter)
 
-    def reasons(self, name: str, path: str) -> tuple[str, ...]:
-        """Why an adapter's term at a site has no cheaper form."""
-        adapter = self.pool.adapters[name]
-        tensors = adapter.tensors.get(path)
-        return () if tensors is None else self.preparer.reduction(adapter.variant, self.sites[path], tensors).reasons
-
     # --- training ----------------------------------------------------------------------------------------------
 
     def terms(self, path: str, choice: Choice) -> Sequence[LiveTerm] | None:

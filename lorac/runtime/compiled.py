@@ -39,7 +39,6 @@ class Services:
         save: (compiled, folder) -> None.
         explain: compiled -> report.
         stages: () -> graph name -> stage -> how the graph looked.
-        reasons: (adapter, site path) -> why the term there has no cheaper form.
         casts: (model's dtype, dtype the target computes in), where they differ.
         traits: graph name -> what others ask of its host besides calling it.
     """
@@ -50,7 +49,6 @@ class Services:
     save: Callable[[Any, Any], None]
     explain: Callable[[Any], Any]
     stages: Callable[[], Mapping[str, Mapping[str, Any]]]
-    reasons: Callable[[str, str], tuple[str, ...]]
     casts: Sequence[tuple[Any, Any]] = ()
     traits: Mapping[str, Traits] = field(default_factory=dict)
 
@@ -183,6 +181,11 @@ class Compiled:
     def choice(self) -> Choice:
         """What is active, in its canonical spelling."""
         return self._state.choice
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """What is active, and what it comes to at every site."""
+        return self._state.snapshot
 
     @property
     def active(self) -> dict[str, float]:

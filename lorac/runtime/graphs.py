@@ -177,7 +177,7 @@ def notes_of(compiled: Any, calls: Mapping[str, int]) -> Notes:
     adapters = compiled.adapters
     return Notes(
         adapters={name: describe_variant(adapter.variant) for name, adapter in adapters.items()},
-        terms=describe_terms(compiled.pool, compiled.plans, mode=compiled.mode, strengths=compiled.active),
+        terms=describe_terms(compiled.pool, compiled.plans, mode=compiled.mode, snapshot=compiled.snapshot),
         trainable=_trainable(adapters),
         calls=calls,
     )

@@ -11,6 +11,7 @@ import lorac
 from lorac.ir.graph.capture import export
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.passes import Outcome, Pass, Skip
+from lorac.ir.slots.site import Reason
 from lorac.ir.view.dump import dump
 from lorac.ir.view.printer import diff_dumps, to_text
 from lorac.passes.cleanup import Cleanup
@@ -218,4 +219,6 @@ def test_expand_says_which_extra_outputs_nothing_gives() -> None:
 def test_plans_say_why_a_weight_is_bound() -> None:
     plans = _mixed().plans
     assert plans["body.layers.0.query"].reasons == ()
-    assert plans["body.layers.0.out"].reasons == ("bound weight: 'patch' is sparse",)
+    assert plans["body.layers.0.out"].reasons == (
+        Reason("patch", "body.layers.0.out", "is sparse, which only a merged weight holds"),
+    )

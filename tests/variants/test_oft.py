@@ -121,7 +121,7 @@ def test_other_blocks_beside_it_need_a_weight():
     cases = [Case(OFT(block_size=size), HOSTS["divisible"]) for size in (4, 3)]
     compiled = cases[0].compiled(cases[0].a, cases[1].b)
     assert compiled.plans["site"].bound
-    assert "input transforms in blocks of 3 and 4" in compiled.plans["site"].reasons[-1]
+    assert "input transforms in blocks of 3 and 4" in compiled.plans["site"].reasons[-1].why
     alone = cases[0].compiled(cases[0].a)
     with pytest.raises(lorac.NeedsRecompile, match="holds input transforms in blocks of 4, not 3"):
         alone.add_adapter(cases[1].b)

@@ -147,7 +147,7 @@ def test_form(model, adapters):
 def test_a_rank_that_saves_nothing_is_merged(model):
     compiled = lorac.compile(model, {"a": lorac.VeRA(targets=TARGETS)})
     assert all(isinstance(value, Dense) for value in compiled.pool["a"].changes.values())
-    assert "saves nothing" in compiled.services.reasons("a", compiled.adapters["a"].sites[0])[0]
+    assert "saves nothing" in compiled.pool["a"].reasons[0].why
 
 
 @torch.no_grad()

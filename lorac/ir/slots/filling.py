@@ -34,18 +34,39 @@ def fill_site(plan: SitePlan, change: Change | None, base: Callable[[], Tensor],
     misfit = does_not_fit(plan, change)
     if misfit:
         raise NeedsRecompile(f"'{plan.site.path}' {misfit}")
-    low = beside(plan, change)
-    parts = {} if low is None else parts_of(low if plan.room.keys() >= KEPT_APART else low.folded())
-    if plan.bound and low is None and change is not None:
+    parts: dict[str, Tensor] = {}
+    layout, rank, into = layout_of(plan.site), 0, goes_into(plan, change)
+    if letters.WEIGHT in into and change is not None:
         parts[letters.WEIGHT] = merge(change, base())
+    elif isinstance(change, LowRank):
+        parts, rank = parts_of(_held(plan, change)), change.rank
     if change is not None and (new_bias := merge_bias(change, bias)) is not None:
         parts[letters.BIAS] = new_bias
-    layout, rank = layout_of(plan.site), 0 if low is None else low.rank
     tensors = {}
     for role, room in plan.roles():
         place = Place(layout=layout, size=rank if role.ranked else room, weight=base, bias=bias)
         tensors[role.name] = role.filled(place, parts.get(role.name))
     return SiteSlots(tensors)
+
+
+def goes_into(plan: SitePlan, change: Change | None) -> tuple[str, ...]:
+    """The roles whose slots a change fills, in the table's order; the others hold what is neutral."""
+    if change is None:
+        return ()
+    low = beside(plan, change)
+    filled = {letters.WEIGHT} if low is None else set(parts_of(_held(plan, low)))
+    filled |= set() if change.e is None else {letters.BIAS}
+    return tuple(name for name in ROLES if name in filled)
+
+
+def why_whole(change: Change) -> str:
+    """Why a change that is not low-rank needs a merged weight."""
+    return f"is {'dense' if isinstance(change, Dense) else 'sparse'}, which only a merged weight holds"
+
+
+def _held(plan: SitePlan, change: LowRank) -> LowRank:
+    """A change as a plan holds it: what there is no room for apart is folded into the pair."""
+    return change if plan.room.keys() >= KEPT_APART else change.folded()
 
 
 def does_not_fit(plan: SitePlan, change: Change | None) -> str | None:
@@ -56,11 +77,11 @@ def does_not_fit(plan: SitePlan, change: Change | None) -> str | None:
         return None if beside(plan, change) is not None else _does_not_bind(plan, change)
     if isinstance(change, Dense | Sparse | SparseSum):
         return "has no slot for a whole weight"
-    return _lacks(plan, change)
+    return lacks(plan, change)
 
 
-def _lacks(plan: SitePlan, change: LowRank) -> str | None:
-    """What a change needs and the plan has no room for, or None; what can be folded into its pair needs none."""
+def lacks(plan: SitePlan, change: LowRank) -> str | None:
+    """What a site lacks to hold a change beside the weight, or None; what can be folded into the pair needs no room."""
     parts = parts_of(change)
     wanted = [(ROLES[name], ROLES[name].room(part)) for name, part in parts.items() if name not in KEPT_APART]
     for role, size in [*wanted, *([(ROLES[letters.BIAS], 1)] if change.e is not None else [])]:
@@ -80,7 +101,7 @@ def _does_not_bind(plan: SitePlan, change: Change) -> str | None:
 
 def beside(plan: SitePlan, change: Change | None) -> LowRank | None:
     """The change, where it fits the slots beside the weight."""
-    return change if isinstance(change, LowRank) and not _lacks(plan, change) else None
+    return change if isinstance(change, LowRank) and not lacks(plan, change) else None
 
 
 def fill_branches(plan: SitePlan, terms: Sequence[tuple[float, BranchTerm]]) -> tuple[BranchFill | None, ...]:

@@ -11,15 +11,15 @@ from dataclasses import dataclass, field
 
 from lorac.errors import NotMergeable, UnknownOption, nearest_name
 from lorac.ir.algebra import letters
-from lorac.ir.algebra.changes import Change, Dense, LowRank
+from lorac.ir.algebra.changes import Change, LowRank
 from lorac.ir.algebra.letters import KEPT_APART
 from lorac.ir.host.patterns import nothing_matches, select
 from lorac.ir.host.sites import Site, SiteKind
-from lorac.ir.slots.filling import leaves_blocks
+from lorac.ir.slots.filling import leaves_blocks, why_whole
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.role import Stage
 from lorac.ir.slots.roles import ROLES, acts_on, parts_of
-from lorac.ir.slots.site import BranchSlot, Prepared, SitePlan
+from lorac.ir.slots.site import BranchSlot, Prepared, Reason, SitePlan
 
 MODES = ("auto", "live", "fused", "baked")
 
@@ -59,7 +59,7 @@ class _Needs:
     rooms: dict[str, set[int]] = field(default_factory=dict)
     rank: int = 0
     branches: list[BranchSlot] = field(default_factory=list)
-    reasons: list[str] = field(default_factory=list)
+    reasons: list[Reason] = field(default_factory=list)
 
     def want(self, role: str, size: int = 1) -> None:
         """Ask for a role."""
@@ -105,7 +105,7 @@ def plan_sites(
             f"'{packed[0].path}' holds its weight as {packed[0].packed}, into which nothing can be merged",
             next_step="mode='live' (or 'auto') runs adapters beside it; or dequantise the base",
         )
-    return {path: _plan(sites[path], needs[path]) for path in sites if path in needs}
+    return {path: _plan(sites[path], needs[path], mode) for path in sites if path in needs}
 
 
 def _beside(site: Site, change: Change) -> bool:
@@ -124,10 +124,8 @@ def _need_change(need: _Needs, name: str, site: Site, change: Change, mode: str)
             need.want(role, ROLES[role].room(part))
     else:
         need.want(letters.WEIGHT)
-        what = (
-            "dense" if isinstance(change, Dense) else "changes its input" if isinstance(change, LowRank) else "sparse"
-        )
-        need.reasons.append(f"bound weight: '{name}' is {what}")
+        lacks_axis = "changes its input, along which the site has no axis"
+        need.reasons.append(Reason(name, site.path, lacks_axis if isinstance(change, LowRank) else why_whole(change)))
 
 
 def _reserve(needs: dict[str, _Needs], sites: Mapping[str, Site], reserve: Reserve, mode: str) -> None:
@@ -146,16 +144,20 @@ def _reserve(needs: dict[str, _Needs], sites: Mapping[str, Site], reserve: Reser
             need.rank += reserve.rank * reserve.adapters
 
 
-def _plan(site: Site, need: _Needs) -> SitePlan:
+def _plan(site: Site, need: _Needs, mode: str) -> SitePlan:
+    """A site's plan; what is said of the site as a whole is true of every adapter on it."""
     wanted, stages = need.rooms, {ROLES[role].stage for role in need.rooms}
+    if mode in {"fused", "baked"}:
+        need.reasons.append(Reason(None, site.path, f"mode='{mode}' merges every adapter into the weight"))
     if {Stage.INPUT, Stage.OUTPUT} <= stages:
         need.want(letters.WEIGHT)
-        need.reasons.append("bound weight: outputs and inputs are changed, and the sum of both is neither")
+        need.reasons.append(Reason(None, site.path, "outputs and inputs are changed, and the sum of both is neither"))
     for role in ROLES.values():
         sizes = sorted(wanted.get(role.name, ()))
         if len(sizes) > 1 and not role.ranked:
             need.want(letters.WEIGHT)
-            need.reasons.append(f"bound weight: {role.unit.format(' and '.join(map(str, sizes)))}")
+            several = role.unit.format(" and ".join(map(str, sizes)))
+            need.reasons.append(Reason(None, site.path, f"{several} do not add up"))
     if wanted.keys() & KEPT_APART:
         for letter in KEPT_APART:
             need.want(letter)

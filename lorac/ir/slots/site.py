@@ -42,6 +42,24 @@ class BranchSlot:
 
 
 @dataclass(frozen=True)
+class Reason:
+    """Why a term has no cheaper form or place, as it was found where that was decided.
+
+    Attributes:
+        adapter: whose term it is about; None: it is about all of the site's.
+        site: path of the site.
+        why: of an adapter a clause that begins with a verb, of a site a whole sentence.
+    """
+
+    adapter: str | None
+    site: str
+    why: str
+
+    def __str__(self) -> str:
+        return self.why if self.adapter is None else f"'{self.adapter}' {self.why}"
+
+
+@dataclass(frozen=True)
 class SitePlan:
     """Which slots a site has.
 
@@ -50,13 +68,13 @@ class SitePlan:
         room: role -> its room: the largest rank that fits, for the pair and what lies along its rank; the size of the
             blocks, for input transforms; 1 for what has no size of its own. A role that is absent has no slot.
         branches: room for branches.
-        reasons: why nothing cheaper was chosen.
+        reasons: why the weight is bound.
     """
 
     site: Site
     room: Mapping[str, int] = field(default_factory=dict)
     branches: tuple[BranchSlot, ...] = ()
-    reasons: tuple[str, ...] = ()
+    reasons: tuple[Reason, ...] = ()
 
     @property
     def empty(self) -> bool:
@@ -157,11 +175,13 @@ class Prepared:
         branches: site path -> branch term.
         truncatable: None where ``Active(rank=…)`` may not cut it; else the power by which its scale falls with the
             rank (``LowRank.truncated``).
+        reasons: why its terms have no cheaper form.
     """
 
     changes: Mapping[str, Change]
     branches: Mapping[str, BranchTerm] = field(default_factory=dict)
     truncatable: float | None = None
+    reasons: tuple[Reason, ...] = ()
 
     @property
     def paths(self) -> frozenset[str]:

@@ -7,27 +7,37 @@ registered. That is what makes a swap bit-identical to a fresh compile.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from lorac.errors import ChoiceError
+from lorac.ir.algebra import letters
 from lorac.ir.algebra.changes import Change, LowRank, compose
 from lorac.ir.host.sites import BaseReader
 from lorac.ir.slots.choice import Choice
-from lorac.ir.slots.filling import fill_branches, fill_site
-from lorac.ir.slots.site import BranchTerm, Prepared, SitePlan, SiteSlots
+from lorac.ir.slots.filling import fill_branches, fill_site, goes_into, lacks, why_whole
+from lorac.ir.slots.site import BranchTerm, Prepared, Reason, SitePlan, SiteSlots
 
 Tensor = torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Composed:
-    """What the active adapters come to at one site."""
+    """What adapters come to at one site.
+
+    Attributes:
+        change: the sum of their weight forms.
+        branches: strength and term of each that is a branch.
+        into: the roles whose slots the change fills.
+        reasons: why it fills the weight's, where it does.
+    """
 
     change: Change | None = None
     branches: tuple[tuple[float, BranchTerm], ...] = ()
+    into: tuple[str, ...] = ()
+    reasons: tuple[Reason, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,14 +56,42 @@ def compose_choice(
     Raises:
         ChoiceError: a rank was asked for that a method cannot be cut to.
     """
-    active = [(how.strength, _cut(name, prepared[name], how.rank)) for name, how in choice]
+    active = [(name, how.strength, _cut(name, prepared[name], how.rank)) for name, how in choice]
     composed = {}
     for path, plan in plans.items():
-        terms = [(t, p.changes[path]) for t, p in active if path in p.changes]
-        branches = tuple((t, p.branches[path]) for t, p in active if path in p.branches)
+        terms = {name: (t, p.changes[path]) for name, t, p in active if path in p.changes}
+        branches = tuple((t, p.branches[path]) for _, t, p in active if path in p.branches)
         if terms or branches:
-            composed[path] = Composed(compose(terms, functools.partial(base.weight, plan.site)), branches)
+            change = compose(list(terms.values()), functools.partial(base.weight, plan.site))
+            composed[path] = replace(placed(plan, change, terms), branches=branches)
     return Snapshot(choice, composed)
+
+
+def placed(plan: SitePlan, change: Change | None, names: Collection[str]) -> Composed:
+    """A change and where in a plan's slots it goes.
+
+    Args:
+        plan: the site's slots.
+        change: a sum of weight forms.
+        names: the adapters that it is the sum of.
+    """
+    into = goes_into(plan, change)
+    reasons = _reasons(plan, change, names) if change is not None and letters.WEIGHT in into else ()
+    return Composed(change, into=into, reasons=reasons)
+
+
+def _reasons(plan: SitePlan, change: Change, names: Collection[str]) -> tuple[Reason, ...]:
+    """Why a change goes through the weight: what planning found of its adapters, what it lacks, what holds for all."""
+    own = tuple(reason for reason in plan.reasons if reason.adapter in names)
+    general = tuple(reason for reason in plan.reasons if reason.adapter is None)
+    fits_something = isinstance(change, LowRank) and not all(role.merged for role, _ in plan.roles())
+    if own or (general and not fits_something):
+        return own or general
+    if isinstance(change, LowRank):
+        return (Reason(None, plan.site.path, f"the site {lacks(plan, change)}"),)
+    alone = next(iter(names)) if len(names) == 1 else None
+    why = why_whole(change)
+    return (Reason(alone, plan.site.path, why if alone is not None else f"the sum {why}"),)
 
 
 def slots_of(
@@ -96,4 +134,4 @@ def _cut(name: str, prepared: Prepared, rank: int | None) -> Prepared:
             next_step="lorac.DyLoRA is; lorac.to_lora(adapter, rank=...) approximates others",
         )
     changes = {path: v.truncated(rank, power) if isinstance(v, LowRank) else v for path, v in prepared.changes.items()}
-    return Prepared(changes, prepared.branches, power)
+    return replace(prepared, changes=changes)

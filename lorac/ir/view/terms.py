@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,11 +13,12 @@ import torch
 from lorac.ir.algebra import letters
 from lorac.ir.algebra.changes import Change, Dense, LowRank, Sparse, SparseSum
 from lorac.ir.host.sites import Site
-from lorac.ir.slots.filling import beside
+from lorac.ir.slots.choice import spell
 from lorac.ir.slots.roles import ROLES, parts_of
-from lorac.ir.slots.site import BranchSlot, BranchTerm, Prepared, SitePlan
+from lorac.ir.slots.site import BranchSlot, BranchTerm, Prepared, Reason, SitePlan
+from lorac.ir.slots.snapshot import Composed, Snapshot, placed
 
-LIVE, BOUND, FUSED, BAKED = "live", "bound", "fused", "baked"
+LIVE, BOUND, FUSED, BAKED, LEFT_OUT = "live", "bound", "fused", "baked", "left out"
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,12 @@ class Term:
         form: ``"low-rank"``, ``"sparse"``, ``"dense"`` or ``"branch"``.
         size: ``r=8`` or ``k=400 (1 %)``; empty where shapes say it all.
         parts: its tensors.
-        state: ``live`` (beside the weight), ``bound`` (merged weight, bound as an input), ``fused`` (merged weight,
-            written in place) or ``baked`` (merged, constant).
+        state: what the active choice did with it: ``live`` (beside the weight), ``bound`` (merged weight, bound as an
+            input), ``fused`` (merged weight, written in place), ``baked`` (merged, constant). Of a term that is off,
+            what a swap to its adapter alone would do; ``left out`` where the program is baked without it.
         strength: its strength in the active choice, 0 where it is off.
+        slots: names of the slots it fills: roles, or a branch's parameters.
+        reasons: why it has no cheaper form, then why no cheaper place.
         unfusable: why it cannot be merged into the weight, or None.
         flops: multiplications and additions per token that it costs while active.
     """
@@ -54,6 +58,8 @@ class Term:
     parts: tuple[Part, ...]
     state: str
     strength: float
+    slots: tuple[str, ...]
+    reasons: tuple[Reason, ...]
     unfusable: str | None
     flops: int
 
@@ -64,11 +70,7 @@ class Term:
 
 
 def describe_terms(
-    prepared: Mapping[str, Prepared],
-    plans: Mapping[str, SitePlan],
-    *,
-    mode: str,
-    strengths: Mapping[str, float],
+    prepared: Mapping[str, Prepared], plans: Mapping[str, SitePlan], *, mode: str, snapshot: Snapshot
 ) -> dict[str, tuple[Term, ...]]:
     """Site path -> its terms, by adapter name.
 
@@ -76,17 +78,23 @@ def describe_terms(
         prepared: adapters in their normal forms.
         plans: the sites' slots.
         mode: ``"live"``, ``"fused"`` or ``"baked"``.
-        strengths: the active choice.
+        snapshot: the active choice, and what it fills.
     """
     found: dict[str, list[Term]] = {path: [] for path in plans}
+    strengths = spell(snapshot.choice)
     for name in sorted(prepared):
         adapter, strength = prepared[name], strengths.get(name, 0.0)
+        forms: dict[str, tuple[Reason, ...]] = {}
+        for reason in adapter.reasons:
+            forms[reason.site] = (*forms.get(reason.site, ()), reason)
         changes = {path: change for path, change in adapter.changes.items() if path in plans}
-        terms = [_change_term(name, plans[path], change, mode, strength) for path, change in changes.items()]
+        for path, change in changes.items():
+            here = snapshot.composed[path] if strength else placed(plans[path], change, (name,))
+            term = _change_term(name, plans[path].site, change, here, mode, strength)
+            found[path].append(replace(term, reasons=(*forms.get(path, ()), *here.reasons)))
         branches = {path: branch for path, branch in adapter.branches.items() if path in plans}
-        terms += [_branch_term(name, path, branch, strength) for path, branch in branches.items()]
-        for term in terms:
-            found[term.site].append(term)
+        for path, branch in branches.items():
+            found[path].append(_branch_term(name, path, branch, strength, forms.get(path, ())))
     return {path: tuple(terms) for path, terms in found.items() if terms}
 
 
@@ -104,18 +112,35 @@ def describe_variant(variant: Any) -> str:
     return " ".join(parts)
 
 
-def _change_term(name: str, plan: SitePlan, change: Change, mode: str, strength: float) -> Term:
-    site = plan.site
+def _change_term(name: str, site: Site, change: Change, here: Composed, mode: str, strength: float) -> Term:
     form, size, parts = _describe(change, site)
-    live = mode == LIVE and beside(plan, change) is not None
-    state = LIVE if live else {"live": BOUND, "fused": FUSED, "baked": BAKED}[mode]
-    flops = _low_rank_flops(change, site) if live and isinstance(change, LowRank) else 0
-    return Term(name, site.path, form, size, parts, state, strength, _unfusable(site, change), flops)
+    state = _state(here, mode, strength)
+    flops = _low_rank_flops(change, site) if state == LIVE and isinstance(change, LowRank) else 0
+    slots = () if mode == BAKED else _filled(change, here)
+    return Term(name, site.path, form, size, parts, state, strength, slots, (), _unfusable(site, change), flops)
 
 
-def _branch_term(name: str, path: str, branch: BranchTerm, strength: float) -> Term:
+def _state(here: Composed, mode: str, strength: float) -> str:
+    if mode == BAKED:
+        return BAKED if strength else LEFT_OUT
+    if mode == FUSED:
+        return FUSED
+    return BOUND if letters.WEIGHT in here.into else LIVE
+
+
+def _filled(change: Change, here: Composed) -> tuple[str, ...]:
+    """Those of the slots that a sum fills to which one of its values brings something."""
+    own = {letters.WEIGHT}
+    if isinstance(change, LowRank) and letters.WEIGHT not in here.into:
+        own = set(parts_of(change))
+    own |= {letters.BIAS} if change.e is not None else set()
+    return tuple(role for role in here.into if role in own)
+
+
+def _branch_term(name: str, path: str, branch: BranchTerm, strength: float, reasons: tuple[Reason, ...]) -> Term:
     parts = tuple(_part(n, t) for n, t in zip(branch.slot.params, branch.params, strict=True))
-    return Term(name, path, "branch", "", parts, LIVE, strength, "y' is not affine in x", branch_flops(branch.slot))
+    slots, flops, unfusable = tuple(branch.slot.params), branch_flops(branch.slot), "y' is not affine in x"
+    return Term(name, path, "branch", "", parts, LIVE, strength, slots, reasons, unfusable, flops)
 
 
 def _describe(change: Change, site: Site) -> tuple[str, str, tuple[Part, ...]]:
