@@ -127,14 +127,12 @@ class Benchmark:
     def _measured(self, given: argparse.Namespace) -> Found:
         jobs = list(self.jobs(given))
         runs: dict[Job, list[Mapping[str, Any]]] = {job: [] for job in jobs}
-        turns = max(given.processes, 1)
-        with progress(f"benchmarks.{self.name}", total=turns * len(jobs)) as report:
-            for turn in range(turns):
-                for job in random.sample(jobs, len(jobs)):
-                    report.step(f"{' '.join(job)}, {turn + 1} of {turns}")
-                    runs[job].append(
-                        self._in_fresh_process(job, given) if given.processes else self.measure(job, given)
-                    )
+        turns = [job for _ in range(max(given.processes, 1)) for job in random.sample(jobs, len(jobs))]
+        measure = self._in_fresh_process if given.processes else self.measure
+        with progress(f"benchmarks.{self.name}", total=len(turns)) as report:
+            for job in turns:
+                report.step(" ".join(job))
+                runs[job].append(measure(job, given))
         return {job: medians(found) for job, found in runs.items()}
 
     def _in_fresh_process(self, job: Job, given: argparse.Namespace) -> Mapping[str, Any]:
