@@ -87,19 +87,24 @@ def _torch_call(model: Any, inputs: Any) -> common.Side:
 
 def _plain(compiled: Any, path: Path) -> Any:
     """The plain export behind lorac's call, so that all sides go through the same one."""
-    from lorac.backends.onnxruntime.engine import OrtEngine
+    from lorac.backends.onnxruntime.engine import OrtEngine, Part
     from lorac.backends.onnxruntime.session import new_session
 
     base = compiled.engine
-    compiled.engine = OrtEngine(
-        session=new_session(path, base.options),
-        signature=base.signature,
-        slots={},
+    parts = {
+        name: Part(new_session(path, base.options), part.signature, slots={}) for name, part in base.parts.items()
+    }
+    engine = OrtEngine(
+        parts=parts, plans={}, base=base.base, mode=base.mode, folder=base.folder, options=base.options
+    )
+    compiled.setup(
+        engine=engine,
         plans={},
-        base=base.base,
-        mode=base.mode,
-        folder=base.folder,
-        options=base.options,
+        sites=compiled.sites,
+        base=compiled.base,
+        pool=compiled.pool,
+        services=compiled.services,
+        mode=compiled.mode,
     )
     return compiled
 

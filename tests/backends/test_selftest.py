@@ -17,8 +17,7 @@ from torch import Tensor, nn
 import lorac
 from lorac.backends.onnx.files import MODEL, WEIGHTS
 from lorac.backends.onnx.selftest import self_test
-from lorac.backends.onnxruntime import emit as emitting
-from lorac.backends.onnxruntime.engine import OrtEngine
+from lorac.backends.onnxruntime.engine import OrtEngine, Part
 from lorac.backends.onnxruntime.session import new_session
 
 building = importlib.import_module("lorac.backends.onnxruntime.build")  # its package has a function of that name
@@ -42,7 +41,7 @@ class Built:
     """What the self-test looks at."""
 
     engine: OrtEngine
-    graph: Any
+    program: Any
     snapshot: Any
 
 
@@ -98,10 +97,9 @@ def _sabotaged(built: Built, folder: Path, change: Callable[[ir.Model], None]) -
     ir.save(model, folder / MODEL, external_data=WEIGHTS, size_threshold_bytes=1 << 30)
     shutil.copyfile(built.engine.folder / building.BASE, folder / building.BASE)
     engine = built.engine
+    part = engine.parts["main"]
     return OrtEngine(
-        session=new_session(folder / MODEL, engine.options),
-        signature=engine.signature,
-        slots=engine.slots,
+        parts={"main": Part(new_session(folder / MODEL, engine.options), part.signature, part.slots)},
         plans=engine.plans,
         base=engine.base,
         mode=engine.mode,
@@ -162,7 +160,7 @@ def _exchange(model: ir.Model, one: str, two: str) -> None:
 
 def test_honest_engines_pass(built: dict[str, Built]) -> None:
     for made in built.values():
-        self_test(made.engine, made.graph, made.snapshot)
+        self_test(made.engine, made.program, made.snapshot)
 
 
 SLOTS = {"live": "one:b", "fused": "two:weight"}
@@ -176,7 +174,7 @@ def test_a_slot_that_became_a_constant_is_named(
     made, slot = built[mode], SLOTS[mode]
     engine = _sabotaged(made, tmp_path / "model", lambda model: harm(model, slot, _content(made, slot)))
     with pytest.raises(lorac.SelfTestFailed, match=f"'{slot}'"):
-        self_test(engine, made.graph, made.snapshot)
+        self_test(engine, made.program, made.snapshot)
 
 
 def test_a_constant_of_another_value_is_found_by_noise(built: dict[str, Built], tmp_path: Path) -> None:
@@ -185,7 +183,7 @@ def test_a_constant_of_another_value_is_found_by_noise(built: dict[str, Built], 
     other = 1 + 0.1 * torch.randn(_content(made, "two:c").shape)
     engine = _sabotaged(made, tmp_path / "model", lambda model: _shadow(model, "two:c", other))
     with pytest.raises(lorac.SelfTestFailed, match="1 slots change nothing: 'two:c'"):
-        self_test(engine, made.graph, made.snapshot)
+        self_test(engine, made.program, made.snapshot)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +200,7 @@ def test_exchanged_slots_are_named(built: dict[str, Built], mode: str, one: str,
     made = built[mode]
     engine = _sabotaged(made, tmp_path / "model", lambda model: _exchange(model, one, two))
     with pytest.raises(lorac.SelfTestFailed, match=f"'{one}'") as error:
-        self_test(engine, made.graph, made.snapshot)
+        self_test(engine, made.program, made.snapshot)
     assert f"'{two}'" in str(error.value)
 
 
@@ -210,7 +208,7 @@ def test_only_the_slots_at_fault_are_named(built: dict[str, Built], tmp_path: Pa
     made = built["live"]
     engine = _sabotaged(made, tmp_path / "model", lambda model: _exchange(model, "one:b", "two:b"))
     with pytest.raises(lorac.SelfTestFailed) as error:
-        self_test(engine, made.graph, made.snapshot)
+        self_test(engine, made.program, made.snapshot)
     assert "left" not in str(error.value)
     assert "right" not in str(error.value)
 
@@ -224,18 +222,18 @@ def test_a_wrong_baked_value_is_found(built: dict[str, Built], tmp_path: Path) -
 
     engine = _sabotaged(made, tmp_path / "model", harm)
     with pytest.raises(lorac.SelfTestFailed, match="baked"):
-        self_test(engine, made.graph, made.snapshot)
+        self_test(engine, made.program, made.snapshot)
 
 
 def test_compile_runs_it_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    honest = emitting.to_onnx
+    honest = building.emit
 
-    def dishonest(graph: Any) -> ir.Model:
-        model = honest(graph)
+    def dishonest(*args: Any) -> ir.Model:
+        model = honest(*args)
         _exchange(model, "one:b", "two:b")
         return model
 
-    monkeypatch.setattr(emitting, "to_onnx", dishonest)
+    monkeypatch.setattr(building, "emit", dishonest)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     arguments = {"target": "onnxruntime", "example_inputs": (torch.randn(3, 10),)}
     with pytest.raises(lorac.SelfTestFailed, match="'one:b'"):
