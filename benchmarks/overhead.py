@@ -91,12 +91,8 @@ def _plain(compiled: Any, path: Path) -> Any:
     from lorac.backends.onnxruntime.session import new_session
 
     base = compiled.engine
-    parts = {
-        name: Part(new_session(path, base.options), part.signature, slots={}) for name, part in base.parts.items()
-    }
-    engine = OrtEngine(
-        parts=parts, plans={}, base=base.base, mode=base.mode, folder=base.folder, options=base.options
-    )
+    parts = {name: Part(new_session(path, base.options), part.signature, slots={}) for name, part in base.parts.items()}
+    engine = OrtEngine(parts=parts, plans={}, base=base.base, mode=base.mode, folder=base.folder, options=base.options)
     compiled.setup(
         engine=engine,
         plans={},

@@ -73,7 +73,7 @@ class Compilation:
         lasting = self.lasting
         for name, source in sources:
             lasting.register(lasting.load(source, name))
-        plans = plan_sites(lasting.sites, lasting.pool, asked.mode, asked.reserve)
+        plans = plan_sites(lasting.sites, lasting.pool, asked.mode, asked.reserve, self.backend.dialect.ranks_at)
         choice = self._choice(asked.active, asked.mode)
         self.examples = {"example_inputs": asked.example_inputs, "dynamic_shapes": asked.dynamic_shapes}
         mode = "live" if asked.mode == "auto" else asked.mode

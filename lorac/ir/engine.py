@@ -25,7 +25,7 @@ from lorac.ir.host.copying import structural_copy
 from lorac.ir.host.sites import BaseReader, Site, SiteKind
 from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.choice import Choice
-from lorac.ir.slots.site import SitePlan, SiteSlots
+from lorac.ir.slots.site import Ranks, SitePlan, SiteSlots
 from lorac.ir.slots.snapshot import Snapshot
 from lorac.ir.slots.training import LiveTerm
 
@@ -48,16 +48,6 @@ class Gate(enum.Enum):
     """A conditional op around it: an idle branch is not computed."""
     WHERE = "where"
     """It is computed, and its result dropped by a selection on its strength, so that its zeros cannot turn into NaN."""
-
-
-class Ranks(enum.Enum):
-    """Which ranks the pair of a site may have at run time, up to the room that its plan has."""
-
-    FROM_ZERO = "from zero"
-    FROM_ONE = "from one"
-    """A pair that is off holds one component of zeros."""
-    FIXED = "fixed"
-    """Always the whole room, filled up with zeros."""
 
 
 @dataclass(frozen=True, kw_only=True)

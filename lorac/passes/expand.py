@@ -16,7 +16,7 @@ from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.passes import Outcome, Pass, Skip
 from lorac.ir.host.sites import Site
 from lorac.ir.slots.roles import branch_name, slot_name
-from lorac.ir.slots.site import SitePlan
+from lorac.ir.slots.site import Ranks, SitePlan
 
 Tensor = torch.Tensor
 
@@ -78,7 +78,8 @@ def slots_differ(plan: SitePlan) -> bool:
 def _structure(plan: SitePlan) -> Any:
     site = plan.site
     shape = (site.kind, site.out_features, site.in_features, site.transposed, site.conv, site.padding_idx)
-    rooms = ((role.name, 1 if role.ranked else room) for role, room in plan.roles())
+    free = plan.ranks is not Ranks.FIXED
+    rooms = ((role.name, 1 if role.ranked and free else room) for role, room in plan.roles())
     return (*shape, site.bias is not None, *rooms)
 
 

@@ -20,7 +20,7 @@ from lorac.ir.host.sites import Site, SiteKind, factor_dtype
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.role import Place
 from lorac.ir.slots.roles import PACK_A, PACK_RANKS, ROLES, slot_name
-from lorac.ir.slots.site import SitePlan
+from lorac.ir.slots.site import Ranks, SitePlan
 
 
 @final
@@ -121,13 +121,21 @@ def _inputs(graph: Graph, path: str, plan: SitePlan) -> dict[str, tuple[Any, tor
     found: dict[str, tuple[Any, torch.dtype, str, str]] = {}
     rank: Any = 0
     if plan.rank:
-        rank = new_dimension(graph.exported, f"rank_{len(graph.exported._range_constraints)}", hint=3)
+        rank = _rank(graph, plan)
     for role, room in plan.roles():
         place = Place(layout=layout, size=rank if role.ranked else room, weight=_weight(graph, site))
         found[slot_name(path, role.name)] = (role.shape(place), role.dtype(site), path, role.name)
     for name, shape in plan.branch_shapes().items():
         found[slot_name(path, name)] = (shape, factor_dtype(site.dtype), path, name)
     return found
+
+
+def _rank(graph: Graph, plan: SitePlan) -> int | torch.SymInt:
+    """The rank of a site's pair in the graph: a size of its own, unless it is fixed."""
+    if plan.ranks is Ranks.FIXED:
+        return plan.rank
+    name = f"rank_{len(graph.exported._range_constraints)}"
+    return new_dimension(graph.exported, name, hint=3, least=plan.least_rank)
 
 
 def _weight(graph: Graph, site: Site) -> Callable[[], torch.Tensor]:

@@ -16,7 +16,7 @@ from lorac.ir.graph.adapted import sites_by_input
 from lorac.ir.graph.graph import Graph, Level, PackedSites
 from lorac.ir.graph.passes import Outcome, Pass, Skip
 from lorac.ir.host.sites import SiteKind
-from lorac.ir.slots.site import SitePlan
+from lorac.ir.slots.site import Ranks, SitePlan
 
 
 @final
@@ -49,6 +49,8 @@ def _unfit(plan: SitePlan) -> str | None:
     """Why a site's A can be no part of another; None where it can."""
     if not plan.rank:
         return "it has no A"
+    if plan.ranks is Ranks.FIXED:
+        return "its rank is fixed"
     if letters.G in plan.room:
         return "its A is one that sites have in common already"
     return None if plan.site.kind is SiteKind.LINEAR else "it is no linear layer"

@@ -298,7 +298,7 @@ def _noise(plan: SitePlan, idle: SiteSlots, around: Surroundings, generator: tor
 
 def _surroundings(plan: SitePlan, base: BaseReader) -> Surroundings:
     """What noise in a site's slots is measured by; values of its weight are typical in its first rows."""
-    rank = min(plan.rank, _RANK)
+    rank = max(min(plan.rank, _RANK), plan.least_rank)
     if plan.site.weight is None or not rank:
         return Surroundings(plan.site, 1.0, rank)
     return Surroundings(plan.site, float(base.weight(plan.site)[:_SAMPLE].float().square().mean().sqrt()), rank)

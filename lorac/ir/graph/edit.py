@@ -37,8 +37,8 @@ def fake_mode(program: ExportedProgram) -> FakeTensorMode:
     return mode
 
 
-def new_dimension(program: ExportedProgram, name: str, hint: int) -> torch.SymInt:
-    """A size of the program's own that may be anything from 0 on."""
+def new_dimension(program: ExportedProgram, name: str, hint: int, least: int = 0) -> torch.SymInt:
+    """A size of the program's own that may be anything from ``least`` on."""
     environment = fake_mode(program).shape_env
     assert environment is not None
     source = LocalSource(name)
@@ -50,7 +50,7 @@ def new_dimension(program: ExportedProgram, name: str, hint: int) -> torch.SymIn
         positive=None,
         do_not_specialize_zero_one=True,
     )
-    bounds = ValueRanges(0, int_oo)
+    bounds = ValueRanges(least, int_oo)
     environment.var_to_range[symbol] = bounds
     program._range_constraints[symbol] = bounds
     return environment.create_symintnode(symbol, hint=hint, source=source)  # type: ignore[return-value]  # made of a symbol, so no plain int

@@ -44,7 +44,8 @@ def fill_site(plan: SitePlan, change: Change | None, base: Callable[[], Tensor],
         parts[letters.BIAS] = new_bias
     tensors = {}
     for role, room in plan.roles():
-        place = Place(layout=layout, size=rank if role.ranked else room, weight=base, bias=bias)
+        size = max(rank, plan.least_rank) if role.ranked else room
+        place = Place(layout=layout, size=size, weight=base, bias=bias)
         tensors[role.name] = role.filled(place, parts.get(role.name))
     return SiteSlots(tensors)
 

@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 from lorac.errors import NotMergeable, UnknownOption, nearest_name
 from lorac.ir.algebra import letters
@@ -19,7 +19,7 @@ from lorac.ir.slots.filling import leaves_blocks, why_whole
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.role import Stage
 from lorac.ir.slots.roles import ROLES, acts_on, parts_of
-from lorac.ir.slots.site import BranchSlot, Prepared, Reason, SitePlan
+from lorac.ir.slots.site import BranchSlot, Prepared, Ranks, Reason, SitePlan
 
 MODES = ("auto", "live", "fused", "baked")
 
@@ -67,9 +67,20 @@ class _Needs:
 
 
 def plan_sites(
-    sites: Mapping[str, Site], prepared: Mapping[str, Prepared], mode: str, reserve: Reserve | None = None
+    sites: Mapping[str, Site],
+    prepared: Mapping[str, Prepared],
+    mode: str,
+    reserve: Reserve | None = None,
+    ranks: Callable[[Site], Ranks] = lambda _: Ranks.FROM_ZERO,
 ) -> dict[str, SitePlan]:
     """One plan per touched or reserved site, in the order of ``sites``.
+
+    Args:
+        sites: every site of the host.
+        prepared: the adapters.
+        mode: one of ``MODES``.
+        reserve: room for others.
+        ranks: which ranks the pair of a site may have on the target.
 
     Raises:
         UnknownOption: no such mode.
@@ -105,7 +116,8 @@ def plan_sites(
             f"'{packed[0].path}' holds its weight as {packed[0].packed}, into which nothing can be merged",
             next_step="mode='live' (or 'auto') runs adapters beside it; or dequantise the base",
         )
-    return {path: _plan(sites[path], needs[path], mode) for path in sites if path in needs}
+    planned = {path: _plan(site, needs[path], mode) for path, site in sites.items() if path in needs}
+    return {path: replace(plan, ranks=ranks(plan.site)) for path, plan in planned.items()}
 
 
 def _beside(site: Site, change: Change) -> bool:

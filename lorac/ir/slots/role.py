@@ -91,9 +91,10 @@ class SlotRole:
         noise: what the self-test puts into it.
         flops: (site, part of a change) -> multiplications and additions per token that it costs.
         into_slot: a change's part in slot layout.
-        room: the room that a change's part asks for: its rank or its block size; 1 where there is nothing to size.
+        sized: the size of a change's part where that is no rank: that of its blocks; 1 where there is nothing to size.
         unit: how its room is said, ``{}`` for the number; empty where there is nothing to size.
-        ranked: its room is the largest rank of the site's pair, and the rank may differ from call to call.
+        rank_axis: the axis of a change's part that counts components; None where none does. Room for such a part is the
+            largest rank of the site's pair, and the rank may differ from call to call.
         of_base: it has the base's dtype; others have that of factors (PEFT's rule).
         reserve: the field of ``Reserve`` that makes room for it; empty where none does, so that only a bound weight
             admits what needs it.
@@ -110,12 +111,21 @@ class SlotRole:
     noise: Noise
     flops: Callable[[Site, Tensor], int] = lambda _, part: part.numel()
     into_slot: Callable[[SiteLayout, Tensor], Tensor] = lambda _, part: part
-    room: Callable[[Tensor], int] = lambda _: 1
+    sized: Callable[[Tensor], int] = lambda _: 1
     unit: str = ""
-    ranked: bool = False
+    rank_axis: int | None = None
     of_base: bool = False
     reserve: str = ""
     transposed: bool = False
+
+    @property
+    def ranked(self) -> bool:
+        """Whether it lies along the rank of the site's pair."""
+        return self.rank_axis is not None
+
+    def room(self, part: Tensor) -> int:
+        """The room that a change's part asks for."""
+        return self.sized(part) if self.rank_axis is None else part.shape[self.rank_axis]
 
     @property
     def merged(self) -> bool:
@@ -136,11 +146,16 @@ class SlotRole:
         return self.start(self, place)
 
     def filled(self, place: Place, part: Tensor | None) -> Tensor:
-        """What it holds for a change's part, or for none."""
+        """What it holds for a change's part, or for none; along the rank filled up with zeros to the place's size."""
         if part is None:
             return self.neutral(place)
-        placed = self.into_slot(place.layout, part)
-        return placed.contiguous() if self.ranked else placed
+        if self.rank_axis is None:
+            return self.into_slot(place.layout, part)
+        missing = int(place.size) - part.shape[self.rank_axis]
+        if missing > 0:
+            shape = [missing if axis == self.rank_axis else size for axis, size in enumerate(part.shape)]
+            part = torch.cat([part, part.new_zeros(shape)], dim=self.rank_axis)
+        return self.into_slot(place.layout, part).contiguous()
 
     def seen(self, part: Tensor) -> Tensor:
         """A change's part as people see it."""

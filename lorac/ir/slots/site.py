@@ -7,6 +7,7 @@ torch ops: the eager backend calls it, the other backends trace it, so no backen
 
 from __future__ import annotations
 
+import enum
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -59,6 +60,16 @@ class Reason:
         return self.why if self.adapter is None else f"'{self.adapter}' {self.why}"
 
 
+class Ranks(enum.StrEnum):
+    """Which ranks the pair of a site may have at run time, up to its room."""
+
+    FROM_ZERO = "from zero"
+    FROM_ONE = "from one"
+    """A pair that is off holds one component of zeros."""
+    FIXED = "fixed"
+    """Always the whole room, filled up with zeros."""
+
+
 @dataclass(frozen=True)
 class SitePlan:
     """Which slots a site has.
@@ -69,12 +80,14 @@ class SitePlan:
             blocks, for input transforms; 1 for what has no size of its own. A role that is absent has no slot.
         branches: room for branches.
         reasons: why the weight is bound.
+        ranks: which ranks the pair may have, as the target's dialect has it.
     """
 
     site: Site
     room: Mapping[str, int] = field(default_factory=dict)
     branches: tuple[BranchSlot, ...] = ()
     reasons: tuple[Reason, ...] = ()
+    ranks: Ranks = Ranks.FROM_ZERO
 
     @property
     def empty(self) -> bool:
@@ -85,6 +98,13 @@ class SitePlan:
     def rank(self) -> int:
         """Largest rank that fits, 0 where there is no pair."""
         return self.room.get(letters.A, 0)
+
+    @property
+    def least_rank(self) -> int:
+        """The smallest rank that the pair may have; what is smaller is filled up with zeros."""
+        if self.ranks is Ranks.FIXED:
+            return self.rank
+        return min(self.rank, 1) if self.ranks is Ranks.FROM_ONE else 0
 
     @property
     def bound(self) -> bool:

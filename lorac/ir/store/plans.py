@@ -12,7 +12,7 @@ from lorac.ir.graph.graph import SlotInput
 from lorac.ir.host.sites import Site
 from lorac.ir.slots.choice import Active, Choice
 from lorac.ir.slots.roles import ROLES
-from lorac.ir.slots.site import BranchSlot, Reason, SitePlan
+from lorac.ir.slots.site import BranchSlot, Ranks, Reason, SitePlan
 
 
 # ── Plans ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -27,7 +27,12 @@ def plan_to_json(plan: SitePlan) -> dict[str, Any]:
         }
         for b in plan.branches
     ]
-    return {"room": dict(plan.room), "branches": branches, "reasons": [[r.adapter, r.why] for r in plan.reasons]}
+    return {
+        "room": dict(plan.room),
+        "ranks": plan.ranks,
+        "branches": branches,
+        "reasons": [[r.adapter, r.why] for r in plan.reasons],
+    }
 
 
 def plan_from_json(site: Site, stored: Mapping[str, Any]) -> SitePlan:
@@ -55,7 +60,7 @@ def plan_from_json(site: Site, stored: Mapping[str, Any]) -> SitePlan:
         for b in stored["branches"]
     )
     reasons = tuple(Reason(adapter, site.path, why) for adapter, why in stored["reasons"])
-    return SitePlan(site, room=stored["room"], branches=branches, reasons=reasons)
+    return SitePlan(site, stored["room"], branches, reasons, ranks=Ranks(stored["ranks"]))
 
 
 def _emitted(path: str) -> Callable[..., torch.Tensor]:
