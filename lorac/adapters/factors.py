@@ -28,9 +28,9 @@ def factors(adapter: Adapter, model: nn.Module | None = None, *, dtype: torch.dt
 
     Each site's change is one of these, told by its class; b' = b + e, and e (out,) is None where the bias stays:
 
-    - ``LowRank``: W' = c∘W·Tᵀ∘d + h∘(A∘g·B)ᵀ with the attributes ``a``, A (in, R), ``b``, B (R, out), ``c`` (out,),
-      ``d`` (in,), ``t``, the blocks (n, k, k) of T, ``g`` (R,), ``h`` (out,) and ``e``. All but a and b may be None,
-      for 1; ``folded()`` works g and h into b, ``rank`` is R.
+    - ``LowRank``: W' = c∘W·Tᵀ∘d + h∘(A∘g·B)ᵀ with the attributes ``a``, A (in, R), ``b``, B (R, out), ``e``, and
+      ``parts``, which has those of the others by letter that are not 1: ``"c"`` (out,), ``"d"`` (in,), ``"t"``, the
+      blocks (n, k, k) of T, ``"g"`` (R,), ``"h"`` (out,). ``folded()`` works g and h into b, ``rank`` is R.
     - ``Sparse``: ``values`` (k,) added to W at ``rows`` (k,) and ``cols`` (k,), and ``e``.
     - ``Dense``: ``weight`` is W' (out, in), and ``e``.
 

@@ -66,7 +66,7 @@ def compile(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
     adapter: Adapters = [],  # noqa: B006  (typer's way to say "any number")
-    target: Annotated[str, typer.Option(help="eager, onnxruntime or tensorrt.")] = "onnxruntime",
+    target: Annotated[str, typer.Option(help="eager, onnxruntime, or what another package offers.")] = "onnxruntime",
     mode: Annotated[str, typer.Option(help="auto, live, fused or baked.")] = "auto",
     active: Annotated[str, typer.Option(help="none, NAME, or A=0.7,B=0.3; auto: the only adapter.")] = "auto",
 ) -> None:

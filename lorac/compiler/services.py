@@ -26,9 +26,9 @@ from lorac.ir.store.tensors import TensorFile, file_base
 from lorac.ir.view.dump import Dump
 from lorac.runtime import artifact
 from lorac.runtime.compiled import Compiled
-from lorac.runtime.graphs import Stages
 from lorac.runtime.host import Host
 from lorac.runtime.pool import Pool
+from lorac.runtime.views import Stages
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 

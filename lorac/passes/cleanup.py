@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from lorac.ir.graph.edit import drop_unused_state, settle
+from lorac.ir.graph.edit import conform, drop_unused_state
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.passes import Outcome, Pass
 
@@ -24,5 +24,5 @@ class Cleanup(Pass):
         before = len(graph.fx.nodes)
         graph.fx.eliminate_dead_code()
         dropped = drop_unused_state(graph.exported)
-        settle(graph.exported)
+        conform(graph.exported)
         return Outcome(bool(dropped) or len(graph.fx.nodes) != before)

@@ -77,7 +77,7 @@ def _add_slots(graph: Graph, planned: dict[str, SitePlan]) -> dict[str, fx.Node]
 
 def _pack_inputs(graph: Graph, group: PackedSites) -> dict[str, tuple[Any, torch.dtype, str, str]]:
     site = graph.plans[group.name].site
-    total = new_dimension(graph.exported, f"rank_{len(graph.exported._range_constraints)}", hint=3 * len(group.sites))
+    total = _dimension(graph, f"{group.name}:pack.rank", hint=3 * len(group.sites))
     place = Place(layout=layout_of(site), size=total, weight=_weight(graph, site))
     wide = (ROLES[letters.A].shape(place), ROLES[letters.A].dtype(site))
     found = {PACK_A: wide, PACK_RANKS: ((len(group.sites),), torch.int64)}
@@ -134,8 +134,14 @@ def _rank(graph: Graph, plan: SitePlan) -> int | torch.SymInt:
     """The rank of a site's pair in the graph: a size of its own, unless it is fixed."""
     if plan.ranks is Ranks.FIXED:
         return plan.rank
-    name = f"rank_{len(graph.exported._range_constraints)}"
-    return new_dimension(graph.exported, name, hint=3, least=plan.least_rank)
+    return _dimension(graph, f"{plan.site.path}:rank", hint=3, least=plan.least_rank)
+
+
+def _dimension(graph: Graph, name: str, hint: int, least: int = 0) -> torch.SymInt:
+    """A size of the graph's own, called so wherever sizes are named."""
+    size = new_dimension(graph.exported, f"rank_{len(graph.exported._range_constraints)}", hint, least)
+    graph.axes[str(size)] = name
+    return size
 
 
 def _weight(graph: Graph, site: Site) -> Callable[[], torch.Tensor]:

@@ -19,10 +19,10 @@ from lorac.ir.slots.site import Prepared, SitePlan, SiteSlots
 from lorac.ir.slots.snapshot import Snapshot, compose_choice, slots_of
 from lorac.runtime.advice import admitting_reserve, refuse_misfit
 from lorac.runtime.components import Component, Traits
-from lorac.runtime.graphs import Graphs, graphs_of
 from lorac.runtime.locks import ReadWriteLock
 from lorac.runtime.pool import Pool, written
 from lorac.runtime.report import SwapReport
+from lorac.runtime.views import Graphs, graphs_of
 
 _CACHED_MIXTURES = 8
 """States kept for mixtures and strengths; those of whole single adapters are kept as long as the adapter is."""

@@ -55,9 +55,10 @@ def rebuilt(change: Change, weight: np.ndarray, bias: np.ndarray) -> tuple[np.nd
         np.add.at(made, (held.rows, held.cols), held.values)
         return made, moved
     assert isinstance(change, LowRank)
-    assert change.t is None
-    given = {"c": np.ones(OUT), "d": np.ones(IN), "g": np.ones(change.rank), "h": np.ones(OUT)} | vars(held)
-    update = given["h"][:, None] * ((given["a"] * given["g"]) @ given["b"]).T
+    assert "t" not in change.parts
+    given = {"c": np.ones(OUT), "d": np.ones(IN), "g": np.ones(change.rank), "h": np.ones(OUT)}
+    given |= {letter: part.numpy() for letter, part in change.parts.items()}
+    update = given["h"][:, None] * ((held.a * given["g"]) @ held.b).T
     return given["c"][:, None] * weight * given["d"] + update, moved
 
 

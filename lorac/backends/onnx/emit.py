@@ -5,6 +5,8 @@ Slots stay true inputs. Inputs, outputs and axes bear the model's own names.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from onnxscript import rewriter
@@ -37,6 +39,7 @@ def emit(graph: Graph, signature: CallSignature, dialect: Dialect[ir.Model]) -> 
     model = export(graph.exported, TRANSLATIONS)
     drop_part_counts(model)
     _name_slots(graph, model)
+    _name_outputs(model, signature.outputs)
     with quiet():
         _REDUCE(model)
         for rewrite in dialect.fusions:
@@ -45,7 +48,7 @@ def emit(graph: Graph, signature: CallSignature, dialect: Dialect[ir.Model]) -> 
     GATES[dialect.gates](model, graph.slots)
     for rewrite in dialect.finish:
         rewrite(model)
-    _name_outputs(model, signature)
+    _name_outputs(model, signature.outputs)  # again: rewrites make new values
     _name_axes(model, graph)
     refuse_unclaimed(model, dialect)
     return model
@@ -79,15 +82,18 @@ def _name_slots(graph: Graph, model: ir.Model) -> None:
             value.metadata_props[SITE_METADATA] = slot.site
 
 
-def _name_outputs(model: ir.Model, signature: CallSignature) -> None:
+def _name_outputs(model: ir.Model, names: Sequence[str]) -> None:
     """The model's names for its outputs; another value that bears one of them already steps aside."""
-    wanted = dict(zip(model.graph.outputs, signature.outputs, strict=True))
+    given = {value: value.name for value in model.graph.inputs}
+    # An output that is an input, or another output too, becomes a value of its own, which takes the other's name.
+    common_passes.OutputFixPass()(model)
+    wanted = dict(zip(model.graph.outputs, names, strict=True))
     taken = set(wanted.values())
     for node in model.graph.all_nodes():
         for value in node.outputs:
             if value.name in taken and value not in wanted:
                 value.name = f"{value.name}_value"
-    for value, name in wanted.items():
+    for value, name in {**wanted, **given}.items():
         value.name = name
 
 

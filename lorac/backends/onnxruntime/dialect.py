@@ -6,8 +6,8 @@ import onnx_ir as ir
 from onnxruntime.capi import _pybind_state as library
 
 from lorac.backends.onnx.legalize import Legalize
+from lorac.backends.onnxruntime.flattening import to_rows
 from lorac.backends.onnxruntime.fusions import fuse_rms_norms, fuse_rotary_positions
-from lorac.backends.onnxruntime.rows import to_rows
 from lorac.ir.engine import Claims, Dialect, Gate
 
 _RESOLVED: Claims = frozenset({("", "Constant")})

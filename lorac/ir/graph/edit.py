@@ -184,7 +184,7 @@ def inherit(node: fx.Node, origin: fx.Node) -> None:
         node.meta["custom"] = {KEYWORD: site}
 
 
-def settle(program: ExportedProgram) -> None:
+def conform(program: ExportedProgram) -> None:
     """Bring the signature's output names in line with the graph, and have torch check everything."""
     output = next(iter(reversed(program.graph.nodes)))
     signature = program._module_call_graph[0].signature

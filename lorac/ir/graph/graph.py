@@ -86,7 +86,7 @@ class Graph:
     slots: dict[str, SlotInput] = field(default_factory=dict)
     packs: dict[str, PackedSites] = field(default_factory=dict)
     extra_outputs: list[str] = field(default_factory=list)
-    axes: Mapping[str, str] = field(default_factory=dict)
+    axes: dict[str, str] = field(default_factory=dict)
 
     @property
     def fx(self) -> torch.fx.Graph:

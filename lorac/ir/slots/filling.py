@@ -19,24 +19,27 @@ from lorac.ir.slots.site import BranchFill, BranchTerm, SitePlan, SiteSlots
 Tensor = torch.Tensor
 
 
-def fill_site(plan: SitePlan, change: Change | None, base: Callable[[], Tensor], bias: Tensor | None) -> SiteSlots:
+def fill_site(
+    plan: SitePlan, change: Change | None, into: Sequence[str], base: Callable[[], Tensor], bias: Tensor | None
+) -> SiteSlots:
     """The tensors of one composed change in a site's weight-form slots (branches are filled by ``with_branches``).
 
     Args:
         plan: the site's plan.
         change: what the active adapters come to, or None for the base.
+        into: the roles whose slots it fills (``goes_into``).
         base: reads W (out, in); called where the plan binds the weight.
         bias: the base's bias.
 
     Raises:
         NeedsRecompile: the change does not fit the plan.
     """
-    misfit = does_not_fit(plan, change)
-    if misfit:
-        raise NeedsRecompile(f"'{plan.site.path}' {misfit}")
     parts: dict[str, Tensor] = {}
-    layout, rank, into = layout_of(plan.site), 0, goes_into(plan, change)
+    layout, rank = layout_of(plan.site), 0
     if letters.WEIGHT in into and change is not None:
+        misfit = does_not_fit(plan, change)
+        if misfit:
+            raise NeedsRecompile(f"'{plan.site.path}' {misfit}")
         parts[letters.WEIGHT] = merge(change, base())
     elif isinstance(change, LowRank):
         parts, rank = parts_of(_held(plan, change)), change.rank

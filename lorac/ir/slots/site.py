@@ -148,10 +148,13 @@ class SiteSlots:
     @functools.cached_property
     def stages(self) -> Mapping[Stage, tuple[tuple[SlotRole, Tensor], ...]]:
         """Stage -> the roles that act there, in the table's order, and their tensors."""
-        present = [(role, self.tensors[role.name]) for role in ROLES.values() if role.name in self.tensors]
-        return {stage: tuple(pair for pair in present if pair[0].stage is stage) for stage in Stage}
+        found: dict[Stage, tuple[tuple[SlotRole, Tensor], ...]] = dict.fromkeys(Stage, ())
+        for role in ROLES.values():
+            if role.name in self.tensors:
+                found[role.stage] += ((role, self.tensors[role.name]),)
+        return found
 
-    @property
+    @functools.cached_property
     def leaves_base(self) -> bool:
         """The base's own product and bias stay as they are; a low-rank branch may come beside."""
         return all(stage.of_pair for stage, present in self.stages.items() if present)

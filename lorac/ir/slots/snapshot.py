@@ -120,7 +120,8 @@ def slots_of(
 
 
 def _filled(plan: SitePlan, composed: Composed, base: BaseReader) -> SiteSlots:
-    slots = fill_site(plan, composed.change, functools.partial(base.weight, plan.site), base.bias(plan.site))
+    weight = functools.partial(base.weight, plan.site)
+    slots = fill_site(plan, composed.change, composed.into, weight, base.bias(plan.site))
     return replace(slots, branches=fill_branches(plan, composed.branches))
 
 

@@ -30,7 +30,7 @@ def _representatives(root: Section, body: Body) -> dict[int, int]:
     standing = {index: index for index in root.rows()}
     for block, first in _repeats(root, body):
         standing |= dict(zip(block.rows(), first.rows(), strict=True))
-    return {index: _settled(standing, index) for index in standing}
+    return {index: _drawn_for(standing, index) for index in standing}
 
 
 def _repeats(root: Section, body: Body) -> Iterator[tuple[Section, Section]]:
@@ -41,7 +41,7 @@ def _repeats(root: Section, body: Body) -> Iterator[tuple[Section, Section]]:
             yield from ((block, blocks[start]) for block in blocks[start + 1 : start + length])
 
 
-def _settled(standing: dict[int, int], index: int) -> int:
+def _drawn_for(standing: dict[int, int], index: int) -> int:
     while standing[index] != index:
         index = standing[index]
     return index

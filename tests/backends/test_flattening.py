@@ -9,7 +9,7 @@ import torch
 
 import lorac
 from lorac.backends.onnx.files import MODEL
-from lorac.backends.onnxruntime.rows import to_rows
+from lorac.backends.onnxruntime.flattening import to_rows
 from lorac.testing.checks import assert_close
 from tests.zoo import ZOO
 

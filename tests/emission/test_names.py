@@ -1,0 +1,92 @@
+"""Inputs, outputs and axes of an emitted program bear the model's own names."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import onnx_ir as ir
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lorac
+from lorac.backends.onnx.files import MODEL
+from tests.zoo import ZOO
+
+
+def emitted(model: nn.Module, adapters: Any, **options: Any) -> dict[str, list[Any]]:
+    """Name -> sizes of the inputs and outputs, a size as a number or a name."""
+    compiled = lorac.compile(model, adapters, target="onnxruntime", **options)
+    graph = ir.load(compiled.engine.folder / MODEL).graph
+    values = [*graph.inputs, *graph.outputs]
+    return {str(v.name): [size if isinstance(size, int) else size.value for size in v.shape] for v in values}
+
+
+def test_a_language_model() -> None:
+    entry = ZOO["tiny_llama"]
+    found = emitted(entry.model(), {"a": lorac.LoRA(r=2, targets=["q_proj", "down_proj"])})
+    assert found["input_ids"] == found["attention_mask"] == ["batch", "length"]
+    assert found["logits"][:2] == ["batch", "length"]
+    path = "model.layers.0.mlp.down_proj"
+    assert found[f"{path}:a"][1] == found[f"{path}:b"][0] == f"{path}:rank"
+    assert not any(name.startswith("linear") for name in found)
+
+
+def test_an_encoder_and_its_decoder() -> None:
+    entry = ZOO["tiny_t5"]
+    found = emitted(entry.model(), {"a": lorac.LoRA(r=2, targets=["q"])})
+    assert found["logits"][:2] == ["batch", "decoder_length"]
+    assert found["encoder_last_hidden_state"][:2] == ["batch", "length"]
+
+
+class Pair(NamedTuple):
+    """Two tensors by name."""
+
+    left: Tensor
+    right: Tensor
+
+
+class Host(nn.Module):
+    """Answers in the structure that it was made for."""
+
+    def __init__(self, structure: str) -> None:
+        super().__init__()
+        self.structure, self.layer = structure, nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, other: Tensor) -> Any:
+        y, z = self.layer(x), x + other
+        found: dict[str, Any] = {
+            "tensor": y,
+            "tuple": (y, z),
+            "nested": {"scores": y, "hidden": (z, y * 2), "x": z * 2},
+            "named": Pair(y, z),
+            "passed": {"y": y, "same": y, "x": x},
+        }
+        return found[self.structure]
+
+
+NAMES = {
+    "tensor": ["output"],
+    "tuple": ["output.0", "output.1"],
+    "nested": ["scores", "hidden.0", "hidden.1", "x.output"],
+    "named": ["output.0", "output.1"],
+    "passed": ["y", "same", "x.output"],
+}
+
+
+@pytest.mark.parametrize("structure", NAMES)
+@torch.no_grad()
+def test_whatever_a_model_answers(structure: str) -> None:
+    model, inputs = Host(structure).eval(), (torch.randn(2, 3, 4), torch.randn(2, 3, 4))
+    shapes = ({0: torch.export.Dim("rows"), 1: torch.export.Dim.AUTO},) * 2
+    options = {"example_inputs": inputs, "dynamic_shapes": shapes}
+    found = emitted(model, {"a": lorac.LoRA(r=2)}, **options)
+    slots = {name for name in found if ":" in name}
+    assert [name for name in found if name not in slots | {"x", "other"}] == NAMES[structure]
+    assert found["x"] == ["rows", "x.1", 4]
+    compiled = lorac.compile(model, {}, target="onnxruntime", **options)
+    larger = (torch.randn(5, 6, 4), torch.randn(5, 6, 4))
+    answered, expected = compiled(*larger), model(*larger)
+    assert type(answered) is type(expected)
+    pairs = zip(torch.utils._pytree.tree_leaves(answered), torch.utils._pytree.tree_leaves(expected), strict=True)
+    assert all(one.shape == two.shape for one, two in pairs)
