@@ -38,11 +38,10 @@ class _Silence:
             if self._blocks == 1:
                 self._warnings = warnings.catch_warnings(action="ignore")
                 self._warnings.__enter__()
-            for logger in map(logging.getLogger, LOGGERS):
-                # A library that was imported inside an outer block has set its own level since.
-                if logger.level != _HELD:
-                    self._levels[logger.name] = logger.level
-                    logger.setLevel(_HELD)
+            # A library that was imported inside an outer block has set its own level since.
+            for logger in [known for known in map(logging.getLogger, LOGGERS) if known.level != _HELD]:
+                self._levels[logger.name] = logger.level
+                logger.setLevel(_HELD)
 
     def end(self) -> None:
         """One block less; the last puts everything back."""
@@ -51,10 +50,9 @@ class _Silence:
             if self._blocks:
                 return
             self._warnings.__exit__(None, None, None)
-            for name, level in self._levels.items():
-                # A level that was set inside the block is somebody's wish.
-                if logging.getLogger(name).level == _HELD:
-                    logging.getLogger(name).setLevel(level)
+            # A level that was set inside the block is somebody's wish.
+            for name in [name for name in self._levels if logging.getLogger(name).level == _HELD]:
+                logging.getLogger(name).setLevel(self._levels[name])
             self._levels.clear()
 
 

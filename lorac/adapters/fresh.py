@@ -108,10 +108,9 @@ class _Shared:
 def _largest(specs: Iterable[Mapping[str, ParamSpec]]) -> dict[str, tuple[int, ...]]:
     """The shape of every shared tensor: in each axis the largest that a site asks for."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for at_site in specs:
-        for key, spec in at_site.items():
-            if spec.shared:
-                shapes[key] = tuple(map(max, spec.shape, shapes.get(key, spec.shape)))
+    shared = ((key, spec.shape) for at_site in specs for key, spec in at_site.items() if spec.shared)
+    for key, shape in shared:
+        shapes[key] = tuple(map(max, shape, shapes.get(key, shape)))
     return shapes
 
 
@@ -152,8 +151,7 @@ def _add_replaced(adapter: Adapter, model: nn.Module, adapted: list[str]) -> Non
     for path, module in model.named_modules():
         leaf = path.rpartition(".")[2]
         if path in saved or leaf in saved or variant.copies(path):
-            for fqn, parameter in module.named_parameters(path):
-                adapter.replaced[fqn] = parameter.detach().clone()
+            adapter.replaced |= {fqn: parameter.detach().clone() for fqn, parameter in module.named_parameters(path)}
     for fqn, parameter in model.named_parameters():
         owner, _, leaf = fqn.rpartition(".")
         if leaf.endswith("bias") and (variant.bias == "all" or (variant.bias != "none" and owner in adapted)):

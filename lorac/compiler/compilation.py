@@ -26,10 +26,11 @@ from lorac.ir.slots.site import SitePlan
 from lorac.ir.slots.snapshot import compose_choice
 from lorac.passes.insert import refuse_idle
 from lorac.passes.pipelines import lowering, run_pipeline
-from lorac.runtime.compiled import Compiled, Services
+from lorac.runtime.compiled import Compiled
 from lorac.runtime.components import Traits, traits_of
 from lorac.runtime.host import Again
 from lorac.runtime.module import compiled_module
+from lorac.runtime.services import Services
 
 Casts = tuple[tuple[torch.dtype, torch.dtype], ...]
 """(dtype of the model's parameters, dtype the target computes in), where they differ."""

@@ -94,7 +94,7 @@ AnyDialect = Dialect[Never]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetOptions:
+class TargetOptions(ABC):
     """What every target can be told; each adds its own.
 
     Attributes:
@@ -109,6 +109,11 @@ class TargetOptions:
             value = getattr(self, spec.name)
             if isinstance(value, list):
                 object.__setattr__(self, spec.name, tuple(value))
+        self.check()
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise ``UnknownOption`` where a value makes no sense."""
 
 
 Options = TypeVar("Options", bound=TargetOptions)

@@ -6,8 +6,8 @@ import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lorac.errors import BaseNeeded, NeedsRecompile, Unavailable
@@ -18,39 +18,15 @@ from lorac.ir.slots.choice import UNSET, Active, Choice, Spec, describe, parse_c
 from lorac.ir.slots.site import Prepared, SitePlan, SiteSlots
 from lorac.ir.slots.snapshot import Snapshot, compose_choice, slots_of
 from lorac.runtime.advice import admitting_reserve, refuse_misfit
-from lorac.runtime.components import Component, Traits
+from lorac.runtime.components import Component
 from lorac.runtime.locks import ReadWriteLock
 from lorac.runtime.pool import Pool, written
 from lorac.runtime.report import SwapReport
+from lorac.runtime.services import Services
 from lorac.runtime.views import Graphs, graphs_of
 
 _CACHED_MIXTURES = 8
 """States kept for mixtures and strengths; those of whole single adapters are kept as long as the adapter is."""
-
-
-@dataclass(frozen=True)
-class Services:
-    """What only the compiler can do, handed to the runtime.
-
-    Attributes:
-        load: (source, name) -> adapter: read a file, or make a fresh variant's tensors.
-        outline: adapter -> its normal forms, right in shape only; needs no base weights.
-        recompile: (target, mode, **options) -> another Compiled, from the host model.
-        save: (compiled, folder) -> None.
-        explain: compiled -> report.
-        stages: () -> graph name -> stage -> how the graph looked.
-        casts: (model's dtype, dtype the target computes in), where they differ.
-        traits: graph name -> what others ask of its host besides calling it.
-    """
-
-    load: Callable[[Any, str | None], Any]
-    outline: Callable[[Any], Prepared]
-    recompile: Callable[..., Any]
-    save: Callable[[Any, Any], None]
-    explain: Callable[[Any], Any]
-    stages: Callable[[], Mapping[str, Mapping[str, Any]]]
-    casts: Sequence[tuple[Any, Any]] = ()
-    traits: Mapping[str, Traits] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -57,6 +57,9 @@ class Options(TargetOptions):
 
     threads: int = 1
 
+    def check(self) -> None:
+        """Any number will do."""
+
 
 Tensors = Mapping[str, torch.Tensor]
 

@@ -11,6 +11,7 @@ import lorac
 from lorac.ir.graph.interp import interpret
 from lorac.ir.graph.passes import Pass
 from lorac.passes.pipelines import lowering, run_pipeline
+from lorac.testing.checks import assert_close
 from tests.captured import capture
 from tests.passes.idle_casts import IdleCasts
 
@@ -25,7 +26,7 @@ def test_it_runs_in_a_pipeline_and_changes_no_answer(passes: Sequence[Pass]) -> 
     assert outcomes["idle-casts"].changed
     assert "idle-casts" in seen
     expected = it.compiled(**it.inputs)
-    torch.testing.assert_close(interpret(it.graph, it.inputs, it.slots()).output, expected)
+    assert_close(interpret(it.graph, it.inputs, it.slots()).output, expected)
     assert not torch.equal(before, expected)
     (again,) = run_pipeline(it.graph, [IdleCasts()])
     assert not again[1].changed

@@ -34,6 +34,9 @@ _PROGRAM, _WEIGHTS = "program.json", "weights.safetensors"
 class Options(TargetOptions):
     """Options of the eager target: those that all have."""
 
+    def check(self) -> None:
+        """Nothing: any name may be asked for here."""
+
 
 class Eager(Backend[Options]):
     """Runs the host's own code; computes in any dtype, and trains."""

@@ -89,10 +89,9 @@ def _name_outputs(model: ir.Model, names: Sequence[str]) -> None:
     common_passes.OutputFixPass()(model)
     wanted = dict(zip(model.graph.outputs, names, strict=True))
     taken = set(wanted.values())
-    for node in model.graph.all_nodes():
-        for value in node.outputs:
-            if value.name in taken and value not in wanted:
-                value.name = f"{value.name}_value"
+    others = (value for node in model.graph.all_nodes() for value in node.outputs if value not in wanted)
+    for value in [value for value in others if value.name in taken]:
+        value.name = f"{value.name}_value"
     for value, name in {**wanted, **given}.items():
         value.name = name
 

@@ -100,15 +100,17 @@ def _cone(add: ir.Node, passed: ir.Value) -> set[ir.Node]:
     spared = set(_ancestors(passed))
     cone, todo = {add}, [add]
     while todo:
-        for value in todo.pop().inputs:
-            node = value.producer() if value is not None else None
-            if node is None or node in cone or node in spared:
-                continue
-            users = {user for output in node.outputs for user in output.consumers()}
-            if users <= cone and not any(output.is_graph_output() for output in node.outputs):
-                cone.add(node)
-                todo.append(node)
+        made = {value.producer() for value in todo.pop().inputs if value is not None}
+        found = [n for n in made if n is not None and n not in cone and n not in spared and _only_for(n, cone)]
+        cone.update(found)
+        todo.extend(found)
     return cone
+
+
+def _only_for(node: ir.Node, cone: set[ir.Node]) -> bool:
+    """Whether nothing outside the cone reads what a node computes."""
+    users = {user for output in node.outputs for user in output.consumers()}
+    return users <= cone and not any(output.is_graph_output() for output in node.outputs)
 
 
 def _ancestors(value: ir.Value) -> Iterator[ir.Node]:

@@ -48,8 +48,8 @@ def _legalized(graph: Graph, node: fx.Node) -> bool:
     elif node.target is aten._assert_tensor_metadata.default:
         graph.fx.erase_node(node)
     elif _writes_unseen(node):
-        name, overload = node.target._schema.name.partition("::")[2], node.target._overloadname  # type: ignore[union-attr]
-        node.target = getattr(getattr(aten, name.removesuffix("_")), overload)
+        op: Any = node.target
+        node.target = getattr(getattr(aten, op._schema.name.partition("::")[2].removesuffix("_")), op._overloadname)
     elif node.target in _ALIASES:
         node.target = _ALIASES[node.target]
     else:
@@ -91,13 +91,13 @@ def _is_as_it_was(node: fx.Node) -> bool:
 
 def _writes_unseen(node: fx.Node) -> bool:
     """Whether an op writes in place to a new tensor that only it reads: then it may as well make another."""
-    if not _returns(node, writes=True) or not node.target._schema.name.startswith("aten::"):  # type: ignore[union-attr]
+    if not _returns(node, writes=True) or not node.target._schema.name.startswith("aten::"):  # type: ignore[union-attr]  # an op
         return False
     written = node.args[0]
     if not isinstance(written, fx.Node) or list(written.users) != [node] or not _returns(written, writes=None):
         return False
     # What decomposes may return its operand and not say so, as dropout does outside training.
-    new = written.target in _PRODUCTS or not written.target._can_decompose()  # type: ignore[union-attr]
+    new = written.target in _PRODUCTS or not written.target._can_decompose()  # type: ignore[union-attr]  # an op
     dtype = written.meta["val"].dtype  # of other operands it would be promoted
     return new and all(operand.meta["val"].dtype == dtype for operand in node.all_input_nodes)
 

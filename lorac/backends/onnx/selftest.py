@@ -7,6 +7,7 @@ noise the session answers as the captured program does, and with the old tensors
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -95,14 +96,34 @@ def self_test(engine: Emitted, program: Program, snapshot: Snapshot) -> None:
         for name, graph in program.graphs.items():
             model = ir.load(home_of(engine.folder, name) / MODEL)
             check_inputs(model, [] if baked else list(graph.slots), list(graph.slots))
-            if not baked:
-                check_constants(model, _changed(_part(contents.old(), graph), contents.idle))
+            changed = {} if baked else _changed(_part(contents.old(), graph), contents.idle)
+            check_constants(model, changed)
             _Comparison(engine, program, name, contents).check()
         contents.leave()
 
 
 # ── What the slots hold ──────────────────────────────────────────────────────────────────────────────────────────────
-class _Bound:
+class _Contents(ABC):
+    """What the slots of an engine can hold."""
+
+    @abstractmethod
+    def idle(self, name: str) -> Tensor:
+        """What a slot holds where nothing is active."""
+
+    @abstractmethod
+    def old(self) -> Mapping[str, Tensor]:
+        """What the slots hold at first."""
+
+    @abstractmethod
+    def noise(self) -> Mapping[str, Tensor]:
+        """Seeded noise for every slot."""
+
+    @abstractmethod
+    def leave(self) -> None:
+        """Undo what was written."""
+
+
+class _Bound(_Contents):
     """Slots that are bound call by call: any tensors may be tried.
 
     Args:
@@ -117,15 +138,12 @@ class _Bound:
         self._old = self._named(slots_of(engine.plans, snapshot, engine.base, dict(self._slots)))
 
     def idle(self, name: str) -> Tensor:
-        """What a slot holds where nothing is active."""
         return self._idle[name]
 
     def old(self) -> Mapping[str, Tensor]:
-        """What the slots hold at first."""
         return self._old
 
     def noise(self) -> Mapping[str, Tensor]:
-        """Seeded noise for every slot."""
         return self._named(noise_of(self.engine.plans, self._slots, self.engine.base))
 
     def leave(self) -> None:
@@ -135,7 +153,7 @@ class _Bound:
         return named_tensors(self.engine.slots, self.engine.plans, slots)
 
 
-class _Written(_Bound):
+class _Written(_Contents):
     """Weights in the engine's own memory, which are tried there: a second copy of them all would be large."""
 
     def __init__(self, engine: Emitted, snapshot: Snapshot) -> None:
@@ -187,7 +205,7 @@ class _Comparison:
         contents: what the slots can hold.
     """
 
-    def __init__(self, engine: Emitted, program: Program, name: str, contents: _Bound) -> None:
+    def __init__(self, engine: Emitted, program: Program, name: str, contents: _Contents) -> None:
         self.engine, self.graph, self.contents = engine, program.graphs[name], contents
         self.inputs = example_inputs(self.graph, program.signatures[name].inputs)
 

@@ -215,13 +215,13 @@ def _execute(
 def _io(part: Part, graph: str, session: ort.InferenceSession, values: Values) -> Any:
     """This thread's IOBinding of a graph with its slots bound."""
     owned: dict[str, Any] = vars(values.own).setdefault("io", {})
-    if graph not in owned or owned[graph][0]() is not session:
-        io = session.io_binding()
-        for name in part.slots:
-            if name in values.values:
-                io.bind_ortvalue_input(name, values.values[name])
-        owned[graph] = (weakref.ref(session), io)
-    return owned[graph][1]
+    if graph in owned and owned[graph][0]() is session:
+        return owned[graph][1]
+    io = session.io_binding()
+    for name in part.slots.keys() & values.values.keys():
+        io.bind_ortvalue_input(name, values.values[name])
+    owned[graph] = (weakref.ref(session), io)
+    return io
 
 
 def aliased(tensor: Tensor) -> ort.OrtValue:

@@ -55,9 +55,8 @@ class _Flattening:
     def run(self) -> None:
         moved = [node for node in list(self.graph) if self._moves(node)]
         for node in reversed(moved):
-            for value in node.outputs:
-                if value.uses() or value.is_graph_output():
-                    self._restore(value)
+            for value in [value for value in node.outputs if value.uses() or value.is_graph_output()]:
+                self._restore(value)
             self.graph.remove(node, safe=True)
 
     def _moves(self, node: ir.Node) -> bool:

@@ -26,7 +26,7 @@ class Options(TargetOptions):
     settle: str = "asked"
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
 
-    def __post_init__(self) -> None:
-        TargetOptions.__post_init__(self)
+    def check(self) -> None:
+        """There are two times at which weights settle."""
         if self.settle not in {"asked", "background"}:
             raise UnknownOption(f"settle cannot be '{self.settle}'", nearest="asked, background")

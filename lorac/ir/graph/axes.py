@@ -23,15 +23,14 @@ def axis_names(program: ExportedProgram, dynamic_shapes: Mapping[str, Any]) -> d
         dynamic_shapes: input -> axis -> ``Dim`` or hint, as torch.export takes them.
     """
     names: dict[str, str] = {}
-    for name, value in _inputs(program).items():
+    sizes = ((name, axis, str(size)) for name, v in _inputs(program).items() for axis, size in enumerate(v.shape))
+    for name, axis, symbol in sizes:
+        if not _SYMBOL.fullmatch(symbol) or symbol in names:
+            continue
         axes = dynamic_shapes.get(name)
-        for axis, size in enumerate(value.shape):
-            symbol = str(size)
-            if not _SYMBOL.fullmatch(symbol) or symbol in names:
-                continue
-            told = getattr(axes.get(axis), "__name__", None) if isinstance(axes, Mapping) else None
-            usual = BATCH if axis == 0 and BATCH not in names.values() else f"{name}.{axis}"
-            names[symbol] = told if told is not None and told not in names.values() else usual
+        told = getattr(axes.get(axis), "__name__", None) if isinstance(axes, Mapping) else None
+        usual = BATCH if axis == 0 and BATCH not in names.values() else f"{name}.{axis}"
+        names[symbol] = told if told is not None and told not in names.values() else usual
     return names
 
 

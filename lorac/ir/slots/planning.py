@@ -19,7 +19,7 @@ from lorac.ir.slots.filling import leaves_blocks, why_whole
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.role import Stage
 from lorac.ir.slots.roles import ROLES, acts_on, parts_of
-from lorac.ir.slots.site import BranchSlot, Prepared, Ranks, Reason, SitePlan
+from lorac.ir.slots.site import BranchSlot, BranchTerm, Prepared, Ranks, Reason, SitePlan
 
 MODES = ("auto", "live", "fused", "baked")
 
@@ -91,23 +91,13 @@ def plan_sites(
     if mode not in MODES:
         raise UnknownOption(f"there is no mode '{mode}'", nearest=nearest_name(mode, MODES) or ", ".join(MODES))
     needs: dict[str, _Needs] = {}
-    for name in sorted(prepared):
-        for path, change in prepared[name].changes.items():
-            need = needs.setdefault(path, _Needs())
-            _need_change(need, name, sites[path], change, mode)
-            bound = mode in {"fused", "baked"} or not _beside(sites[path], change)
-            if bound and leaves_blocks(sites[path], change):
-                raise NotMergeable(
-                    f"'{name}' leaves the blocks of '{path}', a grouped convolution whose kernel cannot hold that",
-                    next_step="mode='live' (or 'auto') runs a low-rank adapter beside it",
-                )
-        for path, term in prepared[name].branches.items():
-            if mode in {"fused", "baked"}:
-                raise NotMergeable(
-                    f"adapter '{name}' at '{path}' is a branch with no weight form, so it cannot be {mode}",
-                    next_step="mode='live' (or 'auto') keeps it in the graph",
-                )
-            needs.setdefault(path, _Needs()).branches.append(term.slot)
+    terms = [(name, path, prepared[name]) for name in sorted(prepared) for path in prepared[name].in_order()]
+    for name, path, adapter in terms:
+        need = needs.setdefault(path, _Needs())
+        if path in adapter.changes:
+            _need_change(need, name, sites[path], adapter.changes[path], mode)
+        if path in adapter.branches:
+            _need_branch(need, name, path, adapter.branches[path], mode)
     if reserve is not None:
         _reserve(needs, sites, reserve, mode)
     packed = [site for path, site in sites.items() if path in needs and site.packed]
@@ -120,12 +110,27 @@ def plan_sites(
     return {path: replace(plan, ranks=ranks(plan.site)) for path, plan in planned.items()}
 
 
+def _need_branch(need: _Needs, name: str, path: str, term: BranchTerm, mode: str) -> None:
+    if mode in {"fused", "baked"}:
+        raise NotMergeable(
+            f"adapter '{name}' at '{path}' is a branch with no weight form, so it cannot be {mode}",
+            next_step="mode='live' (or 'auto') keeps it in the graph",
+        )
+    need.branches.append(term.slot)
+
+
 def _beside(site: Site, change: Change) -> bool:
     """Whether a change runs beside the weight in live mode; changed inputs do where they have an axis for it."""
     return isinstance(change, LowRank) and (layout_of(site).has_input_axis or not acts_on(change, Stage.INPUT))
 
 
 def _need_change(need: _Needs, name: str, site: Site, change: Change, mode: str) -> None:
+    bound = mode in {"fused", "baked"} or not _beside(site, change)
+    if bound and leaves_blocks(site, change):
+        raise NotMergeable(
+            f"'{name}' leaves the blocks of '{site.path}', a grouped convolution whose kernel cannot hold that",
+            next_step="mode='live' (or 'auto') runs a low-rank adapter beside it",
+        )
     if change.e is not None:
         need.want(letters.BIAS)
     if mode in {"fused", "baked"}:
@@ -147,9 +152,8 @@ def _reserve(needs: dict[str, _Needs], sites: Mapping[str, Site], reserve: Reser
     admitted = [role for role in ROLES.values() if role.reserve and getattr(reserve, role.reserve)]
     for site in chosen:
         need = needs.setdefault(site.path, _Needs())
-        for role in admitted:
-            if role.merged or mode != "fused":
-                need.want(role.name)
+        for role in [role for role in admitted if role.merged or mode != "fused"]:
+            need.want(role.name)
         if mode == "fused":
             need.want(letters.WEIGHT)
         else:

@@ -209,4 +209,8 @@ class Prepared:
     @property
     def paths(self) -> frozenset[str]:
         """Every site it touches."""
-        return frozenset(self.changes) | frozenset(self.branches)
+        return frozenset(self.in_order())
+
+    def in_order(self) -> tuple[str, ...]:
+        """The same, each once: changes before branches, in the adapter's order."""
+        return tuple(dict.fromkeys((*self.changes, *self.branches)))

@@ -208,12 +208,17 @@ def _exchanged(one: Path, other: Path) -> bool:
 def _alone(folder: Path) -> Iterator[None]:
     """One process or thread at a time, where the file system keeps locks; the system lets go for one that is killed."""
     with contextlib.ExitStack() as held:
-        if sys.platform != "win32":
-            with contextlib.suppress(OSError):
-                handle = os.open(folder, os.O_RDONLY)
-                held.callback(os.close, handle)
-                fcntl.flock(handle, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):
+            _lock(folder, held)
         yield
+
+
+def _lock(folder: Path, held: contextlib.ExitStack) -> None:
+    """Take the folder's lock for as long as ``held`` is open; there are none on Windows."""
+    if sys.platform != "win32":
+        handle = os.open(folder, os.O_RDONLY)
+        held.callback(os.close, handle)
+        fcntl.flock(handle, fcntl.LOCK_EX)
 
 
 def _mark(target: Path) -> str:
@@ -255,9 +260,10 @@ def steady(path: Path, read: Callable[[], T]) -> T:
         before = _identity(path)
         try:
             return read()
-        except (LoracError, OSError):
-            if _identity(path) == before:
-                raise
+        except (LoracError, OSError) as error:
+            failed = error
+        if _identity(path) == before:
+            raise failed
     return read()
 
 

@@ -105,7 +105,7 @@ class StoredProgram(nn.Module):
             return tuple(self.program(*values))
 
         kind = inspect.Parameter.KEYWORD_ONLY
-        forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # functions take attributes
             [inspect.Parameter(name, kind) for name, held in self.inputs if held is None]
         )
         return forward

@@ -1,0 +1,1 @@
+"""What every target that reads ONNX shares: emission in a dialect, gates, checks and files."""

@@ -1,0 +1,35 @@
+"""What only the compiler can do, handed to the runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorac.ir.slots.site import Prepared
+from lorac.runtime.components import Traits
+
+
+@dataclass(frozen=True)
+class Services:
+    """What only the compiler can do, handed to the runtime.
+
+    Attributes:
+        load: (source, name) -> adapter: read a file, or make a fresh variant's tensors.
+        outline: adapter -> its normal forms, right in shape only; needs no base weights.
+        recompile: (target, mode, **options) -> another Compiled, from the host model.
+        save: (compiled, folder) -> None.
+        explain: compiled -> report.
+        stages: () -> graph name -> stage -> how the graph looked.
+        casts: (model's dtype, dtype the target computes in), where they differ.
+        traits: graph name -> what others ask of its host besides calling it.
+    """
+
+    load: Callable[[Any, str | None], Any]
+    outline: Callable[[Any], Prepared]
+    recompile: Callable[..., Any]
+    save: Callable[[Any, Any], None]
+    explain: Callable[[Any], Any]
+    stages: Callable[[], Mapping[str, Mapping[str, Any]]]
+    casts: Sequence[tuple[Any, Any]] = ()
+    traits: Mapping[str, Traits] = field(default_factory=dict)
