@@ -30,9 +30,11 @@ check: $(STAMP) ## Check format, lint, types, the direction of imports and the m
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/lorac variants --markdown | diff -u docs/methods.md - || { echo "docs/methods.md is stale: make docs"; exit 1; }
+	$(BIN)/python -m docs.make_rooms | diff -u docs/rooms.md - || { echo "docs/rooms.md is stale: make docs"; exit 1; }
 
 docs: $(STAMP) ## Write the pages that are made from the code
 	$(BIN)/lorac variants --markdown > docs/methods.md
+	$(BIN)/python -m docs.make_rooms > docs/rooms.md
 
 format: $(STAMP) ## Format the code and apply safe fixes
 	$(BIN)/ruff format .
