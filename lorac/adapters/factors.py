@@ -12,6 +12,7 @@ from lorac.adapters.fit import check_adapter, check_site, check_values
 from lorac.adapters.fresh import parameter_sites
 from lorac.adapters.preparing import Preparer
 from lorac.errors import BaseNeeded, LoracError, NotMergeable
+from lorac.ir.algebra import letters
 from lorac.ir.algebra.changes import Change
 from lorac.ir.host.sites import BaseReader, Site, SiteKind, base_of, find_sites
 from lorac.ir.slots.site import BranchTerm
@@ -89,7 +90,7 @@ def _alone(adapter: Adapter, dtype: torch.dtype | None) -> Iterator[tuple[str, C
 
     preparer = Preparer(sites, BaseReader(weight, lambda site: None))
     for path, tensors in adapter.tensors.items():
-        if "b" in preparer.reduction(adapter.variant, sites[path], tensors).outputs:
+        if letters.BIAS in preparer.reduction(adapter.variant, sites[path], tensors).outputs:
             raise _needed(f"what adapter '{adapter.name}' does to the bias of '{path}'")
         yield path, _change(preparer, adapter, path)
 

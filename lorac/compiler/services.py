@@ -79,11 +79,12 @@ class Lasting:
         self.pool.put(adapter, self.pool.prepare(adapter))
 
     def _read(self, source: Source, name: str | None, model: nn.Module) -> Adapter:
+        if isinstance(source, str | Path):
+            return load_adapter(source, model, name)  # its format holds it against the model
         if isinstance(source, Variant):
-            return fresh_adapter(source, name or source.name, model, self.sites, self.base)
-        if not isinstance(source, Adapter):
-            return load_adapter(source, model, name)
-        adapter = dataclasses.replace(source, name=name or source.name)
+            adapter = fresh_adapter(source, name or source.name, model, self.sites, self.base)
+        else:
+            adapter = dataclasses.replace(source, name=name or source.name)
         check_adapter(adapter, self.sites, model)
         return adapter
 

@@ -79,7 +79,7 @@ def test_padding_changes_nothing_that_is_not_padded(bert: tuple[Any, Any, Any]) 
     [
         ({"labels": torch.tensor([0, 1])}, "no input 'labels'"),
         ({"atention_mask": torch.ones(2, 5)}, "nearest: attention_mask"),
-        ({"return_dict": False}, "captured with return_dict=True"),
+        ({"return_dict": 0.5}, "captured with return_dict=True"),
         ({"output_hidden_states": True}, "captured with output_hidden_states=False"),
     ],
 )
@@ -92,6 +92,14 @@ def test_what_it_does_anyway_may_be_said(bert: tuple[Any, Any, Any]) -> None:
     compiled, *hosts = bert
     inputs = ZOO["tiny_bert"].inputs()
     _check(compiled(**inputs, return_dict=True, output_hidden_states=False), *hosts, inputs)
+
+
+def test_a_tuple_where_one_is_asked_for(bert: tuple[Any, Any, Any]) -> None:
+    compiled, *_ = bert
+    inputs = ZOO["tiny_bert"].inputs()
+    answer = compiled(**inputs, return_dict=False)
+    assert type(answer) is tuple
+    assert torch.equal(answer[0], compiled(**inputs)["logits"])
 
 
 def test_an_argument_given_twice_or_one_too_many(bert: tuple[Any, Any, Any]) -> None:

@@ -82,7 +82,7 @@ def _op(name: str) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         path = folder / "program.json"
         program = json.loads(path.read_text())
-        next(node for node in program["nodes"] if "op" in node)["op"] = name
+        next(node for node in program["main"]["nodes"] if "op" in node)["op"] = name
         path.write_text(json.dumps(program))
         _manifest(lambda m: m["files"].update(artifact._listed(folder)) or m["files"].pop("manifest.json"))(folder)
 
@@ -134,7 +134,7 @@ def test_bad_folders_are_refused(damage: str, sound: Path, tmp_path: Path) -> No
 def test_weights_of_an_onnx_model_lie_beside_it(tmp_path: Path) -> None:
     import onnx_ir as ir
 
-    from lorac.backends.onnxruntime.artifact import check_locations
+    from lorac.backends.onnx.files import check_locations
 
     weight = ir.Value(name="w", const_value=ir.tensor(torch.randn(40, 30).numpy(), name="w"))
     graph = ir.Graph([], [], nodes=[], initializers=[weight], opset_imports={"": 18})

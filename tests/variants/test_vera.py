@@ -8,7 +8,7 @@ from peft import VeraConfig, get_peft_model
 from torch import nn
 
 import lorac
-from lorac.backends.onnxruntime import emit as emitting
+from lorac.backends.onnxruntime import build as building
 from lorac.ir.algebra.changes import Dense, LowRank
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site, SiteKind, find_sites
@@ -295,16 +295,16 @@ def test_compiles_in_inference_mode(model, adapters):
 )
 def test_exchanged_slots_are_found(adapters, role, monkeypatch):
     """Also those that hold the same memory."""
-    honest = emitting.to_onnx
+    honest = building.emit
 
-    def dishonest(graph):
-        made = honest(graph)
+    def dishonest(*args):
+        made = honest(*args)
         first, second = (next(v for v in made.graph.inputs if v.name == f"{path}:{role}") for path in ("q", "k"))
         first.name, second.name = "spare", f"q:{role}"
         first.name = f"k:{role}"
         return made
 
-    monkeypatch.setattr(emitting, "to_onnx", dishonest)
+    monkeypatch.setattr(building, "emit", dishonest)
     with pytest.raises(lorac.SelfTestFailed, match=f"'q:{role}'") as error:
         lorac.compile(host(torch.float32), {"a": adapters["a"]}, target="onnxruntime", example_inputs=(X,))
     assert "first" not in str(error.value)

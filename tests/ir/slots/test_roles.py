@@ -13,9 +13,9 @@ from torch import nn
 
 import lorac
 from lorac.adapters.preparing import Preparer
-from lorac.backends.onnxruntime.emit import MODEL
-from lorac.backends.onnxruntime.selftest import noise_of
-from lorac.ir.algebra.changes import LowRank, Value
+from lorac.backends.onnx.files import MODEL
+from lorac.backends.onnx.selftest import noise_of
+from lorac.ir.algebra.changes import Change, LowRank
 from lorac.ir.slots.planning import Reserve
 from lorac.ir.slots.role import SlotRole, Stage
 from lorac.ir.slots.roles import ROLES
@@ -48,15 +48,15 @@ X = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
 @pytest.fixture
 def scaling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A table with one more role, and a preparer whose low-rank changes carry it."""
-    whole = Preparer.value
+    whole = Preparer.change
 
-    def carrying(self: Preparer, *args: object) -> Value:
-        value = whole(self, *args)  # type: ignore[arg-type]
-        assert isinstance(value, LowRank)
-        return dataclasses.replace(value, parts={**value.parts, SCALE.name: HELD})
+    def carrying(self: Preparer, *args: object) -> Change:
+        change = whole(self, *args)  # type: ignore[arg-type]
+        assert isinstance(change, LowRank)
+        return dataclasses.replace(change, parts={**change.parts, SCALE.name: HELD})
 
     monkeypatch.setitem(ROLES, SCALE.name, SCALE)
-    monkeypatch.setattr(Preparer, "value", carrying)
+    monkeypatch.setattr(Preparer, "change", carrying)
     yield
 
 

@@ -64,7 +64,7 @@ def test_every_target_prints_the_same_passes() -> None:
         lorac.compile(model, adapters=adapters, active="task", example_inputs=inputs, target=target).graph["main"]
         for target in ("eager", "onnxruntime")
     )
-    assert ort.stages == eager.stages
+    assert ort.stages == (*eager.stages, "legalize"), "the target's own rewrites come last"
     for stage in eager.stages:
         assert str(ort.after(stage)) == str(eager.after(stage))
 
