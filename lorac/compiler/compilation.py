@@ -144,7 +144,7 @@ class Compilation:
             recompile=functools.partial(lasting.host.recompiled, self.again, self.examples),
             save=functools.partial(lasting.save, self.backend),
             explain=explain,
-            stages=lasting.dumps,
+            stages=lasting.shown,
             casts=self.casts,
             traits=self.traits,
         )
@@ -211,4 +211,6 @@ class Compilation:
         return stored
 
     def _lower(self, graph: Graph, dialect: AnyDialect, aux: tuple[str, ...]) -> None:
-        run_pipeline(graph, lowering(dialect, aux), self.lasting.stages.record)
+        stages = self.lasting.stages
+        outcomes = run_pipeline(graph, lowering(dialect, aux), stages.record)
+        stages.skips[graph.name] = {name: outcome.skipped for name, outcome in outcomes if outcome.skipped}

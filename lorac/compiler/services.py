@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,7 +23,6 @@ from lorac.ir.slots.choice import Active, Choice
 from lorac.ir.slots.site import BranchFill, Prepared
 from lorac.ir.slots.training import LiveTerm
 from lorac.ir.store.tensors import TensorFile, file_base
-from lorac.ir.view.dump import Dump
 from lorac.runtime import artifact
 from lorac.runtime.compiled import Compiled
 from lorac.runtime.host import Host
@@ -140,11 +139,11 @@ class Lasting:
         self.host.let_go(tensors)
         self.base = self.preparer.base = file_base(tensors)
 
-    def dumps(self) -> Mapping[str, Mapping[str, Dump]]:
-        """How the graphs looked after each pass; a host that runs as it is is captured for it now."""
+    def shown(self) -> Stages:
+        """What the passes did to each graph; a host that runs as it is is captured for it now."""
         if not self.stages.dumps and self.request is not None:
             self.request.program(())
-        return self.stages.dumps
+        return self.stages
 
     def save(self, backend: Backend[TargetOptions], compiled: Compiled, folder: str | Path) -> None:
         """Write an artefact of a compiled model."""

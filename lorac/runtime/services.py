@@ -20,7 +20,7 @@ class Services:
         recompile: (target, mode, **options) -> another Compiled, from the host model.
         save: (compiled, folder) -> None.
         explain: compiled -> report.
-        stages: () -> graph name -> stage -> how the graph looked.
+        stages: () -> what the passes did to each graph (``lorac.runtime.views.Stages``).
         casts: (model's dtype, dtype the target computes in), where they differ.
         traits: graph name -> what others ask of its host besides calling it.
     """
@@ -30,6 +30,6 @@ class Services:
     recompile: Callable[..., Any]
     save: Callable[[Any, Any], None]
     explain: Callable[[Any], Any]
-    stages: Callable[[], Mapping[str, Mapping[str, Any]]]
+    stages: Callable[[], Any]
     casts: Sequence[tuple[Any, Any]] = ()
     traits: Mapping[str, Traits] = field(default_factory=dict)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lorac.errors import Unavailable, nearest_name
 from lorac.ir.graph.graph import Graph
+from lorac.ir.graph.passes import Skip
 from lorac.ir.view.drawing import to_dot, to_html
 from lorac.ir.view.dump import Dump, dump
 from lorac.ir.view.printer import Notes, diff_dumps, to_text
@@ -25,10 +26,16 @@ CAPTURE = "capture"
 
 
 class Stages:
-    """Dumps of graphs after each pass that changed them, by graph name. An observer of ``run_pipeline``."""
+    """What the passes did to each graph. An observer of ``run_pipeline``.
+
+    Attributes:
+        dumps: graph -> pass that changed it -> how it looked then.
+        skips: graph -> pass -> what the pass left as it was, and why.
+    """
 
     def __init__(self) -> None:
         self.dumps: dict[str, dict[str, Dump]] = {}
+        self.skips: dict[str, dict[str, tuple[Skip, ...]]] = {}
 
     def record(self, stage: str, graph: Graph) -> None:
         """Note how a graph looks after ``stage``."""
@@ -44,10 +51,20 @@ class GraphView:
         dumps: stage -> dump, in order.
         notes: the adapters at the sites, as they now are.
         stage: which stage to show; default: the last.
+        skipped: pass -> what it left as it was.
+
+    Attributes:
+        skipped: pass -> what it left as it was, each with its place and the reason.
     """
 
-    def __init__(self, dumps: Mapping[str, Dump], notes: Callable[[], Notes], stage: str | None = None) -> None:
-        self._dumps, self._notes = dumps, notes
+    def __init__(
+        self,
+        dumps: Mapping[str, Dump],
+        notes: Callable[[], Notes],
+        stage: str | None = None,
+        skipped: Mapping[str, tuple[Skip, ...]] | None = None,
+    ) -> None:
+        self._dumps, self._notes, self.skipped = dumps, notes, dict(skipped or {})
         self._stage = stage or list(dumps)[-1]
 
     @property
@@ -77,7 +94,7 @@ class GraphView:
                 nearest=nearest_name(stage, self._dumps) or ", ".join(self._dumps),
                 next_step="`stages` lists them",
             )
-        return GraphView(self._dumps, self._notes, stage)
+        return GraphView(self._dumps, self._notes, stage, self.skipped)
 
     def at(self, path: str) -> GraphView:
         """Only what lies inside a module.
@@ -92,7 +109,7 @@ class GraphView:
                 nearest=nearest_name(path, self.dump.sites),
                 next_step="print(compiled.graph) shows the modules",
             )
-        return GraphView(found, self._notes, self._stage)
+        return GraphView(found, self._notes, self._stage, self.skipped)
 
     def diff(self, other: GraphView | None = None) -> str:
         """What changed from the capture, or from another view, to this one; empty where nothing did."""
@@ -123,8 +140,9 @@ class GraphView:
 class Graphs(Mapping[str, GraphView]):
     """Name -> graph; printing prints all."""
 
-    def __init__(self, stages: Mapping[str, Mapping[str, Dump]], notes: Callable[[], Notes]) -> None:
-        self._views = {name: GraphView(dumps, notes) for name, dumps in stages.items()}
+    def __init__(self, stages: Stages, notes: Callable[[], Notes]) -> None:
+        skips = stages.skips
+        self._views = {n: GraphView(dumps, notes, skipped=skips.get(n)) for n, dumps in stages.dumps.items()}
         self._notes = notes
 
     def __getitem__(self, name: str) -> GraphView:
@@ -163,12 +181,12 @@ def graphs_of(compiled: Any) -> Graphs:
         CaptureFailed, ExampleInputsNeeded: the host does not trace.
     """
     stages = compiled.services.stages()
-    if not stages:
+    if not stages.dumps:
         raise Unavailable(
             "the graph of a model that was loaded from an artefact is not kept",
             next_step="compile from the model to print it",
         )
-    calls = next(iter(stages.values()))[CAPTURE].calls
+    calls = next(iter(stages.dumps.values()))[CAPTURE].calls
     return Graphs(stages, lambda: notes_of(compiled, calls))
 
 

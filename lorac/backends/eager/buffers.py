@@ -13,7 +13,7 @@ from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.site import SitePlan
 
 
-def fused_buffers(module: nn.Module, plans: Mapping[str, SitePlan], base: BaseReader) -> dict[str, FusedBuffer]:
+def own_buffers(module: nn.Module, plans: Mapping[str, SitePlan], base: BaseReader) -> dict[str, FusedBuffer]:
     """Give every bound weight of ``module`` its own parameter, holding the base at first."""
     return {path: _own_buffer(module, plan, base) for path, plan in plans.items() if plan.bound}
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorac.backends.eager.buffers import adds_bias, fused_buffers
+from lorac.backends.eager.buffers import adds_bias, own_buffers
 from lorac.errors import SiteUnsupported
 from lorac.ir.algebra import letters
 from lorac.ir.engine import Answer, Binding, Engine
@@ -111,7 +111,7 @@ class EagerEngine(Engine):
         for path in tapped(plans.values()):
             tap = module.get_submodule(path)
             tap.forward = functools.partial(self._forward_tap, path, tap.forward)
-        self.buffers: Mapping[str, FusedBuffer] = fused_buffers(module, plans, base) if self.fused else {}
+        self.buffers: Mapping[str, FusedBuffer] = own_buffers(module, plans, base) if self.fused else {}
 
     # --- the engine's contract -----------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from lorac.ir.host.sites import Site, SiteKind
 from lorac.ir.slots.filling import leaves_blocks, why_whole
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.role import Stage
-from lorac.ir.slots.roles import ROLES, acts_on, parts_of
+from lorac.ir.slots.roles import ROLES, parts_of, runs_beside
 from lorac.ir.slots.site import BranchSlot, BranchTerm, Prepared, Ranks, Reason, SitePlan
 
 MODES = ("auto", "live", "fused", "baked")
@@ -119,13 +119,8 @@ def _need_branch(need: _Needs, name: str, path: str, term: BranchTerm, mode: str
     need.branches.append(term.slot)
 
 
-def _beside(site: Site, change: Change) -> bool:
-    """Whether a change runs beside the weight in live mode; changed inputs do where they have an axis for it."""
-    return isinstance(change, LowRank) and (layout_of(site).has_input_axis or not acts_on(change, Stage.INPUT))
-
-
 def _need_change(need: _Needs, name: str, site: Site, change: Change, mode: str) -> None:
-    bound = mode in {"fused", "baked"} or not _beside(site, change)
+    bound = mode in {"fused", "baked"} or not (isinstance(change, LowRank) and runs_beside(layout_of(site), change))
     if bound and leaves_blocks(site, change):
         raise NotMergeable(
             f"'{name}' leaves the blocks of '{site.path}', a grouped convolution whose kernel cannot hold that",
@@ -135,7 +130,7 @@ def _need_change(need: _Needs, name: str, site: Site, change: Change, mode: str)
         need.want(letters.BIAS)
     if mode in {"fused", "baked"}:
         need.want(letters.WEIGHT)
-    elif isinstance(change, LowRank) and _beside(site, change):
+    elif isinstance(change, LowRank) and runs_beside(layout_of(site), change):
         need.rank += change.rank
         for role, part in parts_of(change).items():
             need.want(role, ROLES[role].room(part))

@@ -274,6 +274,11 @@ def acts_on(change: LowRank, stage: Stage) -> bool:
     return any(ROLES[name].stage is stage for name in change.parts)
 
 
+def runs_beside(layout: SiteLayout, change: LowRank) -> bool:
+    """Whether a change needs no weight of its own: where it changes inputs, the site has an axis for it."""
+    return layout.has_input_axis or not acts_on(change, Stage.INPUT)
+
+
 def applied(stage: Stage, layout: SiteLayout, value: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
     """A value behind the roles of one stage, of those there are tensors for."""
     for role in ROLES.values():

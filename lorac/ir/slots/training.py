@@ -19,7 +19,7 @@ from lorac.ir.algebra.changes import Change, LowRank, merge, merge_bias
 from lorac.ir.host.sites import Site
 from lorac.ir.slots.layouts import SiteLayout, layout_of
 from lorac.ir.slots.role import Place, SlotRole, Stage
-from lorac.ir.slots.roles import ROLES, acts_on, applied, parts_of
+from lorac.ir.slots.roles import ROLES, acts_on, applied, parts_of, runs_beside
 from lorac.ir.slots.run import Ctx, run_branch, run_site
 from lorac.ir.slots.site import BranchFill, BranchSlot, SitePlan, SiteSlots
 
@@ -86,7 +86,7 @@ def run_terms(
         if term.branch is not None:
             slot, fill = term.branch
             y = y + fill.strength * (run_branch(site, slot, fill, x, base, ctx) - base)
-        elif isinstance(term.change, LowRank) and _runs_beside(layout, term.change):
+        elif isinstance(term.change, LowRank) and runs_beside(layout, term.change):
             y = y + _scaled(term.strength, _low_rank_delta(layout, term, x, base, weight, bias, ctx)).to(y.dtype)
         elif term.change is not None:
             y = y + _scaled(term.strength, _dense_delta(layout, term, x, base, weight, bias, ctx))
@@ -109,14 +109,9 @@ def _replaces(term: LiveTerm, ctx: Ctx) -> bool:
     return whole and term.strength == 1 and not dropped
 
 
-def _runs_beside(layout: SiteLayout, change: LowRank) -> bool:
-    """Whether a change needs no weight of its own: where it changes inputs, the layout has an axis for it."""
-    return layout.has_input_axis or not acts_on(change, Stage.INPUT)
-
-
 def _whole(layout: SiteLayout, change: Change | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """y' of one term that nothing is added to."""
-    if not isinstance(change, LowRank) or not _runs_beside(layout, change):
+    if not isinstance(change, LowRank) or not runs_beside(layout, change):
         return _with_weight(layout, change, x, weight, bias)
     tensors = _laid_out(layout, change.folded())
     new_bias = merge_bias(change, bias)

@@ -227,3 +227,13 @@ def test_a_graph_without_slots_prints(tmp_path: Path) -> None:
     model = entry.fresh()
     graph = Graph("main", export(model, entry.inputs()), lorac.sites(model), {})
     goldens.check("plain_conv_host", to_text(dump(graph)))
+
+
+def test_what_the_passes_left_alone_is_told() -> None:
+    adapters = {"style": lorac.DoRA(r=3, targets=["query"]), "task": lorac.LoRA(r=2, targets=["query", "out"])}
+    graph = lorac.compile(Stack(), adapters=adapters, active=None, example_inputs=(torch.randn(2, 5, 10),)).graph[
+        "main"
+    ]
+    alone = {skip.where: skip.why for skip in graph.skipped["pack"]}
+    assert alone["body.layers.0.out"] == "no other site with an A to share reads its input"
+    assert graph.after("insert").skipped == graph.skipped
