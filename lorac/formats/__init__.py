@@ -17,7 +17,7 @@ from lorac.discovery import modules_of
 from lorac.errors import FormatError, UnknownFormat, nearest_name
 from lorac.formats._files import read_header
 from lorac.formats._format import Format
-from lorac.ir.store.folders import recover, replacing, steady
+from lorac.ir.store.folders import replacing, steady
 from lorac.variants.adapter import Adapter
 
 __all__ = ["Format", "formats", "load_adapter", "save_adapter"]
@@ -51,19 +51,7 @@ def load_adapter(path: str | os.PathLike[str], model: nn.Module | None = None, n
         SiteError: SiteNotFound, SiteUnsupported.
     """
     path = Path(path)
-    recover(path)
-    if not path.exists():
-        raise UnknownFormat(f"there is no adapter at '{path}'", nearest=_sibling(path))
-    matching = [format for format in formats().values() if format.recognises(path)]
-    if len(matching) == 1:
-        return steady(path, lambda: matching[0].load(path, model, name))
-    if path.is_file() and path.suffix == ".safetensors":
-        read_header(path)  # a damaged file is told as such
-    raise UnknownFormat(
-        f"'{path}' is an adapter of no known format; looked for "
-        + "; ".join(f"{format.name}: {format.looks_for}" for format in formats().values()),
-        next_step=_below(path),
-    )
+    return steady(path, lambda: _format_of(path).load(path, model, name))
 
 
 def save_adapter(
@@ -102,11 +90,26 @@ def save_adapter(
     target = Path(path)
     with replacing(target) as staged:
         save(adapter, staged, model)
-        if target.exists() and target.is_dir() != staged.is_dir():
-            kind = "a folder" if target.is_dir() else "a file"
+        if target.is_file() if staged.is_dir() else target.is_dir():
+            kind = "a file" if staged.is_dir() else "a folder"
             raise FormatError(
                 f"'{target}' is {kind}, which the format '{format}' does not write", next_step="give another path"
             )
+
+
+def _format_of(path: Path) -> Format:
+    if not path.exists():
+        raise UnknownFormat(f"there is no adapter at '{path}'", nearest=_sibling(path))
+    matching = [format for format in formats().values() if format.recognises(path)]
+    if len(matching) == 1:
+        return matching[0]
+    if path.is_file() and path.suffix == ".safetensors":
+        read_header(path)  # a damaged file is told as such
+    raise UnknownFormat(
+        f"'{path}' is an adapter of no known format; looked for "
+        + "; ".join(f"{format.name}: {format.looks_for}" for format in formats().values()),
+        next_step=_below(path),
+    )
 
 
 def _sibling(path: Path) -> str | None:

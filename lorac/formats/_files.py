@@ -82,7 +82,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         # The library maps the file; clones outlive whatever happens to it.
         tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError) as error:  # the latter by torch, of a file that is gone by now
         raise _corrupt(path, str(error)) from error
     check_finite(tensors, f"'{path}'")
     return tensors, dict(header.metadata)

@@ -60,7 +60,7 @@ def replacing(target: Path, owned: Owned = lambda _: ()) -> Iterator[Path]:
         OSError: the disk's; also where the target is a mount point, since nothing can take its place.
     """
     target = Path(os.path.realpath(target))
-    if target.is_mount():
+    if os.path.ismount(target):  # unlike Path.is_mount, it bears that a folder goes away meanwhile
         raise OSError(errno.EBUSY, "nothing can take the place of a mount point, give a path below it", str(target))
     target.parent.mkdir(parents=True, exist_ok=True)
     with _alone(target.parent):
@@ -262,7 +262,7 @@ def steady(path: Path, read: Callable[[], T]) -> T:
             return read()
         except (LoracError, OSError) as error:
             failed = error
-        if _identity(path) == before:
+        if before is not None and _identity(path) == before:  # where nothing was, something may have come and gone
             raise failed
     return read()
 

@@ -12,11 +12,11 @@ from lorac.ir.graph.edit import (
     KEYWORD,
     add_inputs,
     add_outputs,
+    conform,
     drop_unused_state,
     inherit,
     inline,
     new_dimension,
-    settle,
 )
 from lorac.testing.checks import assert_close
 from tests.zoo import ZOO
@@ -55,7 +55,7 @@ def test_an_added_input_is_one_of_the_programs_own(program: ExportedProgram) -> 
 
     _, (changed,) = inline(program, output, scaled, [y, node])
     output.args = ((changed,),)
-    settle(program)
+    conform(program)
     assert str(rank) in {str(symbol) for symbol in program.range_constraints}
     inputs = ZOO["plain_mlp"].inputs()
     expected = ZOO["plain_mlp"].model()(**inputs)
@@ -71,7 +71,7 @@ def test_an_added_input_is_one_of_the_programs_own(program: ExportedProgram) -> 
 def test_an_added_output_comes_behind_the_hosts_own(program: ExportedProgram) -> None:
     hidden = next(n for n in program.graph.nodes if n.op == "call_function" and n.target is torch.ops.aten.tanh.default)
     add_outputs(program, {"hidden": hidden})
-    settle(program)
+    conform(program)
     inputs = ZOO["plain_mlp"].inputs()
     y, extra = program.module()(**inputs)
     assert torch.equal(y, ZOO["plain_mlp"].model()(**inputs))
@@ -84,7 +84,7 @@ def test_state_that_nothing_reads_is_dropped(program: ExportedProgram) -> None:
     (slot,) = add_inputs(program, {"up:weight": ((14, 10), torch.float32)}).values()
     site.args = (site.args[0], slot, *site.args[2:])
     assert drop_unused_state(program) == ["up.weight"]
-    settle(program)
+    conform(program)
     assert weight not in program.graph.nodes
     assert "up.weight" not in program.state_dict
     assert "up.bias" in program.state_dict
