@@ -188,7 +188,7 @@ def test_a_file_and_a_folder_do_not_take_each_others_place(target: Path) -> None
 
 def test_a_mount_point_is_refused_before_anything_is_written(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target.mkdir()
-    monkeypatch.setattr(Path, "is_mount", lambda path: path == target)
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == target)
     with pytest.raises(OSError, match="mount point"), replacing(target):
         raise AssertionError("the block ran")
 
