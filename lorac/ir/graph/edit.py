@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -219,6 +218,3 @@ def _extend_call_signature(program: ExportedProgram, nodes: Mapping[str, fx.Node
 def _example(value: torch.Tensor) -> torch.Tensor:
     shape = [size if isinstance(size, int) else int(size.node.hint) for size in value.shape]
     return torch.zeros((), dtype=value.dtype).expand(shape)  # its shape is asked for, and a slot may be a whole weight
-
-
-GETITEM = operator.getitem

@@ -238,3 +238,17 @@ def test_an_error_that_nothing_else_explains_is_raised_at_once(target: Path) -> 
     with pytest.raises(CorruptFile):
         steady(target, read)
     assert count == 1
+
+
+def test_where_nothing_is_before_and_after_reading_is_tried_again(target: Path) -> None:
+    """A folder may have come and gone between the two looks."""
+    count = 0
+
+    def read() -> int:
+        nonlocal count
+        count += 1
+        if count == 1:
+            raise CorruptFile("a part of it is missing")
+        return count
+
+    assert steady(target, read) == 2
