@@ -87,11 +87,14 @@ def _torch_call(model: Any, inputs: Any) -> common.Side:
 
 def _plain(compiled: Any, path: Path) -> Any:
     """The plain export behind lorac's call, so that all sides go through the same one."""
-    from lorac.backends.onnxruntime.engine import OrtEngine, Part
+    from lorac.backends.onnxruntime.engine import GraphSession, OrtEngine
     from lorac.backends.onnxruntime.session import new_session
 
     base = compiled.engine
-    parts = {name: Part(new_session(path, base.options), part.signature, slots={}) for name, part in base.parts.items()}
+    parts = {
+        name: GraphSession(new_session(path, base.options), part.signature, slots={})
+        for name, part in base.parts.items()
+    }
     engine = OrtEngine(parts=parts, plans={}, base=base.base, mode=base.mode, folder=base.folder, options=base.options)
     compiled.setup(
         engine=engine,

@@ -16,7 +16,7 @@ from lorac.ir.slots.choice import describe
 from lorac.ir.slots.roles import ROLES
 from lorac.ir.slots.site import Reason, SitePlan
 from lorac.ir.view.dump import short_dtype
-from lorac.ir.view.terms import BAKED, BOUND, FUSED, LEFT_OUT, LIVE, Term, describe_terms, describe_variant
+from lorac.ir.view.terms import BAKED, BOUND, FUSED, LEFT_OUT, LIVE, DescribedTerm, describe_terms, describe_variant
 
 _Row = TypeVar("_Row", "TermRow", "AdapterRow")
 _MANY = 3
@@ -34,7 +34,7 @@ class TermRow:
         shape: (in, out).
         adapter: the adapter's name.
         form: its normal form, with rank or count.
-        state: what the active choice did with it, or would do where it is off (``lorac.ir.view.terms.Term``).
+        state: what the active choice did with it, or would do where it is off (``lorac.ir.view.terms.DescribedTerm``).
         strength: in the active choice; 0: off.
         slots: which of the site's slots it fills: roles, or a branch's parameters.
         dtype: dtype it is computed in.
@@ -119,7 +119,7 @@ def explain(compiled: Any) -> Report:
     )
 
 
-def _row(term: Term, site: Site) -> TermRow:
+def _row(term: DescribedTerm, site: Site) -> TermRow:
     cheapest = term.state in (BAKED, LEFT_OUT) or (term.form == "low-rank" and term.state == LIVE)
     return TermRow(
         site=term.site,
@@ -137,20 +137,20 @@ def _row(term: Term, site: Site) -> TermRow:
     )
 
 
-def _reasons(term: Term) -> tuple[Reason, ...]:
+def _reasons(term: DescribedTerm) -> tuple[Reason, ...]:
     """Those of the term; of a branch that nothing more is known of, what it has in common with all."""
     if term.reasons or term.unfusable is None:
         return tuple(dict.fromkeys(term.reasons))
     return (Reason(term.adapter, term.site, term.unfusable),)
 
 
-def _dtype(term: Term, site: Site) -> str:
+def _dtype(term: DescribedTerm, site: Site) -> str:
     floating = [part.dtype for part in term.parts if part.dtype.is_floating_point]
     own = floating[0] if floating else site.dtype
     return short_dtype(own if own == site.dtype or term.state == LIVE else site.dtype)
 
 
-def _swap_cost(term: Term, site: Site) -> str:
+def _swap_cost(term: DescribedTerm, site: Site) -> str:
     """What switching to the adapter alone costs at this site, by its form (docs/architecture.md, invariant 7)."""
     weight = site.out_features * site.in_features * torch.empty(0, dtype=site.dtype).element_size()
     if term.state in (BAKED, LEFT_OUT):

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from lorac.errors import ChoiceError, Unavailable
-from lorac.training.rule import Rule, Term
+from lorac.training.rule import Rule, TrainedTerm
 from lorac.variants.base import Variant
 from lorac.variants.lora import LoRA
 from lorac.variants.plp import PLP
@@ -56,7 +56,7 @@ class Preconditioned(Rule):
         for term in self.terms:
             self._change(term)
 
-    def _change(self, term: Term) -> None:
+    def _change(self, term: TrainedTerm) -> None:
         own = term.tensors
         if "lora_A" in own:
             up, down = own["lora_B"], own["lora_A"]

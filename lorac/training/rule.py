@@ -25,7 +25,7 @@ class Removable(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Term:
+class TrainedTerm:
     """One adapter at one site.
 
     Attributes:
@@ -111,7 +111,7 @@ class Rule(ABC):
             self.after()
 
 
-def terms_of(compiled: Any, methods: tuple[type[Variant], ...]) -> list[Term]:
+def terms_of(compiled: Any, methods: tuple[type[Variant], ...]) -> list[TrainedTerm]:
     """The terms of a compiled model whose adapters are of these methods.
 
     Raises:
@@ -125,7 +125,7 @@ def terms_of(compiled: Any, methods: tuple[type[Variant], ...]) -> list[Term]:
     compiled.refuse_baked()
     adapters: Iterable[Adapter] = compiled.adapters.values()
     found = [
-        Term(adapter.name, path, tensors)
+        TrainedTerm(adapter.name, path, tensors)
         for adapter in adapters
         if isinstance(adapter.variant, methods)
         for path, tensors in adapter.tensors.items()
@@ -147,7 +147,7 @@ def _unwrapped(optimizer: Any) -> Any:
     return optimizer
 
 
-def _require_held(optimizer: Any, terms: Iterable[Term], governed: Iterable[str]) -> None:
+def _require_held(optimizer: Any, terms: Iterable[TrainedTerm], governed: Iterable[str]) -> None:
     held = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
     wanted = ((term, name) for term in terms for name in governed if name in term.tensors)
     for term, name in wanted:

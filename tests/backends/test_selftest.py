@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import lorac
 from lorac.backends.onnx.files import MODEL, WEIGHTS
 from lorac.backends.onnx.selftest import self_test
-from lorac.backends.onnxruntime.engine import OrtEngine, Part
+from lorac.backends.onnxruntime.engine import GraphSession, OrtEngine
 from lorac.backends.onnxruntime.session import new_session
 
 building = importlib.import_module("lorac.backends.onnxruntime.build")  # its package has a function of that name
@@ -99,7 +99,7 @@ def _sabotaged(built: Built, folder: Path, change: Callable[[ir.Model], None]) -
     engine = built.engine
     part = engine.parts["main"]
     return OrtEngine(
-        parts={"main": Part(new_session(folder / MODEL, engine.options), part.signature, part.slots)},
+        parts={"main": GraphSession(new_session(folder / MODEL, engine.options), part.signature, part.slots)},
         plans=engine.plans,
         base=engine.base,
         mode=engine.mode,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lorac
+from lorac.backends.onnx.emit import SITE_METADATA
 from lorac.backends.onnx.files import MODEL
 from tests.zoo import ZOO
 
@@ -37,6 +38,21 @@ def test_an_encoder_and_its_decoder() -> None:
     found = emitted(entry.model(), {"a": lorac.LoRA(r=2, targets=["q"])})
     assert found["logits"][:2] == ["batch", "decoder_length"]
     assert found["encoder_last_hidden_state"][:2] == ["batch", "length"]
+
+
+def test_whatever_reads_a_slot_tells_the_path_of_its_site() -> None:
+    adapters = {"a": lorac.LoRA(r=2, targets=["down_proj", "v_proj"])}
+    compiled = lorac.compile(ZOO["tiny_llama"].model(), adapters, target="onnxruntime")
+    graph = ir.load(compiled.engine.folder / MODEL).graph
+    slots = [value for value in graph.inputs if SITE_METADATA in value.metadata_props]
+    assert {value.metadata_props[SITE_METADATA] for value in slots} == set(compiled.plans)
+    for value in slots:
+        path = value.metadata_props[SITE_METADATA]
+        readers = list(value.consumers())
+        assert readers
+        for node in readers:
+            assert repr(path) in node.metadata_props["pkg.torch.onnx.name_scopes"]
+            assert "modeling_llama.py" in node.metadata_props["pkg.torch.onnx.stack_trace"]
 
 
 class Pair(NamedTuple):

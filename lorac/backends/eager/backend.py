@@ -13,7 +13,7 @@ import torch
 from torch.export import Dim
 
 from lorac.backends.eager.engine import EagerEngine
-from lorac.backends.eager.program import Part, ProgramEngine
+from lorac.backends.eager.program import ProgramEngine, StoredGraph
 from lorac.errors import Unavailable
 from lorac.ir.engine import AnyDialect, Backend, BuildRequest, Dialect, Engine, Gate, Stored, TargetOptions
 from lorac.ir.graph.graph import Graph, Level
@@ -114,7 +114,7 @@ class Eager(Backend[Options]):
 BACKEND = Eager()
 
 
-def _graph(name: str, part: Part, sites: Mapping[str, Site], plans: Mapping[str, SitePlan]) -> Graph:
+def _graph(name: str, part: StoredGraph, sites: Mapping[str, Site], plans: Mapping[str, SitePlan]) -> Graph:
     shapes = {key: dict.fromkeys(axes, Dim.AUTO) for key, axes in part.program.dynamic.items()}
     with torch.no_grad():
         exported = torch.export.export(part.program, (), part.program.examples, dynamic_shapes=shapes)
@@ -129,11 +129,11 @@ def _described(signature: CallSignature, slots: Mapping[str, Any]) -> dict[str, 
     return {"signature": signature.to_json(), "slots": [slot_to_json(slot) for slot in slots.values()]}
 
 
-def _parts(stored: Stored, folder: Path, file: TensorFile) -> dict[str, Part]:
+def _parts(stored: Stored, folder: Path, file: TensorFile) -> dict[str, StoredGraph]:
     entries: Any = stored["graphs"]
     nodes = json.loads((folder / _PROGRAM).read_text(encoding="utf-8"))
     return {
-        name: Part(
+        name: StoredGraph(
             StoredProgram(nodes[name], file),
             CallSignature.from_json(entry["signature"]),
             {slot.name: slot for slot in map(slot_from_json, entry["slots"])},

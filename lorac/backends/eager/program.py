@@ -25,7 +25,7 @@ Tensor = torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class StoredGraph:
     """One graph of the program: its nodes, how it is called, and its slot inputs by public name."""
 
     program: StoredProgram
@@ -55,7 +55,7 @@ class ProgramEngine(Engine):
     def __init__(
         self,
         *,
-        parts: Mapping[str, Part],
+        parts: Mapping[str, StoredGraph],
         plans: Mapping[str, SitePlan],
         base: BaseReader,
         mode: str,

@@ -14,7 +14,7 @@ import torch
 from lorac.backends.onnx.files import BASE, MODEL, check_locations, home_of, written_files
 from lorac.backends.onnxruntime.build import build
 from lorac.backends.onnxruntime.dialect import DIALECT
-from lorac.backends.onnxruntime.engine import OrtEngine, Part
+from lorac.backends.onnxruntime.engine import GraphSession, OrtEngine
 from lorac.backends.onnxruntime.options import Options
 from lorac.backends.onnxruntime.session import new_session
 from lorac.errors import Unavailable
@@ -73,17 +73,17 @@ class OnnxRuntime(Backend[Options]):
 BACKEND = OnnxRuntime()
 
 
-def _described(part: Part) -> dict[str, Any]:
+def _described(part: GraphSession) -> dict[str, Any]:
     return {
         "signature": part.signature.to_json(),
         "slots": [slot_to_json(slot) for slot in part.slots.values()],
     }
 
 
-def _part(home: Path, stored: Mapping[str, Any], options: Options) -> Part:
+def _part(home: Path, stored: Mapping[str, Any], options: Options) -> GraphSession:
     check_locations(home / MODEL)
     slots = [slot_from_json(slot) for slot in stored["slots"]]
-    return Part(
+    return GraphSession(
         new_session(home / MODEL, options),
         CallSignature.from_json(stored["signature"]),
         {slot.name: slot for slot in slots},

@@ -9,7 +9,7 @@ from lorac.backends.onnx.emit import emit
 from lorac.backends.onnx.files import BASE, bake, home_of, write
 from lorac.backends.onnx.selftest import self_test
 from lorac.backends.onnxruntime.dialect import DIALECT
-from lorac.backends.onnxruntime.engine import OrtEngine, Part
+from lorac.backends.onnxruntime.engine import GraphSession, OrtEngine
 from lorac.backends.onnxruntime.options import Options
 from lorac.backends.onnxruntime.session import new_session
 from lorac.ir.engine import BuildRequest
@@ -47,7 +47,7 @@ def _build(request: BuildRequest[Options], folder: Path, report: Progress) -> Or
     TensorFile.write(folder / BASE, tensors, by_columns(plans.values()))
     engine = OrtEngine(
         parts={
-            name: Part(new_session(path, options), program.signatures[name], program.graphs[name].slots)
+            name: GraphSession(new_session(path, options), program.signatures[name], program.graphs[name].slots)
             for name, path in paths.items()
         },
         plans=plans,

@@ -33,7 +33,7 @@ from lorac.ir.slots.snapshot import Snapshot
 Tensor = torch.Tensor
 
 
-class Part:
+class GraphSession:
     """One graph of the program: its session, and how it is called.
 
     Args:
@@ -81,7 +81,7 @@ class OrtEngine(Engine):
     def __init__(
         self,
         *,
-        parts: Mapping[str, Part],
+        parts: Mapping[str, GraphSession],
         plans: Mapping[str, SitePlan],
         base: BaseReader,
         mode: str,
@@ -137,7 +137,7 @@ class OrtEngine(Engine):
         if self._holds is snapshot:
             self._settled[snapshot] = _Settled(sessions, self._values({}))
 
-    def _with_constants(self, name: str, part: Part) -> ort.InferenceSession:
+    def _with_constants(self, name: str, part: GraphSession) -> ort.InferenceSession:
         constants = {slot: self.memory[slot] for slot in part.slots if slot in self.memory}
         if not constants:
             return part.session
@@ -181,7 +181,7 @@ class OrtEngine(Engine):
             copied = self._contiguous[tensor] = tensor.detach().contiguous()
         return copied
 
-    def _serving(self, part: Part, graph: str, values: Values) -> tuple[ort.InferenceSession, Values]:
+    def _serving(self, part: GraphSession, graph: str, values: Values) -> tuple[ort.InferenceSession, Values]:
         settled = self._settled.get(self._holds) if values is self._written else None
         return (part.session, values) if settled is None else (settled.sessions[graph], settled.values)
 
@@ -195,7 +195,7 @@ class _Settled:
 
 
 def _execute(
-    part: Part, graph: str, session: ort.InferenceSession, values: Values, given: Mapping[str, Any]
+    part: GraphSession, graph: str, session: ort.InferenceSession, values: Values, given: Mapping[str, Any]
 ) -> Sequence[ort.OrtValue]:
     io = _io(part, graph, session, values)
     held = []
@@ -212,7 +212,7 @@ def _execute(
     return outputs
 
 
-def _io(part: Part, graph: str, session: ort.InferenceSession, values: Values) -> Any:
+def _io(part: GraphSession, graph: str, session: ort.InferenceSession, values: Values) -> Any:
     """This thread's IOBinding of a graph with its slots bound."""
     owned: dict[str, Any] = vars(values.own).setdefault("io", {})
     if graph in owned and owned[graph][0]() is session:

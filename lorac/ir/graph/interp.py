@@ -25,7 +25,7 @@ Tensor = torch.Tensor
 
 
 @dataclass(frozen=True)
-class Answer:
+class Interpreted:
     """What a graph computes.
 
     Attributes:
@@ -38,7 +38,7 @@ class Answer:
 
 
 @torch.no_grad()
-def interpret(graph: Graph, inputs: Mapping[str, Any], slots: Mapping[str, Tensor] | None = None) -> Answer:
+def interpret(graph: Graph, inputs: Mapping[str, Any], slots: Mapping[str, Tensor] | None = None) -> Interpreted:
     """Run a graph.
 
     Args:
@@ -52,7 +52,7 @@ def interpret(graph: Graph, inputs: Mapping[str, Any], slots: Mapping[str, Tenso
     """
     signature = CallSignature.of(graph)
     output, extra = signature.answer(outputs_of(graph, signature.bind((), inputs), slots))
-    return Answer(output, extra)
+    return Interpreted(output, extra)
 
 
 @torch.no_grad()

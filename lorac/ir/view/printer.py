@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from lorac.ir.view.dump import Dump, Row
 from lorac.ir.view.sections import Section, digest, grouped, reference, relative, repeats, sections, spelled
-from lorac.ir.view.terms import Term
+from lorac.ir.view.terms import DescribedTerm
 
 _TYPE_COLUMN, _SOURCE_COLUMN = 80, 22
 """Widest operand column that others are aligned with, and the width of the type column."""
@@ -31,7 +31,7 @@ class Notes:
     """
 
     adapters: Mapping[str, str] = field(default_factory=dict)
-    terms: Mapping[str, Sequence[Term]] = field(default_factory=dict)
+    terms: Mapping[str, Sequence[DescribedTerm]] = field(default_factory=dict)
     trainable: Mapping[str, int] | None = None
     calls: Mapping[str, int] = field(default_factory=dict)
 
@@ -174,7 +174,7 @@ def _more(others: Sequence[str]) -> str:
     return f"… x {len(others)}   {span}"
 
 
-def term_line(term: Term) -> Line:
+def term_line(term: DescribedTerm) -> Line:
     """``+ style  low-rank r=8  A[8, 64]! B[96, 8]!``, and whether it can be merged into the weight."""
     mark = "" if term.state == "baked" else "!"
     parts = " ".join(f"{p.name}{list(p.shape)}{mark}" for p in term.parts)

@@ -22,7 +22,7 @@ LIVE, BOUND, FUSED, BAKED, LEFT_OUT = "live", "bound", "fused", "baked", "left o
 
 
 @dataclass(frozen=True)
-class Part:
+class TermTensor:
     """One tensor of a term: its name and shape (as adapters store it: A (r, in), B (out, r)), dtype and size."""
 
     name: str
@@ -32,7 +32,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Term:
+class DescribedTerm:
     """One adapter at one site.
 
     Attributes:
@@ -55,7 +55,7 @@ class Term:
     site: str
     form: str
     size: str
-    parts: tuple[Part, ...]
+    parts: tuple[TermTensor, ...]
     state: str
     strength: float
     slots: tuple[str, ...]
@@ -71,7 +71,7 @@ class Term:
 
 def describe_terms(
     prepared: Mapping[str, Prepared], plans: Mapping[str, SitePlan], *, mode: str, snapshot: Snapshot
-) -> dict[str, tuple[Term, ...]]:
+) -> dict[str, tuple[DescribedTerm, ...]]:
     """Site path -> its terms, by adapter name.
 
     Args:
@@ -80,7 +80,7 @@ def describe_terms(
         mode: ``"live"``, ``"fused"`` or ``"baked"``.
         snapshot: the active choice, and what it fills.
     """
-    found: dict[str, list[Term]] = {path: [] for path in plans}
+    found: dict[str, list[DescribedTerm]] = {path: [] for path in plans}
     strengths = spell(snapshot.choice)
     for name in sorted(prepared):
         adapter, strength = prepared[name], strengths.get(name, 0.0)
@@ -112,12 +112,14 @@ def describe_variant(variant: Any) -> str:
     return " ".join(parts)
 
 
-def _change_term(name: str, site: Site, change: Change, here: Composed, mode: str, strength: float) -> Term:
+def _change_term(name: str, site: Site, change: Change, here: Composed, mode: str, strength: float) -> DescribedTerm:
     form, size, parts = _describe(change, site)
     state = _state(here, mode, strength)
     flops = _low_rank_flops(change, site) if state == LIVE and isinstance(change, LowRank) else 0
     slots = () if mode == BAKED else _filled(change, here)
-    return Term(name, site.path, form, size, parts, state, strength, slots, (), _unfusable(site, change), flops)
+    return DescribedTerm(
+        name, site.path, form, size, parts, state, strength, slots, (), _unfusable(site, change), flops
+    )
 
 
 def _state(here: Composed, mode: str, strength: float) -> str:
@@ -137,13 +139,15 @@ def _filled(change: Change, here: Composed) -> tuple[str, ...]:
     return tuple(role for role in here.into if role in own)
 
 
-def _branch_term(name: str, path: str, branch: BranchTerm, strength: float, reasons: tuple[Reason, ...]) -> Term:
+def _branch_term(
+    name: str, path: str, branch: BranchTerm, strength: float, reasons: tuple[Reason, ...]
+) -> DescribedTerm:
     parts = tuple(_part(n, t) for n, t in zip(branch.slot.params, branch.params, strict=True))
     slots, flops, unfusable = tuple(branch.slot.params), branch_flops(branch.slot), "y' is not affine in x"
-    return Term(name, path, "branch", "", parts, LIVE, strength, slots, reasons, unfusable, flops)
+    return DescribedTerm(name, path, "branch", "", parts, LIVE, strength, slots, reasons, unfusable, flops)
 
 
-def _describe(change: Change, site: Site) -> tuple[str, str, tuple[Part, ...]]:
+def _describe(change: Change, site: Site) -> tuple[str, str, tuple[TermTensor, ...]]:
     shift = [] if change.e is None else [(ROLES[letters.BIAS].letter, change.e)]
     if isinstance(change, LowRank):
         found = [(ROLES[name].letter, ROLES[name].seen(part)) for name, part in parts_of(change).items()]
@@ -157,12 +161,12 @@ def _describe(change: Change, site: Site) -> tuple[str, str, tuple[Part, ...]]:
     return "sparse", f"k={count} ({share:.2%})", _parts([*rows, *shift])
 
 
-def _parts(tensors: Iterable[tuple[str, torch.Tensor]]) -> tuple[Part, ...]:
+def _parts(tensors: Iterable[tuple[str, torch.Tensor]]) -> tuple[TermTensor, ...]:
     return tuple(_part(name, tensor) for name, tensor in tensors)
 
 
-def _part(name: str, tensor: torch.Tensor) -> Part:
-    return Part(name, tuple(tensor.shape), tensor.dtype, tensor.nbytes)
+def _part(name: str, tensor: torch.Tensor) -> TermTensor:
+    return TermTensor(name, tuple(tensor.shape), tensor.dtype, tensor.nbytes)
 
 
 def _unfusable(site: Site, change: Change) -> str | None:
