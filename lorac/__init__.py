@@ -121,6 +121,7 @@ __all__ = [  # noqa: RUF022  (in plain order: BAT and OFT are no constants)
     "LoRAC",
     "LoRAXS",
     "LoracError",
+    "LoracWarning",
     "MPS",
     "MeteoRA",
     "MiSS",

@@ -34,12 +34,15 @@
     ├── ArtifactError             a saved artefact is damaged, unsafe or of another version
     └── MissingExtra              an optional library is not installed
 
-Each message says what, where, the nearest valid choice and the next step.
+Each message says what, where, the nearest valid choice and the next step. What is no error, but must not pass in
+silence, is a ``LoracWarning``.
 """
 
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
 
 __all__ = [
@@ -56,6 +59,7 @@ __all__ = [
     "ExampleInputsNeeded",
     "FormatError",
     "LoracError",
+    "LoracWarning",
     "MissingExtra",
     "NeedsRecompile",
     "NonFinite",
@@ -230,6 +234,24 @@ class MissingExtra(LoracError):
     def __init__(self, library: str, extra: str | None) -> None:
         needed = f"'lorac[{extra}]'" if extra is not None else library
         super().__init__(f"{library} is not installed", next_step=f"pip install {needed}")
+
+
+class LoracWarning(UserWarning):
+    """Something that is no error, and that whoever gets the result should know."""
+
+
+def warn(what: str, *, next_step: str | None = None) -> None:
+    """Warn once per line of the caller's own code, as Python's filters have it.
+
+    Args:
+        what: what is so and where, one line.
+        next_step: what to do about it.
+    """
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "lorac":
+        level, frame = level + 1, frame.f_back
+    text = what if next_step is None else f"{what}\n  {next_step}"
+    warnings.warn(text, LoracWarning, stacklevel=level)
 
 
 def nearest_name(name: str, choices: Iterable[str]) -> str | None:
