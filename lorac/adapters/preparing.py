@@ -12,6 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorac.adapters.fit import check_values
 from lorac.ir.algebra.changes import Change, Dense, LowRank, from_outputs
+from lorac.ir.algebra.formulas import Formula
 from lorac.ir.algebra.reduction import BRANCH, Reduction, reduce_branch, reduce_weight
 from lorac.ir.algebra.rules import RULES
 from lorac.ir.algebra.structure import NamedRule
@@ -149,9 +150,11 @@ class Preparer:
         examples = {name: _cast(tensor.detach(), dtype) for name, tensor in tensors.items()}
         if isinstance(variant, WeightVariant):
             shared = [name for name, spec in variant.params(site).items() if spec.shared]
+            of_weight = Formula(variant.weight, variant.name, site.path)
+            of_bias = Formula(variant.new_bias, variant.name, site.path)
 
             def formula(w: Tensor, b: Tensor, p: Any) -> tuple[Tensor, Tensor]:
-                return variant.weight(w, p), variant.new_bias(b, p)
+                return of_weight(w, p, like=w), of_bias(b, p, like=b)
 
             # A kernel of groups has no room for what leaves its blocks, as a product of factors does.
             grouped = _grouped(site)
@@ -159,8 +162,8 @@ class Preparer:
         assert isinstance(variant, BranchVariant)
         if site.kind is not SiteKind.LINEAR or variant.reads:
             return Reduction(BRANCH, torch.fx.GraphModule(nn.Module(), torch.fx.Graph()), tuple(tensors), ("y",))
-        ctx = Ctx(site)
-        return reduce_branch(lambda x, y, p: variant.branch(x, y, p, ctx), shape, examples, dtype, self.rules)
+        branch, ctx = Formula(variant.branch, variant.name, site.path), Ctx(site)
+        return reduce_branch(lambda x, y, p: branch(x, y, p, ctx, like=y), shape, examples, dtype, self.rules)
 
 
 def _grouped(site: Site) -> bool:
@@ -175,7 +178,7 @@ def branch_term(variant: Variant, site: Site, tensors: Mapping[str, Tensor], *, 
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
     dtype = factor_dtype(site.dtype)
     key = f"{here.name}{_structure(here)}{sorted(shapes.items())}"
-    slot = BranchSlot(key, here.branch, shapes, here.emits, here.reads)
+    slot = BranchSlot(key, Formula(here.branch, here.name, site.path), shapes, here.emits, here.reads)
     given = (t.detach() if detach else t for t in tensors.values())
     return BranchTerm(slot, tuple(_cast(t, dtype) for t in given))
 

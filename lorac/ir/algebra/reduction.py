@@ -20,6 +20,7 @@ from lorac.ir.algebra import letters
 from lorac.ir.algebra.affine import weight_formula
 from lorac.ir.algebra.rules import RULES
 from lorac.ir.algebra.structure import WEIGHT, Analysis, Form, NamedRule, analyse, shape_of
+from lorac.quiet import quiet
 
 Params = SimpleNamespace
 """What a formula gets as ``p``: one attribute per parameter of the variant, each a tensor."""
@@ -80,7 +81,7 @@ def reduce_weight(
     """Reduce a weight formula (W, b, p) -> (W', b').
 
     Args:
-        formula: pure function of torch ops.
+        formula: pure function of torch ops (``lorac.ir.algebra.formulas.Formula`` refuses what is not).
         weight: shape (out, in) of W.
         params: one example tensor per parameter (any device; only shape and dtype are read).
         dtype: dtype the formula computes in.
@@ -89,7 +90,7 @@ def reduce_weight(
         keep_factors: products stay low-rank whatever their rank, for a weight that has no place for W'.
     """
     names = tuple(params)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with quiet(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         w, b = torch.empty(weight, dtype=dtype), torch.empty(weight[0], dtype=dtype)
         fakes = [mode.from_tensor(t) for t in params.values()]
 
@@ -109,7 +110,7 @@ def reduce_branch(
 ) -> Reduction:
     """Reduce a branch formula (x, y, p) -> y' of a linear site: as a weight formula where it is affine."""
     names = tuple(params)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with quiet(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         out_features, in_features = weight
         x, y = torch.empty(_TOKENS, in_features, dtype=dtype), torch.empty(_TOKENS, out_features, dtype=dtype)
         fakes = [mode.from_tensor(t) for t in params.values()]

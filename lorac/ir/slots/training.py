@@ -20,7 +20,7 @@ from lorac.ir.host.sites import Site
 from lorac.ir.slots.layouts import SiteLayout, layout_of
 from lorac.ir.slots.role import Place, SlotRole, Stage
 from lorac.ir.slots.roles import ROLES, acts_on, applied, parts_of, runs_beside
-from lorac.ir.slots.run import Ctx, run_branch, run_site
+from lorac.ir.slots.run import Ctx, branch_delta, run_site
 from lorac.ir.slots.site import BranchFill, BranchSlot, SitePlan, SiteSlots
 
 Tensor = torch.Tensor
@@ -85,7 +85,7 @@ def run_terms(
     for term in terms:
         if term.branch is not None:
             slot, fill = term.branch
-            y = y + fill.strength * (run_branch(site, slot, fill, x, base, ctx) - base)
+            y = y + branch_delta(site, slot, fill, x, base, ctx)
         elif isinstance(term.change, LowRank) and runs_beside(layout, term.change):
             y = y + _scaled(term.strength, _low_rank_delta(layout, term, x, base, weight, bias, ctx)).to(y.dtype)
         elif term.change is not None:
