@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorac.adapters.fit import check_values
+from lorac.ir.algebra.between import run_dropped
 from lorac.ir.algebra.changes import Change, Dense, LowRank, from_outputs
 from lorac.ir.algebra.formulas import Formula
 from lorac.ir.algebra.reduction import BRANCH, Reduction, reduce_branch, reduce_weight
@@ -19,6 +20,7 @@ from lorac.ir.algebra.structure import NamedRule
 from lorac.ir.host.sites import BaseReader, Site, SiteKind, factor_dtype
 from lorac.ir.slots.run import Ctx
 from lorac.ir.slots.site import BranchSlot, BranchTerm, Prepared, Reason
+from lorac.ir.slots.training import Moved
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant, Variant, WeightVariant
 
@@ -123,14 +125,38 @@ class Preparer:
 
     def with_bias(self, adapter: Adapter, site: Site, change: Change) -> Change:
         """A change with the adapter's own copy of the base's bias (PEFT's ``bias=``) worked in."""
+        shift = self._bias_shift(adapter, site)
+        if shift is None:
+            return change
+        return dataclasses.replace(change, e=shift if change.e is None else change.e + shift)
+
+    def _bias_shift(self, adapter: Adapter, site: Site) -> Tensor | None:
         trained = adapter.replaced.get(site.bias) if site.bias else None
         if trained is None:
-            return change
+            return None
         bias = self.base.bias(site)
         assert bias is not None
         dtype = factor_dtype(site.dtype)
-        shift = trained.to(dtype) - bias.to(dtype)
-        return dataclasses.replace(change, e=shift if change.e is None else change.e + shift)
+        return trained.to(dtype) - bias.to(dtype)
+
+    def dropped(self, adapter: Adapter, site: Site) -> Moved | None:
+        """What a term makes of a site's y with dropout between its factors: (x, y, rate) -> y' − y.
+
+        None where its form has all that lies there: a weight formula's has, an affine branch's lacks the biases.
+        """
+        tensors = adapter.tensors[site.path]
+        reduction = self.reduction(adapter.variant, site, tensors)
+        graph, dtype, shift = reduction.dropped, factor_dtype(site.dtype), self._bias_shift(adapter, site)
+        if graph is None:
+            return None
+        given = tuple(_cast(tensors[name], dtype) for name in reduction.params)
+
+        def moved(x: Tensor, y: Tensor, rate: float) -> Tensor:
+            wide = y.to(dtype)
+            delta = run_dropped(graph, x.to(dtype), wide, given, rate) - wide
+            return delta if shift is None else delta + shift
+
+        return moved
 
     def replaced_change(self, adapter: Adapter, site: Site) -> Change | None:
         """The change of a site that an adapter only replaces whole (modules_to_save, a norm, a bias), or None."""
