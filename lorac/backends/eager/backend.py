@@ -13,6 +13,7 @@ import torch
 from torch.export import Dim
 
 from lorac.backends.eager.engine import EagerEngine
+from lorac.backends.eager.fastpath import run_layers_inside
 from lorac.backends.eager.products import multiply_as
 from lorac.backends.eager.program import ProgramEngine, StoredGraph
 from lorac.errors import Unavailable
@@ -54,6 +55,7 @@ class Eager(Backend[Options]):
         refuse_unemitted(request.options.aux, request.plans.values())
         module = structural_copy(request.model)
         multiply_as(request.model, module)
+        run_layers_inside(request.model, module, request.plans, lambda: engine.filled().touched)
         engine = EagerEngine(
             module,
             request.plans,
