@@ -28,14 +28,14 @@ def run_layers_inside(host: nn.Module, copy: nn.Module, planned: Collection[str]
         planned: paths of the sites that adapters may touch.
         touched: () -> paths of those that the running call touches.
     """
-    module: Any  # whose forward is set on the instance
     for path, module in copy.named_modules():
         if not isinstance(module, _LAYERS):
             continue
         inside = frozenset(site for site in planned if site.startswith(f"{path}." if path else ""))
         needs = any(parameter.requires_grad for parameter in host.get_submodule(path).parameters())
         if inside or needs:
-            module.forward = functools.partial(_forward, module.forward, inside, needs, touched)
+            layer: Any = module  # a module may be given a forward of its own
+            layer.forward = functools.partial(_forward, layer.forward, inside, needs, touched)
 
 
 def _forward(
