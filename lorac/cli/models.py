@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -75,7 +75,7 @@ def compile(
     import lorac
 
     choice = active if active == "auto" else parse_spec(active)
-    told = {"target": target, "mode": mode, "active": choice, "dtype": dtype}
+    told: dict[str, Any] = {"target": target, "mode": mode, "active": choice, "dtype": dtype}
     compiled = lorac.compile(load_model(model), named_adapters(adapter), **told)
     compiled.save(out)
     print(f"{out}: {target}, {mode}, adapters {', '.join(compiled.adapters) or 'none'}, active {compiled.active}")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lorac.compiler.compilation import Asked, Compilation
-from lorac.compiler.precision import brought, cast_floating, dtype_named
+from lorac.compiler.precision import brought, dtype_named
 from lorac.compiler.services import Lasting, Source
 from lorac.compiler.targets import backend_of
 from lorac.errors import ArtifactError
@@ -74,7 +74,7 @@ def compile(  # noqa: PLR0913, PLR0917  (the public interface)
         mode=mode,
         active=active,
         reserve=reserve,
-        example_inputs=example_inputs if wanted is None else cast_floating(example_inputs, wanted),
+        example_inputs=example_inputs if wanted is None else precision.fit(example_inputs),
         dynamic_shapes=dynamic_shapes,
         options=told,
     )

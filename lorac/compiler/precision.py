@@ -27,7 +27,7 @@ class Precision:
     Attributes:
         cast: the dtype that the model was brought to, if it was to be brought to any.
         lost: (dtype that the model has or was asked in, dtype that the target computes in), where it lacks the first.
-        inputs: dtype of the model as it was given -> the dtype asked for instead.
+        inputs: dtype of the model as it was given -> the dtype it has instead, because another one was asked for.
     """
 
     cast: torch.dtype | None = None
@@ -39,7 +39,7 @@ class Precision:
         return inputs if self.cast is None else cast_floating(inputs, self.cast)
 
     def fit_call(self, inputs: object) -> object:
-        """What a call is given, in the dtype that was asked for where it has the model's own."""
+        """What a call is given, in the dtype that was asked for where it has the one that the model had."""
         if not self.inputs:
             return inputs
 
@@ -95,7 +95,7 @@ def brought(
     lacking = [wanted for wanted in (own if dtype is None else [dtype]) if wanted not in dialect.dtypes]
     computed = dialect.dtypes[0] if lacking else dtype
     lost = tuple((wanted, dialect.dtypes[0]) for wanted in lacking)
-    inputs = {} if dtype is None else {had: dtype for had in own if had != dtype}
+    inputs = {} if dtype is None or computed is None else {had: computed for had in own if had != computed}
     precision = Precision(computed, lost, inputs)
     if device is None and (computed is None or own == [computed]):
         return model, precision
