@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lorac.compiler.compilation import Asked, Compilation
-from lorac.compiler.precision import brought, dtype_named
+from lorac.compiler.precision import brought, dtype_named, refuse_lacking
 from lorac.compiler.services import Lasting, Source
 from lorac.compiler.targets import backend_of
 from lorac.errors import ArtifactError
@@ -127,6 +127,7 @@ def _loaded(manifest: Manifest, folder: Path, target: str, device: Device | None
         engine = saved.restore(manifest.program, folder, plans, manifest.mode, device)
         return compilation.assembled(engine, plans, manifest.mode, choice)
     backend = backend_of(target)
+    refuse_lacking(backend.dialect, (plan.site.dtype for plan in plans.values()), str(folder))
     program = saved.program_of(manifest.program, folder, sites, plans)
     return Compilation(lasting, backend, compile).built(plans, manifest.mode, choice, backend.told({}), program)
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lorac.errors import UnknownOption, nearest_name, warn
+from lorac.errors import Unavailable, UnknownOption, nearest_name, warn
 from lorac.ir.engine import AnyDialect
 from lorac.ir.host.copying import structural_copy
 
@@ -52,8 +52,7 @@ class Precision:
         """Warn where the target computes in another dtype."""
         if not self.lost:
             return
-        lacking = ", ".join(str(before).removeprefix("torch.") for before, _ in self.lost)
-        computed = str(self.lost[0][1]).removeprefix("torch.")
+        lacking, computed = ", ".join(_name(before) for before, _ in self.lost), _name(self.lost[0][1])
         warn(
             f"{target} has no kernels for {lacking}: it computes in {computed}, and answers so",
             next_step=f"dtype='{computed}' asks for that; compiled.explain() says it too",
@@ -102,6 +101,24 @@ def brought(
     if device is None and dtype is None:
         return structural_copy(model).to(computed), precision
     return copy.deepcopy(model).to(device=device, dtype=computed), precision
+
+
+def refuse_lacking(dialect: AnyDialect, dtypes: Iterable[torch.dtype], stored: str) -> None:
+    """Refuse a stored program, which cannot be cast, in a dtype that the target does not compute in.
+
+    Raises:
+        Unavailable: naming the dtype.
+    """
+    for dtype in dtypes:
+        if dtype not in dialect.dtypes:
+            raise Unavailable(
+                f"'{stored}' holds a program in {_name(dtype)}, and {dialect.name} has no kernels for that",
+                next_step=f"compile from the model, or save it with dtype='{_name(dialect.dtypes[0])}'",
+            )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def cast_floating(tree: object, to: torch.dtype) -> object:

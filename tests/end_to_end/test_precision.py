@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -128,6 +129,14 @@ def test_a_bias_that_the_host_lacks_has_its_dtype() -> None:
     away = adapter_away(lorac.Hydra(r=2, branch_bias=True), model, x, name="a", seed=1)
     compiled = lorac.compile(model, {"a": away}, "onnxruntime", (x,), mode="fused")
     assert_parity(compiled(x), lorac.compile(model, {"a": away})(x), model(x))
+
+
+def test_a_stored_half_program_is_refused_where_it_cannot_run(net: Net, adapter: lorac.Adapter, tmp_path: Path) -> None:
+    lorac.compile(net, {"a": adapter}, dtype="bfloat16", example_inputs=inputs()).save(tmp_path / "half")
+    loaded = lorac.load(tmp_path / "half")
+    assert loaded(**inputs(torch.bfloat16)).dtype == torch.bfloat16
+    with pytest.raises(lorac.Unavailable, match="holds a program in bfloat16, and onnxruntime has no kernels"):
+        lorac.load(tmp_path / "half", target="onnxruntime")
 
 
 class Gelu(nn.Module):

@@ -16,6 +16,7 @@ from torch import nn
 import lorac
 from lorac.ir.host.sites import SiteKind
 from lorac.testing import HOSTS, conformance
+from lorac.testing.checks import assert_close
 from lorac.testing.hosts import Block
 from lorac.variants import _inits
 
@@ -290,3 +291,22 @@ def test_what_it_may_do() -> None:
         weight = torch.where(weight > 0, weight, weight * 1.5)
         expected = net.back(net.blocks[1](net.blocks[0](F.linear(x, weight, net.front.bias))))
         np.testing.assert_array_equal(compiled(x).numpy(), expected.numpy())
+
+
+@pytest.mark.parametrize("kind", ["front", "blocks.1"])
+def test_a_branch_may_hold_constants_of_its_own(kind: str, tmp_path: Path) -> None:
+    """They become constants of the program, stored with it."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Constant(FaultyBranch):
+        def branch(self, x: torch.Tensor, y: torch.Tensor, p: Any, ctx: Any) -> Any:
+            return y + torch.tensor([0.5, 0.25]).repeat(4) * torch.tanh(y + p.m) * torch.tensor(2.0)
+
+    torch.manual_seed(0)
+    net, x = Net(), torch.randn(3, 6)
+    eager = lorac.compile(net, {"a": Constant(does="", targets=[kind])}, example_inputs=(x,))
+    emitted = lorac.compile(net, {"a": Constant(does="", targets=[kind])}, target="onnxruntime", example_inputs=(x,))
+    assert_close(emitted(x), eager(x).detach())
+    assert not torch.equal(eager(x), net(x))
+    eager.save(tmp_path / "stored")
+    assert_close(lorac.load(tmp_path / "stored")(x), eager(x).detach())
