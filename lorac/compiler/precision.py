@@ -122,7 +122,9 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def cast_floating(tree: object, to: torch.dtype) -> object:
-    """The same inputs with their floating-point tensors in another dtype."""
+    """The same inputs with their floating-point tensors in another dtype; any mapping by name becomes a dict."""
+    if isinstance(tree, Mapping):
+        return {name: cast_floating(value, to) for name, value in tree.items()}
 
     def cast(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(to) if tensor.is_floating_point() else tensor

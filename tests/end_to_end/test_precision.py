@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import UserDict
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,8 @@ def test_inputs_in_the_models_own_dtype_are_cast_with_it(dtype: torch.dtype, net
 
 
 def test_wider_in_onnxruntime(net: Net, adapter: lorac.Adapter) -> None:
-    compiled = lorac.compile(net, {"a": adapter}, "onnxruntime", inputs(), dtype="float64")
+    example = UserDict(inputs())  # as transformers' processors give them
+    compiled = lorac.compile(net, {"a": adapter}, "onnxruntime", example, dtype="float64")
     answer = compiled(**inputs())
     assert answer.dtype == torch.float64
     wide = lorac.compile(net.double(), {"a": adapter})
