@@ -108,6 +108,7 @@ __all__ = [  # noqa: RUF022  (in plain order: BAT and OFT are no constants)
     "DyLoRA",
     "ExampleInputsNeeded",
     "FormatError",
+    "FormulaFailed",
     "FourierFT",
     "HRA",
     "HiRA",

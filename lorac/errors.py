@@ -10,6 +10,7 @@
     │   ├── AdapterExists         the name is taken
     │   ├── ShapeMismatch         a tensor's shape does not fit its site
     │   ├── NonFinite             NaN or infinity in a tensor
+    │   ├── FormulaFailed         a method's formula raises, writes into its arguments or answers something else
     │   ├── BaseMismatch          the adapter was made for other base weights
     │   └── BaseNeeded            the operation needs the base weights
     ├── FormatError
@@ -58,6 +59,7 @@ __all__ = [
     "CorruptFile",
     "ExampleInputsNeeded",
     "FormatError",
+    "FormulaFailed",
     "LoracError",
     "LoracWarning",
     "MissingExtra",
@@ -138,6 +140,13 @@ class ShapeMismatch(AdapterError):
 
 class NonFinite(AdapterError):
     """A tensor holds NaN or infinity."""
+
+
+class FormulaFailed(AdapterError):
+    """A method's formula raises, writes into its arguments, or answers no tensor like the one it changes.
+
+    The message names the method, the site and the line of the method's file.
+    """
 
 
 class BaseMismatch(AdapterError):

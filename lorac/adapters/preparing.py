@@ -11,13 +11,16 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorac.adapters.fit import check_values
+from lorac.ir.algebra.between import run_dropped
 from lorac.ir.algebra.changes import Change, Dense, LowRank, from_outputs
+from lorac.ir.algebra.formulas import Formula
 from lorac.ir.algebra.reduction import BRANCH, Reduction, reduce_branch, reduce_weight
 from lorac.ir.algebra.rules import RULES
 from lorac.ir.algebra.structure import NamedRule
 from lorac.ir.host.sites import BaseReader, Site, SiteKind, factor_dtype
 from lorac.ir.slots.run import Ctx
 from lorac.ir.slots.site import BranchSlot, BranchTerm, Prepared, Reason
+from lorac.ir.slots.training import Moved
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant, Variant, WeightVariant
 
@@ -122,14 +125,38 @@ class Preparer:
 
     def with_bias(self, adapter: Adapter, site: Site, change: Change) -> Change:
         """A change with the adapter's own copy of the base's bias (PEFT's ``bias=``) worked in."""
+        shift = self._bias_shift(adapter, site)
+        if shift is None:
+            return change
+        return dataclasses.replace(change, e=shift if change.e is None else change.e + shift)
+
+    def _bias_shift(self, adapter: Adapter, site: Site) -> Tensor | None:
         trained = adapter.replaced.get(site.bias) if site.bias else None
         if trained is None:
-            return change
+            return None
         bias = self.base.bias(site)
         assert bias is not None
         dtype = factor_dtype(site.dtype)
-        shift = trained.to(dtype) - bias.to(dtype)
-        return dataclasses.replace(change, e=shift if change.e is None else change.e + shift)
+        return trained.to(dtype) - bias.to(dtype)
+
+    def dropped(self, adapter: Adapter, site: Site) -> Moved | None:
+        """What a term makes of a site's y with dropout between its factors: (x, y, rate) -> y' − y.
+
+        None where its form has all that lies there: a weight formula's has, an affine branch's lacks the biases.
+        """
+        tensors = adapter.tensors[site.path]
+        reduction = self.reduction(adapter.variant, site, tensors)
+        graph, dtype, shift = reduction.dropped, factor_dtype(site.dtype), self._bias_shift(adapter, site)
+        if graph is None:
+            return None
+        given = tuple(_cast(tensors[name], dtype) for name in reduction.params)
+
+        def moved(x: Tensor, y: Tensor, rate: float) -> Tensor:
+            wide = y.to(dtype)
+            delta = run_dropped(graph, x.to(dtype), wide, given, rate) - wide
+            return delta if shift is None else delta + shift
+
+        return moved
 
     def replaced_change(self, adapter: Adapter, site: Site) -> Change | None:
         """The change of a site that an adapter only replaces whole (modules_to_save, a norm, a bias), or None."""
@@ -149,9 +176,11 @@ class Preparer:
         examples = {name: _cast(tensor.detach(), dtype) for name, tensor in tensors.items()}
         if isinstance(variant, WeightVariant):
             shared = [name for name, spec in variant.params(site).items() if spec.shared]
+            of_weight = Formula(variant.weight, variant.name, site.path)
+            of_bias = Formula(variant.new_bias, variant.name, site.path)
 
             def formula(w: Tensor, b: Tensor, p: Any) -> tuple[Tensor, Tensor]:
-                return variant.weight(w, p), variant.new_bias(b, p)
+                return of_weight(w, p, like=w), of_bias(b, p, like=b)
 
             # A kernel of groups has no room for what leaves its blocks, as a product of factors does.
             grouped = _grouped(site)
@@ -159,8 +188,8 @@ class Preparer:
         assert isinstance(variant, BranchVariant)
         if site.kind is not SiteKind.LINEAR or variant.reads:
             return Reduction(BRANCH, torch.fx.GraphModule(nn.Module(), torch.fx.Graph()), tuple(tensors), ("y",))
-        ctx = Ctx(site)
-        return reduce_branch(lambda x, y, p: variant.branch(x, y, p, ctx), shape, examples, dtype, self.rules)
+        branch, ctx = Formula(variant.branch, variant.name, site.path), Ctx(site)
+        return reduce_branch(lambda x, y, p: branch(x, y, p, ctx, like=y), shape, examples, dtype, self.rules)
 
 
 def _grouped(site: Site) -> bool:
@@ -175,7 +204,7 @@ def branch_term(variant: Variant, site: Site, tensors: Mapping[str, Tensor], *, 
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
     dtype = factor_dtype(site.dtype)
     key = f"{here.name}{_structure(here)}{sorted(shapes.items())}"
-    slot = BranchSlot(key, here.branch, shapes, here.emits, here.reads)
+    slot = BranchSlot(key, Formula(here.branch, here.name, site.path), shapes, here.emits, here.reads)
     given = (t.detach() if detach else t for t in tensors.values())
     return BranchTerm(slot, tuple(_cast(t, dtype) for t in given))
 

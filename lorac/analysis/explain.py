@@ -85,7 +85,7 @@ class Report:
         terms: one row per adapter and site.
         reserved: paths of sites that have slots and no adapter.
         bare: paths of sites that run as the model has them.
-        casts: dtypes of the model that the target computes with in another one.
+        casts: (dtype of the model, or asked for, dtype the target computes in), where it lacks the first.
     """
 
     target: str
@@ -175,7 +175,7 @@ def _adapter(name: str, adapter: Any, rows: Sequence[TermRow], strengths: Mappin
 def _text(report: Report) -> Iterator[str]:
     yield f"{report.target}, {report.mode}, active: {report.active}"
     for before, after in report.casts:
-        yield f"computed in {after}: {report.target} has no kernels for the model's {before}"
+        yield f"computed in {after}: {report.target} has no kernels for {before}"
     for row, names in _folded(report.adapters, lambda row: replace(row, name="")):
         states = ", ".join(f"{count} {state}" for state, count in sorted(row.states.items())) or "no term"
         each = f"{_size(row.nbytes)}{' each' if len(names) > 1 else ''}{'' if row.strength else '  off'}"

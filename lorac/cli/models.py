@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -69,12 +69,14 @@ def compile(
     target: Annotated[str, typer.Option(help="eager, onnxruntime, or what another package offers.")] = "onnxruntime",
     mode: Annotated[str, typer.Option(help="auto, live, fused or baked.")] = "auto",
     active: Annotated[str, typer.Option(help="none, NAME, or A=0.7,B=0.3; auto: the only adapter.")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="float32, float64, bfloat16 or float16; the model's own.")] = None,
 ) -> None:
     """Compile a model and its adapters, and save the result."""
     import lorac
 
     choice = active if active == "auto" else parse_spec(active)
-    compiled = lorac.compile(load_model(model), named_adapters(adapter), target=target, mode=mode, active=choice)
+    told: dict[str, Any] = {"target": target, "mode": mode, "active": choice, "dtype": dtype}
+    compiled = lorac.compile(load_model(model), named_adapters(adapter), **told)
     compiled.save(out)
     print(f"{out}: {target}, {mode}, adapters {', '.join(compiled.adapters) or 'none'}, active {compiled.active}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lorac.compiler.compilation import Asked, Casts, Compilation
+from lorac.compiler.compilation import Asked, Compilation
+from lorac.compiler.precision import brought, dtype_named, refuse_lacking
 from lorac.compiler.services import Lasting, Source
 from lorac.compiler.targets import backend_of
 from lorac.errors import ArtifactError
@@ -39,7 +39,7 @@ def compile(  # noqa: PLR0913, PLR0917  (the public interface)
     active: Spec = "auto",
     reserve: Reserve | None = None,
     dynamic_shapes: object = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: Device | None = None,
     **options: object,
 ) -> Compiled:
@@ -56,7 +56,9 @@ def compile(  # noqa: PLR0913, PLR0917  (the public interface)
         active: what ``swap`` takes; ``"auto"``: the only adapter at strength 1, or None if there are several.
         reserve: room for adapters added later; default: the given adapters' sites.
         dynamic_shapes: as torch.export's, of several models one by name; default: batch, and length for text.
-        dtype, device: default: the model's.
+        dtype, device: default: the model's; a dtype also by its name ("float16"). Floating-point example inputs, and
+            inputs of calls in the model's own dtype, are cast with the model. A target that lacks the dtype computes
+            and answers in another one, and a warning and ``explain()`` say so.
         **options: fields of the target's options.
 
     Raises:
@@ -65,17 +67,19 @@ def compile(  # noqa: PLR0913, PLR0917  (the public interface)
     host = Components(model) if isinstance(model, Mapping) else model
     backend = backend_of(target)
     told = backend.told(options)
-    moved = backend.dialect.host_for(_moved(host, dtype, device))
-    lasting = Lasting(Host(moved, model, {"dtype": dtype, "device": device}))
+    wanted = dtype_named(dtype)
+    moved, precision = brought(host, backend.dialect, wanted, device)
+    lasting = Lasting(Host(moved, model, {"dtype": wanted, "device": device}))
     asked = Asked(
         mode=mode,
         active=active,
         reserve=reserve,
-        example_inputs=example_inputs,
+        example_inputs=example_inputs if wanted is None else precision.fit(example_inputs),
         dynamic_shapes=dynamic_shapes,
         options=told,
     )
-    return Compilation(lasting, backend, compile, _casts(host, moved)).run(_named(adapters), asked)
+    precision.tell(target)
+    return Compilation(lasting, backend, compile, precision).run(_named(adapters), asked)
 
 
 def load(folder: str | Path, target: str | None = None, device: Device | None = None) -> Compiled:
@@ -123,6 +127,7 @@ def _loaded(manifest: Manifest, folder: Path, target: str, device: Device | None
         engine = saved.restore(manifest.program, folder, plans, manifest.mode, device)
         return compilation.assembled(engine, plans, manifest.mode, choice)
     backend = backend_of(target)
+    refuse_lacking(backend.dialect, (plan.site.dtype for plan in plans.values()), str(folder))
     program = saved.program_of(manifest.program, folder, sites, plans)
     return Compilation(lasting, backend, compile).built(plans, manifest.mode, choice, backend.told({}), program)
 
@@ -133,17 +138,3 @@ def _named(adapters: Mapping[str, Source] | Iterable[Source]) -> list[tuple[str 
     if isinstance(adapters, str | Path | Adapter | Variant):
         return [(None, adapters)]
     return [(None, source) for source in adapters]
-
-
-def _moved(host: nn.Module, dtype: torch.dtype | None, device: Device | None) -> nn.Module:
-    if dtype is None and device is None:
-        return host
-    return copy.deepcopy(host).to(device=device, dtype=dtype)
-
-
-def _casts(host: nn.Module, moved: nn.Module) -> Casts:
-    """The dtypes of parameters that the target computes with in another one."""
-    if host is moved:
-        return ()
-    pairs = zip(host.parameters(), moved.parameters(), strict=True)
-    return tuple(sorted({(a.dtype, b.dtype) for a, b in pairs if a.dtype != b.dtype}, key=str))

@@ -6,10 +6,10 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from lorac.analysis.explain import explain
+from lorac.compiler.precision import Precision
 from lorac.compiler.services import Lasting, Source
 from lorac.errors import ChoiceError
 from lorac.ir.engine import AnyDialect, Backend, BuildRequest, Engine, TargetOptions
@@ -32,8 +32,7 @@ from lorac.runtime.host import Again
 from lorac.runtime.module import compiled_module
 from lorac.runtime.services import Services
 
-Casts = tuple[tuple[torch.dtype, torch.dtype], ...]
-"""(dtype of the model's parameters, dtype the target computes in), where they differ."""
+_AS_IT_WAS = Precision()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +60,13 @@ class Compilation:
         lasting: what lives on after it.
         backend: what builds.
         again: ``lorac.compile``, to compile again from the host.
-        casts: dtypes of the model that the target computes with in another one.
+        precision: what became of the model's dtype.
     """
 
-    def __init__(self, lasting: Lasting, backend: Backend[TargetOptions], again: Again, casts: Casts = ()) -> None:
-        self.lasting, self.backend, self.again, self.casts = lasting, backend, again, casts
+    def __init__(
+        self, lasting: Lasting, backend: Backend[TargetOptions], again: Again, precision: Precision = _AS_IT_WAS
+    ) -> None:
+        self.lasting, self.backend, self.again, self.precision = lasting, backend, again, precision
         self.traits: Mapping[str, Traits] = {}
         self.examples: dict[str, object] = {}
 
@@ -145,7 +146,8 @@ class Compilation:
             save=functools.partial(lasting.save, self.backend),
             explain=explain,
             stages=lasting.shown,
-            casts=self.casts,
+            casts=self.precision.lost,
+            fit=self.precision.fit_call,
             traits=self.traits,
         )
 
@@ -182,7 +184,7 @@ class Compilation:
         return capture(
             name,
             component,
-            self._example("example_inputs", model, name),
+            self.precision.fit(self._example("example_inputs", model, name)),
             self._example("dynamic_shapes", model, name),
             sites=sites,
             plans=plans,

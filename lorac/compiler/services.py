@@ -21,7 +21,7 @@ from lorac.ir.engine import Backend, BuildRequest, TargetOptions
 from lorac.ir.host.sites import BaseReader, Site, find_sites, stored_tensor
 from lorac.ir.slots.choice import Active, Choice
 from lorac.ir.slots.site import BranchFill, Prepared
-from lorac.ir.slots.training import LiveTerm
+from lorac.ir.slots.training import Dropout, LiveTerm
 from lorac.ir.store.tensors import TensorFile, file_base
 from lorac.runtime import artifact
 from lorac.runtime.compiled import Compiled
@@ -124,12 +124,14 @@ class Lasting:
         if reduction.form == BRANCH:
             term = branch_term(adapter.variant, site, tensors, detach=False)
             strength = next(t for t in term.params if t.is_floating_point()).new_full((1,), how.strength)
-            return [LiveTerm(how.strength, branch=(term.slot, BranchFill(strength, term.params)))]
+            filled = (term.slot, BranchFill(strength, term.params))
+            return [LiveTerm(how.strength, branch=filled, rate=rate, place=place)]
         change = self.preparer.change(reduction, site, tensors)
         if how.rank is not None and isinstance(change, LowRank):
             change = change.truncated(how.rank, adapter.variant.truncatable or 0.0)
         change = self.preparer.with_bias(adapter, site, change)
-        return [LiveTerm(how.strength, change, rate=rate, place=place)]
+        dropped = self.preparer.dropped(adapter, site) if rate and place is Dropout.RANK else None
+        return [LiveTerm(how.strength, change, rate=rate, place=place, dropped=dropped)]
 
     # --- the program -------------------------------------------------------------------------------------------
 

@@ -21,7 +21,6 @@ from torch import nn
 from lorac.errors import Unavailable, UnknownOption, nearest_name
 from lorac.ir.graph.passes import Pass
 from lorac.ir.graph.program import Program
-from lorac.ir.host.copying import structural_copy
 from lorac.ir.host.sites import BaseReader, Site, SiteKind
 from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.choice import Choice
@@ -81,13 +80,6 @@ class Dialect(Generic[Model_contra]):
     def ranks_at(self, site: Site) -> Ranks:
         """Which ranks a site's pair may have."""
         return self.ranks.get(site.kind, Ranks.FROM_ZERO)
-
-    def host_for(self, model: nn.Module) -> nn.Module:
-        """The model in a dtype the target computes in: itself, or a copy."""
-        floating = (t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point())
-        if all(dtype in self.dtypes for dtype in floating):
-            return model
-        return structural_copy(model).to(self.dtypes[0])
 
 
 AnyDialect = Dialect[Never]

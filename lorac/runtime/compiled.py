@@ -113,6 +113,7 @@ class Compiled:
 
     def _run(self, bound: Bound | None, graph: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """One call with what is bound; with what was written, where that is nothing."""
+        args, kwargs = self.services.fit((args, kwargs))
         answer = (bound or self.engine.written).run(graph, args, kwargs)
         self._answered.aux = answer.aux
         return answer.output

@@ -10,6 +10,10 @@ from lorac.ir.slots.site import Prepared
 from lorac.runtime.components import Traits
 
 
+def _as_given(inputs: Any) -> Any:
+    return inputs
+
+
 @dataclass(frozen=True)
 class Services:
     """What only the compiler can do, handed to the runtime.
@@ -21,8 +25,9 @@ class Services:
         save: (compiled, folder) -> None.
         explain: compiled -> report.
         stages: () -> what the passes did to each graph (``lorac.runtime.views.Stages``).
-        casts: (model's dtype, dtype the target computes in), where they differ.
+        casts: (dtype of the model, or asked for, dtype the target computes in), where it lacks the first.
         traits: graph name -> what others ask of its host besides calling it.
+        fit: what a call is given -> the same in the dtype that was asked for instead of the model's own.
     """
 
     load: Callable[[Any, str | None], Any]
@@ -33,3 +38,4 @@ class Services:
     stages: Callable[[], Any]
     casts: Sequence[tuple[Any, Any]] = ()
     traits: Mapping[str, Traits] = field(default_factory=dict)
+    fit: Callable[[Any], Any] = _as_given

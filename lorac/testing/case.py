@@ -63,7 +63,7 @@ class Case:
     """
 
     def __init__(self, variant: Variant, host: Host, oracle: Oracle | None = None) -> None:
-        self.variant = dataclasses.replace(variant, targets=(host.path,))
+        self.variant = dataclasses.replace(variant, targets=host.paths)
         self.host, self.oracle = host, oracle
 
     @cached_property
@@ -99,7 +99,7 @@ class Case:
     @cached_property
     def mergeable(self) -> bool:
         """Whether the method has a weight form here; one that edits weights always has."""
-        return not self.live.plans[self.host.path].branches
+        return not any(self.live.plans[path].branches for path in self.host.paths)
 
     @cached_property
     def model32(self) -> nn.Module:
@@ -127,44 +127,82 @@ class Case:
     @torch.no_grad()
     def references(self, x: Tensor) -> dict[str, Tensor]:
         """What adapter a must answer, by every way to say it: the oracle's, or without one the formula's own."""
+        return self.answers(self.site, self.model, x, self.base(x))
+
+    @torch.no_grad()
+    def reference(self, model: nn.Module, x: Tensor) -> Tensor:
+        """What a model of several sites must answer with adapter a, by one way to say it at each of them.
+
+        Args:
+            model: the host, in float64.
+            x: its input.
+        """
+
+        def answer(site: Site) -> Callable[..., Tensor]:
+            return lambda module, given, y: next(iter(self.answers(site, model, given[0], y).values()))
+
+        hooks = [model.get_submodule(p).register_forward_hook(answer(site)) for p, site in self.host.sites.items()]
+        try:
+            return model(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def answers(self, site: Site, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """What adapter a must answer at a site, by every way to say it.
+
+        Args:
+            site: the site.
+            model: the host, in float64.
+            x: the site's input.
+            y: what the host's site answers.
+        """
         if self.oracle is None:
-            return {"formula": self._formula(x)}
+            return {"formula": self._formula(site, model, x, y)}
         found = {}
-        p = SimpleNamespace(**{name: _array(t) for name, t in self.a.tensors[self.host.path].items()})
-        variant = self.variant.at(self.site)
+        p = SimpleNamespace(**{name: _array(t) for name, t in self.a.tensors[site.path].items()})
+        variant = self.variant.at(site)
         if self.oracle.weight is not None:
-            weight, bias = _array(self.weight), _array(self.bias)
+            weight, bias = _array(_weight(site, model)), _array(_bias(site, model))
             new_weight = self.oracle.weight(weight, p, variant)
             if self.oracle.bias is not None:
                 bias = self.oracle.bias(bias, weight, p, variant)
             assert self.host.apply is not None
             found["weight"] = torch.from_numpy(self.host.apply(_array(x), new_weight, bias))
         if self.oracle.branch is not None:
-            found["branch"] = torch.from_numpy(self.oracle.branch(_array(x), _array(self.base(x)), p, variant))
+            found["branch"] = torch.from_numpy(self.oracle.branch(_array(x), _array(y), p, variant))
         assert found, "the oracle has neither weight() nor branch()"
         return found
 
     @property
     def weight(self) -> Tensor:
         """W (out, in)."""
-        assert self.site.weight is not None
-        return self.site.present(self.model.get_parameter(self.site.weight).detach())
+        return _weight(self.site, self.model)
 
     @property
     def bias(self) -> Tensor:
         """b (out,), zeros where there is none."""
-        found = bias_of(self.site, self.model)
-        return torch.zeros(self.site.out_features, dtype=torch.float64) if found is None else found
+        return _bias(self.site, self.model)
 
-    def _formula(self, x: Tensor) -> Tensor:
-        variant = self.variant.at(self.site)
-        p = SimpleNamespace(**self.a.tensors[self.host.path])
+    def _formula(self, site: Site, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        variant = self.variant.at(site)
+        p = SimpleNamespace(**self.a.tensors[site.path])
         if isinstance(variant, BranchVariant):
-            return variant.branch(x, self.base(x), p, Ctx(self.site))
+            return variant.branch(x, y, p, Ctx(site))
         assert isinstance(variant, WeightVariant)
         assert self.host.apply is not None
-        weight, bias = variant.weight(self.weight, p), variant.new_bias(self.bias, p)
+        weight, bias = variant.weight(_weight(site, model), p), variant.new_bias(_bias(site, model), p)
         return torch.from_numpy(self.host.apply(_array(x), _array(weight), _array(bias)))
+
+
+def _weight(site: Site, model: nn.Module) -> Tensor:
+    assert site.weight is not None
+    return site.present(model.get_parameter(site.weight).detach())
+
+
+def _bias(site: Site, model: nn.Module) -> Tensor:
+    found = bias_of(site, model)
+    return torch.zeros(site.out_features, dtype=torch.float64) if found is None else found
 
 
 def _array(tensor: Tensor) -> Array:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from lorac.testing import checks, emitted
+from lorac.testing import checks, emitted, several
 from lorac.testing.case import Case, Oracle
 from lorac.testing.hosts import HOSTS, Host
 from lorac.testing.samples import label, samples
@@ -73,16 +73,19 @@ def conformance(
 
 
 def _eager(sample: Variant, host: Host) -> dict[str, Callable[[Case], None]]:
-    return dict(checks.CHECKS) if host.admits(sample) else {"refused": checks.refused}
+    if not host.admits(sample):
+        return {} if host.others else {"refused": checks.refused}
+    return dict(several.CHECKS if host.others else checks.CHECKS)
 
 
 def _targets(sample: Variant, host: Host, targets: Iterable[str]) -> dict[str, Callable[[Case], None]]:
     if not host.admits(sample):
         return {}
+    found = several.TARGET_CHECKS if host.others else emitted.CHECKS
     return {
         f"{target}-{name}": lambda case, target=target, check=check: check(case, target)  # type: ignore[misc]  # the defaults bind the loop's values
         for target in targets
-        for name, check in emitted.CHECKS.items()
+        for name, check in found.items()
     }
 
 

@@ -1,4 +1,8 @@
-"""Tiny hosts, one adaptable site each: non-square, with their input shapes and their meaning in plain array code."""
+"""Tiny hosts: non-square, with their input shapes and their meaning in plain array code.
+
+Most have one adaptable site. Those of two, of unequal sizes, show what one cannot: what the first layer answers is what
+the second reads, and a tensor that layers share is larger than one of them needs.
+"""
 
 from __future__ import annotations
 
@@ -69,9 +73,46 @@ class OneBlock(nn.Module):
         return self.blocks[0](x)
 
 
+class TwoLayers(nn.Module):
+    """A model that is two layers of a kind, at ``first`` and ``second``."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the second answers to the first."""
+        return self.second(torch.tanh(self.first(x)))
+
+
+class TwoTables(nn.Module):
+    """A model that is two embeddings beside each other."""
+
+    def __init__(self, first: nn.Embedding, second: nn.Embedding) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """The rows of both; the second table's, which is smaller, are used again."""
+        return torch.cat([self.first(ids), self.second(ids % self.second.num_embeddings)], dim=-1)
+
+
+class TwoBlocks(nn.Module):
+    """A model that is two blocks of unequal width, with a layer between them that no adapter is for."""
+
+    def __init__(self, first: Block, second: Block) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([first, second])
+        self.between = nn.Linear(first.down.in_features, second.down.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the second answers to the first."""
+        return self.blocks[1](self.between(self.blocks[0](x)))
+
+
 @dataclass(frozen=True)
 class Host:
-    """A model with one site of a kind.
+    """A model with one site of a kind, or several.
 
     Attributes:
         name: the host's name in check names.
@@ -82,6 +123,7 @@ class Host:
         batches: batch dimensions to call it with, all holding the same examples; () takes one of them.
         vocabulary: number of ids, where the input is ids.
         path: the site's path.
+        others: paths of the further sites, where there are any.
     """
 
     name: str
@@ -92,16 +134,29 @@ class Host:
     batches: tuple[tuple[int, ...], ...] = ((12,), (3, 4), ())
     vocabulary: int = 0
     path: str = "site"
+    others: tuple[str, ...] = ()
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of all its sites."""
+        return (self.path, *self.others)
 
     @functools.cached_property
     def site(self) -> Site:
-        """Its site."""
-        return find_sites(self.model())[self.path]
+        """Its site; of several the first."""
+        return self.sites[self.path]
+
+    @functools.cached_property
+    def sites(self) -> Mapping[str, Site]:
+        """All its sites by path."""
+        found = find_sites(self.model())
+        return {path: found[path] for path in self.paths}
 
     def admits(self, variant: Variant) -> bool:
-        """Whether a method is defined here: on the site's kind and shape."""
+        """Whether a method is defined here: on the sites' kind and shapes."""
         try:
-            variant.at(self.site).check(self.site)
+            for site in self.sites.values():
+                variant.at(site).check(site)
         except SiteUnsupported:
             return False
         return True
@@ -138,6 +193,16 @@ def _host(name: str, kind: SiteKind, make: Callable[[], nn.Module], **rest: obje
     return name, Host(name, kind, lambda: OneSite(make()), **rest)  # type: ignore[arg-type]  # fields by name
 
 
+def _convolution(channels: int, filters: int) -> nn.Conv2d:
+    """Of the geometry that ``_strided`` has."""
+    return nn.Conv2d(channels, filters, 3, stride=2, padding=1)
+
+
+def _pair(name: str, kind: SiteKind, make: Callable[[], nn.Module], **rest: object) -> tuple[str, Host]:
+    fields = {"path": "first", "others": ("second",), "batches": ((3, 4), (12,), (2, 5)), **rest}
+    return name, Host(name, kind, make, **fields)  # type: ignore[arg-type]  # fields by name
+
+
 HOSTS: Mapping[str, Host] = dict(
     (
         _host("linear", SiteKind.LINEAR, lambda: nn.Linear(7, 11), sizes=(7,), apply=_linear),
@@ -147,7 +212,7 @@ HOSTS: Mapping[str, Host] = dict(
         _host(
             "conv",
             SiteKind.CONV2D,
-            lambda: nn.Conv2d(3, 8, 3, stride=2, padding=1),
+            lambda: _convolution(3, 8),
             sizes=(3, 6, 5),
             apply=_strided,
             batches=((6,), ()),
@@ -157,6 +222,38 @@ HOSTS: Mapping[str, Host] = dict(
             "block",
             Host("block", SiteKind.BLOCK, lambda: OneBlock(Block(7, 5)), (7,), None, path="blocks.0"),
         ),
+        _pair(
+            "two_linear",
+            SiteKind.LINEAR,
+            lambda: TwoLayers(nn.Linear(12, 18), nn.Linear(18, 6)),
+            sizes=(12,),
+            apply=_linear,
+        ),
+        _pair(
+            "two_conv",
+            SiteKind.CONV2D,
+            lambda: TwoLayers(_convolution(3, 8), _convolution(8, 6)),
+            sizes=(3, 6, 5),
+            apply=_strided,
+            batches=((6,), (4,)),
+        ),
+        _pair(
+            "two_embedding",
+            SiteKind.EMBEDDING,
+            lambda: TwoTables(nn.Embedding(13, 6), nn.Embedding(9, 4)),
+            sizes=(),
+            apply=_lookup,
+            vocabulary=13,
+        ),
+        _pair(
+            "two_block",
+            SiteKind.BLOCK,
+            lambda: TwoBlocks(Block(7, 5), Block(9, 4)),
+            sizes=(7,),
+            apply=None,
+            path="blocks.0",
+            others=("blocks.1",),
+        ),
     )
 )
-"""Every host by name."""
+"""Every host by name; those of two sites last."""

@@ -116,7 +116,10 @@ class Variant(ABC):
 
 
 class WeightVariant(Variant):
-    """A method that edits a weight matrix."""
+    """A method that edits a weight matrix.
+
+    Its formula is a pure function of torch ops; one that is not is refused (``lorac.FormulaFailed``).
+    """
 
     kinds: ClassVar[frozenset[SiteKind]] = MATRIX_KINDS
 
@@ -130,7 +133,10 @@ class WeightVariant(Variant):
 
 
 class BranchVariant(Variant):
-    """A method that reads a site's input and output."""
+    """A method that reads a site's input and output.
+
+    Its formula is pure as a ``WeightVariant``'s is.
+    """
 
     emits: ClassVar[tuple[str, ...]] = ()
     """Names of the extra outputs the formula gives through ``ctx.emit``, each once."""

@@ -140,15 +140,17 @@ def test_reserved_sites() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_what_onnxruntime_computes_in_float32_is_said(dtype: torch.dtype) -> None:
     model, inputs = Stack().to(dtype), (torch.randn(2, 5, 10, dtype=dtype),)
-    short = {torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
+    short, name = {torch.bfloat16: ("bf16", "bfloat16"), torch.float16: ("f16", "float16")}[dtype]
     eager = lorac.compile(model, adapters={"task": ADAPTERS["task"]}, example_inputs=inputs).explain()
     assert eager.casts == ()
     assert _row(eager, "key", "task").dtype == "f32", "factors are held in float32 over half precision"
     wide = (inputs[0].float(),)
     options = {"example_inputs": wide, "target": "onnxruntime"}
-    report = lorac.compile(model, adapters={"task": ADAPTERS["task"]}, **options).explain()
+    with pytest.warns(lorac.LoracWarning, match=f"no kernels for {name}: it computes in float32") as warned:
+        report = lorac.compile(model, adapters={"task": ADAPTERS["task"]}, **options).explain()
+    assert len(warned) == 1 and warned[0].filename == __file__
     assert report.casts == ((short, "f32"),)
-    assert f"computed in f32: onnxruntime has no kernels for the model's {short}" in str(report)
+    assert f"computed in f32: onnxruntime has no kernels for {short}" in str(report)
 
 
 def test_it_follows_swaps_and_additions() -> None:

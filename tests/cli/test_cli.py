@@ -143,6 +143,7 @@ def test_compile_for_onnxruntime(cli, files):
             ["compile", "model", "-a", "sql", "-o", "x", "--target", "eager", "--mode", "l"],
             "lorac.UnknownOption: there",
         ),
+        (["compile", "model", "-o", "x", "--dtype", "flaot16"], "lorac.UnknownOption: dtype= takes no 'flaot16'"),
         (
             ["compile", "model", "-a", "sql", "-o", "x", "--active", "slq"],
             "lorac.AdapterNotFound: no adapter is called",

@@ -104,6 +104,35 @@ def test_a_branch_without_a_weight_form_passes_and_its_weight_is_missed():
     assert failing(Bent(), claims) == {"formula", "modes"}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shared(lorac.WeightVariant):
+    """W' = W + V over a V that all layers have in common, and that a layer must take its corner of."""
+
+    sliced: bool = True
+
+    name: ClassVar[str] = "kit-shared"
+    paper: ClassVar[str] = "none"
+
+    def params(self, site):
+        return {"V": ParamSpec((site.out_features, site.in_features), _inits.zeros, shared=True)}
+
+    def weight(self, W, p):
+        return W + (p.V[: W.shape[0], : W.shape[1]] if self.sliced else p.V)
+
+
+def test_a_shared_tensor_that_is_not_cut_to_size_is_found():
+    hosts = {name: HOSTS[name] for name in ("linear", "two_linear")}
+    whole = Shared(sliced=False)
+    for check in conformance(Shared(), targets=(), hosts=hosts):
+        check()
+    for check in conformance(whole, targets=(), hosts={"linear": HOSTS["linear"]}):
+        check()
+    (check,) = (c for c in conformance(whole, targets=(), hosts=hosts) if str(c).endswith("two_linear-sizes"))
+    with pytest.raises(lorac.FormulaFailed, match="kit-shared at 'first' raises RuntimeError") as raised:
+        check()
+    assert "W + (p.V[" in str(raised.value)
+
+
 def test_samples():
     assert [(s.r, s.scale) for s in samples(Sound)] == [(3, 0.7), (1, 0.7)]
     hydra = [(s.r, s.r_sequential, s.scale, s.branch_bias) for s in samples(lorac.Hydra)]
@@ -121,3 +150,5 @@ def test_names_say_what_was_checked():
     assert len(set(names)) == len(names)
     assert {"lora,r=3,alpha=5-conv-swapping", "lora,r=3,alpha=5-linear-onnxruntime-live"} < set(names)
     assert "lora,r=3,alpha=5-block-refused" in names
+    assert "lora,r=3,alpha=5-two_linear-half" in names
+    assert "lora,r=3,alpha=5-two_linear-onnxruntime-other_sizes" in names

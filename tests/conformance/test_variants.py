@@ -14,6 +14,10 @@ from lorac.variants.base import BranchVariant, WeightVariant
 ORACLES = Path(__file__).parents[1] / "oracles"
 ALIKE = {"no_bias", "transposed"}
 """Hosts that are linear layers once more: a formula sees neither."""
+FORMS = {"adaptertune", "hydra", "meteora", "shira"}
+"""Methods of a form each, for what a target does with a model of two layers."""
+LATE = ("two_conv", "two_embedding")
+"""Hosts of two layers whose kinds differ in nothing that shows there."""
 BUILT_IN = {
     name: variant
     for name, variant in variants().items()
@@ -50,7 +54,7 @@ def _thinned(checks):
     """The first configuration on every kind of site; other configurations, and what targets get, on one host each.
 
     What a target gets depends on the normal form, not on the method. The rest, and hosts that differ in their bias or
-    in how they store a weight alone, wait for the long run.
+    in how they store a weight alone, wait for the long run; so do most hosts of two layers.
     """
     first = {}
     whole = None
@@ -60,7 +64,9 @@ def _thinned(checks):
         whole = whole or configuration
         if what and what != "refused":
             first.setdefault(configuration, host)
-        everywhere = configuration == whole and not what.startswith("onnxruntime") and host not in ALIKE
+        everywhere = configuration == whole and host not in ALIKE and host not in LATE
+        if what.startswith("onnxruntime"):
+            everywhere = everywhere and host.startswith("two_") and configuration.partition(",")[0] in FORMS
         late = what and what != "refused" and not everywhere and host != first[configuration]
         yield pytest.param(check, id=str(check), marks=pytest.mark.slow if late else ())
 

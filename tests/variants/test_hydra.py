@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import lorac
@@ -107,3 +108,75 @@ def test_published_counts(branch_bias, sites, total):
         site = Site("site", SiteKind.LINEAR, out, columns, torch.float32, "site.weight")
         found += 12 * sum(math.prod(spec.shape) for spec in variant.params(site).values())
     assert found == total
+
+
+class Authors(nn.Module):
+    """The layer as the authors' code computes it in training: each bottleneck is dropped whole, between its halves."""
+
+    def __init__(self, layer, p, scale, rate):
+        super().__init__()
+        self.layer, self.p, self.scale, self.rate = layer, p, scale, rate
+
+    def bottleneck(self, value, name):
+        halves = [(self.p[f"{name}_{half}"], self.p.get(f"{name}_{half}_bias")) for half in ("down", "up")]
+        down, up = halves
+        return F.linear(F.dropout(F.linear(value, *down), self.rate), *up)
+
+    def forward(self, x):
+        z = self.layer(x)
+        return z + self.scale * (self.bottleneck(x, "parallel") + self.bottleneck(z, "sequential"))
+
+
+def _stepped(forward, x, tensors):
+    """An answer, and the gradients of its square."""
+    torch.manual_seed(3)
+    y = forward(x)
+    return y, torch.autograd.grad(y.square().sum(), tensors)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+@pytest.mark.parametrize("branch_bias", [False, True])
+@pytest.mark.parametrize("host", ["linear", "no_bias", "transposed"])
+def test_dropout_is_the_authors(host, branch_bias, strength):
+    """With the same random numbers, the biases between the factors dropped too, for tokens in any number of axes."""
+    case = Case(lorac.Hydra(r=3, r_sequential=2, scale=0.7, dropout=0.4, branch_bias=branch_bias), HOSTS[host])
+    compiled = lorac.compile(case.model, {"a": case.a})
+    compiled.swap({"a": strength})
+    compiled.train()
+    p = dict(compiled.adapters["a"].tensors["site"])
+    authors = Authors(case.model, p, 0.7, 0.4)
+    for batch in case.host.batches:
+        x = case.inputs(batch)
+        base = case.base(x)
+        (y, found), (expected, wanted) = (_stepped(forward, x, list(p.values())) for forward in (compiled, authors))
+        assert_close(y - base, strength * (expected - base))
+        if strength == 1:
+            for one, other in zip(found, wanted, strict=True):
+                assert_close(one, other)
+    compiled.eval()
+    assert_close(compiled(case.x), case.base(case.x) + strength * (case.live(case.x) - case.base(case.x)))
+
+
+def test_dropping_all_leaves_the_upper_biases():
+    """A rate of 1 leaves of a bottleneck its last bias alone; the affine form would leave U·c too."""
+    case = Case(lorac.Hydra(r=3, r_sequential=2, scale=0.7, dropout=1.0, branch_bias=True), HOSTS["linear"])
+    compiled = lorac.compile(case.model, {"a": case.a}).train()
+    p = case.a.tensors["site"]
+    assert_close(compiled(case.x), case.base(case.x) + 0.7 * (p["parallel_up_bias"] + p["sequential_up_bias"]))
+
+
+def test_a_trained_bias_of_the_base_is_not_dropped():
+    case = Case(lorac.Hydra(r=3, r_sequential=2, dropout=1.0, bias="all"), HOSTS["linear"])
+    adapter = lorac.Adapter("a", case.variant, case.a.tensors, replaced={"site.bias": case.bias + 1})
+    compiled = lorac.compile(case.model, {"a": adapter}).train()
+    assert_close(compiled(case.x), case.base(case.x) + 1)
+
+
+def test_in_half_precision_it_drops_in_the_factors_dtype():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)).to(torch.bfloat16)
+    compiled = lorac.compile(net, {"a": lorac.Hydra(r=2, dropout=0.5)}).train()
+    y = compiled(torch.randn(3, 6, dtype=torch.bfloat16))
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert all(tensor.grad is not None for tensor in compiled.adapters["a"].parameters())

@@ -13,6 +13,8 @@ import torch
 from torch.export import Dim
 
 from lorac.backends.eager.engine import EagerEngine
+from lorac.backends.eager.fastpath import run_layers_inside
+from lorac.backends.eager.products import multiply_as
 from lorac.backends.eager.program import ProgramEngine, StoredGraph
 from lorac.errors import Unavailable
 from lorac.ir.engine import AnyDialect, Backend, BuildRequest, Dialect, Engine, Gate, Stored, TargetOptions
@@ -51,8 +53,11 @@ class Eager(Backend[Options]):
     def build(self, request: BuildRequest[Options]) -> EagerEngine:
         """An engine over a structural copy of the host."""
         refuse_unemitted(request.options.aux, request.plans.values())
+        module = structural_copy(request.model)
+        multiply_as(request.model, module)
+        run_layers_inside(request.model, module, request.plans, lambda: engine.filled().touched)
         engine = EagerEngine(
-            structural_copy(request.model),
+            module,
             request.plans,
             request.base,
             sites=request.sites,

@@ -1,8 +1,8 @@
 """Branches that are off leave no trace: each goes into an ``If`` on its strength, or behind a ``Where``.
 
-``run_site`` emits ``y + t·(y' − base)`` per branch. As an ``If``, everything that only y' needs moves into its first
-graph; where t is 0 the second passes y on, so an idle branch is neither computed nor can its zeros turn into NaN. A
-``Where`` computes it and drops the result, for targets that run no conditional graphs.
+``run_site`` emits ``y + t·(y' − base)`` per branch, the product cast to the dtype of y. As an ``If``, everything that
+only y' needs moves into its first graph; where t is 0 the second passes y on, so an idle branch is neither computed nor
+can its zeros turn into NaN. A ``Where`` computes it and drops the result, for targets that run no conditional graphs.
 """
 
 from __future__ import annotations
@@ -53,8 +53,17 @@ def _ends(model: ir.Model, slots: Mapping[str, SlotInput]) -> list[tuple[ir.Valu
         for value in model.graph.inputs
         if value.name in strengths
         for scaled in value.consumers()
-        for add in scaled.outputs[0].consumers()
+        for add in _sums(scaled.outputs[0])
     ]
+
+
+def _sums(scaled: ir.Value) -> Iterator[ir.Node]:
+    """What reads a branch's scaled change, in whatever dtype."""
+    for node in scaled.consumers():
+        if node.op_type == "Cast":
+            yield from _sums(node.outputs[0])
+        else:
+            yield node
 
 
 def _passed(strength: ir.Value, add: ir.Node) -> ir.Value:

@@ -24,12 +24,12 @@ from lorac.ir.graph.feeds import named_tensors
 from lorac.ir.graph.graph import Graph, SlotInput
 from lorac.ir.graph.interp import outputs_of
 from lorac.ir.graph.program import Program
-from lorac.ir.host.sites import BaseReader
+from lorac.ir.host.sites import BaseReader, Site, factor_dtype
 from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.role import Place, Surroundings
 from lorac.ir.slots.roles import ROLES
-from lorac.ir.slots.site import BranchFill, SitePlan, SiteSlots
+from lorac.ir.slots.site import BranchFill, BranchSlot, SitePlan, SiteSlots
 from lorac.ir.slots.snapshot import Snapshot, slots_of
 
 Tensor = torch.Tensor
@@ -304,14 +304,15 @@ def _noise(plan: SitePlan, idle: SiteSlots, around: Surroundings, generator: tor
         else:
             tensors[role.name] = idle.tensors[role.name].clone(memory_format=torch.contiguous_format)
         role.noise(tensors[role.name], around, generator)
-    branches = tuple(
-        BranchFill(
-            torch.rand(1, generator=generator) + 0.5,
-            tuple(torch.randn(*shape, generator=generator) * shape[-1] ** -0.5 for shape in branch.params.values()),
-        )
-        for branch in plan.branches
-    )
-    return SiteSlots(tensors, branches)
+    return SiteSlots(tensors, tuple(_branch_noise(plan.site, branch, generator) for branch in plan.branches))
+
+
+def _branch_noise(site: Site, branch: BranchSlot, generator: torch.Generator) -> BranchFill:
+    """A branch's strength and parameters, in the dtype of their slots."""
+    dtype = factor_dtype(site.dtype)
+    drawn = (torch.randn(*shape, generator=generator) * shape[-1] ** -0.5 for shape in branch.params.values())
+    strength = torch.rand(1, generator=generator) + 0.5
+    return BranchFill(strength.to(dtype), tuple(noise.to(dtype) for noise in drawn))
 
 
 def _surroundings(plan: SitePlan, base: BaseReader) -> Surroundings:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import onnxruntime as ort
+from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
+from lorac.backends.onnxruntime.kernels import no_kernel
 from lorac.backends.onnxruntime.options import Options
 
 
@@ -19,5 +21,12 @@ def session_options(options: Options) -> ort.SessionOptions:
 
 
 def new_session(path: Path, options: Options) -> ort.InferenceSession:
-    """A session over an emitted model."""
-    return ort.InferenceSession(str(path), session_options(options), providers=list(options.providers))
+    """A session over an emitted model.
+
+    Raises:
+        Unavailable: an op has no kernel in the model's dtype.
+    """
+    try:
+        return ort.InferenceSession(str(path), session_options(options), providers=list(options.providers))
+    except NoKernel as error:
+        raise no_kernel(path, error) from error

@@ -86,8 +86,10 @@ def weight_formula(branch: fx.GraphModule, weight: tuple[int, int]) -> fx.GraphM
     for node in branch.graph.nodes:
         if node.op == "output":
             return _finish(build, environment[node.args[0]] if isinstance(node.args[0], fx.Node) else None, w, b)
-        if node.op != "call_function":
+        if node.op == "placeholder":
             continue
+        if node.op != "call_function":  # a constant of the formula's own, which only its own graph holds
+            return None
         value = _step(build, node, environment)
         if value is None:
             return None

@@ -7,7 +7,7 @@ for every value of the parameters. It runs once when an adapter is added, and ev
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,8 +18,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from lorac.ir.algebra import letters
 from lorac.ir.algebra.affine import weight_formula
+from lorac.ir.algebra.between import with_dropout
 from lorac.ir.algebra.rules import RULES
 from lorac.ir.algebra.structure import WEIGHT, Analysis, Form, NamedRule, analyse, shape_of
+from lorac.quiet import quiet
 
 Params = SimpleNamespace
 """What a formula gets as ``p``: one attribute per parameter of the variant, each a tensor."""
@@ -49,6 +51,8 @@ class Reduction:
         rank: R of a low-rank form, else 0.
         reads_weight: whether the tensors depend on W.
         reasons: why nothing cheaper was found.
+        dropped: of a branch that is affine, the branch itself with dropout between its factors, (x, y, *params, rate)
+            -> y' (``lorac.ir.algebra.between``); None where nothing lies between any.
     """
 
     form: str
@@ -60,6 +64,7 @@ class Reduction:
     shared: tuple[str, ...] = ()
     common: frozenset[str] = frozenset()
     reasons: tuple[str, ...] = ()
+    dropped: fx.GraphModule | None = None
 
     def __call__(self, weight: Tensor, bias: Tensor, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         """The form's tensors."""
@@ -80,7 +85,7 @@ def reduce_weight(
     """Reduce a weight formula (W, b, p) -> (W', b').
 
     Args:
-        formula: pure function of torch ops.
+        formula: pure function of torch ops (``lorac.ir.algebra.formulas.Formula`` refuses what is not).
         weight: shape (out, in) of W.
         params: one example tensor per parameter (any device; only shape and dtype are read).
         dtype: dtype the formula computes in.
@@ -89,7 +94,7 @@ def reduce_weight(
         keep_factors: products stay low-rank whatever their rank, for a weight that has no place for W'.
     """
     names = tuple(params)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with quiet(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         w, b = torch.empty(weight, dtype=dtype), torch.empty(weight[0], dtype=dtype)
         fakes = [mode.from_tensor(t) for t in params.values()]
 
@@ -109,7 +114,7 @@ def reduce_branch(
 ) -> Reduction:
     """Reduce a branch formula (x, y, p) -> y' of a linear site: as a weight formula where it is affine."""
     names = tuple(params)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with quiet(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         out_features, in_features = weight
         x, y = torch.empty(_TOKENS, in_features, dtype=dtype), torch.empty(_TOKENS, out_features, dtype=dtype)
         fakes = [mode.from_tensor(t) for t in params.values()]
@@ -120,7 +125,7 @@ def reduce_branch(
         branch = make_fx(traced, pre_dispatch=True)(x, y, *fakes)
         affine = weight_formula(branch, weight)
         if affine is not None:
-            return _classify(affine, names, rules)
+            return replace(_classify(affine, names, rules), dropped=with_dropout(branch))
         return Reduction(BRANCH, branch, names, ("y",), reasons=("not affine in x and y",))
 
 

@@ -12,9 +12,7 @@ import functools
 import inspect
 import itertools
 import logging
-import os
 import re
-import sysconfig
 import threading
 import traceback
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -27,7 +25,6 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from lorac.errors import CaptureFailed
-from lorac.ir.graph import ops
 from lorac.ir.graph.axes import axis_names
 from lorac.ir.graph.edit import qualified
 from lorac.ir.graph.example_inputs import CAPTURED, Inputs, default_inputs, default_shapes, is_hugging_face, widened
@@ -37,12 +34,10 @@ from lorac.ir.host.layers import Forward, calls_below, is_plain, with_below
 from lorac.ir.host.sites import Site, is_conv1d_of_gpt2
 from lorac.ir.slots.reads import first_tensor, replace_first
 from lorac.ir.slots.site import SitePlan
+from lorac.lines import innermost_line, is_elsewhere
 from lorac.quiet import quiet
 
 _LOCK = threading.RLock()  # tracing swaps attributes of torch and of transformers' classes for the whole process
-_MACHINERY = frozenset({os.path.abspath(__file__), os.path.abspath(ops.__file__)})
-_LIBRARIES = ("/torch/", "/transformers/exporters/", "<string>", "<frozen")
-_STDLIB = sysconfig.get_paths()["stdlib"]
 
 
 # ── The sites ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -299,17 +294,7 @@ def source_line(error: BaseException) -> str | None:
 
 def _model_line(frames: Sequence[traceback.FrameSummary]) -> str | None:
     entered = next((i for i, frame in enumerate(frames) if frame.name == "_call_impl"), len(frames))
-    for frame in reversed(frames[entered:]):
-        if _is_model_file(frame.filename):
-            return f"{frame.filename}:{frame.lineno}: {frame.line}"
-    return None
-
-
-def _is_model_file(filename: str) -> bool:
-    if filename in _MACHINERY or (filename.startswith(_STDLIB) and "site-packages" not in filename):
-        return False
-    path = filename.replace(os.sep, "/")
-    return not any(part in path for part in _LIBRARIES)
+    return innermost_line(frames[entered:])
 
 
 class _GuardLines(logging.Handler):
@@ -371,4 +356,4 @@ def _by_name(model: nn.Module, given: Any) -> dict[str, Any]:
 def node_line(node: torch.fx.Node) -> str | None:
     """``file:line: code`` of the innermost line of the model that made ``node``; None where torch recorded none."""
     entries = re.findall(r'File "(.+?)", line (\d+), in .*\n\s*(.*)', node.meta.get("stack_trace") or "")
-    return next((f"{f}:{line}: {code}" for f, line, code in reversed(entries) if _is_model_file(f)), None)
+    return next((f"{f}:{line}: {code}" for f, line, code in reversed(entries) if is_elsewhere(f)), None)

@@ -153,7 +153,9 @@ def inline(
     environment: dict[fx.Node, Any] = dict(
         zip((n for n in traced.graph.nodes if n.op == "placeholder"), operands, strict=True)
     )
-    computed = [inner for inner in traced.graph.nodes if inner.op not in {"placeholder", "output"}]
+    held = [inner for inner in traced.graph.nodes if inner.op == "get_attr"]
+    environment |= {inner: _constant(program, getattr(traced, str(inner.target))) for inner in held}
+    computed = [inner for inner in traced.graph.nodes if inner.op not in {"placeholder", "get_attr", "output"}]
     with program.graph.inserting_before(node):
         for inner in computed:
             copied = program.graph.node_copy(inner, lambda n: environment[n])
@@ -162,6 +164,19 @@ def inline(
             environment[inner] = copied
     results: Any = traced.graph.output_node().args[0]
     return traced, list(fx.map_arg(results, lambda n: environment[n]))
+
+
+def _constant(program: ExportedProgram, value: torch.Tensor) -> fx.Node:
+    """An input that is a tensor of the program's own, before those that it is called with."""
+    specs = program.graph_signature.input_specs
+    first = next(index for index, spec in enumerate(specs) if spec.kind is InputKind.USER_INPUT)
+    name = f"{KEYWORD}_constant_{len(program.constants)}"
+    with program.graph.inserting_before([n for n in program.graph.nodes if n.op == "placeholder"][first]):
+        node = program.graph.placeholder(name)
+    node.meta["val"] = fake_mode(program).from_tensor(value, static_shapes=True)
+    specs.insert(first, InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(node.name), name))
+    program.constants[name] = value
+    return node
 
 
 def trace(program: ExportedProgram, function: Callable[..., Any], operands: Sequence[fx.Node]) -> fx.GraphModule:

@@ -9,6 +9,7 @@ import torch
 
 from lorac.ir.algebra import letters
 from lorac.ir.graph.graph import SlotInput
+from lorac.ir.host.sites import factor_dtype
 from lorac.ir.slots.emits import record_emitted
 from lorac.ir.slots.roles import PACK_RANKS, slot_name, strength_role
 from lorac.ir.slots.site import SitePlan, SiteSlots
@@ -49,7 +50,7 @@ def packed(slot: SlotInput, members: Sequence[SiteSlots]) -> Tensor:
 
 def idle(plan: SitePlan, role: str) -> Tensor:
     """What an idle branch slot holds: strength and parameters of zero."""
-    return torch.zeros(plan.branch_shapes()[role])
+    return torch.zeros(plan.branch_shapes()[role], dtype=factor_dtype(plan.site.dtype))
 
 
 def grouped_aux(extra: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:

@@ -163,7 +163,7 @@ def fused_buffers(plans: Mapping[str, SitePlan], base: BaseReader) -> tuple[dict
         bias = None
         if letters.BIAS in plan.room:
             original = base.bias(site)
-            bias = torch.zeros(site.out_features) if original is None else original.clone()
+            bias = torch.zeros(site.out_features, dtype=site.dtype) if original is None else original.clone()
             memory[slot_name(path, letters.BIAS)] = bias
         matrix_of = _matrix_view(plan)
         buffers[path] = FusedBuffer(site, weight, matrix_of, unchanged, bias, base.bias(site))

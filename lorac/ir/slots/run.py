@@ -10,9 +10,11 @@ import copy
 from collections.abc import Mapping
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lorac.errors import SiteUnreached
 from lorac.ir.algebra import letters
+from lorac.ir.algebra.formulas import imagination
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site
 from lorac.ir.slots.layouts import SiteLayout, layout_of
@@ -48,6 +50,11 @@ class Ctx:
         self._emitted = emitted if emitted is not None else {}
         self._dtype = torch.get_default_dtype()
 
+    @property
+    def values(self) -> Mapping[str, Tensor]:
+        """Every value that may be read, as the program has it."""
+        return self._values
+
     def value(self, name: str) -> Tensor:
         """A value of the program, in the dtype the branch computes in."""
         if name not in self._values:
@@ -67,6 +74,12 @@ class Ctx:
         inner = copy.copy(self)
         inner._dtype = dtype
         return inner
+
+    def over(self, values: Mapping[str, Tensor]) -> Ctx:
+        """The same surroundings with other values; what is emitted there is dropped."""
+        other = copy.copy(self)
+        other._values, other._emitted = values, {}
+        return other
 
 
 def run_site(
@@ -149,13 +162,41 @@ def _with_branches(plan: SitePlan, slots: SiteSlots, x: Tensor, y: Tensor, base:
     """y plus t·(y'ᵢ − base) of every active branch."""
     for slot, fill in zip(plan.branches, slots.branches, strict=True):
         if fill is not None:
-            y = y + fill.strength * (run_branch(plan.site, slot, fill, x, base, ctx) - base)
+            y = y + branch_delta(plan.site, slot, fill, x, base, ctx)
     return y
 
 
-def run_branch(site: Site, slot: BranchSlot, fill: BranchFill, x: Tensor, y: Tensor, ctx: Ctx | None) -> Tensor:
-    """y' of one branch, in the dtype of y."""
+def branch_delta(site: Site, slot: BranchSlot, fill: BranchFill, x: Tensor, y: Tensor, ctx: Ctx | None) -> Tensor:
+    """t·(y' − y) of one branch, computed in the factors' dtype and cast to that of y, as a low-rank pair's is.
+
+    Raises:
+        FormulaFailed: the formula does what none may (``lorac.ir.algebra.formulas``); nothing was written.
+    """
     params = Params(**dict(zip(slot.params, fill.params, strict=True)))
     dtype = next((t.dtype for t in fill.params if t.is_floating_point()), y.dtype)
-    surroundings = (ctx or Ctx(site)).within(dtype)
-    return slot.formula(x.to(dtype), y.to(dtype), params, surroundings).to(y.dtype)
+    around = (ctx or Ctx(site)).within(dtype)
+    x, wide = x.to(dtype), y.to(dtype)
+    _imagine_once(slot, x, wide, params, around)
+    moved = slot.formula(x, wide, params, around, like=wide, read=around.values) - wide
+    return (fill.strength * moved).to(y.dtype)
+
+
+_IMAGINED: set[object] = set()
+"""Structures that were imagined, by the number of axes of x and y."""
+_MOST_IMAGINED = 512
+
+
+def _imagine_once(slot: BranchSlot, x: Tensor, y: Tensor, params: Params, ctx: Ctx) -> None:
+    """Before a formula first reads memory: call it with tensors of these shapes and none, which no formula can hurt."""
+    function = slot.formula.function
+    key = (slot.key, getattr(function, "__func__", function), x.dim(), y.dim(), ctx.training)
+    if key in _IMAGINED or isinstance(y, FakeTensor):
+        return
+    with imagination() as imagined:
+        values = {name: imagined(value) for name, value in ctx.values.items()}
+        own = Params(**{name: imagined(tensor) for name, tensor in vars(params).items()})
+        like = imagined(y)
+        slot.formula(imagined(x), like, own, ctx.over(values), like=like, read=values)
+    if len(_IMAGINED) >= _MOST_IMAGINED:
+        _IMAGINED.clear()
+    _IMAGINED.add(key)

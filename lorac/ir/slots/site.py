@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import enum
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from lorac.ir.algebra import letters
 from lorac.ir.algebra.changes import Change
+from lorac.ir.algebra.formulas import Formula
 from lorac.ir.host.sites import Site
 from lorac.ir.slots.role import SlotRole, Stage
 from lorac.ir.slots.roles import ROLES, branch_name, parameter_role, strength_role
@@ -29,14 +30,14 @@ class BranchSlot:
 
     Attributes:
         key: the structure: variant name, hyper-parameters, parameter shapes. Adapters with equal keys fit.
-        formula: (x, y, params, ctx) -> y'.
+        formula: (x, y, params, ctx) -> y', called like y.
         params: parameter name -> shape.
         emits: names of the extra outputs the branch gives.
         reads: names of the program values it reads (``lorac.ir.slots.reads``).
     """
 
     key: str
-    formula: Callable[..., Tensor] = field(compare=False)
+    formula: Formula = field(compare=False)
     params: Mapping[str, tuple[int, ...]] = field(compare=False)
     emits: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()

@@ -8,19 +8,20 @@ LoRA and DoRA, random numbers included.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from lorac.errors import Unavailable
 from lorac.ir.algebra import letters
 from lorac.ir.algebra.changes import Change, LowRank, merge, merge_bias
 from lorac.ir.host.sites import Site
 from lorac.ir.slots.layouts import SiteLayout, layout_of
 from lorac.ir.slots.role import Place, SlotRole, Stage
 from lorac.ir.slots.roles import ROLES, acts_on, applied, parts_of, runs_beside
-from lorac.ir.slots.run import Ctx, run_branch, run_site
+from lorac.ir.slots.run import Ctx, branch_delta, run_site
 from lorac.ir.slots.site import BranchFill, BranchSlot, SitePlan, SiteSlots
 
 Tensor = torch.Tensor
@@ -32,8 +33,12 @@ class Dropout(enum.StrEnum):
     INPUT = "input"
     """``base(x) + D(x)·(W' − W)ᵀ`` (PEFT's rule)."""
     RANK = "rank"
-    """Between the two factors of the low-rank form."""
+    """Between the factors, and the biases between them: of the low-rank form, or of a branch's formula as it is."""
     NONE = "none"
+
+
+Moved = Callable[[Tensor, Tensor, float], Tensor]
+"""(x, y, rate) -> y' − y, computed with dropout of that rate."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +51,7 @@ class LiveTerm:
         branch: the branch's slot and fill, or None.
         rate: dropout rate.
         place: where dropout acts.
+        dropped: the change of y with dropout between the factors, where the form does not tell what lies there.
     """
 
     strength: float
@@ -53,6 +59,7 @@ class LiveTerm:
     branch: tuple[BranchSlot, BranchFill] | None = None
     rate: float = 0.0
     place: Dropout = Dropout.NONE
+    dropped: Moved | None = None
 
 
 def run_terms(
@@ -73,6 +80,9 @@ def run_terms(
         weight: stored base weight; bias: base bias.
         ctx: handed to branches; says whether dropout acts.
         block: the block's output, where the site is one.
+
+    Raises:
+        Unavailable: a branch that is no weight form was to drop out.
     """
     layout = layout_of(site)
     base = block
@@ -85,7 +95,10 @@ def run_terms(
     for term in terms:
         if term.branch is not None:
             slot, fill = term.branch
-            y = y + fill.strength * (run_branch(site, slot, fill, x, base, ctx) - base)
+            _refuse_dropout(site, term, ctx)
+            y = y + branch_delta(site, slot, fill, x, base, ctx)
+        elif term.dropped is not None and (rate := _active_rate(term, ctx, Dropout.RANK)):
+            y = y + _scaled(term.strength, term.dropped(x, base, rate)).to(y.dtype)
         elif isinstance(term.change, LowRank) and runs_beside(layout, term.change):
             y = y + _scaled(term.strength, _low_rank_delta(layout, term, x, base, weight, bias, ctx)).to(y.dtype)
         elif term.change is not None:
@@ -99,6 +112,14 @@ def _scaled(strength: float, delta: Tensor) -> Tensor:
 
 def _active_rate(term: LiveTerm, ctx: Ctx, place: Dropout) -> float:
     return term.rate if ctx.training and term.place is place else 0.0
+
+
+def _refuse_dropout(site: Site, term: LiveTerm, ctx: Ctx) -> None:
+    if any(_active_rate(term, ctx, place) for place in (Dropout.INPUT, Dropout.RANK)):
+        raise Unavailable(
+            f"the branch at '{site.path}' is not affine, and of such a formula nothing tells where dropout belongs",
+            next_step="set the method's dropout to 0, or train in eval mode",
+        )
 
 
 def _replaces(term: LiveTerm, ctx: Ctx) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lorac.errors import ArtifactError, Unavailable, nearest_name
+from lorac.ir.algebra.formulas import Formula
 from lorac.ir.graph.graph import SlotInput
 from lorac.ir.host.sites import Site
 from lorac.ir.slots.choice import Active, Choice
@@ -48,7 +49,7 @@ def plan_from_json(site: Site, stored: Mapping[str, Any]) -> SitePlan:
             nearest=nearest_name(unknown[0], ROLES),
             next_step="save it again with this lorac",
         )
-    formula = _emitted(site.path)
+    formula = Formula(_emitted(site.path), "a stored program", site.path)
     branches = tuple(
         BranchSlot(
             key=b["key"],
