@@ -1,4 +1,4 @@
-"""Damages files of every format, and artefacts, and has lorac read them: each loads, or is refused by an error of lorac's.
+"""Damages files of every format, and artefacts: each loads, or is refused by an error of lorac's.
 
 Every case has its own seed, so that it can be repeated alone: ``python -m campaigns.fuzz --seed 0 --only 1234``. Cases
 run in forked processes with bounded memory; each is measured. Found is what raises anything else, costs more than
@@ -283,8 +283,8 @@ def _report(campaign: Campaign, given: argparse.Namespace) -> int:
     wrong = sum(result.found for result in found)
     print(
         f"{len(found)} cases of seed {given.seed} in {time.monotonic() - begun:.0f} s; the longest took "
-        f"{slowest.seconds:.2f} s (case {slowest.index}), the largest {largest.bytes >> 20} MiB (case {largest.index}); "
-        f"found {wrong}"
+        f"{slowest.seconds:.2f} s (case {slowest.index}), the largest {largest.bytes >> 20} MiB "
+        f"(case {largest.index}); found {wrong}"
     )
     if wrong:
         print(f"damaged files: {KEPT}; again: python -m campaigns.fuzz --seed {given.seed} --only CASE")

@@ -20,10 +20,10 @@ from lorac.runtime import artifact
 RAW = "\0raw\0"
 """A text that begins so is written into JSON as it is, without quotes."""
 TEXTS = (
-    "", "x", "\0", "ü" * 50, "../x", "/etc/passwd", "os.system", "None", "all-linear", "all-blocks", ".*", "(", "[", "site",
-    "((?:up){65000}){65000}", "(?:(?:(?:(?:a{90}){90}){90}){90})", "((.|..)+)+(?<![a-z])", "(a*)*b", "a" * 5000,
-    "|".join(f"layer{i}" for i in range(20_000)), "(?:" * 2000 + "a" + ")" * 2000, "\\1", "(?P<idx>x)", "(?R)",
-    "float32", "torch.float64", "complex64", "I64", "cuda:0", "meta", "cpu", "eager", "onnxruntime", "fused", "baked",
+    "", "x", "\0", "ü" * 50, "../x", "/etc/passwd", "os.system", "None", "all-linear", "all-blocks", ".*", "(", "[",
+    "site", "((?:up){65000}){65000}", "(?:(?:(?:(?:a{90}){90}){90}){90})", "((.|..)+)+(?<![a-z])", "(a*)*b",
+    "a" * 5000, "|".join(f"layer{i}" for i in range(20_000)), "(?:" * 2000 + "a" + ")" * 2000, "\\1", "(?P<idx>x)",
+    "(?R)", "float32", "torch.float64", "complex64", "I64", "cuda:0", "meta", "cpu", "eager", "onnxruntime", "fused", "baked",
 )  # fmt: skip
 NUMBERS = (
     -1, 0, 1, 2, 3, 7, 255, 65_536, 10**6, 10**7, 2**31 - 1, 2**31, 2**53, 2**62, 2**63, 2**64, -(2**63),
@@ -218,7 +218,7 @@ STRANGE: tuple[Callable[[torch.Tensor], Any], ...] = (
     lambda t: t.bool(),
     lambda t: t * torch.nan,
     lambda t: torch.zeros(1 << 20)[: t.numel()].reshape(t.shape),
-    lambda t: torch.nn.Parameter(t),
+    torch.nn.Parameter,
     lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
     lambda t: torch.nested.nested_tensor([t, t]),
     lambda t: {"x": t},
