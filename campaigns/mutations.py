@@ -23,7 +23,8 @@ TEXTS = (
     "", "x", "\0", "ü" * 50, "../x", "/etc/passwd", "os.system", "None", "all-linear", "all-blocks", ".*", "(", "[",
     "site", "((?:up){65000}){65000}", "(?:(?:(?:(?:a{90}){90}){90}){90})", "((.|..)+)+(?<![a-z])", "(a*)*b",
     "a" * 5000, "|".join(f"layer{i}" for i in range(20_000)), "(?:" * 2000 + "a" + ")" * 2000, "\\1", "(?P<idx>x)",
-    "(?R)", "float32", "torch.float64", "complex64", "I64", "cuda:0", "meta", "cpu", "eager", "onnxruntime", "fused", "baked",
+    "(?R)", "float32", "torch.float64", "complex64", "I64", "cuda:0", "meta", "cpu", "eager", "onnxruntime", "fused",
+    "baked",
 )  # fmt: skip
 NUMBERS = (
     -1, 0, 1, 2, 3, 7, 255, 65_536, 10**6, 10**7, 2**31 - 1, 2**31, 2**53, 2**62, 2**63, 2**64, -(2**63),

@@ -37,14 +37,14 @@ def run(
     compiled, arrays = _loaded(folder), _arrays(inputs)
     choice = {"adapters": parse_spec(adapters)} if adapters else {}
     outputs = _named_outputs(_answered(compiled, arrays, **choice))
+    if out is not None:
+        with told(out, UnknownOption, "written"):
+            np.savez(out, **outputs)
     table = Table("output", "shape", "dtype", "mean", "std")
     for name, value in outputs.items():
         statistic = (f"{value.mean():.6g}", f"{value.std():.6g}")
         table.add_row(name, str(list(value.shape)), str(value.dtype), *statistic)
     Console().print(table)
-    if out is not None:
-        with told(out, UnknownOption, "written"):
-            np.savez(out, **outputs)
 
 
 def swap(

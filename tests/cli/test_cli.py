@@ -194,7 +194,6 @@ def test_compile_for_onnxruntime(cli, files):
         (["compile", "model", "--target", "eager", "-o", "inputs.npz/x"], "lorac.ArtifactError: "),
         (["convert", "sql", "inputs.npz/x", "-f", "native"], "lorac.Unreadable: "),
         (["run", "compiled", "-i", "inputs.npz", "-o", "nowhere/out.npz"], "lorac.UnknownOption: 'nowhere/out.npz'"),
-        (["run", "compiled", "-i", "inputs.npz", "-o", "model"], "lorac.UnknownOption: 'model"),
         (["run", "compiled", "-i", "high.npz"], "lorac.ChoiceError: input 'input_ids' holds the id 128;"),
         (["run", "compiled", "-i", "negative.npz"], "lorac.ChoiceError: input 'input_ids' holds the id -1;"),
         (["run", "compiled", "-i", "text.npz"], "lorac.ChoiceError: the program cannot compute with input_ids <U5[1]"),
@@ -250,20 +249,13 @@ def test_an_interrupt_exits_with_130(cli, monkeypatch):
 
 
 def test_a_reader_that_went_away_gets_no_traceback():
-    """As ``lorac variants --markdown | head -0``: what is printed meets a closed pipe, at once or when Python ends."""
-    for words in (["variants", "--markdown"], ["variants"], ["--help"]):
-        read, write = os.pipe()
-        os.close(read)
-        done = subprocess.run(
-            [sys.executable, "-c", "from lorac.cli import main; main()", *words],
-            stdout=write,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
-        os.close(write)
-        assert done.returncode == 1
-        assert done.stderr == ""
+    """As ``lorac variants --markdown | head -0``: what was printed meets a closed pipe when Python ends."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-c", "from lorac.cli import main; main()", "variants", "--markdown"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_exit_codes_are_said(cli):
@@ -271,5 +263,5 @@ def test_exit_codes_are_said(cli):
 
     _, out, _ = cli("--help")
     for code in (0, 1, 2, 3, 130):
-        assert f" {code} " in out.replace("\n", " ")
+        assert re.search(rf"\b{code}\b", out.partition("Exits with")[2])
         assert re.search(rf"^    {code} +\w", lorac.cli.__doc__, re.MULTILINE)
