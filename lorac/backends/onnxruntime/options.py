@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import onnxruntime as ort
+
 from lorac.errors import UnknownOption, short
 from lorac.ir.engine import TargetOptions
 
@@ -33,6 +35,10 @@ class Options(TargetOptions):
         """There are two times at which weights settle, and as many threads as a machine may have."""
         if self.settle not in {"asked", "background"}:
             raise UnknownOption(f"settle cannot be '{self.settle}'", nearest="asked, background")
+        known = ort.get_all_providers()
+        strange = [provider for provider in self.providers if provider not in known]
+        if strange or not self.providers:
+            raise UnknownOption(f"ONNX Runtime has no provider {short(strange)}", nearest=", ".join(known))
         if type(self.threads) is not int or not 0 <= self.threads <= MOST_THREADS:
             raise UnknownOption(
                 f"threads cannot be {short(self.threads)}",
