@@ -187,7 +187,8 @@ def strange(case: Case) -> None:
             assert_raises(AdapterError, lambda adapter=adapter: case.compiled(adapter))  # type: ignore[misc]  # the default binds the loop's value
     for field in dataclasses.fields(case.variant):
         if isinstance(getattr(case.variant, field.name), float):
-            wrong = dataclasses.replace(case.variant, **{field.name: torch.nan})
+            nan: Any = {field.name: torch.nan}
+            wrong = dataclasses.replace(case.variant, **nan)
             assert_raises(LoracError, lambda wrong=wrong: compile(case.model, {"a": wrong}))  # type: ignore[misc]  # likewise
 
 
