@@ -82,10 +82,16 @@ class Campaign:
             self.sound[one.kind].append(one)
         self.hosts = {one.host: sound.model(one.host) for ones in self.sound.values() for one in ones if one.host}
 
+    def check(self) -> None:
+        """Everything loads as long as nobody damages it."""
+        for one in (one for ones in self.sound.values() for one in ones if one.host):
+            lorac.load_adapter(self.folder / one.place, self.hosts[one.host])
+
     def prepared(self, index: int, place: Path) -> tuple[sound.Sound, random.Random]:
         """Write the damaged file of a case to a place."""
         chance = random.Random(f"{self.seed}/{index}")
-        kind = chance.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
+        kinds = [kind for kind in WEIGHTS if self.sound[kind]]
+        kind = chance.choices(kinds, [WEIGHTS[kind] for kind in kinds])[0]
         chosen = chance.choice(self.sound[kind])
         source = self.folder / chosen.place
         shutil.copytree(source, place) if source.is_dir() else shutil.copyfile(source, place)
@@ -156,6 +162,7 @@ class _Process:
     pipe: Any
     left: list[int]
     heard: float
+    hangs: bool = False
 
 
 def _fork(campaign: Campaign, cases: list[int]) -> _Process:
@@ -186,53 +193,34 @@ def results(campaign: Campaign, cases: Sequence[int], workers: int) -> Iterator[
     watch = selectors.DefaultSelector()
     while waiting or running:
         while waiting and len(running) < workers:
-            process = _fork(campaign, waiting.popleft())
-            watch.register(process.pipe, selectors.EVENT_READ, process)
-            running.append(process)
+            running.append(_fork(campaign, waiting.popleft()))
+            watch.register(running[-1].pipe, selectors.EVENT_READ, running[-1])
         for key, _ in watch.select(timeout=1.0):
-            line = key.fileobj.readline()  # type: ignore[union-attr]  # a pipe
+            process, line = key.data, key.data.pipe.readline()
             if line:
-                key.data.heard = time.monotonic()
-                key.data.left.pop(0)
+                process.heard = time.monotonic()
+                process.left.pop(0)
                 yield Result(**json.loads(line))
-        for process in list(running):
-            lost = _ended(process)
-            if lost is None:
                 continue
             watch.unregister(process.pipe)
-            process.pipe.close()
             running.remove(process)
-            if process.left:
-                yield Result(process.left[0], "", "", lost, found=True)
-                if process.left[1:]:
-                    waiting.appendleft(process.left[1:])
+            yield from _ended(process, waiting)
+        for process in running:
+            if time.monotonic() - process.heard > HANGS_AFTER:
+                process.hangs = True
+                os.kill(process.pid, signal.SIGKILL)
 
 
-def _ended(process: _Process) -> str | None:
-    """How a process ended, if it did; one that hangs is ended."""
-    if process.left and time.monotonic() - process.heard > HANGS_AFTER:
-        os.kill(process.pid, signal.SIGKILL)
-        os.waitpid(process.pid, 0)
-        return "hangs"
-    if process.left and os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-        return None
-    if process.left and selectors.DefaultSelector and _has_words(process):
-        return None
+def _ended(process: _Process, waiting: collections.deque[list[int]]) -> Iterator[Result]:
+    """What became of the case that a process ended at, if it did; those after it wait for another process."""
+    process.pipe.close()
     _, status = os.waitpid(process.pid, 0)
-    return f"ends the process ({os.waitstatus_to_exitcode(status)})"
-
-
-def _has_words(process: _Process) -> bool:
-    """Whether it wrote something before it ended that was not read yet."""
-    with selectors.DefaultSelector() as one:
-        one.register(process.pipe, selectors.EVENT_READ)
-        if not one.select(timeout=0):
-            return False
-    line = process.pipe.readline()
-    if not line:
-        return False
-    process.left.pop(0)
-    return True
+    if not process.left:
+        return
+    lost = "hangs" if process.hangs else f"ends the process ({os.waitstatus_to_exitcode(status)})"
+    yield Result(process.left[0], "", "", lost, found=True)
+    if process.left[1:]:
+        waiting.appendleft(process.left[1:])
 
 
 # ── What is said ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -255,15 +243,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--mutations", type=int, default=20_000, help="number of cases")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="files of a few methods and targets alone")
     parser.add_argument("--only", type=int, help="run this case alone, in this process, and keep its file")
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="lorac-fuzz-") as name:
         folder = Path(name)
         if not os.fork():  # what compiling starts, threads among it, stays out of the processes that are forked later
-            sound.write(folder)
+            sound.write(folder, quick=given.quick)
             os._exit(0)
-        os.wait()
+        if os.wait()[1]:
+            raise SystemExit("the sound files could not be written")
         campaign = Campaign(given.seed, folder)
+        campaign.check()
         if given.only is not None:
             _keep(campaign, given.only)
             print(campaign.run(given.only))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +28,9 @@ OWN: Mapping[str, Mapping[str, object]] = {
     "oft": {"block_size": 3},
 }
 """Those of methods that take not all of them together."""
+QUICK = ("lora", "shira", "vera", "chain")
 ARTEFACTS = (
-    ("eager", "live"), ("eager", "fused"), ("onnxruntime", "live"), ("onnxruntime", "fused"), ("onnxruntime", "baked"),
+    ("eager", "live"), ("onnxruntime", "fused"), ("onnxruntime", "live"), ("eager", "fused"), ("onnxruntime", "baked"),
 )  # fmt: skip
 
 
@@ -67,9 +68,10 @@ def model(host: str) -> nn.Module:
     return HOSTS[host].model(torch.float32)
 
 
-def write(folder: Path) -> None:
-    """Write everything, and a list of it."""
-    found = [*_adapters(folder), *_artefacts(folder)]
+def write(folder: Path, *, quick: bool = False, artefacts: bool = True) -> None:
+    """Write everything, or in a hurry what a few methods and targets give, and a list of it."""
+    methods, targets = (QUICK, ARTEFACTS[:2]) if quick else (lorac.variants(), ARTEFACTS)
+    found = [*_adapters(folder, methods), *_artefacts(folder, targets if artefacts else ())]
     (folder / INDEX).write_text(json.dumps([dataclasses.asdict(sound) for sound in found]))
 
 
@@ -78,8 +80,9 @@ def read(folder: Path) -> list[Sound]:
     return [Sound(**entry) for entry in json.loads((folder / INDEX).read_text())]
 
 
-def _adapters(folder: Path) -> Iterator[Sound]:
-    for key, kind in lorac.variants().items():
+def _adapters(folder: Path, keys: Iterable[str]) -> Iterator[Sound]:
+    for key in keys:
+        kind = lorac.variants()[key]
         variant, host = _configured(key, kind)
         here = model(host.name)
         adapter = lorac.compile(here, {key: variant}).adapters[key]
@@ -112,11 +115,11 @@ def _pickled(source: Path, target: Path) -> None:
     torch.save(load_file(source / "adapter_model.safetensors"), target / "adapter_model.bin")
 
 
-def _artefacts(folder: Path) -> Iterator[Sound]:
+def _artefacts(folder: Path, wanted: Iterable[tuple[str, str]]) -> Iterator[Sound]:
     torch.manual_seed(0)
     host, x = Two().eval(), torch.randn(3, 12)
     adapters = {"a": lorac.LoRA(r=2, targets=["up", "down"]), "b": lorac.DoRA(r=1, targets=["up"])}
-    for target, mode in ARTEFACTS:
+    for target, mode in wanted:
         compiled = lorac.compile(host, adapters, target, {"x": x}, mode=mode, active={"a": 0.7})
         compiled.save(folder / "artefacts" / f"{target}-{mode}")
         yield Sound("artefact", f"{target} {mode}", f"artefacts/{target}-{mode}", "")

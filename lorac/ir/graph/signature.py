@@ -182,9 +182,9 @@ def _refuse_outside(name: str, given: Any, size: int) -> None:
     values = given.numpy(force=True) if isinstance(given, torch.Tensor) else np.asarray(given)
     if values.dtype.kind not in "iu" or not values.size:
         return
-    least, most = int(values.min()), int(values.max())
-    if least < 0 or most >= size:
-        wrong = least if least < 0 else most
+    # Taken without its sign a negative number is a huge one, so that one look at every value will do.
+    if int(values.view(f"u{values.itemsize}").max()) >= size:
+        wrong = min(int(values.min()), 0) or int(values.max())
         raise ChoiceError(
             f"input '{name}' holds the id {wrong}; its embedding has the ids 0 to {size - 1}",
             next_step="give ids of the model's own tokenizer, and mark padding in the mask",
