@@ -33,8 +33,8 @@ from lorac.spending import Budget
 
 BATCH = 100
 """Cases of one forked process."""
-HANGS_AFTER = 30.0
-"""Seconds of wall time without a word from a process."""
+HANGS_AFTER = 180.0
+"""Seconds of wall time without a word from a process; on a machine that has much else to do a case may wait long."""
 SLACK_SECONDS, SLACK_BYTES = 1.0, 64 << 20
 """On top of the budget: for steps that cannot be interrupted, and for what an allocator keeps."""
 CEILING = 4 << 30
