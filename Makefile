@@ -1,6 +1,6 @@
 # Everything needed is made by the target that needs it: `make demo` and `make test` work on a fresh clone.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check docs format bench clean
+.PHONY: help demo test test-slow check docs format bench fuzz clean
 SHELL := /bin/bash
 
 # Tried by running it: a version manager's shim may exist without a Python behind it.
@@ -42,6 +42,9 @@ format: $(STAMP) ## Format the code and apply safe fixes
 
 bench: $(STAMP) ## Run the benchmarks, whatever fails among them
 	$(BIN)/python -m benchmarks
+
+fuzz: $(STAMP) ## Damage files by the thousand: each loads, or is refused by an error of lorac's
+	OMP_NUM_THREADS=1 $(BIN)/python -m campaigns.fuzz --workers $(WORKERS)
 
 clean: ## Remove the environment and everything generated
 	rm -rf .venv .venv-ci .cache build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lorac.ir.slots.planning import Reserve
     from lorac.runtime.compiled import Compiled
     from lorac.runtime.report import SwapReport
+    from lorac.spending import budget
     from lorac.variants import variants
     from lorac.variants.adalora import AdaLoRA
     from lorac.variants.adapter import Adapter
@@ -73,6 +74,7 @@ _HOMES = {
     "Role": "lorac.variants.params",
     "SwapReport": "lorac.runtime.report",
     "WeightVariant": "lorac.variants.base",
+    "budget": "lorac.spending",
     "compile": "lorac.compiler.api",
     "factors": "lorac.adapters.factors",
     "load": "lorac.compiler.api",
@@ -131,6 +133,7 @@ __all__ = [  # noqa: RUF022  (in plain order: BAT and OFT are no constants)
     "NonFinite",
     "NotMergeable",
     "OFT",
+    "OverBudget",
     "PLP",
     "ParamSpec",
     "PatternTooSlow",
@@ -153,13 +156,17 @@ __all__ = [  # noqa: RUF022  (in plain order: BAT and OFT are no constants)
     "UnknownField",
     "UnknownFormat",
     "UnknownOption",
+    "Unreadable",
     "UnsupportedField",
     "UnusedTensors",
     "VBLoRA",
     "VeRA",
     "VerificationFailed",
     "WeightVariant",
+    "WrongDtype",
+    "WrongIndex",
     "WrongLevel",
+    "budget",
     "compile",
     "factors",
     "load",

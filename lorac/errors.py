@@ -9,7 +9,9 @@
     │   ├── AdapterNotFound       an unknown or removed adapter name
     │   ├── AdapterExists         the name is taken
     │   ├── ShapeMismatch         a tensor's shape does not fit its site
-    │   ├── NonFinite             NaN or infinity in a tensor
+    │   ├── NonFinite             NaN or infinity in a tensor or a hyper-parameter
+    │   ├── WrongDtype            numbers of another kind than the method takes
+    │   ├── WrongIndex            positions outside the weight, or given twice
     │   ├── FormulaFailed         a method's formula raises, writes into its arguments or answers something else
     │   ├── BaseMismatch          the adapter was made for other base weights
     │   └── BaseNeeded            the operation needs the base weights
@@ -19,7 +21,9 @@
     │   ├── UnknownField          a configuration field or type lorac does not know
     │   ├── UnsupportedField      a known field whose value changes the result in a way lorac lacks
     │   ├── UnusedTensors         tensors that no rule of the format accounts for
-    │   └── PatternTooSlow        a pattern from a file that backtracks without end
+    │   ├── PatternTooSlow        a pattern from a file that backtracks, or compiles, without end
+    │   ├── OverBudget            more time or memory than reading one file may take
+    │   └── Unreadable            the system does not give the file, or take it: missing, forbidden, full
     ├── CompileError
     │   ├── CaptureFailed         torch.export cannot trace the model
     │   ├── ExampleInputsNeeded   example inputs cannot be made from the model
@@ -66,6 +70,7 @@ __all__ = [
     "NeedsRecompile",
     "NonFinite",
     "NotMergeable",
+    "OverBudget",
     "PatternTooSlow",
     "RuntimeFailure",
     "SelfTestFailed",
@@ -78,9 +83,12 @@ __all__ = [
     "UnknownField",
     "UnknownFormat",
     "UnknownOption",
+    "Unreadable",
     "UnsupportedField",
     "UnusedTensors",
     "VerificationFailed",
+    "WrongDtype",
+    "WrongIndex",
     "WrongLevel",
 ]
 
@@ -139,7 +147,15 @@ class ShapeMismatch(AdapterError):
 
 
 class NonFinite(AdapterError):
-    """A tensor holds NaN or infinity."""
+    """A tensor, or a hyper-parameter, is NaN or infinite."""
+
+
+class WrongDtype(AdapterError):
+    """A tensor's numbers are of another kind: complex, or whole where fractions are due, or the other way round."""
+
+
+class WrongIndex(AdapterError):
+    """Positions that lie outside the weight, or of which one is given twice."""
 
 
 class FormulaFailed(AdapterError):
@@ -182,7 +198,15 @@ class UnusedTensors(FormatError):
 
 
 class PatternTooSlow(FormatError):
-    """A pattern from a file does not finish matching in bounded time."""
+    """A pattern from a file does not finish compiling, or matching, in bounded time."""
+
+
+class OverBudget(FormatError):
+    """Reading a file takes more time or memory than one file may (``lorac.budget``)."""
+
+
+class Unreadable(FormatError):
+    """The system does not give a file, or does not take it; the message has its path and the system's reason."""
 
 
 class CompileError(LoracError):
@@ -261,6 +285,15 @@ def warn(what: str, *, next_step: str | None = None) -> None:
         level, frame = level + 1, frame.f_back
     text = what if next_step is None else f"{what}\n  {next_step}"
     warnings.warn(text, LoracWarning, stacklevel=level)
+
+
+_LONGEST = 200
+
+
+def short(value: object) -> str:
+    """A value for a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({len(text)} characters)"
 
 
 def nearest_name(name: str, choices: Iterable[str]) -> str | None:

@@ -7,11 +7,14 @@ once, with the reason for its size, so that no test picks one that it passes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from lorac.spending import Budget
 from lorac.testing.checks import ROUNDING
 
 LEAST_DIFFERENCE = 1e-3
@@ -32,6 +35,18 @@ the size of a gradient, and so makes of a rounding in a small one a step that sh
 CURVE = 1e-5
 """How far two float32 training curves may be apart, relative to the loss: roundings of a step, which later steps carry
 on and which the mean over a batch evens out."""
+READING = 1.5
+"""Processor time that reading a file may take beyond the budget that is set for it, in seconds: the last step is not
+interrupted, and the first load of anything imports."""
+
+
+@contextlib.contextmanager
+def within_budget() -> Iterator[None]:
+    """Assert that what the block does with one file stays within the budget for one file, as it is at first."""
+    begun = time.thread_time()
+    yield
+    taken = time.thread_time() - begun
+    assert taken <= Budget().seconds + READING, f"it took {taken:.1f} s"
 
 
 def assert_apart(found: Tensor, other: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -11,10 +12,13 @@ from torch import nn
 from lorac.errors import BaseMismatch
 from lorac.ir.host.sites import find_sites
 from lorac.ir.store.tensors import raw_bytes
+from lorac.spending import unhurried
 
 _MIXED = "mixed"
+_FORM = re.compile(r"[0-9a-f]{32}")
 
 
+@unhurried()
 def base_hash(model: nn.Module, paths: Iterable[str], *, dtype: torch.dtype | None = None) -> str:
     """A stable hash over the base weights of the sites at `paths`.
 
@@ -37,6 +41,7 @@ def base_hash(model: nn.Module, paths: Iterable[str], *, dtype: torch.dtype | No
     return f"{_label(dtypes)}:{digest.hexdigest()}"
 
 
+@unhurried()
 def tensor_hash(tensor: torch.Tensor) -> str:
     """A stable hash of one tensor, in the form of `base_hash`."""
     digest = hashlib.blake2b(f"{tuple(tensor.shape)}\n".encode(), digest_size=16)
@@ -48,9 +53,9 @@ def check_copy(name: str, parameter: str, recorded: str, tensor: torch.Tensor) -
     """Hold the recorded hash of a saved copy against the model's own tensor, as `check_base` does.
 
     Raises:
-        BaseMismatch: They differ.
+        BaseMismatch: They differ, or it is no hash.
     """
-    label, own = recorded.partition(":")[0], _label({tensor.dtype})
+    label, own = _told(name, recorded), _label({tensor.dtype})
     if label != own and not _wider(own, label):
         return
     if tensor_hash(tensor.to(getattr(torch, label))) != recorded:
@@ -73,13 +78,12 @@ def check_base(name: str, recorded: str, model: nn.Module, paths: Iterable[str])
     original cannot be told, and nothing is checked; nor can it under a quantised weight.
 
     Raises:
-        BaseMismatch: The weights are others.
+        BaseMismatch: The weights are others, or what was recorded is no hash.
     """
-    paths = tuple(paths)
+    label, paths = _told(name, recorded), tuple(paths)
     sites = find_sites(model)
     if any(sites[path].packed for path in paths):
         return
-    label = recorded.partition(":")[0]
     own = _label({weight.dtype for _, weight in _weights(model, paths)})
     if label == own:
         found = base_hash(model, paths)
@@ -93,6 +97,22 @@ def check_base(name: str, recorded: str, model: nn.Module, paths: Iterable[str])
             f"this model has {found} at the {len(paths)} adapted sites",
             next_step="load the base model, and the revision of it, that the adapter was trained on",
         )
+
+
+def _told(name: str, recorded: str) -> str:
+    """The dtype's name in a recorded hash.
+
+    Raises:
+        BaseMismatch: There is no such dtype, or no hash behind it: whatever it was to say cannot be checked.
+    """
+    label, _, digest = recorded.partition(":")
+    known = label == _MIXED or isinstance(getattr(torch, label, None), torch.dtype)
+    if not known or not _FORM.fullmatch(digest):
+        raise BaseMismatch(
+            f"adapter '{name}' recorded {recorded!r} of its base weights, which is no hash that lorac writes",
+            next_step="copy or download the file again: it was changed",
+        )
+    return label
 
 
 def _weights(model: nn.Module, paths: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:

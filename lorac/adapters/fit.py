@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
-from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -17,13 +19,17 @@ from lorac.errors import (
     SiteNotFound,
     SiteUnsupported,
     UnusedTensors,
+    WrongDtype,
+    WrongIndex,
     nearest_name,
 )
 from lorac.ir.host.patterns import nothing_matches
 from lorac.ir.host.sites import Site, find_sites
 from lorac.ir.slots.reads import check_reads
+from lorac.spending import tick, unhurried
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant, Variant
+from lorac.variants.params import ParamSpec, Role
 
 Tensor = torch.Tensor
 T = TypeVar("T")
@@ -47,9 +53,12 @@ def check_adapter(adapter: Adapter, sites: Mapping[str, Site], model: nn.Module)
         SiteUnsupported: The module exists, but the method or lorac cannot adapt it.
         UnusedTensors: A tensor is no parameter of the method.
         ShapeMismatch: A tensor's shape does not fit, or a parameter of the method is missing.
-        NonFinite: A tensor holds NaN or infinity.
-        BaseMismatch: The base hash recorded in its file differs.
+        WrongDtype: A tensor's numbers are of another kind than the method takes.
+        WrongIndex: A position lies outside the weight, or is given twice.
+        NonFinite: A tensor or a hyper-parameter is NaN or infinite.
+        BaseMismatch: The base hash recorded in its file differs, or is none.
     """
+    check_numbers(adapter.name, adapter.variant)
     if not adapter.tensors and not adapter.replaced:
         raise nothing_matches(adapter.name, adapter.variant.targets, sites)
     known = named_tensors(model)
@@ -80,6 +89,35 @@ def check_values(adapter: Adapter) -> None:
     check_finite({**named, **adapter.replaced}, f"adapter '{adapter.name}'")
 
 
+def check_numbers(adapter: str, variant: Variant) -> None:
+    """Refuse hyper-parameters that are no numbers, however deep they lie.
+
+    Raises:
+        NonFinite: Naming the field.
+    """
+    for field in dataclasses.fields(variant):
+        leaves = _leaves(getattr(variant, field.name))
+        wrong = next((value for value in leaves if isinstance(value, float) and not math.isfinite(value)), None)
+        if wrong is not None:
+            raise NonFinite(
+                f"the hyper-parameter '{field.name}' of adapter '{adapter}' is {wrong}",
+                next_step=f"give {variant.name} a finite number",
+            )
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """What lies in a hyper-parameter; a method in it is one of its own."""
+    if isinstance(value, Variant):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if not isinstance(value, list | tuple):
+        yield value
+        return
+    for inner in value:
+        yield from _leaves(inner)
+
+
 def check_finite(tensors: Mapping[str, Tensor], owner: str) -> None:
     """Refuse tensors that hold NaN or infinity.
 
@@ -93,9 +131,11 @@ def check_finite(tensors: Mapping[str, Tensor], owner: str) -> None:
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() and not tensor.is_complex():
             continue
-        # isfinite knows no type of one byte.
-        finite = torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor)
-        if not bool(finite.all()):
+        with unhurried():
+            # isfinite knows no type of one byte.
+            finite = torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor)
+            whole = bool(finite.all())
+        if not whole:
             raise NonFinite(
                 f"tensor '{name}' of {owner} holds {int((~finite).sum())} NaN or infinite of {tensor.numel()} values",
                 next_step="its training diverged: take an earlier checkpoint",
@@ -118,7 +158,10 @@ def check_site(
         SiteUnsupported: The method is not defined on the site's kind.
         UnusedTensors: A parameter is one too many.
         ShapeMismatch: A shape differs, or a parameter is missing.
+        WrongDtype: A parameter is of whole or complex numbers, or an index is not of whole ones.
+        WrongIndex: A position lies outside the weight, or is given twice.
     """
+    tick()
     here = variant.at(site)
     here.check(site)
     specs = here.params(site)
@@ -132,13 +175,64 @@ def check_site(
             what = f"adapter '{adapter}' lacks the tensor '{name}' at '{site.path}'"
             raise ShapeMismatch(what, next_step=has)
     for name, spec in specs.items():
-        found = tuple(tensors[name].shape)
-        if not spec.admits(found) if shapes else len(found) != len(spec.shape):
-            raise ShapeMismatch(
-                f"adapter '{adapter}': {name} at '{site.path}' has shape {found}, expected {spec.shape}",
-                next_step=f"the site is {site.kind} {site.in_features} -> {site.out_features}; "
-                "rank and base model must be those of the training",
-            )
+        check_parameter(adapter, name, spec, site, tensors[name], shapes=shapes)
+
+
+def check_present(adapter: str, variant: Variant, site: Site, tensors: Mapping[str, Tensor]) -> None:
+    """As `check_site` for those of a site's tensors that are at hand, where the others are made of what they tell.
+
+    Raises:
+        ShapeMismatch, WrongDtype, WrongIndex: As `check_site`.
+    """
+    tick()
+    specs = variant.at(site).params(site)
+    for name in specs.keys() & tensors.keys():
+        check_parameter(adapter, name, specs[name], site, tensors[name], shapes=True)
+
+
+def check_parameter(adapter: str, name: str, spec: ParamSpec, site: Site, tensor: Tensor, *, shapes: bool) -> None:
+    """Hold one tensor against the parameter it is to be.
+
+    Raises:
+        ShapeMismatch, WrongDtype, WrongIndex: As `check_site`.
+    """
+    found = tuple(tensor.shape)
+    if not spec.admits(found) if shapes else len(found) != len(spec.shape):
+        raise ShapeMismatch(
+            f"adapter '{adapter}': {name} at '{site.path}' has shape {found}, expected {spec.shape}",
+            next_step=f"the site is {site.kind} {site.in_features} -> {site.out_features}; "
+            "rank and base model must be those of the training",
+        )
+    if spec.role is not Role.INDEX:
+        _check_dtype(adapter, f"{name} at '{site.path}'", tensor, "floating-point numbers", tensor.is_floating_point())
+        return
+    whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool)
+    _check_dtype(adapter, f"{name} at '{site.path}'", tensor, "whole numbers", whole)
+    if spec.below and not tensor.is_meta:
+        _check_positions(adapter, f"{name} at '{site.path}'", tensor, spec.below)
+
+
+def _check_dtype(adapter: str, what: str, tensor: Tensor, expected: str, fits: bool) -> None:
+    if not fits:
+        raise WrongDtype(
+            f"adapter '{adapter}': {what} is {tensor.dtype}, and the method takes {expected}",
+            next_step="save the adapter again from what it was trained as",
+        )
+
+
+def _check_positions(adapter: str, what: str, positions: Tensor, below: tuple[int, ...]) -> None:
+    """Positions (n, K) lie inside the n axes, and each is given once."""
+    with unhurried():
+        limits = torch.tensor(below, dtype=torch.int64, device=positions.device)[:, None]
+        columns = positions.to(torch.int64)
+        outside = ((columns < 0) | (columns >= limits)).any(dim=0)
+        twice = positions.shape[1] - torch.unique(columns, dim=1).shape[1]
+    step = "load the base model that the adapter was trained on"
+    if bool(outside.any()):
+        first = tuple(columns[:, int(outside.nonzero()[0])].tolist())
+        raise WrongIndex(f"adapter '{adapter}': position {first} of {what} lies outside {below}", next_step=step)
+    if twice:
+        raise WrongIndex(f"adapter '{adapter}': {twice} positions of {what} are given twice", next_step=step)
 
 
 def check_replaced(adapter: str, name: str, tensor: Tensor, known: Mapping[str, Tensor]) -> None:
@@ -153,9 +247,12 @@ def check_replaced(adapter: str, name: str, tensor: Tensor, known: Mapping[str, 
     Raises:
         SiteNotFound: The model has no such parameter or buffer.
         ShapeMismatch: It has another shape.
+        WrongDtype: Its numbers are of another kind.
     """
     own = _replaceable(adapter, name, known)
     if own.shape == tensor.shape:
+        kinds = [(t.is_floating_point(), t.is_complex(), t.dtype is torch.bool) for t in (own, tensor)]
+        _check_dtype(adapter, f"the replacement of '{name}'", tensor, f"{own.dtype} there", kinds[0] == kinds[1])
         return
     step = "load the base model that the adapter was trained on"
     if own.shape[1:] == tensor.shape[1:] and tensor.ndim == 2:

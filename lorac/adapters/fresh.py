@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lorac.adapters.fit import check_numbers
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.patterns import nothing_matches, select
 from lorac.ir.host.sites import BaseReader, Site, factor_dtype, parameter_site
@@ -25,9 +26,11 @@ def fresh_adapter(
     """An adapter at its initial values; the process's random state is left alone.
 
     Raises:
+        NonFinite: a hyper-parameter is NaN or infinite.
         SiteNotFound: the variant's targets name no site.
         SiteUnsupported: they name a site the method is not defined on.
     """
+    check_numbers(name, variant)
     chosen = target_sites(variant, model, sites)
     adapter = Adapter(name, variant)
     for site in chosen:

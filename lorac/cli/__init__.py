@@ -1,17 +1,34 @@
-"""The command line: the words of the Python interface. One file per group of commands."""
+"""The command line: the words of the Python interface. One file per group of commands.
+
+Exit codes, for scripts:
+
+    0    done
+    1    refused: a file, a model or a choice does not do, and the message says why; or nobody reads what is printed
+    2    the command line itself is wrong
+    3    a fault of lorac's own; --traceback shows where
+    130  interrupted
+"""
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
+from typing import Annotated
 
 import typer
 
 from lorac.cli import adapters, artifacts, models
 from lorac.errors import LoracError
 
+REFUSED, OUR_FAULT, INTERRUPTED = 1, 3, 130
+EPILOG = "Exits with 0, or with 1 (refused), 2 (a wrong command line), 3 (a fault of lorac's own), 130 (interrupted)."
+_TRACEBACK = "--traceback"
+
 app = typer.Typer(
     name="lorac",
     help="The compiler for adapters: one graph from a model and its adapters, swapped while it runs.",
+    epilog=EPILOG,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -20,10 +37,48 @@ for group in (models, adapters, artifacts):
     group.register(app)
 
 
+@app.callback()
+def options(
+    show: Annotated[bool, typer.Option(_TRACEBACK, help="Show where in the code an error comes from.")] = False,
+) -> None:
+    """The compiler for adapters: one graph from a model and its adapters, swapped while it runs."""
+
+
 def main() -> None:
-    """Entry point: typed errors are printed as they are and exit with 1."""
+    """Entry point: whatever goes wrong is told in words, and by the exit code.
+
+    Raises:
+        SystemExit: always.
+    """
+    code = _run()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # what is left is for nobody: Python must not try again when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = REFUSED
+    raise SystemExit(code)
+
+
+def _run() -> int:
+    """Run the command; returns the exit code."""
     try:
         app()
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else REFUSED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        return REFUSED
     except LoracError as error:
-        print(f"lorac.{type(error).__name__}: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        return _told(error, f"lorac.{type(error).__name__}: {error}", REFUSED)
+    except Exception as error:
+        what = f"lorac itself failed: {type(error).__name__}: {error}\n  `lorac {_TRACEBACK} …` shows where"
+        return _told(error, what, OUR_FAULT)
+    return 0
+
+
+def _told(error: Exception, what: str, code: int) -> int:
+    if _TRACEBACK in sys.argv[1:]:
+        traceback.print_exception(error)
+    print(what, file=sys.stderr)
+    return code

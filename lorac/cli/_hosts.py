@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import sys
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from lorac.errors import AdapterExists, ChoiceError, MissingExtra, UnknownOption
+from lorac.errors import AdapterExists, ChoiceError, MissingExtra, UnknownOption, short
+from lorac.ir.store.disk import told
+from lorac.ir.store.strict_json import parse_object, read_text
 
 MODEL_HELP = "A folder saved by transformers, or package.module:function returning an nn.Module."
 ADAPTER_HELP = "NAME=PATH, or PATH; may be given several times."
@@ -21,23 +23,31 @@ def load_model(spec: str) -> nn.Module:
     """The model a command names.
 
     Raises:
-        UnknownOption: neither a transformers folder nor an importable function.
+        UnknownOption: neither a transformers folder nor a function that returns one, or loading it fails.
         MissingExtra: the folder needs transformers.
     """
     if Path(spec).is_dir():
         return _from_folder(Path(spec))
     module, separator, function = spec.partition(":")
-    if not separator:
+    if not (separator and _is_dotted(module) and _is_dotted(function)):
         raise UnknownOption(f"'{spec}' is no model", next_step=MODEL_HELP)
     sys.path.insert(0, os.getcwd())
     try:
-        made = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError) as error:
-        raise UnknownOption(f"'{spec}' cannot be loaded: {error}", next_step=MODEL_HELP) from error
-    model = made[0] if isinstance(made, tuple) else made
+        made = attrgetter(function)(importlib.import_module(module))()
+    except Exception as error:  # it is the user's own code
+        raise UnknownOption(f"'{spec}' cannot be loaded: {_said(error)}", next_step=MODEL_HELP) from error
+    model = made[0] if isinstance(made, tuple) and made else made
     if not isinstance(model, nn.Module):
-        raise UnknownOption(f"'{spec}' returns a {type(model).__name__}, not an nn.Module")
+        raise UnknownOption(f"'{spec}' returns a {type(model).__name__}, not an nn.Module", next_step=MODEL_HELP)
     return model.eval()
+
+
+def _is_dotted(text: str) -> bool:
+    return all(part.isidentifier() for part in text.split("."))
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _from_folder(folder: Path) -> nn.Module:
@@ -48,12 +58,35 @@ def _from_folder(folder: Path) -> nn.Module:
         import transformers
     except ModuleNotFoundError as error:
         raise MissingExtra("transformers", "hf") from error
+    name = _architecture(config)
+    cls = getattr(transformers, name, None) if name.isidentifier() and not name.startswith("_") else None
+    if not callable(getattr(cls, "from_pretrained", None)):
+        raise UnknownOption(
+            f"'{config}' names the architecture {short(name)}, no model of transformers {transformers.__version__}",
+            next_step="pip install -U transformers, or give package.module:function",
+        )
     try:
-        architectures = json.loads(config.read_text(encoding="utf-8")).get("architectures") or ["AutoModel"]
-        model: nn.Module = getattr(transformers, architectures[0]).from_pretrained(folder)
-    except (OSError, ValueError, AttributeError) as error:
-        raise UnknownOption(f"'{folder}' cannot be loaded: {error}", next_step=MODEL_HELP) from error
+        model: nn.Module = cls.from_pretrained(folder)  # type: ignore[union-attr]  # a class that has it
+    except Exception as error:  # whatever a damaged folder makes transformers raise
+        raise UnknownOption(f"'{folder}' cannot be loaded: {_said(error)}", next_step=MODEL_HELP) from error
+    if not isinstance(model, nn.Module):
+        raise UnknownOption(f"'{folder}' holds a {type(model).__name__}, not an nn.Module", next_step=MODEL_HELP)
     return model.eval()
+
+
+def _architecture(config: Path) -> str:
+    """The class that a transformers configuration names; "AutoModel" where it names none."""
+
+    def refuse(reason: str) -> UnknownOption:
+        return UnknownOption(f"'{config}' {reason}", next_step=MODEL_HELP)
+
+    with told(config, UnknownOption, "read"):
+        named = parse_object(read_text(config), refuse).get("architectures")
+    if named is None or named == []:
+        return "AutoModel"
+    if not isinstance(named, list) or not isinstance(named[0], str):
+        raise refuse(f"names no architecture by architectures={short(named)}")
+    return named[0]
 
 
 def named_adapters(specs: list[str]) -> dict[str, str]:

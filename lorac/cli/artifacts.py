@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import time
-import zipfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lorac.cli._hosts import parse_spec
-from lorac.errors import UnknownOption
+from lorac.errors import ChoiceError, LoracError, UnknownOption
+from lorac.ir.store.disk import told
 
 Folder = Annotated[Path, typer.Argument(help="A folder written by `lorac compile`.")]
 Inputs = Annotated[Path, typer.Option("--inputs", "-i", help="An .npz file: one array per input of the model.")]
@@ -35,15 +35,16 @@ def run(
     import numpy as np
 
     compiled, arrays = _loaded(folder), _arrays(inputs)
-    answer = compiled(**arrays, adapters=parse_spec(adapters)) if adapters else compiled(**arrays)
-    outputs = _named_outputs(answer)
+    choice = {"adapters": parse_spec(adapters)} if adapters else {}
+    outputs = _named_outputs(_answered(compiled, arrays, **choice))
+    if out is not None:
+        with told(out, UnknownOption, "written"):
+            np.savez(out, **outputs)
     table = Table("output", "shape", "dtype", "mean", "std")
     for name, value in outputs.items():
         statistic = (f"{value.mean():.6g}", f"{value.std():.6g}")
         table.add_row(name, str(list(value.shape)), str(value.dtype), *statistic)
     Console().print(table)
-    if out is not None:
-        np.savez(out, **outputs)
 
 
 def swap(
@@ -62,7 +63,9 @@ def swap(
         compiled.save(folder)
 
 
-def bench(folder: Folder, inputs: Inputs, rounds: Annotated[int, typer.Option(help="Calls per choice.")] = 20) -> None:
+def bench(
+    folder: Folder, inputs: Inputs, rounds: Annotated[int, typer.Option(min=1, help="Calls per choice.")] = 20
+) -> None:
     """Time calls with each adapter and without, and the swaps between them: medians, ratio to no adapter last."""
     compiled, arrays = _loaded(folder), _arrays(inputs)
     choices: list[Any] = [None, *compiled.adapters]
@@ -71,7 +74,7 @@ def bench(folder: Folder, inputs: Inputs, rounds: Annotated[int, typer.Option(he
     for _ in range(rounds):
         for choice in choices:
             swaps[choice].append(compiled.swap(choice).seconds)
-            compiled(**arrays)
+            _answered(compiled, arrays)
             begun = time.perf_counter()
             compiled(**arrays)
             calls[choice].append(time.perf_counter() - begun)
@@ -95,10 +98,28 @@ def _arrays(path: Path) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return dict(archive)
-    except (OSError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a reader of zip files and arrays, fed with garbage, may raise anything
         raise UnknownOption(
             f"'{path}' cannot be read: {error}",
             next_step="numpy.savez(path, name=array, ...) writes one array per input of the model",
+        ) from error
+
+
+def _answered(compiled: Any, arrays: dict[str, Any], **choice: Any) -> Any:
+    """The answer to a file's arrays; what the program makes of arrays that do not suit it is the file's fault.
+
+    Raises:
+        ChoiceError: it cannot compute with them.
+    """
+    try:
+        return compiled(**arrays, **choice)
+    except LoracError:
+        raise
+    except Exception as error:
+        shapes = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in arrays.items())
+        raise ChoiceError(
+            f"the program cannot compute with {shapes}: {type(error).__name__}: {error}",
+            next_step="give arrays as the model takes them, with the ids and sizes it was compiled for",
         ) from error
 
 

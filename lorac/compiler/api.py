@@ -13,7 +13,7 @@ from lorac.compiler.compilation import Asked, Compilation
 from lorac.compiler.precision import brought, dtype_named, refuse_lacking
 from lorac.compiler.services import Lasting, Source
 from lorac.compiler.targets import backend_of
-from lorac.errors import ArtifactError
+from lorac.errors import ArtifactError, LoracError
 from lorac.ir.host.components import Components
 from lorac.ir.host.sites import parameter_site
 from lorac.ir.slots.choice import Spec
@@ -99,12 +99,15 @@ def load(folder: str | Path, target: str | None = None, device: Device | None = 
         Unavailable: the artefact cannot be turned into the target.
     """
     folder = Path(os.path.realpath(folder))
-    manifest = Manifest.of(folder)
     try:
+        manifest = Manifest.of(folder)
         return _loaded(manifest, folder, target or manifest.target, device)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except LoracError:
+        raise
+    except Exception as error:  # its seal agrees, so somebody made it so: what reads it may stumble anywhere
+        reason = str(error).strip().partition("\n")[0]
         raise ArtifactError(
-            f"the manifest of '{folder}' does not fit together: {type(error).__name__}: {error}",
+            f"the manifest of '{folder}', or a file of it, does not fit together: {type(error).__name__}: {reason}",
             next_step="save the artefact again with this version",
         ) from error
 

@@ -14,10 +14,12 @@ from typing import cast
 from torch import nn
 
 from lorac.discovery import modules_of
-from lorac.errors import FormatError, UnknownFormat, nearest_name
+from lorac.errors import FormatError, UnknownFormat, Unreadable, nearest_name
 from lorac.formats._files import read_header
 from lorac.formats._format import Format
+from lorac.ir.store.disk import told
 from lorac.ir.store.folders import replacing, steady
+from lorac.spending import reading
 from lorac.variants.adapter import Adapter
 
 __all__ = ["Format", "formats", "load_adapter", "save_adapter"]
@@ -34,7 +36,8 @@ def load_adapter(path: str | os.PathLike[str], model: nn.Module | None = None, n
     """Read an adapter, whatever its format.
 
     Every tensor is used or accounted for by a rule of the format, every configuration field known.
-    With the model also every site, shape and recorded base hash is checked.
+    With the model also every site, shape and recorded base hash is checked. What the file may cost
+    beyond its size is bounded; `lorac.budget` sets how.
 
     Args:
         path: A PEFT folder, a file of lorac's own, or any other format of `formats()`.
@@ -46,12 +49,13 @@ def load_adapter(path: str | os.PathLike[str], model: nn.Module | None = None, n
 
     Raises:
         FormatError: UnknownFormat, CorruptFile, UnknownField, UnsupportedField, UnusedTensors,
-            PatternTooSlow.
-        AdapterError: ShapeMismatch, NonFinite, BaseMismatch.
+            PatternTooSlow, OverBudget, Unreadable.
+        AdapterError: ShapeMismatch, NonFinite, WrongDtype, WrongIndex, BaseMismatch.
         SiteError: SiteNotFound, SiteUnsupported.
     """
     path = Path(path)
-    return steady(path, lambda: _format_of(path).load(path, model, name))
+    with told(path, Unreadable, "read"):
+        return steady(path, lambda: _load(path, model, name))
 
 
 def save_adapter(
@@ -76,6 +80,7 @@ def save_adapter(
         UnknownFormat: There is no such format, or it cannot be written.
         UnsupportedField: The format has no place for what the adapter is.
         BaseNeeded: The format needs the model.
+        Unreadable: The disk is full, the place forbidden, or otherwise the system's reason.
         AdapterError, SiteError: The adapter does not fit the model.
     """
     writers = {name: found for name, found in formats().items() if found.save is not None}
@@ -88,13 +93,18 @@ def save_adapter(
     save = writers[format].save
     assert save is not None
     target = Path(path)
-    with replacing(target) as staged:
+    with told(target, Unreadable, "written"), replacing(target) as staged:
         save(adapter, staged, model)
         if target.is_file() if staged.is_dir() else target.is_dir():
             kind = "a file" if staged.is_dir() else "a folder"
             raise FormatError(
                 f"'{target}' is {kind}, which the format '{format}' does not write", next_step="give another path"
             )
+
+
+def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
+    with reading(path):
+        return _format_of(path).load(path, model, name)
 
 
 def _format_of(path: Path) -> Format:

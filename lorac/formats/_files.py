@@ -17,13 +17,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lorac.adapters.fit import check_finite
-from lorac.errors import CorruptFile, UnsupportedField, nearest_name
-from lorac.ir.store.strict_json import json_text, parse_object
+from lorac.errors import CorruptFile, LoracError, UnsupportedField, nearest_name
+from lorac.formats._pickles import load_pickle
+from lorac.ir.store.strict_json import json_text, parse_object, read_text
 from lorac.ir.store.tensors import DTYPES, seal
+from lorac.spending import claim, unhurried
 
 Tensor = torch.Tensor
 MAX_HEADER = 100_000_000
 """Longest header in bytes, the library's own limit."""
+LONGEST_NAME = 1000
+"""Characters of a tensor's name, which patterns are matched against."""
 SEAL = "lorac_seal"
 """Metadata entry that holds the hash over a description and its tensors."""
 _ENTRY = {"dtype", "shape", "data_offsets"}
@@ -64,7 +68,7 @@ def peek_metadata(path: Path) -> dict[str, str]:
     """The metadata of what may be a safetensors file; empty where it is not, or is damaged."""
     try:
         metadata = _raw_header(path)[0].get("__metadata__")
-    except (CorruptFile, OSError):
+    except (LoracError, OSError):
         return {}
     if not isinstance(metadata, dict):
         return {}
@@ -80,8 +84,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     header = read_header(path)
     try:
-        # The library maps the file; clones outlive whatever happens to it.
-        tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+        with unhurried():
+            # The library maps the file; clones outlive whatever happens to it.
+            tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     except (SafetensorError, RuntimeError) as error:  # the latter by torch, of a file that is gone by now
         raise _corrupt(path, str(error)) from error
     check_finite(tensors, f"'{path}'")
@@ -92,23 +97,40 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a `.bin` file, through `torch.load(weights_only=True)`.
 
     Raises:
-        CorruptFile: Damaged, or holding anything but named dense tensors.
+        CorruptFile: Damaged, or holding anything but named dense tensors that lie in the file themselves.
         NonFinite: A tensor holds NaN or infinity.
+        OverBudget: Its tensors are larger than the file is.
     """
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # an unpickler fed with garbage may raise anything
-        reason = str(error).strip().partition("\n")[0]
-        raise _corrupt(path, f"torch.load(weights_only=True) refuses it: {reason}") from error
+    loaded = load_pickle(path, lambda reason: _corrupt(path, reason))
     if not isinstance(loaded, dict):
         raise _corrupt(path, f"it holds a {type(loaded).__name__}, not named tensors")
     for name, value in loaded.items():
-        dense = isinstance(value, Tensor) and value.layout is torch.strided
+        dense = isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
         if not isinstance(name, str) or not dense:
-            raise _corrupt(path, f"{name!r} is not a dense tensor")
-    tensors = {name: value.detach() for name, value in loaded.items()}
+            raise _corrupt(path, f"{str(name)[:LONGEST_NAME]!r} is not a dense tensor")
+        _check_name(path, name)
+    tensors = _distinct({name: value.detach() for name, value in loaded.items()})
+    _check_storages(path, tensors)
     check_finite(tensors, f"'{path}'")
     return tensors
+
+
+def _distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, those that are one view of one memory as one object."""
+    first: dict[Any, Tensor] = {}
+    views = {n: (t.data_ptr(), t.storage_offset(), t.dtype, t.shape, t.stride()) for n, t in tensors.items()}
+    return {name: first.setdefault(views[name], tensor) for name, tensor in tensors.items()}
+
+
+def _check_storages(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Every value lies in the file: none is repeated by a stride, and together they are hardly more than it is."""
+    for name, tensor in tensors.items():
+        held = tensor.untyped_storage().nbytes()
+        if tensor.numel() * tensor.itemsize > held:
+            shape = tuple(tensor.shape)
+            raise _corrupt(path, f"'{name}' is {tensor.dtype} {shape}, but has {held} bytes")
+    distinct = {id(tensor): tensor.numel() * tensor.itemsize for tensor in tensors.values()}
+    claim(sum(distinct.values()) - path.stat().st_size, "its tensors are larger than the file")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -117,7 +139,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CorruptFile: Not JSON as `parse_object` wants it.
     """
-    return parse_object(path.read_bytes(), lambda reason: _corrupt(path, f"it {reason}"))
+    return parse_object(read_text(path), lambda reason: _corrupt(path, f"it {reason}"))
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -152,7 +174,9 @@ def check_seal(path: Path, text: str, tensors: Mapping[str, Tensor], metadata: M
     Raises:
         CorruptFile: They do not belong together.
     """
-    if SEAL in metadata and metadata[SEAL] != seal(text, tensors):
+    with unhurried():
+        belongs = SEAL not in metadata or metadata[SEAL] == seal(text, tensors)
+    if not belongs:
         raise CorruptFile(
             f"the configuration and the tensors of '{path}' do not belong together: they, or one of them, were changed "
             "since lorac wrote both",
@@ -167,12 +191,19 @@ def _raw_header(path: Path) -> tuple[dict[str, Any], int]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER):
             raise _corrupt(path, f"it promises {length} bytes of header, the file has {size} bytes")
+        claim(length, "its header")
         text = file.read(length)
     header = parse_object(text, lambda reason: _corrupt(path, f"its header {reason}"))
     return header, size - 8 - length
 
 
+def _check_name(path: Path, name: str) -> None:
+    if len(name) > LONGEST_NAME:
+        raise _corrupt(path, f"a tensor's name has {len(name)} characters, more than {LONGEST_NAME}: '{name[:50]}…'")
+
+
 def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    _check_name(path, name)
     if not isinstance(entry, dict) or set(entry) != _ENTRY:
         raise _corrupt(path, f"the entry of '{name}' is not dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

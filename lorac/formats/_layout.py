@@ -38,6 +38,19 @@ def describe(site: Site) -> dict[str, Any]:
     return described
 
 
+def is_described(described: Mapping[str, Any]) -> bool:
+    """Whether a value of a file is what `describe` gives."""
+    sizes = {"out": described.get("out"), "in": described.get("in")}
+    if "kernel" in described:
+        kernel = described["kernel"]
+        if not isinstance(kernel, list) or not 1 <= len(kernel) <= 3:
+            return False
+        sizes |= {"channels": described.get("channels"), "groups": described.get("groups")}
+        sizes |= {f"kernel {axis}": size for axis, size in enumerate(kernel)}
+    whole = all(type(size) is int and size > 0 for size in sizes.values())
+    return whole and described.get("kind") in set(SiteKind) and isinstance(described.get("transposed"), bool)
+
+
 def site_from(path: str, described: Mapping[str, Any]) -> Site:
     """A site with the layout that `describe` gave; strides, weights and dtype are not known."""
     conv = None

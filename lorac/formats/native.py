@@ -20,9 +20,11 @@ from torch import nn
 
 from lorac.adapters.base_hash import base_hash
 from lorac.adapters.fit import check_adapter, in_order
-from lorac.errors import CorruptFile, UnknownField, UnsupportedField, UnusedTensors, nearest_name
+from lorac.errors import CorruptFile, UnknownField, UnsupportedField, UnusedTensors, nearest_name, short
+from lorac.formats._annotations import fits, kinds_of
 from lorac.formats._files import SEAL, check_seal, config_text, peek_metadata, read_safetensors
 from lorac.formats._format import Format
+from lorac.formats._layout import LAYOUT, is_described
 from lorac.ir.host.sites import find_sites
 from lorac.ir.store.strict_json import parse_object
 from lorac.ir.store.tensors import seal, write_safetensors
@@ -35,15 +37,6 @@ VERSION = 1
 _ENTRY = "lorac"
 _LOCAL = {"source", "format", "base", "left_out"}
 """Provenance that is about one file on one machine, and stays out of the next."""
-_ALLOWED: dict[type, tuple[type, ...]] = {
-    bool: (bool,),
-    int: (int,),
-    float: (int, float),
-    str: (str, list),
-    tuple: (str, list),
-    dict: (dict,),
-}
-"""Type of a field's default -> types that its value has in JSON."""
 _FIELDS = {
     "version": int,
     "name": str,
@@ -54,6 +47,9 @@ _FIELDS = {
     "provenance": dict,
     "base": (str, type(None)),
 }
+_TEXTS = Mapping[str, str]
+_PROVENANCE = {"copies": _TEXTS, "tied": _TEXTS, "config": Mapping[str, Any], LAYOUT: Mapping[str, Mapping[str, Any]]}
+"""What is known of an adapter's provenance, and is read again; whatever else lies there is only kept."""
 
 
 def _recognises(path: Path) -> bool:
@@ -65,8 +61,8 @@ def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
     record = _record(path, metadata[_ENTRY])
     check_seal(path, metadata[_ENTRY], stored, metadata)
     for alias, first in record["shared"].items():
-        if first not in stored or alias in stored:
-            raise CorruptFile(f"'{path}' says that '{alias}' is '{first}', which its tensors belie")
+        if not isinstance(first, str) or first not in stored or alias in stored:
+            raise CorruptFile(f"'{path}' says that '{alias}' is {short(first)}, which its tensors belie")
         stored[alias] = stored[first]
     adapter = Adapter(
         name=name or record["name"],
@@ -150,7 +146,19 @@ def _record(path: Path, text: str) -> dict[str, Any]:
     for field, kind in _FIELDS.items():
         if field not in record or not isinstance(record[field], kind):  # type: ignore[arg-type]  # a type or a tuple of types
             raise CorruptFile(f"the description in '{path}' lacks '{field}', or it is of another type")
+    _check_provenance(path, record["provenance"])
+    if not fits(record["left_out"], tuple[str, ...]):
+        raise CorruptFile(f"the description in '{path}' has 'left_out' of another type")
     return record
+
+
+def _check_provenance(path: Path, provenance: Mapping[str, Any]) -> None:
+    for entry, kind in _PROVENANCE.items():
+        if entry in provenance and not fits(provenance[entry], kind):
+            raise CorruptFile(f"the description in '{path}' has '{entry}' of another type in its provenance")
+    for site, described in provenance.get(LAYOUT, {}).items():
+        if not is_described(described):
+            raise CorruptFile(f"the description in '{path}' does not tell the layout of '{site}': {short(described)}")
 
 
 def _variant(path: Path, name: str, config: Mapping[str, Any]) -> Variant:
@@ -163,20 +171,17 @@ def _variant(path: Path, name: str, config: Mapping[str, Any]) -> Variant:
                 nearest=nearest_name(field, known),
                 next_step="it was written by another version of lorac",
             )
-    default = _defaults(variant)
-    kinds = {field.name: field.type for field in dataclasses.fields(variant)}
-    for field, value in config.items():
-        # `alpha: float = 8` is no int.
-        kind = float if kinds[field] in {float, "float"} else type(default.get(field))
-        allowed = _ALLOWED.get(kind, (object,))
-        if not isinstance(value, allowed) or (bool not in allowed and isinstance(value, bool)):
+    default, kinds = _defaults(variant), kinds_of(variant)
+    revived = {field: _revived(path, value) for field, value in config.items()}
+    for field, value in revived.items():
+        if not fits(value, kinds[field]):
             raise UnsupportedField(
-                f"'{path}' sets {field}={value!r}, which {variant.name} does not take",
-                next_step=f"its default is {default[field]!r}",
+                f"'{path}' sets {field}={short(config[field])}, which {variant.name} does not take",
+                next_step=f"its default is {default[field]!r}" if field in default else f"it takes {kinds[field]}",
             )
     try:
-        return variant(**{field: _revived(path, value) for field, value in config.items()})
-    except (TypeError, ValueError, RecursionError) as error:
+        return variant(**revived)
+    except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise UnsupportedField(f"'{path}' configures {variant.name} wrongly: {error}") from error
 
 

@@ -25,11 +25,13 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lorac.errors import ArtifactError
+from lorac.errors import ArtifactError, LoracError
+from lorac.ir.store.disk import told
 from lorac.ir.store.folders import foreign, replacing, steady
 from lorac.ir.store.plans import choice_to_json, plan_to_json
-from lorac.ir.store.strict_json import json_text, parse_object
+from lorac.ir.store.strict_json import json_text, parse_object, read_text
 from lorac.runtime.compiled import Compiled
+from lorac.spending import reading
 from lorac.version import VERSION
 
 FORMAT = 2
@@ -87,7 +89,8 @@ def save(
             "host": host,
         }
 
-    write(folder, fill)
+    with told(folder, ArtifactError, "written"):
+        write(folder, fill)
 
 
 def _save_adapters(
@@ -162,8 +165,8 @@ def _refuse_occupied(target: Path) -> None:
 def _written_by_lorac(folder: Path) -> frozenset[str]:
     """Names of the files of an artefact, of whatever version, as its manifest lists them; none where it is none."""
     try:
-        manifest = parse_object((folder / MANIFEST).read_bytes(), ArtifactError)
-    except (ArtifactError, OSError):
+        manifest = parse_object(read_text(folder / MANIFEST), ArtifactError)
+    except (LoracError, OSError):
         return frozenset()
     files = manifest.get("files")
     if not isinstance(manifest.get("lorac_artifact"), int) or not isinstance(files, dict):
@@ -200,7 +203,8 @@ def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
             a missing file, one of another size or hash, or one that the manifest does not list.
     """
     folder = Path(folder)
-    return steady(folder, lambda: _read(folder))
+    with told(folder, ArtifactError, "read"):
+        return steady(folder, lambda: _read(folder))
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -227,7 +231,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"'{folder}' is no artefact: it has no {MANIFEST}", next_step="compiled.save(folder) writes one"
         )
-    manifest = parse_object(path.read_bytes(), lambda reason: _damaged(folder, f"it {reason}"))
+    with reading(path):
+        manifest = parse_object(read_text(path), lambda reason: _damaged(folder, f"it {reason}"))
     if not isinstance(manifest.get("lorac_artifact"), int):
         raise _damaged(folder, "it is no manifest of lorac's")
     if manifest["lorac_artifact"] != FORMAT:

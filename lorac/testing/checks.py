@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import nn
 
 from lorac.adapters.preparing import Preparer
 from lorac.compiler.api import compile
-from lorac.errors import NotMergeable, SiteUnsupported
+from lorac.errors import AdapterError, LoracError, NotMergeable, SiteUnsupported
 from lorac.formats import load_adapter, save_adapter
 from lorac.ir.algebra.changes import merge, merge_bias
 from lorac.ir.algebra.rules import RULES
@@ -172,6 +173,25 @@ def count(case: Case) -> None:
         assert trained == expected, f"{trained} trained values, the oracle counts {expected}"
 
 
+def strange(case: Case) -> None:
+    """Numbers that are none, or of another kind than the method takes, are refused by a typed error."""
+    path = case.host.path
+    specs = case.variant.at(case.site).params(case.site)
+    for name, tensor in case.a.tensors[path].items():
+        if specs[name].role is Role.INDEX:
+            others = (tensor.double(), tensor - 1 - tensor.max(), torch.zeros_like(tensor))
+        else:
+            others = (tensor.long(), tensor.to(torch.complex64), tensor * torch.nan)
+        for other in others:
+            adapter = Adapter("a", case.a.variant, {path: {**case.a.tensors[path], name: other}})
+            assert_raises(AdapterError, lambda adapter=adapter: case.compiled(adapter))  # type: ignore[misc]  # the default binds the loop's value
+    for field in dataclasses.fields(case.variant):
+        if isinstance(getattr(case.variant, field.name), float):
+            nan: Any = {field.name: torch.nan}
+            wrong = dataclasses.replace(case.variant, **nan)
+            assert_raises(LoracError, lambda wrong=wrong: compile(case.model, {"a": wrong}))  # type: ignore[misc]  # likewise
+
+
 def rules(case: Case) -> None:
     """With every rule of the algebra taken away the result is the same, only slower."""
     if not case.mergeable:
@@ -218,6 +238,7 @@ CHECKS: Mapping[str, Callable[[Case], None]] = {
         saving,
         influence,
         count,
+        strange,
         rules,
         untouched,
     )

@@ -49,8 +49,8 @@ def conformance(
 
     On each host that the variant's ``check`` admits: formula = oracle, live = fused = baked, strength and mixture,
     identity at init, training moves what it should and nothing else, undo and swap bit for bit, save and load, every
-    tensor matters, parameter count, every algebra rule dispensable, and the targets equal to eager. On the others: a
-    typed refusal.
+    tensor matters, parameter count, strange numbers refused, every algebra rule dispensable, and the targets equal to
+    eager. On the others: a typed refusal.
 
     Args:
         variant: the class (tested with ranks 1 and 3 and every switch turned once), or one configured instance.

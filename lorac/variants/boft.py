@@ -62,10 +62,11 @@ class BOFT(WeightVariant):
         width, m = site.in_features, self.n_butterfly_factor
         given = self.block_size or self.block_num
         size, number = self._blocks(site)
+        together = 2 ** min(m - 1, number.bit_length())  # no power from there on divides the number
         if width % given:
             problem = f"{given} does not divide"
-        elif m > 1 and (size % 2 or number % 2 ** (m - 1)):
-            problem = f"{m} factors need an even block size and a multiple of {2 ** (m - 1)} blocks, of"
+        elif m > 1 and (size % 2 or number % together):
+            problem = f"{m} factors need an even block size and a multiple of {together} blocks, of"
         else:
             return
         raise SiteUnsupported(

@@ -53,8 +53,9 @@ class FourierFT(WeightVariant):
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
+        inside = (site.out_features, site.in_features)
         return {
-            "indices": ParamSpec((2, self.n_frequency), self._positions, role=Role.INDEX),
+            "indices": ParamSpec((2, self.n_frequency), self._positions, role=Role.INDEX, below=inside),
             "fourierft_spectrum": ParamSpec((self.n_frequency,), _inits.normal(1.0), decay=False),
         }
 

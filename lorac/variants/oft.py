@@ -24,8 +24,13 @@ Tensor = torch.Tensor
 
 def nearest_divisor(number: int, wanted: int) -> int:
     """The divisor of ``number`` nearest to ``wanted``, of two equally near the lower (PEFT's rule)."""
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    return min(divisors, key=lambda d: (abs(d - wanted), d))
+    return min(divisors(number), key=lambda d: (abs(d - wanted), d))
+
+
+def divisors(number: int) -> list[int]:
+    """Every divisor of a number, in order."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +82,10 @@ class OFT(WeightVariant):
         super().check(site)
         if self.size(site) == 1:
             width = self._width(site)
-            divisors = ", ".join(str(d) for d in range(2, width + 1) if width % d == 0)
+            found = ", ".join(map(str, divisors(width)[1:]))
             raise SiteUnsupported(
                 f"OFT at '{site.path}' comes to blocks of size 1, which rotate nothing: {width} has the divisors "
-                f"{divisors or 'of no block'}",
+                f"{found or 'of no block'}",
                 next_step="give a block_size near one of them, or exclude= the module",
             )
 

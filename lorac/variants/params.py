@@ -57,6 +57,7 @@ class ParamSpec:
         shared: one tensor for the whole adapter instead of one per site, as large in every axis as its largest site
             asks; a formula takes the corner it needs.
         decay: whether weight decay customarily applies (metadata for trainers).
+        below: of an index (n, K): the sizes of the n axes that its columns point into. No two columns are the same.
     """
 
     shape: tuple[int, ...]
@@ -64,6 +65,7 @@ class ParamSpec:
     role: Role = Role.TRAINABLE
     shared: bool = False
     decay: bool = True
+    below: tuple[int, ...] = ()
 
     def admits(self, shape: tuple[int, ...]) -> bool:
         """Whether a tensor of this shape will do."""

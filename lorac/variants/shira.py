@@ -64,9 +64,9 @@ class SHiRA(WeightVariant):
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         chosen = maker(self.mask, self.entries(site))
-        entries = chosen.entries(site)
+        entries, inside = chosen.entries(site), (site.out_features, site.in_features)
         return {
-            "indices": ParamSpec((2, entries), chosen.make, role=Role.INDEX),
+            "indices": ParamSpec((2, entries), chosen.make, role=Role.INDEX, below=inside),
             "values": ParamSpec((entries,), _inits.zeros, decay=False),
         }
 

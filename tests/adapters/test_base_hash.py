@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorac.adapters.base_hash import base_hash, check_base
+from lorac.adapters.base_hash import base_hash, check_base, check_copy
 from lorac.errors import BaseMismatch
 from tests.zoo import ZOO
 
@@ -83,4 +83,11 @@ def test_mixed_dtypes() -> None:
     assert mark.startswith("mixed:")
     check_base("x", mark, mixed, PATHS)
     check_base("x", mark, model(), PATHS)  # cannot be told
-    check_base("x", "nonsense:00", model(), PATHS)
+
+
+@pytest.mark.parametrize("recorded", ["nonsense:" + 32 * "0", "float32:00", "Tensor:" + 32 * "0", "", "float32"])
+def test_what_is_no_hash_is_not_taken_for_one_that_cannot_be_told(recorded: str) -> None:
+    with pytest.raises(BaseMismatch, match="no hash that lorac writes"):
+        check_base("x", recorded, model(), PATHS)
+    with pytest.raises(BaseMismatch, match="no hash that lorac writes"):
+        check_copy("x", "up.weight", recorded, model().get_parameter("up.weight"))

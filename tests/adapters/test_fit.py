@@ -62,6 +62,11 @@ def at(path: str, **tensors: Tensor) -> dict[str, dict[str, Tensor]]:
     return {path: {"lora_A": torch.ones(2, 4), "lora_B": torch.ones(6, 2)} | tensors}
 
 
+def shira(indices: Tensor) -> lorac.Adapter:
+    variant = lorac.SHiRA(r=1, targets=["up"])
+    return lorac.Adapter(NAME, variant, {"up": {"indices": indices, "values": torch.ones(indices.shape[1])}})
+
+
 def other_base() -> nn.Module:
     other = model()
     with torch.no_grad():
@@ -147,6 +152,54 @@ FAULTS: dict[str, tuple[lorac.Adapter, type[LoracError], str]] = {
         "  load the base it was trained on; if its vocabulary was resized, "
         "copy the saved embedding into the model first",
     ),
+    "whole numbers": (
+        good(tensors=at("up", lora_A=torch.ones(2, 4, dtype=torch.int64))),
+        lorac.WrongDtype,
+        "adapter 'mine': lora_A at 'up' is torch.int64, and the method takes floating-point numbers\n"
+        "  save the adapter again from what it was trained as",
+    ),
+    "complex numbers": (
+        good(tensors=at("up", lora_B=torch.ones(6, 2, dtype=torch.complex64))),
+        lorac.WrongDtype,
+        "adapter 'mine': lora_B at 'up' is torch.complex64, and the method takes floating-point numbers\n"
+        "  save the adapter again from what it was trained as",
+    ),
+    "positions that are fractions": (
+        shira(torch.zeros(2, 10)),
+        lorac.WrongDtype,
+        "adapter 'mine': indices at 'up' is torch.float32, and the method takes whole numbers\n"
+        "  save the adapter again from what it was trained as",
+    ),
+    "a position outside": (
+        shira(torch.stack([torch.arange(10) % 6, torch.arange(10) % 5])),
+        lorac.WrongIndex,
+        "adapter 'mine': position (4, 4) of indices at 'up' lies outside (6, 4)\n"
+        "  load the base model that the adapter was trained on",
+    ),
+    "a negative position": (
+        shira(torch.stack([torch.arange(10) % 6 - 1, torch.arange(10) % 4])),
+        lorac.WrongIndex,
+        "adapter 'mine': position (-1, 0) of indices at 'up' lies outside (6, 4)\n"
+        "  load the base model that the adapter was trained on",
+    ),
+    "a position twice": (
+        shira(torch.stack([torch.arange(10) % 3, torch.arange(10) % 4 % 3])),
+        lorac.WrongIndex,
+        "adapter 'mine': 2 positions of indices at 'up' are given twice\n"
+        "  load the base model that the adapter was trained on",
+    ),
+    "a replacement of whole numbers": (
+        good(replaced={"norm.weight": torch.ones(4, dtype=torch.int32)}),
+        lorac.WrongDtype,
+        "adapter 'mine': the replacement of 'norm.weight' is torch.int32, and the method takes torch.float32 there\n"
+        "  save the adapter again from what it was trained as",
+    ),
+    "no hash of a base": (
+        good(provenance={"base": "flaot32:" + 32 * "0"}),
+        lorac.BaseMismatch,
+        f"adapter 'mine' recorded 'flaot32:{32 * '0'}' of its base weights, which is no hash that lorac writes\n"
+        "  copy or download the file again: it was changed",
+    ),
     "another base": (
         good(provenance={"base": base_hash(other_base(), ["up"])}),
         lorac.BaseMismatch,
@@ -224,6 +277,22 @@ def test_what_is_not_finite(adapter: lorac.Adapter, name: str, key: str, values:
     assert str(raised.value) == (
         f"tensor '{name}' of {owner} holds {values} values\n  its training diverged: take an earlier checkpoint"
     )
+
+
+@pytest.mark.parametrize(
+    ("variant", "field"),
+    [
+        (lorac.LoRA(r=2, alpha=float("nan"), targets=["up"]), "alpha"),
+        (lorac.LoRA(r=2, alpha_pattern={"up": float("inf")}, targets=["up"]), "alpha_pattern"),
+        (lorac.Chain(parts=(lorac.LoRA(r=2, alpha=-float("inf")),), targets=["up"]), "parts"),
+    ],
+)
+@WAYS
+def test_hyper_parameters_that_are_no_numbers(variant: Any, field: str, way: Way, tmp_path: Path) -> None:
+    """A file cannot hold them, so that saving one refuses them too."""
+    adapter = good(variant=variant)
+    with pytest.raises((lorac.NonFinite, lorac.UnsupportedField), match=rf"'{field}' of adapter|finite"):
+        way(adapter, tmp_path)
 
 
 def test_what_diverges_later_is_refused_when_it_is_next_used() -> None:

@@ -11,7 +11,7 @@ import lorac
 from lorac import errors
 
 ROOT = Path(__file__).parents[2]
-FUNCTIONS = {"compile", "factors", "load", "load_adapter", "save_adapter", "sites", "variants"}
+FUNCTIONS = {"budget", "compile", "factors", "load", "load_adapter", "save_adapter", "sites", "variants"}
 CLASSES = {
     "Active",
     "Adapter",

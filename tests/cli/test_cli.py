@@ -1,5 +1,8 @@
 """The command line on a model saved by transformers and adapters made by PEFT."""
 
+import os
+import re
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -30,7 +33,25 @@ def files(tmp_path_factory):
     np.savez(folder / "inputs.npz", **{name: tensor.numpy() for name, tensor in ENTRY.inputs().items()})
     adapters = {name: folder / name for name in oracles}
     lorac.compile(ENTRY.model(), adapters, active=None).save(folder / "compiled")
+    write_odd(folder)
     return SimpleNamespace(folder=folder, oracles=oracles)
+
+
+def write_odd(folder):
+    """What a user may have lying about: modules and folders that are no models, inputs that do not suit one."""
+    (folder / "own.py").write_text(
+        "number = 3\ndef obj(): return None\ndef raises(): raise RuntimeError('mine')\ndef empty(): return ()\n"
+    )
+    (folder / "broken.py").write_text("1 / 0\n")
+    for index, text in enumerate(
+        ('"x"', '["__dict__"]', "[3]", '["logging"]', '["A", ', '["LlamaForCausalLM"], "hidden_size": "much"')
+    ):
+        (folder / f"odd{index}").mkdir()
+        (folder / f"odd{index}" / "config.json").write_text(f'{{"model_type": "llama", "architectures": {text}}}')
+    ids = np.array([[1, 2, 3]])
+    arrays = {"high": ids + 125, "negative": ids - 2, "text": np.array(["hello"]), "flat": ids[0]}
+    for name, array in arrays.items():
+        np.savez(folder / f"{name}.npz", input_ids=array)
 
 
 @pytest.fixture
@@ -156,6 +177,32 @@ def test_compile_for_onnxruntime(cli, files):
         (["swap", "compiled", "sql=1,sql=2"], "lorac.ChoiceError: 'sql=1,sql=2' is no choice"),
         (["swap", "compiled", "sql=nan"], "lorac.ChoiceError: the strength of 'sql' is nan"),
         (["convert", "sql", "out", "--format", "pfet"], "lorac."),
+        (["sites", "own:obj"], "lorac.UnknownOption: 'own:obj' returns a NoneType, not an nn.Module"),
+        (["sites", "own:number"], "lorac.UnknownOption: 'own:number' cannot be loaded: TypeError"),
+        (["sites", "own:nothing"], "lorac.UnknownOption: 'own:nothing' cannot be loaded: AttributeError"),
+        (["sites", "own:raises"], "lorac.UnknownOption: 'own:raises' cannot be loaded: RuntimeError: mine"),
+        (["sites", "own:empty"], "lorac.UnknownOption: 'own:empty' returns a tuple, not an nn.Module"),
+        (["sites", "broken:model"], "lorac.UnknownOption: 'broken:model' cannot be loaded: ZeroDivisionError"),
+        (["sites", ":"], "lorac.UnknownOption: ':' is no model"),
+        (["sites", "own:"], "lorac.UnknownOption: 'own:' is no model"),
+        (["sites", "..own:model"], "lorac.UnknownOption: '..own:model' is no model"),
+        (["sites", "odd0"], "lorac.UnknownOption: 'odd0/config.json' names no architecture by architectures='x'"),
+        (["sites", "odd1"], "names the architecture '__dict__', no model of transformers"),
+        (["sites", "odd2"], "lorac.UnknownOption: 'odd2/config.json' names no architecture by architectures=[3]"),
+        (["sites", "odd3"], "names the architecture 'logging', no model of transformers"),
+        (["sites", "odd4"], "lorac.UnknownOption: 'odd4/config.json' is not JSON"),
+        (["sites", "odd5"], "lorac.UnknownOption: 'odd5' cannot be loaded"),
+        (["compile", "model", "--target", "eager", "-o", "inputs.npz/x"], "lorac.ArtifactError: "),
+        (["convert", "sql", "inputs.npz/x", "-f", "native"], "lorac.Unreadable: "),
+        (["run", "compiled", "-i", "inputs.npz", "-o", "nowhere/out.npz"], "lorac.UnknownOption: 'nowhere/out.npz'"),
+        (["run", "compiled", "-i", "high.npz"], "lorac.ChoiceError: input 'input_ids' holds the id 128;"),
+        (["run", "compiled", "-i", "negative.npz"], "lorac.ChoiceError: input 'input_ids' holds the id -1;"),
+        (["run", "compiled", "-i", "text.npz"], "lorac.ChoiceError: the program cannot compute with input_ids <U5[1]"),
+        (
+            ["run", "compiled", "-i", "flat.npz"],
+            "lorac.ChoiceError: the program cannot compute with input_ids int64[3]",
+        ),
+        (["bench", "compiled", "-i", "negative.npz"], "lorac.ChoiceError: input 'input_ids' holds the id -1;"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -167,7 +214,55 @@ def test_what_is_wrong_is_said_and_exits_with_1(cli, files, words, message):
     assert not (files.folder / "x").exists()
 
 
-def test_a_word_typer_does_not_know_exits_with_2(cli):
-    code, _, err = cli("swpa")
+@pytest.mark.parametrize(
+    ("words", "message"), [(["swpa"], "swpa"), (["bench", "compiled", "-i", "inputs.npz", "--rounds", "0"], "--rounds")]
+)
+def test_a_wrong_command_line_exits_with_2(cli, words, message):
+    code, _, err = cli(*words)
     assert code == 2
-    assert "swpa" in err
+    assert message in err
+
+
+def test_a_fault_of_ours_exits_with_3_and_shows_where_when_asked(cli, monkeypatch):
+    def fail(*args):
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr("lorac.cli.artifacts._loaded", fail)
+    code, out, err = cli("swap", "compiled", "sql")
+    assert (code, out) == (3, "")
+    assert err == "lorac itself failed: ZeroDivisionError: ours\n  `lorac --traceback …` shows where\n"
+    code, _, err = cli("--traceback", "swap", "compiled", "sql")
+    assert code == 3
+    assert "Traceback" in err and "in fail" in err
+    code, _, err = cli("--traceback", "inspect", "nowhere")
+    assert code == 1
+    assert "Traceback" in err
+
+
+def test_an_interrupt_exits_with_130(cli, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lorac.cli.artifacts._loaded", interrupt)
+    code, _, err = cli("swap", "compiled", "sql")
+    assert code == 130
+    assert "Traceback" not in err
+
+
+def test_a_reader_that_went_away_gets_no_traceback():
+    """As ``lorac variants --markdown | head -0``: what was printed meets a closed pipe when Python ends."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-c", "from lorac.cli import main; main()", "variants", "--markdown"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_exit_codes_are_said(cli):
+    import lorac.cli
+
+    _, out, _ = cli("--help")
+    for code in (0, 1, 2, 3, 130):
+        assert re.search(rf"\b{code}\b", out.partition("Exits with")[2])
+        assert re.search(rf"^    {code} +\w", lorac.cli.__doc__, re.MULTILINE)

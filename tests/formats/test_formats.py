@@ -13,7 +13,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 import lorac.formats
-from lorac.errors import CorruptFile, FormatError, UnknownFormat
+from lorac.errors import CorruptFile, FormatError, UnknownFormat, Unreadable
 from lorac.formats import formats, load_adapter, save_adapter
 from lorac.variants.adapter import Adapter
 from lorac.variants.lora import LoRA
@@ -105,7 +105,7 @@ def test_failed_saves_leave_everything_as_it_was(
     before = contents()
     other = Adapter("mine", adapter.variant, {"up": {n: t + 1 for n, t in adapter.tensors["up"].items()}})
     monkeypatch.setattr("lorac.ir.store.tensors.raw_bytes", lambda tensor: (_ for _ in ()).throw(OSError))
-    with pytest.raises(OSError):
+    with pytest.raises(Unreadable):
         save_adapter(other, target, format, model)  # while writing
     assert contents() == before
     monkeypatch.undo()

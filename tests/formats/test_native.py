@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from lorac.errors import (
     BaseMismatch,
     CorruptFile,
+    NonFinite,
     ShapeMismatch,
     SiteNotFound,
     UnknownField,
@@ -229,9 +230,69 @@ def test_what_would_not_be_read_is_not_written(tmp_path: Path, alpha: float) -> 
     adapter = filled(LoRA(r=2), "up")
     adapter.variant = LoRA(r=2, alpha=alpha)
     for format in ("native", "peft"):
-        with pytest.raises(UnsupportedField, match="cannot be written"):
+        with pytest.raises((UnsupportedField, NonFinite), match=r"cannot be written|'alpha' of adapter 'mine' is"):
             save_adapter(adapter, tmp_path / "x", format, ZOO["plain_mlp"].model())
     assert not list(tmp_path.iterdir())
+
+
+JUNK: list[tuple[str, Any]] = [
+    ("shared", {"tensors/up/x": ["tensors/up/lora_A"]}),
+    ("shared", {"tensors/up/x": 3}),
+    ("shared", {"tensors/up/x": "tensors/nowhere/lora_A"}),
+    ("left_out", [["r"]]),
+    ("provenance", {"copies": ["up.weight"]}),
+    ("provenance", {"copies": {"up.weight": 3}}),
+    ("provenance", {"tied": {"up": ["down"]}}),
+    ("provenance", {"config": [1]}),
+    ("provenance", {"layout": {"up": {"kind": "linear"}}}),
+    ("provenance", {"layout": {"up": {"kind": "lin", "out": 14, "in": 10, "transposed": False}}}),
+    ("provenance", {"layout": {"up": {"kind": "linear", "out": -14, "in": 10, "transposed": False}}}),
+    ("provenance", {"layout": {"up": {"kind": "conv1d", "out": 4, "in": 4, "transposed": False, "kernel": [[]]}}}),
+    ("provenance", {"layout": ["up"]}),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), JUNK)
+def test_junk_in_a_description(file: Path, field: str, value: Any) -> None:
+    describe_anew(file, {field: value})
+    for model in (None, ZOO["plain_mlp"].model()):
+        with pytest.raises(CorruptFile):
+            load_adapter(file, model)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("alpha", [1]),
+        ("alpha", True),
+        ("r", 2.0),
+        ("r", None),
+        ("rank_pattern", {"up": "2"}),
+        ("rank_pattern", [["up", 2]]),
+        ("targets", [["up"]]),
+        ("targets", {"up": 1}),
+        ("layers", ["1"]),
+        ("layers_pattern", [1]),
+        ("bias", None),
+        ("rslora", 1),
+    ],
+)
+def test_values_of_another_type_than_their_fields(file: Path, field: str, value: Any) -> None:
+    describe_anew(file, {"config": {"r": 2, field: value}})
+    with pytest.raises(UnsupportedField, match=f"sets {field}="):
+        load_adapter(file, ZOO["plain_mlp"].model())
+
+
+def describe_anew(file: Path, changes: dict[str, Any]) -> None:
+    """Change the description, and have its seal agree."""
+    from safetensors import safe_open
+
+    from lorac.ir.store.tensors import seal
+
+    with safe_open(file, "pt") as opened:
+        record = json.loads(opened.metadata()["lorac"])
+    text, tensors = json.dumps({**record, **changes}), load_file(file)
+    save_file(tensors, file, {"lorac": text, "lorac_seal": seal(text, tensors)})
 
 
 def test_a_description_and_the_tensors_of_another_file(file: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import ShiraConfig
 
-from lorac.errors import BaseNeeded, ShapeMismatch, SiteUnsupported, UnsupportedField
+from lorac.errors import BaseNeeded, ShapeMismatch, SiteUnsupported, UnsupportedField, WrongIndex
 from lorac.formats import load_adapter, save_adapter
 from lorac.variants.adapter import Adapter
 from lorac.variants.shira import SHiRA
@@ -66,16 +66,25 @@ def test_positions_outside_the_weight(folder: Path) -> None:
     indices = load_adapter(folder).tensors["up"]["indices"].clone()
     indices[1, 0] = 10
     change(folder, {"model.up.shira_indices": indices.int()})
-    with pytest.raises(ShapeMismatch, match=r"position \(13, 10\) at 'up' lies outside"):
+    with pytest.raises(WrongIndex, match=r"position \(\d+, 10\) of indices at 'up' lies outside \(14, 10\)"):
         load_adapter(folder, ZOO["plain_mlp"].model())
 
 
 def test_fractional_and_negative_positions(folder: Path) -> None:
     indices = load_adapter(folder).tensors["up"]["indices"]
-    for wrong in (indices.float() + 0.5, indices.int() - 20):
+    one_below = indices.int()
+    one_below[0, 3] = -1
+    twice = indices.int()
+    twice[:, 3] = twice[:, 4]
+    for wrong, match in (
+        (indices.float() + 0.5, "no whole numbers"),
+        (one_below, r"position \(-1, \d+\) of indices at 'up' lies outside"),
+        (twice, "1 positions of indices at 'up' are given twice"),
+    ):
         change(folder, {"model.up.shira_indices": wrong})
-        with pytest.raises(ShapeMismatch, match="whole numbers from 0"):
-            load_adapter(folder)
+        for model in (None, ZOO["plain_mlp"].model()):
+            with pytest.raises(WrongIndex, match=match):
+                load_adapter(folder, model)
 
 
 def test_values_that_do_not_fit(folder: Path) -> None:
@@ -96,7 +105,7 @@ def test_numbers_of_values_that_peft_cannot_load(tmp_path: Path) -> None:
     adapter = Adapter("x", SHiRA(ratio=0.1, targets=("up",)), {"up": tensors})
     with pytest.raises(ShapeMismatch):  # 14 values, says the ratio
         save_adapter(adapter, tmp_path / "x", model=model)
-    tensors = {"indices": torch.ones(2, 14, dtype=torch.int64), "values": torch.ones(14)}
+    tensors = {"indices": torch.stack([torch.arange(14), torch.zeros(14, dtype=torch.int64)]), "values": torch.ones(14)}
     adapter = Adapter("x", SHiRA(ratio=0.1, targets=("up",)), {"up": tensors})
     with pytest.raises(UnsupportedField, match=r"not r·\(out \+ in\)"):
         save_adapter(adapter, tmp_path / "x", model=model)
@@ -108,7 +117,10 @@ def test_numbers_of_values_that_peft_cannot_load(tmp_path: Path) -> None:
 def test_peft_adapts_nn_linear_only(tmp_path: Path) -> None:
     model = ZOO["tiny_gpt2"].model()
     count = 48 + 144
-    tensors = {"indices": torch.ones(2, count, dtype=torch.int64), "values": torch.ones(count)}
+    tensors = {
+        "indices": torch.stack([torch.arange(count) // 48, torch.arange(count) % 48]),
+        "values": torch.ones(count),
+    }
     path = "transformer.h.0.attn.c_attn"
     adapter = Adapter("x", SHiRA(r=1, targets=(path,)), {path: tensors})
     with pytest.raises(SiteUnsupported, match=r"no nn\.Linear"):

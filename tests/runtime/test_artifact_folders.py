@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 import lorac
 from lorac.ir.graph.outputs import output_class
 from lorac.runtime import artifact
+from tests.limits import within_budget
 from tests.runtime.artefacts import assert_same_folders, make_compiled
 
 
@@ -76,7 +79,7 @@ def _link_folder(folder: Path) -> None:
     (folder / "adapters").symlink_to(folder.parent / "elsewhere")
 
 
-def _op(name: str) -> Callable[[Path], None]:
+def _op(name: Any) -> Callable[[Path], None]:
     """The program calls something else, and the hashes say so."""
 
     def apply(folder: Path) -> None:
@@ -118,6 +121,18 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "op that reads files": (_op("aten.from_file.default"), "no op that an artefact may name"),
     "function of Python": (_op("operator.methodcaller"), "no op that an artefact may name"),
     "op of elsewhere": (_op("os.system"), "no op that an artefact may name"),
+    "op of a number": (_op(3), "does not fit together"),
+    "plan of a number": (_manifest(lambda m: m["plans"].update(up=3)), "does not fit together"),
+    "reasons of another form": (_manifest(lambda m: m["plans"]["up"].update(reasons=[[1]])), "does not fit together"),
+    "signature of another form": (
+        _manifest(lambda m: m["program"]["graphs"]["main"]["signature"].update(outputs=["a", "b"])),
+        "signature of a stored program does not fit together",
+    ),
+    "ids of another form": (
+        _manifest(lambda m: m["program"]["graphs"]["main"]["signature"].update(below={"x": "many"})),
+        "signature of a stored program does not fit together",
+    ),
+    "manifest of gigabytes of nothing": (lambda folder: os.truncate(folder / "manifest.json", 3 << 30), "its JSON"),
 }
 
 
@@ -127,7 +142,7 @@ def test_bad_folders_are_refused(damage: str, sound: Path, tmp_path: Path) -> No
     subprocess.run(["cp", "-r", str(sound), str(folder)], check=True)
     harm, words = DAMAGES[damage]
     harm(folder)
-    with pytest.raises(lorac.ArtifactError, match=words):
+    with within_budget(), pytest.raises((lorac.ArtifactError, lorac.OverBudget), match=words):
         lorac.load(folder)
 
 
@@ -145,10 +160,33 @@ def test_weights_of_an_onnx_model_lie_beside_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [None, "os.path.join", "transformers.pipeline", "transformers.a b", "builtins.eval", "transformers.nope.X"]
+    "name",
+    [
+        None,
+        "os.path.join",
+        "builtins.eval",
+        "transformers.pipeline",
+        "transformers.a b",
+        "transformers.nope.X",
+        "transformers.utils.generic.ModelOutput.__init__",
+        "transformers.utils.generic.ModelOutput",
+        "transformers.modeling_outputs.torch",
+        "transformers.modeling_outputs.dataclass",
+        "transformers.modeling_outputs.__doc__",
+        "transformers.modeling_outputs.Nothing",
+        "transformers.models.bert.modeling_bert.BertModel",
+        "transformers.models.nope.modeling_nope.Output",
+        "transformers.models.bert.convert_bert_original_tf_checkpoint_to_pytorch.X",
+        "diffusers.pipelines.pipeline_utils.DiffusionPipeline",
+        "diffusers.models.modeling_utils.ModelMixin",
+        "diffusers.models.x\n.Y",
+    ],
 )
 def test_only_output_classes_of_transformers_are_restored(name: str | None) -> None:
+    before = {name for name in sys.modules if name.startswith(("transformers.", "diffusers."))}
     assert output_class(name) is dict
+    imported = {name for name in sys.modules if name.startswith(("transformers.", "diffusers."))} - before
+    assert not any("pipelines" in name or "convert" in name for name in imported)
 
 
 def test_an_output_class_of_transformers_is_restored() -> None:

@@ -6,18 +6,25 @@ reading them. The only graph of a single model lies in the folder itself, the gr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import onnx
 import onnx_ir as ir
 import torch
+from google.protobuf.message import DecodeError, Message
 
-from lorac.errors import ArtifactError
+from lorac.errors import ArtifactError, short
 from lorac.ir.host.components import MAIN
 
 MODEL, WEIGHTS, BASE = "model.onnx", "model.onnx.data", "base.safetensors"
 _BESIDE = 1024
 """Bytes from which a weight lies beside the model."""
+_NATURAL = re.compile(r"[0-9]{1,18}")
+_WITHOUT = frozenset({"onnx.ValueInfoProto", "onnx.StringStringEntryProto", "onnx.OperatorSetIdProto"})
+"""Messages that are many and hold no tensor."""
 
 
 def home_of(folder: Path, graph: str) -> Path:
@@ -57,12 +64,51 @@ def written_files(folder: Path, graphs: Iterable[str]) -> list[Path]:
 
 
 def check_locations(path: Path) -> None:
-    """The model names the files its weights lie in: none but the one beside it is read.
+    """A model names the files its tensors lie in: none but the one beside it is read, and no byte beyond its end.
+
+    Tensors are looked for wherever ONNX allows them: initializers, dense or sparse, of the graph and of graphs in
+    nodes, constants and other attributes, functions.
 
     Raises:
-        ArtifactError: it names another.
+        ArtifactError: it is no model, or names another file or another place in it.
     """
-    for value in ir.load(path).graph.initializers.values():
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor) and str(tensor.location) != WEIGHTS:
-            raise ArtifactError(f"'{path}' keeps the weight '{value.name}' in '{tensor.location}', not in '{WEIGHTS}'")
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except DecodeError as error:
+        raise ArtifactError(f"'{path}' is no ONNX model: {error}", next_step="copy the whole folder again") from error
+    beside = path.parent / WEIGHTS
+    size = beside.stat().st_size if beside.is_file() else 0
+    for tensor in _tensors(model):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
+            _check_location(path, tensor, size)
+
+
+def _check_location(path: Path, tensor: onnx.TensorProto, size: int) -> None:
+    given = [(entry.key, entry.value) for entry in tensor.external_data]
+    told = dict(given)
+    if told.get("location") != WEIGHTS or len(told) < len(given):
+        raise ArtifactError(
+            f"'{path}' keeps the weight '{tensor.name}' in '{told.get('location')}', not in '{WEIGHTS}'",
+            next_step="do not use this artefact: lorac does not write such models",
+        )
+    numbers = {key: told.get(key, "0") for key in ("offset", "length")}
+    whole = all(_NATURAL.fullmatch(number) for number in numbers.values())
+    if not whole or sum(map(int, numbers.values())) > size:
+        raise ArtifactError(
+            f"'{path}' says that the weight '{tensor.name}' has {short(numbers['length'])} bytes from "
+            f"{short(numbers['offset'])} on in '{WEIGHTS}', which has {size}",
+            next_step="copy the whole folder again",
+        )
+
+
+def _tensors(message: Any) -> Iterator[onnx.TensorProto]:
+    """Every tensor in a message, however deep: whatever field it lies in."""
+    waiting = [message]
+    while waiting:
+        here = waiting.pop()
+        if isinstance(here, onnx.TensorProto):
+            yield here
+            continue
+        for field, value in here.ListFields():
+            if field.message_type is not None and field.message_type.full_name not in _WITHOUT:
+                waiting.extend([value] if isinstance(value, Message) else value)

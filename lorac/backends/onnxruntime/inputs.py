@@ -47,7 +47,10 @@ class Wanted:
         Raises:
             ChoiceError: it is of another kind, or of a size that the program was not captured for.
         """
-        tensor = torch.as_tensor(value).detach()
+        try:
+            tensor = torch.as_tensor(value).detach()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ChoiceError(f"input '{self.name}' is no array of numbers: {error}") from error
         if not self._admits(tensor.shape):
             sizes = ", ".join("any" if size is None else str(size) for size in self.shape)
             raise ChoiceError(

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lorac.adapters.base_hash import tensor_hash
-from lorac.adapters.fit import check_site, in_order, no_site
+from lorac.adapters.fit import check_present, check_site, in_order, no_site
 from lorac.errors import BaseNeeded, CorruptFile
 from lorac.formats._files import check_seal, read_json, read_pickle, read_safetensors
 from lorac.formats._format import Format
@@ -129,6 +129,9 @@ def _shared(
         strange = [path for path in contents.sites if path not in sites]
         if strange and model is not None:
             raise no_site(adapter.name, strange[0], sites, model)
+        # What the configuration promises is held against the file before anything of that size is made.
+        for path in sites.keys() & contents.sites.keys():
+            check_present(adapter.name, adapter.variant, sites[path], contents.sites[path])
         made = method.make_shared(values, [sites[path] for path in contents.sites if path in sites])
     if not set(missing) <= made.keys():
         raise CorruptFile(

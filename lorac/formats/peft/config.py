@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from lorac.discovery import modules_of
-from lorac.errors import UnknownField, UnsupportedField, nearest_name
+from lorac.errors import UnknownField, UnsupportedField, nearest_name, short
 from lorac.formats.peft.method import ABSENT, Field, Method, Use
 from lorac.variants.base import Variant
 
 ALL_LINEAR = "all-linear"
+MOST = 2**31 - 1
+"""The largest rank, size or number of anything in a configuration; what it really is, tensors say."""
 _TYPES = (
     "PROMPT_TUNING MULTITASK_PROMPT_TUNING P_TUNING PREFIX_TUNING LORA ADALORA ADAMSS BOFT "
     "ADAPTION_PROMPT IA3 BEFT LILY LOHA LOKR OFT POLY LN_TUNING VERA FROD PVERA FOURIERFT GLORA "
@@ -41,9 +43,9 @@ def flag(value: Any) -> bool:
 
 
 def rank(value: Any) -> int:
-    """A whole number above 0."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError("expected a whole number above 0")
+    """A whole number above 0, of the size that a tensor can have."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST:
+        raise ValueError(f"expected a whole number above 0, at most {MOST}")
     return value
 
 
@@ -76,7 +78,7 @@ def targets(value: Any) -> str | tuple[str, ...] | None:
 
 def layers(value: Any) -> tuple[int, ...]:
     """A list of layer numbers, or one, or null for all."""
-    found = [value] if isinstance(value, int) else value
+    found = [value] if isinstance(value, int) and not isinstance(value, bool) else value
     if found is not None and not (isinstance(found, list) and _all(found, int)):
         raise ValueError("expected a list of layer numbers")
     return tuple(found or ())
@@ -155,7 +157,7 @@ def method_of(raw: Mapping[str, Any], path: Path) -> Method:
     if str(named) in PEFT_TYPES:
         raise UnsupportedField(f"'{path}' is of peft_type {named}", next_step=readable)
     near = nearest_name(str(named).upper(), PEFT_TYPES)
-    raise UnknownField(f"'{path}' has the unknown peft_type {named!r}", nearest=near, next_step=readable)
+    raise UnknownField(f"'{path}' has the unknown peft_type {short(named)}", nearest=near, next_step=readable)
 
 
 def read_config(raw: Mapping[str, Any], method: Method, path: Path) -> dict[str, Any]:
@@ -169,7 +171,7 @@ def read_config(raw: Mapping[str, Any], method: Method, path: Path) -> dict[str,
     for name in raw:
         if name not in method.fields and name not in method.retired:
             raise UnknownField(
-                f"'{path}' sets the unknown field '{name}' = {raw[name]!r}",
+                f"'{path}' sets the unknown field '{name}' = {short(raw[name])}",
                 nearest=nearest_name(name, method.fields),
                 next_step="it may change the result, so it is not ignored; "
                 "if it is from a newer PEFT, a newer lorac may know it",
@@ -194,7 +196,7 @@ def variant_of(values: Mapping[str, Any], method: Method, path: Path) -> Variant
             chosen[field.to] = values[name]
         elif field.use is Use.APPLIED and field.to and name not in picks and values[name] != field.read(field.default):
             raise UnsupportedField(
-                f"'{path}' sets {name}={values[name]!r} together with "
+                f"'{path}' sets {name}={short(values[name])} together with "
                 + ", ".join(f"{n}={v!r}" for n, v in picks.items()),
                 next_step="PEFT does not combine them either",
             )
@@ -240,14 +242,14 @@ def _value(path: Path, name: str, field: Field, value: Any) -> Any:
     if field.use is Use.REFUSED:
         if value and value != field.default:
             raise UnsupportedField(
-                f"'{path}' sets {name}={value!r}, which lorac does not build",
+                f"'{path}' sets {name}={short(value)}, which lorac does not build",
                 next_step=field.instead,
             )
         return field.default
     try:
         return field.read(value)
     except ValueError as error:
-        raise UnsupportedField(f"'{path}' sets {name}={value!r}: {error}", next_step=field.instead) from None
+        raise UnsupportedField(f"'{path}' sets {name}={short(value)}: {error}", next_step=field.instead) from None
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -51,8 +51,8 @@ def bias(prefix: str) -> Field:
 
 def count(value: Any) -> int:
     """A whole number from 0."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError("expected a whole number from 0")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= config.MOST:
+        raise ValueError(f"expected a whole number from 0, at most {config.MOST}")
     return value
 
 

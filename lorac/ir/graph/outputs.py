@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from torch.utils import _pytree as pytree
 
 _LEAF = "*"
-_TRUSTED = {"transformers": "transformers.utils.generic:ModelOutput", "diffusers": "diffusers.utils.outputs:BaseOutput"}
-"""Package -> the base of its output classes. They are restored from here alone: a module's import runs its code."""
+_BASES = {"transformers": "transformers.utils.generic:ModelOutput", "diffusers": "diffusers.utils.outputs:BaseOutput"}
+"""Package -> the base of its output classes."""
+_ALLOWED = re.compile(
+    r"(?P<module>transformers\.modeling_outputs|transformers\.models\.\w+\.modeling_\w+"
+    r"|diffusers\.utils\.outputs|diffusers\.models(?:\.\w+)+)\.(?P<name>[A-Za-z]\w*)",
+    re.ASCII,
+)
+"""Import paths of output classes that an artefact may name: those of modules that define models, and nothing else of
+these packages, since a module's import runs its code."""
 
 OUTPUT = "output"
 """What an output is called that the model gives no name: a lone tensor; those of a tuple add their place."""
@@ -52,7 +60,7 @@ def spec_to_json(spec: Any) -> Any:
         return {"type": "tuple", "children": children}
     named = {"type": "mapping", "names": list(spec.context), "children": children}
     cls = f"{spec.type.__module__}.{spec.type.__qualname__}"
-    return {**named, "class": cls} if cls.partition(".")[0] in _TRUSTED else named
+    return {**named, "class": cls} if _ALLOWED.fullmatch(cls) else named
 
 
 def spec_from_json(stored: Any) -> Any:
@@ -70,25 +78,26 @@ def spec_from_json(stored: Any) -> Any:
 
 
 def output_class(name: str | None) -> type:
-    """An output class of a trusted library by its import path; a dict where there is none, or it is something else.
+    """An output class of transformers or diffusers by its import path; a dict where there is none, or it is another.
 
-    Only modules of those libraries are imported, and only a subclass of their own base is taken, so an artefact cannot
-    name code to run.
+    Only modules that define models are imported, and of what they define only a subclass of their library's own base
+    is taken, looked up where the module itself put it: an artefact cannot name code to run.
     """
-    package = (name or "").partition(".")[0]
-    if name is None or package not in _TRUSTED or not all(part.isidentifier() for part in name.split(".")):
+    allowed = _ALLOWED.fullmatch(name or "")
+    if allowed is None:
         return dict
+    module, attribute = allowed["module"], allowed["name"]
     try:
-        base, found = (_imported(path) for path in (_TRUSTED[package], ":".join(name.rsplit(".", 1))))
+        base = _defined(*_BASES[module.partition(".")[0]].split(":"))
+        found = _defined(module, attribute)
     except ImportError:
         return dict
     return found if isinstance(found, type) and issubclass(found, base) else dict
 
 
-def _imported(path: str) -> Any:
-    """``module:attribute``; None where the module has none of that name."""
-    module, _, attribute = path.partition(":")
-    return getattr(importlib.import_module(module), attribute, None)
+def _defined(module: str, name: str) -> Any:
+    """What a module has of a name, without asking its own ``__getattr__``."""
+    return vars(importlib.import_module(module)).get(name)
 
 
 def _names_children(context: Any, count: int) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +10,17 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from lorac.errors import ChoiceError, nearest_name
+from lorac.errors import ArtifactError, ChoiceError, nearest_name
 from lorac.ir.graph.example_inputs import fixed_arguments, positional_arguments
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.outputs import output_names, spec_from_json, spec_to_json
 
+aten = torch.ops.aten
+_RESHAPING = frozenset(
+    {aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten._to_copy.default, aten.to.dtype}
+    | {aten.clone.default, aten.alias.default, aten.expand.default}
+)
+"""Ops that leave ids what they are."""
 AS_TUPLE = "return_dict"
 """The argument by which models of transformers and diffusers are asked for a tuple: only the output's kind changes."""
 
@@ -30,6 +36,7 @@ class CallSignature:
         outputs: names of the program's outputs, the host's own first: the model's names for them.
         extra: names of the extra outputs behind them.
         fixed: arguments that are no tensors, and what they were when the host was captured.
+        below: of the inputs that are ids of an embedding, how many there are.
     """
 
     inputs: tuple[str, ...]
@@ -38,12 +45,14 @@ class CallSignature:
     out_spec: Any = None
     extra: tuple[str, ...] = ()
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    below: Mapping[str, int] = field(default_factory=dict)
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Program input -> value, for one call.
 
         Raises:
-            ChoiceError: an argument the program was not captured with, one given twice, or a missing one.
+            ChoiceError: an argument the program was not captured with, one given twice, a missing one, or ids that an
+                embedding does not have (a target may take a negative one for one counted from the end).
         """
         positional = dict(zip(self.arguments, args, strict=False))
         twice = sorted(positional.keys() & kwargs.keys())
@@ -56,6 +65,8 @@ class CallSignature:
         for name in self.inputs:
             if name not in given:
                 given[name] = self._default(name, given)
+        for name, size in self.below.items():
+            _refuse_outside(name, given[name], size)
         return {name: given[name] for name in self.inputs}
 
     def _refuse_other(self, name: str, value: Any) -> None:
@@ -122,15 +133,59 @@ class CallSignature:
             out_spec=spec,
             extra=tuple(graph.extra_outputs),
             fixed={} if host is None else fixed_arguments(host),
+            below=_ids(graph, inputs),
         )
 
     def to_json(self) -> dict[str, Any]:
         """The signature as JSON; the output's class by name."""
         names = {name: list(getattr(self, name)) for name in ("inputs", "arguments", "outputs", "extra")}
-        return {**names, "fixed": dict(self.fixed), "output": spec_to_json(self.out_spec)}
+        told = {"fixed": dict(self.fixed), "below": dict(self.below)}
+        return {**names, **told, "output": spec_to_json(self.out_spec)}
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> CallSignature:
-        """The inverse of ``to_json``."""
+        """The inverse of ``to_json``.
+
+        Raises:
+            ArtifactError: its parts do not fit together.
+        """
         names = {name: tuple(stored[name]) for name in ("inputs", "arguments", "outputs", "extra")}
-        return cls(**names, fixed=stored["fixed"], out_spec=spec_from_json(stored["output"]))
+        spec, below = spec_from_json(stored["output"]), stored["below"]
+        own = len(names["outputs"]) - len(names["extra"])
+        texts = all(isinstance(name, str) for listed in names.values() for name in listed)
+        fits = below.keys() <= set(names["inputs"]) and all(type(size) is int for size in below.values())
+        if not (texts and fits) or (spec is not None and spec.num_leaves != own):
+            raise ArtifactError(
+                f"the signature of a stored program does not fit together: its output has {own} tensors, and inputs "
+                f"are {', '.join(map(str, names['inputs']))}",
+                next_step="save the artefact again with this version",
+            )
+        return cls(**names, fixed=stored["fixed"], out_spec=spec, below=below)
+
+
+def _ids(graph: Graph, inputs: Collection[str]) -> dict[str, int]:
+    """Of the inputs that an embedding reads as ids, be it in another shape or dtype, the size of the smallest one."""
+    found: dict[str, int] = {}
+    for node in graph.exported.graph.nodes:
+        if node.target is not torch.ops.aten.embedding.default:
+            continue
+        ids, size = node.args[1], node.args[0].meta["val"].shape[0]
+        while ids.target in _RESHAPING:
+            ids = ids.args[0]
+        if ids.op == "placeholder" and ids.name in inputs and isinstance(size, int):
+            found[ids.name] = min(size, found.get(ids.name, size))
+    return found
+
+
+def _refuse_outside(name: str, given: Any, size: int) -> None:
+    """Refuse ids that an embedding of this size does not have; what are no ids is refused elsewhere."""
+    values = given.numpy(force=True) if isinstance(given, torch.Tensor) else np.asarray(given)
+    if values.dtype.kind not in "iu" or not values.size:
+        return
+    # Taken without its sign a negative number is a huge one, so that one look at every value will do.
+    if int(values.view(f"u{values.itemsize}").max()) >= size:
+        wrong = min(int(values.min()), 0) or int(values.max())
+        raise ChoiceError(
+            f"input '{name}' holds the id {wrong}; its embedding has the ids 0 to {size - 1}",
+            next_step="give ids of the model's own tokenizer, and mark padding in the mask",
+        )

@@ -1,18 +1,32 @@
-"""Which modules a pattern names: PEFT's rules, with a bound on the time a pattern from a file may take."""
+"""Which modules a pattern names: PEFT's rules, with a bound on the time a pattern from a file may take.
+
+Compiling cannot be interrupted, so a pattern is measured first: its length, and how often it could have to write out
+what it repeats. All patterns of one file together share that file's time (``lorac.spending``).
+"""
 
 from __future__ import annotations
 
+import functools
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import regex
 
-from lorac.errors import FormatError, PatternTooSlow, SiteNotFound, nearest_name
+from lorac.errors import FormatError, PatternTooSlow, SiteNotFound, nearest_name, short
 from lorac.ir.host.sites import Site, SiteKind
+from lorac.spending import tick
 
 TIMEOUT_SECONDS = 0.1
 """Longest a single pattern may take on one module path, in the thread's own time; an honest one takes microseconds."""
+LONGEST = 10_000
+"""Characters of a pattern: compiling so many takes a twentieth of a second."""
+MOST_REPEATS = 10_000
+"""What the numbers in braces of a pattern may come to when they are multiplied, as they are where they nest."""
+_REPEAT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
+_DIGITS = 18
+"""Digits of a number in braces that are looked at: more are too many anyway."""
 _LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
 _HEADS = ("lm_head", "embed_out", "output_layer")
 """Output layers by name, for models that do not say which module is theirs (``get_output_embeddings``)."""
@@ -22,25 +36,50 @@ def matches(pattern: str, path: str, *, full: bool = True) -> regex.Match[str] |
     """``pattern`` against the whole of ``path`` (or its beginning).
 
     Raises:
-        PatternTooSlow: matching did not end within ``TIMEOUT_SECONDS``.
+        PatternTooSlow: it is too long, repeats too much, or matching did not end within ``TIMEOUT_SECONDS``.
         FormatError: the pattern is not a regular expression.
+        OverBudget: the patterns of the file that is read take too long together.
     """
+    compiled = _compiled(pattern)
+    match: Callable[..., Any] = compiled.fullmatch if full else compiled.match
     try:
-        compiled = regex.compile(pattern)  # cached; a long list of alternatives takes its time, once
-        match: Callable[..., Any] = compiled.fullmatch if full else compiled.match
         start = time.thread_time()
         found = match(path, timeout=TIMEOUT_SECONDS)
         # The engine looks at its clock now and then only: a match may end in time for it and yet be too slow.
         if time.thread_time() - start > TIMEOUT_SECONDS:
             raise TimeoutError
-        return found
     except TimeoutError:
         raise PatternTooSlow(
-            f"pattern {pattern!r} did not finish matching '{path}' in {TIMEOUT_SECONDS:g} s",
+            f"pattern {short(pattern)} did not finish matching '{path}' in {TIMEOUT_SECONDS:g} s",
             next_step="write the module names out instead of the pattern",
         ) from None
-    except regex.error as error:
-        raise FormatError(f"pattern {pattern!r} is not a regular expression: {error}") from None
+    tick()
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _compiled(pattern: str) -> regex.Pattern[str]:
+    """A pattern made ready; one that could take long is refused before the engine sees it."""
+    if len(pattern) > LONGEST or _repeats(pattern) > MOST_REPEATS:
+        raise PatternTooSlow(
+            f"pattern {short(pattern)} would take too long to compile: it has {len(pattern)} characters, of at most "
+            f"{LONGEST}, and repeats up to {_repeats(pattern)} times, of at most {MOST_REPEATS}",
+            next_step="write the module names out, as a list",
+        )
+    try:
+        return regex.compile(pattern, cache_pattern=False)
+    except Exception as error:  # a parser fed with garbage may raise anything, be it for want of stack
+        raise FormatError(f"pattern {short(pattern)} is not a regular expression: {error}") from None
+
+
+def _repeats(pattern: str) -> int:
+    """The numbers in braces multiplied, each at least 1; it stops where that is too much."""
+    product = 1
+    for found in _REPEAT.finditer(pattern):
+        product *= max([1, *(int(number[:_DIGITS]) for number in found.groups() if number)])
+        if product > MOST_REPEATS:
+            break
+    return product
 
 
 def first_match(patterns: Mapping[str, Any] | Iterable[str], path: str) -> str | None:
@@ -109,6 +148,7 @@ def select(
     blocks = outermost_blocks(sites) if targets == "all-blocks" else set()
     picked = []
     for path, site in sites.items():
+        tick()
         if (exclude and names(exclude, path)) or holds(saved, path):
             continue
         if targets == "all-linear":

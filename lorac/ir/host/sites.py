@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from lorac.spending import unhurried
+
 
 class SiteKind(enum.StrEnum):
     """What an adaptable place computes."""
@@ -124,6 +126,7 @@ class Site:
         return not torch.equal(self.present(self.store(matrix)), matrix)
 
 
+@unhurried()
 def find_sites(model: nn.Module) -> dict[str, Site]:
     """Every adaptable place of ``model``, by module path, in module order.
 

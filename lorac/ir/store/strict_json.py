@@ -8,14 +8,30 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from lorac.errors import LoracError
+from lorac.spending import claim, counted, tick
 
 MAX_DEPTH = 100
 """Values that may lie in one another; a model's skeleton, the deepest thing written, has a few dozen."""
 _BITS = 64
+_PER_VALUE = 64
+"""Bytes that a value takes at most once it is parsed, but for its text; every comma and bracket may begin one."""
+
+
+def read_text(path: Path) -> bytes:
+    """The bytes of a file of JSON, unless they are more than what a file may take in memory.
+
+    Raises:
+        OverBudget: it is too large.
+    """
+    with path.open("rb") as file:
+        claim(os.fstat(file.fileno()).st_size, "its JSON")
+        return file.read()
 
 
 def parse_json(text: bytes | str, refuse: Callable[[str], LoracError]) -> Any:
@@ -28,9 +44,13 @@ def parse_json(text: bytes | str, refuse: Callable[[str], LoracError]) -> Any:
     Raises:
         LoracError: ``refuse``'s, where the text is not JSON, gives a name twice, holds a number that is not finite, an
             integer of more than 64 bits or half of a character, or is nested deeper than ``MAX_DEPTH``.
+        OverBudget: its values would take more memory, or time, than a file may.
     """
     try:
-        value = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text, object_pairs_hook=_unique)
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        claim(len(text) + _PER_VALUE * sum(map(text.count, ",[{")), "its JSON")
+        value = json.loads(text, object_pairs_hook=_unique)
+        tick()
         _check(value)
     except (ValueError, RecursionError) as error:
         raise refuse(f"is not JSON: {error}") from error
@@ -72,7 +92,8 @@ def _check(value: Any) -> None:
     """Hold every part of a value against what JSON can say to everyone; level by level, so that depth costs nothing."""
     level = [value]
     for _ in range(MAX_DEPTH):
-        for item in level:
+        for index, item in enumerate(level):
+            counted(index)
             _check_one(item)
         level = [inner for item in level for inner in _parts(item)]
         if not level:

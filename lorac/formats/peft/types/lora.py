@@ -23,6 +23,7 @@ from lorac.formats._layout import conv_site, matrix_site
 from lorac.formats.peft import config
 from lorac.formats.peft.method import ABSENT, Field, Method, Tensors, Use
 from lorac.ir.host.sites import Site, SiteKind
+from lorac.spending import claim
 from lorac.variants.base import Variant
 from lorac.variants.dora import DoRA
 from lorac.variants.lora import LoRA
@@ -193,6 +194,8 @@ def _diagonal(blocks: Sequence[Tensor]) -> Tensor:
     """Blocks on the diagonal of a matrix, a single one as it is."""
     if len(blocks) == 1:
         return blocks[0]
+    rows, columns = (sum(block.shape[axis] for block in blocks) for axis in (0, 1))
+    claim(rows * columns * blocks[0].itemsize, f"the factor of {len(blocks)} groups as one matrix ({rows}, {columns})")
     dense: Tensor = torch.block_diag(*blocks)
     return dense
 

@@ -61,7 +61,7 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
     """
     assert isinstance(variant, OFT)
     ((suffix, upper), *more) = stored.items()
-    size = round((1 + (1 + 8 * upper.shape[-1]) ** 0.5) / 2)
+    size = round((1 + (1 + 8 * upper.shape[-1]) ** 0.5) / 2) if upper.ndim == 2 else 0
     if more or upper.ndim != 2 or size * (size - 1) != 2 * upper.shape[1]:
         raise misfit(path, stored, "they are (blocks, size·(size − 1)/2)")
     # Of a shared block the file tells the size, not how often it is used.

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lorac.errors import ShapeMismatch, SiteUnsupported, UnsupportedField
+from lorac.errors import ShapeMismatch, SiteUnsupported, UnsupportedField, WrongIndex
 from lorac.formats._layout import matrix_site
 from lorac.formats.peft import config
 from lorac.formats.peft.method import Field, Method, Tensors, Use
@@ -46,8 +46,8 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
             next_step=f"{VALUES} is (K,), {INDICES} (2, K)",
         )
     whole = indices.to(torch.int64)
-    if not torch.equal(whole.to(indices.dtype), indices) or bool((whole < 0).any()):
-        raise ShapeMismatch(f"{INDICES} at '{path}' are not whole numbers from 0")
+    if not torch.equal(whole.to(indices.dtype), indices):
+        raise WrongIndex(f"{INDICES} at '{path}' are no whole numbers", next_step="save the adapter again in PEFT")
     r, count = _rank(variant), values.numel()
     rows = int(whole[0].max()) + 1 if count else 0
     if count % r or count // r <= rows:
@@ -59,23 +59,15 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
 
 
 def check_site(site: Site, tensors: Tensors) -> None:
-    """What only the model can tell: that the positions lie inside the weight of an nn.Linear.
+    """What only the model can tell: that the layer is an nn.Linear.
 
     Raises:
-        SiteUnsupported: PEFT's SHIRA adapts nn.Linear only.
-        ShapeMismatch: A position lies outside the weight.
+        SiteUnsupported: PEFT's SHIRA adapts nothing else.
     """
     if site.kind is not SiteKind.LINEAR or site.transposed:
         raise SiteUnsupported(
             f"'{site.path}' is no nn.Linear, and PEFT's SHIRA adapts nothing else",
             next_step="use format='native', or LoRA",
-        )
-    rows, columns = (int(row.max()) for row in tensors["indices"])
-    if rows >= site.out_features or columns >= site.in_features:
-        raise ShapeMismatch(
-            f"position ({rows}, {columns}) at '{site.path}' lies outside its weight "
-            f"({site.out_features}, {site.in_features})",
-            next_step="load the base model that the adapter was trained on",
         )
 
 
@@ -83,7 +75,7 @@ def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tens
     """The tensors of one site in the file's shapes, by suffix.
 
     Raises:
-        SiteUnsupported, ShapeMismatch: As `check_site`.
+        SiteUnsupported: As `check_site`.
         UnsupportedField: The number of values is not PEFT's r·(out + in).
     """
     check_site(site, tensors)

@@ -21,6 +21,7 @@ from lorac.formats.peft.banks import linear
 from lorac.formats.peft.method import Field, Method, Tensors, Use
 from lorac.formats.peft.tables import PLACES, bias, misfit
 from lorac.ir.host.sites import Site
+from lorac.spending import claim
 from lorac.variants.base import Variant
 from lorac.variants.vblora import VBLoRA
 
@@ -56,6 +57,8 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
     assert isinstance(variant, VBLoRA)
     bank, own = stored[BANK], {name: tensor for name, tensor in stored.items() if name != BANK}
     if bank.ndim == 2 and set(own) == set(CHOSEN):
+        if bank.shape[0] != variant.num_vectors:
+            raise misfit(path, stored, f"the bank has num_vectors={variant.num_vectors} rows")
         own = {name: _logits(variant, path, name, own) for name in LOGITS}
     if set(own) != set(LOGITS) or bank.ndim != 2 or any(logits.ndim != 3 for logits in own.values()):
         raise misfit(path, stored, "logits are (r, in/v, h) and (out/v, r, h), the bank is (h, v)")
@@ -77,6 +80,8 @@ def _logits(variant: VBLoRA, path: str, name: str, stored: Tensors) -> Tensor:
     # Infinite ones would be taken for a diverged training: the lowest there are weigh as little.
     lowest = torch.finfo(weights.dtype).min
     chosen = weights.clamp(min=0).log().clamp(min=lowest / 2)
+    size = places.numel() // variant.topk * variant.num_vectors
+    claim(size * weights.itemsize, f"the logits at '{path}' written out")
     return torch.full((*places.shape[:-1], variant.num_vectors), lowest, dtype=weights.dtype).scatter(
         -1, places, chosen
     )

@@ -1,0 +1,108 @@
+"""Pickled tensors, looked at before they are unpickled: what a `.bin` file names, and how large it says it is.
+
+torch.save writes a zip file that is not compressed: `<name>/data.pkl`, a pickle, and every storage as a file beside
+it. `torch.load(weights_only=True)` runs no code; but a few bytes of a pickle can ask it for tensors of any size, or a
+few of a zip file unpack to any length. So sizes are added up first, and a pickle may name nothing but what a
+dictionary of dense tensors needs.
+"""
+
+from __future__ import annotations
+
+import os
+import pickletools
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from lorac.errors import CorruptFile, LoracError
+from lorac.spending import claim, counted, unhurried
+
+Refuse = Callable[[str], CorruptFile]
+"""(what is wrong) -> the error to raise."""
+MOST_STEPS = 1_000_000
+"""Steps of a pickle: 30 for each of 30 000 tensors. torch unpickles so many in under two seconds."""
+_PICKLE = "data.pkl"
+_NAMES = frozenset({"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"})
+"""What a pickle of named tensors calls, besides the types of storages."""
+_PER_MEMBER = 1024
+"""Bytes that Python keeps at most of every file in a zip file."""
+_END, _END_64 = 22, 76
+"""Length of a zip file's last record, and where the long form begins, from its beginning."""
+
+
+def load_pickle(path: Path, refuse: Refuse) -> Any:
+    """What a `.bin` file holds.
+
+    Raises:
+        CorruptFile: ``refuse``'s: it is none, or names what no dictionary of tensors needs.
+        OverBudget: Unpacked it is larger than a file may be, or has too many members.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            claim(_members(file) * _PER_MEMBER, "its directory")
+        with zipfile.ZipFile(path) as archive:
+            _check_sizes(archive, size, refuse)
+            _check_names(_pickle(archive, refuse), refuse)
+    except (LoracError, OSError):
+        raise
+    except Exception as error:  # a reader of zip files, or of pickles, fed with garbage may raise anything
+        raise refuse(f"torch.load(weights_only=True) refuses it: it is no file of torch.save's ({error})") from error
+    try:
+        with unhurried():
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # and so may whoever unpickles it
+        reason = str(error).strip().partition("\n")[0]
+        raise refuse(f"torch.load(weights_only=True) refuses it: {reason}") from error
+
+
+def _members(file: BinaryIO) -> int:
+    """How many members the end of a zip file says it has; they are counted before anything is made of each."""
+    end = file.seek(0, os.SEEK_END)
+    file.seek(max(0, end - (1 << 16) - _END))
+    tail = file.read()
+    at = tail.rfind(b"PK\5\6")
+    if at < 0:
+        raise zipfile.BadZipFile("it does not end as a zip file does")
+    count = int.from_bytes(tail[at + 10 : at + 12], "little")
+    long = tail[max(0, at - _END_64) : at]
+    return int.from_bytes(long[32:40], "little") if long.startswith(b"PK\6\6") else count
+
+
+def _check_sizes(archive: zipfile.ZipFile, size: int, refuse: Refuse) -> None:
+    """The members, unpacked, are hardly larger than the file."""
+    members = archive.infolist()
+    if len({member.filename for member in members}) < len(members):
+        raise refuse("two of its members have one name")
+    claim(sum(member.file_size for member in members) - size, "it is packed")
+
+
+def _pickle(archive: zipfile.ZipFile, refuse: Refuse) -> bytes:
+    found = [name for name in archive.namelist() if name.rpartition("/")[2] == _PICKLE]
+    if len(found) != 1:
+        raise refuse(f"torch.load(weights_only=True) refuses it: it has {len(found)} members called {_PICKLE}, not one")
+    return archive.read(found[0])
+
+
+def _check_names(pickle: bytes, refuse: Refuse) -> None:
+    """A pickle names the types of storages and what puts tensors together, and nothing else."""
+    for step, (opcode, argument, _) in enumerate(pickletools.genops(pickle)):
+        counted(step)
+        if step == MOST_STEPS:
+            raise refuse(f"its pickle takes more than {MOST_STEPS} steps")
+        if opcode.name not in {"GLOBAL", "STACK_GLOBAL", "INST"}:
+            continue
+        if not isinstance(argument, str) or not (argument in _NAMES or _is_storage(argument)):
+            raise refuse(
+                f"torch.load(weights_only=True) is not asked: it names {argument!r}, which dense tensors need not"
+            )
+
+
+def _is_storage(name: str) -> bool:
+    module, _, kind = name.partition(" ")
+    return module == "torch" and kind.endswith("Storage") and kind.isidentifier()

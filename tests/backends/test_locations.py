@@ -1,0 +1,126 @@
+"""Where an artefact's ONNX file may keep its tensors: in the file beside it, wherever ONNX lets a tensor be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+import lorac
+from lorac.backends.onnx.files import WEIGHTS, check_locations
+
+FLOAT = TensorProto.FLOAT
+
+
+def beside(**told: str) -> TensorProto:
+    """A tensor (2, 3) that lies in a file: the first 24 bytes of the one beside the model, unless told otherwise."""
+    tensor = TensorProto(name="w", data_type=FLOAT, dims=[2, 3], data_location=TensorProto.EXTERNAL)
+    for key, value in {"location": WEIGHTS, "offset": "0", "length": "24", **told}.items():
+        tensor.external_data.add(key=key, value=value)
+    return tensor
+
+
+def graph(*nodes: onnx.NodeProto, name: str = "g") -> onnx.GraphProto:
+    return helper.make_graph(list(nodes), name, [], [])
+
+
+def constant(tensor: TensorProto) -> onnx.NodeProto:
+    return helper.make_node("Constant", [], ["w"], value=tensor)
+
+
+def sparse(tensor: TensorProto) -> onnx.SparseTensorProto:
+    indices = helper.make_tensor("i", TensorProto.INT64, [2], [0, 1])
+    return onnx.SparseTensorProto(values=tensor, indices=indices, dims=[4])
+
+
+def initializer(tensor: TensorProto) -> onnx.ModelProto:
+    made = graph()
+    made.initializer.append(tensor)
+    return helper.make_model(made)
+
+
+def sparse_initializer(tensor: TensorProto) -> onnx.ModelProto:
+    made = graph()
+    made.sparse_initializer.append(sparse(tensor))
+    return helper.make_model(made)
+
+
+def in_branch(tensor: TensorProto) -> onnx.ModelProto:
+    inner = graph(name="inner")
+    inner.initializer.append(tensor)
+    middle = graph(helper.make_node("Loop", ["n", "c"], ["y"], body=inner), name="middle")
+    return helper.make_model(graph(helper.make_node("If", ["c"], ["y"], then_branch=middle, else_branch=graph())))
+
+
+def constant_in_branch(tensor: TensorProto) -> onnx.ModelProto:
+    inner = graph(constant(tensor), name="inner")
+    return helper.make_model(graph(helper.make_node("If", ["c"], ["y"], then_branch=graph(), else_branch=inner)))
+
+
+def in_function(tensor: TensorProto) -> onnx.ModelProto:
+    opset = helper.make_opsetid("", 18)
+    function = helper.make_function("own", "f", [], ["w"], [constant(tensor)], [opset])
+    return helper.make_model(graph(), functions=[function])
+
+
+def in_list(tensor: TensorProto) -> onnx.ModelProto:
+    return helper.make_model(graph(helper.make_node("Own", [], ["y"], domain="own", many=[tensor])))
+
+
+def sparse_constant(tensor: TensorProto) -> onnx.ModelProto:
+    return helper.make_model(graph(helper.make_node("Constant", [], ["w"], sparse_value=sparse(tensor))))
+
+
+PLACES = (
+    initializer,
+    sparse_initializer,
+    lambda tensor: helper.make_model(graph(constant(tensor))),
+    in_branch,
+    constant_in_branch,
+    in_function,
+    in_list,
+    sparse_constant,
+)
+IDS = ["initializer", "sparse", "constant", "branch", "constant in a branch", "function", "list", "sparse constant"]
+AWAY: dict[str, TensorProto] = {
+    "another file": beside(location="elsewhere"),
+    "absolute": beside(location="/etc/passwd"),
+    "parent": beside(location=f"../{WEIGHTS}"),
+    "no file": TensorProto(name="w", data_type=FLOAT, dims=[2], data_location=TensorProto.EXTERNAL),
+    "beyond the end": beside(offset="8"),
+    "longer than the file": beside(length="25"),
+    "negative offset": beside(offset="-8"),
+    "no number": beside(length="many"),
+    "larger than any file": beside(offset="9" * 400),
+}
+
+
+@pytest.mark.parametrize("place", PLACES, ids=IDS)
+def test_tensors_lie_beside_the_model(place: Callable[[TensorProto], onnx.ModelProto], tmp_path: Path) -> None:
+    (tmp_path / WEIGHTS).write_bytes(bytes(24))
+    path = tmp_path / "model.onnx"
+    path.write_bytes(place(beside()).SerializeToString())
+    check_locations(path)
+    for tensor in AWAY.values():
+        path.write_bytes(place(tensor).SerializeToString())
+        with pytest.raises(lorac.ArtifactError, match="the weight 'w'"):
+            check_locations(path)
+
+
+def test_a_place_told_twice(tmp_path: Path) -> None:
+    """Readers may take the first or the last."""
+    tensor = beside()
+    tensor.external_data.add(key="location", value="elsewhere")
+    (tmp_path / WEIGHTS).write_bytes(bytes(24))
+    (tmp_path / "model.onnx").write_bytes(initializer(tensor).SerializeToString())
+    with pytest.raises(lorac.ArtifactError, match="elsewhere"):
+        check_locations(tmp_path / "model.onnx")
+
+
+def test_what_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"\xff" * 100)
+    with pytest.raises(lorac.ArtifactError, match="is no ONNX model"):
+        check_locations(tmp_path / "model.onnx")

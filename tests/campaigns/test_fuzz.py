@@ -1,0 +1,90 @@
+"""The campaign against files: in short, and that it finds what it looks for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lorac
+from campaigns import fuzz, sound
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it forks, and reads its memory from /proc")
+ROOT = Path(__file__).parents[2]
+
+
+def test_in_short() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "campaigns.fuzz", "--mutations", "200", "--seed", "7", "--quick"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "200 cases of seed 7" in done.stdout
+    assert "found 0" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def campaign(tmp_path_factory: pytest.TempPathFactory) -> fuzz.Campaign:
+    folder = tmp_path_factory.mktemp("fuzz")
+    sound.write(folder, quick=True, artefacts=False)
+    made = fuzz.Campaign(3, folder)
+    made.check()
+    return made
+
+
+def test_a_case_can_be_repeated(campaign: fuzz.Campaign, tmp_path: Path) -> None:
+    for index in range(30):
+        folders = [tmp_path / f"{index}-{turn}" for turn in range(2)]
+        for folder in folders:
+            folder.mkdir()
+            campaign.prepared(index, folder / "it")
+        files = [sorted(path.relative_to(folder) for path in folder.rglob("*")) for folder in folders]
+        assert files[0] == files[1]
+        for name in files[0]:
+            one, other = (folder / name for folder in folders)
+            # A zip file has the time at which it was written in it.
+            assert one.is_dir() or name.suffix == ".bin" or one.read_bytes() == other.read_bytes(), name
+
+
+def _crash(*args: Any) -> None:
+    raise ValueError("untyped")
+
+
+def _hoard(*args: Any) -> None:
+    b"x" * (400 << 20)
+
+
+@pytest.mark.parametrize(("fault", "outcome"), [(_crash, "ValueError in"), (_hoard, "takes memory")])
+def test_a_fault_is_found(
+    campaign: fuzz.Campaign, fault: Callable[..., None], outcome: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lorac, "load_adapter", fault)
+    monkeypatch.setattr(lorac, "load", fault)
+    result = campaign.run(1)
+    assert result.found
+    assert outcome in result.outcome
+
+
+def test_a_process_that_ends_or_hangs_is_found(campaign: fuzz.Campaign, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cases after it are run all the same."""
+
+    def run(index: int) -> fuzz.Result:
+        if index == 1:
+            os._exit(9)
+        while index == 3:
+            pass
+        return fuzz.Result(index, "native", "lora", "loads")
+
+    monkeypatch.setattr(campaign, "run", run)
+    monkeypatch.setattr(fuzz, "HANGS_AFTER", 1.0)
+    found = {result.index: result.outcome for result in fuzz.results(campaign, range(6), workers=2)}
+    assert found == {0: "loads", 1: "ends the process (9)", 2: "loads", 3: "hangs", 4: "loads", 5: "loads"}

@@ -1,0 +1,300 @@
+"""What a file asks for out of all proportion is refused before it is taken, in time and in memory."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import lorac
+from lorac import spending
+from lorac.ir.host.patterns import matches
+from lorac.ir.store.strict_json import parse_json
+from tests.limits import within_budget
+from tests.peft_files import CONFIG, WEIGHTS, change, configure, made
+from tests.zoo import ZOO
+
+ENDLESS = "((?:up){65000}){65000}"
+MODEL = ZOO["plain_mlp"].model
+HUGE = (10**7, 2**31 - 1, 2**31, 2**62)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A LoRA as PEFT keeps it."""
+    adapter = lorac.compile(MODEL(), {"a": lorac.LoRA(r=2, targets=["up", "down"])}).adapters["a"]
+    lorac.save_adapter(adapter, tmp_path / "a", model=MODEL())
+    weights = tmp_path / "a" / WEIGHTS
+    save_file(load_file(weights), weights)  # without the seal
+    return tmp_path / "a"
+
+
+def refuse(folder: Path, kinds: type[Exception] | tuple[type[Exception], ...], match: str | None = None) -> None:
+    """Refused with and without the model, in time."""
+    for model in (None, MODEL()):
+        with within_budget(), pytest.raises(kinds, match=match):
+            lorac.load_adapter(folder, model)
+
+
+def pickled(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """The tensors in a .bin file, after a change."""
+    tensors: dict[str, Any] = load_file(folder / WEIGHTS)
+    change(tensors)
+    (folder / WEIGHTS).unlink()
+    torch.save(tensors, folder / "adapter_model.bin")
+
+
+# ── Tensors ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+UP = "base_model.model.up.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("strange", "match"),
+    [
+        (torch.ones(1).expand(40_000, 40_000), r"is torch.float32 \(40000, 40000\), but has 4 bytes"),
+        (torch.ones(2, 10, device="meta"), "_rebuild_meta_tensor_no_storage"),
+        (torch.ones(2, 10).to_sparse(), "_rebuild_sparse_tensor"),
+        (bytearray(10), "bytearray"),
+        ([torch.ones(2, 10)], "is not a dense tensor"),
+    ],
+    ids=["expanded", "meta", "sparse", "bytes", "list"],
+)
+def test_tensors_that_do_not_lie_in_the_file(folder: Path, strange: Any, match: str) -> None:
+    pickled(folder, lambda tensors: tensors.update({UP: strange}))
+    refuse(folder, lorac.CorruptFile, match)
+
+
+def test_storages_larger_than_the_file(folder: Path) -> None:
+    """Many views of one storage would each become a tensor of its own."""
+    one = torch.ones(1 << 22)
+    pickled(folder, lambda tensors: tensors.update({f"x{i}": one[i:] for i in range(40)}))
+    with within_budget(), pytest.raises(lorac.OverBudget, match="its tensors are larger than the file"):
+        lorac.load_adapter(folder)
+
+
+def test_one_view_under_two_names_is_one_tensor(folder: Path) -> None:
+    pickled(folder, lambda tensors: tensors.update({UP.replace("up", "down"): tensors[UP].t().t()}))
+    from lorac.formats._files import read_pickle
+
+    found = read_pickle(folder / "adapter_model.bin")
+    assert found[UP] is found[UP.replace("up", "down")]
+
+
+def packed(write: Callable[[zipfile.ZipFile], None]) -> bytes:
+    written = io.BytesIO()
+    with zipfile.ZipFile(written, "w", zipfile.ZIP_DEFLATED) as archive:
+        write(archive)
+    return written.getvalue()
+
+
+def _one_large(archive: zipfile.ZipFile) -> None:
+    with archive.open("archive/data.pkl", "w") as member:
+        for _ in range(300):
+            member.write(b"\x80\x02" + bytes(1 << 20))
+
+
+def _many_steps(archive: zipfile.ZipFile) -> None:
+    archive.writestr("archive/data.pkl", b"\x80\x02}" + b"]0" * 600_000 + b".")
+
+
+def _two_pickles(archive: zipfile.ZipFile) -> None:
+    archive.writestr("archive/data.pkl", b"\x80\x02}.")
+    archive.writestr("other/data.pkl", b"\x80\x02}.")
+
+
+@pytest.mark.parametrize(
+    ("write", "match"),
+    [
+        (_one_large, "it is packed"),
+        (_many_steps, "takes more than 1000000 steps"),
+        (_two_pickles, "2 members called data.pkl"),
+        (lambda archive: None, "0 members called data.pkl"),
+    ],
+)
+def test_bombs(folder: Path, write: Callable[[zipfile.ZipFile], None], match: str) -> None:
+    (folder / WEIGHTS).unlink()
+    (folder / "adapter_model.bin").write_bytes(packed(write))
+    refuse(folder, (lorac.OverBudget, lorac.CorruptFile), match)
+
+
+def test_a_directory_of_a_million_files_is_not_read(folder: Path) -> None:
+    """The end of the file says how many there are; nothing is made of each before that is known."""
+    content = bytearray(packed(_two_pickles))
+    at = content.rfind(b"PK\5\6")
+    content[at + 8 : at + 12] = b"\xff\xff\xff\xff"
+    content[at:at] = b"PK\6\6" + bytes(28) + (10**6).to_bytes(8, "little") + bytes(36)
+    (folder / WEIGHTS).unlink()
+    (folder / "adapter_model.bin").write_bytes(content)
+    refuse(folder, lorac.OverBudget, "its directory")
+
+
+def test_groups_that_make_a_matrix_of_gigabytes(folder: Path) -> None:
+    """A grouped convolution's factors are one matrix here, which its file holds block by block."""
+    many = 60_000
+    change(folder, {"model.up.lora_A.weight": torch.ones(many, 1, 1), "model.up.lora_B.weight": torch.ones(many, 1, 1)})
+    change(folder, {f"model.down.lora_{x}.weight": None for x in "AB"})
+    configure(folder, r=many, target_modules=["up"])
+    refuse(folder, lorac.OverBudget, "groups as one matrix")
+
+
+def test_names_that_patterns_would_be_matched_against(folder: Path) -> None:
+    change(folder, {"model." + "up." * 1000 + "lora_A.weight": torch.ones(2, 10)})
+    refuse(folder, lorac.CorruptFile, "more than 1000")
+
+
+# ── JSON ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_a_configuration_of_gigabytes_of_nothing(folder: Path) -> None:
+    os.truncate(folder / CONFIG, 3 << 30)
+    refuse(folder, lorac.OverBudget, "its JSON")
+
+
+def test_a_header_of_gigabytes_of_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes((90_000_000).to_bytes(8, "little") + b"{")
+    os.truncate(path, 3 << 30)
+    with within_budget(), pytest.raises(lorac.LoracError):
+        lorac.load_adapter(path)
+
+
+@pytest.mark.parametrize("text", ["[" + "[]," * 6_000_000 + "0]", '{"a":' * 5_000_000])
+def test_very_many_values(folder: Path, text: str) -> None:
+    (folder / CONFIG).write_text(text)
+    with within_budget(), pytest.raises((lorac.OverBudget, lorac.CorruptFile)):
+        lorac.load_adapter(folder)
+
+
+@pytest.mark.parametrize("text", ["1" + "0" * 400, "-1e400", "[" * 150 + "]" * 150, "NaN", "1" * 100_000])
+def test_numbers_and_depths_of_other_planets(folder: Path, text: str) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    for field in ("lora_alpha", "alpha_pattern", "base_model_name_or_path"):
+        changed = json.dumps({**config, field: "@"}).replace('"@"', text)
+        (folder / CONFIG).write_text(changed)
+        refuse(folder, lorac.CorruptFile, "not JSON")
+
+
+# ── Patterns ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize(
+    "pattern",
+    [ENDLESS, "|".join(f"layer{i}" for i in range(20_000)), "a{1000}" * 1000, "(?:" * 4000 + "up" + ")" * 4000],
+    ids=["repeats of repeats", "alternatives", "repeats", "nesting"],
+)
+def test_patterns_that_take_long_to_compile(folder: Path, pattern: str) -> None:
+    for field, value in (("target_modules", pattern), ("rank_pattern", {pattern: 2}), ("exclude_modules", pattern)):
+        configure(
+            folder, **{"target_modules": ["up", "down"], "rank_pattern": {}, "exclude_modules": None, field: value}
+        )
+        refuse(folder, (lorac.PatternTooSlow, lorac.FormatError))
+
+
+def test_what_a_pattern_may_repeat() -> None:
+    assert matches(r"layers\.\d{1,3}\.up", "layers.12.up")
+    assert matches(r"(?:a{100}){100}", "a" * 10_000)
+    assert matches(r"x{}\{3\}", "x{}{3}")
+    with pytest.raises(lorac.PatternTooSlow, match="repeats up to 10201 times"):
+        matches(r"(?:a{101}){101}", "a")
+
+
+def test_patterns_share_the_time_of_their_file(folder: Path) -> None:
+    """Each alone is in time on every path; two thousand are not."""
+    configure(folder, rank_pattern={f"(.|..){{12}}x{i}y": 2 for i in range(2000)})
+    with lorac.budget(seconds=0.01):
+        refuse(folder, lorac.OverBudget, "takes longer than 0.01 s")
+    with within_budget(), spending.reading(folder), pytest.raises(lorac.OverBudget):
+        while True:
+            matches("((.|..)+)+", "abcdefgh")
+
+
+# ── Hyper-parameters ─────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("size", HUGE)
+@pytest.mark.parametrize(
+    ("kind", "field", "settings"),
+    [
+        ("LORA", "r", {}),
+        ("OFT", "r", {"oft_block_size": 0}),
+        ("OFT", "oft_block_size", {}),
+        ("OFT", "r", {"oft_block_size": 0, "block_share": True}),
+        ("OFT", "num_cayley_neumann_terms", {}),
+        ("BOFT", "boft_block_size", {}),
+        ("BOFT", "boft_n_butterfly_factor", {}),
+        ("VERA", "r", {"save_projection": False}),
+        ("RANDLORA", "r", {"save_projection": False}),
+        ("VBLORA", "num_vectors", {}),
+        ("VBLORA", "vector_length", {}),
+        ("FOURIERFT", "n_frequency", {}),
+        ("HRA", "r", {}),
+        ("SHIRA", "r", {}),
+        ("LOKR", "decompose_factor", {}),
+    ],
+)
+def test_hyper_parameters_are_held_against_the_tensors(
+    kind: str, field: str, settings: dict[str, Any], size: int, peft_files: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = copied(peft_files(kind), tmp_path / "it")
+    drawn = settings.get("save_projection") is False  # what all sites share lies right below base_model then
+    stored = load_file(folder / WEIGHTS)
+    save_file({key: t for key, t in stored.items() if not drawn or key.count(".") > 1}, folder / WEIGHTS)
+    configure(folder, **settings, **{field: size})
+    for model in (None, MODEL()):
+        with within_budget():
+            try:
+                lorac.load_adapter(folder, model)
+            except lorac.LoracError:
+                continue
+            assert (kind, field) in {("OFT", "num_cayley_neumann_terms"), ("LOKR", "decompose_factor")} or model is None
+
+
+@pytest.fixture(scope="module")
+def peft_files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Makes a checkpoint of a PEFT type, once."""
+    found: dict[str, Path] = {}
+
+    def make(kind: str) -> Path:
+        if kind not in found:
+            found[kind] = made(tmp_path_factory.mktemp(kind) / "it", kind)
+        return found[kind]
+
+    return make
+
+
+def copied(source: Path, target: Path) -> Path:
+    target.mkdir()
+    for path in source.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+# ── The setting ──────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_the_budget_is_a_setting() -> None:
+    text = "[" + "0," * 10_000 + "0]"
+    with lorac.budget(bytes=1000), pytest.raises(lorac.OverBudget, match=r"lorac\.budget\(bytes=…\)"):
+        parse_json(text, lorac.ArtifactError)
+    with lorac.budget(bytes=1 << 20) as held:
+        assert (held.seconds, held.bytes) == (2.0, 1 << 20)
+        parse_json(text, lorac.ArtifactError)
+        with lorac.budget(seconds=9.0) as inner:
+            assert (inner.seconds, inner.bytes) == (9.0, 1 << 20)
+
+
+def test_time_that_grows_with_the_tensors_is_not_counted(tmp_path: Path) -> None:
+    with lorac.budget(seconds=0.0), spending.reading(tmp_path):
+        with spending.unhurried():
+            spending.tick()
+        with pytest.raises(lorac.OverBudget, match=r"lorac\.budget\(seconds=…\)"):
+            sum(range(10_000))
+            spending.tick()
+    spending.tick()  # nothing is read
+
+
+def test_memory_is_added_up(tmp_path: Path) -> None:
+    with spending.reading(tmp_path):
+        spending.claim(200 << 20, "one")
+        with pytest.raises(lorac.OverBudget, match=r"would take more than 256 MiB beyond its size: another, \d+ bytes"):
+            spending.claim(100 << 20, "another")

@@ -1,0 +1,75 @@
+"""What the system refuses is an error of lorac's that has the path: whoever catches LoracError catches it."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lorac
+from tests.runtime.artefacts import make_compiled
+from tests.zoo import ZOO
+
+MODEL = ZOO["plain_mlp"].model
+
+
+@pytest.fixture
+def adapter() -> lorac.Adapter:
+    return lorac.compile(MODEL(), {"a": lorac.LoRA(r=2, targets=["up"])}).adapters["a"]
+
+
+def test_what_is_not_there(tmp_path: Path) -> None:
+    for path in (tmp_path / "x", tmp_path / "x" / "y"):
+        with pytest.raises(lorac.UnknownFormat, match="there is no adapter at"):
+            lorac.load_adapter(path)
+        with pytest.raises(lorac.ArtifactError, match="is no artefact"):
+            lorac.load(path)
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_file_that_cannot_be_read(file: str, adapter: lorac.Adapter, tmp_path: Path, monkeypatch: Any) -> None:
+    """Without the permission, or gone between the look and the opening."""
+    lorac.save_adapter(adapter, tmp_path / "it", model=MODEL())
+    kept = Path.open
+
+    def refuse(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path.name == file:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return kept(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(lorac.Unreadable, match=f"{file}' cannot be read: Permission denied"):
+        lorac.load_adapter(tmp_path / "it")
+
+
+def test_a_folder_in_a_files_place(adapter: lorac.Adapter, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for save in (
+        lambda: lorac.save_adapter(adapter, tmp_path / "file" / "below", model=MODEL()),
+        lambda: lorac.save_adapter(adapter, tmp_path / "file" / "below", "native"),
+    ):
+        with pytest.raises(lorac.Unreadable, match="cannot be written"):
+            save()
+    (tmp_path / "it").mkdir()
+    (tmp_path / "it" / "adapter_config.json").mkdir()
+    with pytest.raises(lorac.LoracError):
+        lorac.load_adapter(tmp_path / "it")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "it"]
+
+
+def test_an_artefact_that_cannot_be_written_or_read(tmp_path: Path, monkeypatch: Any) -> None:
+    compiled, _ = make_compiled("plain_mlp", "eager", "live")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(lorac.ArtifactError, match=r"file.* cannot be written"):
+        compiled.save(tmp_path / "file" / "below")
+    compiled.save(tmp_path / "it")
+
+    def vanish(*args: Any) -> Any:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "weights.safetensors")
+
+    monkeypatch.setattr("lorac.compiler.api.TensorFile", vanish)
+    with pytest.raises(lorac.ArtifactError, match=r"weights\.safetensors"):
+        lorac.load(tmp_path / "it")
