@@ -133,9 +133,8 @@ class Lasting:
 
     # --- the program -------------------------------------------------------------------------------------------
 
-    def let_go(self, file: Path) -> None:
-        """Let go what an engine over an emitted program does not need of the host; ``file`` has the base weights."""
-        tensors = TensorFile(file)
+    def let_go(self, tensors: TensorFile) -> None:
+        """Let go what an engine over an emitted program does not need of the host, given the base weights."""
         self.host.let_go(tensors)
         self.base = self.preparer.base = file_base(tensors)
 
