@@ -129,8 +129,7 @@ class Compilation:
             services=self._services(),
             mode=mode,
         )
-        for adapter in lasting.pool.adapters.values():
-            compiled.registered(adapter)
+        compiled.registered()
         if mode == "baked":
             compiled.mark_baked(parse_choice(choice, lasting.pool))
         elif choice is not None:
