@@ -98,15 +98,15 @@ class Compiled:
         return self._run(self._state.bound, graph, args, kwargs)
 
     def _call_fused(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], adapters: Any, graph: str) -> Any:
-        if adapters is UNSET:
-            self._rewrite()
-            with self._calls.reading():
-                if self._held is self._state.snapshot:
-                    return self._run(None, graph, args, kwargs)
-            return self._call_fused(args, kwargs, adapters, graph)
-        choice = parse_choice(adapters, self.pool)
-        with self._swaps:
-            return self._calls.writing(lambda: self._run_once(choice, graph, args, kwargs))
+        if adapters is not UNSET:
+            choice = parse_choice(adapters, self.pool)
+            with self._swaps:
+                return self._calls.writing(lambda: self._run_once(choice, graph, args, kwargs))
+        self._rewrite()
+        with self._calls.reading():
+            if self._whole():
+                return self._run(None, graph, args, kwargs)
+        return self._call_fused(args, kwargs, adapters, graph)
 
     def _run_once(self, choice: Choice, graph: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """One call with weights written for it, by one who is alone."""
