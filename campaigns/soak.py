@@ -326,6 +326,12 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise Interrupted
 
 
+def _unless_interrupted(given: Any) -> None:
+    """Python drops what is raised while an object is let go, and says so; of these interrupts it need not."""
+    if not isinstance(given.exc_value, Interrupted):
+        sys.__unraisablehook__(given)
+
+
 def _resident() -> int:
     gc.collect()
     if sys.platform == "linux":
@@ -338,6 +344,7 @@ def _resident() -> int:
 def share(given: tuple[int, int, Sequence[str]]) -> dict[str, Any]:
     """One process' share: (seed, operations, methods) -> what came of it."""
     seed, operations, methods = given
+    sys.unraisablehook = _unless_interrupted
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         return Soak(seed, methods, Path(folder)).run(operations)
