@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -170,24 +171,28 @@ def test_an_adapter_that_fails_to_be_removed_stays(
     _check(compiled, expected)
 
 
+def _failing(honest: Callable[[Any], int], calls: list[bool]) -> Callable[[Any], int]:
+    """A method that fails at those of its calls for which the list says so."""
+
+    def write(change: Any) -> int:
+        if calls and calls.pop(0):
+            raise MemoryError
+        return honest(change)
+
+    return write
+
+
 def test_weights_that_nobody_could_restore_are_written_anew(
     compiled: lorac.Compiled, expected: Expected, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A swap fails half-way, and so does what undoes it."""
     if compiled.mode != "fused":
         pytest.skip("live mode writes no weights")
-    *_, last = compiled.engine.buffers.values()
-    honest, left = last.write, [1, 2]
-
-    def fail(change: Any) -> int:
-        if left:
-            raise MemoryError(left.pop())
-        return honest(change)
-
-    monkeypatch.setattr(last, "write", fail)
+    first, *_, last = compiled.engine.buffers.values()
+    for buffer, calls in ((first, [False, True]), (last, [True])):
+        monkeypatch.setattr(buffer, "write", _failing(buffer.write, calls))
     with pytest.raises(MemoryError):
         compiled.swap("b")
-    assert not left
     assert compiled.active == {"a": 1.0}
     _check(compiled, expected)
 
