@@ -1,6 +1,6 @@
 # Everything needed is made by the target that needs it: `make demo` and `make test` work on a fresh clone.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check docs format bench fuzz clean
+.PHONY: help demo test test-slow soak kill fuzz check docs format bench clean
 SHELL := /bin/bash
 
 # Tried by running it: a version manager's shim may exist without a Python behind it.
@@ -23,6 +23,14 @@ test: $(STAMP) ## Run the test suite
 
 test-slow: $(STAMP) ## Run the long checks
 	$(PYTEST) -m slow
+
+OPERATIONS ?= 1000000
+SEED ?= 0
+soak: $(STAMP) ## Swap, add, call, fail and be interrupted a million times; SEED= and OPERATIONS= choose
+	OMP_NUM_THREADS=1 $(BIN)/python -m campaigns.soak --operations $(OPERATIONS) --seed $(SEED)
+
+kill: $(STAMP) ## Kill every writer at every step and at 200 random moments
+	OMP_NUM_THREADS=1 $(BIN)/python -m campaigns.kill --seed $(SEED)
 
 check: $(STAMP) ## Check format, lint, types, the direction of imports and the made pages
 	$(BIN)/ruff format --check .

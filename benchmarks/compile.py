@@ -33,12 +33,14 @@ def measure(job: common.Job, given: argparse.Namespace) -> dict[str, float]:
 
 
 def _plain(model: Any, side: str) -> None:
+    import onnxruntime as ort
+
     from lorac.backends.onnxruntime.options import Options
-    from lorac.backends.onnxruntime.session import new_session
+    from lorac.backends.onnxruntime.session import session_options
 
     with tempfile.TemporaryDirectory() as folder:
         common.plain_export(model, Path(folder, "plain.onnx"))
-        new_session(Path(folder, "plain.onnx"), Options())
+        ort.InferenceSession(Path(folder, "plain.onnx"), session_options(Options()))
 
 
 def _lorac(model: Any, side: str) -> None:

@@ -87,15 +87,17 @@ def _torch_call(model: Any, inputs: Any) -> common.Side:
 
 def _plain(compiled: Any, path: Path) -> Any:
     """The plain export behind lorac's call, so that all sides go through the same one."""
+    import onnxruntime as ort
+
     from lorac.backends.onnxruntime.engine import GraphSession, OrtEngine
-    from lorac.backends.onnxruntime.session import new_session
+    from lorac.backends.onnxruntime.session import session_options
 
     base = compiled.engine
     parts = {
-        name: GraphSession(new_session(path, base.options), part.signature, slots={})
+        name: GraphSession(ort.InferenceSession(path, session_options(base.options)), part.signature, slots={})
         for name, part in base.parts.items()
     }
-    engine = OrtEngine(parts=parts, plans={}, base=base.base, mode=base.mode, folder=base.folder, options=base.options)
+    engine = OrtEngine(parts=parts, plans={}, base=base.base, mode=base.mode, files=base.files, options=base.options)
     compiled.setup(
         engine=engine,
         plans={},

@@ -18,6 +18,7 @@ from lorac.ir.host.components import Components
 from lorac.ir.host.sites import parameter_site
 from lorac.ir.slots.choice import Spec
 from lorac.ir.slots.planning import Reserve
+from lorac.ir.store.folders import steady
 from lorac.ir.store.plans import choice_from_json, plan_from_json
 from lorac.ir.store.tensors import TensorFile, file_base
 from lorac.runtime.compiled import Compiled
@@ -85,9 +86,10 @@ def compile(  # noqa: PLR0913, PLR0917  (the public interface)
 def load(folder: str | Path, target: str | None = None, device: Device | None = None) -> Compiled:
     """A compiled model from an artefact of ``compiled.save``; it needs neither the host nor its weights elsewhere.
 
-    Every file is held against the manifest's hash. What is loaded answers, swaps and takes further adapters, but does
-    not train. Nothing that the artefact names is run; output classes are taken from transformers and diffusers alone,
-    anything else that the host answered with comes back as a plain dict or tuple.
+    Every file is opened once, held against the manifest's hash and kept open: the folder may be replaced or removed
+    from then on. What is loaded answers, swaps and takes further adapters, but does not train. Nothing that the
+    artefact names is run; output classes are taken from transformers and diffusers alone, anything else that the host
+    answered with comes back as a plain dict or tuple.
 
     Args:
         folder: the artefact.
@@ -99,9 +101,13 @@ def load(folder: str | Path, target: str | None = None, device: Device | None = 
         Unavailable: the artefact cannot be turned into the target.
     """
     folder = Path(os.path.realpath(folder))
+    return steady(folder, lambda: _loaded_from(folder, target, device))
+
+
+def _loaded_from(folder: Path, target: str | None, device: Device | None) -> Compiled:
     try:
         manifest = Manifest.of(folder)
-        return _loaded(manifest, folder, target or manifest.target, device)
+        return _loaded(manifest, target or manifest.target, device)
     except LoracError:
         raise
     except Exception as error:  # its seal agrees, so somebody made it so: what reads it may stumble anywhere
@@ -112,12 +118,13 @@ def load(folder: str | Path, target: str | None = None, device: Device | None = 
         ) from error
 
 
-def _loaded(manifest: Manifest, folder: Path, target: str, device: Device | None) -> Compiled:
+def _loaded(manifest: Manifest, target: str, device: Device | None) -> Compiled:
     saved = backend_of(manifest.target)
-    file = TensorFile(saved.base_file(folder))
+    file = TensorFile(saved.base_file(manifest.files))
     lasting = Lasting(Host.stored(manifest.host, file), file_base(file))
-    for name, source in manifest.adapters.items():
-        lasting.register(lasting.load(source, name))
+    for name, held in manifest.adapters():
+        with held.named() as path:
+            lasting.register(lasting.load(path, name))
     model, sites = lasting.host.module, lasting.sites
     plans = {
         path: plan_from_json(sites.get(path) or parameter_site(path, model), plan)
@@ -127,11 +134,11 @@ def _loaded(manifest: Manifest, folder: Path, target: str, device: Device | None
     if target == manifest.target:
         compilation = Compilation(lasting, saved, compile)
         compilation.traits = traits_from_json(manifest.components)
-        engine = saved.restore(manifest.program, folder, plans, manifest.mode, device)
+        engine = saved.restore(manifest.program, manifest.files, plans, manifest.mode, device)
         return compilation.assembled(engine, plans, manifest.mode, choice)
     backend = backend_of(target)
-    refuse_lacking(backend.dialect, (plan.site.dtype for plan in plans.values()), str(folder))
-    program = saved.program_of(manifest.program, folder, sites, plans)
+    refuse_lacking(backend.dialect, (plan.site.dtype for plan in plans.values()), str(manifest.folder))
+    program = saved.program_of(manifest.program, manifest.files, sites, plans)
     return Compilation(lasting, backend, compile).built(plans, manifest.mode, choice, backend.told({}), program)
 
 

@@ -24,6 +24,7 @@ from lorac.ir.slots.planning import Reserve, plan_sites
 from lorac.ir.slots.reads import tapped
 from lorac.ir.slots.site import SitePlan
 from lorac.ir.slots.snapshot import compose_choice
+from lorac.ir.store.tensors import TensorFile
 from lorac.passes.insert import refuse_idle
 from lorac.passes.pipelines import lowering, run_pipeline
 from lorac.runtime.compiled import Compiled
@@ -110,10 +111,10 @@ class Compilation:
             program=functools.partial(self._program, model, plans) if stored is None else self._lowered(stored),
         )
         engine = self.backend.build(request)
-        if engine.folder is None:
+        if engine.files is None:
             lasting.request = request
         else:
-            lasting.let_go(self.backend.base_file(engine.folder))
+            lasting.let_go(TensorFile(self.backend.base_file(engine.files)))
         return self.assembled(engine, plans, mode, choice)
 
     def assembled(self, engine: Engine, plans: Mapping[str, SitePlan], mode: str, choice: Spec) -> Compiled:
@@ -129,8 +130,7 @@ class Compilation:
             services=self._services(),
             mode=mode,
         )
-        for adapter in lasting.pool.adapters.values():
-            compiled.registered(adapter)
+        compiled.registered()
         if mode == "baked":
             compiled.mark_baked(parse_choice(choice, lasting.pool))
         elif choice is not None:

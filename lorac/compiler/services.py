@@ -13,7 +13,7 @@ from torch import nn
 from lorac.adapters.fit import check_adapter
 from lorac.adapters.fresh import fresh_adapter, parameter_sites, trainable
 from lorac.adapters.preparing import Preparer, branch_term
-from lorac.errors import BaseNeeded
+from lorac.errors import AdapterError, BaseNeeded
 from lorac.formats import load_adapter, save_adapter
 from lorac.ir.algebra.changes import LowRank
 from lorac.ir.algebra.reduction import BRANCH
@@ -63,10 +63,12 @@ class Lasting:
     def load(self, source: Source, name: str | None) -> Adapter:
         """An adapter of this model's own from a path, an Adapter or a fresh Variant."""
         model = self.host.module
+        _refuse_nameless(name)
         try:
             adapter = self._read(source, name, model)
         except NotImplementedError as error:  # a weight on the meta device: the file holds a copy to compare with
             raise _not_kept(name or str(source)) from error
+        _refuse_nameless(adapter.name)
         self.pool.refuse_taken(adapter.name)
         if any(tensor.is_meta for tensor in adapter.parameters()):
             raise _not_kept(adapter.name)
@@ -135,9 +137,8 @@ class Lasting:
 
     # --- the program -------------------------------------------------------------------------------------------
 
-    def let_go(self, file: Path) -> None:
-        """Let go what an engine over an emitted program does not need of the host; ``file`` has the base weights."""
-        tensors = TensorFile(file)
+    def let_go(self, tensors: TensorFile) -> None:
+        """Let go what an engine over an emitted program does not need of the host, given the base weights."""
         self.host.let_go(tensors)
         self.base = self.preparer.base = file_base(tensors)
 
@@ -168,6 +169,24 @@ class Lasting:
 
     def _bias(self, site: Site) -> torch.Tensor | None:
         return self.host.module.get_parameter(site.bias).detach() if site.bias else None
+
+
+def _refuse_nameless(name: object) -> None:
+    """Raise ``AdapterError`` for what no adapter can be called; any text that files can hold is a name.
+
+    Args:
+        name: what was asked for; None for the adapter's own.
+    """
+    if name is None:
+        return
+    if not isinstance(name, str) or not name:
+        raise AdapterError(f"an adapter cannot be called {name!r}", next_step="give it a name of one letter or more")
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise AdapterError(
+            f"an adapter cannot be called {name!r}: no file can hold that", next_step="give it another name"
+        ) from error
 
 
 def _not_kept(adapter: str) -> BaseNeeded:

@@ -27,11 +27,14 @@ from lorac.ir.slots.choice import Choice
 from lorac.ir.slots.site import Ranks, SitePlan, SiteSlots
 from lorac.ir.slots.snapshot import Snapshot
 from lorac.ir.slots.training import LiveTerm
+from lorac.ir.store.held import HeldFile
 
 Claims = frozenset[tuple[str, str]]
 """(domain, op) pairs; the default domain is ``""``."""
 Aux = Mapping[str, Mapping[str, object]]
 """Extra outputs: name -> site path -> tensor."""
+Files = Mapping[str, HeldFile]
+"""Files of a program by name, with slashes, as they were checked: nothing is read by its path again (invariant 10)."""
 
 
 Model_contra = TypeVar("Model_contra", contravariant=True)
@@ -166,7 +169,7 @@ class Engine(ABC):
     Attributes:
         target: the backend's name.
         mode: ``"live"``, ``"fused"`` or ``"baked"``.
-        folder: where the emitted program and its base weights lie; None where the engine runs the host itself.
+        files: the emitted program and its base weights by name, held; None where the engine runs the host itself.
         module: the copy of the host that it runs; None where it runs an emitted program.
         buffers: fused mode: the weights it reads, by site path.
         settles_alone: a swap settles in the background, unasked.
@@ -174,7 +177,7 @@ class Engine(ABC):
 
     target: str
     mode: str
-    folder: Path | None = None
+    files: Files | None = None
     module: nn.Module | None = None
     buffers: Mapping[str, FusedBuffer]
     settles_alone: bool = False
@@ -305,16 +308,16 @@ class Backend(ABC, Generic[Options]):
 
     @abstractmethod
     def restore(
-        self, stored: Stored, folder: Path, plans: Mapping[str, SitePlan], mode: str, device: str | torch.device | None
+        self, stored: Stored, files: Files, plans: Mapping[str, SitePlan], mode: str, device: str | torch.device | None
     ) -> Engine:
-        """An engine over what ``store`` wrote."""
+        """An engine over what ``store`` wrote; it holds what it reads later."""
 
     @abstractmethod
-    def base_file(self, folder: Path) -> Path:
-        """The file with the base weights that ``store`` wrote."""
+    def base_file(self, files: Files) -> HeldFile:
+        """The file with the base weights, among those that ``store`` wrote."""
 
     def program_of(
-        self, stored: Stored, folder: Path, sites: Mapping[str, Site], plans: Mapping[str, SitePlan]
+        self, stored: Stored, files: Files, sites: Mapping[str, Site], plans: Mapping[str, SitePlan]
     ) -> Program:
         """The stored program at level expanded again, for another target to build from.
 
@@ -322,6 +325,6 @@ class Backend(ABC, Generic[Options]):
             Unavailable: what is stored is no longer such a program.
         """
         raise Unavailable(
-            f"'{folder}' holds a program for {self.dialect.name}, which cannot be turned into one for another target",
+            f"a program for {self.dialect.name} cannot be turned into one for another target",
             next_step="compile from the model, or save an eager artefact: that can be loaded for every target",
         )

@@ -28,6 +28,7 @@ from typing import Any
 from lorac.errors import ArtifactError, LoracError
 from lorac.ir.store.disk import told
 from lorac.ir.store.folders import foreign, replacing, steady
+from lorac.ir.store.held import HeldFile
 from lorac.ir.store.plans import choice_to_json, plan_to_json
 from lorac.ir.store.strict_json import json_text, parse_object, read_text
 from lorac.runtime.compiled import Compiled
@@ -37,7 +38,6 @@ from lorac.version import VERSION
 FORMAT = 2
 MANIFEST = "manifest.json"
 _SEAL = "seal"
-_CHUNK = 1 << 22
 _NAMED = 5
 """Foreign files that a message names."""
 _FIELDS: dict[str, type | tuple[type, ...]] = {
@@ -179,24 +179,15 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _listed(folder: Path) -> dict[str, Any]:
-    return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "blake2b": file_hash(path)}
-        for path in _files(folder)
-    }
-
-
-def file_hash(path: Path) -> str:
-    """The blake2b hash of a file, 16 bytes as text."""
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+    files = ((path.relative_to(folder).as_posix(), HeldFile(path)) for path in _files(folder))
+    return {name: {"bytes": file.size, "blake2b": file.digest()} for name, file in files}
 
 
 # ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The manifest of an artefact, with every file it lists held against it.
+def opened(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, HeldFile]]:
+    """The manifest of an artefact, and its program's files by name: each opened once, and held against it.
+
+    Adapters, of which there may be more than a process may hold open, are opened one by one (``opened_adapter``).
 
     Raises:
         ArtifactError: no artefact, a damaged or foreign manifest, another version, a path that leads out of the folder,
@@ -204,25 +195,33 @@ def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     folder = Path(folder)
     with told(folder, ArtifactError, "read"):
-        return steady(folder, lambda: _read(folder))
+        return steady(folder, lambda: _opened(folder))
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def _opened(folder: Path) -> tuple[dict[str, Any], dict[str, HeldFile]]:
     manifest = _manifest(folder)
-    for name, entry in manifest["files"].items():
-        _check_file(folder, name, entry)
+    adapters = [entry.get("file") for entry in manifest["adapters"].values() if isinstance(entry, dict)]
+    program = {name: entry for name, entry in manifest["files"].items() if name not in adapters}
+    files = {name: _checked_file(folder, name, entry) for name, entry in program.items()}
     listed = {*manifest["files"], MANIFEST}
     for path in folder.rglob("*"):
         if not path.is_dir() and path.relative_to(folder).as_posix() not in listed:
             raise ArtifactError(f"'{path}' is not in the artefact's manifest", next_step="remove it, or save again")
-    return manifest
+    return manifest, files
 
 
-def inside(manifest: Mapping[str, Any], folder: Path, name: Any) -> Path:
-    """The path of a file that the manifest speaks of elsewhere; it must be one of those it lists."""
-    if name not in manifest["files"]:
-        raise _damaged(folder, f"it speaks of the file {name!r}, which it does not list")
-    return folder / str(name)
+def opened_adapter(folder: Path, manifest: Mapping[str, Any], name: str) -> HeldFile:
+    """The file of an adapter, opened once and held against the manifest.
+
+    Raises:
+        ArtifactError: as ``opened``; also where the manifest does not list it, or where another artefact took the
+            folder's place since the manifest was read: then its hash is another.
+    """
+    entry = manifest["adapters"][name]
+    file = entry.get("file") if isinstance(entry, dict) else None
+    if not isinstance(file, str) or file not in manifest["files"]:
+        raise _damaged(folder, f"it speaks of the file {file!r}, which it does not list")
+    return _checked_file(folder, file, manifest["files"][file])
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -248,7 +247,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _check_file(folder: Path, name: str, entry: Any) -> None:
+def _checked_file(folder: Path, name: str, entry: Any) -> HeldFile:
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or "\\" in name or ":" in parts[0] or {"..", "."} & set(name.split("/")):
         raise _unsafe(folder, name)
@@ -259,17 +258,19 @@ def _check_file(folder: Path, name: str, entry: Any) -> None:
         raise ArtifactError(f"the artefact '{folder}' lacks the file '{name}'", next_step="copy the whole folder again")
     if not isinstance(entry, dict) or entry.keys() != {"bytes", "blake2b"}:
         raise _damaged(folder, f"the entry of '{name}' is not bytes and blake2b")
-    size = path.stat().st_size
+    file = HeldFile(path)
+    size = file.size
     if size != entry["bytes"]:
         raise ArtifactError(
             f"'{path}' has {size} bytes, the manifest says {entry['bytes']}", next_step="copy the whole folder again"
         )
-    found = file_hash(path)
+    found = file.digest()
     if found != entry["blake2b"]:
         raise ArtifactError(
             f"'{path}' has the hash {found}, the manifest says {entry['blake2b']}",
             next_step="it was changed or damaged: copy the whole folder again",
         )
+    return file
 
 
 def _unsafe(folder: Path, name: str) -> ArtifactError:

@@ -6,50 +6,24 @@ import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lorac.errors import BaseNeeded, NeedsRecompile, Unavailable
+from lorac.errors import BaseNeeded, Unavailable
 from lorac.ir.engine import Bound, Engine
 from lorac.ir.host.components import MAIN, require_component
 from lorac.ir.host.sites import BaseReader, Site
-from lorac.ir.slots.choice import UNSET, Active, Choice, Spec, describe, parse_choice, spell
-from lorac.ir.slots.site import Prepared, SitePlan, SiteSlots
-from lorac.ir.slots.snapshot import Snapshot, compose_choice, slots_of
-from lorac.runtime.advice import admitting_reserve, refuse_misfit
+from lorac.ir.slots.choice import UNSET, Active, Choice, Spec, parse_choice, spell
+from lorac.ir.slots.site import Prepared, SitePlan
+from lorac.ir.slots.snapshot import Snapshot
+from lorac.runtime.advice import refuse_misfit
 from lorac.runtime.components import Component
 from lorac.runtime.locks import ReadWriteLock
-from lorac.runtime.pool import Pool, written
+from lorac.runtime.pool import Pool
 from lorac.runtime.report import SwapReport
 from lorac.runtime.services import Services
+from lorac.runtime.states import State, States
 from lorac.runtime.views import Graphs, graphs_of
-
-_CACHED_MIXTURES = 8
-"""States kept for mixtures and strengths; those of whole single adapters are kept as long as the adapter is."""
-
-
-@dataclass(frozen=True, eq=False)
-class _State:
-    """What calls run with: replaced whole, so a call that took it at its start is never half-changed.
-
-    It holds its adapters, so that a call may end with one that was removed meanwhile.
-    """
-
-    snapshot: Snapshot
-    bound: Bound | None
-    adapters: tuple[Any, ...]
-    version: tuple[int, ...]
-    nbytes: int
-
-    @property
-    def choice(self) -> Choice:
-        return self.snapshot.choice
-
-    @property
-    def stale(self) -> bool:
-        """Whether a tensor of its adapters was written since."""
-        return self.version != written(self.adapters)
 
 
 class Compiled:
@@ -75,10 +49,11 @@ class Compiled:
         self._swaps = threading.RLock()
         self._adding = threading.Lock()
         self._calls = ReadWriteLock()
-        self._cache: dict[Choice, _State] = {}
-        self._idle: dict[str, SiteSlots] = {}
         self._answered = threading.local()
-        self._state = self._state_for(())
+        self._states = States(engine, plans, pool, base, self._swaps)
+        self._state = self._states.of(())
+        # What the weights hold in fused mode; None while they are written, and after a write that was interrupted.
+        self._held: Snapshot | None = self._state.snapshot
         if not engine.fused:
             self._activate(self._state)
 
@@ -108,7 +83,7 @@ class Compiled:
         if self.engine.fused:
             return self._call_fused(args, kwargs, adapters, graph)
         computed = self.computes_terms()
-        state = self._state if adapters is UNSET else self._state_for(parse_choice(adapters, self.pool), stale=computed)
+        state = self._state if adapters is UNSET else self._states.of(parse_choice(adapters, self.pool), stale=computed)
         return self._run((state if computed else self._fresh(state)).bound, graph, args, kwargs)
 
     def _run(self, bound: Bound | None, graph: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -124,26 +99,38 @@ class Compiled:
         return self._run(self._state.bound, graph, args, kwargs)
 
     def _call_fused(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], adapters: Any, graph: str) -> Any:
-        if adapters is UNSET:
-            self._rewrite_stale()
-            with self._calls.reading():
+        if adapters is not UNSET:
+            choice = parse_choice(adapters, self.pool)
+            with self._swaps:
+                return self._calls.writing(lambda: self._run_once(choice, graph, args, kwargs))
+        self._rewrite()
+        with self._calls.reading():
+            if self._whole():
                 return self._run(None, graph, args, kwargs)
-        choice = parse_choice(adapters, self.pool)
-        with self._swaps, self._calls.writing():
-            before = self._state.snapshot
-            try:
-                self.engine.write(self._state_for(choice).snapshot)
-                return self._run(None, graph, args, kwargs)
-            finally:
-                self.engine.write(before)
+        return self._call_fused(args, kwargs, adapters, graph)
 
-    def _rewrite_stale(self) -> None:
-        """Write the active weights anew where their adapters were trained since."""
-        if self.computes_terms() or not self._state.stale:
+    def _run_once(self, choice: Choice, graph: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """One call with weights written for it, by one who is alone."""
+        before = self._state.snapshot
+        try:
+            self._put(self._states.of(choice).snapshot)
+            return self._run(None, graph, args, kwargs)
+        finally:
+            self._put(before)
+
+    def _rewrite(self) -> None:
+        """Write the active weights anew where their adapters were trained since, or a write was interrupted."""
+        if self._whole() and (self.computes_terms() or not self._state.stale):
             return
         with self._swaps:
-            if self._state.stale:
+            if not self._whole():
+                self._restore(self._state)
+            elif self._state.stale:
                 self._write(self._state.choice)
+
+    def _whole(self) -> bool:
+        """Whether the weights hold the active choice; a call of its own choice that is running changes that."""
+        return self._held is self._state.snapshot
 
     def _call_rows(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], adapters: Sequence[Spec], graph: str) -> Any:
         from lorac.runtime.rows import run_rows
@@ -187,12 +174,14 @@ class Compiled:
         self.refuse_baked()
         choice = parse_choice(adapters, self.pool)
         with self._swaps:
-            touched, before = self._touched(choice), self._state.choice
+            touched, before = self._touched(choice), self._state
             written, blocked = self._change(choice)
+            changed = self._state
         try:
             self._settle(settle)
         except BaseException:
-            self._change(before)
+            with self._swaps:
+                self._restore(before if self._state is changed else self._state)
             raise
         state = "settled" if self.engine.settled else "bound"
         return SwapReport(state, len(touched), written, time.perf_counter() - begun, blocked)
@@ -214,65 +203,62 @@ class Compiled:
         return {path for name, _ in (*choice, *self._state.choice) for path in self.pool[name].paths}
 
     def _bind(self, choice: Choice) -> int:
-        before, state = self._state, self._state_for(choice)
+        before, state = self._state, self._states.of(choice)
         self._activate(state)
         return 0 if state is before else state.nbytes
 
-    def _activate(self, state: _State) -> None:
-        self._state = state
+    def _activate(self, state: State) -> None:
+        before = self._state
         assert state.bound is not None
-        state.bound.activate()
+        assert before.bound is not None
+        try:
+            state.bound.activate()
+            self._state = state
+        except BaseException:
+            self._state = before
+            before.bound.activate()
+            raise
 
     def _write(self, choice: Choice) -> tuple[int, float]:
-        cached = self._state_for(choice)
+        cached = self._states.of(choice)
         # A snapshot of its own per swap: what settled for an earlier one does not serve this one unasked.
         state = dataclasses.replace(cached, snapshot=dataclasses.replace(cached.snapshot))
-        before = self._state.snapshot
         begun = time.perf_counter()
-        with self._calls.writing():
-            try:
-                written = self.engine.write(state.snapshot)
-            except BaseException:
-                self.engine.write(before)
-                raise
-            self._state = state
+        written = self._calls.writing(lambda: self._exchange(state))
         return written, time.perf_counter() - begun
 
-    def _state_for(self, choice: Choice, *, stale: bool = False) -> _State:
-        """The state of a choice; ``stale``: one made before its adapters were trained will do."""
-        with self._swaps:
-            cached = self._cache.get(choice)
-            if cached is not None and (stale or not cached.stale):
-                return cached
-            state = self._make_state(choice)
-            self._cache[choice] = state
-            mixed = [known for known in self._cache if len(known) > 1 or (known and known[0][1] != Active())]
-            for oldest in mixed[:-_CACHED_MIXTURES]:
-                del self._cache[oldest]
-            return state
-
-    def _make_state(self, choice: Choice) -> _State:
-        adapters = self.pool.named(tuple(name for name, _ in choice))
-        version = written(adapters)
-        snapshot = compose_choice(self.plans, self.pool, choice, self.base)
-        if self.engine.fused:
-            return _State(snapshot, None, adapters, version, 0)
+    def _exchange(self, state: State) -> int:
+        """Make the weights hold a state and make it the active one, by one who is alone; both or none."""
+        before = self._state
         try:
-            slots = slots_of(self.plans, snapshot, self.base, self._idle)
-        except NeedsRecompile as error:
-            together = admitting_reserve([self.pool[name] for name, _ in choice])
-            raise NeedsRecompile(
-                f"{describe(choice)} does not fit together: {error.what}", next_step=f"compile again with {together}"
-            ) from error
-        nbytes = sum(t.nbytes for path in snapshot.composed for t in slots[path].named().values())
-        return _State(snapshot, self.engine.bind(snapshot, slots), adapters, version, nbytes)
+            written = self._put(state.snapshot)
+            self._state = state
+        except BaseException:
+            self._state = before
+            self._put(before.snapshot)
+            raise
+        return written
 
-    def _fresh(self, state: _State) -> _State:
+    def _put(self, snapshot: Snapshot) -> int:
+        """Make the weights hold a snapshot. Where that is interrupted they hold nothing, and the next call puts."""
+        self._held = None
+        written = self.engine.write(snapshot)
+        self._held = snapshot
+        return written
+
+    def _restore(self, state: State) -> None:
+        """Make a state that was the active one that again, whether or not its adapters are still there."""
+        if not self.engine.fused:
+            self._activate(state)
+        elif self._held is not state.snapshot or self._state is not state:
+            self._calls.writing(lambda: self._exchange(state))
+
+    def _fresh(self, state: State) -> State:
         """The state, made anew where its adapters were trained since."""
         if not state.stale:
             return state
         with self._swaps:
-            renewed = self._state_for(state.choice)
+            renewed = self._states.of(state.choice)
             if state is self._state:
                 self._activate(renewed)
         return renewed
@@ -285,7 +271,7 @@ class Compiled:
         return self.pool.adapters
 
     def add_adapter(self, source: Any, name: str | None = None) -> str:
-        """Register an adapter at run time, without a rebuild; returns its name.
+        """Register an adapter at run time, without a rebuild; returns its name. One that fails leaves no trace.
 
         Args:
             source: a path, an Adapter, or a fresh Variant.
@@ -300,11 +286,26 @@ class Compiled:
             adapter = self.services.load(source, name)
             prepared = self._prepared(adapter)
             refuse_misfit(adapter.name, prepared, self.plans, self.sites)
-            self.pool.put(adapter, prepared)
-            self.registered(adapter)
-        if not self.engine.fused:
-            self._state_for(((adapter.name, Active()),))
+            self._all_or_nothing(lambda: self._add(adapter, prepared))
         return str(adapter.name)
+
+    def _add(self, adapter: Any, prepared: Prepared) -> None:
+        self.pool.put(adapter, prepared)
+        self.registered()
+        if not self.engine.fused:
+            self._states.of(((adapter.name, Active()),))
+
+    def _all_or_nothing(self, change: Callable[[], None]) -> None:
+        """Change which adapters there are; where that fails or is interrupted, everything is as before."""
+        with self._swaps:
+            state, entries, kept = self._state, self.pool.entries, dict(self._states.kept)
+            try:
+                change()
+            except BaseException:
+                self.pool.entries, self._states.kept = entries, kept
+                self._restore(state)
+                self.registered()
+                raise
 
     def _prepared(self, adapter: Any) -> Prepared:
         try:
@@ -315,19 +316,29 @@ class Compiled:
             raise
 
     def remove_adapter(self, name: str) -> None:
-        """Forget an adapter. An active one is first taken out of the active choice."""
+        """Forget an adapter, and take it out of the active choice; where that fails, it is there as before."""
         self.refuse_baked()
+        self._all_or_nothing(lambda: self._remove(name))
+
+    def _remove(self, name: str) -> None:
+        remaining = {n: how for n, how in self._state.choice if n != name}
+        if len(remaining) != len(self._state.choice):
+            self.swap(remaining)
+        self.pool.drop(name)
+        self._states.forget(name)
+        self.registered()
+
+    def renew(self) -> None:
+        """Make everything anew that was made of tensors that are other ones now: of another dtype, or elsewhere."""
         with self._swaps:
-            remaining = {n: how for n, how in self._state.choice if n != name}
-            if len(remaining) != len(self._state.choice):
-                self.swap(remaining)
-            self.pool.drop(name)
-            self._cache = {choice: s for choice, s in self._cache.items() if name not in dict(choice)}
-        self.unregistered(name)
+            self.pool.forget_prepared()
+            self._states.clear()
+            if self.mode == "live":
+                self._activate(self._states.of(self._state.choice))
 
     def mark_baked(self, choice: Choice) -> None:
         """Record what a baked engine holds (the compiler's business)."""
-        self._state = self._make_state(choice)
+        self._state = self._states.new(choice)
 
     def refuse_baked(self) -> None:
         """Raise ``Unavailable`` where the adapters are constants of the program."""
@@ -341,11 +352,8 @@ class Compiled:
         """Hook: whether a call made now reads the adapters' own tensors and no slot (eager, in training)."""
         return False
 
-    def registered(self, adapter: Any) -> None:
-        """Hook: an adapter was added (eager registers its parameters)."""
-
-    def unregistered(self, name: str) -> None:
-        """Hook: an adapter was removed."""
+    def registered(self) -> None:
+        """Hook: adapters came or went (eager has the parameters of those that there are)."""
 
     # --- the rest of the interface -------------------------------------------------------------------------------
 

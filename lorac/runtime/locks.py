@@ -1,50 +1,60 @@
-"""Many readers or one writer: calls of a fused engine read its weights, a swap writes them."""
+"""Many readers or one writer: calls of a fused engine read its weights, a swap writes them.
+
+Whoever is interrupted, by Ctrl-C or by an exception from a signal, lets go of what it holds wherever that happens: all
+that is ever held is a lock of the interpreter's own, in a ``with`` of its own. A condition or a context manager written
+in Python would not do, since an interrupt may come between its own lines.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+_AT_ONCE = 4
 
 
 class ReadWriteLock:
-    """Writers go first: a waiting writer holds back new readers, so a swap is not starved by steady calls."""
+    """A lock per reading thread, and a gate that a writer closes before it takes them all.
+
+    Writers go first: one that waits holds back new readers, so a swap is not starved by steady calls.
+    """
 
     def __init__(self) -> None:
-        self._condition = threading.Condition()
-        self._readers = 0
-        self._writers_waiting = 0
-        self._writing = False
+        self._gate = threading.RLock()
+        self._mine = threading.local()
+        self._readers: tuple[weakref.ref[Any], ...] = ()
+        """The locks of threads that have read; they go with their threads."""
 
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Hold off writers for the block."""
-        with self._condition:
-            self._condition.wait_for(lambda: not self._writing and not self._writers_waiting)
-            self._readers += 1
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._readers -= 1
-                self._condition.notify_all()
+    def reading(self) -> Any:
+        """What holds off writers, for a ``with``; waits for a writer that is writing or waits to write."""
+        own = getattr(self._mine, "lock", None)
+        if own is None:
+            own = self._new_reader()
+        with self._gate:
+            pass
+        return own
 
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Wait for running readers, hold new ones for the block; one interrupted while it waits leaves no trace."""
-        with self._condition:
-            self._writers_waiting += 1
-            try:
-                self._condition.wait_for(lambda: not self._writing and not self._readers)
-            except BaseException:
-                self._condition.notify_all()  # an interrupted writer leaves; the readers it held back go on
-                raise
-            finally:
-                self._writers_waiting -= 1
-            self._writing = True
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._writing = False
-                self._condition.notify_all()
+    def writing(self, work: Callable[[], T]) -> T:
+        """Wait for running readers, hold new ones, and do what is to be done alone."""
+        with self._gate:
+            return _holding([lock for ref in self._readers if (lock := ref()) is not None], work)
+
+    def _new_reader(self) -> Any:
+        own = threading.RLock()
+        with self._gate:
+            self._readers = (*(ref for ref in self._readers if ref() is not None), weakref.ref(own))
+            self._mine.lock = own
+        return own
+
+
+def _holding(locks: Sequence[Any], work: Callable[[], T]) -> T:
+    """Do some work with all these locks held, a few at each depth of the stack."""
+    if not locks:
+        return work()
+    first, *rest = locks[:_AT_ONCE]
+    one, two, three = (*rest, first, first, first)[: _AT_ONCE - 1]
+    with first, one, two, three:
+        return _holding(locks[_AT_ONCE:], work)

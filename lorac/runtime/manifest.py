@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorac.ir.store.held import HeldFile
 from lorac.runtime import artifact
 
 
@@ -15,35 +16,46 @@ class Manifest:
     """A manifest whose files were checked.
 
     Attributes:
+        folder: the artefact.
+        told: the whole manifest.
+        files: the program's files by name, held.
         target, mode: as compiled.
         plans: site path -> its plan as JSON.
         active: the active choice as JSON.
-        adapters: name -> its file.
         host: the host's skeleton.
         program: what the target needs besides.
         components: graph name -> what was told of its host.
     """
 
+    folder: Path
+    told: Mapping[str, Any]
+    files: Mapping[str, HeldFile]
     target: str
     mode: str
     plans: Mapping[str, Any]
     active: Mapping[str, Any]
-    adapters: Mapping[str, Path]
     host: Mapping[str, Any]
     program: Mapping[str, Any]
     components: Mapping[str, Any]
 
     @classmethod
     def of(cls, folder: Path) -> Manifest:
-        """The manifest of an artefact, with every file it lists held against it (``artifact.read``)."""
-        told = artifact.read(folder)
+        """The manifest of an artefact, with the program's files held against it (``artifact.opened``)."""
+        told, files = artifact.opened(folder)
         return cls(
+            folder=folder,
+            told=told,
+            files=files,
             target=told["target"],
             mode=told["mode"],
             plans=told["plans"],
             active=told["active"],
-            adapters={n: artifact.inside(told, folder, entry["file"]) for n, entry in told["adapters"].items()},
             host=told["host"],
             program=told["program"],
             components=told["components"],
         )
+
+    def adapters(self) -> Iterator[tuple[str, HeldFile]]:
+        """Each adapter's name and its file, opened and checked when it is asked for."""
+        for name in self.told["adapters"]:
+            yield name, artifact.opened_adapter(self.folder, self.told, name)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorac.errors import Unavailable
 from lorac.ir.slots.choice import UNSET
 from lorac.runtime.compiled import Compiled
 
@@ -16,6 +17,9 @@ class CompiledModule(nn.Module, Compiled):
     """A compiled model that is an nn.Module: ``train``, ``parameters``, ``to``, hooks and ``Trainer`` work on it.
 
     Of its parameters only adapter tensors need gradients. Attributes it lacks are looked up on the host copy.
+
+    Its state dict has the host's under ``host.`` and each adapter's under ``adapter_tensors.<name>.``, where a ``/``
+    stands for a dot within a name (``key_of``); a model with the same adapters takes it by ``load_state_dict``.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -39,13 +43,29 @@ class CompiledModule(nn.Module, Compiled):
         """Whether a call made now reads the adapters' own tensors: in training."""
         return self.engine.computes_terms
 
-    def registered(self, adapter: Any) -> None:
-        """Make an adapter's tensors parameters of this module."""
-        self.adapter_tensors[_key(adapter.name)] = _Tensors(adapter)
+    def registered(self) -> None:
+        """Have the tensors of the pool's adapters as parameters and buffers, and no others."""
+        kept = {module.adapter: module for module in self.adapter_tensors.values()}
+        there = self.pool.adapters
+        made = nn.ModuleDict({key_of(n): kept.get(adapter) or _Tensors(adapter) for n, adapter in there.items()})
+        self.adapter_tensors = made.train(self.training)
 
-    def unregistered(self, name: str) -> None:
-        """Take an adapter's tensors out again."""
-        del self.adapter_tensors[_key(name)]
+    def _apply(self, fn: Any, recurse: bool = True) -> CompiledModule:
+        """As nn.Module's, behind ``to``, ``half`` and ``cuda``: parameters become other ones, which nothing counts.
+
+        Raises:
+            Unavailable: of another dtype, or elsewhere in fused mode, whose weights a swap writes where they lie.
+        """
+        for tensor in self.parameters() if self.mode != "baked" else ():
+            moved = fn(tensor.detach()[:0] if tensor.dim() else tensor.detach().clone())
+            if moved.dtype != tensor.dtype or (self.mode == "fused" and moved.device != tensor.device):
+                raise Unavailable(
+                    "what was compiled stays in its dtype, and in fused mode where it is",
+                    next_step="compile the model again with dtype= or device=",
+                )
+        nn.Module._apply(self, fn, recurse)
+        self.renew()
+        return self
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -79,19 +99,35 @@ class _Tensors(nn.Module):
 
     def __init__(self, adapter: Any) -> None:
         super().__init__()
+        self.adapter = adapter
         for path, tensors in adapter.tensors.items():
             for name, tensor in tensors.items():
-                self._keep(f"{path}.{name}", tensor)
+                self._keep(f"{_escaped(path)}/{_escaped(name)}", tensor)
         for name, tensor in adapter.replaced.items():
-            self._keep(f"replaced.{name}", tensor)
+            self._keep(f"replaced{_OWN}/{_escaped(name)}", tensor)
 
-    def _keep(self, name: str, tensor: torch.Tensor) -> None:
-        key = _key(name)
+    def _keep(self, key: str, tensor: torch.Tensor) -> None:
         if isinstance(tensor, nn.Parameter):
             self.register_parameter(key, tensor)
         else:
             self.register_buffer(key, tensor)
 
 
-def _key(name: str) -> str:
-    return name.replace(".", "/")
+_OWN = "~"
+"""Marks what is lorac's own in a key: behind it stands no digit, as it does in an escape."""
+_TAKEN = frozenset(dir(nn.ModuleDict()))
+"""Names that a container keeps for its own attributes, such as ``items``."""
+
+
+def key_of(name: str) -> str:
+    """A name as a part of a state dict's key: no two names have one key.
+
+    ``.`` becomes ``/``, ``/`` becomes ``~1`` and ``~`` becomes ``~0``; a name that torch's containers keep for
+    themselves gets a ``~`` at its end.
+    """
+    key = _escaped(name)
+    return f"{key}{_OWN}" if key in _TAKEN else key
+
+
+def _escaped(name: str) -> str:
+    return name.replace("~", "~0").replace("/", "~1").replace(".", "/")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lorac.errors import AdapterExists
@@ -26,34 +27,37 @@ class Pool(Mapping[str, Prepared]):
 
     Args:
         prepare: adapter -> its normal forms.
+
+    Attributes:
+        entries: name -> the adapter, what was prepared of it, and how its tensors were then.
     """
 
     def __init__(self, prepare: Callable[[Any], Prepared]) -> None:
         self._prepare = prepare
         self._lock = threading.RLock()
-        self._entries: dict[str, tuple[Any, Prepared, tuple[int, ...]]] = {}
+        self.entries: dict[str, tuple[Any, Prepared, Written]] = {}
 
     def __getitem__(self, name: str) -> Prepared:
         with self._lock:
-            require_known(name, self._entries)
-            adapter, prepared, version = self._entries[name]
-            now = versions(adapter)
-            if now != version:
+            require_known(name, self.entries)
+            adapter, prepared, then = self.entries[name]
+            now = written((adapter,))
+            if now.versions != then.versions:
                 prepared = self._prepare(adapter)
-                self._entries[name] = (adapter, prepared, now)
+                self.entries[name] = (adapter, prepared, now)
             return prepared
 
     def __iter__(self) -> Iterator[str]:
-        return iter(tuple(self._entries))
+        return iter(tuple(self.entries))
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self.entries)
 
     @property
     def adapters(self) -> dict[str, Any]:
         """Name -> adapter."""
         with self._lock:
-            return {name: adapter for name, (adapter, _, _) in self._entries.items()}
+            return {name: adapter for name, (adapter, _, _) in self.entries.items()}
 
     def prepare(self, adapter: Any) -> Prepared:
         """An adapter's normal forms, without registering it."""
@@ -68,19 +72,22 @@ class Pool(Mapping[str, Prepared]):
         """
         with self._lock:
             self.refuse_taken(adapter.name)
-            self._entries = {**self._entries, adapter.name: (adapter, prepared, versions(adapter))}
+            self.entries = {**self.entries, adapter.name: (adapter, prepared, written((adapter,)))}
 
-    def drop(self, name: str) -> Prepared:
-        """Forget an adapter; returns what was prepared of it."""
+    def drop(self, name: str) -> None:
+        """Forget an adapter."""
         with self._lock:
-            require_known(name, self._entries)
-            prepared = self._entries[name][1]
-            self._entries = {key: entry for key, entry in self._entries.items() if key != name}
-            return prepared
+            require_known(name, self.entries)
+            self.entries = {key: entry for key, entry in self.entries.items() if key != name}
+
+    def forget_prepared(self) -> None:
+        """Prepare every adapter anew when it is next asked for: the model has other tensors now."""
+        with self._lock:
+            self.entries = {name: (entry[0], entry[1], Written((), ())) for name, entry in self.entries.items()}
 
     def refuse_taken(self, name: str) -> None:
         """Raise ``AdapterExists`` where the name is taken."""
-        if name in self._entries:
+        if name in self.entries:
             raise AdapterExists(
                 f"an adapter called '{name}' is already there",
                 next_step="remove_adapter it first, or give add_adapter another name=",
@@ -94,18 +101,32 @@ class Pool(Mapping[str, Prepared]):
         """
         with self._lock:
             for name in names:
-                require_known(name, self._entries)
-            return tuple(self._entries[name][0] for name in names)
+                require_known(name, self.entries)
+            return tuple(self.entries[name][0] for name in names)
 
 
-def versions(adapter: HasTensors) -> tuple[int, ...]:
-    """The write counts of an adapter's tensors."""
+@dataclass(frozen=True)
+class Written:
+    """How often the tensors of some adapters were written, and which tensors those are.
+
+    Attributes:
+        versions: each tensor's identity and write count; equal where none was written and none exchanged.
+        tensors: kept, so that no other tensor gets the identity of one of them.
+    """
+
+    versions: tuple[int, ...]
+    tensors: tuple[Any, ...]
+
+
+def written(adapters: Sequence[HasTensors]) -> Written:
+    """How the tensors of adapters are now.
+
+    Writes are those that torch counts: by operations in place, with gradients or without. It counts none through
+    ``tensor.data``, through NumPy, or to a tensor made in inference mode.
+    """
+    tensors = tuple(itertools.chain.from_iterable(adapter.parameters() for adapter in adapters))
     try:
-        return tuple([tensor._version for tensor in adapter.parameters()])
+        counts = [tensor._version for tensor in tensors]
     except RuntimeError:  # a tensor made in inference mode counts nothing; asking each first would slow every call
-        return tuple([0 if tensor.is_inference() else tensor._version for tensor in adapter.parameters()])
-
-
-def written(adapters: Sequence[Any]) -> tuple[int, ...]:
-    """Changes whenever a tensor of one of these adapters is written."""
-    return tuple(itertools.chain.from_iterable(map(versions, adapters)))
+        counts = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+    return Written((*map(id, tensors), *counts), tensors)

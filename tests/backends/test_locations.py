@@ -10,7 +10,9 @@ import pytest
 from onnx import TensorProto, helper
 
 import lorac
-from lorac.backends.onnx.files import WEIGHTS, check_locations
+from lorac.backends.onnx.files import MODEL, WEIGHTS, check_locations
+from lorac.ir.host.components import MAIN
+from lorac.ir.store.held import hold
 
 FLOAT = TensorProto.FLOAT
 
@@ -98,16 +100,21 @@ AWAY: dict[str, TensorProto] = {
 }
 
 
+def check(folder: Path) -> None:
+    names = [name for name in (MODEL, WEIGHTS) if (folder / name).exists()]
+    check_locations(hold(folder, names), MAIN)
+
+
 @pytest.mark.parametrize("place", PLACES, ids=IDS)
 def test_tensors_lie_beside_the_model(place: Callable[[TensorProto], onnx.ModelProto], tmp_path: Path) -> None:
     (tmp_path / WEIGHTS).write_bytes(bytes(24))
-    path = tmp_path / "model.onnx"
+    path = tmp_path / MODEL
     path.write_bytes(place(beside()).SerializeToString())
-    check_locations(path)
+    check(tmp_path)
     for tensor in AWAY.values():
         path.write_bytes(place(tensor).SerializeToString())
         with pytest.raises(lorac.ArtifactError, match="the weight 'w'"):
-            check_locations(path)
+            check(tmp_path)
 
 
 def test_a_place_told_twice(tmp_path: Path) -> None:
@@ -115,12 +122,12 @@ def test_a_place_told_twice(tmp_path: Path) -> None:
     tensor = beside()
     tensor.external_data.add(key="location", value="elsewhere")
     (tmp_path / WEIGHTS).write_bytes(bytes(24))
-    (tmp_path / "model.onnx").write_bytes(initializer(tensor).SerializeToString())
+    (tmp_path / MODEL).write_bytes(initializer(tensor).SerializeToString())
     with pytest.raises(lorac.ArtifactError, match="elsewhere"):
-        check_locations(tmp_path / "model.onnx")
+        check(tmp_path)
 
 
 def test_what_is_no_model(tmp_path: Path) -> None:
-    (tmp_path / "model.onnx").write_bytes(b"\xff" * 100)
+    (tmp_path / MODEL).write_bytes(b"\xff" * 100)
     with pytest.raises(lorac.ArtifactError, match="is no ONNX model"):
-        check_locations(tmp_path / "model.onnx")
+        check(tmp_path)

@@ -19,6 +19,7 @@ from lorac.backends.onnx.files import MODEL, WEIGHTS
 from lorac.backends.onnx.selftest import self_test
 from lorac.backends.onnxruntime.engine import GraphSession, OrtEngine
 from lorac.backends.onnxruntime.session import new_session
+from lorac.ir.store.held import hold
 
 building = importlib.import_module("lorac.backends.onnxruntime.build")  # its package has a function of that name
 
@@ -96,14 +97,14 @@ def _sabotaged(built: Built, folder: Path, change: Callable[[ir.Model], None]) -
     change(model)
     ir.save(model, folder / MODEL, external_data=WEIGHTS, size_threshold_bytes=1 << 30)
     shutil.copyfile(built.engine.folder / building.BASE, folder / building.BASE)
-    engine = built.engine
+    files, engine = hold(folder, (MODEL, building.BASE)), built.engine
     part = engine.parts["main"]
     return OrtEngine(
-        parts={"main": GraphSession(new_session(folder / MODEL, engine.options), part.signature, part.slots)},
+        parts={"main": GraphSession(new_session(files, "main", engine.options), part.signature, part.slots)},
         plans=engine.plans,
         base=engine.base,
         mode=engine.mode,
-        folder=folder,
+        files=files,
         options=engine.options,
     )
 

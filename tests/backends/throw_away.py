@@ -28,6 +28,7 @@ from lorac.ir.engine import (
     BuildRequest,
     Dialect,
     Engine,
+    Files,
     Gate,
     Stored,
     TargetOptions,
@@ -36,6 +37,7 @@ from lorac.ir.graph.feeds import fed, named_tensors
 from lorac.ir.host.sites import SiteKind
 from lorac.ir.slots.site import Ranks, SitePlan, SiteSlots
 from lorac.ir.slots.snapshot import Snapshot
+from lorac.ir.store.held import HeldFile
 
 DIALECT: Dialect[ir.Model] = Dialect(
     name="plain",
@@ -115,10 +117,10 @@ class Plain(Backend[Options]):
     def store(self, engine: Engine, folder: Path, request: Callable[[], BuildRequest[Options]]) -> Stored:
         raise Unavailable("the plain target stores nothing")
 
-    def restore(self, stored: Stored, folder: Path, plans: Mapping[str, SitePlan], mode: str, device: Any) -> Engine:
+    def restore(self, stored: Stored, files: Files, plans: Mapping[str, SitePlan], mode: str, device: Any) -> Engine:
         raise Unavailable("the plain target stores nothing")
 
-    def base_file(self, folder: Path) -> Path:
+    def base_file(self, files: Files) -> HeldFile:
         raise Unavailable("the plain target stores nothing")
 
 

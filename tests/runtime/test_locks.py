@@ -40,13 +40,49 @@ def test_a_writer_interrupted_while_it_waits_leaves_no_trace() -> None:
     try:
         waiting.start()
         signal.setitimer(signal.ITIMER_REAL, 0.2)
-        with pytest.raises(Interrupted), lock.writing():
-            raise AssertionError("a reader was still there")
+        with pytest.raises(Interrupted):
+            lock.writing(lambda: pytest.fail("a reader was still there"))
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
     assert again.wait(5)
     leave.set()
     held.join(30)
-    with lock.writing():
-        pass
+    assert lock.writing(lambda: "alone") == "alone"
+
+
+def test_writers_are_alone_among_many_readers() -> None:
+    """More threads than one frame of the stack holds, some of which end meanwhile."""
+    lock, inside, seen, stop = ReadWriteLock(), [0], [0], threading.Event()
+    count = threading.Lock()
+
+    def read() -> None:
+        while not stop.is_set():
+            with lock.reading():
+                with count:
+                    inside[0] += 1
+                with count:
+                    inside[0] -= 1
+
+    def wrote() -> None:
+        seen[0] += 1
+        assert inside == [0]
+
+    for _ in range(3):
+        readers = [threading.Thread(target=read, daemon=True) for _ in range(11)]
+        for reader in readers:
+            reader.start()
+        for _ in range(20):
+            lock.writing(wrote)
+        stop.set()
+        for reader in readers:
+            reader.join(30)
+        stop.clear()
+    assert seen == [60]
+    assert len(lock._readers) == 11
+
+
+def test_a_reader_that_writes() -> None:
+    lock = ReadWriteLock()
+    with lock.reading():
+        assert lock.writing(lambda: "alone") == "alone"

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import lorac
+from lorac.runtime.module import key_of
 from lorac.testing.checks import assert_close
 from lorac.variants.params import ParamSpec
-from tests.runtime.switching import ENTRY, adapter, answer, build, pair, raw
+from tests.runtime.switching import ENTRY, X, adapter, answer, build, pair, raw
 
 TARGETS = ("eager", "onnxruntime")
 ROOM = lorac.Reserve(targets=("up", "down", "head"), rank=4, adapters=2, scales=True)
@@ -169,6 +170,74 @@ def test_a_removed_name_is_unknown():
     ):
         with pytest.raises(lorac.AdapterNotFound, match="no adapter is called 'b'"):
             use()
+
+
+ODD = ["items", "update", "half", "type", "training", "items~", "a.b", "a/b", "a~1b", "a//b", "..", "日 本", "x" * 300]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_any_text_is_a_name(target, tmp_path):
+    """Also what torch keeps for itself, and texts that a simpler spelling would confuse."""
+    example = {} if target == "onnxruntime" else {"example_inputs": {"tokens": X}}
+    compiled = build([adapter("lora", "a")], target, **example)
+    wanted = raw(answer(compiled, adapters="a"))
+    for name in ODD:
+        compiled.add_adapter(adapter("lora", "a"), name=name)
+    assert list(compiled.adapters) == ["a", *ODD]
+    compiled.save(tmp_path / "it")
+    loaded = lorac.load(tmp_path / "it")
+    loaded_wanted = raw(answer(loaded, adapters="a"))
+    for name in ODD:
+        compiled.swap(name)
+        assert raw(answer(compiled)) == wanted
+        assert raw(answer(loaded, adapters=name)) == loaded_wanted
+        compiled.remove_adapter(name)
+    assert list(compiled.adapters) == ["a"]
+
+
+@pytest.mark.parametrize("name", ["", "\ud800"])
+def test_what_is_no_name_is_refused_before_anything_happens(name):
+    compiled = build([adapter("lora", "a")], "eager")
+    names = list(compiled.state_dict())
+    for add in (
+        lambda: compiled.add_adapter(adapter("lora", "a"), name=name),
+        lambda: build({name: adapter("lora", "a")}, "eager"),
+    ):
+        with pytest.raises(lorac.AdapterError, match="cannot be called"):
+            add()
+    assert list(compiled.state_dict()) == names
+
+
+def test_no_two_names_have_one_key():
+    keys = {key_of(name) for name in ODD}
+    assert len(keys) == len(ODD)
+    assert not any("." in key for key in keys)
+    assert key_of("sql-2") == "sql-2"
+    assert key_of("a.b") == "a/b"
+
+
+def test_a_state_dict_goes_from_one_model_to_another():
+    adapters = {"a.b": adapter("lora", "a"), "items": adapter("hydra", "b")}
+    one, other = (lorac.compile(ENTRY.fresh(), adapters) for _ in range(2))
+    with torch.no_grad():
+        for parameter in one.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.5)
+    assert raw(answer(one, adapters="items")) != raw(answer(other, adapters="items"))
+    other.load_state_dict(one.state_dict())
+    for name in ("a.b", "items"):
+        assert raw(answer(one, adapters=name)) == raw(answer(other, adapters=name))
+
+
+@pytest.mark.parametrize("mode", ["live", "fused"])
+def test_what_was_compiled_keeps_its_dtype(mode):
+    compiled = build([adapter("lora", "a")], "eager", mode)
+    compiled.swap("a")
+    before = raw(answer(compiled))
+    assert raw(answer(compiled.to("cpu"))) == before
+    with pytest.raises(lorac.Unavailable, match="dtype="):
+        compiled.to(torch.float64)
+    assert raw(answer(compiled)) == before
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from lorac.backends.eager.fastpath import run_layers_inside
 from lorac.backends.eager.products import multiply_as
 from lorac.backends.eager.program import ProgramEngine, StoredGraph
 from lorac.errors import Unavailable
-from lorac.ir.engine import AnyDialect, Backend, BuildRequest, Dialect, Engine, Gate, Stored, TargetOptions
+from lorac.ir.engine import AnyDialect, Backend, BuildRequest, Dialect, Engine, Files, Gate, Stored, TargetOptions
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.program import Program
 from lorac.ir.graph.signature import CallSignature
@@ -25,6 +24,7 @@ from lorac.ir.host.copying import structural_copy
 from lorac.ir.host.sites import Site
 from lorac.ir.slots.emits import refuse_unemitted
 from lorac.ir.slots.site import SitePlan
+from lorac.ir.store.held import HeldFile
 from lorac.ir.store.plans import slot_from_json, slot_to_json
 from lorac.ir.store.program import StoredProgram, tensors_of, to_json
 from lorac.ir.store.tensors import TensorFile, base_tensors, file_base
@@ -72,8 +72,8 @@ class Eager(Backend[Options]):
     def store(self, engine: Engine, folder: Path, request: Callable[[], BuildRequest[Options]]) -> Stored:
         """Write the program and its weights, the base weights of planned sites among them."""
         if isinstance(engine, ProgramEngine):
-            for name in (_PROGRAM, _WEIGHTS):
-                shutil.copyfile(engine.folder / name, folder / name)
+            for name, held in engine.files.items():
+                held.copy_to(folder / name)
             return {"graphs": {name: _described(p.signature, p.slots) for name, p in engine.parts.items()}}
         made = request()
         program = made.program(made.options.aux)
@@ -87,7 +87,7 @@ class Eager(Backend[Options]):
         return {"graphs": {name: _described(program.signatures[name], g.slots) for name, g in program.graphs.items()}}
 
     def restore(
-        self, stored: Stored, folder: Path, plans: Mapping[str, SitePlan], mode: str, device: str | torch.device | None
+        self, stored: Stored, files: Files, plans: Mapping[str, SitePlan], mode: str, device: str | torch.device | None
     ) -> ProgramEngine:
         """An engine that runs the stored program; it answers, and does not train."""
         place = None if device is None else torch.device(device)
@@ -96,22 +96,23 @@ class Eager(Backend[Options]):
                 "a fused eager artefact runs on the CPU only",
                 next_step="save it in live mode, or load it with target='onnxruntime'",
             )
-        file = TensorFile(self.base_file(folder))
-        parts = _parts(stored, folder, file)
+        file = TensorFile(self.base_file(files))
+        parts = _parts(stored, files, file)
         for part in parts.values():
             part.program.to(place)
         base = file_base(file)
-        return ProgramEngine(parts=parts, plans=plans, base=base, mode=mode, folder=folder, device=place)
+        kept = {name: files[name] for name in (_PROGRAM, _WEIGHTS)}
+        return ProgramEngine(parts=parts, plans=plans, base=base, mode=mode, files=kept, device=place)
 
-    def base_file(self, folder: Path) -> Path:
+    def base_file(self, files: Files) -> HeldFile:
         """The file with the base weights."""
-        return folder / _WEIGHTS
+        return files[_WEIGHTS]
 
     def program_of(
-        self, stored: Stored, folder: Path, sites: Mapping[str, Site], plans: Mapping[str, SitePlan]
+        self, stored: Stored, files: Files, sites: Mapping[str, Site], plans: Mapping[str, SitePlan]
     ) -> Program:
         """The stored program as graphs again, at level expanded."""
-        parts = _parts(stored, folder, TensorFile(self.base_file(folder)))
+        parts = _parts(stored, files, TensorFile(self.base_file(files)))
         graphs = {name: _graph(name, part, sites, plans) for name, part in parts.items()}
         return Program(graphs, {name: part.signature for name, part in parts.items()})
 
@@ -134,9 +135,9 @@ def _described(signature: CallSignature, slots: Mapping[str, Any]) -> dict[str, 
     return {"signature": signature.to_json(), "slots": [slot_to_json(slot) for slot in slots.values()]}
 
 
-def _parts(stored: Stored, folder: Path, file: TensorFile) -> dict[str, StoredGraph]:
+def _parts(stored: Stored, files: Files, file: TensorFile) -> dict[str, StoredGraph]:
     entries: Any = stored["graphs"]
-    nodes = json.loads((folder / _PROGRAM).read_text(encoding="utf-8"))
+    nodes = json.loads(files[_PROGRAM].read())
     return {
         name: StoredGraph(
             StoredProgram(nodes[name], file),

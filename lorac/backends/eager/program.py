@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from lorac.ir.engine import Answer, Binding, Engine
+from lorac.ir.engine import Answer, Binding, Engine, Files
 from lorac.ir.graph.feeds import fed, grouped_aux, named_tensors
 from lorac.ir.graph.graph import SlotInput
 from lorac.ir.graph.signature import CallSignature
@@ -45,12 +44,12 @@ class ProgramEngine(Engine):
         plans: slots of every site.
         base: reads base weights.
         mode: ``"live"``, ``"fused"`` or ``"baked"``.
-        folder: the artefact.
+        files: the stored program.
         device: where the program runs; the adapters stay where they are, what a choice puts into slots goes there.
     """
 
     target = "eager"
-    folder: Path
+    files: Files
 
     def __init__(
         self,
@@ -59,13 +58,13 @@ class ProgramEngine(Engine):
         plans: Mapping[str, SitePlan],
         base: BaseReader,
         mode: str,
-        folder: Path,
+        files: Files,
         device: torch.device | None = None,
     ) -> None:
         self.parts = parts
         self.slots = {name: slot for part in parts.values() for name, slot in part.slots.items()}
         self.plans = fed(self.slots, plans)
-        self.base, self.mode, self.folder, self.device = base, mode, folder, device
+        self.base, self.mode, self.files, self.device = base, mode, files, device
         self.buffers, memory = fused_buffers(self.plans, base) if self.fused else ({}, {})
         self._memory = memory
 

@@ -1,7 +1,9 @@
 """Emitted programs on disk: each graph's model with its weights beside it.
 
-Weights go beside the model as external data, so that models over 2 GB work and ONNX Runtime maps them instead of
-reading them. The only graph of a single model lies in the folder itself, the graphs of several in a folder each.
+Weights go beside the model as external data, so that models over 2 GB work, and they are mapped instead of read. The
+files are held once they are written or checked (``lorac.ir.store.held``): a library is handed what they hold, never
+their paths, by which it might meet others. The only graph of a single model lies in the folder itself, the graphs of
+several in a folder each.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import torch
@@ -18,7 +22,9 @@ from google.protobuf.message import DecodeError, Message
 
 from lorac.errors import ArtifactError, short
 from lorac.ir.host.components import MAIN
+from lorac.ir.store.held import HeldFile
 
+Array = npt.NDArray[Any]
 MODEL, WEIGHTS, BASE = "model.onnx", "model.onnx.data", "base.safetensors"
 _BESIDE = 1024
 """Bytes from which a weight lies beside the model."""
@@ -32,12 +38,20 @@ def home_of(folder: Path, graph: str) -> Path:
     return folder if graph == MAIN else folder / "graphs" / graph
 
 
-def write(model: ir.Model, folder: Path) -> Path:
-    """Write a model and its weights into a folder; returns the model's path."""
+def name_of(graph: str, leaf: str) -> str:
+    """The name of a graph's file, from the program's folder on, with slashes."""
+    return (home_of(Path(), graph) / leaf).as_posix()
+
+
+def names_of(graphs: Iterable[str]) -> list[str]:
+    """Names of all the files that a program may have; a model without large weights has none beside it."""
+    return [BASE, *(name_of(graph, leaf) for graph in graphs for leaf in (MODEL, WEIGHTS))]
+
+
+def write(model: ir.Model, folder: Path) -> None:
+    """Write a model and its weights into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / MODEL
-    ir.save(model, path, external_data=WEIGHTS, size_threshold_bytes=_BESIDE)
-    return path
+    ir.save(model, folder / MODEL, external_data=WEIGHTS, size_threshold_bytes=_BESIDE)
 
 
 def bake(model: ir.Model, constants: Mapping[str, torch.Tensor]) -> None:
@@ -56,28 +70,57 @@ def bake(model: ir.Model, constants: Mapping[str, torch.Tensor]) -> None:
         model.graph.initializers[str(value.name)] = value
 
 
-def written_files(folder: Path, graphs: Iterable[str]) -> list[Path]:
-    """The files of a program, relative to its folder; a model without large weights has none beside it."""
-    homes = [home_of(folder, graph) for graph in graphs]
-    wanted = [folder / BASE, *(home / name for home in homes for name in (MODEL, WEIGHTS))]
-    return [path.relative_to(folder) for path in wanted if path.exists()]
+def read(files: Mapping[str, HeldFile], graph: str) -> tuple[ir.Model, dict[str, Array]]:
+    """A model, and by name the weights that lie beside it, mapped where they lie; not one is copied.
+
+    Weights of nested graphs are in the model itself then: none can be handed over from outside.
+
+    Raises:
+        ArtifactError: a weight is not where the model says it is.
+    """
+    with files[name_of(graph, MODEL)].named() as path:
+        model = ir.load(path)
+    held = files.get(name_of(graph, WEIGHTS))
+    data = memoryview(held.mapped() if held is not None and held.size else b"")
+    where = files[name_of(graph, MODEL)].where
+    for nested in model.graphs():
+        for value in _beside(nested) if nested is not model.graph else ():
+            value.const_value = ir.tensor(_weight(value, data, where), name=value.name)
+    return model, {str(value.name): _weight(value, data, where) for value in _beside(model.graph)}
 
 
-def check_locations(path: Path) -> None:
+def _beside(graph: ir.Graph) -> list[ir.Value]:
+    return [value for value in graph.initializers.values() if isinstance(value.const_value, ir.ExternalTensor)]
+
+
+def _weight(value: ir.Value, data: memoryview, model: Path) -> Array:
+    tensor: Any = value.const_value
+    try:
+        values: Array = np.frombuffer(data, tensor.dtype.numpy(), int(tensor.size), tensor.offset or 0)
+    except ValueError as error:
+        raise ArtifactError(f"'{model}' keeps the weight '{value.name}' where its file has none") from error
+    return values.reshape(tuple(tensor.shape.numpy()))
+
+
+def check_locations(files: Mapping[str, HeldFile], graph: str) -> None:
     """A model names the files its tensors lie in: none but the one beside it is read, and no byte beyond its end.
 
     Tensors are looked for wherever ONNX allows them: initializers, dense or sparse, of the graph and of graphs in
     nodes, constants and other attributes, functions.
 
+    Args:
+        files: the program, held.
+        graph: which of its graphs.
+
     Raises:
         ArtifactError: it is no model, or names another file or another place in it.
     """
+    held, beside = files[name_of(graph, MODEL)], files.get(name_of(graph, WEIGHTS))
+    path, size = held.where, 0 if beside is None else beside.size
     try:
-        model = onnx.load(path, load_external_data=False)
+        model = onnx.load_from_string(held.read())
     except DecodeError as error:
         raise ArtifactError(f"'{path}' is no ONNX model: {error}", next_step="copy the whole folder again") from error
-    beside = path.parent / WEIGHTS
-    size = beside.stat().st_size if beside.is_file() else 0
     for tensor in _tensors(model):
         if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
             _check_location(path, tensor, size)

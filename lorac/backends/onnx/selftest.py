@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Protocol
 
 import onnx_ir as ir
@@ -17,8 +16,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from lorac.backends.onnx.checks import check_constants, check_inputs, failed, same
-from lorac.backends.onnx.files import MODEL, home_of
+from lorac.backends.onnx.files import MODEL, name_of
 from lorac.errors import SelfTestFailed
+from lorac.ir.engine import Files
 from lorac.ir.graph.edit import KEYWORD
 from lorac.ir.graph.feeds import named_tensors
 from lorac.ir.graph.graph import Graph, SlotInput
@@ -45,11 +45,11 @@ class Emitted(Protocol):
     """An engine over emitted models, as far as it is tried here.
 
     Attributes:
-        mode, folder, base: as ``lorac.ir.engine.Engine``'s.
+        mode, files, base: as ``lorac.ir.engine.Engine``'s.
     """
 
     mode: str
-    folder: Path
+    files: Files
     base: BaseReader
 
     @property
@@ -94,7 +94,7 @@ def self_test(engine: Emitted, program: Program, snapshot: Snapshot) -> None:
     with torch.no_grad():
         contents = (_Written if engine.fused else _Bound)(engine, snapshot)
         for name, graph in program.graphs.items():
-            model = ir.load(home_of(engine.folder, name) / MODEL)
+            model = ir.load(engine.files[name_of(name, MODEL)].where)
             check_inputs(model, [] if baked else list(graph.slots), list(graph.slots))
             changed = {} if baked else _changed(_part(contents.old(), graph), contents.idle)
             check_constants(model, changed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,17 @@ from typing import Any
 import onnxruntime as ort
 import torch
 
-from lorac.backends.onnx.files import BASE, MODEL, check_locations, home_of, written_files
+from lorac.backends.onnx.files import BASE, check_locations, names_of
 from lorac.backends.onnxruntime.build import build
 from lorac.backends.onnxruntime.dialect import DIALECT
 from lorac.backends.onnxruntime.engine import GraphSession, OrtEngine
 from lorac.backends.onnxruntime.options import Options
 from lorac.backends.onnxruntime.session import new_session
 from lorac.errors import Unavailable
-from lorac.ir.engine import AnyDialect, Backend, BuildRequest, Engine, Stored
+from lorac.ir.engine import AnyDialect, Backend, BuildRequest, Engine, Files, Stored
 from lorac.ir.graph.signature import CallSignature
 from lorac.ir.slots.site import SitePlan
+from lorac.ir.store.held import HeldFile
 from lorac.ir.store.plans import slot_from_json, slot_to_json
 from lorac.ir.store.tensors import TensorFile, file_base
 
@@ -40,34 +40,33 @@ class OnnxRuntime(Backend[Options]):
     def store(self, engine: Engine, folder: Path, request: Callable[[], BuildRequest[Options]]) -> Stored:
         """Copy the emitted models, their weights and the base weights."""
         assert isinstance(engine, OrtEngine)
-        for file in written_files(engine.folder, engine.parts):
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(engine.folder / file, folder / file)
+        for name, held in engine.files.items():
+            held.copy_to(folder / name)
         return {
             "graphs": {name: _described(part) for name, part in engine.parts.items()},
             "options": dataclasses.asdict(engine.options),
         }
 
     def restore(
-        self, stored: Stored, folder: Path, plans: Mapping[str, SitePlan], mode: str, device: str | torch.device | None
+        self, stored: Stored, files: Files, plans: Mapping[str, SitePlan], mode: str, device: str | torch.device | None
     ) -> OrtEngine:
-        """Sessions over the models where they lie; their weights are mapped."""
+        """Sessions over the models as they are held; their weights are mapped."""
         given: Any = stored
         options = Options(**given["options"])
         if device is not None:
             options = dataclasses.replace(options, providers=_providers(str(device)))
         return OrtEngine(
-            parts={name: _part(home_of(folder, name), entry, options) for name, entry in given["graphs"].items()},
+            parts={name: _part(name, files, entry, options) for name, entry in given["graphs"].items()},
             plans=plans,
-            base=file_base(TensorFile(self.base_file(folder))),
+            base=file_base(TensorFile(self.base_file(files))),
             mode=mode,
-            folder=folder,
+            files={name: files[name] for name in names_of(given["graphs"]) if name in files},
             options=options,
         )
 
-    def base_file(self, folder: Path) -> Path:
+    def base_file(self, files: Files) -> HeldFile:
         """The file with the base weights."""
-        return folder / BASE
+        return files[BASE]
 
 
 BACKEND = OnnxRuntime()
@@ -80,11 +79,11 @@ def _described(part: GraphSession) -> dict[str, Any]:
     }
 
 
-def _part(home: Path, stored: Mapping[str, Any], options: Options) -> GraphSession:
-    check_locations(home / MODEL)
+def _part(graph: str, files: Files, stored: Mapping[str, Any], options: Options) -> GraphSession:
+    check_locations(files, graph)
     slots = [slot_from_json(slot) for slot in stored["slots"]]
     return GraphSession(
-        new_session(home / MODEL, options),
+        new_session(files, graph, options),
         CallSignature.from_json(stored["signature"]),
         {slot.name: slot for slot in slots},
     )

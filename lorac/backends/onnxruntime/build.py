@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from lorac.backends.onnx.emit import emit
-from lorac.backends.onnx.files import BASE, bake, home_of, write
+from lorac.backends.onnx.files import BASE, bake, home_of, names_of, write
 from lorac.backends.onnx.selftest import self_test
 from lorac.backends.onnxruntime.dialect import DIALECT
 from lorac.backends.onnxruntime.engine import GraphSession, OrtEngine
@@ -17,6 +17,7 @@ from lorac.ir.graph.feeds import named_tensors
 from lorac.ir.graph.program import Program
 from lorac.ir.slots.emits import refuse_unemitted
 from lorac.ir.slots.snapshot import slots_of
+from lorac.ir.store.held import hold
 from lorac.ir.store.owners import remove_with, temporary_folder
 from lorac.ir.store.tensors import TensorFile, base_tensors, by_columns, file_base
 from lorac.progress import Progress, progress
@@ -41,19 +42,20 @@ def _build(request: BuildRequest[Options], folder: Path, report: Progress) -> Or
     report.step("capture and passes")
     program = request.program(options.aux)
     report.step("emission")
-    paths = _emitted(program, request, folder)
+    _emit(program, request, folder)
     report.step("session")
     tensors = base_tensors(request.model, {path: plan.site for path, plan in plans.items()})
     TensorFile.write(folder / BASE, tensors, by_columns(plans.values()))
+    files = hold(folder, (name for name in names_of(program.graphs) if (folder / name).exists()))
     engine = OrtEngine(
         parts={
-            name: GraphSession(new_session(path, options), program.signatures[name], program.graphs[name].slots)
-            for name, path in paths.items()
+            name: GraphSession(new_session(files, name, options), program.signatures[name], graph.slots)
+            for name, graph in program.graphs.items()
         },
         plans=plans,
-        base=file_base(TensorFile(folder / BASE)),
+        base=file_base(TensorFile(files[BASE])),
         mode=request.mode,
-        folder=folder,
+        files=files,
         options=options,
     )
     if options.self_test:
@@ -62,14 +64,12 @@ def _build(request: BuildRequest[Options], folder: Path, report: Progress) -> Or
     return engine
 
 
-def _emitted(program: Program, request: BuildRequest[Options], folder: Path) -> dict[str, Path]:
-    """Graph name -> its model, written."""
+def _emit(program: Program, request: BuildRequest[Options], folder: Path) -> None:
+    """Write each graph's model."""
     baked = request.mode == "baked"
     slots = slots_of(request.plans, request.snapshot, request.base) if baked else {}
-    paths = {}
     for name, graph in program.graphs.items():
         model = emit(graph, program.signatures[name], DIALECT)
         if baked:
             bake(model, named_tensors(graph.slots, request.plans, slots))
-        paths[name] = write(model, home_of(folder, name))
-    return paths
+        write(model, home_of(folder, name))

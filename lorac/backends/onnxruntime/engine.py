@@ -14,13 +14,12 @@ import onnxruntime as ort
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lorac.backends.onnx.files import home_of
+from lorac.backends.onnx.files import BASE
 from lorac.backends.onnxruntime.inputs import wanted
 from lorac.backends.onnxruntime.options import Options
-from lorac.backends.onnxruntime.session import session_options
 from lorac.backends.onnxruntime.settling import settled_session
 from lorac.errors import Unavailable
-from lorac.ir.engine import Answer, Binding, Engine
+from lorac.ir.engine import Answer, Binding, Engine, Files
 from lorac.ir.graph.feeds import fed, grouped_aux, named_tensors
 from lorac.ir.graph.graph import SlotInput
 from lorac.ir.graph.signature import CallSignature
@@ -71,12 +70,12 @@ class OrtEngine(Engine):
         plans: slots of every site.
         base: reads base weights without the host.
         mode: ``"live"``, ``"fused"`` or ``"baked"``.
-        folder: where the emitted program lies; removed with the engine that made it.
+        files: the emitted program and the base weights, held.
         options: the target's options.
     """
 
     target = "onnxruntime"
-    folder: Path
+    files: Files
 
     def __init__(
         self,
@@ -85,13 +84,13 @@ class OrtEngine(Engine):
         plans: Mapping[str, SitePlan],
         base: BaseReader,
         mode: str,
-        folder: Path,
+        files: Files,
         options: Options,
     ) -> None:
         self.parts = parts
         self.slots = {name: slot for part in parts.values() for name, slot in part.slots.items()}
         self.plans = fed(self.slots, plans)
-        self.base, self.mode, self.folder, self.options = base, mode, folder, options
+        self.base, self.mode, self.files, self.options = base, mode, files, options
         self.settles_alone = self.fused and options.settle == "background"
         self._contiguous = WeakTensorKeyDictionary()
         self.buffers, self.memory = fused_buffers(self.plans, base) if self.fused else ({}, {})
@@ -141,8 +140,12 @@ class OrtEngine(Engine):
         constants = {slot: self.memory[slot] for slot in part.slots if slot in self.memory}
         if not constants:
             return part.session
-        home = home_of(self.folder, name)
-        return settled_session(home, constants, session_options(self.options), list(self.options.providers))
+        return settled_session(self.files, name, constants, self.options)
+
+    @property
+    def folder(self) -> Path:
+        """Where the program lay when it was opened; nothing is read from there any more."""
+        return self.files[BASE].where.parent
 
     @property
     def settled(self) -> bool:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import onnx
@@ -24,14 +23,13 @@ _NAMES = {
 }
 
 
-def no_kernel(path: Path, error: Exception) -> Unavailable:
+def no_kernel(model: onnx.ModelProto, error: Exception) -> Unavailable:
     """The error for a session that was not made for lack of a kernel.
 
     Args:
-        path: the model.
+        model: what it was to be made of.
         error: the session's, which names an op and, where it is the model's own, a node.
     """
-    model = onnx.load(path, load_external_data=False)
     found = _MISSING.search(str(error))
     op, name = found.groups() if found else ("an op", "")
     given = {value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)}

@@ -1,14 +1,20 @@
-"""Sessions, always made with the same settings."""
+"""Sessions, always made with the same settings, over files that are held."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import mmap
+import sys
+from collections.abc import Mapping
+from typing import Any
 
+import onnx_ir as ir
 import onnxruntime as ort
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
+from lorac.backends.onnx.files import Array, read
 from lorac.backends.onnxruntime.kernels import no_kernel
 from lorac.backends.onnxruntime.options import Options
+from lorac.ir.engine import Files
 
 
 def session_options(options: Options) -> ort.SessionOptions:
@@ -20,13 +26,66 @@ def session_options(options: Options) -> ort.SessionOptions:
     return settings
 
 
-def new_session(path: Path, options: Options) -> ort.InferenceSession:
-    """A session over an emitted model.
+def new_session(
+    files: Files, graph: str, options: Options, constants: Mapping[str, Array] | None = None
+) -> ort.InferenceSession:
+    """A session over a graph's model.
+
+    It gets the model's bytes and its weights as they are mapped, no path: whatever lies at the files' places by now is
+    not asked. What is not prepacked is read in place, as ONNX Runtime does with weights that it maps itself.
+
+    Args:
+        files: the program, held.
+        graph: which of its graphs.
+        options: the target's.
+        constants: slot input -> what it holds in this session, for good; kept with the session, and not copied.
 
     Raises:
+        ArtifactError: a weight is not where the model says it is.
         Unavailable: an op has no kernel in the model's dtype.
     """
+    model, weights = read(files, graph)
+    handed = {**weights, **_fixed(model, constants or {})}
+    settings = session_options(options)
+    values = [_over(array, model.graph.initializers[name]) for name, array in handed.items()]
+    settings.add_external_initializers(list(handed), values)
+    proto = ir.to_proto(model)
     try:
-        return ort.InferenceSession(str(path), session_options(options), providers=list(options.providers))
+        session = ort.InferenceSession(proto.SerializeToString(), settings, providers=list(options.providers))
     except NoKernel as error:
-        raise no_kernel(path, error) from error
+        raise no_kernel(proto, error) from error
+    _let_go(weights)
+    session.lorac_constants = handed
+    return session
+
+
+def _fixed(model: ir.Model, constants: Mapping[str, Array]) -> dict[str, Array]:
+    """Make slots initializers whose values are handed over with the session; those that the model has."""
+    fixed = {}
+    for value in list(model.graph.inputs):
+        name = str(value.name)
+        if name not in constants:
+            continue
+        fixed[name] = array = constants[name]
+        model.graph.inputs.remove(value)
+        kind, shape = ir.tensor(array[:0]).dtype, ir.Shape(array.shape)
+        value.const_value = ir.ExternalTensor("handed over", 0, array.nbytes, kind, shape=shape, name=name)
+        model.graph.initializers[name] = value
+    return fixed
+
+
+def _over(array: Array, value: ir.Value) -> ort.OrtValue:
+    """An OrtValue over an array's own memory."""
+    assert value.const_value is not None
+    made = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, int(value.const_value.dtype))
+    assert not array.size or made.data_ptr() == array.ctypes.data
+    return made
+
+
+def _let_go(weights: Mapping[str, Array]) -> None:
+    """Give back the memory that mapped weights took while they were prepacked; what is read again is mapped again."""
+    data: Any = next((array for array in weights.values()), None)
+    while data is not None and not isinstance(data, mmap.mmap):
+        data = data.obj if isinstance(data, memoryview) else data.base
+    if data is not None and sys.platform == "linux":
+        data.madvise(mmap.MADV_DONTNEED)

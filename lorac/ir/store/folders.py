@@ -62,7 +62,7 @@ def replacing(target: Path, owned: Owned = lambda _: ()) -> Iterator[Path]:
     target = Path(os.path.realpath(target))
     if os.path.ismount(target):  # unlike Path.is_mount, it bears that a folder goes away meanwhile
         raise OSError(errno.EBUSY, "nothing can take the place of a mount point, give a path below it", str(target))
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(target.parent)
     with _alone(target.parent):
         _move_back(target)
         owners.sweep(target.parent, _mark(target))
@@ -87,6 +87,14 @@ def foreign(folder: Path, owned: Collection[str]) -> list[str]:
         if name not in owned and (not _is_folder(path) or not any(path.iterdir())):
             found.append(name)
     return found
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder and those above it, each on disk as an entry of the one above."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        _flush(made.parent)
 
 
 def _install(staged: Path, target: Path, owned: Owned) -> None:

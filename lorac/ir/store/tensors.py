@@ -17,6 +17,7 @@ from safetensors import safe_open
 from lorac.errors import ArtifactError, BaseNeeded
 from lorac.ir.host.sites import BaseReader, Site, SiteKind, stored_tensor
 from lorac.ir.slots.site import SitePlan
+from lorac.ir.store.held import HeldFile
 from lorac.ir.store.strict_json import json_text, parse_json
 
 Tensor = torch.Tensor
@@ -72,15 +73,15 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 
 
 class TensorFile(Mapping[str, Tensor]):
-    """Tensors of a file by name, mapped when asked for and let go with the answer: nothing stays in memory.
+    """Tensors of a held file by name, mapped when asked for and let go with the answer: nothing stays in memory.
 
     Tensors written under several names are in the file once, and some lie in it column by column; its metadata says
     which.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with safe_open(path, framework="pt") as opened:
+    def __init__(self, file: HeldFile) -> None:
+        self.file = file
+        with safe_open(file.path, framework="pt") as opened:
             metadata = opened.metadata() or {}
             told = {key: parse_json(metadata[key], self._damaged) for key in (_ALIAS, _TRANSPOSED) if key in metadata}
             self._alias: dict[str, str] = told.get(_ALIAS, {})
@@ -91,7 +92,7 @@ class TensorFile(Mapping[str, Tensor]):
         if name not in self._names:
             raise KeyError(name)
         stored = self._alias.get(name, name)
-        with safe_open(self.path, framework="pt") as opened:
+        with safe_open(self.file.path, framework="pt") as opened:
             found: Tensor = opened.get_tensor(stored)
         return found.t() if stored in self._transposed else found
 
@@ -105,7 +106,7 @@ class TensorFile(Mapping[str, Tensor]):
         return len(self._names)
 
     def _damaged(self, reason: str) -> ArtifactError:
-        return ArtifactError(f"the metadata of '{self.path}' {reason}", next_step="copy the whole folder again")
+        return ArtifactError(f"the metadata of '{self.file.where}' {reason}", next_step="copy the whole folder again")
 
     @staticmethod
     def write(path: Path, tensors: Mapping[str, Tensor], transposed: Collection[str] = ()) -> None:

@@ -54,6 +54,26 @@ def test_a_folder_takes_its_place(before: dict[str, str] | None, exchange: bool,
     assert os.listdir(target.parent) == ["target"]
 
 
+def test_what_is_written_is_on_disk_up_to_the_folder_that_was_there(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file, every folder made, and the entry of each in the one above it."""
+    flushed, honest = set(), os.fsync
+
+    def note(handle: int) -> None:
+        flushed.add(os.fstat(handle).st_ino)
+        honest(handle)
+
+    monkeypatch.setattr(os, "fsync", note)
+    deep = target / "one" / "two" / "it"
+    with replacing(deep) as staged:
+        fill(staged, {"a": "new", "more/b": "new"})
+    written = [target.parent, target, *target.rglob("*")]
+    assert {
+        path.relative_to(target.parent).as_posix() for path in written if path.stat().st_ino not in flushed
+    } == set()
+
+
 def test_an_empty_folder_that_is_there_keeps_its_permissions(target: Path) -> None:
     target.mkdir(mode=0o700)
     with replacing(target) as staged:

@@ -1,0 +1,403 @@
+"""Random operations on compiled models for as long as asked, by several threads at once, with failures and interrupts.
+
+python -m campaigns.soak [--operations N] [--seed N] [--processes N] [--json FILE]
+
+Ten methods on one small host, in eager and in ONNX Runtime, live and fused. One thread swaps, and is interrupted by
+signals and by failures injected into what it calls; another adds and removes adapters, and fails at it; others call,
+with the active choice or with one of their own. Now and then the model is saved and loaded. Every answer is held
+against the bits of a model that was made anew for that choice: a mismatch is an answer that belongs to another choice
+than the one that was active for certain, or to none. Errors are counted where they are none of lorac's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import faulthandler
+import gc
+import json
+import multiprocessing
+import random
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+import lorac
+from lorac.testing import adapter_away
+
+ENGINES = [(target, mode) for target in ("eager", "onnxruntime") for mode in ("live", "fused")]
+WHERE = ("up", "down", "head")
+METHODS: dict[str, lorac.Variant] = {
+    "lora": lorac.LoRA(r=3, alpha=5, targets=WHERE),
+    "dora": lorac.DoRA(r=2, alpha=3, targets=("up", "head")),
+    "ia3": lorac.IA3(targets=WHERE),
+    "shira": lorac.SHiRA(r=1, targets=WHERE),
+    "hydra": lorac.Hydra(r=2, r_sequential=1, targets=("down", "head")),
+    "vera": lorac.VeRA(r=3, targets=WHERE),
+    "loha": lorac.LoHa(r=1, targets=("up", "down")),
+    "hra": lorac.HRA(r=2, targets=("up", "head")),
+    "miss": lorac.MiSS(r=2, targets=("up", "down")),
+    "bat": lorac.BAT(r=4, targets=("up",)),
+}
+MIXTURES: list[Any] = [
+    {"lora": 0.7, "dora": 0.3},
+    {"shira": 1.0, "lora": -0.5},
+    {"ia3": 0.5},
+    {"bat": 0.6, "hydra": 0.4},
+    {"vera": 1.0, "miss": 1.0, "loha": 0.2},
+]
+X = torch.randint(0, 23, (3, 4), generator=torch.Generator().manual_seed(1))
+ROUND = 2000
+"""Operations of the swapping thread between two looks at the whole."""
+CALLERS = 2
+PATIENCE = 120.0
+"""Seconds without an operation after which a model counts as hanging."""
+GROWTH = 64 << 20
+"""Bytes by which a process may grow from its first tenth on: what an allocator keeps varies by some tens of MiB."""
+
+
+class Interrupted(BaseException):
+    """What the signal raises in the swapping thread."""
+
+
+class Injected(MemoryError):
+    """A failure in what a swap or an addition calls."""
+
+
+class Host(nn.Module):
+    """An embedding and three linears, one without a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(23, 8)
+        self.up = nn.Linear(8, 12)
+        self.down = nn.Linear(12, 6, bias=False)
+        self.head = nn.Linear(6, 7)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden = nn.functional.gelu(self.up(self.embed(tokens)))
+        answer: torch.Tensor = self.head(torch.tanh(self.down(hidden)))
+        return answer
+
+
+def bits(value: Any) -> bytes:
+    """A tensor's bytes."""
+    found: bytes = value.detach().contiguous().view(torch.uint8).numpy().tobytes()
+    return found
+
+
+# ── What is tried ────────────────────────────────────────────────────────────────────────────────────────────────────
+class Flaky:
+    """Makes a method of an object fail for the thread that asks for it, once."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self._honest, self._armed = getattr(owner, name), threading.local()
+        setattr(owner, name, self._call)
+
+    def arm(self) -> None:
+        """Fail at this thread's next call."""
+        self._armed.now = True
+
+    def disarm(self) -> None:
+        """Or not at all."""
+        self._armed.now = False
+
+    def _call(self, *given: Any, **named: Any) -> Any:
+        if getattr(self._armed, "now", False):
+            self._armed.now = False
+            raise Injected
+        return self._honest(*given, **named)
+
+
+class Model:
+    """A compiled model, what it must answer to every choice, and where it can be made to fail.
+
+    Args:
+        target, mode: how it is compiled.
+        adapters: by name.
+        choices: what is swapped to.
+        folder: an empty folder.
+    """
+
+    def __init__(
+        self, target: str, mode: str, adapters: dict[str, lorac.Adapter], choices: Sequence[Any], folder: Path
+    ) -> None:
+        self.target, self.choices, self.folder = target, choices, folder
+        self.fresh: Callable[[Any], lorac.Compiled] = lambda choice: _compiled(target, mode, adapters, active=choice)
+        self.compiled = self.fresh(None)
+        self.adapters = adapters
+        self.compiled.save(folder / "start")
+        self.stored = {str(choice): bits(self._loaded(choice)(tokens=X)) for choice in choices}
+        # An emitted program answers as it does when stored; eager runs the host, and a stored program rounds otherwise.
+        anew = {} if target == "onnxruntime" else {str(c): bits(self.fresh(c)(tokens=X)) for c in choices}
+        self.expected = {**self.stored, **anew}
+        self.known = frozenset(self.expected.values())
+        buffers = self.compiled.engine.buffers if mode == "fused" else {}
+        self.flaky = [Flaky(buffer, "write") for buffer in buffers.values()] or [Flaky(self.compiled.engine, "bind")]
+
+    def _loaded(self, choice: Any) -> lorac.Compiled:
+        loaded = lorac.load(self.folder / "start")
+        loaded.swap(choice)
+        return loaded
+
+    def saved_and_loaded(self) -> bool:
+        """Whether a copy by way of the disk has the same choice and answers as such copies do."""
+        self.compiled.save(self.folder / "now")
+        loaded = lorac.load(self.folder / "now")
+        spec = next(choice for choice in self.choices if _active(choice) == loaded.active)
+        return loaded.active == self.compiled.active and bits(loaded(tokens=X)) == self.stored[str(spec)]
+
+
+def _compiled(target: str, mode: str, adapters: Any, **rest: Any) -> lorac.Compiled:
+    torch.manual_seed(0)
+    more = {"threads": 1, "self_test": False} if target == "onnxruntime" else {}
+    return lorac.compile(Host().eval(), adapters, target, {"tokens": X}, mode, **more, **rest)
+
+
+def _active(choice: Any) -> dict[str, float]:
+    return {} if choice is None else {choice: 1.0} if isinstance(choice, str) else choice
+
+
+class Soak:
+    """One process' share.
+
+    Args:
+        seed: of everything random.
+        methods: names of METHODS.
+        folder: an empty folder.
+    """
+
+    def __init__(self, seed: int, methods: Sequence[str], folder: Path) -> None:
+        torch.manual_seed(0)
+        host = Host().double().eval()
+        adapters = {
+            name: adapter_away(METHODS[name], host, X, name=name, seed=index) for index, name in enumerate(methods)
+        }
+        mixtures = [choice for choice in MIXTURES if choice.keys() <= adapters.keys()]
+        choices = [None, *adapters, *mixtures]
+        self.chance, self.count = random.Random(seed), Counter[str]()
+        self.models = []
+        for target, mode in ENGINES:
+            (folder / f"{target}-{mode}").mkdir()
+            with torch.no_grad():  # else eager computes from the tensors that train, and rounds otherwise
+                self.models.append(Model(target, mode, adapters, choices, folder / f"{target}-{mode}"))
+        self.swaps = [self._swap] * 20 + [self._failing_swap] * 2 + [self._interrupted] * 2
+        signal.signal(signal.SIGALRM, _interrupt)
+
+    def run(self, operations: int) -> dict[str, Any]:
+        """The operations, and what came of them."""
+        begun, start = time.monotonic(), 0
+        while self._done() < operations and not self.count["hang"]:
+            self._round(self.models[self.chance.randrange(len(self.models))])
+            if not start and self._done() >= operations / 10:
+                start = _resident()
+        end = _resident()
+        return {"count": dict(self.count), "start": start, "end": end, "seconds": time.monotonic() - begun}
+
+    def _done(self) -> int:
+        return sum(number for kind, number in self.count.items() if not kind.startswith(("wrong", "untyped", "hang")))
+
+    def _round(self, model: Model) -> None:
+        """One model for a while: this thread swaps, others add and call."""
+        faulthandler.dump_traceback_later(PATIENCE, exit=True)
+        stop = threading.Event()
+        others: list[Callable[[Model, random.Random], None]] = [self._add, *[self._call] * CALLERS]
+        threads = [
+            threading.Thread(target=self._until, args=(stop, model, work, random.Random(self.chance.random())))
+            for work in others
+        ]
+        for thread in threads:
+            thread.start()
+        for _ in range(ROUND):
+            self._typed(self.chance.choice(self.swaps), model)
+        stop.set()
+        for thread in threads:
+            thread.join(PATIENCE)
+        self.count["hang"] += sum(thread.is_alive() for thread in threads)
+        self._typed(self._save, model)
+        faulthandler.cancel_dump_traceback_later()
+
+    def _until(self, stop: threading.Event, model: Model, work: Callable[..., None], chance: random.Random) -> None:
+        while not stop.is_set():
+            self._typed(work, model, chance)
+
+    def _typed(self, work: Callable[..., None], *given: Any) -> None:
+        """One operation. Whatever it raises that it did not provoke is counted, and shown once."""
+        try:
+            with torch.no_grad():
+                work(*given)
+        except Exception as error:
+            kind = f"untyped {type(error).__name__}: {error}"[:300]
+            if kind not in self.count:
+                faulthandler.dump_traceback(all_threads=False)
+                sys.excepthook(type(error), error, error.__traceback__)
+            self.count[kind] += 1
+
+    def _held(self, kind: str, right: bool) -> None:
+        self.count[kind] += 1
+        if not right:
+            self.count[f"wrong {kind}"] += 1
+
+    # --- the swapping thread's ---------------------------------------------------------------------------------
+
+    def _swap(self, model: Model) -> None:
+        choice = self.chance.choice(model.choices)
+        model.compiled.swap(choice)
+        self._held(f"swap, {model.target}", bits(model.compiled(tokens=X)) == model.expected[str(choice)])
+
+    def _failing_swap(self, model: Model) -> None:
+        """Weights are written for this choice and then fail, or it is kept from being bound."""
+        before, choice = model.compiled.active, self.chance.choice(model.choices)
+        flaky = self.chance.choice(model.flaky)
+        flaky.arm()
+        try:
+            model.compiled.swap(choice)
+        except Injected:
+            choice = next(known for known in model.choices if _active(known) == before)
+        flaky.disarm()
+        right = bits(model.compiled(tokens=X)) == model.expected[str(choice)]
+        self._held("failing swap", right and model.compiled.active == _active(choice))
+
+    def _interrupted(self, model: Model) -> None:
+        """A signal arrives within a swap or a call, or after it."""
+        before, choice = model.compiled.active, self.chance.choice(model.choices)
+        own = self.chance.random() < 0.3
+        try:
+            signal.setitimer(signal.ITIMER_REAL, self.chance.uniform(1e-5, 2e-3))
+            if own:
+                model.compiled(tokens=X, adapters=choice)
+            else:
+                model.compiled.swap(choice)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        except Interrupted:
+            self.count["interrupts that hit"] += 1
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        torch.set_grad_enabled(False)  # an interrupt within torch's own way out of no_grad() leaves it as it is
+        active = model.compiled.active
+        there = next(known for known in model.choices if _active(known) == active)
+        right = bits(model.compiled(tokens=X)) == model.expected[str(there)]
+        self._held("interrupted", right and active in (before, before if own else _active(choice)))
+
+    def _save(self, model: Model) -> None:
+        self._held("save and load", model.saved_and_loaded())
+
+    # --- the others' -------------------------------------------------------------------------------------------
+
+    def _call(self, model: Model, chance: random.Random) -> None:
+        if chance.random() < 0.7:
+            self._held(f"call, {model.target}", bits(model.compiled(tokens=X)) in model.known)
+            return
+        choice = chance.choice(model.choices)
+        right = bits(model.compiled(tokens=X, adapters=choice)) == model.expected[str(choice)]
+        self._held(f"call of its own choice, {model.target}", right)
+
+    def _add(self, model: Model, chance: random.Random) -> None:
+        """Add an adapter under a name of its own, call it, remove it; and one that fails half-way."""
+        name, given = chance.choice(("new", "items", "a.b", "a/b")), chance.choice(list(model.adapters))
+        fails = chance.random() < 0.2
+        if fails:
+            model.flaky[0].arm()
+        try:
+            model.compiled.add_adapter(model.adapters[given], name=name)
+        except Injected:
+            self._held("failing addition", name not in model.compiled.adapters)
+            return
+        finally:
+            model.flaky[0].disarm()
+        self._held("addition", bits(model.compiled(tokens=X, adapters=name)) == model.expected[given])
+        model.compiled.remove_adapter(name)
+        self._held("removal", name not in model.compiled.adapters)
+        time.sleep(0.01)  # it is the dearest of all, and must not be all that happens
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise Interrupted
+
+
+def _unless_interrupted(given: Any) -> None:
+    """Python drops what is raised while an object is let go, and says so; of these interrupts it need not."""
+    if not isinstance(given.exc_value, Interrupted):
+        sys.__unraisablehook__(given)
+
+
+def _resident() -> int:
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+    found: int = psutil.Process().memory_info().rss
+    return found
+
+
+# ── The command ──────────────────────────────────────────────────────────────────────────────────────────────────────
+def share(given: tuple[int, int, Sequence[str]]) -> dict[str, Any]:
+    """One process' share: (seed, operations, methods) -> what came of it."""
+    seed, operations, methods = given
+    sys.unraisablehook = _unless_interrupted
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        return Soak(seed, methods, Path(folder)).run(operations)
+
+
+def wrong(found: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """What must not have happened, and did."""
+    count = sum((Counter(part["count"]) for part in found), Counter[str]())
+    bad = {kind: n for kind, n in count.items() if kind.startswith(("wrong", "untyped", "hang")) and n}
+    grown = [part["end"] - part["start"] for part in found]
+    return bad | ({"bytes grown": max(grown)} if max(grown) > GROWTH else {})
+
+
+def report(found: Sequence[dict[str, Any]]) -> str:
+    """A table of what was done."""
+    count = sum((Counter(part["count"]) for part in found), Counter[str]())
+    told = {kind: n for kind, n in sorted(count.items()) if not kind.startswith(("wrong", "untyped", "hang"))}
+    rows = [
+        ("operation", "done", "wrong"),
+        *((kind, f"{n:,}", str(count[f"wrong {kind}"])) for kind, n in told.items()),
+    ]
+    untyped = sum(n for kind, n in count.items() if kind.startswith("untyped"))
+    mismatches = sum(n for kind, n in count.items() if kind.startswith("wrong"))
+    rows.append(("all", f"{sum(told.values()):,}", str(mismatches)))
+    lines = [f"{kind:45} {done:>12} {bad:>7}" for kind, done, bad in rows]
+    lines.append(f"untyped errors {untyped}, hangs {count['hang']}")
+    for index, part in enumerate(found):
+        sizes = f"{part['start'] / 2**20:.0f} -> {part['end'] / 2**20:.0f} MiB"
+        lines.append(f"process {index}: resident {sizes}, {part['seconds']:.0f} s")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run as the command line says; ends with 1 where something happened that must not."""
+    parser = argparse.ArgumentParser("python -m campaigns.soak", description=__doc__, formatter_class=_AsWritten)
+    parser.add_argument("--operations", type=int, default=1_000_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args(arguments)
+    shares = [(given.seed + i, given.operations // given.processes, list(METHODS)) for i in range(given.processes)]
+    with ProcessPoolExecutor(given.processes, multiprocessing.get_context("spawn")) as pool:
+        found = list(pool.map(share, shares))
+    print(report(found))
+    if given.json:
+        given.json.write_text(json.dumps({"seed": given.seed, "processes": found}, indent=1), encoding="utf-8")
+    if bad := wrong(found):
+        raise SystemExit(f"failed: {bad}")
+
+
+class _AsWritten(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The text as it is, and defaults."""
+
+
+if __name__ == "__main__":
+    main()

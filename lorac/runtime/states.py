@@ -1,0 +1,125 @@
+"""States: what a choice of adapters comes to in an engine, made when it is first asked for and kept."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lorac.errors import NeedsRecompile
+from lorac.ir.engine import Bound, Engine
+from lorac.ir.host.sites import BaseReader
+from lorac.ir.slots.choice import Active, Choice, describe
+from lorac.ir.slots.site import SitePlan, SiteSlots
+from lorac.ir.slots.snapshot import Snapshot, compose_choice, slots_of
+from lorac.runtime.advice import admitting_reserve
+from lorac.runtime.pool import Pool, Written, written
+
+_CACHED_MIXTURES = 8
+"""States kept for mixtures and strengths; those of whole single adapters are kept as long as the adapter is."""
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """What calls run with: replaced whole, so a call that took it at its start is never half-changed.
+
+    It holds its adapters, so that a call may end with one that was removed meanwhile.
+
+    Attributes:
+        snapshot: the choice, and what it comes to at every site.
+        bound: the engine's binding; None where weights are written instead.
+        adapters: those of the choice.
+        written: how their tensors were when it was made.
+        nbytes: what its slots take.
+    """
+
+    snapshot: Snapshot
+    bound: Bound | None
+    adapters: tuple[Any, ...]
+    written: Written
+    nbytes: int
+
+    @property
+    def choice(self) -> Choice:
+        """Its choice."""
+        return self.snapshot.choice
+
+    @property
+    def stale(self) -> bool:
+        """Whether a tensor of its adapters was written, or exchanged for another, since."""
+        return self.written.versions != written(self.adapters).versions
+
+
+class States:
+    """The states of a compiled model.
+
+    Args:
+        engine: binds their slots.
+        plans: the slots of every site.
+        pool: the adapters.
+        base: reads base weights.
+        lock: held while one is made, and while the pool changes.
+
+    Attributes:
+        kept: the states that are made, by choice.
+    """
+
+    def __init__(
+        self, engine: Engine, plans: Mapping[str, SitePlan], pool: Pool, base: BaseReader, lock: threading.RLock
+    ) -> None:
+        self.engine, self.plans, self.pool, self.base = engine, plans, pool, base
+        self._lock = lock
+        self.kept: dict[Choice, State] = {}
+        self._idle: dict[str, SiteSlots] = {}
+
+    def of(self, choice: Choice, *, stale: bool = False) -> State:
+        """The state of a choice.
+
+        Args:
+            choice: the choice.
+            stale: one made before its adapters were trained will do.
+
+        Raises:
+            AdapterNotFound: an adapter of the choice is not there any more.
+            NeedsRecompile: its adapters do not fit together.
+        """
+        with self._lock:
+            kept = self.kept.get(choice)
+            if kept is not None and (stale or not kept.stale):
+                return kept
+            state = self._make(choice)
+            self.kept[choice] = state
+            mixed = [known for known in self.kept if len(known) > 1 or (known and known[0][1] != Active())]
+            for oldest in mixed[:-_CACHED_MIXTURES]:
+                del self.kept[oldest]
+            return state
+
+    def new(self, choice: Choice) -> State:
+        """The state of a choice, made now, which nobody else gets."""
+        with self._lock:
+            return self._make(choice)
+
+    def forget(self, name: str) -> None:
+        """Let go of every state that an adapter is part of."""
+        self.kept = {choice: state for choice, state in self.kept.items() if name not in dict(choice)}
+
+    def clear(self) -> None:
+        """Let go of all states: the model has other tensors now."""
+        self.kept, self._idle = {}, {}
+
+    def _make(self, choice: Choice) -> State:
+        adapters = self.pool.named(tuple(name for name, _ in choice))
+        now = written(adapters)
+        snapshot = compose_choice(self.plans, self.pool, choice, self.base)
+        if self.engine.fused:
+            return State(snapshot, None, adapters, now, 0)
+        try:
+            slots = slots_of(self.plans, snapshot, self.base, self._idle)
+        except NeedsRecompile as error:
+            together = admitting_reserve([self.pool[name] for name, _ in choice])
+            raise NeedsRecompile(
+                f"{describe(choice)} does not fit together: {error.what}", next_step=f"compile again with {together}"
+            ) from error
+        nbytes = sum(t.nbytes for path in snapshot.composed for t in slots[path].named().values())
+        return State(snapshot, self.engine.bind(snapshot, slots), adapters, now, nbytes)

@@ -1,0 +1,56 @@
+"""The soak, short: every kind of operation happens, and none of them goes wrong; and what goes wrong is seen."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from campaigns import soak
+from lorac.ir.slots.buffers import FusedBuffer
+
+KINDS = {
+    "addition", "removal", "save and load", "swap", "call", "call of its own choice", "failing swap", "interrupted",
+}  # fmt: skip
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(soak, "ROUND", 60)
+    before, threads = signal.getsignal(signal.SIGALRM), torch.get_num_threads()
+    yield
+    signal.signal(signal.SIGALRM, before)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("small")
+def test_nothing_goes_wrong(tmp_path: Path) -> None:
+    run = soak.Soak(0, ["lora", "shira"], tmp_path)
+    for model in run.models:
+        run._round(model)
+    assert {kind.partition(",")[0] for kind in run.count} >= KINDS
+    found = [{"count": dict(run.count), "start": 0, "end": 0, "seconds": 1.0}]
+    assert soak.wrong(found) == {}
+    assert "untyped errors 0, hangs 0" in soak.report(found)
+
+
+@pytest.mark.usefixtures("small")
+def test_what_goes_wrong_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight that is not written, and an error that is none of lorac's."""
+    monkeypatch.setattr(soak, "ENGINES", [("eager", "fused")])
+    run = soak.Soak(0, ["lora", "shira"], tmp_path)
+    monkeypatch.setattr(FusedBuffer, "_write", lambda *given: 0)
+    monkeypatch.setattr(soak.Soak, "_add", _raise)
+    run._round(run.models[0])
+    bad = soak.wrong([{"count": dict(run.count), "start": 0, "end": 2 * soak.GROWTH, "seconds": 1.0}])
+    assert any(kind.startswith("wrong swap") for kind in bad)
+    assert any(kind.startswith("untyped KeyError") for kind in bad)
+    assert "bytes grown" in bad
+
+
+def _raise(*given: Any) -> None:
+    raise KeyError("injected")

@@ -1,0 +1,104 @@
+"""A held file is the one that was opened, whatever becomes of its name."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorac.errors import ArtifactError, CorruptFile
+from lorac.ir.store import held
+from lorac.ir.store.held import HeldFile, hold
+from lorac.ir.store.tensors import TensorFile
+
+linux = pytest.mark.skipif(not held._tells_open_files(), reason="open files have no paths here")
+
+
+def _removed(path: Path) -> None:
+    shutil.rmtree(path.parent)
+
+
+def _replaced(path: Path) -> None:
+    other = path.parent / "other"
+    other.write_bytes(b"other")
+    os.replace(other, path)
+
+
+def _exchanged(path: Path) -> None:
+    path.parent.rename(path.parent.parent / "aside")
+    path.parent.mkdir()
+    path.write_bytes(b"other")
+
+
+WAYS = [_removed, _replaced, _exchanged]
+
+
+@linux
+@pytest.mark.parametrize("gone", WAYS)
+def test_what_was_opened_is_read(gone: Callable[[Path], None], tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "file"
+    path.parent.mkdir()
+    path.write_bytes(b"mine")
+    file = hold(path.parent, ["file"])["file"]
+    gone(path)
+    assert file.read() == bytes(file.mapped()) == b"mine"
+    assert file.size == 4
+    assert file.digest() == hashlib.blake2b(b"mine", digest_size=16).hexdigest()
+    file.copy_to(tmp_path / "deep" / "copy")
+    assert (tmp_path / "deep" / "copy").read_bytes() == b"mine"
+
+
+@linux
+def test_tensors_of_a_file_that_is_gone(tmp_path: Path) -> None:
+    path, wanted = tmp_path / "folder" / "file", torch.randn(3, 4)
+    path.parent.mkdir()
+    TensorFile.write(path, {"a": wanted})
+    file = TensorFile(HeldFile(path))
+    _removed(path)
+    assert torch.equal(file["a"], wanted)
+
+
+@pytest.mark.parametrize("gone", WAYS)
+def test_without_paths_of_open_files_another_file_is_refused(
+    gone: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(held, "_tells_open_files", lambda: False)
+    path = tmp_path / "folder" / "file"
+    path.parent.mkdir()
+    path.write_bytes(b"mine")
+    file = HeldFile(path)
+    assert file.read() == b"mine"
+    gone(path)
+    with pytest.raises(ArtifactError, match="removed or replaced"):
+        file.read()
+
+
+def test_links_folders_and_pipes_are_not_held(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(__file__)
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("link", "pipe", ".", "nothing"):
+        with pytest.raises(OSError):
+            HeldFile(tmp_path / name)
+
+
+def test_errors_name_the_file_as_it_was_called(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"mine")
+    with pytest.raises(CorruptFile) as error, HeldFile(path).named() as given:
+        raise CorruptFile(f"'{given}' is damaged", next_step=f"look at {given}")
+    assert str(error.value) == f"'{path}' is damaged\n  look at {path}"
+
+
+def test_a_file_is_let_go_with_its_object(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"mine")
+    file = HeldFile(path)
+    handle = file._handle
+    del file
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(handle)

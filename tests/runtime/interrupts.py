@@ -1,0 +1,71 @@
+"""Interrupts at every line that a piece of work runs through, one per run."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import linecache
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+from lorac.runtime import artifact
+
+_RUNTIME = artifact.__file__.rpartition("/")[0]
+_PYTHONS = (contextlib.__file__, threading.__file__)
+"""What of Python's own the runtime may hold things with."""
+
+
+class Interrupted(BaseException):
+    """What is raised between two lines, as KeyboardInterrupt is."""
+
+
+def interrupted(work: Callable[[], object], stride: int = 1) -> Iterator[None]:
+    """Run a piece of work, interrupted before its first line, and ``stride`` lines later each time, until it ends.
+
+    Yields after each run. What it calls outside the runtime is not interrupted within.
+    """
+    for moment in itertools.count(1, stride):
+        ended = _run(work, moment)
+        yield
+        if ended:
+            return
+
+
+def _is_ours(frame: FrameType | None) -> bool:
+    file = "" if frame is None else frame.f_code.co_filename
+    return file.startswith(_RUNTIME) or (file in _PYTHONS and frame is not None and _is_ours(frame.f_back))
+
+
+def _line(frame: FrameType) -> str:
+    """The line that comes next.
+
+    A tracer may raise where a ``with`` is left, before it lets go of anything. Signals are not let in there.
+    """
+    return linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+
+
+def _run(work: Callable[[], object], moment: int) -> bool:
+    left = moment
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal left
+        if not _is_ours(frame):
+            return None
+        if event == "line" and not _line(frame).startswith("with "):
+            left -= 1
+            if left == 0:
+                raise Interrupted
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    except Interrupted:
+        return False
+    finally:
+        sys.settrace(before)
+    return True
