@@ -31,22 +31,26 @@ def sizes(case: Case) -> None:
     for batch in case.host.batches:
         x = case.host.inputs(batch)
         reference, base = case.reference(case.model, x), case.base(x)
-        for compiled in models.values():
-            assert_parity(compiled(x), reference, base)
-            with torch.no_grad():
-                assert_parity(compiled(x), reference, base)
+        for answer in (answer for compiled in models.values() for answer in _recorded_or_not(compiled, x)):
+            assert_parity(answer, reference, base)
+
+
+def _recorded_or_not(compiled: Compiled, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What it answers with gradients recorded, and without."""
+    with torch.no_grad():
+        unrecorded = compiled(x)
+    return compiled(x), unrecorded
 
 
 def requiring_gradients(case: Case) -> None:
     """Swapped to none, the answer is the host's to the last bit, whether or not the host's weights need gradients."""
+    drawn = [case.host.inputs(batch) for batch in case.host.batches]
+    turned = [x.transpose(0, 1) for x in drawn if x.dim() - len(case.host.sizes) > 1]
     for needed in (True, False):
         model = copy.deepcopy(case.model).requires_grad_(needed)
         compiled = compile(model, {"a": case.a}, active=None)
-        for batch in case.host.batches:
-            x = case.host.inputs(batch)
-            turned = x.transpose(0, 1) if x.dim() - len(case.host.sizes) > 1 else x
-            for value in (x, turned):
-                assert torch.equal(compiled(value), model(value)), "swapped to none, the answer is not the host's"
+        for x in (*drawn, *turned):
+            assert torch.equal(compiled(x), model(x)), "swapped to none, the answer is not the host's"
 
 
 def half(case: Case) -> None:

@@ -152,6 +152,11 @@ def _tensors(message: Any) -> Iterator[onnx.TensorProto]:
         if isinstance(here, onnx.TensorProto):
             yield here
             continue
-        for field, value in here.ListFields():
-            if field.message_type is not None and field.message_type.full_name not in _WITHOUT:
-                waiting.extend([value] if isinstance(value, Message) else value)
+        waiting.extend(_inside(here))
+
+
+def _inside(message: Message) -> Iterator[Message]:
+    """The messages in a message's own fields that may hold tensors."""
+    for field, value in message.ListFields():
+        if field.message_type is not None and field.message_type.full_name not in _WITHOUT:
+            yield from [value] if isinstance(value, Message) else value
