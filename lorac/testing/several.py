@@ -7,6 +7,7 @@ share each of them takes.
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,26 +28,24 @@ _HALF = (torch.bfloat16, torch.float16)
 
 def sizes(case: Case) -> None:
     """Live and fused answer what the oracle says at both layers, for several batches, gradients recorded or not."""
-    models = {mode: case.compiled(case.a, mode=mode) for mode in (("live", "fused") if case.mergeable else ("live",))}
-    for batch in case.host.batches:
+    models = [case.compiled(case.a, mode=mode) for mode in (("live", "fused") if case.mergeable else ("live",))]
+    for batch, compiled in itertools.product(case.host.batches, models):
         x = case.host.inputs(batch)
         reference, base = case.reference(case.model, x), case.base(x)
-        for compiled in models.values():
+        assert_parity(compiled(x), reference, base)
+        with torch.no_grad():
             assert_parity(compiled(x), reference, base)
-            with torch.no_grad():
-                assert_parity(compiled(x), reference, base)
 
 
 def requiring_gradients(case: Case) -> None:
     """Swapped to none, the answer is the host's to the last bit, whether or not the host's weights need gradients."""
+    given = [case.host.inputs(batch) for batch in case.host.batches]
+    turned = [x.transpose(0, 1) for x in given if x.dim() - len(case.host.sizes) > 1]
     for needed in (True, False):
         model = copy.deepcopy(case.model).requires_grad_(needed)
         compiled = compile(model, {"a": case.a}, active=None)
-        for batch in case.host.batches:
-            x = case.host.inputs(batch)
-            turned = x.transpose(0, 1) if x.dim() - len(case.host.sizes) > 1 else x
-            for value in (x, turned):
-                assert torch.equal(compiled(value), model(value)), "swapped to none, the answer is not the host's"
+        for x in (*given, *turned):
+            assert torch.equal(compiled(x), model(x)), "swapped to none, the answer is not the host's"
 
 
 def half(case: Case) -> None:
