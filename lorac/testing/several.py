@@ -7,6 +7,7 @@ share each of them takes.
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,29 +28,23 @@ _HALF = (torch.bfloat16, torch.float16)
 
 def sizes(case: Case) -> None:
     """Live and fused answer what the oracle says at both layers, for several batches, gradients recorded or not."""
-    models = {mode: case.compiled(case.a, mode=mode) for mode in (("live", "fused") if case.mergeable else ("live",))}
-    for batch in case.host.batches:
+    models = [case.compiled(case.a, mode=mode) for mode in (("live", "fused") if case.mergeable else ("live",))]
+    for batch, compiled in itertools.product(case.host.batches, models):
         x = case.host.inputs(batch)
         reference, base = case.reference(case.model, x), case.base(x)
-        for answer in (answer for compiled in models.values() for answer in _recorded_or_not(compiled, x)):
-            assert_parity(answer, reference, base)
-
-
-def _recorded_or_not(compiled: Compiled, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What it answers with gradients recorded, and without."""
-    with torch.no_grad():
-        unrecorded = compiled(x)
-    return compiled(x), unrecorded
+        assert_parity(compiled(x), reference, base)
+        with torch.no_grad():
+            assert_parity(compiled(x), reference, base)
 
 
 def requiring_gradients(case: Case) -> None:
     """Swapped to none, the answer is the host's to the last bit, whether or not the host's weights need gradients."""
-    drawn = [case.host.inputs(batch) for batch in case.host.batches]
-    turned = [x.transpose(0, 1) for x in drawn if x.dim() - len(case.host.sizes) > 1]
+    given = [case.host.inputs(batch) for batch in case.host.batches]
+    turned = [x.transpose(0, 1) for x in given if x.dim() - len(case.host.sizes) > 1]
     for needed in (True, False):
         model = copy.deepcopy(case.model).requires_grad_(needed)
         compiled = compile(model, {"a": case.a}, active=None)
-        for x in (*drawn, *turned):
+        for x in (*given, *turned):
             assert torch.equal(compiled(x), model(x)), "swapped to none, the answer is not the host's"
 
 
