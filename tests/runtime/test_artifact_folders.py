@@ -144,6 +144,22 @@ def test_bad_folders_are_refused(damage: str, sound: Path, tmp_path: Path) -> No
         lorac.load(folder)
 
 
+def test_a_constant_of_a_node_lies_in_no_file(tmp_path: Path) -> None:
+    import onnx_ir as ir
+
+    from lorac.backends.onnx.files import read
+    from lorac.ir.store.held import hold
+
+    shape = ir.Shape((2,))
+    (tmp_path / "elsewhere").write_bytes(bytes(8))
+    tensor = ir.ExternalTensor("elsewhere", 0, 8, ir.DataType.FLOAT, shape=shape, name="c", base_dir=tmp_path)
+    node = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)], num_outputs=1)
+    graph = ir.Graph([], node.outputs, nodes=[node], opset_imports={"": 18})
+    ir.save(ir.Model(graph, ir_version=10), tmp_path / "model.onnx")
+    with pytest.raises(lorac.ArtifactError, match="constant of a node in the file 'elsewhere'"):
+        read(hold(tmp_path, ["model.onnx"]), "main")
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -76,17 +76,30 @@ def read(files: Mapping[str, HeldFile], graph: str) -> tuple[ir.Model, dict[str,
     Weights of nested graphs are in the model itself then: none can be handed over from outside.
 
     Raises:
-        ArtifactError: a weight is not where the model says it is.
+        ArtifactError: a weight is not where the model says it is, or a constant of a node lies in a file.
     """
     with files[name_of(graph, MODEL)].named() as path:
         model = ir.load(path)
     held = files.get(name_of(graph, WEIGHTS))
     data = memoryview(held.mapped() if held is not None and held.size else b"")
     where = files[name_of(graph, MODEL)].where
+    _refuse_other_files(model, where)
     for nested in model.graphs():
         for value in _beside(nested) if nested is not model.graph else ():
             value.const_value = ir.tensor(_weight(value, data, where), name=value.name)
     return model, {str(value.name): _weight(value, data, where) for value in _beside(model.graph)}
+
+
+def _refuse_other_files(model: ir.Model, where: Path) -> None:
+    """Files are read for initializers alone: what a node's attribute says of one is nobody's to open."""
+    nodes = [*model.graph.all_nodes(), *(node for made in model.functions.values() for node in made.all_nodes())]
+    given = [attribute.value for node in nodes for attribute in node.attributes.values() if not attribute.is_ref()]
+    for value in (item for one in given for item in (one if isinstance(one, list | tuple) else (one,))):
+        if isinstance(value, ir.ExternalTensor):
+            raise ArtifactError(
+                f"'{where}' keeps a constant of a node in the file '{value.location}'",
+                next_step="do not use this artefact: lorac does not write such models",
+            )
 
 
 def _beside(graph: ir.Graph) -> list[ir.Value]:

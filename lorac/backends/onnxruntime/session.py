@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import mmap
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import onnxruntime as ort
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
-from lorac.backends.onnx.files import Array, read
+from lorac.backends.onnx.files import WEIGHTS, Array, name_of, read
 from lorac.backends.onnxruntime.kernels import no_kernel
 from lorac.backends.onnxruntime.options import Options
 from lorac.ir.engine import Files
@@ -31,8 +34,9 @@ def new_session(
 ) -> ort.InferenceSession:
     """A session over a graph's model.
 
-    It gets the model's bytes and its weights as they are mapped, no path: whatever lies at the files' places by now is
-    not asked. What is not prepacked is read in place, as ONNX Runtime does with weights that it maps itself.
+    It gets the model's bytes, and maps the weights itself by the path of the open file, whatever lies at the file's
+    place by now. That path is refused once the file has no name: then the weights are handed over as they are mapped
+    here, and ONNX Runtime copies those that it does not prepack.
 
     Args:
         files: the program, held.
@@ -44,9 +48,30 @@ def new_session(
         ArtifactError: a weight is not where the model says it is.
         Unavailable: an op has no kernel in the model's dtype.
     """
+    beside = files.get(name_of(graph, WEIGHTS))
+    made = functools.partial(_made, files, graph, options, constants or {})
+    if beside is None or not beside.is_linked:
+        return made(None)
+    try:
+        return made(beside.path)
+    except Fail:
+        if beside.is_linked:
+            raise
+        return made(None)  # it lost its name meanwhile
+
+
+def _made(
+    files: Files, graph: str, options: Options, constants: Mapping[str, Array], path: Path | None
+) -> ort.InferenceSession:
+    """A session that maps its weights from a path, or where there is none gets them handed over."""
     model, weights = read(files, graph)
-    handed = {**weights, **_fixed(model, constants or {})}
     settings = session_options(options)
+    handed = _fixed(model, constants)
+    if path is None:
+        handed |= weights
+    else:
+        _point(model, weights, path.relative_to(path.anchor).as_posix())
+        settings.add_session_config_entry("session.model_external_initializers_file_folder_path", path.anchor)
     values = [_over(array, model.graph.initializers[name]) for name, array in handed.items()]
     settings.add_external_initializers(list(handed), values)
     proto = ir.to_proto(model)
@@ -54,9 +79,19 @@ def new_session(
         session = ort.InferenceSession(proto.SerializeToString(), settings, providers=list(options.providers))
     except NoKernel as error:
         raise no_kernel(proto, error) from error
-    _let_go(weights)
     session.lorac_constants = handed
+    _let_go(weights)
     return session
+
+
+def _point(model: ir.Model, weights: Mapping[str, Array], location: str) -> None:
+    """Have the weights beside a model lie in another file, at the same places."""
+    for name in weights:
+        value = model.graph.initializers[name]
+        old: Any = value.const_value
+        value.const_value = ir.ExternalTensor(
+            location, old.offset, old.length, old.dtype, shape=old.shape, name=name, base_dir=""
+        )
 
 
 def _fixed(model: ir.Model, constants: Mapping[str, Array]) -> dict[str, Array]:

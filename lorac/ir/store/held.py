@@ -50,6 +50,11 @@ class HeldFile:
         return os.fstat(self._handle).st_size
 
     @property
+    def is_linked(self) -> bool:
+        """Whether it has a name yet, whichever that is."""
+        return os.fstat(self._handle).st_nlink > 0
+
+    @property
     def path(self) -> Path:
         """A path at which this very file is opened, for libraries that take no open file.
 
