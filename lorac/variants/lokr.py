@@ -103,7 +103,7 @@ def factors(number: int, factor: int) -> tuple[int, int]:
     if factor > 0 and number % factor == 0:
         return factor, number // factor
     limit = math.isqrt(number) if factor == -1 else min(math.isqrt(number), factor)
-    small = next(d for d in range(limit, 0, -1) if number % d == 0)
+    small = next(d for d in range(max(limit, 1), 0, -1) if number % d == 0)
     return small, number // small
 
 

@@ -79,7 +79,8 @@ class VBLoRA(WeightVariant):
         """(…, v) from logits (…, h)."""
         ordered, places = torch.sort(logits, dim=-1, descending=True, stable=True)
         weights = torch.softmax(ordered[..., : self.topk], dim=-1)
-        return (weights.unsqueeze(-1) * bank[places[..., : self.topk]]).sum(-2)
+        vectors = bank[:, : self.vector_length]  # as what sites share may be larger than this one asks
+        return (weights.unsqueeze(-1) * vectors[places[..., : self.topk]]).sum(-2)
 
     def _start_bank(self, context: InitContext) -> Tensor:
         bound = self.init_vector_bank_bound

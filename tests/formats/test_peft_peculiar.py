@@ -9,14 +9,14 @@ import torch
 from peft import HRAConfig, OFTConfig
 
 import lorac
-from lorac.errors import BaseNeeded, UnsupportedField
+from lorac.errors import BaseNeeded, LoracError, UnsupportedField
 from lorac.formats import load_adapter, save_adapter
 from lorac.testing.checks import assert_close
 from lorac.variants.adapter import Adapter
 from lorac.variants.hira import HiRA
 from lorac.variants.lokr import LoKr
 from tests import parity
-from tests.peft_files import configure, load_peft, made, quiet, wrap
+from tests.peft_files import change, configure, load_peft, made, quiet, wrap
 from tests.zoo import ZOO
 
 MODEL = ZOO["plain_mlp"].model
@@ -112,4 +112,11 @@ def test_oft_of_another_series(tmp_path: Path) -> None:
             load_adapter(folder)
     for same in ("0.18.0", "0.19.0.dev0@abc", "1.0"):
         configure(folder, peft_version=same)
+        load_adapter(folder)
+
+
+def test_a_product_of_no_rows_is_refused_in_words(tmp_path: Path) -> None:
+    folder = made(tmp_path / "f", "LOKR", decompose_both=False)
+    change(folder, {"model.up.lokr_w1": torch.ones(0, 2)})
+    with pytest.raises(LoracError):
         load_adapter(folder)

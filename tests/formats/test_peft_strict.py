@@ -146,7 +146,15 @@ def test_rank_of_the_tensors_and_of_the_configuration(make: Make) -> None:
 
 @pytest.mark.parametrize(
     ("a", "b"),
-    [((2, 10), (14, 3)), ((2, 10), (14, 2, 1, 1)), ((2, 5, 2), (14, 2, 2)), ((20,), (28,)), ((4, 10), (14, 2))],
+    [
+        ((2, 10), (14, 3)),
+        ((2, 10), (14, 2, 1, 1)),
+        ((2, 5, 2), (14, 2, 2)),
+        ((20,), (28,)),
+        ((4, 10), (14, 2)),
+        ((0, 10), (14, 0)),
+        ((0, 10), (14, 2)),
+    ],
 )
 def test_pairs_that_do_not_belong_together(make: Make, a: tuple[int, ...], b: tuple[int, ...]) -> None:
     folder = make()

@@ -1,6 +1,7 @@
 """VB-LoRA by hand: what a piece is, what ties do, and one bank for all sites."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def test_worked_example():
         vblora_logits_A=tensor([[[0.0, math.log(3), -1.0]]]),
         vblora_logits_B=tensor([[[math.log(3), 0.0, -9.0]]]),
     )
-    delta = lorac.VBLoRA(r=1, num_vectors=3, vector_length=2).weight(torch.zeros(2, 2, dtype=torch.float64), p)
+    delta = lorac.lorac.VBLoRA(r=1, num_vectors=3, vector_length=2).weight(torch.zeros(2, 2, dtype=torch.float64), p)
     assert_close(delta, tensor([[3.0, 9.0], [1.0, 3.0]]))
 
 
@@ -38,7 +39,7 @@ def test_of_equal_logits_the_first_goes_before():
         vblora_logits_A=torch.zeros(1, 1, 3, dtype=torch.float64),
         vblora_logits_B=torch.zeros(1, 1, 3, dtype=torch.float64),
     )
-    delta = lorac.VBLoRA(r=1, num_vectors=3, vector_length=1).weight(torch.zeros(1, 1, dtype=torch.float64), p)
+    delta = lorac.lorac.VBLoRA(r=1, num_vectors=3, vector_length=1).weight(torch.zeros(1, 1, dtype=torch.float64), p)
     assert delta.tolist() == [[2.25]]
 
 
@@ -108,3 +109,12 @@ def test_a_trained_bank_shows_at_every_site():
 def test_sizes_that_do_not_fit(fields, what):
     with pytest.raises(lorac.SiteUnsupported, match=what):
         lorac.compile(host(), {"a": lorac.VBLoRA(targets=("up",), **{**SMALL, **fields})})
+
+
+def test_a_bank_wider_than_the_vectors_is_taken_in_part() -> None:
+    """What all sites share may be larger in every axis than one of them asks."""
+    variant = lorac.VBLoRA(r=1, num_vectors=3, vector_length=2, topk=2)
+    p = SimpleNamespace(vblora_logits_A=torch.randn(1, 2, 3), vblora_logits_B=torch.randn(3, 1, 3))
+    W, bank = torch.randn(6, 4), torch.randn(3, 5)
+    wide = variant.weight(W, SimpleNamespace(vblora_vector_bank=bank, **vars(p)))
+    assert torch.equal(wide, variant.weight(W, SimpleNamespace(vblora_vector_bank=bank[:, :2], **vars(p))))
