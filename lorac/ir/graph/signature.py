@@ -11,12 +11,15 @@ import torch
 from torch.utils import _pytree as pytree
 
 from lorac.errors import ChoiceError, nearest_name
-from lorac.ir.graph.example_inputs import fixed_arguments, positional_arguments
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.outputs import output_names, spec_from_json, spec_to_json
+from lorac.ir.graph.sizes import Sizes
+from lorac.ir.host.example_inputs import fixed_arguments, positional_arguments
 
 AS_TUPLE = "return_dict"
 """The argument by which models of transformers and diffusers are asked for a tuple: only the output's kind changes."""
+
+_NAMES = ("inputs", "arguments", "outputs", "extra", "notes")
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +33,8 @@ class CallSignature:
         outputs: names of the program's outputs, the host's own first: the model's names for them.
         extra: names of the extra outputs behind them.
         fixed: arguments that are no tensors, and what they were when the host was captured.
+        sizes: which sizes the inputs may have.
+        notes: what whoever calls the program should know about it, each in a sentence.
     """
 
     inputs: tuple[str, ...]
@@ -38,12 +43,15 @@ class CallSignature:
     out_spec: Any = None
     extra: tuple[str, ...] = ()
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    sizes: Sizes = field(default_factory=Sizes)
+    notes: tuple[str, ...] = ()
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Program input -> value, for one call.
 
         Raises:
             ChoiceError: an argument the program was not captured with, one given twice, or a missing one.
+            InputMismatch: an input has a size that the program was not captured for.
         """
         positional = dict(zip(self.arguments, args, strict=False))
         twice = sorted(positional.keys() & kwargs.keys())
@@ -56,6 +64,7 @@ class CallSignature:
         for name in self.inputs:
             if name not in given:
                 given[name] = self._default(name, given)
+        self.sizes.refuse(given)
         return {name: given[name] for name in self.inputs}
 
     def _refuse_other(self, name: str, value: Any) -> None:
@@ -122,15 +131,23 @@ class CallSignature:
             out_spec=spec,
             extra=tuple(graph.extra_outputs),
             fixed={} if host is None else fixed_arguments(host),
+            sizes=graph.sizes,
+            notes=tuple(graph.notes),
         )
 
     def to_json(self) -> dict[str, Any]:
         """The signature as JSON; the output's class by name."""
-        names = {name: list(getattr(self, name)) for name in ("inputs", "arguments", "outputs", "extra")}
-        return {**names, "fixed": dict(self.fixed), "output": spec_to_json(self.out_spec)}
+        names = {name: list(getattr(self, name)) for name in _NAMES}
+        held = {"fixed": dict(self.fixed), "sizes": self.sizes.to_json(), "output": spec_to_json(self.out_spec)}
+        return {**names, **held}
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> CallSignature:
-        """The inverse of ``to_json``."""
-        names = {name: tuple(stored[name]) for name in ("inputs", "arguments", "outputs", "extra")}
-        return cls(**names, fixed=stored["fixed"], out_spec=spec_from_json(stored["output"]))
+        """The inverse of ``to_json``.
+
+        Raises:
+            ArtifactError: what is said of sizes is not what lorac stores.
+        """
+        names = {name: tuple(stored[name]) for name in _NAMES}
+        sizes, out_spec = Sizes.from_json(stored["sizes"]), spec_from_json(stored["output"])
+        return cls(**names, fixed=stored["fixed"], sizes=sizes, out_spec=out_spec)
