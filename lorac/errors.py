@@ -25,7 +25,8 @@
     │   ├── OverBudget            more time or memory than reading one file may take
     │   └── Unreadable            the system does not give the file, or take it: missing, forbidden, full
     ├── CompileError
-    │   ├── CaptureFailed         torch.export cannot trace the model
+    │   ├── CaptureFailed         torch.export cannot trace the model, or its weights are no constants
+    │   ├── CaptureDiffers        torch.export gave another program than the model
     │   ├── ExampleInputsNeeded   example inputs cannot be made from the model
     │   ├── UnknownOption         an option the target does not have
     │   ├── NotMergeable          a term that has no weight form was to be fused or baked
@@ -35,6 +36,7 @@
     ├── RuntimeFailure
     │   ├── NeedsRecompile        the adapter does not fit what was reserved
     │   ├── ChoiceError           a choice of adapters that makes no sense (rows, strengths)
+    │   ├── InputMismatch         an input of a size that the program was not captured for
     │   └── Unavailable           the target cannot do this at all
     ├── ArtifactError             a saved artefact is damaged, unsafe or of another version
     └── MissingExtra              an optional library is not installed
@@ -57,6 +59,7 @@ __all__ = [
     "ArtifactError",
     "BaseMismatch",
     "BaseNeeded",
+    "CaptureDiffers",
     "CaptureFailed",
     "ChoiceError",
     "CompileError",
@@ -64,6 +67,7 @@ __all__ = [
     "ExampleInputsNeeded",
     "FormatError",
     "FormulaFailed",
+    "InputMismatch",
     "LoracError",
     "LoracWarning",
     "MissingExtra",
@@ -214,7 +218,11 @@ class CompileError(LoracError):
 
 
 class CaptureFailed(CompileError):
-    """torch.export cannot trace the model; the message names the source line."""
+    """torch.export cannot trace the model, or forward writes its weights; the message names the line or the weight."""
+
+
+class CaptureDiffers(CompileError):
+    """The program that torch.export captured answers otherwise than the model; the message names the output."""
 
 
 class ExampleInputsNeeded(CompileError):
@@ -251,6 +259,10 @@ class NeedsRecompile(RuntimeFailure):
 
 class ChoiceError(RuntimeFailure):
     """A choice of adapters that makes no sense: rows that do not match, strengths that are not finite."""
+
+
+class InputMismatch(RuntimeFailure):
+    """An input of a call has a size that the program was not captured for; the message names the input and the axis."""
 
 
 class Unavailable(RuntimeFailure):

@@ -11,6 +11,9 @@ from typing import Any, TypeVar
 import torch
 
 from lorac.ir.algebra.reduction import BRANCH
+from lorac.ir.graph.signature import CallSignature
+from lorac.ir.graph.sizes import shortened
+from lorac.ir.host.components import MAIN
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.ir.slots.choice import describe
 from lorac.ir.slots.roles import ROLES
@@ -76,6 +79,23 @@ class AdapterRow:
 
 
 @dataclass(frozen=True)
+class ProgramRow:
+    """A graph that runs as a program: what it does not do as the model does.
+
+    Attributes:
+        graph: its name; of a single model empty.
+        fixed: the axes whose size the trace of the model fixed, and at which: (input, axis, size).
+        sizes: what the sizes that vary must meet, those that must merely be equal left out.
+        notes: what else whoever calls it should know.
+    """
+
+    graph: str
+    fixed: tuple[tuple[str, int, int], ...]
+    sizes: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Report:
     """What ``compiled.explain()`` answers; ``str`` of it is for people.
 
@@ -86,6 +106,7 @@ class Report:
         reserved: paths of sites that have slots and no adapter.
         bare: paths of sites that run as the model has them.
         casts: (dtype of the model, or asked for, dtype the target computes in), where it lacks the first.
+        programs: what is to be known of each graph that runs as a program.
     """
 
     target: str
@@ -96,6 +117,7 @@ class Report:
     reserved: tuple[str, ...]
     bare: tuple[str, ...]
     casts: tuple[tuple[str, str], ...]
+    programs: tuple[ProgramRow, ...] = ()
 
     def __str__(self) -> str:
         return "\n".join(_text(self)) + "\n"
@@ -116,6 +138,17 @@ def explain(compiled: Any) -> Report:
         reserved=tuple(path for path, plan in plans.items() if not plan.empty and path not in terms),
         bare=tuple(path for path in adaptable if path not in plans or plans[path].empty),
         casts=tuple((short_dtype(a), short_dtype(b)) for a, b in compiled.services.casts),
+        programs=tuple(_program(name, signature) for name, signature in compiled.engine.signatures.items()),
+    )
+
+
+def _program(name: str, signature: CallSignature) -> ProgramRow:
+    sizes = signature.sizes
+    return ProgramRow(
+        graph="" if name == MAIN else name,
+        fixed=tuple((name, axis, sizes.shapes[name][axis] or 0) for name, axis in sizes.fixed),
+        sizes=sizes.telling,
+        notes=signature.notes,
     )
 
 
@@ -176,6 +209,8 @@ def _text(report: Report) -> Iterator[str]:
     yield f"{report.target}, {report.mode}, active: {report.active}"
     for before, after in report.casts:
         yield f"computed in {after}: {report.target} has no kernels for {before}"
+    for program in report.programs:
+        yield from (f"{program.graph}{': ' if program.graph else ''}{line}" for line in _told(program))
     for row, names in _folded(report.adapters, lambda row: replace(row, name="")):
         states = ", ".join(f"{count} {state}" for state, count in sorted(row.states.items())) or "no term"
         each = f"{_size(row.nbytes)}{' each' if len(names) > 1 else ''}{'' if row.strength else '  off'}"
@@ -186,6 +221,17 @@ def _text(report: Report) -> Iterator[str]:
         if paths:
             yield f"{what}: {', '.join(_counted(paths))}"
     yield from _legend(report)
+
+
+def _told(program: ProgramRow) -> Iterator[str]:
+    """A program's sizes and notes, a line each."""
+    for name, axis, size in program.fixed:
+        yield f"size {size} alone on axis {axis} of '{name}': the trace of the model fixed it"
+    if program.sizes:
+        told = [shortened(text) for text in program.sizes[:_MANY]]
+        more = len(program.sizes) - len(told)
+        yield f"sizes: {', '.join(told)}" + (f" and {more} more conditions" if more else "")
+    yield from program.notes
 
 
 def _aligned(report: Report) -> Iterator[str]:

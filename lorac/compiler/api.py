@@ -56,7 +56,8 @@ def compile(  # noqa: PLR0913, PLR0917  (the public interface)
         mode: ``"live"``, ``"fused"``, ``"baked"`` or ``"auto"``.
         active: what ``swap`` takes; ``"auto"``: the only adapter at strength 1, or None if there are several.
         reserve: room for adapters added later; default: the given adapters' sites.
-        dynamic_shapes: as torch.export's, of several models one by name; default: batch, and length for text.
+        dynamic_shapes: as torch.export's, of several models one by name; default: batch, and length for text. A size
+            that the model's trace fixes nevertheless is named by a warning, and a call with another one refused.
         dtype, device: default: the model's; a dtype also by its name ("float16"). Floating-point example inputs, and
             inputs of calls in the model's own dtype, are cast with the model. A target that lacks the dtype computes
             and answers in another one, and a warning and ``explain()`` say so.

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from lorac.analysis.explain import explain
+from lorac.compiler.fidelity import hold_against_host, refuse_writer
 from lorac.compiler.precision import Precision
 from lorac.compiler.services import Lasting, Source
-from lorac.errors import ChoiceError
+from lorac.errors import CaptureFailed, ChoiceError
 from lorac.ir.engine import AnyDialect, Backend, BuildRequest, Engine, TargetOptions
 from lorac.ir.graph.capture import capture
 from lorac.ir.graph.graph import Graph
@@ -108,7 +109,7 @@ class Compilation:
             snapshot=compose_choice(plans, lasting.pool, parse_choice(choice, lasting.pool), lasting.base),
             options=options,
             terms=lasting.terms,
-            program=functools.partial(self._program, model, plans) if stored is None else self._lowered(stored),
+            program=self._lowered(stored) if stored is not None else self._captured_as(model, plans, options),
         )
         engine = self.backend.build(request)
         if engine.files is None:
@@ -167,12 +168,18 @@ class Compilation:
 
     # --- the program -------------------------------------------------------------------------------------------
 
-    def _program(self, model: nn.Module, plans: Mapping[str, SitePlan], aux: tuple[str, ...]) -> Program:
-        """The host captured graph by graph, and lowered as the target's dialect asks."""
+    def _captured_as(
+        self, model: nn.Module, plans: Mapping[str, SitePlan], options: TargetOptions
+    ) -> Callable[[tuple[str, ...]], Program]:
+        return functools.partial(self._program, model, plans, options.self_test)
+
+    def _program(self, model: nn.Module, plans: Mapping[str, SitePlan], tested: bool, aux: tuple[str, ...]) -> Program:
+        """The host captured graph by graph, held against it, and lowered as the target's dialect asks."""
         graphs: dict[str, Graph] = {}
         signatures: dict[str, CallSignature] = {}
         for name, component in components_of(model).items():
             graph = self._captured(name, model, component, plans)
+            hold_against_host(graph, component, tested=tested)
             self._lower(graph, self.backend.dialect, aux)
             graphs[name], signatures[name] = graph, CallSignature.of(graph, component)
         refuse_idle(graphs.values(), {name: prepared.paths for name, prepared in self.lasting.pool.items()})
@@ -181,16 +188,21 @@ class Compilation:
     def _captured(self, name: str, model: nn.Module, component: nn.Module, plans: Mapping[str, SitePlan]) -> Graph:
         prefix, sites = prefix_of(model, name), self.lasting.sites
         marked = [path for path in (*plans, *tapped(plans.values())) if path.startswith(prefix)]
-        return capture(
-            name,
-            component,
-            self.precision.fit(self._example("example_inputs", model, name)),
-            self._example("dynamic_shapes", model, name),
-            sites=sites,
-            plans=plans,
-            blocks=[path for path in dict.fromkeys(marked) if sites[path].kind is SiteKind.BLOCK],
-            prefix=prefix,
-        )
+        inputs = self.precision.fit(self._example("example_inputs", model, name))
+        try:
+            return capture(
+                name,
+                component,
+                inputs,
+                self._example("dynamic_shapes", model, name),
+                sites=sites,
+                plans=plans,
+                blocks=[path for path in dict.fromkeys(marked) if sites[path].kind is SiteKind.BLOCK],
+                prefix=prefix,
+            )
+        except CaptureFailed:
+            refuse_writer(component, inputs)
+            raise
 
     def _example(self, what: str, model: nn.Module, name: str) -> object:
         """What was given for one component; of a single model all of it."""

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Generic, Never, Protocol, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from torch import nn
 from lorac.errors import Unavailable, UnknownOption, nearest_name
 from lorac.ir.graph.passes import Pass
 from lorac.ir.graph.program import Program
+from lorac.ir.graph.signature import CallSignature
 from lorac.ir.host.sites import BaseReader, Site, SiteKind
 from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.choice import Choice
@@ -94,9 +96,12 @@ class TargetOptions(ABC):
 
     Attributes:
         aux: extra outputs to give, such as ``("router",)``; read them from ``compiled.aux``.
+        self_test: hold the program that was captured against the host, and what was made of it against the program
+            (invariant 8).
     """
 
     aux: tuple[str, ...] = ()
+    self_test: bool = True
 
     def __post_init__(self) -> None:
         """Lists are taken for tuples."""
@@ -172,6 +177,7 @@ class Engine(ABC):
         files: the emitted program and its base weights by name, held; None where the engine runs the host itself.
         module: the copy of the host that it runs; None where it runs an emitted program.
         buffers: fused mode: the weights it reads, by site path.
+        signatures: how each graph of its program is called; empty where it runs the host itself.
         settles_alone: a swap settles in the background, unasked.
     """
 
@@ -180,6 +186,7 @@ class Engine(ABC):
     files: Files | None = None
     module: nn.Module | None = None
     buffers: Mapping[str, FusedBuffer]
+    signatures: Mapping[str, CallSignature] = MappingProxyType({})
     settles_alone: bool = False
 
     @property

@@ -226,6 +226,24 @@ def test_a_wrong_baked_value_is_found(built: dict[str, Built], tmp_path: Path) -
         self_test(engine, made.program, made.snapshot)
 
 
+@pytest.mark.parametrize("mode", ["live", "fused", "baked"])
+def test_a_model_that_is_right_at_the_examples_sizes_alone_is_found(
+    built: dict[str, Built], mode: str, tmp_path: Path
+) -> None:
+    def harm(model: ir.Model) -> None:
+        output = model.graph.outputs[0]
+        added = ir.node("Add", [output, _constant(model, "zeros", torch.zeros(3, 1))], name="narrow")
+        added.outputs[0].name, output.name = output.name, "wide"
+        added.outputs[0].type, added.outputs[0].shape = output.type, output.shape
+        model.graph.append(added)
+        model.graph.outputs[0] = added.outputs[0]
+
+    made = built[mode]
+    engine = _sabotaged(made, tmp_path / "model", harm)
+    with pytest.raises(lorac.SelfTestFailed, match=r"is right on the example inputs, and wrong on x \[4, 10\]"):
+        self_test(engine, made.program, made.snapshot)
+
+
 def test_compile_runs_it_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     honest = building.emit
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import lorac
-from lorac.errors import ChoiceError, ExampleInputsNeeded
+from lorac.errors import ChoiceError, ExampleInputsNeeded, InputMismatch
 from lorac.testing.checks import assert_close
 from tests import parity
 from tests.end_to_end.peft_cases import CASES, checkpoint, example
@@ -115,7 +115,7 @@ def test_sizes_that_were_not_made_dynamic(tmp_path: Path) -> None:
     inputs = ZOO["plain_mlp"].inputs()
     compiled = lorac.compile(model, {"a": tmp_path}, target="onnxruntime", example_inputs=inputs)
     assert compiled(**ZOO["plain_mlp"].inputs(batch=1)).shape[0] == 1  # the batch always is
-    with pytest.raises(ChoiceError, match=r"'tokens' has shape \[2, 9\].*captured for \[any, 5\]"):
+    with pytest.raises(InputMismatch, match=r"'tokens' has shape \[2, 9\].*captured for \[any, 5\]"):
         compiled(**ZOO["plain_mlp"].inputs(length=9))
 
 

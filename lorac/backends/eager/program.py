@@ -63,6 +63,7 @@ class ProgramEngine(Engine):
     ) -> None:
         self.parts = parts
         self.slots = {name: slot for part in parts.values() for name, slot in part.slots.items()}
+        self.signatures = {name: part.signature for name, part in parts.items()}
         self.plans = fed(self.slots, plans)
         self.base, self.mode, self.files, self.device = base, mode, files, device
         self.buffers, memory = fused_buffers(self.plans, base) if self.fused else ({}, {})

@@ -107,4 +107,8 @@ def _name_axes(model: ir.Model, graph: Graph) -> None:
 def _named(dim: int | ir.SymbolicDim, graph: Graph) -> int | str | None:
     if isinstance(dim, int):
         return dim
-    return None if dim.value is None else renamed(str(dim.value), graph.axes)
+    if dim.value is None:
+        return None
+    # A size that was to vary and that the trace fixed comes as a symbol called "2".
+    text = renamed(str(dim.value), graph.axes)
+    return int(text) if text.isdecimal() else text

@@ -89,6 +89,7 @@ class OrtEngine(Engine):
     ) -> None:
         self.parts = parts
         self.slots = {name: slot for part in parts.values() for name, slot in part.slots.items()}
+        self.signatures = {name: part.signature for name, part in parts.items()}
         self.plans = fed(self.slots, plans)
         self.base, self.mode, self.files, self.options = base, mode, files, options
         self.settles_alone = self.fused and options.settle == "background"

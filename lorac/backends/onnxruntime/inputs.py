@@ -31,12 +31,10 @@ class Wanted:
     Attributes:
         name: its name.
         dtype: its dtype; None for one that torch has no name for.
-        shape: its sizes; None where any will do.
     """
 
     name: str
     dtype: torch.dtype | None
-    shape: tuple[int | None, ...]
 
     def fit(self, value: Any) -> Tensor:
         """The value as a contiguous tensor that the session takes.
@@ -45,36 +43,19 @@ class Wanted:
         in a precision of its own.
 
         Raises:
-            ChoiceError: it is of another kind, or of a size that the program was not captured for.
+            ChoiceError: it is of another kind.
         """
         try:
             tensor = torch.as_tensor(value).detach()
         except (TypeError, ValueError, RuntimeError) as error:
             raise ChoiceError(f"input '{self.name}' is no array of numbers: {error}") from error
-        if not self._admits(tensor.shape):
-            sizes = ", ".join("any" if size is None else str(size) for size in self.shape)
-            raise ChoiceError(
-                f"input '{self.name}' has shape {list(tensor.shape)}; the program was captured for [{sizes}]",
-                next_step="dynamic_shapes= when compiling says which sizes may vary",
-            )
         if self.dtype is None or tensor.dtype == self.dtype:
             return tensor.contiguous()
         if tensor.is_floating_point() != self.dtype.is_floating_point:
             raise ChoiceError(f"input '{self.name}' is {tensor.dtype}; the program takes {self.dtype}")
         return tensor.to(self.dtype).contiguous()
 
-    def _admits(self, shape: torch.Size) -> bool:
-        pairs = zip(shape, self.shape, strict=False)
-        return len(shape) == len(self.shape) and all(own is None or size == own for size, own in pairs)
-
 
 def wanted(session: ort.InferenceSession) -> Mapping[str, Wanted]:
     """The inputs of a session by name."""
-    return {
-        found.name: Wanted(
-            found.name,
-            _DTYPES.get(found.type),
-            tuple(size if isinstance(size, int) else None for size in found.shape),
-        )
-        for found in session.get_inputs()
-    }
+    return {found.name: Wanted(found.name, _DTYPES.get(found.type)) for found in session.get_inputs()}

@@ -20,14 +20,12 @@ class Options(TargetOptions):
     Attributes:
         threads: threads of one operator, 0 for ONNX Runtime's own choice.
         spinning: idle threads wait busily; faster alone, slower for everything else in the process.
-        self_test: check after emission that every slot is live (invariant 8).
         settle: ``"asked"``: weights settle when ``swap(..., settle=True)`` asks; ``"background"``: after every swap.
         providers: execution providers, best first.
     """
 
     threads: int = 0
     spinning: bool = False
-    self_test: bool = True
     settle: str = "asked"
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
 

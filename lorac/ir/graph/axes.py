@@ -1,14 +1,22 @@
-"""The sizes of a captured program: which of them vary and what they are called."""
+"""The sizes of a captured program as its trace has them: what they are called, and what torch found out about them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+import sympy
 import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.utils._sympy.functions import FloorDiv, Mod
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.printers import PythonPrinter
+
+from lorac.ir.graph.edit import fake_mode
+from lorac.ir.graph.sizes import Axis, Sizes, axes_in
+from lorac.ir.host.example_inputs import varying
 
 Tensor = torch.Tensor
 BATCH = "batch"
@@ -39,8 +47,104 @@ def renamed(text: str, names: Mapping[str, str]) -> str:
     return _SYMBOL.sub(lambda match: names.get(match.group(), match.group()), text)
 
 
+def constant(size: int | torch.SymInt) -> int | None:
+    """A size of a traced value that does not vary; None where it does.
+
+    torch keeps the symbol of an axis that was to vary and that the trace fixed, as one that stands for a number.
+    """
+    return size if isinstance(size, int) else size.node.maybe_as_int()
+
+
 def _inputs(program: ExportedProgram) -> dict[str, Tensor]:
     """The examples of the caller's tensors, by input."""
     given = {getattr(s.arg, "name", "") for s in program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT}
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.name in given}
     return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+# ── What a trace found ───────────────────────────────────────────────────────────────────────────────────────────────
+def asked_axes(value: Any, axes: Any, name: str = "") -> list[Axis]:
+    """The axes that dynamic shapes want to vary, by the names that torch gives to inputs.
+
+    Args:
+        value: inputs by name; inside, tensors in dicts, lists and tuples.
+        axes: their dynamic shapes, nested alike.
+        name: of the input that the value is, or is part of: the names of parts are joined by ``_``.
+    """
+    if isinstance(value, Tensor):
+        return [(name, axis) for axis in varying(axes)]
+    nested = value.items() if isinstance(value, Mapping) else enumerate(value) if type(value) in {list, tuple} else ()
+    own = axes if isinstance(axes, Mapping) else dict(enumerate(axes or ()))
+    return [
+        axis for key, inner in nested for axis in asked_axes(inner, own.get(key), f"{name}_{key}".strip("_").lower())
+    ]
+
+
+def sizes_of(program: ExportedProgram, asked: Collection[Axis]) -> Sizes:
+    """The sizes that a program was captured for, and what torch found and assumed about them.
+
+    Args:
+        program: as captured.
+        asked: the axes that were to vary.
+    """
+    inputs = _inputs(program)
+    shapes = {name: tuple(constant(size) for size in value.shape) for name, value in inputs.items()}
+    fixed = tuple((name, axis) for name, axis in asked if name in shapes and shapes[name][axis] is not None)
+    environment = fake_mode(program).shape_env if inputs else None
+    places, found = _places(inputs)
+    if environment is not None:
+        found += [environment.replace(guard.expr).xreplace(places) for guard in environment.guards]
+    for size, bounds in program.range_constraints.items():
+        found += _bounds(places[size], bounds) if size in places else []
+    varying = {(name, axis) for name, axis, _ in _varying_sizes(inputs)}
+    texts = {PythonPrinter().doprint(condition): condition for condition in found if condition.free_symbols}
+    known = {text: c for text, c in texts.items() if (axes := axes_in(text)) is not None and axes <= varying}
+    # An empty batch takes a way of its own through most models, and no trace shows it.
+    least = tuple(f"{name}[{axis}] >= 1" for name, axis in sorted(varying))
+    assumed = tuple(text for text, condition in known.items() if _small(condition))
+    return Sizes(shapes, (*least, *(text for text in known if text not in assumed)), assumed, fixed)
+
+
+def _places(inputs: Mapping[str, Tensor]) -> tuple[dict[Any, Any], list[Any]]:
+    """torch's symbol -> the first axis that it is the size of; and what makes other axes follow from those."""
+    sizes = [(_symbol(name, axis), size.node.expr) for name, axis, size in _varying_sizes(inputs)]
+    places: dict[Any, Any] = {}
+    for axis, size in sizes:
+        if size.is_Symbol:
+            places.setdefault(size, axis)
+    found: list[Any] = []
+    for axis, size in sizes:
+        unknown = size.free_symbols - places.keys()
+        if len(unknown) == 1:  # of a derived Dim, such as 2*d: d is the size of no axis itself
+            (symbol,) = unknown
+            factor = size.coeff(symbol)
+            rest = sympy.expand(size - factor * symbol).xreplace(places)
+            places[symbol] = FloorDiv(axis - rest, factor)
+            found.append(sympy.Eq(Mod(axis - rest, factor), 0))
+        elif not unknown and places.get(size) != axis:
+            found.append(sympy.Eq(axis, size.xreplace(places)))
+    return places, found
+
+
+def _varying_sizes(inputs: Mapping[str, Tensor]) -> Iterator[tuple[str, int, Any]]:
+    for name, value in inputs.items():
+        yield from ((name, axis, size) for axis, size in enumerate(value.shape) if constant(size) is None)
+
+
+def _symbol(name: str, axis: int) -> sympy.Symbol:
+    return sympy.Symbol(f"{name}[{axis}]", integer=True, positive=True)
+
+
+def _bounds(size: Any, bounds: Any) -> list[Any]:
+    """What the range of a size says. torch takes none for smaller than 2, whatever range is asked for."""
+    found = [sympy.Ge(size, max(2, int(bounds.lower)))]
+    return found if bounds.upper in (int_oo, sympy.oo) else [*found, sympy.Le(size, int(bounds.upper))]
+
+
+def _small(condition: Any) -> bool:
+    """Whether a condition may only keep a size from being 0, 1 or equal to another, which torch does too often."""
+    if isinstance(condition, sympy.Ne):
+        return True
+    if isinstance(condition, sympy.StrictLessThan | sympy.StrictGreaterThan):
+        return condition.lts.is_Integer and condition.lts <= 1
+    return isinstance(condition, sympy.Le | sympy.Ge) and condition.lts.is_Integer and condition.lts <= 2

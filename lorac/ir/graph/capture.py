@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import itertools
 import logging
 import re
 import threading
@@ -22,15 +21,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from lorac.errors import CaptureFailed
-from lorac.ir.graph.axes import axis_names
+from lorac.ir.graph.axes import asked_axes, axis_names, sizes_of
 from lorac.ir.graph.edit import qualified
-from lorac.ir.graph.example_inputs import CAPTURED, Inputs, default_inputs, default_shapes, is_hugging_face, widened
 from lorac.ir.graph.graph import Graph
 from lorac.ir.host.copying import structural_copy
+from lorac.ir.host.example_inputs import (
+    Inputs,
+    by_name,
+    default_inputs,
+    default_shapes,
+    is_hugging_face,
+    set_captured,
+    wide,
+    widened,
+)
 from lorac.ir.host.layers import Forward, calls_below, is_plain, with_below
+from lorac.ir.host.running import random_state_kept
 from lorac.ir.host.sites import Site, is_conv1d_of_gpt2
 from lorac.ir.slots.reads import first_tensor, replace_first
 from lorac.ir.slots.site import SitePlan
@@ -150,11 +160,35 @@ def export(
         CaptureFailed: the model does not trace; the message names the line that does not.
     """
     given = default_inputs(model) if example_inputs is None else example_inputs
-    inputs = _by_name(model, given) if isinstance(given, Mapping) or is_hugging_face(model) else given
-    with _LOCK, quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]), _no_fast_path():
+    inputs = by_name(model, given) if isinstance(given, Mapping) or is_hugging_face(model) else given
+    with undisturbed(model):
         host = _marked_copy(model, blocks, prefix)
-        attempts = [(inputs, dynamic_shapes)] if dynamic_shapes is not None else _attempts(model, inputs)
-        return qualified(_first_trace(host, attempts), prefix)
+        attempts = (
+            _attempts(model, inputs)
+            if dynamic_shapes is None
+            else [(wide(model, inputs, dynamic_shapes), dynamic_shapes)]
+        )
+        program = _first_trace(host, attempts)
+    _refuse_objects(program)
+    return qualified(program, prefix)
+
+
+def _refuse_objects(program: ExportedProgram) -> None:
+    """A program may hold tensors alone: a generator of the model's own, say, draws where no target does."""
+    objects = [spec for spec in program.graph_signature.input_specs if spec.kind is InputKind.CUSTOM_OBJ]
+    for spec in objects:
+        held = program.constants[str(spec.target)]
+        raise CaptureFailed(
+            f"forward uses a {type(held).__name__} of the model's own, which no program can hold",
+            next_step="target='eager' runs the model itself",
+        )
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Where a copy of a model is traced or run: alone, in silence, by the ordinary way through it, without traces."""
+    with _LOCK, quiet(), torch.no_grad(), random_state_kept(model), _no_fast_path():
+        yield
 
 
 def _marked_copy(model: nn.Module, blocks: Collection[str], prefix: str) -> nn.Module:
@@ -200,10 +234,11 @@ def capture(
     """
     exported = export(model, inputs, dynamic_shapes, blocks=blocks, prefix=prefix)
     given = default_inputs(model) if inputs is None else inputs
-    named = _by_name(model, given)
-    shapes = default_shapes(model, named) if dynamic_shapes is None else _by_name(model, dynamic_shapes)
+    named = by_name(model, given)
+    shapes = default_shapes(model, named) if dynamic_shapes is None else by_name(model, dynamic_shapes)
     own = {path: plan for path, plan in plans.items() if path.startswith(prefix)}
-    return Graph(name, exported, sites, own, axes=axis_names(exported, shapes))
+    sizes = sizes_of(exported, asked_axes(named, shapes))
+    return Graph(name, exported, sites, own, axes=axis_names(exported, shapes), sizes=sizes)
 
 
 def _trace(host: nn.Module, inputs: Any, shapes: Any) -> ExportedProgram:
@@ -221,10 +256,7 @@ def _trace_hugging_face(host: nn.Module, inputs: Inputs, shapes: Any) -> Exporte
 
     # tested_versions: else it says at every export that torch is newer than the one they tested with
     exporter: Any = type("Exporter", (DynamoExporter,), {"tested_versions": {}})()
-    configs = (getattr(module, "config", None) for module in host.modules())
-    for config, (name, value) in itertools.product(configs, CAPTURED.items()):
-        if hasattr(config, name):
-            setattr(config, name, value)
+    set_captured(host)
     program: ExportedProgram
     program, _ = exporter.export_program(host, dict(inputs), DynamoConfig(dynamic_shapes=shapes))
     return program
@@ -233,11 +265,11 @@ def _trace_hugging_face(host: nn.Module, inputs: Inputs, shapes: Any) -> Exporte
 def _attempts(model: nn.Module, inputs: Any) -> Iterator[tuple[Any, Any]]:
     """The inputs and default shapes to try: named dims, then dims that torch may narrow or fix."""
     named = isinstance(inputs, Mapping)
-    by_name = dict(inputs) if named else {str(i): value for i, value in enumerate(inputs)}
+    given = dict(inputs) if named else {str(i): value for i, value in enumerate(inputs)}
     for names in (True, False):
-        shapes = default_shapes(model, by_name, named=names)
-        wide = {name: widened(value, shapes[name]) for name, value in by_name.items()}
-        yield (wide, shapes) if named else (tuple(wide.values()), tuple(shapes.values()))
+        shapes = default_shapes(model, given, named=names)
+        values = {name: widened(value, shapes[name]) for name, value in given.items()}
+        yield (values, shapes) if named else (tuple(values.values()), tuple(shapes.values()))
 
 
 @contextlib.contextmanager
@@ -343,13 +375,6 @@ def _failure(host: nn.Module, inputs: Any, shapes: Any, error: Exception) -> Cap
         f"torch.export cannot trace {type(host).__name__}" + (f" at {line}" if line else "") + f": {reason}",
         next_step=step,
     )
-
-
-def _by_name(model: nn.Module, given: Any) -> dict[str, Any]:
-    """Inputs as a dict: a tuple is bound to the names of forward, and what is None is left out."""
-    if not isinstance(given, Mapping):
-        given = inspect.signature(model.forward).bind(*given).arguments
-    return {name: value for name, value in given.items() if value is not None}
 
 
 # ── What a captured node says about its origin ───────────────────────────────────────────────────────────────────────

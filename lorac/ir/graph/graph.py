@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch.fx
 from torch.export import ExportedProgram
 
+from lorac.ir.graph.sizes import Sizes
 from lorac.ir.host.sites import Site
 from lorac.ir.slots.site import SitePlan
 
@@ -76,6 +77,8 @@ class Graph:
         packs: name -> sites that share one x·A.
         extra_outputs: names of outputs added behind the host's own (``aux``).
         axes: torch's symbols for sizes that vary -> their names.
+        sizes: which sizes the host's inputs may have.
+        notes: what whoever calls the program should know about it, each in a sentence.
     """
 
     name: str
@@ -87,6 +90,8 @@ class Graph:
     packs: dict[str, PackedSites] = field(default_factory=dict)
     extra_outputs: list[str] = field(default_factory=list)
     axes: dict[str, str] = field(default_factory=dict)
+    sizes: Sizes = field(default_factory=Sizes)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def fx(self) -> torch.fx.Graph:

@@ -1,4 +1,4 @@
-"""The reference interpreter: runs a graph at any level, op by op. Backends are compared with it.
+"""The reference interpreter: runs a graph at any level, op by op. It is compared with the host, and backends with it.
 
 At level host every ``lorac`` op computes what the layer computes; at level adapted an ``adapted`` op is ``run_site``
 over its slots; below that there is only aten. Where several answers are allowed, one is chosen: top-k and sort give
@@ -7,21 +7,30 @@ ties to the lowest index, as every lowering must.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils import _pytree as pytree
 
 from lorac.ir.graph import ops
 from lorac.ir.graph.adapted import AdaptedCall, adapted_output
+from lorac.ir.graph.edit import KEYWORD
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.signature import CallSignature
+from lorac.ir.graph.sizes import Chosen
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
+TOLERANCE = 1e-3
+"""What two computations of one thing may differ by (``distance``). In float32 rounding leaves 1e-6 to 1e-5; what is
+computed wrongly is off by far more."""
+_ROUNDINGS = 8
+"""The same in precisions where one rounding is more than that: so many of them."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,49 @@ def outputs_of(graph: Graph, inputs: Mapping[str, Any], slots: Mapping[str, Tens
     return [v for v, spec in zip(values, specs, strict=True) if spec.kind is OutputKind.USER_OUTPUT]
 
 
+def example_inputs(graph: Graph, names: Sequence[str]) -> dict[str, Tensor]:
+    """The inputs the program was captured with, by name."""
+    args, kwargs = graph.exported.example_inputs or ((), {})
+    given = {name: value for name, value in kwargs.items() if name != KEYWORD and name not in graph.slots}
+    if set(names) <= given.keys():
+        return {name: given[name] for name in names}
+    leaves = [leaf for leaf in pytree.tree_leaves((args, given)) if isinstance(leaf, Tensor)]
+    return dict(zip(names, leaves, strict=True))
+
+
+def at_sizes(inputs: Mapping[str, Tensor], chosen: Chosen) -> dict[str, Tensor]:
+    """Inputs of other sizes, made of these by repeating or cutting them, so that ids stay ids and masks masks."""
+    changed = dict(inputs)
+    for (name, axis), size in chosen.items():
+        value = changed[name]
+        places = torch.arange(size, device=value.device) % value.shape[axis]
+        changed[name] = value.index_select(axis, places)
+    return changed
+
+
+def distance(y: Tensor, ref: Tensor) -> float:
+    """‖y − ref‖ / ‖ref‖; infinite where shapes differ, or where one is infinite or no number and the other is not.
+
+    Integers are not compared: where rounding decides between two, either is right.
+    """
+    if y.shape != ref.shape:
+        return math.inf
+    if not ref.is_floating_point():
+        return 0.0
+    finite = torch.isfinite(ref)
+    if not torch.equal(torch.nan_to_num(y[~finite]), torch.nan_to_num(ref[~finite])):
+        return math.inf
+    found, wanted = y[finite].double(), ref[finite].double()
+    error, norm = (float(torch.linalg.vector_norm(value)) for value in (found - wanted, wanted))
+    return error / norm if error and norm else math.inf if error else 0.0
+
+
+def apart(y: Tensor, ref: Tensor) -> bool:
+    """Whether two computations of one thing differ by more than rounding. Written so that a NaN differs too."""
+    rounding = torch.finfo(ref.dtype).eps if ref.is_floating_point() else 0.0
+    return not distance(y, ref) <= max(TOLERANCE, _ROUNDINGS * rounding)
+
+
 class _Interpreter(fx.Interpreter):
     """fx's interpreter, with the meaning of adapted ops and one answer for ties."""
 
@@ -98,11 +150,18 @@ def _by_node(graph: Graph, slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _flat(graph: Graph, given: Mapping[str, Any]) -> list[Any]:
     """The program's inputs in order: parameters, buffers, constants, the host's own inputs, slots."""
     program, flat = graph.exported, []
+    # A model that writes into its buffers is captured with the ops that do: not into the host's, which these are.
+    own = torch.clone if any(map(_writes, graph.fx.nodes)) else lambda held: held
     for spec in program.graph_signature.input_specs:
         if spec.kind is InputKind.USER_INPUT:
             flat.append(given[getattr(spec.arg, "name", "")])
-        elif spec.target in program.state_dict:
+        elif spec.kind is InputKind.PARAMETER:
             flat.append(program.state_dict[str(spec.target)])
         else:
-            flat.append(program.constants[str(spec.target)])
+            held = {**program.constants, **program.state_dict}[str(spec.target)]
+            flat.append(own(held) if isinstance(held, Tensor) else held)
     return flat
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable

@@ -11,9 +11,10 @@ import torch
 from torch.utils import _pytree as pytree
 
 from lorac.errors import ArtifactError, ChoiceError, nearest_name
-from lorac.ir.graph.example_inputs import fixed_arguments, positional_arguments
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.outputs import output_names, spec_from_json, spec_to_json
+from lorac.ir.graph.sizes import Sizes
+from lorac.ir.host.example_inputs import fixed_arguments, positional_arguments
 
 aten = torch.ops.aten
 _RESHAPING = frozenset(
@@ -23,6 +24,8 @@ _RESHAPING = frozenset(
 """Ops that leave ids what they are."""
 AS_TUPLE = "return_dict"
 """The argument by which models of transformers and diffusers are asked for a tuple: only the output's kind changes."""
+
+_NAMES = ("inputs", "arguments", "outputs", "extra", "notes")
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +40,8 @@ class CallSignature:
         extra: names of the extra outputs behind them.
         fixed: arguments that are no tensors, and what they were when the host was captured.
         below: of the inputs that are ids of an embedding, how many there are.
+        sizes: which sizes the inputs may have.
+        notes: what whoever calls the program should know about it, each in a sentence.
     """
 
     inputs: tuple[str, ...]
@@ -46,6 +51,8 @@ class CallSignature:
     extra: tuple[str, ...] = ()
     fixed: Mapping[str, Any] = field(default_factory=dict)
     below: Mapping[str, int] = field(default_factory=dict)
+    sizes: Sizes = field(default_factory=Sizes)
+    notes: tuple[str, ...] = ()
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Program input -> value, for one call.
@@ -53,6 +60,7 @@ class CallSignature:
         Raises:
             ChoiceError: an argument the program was not captured with, one given twice, a missing one, or ids that an
                 embedding does not have (a target may take a negative one for one counted from the end).
+            InputMismatch: an input has a size that the program was not captured for.
         """
         positional = dict(zip(self.arguments, args, strict=False))
         twice = sorted(positional.keys() & kwargs.keys())
@@ -65,6 +73,7 @@ class CallSignature:
         for name in self.inputs:
             if name not in given:
                 given[name] = self._default(name, given)
+        self.sizes.refuse(given)
         for name, size in self.below.items():
             _refuse_outside(name, given[name], size)
         return {name: given[name] for name in self.inputs}
@@ -134,12 +143,14 @@ class CallSignature:
             extra=tuple(graph.extra_outputs),
             fixed={} if host is None else fixed_arguments(host),
             below=_ids(graph, inputs),
+            sizes=graph.sizes,
+            notes=tuple(graph.notes),
         )
 
     def to_json(self) -> dict[str, Any]:
         """The signature as JSON; the output's class by name."""
-        names = {name: list(getattr(self, name)) for name in ("inputs", "arguments", "outputs", "extra")}
-        told = {"fixed": dict(self.fixed), "below": dict(self.below)}
+        names = {name: list(getattr(self, name)) for name in _NAMES}
+        told = {"fixed": dict(self.fixed), "below": dict(self.below), "sizes": self.sizes.to_json()}
         return {**names, **told, "output": spec_to_json(self.out_spec)}
 
     @classmethod
@@ -147,9 +158,9 @@ class CallSignature:
         """The inverse of ``to_json``.
 
         Raises:
-            ArtifactError: its parts do not fit together.
+            ArtifactError: its parts do not fit together, or what is said of sizes is not what lorac stores.
         """
-        names = {name: tuple(stored[name]) for name in ("inputs", "arguments", "outputs", "extra")}
+        names = {name: tuple(stored[name]) for name in _NAMES}
         spec, below = spec_from_json(stored["output"]), stored["below"]
         own = len(names["outputs"]) - len(names["extra"])
         texts = all(isinstance(name, str) for listed in names.values() for name in listed)
@@ -160,7 +171,8 @@ class CallSignature:
                 f"are {', '.join(map(str, names['inputs']))}",
                 next_step="save the artefact again with this version",
             )
-        return cls(**names, fixed=stored["fixed"], out_spec=spec, below=below)
+        sizes = Sizes.from_json(stored["sizes"])
+        return cls(**names, fixed=stored["fixed"], out_spec=spec, below=below, sizes=sizes)
 
 
 def _ids(graph: Graph, inputs: Collection[str]) -> dict[str, int]:

@@ -20,6 +20,7 @@ from torch.export.graph_signature import InputKind
 
 from lorac.errors import ArtifactError, Unavailable
 from lorac.ir.graph import ops
+from lorac.ir.graph.axes import constant
 
 Tensor = torch.Tensor
 _NAMESPACES = frozenset({"aten", "prims", next(iter(ops.OPS)).namespace})
@@ -136,7 +137,7 @@ def _example(node: fx.Node) -> dict[str, Any]:
     return {
         "shape": [size if isinstance(size, int) else int(size.node.hint) for size in value.shape],
         "dtype": str(value.dtype).removeprefix("torch."),
-        "dynamic": [axis for axis, size in enumerate(value.shape) if not isinstance(size, int)],
+        "dynamic": [axis for axis, size in enumerate(value.shape) if constant(size) is None],
     }
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 import sys
+from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -124,12 +126,49 @@ def _position_limit(model: nn.Module) -> int | None:
     return limit if any(re.search(r"(^|\.)(wpe|\w*position\w*)$", path) for path in tables) else None
 
 
+def varying(axes: Any) -> list[int]:
+    """The axes of a tensor that dynamic shapes want to vary.
+
+    Args:
+        axes: what torch.export takes for a tensor: ``Dim``s or hints by axis, or in order; None for one that is fixed.
+    """
+    pairs = axes.items() if isinstance(axes, Mapping) else enumerate(axes) if isinstance(axes, list | tuple) else ()
+    return [axis for axis, dim in pairs if dim is not None and not isinstance(dim, int) and dim != Dim.STATIC]
+
+
 def widened(value: Any, axes: Any) -> Any:
-    """``value`` with each dynamic axis of size 1 repeated once, since torch.export takes a size of 1 for a constant."""
-    if not isinstance(value, Tensor) or not isinstance(axes, Mapping):
+    """``value`` with each dynamic axis of size 1 repeated once, since torch.export takes a size of 1 for a constant.
+
+    Args:
+        value: a tensor, or several in dicts, lists and tuples.
+        axes: its dynamic shapes, nested alike.
+    """
+    if isinstance(value, Mapping) and isinstance(axes, Mapping):
+        return type(value)({name: widened(inner, axes.get(name)) for name, inner in value.items()})  # type: ignore[call-arg]  # a dict
+    if type(value) in {list, tuple} and isinstance(axes, list | tuple):
+        return type(value)(widened(inner, own) for inner, own in zip(value, axes, strict=False))
+    if not isinstance(value, Tensor):
         return value
-    repeats = [2 if axis in axes and size == 1 else 1 for axis, size in enumerate(value.shape)]
-    return value.repeat(repeats) if 2 in repeats else value
+    wide = [axis for axis in varying(axes) if value.shape[axis] == 1]
+    return value.repeat([2 if axis in wide else 1 for axis in range(value.dim())]) if wide else value
+
+
+def wide(model: nn.Module, inputs: Any, dynamic_shapes: Any) -> Any:
+    """Inputs, in order or by name, with each axis of size 1 that dynamic shapes want to vary repeated once."""
+    shapes = _bound(model, dynamic_shapes)
+    values = {name: widened(value, shapes.get(name)) for name, value in _bound(model, inputs).items()}
+    if isinstance(inputs, Mapping):
+        return values
+    return inspect.BoundArguments(inspect.signature(model.forward), OrderedDict(values)).args
+
+
+def by_name(model: nn.Module, given: Any) -> dict[str, Any]:
+    """Inputs as a dict: a tuple is bound to the names of forward, and what is None is left out."""
+    return {name: value for name, value in _bound(model, given).items() if value is not None}
+
+
+def _bound(model: nn.Module, given: Any) -> dict[str, Any]:
+    return dict(given if isinstance(given, Mapping) else inspect.signature(model.forward).bind(*given).arguments)
 
 
 def positional_arguments(model: nn.Module, inputs: Collection[str]) -> tuple[str, ...]:
@@ -146,6 +185,14 @@ def positional_arguments(model: nn.Module, inputs: Collection[str]) -> tuple[str
         elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
             names.append(name)
     return tuple(names)
+
+
+def set_captured(model: nn.Module) -> None:
+    """Set a copy of a transformers model to what a capture captures, in the configurations that are the copy's own."""
+    configs = (getattr(module, "config", None) for module in model.modules()) if is_hugging_face(model) else ()
+    for config, (name, value) in itertools.product(configs, CAPTURED.items()):
+        if hasattr(config, name):
+            setattr(config, name, value)
 
 
 def fixed_arguments(model: nn.Module) -> dict[str, Any]:

@@ -1,0 +1,289 @@
+"""The captured program held against the host: it computes what the host does, at other sizes too (invariant 8).
+
+The bare program, before any pass, is run by the reference interpreter, and the host by itself, on the example inputs
+and on others of another batch and length made from them. What a host does that no program can show, such as drawing
+random numbers, becomes a note on the graph, which ``explain()`` repeats.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lorac.errors import CaptureDiffers, CaptureFailed, warn
+from lorac.ir.graph.capture import undisturbed
+from lorac.ir.graph.graph import Graph
+from lorac.ir.graph.interp import apart, at_sizes, distance, example_inputs, outputs_of
+from lorac.ir.graph.signature import CallSignature
+from lorac.ir.graph.sizes import Chosen, spelled
+from lorac.ir.host.example_inputs import by_name, default_inputs
+from lorac.ir.host.running import Ran, Running, WritesWeight, drawing
+
+Inputs = Mapping[str, Tensor]
+_SEED, _OTHER_SEED = 0, 1
+
+
+def hold_against_host(graph: Graph, host: nn.Module, *, tested: bool) -> None:
+    """Settle which sizes a captured graph takes, and what is to be said of it; warn of what is.
+
+    Args:
+        graph: as captured, bare; it gets ``sizes`` and ``notes``.
+        host: the model that it was captured from; left as it was.
+        tested: whether to run both. If not, what torch assumed of small sizes is believed to be unnecessary.
+
+    Raises:
+        CaptureDiffers: the program answers otherwise than the host.
+        CaptureFailed: the host does not run, or writes into its weights.
+    """
+    if tested and not any(parameter.is_meta for parameter in host.parameters()):
+        with undisturbed(host):
+            _Comparison(graph, host).check()
+    else:
+        _believe(graph, example_inputs(graph, CallSignature.of(graph).inputs))
+    if graph.sizes.fixed:
+        _warn_of_fixed(graph)
+    for note in graph.notes:
+        warn(note)
+
+
+def refuse_writer(host: nn.Module, inputs: object) -> None:
+    """Refuse a host that writes into its weights: what torch.export says of one names no weight.
+
+    Args:
+        host: a model that was not captured; left as it was.
+        inputs: its example inputs; None for those that are made.
+
+    Raises:
+        CaptureFailed: it writes into a weight.
+    """
+    try:
+        with undisturbed(host):
+            Running(host).run((), by_name(host, default_inputs(host) if inputs is None else inputs), _SEED)
+    except WritesWeight as error:
+        raise _writes(host, error) from error
+    except Exception:  # whatever else keeps it from running was said when it was captured
+        return
+
+
+def _writes(host: nn.Module, error: WritesWeight) -> CaptureFailed:
+    return CaptureFailed(
+        f"forward of {type(host).__name__} writes into its own weight '{error.name}'",
+        next_step="call the model once in eval mode before compiling, if only its first call writes; "
+        "a weight that every call writes cannot be the constant that a program makes of it",
+    )
+
+
+def _believe(graph: Graph, inputs: Inputs) -> None:
+    """Take the program for right at the smallest sizes, since nothing is to compare it with."""
+    graph.sizes = graph.sizes.settled(graph.sizes.least(graph.sizes.of(inputs)))
+
+
+def _warn_of_fixed(graph: Graph) -> None:
+    shapes = graph.sizes.shapes
+    at = sorted({f"{shapes[name][axis]}" for name, axis in graph.sizes.fixed})
+    warn(
+        f"the trace of the model fixed sizes that were to vary: {spelled(graph.sizes.fixed)}, at {' and '.join(at)}; "
+        "calls of another size are refused",
+        next_step="compile with example_inputs= of the sizes that are needed; target='eager' takes any",
+    )
+
+
+@dataclass(frozen=True)
+class _Difference:
+    """How far the program is off.
+
+    Attributes:
+        output: the output that is farthest.
+        share: by how much, of the host's; infinite where the two cannot be compared.
+        inputs: on which inputs.
+        error: what the program failed with.
+    """
+
+    output: str
+    share: float
+    inputs: Inputs
+    error: Exception | None = None
+
+    def __str__(self) -> str:
+        on = f"on inputs of {_shapes(self.inputs)}"
+        if self.error is not None:
+            return f"it does not run {on}: {self.error}"
+        by = f"is off by {self.share:.2g} of its size" if self.share < math.inf else "is another one"
+        return f"'{self.output}' {by} {on}"
+
+
+class _Comparison:
+    """A captured graph beside its host.
+
+    Args:
+        graph, host: as ``hold_against_host``'s.
+    """
+
+    def __init__(self, graph: Graph, host: nn.Module) -> None:
+        self.graph, self.host = graph, host
+        self.signature = CallSignature.of(graph, host)
+        self.inputs = example_inputs(graph, self.signature.inputs)
+        self.stateful = False
+        self._kept = Running(host)
+
+    @property
+    def running(self) -> Running:
+        """A copy of the host to run: one for all runs, until it shows that earlier ones count."""
+        return Running(self.host) if self.stateful else self._kept
+
+    def check(self) -> None:
+        """Compare on the example inputs, then at other sizes."""
+        first = self._example()
+        self._note_written(first)
+        try:
+            worst = self._worst(self._program(self.inputs), first, self.inputs)
+        except _ProgramFails as error:
+            raise self._differs(_Difference("", math.inf, self.inputs, error)) from error
+        if (first.drew or worst is not None) and self._stochastic(first):
+            self._note_stochastic(first, worst)
+            if worst is not None:  # nothing to compare with, at other sizes neither
+                _believe(self.graph, self.inputs)
+                return
+        elif worst is not None:
+            raise self._differs(worst)
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        """Compare at another batch and length, and see which sizes are right that torch takes no care of, such as 1."""
+        sizes = self.graph.sizes
+        example = sizes.of(self.inputs)
+        other = sizes.others(example)
+        with contextlib.suppress(_HostFails):  # then there is nothing that the program would have to answer
+            if other is not None and (worst := self._difference(other)) is not None:
+                raise self._differs(worst)
+        self.graph.sizes = sizes.settled([tried for tried in sizes.doubtful(other or example) if self._right(tried)])
+
+    def _right(self, chosen: Chosen) -> bool:
+        """Whether both answer, and the same."""
+        try:
+            return self._difference(chosen) is None
+        except _HostFails:
+            return False
+
+    def _difference(self, chosen: Chosen) -> _Difference | None:
+        """Where the two differ at some sizes; raises ``_HostFails`` where the host has no answer."""
+        inputs = at_sizes(self.inputs, chosen)
+        try:
+            worst = self._worst(self._program(inputs), self._run(self.running, inputs), inputs)
+            if worst is None or self.stateful:
+                return worst
+            worst = self._worst(self._program(inputs), self._run(Running(self.host), inputs), inputs)
+        except _ProgramFails as error:
+            return _Difference(self.signature.outputs[0], math.inf, inputs, error)
+        if worst is None:
+            self._note_stateful("its attributes")
+        return worst
+
+    # --- running both ------------------------------------------------------------------------------------------------
+
+    def _example(self) -> Ran:
+        """What the host answers on the example inputs."""
+        try:
+            return self._run(self.running, self.inputs)
+        except WritesWeight as error:
+            raise _writes(self.host, error) from error
+        except _HostFails as error:
+            cause = error.__cause__
+            raise CaptureFailed(
+                f"{type(self.host).__name__} does not run on the example inputs: {type(cause).__name__}: {cause}",
+                next_step="give example_inputs= that it can be called with",
+            ) from cause
+
+    def _run(self, running: Running, inputs: Inputs, seed: int = _SEED) -> Ran:
+        """One run of a copy of the host."""
+        args, kwargs = self.graph.exported.example_inputs or ((), {})
+        changed = {id(value): inputs[name] for name, value in self.inputs.items()}
+        given, placed = pytree.tree_map(lambda value: changed.get(id(value), value), (args, kwargs))
+        try:
+            return running.run(given, placed, seed)
+        except WritesWeight:
+            raise
+        except Exception as error:
+            raise _HostFails from error
+
+    def _program(self, inputs: Inputs) -> list[object]:
+        """The program's outputs, from the same random numbers."""
+        try:
+            with drawing(self.host, _SEED):
+                return outputs_of(self.graph, inputs)
+        except Exception as error:
+            raise _ProgramFails(f"{type(error).__name__}: {error}") from error
+
+    def _worst(self, found: list[object], ran: Ran, inputs: Inputs) -> _Difference | None:
+        """The output that is farthest from the host's; None where all are as near as rounding leaves them."""
+        wanted = pytree.tree_leaves(ran.output)
+        if len(wanted) != len(found):
+            return _Difference(f"{len(found)} outputs for {len(wanted)}", math.inf, inputs)
+        pairs = zip(self.signature.outputs, found, wanted, strict=False)
+        tensors = [(name, y, ref) for name, y, ref in pairs if isinstance(y, Tensor) and isinstance(ref, Tensor)]
+        wrong = [_Difference(name, distance(y, ref), inputs) for name, y, ref in tensors if apart(y, ref)]
+        return max(wrong, key=lambda difference: difference.share, default=None)
+
+    # --- what is found ---------------------------------------------------------------------------------------------
+
+    def _stochastic(self, first: Ran) -> bool:
+        """Whether the host answers otherwise when it is asked again."""
+        again = self._run(Running(self.host), self.inputs, _OTHER_SEED if first.drew else _SEED)
+        return self._worst(pytree.tree_leaves(again.output), first, self.inputs) is not None
+
+    def _note_written(self, first: Ran) -> None:
+        """Note buffers that a call writes into, where the next one answers by them."""
+        changed = self.running.changed()
+        if not changed:
+            return
+        again = self._run(self.running, self.inputs)
+        if self._worst(pytree.tree_leaves(again.output), first, self.inputs) is not None:
+            self._note_stateful(" and ".join(f"'{name}'" for name in changed))
+
+    def _note_stateful(self, what: str) -> None:
+        self.stateful = True
+        self._note(
+            f"the model answers by what earlier calls left in {what}; the program leaves nothing there, and answers as "
+            "a first call does"
+        )
+
+    def _note_stochastic(self, first: Ran, worst: _Difference | None) -> None:
+        with drawing(self.host, _SEED) as drew:
+            outputs_of(self.graph, self.inputs)
+            draws = drew()
+        does = "draws at each call, too" if draws else "repeats what was drawn when it was captured"
+        held = "" if worst is None else ", and could not be held against the model"
+        self._note(f"the model is stochastic: on equal inputs it answers differently; the program {does}{held}")
+
+    def _note(self, text: str) -> None:
+        if text not in self.graph.notes:
+            self.graph.notes.append(text)
+
+    def _differs(self, worst: _Difference) -> CaptureDiffers:
+        other = worst.inputs is not self.inputs
+        step = (
+            "dynamic_shapes= that leave these sizes fixed make a program for the example's alone"
+            if other
+            else "something that tracing does not see decides what forward does, such as the values of its inputs"
+        )
+        return CaptureDiffers(
+            f"torch.export gave another program than {type(self.host).__name__}: {worst}",
+            next_step=f"{step}; target='eager' runs the model itself, self_test=False compiles the program as it is",
+        )
+
+
+class _HostFails(Exception):
+    """The host raised an error on these inputs."""
+
+
+class _ProgramFails(Exception):
+    """The program raised an error where the host answered."""
+
+
+def _shapes(inputs: Inputs) -> str:
+    return ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
