@@ -4,6 +4,7 @@ Source: peft.utils.save_and_load.get_peft_model_state_dict and peft.utils.other 
 the prefix and the adapter's name taken off:
 
     <site>.<suffix>                      a tensor of the method
+    <site>.base_layer.<layer>.<suffix>   of a layer whose weight the site's module reads itself (an attention's output)
     <module>.<copied>.<parameter>        of a module of which the method trains a copy
     base_model.<shared>, <site>.<shared> a tensor that all sites have in common, and copies of it
     <saved module>.<parameter>           modules_to_save; with bias="all" also two copies of its bias
@@ -32,6 +33,8 @@ from lorac.variants.base import Variant
 Tensor = torch.Tensor
 PREFIX = "base_model.model."
 SHARED_PREFIX = "base_model."
+WRAPPED = "base_layer"
+"""What PEFT calls the layer that it wraps."""
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 """Modules that PEFT takes for embeddings by their name alone (EMBEDDING_LAYER_NAMES)."""
 
@@ -42,6 +45,7 @@ class Contents:
 
     Attributes:
         sites: Site path -> suffix -> tensor.
+        within: Site path -> path of the module that reads its weight itself, as far as the keys tell.
         shared: Name -> tensor that all sites have in common.
         replaced: Parameter of the model -> what takes its place.
         copies: Parameter of the model -> the base's own value, as saved.
@@ -50,6 +54,7 @@ class Contents:
     """
 
     sites: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    within: dict[str, str] = field(default_factory=dict)
     shared: dict[str, Tensor] = field(default_factory=dict)
     replaced: dict[str, Tensor] = field(default_factory=dict)
     copies: dict[str, Tensor] = field(default_factory=dict)
@@ -121,10 +126,19 @@ def embedding_modules(
 def _site(reading: _Reading, name: str, tensor: Tensor) -> bool:
     for suffix in reading.method.suffixes:
         if name.endswith(f".{suffix}"):
-            path = name.removesuffix(f".{suffix}")
+            path = _unwrapped(reading, name.removesuffix(f".{suffix}"))
             reading.found.sites.setdefault(path, {})[suffix] = tensor
             return True
     return False
+
+
+def _unwrapped(reading: _Reading, path: str) -> str:
+    """A site's path without PEFT's wrapper of the module that reads its weight, which is noted."""
+    owner, inside, layer = path.partition(f".{WRAPPED}.")
+    if not inside:
+        return path
+    reading.found.within |= {f"{owner}.{layer}": owner, owner: owner}
+    return f"{owner}.{layer}"
 
 
 def _copied_module(reading: _Reading, name: str, tensor: Tensor) -> bool:

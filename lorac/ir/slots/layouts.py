@@ -95,6 +95,10 @@ class SiteLayout(ABC):
         """A matrix (N, K) in slot layout."""
         return matrix.t()
 
+    def stored(self, slot: Tensor) -> Tensor:
+        """A weight in slot layout as the module stores it; of sites whose module reads it itself."""
+        return self.site.store(slot.t())
+
 
 class LinearLayout(SiteLayout):
     """``y = x·Wᵀ + b`` over the last axis."""
@@ -195,6 +199,9 @@ class ParameterLayout(SiteLayout):
 
     def slot_weight(self, matrix: Tensor) -> Tensor:
         return matrix
+
+    def stored(self, slot: Tensor) -> Tensor:
+        return slot
 
 
 _LAYOUTS: dict[SiteKind, type[SiteLayout]] = {
