@@ -165,7 +165,8 @@ def _reserve(needs: dict[str, _Needs], sites: Mapping[str, Site], reserve: Reser
     for site in chosen:
         need = needs.setdefault(site.path, _Needs())
         merged = mode == "fused" or site.within is not None
-        for role in [role for role in admitted if role.merged or not merged]:
+        biased = site.within is None or site.bias is not None
+        for role in [role for role in admitted if (role.merged or not merged) and (biased or role.stage != Stage.BIAS)]:
             need.want(role.name)
         if merged:
             need.want(letters.WEIGHT)
