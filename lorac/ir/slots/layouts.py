@@ -10,6 +10,9 @@ Layouts of the tensors a site takes at run time ("slot layouts"), K inputs, N ou
     conv       [R, in, *k]     [N, R, 1, …]    [N, in/groups, *k]
     =========  ==============  ==============  =====================
 
+Of a site whose weight is read ``within`` its module's forward only W has a slot, and what is computed of it is the
+module's.
+
 Values elsewhere (``lorac.ir.algebra.changes``) are matrices A (K, R), B (R, N), W (N, K); ``slot_*`` here converts.
 """
 
