@@ -251,13 +251,16 @@ def _block_site(path: str, module: nn.Module, model: nn.Module) -> Site | None:
     called by nobody, and a sequence of several blocks is a stage; neither is a block itself.
     """
     parent, _, name = path.rpartition(".")
-    holder, found = model.get_submodule(parent), _linears(module)
-    if not isinstance(holder, _HOLDERS) or not found or isinstance(module, nn.Linear | nn.ModuleList | nn.ModuleDict):
+    holder = model.get_submodule(parent)
+    if not isinstance(holder, _HOLDERS) or isinstance(module, nn.Linear | nn.ModuleList | nn.ModuleDict):
         return None
     if isinstance(holder, nn.ModuleDict) and not parent:  # a dictionary of models, each called by itself
         return None
+    found = _linears(module)
     numbered = name.isdigit() and not isinstance(holder, nn.ModuleDict)
-    if not (numbered or _alike(module, holder) > 1) or (isinstance(module, nn.Sequential) and _is_stage(module)):
+    if not found or not (numbered or _alike(module, holder) > 1):
+        return None
+    if isinstance(module, nn.Sequential) and _is_stage(module):
         return None
     last = found[-1].weight
     assert isinstance(last, torch.Tensor)
