@@ -24,6 +24,7 @@ from lorac.formats.peft.config import method_of, read_config, variant_of
 from lorac.formats.peft.keys import Contents, read_keys
 from lorac.formats.peft.method import Method
 from lorac.formats.peft.save import BASE, CONFIG, WEIGHTS, described, save
+from lorac.formats.peft.tokens import refuse_both, with_rows
 from lorac.ir.host.sites import Site, find_sites
 from lorac.variants.adapter import Adapter
 
@@ -63,6 +64,8 @@ def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
             "tied": contents.tied,
         },
     )
+    refuse_both(adapter.name, contents.rows, contents.sites)
+    adapter.replaced |= with_rows(adapter.name, contents.rows, values, model)
     contents.shared = _shared(adapter, method, contents, values, model)
     told = _sites(adapter, method, contents, values, model)
     if model is None:

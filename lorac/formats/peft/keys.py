@@ -11,6 +11,7 @@ the prefix and the adapter's name taken off:
                                          under .original_module and .modules_to_save
     <tied module>.weight                 under ensure_weight_tying: the saved embedding once more
     <module>[.base_layer].bias           bias="all" or "lora_only"
+    <layer>.token_adapter.trainable_tokens_delta   rows of an embedding, see lorac.formats.peft.tokens
     <site>.base_layer.<parameter>        a copy of the base's own, for embed_tokens and lm_head
     <embedding>.<parameter>              save_embedding_layers=True: the embedding, trained or resized
     …                                    state of the training alone, see Method.training_state
@@ -35,6 +36,7 @@ PREFIX = "base_model.model."
 SHARED_PREFIX = "base_model."
 WRAPPED = "base_layer"
 """What PEFT calls the layer that it wraps."""
+TOKENS = "token_adapter.trainable_tokens_delta"
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 """Modules that PEFT takes for embeddings by their name alone (EMBEDDING_LAYER_NAMES)."""
 
@@ -47,6 +49,7 @@ class Contents:
         sites: Site path -> suffix -> tensor.
         within: Site path -> path of the module that reads its weight itself, as far as the keys tell.
         shared: Name -> tensor that all sites have in common.
+        rows: Module -> rows that take the place of some of its weight's.
         replaced: Parameter of the model -> what takes its place.
         copies: Parameter of the model -> the base's own value, as saved.
         whole: Parameter of an embedding -> its value, the base's own or another.
@@ -56,6 +59,7 @@ class Contents:
     sites: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     within: dict[str, str] = field(default_factory=dict)
     shared: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)
     replaced: dict[str, Tensor] = field(default_factory=dict)
     copies: dict[str, Tensor] = field(default_factory=dict)
     whole: dict[str, Tensor] = field(default_factory=dict)
@@ -139,6 +143,14 @@ def _unwrapped(reading: _Reading, path: str) -> str:
         return path
     reading.found.within |= {f"{owner}.{layer}": owner, owner: owner}
     return f"{owner}.{layer}"
+
+
+def _token_rows(reading: _Reading, name: str, tensor: Tensor) -> bool:
+    module = name.removesuffix(f".{TOKENS}")
+    if module == name or not reading.values.get("trainable_token_indices"):
+        return False
+    reading.found.rows[module] = tensor
+    return True
 
 
 def _copied_module(reading: _Reading, name: str, tensor: Tensor) -> bool:
@@ -228,6 +240,7 @@ def _training_state(reading: _Reading, name: str, tensor: Tensor) -> bool:
 
 RULES: tuple[Callable[[_Reading, str, Tensor], bool], ...] = (
     _site,
+    _token_rows,
     _copied_module,
     _shared_again,
     _saved_module,

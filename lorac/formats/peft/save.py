@@ -63,6 +63,7 @@ def save(adapter: Adapter, folder: Path, model: nn.Module | None) -> None:
     if method.shared_shapes is not None and model is not None:
         for name, shape in method.shared_shapes(adapter.variant, list(sites.values())).items():
             tensors[SHARED_PREFIX + name] = _resized(tensors[SHARED_PREFIX + name], shape)
+    _refuse_torn(adapter, model)
     for name, tensor in _replaced(adapter, model).items():
         tensors[PREFIX + _key(adapter, name, method, tied, model)] = tensor
     given = _targets(adapter, method, model, sites, tied)
@@ -87,6 +88,19 @@ def _refuse_parts(adapter: Adapter, sites: Mapping[str, Site]) -> None:
             raise UnsupportedField(
                 f"PEFT adapts all of '{owner}' or nothing, and adapter '{adapter.name}' adapts a part of it",
                 next_step=f"target '{owner}' itself, which names all of it, or use format='native'",
+            )
+
+
+def _refuse_torn(adapter: Adapter, model: nn.Module | None) -> None:
+    """PEFT reads a whole embedding into the model's own tensor: those that are tied there cannot become two."""
+    known = {} if model is None else named_tensors(model)
+    seen: dict[int, str] = {}
+    for name in (name for name in adapter.replaced if not saved(name, adapter.variant.modules_to_save)):
+        other = seen.setdefault(id(known.get(name, name)), name)
+        if not torch.equal(adapter.replaced[name], adapter.replaced[other]):
+            raise UnsupportedField(
+                f"adapter '{adapter.name}' replaces '{other}' and '{name}', which are one tensor in the model, by two",
+                next_step="name their modules in modules_to_save, or use format='native'",
             )
 
 

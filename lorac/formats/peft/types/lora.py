@@ -30,6 +30,7 @@ from lorac.formats._layout import conv_site, matrix_site
 from lorac.formats.peft import config
 from lorac.formats.peft.method import ABSENT, Field, Method, Tensors, Use
 from lorac.formats.peft.tables import warn_of_padding
+from lorac.formats.peft.tokens import token_rows
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.variants.base import Variant
 from lorac.variants.dora import DoRA
@@ -104,7 +105,8 @@ FIELDS = {
     "qalora_group_size": Field(Use.IRRELEVANT, 16),
     "runtime_config": Field(Use.IRRELEVANT, ABSENT),
     "megatron_config": refused("save the adapter from a model without Megatron's parallel layers"),
-    "trainable_token_indices": refused("train the embedding by modules_to_save instead"),
+    # Written, the rows come with the whole embedding, so that the field is null.
+    "trainable_token_indices": Field(Use.APPLIED, read=token_rows),
     "alora_invocation_tokens": refused("it acts on some tokens only; run it in PEFT"),
     "use_qalora": refused("it pools the inputs of quantised layers; run it in PEFT", False),
     "layer_replication": refused("stack the layers in the base model, then train on that"),
