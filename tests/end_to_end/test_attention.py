@@ -114,16 +114,18 @@ def test_what_peft_computes(call, tmp_path, by_layers):
     parity.assert_parity(copy.deepcopy(oracle).merge_and_unload()(*inputs), expected, base)
 
 
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
 @torch.no_grad()
-def test_there_and_back(tmp_path, by_layers):
+def test_there_and_back(bias, tmp_path, by_layers):
     model, inputs = made()
     given = dict(zip(("x", "other"), inputs, strict=True))
-    config = LoraConfig(r=2, target_modules=["attn", "head"], use_rslora=True, rank_pattern={"head": 1})
+    config = LoraConfig(r=2, target_modules=["attn", "head"], bias=bias, use_rslora=True, rank_pattern={"head": 1})
     oracle = make_peft(model, tmp_path / "theirs", config, inputs=given)
     read = load_adapter(tmp_path / "theirs", model)
     assert list(read.tensors) == ["attn", "attn.out_proj", "head"]
     save_adapter(read, tmp_path / "known", model=model)
     save_adapter(load_adapter(tmp_path / "theirs"), tmp_path / "alone")
+    parity.assert_parity(lorac.compile(model, {"a": read})(*inputs), oracle(*inputs), model(*inputs))
     named = lorac.Adapter(
         "x", lorac.LoRA(r=2, targets=("attn", "out_proj")), {p: read.tensors[p] for p in ("attn", "attn.out_proj")}
     )

@@ -207,10 +207,11 @@ def _tied_module(reading: _Reading, name: str, tensor: Tensor) -> bool:
 def _bias(reading: _Reading, name: str, tensor: Tensor) -> bool:
     kind = reading.values.get("bias", "none")
     module, _, parameter = name.rpartition(".")
-    inside = module.endswith(".base_layer") and module.removesuffix(".base_layer") in reading.found.sites
+    unwrapped = ".".join(part for part in module.split(".") if part != WRAPPED)
+    inside = module.endswith(f".{WRAPPED}") and unwrapped in reading.found.sites
     if kind == "none" or parameter != "bias" or not (inside or kind == "all"):
         return False
-    plain = module.removesuffix(".base_layer") if inside else module
+    plain = unwrapped if inside else module
     reading.found.replaced[f"{plain}.bias" if plain else "bias"] = tensor
     return True
 

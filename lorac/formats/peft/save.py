@@ -65,7 +65,7 @@ def save(adapter: Adapter, folder: Path, model: nn.Module | None) -> None:
             tensors[SHARED_PREFIX + name] = _resized(tensors[SHARED_PREFIX + name], shape)
     _refuse_torn(adapter, model)
     for name, tensor in _replaced(adapter, model).items():
-        tensors[PREFIX + _key(adapter, name, method, tied, model)] = tensor
+        tensors[PREFIX + _key(adapter, name, method, tied, model, sites)] = tensor
     given = _targets(adapter, method, model, sites, tied)
     given["fan_in_fan_out"] = any(site.transposed for site in sites.values())
     if tied:
@@ -158,7 +158,14 @@ def _replaced(adapter: Adapter, model: nn.Module | None) -> dict[str, Tensor]:
     return replaced
 
 
-def _key(adapter: Adapter, name: str, method: Method, tied: Mapping[str, str], model: nn.Module | None) -> str:
+def _key(
+    adapter: Adapter,
+    name: str,
+    method: Method,
+    tied: Mapping[str, str],
+    model: nn.Module | None,
+    sites: Mapping[str, Site],
+) -> str:
     """The key of a replacement, without the prefix."""
     module, _, parameter = name.rpartition(".")
     whole = copied_module(adapter.variant, name)
@@ -168,7 +175,7 @@ def _key(adapter: Adapter, name: str, method: Method, tied: Mapping[str, str], m
         return name
     bias = adapter.variant.bias if "bias" in method.fields else "none"
     if parameter == "bias" and bias != "none" and (bias == "all" or module in adapter.tensors):
-        return f"{module}.base_layer.bias" if module in adapter.tensors else name
+        return f"{_path(sites[module])}.{WRAPPED}.bias" if module in adapter.tensors else name
     if module not in adapter.tensors and module in set(_embeddings(module, model)):
         return name
     raise UnsupportedField(
