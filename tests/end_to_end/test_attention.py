@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torchvision
+import transformers
 from peft import LoraConfig
 from torch import nn
 
@@ -303,3 +304,54 @@ def test_torchvisions_vit_and_torchs_own_layers(tmp_path, by_layers):
     emitted = lorac.compile(vit, {"a": tmp_path / "VisionTransformer"}, target="onnxruntime", example_inputs=(image,))
     answer, own = lorac.compile(vit, {"a": tmp_path / "VisionTransformer"})(image), emitted(image, adapters=None)
     parity.assert_parity(emitted(image), answer, vit(image), own_base=own)
+
+
+@pytest.mark.parametrize("target", ["eager", "onnxruntime"])
+@torch.no_grad()
+def test_in_each_of_several_components(target):
+    """A weight is the module's of its own component, and one that reads it in two calls reads the adapter's in both."""
+
+    class Twice(nn.Module):
+        def __init__(self, seed):
+            super().__init__()
+            self.attended = made("cross")[0].float()
+            nn.init.constant_(self.attended.head.bias, seed)
+
+        def forward(self, x, other):
+            first, _ = self.attended.attn(x, other, other)
+            return self.attended(first, x)
+
+    inputs = tuple(x.float() for x in made("cross")[1])
+    models = {"one": Twice(1.0).eval(), "two": Twice(2.0).eval()}
+    adapter = adapter_of(made("cross")[0], made("cross")[1], lorac.LoRA(r=2, targets=("attn",)))
+    parts = {f"one.attended.{path}": at for path, at in adapter.tensors.items()}
+    placed = lorac.Adapter("a", adapter.variant, parts)
+    compiled = lorac.compile(models, {"a": placed}, target=target, example_inputs=dict.fromkeys(models, inputs))
+    alone = lorac.Adapter("a", adapter.variant, {f"attended.{path}": at for path, at in adapter.tensors.items()})
+    expected = lorac.compile(models["one"], {"a": alone}, mode="baked")(*inputs)
+    base = models["one"](*inputs)
+    parity.assert_parity(compiled["one"](*inputs), expected, base, own_base=compiled["one"](*inputs, adapters=None))
+    assert_close(compiled["two"](*inputs), models["two"](*inputs))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_siglips_convolution_and_pooling_head(tmp_path, by_layers):
+    config = transformers.SiglipVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.SiglipVisionModel(config).eval()
+        given = {"pixel_values": torch.randn(2, 3, 16, 16)}
+    targets = ["patch_embedding", "q_proj", "head.attention", "fc1"]
+    outputs = ("pooler_output",)
+    oracle = make_peft(
+        model, tmp_path, LoraConfig(r=2, target_modules=targets), inputs=given, outputs=outputs, contribution=0.1
+    )
+    expected, base = oracle(**given), model(**given)
+    parity.assert_parity(lorac.compile(model, {"a": tmp_path})(**given), expected, base, names=outputs)
+    for mode in ("live", "fused"):
+        emitted = lorac.compile(model, {"a": tmp_path}, target="onnxruntime", mode=mode)
+        own = emitted(**given, adapters=None)
+        parity.assert_parity(emitted(**given), expected, base, own_base=own, names=outputs)
