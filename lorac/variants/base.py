@@ -46,7 +46,7 @@ class Variant(ABC):
 
     Attributes:
         targets: what PEFT's ``target_modules`` takes: suffixes, one regular expression, ``"all-linear"``; or
-            ``"all-conv"``, or ``"all-blocks"``, for methods on blocks.
+            ``"all-conv"``; or ``"all-blocks"``, for methods on blocks.
         exclude: PEFT's ``exclude_modules``.
         layers: PEFT's ``layers_to_transform``: layer indices to keep.
         layers_pattern: PEFT's ``layers_pattern``: name of the list of layers.

@@ -41,8 +41,16 @@ def made(folder: Path, model: nn.Module, rows: Any, **settings: Any) -> Any:
     return oracle, inputs
 
 
-@pytest.mark.parametrize("rows", [ROWS, {"embed_tokens": ROWS}, APART], ids=["list", "named", "apart"])
-@pytest.mark.parametrize("tied", [False, True], ids=["free", "tied"])
+@pytest.mark.parametrize(
+    ("rows", "tied"),
+    [
+        pytest.param(ROWS, False, id="list-free"),
+        pytest.param(ROWS, True, id="list-tied"),
+        pytest.param(APART, True, id="apart-tied"),
+        pytest.param(APART, False, id="apart-free", marks=pytest.mark.slow),
+        pytest.param({"embed_tokens": ROWS}, True, id="named-tied", marks=pytest.mark.slow),
+    ],
+)
 @torch.no_grad()
 def test_what_peft_computes(rows: Any, tied: bool, tmp_path: Path) -> None:
     model = LLAMA.fresh()
