@@ -24,13 +24,13 @@ def register(app: typer.Typer) -> None:
 
 def sites(model: Model, targets: Annotated[str, typer.Option(help="Only those a pattern names.")] = "") -> None:
     """Print every adaptable place of a model."""
-    from lorac.ir.host.patterns import nothing_matches, select
+    from lorac.ir.host.patterns import KEYWORDS, nothing_matches, select
     from lorac.ir.host.sites import find_sites
 
     found = find_sites(load_model(model))
     wanted = list(found.values())
     if targets:
-        chosen = targets if targets == "all-linear" else tuple(targets.split(","))
+        chosen = targets if targets in KEYWORDS else tuple(targets.split(","))
         wanted = select(found, chosen) or select(found, targets)
         if not wanted:
             raise nothing_matches("(command line)", targets, found)

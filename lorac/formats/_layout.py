@@ -22,13 +22,15 @@ LAYOUT = "layout"
 
 
 def describe(site: Site) -> dict[str, Any]:
-    """A site's layout as JSON: kind, out and in features, transposed, channels, kernel, groups."""
+    """A site's layout as JSON: kind, out and in features, transposed, within, channels, kernel, groups."""
     described: dict[str, Any] = {
         "kind": str(site.kind),
         "out": site.out_features,
         "in": site.in_features,
         "transposed": site.transposed,
     }
+    if site.within is not None:
+        described["within"] = site.within
     if site.conv is not None:
         described |= {
             "channels": site.conv.channels,
@@ -64,6 +66,7 @@ def site_from(path: str, described: Mapping[str, Any]) -> Site:
         dtype=torch.float32,
         weight=None,
         transposed=described["transposed"],
+        within=described.get("within"),
         conv=conv,
     )
 

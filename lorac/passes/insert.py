@@ -48,8 +48,8 @@ class Insert(Pass):
         for path, plan in planned.items():
             own = [slot for slot in graph.slots.values() if slot.site == path and not slot.members]
             slots = {slot.role: nodes[slot.name] for slot in own}
-            if plan.site.kind is SiteKind.PARAMETER:
-                _replace_parameter(graph, plan, slots[letters.WEIGHT])
+            if plan.site.within is not None:
+                _replace_reads(graph, plan, slots)
                 continue
             for node in calls[path]:
                 _adapt(graph, node, slots)
@@ -149,21 +149,34 @@ def _weight(graph: Graph, site: Site) -> Callable[[], torch.Tensor]:
     return lambda: site.present(torch.empty(graph.exported.state_dict[str(site.weight)].shape, device="meta"))
 
 
-def _replace_parameter(graph: Graph, plan: SitePlan, slot: fx.Node) -> None:
-    """Reads of a bare parameter inside its own module become reads of the slot."""
-    owner = str(plan.site.weight).rpartition(".")[0]
-    names = _inputs_of(graph, plan)
-    reads = [(parameter, user) for parameter in map(graph.node, names) for user in parameter.users]
-    for parameter, user in reads:
-        if _module_of(user) == owner or len(names) == 1:
-            user.replace_input_with(parameter, slot)
+def _replace_reads(graph: Graph, plan: SitePlan, slots: Mapping[str, fx.Node]) -> None:
+    """What a module reads in its own forward, a site's weight and its bias, becomes what their slots hold."""
+    site = plan.site
+    for fqn, role in ((site.weight, letters.WEIGHT), (site.bias, letters.BIAS)):
+        names = _inputs_of(graph, fqn) if role in slots else []
+        users = [(parameter, user) for parameter in map(graph.node, names) for user in list(parameter.users)]
+        own = [(parameter, user) for parameter, user in users if len(names) == 1 or _module_of(user) == site.within]
+        readers = {user for _, user in own}
+        first = next((node for node in graph.fx.nodes if node in readers), None)
+        if first is None:
+            continue
+        held = slots[role] if role == letters.BIAS else _as_stored(graph, site, slots[role], first)
+        for parameter, user in own:
+            user.replace_input_with(parameter, held)
 
 
-def _inputs_of(graph: Graph, plan: SitePlan) -> list[str]:
-    """Names of the nodes through which the graph reads a bare parameter or buffer."""
+def _as_stored(graph: Graph, site: Site, slot: fx.Node, before: fx.Node) -> fx.Node:
+    """The weight in a slot as its module stores it, computed before a node."""
+    if site.kind is SiteKind.PARAMETER:
+        return slot
+    return inline(graph.exported, before, lambda held: (layout_of(site).stored(held),), [slot])[1][0]
+
+
+def _inputs_of(graph: Graph, fqn: str | None) -> list[str]:
+    """Names of the nodes through which the graph reads a parameter or buffer."""
     signature = graph.exported.graph_signature
     stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    return [name for name, fqn in stored.items() if fqn == plan.site.weight]
+    return [name for name, held in stored.items() if held == fqn]
 
 
 def _module_of(node: fx.Node) -> str:
@@ -182,9 +195,9 @@ def _reached(graph: Graph, calls: Mapping[str, Sequence[fx.Node]]) -> tuple[dict
 
 
 def _is_read(graph: Graph, plan: SitePlan) -> bool:
-    """Whether a site is a bare parameter or buffer that the graph reads (a count of batches only training reads)."""
-    bare = plan.site.kind is SiteKind.PARAMETER
-    return bare and any(graph.node(name).users for name in _inputs_of(graph, plan))
+    """Whether the graph reads a weight that no call of a site has (a count of batches only training reads)."""
+    bare = plan.site.within is not None
+    return bare and any(graph.node(name).users for name in _inputs_of(graph, plan.site.weight))
 
 
 def refuse_idle(graphs: Iterable[Graph], touched: Mapping[str, Collection[str]]) -> None:

@@ -81,10 +81,10 @@ def identity_at_init(case: Case) -> None:
     """A fresh adapter changes nothing, where the method promises that; else something."""
     base = case.base(case.x)
     fresh = _call(compile(case.model, {"a": case.variant}), case.x)
-    if case.variant.identity_at_init:
+    if case.variant.at(case.site).starts_as_base(case.site):
         assert_close(fresh, base)
     else:
-        assert not torch.equal(fresh, base), "identity_at_init is False, yet a fresh adapter changes nothing"
+        assert not torch.equal(fresh, base), "it is said not to start as the base, yet a fresh adapter changes nothing"
 
 
 def training(case: Case) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,6 +60,20 @@ class OneSite(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """What the site answers."""
         return self.site(x)
+
+
+class Attention(nn.Module):
+    """Self-attention, whose output layer at path ``site.out_proj`` is never called: torch's module reads its weight."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.site = nn.MultiheadAttention(width, heads, batch_first=True)
+        with torch.no_grad():
+            self.site.in_proj_bias.normal_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y (…, length, width) from x (…, length, width)."""
+        return self.site(x, x, x, need_weights=False)[0]
 
 
 class OneBlock(nn.Module):
@@ -163,9 +178,7 @@ class Host:
 
     def model(self, dtype: torch.dtype = torch.float64) -> nn.Module:
         """The model, the same weights every time, in eval mode; the process's random state is left alone."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(11)
-            return self.make().to(dtype).eval()
+        return _fixed(self.make, dtype)
 
     def inputs(self, batch: tuple[int, ...]) -> Tensor:
         """One input with these batch dimensions, float64 or ids, the same every time."""
@@ -187,6 +200,38 @@ def _lookup(x: Array, weight: Array, bias: Array) -> Array:
 def _strided(x: Array, weight: Array, bias: Array) -> Array:
     kernel = torch.from_numpy(weight).reshape(len(weight), -1, 3, 3)
     return F.conv2d(torch.from_numpy(x), kernel, torch.from_numpy(bias), stride=2, padding=1).numpy()
+
+
+def _padded(x: Array, weight: Array, bias: Array) -> Array:
+    kernel = torch.from_numpy(weight).reshape(len(weight), -1, 3, 3)
+    around = F.pad(torch.from_numpy(x), (1, 1, 1, 1), mode="circular")
+    return F.conv2d(around, kernel, torch.from_numpy(bias)).numpy()
+
+
+_WIDTH, _HEADS = 6, 2
+
+
+def _attended(x: Array, weight: Array, bias: Array) -> Array:
+    """softmax(q·kᵀ/√d)·v by heads, behind the packed projection as it is."""
+    attention = _fixed(_attention).site
+    packed, shift = (t.detach().numpy() for t in (attention.in_proj_weight, attention.in_proj_bias))
+    *batch, length, _ = x.shape
+    parts = (x @ packed.T + shift).reshape(*batch, length, 3, _HEADS, _WIDTH // _HEADS)
+    q, k, v = (np.moveaxis(parts[..., i, :, :], -2, -3) for i in range(3))
+    scores = np.exp(q @ np.swapaxes(k, -1, -2) / (_WIDTH // _HEADS) ** 0.5)
+    seen = scores / scores.sum(-1, keepdims=True) @ v
+    return np.moveaxis(seen, -3, -2).reshape(*batch, length, _WIDTH) @ weight.T + bias
+
+
+def _attention() -> nn.Module:
+    return Attention(_WIDTH, _HEADS)
+
+
+def _fixed(make: Callable[[], nn.Module], dtype: torch.dtype = torch.float64) -> Any:
+    """A model, the same weights every time, in eval mode; the process's random state is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(11)
+        return make().to(dtype).eval()
 
 
 def _host(name: str, kind: SiteKind, make: Callable[[], nn.Module], **rest: object) -> tuple[str, Host]:
@@ -217,7 +262,27 @@ HOSTS: Mapping[str, Host] = dict(
             apply=_strided,
             batches=((6,), ()),
         ),
+        _host(
+            "padded",
+            SiteKind.CONV2D,
+            lambda: nn.Conv2d(3, 8, 3, padding="same", padding_mode="circular"),
+            sizes=(3, 5, 4),
+            apply=_padded,
+            batches=((6,), ()),
+        ),
         _host("embedding", SiteKind.EMBEDDING, lambda: nn.Embedding(13, 6), sizes=(), apply=_lookup, vocabulary=13),
+        (
+            "attention",
+            Host(
+                "attention",
+                SiteKind.LINEAR,
+                _attention,
+                (5, _WIDTH),
+                _attended,
+                batches=((4,), ()),
+                path="site.out_proj",
+            ),
+        ),
         (
             "block",
             Host("block", SiteKind.BLOCK, lambda: OneBlock(Block(7, 5)), (7,), None, path="blocks.0"),

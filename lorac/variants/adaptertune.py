@@ -13,7 +13,6 @@ import torch.nn.functional as F
 
 from lorac.errors import UnknownOption, nearest_name
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.patterns import block_index
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.variants import _inits
 from lorac.variants.base import BranchVariant, Context
@@ -47,7 +46,7 @@ class AdapterTune(BranchVariant):
     kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.BLOCK})
 
     def adapts(self, site: Site) -> bool:
-        return block_index(site.path) % self.every == 0
+        return site.number % self.every == 0
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         if self.init not in _UP_INITS:

@@ -46,7 +46,7 @@ class Variant(ABC):
 
     Attributes:
         targets: what PEFT's ``target_modules`` takes: suffixes, one regular expression, ``"all-linear"``; or
-            ``"all-blocks"``, for methods on blocks.
+            ``"all-conv"``; or ``"all-blocks"``, for methods on blocks.
         exclude: PEFT's ``exclude_modules``.
         layers: PEFT's ``layers_to_transform``: layer indices to keep.
         layers_pattern: PEFT's ``layers_pattern``: name of the list of layers.
@@ -102,15 +102,25 @@ class Variant(ABC):
         """Whether a site that ``targets`` names gets an adapter; a method may skip some (every k-th block, say)."""
         return True
 
+    def starts_as_base(self, site: Site) -> bool:
+        """Whether a fresh adapter answers what the base does at a site; a method may not at layers of some shapes."""
+        return self.identity_at_init
+
     def copies(self, path: str) -> bool:
         """Whether the module at ``path`` is trained and stored whole, by the method itself (``LNTuning``)."""
         return False
 
     def check(self, site: Site) -> None:
-        """Raise ``SiteUnsupported`` where the method is not defined on the site's kind."""
+        """Raise ``SiteUnsupported`` where the method is not defined on the site."""
         if site.kind not in self.kinds:
             raise SiteUnsupported(
                 f"{self.name} adapts {', '.join(sorted(self.kinds))} sites; '{site.path}' is a {site.kind}",
+                next_step="narrow targets=, or exclude= the module",
+            )
+        if site.within is not None and isinstance(self, BranchVariant):
+            raise SiteUnsupported(
+                f"{self.name} reads a layer's input and output, and '{site.path}' has neither: "
+                f"'{site.within}' computes with its weight itself",
                 next_step="narrow targets=, or exclude= the module",
             )
 

@@ -71,6 +71,9 @@ class PLP(WeightVariant):
                 next_step=f"it is one of {', '.join(_BASES)}",
             )
 
+    def starts_as_base(self, site: Site) -> bool:
+        return site.out_features != site.in_features or self.basis != "rows" or self.identity_init
+
     def params(self, site: Site) -> dict[str, ParamSpec]:
         out, columns, r = site.out_features, site.in_features, self.r
         top, left = out // 2, columns // 2

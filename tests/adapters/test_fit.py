@@ -37,7 +37,7 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.up, self.down, self.norm = nn.Linear(4, 6), nn.Linear(6, 4, bias=False), nn.LayerNorm(4)
-        self.ring = nn.Conv1d(4, 4, 3, padding=1, padding_mode="circular")
+        self.ring = nn.ConvTranspose1d(4, 4, 3, padding=1)
         self.line = nn.Conv1d(4, 4, 1)
         self.table = nn.Embedding(5, 4)
 
@@ -90,7 +90,7 @@ FAULTS: dict[str, tuple[lorac.Adapter, type[LoracError], str]] = {
     "no site": (
         good(tensors=at("ring")),
         lorac.SiteUnsupported,
-        "adapter 'mine' has tensors for 'ring', a Conv1d as built here is not a site\n"
+        "adapter 'mine' has tensors for 'ring', a ConvTranspose1d as built here is not a site\n"
         "  train the adapter with exclude_modules naming it",
     ),
     "another kind": (

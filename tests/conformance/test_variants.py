@@ -12,8 +12,8 @@ from lorac.variants import variants
 from lorac.variants.base import BranchVariant, WeightVariant
 
 ORACLES = Path(__file__).parents[1] / "oracles"
-ALIKE = {"no_bias", "transposed"}
-"""Hosts that are linear layers once more: a formula sees neither."""
+ALIKE = {"no_bias", "transposed", "padded", "attention"}
+"""Hosts that are a linear layer or a convolution once more: a formula sees no difference."""
 FORMS = {"adaptertune", "hydra", "meteora", "shira"}
 """Methods of a form each, for what a target does with a model of two layers."""
 LATE = ("two_conv", "two_embedding")
@@ -54,7 +54,7 @@ def _thinned(checks):
     """The first configuration on every kind of site; other configurations, and what targets get, on one host each.
 
     What a target gets depends on the normal form, not on the method. The rest, and hosts that differ in their bias or
-    in how they store a weight alone, wait for the long run; so do most hosts of two layers.
+    in how they store or read a weight alone, wait for the long run; so do most hosts of two layers.
     """
     first = {}
     whole = None

@@ -99,7 +99,6 @@ def folder(tmp_path: Path) -> Path:
         ("layer_replication", [[0, 2], [1, 3]]),
         ("megatron_config", {"hidden_size": 4}),
         ("target_parameters", ["experts.gate_up_proj"]),
-        ("trainable_token_indices", [1, 2]),
         ("use_bdlora", {"nblocks": 2}),
         ("use_qalora", True),
         ("init_lora_weights", "pissa"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from peft import EvaConfig, LoraConfig, MontecloraConfig, VeloraConfig, get_peft
 from safetensors.torch import load_file
 from torch import nn
 
+import lorac
 from lorac.errors import UnsupportedField
 from lorac.formats import load_adapter, save_adapter
 from lorac.variants.dora import DoRA
@@ -282,3 +284,23 @@ def test_rank_pattern_keeps_the_order_of_the_file(tmp_path: Path) -> None:
         oracle = call(peft_files.load_peft(model, tmp_path / folder), inputs)
         ours = call(applied(model, adapter), inputs)
         parity.assert_parity(ours, oracle, call(model, inputs))
+
+
+class Narrow(nn.Module):
+    """As MobileBERT's head, whose layer fills its embedding up to the hidden size, be that by no feature at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.rest = nn.Linear(4, 3), nn.Linear(4, 0, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.up(x), self.rest(x)], dim=-1)
+
+
+@torch.no_grad()
+def test_a_layer_without_outputs(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of a layer that it starts with no values
+        model, x = Narrow().eval(), torch.randn(2, 4)
+        oracle = peft_files.make_peft(model, tmp_path, LoraConfig(r=2, target_modules=["up", "rest"]), inputs={"x": x})
+    parity.assert_parity(lorac.compile(model, {"a": tmp_path})(x), oracle(x), model(x))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from lorac.errors import (
     BaseMismatch,
@@ -201,31 +201,13 @@ def test_another_model(make: Make) -> None:
 
 
 def test_modules_that_are_no_sites(tmp_path: Path) -> None:
-    def build(padding: Any) -> nn.Module:
-        return nn.Sequential(nn.Conv1d(3, 4, 3, padding=1, padding_mode=padding), nn.Conv1d(4, 3, 1))
+    def build(cls: Any) -> nn.Module:
+        return nn.Sequential(cls(3, 4, 3, padding=1), nn.Conv1d(4, 3, 1))
 
     inputs = {"input": torch.randn(2, 3, 5)}
     config = LoraConfig(r=2, target_modules=["0", "1"])
-    make_peft(build("zeros"), tmp_path, config, inputs=inputs)
-    refuse(SiteUnsupported, tmp_path, "'0', a Conv1d as built here is not a site", build("circular"))
-
-
-class Attending(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.attention(x, x, x)[0]
-        return y
-
-
-def test_packed_attention_is_no_site(tmp_path: Path) -> None:
-    inputs = {"x": torch.randn(2, 3, 6)}
-    config = LoraConfig(r=2, target_modules=["attention"])
-    make_peft(Attending(), tmp_path, config, inputs=inputs)
-    refuse(SiteUnsupported, tmp_path, "'attention', a MultiheadAttention", Attending())
-    refuse(UnusedTensors, tmp_path, r"'attention\.base_layer\.out_proj'")
+    make_peft(build(nn.Conv1d), tmp_path, config, inputs=inputs)
+    refuse(SiteUnsupported, tmp_path, "'0', a ConvTranspose1d as built here is not a site", build(nn.ConvTranspose1d))
 
 
 def test_sites_that_are_not_targeted(make: Make) -> None:

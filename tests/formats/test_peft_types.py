@@ -33,7 +33,8 @@ from lorac.variants.oft import OFT
 from lorac.variants.randlora import RandLoRA
 from lorac.variants.vblora import VBLoRA
 from lorac.variants.vera import VeRA
-from tests.peft_files import CONFIG, WEIGHTS, change, configure, made
+from tests.parity import assert_parity
+from tests.peft_files import CONFIG, WEIGHTS, change, configure, load_peft, made
 from tests.zoo import ZOO
 
 Copy = Callable[[str], Path]
@@ -209,8 +210,13 @@ class Spoilt:
 
 
 SPOILT = (
-    # Without its extension PEFT trains one factor, whatever is configured: no rotation of two can be made of it.
-    Spoilt("BOFT", "'down': 2 factors need", {"boft_n_butterfly_factor": 2}, error=SiteUnsupported),
+    Spoilt(
+        "BOFT",
+        "'down': 2 factors need",
+        {"boft_n_butterfly_factor": 2},
+        {f"model.{path}.boft_R": torch.zeros(2, n, 2, 2) for path, n in (("up", 5), ("down", 7))},
+        error=SiteUnsupported,
+    ),
     Spoilt("BOFT", r"'down'|'up'", {"boft_block_size": 14}),
     Spoilt(
         "FOURIERFT", r"fourierft_spectrum at '.*' has shape \(9,\), expected \(8,\)", {"n_frequency": 8}, alone=False
@@ -264,6 +270,22 @@ def test_a_file_that_disagrees_with_itself(spoilt: Spoilt, copy_of: Copy) -> Non
         with pytest.raises(spoilt.error, match=spoilt.match) as error:
             load_adapter(folder, model)
         assert type(error.value) is spoilt.error
+
+
+@torch.no_grad()
+def test_boft_has_as_many_factors_as_its_file(tmp_path: Path) -> None:
+    """Without its CUDA extension PEFT trains one, whatever is configured, and saves the configuration as it was."""
+    folder, model, inputs = (
+        made(tmp_path / "two", "BOFT", boft_n_butterfly_factor=2),
+        MODEL(),
+        ZOO["plain_mlp"].inputs(),
+    )
+    assert json.loads((folder / CONFIG).read_text())["boft_n_butterfly_factor"] == 2
+    for read in (load_adapter(folder, model), load_adapter(folder)):
+        assert isinstance(read.variant, BOFT)
+        assert read.variant.n_butterfly_factor == 1
+        answer = lorac.compile(model, {"a": read})(**inputs)
+        assert_parity(answer, load_peft(model, folder)(**inputs), model(**inputs))
 
 
 @pytest.mark.parametrize("kind", WRONG)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lorac.ir.algebra import letters
-from lorac.ir.host.sites import BaseReader, stored_tensor
+from lorac.ir.host.sites import BaseReader, Site, stored_tensor
 from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.site import SitePlan
 
@@ -33,8 +33,8 @@ def _own_buffer(module: nn.Module, plan: SitePlan, base: BaseReader) -> FusedBuf
         original = base.bias(site)
         start = torch.zeros(site.out_features, dtype=weight.dtype) if original is None else original.clone()
         bias = nn.Parameter(start, requires_grad=False)
-        if not adds_bias(owner):
-            owner._parameters["bias"] = bias
+        if not adds_bias(owner, site):
+            owner._parameters[_bias_name(site)] = bias
     return FusedBuffer(
         site,
         weight,
@@ -45,6 +45,11 @@ def _own_buffer(module: nn.Module, plan: SitePlan, base: BaseReader) -> FusedBuf
     )
 
 
-def adds_bias(module: nn.Module) -> bool:
+def adds_bias(module: nn.Module, site: Site) -> bool:
     """Whether a bias must be added to what the module answers, since its own forward knows none (an embedding)."""
-    return "bias" not in module._parameters
+    return _bias_name(site) not in module._parameters
+
+
+def _bias_name(site: Site) -> str:
+    """What the bias is called in the module that holds the weight."""
+    return "bias" if site.bias is None else site.bias.rpartition(".")[2]

@@ -7,7 +7,6 @@ attributes are set, so module types, names and state-dict keys stay the host's.
 from __future__ import annotations
 
 import contextvars
-import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,20 +17,20 @@ import torch
 from torch import nn
 
 from lorac.backends.eager.buffers import adds_bias, own_buffers
+from lorac.backends.eager.shadow import shadow
 from lorac.errors import SiteUnsupported
-from lorac.ir.algebra import letters
 from lorac.ir.engine import Answer, Binding, Engine
 from lorac.ir.host.components import components_of, require_component
-from lorac.ir.host.layers import calls_below, is_plain, layer_of, with_below
+from lorac.ir.host.layers import calls_below, is_plain, layer_of, padded, with_below
 from lorac.ir.host.sites import BaseReader, Site, SiteKind, stored_tensor
 from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.choice import Choice
 from lorac.ir.slots.emits import record_emitted
 from lorac.ir.slots.reads import BASE, WEIGHT, first_tensor, names_read, parse, presented, replace_first, tapped
-from lorac.ir.slots.run import Ctx, run_site
+from lorac.ir.slots.run import Ctx, from_slots, run_site
 from lorac.ir.slots.site import SitePlan, SiteSlots
 from lorac.ir.slots.snapshot import Snapshot
-from lorac.ir.slots.training import LiveTerm, run_terms
+from lorac.ir.slots.training import LiveTerm, run_terms, weights_of
 
 Tensor = torch.Tensor
 Terms = Callable[[str, Choice], Sequence[LiveTerm] | None]
@@ -187,15 +186,15 @@ class EagerEngine(Engine):
         return self._recorded if recomputed else _Call(self.active, self.computes_terms)
 
     def _install(self, path: str, plan: SitePlan) -> None:
-        owner = path.rpartition(".")[0] if plan.site.kind is SiteKind.PARAMETER else path
+        owner = path if plan.site.within is None else plan.site.within
         module = self.module.get_submodule(owner)
         self._weights[path] = _stored(self.module, plan)
         if owner in self._originals:
             return
         self._originals[owner] = module.forward
-        if plan.site.kind is SiteKind.PARAMETER:
-            leaves = {p.rpartition(".")[2]: p for p in self.plans if p.rpartition(".")[0] == owner}
-            module.forward = functools.partial(self._forward_owner, owner, module, leaves)
+        if plan.site.within is not None:
+            inside = tuple(p for p, other in self.plans.items() if other.site.within == owner)
+            module.forward = functools.partial(self._forward_owner, owner, module, inside)
         elif plan.site.kind is SiteKind.BLOCK:
             module.forward = functools.partial(self._forward_block, path, module)
         elif is_plain(module):
@@ -225,11 +224,11 @@ class EagerEngine(Engine):
     def _forward_site(self, path: str, module: nn.Module, x: Tensor) -> Tensor:
         if path not in self.filled().touched:
             return self._originals[path](x)
-        adapted = self._adapted(path, module, x)
+        adapted = self._adapted(path, module, padded(x, self.plans[path].site.conv))
         if adapted is not None:
             return adapted
         y, buffer = self._originals[path](x), self.buffers.get(path)
-        shift = buffer.bias if buffer is not None and adds_bias(module) else None
+        shift = buffer.bias if buffer is not None and adds_bias(module, buffer.site) else None
         return y if shift is None else y + shift
 
     def _forward_block(self, path: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -267,27 +266,30 @@ class EagerEngine(Engine):
         stored = {name: self.module.get_parameter(str(self.sites[parse(name)[1]].weight)) for name in weights}
         return {**call.values, **presented(stored, self.sites)} if plan.branches else {}
 
-    def _forward_owner(
-        self, owner: str, module: nn.Module, leaves: Mapping[str, str], *args: Any, **kwargs: Any
-    ) -> Any:
-        """A module some of whose parameters are replaced: its own forward, on a shadow that holds the replacements."""
+    def _forward_owner(self, owner: str, module: nn.Module, inside: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+        """A module some of whose weights are replaced: its own forward, on a shadow that holds the replacements."""
         call = self._call()
-        filled, replaced = call.filled, {}
-        for leaf, path in leaves.items():
-            if path not in filled.touched:
-                continue
-            terms = self._live_terms(path, call)
-            if terms is not None:
-                replaced[leaf] = terms[-1].change.weight  # type: ignore[union-attr]  # replaced whole: dense
-            elif path in filled.slots:
-                replaced[leaf] = filled.slots[path].tensors[letters.WEIGHT]
+        replaced: dict[str, Tensor] = {}
+        for path in inside:
+            if path in call.filled.touched:
+                replaced |= self._replacements(path, call)
         if not replaced:
             return self._originals[owner](*args, **kwargs)
-        shadow = copy.copy(module)
-        shadow.__dict__ = {k: v for k, v in module.__dict__.items() if k != "forward"}
-        for kept in ("_parameters", "_buffers"):
-            shadow.__dict__[kept] = {name: replaced.get(name, own) for name, own in getattr(module, kept).items()}
-        return shadow.forward(*args, **kwargs)
+        names = {name.removeprefix(f"{owner}."): tensor for name, tensor in replaced.items()}
+        return shadow(module, names).forward(*args, **kwargs)
+
+    def _replacements(self, path: str, call: _Call) -> dict[str, Tensor]:
+        """What a touched site puts in the place of its weight and bias, by their names; nothing where they hold it."""
+        site, slots, terms = self.plans[path].site, call.filled.slots.get(path), self._live_terms(path, call)
+        found: tuple[Tensor | None, Tensor | None]
+        if terms is not None:
+            found = weights_of(site, terms, *self._weights[path])
+        elif slots is not None:
+            found = from_slots(site, slots)
+        else:
+            return {}
+        names = zip((site.weight, site.bias), found, strict=True)
+        return {name: tensor for name, tensor in names if name is not None and tensor is not None}
 
     def _live_terms(self, path: str, call: _Call) -> Sequence[LiveTerm] | None:
         """The terms from the adapters' own tensors where the call computes them, else None."""

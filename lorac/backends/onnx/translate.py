@@ -34,10 +34,25 @@ def matmul(x: Any, matrix: Any) -> Any:
     return op.MatMul(x, matrix)
 
 
+def conv3d(
+    x: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Sequence[int] = (1, 1, 1),
+    padding: Sequence[int] = (0, 0, 0),
+    dilation: Sequence[int] = (1, 1, 1),
+    groups: int = 1,
+) -> Any:
+    """``Conv``; torch's own exporter gives one without a bias zeros of another rank, which no runtime takes."""
+    pads = [*padding, *padding]
+    return op.Conv(x, weight, bias, strides=list(stride), pads=pads, dilations=list(dilation), group=groups)
+
+
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     ops.SPLIT_RANKS: split_ranks,
     ops.LINEAR: linear,
     ops.MATMUL: matmul,
+    aten.conv3d.default: conv3d,
     aten.scaled_dot_product_attention.default: attention,
 }
 """Op -> its ONNX."""

@@ -24,6 +24,7 @@ from lorac.formats.peft.config import method_of, read_config, variant_of
 from lorac.formats.peft.keys import Contents, read_keys
 from lorac.formats.peft.method import Method
 from lorac.formats.peft.save import BASE, CONFIG, WEIGHTS, described, save
+from lorac.formats.peft.tokens import refuse_both, with_rows
 from lorac.ir.host.sites import Site, find_sites
 from lorac.variants.adapter import Adapter
 
@@ -48,7 +49,7 @@ def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
     method = method_of(raw, file)
     values = read_config(raw, method, file)
     contents = read_keys(tensors, method, values, model)
-    variant = variant_of(values, method, file)
+    variant = method.settled(variant_of(values, method, file), contents.sites)
     if values["target_modules"] is None:  # PEFT's own choice for the architecture: it is in the keys
         variant = dataclasses.replace(variant, targets=tuple(contents.sites))
     adapter = Adapter(
@@ -63,8 +64,10 @@ def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
             "tied": contents.tied,
         },
     )
+    refuse_both(adapter.name, contents.rows, contents.sites)
+    adapter.replaced |= with_rows(adapter.name, contents.rows, values, model)
     contents.shared = _shared(adapter, method, contents, values, model)
-    told = _sites(adapter, method, contents, model)
+    told = _sites(adapter, method, contents, values, model)
     if model is None:
         against_itself(adapter, told, values, method)
         adapter.replaced |= contents.whole
@@ -89,12 +92,17 @@ def _weights(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     )
 
 
-def _sites(adapter: Adapter, method: Method, contents: Contents, model: nn.Module | None) -> dict[str, Site]:
+def _sites(
+    adapter: Adapter, method: Method, contents: Contents, values: Mapping[str, Any], model: nn.Module | None
+) -> dict[str, Site]:
     """Fill in the adapter's tensors; return its sites as far as the file tells them."""
     told = {}
     sites = find_sites(model) if method.make_site and model is not None else {}
     for path, stored in contents.sites.items():
         site, tensors = method.read_site(adapter.variant, path, {**stored, **contents.shared})
+        site = dataclasses.replace(site, within=contents.within.get(path))
+        if site.within not in {None, path}:
+            tensors = method.read_inner(values, tensors)
         if method.make_site is not None:
             site = _known(adapter, method, path, sites, model)
             tensors = {**method.make_site(adapter.variant.at(site), site), **tensors}

@@ -10,7 +10,7 @@ from torch import nn
 
 from lorac.adapters.base_hash import other_copy
 from lorac.adapters.fit import check_adapter, check_replaced, named_tensors, no_site
-from lorac.errors import CorruptFile, ShapeMismatch, SiteUnsupported, UnusedTensors
+from lorac.errors import CorruptFile, ShapeMismatch, SiteUnsupported, UnusedTensors, warn
 from lorac.formats._layout import same_layout
 from lorac.formats.peft.config import ALL_LINEAR
 from lorac.formats.peft.keys import Contents, copied_module, embedding_modules, saved
@@ -72,8 +72,10 @@ def against_model(
             adapter.replaced[name] = tensor
     check_adapter(adapter, sites, model)
     for path, site in told.items():
-        if method.lays_out and not same_layout(site, sites[path]):
+        if (method.lays_out and not same_layout(site, sites[path])) or site.within not in {None, sites[path].within}:
             raise _other_layout(adapter, site, sites[path])
+        if sites[path].within not in {site.within, path}:
+            _warn_unrun(adapter, sites[path])
         method.check_site(sites[path], adapter.tensors[path])
     _same_copies(adapter, contents.copies, known)
     return sites
@@ -90,7 +92,9 @@ def targeted(variant: Variant, sites: Mapping[str, Site], model: nn.Module | Non
     targets = variant.targets
     if targets == ALL_LINEAR:
         output = set() if model is None else set(embedding_modules(model, ["get_output_embeddings"]))
-        targets = tuple(p for p, s in sites.items() if s.kind is SiteKind.LINEAR and p not in output)
+        # PEFT means modules that are linear layers: not an attention, whose site is a matrix within it.
+        layers = (p for p, s in sites.items() if s.kind is SiteKind.LINEAR and s.within != p)
+        targets = tuple(p for p in layers if p not in output)
     found = select(
         sites,
         targets,
@@ -184,6 +188,14 @@ def _same_copies(adapter: Adapter, copies: Mapping[str, Tensor], known: Mapping[
         check_replaced(adapter.name, name, tensor, known)
         if not _equal(tensor, known[name]):
             raise other_copy(adapter.name, name)
+
+
+def _warn_unrun(adapter: Adapter, site: Site) -> None:
+    warn(
+        f"adapter '{adapter.name}' has tensors for '{site.path}', whose weight '{site.within}' reads itself: PEFT runs "
+        "them only once they are merged, and never trains them; what is computed here is the merged weight's",
+        next_step=f"target '{site.within}' in PEFT, which adapts all of it",
+    )
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

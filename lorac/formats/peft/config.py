@@ -17,6 +17,7 @@ from typing import Any
 from lorac.discovery import modules_of
 from lorac.errors import UnknownField, UnsupportedField, nearest_name, short
 from lorac.formats.peft.method import ABSENT, Field, Method, Use
+from lorac.ir.host.patterns import KEYWORDS
 from lorac.variants.base import Variant
 
 ALL_LINEAR = "all-linear"
@@ -73,6 +74,8 @@ def pattern(value: Any) -> str | tuple[str, ...]:
 def targets(value: Any) -> str | tuple[str, ...] | None:
     """As `pattern`, but null stays apart: PEFT then has a choice of its own for every architecture."""
     found = None if value is None else pattern(value)
+    if isinstance(found, str) and found in set(KEYWORDS) - {ALL_LINEAR}:
+        raise ValueError("that is a word of lorac's, which PEFT takes for a module's name")
     return ALL_LINEAR if isinstance(found, str) and found.lower() == ALL_LINEAR else found
 
 

@@ -4,12 +4,14 @@ Source: peft.utils.save_and_load.get_peft_model_state_dict and peft.utils.other 
 the prefix and the adapter's name taken off:
 
     <site>.<suffix>                      a tensor of the method
+    <site>.base_layer.<layer>.<suffix>   of a layer whose weight the site's module reads itself (an attention's output)
     <module>.<copied>.<parameter>        of a module of which the method trains a copy
     base_model.<shared>, <site>.<shared> a tensor that all sites have in common, and copies of it
     <saved module>.<parameter>           modules_to_save; with bias="all" also two copies of its bias
                                          under .original_module and .modules_to_save
     <tied module>.weight                 under ensure_weight_tying: the saved embedding once more
     <module>[.base_layer].bias           bias="all" or "lora_only"
+    <layer>.token_adapter.trainable_tokens_delta   rows of an embedding, see lorac.formats.peft.tokens
     <site>.base_layer.<parameter>        a copy of the base's own, for embed_tokens and lm_head
     <embedding>.<parameter>              save_embedding_layers=True: the embedding, trained or resized
     …                                    state of the training alone, see Method.training_state
@@ -32,6 +34,9 @@ from lorac.variants.base import Variant
 Tensor = torch.Tensor
 PREFIX = "base_model.model."
 SHARED_PREFIX = "base_model."
+WRAPPED = "base_layer"
+"""What PEFT calls the layer that it wraps."""
+TOKENS = "token_adapter.trainable_tokens_delta"
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 """Modules that PEFT takes for embeddings by their name alone (EMBEDDING_LAYER_NAMES)."""
 
@@ -42,7 +47,9 @@ class Contents:
 
     Attributes:
         sites: Site path -> suffix -> tensor.
+        within: Site path -> path of the module that reads its weight itself, as far as the keys tell.
         shared: Name -> tensor that all sites have in common.
+        rows: Module -> rows that take the place of some of its weight's.
         replaced: Parameter of the model -> what takes its place.
         copies: Parameter of the model -> the base's own value, as saved.
         whole: Parameter of an embedding -> its value, the base's own or another.
@@ -50,7 +57,9 @@ class Contents:
     """
 
     sites: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    within: dict[str, str] = field(default_factory=dict)
     shared: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)
     replaced: dict[str, Tensor] = field(default_factory=dict)
     copies: dict[str, Tensor] = field(default_factory=dict)
     whole: dict[str, Tensor] = field(default_factory=dict)
@@ -121,10 +130,27 @@ def embedding_modules(
 def _site(reading: _Reading, name: str, tensor: Tensor) -> bool:
     for suffix in reading.method.suffixes:
         if name.endswith(f".{suffix}"):
-            path = name.removesuffix(f".{suffix}")
+            path = _unwrapped(reading, name.removesuffix(f".{suffix}"))
             reading.found.sites.setdefault(path, {})[suffix] = tensor
             return True
     return False
+
+
+def _unwrapped(reading: _Reading, path: str) -> str:
+    """A site's path without PEFT's wrapper of the module that reads its weight, which is noted."""
+    owner, inside, layer = path.partition(f".{WRAPPED}.")
+    if not inside:
+        return path
+    reading.found.within |= {f"{owner}.{layer}": owner, owner: owner}
+    return f"{owner}.{layer}"
+
+
+def _token_rows(reading: _Reading, name: str, tensor: Tensor) -> bool:
+    module = name.removesuffix(f".{TOKENS}")
+    if module == name or not reading.values.get("trainable_token_indices"):
+        return False
+    reading.found.rows[module] = tensor
+    return True
 
 
 def _copied_module(reading: _Reading, name: str, tensor: Tensor) -> bool:
@@ -181,10 +207,11 @@ def _tied_module(reading: _Reading, name: str, tensor: Tensor) -> bool:
 def _bias(reading: _Reading, name: str, tensor: Tensor) -> bool:
     kind = reading.values.get("bias", "none")
     module, _, parameter = name.rpartition(".")
-    inside = module.endswith(".base_layer") and module.removesuffix(".base_layer") in reading.found.sites
+    unwrapped = ".".join(part for part in module.split(".") if part != WRAPPED)
+    inside = module.endswith(f".{WRAPPED}") and unwrapped in reading.found.sites
     if kind == "none" or parameter != "bias" or not (inside or kind == "all"):
         return False
-    plain = module.removesuffix(".base_layer") if inside else module
+    plain = unwrapped if inside else module
     reading.found.replaced[f"{plain}.bias" if plain else "bias"] = tensor
     return True
 
@@ -214,6 +241,7 @@ def _training_state(reading: _Reading, name: str, tensor: Tensor) -> bool:
 
 RULES: tuple[Callable[[_Reading, str, Tensor], bool], ...] = (
     _site,
+    _token_rows,
     _copied_module,
     _shared_again,
     _saved_module,

@@ -88,6 +88,10 @@ class Method:
         lays_out: The file's shapes tell kind and kernel of a site, to be held against the model's.
         check_site: (site of the model, tensors by parameter): what only the model can tell.
         write_site: (variant, site, tensors by parameter) -> the file's tensors by suffix.
+        read_inner: (configuration, tensors by parameter) -> the tensors as they count, of a layer that PEFT adapts with
+            the module that reads its weight (keys under <site>.base_layer).
+        settled: (variant, tensors by site and suffix) -> the variant as the tensors tell it, where they know better
+            than the configuration.
     """
 
     peft_type: str
@@ -96,6 +100,10 @@ class Method:
     suffixes: tuple[str, ...]
     read_site: Callable[[Variant, str, Tensors], tuple[Site, dict[str, torch.Tensor]]]
     write_site: Callable[[Variant, Site, Tensors], dict[str, torch.Tensor]]
+    read_inner: Callable[[Mapping[str, Any], dict[str, torch.Tensor]], dict[str, torch.Tensor]] = lambda _, tensors: (
+        tensors
+    )
+    settled: Callable[[Variant, Mapping[str, Tensors]], Variant] = lambda variant, sites: variant
     lays_out: bool = True
     check_site: Callable[[Site, Tensors], None] = lambda site, tensors: None
     shared: tuple[str, ...] = ()

@@ -17,9 +17,18 @@ from lorac.errors import UnsupportedField
 from lorac.formats._files import SEAL, config_text, write_json
 from lorac.formats._layout import layouts
 from lorac.formats.peft.checks import holds, saved_names, targeted
-from lorac.formats.peft.config import ALL_LINEAR, methods, write_config
-from lorac.formats.peft.keys import EMBEDDING_NAMES, PREFIX, SHARED_PREFIX, copied_module, embedding_modules, saved
+from lorac.formats.peft.config import methods, write_config
+from lorac.formats.peft.keys import (
+    EMBEDDING_NAMES,
+    PREFIX,
+    SHARED_PREFIX,
+    WRAPPED,
+    copied_module,
+    embedding_modules,
+    saved,
+)
 from lorac.formats.peft.method import Method
+from lorac.ir.host.patterns import KEYWORDS, names
 from lorac.ir.host.sites import Site, find_sites
 from lorac.ir.store.tensors import seal, write_safetensors
 from lorac.variants.adapter import Adapter
@@ -43,18 +52,20 @@ def save(adapter: Adapter, folder: Path, model: nn.Module | None) -> None:
     if model is not None:
         check_adapter(adapter, find_sites(model), model)
     sites = layouts(adapter, model)
+    _refuse_parts(adapter, sites)
     tied = _tied(adapter, method)
     tensors: dict[str, Tensor] = {}
     for path, at in adapter.tensors.items():
         written = method.write_site(adapter.variant, sites[path], at)
         for suffix, tensor in written.items():
             common = suffix in method.shared
-            tensors[f"{SHARED_PREFIX}{suffix}" if common else f"{PREFIX}{path}.{suffix}"] = tensor
+            tensors[f"{SHARED_PREFIX}{suffix}" if common else f"{PREFIX}{_path(sites[path])}.{suffix}"] = tensor
     if method.shared_shapes is not None and model is not None:
         for name, shape in method.shared_shapes(adapter.variant, list(sites.values())).items():
             tensors[SHARED_PREFIX + name] = _resized(tensors[SHARED_PREFIX + name], shape)
+    _refuse_torn(adapter, model)
     for name, tensor in _replaced(adapter, model).items():
-        tensors[PREFIX + _key(adapter, name, method, tied, model)] = tensor
+        tensors[PREFIX + _key(adapter, name, method, tied, model, sites)] = tensor
     given = _targets(adapter, method, model, sites, tied)
     given["fan_in_fan_out"] = any(site.transposed for site in sites.values())
     if tied:
@@ -67,6 +78,37 @@ def save(adapter: Adapter, folder: Path, model: nn.Module | None) -> None:
     metadata[SEAL] = seal(described(config, metadata), tensors)
     write_safetensors(folder / WEIGHTS, tensors, metadata)
     write_json(folder / CONFIG, config)
+
+
+def _refuse_parts(adapter: Adapter, sites: Mapping[str, Site]) -> None:
+    """PEFT adapts a module that reads several weights itself (an attention) whole, never its layers alone."""
+    owners = [site.within for site in sites.values() if site.within is not None]
+    for owner in owners:
+        if owner not in sites or owners.count(owner) == 1:
+            raise UnsupportedField(
+                f"PEFT adapts all of '{owner}' or nothing, and adapter '{adapter.name}' adapts a part of it",
+                next_step=f"target '{owner}' itself, which names all of it, or use format='native'",
+            )
+
+
+def _refuse_torn(adapter: Adapter, model: nn.Module | None) -> None:
+    """PEFT reads a whole embedding into the model's own tensor: those that are tied there cannot become two."""
+    known = {} if model is None else named_tensors(model)
+    seen: dict[int, str] = {}
+    for name in (name for name in adapter.replaced if not saved(name, adapter.variant.modules_to_save)):
+        other = seen.setdefault(id(known.get(name, name)), name)
+        if not torch.equal(adapter.replaced[name], adapter.replaced[other]):
+            raise UnsupportedField(
+                f"adapter '{adapter.name}' replaces '{other}' and '{name}', which are one tensor in the model, by two",
+                next_step="name their modules in modules_to_save, or use format='native'",
+            )
+
+
+def _path(site: Site) -> str:
+    """What stands before the suffix in the keys of a site."""
+    if site.within in {None, site.path}:
+        return site.path
+    return f"{site.within}.{WRAPPED}{site.path.removeprefix(str(site.within))}"
 
 
 def described(config: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
@@ -116,7 +158,14 @@ def _replaced(adapter: Adapter, model: nn.Module | None) -> dict[str, Tensor]:
     return replaced
 
 
-def _key(adapter: Adapter, name: str, method: Method, tied: Mapping[str, str], model: nn.Module | None) -> str:
+def _key(
+    adapter: Adapter,
+    name: str,
+    method: Method,
+    tied: Mapping[str, str],
+    model: nn.Module | None,
+    sites: Mapping[str, Site],
+) -> str:
     """The key of a replacement, without the prefix."""
     module, _, parameter = name.rpartition(".")
     whole = copied_module(adapter.variant, name)
@@ -126,7 +175,7 @@ def _key(adapter: Adapter, name: str, method: Method, tied: Mapping[str, str], m
         return name
     bias = adapter.variant.bias if "bias" in method.fields else "none"
     if parameter == "bias" and bias != "none" and (bias == "all" or module in adapter.tensors):
-        return f"{module}.base_layer.bias" if module in adapter.tensors else name
+        return f"{_path(sites[module])}.{WRAPPED}.bias" if module in adapter.tensors else name
     if module not in adapter.tensors and module in set(_embeddings(module, model)):
         return name
     raise UnsupportedField(
@@ -153,6 +202,8 @@ def _targets(
     variant = adapter.variant
     sites = known if model is None else find_sites(model)
     wanted = {path for path in adapter.tensors if path not in tied}
+    # Layers within such a module come with it; named by themselves, PEFT would wrap them once more.
+    inner = {path for path in wanted if sites[path].within not in {None, path}}
 
     def exact(variant: Variant) -> bool:
         return set(targeted(variant, sites, model)) == wanted
@@ -160,11 +211,16 @@ def _targets(
     # What PEFT makes of "all-linear" depends on its class of model, and with layers it wants a list.
     narrowed = {"exclude_modules": variant.exclude, "layers_to_transform": variant.layers}
     said = all(name in method.fields for name, value in narrowed.items() if value)
-    spelt = variant.targets != ALL_LINEAR and not (isinstance(variant.targets, str) and variant.layers)
+    spelt = (
+        variant.targets not in KEYWORDS
+        and not any(names(variant.targets, path) for path in inner)
+        and not (isinstance(variant.targets, str) and variant.layers)
+    )
     if spelt and said and exact(variant):
         return {} if variant.layers else {"layers_pattern": None}
-    suffixes = tuple(sorted({path.rpartition(".")[2] for path in wanted}))
-    paths = tuple(sorted(wanted))
+    named = wanted - inner
+    suffixes = tuple(sorted({path.rpartition(".")[2] for path in named}))
+    paths = tuple(sorted(named))
     bare = dataclasses.replace(variant, exclude=(), layers=(), layers_pattern=())
     short = model is not None and exact(dataclasses.replace(bare, targets=suffixes))
     long = exact(dataclasses.replace(bare, targets=paths))

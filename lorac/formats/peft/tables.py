@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lorac.errors import ShapeMismatch, SiteUnsupported
+from lorac.errors import ShapeMismatch, SiteUnsupported, warn
 from lorac.formats.peft import config
 from lorac.formats.peft.method import Field, Tensors, Use
 from lorac.ir.host.sites import Site, SiteKind
@@ -57,28 +57,52 @@ def count(value: Any) -> int:
 
 
 def only(
-    peft_type: str, kinds: Collection[SiteKind], *, transposed: bool = False, grouped: bool = False
+    peft_type: str,
+    kinds: Collection[SiteKind],
+    *,
+    transposed: bool = False,
+    grouped: bool = False,
+    padded: bool = False,
 ) -> Callable[[Site, Tensors], None]:
-    """A check that PEFT's type adapts a site.
+    """A check that PEFT's type adapts a site; a warning where it computes there what no weight does.
 
     Args:
         peft_type: The type, for messages.
         kinds: Kinds of site that it adapts.
         transposed: Whether GPT-2's Conv1D is among them.
         grouped: Whether convolutions of several groups are.
+        padded: Whether it runs on what the convolution itself pads.
     """
 
     def check(site: Site, tensors: Tensors) -> None:
         groups = site.conv.groups if site.conv else 1
-        if site.kind in kinds and (transposed or not site.transposed) and (grouped or groups == 1):
+        known = site.kind in kinds and site.within is None
+        if known and (transposed or not site.transposed) and (grouped or groups == 1):
+            if not padded:
+                warn_of_padding(peft_type, site)
             return
         what = "GPT-2's Conv1D" if site.transposed else f"{site.kind} of {groups} groups" if groups > 1 else site.kind
+        what = what if site.within is None else f"a weight within '{site.within}'"
         raise SiteUnsupported(
             f"PEFT's {peft_type} does not adapt '{site.path}', which is {what}",
             next_step="use format='native', or exclude= the module",
         )
 
     return check
+
+
+def warn_of_padding(peft_type: str, site: Site) -> None:
+    """Warn of a convolution that pads otherwise than with zeros: PEFT pads what it runs beside it with zeros.
+
+    Merged by PEFT the adapter is what it is here; unmerged, PEFT computes something else at the borders.
+    """
+    if site.conv is None or not site.conv.before or site.conv.mode == "zeros":
+        return
+    warn(
+        f"'{site.path}' pads by '{site.conv.mode}', where PEFT's {peft_type} pads with zeros until it is merged: "
+        "what is computed here is the merged weight's, everywhere",
+        next_step="exclude= the module where its borders must be those of PEFT's unmerged adapter",
+    )
 
 
 def core_shape(site: Site, core: torch.Tensor) -> tuple[int, ...]:

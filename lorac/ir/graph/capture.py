@@ -18,7 +18,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
@@ -39,9 +38,9 @@ from lorac.ir.host.example_inputs import (
     wide,
     widened,
 )
-from lorac.ir.host.layers import Forward, calls_below, is_plain, with_below
+from lorac.ir.host.layers import Forward, calls_below, is_plain, padded, with_below
 from lorac.ir.host.running import random_state_kept
-from lorac.ir.host.sites import Site, is_conv1d_of_gpt2
+from lorac.ir.host.sites import Site, conv_geometry, is_conv1d_of_gpt2
 from lorac.ir.slots.reads import first_tensor, replace_first
 from lorac.ir.slots.site import SitePlan
 from lorac.lines import innermost_line, is_elsewhere
@@ -93,17 +92,12 @@ def _site_forward(module: nn.Module, path: str) -> Forward | None:
 
 
 def _conv_forward(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, path: str) -> Forward:
-    """A convolution's forward; padding the op does not know (by mode, or lopsided "same") is done before it."""
-    pads = module._reversed_padding_repeated_twice
-    lopsided = any(pads[i] != pads[i + 1] for i in range(0, len(pads), 2))
-    before = module.padding_mode != "zeros" or lopsided
-    mode = module.padding_mode if module.padding_mode != "zeros" else "constant"
-    padding = [0] * len(module.stride) if before else list(pads[::-2])
-    stride, dilation = list(module.stride), list(module.dilation)
+    """A convolution's forward; what its op cannot pad is padded before it."""
+    conv = conv_geometry(module)
+    stride, padding, dilation = list(conv.stride), list(conv.padding), list(conv.dilation)
 
     def forward(input: Tensor) -> Tensor:
-        x = F.pad(input, pads, mode=mode) if before else input
-        bias, groups = module.bias, module.groups
+        x, bias, groups = padded(input, conv), module.bias, conv.groups
         result: Tensor = torch.ops.lorac.conv(x, module.weight, bias, stride, padding, dilation, groups, path)
         return result
 

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from lorac.ir.host.sites import is_conv1d_of_gpt2
+from lorac.ir.host.sites import ConvGeometry, is_conv1d_of_gpt2
 
 Forward = Callable[..., Any]
 _LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -46,6 +47,13 @@ def with_below(module: nn.Module, forward: Forward) -> Any:
     cls, base = type(module), layer_of(module)
     below = type(base.__name__, (base,), {"forward": lambda self, *args, **kwargs: forward(*args, **kwargs)})
     return type(cls.__name__, (cls, below), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+
+
+def padded(x: Tensor, conv: ConvGeometry | None) -> Tensor:
+    """What a layer's product reads of its input: padded, where a convolution's op cannot pad as its module does."""
+    if conv is None or not conv.before:
+        return x
+    return F.pad(x, conv.before, mode="constant" if conv.mode == "zeros" else conv.mode)
 
 
 @torch.no_grad()

@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import regex
 
 from lorac.errors import FormatError, PatternTooSlow, SiteNotFound, nearest_name, short
-from lorac.ir.host.sites import Site, SiteKind
+from lorac.ir.host.sites import CONVOLUTIONS, Site, SiteKind
 from lorac.spending import tick
 
 TIMEOUT_SECONDS = 0.1
@@ -28,6 +28,8 @@ _REPEAT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
 _DIGITS = 18
 """Digits of a number in braces that are looked at: more are too many anyway."""
 _LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
+KEYWORDS = ("all-linear", "all-conv", "all-blocks")
+"""What ``targets`` may be besides names and a regular expression."""
 _HEADS = ("lm_head", "embed_out", "output_layer")
 """Output layers by name, for models that do not say which module is theirs (``get_output_embeddings``)."""
 
@@ -112,11 +114,6 @@ def layer_index(path: str, patterns: Iterable[str]) -> int | None:
     return None
 
 
-def block_index(path: str) -> int:
-    """The number of a block in its list: ``encoder.layer.3`` is 3."""
-    return int(path.rpartition(".")[2])
-
-
 def outermost_blocks(sites: Mapping[str, Site]) -> set[str]:
     """Paths of the blocks that lie in no other block: not an expert, or a layer's part, inside a layer."""
     blocks = {path for path, site in sites.items() if site.kind is SiteKind.BLOCK}
@@ -137,39 +134,62 @@ def select(
 
     Args:
         sites: all sites of the model.
-        targets: suffixes, one regular expression, ``"all-linear"`` (every linear layer but the output layer), or
-            ``"all-blocks"`` (every outermost block).
+        targets: suffixes, one regular expression, ``"all-linear"`` (every linear layer but the output layer),
+            ``"all-conv"`` (every convolution), or ``"all-blocks"`` (every outermost block). What is named by its module
+            or by the module that reads its weight is named.
         exclude, layers, layers_pattern, saved: PEFT's exclude_modules, layers_to_transform, layers_pattern,
             modules_to_save.
         heads: paths of output layers, which ``"all-linear"`` leaves out.
     """
     chosen_layers, saved = set(layers), tuple(saved)
-    heads = set(heads)
-    blocks = outermost_blocks(sites) if targets == "all-blocks" else set()
+    named = _naming(sites, targets, set(heads))
     picked = []
     for path, site in sites.items():
         tick()
-        if (exclude and names(exclude, path)) or holds(saved, path):
+        given = named(path, site)
+        if given is None or (exclude and names(exclude, path)) or holds(saved, path):
             continue
-        if targets == "all-linear":
-            named = site.kind is SiteKind.LINEAR and path not in heads and path.rpartition(".")[2] not in _HEADS
-        elif targets == "all-blocks":
-            named = path in blocks
-        else:
-            named = names(targets, path)
         # A path that is given in full is meant, whatever its layer (PEFT).
-        given = not isinstance(targets, str) and path in targets
-        if named and chosen_layers and not given:
-            index = block_index(path) if site.kind is SiteKind.BLOCK else layer_index(path, layers_pattern)
-            named = index in chosen_layers
-        if named:
+        whole = not isinstance(targets, str) and given in targets
+        if whole or not chosen_layers or _layer_of(site, layers_pattern) in chosen_layers:
             picked.append(site)
     return picked
+
+
+def _layer_of(site: Site, layers_pattern: Iterable[str]) -> int | None:
+    return site.number if site.kind is SiteKind.BLOCK else layer_index(site.path, layers_pattern)
+
+
+def _naming(
+    sites: Mapping[str, Site], targets: str | Iterable[str], heads: Collection[str]
+) -> Callable[[str, Site], str | None]:
+    """(path, site) -> the path by which ``targets`` names the site, or None."""
+    blocks = outermost_blocks(sites) if targets == "all-blocks" else set()
+    every: dict[Any, Callable[[str, Site], bool]] = {
+        "all-linear": lambda path, site: _is_linear(path, site, heads),
+        "all-conv": lambda _, site: site.kind in CONVOLUTIONS.values(),
+        "all-blocks": lambda path, _: path in blocks,
+    }
+    if isinstance(targets, str) and targets in every:
+        return lambda path, site: path if every[targets](path, site) else None
+    chosen = targets if isinstance(targets, str) else tuple(targets)
+
+    def named(path: str, site: Site) -> str | None:
+        owner = site.within if site.kind is SiteKind.LINEAR else None
+        return next((known for known in (path, owner) if known and names(chosen, known)), None)
+
+    return named
+
+
+def _is_linear(path: str, site: Site, heads: Collection[str]) -> bool:
+    return site.kind is SiteKind.LINEAR and path not in heads and path.rpartition(".")[2] not in _HEADS
 
 
 def nothing_matches(adapter: str, targets: str | Iterable[str], sites: Mapping[str, Site]) -> SiteNotFound:
     """The error for an adapter whose targets name no site, with the nearest name that exists."""
     wanted = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+    if wanted in KEYWORDS:
+        return _no_such_kind(adapter, wanted, sites)
     suffixes = {path.rpartition(".")[2] for path in sites}
     first = wanted.split(",")[0].strip()
     name = nearest_name(first.rpartition(".")[2], suffixes)
@@ -180,5 +200,16 @@ def nothing_matches(adapter: str, targets: str | Iterable[str], sites: Mapping[s
     return SiteNotFound(
         f"adapter '{adapter}' targets '{wanted}', which matches no site",
         nearest=near,
+        next_step="`lorac sites MODEL` prints them all",
+    )
+
+
+def _no_such_kind(adapter: str, keyword: str, sites: Mapping[str, Site]) -> SiteNotFound:
+    """The error for a keyword that finds nothing, with those that would."""
+    others = {word: len(select(sites, word)) for word in KEYWORDS}
+    found = [f"{word} ({count} sites)" for word, count in others.items() if count]
+    return SiteNotFound(
+        f"adapter '{adapter}' targets '{keyword}', and the model has no such site",
+        nearest=", ".join(found) or None,
         next_step="`lorac sites MODEL` prints them all",
     )

@@ -32,6 +32,7 @@ class SiteKind(enum.StrEnum):
     """The exit of a module whose output is not linear in its input, such as a transformer block."""
 
 
+_HOLDERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 CONVOLUTIONS = {1: SiteKind.CONV1D, 2: SiteKind.CONV2D, 3: SiteKind.CONV3D}
 
 
@@ -42,8 +43,11 @@ class ConvGeometry:
     Attributes:
         channels: input channels, of the whole convolution (not per group).
         kernel: kernel size per spatial axis.
-        stride, padding, dilation: per spatial axis.
+        stride, padding, dilation: per spatial axis; the padding is that of the op itself, with zeros on both sides.
         groups: number of groups.
+        before: what the module pads its input with before the op, as ``F.pad`` takes it: the last axis first, its two
+            sides beside each other. Empty where the op's own padding does.
+        mode: how it pads, in the words of ``padding_mode``.
     """
 
     channels: int
@@ -52,6 +56,8 @@ class ConvGeometry:
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int = 1
+    before: tuple[int, ...] = ()
+    mode: str = "zeros"
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,10 @@ class Site:
         transposed: the module stores (in, out).
         conv: geometry, for convolutions.
         padding_idx: of an embedding, −1 for none.
+        number: of a block, its place in the list or sequence that holds it; of other sites 0.
         buffer: what is stored is a buffer, which is never trained.
+        within: path of the module that reads the weight in its own forward, be it a bare parameter or an attention's
+            projection; None where the site is a layer that is called. Only the weight itself can be replaced there.
         packed: the class of tensor that stands for the weight, where it holds other numbers (a quantised one): nothing
             can be merged into it.
         shares: paths of the other sites that read the same weight tensor (tied embeddings).
@@ -85,7 +94,9 @@ class Site:
     transposed: bool = False
     conv: ConvGeometry | None = None
     padding_idx: int = -1
+    number: int = 0
     buffer: bool = False
+    within: str | None = None
     packed: str | None = None
     shares: tuple[str, ...] = field(default=(), compare=False)
 
@@ -134,7 +145,7 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     """
     found: dict[str, Site] = {}
     for path, module in model.named_modules():
-        site = _module_site(path, module) or _block_site(path, module, model)
+        site = _projection_site(path, module, model) or _module_site(path, module) or _block_site(path, module, model)
         if site is not None:
             found[path] = site
     return dict(_with_sharing(found, model))
@@ -144,7 +155,8 @@ def parameter_site(name: str, model: nn.Module) -> Site:
     """The site of a bare parameter or buffer, which can be replaced whole (a norm's scale, a class token)."""
     tensor = stored_tensor(model, name)
     buffer = not isinstance(tensor, nn.Parameter)
-    return Site(name, SiteKind.PARAMETER, tensor.numel(), 1, tensor.dtype, name, buffer=buffer)
+    owner = name.rpartition(".")[0]
+    return Site(name, SiteKind.PARAMETER, tensor.numel(), 1, tensor.dtype, name, buffer=buffer, within=owner)
 
 
 def stored_tensor(model: nn.Module, name: str) -> torch.Tensor:
@@ -158,6 +170,23 @@ def stored_tensor(model: nn.Module, name: str) -> torch.Tensor:
 def bias_of(site: Site, model: nn.Module) -> torch.Tensor | None:
     """The site's bias (out,), or None."""
     return model.get_parameter(site.bias).detach() if site.bias else None
+
+
+def conv_geometry(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> ConvGeometry:
+    """A convolution's geometry; what its op cannot pad, with another mode or more on one side, is padded before."""
+    pads = module._reversed_padding_repeated_twice
+    lopsided = any(pads[i] != pads[i + 1] for i in range(0, len(pads), 2))
+    outside = any(pads) and (module.padding_mode != "zeros" or lopsided)
+    return ConvGeometry(
+        channels=module.in_channels,
+        kernel=tuple(module.kernel_size),
+        stride=tuple(module.stride),
+        padding=(0,) * len(module.kernel_size) if outside else tuple(pads[::-2]),
+        dilation=tuple(module.dilation),
+        groups=module.groups,
+        before=tuple(pads) if outside else (),
+        mode=module.padding_mode,
+    )
 
 
 def is_conv1d_of_gpt2(module: nn.Module) -> bool:
@@ -186,6 +215,25 @@ def _module_site(path: str, module: nn.Module) -> Site | None:
     return _conv_site(module, site)
 
 
+def _projection_site(path: str, module: nn.Module, model: nn.Module) -> Site | None:
+    """A matrix that an ``nn.MultiheadAttention`` multiplies by within its own forward.
+
+    Its queries', keys' and values' are one matrix (3·width, width), the site of the module itself; its output layer's
+    forward is never called. Where keys or values have a width of their own there is no such matrix.
+    """
+    if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None and path:
+        weight = module.in_proj_weight
+        rows, columns = weight.shape
+        bias = None if module.in_proj_bias is None else f"{path}.in_proj_bias"
+        name = f"{path}.in_proj_weight"
+        return Site(path, SiteKind.LINEAR, rows, columns, weight.dtype, name, bias, within=path, packed=_packed(weight))
+    owner, _, leaf = path.rpartition(".")
+    if leaf != "out_proj" or not isinstance(model.get_submodule(owner), nn.MultiheadAttention):
+        return None
+    site = _module_site(path, module)
+    return None if site is None else dataclasses.replace(site, within=owner)
+
+
 def _packed(weight: torch.Tensor) -> str | None:
     return None if type(weight) in (torch.Tensor, nn.Parameter) else type(weight).__name__
 
@@ -193,33 +241,48 @@ def _packed(weight: torch.Tensor) -> str | None:
 def _conv_site(module: nn.Module, site: Site) -> Site | None:
     if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return None
-    if module.padding_mode != "zeros" or isinstance(module.padding, str):
-        return None
-    geometry = ConvGeometry(
-        channels=module.in_channels,
-        kernel=tuple(module.kernel_size),
-        stride=tuple(module.stride),
-        padding=tuple(int(p) for p in module.padding),
-        dilation=tuple(module.dilation),
-        groups=module.groups,
-    )
-    columns = module.in_channels * torch.Size(geometry.kernel).numel()
-    kind = CONVOLUTIONS[len(geometry.kernel)]
-    return dataclasses.replace(site, kind=kind, out_features=module.out_channels, in_features=columns, conv=geometry)
+    conv = conv_geometry(module)
+    columns = module.in_channels * torch.Size(conv.kernel).numel()
+    kind = CONVOLUTIONS[len(conv.kernel)]
+    return dataclasses.replace(site, kind=kind, out_features=module.out_channels, in_features=columns, conv=conv)
 
 
 def _block_site(path: str, module: nn.Module, model: nn.Module) -> Site | None:
-    """An element of a module list or sequence that contains a linear layer: the repeated block of a network."""
+    """The repeated block of a network: an element of a list, sequence or dictionary that contains a linear layer.
+
+    Where elements have names instead of numbers, one is a block if another of its class lies beside it. A list is
+    called by nobody, and a sequence of several blocks is a stage; neither is a block itself.
+    """
     parent, _, name = path.rpartition(".")
-    if not name.isdigit() or not isinstance(model.get_submodule(parent), nn.ModuleList | nn.Sequential):
+    holder = model.get_submodule(parent)
+    if not isinstance(holder, _HOLDERS) or isinstance(module, nn.Linear | nn.ModuleList | nn.ModuleDict):
         return None
-    linears = [m for m in module.modules() if isinstance(m, nn.Linear) or is_conv1d_of_gpt2(m)]
-    if not linears or isinstance(module, nn.Linear):
+    if isinstance(holder, nn.ModuleDict) and not parent:  # a dictionary of models, each called by itself
         return None
-    last = linears[-1].weight
+    found = _linears(module)
+    numbered = name.isdigit() and not isinstance(holder, nn.ModuleDict)
+    if not found or not (numbered or _alike(module, holder) > 1):
+        return None
+    if isinstance(module, nn.Sequential) and _is_stage(module):
+        return None
+    last = found[-1].weight
     assert isinstance(last, torch.Tensor)
-    width = last.shape[1] if is_conv1d_of_gpt2(linears[-1]) else last.shape[0]
-    return Site(path=path, kind=SiteKind.BLOCK, out_features=width, in_features=width, dtype=last.dtype, weight=None)
+    width = last.shape[1] if is_conv1d_of_gpt2(found[-1]) else last.shape[0]
+    number = list(holder._modules).index(name)
+    return Site(path, SiteKind.BLOCK, width, width, last.dtype, weight=None, number=number)
+
+
+def _linears(module: nn.Module) -> list[nn.Module]:
+    return [m for m in module.modules() if isinstance(m, nn.Linear) or is_conv1d_of_gpt2(m)]
+
+
+def _alike(module: nn.Module, holder: nn.Module) -> int:
+    """How many elements are of a module's class and contain a linear layer as it does."""
+    return sum(type(child) is type(module) and bool(_linears(child)) for child in holder.children())
+
+
+def _is_stage(sequence: nn.Sequential) -> bool:
+    return any(not isinstance(child, nn.Linear) and _alike(child, sequence) > 1 for child in sequence.children())
 
 
 def _with_sharing(sites: Mapping[str, Site], model: nn.Module) -> Iterator[tuple[str, Site]]:

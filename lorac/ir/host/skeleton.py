@@ -17,7 +17,7 @@ from torch import nn
 from lorac.ir.host.sites import is_conv1d_of_gpt2
 
 Tensor = torch.Tensor
-_LISTS: dict[str, type[nn.Module]] = {"list": nn.ModuleList, "sequence": nn.Sequential}
+_LISTS: dict[str, type[nn.Module]] = {"list": nn.ModuleList, "sequence": nn.Sequential, "named": nn.ModuleDict}
 _CONVOLUTIONS: dict[str, type[nn.Module]] = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
 _ROLES = {"input": "get_input_embeddings", "output": "get_output_embeddings"}
 """Which embedding -> the method of transformers models that gives it."""
@@ -104,6 +104,8 @@ def _described(module: nn.Module) -> dict[str, Any]:
             "out": module.embedding_dim,
             "padding": module.padding_idx,
         }
+    if isinstance(module, nn.MultiheadAttention):
+        return {"kind": "attention", "width": module.embed_dim}
     kinds = [kind for kind, cls in (_CONVOLUTIONS | _LISTS).items() if isinstance(module, cls)]
     if not kinds:
         return {}
@@ -136,6 +138,8 @@ def _module(entry: Mapping[str, Any]) -> nn.Module:
             return Conv1D(entry["out"], entry["in"])
         if kind == "embedding":
             return _bare(nn.Embedding(entry["in"], entry["out"], padding_idx=entry["padding"]))
+        if kind == "attention":
+            return _bare(nn.MultiheadAttention(entry["width"], 1))
         if kind in _CONVOLUTIONS:
             return _bare(_convolution(entry))
         return _LISTS[kind]() if kind in _LISTS else nn.Module()

@@ -10,6 +10,9 @@ Layouts of the tensors a site takes at run time ("slot layouts"), K inputs, N ou
     conv       [R, in, *k]     [N, R, 1, …]    [N, in/groups, *k]
     =========  ==============  ==============  =====================
 
+Of a site whose weight is read ``within`` its module's forward only W has a slot, and what is computed of it is the
+module's.
+
 Values elsewhere (``lorac.ir.algebra.changes``) are matrices A (K, R), B (R, N), W (N, K); ``slot_*`` here converts.
 """
 
@@ -94,6 +97,10 @@ class SiteLayout(ABC):
     def slot_weight(self, matrix: Tensor) -> Tensor:
         """A matrix (N, K) in slot layout."""
         return matrix.t()
+
+    def stored(self, slot: Tensor) -> Tensor:
+        """A weight in slot layout as the module stores it; of sites whose module reads it itself."""
+        return self.site.store(slot.t())
 
 
 class LinearLayout(SiteLayout):
@@ -195,6 +202,9 @@ class ParameterLayout(SiteLayout):
 
     def slot_weight(self, matrix: Tensor) -> Tensor:
         return matrix
+
+    def stored(self, slot: Tensor) -> Tensor:
+        return slot
 
 
 _LAYOUTS: dict[SiteKind, type[SiteLayout]] = {

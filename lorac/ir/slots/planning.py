@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from lorac.errors import NotMergeable, UnknownOption, nearest_name
+from lorac.errors import NotMergeable, SiteUnsupported, UnknownOption, nearest_name
 from lorac.ir.algebra import letters
 from lorac.ir.algebra.changes import Change, LowRank
 from lorac.ir.algebra.letters import KEPT_APART
@@ -127,6 +127,7 @@ def _need_change(need: _Needs, name: str, site: Site, change: Change, mode: str)
             next_step="mode='live' (or 'auto') runs a low-rank adapter beside it",
         )
     if change.e is not None:
+        _refuse_new_bias(name, site)
         need.want(letters.BIAS)
     if mode in {"fused", "baked"}:
         need.want(letters.WEIGHT)
@@ -136,8 +137,24 @@ def _need_change(need: _Needs, name: str, site: Site, change: Change, mode: str)
             need.want(role, ROLES[role].room(part))
     else:
         need.want(letters.WEIGHT)
-        lacks_axis = "changes its input, along which the site has no axis"
-        need.reasons.append(Reason(name, site.path, lacks_axis if isinstance(change, LowRank) else why_whole(change)))
+        need.reasons.append(Reason(name, site.path, _why_bound(site, change)))
+
+
+def _why_bound(site: Site, change: Change) -> str:
+    """Why a change is not run beside the weight."""
+    if not isinstance(change, LowRank):
+        return why_whole(change)
+    if site.within is not None:
+        return "acts on a weight that its module reads in its own forward, where nothing can run beside it"
+    return "changes its input, along which the site has no axis"
+
+
+def _refuse_new_bias(name: str, site: Site) -> None:
+    if site.within is not None and site.bias is None:
+        raise SiteUnsupported(
+            f"adapter '{name}' brings a bias to '{site.path}', and '{site.within}', which computes with it, has none",
+            next_step="exclude= the module, or train the adapter without a bias",
+        )
 
 
 def _reserve(needs: dict[str, _Needs], sites: Mapping[str, Site], reserve: Reserve, mode: str) -> None:
@@ -147,9 +164,11 @@ def _reserve(needs: dict[str, _Needs], sites: Mapping[str, Site], reserve: Reser
     admitted = [role for role in ROLES.values() if role.reserve and getattr(reserve, role.reserve)]
     for site in chosen:
         need = needs.setdefault(site.path, _Needs())
-        for role in [role for role in admitted if role.merged or mode != "fused"]:
+        merged = mode == "fused" or site.within is not None
+        biased = site.within is None or site.bias is not None
+        for role in [role for role in admitted if (role.merged or not merged) and (biased or role.stage != Stage.BIAS)]:
             need.want(role.name)
-        if mode == "fused":
+        if merged:
             need.want(letters.WEIGHT)
         else:
             need.rank += reserve.rank * reserve.adapters

@@ -275,7 +275,9 @@ def acts_on(change: LowRank, stage: Stage) -> bool:
 
 
 def runs_beside(layout: SiteLayout, change: LowRank) -> bool:
-    """Whether a change needs no weight of its own: where it changes inputs, the site has an axis for it."""
+    """Whether a change needs no weight of its own: the site is called, and has an axis where inputs are changed."""
+    if layout.site.within is not None:
+        return not parts_of(change)
     return layout.has_input_axis or not acts_on(change, Stage.INPUT)
 
 

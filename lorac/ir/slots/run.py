@@ -119,6 +119,16 @@ def run_site(
     return _with_branches(plan, slots, x, y, _plus_bias(layout, linear, bias), ctx)
 
 
+def from_slots(site: Site, slots: SiteSlots) -> tuple[Tensor | None, Tensor | None]:
+    """The weight, as its module stores it, and the bias that a site's slots hold; None for what has no slot.
+
+    For sites whose weight is read ``within`` a module's forward: it is all that can be replaced there.
+    """
+    weight = slots.tensors.get(letters.WEIGHT)
+    stored = None if weight is None else layout_of(site).stored(weight)
+    return stored, slots.tensors.get(letters.BIAS)
+
+
 def _at(stage: Stage, layout: SiteLayout, slots: SiteSlots, value: Tensor) -> Tensor:
     """A value behind the roles of a stage."""
     for role, tensor in slots.stages[stage]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from lorac.errors import Unavailable
 from lorac.ir.algebra import letters
-from lorac.ir.algebra.changes import Change, LowRank, merge, merge_bias
+from lorac.ir.algebra.changes import Change, Dense, LowRank, merge, merge_bias
 from lorac.ir.host.sites import Site
 from lorac.ir.slots.layouts import SiteLayout, layout_of
 from lorac.ir.slots.role import Place, SlotRole, Stage
@@ -104,6 +104,30 @@ def run_terms(
         elif term.change is not None:
             y = y + _scaled(term.strength, _dense_delta(layout, term, x, base, weight, bias, ctx))
     return y
+
+
+def weights_of(
+    site: Site, terms: Sequence[LiveTerm], weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The weight, as its module stores it, and the bias that terms come to: W + Σ t·(W'ᵢ − W).
+
+    For sites whose weight is read ``within`` a module's forward. Their input is not at hand, so nothing drops out.
+    """
+    assert weight is not None
+    matrix, shift = site.present(weight), bias
+    whole = terms[0].change if len(terms) == 1 and terms[0].strength == 1 else None
+    if whole is not None:
+        # A replaced tensor is taken itself: what its module writes into it in training (running means) must stay.
+        own = whole.weight if isinstance(whole, Dense) else merge(whole, matrix)
+        return site.store(own), merge_bias(whole, bias)
+    made = matrix
+    for term in terms:
+        assert term.change is not None
+        made = made + term.strength * (merge(term.change, matrix) - matrix)
+        changed = merge_bias(term.change, bias)
+        if bias is not None and shift is not None and changed is not None:
+            shift = shift + term.strength * (changed - bias)
+    return site.store(made), shift
 
 
 def _scaled(strength: float, delta: Tensor) -> Tensor:

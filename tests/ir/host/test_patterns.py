@@ -112,6 +112,30 @@ def test_all_linear_leaves_the_output_layer_out():
     assert [s.path for s in select(lorac.sites(model), "all-linear", heads=["body"])] == []
 
 
+def test_all_conv_and_what_a_keyword_that_finds_nothing_says():
+    model = nn.ModuleDict({"stem": nn.Conv2d(3, 4, 3), "line": nn.Conv1d(4, 4, 1), "norm": nn.BatchNorm2d(4)})
+    assert [s.path for s in select(lorac.sites(model), "all-conv")] == ["stem", "line"]
+    assert [s.path for s in select(lorac.sites(model), "all-conv", exclude=["stem"])] == ["line"]
+    assert list(lorac.compile(model, {"a": lorac.LoRA(r=2, targets="all-conv")}).plans) == ["stem", "line"]
+    for compiling in (
+        lambda: lorac.compile(model, {"a": lorac.LoRA()}),
+        lambda: lorac.compile(model, reserve=lorac.Reserve(rank=2)),
+    ):
+        with pytest.raises(lorac.SiteNotFound, match="targets 'all-linear', and the model has no such site") as caught:
+            compiling()
+        assert caught.value.nearest == "all-conv (2 sites)"
+
+
+def test_a_module_names_the_weights_that_it_reads_itself():
+    """As PEFT's target of an nn.MultiheadAttention means its output layer too."""
+    sites = lorac.sites(nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2), "line": nn.Linear(4, 4)}))
+    assert [s.path for s in select(sites, ["attn"])] == ["attn", "attn.out_proj"]
+    assert [s.path for s in select(sites, "attn")] == ["attn", "attn.out_proj"]
+    assert [s.path for s in select(sites, ["out_proj"])] == ["attn.out_proj"]
+    assert [s.path for s in select(sites, ["attn"], exclude=["out_proj"])] == ["attn"]
+    assert [s.path for s in select(sites, "all-linear")] == ["attn", "attn.out_proj", "line"]
+
+
 def test_nothing_matches_names_the_nearest():
     model = nn.ModuleDict({"q_proj": nn.Linear(64, 96), "down": nn.Linear(3, 2)})
     with pytest.raises(lorac.SiteNotFound) as caught:

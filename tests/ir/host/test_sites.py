@@ -1,14 +1,20 @@
 """The adaptable places of a model, and how they present their weights."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
+import torchvision
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lorac
+from lorac.ir.host.patterns import select
 from lorac.ir.host.sites import SiteKind, is_conv1d_of_gpt2
-from lorac.testing import HOSTS
+from lorac.ir.host.skeleton import build, describe
+from lorac.testing import HOSTS, adapter_away
 from lorac.testing.checks import assert_close
+from tests.parity import assert_parity
 
 MODULES = {
     "linear": (lambda: nn.Linear(5, 7), SiteKind.LINEAR, (7, 5)),
@@ -109,6 +115,102 @@ def test_blocks():
     assert list(blocks) == ["layers.0", "layers.1"]
     assert (blocks["layers.0"].out_features, blocks["layers.0"].weight) == (4, None)
     assert sites["plain.0"].kind is SiteKind.LINEAR
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 9), nn.Linear(9, 4)
+
+    def forward(self, x):
+        return x + self.down(self.up(x))
+
+
+def blocks_of(model):
+    return {site.path: site.number for site in select(lorac.sites(model), "all-blocks")}
+
+
+def test_blocks_by_structure():
+    """Siblings of one class in whatever holds them, whatever they are called; a stage is no block, nor a lone head."""
+    named = OrderedDict((f"encoder_layer_{i}", Layer()) for i in range(3))
+    model = nn.ModuleDict(
+        {
+            "encoder": nn.ModuleDict({"layers": nn.Sequential(named), "norm": nn.LayerNorm(4)}),
+            "towers": nn.ModuleDict({"text": Layer(), "image": Layer()}),
+            "stages": nn.Sequential(nn.Sequential(Layer(), Layer()), nn.Sequential(Layer(), Layer())),
+            "pairs": nn.ModuleList([nn.ModuleList([Layer(), nn.LayerNorm(4)])]),
+            "heads": nn.Sequential(OrderedDict(dense=nn.Linear(4, 4), act=nn.Tanh(), out=Layer())),
+        }
+    )
+    assert blocks_of(model) == {
+        "encoder.layers.encoder_layer_0": 0,
+        "encoder.layers.encoder_layer_1": 1,
+        "encoder.layers.encoder_layer_2": 2,
+        "towers.text": 0,
+        "towers.image": 1,
+        "stages.0.0": 0,
+        "stages.0.1": 1,
+        "stages.1.0": 0,
+        "stages.1.1": 1,
+        "pairs.0.0": 0,
+    }
+
+
+def test_torchvisions_blocks():
+    vit = torchvision.models.VisionTransformer(32, 16, 3, 2, 8, 16)
+    assert list(blocks_of(vit).values()) == [0, 1, 2]
+    swin = torchvision.models.SwinTransformer([4, 4], 8, [2, 2], [2, 2], [4, 4], num_classes=3)
+    assert list(blocks_of(swin)) == ["features.1.0", "features.1.1", "features.2", "features.3.0", "features.3.1"]
+
+
+@torch.no_grad()
+def test_an_adapter_of_named_blocks_runs():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = torchvision.models.VisionTransformer(32, 16, 3, 2, 8, 16, num_classes=3).double().eval()
+        nn.init.normal_(model.heads.head.weight)
+        x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    adapter = adapter_away(lorac.AdapterTune(r=2, layers=(0, 2)), model, x, name="a", seed=1)
+    assert list(adapter.tensors) == [f"encoder.layers.encoder_layer_{i}" for i in (0, 2)]
+    model, x = model.float(), x.float()
+    eager = lorac.compile(model, {"a": adapter})
+    emitted = lorac.compile(model, {"a": adapter}, target="onnxruntime", example_inputs=(x,))
+    assert_parity(emitted(x), eager(x), model(x), own_base=emitted(x, adapters=None))
+
+
+def test_padding_of_convolutions():
+    """What the op can pad is its own; the rest, and more on one side, comes before it."""
+    model = nn.ModuleDict(
+        {
+            "valid": nn.Conv2d(3, 4, 3, padding="valid", padding_mode="reflect"),
+            "same": nn.Conv2d(3, 4, (3, 5), padding="same"),
+            "lopsided": nn.Conv2d(3, 4, (3, 2), padding="same"),
+            "circular": nn.Conv2d(3, 4, 3, padding=(1, 2), padding_mode="circular"),
+        }
+    )
+    conv = {path: site.conv for path, site in lorac.sites(model).items()}
+    assert {path: (c.padding, c.before) for path, c in conv.items()} == {
+        "valid": ((0, 0), ()),
+        "same": ((1, 2), ()),
+        "lopsided": ((0, 0), (0, 1, 1, 1)),
+        "circular": ((0, 0), (2, 2, 1, 1)),
+    }
+    described = lorac.sites(build(describe(model)))
+    assert {path: site.conv for path, site in described.items()} == conv
+
+
+def test_an_attentions_weights():
+    """Its packed projection is the module's site; where keys or values have a width of their own there is none."""
+    model = nn.ModuleDict(
+        {"same": nn.MultiheadAttention(6, 2), "cross": nn.MultiheadAttention(6, 2, kdim=4, vdim=5, bias=False)}
+    )
+    sites = lorac.sites(model)
+    assert list(sites) == ["same", "same.out_proj", "cross.out_proj"]
+    packed, out, other = sites.values()
+    assert (packed.out_features, packed.in_features, packed.within) == (18, 6, "same")
+    assert (packed.weight, packed.bias) == ("same.in_proj_weight", "same.in_proj_bias")
+    assert (out.within, out.weight, other.within, other.bias) == ("same", "same.out_proj.weight", "cross", None)
+    assert lorac.sites(build(describe(model))) == sites
 
 
 def test_the_kits_conv1d_counts_as_gpt2s():

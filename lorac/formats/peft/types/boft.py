@@ -7,6 +7,9 @@ such a file's boft_R has one.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+
 import torch
 
 from lorac.formats._layout import conv_site, matrix_site
@@ -48,6 +51,13 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
     return site, {ROTATION: rotation, SCALE: scale.reshape(-1, 1)}
 
 
+def settled(variant: Variant, sites: Mapping[str, Tensors]) -> Variant:
+    """The variant with as many factors as the tensors have: one, where PEFT wrote them without its CUDA extension."""
+    factors = {len(stored[ROTATION]) for stored in sites.values() if ROTATION in stored and stored[ROTATION].ndim}
+    assert isinstance(variant, BOFT)
+    return dataclasses.replace(variant, n_butterfly_factor=1) if factors == {1} else variant
+
+
 check_site = only("BOFT", {SiteKind.LINEAR, SiteKind.CONV2D})
 
 
@@ -71,4 +81,5 @@ METHOD = Method(
     write_site=write_site,
     lays_out=False,
     check_site=check_site,
+    settled=settled,
 )

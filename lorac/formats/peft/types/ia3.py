@@ -57,7 +57,8 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
     return site, {SCALE: scale.reshape(shape)}
 
 
-check_site = only("IA3", {SiteKind.LINEAR, SiteKind.CONV2D, SiteKind.CONV3D}, transposed=True, grouped=True)
+KINDS = {SiteKind.LINEAR, SiteKind.CONV2D, SiteKind.CONV3D}
+check_site = only("IA3", KINDS, transposed=True, grouped=True, padded=True)
 
 
 def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tensor]:

@@ -8,20 +8,29 @@ Source: peft.tuners.lora of PEFT 0.21 (config.py, layer.py, dora.py, variants.py
     linear       (r, in)               (out, r)                    (out,)
     embedding    (r, V)                (d, r)                      (d,)
     convolution  (r, in, *kernel)      (out, r/groups, 1, …)       (1, out, 1, …)
+    attention    (r, width)            (3·width, r)
     ===========  ====================  ==========================  ===================
+
+The last is the packed projection of an nn.MultiheadAttention, whose output layer is adapted with it, as
+<site>.base_layer.out_proj. PEFT merges both before each call, the output layer's twice
+(https://github.com/huggingface/peft/pull/3774), and drops out nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
 
-from lorac.errors import ShapeMismatch, SiteUnsupported, UnsupportedField, nearest_name
+from lorac.errors import ShapeMismatch, SiteUnsupported, UnsupportedField, nearest_name, warn
 from lorac.formats._layout import conv_site, matrix_site
 from lorac.formats.peft import config
 from lorac.formats.peft.method import ABSENT, Field, Method, Tensors, Use
+from lorac.formats.peft.tables import warn_of_padding
+from lorac.formats.peft.tokens import token_rows
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.spending import claim
 from lorac.variants.base import Variant
@@ -40,6 +49,8 @@ _CONVERT = (
     "the adapter is valid on the base rewritten at its initialisation only: save it from PEFT with "
     "save_pretrained(..., path_initial_model_for_weight_conversion=...), which makes it a plain LoRA"
 )
+_ADDS_TWICE = (0, 21)
+"""The last release of PEFT of which it is known that it adds the change of an attention's output layer twice."""
 _NOT_YET = "lorac does not build this method; merge the adapter into its base with PEFT"
 
 
@@ -95,7 +106,8 @@ FIELDS = {
     "qalora_group_size": Field(Use.IRRELEVANT, 16),
     "runtime_config": Field(Use.IRRELEVANT, ABSENT),
     "megatron_config": refused("save the adapter from a model without Megatron's parallel layers"),
-    "trainable_token_indices": refused("train the embedding by modules_to_save instead"),
+    # Written, the rows come with the whole embedding, so that the field is null.
+    "trainable_token_indices": Field(Use.APPLIED, read=token_rows),
     "alora_invocation_tokens": refused("it acts on some tokens only; run it in PEFT"),
     "use_qalora": refused("it pools the inputs of quantised layers; run it in PEFT", False),
     "layer_replication": refused("stack the layers in the base model, then train on that"),
@@ -123,7 +135,7 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
     a, b = (stored[name] for name in pair)
     groups = a.shape[0] // b.shape[1] if b.shape[1] else 0
     whole = bool(groups) and b.shape[1] * groups == a.shape[0] and b.shape[0] > 0
-    fits = a.ndim == b.ndim <= 5 and whole and b[0, 0].numel() == 1
+    fits = a.ndim == b.ndim <= 5 and whole and prod(b.shape[2:]) == 1
     if not fits or b.shape[0] % groups or (groups > 1 and a.ndim == 2):
         raise _misfit(path, stored)
     if a.ndim == 2:
@@ -145,6 +157,7 @@ def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tens
         SiteUnsupported: PEFT has no such layer.
         UnsupportedField: B leaves the blocks of a grouped convolution.
     """
+    check_site(site, tensors)
     a, b = tensors["lora_A"], tensors["lora_B"]
     if site.kind is SiteKind.EMBEDDING:
         if "lora_bias" in tensors:
@@ -154,7 +167,8 @@ def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tens
             )
         written = dict(zip(EMBEDDING, (a, b), strict=True))
     elif site.conv is None:
-        written = dict(zip(MATRICES, (a, b), strict=True))
+        outer = site.within in {None, site.path}
+        written = dict(zip(MATRICES, (a, b if outer else b / 2), strict=True))
     else:
         ones = (1,) * len(site.conv.kernel)
         kernels = a.reshape(-1, *site.kernel[1:]), _blocks(site, b).reshape(b.shape[0], -1, *ones)
@@ -168,6 +182,38 @@ def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tens
             magnitude = magnitude.reshape(1, -1, *(1,) * len(site.conv.kernel))
         written["lora_magnitude_vector"] = magnitude
     return written
+
+
+def read_inner(values: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An attention's output layer, to whose weight PEFT adds s·B·A twice: B counts twice."""
+    version = str(values.get("peft_version") or "0")
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) > _ADDS_TWICE:
+        warn(
+            f"the file is of PEFT {version}; up to 0.21 PEFT adds the change of an attention's output layer twice, and "
+            "so does lorac, but a later one may add it once",
+            next_step="compare with the PEFT that trained it; where it adds it once, halve the out_proj layers' lora_B",
+        )
+    return {**tensors, "lora_B": 2 * tensors["lora_B"]}
+
+
+def check_site(site: Site, tensors: Tensors) -> None:
+    """Refuse what PEFT computes by no weight: its A does not dilate, and an attention's projection knows no DoRA.
+
+    Raises:
+        SiteUnsupported: The site is such a one.
+    """
+    warn_of_padding("LORA", site)
+    steps = zip(site.conv.dilation, site.conv.kernel, strict=True) if site.conv is not None else ()
+    if any(step > 1 and taps > 1 for step, taps in steps):
+        raise SiteUnsupported(
+            f"'{site.path}' is a dilated convolution, beside which PEFT's lora_A does not dilate",
+            next_step="use format='native', or exclude= the module",
+        )
+    if site.within is not None and tensors.keys() - {"lora_A", "lora_B"}:
+        raise SiteUnsupported(
+            f"PEFT has lora_A and lora_B only for '{site.path}', a weight within '{site.within}'",
+            next_step="use format='native', or exclude= the module",
+        )
 
 
 def _blocks(site: Site, b: Tensor) -> Tensor:
@@ -231,4 +277,6 @@ METHOD = Method(
     },
     read_site=read_site,
     write_site=write_site,
+    check_site=check_site,
+    read_inner=read_inner,
 )

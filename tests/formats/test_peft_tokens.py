@@ -1,0 +1,124 @@
+"""Rows of an embedding that PEFT trains by themselves, there and back, against PEFT's own outputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import nn
+
+import lorac
+from lorac.errors import (
+    BaseNeeded,
+    CorruptFile,
+    LoracError,
+    ShapeMismatch,
+    SiteNotFound,
+    UnsupportedField,
+    UnusedTensors,
+)
+from lorac.formats import load_adapter, save_adapter
+from tests import parity
+from tests.end_to_end.peft_cases import tie
+from tests.peft_files import change, configure, load_peft, make_peft
+from tests.zoo import ZOO
+
+LLAMA = ZOO["tiny_llama"]
+ROWS = [0, 1, 5, 17, 42, 99]
+EMBEDDED = "model.embed_tokens"
+KEY = f"model.{EMBEDDED}.token_adapter.trainable_tokens_delta"
+APART = {"embed_tokens": ROWS, "lm_head": [2, 3, 101]}
+
+
+def made(folder: Path, model: nn.Module, rows: Any, **settings: Any) -> Any:
+    config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=rows, **settings)
+    inputs = LLAMA.inputs()
+    inputs["input_ids"] = torch.tensor([[0, 5, 99, 7, 42], [17, 3, 1, 5, 8]])
+    oracle = make_peft(model, folder, config, inputs=inputs, outputs=["logits"], contribution=0.15)
+    return oracle, inputs
+
+
+@pytest.mark.parametrize(
+    ("rows", "tied"),
+    [
+        pytest.param(ROWS, False, id="list-free"),
+        pytest.param(ROWS, True, id="list-tied"),
+        pytest.param(APART, True, id="apart-tied"),
+        pytest.param(APART, False, id="apart-free", marks=pytest.mark.slow),
+        pytest.param({"embed_tokens": ROWS}, True, id="named-tied", marks=pytest.mark.slow),
+    ],
+)
+@torch.no_grad()
+def test_what_peft_computes(rows: Any, tied: bool, tmp_path: Path) -> None:
+    model = LLAMA.fresh()
+    if tied:
+        tie(model)
+    oracle, inputs = made(tmp_path / "theirs", model, rows)
+    expected, base = oracle(**inputs).logits, model(**inputs).logits
+    for mode in ("live", "fused"):
+        compiled = lorac.compile(model, {"a": tmp_path / "theirs"}, mode=mode)
+        parity.assert_parity(compiled(**inputs).logits, expected, base)
+    read = load_adapter(tmp_path / "theirs", model)
+    if tied and rows is APART:
+        with pytest.raises(UnsupportedField, match="are one tensor in the model, by two"):
+            save_adapter(read, tmp_path / "back", model=model)
+        return
+    save_adapter(read, tmp_path / "back", model=model)
+    assert torch.equal(load_peft(model, tmp_path / "back")(**inputs).logits, expected)
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rows")
+    made(folder, LLAMA.fresh(), ROWS)
+    return folder
+
+
+def test_the_other_rows_are_the_models(theirs: Path) -> None:
+    with pytest.raises(BaseNeeded, match=f"rows of '{EMBEDDED}' alone"):
+        load_adapter(theirs)
+    model = LLAMA.fresh()
+    weight = load_adapter(theirs, model).replaced[f"{EMBEDDED}.weight"]
+    kept = [row for row in range(len(weight)) if row not in ROWS]
+    assert torch.equal(weight[kept], model.get_parameter(f"{EMBEDDED}.weight")[kept])
+
+
+SPOILT: tuple[tuple[str, type[LoracError], dict[str, Any], dict[str, Any]], ...] = (
+    ("for 5 tokens up to number 42", ShapeMismatch, {"trainable_token_indices": ROWS[:-1]}, {}),
+    ("up to number 128; its weight is", ShapeMismatch, {"trainable_token_indices": [*ROWS[:-1], 128]}, {}),
+    ("expected numbers of rows, each once", UnsupportedField, {"trainable_token_indices": [1, 1]}, {}),
+    ("expected numbers of rows, each once", UnsupportedField, {"trainable_token_indices": {"embed_tokens": [-1]}}, {}),
+    ("lacks the rows of 'lm_head'", CorruptFile, {"trainable_token_indices": APART}, {}),
+    ("lacks the rows of 'the embedding'", CorruptFile, {}, {KEY: None}),
+    ("accounts for 1 tensors", UnusedTensors, {"trainable_token_indices": None}, {}),
+    (
+        "rows for 'model.other', which the model does not have",
+        SiteNotFound,
+        {},
+        {KEY: None, KEY.replace("embed_tokens", "other"): torch.zeros(6, 64)},
+    ),
+    (
+        "trains rows of 'model.embed_tokens' and adapts it",
+        UnsupportedField,
+        {},
+        {
+            f"model.{EMBEDDED}.lora_embedding_A": torch.zeros(2, 128),
+            f"model.{EMBEDDED}.lora_embedding_B": torch.zeros(64, 2),
+        },
+    ),
+)
+
+
+@pytest.mark.parametrize(("match", "error", "fields", "tensors"), SPOILT, ids=lambda v: v if isinstance(v, str) else "")
+def test_what_does_not_belong_together(
+    match: str, error: type[LoracError], fields: dict[str, Any], tensors: dict[str, Any], theirs: Path, tmp_path: Path
+) -> None:
+    for file in theirs.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    configure(tmp_path, **fields)
+    change(tmp_path, tensors)
+    with pytest.raises(error, match=match):
+        load_adapter(tmp_path, LLAMA.model())
