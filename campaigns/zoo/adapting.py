@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -127,13 +128,13 @@ def _strength(shares: Any) -> float:
         if abs(found - AIM) <= 0.2 * AIM:
             break
         low, high = (strength, high) if found < AIM else (low, strength)
-        step = (AIM / max(found, 1e-3 * AIM)) ** (2 / 3) if found == found else 0.1
+        step = 0.1 if math.isnan(found) else (AIM / max(found, 1e-3 * AIM)) ** (2 / 3)
         strength = strength * step if low < strength * step < high else (low + high) / 2
     return strength
 
 
 def fingerprint(model: nn.Module) -> tuple[Any, ...]:
-    """Everything of a host that compiling must leave as it was, but for the bits of its weights; and the random state."""
+    """Everything that compiling must leave as it was, but for the bits of the host's weights."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return (
         [(name, id(t), t.dtype, tuple(t.shape), t.requires_grad) for name, t in tensors],

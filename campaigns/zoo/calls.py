@@ -21,7 +21,17 @@ Call = Mapping[str, Any]
 SAMPLES, FRAMES = 2000, 64
 """How many samples a sound has, and how many frames a spectrogram."""
 MAIN = ("input_ids", "pixel_values", "input_values", "input_features", "pixel_values_videos", "flattened_patches")
-BESIDE = frozenset({"attention_mask", "decoder_input_ids", "bbox", "pixel_values", "image_grid_thw", "image_sizes", "mm_token_type_ids"})
+BESIDE = frozenset(
+    {
+        "attention_mask",
+        "decoder_input_ids",
+        "bbox",
+        "pixel_values",
+        "image_grid_thw",
+        "image_sizes",
+        "mm_token_type_ids",
+    }
+)
 """Arguments that a call has wherever forward takes them and the configuration says what they are."""
 
 
@@ -96,8 +106,7 @@ def ids(context: Context) -> Tensor:
     vocabulary = min(getattr(context.text, "vocab_size", SPECIAL), SPECIAL)
     words = context.integers(3, vocabulary, context.batch, context.length)
     token = placeholder(context.config)
-    count = seen(context) if token is not None else 0
-    if count:
+    if token is not None and (count := seen(context)):
         marks = torch.full((context.batch, count), token, dtype=torch.int64)
         words = torch.cat([words[:, :2], marks, words[:, 2:]], 1)
     end = getattr(context.text, "eos_token_id", None)
@@ -108,7 +117,9 @@ def ids(context: Context) -> Tensor:
 
 def placeholder(config: Any) -> int | None:
     """The id that stands for a piece of an image."""
-    found = (getattr(config, name, None) for name in ("image_token_id", "image_token_index", "media_placeholder_token_id"))
+    found = (
+        getattr(config, name, None) for name in ("image_token_id", "image_token_index", "media_placeholder_token_id")
+    )
     return next((token for token in found if isinstance(token, int)), None)
 
 
@@ -126,7 +137,14 @@ def seen(context: Context) -> int:
     return sum(piece.numel() // piece.shape[-1] for piece in pieces) // context.batch
 
 
-IMAGES = ("pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask", "spatial_shapes", "image_num_patches")
+IMAGES = (
+    "pixel_values",
+    "image_grid_thw",
+    "image_sizes",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "image_num_patches",
+)
 
 
 def mask(context: Context) -> Tensor | None:
@@ -144,7 +162,9 @@ def answers(context: Context) -> Tensor | None:
     """Words of the decoder."""
     if not getattr(context.config, "is_encoder_decoder", False):
         return None
-    return context.integers(3, min(getattr(context.text, "vocab_size", SPECIAL), SPECIAL), context.batch, max(2, context.length - 2))
+    return context.integers(
+        3, min(getattr(context.text, "vocab_size", SPECIAL), SPECIAL), context.batch, max(2, context.length - 2)
+    )
 
 
 def kinds(context: Context) -> Tensor | None:

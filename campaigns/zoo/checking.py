@@ -1,8 +1,8 @@
 """One model of the zoo through lorac: what comes of it, as a record.
 
 Every step says whose it is. What the host cannot do by itself, and what PEFT cannot, is none of lorac's failures; what
-lorac refuses with an error of its own is ``refused``; numbers that are not PEFT's are ``wrong``; everything else that is
-raised is ``untyped``.
+lorac refuses with an error of its own is ``refused``; numbers that are not PEFT's are ``wrong``; everything else that
+is raised is ``untyped``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from campaigns.zoo.adapting import Adapted, Outputs, answer
 from campaigns.zoo.entries import Call, Entry
 from campaigns.zoo.plain import plain_export
 from lorac.testing.checks import assert_close
-from lorac.testing.parity import assert_parity
+from lorac.testing.parity import CONTRIBUTION, assert_parity, contribution
 
 WAYS = (("eager", "live"), ("onnxruntime", "live"), ("onnxruntime", "fused"))
 """(target, mode), each a column of the page."""
@@ -84,7 +84,7 @@ def check(entry: Entry, *, plain: bool = True, ways: tuple[tuple[str, str], ...]
 
 # ── The host and PEFT ────────────────────────────────────────────────────────────────────────────────────────────────
 def _subject(entry: Entry) -> _Subject:
-    with _stopping(HOST_CANNOT):
+    with _stopping(HOST_CANNOT), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         host = entry.build().eval()
         away_from_init(host)
@@ -156,7 +156,9 @@ def _way(subject: _Subject, target: str, mode: str) -> Record:
 def _compiled(subject: _Subject, target: str, mode: str) -> Any:
     assert subject.adapted is not None
     shapes = None if subject.entry.shapes is None else subject.entry.shapes(subject.calls[0])
-    example: dict[str, Any] = {} if target == "eager" else {"example_inputs": subject.calls[0], "dynamic_shapes": shapes}
+    example: dict[str, Any] = (
+        {} if target == "eager" else {"example_inputs": subject.calls[0], "dynamic_shapes": shapes}
+    )
     return lorac.compile(subject.host, {"a": subject.adapted.folder}, target=target, mode=mode, **example)
 
 
@@ -187,8 +189,8 @@ def _assert_base(found: Outputs, base: Outputs, *, exact: bool) -> None:
 
 def _decided(names: list[str], reference: Outputs, base: Outputs) -> list[str]:
     """Of the outputs that decide at the example's size, those that do at this one."""
-    low, high = adapting.CONTRIBUTION
-    shares = adapting.contribution(reference, base, names)
+    low, high = CONTRIBUTION
+    shares = contribution(reference, base, names)
     return [name for name in names if low <= shares[name] <= high]
 
 
@@ -259,4 +261,9 @@ def _first_line(error: BaseException) -> str:
 
 def _within(path: str) -> str:
     """A file as its library names it, without where that is installed."""
-    return path.replace("\\", "/").rpartition("site-packages/")[2].rpartition("/lib/python")[2].removeprefix(str(Path(__file__).parents[2]) + "/")
+    return (
+        path.replace("\\", "/")
+        .rpartition("site-packages/")[2]
+        .rpartition("/lib/python")[2]
+        .removeprefix(str(Path(__file__).parents[2]) + "/")
+    )

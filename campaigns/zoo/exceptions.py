@@ -8,13 +8,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from campaigns.zoo import calls
+from campaigns.zoo import calls, shrinking
 
+TILED = ("llava_next", "llava_next_video", "llava_onevision")
+"""Vision-language models that see an image whole and in tiles."""
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8},
     "blip-2": {"image_token_index": 105},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1},
+    "dots1": {
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "n_group": 1,
+    },
     "esm": {"vocab_size": 40, "pad_token_id": 1, "mask_token_id": 32},
     "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_ssm": 32},
     "dpt": {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3]},
@@ -28,8 +37,8 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
     "nemotron": {"num_key_value_heads": 2},
     "nemotron_h": {"n_groups": 2, "mamba_num_heads": 4, "mamba_head_dim": 16},
-    **dict.fromkeys(("swin", "swinv2", "donut-swin"), {"embed_dim": 16, "image_size": 64, "window_size": 2}),
-    **dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision"), {"image_grid_pinpoints": [[32, 32]]}),
+    **{name: {"embed_dim": 16, "image_size": 64, "window_size": 2} for name in ("swin", "swinv2", "donut-swin")},
+    **{name: {"image_grid_pinpoints": [[32, 32]]} for name in TILED},
     "siglip2": {"vision_config": {"num_patches": 16}},
     "vipllava": {"vision_feature_layers": [-2, -1]},
     "wav2vec2-bert": {"vocab_size": 40},
@@ -49,7 +58,7 @@ def _spectrogram(context: calls.Context) -> Any:
 
 
 def _question(context: calls.Context) -> Any:
-    return context.integers(3, calls.SPECIAL, context.batch, context.length)
+    return context.integers(3, shrinking.SPECIAL, context.batch, context.length)
 
 
 def _tiles(context: calls.Context) -> Any:
@@ -59,8 +68,7 @@ def _tiles(context: calls.Context) -> Any:
 
 def _queried(context: calls.Context) -> Any:
     """Words behind one placeholder for each query that a Q-Former puts to the image."""
-    token, count = calls.placeholder(context.config), context.config.num_query_tokens
-    marks = torch.full((context.batch, count), token, dtype=torch.int64)
+    marks = torch.full((context.batch, context.config.num_query_tokens), context.config.image_token_index)
     return torch.cat([marks, _question(context)], 1)
 
 
@@ -69,15 +77,15 @@ _PATCHES: dict[str, Callable[[calls.Context], Any]] = {
     "pixel_attention_mask": lambda context: torch.ones(context.batch, 16, dtype=torch.int64),
     "spatial_shapes": lambda context: torch.tensor([[4, 4]] * context.batch),
 }
-_SEVERAL = {"pixel_values": _several}
+_SEVERAL: dict[str, Callable[[calls.Context], Any]] = {"pixel_values": _several}
 CALLS: Mapping[str, Mapping[str, Callable[[calls.Context], Any]]] = {
-    **dict.fromkeys(("idefics2", "idefics3", "smolvlm", "modernvbert", "ultravbert"), _SEVERAL),
-    **dict.fromkeys(("timesformer", "videomae", "vivit"), {"pixel_values": calls.video}),
+    **{name: _SEVERAL for name in ("idefics2", "idefics3", "smolvlm", "modernvbert", "ultravbert")},
+    **{name: {"pixel_values": calls.video} for name in ("timesformer", "videomae", "vivit")},
     "audio-spectrogram-transformer": {"input_values": _spectrogram},
     "blip": {"input_ids": calls.ids, "attention_mask": calls.mask},
     "blip-2": {"input_ids": _queried},
     "instructblip": {"qformer_input_ids": _question, "input_ids": _queried},
-    **dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision"), {"pixel_values": _tiles}),
+    **{name: {"pixel_values": _tiles} for name in TILED},
     "siglip2": _PATCHES,
     "speech-encoder-decoder": {"input_values": calls.sound},
 }

@@ -27,10 +27,12 @@ class Limits:
     Attributes:
         seconds: of the processor.
         gibibytes: of memory.
+        plain: whether it is also exported without lorac.
     """
 
     seconds: int
     gibibytes: int
+    plain: bool = True
 
 
 def run(names: Sequence[str], limits: Limits, workers: int) -> Iterator[tuple[str, Record]]:
@@ -70,7 +72,15 @@ def _ended(name: str, code: int | None, seconds: float) -> Record:
     killed = code in (-9, -24)
     what = f"ended by signal {-code}" if code is not None and code < 0 else f"ended with {code}"
     outcome = "timeout" if killed else "untyped"
-    return {"model": name, "ways": {}, "outcome": outcome, "class": "process", "message": what, "lines": [], "wall": round(seconds)}
+    return {
+        "model": name,
+        "ways": {},
+        "outcome": outcome,
+        "class": "process",
+        "message": what,
+        "lines": [],
+        "wall": round(seconds),
+    }
 
 
 def _child(name: str, limits: Limits, connection: Connection) -> None:
@@ -81,6 +91,6 @@ def _child(name: str, limits: Limits, connection: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (limits.seconds, limits.seconds + 5))
     resource.setrlimit(resource.RLIMIT_DATA, (limits.gibibytes << 30,) * 2)
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
-    record = checking.check(entry(name))
+    record = checking.check(entry(name), plain=limits.plain)
     usage = resource.getrusage(resource.RUSAGE_SELF)
     connection.send({**record, "seconds": round(time.process_time(), 1), "peak": usage.ru_maxrss // 1024})

@@ -20,7 +20,7 @@ LARGEST: tuple[tuple[str, int], ...] = (
     (r"\w*vocab_size\w*|\w*num_embeddings|codebook_size|num_hash_buckets", VOCABULARY),
     (r"qk_head_dim", 16),
     (r"rotary_dim", 4),
-    (r"\w*head_dim|d_kv|dim_head|d_head|head_size|\w*d_rel|mamba_d_head|query_pre_attn_scalar|\w*per_head\w*|kv_channels", 8),
+    (r"\w*head_dim|d_kv|dim_head|d_head|head_size|\w*d_rel|mamba_d_head|query_pre_attn_scalar|kv_channels", 8),
     (r"\w*(key_value|kv)_heads|\w*num_key_value_groups|linear_num_key_heads", 2),
     (r"(\w*_)?n?_?heads?|\w*attention_heads|\w*num_heads|nhead", HEADS),
     (r"(\w*_)?(n_|num_)?(\w*_)?layers?(_\w*replace)?|depth|\w*depths?|num_blocks|\w*layers_block_nums", LAYERS),
@@ -31,17 +31,18 @@ LARGEST: tuple[tuple[str, int], ...] = (
     (r"(\w*_)?(num|n)_(\w*_)?experts", 4),
     (r"\w*lora_rank|\w*_rank|laurel_rank", 8),
     (r"\w*position_embeddings|n_positions|n_ctx|\w*max_seq_len|max_(source|target)_positions|max_ep_len", 64),
-    (r"\w*(intermediate|ffn_dim|ffn_hidden|feed_?forward|feedforward)\w*|d_ff|dff|dim_ff|d_inner|n_inner|mlp_dim|\w*linear_units", 48),
-    (r"\w*(hidden_size|hidden_dim|d_model|n_embd|embed_dim|embedding_size|emb_dim|embedding_dim|projection_dim|"
-     r"project_dim|projection_size|projector_dim|channels_dim|hidden_channels|out_hidden_size|classifier_proj_size|lqe_hidden\w*|"
-     r"pooler_output_size|output_dim|codevector_dim|proj_codevector_dim|proj_size|lru_width|mamba_d_ssm|query_dim)", WIDTH),
-    (r"dim|hidden_units|neck_out_channels|fusion_hidden_size|encoder_hidden_dim|output_hidden_size|xvector_output_dim", WIDTH),
+    (r"\w*(intermediate|ffn_dim|ffn_hidden|feed_?forward)\w*|d_ff|dff|dim_ff|d_inner|n_inner|mlp_dim", 48),
+    (r"\w*linear_units", 48),
+    (r"\w*(hidden_size|hidden_dim|d_model|n_embd|embed_dim|embedding_size|emb_dim|embedding_dim)", WIDTH),
+    (r"\w*(projection_dim|project_dim|projection_size|projector_dim|proj_size|output_dim|codevector_dim)", WIDTH),
+    (r"\w*(channels_dim|hidden_channels|classifier_proj_size|lqe_hidden\w*|pooler_output_size|query_dim)", WIDTH),
+    (r"dim|hidden_units|lru_width|mamba_d_ssm|neck_out_channels|fusion_hidden_size|xvector_output_dim", WIDTH),
     (r"\w*(_d_state|state_size|mamba_d_state|ssm_state_size)|state_dim", 8),
     (r"\w*image_size|\w*input_size|img_size|pretrain_image_size|resolution", 32),
     (r"\w*patch_size", 8),
     (r"window_size|sliding_window\w*|\w*_window|local_attention|attention_window", 4),
     (r"chunk_size|mamba_chunk_size|attention_chunk_size|block_size", 4),
-    (r"num_queries|num_query_tokens|num_denoising|two_stage_num_proposals|\w*num_latents|\w*n_latents|train_num_points", 4),
+    (r"num_queries|num_query_tokens|num_denoising|two_stage_num_proposals|\w*n(um)?_latents|train_num_points", 4),
     (r"num_frames|temporal_num_frames|mm_tokens_per_image", 4),
     (r"(max_length|tpu_short_seq_length)", 64),
 )  # fmt: skip
@@ -53,10 +54,16 @@ LISTS: tuple[tuple[str, tuple[int, ...]], ...] = (
 )
 _RULES = tuple((re.compile(name), value) for name, value in LARGEST)
 _TOKEN = re.compile(r"\w*token_(id|index|idx)|\w*_(start|end|newline)_id")
-_WIDTHS = re.compile(r"hidden_sizes|embed_dims?|dims|\w*hidden_channels|neck_hidden_sizes|\w*embed_dim|encoder_hidden_sizes")
+_WIDTHS = re.compile(
+    r"hidden_sizes|embed_dims|dims|neck_hidden_sizes|encoder_hidden_sizes|\w*(hidden_channels|embed_dim)"
+)
 _KINDS = re.compile(r"layer_types|layers_block_type|mlp_layer_types|block_types|\w*layer_types")
-_INDICES = re.compile(r"\w*(out|skip|layer|attn|intermediate)\w*_(indices|index|indexes|layers|ids|idx)|stage_names|no_rope_layers")
-_DROPPED = ("transformers_version", "architectures", "torch_dtype", "dtype", "_name_or_path", "out_features", "out_indices", "stage_names")  # fmt: skip
+_INDICES = re.compile(
+    r"\w*(out|skip|layer|attn|intermediate)\w*_(indices|index|indexes|layers|ids|idx)|stage_names|no_rope_layers"
+)
+_DROPPED = """
+    _name_or_path architectures dtype out_features out_indices stage_names torch_dtype transformers_version
+"""
 
 
 def tiny(config: Any, **exceptions: Any) -> Any:
@@ -77,7 +84,7 @@ def _settings(config: Any) -> dict[str, Any]:
     found = {
         name: _settings(getattr(config, name)) if name in nested else _shrunk(name, value, kinds)
         for name, value in given.items()
-        if name not in _DROPPED
+        if name not in _DROPPED.split()
     }
     if "head_dim" in found and found["head_dim"] is None and "num_attention_heads" in found:
         found["head_dim"] = WIDTH // HEADS
@@ -88,7 +95,9 @@ def _settings(config: Any) -> dict[str, Any]:
 
 def _merged(settings: dict[str, Any], exceptions: Mapping[str, Any]) -> dict[str, Any]:
     inner = {
-        name: _merged(settings[name], value) if isinstance(value, Mapping) and isinstance(settings.get(name), dict) else value
+        name: _merged(settings[name], value)
+        if isinstance(value, Mapping) and isinstance(settings.get(name), dict)
+        else value
         for name, value in exceptions.items()
     }
     return {**settings, **inner}

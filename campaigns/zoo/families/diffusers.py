@@ -95,7 +95,13 @@ def _image(draw: _Draw, width: int | None = 24, channels: int = 4) -> dict[str, 
 
 def _xl(draw: _Draw) -> Call:
     text, ids = draw.noise(16), draw.noise(6).abs().round()
-    return {"sample": draw.noise(4, 8, 8), "timestep": draw.time(), "states": draw.noise(draw.length, 24), "text": text, "ids": ids}
+    return {
+        "sample": draw.noise(4, 8, 8),
+        "timestep": draw.time(),
+        "states": draw.noise(draw.length, 24),
+        "text": text,
+        "ids": ids,
+    }
 
 
 def _hidden(draw: _Draw, width: int, *shape: int, **more: Tensor) -> Call:
@@ -107,7 +113,12 @@ def _flux(draw: _Draw) -> Call:
     """Packed pixels, their places, the prompt and its places."""
     places = torch.stack(torch.meshgrid(torch.zeros(1), torch.arange(4.0), torch.arange(4.0), indexing="ij"), -1)
     made = _hidden(draw, 32, 16, 4, pooled_projections=draw.noise(32))
-    return {**made, "timestep": draw.time() / 1000, "img_ids": places.reshape(16, 3), "txt_ids": torch.zeros(draw.length, 3)}
+    return {
+        **made,
+        "timestep": draw.time() / 1000,
+        "img_ids": places.reshape(16, 3),
+        "txt_ids": torch.zeros(draw.length, 3),
+    }
 
 
 def _flux_shapes(call: Call) -> dict[str, Any]:
@@ -120,63 +131,212 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[_Draw], Call]]] = {
     "sdxl-unet": (lambda: _Added(_of("UNet2DConditionModel", **{**UNET, **XL})()).eval(), _xl),
     "unconditional-unet": (
         _of(
-            "UNet2DModel", sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), norm_num_groups=8,
-            layers_per_block=1, attention_head_dim=4, down_block_types=("AttnDownBlock2D", "DownBlock2D"),
+            "UNet2DModel",
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(16, 32),
+            norm_num_groups=8,
+            layers_per_block=1,
+            attention_head_dim=4,
+            down_block_types=("AttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "AttnUpBlock2D"),
         ),
         lambda draw: _image(draw, None),
     ),
     "kandinsky-prior": (
-        _of("PriorTransformer", num_attention_heads=4, attention_head_dim=8, num_layers=2, embedding_dim=24, num_embeddings=7, additional_embeddings=4),
-        lambda draw: {"hidden_states": draw.noise(24), "timestep": draw.time(), "proj_embedding": draw.noise(24), "encoder_hidden_states": draw.noise(7, 24)},
+        _of(
+            "PriorTransformer",
+            num_attention_heads=4,
+            attention_head_dim=8,
+            num_layers=2,
+            embedding_dim=24,
+            num_embeddings=7,
+            additional_embeddings=4,
+        ),
+        lambda draw: {
+            "hidden_states": draw.noise(24),
+            "timestep": draw.time(),
+            "proj_embedding": draw.noise(24),
+            "encoder_hidden_states": draw.noise(7, 24),
+        },
     ),
     "dit": (
         _of("DiTTransformer2DModel", **DIT, in_channels=4, out_channels=8, num_embeds_ada_norm=10, norm_num_groups=8),
         lambda draw: {"hidden_states": draw.noise(4, 8, 8), "timestep": draw.time(), "class_labels": draw.time() % 10},
     ),
     "pixart": (
-        _of("PixArtTransformer2DModel", **DIT, in_channels=4, out_channels=8, cross_attention_dim=32, caption_channels=24, norm_num_groups=8, use_additional_conditions=False),
+        _of(
+            "PixArtTransformer2DModel",
+            **DIT,
+            in_channels=4,
+            out_channels=8,
+            cross_attention_dim=32,
+            caption_channels=24,
+            norm_num_groups=8,
+            use_additional_conditions=False,
+        ),
         lambda draw: _hidden(draw, 24, 4, 8, 8),
     ),
     "sana": (
-        _of("SanaTransformer2DModel", in_channels=4, out_channels=4, num_attention_heads=4, attention_head_dim=8, num_layers=2, num_cross_attention_heads=4, cross_attention_head_dim=8, cross_attention_dim=32, caption_channels=24, sample_size=8),
+        _of(
+            "SanaTransformer2DModel",
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=4,
+            attention_head_dim=8,
+            num_layers=2,
+            num_cross_attention_heads=4,
+            cross_attention_head_dim=8,
+            cross_attention_dim=32,
+            caption_channels=24,
+            sample_size=8,
+        ),
         lambda draw: _hidden(draw, 24, 4, 8, 8),
     ),
     "sd3": (
-        _of("SD3Transformer2DModel", **DIT, in_channels=4, out_channels=4, joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=24, pos_embed_max_size=8),
+        _of(
+            "SD3Transformer2DModel",
+            **DIT,
+            in_channels=4,
+            out_channels=4,
+            joint_attention_dim=32,
+            caption_projection_dim=32,
+            pooled_projection_dim=24,
+            pos_embed_max_size=8,
+        ),
         lambda draw: _hidden(draw, 32, 4, 8, 8, pooled_projections=draw.noise(24)),
     ),
     "aura-flow": (
-        _of("AuraFlowTransformer2DModel", sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=8, num_attention_heads=4, joint_attention_dim=24, caption_projection_dim=32, pos_embed_max_size=16),
+        _of(
+            "AuraFlowTransformer2DModel",
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_mmdit_layers=1,
+            num_single_dit_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=24,
+            caption_projection_dim=32,
+            pos_embed_max_size=16,
+        ),
         lambda draw: _hidden(draw, 24, 4, 8, 8),
     ),
     "flux": (
-        _of("FluxTransformer2DModel", patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8)),
+        _of(
+            "FluxTransformer2DModel",
+            patch_size=1,
+            in_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=32,
+            axes_dims_rope=(4, 4, 8),
+        ),
         _flux,
     ),
     "latte": (
-        _of("LatteTransformer3DModel", **DIT, in_channels=4, out_channels=8, caption_channels=24, cross_attention_dim=32, video_length=2),
+        _of(
+            "LatteTransformer3DModel",
+            **DIT,
+            in_channels=4,
+            out_channels=8,
+            caption_channels=24,
+            cross_attention_dim=32,
+            video_length=2,
+        ),
         lambda draw: _hidden(draw, 24, 4, 2, 8, 8),
     ),
     "cogvideox": (
-        _of("CogVideoXTransformer3DModel", num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=24, num_layers=2, sample_width=8, sample_height=8, sample_frames=5, patch_size=2, temporal_compression_ratio=4, max_text_seq_length=7),
+        _of(
+            "CogVideoXTransformer3DModel",
+            num_attention_heads=4,
+            attention_head_dim=8,
+            in_channels=4,
+            out_channels=4,
+            time_embed_dim=8,
+            text_embed_dim=24,
+            num_layers=2,
+            sample_width=8,
+            sample_height=8,
+            sample_frames=5,
+            patch_size=2,
+            temporal_compression_ratio=4,
+            max_text_seq_length=7,
+        ),
         lambda draw: {**_hidden(draw, 24, 2, 4, 8, 8), "encoder_hidden_states": draw.noise(7, 24)},
     ),
     "ltx-video": (
-        _of("LTXVideoTransformer3DModel", in_channels=4, out_channels=4, num_attention_heads=4, attention_head_dim=8, cross_attention_dim=32, num_layers=2, caption_channels=24),
-        lambda draw: {**_hidden(draw, 24, 16, 4, encoder_attention_mask=torch.ones(draw.batch, draw.length, dtype=torch.int64)), "num_frames": 1, "height": 4, "width": 4},
+        _of(
+            "LTXVideoTransformer3DModel",
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=4,
+            attention_head_dim=8,
+            cross_attention_dim=32,
+            num_layers=2,
+            caption_channels=24,
+        ),
+        lambda draw: {
+            **_hidden(draw, 24, 16, 4, encoder_attention_mask=torch.ones(draw.batch, draw.length, dtype=torch.int64)),
+            "num_frames": 1,
+            "height": 4,
+            "width": 4,
+        },
     ),
     "stable-audio": (
-        _of("StableAudioDiTModel", sample_size=8, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4, num_key_value_attention_heads=2, out_channels=4, cross_attention_dim=24, time_proj_dim=8, global_states_input_dim=24, cross_attention_input_dim=24),
-        lambda draw: {"hidden_states": draw.noise(4, 8), "timestep": draw.time() / 1000.0, "encoder_hidden_states": draw.noise(draw.length, 24), "global_hidden_states": draw.noise(1, 24)},
+        _of(
+            "StableAudioDiTModel",
+            sample_size=8,
+            in_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            num_key_value_attention_heads=2,
+            out_channels=4,
+            cross_attention_dim=24,
+            time_proj_dim=8,
+            global_states_input_dim=24,
+            cross_attention_input_dim=24,
+        ),
+        lambda draw: {
+            "hidden_states": draw.noise(4, 8),
+            "timestep": draw.time() / 1000.0,
+            "encoder_hidden_states": draw.noise(draw.length, 24),
+            "global_hidden_states": draw.noise(1, 24),
+        },
     ),
     "vae": (
-        _of("AutoencoderKL", in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(16, 32), layers_per_block=1, latent_channels=4, norm_num_groups=8, sample_size=16),
+        _of(
+            "AutoencoderKL",
+            in_channels=3,
+            out_channels=3,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=8,
+            sample_size=16,
+        ),
         lambda draw: {"sample": draw.noise(3, 16, 16)},
     ),
     "controlnet": (
-        _of("ControlNetModel", block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, cross_attention_dim=24, attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), conditioning_embedding_out_channels=(8, 16)),
+        _of(
+            "ControlNetModel",
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            norm_num_groups=8,
+            cross_attention_dim=24,
+            attention_head_dim=4,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            conditioning_embedding_out_channels=(8, 16),
+        ),
         lambda draw: {**_image(draw), "controlnet_cond": draw.noise(3, 16, 16), "conditioning_scale": 1.0},
     ),
-}  # fmt: skip
+}
 """name: (the model, its arguments)."""

@@ -98,7 +98,10 @@ HOSTS: Mapping[str, tuple[Any, Any]] = {
     "conv1d": (functools.partial(Kernels, 1), functools.partial(_field, 1)),
     "conv2d": (functools.partial(Kernels, 2), functools.partial(_field, 2)),
     "conv2d-padded": (functools.partial(Kernels, 2, padding="same"), functools.partial(_field, 2)),
-    "conv2d-circular": (functools.partial(Kernels, 2, padding=1, padding_mode="circular"), functools.partial(_field, 2)),
+    "conv2d-circular": (
+        functools.partial(Kernels, 2, padding=1, padding_mode="circular"),
+        functools.partial(_field, 2),
+    ),
     "conv2d-grouped": (functools.partial(Kernels, 2, groups=2), functools.partial(_field, 2)),
     "conv3d": (functools.partial(Kernels, 3), functools.partial(_field, 3)),
     "conv3d-unbiased": (functools.partial(Kernels, 3, bias=False), functools.partial(_field, 3)),
@@ -108,7 +111,11 @@ HOSTS: Mapping[str, tuple[Any, Any]] = {
 CONVS = ("conv1d", "conv2d", "conv3d")
 BOTH, FIRST, SECOND = ["first", "second"], ["first"], ["second"]
 SAVED = {"target_modules": FIRST, "modules_to_save": SECOND}
-WORDS = ({"target_modules": ["turned"], "fan_in_fan_out": True}, {"target_modules": ["embed"]}, {"target_modules": ["embed", "turned"], "fan_in_fan_out": True})
+WORDS = (
+    {"target_modules": ["turned"], "fan_in_fan_out": True},
+    {"target_modules": ["embed"]},
+    {"target_modules": ["embed", "turned"], "fan_in_fan_out": True},
+)
 Settings = Mapping[str, Any]
 
 
@@ -137,9 +144,17 @@ CASES: Mapping[str, list[tuple[str, Settings]]] = {
         *_on("words", {"target_modules": ["last"], "trainable_token_indices": {"embed": [1, 3]}}),
     ],
     "IA3": [
-        *_on("linears conv2d", *({"target_modules": t, "feedforward_modules": f} for t, f in ((FIRST, []), (FIRST, FIRST), (BOTH, []), (BOTH, FIRST), (BOTH, BOTH)))),
+        *_on(
+            "linears conv2d",
+            *(
+                {"target_modules": t, "feedforward_modules": f}
+                for t, f in ((FIRST, []), (FIRST, FIRST), (BOTH, []), (BOTH, FIRST), (BOTH, BOTH))
+            ),
+        ),
         *_on("linears", {**SAVED, "feedforward_modules": FIRST}),
-        *_on("words", {"target_modules": ["turned", "last"], "feedforward_modules": ["turned"], "fan_in_fan_out": True}),
+        *_on(
+            "words", {"target_modules": ["turned", "last"], "feedforward_modules": ["turned"], "fan_in_fan_out": True}
+        ),
         *_on("conv3d", {"target_modules": FIRST, "feedforward_modules": []}),
     ],
     "LOHA": [
@@ -147,30 +162,120 @@ CASES: Mapping[str, list[tuple[str, Settings]]] = {
         *_on("conv1d conv2d", *({"target_modules": BOTH, "use_effective_conv2d": e} for e in (False, True))),
     ],
     "LOKR": [
-        *_on("linears", *_usual(), *({"target_modules": BOTH, "r": 1, "alpha": 1, "decompose_both": True, "decompose_factor": f} for f in (-1, 4))),
-        *_on("conv1d conv2d", *({"target_modules": BOTH, "use_effective_conv2d": e, "decompose_both": b, "decompose_factor": f} for e, b, f in ((False, False, -1), (True, False, -1), (True, True, -1), (True, True, 4)))),
+        *_on(
+            "linears",
+            *_usual(),
+            *(
+                {"target_modules": BOTH, "r": 1, "alpha": 1, "decompose_both": True, "decompose_factor": f}
+                for f in (-1, 4)
+            ),
+        ),
+        *_on(
+            "conv1d conv2d",
+            *(
+                {"target_modules": BOTH, "use_effective_conv2d": e, "decompose_both": b, "decompose_factor": f}
+                for e, b, f in ((False, False, -1), (True, False, -1), (True, True, -1), (True, True, 4))
+            ),
+        ),
     ],
     "OFT": [
-        *_on("linears", *_usual(oft_block_size=0, r=2), *({"target_modules": BOTH, "oft_block_size": 0, "r": 2, "coft": c, "block_share": s} for c, s in ((True, False), (False, True), (True, True)))),
+        *_on(
+            "linears",
+            *_usual(oft_block_size=0, r=2),
+            *(
+                {"target_modules": BOTH, "oft_block_size": 0, "r": 2, "coft": c, "block_share": s}
+                for c, s in ((True, False), (False, True), (True, True))
+            ),
+        ),
         *_on("linears", {"target_modules": BOTH, "oft_block_size": 5, "use_cayley_neumann": False}),
-        *_on("conv2d", *({"target_modules": FIRST, "oft_block_size": 0, "r": 2, "coft": c, "block_share": s} for c, s in ((False, False), (True, False), (False, True)))),
+        *_on(
+            "conv2d",
+            *(
+                {"target_modules": FIRST, "oft_block_size": 0, "r": 2, "coft": c, "block_share": s}
+                for c, s in ((False, False), (True, False), (False, True))
+            ),
+        ),
     ],
     "BOFT": [
-        *_on("linears", {"target_modules": SECOND, "boft_block_size": 2}, {**SAVED, "boft_block_size": 2}, {"target_modules": SECOND, "boft_block_size": 0, "boft_block_num": 2}, {"target_modules": SECOND, "boft_block_size": 10, "boft_n_butterfly_factor": 2}, {"target_modules": SECOND, "boft_block_size": 2, "boft_n_butterfly_factor": 2}),
-        *_on("wide", {"target_modules": SECOND, "boft_block_size": 2, "boft_n_butterfly_factor": 3}, {"target_modules": SECOND, "boft_block_size": 0, "boft_block_num": 8, "boft_n_butterfly_factor": 3}),
-        *_on("conv2d", {"target_modules": FIRST, "boft_block_size": 36}, {"target_modules": FIRST, "boft_block_size": 0, "boft_block_num": 1}, {"target_modules": FIRST, "boft_block_size": 2, "boft_n_butterfly_factor": 2}),
+        *_on(
+            "linears",
+            {"target_modules": SECOND, "boft_block_size": 2},
+            {**SAVED, "boft_block_size": 2},
+            {"target_modules": SECOND, "boft_block_size": 0, "boft_block_num": 2},
+            {"target_modules": SECOND, "boft_block_size": 10, "boft_n_butterfly_factor": 2},
+            {"target_modules": SECOND, "boft_block_size": 2, "boft_n_butterfly_factor": 2},
+        ),
+        *_on(
+            "wide",
+            {"target_modules": SECOND, "boft_block_size": 2, "boft_n_butterfly_factor": 3},
+            {"target_modules": SECOND, "boft_block_size": 0, "boft_block_num": 8, "boft_n_butterfly_factor": 3},
+        ),
+        *_on(
+            "conv2d",
+            {"target_modules": FIRST, "boft_block_size": 36},
+            {"target_modules": FIRST, "boft_block_size": 0, "boft_block_num": 1},
+            {"target_modules": FIRST, "boft_block_size": 2, "boft_n_butterfly_factor": 2},
+        ),
     ],
     "HRA": [*_on("linears conv2d", *_usual(r=2)), *_on("linears", {"target_modules": BOTH, "r": 2, "apply_GS": True})],
-    "VERA": [*_on("linears", *_usual(r=3), {"target_modules": BOTH, "save_projection": False}), *_on("words", {"target_modules": ["turned"], "fan_in_fan_out": True})],
-    "RANDLORA": [*_on("linears", *_usual(r=3), {"target_modules": BOTH, "r": 3, "sparse": True}, {"target_modules": BOTH, "r": 3, "very_sparse": True}), *_on("words", {"target_modules": ["turned"], "fan_in_fan_out": True, "r": 3})],
-    "FOURIERFT": [*_on("linears", *_usual(n_frequency=10, init_weights=True, scaling=30.0)), *_on("words", {"target_modules": ["turned"], "fan_in_fan_out": True, "n_frequency": 10, "init_weights": True, "scaling": 30.0})],
-    "VBLORA": [*_on("linears", *_usual(r=2, vector_length=2, num_vectors=10)), *_on("words", {"target_modules": ["turned"], "fan_in_fan_out": True, "vector_length": 2, "num_vectors": 10})],
-    "ADALORA": [*_on("linears", *_usual(total_step=10, init_r=3, target_r=2)), *_on("words", {"target_modules": ["turned"], "fan_in_fan_out": True, "total_step": 10}), *_on("conv2d", {"target_modules": BOTH, "total_step": 10})],
-    "MISS": [*_on("linears", *_usual(r=2), {"target_modules": FIRST, "r": 2, "init_weights": "bat"}, {"target_modules": FIRST, "r": 2, "mini_r": 2, "init_weights": "mini"})],
-    "HIRA": [*_on("linears", *_usual(r=2)), *_on("words", {"target_modules": ["embed"], "r": 2}, {"target_modules": ["turned"], "fan_in_fan_out": True, "r": 2}), *_on(CONVS, {"target_modules": BOTH, "r": 2})],
+    "VERA": [
+        *_on("linears", *_usual(r=3), {"target_modules": BOTH, "save_projection": False}),
+        *_on("words", {"target_modules": ["turned"], "fan_in_fan_out": True}),
+    ],
+    "RANDLORA": [
+        *_on(
+            "linears",
+            *_usual(r=3),
+            {"target_modules": BOTH, "r": 3, "sparse": True},
+            {"target_modules": BOTH, "r": 3, "very_sparse": True},
+        ),
+        *_on("words", {"target_modules": ["turned"], "fan_in_fan_out": True, "r": 3}),
+    ],
+    "FOURIERFT": [
+        *_on("linears", *_usual(n_frequency=10, init_weights=True, scaling=30.0)),
+        *_on(
+            "words",
+            {
+                "target_modules": ["turned"],
+                "fan_in_fan_out": True,
+                "n_frequency": 10,
+                "init_weights": True,
+                "scaling": 30.0,
+            },
+        ),
+    ],
+    "VBLORA": [
+        *_on("linears", *_usual(r=2, vector_length=2, num_vectors=10)),
+        *_on("words", {"target_modules": ["turned"], "fan_in_fan_out": True, "vector_length": 2, "num_vectors": 10}),
+    ],
+    "ADALORA": [
+        *_on("linears", *_usual(total_step=10, init_r=3, target_r=2)),
+        *_on("words", {"target_modules": ["turned"], "fan_in_fan_out": True, "total_step": 10}),
+        *_on("conv2d", {"target_modules": BOTH, "total_step": 10}),
+    ],
+    "MISS": [
+        *_on(
+            "linears",
+            *_usual(r=2),
+            {"target_modules": FIRST, "r": 2, "init_weights": "bat"},
+            {"target_modules": FIRST, "r": 2, "mini_r": 2, "init_weights": "mini"},
+        )
+    ],
+    "HIRA": [
+        *_on("linears", *_usual(r=2)),
+        *_on(
+            "words",
+            {"target_modules": ["embed"], "r": 2},
+            {"target_modules": ["turned"], "fan_in_fan_out": True, "r": 2},
+        ),
+        *_on(CONVS, {"target_modules": BOTH, "r": 2}),
+    ],
     "SHIRA": [*_on("linears", *_usual(r=1, random_seed=3))],
-    "LN_TUNING": [*_on("normed", {"target_modules": ["norm"]}, {"target_modules": ["norm"], "modules_to_save": SECOND}), *_on("linears", {"target_modules": FIRST})],
-}  # fmt: skip
+    "LN_TUNING": [
+        *_on("normed", {"target_modules": ["norm"]}, {"target_modules": ["norm"], "modules_to_save": SECOND}),
+        *_on("linears", {"target_modules": FIRST}),
+    ],
+}
 """PEFT type: (host, settings) of each case."""
 
 
@@ -184,13 +289,22 @@ def _entries() -> Iterator[Entry]:
         for number, (host, settings) in enumerate(cases, 1):
             build, inputs = HOSTS[host]
             config = functools.partial(_config, kind, settings)
-            yield Entry(f"peft/{kind.lower()}-{number:02}-{host}", "PEFT", build, inputs, config, functools.partial(_shapes, host), False)
+            yield Entry(
+                f"peft/{kind.lower()}-{number:02}-{host}",
+                "PEFT",
+                build,
+                inputs,
+                config,
+                functools.partial(_shapes, host),
+                False,
+            )
 
 
 def _config(kind: str, settings: Settings, model: nn.Module) -> Any:
+    from peft import PeftType
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    return PEFT_TYPE_TO_CONFIG_MAPPING[kind](**settings)
+    return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)](**settings)
 
 
 def _shapes(host: str, call: Call) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -20,18 +21,17 @@ SMALLER: dict[str, dict[str, Any]] = {
     "inception_v3": {"aux_logits": False, "init_weights": True},
     "vit_b_16": {"image_size": 32},
 }
-NAMES = (
-    "alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s googlenet inception_v3 maxvit_t mnasnet0_5 "
-    "mobilenet_v2 mobilenet_v3_small mobilenet_v3_large regnet_x_400mf regnet_y_400mf resnet18 resnet50 resnext50_32x4d "
-    "shufflenet_v2_x0_5 squeezenet1_1 swin_t swin_v2_t vgg11 vgg11_bn vit_b_16 wide_resnet50_2"
-).split()
-VIDEO = ("mc3_18", "mvit_v2_s", "r2plus1d_18", "r3d_18", "s3d", "swin3d_t")
+NAMES = """
+    alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s googlenet inception_v3 maxvit_t mnasnet0_5
+    mobilenet_v2 mobilenet_v3_small mobilenet_v3_large regnet_x_400mf regnet_y_400mf resnet18 resnet50
+    resnext50_32x4d shufflenet_v2_x0_5 squeezenet1_1 swin_t swin_v2_t vgg11 vgg11_bn vit_b_16 wide_resnet50_2
+"""
 SEGMENTATION = ("deeplabv3_mobilenet_v3_large", "fcn_resnet50", "lraspp_mobilenet_v3_large")
 
 
 def entries() -> list[Entry]:
-    """Image and video classifiers, and models that label pixels."""
-    images = [Entry(f"torchvision/{n}", "torchvision", functools.partial(_build, n), _images(n)) for n in NAMES]
+    """Image classifiers, and models that label pixels."""
+    images = [Entry(f"torchvision/{n}", "torchvision", functools.partial(_build, n), _images(n)) for n in NAMES.split()]
     pixels = [
         Entry(f"torchvision/{n}", "torchvision", functools.partial(_build_pixels, n), _images(n)) for n in SEGMENTATION
     ]
@@ -39,13 +39,13 @@ def entries() -> list[Entry]:
 
 
 def _build(name: str) -> nn.Module:
-    import torchvision  # type: ignore[import-untyped]  # published without types
+    import torchvision
 
     return torchvision.models.get_model(name, weights=None, num_classes=10, **SMALLER.get(name, {})).eval()
 
 
 def _build_pixels(name: str) -> nn.Module:
-    import torchvision  # type: ignore[import-untyped]  # published without types
+    import torchvision
 
     return torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=5).eval()
 
@@ -60,8 +60,6 @@ def _images(name: str) -> Any:
 
 
 def _arguments(model: nn.Module) -> list[str]:
-    import inspect
-
     return list(inspect.signature(model.forward).parameters)
 
 

@@ -34,10 +34,10 @@ EXPERTS = re.compile(
     r".*moe|.*moe_\w+|mixtral|olmoe|dbrx|deepseek_v\d+|gpt_oss|jetmoe|flex_olmo|dots1|ernie4_5_moe|longcat_flash|"
     r"minimax\w*|afmoe|nllb-moe|switch_transformers|solar_open|sarvam_mla|zaya|mimo_v2_flash|laguna"
 )
-STATE_SPACE = frozenset(
-    "bamba falcon_h1 falcon_mamba granitemoehybrid jamba kimi_linear lfm2 lfm2_moe lfm3 mamba mamba2 nemotron_h "
-    "olmo_hybrid qwen3_next recurrent_gemma rwkv xlstm zamba zamba2 bailing_hybrid qwen3_5_text".split()
-)
+STATE_SPACE = """
+    bailing_hybrid bamba falcon_h1 falcon_mamba granitemoehybrid jamba kimi_linear lfm2 lfm2_moe lfm3 mamba mamba2
+    nemotron_h olmo_hybrid qwen3_5_text qwen3_next recurrent_gemma rwkv xlstm zamba zamba2
+"""
 
 
 def entries() -> list[Entry]:
@@ -67,7 +67,7 @@ def _kinds() -> Iterator[tuple[str, tuple[str, str]]]:
 
 
 def _family(family: str, kind: str) -> str:
-    if kind in STATE_SPACE:
+    if kind in STATE_SPACE.split():
         return "state-space"
     return "experts" if EXPERTS.fullmatch(kind) and family in ("causal", "seq2seq") else family
 
