@@ -1,6 +1,6 @@
 # Everything needed is made by the target that needs it: `make demo` and `make test` work on a fresh clone.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check docs format bench clean
+.PHONY: help demo test test-slow check docs format bench zoo clean
 SHELL := /bin/bash
 
 # Tried by running it: a version manager's shim may exist without a Python behind it.
@@ -42,6 +42,11 @@ format: $(STAMP) ## Format the code and apply safe fixes
 
 bench: $(STAMP) ## Run the benchmarks, whatever fails among them
 	$(BIN)/python -m benchmarks
+
+zoo: $(STAMP) ## Take every model people have through lorac (hours; goes on where it stopped), and write docs/models.md
+	$(BIN)/python -c "import timm" 2>/dev/null || $(BIN)/python -m pip install --quiet "timm>=1.0"
+	$(BIN)/python -m campaigns.zoo run --workers $(WORKERS)
+	$(BIN)/python -m campaigns.zoo page > docs/models.md
 
 clean: ## Remove the environment and everything generated
 	rm -rf .venv .venv-ci .cache build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

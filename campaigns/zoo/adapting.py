@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,12 @@ def answer(model: Any, call: Mapping[str, Any], **settings: Any) -> Outputs:
     return named(model(**call, **settings))
 
 
+def joined(answers: Sequence[Outputs]) -> Outputs:
+    """Several answers as one vector an output: a call by itself may move too little to decide anything."""
+    names = set.intersection(*(set(found) for found in answers))
+    return {name: torch.cat([found[name].flatten() for found in answers]) for name in answers[0] if name in names}
+
+
 def lora(model: nn.Module, *, plain: bool = False) -> Any:
     """PEFT's LoRA on every layer that it adapts.
 
@@ -88,13 +94,13 @@ def _adapts(module: nn.Module, plain: bool) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def written(model: nn.Module, config: Any, folder: Path, call: Mapping[str, Any], seed: int) -> Adapted:
-    """Have PEFT write an adapter that moves the outputs, as their geometric mean, by a fifth.
+def written(model: nn.Module, config: Any, folder: Path, calls: Sequence[Mapping[str, Any]], seed: int) -> Adapted:
+    """Have PEFT write an adapter that moves the outputs of some calls, as their geometric mean, by a fifth.
 
     Raises:
         NothingMoves: no strength does.
     """
-    base = answer(model, call)
+    base = joined([answer(model, call) for call in calls])
     wrapped = wrap(model, config, seed).eval()
     generator = torch.Generator().manual_seed(seed + 1)
     # PEFT trains AdaLoRA's ranknum, a scale's denominator, by mistake, and does not save it.
@@ -104,14 +110,14 @@ def written(model: nn.Module, config: Any, folder: Path, call: Mapping[str, Any]
     def shares(strength: float) -> dict[str, float]:
         for parameter, start, noise in moves:
             parameter.data.copy_(start + strength * noise)
-        return contribution(answer(wrapped, call), base)
+        return contribution(joined([answer(wrapped, call) for call in calls]), base)
 
     strength = _strength(shares)
     shares(strength)
     with quiet():
         wrapped.save_pretrained(str(folder), save_embedding_layers=False)
     oracle = load_peft(model, folder)
-    found = contribution(answer(oracle, call), base)
+    found = contribution(joined([answer(oracle, call) for call in calls]), base)
     low, high = CONTRIBUTION
     outputs = tuple(name for name, share in found.items() if low <= share <= high)
     if not outputs:
