@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
@@ -47,12 +48,16 @@ class Entry:
 
 
 def entries(only: Iterable[str] = (), family: Iterable[str] = ()) -> list[Entry]:
-    """All models whose names match one of some patterns and whose families are among those named; no names are all.
+    """All models whose names match one of some patterns and whose families are among those named; none given are all.
 
-    They come one of each family at a time, so that a run that is stopped early has seen something of everything.
+    A pattern with a slash is of a whole name, any other of a part of it.
+
+    They come one of each family at a time, in an order that has nothing to do with their names, so that a run that is
+    stopped early has seen something of everything.
     """
     found = [entry for name in _modules() for entry in importlib.import_module(name).entries()]
-    patterns, chosen = list(only), set(family)
+    patterns = [pattern if "/" in pattern else f"*{pattern}*" for pattern in only]
+    chosen = set(family)
     unknown = chosen - {entry.family for entry in found}
     if unknown:
         raise SystemExit(f"no family {sorted(unknown)[0]!r}; there are {', '.join(sorted({e.family for e in found}))}")
@@ -60,7 +65,7 @@ def entries(only: Iterable[str] = (), family: Iterable[str] = ()) -> list[Entry]
         entry
         for entry in found
         if (not chosen or entry.family in chosen)
-        and (not patterns or any(fnmatch.fnmatchcase(entry.name, f"*{pattern}*") for pattern in patterns))
+        and (not patterns or any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in patterns))
     ]
     return _dealt(wanted)
 
@@ -76,7 +81,7 @@ def _modules() -> list[str]:
 
 def _dealt(given: list[Entry]) -> list[Entry]:
     by_family: dict[str, list[Entry]] = {}
-    for one in given:
+    for one in sorted(given, key=lambda one: hashlib.sha256(one.name.encode()).digest()):
         by_family.setdefault(one.family, []).append(one)
     longest = max(map(len, by_family.values()), default=0)
     return [members[i] for i in range(longest) for members in by_family.values() if i < len(members)]

@@ -15,6 +15,8 @@ Record = Mapping[str, Any]
 WAYS = ("eager live", "onnxruntime live", "onnxruntime fused")
 EAGER, LIVE, FUSED = WAYS
 WORST_RATIO = 3
+UNKNOWN = "–"
+"""The outcome on a way that was not run."""
 HEAD = """# Models
 
 Made by `python -m campaigns.zoo page` from the journal of `make zoo`. Every model is tiny and random; PEFT writes an
@@ -43,7 +45,7 @@ def _one(found: Record) -> str:
 
 def outcome(record: Record, way: str) -> str:
     """What came of a model on a way; of one that did not get there, why."""
-    return str(record["outcome"] if "outcome" in record else record["ways"][way]["outcome"])
+    return str(record["outcome"] if "outcome" in record else record["ways"].get(way, {}).get("outcome", UNKNOWN))
 
 
 def counted(record: Record) -> bool:
@@ -165,7 +167,7 @@ def _totals(records: Sequence[Record]) -> str:
     eager = [record for record in run if outcome(record, EAGER) == OK]
 
     def ok(way: str, among: Sequence[Record], family: str = "") -> str:
-        members = [record for record in among if not family or record["family"] == family]
+        members = [r for r in among if outcome(r, way) != UNKNOWN and (not family or r["family"] == family)]
         return _share(sum(outcome(record, way) == OK for record in members), len(members))
 
     ratios = [r for record in run if (r := ratio(record)) is not None]

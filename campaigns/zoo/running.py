@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+import psutil
+
+from campaigns.zoo.checking import TIMEOUT, UNTYPED
 from campaigns.zoo.journal import Record
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -21,21 +25,23 @@ PATIENCE = 5
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What one model may take.
+class Asked:
+    """What is done with one model, and what it may take.
 
     Attributes:
         seconds: of the processor.
         gibibytes: of memory.
+        ways: targets with their modes.
         plain: whether it is also exported without lorac.
     """
 
     seconds: int
     gibibytes: int
-    plain: bool = True
+    ways: Sequence[str]
+    plain: bool
 
 
-def run(names: Sequence[str], limits: Limits, workers: int) -> Iterator[tuple[str, Record]]:
+def run(names: Sequence[str], asked: Asked, workers: int) -> Iterator[tuple[str, Record]]:
     """The record of every model, as they end.
 
     The processes are forked from one that has imported the libraries, which takes longer than most models do.
@@ -44,53 +50,52 @@ def run(names: Sequence[str], limits: Limits, workers: int) -> Iterator[tuple[st
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["campaigns.zoo.preloading"])
     with ThreadPoolExecutor(workers) as pool:
-        yield from zip(names, pool.map(lambda name: _run(context, name, limits), names), strict=True)
+        yield from zip(names, pool.map(lambda name: _run(context, name, asked), names), strict=True)
 
 
-def _run(context: Any, name: str, limits: Limits) -> Record:
+def _run(context: Any, name: str, asked: Asked) -> Record:
     """One model's record; of a process that ends without one, what ended it."""
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(name, limits, theirs), daemon=True)
-    begun = time.monotonic()
+    process = context.Process(target=_child, args=(name, asked, theirs), daemon=True)
     process.start()
     theirs.close()
-    record: Record | None = None
-    try:
-        if ours.poll(limits.seconds * PATIENCE):
-            record = ours.recv()
-    except EOFError:
-        pass
-    process.join(5 if record else 0.5)
+    record = _received(ours, process, asked)
+    process.join(5)
     if process.is_alive():
         process.kill()
         process.join()
-    return record if record is not None else _ended(name, process.exitcode, time.monotonic() - begun)
+    return record or _ended(name, process.exitcode)
 
 
-def _ended(name: str, code: int | None, seconds: float) -> Record:
+def _received(ours: Connection, process: Any, asked: Asked) -> Record | None:
+    """What a process sends; None of one that ends without, which one does that takes too much of time or memory."""
+    watched = psutil.Process(process.pid)
+    until = time.monotonic() + asked.seconds * PATIENCE
+    try:
+        while not ours.poll(0.5):
+            if time.monotonic() > until or watched.memory_info().rss > asked.gibibytes << 30:
+                process.kill()
+        return ours.recv()
+    except (EOFError, psutil.NoSuchProcess):
+        return None
+
+
+def _ended(name: str, code: int | None) -> Record:
     """A kill is taken for the limits' doing; any other end of a process is a crash."""
-    killed = code in (-9, -24)
-    what = f"ended by signal {-code}" if code is not None and code < 0 else f"ended with {code}"
-    outcome = "timeout" if killed else "untyped"
-    return {
-        "model": name,
-        "ways": {},
-        "outcome": outcome,
-        "class": "process",
-        "message": what,
-        "lines": [],
-        "wall": round(seconds),
-    }
+    killed = code in (-signal.SIGKILL, -signal.SIGXCPU)
+    what = f"ended by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with {code}"
+    about = {"class": "process", "message": what, "lines": []}
+    return {"model": name, "ways": {}, "outcome": TIMEOUT if killed else UNTYPED, **about}
 
 
-def _child(name: str, limits: Limits, connection: Connection) -> None:
+def _child(name: str, asked: Asked, connection: Connection) -> None:
     """Check one model and send its record."""
     from campaigns.zoo import checking
     from campaigns.zoo.entries import entry
 
-    resource.setrlimit(resource.RLIMIT_CPU, (limits.seconds, limits.seconds + 5))
-    resource.setrlimit(resource.RLIMIT_DATA, (limits.gibibytes << 30,) * 2)
+    resource.setrlimit(resource.RLIMIT_CPU, (asked.seconds, asked.seconds + 5))
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
-    record = checking.check(entry(name), plain=limits.plain)
+    ways = tuple(pair for pair in checking.WAYS if " ".join(pair) in asked.ways)
+    record = checking.check(entry(name), plain=asked.plain, ways=ways)
     usage = resource.getrusage(resource.RUSAGE_SELF)
     connection.send({**record, "seconds": round(time.process_time(), 1), "peak": usage.ru_maxrss // 1024})

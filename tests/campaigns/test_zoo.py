@@ -203,6 +203,13 @@ def test_the_page_counts_against_what_was_promised() -> None:
 
 
 def test_a_process_that_dies_is_told_apart_from_one_that_took_too_long() -> None:
-    assert running._ended("a/x", -9, 3.0)["outcome"] == "timeout"
-    assert running._ended("a/x", -24, 3.0)["outcome"] == "timeout"
-    assert running._ended("a/x", -11, 3.0)["outcome"] == "untyped"
+    assert running._ended("a/x", -9)["outcome"] == "timeout"
+    assert running._ended("a/x", -24)["outcome"] == "timeout"
+    assert running._ended("a/x", -11) == {
+        "model": "a/x",
+        "ways": {},
+        "outcome": "untyped",
+        "class": "process",
+        "message": "ended by SIGSEGV",
+        "lines": [],
+    }

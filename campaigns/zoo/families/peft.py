@@ -183,7 +183,7 @@ CASES: Mapping[str, list[tuple[str, Settings]]] = {
             "linears",
             *_usual(oft_block_size=0, r=2),
             *(
-                {"target_modules": BOTH, "oft_block_size": 0, "r": 2, "coft": c, "block_share": s}
+                {"target_modules": BOTH, "oft_block_size": 0, "r": 2, "coft": c, "eps": 0.6, "block_share": s}
                 for c, s in ((True, False), (False, True), (True, True))
             ),
         ),
@@ -191,7 +191,7 @@ CASES: Mapping[str, list[tuple[str, Settings]]] = {
         *_on(
             "conv2d",
             *(
-                {"target_modules": FIRST, "oft_block_size": 0, "r": 2, "coft": c, "block_share": s}
+                {"target_modules": FIRST, "oft_block_size": 0, "r": 2, "coft": c, "eps": 0.6, "block_share": s}
                 for c, s in ((False, False), (True, False), (False, True))
             ),
         ),
