@@ -17,6 +17,9 @@ from lorac.testing.parity import CONTRIBUTION, contribution
 from tests.peft_files import load_peft, quiet, wrap
 
 RANK, ALPHA, AIM = 4, 6, 0.2
+MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+MAMBA_LEAVES = ("conv1d", "out_proj")
+"""Layers of those that PEFT refuses to adapt: their fused kernels would pass the adapter by."""
 Outputs = dict[str, Tensor]
 
 
@@ -80,7 +83,9 @@ def lora(model: nn.Module, *, plain: bool = False) -> Any:
     targets = [path for path, module in model.named_modules() if path and _adapts(module, plain)]
     packed = [path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
     inside = {f"{path}.out_proj" for path in packed}  # PEFT adapts the attention whole, and never its output alone
-    return LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=sorted(set(targets) - inside))
+    left_out = MAMBA_LEAVES if getattr(getattr(model, "config", None), "model_type", "") in MAMBA else ()
+    fused = {path for path in targets if path.rpartition(".")[2] in left_out}
+    return LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=sorted(set(targets) - inside - fused))
 
 
 def _adapts(module: nn.Module, plain: bool) -> bool:

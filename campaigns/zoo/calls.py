@@ -126,15 +126,21 @@ def placeholder(config: Any) -> int | None:
 def seen(context: Context) -> int:
     """How many placeholders each row needs: as many as there are features of its images."""
     images = {n: v for n, v in context.made.items() if n in IMAGES}
-    owners = [one for one in (context.model, context.model.base_model) if hasattr(one, "get_image_features")]
-    if "pixel_values" not in images or not owners:
+    look = _look(context.model)
+    if "pixel_values" not in images or look is None:
         return 0
-    accepted = inspect.signature(owners[0].get_image_features).parameters
+    accepted = inspect.signature(look).parameters
     with torch.no_grad():
-        found = owners[0].get_image_features(**{n: v for n, v in images.items() if n in accepted})
+        found = look(**{name: value for name, value in images.items() if name in accepted})
     found = getattr(found, "pooler_output", found)
     pieces = list(found) if isinstance(found, list | tuple) else [found]
     return sum(piece.numel() // piece.shape[-1] for piece in pieces) // context.batch
+
+
+def _look(model: Any) -> Callable[..., Any] | None:
+    """What a model has to make features of images."""
+    owners = (one for one in (model, model.base_model) if hasattr(one, "get_image_features"))
+    return next((owner.get_image_features for owner in owners), None)
 
 
 IMAGES = (
@@ -216,8 +222,13 @@ def grid(context: Context) -> Tensor | None:
 
 
 def sizes(context: Context) -> Tensor | None:
-    """Height and width of every image."""
-    return torch.tensor([list(side(context.vision))] * context.batch) if "pixel_values" in context.made else None
+    """Height and width of every image, where its features cannot be had without."""
+    look = _look(context.model)
+    named = {} if look is None else inspect.signature(look).parameters
+    if "pixel_values" not in context.made or "image_sizes" not in named:
+        return None
+    needed = named["image_sizes"].default is inspect.Parameter.empty
+    return torch.tensor([list(side(context.vision))] * context.batch) if needed else None
 
 
 def sound(context: Context) -> Tensor:

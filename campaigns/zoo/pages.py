@@ -15,6 +15,8 @@ Record = Mapping[str, Any]
 WAYS = ("eager live", "onnxruntime live", "onnxruntime fused")
 EAGER, LIVE, FUSED = WAYS
 WORST_RATIO = 3
+OURS = ("VerificationFailed", "SelfTestFailed", "WrongLevel")
+"""Errors that tell of a fault of lorac's, not of a model: named, but nobody's choice."""
 UNKNOWN = "–"
 """The outcome on a way that was not run."""
 HEAD = """# Models
@@ -172,9 +174,11 @@ def _totals(records: Sequence[Record]) -> str:
 
     ratios = [r for record in run if (r := ratio(record)) is not None]
     of = {name: sum(name in {outcome(r, way) for way in WAYS} for r in run) for name in (WRONG, UNTYPED, TIMEOUT)}
+    ours = sum(any(found.get("class") in OURS for found in record["ways"].values()) for record in run)
     rows = [
         ("wrong", str(of[WRONG]), "0"),
         ("untyped", str(of[UNTYPED]), "0"),
+        (f"refused by lorac's own checks ({', '.join(OURS)})", str(ours), "0"),
         ("over their time or memory", str(of[TIMEOUT]), "0"),
         ("eager, of what PEFT runs", ok(EAGER, run), "98 %"),
         ("ONNX Runtime live, of what eager runs", ok(LIVE, eager), "92 %"),
