@@ -20,7 +20,6 @@ from campaigns.zoo.shrinking import SPECIAL
 Call = Mapping[str, Any]
 SAMPLES, FRAMES = 2000, 64
 """How many samples a sound has, and how many frames a spectrogram."""
-MAIN = ("input_ids", "pixel_values", "input_values", "input_features", "pixel_values_videos", "flattened_patches")
 BESIDE = frozenset(
     {
         "attention_mask",
@@ -33,6 +32,8 @@ BESIDE = frozenset(
     }
 )
 """Arguments that a call has wherever forward takes them and the configuration says what they are."""
+IMAGES = frozenset({"pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask", "spatial_shapes"})
+"""Arguments from which features of images are made."""
 
 
 @dataclass
@@ -143,16 +144,6 @@ def _look(model: Any) -> Callable[..., Any] | None:
     return next((owner.get_image_features for owner in owners), None)
 
 
-IMAGES = (
-    "pixel_values",
-    "image_grid_thw",
-    "image_sizes",
-    "pixel_attention_mask",
-    "spatial_shapes",
-    "image_num_patches",
-)
-
-
 def mask(context: Context) -> Tensor | None:
     """Ones; the last of several rows ends in padding, where nothing stands but words."""
     words = context.made.get("input_ids")
@@ -248,10 +239,6 @@ def spectrum_channels_first(context: Context) -> Tensor:
     """Frames of a spectrogram as Whisper takes them: bins, then twice as many frames as it has positions."""
     audio = getattr(context.config, "audio_config", context.config)
     return context.noise(context.batch, audio.num_mel_bins, 2 * audio.max_source_positions)
-
-
-def absent(context: Context) -> None:
-    """Left out."""
 
 
 MAKERS: Mapping[str, Callable[[Context], Any]] = {

@@ -87,6 +87,7 @@ CALLS: Mapping[str, Mapping[str, Callable[[calls.Context], Any]]] = {
     "instructblip": {"qformer_input_ids": _question, "input_ids": _queried},
     **{name: {"pixel_values": _tiles} for name in TILED},
     "siglip2": _PATCHES,
+    "whisper": {"input_features": calls.spectrum_channels_first},
     "speech-encoder-decoder": {"input_values": calls.sound},
 }
 LEFT_OUT: frozenset[str] = frozenset({"timm_backbone", "timm_wrapper"})

@@ -68,16 +68,20 @@ def _run(context: Any, name: str, asked: Asked) -> Record:
 
 
 def _received(ours: Connection, process: Any, asked: Asked) -> Record | None:
-    """What a process sends; None of one that ends without, which one does that takes too much of time or memory."""
+    """What a process sends; None of one that ends without, as one does that takes too much time or memory."""
     watched = psutil.Process(process.pid)
     until = time.monotonic() + asked.seconds * PATIENCE
     try:
         while not ours.poll(0.5):
-            if time.monotonic() > until or watched.memory_info().rss > asked.gibibytes << 30:
-                process.kill()
+            _kill_beyond(process, watched.memory_info().rss / 2**30 > asked.gibibytes or time.monotonic() > until)
         return ours.recv()
     except (EOFError, psutil.NoSuchProcess):
         return None
+
+
+def _kill_beyond(process: Any, beyond: bool) -> None:
+    if beyond:
+        process.kill()
 
 
 def _ended(name: str, code: int | None) -> Record:
