@@ -146,20 +146,22 @@ def _ways(subject: _Subject, ways: Ways, found: Record) -> None:
 
 def _way(subject: _Subject, target: str, mode: str) -> Record:
     record: Record = {}
+    before = adapting.fingerprint(subject.host)
     try:
-        before = adapting.fingerprint(subject.host)
         begun = time.process_time()
         compiled = _compiled(subject, target, mode)
         record["seconds"] = round(time.process_time() - begun, 2)
-        _answers(subject, compiled, target)
-        assert adapting.fingerprint(subject.host) == before, "the host's flags, modules, hooks or random state changed"
-        _left_alone(subject)
-    except AssertionError as error:
-        return {**record, **_cause(error), "outcome": WRONG}
+        answers = _Answers.of(compiled, subject.calls)
     except lorac.LoracError as error:
         return {**record, **_cause(error), "outcome": REFUSED, "next": error.next_step}
     except Exception as error:
         return {**record, **_cause(error), "outcome": UNTYPED}
+    try:
+        _compare(subject, answers, exact=target == "eager")
+        assert adapting.fingerprint(subject.host) == before, "the host's flags, modules, hooks or random state changed"
+        _left_alone(subject)
+    except AssertionError as error:
+        return {**record, **_cause(error), "outcome": WRONG}
     return {**record, "outcome": OK}
 
 
@@ -172,20 +174,33 @@ def _compiled(subject: _Subject, target: str, mode: str) -> Any:
     return lorac.compile(subject.host, {"a": subject.adapted.folder}, target=target, mode=mode, **example)
 
 
-def _answers(subject: _Subject, compiled: Any, target: str) -> None:
-    """At both sizes: with the adapter what PEFT answers, without it the base, and with it again the same bits."""
+@dataclass(frozen=True)
+class _Answers:
+    """What a compiled model answers to several calls: with the adapter, without it, and with it again."""
+
+    on: list[Outputs]
+    off: list[Outputs]
+    again: list[Outputs]
+
+    @classmethod
+    def of(cls, compiled: Any, calls: list[Call]) -> _Answers:
+        on = [answer(compiled, call) for call in calls]
+        compiled.swap(None)
+        off = [answer(compiled, call) for call in calls]
+        compiled.swap("a")
+        return cls(on, off, [answer(compiled, call) for call in calls])
+
+
+def _compare(subject: _Subject, answers: _Answers, *, exact: bool) -> None:
+    """At all sizes: with the adapter what PEFT answers, without it the base, and with it again the same bits."""
     assert subject.adapted is not None
-    first = [answer(compiled, call) for call in subject.calls]
-    compiled.swap(None)
-    off = [answer(compiled, call) for call in subject.calls]
-    for found, reference in zip(first, subject.reference, strict=True):
+    for found, reference in zip(answers.on, subject.reference, strict=True):
         _assert_shapes(found, reference)
-    whole = [adapting.joined(answers) for answers in (first, subject.reference, subject.base, off)]
-    assert_parity(*whole[:3], own_base=whole[3], names=subject.adapted.outputs)
-    for found, base in zip(off, subject.base, strict=True):
-        _assert_base(found, base, exact=target == "eager")
-    compiled.swap("a")
-    assert _same([answer(compiled, call) for call in subject.calls], first), "swapped off and on, the answer is another"
+    on, right, base, off = map(adapting.joined, (answers.on, subject.reference, subject.base, answers.off))
+    assert_parity(on, right, base, own_base=off, names=subject.adapted.outputs)
+    for found, expected in zip(answers.off, subject.base, strict=True):
+        _assert_base(found, expected, exact=exact)
+    assert _same(answers.again, answers.on), "swapped off and on, the answer is another"
 
 
 def _assert_base(found: Outputs, base: Outputs, *, exact: bool) -> None:
