@@ -17,6 +17,14 @@ EAGER, LIVE, FUSED = WAYS
 WORST_RATIO = 3
 OURS = ("VerificationFailed", "SelfTestFailed", "WrongLevel")
 """Errors that tell of a fault of lorac's, not of a model: named, but nobody's choice."""
+_DIFFERING = (
+    (r", which .* asks for.*", ""),
+    (r"'[^']*'|\"[^\"]*\"|\S*/\S+|\blorac_\w+", "…"),
+    (r"-?\d[\d.,e+-]*%?", "N"),
+    (r"\b\w+For\w+\b|\b\w+Model\b", "…"),
+    (r"([\[({])(?:…|N)(?:, (?:…|N))*([\])}])", r"\1…\2"),
+)
+"""(pattern, what stands instead) of what a message has of one model alone."""
 UNKNOWN = "–"
 """The outcome on a way that was not run."""
 HEAD = """# Models
@@ -116,9 +124,10 @@ def _failures(records: Iterable[Record]) -> Iterator[tuple[Record, str, Record]]
 
 
 def general(message: str) -> str:
-    """A message without what differs from model to model: names, paths and numbers."""
-    without = re.sub(r"'[^']*'|\"[^\"]*\"|\S*/\S+", "…", message)
-    return re.sub(r"\b\w+For\w+\b|\b\w+Model\b", "…", re.sub(r"-?\d[\d.,e+-]*%?", "N", without))
+    """A message without what differs from model to model: names, paths, lines of code and numbers."""
+    for pattern, instead in _DIFFERING:
+        message = re.sub(pattern, instead, message)
+    return message
 
 
 def causes(records: Iterable[Record]) -> str:
