@@ -105,7 +105,7 @@ def written(model: nn.Module, config: Any, folder: Path, calls: Sequence[Mapping
     Raises:
         NothingMoves: no strength does.
     """
-    base = joined([answer(model, call) for call in calls])
+    base = {name: value for name, value in joined([answer(model, call) for call in calls]).items() if bool(value.any())}
     wrapped = wrap(model, config, seed).eval()
     generator = torch.Generator().manual_seed(seed + 1)
     # PEFT trains AdaLoRA's ranknum, a scale's denominator, by mistake, and does not save it.
@@ -115,14 +115,14 @@ def written(model: nn.Module, config: Any, folder: Path, calls: Sequence[Mapping
     def shares(strength: float) -> dict[str, float]:
         for parameter, start, noise in moves:
             parameter.data.copy_(start + strength * noise)
-        return contribution(joined([answer(wrapped, call) for call in calls]), base)
+        return contribution(joined([answer(wrapped, call) for call in calls]), base, list(base))
 
     strength = _strength(shares)
     shares(strength)
     with quiet():
         wrapped.save_pretrained(str(folder), save_embedding_layers=False)
     oracle = load_peft(model, folder)
-    found = contribution(joined([answer(oracle, call) for call in calls]), base)
+    found = contribution(joined([answer(oracle, call) for call in calls]), base, list(base))
     low, high = CONTRIBUTION
     outputs = tuple(name for name, share in found.items() if low <= share <= high)
     if not outputs:
