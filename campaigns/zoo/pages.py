@@ -271,8 +271,8 @@ def _slow(records: Sequence[Record]) -> str:
 
 def _family(name: str, members: Sequence[Record]) -> str:
     run = [record for record in members if counted(record)]
-    fine = [r["model"].partition("/")[2] for r in run if all(outcome(r, way) == OK for way in WAYS)]
-    rest = [r for r in run if r["model"].partition("/")[2] not in fine]
+    rest = [record for record in run if {outcome(record, way) for way in WAYS} - {OK, UNKNOWN}]
+    fine = [record["model"].partition("/")[2] for record in run if record not in rest]
     rows = [(r["model"].partition("/")[2], *(outcome(r, way) for way in WAYS), _cell(_first(r))) for r in rest]
     parts = [f"## {name}\n", f"{len(fine)} all right: {', '.join(fine) or 'none'}.\n"]
     return "\n".join(parts + ([_table(("model", "eager", "live", "fused", "why"), rows)] if rows else []))

@@ -202,6 +202,13 @@ def test_the_page_counts_against_what_was_promised() -> None:
     assert "| y | ok | untyped | ok | KeyError: k |" in text
 
 
+def test_a_way_that_was_not_run_is_no_failure() -> None:
+    partial = _record("a/x", ways={pages.EAGER: {"outcome": "ok", "seconds": 1.0}})
+    text = pages.page([partial])
+    assert "1 all right: x." in text
+    assert "| ONNX Runtime live, of what eager runs | 0 of 0 | 92 % |" in text
+
+
 def test_a_process_that_dies_is_told_apart_from_one_that_took_too_long() -> None:
     assert running._ended("a/x", -9)["outcome"] == "timeout"
     assert running._ended("a/x", -24)["outcome"] == "timeout"
