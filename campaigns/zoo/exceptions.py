@@ -12,6 +12,8 @@ from campaigns.zoo import calls, shrinking
 
 TILED = ("llava_next", "llava_next_video", "llava_onevision")
 """Vision-language models that see an image whole and in tiles."""
+SECTIONED = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]}
+"""Rotations by time, height and width, of heads of eight."""
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8},
     "blip-2": {"image_token_index": 105},
@@ -39,6 +41,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "nemotron_h": {"n_groups": 2, "mamba_num_heads": 4, "mamba_head_dim": 16},
     **{name: {"embed_dim": 16, "image_size": 64, "window_size": 2} for name in ("swin", "swinv2", "donut-swin")},
     **{name: {"image_grid_pinpoints": [[32, 32]]} for name in TILED},
+    **{name: {"text_config": {"rope_parameters": SECTIONED}} for name in ("qwen2_vl", "qwen2_5_vl")},
     "siglip2": {"vision_config": {"num_patches": 16}},
     "vipllava": {"vision_feature_layers": [-2, -1]},
     "wav2vec2-bert": {"vocab_size": 40},
