@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import resource
@@ -42,7 +43,7 @@ class Asked:
 
 
 def run(names: Sequence[str], asked: Asked, workers: int) -> Iterator[tuple[str, Record]]:
-    """The record of every model, as they end.
+    """The record of every model, in their order.
 
     The processes are forked from one that has imported the libraries, which takes longer than most models do.
     """
@@ -69,13 +70,14 @@ def _run(context: Any, name: str, asked: Asked) -> Record:
 
 def _received(ours: Connection, process: Any, asked: Asked) -> Record | None:
     """What a process sends; None of one that ends without, as one does that takes too much time or memory."""
-    watched = psutil.Process(process.pid)
     until = time.monotonic() + asked.seconds * PATIENCE
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):  # it has ended, and what it sent is in the pipe
+        watched = psutil.Process(process.pid)
         while not ours.poll(0.5):
             _kill_beyond(process, watched.memory_info().rss / 2**30 > asked.gibibytes or time.monotonic() > until)
+    try:
         return ours.recv()
-    except (EOFError, psutil.NoSuchProcess):
+    except EOFError:
         return None
 
 

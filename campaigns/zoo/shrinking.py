@@ -88,19 +88,18 @@ def _settings(config: Any) -> dict[str, Any]:
     }
     if "head_dim" in found and found["head_dim"] is None and "num_attention_heads" in found:
         found["head_dim"] = WIDTH // HEADS
-    if given.get("num_attention_heads") == given.get("num_key_value_heads"):  # attention that is latent, say
-        found |= {"num_key_value_heads": found["num_attention_heads"]} if "num_key_value_heads" in found else {}
+    heads = {name: given.get(name) for name in ("num_attention_heads", "num_key_value_heads")}
+    if None not in heads.values() and len(set(heads.values())) == 1:  # latent attention cannot have fewer keys
+        found["num_key_value_heads"] = found["num_attention_heads"]
     return found
 
 
 def _merged(settings: dict[str, Any], exceptions: Mapping[str, Any]) -> dict[str, Any]:
-    inner = {
-        name: _merged(settings[name], value)
-        if isinstance(value, Mapping) and isinstance(settings.get(name), dict)
-        else value
-        for name, value in exceptions.items()
-    }
-    return {**settings, **inner}
+    merged = dict(settings)
+    for name, value in exceptions.items():
+        inner = merged.get(name)
+        merged[name] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, Mapping) else value
+    return merged
 
 
 def _kinds(given: Mapping[str, Any]) -> int:
