@@ -70,17 +70,18 @@ def joined(answers: Sequence[Outputs]) -> Outputs:
     return {name: torch.cat([found[name].flatten() for found in answers]) for name in answers[0] if name in names}
 
 
-def lora(model: nn.Module, *, plain: bool = False) -> Any:
+def lora(model: nn.Module, *, plain: bool = False, kernels: bool = True) -> Any:
     """PEFT's LoRA on every layer that it adapts.
 
     Args:
         model: the base.
         plain: leave out what is no ordinary layer: packed attention, and convolutions that are padded by name or by a
             mode, or grouped.
+        kernels: convolutions too.
     """
     from peft import LoraConfig
 
-    targets = [path for path, module in model.named_modules() if path and _adapts(module, plain)]
+    targets = [path for path, module in model.named_modules() if path and _adapts(module, plain, kernels)]
     packed = [path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
     inside = {f"{path}.out_proj" for path in packed}  # PEFT adapts the attention whole, and never its output alone
     left_out = MAMBA_LEAVES if getattr(getattr(model, "config", None), "model_type", "") in MAMBA else ()
@@ -88,14 +89,14 @@ def lora(model: nn.Module, *, plain: bool = False) -> Any:
     return LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=sorted(set(targets) - inside - fused))
 
 
-def _adapts(module: nn.Module, plain: bool) -> bool:
+def _adapts(module: nn.Module, plain: bool, kernels: bool) -> bool:
     """Whether PEFT's LoRA adapts a layer rightly: it knows no dilation, and groups only where they divide the rank."""
     if isinstance(module, nn.MultiheadAttention):
         return not plain and module._qkv_same_embed_dim
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         ordinary = not isinstance(module.padding, str) and module.padding_mode == "zeros" and module.groups == 1
         fits = RANK % module.groups == 0 and set(module.dilation) == {1}
-        return fits and (ordinary or not plain)
+        return kernels and fits and (ordinary or not plain)
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 

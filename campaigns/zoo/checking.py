@@ -8,6 +8,7 @@ is raised is ``untyped``.
 from __future__ import annotations
 
 import contextlib
+import functools
 import tempfile
 import time
 import traceback
@@ -73,7 +74,7 @@ def check(entry: Entry, *, plain: bool = True, ways: Ways = WAYS) -> Record:
             subject = _subject(entry)
             record["parameters"] = sum(p.numel() for p in subject.host.parameters())
             record["defaults"] = _defaults(subject)
-            _adapt(subject, Path(folder, "a"), adapting.lora if entry.adapter is None else entry.adapter)
+            _adapt_somehow(subject, Path(folder))
         except _Stop as stop:
             return {**record, **stop.record}
         if plain:
@@ -112,6 +113,17 @@ def away_from_init(model: nn.Module) -> None:
             buffer.add_(0.1 * torch.randn(buffer.shape, generator=generator))
         if name.endswith("running_var"):
             buffer.mul_(0.7 + 0.7 * torch.rand(buffer.shape, generator=generator))
+
+
+def _adapt_somehow(subject: _Subject, folder: Path) -> None:
+    """The entry's adapter; on every layer where it names none, or without convolutions where PEFT cannot have them."""
+    config = subject.entry.adapter
+    try:
+        _adapt(subject, folder / "a", adapting.lora if config is None else config)
+    except _Stop:
+        if config is not None:
+            raise
+        _adapt(subject, folder / "linears", functools.partial(adapting.lora, kernels=False))
 
 
 def _adapt(subject: _Subject, folder: Path, config: Callable[[nn.Module], Any]) -> None:
