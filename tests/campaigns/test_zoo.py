@@ -77,6 +77,23 @@ def test_what_the_host_or_peft_cannot_is_theirs() -> None:
     assert dropped["outcome"] == "host-cannot" and "differently" in dropped["message"]
 
 
+class Reads(nn.Module):
+    """A convolution whose stride its forward reads, which PEFT's wrapper does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel, self.last = nn.Conv1d(6, 9, 3, padding=1), nn.Linear(9, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.kernel(x.transpose(1, 2)) * self.kernel.stride[0]
+        answer: torch.Tensor = self.last(hidden.mean(-1))
+        return answer
+
+
+def test_where_peft_cannot_adapt_convolutions_linears_are_adapted_alone() -> None:
+    assert _check(build=Reads)["ways"]["eager live"]["outcome"] == "ok"
+
+
 class _Noise(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + torch.rand_like(x)
