@@ -72,7 +72,8 @@ def _call(make: Callable[[_Draw], Call], model: nn.Module, batch: int, length: i
 def _shapes(call: Call) -> dict[str, Any]:
     """Rows of everything, and the length of a prompt."""
     long = {"encoder_hidden_states", "states", "encoder_attention_mask"}
-    return {name: {0: AUTO, 1: AUTO} if name in long else {0: AUTO} for name in call}
+    tensors = {name for name, value in call.items() if isinstance(value, Tensor)}
+    return {name: dict.fromkeys((0, 1) if name in long else (0,), AUTO) if name in tensors else None for name in call}
 
 
 class _Draw:
@@ -119,10 +120,6 @@ def _flux(draw: _Draw) -> Call:
         "img_ids": places.reshape(16, 3),
         "txt_ids": torch.zeros(draw.length, 3),
     }
-
-
-def _flux_shapes(call: Call) -> dict[str, Any]:
-    return {**_shapes(call), "img_ids": {}, "txt_ids": {0: AUTO}}
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[_Draw], Call]]] = {
