@@ -1,6 +1,6 @@
 # Everything needed is made by the target that needs it: `make demo` and `make test` work on a fresh clone.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow soak kill fuzz check docs format bench clean
+.PHONY: help demo test test-slow soak kill fuzz check docs format bench zoo clean
 SHELL := /bin/bash
 
 # Tried by running it: a version manager's shim may exist without a Python behind it.
@@ -53,6 +53,11 @@ bench: $(STAMP) ## Run the benchmarks, whatever fails among them
 
 fuzz: $(STAMP) ## Damage files by the thousand: each loads, or is refused by an error of lorac's
 	OMP_NUM_THREADS=1 $(BIN)/python -m campaigns.fuzz --workers $(WORKERS)
+
+zoo: $(STAMP) ## Take every model people have through lorac (hours; goes on where it stopped), and write docs/models.md
+	$(BIN)/python -c "import timm" 2>/dev/null || $(BIN)/python -m pip install --quiet "timm>=1.0"
+	$(BIN)/python -m campaigns.zoo run --workers $(WORKERS)
+	$(BIN)/python -m campaigns.zoo page > docs/models.md
 
 clean: ## Remove the environment and everything generated
 	rm -rf .venv .venv-ci .cache build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,75 @@
+"""The command line: ``python -m campaigns.zoo run | page | causes | list``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import campaigns.zoo
+from campaigns.zoo import journal, pages
+from campaigns.zoo.entries import entries
+from campaigns.zoo.running import Asked, run
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Do what the command line says."""
+    parser = argparse.ArgumentParser(
+        "python -m campaigns.zoo",
+        description=campaigns.zoo.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("do", choices=("run", "page", "causes", "list"))
+    parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="models whose names hold it")
+    parser.add_argument("--family", action="append", default=[], help="models of this family")
+    parser.add_argument("--workers", type=int, default=1, help="models at a time (default: 1)")
+    parser.add_argument("--limit", type=int, help="so many models, then stop")
+    parser.add_argument("--again", action="store_true", help="run what the journal has of this state of the code too")
+    parser.add_argument("--no-plain", action="store_true", help="without the export to compare with: faster by a third")
+    parser.add_argument("--way", action="append", choices=pages.WAYS, help="a target and mode; default: all of them")
+    parser.add_argument("--seconds", type=int, default=300, help="of the processor, for one model (default: 300)")
+    parser.add_argument("--gibibytes", type=int, default=6, help="of memory, for one model (default: 6)")
+    parser.add_argument("--journal", type=Path, default=journal.DEFAULT, help="JSON lines (default: .cache/zoo.jsonl)")
+    given = parser.parse_args(arguments)
+    {"run": _run, "page": _page, "causes": _causes, "list": _list}[given.do](given)
+
+
+def _run(given: argparse.Namespace) -> None:
+    state, versions = journal.code(), journal.versions()
+    known = {} if given.again else journal.read(given.journal)
+    chosen = [entry for entry in entries(given.only, given.family)]
+    ways = given.way or list(pages.WAYS)
+    left = [e for e in chosen if not _has(known.get(e.name), state, ways)][: given.limit]
+    families = {entry.name: entry.family for entry in chosen}
+    print(f"{len(chosen)} models, {len(left)} to run on {state}", flush=True)
+    asked = Asked(given.seconds, given.gibibytes, tuple(ways), plain=not given.no_plain)
+    for number, (name, record) in enumerate(run([e.name for e in left], asked, given.workers), 1):
+        whole = {"family": families[name], **record, "code": state, "versions": versions, "at": time.strftime("%F")}
+        journal.append(given.journal, whole)
+        print(f"{number}/{len(left)} {name}: {pages.summary(whole)}", flush=True)
+
+
+def _has(record: journal.Record | None, state: str, ways: list[str]) -> bool:
+    """Whether the journal says what came of a model on this state of the code, all ways asked for."""
+    return (
+        record is not None and record["code"] == state and ("outcome" in record or record["ways"].keys() >= set(ways))
+    )
+
+
+def _page(given: argparse.Namespace) -> None:
+    sys.stdout.write(pages.page(journal.read(given.journal).values()))
+
+
+def _causes(given: argparse.Namespace) -> None:
+    sys.stdout.write(pages.causes(journal.read(given.journal).values()))
+
+
+def _list(given: argparse.Namespace) -> None:
+    for entry in entries(given.only, given.family):
+        print(f"{entry.family:20} {entry.name}")
+
+
+if __name__ == "__main__":
+    main()

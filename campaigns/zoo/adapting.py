@@ -1,0 +1,161 @@
+"""The adapter of a model of the zoo, written by PEFT away from its init, and PEFT's own model as what is right."""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorac.testing.parity import CONTRIBUTION, contribution
+from tests.peft_files import load_peft, quiet, wrap
+
+RANK, ALPHA, AIM = 4, 6, 0.2
+MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+MAMBA_LEAVES = ("conv1d", "out_proj")
+"""Layers of those that PEFT refuses to adapt: their fused kernels would pass the adapter by."""
+Outputs = dict[str, Tensor]
+
+
+class NothingMoves(Exception):
+    """No strength of the adapter moves any output by a share that decides something."""
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """An adapter on disk.
+
+    Attributes:
+        folder: where PEFT wrote it.
+        oracle: PEFT's model of that folder.
+        outputs: the outputs that it moves by a share that decides something.
+    """
+
+    folder: Path
+    oracle: nn.Module
+    outputs: tuple[str, ...]
+
+
+def named(answer: Any, path: str = "") -> Outputs:
+    """The floating-point tensors of an answer by name, whatever they are nested in: fields, mappings, sequences."""
+    if isinstance(answer, Tensor):
+        return {path or "output": answer.detach()} if answer.is_floating_point() else {}
+    if isinstance(answer, Mapping):
+        pairs = list(answer.items())
+    elif isinstance(answer, list | tuple):
+        pairs = list(enumerate(answer))
+    else:
+        pairs = list(vars(answer).items()) if hasattr(answer, "__dataclass_fields__") else []
+    found: Outputs = {}
+    for key, value in pairs:
+        found |= named(value, f"{path}.{key}" if path else str(key))
+    return found
+
+
+@torch.no_grad()
+def answer(model: Any, call: Mapping[str, Any], **settings: Any) -> Outputs:
+    """What a model, PEFT's or lorac's, answers to a call, by name."""
+    return named(model(**call, **settings))
+
+
+def joined(answers: Sequence[Outputs]) -> Outputs:
+    """Several answers as one vector an output: a call by itself may move too little to decide anything."""
+    names = set.intersection(*(set(found) for found in answers))
+    return {name: torch.cat([found[name].flatten() for found in answers]) for name in answers[0] if name in names}
+
+
+def lora(model: nn.Module, *, plain: bool = False, kernels: bool = True) -> Any:
+    """PEFT's LoRA on every layer that it adapts.
+
+    Args:
+        model: the base.
+        plain: leave out what is no ordinary layer: packed attention, and convolutions that are padded by name or by a
+            mode, or grouped.
+        kernels: convolutions too.
+    """
+    from peft import LoraConfig
+
+    targets = [path for path, module in model.named_modules() if path and _adapts(module, plain, kernels)]
+    packed = [path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    inside = {f"{path}.out_proj" for path in packed}  # PEFT adapts the attention whole, and never its output alone
+    left_out = MAMBA_LEAVES if getattr(getattr(model, "config", None), "model_type", "") in MAMBA else ()
+    fused = {path for path in targets if path.rpartition(".")[2] in left_out}
+    return LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=sorted(set(targets) - inside - fused))
+
+
+def _adapts(module: nn.Module, plain: bool, kernels: bool) -> bool:
+    """Whether PEFT's LoRA adapts a layer rightly: it knows no dilation, and groups only where they divide the rank."""
+    if isinstance(module, nn.MultiheadAttention):
+        return not plain and module._qkv_same_embed_dim
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        ordinary = not isinstance(module.padding, str) and module.padding_mode == "zeros" and module.groups == 1
+        fits = RANK % module.groups == 0 and set(module.dilation) == {1}
+        return kernels and fits and (ordinary or not plain)
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def written(model: nn.Module, config: Any, folder: Path, calls: Sequence[Mapping[str, Any]], seed: int) -> Adapted:
+    """Have PEFT write an adapter that moves the outputs of some calls, as their geometric mean, by a fifth.
+
+    Raises:
+        NothingMoves: no strength does.
+    """
+    base = {name: value for name, value in joined([answer(model, call) for call in calls]).items() if bool(value.any())}
+    wrapped = wrap(model, config, seed).eval()
+    generator = torch.Generator().manual_seed(seed + 1)
+    # PEFT trains AdaLoRA's ranknum, a scale's denominator, by mistake, and does not save it.
+    trained = [p for name, p in wrapped.named_parameters() if p.requires_grad and "ranknum" not in name]
+    moves = [(p, p.detach().clone(), torch.randn(p.shape, generator=generator) * p.shape[-1] ** -0.5) for p in trained]
+
+    def shares(strength: float) -> dict[str, float]:
+        for parameter, start, noise in moves:
+            parameter.data.copy_(start + strength * noise)
+        return contribution(joined([answer(wrapped, call) for call in calls]), base, list(base))
+
+    strength = _strength(shares)
+    shares(strength)
+    with quiet():
+        wrapped.save_pretrained(str(folder), save_embedding_layers=False)
+    oracle = load_peft(model, folder)
+    found = contribution(joined([answer(oracle, call) for call in calls]), base, list(base))
+    low, high = CONTRIBUTION
+    outputs = tuple(name for name, share in found.items() if low <= share <= high)
+    if not outputs:
+        raise NothingMoves(f"at strength {strength:.3g} the outputs move by {found}")
+    return Adapted(folder, oracle, outputs)
+
+
+def _strength(shares: Any) -> float:
+    """Where what moves at all moves by ``AIM``."""
+    low, high, strength = 0.0, 1e4, 0.2
+    for _ in range(40):
+        moved = [share for share in shares(strength).values() if share > 0]
+        found = statistics.geometric_mean(moved) if moved else 0.0
+        if abs(found - AIM) <= 0.2 * AIM:
+            break
+        low, high = (strength, high) if found < AIM else (low, strength)
+        step = 0.1 if math.isnan(found) else (AIM / max(found, 1e-3 * AIM)) ** (2 / 3)
+        strength = strength * step if low < strength * step < high else (low + high) / 2
+    return strength
+
+
+def fingerprint(model: nn.Module) -> tuple[Any, ...]:
+    """Everything that compiling must leave as it was, but for the bits of the host's weights."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return (
+        [(name, id(t), t.dtype, tuple(t.shape), t.requires_grad) for name, t in tensors],
+        [(n, type(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()],
+        str(getattr(model, "config", "")),
+        torch.get_rng_state().tolist(),
+    )
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of every tensor of a model."""
+    return {name: copy.deepcopy(value.detach()) for name, value in model.state_dict().items()}

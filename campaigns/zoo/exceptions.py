@@ -1,0 +1,114 @@
+"""What single models of transformers need beside the rules: settings, arguments and adapters of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from campaigns.zoo import calls, shrinking
+
+TILED = ("llava_next", "llava_next_video", "llava_onevision")
+"""Vision-language models that see an image whole and in tiles."""
+SECTIONED = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]}
+"""Rotations by time, height and width, of heads of eight."""
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8},
+    "blip-2": {"image_token_index": 105},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "dots1": {
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "n_group": 1,
+    },
+    "esm": {"vocab_size": 40, "pad_token_id": 1, "mask_token_id": 32},
+    "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_ssm": 32},
+    "dpt": {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3]},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8},
+    "instructblip": {"image_token_index": 105},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2},
+    "ministral": {"head_dim": 8},
+    "mobilebert": {"intra_bottleneck_size": 16, "true_hidden_size": 16, "embedding_size": 16},
+    "mobilevitv2": {"image_size": 64},
+    "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
+    "nemotron": {"num_key_value_heads": 2},
+    "nemotron_h": {"n_groups": 2, "mamba_num_heads": 4, "mamba_head_dim": 16},
+    **{name: {"embed_dim": 16, "image_size": 64, "window_size": 2} for name in ("swin", "swinv2", "donut-swin")},
+    **{name: {"image_grid_pinpoints": [[32, 32]]} for name in TILED},
+    **{name: {"text_config": {"rope_parameters": SECTIONED}} for name in ("qwen2_vl", "qwen2_5_vl")},
+    "siglip2": {"vision_config": {"num_patches": 16}},
+    "vipllava": {"vision_feature_layers": [-2, -1]},
+    "wav2vec2-bert": {"vocab_size": 40},
+    "wav2vec2-conformer": {"vocab_size": 40},
+    "xmod": {"default_language": "en_XX"},
+    "zamba2": {"n_mamba_heads": 8, "mamba_headdim": 8},
+}
+
+
+def _several(context: calls.Context) -> Any:
+    """One image a row, in a list of images."""
+    return calls.pixels(context).unsqueeze(1)  # type: ignore[union-attr]  # they have a vision configuration
+
+
+def _spectrogram(context: calls.Context) -> Any:
+    return context.noise(context.batch, context.config.max_length, context.config.num_mel_bins)
+
+
+def _question(context: calls.Context) -> Any:
+    return context.integers(3, shrinking.SPECIAL, context.batch, context.length)
+
+
+def _tiles(context: calls.Context) -> Any:
+    """The whole image, and one tile of it."""
+    return context.noise(context.batch, 2, 3, 32, 32)
+
+
+def _queried(context: calls.Context) -> Any:
+    """Words behind one placeholder for each query that a Q-Former puts to the image."""
+    marks = torch.full((context.batch, context.config.num_query_tokens), context.config.image_token_index)
+    return torch.cat([marks, _question(context)], 1)
+
+
+_PATCHES: dict[str, Callable[[calls.Context], Any]] = {
+    "pixel_values": lambda context: context.noise(context.batch, 16, 3 * 8 * 8),
+    "pixel_attention_mask": lambda context: torch.ones(context.batch, 16, dtype=torch.int64),
+    "spatial_shapes": lambda context: torch.tensor([[4, 4]] * context.batch),
+}
+_SEVERAL: dict[str, Callable[[calls.Context], Any]] = {"pixel_values": _several}
+CALLS: Mapping[str, Mapping[str, Callable[[calls.Context], Any]]] = {
+    **{name: _SEVERAL for name in ("idefics2", "idefics3", "smolvlm", "modernvbert", "ultravbert")},
+    **{name: {"pixel_values": calls.video} for name in ("timesformer", "videomae", "vivit")},
+    "audio-spectrogram-transformer": {"input_values": _spectrogram},
+    "blip": {"input_ids": calls.ids, "attention_mask": calls.mask},
+    "blip-2": {"input_ids": _queried},
+    "instructblip": {"qformer_input_ids": _question, "input_ids": _queried},
+    **{name: {"pixel_values": _tiles} for name in TILED},
+    "siglip2": _PATCHES,
+    "whisper": {"input_features": calls.spectrum_channels_first},
+    "speech-encoder-decoder": {"input_values": calls.sound},
+}
+LEFT_OUT: frozenset[str] = frozenset({"timm_backbone", "timm_wrapper"})
+"""timm's models are in a family of their own."""
+AUTO = torch.export.Dim.AUTO
+
+
+def _time_too(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Batch and time of a sound; neither has a name that would tell lorac."""
+    return {name: {0: AUTO, 1: AUTO} for name in call}
+
+
+SHAPES: Mapping[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]] = {}
+FAMILY_SHAPES: Mapping[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]] = {"CTC": _time_too}
+
+
+def experts_too(model: nn.Module) -> Any:
+    """What PEFT makes of "all-linear", experts among it."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=4, lora_alpha=6, target_modules="all-linear")

@@ -1,0 +1,50 @@
+"""The journal of the zoo: one JSON object a line, of one model on one state of the code; a run is resumed from it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+DEFAULT = ROOT / ".cache" / "zoo.jsonl"
+LIBRARIES = ("torch", "transformers", "peft", "torchvision", "timm", "diffusers", "onnxruntime", "onnxscript")
+Record = dict[str, Any]
+
+
+def code() -> str:
+    """What stands for the state of lorac's code: a hash over its sources."""
+    digest = hashlib.sha256()
+    for source in sorted((ROOT / "lorac").rglob("*.py")):
+        digest.update(source.relative_to(ROOT).as_posix().encode() + b"\0" + source.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that models come from and run on."""
+    return {name: importlib.metadata.version(name) for name in LIBRARIES}
+
+
+def append(path: Path, record: Mapping[str, Any]) -> None:
+    """Add a record, whole or not at all as far as readers that skip a torn last line are concerned."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(path: Path) -> dict[str, Record]:
+    """The newest record of every model; a line that a killed run tore is passed over."""
+    found: dict[str, Record] = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        found[record["model"]] = record
+    return found

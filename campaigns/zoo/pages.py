@@ -1,0 +1,283 @@
+"""What the journal says, for people: a line while it runs, the causes of what is not right, and docs/models.md."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from campaigns.zoo.checking import HOST_CANNOT, OK, PEFT_CANNOT, REFUSED, TIMEOUT, UNTYPED, WRONG
+
+Record = Mapping[str, Any]
+WAYS = ("eager live", "onnxruntime live", "onnxruntime fused")
+EAGER, LIVE, FUSED = WAYS
+WORST_RATIO = 3
+OURS = ("VerificationFailed", "SelfTestFailed", "WrongLevel")
+"""Errors that tell of a fault of lorac's, not of a model: named, but nobody's choice."""
+_DIFFERING = (
+    (r", which .* asks for.*", ""),
+    (r"'[^']*'|\"[^\"]*\"|\S*/\S+|\blorac_\w+", "…"),
+    (r"-?\d[\d.,e+-]*%?", "N"),
+    (r"\b\w+For\w+\b|\b\w+Model\b", "…"),
+    (r"([\[({])(?:…|N)(?:, (?:…|N))*([\])}])", r"\1…\2"),
+)
+"""(pattern, what stands instead) of what a message has of one model alone."""
+UNKNOWN = "–"
+"""The outcome on a way that was not run."""
+HEAD = """# Models
+
+Made by `python -m campaigns.zoo page` from the journal of `make zoo`. Every model is tiny and random; PEFT writes an
+adapter for it (LoRA on every layer that PEFT's LoRA adapts, experts by "all-linear", and its other types on small
+hosts), and lorac has to answer as PEFT does by the measure of `lorac/testing/parity.py`: at the size it was shown and
+at another, with the adapter, without it and with it again, and with the host left as it was.
+
+*ok* is all of that. *refused* is an error of lorac's own that says what to do. *wrong* is other numbers than PEFT's or
+the base's; *untyped* is any other error. What the host cannot do by itself, or PEFT, is not counted. Seconds are of one
+processor; the ratio is to exporting the same model to ONNX Runtime without lorac.
+"""
+
+
+# ── One model ────────────────────────────────────────────────────────────────────────────────────────────────────────
+def summary(record: Record) -> str:
+    """One line."""
+    if "outcome" in record:
+        return f"{record['outcome']} ({record['class']}: {record['message'][:100]})"
+    ways = [f"{way} {_one(found)}" for way, found in record["ways"].items()]
+    return f"{', '.join(ways)}; {record.get('seconds', '?')} s"
+
+
+def _one(found: Record) -> str:
+    return OK if found["outcome"] == OK else f"{found['outcome']} ({found['class']}: {found['message'][:100]})"
+
+
+def outcome(record: Record, way: str) -> str:
+    """What came of a model on a way; of one that did not get there, why."""
+    return str(record["outcome"] if "outcome" in record else record["ways"].get(way, {}).get("outcome", UNKNOWN))
+
+
+def counted(record: Record) -> bool:
+    """Whether PEFT itself runs it."""
+    return record.get("outcome") not in (HOST_CANNOT, PEFT_CANNOT)
+
+
+def ratio(record: Record, way: str = LIVE) -> float | None:
+    """Seconds of compiling over those of the export without lorac, where both ended well."""
+    plain, found = record.get("plain", {}), record.get("ways", {}).get(way, {})
+    both = plain.get("outcome") == OK and found.get("outcome") == OK
+    return found["seconds"] / plain["seconds"] if both else None
+
+
+# ── Causes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+@dataclass
+class Cause:
+    """Failures that have one reason, as far as the error tells.
+
+    Attributes:
+        outcome, kind, message, line: of the error; numbers and names in the message are left out.
+        ways, models: where it was met.
+        example: one message whole.
+    """
+
+    outcome: str
+    kind: str
+    message: str
+    line: str
+    ways: set[str] = field(default_factory=set)
+    models: set[str] = field(default_factory=set)
+    example: str = ""
+
+
+def found_causes(records: Iterable[Record], *, hosts: bool = False) -> list[Cause]:
+    """All causes, the most frequent first.
+
+    Args:
+        records: of the journal.
+        hosts: also what hosts and PEFT cannot.
+    """
+    causes: dict[tuple[str, ...], Cause] = {}
+    for record, way, found in _failures(records):
+        if found["outcome"] in (HOST_CANNOT, PEFT_CANNOT) and not hosts:
+            continue
+        line = found["lines"][-1] if found["lines"] else ""
+        key = (found["outcome"], found["class"], general(found["message"]), re.sub(r":\d+:", ":", line))
+        cause = causes.setdefault(key, Cause(*key[:3], line))
+        cause.ways.add(way)
+        cause.models.add(record["model"])
+        cause.example = cause.example or found["message"]
+    return sorted(causes.values(), key=lambda cause: (-len(cause.models), cause.kind, cause.message))
+
+
+def _failures(records: Iterable[Record]) -> Iterator[tuple[Record, str, Record]]:
+    for record in records:
+        if "outcome" in record:
+            yield record, "before lorac", record
+            continue
+        for way, found in record["ways"].items():
+            if found["outcome"] != OK:
+                yield record, way, found
+        for way, found in record.get("ordinary", {}).items():
+            if found["outcome"] not in (OK, PEFT_CANNOT):
+                yield record, f"{way}, ordinary layers", found
+
+
+def general(message: str) -> str:
+    """A message without what differs from model to model: names, paths, lines of code and numbers."""
+    for pattern, instead in _DIFFERING:
+        message = re.sub(pattern, instead, message)
+    return message
+
+
+def causes(records: Iterable[Record]) -> str:
+    """The causes as text, what hosts and PEFT cannot at the end."""
+    lines = []
+    for cause in sorted(found_causes(records, hosts=True), key=lambda c: c.outcome in (HOST_CANNOT, PEFT_CANNOT)):
+        models = sorted(name.partition("/")[2] for name in cause.models)
+        lines += [
+            f"{len(models):4} {cause.outcome}: {cause.kind}: {cause.example}",
+            f"     at {cause.line}",
+            f"     {', '.join(sorted(cause.ways))}: {', '.join(models)}",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+# ── The page ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def page(given: Iterable[Record]) -> str:
+    """docs/models.md."""
+    records = sorted(given, key=lambda record: record["model"])
+    if not records:
+        raise SystemExit("the journal is empty: make zoo")
+    families = defaultdict(list)
+    for record in records:
+        families[record["family"]].append(record)
+    parts = [HEAD, _versions(records), _totals(records), _overview(families), _why(records), _slow(records)]
+    parts += [_family(name, members) for name, members in sorted(families.items())]
+    return "\n".join(parts)
+
+
+def _versions(records: Sequence[Record]) -> str:
+    named = sorted({", ".join(f"{name} {value}" for name, value in record["versions"].items()) for record in records})
+    codes = sorted({record["code"] for record in records})
+    days = sorted({record["at"] for record in records})
+    return f"Made with {'; '.join(named)}; lorac's sources {', '.join(codes)}; {days[0]} to {days[-1]}.\n"
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part} of {whole} ({part / whole:.1%})" if whole else "0 of 0"
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _totals(records: Sequence[Record]) -> str:
+    run = [record for record in records if counted(record)]
+    eager = [record for record in run if outcome(record, EAGER) == OK]
+
+    def ok(way: str, among: Sequence[Record], family: str = "") -> str:
+        members = [r for r in among if outcome(r, way) != UNKNOWN and (not family or r["family"] == family)]
+        return _share(sum(outcome(record, way) == OK for record in members), len(members))
+
+    ratios = [r for record in run if (r := ratio(record)) is not None]
+    of = {name: sum(name in {outcome(r, way) for way in WAYS} for r in run) for name in (WRONG, UNTYPED, TIMEOUT)}
+    ours = sum(any(found.get("class") in OURS for found in record["ways"].values()) for record in run)
+    rows = [
+        ("wrong", str(of[WRONG]), "0"),
+        ("untyped", str(of[UNTYPED]), "0"),
+        (f"refused by lorac's own checks ({', '.join(OURS)})", str(ours), "0"),
+        ("over their time or memory", str(of[TIMEOUT]), "0"),
+        ("eager, of what PEFT runs", ok(EAGER, run), "98 %"),
+        ("ONNX Runtime live, of what eager runs", ok(LIVE, eager), "92 %"),
+        ("ONNX Runtime fused, of what eager runs", ok(FUSED, eager), "92 %"),
+        ("vision-language, ONNX Runtime", ok(LIVE, run, "vision-language"), "9 of 12"),
+        ("CTC, ONNX Runtime", ok(LIVE, run, "CTC"), "9 of 11"),
+        ("experts, ONNX Runtime", ok(LIVE, run, "experts"), "8 of 10"),
+        (f"over {WORST_RATIO} times the plain export", str(sum(r > WORST_RATIO for r in ratios)), "0"),
+    ]
+    title = f"## In all\n\n{len(records)} models, {len(run)} of which PEFT runs.\n"
+    return "\n".join([title, _table(("", "now", "promised"), rows)])
+
+
+def _overview(families: Mapping[str, Sequence[Record]]) -> str:
+    columns = (
+        "family",
+        "models",
+        "PEFT runs",
+        "eager",
+        "live",
+        "fused",
+        "refused",
+        "wrong",
+        "untyped",
+        "seconds",
+        "ratio",
+    )
+    rows = []
+    for name, members in sorted(families.items()):
+        run = [record for record in members if counted(record)]
+        outcomes = {way: [outcome(record, way) for record in run] for way in WAYS}
+        every = [set(outcomes) for outcomes in zip(*outcomes.values(), strict=True)]
+        seconds = [r["ways"][LIVE]["seconds"] for r in run if outcome(r, LIVE) == OK]
+        ratios = [found for record in run if (found := ratio(record)) is not None]
+        rows.append((
+            name, str(len(members)), str(len(run)), *(str(outcomes[way].count(OK)) for way in WAYS),
+            *(str(sum(one in found for found in every)) for one in (REFUSED, WRONG, UNTYPED)),
+            _median(seconds), _median(ratios),
+        ))  # fmt: skip
+    note = "Models that are *ok* by target and mode, and those that are anything else on any; medians of live.\n"
+    return "\n".join(["## By family\n", note, _table(columns, rows)])
+
+
+def _median(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.1f}" if values else "–"
+
+
+def _why(records: Sequence[Record]) -> str:
+    rows = [
+        (
+            str(len(cause.models)),
+            cause.outcome,
+            cause.kind,
+            _cell(cause.message),
+            f"`{_cell(cause.line)}`",
+            _some(cause.models),
+        )
+        for cause in found_causes(records)
+    ]
+    columns = ("models", "outcome", "error", "what it says", "innermost line", "such as")
+    return "\n".join(["## Why\n", _table(columns, rows)])
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("`", "'")[:160]
+
+
+def _some(models: Iterable[str], most: int = 4) -> str:
+    names = sorted(name.partition("/")[2] for name in models)
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+
+
+def _slow(records: Sequence[Record]) -> str:
+    found = sorted(((r, record) for record in records if (r := ratio(record)) is not None), key=lambda pair: -pair[0])
+    rows = [
+        (record["model"], f"{record['plain']['seconds']:.1f}", f"{record['ways'][LIVE]['seconds']:.1f}", f"{r:.2f}")
+        for r, record in found[:10]
+    ]
+    return "\n".join(["## Dearest to compile\n", _table(("model", "plain export", "lorac live", "ratio"), rows)])
+
+
+def _family(name: str, members: Sequence[Record]) -> str:
+    run = [record for record in members if counted(record)]
+    rest = [record for record in run if {outcome(record, way) for way in WAYS} - {OK, UNKNOWN}]
+    fine = [record["model"].partition("/")[2] for record in run if record not in rest]
+    rows = [(r["model"].partition("/")[2], *(outcome(r, way) for way in WAYS), _cell(_first(r))) for r in rest]
+    parts = [f"## {name}\n", f"{len(fine)} all right: {', '.join(fine) or 'none'}.\n"]
+    return "\n".join(parts + ([_table(("model", "eager", "live", "fused", "why"), rows)] if rows else []))
+
+
+def _first(record: Record) -> str:
+    failures = [record] if "outcome" in record else [f for f in record["ways"].values() if f["outcome"] != OK]
+    return f"{failures[0]['class']}: {general(failures[0]['message'])}"

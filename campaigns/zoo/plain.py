@@ -1,0 +1,64 @@
+"""What exporting a model costs without lorac: the measure of what compiling it may cost."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+from lorac.ir.graph.example_inputs import default_shapes, is_hugging_face
+from lorac.quiet import quiet
+
+Shapes = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+
+
+def plain_export(model: nn.Module, call: Mapping[str, Any], shapes: Shapes | None) -> None:
+    """From a model to a session of ONNX Runtime, by transformers' exporter or torch's, with the sizes that lorac frees.
+
+    As lorac does, sizes are named first, and left to torch where that fails.
+    """
+    named = [default_shapes(model, call, named=name) for name in (True, False)] if shapes is None else [shapes(call)]
+    export = _of_transformers if is_hugging_face(model) else _of_torch
+    with quiet(), torch.no_grad():
+        try:
+            _into_session(export(model, dict(call), named[0]))
+        except Exception:
+            if len(named) == 1:
+                raise
+            _into_session(export(model, dict(call), named[1]))
+
+
+def _into_session(program: Any) -> None:
+    import onnx_ir
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "plain.onnx")
+        onnx_ir.save(program, path, external_data=f"{path.name}.data")
+        onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def _of_torch(model: nn.Module, call: dict[str, Any], shapes: Any) -> Any:
+    made = torch.onnx.export(model, (), kwargs=call, dynamic_shapes=dict(shapes), dynamo=True, verbose=False)
+    assert made is not None
+    return made.model
+
+
+def _of_transformers(model: nn.Module, call: dict[str, Any], shapes: Any) -> Any:
+    from transformers.exporters.configs import OnnxConfig
+    from transformers.exporters.exporter_onnx import OnnxExporter
+
+    # torch prints its steps unless it is told not to, and transformers has no way to tell it.
+    silent = functools.partial(torch.onnx.export, verbose=False)
+    with mock.patch.object(torch.onnx, "export", silent):
+        # It changes the model it is given.
+        return OnnxExporter().export(copy.deepcopy(model), call, OnnxConfig(dynamic_shapes=dict(shapes))).program

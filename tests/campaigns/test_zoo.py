@@ -1,0 +1,239 @@
+"""The zoo: models of many families through lorac, how any configuration is shrunk, and what the journal says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from campaigns.zoo import adapting, checking, journal, pages, running, shrinking
+from campaigns.zoo.entries import Entry, entries, entry
+from campaigns.zoo.shown import SHOWN
+from lorac.errors import LoracError, SiteUnsupported
+
+HERE = (("eager", "live"), ("onnxruntime", "live"))
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", SHOWN)
+def test_it_answers_as_peft_does(name: str) -> None:
+    record = checking.check(entry(name), plain=False, ways=HERE)
+    assert {way: found["outcome"] for way, found in record["ways"].items()} == {
+        "eager live": "ok",
+        "onnxruntime live": "ok",
+    }, record
+
+
+def test_names_are_unique_and_families_alternate() -> None:
+    found = entries()
+    assert len({one.name for one in found}) == len(found)
+    assert len({one.family for one in found[:10]}) == 10
+    with pytest.raises(SystemExit, match="no family 'fish'"):
+        entries(family=["fish"])
+
+
+# --- what comes of a model -------------------------------------------------------------------------------------------
+
+
+class Pair(nn.Module):
+    """Two linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 9), nn.Linear(9, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.second(torch.tanh(self.first(x)))
+        return answer
+
+
+def _call(model: nn.Module, batch: int, length: int, seed: int) -> dict[str, Any]:
+    return {"x": torch.randn(batch, length, 6, generator=torch.Generator().manual_seed(seed))}
+
+
+def _check(**changes: Any) -> dict[str, Any]:
+    given = {"name": "here/pair", "family": "here", "build": Pair, "inputs": _call, **changes}
+    return checking.check(Entry(**given), plain=False, ways=HERE[:1])
+
+
+def test_what_the_host_or_peft_cannot_is_theirs() -> None:
+    def unbuilt() -> nn.Module:
+        raise ImportError("a library is missing")
+
+    def no_such_layer(model: nn.Module) -> Any:
+        from peft import LoraConfig
+
+        return LoraConfig(target_modules=["third"])
+
+    assert _check(build=unbuilt)["outcome"] == "host-cannot"
+    assert _check(adapter=no_such_layer)["outcome"] == "peft-cannot"
+    dropped = _check(build=lambda: nn.Sequential(Pair(), _Noise()), inputs=lambda *a: {"input": _call(*a)["x"]})
+    assert dropped["outcome"] == "host-cannot" and "differently" in dropped["message"]
+
+
+class Reads(nn.Module):
+    """A convolution whose stride its forward reads, which PEFT's wrapper does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel, self.last = nn.Conv1d(6, 9, 3, padding=1), nn.Linear(9, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.kernel(x.transpose(1, 2)) * self.kernel.stride[0]
+        answer: torch.Tensor = self.last(hidden.mean(-1))
+        return answer
+
+
+def test_where_peft_cannot_adapt_convolutions_linears_are_adapted_alone() -> None:
+    assert _check(build=Reads)["ways"]["eager live"]["outcome"] == "ok"
+
+
+class _Noise(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.rand_like(x)
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [(SiteUnsupported("no", next_step="leave it"), "refused"), (KeyError("first"), "untyped")],
+)
+def test_what_lorac_raises_is_told_apart(error: Exception, outcome: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(checking.lorac, "compile", compile)
+    found = _check()["ways"]["eager live"]
+    assert (found["outcome"], found["class"]) == (outcome, type(error).__name__)
+    assert found["lines"][-1].startswith("tests/campaigns/test_zoo.py:") and "raise error" in found["lines"][-1]
+    assert found.get("next") == getattr(error, "next_step", None)
+    assert isinstance(error, LoracError) == (outcome == "refused")
+
+
+def test_other_numbers_and_a_touched_host_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile = checking.lorac.compile
+    assert _check()["ways"]["eager live"]["outcome"] == "ok"
+
+    def weaker(*args: Any, **kwargs: Any) -> Any:
+        compiled = compile(*args, **kwargs)
+        compiled.swap({"a": 0.9})
+        return compiled
+
+    def touching(host: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        compiled = compile(host, *args, **kwargs)
+        next(host.parameters()).requires_grad_(False)
+        return compiled
+
+    for worse, message in ((weaker, "off by"), (touching, "flags")):
+        monkeypatch.setattr(checking.lorac, "compile", worse)
+        found = _check()["ways"]["eager live"]
+        assert found["outcome"] == "wrong" and message in found["message"]
+
+
+# --- shrinking -------------------------------------------------------------------------------------------------------
+
+
+def test_any_configuration_shrinks_with_what_is_nested_in_it() -> None:
+    from transformers import CLIPConfig, Qwen2Config
+
+    config = shrinking.tiny(CLIPConfig())
+    for part in (config.text_config, config.vision_config):
+        assert (part.hidden_size, part.num_attention_heads, part.num_hidden_layers) == (32, 4, 2)
+    assert config.text_config.vocab_size == 128
+    given = Qwen2Config()
+    text = shrinking.tiny(given, intermediate_size=40)
+    assert (text.hidden_size, text.intermediate_size, len(text.layer_types)) == (32, 40, 2)
+    assert given.hidden_size == Qwen2Config().hidden_size
+
+
+def test_a_layer_of_every_kind_is_left() -> None:
+    assert shrinking._list("layer_types", ["a", "a", "b", "a", "a", "b", "c"], 3) == ["a", "b", "c"]
+    assert shrinking._number("image_token_id", 32000, 2) >= shrinking.SPECIAL
+    assert shrinking._number("pad_token_id", 1, 2) == 1
+
+
+def test_peft_adapts_layers_and_not_what_it_passes_over() -> None:
+    model = nn.ModuleDict(
+        {
+            "linear": nn.Linear(4, 6),
+            "dilated": nn.Conv2d(4, 6, 3, dilation=2),
+            "named": nn.Conv2d(4, 6, 3, padding="same"),
+            "attention": nn.MultiheadAttention(8, 2),
+        }
+    )
+    assert adapting.lora(model).target_modules == {"linear", "named", "attention"}
+    assert adapting.lora(model, plain=True).target_modules == {"linear"}
+
+
+# --- the journal -----------------------------------------------------------------------------------------------------
+
+
+def _record(model: str, **changes: Any) -> dict[str, Any]:
+    found = {"outcome": "ok", "seconds": 4.0}
+    ways = {way: dict(found) for way in pages.WAYS}
+    about = {"code": "c0de", "versions": {"torch": "2"}, "at": "2026-01-01", "plain": {"outcome": "ok", "seconds": 2.0}}
+    return {"model": model, "family": model.partition("/")[0], "ways": ways, **about, **changes}
+
+
+def _failing(model: str, message: str, outcome: str = "untyped") -> dict[str, Any]:
+    failure = {"outcome": outcome, "class": "KeyError", "message": message, "lines": ["lorac/x.py:3: y[z]"]}
+    return _record(model, ways={**{way: {"outcome": "ok", "seconds": 1.0} for way in pages.WAYS}, pages.LIVE: failure})
+
+
+def test_the_newest_record_of_a_model_counts_and_a_torn_line_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "zoo.jsonl"
+    assert journal.read(path) == {}
+    for record in (_record("a/x", code="old"), _record("a/y"), _record("a/x", code="new")):
+        journal.append(path, record)
+    with path.open("a") as file:
+        file.write('{"model": "a/z", "wa')
+    assert {name: record["code"] for name, record in journal.read(path).items()} == {"a/x": "new", "a/y": "c0de"}
+
+
+def test_causes_are_what_messages_have_in_common() -> None:
+    records = [
+        _failing("a/x", "no op for 'one.layer.3' of size 17"),
+        _failing("a/y", "no op for 'other' of size 2.5"),
+        _failing("a/z", "something else"),
+        _record("a/w", outcome="host-cannot", **{"class": "ImportError", "message": "scipy", "lines": []}, ways={}),
+    ]
+    first, second = pages.found_causes(records)
+    assert (first.models, first.ways) == ({"a/x", "a/y"}, {pages.LIVE})
+    assert (second.models, second.message) == ({"a/z"}, "something else")
+    assert "host-cannot" in pages.causes(records)
+
+
+def test_the_page_counts_against_what_was_promised() -> None:
+    records = [_record("a/x"), _failing("b/y", "k"), _record("b/z", outcome="peft-cannot", ways={})]
+    records[2] |= {"class": "ValueError", "message": "m", "lines": []}
+    text = pages.page(records)
+    assert "3 models, 2 of which PEFT runs" in text
+    assert "| untyped | 1 | 0 |" in text
+    assert "| ONNX Runtime live, of what eager runs | 1 of 2 (50.0%) | 92 % |" in text
+    assert "| a/x | 2.0 | 4.0 | 2.00 |" in text
+    assert "| y | ok | untyped | ok | KeyError: k |" in text
+
+
+def test_a_way_that_was_not_run_is_no_failure() -> None:
+    partial = _record("a/x", ways={pages.EAGER: {"outcome": "ok", "seconds": 1.0}})
+    text = pages.page([partial])
+    assert "1 all right: x." in text
+    assert "| ONNX Runtime live, of what eager runs | 0 of 0 | 92 % |" in text
+
+
+def test_a_process_that_dies_is_told_apart_from_one_that_took_too_long() -> None:
+    assert running._ended("a/x", -9)["outcome"] == "timeout"
+    assert running._ended("a/x", -24)["outcome"] == "timeout"
+    assert running._ended("a/x", -11) == {
+        "model": "a/x",
+        "ways": {},
+        "outcome": "untyped",
+        "class": "process",
+        "message": "ended by SIGSEGV",
+        "lines": [],
+    }
