@@ -40,13 +40,13 @@ def test_an_artefact_knows_its_ids(compiled: lorac.Compiled, tmp_path: Path) -> 
     name, _ = _name_and_size()
     compiled.save(tmp_path / "it")
     with pytest.raises(lorac.ChoiceError, match="holds the id -1"):
-        lorac.load(tmp_path / "it")(**{name: torch.tensor([[-1, 2]])})
+        lorac.load(tmp_path / "it")(**{name: torch.tensor([[-1, 2, 2, 2, 2]])})
 
 
 def test_what_is_no_array_of_numbers(compiled: lorac.Compiled) -> None:
     name, _ = _name_and_size()
     with pytest.raises(lorac.ChoiceError, match="is no array of numbers"):
-        compiled(**{name: np.array([["one", "two"]])})
+        compiled(**{name: np.array([["one", "two", "three", "four", "five"]])})
 
 
 def test_threads_and_providers_that_make_no_sense() -> None:

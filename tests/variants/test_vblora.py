@@ -29,7 +29,7 @@ def test_worked_example():
         vblora_logits_A=tensor([[[0.0, math.log(3), -1.0]]]),
         vblora_logits_B=tensor([[[math.log(3), 0.0, -9.0]]]),
     )
-    delta = lorac.lorac.VBLoRA(r=1, num_vectors=3, vector_length=2).weight(torch.zeros(2, 2, dtype=torch.float64), p)
+    delta = lorac.VBLoRA(r=1, num_vectors=3, vector_length=2).weight(torch.zeros(2, 2, dtype=torch.float64), p)
     assert_close(delta, tensor([[3.0, 9.0], [1.0, 3.0]]))
 
 
@@ -39,7 +39,7 @@ def test_of_equal_logits_the_first_goes_before():
         vblora_logits_A=torch.zeros(1, 1, 3, dtype=torch.float64),
         vblora_logits_B=torch.zeros(1, 1, 3, dtype=torch.float64),
     )
-    delta = lorac.lorac.VBLoRA(r=1, num_vectors=3, vector_length=1).weight(torch.zeros(1, 1, dtype=torch.float64), p)
+    delta = lorac.VBLoRA(r=1, num_vectors=3, vector_length=1).weight(torch.zeros(1, 1, dtype=torch.float64), p)
     assert delta.tolist() == [[2.25]]
 
 
