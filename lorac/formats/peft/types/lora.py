@@ -134,7 +134,7 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
         raise _misfit(path, stored)
     a, b = (stored[name] for name in pair)
     groups = a.shape[0] // b.shape[1] if b.shape[1] else 0
-    whole = bool(groups) and b.shape[1] * groups == a.shape[0] and b.shape[0] > 0
+    whole = bool(groups) and b.shape[1] * groups == a.shape[0]
     fits = a.ndim == b.ndim <= 5 and whole and prod(b.shape[2:]) == 1
     if not fits or b.shape[0] % groups or (groups > 1 and a.ndim == 2):
         raise _misfit(path, stored)
