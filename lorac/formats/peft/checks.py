@@ -98,6 +98,7 @@ def targeted(variant: Variant, sites: Mapping[str, Site], model: nn.Module | Non
     found = select(
         sites,
         targets,
+        parameters=variant.parameters,
         exclude=variant.exclude,
         layers=variant.layers,
         layers_pattern=variant.layers_pattern,
