@@ -60,7 +60,7 @@ def check_adapter(adapter: Adapter, sites: Mapping[str, Site], model: nn.Module)
     """
     check_numbers(adapter.name, adapter.variant)
     if not adapter.tensors and not adapter.replaced:
-        raise nothing_matches(adapter.name, adapter.variant.targets, sites)
+        raise nothing_matches(adapter.name, adapter.variant.asked, sites)
     known = named_tensors(model)
     shapes = not adapter.provenance.get("left_out")
     for path, tensors in adapter.tensors.items():

@@ -41,7 +41,7 @@ def fresh_adapter(
         adapter.tensors[site.path] = _initial(specs[site.path], site, name, base, seed, shared)
     _add_replaced(adapter, model, [site.path for site in chosen])
     if not adapter.tensors and not adapter.replaced:
-        raise nothing_matches(name, variant.targets, sites)
+        raise nothing_matches(name, variant.asked, sites)
     return adapter
 
 

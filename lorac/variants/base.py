@@ -83,6 +83,12 @@ class Variant(ABC):
             if isinstance(value, list | set):
                 object.__setattr__(self, spec.name, tuple(value))
 
+    @property
+    def asked(self) -> str | tuple[str, ...]:
+        """All that ``targets`` and ``parameters`` name."""
+        targets = (self.targets,) if isinstance(self.targets, str) else self.targets
+        return (*targets, *self.parameters) if self.parameters else self.targets
+
     @abstractmethod
     def params(self, site: Site) -> dict[str, ParamSpec]:
         """The tensors of one site, by name; of stacked matrices those of one of them."""

@@ -169,6 +169,8 @@ def test_what_has_no_place_is_refused(tmp_path):
         lorac.compile(model, {"a": lorac.DoRA(targets=(), parameters=("gate.weight",))})
     with pytest.raises(lorac.SiteUnsupported, match=r"brings a bias to 'gate\.weight'"):
         lorac.compile(model, {"a": lorac.LoRA(lora_bias=True, targets=(), parameters=("gate.weight",))})
+    with pytest.raises(lorac.SiteNotFound, match="targets 'gate_weight', which matches no site"):
+        lorac.compile(model, {"a": lorac.LoRA(targets=(), parameters=("gate_weight",))})
     read = load_adapter(tmp_path / "theirs", model)
     dropping = lorac.Adapter("a", dataclasses.replace(read.variant, dropout=0.1), read.tensors)
     with pytest.raises(lorac.UnsupportedField, match=r"PEFT has no dropout at 'gate\.weight'"):
