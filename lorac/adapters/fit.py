@@ -60,7 +60,7 @@ def check_adapter(adapter: Adapter, sites: Mapping[str, Site], model: nn.Module)
     """
     check_numbers(adapter.name, adapter.variant)
     if not adapter.tensors and not adapter.replaced:
-        raise nothing_matches(adapter.name, adapter.variant.targets, sites)
+        raise nothing_matches(adapter.name, adapter.variant.asked, sites)
     known = named_tensors(model)
     shapes = not adapter.provenance.get("left_out")
     for path, tensors in adapter.tensors.items():
@@ -164,7 +164,7 @@ def check_site(
     tick()
     here = variant.at(site)
     here.check(site)
-    specs = here.params(site)
+    specs = here.specs(site)
     has = f"{variant.name} as configured has {', '.join(specs)} there"
     for name in tensors:
         if name not in specs:
@@ -185,7 +185,7 @@ def check_present(adapter: str, variant: Variant, site: Site, tensors: Mapping[s
         ShapeMismatch, WrongDtype, WrongIndex: As `check_site`.
     """
     tick()
-    specs = variant.at(site).params(site)
+    specs = variant.at(site).specs(site)
     for name in specs.keys() & tensors.keys():
         check_parameter(adapter, name, specs[name], site, tensors[name], shapes=True)
 

@@ -35,13 +35,13 @@ def fresh_adapter(
     adapter = Adapter(name, variant)
     for site in chosen:
         variant.at(site).check(site)
-    specs = {site.path: variant.at(site).params(site) for site in chosen}
+    specs = {site.path: variant.at(site).specs(site) for site in chosen}
     shared = _Shared(_largest(specs.values()), {})
     for site in chosen:
         adapter.tensors[site.path] = _initial(specs[site.path], site, name, base, seed, shared)
     _add_replaced(adapter, model, [site.path for site in chosen])
     if not adapter.tensors and not adapter.replaced:
-        raise nothing_matches(name, variant.targets, sites)
+        raise nothing_matches(name, variant.asked, sites)
     return adapter
 
 
@@ -50,6 +50,7 @@ def target_sites(variant: Variant, model: nn.Module, sites: Mapping[str, Site]) 
     found = select(
         sites,
         variant.targets,
+        parameters=variant.parameters,
         exclude=variant.exclude,
         layers=variant.layers,
         layers_pattern=variant.layers_pattern,
@@ -81,7 +82,7 @@ def trainable(adapter: Adapter, sites: Mapping[str, Site]) -> Adapter:
     copy = Adapter(adapter.name, adapter.variant, provenance=dict(adapter.provenance))
     for path, tensors in adapter.tensors.items():
         site = sites[path]
-        specs = adapter.variant.at(site).params(site)
+        specs = adapter.variant.at(site).specs(site)
         dtype = factor_dtype(site.dtype)
         copy.tensors[path] = {name: own(tensors[name], dtype, spec.role) for name, spec in specs.items()}
     for fqn, tensor in adapter.replaced.items():

@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorac.adapters.fit import check_values
 from lorac.ir.algebra.between import run_dropped
-from lorac.ir.algebra.changes import Change, Dense, LowRank, from_outputs
+from lorac.ir.algebra.changes import Change, Dense, LowRank, from_outputs, stacked
 from lorac.ir.algebra.formulas import Formula
 from lorac.ir.algebra.reduction import BRANCH, Reduction, reduce_branch, reduce_weight
 from lorac.ir.algebra.rules import RULES
@@ -77,6 +77,7 @@ class Preparer:
 
     def reduction(self, variant: Variant, site: Site, tensors: Mapping[str, Tensor]) -> Reduction:
         """The reduction of a variant at a site, from the cache where the structure was met before."""
+        tensors = {name: tensor[0] for name, tensor in tensors.items()} if site.stack else tensors
         shapes = tuple([(name, tensor.shape) for name, tensor in tensors.items()])
         asked = self._asked.get(site.path)
         # In training it is asked anew at every step, where to spell out what it follows from would take longest.
@@ -102,6 +103,10 @@ class Preparer:
         weight = self._weight(site).to(dtype) if reduction.reads_weight else _absent(site, dtype)
         given = [_cast(tensors[name], dtype) for name in reduction.params]
         wide_bias = bias.to(dtype) if bias is not None else torch.zeros(site.out_features, dtype=dtype)
+        if site.stack:
+            own = ([tensor[i] for tensor in given] for i in range(site.stack))
+            each = (reduction(w, wide_bias, parts) for w, parts in zip(weight, own, strict=True))
+            return stacked([from_outputs(reduction.form, outputs, None) for outputs in each])
         outputs = reduction(weight, wide_bias, given)
         outputs |= {name: self._once(reduction, name, outputs[name], tensors) for name in reduction.common}
         return from_outputs(reduction.form, outputs, None if bias is None else wide_bias)
@@ -175,7 +180,7 @@ class Preparer:
         dtype = factor_dtype(site.dtype)
         examples = {name: _cast(tensor.detach(), dtype) for name, tensor in tensors.items()}
         if isinstance(variant, WeightVariant):
-            shared = [name for name, spec in variant.params(site).items() if spec.shared]
+            shared = [name for name, spec in variant.specs(site).items() if spec.shared]
             of_weight = Formula(variant.weight, variant.name, site.path)
             of_bias = Formula(variant.new_bias, variant.name, site.path)
 
@@ -221,7 +226,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _absent(site: Site, dtype: torch.dtype) -> Tensor:
-    return torch.empty((site.out_features, site.in_features), dtype=dtype, device="meta")
+    return torch.empty((*site.stacked, site.out_features, site.in_features), dtype=dtype, device="meta")
 
 
 def _detached(change: Change) -> Change:

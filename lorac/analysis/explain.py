@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -185,7 +186,7 @@ def _dtype(term: DescribedTerm, site: Site) -> str:
 
 def _swap_cost(term: DescribedTerm, site: Site) -> str:
     """What switching to the adapter alone costs at this site, by its form (docs/architecture.md, invariant 7)."""
-    weight = site.out_features * site.in_features * torch.empty(0, dtype=site.dtype).element_size()
+    weight = math.prod(site.kernel) * torch.empty(0, dtype=site.dtype).element_size()
     if term.state in (BAKED, LEFT_OUT):
         return "none: constants of the program"
     if term.state == BOUND:

@@ -31,7 +31,7 @@ def sites(model: Model, targets: Annotated[str, typer.Option(help="Only those a 
     wanted = list(found.values())
     if targets:
         chosen = targets if targets in KEYWORDS else tuple(targets.split(","))
-        wanted = select(found, chosen) or select(found, targets)
+        wanted = select(found, chosen, parameters=targets.split(",")) or select(found, targets)
         if not wanted:
             raise nothing_matches("(command line)", targets, found)
     table = Table("site", "kind", "in", "out", "bias", "shares its weight with")

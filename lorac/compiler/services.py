@@ -99,7 +99,7 @@ class Lasting:
         """An adapter's normal forms with their shapes alone, for sites whose base weight is not kept."""
 
         def ones(site: Site) -> torch.Tensor:
-            return torch.ones(site.out_features, site.in_features, dtype=site.dtype)
+            return torch.ones(*site.stacked, site.out_features, site.in_features, dtype=site.dtype)
 
         def bias(site: Site) -> torch.Tensor | None:
             return torch.zeros(site.out_features, dtype=site.dtype) if site.bias else None

@@ -29,6 +29,8 @@ def describe(site: Site) -> dict[str, Any]:
         "in": site.in_features,
         "transposed": site.transposed,
     }
+    if site.stack:
+        described["stack"] = site.stack
     if site.within is not None:
         described["within"] = site.within
     if site.conv is not None:
@@ -42,7 +44,7 @@ def describe(site: Site) -> dict[str, Any]:
 
 def is_described(described: Mapping[str, Any]) -> bool:
     """Whether a value of a file is what `describe` gives."""
-    sizes = {"out": described.get("out"), "in": described.get("in")}
+    sizes = {"out": described.get("out"), "in": described.get("in"), "stack": described.get("stack", 1)}
     if "kernel" in described:
         kernel = described["kernel"]
         if not isinstance(kernel, list) or not 1 <= len(kernel) <= 3:
@@ -66,6 +68,7 @@ def site_from(path: str, described: Mapping[str, Any]) -> Site:
         dtype=torch.float32,
         weight=None,
         transposed=described["transposed"],
+        stack=described.get("stack", 0),
         within=described.get("within"),
         conv=conv,
     )

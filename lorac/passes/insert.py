@@ -167,7 +167,7 @@ def _replace_reads(graph: Graph, plan: SitePlan, slots: Mapping[str, fx.Node]) -
 
 def _as_stored(graph: Graph, site: Site, slot: fx.Node, before: fx.Node) -> fx.Node:
     """The weight in a slot as its module stores it, computed before a node."""
-    if site.kind is SiteKind.PARAMETER:
+    if site.kind in {SiteKind.PARAMETER, SiteKind.MATRIX}:
         return slot
     return inline(graph.exported, before, lambda held: (layout_of(site).stored(held),), [slot])[1][0]
 

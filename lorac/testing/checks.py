@@ -94,7 +94,7 @@ def training(case: Case) -> None:
     compiled.train()
     adapter = compiled.adapters["a"]
     named = {f"{path}.{key}": t for path, at in adapter.tensors.items() for key, t in at.items()}
-    specs = case.variant.at(case.site).params(case.site)
+    specs = case.variant.at(case.site).specs(case.site)
     trained = {key for key in named if specs[key.rpartition(".")[2]].role is Role.TRAINABLE}
     optimised = [p for p in compiled.parameters() if p.requires_grad]
     assert {id(p) for p in optimised} == {id(named[key]) for key in trained}, "other tensors train than the specs say"
@@ -161,7 +161,7 @@ def influence(case: Case) -> None:
 
 def count(case: Case) -> None:
     """The adapter holds exactly the tensors its specs say, and as many values as the oracle counts."""
-    specs = case.variant.at(case.site).params(case.site)
+    specs = case.variant.at(case.site).specs(case.site)
     tensors = case.a.tensors[case.host.path]
     assert list(tensors) == list(specs)
     for name, spec in specs.items():
@@ -176,7 +176,7 @@ def count(case: Case) -> None:
 def strange(case: Case) -> None:
     """Numbers that are none, or of another kind than the method takes, are refused by a typed error."""
     path = case.host.path
-    specs = case.variant.at(case.site).params(case.site)
+    specs = case.variant.at(case.site).specs(case.site)
     for name, tensor in case.a.tensors[path].items():
         if specs[name].role is Role.INDEX:
             others = (tensor.double(), tensor - 1 - tensor.max(), torch.zeros_like(tensor))

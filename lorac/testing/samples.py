@@ -98,7 +98,7 @@ def _moved(adapter: Adapter, sites: Mapping[str, Site]) -> list[Tensor]:
     """The distinct tensors that a file could hold any value of: all but buffers and indices."""
     found: dict[int, Tensor] = {}
     for path, tensors in adapter.tensors.items():
-        specs = adapter.variant.at(sites[path]).params(sites[path])
+        specs = adapter.variant.at(sites[path]).specs(sites[path])
         found |= {id(t): t for key, t in tensors.items() if specs[key].role in {Role.TRAINABLE, Role.FROZEN}}
     return list(found.values())
 

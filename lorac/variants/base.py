@@ -47,6 +47,8 @@ class Variant(ABC):
     Attributes:
         targets: what PEFT's ``target_modules`` takes: suffixes, one regular expression, ``"all-linear"``; or
             ``"all-conv"``; or ``"all-blocks"``, for methods on blocks.
+        parameters: PEFT's ``target_parameters``: matrices that modules multiply by themselves (experts' weights), by
+            the ends of their names.
         exclude: PEFT's ``exclude_modules``.
         layers: PEFT's ``layers_to_transform``: layer indices to keep.
         layers_pattern: PEFT's ``layers_pattern``: name of the list of layers.
@@ -55,6 +57,7 @@ class Variant(ABC):
     """
 
     targets: str | tuple[str, ...] = "all-linear"
+    parameters: tuple[str, ...] = ()
     exclude: str | tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
     layers_pattern: tuple[str, ...] = ()
@@ -80,9 +83,20 @@ class Variant(ABC):
             if isinstance(value, list | set):
                 object.__setattr__(self, spec.name, tuple(value))
 
+    @property
+    def asked(self) -> str | tuple[str, ...]:
+        """All that ``targets`` and ``parameters`` name."""
+        targets = (self.targets,) if isinstance(self.targets, str) else self.targets
+        return (*targets, *self.parameters) if self.parameters else self.targets
+
     @abstractmethod
     def params(self, site: Site) -> dict[str, ParamSpec]:
-        """The tensors of one site, by name."""
+        """The tensors of one site, by name; of stacked matrices those of one of them."""
+
+    def specs(self, site: Site) -> dict[str, ParamSpec]:
+        """The tensors that an adapter holds for a site: those of ``params``, of stacked matrices each one's."""
+        specs = self.params(site)
+        return {name: spec.stacked(site.stack) for name, spec in specs.items()} if site.stack else specs
 
     def at(self, site: Site) -> Variant:
         """This variant with the per-module patterns applied for ``site``."""

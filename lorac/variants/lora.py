@@ -16,7 +16,7 @@ from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.ir.slots.training import Dropout
 from lorac.variants import _inits
-from lorac.variants.base import WeightVariant
+from lorac.variants.base import MATRIX_KINDS, WeightVariant
 from lorac.variants.params import ParamSpec
 
 
@@ -43,6 +43,7 @@ class LoRA(WeightVariant):
 
     name: ClassVar[str] = "lora"
     paper: ClassVar[str] = "LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685"
+    kinds: ClassVar[frozenset[SiteKind]] = MATRIX_KINDS | {SiteKind.MATRIX}
     dropout_place: ClassVar[Dropout] = Dropout.INPUT
     patterned: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "alpha"}
 

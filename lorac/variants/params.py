@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -46,6 +46,12 @@ class InitContext:
 Init = Callable[[InitContext], torch.Tensor]
 
 
+def _of_matrix(context: InitContext, shape: tuple[int, ...], number: int) -> InitContext:
+    """What an initialiser may look at for one matrix of a stack."""
+    made = Params(**{name: tensor[number] for name, tensor in vars(context.params).items()})
+    return replace(context, shape=shape, weight=lambda: context.weight()[number], params=made)
+
+
 @dataclass(frozen=True)
 class ParamSpec:
     """One tensor of a variant at one site.
@@ -66,6 +72,14 @@ class ParamSpec:
     shared: bool = False
     decay: bool = True
     below: tuple[int, ...] = ()
+
+    def stacked(self, number: int) -> ParamSpec:
+        """Of a stack of matrices: a tensor for each, each begun as a matrix's by itself is."""
+
+        def init(context: InitContext) -> torch.Tensor:
+            return torch.stack([self.init(_of_matrix(context, self.shape, i)) for i in range(number)])
+
+        return replace(self, shape=(number, *self.shape), init=init)
 
     def admits(self, shape: tuple[int, ...]) -> bool:
         """Whether a tensor of this shape will do."""

@@ -65,7 +65,7 @@ def test_rows(rows: dict[str, MethodRow]) -> None:
         name="lora",
         title="LoRA",
         formula="W' = W + s·B·A",
-        adapts=("conv", "embedding", "linear"),
+        adapts=("conv", "embedding", "linear", "matrix"),
         form="low-rank r=8",
         merges=True,
         shared=(),

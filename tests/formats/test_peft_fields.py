@@ -98,7 +98,6 @@ def folder(tmp_path: Path) -> Path:
         ("kasa_config", {"beta": 0.1, "gamma": 0.1}),
         ("layer_replication", [[0, 2], [1, 3]]),
         ("megatron_config", {"hidden_size": 4}),
-        ("target_parameters", ["experts.gate_up_proj"]),
         ("use_bdlora", {"nblocks": 2}),
         ("use_qalora", True),
         ("init_lora_weights", "pissa"),

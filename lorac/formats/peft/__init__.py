@@ -19,6 +19,7 @@ from lorac.errors import BaseNeeded, CorruptFile
 from lorac.formats._files import check_seal, read_json, read_pickle, read_safetensors
 from lorac.formats._format import Format
 from lorac.formats._layout import LAYOUT, describe
+from lorac.formats.peft import matrices
 from lorac.formats.peft.checks import against_itself, against_model
 from lorac.formats.peft.config import method_of, read_config, variant_of
 from lorac.formats.peft.keys import Contents, read_keys
@@ -49,11 +50,13 @@ def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
     method = method_of(raw, file)
     values = read_config(raw, method, file)
     contents = read_keys(tensors, method, values, model)
+    name = name or folder.resolve().name
+    own = matrices.take(name, contents, values.get("target_parameters") or (), model)
     variant = method.settled(variant_of(values, method, file), contents.sites)
     if values["target_modules"] is None:  # PEFT's own choice for the architecture: it is in the keys
         variant = dataclasses.replace(variant, targets=tuple(contents.sites))
     adapter = Adapter(
-        name=name or folder.resolve().name,
+        name=name,
         variant=variant,
         replaced=contents.replaced,
         provenance={
@@ -67,7 +70,7 @@ def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
     refuse_both(adapter.name, contents.rows, contents.sites)
     adapter.replaced |= with_rows(adapter.name, contents.rows, values, model)
     contents.shared = _shared(adapter, method, contents, values, model)
-    told = _sites(adapter, method, contents, values, model)
+    told = _sites(adapter, method, contents, values, model) | _matrices(adapter, own, model)
     if model is None:
         against_itself(adapter, told, values, method)
         adapter.replaced |= contents.whole
@@ -110,6 +113,15 @@ def _sites(
         check_site(adapter.name, adapter.variant, site, tensors)
         told[path] = site
     return told
+
+
+def _matrices(adapter: Adapter, own: Mapping[str, dict[str, torch.Tensor]], model: nn.Module | None) -> dict[str, Site]:
+    """Fill in the adapter's tensors of matrices that modules multiply by themselves; return their sites."""
+    sites = find_sites(model) if own and model is not None else {}
+    for path, tensors in own.items():
+        check_site(adapter.name, adapter.variant, sites[path], tensors)
+        adapter.tensors[path] = tensors
+    return {path: sites[path] for path in own}
 
 
 def _known(adapter: Adapter, method: Method, path: str, sites: Mapping[str, Site], model: nn.Module | None) -> Site:

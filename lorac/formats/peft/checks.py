@@ -60,7 +60,7 @@ def against_model(
     strange = [no_site(adapter.name, path, sites, model) for path in told if path not in sites]
     strange.sort(key=lambda error: not isinstance(error, SiteUnsupported))
     if not wanted and not _copies(adapter) and not (strange and isinstance(strange[0], SiteUnsupported)):
-        raise nothing_matches(adapter.name, adapter.variant.targets, sites)
+        raise nothing_matches(adapter.name, adapter.variant.asked, sites)
     if strange:
         raise strange[0]
     _only_targeted(adapter, {path: sites[path] for path in told}, wanted, values, method, by_weight=True)
@@ -98,6 +98,7 @@ def targeted(variant: Variant, sites: Mapping[str, Site], model: nn.Module | Non
     found = select(
         sites,
         targets,
+        parameters=variant.parameters,
         exclude=variant.exclude,
         layers=variant.layers,
         layers_pattern=variant.layers_pattern,

@@ -5,6 +5,7 @@ the prefix and the adapter's name taken off:
 
     <site>.<suffix>                      a tensor of the method
     <site>.base_layer.<layer>.<suffix>   of a layer whose weight the site's module reads itself (an attention's output)
+    <module>[.base_layer…].<suffix>      of a module's own matrices, see lorac.formats.peft.matrices
     <module>.<copied>.<parameter>        of a module of which the method trains a copy
     base_model.<shared>, <site>.<shared> a tensor that all sites have in common, and copies of it
     <saved module>.<parameter>           modules_to_save; with bias="all" also two copies of its bias
@@ -139,7 +140,7 @@ def _site(reading: _Reading, name: str, tensor: Tensor) -> bool:
 def _unwrapped(reading: _Reading, path: str) -> str:
     """A site's path without PEFT's wrapper of the module that reads its weight, which is noted."""
     owner, inside, layer = path.partition(f".{WRAPPED}.")
-    if not inside:
+    if not inside or set(layer.split(".")) == {WRAPPED}:  # several of one module's parameters: see matrices
         return path
     reading.found.within |= {f"{owner}.{layer}": owner, owner: owner}
     return f"{owner}.{layer}"

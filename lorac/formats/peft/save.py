@@ -16,6 +16,7 @@ from lorac.adapters.fit import check_adapter, named_tensors
 from lorac.errors import UnsupportedField
 from lorac.formats._files import SEAL, config_text, write_json
 from lorac.formats._layout import layouts
+from lorac.formats.peft import matrices
 from lorac.formats.peft.checks import holds, saved_names, targeted
 from lorac.formats.peft.config import methods, write_config
 from lorac.formats.peft.keys import (
@@ -29,7 +30,7 @@ from lorac.formats.peft.keys import (
 )
 from lorac.formats.peft.method import Method
 from lorac.ir.host.patterns import KEYWORDS, names
-from lorac.ir.host.sites import Site, find_sites
+from lorac.ir.host.sites import Site, SiteKind, find_sites
 from lorac.ir.store.tensors import seal, write_safetensors
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
@@ -56,10 +57,13 @@ def save(adapter: Adapter, folder: Path, model: nn.Module | None) -> None:
     tied = _tied(adapter, method)
     tensors: dict[str, Tensor] = {}
     for path, at in adapter.tensors.items():
+        if sites[path].kind is SiteKind.MATRIX:
+            continue
         written = method.write_site(adapter.variant, sites[path], at)
         for suffix, tensor in written.items():
             common = suffix in method.shared
             tensors[f"{SHARED_PREFIX}{suffix}" if common else f"{PREFIX}{_path(sites[path])}.{suffix}"] = tensor
+    tensors |= {PREFIX + key: tensor for key, tensor in matrices.written(adapter, sites, model).items()}
     if method.shared_shapes is not None and model is not None:
         for name, shape in method.shared_shapes(adapter.variant, list(sites.values())).items():
             tensors[SHARED_PREFIX + name] = _resized(tensors[SHARED_PREFIX + name], shape)
@@ -82,7 +86,7 @@ def save(adapter: Adapter, folder: Path, model: nn.Module | None) -> None:
 
 def _refuse_parts(adapter: Adapter, sites: Mapping[str, Site]) -> None:
     """PEFT adapts a module that reads several weights itself (an attention) whole, never its layers alone."""
-    owners = [site.within for site in sites.values() if site.within is not None]
+    owners = [s.within for s in sites.values() if s.within is not None and s.kind is not SiteKind.MATRIX]
     for owner in owners:
         if owner not in sites or owners.count(owner) == 1:
             raise UnsupportedField(
@@ -199,11 +203,13 @@ def _targets(
     tied: Mapping[str, str],
 ) -> dict[str, Any]:
     """The fields that make PEFT target exactly the adapter's sites; as the variant has them if they do."""
-    variant = adapter.variant
     sites = known if model is None else find_sites(model)
+    own = {path for path in adapter.tensors if sites[path].kind is SiteKind.MATRIX}
+    parameters = matrices.target_parameters(adapter.variant.parameters, own, sites)
+    variant = dataclasses.replace(adapter.variant, parameters=parameters)
     wanted = {path for path in adapter.tensors if path not in tied}
     # Layers within such a module come with it; named by themselves, PEFT would wrap them once more.
-    inner = {path for path in wanted if sites[path].within not in {None, path}}
+    inner = {path for path in wanted - own if sites[path].within not in {None, path}}
 
     def exact(variant: Variant) -> bool:
         return set(targeted(variant, sites, model)) == wanted
@@ -217,8 +223,8 @@ def _targets(
         and not (isinstance(variant.targets, str) and variant.layers)
     )
     if spelt and said and exact(variant):
-        return {} if variant.layers else {"layers_pattern": None}
-    named = wanted - inner
+        return {"target_parameters": list(parameters) or None} | ({} if variant.layers else {"layers_pattern": None})
+    named = wanted - inner - own
     suffixes = tuple(sorted({path.rpartition(".")[2] for path in named}))
     paths = tuple(sorted(named))
     bare = dataclasses.replace(variant, exclude=(), layers=(), layers_pattern=())
@@ -226,6 +232,7 @@ def _targets(
     long = exact(dataclasses.replace(bare, targets=paths))
     pattern = "|".join(re.escape(path) for path in paths)
     return {
+        "target_parameters": list(parameters) or None,
         "target_modules": list(suffixes) if short else list(paths) if long else pattern,
         "exclude_modules": None,
         "layers_to_transform": None,

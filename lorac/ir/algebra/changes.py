@@ -11,7 +11,8 @@ Everything is a change of the base's output y = x·Wᵀ + b, so that forms add u
     ========  ==========================================  ==================================
 
 c, e, h are (out,), d (in,), g (R,), A (in, R), B (R, out), W (out, in), and T (in, in) is block-diagonal, held as its
-blocks (n, k, k). A change is immutable; composing makes a new one, always against the original W, never by subtraction.
+blocks (n, k, k). Of stacked matrices, W (E, out, in), every tensor has E in front. A change is immutable; composing
+makes a new one, always against the original W, never by subtraction.
 """
 
 from __future__ import annotations
@@ -48,14 +49,14 @@ class LowRank:
     @property
     def rank(self) -> int:
         """R."""
-        return self.a.shape[1]
+        return self.a.shape[-1]
 
     def truncated(self, rank: int, power: float = 0.0) -> LowRank:
         """The first ``rank`` components, scaled by (R/rank)^power: what a scale of r^−power is at that rank."""
         if rank >= self.rank:
             return self
         whole, factor = self.folded(), (self.rank / rank) ** power
-        return replace(whole, a=whole.a[:, :rank].contiguous(), b=whole.b[:rank] * factor)
+        return replace(whole, a=whole.a[..., :rank].contiguous(), b=whole.b[..., :rank, :] * factor)
 
     def folded(self) -> LowRank:
         """The same with g and h folded into B."""
@@ -154,7 +155,22 @@ def merge(change: Change, weight: Tensor) -> Tensor:
         scaled = scaled * parts[D]
     if C in parts:
         scaled = scaled * parts[C][:, None]
-    return torch.addmm(scaled, change.b.t().to(wide), change.a.t().to(wide)).to(weight.dtype)
+    return plus_product(scaled, change.b.mT.to(wide), change.a.mT.to(wide)).to(weight.dtype)
+
+
+def plus_product(weight: Tensor, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """W + left·right, of matrices (out, R) and (R, in) or of stacks of them; into ``out`` where it is given."""
+    product = torch.addmm if weight.dim() == 2 else torch.baddbmm
+    return product(weight, left, right, out=out)
+
+
+def stacked(changes: Sequence[Change]) -> LowRank:
+    """The changes of stacked matrices as one, E in front of its tensors; methods that adapt stacks are low-rank."""
+    pairs = [change for change in changes if isinstance(change, LowRank) and not change.parts]
+    assert len(pairs) == len(changes)
+    shifts = [change.e for change in pairs if change.e is not None]
+    a, b = torch.stack([change.a for change in pairs]), torch.stack([change.b for change in pairs])
+    return LowRank(a, b, e=torch.stack(shifts) if shifts else None)
 
 
 def _refuse_unmerged(change: LowRank) -> None:
@@ -204,8 +220,8 @@ def _add_up(values: Sequence[LowRank]) -> bool:
 
 def _sum_low_rank(terms: Sequence[tuple[float, LowRank]]) -> LowRank:
     terms = [(t, v.folded()) for t, v in terms]
-    a = torch.cat([v.a for _, v in terms], dim=1)
-    b = torch.cat([v.b * t for t, v in terms], dim=0)
+    a = torch.cat([v.a for _, v in terms], dim=-1)
+    b = torch.cat([v.b * t for t, v in terms], dim=-2)
     e = _weighted([(t, v.e) for t, v in terms])
     if any(T in v.parts for _, v in terms):
         return LowRank(a, b, {T: _sum_of_transforms(terms)}, e)

@@ -29,6 +29,7 @@ from lorac.ir.graph.edit import qualified
 from lorac.ir.graph.graph import Graph
 from lorac.ir.host.copying import structural_copy
 from lorac.ir.host.example_inputs import (
+    TRACED,
     Inputs,
     by_name,
     default_inputs,
@@ -250,7 +251,7 @@ def _trace_hugging_face(host: nn.Module, inputs: Inputs, shapes: Any) -> Exporte
 
     # tested_versions: else it says at every export that torch is newer than the one they tested with
     exporter: Any = type("Exporter", (DynamoExporter,), {"tested_versions": {}})()
-    set_captured(host)
+    set_captured(host, TRACED)
     program: ExportedProgram
     program, _ = exporter.export_program(host, dict(inputs), DynamoConfig(dynamic_shapes=shapes))
     return program

@@ -25,6 +25,8 @@ SWITCHES = ("return_dict", "output_hidden_states", "output_attentions")
 """Arguments of transformers models that their configuration has too."""
 CAPTURED = {"use_cache": False}
 """What a capture sets in the configuration of a transformers model: its graph keeps no cache."""
+TRACED = CAPTURED | {"_experts_implementation": "batched_mm"}
+"""What only its trace sets besides: products that have an op everywhere, in place of kernels for groups of tokens."""
 
 
 def is_hugging_face(model: nn.Module) -> bool:
@@ -187,10 +189,15 @@ def positional_arguments(model: nn.Module, inputs: Collection[str]) -> tuple[str
     return tuple(names)
 
 
-def set_captured(model: nn.Module) -> None:
-    """Set a copy of a transformers model to what a capture captures, in the configurations that are the copy's own."""
+def set_captured(model: nn.Module, fields: Mapping[str, Any] = CAPTURED) -> None:
+    """Set a copy of a transformers model to what a capture captures, in the configurations that are the copy's own.
+
+    Args:
+        model: the copy.
+        fields: by name, what is set wherever a configuration has it.
+    """
     configs = (getattr(module, "config", None) for module in model.modules()) if is_hugging_face(model) else ()
-    for config, (name, value) in itertools.product(configs, CAPTURED.items()):
+    for config, (name, value) in itertools.product(configs, fields.items()):
         if hasattr(config, name):
             setattr(config, name, value)
 

@@ -124,6 +124,7 @@ def select(
     sites: Mapping[str, Site],
     targets: str | Iterable[str],
     *,
+    parameters: Iterable[str] = (),
     exclude: str | Iterable[str] = (),
     layers: Iterable[int] = (),
     layers_pattern: Iterable[str] = (),
@@ -137,15 +138,19 @@ def select(
         targets: suffixes, one regular expression, ``"all-linear"`` (every linear layer but the output layer),
             ``"all-conv"`` (every convolution), or ``"all-blocks"`` (every outermost block). What is named by its module
             or by the module that reads its weight is named.
+        parameters: PEFT's target_parameters. It alone names the matrices that modules multiply by themselves.
         exclude, layers, layers_pattern, saved: PEFT's exclude_modules, layers_to_transform, layers_pattern,
             modules_to_save.
         heads: paths of output layers, which ``"all-linear"`` leaves out.
     """
-    chosen_layers, saved = set(layers), tuple(saved)
+    chosen_layers, saved, parameters = set(layers), tuple(saved), tuple(parameters)
     named = _naming(sites, targets, set(heads))
     picked = []
     for path, site in sites.items():
         tick()
+        if site.kind is SiteKind.MATRIX:
+            picked += [site] if names(parameters, path) else []
+            continue
         given = named(path, site)
         if given is None or (exclude and names(exclude, path)) or holds(saved, path):
             continue

@@ -28,6 +28,8 @@ class SiteKind(enum.StrEnum):
     EMBEDDING = "embedding"
     PARAMETER = "parameter"
     """A bare parameter (a norm's scale, a bias): can be replaced, not adapted by a formula."""
+    MATRIX = "matrix"
+    """A parameter that its module multiplies by itself: a matrix, or a stack of them (experts'), each with factors."""
     BLOCK = "block"
     """The exit of a module whose output is not linear in its input, such as a transformer block."""
 
@@ -73,6 +75,7 @@ class Site:
         weight: fully qualified name of the stored weight, or None for blocks.
         bias: fully qualified name of the bias, or None.
         transposed: the module stores (in, out).
+        stack: of stacked matrices E, their number, in front of all shapes: what is presented is (E, out, in); else 0.
         conv: geometry, for convolutions.
         padding_idx: of an embedding, −1 for none.
         number: of a block, its place in the list or sequence that holds it; of other sites 0.
@@ -92,6 +95,7 @@ class Site:
     weight: str | None
     bias: str | None = None
     transposed: bool = False
+    stack: int = 0
     conv: ConvGeometry | None = None
     padding_idx: int = -1
     number: int = 0
@@ -101,14 +105,21 @@ class Site:
     shares: tuple[str, ...] = field(default=(), compare=False)
 
     @property
+    def stacked(self) -> tuple[int, ...]:
+        """(E,) of a stack, () of others: what the shapes of its tensors begin with."""
+        return (self.stack,) if self.stack else ()
+
+    @property
     def kernel(self) -> tuple[int, ...]:
-        """Shape (out, in, kh, kw) of the kernel as a dense convolution's; (out, in) for other kinds."""
+        """Shape (out, in, kh, kw) of a dense convolution's kernel; (E, out, in) of stacks, (out, in) of others."""
         if self.conv is None:
-            return (self.out_features, self.in_features)
+            return (*self.stacked, self.out_features, self.in_features)
         return (self.out_features, self.conv.channels, *self.conv.kernel)
 
     def present(self, stored: torch.Tensor) -> torch.Tensor:
-        """The stored weight as a matrix (out, in); a view where the layout allows it."""
+        """The stored weight as a matrix (out, in), a stack as (E, out, in); a view where the layout allows it."""
+        if self.stack:
+            return stored.mT if self.transposed else stored
         if self.kind is SiteKind.EMBEDDING or self.transposed:
             return stored.t()
         if self.conv is None:
@@ -118,7 +129,9 @@ class Site:
         return torch.block_diag(*stored.flatten(1).chunk(self.conv.groups))
 
     def store(self, matrix: torch.Tensor) -> torch.Tensor:
-        """The inverse of ``present``: a matrix (out, in) in the module's layout."""
+        """The inverse of ``present``: a matrix (out, in), or a stack (E, out, in), in the module's layout."""
+        if self.stack:
+            return matrix.mT if self.transposed else matrix
         if self.kind is SiteKind.EMBEDDING or self.transposed:
             return matrix.t()
         if self.conv is None:
@@ -146,8 +159,7 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     found: dict[str, Site] = {}
     for path, module in model.named_modules():
         site = _projection_site(path, module, model) or _module_site(path, module) or _block_site(path, module, model)
-        if site is not None:
-            found[path] = site
+        found |= matrices_of(path, module) if site is None else {path: site}
     return dict(_with_sharing(found, model))
 
 
@@ -232,6 +244,34 @@ def _projection_site(path: str, module: nn.Module, model: nn.Module) -> Site | N
         return None
     site = _module_site(path, module)
     return None if site is None else dataclasses.replace(site, within=owner)
+
+
+def matrices_of(path: str, module: nn.Module) -> dict[str, Site]:
+    """The matrices, alone or stacked, that a module of a class of its own holds, by the names of their parameters.
+
+    Stacks are stored (E, out, in), unless the module says ``is_transposed`` (as transformers' do, and PEFT reads it).
+    """
+    if type(module).__module__.startswith("torch."):
+        return {}
+    transposed = stores_transposed(module)
+    found = {}
+    for name, stored in module.named_parameters(path, recurse=False):
+        if stored.dim() not in {2, 3} or stored.shape[0] < 2 or not stored.is_floating_point():
+            continue
+        *stack, rows, columns = stored.shape
+        site = Site(name, SiteKind.MATRIX, rows, columns, stored.dtype, name, within=path, packed=_packed(stored))
+        if stack:
+            out, inside = (columns, rows) if transposed else (rows, columns)
+            site = dataclasses.replace(
+                site, out_features=out, in_features=inside, transposed=transposed, stack=stack[0]
+            )
+        found[name] = site
+    return found
+
+
+def stores_transposed(module: nn.Module) -> bool:
+    """Whether a module that holds stacks of matrices says that it stores them as (E, in, out)."""
+    return bool(getattr(module, "is_transposed", False))
 
 
 def _packed(weight: torch.Tensor) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorac.ir.host.sites import is_conv1d_of_gpt2
+from lorac.ir.host.sites import is_conv1d_of_gpt2, matrices_of, stores_transposed
 
 Tensor = torch.Tensor
 _LISTS: dict[str, type[nn.Module]] = {"list": nn.ModuleList, "sequence": nn.Sequential, "named": nn.ModuleDict}
@@ -50,6 +50,18 @@ class Conv1D(nn.Module):
     def __init__(self, nf: int, nx: int) -> None:
         super().__init__()
         self.nf, self.nx = nf, nx
+
+
+class Matrices(nn.Module):
+    """Stands for a module of a class of its own that multiplies by its parameters itself, stacks of matrices say.
+
+    Args:
+        is_transposed: whether it stores its stacks as (E, in, out).
+    """
+
+    def __init__(self, is_transposed: bool) -> None:
+        super().__init__()
+        self.is_transposed = is_transposed
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -108,7 +120,7 @@ def _described(module: nn.Module) -> dict[str, Any]:
         return {"kind": "attention", "width": module.embed_dim}
     kinds = [kind for kind, cls in (_CONVOLUTIONS | _LISTS).items() if isinstance(module, cls)]
     if not kinds:
-        return {}
+        return {"kind": "matrices", "transposed": stores_transposed(module)} if matrices_of("", module) else {}
     return {"kind": kinds[0]} if kinds[0] in _LISTS else _described_convolution(kinds[0], module)
 
 
@@ -142,7 +154,7 @@ def _module(entry: Mapping[str, Any]) -> nn.Module:
             return _bare(nn.MultiheadAttention(entry["width"], 1))
         if kind in _CONVOLUTIONS:
             return _bare(_convolution(entry))
-        return _LISTS[kind]() if kind in _LISTS else nn.Module()
+        return Matrices(entry["transposed"]) if kind == "matrices" else _LISTS.get(str(kind), nn.Module)()
 
 
 def _convolution(entry: Mapping[str, Any]) -> nn.Module:

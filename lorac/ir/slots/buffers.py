@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lorac.ir.algebra import letters
-from lorac.ir.algebra.changes import Change, Dense, LowRank, Sparse, SparseSum, merge, merge_bias
+from lorac.ir.algebra.changes import Change, Dense, LowRank, Sparse, SparseSum, merge, merge_bias, plus_product
 from lorac.ir.host.sites import BaseReader, Site, SiteKind
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.roles import slot_name
@@ -100,7 +100,7 @@ class FusedBuffer:
         if change is None:
             target.copy_(base)
         elif isinstance(change, LowRank) and not change.parts and change.a.dtype == base.dtype:
-            torch.addmm(base, change.b.t(), change.a.t(), out=target)
+            plus_product(base, change.b.mT, change.a.mT, out=target)
         elif isinstance(change, Dense):
             target.copy_(change.weight)
         else:

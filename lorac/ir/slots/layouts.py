@@ -8,6 +8,7 @@ Layouts of the tensors a site takes at run time ("slot layouts"), K inputs, N ou
     linear     [K, R]          [R, N]          [K, N]
     embedding  [V, R]          [R, d]          [V, d]
     conv       [R, in, *k]     [N, R, 1, …]    [N, in/groups, *k]
+    matrix     –               –               as it is stored
     =========  ==============  ==============  =====================
 
 Of a site whose weight is read ``within`` its module's forward only W has a slot, and what is computed of it is the
@@ -186,7 +187,7 @@ class ConvLayout(SiteLayout):
 
 
 class ParameterLayout(SiteLayout):
-    """A bare parameter, or a block: nothing to compute from a matrix; a parameter's slot is the parameter itself."""
+    """What its module computes with itself, or a block: no product of its own; a slot is the parameter as stored."""
 
     def base(self, x: Tensor, stored: Tensor, bias: Tensor | None) -> Tensor:
         raise self._computes_nothing()
@@ -201,7 +202,7 @@ class ParameterLayout(SiteLayout):
         return AssertionError(f"'{self.site.path}' is a {self.site.kind}: it has no product with an input")
 
     def slot_weight(self, matrix: Tensor) -> Tensor:
-        return matrix
+        return self.site.store(matrix)
 
     def stored(self, slot: Tensor) -> Tensor:
         return slot
@@ -214,6 +215,7 @@ _LAYOUTS: dict[SiteKind, type[SiteLayout]] = {
     SiteKind.CONV2D: ConvLayout,
     SiteKind.CONV3D: ConvLayout,
     SiteKind.PARAMETER: ParameterLayout,
+    SiteKind.MATRIX: ParameterLayout,
     SiteKind.BLOCK: ParameterLayout,
 }
 

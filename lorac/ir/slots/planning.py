@@ -158,7 +158,11 @@ def _refuse_new_bias(name: str, site: Site) -> None:
 
 
 def _reserve(needs: dict[str, _Needs], sites: Mapping[str, Site], reserve: Reserve, mode: str) -> None:
-    chosen = [s for s in select(sites, reserve.targets) if s.kind not in {SiteKind.BLOCK, SiteKind.PARAMETER}]
+    chosen = [
+        s
+        for s in select(sites, reserve.targets, parameters=_listed(reserve.targets))
+        if s.kind not in {SiteKind.BLOCK, SiteKind.PARAMETER}
+    ]
     if not chosen:
         raise nothing_matches("reserve", reserve.targets, sites)
     admitted = [role for role in ROLES.values() if role.reserve and getattr(reserve, role.reserve)]
@@ -172,6 +176,11 @@ def _reserve(needs: dict[str, _Needs], sites: Mapping[str, Site], reserve: Reser
             need.want(letters.WEIGHT)
         else:
             need.rank += reserve.rank * reserve.adapters
+
+
+def _listed(targets: str | tuple[str, ...]) -> tuple[str, ...]:
+    """Targets by their names, which may be those of matrices too; keywords and expressions are of modules."""
+    return () if isinstance(targets, str) else targets
 
 
 def _plan(site: Site, need: _Needs, mode: str) -> SitePlan:

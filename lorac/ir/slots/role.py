@@ -159,4 +159,4 @@ class SlotRole:
 
     def seen(self, part: Tensor) -> Tensor:
         """A change's part as people see it."""
-        return part.t() if self.transposed else part
+        return part.mT if self.transposed else part

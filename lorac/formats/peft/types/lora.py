@@ -74,6 +74,11 @@ def bias(value: Any) -> str:
     return str(value)
 
 
+def parameters(value: Any) -> tuple[str, ...]:
+    """A list of names, or nothing."""
+    return config.names(value or None)
+
+
 def refused(instead: str = _NOT_YET, default: Any = None) -> Field:
     """A field that must stay at its default."""
     return Field(Use.REFUSED, default, instead=instead)
@@ -111,7 +116,7 @@ FIELDS = {
     "alora_invocation_tokens": refused("it acts on some tokens only; run it in PEFT"),
     "use_qalora": refused("it pools the inputs of quantised layers; run it in PEFT", False),
     "layer_replication": refused("stack the layers in the base model, then train on that"),
-    "target_parameters": refused("expert weights are not built yet; target modules instead"),
+    "target_parameters": Field(Use.APPLIED, to="parameters", read=parameters, write=config.list_or_none),
     "use_bdlora": refused(),
     "arrow_config": refused("compile the adapters that it routes between, each by itself"),
     "kasa_config": refused(),
