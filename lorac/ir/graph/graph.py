@@ -7,7 +7,7 @@ A Graph wraps a ``torch.export`` program. Its fx graph, signature and state belo
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch.fx
@@ -106,6 +106,14 @@ class Graph:
         """Call nodes of the given targets, safe against edits of the node at hand."""
         wanted = set(targets)
         return iter([n for n in self.fx.nodes if n.op == "call_function" and n.target in wanted])
+
+    def reaching_outputs(self, besides: Collection[torch.fx.Node] = ()) -> set[torch.fx.Node]:
+        """The nodes that an output is computed from, or one of those given besides."""
+        live = set(besides)
+        for node in reversed(self.fx.nodes):
+            if node.op == "output" or any(user in live for user in node.users):
+                live.add(node)
+        return live
 
     def __repr__(self) -> str:
         return f"<graph {self.name} @{self.level.name.lower()}, {len(self.fx.nodes)} nodes>"

@@ -90,8 +90,9 @@ def _make_plain(module: nn.Module) -> None:
         if computed.hook is not None:
             del module._forward_pre_hooks[computed.hook]
         for name in (*computed.made_from, computed.leaf):
-            for held in (module.__dict__, module._parameters, module._buffers):
-                held.pop(name, None)
+            module.__dict__.pop(name, None)
+            module._parameters.pop(name, None)
+            module._buffers.pop(name, None)
         module.register_parameter(computed.leaf, nn.Parameter(value, requires_grad=False))
 
 
