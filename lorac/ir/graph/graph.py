@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch.fx
 from torch.export import ExportedProgram
 
+from lorac.ir.graph.outputs import Structure
 from lorac.ir.graph.sizes import Sizes
 from lorac.ir.host.sites import Site
 from lorac.ir.slots.site import SitePlan
@@ -78,6 +79,7 @@ class Graph:
         extra_outputs: names of outputs added behind the host's own (``aux``).
         axes: torch's symbols for sizes that vary -> their names.
         sizes: which sizes the host's inputs may have.
+        structure: what the host answers around the graph's tensors; None where that is for the program itself to say.
         notes: what whoever calls the program should know about it, each in a sentence.
     """
 
@@ -91,6 +93,7 @@ class Graph:
     extra_outputs: list[str] = field(default_factory=list)
     axes: dict[str, str] = field(default_factory=dict)
     sizes: Sizes = field(default_factory=Sizes)
+    structure: Structure | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
