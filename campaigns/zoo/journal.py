@@ -25,8 +25,9 @@ def code() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that models come from and run on."""
-    return {name: importlib.metadata.version(name) for name in LIBRARIES}
+    """Of the libraries that models come from and run on, as far as they are installed."""
+    found = {name: list(importlib.metadata.distributions(name=name)) for name in LIBRARIES}
+    return {name: installed[0].version for name, installed in found.items() if installed}
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lorac.errors import BaseMismatch
+from lorac.ir.host.computed import with_plain_weights
 from lorac.ir.host.sites import find_sites
 from lorac.ir.store.tensors import raw_bytes
 from lorac.spending import unhurried
@@ -117,6 +118,7 @@ def _told(name: str, recorded: str) -> str:
 
 def _weights(model: nn.Module, paths: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and value of every weight of the sites, by name; of a block, all its parameters."""
+    model = with_plain_weights(model)
     sites = find_sites(model)
     for path in sorted(set(paths)):
         weight = sites[path].weight

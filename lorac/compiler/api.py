@@ -15,6 +15,7 @@ from lorac.compiler.services import Lasting, Source
 from lorac.compiler.targets import backend_of
 from lorac.errors import ArtifactError, LoracError
 from lorac.ir.host.components import Components
+from lorac.ir.host.computed import with_plain_weights
 from lorac.ir.host.sites import parameter_site
 from lorac.ir.slots.choice import Spec
 from lorac.ir.slots.planning import Reserve
@@ -70,7 +71,7 @@ def compile(  # noqa: PLR0913, PLR0917  (the public interface)
     backend = backend_of(target)
     told = backend.told(options)
     wanted = dtype_named(dtype)
-    moved, precision = brought(host, backend.dialect, wanted, device)
+    moved, precision = brought(with_plain_weights(host), backend.dialect, wanted, device)
     lasting = Lasting(Host(moved, model, {"dtype": wanted, "device": device}))
     asked = Asked(
         mode=mode,

@@ -19,6 +19,7 @@ from lorac.errors import CaptureDiffers, CaptureFailed, warn
 from lorac.ir.graph.capture import undisturbed
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.interp import apart, at_sizes, distance, example_inputs, outputs_of
+from lorac.ir.graph.outputs import without_dataclasses
 from lorac.ir.graph.signature import CallSignature
 from lorac.ir.graph.sizes import Chosen, spelled
 from lorac.ir.host.example_inputs import by_name, default_inputs
@@ -173,8 +174,9 @@ class _Comparison:
     def _difference(self, chosen: Chosen) -> _Difference | None:
         """Where the two differ at some sizes; raises ``_HostFails`` where the host has no answer."""
         inputs = at_sizes(self.inputs, chosen)
+        ran = self._run(self.running, inputs)  # first: where the host raises, the program may too
         try:
-            worst = self._worst(self._program(inputs), self._run(self.running, inputs), inputs)
+            worst = self._worst(self._program(inputs), ran, inputs)
             if worst is None or self.stateful:
                 return worst
             worst = self._worst(self._program(inputs), self._run(Running(self.host), inputs), inputs)
@@ -221,20 +223,31 @@ class _Comparison:
 
     def _worst(self, found: list[object], ran: Ran, inputs: Inputs) -> _Difference | None:
         """The output that is farthest from the host's; None where all are as near as rounding leaves them."""
-        wanted = pytree.tree_leaves(ran.output)
-        if len(wanted) != len(found):
-            return _Difference(f"{len(found)} outputs for {len(wanted)}", math.inf, inputs)
+        leaves, structure = pytree.tree_leaves(without_dataclasses(ran.output)), self.signature.structure
+        assert structure is not None
+        if len(leaves) != structure.spec.num_leaves:
+            return _Difference(f"{structure.spec.num_leaves} outputs for {len(leaves)}", math.inf, inputs)
+        for place, value in structure.constants.items():
+            if isinstance(leaves[place], Tensor) or leaves[place] != value:
+                return _Difference(f"output {place}", math.inf, inputs)
+        wanted = self._tensors(ran)
         pairs = zip(self.signature.outputs, found, wanted, strict=False)
         tensors = [(name, y, ref) for name, y, ref in pairs if isinstance(y, Tensor) and isinstance(ref, Tensor)]
         wrong = [_Difference(name, distance(y, ref), inputs) for name, y, ref in tensors if apart(y, ref)]
         return max(wrong, key=lambda difference: difference.share, default=None)
+
+    def _tensors(self, ran: Ran) -> list[object]:
+        """Of what the host answered, what the program answers too."""
+        leaves, structure = pytree.tree_leaves(without_dataclasses(ran.output)), self.signature.structure
+        constants = {} if structure is None else structure.constants
+        return [leaf for place, leaf in enumerate(leaves) if place not in constants]
 
     # --- what is found ---------------------------------------------------------------------------------------------
 
     def _stochastic(self, first: Ran) -> bool:
         """Whether the host answers otherwise when it is asked again."""
         again = self._run(Running(self.host), self.inputs, _OTHER_SEED if first.drew else _SEED)
-        return self._worst(pytree.tree_leaves(again.output), first, self.inputs) is not None
+        return self._worst(self._tensors(again), first, self.inputs) is not None
 
     def _note_written(self, first: Ran) -> None:
         """Note buffers that a call writes into, where the next one answers by them."""
@@ -242,7 +255,7 @@ class _Comparison:
         if not changed:
             return
         again = self._run(self.running, self.inputs)
-        if self._worst(pytree.tree_leaves(again.output), first, self.inputs) is not None:
+        if self._worst(self._tensors(again), first, self.inputs) is not None:
             self._note_stateful(" and ".join(f"'{name}'" for name in changed))
 
     def _note_stateful(self, what: str) -> None:

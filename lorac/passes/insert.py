@@ -12,7 +12,7 @@ from torch import fx
 from lorac.errors import SiteUnreached
 from lorac.ir.algebra import letters
 from lorac.ir.graph import ops
-from lorac.ir.graph.adapted import AdaptedCall, give
+from lorac.ir.graph.adapted import AdaptedCall, give, useful
 from lorac.ir.graph.edit import add_inputs, inline, new_dimension
 from lorac.ir.graph.graph import Graph, Level, PackedSites, SlotInput
 from lorac.ir.graph.passes import Outcome, Pass, Skip
@@ -33,17 +33,19 @@ class Insert(Pass):
     leaves: ClassVar[Level] = Level.ADAPTED
 
     def apply(self, graph: Graph) -> Outcome:
-        """As the class says; skipped are planned sites that are no part of the graph, and they lose their plans.
+        """As the class says; skipped are planned sites whose results the graph does not use, if it calls them at all.
 
-        Whether that leaves an adapter without effect, ``refuse_idle`` says.
+        They lose their plans, and a note of the graph names them. Whether that leaves an adapter without effect,
+        ``refuse_idle`` says.
 
         Raises:
-            SiteUnreached: none of the planned sites is part of the graph.
+            SiteUnreached: the graph uses the results of none of the planned sites.
         """
         calls: dict[str, list[fx.Node]] = {}
-        for node in graph.find(*ops.OPS):
+        used = useful(graph)
+        for node in (node for node in graph.find(*ops.OPS) if node in used):
             calls.setdefault(ops.site_of(node), []).append(node)
-        planned, unreached = _reached(graph, calls)
+        planned, unreached = _reached(graph, calls, used)
         nodes = _add_slots(graph, planned)
         for path, plan in planned.items():
             own = [slot for slot in graph.slots.values() if slot.site == path and not slot.members]
@@ -55,7 +57,21 @@ class Insert(Pass):
                 _adapt(graph, node, slots)
         for group in graph.packs.values():
             _share(graph, group)
-        return Outcome(bool(planned), tuple(Skip(path, "the graph never calls or reads it") for path in unreached))
+        if unreached:
+            graph.notes.append(_bypassed(unreached))
+        return Outcome(bool(planned), tuple(Skip(path, _UNUSED) for path in unreached))
+
+
+_UNUSED = "no output of the graph depends on it"
+_MANY = 3
+"""More sites than these are counted, not named."""
+
+
+def _bypassed(paths: Sequence[str]) -> str:
+    """What is to be said of sites without slots."""
+    more = f" and {len(paths) - _MANY} more" if len(paths) > _MANY else ""
+    named = ", ".join(f"'{path}'" for path in paths[:_MANY])
+    return f"adapters have no effect at {named}{more}: no output depends on what is computed there"
 
 
 def _add_slots(graph: Graph, planned: dict[str, SitePlan]) -> dict[str, fx.Node]:
@@ -184,20 +200,22 @@ def _module_of(node: fx.Node) -> str:
     return str(list(stack.values())[-1][0]) if stack else ""
 
 
-def _reached(graph: Graph, calls: Mapping[str, Sequence[fx.Node]]) -> tuple[dict[str, SitePlan], list[str]]:
-    """The plans of the sites that are part of the graph, which keeps no others; and the paths of those others."""
+def _reached(
+    graph: Graph, calls: Mapping[str, Sequence[fx.Node]], used: Collection[fx.Node]
+) -> tuple[dict[str, SitePlan], list[str]]:
+    """The plans of the sites that the graph uses, which keeps no others; and the paths of those others."""
     planned = {path: plan for path, plan in graph.plans.items() if not plan.empty}
-    missing = [path for path, plan in planned.items() if path not in calls and not _is_read(graph, plan)]
+    missing = [path for path, plan in planned.items() if path not in calls and not _is_read(graph, plan, used)]
     if missing and len(missing) == len(planned):
         raise _unreached(f"'{missing[0]}' ({len(missing)} sites) is adapted", graph)
     graph.plans = {path: plan for path, plan in graph.plans.items() if path not in missing}
     return {path: plan for path, plan in planned.items() if path not in missing}, missing
 
 
-def _is_read(graph: Graph, plan: SitePlan) -> bool:
-    """Whether the graph reads a weight that no call of a site has (a count of batches only training reads)."""
+def _is_read(graph: Graph, plan: SitePlan, used: Collection[fx.Node]) -> bool:
+    """Whether the graph uses a weight that no call of a site has (a count of batches only training reads)."""
     bare = plan.site.within is not None
-    return bare and any(graph.node(name).users for name in _inputs_of(graph, plan.site.weight))
+    return bare and any(graph.node(name) in used for name in _inputs_of(graph, plan.site.weight))
 
 
 def refuse_idle(graphs: Iterable[Graph], touched: Mapping[str, Collection[str]]) -> None:
@@ -208,7 +226,7 @@ def refuse_idle(graphs: Iterable[Graph], touched: Mapping[str, Collection[str]])
         touched: adapter -> paths of the sites it touches.
 
     Raises:
-        SiteUnreached: the graphs reach none of an adapter's sites.
+        SiteUnreached: no graph uses any of an adapter's sites.
     """
     captured = list(graphs)
     reached = {path for graph in captured for path in graph.plans}
@@ -220,6 +238,6 @@ def refuse_idle(graphs: Iterable[Graph], touched: Mapping[str, Collection[str]])
 def _unreached(what: str, *graphs: Graph) -> SiteUnreached:
     names = " or ".join(f"'{graph.name}'" for graph in graphs)
     return SiteUnreached(
-        f"{what}, but the captured graph {names} never calls it",
+        f"{what}, but no output of the captured graph {names} depends on it",
         next_step="give example_inputs= that reach it, or leave the site out of targets=",
     )

@@ -24,7 +24,10 @@ _MATRIX = 2
 
 @dataclass(frozen=True)
 class Legalize(Pass):
-    """expanded -> target: products with a matrix become lorac's own op, and aliases of ops the ops themselves."""
+    """expanded -> target: products with a matrix become lorac's own op, and aliases of ops the ops themselves.
+
+    The model's own checks of values are left out, for which ONNX has nothing, and a note of the graph says so.
+    """
 
     name: ClassVar[str] = "legalize"
     reads: ClassVar[Level] = Level.EXPANDED
@@ -32,8 +35,14 @@ class Legalize(Pass):
 
     def apply(self, graph: Graph) -> Outcome:
         """Replace what torch's exporter would have to decompose."""
+        checks = list(graph.find(*_CHECKS))
+        for node in checks:
+            graph.fx.erase_node(node)
+        if checks:
+            graph.fx.eliminate_dead_code()
+            graph.notes.append(_UNCHECKED)
         changed = [node for node in list(graph.fx.nodes) if node.op == "call_function" and _legalized(graph, node)]
-        return Outcome(changed=bool(changed))
+        return Outcome(changed=bool(checks or changed))
 
 
 def _legalized(graph: Graph, node: fx.Node) -> bool:
@@ -123,6 +132,17 @@ _PRODUCTS: dict[Any, Callable[..., tuple[Any, tuple[Any, ...]]]] = {
     aten.linear.default: _linear,
     aten.matmul.default: _matmul,
 }
+_CHECKS = (
+    aten._assert_async.default,
+    aten._assert_async.msg,
+    aten._assert_scalar.default,
+    aten.sym_constrain_range.default,
+    aten.sym_constrain_range_for_size.default,
+)
+"""Ops that only raise."""
+_UNCHECKED = (
+    "what the model checks of its inputs' values by itself, a program does not: it answers where that would raise"
+)
 _VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 _CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other}
 _ALIASES: dict[Any, Any] = {

@@ -16,7 +16,7 @@ from torch import nn
 
 from lorac.errors import BaseNeeded, CorruptFile, ShapeMismatch, SiteNotFound, UnsupportedField
 from lorac.formats.peft import config
-from lorac.ir.host.sites import Site, SiteKind, find_sites
+from lorac.ir.host.sites import Site, SiteKind, find_sites, stored_tensor
 
 Tensor = torch.Tensor
 Rows = Mapping[str, Tensor]
@@ -85,7 +85,7 @@ def refuse_both(name: str, rows: Rows, adapted: Mapping[str, Any]) -> None:
 
 
 def _whole(name: str, site: Site, rows: Tensor, numbers: tuple[int, ...], model: nn.Module) -> Tensor:
-    weight = model.get_parameter(str(site.weight)).detach()
+    weight = stored_tensor(model, str(site.weight)).detach()
     plain = site.kind in {SiteKind.EMBEDDING, SiteKind.LINEAR} and not site.transposed
     if not plain or rows.shape != (len(numbers), weight.shape[1]) or max(numbers) >= len(weight):
         raise ShapeMismatch(

@@ -17,7 +17,7 @@ from lorac.ir.graph import ops
 from lorac.ir.graph.edit import KEYWORD, inherit
 from lorac.ir.graph.graph import Graph
 from lorac.ir.host.sites import Site
-from lorac.ir.slots.reads import presented
+from lorac.ir.slots.reads import names_read, parse, presented
 from lorac.ir.slots.run import Ctx, run_site
 from lorac.ir.slots.site import SitePlan, SiteSlots
 
@@ -88,13 +88,21 @@ def give(node: fx.Node, operands: Mapping[str, fx.Node]) -> None:
     node.args = dataclasses.replace(call, operands={**call.operands, **operands})._arguments()
 
 
+def useful(graph: Graph) -> set[fx.Node]:
+    """The nodes whose values the program uses: for an output, or for a branch that reads what a site answers."""
+    parsed = map(parse, names_read(graph.plans.values()))
+    read = {path for kind, path in parsed if kind == ""}
+    return graph.reaching_outputs([node for node in graph.find(*ops.CALLS) if ops.site_of(node) in read])
+
+
 def sites_by_input(graph: Graph) -> dict[fx.Node, list[str]]:
-    """Value -> paths of the sites that take it as their input, one entry a call, in the order of the calls.
+    """Value -> paths of the sites that take it as their input, one entry a useful call, in the order of the calls.
 
     Blocks are left out: what enters a block enters a site inside it.
     """
     readers: dict[fx.Node, list[str]] = {}
-    for node in graph.find(*ops.CALLS):
+    used = useful(graph)
+    for node in (node for node in graph.find(*ops.CALLS) if node in used):
         call = AdaptedCall.of(node) if node.target is ops.adapted else AdaptedCall.adapting(node, {})
         if call.op is not ops.BLOCK:
             readers.setdefault(call.x, []).append(call.site)

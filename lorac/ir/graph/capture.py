@@ -24,9 +24,10 @@ from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from lorac.errors import CaptureFailed
-from lorac.ir.graph.axes import asked_axes, axis_names, sizes_of
-from lorac.ir.graph.edit import qualified
+from lorac.ir.graph.axes import asked_axes, axis_names, in_program, sizes_of
+from lorac.ir.graph.edit import keep_tensors, qualified
 from lorac.ir.graph.graph import Graph
+from lorac.ir.graph.outputs import without_dataclasses
 from lorac.ir.host.copying import structural_copy
 from lorac.ir.host.example_inputs import (
     TRACED,
@@ -233,7 +234,8 @@ def capture(
     shapes = default_shapes(model, named) if dynamic_shapes is None else by_name(model, dynamic_shapes)
     own = {path: plan for path, plan in plans.items() if path.startswith(prefix)}
     sizes = sizes_of(exported, asked_axes(named, shapes))
-    return Graph(name, exported, sites, own, axes=axis_names(exported, shapes), sizes=sizes)
+    axes = axis_names(exported, {in_program(argument): told for argument, told in shapes.items()})
+    return Graph(name, exported, sites, own, axes=axes, sizes=sizes, structure=keep_tensors(exported))
 
 
 def _trace(host: nn.Module, inputs: Any, shapes: Any) -> ExportedProgram:
@@ -289,7 +291,7 @@ def _restrained(forward: Forward) -> Forward:
     @functools.wraps(forward)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
-            return forward(*args, **kwargs)
+            return without_dataclasses(forward(*args, **kwargs))
         except GuardOnDataDependentSymNode as error:
             raise _ValuesNeeded(str(error)).with_traceback(error.__traceback__) from error
 

@@ -16,12 +16,22 @@ from torch._dynamo.source import LocalSource
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, InputSpec, OutputKind, OutputSpec, TensorArgument
+from torch.export.graph_signature import (
+    ConstantArgument,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+    SymIntArgument,
+    TensorArgument,
+)
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
+
+from lorac.ir.graph.outputs import Structure
 
 KEYWORD = "lorac"
 """The keyword argument that carries all slots, a dict by public name."""
@@ -92,6 +102,44 @@ def add_outputs(program: ExportedProgram, nodes: Mapping[str, fx.Node]) -> None:
     extended = (outputs, {name: object() for name in nodes})
     signature.out_spec = pytree.tree_flatten(extended)[1]
     signature.outputs.extend(TensorArgument(node.name) for node in nodes.values())
+
+
+def keep_tensors(program: ExportedProgram) -> Structure:
+    """Leave a captured program nothing but tensors to answer; returns what its host's answer is around them."""
+    signature = program._module_call_graph[0].signature
+    assert signature is not None
+    output = next(iter(reversed(program.graph.nodes)))
+    specs = program.graph_signature.output_specs
+    pairs = list(zip(specs, output.args[0], strict=True))
+    own = [(spec, value) for spec, value in pairs if spec.kind is OutputKind.USER_OUTPUT]
+    constants = {i: spec.arg.value for i, (spec, _) in enumerate(own) if isinstance(spec.arg, ConstantArgument)}
+    numbers = tuple(i for i, (spec, _) in enumerate(own) if isinstance(spec.arg, SymIntArgument))
+    structure = Structure(signature.out_spec, constants, numbers)
+    if not constants and not numbers:
+        return structure
+    tensors = [_as_tensor(program, value, output) for i, (_, value) in enumerate(own) if i not in constants]
+    others = [(spec, value) for spec, value in pairs if spec.kind is not OutputKind.USER_OUTPUT]
+    output.args = ((*(value for _, value in others), *tensors),)
+    arguments = [TensorArgument(tensor.name) for tensor in tensors]
+    specs[:] = [
+        *(spec for spec, _ in others),
+        *(OutputSpec(OutputKind.USER_OUTPUT, argument, None) for argument in arguments),
+    ]
+    signature.outputs[:] = arguments
+    signature.out_spec = pytree.tree_flatten(tuple(tensors))[1]
+    conform(program)
+    return structure
+
+
+def _as_tensor(program: ExportedProgram, value: fx.Node, before: fx.Node) -> fx.Node:
+    """A size of the program's as a tensor; tensors are what they are."""
+    if isinstance(value.meta["val"], torch.Tensor):
+        return value
+    with program.graph.inserting_before(before):
+        made = program.graph.call_function(torch.ops.aten.scalar_tensor.default, (value,), {"dtype": torch.int64})
+    with fake_mode(program):
+        made.meta["val"] = torch.empty((), dtype=torch.int64)
+    return made
 
 
 def drop_unused_state(program: ExportedProgram) -> list[str]:

@@ -7,12 +7,13 @@ A Graph wraps a ``torch.export`` program. Its fx graph, signature and state belo
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch.fx
 from torch.export import ExportedProgram
 
+from lorac.ir.graph.outputs import Structure
 from lorac.ir.graph.sizes import Sizes
 from lorac.ir.host.sites import Site
 from lorac.ir.slots.site import SitePlan
@@ -78,6 +79,7 @@ class Graph:
         extra_outputs: names of outputs added behind the host's own (``aux``).
         axes: torch's symbols for sizes that vary -> their names.
         sizes: which sizes the host's inputs may have.
+        structure: what the host answers around the graph's tensors; None where that is for the program itself to say.
         notes: what whoever calls the program should know about it, each in a sentence.
     """
 
@@ -91,6 +93,7 @@ class Graph:
     extra_outputs: list[str] = field(default_factory=list)
     axes: dict[str, str] = field(default_factory=dict)
     sizes: Sizes = field(default_factory=Sizes)
+    structure: Structure | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -106,6 +109,14 @@ class Graph:
         """Call nodes of the given targets, safe against edits of the node at hand."""
         wanted = set(targets)
         return iter([n for n in self.fx.nodes if n.op == "call_function" and n.target in wanted])
+
+    def reaching_outputs(self, besides: Collection[torch.fx.Node] = ()) -> set[torch.fx.Node]:
+        """The nodes that an output is computed from, or one of those given besides."""
+        live = set(besides)
+        for node in reversed(self.fx.nodes):
+            if node.op == "output" or any(user in live for user in node.users):
+                live.add(node)
+        return live
 
     def __repr__(self) -> str:
         return f"<graph {self.name} @{self.level.name.lower()}, {len(self.fx.nodes)} nodes>"

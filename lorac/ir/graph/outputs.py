@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch.utils import _pytree as pytree
@@ -22,6 +24,66 @@ these packages, since a module's import runs its code."""
 
 OUTPUT = "output"
 """What an output is called that the model gives no name: a lone tensor; those of a tuple add their place."""
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """What a host answers with, around the tensors that its program answers.
+
+    Attributes:
+        spec: pytree of the whole output.
+        constants: leaf -> what stands there in every answer: None, a number, a text.
+        numbers: leaves that are whole numbers for the host and tensors for the program: sizes of its inputs.
+    """
+
+    spec: Any
+    constants: Mapping[int, Any] = field(default_factory=dict)
+    numbers: tuple[int, ...] = ()
+
+    @property
+    def tensors(self) -> int:
+        """How many tensors the program answers."""
+        return int(self.spec.num_leaves) - len(self.constants)
+
+    def filled(self, tensors: Sequence[Any]) -> Any:
+        """The host's output of the program's."""
+        given = iter(tensors)
+        places = range(self.spec.num_leaves)
+        leaves = [self.constants[i] if i in self.constants else next(given) for i in places]
+        whole = [int(leaf) if i in self.numbers else leaf for i, leaf in enumerate(leaves)]
+        return pytree.tree_unflatten(whole, self.spec)
+
+
+class Fields:
+    """An instance of a dataclass that torch knows nothing of, as a container of what its fields hold.
+
+    Args:
+        instance: of any dataclass.
+    """
+
+    def __init__(self, instance: Any) -> None:
+        self.cls = type(instance)
+        self.values = {f.name: without_dataclasses(getattr(instance, f.name)) for f in dataclasses.fields(instance)}
+
+
+def _unflattened(values: Any, context: Any) -> Any:
+    cls, names = context
+    instance = object.__new__(cls)
+    for name, value in zip(names, values, strict=True):
+        object.__setattr__(instance, name, value)  # not by its __init__: what that does was done before
+    return instance
+
+
+pytree.register_pytree_node(Fields, lambda f: (list(f.values.values()), (f.cls, tuple(f.values))), _unflattened)
+
+
+def without_dataclasses(output: Any) -> Any:
+    """A host's output with containers in the place of dataclasses; torch.export takes those it knows, and no others."""
+    return pytree.tree_map(lambda leaf: Fields(leaf) if _is_instance(leaf) else leaf, output)
+
+
+def _is_instance(leaf: Any) -> bool:
+    return dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)
 
 
 def output_names(spec: pytree.TreeSpec, inputs: Collection[str]) -> tuple[str, ...]:
@@ -42,9 +104,25 @@ def _places(spec: pytree.TreeSpec) -> Iterator[tuple[str, ...]]:
         yield ()
         return
     children = spec.children()
-    keys = spec.context if _names_children(spec.context, len(children)) else range(len(children))
+    keys = _children_names(spec) or range(len(children))
     for key, child in zip(keys, children, strict=True):
         yield from ((str(key), *place) for place in _places(child))
+
+
+def structure_to_json(structure: Structure | None) -> Any:
+    """A structure as JSON, its leaves by number."""
+    if structure is None:
+        return None
+    constants = {str(leaf): value for leaf, value in structure.constants.items()}
+    return {"spec": spec_to_json(structure.spec), "constants": constants, "numbers": list(structure.numbers)}
+
+
+def structure_from_json(stored: Any) -> Structure | None:
+    """The inverse of ``structure_to_json``."""
+    if stored is None:
+        return None
+    constants = {int(leaf): value for leaf, value in stored["constants"].items()}
+    return Structure(spec_from_json(stored["spec"]), constants, tuple(map(int, stored["numbers"])))
 
 
 def spec_to_json(spec: Any) -> Any:
@@ -54,11 +132,12 @@ def spec_to_json(spec: Any) -> Any:
     if spec.is_leaf():
         return _LEAF
     children = [spec_to_json(child) for child in spec.children()]
-    if issubclass(spec.type, list):
+    if spec.type is list:
         return {"type": "list", "children": children}
-    if not _names_children(spec.context, len(children)):
+    names = _children_names(spec)
+    if names is None:
         return {"type": "tuple", "children": children}
-    named = {"type": "mapping", "names": list(spec.context), "children": children}
+    named = {"type": "mapping", "names": names, "children": children}
     cls = f"{spec.type.__module__}.{spec.type.__qualname__}"
     return {**named, "class": cls} if _ALLOWED.fullmatch(cls) else named
 
@@ -100,6 +179,8 @@ def _defined(module: str, name: str) -> Any:
     return vars(importlib.import_module(module)).get(name)
 
 
-def _names_children(context: Any, count: int) -> bool:
-    named = isinstance(context, Sequence) and not isinstance(context, str) and len(context) == count
-    return named and all(isinstance(name, str) for name in context)
+def _children_names(spec: pytree.TreeSpec) -> list[str] | None:
+    """What a container calls its children; None where it counts them."""
+    context = spec.context[1] if spec.type is Fields else spec.context
+    named = isinstance(context, Sequence) and not isinstance(context, str) and len(context) == spec.num_children
+    return [*context] if named and all(isinstance(name, str) for name in context) else None

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils import _pytree as pytree
 
 from lorac.errors import ArtifactError, ChoiceError, nearest_name
+from lorac.ir.graph.axes import in_program
 from lorac.ir.graph.graph import Graph
-from lorac.ir.graph.outputs import output_names, spec_from_json, spec_to_json
+from lorac.ir.graph.outputs import Structure, output_names, structure_from_json, structure_to_json
 from lorac.ir.graph.sizes import Sizes
 from lorac.ir.host.example_inputs import fixed_arguments, positional_arguments
 
@@ -35,11 +36,12 @@ class CallSignature:
     Attributes:
         inputs: names of the program's inputs, in order.
         arguments: names of the host's arguments, in the order of positional calls.
-        out_spec: pytree of the host's output; None where only names are known.
+        structure: what the host answers around the program's tensors; None where only names are known.
         outputs: names of the program's outputs, the host's own first: the model's names for them.
         extra: names of the extra outputs behind them.
         fixed: arguments that are no tensors, and what they were when the host was captured.
         below: of the inputs that are ids of an embedding, how many there are.
+        spelled: arguments of the host whose inputs are called otherwise -> what those are called.
         sizes: which sizes the inputs may have.
         notes: what whoever calls the program should know about it, each in a sentence.
     """
@@ -47,10 +49,11 @@ class CallSignature:
     inputs: tuple[str, ...]
     arguments: tuple[str, ...]
     outputs: tuple[str, ...]
-    out_spec: Any = None
+    structure: Structure | None = None
     extra: tuple[str, ...] = ()
     fixed: Mapping[str, Any] = field(default_factory=dict)
     below: Mapping[str, int] = field(default_factory=dict)
+    spelled: Mapping[str, str] = field(default_factory=dict)
     sizes: Sizes = field(default_factory=Sizes)
     notes: tuple[str, ...] = ()
 
@@ -67,7 +70,8 @@ class CallSignature:
         if twice or len(args) > len(self.arguments):
             what = f"'{twice[0]}' is given twice" if twice else f"{len(args)} positional arguments are too many"
             raise ChoiceError(what, next_step=f"the host takes {', '.join(self.arguments)}")
-        given = {name: value for name, value in {**positional, **kwargs}.items() if value is not None}
+        named = {**positional, **kwargs}.items()
+        given = {self.spelled.get(name, name): value for name, value in named if value is not None}
         for name in given.keys() - set(self.inputs):
             self._refuse_other(name, given[name])
         for name in self.inputs:
@@ -103,9 +107,9 @@ class CallSignature:
         """
         own = values[: len(values) - len(self.extra)]
         extra = dict(zip(self.extra, values[len(own) :], strict=True))
-        if self.out_spec is None:
+        if self.structure is None:
             return dict(zip(self.outputs, own, strict=False)), extra
-        output = pytree.tree_unflatten(own, self.out_spec)
+        output = self.structure.filled(own)
         as_tuple = isinstance(output, Mapping) and (asked or {}).get(AS_TUPLE, True) is False
         return tuple(v for v in output.values() if v is not None) if as_tuple else output, extra
 
@@ -135,14 +139,17 @@ class CallSignature:
         signature = exported.module_call_graph[0].signature
         assert signature is not None
         spec = signature.out_spec.child(0) if graph.extra_outputs else signature.out_spec
+        structure = graph.structure or Structure(spec)
+        names = enumerate(output_names(structure.spec, inputs))
         return cls(
             inputs=inputs,
             arguments=inputs if host is None else positional_arguments(host, inputs),
-            outputs=(*output_names(spec, inputs), *graph.extra_outputs),
-            out_spec=spec,
+            outputs=(*(name for i, name in names if i not in structure.constants), *graph.extra_outputs),
+            structure=structure,
             extra=tuple(graph.extra_outputs),
             fixed={} if host is None else fixed_arguments(host),
             below=_ids(graph, inputs),
+            spelled={} if host is None else _spelled(host, inputs),
             sizes=graph.sizes,
             notes=tuple(graph.notes),
         )
@@ -151,7 +158,7 @@ class CallSignature:
         """The signature as JSON; the output's class by name."""
         names = {name: list(getattr(self, name)) for name in _NAMES}
         told = {"fixed": dict(self.fixed), "below": dict(self.below), "sizes": self.sizes.to_json()}
-        return {**names, **told, "output": spec_to_json(self.out_spec)}
+        return {**names, **told, "spelled": dict(self.spelled), "output": structure_to_json(self.structure)}
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> CallSignature:
@@ -161,18 +168,26 @@ class CallSignature:
             ArtifactError: its parts do not fit together, or what is said of sizes is not what lorac stores.
         """
         names = {name: tuple(stored[name]) for name in _NAMES}
-        spec, below = spec_from_json(stored["output"]), stored["below"]
+        structure, below, spelled = structure_from_json(stored["output"]), stored["below"], stored["spelled"]
         own = len(names["outputs"]) - len(names["extra"])
         texts = all(isinstance(name, str) for listed in names.values() for name in listed)
-        fits = below.keys() <= set(names["inputs"]) and all(type(size) is int for size in below.values())
-        if not (texts and fits) or (spec is not None and spec.num_leaves != own):
+        known = below.keys() | set(spelled.values()) <= set(names["inputs"])
+        fits = known and all(type(size) is int for size in below.values())
+        if not (texts and fits) or (structure is not None and structure.tensors != own):
             raise ArtifactError(
                 f"the signature of a stored program does not fit together: its output has {own} tensors, and inputs "
                 f"are {', '.join(map(str, names['inputs']))}",
                 next_step="save the artefact again with this version",
             )
         sizes = Sizes.from_json(stored["sizes"])
-        return cls(**names, fixed=stored["fixed"], out_spec=spec, below=below, sizes=sizes)
+        fixed = stored["fixed"]
+        return cls(**names, fixed=fixed, structure=structure, below=below, spelled=spelled, sizes=sizes)
+
+
+def _spelled(host: torch.nn.Module, inputs: Collection[str]) -> dict[str, str]:
+    """Arguments of forward -> the inputs that torch has other names for, where no argument bears those."""
+    arguments = inspect.signature(host.forward).parameters
+    return {name: own for name in arguments if (own := in_program(name)) in inputs and own not in arguments}
 
 
 def _ids(graph: Graph, inputs: Collection[str]) -> dict[str, int]:

@@ -48,21 +48,13 @@ def _known_operands(graph: Graph, after: str) -> None:
 def _slots(graph: Graph, after: str) -> None:
     """Every slot is an input of the graph, and something of what it feeds reaches an output (invariant 8)."""
     placeholders = {node.name: node for node in graph.placeholders()}
-    live = _reaching_outputs(graph)
+    live = graph.reaching_outputs()
     for slot in graph.slots.values():
         node = placeholders.get(slot.node)
         if node is None:
             raise VerificationFailed(f"after '{after}': slot '{slot.name}' is no input of the graph any more")
         if node not in live:
             raise _failed(after, node, f"slot '{slot.name}' reaches no output")
-
-
-def _reaching_outputs(graph: Graph) -> set[fx.Node]:
-    live: set[fx.Node] = set()
-    for node in reversed(graph.fx.nodes):
-        if node.op == "output" or any(user in live for user in node.users):
-            live.add(node)
-    return live
 
 
 def _no_writes(graph: Graph, after: str) -> None:

@@ -7,7 +7,7 @@ import itertools
 import re
 import sys
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -39,18 +39,19 @@ def default_inputs(model: nn.Module) -> dict[str, Tensor]:
     """Example inputs from the model's main input and configuration.
 
     Raises:
-        ExampleInputsNeeded: neither text nor pixels, or a model that joins them by special tokens.
+        ExampleInputsNeeded: neither text, pixels nor sound, or a model that joins them by special tokens.
     """
     config, names = getattr(model, "config", None), list(inspect.signature(model.forward).parameters)
     main = getattr(model, "main_input_name", None) if is_hugging_face(model) else None
     inputs: dict[str, Tensor] = {}
     placeholder = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
-    if placeholder is None and main in ("input_ids", "pixel_values") and main in names:
+    if placeholder is None and main in ("input_ids", *_SEEN, *_HEARD) and main in names:
         device = next((p.device for p in model.parameters()), None)
         if main == "input_ids":
             inputs |= _text_inputs(config, names, device)
-        if "pixel_values" in names and (pixels := _pixels(model, config, device)) is not None:
-            inputs["pixel_values"] = pixels
+        shapes = {name: _seen(config, name) for name in _SEEN if name in names}
+        shapes |= {name: _HEARD[name](config) for name in _HEARD if name == main}
+        inputs |= {name: _wave(model, shape, device) for name, shape in shapes.items() if shape is not None}
         if "decoder_input_ids" in names and getattr(config, "is_encoder_decoder", False):
             inputs["decoder_input_ids"] = _ids(config, _DECODER_LENGTH, device)
     if main not in inputs:
@@ -76,8 +77,8 @@ def _ids(config: Any, length: int, device: Any) -> Tensor:
     return ids
 
 
-def _pixels(model: nn.Module, config: Any, device: Any) -> Tensor | None:
-    """Images of the configured size; None where no size is configured."""
+def _seen(config: Any, name: str) -> tuple[int, ...] | None:
+    """The shape of images of the configured size, or of so many moments of them; None where none is configured."""
     vision = getattr(config, "vision_config", config)
     size = getattr(vision, "image_size", None)
     if isinstance(size, Mapping):
@@ -85,10 +86,46 @@ def _pixels(model: nn.Module, config: Any, device: Any) -> Tensor | None:
     height, width = (size, size) if isinstance(size, int) else (tuple(size or ()) or (None, None))
     if height is None:
         return None
-    shape = (_BATCH, getattr(vision, "num_channels", 3), height, width)
+    frames = getattr(vision, "num_frames", getattr(vision, "frames_per_clip", None))
+    if frames is None and name == _MOVING:
+        return None
+    return (_BATCH, *(() if frames is None else (frames,)), getattr(vision, "num_channels", 3), height, width)
+
+
+def _samples(config: Any) -> tuple[int, ...] | None:
+    """The shape of a sound: samples that a stack of convolutions makes frames of, or a spectrogram of a fixed size."""
+    kernels, strides = getattr(config, "conv_kernel", None), getattr(config, "conv_stride", None)
+    if kernels and strides:
+        count = _LENGTH
+        for kernel, stride in reversed(list(zip(kernels, strides, strict=False))):
+            count = (count - 1) * stride + kernel
+        return (_BATCH, count)
+    return _sized(config, "max_length", "num_mel_bins")
+
+
+def _spectrum(config: Any) -> tuple[int, ...] | None:
+    """The shape of a spectrogram with time last, two moments for each position of the encoder."""
+    found = _sized(config, "num_mel_bins", "max_source_positions")
+    return None if found is None else (*found[:2], 2 * found[2])
+
+
+def _sized(config: Any, *names: str) -> tuple[int, ...] | None:
+    sizes = [getattr(config, name, None) for name in names]
+    return None if None in sizes else (_BATCH, *(size for size in sizes if size is not None))
+
+
+def _wave(model: nn.Module, shape: tuple[int, ...], device: Any) -> Tensor:
+    """Values from -1 to 1 without a random generator, in the model's precision."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     count = torch.Size(shape).numel()
     return (torch.arange(count, device=device).remainder(255) / 127.5 - 1).reshape(shape).to(dtype)
+
+
+_MOVING = "pixel_values_videos"
+_SEEN = ("pixel_values", _MOVING)
+"""Arguments that hold images."""
+_HEARD: Mapping[str, Callable[[Any], tuple[int, ...] | None]] = {"input_values": _samples, "input_features": _spectrum}
+"""Arguments that hold sounds -> their shapes."""
 
 
 def default_shapes(model: nn.Module, inputs: Inputs, *, named: bool = True) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from lorac.ir.host.computed import identity_of, is_within, tensor_of
 from lorac.spending import unhurried
 
 
@@ -158,6 +159,8 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     """
     found: dict[str, Site] = {}
     for path, module in model.named_modules():
+        if is_within(path, model):
+            continue
         site = _projection_site(path, module, model) or _module_site(path, module) or _block_site(path, module, model)
         found |= matrices_of(path, module) if site is None else {path: site}
     return dict(_with_sharing(found, model))
@@ -172,16 +175,16 @@ def parameter_site(name: str, model: nn.Module) -> Site:
 
 
 def stored_tensor(model: nn.Module, name: str) -> torch.Tensor:
-    """A parameter or buffer by its fully qualified name."""
+    """A parameter or buffer by its fully qualified name, or a tensor that its module computes at each call."""
     owner, _, leaf = name.rpartition(".")
-    tensor = getattr(model.get_submodule(owner), leaf)
+    tensor = tensor_of(model.get_submodule(owner), leaf)
     assert isinstance(tensor, torch.Tensor)
     return tensor
 
 
 def bias_of(site: Site, model: nn.Module) -> torch.Tensor | None:
     """The site's bias (out,), or None."""
-    return model.get_parameter(site.bias).detach() if site.bias else None
+    return stored_tensor(model, site.bias).detach() if site.bias else None
 
 
 def conv_geometry(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> ConvGeometry:
@@ -207,13 +210,10 @@ def is_conv1d_of_gpt2(module: nn.Module) -> bool:
 
 
 def _module_site(path: str, module: nn.Module) -> Site | None:
-    if not path or not isinstance(getattr(module, "weight", None), torch.Tensor):
+    weight = tensor_of(module, "weight") if path else None
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
         return None
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    if not weight.is_floating_point():
-        return None
-    bias = f"{path}.bias" if isinstance(getattr(module, "bias", None), nn.Parameter) else None
+    bias = f"{path}.bias" if isinstance(getattr(module, "bias", None), torch.Tensor) else None
     rows, columns = weight.shape[0], weight.shape[-1]
     site = Site(path, SiteKind.LINEAR, rows, columns, weight.dtype, f"{path}.weight", bias, packed=_packed(weight))
     if isinstance(module, nn.Linear):
@@ -305,7 +305,7 @@ def _block_site(path: str, module: nn.Module, model: nn.Module) -> Site | None:
         return None
     if isinstance(module, nn.Sequential) and _is_stage(module):
         return None
-    last = found[-1].weight
+    last = tensor_of(found[-1], "weight")
     assert isinstance(last, torch.Tensor)
     width = last.shape[1] if is_conv1d_of_gpt2(found[-1]) else last.shape[0]
     number = list(holder._modules).index(name)
@@ -329,13 +329,18 @@ def _with_sharing(sites: Mapping[str, Site], model: nn.Module) -> Iterator[tuple
     readers: dict[int, list[str]] = defaultdict(list)
     for site in sites.values():
         if site.weight is not None:
-            readers[id(model.get_parameter(site.weight))].append(site.path)
+            readers[_identity(model, site.weight)].append(site.path)
     for path, site in sites.items():
         if site.weight is None:
             yield path, site
             continue
-        others = tuple(p for p in readers[id(model.get_parameter(site.weight))] if p != path)
+        others = tuple(p for p in readers[_identity(model, site.weight)] if p != path)
         yield path, dataclasses.replace(site, shares=others)
+
+
+def _identity(model: nn.Module, name: str) -> int:
+    owner, _, leaf = name.rpartition(".")
+    return identity_of(model.get_submodule(owner), leaf)
 
 
 def factor_dtype(base: torch.dtype) -> torch.dtype:

@@ -1,0 +1,60 @@
+"""Adapted layers whose results a program does not use, as poolers are: no slot there, and a line in explain()."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import nn
+
+import lorac
+from lorac.testing import parity
+from tests.peft_files import make_peft
+
+
+class Pooling(nn.Module):
+    """It pools and answers without; ``query`` and ``key`` read one input, and only one of them counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.out = nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(4, 5)
+        self.pooler, self.spare = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        hidden = self.query(x)
+        scores = self.key(x).softmax(-1)
+        self.pooler(hidden[:, 0] * scores[:, 0]).tanh()
+        return self.out(hidden)
+
+
+X = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0))
+ALL = ["query", "key", "out", "pooler", "spare"]
+
+
+def made():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Pooling().eval()
+
+
+@pytest.mark.parametrize("mode", ["live", "fused", "baked"])
+@torch.no_grad()
+def test_get_no_slot_and_are_named(mode, tmp_path):
+    model = made()
+    oracle = make_peft(model, tmp_path, LoraConfig(r=2, target_modules=ALL), inputs={"x": X})
+    compiled = lorac.compile(model, {"a": tmp_path}, target="onnxruntime", mode=mode, example_inputs=(X,))
+    parity.assert_parity(compiled(X), oracle(X), model(X))
+    said = "adapters have no effect at 'key', 'pooler', 'spare': no output depends on what is computed there"
+    assert said in str(compiled.explain())
+    if mode != "baked":
+        sites = {slot.split(":")[0] for slot in compiled.engine.parts["main"].slots}
+        assert sites == {"query", "out"}
+        parity.assert_parity(compiled(X[:1]), oracle(X[:1]), model(X[:1]))
+
+
+@pytest.mark.parametrize("mode", ["live", "fused", "baked"])
+def test_an_adapter_on_nothing_else_is_refused(mode):
+    options = {"target": "onnxruntime", "mode": mode, "example_inputs": (X,)}
+    idle, busy = lorac.LoRA(r=2, targets=["key", "pooler"]), lorac.LoRA(r=2, targets=["out"])
+    with pytest.raises(lorac.SiteUnreached, match="no output of the captured graph 'main' depends on it"):
+        lorac.compile(made(), {"a": idle}, **options)
+    with pytest.raises(lorac.SiteUnreached, match="'a' touches 'key'"):
+        lorac.compile(made(), {"a": idle, "b": busy}, active="b", **options)
