@@ -35,7 +35,7 @@ from lorac.runtime.compiled import Compiled
 from lorac.spending import reading
 from lorac.version import VERSION
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 _SEAL = "seal"
 _NAMED = 5

@@ -34,8 +34,7 @@ class ReadWriteLock:
         if own is None:
             own = self._new_reader()
         with self._gate:
-            pass
-        return own
+            return own
 
     def writing(self, work: Callable[[], T]) -> T:
         """Wait for running readers, hold new ones, and do what is to be done alone."""
