@@ -5,8 +5,8 @@ python -m campaigns.soak [--operations N] [--seed N] [--processes N] [--json FIL
 Ten methods on one small host, in eager and in ONNX Runtime, live and fused. One thread swaps, and is interrupted by
 signals and by failures injected into what it calls; another adds and removes adapters, and fails at it; others call,
 with the active choice or with one of their own. Now and then the model is saved and loaded. Every answer is held
-against the bits of a model that was made anew for that choice: a mismatch is an answer that belongs to another choice
-than the one that was active for certain, or to none. Errors are counted where they are none of lorac's.
+against the bits of a model made anew for that choice: a mismatch belongs to another choice than the one that was
+active for certain, or to none. Errors are counted where they are none of lorac's.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ import torch
 from torch import nn
 
 import lorac
+from campaigns.tally import report, wrong
 from lorac.testing import adapter_away
 
 ENGINES = [(target, mode) for target in ("eager", "onnxruntime") for mode in ("live", "fused")]
@@ -64,8 +65,6 @@ ROUND = 2000
 CALLERS = 2
 PATIENCE = 120.0
 """Seconds without an operation after which a model counts as hanging."""
-GROWTH = 64 << 20
-"""Bytes by which a process may grow from its first tenth on: what an allocator keeps varies by some tens of MiB."""
 
 
 class Interrupted(BaseException):
@@ -348,33 +347,6 @@ def share(given: tuple[int, int, Sequence[str]]) -> dict[str, Any]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         return Soak(seed, methods, Path(folder)).run(operations)
-
-
-def wrong(found: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """What must not have happened, and did."""
-    count = sum((Counter(part["count"]) for part in found), Counter[str]())
-    bad = {kind: n for kind, n in count.items() if kind.startswith(("wrong", "untyped", "hang")) and n}
-    grown = [part["end"] - part["start"] for part in found]
-    return bad | ({"bytes grown": max(grown)} if max(grown) > GROWTH else {})
-
-
-def report(found: Sequence[dict[str, Any]]) -> str:
-    """A table of what was done."""
-    count = sum((Counter(part["count"]) for part in found), Counter[str]())
-    told = {kind: n for kind, n in sorted(count.items()) if not kind.startswith(("wrong", "untyped", "hang"))}
-    rows = [
-        ("operation", "done", "wrong"),
-        *((kind, f"{n:,}", str(count[f"wrong {kind}"])) for kind, n in told.items()),
-    ]
-    untyped = sum(n for kind, n in count.items() if kind.startswith("untyped"))
-    mismatches = sum(n for kind, n in count.items() if kind.startswith("wrong"))
-    rows.append(("all", f"{sum(told.values()):,}", str(mismatches)))
-    lines = [f"{kind:45} {done:>12} {bad:>7}" for kind, done, bad in rows]
-    lines.append(f"untyped errors {untyped}, hangs {count['hang']}")
-    for index, part in enumerate(found):
-        sizes = f"{part['start'] / 2**20:.0f} -> {part['end'] / 2**20:.0f} MiB"
-        lines.append(f"process {index}: resident {sizes}, {part['seconds']:.0f} s")
-    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

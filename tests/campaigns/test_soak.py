@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from campaigns import soak
+from campaigns import soak, tally
 from lorac.ir.slots.buffers import FusedBuffer
 
 KINDS = {
@@ -34,8 +34,8 @@ def test_nothing_goes_wrong(tmp_path: Path) -> None:
         run._round(model)
     assert {kind.partition(",")[0] for kind in run.count} >= KINDS
     found = [{"count": dict(run.count), "start": 0, "end": 0, "seconds": 1.0}]
-    assert soak.wrong(found) == {}
-    assert "untyped errors 0, hangs 0" in soak.report(found)
+    assert tally.wrong(found) == {}
+    assert "untyped errors 0, hangs 0" in tally.report(found)
 
 
 @pytest.mark.usefixtures("small")
@@ -46,7 +46,7 @@ def test_what_goes_wrong_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(FusedBuffer, "_write", lambda *given: 0)
     monkeypatch.setattr(soak.Soak, "_add", _raise)
     run._round(run.models[0])
-    bad = soak.wrong([{"count": dict(run.count), "start": 0, "end": 2 * soak.GROWTH, "seconds": 1.0}])
+    bad = tally.wrong([{"count": dict(run.count), "start": 0, "end": 2 * tally.GROWTH, "seconds": 1.0}])
     assert any(kind.startswith("wrong swap") for kind in bad)
     assert any(kind.startswith("untyped KeyError") for kind in bad)
     assert "bytes grown" in bad
