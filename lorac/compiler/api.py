@@ -59,9 +59,10 @@ def compile(  # noqa: PLR0913, PLR0917  (the public interface)
         reserve: room for adapters added later; default: the given adapters' sites.
         dynamic_shapes: as torch.export's, of several models one by name; default: batch, and length for text. A size
             that the model's trace fixes nevertheless is named by a warning, and a call with another one refused.
-        dtype, device: default: the model's; a dtype also by its name ("float16"). Floating-point example inputs, and
-            inputs of calls in the model's own dtype, are cast with the model. A target that lacks the dtype computes
-            and answers in another one, and a warning and ``explain()`` say so.
+        dtype: default: the model's; also by its name ("float16"). Floating-point example inputs, and inputs of calls
+            in the model's own dtype, are cast with the model. A target that lacks the dtype computes and answers in
+            another one, and a warning and ``explain()`` say so.
+        device: default: the model's.
         **options: fields of the target's options.
 
     Raises:

@@ -62,7 +62,8 @@ class NestedRanks(Rule):
     exactly. ``remove()`` hands it back to the optimizer, with the largest count as the tensor's.
 
     Args:
-        compiled, optimizer: as ``Rule``'s.
+        compiled: as ``Rule``'s.
+        optimizer: as ``Rule``'s.
         ranks: what b is drawn from; default 1 to the largest r.
         weights: how likely each of them is, in any scale; default: equally.
         frozen: the paper's headline rule: components 1 to b − 1 are used, but only b trains.

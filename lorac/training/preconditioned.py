@@ -31,7 +31,8 @@ class Preconditioned(Rule):
     they are, before this.
 
     Args:
-        compiled, optimizer: as ``Rule``'s; one optimizer holds both factors.
+        compiled: as ``Rule``'s.
+        optimizer: as ``Rule``'s; one optimizer holds both factors.
         reg: what is added to the diagonals; 0, the paper's, needs factors of full rank, which one that starts at 0
             lacks after a first step on fewer tokens than r.
 

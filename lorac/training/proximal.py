@@ -57,7 +57,8 @@ class ProximalGates(Rule):
     paper gives them an optimizer of their own, which is then the one to pass here.
 
     Args:
-        compiled, optimizer: as ``Rule``'s; the optimizer may hold the gates alone.
+        compiled: as ``Rule``'s.
+        optimizer: as ``Rule``'s; it may hold the gates alone.
         threshold: ξ, not multiplied by the learning rate. It may be set anew while training: the paper's sparsifying
             scheduler trains at each of ``thresholds(...)`` in turn, with a learning-rate schedule of its own for each.
         prox: ``"soft"``, the paper's map, or ``"sora_code"``, the released code's.
@@ -118,7 +119,8 @@ def thresholds(first: float, last: float, count: int, spacing: str = "linear") -
     """``count`` thresholds from ``first`` to ``last``, for the paper's sparsifying scheduler (section 3).
 
     Args:
-        first, last: ξ₀ and ξ_max.
+        first: ξ₀.
+        last: ξ_max.
         count: how many.
         spacing: ``"linear"``; ``"log_linear"``, linear in e^ξ; ``"exp_linear"``, geometric, from above 0.
 

@@ -87,7 +87,9 @@ class MeteoRA(BranchVariant):
 
         Args:
             adapters: plain LoRAs.
-            top_k, temperature, train_experts: as the variant's.
+            top_k: as the variant's.
+            temperature: as the variant's.
+            train_experts: as the variant's.
             name: the new adapter's name.
             seed: of the gates.
 

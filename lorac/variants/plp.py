@@ -103,7 +103,8 @@ class PLP(WeightVariant):
         They go together where both were trained against the same frozen parts, or the result is trained on.
 
         Args:
-            content, style: adapters of one configuration on the same sites; tensors are shared with them, not copied.
+            content: an adapter whose tensors are shared, not copied.
+            style: another one, of the same configuration on the same sites; shared likewise.
             name: of the result.
 
         Raises:

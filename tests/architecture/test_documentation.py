@@ -9,6 +9,8 @@ import pytest
 from lorac.backends.onnx.legalize import Legalize
 from lorac.ir.slots.roles import ROLES
 from lorac.passes.pipelines import lowering
+from tests.docs.pages import PAGES as READ
+from tests.docs.pages import name
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
@@ -70,7 +72,7 @@ def test_every_path_exists(page):
     assert [path for path in sorted(set(FILE.findall(_quoted(page)))) if not (ROOT / path).exists()] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", [*READ, ROOT / "CONTRIBUTING.md"], ids=name)
 def test_every_link_leads_somewhere(page):
     for path, anchor in LINK.findall(QUOTED.sub("", page.read_text(encoding="utf-8"))):
         if path.startswith("http"):

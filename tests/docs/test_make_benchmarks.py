@@ -1,0 +1,29 @@
+"""The page of benchmarks is made from runs, with what they were measured on."""
+
+import json
+
+import pytest
+
+from docs.make_benchmarks import page
+
+RUN = {
+    "benchmark": "swap",
+    "machine": {"cpu": "a processor", "cores": 2, "system": "Linux"},
+    "versions": {"torch": "2.13", "lorac": "0.1"},
+    "options": {"smoke": False, "layers": 20},
+    "seconds": 61.2,
+    "tables": [{"title": "Swaps", "columns": ["what", "ratio"], "rows": [["a|b", "1.02"]], "A/A": {"live": 1.004}}],
+}
+
+
+def test_a_run_is_told_whole(tmp_path):
+    (tmp_path / "swap.json").write_text(json.dumps(RUN))
+    lines = page(tmp_path).splitlines()
+    told = ["## swap", "**Swaps**", "| what | ratio |", "| --- | --- |", "| a\\|b | 1.02 |", "A/A: live 1.004."]
+    assert [line for line in told if line not in lines] == []
+    assert lines[-2:] == ["a processor, 2 cores; torch 2.13, lorac 0.1; `smoke=False`, `layers=20`; 61 s.", ""]
+
+
+def test_no_runs_no_page(tmp_path):
+    with pytest.raises(SystemExit, match="no runs"):
+        page(tmp_path)
