@@ -22,7 +22,7 @@ test: $(STAMP) ## Run the test suite
 	$(PYTEST) -m "not slow" -n $(WORKERS) --dist worksteal
 
 test-slow: $(STAMP) ## Run the long checks
-	$(PYTEST) -m slow
+	$(PYTEST) -m slow -n $(WORKERS) --dist worksteal
 
 OPERATIONS ?= 1000000
 SEED ?= 0

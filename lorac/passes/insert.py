@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
@@ -13,7 +14,7 @@ from lorac.errors import SiteUnreached
 from lorac.ir.algebra import letters
 from lorac.ir.graph import ops
 from lorac.ir.graph.adapted import AdaptedCall, give, useful
-from lorac.ir.graph.edit import add_inputs, inline, new_dimension
+from lorac.ir.graph.edit import add_inputs, inline, insert_call, new_dimension
 from lorac.ir.graph.graph import Graph, Level, PackedSites, SlotInput
 from lorac.ir.graph.passes import Outcome, Pass, Skip
 from lorac.ir.host.sites import Site, SiteKind, factor_dtype
@@ -117,12 +118,11 @@ def _share(graph: Graph, group: PackedSites) -> None:
 def _parts(
     graph: Graph, before: fx.Node, x: fx.Node, a: fx.Node, ranks: fx.Node, pairs: list[fx.Node]
 ) -> list[fx.Node]:
-    dtype = a.meta["val"].dtype
-
-    def down(x: torch.Tensor, a: torch.Tensor, ranks: torch.Tensor, *pairs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(ops.split_ranks(ops.matmul(x.to(dtype), a), ranks, list(pairs)))
-
-    return inline(graph.exported, before, down, [x, a, ranks, *pairs])[1]
+    program, dtype = graph.exported, a.meta["val"].dtype
+    if x.meta["val"].dtype != dtype:
+        x = insert_call(program, before, torch.ops.aten.to.dtype, x, dtype)
+    parts = insert_call(program, before, ops.SPLIT_RANKS, insert_call(program, before, ops.MATMUL, x, a), ranks, pairs)
+    return [insert_call(program, before, operator.getitem, parts, place) for place in range(len(pairs))]
 
 
 def _adapt(graph: Graph, node: fx.Node, slots: dict[str, fx.Node]) -> None:

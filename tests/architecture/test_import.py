@@ -6,6 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 RUNS = 3
+LIMIT = 0.3
 HEAVY = ("transformers", "onnxruntime", "tensorrt", "tensorrt_rtx", "peft", "onnxscript", "diffusers", "accelerate")
 
 # The names that people touch first must stay light too, so the lazy ones are reached for.
@@ -29,7 +30,9 @@ def _run():
 
 
 def test_it_is_fast_and_loads_nothing_heavy():
-    # The quickest of several: other work on the machine only ever adds to it.
-    runs = [_run() for _ in range(RUNS)]
-    assert min(seconds for seconds, _ in runs) <= 0.3
-    assert {loaded for _, loaded in runs} == {""}
+    for _ in range(RUNS):  # other work on the machine only ever adds to a run: one that is quick decides
+        seconds, loaded = _run()
+        assert not loaded
+        if seconds <= LIMIT:
+            break
+    assert seconds <= LIMIT

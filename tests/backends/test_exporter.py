@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.onnx._internal.exporter import _fx_passes
 from torch.onnx._internal.exporter._registration import ONNXRegistry
+from torch.onnx._internal.fx.passes.type_promotion import _TypePromotionInterpreter
 
 import lorac
 from lorac.backends.onnx.files import MODEL
@@ -32,6 +33,12 @@ def masked(host, x, y):
 
 def cast(host, x, y):
     return host.down((y.to(torch.float64) * 2).to(x).to(torch.float32)).to(torch.float32)
+
+
+def promoted(host, x, y):
+    """Operands of three dtypes, which torch casts as it computes and ONNX does not."""
+    counted = (y > 0) * 3 + torch.arange(6)
+    return host.down(y * counted) + counted / 4
 
 
 def viewed_as_it_was(host, x, y):
@@ -99,7 +106,9 @@ def answers(step):
         return compiled(x), host(x)
 
 
-@pytest.mark.parametrize("step", [masked, cast, scores_in_place, viewed_as_it_was], ids=lambda step: step.__name__)
+@pytest.mark.parametrize(
+    "step", [masked, cast, scores_in_place, viewed_as_it_was, promoted], ids=lambda step: step.__name__
+)
 def test_nothing_is_decomposed(step, monkeypatch):
     def decompose(*_):
         pytest.fail("decomposed")
@@ -132,7 +141,31 @@ def test_an_op_without_translation_is_named():
     assert "target='eager'" in str(error.value)
 
 
+def test_shapes_are_computed_of_what_is_cast_alone(monkeypatch):
+    computed = []
+
+    def noted(interpreter, target, args, kwargs):
+        computed.append(target)
+        return target(*args, **kwargs)
+
+    monkeypatch.setattr(_TypePromotionInterpreter, "call_function", noted)
+    emitted(promoted)
+    # The casts that are put in, and the ops whose operands they change; no product, no arange and no view.
+    assert {target._schema.name for target in computed} == CAST
+
+
+CAST = {"prims::convert_element_type", "aten::scalar_tensor", "aten::gt", "aten::mul", "aten::div"}
+
+
+def _replaced():
+    return (
+        _fx_passes.decompose_with_registry,
+        vars(ONNXRegistry)["from_torchlib"],
+        _TypePromotionInterpreter.run_node,
+    )
+
+
 def test_torchs_exporter_stays_as_it_was():
-    before = _fx_passes.decompose_with_registry, vars(ONNXRegistry)["from_torchlib"]
+    before = _replaced()
     answers(masked)
-    assert (_fx_passes.decompose_with_registry, vars(ONNXRegistry)["from_torchlib"]) == before
+    assert _replaced() == before

@@ -1,7 +1,8 @@
-"""torch's ONNX exporter as it is called here: quiet, and without the two things that take it longest.
+"""torch's ONNX exporter as it is called here: quiet, and without the three things that take it longest.
 
-For every export it parses the source of its 500 translations, and traces the whole program anew to decompose ops, even
-where there are none to decompose. Both are replaced while it runs; the result is the same.
+For every export it parses the source of its 500 translations, traces the whole program anew to decompose ops, even
+where there are none to decompose, and computes the shape of every value anew to see which operands are to be cast. All
+three are replaced while it runs; the result is the same.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.onnx._internal.exporter import _fx_passes
 from torch.onnx._internal.exporter._registration import ONNXRegistry
+from torch.onnx._internal.fx.passes.type_promotion import _TypePromotionInterpreter, get_type_promotion_rule
 from torch.onnx.errors import OnnxExporterError
 
 from lorac.errors import Unavailable
@@ -70,6 +72,7 @@ def _untranslated(program: ExportedProgram, translations: Mapping[Any, Any], err
 @contextlib.contextmanager
 def _without_repetition() -> Iterator[None]:
     own_registry, own_decompose = vars(ONNXRegistry)["from_torchlib"], _fx_passes.decompose_with_registry
+    own_run = _TypePromotionInterpreter.run_node
 
     def registry(_: type[ONNXRegistry], /, **options: Any) -> ONNXRegistry:
         made = copy.copy(_whole_registry(**options))
@@ -82,11 +85,23 @@ def _without_repetition() -> Iterator[None]:
 
     ONNXRegistry.from_torchlib = classmethod(registry)  # type: ignore[method-assign, assignment]  # for as long as this runs
     _fx_passes.decompose_with_registry = decompose
+    _TypePromotionInterpreter.run_node = _promoted  # type: ignore[method-assign, assignment]  # likewise
     try:
         yield
     finally:
         ONNXRegistry.from_torchlib = own_registry  # type: ignore[method-assign]  # put back
         _fx_passes.decompose_with_registry = own_decompose
+        _TypePromotionInterpreter.run_node = own_run  # type: ignore[method-assign]  # put back
+
+
+def _promoted(interpreter: _TypePromotionInterpreter, node: fx.Node, /) -> Any:
+    """What a node computes, its operands cast as torch casts them: what it was traced with, where that is known."""
+    rule = get_type_promotion_rule(node, interpreter.type_promotion_table)
+    if rule is not None:
+        with interpreter._set_current_node(node):
+            interpreter._maybe_promote_node(node, rule)
+    known = node.op == "call_function" and "val" in node.meta
+    return node.meta["val"] if known else fx.Interpreter.run_node(interpreter, node)
 
 
 def _is_translated(program: ExportedProgram, registry: ONNXRegistry) -> bool:

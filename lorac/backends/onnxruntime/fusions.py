@@ -9,20 +9,22 @@ from __future__ import annotations
 from typing import Any
 
 import onnx_ir as ir
-from onnxscript import rewriter
 from onnxscript.rewriter import pattern
 from onnxscript.rewriter.ort_fusions.rms_normalization import rms_normalization_rules
+
+from lorac.backends.onnx.rewriting import rewriting
+
+_RMS_NORMS = rewriting(rms_normalization_rules)
 
 
 def fuse_rms_norms(model: ir.Model) -> None:
     """RMS norms as ``SimplifiedLayerNormalization``, in place."""
-    rewriter.RewritePass(rms_normalization_rules)(model)
+    _RMS_NORMS(model)
 
 
 def fuse_rotary_positions(model: ir.Model) -> None:
     """Rotary positions as ``com.microsoft::RotaryEmbedding``, in place."""
-    rules = pattern.RewriteRuleSet([_Rotary.rule()])  # type: ignore[no-untyped-call]  # onnxscript's own
-    rewriter.RewritePass(rules)(model)
+    rewriting([_Rotary.rule()])(model)  # type: ignore[no-untyped-call]  # onnxscript's own
 
 
 class _Rotary(pattern.RewriteRuleClassBase):

@@ -157,7 +157,7 @@ def export(
     """
     given = default_inputs(model) if example_inputs is None else example_inputs
     inputs = by_name(model, given) if isinstance(given, Mapping) or is_hugging_face(model) else given
-    with undisturbed(model):
+    with undisturbed(model), _no_cache_of_shapes():
         host = _marked_copy(model, blocks, prefix)
         attempts = (
             _attempts(model, inputs)
@@ -267,6 +267,13 @@ def _attempts(model: nn.Module, inputs: Any) -> Iterator[tuple[Any, Any]]:
         shapes = default_shapes(model, given, named=names)
         values = {name: widened(value, shapes[name]) for name, value in given.items()}
         yield (values, shapes) if named else (tuple(values.values()), tuple(shapes.values()))
+
+
+def _no_cache_of_shapes() -> contextlib.AbstractContextManager[None]:
+    """Have each op's shapes computed: keeping symbolic ones to look them up again takes longer than that."""
+    from torch._dynamo import config
+
+    return config.patch(fake_tensor_cache_enabled=False)
 
 
 @contextlib.contextmanager

@@ -214,6 +214,16 @@ def inline(
     return traced, list(fx.map_arg(results, lambda n: environment[n]))
 
 
+def insert_call(program: ExportedProgram, before: fx.Node, op: Any, *operands: Any) -> fx.Node:
+    """Call an op before a node, in whose place it acts; its value is computed as the program's own are."""
+    with program.graph.inserting_before(before):
+        node = program.graph.call_function(op, operands)
+    with fake_mode(program), torch.no_grad():
+        node.meta["val"] = op(*fx.map_arg(operands, lambda operand: operand.meta["val"]))
+    inherit(node, before)
+    return node
+
+
 def _constant(program: ExportedProgram, value: torch.Tensor) -> fx.Node:
     """An input that is a tensor of the program's own, before those that it is called with."""
     specs = program.graph_signature.input_specs
