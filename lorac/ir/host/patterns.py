@@ -138,8 +138,8 @@ def select(
         targets: suffixes, one regular expression, ``"all-linear"`` (every linear layer but the output layer),
             ``"all-conv"`` (every convolution), or ``"all-blocks"`` (every outermost block). What is named by its module
             or by the module that reads its weight is named.
-        parameters: PEFT's target_parameters: names of weights, by which their sites go. They alone name the matrices that
-            modules multiply by themselves.
+        parameters: PEFT's target_parameters: names of weights, which name their sites. They alone name the matrices
+            that modules multiply by themselves.
         exclude, layers, layers_pattern, saved: PEFT's exclude_modules, layers_to_transform, layers_pattern,
             modules_to_save.
         heads: paths of output layers, which ``"all-linear"`` leaves out.
