@@ -136,7 +136,7 @@ def _method(adapter: Adapter) -> Method:
             return method
     raise UnsupportedField(
         f"PEFT has no type for '{adapter.variant.name}', the method of adapter '{adapter.name}'",
-        next_step="use format='native'",
+        next_step="use format='native', or lorac.to_lora(adapter, model), which makes a LoRA of what it does",
     )
 
 
