@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from lorac.variants.split import Split
     from lorac.variants.tera import TeRA
     from lorac.variants.tlora import TLoRA
+    from lorac.variants.trainable_tokens import TrainableTokens
     from lorac.variants.vblora import VBLoRA
     from lorac.variants.vera import VeRA
 
@@ -158,6 +159,7 @@ __all__ = [  # noqa: RUF022  (in plain order: BAT and OFT are no constants)
     "SwapReport",
     "TLoRA",
     "TeRA",
+    "TrainableTokens",
     "Unavailable",
     "UnknownField",
     "UnknownFormat",

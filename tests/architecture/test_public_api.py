@@ -55,6 +55,7 @@ METHODS = {
     "Split",
     "TLoRA",
     "TeRA",
+    "TrainableTokens",
     "VBLoRA",
     "VeRA",
 }

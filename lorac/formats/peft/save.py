@@ -55,7 +55,7 @@ def save(adapter: Adapter, folder: Path, model: nn.Module | None) -> None:
     sites = layouts(adapter, model)
     own = matrices.without_layer(sites) if "target_parameters" in method.fields else set()
     _refuse_parts(adapter, {path: site for path, site in sites.items() if path not in own})
-    tied = _tied(adapter, method)
+    tied = _tied(adapter, method) | _spread(adapter, method, model)
     tensors: dict[str, Tensor] = {}
     for path, at in adapter.tensors.items():
         if path in own:
@@ -152,6 +152,20 @@ def _tied(adapter: Adapter, method: Method) -> dict[str, str]:
         if same:
             kept[name] = source
     return kept
+
+
+def _spread(adapter: Adapter, method: Method, model: nn.Module | None) -> dict[str, str]:
+    """Sites that get their tensors in PEFT with those of another, which they are tied to in the model."""
+    if method.spread is None or model is None:
+        return {}
+    found = method.spread(adapter.tensors, find_sites(model))
+    for path, source in found.items():
+        if not holds(adapter.tensors.get(path, {}), method.tied_to(adapter.tensors[source])):
+            raise UnsupportedField(
+                f"PEFT changes '{path}' with '{source}', which it is tied to, and adapter '{adapter.name}' does not",
+                next_step="adapt both alike, or use format='native'",
+            )
+    return found
 
 
 def _replaced(adapter: Adapter, model: nn.Module | None) -> dict[str, Tensor]:
