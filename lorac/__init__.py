@@ -16,6 +16,7 @@ from lorac.errors import *  # noqa: F403  (the exception tree is part of the int
 from lorac.version import VERSION
 
 if TYPE_CHECKING:
+    from lorac.adapters.as_lora import to_lora
     from lorac.adapters.factors import factors
     from lorac.compiler.api import compile, load
     from lorac.formats import load_adapter, save_adapter
@@ -57,8 +58,10 @@ if TYPE_CHECKING:
     from lorac.variants.randlora import RandLoRA
     from lorac.variants.shira import SHiRA
     from lorac.variants.sora import SoRA
+    from lorac.variants.split import Split
     from lorac.variants.tera import TeRA
     from lorac.variants.tlora import TLoRA
+    from lorac.variants.trainable_tokens import TrainableTokens
     from lorac.variants.vblora import VBLoRA
     from lorac.variants.vera import VeRA
 
@@ -81,6 +84,7 @@ _HOMES = {
     "load_adapter": "lorac.formats",
     "save_adapter": "lorac.formats",
     "sites": "lorac.ir.host.sites:find_sites",
+    "to_lora": "lorac.adapters.as_lora",
     "variants": "lorac.variants",
 }
 """Public name -> the module it comes from (``module:name`` where the names differ). Methods are found by listing."""
@@ -151,9 +155,11 @@ __all__ = [  # noqa: RUF022  (in plain order: BAT and OFT are no constants)
     "SiteUnreached",
     "SiteUnsupported",
     "SoRA",
+    "Split",
     "SwapReport",
     "TLoRA",
     "TeRA",
+    "TrainableTokens",
     "Unavailable",
     "UnknownField",
     "UnknownFormat",
@@ -175,6 +181,7 @@ __all__ = [  # noqa: RUF022  (in plain order: BAT and OFT are no constants)
     "load_adapter",
     "save_adapter",
     "sites",
+    "to_lora",
     "variants",
 ]
 

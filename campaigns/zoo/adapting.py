@@ -123,6 +123,8 @@ def written(model: nn.Module, config: Any, folder: Path, calls: Sequence[Mapping
     with quiet():
         wrapped.save_pretrained(str(folder), save_embedding_layers=False)
     oracle = load_peft(model, folder)
+    if any(getattr(module, "padding_mode", "zeros") != "zeros" for module in model.modules()):
+        oracle.merge_adapter()  # unmerged, PEFT pads what it runs beside such a layer with zeros
     found = contribution(joined([answer(oracle, call) for call in calls]), base, list(base))
     low, high = CONTRIBUTION
     outputs = tuple(name for name, share in found.items() if low <= share <= high)

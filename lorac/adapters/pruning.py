@@ -5,15 +5,14 @@ Ding et al., EMNLP 2023, arXiv 2311.11696.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from lorac.adapters.as_lora import lora_of
 from lorac.errors import AdapterError, AdapterNotFound
 from lorac.variants.adapter import Adapter
-from lorac.variants.lora import LoRA
 from lorac.variants.sora import SoRA
 
 
@@ -42,17 +41,7 @@ def pruned(adapter: Adapter, name: str | None = None) -> Adapter:
     ranks = {path: len(own["lora_A"]) for path, own in tensors.items()}
     begun: dict[str, Any] = {path: variant.at_path(path) for path in tensors}
     alphas = {path: begun[path].alpha * rank / begun[path].r for path, rank in ranks.items()}
-    widest = max(ranks, key=lambda path: ranks[path])
-    lora = LoRA(
-        r=ranks[widest],
-        alpha=alphas[widest],
-        dropout=variant.dropout,
-        rank_pattern=_unlike(ranks, widest),
-        alpha_pattern=_unlike(alphas, widest),
-        targets=tuple(tensors),
-        modules_to_save=variant.modules_to_save,
-        bias=variant.bias,
-    )
+    lora = lora_of(ranks, alphas, variant)
     return Adapter(name or adapter.name, lora, tensors, dict(adapter.replaced))
 
 
@@ -61,8 +50,3 @@ def _open(own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     left = gate.nonzero().flatten()
     lora_a, lora_b = own["lora_A"].detach(), own["lora_B"].detach()
     return {"lora_A": gate[left, None] * lora_a[left], "lora_B": lora_b[:, left].contiguous()}
-
-
-def _unlike(values: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """The values that are not as at ``path``, by patterns for one whole path each, whose end may be another's."""
-    return {f"^{re.escape(key)}": value for key, value in values.items() if value != values[path]}

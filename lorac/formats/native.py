@@ -192,6 +192,8 @@ def _revived(path: Path, value: Any) -> Any:
     match value:
         case {"variant": str(name), "config": dict(config), **rest} if not rest:
             return _variant(path, name, config)
+        case dict():
+            return {key: _revived(path, item) for key, item in value.items()}
     return value
 
 

@@ -11,7 +11,7 @@ import lorac
 from lorac import errors
 
 ROOT = Path(__file__).parents[2]
-FUNCTIONS = {"budget", "compile", "factors", "load", "load_adapter", "save_adapter", "sites", "variants"}
+FUNCTIONS = {"budget", "compile", "factors", "load", "load_adapter", "save_adapter", "sites", "to_lora", "variants"}
 CLASSES = {
     "Active",
     "Adapter",
@@ -52,8 +52,10 @@ METHODS = {
     "RandLoRA",
     "SHiRA",
     "SoRA",
+    "Split",
     "TLoRA",
     "TeRA",
+    "TrainableTokens",
     "VBLoRA",
     "VeRA",
 }

@@ -23,11 +23,12 @@ from peft import (
     OFTConfig,
     PeftConfig,
     RandLoraConfig,
+    TrainableTokensConfig,
     VBLoRAConfig,
     VeraConfig,
 )
 
-from tests.end_to_end.peft_cases import Case, build
+from tests.end_to_end.peft_cases import Case, build, tie
 
 
 def _of(config: type[PeftConfig], **defaults: Any) -> Callable[..., Case]:
@@ -53,6 +54,7 @@ lokr = _of(LoKrConfig, r=2, alpha=5)
 miss = _of(MissConfig, r=3)
 oft = _of(OFTConfig)
 randlora = _of(RandLoraConfig, r=3, randlora_alpha=6)
+tokens = _of(TrainableTokensConfig, alone=False)
 vblora = _of(VBLoRAConfig, r=3, num_vectors=7, vector_length=2)
 vera = _of(VeraConfig, r=3)
 
@@ -145,6 +147,8 @@ CASES: tuple[Case, ...] = (
     randlora("bias", "tiny_bert", "query", "value", "dense", bias="all", very_sparse=True, **CLASSIFIER),
     randlora("seed", "tiny_bert", "dense", **SEED),
     randlora("conv1d", "tiny_gpt2", "c_attn", "c_proj", fan_in_fan_out=True, r=5),
+    tokens("rows", "plain_mlp", "embed", token_indices=list(range(0, 23, 2)), emitted=True),
+    tokens("chosen-tied", "tiny_llama", target_modules=None, token_indices=list(range(0, 128, 3)), change=tie),
     vblora("plain", "plain_mlp", "up", "down", bias="vblora_only", emitted=True),
     vblora("top3", "plain_mlp", "up", "down", topk=3, **HEAD),
     vblora("chosen", "plain_mlp", "up", "down", **CHOSEN),

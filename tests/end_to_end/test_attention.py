@@ -249,7 +249,7 @@ def test_what_has_no_place_is_refused():
 
 def test_what_peft_cannot_hold_is_refused(tmp_path):
     model, inputs = made()
-    part = adapter_of(model, inputs, lorac.LoRA(r=2, targets=("attn",), exclude=("out_proj",)))
+    part = adapter_of(model, inputs, lorac.LoRA(r=2, targets=("out_proj",)))
     with pytest.raises(lorac.UnsupportedField, match="PEFT adapts all of 'attn' or nothing"):
         save_adapter(part, tmp_path / "x", model=model)
     scaled = adapter_of(model, inputs, lorac.DoRA(r=2, targets=("attn",)))

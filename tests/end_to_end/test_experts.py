@@ -1,6 +1,7 @@
 """Mixtures of experts: the products of their stacked weights, which kernels of their own take in eager."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from peft import LoraConfig
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations import use_experts_implementation
+from transformers.pytorch_utils import Conv1D
 
 import lorac
 from lorac.formats import load_adapter, save_adapter
@@ -122,6 +124,40 @@ def test_what_peft_computes(transposed, tmp_path):
         compiled.swap("a")
         assert torch.equal(compiled(x), before)
         assert "its module reads in its own forward" in str(compiled.explain()) or mode == "fused"
+
+
+class Layers(nn.Module):
+    """Layers whose weights lie every way: (out, in), (in, out), an embedding's rows, an attention's packed matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.turned = nn.Embedding(11, WIDTH), Conv1D(WIDTH, WIDTH)
+        self.attn, self.head = nn.MultiheadAttention(WIDTH, 2, batch_first=True), nn.Linear(WIDTH, 3)
+
+    def forward(self, ids):
+        x = self.turned(self.embed(ids))
+        return self.head(self.attn(x, x, x, need_weights=False)[0])
+
+
+@torch.no_grad()
+def test_layers_adapted_by_their_weights_names(tmp_path):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        model, ids = Layers().eval(), torch.randint(0, 11, (2, 5))
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.5)
+    weights = ["embed.weight", "turned.weight", "attn.in_proj_weight", "head.weight"]
+    config = LoraConfig(r=2, target_modules=[], target_parameters=weights)
+    oracle = make_peft(model, tmp_path / "theirs", config, inputs={"ids": ids})
+    read = load_adapter(tmp_path / "theirs", model)
+    assert list(read.tensors) == ["embed", "turned", "attn", "head"]
+    expected, base = oracle(ids=ids), model(ids)
+    for mode in ("live", "fused"):
+        parity.assert_parity(lorac.compile(model, {"a": read}, mode=mode)(ids), expected, base)
+    save_adapter(read, tmp_path / "ours", model=model)
+    told = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert told["target_parameters"] == ["attn.in_proj_weight"]
+    parity.assert_parity(load_peft(model, tmp_path / "ours")(ids=ids), expected, base)
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from peft import (
     PeftType,
     RandLoraConfig,
     ShiraConfig,
+    TrainableTokensConfig,
     VBLoRAConfig,
     VeraConfig,
 )
@@ -53,6 +54,7 @@ CLASSES = {
     "OFT": OFTConfig,
     "RANDLORA": RandLoraConfig,
     "SHIRA": ShiraConfig,
+    "TRAINABLE_TOKENS": TrainableTokensConfig,
     "VBLORA": VBLoRAConfig,
     "VERA": VeraConfig,
 }

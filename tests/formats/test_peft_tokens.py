@@ -122,3 +122,25 @@ def test_what_does_not_belong_together(
     change(tmp_path, tensors)
     with pytest.raises(error, match=match):
         load_adapter(tmp_path, LLAMA.model())
+
+
+@torch.no_grad()
+def test_rows_as_a_method_of_their_own(tmp_path: Path) -> None:
+    """Fresh it is the base; tied layers are changed together in PEFT, which has no place for one of them alone."""
+    free, inputs = LLAMA.fresh(), LLAMA.inputs()
+    own = lorac.TrainableTokens(tokens=ROWS, targets=("embed_tokens",))
+    fresh = lorac.compile(free, {"a": own})
+    assert torch.equal(fresh(**inputs).logits, free(**inputs).logits)
+    save_adapter(fresh.adapters["a"], tmp_path / "free", model=free)
+    tied = LLAMA.fresh()
+    tie(tied)
+    with pytest.raises(UnsupportedField, match=r"changes 'lm_head' with 'model\.embed_tokens', which it is tied to"):
+        save_adapter(fresh.adapters["a"], tmp_path / "tied", model=tied)
+    key = "model.lm_head.trainable_tokens_delta"
+    change(tmp_path / "free", {key: torch.zeros(len(ROWS), 64)})
+    with pytest.raises(CorruptFile, match=r"other tensors for 'lm_head' than for 'model\.embed_tokens'"):
+        load_adapter(tmp_path / "free", tied)
+    change(tmp_path / "free", {key: None})
+    configure(tmp_path / "free", token_indices=[1, 1, 2, 3, 4, 5])
+    with pytest.raises(UnsupportedField, match="expected numbers of rows, each once"):
+        load_adapter(tmp_path / "free", free)

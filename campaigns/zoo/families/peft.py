@@ -271,6 +271,7 @@ CASES: Mapping[str, list[tuple[str, Settings]]] = {
         *_on(CONVS, {"target_modules": BOTH, "r": 2}),
     ],
     "SHIRA": [*_on("linears", *_usual(r=1, random_seed=3))],
+    "TRAINABLE_TOKENS": [*_on("words", {"target_modules": ["embed"], "token_indices": list(range(0, 40, 3))})],
     "LN_TUNING": [
         *_on("normed", {"target_modules": ["norm"]}, {"target_modules": ["norm"], "modules_to_save": SECOND}),
         *_on("linears", {"target_modules": FIRST}),

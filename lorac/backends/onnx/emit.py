@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
-from onnxscript import rewriter
 from onnxscript.optimizer._constant_folding import FoldConstantsPass
 
 from lorac.backends.onnx.claims import refuse_unclaimed
 from lorac.backends.onnx.exporter import export
 from lorac.backends.onnx.gates import GATES
+from lorac.backends.onnx.noops import exporters_rules, no_ops
 from lorac.backends.onnx.rewriting import rewriting
 from lorac.backends.onnx.translate import TRANSLATIONS, drop_part_counts
 from lorac.ir.engine import Dialect
@@ -58,8 +58,7 @@ def emit(graph: Graph, signature: CallSignature, dialect: Dialect[ir.Model]) -> 
 _REDUCE = ir.passes.Sequential(
     common_passes.InlinePass(),
     FoldConstantsPass(shape_inference=False, input_size_limit=1024, output_size_limit=1024),
-    # The exporter's own rules, without the one that is quadratic in the number of nodes.
-    rewriting(rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule.name != "SlicesSplit"),
+    rewriting([*exporters_rules(), *no_ops()]),
 )
 _CLEAN_UP = ir.passes.Sequential(
     common_passes.RemoveUnusedNodesPass(),

@@ -20,7 +20,7 @@ from lorac.formats._files import check_seal, read_json, read_pickle, read_safete
 from lorac.formats._format import Format
 from lorac.formats._layout import LAYOUT, describe
 from lorac.formats.peft import matrices
-from lorac.formats.peft.checks import against_itself, against_model
+from lorac.formats.peft.checks import against_itself, against_model, holds
 from lorac.formats.peft.config import method_of, read_config, variant_of
 from lorac.formats.peft.keys import Contents, read_keys
 from lorac.formats.peft.method import Method
@@ -51,6 +51,7 @@ def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
     values = read_config(raw, method, file)
     contents = read_keys(tensors, method, values, model)
     name = name or folder.resolve().name
+    _spread(name, method, contents, model)
     own = matrices.take(name, contents, values.get("target_parameters") or (), model)
     variant = method.settled(variant_of(values, method, file), contents.sites)
     if values["target_modules"] is None:  # PEFT's own choice for the architecture: it is in the keys
@@ -108,11 +109,24 @@ def _sites(
             tensors = method.read_inner(values, tensors)
         if method.make_site is not None:
             site = _known(adapter, method, path, sites, model)
-            tensors = {**method.make_site(adapter.variant.at(site), site), **tensors}
+            tensors = method.make_site(adapter.variant.at(site), site, tensors)
         adapter.tensors[path] = tensors
         check_site(adapter.name, adapter.variant, site, tensors)
         told[path] = site
     return told
+
+
+def _spread(adapter: str, method: Method, contents: Contents, model: nn.Module | None) -> None:
+    """Give layers that are tied to one of the file's the tensors of that; what the file has of them is the same."""
+    tied = method.spread(contents.sites, find_sites(model)) if method.spread and model is not None else {}
+    for path, source in tied.items():
+        here, there = contents.sites.get(path), contents.sites[source]
+        if here is not None and not holds(here, there):
+            raise CorruptFile(
+                f"adapter '{adapter}' has other tensors for '{path}' than for '{source}', which it is tied to",
+                next_step="load the base model that the adapter was trained on",
+            )
+        contents.sites[path], contents.tied[path] = there, source
 
 
 def _matrices(adapter: Adapter, own: Mapping[str, dict[str, torch.Tensor]], model: nn.Module | None) -> dict[str, Site]:

@@ -150,7 +150,7 @@ def _only_targeted(
     """Every site is targeted, or tied to an embedding that is; by value alone, or by weight too."""
     wanted = set(wanted)
     for path in adapter.tensors:
-        if path in wanted:
+        if path in wanted or path in adapter.provenance["tied"]:
             continue
         source = tie(adapter, path, sites, method) if values.get("ensure_weight_tying") else None
         if source and (not by_weight or path in sites[source].shares):

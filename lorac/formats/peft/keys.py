@@ -174,7 +174,7 @@ def _shared_again(reading: _Reading, name: str, tensor: Tensor) -> bool:
 
 
 def _saved_module(reading: _Reading, name: str, tensor: Tensor) -> bool:
-    if not saved(name, reading.values["modules_to_save"]) or _wrapped_bias(reading, name):
+    if not saved(name, reading.values.get("modules_to_save") or ()) or _wrapped_bias(reading, name):
         return False
     reading.found.replaced[name] = tensor
     return True
@@ -261,7 +261,7 @@ def _wrapped_bias(reading: _Reading, name: str) -> tuple[str, str] | None:
     if reading.values.get("bias", "none") != "all" or not name.endswith(".bias"):
         return None
     parts = name.split(".")
-    saved = reading.values["modules_to_save"] or ()
+    saved = reading.values.get("modules_to_save") or ()
     for index, wrapper in enumerate(parts):
         if wrapper in {"original_module", "modules_to_save"} and ".".join(parts[:index]).endswith(saved):
             return ".".join(parts[:index] + parts[index + 1 :]), wrapper

@@ -1,9 +1,13 @@
-"""Matrices that a module multiplies by itself, alone or stacked (``target_parameters``: experts' weights, routers).
+"""Parameters that are adapted by their own names (``target_parameters``): matrices and stacks of them, layers' weights.
 
 Source: peft.tuners.lora.layer.ParamWrapper of PEFT 0.21. Per parameter, with E matrices (1 where it is no stack):
 
     lora_A (E·r, in)    the matrices' A (r, in), one below the other
     lora_B (out, r·E)   the columns of the matrices' B (out, r), those of one rank beside each other
+
+A matrix by itself is (out, in) whatever its module makes of it: of an embedding (V, d), out is V. A layer that is
+adapted by its weight's name is the same as one that is targeted, and is written so; but for an attention's packed
+projection by itself, which PEFT knows under no other name.
 
 Keys name the module, not the parameter: PEFT wraps it once for each of its parameters that are adapted, in their order,
 so that the last stands outermost, and those before it under ``base_layer``.
@@ -58,28 +62,43 @@ def take(
     return {path: _read(sites[path], contents.sites.pop(key)) for key, path in places.items() if key in contents.sites}
 
 
-def written(adapter: Adapter, sites: Mapping[str, Site], model: nn.Module | None) -> dict[str, Tensor]:
+def without_layer(sites: Mapping[str, Site]) -> set[str]:
+    """Paths of the sites of an adapter that PEFT has no layer for, so that only their parameters' names name them."""
+    owners = [site.within for site in sites.values()]
+    alone = {path for path, site in sites.items() if site.within == path and owners.count(path) == 1}
+    return alone | {path for path, site in sites.items() if site.kind is SiteKind.MATRIX}
+
+
+def written(
+    adapter: Adapter, own: Collection[str], sites: Mapping[str, Site], model: nn.Module | None
+) -> dict[str, Tensor]:
     """The tensors of an adapter's matrices as a file has them, by key without PEFT's prefix.
+
+    Args:
+        adapter: whose tensors.
+        own: paths of the matrices (``without_layer``).
+        sites: the adapter's.
+        model: the base.
 
     Raises:
         BaseNeeded: there are some, and no model.
         UnsupportedField: the method has dropout, of which PEFT has none there.
     """
-    own = [site for site in sites.values() if site.kind is SiteKind.MATRIX]
     if not own:
         return {}
+    first = next(path for path in sites if path in own)
     if model is None:
         raise BaseNeeded(
-            f"what PEFT calls the tensors of '{own[0].path}' depends on the other parameters of its module",
+            f"what PEFT calls the tensors of '{first}' depends on the other parameters of its module",
             next_step="pass model=, or use format='native'",
         )
     if getattr(adapter.variant, "dropout", 0):
         raise UnsupportedField(
-            f"PEFT has no dropout at '{own[0].path}', which its module multiplies by itself, and adapter "
+            f"PEFT has no dropout at '{first}', which its module multiplies by itself, and adapter "
             f"'{adapter.name}' has one",
             next_step="set dropout=0.0 before saving, or use format='native'",
         )
-    places = _places([site for path, site in find_sites(model).items() if path in sites])
+    places = _places([site for path, site in find_sites(model).items() if path in own])
     return {
         f"{key}.{suffix}": tensor
         for key, path in places.items()
@@ -88,13 +107,13 @@ def written(adapter: Adapter, sites: Mapping[str, Site], model: nn.Module | None
 
 
 def target_parameters(given: Sequence[str], own: Collection[str], sites: Mapping[str, Site]) -> tuple[str, ...]:
-    """What names exactly the adapter's own matrices: as given if that does, else their paths."""
+    """What names exactly the adapter's own matrices: as given if that does, else their parameters' names."""
     named = {site.path for site in _named(sites, given)}
-    return tuple(given) if named == set(own) else tuple(sorted(own))
+    return tuple(given) if named == set(own) else tuple(sorted(str(sites[path].weight) for path in own))
 
 
 def _named(sites: Mapping[str, Site], parameters: Sequence[str]) -> list[Site]:
-    return [site for path, site in sites.items() if site.kind is SiteKind.MATRIX and names(tuple(parameters), path)]
+    return [site for site in sites.values() if names(tuple(parameters), str(site.weight))]
 
 
 def _places(sites: Sequence[Site]) -> dict[str, str]:
@@ -105,7 +124,7 @@ def _places(sites: Sequence[Site]) -> dict[str, str]:
     """
     wrapped: dict[str, list[str]] = defaultdict(list)
     for site in sites:
-        wrapped[str(site.within)].append(site.path)
+        wrapped[str(site.weight).rpartition(".")[0]].append(site.path)
     return {
         owner + f".{WRAPPED}" * depth: path
         for owner, paths in wrapped.items()
@@ -121,7 +140,8 @@ def _read(site: Site, stored: Tensors) -> dict[str, Tensor]:
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or a.shape[0] % count:
         raise _misfit(site, stored)
     if not site.stack:
-        return {"lora_A": a, "lora_B": b}
+        turned = site.kind is SiteKind.EMBEDDING or site.transposed
+        return {"lora_A": b.t(), "lora_B": a.t()} if turned else {"lora_A": a, "lora_B": b}
     rank = a.shape[0] // count
     return {"lora_A": a.unflatten(0, (count, rank)), "lora_B": b.unflatten(1, (rank, count)).permute(2, 0, 1)}
 

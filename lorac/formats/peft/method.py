@@ -72,14 +72,16 @@ class Method:
         suffixes: What follows a site's path in a key.
         shared: Names of tensors that all sites have in common, in the file and as parameters:
             `base_model.<name>`, and in older files once more at every site.
-        crossed: Two parameters, of a type that can tie the output layer to the embedding it adapts: each of them is
-            the other one of the embedding, transposed.
+        crossed: Of a type that can tie the output layer to the embedding it adapts, parameters of that -> those of the
+            embedding that they are, transposed.
         copied: What stands between a module's path and its parameters' names, of a type that trains whole copies
             of the targeted modules (`Variant.copies`).
         make_shared: (configuration, the model's sites that the file names) -> the shared tensors of
             a file that left them out because a seed tells them; none where it promises them.
-        make_site: (variant, the model's site) -> the site's parameters that no file of the type holds, because a
-            seed and the site's shape tell them. Reading then needs the model.
+        make_site: (variant, the model's site, tensors by parameter, as read) -> the same with those that no file of the
+            type holds, because the configuration and the site tell them. Reading then needs the model.
+        spread: (the file's tensors by site, the model's sites) -> sites that are tied to one of the file's, and with
+            that have the same tensors in PEFT -> that one.
         shared_shapes: (variant, all sites) -> the shapes that PEFT gives the shared tensors, where they
             are not those that the sites ask for: saving pads and cuts to them.
         training_state: Mark in a key -> field that accounts for it: state of the training alone.
@@ -107,8 +109,9 @@ class Method:
     lays_out: bool = True
     check_site: Callable[[Site, Tensors], None] = lambda site, tensors: None
     shared: tuple[str, ...] = ()
-    make_site: Callable[[Variant, Site], dict[str, torch.Tensor]] | None = None
-    crossed: tuple[str, str] | None = None
+    make_site: Callable[[Variant, Site, Tensors], dict[str, torch.Tensor]] | None = None
+    spread: Callable[[Mapping[str, Tensors], Mapping[str, Site]], dict[str, str]] | None = None
+    crossed: Mapping[str, str] = field(default_factory=dict)
     copied: str | None = None
     make_shared: Callable[[Mapping[str, Any], Sequence[Site]], dict[str, torch.Tensor]] | None = None
     shared_shapes: Callable[[Variant, Sequence[Site]], Mapping[str, tuple[int, ...]]] | None = None
@@ -121,7 +124,6 @@ class Method:
         PEFT adapts lm_head, tied by ensure_weight_tying to an embedding with A (r, V) and B (d, r), by Bᵀ and Aᵀ, and
         saves both (peft.tuners.lora.model).
         """
-        if self.crossed is None or not embedding.keys() >= set(self.crossed):
+        if not embedding.keys() >= set(self.crossed.values()):
             return {}
-        one, other = self.crossed
-        return {one: embedding[other].t(), other: embedding[one].t()}
+        return {own: embedding[other].t() for own, other in self.crossed.items()}

@@ -30,7 +30,7 @@ from lorac.formats.peft.keys import (
 )
 from lorac.formats.peft.method import Method
 from lorac.ir.host.patterns import KEYWORDS, names
-from lorac.ir.host.sites import Site, SiteKind, find_sites
+from lorac.ir.host.sites import Site, find_sites
 from lorac.ir.store.tensors import seal, write_safetensors
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
@@ -53,24 +53,26 @@ def save(adapter: Adapter, folder: Path, model: nn.Module | None) -> None:
     if model is not None:
         check_adapter(adapter, find_sites(model), model)
     sites = layouts(adapter, model)
-    _refuse_parts(adapter, sites)
-    tied = _tied(adapter, method)
+    own = matrices.without_layer(sites) if "target_parameters" in method.fields else set()
+    _refuse_parts(adapter, {path: site for path, site in sites.items() if path not in own})
+    tied = _tied(adapter, method) | _spread(adapter, method, model)
     tensors: dict[str, Tensor] = {}
     for path, at in adapter.tensors.items():
-        if sites[path].kind is SiteKind.MATRIX:
+        if path in own:
+            method.check_site(sites[path], at)
             continue
         written = method.write_site(adapter.variant, sites[path], at)
         for suffix, tensor in written.items():
             common = suffix in method.shared
             tensors[f"{SHARED_PREFIX}{suffix}" if common else f"{PREFIX}{_path(sites[path])}.{suffix}"] = tensor
-    tensors |= {PREFIX + key: tensor for key, tensor in matrices.written(adapter, sites, model).items()}
+    tensors |= {PREFIX + key: tensor for key, tensor in matrices.written(adapter, own, sites, model).items()}
     if method.shared_shapes is not None and model is not None:
         for name, shape in method.shared_shapes(adapter.variant, list(sites.values())).items():
             tensors[SHARED_PREFIX + name] = _resized(tensors[SHARED_PREFIX + name], shape)
     _refuse_torn(adapter, model)
     for name, tensor in _replaced(adapter, model).items():
         tensors[PREFIX + _key(adapter, name, method, tied, model, sites)] = tensor
-    given = _targets(adapter, method, model, sites, tied)
+    given = _targets(adapter, model, sites, own, tied)
     given["fan_in_fan_out"] = any(site.transposed for site in sites.values())
     if tied:
         given["ensure_weight_tying"] = True
@@ -86,7 +88,7 @@ def save(adapter: Adapter, folder: Path, model: nn.Module | None) -> None:
 
 def _refuse_parts(adapter: Adapter, sites: Mapping[str, Site]) -> None:
     """PEFT adapts a module that reads several weights itself (an attention) whole, never its layers alone."""
-    owners = [s.within for s in sites.values() if s.within is not None and s.kind is not SiteKind.MATRIX]
+    owners = [site.within for site in sites.values() if site.within is not None]
     for owner in owners:
         if owner not in sites or owners.count(owner) == 1:
             raise UnsupportedField(
@@ -134,7 +136,7 @@ def _method(adapter: Adapter) -> Method:
             return method
     raise UnsupportedField(
         f"PEFT has no type for '{adapter.variant.name}', the method of adapter '{adapter.name}'",
-        next_step="use format='native'",
+        next_step="use format='native', or lorac.to_lora(adapter, model), which makes a LoRA of what it does",
     )
 
 
@@ -150,6 +152,20 @@ def _tied(adapter: Adapter, method: Method) -> dict[str, str]:
         if same:
             kept[name] = source
     return kept
+
+
+def _spread(adapter: Adapter, method: Method, model: nn.Module | None) -> dict[str, str]:
+    """Sites that get their tensors in PEFT with those of another, which they are tied to in the model."""
+    if method.spread is None or model is None:
+        return {}
+    found = method.spread(adapter.tensors, find_sites(model))
+    for path, source in found.items():
+        if not holds(adapter.tensors.get(path, {}), method.tied_to(adapter.tensors[source])):
+            raise UnsupportedField(
+                f"PEFT changes '{path}' with '{source}', which it is tied to, and adapter '{adapter.name}' does not",
+                next_step="adapt both alike, or use format='native'",
+            )
+    return found
 
 
 def _replaced(adapter: Adapter, model: nn.Module | None) -> dict[str, Tensor]:
@@ -197,14 +213,13 @@ def _embeddings(module: str, model: nn.Module | None) -> Iterator[str]:
 
 def _targets(
     adapter: Adapter,
-    method: Method,
     model: nn.Module | None,
     known: Mapping[str, Site],
+    own: set[str],
     tied: Mapping[str, str],
 ) -> dict[str, Any]:
     """The fields that make PEFT target exactly the adapter's sites; as the variant has them if they do."""
     sites = known if model is None else find_sites(model)
-    own = {path for path in adapter.tensors if sites[path].kind is SiteKind.MATRIX}
     parameters = matrices.target_parameters(adapter.variant.parameters, own, sites)
     variant = dataclasses.replace(adapter.variant, parameters=parameters)
     wanted = {path for path in adapter.tensors if path not in tied}
@@ -216,7 +231,7 @@ def _targets(
 
     # What PEFT makes of "all-linear" depends on its class of model, and with layers it wants a list.
     narrowed = {"exclude_modules": variant.exclude, "layers_to_transform": variant.layers}
-    said = all(name in method.fields for name, value in narrowed.items() if value)
+    said = all(name in _method(adapter).fields for name, value in narrowed.items() if value)
     spelt = (
         variant.targets not in KEYWORDS
         and not any(names(variant.targets, path) for path in inner)

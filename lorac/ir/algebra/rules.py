@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from lorac.ir.algebra.structure import IDENTITY, WEIGHT, Analysis, Form, NamedRule, shape_of
+from lorac.ir.algebra.parts import joined, rows
+from lorac.ir.algebra.structure import IDENTITY, Analysis, Form, NamedRule, shape_of
 
 aten = torch.ops.aten
 
@@ -61,18 +62,11 @@ def _factor(found: Analysis, node: fx.Node) -> Form | None:
     if found.form(left) is not None or found.form(right) is not None:
         return None
     (n, r), (_, m) = shape_of(left), shape_of(right)
-    if not _pays(found, node, r, n, m):
+    if not found.pays(node, r, n, m):
         return None
     assert isinstance(left, fx.Node)
     assert isinstance(right, fx.Node)
     return Form(low=((left, right),))
-
-
-def _pays(found: Analysis, node: fx.Node, rank: int, n: int, m: int) -> bool:
-    if found.keep_factors or rank * (n + m) <= n * m:
-        return True
-    found.misses.append(f"{node.name}: inner size {rank} of a {n} x {m} product saves nothing")
-    return False
 
 
 def _product(found: Analysis, node: fx.Node) -> Form | None:
@@ -83,7 +77,7 @@ def _product(found: Analysis, node: fx.Node) -> Form | None:
         return _times_low(found, left, y)
     if y is not None and y == Form(IDENTITY, blocks=y.blocks) and y.blocks is not None:
         return _times_blocks(found, x, right, y.blocks)
-    if x.base == WEIGHT or x.sparse or x.d is not None or x.blocks is not None:
+    if x.base not in {None, IDENTITY} or x.sparse or x.d is not None or x.blocks is not None:
         return None
     low = tuple((p, found.emit(aten.mm.default, q, right)) for p, q in x.low)
     if x.base is None:
@@ -191,7 +185,7 @@ def _hadamard(found: Analysis, node: fx.Node) -> Form | None:
     if any(shape_of(operand) != (n, m) for operand in node.args[:2]):
         return None
     rank = math.prod(sum(shape_of(a)[0] for _, a in form.low) for form in (x, y))
-    if not _pays(found, node, rank, n, m):
+    if not found.pays(node, rank, n, m):
         return None
     pairs = ((_all_products(found, p, r, 1), _all_products(found, q, s, 0)) for p, q in x.low for r, s in y.low)
     return Form(low=tuple(pairs))
@@ -277,7 +271,7 @@ def _scatter(found: Analysis, node: fx.Node) -> Form | None:
 def _transpose(found: Analysis, node: fx.Node) -> Form | None:
     """(Σ B·A)ᵀ = Σ Aᵀ·Bᵀ and Dᵀ is block-diagonal; W keeps its orientation, so a form with it is left alone."""
     form = found.form(node.args[0])
-    if form is None or form.base == WEIGHT or (form.blocks is not None and form.c is not None):
+    if form is None or form.base not in {None, IDENTITY} or (form.blocks is not None and form.c is not None):
         return None
     low = tuple((found.emit(aten.t.default, a), found.emit(aten.t.default, b)) for b, a in form.low)
     sparse = tuple((cols, rows, values) for rows, cols, values in form.sparse)
@@ -302,6 +296,8 @@ RULES: tuple[NamedRule, ...] = (
     NamedRule("negate", (aten.neg.default,), _negate),
     NamedRule("transpose", (aten.t.default,), _transpose),
     NamedRule("scatter", (aten.index_put.default,), _scatter),
+    NamedRule("rows", (aten.view.default, aten._unsafe_view.default), rows),
+    NamedRule("joined", (aten.view.default,), joined),
 )
 """Every rule, tried in this order per node. ``reduction`` takes another list to prove that none is needed."""
 

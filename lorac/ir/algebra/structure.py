@@ -3,7 +3,7 @@
 A formula is traced to an aten graph over ``W`` (out, in), ``b`` (out,) and the variant's parameters. Each matrix-valued
 node may get a ``Form``, a sum of recognised parts::
 
-    c ∘ base·D ∘ d  +  Σ Bᵢ·Aᵢ  +  Σ sparse(rowsⱼ, colsⱼ, valuesⱼ)      base: W, the identity, or nothing
+    c ∘ base·D ∘ d  +  Σ Bᵢ·Aᵢ  +  Σ sparse(rowsⱼ, colsⱼ, valuesⱼ)      base: W, rows of it, the identity, or nothing
 
 Rules buy speed only. A node without a form is still computed by its own aten op, so taking any rule away leaves every
 result and makes it slower. Each rule names the identity it uses; none knows a method. Rules that fire keep the
@@ -28,7 +28,7 @@ class Form:
     """A matrix as a sum of recognised parts; every operand is a node of the same graph.
 
     Attributes:
-        base: ``"W"``, ``"I"`` or None.
+        base: ``"W"``, ``"I"``, the node that is some rows of W, or None.
         c: column (n, 1) scaling the base's rows, None for 1.
         d: row (1, m) scaling the base's columns, None for 1, and where there are blocks: those hold it.
         blocks: those of D (n, k, k), block-diagonal with two blocks or more, None for the identity.
@@ -36,7 +36,7 @@ class Form:
         sparse: triples (rows (k,), cols (k,), values (k,)), added up.
     """
 
-    base: str | None = None
+    base: str | fx.Node | None = None
     c: fx.Node | None = None
     d: fx.Node | None = None
     low: tuple[tuple[fx.Node, fx.Node], ...] = ()
@@ -76,6 +76,13 @@ class Analysis:
         if left is None:
             return right
         return left if right is None else self.emit(aten.mul.Tensor, left, right)
+
+    def pays(self, node: fx.Node, rank: int, n: int, m: int) -> bool:
+        """Whether factors of this rank of an n x m matrix are cheaper to apply than the matrix, or kept anyway."""
+        if self.keep_factors or rank * (n + m) <= n * m:
+            return True
+        self.misses.append(f"{node.name}: inner size {rank} of a {n} x {m} product saves nothing")
+        return False
 
 
 Rule = Callable[[Analysis, fx.Node], Form | None]

@@ -138,7 +138,8 @@ def select(
         targets: suffixes, one regular expression, ``"all-linear"`` (every linear layer but the output layer),
             ``"all-conv"`` (every convolution), or ``"all-blocks"`` (every outermost block). What is named by its module
             or by the module that reads its weight is named.
-        parameters: PEFT's target_parameters. It alone names the matrices that modules multiply by themselves.
+        parameters: PEFT's target_parameters: names of weights, which name their sites. They alone name the matrices
+            that modules multiply by themselves.
         exclude, layers, layers_pattern, saved: PEFT's exclude_modules, layers_to_transform, layers_pattern,
             modules_to_save.
         heads: paths of output layers, which ``"all-linear"`` leaves out.
@@ -148,10 +149,10 @@ def select(
     picked = []
     for path, site in sites.items():
         tick()
-        if site.kind is SiteKind.MATRIX:
-            picked += [site] if names(parameters, path) else []
+        if names(parameters, str(site.weight)):
+            picked.append(site)
             continue
-        given = named(path, site)
+        given = named(path, site) if site.kind is not SiteKind.MATRIX else None
         if given is None or (exclude and names(exclude, path)) or holds(saved, path):
             continue
         # A path that is given in full is meant, whatever its layer (PEFT).

@@ -40,6 +40,7 @@ class HeldFile:
     def __init__(self, where: Path) -> None:
         self.where = where
         self._handle = os.open(where, _FLAGS)
+        self._mapping: weakref.ref[mmap.mmap] | None = None
         weakref.finalize(self, os.close, self._handle)
         if not stat.S_ISREG(os.fstat(self._handle).st_mode):
             raise OSError(f"'{where}' is no file")
@@ -90,8 +91,15 @@ class HeldFile:
         return self.path.read_bytes()
 
     def mapped(self) -> mmap.mmap:
-        """Its bytes where they lie; to be read only. An empty file has none to map."""
-        return mmap.mmap(self._handle, 0, access=mmap.ACCESS_READ)
+        """Its bytes where they lie, once for all that use them, and let go with the last of these.
+
+        What is written there is this process' own. An empty file has none to map.
+        """
+        known = None if self._mapping is None else self._mapping()
+        if known is None:
+            known = mmap.mmap(self._handle, 0, access=mmap.ACCESS_COPY)
+            self._mapping = weakref.ref(known)
+        return known
 
     def digest(self) -> str:
         """The blake2b hash of its bytes, 16 bytes as text."""

@@ -73,7 +73,7 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 
 
 class TensorFile(Mapping[str, Tensor]):
-    """Tensors of a held file by name, mapped when asked for and let go with the answer: nothing stays in memory.
+    """Tensors of a held file by name, mapped when asked for and let go with the last answer: nothing stays in memory.
 
     Tensors written under several names are in the file once, and some lie in it column by column; its metadata says
     which.
@@ -87,13 +87,13 @@ class TensorFile(Mapping[str, Tensor]):
             self._alias: dict[str, str] = told.get(_ALIAS, {})
             self._transposed = frozenset(told.get(_TRANSPOSED, ()))
             self._names = frozenset({*opened.keys(), *self._alias})
+        self._begin, self._header = self._read_header()
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
         stored = self._alias.get(name, name)
-        with safe_open(self.file.path, framework="pt") as opened:
-            found: Tensor = opened.get_tensor(stored)
+        found = self._tensor(self._header[stored])
         return found.t() if stored in self._transposed else found
 
     def __contains__(self, name: object) -> bool:
@@ -104,6 +104,22 @@ class TensorFile(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def _read_header(self) -> tuple[int, Mapping[str, Any]]:
+        """Where the tensors begin, and what the file says of each; the library has held it against the file's size."""
+        with self.file.path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header: Mapping[str, Any] = parse_json(file.read(length).decode(), self._damaged)
+        return 8 + length, header
+
+    def _tensor(self, entry: Mapping[str, Any]) -> Tensor:
+        """One tensor where it lies; all of a file's share one mapping of it."""
+        begin, end = entry["data_offsets"]
+        dtype = DTYPES[entry["dtype"]]
+        if begin == end:
+            return torch.empty(entry["shape"], dtype=dtype)
+        flat = torch.frombuffer(self.file.mapped(), dtype=torch.uint8, offset=self._begin + begin, count=end - begin)
+        return flat.view(dtype).view(entry["shape"])
 
     def _damaged(self, reason: str) -> ArtifactError:
         return ArtifactError(f"the metadata of '{self.file.where}' {reason}", next_step="copy the whole folder again")

@@ -57,6 +57,14 @@ def _eye(size):
     return torch.eye(size, dtype=torch.float64)
 
 
+def _cut(W, change, scale=1.0, groups=1):
+    """A change of a third of the rows of each group, its second."""
+    cut = W.unflatten(0, (groups, -1)).split([OUT // groups // 3] * 3, 1)
+    first, second, third = (part.flatten(0, 1) for part in cut)
+    parts = (first, scale * second + change, third)
+    return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 1)
+
+
 POSITIONS = {"rows": torch.tensor([0, 3, 5, 3]), "cols": torch.tensor([3, 1, 0, 2])}
 AB = {"B": (OUT, 2), "A": (2, IN)}
 
@@ -142,6 +150,20 @@ FORMULAS = {
     "new bias": Formula(lambda W, p: W + p.B @ p.A, {**AB, "e": (OUT,)}, "low-rank", 2, lambda b, p: 2 * b + p.e),
     "new bias of scaled rows": Formula(
         lambda W, p: p.e[:, None] * W, {"e": (OUT,)}, "low-rank", 0, lambda b, p: b - p.e
+    ),
+    "rows of a part": Formula(lambda W, p: _cut(W, p.B @ p.A), {"B": (2, 1), "A": (1, IN)}, "low-rank", 1),
+    "rows of groups, scaled": Formula(
+        lambda W, p: _cut(W, p.B @ p.A, p.c, groups=2), {"B": (2, 1), "A": (1, IN), "c": (2, 1)}, "low-rank", 1
+    ),
+    "rows of groups, scattered": Formula(
+        lambda W, p: _cut(W, torch.index_put(W.new_zeros(2, IN), (p.rows, p.cols), p.v, accumulate=True), groups=2),
+        {"v": (2,)},
+        "sparse",
+        integers={"rows": torch.tensor([0, 1]), "cols": torch.tensor([3, 1])},
+    ),
+    "rows in another order": Formula(lambda W, p: torch.cat([W[2:], W[:2]]) + p.B @ p.A, AB, "dense"),
+    "rows whose inputs are scaled": Formula(
+        lambda W, p: _cut(W * 1.0, p.B @ p.A, p.d), {"B": (2, 1), "A": (1, IN), "d": (1, IN)}, "dense"
     ),
     "scatter": Formula(
         lambda W, p: torch.index_put(W, (p.rows, p.cols), p.v, accumulate=True),

@@ -63,6 +63,25 @@ def test_tensors_of_a_file_that_is_gone(tmp_path: Path) -> None:
     assert torch.equal(file["a"], wanted)
 
 
+@linux
+def test_all_tensors_of_a_file_share_one_mapping(tmp_path: Path) -> None:
+    wanted = {"a": torch.randn(3, 4), "b": torch.arange(5), "half": torch.randn(3).half(), "none": torch.empty(0, 2)}
+    TensorFile.write(tmp_path / "file", wanted, transposed=["a"])
+    file = TensorFile(HeldFile(tmp_path / "file"))
+    found = {name: file[name] for name in wanted}
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value) and found[name].dtype == value.dtype
+    assert _mappings(tmp_path / "file") == 1
+    found["b"] += 1  # what is written there never reaches the file
+    del found
+    assert _mappings(tmp_path / "file") == 0
+    assert torch.equal(file["b"], wanted["b"])
+
+
+def _mappings(path: Path) -> int:
+    return Path("/proc/self/maps").read_text(encoding="utf-8").count(f"{path}\n")
+
+
 @pytest.mark.parametrize("gone", WAYS)
 def test_without_paths_of_open_files_another_file_is_refused(
     gone: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -62,11 +62,15 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
     return matrix_site(path, 1, stored[SPECTRUM].numel()), dict(stored)
 
 
-def make_site(variant: Variant, site: Site) -> dict[str, Tensor]:
-    """The positions (2, n) that the seed chooses."""
+def make_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tensor]:
+    """With the positions (2, n) that the seed chooses."""
+    return {INDICES: _positions(variant, site), **tensors}
+
+
+def _positions(variant: Variant, site: Site) -> Tensor:
     assert isinstance(variant, FourierFT)
     variant.check(site)
-    return {INDICES: variant.positions(site)}
+    return variant.positions(site)
 
 
 def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tensor]:
@@ -77,7 +81,7 @@ def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tens
         UnsupportedField: The positions are not those of the seed, which are all that PEFT knows.
     """
     check_site(site, tensors)
-    if not torch.equal(make_site(variant.at(site), site)[INDICES], tensors[INDICES].cpu()):
+    if not torch.equal(_positions(variant.at(site), site), tensors[INDICES].cpu()):
         raise UnsupportedField(
             f"the positions at '{site.path}' are not those that random_loc_seed chooses, and PEFT stores none",
             next_step="use format='native'",

@@ -275,7 +275,7 @@ METHOD = Method(
     fields=FIELDS,
     retired=RETIRED,
     suffixes=(*MATRICES, *EMBEDDING, *VECTORS),
-    crossed=("lora_A", "lora_B"),
+    crossed={"lora_A": "lora_B", "lora_B": "lora_A"},
     training_state={
         ".lora_velora_embed": "velora_config",
         ".lora_monteclora_sampler.": "monteclora_config",

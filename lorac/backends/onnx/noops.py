@@ -1,0 +1,42 @@
+"""The exporter's rules for what changes nothing, made exact: it takes a small number for 0, and what is near 1 for 1.
+
+So what keeps a divisor off 0 (``x / (y + 1e-9)``) would be dropped, and the program divide by 0 where the model does
+not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from onnxscript import rewriter
+from onnxscript.rewriter import pattern
+from onnxscript.rewriter.rules.common import _no_op
+
+_SLOW = "SlicesSplit"
+"""A rule that is quadratic in the number of nodes."""
+_NEUTRAL: tuple[tuple[Callable[..., Any], bool], ...] = (
+    (lambda op, x: op.Mul(x, _exactly(1)), True),
+    (lambda op, x: op.Add(x, _exactly(0)), True),
+    (lambda op, x: op.Sub(x, _exactly(0)), False),
+    (lambda op, x: op.Div(x, _exactly(1)), False),
+)
+"""What is x again, and whether its operands may change places."""
+
+
+def exporters_rules() -> list[pattern.RewriteRule]:
+    """The exporter's own rules, without those that are slow or not exact."""
+    inexact = {id(rule) for rule in _no_op.rules}
+    return [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule.name != _SLOW and id(rule) not in inexact]
+
+
+def no_ops() -> Iterator[pattern.RewriteRule]:
+    """The rules left out for not being exact, exact."""
+    for made, commutes in _NEUTRAL:
+        rule = pattern.RewriteRule(made, _no_op.identity)
+        yield from rule.commute() if commutes else [rule]
+    yield from (_no_op.dropout_zero_rule, _no_op.dropout_inference_rule)
+
+
+def _exactly(value: int) -> Any:
+    return pattern.Constant(value, rel_tol=0.0, abs_tol=0.0)

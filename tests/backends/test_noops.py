@@ -1,0 +1,29 @@
+"""What changes nothing is left out of a program, and what changes little is not."""
+
+import onnx_ir as ir
+import pytest
+from onnxscript import rewriter
+
+from lorac.backends.onnx.noops import exporters_rules, no_ops
+
+GRAPH = """<ir_version: 10, opset_import: ["": 20]> g (float[2] x) => (float[2] y) {{
+    c = Constant <value = float {{ {value} }}> ()
+    y = {op} ({operands})
+}}"""
+
+
+@pytest.mark.parametrize(
+    ("op", "operands", "neutral", "little"),
+    [
+        ("Add", "x, c", "0.0", "1e-9"),
+        ("Add", "c, x", "0.0", "1e-15"),
+        ("Sub", "x, c", "0.0", "1e-9"),
+        ("Mul", "c, x", "1.0", "1.000005"),
+        ("Div", "x, c", "1.0", "1.000005"),
+    ],
+)
+def test_only_what_changes_nothing_is_left_out(op, operands, neutral, little):
+    for value, left in ((neutral, "Identity"), (little, op)):
+        model = ir.from_onnx_text(GRAPH.format(value=value, op=op, operands=operands))
+        rewriter.RewritePass([*exporters_rules(), *no_ops()])(model)
+        assert model.graph.outputs[0].producer().op_type == left
