@@ -5,12 +5,15 @@ Slots stay true inputs. Inputs, outputs and axes bear the model's own names.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from onnxscript import rewriter
 from onnxscript.optimizer._constant_folding import FoldConstantsPass
+from onnxscript.rewriter import pattern
+from onnxscript.rewriter.rules.common import _no_op
 
 from lorac.backends.onnx.claims import refuse_unclaimed
 from lorac.backends.onnx.exporter import export
@@ -54,11 +57,31 @@ def emit(graph: Graph, signature: CallSignature, dialect: Dialect[ir.Model]) -> 
     return model
 
 
+def _no_ops() -> list[pattern.RewriteRule]:
+    """Steps that change nothing, exactly: onnxscript's own rules take 1e-15 for nothing, which keeps 0 / 0 away."""
+    one, nothing = (pattern.Constant(number, rel_tol=0.0, abs_tol=0.0) for number in (1, 0))
+    idle: list[Callable[[Any, Any], Any]] = [
+        lambda op, x: op.Mul(x, one),
+        lambda op, x: op.Mul(one, x),
+        lambda op, x: op.Div(x, one),
+        lambda op, x: op.Add(x, nothing),
+        lambda op, x: op.Add(nothing, x),
+        lambda op, x: op.Sub(x, nothing),
+    ]
+    return [pattern.RewriteRule(found, lambda op, x, **_: op.Identity(x)) for found in idle]
+
+
+def _rules() -> list[pattern.RewriteRule]:
+    """The exporter's own rules, without those above and the one that is quadratic in the number of nodes."""
+    left_out = set(map(id, _no_op.rules))
+    theirs = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule.name != "SlicesSplit"]
+    return [*_no_ops(), *(rule for rule in theirs if id(rule) not in left_out)]
+
+
 _REDUCE = ir.passes.Sequential(
     common_passes.InlinePass(),
     FoldConstantsPass(shape_inference=False, input_size_limit=1024, output_size_limit=1024),
-    # The exporter's own rules, without the one that is quadratic in the number of nodes.
-    rewriter.RewritePass([rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule.name != "SlicesSplit"]),
+    rewriter.RewritePass(_rules()),
 )
 _CLEAN_UP = ir.passes.Sequential(
     common_passes.RemoveUnusedNodesPass(),
