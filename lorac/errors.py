@@ -36,7 +36,7 @@
     ├── RuntimeFailure
     │   ├── NeedsRecompile        the adapter does not fit what was reserved
     │   ├── ChoiceError           a choice of adapters that makes no sense (rows, strengths)
-    │   ├── InputMismatch         an input of a size that the program was not captured for
+    │   ├── InputMismatch         an input of a size, or a value, that the program was not captured for
     │   └── Unavailable           the target cannot do this at all
     ├── ArtifactError             a saved artefact is damaged, unsafe or of another version
     └── MissingExtra              an optional library is not installed
@@ -262,7 +262,7 @@ class ChoiceError(RuntimeFailure):
 
 
 class InputMismatch(RuntimeFailure):
-    """An input of a call has a size that the program was not captured for; the message names the input and the axis."""
+    """An argument of a call has a size, or a value, that the program was not captured for; the message names both."""
 
 
 class Unavailable(RuntimeFailure):

@@ -12,6 +12,7 @@ import os
 import sysconfig
 from collections.abc import Callable, Sequence
 from traceback import FrameSummary
+from types import FrameType
 from typing import Any
 
 _LIBRARIES = ("/torch/", "/transformers/exporters/", "<string>", "<frozen")
@@ -24,6 +25,12 @@ def innermost_line(frames: Sequence[FrameSummary]) -> str | None:
     """``file:line: code`` of the innermost frame that is somebody else's; None where none is."""
     found = next((frame for frame in reversed(frames) if is_elsewhere(frame.filename)), None)
     return None if found is None else f"{found.filename}:{found.lineno}: {found.line}"
+
+
+def line_of(frame: FrameType) -> str:
+    """``file:line: code`` of a frame that runs."""
+    filename = frame.f_code.co_filename
+    return f"{filename}:{frame.f_lineno}: {linecache.getline(filename, frame.f_lineno).strip()}"
 
 
 def is_elsewhere(filename: str) -> bool:

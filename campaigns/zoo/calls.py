@@ -97,7 +97,7 @@ def call(model: nn.Module, batch: int, length: int, seed: int, **given: Callable
 
 def _order(name: str) -> tuple[bool, bool, bool, str]:
     """Pixels, what describes them, the text with their placeholders, and what describes the text."""
-    late = name.startswith("decoder") or name in ("attention_mask", "bbox", "mm_token_type_ids")
+    late = name.startswith("decoder") or name in ("attention_mask", "bbox", "mm_token_type_ids", "token_type_ids")
     return (late, name == "input_ids", name != "pixel_values", name)
 
 
@@ -107,6 +107,8 @@ def ids(context: Context) -> Tensor:
     vocabulary = min(getattr(context.text, "vocab_size", SPECIAL), SPECIAL)
     words = context.integers(3, vocabulary, context.batch, context.length)
     token = placeholder(context.config)
+    if token is not None:
+        words[words == token] = 3  # what stands for an image is no word
     if token is not None and (count := seen(context)):
         marks = torch.full((context.batch, count), token, dtype=torch.int64)
         words = torch.cat([words[:, :2], marks, words[:, 2:]], 1)
@@ -162,6 +164,11 @@ def answers(context: Context) -> Tensor | None:
     return context.integers(
         3, min(getattr(context.text, "vocab_size", SPECIAL), SPECIAL), context.batch, max(2, context.length - 2)
     )
+
+
+def prefix(context: Context) -> Tensor:
+    """0 for every word of a question, which all see one another."""
+    return torch.zeros_like(context.made["input_ids"])
 
 
 def kinds(context: Context) -> Tensor | None:

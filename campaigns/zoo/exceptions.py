@@ -87,6 +87,7 @@ CALLS: Mapping[str, Mapping[str, Callable[[calls.Context], Any]]] = {
     "audio-spectrogram-transformer": {"input_values": _spectrogram},
     "blip": {"input_ids": calls.ids, "attention_mask": calls.mask},
     "blip-2": {"input_ids": _queried},
+    "paligemma": {"token_type_ids": calls.prefix},
     "instructblip": {"qformer_input_ids": _question, "input_ids": _queried},
     **{name: {"pixel_values": _tiles} for name in TILED},
     "siglip2": _PATCHES,

@@ -85,13 +85,14 @@ class ProgramRow:
 
     Attributes:
         graph: its name; of a single model empty.
-        fixed: the axes whose size the trace of the model fixed, and at which: (input, axis, size).
+        fixed: the axes whose size the trace of the model fixed, at which, and the line of the model that did, where
+            that is known: (input, axis, size, line).
         sizes: what the sizes that vary must meet, those that must merely be equal left out.
         notes: what else whoever calls it should know.
     """
 
     graph: str
-    fixed: tuple[tuple[str, int, int], ...]
+    fixed: tuple[tuple[str, int, int, str | None], ...]
     sizes: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -147,7 +148,7 @@ def _program(name: str, signature: CallSignature) -> ProgramRow:
     sizes = signature.sizes
     return ProgramRow(
         graph="" if name == MAIN else name,
-        fixed=tuple((name, axis, sizes.shapes[name][axis] or 0) for name, axis in sizes.fixed),
+        fixed=tuple((n, axis, sizes.shapes[n][axis] or 0, sizes.lines.get((n, axis))) for n, axis in sizes.fixed),
         sizes=sizes.telling,
         notes=signature.notes,
     )
@@ -226,8 +227,9 @@ def _text(report: Report) -> Iterator[str]:
 
 def _told(program: ProgramRow) -> Iterator[str]:
     """A program's sizes and notes, a line each."""
-    for name, axis, size in program.fixed:
-        yield f"size {size} alone on axis {axis} of '{name}': the trace of the model fixed it"
+    for name, axis, size, line in program.fixed:
+        at = f", at {line}" if line else ""
+        yield f"size {size} alone on axis {axis} of '{name}': the trace of the model fixed it{at}"
     if program.sizes:
         told = [shortened(text) for text in program.sizes[:_MANY]]
         more = len(program.sizes) - len(told)

@@ -85,11 +85,12 @@ def _believe(graph: Graph, inputs: Inputs) -> None:
 
 
 def _warn_of_fixed(graph: Graph) -> None:
-    shapes = graph.sizes.shapes
-    at = sorted({f"{shapes[name][axis]}" for name, axis in graph.sizes.fixed})
+    sizes = graph.sizes
+    at = sorted({f"{sizes.shapes[name][axis]}" for name, axis in sizes.fixed})
+    by = "".join(f"\n  at {line}" for line in dict.fromkeys(sizes.lines.values()))
     warn(
-        f"the trace of the model fixed sizes that were to vary: {spelled(graph.sizes.fixed)}, at {' and '.join(at)}; "
-        "calls of another size are refused",
+        f"the trace of the model fixed sizes that were to vary: {spelled(sizes.fixed)}, at {' and '.join(at)}; "
+        f"calls of another size are refused{by}",
         next_step="compile with example_inputs= of the sizes that are needed; target='eager' takes any",
     )
 
@@ -207,7 +208,7 @@ class _Comparison:
         changed = {id(value): inputs[name] for name, value in self.inputs.items()}
         given, placed = pytree.tree_map(lambda value: changed.get(id(value), value), (args, kwargs))
         try:
-            return running.run(given, placed, seed)
+            return running.run(given, {**placed, **self.graph.fixed}, seed)
         except WritesWeight:
             raise
         except Exception as error:
@@ -282,7 +283,8 @@ class _Comparison:
         step = (
             "dynamic_shapes= that leave these sizes fixed make a program for the example's alone"
             if other
-            else "something that tracing does not see decides what forward does, such as the values of its inputs"
+            else "something that tracing does not see decides what forward does, such as the values of its inputs, or "
+            "arguments that it was not given: example_inputs= should have all that the model's own processor makes"
         )
         return CaptureDiffers(
             f"torch.export gave another program than {type(self.host).__name__}: {worst}",

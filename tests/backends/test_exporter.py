@@ -79,6 +79,23 @@ def of_another_dtype(host, x, y):
     return wide
 
 
+def taken_from_numbers(host, x, y):
+    mask = (y > 0).to(torch.int64)
+    return host.down(y) * (1.0 - mask) + torch.rsub(y, x, alpha=2) + (3 - mask)
+
+
+def divided_by_next_to_nothing(host, x, y):
+    """What keeps a quotient from being 0 / 0 is no 0."""
+    nothing = torch.relu(y) * 0
+    return host.down(y) + nothing / (nothing + 1e-15)
+
+
+def squeezed_where_it_is_not_one(host, x, y):
+    """A squeeze leaves alone what is of another size, and may so be no step at all."""
+    wide = host.down(y)[None, :, None].squeeze(dim=(1, 2)).squeeze(-1)
+    return wide.squeeze(0).squeeze(0).squeeze(1)
+
+
 @torch.library.custom_op("lorac_tests::doubled", mutates_args=())
 def doubled(x: torch.Tensor) -> torch.Tensor:
     return x * 2
@@ -91,6 +108,10 @@ def _(x):
 
 def of_its_own(host, x, y):
     return doubled(y)
+
+
+def of_another(host, x, y):
+    return torch.special.bessel_j0(y)
 
 
 def emitted(step):
@@ -107,7 +128,18 @@ def answers(step):
 
 
 @pytest.mark.parametrize(
-    "step", [masked, cast, scores_in_place, viewed_as_it_was, promoted], ids=lambda step: step.__name__
+    "step",
+    [
+        masked,
+        cast,
+        scores_in_place,
+        viewed_as_it_was,
+        promoted,
+        taken_from_numbers,
+        squeezed_where_it_is_not_one,
+        divided_by_next_to_nothing,
+    ],
+    ids=lambda step: step.__name__,
 )
 def test_nothing_is_decomposed(step, monkeypatch):
     def decompose(*_):
@@ -139,6 +171,11 @@ def test_an_op_without_translation_is_named():
     with pytest.raises(lorac.Unavailable, match=r"no op for lorac_tests::doubled, which .*test_exporter\.py:") as error:
         emitted(of_its_own)
     assert "target='eager'" in str(error.value)
+
+
+def test_an_op_that_another_is_taken_apart_into_is_named_with_the_line():
+    with pytest.raises(lorac.Unavailable, match=r"no op for prims::bessel_j0, which .*test_exporter\.py:"):
+        emitted(of_another)
 
 
 def test_shapes_are_computed_of_what_is_cast_alone(monkeypatch):

@@ -219,8 +219,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[_Draw], Call]]] = {
             caption_projection_dim=32,
             pos_embed_max_size=16,
         ),
-        # It is a share of 1, of whose thousandfold sines are taken: of larger ones float32 has no digits left.
-        lambda draw: {**_hidden(draw, 24, 4, 8, 8), "timestep": draw.time() / 1000},
+        # It counts time from 0 to 1, and by a thousand itself: beyond that, the sines it makes of it are noise.
+        lambda draw: _hidden(draw, 24, 4, 8, 8, timestep=draw.time() / 1000),
     ),
     "flux": (
         _of(

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import functools
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch.onnx.errors import OnnxExporterError
 
 from lorac.errors import Unavailable
 from lorac.ir.graph.capture import node_line
+from lorac.ir.host.guards import chain
 from lorac.quiet import quiet
 
 _ONE_AT_A_TIME = threading.Lock()
@@ -47,26 +49,36 @@ def export(program: ExportedProgram, translations: Mapping[Callable[..., Any], C
                 program, dynamo=True, optimize=False, verbose=False, custom_translation_table=dict(translations)
             )
         except OnnxExporterError as error:
-            raise _untranslated(program, translations, error) from error
+            raise _untranslated(error) from error
     assert found is not None
     return found.model
 
 
-def _untranslated(program: ExportedProgram, translations: Mapping[Any, Any], error: BaseException) -> Unavailable:
+def _untranslated(error: BaseException) -> Unavailable:
     """The error for a program that torch's exporter cannot write, with the line of the model that asks for it."""
-    known = {*ONNXRegistry.from_torchlib().functions, *(op.name() for op in translations)}
-    ops = [node for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
-    replaced = [node for node in ops if node.target._schema.is_mutable or node.target._can_decompose()]
-    unknown = [node for node in ops if node.target.name() not in known and node not in replaced]
-    while error.__cause__ is not None:
-        error = error.__cause__
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    what = f"has no op for {unknown[0].target.name()}" if unknown else f"cannot hold the program: {reason}"
-    line = node_line(unknown[0]) if unknown else None
+    node = next(filter(None, map(_node_at, reversed(list(chain(error))))), None)
+    reasons = [str(e).strip() for e in chain(error)]
+    missing = any(_MISSING in reason for reason in reasons)
+    reason = next((text.splitlines()[0] for text in reversed(reasons) if text), type(error).__name__)
+    line = None if node is None else node_line(node)
+    op = "the program" if node is None else node.target.name()  # type: ignore[union-attr]  # an op
     return Unavailable(
-        f"ONNX {what}" + (f", which {line} asks for" if line else ""),
+        (f"ONNX has no op for {op}" if missing else f"ONNX cannot hold {op}")
+        + (f", which {line} asks for" if line else "")
+        + ("" if missing else f": {reason}"),
         next_step="target='eager' runs it; another implementation of that part of the model may be exported",
     )
+
+
+_MISSING = "No ONNX function found"
+"""What torch's exporter says of an op that it has no translation for."""
+
+
+def _node_at(error: BaseException) -> fx.Node | None:
+    """The op that torch's exporter was at, which its errors do not carry; it may be a part of one of the program's."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename != __file__)
+    nodes = [value for frame in frames for value in frame.f_locals.values() if isinstance(value, fx.Node)]
+    return next((node for node in reversed(nodes) if isinstance(node.target, torch._ops.OpOverload)), None)
 
 
 @contextlib.contextmanager

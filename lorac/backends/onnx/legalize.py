@@ -15,6 +15,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from lorac.ir.graph import ops
+from lorac.ir.graph.edit import inherit
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.passes import Outcome, Pass
 
@@ -51,6 +52,8 @@ def _legalized(graph: Graph, node: fx.Node) -> bool:
         return _legalize_product(node)
     if node.target in _CASTS:
         return _legalize_cast(graph, node)
+    if node.target in _SQUEEZES:
+        return _legalize_squeeze(graph, node)
     if node.target in _VIEWS and _is_as_it_was(node):
         node.replace_all_uses_with(node.all_input_nodes[0])
         graph.fx.erase_node(node)
@@ -59,6 +62,8 @@ def _legalized(graph: Graph, node: fx.Node) -> bool:
     elif _writes_unseen(node):
         op: Any = node.target
         node.target = getattr(getattr(aten, op._schema.name.partition("::")[2].removesuffix("_")), op._overloadname)
+    elif node.target in _REVERSED:
+        _legalize_reversed(graph, node)
     elif node.target in _ALIASES:
         node.target = _ALIASES[node.target]
     else:
@@ -88,6 +93,39 @@ def _legalize_cast(graph: Graph, node: fx.Node) -> bool:
         graph.fx.erase_node(node)
     else:
         node.target, node.args, node.kwargs = aten._to_copy.default, (x,), {"dtype": dtype}
+    return True
+
+
+def _legalize_reversed(graph: Graph, node: fx.Node) -> None:
+    """``other - alpha·x`` as ``other + (-alpha)·x``: the exporter promotes dtypes only of ops whose tensor is first."""
+    x, other, alpha = (*node.args, 1)[:3]
+    assert isinstance(x, fx.Node)
+    with graph.fx.inserting_before(node):
+        factor = -node.kwargs.get("alpha", alpha)  # type: ignore[operator]  # a number
+        negated = graph.fx.call_function(aten.mul.Tensor, (x, factor))
+    negated.meta["val"] = x.meta["val"] * factor
+    inherit(negated, node)
+    node.target, node.args, node.kwargs = aten.add.Tensor, (negated, other), {}
+
+
+def _legalize_squeeze(graph: Graph, node: fx.Node) -> bool:
+    """A squeeze becomes one of each axis that is of size 1: ONNX has none that leaves another axis as it is."""
+    x, dims = node.args
+    sizes = _value(x).shape
+    axes = [axis % len(sizes) for axis in (dims if isinstance(dims, list | tuple) else [dims])]  # type: ignore[operator]  # numbers
+    alone = sorted((axis for axis in axes if statically_known_true(sizes[axis] == 1)), reverse=True)
+    if node.target is aten.squeeze.dim and alone:
+        return False
+    with graph.fx.inserting_before(node):
+        for axis in alone:  # from the last on, so that those that come keep their number
+            squeezed = graph.fx.call_function(aten.squeeze.dim, (x, axis))
+            squeezed.meta["val"] = _value(x).squeeze(axis)
+            inherit(squeezed, node)
+            x = squeezed
+    node.target, node.args = aten.clone.default, (x,)
+    if all(user.op != "output" for user in node.users):  # which keeps its name
+        node.replace_all_uses_with(x)  # type: ignore[arg-type]  # a node
+        graph.fx.erase_node(node)
     return True
 
 
@@ -145,6 +183,8 @@ _UNCHECKED = (
 )
 _VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 _CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other}
+_SQUEEZES = {aten.squeeze.dim, aten.squeeze.dims}
+_REVERSED = {aten.rsub.Scalar, aten.rsub.Tensor}
 _ALIASES: dict[Any, Any] = {
     aten.__and__.Tensor: aten.bitwise_and.Tensor,
     aten.__or__.Tensor: aten.bitwise_or.Tensor,

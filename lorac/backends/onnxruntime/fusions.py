@@ -10,21 +10,43 @@ from typing import Any
 
 import onnx_ir as ir
 from onnxscript.rewriter import pattern
-from onnxscript.rewriter.ort_fusions.rms_normalization import rms_normalization_rules
+from onnxscript.rewriter.ort_fusions.rms_normalization import RmsNormFusion
 
 from lorac.backends.onnx.rewriting import rewriting
-
-_RMS_NORMS = rewriting(rms_normalization_rules)
 
 
 def fuse_rms_norms(model: ir.Model) -> None:
     """RMS norms as ``SimplifiedLayerNormalization``, in place."""
-    _RMS_NORMS(model)
+    rules = [_RmsNorm.rule(first) for first in (True, False)]  # type: ignore[no-untyped-call]  # onnxscript's own
+    rewriting(rules)(model)
 
 
 def fuse_rotary_positions(model: ir.Model) -> None:
     """Rotary positions as ``com.microsoft::RotaryEmbedding``, in place."""
     rewriting([_Rotary.rule()])(model)  # type: ignore[no-untyped-call]  # onnxscript's own
+
+
+class _RmsNorm(pattern.RewriteRuleClassBase):
+    """onnxscript's rule for RMS norms, where the scale is a vector: a scale for each row is a product of its own.
+
+    Args:
+        first: whether the norm is the first factor of the product with the scale.
+    """
+
+    def __init__(self, first: bool) -> None:
+        super().__init__(name="RmsNorm")
+        self._theirs: Any = RmsNormFusion("RmsNorm", first)
+
+    def pattern(self, op: Any, x: Any, scale: Any, epsilon: Any, compute_dtype: Any, target_dtype: Any) -> Any:
+        return self._theirs.pattern(op, x, scale, epsilon, compute_dtype, target_dtype)
+
+    def check(self, op: Any, x: Any, scale: Any, **others: Any) -> Any:
+        if None in (x.shape, scale.shape) or scale.shape.dims != x.shape.dims[-1:]:
+            return pattern.MatchResult().fail("the scale is no vector along the last axis", scale)
+        return self._theirs.check(op, x=x, scale=scale, **others)
+
+    def rewrite(self, op: Any, **values: Any) -> Any:
+        return self._theirs.rewrite(op, **values)
 
 
 class _Rotary(pattern.RewriteRuleClassBase):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -17,6 +17,7 @@ from torch.utils._sympy.printers import PythonPrinter
 from lorac.ir.graph.edit import fake_mode
 from lorac.ir.graph.sizes import Axis, Sizes, axes_in
 from lorac.ir.host.example_inputs import varying
+from lorac.ir.host.guards import Guard, fixing
 
 Tensor = torch.Tensor
 BATCH = "batch"
@@ -60,6 +61,11 @@ def constant(size: int | torch.SymInt) -> int | None:
     return size if isinstance(size, int) else size.node.maybe_as_int()
 
 
+def _told(size: int | torch.SymInt) -> str:
+    """torch's symbol for a size that was to vary, also where that stands for a number by now."""
+    return str(size) if isinstance(size, int) else str(size.node._expr)
+
+
 def _inputs(program: ExportedProgram) -> dict[str, Tensor]:
     """The examples of the caller's tensors, by input."""
     given = {getattr(s.arg, "name", "") for s in program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT}
@@ -85,16 +91,19 @@ def asked_axes(value: Any, axes: Any, name: str = "") -> list[Axis]:
     ]
 
 
-def sizes_of(program: ExportedProgram, asked: Collection[Axis]) -> Sizes:
+def sizes_of(program: ExportedProgram, asked: Collection[Axis], guards: Sequence[Guard] = ()) -> Sizes:
     """The sizes that a program was captured for, and what torch found and assumed about them.
 
     Args:
         program: as captured.
         asked: the axes that were to vary.
+        guards: what its trace took for granted, and at which lines of the model.
     """
     inputs = _inputs(program)
     shapes = {name: tuple(constant(size) for size in value.shape) for name, value in inputs.items()}
     fixed = tuple((name, axis) for name, axis in asked if name in shapes and shapes[name][axis] is not None)
+    found_at = {(name, axis): fixing(guards, _told(inputs[name].shape[axis])) for name, axis in fixed}
+    lines = {axis: line for axis, line in found_at.items() if line is not None}
     environment = fake_mode(program).shape_env if inputs else None
     places, found = _places(inputs)
     if environment is not None:
@@ -107,7 +116,7 @@ def sizes_of(program: ExportedProgram, asked: Collection[Axis]) -> Sizes:
     # An empty batch takes a way of its own through most models, and no trace shows it.
     least = tuple(f"{name}[{axis}] >= 1" for name, axis in sorted(varying))
     assumed = tuple(text for text, condition in known.items() if _small(condition))
-    return Sizes(shapes, (*least, *(text for text in known if text not in assumed)), assumed, fixed)
+    return Sizes(shapes, (*least, *(text for text in known if text not in assumed)), assumed, fixed, lines)
 
 
 def _places(inputs: Mapping[str, Tensor]) -> tuple[dict[Any, Any], list[Any]]:

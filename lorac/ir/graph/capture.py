@@ -10,11 +10,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import logging
 import re
 import threading
-import traceback
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +21,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from lorac.errors import CaptureFailed
+from lorac.errors import CaptureFailed, short
 from lorac.ir.graph.axes import asked_axes, axis_names, in_program, sizes_of
 from lorac.ir.graph.edit import keep_tensors, qualified
 from lorac.ir.graph.graph import Graph
@@ -40,12 +38,14 @@ from lorac.ir.host.example_inputs import (
     wide,
     widened,
 )
+from lorac.ir.host.fixed_values import Arguments
+from lorac.ir.host.guards import Guard, chain, listening, source_line
 from lorac.ir.host.layers import Forward, calls_below, is_plain, padded, with_below
 from lorac.ir.host.running import random_state_kept
 from lorac.ir.host.sites import Site, conv_geometry, is_conv1d_of_gpt2
 from lorac.ir.slots.reads import first_tensor, replace_first
 from lorac.ir.slots.site import SitePlan
-from lorac.lines import innermost_line, is_elsewhere
+from lorac.lines import is_elsewhere
 from lorac.quiet import quiet
 
 _LOCK = threading.RLock()  # tracing swaps attributes of torch and of transformers' classes for the whole process
@@ -155,18 +155,34 @@ def export(
         ExampleInputsNeeded: there are no inputs and none can be made.
         CaptureFailed: the model does not trace; the message names the line that does not.
     """
+    return _exported(model, example_inputs, dynamic_shapes, blocks, prefix)[0]
+
+
+def _exported(
+    model: nn.Module, example_inputs: Any, dynamic_shapes: Any, blocks: Collection[str], prefix: str
+) -> tuple[ExportedProgram, list[Guard]]:
+    """As ``export``, with what the trace takes for granted and where."""
     given = default_inputs(model) if example_inputs is None else example_inputs
-    inputs = by_name(model, given) if isinstance(given, Mapping) or is_hugging_face(model) else given
+    arguments = Arguments.of(model, by_name(model, given))
+    named = bool(arguments.fixed) or isinstance(given, Mapping) or is_hugging_face(model)
+    inputs = arguments.inputs if named else given
     with undisturbed(model), _no_cache_of_shapes():
-        host = _marked_copy(model, blocks, prefix)
-        attempts = (
-            _attempts(model, inputs)
-            if dynamic_shapes is None
-            else [(wide(model, inputs, dynamic_shapes), dynamic_shapes)]
-        )
-        program = _first_trace(host, attempts)
+        host = _marked_copy(model, blocks, prefix, arguments.traced)
+        if dynamic_shapes is None:
+            attempts: Iterable[tuple[Any, Any]] = _attempts(model, inputs, widen=not arguments.read)
+        else:
+            attempts = [(wide(model, inputs, dynamic_shapes), _without(model, dynamic_shapes, arguments))]
+        program, guards = _first_trace(host, attempts)
     _refuse_objects(program)
-    return qualified(program, prefix)
+    return qualified(program, prefix), guards
+
+
+def _without(model: nn.Module, dynamic_shapes: Any, arguments: Arguments) -> Any:
+    """Dynamic shapes, in order or by name, without those of constants."""
+    if not arguments.fixed:
+        return dynamic_shapes
+    shapes = by_name(model, dynamic_shapes)
+    return {name: shapes.get(name) for name in arguments.inputs}
 
 
 def _refuse_objects(program: ExportedProgram) -> None:
@@ -187,27 +203,43 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _marked_copy(model: nn.Module, blocks: Collection[str], prefix: str) -> nn.Module:
-    """A structural copy to trace, its sites and blocks marked."""
+def _marked_copy(model: nn.Module, blocks: Collection[str], prefix: str, fixed: Mapping[str, Any]) -> nn.Module:
+    """A structural copy to trace, its sites and blocks marked, that is given some of its arguments already."""
     try:
         host = structural_copy(model, share_buffers=True).eval()
     except Exception as error:
         raise CaptureFailed(f"{type(model).__name__} cannot be copied: {error}") from error
     mark(host, blocks, prefix)
-    host.forward = _restrained(host.forward)
+    for module in host.modules():
+        module._apply = functools.partial(_as_it_is, module)  # type: ignore[method-assign]  # of a copy
+    host.forward = _restrained(host.forward, fixed)
     return host
 
 
-def _first_trace(host: nn.Module, attempts: Iterable[tuple[Any, Any]]) -> ExportedProgram:
+class _Recast(Exception):
+    """A forward casts its own weights, which are constants of a program."""
+
+
+def _as_it_is(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """A module that its own forward brings to a dtype or a device (``to``, ``float``): there it must be already."""
+    for name, tensor in (*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)):
+        wanted = change(tensor).dtype
+        if wanted != tensor.dtype:
+            raise _Recast(f"it casts its own weight '{name}' from {tensor.dtype} to {wanted}")
+    return module
+
+
+def _first_trace(host: nn.Module, attempts: Iterable[tuple[Any, Any]]) -> tuple[ExportedProgram, list[Guard]]:
     """The trace of the first attempt that succeeds; other shapes are tried only where it was the shapes that failed."""
     for inputs, shapes in attempts:
+        guards: list[Guard] = []
         try:
-            return _trace(host, inputs, shapes)
+            return _trace(host, inputs, shapes, guards), guards
         except Exception as error:
             cause = error
         if not _is_about_shapes(cause):
             break
-    raise _failure(host, inputs, shapes, cause) from cause
+    raise _failure(host, guards, cause) from cause
 
 
 def capture(
@@ -228,22 +260,32 @@ def capture(
         model, inputs, dynamic_shapes, blocks, prefix: as ``export`` takes them.
         sites, plans: the host's, of which the graph keeps those of this model.
     """
-    exported = export(model, inputs, dynamic_shapes, blocks=blocks, prefix=prefix)
+    exported, guards = _exported(model, inputs, dynamic_shapes, blocks, prefix)
     given = default_inputs(model) if inputs is None else inputs
-    named = by_name(model, given)
+    arguments = Arguments.of(model, by_name(model, given))
+    named = arguments.inputs
     shapes = default_shapes(model, named) if dynamic_shapes is None else by_name(model, dynamic_shapes)
     own = {path: plan for path, plan in plans.items() if path.startswith(prefix)}
-    sizes = sizes_of(exported, asked_axes(named, shapes))
+    sizes = sizes_of(exported, asked_axes(named, shapes), guards)
     axes = axis_names(exported, {in_program(argument): told for argument, told in shapes.items()})
-    return Graph(name, exported, sites, own, axes=axes, sizes=sizes, structure=keep_tensors(exported))
+    graph = Graph(name, exported, sites, own, axes=axes, sizes=sizes, structure=keep_tensors(exported))
+    graph.fixed = arguments.fixed
+    graph.notes += [_read(argument, value) for argument, value in arguments.read.items()]
+    return graph
 
 
-def _trace(host: nn.Module, inputs: Any, shapes: Any) -> ExportedProgram:
-    """One torch.export of a marked copy."""
-    if is_hugging_face(host):
-        return _trace_hugging_face(host, inputs, shapes)
+def _read(argument: str, value: Any) -> str:
+    held = f"the program holds {short(value)}, and calls that say otherwise are refused"
+    return f"forward reads '{argument}' as numbers: {held}"
+
+
+def _trace(host: nn.Module, inputs: Any, shapes: Any, guards: list[Guard]) -> ExportedProgram:
+    """One torch.export of a marked copy; ``guards`` gets what it takes for granted, also where it fails."""
     args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
-    return torch.export.export(host, args, kwargs, dynamic_shapes=shapes)
+    with listening(guards):
+        if is_hugging_face(host):
+            return _trace_hugging_face(host, inputs, shapes)
+        return torch.export.export(host, args, kwargs, dynamic_shapes=shapes)
 
 
 def _trace_hugging_face(host: nn.Module, inputs: Inputs, shapes: Any) -> ExportedProgram:
@@ -259,13 +301,18 @@ def _trace_hugging_face(host: nn.Module, inputs: Inputs, shapes: Any) -> Exporte
     return program
 
 
-def _attempts(model: nn.Module, inputs: Any) -> Iterator[tuple[Any, Any]]:
-    """The inputs and default shapes to try: named dims, then dims that torch may narrow or fix."""
+def _attempts(model: nn.Module, inputs: Any, *, widen: bool) -> Iterator[tuple[Any, Any]]:
+    """The inputs and default shapes to try: named dims, then dims that torch may narrow or fix.
+
+    Args:
+        model, inputs: as ``export``'s.
+        widen: whether one row may become two, which constants that speak of it would contradict.
+    """
     named = isinstance(inputs, Mapping)
     given = dict(inputs) if named else {str(i): value for i, value in enumerate(inputs)}
     for names in (True, False):
         shapes = default_shapes(model, given, named=names)
-        values = {name: widened(value, shapes[name]) for name, value in given.items()}
+        values = {name: widened(value, shapes[name]) if widen else value for name, value in given.items()}
         yield (values, shapes) if named else (tuple(values.values()), tuple(shapes.values()))
 
 
@@ -294,85 +341,39 @@ class _ValuesNeeded(Exception):
     """
 
 
-def _restrained(forward: Forward) -> Forward:
+def _restrained(forward: Forward, fixed: Mapping[str, Any]) -> Forward:
+    """A forward as torch.export is to see it: its answer in containers, and some of its arguments given already."""
+
     @functools.wraps(forward)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
-            return without_dataclasses(forward(*args, **kwargs))
+            return without_dataclasses(forward(*args, **fixed, **kwargs))
         except GuardOnDataDependentSymNode as error:
             raise _ValuesNeeded(str(error)).with_traceback(error.__traceback__) from error
 
+    if fixed:
+        own = inspect.signature(forward)
+        left = [parameter for name, parameter in own.parameters.items() if name not in fixed]
+        call.__signature__ = own.replace(parameters=left)  # type: ignore[attr-defined]  # functions take attributes
     return call
 
 
 # ── The errors ───────────────────────────────────────────────────────────────────────────────────────────────────────
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 def _is_about_shapes(error: BaseException) -> bool:
     """Whether the model traced, but not for every size the shapes promise."""
-    return any(type(e).__name__ in ("ConstraintViolationError", "UserError") for e in _chain(error))
+    return any(type(e).__name__ in ("ConstraintViolationError", "UserError") for e in chain(error))
 
 
-def source_line(error: BaseException) -> str | None:
-    """``file:line: code`` of the innermost line of the model in an error of torch.export; None where there is none.
-
-    Tracing runs the model's own Python, so its frames are in the traceback.
-    """
-    for e in _chain(error):
-        if line := _model_line(traceback.extract_tb(e.__traceback__)):
-            return line
-    return None
-
-
-def _model_line(frames: Sequence[traceback.FrameSummary]) -> str | None:
-    entered = next((i for i, frame in enumerate(frames) if frame.name == "_call_impl"), len(frames))
-    return innermost_line(frames[entered:])
-
-
-class _GuardLines(logging.Handler):
-    """Where guards come from.
-
-    A broken promise about sizes is reported after the trace, when the line is gone, but torch logs each guard while the
-    line runs.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if "[guard added]" in record.getMessage() and (line := _model_line(traceback.extract_stack())):
-            self.lines.append(line)
-
-
-def _guard_lines(host: nn.Module, inputs: Any, shapes: Any) -> list[str]:
-    """The lines of the model that need particular sizes, found by tracing once more."""
-    logger, handler = logging.getLogger("torch.fx.experimental.symbolic_shapes"), _GuardLines()
-    before = logger.handlers, logger.level, logger.propagate
-    logger.handlers, logger.propagate = [handler], False
-    logger.setLevel(logging.INFO)
-    try:
-        with contextlib.suppress(Exception):
-            _trace(host, inputs, shapes)
-    finally:
-        logger.handlers, level, logger.propagate = before
-        logger.setLevel(level)
-    return list(dict.fromkeys(handler.lines))
-
-
-def _failure(host: nn.Module, inputs: Any, shapes: Any, error: Exception) -> CaptureFailed:
+def _failure(host: nn.Module, guards: Sequence[Guard], error: Exception) -> CaptureFailed:
     line = source_line(error)
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     step = "make this line independent of the values of tensors (torch.where, torch.cond)"
     if _is_about_shapes(error):
-        lines = _guard_lines(host, inputs, shapes)
-        line = line or (lines[0] if lines else None)
+        line = line or (guards[0].line if guards else None)
         reason = " ".join(str(error).partition("The error above")[0].split())
         step = "give dynamic_shapes= that this line admits, or change the line"
+    elif isinstance(error, _Recast):
+        step = "call the model once before compiling, if only its first call casts; or compile with dtype='float32'"
     elif not isinstance(error, _ValuesNeeded | GuardOnDataDependentSymNode):
         step = "the same call in eager shows whether the inputs fit the model"
     return CaptureFailed(

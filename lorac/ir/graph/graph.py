@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch.fx
 from torch.export import ExportedProgram
@@ -80,6 +81,7 @@ class Graph:
         axes: torch's symbols for sizes that vary -> their names.
         sizes: which sizes the host's inputs may have.
         structure: what the host answers around the graph's tensors; None where that is for the program itself to say.
+        fixed: arguments of the host that are constants of the graph, as they were given when it was captured.
         notes: what whoever calls the program should know about it, each in a sentence.
     """
 
@@ -94,6 +96,7 @@ class Graph:
     axes: dict[str, str] = field(default_factory=dict)
     sizes: Sizes = field(default_factory=Sizes)
     structure: Structure | None = None
+    fixed: Mapping[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from lorac.errors import ArtifactError, ChoiceError, nearest_name
+from lorac.errors import ArtifactError, ChoiceError, InputMismatch, nearest_name, short
 from lorac.ir.graph.axes import in_program
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.outputs import Structure, output_names, structure_from_json, structure_to_json
 from lorac.ir.graph.sizes import Sizes
 from lorac.ir.host.example_inputs import fixed_arguments, positional_arguments
+from lorac.ir.host.fixed_values import plain
 
 aten = torch.ops.aten
 _RESHAPING = frozenset(
@@ -26,7 +27,7 @@ _RESHAPING = frozenset(
 AS_TUPLE = "return_dict"
 """The argument by which models of transformers and diffusers are asked for a tuple: only the output's kind changes."""
 
-_NAMES = ("inputs", "arguments", "outputs", "extra", "notes")
+_NAMES = ("inputs", "arguments", "outputs", "extra", "told", "notes")
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +40,8 @@ class CallSignature:
         structure: what the host answers around the program's tensors; None where only names are known.
         outputs: names of the program's outputs, the host's own first: the model's names for them.
         extra: names of the extra outputs behind them.
-        fixed: arguments that are no tensors, and what they were when the host was captured.
+        fixed: arguments that are constants of the program, and what they were when the host was captured.
+        told: those of them that every call has to give: left out, they would mean something else to the host.
         below: of the inputs that are ids of an embedding, how many there are.
         spelled: arguments of the host whose inputs are called otherwise -> what those are called.
         sizes: which sizes the inputs may have.
@@ -52,6 +54,7 @@ class CallSignature:
     structure: Structure | None = None
     extra: tuple[str, ...] = ()
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    told: tuple[str, ...] = ()
     below: Mapping[str, int] = field(default_factory=dict)
     spelled: Mapping[str, str] = field(default_factory=dict)
     sizes: Sizes = field(default_factory=Sizes)
@@ -63,7 +66,7 @@ class CallSignature:
         Raises:
             ChoiceError: an argument the program was not captured with, one given twice, a missing one, or ids that an
                 embedding does not have (a target may take a negative one for one counted from the end).
-            InputMismatch: an input has a size that the program was not captured for.
+            InputMismatch: an input has a size, or an argument a value, that the program was not captured for.
         """
         positional = dict(zip(self.arguments, args, strict=False))
         twice = sorted(positional.keys() & kwargs.keys())
@@ -74,6 +77,9 @@ class CallSignature:
         given = {self.spelled.get(name, name): value for name, value in named if value is not None}
         for name in given.keys() - set(self.inputs):
             self._refuse_other(name, given[name])
+        for name in self.told:
+            if name not in given:
+                raise self._otherwise(name, "be called without it", f"give {name}={short(self.fixed[name])}")
         for name in self.inputs:
             if name not in given:
                 given[name] = self._default(name, given)
@@ -92,11 +98,17 @@ class CallSignature:
             )
         if name == AS_TUPLE and self.fixed[name] and value is False:
             return
-        if isinstance(value, torch.Tensor | np.ndarray) or value != self.fixed[name]:
-            raise ChoiceError(
-                f"the program was captured with {name}={self.fixed[name]!r}, and cannot take {name}={value!r}",
-                next_step="leave it out, or set it in the model's configuration before compiling",
+        if plain(value) != self.fixed[name]:
+            raise self._otherwise(
+                name,
+                f"take {name}={short(plain(value))}",
+                "compile with it in example_inputs=, or with what the model's configuration says of it changed",
             )
+
+    def _otherwise(self, name: str, what: str, next_step: str) -> InputMismatch:
+        return InputMismatch(
+            f"the program was captured with {name}={short(self.fixed[name])}, and cannot {what}", next_step=next_step
+        )
 
     def answer(self, values: list[Any], asked: Mapping[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """The host's output object, and the extra outputs by name.
@@ -141,13 +153,16 @@ class CallSignature:
         spec = signature.out_spec.child(0) if graph.extra_outputs else signature.out_spec
         structure = graph.structure or Structure(spec)
         names = enumerate(output_names(structure.spec, inputs))
+        usual = {} if host is None else fixed_arguments(host)
+        fixed = {name: plain(value) for name, value in graph.fixed.items()}
         return cls(
             inputs=inputs,
             arguments=inputs if host is None else positional_arguments(host, inputs),
             outputs=(*(name for i, name in names if i not in structure.constants), *graph.extra_outputs),
             structure=structure,
             extra=tuple(graph.extra_outputs),
-            fixed={} if host is None else fixed_arguments(host),
+            fixed=usual | fixed,
+            told=tuple(name for name, value in fixed.items() if name not in usual or usual[name] != value),
             below=_ids(graph, inputs),
             spelled={} if host is None else _spelled(host, inputs),
             sizes=graph.sizes,
@@ -172,7 +187,9 @@ class CallSignature:
         own = len(names["outputs"]) - len(names["extra"])
         texts = all(isinstance(name, str) for listed in names.values() for name in listed)
         known = below.keys() | set(spelled.values()) <= set(names["inputs"])
-        fits = known and all(type(size) is int for size in below.values())
+        fits = (
+            known and all(type(size) is int for size in below.values()) and set(names["told"]) <= stored["fixed"].keys()
+        )
         if not (texts and fits) or (structure is not None and structure.tensors != own):
             raise ArtifactError(
                 f"the signature of a stored program does not fit together: its output has {own} tensors, and inputs "

@@ -44,12 +44,14 @@ class Sizes:
         assumed: what torch takes for granted while it traces, that no size is 0 or 1 for instance, and what need not
             hold for the program to be right (``settled``).
         fixed: the axes that were to vary and that the trace fixed.
+        lines: of those axes, the line of the model that fixed it, as far as that is known.
     """
 
     shapes: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)
     conditions: tuple[str, ...] = ()
     assumed: tuple[str, ...] = ()
     fixed: tuple[Axis, ...] = ()
+    lines: Mapping[Axis, str] = field(default_factory=dict)
     _right: set[object] = field(default_factory=set, init=False, repr=False, compare=False)
 
     @property
@@ -186,8 +188,10 @@ class Sizes:
                 next_step="dynamic_shapes= when compiling says which sizes may vary",
             )
         for axis in wrong:
+            line = self.lines.get((name, axis))
             raise InputMismatch(
-                f"input '{name}' has size {shape[axis]} on axis {axis}; the trace of the model fixed {wanted[axis]}",
+                f"input '{name}' has size {shape[axis]} on axis {axis}; the trace of the model fixed {wanted[axis]}"
+                + (f", at {line}" if line else ""),
                 next_step=f"compile with example_inputs= of size {shape[axis]} there; target='eager' takes any size",
             )
 
@@ -196,7 +200,10 @@ class Sizes:
     def to_json(self) -> dict[str, Any]:
         """The sizes as JSON."""
         shapes = {name: list(shape) for name, shape in self.shapes.items()}
-        return {"shapes": shapes, "conditions": list(self.conditions), "fixed": [list(axis) for axis in self.fixed]}
+        # A library's line without where that is installed: others read it elsewhere.
+        lines = {axis: line.rpartition("site-packages/")[2] for axis, line in self.lines.items()}
+        fixed = [[name, axis, lines.get((name, axis))] for name, axis in self.fixed]
+        return {"shapes": shapes, "conditions": list(self.conditions), "fixed": fixed}
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Sizes:
@@ -206,11 +213,12 @@ class Sizes:
             ArtifactError: a condition that is none.
         """
         shapes = {name: tuple(shape) for name, shape in stored["shapes"].items()}
-        fixed = tuple((name, axis) for name, axis in stored["fixed"])
-        sizes = cls(shapes, tuple(stored["conditions"]), fixed=fixed)
-        known = dict.fromkeys(sizes._axes(), 1)
+        lines = {(name, axis): None if line is None else str(line) for name, axis, line in stored["fixed"]}
+        known = {axis: line for axis, line in lines.items() if line is not None}
+        sizes = cls(shapes, tuple(stored["conditions"]), fixed=tuple(lines), lines=known)
+        varying = set(sizes._axes())
         for text in sizes.conditions:
-            if (axes := axes_in(text)) is None or not axes <= known.keys():
+            if (axes := axes_in(text)) is None or not axes <= varying:
                 raise ArtifactError(f"the program's sizes are to meet '{text[:80]}', which is no condition on them")
         return sizes
 

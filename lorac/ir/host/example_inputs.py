@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import re
@@ -13,14 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.utils import _pytree as pytree
 
 from lorac.errors import ExampleInputsNeeded
+from lorac.ir.host.placeholders import PIXELS, placeholder, with_placeholders
 
 Inputs = Mapping[str, Any]
 
 _BATCH, _LENGTH, _DECODER_LENGTH = 2, 7, 5  # never 0 or 1, which torch.export takes for constants; distinct primes
 _TEXT = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"})
 _DECODER = "decoder_"
+_TABLE = 2
+"""Axes of ids: rows, and the text along each."""
 SWITCHES = ("return_dict", "output_hidden_states", "output_attentions")
 """Arguments of transformers models that their configuration has too."""
 CAPTURED = {"use_cache": False}
@@ -39,13 +44,13 @@ def default_inputs(model: nn.Module) -> dict[str, Tensor]:
     """Example inputs from the model's main input and configuration.
 
     Raises:
-        ExampleInputsNeeded: neither text, pixels nor sound, or a model that joins them by special tokens.
+        ExampleInputsNeeded: neither text, pixels nor sound, or a model that joins them otherwise than by one id for
+            each piece of an image.
     """
     config, names = getattr(model, "config", None), list(inspect.signature(model.forward).parameters)
     main = getattr(model, "main_input_name", None) if is_hugging_face(model) else None
     inputs: dict[str, Tensor] = {}
-    placeholder = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
-    if placeholder is None and main in ("input_ids", *_SEEN, *_HEARD) and main in names:
+    if main in ("input_ids", *_SEEN, *_HEARD) and main in names:
         device = next((p.device for p in model.parameters()), None)
         if main == "input_ids":
             inputs |= _text_inputs(config, names, device)
@@ -54,12 +59,39 @@ def default_inputs(model: nn.Module) -> dict[str, Tensor]:
         inputs |= {name: _wave(model, shape, device) for name, shape in shapes.items() if shape is not None}
         if "decoder_input_ids" in names and getattr(config, "is_encoder_decoder", False):
             inputs["decoder_input_ids"] = _ids(config, _DECODER_LENGTH, device)
+    token = placeholder(config)
+    if token is not None and main == "input_ids":
+        inputs = _joined(model, inputs, token)
     if main not in inputs:
         raise ExampleInputsNeeded(
             f"example inputs cannot be made for {type(model).__name__}; its forward takes ({', '.join(names)})",
-            next_step="pass example_inputs= a tuple or a dict of tensors, batch and lengths of 2 or more",
+            next_step=f"{_ready_made(model, names)}, batch and lengths of 2 or more",
         )
     return inputs
+
+
+def _joined(model: nn.Module, inputs: dict[str, Tensor], token: int) -> dict[str, Tensor]:
+    """Inputs with placeholders for the images among the ids; nothing where they cannot be made to fit."""
+    found = with_placeholders(model, inputs["input_ids"], inputs[PIXELS], token) if PIXELS in inputs else None
+    if found is None:
+        return {}
+    mask = "attention_mask"
+    return {**inputs, **found} | ({mask: torch.ones_like(found["input_ids"])} if mask in inputs else {})
+
+
+def _ready_made(model: nn.Module, names: Collection[str]) -> str:
+    """How to make example inputs, to be copied: by the processor of a transformers model, else one tensor a name."""
+    if is_hugging_face(model):
+        given = {"images": [PIXELS, _MOVING], "audio": list(_HEARD), "text": ["input_ids"]}
+        kinds = [kind for kind, taken in given.items() if set(taken) & set(names)]
+        path = getattr(model.config, "name_or_path", "") or "the model's name"
+        made = ", ".join(f"{kind}=[..., ...]" for kind in kinds)
+        processor = f"transformers.AutoProcessor.from_pretrained({path!r})"
+        return f"pass example_inputs=dict({processor}({made}, return_tensors='pt', padding=True))"
+    parameters = inspect.signature(model.forward).parameters.values()
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD] or names
+    made = ", ".join(f"{name!r}: torch.randn(2, ...)" for name in needed)
+    return f"pass example_inputs={{{made}}}, with the shapes that the model takes"
 
 
 def _text_inputs(config: Any, names: Collection[str], device: Any) -> dict[str, Tensor]:
@@ -122,37 +154,87 @@ def _wave(model: nn.Module, shape: tuple[int, ...], device: Any) -> Tensor:
 
 
 _MOVING = "pixel_values_videos"
-_SEEN = ("pixel_values", _MOVING)
+_SEEN = (PIXELS, _MOVING)
 """Arguments that hold images."""
-_HEARD: Mapping[str, Callable[[Any], tuple[int, ...] | None]] = {"input_values": _samples, "input_features": _spectrum}
+_SAMPLES = "input_values"
+_HEARD: Mapping[str, Callable[[Any], tuple[int, ...] | None]] = {_SAMPLES: _samples, "input_features": _spectrum}
 """Arguments that hold sounds -> their shapes."""
 
 
 def default_shapes(model: nn.Module, inputs: Inputs, *, named: bool = True) -> dict[str, Any]:
-    """Dynamic shapes: the batch of every tensor input, and the length of text inputs.
+    """Dynamic shapes: the batch of every tensor input, the length of texts and of sounds; nested as the inputs are.
 
     Args:
         model: bounds the length where positions come from a table.
         inputs: the example inputs, by name.
         named: ``Dim``s called batch, length and decoder_length; else ``Dim.AUTO``, which lets torch narrow them.
     """
-    limit = _position_limit(model)
     tensors = [value for value in inputs.values() if isinstance(value, Tensor) and value.dim()]
+    texts = _Texts(model, inputs)
+    dims = _Dims(named, _position_limit(model))
     batch = tensors[0].shape[0] if tensors else None
-    dims: dict[str, Any] = {"batch": Dim("batch")}
-    shapes: dict[str, Any] = {}
-    for name, value in inputs.items():
+
+    def axes(name: str, value: Any) -> dict[int, Any] | None:
         if not isinstance(value, Tensor):
-            shapes[name] = None
-            continue
-        shapes[name] = axes = {}
-        if value.dim() and value.shape[0] == batch:
-            axes[0] = dims["batch"] if named else Dim.AUTO
-        plain = name.removeprefix(_DECODER)
-        if is_hugging_face(model) and plain in _TEXT and value.dim() >= 2:
-            length = "length" if plain == name else "decoder_length"
-            axes[1] = dims.setdefault(length, Dim(length, max=limit)) if named else Dim.AUTO
-    return shapes
+            return None
+        along = texts.axes(name, value)
+        if name == _SAMPLES and value.dim() == _TABLE:
+            along[1] = "samples"
+        rows = {0: "batch"} if value.dim() and value.shape[0] == batch and "batch" not in along.values() else {}
+        return {axis: dims[dim] for axis, dim in (rows | along).items()}
+
+    return {name: pytree.tree_map(functools.partial(axes, name), value) for name, value in inputs.items()}
+
+
+class _Dims(dict[str, Any]):
+    """``Dim``s by name, made when they are asked for.
+
+    Args:
+        named: whether they have names, so that torch must keep them.
+        limit: the longest text.
+    """
+
+    def __init__(self, named: bool, limit: int | None) -> None:
+        self._named, self._limit = named, limit
+
+    def __missing__(self, name: str) -> Any:
+        limit = None if name == "batch" else self._limit
+        # Steps over samples leave no such size quite free: torch is to narrow it.
+        self[name] = found = Dim(name, max=limit) if self._named and name != "samples" else Dim.AUTO
+        return found
+
+
+class _Texts:
+    """Which axes of a transformers model's inputs run along its text.
+
+    Args:
+        model: any model; others than transformers' have no text.
+        inputs: the example inputs, by name.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+        self._known = is_hugging_face(model)
+        self._ids = {name: value for name, value in inputs.items() if _plain(name) == "input_ids"}
+
+    def axes(self, name: str, value: Tensor) -> dict[int, str]:
+        """Axis -> what its ``Dim`` is called.
+
+        What is known by its name is text, and so are whole numbers that come one, or several, to a token.
+        """
+        text = _plain(name)
+        dim = "length" if text == name else f"{_DECODER}length"
+        ids = self._ids.get(name.replace(text, "input_ids"))
+        if not self._known or value.dim() < _TABLE:
+            return {}
+        whole = ids is not None and not value.is_floating_point()
+        if whole and value.dim() > _TABLE and value.shape[-_TABLE:] == ids.shape:  # type: ignore[union-attr]  # it is there
+            return {value.dim() - _TABLE: "batch", value.dim() - 1: dim}
+        return {1: dim} if text in _TEXT or (whole and value.shape[:_TABLE] == ids.shape) else {}  # type: ignore[union-attr]  # see above
+
+
+def _plain(name: str) -> str:
+    """An argument's name, without what tells a decoder's from an encoder's."""
+    return name.removeprefix(_DECODER)
 
 
 def _position_limit(model: nn.Module) -> int | None:

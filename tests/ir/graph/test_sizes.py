@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,8 @@ def test_a_size_that_the_trace_fixed_is_told_from_one_that_was_to_be_fixed():
     sizes = Sizes(shapes={"x": (2, 6)}, fixed=(("x", 0),))
     with pytest.raises(lorac.InputMismatch, match="size 3 on axis 0; the trace of the model fixed 2"):
         sizes.refuse(_given(x=(3, 6)))
+    with pytest.raises(lorac.InputMismatch, match=r"fixed 2, at model\.py:7: for row in x"):
+        replace(sizes, lines={("x", 0): "model.py:7: for row in x"}).refuse(_given(x=(3, 6)))
     with pytest.raises(lorac.InputMismatch, match=r"shape \[2, 7\]; the program was captured for \[2, 6\]"):
         sizes.refuse(_given(x=(2, 7)))
 

@@ -1,0 +1,106 @@
+"""Arguments of a call that a program holds as constants: what is no tensor, and tensors that forward reads as numbers.
+
+A trace follows Python, so whatever Python decides by is decided for good: a number, a text, a list of sizes. Such an
+argument is no input of the program but part of what it is, and a call that says otherwise is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lorac.errors import CaptureFailed, short
+from lorac.ir.host.example_inputs import Inputs, is_hugging_face
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The arguments of an example call, each by name.
+
+    Attributes:
+        inputs: what become inputs of a program.
+        fixed: what become constants of it, as the caller gave them.
+        read: those of the constants that are tensors for the caller -> the numbers that forward reads in their place.
+    """
+
+    inputs: dict[str, Any]
+    fixed: dict[str, Any] = field(default_factory=dict)
+    read: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def traced(self) -> dict[str, Any]:
+        """The constants as forward is given them in a trace."""
+        return self.fixed | self.read
+
+    @classmethod
+    def of(cls, model: nn.Module, named: Inputs) -> Arguments:
+        """An example call's arguments, told apart.
+
+        Raises:
+            CaptureFailed: an argument that is no tensor, and nothing that later calls can be held against.
+        """
+        read = _read_as_numbers(model, named)
+        fixed = {name: value for name, value in named.items() if name in read or not _holds_tensors(name, value)}
+        for name, value in fixed.items():
+            if name not in read and not _is_kept(value):
+                raise CaptureFailed(
+                    f"the argument '{name}' holds {short(value)}, which no program can take or hold",
+                    next_step="give tensors, numbers, texts, or lists and dicts of them; target='eager' takes anything",
+                )
+        return cls({name: value for name, value in named.items() if name not in fixed}, fixed, read)
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: tensors and arrays as lists of numbers, tuples as lists."""
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    return {key: plain(inner) for key, inner in value.items()} if isinstance(value, Mapping) else value
+
+
+def _is_kept(value: Any) -> bool:
+    """Whether an argument is the same after it was stored."""
+    try:
+        return bool(json.loads(json.dumps(value)) == plain(value))
+    except (TypeError, ValueError):
+        return False
+
+
+def _holds_tensors(name: str, value: Any) -> bool:
+    """Whether an argument is a tensor, or nothing but tensors in dicts, lists and tuples.
+
+    Raises:
+        CaptureFailed: it holds tensors and other things.
+    """
+    leaves = pytree.tree_leaves(value)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    others = [leaf for leaf in leaves if leaf is not None and not isinstance(leaf, Tensor)]
+    if tensors and others:
+        raise CaptureFailed(
+            f"the argument '{name}' holds tensors beside {short(others[0])}: inputs and constants of a program in one",
+            next_step="give them as arguments of their own; target='eager' takes them together",
+        )
+    return bool(tensors)
+
+
+def _read_as_numbers(model: nn.Module, named: Inputs) -> dict[str, Any]:
+    """Tensors that a model of transformers reads as numbers, the sizes of images for one, as its exporter has them."""
+    if not is_hugging_face(model):
+        return {}
+    from transformers.exporters.utils import precompute_export_inputs
+
+    prepared = dict(named)
+    with contextlib.suppress(Exception):  # what it makes of arguments that are no model's own
+        precompute_export_inputs(model, prepared)
+    tensors = [name for name, value in named.items() if isinstance(value, Tensor)]
+    return {name: prepared[name] for name in tensors if not isinstance(prepared[name], Tensor)}

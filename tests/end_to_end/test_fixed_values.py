@@ -1,0 +1,93 @@
+"""Arguments whose values decide which way a model goes: constants of its program, and calls are held against them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lorac
+from lorac.ir.graph.capture import export
+from lorac.testing.checks import assert_close
+
+
+class Cropping(nn.Module):
+    """Takes of every row what its size says, as models do that see images of several sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor, sizes: Any, scale: float = 1.0, upside_down: bool = False) -> Tensor:
+        y = self.linear(x) * scale
+        cropped = torch.cat([row[:size] for row, size in zip(y, sizes, strict=True)])
+        return cropped.flip(0) if upside_down else cropped
+
+
+X = torch.randn(2, 7, 6, generator=torch.Generator().manual_seed(0))
+GIVEN = {"sizes": (3, 5), "upside_down": True}
+
+
+@pytest.fixture(scope="module")
+def host() -> Cropping:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Cropping().eval()
+
+
+@pytest.fixture(scope="module")
+def compiled(host: Cropping, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Compiled, saved and loaded again: what is asked of it goes through everything."""
+    folder = tmp_path_factory.mktemp("fixed") / "artefact"
+    adapter = lorac.LoRA(r=2, targets=["linear"])
+    with pytest.warns(lorac.LoracWarning, match=r"axis 0 of 'x', at 2(.|\n)*for row, size in zip\(y, sizes"):
+        made = lorac.compile(host, {"a": adapter}, target="onnxruntime", example_inputs={"x": X, **GIVEN}, active=None)
+    made.save(folder)
+    return lorac.load(folder)
+
+
+@pytest.mark.parametrize("sizes", [(3, 5), [3, 5], torch.tensor([3, 5])], ids=["tuple", "list", "tensor"])
+def test_a_call_that_says_the_same_is_answered(host: Cropping, compiled: Any, sizes: Any):
+    assert_close(compiled(X, sizes=sizes, upside_down=True), host(X, **GIVEN).detach())
+    assert_close(compiled(X, sizes, 1.0, True), host(X, **GIVEN).detach())
+
+
+@pytest.mark.parametrize(
+    ("said", "text"),
+    [
+        ({**GIVEN, "sizes": (4, 5)}, r"captured with sizes=\[3, 5\], and cannot take sizes=\[4, 5\]"),
+        ({**GIVEN, "scale": 2.0}, "captured with scale=1.0, and cannot take scale=2.0"),
+        ({"sizes": (3, 5)}, "captured with upside_down=True, and cannot be called without it"),
+        ({"upside_down": True}, r"be called without it\n  give sizes=\[3, 5\]"),
+    ],
+)
+def test_a_call_that_says_otherwise_is_refused(compiled: Any, said: dict[str, Any], text: str):
+    with pytest.raises(lorac.InputMismatch, match=text):
+        compiled(X, **said)
+
+
+# ── Weights that forward casts ───────────────────────────────────────────────────────────────────────────────────────
+class Casting(nn.Module):
+    """Brings a layer to a dtype at every call, as routers of experts are kept in full precision."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.router, self.dtype = nn.Linear(6, 3), dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.router = self.router.to(self.dtype)
+        return self.router(x.to(self.dtype))
+
+
+def test_a_layer_that_is_cast_to_what_it_is_traces():
+    host = Casting(torch.float32)
+    assert_close(export(host, (X,)).module()(X), host(X))
+
+
+def test_a_layer_that_is_cast_to_something_else_is_refused_by_line():
+    host = Casting(torch.float64)
+    with pytest.raises(lorac.CaptureFailed, match=r"self.router.to\(self.dtype\): it casts its own weight 'weight'"):
+        export(host, (X,))
+    assert host.router.weight.dtype == torch.float32
