@@ -10,8 +10,9 @@ from torch import nn
 
 from lorac.analysis.explain import explain
 from lorac.compiler.fidelity import hold_against_host, refuse_writer
+from lorac.compiler.handed import Named
 from lorac.compiler.precision import Precision
-from lorac.compiler.services import Lasting, Source
+from lorac.compiler.services import Lasting
 from lorac.errors import CaptureFailed, ChoiceError
 from lorac.ir.engine import AnyDialect, Backend, BuildRequest, Engine, TargetOptions
 from lorac.ir.graph.capture import capture
@@ -72,7 +73,7 @@ class Compilation:
         self.traits: Mapping[str, Traits] = {}
         self.examples: dict[str, object] = {}
 
-    def run(self, sources: Sequence[tuple[str | None, Source]], asked: Asked) -> Compiled:
+    def run(self, sources: Sequence[Named], asked: Asked) -> Compiled:
         """Everything from the adapters to a compiled model."""
         lasting = self.lasting
         for name, source in sources:
