@@ -26,14 +26,14 @@ MLP = ZOO["plain_mlp"]
 def wrapped(**settings: Any) -> Any:
     """A PeftModel of two adapters away from their init, the second one on."""
     with peft_files.quiet():
-        model: Any = get_peft_model(MLP.fresh(), LoraConfig(r=2, target_modules=["up", "down"], **settings))
+        model: Any = get_peft_model(MLP.fresh(), LoraConfig(r=2, lora_alpha=3, target_modules=["up", "down"], **settings))
         model.add_adapter("other", LoraConfig(r=3, lora_alpha=5, target_modules=["up"], **settings))
         model.set_adapter("other")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.copy_(0.25 * torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(0.16 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 
 
@@ -154,7 +154,8 @@ def test_every_field_of_pefts_that_is_called_otherwise_here_is_found() -> None:
         for variant in method.variants:
             known = variant.__dataclass_fields__
             for name, field in method.fields.items():
-                if field.to in known and name not in known:
+                # A word of this one picks among methods that lorac has by switches.
+                if field.to in known and name not in known and name != "init_weights":
                     assert here(name, known) == field.to, (method.peft_type, name)
 
 
