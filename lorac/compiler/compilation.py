@@ -14,6 +14,8 @@ from lorac.compiler.handed import Named
 from lorac.compiler.precision import Precision
 from lorac.compiler.services import Lasting
 from lorac.errors import CaptureFailed, ChoiceError
+from lorac.formats import save_adapter
+from lorac.formats.native import recorded
 from lorac.ir.engine import AnyDialect, Backend, BuildRequest, Engine, TargetOptions
 from lorac.ir.graph.capture import capture
 from lorac.ir.graph.graph import Graph
@@ -146,6 +148,8 @@ class Compilation:
             outline=lasting.outline,
             recompile=functools.partial(lasting.host.recompiled, self.again, self.examples),
             save=functools.partial(lasting.save, self.backend),
+            record=recorded,
+            save_adapter=lambda adapter, folder: save_adapter(adapter, folder, model=lasting.host.module),
             explain=explain,
             stages=lasting.shown,
             casts=self.precision.lost,

@@ -44,7 +44,7 @@ from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant, dataclass_fields
 
 Tensor = torch.Tensor
-_Record = Mapping[str, Any]
+Record = Mapping[str, Any]
 VERSION = 1
 _ENTRY = "lorac"
 _LOCAL = {"source", "format", "base", "left_out"}
@@ -71,7 +71,7 @@ def _recognises(path: Path) -> bool:
 
 
 def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
-    adapter = _adapter(path, name, _variant)
+    adapter = _adapter(path, name, method_in)
     adapter.tensors = in_order(adapter.tensors, model)
     if model is not None:
         check_adapter(adapter, find_sites(model), model)
@@ -88,10 +88,29 @@ def load_record(path: Path, name: str) -> Adapter:
         return _adapter(path, name, _known_or_absent)
 
 
-def _adapter(path: Path, name: str | None, made: Callable[[Path, _Record], Variant]) -> Adapter:
+def _adapter(path: Path, name: str | None, made: Callable[[Path, Record], Variant]) -> Adapter:
     stored, metadata = read_safetensors(path)
-    record = _record(path, metadata[_ENTRY])
+    record = record_from(path, metadata[_ENTRY])
     check_seal(path, metadata[_ENTRY], stored, metadata)
+    return assembled(path, record, stored, name, made)
+
+
+def assembled(
+    path: Path,
+    record: Mapping[str, Any],
+    stored: dict[str, Tensor],
+    name: str | None,
+    made: Callable[[Path, Record], Variant],
+) -> Adapter:
+    """The adapter of a record and its tensors.
+
+    Args:
+        path: the file they are from.
+        record: as ``record_from`` gives it.
+        stored: its tensors, by the names of this format (``key_of``).
+        name: the adapter's; None for the recorded one.
+        made: (path, record) -> the method: ``method_in``, or another.
+    """
     for alias, first in record["shared"].items():
         if not isinstance(first, str) or first not in stored or alias in stored:
             raise CorruptFile(f"'{path}' says that '{alias}' is {short(first)}, which its tensors belie")
@@ -116,10 +135,24 @@ def _save(adapter: Adapter, path: Path, model: nn.Module | None) -> None:
     if model is not None:
         check_adapter(adapter, find_sites(model), model)
     tensors, shared = _stored(adapter)
+    base = base_hash(model, adapter.tensors) if model else adapter.provenance.get("base")
+    # Names are not sorted here: the order of patterns matters, that of the record is fixed.
+    text = config_text(record_of(adapter, shared, base))
+    write_safetensors(path, tensors, {_ENTRY: text, SEAL: seal(text, tensors)})
+
+
+def record_of(adapter: Adapter, shared: Mapping[str, str], base: str | None) -> dict[str, Any]:
+    """All that this format says of an adapter beside its tensors.
+
+    Args:
+        adapter: the adapter.
+        shared: further names of tensors -> the name they are stored by.
+        base: the hash of the base weights, where it is known.
+    """
     config, left_out = config_of(adapter.variant)
     origin = {k: v for k, v in adapter.provenance.items() if k not in _LOCAL and _is_json(v)}
     modules = homes(adapter.variant)
-    record = {
+    return {
         "version": VERSION,
         "name": adapter.name,
         "variant": adapter.variant.name,
@@ -127,18 +160,25 @@ def _save(adapter: Adapter, path: Path, model: nn.Module | None) -> None:
         "left_out": left_out or adapter.provenance.get("left_out", []),
         "shared": shared,
         "provenance": origin,
-        "base": base_hash(model, adapter.tensors) if model else adapter.provenance.get("base"),
+        "base": base,
         **({_HOMES: modules} if modules else {}),
     }
-    # Names are not sorted here: the order of patterns matters, that of the record is fixed.
-    text = config_text(record)
-    write_safetensors(path, tensors, {_ENTRY: text, SEAL: seal(text, tensors)})
+
+
+def recorded(adapter: Adapter) -> dict[str, Any]:
+    """The same of an adapter whose tensors somebody else keeps, each once."""
+    return record_of(adapter, {}, adapter.provenance.get("base"))
+
+
+def key_of(path: str | None, name: str) -> str:
+    """What a tensor is called: a site's parameter, or where there is no site what is replaced whole."""
+    return f"replaced/{name}" if path is None else f"tensors/{path}/{name}"
 
 
 def _stored(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What to write, and for every further name of a tensor the first."""
-    named = {f"tensors/{p}/{n}": t for p, at in adapter.tensors.items() for n, t in at.items()}
-    named |= {f"replaced/{name}": tensor for name, tensor in adapter.replaced.items()}
+    named = {key_of(p, n): t for p, at in adapter.tensors.items() for n, t in at.items()}
+    named |= {key_of(None, name): tensor for name, tensor in adapter.replaced.items()}
     first: dict[int, str] = {}
     shared = {}
     for key, tensor in named.items():
@@ -161,7 +201,13 @@ def _place(path: Path, adapter: Adapter, key: str, tensor: Tensor) -> None:
         )
 
 
-def _record(path: Path, text: str) -> dict[str, Any]:
+def record_from(path: Path, text: str) -> dict[str, Any]:
+    """The record that a text says, checked.
+
+    Raises:
+        CorruptFile: it is none, or something in it is missing or of another type.
+        UnknownField, UnsupportedField: it is of another version of the format.
+    """
     record = parse_object(text, lambda reason: CorruptFile(f"the description in '{path}' {reason}"))
     if not isinstance(record.get("version"), int):
         raise CorruptFile(f"the description in '{path}' has no version")
@@ -200,15 +246,21 @@ def _check_homes(path: Path, modules: Any) -> None:
         raise CorruptFile(f"the description in '{path}' has '{_HOMES}' that are no modules: {short(modules)}")
 
 
-def _variant(path: Path, record: _Record) -> Variant:
+def method_in(path: Path, record: Record) -> Variant:
+    """The method of a record.
+
+    Raises:
+        UnknownMethod: its class is not imported.
+        UnknownField, UnsupportedField: its hyper-parameters are not the method's.
+    """
     return _made(path, record["variant"], record["config"], record.get(_HOMES, {}))
 
 
-def _known_or_absent(path: Path, record: _Record) -> Variant:
+def _known_or_absent(path: Path, record: Record) -> Variant:
     """The method, or what stands in its place where it, or one in its fields, has no class here."""
     modules = record.get(_HOMES, {})
     try:
-        return _variant(path, record)
+        return method_in(path, record)
     except UnknownMethod:
         unknown = [name for name in modules if name not in variants()]
         if not unknown:

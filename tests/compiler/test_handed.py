@@ -26,7 +26,9 @@ MLP = ZOO["plain_mlp"]
 def wrapped(**settings: Any) -> Any:
     """A PeftModel of two adapters away from their init, the second one on."""
     with peft_files.quiet():
-        model: Any = get_peft_model(MLP.fresh(), LoraConfig(r=2, lora_alpha=3, target_modules=["up", "down"], **settings))
+        model: Any = get_peft_model(
+            MLP.fresh(), LoraConfig(r=2, lora_alpha=3, target_modules=["up", "down"], **settings)
+        )
         model.add_adapter("other", LoraConfig(r=3, lora_alpha=5, target_modules=["up"], **settings))
         model.set_adapter("other")
     generator = torch.Generator().manual_seed(0)
