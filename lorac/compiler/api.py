@@ -93,9 +93,10 @@ def load(folder: str | Path, target: str | None = None, device: Device | None = 
     """A compiled model from an artefact of ``compiled.save``; it needs neither the host nor its weights elsewhere.
 
     Every file is opened once, held against the manifest's hash and kept open: the folder may be replaced or removed
-    from then on. What is loaded answers, swaps and takes further adapters, but does not train. Nothing that the
-    artefact names is run; output classes are taken from transformers and diffusers alone, anything else that the host
-    answered with comes back as a plain dict or tuple.
+    from then on. What is loaded answers, swaps and takes further adapters, but does not train. A method of one's own
+    needs no class for that, unless further adapters of it are added. Nothing that the artefact names is run; output
+    classes are taken from transformers and diffusers alone, anything else that the host answered with comes back as a
+    plain dict or tuple.
 
     Args:
         folder: the artefact.

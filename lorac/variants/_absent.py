@@ -43,15 +43,15 @@ class Absent(Variant):
         return self.recorded
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
-        self._refuse()
+        self.require_class()
 
     def at_path(self, path: str) -> Variant:
-        self._refuse()
+        self.require_class()
 
     def check(self, site: Site) -> None:
-        self._refuse()
+        self.require_class()
 
-    def _refuse(self) -> NoReturn:
+    def require_class(self) -> NoReturn:
         raise unknown_method(self.unknown, self.homes, ())
 
 

@@ -142,6 +142,9 @@ class Variant(ABC):
         """Whether a fresh adapter answers what the base does at a site; a method may not at layers of some shapes."""
         return self.identity_at_init
 
+    def require_class(self) -> None:  # noqa: B027  (a class is what a method is; only what stands for one lacks it)
+        """Raise ``UnknownMethod`` where this stands for a method whose class is not imported."""
+
     def copies(self, path: str) -> bool:
         """Whether the module at ``path`` is trained and stored whole, by the method itself (``LNTuning``)."""
         return False

@@ -53,6 +53,7 @@ for target in sys.argv[2:]:
         lambda: loaded.add_adapter(folder / "chained.safetensors", "another"),
         lambda: loaded.add_adapter(adapter, "another"),
         lambda: lorac.factors(adapter),
+        lambda: lorac.Chain.of(loaded.adapters["plain"], adapter, name="more"),
     ):
         try:
             refused()
