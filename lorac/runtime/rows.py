@@ -111,11 +111,14 @@ class _Gathered:
         self._order = torch.argsort(torch.tensor([row for rows in self._rows for row in rows]))
         self._given = given
         self._known: dict[int, Any] = {}
+        self._held: list[tuple[Any, dict[str, Any]]] = []
 
     def write_back(self) -> None:
-        """Have the objects that were given hold what the calls left in the copies, answered or not."""
+        """Have the objects that were given hold what the calls left in the copies, answered or not: all or none."""
         for copies in zip(*(taken.copies.values() for taken in self._given), strict=True):
             self._object([made for made, _ in copies])
+        for made, held in self._held:
+            vars(made).update(held)
 
     def whole(self, parts: Sequence[Any]) -> Any:
         """One value of those of the calls, rows in the batch's order."""
@@ -151,7 +154,7 @@ class _Gathered:
             return self._known[id(first)]
         _, made = self._given[0].copies.get(id(first), (None, None))
         made = self._known[id(first)] = copy.copy(first) if made is None else made
-        vars(made).update({name: self.whole([vars(part)[name] for part in parts]) for name in vars(first)})
+        self._held.append((made, {name: self.whole([vars(part)[name] for part in parts]) for name in vars(first)}))
         return made
 
 

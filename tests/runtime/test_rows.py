@@ -128,8 +128,10 @@ def test_objects_that_are_given_hold_what_one_call_would_have_left():
 
 def test_what_has_no_rows_and_differs_is_refused():
     rows = torch.arange(6.0).view(3, 2)
+    held = Held(rows)
     with pytest.raises(lorac.Unavailable, match="no row per input row") as error:
-        run_rows(lambda a, k, c: {"loss": a[0].sum()}, (rows,), {}, ["x", "y", "x"])
+        run_rows(lambda a, k, c: [_noted(a[1:], k, c), a[0].sum()], (rows, held), {}, ["x", "y", "x"])
     assert "labels= make a loss" in str(error.value)
+    assert (held.seen, held.layers) == (0, [rows])
     # Rows of one choice are one call, whatever it answers.
     assert float(run_rows(lambda a, k, c: a[0].sum(), (rows,), {}, ["x"] * 3)) == 15.0

@@ -116,7 +116,8 @@ def unwrapped(model: nn.Module) -> Unwrapped | None:
     refuse_wrapped(base)
     _BASES.setdefault(given, []).append(base)
     with tempfile.TemporaryDirectory(prefix="lorac-") as folder:
-        given.save_pretrained(folder)
+        # Left alone, PEFT asks the hub whether embeddings have grown; here they are in the base, as they are.
+        given.save_pretrained(folder, save_embedding_layers=False)
         places = {name: Path(folder) / ("" if name == _DEFAULT else name) for name in given.peft_config}
         adapters = tuple(load_adapter(place, base, name) for name, place in places.items())
     active = given.active_adapters
