@@ -21,6 +21,7 @@ Source = str | Path | Adapter | Variant
 """What an adapter can be given as, once ``source_of`` has looked at it."""
 Named = tuple[str | None, Source]
 _TAKEN = "give a path, a method such as lorac.LoRA(r=8), a configuration of PEFT's, or a lorac.Adapter"
+_FILE = "give the folder that PEFT saved it in, or lorac.Adapter(name, method, {site: {parameter: tensor}})"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,6 @@ def model_of(given: object) -> Given:
 
     Raises:
         CompileError: it is no model, is compiled already, or PEFT's layers are where they cannot be taken out.
-        UnknownOption: of several, a name cannot be a component's.
     """
     if isinstance(given, Mapping):
         for name, model in given.items():
@@ -87,9 +87,6 @@ def sources_of(given: object) -> list[Named]:
     if isinstance(given, Iterable) and not isinstance(given, str | type | torch.Tensor):
         return [(None, source_of(value)) for value in given]
     return [(None, source_of(given))]
-
-
-_FILE = "give the folder that PEFT saved it in, or lorac.Adapter(name, method, {site: {parameter: tensor}})"
 
 
 def source_of(given: object, name: str | None = None) -> Source:
