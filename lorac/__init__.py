@@ -163,6 +163,7 @@ __all__ = [  # noqa: RUF022  (in plain order: BAT and OFT are no constants)
     "Unavailable",
     "UnknownField",
     "UnknownFormat",
+    "UnknownMethod",
     "UnknownOption",
     "Unreadable",
     "UnsupportedField",

@@ -13,6 +13,7 @@
     │   ├── WrongDtype            numbers of another kind than the method takes
     │   ├── WrongIndex            positions outside the weight, or given twice
     │   ├── FormulaFailed         a method's formula raises, writes into its arguments or answers something else
+    │   ├── UnknownMethod         a method whose class is not imported here
     │   ├── BaseMismatch          the adapter was made for other base weights
     │   └── BaseNeeded            the operation needs the base weights
     ├── FormatError
@@ -86,6 +87,7 @@ __all__ = [
     "Unavailable",
     "UnknownField",
     "UnknownFormat",
+    "UnknownMethod",
     "UnknownOption",
     "Unreadable",
     "UnsupportedField",
@@ -167,6 +169,10 @@ class FormulaFailed(AdapterError):
 
     The message names the method, the site and the line of the method's file.
     """
+
+
+class UnknownMethod(AdapterError):
+    """A method is known by name only, and its class is needed; the message names the module to import."""
 
 
 class BaseMismatch(AdapterError):

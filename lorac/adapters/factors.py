@@ -11,7 +11,7 @@ from torch import nn
 from lorac.adapters.fit import check_adapter, check_site, check_values
 from lorac.adapters.fresh import parameter_sites
 from lorac.adapters.preparing import Preparer
-from lorac.errors import BaseNeeded, LoracError, NotMergeable
+from lorac.errors import BaseNeeded, LoracError, NotMergeable, UnknownMethod
 from lorac.ir.algebra import letters
 from lorac.ir.algebra.changes import Change
 from lorac.ir.host.sites import BaseReader, Site, SiteKind, base_of, find_sites
@@ -122,6 +122,8 @@ def _told(adapter: Adapter, path: str, dtype: torch.dtype | None) -> Site:
         [columns] = [actual for size, actual in found if size == _IN]
         site = dataclasses.replace(asked, out_features=out, in_features=columns)
         check_site(adapter.name, adapter.variant, site, tensors)
+    except UnknownMethod:  # no model tells what its class would
+        raise
     except (LoracError, ValueError) as error:
         raise _needed(f"the shape of '{path}', which adapter '{adapter.name}' does not tell") from error
     return site

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from lorac.adapters.base_hash import check_base, check_copy
 from lorac.errors import (
+    AdapterError,
     NonFinite,
     ShapeMismatch,
     SiteError,
@@ -28,7 +28,7 @@ from lorac.ir.host.sites import Site, find_sites
 from lorac.ir.slots.reads import check_reads
 from lorac.spending import tick, unhurried
 from lorac.variants.adapter import Adapter
-from lorac.variants.base import BranchVariant, Variant
+from lorac.variants.base import BranchVariant, Variant, walk
 from lorac.variants.params import ParamSpec, Role
 
 Tensor = torch.Tensor
@@ -94,28 +94,21 @@ def check_numbers(adapter: str, variant: Variant) -> None:
 
     Raises:
         NonFinite: Naming the field.
+        AdapterError: A rate of dropout is none.
     """
-    for field in dataclasses.fields(variant):
-        leaves = _leaves(getattr(variant, field.name))
-        wrong = next((value for value in leaves if isinstance(value, float) and not math.isfinite(value)), None)
+    for field, setting in variant.settings.items():
+        wrong = next((value for value in walk(setting) if isinstance(value, float) and not math.isfinite(value)), None)
         if wrong is not None:
             raise NonFinite(
-                f"the hyper-parameter '{field.name}' of adapter '{adapter}' is {wrong}",
+                f"the hyper-parameter '{field}' of adapter '{adapter}' is {wrong}",
                 next_step=f"give {variant.name} a finite number",
             )
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    """What lies in a hyper-parameter; a method in it is one of its own."""
-    if isinstance(value, Variant):
-        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        value = tuple(value.values())
-    if not isinstance(value, list | tuple):
-        yield value
-        return
-    for inner in value:
-        yield from _leaves(inner)
+    rate = variant.settings.get("dropout", 0.0)
+    if not isinstance(rate, int | float) or not 0 <= rate <= 1:
+        raise AdapterError(
+            f"the hyper-parameter 'dropout' of adapter '{adapter}' is {rate!r}, and a rate lies between 0 and 1",
+            next_step=f"give {variant.name} the share that is dropped: dropout=0.1",
+        )
 
 
 def check_finite(tensors: Mapping[str, Tensor], owner: str) -> None:

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from lorac.adapters.fit import check_numbers
+from lorac.errors import AdapterError
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.patterns import nothing_matches, select
-from lorac.ir.host.sites import BaseReader, Site, factor_dtype, parameter_site
+from lorac.ir.host.patterns import nothing_matches, refuse_unmatched, select
+from lorac.ir.host.sites import BaseReader, Site, SiteKind, factor_dtype, parameter_site
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 from lorac.variants.params import InitContext, ParamSpec, Role
@@ -32,10 +33,12 @@ def fresh_adapter(
     """
     check_numbers(name, variant)
     chosen = target_sites(variant, model, sites)
+    refuse_unmatched(name, variant.targets, sites, [p for p, _ in model.named_modules() if variant.copies(p)])
+    refuse_unmatched(name, variant.parameters, {p: site for p, site in sites.items() if site.kind is SiteKind.MATRIX})
     adapter = Adapter(name, variant)
     for site in chosen:
         variant.at(site).check(site)
-    specs = {site.path: variant.at(site).specs(site) for site in chosen}
+    specs = {site.path: _specs(name, variant, site) for site in chosen}
     shared = _Shared(_largest(specs.values()), {})
     for site in chosen:
         adapter.tensors[site.path] = _initial(specs[site.path], site, name, base, seed, shared)
@@ -43,6 +46,28 @@ def fresh_adapter(
     if not adapter.tensors and not adapter.replaced:
         raise nothing_matches(name, variant.asked, sites)
     return adapter
+
+
+def _specs(name: str, variant: Variant, site: Site) -> dict[str, ParamSpec]:
+    """What an adapter is made of at a site; hyper-parameters of which that cannot be made are refused.
+
+    Raises:
+        AdapterError: a tensor would hold nothing, or have sizes that are no whole numbers.
+    """
+    told = ", ".join(f"{field}={value!r}" for field, value in variant.own_settings.items())
+    step = f"give whole numbers above 0 for ranks and sizes; it is {type(variant).__name__}({told})"
+    try:
+        specs = variant.at(site).specs(site)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise AdapterError(
+            f"adapter '{name}': {variant.name} cannot be made at '{site.path}': {error}", next_step=step
+        ) from error
+    for key, spec in specs.items():
+        if not all(isinstance(size, int) and size > 0 for size in spec.shape):
+            raise AdapterError(
+                f"adapter '{name}': {key} at '{site.path}' would have the shape {spec.shape}", next_step=step
+            )
+    return specs
 
 
 def target_sites(variant: Variant, model: nn.Module, sites: Mapping[str, Site]) -> list[Site]:

@@ -216,9 +216,7 @@ def branch_term(variant: Variant, site: Site, tensors: Mapping[str, Tensor], *, 
 
 def _structure(variant: Variant) -> str:
     """The hyper-parameters a formula may read; which sites it was asked for does not matter to it."""
-    common = {f.name for f in dataclasses.fields(Variant)}
-    own = {f.name: getattr(variant, f.name) for f in dataclasses.fields(variant) if f.name not in common}
-    return repr({name: value for name, value in own.items() if not name.endswith("_pattern")})
+    return repr({name: value for name, value in variant.own_settings.items() if not name.endswith("_pattern")})
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -19,6 +19,7 @@ from typing import Annotated
 import typer
 
 from lorac.cli import adapters, artifacts, models
+from lorac.cli._imports import importing
 from lorac.errors import LoracError
 
 REFUSED, OUR_FAULT, INTERRUPTED = 1, 3, 130
@@ -35,6 +36,9 @@ app = typer.Typer(
 )
 for group in (models, adapters, artifacts):
     group.register(app)
+for registered in app.registered_commands:
+    assert registered.callback is not None
+    registered.callback = importing(registered.callback)
 
 
 @app.callback()

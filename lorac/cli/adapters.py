@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -29,8 +28,9 @@ def inspect(
 
     adapter = load_adapter(path, load_model(model) if model else None)
     console = Console()
-    settings = {f.name: getattr(adapter.variant, f.name) for f in dataclasses.fields(adapter.variant)}
-    shown = ", ".join(f"{name}={value!r}" for name, value in settings.items() if value not in ((), {}, None))
+    shown = ", ".join(
+        f"{name}={value!r}" for name, value in adapter.variant.settings.items() if value not in ((), {}, None)
+    )
     console.print(f"{adapter.name}: {type(adapter.variant).__name__}({shown})", markup=False)
     console.print(
         f"{len(adapter.sites)} sites, {len(adapter.replaced)} replaced parameters, {adapter.numel():,} values"

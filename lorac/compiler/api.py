@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from lorac.compiler.compilation import Asked, Compilation
+from lorac.compiler.handed import Source, device_of, model_of, sources_of
 from lorac.compiler.precision import brought, dtype_named, refuse_lacking
-from lorac.compiler.services import Lasting, Source
+from lorac.compiler.services import Lasting
 from lorac.compiler.targets import backend_of
 from lorac.errors import ArtifactError, LoracError
 from lorac.ir.host.components import Components
@@ -26,8 +27,6 @@ from lorac.runtime.compiled import Compiled
 from lorac.runtime.components import traits_from_json
 from lorac.runtime.host import Host
 from lorac.runtime.manifest import Manifest
-from lorac.variants.adapter import Adapter
-from lorac.variants.base import Variant
 
 Device = str | torch.device
 
@@ -49,8 +48,9 @@ def compile(  # noqa: PLR0913, PLR0917  (the public interface)
 
     Args:
         model: an nn.Module; left as it was: weights, flags, hooks, mode, random state. Or several by name: sites begin
-            with a component's name, and ``compiled[name](...)`` calls it.
-        adapters: paths, Adapters, or fresh Variants (to train), by name or as a list.
+            with a component's name, and ``compiled[name](...)`` calls it. A PeftModel is its base and its adapters.
+        adapters: paths, Adapters, fresh Variants (to train) or configurations of PEFT's, by name or as a list; those
+            that a PeftModel brings come first, but for names given here.
         target: ``"eager"``, ``"onnxruntime"`` or any other of ``lorac.compiler.targets.targets()``.
         example_inputs: tuple or dict, of several models one by name; default: made from the model's main input and
             config.
@@ -68,31 +68,36 @@ def compile(  # noqa: PLR0913, PLR0917  (the public interface)
     Raises:
         LoracError: a subclass, see ``lorac.errors``.
     """
-    host = Components(model) if isinstance(model, Mapping) else model
+    given = model_of(model)
+    host = Components(given.model) if isinstance(given.model, Mapping) else given.model
+    device = device_of(device)
     backend = backend_of(target)
     told = backend.told(options)
     wanted = dtype_named(dtype)
     moved, precision = brought(with_plain_weights(host), backend.dialect, wanted, device)
-    lasting = Lasting(Host(moved, model, {"dtype": wanted, "device": device}))
+    lasting = Lasting(Host(moved, given.model, {"dtype": wanted, "device": device}))
+    own = sources_of(adapters)
+    brought_along = [named for named in given.adapters if named[0] not in dict(own)]
     asked = Asked(
         mode=mode,
-        active=active,
+        active=given.active if active == "auto" and not own else active,
         reserve=reserve,
         example_inputs=example_inputs if wanted is None else precision.fit(example_inputs),
         dynamic_shapes=dynamic_shapes,
         options=told,
     )
     precision.tell(target)
-    return Compilation(lasting, backend, compile, precision).run(_named(adapters), asked)
+    return Compilation(lasting, backend, compile, precision).run([*brought_along, *own], asked)
 
 
 def load(folder: str | Path, target: str | None = None, device: Device | None = None) -> Compiled:
     """A compiled model from an artefact of ``compiled.save``; it needs neither the host nor its weights elsewhere.
 
     Every file is opened once, held against the manifest's hash and kept open: the folder may be replaced or removed
-    from then on. What is loaded answers, swaps and takes further adapters, but does not train. Nothing that the
-    artefact names is run; output classes are taken from transformers and diffusers alone, anything else that the host
-    answered with comes back as a plain dict or tuple.
+    from then on. What is loaded answers, swaps and takes further adapters, but does not train. A method of one's own
+    needs no class for that, unless further adapters of it are added. Nothing that the artefact names is run; output
+    classes are taken from transformers and diffusers alone, anything else that the host answered with comes back as a
+    plain dict or tuple.
 
     Args:
         folder: the artefact.
@@ -125,9 +130,8 @@ def _loaded(manifest: Manifest, target: str, device: Device | None) -> Compiled:
     saved = backend_of(manifest.target)
     file = TensorFile(saved.base_file(manifest.files))
     lasting = Lasting(Host.stored(manifest.host, file), file_base(file))
-    for name, held in manifest.adapters():
-        with held.named() as path:
-            lasting.register(lasting.load(path, name))
+    for name, record, forms in manifest.adapters():
+        lasting.restore(name, record, forms)
     model, sites = lasting.host.module, lasting.sites
     plans = {
         path: plan_from_json(sites.get(path) or parameter_site(path, model), plan)
@@ -143,11 +147,3 @@ def _loaded(manifest: Manifest, target: str, device: Device | None) -> Compiled:
     refuse_lacking(backend.dialect, (plan.site.dtype for plan in plans.values()), str(manifest.folder))
     program = saved.program_of(manifest.program, manifest.files, sites, plans)
     return Compilation(lasting, backend, compile).built(plans, manifest.mode, choice, backend.told({}), program)
-
-
-def _named(adapters: Mapping[str, Source] | Iterable[Source]) -> list[tuple[str | None, Source]]:
-    if isinstance(adapters, Mapping):
-        return list(adapters.items())
-    if isinstance(adapters, str | Path | Adapter | Variant):
-        return [(None, adapters)]
-    return [(None, source) for source in adapters]

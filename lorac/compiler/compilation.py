@@ -10,9 +10,12 @@ from torch import nn
 
 from lorac.analysis.explain import explain
 from lorac.compiler.fidelity import hold_against_host, refuse_writer
+from lorac.compiler.handed import Named
 from lorac.compiler.precision import Precision
-from lorac.compiler.services import Lasting, Source
+from lorac.compiler.services import Lasting
 from lorac.errors import CaptureFailed, ChoiceError
+from lorac.formats import save_adapter
+from lorac.formats.native import recorded
 from lorac.ir.engine import AnyDialect, Backend, BuildRequest, Engine, TargetOptions
 from lorac.ir.graph.capture import capture
 from lorac.ir.graph.graph import Graph
@@ -72,7 +75,7 @@ class Compilation:
         self.traits: Mapping[str, Traits] = {}
         self.examples: dict[str, object] = {}
 
-    def run(self, sources: Sequence[tuple[str | None, Source]], asked: Asked) -> Compiled:
+    def run(self, sources: Sequence[Named], asked: Asked) -> Compiled:
         """Everything from the adapters to a compiled model."""
         lasting = self.lasting
         for name, source in sources:
@@ -145,6 +148,8 @@ class Compilation:
             outline=lasting.outline,
             recompile=functools.partial(lasting.host.recompiled, self.again, self.examples),
             save=functools.partial(lasting.save, self.backend),
+            record=recorded,
+            save_adapter=lambda adapter, folder: save_adapter(adapter, folder, model=lasting.host.module),
             explain=explain,
             stages=lasting.shown,
             casts=self.precision.lost,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,8 +12,10 @@ from torch import nn
 from lorac.adapters.fit import check_adapter
 from lorac.adapters.fresh import fresh_adapter, parameter_sites, trainable
 from lorac.adapters.preparing import Preparer, branch_term
-from lorac.errors import AdapterError, BaseNeeded
+from lorac.compiler.handed import Source, refuse_reversed, source_of
+from lorac.errors import AdapterError, BaseNeeded, UnknownMethod
 from lorac.formats import load_adapter, save_adapter
+from lorac.formats.native import config_of, load_record
 from lorac.ir.algebra.changes import LowRank
 from lorac.ir.algebra.reduction import BRANCH
 from lorac.ir.engine import Backend, BuildRequest, TargetOptions
@@ -22,17 +23,17 @@ from lorac.ir.host.sites import BaseReader, Site, find_sites, stored_tensor
 from lorac.ir.slots.choice import Active, Choice
 from lorac.ir.slots.site import BranchFill, Prepared
 from lorac.ir.slots.training import Dropout, LiveTerm
+from lorac.ir.store.forms import read_forms, write_forms
+from lorac.ir.store.held import HeldFile
 from lorac.ir.store.tensors import TensorFile, file_base
 from lorac.runtime import artifact
 from lorac.runtime.compiled import Compiled
 from lorac.runtime.host import Host
 from lorac.runtime.pool import Pool
 from lorac.runtime.views import Stages
+from lorac.variants._absent import homes
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
-
-Source = str | Path | Adapter | Variant
-"""What an adapter can be given as."""
 
 
 class Lasting:
@@ -60,10 +61,12 @@ class Lasting:
 
     # --- adapters ----------------------------------------------------------------------------------------------
 
-    def load(self, source: Source, name: str | None) -> Adapter:
-        """An adapter of this model's own from a path, an Adapter or a fresh Variant."""
+    def load(self, given: object, name: str | None) -> Adapter:
+        """An adapter of this model's own from whatever ``source_of`` takes."""
         model = self.host.module
+        refuse_reversed(given, name)
         _refuse_nameless(name)
+        source = source_of(given, name)
         try:
             adapter = self._read(source, name, model)
         except NotImplementedError as error:  # a weight on the meta device: the file holds a copy to compare with
@@ -72,12 +75,37 @@ class Lasting:
         self.pool.refuse_taken(adapter.name)
         if any(tensor.is_meta for tensor in adapter.parameters()):
             raise _not_kept(adapter.name)
-        self.preparer.sites = self.sites = {**self.sites, **parameter_sites(model, adapter, self.sites)}
+        self._place(adapter, model)
         return trainable(adapter, self.sites)
+
+    def _place(self, adapter: Adapter, model: nn.Module) -> None:
+        """Have a site for every parameter that an adapter replaces."""
+        self.preparer.sites = self.sites = {**self.sites, **parameter_sites(model, adapter, self.sites)}
 
     def register(self, adapter: Adapter) -> None:
         """Prepare an adapter and put it into the pool."""
         self.pool.put(adapter, self.pool.prepare(adapter))
+
+    def restore(self, name: str, record: HeldFile, forms: HeldFile | None) -> None:
+        """Register an adapter of an artefact; where the artefact holds what it comes to, no class is asked for it.
+
+        Raises:
+            UnknownMethod: it holds only the record, and the method's class is not imported.
+        """
+        with record.named() as path:
+            adapter = self._recorded(path, name, formed=forms is not None)
+        self.pool.put(adapter, self.pool.prepare(adapter) if forms is None else read_forms(forms))
+
+    def _recorded(self, path: Path, name: str, *, formed: bool) -> Adapter:
+        """An adapter of an artefact; its method may have no class here where its forms are known."""
+        try:
+            return self.load(path, name)
+        except UnknownMethod:
+            if not formed:
+                raise
+        adapter = load_record(path, name)
+        self._place(adapter, self.host.module)
+        return adapter
 
     def _read(self, source: Source, name: str | None, model: nn.Module) -> Adapter:
         if isinstance(source, str | Path):
@@ -160,7 +188,7 @@ class Lasting:
             folder,
             host=self.host.described,
             store=lambda staged: backend.store(compiled.engine, staged, request),
-            save_adapter=functools.partial(save_adapter, format="native"),
+            save_adapter=_write_adapter,
         )
 
     def _weight(self, site: Site) -> torch.Tensor:
@@ -169,6 +197,27 @@ class Lasting:
 
     def _bias(self, site: Site) -> torch.Tensor | None:
         return self.host.module.get_parameter(site.bias).detach() if site.bias else None
+
+
+def _write_adapter(adapter: Adapter, forms: Callable[[], Prepared], stem: Path) -> dict[str, object]:
+    """Write an adapter for an artefact: its record, and its normal forms where whoever reads it may lack its class.
+
+    Returns:
+        What the manifest says of it: its method, the names of its files, the modules of classes that are not lorac's.
+    """
+    record = stem.with_name(f"{stem.name}.safetensors")
+    save_adapter(adapter, record, format="native")
+    method, modules = adapter.variant, homes(adapter.variant)
+    told: dict[str, object] = {
+        artifact.RECORD: record.name,
+        "variant": method.name,
+        "hyperparameters": config_of(method)[0],
+    }
+    if not modules:
+        return told
+    formed = stem.with_name(f"{stem.name}.forms.safetensors")
+    write_forms(formed, forms())
+    return {**told, artifact.FORMS: formed.name, "modules": modules}
 
 
 def _refuse_nameless(name: object) -> None:

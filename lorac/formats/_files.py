@@ -75,6 +75,14 @@ def peek_metadata(path: Path) -> dict[str, str]:
     return {key: value for key, value in metadata.items() if isinstance(value, str)}
 
 
+def peek_names(path: Path) -> frozenset[str]:
+    """The names of the tensors of what may be a safetensors file; none where it is not, or is damaged."""
+    try:
+        return frozenset(_raw_header(path)[0])
+    except (LoracError, OSError):
+        return frozenset()
+
+
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file, in memory of their own, and its metadata.
 

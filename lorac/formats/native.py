@@ -3,7 +3,8 @@
     tensors/<site path>/<parameter>    of a site, in the matrix convention
     replaced/<parameter's name>        modules_to_save and trained biases
 
-Everything else is one JSON object in the metadata entry "lorac"; the entry "lorac_seal" holds a
+Everything else is one JSON object in the metadata entry "lorac"; of a method that is not lorac's
+own it names the module of the class too, which no reader imports. The entry "lorac_seal" holds a
 hash over it and the tensors. Tensors that are one and the same object are stored once, under the
 first name.
 """
@@ -11,7 +12,7 @@ first name.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,15 @@ from torch import nn
 
 from lorac.adapters.base_hash import base_hash
 from lorac.adapters.fit import check_adapter, in_order
-from lorac.errors import CorruptFile, UnknownField, UnsupportedField, UnusedTensors, nearest_name, short
+from lorac.errors import (
+    CorruptFile,
+    UnknownField,
+    UnknownMethod,
+    UnsupportedField,
+    UnusedTensors,
+    nearest_name,
+    short,
+)
 from lorac.formats._annotations import fits, kinds_of
 from lorac.formats._files import SEAL, check_seal, config_text, peek_metadata, read_safetensors
 from lorac.formats._format import Format
@@ -28,11 +37,14 @@ from lorac.formats._layout import LAYOUT, is_described
 from lorac.ir.host.sites import find_sites
 from lorac.ir.store.strict_json import parse_object
 from lorac.ir.store.tensors import seal, write_safetensors
-from lorac.variants import variant_named
+from lorac.spending import reading
+from lorac.variants import variant_named, variants
+from lorac.variants._absent import Absent, homes
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant, dataclass_fields
 
 Tensor = torch.Tensor
+Record = Mapping[str, Any]
 VERSION = 1
 _ENTRY = "lorac"
 _LOCAL = {"source", "format", "base", "left_out"}
@@ -47,6 +59,8 @@ _FIELDS = {
     "provenance": dict,
     "base": (str, type(None)),
 }
+_HOMES = "modules"
+"""Field of a record: method -> the module of its class, where that is not lorac's own."""
 _TEXTS = Mapping[str, str]
 _PROVENANCE = {"copies": _TEXTS, "tied": _TEXTS, "config": Mapping[str, Any], LAYOUT: Mapping[str, Mapping[str, Any]]}
 """What is known of an adapter's provenance, and is read again; whatever else lies there is only kept."""
@@ -57,16 +71,53 @@ def _recognises(path: Path) -> bool:
 
 
 def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
+    adapter = _adapter(path, name, method_in)
+    adapter.tensors = in_order(adapter.tensors, model)
+    if model is not None:
+        check_adapter(adapter, find_sites(model), model)
+    return adapter
+
+
+def load_record(path: Path, name: str) -> Adapter:
+    """An adapter as its file has it, held against nothing, of whose method this process may have no class.
+
+    Raises:
+        FormatError: as ``load_adapter``.
+    """
+    with reading(path):
+        return _adapter(path, name, _known_or_absent)
+
+
+def _adapter(path: Path, name: str | None, made: Callable[[Path, Record], Variant]) -> Adapter:
     stored, metadata = read_safetensors(path)
-    record = _record(path, metadata[_ENTRY])
+    record = record_from(path, metadata[_ENTRY])
     check_seal(path, metadata[_ENTRY], stored, metadata)
+    return assembled(path, record, stored, name, made)
+
+
+def assembled(
+    path: Path,
+    record: Mapping[str, Any],
+    stored: dict[str, Tensor],
+    name: str | None,
+    made: Callable[[Path, Record], Variant],
+) -> Adapter:
+    """The adapter of a record and its tensors.
+
+    Args:
+        path: the file they are from.
+        record: as ``record_from`` gives it.
+        stored: its tensors, by the names of this format (``key_of``).
+        name: the adapter's; None for the recorded one.
+        made: (path, record) -> the method: ``method_in``, or another.
+    """
     for alias, first in record["shared"].items():
         if not isinstance(first, str) or first not in stored or alias in stored:
             raise CorruptFile(f"'{path}' says that '{alias}' is {short(first)}, which its tensors belie")
         stored[alias] = stored[first]
     adapter = Adapter(
         name=name or record["name"],
-        variant=_variant(path, record["variant"], record["config"]),
+        variant=made(path, record),
         provenance={
             **record["provenance"],
             "format": "native",
@@ -77,9 +128,6 @@ def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
     )
     for key, tensor in stored.items():
         _place(path, adapter, key, tensor)
-    adapter.tensors = in_order(adapter.tensors, model)
-    if model is not None:
-        check_adapter(adapter, find_sites(model), model)
     return adapter
 
 
@@ -87,9 +135,24 @@ def _save(adapter: Adapter, path: Path, model: nn.Module | None) -> None:
     if model is not None:
         check_adapter(adapter, find_sites(model), model)
     tensors, shared = _stored(adapter)
-    config, left_out = _config(adapter.variant)
+    base = base_hash(model, adapter.tensors) if model else adapter.provenance.get("base")
+    # Names are not sorted here: the order of patterns matters, that of the record is fixed.
+    text = config_text(record_of(adapter, shared, base))
+    write_safetensors(path, tensors, {_ENTRY: text, SEAL: seal(text, tensors)})
+
+
+def record_of(adapter: Adapter, shared: Mapping[str, str], base: str | None) -> dict[str, Any]:
+    """All that this format says of an adapter beside its tensors.
+
+    Args:
+        adapter: the adapter.
+        shared: further names of tensors -> the name they are stored by.
+        base: the hash of the base weights, where it is known.
+    """
+    config, left_out = config_of(adapter.variant)
     origin = {k: v for k, v in adapter.provenance.items() if k not in _LOCAL and _is_json(v)}
-    record = {
+    modules = homes(adapter.variant)
+    return {
         "version": VERSION,
         "name": adapter.name,
         "variant": adapter.variant.name,
@@ -97,17 +160,25 @@ def _save(adapter: Adapter, path: Path, model: nn.Module | None) -> None:
         "left_out": left_out or adapter.provenance.get("left_out", []),
         "shared": shared,
         "provenance": origin,
-        "base": base_hash(model, adapter.tensors) if model else adapter.provenance.get("base"),
+        "base": base,
+        **({_HOMES: modules} if modules else {}),
     }
-    # Names are not sorted here: the order of patterns matters, that of the record is fixed.
-    text = config_text(record)
-    write_safetensors(path, tensors, {_ENTRY: text, SEAL: seal(text, tensors)})
+
+
+def recorded(adapter: Adapter) -> dict[str, Any]:
+    """The same of an adapter whose tensors somebody else keeps, each once."""
+    return record_of(adapter, {}, adapter.provenance.get("base"))
+
+
+def key_of(path: str | None, name: str) -> str:
+    """What a tensor is called: a site's parameter, or where there is no site what is replaced whole."""
+    return f"replaced/{name}" if path is None else f"tensors/{path}/{name}"
 
 
 def _stored(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What to write, and for every further name of a tensor the first."""
-    named = {f"tensors/{p}/{n}": t for p, at in adapter.tensors.items() for n, t in at.items()}
-    named |= {f"replaced/{name}": tensor for name, tensor in adapter.replaced.items()}
+    named = {key_of(p, n): t for p, at in adapter.tensors.items() for n, t in at.items()}
+    named |= {key_of(None, name): tensor for name, tensor in adapter.replaced.items()}
     first: dict[int, str] = {}
     shared = {}
     for key, tensor in named.items():
@@ -130,7 +201,13 @@ def _place(path: Path, adapter: Adapter, key: str, tensor: Tensor) -> None:
         )
 
 
-def _record(path: Path, text: str) -> dict[str, Any]:
+def record_from(path: Path, text: str) -> dict[str, Any]:
+    """The record that a text says, checked.
+
+    Raises:
+        CorruptFile: it is none, or something in it is missing or of another type.
+        UnknownField, UnsupportedField: it is of another version of the format.
+    """
     record = parse_object(text, lambda reason: CorruptFile(f"the description in '{path}' {reason}"))
     if not isinstance(record.get("version"), int):
         raise CorruptFile(f"the description in '{path}' has no version")
@@ -140,13 +217,14 @@ def _record(path: Path, text: str) -> dict[str, Any]:
             next_step="pip install -U lorac",
         )
     for field in record:
-        if field not in _FIELDS:
+        if field not in _FIELDS and field != _HOMES:
             near = nearest_name(field, _FIELDS)
             raise UnknownField(f"'{path}' has the unknown field '{field}'", nearest=near)
     for field, kind in _FIELDS.items():
         if field not in record or not isinstance(record[field], kind):  # type: ignore[arg-type]  # a type or a tuple of types
             raise CorruptFile(f"the description in '{path}' lacks '{field}', or it is of another type")
     _check_provenance(path, record["provenance"])
+    _check_homes(path, record.get(_HOMES, {}))
     if not fits(record["left_out"], tuple[str, ...]):
         raise CorruptFile(f"the description in '{path}' has 'left_out' of another type")
     return record
@@ -161,8 +239,37 @@ def _check_provenance(path: Path, provenance: Mapping[str, Any]) -> None:
             raise CorruptFile(f"the description in '{path}' does not tell the layout of '{site}': {short(described)}")
 
 
-def _variant(path: Path, name: str, config: Mapping[str, Any]) -> Variant:
-    variant = variant_named(name)
+def _check_homes(path: Path, modules: Any) -> None:
+    """The modules of methods are only ever named to people: they are names."""
+    named = fits(modules, _TEXTS) and all(part.isidentifier() for name in modules.values() for part in name.split("."))
+    if not named:
+        raise CorruptFile(f"the description in '{path}' has '{_HOMES}' that are no modules: {short(modules)}")
+
+
+def method_in(path: Path, record: Record) -> Variant:
+    """The method of a record.
+
+    Raises:
+        UnknownMethod: its class is not imported.
+        UnknownField, UnsupportedField: its hyper-parameters are not the method's.
+    """
+    return _made(path, record["variant"], record["config"], record.get(_HOMES, {}))
+
+
+def _known_or_absent(path: Path, record: Record) -> Variant:
+    """The method, or what stands in its place where it, or one in its fields, has no class here."""
+    modules = record.get(_HOMES, {})
+    try:
+        return method_in(path, record)
+    except UnknownMethod:
+        unknown = [name for name in modules if name not in variants()]
+        if not unknown:
+            raise
+        return Absent(called=record["variant"], recorded=record["config"], homes=modules, unknown=unknown[0])
+
+
+def _made(path: Path, name: str, config: Mapping[str, Any], modules: Mapping[str, str]) -> Variant:
+    variant = variant_named(name, modules)
     known = dataclass_fields(variant)
     for field in config:
         if field not in known:
@@ -172,7 +279,7 @@ def _variant(path: Path, name: str, config: Mapping[str, Any]) -> Variant:
                 next_step="it was written by another version of lorac",
             )
     default, kinds = _defaults(variant), kinds_of(variant)
-    revived = {field: _revived(path, value) for field, value in config.items()}
+    revived = {field: _revived(path, value, modules) for field, value in config.items()}
     for field, value in revived.items():
         if not fits(value, kinds[field]):
             raise UnsupportedField(
@@ -185,15 +292,15 @@ def _variant(path: Path, name: str, config: Mapping[str, Any]) -> Variant:
         raise UnsupportedField(f"'{path}' configures {variant.name} wrongly: {error}") from error
 
 
-def _revived(path: Path, value: Any) -> Any:
+def _revived(path: Path, value: Any, modules: Mapping[str, str]) -> Any:
     """A field's value, with the methods in it (``_plain``) made again."""
     if isinstance(value, list):
-        return [_revived(path, item) for item in value]
+        return [_revived(path, item, modules) for item in value]
     match value:
         case {"variant": str(name), "config": dict(config), **rest} if not rest:
-            return _variant(path, name, config)
+            return _made(path, name, config, modules)
         case dict():
-            return {key: _revived(path, item) for key, item in value.items()}
+            return {key: _revived(path, item, modules) for key, item in value.items()}
     return value
 
 
@@ -208,16 +315,16 @@ def _defaults(variant: type[Variant]) -> dict[str, Any]:
     return found
 
 
-def _config(variant: Variant) -> tuple[dict[str, Any], list[str]]:
+def config_of(variant: Variant) -> tuple[dict[str, Any], list[str]]:
     """A variant's fields as JSON, and those that have no such form and fall back to their default."""
-    values = {field.name: getattr(variant, field.name) for field in dataclasses.fields(variant)}
+    values = variant.settings
     left_out = sorted(name for name, value in values.items() if not _is_json(value))
     return {n: _plain(v) for n, v in values.items() if n not in left_out}, left_out
 
 
 def _is_json(value: Any) -> bool:
     if isinstance(value, Variant):
-        return not _config(value)[1]
+        return not config_of(value)[1]
     if isinstance(value, Mapping):
         return all(isinstance(k, str) and _is_json(v) for k, v in value.items())
     if isinstance(value, list | tuple):
@@ -227,7 +334,7 @@ def _is_json(value: Any) -> bool:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Variant):
-        return {"variant": value.name, "config": _config(value)[0]}
+        return {"variant": value.name, "config": config_of(value)[0]}
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

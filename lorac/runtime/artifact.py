@@ -2,6 +2,7 @@
 
     manifest.json           what is in the folder and how it fits together
     adapters/<n>.safetensors    the adapters, in lorac's own format
+    adapters/<n>.forms.safetensors  of a method that is not lorac's own, what it comes to, so that no class is needed
     …                       the program and its weights, as the target stores them
 
 The manifest holds the versions, target and mode, the plan of every site, the active choice, the host's skeleton, what
@@ -16,9 +17,8 @@ It replaces nothing but an older artefact, and nothing in it that the older mani
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import functools
 import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping
 from importlib import metadata
@@ -26,17 +26,23 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lorac.errors import ArtifactError, LoracError
+from lorac.ir.slots.site import Prepared
 from lorac.ir.store.disk import told
 from lorac.ir.store.folders import foreign, replacing, steady
 from lorac.ir.store.held import HeldFile
 from lorac.ir.store.plans import choice_to_json, plan_to_json
 from lorac.ir.store.strict_json import json_text, parse_object, read_text
 from lorac.runtime.compiled import Compiled
+from lorac.runtime.pool import Pool
 from lorac.spending import reading
 from lorac.version import VERSION
 
 FORMAT = 3
 MANIFEST = "manifest.json"
+ADAPTERS = "adapters"
+RECORD, FORMS = "file", "forms"
+FILES = (RECORD, FORMS)
+"""What the manifest calls an adapter's files: its record, and what it comes to."""
 _SEAL = "seal"
 _NAMED = 5
 """Foreign files that a message names."""
@@ -64,7 +70,7 @@ def save(
     *,
     host: Mapping[str, Any],
     store: Callable[[Path], Mapping[str, Any]],
-    save_adapter: Callable[[Any, Path], None],
+    save_adapter: Callable[[Any, Callable[[], Prepared], Path], Mapping[str, Any]],
 ) -> None:
     """Write a compiled model.
 
@@ -73,7 +79,8 @@ def save(
         folder: as ``write`` takes it.
         host: the host's skeleton.
         store: (folder) -> what the target needs besides; writes the program.
-        save_adapter: (adapter, path) -> None.
+        save_adapter: (adapter, () -> its normal forms, path without a suffix) -> what the manifest says of it, the
+            names of its files in their folder; writes them.
     """
 
     def fill(staged: Path) -> dict[str, Any]:
@@ -82,7 +89,7 @@ def save(
             "target": compiled.engine.target,
             "mode": compiled.mode,
             "active": choice_to_json(compiled.choice),
-            "adapters": _save_adapters(compiled.adapters, staged / "adapters", save_adapter),
+            "adapters": _save_adapters(compiled.pool, staged / ADAPTERS, save_adapter),
             "plans": {path: plan_to_json(plan) for path, plan in compiled.plans.items()},
             "program": store(staged),
             "components": {name: traits.to_json() for name, traits in compiled.services.traits.items()},
@@ -94,18 +101,12 @@ def save(
 
 
 def _save_adapters(
-    adapters: Mapping[str, Any], folder: Path, save_adapter: Callable[[Any, Path], None]
+    pool: Pool, folder: Path, save_adapter: Callable[[Any, Callable[[], Prepared], Path], Mapping[str, Any]]
 ) -> dict[str, Any]:
     saved = {}
-    for index, name in enumerate(sorted(adapters)):
-        adapter, file = adapters[name], f"{index}.safetensors"
-        save_adapter(adapter, folder / file)
-        fields = {field.name: getattr(adapter.variant, field.name) for field in dataclasses.fields(adapter.variant)}
-        saved[name] = {
-            "file": f"{folder.name}/{file}",
-            "variant": adapter.variant.name,
-            "hyperparameters": json.loads(json.dumps(fields, default=lambda _: None)),
-        }
+    for index, (name, adapter) in enumerate(sorted(pool.adapters.items())):
+        entry = save_adapter(adapter, functools.partial(pool.__getitem__, name), folder / str(index))
+        saved[name] = {what: f"{folder.name}/{told}" if what in FILES else told for what, told in entry.items()}
     return saved
 
 
@@ -200,7 +201,8 @@ def opened(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, He
 
 def _opened(folder: Path) -> tuple[dict[str, Any], dict[str, HeldFile]]:
     manifest = _manifest(folder)
-    adapters = [entry.get("file") for entry in manifest["adapters"].values() if isinstance(entry, dict)]
+    entries = [entry for entry in manifest["adapters"].values() if isinstance(entry, dict)]
+    adapters = [entry.get(what) for entry in entries for what in FILES]
     program = {name: entry for name, entry in manifest["files"].items() if name not in adapters}
     files = {name: _checked_file(folder, name, entry) for name, entry in program.items()}
     listed = {*manifest["files"], MANIFEST}
@@ -210,15 +212,20 @@ def _opened(folder: Path) -> tuple[dict[str, Any], dict[str, HeldFile]]:
     return manifest, files
 
 
-def opened_adapter(folder: Path, manifest: Mapping[str, Any], name: str) -> HeldFile:
-    """The file of an adapter, opened once and held against the manifest.
+def opened_adapter(folder: Path, manifest: Mapping[str, Any], name: str, what: str = RECORD) -> HeldFile:
+    """A file of an adapter, opened once and held against the manifest.
+
+    Args:
+        folder, manifest: of the artefact.
+        name: the adapter's.
+        what: which of its files, one of ``FILES``.
 
     Raises:
         ArtifactError: as ``opened``; also where the manifest does not list it, or where another artefact took the
             folder's place since the manifest was read: then its hash is another.
     """
     entry = manifest["adapters"][name]
-    file = entry.get("file") if isinstance(entry, dict) else None
+    file = entry.get(what) if isinstance(entry, dict) else None
     if not isinstance(file, str) or file not in manifest["files"]:
         raise _damaged(folder, f"it speaks of the file {file!r}, which it does not list")
     return _checked_file(folder, file, manifest["files"][file])

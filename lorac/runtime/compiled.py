@@ -274,7 +274,7 @@ class Compiled:
         """Register an adapter at run time, without a rebuild; returns its name. One that fails leaves no trace.
 
         Args:
-            source: a path, an Adapter, or a fresh Variant.
+            source: a path, an Adapter, a fresh Variant, or a configuration of PEFT's.
             name: its name; default: the folder's, the adapter's own, or the variant's.
 
         Raises:

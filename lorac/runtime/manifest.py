@@ -55,7 +55,16 @@ class Manifest:
             components=told["components"],
         )
 
-    def adapters(self) -> Iterator[tuple[str, HeldFile]]:
-        """Each adapter's name and its file, opened and checked when it is asked for."""
-        for name in self.told["adapters"]:
-            yield name, artifact.opened_adapter(self.folder, self.told, name)
+    def adapters(self) -> Iterator[tuple[str, HeldFile, HeldFile | None]]:
+        """Each adapter's name, its record, and its normal forms where it has them, opened and checked when asked for.
+
+        Of all of them together there may be more than a process may hold open.
+        """
+        for name, entry in self.told["adapters"].items():
+            record = artifact.opened_adapter(self.folder, self.told, name)
+            formed = artifact.FORMS in entry
+            yield (
+                name,
+                record,
+                artifact.opened_adapter(self.folder, self.told, name, artifact.FORMS) if formed else None,
+            )

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lorac.errors import Unavailable
+from lorac.errors import CorruptFile, Unavailable, warn
 from lorac.ir.slots.choice import UNSET
+from lorac.ir.store.strict_json import json_text, parse_object
 from lorac.runtime.compiled import Compiled
 
 
@@ -18,8 +22,10 @@ class CompiledModule(nn.Module, Compiled):
 
     Of its parameters only adapter tensors need gradients. Attributes it lacks are looked up on the host copy.
 
-    Its state dict has the host's under ``host.`` and each adapter's under ``adapter_tensors.<name>.``, where a ``/``
-    stands for a dot within a name (``key_of``); a model with the same adapters takes it by ``load_state_dict``.
+    Its state dict has what a training may change, each tensor once: the adapters' tensors under
+    ``adapter_tensors.<name>.``, where a ``/`` stands for a dot within a name (``key_of``), with each adapter's record;
+    and the host's buffers under ``host.``, but not its parameters. A model with the same adapters takes it by
+    ``load_state_dict``, and ``lorac.load_adapter`` reads a file of it, as transformers' ``Trainer`` writes them.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -27,6 +33,8 @@ class CompiledModule(nn.Module, Compiled):
         self.host = module
         self.adapter_tensors = nn.ModuleDict()
         self.training = module.training
+        nn.Module.register_state_dict_post_hook(self, _without_what_is_elsewhere)
+        nn.Module.register_load_state_dict_post_hook(self, _miss_nothing_elsewhere)
 
     def forward(self, *args: Any, adapters: Any = UNSET, **kwargs: Any) -> Any:
         """The host's forward, with the active adapters or those chosen for this call."""
@@ -47,8 +55,22 @@ class CompiledModule(nn.Module, Compiled):
         """Have the tensors of the pool's adapters as parameters and buffers, and no others."""
         kept = {module.adapter: module for module in self.adapter_tensors.values()}
         there = self.pool.adapters
-        made = nn.ModuleDict({key_of(n): kept.get(adapter) or _Tensors(adapter) for n, adapter in there.items()})
-        self.adapter_tensors = made.train(self.training)
+        record = self.services.record
+        made = {key_of(n): kept.get(adapter) or _Tensors(adapter, record) for n, adapter in there.items()}
+        self.adapter_tensors = nn.ModuleDict(made).train(self.training)
+
+    def save_pretrained(self, folder: Any) -> None:
+        """Write the adapters as PEFT does: the only one into the folder, several each into one of its name in it.
+
+        Args:
+            folder: where; what else is in it stays.
+
+        Raises:
+            UnsupportedField: PEFT has no such method; ``lorac.save_adapter`` writes any in lorac's own format.
+        """
+        adapters = self.pool.adapters
+        for name, adapter in adapters.items():
+            self.services.save_adapter(adapter, Path(folder) if len(adapters) == 1 else Path(folder) / name)
 
     def _apply(self, fn: Any, recurse: bool = True) -> CompiledModule:
         """As nn.Module's, behind ``to``, ``half`` and ``cuda``: parameters become other ones, which nothing counts.
@@ -95,22 +117,84 @@ def compiled_module(module: nn.Module) -> CompiledModule:
 
 
 class _Tensors(nn.Module):
-    """An adapter's tensors as parameters and buffers, under names a state dict can hold."""
+    """An adapter's tensors as parameters and buffers, under names a state dict can hold, and its record.
 
-    def __init__(self, adapter: Any) -> None:
+    Args:
+        adapter: the adapter.
+        record: adapter -> all that a file says of it beside its tensors, as JSON.
+
+    A state dict holds the record as the bytes of a text, since tensors are all that its files can hold. It says by
+    key what the tensor is: its site and name, or where there is no site the parameter that it replaces.
+    """
+
+    def __init__(self, adapter: Any, record: Callable[[Any], Mapping[str, Any]]) -> None:
         super().__init__()
-        self.adapter = adapter
+        self.adapter, self._record = adapter, record
+        self._first: dict[int, str] = {}
+        self._places: dict[str, list[tuple[str | None, str]]] = {}
         for path, tensors in adapter.tensors.items():
             for name, tensor in tensors.items():
-                self._keep(f"{_escaped(path)}/{_escaped(name)}", tensor)
+                self._keep(f"{_escaped(path)}/{_escaped(name)}", tensor, (path, name))
         for name, tensor in adapter.replaced.items():
-            self._keep(f"replaced{_OWN}/{_escaped(name)}", tensor)
+            self._keep(f"replaced{_OWN}/{_escaped(name)}", tensor, (None, name))
 
-    def _keep(self, key: str, tensor: torch.Tensor) -> None:
+    def _keep(self, key: str, tensor: torch.Tensor, place: tuple[str | None, str]) -> None:
+        self._places.setdefault(self._first.setdefault(id(tensor), key), []).append(place)
         if isinstance(tensor, nn.Parameter):
             self.register_parameter(key, tensor)
         else:
             self.register_buffer(key, tensor)
+
+    def second_names(self) -> set[str]:
+        """The keys of tensors that an earlier key has."""
+        return {*self._parameters, *self._buffers} - {*self._places}
+
+    def get_extra_state(self) -> torch.Tensor:
+        """The record."""
+        text = json_text({"record": self._record(self.adapter), "places": self._places})
+        return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Say where what is loaded was saved of another method, or with other settings: only tensors are taken."""
+        said = parse_object(bytes(state.tolist()), _damaged).get("record")
+        own = json.loads(json_text(self._record(self.adapter)))
+        differ = [what for what in ("variant", "config") if not isinstance(said, dict) or said.get(what) != own[what]]
+        if differ:
+            warn(
+                f"what is loaded into adapter '{self.adapter.name}' was saved of one with another {differ[0]}",
+                next_step="compile with the method and the hyper-parameters of the training",
+            )
+
+
+def _elsewhere(module: CompiledModule) -> set[str]:
+    """The keys that no state dict needs: the host's parameters, which are never written, and second names."""
+    names = {f"host.{name}" for name, _ in module.host.named_parameters(remove_duplicate=False)}
+    for key, tensors in module.adapter_tensors.items():
+        assert isinstance(tensors, _Tensors)
+        names |= {f"adapter_tensors.{key}.{name}" for name in tensors.second_names()}
+    return names
+
+
+def _without_what_is_elsewhere(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
+    for key in _elsewhere(module):
+        state.pop(f"{prefix}{key}", None)
+
+
+def _miss_nothing_elsewhere(module: Any, keys: Any) -> None:
+    """What a state dict does not have because of ``_elsewhere`` is not missing from it."""
+    left = _elsewhere(module)
+    keys.missing_keys[:] = [key for key in keys.missing_keys if not left & set(_ends(key))]
+
+
+def _ends(key: str) -> Iterator[str]:
+    """A key, and what is left of it without the names of one module around it after another."""
+    while key:
+        yield key
+        key = key.partition(".")[2]
+
+
+def _damaged(reason: str) -> CorruptFile:
+    return CorruptFile(f"the record of an adapter in a state dict {reason}")
 
 
 _OWN = "~"

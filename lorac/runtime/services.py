@@ -23,6 +23,8 @@ class Services:
         outline: adapter -> its normal forms, right in shape only; needs no base weights.
         recompile: (target, mode, **options) -> another Compiled, from the host model.
         save: (compiled, folder) -> None.
+        record: adapter -> all that a file says of it beside its tensors, as JSON.
+        save_adapter: (adapter, folder) -> None: write it as PEFT does.
         explain: compiled -> report.
         stages: () -> what the passes did to each graph (``lorac.runtime.views.Stages``).
         casts: (dtype of the model, or asked for, dtype the target computes in), where it lacks the first.
@@ -34,6 +36,8 @@ class Services:
     outline: Callable[[Any], Prepared]
     recompile: Callable[..., Any]
     save: Callable[[Any, Any], None]
+    record: Callable[[Any], Mapping[str, Any]]
+    save_adapter: Callable[[Any, Any], None]
     explain: Callable[[Any], Any]
     stages: Callable[[], Any]
     casts: Sequence[tuple[Any, Any]] = ()

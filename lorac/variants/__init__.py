@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 
 from lorac.discovery import modules_of
-from lorac.errors import UnknownField, nearest_name
+from lorac.variants._absent import Absent, unknown_method
 from lorac.variants.base import Variant, is_concrete
 
 
@@ -33,22 +33,23 @@ def variants() -> dict[str, type[Variant]]:
     """Every method by name: those of this folder, and those the user has subclassed anywhere."""
     _load_all()
     found = _subclasses(Variant)  # type: ignore[type-abstract]  # the root of the search is abstract
-    return {child.name: child for child in sorted(found, key=lambda c: c.name)}
+    methods = [child for child in found if child is not Absent]
+    return {child.name: child for child in sorted(methods, key=lambda c: c.name)}
 
 
-def variant_named(name: str) -> type[Variant]:
+def variant_named(name: str, homes: Mapping[str, str] | None = None) -> type[Variant]:
     """The method called ``name``.
 
+    Args:
+        name: its name.
+        homes: method -> the module that its class is in, where a file tells it.
+
     Raises:
-        UnknownField: no method has that name.
+        UnknownMethod: no method has that name, or its class is not imported.
     """
     found = variants()
     if name not in found:
-        raise UnknownField(
-            f"no method is called '{name}'",
-            nearest=nearest_name(name, found),
-            next_step="`lorac variants` lists them; one of your own is known once its class is imported",
-        )
+        raise unknown_method(name, homes or {}, found)
     return found[name]
 
 

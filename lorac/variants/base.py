@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 
@@ -20,6 +20,7 @@ from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.patterns import first_match
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.ir.slots.training import Dropout
+from lorac.variants._names import misnamed
 from lorac.variants.params import ParamSpec
 
 Tensor = torch.Tensor
@@ -77,11 +78,32 @@ class Variant(ABC):
     patterned: ClassVar[Mapping[str, str]] = {}
     """Pattern field -> the field it overrides per module, such as rank_pattern -> r."""
 
+    def __new__(cls, *values: object, **fields: object) -> Self:
+        """Refuse what is no hyper-parameter, or is given without its name; what PEFT calls otherwise is known.
+
+        Raises:
+            UnknownField: naming the hyper-parameter that is meant, where one is.
+        """
+        known = dataclass_fields(cls)
+        if values or not fields.keys() <= set(known):
+            raise misnamed(cls.__name__, known, _COMMON, values, fields)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
             value = getattr(self, spec.name)
             if isinstance(value, list | set):
                 object.__setattr__(self, spec.name, tuple(value))
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Every hyper-parameter by name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @property
+    def own_settings(self) -> Mapping[str, Any]:
+        """Those of them that not all methods have."""
+        return {name: value for name, value in self.settings.items() if name not in _COMMON}
 
     @property
     def asked(self) -> str | tuple[str, ...]:
@@ -119,6 +141,9 @@ class Variant(ABC):
     def starts_as_base(self, site: Site) -> bool:
         """Whether a fresh adapter answers what the base does at a site; a method may not at layers of some shapes."""
         return self.identity_at_init
+
+    def require_class(self) -> None:  # noqa: B027  (a class is what a method is; only what stands for one lacks it)
+        """Raise ``UnknownMethod`` where this stands for a method whose class is not imported."""
 
     def copies(self, path: str) -> bool:
         """Whether the module at ``path`` is trained and stored whole, by the method itself (``LNTuning``)."""
@@ -173,6 +198,24 @@ class BranchVariant(Variant):
     @abstractmethod
     def branch(self, x: Tensor, y: Tensor, p: Params, ctx: Context) -> Tensor:
         """y' (…, out) from x (…, in) and y (…, out); y' is the whole new output."""
+
+
+_COMMON = tuple(Variant.__dataclass_fields__)
+"""Names of the hyper-parameters that all methods have."""
+
+
+def walk(value: object) -> Iterator[object]:
+    """What lies in a hyper-parameter, however deep: items of lists and mappings, methods, and what lies in those."""
+    if isinstance(value, Variant):
+        yield value
+        value = value.settings
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if not isinstance(value, list | tuple):
+        yield value
+        return
+    for inner in value:
+        yield from walk(inner)
 
 
 def dataclass_fields(variant: type[Variant]) -> tuple[str, ...]:

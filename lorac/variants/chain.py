@@ -145,6 +145,7 @@ def _init_of(index: int, before: tuple[WeightVariant, ...], init: Init) -> Init:
 
 
 def _at_its_own_sites(adapter: Adapter) -> WeightVariant:
+    adapter.variant.require_class()
     if not isinstance(adapter.variant, WeightVariant):
         raise NotMergeable(
             f"'{adapter.name}' ({adapter.variant.name}) edits no weight that another method could go on with",

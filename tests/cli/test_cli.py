@@ -49,9 +49,10 @@ def write_odd(folder):
         (folder / f"odd{index}").mkdir()
         (folder / f"odd{index}" / "config.json").write_text(f'{{"model_type": "llama", "architectures": {text}}}')
     ids = np.array([[1, 2, 3]])
-    arrays = {"high": ids + 125, "negative": ids - 2, "text": np.array([["hello"]]), "flat": ids[0]}
+    arrays = {"high": ids + 125, "negative": ids - 2, "text": np.array([["hello"]]), "flat": ids[0], "none": ids[:, :0]}
     for name, array in arrays.items():
         np.savez(folder / f"{name}.npz", input_ids=array)
+    np.savez(folder / "wide.npz", input_ids=ids, attention_mask=np.ones((1, 9), dtype=ids.dtype))
 
 
 @pytest.fixture
@@ -204,6 +205,14 @@ def test_compile_for_onnxruntime(cli, files):
         (
             ["run", "compiled", "-i", "flat.npz"],
             "lorac.InputMismatch: input 'input_ids' has shape [3]; the program was captured for [any, any]",
+        ),
+        (
+            ["run", "compiled", "-i", "none.npz"],
+            "lorac.InputMismatch: the program was not captured for size 0 on axis 1",
+        ),
+        (
+            ["run", "compiled", "-i", "wide.npz"],
+            "lorac.InputMismatch: the model joins inputs that differ: size 9 on axis 1 of 'attention_mask' and size 3",
         ),
         (["bench", "compiled", "-i", "negative.npz"], "lorac.ChoiceError: input 'input_ids' holds the id -1;"),
     ],

@@ -19,6 +19,7 @@ from lorac.errors import (
     ShapeMismatch,
     SiteNotFound,
     UnknownField,
+    UnknownMethod,
     UnsupportedField,
     UnusedTensors,
 )
@@ -173,7 +174,7 @@ def rewrite(file: Path, tensors: dict[str, torch.Tensor] | None = None, **change
 @pytest.mark.parametrize(
     ("changes", "error", "match"),
     [
-        ({"variant": "lorra"}, UnknownField, "no method is called 'lorra'"),
+        ({"variant": "lorra"}, UnknownMethod, "no method is called 'lorra'"),
         ({"config": {"ranks": 2}}, UnknownField, "sets 'ranks', which lora does not have"),
         ({"config": {"r": "2"}}, UnsupportedField, "sets r='2'"),
         ({"config": {"r": True}}, UnsupportedField, "sets r=True"),

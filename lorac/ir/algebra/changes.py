@@ -114,6 +114,16 @@ def from_outputs(form: str, outputs: Mapping[str, Tensor], bias: Tensor | None) 
     return LowRank(outputs[A], outputs[B], parts, delta)
 
 
+def to_outputs(change: LowRank | Sparse | Dense) -> tuple[str, dict[str, Tensor]]:
+    """The inverse of ``from_outputs`` over no bias: the change's form and its tensors by letter."""
+    shift = {} if change.e is None else {BIAS: change.e}
+    if isinstance(change, Dense):
+        return "dense", {WEIGHT: change.weight, **shift}
+    if isinstance(change, Sparse):
+        return "sparse", {"rows": change.rows, "cols": change.cols, "values": change.values, **shift}
+    return "low-rank", {A: change.a, B: change.b, **change.parts, **shift}
+
+
 def compose(terms: Sequence[tuple[float, Change]], weight: Callable[[], Tensor]) -> Change | None:
     """The exact weighted sum W + Σ tᵢ·(W'ᵢ − W) of changes at one site, in the order given.
 

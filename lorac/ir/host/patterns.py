@@ -179,35 +179,82 @@ def _naming(
     if isinstance(targets, str) and targets in every:
         return lambda path, site: path if every[targets](path, site) else None
     chosen = targets if isinstance(targets, str) else tuple(targets)
+    return lambda path, site: next((known for known in _goes_by(path, site) if names(chosen, known)), None)
 
-    def named(path: str, site: Site) -> str | None:
-        owner = site.within if site.kind is SiteKind.LINEAR else None
-        return next((known for known in (path, owner) if known and names(chosen, known)), None)
 
-    return named
+def _goes_by(path: str, site: Site) -> tuple[str, ...]:
+    """The paths by which ``targets`` may name a site: its own, and that of the module which reads its weight."""
+    return (path, site.within) if site.kind is SiteKind.LINEAR and site.within else (path,)
 
 
 def _is_linear(path: str, site: Site, heads: Collection[str]) -> bool:
     return site.kind is SiteKind.LINEAR and path not in heads and path.rpartition(".")[2] not in _HEADS
 
 
+def refuse_unmatched(
+    adapter: str, targets: str | Iterable[str], sites: Mapping[str, Site], others: Iterable[str] = ()
+) -> None:
+    """Refuse a list of targets one of which names nothing, be it that others of it do.
+
+    Args:
+        adapter: whose they are, for the message.
+        targets: names; what is one text is no list.
+        sites: all sites of the model.
+        others: paths that a name may be of as well.
+
+    Raises:
+        SiteNotFound: naming the first such target.
+    """
+    if isinstance(targets, str):
+        return
+    paths = [*others, *(known for path, site in sites.items() for known in _goes_by(path, site))]
+    for name in targets:
+        if not any(names((name,), path) for path in paths):
+            raise nothing_matches(adapter, (name,), sites)
+
+
 def nothing_matches(adapter: str, targets: str | Iterable[str], sites: Mapping[str, Site]) -> SiteNotFound:
     """The error for an adapter whose targets name no site, with the nearest name that exists."""
-    wanted = targets if isinstance(targets, str) else ", ".join(sorted(targets))
-    if wanted in KEYWORDS:
-        return _no_such_kind(adapter, wanted, sites)
-    suffixes = {path.rpartition(".")[2] for path in sites}
-    first = wanted.split(",")[0].strip()
-    name = nearest_name(first.rpartition(".")[2], suffixes)
-    near = None
-    if name is not None:
-        found = [site for path, site in sites.items() if path.rpartition(".")[2] == name]
-        near = f"{name} ({len(found)} sites, {found[0].kind} {found[0].in_features} -> {found[0].out_features})"
+    if isinstance(targets, str):
+        return (
+            _no_such_kind(adapter, targets, sites) if targets in KEYWORDS else _no_full_match(adapter, targets, sites)
+        )
+    wanted = sorted(targets)
     return SiteNotFound(
-        f"adapter '{adapter}' targets '{wanted}', which matches no site",
-        nearest=near,
+        f"adapter '{adapter}' targets '{', '.join(wanted)}', which matches no site",
+        nearest=_nearest(wanted[0], sites) if wanted else None,
         next_step="`lorac sites MODEL` prints them all",
     )
+
+
+def _no_full_match(adapter: str, pattern: str, sites: Mapping[str, Site]) -> SiteNotFound:
+    """The error for one text that matches no path: a name that is meant as the end of paths is written as a list."""
+    name = (
+        pattern if any(names((pattern,), path) for path in sites) else nearest_name(_last(pattern), map(_last, sites))
+    )
+    near = (
+        None if name is None else f"targets=['{name}'] or targets=r'(.*\\.)?{re.escape(name)}', {_counted(name, sites)}"
+    )
+    return SiteNotFound(
+        f"adapter '{adapter}' targets '{pattern}', one regular expression, which matches the whole path of no site",
+        nearest=near,
+        next_step="write a list to name paths by their ends; `lorac sites MODEL` prints them all",
+    )
+
+
+def _nearest(wanted: str, sites: Mapping[str, Site]) -> str | None:
+    """The last part of a path that is most like a target's, and what it names."""
+    name = nearest_name(_last(wanted), map(_last, sites))
+    return None if name is None else f"{name} ({_counted(name, sites)})"
+
+
+def _counted(name: str, sites: Mapping[str, Site]) -> str:
+    found = [site for path, site in sites.items() if names((name,), path)]
+    return f"{len(found)} sites, {found[0].kind} {found[0].in_features} -> {found[0].out_features}"
+
+
+def _last(path: str) -> str:
+    return path.rpartition(".")[2]
 
 
 def _no_such_kind(adapter: str, keyword: str, sites: Mapping[str, Site]) -> SiteNotFound:

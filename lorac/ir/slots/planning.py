@@ -13,7 +13,7 @@ from lorac.errors import NotMergeable, SiteUnsupported, UnknownOption, nearest_n
 from lorac.ir.algebra import letters
 from lorac.ir.algebra.changes import Change, LowRank
 from lorac.ir.algebra.letters import KEPT_APART
-from lorac.ir.host.patterns import nothing_matches, select
+from lorac.ir.host.patterns import nothing_matches, refuse_unmatched, select
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.ir.slots.filling import leaves_blocks, why_whole
 from lorac.ir.slots.layouts import layout_of
@@ -163,6 +163,7 @@ def _reserve(needs: dict[str, _Needs], sites: Mapping[str, Site], reserve: Reser
         for s in select(sites, reserve.targets, parameters=_listed(reserve.targets))
         if s.kind not in {SiteKind.BLOCK, SiteKind.PARAMETER}
     ]
+    refuse_unmatched("reserve", reserve.targets, sites)
     if not chosen:
         raise nothing_matches("reserve", reserve.targets, sites)
     admitted = [role for role in ROLES.values() if role.reserve and getattr(reserve, role.reserve)]

@@ -19,25 +19,16 @@ from lorac.ir.slots.site import BranchSlot, Ranks, Reason, SitePlan
 # ── Plans ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def plan_to_json(plan: SitePlan) -> dict[str, Any]:
     """A plan without its site, which the skeleton knows."""
-    branches = [
-        {
-            "key": b.key,
-            "params": {name: list(shape) for name, shape in b.params.items()},
-            "emits": list(b.emits),
-            "reads": list(b.reads),
-        }
-        for b in plan.branches
-    ]
     return {
         "room": dict(plan.room),
         "ranks": plan.ranks,
-        "branches": branches,
+        "branches": [branch_to_json(branch) for branch in plan.branches],
         "reasons": [[r.adapter, r.why] for r in plan.reasons],
     }
 
 
 def plan_from_json(site: Site, stored: Mapping[str, Any]) -> SitePlan:
-    """The plan of a site. Its branches' formulas are in the program; here they only hold the place.
+    """The plan of a site.
 
     Raises:
         ArtifactError: it has room for a role that is not in the table.
@@ -49,19 +40,30 @@ def plan_from_json(site: Site, stored: Mapping[str, Any]) -> SitePlan:
             nearest=nearest_name(unknown[0], ROLES),
             next_step="save it again with this lorac",
         )
-    formula = Formula(_emitted(site.path), "a stored program", site.path)
-    branches = tuple(
-        BranchSlot(
-            key=b["key"],
-            formula=formula,
-            params={name: tuple(shape) for name, shape in b["params"].items()},
-            emits=tuple(b["emits"]),
-            reads=tuple(b["reads"]),
-        )
-        for b in stored["branches"]
-    )
+    branches = tuple(branch_from_json(site.path, branch) for branch in stored["branches"])
     reasons = tuple(Reason(adapter, site.path, why) for adapter, why in stored["reasons"])
     return SitePlan(site, stored["room"], branches, reasons, ranks=Ranks(stored["ranks"]))
+
+
+def branch_to_json(branch: BranchSlot) -> dict[str, Any]:
+    """Room for a branch, without its formula."""
+    return {
+        "key": branch.key,
+        "params": {name: list(shape) for name, shape in branch.params.items()},
+        "emits": list(branch.emits),
+        "reads": list(branch.reads),
+    }
+
+
+def branch_from_json(path: str, stored: Mapping[str, Any]) -> BranchSlot:
+    """Room for a branch at a site. Its formula is in the program; here something only holds the place."""
+    return BranchSlot(
+        key=stored["key"],
+        formula=Formula(_emitted(path), "a stored program", path),
+        params={name: tuple(shape) for name, shape in stored["params"].items()},
+        emits=tuple(stored["emits"]),
+        reads=tuple(stored["reads"]),
+    )
 
 
 def _emitted(path: str) -> Callable[..., torch.Tensor]:

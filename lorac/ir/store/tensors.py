@@ -77,12 +77,16 @@ class TensorFile(Mapping[str, Tensor]):
 
     Tensors written under several names are in the file once, and some lie in it column by column; its metadata says
     which.
+
+    Attributes:
+        notes: what else its metadata says.
     """
 
     def __init__(self, file: HeldFile) -> None:
         self.file = file
         with safe_open(file.path, framework="pt") as opened:
             metadata = opened.metadata() or {}
+            self.notes: Mapping[str, str] = {n: v for n, v in metadata.items() if n not in (_ALIAS, _TRANSPOSED)}
             told = {key: parse_json(metadata[key], self._damaged) for key in (_ALIAS, _TRANSPOSED) if key in metadata}
             self._alias: dict[str, str] = told.get(_ALIAS, {})
             self._transposed = frozenset(told.get(_TRANSPOSED, ()))
@@ -105,6 +109,11 @@ class TensorFile(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._names)
 
+    def kept(self) -> dict[str, Tensor]:
+        """All of them in memory of their own; what was written under several names is one tensor again."""
+        own = {name: self[name].clone() for name in self if name not in self._alias}
+        return {name: own[self._alias.get(name, name)] for name in self}
+
     def _read_header(self) -> tuple[int, Mapping[str, Any]]:
         """Where the tensors begin, and what the file says of each; the library has held it against the file's size."""
         with self.file.path.open("rb") as file:
@@ -125,13 +134,19 @@ class TensorFile(Mapping[str, Tensor]):
         return ArtifactError(f"the metadata of '{self.file.where}' {reason}", next_step="copy the whole folder again")
 
     @staticmethod
-    def write(path: Path, tensors: Mapping[str, Tensor], transposed: Collection[str] = ()) -> None:
+    def write(
+        path: Path,
+        tensors: Mapping[str, Tensor],
+        transposed: Collection[str] = (),
+        notes: Mapping[str, str] | None = None,
+    ) -> None:
         """Write a file; what shares its memory with an earlier tensor is written once.
 
         Args:
             path: the file.
             tensors: by name.
             transposed: matrices to write column by column, for a reader that wants their transposes contiguous.
+            notes: what else the metadata shall say, by entry.
         """
         first: dict[Any, str] = {}
         alias = {}
@@ -143,7 +158,7 @@ class TensorFile(Mapping[str, Tensor]):
         columns = sorted({*transposed} - alias.keys())
         written = {n: t.detach().t() if n in columns else t.detach() for n, t in tensors.items() if n not in alias}
         told = {_ALIAS: dict(sorted(alias.items())), _TRANSPOSED: columns}
-        write_safetensors(path, written, {key: json_text(value) for key, value in told.items()})
+        write_safetensors(path, written, {**(notes or {}), **{key: json_text(value) for key, value in told.items()}})
 
 
 def file_base(file: TensorFile, device: Any = None) -> BaseReader:

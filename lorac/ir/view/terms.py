@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -102,13 +101,10 @@ def describe_variant(variant: Any) -> str:
     """A method and its own hyper-parameters, in one line: ``dora r=8 alpha=16``."""
     common = {name for base in type(variant).__mro__[1:] for name in getattr(base, "__annotations__", ())}
     parts = [str(variant.name)]
-    for field in dataclasses.fields(variant):
-        value = getattr(variant, field.name)
-        if field.name in common or not value or not isinstance(value, int | float | str):
+    for name, value in variant.settings.items():
+        if name in common or not value or not isinstance(value, int | float | str):
             continue
-        parts.append(
-            field.name if value is True else f"{field.name}={value if isinstance(value, str) else f'{value:g}'}"
-        )
+        parts.append(name if value is True else f"{name}={value if isinstance(value, str) else f'{value:g}'}")
     return " ".join(parts)
 
 
