@@ -249,8 +249,13 @@ def facts_of(compiled: Any, calls: Mapping[str, int]) -> Facts:
     return Facts(
         report=compiled.explain(),
         notes=notes,
-        parameters={name: adapter.numel() for name, adapter in adapters.items()},
+        parameters={name: _parameters(adapter) for name, adapter in adapters.items()},
     )
+
+
+def _parameters(adapter: Any) -> int:
+    """Numbers that an adapter holds, positions aside; what several sites share counts once."""
+    return sum(tensor.numel() for tensor in adapter.parameters() if tensor.is_floating_point())
 
 
 def _trainable(adapters: Mapping[str, Any]) -> dict[str, int]:

@@ -1,13 +1,13 @@
 """An emitted program as rows of text: what the target runs, after all its rewrites, for a person to read.
 
 Which module and line a node comes from is what torch's exporter noted on it. A node that a rewrite added without such a
-note counts to where its result is read.
+note counts to the module that reads it, where that is beside it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -91,16 +91,36 @@ class _Lister:
 
 
 def _modules(graph: onnx.GraphProto) -> list[tuple[str, ...]]:
-    """Node by node, the modules around it, outermost first."""
-    found = [modules_of(_told(node)) for node in graph.node]
+    """Node by node, the modules around it, outermost first.
+
+    A node without a note is where the first that reads it is, if one of its neighbours is there too, and else in what
+    its neighbours are both in: a module's nodes stay together.
+    """
+    told = [modules_of(_told(node)) for node in graph.node]
+    after = [*_filled(told[::-1])[::-1], ()][1:]
+    before = [(), *_filled(told)][:-1]
+    found: list[tuple[str, ...]] = [()] * len(told)
     read_at: dict[str, int] = {}
-    for index in range(len(found) - 1, -1, -1):
-        node = graph.node[index]
-        readers = [read_at[name] for name in node.output if name in read_at]
-        if found[index] is None and readers:
-            found[index] = found[min(readers)]
+    for index in range(len(told) - 1, -1, -1):
+        node, noted = graph.node[index], told[index]
+        reader = min((read_at[name] for name in node.output if name in read_at), default=None)
+        near = (before[index], after[index])
+        if noted is not None:
+            found[index] = noted
+        elif reader is not None and found[reader] in near:
+            found[index] = found[reader]
+        else:
+            found[index] = tuple(one for one, other in zip(*near, strict=False) if one == other)
         read_at |= dict.fromkeys([*node.input, *_inner_reads(node)], index)
-    return [modules or () for modules in found]
+    return found
+
+
+def _filled(told: Sequence[tuple[str, ...] | None]) -> list[tuple[str, ...]]:
+    """Each item, or the last before it that there is."""
+    found: list[tuple[str, ...]] = []
+    for item in told:
+        found.append(item if item is not None else found[-1] if found else ())
+    return found
 
 
 def _told(node: onnx.NodeProto) -> dict[str, str]:

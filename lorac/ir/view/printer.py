@@ -128,13 +128,13 @@ class Body:
 
     def __init__(self, dump: Dump, notes: Notes) -> None:
         self.dump, self.notes = dump, notes
-        self._written: dict[str, list[Line]] = {}
+        self._written: dict[int, list[Line]] = {}
 
     def of(self, section: Section) -> list[Line]:
         """The lines of a section, nested blocks collapsed where identical."""
-        if section.call not in self._written:
-            self._written[section.call] = [line for part in grouped(section) for line in self._part(part, section)]
-        return self._written[section.call]
+        if id(section) not in self._written:  # not by its call: a block that is left may be entered again
+            self._written[id(section)] = [line for part in grouped(section) for line in self._part(part, section)]
+        return self._written[id(section)]
 
     def row(self, row: Row, section: Section) -> list[Line]:
         """A row, and its terms."""
@@ -209,7 +209,8 @@ def _by_section(dump: Dump, notes: Notes) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for section in sections(dump).sections():
         own = [line for item in section.items if isinstance(item, int) for line in body.row(dump.rows[item], section)]
-        found[section.call] = [f"{line.left}  {line.type or line.note}".rstrip() for line in own]
+        shown = (f"{line.left}  {line.type or line.note}".rstrip() for line in own)
+        found.setdefault(section.call, []).extend(shown)
     return found
 
 

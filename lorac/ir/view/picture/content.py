@@ -95,7 +95,7 @@ class Facts:
     Attributes:
         report: what ``compiled.explain()`` answers.
         notes: the adapters, as printed graphs show them.
-        parameters: adapter -> elements of its tensors.
+        parameters: adapter -> numbers that it holds, positions aside.
     """
 
     report: Explained

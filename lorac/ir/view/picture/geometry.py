@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import ceil, floor
 
 from lorac.ir.view.picture.modules import Link, Part
 from lorac.ir.view.picture.spots import Spot, side_by_side
@@ -199,19 +200,19 @@ class _Layered:
             rows[spot.layer + 1].append(spot)
         side_by_side(rows)
         spots = [spot for row in rows for spot in row]
-        left = min(spot.x - spot.width / 2 for spot in spots) - PAD
-        width = max(spot.x + spot.width / 2 for spot in spots) + PAD - left
+        for spot in spots:
+            spot.x = round(spot.x)
+        left = floor(min(spot.x - spot.width / 2 for spot in spots) - PAD)
+        width = ceil(max(spot.x + spot.width / 2 for spot in spots) + PAD) - left
         box.full = max(width, box.heading.width)
-        left -= (box.full - width) / 2
+        left -= round((box.full - width) / 2)
         box.layers = tuple(tuple(spot.box for spot in row if spot.box is not None) for row in rows[1:-1])
         for spot, child in zip(self.spots, self.inner, strict=True):
             child.x = spot.x - spot.width / 2 - left
         for (_, value, layer), spot in self.passing.items():
             if layer in (-1, self.count):
                 box.doors[value, layer == -1] = spot.x - left
-        box.wires = tuple(
-            self._wire(link, ends, route, left) for (link, ends), route in zip(self.ends, self.routes, strict=True)
-        )
+        box.wires = tuple(self._wire(*end, route, left) for end, route in zip(self.ends, self.routes, strict=True))
 
     def _route(self, link: Link, source: int | None, target: int | None) -> list[Spot]:
         """The spots from one end of a link to the other; links of one value share those on the way."""
@@ -248,6 +249,8 @@ class _Layered:
 
     def _wire(self, link: Link, ends: _Ends, route: Sequence[Spot], left: float) -> Wire:
         xs = [spot.x - left for spot in route]
-        xs[0] += self._shift(ends[0], link.value, into=False)
-        xs[-1] += self._shift(ends[1], link.value, into=True)
+        for place, number in zip((0, -1), ends, strict=True):
+            if number is not None:
+                child = self.inner[number]
+                xs[place] = child.x + child.door(link.value, into=bool(place))
         return Wire(link.value, *ends, tuple(xs), tuple(spot.layer for spot in route))

@@ -11,6 +11,7 @@
   // ── Boxes: a box is [graph, number]; an element is one drawing of it, a copy's or its own ──────────────────────────
   const idOf = (g, n) => `g${g}b${n}`;
   const own = (g, n) => document.getElementById(idOf(g, n));
+  const drawings = (g, n) => [own(g, n), ...document.querySelectorAll(`[data-of="${idOf(g, n)}"]`)];
   const boxOf = element => (element.id || element.dataset.of).slice(1).split("b").map(Number);
   const told = (g, n) => data.graphs[g].boxes[n];
   const direct = (element, name) => element.querySelector(`:scope > ${name}`);
@@ -130,7 +131,7 @@
       for (const element of [copy, ...copy.querySelectorAll("[id]")]) {
         element.dataset.of = element.id;
         element.removeAttribute("id");
-        element.classList.remove("chosen", "hit");
+        element.classList.remove("chosen");
       }
       copy.dataset.copy = k;
       const start = plain(box.call).length - box.title.length;
@@ -225,7 +226,8 @@
       const folded = told(...boxOf(outer));
       shown = moved(shown, folded.call, folded.copies[outer.dataset.copy]);
     }
-    const heading = make("h3", site ? `Site ${shown}` : `Site ${shown}: bare, runs as the model has it`);
+    const called = shown === pathOf(element) ? "Site" : `Site ${shown}`;
+    const heading = make("h3", site ? called : `${called}: bare, runs as the model has it`);
     if (!site) return [heading];
     const what = [site.kind, site.shape, site.note].filter(Boolean).join(" · ");
     return [heading, make("p", what, "soft"), ...site.terms.map(termTold)];
@@ -328,7 +330,7 @@
     for (let outer = around(own(g, n)); outer; outer = around(outer)) setOpen(...boxOf(outer), true);
     for (const [folded] of through) unfolded.add(idOf(g, folded));
     redraw(g);
-    const drawn = [own(g, n), ...document.querySelectorAll(`[data-of="${idOf(g, n)}"]`)];
+    const drawn = drawings(g, n);
     choose(drawn.find(element => holds(pathOf(element), path) || pathOf(element) === path) || drawn[0], true);
     return true;
   }
@@ -356,9 +358,9 @@
     data.graphs.forEach((graph, g) => graph.boxes.forEach((box, n) => {
       if (n && own(g, n) && words[g][n].includes(wanted) && !inner(g, n, wanted)) hits.push([g, n]);
     }));
-    for (const [g, n] of hits) {
-      own(g, n).classList.add("hit");
-      for (let outer = around(own(g, n)); outer; outer = around(outer)) {
+    for (const element of hits.flatMap(hit => drawings(...hit))) {
+      element.classList.add("hit");
+      for (let outer = around(element); outer; outer = around(outer)) {
         outer.classList.add(isOpen(...boxOf(outer)) ? "around" : "hit");
       }
     }

@@ -12,6 +12,7 @@ from importlib import resources
 from string import Template
 from typing import Any
 
+from lorac.ir.host.components import MAIN
 from lorac.ir.view.dump import Dump
 from lorac.ir.view.picture.content import Facts, Levels, Texts, boxes_told, by_level, said, sites_told
 from lorac.ir.view.picture.geometry import BEHIND, GAP, Placed, lay_out
@@ -63,8 +64,8 @@ class _Graph:
     ) -> None:
         dump = next(iter(stages.values()))
         self.name, self.number = dump.name, number
-        here = {path for stage in stages.values() for path in stage.sites}
-        root = parts_of(dump, said({path: told for path, told in sites.items() if path in here}))
+        here = {path: told for path, told in sites.items() if dump.name == MAIN or path.startswith(f"{dump.name}.")}
+        root = parts_of(dump, said(here))
         drawing = Drawing(number, facts.marks(), [row.type for row in dump.rows])
         numbers = drawing.number(root)
         placed = lay_out(root, drawing.size, _TALLEST)
@@ -91,20 +92,20 @@ def _places(root: Placed, numbers: Mapping[Part, int]) -> list[dict[str, Any]]:
                 -1 if wire.source is None else inner[wire.source],
                 -1 if wire.target is None else inner[wire.target],
                 wire.value,
-                [round(x, 1) for x in wire.xs],
+                wire.xs,
                 wire.layers,
             ]
             for wire in box.wires
         ]
         found[numbers[box.part]] = {
-            "x": round(box.x, 1),
-            "slot": round(box.width, 1),
-            "full": round(box.full, 1),
-            "heading": [round(box.heading.width, 1), box.heading.height],
+            "x": box.x,
+            "slot": box.width,
+            "full": box.full,
+            "heading": [box.heading.width, box.heading.height],
             "layers": [[inner[n] for n in layer] for layer in box.layers],
             "wires": wires,
-            "into": {value: round(x, 1) for (value, into), x in box.doors.items() if into},
-            "out": {value: round(x, 1) for (value, into), x in box.doors.items() if not into},
+            "into": {value: x for (value, into), x in box.doors.items() if into},
+            "out": {value: x for (value, into), x in box.doors.items() if not into},
         }
     return found
 

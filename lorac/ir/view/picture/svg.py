@@ -10,6 +10,7 @@ import html
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 from lorac.ir.view.picture.geometry import BEHIND, Placed, Size, Wire
 from lorac.ir.view.picture.modules import Part
@@ -82,7 +83,7 @@ class Drawing:
         marks = self._marks(part)
         widest = max([heading, *(len(_cut(m.adapter)) + len(m.form) + len(m.how) + 6 for m in marks)])
         rows = min(len(marks), _SHOWN) + (len(marks) > _SHOWN)
-        return Size(max(_LEAST, widest * CHARACTER + 14), HEAD + (MARK * rows + 5 if rows else 0))
+        return Size(max(_LEAST, 2 * ceil(widest * CHARACTER / 2) + 14), HEAD + (MARK * rows + 5 if rows else 0))
 
     def svg(self, root: Placed) -> str:
         """The whole picture."""
