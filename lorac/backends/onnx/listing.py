@@ -75,7 +75,8 @@ class _Lister:
         text += "".join(f"; {REF}" for _ in range(text.count(REF), len(refs)))
         owner = modules[-1] if modules else ""
         blocks = blocks_of(modules, self.containers)
-        site = owner if owner in self.sites else None
+        # What stands loose in a block is not what the block is wrapped in: that is the block's.
+        site = owner if owner in self.sites and owner not in self.containers else None
         name = self.names.new(node.op_type, owner, blocks)
         type_ = ", ".join(self.types.get(output, "") for output in node.output if output)
         return Row("value", name, text, tuple(refs), type_, source_of(_told(node)), blocks, modules, site)

@@ -203,7 +203,7 @@ def test_llama_is_drawn_as_one_layer_of_boxes_within_boxes(compiled: lorac.Compi
         "o_proj",
     ]
     assert titles["model.layers.0.mlp"] == ["gate_proj", "act_fn", "up_proj", "mul", "down_proj"]
-    (layer,) = (part for part in root.all() if part.call == "model.layers.0")
+    (layer,) = (part for part in root.all() if (part.kind, part.call) == ("module", "model.layers.0"))
     add = next(part for part in layer.parts if part.title == "add")
     past = [link.source for link in layer.links if link.target is add]
     assert None in past, "what goes past a norm comes from where the layer begins, not from a cast within the norm"

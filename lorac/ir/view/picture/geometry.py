@@ -21,6 +21,8 @@ LANE = 9.0
 """Half of the room that a line takes."""
 BEHIND = 5.0
 """How far each of the cards behind a folded box shows."""
+NEAR = 0.3
+"""How far from the middle of a closed box values cross its border, of how far they do where it is open."""
 _Ends = tuple[int | None, int | None]
 
 
@@ -97,7 +99,9 @@ class Placed:
     def door(self, value: int, *, into: bool) -> float:
         """Where a value crosses its upper or lower border, from its left."""
         place = self.doors.get((value, into))
-        return self.width / 2 if place is None else place * self.width / self.full
+        if place is None or not self.opened:
+            return self.width / 2 + (0.0 if place is None else NEAR * self.width * (place / self.full - 0.5))
+        return place
 
     def tall(self, layer: Sequence[int]) -> float:
         """The height of a layer."""

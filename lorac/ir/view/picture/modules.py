@@ -152,8 +152,8 @@ class _Builder:
         sites = {row.site for index in rows if (row := self.rows[index]).site}
         alone = all(isinstance(item, int) for item in section.items)
         if alone and sites == {section.path}:
-            ops = [_op(self.rows[index]) for index in rows if self.rows[index].site]
-            return Part("site", section.call, title, ops[-1], rows, sites=(section.path,))
+            about = _op(self.rows[rows[0]]) if len(rows) == 1 else name
+            return Part("site", section.call, title, about, rows, sites=(section.path,))
         if alone and not sites:
             return Part("module", section.call, title, name or _summary([_op(self.rows[i]) for i in rows])[0], rows)
         return Part("module", section.call, title, name, rows, self._inside(section))

@@ -67,7 +67,7 @@
   function door(g, n, value, side) {
     const {slot, full} = placesOf(g, n), place_ = placesOf(g, n)[side][value];
     if (place_ === undefined) return width(g, n) / 2;
-    return isOpen(g, n) ? across(g, n, place_) : place_ * slot / full;
+    return isOpen(g, n) ? across(g, n, place_) : slot / 2 + data.look.near * slot * (place_ / full - 0.5);
   }
   function place(g, n) {
     const element = own(g, n), {heading, layers, wires} = placesOf(g, n);

@@ -15,7 +15,7 @@ from typing import Any
 from lorac.ir.host.components import MAIN
 from lorac.ir.view.dump import Dump
 from lorac.ir.view.picture.content import Facts, Levels, Texts, boxes_told, by_level, said, sites_told
-from lorac.ir.view.picture.geometry import BEHIND, GAP, Placed, lay_out
+from lorac.ir.view.picture.geometry import BEHIND, GAP, NEAR, Placed, lay_out
 from lorac.ir.view.picture.modules import Part, parts_of
 from lorac.ir.view.picture.svg import Drawing
 from lorac.ir.view.printer import added_flops
@@ -39,7 +39,7 @@ def to_html(graphs: Mapping[str, Mapping[str, Dump]], facts: Facts) -> str:
         "graphs": [graph.data for graph in drawn],
         "sites": sites,
         "texts": levels.data(),
-        "look": {"gap": GAP, "behind": BEHIND},
+        "look": {"gap": GAP, "behind": BEHIND, "near": NEAR},
     }
     first = [next(iter(stages.values())) for stages in graphs.values()]
     model = " + ".join(dump.classes.get("", dump.name) for dump in first)
