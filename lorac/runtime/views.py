@@ -25,7 +25,7 @@ from lorac.ir.view.printer import Notes, diff_dumps, to_text
 from lorac.ir.view.sections import narrow
 from lorac.ir.view.terms import describe_terms, describe_variant
 
-CAPTURE, EMISSION = "capture", "emission"
+CAPTURE, EMITTED = "capture", "emitted"
 """The first stage of a graph, and the one after all passes: the program that the target runs."""
 
 
@@ -119,7 +119,7 @@ class GraphView:
                 "this target emits no program: it runs the host's own modules",
                 next_step="lorac.compile(..., target='onnxruntime') emits one",
             )
-        return self._with({**self._dumps, EMISSION: found}, EMISSION)
+        return self._with({**self._dumps, EMITTED: found}, EMITTED)
 
     def _with(self, dumps: Mapping[str, Dump], stage: str) -> GraphView:
         return GraphView(dumps, self._facts, stage, self.skipped, self._emission)
@@ -155,7 +155,7 @@ class GraphView:
     def drawn(self) -> dict[str, Dump]:
         """Stage -> how the graph looked then, what was emitted last."""
         found = self._emission()
-        return dict(self._dumps) if found is None else {**self._dumps, EMISSION: found}
+        return dict(self._dumps) if found is None else {**self._dumps, EMITTED: found}
 
     def steps(self) -> Iterator[tuple[str, str]]:
         """(stage, what it changed) of each pass."""
@@ -215,7 +215,7 @@ def graphs_of(compiled: Any) -> Graphs:
     """
     stages = compiled.services.stages()
     listing = functools.cache(compiled.engine.listing)
-    dumps = stages.dumps or {name: {EMISSION: dump} for name, dump in listing().items()}
+    dumps = stages.dumps or {name: {EMITTED: dump} for name, dump in listing().items()}
     if not dumps:
         raise Unavailable(
             "the graph of a model that was loaded from an artefact is not kept",

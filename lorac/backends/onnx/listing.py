@@ -17,7 +17,8 @@ from lorac.backends.onnx.claims import classes_of, modules_of, source_of
 from lorac.backends.onnx.files import MODEL, name_of
 from lorac.ir.engine import Files
 from lorac.ir.graph.graph import SlotInput
-from lorac.ir.view.dump import REF, Dump, Names, Row, blocks_of, short_dtype, slot_shown, stored
+from lorac.ir.view.dump import REF, Dump, Names, Row, short_dtype, slot_shown, stored
+from lorac.ir.view.scopes import blocks_of
 
 LEVEL = "emitted"
 _FEW = 16

@@ -8,10 +8,9 @@ layer renames nothing elsewhere, and identical layers have identical rows.
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,15 +24,13 @@ from lorac.ir.graph.adapted import AdaptedCall
 from lorac.ir.graph.graph import Graph
 from lorac.ir.host.sites import SiteKind
 from lorac.ir.slots.roles import ROLES, slot_name
-from lorac.lines import is_elsewhere, short_line
+from lorac.ir.view.scopes import Scopes, blocks_of, called, is_size, site_of
 
 REF = "\x00"
 """Stands for the next reference in a row's text."""
 _LETTERS = ("s", "t", "u", "v", "w")
 _PLUMBING = frozenset({"device", "layout", "pin_memory", "memory_format", "dtype", "non_blocking", "copy"})
 _SYMBOL = re.compile(r"\b[su]\d+\b")
-_SOURCE = re.compile(r'File "([^"]+)", line (\d+)')
-_NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
 
 
 @dataclass(frozen=True)
@@ -123,11 +120,6 @@ def short_dtype(dtype: torch.dtype | str) -> str:
     return name
 
 
-def blocks_of(modules: Sequence[str], containers: Container[str]) -> tuple[str, ...]:
-    """Those of the modules that are elements of a list: numbered, and with modules of their own."""
-    return tuple(entry for entry in modules if _plain(entry)[-1:].isdigit() and _plain(entry) in containers)
-
-
 class Names:
     """Names for values, of the module and the op, each unique within its block."""
 
@@ -163,7 +155,7 @@ class _Writer:
         self.sizes: dict[Any, str] = {}
         self.index: dict[fx.Node, int] = {}
         self.names = Names()
-        self.scopes = _Scopes([n for n in graph.fx.nodes if n.op not in ("placeholder", "output")])
+        self.scopes = Scopes([n for n in graph.fx.nodes if n.op not in ("placeholder", "output")])
 
     def dump(self) -> Dump:
         rows: list[Row] = []
@@ -171,7 +163,7 @@ class _Writer:
             for row in self._rows(node):
                 self.index[node] = len(rows)
                 rows.append(row)
-        calls = Counter(site for n in self.graph.fx.nodes if (site := _called(n)) is not None)
+        calls = Counter(site for n in self.graph.fx.nodes if (site := called(n)) is not None)
         slots = {slot.name: slot.site for slot in self.graph.slots.values()}
         level, classes = self.graph.level.name.lower(), self.scopes.classes
         return Dump(self.graph.name, level, tuple(rows), self._sites(), slots, dict(calls), classes)
@@ -196,7 +188,7 @@ class _Writer:
                 yield Row("out", "", text, tuple(refs), self._type(of))
             return
         value = node.meta.get("val")
-        if _is_size(value) or (value is None and not node.users):
+        if is_size(value) or (value is None and not node.users):
             return  # sizes are written where they are used; checks compute nothing
         yield self._value(node)
 
@@ -211,7 +203,7 @@ class _Writer:
         name = self.names.new(label, owner, blocks, alone=node in self.scopes.exits)
         adapted = node.target is ops.adapted
         type_ = self._type(node.meta.get("val"))
-        return Row("value", name, text, tuple(refs), type_, source, blocks, modules, _site(node), adapted)
+        return Row("value", name, text, tuple(refs), type_, source, blocks, modules, site_of(node), adapted)
 
     def _operand(self, value: Any, refs: list[int]) -> str:
         if isinstance(value, fx.Node):
@@ -228,7 +220,7 @@ class _Writer:
         value = node.meta.get("val")
         if node.op == "placeholder" and not self._is_input(node):
             return self._state(node)
-        if _is_size(value):
+        if is_size(value):
             return self._size(value)
         if node.op == "get_attr" and node not in self.index:
             return str(node.target)
@@ -287,80 +279,6 @@ class _Writer:
         return letters
 
 
-class _Scopes:
-    """Where nodes come from: their module, the repeated blocks around it, their source line."""
-
-    def __init__(self, nodes: Sequence[fx.Node]) -> None:
-        self._stacks = {node: _stack(node) for node in nodes}
-        owners = {stack[-1] for stack in self._stacks.values() if stack}
-        parents = {entry for stack in self._stacks.values() for entry in stack[:-1]}
-        self.containers = {_plain(entry) for entry in parents | owners if entry in parents}
-        self._sources: dict[str, str] = {}
-        self.classes = {path: name for node in nodes for path, name in _classes(node)}
-        self.exits = self._find_exits(owners)
-
-    def of(self, node: fx.Node) -> tuple[str, tuple[str, ...], str]:
-        """Module path, modules around, source line."""
-        stack = self._stacks[node]
-        owner = _plain(stack[-1]) if stack else ""
-        trace = node.meta.get("stack_trace") or ""
-        if trace not in self._sources:
-            self._sources[trace] = _source_line(trace)
-        return owner, stack, self._sources[trace]
-
-    def _find_exits(self, owners: Iterable[str]) -> set[fx.Node]:
-        """The node that is the result of a call of a leaf module: it bears the module's name.
-
-        Of a site it is the last that others read (parts of a shared x·A come before it), else the only result.
-        """
-        visible: dict[str, list[fx.Node]] = defaultdict(list)
-        results: dict[str, list[fx.Node]] = defaultdict(list)
-        sites = {self._owner(node) for node in self._stacks if _site(node)}
-        for node in self._stacks:
-            owner = self._owner(node) or ""
-            readers = {self._owner(user) for user in node.users}
-            if _is_size(node.meta.get("val")) or readers <= {owner}:
-                continue
-            visible[owner].append(node)
-            if owner not in readers:
-                results[owner].append(node)
-        leaves = {owner for owner in owners if _plain(owner) not in self.containers}
-        found = {nodes[-1] for owner, nodes in visible.items() if owner in leaves & sites}
-        return found | {nodes[0] for owner, nodes in results.items() if owner in leaves - sites and len(nodes) == 1}
-
-    def _owner(self, node: fx.Node) -> str | None:
-        stack = self._stacks.get(node)
-        return None if stack is None else stack[-1] if stack else ""
-
-
-def _stack(node: fx.Node) -> tuple[str, ...]:
-    """Module paths around a node, outermost first; the n-th call of a module ends in ``@n``."""
-    found = []
-    for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
-        if path and path != _NO_MODULE:
-            call = key.rpartition("@")[2] if "@" in key else ""
-            found.append(f"{path}@{call}" if call else path)
-    return tuple(found)
-
-
-def _classes(node: fx.Node) -> Iterator[tuple[str, str]]:
-    """(path, class) of each module around a node; torch notes the class itself or its full name."""
-    for path, kind in (node.meta.get("nn_module_stack") or {}).values():
-        if path == _NO_MODULE:
-            continue
-        yield path, str(getattr(kind, "__name__", kind)).rpartition(".")[2]
-
-
-def _plain(entry: str) -> str:
-    return entry.partition("@")[0]
-
-
-def _source_line(trace: str) -> str:
-    """``file:line`` of the innermost line that is the model's own, or its library's."""
-    found = [(path, line) for path, line in _SOURCE.findall(trace) if is_elsewhere(path)]
-    return short_line(*found[-1]) if found else ""
-
-
 def _call(node: fx.Node) -> tuple[str, list[Any], Mapping[str, Any]]:
     """Label, operands and keywords of a node, the site's own op unwrapped."""
     if node.target is ops.adapted:
@@ -382,20 +300,3 @@ def _trimmed(args: list[Any]) -> list[Any]:
     while args and args[-1] is None:
         args.pop()
     return args
-
-
-def _called(node: fx.Node) -> str | None:
-    return ops.site_of(node) if node.target in ops.CALLS else None
-
-
-def _site(node: fx.Node) -> str | None:
-    return _called(node) or node.meta.get("custom", {}).get("lorac")
-
-
-def _is_size(value: Any) -> bool:
-    """A plain number, symbolic or not, or a check's result."""
-    return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | int | float) and not _infinite(value)
-
-
-def _infinite(value: Any) -> bool:
-    return isinstance(value, float) and math.isinf(value)

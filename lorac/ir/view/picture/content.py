@@ -256,4 +256,4 @@ def _around(root: Section) -> dict[int, Section]:
 def by_level(stages: Mapping[str, Dump]) -> dict[str, Dump]:
     """The last stage of each level, under a title."""
     last = {dump.level: (stage, dump) for stage, dump in stages.items()}
-    return {f"{level}, after {stage}": dump for level, (stage, dump) in last.items()}
+    return {level if stage == level else f"{level}, after {stage}": dump for level, (stage, dump) in last.items()}

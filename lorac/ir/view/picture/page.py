@@ -46,6 +46,7 @@ def to_html(graphs: Mapping[str, Mapping[str, Dump]], facts: Facts) -> str:
     return _part("page.html").substitute(
         title=_escaped(f"{model} · {facts.report.target}, {facts.report.mode}"),
         style=_text("page.css"),
+        places=_text("places.js"),
         script=_text("page.js"),
         data=json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
         summary="".join(_summary(model, facts, first)),
