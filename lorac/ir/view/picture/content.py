@@ -161,19 +161,16 @@ def said(sites: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 # ── Boxes ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def boxes_told(root: Part, numbers: Mapping[Part, int], dump: Dump) -> list[dict[str, Any]]:
     """What is told of each box, by its number."""
-    found: list[dict[str, Any]] = [{} for _ in numbers]
-    for around in root.all():
-        found[numbers[around]] |= _box(around, dump)
-        for link in around.links:
-            kind = dump.rows[link.value].type
-            if link.target is not None:
-                given = link.source.title if link.source is not None else ""
-                found[numbers[link.target]].setdefault("reads", {})[link.value] = [kind, given]
-            if link.source is not None:
-                found[numbers[link.source]].setdefault("gives", {})[link.value] = kind
-    for box in found:
-        box["reads"], box["gives"] = list(box.get("reads", {}).values()), list(box.get("gives", {}).values())
-    return found
+    reads: list[dict[int, tuple[str, str]]] = [{} for _ in numbers]
+    gives: list[dict[int, str]] = [{} for _ in numbers]
+    for link in (link for around in root.all() for link in around.links):
+        kind = dump.rows[link.value].type
+        if link.target is not None:
+            reads[numbers[link.target]][link.value] = (kind, link.source.title if link.source is not None else "")
+        if link.source is not None:
+            gives[numbers[link.source]][link.value] = kind
+    flows = ({"reads": list(r.values()), "gives": list(g.values())} for r, g in zip(reads, gives, strict=True))
+    return [_box(part, dump) | flow for part, flow in zip(numbers, flows, strict=True)]
 
 
 def _box(part: Part, dump: Dump) -> dict[str, Any]:

@@ -8,7 +8,7 @@ positions are relative to the box around.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import ceil, floor
 
@@ -24,6 +24,7 @@ BEHIND = 5.0
 NEAR = 0.3
 """How far from the middle of a closed box values cross its border, of how far they do where it is open."""
 _Ends = tuple[int | None, int | None]
+_Meeting = tuple[Spot, float]
 
 
 @dataclass(frozen=True)
@@ -230,19 +231,19 @@ class _Layered:
         return self.passing.setdefault((source, value, layer), Spot(layer, 2 * LANE))
 
     def _join(self) -> None:
-        """Tell every spot what it is joined to."""
-        joined: set[tuple[int, int, int]] = set()
-        for (link, (source, target)), route in zip(self.ends, self.routes, strict=True):
-            shifts = [0.0] * len(route)
-            shifts[0] = self._shift(source, link.value, into=False)
-            shifts[-1] = self._shift(target, link.value, into=True)
-            pairs = list(itertools.pairwise(zip(route, shifts, strict=True)))
-            for (one, here), (other, there) in pairs:
-                key = (id(one), id(other), link.value)
-                if key not in joined:
-                    joined.add(key)
-                    one.joined.append((other, here, there))
-                    other.joined.append((one, there, here))
+        """Tell every spot what it is joined to, once for lines that share the way."""
+        joined = dict.fromkeys(itertools.chain.from_iterable(map(self._steps, self.ends, self.routes)))
+        for (one, here), (other, there) in joined:
+            one.joined.append((other, here, there))
+            other.joined.append((one, there, here))
+
+    def _steps(self, end: tuple[Link, _Ends], route: Sequence[Spot]) -> Iterator[tuple[_Meeting, _Meeting]]:
+        """The pairs of spots that a line joins, each with where it meets them."""
+        link, (source, target) = end
+        shifts = [0.0] * len(route)
+        shifts[0] = self._shift(source, link.value, into=False)
+        shifts[-1] = self._shift(target, link.value, into=True)
+        return itertools.pairwise(zip(route, shifts, strict=True))
 
     def _shift(self, number: int | None, value: int, *, into: bool) -> float:
         """Where a line meets a box, from the middle of its spot, which has room for the cards behind it."""

@@ -274,10 +274,10 @@ def _connect(graph: Part, rows: Sequence[Row], stands_for: Mapping[int, int]) ->
     chains: dict[int, tuple[Part, ...]] = {}
     _chain(graph, (graph,), chains)
     found: dict[Part, dict[tuple[int, int, int], Link]] = {}
-    for index, readers in chains.items():
-        for ref in dict.fromkeys(_drawn(ref, stands_for) for ref in rows[index].refs):
-            for around, link in _path(ref, chains[ref], readers):
-                found.setdefault(around, {})[link.value, id(link.source), id(link.target)] = link
+    pairs = ((_drawn(ref, stands_for), readers) for index, readers in chains.items() for ref in rows[index].refs)
+    for value, readers in pairs:
+        for around, link in _path(value, chains[value], readers):
+            found.setdefault(around, {})[link.value, id(link.source), id(link.target)] = link
     for part, links in found.items():
         part.links = tuple(links.values())
 

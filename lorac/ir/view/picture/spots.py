@@ -77,8 +77,12 @@ def _settle(rows: Sequence[list[Spot]]) -> None:
     for sweep in range(_SWEEPS):
         towards = ((-1,), (1,), (-1, 1))[sweep % 3]
         for row in rows[::-1] if towards == (1,) else rows:
-            for spot, x in zip(row, _apart(row, [spot.wish(*towards) for spot in row]), strict=True):
-                spot.x = x
+            _move(row, _apart(row, [spot.wish(*towards) for spot in row]))
+
+
+def _move(row: Sequence[Spot], xs: Sequence[float]) -> None:
+    for spot, x in zip(row, xs, strict=True):
+        spot.x = x
 
 
 def _room(one: Spot, other: Spot) -> float:
