@@ -168,6 +168,17 @@ class Two(nn.Module):
         return y
 
 
+def test_a_site_with_room_and_no_adapter_is_told_apart(tmp_path: Path) -> None:
+    reserve = lorac.Reserve(targets=("out",), rank=2)
+    compiled = lorac.compile(Stack(), [lorac.LoRA(r=1, targets=["key"])], reserve=reserve, example_inputs=INPUTS)
+    text = compiled.graph.to_html(tmp_path / "it.html").read_text(encoding="utf-8")
+    tags, data = read(text)
+    boxes = enumerate(data["graphs"][0]["boxes"])
+    words = {box["title"]: tags.boxes[f"g0b{n}"]["class"].split()[2:] for n, box in boxes if box["kind"] == "site"}
+    assert words == {"key": ["adapted"], "out": ["reserved"], "query": ["bare"]}
+    assert "3 adapted · 3 bare · 3 reserved" in text
+
+
 # ── What is drawn ────────────────────────────────────────────────────────────────────────────────────────────────────
 def folded(part: Part) -> dict[str, int]:
     """Boxes that stand for several -> for how many."""
@@ -180,6 +191,15 @@ def test_identical_layers_are_one_box() -> None:
     differs = {"body.layers.1.query": "another adapter"}
     assert folded(parts_of(found, differs)) == {}
     assert folded(parts_of(found, {"body.layers.0.query": "another"})) == {"body.layers.1": 2}
+
+
+def test_calls_of_a_shared_layer_are_one_box() -> None:
+    rows = [Row("in", "x", "", type="t")]
+    for n, call in enumerate(("net.layer", "net.layer@1", "net.layer@2")):
+        inner = call.replace("layer", "layer.norm")
+        rows.append(Row("value", "norm", "relu \x00", (n,), "t", modules=("net", call, inner)))
+    rows.append(Row("out", "", "\x00", (3,), "t"))
+    assert folded(parts_of(Dump("main", "host", tuple(rows)), {})) == {"net.layer": 3}
 
 
 def test_a_first_layer_that_computes_more_is_drawn_alone() -> None:

@@ -107,9 +107,9 @@ class Facts:
         return [row.name for row in self.report.adapters].index(adapter) % COLOURS
 
     def marks(self) -> dict[str, list[Mark]]:
-        """Site path -> what is marked there."""
+        """Site path -> what is marked there, what is active first."""
         found: dict[str, list[Mark]] = {}
-        for row in self.report.terms:
+        for row in sorted(self.report.terms, key=lambda row: not row.strength):
             mark = Mark(row.adapter, row.form, row.state, row.strength, self.colour(row.adapter))
             found.setdefault(row.site, []).append(mark)
         return found

@@ -191,7 +191,8 @@ class _Builder:
         for index in inside:
             row = self.rows[index]
             refs = [str(inside.get(ref, outside.get(ref))) for ref in row.refs]
-            modules = [call[len(section.path) :] for call in row.modules if call.startswith(section.path)]
+            around = (call.partition("@")[0] for call in row.modules)
+            modules = [path[len(section.path) :] for path in around if path.startswith(section.path)]
             said = self.said.get(row.site or "", "")
             told.append("\t".join([row.text, row.type, row.source, *refs, *modules, said]))
         sites = [site for site in self.unseen if f"{site}.".startswith(f"{section.path}.")]

@@ -142,7 +142,7 @@ function resolve(g, path) {
   if (numbered) return [Number(numbered[1]), []];
   const boxes = data.graphs[g].boxes, through = [];
   boxes.forEach((box, n) => {
-    const k = box.copies.findIndex(call => holds(call, path));
+    const k = holds(box.call, path) ? -1 : box.copies.findIndex(call => holds(call, path));
     if (k >= 0) { through.push([n, k]); path = moved(path, box.copies[k], box.call); }
   });
   const exact = boxes.findIndex(box => plain(box.call) === path && ["module", "site"].includes(box.kind));

@@ -19,7 +19,7 @@ from lorac.ir.view.picture.geometry import BEHIND, GAP, NEAR, Placed, lay_out
 from lorac.ir.view.picture.modules import Part, parts_of
 from lorac.ir.view.picture.svg import Drawing
 from lorac.ir.view.printer import added_flops
-from lorac.ir.view.terms import STATES, told_size
+from lorac.ir.view.terms import LEFT_OUT, STATES, told_size
 
 _TALLEST = 2600.0
 """Pixels up to which boxes are open from the start: as deep as the picture stays below."""
@@ -67,7 +67,7 @@ class _Graph:
         self.name, self.number = dump.name, number
         here = {path: told for path, told in sites.items() if dump.name == MAIN or path.startswith(f"{dump.name}.")}
         root = parts_of(dump, said(here))
-        drawing = Drawing(number, facts.marks(), [row.type for row in dump.rows])
+        drawing = Drawing(number, facts.marks(), [row.type for row in dump.rows], facts.report.reserved)
         numbers = drawing.number(root)
         placed = lay_out(root, drawing.size, _TALLEST)
         self.svg = drawing.svg(placed)
@@ -181,8 +181,10 @@ def _states(facts: Facts) -> Iterator[str]:
     for state in dict.fromkeys(row.state for row in facts.report.terms):
         word = _escaped(state.replace(" ", "-"))
         yield f"<li><i class='key {word}'></i><b>{_escaped(state)}</b> {_escaped(STATES[state])}</li>"
-    if any(not row.strength for row in facts.report.terms):
+    if any(not row.strength and row.state != LEFT_OUT for row in facts.report.terms):
         yield "<li><i class='key off'></i><b>off</b> not active: what a swap to it alone would do</li>"
+    if facts.report.reserved:
+        yield "<li><i class='key reserved'></i><b>reserved</b> a site with slots for an adapter that comes later</li>"
     yield "<li><i class='key bare'></i><b>bare</b> a site without adapter</li>"
 
 

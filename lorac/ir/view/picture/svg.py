@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import html
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
 from lorac.ir.view.picture.geometry import BEHIND, Placed, Size, Wire
 from lorac.ir.view.picture.modules import Part
+from lorac.ir.view.terms import LEFT_OUT
 
 CHARACTER = 7.25
 """Width of a character of the picture's text, rounded up."""
@@ -47,11 +48,9 @@ class Mark:
     @property
     def how(self) -> str:
         """How it runs, and how strongly where that is not all there is to say."""
-        return (
-            f"{self.state}, off"
-            if not self.strength
-            else self.state + (f" x {self.strength:g}" if self.strength != 1 else "")
-        )
+        if self.state == LEFT_OUT or self.strength == 1:
+            return self.state
+        return f"{self.state} x {self.strength:g}" if self.strength else f"{self.state}, off"
 
 
 class Drawing:
@@ -61,10 +60,13 @@ class Drawing:
         name: the graph's number, with which the ids of its boxes begin.
         marks: site path -> what is marked there.
         types: row -> dtype and shape of its value.
+        reserved: sites that have slots and no adapter.
     """
 
-    def __init__(self, name: str, marks: Mapping[str, Sequence[Mark]], types: Sequence[str]) -> None:
-        self.name, self.marks, self.types = name, marks, types
+    def __init__(
+        self, name: str, marks: Mapping[str, Sequence[Mark]], types: Sequence[str], reserved: Collection[str] = ()
+    ) -> None:
+        self.name, self.marks, self.types, self.reserved = name, marks, types, reserved
         self.numbers: dict[Part, int] = {}
 
     def number(self, root: Part) -> dict[Part, int]:
@@ -97,7 +99,8 @@ class Drawing:
 
     def _box(self, box: Placed) -> Iterator[str]:
         part, marks = box.part, self._marks(box.part)
-        adapted = "adapted" if marks else "bare" if part.kind == "site" else ""
+        free = any(site in self.reserved for site in part.sites)
+        adapted = "adapted" if marks else "reserved" if free else "bare" if part.kind == "site" else ""
         state = ("open" if box.opened else "closed") if part.parts else ""
         classes = " ".join(word for word in ("box", part.kind, adapted, state) if word)
         yield (
