@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import itertools
 import json
@@ -179,6 +180,12 @@ def test_a_site_with_room_and_no_adapter_is_told_apart(tmp_path: Path) -> None:
     assert "3 adapted · 3 bare · 3 reserved" in text
 
 
+@functools.cache
+def stack(first_differs: bool = False) -> Dump:
+    """Three blocks without adapters."""
+    return dump(captured_stack(first_differs=first_differs))
+
+
 # ── What is drawn ────────────────────────────────────────────────────────────────────────────────────────────────────
 def folded(part: Part) -> dict[str, int]:
     """Boxes that stand for several -> for how many."""
@@ -186,7 +193,7 @@ def folded(part: Part) -> dict[str, int]:
 
 
 def test_identical_layers_are_one_box() -> None:
-    found = dump(captured_stack())
+    found = stack()
     assert folded(parts_of(found, {})) == {"body.layers.0": 3}
     differs = {"body.layers.1.query": "another adapter"}
     assert folded(parts_of(found, differs)) == {}
@@ -203,7 +210,7 @@ def test_calls_of_a_shared_layer_are_one_box() -> None:
 
 
 def test_a_first_layer_that_computes_more_is_drawn_alone() -> None:
-    assert folded(parts_of(dump(captured_stack(first_differs=True)), {})) == {"body.layers.1": 2}
+    assert folded(parts_of(stack(first_differs=True), {})) == {"body.layers.1": 2}
 
 
 def test_layers_that_are_named_with_a_number_fold() -> None:
@@ -299,12 +306,12 @@ def test_no_box_lies_on_another_however_they_are_joined(seed: int) -> None:
 
 def test_models_are_laid_out_as_well() -> None:
     for first_differs in (False, True):
-        root = parts_of(dump(captured_stack(first_differs=first_differs)), {})
+        root = parts_of(stack(first_differs), {})
         check_places(lay_out(root, size, 1e9))
 
 
 def test_what_would_be_too_tall_is_closed() -> None:
-    root = parts_of(dump(captured_stack()), {})
+    root = parts_of(stack(), {})
     everything, less = lay_out(root, size, 1e9), lay_out(root, size, 500.0)
     assert less.height <= 500 < everything.height
     assert less.opened and not all(box.opened for box in boxes_in(less) if box.inner)

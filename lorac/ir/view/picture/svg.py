@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from lorac.ir.view.picture.geometry import BEHIND, Placed, Size, Wire
@@ -161,7 +161,12 @@ class Drawing:
         return colours, f"{adapted} of {len(sites)}" if adapted else ""
 
     def _marks(self, part: Part) -> list[Mark]:
-        return [mark for site in part.sites for mark in self.marks.get(site, ())]
+        """The marks of a box; where it has several sites, with which one it is, as far as its own path does not say."""
+        if len(part.sites) == 1:
+            return list(self.marks.get(part.sites[0], ()))
+        at = {site: site.removeprefix(part.call).removeprefix(".") for site in part.sites}
+        marks = ((mark, at[site]) for site in part.sites for mark in self.marks.get(site, ()))
+        return [replace(mark, form=f"{mark.form} at {leaf}") if leaf else mark for mark, leaf in marks]
 
     def _id(self, part: Part) -> str:
         return f"g{self.name}b{self.numbers[part]}"
