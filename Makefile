@@ -1,6 +1,6 @@
 # Everything needed is made by the target that needs it: `make demo` and `make test` work on a fresh clone.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow soak kill fuzz check docs format bench zoo clean
+.PHONY: help demo test test-slow soak kill fuzz check docs pictures format bench zoo clean
 SHELL := /bin/bash
 
 # Tried by running it: a version manager's shim may exist without a Python behind it.
@@ -46,6 +46,9 @@ docs: $(STAMP) ## Write the pages that are made from the code, and build the sit
 	$(BIN)/python -m docs.make_rooms > docs/rooms.md
 	$(BIN)/python -m docs.make_peft > docs/peft.md
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+pictures: $(STAMP) ## Draw the pictures in docs/pictures (needs Chromium)
+	$(BIN)/python -m docs.make_pictures
 
 format: $(STAMP) ## Format the code and apply safe fixes
 	$(BIN)/ruff format .

@@ -9,12 +9,14 @@ from __future__ import annotations
 import inspect
 import linecache
 import os
+import re
 import sysconfig
 from collections.abc import Callable, Sequence
 from traceback import FrameSummary
 from types import FrameType
 from typing import Any
 
+_FOLDERS = re.compile(r".*[/\\]")
 _LIBRARIES = ("/torch/", "/transformers/exporters/", "<string>", "<frozen")
 _STDLIB = sysconfig.get_paths()["stdlib"]
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
@@ -41,6 +43,11 @@ def is_elsewhere(filename: str) -> bool:
         return False
     path = filename.replace(os.sep, "/")
     return not any(part in path for part in _LIBRARIES)
+
+
+def short_line(filename: str, number: str) -> str:
+    """``file.py:12``, without the folders."""
+    return f"{_FOLDERS.sub('', filename)}:{number}"
 
 
 def definition_line(function: Callable[..., Any]) -> str | None:

@@ -20,7 +20,18 @@ from lorac.ir.slots.choice import describe
 from lorac.ir.slots.roles import ROLES
 from lorac.ir.slots.site import Reason, SitePlan
 from lorac.ir.view.dump import short_dtype
-from lorac.ir.view.terms import BAKED, BOUND, FUSED, LEFT_OUT, LIVE, DescribedTerm, describe_terms, describe_variant
+from lorac.ir.view.terms import (
+    BAKED,
+    BOUND,
+    FUSED,
+    LEFT_OUT,
+    LIVE,
+    DescribedTerm,
+    describe_terms,
+    describe_variant,
+    told_reason,
+    told_size,
+)
 
 _Row = TypeVar("_Row", "TermRow", "AdapterRow")
 _MANY = 3
@@ -38,7 +49,7 @@ class TermRow:
         shape: (in, out).
         adapter: the adapter's name.
         form: its normal form, with rank or count.
-        state: what the active choice did with it, or would do where it is off (``lorac.ir.view.terms.DescribedTerm``).
+        state: what the active choice did with it, or would do where it is off (``lorac.ir.view.terms.STATES``).
         strength: in the active choice; 0: off.
         slots: which of the site's slots it fills: roles, or a branch's parameters.
         dtype: dtype it is computed in.
@@ -191,11 +202,11 @@ def _swap_cost(term: DescribedTerm, site: Site) -> str:
     if term.state in (BAKED, LEFT_OUT):
         return "none: constants of the program"
     if term.state == BOUND:
-        return f"once {_size(weight)} for its merged weight, then rebinding"
+        return f"once {told_size(weight)} for its merged weight, then rebinding"
     if term.state == FUSED and term.form == "sparse":
-        return f"restore and write of {_size(next(p.nbytes for p in term.parts if p.name == 'values'))}"
+        return f"restore and write of {told_size(next(p.nbytes for p in term.parts if p.name == 'values'))}"
     if term.state == FUSED:
-        return f"one pass over {_size(weight)}"
+        return f"one pass over {told_size(weight)}"
     return "rebinding, no copy"
 
 
@@ -215,7 +226,7 @@ def _text(report: Report) -> Iterator[str]:
         yield from (f"{program.graph}{': ' if program.graph else ''}{line}" for line in _told(program))
     for row, names in _folded(report.adapters, lambda row: replace(row, name="")):
         states = ", ".join(f"{count} {state}" for state, count in sorted(row.states.items())) or "no term"
-        each = f"{_size(row.nbytes)}{' each' if len(names) > 1 else ''}{'' if row.strength else '  off'}"
+        each = f"{told_size(row.nbytes)}{' each' if len(names) > 1 else ''}{'' if row.strength else '  off'}"
         yield f"{_elided(names)}: {row.method}  {states}  {each}"
     yield ""
     yield from _aligned(report)
@@ -255,7 +266,7 @@ def _aligned(report: Report) -> Iterator[str]:
         for row, names in shown[key]:
             cells = [cell.ljust(width) for cell, width in zip(_columns(row, names), widths, strict=True)]
             yield ("  " + "  ".join(cells)).rstrip()
-            yield from (f"      why: {_said(reason, names)}" for reason in row.reasons)
+            yield from (f"      why: {told_reason(reason, names)}" for reason in row.reasons)
 
 
 def _nowhere(row: TermRow) -> TermRow:
@@ -293,14 +304,7 @@ def _elided(names: Sequence[str]) -> str:
 def _columns(row: TermRow, names: Sequence[str]) -> tuple[str, ...]:
     slots = row.slots if row.form == BRANCH else [ROLES[role].letter for role in row.slots]
     swap = f"swap: {row.swap}"
-    return (_elided(names), row.form, row.state, " ".join(slots), row.dtype, _size(row.nbytes), swap)
-
-
-def _said(reason: Reason, names: Sequence[str]) -> str:
-    """A reason below the line of an adapter: its own need not name it."""
-    if reason.adapter is None or reason.adapter in names:
-        return reason.why
-    return f"active together with it, {reason}"
+    return (_elided(names), row.form, row.state, " ".join(slots), row.dtype, told_size(row.nbytes), swap)
 
 
 def _legend(report: Report) -> Iterator[str]:
@@ -317,11 +321,3 @@ def _counted(paths: Sequence[str]) -> list[str]:
 
 def _pattern(path: str) -> str:
     return _NUMBER.sub("*", path)
-
-
-def _size(nbytes: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if nbytes < 1000:
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} GB"

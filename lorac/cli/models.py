@@ -11,6 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from lorac.cli._hosts import ADAPTER_HELP, MODEL_HELP, load_model, named_adapters, parse_spec
+from lorac.errors import UnknownOption
+from lorac.ir.store.disk import told
 
 Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 Adapters = Annotated[list[str], typer.Option("--adapter", "-a", help=ADAPTER_HELP)]
@@ -85,11 +87,16 @@ def explain(
     model: Model,
     adapter: Adapters = [],  # noqa: B006  (the same)
     mode: Annotated[str, typer.Option(help="auto, live, fused or baked.")] = "auto",
+    html: Annotated[Path | None, typer.Option("--html", help="Draw it besides, as a page in this file.")] = None,
 ) -> None:
     """Say per site what becomes of each adapter, and why not something cheaper. MODEL may be a compiled folder."""
     import lorac
 
     if (Path(model) / "manifest.json").is_file():
-        print(lorac.load(model).explain())
-        return
-    print(lorac.compile(load_model(model), named_adapters(adapter), mode=mode, active=None).explain())
+        compiled = lorac.load(model)
+    else:
+        compiled = lorac.compile(load_model(model), named_adapters(adapter), mode=mode, active=None)
+    print(compiled.explain())
+    if html is not None:
+        with told(html, UnknownOption, "written"):
+            print(f"{compiled.graph.to_html(html)}: the picture")

@@ -30,6 +30,7 @@ from lorac.ir.slots.site import Ranks, SitePlan, SiteSlots
 from lorac.ir.slots.snapshot import Snapshot
 from lorac.ir.slots.training import LiveTerm
 from lorac.ir.store.held import HeldFile
+from lorac.ir.view.dump import Dump
 
 Claims = frozenset[tuple[str, str]]
 """(domain, op) pairs; the default domain is ``""``."""
@@ -198,6 +199,10 @@ class Engine(ABC):
     def computes_terms(self) -> bool:
         """Whether a call made now computes its terms from the adapters' own tensors, and reads no slot."""
         return False
+
+    def listing(self) -> Mapping[str, Dump]:
+        """The emitted program, for a person to read: graph -> its rows; empty where the engine runs the host itself."""
+        return {}
 
     @abstractmethod
     def bind(self, snapshot: Snapshot, slots: Mapping[str, SiteSlots]) -> Bound:

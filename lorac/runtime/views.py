@@ -6,6 +6,7 @@ graph is printed, so they are those of that moment.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,13 +17,16 @@ from torch import Tensor
 from lorac.errors import Unavailable, nearest_name
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.passes import Skip
-from lorac.ir.view.drawing import to_dot, to_html
+from lorac.ir.view.drawing import to_dot
 from lorac.ir.view.dump import Dump, dump
+from lorac.ir.view.picture.content import Facts
+from lorac.ir.view.picture.page import to_html
 from lorac.ir.view.printer import Notes, diff_dumps, to_text
 from lorac.ir.view.sections import narrow
 from lorac.ir.view.terms import describe_terms, describe_variant
 
-CAPTURE = "capture"
+CAPTURE, EMITTED = "capture", "emitted"
+"""The first stage of a graph, and the one after all passes: the program that the target runs."""
 
 
 class Stages:
@@ -44,14 +48,19 @@ class Stages:
         self.dumps.setdefault(graph.name, {})[stage] = dump(graph)
 
 
+def _nothing() -> None:
+    """Of a target that runs the host itself."""
+
+
 class GraphView:
     """One graph: its latest stage, and the earlier ones.
 
     Args:
         dumps: stage -> dump, in order.
-        notes: the adapters at the sites, as they now are.
+        facts: the adapters at the sites, as they now are, and what else a page tells.
         stage: which stage to show; default: the last.
         skipped: pass -> what it left as it was.
+        emission: the program that the target runs; None where it runs the host itself.
 
     Attributes:
         skipped: pass -> what it left as it was, each with its place and the reason.
@@ -60,11 +69,12 @@ class GraphView:
     def __init__(
         self,
         dumps: Mapping[str, Dump],
-        notes: Callable[[], Notes],
+        facts: Callable[[], Facts],
         stage: str | None = None,
         skipped: Mapping[str, tuple[Skip, ...]] | None = None,
+        emission: Callable[[], Dump | None] = _nothing,
     ) -> None:
-        self._dumps, self._notes, self.skipped = dumps, notes, dict(skipped or {})
+        self._dumps, self._facts, self.skipped, self._emission = dumps, facts, dict(skipped or {}), emission
         self._stage = stage or list(dumps)[-1]
 
     @property
@@ -94,7 +104,25 @@ class GraphView:
                 nearest=nearest_name(stage, self._dumps) or ", ".join(self._dumps),
                 next_step="`stages` lists them",
             )
-        return GraphView(self._dumps, self._notes, stage, self.skipped)
+        return self._with(self._dumps, stage)
+
+    @property
+    def emitted(self) -> GraphView:
+        """The program that the target runs, after all its rewrites.
+
+        Raises:
+            Unavailable: the target runs the host's own modules.
+        """
+        found = self._emission()
+        if found is None:
+            raise Unavailable(
+                "this target emits no program: it runs the host's own modules",
+                next_step="lorac.compile(..., target='onnxruntime') emits one",
+            )
+        return self._with({**self._dumps, EMITTED: found}, EMITTED)
+
+    def _with(self, dumps: Mapping[str, Dump], stage: str) -> GraphView:
+        return GraphView(dumps, self._facts, stage, self.skipped, self._emission)
 
     def at(self, path: str) -> GraphView:
         """Only what lies inside a module.
@@ -109,29 +137,34 @@ class GraphView:
                 nearest=nearest_name(path, self.dump.sites),
                 next_step="print(compiled.graph) shows the modules",
             )
-        return GraphView(found, self._notes, self._stage, self.skipped)
+        return self._with(found, self._stage)
 
     def diff(self, other: GraphView | None = None) -> str:
         """What changed from the capture, or from another view, to this one; empty where nothing did."""
         before = next(iter(self._dumps.values())) if other is None else other.dump
-        return diff_dumps(before, self.dump, self._notes())
+        return diff_dumps(before, self.dump, self._facts().notes)
 
     def to_dot(self) -> str:
         """The graph in Graphviz's language."""
-        return to_dot(self.dump, self._notes())
+        return to_dot(self.dump, self._facts().notes)
 
     def to_html(self, path: str | Path) -> Path:
-        """Write a page that needs nothing else, every stage and what changed between them; returns its path."""
-        return _write_page(path, self.dump.name, {self.dump.name: self}, self._notes())
+        """Write a page that draws the graph and needs nothing else; returns its path."""
+        return _write_page(path, {self.dump.name: self}, self._facts())
+
+    def drawn(self) -> dict[str, Dump]:
+        """Stage -> how the graph looked then, what was emitted last."""
+        found = self._emission()
+        return dict(self._dumps) if found is None else {**self._dumps, EMITTED: found}
 
     def steps(self) -> Iterator[tuple[str, str]]:
         """(stage, what it changed) of each pass."""
-        notes = self._notes()
+        notes = self._facts().notes
         for before, after in itertools.pairwise(self._dumps):
             yield after, diff_dumps(self._dumps[before], self._dumps[after], notes)
 
     def __str__(self) -> str:
-        return to_text(self.dump, self._notes())
+        return to_text(self.dump, self._facts().notes)
 
     def __repr__(self) -> str:
         return f"<graph {self.dump.name} @{self.level}, {len(self.dump.rows)} values>"
@@ -140,10 +173,8 @@ class GraphView:
 class Graphs(Mapping[str, GraphView]):
     """Name -> graph; printing prints all."""
 
-    def __init__(self, stages: Stages, notes: Callable[[], Notes]) -> None:
-        skips = stages.skips
-        self._views = {n: GraphView(dumps, notes, skipped=skips.get(n)) for n, dumps in stages.dumps.items()}
-        self._notes = notes
+    def __init__(self, views: Mapping[str, GraphView], facts: Callable[[], Facts]) -> None:
+        self._views, self._facts = views, facts
 
     def __getitem__(self, name: str) -> GraphView:
         return self._views[name]
@@ -163,8 +194,8 @@ class Graphs(Mapping[str, GraphView]):
         return "\n".join(view.to_dot() for view in self._views.values())
 
     def to_html(self, path: str | Path) -> Path:
-        """Write a page that needs nothing else; returns its path."""
-        return _write_page(path, "graphs", self._views, self._notes())
+        """Write a page that draws all graphs and needs nothing else; returns its path."""
+        return _write_page(path, self._views, self._facts())
 
     def __str__(self) -> str:
         return "\n".join(str(view) for view in self._views.values())
@@ -176,29 +207,55 @@ class Graphs(Mapping[str, GraphView]):
 def graphs_of(compiled: Any) -> Graphs:
     """The graphs of a compiled model; target eager captures its host now, in eval mode.
 
+    Of a model that was loaded, the program that its target runs is all there is.
+
     Raises:
-        Unavailable: it was loaded from a file, which keeps no such text.
+        Unavailable: it was loaded from a file, and its target runs no program.
         CaptureFailed, ExampleInputsNeeded: the host does not trace.
     """
     stages = compiled.services.stages()
-    if not stages.dumps:
+    listing = functools.cache(compiled.engine.listing)
+    dumps = stages.dumps or {name: {EMITTED: dump} for name, dump in listing().items()}
+    if not dumps:
         raise Unavailable(
             "the graph of a model that was loaded from an artefact is not kept",
             next_step="compile from the model to print it",
         )
-    calls = next(iter(stages.dumps.values()))[CAPTURE].calls
-    return Graphs(stages, lambda: notes_of(compiled, calls))
+    captured = next(iter(dumps.values())).get(CAPTURE)
+
+    def facts() -> Facts:
+        return facts_of(compiled, {} if captured is None else captured.calls)
+
+    def view(name: str) -> GraphView:
+        skips, emission = stages.skips.get(name), functools.partial(_listed, listing, name)
+        return GraphView(dumps[name], facts, skipped=skips, emission=emission)
+
+    return Graphs({name: view(name) for name in dumps}, facts)
 
 
-def notes_of(compiled: Any, calls: Mapping[str, int]) -> Notes:
-    """The adapters of a compiled model as a printed graph shows them."""
+def _listed(listing: Callable[[], Mapping[str, Dump]], name: str) -> Dump | None:
+    return listing().get(name)
+
+
+def facts_of(compiled: Any, calls: Mapping[str, int]) -> Facts:
+    """What a printed graph and a page tell of a compiled model's adapters."""
     adapters = compiled.adapters
-    return Notes(
+    notes = Notes(
         adapters={name: describe_variant(adapter.variant) for name, adapter in adapters.items()},
         terms=describe_terms(compiled.pool, compiled.plans, mode=compiled.mode, snapshot=compiled.snapshot),
         trainable=_trainable(adapters),
         calls=calls,
     )
+    return Facts(
+        report=compiled.explain(),
+        notes=notes,
+        parameters={name: _parameters(adapter) for name, adapter in adapters.items()},
+    )
+
+
+def _parameters(adapter: Any) -> int:
+    """Numbers that an adapter holds, positions aside; what several sites share counts once."""
+    return sum(tensor.numel() for tensor in adapter.parameters() if tensor.is_floating_point())
 
 
 def _trainable(adapters: Mapping[str, Any]) -> dict[str, int]:
@@ -226,9 +283,7 @@ def _holds(dump: Dump, path: str) -> bool:
     return True
 
 
-def _write_page(path: str | Path, title: str, views: Mapping[str, GraphView], notes: Notes) -> Path:
-    parts = [(f"{name} after {s}", view.after(s).dump) for name, view in views.items() for s in view.stages]
-    changes = [(f"{name}: what {stage} changed", text) for name, view in views.items() for stage, text in view.steps()]
+def _write_page(path: str | Path, views: Mapping[str, GraphView], facts: Facts) -> Path:
     target = Path(path)
-    target.write_text(to_html(title, parts, notes, changes), encoding="utf-8")
+    target.write_text(to_html({name: view.drawn() for name, view in views.items()}, facts), encoding="utf-8")
     return target

@@ -95,9 +95,11 @@ def test_inspect(cli):
     assert "lora_A[3, 64]" in out or "lora_A" in out
 
 
-def test_explain(cli):
-    code, out, _ = cli("explain", "model", "-a", "sql", "-a", "other=style")
+def test_explain(cli, files):
+    code, out, _ = cli("explain", "model", "-a", "sql", "-a", "other=style", "--html", "page.html")
     assert code == 0
+    assert out.endswith("page.html: the picture\n")
+    assert "LlamaForCausalLM · eager, live" in (files.folder / "page.html").read_text(encoding="utf-8")
     assert "sql: lora r=3" in out
     assert "other: lora r=1" in out
     code, compiled, _ = cli("explain", "compiled")

@@ -12,10 +12,13 @@ import onnx_ir as ir
 
 from lorac.errors import Unavailable
 from lorac.ir.engine import Dialect
-from lorac.lines import is_elsewhere
+from lorac.lines import is_elsewhere, short_line
 
 _SCOPES, _TRACE = "pkg.torch.onnx.name_scopes", "pkg.torch.onnx.stack_trace"
 """Where torch's exporter notes the module and the lines that a node comes from."""
+_CLASSES = "pkg.torch.onnx.class_hierarchy"
+_NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
+"""What torch notes as the module of what no module asks for."""
 _FRAME = re.compile(r'File "(.+?)", line (\d+)')
 
 
@@ -49,9 +52,32 @@ def _is_function(domain: str, op: str) -> bool:
 
 def origin(metadata: Mapping[str, str]) -> str:
     """Where in the host an op comes from, as far as its metadata tells."""
+    modules, line = modules_of(metadata) or (), _line(metadata)
+    named = f", which '{modules[-1]}' asks for" if modules else ""
+    return named + (", line {1} of {0}".format(*line) if line else "")
+
+
+def modules_of(metadata: Mapping[str, str]) -> tuple[str, ...] | None:
+    """The modules around a node, outermost first; None where its metadata tells of none."""
     scopes = re.findall(r"'([^']*)'", metadata.get(_SCOPES, ""))
     # The last scope is the node itself.
-    module = next((scope for scope in reversed(scopes[:-1]) if scope), "")
-    frames = [frame for frame in _FRAME.findall(metadata.get(_TRACE, "")) if is_elsewhere(frame[0])]
-    line = ", line {1} of {0}".format(*frames[-1]) if frames else ""
-    return (f", which '{module}' asks for" if module else "") + line
+    return tuple(scope for scope in scopes[:-1] if scope and scope != _NO_MODULE) if scopes else None
+
+
+def classes_of(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Path of each module around a node, the model's own too, -> name of its class."""
+    scopes, kinds = (re.findall(r"'([^']*)'", metadata.get(key, "")) for key in (_SCOPES, _CLASSES))
+    # The last of both is the node itself.
+    return {path: kind.rpartition(".")[2] for path, kind in zip(scopes[:-1], kinds[:-1], strict=False)}
+
+
+def source_of(metadata: Mapping[str, str]) -> str:
+    """``file:line`` of the model's line that asks for a node; empty where its metadata tells of none."""
+    line = _line(metadata)
+    return short_line(*line) if line else ""
+
+
+def _line(metadata: Mapping[str, str]) -> tuple[str, str] | None:
+    frames: list[tuple[str, str]] = _FRAME.findall(metadata.get(_TRACE, ""))
+    found = [frame for frame in frames if is_elsewhere(frame[0])]
+    return found[-1] if found else None

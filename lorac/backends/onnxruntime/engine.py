@@ -15,6 +15,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorac.backends.onnx.files import BASE
+from lorac.backends.onnx.listing import listing
 from lorac.backends.onnxruntime.inputs import wanted
 from lorac.backends.onnxruntime.options import Options
 from lorac.backends.onnxruntime.settling import settled_session
@@ -28,6 +29,7 @@ from lorac.ir.host.sites import BaseReader
 from lorac.ir.slots.buffers import fused_buffers
 from lorac.ir.slots.site import SitePlan, SiteSlots
 from lorac.ir.slots.snapshot import Snapshot
+from lorac.ir.view.dump import Dump
 
 Tensor = torch.Tensor
 
@@ -111,6 +113,10 @@ class OrtEngine(Engine):
     def written(self) -> Binding[Values]:
         """The buffers that weights are written to."""
         return Binding(self, self._written)
+
+    def listing(self) -> dict[str, Dump]:
+        """The models that the sessions were made of."""
+        return {name: listing(self.files, name, part.slots) for name, part in self.parts.items()}
 
     def activate(self, content: Values) -> None:
         """Nothing: every call names its binding."""

@@ -8,10 +8,9 @@ layer renames nothing elsewhere, and identical layers have identical rows.
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,17 +21,16 @@ from torch.export.graph_signature import InputKind
 from lorac.ir.algebra.letters import BIAS, WEIGHT
 from lorac.ir.graph import ops
 from lorac.ir.graph.adapted import AdaptedCall
-from lorac.ir.graph.graph import Graph, SlotInput
+from lorac.ir.graph.graph import Graph
 from lorac.ir.host.sites import SiteKind
 from lorac.ir.slots.roles import ROLES, slot_name
+from lorac.ir.view.scopes import Scopes, blocks_of, called, is_size, site_of
 
 REF = "\x00"
 """Stands for the next reference in a row's text."""
 _LETTERS = ("s", "t", "u", "v", "w")
 _PLUMBING = frozenset({"device", "layout", "pin_memory", "memory_format", "dtype", "non_blocking", "copy"})
 _SYMBOL = re.compile(r"\b[su]\d+\b")
-_SOURCE = re.compile(r'File "(?:[^"]*[/\\])?([^"/\\]+)", line (\d+)')
-_NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,7 @@ class Row:
         type: dtype and shape.
         source: file and line it was written in.
         blocks: the repeated blocks around it, outermost first.
+        modules: every module around it, outermost first; the n-th further call of one ends in ``@n``.
         site: the site it belongs to, or None.
         adapted: it is a whole call of an adapted site.
     """
@@ -58,6 +57,7 @@ class Row:
     type: str = ""
     source: str = ""
     blocks: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
     site: str | None = None
     adapted: bool = False
 
@@ -73,6 +73,7 @@ class Dump:
         sites: path of every adaptable site -> ``"fused"`` (its merged weight is a slot), ``"live"`` or ``"bare"``.
         slots: public name of every slot -> path of its site.
         calls: site -> how often it is called; empty once calls are lowered.
+        classes: module path -> name of the module's class.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Dump:
     sites: Mapping[str, str] = field(default_factory=dict)
     slots: Mapping[str, str] = field(default_factory=dict)
     calls: Mapping[str, int] = field(default_factory=dict)
+    classes: Mapping[str, str] = field(default_factory=dict)
 
 
 def dump(graph: Graph) -> Dump:
@@ -97,12 +99,49 @@ def short(path: str) -> str:
     return ".".join(parts[start:])
 
 
-def short_dtype(dtype: torch.dtype) -> str:
+def stored(name: str) -> str:
+    """A parameter or buffer as it is shown: ``W.q_proj``, ``rotary_emb.inv_freq``."""
+    owner, _, leaf = name.rpartition(".")
+    if leaf in (WEIGHT, BIAS) and owner:
+        return f"{ROLES[leaf].letter}.{short(owner)}"
+    return f"{short(owner)}.{leaf}".removeprefix(".")
+
+
+def slot_shown(site: str, role: str) -> str:
+    """A slot as it is shown, without the path to its site."""
+    return slot_name(short(site), role)
+
+
+def short_dtype(dtype: torch.dtype | str) -> str:
     """``f32``, ``bf16``, ``i64``, ``u8``, ``bool``."""
     name = str(dtype).removeprefix("torch.")
     for long, brief in (("complex", "c"), ("float", "f"), ("uint", "u"), ("int", "i")):
         name = name.replace(long, brief)
     return name
+
+
+class Names:
+    """Names for values, of the module and the op, each unique within its block."""
+
+    def __init__(self) -> None:
+        self._taken: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
+
+    def new(self, label: str, owner: str, blocks: tuple[str, ...], *, alone: bool = False) -> str:
+        """A name for one more value.
+
+        Args:
+            label: its op.
+            owner: path of its module.
+            blocks: the repeated blocks around it.
+            alone: it is what a call of the module gives, and bears the module's name alone.
+        """
+        inner = blocks[-1].partition("@")[0] if blocks else ""
+        within = owner[len(inner) :].removeprefix(".") if owner.startswith(inner) else owner
+        stem = within if within and alone else f"{within}.{label}".removeprefix(".")
+        stem = stem.replace(" ", "_")
+        taken = self._taken[blocks]
+        taken[stem] += 1
+        return stem if taken[stem] == 1 else f"{stem}_{taken[stem] - 1}"
 
 
 class _Writer:
@@ -115,8 +154,8 @@ class _Writer:
         self.symbols = self._symbols()
         self.sizes: dict[Any, str] = {}
         self.index: dict[fx.Node, int] = {}
-        self.taken: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
-        self.scopes = _Scopes([n for n in graph.fx.nodes if n.op not in ("placeholder", "output")])
+        self.names = Names()
+        self.scopes = Scopes([n for n in graph.fx.nodes if n.op not in ("placeholder", "output")])
 
     def dump(self) -> Dump:
         rows: list[Row] = []
@@ -124,9 +163,10 @@ class _Writer:
             for row in self._rows(node):
                 self.index[node] = len(rows)
                 rows.append(row)
-        calls = Counter(site for n in self.graph.fx.nodes if (site := _called(n)) is not None)
+        calls = Counter(site for n in self.graph.fx.nodes if (site := called(n)) is not None)
         slots = {slot.name: slot.site for slot in self.graph.slots.values()}
-        return Dump(self.graph.name, self.graph.level.name.lower(), tuple(rows), self._sites(), slots, dict(calls))
+        level, classes = self.graph.level.name.lower(), self.scopes.classes
+        return Dump(self.graph.name, level, tuple(rows), self._sites(), slots, dict(calls), classes)
 
     def _sites(self) -> dict[str, str]:
         plans = {path: plan for path, plan in self.graph.plans.items() if not plan.empty}
@@ -148,31 +188,22 @@ class _Writer:
                 yield Row("out", "", text, tuple(refs), self._type(of))
             return
         value = node.meta.get("val")
-        if _is_size(value) or (value is None and not node.users):
+        if is_size(value) or (value is None and not node.users):
             return  # sizes are written where they are used; checks compute nothing
         yield self._value(node)
 
     def _value(self, node: fx.Node) -> Row:
-        owner, blocks, source = self.scopes.of(node)
+        owner, modules, source = self.scopes.of(node)
+        blocks = blocks_of(modules, self.scopes.containers)
         refs: list[int] = []
         label, args, kwargs = _call(node)
         operands = [self._operand(a, refs) for a in args]
         named = [f"{k}={self._operand(v, refs)}" for k, v in kwargs.items() if k not in _PLUMBING and v is not None]
         text = " ".join(part for part in (label, ", ".join([*operands, *named])) if part)
-        name = self._name(node, label, owner, blocks)
+        name = self.names.new(label, owner, blocks, alone=node in self.scopes.exits)
         adapted = node.target is ops.adapted
-        return Row(
-            "value", name, text, tuple(refs), self._type(node.meta.get("val")), source, blocks, _site(node), adapted
-        )
-
-    def _name(self, node: fx.Node, label: str, owner: str, blocks: tuple[str, ...]) -> str:
-        inner = blocks[-1].partition("@")[0] if blocks else ""
-        within = owner[len(inner) :].removeprefix(".") if owner.startswith(inner) else owner
-        stem = within if within and node in self.scopes.exits else f"{within}.{label}".removeprefix(".")
-        stem = stem.replace(" ", "_")
-        taken = self.taken[blocks]
-        taken[stem] += 1
-        return stem if taken[stem] == 1 else f"{stem}_{taken[stem] - 1}"
+        type_ = self._type(node.meta.get("val"))
+        return Row("value", name, text, tuple(refs), type_, source, blocks, modules, site_of(node), adapted)
 
     def _operand(self, value: Any, refs: list[int]) -> str:
         if isinstance(value, fx.Node):
@@ -189,7 +220,7 @@ class _Writer:
         value = node.meta.get("val")
         if node.op == "placeholder" and not self._is_input(node):
             return self._state(node)
-        if _is_size(value):
+        if is_size(value):
             return self._size(value)
         if node.op == "get_attr" and node not in self.index:
             return str(node.target)
@@ -201,13 +232,10 @@ class _Writer:
         shape = self._shape(node.meta.get("val"))
         slot = self.slots.get(node.name)
         if slot is not None:
-            return f"{_slot_name(slot)}{shape}!"
+            return f"{slot_shown(slot.site, slot.role)}{shape}!"
         spec = self.specs.get(node.name)
         target = str(spec.target if spec is not None and spec.target else node.target)
-        owner, _, leaf = target.rpartition(".")
-        if leaf in (WEIGHT, BIAS) and owner:
-            return f"{ROLES[leaf].letter}.{short(owner)}{shape}"
-        return f"{short(owner)}.{leaf}{shape}".removeprefix(".")
+        return stored(target) + shape
 
     def _is_input(self, node: fx.Node) -> bool:
         spec = self.specs.get(node.name)
@@ -251,76 +279,6 @@ class _Writer:
         return letters
 
 
-class _Scopes:
-    """Where nodes come from: their module, the repeated blocks around it, their source line."""
-
-    def __init__(self, nodes: Sequence[fx.Node]) -> None:
-        self._stacks = {node: _stack(node) for node in nodes}
-        owners = {stack[-1] for stack in self._stacks.values() if stack}
-        parents = {entry for stack in self._stacks.values() for entry in stack[:-1]}
-        self._containers = {_plain(entry) for entry in parents | owners if entry in parents}
-        self._sources: dict[str, str] = {}
-        self.exits = self._find_exits(owners)
-
-    def of(self, node: fx.Node) -> tuple[str, tuple[str, ...], str]:
-        """Module path, blocks, source line."""
-        stack = self._stacks[node]
-        owner = _plain(stack[-1]) if stack else ""
-        blocks = tuple(entry for entry in stack if self._is_block(entry))
-        trace = node.meta.get("stack_trace") or ""
-        if trace not in self._sources:
-            self._sources[trace] = _source_line(trace)
-        return owner, blocks, self._sources[trace]
-
-    def _is_block(self, entry: str) -> bool:
-        """An element of a list of modules that has modules of its own."""
-        path = _plain(entry)
-        return path.rpartition(".")[2].isdigit() and path in self._containers
-
-    def _find_exits(self, owners: Iterable[str]) -> set[fx.Node]:
-        """The node that is the result of a call of a leaf module: it bears the module's name.
-
-        Of a site it is the last that others read (parts of a shared x·A come before it), else the only result.
-        """
-        visible: dict[str, list[fx.Node]] = defaultdict(list)
-        results: dict[str, list[fx.Node]] = defaultdict(list)
-        sites = {self._owner(node) for node in self._stacks if _site(node)}
-        for node in self._stacks:
-            owner = self._owner(node) or ""
-            readers = {self._owner(user) for user in node.users}
-            if _is_size(node.meta.get("val")) or readers <= {owner}:
-                continue
-            visible[owner].append(node)
-            if owner not in readers:
-                results[owner].append(node)
-        leaves = {owner for owner in owners if _plain(owner) not in self._containers}
-        found = {nodes[-1] for owner, nodes in visible.items() if owner in leaves & sites}
-        return found | {nodes[0] for owner, nodes in results.items() if owner in leaves - sites and len(nodes) == 1}
-
-    def _owner(self, node: fx.Node) -> str | None:
-        stack = self._stacks.get(node)
-        return None if stack is None else stack[-1] if stack else ""
-
-
-def _stack(node: fx.Node) -> tuple[str, ...]:
-    """Module paths around a node, outermost first; the n-th call of a module ends in ``@n``."""
-    found = []
-    for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
-        if path and path != _NO_MODULE:
-            call = key.rpartition("@")[2] if "@" in key else ""
-            found.append(f"{path}@{call}" if call else path)
-    return tuple(found)
-
-
-def _plain(entry: str) -> str:
-    return entry.partition("@")[0]
-
-
-def _source_line(trace: str) -> str:
-    found = _SOURCE.findall(trace)
-    return f"{found[-1][0]}:{found[-1][1]}" if found else ""
-
-
 def _call(node: fx.Node) -> tuple[str, list[Any], Mapping[str, Any]]:
     """Label, operands and keywords of a node, the site's own op unwrapped."""
     if node.target is ops.adapted:
@@ -342,24 +300,3 @@ def _trimmed(args: list[Any]) -> list[Any]:
     while args and args[-1] is None:
         args.pop()
     return args
-
-
-def _called(node: fx.Node) -> str | None:
-    return ops.site_of(node) if node.target in ops.CALLS else None
-
-
-def _site(node: fx.Node) -> str | None:
-    return _called(node) or node.meta.get("custom", {}).get("lorac")
-
-
-def _slot_name(slot: SlotInput) -> str:
-    return slot_name(short(slot.site), slot.role)
-
-
-def _is_size(value: Any) -> bool:
-    """A plain number, symbolic or not, or a check's result."""
-    return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | int | float) and not _infinite(value)
-
-
-def _infinite(value: Any) -> bool:
-    return isinstance(value, float) and math.isinf(value)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from lorac.ir.view.dump import Dump, Row
-from lorac.ir.view.sections import Section, digest, grouped, reference, relative, repeats, sections, spelled
+from lorac.ir.view.sections import Section, digest, grouped, reference, relative, repeats, sections, spelled, stem
 from lorac.ir.view.terms import DescribedTerm
 
 _TYPE_COLUMN, _SOURCE_COLUMN = 80, 22
@@ -86,7 +86,7 @@ def footer(dump: Dump, notes: Notes) -> str:
     if notes.trainable is not None:
         trainable = sum(count for site, count in notes.trainable.items() if site in dump.sites)
         parts.append(f"trainable {trainable:,}".replace(",", " "))
-        parts.append(f"+{_added_flops(dump, notes) / 1000:.1f} kFLOP/token")
+        parts.append(f"+{added_flops(dump, notes) / 1000:.1f} kFLOP/token")
     return " · ".join(parts)
 
 
@@ -103,7 +103,7 @@ def diff_dumps(before: Dump, after: Dump, notes: Notes | None = None) -> str:
     old, new = (_by_section(d, notes) for d in (before, after))
     changes = [(path, _changes(old.get(path, []), new.get(path, []))) for path in _merged(list(old), list(new))]
     shown: list[str] = [f"--- {before.name} @{before.level}", f"+++ {after.name} @{after.level}"]
-    runs = repeats([(_stem(path), "\n".join(lines)) for path, lines in changes])
+    runs = repeats([(stem(path), "\n".join(lines)) for path, lines in changes])
     for start, length in runs:
         path, text = changes[start]
         if not text:
@@ -128,13 +128,13 @@ class Body:
 
     def __init__(self, dump: Dump, notes: Notes) -> None:
         self.dump, self.notes = dump, notes
-        self._written: dict[str, list[Line]] = {}
+        self._written: dict[int, list[Line]] = {}
 
     def of(self, section: Section) -> list[Line]:
         """The lines of a section, nested blocks collapsed where identical."""
-        if section.call not in self._written:
-            self._written[section.call] = [line for part in grouped(section) for line in self._part(part, section)]
-        return self._written[section.call]
+        if id(section) not in self._written:  # not by its call: a block that is left may be entered again
+            self._written[id(section)] = [line for part in grouped(section) for line in self._part(part, section)]
+        return self._written[id(section)]
 
     def row(self, row: Row, section: Section) -> list[Line]:
         """A row, and its terms."""
@@ -147,7 +147,7 @@ class Body:
     def runs(self, blocks: Sequence[Section]) -> list[tuple[int, int]]:
         """Runs (start, length) of neighbours with identical lines."""
         marks = [digest([repr(line) for line in self.of(block)]) for block in blocks]
-        return repeats([(_stem(block.path), mark) for block, mark in zip(blocks, marks, strict=True)])
+        return repeats([(stem(block.path), mark) for block, mark in zip(blocks, marks, strict=True)])
 
     def _part(self, part: int | list[Section], section: Section) -> list[Line]:
         return self.row(self.dump.rows[part], section) if isinstance(part, int) else self._blocks(part, section)
@@ -197,7 +197,8 @@ def _adapters(notes: Notes) -> str:
     return "  {" + " · ".join(f"{name}: {text}" for name, text in notes.adapters.items()) + "}"
 
 
-def _added_flops(dump: Dump, notes: Notes) -> int:
+def added_flops(dump: Dump, notes: Notes) -> int:
+    """Multiplications and additions per token that the active adapters cost in a graph."""
     here = {path: terms for path, terms in notes.terms.items() if path in dump.sites}
     return sum(t.flops * notes.calls.get(path, 1) for path, terms in here.items() for t in terms if t.strength)
 
@@ -208,7 +209,8 @@ def _by_section(dump: Dump, notes: Notes) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for section in sections(dump).sections():
         own = [line for item in section.items if isinstance(item, int) for line in body.row(dump.rows[item], section)]
-        found[section.call] = [f"{line.left}  {line.type or line.note}".rstrip() for line in own]
+        shown = (f"{line.left}  {line.type or line.note}".rstrip() for line in own)
+        found.setdefault(section.call, []).extend(shown)
     return found
 
 
@@ -220,8 +222,3 @@ def _changes(before: Sequence[str], after: Sequence[str]) -> list[str]:
 def _merged(before: Sequence[str], after: Sequence[str]) -> list[str]:
     """Paths of both, in order."""
     return list(dict.fromkeys([*after, *(path for path in before if path not in after)]))
-
-
-def _stem(path: str) -> str:
-    plain = path.partition("@")[0]
-    return plain.rpartition(".")[0] if plain.rpartition(".")[2].isdigit() else plain

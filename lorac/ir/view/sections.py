@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -52,21 +52,32 @@ class Section:
 
 def sections(dump: Dump) -> Section:
     """The blocks of a dump, as a tree."""
+    root = tree(row.blocks for row in dump.rows)
+    _bind_inputs(root, dump)
+    return root
+
+
+def tree(around: Iterable[Sequence[str]]) -> Section:
+    """Rows within what is around each, outermost first; what is left and entered again is a section of its own."""
     root = Section("")
     here = root
-    for index, row in enumerate(dump.rows):
+    for index, calls in enumerate(around):
         chain = _chain(here)
         common = 0
-        while common < min(len(chain), len(row.blocks)) and chain[common].call == row.blocks[common]:
+        while common < min(len(chain), len(calls)) and chain[common].call == calls[common]:
             common += 1
         here = chain[common - 1] if common else root
-        for call in row.blocks[common:]:
+        for call in calls[common:]:
             inner = Section(call, parent=here)
             here.items.append(inner)
             here = inner
         here.items.append(index)
-    _bind_inputs(root, dump)
     return root
+
+
+def stem(path: str) -> str:
+    """The path of a block without its number: neighbours of one list have the same."""
+    return path.partition("@")[0].rstrip("0123456789")
 
 
 def grouped(section: Section) -> Iterator[int | list[Section]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,14 @@ from lorac.ir.slots.site import BranchSlot, BranchTerm, Prepared, Reason, SitePl
 from lorac.ir.slots.snapshot import Composed, Snapshot, placed
 
 LIVE, BOUND, FUSED, BAKED, LEFT_OUT = "live", "bound", "fused", "baked", "left out"
+STATES = {
+    LIVE: "beside the weight",
+    BOUND: "merged weight, bound as an input",
+    FUSED: "merged weight, written in place",
+    BAKED: "merged weight, a constant of the program",
+    LEFT_OUT: "baked without it",
+}
+"""What the active choice does with a term. Of one that is off, what a swap to its adapter alone would do."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +48,7 @@ class DescribedTerm:
         form: ``"low-rank"``, ``"sparse"``, ``"dense"`` or ``"branch"``.
         size: ``r=8`` or ``k=400 (1 %)``; empty where shapes say it all.
         parts: its tensors.
-        state: what the active choice did with it: ``live`` (beside the weight), ``bound`` (merged weight, bound as an
-            input), ``fused`` (merged weight, written in place), ``baked`` (merged, constant). Of a term that is off,
-            what a swap to its adapter alone would do; ``left out`` where the program is baked without it.
+        state: what the active choice did with it, one of ``STATES``.
         strength: its strength in the active choice, 0 where it is off.
         slots: names of the slots it fills: roles, or a branch's parameters.
         reasons: why it has no cheaper form, then why no cheaper place.
@@ -106,6 +112,22 @@ def describe_variant(variant: Any) -> str:
             continue
         parts.append(name if value is True else f"{name}={value if isinstance(value, str) else f'{value:g}'}")
     return " ".join(parts)
+
+
+def told_reason(reason: Reason, names: Collection[str]) -> str:
+    """A reason, where it is said what the terms of some adapters come to: those need not be named."""
+    if reason.adapter is None or reason.adapter in names:
+        return reason.why
+    return f"active together with it, {reason}"
+
+
+def told_size(nbytes: float) -> str:
+    """Bytes in a unit that suits them."""
+    for unit in ("B", "kB", "MB"):
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} GB"
 
 
 def _change_term(name: str, site: Site, change: Change, here: Composed, mode: str, strength: float) -> DescribedTerm:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ import lorac
 from lorac.errors import Unavailable
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.view.dump import Dump, dump
+from lorac.ir.view.picture.modules import parts_of
 from lorac.ir.view.printer import diff_dumps, to_text
 from tests import goldens
 from tests.captured import Stack, capture, captured_stack, lower, two_adapters
@@ -192,32 +192,21 @@ def test_dot_draws_identical_layers_once(compiled: lorac.Compiled) -> None:
     assert {end for edge in edges for end in edge} <= drawn
 
 
-class _Tags(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.references: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.references += [str(value) for name, value in attrs if name in ("src", "href")]
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-
-def test_html_stands_alone(compiled: lorac.Compiled, tmp_path: Path) -> None:
-    path = compiled.graph.to_html(tmp_path / "graph.html")
-    text = path.read_text(encoding="utf-8")
-    tags = _Tags()
-    tags.feed(text)
-    assert tags.open == []
-    assert tags.references == [], "it needs no other file"
-    assert "http" not in text
-    assert "low-rank r=3" in text
-    for stage in compiled.graph["main"].stages:
-        assert f"main after {stage}" in text
+def test_llama_is_drawn_as_one_layer_of_boxes_within_boxes(compiled: lorac.Compiled) -> None:
+    root = parts_of(compiled.graph["main"].after("capture").dump, {})
+    assert {part.call: len(part.copies) for part in root.all() if part.copies} == {"model.layers.0": 2}
+    titles = {part.call: [inner.title for inner in part.parts] for part in root.all() if part.kind == "module"}
+    assert [t for t in titles["model.layers.0.self_attn"] if t.endswith("_proj")] == [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    ]
+    assert titles["model.layers.0.mlp"] == ["gate_proj", "act_fn", "up_proj", "mul", "down_proj"]
+    (layer,) = (part for part in root.all() if (part.kind, part.call) == ("module", "model.layers.0"))
+    add = next(part for part in layer.parts if part.title == "add")
+    past = [link.source for link in layer.links if link.target is add]
+    assert None in past, "what goes past a norm comes from where the layer begins, not from a cast within the norm"
 
 
 def test_a_graph_without_slots_prints(tmp_path: Path) -> None:
