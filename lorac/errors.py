@@ -27,7 +27,7 @@
     ├── CompileError
     │   ├── CaptureFailed         torch.export cannot trace the model, or its weights are no constants
     │   ├── CaptureDiffers        torch.export gave another program than the model
-    │   ├── ExampleInputsNeeded   example inputs cannot be made from the model
+    │   ├── ExampleInputsNeeded   example inputs cannot be made from the model, or the model does not take those given
     │   ├── UnknownOption         an option the target does not have
     │   ├── NotMergeable          a term that has no weight form was to be fused or baked
     │   ├── WrongLevel            a pass was to run on a graph at another level than it reads
@@ -38,7 +38,9 @@
     │   ├── ChoiceError           a choice of adapters that makes no sense (rows, strengths)
     │   ├── InputMismatch         an input of a size that the program was not captured for
     │   └── Unavailable           the target cannot do this at all
+    │       └── EagerOnly         what training needs, and only target="eager" has (an AttributeError too)
     ├── ArtifactError             a saved artefact is damaged, unsafe or of another version
+    ├── WrongType                 an argument, or a hyper-parameter, is of another kind than is taken (a TypeError too)
     └── MissingExtra              an optional library is not installed
 
 Each message says what, where, the nearest valid choice and the next step. What is no error, but must not pass in
@@ -64,6 +66,7 @@ __all__ = [
     "ChoiceError",
     "CompileError",
     "CorruptFile",
+    "EagerOnly",
     "ExampleInputsNeeded",
     "FormatError",
     "FormulaFailed",
@@ -94,6 +97,7 @@ __all__ = [
     "WrongDtype",
     "WrongIndex",
     "WrongLevel",
+    "WrongType",
 ]
 
 
@@ -226,7 +230,10 @@ class CaptureDiffers(CompileError):
 
 
 class ExampleInputsNeeded(CompileError):
-    """Example inputs cannot be made from the model; the message names forward's arguments."""
+    """Example inputs cannot be made from the model, or it cannot be called with those that were given.
+
+    The message names forward's arguments.
+    """
 
 
 class UnknownOption(CompileError):
@@ -269,6 +276,14 @@ class Unavailable(RuntimeFailure):
     """The target cannot do this at all."""
 
 
+class EagerOnly(Unavailable, AttributeError):
+    """An attribute that training needs, and that a compiled model has on target ``"eager"`` alone."""
+
+
+class WrongType(LoracError, TypeError):
+    """An argument, or a hyper-parameter, is of another kind than the one that is taken."""
+
+
 class ArtifactError(LoracError):
     """A saved artefact is damaged, unsafe, or of another version."""
 
@@ -308,7 +323,14 @@ def short(value: object) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({len(text)} characters)"
 
 
-def nearest_name(name: str, choices: Iterable[str]) -> str | None:
-    """The choice most like ``name``, or None when nothing resembles it."""
-    matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.4)
-    return matches[0] if matches else None
+def nearest_name(name: str, choices: Iterable[str], *, alike: float = 0.4) -> str | None:
+    """The choice most like ``name``, whatever is written large, or None when nothing resembles it.
+
+    Args:
+        name: what was given.
+        choices: what there is.
+        alike: from 0 to 1, how much of both has to agree.
+    """
+    known = {choice.lower(): choice for choice in choices}
+    matches = difflib.get_close_matches(name.lower(), known, n=1, cutoff=alike)
+    return known[matches[0]] if matches else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from lorac.ir.slots.choice import Active, Choice
 from lorac.ir.slots.site import BranchFill, Prepared
 from lorac.ir.slots.training import Dropout, LiveTerm
 from lorac.ir.store.tensors import TensorFile, file_base
+from lorac.kinds import expect
 from lorac.runtime import artifact
 from lorac.runtime.compiled import Compiled
 from lorac.runtime.host import Host
@@ -150,6 +152,7 @@ class Lasting:
 
     def save(self, backend: Backend[TargetOptions], compiled: Compiled, folder: str | Path) -> None:
         """Write an artefact of a compiled model."""
+        expect(folder, (str, os.PathLike), "where compiled.save writes to", next_step="give the path of a folder")
 
         def request() -> BuildRequest[TargetOptions]:
             assert self.request is not None

@@ -33,7 +33,11 @@ def backend_of(target: str) -> Backend[TargetOptions]:
     """
     known = targets()
     if target not in known:
-        raise UnknownOption(f"there is no target '{target}'", nearest=nearest_name(target, known) or ", ".join(known))
+        raise UnknownOption(
+            f"there is no target '{target}'",
+            nearest=nearest_name(target, known),
+            next_step=f"the targets there are: {', '.join(known)}",
+        )
     try:
         return _loaded(target)
     except ModuleNotFoundError as error:

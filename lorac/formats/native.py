@@ -21,13 +21,13 @@ from torch import nn
 from lorac.adapters.base_hash import base_hash
 from lorac.adapters.fit import check_adapter, in_order
 from lorac.errors import CorruptFile, UnknownField, UnsupportedField, UnusedTensors, nearest_name, short
-from lorac.formats._annotations import fits, kinds_of
 from lorac.formats._files import SEAL, check_seal, config_text, peek_metadata, read_safetensors
 from lorac.formats._format import Format
 from lorac.formats._layout import LAYOUT, is_described
 from lorac.ir.host.sites import find_sites
 from lorac.ir.store.strict_json import parse_object
 from lorac.ir.store.tensors import seal, write_safetensors
+from lorac.kinds import fits, kinds_of
 from lorac.variants import variant_named
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant, dataclass_fields

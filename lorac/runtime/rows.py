@@ -16,7 +16,9 @@ def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     for value in (*args, *kwargs.values()):
         if hasattr(value, "shape") and len(value.shape):
             return int(value.shape[0])
-    raise ChoiceError("no input has rows, so adapters= cannot be a list")
+    raise ChoiceError(
+        "no input has rows, so adapters= cannot be a list", next_step="give one choice for the whole call"
+    )
 
 
 def check_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any], choices: Sequence[Spec]) -> None:
@@ -72,7 +74,10 @@ def _gather(outputs: list[tuple[list[int], Any]], total: int) -> Any:
     if first is None:
         return None
     if not hasattr(first, "shape") or not len(first.shape) or first.shape[0] != len(outputs[0][0]):
-        raise Unavailable("an output has no row per input row, so rows cannot choose their own adapters")
+        raise Unavailable(
+            "an output has no row per input row, so rows cannot choose their own adapters",
+            next_step="call once per choice, or have the model leave that output out",
+        )
     as_torch = isinstance(first, torch.Tensor)
     stacked = torch.cat([out if as_torch else torch.from_numpy(out) for _, out in outputs])
     order = torch.argsort(torch.tensor([row for rows, _ in outputs for row in rows]))

@@ -123,7 +123,7 @@ def _factors(adapter: Adapter) -> dict[str, Factors]:
         more = f"replaces {next(iter(adapter.replaced))}" if adapter.replaced else f"is {adapter.variant.name}"
         raise AdapterError(
             f"'{adapter.name}' {more}; MeteoRA routes between plain LoRAs",
-            next_step="lorac.to_lora(adapter) makes one, exactly or truncated",
+            next_step="give adapters of lorac.LoRA without modules_to_save",
         )
     found = {}
     for path, tensors in adapter.tensors.items():

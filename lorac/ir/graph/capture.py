@@ -367,7 +367,7 @@ def _failure(host: nn.Module, inputs: Any, shapes: Any, error: Exception) -> Cap
         reason = " ".join(str(error).partition("The error above")[0].split())
         step = "give dynamic_shapes= that this line admits, or change the line"
     elif not isinstance(error, _ValuesNeeded | GuardOnDataDependentSymNode):
-        step = "the same call in eager shows whether the inputs fit the model"
+        step = "target='eager' runs the model itself"
     return CaptureFailed(
         f"torch.export cannot trace {type(host).__name__}" + (f" at {line}" if line else "") + f": {reason}",
         next_step=step,
