@@ -81,6 +81,7 @@ class Graph:
         sizes: which sizes the host's inputs may have.
         structure: what the host answers around the graph's tensors; None where that is for the program itself to say.
         notes: what whoever calls the program should know about it, each in a sentence.
+        unused: paths of planned sites that no output depends on, and that have no slots therefore.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Graph:
     sizes: Sizes = field(default_factory=Sizes)
     structure: Structure | None = None
     notes: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
 
     @property
     def fx(self) -> torch.fx.Graph:
