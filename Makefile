@@ -39,10 +39,12 @@ check: $(STAMP) ## Check format, lint, types, the direction of imports and the m
 	$(BIN)/lint-imports
 	$(BIN)/lorac variants --markdown | diff -u docs/methods.md - || { echo "docs/methods.md is stale: make docs"; exit 1; }
 	$(BIN)/python -m docs.make_rooms | diff -u docs/rooms.md - || { echo "docs/rooms.md is stale: make docs"; exit 1; }
+	$(BIN)/python -m docs.make_cli | diff -u docs/cli.md - || { echo "docs/cli.md is stale: make docs"; exit 1; }
 
 docs: $(STAMP) ## Write the pages that are made from the code
 	$(BIN)/lorac variants --markdown > docs/methods.md
 	$(BIN)/python -m docs.make_rooms > docs/rooms.md
+	$(BIN)/python -m docs.make_cli > docs/cli.md
 
 format: $(STAMP) ## Format the code and apply safe fixes
 	$(BIN)/ruff format .

@@ -20,6 +20,7 @@ import typer
 
 from lorac.cli import adapters, artifacts, models
 from lorac.errors import LoracError
+from lorac.version import VERSION
 
 REFUSED, OUR_FAULT, INTERRUPTED = 1, 3, 130
 EPILOG = "Exits with 0, or with 1 (refused), 2 (a wrong command line), 3 (a fault of lorac's own), 130 (interrupted)."
@@ -30,16 +31,24 @@ app = typer.Typer(
     help="The compiler for adapters: one graph from a model and its adapters, swapped while it runs.",
     epilog=EPILOG,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 for group in (models, adapters, artifacts):
     group.register(app)
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"lorac {VERSION}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     show: Annotated[bool, typer.Option(_TRACEBACK, help="Show where in the code an error comes from.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print lorac's version.")
+    ] = False,
 ) -> None:
     """The compiler for adapters: one graph from a model and its adapters, swapped while it runs."""
 

@@ -169,7 +169,7 @@ def test_compile_for_onnxruntime(cli, files):
             ["compile", "model", "-a", "sql", "-o", "x", "--active", "slq"],
             "lorac.AdapterNotFound: no adapter is called",
         ),
-        (["run", "nowhere", "-i", "inputs.npz"], "nowhere' is no artefact"),
+        (["run", "nowhere", "-i", "inputs.npz"], "lorac.ArtifactError: there is no compiled model at"),
         (["run", "compiled", "-i", "nowhere.npz"], "lorac.UnknownOption: 'nowhere.npz' cannot be read"),
         (["run", "compiled", "-i", "model/config.json"], "lorac.UnknownOption: 'model/config.json' cannot be read"),
         (["swap", "compiled", "slq"], "lorac.AdapterNotFound: no adapter is called 'slq'\n  nearest: sql"),

@@ -112,6 +112,15 @@ def describe_variant(variant: Any) -> str:
     return " ".join(parts)
 
 
+def told_size(nbytes: float) -> str:
+    """Bytes in a unit that suits them."""
+    for unit in ("B", "kB", "MB"):
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} GB"
+
+
 def _change_term(name: str, site: Site, change: Change, here: Composed, mode: str, strength: float) -> DescribedTerm:
     form, size, parts = _describe(change, site)
     state = _state(here, mode, strength)
