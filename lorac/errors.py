@@ -53,6 +53,7 @@ import difflib
 import sys
 import warnings
 from collections.abc import Iterable
+from typing import ClassVar
 
 __all__ = [
     "AdapterError",
@@ -107,18 +108,21 @@ class LoracError(Exception):
     Args:
         what: what went wrong and where, one line.
         nearest: the nearest valid choice, if there is one.
-        next_step: what to do about it.
+        next_step: what to do about it; default: what there is to do about every error of its class.
     """
+
+    usual: ClassVar[str | None] = None
+    """What there is to do about every error of the class, where that is one thing."""
 
     def __init__(self, what: str, *, nearest: str | None = None, next_step: str | None = None) -> None:
         self.what = what
         self.nearest = nearest
-        self.next_step = next_step
+        self.next_step = next_step or self.usual
         lines = [what]
         if nearest:
             lines.append(f"  nearest: {nearest}")
-        if next_step:
-            lines.append(f"  {next_step}")
+        if self.next_step:
+            lines.append(f"  {self.next_step}")
         super().__init__("\n".join(lines))
 
 
@@ -188,6 +192,8 @@ class FormatError(LoracError):
 class CorruptFile(FormatError):
     """Truncated file, or headers that do not fit its contents."""
 
+    usual = "copy or download the file again"
+
 
 class UnknownFormat(FormatError):
     """No format recognises the file."""
@@ -251,6 +257,8 @@ class WrongLevel(CompileError):
 class VerificationFailed(CompileError):
     """A graph breaks a rule of its level."""
 
+    usual = "this is a bug in a pass, not in your model"
+
 
 class SelfTestFailed(CompileError):
     """A slot was folded, copied, exchanged or bypassed by the emitter."""
@@ -287,6 +295,8 @@ class WrongType(LoracError, TypeError):
 class ArtifactError(LoracError):
     """A saved artefact is damaged, unsafe, or of another version."""
 
+    usual = "copy the whole folder again, or save it anew with this version"
+
 
 class MissingExtra(LoracError):
     """An optional library is not installed; the message gives the pip command."""
@@ -294,6 +304,19 @@ class MissingExtra(LoracError):
     def __init__(self, library: str, extra: str | None) -> None:
         needed = f"'lorac[{extra}]'" if extra is not None else library
         super().__init__(f"{library} is not installed", next_step=f"pip install {needed}")
+
+
+def none_of(what: str, value: object, known: Iterable[str]) -> UnknownOption:
+    """The error for a value that is none of those there are.
+
+    Args:
+        what: what there is not, up to the value: "there is no mode".
+        value: what was given.
+        known: what there is.
+    """
+    listed = list(known)
+    step = f"it is one of {', '.join(listed)}"
+    return UnknownOption(f"{what} {short(value)}", nearest=nearest_name(str(value), listed), next_step=step)
 
 
 class LoracWarning(UserWarning):

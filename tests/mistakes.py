@@ -52,6 +52,11 @@ class Tiny(nn.Module):
         return self.conv((x * mask.unsqueeze(-1)).transpose(1, 2)) * scale
 
 
+def example() -> dict[str, torch.Tensor]:
+    """Inputs of the model."""
+    return {"ids": torch.arange(10).reshape(2, 5), "mask": torch.ones(2, 5)}
+
+
 def lora(r: int = 2, **rest: Any) -> LoRA:
     """A LoRA on the model's first kind of layer."""
     return LoRA(**{"r": r, "targets": ["q_proj"], **rest})
@@ -66,8 +71,7 @@ class World:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.model = folder, Tiny().eval()
-        ids = torch.arange(10).reshape(2, 5)
-        self.inputs = {"ids": ids, "mask": torch.ones(2, 5)}
+        self.inputs = example()
         self.eager = self.compile({"sql": lora(), "style": lora()}, example_inputs=self.inputs)
         self.program = self.compile(
             {"sql": lora()},

@@ -22,12 +22,13 @@ from lorac.cli import adapters, artifacts, models
 from lorac.errors import LoracError
 from lorac.version import VERSION
 
+NAME = "lorac"
 REFUSED, OUR_FAULT, INTERRUPTED = 1, 3, 130
 EPILOG = "Exits with 0, or with 1 (refused), 2 (a wrong command line), 3 (a fault of lorac's own), 130 (interrupted)."
 _TRACEBACK = "--traceback"
 
 app = typer.Typer(
-    name="lorac",
+    name=NAME,
     help="The compiler for adapters: one graph from a model and its adapters, swapped while it runs.",
     epilog=EPILOG,
     no_args_is_help=True,
@@ -71,7 +72,7 @@ def main() -> None:
 def _run() -> int:
     """Run the command; returns the exit code."""
     try:
-        app()
+        app(prog_name=NAME)
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else REFUSED
     except KeyboardInterrupt:

@@ -35,6 +35,7 @@ from lorac.variants.base import Variant, dataclass_fields
 Tensor = torch.Tensor
 VERSION = 1
 _ENTRY = "lorac"
+_ANOTHER = "it was written by another version of lorac"
 _LOCAL = {"source", "format", "base", "left_out"}
 """Provenance that is about one file on one machine, and stays out of the next."""
 _FIELDS = {
@@ -142,7 +143,7 @@ def _record(path: Path, text: str) -> dict[str, Any]:
     for field in record:
         if field not in _FIELDS:
             near = nearest_name(field, _FIELDS)
-            raise UnknownField(f"'{path}' has the unknown field '{field}'", nearest=near)
+            raise UnknownField(f"'{path}' has the unknown field '{field}'", nearest=near, next_step=_ANOTHER)
     for field, kind in _FIELDS.items():
         if field not in record or not isinstance(record[field], kind):  # type: ignore[arg-type]  # a type or a tuple of types
             raise CorruptFile(f"the description in '{path}' lacks '{field}', or it is of another type")
@@ -169,7 +170,7 @@ def _variant(path: Path, name: str, config: Mapping[str, Any]) -> Variant:
             raise UnknownField(
                 f"'{path}' sets '{field}', which {variant.name} does not have",
                 nearest=nearest_name(field, known),
-                next_step="it was written by another version of lorac",
+                next_step=_ANOTHER,
             )
     default, kinds = _defaults(variant), kinds_of(variant)
     revived = {field: _revived(path, value) for field, value in config.items()}
@@ -182,7 +183,7 @@ def _variant(path: Path, name: str, config: Mapping[str, Any]) -> Variant:
     try:
         return variant(**revived)
     except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
-        raise UnsupportedField(f"'{path}' configures {variant.name} wrongly: {error}") from error
+        raise UnsupportedField(f"'{path}' configures {variant.name} wrongly: {error}", next_step=_ANOTHER) from error
 
 
 def _revived(path: Path, value: Any) -> Any:

@@ -44,6 +44,7 @@ PUBLIC = ["lorac", "lorac.training", "lorac.testing", "lorac.analysis.entangleme
 FOREIGN = {
     "architectures": "a transformers configuration",
     "inplace": "torch.nn.ReLU",
+    "input_ids": "models of transformers",
     "path_initial_model_for_weight_conversion": "PeftModel.save_pretrained",
     "return_tensors": "tokenizers of transformers",
     "weights_only": "torch.load",
@@ -52,6 +53,7 @@ FOREIGN = {
 CALLED = {
     "W": torch.Tensor,
     "backward": torch.Tensor.backward,
+    "copy": importlib.import_module("copy"),
     "model": torch.nn.Module,
     "numpy": importlib.import_module("numpy"),
     "save_pretrained": "peft's",
@@ -238,3 +240,16 @@ def _exists(called):
 )
 def test_what_exists(called, exists):
     assert _exists(called) is exists
+
+
+# --- every message has a next step -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", sorted((ROOT / "lorac").rglob("*.py")), ids=lambda path: path.stem)
+def test_every_error_says_what_to_do(source):
+    """By the raise, or by what is usual for its class."""
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and _called(node) in errors.__all__:
+            given = {keyword.arg for keyword in node.keywords}
+            usual = _called(node) == "MissingExtra" or getattr(getattr(errors, _called(node)), "usual", None)
+            assert "next_step" in given or usual, f"line {node.lineno}: {ast.unparse(node)}"

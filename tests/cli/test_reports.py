@@ -1,11 +1,11 @@
 """What the command line prints: tables, JSON, its version, completion; and how it spells what is no plain text."""
 
 import json
+import re
 import sys
 
 import numpy as np
 import pytest
-import torch
 from safetensors.torch import save_file
 
 import lorac
@@ -14,10 +14,10 @@ from lorac.cli._inputs import read_inputs
 from lorac.cli._settings import reserve_of, shapes_of
 from lorac.cli._shown import show, table
 from lorac.version import VERSION
-from tests.mistakes import Tiny, lora
+from tests.mistakes import Tiny, example, lora
 
 MODEL = "tests.mistakes:Tiny"
-INPUTS = {"ids": torch.arange(10).reshape(2, 5), "mask": torch.ones(2, 5)}
+INPUTS = example()
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_a_table_is_whole_where_there_is_no_terminal_and_fits_one(monkeypatch, c
     assert path in capsys.readouterr().out
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     show(None, made, as_json=False)
-    lines = capsys.readouterr().out.splitlines()
+    lines = re.sub("\x1b\\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
     assert max(map(len, lines)) <= 60
     assert path in "".join(line[1:].partition("│")[0].strip() for line in lines if line.startswith("│"))
 

@@ -23,7 +23,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from lorac.errors import CaptureFailed
+from lorac.errors import CaptureFailed, nearest_name
 from lorac.ir.graph.axes import asked_axes, axis_names, in_program, sizes_of
 from lorac.ir.graph.edit import keep_tensors, qualified
 from lorac.ir.graph.graph import Graph
@@ -65,7 +65,11 @@ def mark(model: nn.Module, blocks: Collection[str] = (), prefix: str = "") -> li
     """
     modules = {f"{prefix}{path}": module for path, module in model.named_modules()}
     if unknown := sorted(set(blocks) - modules.keys()):
-        raise CaptureFailed(f"the model has no module {unknown[0]!r} to mark as a block")
+        raise CaptureFailed(
+            f"the model has no module {unknown[0]!r} to mark as a block",
+            nearest=nearest_name(unknown[0], modules),
+            next_step="`lorac sites MODEL` prints the blocks",
+        )
     sites = []
     for path, module in modules.items():
         if (forward := _site_forward(module, path)) is not None:
@@ -192,7 +196,10 @@ def _marked_copy(model: nn.Module, blocks: Collection[str], prefix: str) -> nn.M
     try:
         host = structural_copy(model, share_buffers=True).eval()
     except Exception as error:
-        raise CaptureFailed(f"{type(model).__name__} cannot be copied: {error}") from error
+        raise CaptureFailed(
+            f"{type(model).__name__} cannot be copied: {error}",
+            next_step="copy.deepcopy(model) shows what in it cannot be; hold that outside of the model",
+        ) from error
     mark(host, blocks, prefix)
     host.forward = _restrained(host.forward)
     return host

@@ -39,7 +39,9 @@ def fill_site(
     if letters.WEIGHT in into and change is not None:
         misfit = does_not_fit(plan, change)
         if misfit:
-            raise NeedsRecompile(f"'{plan.site.path}' {misfit}")
+            raise NeedsRecompile(
+                f"'{plan.site.path}' {misfit}", next_step="compile again with the adapter in adapters="
+            )
         parts[letters.WEIGHT] = merge(change, base())
     elif isinstance(change, LowRank):
         parts, rank = parts_of(_held(plan, change)), change.rank

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from lorac.errors import NotMergeable, SiteUnsupported, UnknownOption, nearest_name
+from lorac.errors import NotMergeable, SiteUnsupported, none_of
 from lorac.ir.algebra import letters
 from lorac.ir.algebra.changes import Change, LowRank
 from lorac.ir.algebra.letters import KEPT_APART
@@ -91,11 +91,7 @@ def plan_sites(
         SiteNotFound: ``reserve`` names no site.
     """
     if mode not in MODES:
-        raise UnknownOption(
-            f"there is no mode '{mode}'",
-            nearest=nearest_name(mode, MODES),
-            next_step=f"the modes there are: {', '.join(MODES)}",
-        )
+        raise none_of("there is no mode", mode, MODES)
     needs: dict[str, _Needs] = {}
     terms = [(name, path, prepared[name]) for name in sorted(prepared) for path in prepared[name].in_order()]
     for name, path, adapter in terms:

@@ -66,7 +66,10 @@ def plan_from_json(site: Site, stored: Mapping[str, Any]) -> SitePlan:
 
 def _emitted(path: str) -> Callable[..., torch.Tensor]:
     def formula(*_: Any) -> torch.Tensor:
-        raise Unavailable(f"the branch at '{path}' is part of a stored program and has no formula any more")
+        raise Unavailable(
+            f"the branch at '{path}' is part of a stored program and has no formula any more",
+            next_step="compile from the model again, with the adapter in adapters=",
+        )
 
     return formula
 
