@@ -25,7 +25,7 @@
     │   ├── OverBudget            more time or memory than reading one file may take
     │   └── Unreadable            the system does not give the file, or take it: missing, forbidden, full
     ├── CompileError
-    │   ├── CaptureFailed         torch.export cannot trace the model, or its weights are no constants
+    │   ├── CaptureFailed         the model cannot be copied or traced, or its weights are no constants
     │   ├── CaptureDiffers        torch.export gave another program than the model
     │   ├── ExampleInputsNeeded   example inputs cannot be made from the model, or the model does not take those given
     │   ├── UnknownOption         an option the target does not have

@@ -193,13 +193,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 def _marked_copy(model: nn.Module, blocks: Collection[str], prefix: str) -> nn.Module:
     """A structural copy to trace, its sites and blocks marked."""
-    try:
-        host = structural_copy(model, share_buffers=True).eval()
-    except Exception as error:
-        raise CaptureFailed(
-            f"{type(model).__name__} cannot be copied: {error}",
-            next_step="copy.deepcopy(model) shows what in it cannot be; hold that outside of the model",
-        ) from error
+    host = structural_copy(model, share_buffers=True).eval()
     mark(host, blocks, prefix)
     host.forward = _restrained(host.forward)
     return host
