@@ -268,6 +268,11 @@ INPUTS = [
         lambda w, said: w.captured(example_inputs={**w.inputs, "shift": torch.ones(24)}).index("shift"),
     ),
     Mistake("an input that is missing", lambda w: w.call(w.program, mask=None), lambda w, said: w.call(w.program)),
+    Mistake(
+        "a choice by an argument that is misspelt",
+        lambda w: w.call(w.program, adapter="sql"),
+        lambda w, said: w.call(w.program, adapters="sql"),
+    ),
     Mistake("an input twice", lambda w: w.program(w.inputs["ids"], ids=w.inputs["ids"])),
     Mistake("one input too many", lambda w: w.program(*w.inputs.values(), None, 1.0, 1.0)),
     Mistake("ids with fractions", lambda w: w.call(w.program, ids=w.inputs["ids"].float())),

@@ -23,6 +23,8 @@ _RESHAPING = frozenset(
     | {aten.clone.default, aten.alias.default, aten.expand.default}
 )
 """Ops that leave ids what they are."""
+CHOICE = "adapters"
+"""The argument of a call that is no input: which adapters it is to run with."""
 AS_TUPLE = "return_dict"
 """The argument by which models of transformers and diffusers are asked for a tuple: only the output's kind changes."""
 
@@ -91,7 +93,7 @@ class CallSignature:
         if name not in self.fixed:
             raise ChoiceError(
                 f"the compiled program has no input '{name}'",
-                nearest=nearest_name(name, self.inputs) or ", ".join(self.inputs),
+                nearest=nearest_name(name, (*self.inputs, CHOICE)) or ", ".join(self.inputs),
                 next_step=self._admitting(name),
             )
         if name == AS_TUPLE and self.fixed[name] and value is False:
