@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 import lorac
+from lorac.analysis.entanglement import internal_entropy
+from lorac.testing import conformance
 from lorac.training import NestedRanks, Preconditioned, gate_penalty, thresholds
 from tests.mistakes import Mistake, Tiny, World, lora
 
@@ -67,9 +69,30 @@ def _budgeted(w: World, **allowed: Any) -> Any:
         return lorac.load_adapter(w.path("sql"))
 
 
+def _adapter(w: World, variant: Any) -> Any:
+    return w.compile({"a": variant}).adapters["a"]
+
+
+def _stepped(w: World, *, closure: bool = False, alike: bool = False, reg: float = 0.0) -> None:
+    """One step of a LoRA whose factors are away from their start, in one direction alone if they are to be alike."""
+    compiled, optimizer = _trained(w, lora())
+    with torch.no_grad():
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.fill_(1.0) if alike else parameter.normal_()
+
+    def loss() -> torch.Tensor:
+        answer = compiled(**w.inputs).square().mean()
+        answer.backward()
+        return answer
+
+    with Preconditioned(compiled, optimizer, reg=reg):
+        if not closure:
+            loss()
+        optimizer.step(loss if closure else None)
+
+
 def _saved(w: World, variant: Any, name: str, **rest: Any) -> None:
-    adapter = w.compile({"a": variant}).adapters["a"]
-    lorac.save_adapter(adapter, w.path(f"saved_{name}"), model=w.model, **rest)
+    lorac.save_adapter(_adapter(w, variant), w.path(f"saved_{name}"), model=w.model, **rest)
 
 
 METHODS = [
@@ -97,7 +120,7 @@ METHODS = [
     ),
     Mistake("halves at other layers", lambda w: _halves(w, "out_proj"), lambda w, said: _halves(w, "q_proj")),
     Mistake(
-        "a method without a start that is no method's default",
+        "a start that is misspelt",
         lambda w: _fits(w, lorac.AdapterTune(init="smal", targets="all-blocks")),
     ),
     Mistake(
@@ -140,6 +163,65 @@ TRAINING = [
     Mistake("a regulariser below 0", lambda w: Preconditioned(*_trained(w, lora()), reg=-1.0)),
     Mistake(
         "a penalty without gates", lambda w: gate_penalty(w.compile({"a": lorac.SoRA(r=2, **QUERY)}, active=None), 0.1)
+    ),
+]
+
+BESIDES = [
+    Mistake(
+        "LoRA-C at a kernel that is not square",
+        lambda w: lorac.compile(nn.Sequential(nn.Conv2d(4, 4, (3, 1))), {"a": lorac.LoRAC(targets=["0"])}),
+        lambda w, said: lorac.compile(nn.Sequential(nn.Conv2d(4, 4, (3, 1))), {"a": lorac.LoRA(targets=["0"])}),
+    ),
+    Mistake(
+        "a ring of unequal factors",
+        lambda w: _fits(w, lorac.TLoRA(residual="ttv", dims=((4, 7), (2, 3, 4)), **QUERY)),
+        lambda w, said: _fits(w, lorac.TLoRA(residual="ttv", dims=((4, 7), (4, 6)), **QUERY)),
+    ),
+    Mistake(
+        "an update that is no matrix",
+        lambda w: lorac.LoRAXS.from_update({"layers.0.q_proj": torch.ones(28)}, name="a", r=2),
+        lambda w, said: lorac.LoRAXS.from_update({"layers.0.q_proj": torch.ones(28, 24)}, name="a", r=2),
+    ),
+    Mistake(
+        "a chain of adapters that edit no weight",
+        lambda w: lorac.Chain.of(_adapter(w, lorac.MeteoRA(r=1, **QUERY)), name="both"),
+        lambda w, said: lorac.Chain.of(*w.eager.adapters.values(), name="both"),
+    ),
+    Mistake(
+        "routing between LoRAs with a bias",
+        lambda w: lorac.MeteoRA.from_loras([_adapter(w, lora(lora_bias=True))]),
+        lambda w, said: lorac.MeteoRA.from_loras([_adapter(w, lora())]),
+    ),
+    Mistake(
+        "ranks of their own, saved for PEFT",
+        lambda w: _saved(w, lorac.HiRA(r=2, rank_pattern={"layers.0.q_proj": 1}, **QUERY), "ranks"),
+        lambda w, said: (
+            _saved(w, lorac.HiRA(r=2, rank_pattern={"layers.0.q_proj": 1}, **QUERY), "ranks", format="native"),
+            _saved(w, lorac.HiRA(r=2, **QUERY), "one_rank"),
+        ),
+    ),
+    Mistake(
+        "a step that computes its gradients itself",
+        lambda w: _stepped(w, closure=True),
+        lambda w, said: _stepped(w),
+    ),
+    Mistake(
+        "factors that have no inverse",
+        lambda w: _stepped(w, alike=True),
+        lambda w, said: _stepped(w, alike=True, reg=0.1),
+    ),
+    Mistake(
+        "a conformance suite of a method without defaults",
+        lambda w: list(conformance(lorac.Chain)),
+        lambda w, said: (
+            conformance(lorac.Chain(parts=(lorac.LoRA(r=1),))),
+            conformance(lorac.Chain, parts=(lorac.LoRA(r=1),)),
+        ),
+    ),
+    Mistake(
+        "interleaving unequal numbers of sites",
+        lambda w: internal_entropy(torch.eye(4, 8), order="interleaved", out_dims=(2, 2), in_dims=(2, 2, 2)),
+        lambda w, said: internal_entropy(torch.eye(4, 8), order="row_major", out_dims=(2, 2), in_dims=(2, 2, 2)),
     ),
 ]
 
@@ -191,4 +273,4 @@ AFTERWARDS = [
     ),
 ]
 
-MORE = [*METHODS, *TRAINING, *AFTERWARDS]
+MORE = [*METHODS, *TRAINING, *BESIDES, *AFTERWARDS]
