@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rich.table import Table
@@ -40,7 +40,8 @@ def of_folder(folder: Path) -> Held:
         for name, entry in told["adapters"].items()
     ]
     graphs = backend_of(manifest.target).signatures(manifest.program)
-    own = sum(adapter["bytes"] for adapter in adapters)
+    beside = {PurePosixPath(entry["file"]).parent for entry in told["adapters"].values()}
+    own = sum(nbytes for name, nbytes in sizes.items() if PurePosixPath(name).parent not in beside)
     return {
         "path": str(folder),
         "target": manifest.target,
@@ -51,7 +52,7 @@ def of_folder(folder: Path) -> Held:
         "adapters": adapters,
         "sites": list(manifest.plans),
         "files": sizes,
-        "memory": {"program": sum(sizes.values()) - own, "adapters": own},
+        "memory": {"program": own, "adapters": sum(adapter["bytes"] for adapter in adapters)},
     }
 
 

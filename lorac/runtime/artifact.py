@@ -35,7 +35,7 @@ from lorac.runtime.compiled import Compiled
 from lorac.spending import reading
 from lorac.version import VERSION
 
-FORMAT = 3
+FORMAT = 4
 _SEAL = "seal"
 _NAMED = 5
 """Foreign files that a message names."""

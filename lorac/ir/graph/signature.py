@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lorac.errors import ArtifactError, ChoiceError, nearest_name
-from lorac.ir.graph.axes import in_program, types_of
+from lorac.ir.graph.axes import in_program
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.outputs import Structure, output_names, structure_from_json, structure_to_json
 from lorac.ir.graph.sizes import Sizes
@@ -145,6 +145,8 @@ class CallSignature:
             graph: the program.
             host: tells the order of positional arguments, which a program captured from keywords does not keep.
         """
+        from lorac.ir.graph.axes import types_of  # what loads a signature captures nothing
+
         exported = graph.exported
         slots = {slot.node for slot in graph.slots.values()}
         inputs = tuple(str(name) for name in exported.graph_signature.user_inputs if name not in slots)
