@@ -11,15 +11,18 @@ Exit codes, for scripts:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
-from typing import Annotated
+import warnings
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 import typer
 
 from lorac.cli import adapters, artifacts, models
-from lorac.errors import LoracError
+from lorac.errors import LoracError, LoracWarning
 from lorac.version import VERSION
 
 NAME = "lorac"
@@ -72,7 +75,8 @@ def main() -> None:
 def _run() -> int:
     """Run the command; returns the exit code."""
     try:
-        app(prog_name=NAME)
+        with _warnings_in_words():
+            app(prog_name=NAME)
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else REFUSED
     except KeyboardInterrupt:
@@ -85,6 +89,23 @@ def _run() -> int:
         what = f"lorac itself failed: {type(error).__name__}: {error}\n  `lorac {_TRACEBACK} …` shows where"
         return _told(error, what, OUR_FAULT)
     return 0
+
+
+@contextlib.contextmanager
+def _warnings_in_words() -> Iterator[None]:
+    """A warning of lorac's is shown as its errors are, and not by a line of lorac's own code."""
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **rest: Any) -> None:
+        if issubclass(category, LoracWarning):
+            print(f"lorac.{category.__name__}: {message}", file=sys.stderr)
+        else:
+            usual(message, category, *where, **rest)
+
+    usual = warnings.showwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", LoracWarning)
+        warnings.showwarning = show
+        yield
 
 
 def _told(error: Exception, what: str, code: int) -> int:

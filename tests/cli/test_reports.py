@@ -13,6 +13,7 @@ from lorac.cli import main
 from lorac.cli._inputs import read_inputs
 from lorac.cli._settings import reserve_of, shapes_of
 from lorac.cli._shown import show, table
+from lorac.errors import warn
 from lorac.version import VERSION
 from tests.mistakes import Tiny, example, lora
 
@@ -126,6 +127,19 @@ def test_a_table_is_whole_where_there_is_no_terminal_and_fits_one(monkeypatch, c
     lines = re.sub("\x1b\\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
     assert max(map(len, lines)) <= 60
     assert path in "".join(line[1:].partition("│")[0].strip() for line in lines if line.startswith("│"))
+
+
+def test_a_warning_is_told_in_words(folder, monkeypatch, capsys):
+    def loaded(path):
+        warn("it computes in float32", next_step="dtype='float32' asks for that")
+        return lorac.load(folder / "compiled")
+
+    monkeypatch.setattr("lorac.cli.artifacts._loaded", loaded)
+    monkeypatch.setattr(sys, "argv", ["lorac", "swap", "compiled", "sql"])
+    with pytest.raises(SystemExit):
+        main()
+    said = "lorac.LoracWarning: it computes in float32\n  dtype='float32' asks for that\n"
+    assert capsys.readouterr().err == said
 
 
 # --- spelling --------------------------------------------------------------------------------------------------------
