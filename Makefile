@@ -40,11 +40,13 @@ check: $(STAMP) ## Check format, lint, types, the direction of imports and the m
 	$(BIN)/lorac variants --markdown | diff -u docs/methods.md - || { echo "docs/methods.md is stale: make docs"; exit 1; }
 	$(BIN)/python -m docs.make_rooms | diff -u docs/rooms.md - || { echo "docs/rooms.md is stale: make docs"; exit 1; }
 	$(BIN)/python -m docs.make_peft | diff -u docs/peft.md - || { echo "docs/peft.md is stale: make docs"; exit 1; }
+	$(BIN)/python -m docs.make_cli | diff -u docs/cli.md - || { echo "docs/cli.md is stale: make docs"; exit 1; }
 
 docs: $(STAMP) ## Write the pages that are made from the code, and build the site in build/site
 	$(BIN)/lorac variants --markdown > docs/methods.md
 	$(BIN)/python -m docs.make_rooms > docs/rooms.md
 	$(BIN)/python -m docs.make_peft > docs/peft.md
+	$(BIN)/python -m docs.make_cli > docs/cli.md
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 pictures: $(STAMP) ## Draw the pictures in docs/pictures (needs Chromium)

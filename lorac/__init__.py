@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from lorac.errors import *  # noqa: F403  (the exception tree is part of the interface)
+from lorac.errors import nearest_name
 from lorac.version import VERSION
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ __all__ = [  # noqa: RUF022  (in plain order: BAT and OFT are no constants)
     "CorruptFile",
     "DoRA",
     "DyLoRA",
+    "EagerOnly",
     "ExampleInputsNeeded",
     "FormatError",
     "FormulaFailed",
@@ -175,6 +177,7 @@ __all__ = [  # noqa: RUF022  (in plain order: BAT and OFT are no constants)
     "WrongDtype",
     "WrongIndex",
     "WrongLevel",
+    "WrongType",
     "budget",
     "compile",
     "factors",
@@ -193,7 +196,10 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(module), attribute or name)
     method = _method(name)
     if method is None:
-        raise AttributeError(f"module 'lorac' has no attribute '{name}'")
+        near = nearest_name(name, __all__, alike=0.6)
+        raise AttributeError(
+            f"module 'lorac' has no attribute '{name}'" + (f"\n  nearest: lorac.{near}" if near else "")
+        )
     return method
 
 

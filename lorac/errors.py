@@ -26,9 +26,9 @@
     │   ├── OverBudget            more time or memory than reading one file may take
     │   └── Unreadable            the system does not give the file, or take it: missing, forbidden, full
     ├── CompileError
-    │   ├── CaptureFailed         torch.export cannot trace the model, or its weights are no constants
+    │   ├── CaptureFailed         the model cannot be copied or traced, or its weights are no constants
     │   ├── CaptureDiffers        torch.export gave another program than the model
-    │   ├── ExampleInputsNeeded   example inputs cannot be made from the model
+    │   ├── ExampleInputsNeeded   example inputs cannot be made from the model, or the model does not take those given
     │   ├── UnknownOption         an option the target does not have
     │   ├── NotMergeable          a term that has no weight form was to be fused or baked
     │   ├── WrongLevel            a pass was to run on a graph at another level than it reads
@@ -39,7 +39,9 @@
     │   ├── ChoiceError           a choice of adapters that makes no sense (rows, strengths)
     │   ├── InputMismatch         an input of a size, or a value, that the program was not captured for
     │   └── Unavailable           the target cannot do this at all
+    │       └── EagerOnly         what training needs, and only target="eager" has (an AttributeError too)
     ├── ArtifactError             a saved artefact is damaged, unsafe or of another version
+    ├── WrongType                 an argument, or a hyper-parameter, is of another kind than is taken (a TypeError too)
     └── MissingExtra              an optional library is not installed
 
 Each message says what, where, the nearest valid choice and the next step. What is no error, but must not pass in
@@ -52,6 +54,7 @@ import difflib
 import sys
 import warnings
 from collections.abc import Iterable
+from typing import ClassVar
 
 __all__ = [
     "AdapterError",
@@ -65,6 +68,7 @@ __all__ = [
     "ChoiceError",
     "CompileError",
     "CorruptFile",
+    "EagerOnly",
     "ExampleInputsNeeded",
     "FormatError",
     "FormulaFailed",
@@ -96,6 +100,7 @@ __all__ = [
     "WrongDtype",
     "WrongIndex",
     "WrongLevel",
+    "WrongType",
 ]
 
 
@@ -105,18 +110,21 @@ class LoracError(Exception):
     Args:
         what: what went wrong and where, one line.
         nearest: the nearest valid choice, if there is one.
-        next_step: what to do about it.
+        next_step: what to do about it; default: what there is to do about every error of its class.
     """
+
+    usual: ClassVar[str | None] = None
+    """What there is to do about every error of the class, where that is one thing."""
 
     def __init__(self, what: str, *, nearest: str | None = None, next_step: str | None = None) -> None:
         self.what = what
         self.nearest = nearest
-        self.next_step = next_step
+        self.next_step = next_step or self.usual
         lines = [what]
         if nearest:
             lines.append(f"  nearest: {nearest}")
-        if next_step:
-            lines.append(f"  {next_step}")
+        if self.next_step:
+            lines.append(f"  {self.next_step}")
         super().__init__("\n".join(lines))
 
 
@@ -190,6 +198,8 @@ class FormatError(LoracError):
 class CorruptFile(FormatError):
     """Truncated file, or headers that do not fit its contents."""
 
+    usual = "copy or download the file again"
+
 
 class UnknownFormat(FormatError):
     """No format recognises the file."""
@@ -232,7 +242,10 @@ class CaptureDiffers(CompileError):
 
 
 class ExampleInputsNeeded(CompileError):
-    """Example inputs cannot be made from the model; the message names forward's arguments."""
+    """Example inputs cannot be made from the model, or it cannot be called with those that were given.
+
+    The message names forward's arguments.
+    """
 
 
 class UnknownOption(CompileError):
@@ -249,6 +262,8 @@ class WrongLevel(CompileError):
 
 class VerificationFailed(CompileError):
     """A graph breaks a rule of its level."""
+
+    usual = "this is a bug in a pass, not in your model"
 
 
 class SelfTestFailed(CompileError):
@@ -275,8 +290,18 @@ class Unavailable(RuntimeFailure):
     """The target cannot do this at all."""
 
 
+class EagerOnly(Unavailable, AttributeError):
+    """An attribute that training needs, and that a compiled model has on target ``"eager"`` alone."""
+
+
+class WrongType(LoracError, TypeError):
+    """An argument, or a hyper-parameter, is of another kind than the one that is taken."""
+
+
 class ArtifactError(LoracError):
     """A saved artefact is damaged, unsafe, or of another version."""
+
+    usual = "copy the whole folder again, or save it anew with this version"
 
 
 class MissingExtra(LoracError):
@@ -285,6 +310,19 @@ class MissingExtra(LoracError):
     def __init__(self, library: str, extra: str | None) -> None:
         needed = f"'lorac[{extra}]'" if extra is not None else library
         super().__init__(f"{library} is not installed", next_step=f"pip install {needed}")
+
+
+def none_of(what: str, value: object, known: Iterable[str]) -> UnknownOption:
+    """The error for a value that is none of those there are.
+
+    Args:
+        what: what there is not, up to the value: "there is no mode".
+        value: what was given.
+        known: what there is.
+    """
+    listed = list(known)
+    step = f"it is one of {', '.join(listed)}"
+    return UnknownOption(f"{what} {short(value)}", nearest=nearest_name(str(value), listed), next_step=step)
 
 
 class LoracWarning(UserWarning):
@@ -314,7 +352,14 @@ def short(value: object) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({len(text)} characters)"
 
 
-def nearest_name(name: str, choices: Iterable[str]) -> str | None:
-    """The choice most like ``name``, or None when nothing resembles it."""
-    matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.4)
-    return matches[0] if matches else None
+def nearest_name(name: str, choices: Iterable[str], *, alike: float = 0.4) -> str | None:
+    """The choice most like ``name``, whatever is written large, or None when nothing resembles it.
+
+    Args:
+        name: what was given.
+        choices: what there is.
+        alike: from 0 to 1, how much of both has to agree.
+    """
+    known = {choice.lower(): choice for choice in choices}
+    matches = difflib.get_close_matches(name.lower(), known, n=1, cutoff=alike)
+    return known[matches[0]] if matches else None

@@ -1,4 +1,8 @@
-"""Progress of anything that takes longer than two seconds, on a terminal; silent elsewhere and for quick work."""
+"""Progress of anything that takes longer than two seconds, on a terminal; silent elsewhere and for quick work.
+
+Whoever begins something long opens a block; whatever runs inside names its steps with ``step``. A block inside another
+one has no bar of its own: its steps are told in the outer one's.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 DELAY_SECONDS = 2.0
@@ -18,10 +23,11 @@ class Progress:
     Args:
         title: what is going on.
         total: number of steps, or None where it is not known.
+        outer: what it is a part of, which then tells its steps.
     """
 
-    def __init__(self, title: str, total: int | None = None) -> None:
-        self.title, self.total = title, total
+    def __init__(self, title: str, total: int | None = None, outer: Progress | None = None) -> None:
+        self.title, self.total, self._outer = title, total, outer
         self._done, self._step = 0, ""
         self._lock = threading.Lock()
         self._bar: Any = None
@@ -29,6 +35,9 @@ class Progress:
 
     def step(self, name: str) -> None:
         """The next step begins."""
+        if self._outer is not None:
+            self._outer.step(f"{self.title}, {name}")
+            return
         with self._lock:
             self._done += bool(self._step)
             self._step = name
@@ -48,7 +57,8 @@ class Progress:
 
     def _refresh(self) -> None:
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, description=f"{self.title}: {self._step}")
+            told = f"{self.title}: {self._step}" if self._step else self.title
+            self._bar.update(self._task, completed=self._done, description=told)
 
     def _close(self) -> None:
         with self._lock:
@@ -56,16 +66,32 @@ class Progress:
                 self._bar.stop()
 
 
+_current: ContextVar[Progress | None] = ContextVar("progress", default=None)
+
+
 @contextmanager
 def progress(title: str, total: int | None = None) -> Iterator[Progress]:
     """Report the steps of a block; nothing is printed where standard error is no terminal."""
+    outer = _current.get()
+    if outer is not None:
+        yield Progress(title, outer=outer)
+        return
     report = Progress(title, total)
     timer = threading.Timer(DELAY_SECONDS, report._show)
     timer.daemon = True
     if sys.stderr.isatty():
         timer.start()
+    entered = _current.set(report)
     try:
         yield report
     finally:
+        _current.reset(entered)
         timer.cancel()
         report._close()
+
+
+def step(name: str) -> None:
+    """The next step of whatever block this runs in begins; nothing where it runs in none."""
+    report = _current.get()
+    if report is not None:
+        report.step(name)

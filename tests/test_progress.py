@@ -36,3 +36,15 @@ def test_silent_for_quick_work(monkeypatch):
     with progress.progress("compiling") as report:
         report.step("capture")
     assert report._bar is None
+
+
+def test_a_block_inside_another_tells_its_steps_there(soon, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with progress.progress("compile") as report:
+        progress.step("loading the model")
+        time.sleep(0.3)
+        with progress.progress("compiling for ONNX Runtime", total=4) as inner:
+            inner.step("emission")
+            assert "compile: compiling for ONNX Runtime, emission" in report._bar.tasks[0].description
+            assert inner._bar is None
+    progress.step("nobody listens")

@@ -16,6 +16,7 @@ from lorac.ir.algebra import letters
 from lorac.ir.algebra.changes import Change
 from lorac.ir.host.sites import BaseReader, Site, SiteKind, base_of, find_sites
 from lorac.ir.slots.site import BranchTerm
+from lorac.kinds import expect
 from lorac.variants.adapter import Adapter
 
 Tensor = torch.Tensor
@@ -53,7 +54,9 @@ def factors(adapter: Adapter, model: nn.Module | None = None, *, dtype: torch.dt
         BaseNeeded: There is no model, and a change needs one.
         NotMergeable: At some site the method makes a branch that is no change of a weight.
         SiteError, AdapterError, UnusedTensors: The adapter does not fit the model, as ``load_adapter`` says it.
+        WrongType: It is no adapter.
     """
+    expect(adapter, Adapter, "what lorac.factors takes apart", next_step="give an adapter: lorac.load_adapter(path)")
     return dict(_alone(adapter, dtype) if model is None else changes_at(None, adapter, model, dtype))
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lorac.errors import AdapterError, NonFinite, ShapeMismatch, UnknownOption, nearest_name
+from lorac.errors import AdapterError, NonFinite, ShapeMismatch, none_of
 
 Tensor = torch.Tensor
 _ORDERS = ("row_major", "interleaved")
@@ -123,9 +123,7 @@ def _sites(size: int, dims: Sequence[int] | None, side: str) -> tuple[int, ...]:
 
 def _interleaves(out_dims: Sequence[int], in_dims: Sequence[int], order: str) -> bool:
     if order not in _ORDERS:
-        raise UnknownOption(
-            f"sites come in no order '{order}'", nearest=nearest_name(order, _ORDERS) or ", ".join(_ORDERS)
-        )
+        raise none_of("sites come in no order", order, _ORDERS)
     if order == "interleaved" and len(out_dims) != len(in_dims):
         raise ShapeMismatch(
             f"{len(out_dims)} output sites cannot be interleaved with {len(in_dims)} input sites",

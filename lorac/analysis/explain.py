@@ -34,6 +34,8 @@ from lorac.ir.view.terms import (
 )
 
 _Row = TypeVar("_Row", "TermRow", "AdapterRow")
+UNUSED = "unused"
+"""The state of a term at a site whose result the program does not use."""
 _MANY = 3
 """More adapters than these, of which the same is to be said, are one line."""
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")
@@ -49,7 +51,8 @@ class TermRow:
         shape: (in, out).
         adapter: the adapter's name.
         form: its normal form, with rank or count.
-        state: what the active choice did with it, or would do where it is off (``lorac.ir.view.terms.STATES``).
+        state: what the active choice did with it, or would do where it is off (``lorac.ir.view.terms.STATES``);
+            ``unused`` where no output of the program depends on the site.
         strength: in the active choice; 0: off.
         slots: which of the site's slots it fills: roles, or a branch's parameters.
         dtype: dtype it is computed in.
@@ -140,7 +143,9 @@ def explain(compiled: Any) -> Report:
     """The report of a compiled model, as it is now."""
     plans: Mapping[str, SitePlan] = compiled.plans
     terms = describe_terms(compiled.pool, plans, mode=compiled.mode, snapshot=compiled.snapshot)
+    unused = {path for signature in compiled.engine.signatures.values() for path in signature.unused}
     rows = tuple(_row(term, plans[path].site) for path, found in terms.items() for term in found)
+    rows = tuple(_idle(row) if row.site in unused else row for row in rows)
     adaptable = [path for path, s in compiled.sites.items() if s.kind not in (SiteKind.BLOCK, SiteKind.PARAMETER)]
     return Report(
         target=compiled.engine.target,
@@ -153,6 +158,11 @@ def explain(compiled: Any) -> Report:
         casts=tuple((short_dtype(a), short_dtype(b)) for a, b in compiled.services.casts),
         programs=tuple(_program(name, signature) for name, signature in compiled.engine.signatures.items()),
     )
+
+
+def _idle(row: TermRow) -> TermRow:
+    """The row of a term at a site that no output depends on: there is no slot, whatever is active."""
+    return replace(row, state=UNUSED, slots=(), swap="none: no output depends on it", reasons=())
 
 
 def _program(name: str, signature: CallSignature) -> ProgramRow:

@@ -11,27 +11,31 @@ Exit codes, for scripts:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
-from typing import Annotated
+import warnings
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 import typer
 
 from lorac.cli import adapters, artifacts, models
 from lorac.cli._imports import importing
-from lorac.errors import LoracError
+from lorac.errors import LoracError, LoracWarning
+from lorac.version import VERSION
 
+NAME = "lorac"
 REFUSED, OUR_FAULT, INTERRUPTED = 1, 3, 130
 EPILOG = "Exits with 0, or with 1 (refused), 2 (a wrong command line), 3 (a fault of lorac's own), 130 (interrupted)."
 _TRACEBACK = "--traceback"
 
 app = typer.Typer(
-    name="lorac",
+    name=NAME,
     help="The compiler for adapters: one graph from a model and its adapters, swapped while it runs.",
     epilog=EPILOG,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 for group in (models, adapters, artifacts):
@@ -41,9 +45,18 @@ for registered in app.registered_commands:
     registered.callback = importing(registered.callback)
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"lorac {VERSION}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     show: Annotated[bool, typer.Option(_TRACEBACK, help="Show where in the code an error comes from.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print lorac's version.")
+    ] = False,
 ) -> None:
     """The compiler for adapters: one graph from a model and its adapters, swapped while it runs."""
 
@@ -66,7 +79,8 @@ def main() -> None:
 def _run() -> int:
     """Run the command; returns the exit code."""
     try:
-        app()
+        with _warnings_in_words():
+            app(prog_name=NAME)
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else REFUSED
     except KeyboardInterrupt:
@@ -79,6 +93,23 @@ def _run() -> int:
         what = f"lorac itself failed: {type(error).__name__}: {error}\n  `lorac {_TRACEBACK} …` shows where"
         return _told(error, what, OUR_FAULT)
     return 0
+
+
+@contextlib.contextmanager
+def _warnings_in_words() -> Iterator[None]:
+    """A warning of lorac's is shown as its errors are, and not by a line of lorac's own code."""
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **rest: Any) -> None:
+        if issubclass(category, LoracWarning):
+            print(f"lorac.{category.__name__}: {message}", file=sys.stderr)
+        else:
+            usual(message, category, *where, **rest)
+
+    usual = warnings.showwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", LoracWarning)
+        warnings.showwarning = show
+        yield
 
 
 def _told(error: Exception, what: str, code: int) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
+from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from torch import nn
 from lorac.errors import AdapterExists, ChoiceError, MissingExtra, UnknownOption, short
 from lorac.ir.store.disk import told
 from lorac.ir.store.strict_json import parse_object, read_text
+from lorac.quiet import quiet
 
 MODEL_HELP = "A folder saved by transformers, or package.module:function returning an nn.Module."
 ADAPTER_HELP = "NAME=PATH, or PATH; may be given several times."
@@ -66,12 +69,26 @@ def _from_folder(folder: Path) -> nn.Module:
             next_step="pip install -U transformers, or give package.module:function",
         )
     try:
-        model: nn.Module = cls.from_pretrained(folder)  # type: ignore[union-attr]  # a class that has it
+        with quiet(), _no_bars(transformers):
+            model: nn.Module = cls.from_pretrained(folder)  # type: ignore[union-attr]  # a class that has it
     except Exception as error:  # whatever a damaged folder makes transformers raise
         raise UnknownOption(f"'{folder}' cannot be loaded: {_said(error)}", next_step=MODEL_HELP) from error
     if not isinstance(model, nn.Module):
         raise UnknownOption(f"'{folder}' holds a {type(model).__name__}, not an nn.Module", next_step=MODEL_HELP)
     return model.eval()
+
+
+@contextlib.contextmanager
+def _no_bars(transformers: Any) -> Iterator[None]:
+    """transformers draws bars of its own while it loads."""
+    logging = transformers.utils.logging
+    drawn = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            logging.enable_progress_bar()
 
 
 def _architecture(config: Path) -> str:

@@ -8,7 +8,6 @@ import torch
 
 from lorac.adapters.preparing import Preparer
 from lorac.analysis.methods import MethodRow, methods
-from lorac.errors import BaseNeeded
 from lorac.formats.peft.config import methods as peft_types
 from lorac.ir.host.sites import BaseReader, Site
 from lorac.variants.base import Variant
@@ -25,4 +24,4 @@ def method_rows(known: Iterable[type[Variant]]) -> tuple[MethodRow, ...]:
 
 
 def _no_base(site: Site) -> torch.Tensor:
-    raise BaseNeeded(f"'{site.path}' stands for any layer of its shape")
+    raise AssertionError(f"'{site.path}' stands for any layer of its shape")

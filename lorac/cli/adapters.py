@@ -1,4 +1,4 @@
-"""Commands about adapter files: inspect, convert."""
+"""Commands about files: inspect, convert."""
 
 from __future__ import annotations
 
@@ -6,12 +6,22 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from lorac.cli._contents import of_adapter, of_folder, shown
 from lorac.cli._hosts import MODEL_HELP, load_model
+from lorac.cli._shown import Json, show
+from lorac.ir.store.folders import MANIFEST
+from lorac.progress import progress
+
+
+def _formats() -> list[str]:
+    from lorac.formats import formats
+
+    return [name for name, found in formats().items() if found.save is not None]
+
 
 OptionalModel = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
+Format = Annotated[str, typer.Option("--format", "-f", help="peft or native.", autocompletion=_formats)]
 
 
 def register(app: typer.Typer) -> None:
@@ -21,37 +31,36 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="An adapter's file or folder.")], model: OptionalModel = ""
+    path: Annotated[Path, typer.Argument(help="An adapter's file or folder, or a compiled folder.")],
+    model: OptionalModel = "",
+    json: Json = False,
 ) -> None:
-    """Say what an adapter file holds; with --model, check it against the model too."""
+    """Say what a compiled folder or an adapter's file holds; with --model, check the adapter against the model too."""
     from lorac.formats import load_adapter
 
-    adapter = load_adapter(path, load_model(model) if model else None)
-    console = Console()
-    shown = ", ".join(
-        f"{name}={value!r}" for name, value in adapter.variant.settings.items() if value not in ((), {}, None)
-    )
-    console.print(f"{adapter.name}: {type(adapter.variant).__name__}({shown})", markup=False)
-    console.print(
-        f"{len(adapter.sites)} sites, {len(adapter.replaced)} replaced parameters, {adapter.numel():,} values"
-    )
-    table = Table("site", "tensors")
-    for site, tensors in adapter.tensors.items():
-        table.add_row(site, "  ".join(f"{name}{list(t.shape)}" for name, t in tensors.items()))
-    for name, tensor in adapter.replaced.items():
-        table.add_row(name, f"replaced by {list(tensor.shape)}")
-    console.print(table)
+    with progress("inspect") as report:
+        report.step("reading")
+        if (path / MANIFEST).is_file():
+            held = of_folder(path)
+        else:
+            held = of_adapter(load_adapter(path, load_model(model) if model else None), path)
+    show(held, *shown(held), as_json=json)
 
 
 def convert(
     source: Annotated[Path, typer.Argument(help="An adapter's file or folder.")],
     destination: Annotated[Path, typer.Argument(help="Where to write.")],
-    format: Annotated[str, typer.Option("--format", "-f", help="peft or native.")] = "peft",
+    format: Format = "peft",
     model: OptionalModel = "",
+    json: Json = False,
 ) -> None:
     """Write an adapter in another format."""
     from lorac.formats import load_adapter, save_adapter
 
-    host = load_model(model) if model else None
-    save_adapter(load_adapter(source, host), destination, format=format, model=host)
-    print(f"{destination}: {format}")
+    with progress("convert") as report:
+        report.step("reading")
+        host = load_model(model) if model else None
+        adapter = load_adapter(source, host)
+        report.step("writing")
+        save_adapter(adapter, destination, format=format, model=host)
+    show({"path": str(destination), "format": format}, f"{destination}: {format}", as_json=json)

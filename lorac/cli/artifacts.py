@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from lorac.cli._hosts import parse_spec
+from lorac.cli._inputs import Inputs, arrays_of, read_inputs, spelled
+from lorac.cli._shown import Json, show, table
 from lorac.errors import ChoiceError, LoracError, UnknownOption
 from lorac.ir.store.disk import told
+from lorac.progress import progress
 
 Folder = Annotated[Path, typer.Argument(help="A folder written by `lorac compile`.")]
-Inputs = Annotated[Path, typer.Option("--inputs", "-i", help="An .npz file: one array per input of the model.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -30,79 +31,100 @@ def run(
     inputs: Inputs,
     adapters: Annotated[str, typer.Option(help="none, NAME, or A=0.7,B=0.3; default: the active ones.")] = "",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the outputs to this .npz file.")] = None,
+    json: Json = False,
 ) -> None:
     """Call a compiled model."""
     import numpy as np
 
-    compiled, arrays = _loaded(folder), _arrays(inputs)
     choice = {"adapters": parse_spec(adapters)} if adapters else {}
-    outputs = _named_outputs(_answered(compiled, arrays, **choice))
+    with progress("run") as report:
+        report.step("loading")
+        compiled, arrays = _loaded(folder), read_inputs(inputs)
+        report.step("calling")
+        outputs = arrays_of(_answered(compiled, arrays, **choice))
     if out is not None:
         with told(out, UnknownOption, "written"):
             np.savez(out, **outputs)
-    table = Table("output", "shape", "dtype", "mean", "std")
-    for name, value in outputs.items():
-        statistic = (f"{value.mean():.6g}", f"{value.std():.6g}")
-        table.add_row(name, str(list(value.shape)), str(value.dtype), *statistic)
-    Console().print(table)
+    rows = [
+        {
+            "output": name,
+            "shape": list(value.shape),
+            "dtype": str(value.dtype),
+            "mean": float(value.mean()),
+            "std": float(value.std()),
+        }
+        for name, value in outputs.items()
+    ]
+    shown = [(*list(row.values())[:3], f"{row['mean']:.6g}", f"{row['std']:.6g}") for row in rows]
+    show(rows, table(("output", "shape", "dtype", "mean", "std"), shown), as_json=json)
 
 
 def swap(
     folder: Folder,
     adapters: Annotated[str, typer.Argument(help="none, NAME, or A=0.7,B=0.3.")],
     save: Annotated[bool, typer.Option(help="Make the choice the folder's active one.")] = False,
+    json: Json = False,
 ) -> None:
     """Swap adapters in a compiled model and report what it cost."""
-    compiled = _loaded(folder)
-    report = compiled.swap(parse_spec(adapters))
-    print(
+    with progress("swap") as steps:
+        steps.step("loading")
+        compiled = _loaded(folder)
+        steps.step("swapping")
+        report = compiled.swap(parse_spec(adapters))
+        if save:
+            steps.step("saving")
+            compiled.save(folder)
+    line = (
         f"{report.state}: {report.sites} sites, {report.bytes:,} bytes, {report.seconds * 1e3:.2f} ms, "
         f"calls held {report.blocked_seconds * 1e3:.2f} ms"
     )
-    if save:
-        compiled.save(folder)
+    show(dataclasses.asdict(report) | {"active": compiled.active}, line, as_json=json)
 
 
 def bench(
-    folder: Folder, inputs: Inputs, rounds: Annotated[int, typer.Option(min=1, help="Calls per choice.")] = 20
+    folder: Folder,
+    inputs: Inputs,
+    rounds: Annotated[int, typer.Option(min=1, help="Calls per choice.")] = 20,
+    json: Json = False,
 ) -> None:
     """Time calls with each adapter and without, and the swaps between them: medians, ratio to no adapter last."""
-    compiled, arrays = _loaded(folder), _arrays(inputs)
-    choices: list[Any] = [None, *compiled.adapters]
-    calls: dict[Any, list[float]] = {choice: [] for choice in choices}
-    swaps: dict[Any, list[float]] = {choice: [] for choice in choices}
-    for _ in range(rounds):
-        for choice in choices:
-            swaps[choice].append(compiled.swap(choice).seconds)
-            _answered(compiled, arrays)
-            begun = time.perf_counter()
-            compiled(**arrays)
-            calls[choice].append(time.perf_counter() - begun)
+    with progress("bench") as report:
+        report.step("loading")
+        compiled, arrays = _loaded(folder), read_inputs(inputs)
+        choices: list[Any] = [None, *compiled.adapters]
+        calls: dict[Any, list[float]] = {choice: [] for choice in choices}
+        swaps: dict[Any, list[float]] = {choice: [] for choice in choices}
+        for number in range(rounds):
+            report.step(f"round {number + 1} of {rounds}")
+            _round(compiled, arrays, calls, swaps)
     base = statistics.median(calls[None])
-    table = Table("adapters", "swap ms", "call ms", "ratio")
-    for choice in choices:
-        call, change = statistics.median(calls[choice]), statistics.median(swaps[choice])
-        table.add_row(choice or "none", f"{change * 1e3:.3f}", f"{call * 1e3:.3f}", f"{call / base:.3f}")
-    Console().print(table)
+    rows = [
+        {
+            "adapters": choice or "none",
+            "swap_ms": statistics.median(swaps[choice]) * 1e3,
+            "call_ms": statistics.median(calls[choice]) * 1e3,
+            "ratio": statistics.median(calls[choice]) / base,
+        }
+        for choice in choices
+    ]
+    shown = [(row["adapters"], *(f"{value:.3f}" for value in list(row.values())[1:])) for row in rows]
+    show(rows, table(("adapters", "swap ms", "call ms", "ratio"), shown), as_json=json)
+
+
+def _round(compiled: Any, arrays: dict[str, Any], calls: dict[Any, list[float]], swaps: dict[Any, list[float]]) -> None:
+    """One swap and one call of each choice, timed behind a call that nobody times."""
+    for choice, times in calls.items():
+        swaps[choice].append(compiled.swap(choice).seconds)
+        _answered(compiled, arrays)
+        begun = time.perf_counter()
+        compiled(**arrays)
+        times.append(time.perf_counter() - begun)
 
 
 def _loaded(folder: Path) -> Any:
     import lorac
 
     return lorac.load(folder)
-
-
-def _arrays(path: Path) -> dict[str, Any]:
-    import numpy as np
-
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return dict(archive)
-    except Exception as error:  # a reader of zip files and arrays, fed with garbage, may raise anything
-        raise UnknownOption(
-            f"'{path}' cannot be read: {error}",
-            next_step="numpy.savez(path, name=array, ...) writes one array per input of the model",
-        ) from error
 
 
 def _answered(compiled: Any, arrays: dict[str, Any], **choice: Any) -> Any:
@@ -116,17 +138,7 @@ def _answered(compiled: Any, arrays: dict[str, Any], **choice: Any) -> Any:
     except LoracError:
         raise
     except Exception as error:
-        shapes = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in arrays.items())
         raise ChoiceError(
-            f"the program cannot compute with {shapes}: {type(error).__name__}: {error}",
+            f"the program cannot compute with {spelled(arrays)}: {type(error).__name__}: {error}",
             next_step="give arrays as the model takes them, with the ids and sizes it was compiled for",
         ) from error
-
-
-def _named_outputs(answer: Any) -> dict[str, Any]:
-    import numpy as np
-
-    items = (
-        answer.items() if hasattr(answer, "items") else enumerate(answer if isinstance(answer, tuple) else (answer,))
-    )
-    return {str(name): np.asarray(value) for name, value in items if hasattr(value, "shape")}

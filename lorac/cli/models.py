@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from lorac.cli._hosts import ADAPTER_HELP, MODEL_HELP, load_model, named_adapters, parse_spec
+from lorac.cli._inputs import INPUTS_HELP, read_inputs
+from lorac.cli._settings import DYNAMIC_HELP, RESERVE_HELP, names_of, reserve_of, shapes_of
+from lorac.cli._shown import Json, show, table
 from lorac.errors import UnknownOption
+from lorac.ir.slots.planning import MODES
 from lorac.ir.store.disk import told
+from lorac.ir.store.folders import MANIFEST
+from lorac.progress import progress
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+def _targets() -> list[str]:
+    from lorac.compiler.targets import targets
+
+    return list(targets())
+
 
 Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 Adapters = Annotated[list[str], typer.Option("--adapter", "-a", help=ADAPTER_HELP)]
+Mode = Annotated[str, typer.Option(help="auto, live, fused or baked.", autocompletion=lambda: list(MODES))]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32, float64, bfloat16 or float16; the model's own.", autocompletion=lambda: list(DTYPES)),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -24,27 +42,43 @@ def register(app: typer.Typer) -> None:
         app.command()(command)
 
 
-def sites(model: Model, targets: Annotated[str, typer.Option(help="Only those a pattern names.")] = "") -> None:
+def sites(
+    model: Model,
+    targets: Annotated[str, typer.Option(help="Only those a pattern names.")] = "",
+    json: Json = False,
+) -> None:
     """Print every adaptable place of a model."""
-    from lorac.ir.host.patterns import KEYWORDS, nothing_matches, select
+    from lorac.ir.host.patterns import nothing_matches, select
     from lorac.ir.host.sites import find_sites
 
-    found = find_sites(load_model(model))
+    with progress("sites") as report:
+        report.step("loading the model")
+        found = find_sites(load_model(model))
     wanted = list(found.values())
     if targets:
-        chosen = targets if targets in KEYWORDS else tuple(targets.split(","))
-        wanted = select(found, chosen, parameters=targets.split(",")) or select(found, targets)
+        wanted = select(found, names_of(targets), parameters=targets.split(",")) or select(found, targets)
         if not wanted:
             raise nothing_matches("(command line)", targets, found)
-    table = Table("site", "kind", "in", "out", "bias", "shares its weight with")
-    for site in wanted:
-        bias = "yes" if site.bias else ""
-        table.add_row(site.path, site.kind, str(site.in_features), str(site.out_features), bias, ", ".join(site.shares))
-    Console(width=None).print(table)
+    told = [
+        {
+            "site": site.path,
+            "kind": str(site.kind),
+            "in": site.in_features,
+            "out": site.out_features,
+            "bias": site.bias is not None,
+            "shares": list(site.shares),
+        }
+        for site in wanted
+    ]
+    rows = [
+        (s.path, s.kind, s.in_features, s.out_features, "yes" if s.bias else "", ", ".join(s.shares)) for s in wanted
+    ]
+    show(told, table(("site", "kind", "in", "out", "bias", "shares its weight with"), rows), as_json=json)
 
 
 def variants(
     markdown: Annotated[bool, typer.Option("--markdown", help="As the page docs/methods.md.")] = False,
+    json: Json = False,
 ) -> None:
     """Print every adapter method: its formula, its normal form and size on a layer, its paper and its files."""
     from lorac.analysis.methods import HEADERS, cells
@@ -56,47 +90,79 @@ def variants(
     if markdown:
         print(page(rows), end="")
         return
-    table = Table()
-    for header in HEADERS:
-        table.add_column(header, no_wrap=header == "method")
-    for row in rows:
-        table.add_row(*map(escape, cells(row)))
-    Console().print(table)
+    show(rows, table(HEADERS, map(cells, rows)), as_json=json)
 
 
-def compile(
+def compile(  # noqa: PLR0913, PLR0917  (an argument per option)
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
     adapter: Adapters = [],  # noqa: B006  (typer's way to say "any number")
-    target: Annotated[str, typer.Option(help="eager, onnxruntime, or what another package offers.")] = "onnxruntime",
-    mode: Annotated[str, typer.Option(help="auto, live, fused or baked.")] = "auto",
+    target: Annotated[
+        str,
+        typer.Option(help="eager, onnxruntime, or what another package offers.", autocompletion=_targets),
+    ] = "onnxruntime",
+    mode: Mode = "auto",
     active: Annotated[str, typer.Option(help="none, NAME, or A=0.7,B=0.3; auto: the only adapter.")] = "auto",
-    dtype: Annotated[str | None, typer.Option(help="float32, float64, bfloat16 or float16; the model's own.")] = None,
+    dtype: Dtype = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; the model's own.")] = None,
+    inputs: Annotated[Path | None, typer.Option("--inputs", "-i", help=f"Example inputs. {INPUTS_HELP}")] = None,
+    reserve: Annotated[list[str], typer.Option(help=RESERVE_HELP)] = [],  # noqa: B006  (the same)
+    dynamic: Annotated[list[str], typer.Option(help=DYNAMIC_HELP)] = [],  # noqa: B006  (the same)
+    json: Json = False,
 ) -> None:
     """Compile a model and its adapters, and save the result."""
     import lorac
 
-    choice = active if active == "auto" else parse_spec(active)
-    told: dict[str, Any] = {"target": target, "mode": mode, "active": choice, "dtype": dtype}
-    compiled = lorac.compile(load_model(model), named_adapters(adapter), **told)
-    compiled.save(out)
-    print(f"{out}: {target}, {mode}, adapters {', '.join(compiled.adapters) or 'none'}, active {compiled.active}")
+    room, choice = reserve_of(reserve), active if active == "auto" else parse_spec(active)
+    examples = None if inputs is None else read_inputs(inputs)
+    with progress("compile") as report:
+        report.step("loading the model")
+        host = load_model(model)
+        report.step("compiling")
+        compiled = lorac.compile(
+            host,
+            named_adapters(adapter),
+            target=target,
+            mode=mode,
+            active=choice,
+            reserve=room,
+            example_inputs=examples,
+            dynamic_shapes=shapes_of(dynamic, host, examples),
+            dtype=dtype,
+            device=device,
+        )
+        report.step("saving")
+        compiled.save(out)
+    names = list(compiled.adapters)
+    told = {"folder": str(out), "target": target, "mode": mode, "adapters": names, "active": compiled.active}
+    line = f"{out}: {target}, {mode}, adapters {', '.join(names) or 'none'}, active {compiled.active}"
+    show(told, line, as_json=json)
 
 
 def explain(
     model: Model,
     adapter: Adapters = [],  # noqa: B006  (the same)
-    mode: Annotated[str, typer.Option(help="auto, live, fused or baked.")] = "auto",
+    mode: Mode = "auto",
     html: Annotated[Path | None, typer.Option("--html", help="Draw it besides, as a page in this file.")] = None,
+    json: Json = False,
 ) -> None:
     """Say per site what becomes of each adapter, and why not something cheaper. MODEL may be a compiled folder."""
-    import lorac
-
-    if (Path(model) / "manifest.json").is_file():
-        compiled = lorac.load(model)
-    else:
-        compiled = lorac.compile(load_model(model), named_adapters(adapter), mode=mode, active=None)
-    print(compiled.explain())
+    with progress("explain") as report:
+        report.step("loading")
+        compiled = _compiled(model, adapter, mode)
+        said = compiled.explain()
+    show({field.name: getattr(said, field.name) for field in dataclasses.fields(said)}, str(said), as_json=json)
     if html is not None:
         with told(html, UnknownOption, "written"):
-            print(f"{compiled.graph.to_html(html)}: the picture")
+            written = compiled.graph.to_html(html)
+        if not json:
+            print(f"{written}: the picture")
+
+
+def _compiled(model: str, adapter: list[str], mode: str) -> Any:
+    """The compiled model of a folder, or one made of a model for eager."""
+    import lorac
+
+    if (Path(model) / MANIFEST).is_file():
+        return lorac.load(model)
+    return lorac.compile(load_model(model), named_adapters(adapter), mode=mode, active=None)

@@ -14,15 +14,18 @@ from lorac.compiler.handed import Source, device_of, model_of, sources_of
 from lorac.compiler.precision import brought, dtype_named, refuse_lacking
 from lorac.compiler.services import Lasting
 from lorac.compiler.targets import backend_of
-from lorac.errors import ArtifactError, LoracError
+from lorac.errors import ArtifactError, LoracError, nearest_name
+from lorac.formats import formats
 from lorac.ir.host.components import Components
 from lorac.ir.host.computed import with_plain_weights
+from lorac.ir.host.example_inputs import as_tensors
 from lorac.ir.host.sites import parameter_site
 from lorac.ir.slots.choice import Spec
 from lorac.ir.slots.planning import Reserve
-from lorac.ir.store.folders import steady
+from lorac.ir.store.folders import MANIFEST, steady
 from lorac.ir.store.plans import choice_from_json, plan_from_json
 from lorac.ir.store.tensors import TensorFile, file_base
+from lorac.kinds import expect
 from lorac.runtime.compiled import Compiled
 from lorac.runtime.components import traits_from_json
 from lorac.runtime.host import Host
@@ -52,8 +55,8 @@ def compile(  # noqa: PLR0913, PLR0917  (the public interface)
         adapters: paths, Adapters, fresh Variants (to train) or configurations of PEFT's, by name or as a list; those
             that a PeftModel brings come first, but for names given here.
         target: ``"eager"``, ``"onnxruntime"`` or any other of ``lorac.compiler.targets.targets()``.
-        example_inputs: tuple or dict, of several models one by name; default: made from the model's main input and
-            config.
+        example_inputs: tuple or dict of tensors or NumPy arrays, or one of these alone; of several models one tuple or
+            dict by name. Default: made from the model's main input and config.
         mode: ``"live"``, ``"fused"``, ``"baked"`` or ``"auto"``.
         active: what ``swap`` takes; ``"auto"``: the only adapter at strength 1, or None if there are several.
         reserve: room for adapters added later; default: the given adapters' sites.
@@ -68,6 +71,8 @@ def compile(  # noqa: PLR0913, PLR0917  (the public interface)
     Raises:
         LoracError: a subclass, see ``lorac.errors``.
     """
+    if reserve is not None:
+        expect(reserve, Reserve, "reserve=", next_step="give lorac.Reserve(targets=..., rank=...)")
     given = model_of(model)
     host = Components(given.model) if isinstance(given.model, Mapping) else given.model
     device = device_of(device)
@@ -78,11 +83,12 @@ def compile(  # noqa: PLR0913, PLR0917  (the public interface)
     lasting = Lasting(Host(moved, given.model, {"dtype": wanted, "device": device}))
     own = sources_of(adapters)
     brought_along = [named for named in given.adapters if named[0] not in dict(own)]
+    examples = as_tensors(example_inputs)
     asked = Asked(
         mode=mode,
         active=given.active if active == "auto" and not own else active,
         reserve=reserve,
-        example_inputs=example_inputs if wanted is None else precision.fit(example_inputs),
+        example_inputs=examples if wanted is None else precision.fit(examples),
         dynamic_shapes=dynamic_shapes,
         options=told,
     )
@@ -108,11 +114,30 @@ def load(folder: str | Path, target: str | None = None, device: Device | None = 
         ArtifactError: damaged, unsafe, of another version, or no artefact.
         Unavailable: the artefact cannot be turned into the target.
     """
+    expect(folder, (str, os.PathLike), "what lorac.load reads", next_step="give the path of a folder")
     folder = Path(os.path.realpath(folder))
     return steady(folder, lambda: _loaded_from(folder, target, device))
 
 
+def _refuse_others(folder: Path) -> None:
+    """Refuse what is at a folder's place and is no compiled model, saying what it is."""
+    if (folder / MANIFEST).is_file():
+        return
+    if any(format.recognises(folder) for format in formats().values()):
+        raise ArtifactError(
+            f"'{folder}' is an adapter, and no compiled model",
+            next_step="lorac.compile(model, adapters) takes its path; lorac.load_adapter(path) reads it",
+        )
+    if not folder.exists():
+        raise ArtifactError(
+            f"there is no compiled model at '{folder}'",
+            nearest=nearest_name(folder.name, [found.parent.name for found in folder.parent.glob(f"*/{MANIFEST}")]),
+            next_step="compiled.save(folder) writes one",
+        )
+
+
 def _loaded_from(folder: Path, target: str | None, device: Device | None) -> Compiled:
+    _refuse_others(folder)
     try:
         manifest = Manifest.of(folder)
         return _loaded(manifest, target or manifest.target, device)

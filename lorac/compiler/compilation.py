@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lorac.analysis.explain import explain
-from lorac.compiler.fidelity import hold_against_host, refuse_writer
+from lorac.compiler.fidelity import hold_against_host, refuse_unrunnable
 from lorac.compiler.handed import Named
 from lorac.compiler.precision import Precision
 from lorac.compiler.services import Lasting
@@ -206,7 +206,7 @@ class Compilation:
                 prefix=prefix,
             )
         except CaptureFailed:
-            refuse_writer(component, inputs)
+            refuse_unrunnable(component, inputs)
             raise
 
     def _example(self, what: str, model: nn.Module, name: str) -> object:

@@ -8,6 +8,7 @@ random numbers, becomes a note on the graph, which ``explain()`` repeats.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lorac.errors import CaptureDiffers, CaptureFailed, warn
+from lorac.errors import CaptureDiffers, CaptureFailed, ExampleInputsNeeded, nearest_name, short, warn
 from lorac.ir.graph.capture import undisturbed
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.interp import apart, at_sizes, distance, example_inputs, outputs_of
@@ -52,8 +53,8 @@ def hold_against_host(graph: Graph, host: nn.Module, *, tested: bool) -> None:
         warn(note)
 
 
-def refuse_writer(host: nn.Module, inputs: object) -> None:
-    """Refuse a host that writes into its weights: what torch.export says of one names no weight.
+def refuse_unrunnable(host: nn.Module, inputs: object) -> None:
+    """Refuse a host that does not run on its example inputs, of which torch.export says what helps nobody.
 
     Args:
         host: a model that was not captured; left as it was.
@@ -61,14 +62,35 @@ def refuse_writer(host: nn.Module, inputs: object) -> None:
 
     Raises:
         CaptureFailed: it writes into a weight.
+        ExampleInputsNeeded: it cannot be called with inputs that were given.
     """
     try:
         with undisturbed(host):
             Running(host).run((), by_name(host, default_inputs(host) if inputs is None else inputs), _SEED)
     except WritesWeight as error:
         raise _writes(host, error) from error
-    except Exception:  # whatever else keeps it from running was said when it was captured
-        return
+    except Exception as error:
+        if inputs is not None:
+            raise _not_taken(host, inputs, error) from error
+
+
+def _not_taken(host: nn.Module, inputs: object, error: Exception) -> ExampleInputsNeeded:
+    """The error for example inputs that the host itself cannot be called with."""
+    takes = list(inspect.signature(host.forward).parameters)
+    named = inputs if isinstance(inputs, Mapping) else dict(enumerate(inputs)) if isinstance(inputs, tuple) else {}
+    given = ", ".join(f"{name} {_shaped(value)}" for name, value in named.items()) or short(inputs)
+    unknown = [name for name in named if isinstance(name, str) and name not in takes]
+    return ExampleInputsNeeded(
+        f"{type(host).__name__} cannot be called with example_inputs= ({given}): {type(error).__name__}: {error}",
+        nearest=nearest_name(unknown[0], takes) if unknown else None,
+        next_step=f"its forward takes ({', '.join(takes)}): give what the model itself answers when it is called",
+    )
+
+
+def _shaped(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return short(value)
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
 
 
 def _writes(host: nn.Module, error: WritesWeight) -> CaptureFailed:

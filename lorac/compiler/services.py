@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from lorac.ir.slots.training import Dropout, LiveTerm
 from lorac.ir.store.forms import read_forms, write_forms
 from lorac.ir.store.held import HeldFile
 from lorac.ir.store.tensors import TensorFile, file_base
+from lorac.kinds import expect
 from lorac.runtime import artifact
 from lorac.runtime.compiled import Compiled
 from lorac.runtime.host import Host
@@ -178,6 +180,7 @@ class Lasting:
 
     def save(self, backend: Backend[TargetOptions], compiled: Compiled, folder: str | Path) -> None:
         """Write an artefact of a compiled model."""
+        expect(folder, (str, os.PathLike), "where compiled.save writes to", next_step="give the path of a folder")
 
         def request() -> BuildRequest[TargetOptions]:
             assert self.request is not None

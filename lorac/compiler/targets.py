@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lorac import backends
 from lorac.discovery import module_names, offered
-from lorac.errors import MissingExtra, UnknownOption, nearest_name
+from lorac.errors import MissingExtra, none_of
 from lorac.ir.engine import Backend, TargetOptions
 
 GROUP = "lorac.backends"
@@ -33,7 +33,7 @@ def backend_of(target: str) -> Backend[TargetOptions]:
     """
     known = targets()
     if target not in known:
-        raise UnknownOption(f"there is no target '{target}'", nearest=nearest_name(target, known) or ", ".join(known))
+        raise none_of("there is no target", target, known)
     try:
         return _loaded(target)
     except ModuleNotFoundError as error:

@@ -18,7 +18,8 @@ from lorac.errors import FormatError, UnknownFormat, Unreadable, nearest_name
 from lorac.formats._files import read_header
 from lorac.formats._format import Format
 from lorac.ir.store.disk import told
-from lorac.ir.store.folders import replacing, steady
+from lorac.ir.store.folders import MANIFEST, replacing, steady
+from lorac.kinds import expect
 from lorac.spending import reading
 from lorac.variants.adapter import Adapter
 
@@ -53,6 +54,7 @@ def load_adapter(path: str | os.PathLike[str], model: nn.Module | None = None, n
         AdapterError: ShapeMismatch, NonFinite, WrongDtype, WrongIndex, BaseMismatch.
         SiteError: SiteNotFound, SiteUnsupported.
     """
+    expect(path, (str, os.PathLike), "what lorac.load_adapter reads", next_step="give the path of a file or folder")
     path = Path(path)
     with told(path, Unreadable, "read"):
         return steady(path, lambda: _load(path, model, name))
@@ -81,8 +83,10 @@ def save_adapter(
         UnsupportedField: The format has no place for what the adapter is.
         BaseNeeded: The format needs the model.
         Unreadable: The disk is full, the place forbidden, or otherwise the system's reason.
+        WrongType: It is no adapter.
         AdapterError, SiteError: The adapter does not fit the model.
     """
+    expect(adapter, Adapter, "what lorac.save_adapter writes", next_step="give one of compiled.adapters.values()")
     writers = {name: found for name, found in formats().items() if found.save is not None}
     if format not in writers:
         raise UnknownFormat(
@@ -109,7 +113,9 @@ def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
 
 def _format_of(path: Path) -> Format:
     if not path.exists():
-        raise UnknownFormat(f"there is no adapter at '{path}'", nearest=_sibling(path))
+        raise UnknownFormat(
+            f"there is no adapter at '{path}'", nearest=_sibling(path), next_step="give the path of a file or folder"
+        )
     matching = [format for format in formats().values() if format.recognises(path)]
     if len(matching) == 1:
         return matching[0]
@@ -118,7 +124,7 @@ def _format_of(path: Path) -> Format:
     raise UnknownFormat(
         f"'{path}' is an adapter of no known format; looked for "
         + "; ".join(f"{format.name}: {format.looks_for}" for format in formats().values()),
-        next_step=_below(path),
+        next_step=_meant(path),
     )
 
 
@@ -128,8 +134,15 @@ def _sibling(path: Path) -> str | None:
     return nearest_name(path.name, [found.name for found in path.parent.iterdir()])
 
 
-def _below(path: Path) -> str | None:
-    """PEFT puts an adapter that is not named 'default' into a folder of its own: point there."""
+def _meant(path: Path) -> str:
+    """What somebody may have meant who gave a path that is no adapter's."""
+    if path.name == MANIFEST or (path / MANIFEST).is_file():
+        return "it is a compiled model: lorac.load(folder) runs it, with its adapters in it"
+    # PEFT puts an adapter that is not named 'default' into a folder of its own.
     inside = sorted(path.iterdir()) if path.is_dir() else []
     found = [p for p in inside if any(format.recognises(p) for format in formats().values())]
-    return f"did you mean {', '.join(repr(str(p)) for p in found[:3])}?" if found else None
+    if found:
+        return f"did you mean {', '.join(repr(str(p)) for p in found[:3])}?"
+    if (path / "config.json").is_file():
+        return "it is a model: give the folder that PEFT wrote of the adapter, or a file of lorac's own"
+    return "give the folder that PEFT wrote, or a file of lorac's own"

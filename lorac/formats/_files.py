@@ -31,7 +31,6 @@ LONGEST_NAME = 1000
 SEAL = "lorac_seal"
 """Metadata entry that holds the hash over a description and its tensors."""
 _ENTRY = {"dtype", "shape", "data_offsets"}
-_AGAIN = "copy or download the file again"
 
 
 @dataclass(frozen=True)
@@ -188,7 +187,7 @@ def check_seal(path: Path, text: str, tensors: Mapping[str, Tensor], metadata: M
         raise CorruptFile(
             f"the configuration and the tensors of '{path}' do not belong together: they, or one of them, were changed "
             "since lorac wrote both",
-            next_step=f"{_AGAIN}; where the change is meant, remove '{SEAL}' from the tensors' metadata",
+            next_step=f"{CorruptFile.usual}; where the change is meant, remove '{SEAL}' from the tensors' metadata",
         )
 
 
@@ -242,4 +241,4 @@ def _naturals(value: Any) -> bool:
 
 
 def _corrupt(path: Path, reason: str, nearest: str | None = None) -> CorruptFile:
-    return CorruptFile(f"'{path}' is damaged: {reason}", nearest=nearest, next_step=_AGAIN)
+    return CorruptFile(f"'{path}' is damaged: {reason}", nearest=nearest)

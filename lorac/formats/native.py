@@ -30,13 +30,13 @@ from lorac.errors import (
     nearest_name,
     short,
 )
-from lorac.formats._annotations import fits, kinds_of
 from lorac.formats._files import SEAL, check_seal, config_text, peek_metadata, read_safetensors
 from lorac.formats._format import Format
 from lorac.formats._layout import LAYOUT, is_described
 from lorac.ir.host.sites import find_sites
 from lorac.ir.store.strict_json import parse_object
 from lorac.ir.store.tensors import seal, write_safetensors
+from lorac.kinds import fits, kinds_of
 from lorac.spending import reading
 from lorac.variants import variant_named, variants
 from lorac.variants._absent import Absent, homes
@@ -47,6 +47,7 @@ Tensor = torch.Tensor
 Record = Mapping[str, Any]
 VERSION = 1
 _ENTRY = "lorac"
+_ANOTHER = "it was written by another version of lorac"
 _LOCAL = {"source", "format", "base", "left_out"}
 """Provenance that is about one file on one machine, and stays out of the next."""
 _FIELDS = {
@@ -219,7 +220,7 @@ def record_from(path: Path, text: str) -> dict[str, Any]:
     for field in record:
         if field not in _FIELDS and field != _HOMES:
             near = nearest_name(field, _FIELDS)
-            raise UnknownField(f"'{path}' has the unknown field '{field}'", nearest=near)
+            raise UnknownField(f"'{path}' has the unknown field '{field}'", nearest=near, next_step=_ANOTHER)
     for field, kind in _FIELDS.items():
         if field not in record or not isinstance(record[field], kind):  # type: ignore[arg-type]  # a type or a tuple of types
             raise CorruptFile(f"the description in '{path}' lacks '{field}', or it is of another type")
@@ -276,7 +277,7 @@ def _made(path: Path, name: str, config: Mapping[str, Any], modules: Mapping[str
             raise UnknownField(
                 f"'{path}' sets '{field}', which {variant.name} does not have",
                 nearest=nearest_name(field, known),
-                next_step="it was written by another version of lorac",
+                next_step=_ANOTHER,
             )
     default, kinds = _defaults(variant), kinds_of(variant)
     revived = {field: _revived(path, value, modules) for field, value in config.items()}
@@ -289,7 +290,7 @@ def _made(path: Path, name: str, config: Mapping[str, Any], modules: Mapping[str
     try:
         return variant(**revived)
     except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
-        raise UnsupportedField(f"'{path}' configures {variant.name} wrongly: {error}") from error
+        raise UnsupportedField(f"'{path}' configures {variant.name} wrongly: {error}", next_step=_ANOTHER) from error
 
 
 def _revived(path: Path, value: Any, modules: Mapping[str, str]) -> Any:

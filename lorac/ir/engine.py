@@ -31,6 +31,7 @@ from lorac.ir.slots.snapshot import Snapshot
 from lorac.ir.slots.training import LiveTerm
 from lorac.ir.store.held import HeldFile
 from lorac.ir.view.dump import Dump
+from lorac.kinds import check_fields
 
 Claims = frozenset[tuple[str, str]]
 """(domain, op) pairs; the default domain is ``""``."""
@@ -110,6 +111,7 @@ class TargetOptions(ABC):
             value = getattr(self, spec.name)
             if isinstance(value, list):
                 object.__setattr__(self, spec.name, tuple(value))
+        check_fields(self, "the target")
         self.check()
 
     @abstractmethod
@@ -327,6 +329,16 @@ class Backend(ABC, Generic[Options]):
     @abstractmethod
     def base_file(self, files: Files) -> HeldFile:
         """The file with the base weights, among those that ``store`` wrote."""
+
+    def signatures(self, stored: Stored) -> Mapping[str, CallSignature]:
+        """How each graph of a stored program is called, told without loading it; empty where it is stored otherwise.
+
+        Raises:
+            ArtifactError: a signature does not fit together.
+        """
+        graphs = stored.get("graphs")
+        entries = graphs.items() if isinstance(graphs, Mapping) else ()
+        return {name: CallSignature.from_json(entry["signature"]) for name, entry in entries}
 
     def program_of(
         self, stored: Stored, files: Files, sites: Mapping[str, Site], plans: Mapping[str, SitePlan]

@@ -58,6 +58,7 @@ class Insert(Pass):
                 _adapt(graph, node, slots)
         for group in graph.packs.values():
             _share(graph, group)
+        graph.unused += unreached
         if unreached:
             graph.notes.append(_bypassed(unreached))
         return Outcome(bool(planned), tuple(Skip(path, _UNUSED) for path in unreached))

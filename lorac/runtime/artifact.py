@@ -28,7 +28,7 @@ from typing import Any
 from lorac.errors import ArtifactError, LoracError
 from lorac.ir.slots.site import Prepared
 from lorac.ir.store.disk import told
-from lorac.ir.store.folders import foreign, replacing, steady
+from lorac.ir.store.folders import MANIFEST, foreign, replacing, steady
 from lorac.ir.store.held import HeldFile
 from lorac.ir.store.plans import choice_to_json, plan_to_json
 from lorac.ir.store.strict_json import json_text, parse_object, read_text
@@ -37,8 +37,7 @@ from lorac.runtime.pool import Pool
 from lorac.spending import reading
 from lorac.version import VERSION
 
-FORMAT = 3
-MANIFEST = "manifest.json"
+FORMAT = 4
 ADAPTERS = "adapters"
 RECORD, FORMS = "file", "forms"
 FILES = (RECORD, FORMS)
@@ -240,7 +239,10 @@ def _manifest(folder: Path) -> dict[str, Any]:
     with reading(path):
         manifest = parse_object(read_text(path), lambda reason: _damaged(folder, f"it {reason}"))
     if not isinstance(manifest.get("lorac_artifact"), int):
-        raise _damaged(folder, "it is no manifest of lorac's")
+        raise ArtifactError(
+            f"'{folder}' is no compiled model: its {MANIFEST} is none of lorac's",
+            next_step="compiled.save(folder) writes one, to a folder of its own",
+        )
     if manifest["lorac_artifact"] != FORMAT:
         raise ArtifactError(
             f"'{folder}' is version {manifest['lorac_artifact']} of the format, this lorac reads {FORMAT}",

@@ -7,7 +7,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorac.errors import BaseNeeded, Unavailable
 from lorac.ir.engine import Bound, Engine
@@ -20,7 +20,7 @@ from lorac.runtime.advice import refuse_misfit
 from lorac.runtime.components import Component
 from lorac.runtime.locks import ReadWriteLock
 from lorac.runtime.pool import Pool
-from lorac.runtime.report import SwapReport
+from lorac.runtime.report import INTERFACE, SwapReport, no_attribute, summary
 from lorac.runtime.services import Services
 from lorac.runtime.states import State, States
 from lorac.runtime.views import Graphs, graphs_of
@@ -46,8 +46,7 @@ class Compiled:
         """Put the parts together (the compiler's business)."""
         self.engine, self.plans, self.sites, self.base = engine, plans, sites, base
         self.pool, self.services, self.mode = pool, services, mode
-        self._swaps = threading.RLock()
-        self._adding = threading.Lock()
+        self._swaps, self._adding = threading.RLock(), threading.Lock()
         self._calls = ReadWriteLock()
         self._answered = threading.local()
         self._states = States(engine, plans, pool, base, self._swaps)
@@ -56,6 +55,17 @@ class Compiled:
         self._held: Snapshot | None = self._state.snapshot
         if not engine.fused:
             self._activate(self._state)
+
+    def __repr__(self) -> str:
+        return summary(self)
+
+    def __dir__(self) -> list[str]:
+        return list(INTERFACE)
+
+    if not TYPE_CHECKING:  # checked code asks for nothing that is not there
+
+        def __getattr__(self, name):
+            raise no_attribute(self, name)
 
     # --- calling -----------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from lorac.errors import CorruptFile, Unavailable, warn
 from lorac.ir.slots.choice import UNSET
 from lorac.ir.store.strict_json import json_text, parse_object
 from lorac.runtime.compiled import Compiled
+from lorac.runtime.report import INTERFACE, no_attribute, summary
 
 
 class CompiledModule(nn.Module, Compiled):
@@ -89,13 +90,25 @@ class CompiledModule(nn.Module, Compiled):
         self.renew()
         return self
 
+    def __repr__(self) -> str:
+        return summary(self)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*INTERFACE, *(n for n, own in vars(nn.Module).items() if n[0] != "_" and callable(own))})
+
     def __getattr__(self, name: str) -> Any:
         try:
             return nn.Module.__getattr__(self, name)
         except AttributeError:
             if name == "host" or "_modules" not in self.__dict__ or "host" not in self._modules:
                 raise
+            return self._of_host(name)
+
+    def _of_host(self, name: str) -> Any:
+        try:
             return getattr(self._modules["host"], name)
+        except AttributeError as error:
+            raise no_attribute(self, name) from error
 
 
 def compiled_module(module: nn.Module) -> CompiledModule:

@@ -90,7 +90,8 @@ class Pool(Mapping[str, Prepared]):
         if name in self.entries:
             raise AdapterExists(
                 f"an adapter called '{name}' is already there",
-                next_step="remove_adapter it first, or give add_adapter another name=",
+                next_step="name it otherwise, compile by adapters={name: ...} and add_adapter by name=, "
+                "or remove_adapter the other first",
             )
 
     def named(self, names: tuple[str, ...]) -> tuple[Any, ...]:

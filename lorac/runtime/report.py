@@ -1,8 +1,33 @@
-"""What a swap did and cost."""
+"""What a compiled model says of itself: what a swap did and cost, what it is, and what can be asked of it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lorac.errors import EagerOnly, nearest_name
+from lorac.ir.slots.choice import describe
+from lorac.ir.view.terms import describe_variant
+
+INTERFACE = (
+    "active",
+    "adapters",
+    "add_adapter",
+    "aux",
+    "explain",
+    "export",
+    "graph",
+    "mode",
+    "remove_adapter",
+    "save",
+    "swap",
+)
+"""What there is to ask of a compiled model, on every target; all else is its business."""
+_NAMED = 4
+"""Adapters that a line names."""
 
 
 @dataclass(frozen=True)
@@ -22,3 +47,33 @@ class SwapReport:
     bytes: int
     seconds: float
     blocked_seconds: float = 0.0
+
+
+def summary(compiled: Any) -> str:
+    """A compiled model in a few lines: target, mode, sites, adapters, and which are active."""
+    touched = sum(not plan.empty for plan in compiled.plans.values())
+    return "\n".join(
+        (
+            f"<{type(compiled).__name__} for {compiled.engine.target}, {compiled.mode}",
+            f"  sites: {touched} with slots, of {len(compiled.sites)}",
+            f"  adapters: {_named(compiled.adapters)}",
+            f"  active: {describe(compiled.choice)}>",
+        )
+    )
+
+
+def _named(adapters: Mapping[str, Any]) -> str:
+    told = [f"{name} ({describe_variant(adapter.variant)})" for name, adapter in list(adapters.items())[:_NAMED]]
+    more = len(adapters) - len(told)
+    return ", ".join([*told, *([f"{more} more"] if more else [])]) or "none"
+
+
+def no_attribute(compiled: object, name: str) -> AttributeError:
+    """The error for an attribute that a compiled model does not have."""
+    cls = type(compiled).__name__
+    if not name.startswith("_") and hasattr(nn.Module, name):
+        return EagerOnly(
+            f"a {cls} has no '{name}': it is no nn.Module", next_step="compile with target='eager' to train or move it"
+        )
+    near = nearest_name(name, INTERFACE, alike=0.6)
+    return AttributeError(f"a {cls} has no '{name}'" + (f"\n  nearest: {near}" if near else ""))

@@ -23,7 +23,9 @@ def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     for value in (*args, *kwargs.values()):
         if _has_rows(value):
             return int(value.shape[0])
-    raise ChoiceError("no input has rows, so adapters= cannot be a list")
+    raise ChoiceError(
+        "no input has rows, so adapters= cannot be a list", next_step="give one choice for the whole call"
+    )
 
 
 def check_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any], choices: Sequence[Spec]) -> None:

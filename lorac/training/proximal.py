@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lorac.errors import ChoiceError, UnknownOption, nearest_name
+from lorac.errors import ChoiceError, none_of
 from lorac.training.rule import Rule, terms_of
 from lorac.variants.base import Variant
 from lorac.variants.sora import SoRA
@@ -142,9 +142,5 @@ def thresholds(first: float, last: float, count: int, spacing: str = "linear") -
 
 def _named(name: str, known: Mapping[str, Any], what: str) -> Any:
     if name not in known:
-        raise UnknownOption(
-            f"there is no {what} '{name}'",
-            nearest=nearest_name(name, known),
-            next_step=f"it is one of {', '.join(known)}",
-        )
+        raise none_of(f"there is no {what}", name, known)
     return known[name]

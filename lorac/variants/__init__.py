@@ -15,6 +15,8 @@ from lorac.discovery import modules_of
 from lorac.variants._absent import Absent, unknown_method
 from lorac.variants.base import Variant, is_concrete
 
+__all__ = ["variant_named", "variants"]
+
 
 @functools.cache
 def _load_all() -> None:

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from lorac.errors import UnknownOption, nearest_name
+from lorac.errors import none_of
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.variants import _inits
@@ -50,9 +50,7 @@ class AdapterTune(BranchVariant):
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         if self.init not in _UP_INITS:
-            raise UnknownOption(
-                f"AdapterTune has no init '{self.init}'", nearest=nearest_name(self.init, _UP_INITS) or "zero, small"
-            )
+            raise none_of("AdapterTune has no init", self.init, _UP_INITS)
         width, up = site.out_features, _UP_INITS[self.init]
         return {
             "down": ParamSpec((self.r, width), _inits.xavier_uniform),

@@ -20,6 +20,7 @@ from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.patterns import first_match
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.ir.slots.training import Dropout
+from lorac.kinds import check_fields
 from lorac.variants._names import misnamed
 from lorac.variants.params import ParamSpec
 
@@ -94,6 +95,7 @@ class Variant(ABC):
             value = getattr(self, spec.name)
             if isinstance(value, list | set):
                 object.__setattr__(self, spec.name, tuple(value))
+        check_fields(self)
 
     @property
     def settings(self) -> Mapping[str, Any]:

@@ -40,13 +40,13 @@ class Chain(WeightVariant):
     name: ClassVar[str] = "chain"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for part in self.parts:
+        for part in self.parts if isinstance(self.parts, list | tuple) else ():
             if not isinstance(part, WeightVariant):
                 raise UnknownOption(
                     f"a chain is made of methods that edit weights, which {part!r} is not",
                     next_step="`lorac variants` lists them",
                 )
+        super().__post_init__()
 
     @classmethod
     def of(cls, *adapters: Adapter, name: str) -> Adapter:

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import torch
 
-from lorac.errors import SiteUnsupported, UnknownOption, nearest_name
+from lorac.errors import SiteUnsupported, none_of
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.variants._kernels import refuse_groups
@@ -54,9 +54,7 @@ class LoLDU(WeightVariant):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.init not in _STARTS:
-            raise UnknownOption(
-                f"LoLDU has no init '{self.init}'", nearest=nearest_name(self.init, _STARTS) or ", ".join(_STARTS)
-            )
+            raise none_of("LoLDU has no init", self.init, _STARTS)
 
     @property
     def sigma(self) -> float:

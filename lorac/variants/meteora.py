@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from lorac.errors import AdapterError, BaseNeeded, ShapeMismatch
+from lorac.errors import AdapterError, ShapeMismatch
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.variants import _inits
@@ -98,7 +98,7 @@ class MeteoRA(BranchVariant):
             ShapeMismatch: two were made for different models.
         """
         if not adapters:
-            raise AdapterError("MeteoRA needs at least one LoRA")
+            raise AdapterError("MeteoRA needs at least one LoRA", next_step="give adapters of lorac.LoRA")
         sources = [_factors(adapter) for adapter in adapters]
         rank = max(a.shape[0] for source in sources for a, _ in source.values())
         variant = MeteoRA(
@@ -125,12 +125,15 @@ def _factors(adapter: Adapter) -> dict[str, Factors]:
         more = f"replaces {next(iter(adapter.replaced))}" if adapter.replaced else f"is {adapter.variant.name}"
         raise AdapterError(
             f"'{adapter.name}' {more}; MeteoRA routes between plain LoRAs",
-            next_step="lorac.to_lora(adapter) makes one, exactly or truncated",
+            next_step="give adapters of lorac.LoRA without modules_to_save",
         )
     found = {}
     for path, tensors in adapter.tensors.items():
         if tensors.keys() != {"lora_A", "lora_B"}:
-            raise AdapterError(f"'{adapter.name}' at '{path}' holds {sorted(tensors)}; MeteoRA routes A and B only")
+            raise AdapterError(
+                f"'{adapter.name}' at '{path}' holds {sorted(tensors)}; MeteoRA routes A and B only",
+                next_step="give adapters of lorac.LoRA without a bias",
+            )
         a, b = tensors["lora_A"].detach(), tensors["lora_B"].detach()
         scale: float = adapter.variant.at(_site(path, a, b)).scale  # type: ignore[attr-defined]  # LoRA and its kin have a scale
         found[path] = (a, b * scale)
@@ -143,7 +146,7 @@ def _site(path: str, a: torch.Tensor, b: torch.Tensor) -> Site:
 
 
 def _no_base() -> torch.Tensor:
-    raise BaseNeeded("the gates of MeteoRA start without looking at the base")
+    raise AssertionError("the gates of MeteoRA start without looking at the base")
 
 
 def _stacked(path: str, factors: Sequence[Factors | None], rank: int) -> Factors:

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import torch
 
-from lorac.errors import SiteUnsupported, UnknownOption, nearest_name
+from lorac.errors import SiteUnsupported, none_of
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.ir.slots.training import Dropout
@@ -60,10 +60,7 @@ class MPS(WeightVariant):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rank_leg not in _LEGS:
-            raise UnknownOption(
-                f"MPS has no core '{self.rank_leg}' to carry the rank",
-                nearest=nearest_name(self.rank_leg, _LEGS) or ", ".join(_LEGS),
-            )
+            raise none_of("MPS has no core to carry the rank that is called", self.rank_leg, _LEGS)
 
     def split(self, site: Site) -> tuple[int, ...]:
         """(d1, d2) at ``site``."""

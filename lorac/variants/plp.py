@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from lorac.errors import ChoiceError, SiteNotFound, UnknownOption, nearest_name
+from lorac.errors import ChoiceError, SiteNotFound, none_of
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site
 from lorac.variants import _inits
@@ -65,11 +65,7 @@ class PLP(WeightVariant):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.basis not in _BASES:
-            raise UnknownOption(
-                f"PLP has no basis named '{self.basis}'",
-                nearest=nearest_name(self.basis, _BASES),
-                next_step=f"it is one of {', '.join(_BASES)}",
-            )
+            raise none_of("PLP has no basis named", self.basis, _BASES)
 
     def starts_as_base(self, site: Site) -> bool:
         return site.out_features != site.in_features or self.basis != "rows" or self.identity_init

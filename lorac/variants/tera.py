@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import torch
 
-from lorac.errors import UnknownOption, nearest_name
+from lorac.errors import none_of
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site
 from lorac.ir.slots.training import Dropout
@@ -72,8 +72,7 @@ class TeRA(WeightVariant):
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         if self.factors not in FACTORS:
-            nearest = nearest_name(self.factors, FACTORS) or " or ".join(FACTORS)
-            raise UnknownOption(f"TeRA has no factors '{self.factors}'", nearest=nearest)
+            raise none_of("TeRA has no factors", self.factors, FACTORS)
         sizes = self._modes(site.out_features, site.in_features)
         ranks = self._ranks(sizes)
         specs = {"tera_G": ParamSpec(ranks, self._draw(0), role=Role.FROZEN, shared=True)}

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import torch
 
-from lorac.errors import SiteUnsupported, UnknownOption, nearest_name
+from lorac.errors import SiteUnsupported, none_of
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.variants import _inits
@@ -76,9 +76,7 @@ class TLoRA(WeightVariant):
         for field, allowed in (("residual", _RESIDUALS), ("index_order", _ORDERS)):
             value = getattr(self, field)
             if value not in allowed:
-                raise UnknownOption(
-                    f"TLoRA has no {field} {value!r}", nearest=nearest_name(str(value), allowed) or ", ".join(allowed)
-                )
+                raise none_of(f"TLoRA has no {field}", value, allowed)
 
     @property
     def scale(self) -> float:

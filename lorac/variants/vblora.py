@@ -60,7 +60,10 @@ class VBLoRA(WeightVariant):
                 next_step="give a vector_length= that divides both, or exclude= the module",
             )
         if not 1 <= self.topk <= self.num_vectors:
-            raise SiteUnsupported(f"topk={self.topk} of num_vectors={self.num_vectors} cannot be chosen")
+            raise SiteUnsupported(
+                f"topk={self.topk} of num_vectors={self.num_vectors} cannot be chosen",
+                next_step="give a topk= from 1 to num_vectors=",
+            )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         count, length, logits = self.num_vectors, self.vector_length, _inits.normal(self.init_logits_std)

@@ -43,7 +43,10 @@ def test_get_no_slot_and_are_named(mode, tmp_path):
     compiled = lorac.compile(model, {"a": tmp_path}, target="onnxruntime", mode=mode, example_inputs=(X,))
     parity.assert_parity(compiled(X), oracle(X), model(X))
     said = "adapters have no effect at 'key', 'pooler', 'spare': no output depends on what is computed there"
-    assert said in str(compiled.explain())
+    explained = compiled.explain()
+    assert said in str(explained)
+    assert {row.site for row in explained.terms if row.state == "unused"} == {"key", "pooler", "spare"}
+    assert not any(row.slots for row in explained.terms if row.state == "unused")
     if mode != "baked":
         sites = {slot.split(":")[0] for slot in compiled.engine.parts["main"].slots}
         assert sites == {"query", "out"}

@@ -25,7 +25,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     for path in (tmp_path / "x", tmp_path / "x" / "y"):
         with pytest.raises(lorac.UnknownFormat, match="there is no adapter at"):
             lorac.load_adapter(path)
-        with pytest.raises(lorac.ArtifactError, match="is no artefact"):
+        with pytest.raises(lorac.ArtifactError, match="there is no compiled model at"):
             lorac.load(path)
 
 

@@ -48,11 +48,17 @@ class Wanted:
         try:
             tensor = torch.as_tensor(value).detach()
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ChoiceError(f"input '{self.name}' is no array of numbers: {error}") from error
+            raise ChoiceError(
+                f"input '{self.name}' is no array of numbers: {error}",
+                next_step="give tensors of torch or arrays of NumPy; tokenizers make them with return_tensors='pt'",
+            ) from error
         if self.dtype is None or tensor.dtype == self.dtype:
             return tensor.contiguous()
         if tensor.is_floating_point() != self.dtype.is_floating_point:
-            raise ChoiceError(f"input '{self.name}' is {tensor.dtype}; the program takes {self.dtype}")
+            raise ChoiceError(
+                f"input '{self.name}' is {tensor.dtype}; the program takes {self.dtype}",
+                next_step=f"give it as {self.dtype}, which the model takes",
+            )
         return tensor.to(self.dtype).contiguous()
 
 

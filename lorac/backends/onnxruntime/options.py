@@ -6,11 +6,14 @@ from dataclasses import dataclass
 
 import onnxruntime as ort
 
-from lorac.errors import UnknownOption, short
+from lorac.errors import UnknownOption, none_of, short
 from lorac.ir.engine import TargetOptions
 
 MOST_THREADS = 1024
 """More than any machine has cores for one operator; each takes memory of its own."""
+
+
+_TIMES = ("asked", "background")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +34,15 @@ class Options(TargetOptions):
 
     def check(self) -> None:
         """There are two times at which weights settle, and as many threads as a machine may have."""
-        if self.settle not in {"asked", "background"}:
-            raise UnknownOption(f"settle cannot be '{self.settle}'", nearest="asked, background")
+        if self.settle not in _TIMES:
+            raise none_of("settle cannot be", self.settle, _TIMES)
         known = ort.get_all_providers()
         strange = [provider for provider in self.providers if provider not in known]
         if strange or not self.providers:
-            raise UnknownOption(f"ONNX Runtime has no provider {short(strange)}", nearest=", ".join(known))
-        if type(self.threads) is not int or not 0 <= self.threads <= MOST_THREADS:
+            raise UnknownOption(
+                f"ONNX Runtime has no provider {short(strange)}", next_step=f"it knows {', '.join(known)}"
+            )
+        if not 0 <= self.threads <= MOST_THREADS:
             raise UnknownOption(
                 f"threads cannot be {short(self.threads)}",
                 next_step=f"give a number up to {MOST_THREADS}, or 0 for all",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorac.errors import BaseNeeded, CorruptFile, ShapeMismatch, SiteNotFound, UnsupportedField
+from lorac.errors import BaseNeeded, CorruptFile, ShapeMismatch, SiteNotFound, UnsupportedField, nearest_name
 from lorac.formats.peft import config
 from lorac.ir.host.sites import Site, SiteKind, find_sites, stored_tensor
 
@@ -67,7 +67,11 @@ def with_rows(name: str, rows: Rows, values: Mapping[str, Any], model: nn.Module
     sites, found = find_sites(model), dict[str, Tensor]()
     for module, tensor in rows.items():
         if module not in sites:
-            raise SiteNotFound(f"adapter '{name}' has rows for '{module}', which the model does not have")
+            raise SiteNotFound(
+                f"adapter '{name}' has rows for '{module}', which the model does not have",
+                nearest=nearest_name(module, sites),
+                next_step="load the class of model that the adapter was trained on",
+            )
         whole = _whole(name, sites[module], tensor, _numbers(given, module), model)
         tied = [path for path in sites[module].shares if path not in rows]
         found |= {str(sites[path].weight): whole for path in (module, *tied)}

@@ -15,6 +15,7 @@ from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.printers import PythonPrinter
 
 from lorac.ir.graph.edit import fake_mode
+from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.sizes import Axis, Sizes, axes_in
 from lorac.ir.host.example_inputs import varying
 from lorac.ir.host.guards import Guard, fixing
@@ -51,6 +52,27 @@ def in_program(argument: str) -> str:
 def renamed(text: str, names: Mapping[str, str]) -> str:
     """A size as text, such as ``2*s77``, with its symbols replaced by their names."""
     return _SYMBOL.sub(lambda match: names.get(match.group(), match.group()), text)
+
+
+def types_of(graph: Graph, inputs: Collection[str], outputs: Sequence[str]) -> dict[str, str]:
+    """Input or output of a graph -> its dtype and sizes, those that vary by their names.
+
+    Args:
+        graph: a captured graph.
+        inputs: names of the caller's inputs.
+        outputs: names of its outputs, in order.
+    """
+    given = {node.name: node for node in graph.placeholders() if node.name in inputs}
+    answered = next(node for node in reversed(graph.fx.nodes) if node.op == "output").args[0]
+    named = zip(outputs, list(answered)[-len(outputs) :], strict=True) if outputs else ()
+    nodes = {**given, **{name: node for name, node in named if isinstance(node, torch.fx.Node)}}
+    values = {name: node.meta.get("val") for name, node in nodes.items()}
+    return {name: _typed(value, graph.axes) for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def _typed(value: Tensor, names: Mapping[str, str]) -> str:
+    sizes = ", ".join(renamed(str(size), names) for size in value.shape)
+    return f"{str(value.dtype).removeprefix('torch.')}[{sizes}]"
 
 
 def constant(size: int | torch.SymInt) -> int | None:

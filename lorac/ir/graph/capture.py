@@ -21,7 +21,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from lorac.errors import CaptureFailed, short
+from lorac.errors import CaptureFailed, nearest_name, short
 from lorac.ir.graph.axes import asked_axes, axis_names, in_program, sizes_of
 from lorac.ir.graph.edit import keep_tensors, qualified
 from lorac.ir.graph.graph import Graph
@@ -65,7 +65,11 @@ def mark(model: nn.Module, blocks: Collection[str] = (), prefix: str = "") -> li
     """
     modules = {f"{prefix}{path}": module for path, module in model.named_modules()}
     if unknown := sorted(set(blocks) - modules.keys()):
-        raise CaptureFailed(f"the model has no module {unknown[0]!r} to mark as a block")
+        raise CaptureFailed(
+            f"the model has no module {unknown[0]!r} to mark as a block",
+            nearest=nearest_name(unknown[0], modules),
+            next_step="`lorac sites MODEL` prints the blocks",
+        )
     sites = []
     for path, module in modules.items():
         if (forward := _site_forward(module, path)) is not None:
@@ -205,10 +209,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 def _marked_copy(model: nn.Module, blocks: Collection[str], prefix: str, fixed: Mapping[str, Any]) -> nn.Module:
     """A structural copy to trace, its sites and blocks marked, that is given some of its arguments already."""
-    try:
-        host = structural_copy(model, share_buffers=True).eval()
-    except Exception as error:
-        raise CaptureFailed(f"{type(model).__name__} cannot be copied: {error}") from error
+    host = structural_copy(model, share_buffers=True).eval()
     mark(host, blocks, prefix)
     for module in host.modules():
         module._apply = functools.partial(_as_it_is, module)  # type: ignore[method-assign]  # of a copy
@@ -375,7 +376,7 @@ def _failure(host: nn.Module, guards: Sequence[Guard], error: Exception) -> Capt
     elif isinstance(error, _Recast):
         step = "call the model once before compiling, if only its first call casts; or compile with dtype='float32'"
     elif not isinstance(error, _ValuesNeeded | GuardOnDataDependentSymNode):
-        step = "the same call in eager shows whether the inputs fit the model"
+        step = "target='eager' runs the model itself"
     return CaptureFailed(
         f"torch.export cannot trace {type(host).__name__}" + (f" at {line}" if line else "") + f": {reason}",
         next_step=step,

@@ -83,6 +83,7 @@ class Graph:
         structure: what the host answers around the graph's tensors; None where that is for the program itself to say.
         fixed: arguments of the host that are constants of the graph, as they were given when it was captured.
         notes: what whoever calls the program should know about it, each in a sentence.
+        unused: paths of planned sites that no output depends on, and that have no slots therefore.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Graph:
     structure: Structure | None = None
     fixed: Mapping[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
 
     @property
     def fx(self) -> torch.fx.Graph:

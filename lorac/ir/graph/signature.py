@@ -15,7 +15,7 @@ from lorac.ir.graph.axes import in_program
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.outputs import Structure, output_names, structure_from_json, structure_to_json
 from lorac.ir.graph.sizes import Sizes
-from lorac.ir.host.example_inputs import fixed_arguments, positional_arguments
+from lorac.ir.host.example_inputs import CAPTURED, SWITCHES, fixed_arguments, positional_arguments
 from lorac.ir.host.fixed_values import plain
 
 aten = torch.ops.aten
@@ -24,10 +24,12 @@ _RESHAPING = frozenset(
     | {aten.clone.default, aten.alias.default, aten.expand.default}
 )
 """Ops that leave ids what they are."""
+CHOICE = "adapters"
+"""The argument of a call that is no input: which adapters it is to run with."""
 AS_TUPLE = "return_dict"
 """The argument by which models of transformers and diffusers are asked for a tuple: only the output's kind changes."""
 
-_NAMES = ("inputs", "arguments", "outputs", "extra", "told", "notes")
+_NAMES = ("inputs", "arguments", "outputs", "extra", "told", "notes", "unused")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +48,8 @@ class CallSignature:
         spelled: arguments of the host whose inputs are called otherwise -> what those are called.
         sizes: which sizes the inputs may have.
         notes: what whoever calls the program should know about it, each in a sentence.
+        types: input or output -> its dtype and sizes, those that vary by name: ``int64[batch, length]``.
+        unused: paths of sites that were to have slots, and that no output depends on.
     """
 
     inputs: tuple[str, ...]
@@ -59,6 +63,8 @@ class CallSignature:
     spelled: Mapping[str, str] = field(default_factory=dict)
     sizes: Sizes = field(default_factory=Sizes)
     notes: tuple[str, ...] = ()
+    types: Mapping[str, str] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Program input -> value, for one call.
@@ -93,22 +99,25 @@ class CallSignature:
         if name not in self.fixed:
             raise ChoiceError(
                 f"the compiled program has no input '{name}'",
-                nearest=nearest_name(name, self.inputs) or ", ".join(self.inputs),
-                next_step="give it in example_inputs= when compiling",
+                nearest=nearest_name(name, (*self.inputs, CHOICE)) or ", ".join(self.inputs),
+                next_step=self._admitting(name),
             )
         if name == AS_TUPLE and self.fixed[name] and value is False:
             return
         if plain(value) != self.fixed[name]:
-            raise self._otherwise(
-                name,
-                f"take {name}={short(plain(value))}",
-                "compile with it in example_inputs=, or with what the model's configuration says of it changed",
-            )
+            step = "compile with it in example_inputs=" if name in self.told else f"leave it out; {_instead(name)}"
+            raise self._otherwise(name, f"take {name}={short(plain(value))}", step)
 
     def _otherwise(self, name: str, what: str, next_step: str) -> InputMismatch:
         return InputMismatch(
             f"the program was captured with {name}={short(self.fixed[name])}, and cannot {what}", next_step=next_step
         )
+
+    def _admitting(self, name: str) -> str:
+        """What admits an argument that is no input: of the host's own, one that was not captured."""
+        if name in self.arguments:
+            return "give it in example_inputs= when compiling"
+        return f"it takes {', '.join(self.inputs)}"
 
     def answer(self, values: list[Any], asked: Mapping[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """The host's output object, and the extra outputs by name.
@@ -145,6 +154,8 @@ class CallSignature:
             graph: the program.
             host: tells the order of positional arguments, which a program captured from keywords does not keep.
         """
+        from lorac.ir.graph.axes import types_of  # what loads a signature captures nothing
+
         exported = graph.exported
         slots = {slot.node for slot in graph.slots.values()}
         inputs = tuple(str(name) for name in exported.graph_signature.user_inputs if name not in slots)
@@ -153,12 +164,13 @@ class CallSignature:
         spec = signature.out_spec.child(0) if graph.extra_outputs else signature.out_spec
         structure = graph.structure or Structure(spec)
         names = enumerate(output_names(structure.spec, inputs))
+        outputs = (*(name for i, name in names if i not in structure.constants), *graph.extra_outputs)
         usual = {} if host is None else fixed_arguments(host)
         fixed = {name: plain(value) for name, value in graph.fixed.items()}
         return cls(
             inputs=inputs,
             arguments=inputs if host is None else positional_arguments(host, inputs),
-            outputs=(*(name for i, name in names if i not in structure.constants), *graph.extra_outputs),
+            outputs=outputs,
             structure=structure,
             extra=tuple(graph.extra_outputs),
             fixed=usual | fixed,
@@ -167,13 +179,16 @@ class CallSignature:
             spelled={} if host is None else _spelled(host, inputs),
             sizes=graph.sizes,
             notes=tuple(graph.notes),
+            types=types_of(graph, inputs, outputs),
+            unused=tuple(graph.unused),
         )
 
     def to_json(self) -> dict[str, Any]:
         """The signature as JSON; the output's class by name."""
         names = {name: list(getattr(self, name)) for name in _NAMES}
         told = {"fixed": dict(self.fixed), "below": dict(self.below), "sizes": self.sizes.to_json()}
-        return {**names, **told, "spelled": dict(self.spelled), "output": structure_to_json(self.structure)}
+        told |= {"spelled": dict(self.spelled), "types": dict(self.types)}
+        return {**names, **told, "output": structure_to_json(self.structure)}
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> CallSignature:
@@ -197,8 +212,17 @@ class CallSignature:
                 next_step="save the artefact again with this version",
             )
         sizes = Sizes.from_json(stored["sizes"])
-        fixed = stored["fixed"]
-        return cls(**names, fixed=fixed, structure=structure, below=below, spelled=spelled, sizes=sizes)
+        fixed, types = stored["fixed"], stored["types"]
+        return cls(**names, fixed=fixed, structure=structure, below=below, spelled=spelled, sizes=sizes, types=types)
+
+
+def _instead(name: str) -> str:
+    """What admits another value of an argument that a program was captured without."""
+    if name in CAPTURED:
+        return "a program keeps no cache, target='eager' runs the model with its own"
+    if name in SWITCHES:
+        return f"model.config.{name}, set before compiling, is what the program does"
+    return "target='eager' runs the model itself, with any value"
 
 
 def _spelled(host: torch.nn.Module, inputs: Collection[str]) -> dict[str, str]:

@@ -183,9 +183,12 @@ class Sizes:
             wrong = [axis for axis, size in enumerate(wanted) if size is not None and size != shape[axis]]
         if len(shape) != len(wanted) or (wrong and (name, wrong[0]) not in self.fixed):
             sizes = ", ".join("any" if size is None else str(size) for size in wanted)
+            step = "dynamic_shapes= when compiling says which sizes may vary"
             raise InputMismatch(
                 f"input '{name}' has shape {list(shape)}; the program was captured for [{sizes}]",
-                next_step="dynamic_shapes= when compiling says which sizes may vary",
+                next_step=step
+                if len(shape) == len(wanted)
+                else f"give it with {len(wanted)} axes: a batch of one is one too",
             )
         for axis in wrong:
             line = self.lines.get((name, axis))

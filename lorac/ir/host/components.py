@@ -20,6 +20,10 @@ class Components(nn.ModuleDict):
     """
 
     def __init__(self, models: Mapping[str, nn.Module]) -> None:
+        if not models:
+            raise UnknownOption(
+                "there is no model to compile", next_step="give one, or several by name: {'unet': model}"
+            )
         for name in models:
             if not name.isidentifier():
                 raise UnknownOption(f"'{name}' cannot name a component", next_step="names are letters, digits and _")

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lorac.errors import CaptureFailed
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -21,6 +23,9 @@ def structural_copy(model: Model, *, share_buffers: bool = False) -> Model:
     Args:
         model: the host; not touched.
         share_buffers: share buffers too, for a copy that will never train (batch statistics are written in training).
+
+    Raises:
+        CaptureFailed: something that the model holds cannot be copied.
     """
     attributes = (value for module in model.modules() for value in vars(module).values())
     shared: list[Any] = [value for value in attributes if isinstance(value, Tensor | torch.Generator)]
@@ -31,4 +36,10 @@ def structural_copy(model: Model, *, share_buffers: bool = False) -> Model:
         plain = type(parameter) is nn.Parameter
         new = nn.Parameter(parameter.detach(), requires_grad=False) if plain else parameter
         memo.setdefault(id(parameter), new)
-    return copy.deepcopy(model, memo)
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # whatever the objects that a model holds make of being copied
+        raise CaptureFailed(
+            f"{type(model).__name__} cannot be copied: {error}",
+            next_step="copy.deepcopy(model) shows what in it cannot be; hold that outside of the model",
+        ) from error

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
@@ -281,6 +282,28 @@ def wide(model: nn.Module, inputs: Any, dynamic_shapes: Any) -> Any:
     if isinstance(inputs, Mapping):
         return values
     return inspect.BoundArguments(inspect.signature(model.forward), OrderedDict(values)).args
+
+
+def as_tensors(given: Any) -> Any:
+    """Example inputs as torch has them: a lone tensor is a tuple of one, and arrays of NumPy's become tensors."""
+    if isinstance(given, Tensor | np.ndarray):
+        return (as_tensor(given),)
+    if isinstance(given, Mapping):
+        return {name: _inner(value) for name, value in given.items()}
+    return tuple(map(_inner, given)) if type(given) in {list, tuple} else given
+
+
+def _inner(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _inner(own) for name, own in value.items()}
+    return type(value)(map(_inner, value)) if type(value) in {list, tuple} else as_tensor(value)
+
+
+def as_tensor(value: Any) -> Any:
+    """An array of numbers as a tensor of its own memory; anything else as it is."""
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "biufc":
+        return value
+    return torch.from_numpy(value.copy())
 
 
 def by_name(model: nn.Module, given: Any) -> dict[str, Any]:

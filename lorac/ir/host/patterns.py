@@ -71,7 +71,10 @@ def _compiled(pattern: str) -> regex.Pattern[str]:
     try:
         return regex.compile(pattern, cache_pattern=False)
     except Exception as error:  # a parser fed with garbage may raise anything, be it for want of stack
-        raise FormatError(f"pattern {short(pattern)} is not a regular expression: {error}") from None
+        raise FormatError(
+            f"pattern {short(pattern)} is not a regular expression: {error}",
+            next_step="write the module names out, as a list",
+        ) from None
 
 
 def _repeats(pattern: str) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lorac.ir.host.computed import identity_of, is_within, tensor_of
+from lorac.kinds import expect
 from lorac.spending import unhurried
 
 
@@ -156,7 +157,11 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     """Every adaptable place of ``model``, by module path, in module order.
 
     A module reached under several paths (shared by assignment) is one site, under its first path.
+
+    Raises:
+        WrongType: it is no model.
     """
+    expect(model, nn.Module, "what lorac.sites lists", next_step="give the model itself, an nn.Module that is loaded")
     found: dict[str, Site] = {}
     for path, module in model.named_modules():
         if is_within(path, model):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorac.errors import AdapterNotFound, ChoiceError, nearest_name
+from lorac.kinds import check_fields
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,17 @@ class Active:
     strength: float = 1.0
     rank: int | None = None
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 Choice = tuple[tuple[str, Active], ...]
 """Active adapters sorted by name; () is the base. Mixtures are summed in this order, whoever wrote them how."""
 
 Spec = str | Mapping[str, "float | Active"] | None
 
+
+_STRENGTH = "a strength is a number: 0 is off, 1 is as trained"
 
 UNSET: Any = object()
 """No choice was given: use the active one."""
@@ -74,7 +80,7 @@ def require_known(name: str, known: Iterable[str]) -> None:
         raise AdapterNotFound(
             f"no adapter is called '{name}'",
             nearest=nearest_name(name, known) or ", ".join(sorted(known)) or None,
-            next_step="add_adapter(source, name=...) registers one",
+            next_step="adapters= of compile, or add_adapter(source, name=...), makes one known",
         )
 
 
@@ -85,9 +91,9 @@ def _active(name: str, value: object, known: Collection[str]) -> Active:
     elif isinstance(value, int | float) and not isinstance(value, bool):
         how = Active(float(value))
     else:
-        raise ChoiceError(f"the strength of '{name}' is {value!r}, which is no number")
+        raise ChoiceError(f"the strength of '{name}' is {value!r}, which is no number", next_step=_STRENGTH)
     if not math.isfinite(how.strength):
-        raise ChoiceError(f"the strength of '{name}' is {how.strength}, which is not finite")
+        raise ChoiceError(f"the strength of '{name}' is {how.strength}, which is not finite", next_step=_STRENGTH)
     if how.rank is not None and how.rank < 1:
         raise ChoiceError(f"'{name}' cannot be cut to rank {how.rank}", next_step="ranks start at 1")
     return how

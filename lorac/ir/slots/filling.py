@@ -39,7 +39,9 @@ def fill_site(
     if letters.WEIGHT in into and change is not None:
         misfit = does_not_fit(plan, change)
         if misfit:
-            raise NeedsRecompile(f"'{plan.site.path}' {misfit}")
+            raise NeedsRecompile(
+                f"'{plan.site.path}' {misfit}", next_step="compile again with the adapter in adapters="
+            )
         parts[letters.WEIGHT] = merge(change, base())
     elif isinstance(change, LowRank):
         parts, rank = parts_of(_held(plan, change)), change.rank
@@ -118,7 +120,10 @@ def fill_branches(plan: SitePlan, terms: Sequence[tuple[float, BranchTerm]]) -> 
     for strength, term in terms:
         free = [i for i, slot in enumerate(plan.branches) if slot.key == term.slot.key and fills[i] is None]
         if not free:
-            raise NeedsRecompile(f"'{plan.site.path}' has no free slot for a branch {term.slot.key}")
+            raise NeedsRecompile(
+                f"'{plan.site.path}' has no free slot for {_branch(term)}",
+                next_step="compile again with all that are active together in adapters=",
+            )
         sample = next((t for t in term.params if t.is_floating_point()), torch.empty(0))
         fills[free[0]] = BranchFill(sample.new_full((1,), strength), term.params)
     return tuple(fills)
@@ -128,7 +133,12 @@ def branch_misfit(plan: SitePlan | None, term: BranchTerm) -> str | None:
     """Why a branch finds no slot in a plan, or None."""
     if plan is not None and any(slot.key == term.slot.key for slot in plan.branches):
         return None
-    return f"has no slot for a branch {term.slot.key}"
+    return f"has no slot for {_branch(term)}"
+
+
+def _branch(term: BranchTerm) -> str:
+    """A branch by its tensors: whether it fits a slot also goes by its method's hyper-parameters."""
+    return f"a branch with {', '.join(f'{name} {list(shape)}' for name, shape in term.slot.params.items())}"
 
 
 def leaves_blocks(site: Site, change: Change) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from lorac.errors import NotMergeable, SiteUnsupported, UnknownOption, nearest_name
+from lorac.errors import NotMergeable, SiteUnsupported, none_of
 from lorac.ir.algebra import letters
 from lorac.ir.algebra.changes import Change, LowRank
 from lorac.ir.algebra.letters import KEPT_APART
@@ -20,6 +20,7 @@ from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.role import Stage
 from lorac.ir.slots.roles import ROLES, parts_of, runs_beside
 from lorac.ir.slots.site import BranchSlot, BranchTerm, Prepared, Ranks, Reason, SitePlan
+from lorac.kinds import check_fields
 
 MODES = ("auto", "live", "fused", "baked")
 
@@ -45,6 +46,7 @@ class Reserve:
     def __post_init__(self) -> None:
         if isinstance(self.targets, list):
             object.__setattr__(self, "targets", tuple(self.targets))
+        check_fields(self)
 
 
 @dataclass
@@ -89,7 +91,7 @@ def plan_sites(
         SiteNotFound: ``reserve`` names no site.
     """
     if mode not in MODES:
-        raise UnknownOption(f"there is no mode '{mode}'", nearest=nearest_name(mode, MODES) or ", ".join(MODES))
+        raise none_of("there is no mode", mode, MODES)
     needs: dict[str, _Needs] = {}
     terms = [(name, path, prepared[name]) for name in sorted(prepared) for path in prepared[name].in_order()]
     for name, path, adapter in terms:

@@ -132,7 +132,7 @@ def _cut(name: str, prepared: Prepared, rank: int | None) -> Prepared:
     if power is None:
         raise ChoiceError(
             f"'{name}' cannot be cut to rank {rank}: its method is not trained to be truncated",
-            next_step="lorac.DyLoRA is; lorac.to_lora(adapter, rank=...) approximates others",
+            next_step="leave rank= out, or train a lorac.DyLoRA, which is",
         )
     changes = {path: v.truncated(rank, power) if isinstance(v, LowRank) else v for path, v in prepared.changes.items()}
     return replace(prepared, changes=changes)

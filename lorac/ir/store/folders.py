@@ -32,6 +32,9 @@ from lorac.ir.store import owners
 if sys.platform != "win32":
     import fcntl
 
+MANIFEST = "manifest.json"
+"""The file that the folder of a compiled model is known by."""
+
 T = TypeVar("T")
 Owned = Callable[[Path], Collection[str]]
 """(folder) -> names of the files in it that a writer may replace or remove, with slashes, from the folder on."""

@@ -68,7 +68,10 @@ def branch_from_json(path: str, stored: Mapping[str, Any]) -> BranchSlot:
 
 def _emitted(path: str) -> Callable[..., torch.Tensor]:
     def formula(*_: Any) -> torch.Tensor:
-        raise Unavailable(f"the branch at '{path}' is part of a stored program and has no formula any more")
+        raise Unavailable(
+            f"the branch at '{path}' is part of a stored program and has no formula any more",
+            next_step="compile from the model again, with the adapter in adapters=",
+        )
 
     return formula
 

@@ -55,11 +55,12 @@ def to_json(program: ExportedProgram) -> dict[str, Any]:
         elif node.op == "output":
             nodes.append({"output": _plain(node.args[0])})
         else:
-            raise Unavailable(
-                f"the captured program holds a nested graph ('{node.target}'), which an artefact cannot store",
-                next_step="compile for target='onnxruntime' and save that",
-            )
+            raise _unstorable(f"a captured program with a nested graph ('{node.target}')")
     return {"nodes": nodes}
+
+
+def _unstorable(what: str) -> Unavailable:
+    return Unavailable(f"{what} cannot be stored", next_step="compile for target='onnxruntime' and save that")
 
 
 def tensors_of(program: ExportedProgram) -> dict[str, Tensor]:
@@ -133,7 +134,7 @@ def _example(node: fx.Node) -> dict[str, Any]:
     """Shape, dtype and dynamic axes of a caller's input."""
     value = node.meta["val"]
     if not isinstance(value, Tensor):
-        raise Unavailable(f"a program whose input '{node.name}' is a {type(value).__name__} cannot be stored")
+        raise _unstorable(f"a program whose input '{node.name}' is a {type(value).__name__}")
     return {
         "shape": [size if isinstance(size, int) else int(size.node.hint) for size in value.shape],
         "dtype": str(value.dtype).removeprefix("torch."),
@@ -164,7 +165,7 @@ def _plain(value: Any) -> Any:
     for kind, cls in _NAMED.items():
         if isinstance(value, cls):
             return {kind: str(value).removeprefix("torch.")}
-    raise Unavailable(f"a captured program with an operand of type {type(value).__name__} cannot be stored")
+    raise _unstorable(f"a captured program with an operand of type {type(value).__name__}")
 
 
 def _value(stored: Any, known: Mapping[str, fx.Node]) -> Any:
@@ -192,7 +193,7 @@ def _name_of(target: Any) -> str:
     name = getattr(target, "__name__", "")
     if module in _FUNCTIONS and name in _FUNCTION_NAMES:
         return f"{module}.{name}"
-    raise Unavailable(f"a captured program that calls {target} cannot be stored")
+    raise _unstorable(f"a captured program that calls {target}")
 
 
 def _op(name: str) -> Callable[..., Any]:

@@ -1,0 +1,88 @@
+"""Inputs of a model in a file: .npz, .json or .safetensors, one entry per input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lorac.errors import LoracError, UnknownOption, nearest_name
+from lorac.ir.store.strict_json import parse_object, read_text
+
+INPUTS_HELP = "An .npz, .json or .safetensors file: one array per input of the model."
+Inputs = Annotated[Path, typer.Option("--inputs", "-i", help=INPUTS_HELP)]
+_WRITES = 'numpy.savez(path, name=array, ...) writes one; in JSON it is {"name": [[1, 2], [3, 4]]}'
+
+
+def read_inputs(path: Path) -> dict[str, Any]:
+    """Arrays or tensors by the names of inputs.
+
+    Raises:
+        UnknownOption: it is of another kind, or damaged.
+    """
+    reader = _READERS.get(path.suffix)
+    if reader is None:
+        raise UnknownOption(
+            f"'{path}' is no file of inputs", nearest=nearest_name(path.suffix, _READERS), next_step=INPUTS_HELP
+        )
+    try:
+        return dict(reader(path))
+    except LoracError:
+        raise
+    except Exception as error:  # readers of archives and arrays, fed with garbage, may raise anything
+        raise UnknownOption(f"'{path}' cannot be read: {error}", next_step=_WRITES) from error
+
+
+def _npz(path: Path) -> Mapping[str, Any]:
+    import numpy as np
+
+    with np.load(path, allow_pickle=False) as archive:
+        return dict(archive)
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    """Nested lists: whole numbers become int64, others float32, as torch has them."""
+    import torch
+
+    def refuse(reason: str) -> UnknownOption:
+        return UnknownOption(f"'{path}' {reason}", next_step=_WRITES)
+
+    return {name: torch.tensor(value) for name, value in parse_object(read_text(path), refuse).items()}
+
+
+def _safetensors(path: Path) -> Mapping[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+_READERS: Mapping[str, Callable[[Path], Mapping[str, Any]]] = {
+    ".npz": _npz,
+    ".json": _json,
+    ".safetensors": _safetensors,
+}
+
+
+def arrays_of(answer: Any) -> dict[str, Any]:
+    """What a model answered, as NumPy arrays by name; outputs that have none by number."""
+    items = (
+        answer.items() if hasattr(answer, "items") else enumerate(answer if isinstance(answer, tuple) else (answer,))
+    )
+    return {str(name): _array(value) for name, value in items if hasattr(value, "shape")}
+
+
+def _array(value: Any) -> Any:
+    import numpy as np
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        return (value.float() if value.dtype is torch.bfloat16 else value).numpy()
+    return np.asarray(value)
+
+
+def spelled(inputs: Mapping[str, Any]) -> str:
+    """Inputs by dtype and shape, for a message."""
+    return ", ".join(f"{name} {str(a.dtype).removeprefix('torch.')}{list(a.shape)}" for name, a in inputs.items())

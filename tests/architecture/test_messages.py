@@ -1,0 +1,255 @@
+"""Every next step that a message names exists: names, calls, commands, flags, arguments, extras, pages.
+
+The texts are read off the sources: whatever is said to an error, a warning or a field of a table that becomes a next
+step. What is run of them is in ``tests/test_mistakes.py``.
+"""
+
+import ast
+import builtins
+import dataclasses
+import functools
+import importlib
+import inspect
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+
+import lorac
+from lorac import errors
+from lorac.cli import app
+from lorac.compiler.targets import backend_of, targets
+from lorac.formats import formats
+from lorac.formats.peft.config import methods as peft_types
+from lorac.ir.slots.planning import MODES
+from lorac.runtime.module import CompiledModule
+
+ROOT = Path(__file__).parents[2]
+SPEAKS = {*errors.__all__, "warn", "expect", "refuse"}
+"""Calls whose texts reach a person."""
+
+NAME = re.compile(r"(?<![\w./':])lorac\.[A-Za-z_]\w*(?:\.\w+)*")
+COMMAND = re.compile(r"`lorac ([^`]*)`")
+FLAG = re.compile(r"(?<![\w-])(--?[a-z][a-z-]*)")
+EXTRA = re.compile(r"lorac\[(\w+)\]")
+PAGE = re.compile(r"docs/[\w/-]+\.\w+")
+ARGUMENT = re.compile(r"(?<![\w.'\[{-])([a-z_]\w*)=(?!=)")
+VALUE = re.compile(r"(?<![\w.])(target|mode|format|dtype)='([\w…]+)'")
+CALL = re.compile(r"(?<![\w.'])((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*)\(")
+
+PUBLIC = ["lorac", "lorac.training", "lorac.testing", "lorac.analysis.entanglement", "lorac.variants.shira"]
+FOREIGN = {
+    "architectures": "a transformers configuration",
+    "inplace": "torch.nn.ReLU",
+    "input_ids": "models of transformers",
+    "path_initial_model_for_weight_conversion": "PeftModel.save_pretrained",
+    "return_tensors": "tokenizers of transformers",
+    "weights_only": "torch.load",
+}
+"""Arguments that messages name -> whose they are."""
+CALLED = {
+    "W": torch.Tensor,
+    "backward": torch.Tensor.backward,
+    "copy": importlib.import_module("copy"),
+    "model": torch.nn.Module,
+    "numpy": importlib.import_module("numpy"),
+    "save_pretrained": "peft's",
+    "step": torch.optim.Optimizer.step,
+}
+"""What messages call, or call a method of, and others define."""
+
+
+# --- what is said ----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def texts():
+    """Every text that may reach a person, with its file: those of one call together are one text."""
+    found = []
+    for source in sorted((ROOT / "lorac").rglob("*.py")):
+        where = source.relative_to(ROOT).as_posix()
+        if where.startswith("lorac/ir/view/"):  # graphs as text and pages, in languages of their own
+            continue
+        tree = ast.parse(source.read_text(encoding="utf-8"))
+        found += [(where, text) for text in map(_said, _spoken(tree)) if text]
+    return found
+
+
+def _spoken(tree):
+    """Calls that raise or warn, and statements outside of them that hold a text for one."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and _called(node) in SPEAKS]
+    inside = {id(inner) for call in calls for inner in ast.walk(call)}
+    held = [n for n in ast.walk(tree) if isinstance(n, ast.Assign | ast.Return | ast.keyword) and id(n) not in inside]
+    return [*calls, *held]
+
+
+def _called(node):
+    return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+
+
+def _said(node):
+    """The texts within a node, with … for what is put in."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) and " " in node.value else ""
+    return "\n".join(filter(None, map(_said, ast.iter_child_nodes(node))))
+
+
+def _all(pattern):
+    return sorted({(found, where) for where, text in texts() for found in pattern.findall(text)})
+
+
+def test_the_walk_finds_what_is_said():
+    said = [text for _, text in texts()]
+    assert len(said) > 300
+    for part in ("add_adapter(source, name=...)", "pip install", "`lorac sites MODEL`", "use format='native'"):
+        assert any(part in text for text in said), part
+
+
+# --- what there is ---------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def arguments():
+    """Names that something public takes: arguments of functions and methods, fields, PEFT's configuration."""
+    known = set()
+    for module in map(importlib.import_module, PUBLIC):
+        for name in getattr(module, "__all__", None) or vars(module):
+            known |= _taken(getattr(module, name))
+    for target in targets():
+        known |= {field.name for field in dataclasses.fields(backend_of(target).options)}
+    for kind in peft_types().values():
+        known |= set(kind.fields)
+    return known | FOREIGN.keys()
+
+
+def _taken(found):
+    if not callable(found):
+        return set()
+    methods = [method for _, method in inspect.getmembers(found, callable)] if inspect.isclass(found) else []
+    return {name for one in (found, *methods) for name in _parameters(one)}
+
+
+def _parameters(function):
+    try:
+        return set(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return set()
+
+
+@functools.cache
+def commands():
+    """Command -> its flags; "" -> those before any."""
+    group = typer.main.get_command(app)
+    found = {name: _flags(command) for name, command in group.commands.items()}
+    return found | {"": _flags(group)}
+
+
+def _flags(command):
+    return {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
+
+
+# --- what is named exists --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "where"), _all(NAME))
+def test_names(name, where):
+    found, inner = lorac, name.split(".")[1:]
+    for part in inner:
+        found = getattr(found, part)
+    assert inner[0] in lorac.__all__, f"{where}: {name} is not public"
+
+
+@pytest.mark.parametrize(("line", "where"), _all(COMMAND))
+def test_commands(line, where):
+    words = line.split()
+    command = next((word for word in words if not word.startswith("-")), "")
+    command = "" if command == "…" else command
+    assert command in commands(), f"{where}: lorac {line}"
+    for flag in FLAG.findall(line):
+        assert flag in commands()[command], f"{where}: lorac {command} {flag}"
+
+
+def test_flags():
+    known = set().union(*commands().values())
+    said = [(flag, where) for where, text in texts() for flag in FLAG.findall(text) if where.startswith("lorac/cli/")]
+    assert [(flag, where) for flag, where in said if flag not in known and flag != "-c"] == []
+
+
+def test_extras():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert _all(EXTRA)
+    assert [found for found in _all(EXTRA) if found[0] not in extras] == []
+
+
+def test_pages():
+    assert [found for found in _all(PAGE) if not (ROOT / found[0]).exists()] == []
+
+
+def test_arguments():
+    assert len(_all(ARGUMENT)) > 50
+    assert [found for found in _all(ARGUMENT) if found[0] not in arguments()] == []
+
+
+def test_values():
+    known = {"target": targets(), "mode": MODES, "format": formats(), "dtype": ("float32", "float64", "float16", "…")}
+    assert [(found, where) for found, where in _all(VALUE) if found[1] not in known[found[0]]] == []
+
+
+def test_calls():
+    said = {(called, where) for where, text in _steps() for called in CALL.findall(text)}
+    assert [(called, where) for called, where in sorted(said) if not _exists(called)] == []
+
+
+def _steps():
+    """The next steps alone: elsewhere a name before a bracket may be a formula."""
+    for where, text in texts():
+        if text.count("\n"):
+            yield where, text.partition("\n")[2]
+
+
+def _exists(called):
+    """Whether a call in a message is one of lorac's, of a compiled model's, of torch's or of Python's."""
+    first, *rest = called.split(".")
+    if first == "model" and rest == ["resize_token_embeddings"]:  # of models of transformers
+        return True
+    homes = {"lorac": lorac, "compiled": CompiledModule, **CALLED}
+    if first in homes:
+        return not rest or hasattr(homes[first], rest[0])
+    own = (lorac.Compiled, builtins, importlib.import_module("lorac.testing"))
+    return not rest and (called in lorac.__all__ or any(hasattr(home, called) for home in own))
+
+
+@pytest.mark.parametrize(
+    ("called", "exists"),
+    [
+        ("lorac.load", True),
+        ("lorac.to_lore", False),
+        ("compiled.explain", True),
+        ("compiled.adapters.values", True),
+        ("compiled.settel", False),
+        ("add_adapter", True),
+        ("conformance", True),
+        ("numpy.savez", True),
+        ("load_adaptor", False),
+    ],
+)
+def test_what_exists(called, exists):
+    assert _exists(called) is exists
+
+
+# --- every message has a next step -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", sorted((ROOT / "lorac").rglob("*.py")), ids=lambda path: path.stem)
+def test_every_error_says_what_to_do(source):
+    """By the raise, or by what is usual for its class."""
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and _called(node) in errors.__all__:
+            given = {keyword.arg for keyword in node.keywords}
+            usual = _called(node) == "MissingExtra" or getattr(getattr(errors, _called(node)), "usual", None)
+            assert "next_step" in given or usual, f"line {node.lineno}: {ast.unparse(node)}"

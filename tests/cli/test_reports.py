@@ -1,0 +1,208 @@
+"""What the command line prints: tables, JSON, its version, completion; and how it spells what is no plain text."""
+
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+from safetensors.torch import save_file
+
+import lorac
+from lorac.cli import main
+from lorac.cli._inputs import read_inputs
+from lorac.cli._settings import reserve_of, shapes_of
+from lorac.cli._shown import show, table
+from lorac.errors import warn
+from lorac.version import VERSION
+from tests.mistakes import Tiny, example, lora
+
+MODEL = "tests.mistakes:Tiny"
+INPUTS = example()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Inputs in every format, an adapter's folder, and a compiled folder that the command line made of them."""
+    folder = tmp_path_factory.mktemp("reports")
+    (folder / "in.json").write_text(json.dumps({name: tensor.tolist() for name, tensor in INPUTS.items()}))
+    np.savez(folder / "in.npz", **{name: tensor.numpy() for name, tensor in INPUTS.items()})
+    save_file(INPUTS, folder / "in.safetensors")
+    compiled = lorac.compile(Tiny(), {"sql": lora()})
+    lorac.save_adapter(compiled.adapters["sql"], folder / "sql", model=Tiny())
+    words = [
+        *("compile", MODEL, "-a", f"sql={folder / 'sql'}", "-o", str(folder / "compiled"), "--target", "eager"),
+        *("--inputs", str(folder / "in.json"), "--dynamic", "ids=0,1", "--dynamic", "mask=0,1"),
+        *("--reserve", "targets=q_proj,out_proj", "--reserve", "rank=20", "--dtype", "float64", "--device", "cpu"),
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["lorac", *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    assert ended.value.code == 0
+    return folder
+
+
+@pytest.fixture
+def cli(folder, monkeypatch, capsys):
+    """(words) -> what was printed, run in the folder; nothing may be complained of."""
+    monkeypatch.chdir(folder)
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["lorac", *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        assert (ended.value.code, printed.err) == (0, "")
+        return printed.out
+
+    return call
+
+
+def test_the_version(cli):
+    assert cli("--version") == f"lorac {VERSION}\n"
+
+
+# --- reports ---------------------------------------------------------------------------------------------------------
+
+REPORTS = [
+    ["sites", MODEL],
+    ["variants"],
+    ["inspect", "sql", "--model", MODEL],
+    ["inspect", "compiled"],
+    ["explain", "compiled"],
+    ["explain", MODEL, "-a", "sql"],
+    ["run", "compiled", "-i", "in.npz"],
+    ["swap", "compiled", "sql=0.5"],
+    ["bench", "compiled", "-i", "in.json", "--rounds", "1"],
+    ["convert", "sql", "sql.safetensors", "-f", "native"],
+]
+
+
+@pytest.mark.parametrize("words", REPORTS, ids=" ".join)
+def test_every_report_is_json_when_asked(cli, words):
+    assert json.loads(cli(*words, "--json"))
+
+
+def test_what_a_compiled_folder_holds(cli, folder):
+    told = json.loads(cli("inspect", "compiled", "--json"))
+    assert (told["target"], told["mode"], told["active"]) == ("eager", "live", {"sql": 1.0})
+    main_graph = told["graphs"]["main"]
+    axis = main_graph["inputs"]["ids"].removeprefix("int64[batch, ").removesuffix("]")
+    assert not axis.isdecimal(), "the length was to vary"
+    assert main_graph["inputs"] == {"ids": f"int64[batch, {axis}]", "mask": f"float64[batch, {axis}]"}
+    assert main_graph["outputs"] == {"output": f"float64[batch, 6, {axis}]"}
+    (adapter,) = told["adapters"]
+    assert (adapter["name"], adapter["method"], adapter["hyperparameters"]["r"]) == ("sql", "lora", 2)
+    assert len(told["sites"]) == 4, "those of --reserve too"
+    written = {path.relative_to(folder / "compiled").as_posix() for path in (folder / "compiled").rglob("*.*")}
+    assert written == {*told["files"], "manifest.json"}
+    files = told["files"]
+    program = sum(nbytes for name, nbytes in files.items() if not name.startswith("adapters/"))
+    assert told["memory"] == {"program": program, "adapters": adapter["bytes"]}
+    for part in ("eager, live, active: sql*1", "mask", "hyper-parameters", "4 sites; memory: program", "on disk"):
+        assert part in cli("inspect", "compiled")
+
+
+def test_room_that_was_reserved_on_the_command_line(folder):
+    compiled = lorac.load(folder / "compiled")
+    compiled.add_adapter(lora(r=12, targets=["q_proj", "out_proj"]), "late")
+    assert compiled.swap({"sql": 1.0, "late": 1.0}).sites == 4
+
+
+@pytest.mark.parametrize("suffix", ["npz", "json", "safetensors"])
+def test_inputs_of_every_format_are_answered_alike(cli, suffix):
+    rows = [json.loads(cli("run", "compiled", "-i", f"in.{kind}", "--json")) for kind in ("npz", suffix)]
+    assert rows[0] == rows[1]
+
+
+def test_a_table_is_whole_where_there_is_no_terminal_and_fits_one(monkeypatch, capsys):
+    path = "model.layers.11.attention.projection_of_queries." * 4
+    made = table(("site", "kind"), [(path, "linear [in]")])
+    monkeypatch.setenv("COLUMNS", "60")
+    show(None, made, as_json=False)
+    assert path in capsys.readouterr().out
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    show(None, made, as_json=False)
+    lines = re.sub("\x1b\\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+    assert max(map(len, lines)) <= 60
+    assert path in "".join(line[1:].partition("│")[0].strip() for line in lines if line.startswith("│"))
+
+
+def test_a_warning_is_told_in_words(folder, monkeypatch, capsys):
+    def loaded(path):
+        warn("it computes in float32", next_step="dtype='float32' asks for that")
+        return lorac.load(folder / "compiled")
+
+    monkeypatch.setattr("lorac.cli.artifacts._loaded", loaded)
+    monkeypatch.setattr(sys, "argv", ["lorac", "swap", "compiled", "sql"])
+    with pytest.raises(SystemExit):
+        main()
+    said = "lorac.LoracWarning: it computes in float32\n  dtype='float32' asks for that\n"
+    assert capsys.readouterr().err == said
+
+
+# --- spelling --------------------------------------------------------------------------------------------------------
+
+
+def test_a_reserve():
+    told = reserve_of(["rank=64", "targets=all-linear", "adapters=8", "scales=yes"])
+    assert told == lorac.Reserve(targets="all-linear", rank=64, adapters=8, scales=True)
+    assert reserve_of(["targets=a,b"]) == lorac.Reserve(targets=("a", "b"))
+    assert reserve_of([]) is None
+
+
+def test_dynamic_shapes():
+    model = Tiny()
+    assert shapes_of([], model, INPUTS) is None
+    shapes = shapes_of(["ids=0,1", "mask="], model, INPUTS)
+    assert sorted(shapes["ids"]) == [0, 1]
+    assert shapes["mask"] == {}
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: reserve_of(["rnak=3"]), "--reserve has no 'rnak'\n  nearest: rank\n"),
+        (lambda: reserve_of(["rank"]), "--reserve takes no 'rank'"),
+        (lambda: reserve_of(["rank=many"]), "--reserve takes no rank=many\n  give a whole number"),
+        (lambda: reserve_of(["scales=maybe"]), "--reserve takes no scales=maybe\n  give yes or no"),
+        (lambda: shapes_of(["idx=0"], Tiny(), INPUTS), "--dynamic names 'idx', which is no input\n  nearest: ids\n"),
+        (lambda: shapes_of(["ids=2"], Tiny(), INPUTS), "'ids' has no axis '2'\n  its axes are 0 to 1"),
+        (lambda: shapes_of(["ids=-1"], Tiny(), INPUTS), "'ids' has no axis '-1'"),
+    ],
+)
+def test_what_is_spelt_wrongly_is_said(call, said):
+    with pytest.raises(lorac.UnknownOption) as raised:
+        call()
+    assert said in str(raised.value)
+
+
+def test_inputs_that_cannot_be_read(tmp_path):
+    for name, text in (("x.txt", ""), ("x.json", '{"a": "b"}'), ("y.json", "[1]"), ("x.npz", "no archive")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(lorac.UnknownOption, match=name):
+            read_inputs(tmp_path / name)
+
+
+# --- completion ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("lorac ins", "inspect"),
+        ("lorac compile --res", "--reserve"),
+        ("lorac compile m --target on", "onnxruntime"),
+        ("lorac compile m --mode ba", "baked"),
+        ("lorac convert a b --format na", "native"),
+    ],
+)
+def test_a_shell_completes(typed, completed, monkeypatch, capsys):
+    for name, value in {"_LORAC_COMPLETE": "complete_bash", "COMP_WORDS": typed}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) - 1))
+    monkeypatch.setattr(sys, "argv", ["lorac"])
+    with pytest.raises(SystemExit):
+        main()
+    assert completed in capsys.readouterr().out.split()

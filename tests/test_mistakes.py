@@ -1,0 +1,59 @@
+"""What people do wrong is answered in words: a golden text shows them, and what a message suggests is run."""
+
+import re
+
+import lorac
+from tests import goldens
+from tests.mistakes import MISTAKES, World
+from tests.mistakes_of_methods import MORE
+
+SUGGESTS = re.compile(r"(?<![\w'])[a-z_]+=|\w\(|`lorac |\blorac\.\w")
+"""What in a next step is code."""
+
+
+def test_every_mistake_is_answered_and_the_answer_helps(tmp_path):
+    """All in one, so that they share one world wherever tests run; what is wrong with any is told together."""
+    world, said, wrong = World(tmp_path), "", []
+    for mistake in (*MISTAKES, *MORE):
+        error = _made(mistake, world)
+        said += f"# {mistake.name}\n{_shown(error, world)}\n\n"
+        wrong += [f"{mistake.name}: {problem}" for problem in _problems(mistake, error, world)]
+    assert wrong == []
+    goldens.check("mistakes", said)
+
+
+def _made(mistake, world):
+    try:
+        return mistake.wrong(world)
+    except Exception as error:
+        return error
+
+
+def _shown(error, world):
+    text = f"lorac.{type(error).__name__}: {error}".replace(str(world.folder), "…")
+    return re.sub(r"[0-9a-f]{32}", "…", text)
+
+
+def _problems(mistake, error, world):
+    if not isinstance(error, lorac.LoracError):
+        yield f"is answered by {error!r}"
+    elif not error.next_step:
+        yield "is not told what to do"
+    elif mistake.right is None and SUGGESTS.search(error.next_step):
+        yield f"nobody runs what is suggested: {error.next_step}"
+    else:
+        yield from _refused(mistake, str(error), world)
+
+
+def _refused(mistake, said, world):
+    try:
+        if mistake.right is not None:
+            mistake.right(world, said)
+    except Exception as error:
+        yield f"what is suggested fails: {error!r}"
+
+
+def test_what_counts_as_code():
+    assert SUGGESTS.search("pass model=, or another")
+    assert SUGGESTS.search("call compiled(...)")
+    assert not SUGGESTS.search("give a name, {name: strength}, or None")
