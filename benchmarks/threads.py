@@ -104,7 +104,7 @@ BENCHMARK = common.Benchmark(
         common.MODEL,
         common.layers(2),
         common.rounds(3),
-        common.Option("milliseconds", 4000, smoke=200, help="of calling, per figure"),
+        common.Option("milliseconds", 4000, smoke=50, help="of calling, per figure"),
         common.Option("only", TARGETS, smoke=TARGETS, help="these targets"),
     ),
     jobs=lambda given: [(target,) for target in given.only],

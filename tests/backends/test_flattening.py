@@ -132,7 +132,7 @@ def test_without_a_slot_nothing_moves():
     assert ops(model) == ["MatMul", "Tanh"]
 
 
-@pytest.mark.parametrize("name", ["tiny_llama", "tiny_albert", "tiny_t5", "tiny_vit"])
+@pytest.mark.parametrize("name", ["tiny_albert", "tiny_t5", "tiny_vit"])  # a Llama's nodes are golden
 @torch.no_grad()
 def test_every_pair_is_added_by_its_product(name):
     entry = ZOO[name]

@@ -17,15 +17,26 @@ from tests.zoo import ZOO
 
 def emitted(model: nn.Module, adapters: Any, **options: Any) -> dict[str, list[Any]]:
     """Name -> sizes of the inputs and outputs, a size as a number or a name."""
-    compiled = lorac.compile(model, adapters, target="onnxruntime", self_test=False, **options)
-    graph = ir.load(compiled.engine.folder / MODEL).graph
+    return _sizes(_graph(lorac.compile(model, adapters, target="onnxruntime", self_test=False, **options)))
+
+
+def _graph(compiled: lorac.Compiled) -> ir.Graph:
+    return ir.load(compiled.engine.folder / MODEL).graph
+
+
+def _sizes(graph: ir.Graph) -> dict[str, list[Any]]:
     values = [*graph.inputs, *graph.outputs]
     return {str(v.name): [size if isinstance(size, int) else size.value for size in v.shape] for v in values}
 
 
-def test_a_language_model() -> None:
-    entry = ZOO["tiny_llama"]
-    found = emitted(entry.model(), {"a": lorac.LoRA(r=2, targets=["q_proj", "down_proj"])})
+@pytest.fixture(scope="module")
+def llama() -> lorac.Compiled:
+    adapters = {"a": lorac.LoRA(r=2, targets=["down_proj", "v_proj"])}
+    return lorac.compile(ZOO["tiny_llama"].model(), adapters, target="onnxruntime", self_test=False)
+
+
+def test_a_language_model(llama: lorac.Compiled) -> None:
+    found = _sizes(_graph(llama))
     assert found["input_ids"] == found["attention_mask"] == ["batch", "length"]
     assert found["logits"][:2] == ["batch", "length"]
     path = "model.layers.0.mlp.down_proj"
@@ -40,12 +51,10 @@ def test_an_encoder_and_its_decoder() -> None:
     assert found["encoder_last_hidden_state"][:2] == ["batch", "length"]
 
 
-def test_whatever_reads_a_slot_tells_the_path_of_its_site() -> None:
-    adapters = {"a": lorac.LoRA(r=2, targets=["down_proj", "v_proj"])}
-    compiled = lorac.compile(ZOO["tiny_llama"].model(), adapters, target="onnxruntime", self_test=False)
-    graph = ir.load(compiled.engine.folder / MODEL).graph
+def test_whatever_reads_a_slot_tells_the_path_of_its_site(llama: lorac.Compiled) -> None:
+    graph = _graph(llama)
     slots = [value for value in graph.inputs if SITE_METADATA in value.metadata_props]
-    assert {value.metadata_props[SITE_METADATA] for value in slots} == set(compiled.plans)
+    assert {value.metadata_props[SITE_METADATA] for value in slots} == set(llama.plans)
     for value in slots:
         path = value.metadata_props[SITE_METADATA]
         readers = list(value.consumers())
