@@ -236,7 +236,6 @@ AFTERWARDS = [
         lambda w: w.program.graph["main"].at("layer.0"),
         lambda w, said: (str(w.program.graph).index("layers.0"), w.program.graph["main"].at("layers.0")),
     ),
-    Mistake("the graph of what was loaded", lambda w: lorac.load(w.path("compiled")).graph),
     Mistake(
         "exporting what was loaded",
         lambda w: lorac.load(w.path("compiled")).export("eager"),

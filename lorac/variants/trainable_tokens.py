@@ -23,16 +23,16 @@ class TrainableTokens(WeightVariant):
     """``W'[:, t] = P`` for some tokens t of an embedding W (d, V), P (d, n); of an output layer (V, d) ``W'[t] = Pᵀ``.
 
     Attributes:
-        tokens: numbers of the tokens, each once.
+        token_indices: numbers of the tokens, each once.
     """
 
-    tokens: tuple[int, ...]
+    token_indices: tuple[int, ...]
 
     name: ClassVar[str] = "trainable_tokens"
     kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.EMBEDDING, SiteKind.LINEAR})
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
-        count, dim = len(self.tokens), 1 if site.kind is SiteKind.EMBEDDING else 0
+        count, dim = len(self.token_indices), 1 if site.kind is SiteKind.EMBEDDING else 0
         name, shape = ("columns", (site.out_features, count)) if dim else ("rows", (count, site.in_features))
         below = (site.in_features if dim else site.out_features,)
         return {
@@ -46,12 +46,12 @@ class TrainableTokens(WeightVariant):
         return W.index_copy(0, p.index[0], p.rows)
 
     def _index(self, context: InitContext) -> Tensor:
-        return torch.tensor([self.tokens], dtype=torch.int64)
+        return torch.tensor([self.token_indices], dtype=torch.int64)
 
     def _taken(self, dim: int) -> Init:
         """The base's own."""
 
         def made(context: InitContext) -> Tensor:
-            return context.weight().index_select(dim, torch.tensor(self.tokens))
+            return context.weight().index_select(dim, torch.tensor(self.token_indices))
 
         return made

@@ -45,6 +45,8 @@ FOREIGN = {
     "architectures": "a transformers configuration",
     "inplace": "torch.nn.ReLU",
     "input_ids": "models of transformers",
+    "labels": "models of transformers",
+    "padding": "tokenizers of transformers",
     "path_initial_model_for_weight_conversion": "PeftModel.save_pretrained",
     "return_tensors": "tokenizers of transformers",
     "weights_only": "torch.load",
@@ -58,8 +60,17 @@ CALLED = {
     "numpy": importlib.import_module("numpy"),
     "save_pretrained": "peft's",
     "step": torch.optim.Optimizer.step,
+    "torch": torch,
 }
 """What messages call, or call a method of, and others define."""
+
+
+OF_MODELS = {
+    "resize_token_embeddings": "models of transformers",
+    "save_pretrained": "models of transformers and PEFT",
+    "unmerge_adapter": "PeftModel",
+}
+"""Methods of ``model`` that messages name -> whose they are."""
 
 
 # --- what is said ----------------------------------------------------------------------------------------------------
@@ -215,7 +226,7 @@ def _steps():
 def _exists(called):
     """Whether a call in a message is one of lorac's, of a compiled model's, of torch's or of Python's."""
     first, *rest = called.split(".")
-    if first == "model" and rest == ["resize_token_embeddings"]:  # of models of transformers
+    if first == "model" and rest and rest[0] in OF_MODELS:
         return True
     homes = {"lorac": lorac, "compiled": CompiledModule, **CALLED}
     if first in homes:

@@ -128,7 +128,7 @@ def test_what_does_not_belong_together(
 def test_rows_as_a_method_of_their_own(tmp_path: Path) -> None:
     """Fresh it is the base; tied layers are changed together in PEFT, which has no place for one of them alone."""
     free, inputs = LLAMA.fresh(), LLAMA.inputs()
-    own = lorac.TrainableTokens(tokens=ROWS, targets=("embed_tokens",))
+    own = lorac.TrainableTokens(token_indices=ROWS, targets=("embed_tokens",))
     fresh = lorac.compile(free, {"a": own})
     assert torch.equal(fresh(**inputs).logits, free(**inputs).logits)
     save_adapter(fresh.adapters["a"], tmp_path / "free", model=free)

@@ -167,7 +167,7 @@ def _exported(
 ) -> tuple[ExportedProgram, list[Guard]]:
     """As ``export``, with what the trace takes for granted and where."""
     given = default_inputs(model) if example_inputs is None else example_inputs
-    arguments = Arguments.of(model, by_name(model, given))
+    arguments = Arguments.of(model, _named(model, given))
     named = bool(arguments.fixed) or isinstance(given, Mapping) or is_hugging_face(model)
     inputs = arguments.inputs if named else given
     with undisturbed(model), _no_cache_of_shapes():
@@ -179,6 +179,16 @@ def _exported(
         program, guards = _first_trace(host, attempts)
     _refuse_objects(program)
     return qualified(program, prefix), guards
+
+
+def _named(model: nn.Module, given: Any) -> dict[str, Any]:
+    try:
+        return by_name(model, given)
+    except TypeError as error:
+        raise CaptureFailed(
+            f"{type(model).__name__} cannot be called with its example inputs: {error}",
+            next_step="give example_inputs= as the model itself is called",
+        ) from error
 
 
 def _without(model: nn.Module, dynamic_shapes: Any, arguments: Arguments) -> Any:

@@ -30,7 +30,7 @@ def test_types_by_the_names_of_axes():
 )
 def test_what_admits_another_value_of_what_was_captured(name, captured, said):
     signature = CallSignature(inputs=("x",), arguments=("x", name), outputs=("y",), fixed={name: captured})
-    with pytest.raises(lorac.ChoiceError, match=f"captured with {name}={captured}") as raised:
+    with pytest.raises(lorac.InputMismatch, match=f"captured with {name}={captured}") as raised:
         signature.bind((torch.ones(1),), {name: 7})
     assert raised.value.next_step == f"leave it out; {said}"
     assert list(signature.bind((torch.ones(1),), {name: captured})) == ["x"]

@@ -34,7 +34,7 @@ def tokens(value: Any) -> tuple[int, ...]:
 
 FIELDS = {
     **{name: field for name, field in config.COMMON.items() if name not in {"fan_in_fan_out", "modules_to_save"}},
-    "token_indices": Field(Use.APPLIED, [], to="tokens", read=tokens, write=list),
+    "token_indices": Field(Use.APPLIED, [], to="token_indices", read=tokens, write=list),
     "init_weights": Field(Use.TRAINING, True),
 }
 
@@ -60,7 +60,7 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
 def make_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tensor]:
     """The rows as the layer takes them, and their numbers."""
     assert isinstance(variant, TrainableTokens)
-    index = torch.tensor([variant.tokens], dtype=torch.int64)
+    index = torch.tensor([variant.token_indices], dtype=torch.int64)
     columns = tensors["columns"]
     return {"index": index} | ({"columns": columns} if site.kind is SiteKind.EMBEDDING else {"rows": columns.t()})
 
