@@ -217,3 +217,14 @@ def test_the_kits_conv1d_counts_as_gpt2s():
     assert is_conv1d_of_gpt2(HOSTS["transposed"].model().site)
     assert is_conv1d_of_gpt2(Conv1D(3, 2))
     assert not is_conv1d_of_gpt2(nn.Linear(3, 2))
+
+
+def test_layers_that_peft_adapts_neither_are_no_sites():
+    """torch's layers of two inputs and of bags of ids; what has tensors for one says so."""
+    model = nn.Sequential(nn.Bilinear(4, 4, 5), nn.EmbeddingBag(7, 4), nn.Linear(5, 3))
+    assert list(lorac.sites(model)) == ["2"]
+    for path, name in (("0", "Bilinear"), ("1", "EmbeddingBag")):
+        tensors = {"lora_A": torch.zeros(1, 4), "lora_B": torch.zeros(5, 1)}
+        adapter = lorac.Adapter("a", lorac.LoRA(r=1, targets=(path,)), {path: tensors})
+        with pytest.raises(lorac.SiteUnsupported, match=f"'{path}', a {name} as built here is not a site"):
+            lorac.compile(model, {"a": adapter})
