@@ -176,7 +176,7 @@ def _refuse_computed(adapter: Adapter, known: Iterable[str]) -> None:
     known = set(known)
     for name in adapter.replaced.keys() - known:
         owner = name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
-        if f"{owner}.weight" in known:
+        if f"{owner}.weight" in known - adapter.replaced.keys():
             raise UnsupportedField(
                 f"adapter '{adapter.name}' trains '{name}', from which '{owner}' computes its weight at each call; the "
                 "model as compiled has that weight alone",
