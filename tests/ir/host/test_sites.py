@@ -200,13 +200,17 @@ def test_padding_of_convolutions():
 
 
 def test_an_attentions_weights():
-    """Its packed projection is the module's site; where keys or values have a width of their own there is none."""
+    """Its packed projection is the module's site; where keys or values have a width of their own there are three."""
     model = nn.ModuleDict(
         {"same": nn.MultiheadAttention(6, 2), "cross": nn.MultiheadAttention(6, 2, kdim=4, vdim=5, bias=False)}
     )
     sites = lorac.sites(model)
-    assert list(sites) == ["same", "same.out_proj", "cross.out_proj"]
-    packed, out, other = sites.values()
+    apart = {f"cross.{name}_proj_weight": width for name, width in (("q", 6), ("k", 4), ("v", 5))}
+    assert list(sites) == ["same", "same.out_proj", *apart, "cross.out_proj"]
+    packed, out, *others, other = sites.values()
+    assert [(site.out_features, site.in_features, site.within) for site in others] == [
+        (6, width, "cross") for width in apart.values()
+    ]
     assert (packed.out_features, packed.in_features, packed.within) == (18, 6, "same")
     assert (packed.weight, packed.bias) == ("same.in_proj_weight", "same.in_proj_bias")
     assert (out.within, out.weight, other.within, other.bias) == ("same", "same.out_proj.weight", "cross", None)
