@@ -81,6 +81,9 @@ class Split(WeightVariant):
         for part, method in self.parts.items():
             method.check(self._part(part, site))
 
+    def starts_as_base(self, site: Site) -> bool:
+        return all(method.starts_as_base(self._part(part, site)) for part, method in self.parts.items())
+
     def params(self, site: Site) -> dict[str, ParamSpec]:
         return {
             f"{part}_{key}": dataclasses.replace(spec, init=self._init(part, spec.init, site))

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx_ir as ir
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import lorac
+from lorac.backends.onnx import selftest
 from lorac.backends.onnx.files import MODEL, WEIGHTS
 from lorac.backends.onnx.selftest import self_test
 from lorac.backends.onnxruntime.engine import GraphSession, OrtEngine
@@ -242,6 +244,23 @@ def test_a_model_that_is_right_at_the_examples_sizes_alone_is_found(
     engine = _sabotaged(made, tmp_path / "model", harm)
     with pytest.raises(lorac.SelfTestFailed, match=r"is right on the example inputs, and wrong on x \[4, 10\]"):
         self_test(engine, made.program, made.snapshot)
+
+
+@pytest.mark.parametrize(("steep", "off", "differs"), [(1e4, 2e-7, False), (1e4, 1e-3, True), (1.0, 3e-3, True)])
+def test_roundings_that_a_network_blows_up_are_no_fault(
+    steep: float, off: float, differs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer may be as far off as a rounding of the inputs moves it, several times, and by no other cause."""
+    x = torch.rand(50, generator=torch.Generator().manual_seed(0)) + 0.5
+
+    def answer(graph: Any, inputs: Any, tensors: Any = None) -> list[Tensor]:
+        return [torch.sin(steep * inputs["x"])]
+
+    monkeypatch.setattr(selftest, "outputs_of", answer)
+    comparison = object.__new__(selftest._Comparison)
+    comparison.engine = SimpleNamespace(mode="live", outputs=lambda *_: answer(None, {"x": x * (1 + off)}))  # type: ignore[assignment]
+    comparison.graph, comparison.inputs = SimpleNamespace(name="main", slots={}), {"x": x}  # type: ignore[assignment]
+    assert comparison._differs({}) == differs
 
 
 def test_compile_runs_it_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

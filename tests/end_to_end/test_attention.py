@@ -262,6 +262,37 @@ def test_what_peft_cannot_hold_is_refused(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+class Widths(nn.Module):
+    """Attention whose queries, keys and values have a width each, and so a matrix each."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn, self.head = nn.MultiheadAttention(WIDTH, 2, kdim=6, vdim=5), nn.Linear(WIDTH, 3)
+
+    def forward(self, x, keys, values):
+        return self.head(self.attn(x, keys, values)[0])
+
+
+@torch.no_grad()
+def test_projections_of_a_width_each(tmp_path, by_layers):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        model = Widths().double().eval()
+        inputs = {"x": torch.randn(3, 2, WIDTH), "keys": torch.randn(4, 2, 6), "values": torch.randn(4, 2, 5)}
+        inputs = {name: value.double() for name, value in inputs.items()}
+    parameters = ["q_proj_weight", "attn.k_proj_weight", "v_proj_weight"]
+    config = LoraConfig(r=2, target_modules=["head"], target_parameters=parameters)
+    oracle = make_peft(model, tmp_path / "theirs", config, inputs=inputs)
+    expected, base = oracle(**inputs), model(**inputs)
+    for mode in ("live", "fused"):
+        compiled = lorac.compile(model, {"a": tmp_path / "theirs"}, mode=mode)
+        parity.assert_parity(compiled(**inputs), expected, base)
+        compiled.swap(None)
+        assert torch.equal(compiled(**inputs), base)
+    save_adapter(load_adapter(tmp_path / "theirs", model), tmp_path / "ours", model=model)
+    assert torch.equal(load_peft(model, tmp_path / "ours")(**inputs), expected)
+
+
 @torch.no_grad()
 def test_an_output_layer_that_peft_targets_by_itself(tmp_path, by_layers):
     """PEFT wraps it and never runs it before it is merged: lorac computes what is merged, and says so."""

@@ -152,3 +152,15 @@ def test_an_adapter_is_stored_and_an_artefact_kept(tmp_path):
         lorac.save_adapter(compiled.adapters["a"], tmp_path / "a", model=model)
         again = lorac.compile(model, {"a": tmp_path / "a"}, target="onnxruntime", example_inputs=(x,))
         assert torch.equal(again(x), compiled(x))
+
+
+@pytest.mark.parametrize("how", ["parametrized", "hooked"])
+def test_what_a_saved_layer_computes_its_weight_from_has_no_place(how, tmp_path):
+    model, x = made(how)
+    config = LoraConfig(r=2, target_modules=["conv"], modules_to_save=["head"])
+    with torch.no_grad():
+        make_peft(model, tmp_path, config, inputs={"x": x})
+    with pytest.raises(lorac.UnsupportedField, match=r"trains 'head\..*', from which 'head' computes its weight"):
+        lorac.compile(model, {"a": tmp_path})
+    fresh = lorac.compile(model, {"a": lorac.LoRA(targets=("conv",), modules_to_save=("head",))})
+    assert sorted(fresh.adapters["a"].replaced) == ["head.bias", "head.weight"]

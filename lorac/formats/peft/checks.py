@@ -10,7 +10,7 @@ from torch import nn
 
 from lorac.adapters.base_hash import other_copy
 from lorac.adapters.fit import check_adapter, check_replaced, named_tensors, no_site
-from lorac.errors import CorruptFile, ShapeMismatch, SiteUnsupported, UnusedTensors, warn
+from lorac.errors import CorruptFile, ShapeMismatch, SiteUnsupported, UnsupportedField, UnusedTensors, warn
 from lorac.formats._layout import same_layout
 from lorac.formats.peft.config import ALL_LINEAR
 from lorac.formats.peft.keys import Contents, copied_module, embedding_modules, saved
@@ -54,6 +54,7 @@ def against_model(
         SiteNotFound, SiteUnsupported, ShapeMismatch, BaseMismatch: As `check_adapter`.
         CorruptFile: The configuration promises tensors that the file lacks.
         UnusedTensors: A site is not targeted.
+        UnsupportedField: A saved module computes its weight at each call.
     """
     sites = find_sites(model)
     wanted = targeted(adapter.variant, sites, model)
@@ -64,8 +65,9 @@ def against_model(
     if strange:
         raise strange[0]
     _only_targeted(adapter, {path: sites[path] for path in told}, wanted, values, method, by_weight=True)
-    _complete(adapter, wanted, model)
     known = named_tensors(model)
+    _refuse_computed(adapter, known)
+    _complete(adapter, wanted, model)
     for name, tensor in contents.whole.items():
         check_replaced(adapter.name, name, tensor, known)
         if not _equal(tensor, known[name]):
@@ -167,6 +169,20 @@ def _only_targeted(
                 else ""
             ),
         )
+
+
+def _refuse_computed(adapter: Adapter, known: Iterable[str]) -> None:
+    """Refuse what a saved module computes its weight from at each call: a program holds what comes of it."""
+    known = set(known)
+    for name in adapter.replaced.keys() - known:
+        owner = name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
+        if f"{owner}.weight" in known - adapter.replaced.keys():
+            raise UnsupportedField(
+                f"adapter '{adapter.name}' trains '{name}', from which '{owner}' computes its weight at each call; the "
+                "model as compiled has that weight alone",
+                next_step="after training, remove the parametrization (torch.nn.utils.parametrize."
+                "remove_parametrizations, remove_weight_norm) in the model that PEFT saves, and in this one",
+            )
 
 
 def _complete(adapter: Adapter, wanted: Iterable[str], model: nn.Module) -> None:

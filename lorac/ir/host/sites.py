@@ -236,7 +236,7 @@ def _projection_site(path: str, module: nn.Module, model: nn.Module) -> Site | N
     """A matrix that an ``nn.MultiheadAttention`` multiplies by within its own forward.
 
     Its queries', keys' and values' are one matrix (3·width, width), the site of the module itself; its output layer's
-    forward is never called. Where keys or values have a width of their own there is no such matrix.
+    forward is never called. Where keys or values have a width of their own there are three (``matrices_of``).
     """
     if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None and path:
         weight = module.in_proj_weight
@@ -255,8 +255,10 @@ def matrices_of(path: str, module: nn.Module) -> dict[str, Site]:
     """The matrices, alone or stacked, that a module of a class of its own holds, by the names of their parameters.
 
     Stacks are stored (E, out, in), unless the module says ``is_transposed`` (as transformers' do, and PEFT reads it).
+    Of torch's own classes only an attention whose projections have a width each is one.
     """
-    if type(module).__module__.startswith("torch."):
+    apart = isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is None
+    if type(module).__module__.startswith("torch.") and not apart:
         return {}
     transposed = stores_transposed(module)
     found = {}

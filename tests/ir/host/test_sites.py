@@ -200,13 +200,17 @@ def test_padding_of_convolutions():
 
 
 def test_an_attentions_weights():
-    """Its packed projection is the module's site; where keys or values have a width of their own there is none."""
+    """Its packed projection is the module's site; where keys or values have a width of their own there are three."""
     model = nn.ModuleDict(
         {"same": nn.MultiheadAttention(6, 2), "cross": nn.MultiheadAttention(6, 2, kdim=4, vdim=5, bias=False)}
     )
     sites = lorac.sites(model)
-    assert list(sites) == ["same", "same.out_proj", "cross.out_proj"]
-    packed, out, other = sites.values()
+    apart = {f"cross.{name}_proj_weight": width for name, width in (("q", 6), ("k", 4), ("v", 5))}
+    assert list(sites) == ["same", "same.out_proj", *apart, "cross.out_proj"]
+    packed, out, *others, other = sites.values()
+    assert [(site.out_features, site.in_features, site.within) for site in others] == [
+        (6, width, "cross") for width in apart.values()
+    ]
     assert (packed.out_features, packed.in_features, packed.within) == (18, 6, "same")
     assert (packed.weight, packed.bias) == ("same.in_proj_weight", "same.in_proj_bias")
     assert (out.within, out.weight, other.within, other.bias) == ("same", "same.out_proj.weight", "cross", None)
@@ -217,3 +221,14 @@ def test_the_kits_conv1d_counts_as_gpt2s():
     assert is_conv1d_of_gpt2(HOSTS["transposed"].model().site)
     assert is_conv1d_of_gpt2(Conv1D(3, 2))
     assert not is_conv1d_of_gpt2(nn.Linear(3, 2))
+
+
+def test_layers_that_peft_adapts_neither_are_no_sites():
+    """torch's layers of two inputs and of bags of ids; what has tensors for one says so."""
+    model = nn.Sequential(nn.Bilinear(4, 4, 5), nn.EmbeddingBag(7, 4), nn.Linear(5, 3))
+    assert list(lorac.sites(model)) == ["2"]
+    for path, name in (("0", "Bilinear"), ("1", "EmbeddingBag")):
+        tensors = {"lora_A": torch.zeros(1, 4), "lora_B": torch.zeros(5, 1)}
+        adapter = lorac.Adapter("a", lorac.LoRA(r=1, targets=(path,)), {path: tensors})
+        with pytest.raises(lorac.SiteUnsupported, match=f"'{path}', a {name} as built here is not a site"):
+            lorac.compile(model, {"a": adapter})
