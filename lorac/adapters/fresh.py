@@ -52,8 +52,10 @@ def _specs(name: str, variant: Variant, site: Site) -> dict[str, ParamSpec]:
     """What an adapter is made of at a site; hyper-parameters of which that cannot be made are refused.
 
     Raises:
-        AdapterError: a tensor would hold nothing, or have sizes that are no whole numbers.
+        AdapterError: a tensor would have sizes that are no whole numbers, or hold nothing, where no pattern may have
+            said so of the site.
     """
+    least = 0 if variant.patterns else 1
     told = ", ".join(f"{field}={value!r}" for field, value in variant.own_settings.items())
     step = f"give whole numbers above 0 for ranks and sizes; it is {type(variant).__name__}({told})"
     try:
@@ -63,7 +65,7 @@ def _specs(name: str, variant: Variant, site: Site) -> dict[str, ParamSpec]:
             f"adapter '{name}': {variant.name} cannot be made at '{site.path}': {error}", next_step=step
         ) from error
     for key, spec in specs.items():
-        if not all(isinstance(size, int) and size > 0 for size in spec.shape):
+        if not all(isinstance(size, int) and size >= least for size in spec.shape):
             raise AdapterError(
                 f"adapter '{name}': {key} at '{site.path}' would have the shape {spec.shape}", next_step=step
             )

@@ -108,6 +108,11 @@ class Variant(ABC):
         return {name: value for name, value in self.settings.items() if name not in _COMMON}
 
     @property
+    def patterns(self) -> Mapping[str, Any]:
+        """Those of them that say something of single sites, where they do."""
+        return {name: value for name, value in self.own_settings.items() if name.endswith("_pattern") and value}
+
+    @property
     def asked(self) -> str | tuple[str, ...]:
         """All that ``targets`` and ``parameters`` name."""
         targets = (self.targets,) if isinstance(self.targets, str) else self.targets
