@@ -367,6 +367,8 @@ def _failure(host: nn.Module, inputs: Any, shapes: Any, error: Exception) -> Cap
         line = line or (lines[0] if lines else None)
         reason = " ".join(str(error).partition("The error above")[0].split())
         step = "give dynamic_shapes= that this line admits, or change the line"
+        if line is None:
+            step = "give dynamic_shapes= by the names of the inputs, as torch.export takes them"
     elif not isinstance(error, _ValuesNeeded | GuardOnDataDependentSymNode):
         step = "target='eager' runs the model itself"
     return CaptureFailed(
