@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.export import Dim
 from typer.testing import CliRunner
 
 import lorac
@@ -261,6 +262,11 @@ INPUTS = [
         lambda w: w.again(target="onnxruntime", example_inputs={**w.inputs, "ids": w.inputs["ids"].float()}),
     ),
     Mistake("example inputs as lists", lambda w: w.again(target="onnxruntime", example_inputs=[[1, 2], [3, 4]])),
+    Mistake(
+        "dynamic shapes of another name",
+        lambda w: w.captured(example_inputs=w.inputs, dynamic_shapes={"idx": {0: Dim.AUTO}}),
+        lambda w, said: w.captured(example_inputs=w.inputs, dynamic_shapes={name: {0: Dim.AUTO} for name in w.inputs}),
+    ),
     Mistake("an input that the model does not have", lambda w: w.call(w.program, input_ids=w.inputs["ids"])),
     Mistake(
         "an input that was not captured",

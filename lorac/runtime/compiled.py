@@ -7,7 +7,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorac.errors import BaseNeeded, Unavailable
 from lorac.ir.engine import Bound, Engine
@@ -20,12 +20,13 @@ from lorac.runtime.advice import refuse_misfit
 from lorac.runtime.components import Component
 from lorac.runtime.locks import ReadWriteLock
 from lorac.runtime.pool import Pool
-from lorac.runtime.report import INTERFACE, SwapReport, no_attribute, summary
+from lorac.runtime.report import SwapReport, presented
 from lorac.runtime.services import Services
 from lorac.runtime.states import State, States
 from lorac.runtime.views import Graphs, graphs_of
 
 
+@presented
 class Compiled:
     """The result of ``lorac.compile``.
 
@@ -55,17 +56,6 @@ class Compiled:
         self._held: Snapshot | None = self._state.snapshot
         if not engine.fused:
             self._activate(self._state)
-
-    def __repr__(self) -> str:
-        return summary(self)
-
-    def __dir__(self) -> list[str]:
-        return list(INTERFACE)
-
-    if not TYPE_CHECKING:  # checked code asks for nothing that is not there
-
-        def __getattr__(self, name):
-            raise no_attribute(self, name)
 
     # --- calling -----------------------------------------------------------------------------------------------
 

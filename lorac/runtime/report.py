@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 from torch import nn
 
 from lorac.errors import EagerOnly, nearest_name
 from lorac.ir.slots.choice import describe
 from lorac.ir.view.terms import describe_variant
+
+Told = TypeVar("Told")
 
 INTERFACE = (
     "active",
@@ -47,6 +49,20 @@ class SwapReport:
     bytes: int
     seconds: float
     blocked_seconds: float = 0.0
+
+
+def presented(cls: type[Told]) -> type[Told]:
+    """A class of compiled models, which say what they are and what there is to ask of them."""
+
+    def listed(compiled: Any) -> list[str]:
+        return list(INTERFACE)
+
+    def missing(compiled: Any, name: str) -> NoReturn:
+        raise no_attribute(compiled, name)
+
+    for name, method in {"__repr__": summary, "__dir__": listed, "__getattr__": missing}.items():
+        setattr(cls, name, method)
+    return cls
 
 
 def summary(compiled: Any) -> str:

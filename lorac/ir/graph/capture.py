@@ -383,6 +383,8 @@ def _failure(host: nn.Module, guards: Sequence[Guard], error: Exception) -> Capt
         line = line or (guards[0].line if guards else None)
         reason = " ".join(str(error).partition("The error above")[0].split())
         step = "give dynamic_shapes= that this line admits, or change the line"
+        if line is None:
+            step = "give dynamic_shapes= by the names of the inputs, as torch.export takes them"
     elif isinstance(error, _Recast):
         step = "call the model once before compiling, if only its first call casts; or compile with dtype='float32'"
     elif not isinstance(error, _ValuesNeeded | GuardOnDataDependentSymNode):
