@@ -43,7 +43,6 @@ def test_nodes_stand_in_their_module_and_read_its_slots(compiled: lorac.Compiled
     branch = str(compiled.graph["main"].emitted.at("body.layers.1"))
     assert re.search(r"= If .*then=\(.*MatMul", branch), "what is left out where the branch is off"
     assert "= If" not in text
-    assert str(compiled.graph["main"].emitted).count("= If") == 1, "printed once, though its module is entered twice"
     for row in compiled.graph["main"].emitted.dump.rows:
         assert row.kind != "value" or row.modules or not row.site
 

@@ -12,7 +12,7 @@ import torch
 import lorac
 from lorac.errors import Unavailable
 from lorac.ir.graph.graph import Graph, Level
-from lorac.ir.view.dump import Dump, dump
+from lorac.ir.view.dump import Dump, Row, dump
 from lorac.ir.view.picture.modules import parts_of
 from lorac.ir.view.printer import diff_dumps, to_text
 from tests import goldens
@@ -216,6 +216,22 @@ def test_a_graph_without_slots_prints(tmp_path: Path) -> None:
     model = entry.fresh()
     graph = Graph("main", export(model, entry.inputs()), lorac.sites(model), {})
     goldens.check("plain_conv_host", to_text(dump(graph)))
+
+
+def test_a_block_that_is_left_and_entered_again_is_printed_both_times() -> None:
+    """As rewrites of an emitted program leave it."""
+    inside = {"blocks": ("net.0",), "modules": ("net", "net.0")}
+    rows = (
+        Row("in", "x", "", type="t"),
+        Row("value", "one", "sin \x00", (0,), "t", **inside),
+        Row("value", "between", "exp \x00", (1,), "t"),
+        Row("value", "two", "cos \x00", (2,), "t", **inside),
+        Row("out", "", "\x00", (3,), "t"),
+    )
+    found = Dump("main", "emitted", rows)
+    text = to_text(found)
+    assert [text.count(op) for op in (" = sin", " = exp", " = cos")] == [1, 1, 1]
+    assert [diff_dumps(Dump("main", "host", ()), found).count(op) for op in (" = sin", " = cos")] == [1, 1]
 
 
 def test_what_the_passes_left_alone_is_told() -> None:

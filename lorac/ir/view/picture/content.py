@@ -134,6 +134,8 @@ def sites_told(facts: Facts) -> dict[str, dict[str, Any]]:
 
 
 def _term(row: ExplainedTerm, term: DescribedTerm, facts: Facts) -> dict[str, Any]:
+    why = [told_reason(reason, (row.adapter,)) for reason in row.reasons]
+    more = term.unfusable is not None and term.unfusable not in why
     return {
         "adapter": row.adapter,
         "colour": facts.colour(row.adapter),
@@ -142,14 +144,14 @@ def _term(row: ExplainedTerm, term: DescribedTerm, facts: Facts) -> dict[str, An
         "state": row.state,
         "means": STATES[row.state],
         "strength": row.strength,
-        "why": [told_reason(reason, (row.adapter,)) for reason in row.reasons],
+        "why": why,
         "tensors": " ".join(f"{part.name}{list(part.shape)}" for part in term.parts),
         "slots": [f"{ROLES[slot].letter} {ROLES[slot].meaning}" if slot in ROLES else slot for slot in row.slots],
         "dtype": row.dtype,
         "size": told_size(row.nbytes),
         "flops": f"{term.flops:,}".replace(",", " ") if term.flops else "",
         "swap": row.swap,
-        "merged": f"cannot be merged: {term.unfusable}" if term.unfusable else "",
+        "merged": f"cannot be merged: {term.unfusable}" if more else "",
     }
 
 
