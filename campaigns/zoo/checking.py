@@ -1,13 +1,15 @@
 """One model of the zoo through lorac: what comes of it, as a record.
 
 Every step says whose it is. What the host cannot do by itself, and what PEFT cannot, is none of lorac's failures; what
-lorac refuses with an error of its own is ``refused``; numbers that are not PEFT's are ``wrong``; everything else that
+lorac refuses with an error of its own is ``refused``, or ``fixed`` where that is another size than a program is right
+at; numbers that are not PEFT's are ``wrong``; everything else that
 is raised is ``untyped``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import tempfile
 import time
@@ -33,7 +35,9 @@ WAYS = (("eager", "live"), ("onnxruntime", "live"), ("onnxruntime", "fused"))
 """(target, mode), each a column of the page."""
 EXAMPLE, OTHER = (2, 7), (3, 11)
 """(rows, length) of the call that lorac is shown, and of another that it has to answer as well."""
-OK, REFUSED, WRONG, UNTYPED = "ok", "refused", "wrong", "untyped"
+NARROWER = {"length": (2, 11), "rows": (3, 7), "nothing": EXAMPLE}
+"""What may still vary of a program that the model's own loops fix -> (rows, length) of the other call."""
+OK, FIXED, REFUSED, WRONG, UNTYPED = "ok", "fixed", "refused", "wrong", "untyped"
 HOST_CANNOT, PEFT_CANNOT, TIMEOUT = "host-cannot", "peft-cannot", "timeout"
 Record = dict[str, Any]
 Ways = tuple[tuple[str, str], ...]
@@ -163,18 +167,49 @@ def _way(subject: _Subject, target: str, mode: str) -> Record:
         begun = time.process_time()
         compiled = _compiled(subject, target, mode)
         record["seconds"] = round(time.process_time() - begun, 2)
-        answers = _Answers.of(compiled, subject.calls)
+        return {**record, **_answered(subject, compiled, target, before)}
     except lorac.LoracError as error:
         return {**record, **_cause(error), "outcome": REFUSED, "next": error.next_step}
     except Exception as error:
         return {**record, **_cause(error), "outcome": UNTYPED}
+
+
+def _answered(subject: _Subject, compiled: Any, target: str, before: tuple[Any, ...]) -> Record:
+    """What comes of a compiled model's answers; where it refuses another size, of those at sizes nearer the example."""
+    try:
+        return _judged(subject, compiled, target, before)
+    except lorac.errors.InputMismatch as error:
+        refused = {**_cause(error), "next": error.next_step}
+    for free, (rows, length) in NARROWER.items():
+        with contextlib.suppress(lorac.errors.InputMismatch):
+            found = _judged(_at(subject, rows, length), compiled, target, before)
+            return {**refused, "outcome": FIXED, "free": free} if found["outcome"] == OK else found
+    return {**refused, "outcome": REFUSED}
+
+
+def _at(subject: _Subject, rows: int, length: int) -> _Subject:
+    """The same model, called at another size besides the example's."""
+    assert subject.adapted is not None
+    other = subject.entry.inputs(subject.host, rows, length, 1)
+    base, right = answer(subject.host, other), answer(subject.adapted.oracle, other)
+    return dataclasses.replace(
+        subject,
+        calls=[subject.calls[0], other],
+        base=[subject.base[0], base],
+        reference=[subject.reference[0], right],
+    )
+
+
+def _judged(subject: _Subject, compiled: Any, target: str, before: tuple[Any, ...]) -> Record:
+    """Whether a compiled model answers rightly, and left the host alone."""
+    answers = _Answers.of(compiled, subject.calls)
     try:
         _compare(subject, answers, exact=target == "eager")
         assert adapting.fingerprint(subject.host) == before, "the host's flags, modules, hooks or random state changed"
         _left_alone(subject)
     except AssertionError as error:
-        return {**record, **_cause(error), "outcome": WRONG}
-    return {**record, "outcome": OK}
+        return {**_cause(error), "outcome": WRONG}
+    return {"outcome": OK}
 
 
 def _compiled(subject: _Subject, target: str, mode: str) -> Any:

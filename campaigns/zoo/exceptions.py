@@ -14,7 +14,9 @@ TILED = ("llava_next", "llava_next_video", "llava_onevision")
 """Vision-language models that see an image whole and in tiles."""
 SECTIONED = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]}
 """Rotations by time, height and width, of heads of eight."""
+_SECTIONED = ("qwen2_vl", "qwen2_5_vl", "glm4v", "glm46v", "glmga")
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8},
     "blip-2": {"image_token_index": 105},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
@@ -41,7 +43,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "nemotron_h": {"n_groups": 2, "mamba_num_heads": 4, "mamba_head_dim": 16},
     **{name: {"embed_dim": 16, "image_size": 64, "window_size": 2} for name in ("swin", "swinv2", "donut-swin")},
     **{name: {"image_grid_pinpoints": [[32, 32]]} for name in TILED},
-    **{name: {"text_config": {"rope_parameters": SECTIONED}} for name in ("qwen2_vl", "qwen2_5_vl")},
+    **{name: {"text_config": {"rope_parameters": SECTIONED}} for name in _SECTIONED},
     "siglip2": {"vision_config": {"num_patches": 16}},
     "vipllava": {"vision_feature_layers": [-2, -1]},
     "wav2vec2-bert": {"vocab_size": 40},

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from campaigns.zoo.checking import HOST_CANNOT, OK, PEFT_CANNOT, REFUSED, TIMEOUT, UNTYPED, WRONG
+from campaigns.zoo.checking import FIXED, HOST_CANNOT, OK, PEFT_CANNOT, REFUSED, TIMEOUT, UNTYPED, WRONG
 
 Record = Mapping[str, Any]
 WAYS = ("eager live", "onnxruntime live", "onnxruntime fused")
@@ -34,7 +34,9 @@ adapter for it (LoRA on every layer that PEFT's LoRA adapts, experts by "all-lin
 hosts), and lorac has to answer as PEFT does by the measure of `lorac/testing/parity.py`: at the size it was shown and
 at another, with the adapter, without it and with it again, and with the host left as it was.
 
-*ok* is all of that. *refused* is an error of lorac's own that says what to do. *wrong* is other numbers than PEFT's or
+*ok* is all of that. *fixed* is that too, at another number of rows or another length alone, or at the example's size
+alone: the model's own Python loops over the other, which the error at another size names with its line. *refused* is
+any other error of lorac's own that says what to do. *wrong* is other numbers than PEFT's or
 the base's; *untyped* is any other error. What the host cannot do by itself, or PEFT, is not counted. Seconds are of one
 processor; the ratio is to exporting the same model to ONNX Runtime without lorac.
 """
@@ -181,6 +183,10 @@ def _totals(records: Sequence[Record]) -> str:
         members = [r for r in among if outcome(r, way) != UNKNOWN and (not family or r["family"] == family)]
         return _share(sum(outcome(record, way) == OK for record in members), len(members))
 
+    def fixed(way: str, among: Sequence[Record]) -> str:
+        members = [r for r in among if outcome(r, way) != UNKNOWN]
+        return _share(sum(outcome(record, way) in (OK, FIXED) for record in members), len(members))
+
     ratios = [r for record in run if (r := ratio(record)) is not None]
     of = {name: sum(name in {outcome(r, way) for way in WAYS} for r in run) for name in (WRONG, UNTYPED, TIMEOUT)}
     ours = sum(any(found.get("class") in OURS for found in record["ways"].values()) for record in run)
@@ -192,6 +198,7 @@ def _totals(records: Sequence[Record]) -> str:
         ("eager, of what PEFT runs", ok(EAGER, run), "98 %"),
         ("ONNX Runtime live, of what eager runs", ok(LIVE, eager), "92 %"),
         ("ONNX Runtime fused, of what eager runs", ok(FUSED, eager), "92 %"),
+        ("ONNX Runtime live, of what eager runs, with those at fixed sizes", fixed(LIVE, eager), ""),
         ("vision-language, ONNX Runtime", ok(LIVE, run, "vision-language"), "9 of 12"),
         ("CTC, ONNX Runtime", ok(LIVE, run, "CTC"), "9 of 11"),
         ("experts, ONNX Runtime", ok(LIVE, run, "experts"), "8 of 10"),
@@ -209,6 +216,7 @@ def _overview(families: Mapping[str, Sequence[Record]]) -> str:
         "eager",
         "live",
         "fused",
+        "fixed",
         "refused",
         "wrong",
         "untyped",
@@ -224,7 +232,7 @@ def _overview(families: Mapping[str, Sequence[Record]]) -> str:
         ratios = [found for record in run if (found := ratio(record)) is not None]
         rows.append((
             name, str(len(members)), str(len(run)), *(str(outcomes[way].count(OK)) for way in WAYS),
-            *(str(sum(one in found for found in every)) for one in (REFUSED, WRONG, UNTYPED)),
+            *(str(sum(one in found for found in every)) for one in (FIXED, REFUSED, WRONG, UNTYPED)),
             _median(seconds), _median(ratios),
         ))  # fmt: skip
     note = "Models that are *ok* by target and mode, and those that are anything else on any; medians of live.\n"

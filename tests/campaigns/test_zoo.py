@@ -77,6 +77,31 @@ def test_what_the_host_or_peft_cannot_is_theirs() -> None:
     assert dropped["outcome"] == "host-cannot" and "differently" in dropped["message"]
 
 
+class Steps(nn.Module):
+    """A linear layer and a loop over time, as state-space models have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x)
+        state, states = torch.zeros_like(y[:, 0]), []
+        for step in range(y.shape[1]):
+            state = torch.tanh(state + y[:, step])
+            states.append(state)
+        return torch.stack(states, 1)
+
+
+@pytest.mark.filterwarnings("ignore::lorac.LoracWarning")
+def test_a_model_that_loops_over_time_is_right_at_its_length() -> None:
+    shapes = {"x": {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}}
+    given = Entry("here/steps", "here", Steps, _call, shapes=lambda call: shapes)
+    found = checking.check(given, plain=False, ways=(("onnxruntime", "live"),))["ways"]["onnxruntime live"]
+    assert (found["outcome"], found["free"]) == ("fixed", "rows")
+    assert "for step in range(y.shape[1])" in found["message"]
+
+
 class Reads(nn.Module):
     """A convolution whose stride its forward reads, which PEFT's wrapper does not have."""
 
