@@ -164,8 +164,8 @@ def export(
 
 def _exported(
     model: nn.Module, example_inputs: Any, dynamic_shapes: Any, blocks: Collection[str], prefix: str
-) -> tuple[ExportedProgram, list[Guard]]:
-    """As ``export``, with what the trace takes for granted and where."""
+) -> tuple[ExportedProgram, list[Guard], Arguments]:
+    """As ``export``, with what the trace takes for granted and where, and what it was given."""
     given = default_inputs(model) if example_inputs is None else example_inputs
     arguments = Arguments.of(model, _named(model, given))
     named = bool(arguments.fixed) or isinstance(given, Mapping) or is_hugging_face(model)
@@ -178,7 +178,7 @@ def _exported(
             attempts = [(wide(model, inputs, dynamic_shapes), _without(model, dynamic_shapes, arguments))]
         program, guards = _first_trace(host, attempts)
     _refuse_objects(program)
-    return qualified(program, prefix), guards
+    return qualified(program, prefix), guards, arguments
 
 
 def _named(model: nn.Module, given: Any) -> dict[str, Any]:
@@ -271,9 +271,7 @@ def capture(
         model, inputs, dynamic_shapes, blocks, prefix: as ``export`` takes them.
         sites, plans: the host's, of which the graph keeps those of this model.
     """
-    exported, guards = _exported(model, inputs, dynamic_shapes, blocks, prefix)
-    given = default_inputs(model) if inputs is None else inputs
-    arguments = Arguments.of(model, by_name(model, given))
+    exported, guards, arguments = _exported(model, inputs, dynamic_shapes, blocks, prefix)
     named = arguments.inputs
     shapes = default_shapes(model, named) if dynamic_shapes is None else by_name(model, dynamic_shapes)
     own = {path: plan for path, plan in plans.items() if path.startswith(prefix)}
