@@ -51,6 +51,9 @@ def swap(
     folder: Folder,
     adapters: Annotated[str, typer.Argument(help="none, NAME, or A=0.7,B=0.3.")],
     save: Annotated[bool, typer.Option(help="Make the choice the folder's active one.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write the choice for ONNX Runtime alone (.onnx_adapter).")
+    ] = None,
 ) -> None:
     """Swap adapters in a compiled model and report what it cost."""
     compiled = _loaded(folder)
@@ -59,6 +62,8 @@ def swap(
         f"{report.state}: {report.sites} sites, {report.bytes:,} bytes, {report.seconds * 1e3:.2f} ms, "
         f"calls held {report.blocked_seconds * 1e3:.2f} ms"
     )
+    if out is not None:
+        compiled.save_choice(out, parse_spec(adapters))
     if save:
         compiled.save(folder)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -22,14 +23,16 @@ from lorac.ir.host.sites import BaseReader, Site, find_sites, stored_tensor
 from lorac.ir.slots.choice import Active, Choice
 from lorac.ir.slots.site import BranchFill, Prepared
 from lorac.ir.slots.training import Dropout, LiveTerm
-from lorac.ir.store.tensors import TensorFile, file_base
+from lorac.ir.store.tensors import file_base
 from lorac.runtime import artifact
 from lorac.runtime.compiled import Compiled
 from lorac.runtime.host import Host
 from lorac.runtime.pool import Pool
-from lorac.runtime.views import Stages
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
+
+if TYPE_CHECKING:
+    from lorac.runtime.views import Stages
 
 Source = str | Path | Adapter | Variant
 """What an adapter can be given as."""
@@ -40,23 +43,27 @@ class Lasting:
 
     Args:
         host: the host model, or what an artefact has of it.
-        base: reads base weights; default: the host's.
 
     Attributes:
         sites: every site of the host, and the parameters that adapters replace.
         pool: the adapters, prepared.
-        stages: how the graphs looked after each pass.
         request: what the engine was built from, where it runs the host itself.
     """
 
-    def __init__(self, host: Host, base: BaseReader | None = None) -> None:
+    def __init__(self, host: Host) -> None:
         self.host = host
         self.sites: dict[str, Site] = find_sites(host.module)
-        self.base = base or BaseReader(self._weight, self._bias)
+        self.base = BaseReader(self._weight, self._bias)
         self.preparer = Preparer(self.sites, self.base)
         self.pool = Pool(self.prepare)
-        self.stages = Stages()
         self.request: BuildRequest[TargetOptions] | None = None
+
+    @functools.cached_property
+    def stages(self) -> Stages:
+        """What the passes did to each graph: nothing, until they do."""
+        from lorac.runtime.views import Stages
+
+        return Stages()
 
     # --- adapters ----------------------------------------------------------------------------------------------
 
@@ -79,6 +86,10 @@ class Lasting:
         """Prepare an adapter and put it into the pool."""
         self.pool.put(adapter, self.pool.prepare(adapter))
 
+    def restore(self, name: str, path: Path) -> None:
+        """Put an adapter of an artefact into the pool; it is prepared when it is first asked for."""
+        self.pool.put_later(self.load(path, name))
+
     def _read(self, source: Source, name: str | None, model: nn.Module) -> Adapter:
         if isinstance(source, str | Path):
             return load_adapter(source, model, name)  # its format holds it against the model
@@ -97,14 +108,7 @@ class Lasting:
     @torch.no_grad()
     def outline(self, adapter: Adapter) -> Prepared:
         """An adapter's normal forms with their shapes alone, for sites whose base weight is not kept."""
-
-        def ones(site: Site) -> torch.Tensor:
-            return torch.ones(*site.stacked, site.out_features, site.in_features, dtype=site.dtype)
-
-        def bias(site: Site) -> torch.Tensor | None:
-            return torch.zeros(site.out_features, dtype=site.dtype) if site.bias else None
-
-        return Preparer(self.sites, BaseReader(ones, bias)).prepare(adapter)
+        return Preparer(self.sites, _SHAPES).prepare(adapter)
 
     # --- training ----------------------------------------------------------------------------------------------
 
@@ -137,10 +141,14 @@ class Lasting:
 
     # --- the program -------------------------------------------------------------------------------------------
 
-    def let_go(self, tensors: TensorFile) -> None:
-        """Let go what an engine over an emitted program does not need of the host, given the base weights."""
-        self.host.let_go(tensors)
-        self.base = self.preparer.base = file_base(tensors)
+    def let_go(self, tensors: Mapping[str, torch.Tensor] | None) -> None:
+        """Let go what an engine over an emitted program does not need of the host, given its base weights."""
+        self.host.let_go(tensors or {})
+        self.read_from(tensors)
+
+    def read_from(self, tensors: Mapping[str, torch.Tensor] | None) -> None:
+        """Read base weights from these from now on; None: only shapes are asked for any more, in reports."""
+        self.base = self.preparer.base = _SHAPES if tensors is None else file_base(tensors)
 
     def shown(self) -> Stages:
         """What the passes did to each graph; a host that runs as it is is captured for it now."""
@@ -160,6 +168,7 @@ class Lasting:
             folder,
             host=self.host.described,
             store=lambda staged: backend.store(compiled.engine, staged, request),
+            reductions=self.preparer.stored_reductions(self.pool.adapters.values()),
             save_adapter=functools.partial(save_adapter, format="native"),
         )
 
@@ -169,6 +178,18 @@ class Lasting:
 
     def _bias(self, site: Site) -> torch.Tensor | None:
         return self.host.module.get_parameter(site.bias).detach() if site.bias else None
+
+
+def _ones(site: Site) -> torch.Tensor:
+    return torch.ones(*site.stacked, site.out_features, site.in_features, dtype=site.dtype)
+
+
+def _zeros(site: Site) -> torch.Tensor | None:
+    return torch.zeros(site.out_features, dtype=site.dtype) if site.bias else None
+
+
+_SHAPES = BaseReader(_ones, _zeros)
+"""Stands for base weights where only shapes are asked for."""
 
 
 def _refuse_nameless(name: object) -> None:

@@ -127,8 +127,9 @@ def test_run_answers_as_peft(cli, files):
 
 
 def test_swap_and_save(cli, files):
-    code, out, _ = cli("swap", "compiled", "sql=0.7,style=0.3")
+    code, out, _ = cli("swap", "compiled", "sql=0.7,style=0.3", "--out", str(files.folder / "both.onnx_adapter"))
     assert code == 0
+    assert (files.folder / "both.onnx_adapter").read_bytes()[4:8] == b"TORT"
     assert "bound: 9 sites, " in out
     assert lorac.load(files.folder / "compiled").active == {}
     code, _, _ = cli("swap", "compiled", "style", "--save")

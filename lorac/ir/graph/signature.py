@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from lorac.errors import ArtifactError, ChoiceError, nearest_name
-from lorac.ir.graph.axes import in_program
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.outputs import Structure, output_names, structure_from_json, structure_to_json
 from lorac.ir.graph.sizes import Sizes
@@ -182,6 +181,11 @@ class CallSignature:
         sizes = Sizes.from_json(stored["sizes"])
         fixed = stored["fixed"]
         return cls(**names, fixed=fixed, structure=structure, below=below, spelled=spelled, sizes=sizes)
+
+
+def in_program(argument: str) -> str:
+    """What torch calls the input of a program that an argument of forward becomes."""
+    return argument.lower()
 
 
 def _spelled(host: torch.nn.Module, inputs: Collection[str]) -> dict[str, str]:
