@@ -127,9 +127,8 @@ def test_run_answers_as_peft(cli, files):
 
 
 def test_swap_and_save(cli, files):
-    code, out, _ = cli("swap", "compiled", "sql=0.7,style=0.3", "--out", str(files.folder / "both.onnx_adapter"))
+    code, out, _ = cli("swap", "compiled", "sql=0.7,style=0.3")
     assert code == 0
-    assert (files.folder / "both.onnx_adapter").read_bytes()[4:8] == b"TORT"
     assert "bound: 9 sites, " in out
     assert lorac.load(files.folder / "compiled").active == {}
     code, _, _ = cli("swap", "compiled", "style", "--save")
@@ -149,6 +148,9 @@ def test_compile_for_onnxruntime(cli, files):
     code, out, _ = cli("compile", "model", "-a", "sql", "-o", "for_ort")
     assert (code, out) == (0, "for_ort: onnxruntime, auto, adapters sql, active {'sql': 1.0}\n")
     assert lorac.load(files.folder / "for_ort").engine.target == "onnxruntime"
+    code, _, _ = cli("swap", "for_ort", "sql=0.5", "--out", "half.onnx_adapter")
+    assert code == 0
+    assert (files.folder / "half.onnx_adapter").read_bytes()[4:8] == b"TORT"
 
 
 @pytest.mark.parametrize(
