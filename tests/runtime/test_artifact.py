@@ -163,21 +163,17 @@ def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
 
 
 def test_loading_needs_neither_transformers_nor_the_model(tmp_path: Path) -> None:
+    """In eager; for ONNX Runtime even less is imported (the next test)."""
     inputs = ZOO["plain_mlp"].inputs(seed=1)
-    expected = {}
-    for target in TARGETS:
-        compiled, _ = make_compiled("plain_mlp", target, "live")
-        compiled.save(tmp_path / target)
-        expected[target] = compiled(**inputs).detach()
-    torch.save((inputs, expected), tmp_path / "expected.pt")
+    compiled, _ = make_compiled("plain_mlp", "eager", "live")
+    compiled.save(tmp_path / "it")
+    torch.save((inputs, compiled(**inputs).detach()), tmp_path / "expected.pt")
     script = (
         "import sys\n"
         "for name in ('transformers', 'tests', 'peft'): sys.modules[name] = None\n"
         "import torch, lorac\nfrom lorac.testing.checks import assert_close\n"
         f"inputs, expected = torch.load({str(tmp_path / 'expected.pt')!r})\n"
-        "for target, y in expected.items():\n"
-        f"    z = lorac.load({str(tmp_path)!r} + '/' + target)(**inputs)\n"
-        "    assert_close(z, y)\n"
+        f"assert_close(lorac.load({str(tmp_path / 'it')!r})(**inputs), expected)\n"
     )
     run_python(script)
 
