@@ -142,8 +142,10 @@ def safetensors(data: bytes, random: random.Random) -> bytes:
     header = json.loads(text)
     metadata = header.pop("__metadata__", {})
     tensors = {name: _tensor(entry, rest) for name, entry in header.items()}
-    if how < 0.7 and "lorac" in metadata:
-        metadata["lorac"] = json_text(metadata["lorac"].encode(), random).decode("utf-8", "replace")
+    told = [entry for entry in metadata if entry != "lorac_seal"]
+    if how < 0.7 and told:
+        entry = random.choice(told)
+        metadata[entry] = json_text(metadata[entry].encode(), random).decode("utf-8", "replace")
     else:
         _change_tensors(tensors, random)
     return _file(tensors, metadata, random)

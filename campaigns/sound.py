@@ -52,14 +52,14 @@ class Sound:
 
 
 class Two(nn.Module):
-    """What artefacts are compiled from."""
+    """What artefacts are compiled from; its weights are large enough to lie beside an ONNX model."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(12, 6), nn.Linear(6, 12)
+        self.up, self.down = nn.Linear(24, 16), nn.Linear(16, 24)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """y (…, 12) from x (…, 12)."""
+        """y (…, 24) from x (…, 24)."""
         return self.down(torch.tanh(self.up(x)))
 
 
@@ -117,7 +117,7 @@ def _pickled(source: Path, target: Path) -> None:
 
 def _artefacts(folder: Path, wanted: Iterable[tuple[str, str]]) -> Iterator[Sound]:
     torch.manual_seed(0)
-    host, x = Two().eval(), torch.randn(3, 12)
+    host, x = Two().eval(), torch.randn(3, 24)
     adapters = {"a": lorac.LoRA(r=2, targets=["up", "down"]), "b": lorac.DoRA(r=1, targets=["up"])}
     for target, mode in wanted:
         compiled = lorac.compile(host, adapters, target, {"x": x}, mode=mode, active={"a": 0.7})

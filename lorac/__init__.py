@@ -19,7 +19,8 @@ from lorac.version import VERSION
 if TYPE_CHECKING:
     from lorac.adapters.as_lora import to_lora
     from lorac.adapters.factors import factors
-    from lorac.compiler.api import compile, load
+    from lorac.compiler.api import compile
+    from lorac.compiler.loading import load
     from lorac.formats import load_adapter, save_adapter
     from lorac.ir.host.sites import find_sites as sites
     from lorac.ir.slots.choice import Active
@@ -81,7 +82,7 @@ _HOMES = {
     "budget": "lorac.spending",
     "compile": "lorac.compiler.api",
     "factors": "lorac.adapters.factors",
-    "load": "lorac.compiler.api",
+    "load": "lorac.compiler.loading",
     "load_adapter": "lorac.formats",
     "save_adapter": "lorac.formats",
     "sites": "lorac.ir.host.sites:find_sites",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from lorac.ir.host.sites import BaseReader, Site, SiteKind, factor_dtype
 from lorac.ir.slots.run import Ctx
 from lorac.ir.slots.site import BranchSlot, BranchTerm, Prepared, Reason
 from lorac.ir.slots.training import Moved
+from lorac.ir.store.reductions import check_sizes, reduction_from_json, reduction_to_json
+from lorac.variants._absent import homes
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant, Variant, WeightVariant
 
@@ -33,10 +35,21 @@ _FORMULAS = ("weight", "new_bias", "branch")
 
 
 class Preparer:
-    """Prepares adapters; a structure is reduced once."""
+    """Prepares adapters; a structure is reduced once.
+
+    Args:
+        sites: every site of the model.
+        base: reads base weights.
+        rules: the algebra's table.
+
+    Attributes:
+        stored: reductions as an artefact has them, by structure (``stored_reductions``): what is there is not traced.
+    """
 
     def __init__(self, sites: Mapping[str, Site], base: BaseReader, rules: Sequence[NamedRule] = RULES) -> None:
         self.sites, self.base, self.rules = sites, base, tuple(rules)
+        self.stored: Mapping[str, Any] = {}
+        self._read: dict[str, Reduction] = {}
         self._common: Any = WeakTensorKeyDictionary()
         self._asked: dict[str, tuple[Variant, Shapes, Reduction]] = {}
 
@@ -89,12 +102,37 @@ class Preparer:
         shape = (site.out_features, site.in_features)
         method = (type(here), *(getattr(type(here), formula, None) for formula in _FORMULAS), repr(here))
         key = (*method, site.kind, _grouped(site), shape, shapes, site.dtype, self.rules)
+        if self.stored and (text := _spelled(here, site, shapes)) in self.stored:
+            return self._from_stored(text, shape, tensors.values())
         found = _REDUCTIONS.get(key)
         if found is None:
             found = _REDUCTIONS[key] = self._reduce(here, site, shape, tensors)
             for oldest in list(_REDUCTIONS)[:-_MOST_REDUCTIONS]:
                 _REDUCTIONS.pop(oldest, None)
         return found
+
+    def _from_stored(self, text: str, shape: tuple[int, int], tensors: Iterable[Tensor]) -> Reduction:
+        """What an artefact has of a structure; it is kept for this model alone."""
+        found = self._read.get(text)
+        if found is None:
+            found = reduction_from_json(self.stored[text])
+            check_sizes(found, shape, tensors)
+            self._read[text] = found
+        return found
+
+    def stored_reductions(self, adapters: Iterable[Adapter]) -> dict[str, Any]:
+        """The reductions of adapters as JSON, by structure; those of methods that are not lorac's own are left out."""
+        found: dict[str, Any] = {}
+        for adapter, path in ((one, path) for one in adapters for path in one.tensors):
+            site, tensors = self.sites[path], adapter.tensors[path]
+            here = adapter.variant.at(site)
+            shapes = tuple([(name, (tensor[0] if site.stack else tensor).shape) for name, tensor in tensors.items()])
+            text = _spelled(here, site, shapes)
+            if text in found or homes(here):
+                continue
+            told = reduction_to_json(self.reduction(adapter.variant, site, tensors))
+            found |= {} if told is None else {text: told}
+        return dict(sorted(found.items()))
 
     def change(self, reduction: Reduction, site: Site, tensors: Mapping[str, Tensor]) -> Change:
         """The normal form's tensors for one term, computed in the factors' dtype."""
@@ -195,6 +233,13 @@ class Preparer:
             return Reduction(BRANCH, torch.fx.GraphModule(nn.Module(), torch.fx.Graph()), tuple(tensors), ("y",))
         branch, ctx = Formula(variant.branch, variant.name, site.path), Ctx(site)
         return reduce_branch(lambda x, y, p: branch(x, y, p, ctx, like=y), shape, examples, dtype, self.rules)
+
+
+def _spelled(here: Variant, site: Site, shapes: Shapes) -> str:
+    """A structure as text: what a reduction depends on, as long as the methods are lorac's own."""
+    told = {name: list(shape) for name, shape in shapes}
+    kind = f"{site.kind} {site.out_features}x{site.in_features} {_grouped(site)} {site.dtype}"
+    return f"{here.name}{_structure(here)} {kind} {told}"
 
 
 def _grouped(site: Site) -> bool:

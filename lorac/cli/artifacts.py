@@ -63,6 +63,9 @@ def swap(
     folder: Folder,
     adapters: Annotated[str, typer.Argument(help="none, NAME, or A=0.7,B=0.3.")],
     save: Annotated[bool, typer.Option(help="Make the choice the folder's active one.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write the choice for ONNX Runtime alone (.onnx_adapter).")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Swap adapters in a compiled model and report what it cost."""
@@ -71,6 +74,9 @@ def swap(
         compiled = _loaded(folder)
         steps.step("swapping")
         report = compiled.swap(parse_spec(adapters))
+        if out is not None:
+            steps.step("writing")
+            compiled.save_choice(out, parse_spec(adapters))
         if save:
             steps.step("saving")
             compiled.save(folder)

@@ -8,15 +8,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lorac.analysis.explain import explain
+from lorac.compiler.assembly import Assembly
 from lorac.compiler.fidelity import hold_against_host, refuse_unrunnable
 from lorac.compiler.handed import Named
 from lorac.compiler.precision import Precision
 from lorac.compiler.services import Lasting
 from lorac.errors import CaptureFailed, ChoiceError
-from lorac.formats import save_adapter
-from lorac.formats.native import recorded
-from lorac.ir.engine import AnyDialect, Backend, BuildRequest, Engine, TargetOptions
+from lorac.ir.engine import AnyDialect, Backend, BuildRequest, TargetOptions
 from lorac.ir.graph.capture import capture
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.program import Program
@@ -28,14 +26,11 @@ from lorac.ir.slots.planning import Reserve, plan_sites
 from lorac.ir.slots.reads import tapped
 from lorac.ir.slots.site import SitePlan
 from lorac.ir.slots.snapshot import compose_choice
-from lorac.ir.store.tensors import TensorFile
 from lorac.passes.insert import refuse_idle
 from lorac.passes.pipelines import lowering, run_pipeline
 from lorac.runtime.compiled import Compiled
-from lorac.runtime.components import Traits, traits_of
+from lorac.runtime.components import traits_of
 from lorac.runtime.host import Again
-from lorac.runtime.module import compiled_module
-from lorac.runtime.services import Services
 
 _AS_IT_WAS = Precision()
 
@@ -72,7 +67,6 @@ class Compilation:
         self, lasting: Lasting, backend: Backend[TargetOptions], again: Again, precision: Precision = _AS_IT_WAS
     ) -> None:
         self.lasting, self.backend, self.again, self.precision = lasting, backend, again, precision
-        self.traits: Mapping[str, Traits] = {}
         self.examples: dict[str, object] = {}
 
     def run(self, sources: Sequence[Named], asked: Asked) -> Compiled:
@@ -102,7 +96,6 @@ class Compilation:
         """
         lasting = self.lasting
         model = lasting.host.module
-        self.traits = traits_of(model)
         request = BuildRequest(
             model=model,
             sites=lasting.sites,
@@ -118,44 +111,16 @@ class Compilation:
         if engine.files is None:
             lasting.request = request
         else:
-            lasting.let_go(TensorFile(self.backend.base_file(engine.files)))
-        return self.assembled(engine, plans, mode, choice)
-
-    def assembled(self, engine: Engine, plans: Mapping[str, SitePlan], mode: str, choice: Spec) -> Compiled:
-        """The compiled model over an engine, with a choice active."""
-        lasting = self.lasting
-        compiled = Compiled() if engine.module is None else compiled_module(engine.module)
-        compiled.setup(
-            engine=engine,
-            plans=plans,
-            sites=lasting.sites,
-            base=lasting.base,
-            pool=lasting.pool,
-            services=self._services(),
-            mode=mode,
+            lasting.let_go(self.backend.base_of(engine.files))
+        assembly = Assembly(
+            lasting=lasting,
+            backend=self.backend,
+            again=self.again,
+            precision=self.precision,
+            traits=traits_of(model),
+            examples=self.examples,
         )
-        compiled.registered()
-        if mode == "baked":
-            compiled.mark_baked(parse_choice(choice, lasting.pool))
-        elif choice is not None:
-            compiled.swap(choice)
-        return compiled
-
-    def _services(self) -> Services:
-        lasting = self.lasting
-        return Services(
-            load=lasting.load,
-            outline=lasting.outline,
-            recompile=functools.partial(lasting.host.recompiled, self.again, self.examples),
-            save=functools.partial(lasting.save, self.backend),
-            record=recorded,
-            save_adapter=lambda adapter, folder: save_adapter(adapter, folder, model=lasting.host.module),
-            explain=explain,
-            stages=lasting.shown,
-            casts=self.precision.lost,
-            fit=self.precision.fit_call,
-            traits=self.traits,
-        )
+        return assembly.over(engine, plans, mode, choice)
 
     def _choice(self, active: Spec, mode: str) -> Spec:
         names = list(self.lasting.pool)

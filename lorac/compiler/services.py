@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -26,16 +28,18 @@ from lorac.ir.slots.site import BranchFill, Prepared
 from lorac.ir.slots.training import Dropout, LiveTerm
 from lorac.ir.store.forms import read_forms, write_forms
 from lorac.ir.store.held import HeldFile
-from lorac.ir.store.tensors import TensorFile, file_base
+from lorac.ir.store.tensors import file_base
 from lorac.kinds import expect
 from lorac.runtime import artifact
 from lorac.runtime.compiled import Compiled
 from lorac.runtime.host import Host
 from lorac.runtime.pool import Pool
-from lorac.runtime.views import Stages
 from lorac.variants._absent import homes
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
+
+if TYPE_CHECKING:
+    from lorac.runtime.views import Stages
 
 
 class Lasting:
@@ -43,23 +47,27 @@ class Lasting:
 
     Args:
         host: the host model, or what an artefact has of it.
-        base: reads base weights; default: the host's.
 
     Attributes:
         sites: every site of the host, and the parameters that adapters replace.
         pool: the adapters, prepared.
-        stages: how the graphs looked after each pass.
         request: what the engine was built from, where it runs the host itself.
     """
 
-    def __init__(self, host: Host, base: BaseReader | None = None) -> None:
+    def __init__(self, host: Host) -> None:
         self.host = host
         self.sites: dict[str, Site] = find_sites(host.module)
-        self.base = base or BaseReader(self._weight, self._bias)
+        self.base = BaseReader(self._weight, self._bias)
         self.preparer = Preparer(self.sites, self.base)
         self.pool = Pool(self.prepare)
-        self.stages = Stages()
         self.request: BuildRequest[TargetOptions] | None = None
+
+    @functools.cached_property
+    def stages(self) -> Stages:
+        """What the passes did to each graph: nothing, until they do."""
+        from lorac.runtime.views import Stages
+
+        return Stages()
 
     # --- adapters ----------------------------------------------------------------------------------------------
 
@@ -89,14 +97,19 @@ class Lasting:
         self.pool.put(adapter, self.pool.prepare(adapter))
 
     def restore(self, name: str, record: HeldFile, forms: HeldFile | None) -> None:
-        """Register an adapter of an artefact; where the artefact holds what it comes to, no class is asked for it.
+        """Put an adapter of an artefact into the pool; it is prepared when it is first asked for.
+
+        Where the artefact holds what it comes to, no class is asked for it.
 
         Raises:
             UnknownMethod: it holds only the record, and the method's class is not imported.
         """
         with record.named() as path:
             adapter = self._recorded(path, name, formed=forms is not None)
-        self.pool.put(adapter, self.pool.prepare(adapter) if forms is None else read_forms(forms))
+        if forms is None:
+            self.pool.put_later(adapter)
+        else:
+            self.pool.put(adapter, read_forms(forms))
 
     def _recorded(self, path: Path, name: str, *, formed: bool) -> Adapter:
         """An adapter of an artefact; its method may have no class here where its forms are known."""
@@ -127,14 +140,7 @@ class Lasting:
     @torch.no_grad()
     def outline(self, adapter: Adapter) -> Prepared:
         """An adapter's normal forms with their shapes alone, for sites whose base weight is not kept."""
-
-        def ones(site: Site) -> torch.Tensor:
-            return torch.ones(*site.stacked, site.out_features, site.in_features, dtype=site.dtype)
-
-        def bias(site: Site) -> torch.Tensor | None:
-            return torch.zeros(site.out_features, dtype=site.dtype) if site.bias else None
-
-        return Preparer(self.sites, BaseReader(ones, bias)).prepare(adapter)
+        return Preparer(self.sites, _SHAPES).prepare(adapter)
 
     # --- training ----------------------------------------------------------------------------------------------
 
@@ -167,10 +173,14 @@ class Lasting:
 
     # --- the program -------------------------------------------------------------------------------------------
 
-    def let_go(self, tensors: TensorFile) -> None:
-        """Let go what an engine over an emitted program does not need of the host, given the base weights."""
-        self.host.let_go(tensors)
-        self.base = self.preparer.base = file_base(tensors)
+    def let_go(self, tensors: Mapping[str, torch.Tensor] | None) -> None:
+        """Let go what an engine over an emitted program does not need of the host, given its base weights."""
+        self.host.let_go(tensors or {})
+        self.read_from(tensors)
+
+    def read_from(self, tensors: Mapping[str, torch.Tensor] | None) -> None:
+        """Read base weights from these from now on; None: only shapes are asked for any more, in reports."""
+        self.base = self.preparer.base = _SHAPES if tensors is None else file_base(tensors)
 
     def shown(self) -> Stages:
         """What the passes did to each graph; a host that runs as it is is captured for it now."""
@@ -192,6 +202,7 @@ class Lasting:
             host=self.host.described,
             store=lambda staged: backend.store(compiled.engine, staged, request),
             save_adapter=_write_adapter,
+            reductions=self.preparer.stored_reductions(self.pool.adapters.values()),
         )
 
     def _weight(self, site: Site) -> torch.Tensor:
@@ -221,6 +232,18 @@ def _write_adapter(adapter: Adapter, forms: Callable[[], Prepared], stem: Path) 
     formed = stem.with_name(f"{stem.name}.forms.safetensors")
     write_forms(formed, forms())
     return {**told, artifact.FORMS: formed.name, "modules": modules}
+
+
+def _ones(site: Site) -> torch.Tensor:
+    return torch.ones(*site.stacked, site.out_features, site.in_features, dtype=site.dtype)
+
+
+def _zeros(site: Site) -> torch.Tensor | None:
+    return torch.zeros(site.out_features, dtype=site.dtype) if site.bias else None
+
+
+_SHAPES = BaseReader(_ones, _zeros)
+"""Stands for base weights where only shapes are asked for."""
 
 
 def _refuse_nameless(name: object) -> None:

@@ -229,6 +229,28 @@ class Engine(ABC):
         """Fused mode: note what was written."""
 
     @property
+    def constant(self) -> bool:
+        """Whether what it computes with is part of the program, which has no slots to bind."""
+        return False
+
+    @property
+    def portable(self) -> bool:
+        """Whether the program runs without lorac, and takes choices of adapters from files (``write_choice``)."""
+        return False
+
+    def write_choice(self, snapshot: Snapshot, graph: str, path: Path) -> None:
+        """Write what a choice puts into a graph's slots, as a file of the kind that the target's own library reads.
+
+        Raises:
+            ChoiceError: there is no such graph.
+            Unavailable: the target has no such files, or the choice does not fit into one.
+        """
+        raise Unavailable(
+            f"target '{self.target}' in mode '{self.mode}' takes no adapters from files",
+            next_step="target='onnxruntime' does, in mode='live' and 'fused'",
+        )
+
+    @property
     def settled(self) -> bool:
         """Whether the active weights are constants of a session now."""
         return False
@@ -327,8 +349,8 @@ class Backend(ABC, Generic[Options]):
         """An engine over what ``store`` wrote; it holds what it reads later."""
 
     @abstractmethod
-    def base_file(self, files: Files) -> HeldFile:
-        """The file with the base weights, among those that ``store`` wrote."""
+    def base_of(self, files: Files) -> Mapping[str, torch.Tensor] | None:
+        """The base weights by name, as ``store`` wrote them; None where the program never needs any again."""
 
     def signatures(self, stored: Stored) -> Mapping[str, CallSignature]:
         """How each graph of a stored program is called, told without loading it; empty where it is stored otherwise.

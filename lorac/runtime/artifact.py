@@ -1,14 +1,18 @@
 """Artefacts: a compiled model as a folder that needs neither the original model nor its weights elsewhere.
 
-    manifest.json           what is in the folder and how it fits together
-    adapters/<n>.safetensors    the adapters, in lorac's own format
-    adapters/<n>.forms.safetensors  of a method that is not lorac's own, what it comes to, so that no class is needed
-    …                       the program and its weights, as the target stores them
+    manifest.json                    what is in the folder and how it fits together
+    adapters/<name>.safetensors      the adapters, in lorac's own format
+    adapters/<name>.forms.safetensors  what a method comes to that is not lorac's own, so that no class is needed
+    adapters/<name>.onnx_adapter     the same as ONNX Runtime reads them, where the program runs without lorac; of
+                                     several components each has one
+    …                                the program and its weights, as the target stores them
 
-The manifest holds the versions, target and mode, the plan of every site, the active choice, the host's skeleton, what
-the target needs besides, size and blake2b hash of every other file, and last a hash over all this. There is no time
-stamp, path or random name in it and no pickle anywhere: equal input gives equal bytes, and loading runs no code that
-the artefact names.
+Adapters whose names are no names of files have their numbers instead; the manifest says which.
+
+The manifest holds the versions, target and mode, the plan of every site, the active choice, what the adapters' formulas
+were reduced to, the host's skeleton, what the target needs besides, size and hash of every other file, and last
+a hash over all this. There is no time stamp, path or random name in it and no pickle anywhere: equal input gives equal
+bytes, and loading runs no code that the artefact names.
 
 A folder is written beside its target and takes its place in one step when it is complete; on failure nothing is left.
 It replaces nothing but an older artefact, and nothing in it that the older manifest does not list.
@@ -20,12 +24,14 @@ import contextlib
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lorac.errors import ArtifactError, LoracError
+from lorac.errors import ArtifactError, LoracError, Unavailable, warn
+from lorac.ir.host.components import MAIN
 from lorac.ir.slots.site import Prepared
 from lorac.ir.store.disk import told
 from lorac.ir.store.folders import MANIFEST, foreign, replacing, steady
@@ -33,7 +39,6 @@ from lorac.ir.store.held import HeldFile
 from lorac.ir.store.plans import choice_to_json, plan_to_json
 from lorac.ir.store.strict_json import json_text, parse_object, read_text
 from lorac.runtime.compiled import Compiled
-from lorac.runtime.pool import Pool
 from lorac.spending import reading
 from lorac.version import VERSION
 
@@ -51,6 +56,7 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "target": str,
     "mode": str,
     "plans": dict,
+    "reductions": dict,
     "active": dict,
     "adapters": dict,
     "host": dict,
@@ -60,6 +66,8 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     _SEAL: str,
 }
 """What a manifest holds, and as what."""
+_PORTABLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", re.ASCII)
+"""Names of adapters that every system takes as the name of a file."""
 
 
 # ── What is written ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -70,6 +78,7 @@ def save(
     host: Mapping[str, Any],
     store: Callable[[Path], Mapping[str, Any]],
     save_adapter: Callable[[Any, Callable[[], Prepared], Path], Mapping[str, Any]],
+    reductions: Mapping[str, Any],
 ) -> None:
     """Write a compiled model.
 
@@ -80,6 +89,7 @@ def save(
         store: (folder) -> what the target needs besides; writes the program.
         save_adapter: (adapter, () -> its normal forms, path without a suffix) -> what the manifest says of it, the
             names of its files in their folder; writes them.
+        reductions: what the adapters' formulas were reduced to, by structure.
     """
 
     def fill(staged: Path) -> dict[str, Any]:
@@ -88,8 +98,9 @@ def save(
             "target": compiled.engine.target,
             "mode": compiled.mode,
             "active": choice_to_json(compiled.choice),
-            "adapters": _save_adapters(compiled.pool, staged / ADAPTERS, save_adapter),
+            "adapters": _save_adapters(compiled, staged / ADAPTERS, save_adapter),
             "plans": {path: plan_to_json(plan) for path, plan in compiled.plans.items()},
+            "reductions": reductions,
             "program": store(staged),
             "components": {name: traits.to_json() for name, traits in compiled.services.traits.items()},
             "host": host,
@@ -100,13 +111,38 @@ def save(
 
 
 def _save_adapters(
-    pool: Pool, folder: Path, save_adapter: Callable[[Any, Callable[[], Prepared], Path], Mapping[str, Any]]
-) -> dict[str, Any]:
+    compiled: Compiled,
+    folder: Path,
+    save_adapter: Callable[[Any, Callable[[], Prepared], Path], Mapping[str, Any]],
+) -> dict[str, dict[str, Any]]:
     saved = {}
-    for index, (name, adapter) in enumerate(sorted(pool.adapters.items())):
-        entry = save_adapter(adapter, functools.partial(pool.__getitem__, name), folder / str(index))
-        saved[name] = {what: f"{folder.name}/{told}" if what in FILES else told for what, told in entry.items()}
+    for name, stem in _stems(sorted(compiled.adapters)).items():
+        entry = save_adapter(compiled.adapters[name], functools.partial(compiled.pool.__getitem__, name), folder / stem)
+        files = {what: f"{folder.name}/{told}" if what in FILES else told for what, told in entry.items()}
+        saved[name] = {**files, "portable": _save_portable(compiled, name, folder / stem)}
     return saved
+
+
+def _save_portable(compiled: Compiled, name: str, stem: Path) -> dict[str, str]:
+    """Write an adapter for those who run the program without lorac; graph -> the file's name, where there is one."""
+    graphs = compiled.engine.signatures if compiled.engine.portable else ()
+    files = {graph: f"{stem.name}{'' if graph == MAIN else f'.{graph}'}.onnx_adapter" for graph in graphs}
+    try:
+        for graph, file in files.items():
+            compiled.save_choice(stem.with_name(file), name, graph)
+    except Unavailable as error:
+        warn(f"adapter '{name}' is saved for lorac alone: {error.what}")
+        return {}
+    return {graph: f"{stem.parent.name}/{file}" for graph, file in files.items()}
+
+
+def _stems(names: Sequence[str]) -> dict[str, str]:
+    """What each adapter's files are called: as it is where every system can, else by its number."""
+    stems: dict[str, str] = {}
+    for index, name in enumerate(names):
+        own = _PORTABLE.fullmatch(name) and name.lower() not in {stem.lower() for stem in stems.values()}
+        stems[name] = name if own else f"_{index}"
+    return stems
 
 
 def _versions(*names: str) -> dict[str, str]:
@@ -180,14 +216,15 @@ def _files(folder: Path) -> list[Path]:
 
 def _listed(folder: Path) -> dict[str, Any]:
     files = ((path.relative_to(folder).as_posix(), HeldFile(path)) for path in _files(folder))
-    return {name: {"bytes": file.size, "blake2b": file.digest()} for name, file in files}
+    return {name: {"bytes": file.size, "hash": file.digest()} for name, file in files}
 
 
 # ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def opened(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, HeldFile]]:
     """The manifest of an artefact, and its program's files by name: each opened once, and held against it.
 
-    Adapters, of which there may be more than a process may hold open, are opened one by one (``opened_adapter``).
+    Adapters, of which there may be more than a process may hold open, are opened one by one (``opened_adapter``); what
+    they are for others is only checked.
 
     Raises:
         ArtifactError: no artefact, a damaged or foreign manifest, another version, a path that leads out of the folder,
@@ -201,9 +238,15 @@ def opened(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, He
 def _opened(folder: Path) -> tuple[dict[str, Any], dict[str, HeldFile]]:
     manifest = _manifest(folder)
     entries = [entry for entry in manifest["adapters"].values() if isinstance(entry, dict)]
-    adapters = [entry.get(what) for entry in entries for what in FILES]
-    program = {name: entry for name, entry in manifest["files"].items() if name not in adapters}
-    files = {name: _checked_file(folder, name, entry) for name, entry in program.items()}
+    later = [entry.get(what) for entry in entries for what in FILES]
+    portable = [file for entry in entries for file in dict(entry.get("portable", ())).values()]
+    files = {}
+    for name, entry in manifest["files"].items():
+        if name in later:
+            continue
+        file = _checked_file(folder, name, entry)
+        if name not in portable:  # nobody reads those here
+            files[name] = file
     listed = {*manifest["files"], MANIFEST}
     for path in folder.rglob("*"):
         if not path.is_dir() and path.relative_to(folder).as_posix() not in listed:
@@ -265,8 +308,8 @@ def _checked_file(folder: Path, name: str, entry: Any) -> HeldFile:
         raise _unsafe(folder, name)
     if not path.is_file():
         raise ArtifactError(f"the artefact '{folder}' lacks the file '{name}'", next_step="copy the whole folder again")
-    if not isinstance(entry, dict) or entry.keys() != {"bytes", "blake2b"}:
-        raise _damaged(folder, f"the entry of '{name}' is not bytes and blake2b")
+    if not isinstance(entry, dict) or entry.keys() != {"bytes", "hash"}:
+        raise _damaged(folder, f"the entry of '{name}' is not bytes and hash")
     file = HeldFile(path)
     size = file.size
     if size != entry["bytes"]:
@@ -274,9 +317,9 @@ def _checked_file(folder: Path, name: str, entry: Any) -> HeldFile:
             f"'{path}' has {size} bytes, the manifest says {entry['bytes']}", next_step="copy the whole folder again"
         )
     found = file.digest()
-    if found != entry["blake2b"]:
+    if found != entry["hash"]:
         raise ArtifactError(
-            f"'{path}' has the hash {found}, the manifest says {entry['blake2b']}",
+            f"'{path}' has the hash {found}, the manifest says {entry['hash']}",
             next_step="it was changed or damaged: copy the whole folder again",
         )
     return file

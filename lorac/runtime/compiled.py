@@ -7,6 +7,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lorac.errors import BaseNeeded, Unavailable
@@ -23,7 +24,6 @@ from lorac.runtime.pool import Pool
 from lorac.runtime.report import SwapReport, presented
 from lorac.runtime.services import Services
 from lorac.runtime.states import State, States
-from lorac.runtime.views import Graphs, graphs_of
 
 
 @presented
@@ -64,11 +64,7 @@ class Compiled:
         return self.call(args, kwargs, adapters)
 
     def __getitem__(self, name: str) -> Component:
-        """One of several models compiled together, called as it is.
-
-        Raises:
-            ChoiceError: there is no such component.
-        """
+        """One of several models compiled together, called as it is; raises ``ChoiceError`` where there is none."""
         known = self.services.traits
         return Component(self, require_component(name, known), known[name])
 
@@ -363,11 +359,10 @@ class Compiled:
         return getattr(self._answered, "aux", {})
 
     @property
-    def graph(self) -> Graphs:
-        """Name -> graph, to print, compare (``diff``) and draw (``to_dot``, ``to_html``).
+    def graph(self) -> Any:
+        """Name -> graph, to print, compare and draw. Target eager captures its host now, in eval mode."""
+        from lorac.runtime.views import graphs_of
 
-        Target eager captures its host at the first access, in eval mode.
-        """
         return graphs_of(self)
 
     def explain(self) -> Any:
@@ -377,6 +372,19 @@ class Compiled:
     def export(self, target: str = "onnxruntime", mode: str = "auto", **options: Any) -> Any:
         """Compile again from the host model, with the adapters as they now are."""
         return self.services.recompile(self, target=target, mode=mode, **options)
+
+    def save_choice(self, path: Any, adapters: Spec, component: str = MAIN) -> None:
+        """Write a choice as one file, for whoever runs the saved program without lorac: an ``.onnx_adapter``.
+
+        ``save`` writes one for each adapter; this is the way to one for a mixture, or for an adapter that came later.
+
+        Raises:
+            AdapterNotFound, ChoiceError, NeedsRecompile: as ``swap``; there is no such component.
+            Unavailable: the target has no such files, or the choice does not fit into one.
+        """
+        self.refuse_baked()
+        with self._swaps:
+            self._states.save(parse_choice(adapters, self.pool), component, Path(path))
 
     def save(self, folder: Any) -> None:
         """Write everything needed to run this elsewhere to ``folder``: ``lorac.load(folder)`` gives it back.

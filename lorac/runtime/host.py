@@ -6,11 +6,10 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorac.errors import BaseNeeded
 from lorac.ir.host import skeleton
-from lorac.ir.store.tensors import TensorFile
 
 Again = Callable[..., Any]
 """``lorac.compile``."""
@@ -26,6 +25,9 @@ class Host:
         module: the model, in the dtype the target computes in.
         given: the model or models as the caller gave them, from which to compile again.
         moved: how ``module`` differs from that: compile's ``dtype`` and ``device``.
+
+    Attributes:
+        kept: the base weights that there still are once the model was let go, by name.
     """
 
     def __init__(self, module: nn.Module | None, given: Any = None, moved: Mapping[str, Any] | None = None) -> None:
@@ -33,37 +35,42 @@ class Host:
         self._given = _weakly(given)
         self._moved = dict(moved or {})
         self._described: dict[str, Any] | None = None
-        self._file: TensorFile | None = None
+        self._made: Callable[[], nn.Module | None] = lambda: None
+        self.kept: Mapping[str, Tensor] = {}
 
     @classmethod
-    def stored(cls, described: Mapping[str, Any], file: TensorFile) -> Host:
+    def stored(cls, described: Mapping[str, Any], kept: Mapping[str, Tensor]) -> Host:
         """What an artefact has of a host.
 
         Args:
             described: its skeleton.
-            file: the base weights that were kept.
+            kept: its base weights.
         """
         host = cls(None)
-        host._described, host._file = dict(described), file
+        host._described, host.kept = dict(described), kept
         return host
 
     @property
     def module(self) -> nn.Module:
-        """The model, or its skeleton, made anew each time so that no weight stays in memory."""
+        """The model, or its skeleton, which lives as long as somebody holds it, so that no weight stays in memory."""
         if self._module is not None:
             return self._module
-        assert self._described is not None
-        return skeleton.build(self._described, self._file)
+        made = self._made()
+        if made is None:
+            assert self._described is not None
+            made = skeleton.build(self._described, self.kept)
+            self._made = weakref.ref(made)
+        return made
 
     @property
     def described(self) -> dict[str, Any]:
         """The skeleton as JSON."""
         return self._described if self._described is not None else skeleton.describe(self.module)
 
-    def let_go(self, file: TensorFile) -> None:
-        """Hold the model weakly from now on; ``file`` has the base weights that are still needed."""
+    def let_go(self, kept: Mapping[str, Tensor]) -> None:
+        """Hold the model weakly from now on; ``kept`` are the base weights that are still needed."""
         if self._module is not None:
-            self._described, self._file, self._module = self.described, file, None
+            self._described, self._module, self.kept = self.described, None, kept
 
     def original(self, step: str) -> tuple[Any, dict[str, Any]]:
         """What to compile again, and compile's dtype and device for it.

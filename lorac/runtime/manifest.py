@@ -21,6 +21,7 @@ class Manifest:
         files: the program's files by name, held.
         target, mode: as compiled.
         plans: site path -> its plan as JSON.
+        reductions: what the adapters' formulas were reduced to, by structure, as JSON.
         active: the active choice as JSON.
         host: the host's skeleton.
         program: what the target needs besides.
@@ -33,6 +34,7 @@ class Manifest:
     target: str
     mode: str
     plans: Mapping[str, Any]
+    reductions: Mapping[str, Any]
     active: Mapping[str, Any]
     host: Mapping[str, Any]
     program: Mapping[str, Any]
@@ -49,6 +51,7 @@ class Manifest:
             target=told["target"],
             mode=told["mode"],
             plans=told["plans"],
+            reductions=told["reductions"],
             active=told["active"],
             host=told["host"],
             program=told["program"],

@@ -74,6 +74,16 @@ class Pool(Mapping[str, Prepared]):
             self.refuse_taken(adapter.name)
             self.entries = {**self.entries, adapter.name: (adapter, prepared, written((adapter,)))}
 
+    def put_later(self, adapter: Any) -> None:
+        """Register an adapter that is prepared when it is first asked for.
+
+        Raises:
+            AdapterExists: the name is taken.
+        """
+        with self._lock:
+            self.refuse_taken(adapter.name)
+            self.entries = {**self.entries, adapter.name: (adapter, Prepared({}, {}), Written((), ()))}
+
     def drop(self, name: str) -> None:
         """Forget an adapter."""
         with self._lock:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from lorac.errors import NeedsRecompile
+from lorac.errors import NeedsRecompile, Unreadable
 from lorac.ir.engine import Bound, Engine
 from lorac.ir.host.sites import BaseReader
 from lorac.ir.slots.choice import Active, Choice, describe
 from lorac.ir.slots.site import SitePlan, SiteSlots
 from lorac.ir.slots.snapshot import Snapshot, compose_choice, slots_of
+from lorac.ir.store.disk import told
+from lorac.ir.store.folders import replacing
 from lorac.runtime.advice import admitting_reserve
 from lorac.runtime.pool import Pool, Written, written
 
@@ -100,6 +104,23 @@ class States:
         with self._lock:
             return self._make(choice)
 
+    def save(self, choice: Choice, graph: str, path: Path) -> None:
+        """Have the engine write what a choice comes to, in one step; no state is made of it, nor kept."""
+        snapshot = compose_choice(self.plans, self.pool, choice, self.base)
+        with told(path, Unreadable, "written"), replacing(path) as staged, self._fitting(choice):
+            self.engine.write_choice(snapshot, graph, staged)
+
+    @contextlib.contextmanager
+    def _fitting(self, choice: Choice) -> Iterator[None]:
+        """What is lacking of room inside the block, told with what would admit the choice."""
+        try:
+            yield
+        except NeedsRecompile as error:
+            together = admitting_reserve([self.pool[name] for name, _ in choice])
+            raise NeedsRecompile(
+                f"{describe(choice)} does not fit together: {error.what}", next_step=f"compile again with {together}"
+            ) from error
+
     def forget(self, name: str) -> None:
         """Let go of every state that an adapter is part of."""
         self.kept = {choice: state for choice, state in self.kept.items() if name not in dict(choice)}
@@ -114,12 +135,9 @@ class States:
         snapshot = compose_choice(self.plans, self.pool, choice, self.base)
         if self.engine.fused:
             return State(snapshot, None, adapters, now, 0)
-        try:
+        if self.engine.constant:
+            return State(snapshot, self.engine.bind(snapshot, {}), adapters, now, 0)
+        with self._fitting(choice):
             slots = slots_of(self.plans, snapshot, self.base, self._idle)
-        except NeedsRecompile as error:
-            together = admitting_reserve([self.pool[name] for name, _ in choice])
-            raise NeedsRecompile(
-                f"{describe(choice)} does not fit together: {error.what}", next_step=f"compile again with {together}"
-            ) from error
         nbytes = sum(t.nbytes for path in snapshot.composed for t in slots[path].named().values())
         return State(snapshot, self.engine.bind(snapshot, slots), adapters, now, nbytes)

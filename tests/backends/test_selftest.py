@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from lorac.backends.onnx.files import MODEL, WEIGHTS
 from lorac.backends.onnx.selftest import self_test
 from lorac.backends.onnxruntime.engine import GraphSession, OrtEngine
 from lorac.backends.onnxruntime.session import new_session
+from lorac.ir.host.sites import base_of
 from lorac.ir.store.held import hold
 
 building = importlib.import_module("lorac.backends.onnxruntime.build")  # its package has a function of that name
@@ -76,6 +76,7 @@ def _build(mode: str, monkeypatch: pytest.MonkeyPatch) -> Built:
         example_inputs=(torch.randn(3, 10),),
     )
     seen[0].engine.keep = compiled  # type: ignore[attr-defined]  (its folder lives as long as it does)
+    seen[0].engine.base = base_of(_host())  # a baked engine keeps none
     return seen[0]
 
 
@@ -98,8 +99,7 @@ def _sabotaged(built: Built, folder: Path, change: Callable[[ir.Model], None]) -
             value.const_value = ir.tensor(value.const_value.numpy().copy(), name=value.name)
     change(model)
     ir.save(model, folder / MODEL, external_data=WEIGHTS, size_threshold_bytes=1 << 30)
-    shutil.copyfile(built.engine.folder / building.BASE, folder / building.BASE)
-    files, engine = hold(folder, (MODEL, building.BASE)), built.engine
+    files, engine = hold(folder, (MODEL,)), built.engine
     part = engine.parts["main"]
     return OrtEngine(
         parts={"main": GraphSession(new_session(files, "main", engine.options), part.signature, part.slots)},

@@ -37,7 +37,6 @@ from lorac.ir.graph.feeds import fed, named_tensors
 from lorac.ir.host.sites import SiteKind
 from lorac.ir.slots.site import Ranks, SitePlan, SiteSlots
 from lorac.ir.slots.snapshot import Snapshot
-from lorac.ir.store.held import HeldFile
 
 DIALECT: Dialect[ir.Model] = Dialect(
     name="plain",
@@ -120,7 +119,7 @@ class Plain(Backend[Options]):
     def restore(self, stored: Stored, files: Files, plans: Mapping[str, SitePlan], mode: str, device: Any) -> Engine:
         raise Unavailable("the plain target stores nothing")
 
-    def base_file(self, files: Files) -> HeldFile:
+    def base_of(self, files: Files) -> None:
         raise Unavailable("the plain target stores nothing")
 
 

@@ -13,6 +13,7 @@ from benchmarks import __main__ as everything
 ROOT = Path(__file__).parents[2]
 ROWS = {
     "compile": [["plain export", "plain export, A/A", "lorac live", "lorac live, no self-test", "lorac fused"]],
+    "load": [["bare session", "bare session, A/A", "lorac.load"]],
     "overhead": [
         [
             "base / plain export",

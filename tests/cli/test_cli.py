@@ -151,6 +151,9 @@ def test_compile_for_onnxruntime(cli, files):
     code, out, _ = cli("compile", "model", "-a", "sql", "-o", "for_ort")
     assert (code, out) == (0, "for_ort: onnxruntime, auto, adapters sql, active {'sql': 1.0}\n")
     assert lorac.load(files.folder / "for_ort").engine.target == "onnxruntime"
+    code, _, _ = cli("swap", "for_ort", "sql=0.5", "--out", "half.onnx_adapter")
+    assert code == 0
+    assert (files.folder / "half.onnx_adapter").read_bytes()[4:8] == b"TORT"
 
 
 @pytest.mark.parametrize(

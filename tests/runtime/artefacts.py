@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import onnxruntime as ort
 import torch
+from torch import Tensor
 
 import lorac
 from tests.zoo import ZOO
@@ -48,6 +50,20 @@ def assert_same_folders(one: Path, two: Path) -> None:
     for file in files:
         if (one / file).is_file():
             assert (one / file).read_bytes() == (two / file).read_bytes(), file
+
+
+def alone(model: Path, inputs: dict[str, Tensor], adapter: Path | None = None) -> dict[str, Tensor]:
+    """What ONNX Runtime by itself answers, given the model's own inputs and nothing else."""
+    settings, options = ort.SessionOptions(), ort.RunOptions()
+    settings.log_severity_level = 3
+    session = ort.InferenceSession(model, settings)
+    if adapter is not None:
+        read = ort.LoraAdapter()
+        read.Load(str(adapter))
+        options.add_active_adapter(read)
+    names = [value.name for value in session.get_outputs()]
+    arrays = session.run(names, {name: tensor.numpy() for name, tensor in inputs.items()}, options)
+    return {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
 
 
 def run_python(script: str, **environment: str) -> None:

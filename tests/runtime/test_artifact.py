@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import os
 import weakref
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 import lorac
 from lorac.testing.checks import assert_close
 from tests.limits import assert_apart
 from tests.parity import assert_parity, named_outputs
-from tests.runtime.artefacts import assert_same_folders, make_adapters, make_compiled, run_python
+from tests.runtime.artefacts import alone, assert_same_folders, make_adapters, make_compiled, run_python
 from tests.zoo import ZOO
 
 CHOICES: tuple[Any, ...] = ("a", None, {"a": 0.7, "b": 0.4})
@@ -70,6 +72,55 @@ def test_the_loaded_answers_and_swaps_as_the_saved(saved: Any) -> None:
                 assert_close(value.float(), named_outputs(base)[key].float())
 
 
+def test_it_runs_alone(saved: Any, tmp_path: Path) -> None:
+    """Without lorac, on the model's own inputs: base, adapters and mixtures are what lorac answers, to the bit."""
+    name, mode, compiled, late, folder = saved
+    if compiled.engine.target != "onnxruntime":
+        with pytest.raises(lorac.Unavailable):
+            compiled.save_choice(tmp_path / "a", "a")
+        pytest.skip("needs ONNX Runtime")
+    inputs, model = ZOO[name].inputs(seed=3, batch=3), folder / "model.onnx"
+    if mode == "baked":
+        _assert_alone(alone(model, inputs), compiled(**inputs))
+        return
+    files = {one: folder / "adapters" / f"{one}.onnx_adapter" for one in ("a", "b")}
+    assert json.loads((folder / "manifest.json").read_text())["adapters"]["a"]["portable"] == {
+        "main": "adapters/a.onnx_adapter"
+    }
+    loaded = lorac.load(folder)
+    loaded.add_adapter(late, "late")
+    choices: dict[Any, Any] = {tmp_path / "mixture": {"a": 0.7, "b": 0.4}, tmp_path / "later": "late"}
+    for file, choice in choices.items():
+        loaded.save_choice(file, choice)
+    assert loaded.active == {"a": 0.7, "b": 0.4}
+    choices |= {None: None, **{file: one for one, file in files.items()}}
+    for file, choice in choices.items():
+        loaded.swap(choice)
+        _assert_alone(alone(model, inputs, file), loaded(**inputs))
+
+
+def _assert_alone(found: dict[str, Tensor], wanted: Any) -> None:
+    named = named_outputs(wanted)
+    if len(named) > 1 or "logits" in named:
+        assert found.keys() == named.keys()
+    for value, expected in zip(found.values(), named.values(), strict=True):
+        assert torch.equal(value, expected)
+
+
+def test_no_weight_of_the_base_is_there_twice(saved: Any) -> None:
+    """What the program holds anyway lies in its own files alone, and of a baked one nothing is kept."""
+    _, mode, compiled, _, folder = saved
+    if compiled.engine.target != "onnxruntime":
+        pytest.skip("needs ONNX Runtime")
+    base = folder / "base.safetensors"
+    assert base.exists() == (mode != "baked")
+    if mode == "baked":
+        return
+    with safe_open(base, framework="pt") as file:
+        kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+    assert all(tensor.nbytes < 1024 for tensor in kept.values())  # small ones lie in the model's own file
+
+
 def test_the_loaded_takes_further_adapters(saved: Any) -> None:
     """DoRA needs the base weights; they come from the artefact."""
     name, mode, compiled, late, folder = saved
@@ -93,7 +144,7 @@ def test_saved_again_it_has_the_same_bytes(saved: Any, tmp_path: Path) -> None:
 
 def test_no_pickle(saved: Any) -> None:
     suffixes = {path.suffix for path in saved[-1].rglob("*") if path.is_file()}
-    assert suffixes <= {".json", ".safetensors", ".onnx", ".data"}
+    assert suffixes <= {".json", ".safetensors", ".onnx", ".data", ".onnx_adapter"}
 
 
 TARGETS = ("eager", "onnxruntime")
@@ -114,21 +165,43 @@ def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
 
 
 def test_loading_needs_neither_transformers_nor_the_model(tmp_path: Path) -> None:
+    """In eager; for ONNX Runtime even less is imported (the next test)."""
     inputs = ZOO["plain_mlp"].inputs(seed=1)
-    expected = {}
-    for target in TARGETS:
-        compiled, _ = make_compiled("plain_mlp", target, "live")
-        compiled.save(tmp_path / target)
-        expected[target] = compiled(**inputs).detach()
-    torch.save((inputs, expected), tmp_path / "expected.pt")
+    compiled, _ = make_compiled("plain_mlp", "eager", "live")
+    compiled.save(tmp_path / "it")
+    torch.save((inputs, compiled(**inputs).detach()), tmp_path / "expected.pt")
     script = (
         "import sys\n"
         "for name in ('transformers', 'tests', 'peft'): sys.modules[name] = None\n"
         "import torch, lorac\nfrom lorac.testing.checks import assert_close\n"
         f"inputs, expected = torch.load({str(tmp_path / 'expected.pt')!r})\n"
-        "for target, y in expected.items():\n"
-        f"    z = lorac.load({str(tmp_path)!r} + '/' + target)(**inputs)\n"
-        "    assert_close(z, y)\n"
+        f"assert_close(lorac.load({str(tmp_path / 'it')!r})(**inputs), expected)\n"
+    )
+    run_python(script)
+
+
+def test_to_load_and_call_imports_nothing_that_compiling_takes(saved: Any, tmp_path: Path) -> None:
+    """Of a transformers model too, whose output still answers by name, by place and as a mapping."""
+    name, _, compiled, _, folder = saved
+    if name != "tiny_llama":
+        pytest.skip("the other programs load alike")
+    compiled.swap({"a": 0.7, "b": 0.4})
+    torch.save((inputs := ZOO["tiny_llama"].inputs(seed=1), compiled(**inputs).logits), tmp_path / "expected.pt")
+    heavy = ("transformers", "torch._dynamo", "torch._inductor", "torch.onnx", "torch.export._trace")
+    heavy += ("onnxscript", "onnx_ir", "sympy", "peft", "lorac.compiler.compilation", "lorac.backends.onnx.emit")
+    script = (
+        "import sys, torch, lorac\n"
+        f"inputs, expected = torch.load({str(tmp_path / 'expected.pt')!r})\n"
+        "torchs = set(sys.modules)\n"
+        f"loaded = lorac.load({str(folder)!r})\n"
+        "y = loaded(**inputs)\n"
+        "for z in (y.logits, y['logits'], y[0], y.to_tuple()[0], dict(y)['logits']): assert torch.equal(z, expected)\n"
+        "assert y.loss is None and loaded(**inputs, return_dict=False)[0].equal(expected)\n"
+        "loaded.swap('b'); loaded.swap({'a': 0.5, 'b': 0.5}); loaded(**inputs, adapters='a')\n"
+        f"assert not (found := (set(sys.modules) - torchs) & set({heavy!r})), found\n"
+        "import transformers\n"
+        "y = loaded(**inputs)\n"
+        "assert type(y) is transformers.modeling_outputs.CausalLMOutputWithPast, type(y)\n"
     )
     run_python(script)
 

@@ -151,13 +151,13 @@ def test_a_constant_of_a_node_lies_in_no_file(tmp_path: Path) -> None:
     from lorac.ir.store.held import hold
 
     shape = ir.Shape((2,))
-    (tmp_path / "elsewhere").write_bytes(bytes(8))
-    tensor = ir.ExternalTensor("elsewhere", 0, 8, ir.DataType.FLOAT, shape=shape, name="c", base_dir=tmp_path)
+    (tmp_path / "model.onnx.data").write_bytes(bytes(8))
+    tensor = ir.ExternalTensor("model.onnx.data", 0, 8, ir.DataType.FLOAT, shape=shape, name="c", base_dir=tmp_path)
     node = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)], num_outputs=1)
     graph = ir.Graph([], node.outputs, nodes=[node], opset_imports={"": 18})
     ir.save(ir.Model(graph, ir_version=10), tmp_path / "model.onnx")
-    with pytest.raises(lorac.ArtifactError, match="constant of a node in the file 'elsewhere'"):
-        read(hold(tmp_path, ["model.onnx"]), "main")
+    with pytest.raises(lorac.ArtifactError, match=r"constant of a node in the file 'model\.onnx\.data'"):
+        read(hold(tmp_path, ["model.onnx", "model.onnx.data"]), "main")
 
 
 @pytest.mark.parametrize(

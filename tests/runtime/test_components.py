@@ -8,6 +8,7 @@ from torch import nn
 import lorac
 from lorac.runtime.components import Config
 from lorac.testing.checks import assert_close
+from tests.runtime.artefacts import alone
 
 
 class Scorer(nn.Module):
@@ -45,7 +46,7 @@ def compiled(models, mode="live", target="eager"):
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])
 @pytest.mark.parametrize("mode", ["live", "fused"])
 @torch.no_grad()
-def test_one_swap_switches_all(mode, target, models):
+def test_one_swap_switches_all(mode, target, models, tmp_path):
     both = compiled(models, mode, target)
     assert list(both.sites) == ["unet.proj", "text_encoder.proj"]
     base = {name: both[name](x)["score"] for name, x in INPUTS.items()}
@@ -59,6 +60,12 @@ def test_one_swap_switches_all(mode, target, models):
                 assert_close(found, model(INPUTS[name])["score"] + moved * both.adapters["a"].variant.scale)
             assert torch.equal(found, base[name]) == (choice is None)
         assert choice is None or report.sites == 2
+    if target == "onnxruntime":
+        both.save(tmp_path / "it")
+        for name in models:  # each program runs alone, and an adapter has a file for each
+            model, adapter = tmp_path / f"it/graphs/{name}/model.onnx", tmp_path / f"it/adapters/a.{name}.onnx_adapter"
+            answer = alone(model, {"x": INPUTS[name]}, adapter)
+            assert torch.equal(answer["score"], both[name](INPUTS[name])["score"])
 
 
 @torch.no_grad()

@@ -24,7 +24,6 @@ from lorac.ir.host.copying import structural_copy
 from lorac.ir.host.sites import Site
 from lorac.ir.slots.emits import refuse_unemitted
 from lorac.ir.slots.site import SitePlan
-from lorac.ir.store.held import HeldFile
 from lorac.ir.store.plans import slot_from_json, slot_to_json
 from lorac.ir.store.program import StoredProgram, tensors_of, to_json
 from lorac.ir.store.tensors import TensorFile, base_tensors, file_base
@@ -96,7 +95,7 @@ class Eager(Backend[Options]):
                 "a fused eager artefact runs on the CPU only",
                 next_step="save it in live mode, or load it with target='onnxruntime'",
             )
-        file = TensorFile(self.base_file(files))
+        file = self.base_of(files)
         parts = _parts(stored, files, file)
         for part in parts.values():
             part.program.to(place)
@@ -104,15 +103,15 @@ class Eager(Backend[Options]):
         kept = {name: files[name] for name in (_PROGRAM, _WEIGHTS)}
         return ProgramEngine(parts=parts, plans=plans, base=base, mode=mode, files=kept, device=place)
 
-    def base_file(self, files: Files) -> HeldFile:
-        """The file with the base weights."""
-        return files[_WEIGHTS]
+    def base_of(self, files: Files) -> TensorFile:
+        """The base weights, which lie beside those of the program."""
+        return TensorFile(files[_WEIGHTS])
 
     def program_of(
         self, stored: Stored, files: Files, sites: Mapping[str, Site], plans: Mapping[str, SitePlan]
     ) -> Program:
         """The stored program as graphs again, at level expanded."""
-        parts = _parts(stored, files, TensorFile(self.base_file(files)))
+        parts = _parts(stored, files, self.base_of(files))
         graphs = {name: _graph(name, part, sites, plans) for name, part in parts.items()}
         return Program(graphs, {name: part.signature for name, part in parts.items()})
 

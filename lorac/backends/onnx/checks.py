@@ -14,9 +14,9 @@ Tensor = torch.Tensor
 
 
 def check_inputs(model: ir.Model, slots: Collection[str], known: Collection[str]) -> None:
-    """Every slot is an input, no initializer, and reaches an output; of the known slots no other is an input."""
+    """Every slot is an input and reaches an output; of the known slots no other is an input."""
     inputs = {str(value.name): value for value in model.graph.inputs}
-    folded = [s for s in slots if s not in inputs or s in model.graph.initializers]
+    folded = [s for s in slots if s not in inputs]
     if folded:
         raise failed(folded, "became constants")
     stray = [s for s in known if s not in slots and s in inputs]
@@ -68,7 +68,7 @@ def _nested(node: ir.Node) -> Iterator[ir.Node]:
 
 def _constants(model: ir.Model) -> Iterator[ir.TensorProtocol]:
     for value in model.graph.initializers.values():
-        if value.const_value is not None:
+        if value.const_value is not None and not value.is_graph_input():  # that of an input may be another
             yield value.const_value
     for node in model.graph.all_nodes():
         if node.op_type == "Constant" and "value" in node.attributes:

@@ -1,13 +1,14 @@
-"""Emitted programs on disk: each graph's model with its weights beside it.
+"""Emitted programs on disk: each graph's model with its weights beside it; how they are called, and read back.
 
-Weights go beside the model as external data, so that models over 2 GB work, and they are mapped instead of read. The
-files are held once they are written or checked (``lorac.ir.store.held``): a library is handed what they hold, never
+The files are held once they are written or checked (``lorac.ir.store.held``): a library is handed what they hold, never
 their paths, by which it might meet others. The only graph of a single model lies in the folder itself, the graphs of
-several in a folder each.
+several in a folder each. A model is read as the message that its file holds: the library that edits models, which
+``writing`` uses, takes longer to import than a session to start.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,8 +17,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnx_ir as ir
-import torch
 from google.protobuf.message import DecodeError, Message
 
 from lorac.errors import ArtifactError, short
@@ -26,8 +25,6 @@ from lorac.ir.store.held import HeldFile
 
 Array = npt.NDArray[Any]
 MODEL, WEIGHTS, BASE = "model.onnx", "model.onnx.data", "base.safetensors"
-_BESIDE = 1024
-"""Bytes from which a weight lies beside the model."""
 _NATURAL = re.compile(r"[0-9]{1,18}")
 _WITHOUT = frozenset({"onnx.ValueInfoProto", "onnx.StringStringEntryProto", "onnx.OperatorSetIdProto"})
 """Messages that are many and hold no tensor."""
@@ -44,75 +41,66 @@ def name_of(graph: str, leaf: str) -> str:
 
 
 def names_of(graphs: Iterable[str]) -> list[str]:
-    """Names of all the files that a program may have; a model without large weights has none beside it."""
+    """Names of all the files that a program may have: not every one has large weights, or needs its base's."""
     return [BASE, *(name_of(graph, leaf) for graph in graphs for leaf in (MODEL, WEIGHTS))]
 
 
-def write(model: ir.Model, folder: Path) -> None:
-    """Write a model and its weights into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    ir.save(model, folder / MODEL, external_data=WEIGHTS, size_threshold_bytes=_BESIDE)
-
-
-def bake(model: ir.Model, constants: Mapping[str, torch.Tensor]) -> None:
-    """Turn slot inputs into initializers, in place.
-
-    Args:
-        model: as emitted.
-        constants: slot name -> value.
-    """
-    for value in list(model.graph.inputs):
-        tensor = constants.get(value.name or "")
-        if tensor is None:
-            continue
-        model.graph.inputs.remove(value)
-        value.const_value = ir.tensor(tensor.detach().contiguous().numpy(), name=value.name)
-        model.graph.initializers[str(value.name)] = value
-
-
-def read(files: Mapping[str, HeldFile], graph: str) -> tuple[ir.Model, dict[str, Array]]:
+def read(files: Mapping[str, HeldFile], graph: str) -> tuple[onnx.ModelProto, dict[str, Array]]:
     """A model, and by name the weights that lie beside it, mapped where they lie; not one is copied.
 
     Weights of nested graphs are in the model itself then: none can be handed over from outside.
 
     Raises:
-        ArtifactError: a weight is not where the model says it is, or a constant of a node lies in a file.
+        ArtifactError: as ``check_locations``; or a constant of a node lies in a file.
     """
-    with files[name_of(graph, MODEL)].named() as path:
-        model = ir.load(path)
+    model = _checked(files, graph)
     held = files.get(name_of(graph, WEIGHTS))
     data = memoryview(held.mapped() if held is not None and held.size else b"")
     where = files[name_of(graph, MODEL)].where
+    weights = {tensor.name: _weight(tensor, data, where) for tensor in filter(_is_beside, model.graph.initializer)}
+    for nested in _nested(model.graph):
+        for tensor in filter(_is_beside, nested.initializer):
+            tensor.raw_data = _weight(tensor, data, where).tobytes()
+            tensor.ClearField("external_data")
+            tensor.data_location = onnx.TensorProto.DEFAULT
     _refuse_other_files(model, where)
-    for nested in model.graphs():
-        for value in _beside(nested) if nested is not model.graph else ():
-            value.const_value = ir.tensor(_weight(value, data, where), name=value.name)
-    return model, {str(value.name): _weight(value, data, where) for value in _beside(model.graph)}
+    return model, weights
 
 
-def _refuse_other_files(model: ir.Model, where: Path) -> None:
+def _refuse_other_files(model: onnx.ModelProto, where: Path) -> None:
     """Files are read for initializers alone: what a node's attribute says of one is nobody's to open."""
-    nodes = [*model.graph.all_nodes(), *(node for made in model.functions.values() for node in made.all_nodes())]
-    given = [attribute.value for node in nodes for attribute in node.attributes.values() if not attribute.is_ref()]
-    for value in (item for one in given for item in (one if isinstance(one, list | tuple) else (one,))):
-        if isinstance(value, ir.ExternalTensor):
-            raise ArtifactError(
-                f"'{where}' keeps a constant of a node in the file '{value.location}'",
-                next_step="do not use this artefact: lorac does not write such models",
-            )
+    parts = (model.graph.node, model.graph.sparse_initializer, model.functions, model.training_info)
+    tensors = (tensor for part in parts for message in part for tensor in _tensors(message))
+    for tensor in filter(_is_beside, tensors):
+        raise ArtifactError(
+            f"'{where}' keeps a constant of a node in the file '{_told(tensor).get('location')}'",
+            next_step="do not use this artefact: lorac does not write such models",
+        )
 
 
-def _beside(graph: ir.Graph) -> list[ir.Value]:
-    return [value for value in graph.initializers.values() if isinstance(value.const_value, ir.ExternalTensor)]
+def _is_beside(tensor: onnx.TensorProto) -> bool:
+    return bool(tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data)
 
 
-def _weight(value: ir.Value, data: memoryview, model: Path) -> Array:
-    tensor: Any = value.const_value
+def _told(tensor: onnx.TensorProto) -> dict[str, str]:
+    return {entry.key: entry.value for entry in tensor.external_data}
+
+
+def _weight(tensor: onnx.TensorProto, data: memoryview, model: Path) -> Array:
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
     try:
-        values: Array = np.frombuffer(data, tensor.dtype.numpy(), int(tensor.size), tensor.offset or 0)
+        values: Array = np.frombuffer(data, dtype, math.prod(tensor.dims), int(_told(tensor).get("offset", "0")))
     except ValueError as error:
-        raise ArtifactError(f"'{model}' keeps the weight '{value.name}' where its file has none") from error
-    return values.reshape(tuple(tensor.shape.numpy()))
+        raise ArtifactError(f"'{model}' keeps the weight '{tensor.name}' where its file has none") from error
+    return values.reshape(tuple(tensor.dims))
+
+
+def _nested(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """The graphs in a graph's nodes, however deep."""
+    attributes = (attribute for node in graph.node for attribute in node.attribute)
+    for nested in (inner for a in attributes for inner in (*((a.g,) if a.HasField("g") else ()), *a.graphs)):
+        yield nested
+        yield from _nested(nested)
 
 
 def check_locations(files: Mapping[str, HeldFile], graph: str) -> None:
@@ -128,6 +116,10 @@ def check_locations(files: Mapping[str, HeldFile], graph: str) -> None:
     Raises:
         ArtifactError: it is no model, or names another file or another place in it.
     """
+    _checked(files, graph)
+
+
+def _checked(files: Mapping[str, HeldFile], graph: str) -> onnx.ModelProto:
     held, beside = files[name_of(graph, MODEL)], files.get(name_of(graph, WEIGHTS))
     path, size = held.where, 0 if beside is None else beside.size
     try:
@@ -135,8 +127,9 @@ def check_locations(files: Mapping[str, HeldFile], graph: str) -> None:
     except DecodeError as error:
         raise ArtifactError(f"'{path}' is no ONNX model: {error}", next_step="copy the whole folder again") from error
     for tensor in _tensors(model):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
+        if _is_beside(tensor):
             _check_location(path, tensor, size)
+    return model
 
 
 def _check_location(path: Path, tensor: onnx.TensorProto, size: int) -> None:

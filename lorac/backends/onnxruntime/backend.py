@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,7 @@ from typing import Any
 import onnxruntime as ort
 import torch
 
-from lorac.backends.onnx.files import BASE, check_locations, names_of
-from lorac.backends.onnxruntime.build import build
-from lorac.backends.onnxruntime.dialect import DIALECT
+from lorac.backends.onnx.files import BASE, names_of
 from lorac.backends.onnxruntime.engine import GraphSession, OrtEngine
 from lorac.backends.onnxruntime.options import Options
 from lorac.backends.onnxruntime.session import new_session
@@ -20,7 +19,6 @@ from lorac.errors import Unavailable
 from lorac.ir.engine import AnyDialect, Backend, BuildRequest, Engine, Files, Stored
 from lorac.ir.graph.signature import CallSignature
 from lorac.ir.slots.site import SitePlan
-from lorac.ir.store.held import HeldFile
 from lorac.ir.store.plans import slot_from_json, slot_to_json
 from lorac.ir.store.tensors import TensorFile, file_base
 
@@ -30,11 +28,19 @@ _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 class OnnxRuntime(Backend[Options]):
     """Emits ONNX, and runs it in sessions whose slot inputs are bound once per choice."""
 
-    dialect: AnyDialect = DIALECT
     options = Options
+
+    @functools.cached_property
+    def dialect(self) -> AnyDialect:  # type: ignore[override]  # nobody sets it
+        """What it can run; what else building takes is imported with it, and nothing of that to load an artefact."""
+        from lorac.backends.onnxruntime.dialect import DIALECT
+
+        return DIALECT
 
     def build(self, request: BuildRequest[Options]) -> OrtEngine:
         """An engine over sessions; the host is not kept."""
+        from lorac.backends.onnxruntime.build import build
+
         return build(request)
 
     def store(self, engine: Engine, folder: Path, request: Callable[[], BuildRequest[Options]]) -> Stored:
@@ -52,21 +58,22 @@ class OnnxRuntime(Backend[Options]):
     ) -> OrtEngine:
         """Sessions over the models as they are held; their weights are mapped."""
         given: Any = stored
+        tensors = self.base_of(files)
         options = Options(**given["options"])
         if device is not None:
             options = dataclasses.replace(options, providers=_providers(str(device)))
         return OrtEngine(
             parts={name: _part(name, files, entry, options) for name, entry in given["graphs"].items()},
             plans=plans,
-            base=file_base(TensorFile(self.base_file(files))),
+            base=file_base({} if tensors is None else tensors),
             mode=mode,
             files={name: files[name] for name in names_of(given["graphs"]) if name in files},
             options=options,
         )
 
-    def base_file(self, files: Files) -> HeldFile:
-        """The file with the base weights."""
-        return files[BASE]
+    def base_of(self, files: Files) -> TensorFile | None:
+        """The base weights, some of which the models hold; None of a baked program."""
+        return TensorFile(files[BASE], files) if BASE in files else None
 
 
 BACKEND = OnnxRuntime()
@@ -80,7 +87,6 @@ def _described(part: GraphSession) -> dict[str, Any]:
 
 
 def _part(graph: str, files: Files, stored: Mapping[str, Any], options: Options) -> GraphSession:
-    check_locations(files, graph)
     slots = [slot_from_json(slot) for slot in stored["slots"]]
     return GraphSession(
         new_session(files, graph, options),

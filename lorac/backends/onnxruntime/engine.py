@@ -14,10 +14,10 @@ import onnxruntime as ort
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lorac.backends.onnx.files import BASE
 from lorac.backends.onnx.listing import listing
 from lorac.backends.onnxruntime.inputs import wanted
 from lorac.backends.onnxruntime.options import Options
+from lorac.backends.onnxruntime.portable import bound_tensors, write_choice, written_tensors
 from lorac.backends.onnxruntime.settling import settled_session
 from lorac.errors import Unavailable
 from lorac.ir.engine import Answer, Binding, Engine, Files
@@ -106,7 +106,7 @@ class OrtEngine(Engine):
 
     def bind(self, snapshot: Snapshot, slots: Mapping[str, SiteSlots]) -> Binding[Values]:
         """OrtValues over the slots' tensors; nothing is copied."""
-        tensors = {} if self.mode == "baked" else named_tensors(self.slots, self.plans, slots)
+        tensors = {} if self.constant else named_tensors(self.slots, self.plans, slots)
         return Binding(self, self._values(tensors))
 
     @property
@@ -143,6 +143,25 @@ class OrtEngine(Engine):
         if self._holds is snapshot:
             self._settled[snapshot] = _Settled(sessions, self._values({}))
 
+    @property
+    def constant(self) -> bool:
+        """A baked program's adapters are constants."""
+        return self.mode == "baked"
+
+    @property
+    def portable(self) -> bool:
+        """Whether there are slots to fill."""
+        return bool(self.slots) and not self.constant
+
+    def write_choice(self, snapshot: Snapshot, graph: str, path: Path) -> None:
+        """An ``.onnx_adapter``."""
+        slots = self.parts[require_component(graph, self.parts)].slots
+        if self.fused:
+            tensors = written_tensors(fed(slots, self.plans), self.base, snapshot)
+        else:
+            tensors = bound_tensors(slots, self.plans, self.base, snapshot)
+        write_choice(path, tensors)
+
     def _with_constants(self, name: str, part: GraphSession) -> ort.InferenceSession:
         constants = {slot: self.memory[slot] for slot in part.slots if slot in self.memory}
         if not constants:
@@ -152,7 +171,8 @@ class OrtEngine(Engine):
     @property
     def folder(self) -> Path:
         """Where the program lay when it was opened; nothing is read from there any more."""
-        return self.files[BASE].where.parent
+        name, held = next(iter(self.files.items()))
+        return held.where.parents[name.count("/")]
 
     @property
     def settled(self) -> bool:

@@ -9,13 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
+import onnx
 import onnxruntime as ort
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
 from lorac.backends.onnx.files import WEIGHTS, Array, name_of, read
-from lorac.backends.onnxruntime.kernels import no_kernel
 from lorac.backends.onnxruntime.options import Options
 from lorac.ir.engine import Files
 
@@ -66,53 +65,57 @@ def _made(
     """A session that maps its weights from a path, or where there is none gets them handed over."""
     model, weights = read(files, graph)
     settings = session_options(options)
-    handed = _fixed(model, constants)
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    handed = _fixed(model, stored, constants)
+    weights = {name: array for name, array in weights.items() if name not in handed}
     if path is None:
         handed |= weights
     else:
-        _point(model, weights, path.relative_to(path.anchor).as_posix())
+        for name in weights:
+            _point(stored[name], path.relative_to(path.anchor).as_posix())
         settings.add_session_config_entry("session.model_external_initializers_file_folder_path", path.anchor)
-    values = [_over(array, model.graph.initializers[name]) for name, array in handed.items()]
+    values = [_over(array, stored[name]) for name, array in handed.items()]
     settings.add_external_initializers(list(handed), values)
-    proto = ir.to_proto(model)
     try:
-        session = ort.InferenceSession(proto.SerializeToString(), settings, providers=list(options.providers))
+        session = ort.InferenceSession(model.SerializeToString(), settings, providers=list(options.providers))
     except NoKernel as error:
-        raise no_kernel(proto, error) from error
+        from lorac.backends.onnxruntime.kernels import no_kernel
+
+        raise no_kernel(model, error) from error
     session.lorac_constants = handed
     _let_go(weights)
     return session
 
 
-def _point(model: ir.Model, weights: Mapping[str, Array], location: str) -> None:
-    """Have the weights beside a model lie in another file, at the same places."""
-    for name in weights:
-        value = model.graph.initializers[name]
-        old: Any = value.const_value
-        value.const_value = ir.ExternalTensor(
-            location, old.offset, old.length, old.dtype, shape=old.shape, name=name, base_dir=""
-        )
+def _point(tensor: onnx.TensorProto, location: str) -> None:
+    """Have a weight lie in another file, at the same place."""
+    for entry in tensor.external_data:
+        if entry.key == "location":
+            entry.value = location
 
 
-def _fixed(model: ir.Model, constants: Mapping[str, Array]) -> dict[str, Array]:
-    """Make slots initializers whose values are handed over with the session; those that the model has."""
-    fixed = {}
-    for value in list(model.graph.inputs):
-        name = str(value.name)
-        if name not in constants:
-            continue
-        fixed[name] = array = constants[name]
-        model.graph.inputs.remove(value)
-        kind, shape = ir.tensor(array[:0]).dtype, ir.Shape(array.shape)
-        value.const_value = ir.ExternalTensor("handed over", 0, array.nbytes, kind, shape=shape, name=name)
-        model.graph.initializers[name] = value
+def _fixed(
+    model: onnx.ModelProto, stored: Mapping[str, onnx.TensorProto], constants: Mapping[str, Array]
+) -> dict[str, Array]:
+    """Make slots constants whose values are handed over with the session; those that the model has."""
+    fixed = {name: array for name, array in constants.items() if name in stored}
+    for name, array in fixed.items():
+        tensor = stored[name]
+        kind = tensor.data_type
+        tensor.Clear()
+        tensor.name, tensor.data_type, tensor.data_location = name, kind, onnx.TensorProto.EXTERNAL
+        tensor.dims.extend(array.shape)
+        for key, told in {"location": "handed over", "offset": "0", "length": str(array.nbytes)}.items():
+            tensor.external_data.add(key=key, value=told)
+    for index in reversed(range(len(model.graph.input))):
+        if model.graph.input[index].name in fixed:
+            del model.graph.input[index]
     return fixed
 
 
-def _over(array: Array, value: ir.Value) -> ort.OrtValue:
+def _over(array: Array, tensor: onnx.TensorProto) -> ort.OrtValue:
     """An OrtValue over an array's own memory."""
-    assert value.const_value is not None
-    made = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, int(value.const_value.dtype))
+    made = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, tensor.data_type)
     assert not array.size or made.data_ptr() == array.ctypes.data
     return made
 

@@ -22,7 +22,6 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, statically_known_true
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorac.errors import FormulaFailed, LoracError
@@ -30,7 +29,6 @@ from lorac.lines import definition_line, innermost_line
 from lorac.quiet import quiet
 
 Tensor = torch.Tensor
-_NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 _FAULTS = (
     ArithmeticError,
     AssertionError,
@@ -115,10 +113,17 @@ def _blamed(error: Exception) -> tuple[str, str]:
     """What a formula did, by the exception that came of it, and what to do instead."""
     if isinstance(error, _Written):
         return f"writes into {error.name} ({error.op})", "compute a new tensor, as W * s for W.mul_(s)"
-    if isinstance(error, _NEEDS_VALUES):
+    if isinstance(error, _needs_values()):
         return "takes a step that depends on the values of tensors", "choose with torch.where, or by masks"
     reason = str(error).strip().partition("\n")[0]
     return f"raises {type(error).__name__}: {reason}", _PURE
+
+
+def _needs_values() -> tuple[type[Exception], ...]:
+    """What torch raises where a step without memory needs the value of a tensor."""
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    return DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode
 
 
 @contextmanager
@@ -186,4 +191,13 @@ def _same_shape(found: Tensor, like: Tensor) -> bool:
     """Whether two shapes are one; of sizes that are not known yet, whether they are not known to differ."""
     if found.dim() != like.dim():
         return False
-    return not any(statically_known_true(a != b) for a, b in zip(found.shape, like.shape, strict=True))
+    return not any(_is_known(a != b) for a, b in zip(found.shape, like.shape, strict=True))
+
+
+def _is_known(differs: bool | torch.SymBool) -> bool:
+    """Whether sizes differ whatever the symbols among them stand for."""
+    if isinstance(differs, bool):
+        return differs
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(differs)

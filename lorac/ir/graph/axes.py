@@ -44,11 +44,6 @@ def axis_names(program: ExportedProgram, dynamic_shapes: Mapping[str, Any]) -> d
     return names
 
 
-def in_program(argument: str) -> str:
-    """What torch calls the input of a program that an argument of forward becomes."""
-    return argument.lower()
-
-
 def renamed(text: str, names: Mapping[str, str]) -> str:
     """A size as text, such as ``2*s77``, with its symbols replaced by their names."""
     return _SYMBOL.sub(lambda match: names.get(match.group(), match.group()), text)

@@ -22,10 +22,11 @@ from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from lorac.errors import CaptureFailed, nearest_name, short
-from lorac.ir.graph.axes import asked_axes, axis_names, in_program, sizes_of
+from lorac.ir.graph.axes import asked_axes, axis_names, sizes_of
 from lorac.ir.graph.edit import keep_tensors, qualified
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.outputs import without_dataclasses
+from lorac.ir.graph.signature import in_program
 from lorac.ir.host.copying import structural_copy
 from lorac.ir.host.example_inputs import (
     TRACED,

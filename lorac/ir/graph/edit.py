@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.source import LocalSource
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
@@ -48,6 +47,8 @@ def fake_mode(program: ExportedProgram) -> FakeTensorMode:
 
 def new_dimension(program: ExportedProgram, name: str, hint: int, least: int = 0) -> torch.SymInt:
     """A size of the program's own that may be anything from ``least`` on."""
+    from torch._dynamo.source import LocalSource
+
     environment = fake_mode(program).shape_env
     assert environment is not None
     source = LocalSource(name)

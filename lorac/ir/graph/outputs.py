@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import re
+import sys
+from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -138,8 +140,16 @@ def spec_to_json(spec: Any) -> Any:
     if names is None:
         return {"type": "tuple", "children": children}
     named = {"type": "mapping", "names": names, "children": children}
-    cls = f"{spec.type.__module__}.{spec.type.__qualname__}"
-    return {**named, "class": cls} if _ALLOWED.fullmatch(cls) else named
+    cls, fields = _class_of(spec)
+    return {**named, "class": cls, "fields": fields} if _ALLOWED.fullmatch(cls) else named
+
+
+def _class_of(spec: pytree.TreeSpec) -> tuple[str, list[str]]:
+    """The import path of a container's class, and all the fields that it has."""
+    if spec.type is _Stored:
+        return spec.context[0].path, list(spec.context[0].fields)
+    fields = dataclasses.fields(spec.type) if dataclasses.is_dataclass(spec.type) else ()
+    return f"{spec.type.__module__}.{spec.type.__qualname__}", [field.name for field in fields]
 
 
 def spec_from_json(stored: Any) -> Any:
@@ -153,7 +163,76 @@ def spec_from_json(stored: Any) -> Any:
         return pytree.TreeSpec(list, None, children)
     if stored["type"] == "tuple":
         return pytree.TreeSpec(tuple, None, children)
-    return pytree.TreeSpec(output_class(stored.get("class")), list(stored["names"]), children)
+    names, path = _texts(stored["names"]), stored.get("class")
+    if len(names) != len(children):
+        raise ValueError(f"an output has {len(children)} parts and {len(names)} names")
+    if path is None or _ALLOWED.fullmatch(path) is None:
+        return pytree.TreeSpec(dict, names, children)
+    return pytree.TreeSpec(_Stored, (_Stored(path, tuple(_texts(stored["fields"]))), names), children)
+
+
+def _texts(stored: Any) -> list[str]:
+    """A list of names."""
+    if not isinstance(stored, list) or not all(isinstance(name, str) for name in stored):
+        raise ValueError("an output's names are no names")
+    return stored
+
+
+# ── Output classes of others ─────────────────────────────────────────────────────────────────────────────────────────
+class Output(OrderedDict[str, Any]):
+    """Answers as an output class of transformers or diffusers does: by name, by place, as a mapping and as a tuple.
+
+    Whoever holds such a class has imported its package, and is then given the class itself (``_Stored``).
+
+    Args:
+        values: what there is, by name.
+        fields: all names that the class has; those that are not there are None.
+    """
+
+    def __init__(self, values: Mapping[str, Any], fields: Collection[str]) -> None:
+        super().__init__((name, value) for name, value in values.items() if value is not None)
+        self._fields = frozenset({*fields, *values})
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name not in self._fields:
+            raise AttributeError(f"this output has no '{name}': it has {', '.join(self)}")
+        return self.get(name)
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """What there is, in order."""
+        return tuple(self.values())
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """An output class by its import path, in a stored structure; the class is looked up when there is an output.
+
+    To import transformers takes longer than to load an artefact. So its class is made only where it is imported
+    already, and whoever has not imported it cannot tell the difference.
+
+    Attributes:
+        path: the import path.
+        fields: all fields of the class.
+    """
+
+    path: str
+    fields: tuple[str, ...]
+
+    def made(self, values: Sequence[Any], names: Sequence[str]) -> Any:
+        """An output with these values."""
+        cls = output_class(self.path) if sys.modules.get(self.path.partition(".")[0]) is not None else dict
+        if cls is dict:
+            return Output(dict(zip(names, values, strict=True)), self.fields)
+        leaves: list[pytree.TreeSpec] = [pytree.treespec_leaf() for _ in names]
+        return pytree.tree_unflatten(values, pytree.TreeSpec(cls, list(names), leaves))
+
+
+pytree.register_pytree_node(
+    _Stored, lambda it: ([], (it, [])), lambda values, context: context[0].made([*values], context[1])
+)
 
 
 def output_class(name: str | None) -> type:
@@ -181,6 +260,6 @@ def _defined(module: str, name: str) -> Any:
 
 def _children_names(spec: pytree.TreeSpec) -> list[str] | None:
     """What a container calls its children; None where it counts them."""
-    context = spec.context[1] if spec.type is Fields else spec.context
+    context = spec.context[1] if spec.type in {Fields, _Stored} else spec.context
     named = isinstance(context, Sequence) and not isinstance(context, str) and len(context) == spec.num_children
     return [*context] if named and all(isinstance(name, str) for name in context) else None

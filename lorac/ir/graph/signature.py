@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from lorac.errors import ArtifactError, ChoiceError, InputMismatch, nearest_name, short
-from lorac.ir.graph.axes import in_program
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.outputs import Structure, output_names, structure_from_json, structure_to_json
 from lorac.ir.graph.sizes import Sizes
@@ -223,6 +222,11 @@ def _instead(name: str) -> str:
     if name in SWITCHES:
         return f"model.config.{name}, set before compiling, is what the program does"
     return "target='eager' runs the model itself, with any value"
+
+
+def in_program(argument: str) -> str:
+    """What torch calls the input of a program that an argument of forward becomes."""
+    return argument.lower()
 
 
 def _spelled(host: torch.nn.Module, inputs: Collection[str]) -> dict[str, str]:

@@ -149,7 +149,9 @@ def _module(entry: Mapping[str, Any]) -> nn.Module:
         if kind == "gpt2":
             return Conv1D(entry["out"], entry["in"])
         if kind == "embedding":
-            return _bare(nn.Embedding(entry["in"], entry["out"], padding_idx=entry["padding"]))
+            # Given a weight it draws none: on the meta device, drawing imports torch's compiler.
+            weight = torch.empty(entry["in"], entry["out"])
+            return _bare(nn.Embedding.from_pretrained(weight, padding_idx=entry["padding"]))
         if kind == "attention":
             return _bare(nn.MultiheadAttention(entry["width"], 1))
         if kind in _CONVOLUTIONS:

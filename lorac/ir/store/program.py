@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from torch.export.graph_signature import InputKind
 
 from lorac.errors import ArtifactError, Unavailable
 from lorac.ir.graph import ops
-from lorac.ir.graph.axes import constant
 
 Tensor = torch.Tensor
 _NAMESPACES = frozenset({"aten", "prims", next(iter(ops.OPS)).namespace})
@@ -50,10 +49,9 @@ def to_json(program: ExportedProgram) -> dict[str, Any]:
             given = spec.kind is InputKind.USER_INPUT
             nodes.append({"input": node.name, **(_example(node) if given else {"tensor": spec.target})})
         elif node.op == "call_function":
-            kwargs = {key: _plain(value) for key, value in node.kwargs.items()}
-            nodes.append({"name": node.name, "op": _name_of(node.target), "args": _plain(node.args), "kwargs": kwargs})
+            nodes.append(call_to_json(node))
         elif node.op == "output":
-            nodes.append({"output": _plain(node.args[0])})
+            nodes.append({"output": plain(node.args[0])})
         else:
             raise _unstorable(f"a captured program with a nested graph ('{node.target}')")
     return {"nodes": nodes}
@@ -61,6 +59,12 @@ def to_json(program: ExportedProgram) -> dict[str, Any]:
 
 def _unstorable(what: str) -> Unavailable:
     return Unavailable(f"{what} cannot be stored", next_step="compile for target='onnxruntime' and save that")
+
+
+def call_to_json(node: fx.Node) -> dict[str, Any]:
+    """A node that calls an op."""
+    kwargs = {key: plain(value) for key, value in node.kwargs.items()}
+    return {"name": node.name, "op": _name_of(node.target), "args": plain(node.args), "kwargs": kwargs}
 
 
 def tensors_of(program: ExportedProgram) -> dict[str, Tensor]:
@@ -87,7 +91,7 @@ class StoredProgram(nn.Module):
 
     def __init__(self, stored: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
-        graph, self.inputs = _graph(stored)
+        graph, self.inputs = graph_from_json(stored["nodes"])
         given = {entry["input"]: entry for entry in stored["nodes"] if "shape" in entry}
         self.examples = {name: _made(entry) for name, entry in given.items()}
         self.dynamic = {name: tuple(entry["dynamic"]) for name, entry in given.items()}
@@ -113,9 +117,14 @@ class StoredProgram(nn.Module):
         return forward
 
 
-def _graph(stored: Mapping[str, Any]) -> tuple[fx.Graph, list[tuple[str, str | None]]]:
+def graph_from_json(nodes: Sequence[Mapping[str, Any]]) -> tuple[fx.Graph, list[tuple[str, str | None]]]:
+    """A graph of stored nodes, and its inputs, each with the name of its tensor, or None where the caller gives it.
+
+    Raises:
+        ArtifactError: a node calls what is no op that an artefact may name.
+    """
     graph, known, inputs = fx.Graph(), {}, []
-    for entry in stored["nodes"]:
+    for entry in nodes:
         if "input" in entry:
             inputs.append((entry["input"], entry.get("tensor")))
             known[entry["input"]] = graph.placeholder(entry["input"])
@@ -132,6 +141,8 @@ def _graph(stored: Mapping[str, Any]) -> tuple[fx.Graph, list[tuple[str, str | N
 
 def _example(node: fx.Node) -> dict[str, Any]:
     """Shape, dtype and dynamic axes of a caller's input."""
+    from lorac.ir.graph.axes import constant
+
     value = node.meta["val"]
     if not isinstance(value, Tensor):
         raise _unstorable(f"a program whose input '{node.name}' is a {type(value).__name__}")
@@ -150,12 +161,12 @@ def _made(entry: Mapping[str, Any]) -> Tensor:
     return torch.randn(entry["shape"], generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """An operand as JSON."""
     if isinstance(value, fx.Node):
         return {_NODE: value.name}
     if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": repr(value)}
     if value is None or isinstance(value, bool | int | float | str):

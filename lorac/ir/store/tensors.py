@@ -7,7 +7,9 @@ several metadata entries in random order, and copies all tensors before it write
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_ALIAS, _TRANSPOSED = "alias", "transposed"
+_ALIAS, _TRANSPOSED, _ELSEWHERE = "alias", "transposed", "elsewhere"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -72,33 +74,73 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return memoryview(values)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where the values of a tensor lie in another file of the same program.
+
+    Attributes:
+        file: its name, with slashes.
+        offset: the first byte.
+        by_columns: whether they are those of a matrix column by column.
+    """
+
+    file: str
+    offset: int
+    by_columns: bool
+
+
 class TensorFile(Mapping[str, Tensor]):
     """Tensors of a held file by name, mapped when asked for and let go with the last answer: nothing stays in memory.
 
-    Tensors written under several names are in the file once, and some lie in it column by column; its metadata says
-    which.
+    Tensors written under several names are in the file once, some lie in it column by column, and what another file of
+    the program holds anyway lies there alone; its metadata says which.
+
+    Args:
+        file: the file.
+        files: those of the program, by name, where some tensors may lie in them.
 
     Attributes:
         notes: what else its metadata says.
+
+    Raises:
+        ArtifactError: its metadata speaks of a place that is none.
     """
 
-    def __init__(self, file: HeldFile) -> None:
-        self.file = file
+    def __init__(self, file: HeldFile, files: Mapping[str, HeldFile] | None = None) -> None:
+        self.file, self.files = file, files or {}
+        known = (_ALIAS, _TRANSPOSED, _ELSEWHERE)
         with safe_open(file.path, framework="pt") as opened:
             metadata = opened.metadata() or {}
-            self.notes: Mapping[str, str] = {n: v for n, v in metadata.items() if n not in (_ALIAS, _TRANSPOSED)}
-            told = {key: parse_json(metadata[key], self._damaged) for key in (_ALIAS, _TRANSPOSED) if key in metadata}
+            self.notes: Mapping[str, str] = {name: text for name, text in metadata.items() if name not in known}
+            told = {key: parse_json(metadata[key], self._damaged) for key in known if key in metadata}
             self._alias: dict[str, str] = told.get(_ALIAS, {})
             self._transposed = frozenset(told.get(_TRANSPOSED, ()))
-            self._names = frozenset({*opened.keys(), *self._alias})
+            self._elsewhere = {name: self._placed(name, entry) for name, entry in told.get(_ELSEWHERE, {}).items()}
+            self._names = frozenset({*opened.keys(), *self._alias, *self._elsewhere})
         self._begin, self._header = self._read_header()
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
         stored = self._alias.get(name, name)
-        found = self._tensor(self._header[stored])
+        if stored in self._elsewhere:
+            file, offset, dtype, shape = self._elsewhere[stored]
+            found = torch.frombuffer(file.mapped_part(offset, _bytes(dtype, shape)), dtype=dtype).reshape(shape)
+        else:
+            found = self._tensor(self._header[stored])
         return found.t() if stored in self._transposed else found
+
+    def _placed(self, name: str, entry: Any) -> tuple[HeldFile, int, torch.dtype, tuple[int, ...]]:
+        """What the metadata says of a tensor in another file, once it is found to be possible."""
+        try:
+            file, offset = self.files[entry["file"]], entry["offset"]
+            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+            whole = all(type(number) is int and number >= 0 for number in (offset, *shape))
+            if whole and 0 < _bytes(dtype, shape) <= file.size - offset:
+                return file, offset, dtype, shape
+        except (LookupError, TypeError):
+            pass
+        raise self._damaged(f"says that '{name}' lies where no file of the program has room for it")
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
@@ -139,6 +181,7 @@ class TensorFile(Mapping[str, Tensor]):
         tensors: Mapping[str, Tensor],
         transposed: Collection[str] = (),
         notes: Mapping[str, str] | None = None,
+        elsewhere: Mapping[str, Place] | None = None,
     ) -> None:
         """Write a file; what shares its memory with an earlier tensor is written once.
 
@@ -147,6 +190,7 @@ class TensorFile(Mapping[str, Tensor]):
             tensors: by name.
             transposed: matrices to write column by column, for a reader that wants their transposes contiguous.
             notes: what else the metadata shall say, by entry.
+            elsewhere: those that another file of the program holds.
         """
         first: dict[Any, str] = {}
         alias = {}
@@ -155,13 +199,29 @@ class TensorFile(Mapping[str, Tensor]):
             known = first.setdefault(view if tensor.numel() else name, name)
             if known != name:
                 alias[name] = known
-        columns = sorted({*transposed} - alias.keys())
-        written = {n: t.detach().t() if n in columns else t.detach() for n, t in tensors.items() if n not in alias}
-        told = {_ALIAS: dict(sorted(alias.items())), _TRANSPOSED: columns}
+        places = {name: place for name, place in (elsewhere or {}).items() if name not in alias}
+        there = {name for name, place in places.items() if place.by_columns}
+        columns = sorted(({*transposed} - alias.keys() - places.keys()) | there)
+        laid_out = {n: t.detach().t() if n in columns else t.detach() for n, t in tensors.items() if n not in alias}
+        written = {name: tensor for name, tensor in laid_out.items() if name not in places}
+        told = {
+            _ALIAS: dict(sorted(alias.items())),
+            _TRANSPOSED: columns,
+            _ELSEWHERE: {name: _told(laid_out[name], place) for name, place in sorted(places.items())},
+        }
         write_safetensors(path, written, {**(notes or {}), **{key: json_text(value) for key, value in told.items()}})
 
 
-def file_base(file: TensorFile, device: Any = None) -> BaseReader:
+def _told(tensor: Tensor, place: Place) -> dict[str, Any]:
+    shape = list(tensor.shape)
+    return {"file": place.file, "offset": place.offset, "dtype": _NAMES[tensor.dtype], "shape": shape}
+
+
+def _bytes(dtype: torch.dtype, shape: Collection[int]) -> int:
+    return dtype.itemsize * math.prod(shape)
+
+
+def file_base(file: Mapping[str, Tensor], device: Any = None) -> BaseReader:
     """A reader of base weights in a file."""
 
     def tensor(name: str) -> Tensor:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from lorac.errors import ArtifactError, CorruptFile
 from lorac.ir.store import held
 from lorac.ir.store.held import HeldFile, hold
-from lorac.ir.store.tensors import TensorFile
+from lorac.ir.store.tensors import Place, TensorFile, raw_bytes, write_safetensors
 
 linux = pytest.mark.skipif(not held._tells_open_files(), reason="open files have no paths here")
 
@@ -48,7 +51,7 @@ def test_what_was_opened_is_read(gone: Callable[[Path], None], tmp_path: Path) -
     gone(path)
     assert file.read() == bytes(file.mapped()) == b"mine"
     assert file.size == 4
-    assert file.digest() == hashlib.blake2b(b"mine", digest_size=16).hexdigest()
+    assert file.digest() == hashlib.blake2b(hashlib.blake2b(b"mine").digest(), digest_size=16).hexdigest()
     file.copy_to(tmp_path / "deep" / "copy")
     assert (tmp_path / "deep" / "copy").read_bytes() == b"mine"
 
@@ -121,3 +124,46 @@ def test_a_file_is_let_go_with_its_object(tmp_path: Path) -> None:
     del file
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(handle)
+
+
+def test_a_hash_over_pieces_tells_every_byte_and_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(held, "_PIECE", 4)
+    monkeypatch.setattr(held, "_CHUNK", 3)
+    found = set()
+    for content in (b"", b"mine", b"mine and", b"and mine", b"mine andx", b"mine an\0"):
+        (tmp_path / "file").write_bytes(content)
+        found.add(hold(tmp_path, ["file"])["file"].digest())
+    assert len(found) == 6
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"file": "nowhere"},
+        {"offset": -4},
+        {"offset": 64},
+        {"offset": "0"},
+        {"dtype": "X"},
+        {"shape": [16]},
+        {"shape": 3},
+    ],
+    ids=str,
+)
+def test_a_tensor_that_another_file_holds(change: dict[str, Any], tmp_path: Path) -> None:
+    wanted = torch.randn(3, 5)
+    (tmp_path / "other").write_bytes(b"head" + bytes(raw_bytes(wanted.t())))
+    place = Place("other", 4, by_columns=True)
+    TensorFile.write(tmp_path / "file", {"a": wanted, "b": wanted[:2].clone()}, elsewhere={"a": place})
+    files = hold(tmp_path, ["file", "other"])
+    found = TensorFile(files["file"], files)
+    assert torch.equal(found["a"], wanted)
+    assert torch.equal(found["b"], wanted[:2])
+    found["a"].zero_()  # the reader's own memory
+    assert torch.equal(found["a"], wanted)
+    with safe_open(tmp_path / "file", framework="pt") as opened:
+        metadata, kept = opened.metadata(), {"b": opened.get_tensor("b")}
+    told = json.loads(metadata["elsewhere"])
+    told["a"] |= change
+    write_safetensors(tmp_path / "damaged", kept, {**metadata, "elsewhere": json.dumps(told)})
+    with pytest.raises(ArtifactError, match="no file of the program has room"):
+        TensorFile(hold(tmp_path, ["damaged"])["damaged"], files)

@@ -1,0 +1,117 @@
+"""``load``: a compiled model from an artefact. What compiling takes is imported only where another target is built."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lorac.compiler.assembly import Assembly
+from lorac.compiler.handed import Source
+from lorac.compiler.precision import refuse_lacking
+from lorac.compiler.services import Lasting
+from lorac.compiler.targets import backend_of
+from lorac.errors import ArtifactError, LoracError, nearest_name
+from lorac.formats import formats
+from lorac.ir.host.sites import parameter_site
+from lorac.ir.store.folders import MANIFEST, steady
+from lorac.ir.store.plans import choice_from_json, plan_from_json
+from lorac.kinds import expect
+from lorac.runtime.compiled import Compiled
+from lorac.runtime.components import traits_from_json
+from lorac.runtime.host import Host
+from lorac.runtime.manifest import Manifest
+
+
+def load(folder: str | Path, target: str | None = None, device: str | torch.device | None = None) -> Compiled:
+    """A compiled model from an artefact of ``compiled.save``; it needs neither the host nor its weights elsewhere.
+
+    Every file is opened once, held against the manifest's hash and kept open: the folder may be replaced or removed
+    from then on. What is loaded answers, swaps and takes further adapters, but does not train. A method of one's own
+    needs no class for that, unless further adapters of it are added. Nothing that the artefact names is run. Output
+    classes are those of transformers and diffusers alone: where the package is imported already, its own; else one that
+    answers to the same names. Anything else that the host answered with comes back as a plain dict or tuple.
+
+    Args:
+        folder: the artefact.
+        target: default: the one it was saved from. An eager artefact can also be compiled for another target.
+        device: default: the one it was saved from, or the CPU.
+
+    Raises:
+        ArtifactError: damaged, unsafe, of another version, or no artefact.
+        Unavailable: the artefact cannot be turned into the target.
+    """
+    expect(folder, (str, os.PathLike), "what lorac.load reads", next_step="give the path of a folder")
+    folder = Path(os.path.realpath(folder))
+    return steady(folder, lambda: _loaded_from(folder, target, device))
+
+
+def _refuse_others(folder: Path) -> None:
+    """Refuse what is at a folder's place and is no compiled model, saying what it is."""
+    if (folder / MANIFEST).is_file():
+        return
+    if any(format.recognises(folder) for format in formats().values()):
+        raise ArtifactError(
+            f"'{folder}' is an adapter, and no compiled model",
+            next_step="lorac.compile(model, adapters) takes its path; lorac.load_adapter(path) reads it",
+        )
+    if not folder.exists():
+        raise ArtifactError(
+            f"there is no compiled model at '{folder}'",
+            nearest=nearest_name(folder.name, [found.parent.name for found in folder.parent.glob(f"*/{MANIFEST}")]),
+            next_step="compiled.save(folder) writes one",
+        )
+
+
+def _loaded_from(folder: Path, target: str | None, device: str | torch.device | None) -> Compiled:
+    _refuse_others(folder)
+    try:
+        manifest = Manifest.of(folder)
+        return _loaded(manifest, target or manifest.target, device)
+    except LoracError:
+        raise
+    except Exception as error:  # its seal agrees, so somebody made it so: what reads it may stumble anywhere
+        reason = str(error).strip().partition("\n")[0]
+        raise ArtifactError(
+            f"the manifest of '{folder}', or a file of it, does not fit together: {type(error).__name__}: {reason}",
+            next_step="save the artefact again with this version",
+        ) from error
+
+
+def _loaded(manifest: Manifest, target: str, device: str | torch.device | None) -> Compiled:
+    saved = backend_of(manifest.target)
+    base = saved.base_of(manifest.files)
+    host = Host.stored(manifest.host, base or {})
+    model = host.module  # held, so that it is made once
+    lasting = Lasting(host)
+    lasting.read_from(base)
+    lasting.preparer.stored = manifest.reductions
+    for name, record, forms in manifest.adapters():
+        lasting.restore(name, record, forms)
+    sites = lasting.sites
+    plans = {
+        path: plan_from_json(sites.get(path) or parameter_site(path, model), plan)
+        for path, plan in manifest.plans.items()
+    }
+    choice = choice_from_json(manifest.active)
+    if target != manifest.target:
+        from lorac.compiler.compilation import Compilation
+
+        backend = backend_of(target)
+        refuse_lacking(backend.dialect, (plan.site.dtype for plan in plans.values()), str(manifest.folder))
+        program = saved.program_of(manifest.program, manifest.files, sites, plans)
+        return Compilation(lasting, backend, _compile).built(plans, manifest.mode, choice, backend.told({}), program)
+    engine = saved.restore(manifest.program, manifest.files, plans, manifest.mode, device)
+    traits = traits_from_json(manifest.components)
+    return Assembly(lasting=lasting, backend=saved, again=_compile, traits=traits).over(
+        engine, plans, manifest.mode, choice
+    )
+
+
+def _compile(model: nn.Module, adapters: Mapping[str, Source], **given: object) -> Compiled:
+    from lorac.compiler.api import compile
+
+    return compile(model, adapters, **given)  # type: ignore[arg-type]  # what export() was given, as it came
