@@ -360,7 +360,10 @@ def _is_about_shapes(error: BaseException) -> bool:
 def _failure(host: nn.Module, guards: Sequence[Guard], error: Exception) -> CaptureFailed:
     line = source_line(error)
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
-    step = "make this line independent of the values of tensors (torch.where, torch.cond)"
+    step = (
+        "make this line independent of the values of tensors (torch.where, torch.cond), or give forward what it computes "
+        "there, position_ids for one, if it takes that; target='eager' runs the model itself"
+    )
     if _is_about_shapes(error):
         line = line or (guards[0].line if guards else None)
         reason = " ".join(str(error).partition("The error above")[0].split())

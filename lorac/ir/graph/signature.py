@@ -102,7 +102,7 @@ class CallSignature:
             raise self._otherwise(
                 name,
                 f"take {name}={short(plain(value))}",
-                "compile with it in example_inputs=, or with what the model's configuration says of it changed",
+                "compile with it in example_inputs=; target='eager' takes any",
             )
 
     def _otherwise(self, name: str, what: str, next_step: str) -> InputMismatch:
