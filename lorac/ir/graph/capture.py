@@ -361,15 +361,15 @@ def _failure(host: nn.Module, guards: Sequence[Guard], error: Exception) -> Capt
     line = source_line(error)
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     step = (
-        "make this line independent of the values of tensors (torch.where, torch.cond), or give forward what it computes "
-        "there, position_ids for one, if it takes that; target='eager' runs the model itself"
+        "make this line independent of the values of tensors (torch.where, torch.cond), or give forward what it "
+        "computes there, position_ids for one, if it takes that; target='eager' runs the model itself"
     )
     if _is_about_shapes(error):
         line = line or (guards[0].line if guards else None)
         reason = " ".join(str(error).partition("The error above")[0].split())
         step = "give dynamic_shapes= that this line admits, or change the line"
     elif isinstance(error, _Recast):
-        step = "call the model once before compiling, if only its first call casts; or compile with dtype='float32'"
+        step = "call the model once before compiling: then it is cast already; target='eager' runs it as it is"
     elif not isinstance(error, _ValuesNeeded | GuardOnDataDependentSymNode):
         step = "the same call in eager shows whether the inputs fit the model"
     return CaptureFailed(
