@@ -14,7 +14,15 @@ TILED = ("llava_next", "llava_next_video", "llava_onevision")
 """Vision-language models that see an image whole and in tiles."""
 SECTIONED = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]}
 """Rotations by time, height and width, of heads of eight."""
-_SECTIONED = ("qwen2_vl", "qwen2_5_vl", "glm4v", "glm46v", "glmga")
+_SECTIONED = ("qwen2_vl", "glm4v", "glm46v", "glmga", "glm_ocr")
+_DENSE: Mapping[str, Any] = {
+    "intermediate_size": 48,
+    "activation_sparsity_pattern": [0.0, 0.0],
+    "num_kv_shared_layers": 0,
+}
+_WINDOWED = ("exaone4_5", "hyperclovax_vision_v2")
+_WINDOWS = {"vision_config": {"window_size": 32}}
+"""Windows of four by four patches, which are eight wide, merged by two."""
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "aria": {"projector_patch_to_query_dict": {16: 4}},
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8},
@@ -32,6 +40,8 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_ssm": 32},
     "dpt": {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
+    "gemma3n": {"text_config": _DENSE},
+    "gemma3n_text": _DENSE,
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8},
     "instructblip": {"image_token_index": 105},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2},
@@ -44,6 +54,8 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     **{name: {"embed_dim": 16, "image_size": 64, "window_size": 2} for name in ("swin", "swinv2", "donut-swin")},
     **{name: {"image_grid_pinpoints": [[32, 32]]} for name in TILED},
     **{name: {"text_config": {"rope_parameters": SECTIONED}} for name in _SECTIONED},
+    **{name: _WINDOWS for name in _WINDOWED},
+    "qwen2_5_vl": {"text_config": {"rope_parameters": SECTIONED}, **_WINDOWS},
     "siglip2": {"vision_config": {"num_patches": 16}},
     "vipllava": {"vision_feature_layers": [-2, -1]},
     "wav2vec2-bert": {"vocab_size": 40},
@@ -77,6 +89,11 @@ def _queried(context: calls.Context) -> Any:
     return torch.cat([marks, _question(context)], 1)
 
 
+def _series(context: calls.Context) -> Any:
+    """As many series as rows, each of 64 moments."""
+    return list(context.noise(context.batch, 64))
+
+
 _PATCHES: dict[str, Callable[[calls.Context], Any]] = {
     "pixel_values": lambda context: context.noise(context.batch, 16, 3 * 8 * 8),
     "pixel_attention_mask": lambda context: torch.ones(context.batch, 16, dtype=torch.int64),
@@ -92,7 +109,9 @@ CALLS: Mapping[str, Mapping[str, Callable[[calls.Context], Any]]] = {
     "paligemma": {"token_type_ids": calls.prefix},
     "instructblip": {"qformer_input_ids": _question, "input_ids": _queried},
     **{name: {"pixel_values": _tiles} for name in TILED},
+    "lfm2_vl": _PATCHES,
     "siglip2": _PATCHES,
+    **{name: {"past_values": _series} for name in ("timesfm", "timesfm2_5")},
     "whisper": {"input_features": calls.spectrum_channels_first},
     "speech-encoder-decoder": {"input_values": calls.sound},
 }

@@ -42,7 +42,7 @@ from lorac.ir.host.example_inputs import (
 from lorac.ir.host.fixed_values import Arguments
 from lorac.ir.host.guards import Guard, chain, listening, source_line
 from lorac.ir.host.layers import Forward, calls_below, is_plain, padded, with_below
-from lorac.ir.host.running import random_state_kept
+from lorac.ir.host.running import no_fast_path, random_state_kept
 from lorac.ir.host.sites import Site, conv_geometry, is_conv1d_of_gpt2
 from lorac.ir.slots.reads import first_tensor, replace_first
 from lorac.ir.slots.site import SitePlan
@@ -214,7 +214,7 @@ def _refuse_objects(program: ExportedProgram) -> None:
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Where a copy of a model is traced or run: alone, in silence, by the ordinary way through it, without traces."""
-    with _LOCK, quiet(), torch.no_grad(), random_state_kept(model), _no_fast_path():
+    with _LOCK, quiet(), torch.no_grad(), random_state_kept(model), no_fast_path():
         yield
 
 
@@ -333,17 +333,6 @@ def _no_cache_of_shapes() -> contextlib.AbstractContextManager[None]:
     return config.patch(fake_tensor_cache_enabled=False)
 
 
-@contextlib.contextmanager
-def _no_fast_path() -> Iterator[None]:
-    """Keep nn.TransformerEncoderLayer and nn.MultiheadAttention off the fused kernel that bypasses their layers."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
-
-
 class _ValuesNeeded(Exception):
     """Stands in for torch's error of a step that depends on the values of tensors.
 
@@ -377,7 +366,10 @@ def _is_about_shapes(error: BaseException) -> bool:
 def _failure(host: nn.Module, guards: Sequence[Guard], error: Exception) -> CaptureFailed:
     line = source_line(error)
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
-    step = "make this line independent of the values of tensors (torch.where, torch.cond)"
+    step = (
+        "make this line independent of the values of tensors (torch.where, torch.cond), or give forward what it "
+        "computes there, position_ids for one, if it takes that; target='eager' runs the model itself"
+    )
     if _is_about_shapes(error):
         line = line or (guards[0].line if guards else None)
         reason = " ".join(str(error).partition("The error above")[0].split())
@@ -385,7 +377,7 @@ def _failure(host: nn.Module, guards: Sequence[Guard], error: Exception) -> Capt
         if line is None:
             step = "give dynamic_shapes= by the names of the inputs, as torch.export takes them"
     elif isinstance(error, _Recast):
-        step = "call the model once before compiling, if only its first call casts; or compile with dtype='float32'"
+        step = "call the model once before compiling: then it is cast already; target='eager' runs it as it is"
     elif not isinstance(error, _ValuesNeeded | GuardOnDataDependentSymNode):
         step = "target='eager' runs the model itself"
     return CaptureFailed(

@@ -198,3 +198,14 @@ def _devices(model: nn.Module) -> list[torch.device]:
 
 def _is_generator(value: object) -> bool:
     return isinstance(value, torch.Generator)
+
+
+@contextmanager
+def no_fast_path() -> Iterator[None]:
+    """Keep nn.TransformerEncoderLayer and nn.MultiheadAttention off the fused kernel that bypasses their layers."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
