@@ -32,21 +32,21 @@ soak: $(STAMP) ## Swap, add, call, fail and be interrupted a million times; SEED
 kill: $(STAMP) ## Kill every writer at every step and at 200 random moments
 	OMP_NUM_THREADS=1 $(BIN)/python -m campaigns.kill --seed $(SEED)
 
+# Pages of docs/ that are made from the code, each by docs/make_<page>.py.
+PAGES := cli peft rooms troubleshooting
+
 check: $(STAMP) ## Check format, lint, types, the direction of imports and the made pages
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/lorac variants --markdown | diff -u docs/methods.md - || { echo "docs/methods.md is stale: make docs"; exit 1; }
-	$(BIN)/python -m docs.make_rooms | diff -u docs/rooms.md - || { echo "docs/rooms.md is stale: make docs"; exit 1; }
-	$(BIN)/python -m docs.make_peft | diff -u docs/peft.md - || { echo "docs/peft.md is stale: make docs"; exit 1; }
-	$(BIN)/python -m docs.make_cli | diff -u docs/cli.md - || { echo "docs/cli.md is stale: make docs"; exit 1; }
+	@for page in $(PAGES); do $(BIN)/python -m docs.make_$$page | diff -u docs/$$page.md - \
+		|| { echo "docs/$$page.md is stale: make docs"; exit 1; }; done
 
 docs: $(STAMP) ## Write the pages that are made from the code, and build the site in build/site
 	$(BIN)/lorac variants --markdown > docs/methods.md
-	$(BIN)/python -m docs.make_rooms > docs/rooms.md
-	$(BIN)/python -m docs.make_peft > docs/peft.md
-	$(BIN)/python -m docs.make_cli > docs/cli.md
+	for page in $(PAGES); do $(BIN)/python -m docs.make_$$page > docs/$$page.md || exit 1; done
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 pictures: $(STAMP) ## Draw the pictures in docs/pictures (needs Chromium)

@@ -1,0 +1,47 @@
+"""The page docs/troubleshooting.md, made from the mistakes that tests make: what was done, and what lorac answers.
+
+``python -m docs.make_troubleshooting`` prints it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import lorac.errors
+
+MISTAKES = Path(__file__).parents[1] / "tests" / "golden" / "mistakes.txt"
+"""What ``tests/test_mistakes.py`` holds: it makes every one of them, and runs what the answers suggest."""
+HEAD = """# When something is refused
+
+Made by `make docs` from `tests/test_mistakes.py`, which makes every one of these mistakes and runs what the answers
+suggest; `make check` fails where the two differ.
+
+An error of lorac's says what is wrong and where, then the nearest valid choice where there is one, then the next step.
+Look for the words of yours; the list is by the kind of error, as in the [reference](reference/errors.md). Whatever is
+refused has changed nothing.
+"""
+_ENTRY = re.compile(r"^# (?P<done>.+)\n(?P<said>lorac\.(?P<kind>\w+): (?:.+\n)+)", re.MULTILINE)
+
+
+def page() -> str:
+    """The whole page."""
+    by_kind = defaultdict(list)
+    for entry in _ENTRY.finditer(MISTAKES.read_text(encoding="utf-8")):
+        by_kind[entry["kind"]].append((entry["done"], entry["said"]))
+    lines = [HEAD]
+    for kind in sorted(by_kind):
+        lines += [f"## {kind}", "", _meaning(kind), ""]
+        for done, said in by_kind[kind]:
+            lines += [f"**{done[0].upper()}{done[1:]}**", "", "```text", *said.splitlines(), "```", ""]
+    return "\n".join(lines)
+
+
+def _meaning(kind: str) -> str:
+    """The first line of an error's docstring."""
+    return (getattr(lorac.errors, kind).__doc__ or "").partition("\n")[0]
+
+
+if __name__ == "__main__":
+    print(page(), end="")
