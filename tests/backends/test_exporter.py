@@ -41,6 +41,10 @@ def promoted(host, x, y):
     return host.down(y * counted) + counted / 4
 
 
+def pooled(host, x, y):
+    return host.down(y) * nn.functional.adaptive_avg_pool2d((y @ x.t())[None], (1, 1))[0]
+
+
 def viewed_as_it_was(host, x, y):
     return host.down(y.view(y.shape).reshape(-1, 6))
 
@@ -107,7 +111,7 @@ def answers(step):
 
 
 @pytest.mark.parametrize(
-    "step", [masked, cast, scores_in_place, viewed_as_it_was, promoted], ids=lambda step: step.__name__
+    "step", [masked, cast, scores_in_place, viewed_as_it_was, promoted, pooled], ids=lambda step: step.__name__
 )
 def test_nothing_is_decomposed(step, monkeypatch):
     def decompose(*_):
