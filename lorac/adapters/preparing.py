@@ -123,12 +123,13 @@ class Preparer:
     def stored_reductions(self, adapters: Iterable[Adapter]) -> dict[str, Any]:
         """The reductions of adapters as JSON, by structure; those of methods that are not lorac's own are left out."""
         found: dict[str, Any] = {}
-        for adapter, path in ((one, path) for one in adapters for path in one.tensors):
+        built_in = [adapter for adapter in adapters if not homes(adapter.variant)]
+        for adapter, path in ((one, path) for one in built_in for path in one.tensors):
             site, tensors = self.sites[path], adapter.tensors[path]
             here = adapter.variant.at(site)
             shapes = tuple([(name, (tensor[0] if site.stack else tensor).shape) for name, tensor in tensors.items()])
             text = _spelled(here, site, shapes)
-            if text in found or homes(here):
+            if text in found:
                 continue
             told = reduction_to_json(self.reduction(adapter.variant, site, tensors))
             found |= {} if told is None else {text: told}

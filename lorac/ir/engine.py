@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Generic, Never, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Never, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -30,8 +30,10 @@ from lorac.ir.slots.site import Ranks, SitePlan, SiteSlots
 from lorac.ir.slots.snapshot import Snapshot
 from lorac.ir.slots.training import LiveTerm
 from lorac.ir.store.held import HeldFile
-from lorac.ir.view.dump import Dump
 from lorac.kinds import check_fields
+
+if TYPE_CHECKING:
+    from lorac.ir.view.dump import Dump
 
 Claims = frozenset[tuple[str, str]]
 """(domain, op) pairs; the default domain is ``""``."""

@@ -49,11 +49,6 @@ class Split(WeightVariant):
     def __post_init__(self) -> None:
         super().__post_init__()
         for part, method in self.parts.items():
-            if not isinstance(method, WeightVariant):
-                raise UnknownOption(
-                    f"a part is changed by a method that edits weights, which {method!r} is not",
-                    next_step="`lorac variants` lists them",
-                )
             if getattr(method, "dropout", 0):
                 raise UnknownOption(
                     f"the method of part '{part}' has dropout={method.dropout}, of which a part has none of its own",  # type: ignore[attr-defined]  # it was asked

@@ -12,7 +12,7 @@ import pytest
 from tests.docs.pages import PAGES, ROOT, blocks, name
 
 SPOKEN = [page for page in PAGES if any(block.language in ("python", "sh") for block in blocks(page))]
-MAKE = re.compile(r"\bmake ([a-z-]+)")
+MAKE = re.compile(r"(?:^|`)make ([a-z-]+)", re.MULTILINE)
 EXTRA = re.compile(r"lorac\[(\w+)\]")
 
 

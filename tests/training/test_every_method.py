@@ -24,7 +24,11 @@ from tests.training.loops import TARGETS, data, host, plain_loop, trained
 BUILT_IN = {name: method for name, method in lorac.variants().items() if method.__module__.startswith("lorac.")}
 HOSTS = (("tiny_llama", "tiny_bert"), ("plain_conv",))
 """Of each group a method trains on the first host that has a place for it. BERT has layers that 3 divides."""
-GIVEN: dict[str, dict[str, Any]] = {"chain": {"parts": (lorac.LoRA(), lorac.DoRA())}}
+GIVEN: dict[str, dict[str, Any]] = {
+    "chain": {"parts": (lorac.LoRA(), lorac.DoRA())},
+    "split": {"parts": {"first": lorac.LoRA()}, "among": ("first", "second")},
+    "trainable_tokens": {"token_indices": (1, 3)},
+}
 """Fields that have no default."""
 STEPS, LR, FALL = 15, 3e-2, 0.95
 

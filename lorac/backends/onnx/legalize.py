@@ -57,6 +57,8 @@ def _legalized(graph: Graph, node: fx.Node) -> bool:
     if node.target in _VIEWS and _is_as_it_was(node):
         node.replace_all_uses_with(node.all_input_nodes[0])
         graph.fx.erase_node(node)
+    elif node.target is aten.adaptive_avg_pool2d.default and list(node.args[1]) == [1, 1]:  # type: ignore[arg-type]  # sizes
+        node.target, node.args = aten.mean.dim, (node.args[0], [-1, -2], True)
     elif node.target is aten._assert_tensor_metadata.default:
         graph.fx.erase_node(node)
     elif _writes_unseen(node):

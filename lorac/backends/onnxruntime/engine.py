@@ -14,7 +14,6 @@ import onnxruntime as ort
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lorac.backends.onnx.listing import listing
 from lorac.backends.onnxruntime.inputs import wanted
 from lorac.backends.onnxruntime.options import Options
 from lorac.backends.onnxruntime.portable import bound_tensors, write_choice, written_tensors
@@ -116,6 +115,8 @@ class OrtEngine(Engine):
 
     def listing(self) -> dict[str, Dump]:
         """The models that the sessions were made of."""
+        from lorac.backends.onnx.listing import listing  # what a call does not need
+
         return {name: listing(self.files, name, part.slots) for name, part in self.parts.items()}
 
     def activate(self, content: Values) -> None:

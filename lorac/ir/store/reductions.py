@@ -40,7 +40,10 @@ def _node(node: fx.Node) -> dict[str, Any]:
         return {"output": plain(node.args[0])}
     if node.op == "call_function":
         return call_to_json(node)
-    raise Unavailable(f"a reduction that holds the constant '{node.target}' cannot be stored")
+    raise Unavailable(
+        f"a reduction that holds the constant '{node.target}' cannot be stored",
+        next_step="have the formula make it: torch.full, torch.arange and the like are stored as calls",
+    )
 
 
 def reduction_from_json(stored: Mapping[str, Any]) -> Reduction:

@@ -59,7 +59,7 @@ def _fill(staged: Path, number: int) -> dict[str, Any]:
     (staged / "adapters").mkdir()
     for name in ("program.json", "weights", f"adapters/{number % 3}"):
         (staged / name).write_text(str(number))
-    fields = ("versions", "plans", "active", "adapters", "host", "program", "components")
+    fields = ("versions", "plans", "reductions", "active", "adapters", "host", "program", "components")
     return {"target": "eager", "mode": str(number), **{field: {} for field in fields}}
 
 
