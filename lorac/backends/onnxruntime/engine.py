@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime as ort
@@ -28,7 +28,9 @@ from lorac.ir.host.sites import BaseReader
 from lorac.ir.slots.buffers import fused_buffers
 from lorac.ir.slots.site import SitePlan, SiteSlots
 from lorac.ir.slots.snapshot import Snapshot
-from lorac.ir.view.dump import Dump
+
+if TYPE_CHECKING:
+    from lorac.ir.view.dump import Dump
 
 Tensor = torch.Tensor
 
