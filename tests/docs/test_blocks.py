@@ -11,6 +11,8 @@ import pytest
 
 from tests.docs.pages import PAGES, ROOT, blocks, name
 
+FILES = ROOT / "docs" / "serve.md"
+"""Its blocks are files of their own, which ``tests/end_to_end/test_serve.py`` writes down and runs."""
 SPOKEN = [page for page in PAGES if any(block.language in ("python", "sh") for block in blocks(page))]
 MAKE = re.compile(r"(?:^|`)make ([a-z-]+)", re.MULTILINE)
 EXTRA = re.compile(r"lorac\[(\w+)\]")
@@ -34,7 +36,7 @@ def test_make_targets_and_extras_exist():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", SPOKEN, ids=name)
+@pytest.mark.parametrize("page", [page for page in SPOKEN if page != FILES], ids=name)
 def test_it_runs(page, tmp_path):
     """Python blocks share one process, as a reader's session would; shell blocks run where they stand between them."""
     steps = [(block.language, block.text, block.line) for block in blocks(page) if block.language in ("python", "sh")]
