@@ -9,6 +9,7 @@ from typing import Any
 
 import lorac
 import lorac.errors
+from lorac.runtime.report import INTERFACE
 
 ROOT = Path(__file__).parents[1]
 LIST = re.compile(r"<!-- every (\w+) -->")
@@ -28,7 +29,12 @@ def _errors() -> list[str]:
     return [f"lorac.errors.{kind.__name__}" for kind in kinds]
 
 
-LISTS: dict[str, Callable[[], list[str]]] = {"method": _methods, "error": _errors}
+def _compiled() -> list[str]:
+    """What a compiled model offers; the rest of the class is lorac's own business."""
+    return ["lorac.Compiled\n    options:\n      members:\n" + "".join(f"        - {name}\n" for name in INTERFACE)]
+
+
+LISTS: dict[str, Callable[[], list[str]]] = {"compiled": _compiled, "method": _methods, "error": _errors}
 
 
 def listed(markdown: str) -> str:

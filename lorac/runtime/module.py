@@ -94,7 +94,8 @@ class CompiledModule(nn.Module, Compiled):
         return summary(self)
 
     def __dir__(self) -> list[str]:
-        return sorted({*INTERFACE, *(n for n, own in vars(nn.Module).items() if n[0] != "_" and callable(own))})
+        inherited = (n for n, own in vars(nn.Module).items() if n[0] != "_" and callable(own))
+        return sorted({*INTERFACE, "save_pretrained", *inherited})
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -25,6 +25,7 @@ INTERFACE = (
     "mode",
     "remove_adapter",
     "save",
+    "save_choice",
     "swap",
 )
 """What there is to ask of a compiled model, on every target; all else is its business."""
