@@ -10,7 +10,6 @@ against it, costs.
 from __future__ import annotations
 
 import argparse
-import resource
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +30,7 @@ def measure(job: common.Job, given: argparse.Namespace) -> dict[str, float]:
     model = common.llama(given)
     work = _plain if side in (PLAIN, AGAIN) else _lorac
     seconds = common.seconds(lambda: work(model, side))
-    return {"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    return {"seconds": seconds, "peak": common.peak()}
 
 
 def _plain(model: Any, side: str) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from benchmarks import common
@@ -91,11 +90,10 @@ def measure(job: common.Job, given: argparse.Namespace) -> dict[str, float]:
         return common.alternate(steps, given.steps, warm_up=1)
     (side,) = alone
     step = stepper(side, case, host(given), given)
-    Path("/proc/self/clear_refs").write_text("5")  # the kernel's high-water mark starts anew
+    common.forget_peak()
     for _ in range(2):
         step()
-    marks = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {side: int(marks["VmHWM"].split()[0]) / 1024}
+    return {side: common.peak()}
 
 
 def tables(found: common.Found, given: argparse.Namespace) -> Sequence[common.Table]:
