@@ -53,6 +53,37 @@ def test_get_no_slot_and_are_named(mode, tmp_path):
         parity.assert_parity(compiled(X[:1]), oracle(X[:1]), model(X[:1]))
 
 
+class Writing(nn.Module):
+    """It answers with a tensor that it writes into, by views of it and as a whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(6, 4)
+
+    def forward(self, x):
+        made = torch.zeros(x.shape[0], 3, 4)
+        left, right = made.split([1, 2], dim=1)
+        left[:, 0] = self.first(x)[:, 0]
+        right.add_(self.second(x)[:, 1:])
+        made.mul_(self.third(x))
+        return made.sin()
+
+
+@torch.no_grad()
+def test_what_is_written_into_what_is_answered_is_used():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Writing().eval()
+    given = {"target": "onnxruntime", "example_inputs": (X,), "self_test": False}
+    compiled = lorac.compile(model, {"a": lorac.LoRA(r=2, targets="all-linear")}, **given)
+    for tensor in compiled.adapters["a"].parameters():
+        tensor.normal_(0, 0.12, generator=torch.Generator().manual_seed(1))
+    expected = lorac.compile(model, {"a": compiled.adapters["a"]})(X)
+    compiled.swap("a")
+    parity.assert_parity(compiled(X), expected, model(X))
+    assert not any(row.state == "unused" for row in compiled.explain().terms)
+
+
 @pytest.mark.parametrize("mode", ["live", "fused", "baked"])
 def test_an_adapter_on_nothing_else_is_refused(mode):
     options = {"target": "onnxruntime", "mode": mode, "example_inputs": (X,)}

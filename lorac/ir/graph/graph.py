@@ -7,6 +7,7 @@ A Graph wraps a ``torch.export`` program. Its fx graph, signature and state belo
 from __future__ import annotations
 
 import enum
+import operator
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -116,8 +117,18 @@ class Graph:
         return iter([n for n in self.fx.nodes if n.op == "call_function" and n.target in wanted])
 
     def reaching_outputs(self, besides: Collection[torch.fx.Node] = ()) -> set[torch.fx.Node]:
-        """The nodes that an output is computed from, or one of those given besides."""
-        live = set(besides)
+        """The nodes that an output is computed from, or one of those given besides.
+
+        What is written into a tensor, or into a view of one, counts wherever that tensor does.
+        """
+        writes = [node for node in self.fx.nodes if written_by(node)]
+        live = self._reaching(besides)
+        while found := {node for node in writes if node not in live and not live.isdisjoint(_whole(node))}:
+            live = self._reaching({*live, *found})
+        return live
+
+    def _reaching(self, wanted: Collection[torch.fx.Node]) -> set[torch.fx.Node]:
+        live = set(wanted)
         for node in reversed(self.fx.nodes):
             if node.op == "output" or any(user in live for user in node.users):
                 live.add(node)
@@ -129,3 +140,30 @@ class Graph:
     def node(self, name: str) -> torch.fx.Node:
         """The node called ``name``."""
         return next(n for n in self.fx.nodes if n.name == name)
+
+
+def written_by(node: torch.fx.Node) -> list[torch.fx.Node]:
+    """The operands that an op writes to, as its schema says."""
+    return _aliased(node, writes=True)
+
+
+def _aliased(node: torch.fx.Node, *, writes: bool) -> list[torch.fx.Node]:
+    """The operands that an op writes to, or of which it answers views."""
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None:
+        return []
+    operands = zip(schema.arguments, node.args, strict=False)
+    found = [value for told, value in operands if told.alias_info is not None and told.alias_info.is_write is writes]
+    return [value for value in found if isinstance(value, torch.fx.Node)]
+
+
+def _whole(write: torch.fx.Node) -> set[torch.fx.Node]:
+    """What a write changes: its operands, and the tensors that those are views of."""
+    changed: set[torch.fx.Node] = set()
+    pending = written_by(write)
+    while pending:
+        node = pending.pop()
+        changed.add(node)
+        item = [node.args[0]] if node.target is operator.getitem else []
+        pending += [value for value in (*item, *_aliased(node, writes=False)) if isinstance(value, torch.fx.Node)]
+    return changed

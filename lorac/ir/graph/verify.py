@@ -6,7 +6,7 @@ from torch import fx
 
 from lorac.errors import VerificationFailed
 from lorac.ir.graph import ops
-from lorac.ir.graph.graph import Graph, Level
+from lorac.ir.graph.graph import Graph, Level, written_by
 
 _FORBIDDEN: dict[Level, tuple[object, ...]] = {
     Level.HOST: (ops.adapted,),
@@ -61,22 +61,9 @@ def _no_writes(graph: Graph, after: str) -> None:
     """Base weights are read-only: no op may write to a parameter."""
     parameters = set(graph.exported.graph_signature.inputs_to_parameters)
     for node in graph.fx.nodes:
-        written = next((value for value in _written(node) if value.name in parameters), None)
+        written = next((value for value in written_by(node) if value.name in parameters), None)
         if written is not None:
             raise _failed(after, node, f"writes to the base weight {written.name}")
-
-
-def _written(node: fx.Node) -> list[fx.Node]:
-    """The operands that an op writes to, as its schema says."""
-    schema = getattr(node.target, "_schema", None)
-    if node.op != "call_function" or schema is None:
-        return []
-    operands = [
-        value
-        for argument, value in zip(schema.arguments, node.args, strict=False)
-        if argument.alias_info is not None and argument.alias_info.is_write
-    ]
-    return [value for value in operands if isinstance(value, fx.Node)]
 
 
 def _failed(after: str, node: fx.Node, what: str) -> VerificationFailed:
