@@ -1,0 +1,100 @@
+"""Mistakes with files and folders, each with what its answer suggests."""
+
+from __future__ import annotations
+
+import lorac
+from tests.mistakes import Mistake, World, lora
+
+
+def _fresh_at(w: World, name: str) -> str:
+    return w.path(f"new_{name}")
+
+
+FILES = [
+    Mistake(
+        "an adapter loaded as a compiled model",
+        lambda w: lorac.load(w.path("sql")),
+        lambda w, said: (w.compile({"a": w.path("sql")}), lorac.load_adapter(w.path("sql"))),
+    ),
+    Mistake(
+        "a compiled model loaded as an adapter",
+        lambda w: lorac.load_adapter(w.path("compiled")),
+        lambda w, said: lorac.load(w.path("compiled")),
+    ),
+    Mistake(
+        "a compiled model given as an adapter",
+        lambda w: w.compile({"a": w.path("compiled")}),
+        lambda w, said: lorac.load(w.path("compiled")),
+    ),
+    Mistake(
+        "loading where nothing is",
+        lambda w: lorac.load(w.path("compild")),
+        lambda w, said: lorac.load(w.path("compiled")),
+    ),
+    Mistake(
+        "loading a web page's folder",
+        lambda w: lorac.load(w.path("app")),
+        lambda w, said: w.program.save(_fresh_at(w, "own")),
+    ),
+    Mistake(
+        "loading for another target's name",
+        lambda w: lorac.load(w.path("compiled"), target="onnx"),
+        lambda w, said: lorac.load(w.path("compiled"), target="onnxruntime"),
+    ),
+    Mistake("an emitted program loaded to train", lambda w: lorac.load(w.path("compiled"), target="eager")),
+    Mistake(
+        "saving over a web page",
+        lambda w: w.program.save(w.path("app")),
+        lambda w, said: w.program.save(_fresh_at(w, "app")),
+    ),
+    Mistake("saving over somebody's file", lambda w: w.program.save(w.path("notes.txt"))),
+    Mistake("saving nowhere", lambda w: w.program.save(None)),
+    Mistake(
+        "saving an adapter in an unknown format",
+        lambda w: lorac.save_adapter(w.eager.adapters["sql"], w.path("x"), format="pfet"),
+        lambda w, said: lorac.save_adapter(w.eager.adapters["sql"], _fresh_at(w, "peft"), format="peft", model=w.model),
+    ),
+    Mistake(
+        "saving an adapter of no file without its model",
+        lambda w: lorac.save_adapter(w.eager.adapters["sql"], w.path("x")),
+        lambda w, said: (
+            lorac.save_adapter(w.eager.adapters["sql"], _fresh_at(w, "with_model"), model=w.model),
+            lorac.save_adapter(w.eager.adapters["sql"], _fresh_at(w, "file"), format="native"),
+        ),
+    ),
+    Mistake(
+        "saving a file over a folder",
+        lambda w: lorac.save_adapter(w.eager.adapters["sql"], w.path("sql"), format="native"),
+    ),
+    Mistake(
+        "saving a model as an adapter",
+        lambda w: lorac.save_adapter(w.eager, w.path("x")),
+        lambda w, said: lorac.save_adapter(next(iter(w.eager.adapters.values())), _fresh_at(w, "first"), model=w.model),
+    ),
+    Mistake(
+        "saving a method as an adapter",
+        lambda w: lorac.save_adapter(lora(), w.path("x")),
+        lambda w, said: lorac.save_adapter(
+            next(iter(w.eager.adapters.values())), _fresh_at(w, "second"), model=w.model
+        ),
+    ),
+    Mistake("loading an adapter that is loaded", lambda w: lorac.load_adapter(w.eager.adapters["sql"])),
+    Mistake("sites of a path", lambda w: lorac.sites(w.path("base")), lambda w, said: lorac.sites(w.model)),
+    Mistake(
+        "factors of a path",
+        lambda w: lorac.factors(w.path("sql")),
+        lambda w, said: lorac.factors(lorac.load_adapter(w.path("sql"))),
+    ),
+    Mistake(
+        "factors that the base is needed for",
+        lambda w: lorac.factors(w.compile({"a": lorac.DoRA(r=2, targets=["q_proj"])}).adapters["a"]),
+        lambda w, said: lorac.factors(
+            w.compile({"a": lorac.DoRA(r=2, targets=["q_proj"])}).adapters["a"], model=w.model
+        ),
+    ),
+    Mistake(
+        "experts that are no LoRA",
+        lambda w: lorac.MeteoRA.from_loras([w.compile({"a": lorac.DoRA(r=2, targets=["q_proj"])}).adapters["a"]]),
+        lambda w, said: lorac.MeteoRA.from_loras(list(w.eager.adapters.values())),
+    ),
+]
