@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from lorac.errors import Unavailable, UnknownOption, nearest_name
+from lorac.ir.cache import Cache, Extension, Keeps
 from lorac.ir.graph.passes import Pass
 from lorac.ir.graph.program import Program
 from lorac.ir.graph.signature import CallSignature
@@ -143,6 +144,9 @@ class Runs(Protocol[Content_contra]):
     ) -> Answer:
         """One call of a graph of the program; inputs and outputs are torch or numpy, as they came."""
 
+    def extend(self, content: Content_contra, graph: str, cache: Cache, extension: Extension) -> torch.Tensor:
+        """As ``Bound.extend``."""
+
     def activate(self, content: Content_contra) -> None:
         """It became the active one (for work that no call encloses, such as recomputation in backward)."""
 
@@ -152,6 +156,12 @@ class Bound(Protocol):
 
     def run(self, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Answer:
         """As the engine's ``call``."""
+
+    def extend(self, graph: str, cache: Cache, extension: Extension) -> torch.Tensor:
+        """Add tokens to the rows of a cache; returns the logits asked for, (rows, k, vocabulary), not written again.
+
+        The cache has room for them. Where the call fails, it is as it was.
+        """
 
     def activate(self) -> None:
         """As the engine's."""
@@ -167,6 +177,10 @@ class Binding(Generic[Content]):
     def run(self, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Answer:
         """One call."""
         return self.engine.call(self.content, graph, args, kwargs)
+
+    def extend(self, graph: str, cache: Cache, extension: Extension) -> torch.Tensor:
+        """As ``Bound`` says."""
+        return self.engine.extend(self.content, graph, cache, extension)
 
     def activate(self) -> None:
         """Make it the active one."""
@@ -207,6 +221,21 @@ class Engine(ABC):
     def listing(self) -> Mapping[str, Dump]:
         """The emitted program, for a person to read: graph -> its rows; empty where the engine runs the host itself."""
         return {}
+
+    def keeps(self, graph: str) -> Keeps | None:
+        """What a graph's cache can hold; None where it keeps none."""
+        return None
+
+    def new_cache(self, graph: str, rows: int, capacity: int) -> Cache:
+        """An empty cache for a graph that keeps one."""
+        raise Unavailable(
+            f"this program for {self.target} keeps no cache",
+            next_step="compile with cache=True for target='onnxruntime'",
+        )
+
+    def extend(self, content: object, graph: str, cache: Cache, extension: Extension) -> torch.Tensor:
+        """As ``Bound.extend``; only of engines that make caches."""
+        raise NotImplementedError
 
     @abstractmethod
     def bind(self, snapshot: Snapshot, slots: Mapping[str, SiteSlots]) -> Bound:

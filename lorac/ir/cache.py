@@ -1,0 +1,71 @@
+"""The contract for text that grows: a cache of keys and values, and what one call adds to it.
+
+A graph that keeps a cache computes only the tokens a call brings; what its attention needs of those before, the cache
+holds. Rows of a batch are independent: each has its own length, brings its own number of tokens, and gives what it
+would give alone. Rows are padded on the right inside, and nothing is computed from what pads them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keeps:
+    """What a graph's cache can hold.
+
+    Attributes:
+        limit: the longest text that the model's positions admit; None where they are computed for any.
+        vocabulary: how many logits a token has.
+    """
+
+    limit: int | None
+    vocabulary: int
+
+
+class Cache(ABC):
+    """Keys and values of the rows of a batch; an engine makes it (``Engine.new_cache``). One thread uses it at a time.
+
+    Attributes:
+        capacity: the most tokens a row may have.
+        lengths: how many tokens each row holds.
+    """
+
+    capacity: int
+    lengths: tuple[int, ...]
+
+    @abstractmethod
+    def select(self, rows: Sequence[int]) -> None:
+        """Let the rows be these of the present ones, in this order; one may come several times, or be left out."""
+
+    @abstractmethod
+    def crop(self, lengths: Sequence[int]) -> None:
+        """Forget each row's tokens from a length on, none of which is above the present one."""
+
+    @abstractmethod
+    def grow(self, capacity: int) -> None:
+        """Admit longer rows; what they hold stays."""
+
+    @abstractmethod
+    def copy(self) -> Cache:
+        """Another cache that holds the same."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Extension:
+    """What a call adds to the rows of a cache.
+
+    Attributes:
+        ids: token ids (rows, length), padded on the right.
+        counts: how many of them each row brings, from 0 on.
+        wanted: (rows, k): the places among the row's own new tokens whose logits are asked for; of a row that brings
+            none they may be any, and so are its logits.
+    """
+
+    ids: Tensor
+    counts: Sequence[int]
+    wanted: Tensor
