@@ -14,8 +14,8 @@ from lorac.compiler.handed import Named
 from lorac.compiler.precision import Precision
 from lorac.compiler.services import Lasting
 from lorac.errors import CaptureFailed, ChoiceError
+from lorac.ir.capture.export import capture
 from lorac.ir.engine import AnyDialect, Backend, BuildRequest, TargetOptions
-from lorac.ir.graph.capture import capture
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.program import Program
 from lorac.ir.graph.signature import CallSignature

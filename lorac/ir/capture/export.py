@@ -22,6 +22,14 @@ from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from lorac.errors import CaptureFailed, nearest_name, short
+from lorac.ir.capture.attention import (
+    attention_marked,
+    longest_text,
+    over_text,
+    refuse_other_attention,
+    text_inputs,
+    text_shapes,
+)
 from lorac.ir.graph.axes import asked_axes, axis_names, sizes_of
 from lorac.ir.graph.edit import keep_tensors, qualified
 from lorac.ir.graph.graph import Graph
@@ -164,21 +172,31 @@ def export(
 
 
 def _exported(
-    model: nn.Module, example_inputs: Any, dynamic_shapes: Any, blocks: Collection[str], prefix: str
+    model: nn.Module,
+    example_inputs: Any,
+    dynamic_shapes: Any,
+    blocks: Collection[str],
+    prefix: str,
+    grows: bool = False,
 ) -> tuple[ExportedProgram, list[Guard], Arguments]:
     """As ``export``, with what the trace takes for granted and where, and what it was given."""
     given = default_inputs(model) if example_inputs is None else example_inputs
     arguments = Arguments.of(model, _named(model, given))
     named = bool(arguments.fixed) or isinstance(given, Mapping) or is_hugging_face(model)
     inputs = arguments.inputs if named else given
-    with undisturbed(model), _no_cache_of_shapes():
+    with undisturbed(model), _no_cache_of_shapes(), contextlib.ExitStack() as stack:
         host = _marked_copy(model, blocks, prefix, arguments.traced)
+        if grows:
+            host.forward = over_text(host.forward)
+            stack.enter_context(attention_marked(host))
         if dynamic_shapes is None:
             attempts: Iterable[tuple[Any, Any]] = _attempts(model, inputs, widen=not arguments.read)
         else:
             attempts = [(wide(model, inputs, dynamic_shapes), _without(model, dynamic_shapes, arguments))]
         program, guards = _first_trace(host, attempts)
     _refuse_objects(program)
+    if grows:
+        refuse_other_attention(program, host)
     return qualified(program, prefix), guards, arguments
 
 
@@ -254,7 +272,7 @@ def _first_trace(host: nn.Module, attempts: Iterable[tuple[Any, Any]]) -> tuple[
     raise _failure(host, guards, cause) from cause
 
 
-def capture(
+def capture(  # noqa: PLR0913  (what a graph is made of)
     name: str,
     model: nn.Module,
     inputs: Any,
@@ -264,6 +282,7 @@ def capture(
     plans: Mapping[str, SitePlan],
     blocks: Collection[str] = (),
     prefix: str = "",
+    grows: bool = False,
 ) -> Graph:
     """A model as a graph at level host; what it may raise, ``export`` says.
 
@@ -271,8 +290,12 @@ def capture(
         name: the graph's name.
         model, inputs, dynamic_shapes, blocks, prefix: as ``export`` takes them.
         sites, plans: the host's, of which the graph keeps those of this model.
+        grows: whether its text is to grow: attention is marked, and inputs are those of ``text_inputs``.
     """
-    exported, guards, arguments = _exported(model, inputs, dynamic_shapes, blocks, prefix)
+    if grows:
+        inputs = text_inputs(model, _named(model, default_inputs(model) if inputs is None else inputs))
+        dynamic_shapes = text_shapes(model, inputs)
+    exported, guards, arguments = _exported(model, inputs, dynamic_shapes, blocks, prefix, grows)
     named = arguments.inputs
     shapes = default_shapes(model, named) if dynamic_shapes is None else by_name(model, dynamic_shapes)
     own = {path: plan for path, plan in plans.items() if path.startswith(prefix)}
@@ -280,6 +303,7 @@ def capture(
     axes = axis_names(exported, {in_program(argument): told for argument, told in shapes.items()})
     graph = Graph(name, exported, sites, own, axes=axes, sizes=sizes, structure=keep_tensors(exported))
     graph.fixed = arguments.fixed
+    graph.longest = longest_text(model) if grows else None
     graph.notes += [_read(argument, value) for argument, value in arguments.read.items()]
     return graph
 
