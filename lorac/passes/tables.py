@@ -34,9 +34,9 @@ def tabulate(graph: Graph, positions: fx.Node) -> int | None:
     exits = [node for node in closed if _leaves(node, closed)]
     limits = [_own_table(node, positions, stored) for node in closed if node.target is aten.embedding.default]
     count = min([*limits, graph.longest or DEFAULT]) if exits else None  # of a model that says nothing: enough for most
-    for node in exits:
-        assert count is not None
-        _look_up(graph, node, positions, _evaluated(node, positions, stored, count))
+    tables = {node: _evaluated(node, positions, stored, count or 0) for node in exits}
+    for node, table in tables.items():
+        _look_up(graph, node, positions, table)
     return min([*limits, *([] if count is None else [count])], default=None)
 
 
@@ -53,31 +53,25 @@ def _stored(graph: Graph) -> dict[fx.Node, torch.Tensor]:
 
 
 def _closed(graph: Graph, positions: fx.Node, stored: Mapping[fx.Node, torch.Tensor]) -> dict[fx.Node, None]:
-    """The nodes that are computed of positions and constants, in order; sizes are none of them."""
-    closed: dict[fx.Node, None] = {}
-    known = {positions, *stored}
+    """The nodes that are computed of positions, and of nothing else but constants and sizes, in order."""
+    closed: dict[fx.Node, None] = {positions: None}
+    still = set(stored)
     for node in graph.fx.nodes:
-        if node.op != "call_function" or node is positions or not isinstance(node.meta.get("val"), torch.Tensor):
+        operands = [operand for operand in node.all_input_nodes if isinstance(operand.meta.get("val"), torch.Tensor)]
+        if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor) or not operands:
             continue
-        operands = node.all_input_nodes
-        sizes = [operand for operand in operands if not isinstance(operand.meta.get("val"), torch.Tensor)]
-        tensors = [operand for operand in operands if operand not in sizes]
-        if (
-            tensors
-            and all(o in known or o in closed for o in tensors)
-            and any(_moves(o, positions, closed) for o in tensors)
-        ):
+        if all(operand in still for operand in operands):
+            still.add(node)
+        elif all(operand in still or operand in closed for operand in operands):
             closed[node] = None
+    del closed[positions]
     return closed
-
-
-def _moves(node: fx.Node, positions: fx.Node, closed: Mapping[fx.Node, None]) -> bool:
-    return node is positions or node in closed
 
 
 def _leaves(node: fx.Node, closed: Mapping[fx.Node, None]) -> bool:
     """Whether a node is a value of each token that something else reads."""
-    return _is_value(node) and any(user not in closed or not _is_value(user) for user in node.users)
+    users = [user for user in node.users if user.meta.get("val") is not None]  # those without one are checks
+    return _is_value(node) and any(user not in closed or not _is_value(user) for user in users)
 
 
 def _is_value(node: fx.Node) -> bool:

@@ -75,11 +75,13 @@ _CLEAN_UP = ir.passes.Sequential(
 
 def _name_slots(graph: Graph, model: ir.Model) -> None:
     by_node = {slot.node: slot for slot in graph.slots.values()}
+    kept = {node: name for name, node in graph.kept.items()}
     for value in model.graph.inputs:
         slot = by_node.get(value.name or "")
         if slot is not None:
             value.name = slot.name
             value.metadata_props[SITE_METADATA] = slot.site
+        value.name = kept.get(value.name or "", value.name)
 
 
 def _name_outputs(model: ir.Model, names: Sequence[str]) -> None:

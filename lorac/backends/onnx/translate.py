@@ -10,7 +10,8 @@ import torch
 from onnxscript import opset18 as op
 
 from lorac.backends.onnx.attention import attention
-from lorac.ir.graph import ops
+from lorac.backends.onnx.cached import cached_attention
+from lorac.ir.graph import attending, ops
 
 aten = torch.ops.aten
 _MATRIX = 2
@@ -48,12 +49,27 @@ def conv3d(
     return op.Conv(x, weight, bias, strides=list(stride), pads=pads, dilations=list(dilation), group=groups)
 
 
+def positions(ids: Any) -> Any:
+    """``Range`` along the last axis, in every row."""
+    zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
+    counted = op.Range(zero, op.Squeeze(op.Shape(ids, start=1, end=2)), one)
+    return op.Expand(counted, op.Shape(ids))
+
+
+def rows(x: Any, places: Any) -> Any:
+    """``GatherND`` in each row."""
+    return op.GatherND(x, op.Unsqueeze(places, op.Constant(value_ints=[-1])), batch_dims=1)
+
+
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     ops.SPLIT_RANKS: split_ranks,
     ops.LINEAR: linear,
     ops.MATMUL: matmul,
     aten.conv3d.default: conv3d,
     aten.scaled_dot_product_attention.default: attention,
+    attending.POSITIONS: positions,
+    attending.ROWS: rows,
+    attending.CACHED_ATTENTION: cached_attention,
 }
 """Op -> its ONNX."""
 
