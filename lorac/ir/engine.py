@@ -117,6 +117,11 @@ class TargetOptions(ABC):
         check_fields(self, "the target")
         self.check()
 
+    @property
+    def grows(self) -> bool:
+        """Whether texts are to grow: a program with a cache is asked for."""
+        return False
+
     @abstractmethod
     def check(self) -> None:
         """Raise ``UnknownOption`` where a value makes no sense."""
@@ -227,15 +232,19 @@ class Engine(ABC):
         return None
 
     def new_cache(self, graph: str, rows: int, capacity: int) -> Cache:
-        """An empty cache for a graph that keeps one."""
+        """An empty cache for a graph that keeps one; raises ``Unavailable`` where it keeps none."""
+        self.refuse_cache()
+
+    def refuse_cache(self) -> Never:
+        """Raise ``Unavailable``: the program keeps no cache."""
         raise Unavailable(
             f"this program for {self.target} keeps no cache",
             next_step="compile with cache=True for target='onnxruntime'",
         )
 
     def extend(self, content: object, graph: str, cache: Cache, extension: Extension) -> torch.Tensor:
-        """As ``Bound.extend``; only of engines that make caches."""
-        raise NotImplementedError
+        """As ``Bound.extend``, with what the engine made of a choice."""
+        self.refuse_cache()
 
     @abstractmethod
     def bind(self, snapshot: Snapshot, slots: Mapping[str, SiteSlots]) -> Bound:

@@ -16,7 +16,7 @@ from torch import fx
 
 from lorac.errors import Unavailable
 from lorac.ir.graph import attending
-from lorac.ir.graph.attending import IDS, NEW, PAST, PLACES, past_name, present_name
+from lorac.ir.graph.attending import IDS, NEW, PAST, PLACES, past_names, present_of
 from lorac.ir.graph.edit import add_inputs, add_outputs, insert_call, new_dimension
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.passes import Outcome, Pass
@@ -49,9 +49,9 @@ class Cache(Pass):
         positions = _count_on(graph, ids, nodes[PAST])
         presents: dict[str, fx.Node] = {}
         for layer, node in enumerate(layers):
-            keys, values = (nodes[past_name(layer, what)] for what in ("key", "value"))
-            own = _cached(graph, node, (keys, values, nodes[PAST], nodes[NEW], positions))
-            presents |= {present_name(layer, what): part for what, part in zip(("key", "value"), own, strict=True)}
+            names = past_names(layer)
+            own = _cached(graph, node, (*(nodes[name] for name in names), nodes[PAST], nodes[NEW], positions))
+            presents |= {present_of(name): part for name, part in zip(names, own, strict=True)}
         _pick_rows(graph)
         graph.longest = tabulate(graph, positions)
         add_outputs(graph.exported, presents)
@@ -68,7 +68,7 @@ def _add_inputs(graph: Graph, layers: Sequence[fx.Node], ids: fx.Node) -> dict[s
         operands: Any = node.args
         key, size = operands[1].meta["val"], _size(node)
         shape = (batch, key.shape[1], capacity, size)
-        wanted |= {past_name(layer, what): (shape, key.dtype) for what in ("key", "value")}
+        wanted |= dict.fromkeys(past_names(layer), (shape, key.dtype))
     nodes = add_inputs(graph.exported, wanted)
     graph.kept = {name: node.name for name, node in nodes.items()}
     return nodes

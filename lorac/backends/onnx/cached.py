@@ -1,7 +1,7 @@
 """Attention to a cache, as an op of lorac's own in an emitted program: a target puts its own op in its place.
 
-ONNX has no op that takes rows of different lengths. No target claims this one, so that a program in which one is left is
-refused.
+ONNX has no op that takes rows of different lengths. No target claims this one, so that a program in which one is left
+is refused.
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ def cached_attention(*operands: Any) -> Any:
 @functools.cache
 def _op() -> Op:
     """The op, its schema made known to onnx."""
-    parameter, optional = defs.OpSchema.FormalParameter, defs.OpSchema.FormalParameterOption.Optional
+    parameter, options = defs.OpSchema.FormalParameter, defs.OpSchema.FormalParameterOption
+    single, optional = options.Single, options.Optional
     schema = defs.OpSchema(
         NAME,
         DOMAIN,
         1,
         inputs=[
-            parameter(name, kind, **({"param_option": optional} if name == "sinks" else {}))
+            parameter(name, kind, param_option=optional if name == "sinks" else single)
             for name, kind in _OPERANDS.items()
         ],
         outputs=[parameter(name, _FLOATS) for name in _RESULTS],

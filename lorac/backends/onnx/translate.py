@@ -51,14 +51,19 @@ def conv3d(
 
 def positions(ids: Any) -> Any:
     """``Range`` along the last axis, in every row."""
-    zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
-    counted = op.Range(zero, op.Squeeze(op.Shape(ids, start=1, end=2)), one)
+    zero, one = _number(0), _number(1)
+    counted: Any = op.Range(zero, op.Squeeze(op.Shape(ids, start=1, end=2)), one)
     return op.Expand(counted, op.Shape(ids))
 
 
 def rows(x: Any, places: Any) -> Any:
     """``GatherND`` in each row."""
-    return op.GatherND(x, op.Unsqueeze(places, op.Constant(value_ints=[-1])), batch_dims=1)
+    last: Any = op.Constant(value_ints=[-1])
+    return op.GatherND(x, op.Unsqueeze(places, last), batch_dims=1)
+
+
+def _number(number: int) -> Any:
+    return op.Constant(value_int=number)
 
 
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {

@@ -57,8 +57,8 @@ class _Lengths:
 class _Turned:
     """Queries and keys before they are turned, and the tables of their angles."""
 
-    q: ir.Value
-    k: ir.Value
+    q: Any
+    k: Any
     tables: tuple[ir.Value | None, ir.Value | None] = (None, None)
 
 
@@ -95,8 +95,8 @@ def _replace(graph: ir.Graph, node: ir.Node, lengths: _Lengths) -> None:
     )
     attend.metadata_props.update(node.metadata_props)
     graph.insert_before(node, attend)
-    for old, new in zip(node.outputs, attend.outputs, strict=True):
-        new.dtype = q.dtype
+    for made in attend.outputs:
+        made.dtype = q.dtype
     y = attend.outputs[0]
     y.shape = ir.Shape([*node.outputs[0].shape[:2], heads * size])  # type: ignore[index]  # it is known
     _hand_on(graph, node, y)
@@ -120,8 +120,8 @@ def _unturned(q: ir.Value, k: ir.Value, places: ir.Value) -> _Turned:
 
 def _flat(graph: ir.Graph, before: ir.Node, value: ir.Value) -> ir.Value:
     """A value (batch, heads, length, size) as (batch, length, heads · size)."""
-    assert value.shape is not None
-    features = int(value.shape[1]) * int(value.shape[3])
+    shape: Any = value.shape
+    features = shape[1] * shape[3]
     moved = value.producer()
     if moved is not None and moved.op_type == "Transpose" and moved.attributes["perm"].as_ints() == tuple(_HEADS_LAST):
         apart = moved.inputs[0]
@@ -135,20 +135,19 @@ def _flat(graph: ir.Graph, before: ir.Node, value: ir.Value) -> ir.Value:
         return whole
     joined = ir.Node("", "Reshape", [apart, _constant(graph, f"joined_{features}", np.array([0, 0, features]))])
     graph.insert_before(before, joined)
-    shape = value.shape
-    joined.outputs[0].shape, joined.outputs[0].dtype = ir.Shape([shape[0], shape[2], features]), value.dtype
+    made: Any = joined.outputs[0]
+    made.shape, made.dtype = ir.Shape([shape[0], shape[2], features]), value.dtype
     return joined.outputs[0]
 
 
 def _hand_on(graph: ir.Graph, node: ir.Node, y: ir.Value) -> None:
     """Give those who read the attention's (batch, length, heads, size) what is (batch, length, heads · size)."""
-    old = node.outputs[0]
+    old: Any = node.outputs[0]
     for user, _ in list(old.uses()):
         joined = user.outputs[0]
         if user.op_type == "Reshape" and joined.shape is not None and joined.shape.dims[2:] == y.shape.dims[2:]:  # type: ignore[union-attr]  # set above
             joined.replace_all_uses_with(y, replace_graph_outputs=True)
-    assert old.shape is not None
-    sizes = np.array([0, 0, *(int(size) for size in old.shape[2:])])
+    sizes = np.array([0, 0, *old.shape[2:]])
     apart = ir.Node("", "Reshape", [y, _constant(graph, "apart_" + "_".join(map(str, sizes)), sizes)])
     graph.insert_before(node, apart)
     apart.outputs[0].shape, apart.outputs[0].dtype = old.shape, old.dtype

@@ -86,8 +86,9 @@ def over_text(forward: Forward) -> Forward:
 
     @functools.wraps(forward)
     def call(input_ids: Tensor, **kwargs: Any) -> Any:
-        made = {MASK: lambda: torch.ones_like(input_ids), POSITIONS: lambda: torch.ops.lorac.positions(input_ids)}
-        return forward(input_ids=input_ids, **{n: make() for n, make in made.items() if n in own.parameters}, **kwargs)
+        made = {MASK: torch.ones_like(input_ids), POSITIONS: torch.ops.lorac.positions(input_ids)}
+        taken = {name: value for name, value in made.items() if name in own.parameters}
+        return forward(input_ids=input_ids, **taken, **kwargs)
 
     left = [parameter for name, parameter in own.parameters.items() if name not in {MASK, POSITIONS}]
     call.__signature__ = own.replace(parameters=left)  # type: ignore[attr-defined]  # functions take attributes

@@ -19,14 +19,23 @@ PAST, NEW = "past_lengths", "new_lengths"
 """Inputs: how many tokens each row holds, and how many it brings."""
 
 
-def past_name(layer: int, what: str) -> str:
-    """The input of a layer's cache; ``what`` is "key" or "value"."""
-    return f"past_key_values.{layer}.{what}"
+_HELD, PRESENT = "past_key_values.", "present."
+"""What names of caches begin with: as inputs, and as outputs."""
 
 
-def present_name(layer: int, what: str) -> str:
-    """The output of a layer's cache."""
-    return f"present.{layer}.{what}"
+def past_names(layer: int) -> tuple[str, str]:
+    """The inputs of a layer's keys and values."""
+    return f"{_HELD}{layer}.key", f"{_HELD}{layer}.value"
+
+
+def is_past(name: str) -> bool:
+    """Whether an input is a layer's keys or values."""
+    return name.startswith(_HELD)
+
+
+def present_of(past: str) -> str:
+    """The output for an input of keys or values, with what is new in it."""
+    return f"{PRESENT}{past.removeprefix(_HELD)}"
 
 
 @torch.library.custom_op("lorac::attention", mutates_args=())

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lorac.ir.algebra import letters
-from lorac.ir.graph.attending import NEW, PAST
+from lorac.ir.graph.attending import NEW, PAST, is_past
 from lorac.ir.graph.graph import Graph, SlotInput
 from lorac.ir.host.sites import factor_dtype
 from lorac.ir.slots.emits import record_emitted
@@ -54,26 +54,23 @@ def idle(plan: SitePlan, role: str) -> Tensor:
     return torch.zeros(plan.branch_shapes()[role], dtype=factor_dtype(plan.site.dtype))
 
 
-def empty_cache(kept: Mapping[str, tuple[Sequence[Any], torch.dtype]], ids: Tensor) -> dict[str, Tensor]:
-    """What a graph's cache holds where nothing came before, for as many tokens as a call brings.
+def empty_cache(shapes: Mapping[str, tuple[int, int, torch.dtype]], ids: Tensor) -> dict[str, Tensor]:
+    """What the inputs of a cache hold where nothing came before, for as many tokens as a call brings.
 
     Args:
-        kept: input of the cache -> its shape, of which the first size and the last but one vary, and its dtype.
+        shapes: input of a layer's keys or values -> heads, size of each head, dtype.
         ids: the call's token ids (batch, length), all of them new.
     """
     batch, length = ids.shape
-    counts = {PAST: 0, NEW: length}
-    made = {name: torch.full((batch,), counts[name], dtype=torch.int32) for name in kept if name in counts}
-    for name, (shape, dtype) in kept.items():
-        if name not in counts:
-            made[name] = torch.zeros(batch, int(shape[1]), length, int(shape[3]), dtype=dtype)
-    return made
+    counts = {name: torch.full((batch,), count, dtype=torch.int32) for name, count in {PAST: 0, NEW: length}.items()}
+    held = {n: torch.zeros(batch, heads, length, size, dtype=dtype) for n, (heads, size, dtype) in shapes.items()}
+    return counts | held
 
 
-def kept_shapes(graph: Graph) -> dict[str, tuple[Sequence[Any], torch.dtype]]:
-    """What ``empty_cache`` asks of the inputs of a graph's cache."""
-    values = {name: graph.node(node).meta["val"] for name, node in graph.kept.items()}
-    return {name: (tuple(value.shape), value.dtype) for name, value in values.items()}
+def kept_shapes(graph: Graph) -> dict[str, tuple[int, int, torch.dtype]]:
+    """What ``empty_cache`` asks of a graph."""
+    values = {name: graph.node(node).meta["val"] for name, node in graph.kept.items() if is_past(name)}
+    return {name: (int(value.shape[1]), int(value.shape[3]), value.dtype) for name, value in values.items()}
 
 
 def grouped_aux(extra: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
