@@ -9,8 +9,7 @@ import onnx_ir as ir
 import torch
 from onnxscript import opset18 as op
 
-from lorac.backends.onnx.attention import attention
-from lorac.backends.onnx.cached import cached_attention
+from lorac.backends.onnx.attention import attention, cached_attention
 from lorac.ir.graph import attending, ops
 
 aten = torch.ops.aten

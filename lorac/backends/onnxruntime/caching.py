@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from lorac.backends.onnx.cached import DOMAIN, NAME
+from lorac.backends.onnx.attention import DOMAIN, NAME
 from lorac.errors import Unavailable
 
 _MICROSOFT = "com.microsoft"
@@ -45,12 +45,13 @@ class _Lengths:
 
     def __init__(self, graph: ir.Graph, first: ir.Node) -> None:
         past, self.new = first.inputs[5], first.inputs[6]
-        one = _constant(graph, "one_int32", np.array(1, np.int32))
+        zero, one = (_constant(graph, f"{n}_int32", np.array(n, np.int32)) for n in (0, 1))
         total = ir.Node("", "Add", [past, self.new])
         last = ir.Node("", "Sub", [total.outputs[0], one])
+        known = ir.Node("", "Max", [last.outputs[0], zero])  # of a row that is empty and stays so the op knows nothing
         longest = ir.Node("", "ReduceMax", [total.outputs[0]], [ir.AttrInt64("keepdims", 0)])
-        graph.insert_before(graph[0], [total, last, longest])
-        self.last, self.longest = last.outputs[0], longest.outputs[0]
+        graph.insert_before(graph[0], [total, last, known, longest])
+        self.last, self.longest = known.outputs[0], longest.outputs[0]
 
 
 @dataclass(frozen=True)
@@ -63,47 +64,51 @@ class _Turned:
 
 
 def _replace(graph: ir.Graph, node: ir.Node, lengths: _Lengths) -> None:
+    attend = _attending(graph, node, lengths)
+    attend.metadata_props.update(node.metadata_props)
+    graph.insert_before(node, attend)
+    old: Any = node.outputs[0]
+    batch, length, heads, size = old.shape
+    for made in attend.outputs:
+        made.dtype = old.dtype
+    attend.outputs[0].shape = ir.Shape([batch, length, heads * size])
+    _hand_on(graph, node, attend.outputs[0])
+    for held, new in zip(node.outputs[1:], attend.outputs[1:], strict=True):
+        new.shape, new.name, held.name = held.shape, held.name, None
+        held.replace_all_uses_with(new, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
+def _attending(graph: ir.Graph, node: ir.Node, lengths: _Lengths) -> ir.Node:
+    """The op for an attention, which is not in the graph yet; what it takes is."""
     operands: Any = [*node.inputs, None][:9]  # without sinks there may be none at that place
-    q, k, v, past_k, past_v = operands[:5]
+    q, k, v, past_k, past_v, _, _, places, sinks = operands
     if q.dtype not in _DTYPES:
         raise Unavailable(
             f"ONNX Runtime's attention to a cache does not compute in {q.dtype}",
             next_step="compile with dtype='float32', or with cache=False",
         )
-    heads, size = q.shape[1], q.shape[3]
-    own = _unturned(q, k, operands[7])
+    own = _unturned(q, k, places)
     flat = [_flat(graph, node, value) for value in (own.q, own.k, v)]
-    window, softcap = node.attributes["window"].as_int(), node.attributes["softcap"].as_float()
+    window = node.attributes["window"].as_int()
     attributes = {
-        "num_heads": heads,
+        "num_heads": q.shape[1],
         "kv_num_heads": k.shape[1],
         "do_rotary": int(own.tables[0] is not None),
         "local_window_size": window or -1,
     }
-    inputs = [*flat, past_k, past_v, lengths.last, lengths.longest, *own.tables, None, None, operands[8]]
-    attend = ir.Node(
+    inputs = [*flat, past_k, past_v, lengths.last, lengths.longest, *own.tables, None, None, sinks]
+    return ir.Node(
         _MICROSOFT,
         "GroupQueryAttention",
         [*inputs, *[None] * (_QUERY_LENGTHS - len(inputs)), lengths.new],
         [
             *(ir.AttrInt64(name, value) for name, value in attributes.items()),
-            ir.AttrFloat32("scale", node.attributes["scale"].as_float()),
-            ir.AttrFloat32("softcap", softcap),
+            *(ir.AttrFloat32(name, node.attributes[name].as_float()) for name in ("scale", "softcap")),
         ],
         num_outputs=3,
         name=node.name,
     )
-    attend.metadata_props.update(node.metadata_props)
-    graph.insert_before(node, attend)
-    for made in attend.outputs:
-        made.dtype = q.dtype
-    y = attend.outputs[0]
-    y.shape = ir.Shape([*node.outputs[0].shape[:2], heads * size])  # type: ignore[index]  # it is known
-    _hand_on(graph, node, y)
-    for old, new in zip(node.outputs[1:], attend.outputs[1:], strict=True):
-        new.shape, new.name, old.name = old.shape, old.name, None
-        old.replace_all_uses_with(new, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
 
 
 def _unturned(q: ir.Value, k: ir.Value, places: ir.Value) -> _Turned:

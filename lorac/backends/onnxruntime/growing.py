@@ -188,7 +188,7 @@ def whole_texts(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[
     if counts is None or not torch.equal(mask.bool(), torch.arange(ids.shape[1]) < counts[:, None]):
         raise InputMismatch(
             f"input '{_MASK}' of shape {list(mask.shape)} hides more than the ends of rows",
-            next_step="pad rows on the right; generate() takes rows padded on the left, and cache=False any mask",
+            next_step="pad rows on the right; compiled with cache=False it takes any mask",
         )
     return given, counts.tolist()
 
