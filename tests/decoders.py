@@ -11,15 +11,15 @@ from torch import nn
 VOCABULARY = 97
 
 
-def _decoder(kind: str, **fields: Any) -> Callable[[], nn.Module]:
+def _decoder(kind: str, config: str | None = None, **fields: Any) -> Callable[[], nn.Module]:
     """A maker of a transformers model by the beginning of its classes' names."""
 
     def made() -> nn.Module:
         import transformers
 
-        config = getattr(transformers, f"{fields.pop('config', kind)}Config")(**{**_FIELDS, **fields})
+        made_of = getattr(transformers, f"{config or kind}Config")(**{**_FIELDS, **fields})
         torch.manual_seed(0)
-        model: nn.Module = getattr(transformers, f"{kind}ForCausalLM")(config)
+        model: nn.Module = getattr(transformers, f"{kind}ForCausalLM")(made_of)
         return model.eval()
 
     return made
