@@ -78,4 +78,5 @@ DECODERS: dict[str, Callable[[], nn.Module]] = {
     "deepseek_v3": _decoder("DeepseekV3", **_LATENT),
     "gpt_oss": _decoder("GptOss", head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=4),
 }
-"""Rotary positions, whole and partial, learned ones; norms of queries and keys; values smaller than keys; windows, soft caps, sinks; experts."""
+"""Rotary positions, whole and partial, and learned ones; norms of queries and keys; values smaller than keys; windows,
+soft caps and sinks; experts."""
