@@ -12,7 +12,40 @@ from benchmarks import __main__ as everything
 
 ROOT = Path(__file__).parents[2]
 ROWS = {
-    "compile": [["plain export", "plain export, A/A", "lorac live", "lorac live, no self-test", "lorac fused"]],
+    "compile": [
+        ["plain export", "plain export, A/A", "lorac live", "lorac live, no self-test", "lorac fused"],
+        ["genai builder, adapter", "genai builder, no adapter", "lorac live, cache"],
+        ["1", "2"],
+    ],
+    "generate": [
+        [
+            "genai base",
+            "genai adapter",
+            "genai int4 base",
+            "PEFT",
+            "base",
+            "base, A/A",
+            "live",
+            "live, capacity 2048",
+            "live, generate",
+            "fused",
+            "int4 base",
+            "int4 live",
+        ],
+        [
+            "base, A/A / base",
+            "base / genai base",
+            "live / base",
+            "live / genai adapter",
+            "live / PEFT",
+            "fused / base",
+            "live, capacity 2048 / live",
+            "live, generate / live",
+            "int4 base / genai int4 base",
+            "int4 live / int4 base",
+            "int4 live / live",
+        ],
+    ],
     "load": [["bare session", "bare session, A/A", "lorac.load"]],
     "overhead": [
         [
@@ -66,7 +99,8 @@ def test_it_runs(name, tmp_path, capfd):
     printed, complaints = capfd.readouterr()
     result = json.loads((tmp_path / "result.json").read_text())
     assert [[row[0] for row in table["rows"]] for table in result["tables"]] == ROWS[name]
-    assert len(printed.split("\n")) == 1 + sum(4 + len(rows) for rows in ROWS[name]), "it prints its tables alone"
+    lines = sum(4 + len(table["rows"]) + len(table["notes"]) for table in result["tables"])
+    assert len(printed.split("\n")) == 1 + lines, "it prints its tables alone"
     assert complaints == ""
     noise = [ratio for table in result["tables"] for ratio in table["A/A"].values()]
     assert noise and all(math.isfinite(ratio) and ratio > 0 for ratio in noise)
