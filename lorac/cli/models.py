@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from lorac.cli._hosts import ADAPTER_HELP, MODEL_HELP, load_model, named_adapters, parse_spec
+from lorac.cli._hosts import (
+    MODEL_HELP,
+    Adapters,
+    CompiledOrModel,
+    load_compiled,
+    load_model,
+    named_adapters,
+    parse_spec,
+)
 from lorac.cli._inputs import INPUTS_HELP, read_inputs
 from lorac.cli._settings import DYNAMIC_HELP, RESERVE_HELP, names_of, reserve_of, shapes_of
 from lorac.cli._shown import Json, show, table
 from lorac.errors import UnknownOption
 from lorac.ir.slots.planning import MODES
 from lorac.ir.store.disk import told
-from lorac.ir.store.folders import MANIFEST
 from lorac.progress import progress
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -28,7 +35,6 @@ def _targets() -> list[str]:
 
 
 Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
-Adapters = Annotated[list[str], typer.Option("--adapter", "-a", help=ADAPTER_HELP)]
 Mode = Annotated[str, typer.Option(help="auto, live, fused or baked.", autocompletion=lambda: list(MODES))]
 Dtype = Annotated[
     str | None,
@@ -140,16 +146,16 @@ def compile(  # noqa: PLR0913, PLR0917  (an argument per option)
 
 
 def explain(
-    model: Model,
+    model: CompiledOrModel,
     adapter: Adapters = [],  # noqa: B006  (the same)
     mode: Mode = "auto",
     html: Annotated[Path | None, typer.Option("--html", help="Draw it besides, as a page in this file.")] = None,
     json: Json = False,
 ) -> None:
-    """Say per site what becomes of each adapter, and why not something cheaper. MODEL may be a compiled folder."""
+    """Say per site what becomes of each adapter, and why not something cheaper."""
     with progress("explain") as report:
         report.step("loading")
-        compiled = _compiled(model, adapter, mode)
+        compiled, _ = load_compiled(model, adapter, mode=mode, active=None)
         said = compiled.explain()
     show({field.name: getattr(said, field.name) for field in dataclasses.fields(said)}, str(said), as_json=json)
     if html is not None:
@@ -157,12 +163,3 @@ def explain(
             written = compiled.graph.to_html(html)
         if not json:
             print(f"{written}: the picture")
-
-
-def _compiled(model: str, adapter: list[str], mode: str) -> Any:
-    """The compiled model of a folder, or one made of a model for eager."""
-    import lorac
-
-    if (Path(model) / MANIFEST).is_file():
-        return lorac.load(model)
-    return lorac.compile(load_model(model), named_adapters(adapter), mode=mode, active=None)
