@@ -39,8 +39,8 @@ def load_model(spec: str) -> nn.Module:
     return load_with_tokenizer(spec)[0]
 
 
-def load_compiled(spec: str, adapters: Sequence[str], **options: Any) -> tuple[Compiled, Any]:
-    """What a command names, compiled, and its tokenizer, or None.
+def load_compiled(spec: str, adapters: Sequence[str], **options: Any) -> Compiled:
+    """What a command names, compiled, with the tokenizer that lies beside it.
 
     Args:
         spec: a compiled folder, or a model, which is compiled for eager.
@@ -60,8 +60,7 @@ def load_compiled(spec: str, adapters: Sequence[str], **options: Any) -> tuple[C
                 f"'{spec}' is compiled, and holds adapters of its own",
                 next_step="give the model itself, or compile it with them: lorac compile MODEL -a NAME=PATH -o FOLDER",
             )
-        compiled = lorac.load(folder)
-        return compiled, getattr(compiled, "tokenizer", None)
+        return lorac.load(folder)
     if ":" not in spec and not folder.exists():
         beside = [found.parent.name for name in (MANIFEST, CONFIG) for found in folder.parent.glob(f"*/{name}")]
         raise UnknownOption(
@@ -71,7 +70,8 @@ def load_compiled(spec: str, adapters: Sequence[str], **options: Any) -> tuple[C
         )
     model, tokenizer = load_with_tokenizer(spec)
     compiled = lorac.compile(model, named_adapters(adapters), **options)
-    return compiled, tokenizer or getattr(compiled, "tokenizer", None)
+    compiled.tokenizer = tokenizer
+    return compiled
 
 
 def load_with_tokenizer(spec: str) -> tuple[nn.Module, Any]:

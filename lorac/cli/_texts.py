@@ -64,22 +64,20 @@ class Writer:
 
     Attributes:
         compiled: the model.
-        tokenizer: its tokenizer.
         settings: options of ``compiled.generate``.
     """
 
     compiled: Any
-    tokenizer: Any
     settings: Mapping[str, Any]
 
     @classmethod
-    def of(cls, compiled: Any, tokenizer: Any, new: int, temperature: float | None) -> Writer:
+    def of(cls, compiled: Any, new: int, temperature: float | None) -> Writer:
         """A writer with the settings that were given; what was not given is the model's own.
 
         Raises:
             UnknownOption: the model has no tokenizer.
         """
-        if tokenizer is None:
+        if compiled.tokenizer is None:
             raise UnknownOption(
                 "there is no tokenizer beside the model",
                 next_step="save it into the same folder, or have the function return (model, tokenizer)",
@@ -87,7 +85,12 @@ class Writer:
         settings: dict[str, Any] = {"max_new_tokens": new}
         if temperature is not None:
             settings |= {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-        return cls(compiled=compiled, tokenizer=tokenizer, settings=settings)
+        return cls(compiled=compiled, settings=settings)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's."""
+        return self.compiled.tokenizer
 
     def encoded(self, text: str) -> Mapping[str, Any]:
         """A text as the model reads it."""

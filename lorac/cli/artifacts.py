@@ -47,7 +47,7 @@ def run(  # noqa: PLR0913, PLR0917  (an argument per option)
     _refuse_mixed(inputs, prompt, out, json)
     with progress("run") as report:
         report.step("loading")
-        compiled, tokenizer = load_compiled(model, adapter)
+        compiled = load_compiled(model, adapter)
         if inputs is not None:
             report.step("calling")
             choice = {"adapters": parse_spec(adapters)} if adapters else {}
@@ -57,7 +57,7 @@ def run(  # noqa: PLR0913, PLR0917  (an argument per option)
         return
     if adapters:
         compiled.swap(parse_spec(adapters))
-    writer = Writer.of(compiled, tokenizer, max_new_tokens, temperature)
+    writer = Writer.of(compiled, max_new_tokens, temperature)
     if prompt is None:
         Chat(writer).run()
     else:
@@ -143,7 +143,7 @@ def bench(
     """Time calls with --inputs, or else writing, with each adapter and without: medians, ratio to no adapter last."""
     with progress("bench") as report:
         report.step("loading")
-        compiled, _ = load_compiled(model, adapter, active=None)
+        compiled = load_compiled(model, adapter, active=None)
         if inputs is None:
             report.step("writing")
             rows = timed(compiled, prompt_tokens, new_tokens, rounds)

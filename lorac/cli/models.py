@@ -14,6 +14,7 @@ from lorac.cli._hosts import (
     CompiledOrModel,
     load_compiled,
     load_model,
+    load_with_tokenizer,
     named_adapters,
     parse_spec,
 )
@@ -114,16 +115,20 @@ def compile(  # noqa: PLR0913, PLR0917  (an argument per option)
     inputs: Annotated[Path | None, typer.Option("--inputs", "-i", help=f"Example inputs. {INPUTS_HELP}")] = None,
     reserve: Annotated[list[str], typer.Option(help=RESERVE_HELP)] = [],  # noqa: B006  (the same)
     dynamic: Annotated[list[str], typer.Option(help=DYNAMIC_HELP)] = [],  # noqa: B006  (the same)
+    cache: Annotated[
+        bool, typer.Option("--cache", help="Keep keys and values, so that the model writes text.")
+    ] = False,
+    weights: Annotated[str | None, typer.Option(help="int8 or int4: quantise the base; for onnxruntime.")] = None,
     json: Json = False,
 ) -> None:
-    """Compile a model and its adapters, and save the result."""
+    """Compile a model and its adapters, and save the result, with the tokenizer beside the model."""
     import lorac
 
     room, choice = reserve_of(reserve), active if active == "auto" else parse_spec(active)
     examples = None if inputs is None else read_inputs(inputs)
     with progress("compile") as report:
         report.step("loading the model")
-        host = load_model(model)
+        host, tokenizer = load_with_tokenizer(model)
         report.step("compiling")
         compiled = lorac.compile(
             host,
@@ -136,9 +141,12 @@ def compile(  # noqa: PLR0913, PLR0917  (an argument per option)
             dynamic_shapes=shapes_of(dynamic, host, examples),
             dtype=dtype,
             device=device,
+            # Other targets have no such options, and are told of none that is not asked for.
+            **({"cache": True} if cache else {}),
+            **({"weights": weights} if weights else {}),
         )
         report.step("saving")
-        compiled.save(out)
+        compiled.save(out, tokenizer)
     names = list(compiled.adapters)
     told = {"folder": str(out), "target": target, "mode": mode, "adapters": names, "active": compiled.active}
     line = f"{out}: {target}, {mode}, adapters {', '.join(names) or 'none'}, active {compiled.active}"
@@ -155,7 +163,7 @@ def explain(
     """Say per site what becomes of each adapter, and why not something cheaper."""
     with progress("explain") as report:
         report.step("loading")
-        compiled, _ = load_compiled(model, adapter, mode=mode, active=None)
+        compiled = load_compiled(model, adapter, mode=mode, active=None)
         said = compiled.explain()
     show({field.name: getattr(said, field.name) for field in dataclasses.fields(said)}, str(said), as_json=json)
     if html is not None:

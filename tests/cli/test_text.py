@@ -108,6 +108,23 @@ def test_a_chat_goes_on_with_another_adapter(cli, files):
     assert out == f"{one}\n* sql\n  style\n  none\nadapter: style\n{two}\nadapter: none\n{three}\n"
 
 
+def test_a_compiled_folder_writes_and_is_timed_without_its_model(cli, files):
+    code, out, err = cli("compile", "model", "-a", "sql", "-a", "style", "--active", "none", "--cache", "-o", "cached")
+    assert (code, err) == (0, "")
+    code, out, err = cli(
+        "run", "cached", "--max-new-tokens", str(NEW), "--adapters", "sql", typed="one\n/adapter style\ntwo"
+    )
+    assert (code, err) == (0, "")
+    one = written(files, "sql", "u:one;a:")
+    assert out == f"{one}\nadapter: style\n{written(files, 'style', f'u:one;a:{one};u:two;a:')}\n"
+    code, out, _ = cli("bench", "cached", "--rounds", "1", "--prompt-tokens", "5", "--new-tokens", "2", "--json")
+    assert code == 0
+    assert [row["adapters"] for row in json.loads(out)] == ["none", "sql", "style"]
+    code, out, err = cli("run", "cached", "-a", "sql", "--prompt", "hello")
+    assert (code, out) == (1, "")
+    assert "lorac.UnknownOption: 'cached' is compiled, and holds adapters of its own" in err
+
+
 def test_what_goes_wrong_in_a_chat_does_not_end_it(cli, files):
     typed = "/adapter slq\n/adapter\n/adaptr sql\none\n"
     code, out, err = cli("run", "model", *BOTH, "--adapters", "sql", typed=typed)
