@@ -8,24 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig
-from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
 
 from lorac.cli import main
 from lorac.cli._texts import Shown
 from tests import peft_files
+from tests.letters import CHAT, letters
 from tests.zoo import ZOO
 
 ENTRY = ZOO["tiny_llama"]
-TEMPLATE = "{% for turn in messages %}{{ turn.role[0] }}:{{ turn.content }};{% endfor %}a:"
 NEW = 6
-
-
-def letters(template=None):
-    """A tokenizer whose tokens are the characters of ASCII."""
-    model = Tokenizer(models.BPE(vocab={chr(i): i for i in range(128)}, merges=[]))
-    model.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=model, chat_template=template)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +27,7 @@ def files(tmp_path_factory):
     model.generation_config.update(eos_token_id=None, pad_token_id=0)
     for name in ("model", "mute", "plain"):
         model.save_pretrained(folder / name)
-    letters(TEMPLATE).save_pretrained(folder / "model")
+    letters(CHAT).save_pretrained(folder / "model")
     letters().save_pretrained(folder / "plain")
     oracles = {
         name: peft_files.make_peft(
