@@ -81,19 +81,24 @@ def through_engine(compiled: Any, given: argparse.Namespace) -> Side:
 
     from lorac.ir.cache import Extension
     from lorac.ir.host.components import MAIN
+    from lorac.ir.slots.choice import UNSET
+
+    clock = _clock(given)
+
+    def write(bound: Any, ids: Any, count: int, capacity: int) -> Text:
+        begun, stamps, tokens = clock(), [], []
+        cache = compiled.engine.new_cache(MAIN, len(ids), capacity)
+        while len(tokens) < count:
+            rows, length = ids.shape
+            wanted = torch.full((rows, 1), length - 1)
+            ids = bound.extend(MAIN, cache, Extension(ids=ids, counts=[length] * rows, wanted=wanted)).argmax(-1)
+            stamps.append(clock())
+            tokens.append(ids[:, 0].tolist())
+        return _timed(stamps, begun, tokens)
 
     def side(ids: Any, count: int, capacity: int) -> Text:
-        clock, engine, bound = _clock(given), compiled.engine, compiled._state.bound or compiled.engine.written
-        begun, stamps, tokens = clock(), [], []
-        cache, given_ids = engine.new_cache(MAIN, len(ids), capacity), torch.from_numpy(ids)
-        while len(tokens) < count:
-            rows, length = given_ids.shape
-            wanted = torch.full((rows, 1), length - 1)
-            logits = bound.extend(MAIN, cache, Extension(ids=given_ids, counts=[length] * rows, wanted=wanted))
-            given_ids = logits.argmax(-1)
-            stamps.append(clock())
-            tokens.append(given_ids[:, 0].tolist())
-        return _timed(stamps, begun, tokens)
+        told = torch.from_numpy(ids)
+        return compiled.with_choice(UNSET, lambda bound, _: write(bound, told, count, capacity))
 
     return side
 
