@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lorac.errors import BaseNeeded, Unavailable
-from lorac.ir.engine import Bound, Engine
+from lorac.ir.binding import Bound
+from lorac.ir.engine import Engine
 from lorac.ir.host.components import MAIN, require_component
 from lorac.ir.host.sites import BaseReader, Site
 from lorac.ir.slots.choice import UNSET, Active, Choice, Spec, parse_choice, spell

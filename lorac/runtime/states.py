@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lorac.errors import NeedsRecompile, Unreadable
-from lorac.ir.engine import Bound, Engine
+from lorac.ir.binding import Bound
+from lorac.ir.engine import Engine
 from lorac.ir.host.sites import BaseReader
 from lorac.ir.slots.choice import Active, Choice, describe
 from lorac.ir.slots.site import SitePlan, SiteSlots

@@ -19,7 +19,8 @@ from torch import nn
 from lorac.backends.eager.buffers import adds_bias, own_buffers
 from lorac.backends.eager.shadow import shadow
 from lorac.errors import SiteUnsupported
-from lorac.ir.engine import Answer, Binding, Engine
+from lorac.ir.binding import Answer, Binding
+from lorac.ir.engine import Engine
 from lorac.ir.host.components import components_of, require_component
 from lorac.ir.host.layers import calls_below, is_plain, layer_of, padded, with_below
 from lorac.ir.host.sites import BaseReader, Site, SiteKind, stored_tensor
