@@ -1,7 +1,7 @@
 """How fast text is written beside onnxruntime-genai and Hugging Face + PEFT: SmolLM2, LoRA on all linear layers.
 
     python -m benchmarks.generate [--threads 2] [--tokens 32] [--rounds 5] [--processes 3] [--cpu] [--genai FOLDER]
-                                  [--only SIDE ...] [--folder FOLDER]
+                                  [--only SIDE ...] [--shapes SHAPE ...] [--folder FOLDER]
 
 All sides run in one process and take turns; they read the same prompts, and the greedy tokens of every float side are
 held against Hugging Face's, up to the first at which the two best logits there are too close to tell. ``--cpu`` counts
@@ -175,7 +175,7 @@ def measure(job: common.Job, given: argparse.Namespace) -> dict[str, Any]:
         sides = {name: _side(name, given) for name in measured(given)}
         found: dict[str, dict[str, Any]] = {name: {"nodes": _nodes(name, given), "same": 0} for name in sides}
         reference = json.loads(Path(given.folder, "reference.json").read_text())
-        for label in SHAPES:
+        for label in given.shapes:
             _measure_shape(label, sides, reference[label], found, given)
     finally:
         torch.set_num_threads(threads)  # a smoke run is not alone in its process
@@ -238,14 +238,15 @@ def tables(found: common.Found, given: argparse.Namespace) -> Sequence[common.Ta
     """What every side takes, and its speed beside others'."""
     (sides,) = found.values()
     per = "CPU-second" if given.cpu else "second"
-    written = sum(_count(given, label) * rows for label, (rows, _) in SHAPES.items())
+    written = sum(_count(given, label) * SHAPES[label][0] for label in given.shapes)
     columns = ("side", "nodes", f"tokens equal of {written}", *(f"tok/s {label}" for label in DECODING))
     columns += tuple(f"ms to first, {label}" for label in PREFILL)
     rows = [(name, *_cells(sides.get(name, {}))) for name in given.only]
     title = f"{given.model}, LoRA of rank {given.rank}, {given.threads} threads; tokens per {per} by rows"
     ratios = [(f"{side} / {other}", *_ratios(side, other, bounds, sides)) for side, other, bounds in _held(given)]
     speeds = [(f"{side} / {other}",) for side, other, _ in _held(given)]
-    again = {w: sides[BASE][w] / sides[AGAIN][w] for w in (*DECODING, *PREFILL)} if {BASE, AGAIN} <= {*sides} else {}
+    base, second = sides.get(BASE, {}), sides.get(AGAIN, {})
+    again = {what: base[what] / second[what] for what in (*DECODING, *PREFILL) if what in base and what in second}
     return [
         common.Table(title, columns, rows, [(name,) for name in given.only], {}, [_genai.note(given)]),
         common.Table("speed beside another's", ("speed", *DECODING, *PREFILL), ratios, speeds, again),
@@ -288,6 +289,9 @@ BENCHMARK = common.Benchmark(
         common.Option("threads", 2, smoke=1, help="of every side"),
         common.Option("cpu", False, smoke=False, help="count processor time; meant for --threads 1"),
         common.Option("only", SIDES, smoke=SMOKE, help="these sides"),
+        common.Option(
+            "shapes", tuple(SHAPES), smoke=tuple(SHAPES), help="these prompts: of 64 tokens by rows, and of 512"
+        ),
         _genai.OPTION,
     ),
     jobs=lambda given: [("text",)],
