@@ -14,12 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Generic, Never, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Never, TypeVar
 
 import torch
 from torch import nn
 
 from lorac.errors import Unavailable, UnknownOption, nearest_name
+from lorac.ir.binding import Bound, T
 from lorac.ir.cache import Cache, Extension, Keeps
 from lorac.ir.graph.passes import Pass
 from lorac.ir.graph.program import Program
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
 
 Claims = frozenset[tuple[str, str]]
 """(domain, op) pairs; the default domain is ``""``."""
-Aux = Mapping[str, Mapping[str, object]]
-"""Extra outputs: name -> site path -> tensor."""
 Files = Mapping[str, HeldFile]
 """Files of a program by name, with slashes, as they were checked: nothing is read by its path again (invariant 10)."""
 
@@ -123,70 +122,9 @@ class TargetOptions(ABC):
 
 
 Options = TypeVar("Options", bound=TargetOptions)
-Content = TypeVar("Content")
-Content_contra = TypeVar("Content_contra", contravariant=True)
 
 
 # ── What runs ────────────────────────────────────────────────────────────────────────────────────────────────────────
-@dataclass(frozen=True, eq=False)
-class Answer:
-    """What one call gives: the host's own output object, and the extra outputs asked for."""
-
-    output: object
-    aux: Aux = field(default_factory=dict)
-
-
-class Runs(Protocol[Content_contra]):
-    """An engine as its own bindings know it: it runs with what it made of a choice."""
-
-    def call(
-        self, content: Content_contra, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]
-    ) -> Answer:
-        """One call of a graph of the program; inputs and outputs are torch or numpy, as they came."""
-
-    def extend(self, content: Content_contra, graph: str, cache: Cache, extension: Extension) -> torch.Tensor:
-        """As ``Bound.extend``."""
-
-    def activate(self, content: Content_contra) -> None:
-        """It became the active one (for work that no call encloses, such as recomputation in backward)."""
-
-
-class Bound(Protocol):
-    """What one choice of adapters comes to in an engine. It may be run from any thread, by many calls."""
-
-    def run(self, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Answer:
-        """As the engine's ``call``."""
-
-    def extend(self, graph: str, cache: Cache, extension: Extension) -> torch.Tensor:
-        """Add tokens to the rows of a cache; returns the logits asked for, (rows, k, vocabulary), not written again.
-
-        The cache has room for them. Where the call fails, it is as it was.
-        """
-
-    def activate(self) -> None:
-        """As the engine's."""
-
-
-@dataclass(frozen=True, eq=False)
-class Binding(Generic[Content]):
-    """An engine and what it made of a choice. No engine keeps one, so that neither keeps the other alive."""
-
-    engine: Runs[Content]
-    content: Content
-
-    def run(self, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Answer:
-        """One call."""
-        return self.engine.call(self.content, graph, args, kwargs)
-
-    def extend(self, graph: str, cache: Cache, extension: Extension) -> torch.Tensor:
-        """As ``Bound`` says."""
-        return self.engine.extend(self.content, graph, cache, extension)
-
-    def activate(self) -> None:
-        """Make it the active one."""
-        self.engine.activate(self.content)
-
-
 class Engine(ABC):
     """One running program. Every method may be called from any thread.
 
@@ -235,6 +173,10 @@ class Engine(ABC):
 
     def extend(self, content: object, graph: str, cache: Cache, extension: Extension) -> torch.Tensor:
         """As ``Bound.extend``; only of engines that make caches."""
+        raise NotImplementedError
+
+    def lend(self, content: object, graph: str, work: Callable[[nn.Module], T]) -> T:
+        """As ``Bound.lend``; only of engines that run the host."""
         raise NotImplementedError
 
     @abstractmethod

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lorac.errors import NeedsRecompile, Unreadable
-from lorac.ir.engine import Bound, Engine
+from lorac.ir.binding import Bound
+from lorac.ir.engine import Engine
 from lorac.ir.host.sites import BaseReader
 from lorac.ir.slots.choice import Active, Choice, describe
 from lorac.ir.slots.site import SitePlan, SiteSlots
@@ -120,6 +121,12 @@ class States:
             raise NeedsRecompile(
                 f"{describe(choice)} does not fit together: {error.what}", next_step=f"compile again with {together}"
             ) from error
+
+    def touched(self, before: State, choice: Choice) -> set[str]:
+        """The sites whose slots change when a choice takes the place of a state."""
+        if choice == before.choice and not before.stale:
+            return set()
+        return {path for name, _ in (*choice, *before.choice) for path in self.pool[name].paths}
 
     def forget(self, name: str) -> None:
         """Let go of every state that an adapter is part of."""

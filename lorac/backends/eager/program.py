@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lorac.ir.engine import Answer, Binding, Engine, Files
+from lorac.ir.binding import Answer, Binding
+from lorac.ir.engine import Engine, Files
 from lorac.ir.graph.feeds import fed, grouped_aux, named_tensors
 from lorac.ir.graph.graph import SlotInput
 from lorac.ir.graph.signature import CallSignature

@@ -19,7 +19,8 @@ from lorac.backends.onnxruntime.options import Options
 from lorac.backends.onnxruntime.portable import bound_tensors, write_choice, written_tensors
 from lorac.backends.onnxruntime.settling import settled_session
 from lorac.errors import Unavailable
-from lorac.ir.engine import Answer, Binding, Engine, Files
+from lorac.ir.binding import Answer, Binding
+from lorac.ir.engine import Engine, Files
 from lorac.ir.graph.feeds import fed, grouped_aux, named_tensors
 from lorac.ir.graph.graph import SlotInput
 from lorac.ir.graph.signature import CallSignature

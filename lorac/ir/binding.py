@@ -1,0 +1,86 @@
+"""What one choice of adapters comes to in an engine, and what calls do with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+from torch import Tensor, nn
+
+from lorac.ir.cache import Cache, Extension
+
+Aux = Mapping[str, Mapping[str, object]]
+"""Extra outputs: name -> site path -> tensor."""
+T = TypeVar("T")
+Content = TypeVar("Content")
+Content_contra = TypeVar("Content_contra", contravariant=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What one call gives: the host's own output object, and the extra outputs asked for."""
+
+    output: object
+    aux: Aux = field(default_factory=dict)
+
+
+class Runs(Protocol[Content_contra]):
+    """An engine as its own bindings know it: it runs with what it made of a choice."""
+
+    def call(
+        self, content: Content_contra, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> Answer:
+        """One call of a graph of the program; inputs and outputs are torch or numpy, as they came."""
+
+    def extend(self, content: Content_contra, graph: str, cache: Cache, extension: Extension) -> Tensor:
+        """As ``Bound.extend``."""
+
+    def lend(self, content: Content_contra, graph: str, work: Callable[[nn.Module], T]) -> T:
+        """As ``Bound.lend``."""
+
+    def activate(self, content: Content_contra) -> None:
+        """It became the active one (for work that no call encloses, such as recomputation in backward)."""
+
+
+class Bound(Protocol):
+    """What one choice of adapters comes to in an engine. It may be run from any thread, by many calls."""
+
+    def run(self, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Answer:
+        """As the engine's ``call``."""
+
+    def extend(self, graph: str, cache: Cache, extension: Extension) -> Tensor:
+        """Add tokens to the rows of a cache; returns the logits asked for, (rows, k, vocabulary), not written again.
+
+        The cache has room for them. Where the call fails, it is as it was.
+        """
+
+    def lend(self, graph: str, work: Callable[[nn.Module], T]) -> T:
+        """Have the host that runs do some work of its own, each of whose forwards answers with this choice."""
+
+    def activate(self) -> None:
+        """As the engine's."""
+
+
+@dataclass(frozen=True, eq=False)
+class Binding(Generic[Content]):
+    """An engine and what it made of a choice. No engine keeps one, so that neither keeps the other alive."""
+
+    engine: Runs[Content]
+    content: Content
+
+    def run(self, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Answer:
+        """One call."""
+        return self.engine.call(self.content, graph, args, kwargs)
+
+    def extend(self, graph: str, cache: Cache, extension: Extension) -> Tensor:
+        """As ``Bound`` says."""
+        return self.engine.extend(self.content, graph, cache, extension)
+
+    def lend(self, graph: str, work: Callable[[nn.Module], T]) -> T:
+        """As ``Bound`` says."""
+        return self.engine.lend(self.content, graph, work)
+
+    def activate(self) -> None:
+        """Make it the active one."""
+        self.engine.activate(self.content)
