@@ -124,5 +124,9 @@ class Component:
         """Answer as the model does."""
         return self._compiled.call(args, kwargs, adapters, graph=self._name)
 
+    def generate(self, inputs: Any = None, **told: Any) -> Any:
+        """As ``Compiled.generate``."""
+        return self._compiled.generate(inputs, component=self._name, **told)
+
     def __repr__(self) -> str:
         return f"<component {self._name} of {self._compiled!r}>"

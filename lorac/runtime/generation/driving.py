@@ -119,7 +119,7 @@ def _check_cache(given: Any, prompts: Prompts) -> None:
     """Raise ``InputMismatch`` where a cache that a call brings does not hold the beginning of each of its rows."""
     if not isinstance(given, Text):
         raise InputMismatch(
-            f"cache= is a {type(given).__name__}, and no cache of this model",
+            f"cache= is no cache of this model, but of the class {type(given).__name__}",
             next_step="give the cache of an answer of generate(return_dict_in_generate=True), or prefixes=",
         )
     held, counts = given.cache.lengths, prompts.counts

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorac.errors import InputMismatch, WrongType
+from lorac.errors import InputMismatch, WrongType, short
 
 _EMPTY = "begin it with a token, such as the tokenizer's bos_token_id"
 
@@ -50,7 +50,7 @@ class Prompts:
             WrongType: what was given is no batch of ids.
             InputMismatch: there is no text in a row, or the mask has another shape.
         """
-        given = _batch(ids, "input_ids")
+        given = _batch(ids, "input_ids").long()
         if mask is None and pad is not None and pad not in set(ends):
             mask = given.ne(pad).long()
         text = torch.ones_like(given) if mask is None else _batch(mask, "attention_mask").ne(0).long()
@@ -118,13 +118,14 @@ class Prompts:
 
 def _batch(value: Any, name: str) -> Tensor:
     tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-    if not isinstance(tensor, Tensor) or tensor.dim() != 2 or tensor.is_floating_point():
-        shown = f"of the shape {tuple(value.shape)}" if isinstance(value, Tensor | np.ndarray) else repr(type(value))
+    fractions = name == "input_ids" and isinstance(tensor, Tensor) and tensor.is_floating_point()
+    if not isinstance(tensor, Tensor) or tensor.dim() != 2 or fractions:
+        shown = f"{tuple(tensor.shape)} of {tensor.dtype}" if isinstance(tensor, Tensor) else short(value)
         raise WrongType(
-            f"{name}= is no batch of whole numbers: {shown}",
+            f"{name}= is no batch of tokens: {shown}",
             next_step="give (rows, length), such as a tokenizer makes with return_tensors='pt'",
         )
-    return tensor.long()
+    return tensor
 
 
 def _refuse_empty(text: Tensor) -> None:

@@ -73,4 +73,4 @@ def writer_of(tokenizer: Any) -> Callable[[Path], object] | None:
             f"the tokenizer is {short(tokenizer)}, which cannot be saved",
             next_step="give one of transformers', or anything with save_pretrained(folder)",
         )
-    return lambda folder: write(str(folder))
+    return lambda folder: write(folder)

@@ -56,6 +56,7 @@ class Recomputing(Engine):
         limit, vocabulary: of its host.
 
     Attributes:
+        kept: what it says its caches can hold; None for an engine that has none.
         fed: (rows, tokens of each) of every call.
     """
 
@@ -64,13 +65,19 @@ class Recomputing(Engine):
 
     def __init__(self, inner: Any, limit: int | None, vocabulary: int) -> None:
         self.inner, self.mode, self.buffers = inner, inner.mode, inner.buffers
-        self._keeps = Keeps(limit=limit, vocabulary=vocabulary)
+        self.kept: Keeps | None = Keeps(limit=limit, vocabulary=vocabulary)
         self.fed: list[list[int]] = []
 
-    def keeps(self, graph: str) -> Keeps:
-        return self._keeps
+    @property
+    def fused(self) -> bool:
+        return self.inner.fused
 
-    def new_cache(self, graph: str, rows: int, capacity: int) -> Tokens:
+    def keeps(self, graph: str) -> Keeps | None:
+        return self.kept
+
+    def new_cache(self, graph: str, rows: int, capacity: int) -> Cache:
+        if self.kept is None:
+            return Engine.new_cache(self, graph, rows, capacity)
         return Tokens([torch.empty(0, dtype=torch.long)] * rows, capacity)
 
     def bind(self, snapshot: Snapshot, slots: Mapping[str, SiteSlots]) -> Binding[Any]:
@@ -121,5 +128,8 @@ def over(compiled: Any, limit: int | None = None) -> lorac.Compiled:
         services=compiled.services,
         mode=compiled.mode,
     )
-    made.swap(dict(compiled.choice) or None)
+    if compiled.mode == "baked":
+        made.mark_baked(compiled.choice)
+    else:
+        made.swap(dict(compiled.choice) or None)
     return made
