@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from lorac.errors import AdapterExists, ChoiceError, MissingExtra, UnknownOption, short
+from lorac.errors import AdapterExists, ChoiceError, MissingExtra, UnknownOption, short, warn
 from lorac.ir.store.disk import told
 from lorac.ir.store.strict_json import parse_object, read_text
 from lorac.quiet import quiet
@@ -43,6 +43,19 @@ def load_model(spec: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise UnknownOption(f"'{spec}' returns a {type(model).__name__}, not an nn.Module", next_step=MODEL_HELP)
     return model.eval()
+
+
+def tokenizer_of(spec: str) -> Any:
+    """The tokenizer that lies beside a model of a folder; None where there is none, or it cannot be read."""
+    from lorac.runtime.generation.tokenizers import read_tokenizer
+
+    if not (Path(spec) / "tokenizer_config.json").is_file():
+        return None
+    try:
+        return read_tokenizer(Path(spec))
+    except Exception as error:  # whatever a damaged folder makes transformers raise
+        warn(f"the tokenizer in '{spec}' cannot be loaded, and is left out: {_said(error)}")
+        return None
 
 
 def _is_dotted(text: str) -> bool:

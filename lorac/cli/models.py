@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorac.cli._hosts import ADAPTER_HELP, MODEL_HELP, load_model, named_adapters, parse_spec
+from lorac.cli._hosts import ADAPTER_HELP, MODEL_HELP, load_model, named_adapters, parse_spec, tokenizer_of
 from lorac.cli._inputs import INPUTS_HELP, read_inputs
 from lorac.cli._settings import DYNAMIC_HELP, RESERVE_HELP, names_of, reserve_of, shapes_of
 from lorac.cli._shown import Json, show, table
@@ -132,7 +132,7 @@ def compile(  # noqa: PLR0913, PLR0917  (an argument per option)
             device=device,
         )
         report.step("saving")
-        compiled.save(out)
+        compiled.save(out, tokenizer=tokenizer_of(model))
     names = list(compiled.adapters)
     told = {"folder": str(out), "target": target, "mode": mode, "adapters": names, "active": compiled.active}
     line = f"{out}: {target}, {mode}, adapters {', '.join(names) or 'none'}, active {compiled.active}"

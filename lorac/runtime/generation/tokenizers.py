@@ -43,20 +43,32 @@ class TokenizerFiles:
             MissingExtra: transformers is not installed.
             ArtifactError: the files are no tokenizer that it knows.
         """
-        try:
-            from transformers import AutoTokenizer
-        except ModuleNotFoundError as error:
-            raise MissingExtra("transformers", "hf") from error
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(Path(folder))
             try:
-                return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-            except Exception as error:  # whatever reads files that anybody may have written
+                return read_tokenizer(Path(folder))
+            except MissingExtra:
+                raise
+            except Exception as error:  # whatever files that anybody may have written make transformers raise
                 reason = str(error).strip().partition("\n")[0]
                 raise ArtifactError(
                     f"the artefact's tokenizer cannot be loaded: {reason}",
                     next_step="load it elsewhere, and give it: compiled.tokenizer = ...",
                 ) from error
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a folder, of a class of transformers' own.
+
+    Raises:
+        MissingExtra: transformers is not installed.
+        Exception: the files are none that it reads.
+    """
+    try:
+        from transformers import AutoTokenizer
+    except ModuleNotFoundError as error:
+        raise MissingExtra("transformers", "hf") from error
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
 def writer_of(tokenizer: Any) -> Callable[[Path], object] | None:
@@ -67,10 +79,10 @@ def writer_of(tokenizer: Any) -> Callable[[Path], object] | None:
     """
     if tokenizer is None:
         return None
-    write = getattr(tokenizer, "save_pretrained", None)
+    write: Callable[[Path], object] | None = getattr(tokenizer, "save_pretrained", None)
     if not callable(write):
         raise WrongType(
             f"the tokenizer is {short(tokenizer)}, which cannot be saved",
             next_step="give one of transformers', or anything with save_pretrained(folder)",
         )
-    return lambda folder: write(folder)
+    return write
