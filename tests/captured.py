@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lorac
-from lorac.ir.graph.capture import export
+from lorac.ir.capture.export import export
 from lorac.ir.graph.feeds import named_tensors
 from lorac.ir.graph.graph import Graph
 from lorac.ir.slots.snapshot import compose_choice, slots_of

@@ -10,12 +10,13 @@ from torch import nn
 
 from lorac.compiler.assembly import Assembly
 from lorac.compiler.fidelity import hold_against_host, refuse_unrunnable
+from lorac.compiler.growth import Grown
 from lorac.compiler.handed import Named
 from lorac.compiler.precision import Precision
 from lorac.compiler.services import Lasting
 from lorac.errors import CaptureFailed, ChoiceError
+from lorac.ir.capture.export import capture
 from lorac.ir.engine import AnyDialect, Backend, BuildRequest, TargetOptions
-from lorac.ir.graph.capture import capture
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.program import Program
 from lorac.ir.graph.signature import CallSignature
@@ -141,21 +142,28 @@ class Compilation:
     def _captured_as(
         self, model: nn.Module, plans: Mapping[str, SitePlan], options: TargetOptions
     ) -> Callable[[tuple[str, ...]], Program]:
-        return functools.partial(self._program, model, plans, options.self_test)
+        return functools.partial(self._program, model, plans, options)
 
-    def _program(self, model: nn.Module, plans: Mapping[str, SitePlan], tested: bool, aux: tuple[str, ...]) -> Program:
+    def _program(
+        self, model: nn.Module, plans: Mapping[str, SitePlan], options: TargetOptions, aux: tuple[str, ...]
+    ) -> Program:
         """The host captured graph by graph, held against it, and lowered as the target's dialect asks."""
         graphs: dict[str, Graph] = {}
         signatures: dict[str, CallSignature] = {}
         for name, component in components_of(model).items():
-            graph = self._captured(name, model, component, plans)
-            hold_against_host(graph, component, tested=tested)
+            graph = self._captured(name, model, component, plans, options.grows)
+            hold_against_host(graph, component, tested=options.self_test)
+            grown = Grown(graph) if options.grows and options.self_test else None
             self._lower(graph, self.backend.dialect, aux)
+            if grown is not None:
+                grown.hold_against(graph, self.lasting.base)
             graphs[name], signatures[name] = graph, CallSignature.of(graph, component)
         refuse_idle(graphs.values(), {name: prepared.paths for name, prepared in self.lasting.pool.items()})
         return Program(graphs, signatures)
 
-    def _captured(self, name: str, model: nn.Module, component: nn.Module, plans: Mapping[str, SitePlan]) -> Graph:
+    def _captured(
+        self, name: str, model: nn.Module, component: nn.Module, plans: Mapping[str, SitePlan], grows: bool
+    ) -> Graph:
         prefix, sites = prefix_of(model, name), self.lasting.sites
         marked = [path for path in (*plans, *tapped(plans.values())) if path.startswith(prefix)]
         inputs = self.precision.fit(self._example("example_inputs", model, name))
@@ -169,6 +177,7 @@ class Compilation:
                 plans=plans,
                 blocks=[path for path in dict.fromkeys(marked) if sites[path].kind is SiteKind.BLOCK],
                 prefix=prefix,
+                grows=grows,
             )
         except CaptureFailed:
             refuse_unrunnable(component, inputs)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lorac.errors import CaptureDiffers, CaptureFailed, ExampleInputsNeeded, nearest_name, short, warn
-from lorac.ir.graph.capture import undisturbed
+from lorac.ir.capture.export import undisturbed
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.interp import apart, at_sizes, distance, example_inputs, outputs_of
 from lorac.ir.graph.outputs import without_dataclasses

@@ -1,4 +1,4 @@
-"""What one choice of adapters comes to in an engine, and what calls do with it."""
+"""What one choice of adapters comes to in an engine, and how it is run with it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from lorac.ir.cache import Cache, Extension
 
@@ -33,7 +34,7 @@ class Runs(Protocol[Content_contra]):
     ) -> Answer:
         """One call of a graph of the program; inputs and outputs are torch or numpy, as they came."""
 
-    def extend(self, content: Content_contra, graph: str, cache: Cache, extension: Extension) -> Tensor:
+    def extend(self, content: Content_contra, graph: str, cache: Cache, extension: Extension) -> torch.Tensor:
         """As ``Bound.extend``."""
 
     def lend(self, content: Content_contra, graph: str, work: Callable[[nn.Module], T]) -> T:
@@ -49,7 +50,7 @@ class Bound(Protocol):
     def run(self, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Answer:
         """As the engine's ``call``."""
 
-    def extend(self, graph: str, cache: Cache, extension: Extension) -> Tensor:
+    def extend(self, graph: str, cache: Cache, extension: Extension) -> torch.Tensor:
         """Add tokens to the rows of a cache; returns the logits asked for, (rows, k, vocabulary), not written again.
 
         The cache has room for them. Where the call fails, it is as it was.
@@ -73,7 +74,7 @@ class Binding(Generic[Content]):
         """One call."""
         return self.engine.call(self.content, graph, args, kwargs)
 
-    def extend(self, graph: str, cache: Cache, extension: Extension) -> Tensor:
+    def extend(self, graph: str, cache: Cache, extension: Extension) -> torch.Tensor:
         """As ``Bound`` says."""
         return self.engine.extend(self.content, graph, cache, extension)
 

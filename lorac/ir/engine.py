@@ -1,4 +1,4 @@
-"""The contract between the compiler, the runtime and a target: dialect, request, backend, engine, binding.
+"""The contract between the compiler, the runtime and a target: dialect, request, backend, engine.
 
 A *backend* states its *dialect* (what the target can run, and in which taste) and builds an *engine* from a *request*.
 An engine turns slot tensors into a *binding*, once per choice of adapters; calls run with a binding. The compiler and
@@ -116,6 +116,11 @@ class TargetOptions(ABC):
         check_fields(self, "the target")
         self.check()
 
+    @property
+    def grows(self) -> bool:
+        """Whether texts are to grow: a program with a cache is asked for."""
+        return False
+
     @abstractmethod
     def check(self) -> None:
         """Raise ``UnknownOption`` where a value makes no sense."""
@@ -165,15 +170,19 @@ class Engine(ABC):
         return None
 
     def new_cache(self, graph: str, rows: int, capacity: int) -> Cache:
-        """An empty cache for a graph that keeps one."""
+        """An empty cache for a graph that keeps one; raises ``Unavailable`` where it keeps none."""
+        self.refuse_cache()
+
+    def refuse_cache(self) -> Never:
+        """Raise ``Unavailable``: the program keeps no cache."""
         raise Unavailable(
             f"this program for {self.target} keeps no cache",
             next_step="compile with cache=True for target='onnxruntime'",
         )
 
     def extend(self, content: object, graph: str, cache: Cache, extension: Extension) -> torch.Tensor:
-        """As ``Bound.extend``; only of engines that make caches."""
-        raise NotImplementedError
+        """As ``Bound.extend``, with what the engine made of a choice."""
+        self.refuse_cache()
 
     def lend(self, content: object, graph: str, work: Callable[[nn.Module], T]) -> T:
         """As ``Bound.lend``; only of engines that run the host."""

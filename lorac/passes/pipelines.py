@@ -13,6 +13,7 @@ from lorac.ir.engine import AnyDialect, Dialect
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.passes import Outcome, Pass, Skip
 from lorac.ir.graph.verify import verify
+from lorac.passes.cache import Cache
 from lorac.passes.cleanup import Cleanup
 from lorac.passes.expand import Expand
 from lorac.passes.insert import Insert
@@ -34,7 +35,7 @@ def lowering(dialect: AnyDialect = ANY, aux: tuple[str, ...] = ()) -> tuple[Pass
         aux: extra outputs to give.
     """
     packed = (Pack(),) if dialect.packs else ()
-    return *packed, Insert(), Values(), Expand(aux), Cleanup(), *dialect.passes
+    return *packed, Insert(), Values(), Expand(aux), Cache(), Cleanup(), *dialect.passes
 
 
 def run_pipeline(graph: Graph, passes: Sequence[Pass], observe: Observer | None = None) -> list[tuple[str, Outcome]]:

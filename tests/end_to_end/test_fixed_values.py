@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lorac
-from lorac.ir.graph.capture import export
+from lorac.ir.capture.export import export
 from lorac.testing.checks import assert_close
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.ir.graph.capture import export
+from lorac.ir.capture.export import export
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.passes import Outcome, Pass, Skip
 from lorac.ir.slots.site import Reason

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import lorac
+from lorac.ir.capture.export import export
 from lorac.ir.graph import ops
 from lorac.ir.graph.adapted import AdaptedCall
-from lorac.ir.graph.capture import export
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.passes import Outcome, Skip
 from lorac.passes.insert import Insert

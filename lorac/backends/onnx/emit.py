@@ -13,6 +13,7 @@ from onnxscript.optimizer._constant_folding import FoldConstantsPass
 
 from lorac.backends.onnx.claims import refuse_unclaimed
 from lorac.backends.onnx.exporter import export
+from lorac.backends.onnx.files import LONGEST
 from lorac.backends.onnx.gates import GATES
 from lorac.backends.onnx.noops import exporters_rules, no_ops
 from lorac.backends.onnx.rewriting import rewriting
@@ -51,6 +52,8 @@ def emit(graph: Graph, signature: CallSignature, dialect: Dialect[ir.Model]) -> 
         rewrite(model)
     _name_outputs(model, signature.outputs)  # again: rewrites make new values
     _name_axes(model, graph)
+    if graph.kept and graph.longest is not None:
+        model.metadata_props[LONGEST] = str(graph.longest)
     refuse_unclaimed(model, dialect)
     return model
 
@@ -75,11 +78,13 @@ _CLEAN_UP = ir.passes.Sequential(
 
 def _name_slots(graph: Graph, model: ir.Model) -> None:
     by_node = {slot.node: slot for slot in graph.slots.values()}
+    kept = {node: name for name, node in graph.kept.items()}
     for value in model.graph.inputs:
         slot = by_node.get(value.name or "")
         if slot is not None:
             value.name = slot.name
             value.metadata_props[SITE_METADATA] = slot.site
+        value.name = kept.get(value.name or "", value.name)
 
 
 def _name_outputs(model: ir.Model, names: Sequence[str]) -> None:

@@ -25,6 +25,8 @@ from lorac.ir.store.held import HeldFile
 
 Array = npt.NDArray[Any]
 MODEL, WEIGHTS, BASE = "model.onnx", "model.onnx.data", "base.safetensors"
+LONGEST = "lorac.longest"
+"""Under what a model says, of a program that keeps a cache, the longest text that its positions admit."""
 _NATURAL = re.compile(r"[0-9]{1,18}")
 _WITHOUT = frozenset({"onnx.ValueInfoProto", "onnx.StringStringEntryProto", "onnx.OperatorSetIdProto"})
 """Messages that are many and hold no tensor."""

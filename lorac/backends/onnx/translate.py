@@ -9,8 +9,8 @@ import onnx_ir as ir
 import torch
 from onnxscript import opset18 as op
 
-from lorac.backends.onnx.attention import attention
-from lorac.ir.graph import ops
+from lorac.backends.onnx.attention import attention, cached_attention
+from lorac.ir.graph import attending, ops
 
 aten = torch.ops.aten
 _MATRIX = 2
@@ -48,12 +48,32 @@ def conv3d(
     return op.Conv(x, weight, bias, strides=list(stride), pads=pads, dilations=list(dilation), group=groups)
 
 
+def positions(ids: Any) -> Any:
+    """``Range`` along the last axis, in every row."""
+    zero, one = _number(0), _number(1)
+    counted: Any = op.Range(zero, op.Squeeze(op.Shape(ids, start=1, end=2)), one)
+    return op.Expand(counted, op.Shape(ids))
+
+
+def rows(x: Any, places: Any) -> Any:
+    """``GatherND`` in each row."""
+    last: Any = op.Constant(value_ints=[-1])
+    return op.GatherND(x, op.Unsqueeze(places, last), batch_dims=1)
+
+
+def _number(number: int) -> Any:
+    return op.Constant(value_int=number)
+
+
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     ops.SPLIT_RANKS: split_ranks,
     ops.LINEAR: linear,
     ops.MATMUL: matmul,
     aten.conv3d.default: conv3d,
     aten.scaled_dot_product_attention.default: attention,
+    attending.POSITIONS: positions,
+    attending.ROWS: rows,
+    attending.CACHED_ATTENTION: cached_attention,
 }
 """Op -> its ONNX."""
 

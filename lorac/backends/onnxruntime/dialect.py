@@ -6,6 +6,7 @@ import onnx_ir as ir
 from onnxruntime.capi import _pybind_state as library
 
 from lorac.backends.onnx.legalize import Legalize
+from lorac.backends.onnxruntime.caching import use_group_query_attention
 from lorac.backends.onnxruntime.flattening import to_rows
 from lorac.backends.onnxruntime.fusions import fuse_rms_norms, fuse_rotary_positions
 from lorac.ir.engine import Claims, Dialect, Gate
@@ -23,7 +24,7 @@ DIALECT: Dialect[ir.Model] = Dialect(
     name="onnxruntime",
     claims=_kernels() | _RESOLVED,
     passes=(Legalize(),),
-    fusions=(fuse_rms_norms, fuse_rotary_positions),
+    fusions=(fuse_rms_norms, fuse_rotary_positions, use_group_query_attention),
     finish=(to_rows,),
     gates=Gate.IF,
 )

@@ -14,14 +14,17 @@ import onnxruntime as ort
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lorac.backends.onnxruntime.inputs import wanted
+from lorac.backends.onnxruntime.growing import Layout, OrtCache, all_tokens, extend, whole_texts
+from lorac.backends.onnxruntime.inputs import aliased, wanted
 from lorac.backends.onnxruntime.options import Options
 from lorac.backends.onnxruntime.portable import bound_tensors, write_choice, written_tensors
 from lorac.backends.onnxruntime.settling import settled_session
 from lorac.errors import Unavailable
 from lorac.ir.binding import Answer, Binding
+from lorac.ir.cache import Cache, Extension, Keeps
 from lorac.ir.engine import Engine, Files
-from lorac.ir.graph.feeds import fed, grouped_aux, named_tensors
+from lorac.ir.graph.attending import IDS, PAST, PLACES
+from lorac.ir.graph.feeds import empty_cache, fed, grouped_aux, named_tensors
 from lorac.ir.graph.graph import SlotInput
 from lorac.ir.graph.signature import CallSignature
 from lorac.ir.host.components import require_component
@@ -49,6 +52,7 @@ class GraphSession:
         self.session, self.signature, self.slots = session, signature, slots
         self.outputs = [output.name for output in session.get_outputs()]
         self.wanted = wanted(session)
+        self.cache = Layout.of(session)
 
 
 @dataclass(eq=False)
@@ -188,6 +192,8 @@ class OrtEngine(Engine):
     def call(self, content: Values, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Answer:
         """One call of a graph with a binding."""
         part = self.parts[require_component(graph, self.parts)]
+        if part.cache is not None:
+            return self._call_over_texts(content, graph, part, args, kwargs)
         session, values = self._serving(part, graph, content)
         given = part.signature.bind(args, kwargs)
         as_numpy = all(isinstance(v, np.ndarray) for v in given.values())
@@ -195,9 +201,46 @@ class OrtEngine(Engine):
         output, extra = part.signature.answer(outputs, kwargs)
         return Answer(output, grouped_aux(extra, values.tensors))
 
+    def keeps(self, graph: str) -> Keeps | None:
+        """As its session says."""
+        layout = self.parts[require_component(graph, self.parts)].cache
+        return None if layout is None else layout.keeps
+
+    def new_cache(self, graph: str, rows: int, capacity: int) -> Cache:
+        """Buffers that the session reads and writes."""
+        layout = self.parts[require_component(graph, self.parts)].cache
+        return super().new_cache(graph, rows, capacity) if layout is None else OrtCache(layout, rows, capacity)
+
+    def extend(  # type: ignore[override]  # the content is what it made itself
+        self, content: Values, graph: str, cache: Cache, extension: Extension
+    ) -> Tensor:
+        """One run of the graph's session."""
+        assert isinstance(cache, OrtCache)
+        part = self.parts[graph]
+        session, values = self._serving(part, graph, content)
+        return extend(session, values, cache, extension, lambda: _bound(part, session, values))
+
+    def _call_over_texts(
+        self, content: Values, graph: str, part: GraphSession, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> Answer:
+        """A plain call of a graph that keeps a cache: whole texts, of which nothing is kept."""
+        told, counts = whole_texts(args, kwargs)
+        ids = part.wanted[IDS].fit(told[IDS])
+        extension = all_tokens(ids, counts)
+        picked = {PLACES: extension.wanted} if PLACES in part.wanted else {}
+        part.signature.bind((), {**told, **picked})
+        cache = self.new_cache(graph, *ids.shape)
+        logits = self.extend(content, graph, cache, extension)
+        logits[torch.arange(ids.shape[1]) >= torch.tensor(counts)[:, None]] = 0
+        answered: list[Any] = [logits.numpy() if isinstance(told[IDS], np.ndarray) else logits]
+        output, _ = part.signature.answer([*answered, *(None for _ in part.signature.extra)], kwargs)
+        return Answer(output)
+
     def outputs(self, graph: str, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """A graph's outputs as it gives them, copied, for tensors in its slots and inputs by name."""
         part = self.parts[graph]
+        if part.cache is not None and PAST not in inputs:
+            inputs = {**empty_cache(part.cache.shapes, inputs[IDS]), **inputs}
         values = _execute(part, graph, part.session, self._values(tensors), inputs)
         return [torch.from_numpy(value.numpy().copy()) for value in values]
 
@@ -251,18 +294,17 @@ def _io(part: GraphSession, graph: str, session: ort.InferenceSession, values: V
     owned: dict[str, Any] = vars(values.own).setdefault("io", {})
     if graph in owned and owned[graph][0]() is session:
         return owned[graph][1]
-    io = session.io_binding()
-    for name in part.slots.keys() & values.values.keys():
-        io.bind_ortvalue_input(name, values.values[name])
+    io = _bound(part, session, values)
     owned[graph] = (weakref.ref(session), io)
     return io
 
 
-def aliased(tensor: Tensor) -> ort.OrtValue:
-    """An OrtValue over a contiguous CPU tensor's own memory."""
-    value = ort.OrtValue.ortvalue_from_numpy(tensor.numpy())
-    assert not tensor.numel() or value.data_ptr() == tensor.data_ptr()
-    return value
+def _bound(part: GraphSession, session: ort.InferenceSession, values: Values) -> Any:
+    """A new IOBinding of a graph with its slots bound."""
+    io = session.io_binding()
+    for name in part.slots.keys() & values.values.keys():
+        io.bind_ortvalue_input(name, values.values[name])
+    return io
 
 
 def _answer(value: ort.OrtValue, as_numpy: bool) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from onnxscript.rewriter import pattern
 from onnxscript.rewriter.ort_fusions.rms_normalization import RmsNormFusion
@@ -78,11 +79,23 @@ class _Rotary(pattern.RewriteRuleClassBase):
 
     def rewrite(self, op: Any, x: Any, cos: Any, sin: Any, **_: Any) -> Any:
         half = x.shape[3] // 2
+        places = [found[1] for table in (cos, sin) if (found := _looked_up(table)) is not None]
+        if len(places) == 2 and places[0] is places[1]:
+            halves = (self._half(op, table, half) for table in (cos, sin))
+            return op.RotaryEmbedding(x, places[0], *halves, interleaved=0, _domain="com.microsoft", _version=1)
         zero, two, last = (op.Constant(value_ints=[number]) for number in (0, 2, half))
         flat = op.Constant(value_ints=[-1, half])
         tables = [op.Reshape(op.Slice(table, zero, last, two), flat) for table in (cos, sin)]
         rows = self._shared_rows(op, x, cos) if cos.shape[0] == 1 else _own_rows(op, cos)
         return op.RotaryEmbedding(x, rows, *tables, interleaved=0, _domain="com.microsoft", _version=1)
+
+    def _half(self, op: Any, value: ir.Value, half: int) -> Any:
+        """The first columns of the table that a value is looked up in; made once for all heads and layers."""
+        key = (value, str(half))
+        found = _looked_up(value)
+        if key not in self._shared and found is not None:
+            self._shared[key] = op.Constant(value=ir.tensor(np.ascontiguousarray(found[0][:, :half])))
+        return self._shared[key]
 
     def _shared_rows(self, op: Any, x: Any, table: Any) -> Any:
         """Positions (batch, length) from 0 on, the same in every row; made once for all heads and layers of a table."""
@@ -102,6 +115,16 @@ def _own_rows(op: Any, table: Any) -> Any:
     return op.Reshape(op.Range(zero, op.ReduceProd(shape, keepdims=0), one), shape)
 
 
+def _looked_up(value: ir.Value) -> tuple[Any, ir.Value] | None:
+    """The constant table (positions, size) that a value is looked up in, and the places; None where it is not."""
+    node = value.producer()
+    if node is None or node.op_type != "Gather" or node.attributes.get_int("axis", 0) != 0:
+        return None
+    table = ir.convenience.get_const_tensor(node.inputs[0]) if node.inputs[0] is not None else None
+    places = node.inputs[1]
+    return None if table is None or places is None or len(table.shape) != 2 else (table.numpy(), places)
+
+
 def _number(value: ir.Value) -> int | None:
     held = ir.convenience.get_const_tensor(value)
     return int(held.numpy().item()) if held is not None and held.size == 1 else None
@@ -112,6 +135,9 @@ def _repeats(value: ir.Value) -> bool:
     node = value.producer()
     if node is None or node.inputs[0] is None:
         return False
+    if (found := _looked_up(value)) is not None:
+        first, second = np.array_split(found[0], 2, axis=-1)
+        return np.array_equal(first, second)
     if node.op_type == "Concat":
         halves = node.attributes["axis"].as_int() in (-1, 2) and len(node.inputs) == 2
         return halves and node.inputs[0] is node.inputs[1]

@@ -65,3 +65,10 @@ class Wanted:
 def wanted(session: ort.InferenceSession) -> Mapping[str, Wanted]:
     """The inputs of a session by name."""
     return {found.name: Wanted(found.name, _DTYPES.get(found.type)) for found in session.get_inputs()}
+
+
+def aliased(tensor: Tensor) -> ort.OrtValue:
+    """An OrtValue over a contiguous CPU tensor's own memory."""
+    value = ort.OrtValue.ortvalue_from_numpy(tensor.numpy())
+    assert not tensor.numel() or value.data_ptr() == tensor.data_ptr()
+    return value

@@ -24,13 +24,21 @@ class Options(TargetOptions):
         threads: threads of one operator, 0 for ONNX Runtime's own choice.
         spinning: idle threads wait busily; faster alone, slower for everything else in the process.
         settle: ``"asked"``: weights settle when ``swap(..., settle=True)`` asks; ``"background"``: after every swap.
+        cache: keep keys and values, as ``generate`` needs it, of a causal language model of transformers. Calls then
+            take ``input_ids`` and an ``attention_mask`` that pads rows on the right; logits of padding are 0.
         providers: execution providers, best first.
     """
 
     threads: int = 0
     spinning: bool = False
     settle: str = "asked"
+    cache: bool = False
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
+
+    @property
+    def grows(self) -> bool:
+        """Whether the program keeps a cache."""
+        return self.cache
 
     def check(self) -> None:
         """There are two times at which weights settle, and as many threads as a machine may have."""

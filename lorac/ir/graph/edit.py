@@ -203,7 +203,7 @@ def inline(
         zip((n for n in traced.graph.nodes if n.op == "placeholder"), operands, strict=True)
     )
     held = [inner for inner in traced.graph.nodes if inner.op == "get_attr"]
-    environment |= {inner: _constant(program, getattr(traced, str(inner.target))) for inner in held}
+    environment |= {inner: add_constant(program, getattr(traced, str(inner.target))) for inner in held}
     computed = [inner for inner in traced.graph.nodes if inner.op not in {"placeholder", "get_attr", "output"}]
     with program.graph.inserting_before(node):
         for inner in computed:
@@ -225,7 +225,7 @@ def insert_call(program: ExportedProgram, before: fx.Node, op: Any, *operands: A
     return node
 
 
-def _constant(program: ExportedProgram, value: torch.Tensor) -> fx.Node:
+def add_constant(program: ExportedProgram, value: torch.Tensor) -> fx.Node:
     """An input that is a tensor of the program's own, before those that it is called with."""
     specs = program.graph_signature.input_specs
     first = next(index for index, spec in enumerate(specs) if spec.kind is InputKind.USER_INPUT)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from lorac.ir.algebra import letters
-from lorac.ir.graph.graph import SlotInput
+from lorac.ir.graph.attending import NEW, PAST, is_past
+from lorac.ir.graph.graph import Graph, SlotInput
 from lorac.ir.host.sites import factor_dtype
 from lorac.ir.slots.emits import record_emitted
 from lorac.ir.slots.roles import PACK_RANKS, slot_name, strength_role
@@ -51,6 +52,25 @@ def packed(slot: SlotInput, members: Sequence[SiteSlots]) -> Tensor:
 def idle(plan: SitePlan, role: str) -> Tensor:
     """What an idle branch slot holds: strength and parameters of zero."""
     return torch.zeros(plan.branch_shapes()[role], dtype=factor_dtype(plan.site.dtype))
+
+
+def empty_cache(shapes: Mapping[str, tuple[int, int, torch.dtype]], ids: Tensor) -> dict[str, Tensor]:
+    """What the inputs of a cache hold where nothing came before, for as many tokens as a call brings.
+
+    Args:
+        shapes: input of a layer's keys or values -> heads, size of each head, dtype.
+        ids: the call's token ids (batch, length), all of them new.
+    """
+    batch, length = ids.shape
+    counts = {name: torch.full((batch,), count, dtype=torch.int32) for name, count in {PAST: 0, NEW: length}.items()}
+    held = {n: torch.zeros(batch, heads, length, size, dtype=dtype) for n, (heads, size, dtype) in shapes.items()}
+    return counts | held
+
+
+def kept_shapes(graph: Graph) -> dict[str, tuple[int, int, torch.dtype]]:
+    """What ``empty_cache`` asks of a graph."""
+    values = {name: graph.node(node).meta["val"] for name, node in graph.kept.items() if is_past(name)}
+    return {name: (int(value.shape[1]), int(value.shape[3]), value.dtype) for name, value in values.items()}
 
 
 def grouped_aux(extra: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:

@@ -82,6 +82,8 @@ class Graph:
         axes: torch's symbols for sizes that vary -> their names.
         sizes: which sizes the host's inputs may have.
         structure: what the host answers around the graph's tensors; None where that is for the program itself to say.
+        kept: inputs of a graph that keeps a cache, by the names they bear outside -> their placeholders.
+        longest: the longest text that positions in tables admit; None where there are none.
         fixed: arguments of the host that are constants of the graph, as they were given when it was captured.
         notes: what whoever calls the program should know about it, each in a sentence.
         unused: paths of planned sites that no output depends on, and that have no slots therefore.
@@ -98,6 +100,8 @@ class Graph:
     axes: dict[str, str] = field(default_factory=dict)
     sizes: Sizes = field(default_factory=Sizes)
     structure: Structure | None = None
+    kept: dict[str, str] = field(default_factory=dict)
+    longest: int | None = None
     fixed: Mapping[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)

@@ -19,7 +19,9 @@ from torch.utils import _pytree as pytree
 
 from lorac.ir.graph import ops
 from lorac.ir.graph.adapted import AdaptedCall, adapted_output
+from lorac.ir.graph.attending import IDS, PAST
 from lorac.ir.graph.edit import KEYWORD
+from lorac.ir.graph.feeds import empty_cache, kept_shapes
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.signature import CallSignature
 from lorac.ir.graph.sizes import Chosen
@@ -67,7 +69,8 @@ def interpret(graph: Graph, inputs: Mapping[str, Any], slots: Mapping[str, Tenso
 @torch.no_grad()
 def outputs_of(graph: Graph, inputs: Mapping[str, Any], slots: Mapping[str, Tensor] | None = None) -> list[Any]:
     """As ``interpret``, for inputs by the names the program has for them; the outputs as a flat list."""
-    values = _Interpreter(graph).run(*_flat(graph, {**inputs, **_by_node(graph, slots or {})}))
+    given = {**_nothing_before(graph, inputs), **inputs, **_by_node(graph, slots or {})}
+    values = _Interpreter(graph).run(*_flat(graph, given))
     specs = graph.exported.graph_signature.output_specs
     return [v for v, spec in zip(values, specs, strict=True) if spec.kind is OutputKind.USER_OUTPUT]
 
@@ -141,6 +144,13 @@ def _sort(x: Tensor, dim: int = -1, descending: bool = False) -> tuple[Tensor, T
 
 _LOWEST_INDEX: dict[Any, Callable[..., Any]] = {aten.topk.default: _topk, aten.sort.default: _sort}
 """Ops that torch answers with any of several equal elements, and what they are here."""
+
+
+def _nothing_before(graph: Graph, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Empty caches for a graph that keeps some, where the call has none of its own."""
+    if not graph.kept or PAST in inputs:
+        return {graph.kept[name]: inputs[name] for name in graph.kept}
+    return {graph.kept[name]: held for name, held in empty_cache(kept_shapes(graph), inputs[IDS]).items()}
 
 
 def _by_node(graph: Graph, slots: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -156,7 +156,7 @@ class CallSignature:
         from lorac.ir.graph.axes import types_of  # what loads a signature captures nothing
 
         exported = graph.exported
-        slots = {slot.node for slot in graph.slots.values()}
+        slots = {*(slot.node for slot in graph.slots.values()), *graph.kept.values()}
         inputs = tuple(str(name) for name in exported.graph_signature.user_inputs if name not in slots)
         signature = exported.module_call_graph[0].signature
         assert signature is not None

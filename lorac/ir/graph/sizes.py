@@ -94,6 +94,17 @@ class Sizes:
         needed = [text for text in self.assumed if all(_holds(text, chosen) for chosen in right)]
         return replace(self, conditions=tuple(dict.fromkeys((*self.conditions, *needed))), assumed=())
 
+    def by_row(self, name: str, rows: Axis) -> Sizes:
+        """The same for an input that comes to have a row of its former kind for each of another input's."""
+        conditions = [text.replace(f"{name}[0]", f"{name}[1]") for text in self.conditions]
+        assumed = [text.replace(f"{name}[0]", f"{name}[1]") for text in self.assumed]
+        return replace(
+            self,
+            shapes={**self.shapes, name: (None, *self.shapes[name])},
+            conditions=(*conditions, f"{name}[0] == {rows[0]}[{rows[1]}]"),
+            assumed=tuple(assumed),
+        )
+
     # --- sizes to try --------------------------------------------------------------------------------------------
 
     def others(self, chosen: Chosen) -> dict[Axis, int] | None:

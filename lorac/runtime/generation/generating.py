@@ -77,7 +77,7 @@ class _Call:
         """A call out of what was given, checked."""
         hosted = compiled.engine.module is not None
         if not hosted and compiled.engine.keeps(graph) is None:
-            compiled.engine.new_cache(graph, 1, 1)  # says why there is none
+            compiled.engine.refuse_cache()
         told = dict(given)
         if "inputs" in told and not traits.settings.get("is_encoder_decoder"):
             told[IDS] = told.pop("inputs")

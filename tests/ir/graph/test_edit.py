@@ -7,7 +7,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from lorac.ir.graph.capture import export
+from lorac.ir.capture.export import export
 from lorac.ir.graph.edit import (
     KEYWORD,
     add_inputs,

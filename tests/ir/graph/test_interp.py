@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import lorac
 from lorac.errors import ChoiceError
-from lorac.ir.graph.capture import export
+from lorac.ir.capture.export import export
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.interp import interpret
 from lorac.testing.checks import ROUNDING

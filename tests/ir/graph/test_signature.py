@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.ir.graph.capture import capture
+from lorac.ir.capture.export import capture
 from lorac.ir.graph.signature import CallSignature
 from lorac.ir.host.sites import find_sites
 from tests.zoo import ZOO

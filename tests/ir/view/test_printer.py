@@ -210,7 +210,7 @@ def test_llama_is_drawn_as_one_layer_of_boxes_within_boxes(compiled: lorac.Compi
 
 
 def test_a_graph_without_slots_prints(tmp_path: Path) -> None:
-    from lorac.ir.graph.capture import export
+    from lorac.ir.capture.export import export
 
     entry = ZOO["plain_conv"]
     model = entry.fresh()

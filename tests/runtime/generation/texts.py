@@ -17,10 +17,10 @@ SIZES = {
     "pad_token_id": 0,
     "initializer_range": 0.15,
 }
-LAYERS = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+LAYERS = {"hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "llama": ("Llama", {**LAYERS, "num_key_value_heads": 2}, ["q_proj", "down_proj"]),
-    "gpt2": ("GPT2", {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}, ["c_attn", "c_proj"]),
+    "gpt2": ("GPT2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}, ["c_attn", "c_proj"]),
     "qwen3": ("Qwen3", {**LAYERS, "num_key_value_heads": 2, "head_dim": 16}, ["k_proj", "o_proj"]),
     "gemma3": (
         "Gemma3Text",

@@ -21,7 +21,16 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from lorac.errors import CaptureFailed, nearest_name, short
+from lorac.errors import CaptureFailed, short
+from lorac.ir.capture.attention import (
+    attention_marked,
+    longest_text,
+    over_text,
+    refuse_other_attention,
+    text_inputs,
+    text_shapes,
+)
+from lorac.ir.capture.marking import mark
 from lorac.ir.graph.axes import asked_axes, axis_names, sizes_of
 from lorac.ir.graph.edit import keep_tensors, qualified
 from lorac.ir.graph.graph import Graph
@@ -41,101 +50,14 @@ from lorac.ir.host.example_inputs import (
 )
 from lorac.ir.host.fixed_values import Arguments
 from lorac.ir.host.guards import Guard, chain, listening, source_line
-from lorac.ir.host.layers import Forward, calls_below, is_plain, padded, with_below
+from lorac.ir.host.layers import Forward
 from lorac.ir.host.running import no_fast_path, random_state_kept
-from lorac.ir.host.sites import Site, conv_geometry, is_conv1d_of_gpt2
-from lorac.ir.slots.reads import first_tensor, replace_first
+from lorac.ir.host.sites import Site
 from lorac.ir.slots.site import SitePlan
 from lorac.lines import is_elsewhere
 from lorac.quiet import quiet
 
 _LOCK = threading.RLock()  # tracing swaps attributes of torch and of transformers' classes for the whole process
-
-
-# ── The sites ────────────────────────────────────────────────────────────────────────────────────────────────────────
-def mark(model: nn.Module, blocks: Collection[str] = (), prefix: str = "") -> list[str]:
-    """Make every site of ``model`` (a structural copy) call its op, in place; return the paths of the sites.
-
-    Args:
-        model: the copy.
-        blocks: paths of modules whose exits are marked too.
-        prefix: what the sites' paths begin with, where the model is one component of several.
-
-    Raises:
-        CaptureFailed: ``blocks`` names no module of the model.
-    """
-    modules = {f"{prefix}{path}": module for path, module in model.named_modules()}
-    if unknown := sorted(set(blocks) - modules.keys()):
-        raise CaptureFailed(
-            f"the model has no module {unknown[0]!r} to mark as a block",
-            nearest=nearest_name(unknown[0], modules),
-            next_step="`lorac sites MODEL` prints the blocks",
-        )
-    sites = []
-    for path, module in modules.items():
-        if (forward := _site_forward(module, path)) is not None:
-            _override(module, forward)
-            sites.append(path)
-    for path in blocks:
-        module = modules[path]
-        module.forward = _block_forward(module.forward, path)
-        sites.append(path)
-    return sites
-
-
-def _site_forward(module: nn.Module, path: str) -> Forward | None:
-    """The forward that calls the op of this site; None where the module is no site."""
-    if isinstance(module, nn.Linear):
-        return lambda input: torch.ops.lorac.linear(input, module.weight, module.bias, path)
-    if isinstance(module, nn.Embedding) and module.max_norm is None:  # max_norm writes into the weight
-        padding = -1 if module.padding_idx is None else module.padding_idx
-        return lambda input: torch.ops.lorac.embedding(input, module.weight, padding, path)
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return _conv_forward(module, path)
-    if is_conv1d_of_gpt2(module):
-        conv1d: Any = module  # GPT-2's: a linear layer that stores its weight as (in, out)
-        return lambda x: torch.ops.lorac.linear(x, conv1d.weight.t(), conv1d.bias, path)
-    return None
-
-
-def _conv_forward(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, path: str) -> Forward:
-    """A convolution's forward; what its op cannot pad is padded before it."""
-    conv = conv_geometry(module)
-    stride, padding, dilation = list(conv.stride), list(conv.padding), list(conv.dilation)
-
-    def forward(input: Tensor) -> Tensor:
-        x, bias, groups = padded(input, conv), module.bias, conv.groups
-        result: Tensor = torch.ops.lorac.conv(x, module.weight, bias, stride, padding, dilation, groups, path)
-        return result
-
-    return forward
-
-
-def _override(module: Any, forward: Forward) -> None:
-    """Replace a layer's own forward, where that is known.
-
-    Also below a subclass whose forward calls ``super().forward`` (a scaled or offset embedding), and below a wrapper on
-    the instance (accelerate's hooks).
-    """
-    if "_old_forward" in vars(module):
-        module._old_forward = forward
-        return
-    if is_plain(module):
-        module.forward = forward
-    elif calls_below(module):
-        module.__class__ = with_below(module, forward)
-
-
-def _block_forward(original: Forward, path: str) -> Forward:
-    """A block's forward with the first tensor of its output marked; the kind of output stays."""
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        output = original(*args, **kwargs)
-        x = first_tensor((args, kwargs))
-        return replace_first(output, lambda y: torch.ops.lorac.block(x, y, path))
-
-    forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]  # functions take attributes
-    return forward
 
 
 # ── The export ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -164,21 +86,31 @@ def export(
 
 
 def _exported(
-    model: nn.Module, example_inputs: Any, dynamic_shapes: Any, blocks: Collection[str], prefix: str
+    model: nn.Module,
+    example_inputs: Any,
+    dynamic_shapes: Any,
+    blocks: Collection[str],
+    prefix: str,
+    grows: bool = False,
 ) -> tuple[ExportedProgram, list[Guard], Arguments]:
     """As ``export``, with what the trace takes for granted and where, and what it was given."""
     given = default_inputs(model) if example_inputs is None else example_inputs
     arguments = Arguments.of(model, _named(model, given))
     named = bool(arguments.fixed) or isinstance(given, Mapping) or is_hugging_face(model)
     inputs = arguments.inputs if named else given
-    with undisturbed(model), _no_cache_of_shapes():
+    with undisturbed(model), _no_cache_of_shapes(), contextlib.ExitStack() as stack:
         host = _marked_copy(model, blocks, prefix, arguments.traced)
+        if grows:
+            host.forward = over_text(host.forward)
+            stack.enter_context(attention_marked(host))
         if dynamic_shapes is None:
             attempts: Iterable[tuple[Any, Any]] = _attempts(model, inputs, widen=not arguments.read)
         else:
             attempts = [(wide(model, inputs, dynamic_shapes), _without(model, dynamic_shapes, arguments))]
         program, guards = _first_trace(host, attempts)
     _refuse_objects(program)
+    if grows:
+        refuse_other_attention(program, host)
     return qualified(program, prefix), guards, arguments
 
 
@@ -254,7 +186,7 @@ def _first_trace(host: nn.Module, attempts: Iterable[tuple[Any, Any]]) -> tuple[
     raise _failure(host, guards, cause) from cause
 
 
-def capture(
+def capture(  # noqa: PLR0913  (what a graph is made of)
     name: str,
     model: nn.Module,
     inputs: Any,
@@ -264,6 +196,7 @@ def capture(
     plans: Mapping[str, SitePlan],
     blocks: Collection[str] = (),
     prefix: str = "",
+    grows: bool = False,
 ) -> Graph:
     """A model as a graph at level host; what it may raise, ``export`` says.
 
@@ -271,8 +204,12 @@ def capture(
         name: the graph's name.
         model, inputs, dynamic_shapes, blocks, prefix: as ``export`` takes them.
         sites, plans: the host's, of which the graph keeps those of this model.
+        grows: whether its text is to grow: attention is marked, and inputs are those of ``text_inputs``.
     """
-    exported, guards, arguments = _exported(model, inputs, dynamic_shapes, blocks, prefix)
+    if grows:
+        inputs = text_inputs(model, _named(model, default_inputs(model) if inputs is None else inputs))
+        dynamic_shapes = text_shapes(model, inputs)
+    exported, guards, arguments = _exported(model, inputs, dynamic_shapes, blocks, prefix, grows)
     named = arguments.inputs
     shapes = default_shapes(model, named) if dynamic_shapes is None else by_name(model, dynamic_shapes)
     own = {path: plan for path, plan in plans.items() if path.startswith(prefix)}
@@ -280,6 +217,7 @@ def capture(
     axes = axis_names(exported, {in_program(argument): told for argument, told in shapes.items()})
     graph = Graph(name, exported, sites, own, axes=axes, sizes=sizes, structure=keep_tensors(exported))
     graph.fixed = arguments.fixed
+    graph.longest = longest_text(model) if grows else None
     graph.notes += [_read(argument, value) for argument, value in arguments.read.items()]
     return graph
 

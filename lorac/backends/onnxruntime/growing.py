@@ -1,0 +1,207 @@
+"""Caches in ONNX Runtime: one buffer a layer that a session reads and writes, and calls that add to its rows.
+
+Past and present are one memory, so that a call costs what its new tokens cost, however much room there is. A cache has
+one IOBinding, in which the buffers and the slots stay bound from call to call.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnxruntime as ort
+import torch
+
+from lorac.backends.onnx.files import LONGEST
+from lorac.backends.onnxruntime.inputs import aliased
+from lorac.errors import ChoiceError, InputMismatch
+from lorac.ir.cache import Cache, Extension, Keeps
+from lorac.ir.graph.attending import IDS, NEW, PAST, PLACES, PRESENT, is_past, present_of
+
+Tensor = torch.Tensor
+_DTYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a graph's session has for a cache.
+
+    Attributes:
+        shapes: input of a layer's cache -> heads, size of each head, dtype.
+        keeps: what the cache can hold.
+        logits: the output that has them, and its dtype.
+        picks: whether the graph picks the tokens whose logits are wanted; else it answers those of all.
+    """
+
+    shapes: Mapping[str, tuple[int, int, torch.dtype]]
+    keeps: Keeps
+    logits: tuple[str, torch.dtype]
+    picks: bool
+
+    @classmethod
+    def of(cls, session: ort.InferenceSession) -> Layout | None:
+        """A session's; None where it keeps no cache."""
+        inputs = {found.name: found for found in session.get_inputs()}
+        if PAST not in inputs:
+            return None
+        longest = session.get_modelmeta().custom_metadata_map.get(LONGEST)
+        logits = next(output for output in session.get_outputs() if not output.name.startswith(PRESENT))
+        return cls(
+            shapes={n: (i.shape[1], i.shape[3], _DTYPES[i.type]) for n, i in inputs.items() if is_past(n)},
+            keeps=Keeps(limit=None if longest is None else int(longest), vocabulary=logits.shape[-1]),
+            logits=(logits.name, _DTYPES[logits.type]),
+            picks=PLACES in inputs,
+        )
+
+
+class OrtCache(Cache):
+    """Keys and values as a session takes them.
+
+    Args:
+        layout: the graph's.
+        rows: how many rows it begins with.
+        capacity: the most tokens a row may have.
+    """
+
+    def __init__(self, layout: Layout, rows: int, capacity: int) -> None:
+        self.layout, self.capacity, self.lengths = layout, capacity, (0,) * rows
+        self.buffers = {
+            name: torch.zeros(rows, heads, capacity, size, dtype=dtype)
+            for name, (heads, size, dtype) in layout.shapes.items()
+        }
+        self._bound: tuple[weakref.ref[Any], weakref.ref[Any], Any] | None = None
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]  # told when it is asked for
+        """As ``Cache`` says."""
+        return sum(buffer.nbytes for buffer in self.buffers.values())
+
+    def select(self, rows: Sequence[int]) -> None:
+        """As ``Cache`` says."""
+        if list(rows) == list(range(len(self.lengths))):
+            return
+        places = torch.tensor(list(rows), dtype=torch.int64)
+        self._exchange({name: held.index_select(0, places) for name, held in self.buffers.items()})
+        self.lengths = tuple(self.lengths[row] for row in rows)
+
+    def crop(self, lengths: Sequence[int]) -> None:
+        """As ``Cache`` says."""
+        assert all(new <= old for new, old in zip(lengths, self.lengths, strict=True))
+        self.lengths = tuple(lengths)
+
+    def grow(self, capacity: int) -> None:
+        """As ``Cache`` says."""
+        self.capacity = max(capacity, self.capacity)
+        self.admit(self.capacity)
+
+    def copy(self) -> OrtCache:
+        """As ``Cache`` says."""
+        made = OrtCache(self.layout, 0, self.capacity)
+        made.buffers = {name: held.clone() for name, held in self.buffers.items()}
+        made.lengths = self.lengths
+        return made
+
+    def admit(self, room: int) -> None:
+        """Make the buffers long enough for so many tokens, what pads a row among them."""
+        held = next(iter(self.buffers.values()))
+        if room > held.shape[2]:
+            missing = room - held.shape[2]
+            self._exchange({n: torch.nn.functional.pad(old, (0, 0, 0, missing)) for n, old in self.buffers.items()})
+
+    def binding(self, session: ort.InferenceSession, values: Any, make: Callable[[], Any]) -> Any:
+        """An IOBinding with the buffers bound as input and output, and what ``make`` has bound already.
+
+        Args:
+            session: what runs.
+            values: what is in the slots; another content is bound anew.
+            make: () -> an IOBinding with the slots bound.
+        """
+        if self._bound is None or self._bound[0]() is not session or self._bound[1]() is not values:
+            io = make()
+            for past, buffer in self.buffers.items():
+                value = aliased(buffer)
+                io.bind_ortvalue_input(past, value)
+                io.bind_ortvalue_output(present_of(past), value)
+            self._bound = weakref.ref(session), weakref.ref(values), io
+        return self._bound[2]
+
+    def _exchange(self, buffers: dict[str, Tensor]) -> None:
+        self.buffers, self._bound = buffers, None
+
+
+def extend(
+    session: ort.InferenceSession, values: Any, cache: OrtCache, extension: Extension, make: Callable[[], Any]
+) -> Tensor:
+    """Add tokens to a cache's rows; as ``Bound.extend``.
+
+    Args:
+        session: the graph's.
+        values: what is in its slots.
+        cache: the rows so far.
+        extension: what is added.
+        make: () -> an IOBinding of the session with the slots bound.
+    """
+    layout, counts = cache.layout, tuple(extension.counts)
+    rows, length, wanted = len(counts), max(counts, default=0), extension.wanted
+    name, dtype = layout.logits
+    logits = torch.zeros(rows, wanted.shape[1] if layout.picks else length, layout.keeps.vocabulary, dtype=dtype)
+    if not length:
+        return logits.new_zeros(*wanted.shape, layout.keeps.vocabulary)
+    cache.admit(max(cache.lengths) + length)
+    given = {
+        IDS: extension.ids[:, :length].to(torch.int64).contiguous(),
+        PAST: torch.tensor(cache.lengths, dtype=torch.int32),
+        NEW: torch.tensor(counts, dtype=torch.int32),
+    }
+    if layout.picks:
+        given[PLACES] = wanted.to(torch.int64).contiguous()
+    io = cache.binding(session, values, make)
+    for what, tensor in given.items():
+        io.bind_ortvalue_input(what, aliased(tensor))
+    io.bind_ortvalue_output(name, aliased(logits))
+    session.run_with_iobinding(io)
+    cache.lengths = tuple(old + new for old, new in zip(cache.lengths, counts, strict=True))
+    return logits if layout.picks else logits[torch.arange(rows)[:, None], wanted]
+
+
+def whole_texts(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
+    """A plain call's arguments without the mask, and how many tokens each row has by it.
+
+    Raises:
+        ChoiceError: more positional arguments than ids and a mask, or no ids.
+        InputMismatch: a mask that does not pad rows on the right.
+    """
+    given = {**dict(zip((IDS, _MASK), args, strict=False)), **kwargs}
+    if len(args) > 2 or given.get(IDS) is None:
+        raise ChoiceError(
+            f"a program that keeps a cache is called with {IDS} and {_MASK}",
+            next_step=f"give {IDS}=, and {_MASK}= where rows are padded; cache=False takes what the model takes",
+        )
+    ids = torch.as_tensor(given[IDS])
+    mask = given.pop(_MASK, None)
+    if ids.dim() != 2:
+        raise InputMismatch(
+            f"input '{IDS}' has shape {list(ids.shape)}; a program that keeps a cache takes [batch, length]",
+            next_step="give a row of ids for each text",
+        )
+    if mask is None:
+        return given, [ids.shape[1]] * ids.shape[0]
+    mask = torch.as_tensor(mask)
+    counts = mask.bool().sum(-1) if mask.shape == ids.shape else None
+    if counts is None or not torch.equal(mask.bool(), torch.arange(ids.shape[1]) < counts[:, None]):
+        raise InputMismatch(
+            f"input '{_MASK}' of shape {list(mask.shape)} hides more than the ends of rows",
+            next_step="pad rows on the right; compiled with cache=False it takes any mask",
+        )
+    return given, counts.tolist()
+
+
+def all_tokens(ids: Tensor, counts: Sequence[int]) -> Extension:
+    """What adds whole texts to an empty cache, with the logits of every token."""
+    last = torch.tensor(counts).clamp(min=1)[:, None] - 1
+    return Extension(ids=ids, counts=counts, wanted=torch.arange(ids.shape[1]).expand(ids.shape).minimum(last))
+
+
+_MASK = "attention_mask"

@@ -1,0 +1,75 @@
+"""A program with a cache held against the one without: texts that come in parts answer as whole ones (invariant 8).
+
+What a trace of a whole text does not show is that a token's answer depends on what came before by attention alone: a
+model that mixes tokens otherwise, or counts positions by itself, goes wrong where its text comes in parts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lorac.errors import CaptureDiffers
+from lorac.ir.graph.attending import IDS, NEW, PAST, PLACES, present_of
+from lorac.ir.graph.feeds import empty_cache, kept_shapes, named_tensors
+from lorac.ir.graph.graph import Graph
+from lorac.ir.graph.interp import distance, example_inputs, outputs_of
+from lorac.ir.host.sites import BaseReader
+from lorac.ir.slots.snapshot import Snapshot, slots_of
+
+_ROUNDINGS = 100
+"""How many roundings of its size an answer may be off: thirty layers leave a dozen."""
+
+
+class Grown:
+    """What a captured graph answers for the last token of each row of its example.
+
+    Args:
+        graph: at level host.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        picks = any(node.name == PLACES for node in graph.placeholders())
+        self._inputs = example_inputs(graph, [IDS, PLACES] if picks else [IDS])
+        length = self._inputs[IDS].shape[1]
+        if picks:
+            self._inputs[PLACES] = torch.tensor([length - 1])
+        self._whole = outputs_of(graph, self._inputs)[0][:, -1]
+
+    def hold_against(self, graph: Graph, base: BaseReader) -> None:
+        """Hold the same graph, with caches now, against that, its rows growing by different parts.
+
+        Args:
+            graph: lowered.
+            base: reads base weights.
+
+        Raises:
+            CaptureDiffers: it answers otherwise.
+        """
+        slots = named_tensors(graph.slots, graph.plans, slots_of(graph.plans, Snapshot(()), base))
+        ids = self._inputs[IDS]
+        rows, length = ids.shape
+        held = empty_cache(kept_shapes(graph), ids)
+        first = torch.tensor([1 + row % (length - 1) for row in range(rows)], dtype=torch.int32)
+        for past, new in ((torch.zeros_like(first), first), (first, length - first)):
+            given = {**held, PAST: past, NEW: new, IDS: _part(ids, past, new)}
+            if PLACES in self._inputs:
+                given[PLACES] = (new.to(torch.int64) - 1)[:, None]
+            answered = outputs_of(graph, given, slots)
+            presents = dict(zip(graph.extra_outputs, answered[-len(graph.extra_outputs) :], strict=True))
+            held |= {name: presents[present_of(name)] for name in kept_shapes(graph)}
+        last = answered[0][:, 0] if PLACES in self._inputs else answered[0][torch.arange(rows), new.long() - 1]
+        # What mixes tokens besides attention may do so by little: nothing but roundings is let pass.
+        rounding = _ROUNDINGS * torch.finfo(last.dtype).eps
+        if not distance(last, self._whole) <= rounding:
+            raise CaptureDiffers(
+                f"the graph '{graph.name}' answers otherwise where its text comes in parts: something besides "
+                "attention mixes tokens, or positions are counted by the model itself",
+                next_step="compile with cache=False; target='eager' generates with the model's own cache",
+            )
+
+
+def _part(ids: Tensor, past: Tensor, new: Tensor) -> Tensor:
+    """The next tokens of each row, padded on the right."""
+    places = past[:, None].long() + torch.arange(int(new.max()))
+    return ids.gather(1, places.clamp(max=ids.shape[1] - 1))

@@ -1,0 +1,221 @@
+"""Text that is to grow: a capture in which each attention of a transformers model is one op.
+
+A transformers model calls its attention through an interface, and asks another for its masks. While such a model is
+traced both are lorac's: a mask is a token that stands for "causal" or "causal within a window", and attention is the
+op of ``lorac.ir.graph.attending``.
+Padding is none of the program's: it is given each row's length. So the trace has three arguments less than forward:
+the mask is all ones, positions are an op of the ids, and what logits are wanted for is an input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from lorac.errors import CaptureFailed, Unavailable
+from lorac.ir.graph import attending
+from lorac.ir.graph.attending import IDS, PLACES
+from lorac.ir.host.example_inputs import default_shapes, is_hugging_face, set_captured
+from lorac.ir.host.layers import Forward
+
+MASK, POSITIONS = "attention_mask", "position_ids"
+"""Arguments of transformers' causal language models that a trace makes by itself."""
+_NAME = "lorac"
+_STEP = "compile with cache=False; target='eager' generates with the model's own cache"
+
+
+def text_inputs(model: nn.Module, given: Any) -> dict[str, Tensor]:
+    """What a program that keeps a cache is captured with.
+
+    Args:
+        model: the host.
+        given: example inputs by name.
+
+    Raises:
+        Unavailable: it is no causal language model of transformers, or takes more than text.
+    """
+    names = inspect.signature(model.forward).parameters
+    known: Any = model
+    if not is_hugging_face(model) or not known.can_generate() or IDS not in names:
+        raise _unfit(model, "is no causal language model of transformers")
+    if known.config.is_encoder_decoder:
+        raise _unfit(model, "has an encoder beside its decoder")
+    more = sorted(given.keys() - {IDS, MASK, POSITIONS, PLACES})
+    if more:
+        raise _unfit(model, f"is given '{more[0]}', and only text grows")
+    ids = given[IDS]
+    if ids.shape[1] < 2:
+        raise _unfit(model, "is given an example of less than two tokens")
+    # Of places that every longer or shorter text has too.
+    places = {PLACES: torch.tensor([1, 0, 1], device=ids.device)} if PLACES in names else {}
+    return {IDS: ids, **places}
+
+
+def longest_text(model: nn.Module) -> int | None:
+    """The longest text that a model's configuration names, with the angles that it begins with; None: it names none."""
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]  # of transformers
+    told = getattr(config, "rope_parameters", None) or {}
+    kinds = [told, *(inner for inner in told.values() if isinstance(inner, dict))]
+    changing = [kind.get(_ORIGINAL) for kind in kinds if kind.get("rope_type") in _CHANGING]
+    limits = [*changing, getattr(config, "max_position_embeddings", None)]
+    return min((limit for limit in limits if isinstance(limit, int)), default=None)
+
+
+_CHANGING = ("dynamic", "longrope")
+"""Kinds of rotary positions whose angles are others in longer texts."""
+_ORIGINAL = "original_max_position_embeddings"
+
+
+def text_shapes(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The dynamic shapes of ``text_inputs``."""
+    shapes = default_shapes(model, {IDS: inputs[IDS]})
+    return shapes | {name: {0: Dim("kept")} for name in inputs if name == PLACES}
+
+
+def over_text(forward: Forward) -> Forward:
+    """A forward that takes what ``text_inputs`` has, and makes the rest."""
+    own = inspect.signature(forward)
+
+    @functools.wraps(forward)
+    def call(input_ids: Tensor, **kwargs: Any) -> Any:
+        made = {MASK: torch.ones_like(input_ids), POSITIONS: torch.ops.lorac.positions(input_ids)}
+        taken = {name: value for name, value in made.items() if name in own.parameters}
+        return forward(input_ids=input_ids, **taken, **kwargs)
+
+    left = [parameter for name, parameter in own.parameters.items() if name not in {MASK, POSITIONS}]
+    call.__signature__ = own.replace(parameters=left)  # type: ignore[attr-defined]  # functions take attributes
+    return call
+
+
+@dataclass
+class _Marks:
+    """What one trace asks of the interfaces.
+
+    Attributes:
+        paths: id of a module -> its path.
+        windows: id of a token that stands for a mask -> the token, and the tokens that each token sees; 0 for all.
+        unfit: what no cache can stand for.
+    """
+
+    paths: Mapping[int, str]
+    windows: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
+    unfit: list[str] = field(default_factory=list)
+
+    def mask(self, **asked: Any) -> Tensor | None:
+        """As transformers' functions that make masks."""
+        window = _window(asked["mask_function"])
+        if window is None:
+            self.unfit.append("its attention hides more than what comes later, and what lies outside a window")
+        token: Tensor = torch.ops.lorac.mask(torch.empty((), device=asked.get("device")))
+        self.windows[id(token)] = token, window or 0
+        return token
+
+    def attend(  # noqa: PLR0913, PLR0917  (as transformers calls it)
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """As transformers' functions that attend."""
+        path = self.paths.get(id(module), type(module).__name__)
+        known = self.windows.get(id(attention_mask))
+        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal) or known is not None
+        if attention_mask is not None and known is None:
+            self.unfit.append(f"'{path}' attends by a mask of its own")
+        elif not causal:
+            self.unfit.append(f"'{path}' sees what comes later")
+        if position_bias is not None:
+            self.unfit.append(f"'{path}' adds a bias to its scores")
+        scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
+        window, cap = (known or (None, 0))[1], float(softcap or 0)
+        y = torch.ops.lorac.attention(query, key, value, None, s_aux, scale, causal, window, cap, path)
+        return y, None
+
+
+@contextlib.contextmanager
+def attention_marked(host: nn.Module) -> Iterator[None]:
+    """While a copy of a model is traced: each of its attentions is one op.
+
+    Raises:
+        Unavailable: a cache cannot stand for what it attends to.
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    marks = _Marks({id(module): path for path, module in host.named_modules()})
+    set_captured(host, {"_attn_implementation_internal": _NAME})
+    kept: list[tuple[dict[str, Any], Callable[..., Any]]] = [
+        (ALL_ATTENTION_FUNCTIONS._global_mapping, marks.attend),
+        (ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, marks.mask),
+    ]
+    for mapping, function in kept:
+        mapping[_NAME] = function
+    try:
+        yield
+    except CaptureFailed as error:
+        if marks.unfit:
+            raise _unfit(host, f"keeps no cache: {marks.unfit[0]}") from error
+        raise
+    finally:
+        for mapping, _ in kept:
+            mapping.pop(_NAME, None)
+    if marks.unfit:
+        raise _unfit(host, f"keeps no cache: {marks.unfit[0]}")
+
+
+def refuse_other_attention(program: ExportedProgram, host: nn.Module) -> None:
+    """Refuse a model that computes attention by itself: then a mask is left that something reads.
+
+    Raises:
+        Unavailable: naming the module.
+    """
+    program.graph.eliminate_dead_code()
+    left = [user for node in program.graph.nodes if node.target is attending.MASK for user in node.users]
+    marked = any(node.target is attending.ATTENTION for node in program.graph.nodes)
+    if left or not marked:
+        stack = list((left[0].meta.get("nn_module_stack") or {}).values()) if left else []
+        where = f"'{stack[-1][0]}' " if stack else ""
+        raise _unfit(host, f"keeps no cache: {where}attends by itself, not through transformers' attention interface")
+
+
+def _window(mask: Callable[..., Any]) -> int | None:
+    """How many tokens a causal mask of transformers lets each see, 0 for all; None for any other mask."""
+    from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
+
+    if mask is causal_mask_function:
+        return 0
+    ours, theirs = (_closed_over(function) for function in (sliding_window_causal_mask_function(1), mask))
+    if len(theirs) != len(ours) or any(mine[0] is not other[0] for mine, other in zip(ours, theirs, strict=True)):
+        return None
+    sizes = [size for (_, own), (_, size) in zip(ours, theirs, strict=True) if own == 1]
+    return sizes[0] if len(sizes) == 1 and isinstance(sizes[0], int) else None
+
+
+def _closed_over(function: Any) -> list[tuple[Any, Any]]:
+    """The code of a function and of those it is made of, each with the numbers that it closes over."""
+    if isinstance(function, tuple | list):
+        return [found for inner in function for found in _closed_over(inner)]
+    if not hasattr(function, "__code__"):
+        return [(type(function), function)]
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    return [(function.__code__, None), *(found for held in cells for found in _closed_over(held))]
+
+
+def _unfit(model: nn.Module, why: str) -> Unavailable:
+    return Unavailable(f"{type(model).__name__} {why}", next_step=_STEP)

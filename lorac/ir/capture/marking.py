@@ -1,0 +1,100 @@
+"""The sites of a copy to be traced: each calls its op, so that a capture has one node for every call of one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorac.errors import CaptureFailed, nearest_name
+from lorac.ir.host.layers import Forward, calls_below, is_plain, padded, with_below
+from lorac.ir.host.sites import conv_geometry, is_conv1d_of_gpt2
+from lorac.ir.slots.reads import first_tensor, replace_first
+
+
+def mark(model: nn.Module, blocks: Collection[str] = (), prefix: str = "") -> list[str]:
+    """Make every site of ``model`` (a structural copy) call its op, in place; return the paths of the sites.
+
+    Args:
+        model: the copy.
+        blocks: paths of modules whose exits are marked too.
+        prefix: what the sites' paths begin with, where the model is one component of several.
+
+    Raises:
+        CaptureFailed: ``blocks`` names no module of the model.
+    """
+    modules = {f"{prefix}{path}": module for path, module in model.named_modules()}
+    if unknown := sorted(set(blocks) - modules.keys()):
+        raise CaptureFailed(
+            f"the model has no module {unknown[0]!r} to mark as a block",
+            nearest=nearest_name(unknown[0], modules),
+            next_step="`lorac sites MODEL` prints the blocks",
+        )
+    sites = []
+    for path, module in modules.items():
+        if (forward := _site_forward(module, path)) is not None:
+            _override(module, forward)
+            sites.append(path)
+    for path in blocks:
+        module = modules[path]
+        module.forward = _block_forward(module.forward, path)
+        sites.append(path)
+    return sites
+
+
+def _site_forward(module: nn.Module, path: str) -> Forward | None:
+    """The forward that calls the op of this site; None where the module is no site."""
+    if isinstance(module, nn.Linear):
+        return lambda input: torch.ops.lorac.linear(input, module.weight, module.bias, path)
+    if isinstance(module, nn.Embedding) and module.max_norm is None:  # max_norm writes into the weight
+        padding = -1 if module.padding_idx is None else module.padding_idx
+        return lambda input: torch.ops.lorac.embedding(input, module.weight, padding, path)
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return _conv_forward(module, path)
+    if is_conv1d_of_gpt2(module):
+        conv1d: Any = module  # GPT-2's: a linear layer that stores its weight as (in, out)
+        return lambda x: torch.ops.lorac.linear(x, conv1d.weight.t(), conv1d.bias, path)
+    return None
+
+
+def _conv_forward(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, path: str) -> Forward:
+    """A convolution's forward; what its op cannot pad is padded before it."""
+    conv = conv_geometry(module)
+    stride, padding, dilation = list(conv.stride), list(conv.padding), list(conv.dilation)
+
+    def forward(input: Tensor) -> Tensor:
+        x, bias, groups = padded(input, conv), module.bias, conv.groups
+        result: Tensor = torch.ops.lorac.conv(x, module.weight, bias, stride, padding, dilation, groups, path)
+        return result
+
+    return forward
+
+
+def _override(module: Any, forward: Forward) -> None:
+    """Replace a layer's own forward, where that is known.
+
+    Also below a subclass whose forward calls ``super().forward`` (a scaled or offset embedding), and below a wrapper on
+    the instance (accelerate's hooks).
+    """
+    if "_old_forward" in vars(module):
+        module._old_forward = forward
+        return
+    if is_plain(module):
+        module.forward = forward
+    elif calls_below(module):
+        module.__class__ = with_below(module, forward)
+
+
+def _block_forward(original: Forward, path: str) -> Forward:
+    """A block's forward with the first tensor of its output marked; the kind of output stays."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        x = first_tensor((args, kwargs))
+        return replace_first(output, lambda y: torch.ops.lorac.block(x, y, path))
+
+    forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]  # functions take attributes
+    return forward

@@ -1,0 +1,145 @@
+"""cache: attention of a whole text becomes attention of what is new to what a cache holds.
+
+The graph gets the lengths of its rows and the caches of its layers as inputs, and the caches with what is new in them
+as outputs. Positions count on from what a row holds. What depends on positions alone is looked up in a table.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
+
+import torch
+from torch import fx
+
+from lorac.errors import Unavailable
+from lorac.ir.graph import attending
+from lorac.ir.graph.attending import IDS, NEW, PAST, PLACES, past_names, present_of
+from lorac.ir.graph.edit import add_inputs, add_outputs, insert_call, new_dimension
+from lorac.ir.graph.graph import Graph, Level
+from lorac.ir.graph.passes import Outcome, Pass
+from lorac.passes.tables import tabulate
+
+aten = torch.ops.aten
+_HINT = 16
+
+
+@final
+@dataclass(frozen=True)
+class Cache(Pass):
+    """Put caches in where attention was captured as one op; any other graph stays as it is."""
+
+    name: ClassVar[str] = "cache"
+    reads: ClassVar[Level] = Level.EXPANDED
+    leaves: ClassVar[Level] = Level.EXPANDED
+
+    def apply(self, graph: Graph) -> Outcome:
+        """As the class says.
+
+        Raises:
+            Unavailable: the model picks the tokens for its logits otherwise than by an index.
+        """
+        layers = list(graph.find(attending.ATTENTION))
+        if not layers:
+            return Outcome(False)
+        ids = next(node for node in graph.placeholders() if node.name == IDS)
+        nodes = _add_inputs(graph, layers, ids)
+        positions = _count_on(graph, ids, nodes[PAST])
+        presents: dict[str, fx.Node] = {}
+        for layer, node in enumerate(layers):
+            names = past_names(layer)
+            own = _cached(graph, node, (*(nodes[name] for name in names), nodes[PAST], nodes[NEW], positions))
+            presents |= {present_of(name): part for name, part in zip(names, own, strict=True)}
+        _pick_rows(graph)
+        graph.longest = tabulate(graph, positions)
+        add_outputs(graph.exported, presents)
+        graph.extra_outputs.extend(presents)
+        return Outcome(True)
+
+
+def _add_inputs(graph: Graph, layers: Sequence[fx.Node], ids: fx.Node) -> dict[str, fx.Node]:
+    batch = ids.meta["val"].shape[0]
+    capacity = new_dimension(graph.exported, "capacity", _HINT, 1)
+    graph.axes[str(capacity)] = "capacity"
+    wanted: dict[str, tuple[Any, torch.dtype]] = {PAST: ((batch,), torch.int32), NEW: ((batch,), torch.int32)}
+    for layer, node in enumerate(layers):
+        operands: Any = node.args
+        key, size = operands[1].meta["val"], _size(node)
+        shape = (batch, key.shape[1], capacity, size)
+        wanted |= dict.fromkeys(past_names(layer), (shape, key.dtype))
+    nodes = add_inputs(graph.exported, wanted)
+    graph.kept = {name: node.name for name, node in nodes.items()}
+    return nodes
+
+
+def _count_on(graph: Graph, ids: fx.Node, past: fx.Node) -> fx.Node:
+    """Positions (batch, length) of the new tokens, in the place of positions from 0 on."""
+    first = next(node for node in graph.fx.nodes if node.op != "placeholder")
+    whole = insert_call(graph.exported, first, attending.POSITIONS, ids)
+    wide = insert_call(graph.exported, first, aten.to.dtype, past, torch.int64)
+    counted = insert_call(graph.exported, first, aten.add.Tensor, whole, _column(graph, first, wide))
+    for node in graph.find(attending.POSITIONS):
+        if node is not whole:
+            node.replace_all_uses_with(counted)
+            graph.fx.erase_node(node)
+    return counted
+
+
+def _column(graph: Graph, before: fx.Node, row: fx.Node) -> fx.Node:
+    return insert_call(graph.exported, before, aten.unsqueeze.default, row, 1)
+
+
+def _size(node: fx.Node) -> int:
+    """How large a layer's keys and values are in its cache: as large as the larger."""
+    operands: Any = node.args
+    return int(max(operand.meta["val"].shape[3] for operand in operands[:3]))
+
+
+def _cached(graph: Graph, node: fx.Node, kept: tuple[fx.Node, ...]) -> list[fx.Node]:
+    """The op with a cache in an attention's place; returns its cache's keys and values."""
+    q, k, v, _, sinks, scale, _, window, softcap, module = node.args
+    size = _size(node)
+    padded = (_padded(graph, node, operand, size) for operand in (q, k, v))
+    operands = (*padded, *kept, sinks, scale, window, softcap, module)
+    whole = insert_call(graph.exported, node, attending.CACHED_ATTENTION, *operands)
+    y, *presents = (insert_call(graph.exported, node, operator.getitem, whole, place) for place in range(3))
+    own = node.meta["val"].shape[3]
+    if own != size:
+        y = insert_call(graph.exported, node, aten.slice.Tensor, y, 3, 0, own)
+    node.replace_all_uses_with(y)
+    graph.fx.erase_node(node)
+    return presents
+
+
+def _padded(graph: Graph, before: fx.Node, value: Any, size: int) -> fx.Node:
+    """Queries, keys or values with zeros behind them, which add nothing to any product."""
+    missing = size - value.meta["val"].shape[3]
+    padded: fx.Node = value
+    return insert_call(graph.exported, before, aten.constant_pad_nd.default, value, [0, missing]) if missing else padded
+
+
+def _pick_rows(graph: Graph) -> None:
+    """What logits are wanted for differs from row to row."""
+    places = next((node for node in graph.placeholders() if node.name == PLACES), None)
+    if places is None:
+        return
+    ids = next(node for node in graph.placeholders() if node.name == IDS)
+    with ids.meta["val"].fake_mode:
+        places.meta["val"] = torch.empty((ids.meta["val"].shape[0], places.meta["val"].shape[0]), dtype=torch.int64)
+    for node in list(places.users):
+        operands: Any = node.args
+        if node.target is not aten.index.Tensor or list(operands[1]) != [None, places]:
+            raise Unavailable(
+                "the model picks tokens for its logits in a way that cannot differ from row to row",
+                next_step="compile with cache=False; target='eager' generates with the model's own cache",
+            )
+        picked = insert_call(graph.exported, node, attending.ROWS, operands[0], places)
+        node.replace_all_uses_with(picked)
+        graph.fx.erase_node(node)
+    graph.sizes = graph.sizes.by_row(places.name, (ids.name, 0))
+    arguments, named = graph.exported.example_inputs
+    rows = named[IDS].shape[0]
+    given = {**named, places.name: named[places.name].expand(rows, -1).contiguous()}
+    graph.exported._example_inputs = (arguments, given)  # torch has no public call for it

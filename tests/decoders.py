@@ -1,0 +1,65 @@
+"""Causal language models of many architectures, tiny and random: what a cache must be right for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+VOCABULARY = 97
+
+
+def _decoder(kind: str, **fields: Any) -> Callable[[], nn.Module]:
+    """A maker of a transformers model by the beginning of its classes' names."""
+
+    def made() -> nn.Module:
+        import transformers
+
+        config = getattr(transformers, f"{fields.pop('config', kind)}Config")(**{**_FIELDS, **fields})
+        torch.manual_seed(0)
+        model: nn.Module = getattr(transformers, f"{kind}ForCausalLM")(config)
+        return model.eval()
+
+    return made
+
+
+_FIELDS = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def _gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+DECODERS: dict[str, Callable[[], nn.Module]] = {
+    "llama": _decoder("Llama", head_dim=16),
+    "gpt2": _gpt2,
+    "qwen3": _decoder("Qwen3", head_dim=16),
+    "mistral": _decoder("Mistral", sliding_window=4, head_dim=8),
+    "gemma2": _decoder("Gemma2", sliding_window=4, head_dim=8, query_pre_attn_scalar=8),
+    "gemma3": _decoder("Gemma3", config="Gemma3Text", sliding_window=4, head_dim=8, query_pre_attn_scalar=8),
+    "phi": _decoder("Phi", num_key_value_heads=4),
+    "gpt_neox": _decoder("GPTNeoX"),
+    "opt": _decoder("OPT", ffn_dim=48, word_embed_proj_dim=32),
+    "mixtral": _decoder("Mixtral", num_local_experts=4, head_dim=8),
+    "gpt_oss": _decoder("GptOss", head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=4),
+}
+"""Rotary positions, whole and partial, learned ones; norms of queries and keys; windows, soft caps, sinks; experts."""

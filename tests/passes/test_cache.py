@@ -1,0 +1,108 @@
+"""The cache pass: a text that comes in parts, rows by parts of their own, is answered as a whole one is."""
+
+import pytest
+import torch
+
+import lorac
+from lorac.errors import Unavailable
+from lorac.ir.capture.export import capture
+from lorac.ir.graph import attending
+from lorac.ir.graph.attending import IDS, NEW, PAST, PLACES, present_of
+from lorac.ir.graph.feeds import kept_shapes
+from lorac.ir.graph.interp import outputs_of
+from lorac.ir.host.sites import find_sites
+from lorac.passes.cache import Cache
+from lorac.passes.pipelines import lowering, run_pipeline
+from lorac.testing.checks import assert_close
+from tests.decoders import DECODERS, VOCABULARY
+
+COUNTS = ([4, 2], [1, 3], [0, 4], [4, 0], [1, 1])
+"""How many tokens each of two rows brings, call by call: ragged, idle, one at a time."""
+
+
+def grown(model):
+    graph = capture("main", model, None, None, sites=find_sites(model), plans={}, grows=True)
+    run_pipeline(graph, lowering())
+    return graph
+
+
+def parts(ids, past, counts):
+    """The next tokens of each row, padded on the right with other ids."""
+    part = torch.full((len(counts), max(counts)), 5)
+    for row, count in enumerate(counts):
+        part[row, :count] = ids[row, past[row] : past[row] + count]
+    return part
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@torch.no_grad()
+def test_parts_are_answered_as_the_whole(name):
+    model = DECODERS[name]()
+    graph = grown(model)
+    ids = torch.randint(3, VOCABULARY, (2, 10))
+    whole = model(ids).logits
+    held = {n: torch.zeros(2, heads, 12, size) for n, (heads, size, _) in kept_shapes(graph).items()}
+    past = torch.zeros(2, dtype=torch.int32)
+    for counts in COUNTS:
+        new = torch.tensor(counts, dtype=torch.int32)
+        places = torch.tensor([[max(count - 1, 0), 0] for count in counts])
+        given = {IDS: parts(ids, past, counts), PLACES: places, PAST: past, NEW: new, **held}
+        logits, *presents = outputs_of(graph, given)
+        named = dict(zip(graph.extra_outputs, presents, strict=True))
+        held = {name: named[present_of(name)] for name in held}
+        for row, count in enumerate(counts):
+            if count:
+                assert_close(logits[row], whole[row, past[row] + places[row]])
+        past = past + new
+
+
+def test_what_depends_on_positions_alone_is_looked_up():
+    graph = grown(DECODERS["llama"]())
+    angles = set(graph.find(torch.ops.aten.cos.default, torch.ops.aten.sin.default))
+    assert not angles & graph.reaching_outputs()
+    assert graph.longest == 64
+
+
+def test_a_table_of_the_models_own_bounds_the_text():
+    assert grown(DECODERS["opt"]()).longest == 64
+
+
+def test_the_pass_is_idempotent():
+    graph = grown(DECODERS["llama"]())
+    assert not Cache().apply(graph).changed
+    assert not list(graph.find(attending.ATTENTION))
+
+
+def test_attention_outside_of_the_interface_is_refused():
+    from transformers import BloomConfig, BloomForCausalLM
+
+    model = BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=1, n_head=4)).eval()
+    with pytest.raises(Unavailable, match=r"'transformer.h.0.self_attention' attends by itself"):
+        grown(model)
+
+
+def test_a_mask_that_no_cache_knows_is_refused():
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    config = Llama4TextConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, intermediate_size_mlp=48, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=2, attention_chunk_size=4,
+    )  # fmt: skip
+    with pytest.raises(Unavailable, match="hides more than what comes later"):
+        grown(Llama4ForCausalLM(config).eval())
+
+
+def test_a_model_that_mixes_tokens_besides_is_refused():
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    config = Lfm2Config(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, layer_types=["conv", "full_attention"],
+    )  # fmt: skip
+    with pytest.raises(lorac.errors.CaptureDiffers, match="in parts"):
+        lorac.compile(Lfm2ForCausalLM(config).eval(), target="onnxruntime", cache=True)
+
+
+def test_what_is_no_language_model_is_refused():
+    with pytest.raises(Unavailable, match="no causal language model"):
+        lorac.compile(torch.nn.Linear(3, 4), target="onnxruntime", cache=True, example_inputs=(torch.ones(2, 3),))

@@ -1,0 +1,200 @@
+"""Caches of ONNX Runtime: rows that grow, leave, come back and are copied each answer as they would alone."""
+
+import pytest
+import torch
+
+import lorac
+from lorac.errors import ChoiceError, InputMismatch, Unavailable
+from lorac.ir.cache import Extension
+from lorac.testing import adapter_away
+from lorac.testing.checks import assert_close
+from tests.decoders import DECODERS, VOCABULARY
+from tests.parity import assert_parity
+from tests.passes.test_cache import COUNTS, parts
+
+IDS = torch.arange(20).reshape(2, 10) * 7 % (VOCABULARY - 3) + 3
+CAPACITY = 12
+
+
+@pytest.fixture(scope="module")
+def host():
+    return DECODERS["llama"]()
+
+
+@pytest.fixture(scope="module")
+def adapters(host):
+    variants = {"one": lorac.LoRA(r=3, targets="all-linear"), "two": lorac.DoRA(r=1, targets=["q_proj", "down_proj"])}
+    return [adapter_away(variant, host, IDS, name=name, seed=1) for name, variant in variants.items()]
+
+
+@pytest.fixture(scope="module", params=["live", "fused"])
+def compiled(request, host, adapters):
+    return lorac.compile(host, adapters, target="onnxruntime", mode=request.param, active=None, cache=True)
+
+
+@pytest.fixture(scope="module")
+def eager(host, adapters):
+    return lorac.compile(host, adapters, active=None)
+
+
+def bound(compiled):
+    return compiled.engine.written if compiled.engine.fused else compiled._state.bound
+
+
+def extended(compiled, cache, ids, counts, wanted=None):
+    places = torch.tensor([[max(count - 1, 0)] for count in counts]) if wanted is None else wanted
+    return bound(compiled).extend("main", cache, Extension(ids=ids, counts=counts, wanted=places))
+
+
+def fed(compiled, counts=COUNTS, ids=IDS, cache=None):
+    """A cache whose rows got so many of the ids, and the last logits of each row that any call gave."""
+    cache = cache or compiled.engine.new_cache("main", len(ids), CAPACITY)
+    last = {}
+    for brought in counts:
+        logits = extended(compiled, cache, parts(ids, cache.lengths, brought), brought)
+        last |= {row: logits[row, 0] for row, count in enumerate(brought) if count}
+    return cache, torch.stack([last.get(row, torch.zeros(VOCABULARY)) for row in range(len(ids))])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("choice", [None, "one", "two", {"one": 0.7, "two": 0.3}], ids=str)
+def test_ragged_rows_answer_as_the_host_does(compiled, eager, choice):
+    compiled.swap(choice)
+    cache, last = fed(compiled)
+    expected = eager(input_ids=IDS, adapters=choice).logits[[0, 1], [9, 9]]
+    assert cache.lengths == (10, 10)
+    if choice is None:
+        assert_close(last, expected)
+    else:
+        assert_parity(last, expected, eager(input_ids=IDS, adapters=None).logits[[0, 1], [9, 9]])
+
+
+@torch.no_grad()
+def test_a_plain_call_answers_every_token(compiled, eager):
+    compiled.swap("one")
+    mask = torch.tensor([[1] * 10, [1] * 4 + [0] * 6])
+    found, expected = compiled(input_ids=IDS, attention_mask=mask).logits, eager(input_ids=IDS, adapters="one").logits
+    base = eager(input_ids=IDS, adapters=None).logits
+    for row, length in ((0, 10), (1, 4)):
+        assert_parity(found[row, :length], expected[row, :length], base[row, :length])
+    assert not found[1, 4:].any()
+    array = compiled(input_ids=IDS.numpy(), attention_mask=mask.numpy()).logits
+    assert torch.equal(torch.from_numpy(array), found)
+
+
+@torch.no_grad()
+def test_rows_that_leave_and_come_are_none_of_the_others_business(compiled):
+    compiled.swap("one")
+    alone, expected = fed(compiled, [[6], [1]], IDS[1:])
+    assert alone.lengths == (7,)
+    cache, _ = fed(compiled, [[5, 6]])
+    cache.select([1])
+    cache.select([0, 0, 0])
+    assert cache.lengths == (6, 6, 6)
+    logits = extended(compiled, cache, IDS[1, 6].expand(3, 1), [1, 0, 1])
+    assert_close(logits[[0, 2], 0], expected.expand(2, -1))
+    assert cache.lengths == (7, 6, 7)
+
+
+@torch.no_grad()
+def test_what_is_forgotten_leaves_no_trace(compiled):
+    compiled.swap("one")
+    cache, _ = fed(compiled, [[6, 6]])
+    kept = cache.copy()
+    cache.crop([3, 6])
+    wrong = extended(compiled, cache, torch.full((2, 3), 5), [3, 2])
+    cache.crop([3, 6])
+    again, right = fed(compiled, [[3, 0]], cache=cache)[0], extended(compiled, kept, IDS[:, 6:7], [1, 1])
+    assert torch.equal(extended(compiled, again, IDS[:, 6:7], [1, 1]), right)
+    assert not torch.equal(wrong[:, 0], right[:, 0])
+
+
+@torch.no_grad()
+def test_longer_rows_are_admitted_by_growing(compiled):
+    compiled.swap("one")
+    short, expected = fed(compiled)
+    cache, _ = fed(compiled, [[4, 2]])
+    cache.grow(40)
+    assert cache.capacity == 40
+    assert torch.equal(fed(compiled, COUNTS[1:], cache=cache)[1], expected)
+    assert short.capacity == CAPACITY
+
+
+@torch.no_grad()
+def test_padding_beyond_the_capacity_is_room_of_its_own(compiled):
+    """A row that is nearly full beside one that brings much: together they need more than either."""
+    compiled.swap("one")
+    cache = compiled.engine.new_cache("main", 2, 10)
+    extended(compiled, cache, parts(IDS, (0, 0), [9, 0]), [9, 0])
+    logits = extended(compiled, cache, parts(IDS, (9, 0), [1, 9]), [1, 9])
+    alone = fed(compiled, [[9]], IDS[1:])[1]
+    assert_close(logits[1], alone)
+
+
+@torch.no_grad()
+def test_a_swap_acts_on_what_comes_next(compiled):
+    compiled.swap("one")
+    cache, _ = fed(compiled, [[6, 6]])
+    other = cache.copy()
+    compiled.swap("two")
+    one, two = (extended(compiled, held, IDS[:, 6:7], [1, 1]) for held in (cache, other))
+    assert torch.equal(one, two)
+    compiled.swap("one")
+    other.crop([6, 6])
+    assert not torch.equal(extended(compiled, other, IDS[:, 6:7], [1, 1]), one)
+
+
+def test_a_call_that_brings_nothing_changes_nothing(compiled):
+    cache, _ = fed(compiled, [[2, 2]])
+    assert extended(compiled, cache, IDS[:, :1], [0, 0]).shape == (2, 1, VOCABULARY)
+    assert cache.lengths == (2, 2)
+
+
+def test_what_a_cache_can_hold_is_told(compiled):
+    keeps = compiled.engine.keeps("main")
+    assert (keeps.limit, keeps.vocabulary) == (64, VOCABULARY)
+
+
+@torch.no_grad()
+def test_it_is_saved_and_loaded(compiled, tmp_path):
+    compiled.swap("one")
+    _, expected = fed(compiled)
+    compiled.save(tmp_path / "saved")
+    loaded = lorac.load(tmp_path / "saved")
+    assert torch.equal(fed(loaded)[1], expected)
+    assert loaded.engine.keeps("main") == compiled.engine.keeps("main")
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "text"),
+    [
+        ({"attention_mask": [[0] * 4 + [1] * 6] * 2}, InputMismatch, "hides more than the ends of rows"),
+        ({"attention_mask": [[1] * 9] * 2}, InputMismatch, "hides more than the ends of rows"),
+        ({"position_ids": [[1] * 10] * 2}, ChoiceError, "no input 'position_ids'"),
+        ({"input_ids": None}, ChoiceError, "is called with input_ids and attention_mask"),
+        ({"input_ids": [1, 2, 3]}, InputMismatch, r"takes \[batch, length\]"),
+        ({"input_ids": [[1, VOCABULARY]]}, ChoiceError, f"the id {VOCABULARY}"),
+    ],
+    ids=str,
+)
+def test_calls_it_cannot_answer_are_refused(compiled, given, error, text):
+    told = {"input_ids": IDS} | {name: None if value is None else torch.tensor(value) for name, value in given.items()}
+    with pytest.raises(error, match=text):
+        compiled(**told)
+
+
+def test_a_program_without_a_cache_makes_none(host):
+    compiled = lorac.compile(host, target="eager")
+    assert compiled.engine.keeps("main") is None
+    with pytest.raises(Unavailable, match="keeps no cache"):
+        compiled.engine.new_cache("main", 1, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DECODERS)
+@torch.no_grad()
+def test_every_architecture(name):
+    model = DECODERS[name]()
+    compiled = lorac.compile(model, target="onnxruntime", cache=True)
+    _, last = fed(compiled)
+    assert_close(last, model(IDS).logits[[0, 1], [9, 9]])
