@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from torch import nn
 
-from lorac.errors import AdapterExists, ChoiceError, MissingExtra, UnknownOption, nearest_name, short
+from lorac.errors import AdapterExists, ChoiceError, MissingExtra, UnknownOption, nearest_name, short, warn
 from lorac.ir.store.disk import told
 from lorac.ir.store.folders import MANIFEST
 from lorac.ir.store.strict_json import parse_object, read_text
@@ -82,7 +82,7 @@ def load_with_tokenizer(spec: str) -> tuple[nn.Module, Any]:
         MissingExtra: the folder needs transformers.
     """
     if Path(spec).is_dir():
-        return _from_folder(Path(spec)), _tokenizer(Path(spec))
+        return _from_folder(Path(spec)), tokenizer_of(spec)
     module, separator, function = spec.partition(":")
     if not (separator and _is_dotted(module) and _is_dotted(function)):
         raise UnknownOption(f"'{spec}' is no model", next_step=MODEL_HELP)
@@ -98,19 +98,17 @@ def load_with_tokenizer(spec: str) -> tuple[nn.Module, Any]:
     return model.eval(), beside if callable(getattr(beside, "decode", None)) else None
 
 
-def _tokenizer(folder: Path) -> Any:
-    """The tokenizer that was saved beside a model; None where there is none."""
-    if not any(folder.glob("tokenizer*")):
-        return None
-    from transformers import AutoTokenizer
+def tokenizer_of(spec: str) -> Any:
+    """The tokenizer that lies beside a model of a folder; None where there is none, or it cannot be read."""
+    from lorac.runtime.generation.tokenizers import read_tokenizer
 
+    if not (Path(spec) / "tokenizer_config.json").is_file():
+        return None
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return read_tokenizer(Path(spec))
     except Exception as error:  # whatever a damaged folder makes transformers raise
-        raise UnknownOption(
-            f"the tokenizer in '{folder}' cannot be loaded: {_said(error)}",
-            next_step="have the tokenizer saved into it anew, or removed",
-        ) from error
+        warn(f"the tokenizer in '{spec}' cannot be loaded, and is left out: {_said(error)}")
+        return None
 
 
 def _is_dotted(text: str) -> bool:
