@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import statistics
 from collections.abc import Mapping, Sequence
@@ -124,7 +125,18 @@ def _told(model: Any, ids: Any, count: int) -> dict[str, Any]:
 
 
 def _prompt(given: argparse.Namespace, shape: tuple[int, int]) -> Any:
-    return common.tokens(given, shape)["input_ids"]
+    """Python's manual for SmolLM2; random ids for a host that knows no language."""
+    if given.model != common.SMOLLM2:
+        return common.tokens(given, shape)["input_ids"]
+    from pydoc_data.topics import topics
+
+    import numpy as np
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(Path(given.folder, "model"))
+    text = "\n".join(topics[name] for name in ("assignment", "class", "compound", "objects"))
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    return np.array(ids[: math.prod(shape)]).reshape(shape)
 
 
 def _count(given: argparse.Namespace, label: str) -> int:
@@ -258,9 +270,10 @@ def _held(given: argparse.Namespace) -> list[tuple[str, str, Mapping[str, float]
 
 
 def _cells(told: Mapping[str, Any]) -> tuple[str, ...]:
-    counts = (f"{told[what]:.0f}" if told.get(what) else "-" for what in ("nodes", "same"))
+    nodes = f"{told['nodes']:.0f}" if told.get("nodes") else "-"
+    same = f"{told['same']:.0f}" if "same" in told else "-"
     speeds = (f"{1 / told[what]:.1f}" if what in told else "-" for what in DECODING)
-    return *counts, *speeds, *(f"{told[what] * 1e3:.1f}" if what in told else "-" for what in PREFILL)
+    return nodes, same, *speeds, *(f"{told[what] * 1e3:.1f}" if what in told else "-" for what in PREFILL)
 
 
 def _ratios(side: str, other: str, bounds: Mapping[str, float], sides: Mapping[str, Any]) -> tuple[str, ...]:
