@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from lorac.errors import UnknownOption
+from lorac.ir.host.components import MAIN
+from lorac.runtime.generation.prefixes import Prefixes
 
 _HALF = "\ufffd"
 """What a tokenizer gives for the bytes of a character that is not whole yet."""
@@ -83,6 +85,8 @@ class Writer:
                 next_step="save it into the same folder, or have the function return (model, tokenizer)",
             )
         settings: dict[str, Any] = {"max_new_tokens": new}
+        if compiled.engine.keeps(MAIN) is not None:
+            settings["prefixes"] = Prefixes()  # so that a turn of a chat does not read again what was said before
         if temperature is not None:
             settings |= {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         return cls(compiled=compiled, settings=settings)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
+import lorac
 from lorac.cli import main
 from lorac.cli._texts import Shown
 from tests import peft_files
@@ -62,6 +63,18 @@ def written(files, adapter, text, **settings):
     return letters().decode(answer[0, ids.shape[1] :], skip_special_tokens=True)
 
 
+def chat(files, *parts):
+    """What is printed of turns (adapter, line), as transformers answers them, and of the texts between them."""
+    said, printed = "", ""
+    for part in parts:
+        if isinstance(part, tuple):
+            said += f"u:{part[1]};a:"
+            answer = written(files, part[0], said)
+            said += f"{answer};"
+        printed += part if isinstance(part, str) else f"{answer}\n"
+    return printed
+
+
 BOTH = ("-a", "sql", "-a", "style", "--max-new-tokens", str(NEW))
 
 
@@ -90,24 +103,20 @@ def test_a_chat_goes_on_with_another_adapter(cli, files):
     typed = "one\n/adapters\n/adapter style\n\ntwo\n/adapter none\nthree\n/exit\nnever read\n"
     code, out, err = cli("run", "model", *BOTH, "--adapters", "sql", typed=typed)
     assert (code, err) == (0, "")
-    said, wanted = "", []
-    for adapter, line in (("sql", "one"), ("style", "two"), (None, "three")):
-        said += f"u:{line};a:"
-        wanted.append(written(files, adapter, said))
-        said += f"{wanted[-1]};"
-    one, two, three = wanted
-    assert out == f"{one}\n* sql\n  style\n  none\nadapter: style\n{two}\nadapter: none\n{three}\n"
+    shown = "* sql\n  style\n  none\nadapter: style\n"
+    assert out == chat(files, ("sql", "one"), shown, ("style", "two"), "adapter: none\n", (None, "three"))
 
 
-def test_a_compiled_folder_writes_and_is_timed_without_its_model(cli, files):
+def test_a_compiled_folder_writes_and_is_timed_without_its_model(cli, files, monkeypatch):
     code, out, err = cli("compile", "model", "-a", "sql", "-a", "style", "--active", "none", "--cache", "-o", "cached")
     assert (code, err) == (0, "")
-    code, out, err = cli(
-        "run", "cached", "--max-new-tokens", str(NEW), "--adapters", "sql", typed="one\n/adapter style\ntwo"
-    )
+    find, found = lorac.Prefixes.found, []
+    monkeypatch.setattr(lorac.Prefixes, "found", lambda *told: found.append(find(*told)) or found[-1])
+    typed = "one\n/adapter style\ntwo\n/adapter sql\nthree"
+    code, out, err = cli("run", "cached", "--max-new-tokens", str(NEW), "--adapters", "sql", typed=typed)
     assert (code, err) == (0, "")
-    one = written(files, "sql", "u:one;a:")
-    assert out == f"{one}\nadapter: style\n{written(files, 'style', f'u:one;a:{one};u:two;a:')}\n"
+    assert out == chat(files, ("sql", "one"), "adapter: style\n", ("style", "two"), "adapter: sql\n", ("sql", "three"))
+    assert [begun is not None for begun in found] == [False, False, True], "what sql has read it does not read again"
     code, out, _ = cli("bench", "cached", "--rounds", "1", "--prompt-tokens", "5", "--new-tokens", "2", "--json")
     assert code == 0
     assert [row["adapters"] for row in json.loads(out)] == ["none", "sql", "style"]
