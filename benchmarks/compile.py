@@ -122,6 +122,9 @@ def _export_table(found: common.Found, given: argparse.Namespace) -> common.Tabl
 def _measure_builder(side: str, given: argparse.Namespace) -> dict[str, float]:
     """CPU-seconds from a folder to a session that writes, beyond imports; and of the process up to there."""
     folder = Path(given.folder)
+    if side != WRITES:
+        assert _genai.found(given)
+        importlib.import_module("onnxruntime_genai.models.builder")
     begun = time.process_time()
     with tempfile.TemporaryDirectory() as out:
         if side == WRITES:
