@@ -18,7 +18,7 @@ OWN = ("adapters", "draft", "prefixes", "seed")
 _DRAFTED = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp")
 _INNER = ("output_attentions", "output_hidden_states")
 _REPLACED = ("custom_generate", "synced_gpus", "trust_remote_code")
-"""Options of transformers' that would run something else than what was compiled."""
+"""Options of transformers' that would run something else than the compiled program."""
 
 
 @dataclass(frozen=True)
@@ -76,18 +76,19 @@ class Asked:
         """What sequences are filled up with behind their end."""
         return next((one for one in (self.pad, *self.ends) if one is not None), 0)
 
-    def refuse_unknown(self, inputs: Collection[str]) -> None:
+    def refuse_unknown(self, inputs: Collection[str], *, hosted: bool) -> None:
         """Raise ``UnknownOption`` for what is no option, and no input.
 
         Args:
             inputs: names of the inputs.
+            hosted: whether the host runs, which may be told to generate otherwise.
         """
-        known = {*_options(), *inputs}
+        known = {*_options(), *inputs}.difference(() if hosted else _REPLACED)
         for name in self.told:
-            if name not in known or name in _REPLACED:
+            if name not in known:
                 raise UnknownOption(
                     f"generate has no option '{name}'",
-                    nearest=nearest_name(name, known - set(_REPLACED)),
+                    nearest=nearest_name(name, known),
                     next_step=f"it takes {', '.join(OWN)}, and what transformers' generate takes",
                 )
 

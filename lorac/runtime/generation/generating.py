@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,7 @@ class _Call:
         if "inputs" in told and not traits.settings.get("is_encoder_decoder"):
             told[IDS] = told.pop("inputs")
         asked = Asked(told, traits.generation or {})
-        asked.refuse_unknown(_inputs(compiled, graph) if hosted else (IDS, MASK, CACHE))
+        asked.refuse_unknown(_inputs(compiled, graph) if hosted else (IDS, MASK, CACHE), hosted=hosted)
         if not hosted:
             asked.refuse_inner()
         told |= _tokenizer(compiled, asked)
@@ -156,7 +157,8 @@ class _Call:
             told |= {IDS: prompts.ids, MASK: torch.ones_like(prompts.ids) if prompts.mask is None else prompts.mask}
         if not self._driven:
             refuse_prefixes(prefixes)
-            hosted = Hosted(graph=self.graph, told=told, seeds=seeds)
+            _, fitting = self.compiled.services.fit(((), told))
+            hosted = Hosted(graph=self.graph, told=fitting, seeds=seeds)
             answer = self._bound(choice, draft, hosted)
             return answer if prompts is None else _with_given(prompts, answer)
         from lorac.runtime.generation.driving import Driven
@@ -224,13 +226,13 @@ def _tokenizer(compiled: Any, asked: Asked) -> dict[str, Any]:
 
 def _seeds(seed: Any, rows: int) -> Seeds:
     """A seed for all rows, or one for each."""
-    if seed is None or isinstance(seed, int):
-        return seed
-    if not isinstance(seed, Sequence) or not all(isinstance(one, int) for one in seed):
+    if seed is None or isinstance(seed, Integral):
+        return None if seed is None else int(seed)
+    if not isinstance(seed, Sequence) or not all(isinstance(one, Integral) for one in seed):
         raise WrongType(f"seed= is {short(seed)}", next_step="give a whole number, or one per row")
     if len(seed) != rows:
         raise InputMismatch(f"{len(seed)} seeds for {rows} rows", next_step="give one per row, or one for all")
-    return list(seed)
+    return list(map(int, seed))
 
 
 def _spec(choice: Any) -> Any:

@@ -90,6 +90,9 @@ def test_what_one_choice_computed_serves_no_other(model: Any) -> None:
     assert model.engine.fed[0] == [LENGTHS[0]]
     assert not torch.equal(base, first)
     assert len(prefixes) == 2
+    model.engine.fed.clear()
+    model.generate(row, **GREEDY, prefixes=prefixes, adapters={"default": 0.5})  # of the same tensors
+    assert model.engine.fed[0] == [LENGTHS[0]]
     tensor = next(iter(model.adapters["default"].parameters()))
     with torch.no_grad():
         tensor.mul_(1.0)  # written, as a step of a training does
@@ -170,3 +173,23 @@ def test_baked(model: Any) -> None:
         assert torch.equal(made.generate(row, **GREEDY), expected)
         with pytest.raises(lorac.Unavailable):
             made.generate(row, **GREEDY, adapters=None)
+
+
+def test_what_fails_half_way_leaves_a_cache_as_it_was(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompt comes in pieces, of which the second fails."""
+    answer = model.generate(prompts()[0][None], **GREEDY, return_dict_in_generate=True)
+    told = torch.cat([answer.sequences, torch.randint(3, 96, (1, 9))], 1)
+    expected, held = model.generate(told, **GREEDY), answer.cache.cache.lengths
+    honest, calls = type(model.engine).extend, iter([True, False])
+
+    def failing(*given: Any) -> Any:
+        if not next(calls, False):
+            raise MemoryError
+        return honest(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.engine), "extend", failing)
+        with pytest.raises(MemoryError):
+            model.generate(told, **GREEDY, cache=answer.cache, prefill_chunk_size=4)
+    assert answer.cache.cache.lengths == held
+    assert torch.equal(model.generate(told, **GREEDY, cache=answer.cache), expected)
