@@ -69,33 +69,49 @@ HELD: Sequence[tuple[str, str, Mapping[str, float]]] = (
 
 # ── What is prepared ─────────────────────────────────────────────────────────────────────────────────────────────────
 def prepare(given: argparse.Namespace) -> None:
-    """Write the model, the adapter, what every engine makes of them, and what Hugging Face writes."""
-    folder = Path(given.folder)
-    if (folder / "reference.json").exists():
-        return
-    model = common.host(given)
-    model.generation_config.eos_token_id = None
-    common.save_host(model, folder / "model", given)
-    common.save_peft(folder / "adapter", given)
+    """Write the model, the adapter, what engines make of them, and what Hugging Face writes, where it is not there."""
+    folder = _folder(given)
+    if not (folder / "adapter").exists():
+        common.save_host(common.host(given), folder / "model", given)
+        common.save_peft(folder / "adapter", given)
     for name in _those(given, BUILT) if _genai.found(given) else ():
         precision, adapted = BUILT[name]
-        _genai.build(folder / "model", folder / name, precision, folder / "adapter" if adapted else None)
+        if not (folder / name).exists():
+            _genai.build(folder / "model", folder / name, precision, folder / "adapter" if adapted else None)
     for name in {LOADED[side] for side in _those(given, LOADED)}:
-        _compile(model, LORAC[name], folder / "adapter", given).save(folder / name)
-    (folder / "reference.json").write_text(json.dumps(_reference(folder, given)))
+        if not (folder / name).exists():
+            _compile(LORAC[name], folder, given).save(folder / name)
+    if not _reference_file(given).exists():
+        _reference_file(given).write_text(json.dumps(_reference(folder, given)))
+
+
+def _folder(given: argparse.Namespace) -> Path:
+    """Where all that is kept: artefacts know how many threads they run on."""
+    return Path(given.folder, f"{given.model}-{given.layers}-{given.rank}-{given.threads}")
+
+
+def _reference_file(given: argparse.Namespace) -> Path:
+    return _folder(given) / f"reference-{given.tokens}.json"
 
 
 def _those(given: argparse.Namespace, sides: Mapping[str, Any]) -> list[str]:
     return [side for side in given.only if side in sides]
 
 
-def _compile(model: Any, options: Mapping[str, Any], adapter: Path, given: argparse.Namespace) -> Any:
+def _compile(options: Mapping[str, Any], folder: Path, given: argparse.Namespace) -> Any:
     import lorac
 
-    adapters = {"a": adapter} if "mode" in options else {}
+    model = _endless(common.saved_host(folder / "model"))
+    adapters = {"a": folder / "adapter"} if "mode" in options else {}
     return lorac.compile(
         model, adapters, target="onnxruntime", cache=True, threads=given.threads, self_test=False, **options
     )
+
+
+def _endless(model: Any) -> Any:
+    """The same, with no token that ends a text."""
+    model.generation_config.eos_token_id = None
+    return model
 
 
 def _reference(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
@@ -133,7 +149,7 @@ def _prompt(given: argparse.Namespace, shape: tuple[int, int]) -> Any:
     import numpy as np
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(Path(given.folder, "model"))
+    tokenizer = AutoTokenizer.from_pretrained(_folder(given) / "model")
     text = "\n".join(topics[name] for name in ("assignment", "class", "compound", "objects"))
     ids = tokenizer(text, verbose=False)["input_ids"]
     return np.array(ids[: math.prod(shape)]).reshape(shape)
@@ -154,13 +170,12 @@ def _peft(folder: Path) -> Any:
     """Hugging Face's model with PEFT's adapter beside its weights."""
     import peft
 
-    model = common.saved_host(folder / "model")
-    model.generation_config.eos_token_id = None
+    model = _endless(common.saved_host(folder / "model"))
     return peft.PeftModel.from_pretrained(model, str(folder / "adapter")).eval()
 
 
 def _side(name: str, given: argparse.Namespace) -> Side:
-    folder = Path(given.folder)
+    folder = _folder(given)
     if name in BUILT:
         return through_genai(_genai.load(folder / name, given.threads), given)
     if name == PEFT:
@@ -186,7 +201,7 @@ def measure(job: common.Job, given: argparse.Namespace) -> dict[str, Any]:
     try:
         sides = {name: _side(name, given) for name in measured(given)}
         found: dict[str, dict[str, Any]] = {name: {"nodes": _nodes(name, given), "same": 0} for name in sides}
-        reference = json.loads(Path(given.folder, "reference.json").read_text())
+        reference = json.loads(_reference_file(given).read_text())
         for label in given.shapes:
             _measure_shape(label, sides, reference[label], found, given)
     finally:
@@ -241,7 +256,7 @@ def _nodes(name: str, given: argparse.Namespace) -> int:
     """Nodes of the graph, as it lies in its file; 0 where there is none."""
     import onnx_ir
 
-    file = Path(given.folder, LOADED.get(name, name), "model.onnx")
+    file = _folder(given) / LOADED.get(name, name) / "model.onnx"
     return sum(1 for _ in onnx_ir.load(file).graph.all_nodes()) if file.exists() else 0
 
 
