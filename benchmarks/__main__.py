@@ -16,9 +16,9 @@ import benchmarks
 
 
 def names() -> list[str]:
-    """A file in this folder is a benchmark, but for what they share."""
+    """A file in this folder is a benchmark, but for what they share: ``common``, and what begins with ``_``."""
     found = {module.name for module in pkgutil.iter_modules(benchmarks.__path__)}
-    return sorted(found - {"__main__", "common"})
+    return sorted(name for name in found - {"common"} if not name.startswith("_"))
 
 
 def run(name: str, given: argparse.Namespace) -> bool:

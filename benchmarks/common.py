@@ -8,6 +8,7 @@ machine's noise is worth.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,8 @@ class Table:
     """The first cells of each of its rows: a table with other rows is refused."""
     a_a: Mapping[str, float]
     """The base over a second one of the same base, by what was compared."""
+    notes: Sequence[str] = ()
+    """What is said below it: how something was found, or why it is missing."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,9 @@ LLAMAS = {
     "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 128},
 }
 """Randomly initialised Llamas; at 20 layers the first has 166 M parameters."""
+SMOLLM2 = "smollm2"
 MODEL = Option("model", "llama", smoke="tiny", help="the host", choices=tuple(LLAMAS))
+TEXT_MODEL = Option("model", SMOLLM2, smoke="tiny", help="the host", choices=(SMOLLM2, *LLAMAS))
 
 
 def layers(full: int) -> Option:
@@ -192,11 +197,73 @@ def llama(given: argparse.Namespace) -> Any:
     ).eval()
 
 
+def host(given: argparse.Namespace) -> Any:
+    """SmolLM2, cut to its first layers; or one of the Llamas."""
+    if given.model != SMOLLM2:
+        return llama(given)
+    from examples.models import smollm2
+
+    with no_bars():
+        model, _ = smollm2()
+    model.model.layers = model.model.layers[: given.layers]
+    model.config.num_hidden_layers = len(model.model.layers)
+    return model
+
+
+def save_host(model: Any, folder: Path, given: argparse.Namespace) -> None:
+    """The host as a folder of transformers', with its tokenizer, where it has one."""
+    with no_bars():
+        model.save_pretrained(folder)
+        if given.model == SMOLLM2:
+            from examples.models import smollm2
+
+            smollm2()[1].save_pretrained(folder)
+
+
+def saved_host(folder: Path) -> Any:
+    """What ``save_host`` wrote."""
+    import transformers
+
+    with no_bars():
+        return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+@contextlib.contextmanager
+def no_bars() -> Iterator[None]:
+    """transformers draws bars of its own while it reads and writes models."""
+    from transformers.utils import logging
+
+    drawn = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            logging.enable_progress_bar()
+
+
+def save_peft(folder: Path, given: argparse.Namespace) -> None:
+    """PEFT's own file of a LoRA on all linear layers, its values as small as training leaves them."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=given.rank, lora_alpha=given.rank, target_modules="all-linear")
+    wrapped = get_peft_model(host(given), config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in (one for one in wrapped.parameters() if one.requires_grad):
+            parameter.normal_(0, 0.02, generator=generator)
+    wrapped.save_pretrained(str(folder))
+
+
+VOCABULARIES = {SMOLLM2: 49152, **{name: sizes["vocab_size"] for name, sizes in LLAMAS.items()}}
+
+
 def tokens(given: argparse.Namespace, shape: tuple[int, int]) -> dict[str, Any]:
-    """What a call of that Llama takes, as NumPy arrays, the same in every process."""
+    """What a call of the host takes, as NumPy arrays, the same in every process."""
     import numpy as np
 
-    ids = np.random.default_rng(0).integers(0, LLAMAS[given.model]["vocab_size"], shape)
+    ids = np.random.default_rng(0).integers(0, VOCABULARIES[given.model], shape)
     return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
 
 
@@ -290,6 +357,8 @@ def print_table(table: Table) -> None:
     print(f"\n{table.title}")
     for row in (table.columns, ["-" * width for width in widths], *table.rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    for note in table.notes:
+        print(note)
 
 
 def write_json(
@@ -303,7 +372,9 @@ def write_json(
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "options": {name: getattr(given, name) for name in options},
         "seconds": round(took, 1),
-        "tables": [{"title": t.title, "columns": t.columns, "rows": t.rows, "A/A": t.a_a} for t in tables],
+        "tables": [
+            {"title": t.title, "columns": t.columns, "rows": t.rows, "A/A": t.a_a, "notes": t.notes} for t in tables
+        ],
     }
     path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 

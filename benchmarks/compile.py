@@ -1,32 +1,79 @@
-"""What compiling costs beside the plain transformers ONNX export of the same model: time and peak memory.
+"""What compiling costs: beside the plain transformers ONNX export, beside genai's builder, and by number of layers.
 
-    python -m benchmarks.compile [--layers 20] [--processes 3]
+    python -m benchmarks.compile [--layers 20] [--processes 3] [--only TABLE ...] [--genai FOLDER]
 
-Targets, self-test included, without settling: <= 1.2 of the time and of the peak memory (fused: plus the touched
-weights once). The side without a self-test says what holding the program against the model, and the emitted program
-against it, costs.
+Beside the export: time and peak memory. Targets, self-test included, without settling: <= 1.2 of both (fused: plus the
+touched weights once). The side without a self-test says what holding the program against the model, and the emitted
+program against it, costs.
+
+Beside the builder: processor time from a folder of SmolLM2 and a LoRA on all its linear layers to a session that writes
+text, beyond imports and with them. Targets: <= 12 CPU-seconds and <= 2.5 of the builder's.
+
+By layers: processor time for a narrow model of 2 to 60 layers that writes text. Target: linear.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import statistics
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import common
+from benchmarks import _genai, common
 
 PLAIN, AGAIN = "plain export", "plain export, A/A"
 UNTESTED = "lorac live, no self-test"
 SIDES = (PLAIN, AGAIN, "lorac live", UNTESTED, "lorac fused")
+WRITES, BUILDER, BUILDER_BASE = "lorac live, cache", "genai builder, adapter", "genai builder, no adapter"
+WRITERS = (BUILDER, BUILDER_BASE, WRITES)
+TABLES = ("export", "builder", "layers")
+SERIES = ("2", "8", "20", "40", "60")
+LEAST, MOST = 12.0, 2.5
+"""Targets beside the builder: CPU-seconds, and how many times its own."""
+
+
+def jobs(given: argparse.Namespace) -> Sequence[common.Job]:
+    """Every side, and every number of layers, in a process of its own."""
+    writers = [side for side in WRITERS if side == WRITES or _genai.found(given)]
+    every = {"export": SIDES, "builder": writers, "layers": given.series}
+    return [(table, side) for table in given.only for side in every[table]]
+
+
+def prepare(given: argparse.Namespace) -> None:
+    """Write the model and the adapter that the builder reads, unless they are there."""
+    told, folder = _writing(given), Path(given.folder)
+    if "builder" not in given.only or (folder / "adapter").exists():
+        return
+    common.save_host(common.host(told), folder / "model", told)
+    common.save_peft(folder / "adapter", told)
+
+
+def _writing(given: argparse.Namespace) -> argparse.Namespace:
+    """The host that is to write text."""
+    return argparse.Namespace(model=given.writer, layers=30 if given.writer == common.SMOLLM2 else 1, rank=given.rank)
 
 
 def measure(job: common.Job, given: argparse.Namespace) -> dict[str, float]:
-    """One side in a process of its own, up to a session that answers."""
+    """One side in a process of its own."""
+    table, side = job
+    if table == "export":
+        return _measure_export(side, given)
+    for module in ("lorac.backends.onnxruntime.backend", "torch.onnx", "transformers.models.llama.modeling_llama"):
+        importlib.import_module(module)
+    if table == "layers":
+        return _measure_layers(int(side), given)
+    return _measure_builder(side, given)
+
+
+# ── Beside the export ────────────────────────────────────────────────────────────────────────────────────────────────
+def _measure_export(side: str, given: argparse.Namespace) -> dict[str, float]:
+    """Up to a session that answers."""
     import transformers.exporters.exporter_onnx  # noqa: F401  (both sides need it: not part of the comparison)
 
-    (side,) = job
     model = common.llama(given)
     work = _plain if side in (PLAIN, AGAIN) else _lorac
     seconds = common.seconds(lambda: work(model, side))
@@ -52,31 +99,116 @@ def _lorac(model: Any, side: str) -> None:
     lorac.compile(model, adapters, target="onnxruntime", mode=mode, self_test=side != UNTESTED)
 
 
-def tables(found: common.Found, given: argparse.Namespace) -> Sequence[common.Table]:
+def _export_table(found: common.Found, given: argparse.Namespace) -> common.Table:
     """Each side beside the plain export."""
-    plain = found[(PLAIN,)]
-    ratios = {side: {what: found[(side,)][what] / plain[what] for what in plain} for side in SIDES}
+    sides = {side: found[("export", side)] for side in SIDES}
+    plain = sides[PLAIN]
+    ratios = {side: {what: sides[side][what] / plain[what] for what in plain} for side in SIDES}
     rows = [
         (
             side,
-            f"{found[(side,)]['seconds']:.1f}",
-            f"{found[(side,)]['peak']:.0f}",
+            f"{sides[side]['seconds']:.1f}",
+            f"{sides[side]['peak']:.0f}",
             f"{ratios[side]['peak']:.2f}",
             f"{ratios[side]['seconds']:.2f}",
         )
         for side in SIDES
     ]
     columns = ("side", "s", "peak MiB", "memory ratio", "time ratio")
-    return [common.Table("from model to session", columns, rows, [(side,) for side in SIDES], ratios[AGAIN])]
+    return common.Table("from model to session", columns, rows, [(side,) for side in SIDES], ratios[AGAIN])
+
+
+# ── Beside genai's builder ───────────────────────────────────────────────────────────────────────────────────────────
+def _measure_builder(side: str, given: argparse.Namespace) -> dict[str, float]:
+    """CPU-seconds from a folder to a session that writes, beyond imports; and of the process up to there."""
+    folder = Path(given.folder)
+    if side != WRITES:
+        assert _genai.found(given)
+        importlib.import_module("onnxruntime_genai.models.builder")
+    begun = time.process_time()
+    with tempfile.TemporaryDirectory() as out:
+        if side == WRITES:
+            _compile_writer(folder)
+        else:
+            _genai.build(folder / "model", Path(out), adapter=folder / "adapter" if side == BUILDER else None)
+            _genai.load(Path(out), threads=1)
+    ended = time.process_time()
+    return {"beyond": ended - begun, "whole": ended}
+
+
+def _compile_writer(folder: Path) -> None:
+    import lorac
+
+    lorac.compile(common.saved_host(folder / "model"), {"a": folder / "adapter"}, target="onnxruntime", cache=True)
+
+
+def _builder_table(found: common.Found, given: argparse.Namespace) -> common.Table:
+    """Each side beside the builder with the same adapter."""
+    told = {side: found.get(("builder", side)) for side in WRITERS}
+    rows = [(side, *_beside(told[side], told[BUILDER])) for side in WRITERS]
+    columns = ("side", "CPU s", "with imports", "ratio with imports", "ratio")
+    title = f"from a folder of {given.writer} to a session that writes; targets <= {LEAST:.0f} CPU s and <= {MOST}"
+    return common.Table(title, columns, rows, [(side,) for side in WRITERS], {}, [_genai.note(given)])
+
+
+def _beside(side: Any, other: Any) -> tuple[str, ...]:
+    if side is None:
+        return ("-",) * 4
+    ratios = (f"{side[what] / other[what]:.2f}" if other else "-" for what in ("whole", "beyond"))
+    return f"{side['beyond']:.1f}", f"{side['whole']:.1f}", *ratios
+
+
+# ── By layers ────────────────────────────────────────────────────────────────────────────────────────────────────────
+def _measure_layers(layers: int, given: argparse.Namespace) -> dict[str, float]:
+    """CPU-seconds to compile a narrow model that writes text."""
+    import lorac
+
+    model = common.llama(argparse.Namespace(model="tiny", layers=layers))
+    begun = time.process_time()
+    lorac.compile(model, {"a": lorac.LoRA(r=given.rank)}, target="onnxruntime", cache=True)
+    return {"seconds": time.process_time() - begun}
+
+
+def _layers_table(found: common.Found, given: argparse.Namespace) -> common.Table:
+    """Every number of layers beside the straight line that fits them best."""
+    counts = [int(layers) for layers in given.series]
+    seconds = [found[("layers", layers)]["seconds"] for layers in given.series]
+    slope, start = statistics.linear_regression(counts, seconds)
+    fitted = [start + slope * count for count in counts]
+    rows = [
+        (f"{count}", f"{took:.2f}", f"{fit:.2f}", f"{took / fit:.3f}")
+        for count, took, fit in zip(counts, seconds, fitted, strict=True)
+    ]
+    told = f"CPU s = {start:.2f} + {slope:.3f} per layer; correlation {statistics.correlation(counts, seconds):.4f}"
+    columns = ("layers", "CPU s", "line", "of the line")
+    title = "a narrow model that writes text; target: linear"
+    return common.Table(title, columns, rows, [(layers,) for layers in given.series], {}, [told])
+
+
+def tables(found: common.Found, given: argparse.Namespace) -> Sequence[common.Table]:
+    """Those that are asked for."""
+    every = {"export": _export_table, "builder": _builder_table, "layers": _layers_table}
+    return [every[name](found, given) for name in given.only]
 
 
 BENCHMARK = common.Benchmark(
     name="compile",
     text=__doc__,
-    options=(common.MODEL, common.layers(20)),
-    jobs=lambda given: [(side,) for side in SIDES],
+    options=(
+        common.MODEL,
+        common.layers(20),
+        common.RANK,
+        common.Option(
+            "writer", common.SMOLLM2, smoke="tiny", help="what is to write", choices=(common.SMOLLM2, "tiny")
+        ),
+        common.Option("series", SERIES, smoke=("1", "2"), help="these numbers of layers", choices=("1", *SERIES)),
+        common.Option("only", TABLES, smoke=TABLES, help="these tables"),
+        _genai.OPTION,
+    ),
+    jobs=jobs,
     measure=measure,
     tables=tables,
+    prepare=prepare,
 )
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ CASES = {
     for checkpointing in (False, True)
 }
 LORAC, PEFT, AGAIN = SIDES = ("lorac", "peft", "peft again")
-SMOLLM2 = "smollm2"
 WHAT = {"step": ("ms", 1e3), "peak": ("MiB", 1.0)}
 
 
@@ -64,18 +63,6 @@ def _peft(model: Any, method: str, targets: tuple[str, ...]) -> Any:
     return peft.get_peft_model(model, config)
 
 
-def host(given: argparse.Namespace) -> Any:
-    """SmolLM2, cut to its first layers; or one of the Llamas."""
-    if given.model != SMOLLM2:
-        return common.llama(given)
-    from examples.models import smollm2
-
-    model, _ = smollm2()
-    model.model.layers = model.model.layers[: given.layers]
-    model.config.num_hidden_layers = len(model.model.layers)
-    return model
-
-
 def jobs(given: argparse.Namespace) -> Sequence[common.Job]:
     """Times of all sides together, peaks of each side alone."""
     return [(case, *rest) for case in given.only for rest in (("step",), *(("peak", side) for side in SIDES))]
@@ -85,11 +72,11 @@ def measure(job: common.Job, given: argparse.Namespace) -> dict[str, float]:
     """Seconds per step of every side, or the high-water mark of two steps of one side in MiB."""
     case, what, *alone = job
     if what == "step":
-        model = host(given)
+        model = common.host(given)
         steps = {side: stepper(side, case, copy.deepcopy(model), given) for side in SIDES}
         return common.alternate(steps, given.steps, warm_up=1)
     (side,) = alone
-    step = stepper(side, case, host(given), given)
+    step = stepper(side, case, common.host(given), given)
     common.forget_peak()
     for _ in range(2):
         step()
@@ -119,7 +106,7 @@ BENCHMARK = common.Benchmark(
     name="train",
     text=__doc__,
     options=(
-        common.Option("model", SMOLLM2, smoke="tiny", help="the host", choices=(SMOLLM2, *common.LLAMAS)),
+        common.TEXT_MODEL,
         common.layers(30),
         common.Option("steps", 5, smoke=1, help="timed in each process, all sides in each"),
         common.Option("length", 128, smoke=8, help="of a row, in tokens"),

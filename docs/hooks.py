@@ -31,7 +31,10 @@ def _errors() -> list[str]:
 
 def _compiled() -> list[str]:
     """What a compiled model offers; the rest of the class is lorac's own business."""
-    return ["lorac.Compiled\n    options:\n      members:\n" + "".join(f"        - {name}\n" for name in INTERFACE)]
+    return [
+        "lorac.Compiled\n    options:\n      inherited_members: true\n      members:\n"
+        + "".join(f"        - {name}\n" for name in INTERFACE)
+    ]
 
 
 LISTS: dict[str, Callable[[], list[str]]] = {"compiled": _compiled, "method": _methods, "error": _errors}

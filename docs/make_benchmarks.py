@@ -39,6 +39,7 @@ def _run(run: Mapping[str, Any]) -> Iterator[str]:
         yield _row(table["columns"])
         yield _row(["---"] * len(table["columns"]))
         yield from (_row(row) for row in table["rows"])
+        yield from (line for note in table.get("notes", ()) for line in ("", note))
         if table["A/A"]:
             yield from ("", "A/A: " + ", ".join(f"{what} {ratio:.3f}" for what, ratio in table["A/A"].items()) + ".")
     machine = run["machine"]

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lorac.ir.slots.choice import Active
     from lorac.ir.slots.planning import Reserve
     from lorac.runtime.compiled import Compiled
+    from lorac.runtime.generation.prefixes import Prefixes
     from lorac.runtime.report import SwapReport
     from lorac.spending import budget
     from lorac.variants import variants
@@ -75,6 +76,7 @@ _HOMES = {
     "BranchVariant": "lorac.variants.base",
     "Compiled": "lorac.runtime.compiled",
     "ParamSpec": "lorac.variants.params",
+    "Prefixes": "lorac.runtime.generation.prefixes",
     "Reserve": "lorac.ir.slots.planning",
     "Role": "lorac.variants.params",
     "SwapReport": "lorac.runtime.report",
@@ -146,6 +148,7 @@ __all__ = [  # noqa: RUF022  (in plain order: BAT and OFT are no constants)
     "PLP",
     "ParamSpec",
     "PatternTooSlow",
+    "Prefixes",
     "RandLoRA",
     "Reserve",
     "Role",

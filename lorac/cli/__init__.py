@@ -23,6 +23,7 @@ import typer
 
 from lorac.cli import adapters, artifacts, models
 from lorac.cli._imports import importing
+from lorac.cli._shown import worded
 from lorac.errors import LoracError, LoracWarning
 from lorac.version import VERSION
 
@@ -88,7 +89,7 @@ def _run() -> int:
     except BrokenPipeError:
         return REFUSED
     except LoracError as error:
-        return _told(error, f"lorac.{type(error).__name__}: {error}", REFUSED)
+        return _told(error, worded(error), REFUSED)
     except Exception as error:
         what = f"lorac itself failed: {type(error).__name__}: {error}\n  `lorac {_TRACEBACK} …` shows where"
         return _told(error, what, OUR_FAULT)

@@ -6,31 +6,83 @@ import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from torch import nn
 
-from lorac.errors import AdapterExists, ChoiceError, MissingExtra, UnknownOption, short
+from lorac.errors import AdapterExists, ChoiceError, MissingExtra, UnknownOption, nearest_name, short, warn
 from lorac.ir.store.disk import told
+from lorac.ir.store.folders import MANIFEST
 from lorac.ir.store.strict_json import parse_object, read_text
 from lorac.quiet import quiet
 
+if TYPE_CHECKING:
+    from lorac.runtime.compiled import Compiled
+
 MODEL_HELP = "A folder saved by transformers, or package.module:function returning an nn.Module."
-ADAPTER_HELP = "NAME=PATH, or PATH; may be given several times."
+
+
+COMPILED_HELP = (
+    "A folder written by `lorac compile`; or a model: a folder saved by transformers, or package.module:function."
+)
+CONFIG = "config.json"
+CompiledOrModel = Annotated[str, typer.Argument(help=COMPILED_HELP, metavar="MODEL")]
+Adapters = Annotated[list[str], typer.Option("--adapter", "-a", help="NAME=PATH, or PATH; may be given several times.")]
 
 
 def load_model(spec: str) -> nn.Module:
-    """The model a command names.
+    """The model a command names; raises as ``load_with_tokenizer``."""
+    return load_with_tokenizer(spec)[0]
+
+
+def load_compiled(spec: str, adapters: Sequence[str], **options: Any) -> Compiled:
+    """What a command names, compiled, with the tokenizer that lies beside it.
+
+    Args:
+        spec: a compiled folder, or a model, which is compiled for eager.
+        adapters: files of adapters, as the command line has them.
+        options: what else compiling a model is told.
+
+    Raises:
+        UnknownOption: files of adapters are given to a folder that holds its own.
+        LoracError: what loading and compiling raise.
+    """
+    import lorac
+
+    folder = Path(spec)
+    if (folder / MANIFEST).is_file() or (folder.exists() and not (folder / CONFIG).is_file()):
+        if adapters:
+            raise UnknownOption(
+                f"'{spec}' is compiled, and holds adapters of its own",
+                next_step="give the model itself, or compile it with them: lorac compile MODEL -a NAME=PATH -o FOLDER",
+            )
+        return lorac.load(folder)
+    if ":" not in spec and not folder.exists():
+        beside = [found.parent.name for name in (MANIFEST, CONFIG) for found in folder.parent.glob(f"*/{name}")]
+        raise UnknownOption(
+            f"'{spec}' is neither a compiled folder nor a model",
+            nearest=nearest_name(folder.name, beside),
+            next_step=COMPILED_HELP,
+        )
+    model, tokenizer = load_with_tokenizer(spec)
+    compiled = lorac.compile(model, named_adapters(adapters), **options)
+    compiled.tokenizer = tokenizer
+    return compiled
+
+
+def load_with_tokenizer(spec: str) -> tuple[nn.Module, Any]:
+    """The model a command names, and the tokenizer beside it, or None.
 
     Raises:
         UnknownOption: neither a transformers folder nor a function that returns one, or loading it fails.
         MissingExtra: the folder needs transformers.
     """
     if Path(spec).is_dir():
-        return _from_folder(Path(spec))
+        return _from_folder(Path(spec)), tokenizer_of(spec)
     module, separator, function = spec.partition(":")
     if not (separator and _is_dotted(module) and _is_dotted(function)):
         raise UnknownOption(f"'{spec}' is no model", next_step=MODEL_HELP)
@@ -42,7 +94,21 @@ def load_model(spec: str) -> nn.Module:
     model = made[0] if isinstance(made, tuple) and made else made
     if not isinstance(model, nn.Module):
         raise UnknownOption(f"'{spec}' returns a {type(model).__name__}, not an nn.Module", next_step=MODEL_HELP)
-    return model.eval()
+    beside = made[1] if isinstance(made, tuple) and len(made) > 1 else None
+    return model.eval(), beside if callable(getattr(beside, "decode", None)) else None
+
+
+def tokenizer_of(spec: str) -> Any:
+    """The tokenizer that lies beside a model of a folder; None where there is none, or it cannot be read."""
+    from lorac.runtime.generation.tokenizers import read_tokenizer
+
+    if not (Path(spec) / "tokenizer_config.json").is_file():
+        return None
+    try:
+        return read_tokenizer(Path(spec))
+    except Exception as error:  # whatever a damaged folder makes transformers raise
+        warn(f"the tokenizer in '{spec}' cannot be loaded, and is left out: {_said(error)}")
+        return None
 
 
 def _is_dotted(text: str) -> bool:
@@ -54,9 +120,9 @@ def _said(error: Exception) -> str:
 
 
 def _from_folder(folder: Path) -> nn.Module:
-    config = folder / "config.json"
+    config = folder / CONFIG
     if not config.is_file():
-        raise UnknownOption(f"'{folder}' holds no config.json", next_step=MODEL_HELP)
+        raise UnknownOption(f"'{folder}' holds no {CONFIG}", next_step=MODEL_HELP)
     try:
         import transformers
     except ModuleNotFoundError as error:
@@ -106,7 +172,7 @@ def _architecture(config: Path) -> str:
     return named[0]
 
 
-def named_adapters(specs: list[str]) -> dict[str, str]:
+def named_adapters(specs: Sequence[str]) -> dict[str, str]:
     """NAME=PATH, or PATH named after its folder.
 
     Raises:

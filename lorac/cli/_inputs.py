@@ -12,7 +12,7 @@ from lorac.errors import LoracError, UnknownOption, nearest_name
 from lorac.ir.store.strict_json import parse_object, read_text
 
 INPUTS_HELP = "An .npz, .json or .safetensors file: one array per input of the model."
-Inputs = Annotated[Path, typer.Option("--inputs", "-i", help=INPUTS_HELP)]
+OptionalInputs = Annotated[Path | None, typer.Option("--inputs", "-i", help=INPUTS_HELP)]
 _WRITES = 'numpy.savez(path, name=array, ...) writes one; in JSON it is {"name": [[1, 2], [3, 4]]}'
 
 

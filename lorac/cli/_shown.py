@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lorac.errors import LoracError
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 
 _WHOLE = 1_000_000
@@ -43,6 +45,11 @@ def show(report: object, *parts: Table | str, as_json: bool) -> None:
     console = Console(width=None if sys.stdout.isatty() else _WHOLE)
     for part in parts:
         console.print(Text(part) if isinstance(part, str) else part)
+
+
+def worded(error: LoracError) -> str:
+    """An error as it is shown."""
+    return f"lorac.{type(error).__name__}: {error}"
 
 
 def _plain(value: Any) -> Any:

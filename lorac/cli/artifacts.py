@@ -10,14 +10,18 @@ from typing import Annotated, Any
 
 import typer
 
-from lorac.cli._hosts import parse_spec
-from lorac.cli._inputs import Inputs, arrays_of, read_inputs, spelled
+from lorac.cli._chat import Chat
+from lorac.cli._hosts import Adapters, CompiledOrModel, load_compiled, parse_spec
+from lorac.cli._inputs import OptionalInputs, arrays_of, read_inputs, spelled
 from lorac.cli._shown import Json, show, table
+from lorac.cli._texts import Shown, Writer, timed
 from lorac.errors import ChoiceError, LoracError, UnknownOption
 from lorac.ir.store.disk import told
-from lorac.progress import progress
+from lorac.progress import Progress, progress
 
 Folder = Annotated[Path, typer.Argument(help="A folder written by `lorac compile`.")]
+_CALL_HEADERS = ("adapters", "swap ms", "call ms", "ratio")
+_TEXT_HEADERS = ("adapters", "swap ms", "first token ms", "read tokens/s", "written tokens/s", "ratio")
 
 
 def register(app: typer.Typer) -> None:
@@ -26,22 +30,52 @@ def register(app: typer.Typer) -> None:
         app.command()(command)
 
 
-def run(
-    folder: Folder,
-    inputs: Inputs,
+def run(  # noqa: PLR0913, PLR0917  (an argument per option)
+    model: CompiledOrModel,
+    inputs: OptionalInputs = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Go on with this text.")] = None,
+    adapter: Adapters = [],  # noqa: B006  (typer's way to say "any number")
     adapters: Annotated[str, typer.Option(help="none, NAME, or A=0.7,B=0.3; default: the active ones.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="How long a text may get.")] = 256,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="Draw tokens; 0 takes the best. Default: the model's own way.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the outputs to this .npz file.")] = None,
     json: Json = False,
 ) -> None:
-    """Call a compiled model."""
-    import numpy as np
-
-    choice = {"adapters": parse_spec(adapters)} if adapters else {}
+    """Call a compiled model with --inputs, have it go on with a --prompt, or chat with it: /adapter NAME, /adapters."""
+    _refuse_mixed(inputs, prompt, out, json)
     with progress("run") as report:
         report.step("loading")
-        compiled, arrays = _loaded(folder), read_inputs(inputs)
-        report.step("calling")
-        outputs = arrays_of(_answered(compiled, arrays, **choice))
+        compiled = load_compiled(model, adapter)
+        if inputs is not None:
+            report.step("calling")
+            choice = {"adapters": parse_spec(adapters)} if adapters else {}
+            outputs = arrays_of(_answered(compiled, read_inputs(inputs), **choice))
+    if inputs is not None:
+        _show_outputs(outputs, out, json)
+        return
+    if adapters:
+        compiled.swap(parse_spec(adapters))
+    writer = Writer.of(compiled, max_new_tokens, temperature)
+    if prompt is None:
+        Chat(writer).run()
+    else:
+        _write(writer, prompt, json)
+
+
+def _refuse_mixed(inputs: Path | None, prompt: str | None, out: Path | None, json: bool) -> None:
+    if inputs is not None and prompt is not None:
+        raise typer.BadParameter("--inputs and --prompt are two ways to call a model; give one")
+    if out is not None and inputs is None:
+        raise typer.BadParameter("--out writes what a call with --inputs answers")
+    if json and inputs is None and prompt is None:
+        raise typer.BadParameter("--json is for --inputs and --prompt, and not for a chat")
+
+
+def _show_outputs(outputs: dict[str, Any], out: Path | None, json: bool) -> None:
+    import numpy as np
+
     if out is not None:
         with told(out, UnknownOption, "written"):
             np.savez(out, **outputs)
@@ -57,6 +91,16 @@ def run(
     ]
     shown = [(*list(row.values())[:3], f"{row['mean']:.6g}", f"{row['std']:.6g}") for row in rows]
     show(rows, table(("output", "shape", "dtype", "mean", "std"), shown), as_json=json)
+
+
+def _write(writer: Writer, prompt: str, json: bool) -> None:
+    """Go on with a text, showing it as it is written; as JSON at its end."""
+    shown = Shown(writer.tokenizer, (lambda _: None) if json else (lambda piece: print(piece, end="", flush=True)))
+    writer.write(writer.encoded(prompt), shown)
+    if json:
+        show({"text": shown.text, "tokens": shown.tokens, "active": writer.compiled.active}, as_json=True)
+    else:
+        print()
 
 
 def swap(
@@ -88,23 +132,38 @@ def swap(
 
 
 def bench(
-    folder: Folder,
-    inputs: Inputs,
+    model: CompiledOrModel,
+    inputs: OptionalInputs = None,
+    adapter: Adapters = [],  # noqa: B006  (typer's way to say "any number")
     rounds: Annotated[int, typer.Option(min=1, help="Calls per choice.")] = 20,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Read before a text is written.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Written in each round.")] = 32,
     json: Json = False,
 ) -> None:
-    """Time calls with each adapter and without, and the swaps between them: medians, ratio to no adapter last."""
+    """Time calls with --inputs, or else writing, with each adapter and without: medians, ratio to no adapter last."""
     with progress("bench") as report:
         report.step("loading")
-        compiled, arrays = _loaded(folder), read_inputs(inputs)
-        choices: list[Any] = [None, *compiled.adapters]
-        calls: dict[Any, list[float]] = {choice: [] for choice in choices}
-        swaps: dict[Any, list[float]] = {choice: [] for choice in choices}
-        for number in range(rounds):
-            report.step(f"round {number + 1} of {rounds}")
-            _round(compiled, arrays, calls, swaps)
+        compiled = load_compiled(model, adapter, active=None)
+        if inputs is None:
+            report.step("writing")
+            rows = timed(compiled, prompt_tokens, new_tokens, rounds)
+        else:
+            rows = _calls(compiled, read_inputs(inputs), rounds, report)
+    headers = _TEXT_HEADERS if inputs is None else _CALL_HEADERS
+    shown = [(row["adapters"], *(f"{value:.3f}" for value in list(row.values())[1:])) for row in rows]
+    show(rows, table(headers, shown), as_json=json)
+
+
+def _calls(compiled: Any, arrays: dict[str, Any], rounds: int, report: Progress) -> list[dict[str, Any]]:
+    """What a call takes with each choice: medians."""
+    choices: list[Any] = [None, *compiled.adapters]
+    calls: dict[Any, list[float]] = {choice: [] for choice in choices}
+    swaps: dict[Any, list[float]] = {choice: [] for choice in choices}
+    for number in range(rounds):
+        report.step(f"round {number + 1} of {rounds}")
+        _round(compiled, arrays, calls, swaps)
     base = statistics.median(calls[None])
-    rows = [
+    return [
         {
             "adapters": choice or "none",
             "swap_ms": statistics.median(swaps[choice]) * 1e3,
@@ -113,8 +172,6 @@ def bench(
         }
         for choice in choices
     ]
-    shown = [(row["adapters"], *(f"{value:.3f}" for value in list(row.values())[1:])) for row in rows]
-    show(rows, table(("adapters", "swap ms", "call ms", "ratio"), shown), as_json=json)
 
 
 def _round(compiled: Any, arrays: dict[str, Any], calls: dict[Any, list[float]], swaps: dict[Any, list[float]]) -> None:

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from lorac.cli._hosts import ADAPTER_HELP, MODEL_HELP, load_model, named_adapters, parse_spec
+from lorac.cli._hosts import (
+    MODEL_HELP,
+    Adapters,
+    CompiledOrModel,
+    load_compiled,
+    load_model,
+    load_with_tokenizer,
+    named_adapters,
+    parse_spec,
+)
 from lorac.cli._inputs import INPUTS_HELP, read_inputs
 from lorac.cli._settings import DYNAMIC_HELP, RESERVE_HELP, names_of, reserve_of, shapes_of
 from lorac.cli._shown import Json, show, table
 from lorac.errors import UnknownOption
 from lorac.ir.slots.planning import MODES
 from lorac.ir.store.disk import told
-from lorac.ir.store.folders import MANIFEST
 from lorac.progress import progress
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -28,7 +36,6 @@ def _targets() -> list[str]:
 
 
 Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
-Adapters = Annotated[list[str], typer.Option("--adapter", "-a", help=ADAPTER_HELP)]
 Mode = Annotated[str, typer.Option(help="auto, live, fused or baked.", autocompletion=lambda: list(MODES))]
 Dtype = Annotated[
     str | None,
@@ -108,16 +115,20 @@ def compile(  # noqa: PLR0913, PLR0917  (an argument per option)
     inputs: Annotated[Path | None, typer.Option("--inputs", "-i", help=f"Example inputs. {INPUTS_HELP}")] = None,
     reserve: Annotated[list[str], typer.Option(help=RESERVE_HELP)] = [],  # noqa: B006  (the same)
     dynamic: Annotated[list[str], typer.Option(help=DYNAMIC_HELP)] = [],  # noqa: B006  (the same)
+    cache: Annotated[
+        bool, typer.Option("--cache", help="Keep keys and values, so that the model writes text.")
+    ] = False,
+    weights: Annotated[str | None, typer.Option(help="int8 or int4: quantise the base; for onnxruntime.")] = None,
     json: Json = False,
 ) -> None:
-    """Compile a model and its adapters, and save the result."""
+    """Compile a model and its adapters, and save the result, with the tokenizer beside the model."""
     import lorac
 
     room, choice = reserve_of(reserve), active if active == "auto" else parse_spec(active)
     examples = None if inputs is None else read_inputs(inputs)
     with progress("compile") as report:
         report.step("loading the model")
-        host = load_model(model)
+        host, tokenizer = load_with_tokenizer(model)
         report.step("compiling")
         compiled = lorac.compile(
             host,
@@ -130,9 +141,12 @@ def compile(  # noqa: PLR0913, PLR0917  (an argument per option)
             dynamic_shapes=shapes_of(dynamic, host, examples),
             dtype=dtype,
             device=device,
+            # Other targets have no such options, and are told of none that is not asked for.
+            **({"cache": True} if cache else {}),
+            **({"weights": weights} if weights else {}),
         )
         report.step("saving")
-        compiled.save(out)
+        compiled.save(out, tokenizer)
     names = list(compiled.adapters)
     told = {"folder": str(out), "target": target, "mode": mode, "adapters": names, "active": compiled.active}
     line = f"{out}: {target}, {mode}, adapters {', '.join(names) or 'none'}, active {compiled.active}"
@@ -140,16 +154,16 @@ def compile(  # noqa: PLR0913, PLR0917  (an argument per option)
 
 
 def explain(
-    model: Model,
+    model: CompiledOrModel,
     adapter: Adapters = [],  # noqa: B006  (the same)
     mode: Mode = "auto",
     html: Annotated[Path | None, typer.Option("--html", help="Draw it besides, as a page in this file.")] = None,
     json: Json = False,
 ) -> None:
-    """Say per site what becomes of each adapter, and why not something cheaper. MODEL may be a compiled folder."""
+    """Say per site what becomes of each adapter, and why not something cheaper."""
     with progress("explain") as report:
         report.step("loading")
-        compiled = _compiled(model, adapter, mode)
+        compiled = load_compiled(model, adapter, mode=mode, active=None)
         said = compiled.explain()
     show({field.name: getattr(said, field.name) for field in dataclasses.fields(said)}, str(said), as_json=json)
     if html is not None:
@@ -157,12 +171,3 @@ def explain(
             written = compiled.graph.to_html(html)
         if not json:
             print(f"{written}: the picture")
-
-
-def _compiled(model: str, adapter: list[str], mode: str) -> Any:
-    """The compiled model of a folder, or one made of a model for eager."""
-    import lorac
-
-    if (Path(model) / MANIFEST).is_file():
-        return lorac.load(model)
-    return lorac.compile(load_model(model), named_adapters(adapter), mode=mode, active=None)

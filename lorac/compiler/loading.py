@@ -22,6 +22,7 @@ from lorac.ir.store.plans import choice_from_json, plan_from_json
 from lorac.kinds import expect
 from lorac.runtime.compiled import Compiled
 from lorac.runtime.components import traits_from_json
+from lorac.runtime.generation.tokenizers import TokenizerFiles
 from lorac.runtime.host import Host
 from lorac.runtime.manifest import Manifest
 
@@ -70,7 +71,9 @@ def _loaded_from(folder: Path, target: str | None, device: str | torch.device | 
     _refuse_others(folder)
     try:
         manifest = Manifest.of(folder)
-        return _loaded(manifest, target or manifest.target, device)
+        loaded = _loaded(manifest, target or manifest.target, device)
+        loaded.tokenizer = TokenizerFiles.among(manifest.files)
+        return loaded
     except LoracError:
         raise
     except Exception as error:  # its seal agrees, so somebody made it so: what reads it may stumble anywhere

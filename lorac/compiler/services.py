@@ -188,7 +188,13 @@ class Lasting:
             self.request.program(())
         return self.stages
 
-    def save(self, backend: Backend[TargetOptions], compiled: Compiled, folder: str | Path) -> None:
+    def save(
+        self,
+        backend: Backend[TargetOptions],
+        compiled: Compiled,
+        folder: str | Path,
+        tokenizer: Callable[[Path], object] | None,
+    ) -> None:
         """Write an artefact of a compiled model."""
         expect(folder, (str, os.PathLike), "where compiled.save writes to", next_step="give the path of a folder")
 
@@ -203,6 +209,7 @@ class Lasting:
             store=lambda staged: backend.store(compiled.engine, staged, request),
             save_adapter=_write_adapter,
             reductions=self.preparer.stored_reductions(self.pool.adapters.values()),
+            tokenizer=tokenizer,
         )
 
     def _weight(self, site: Site) -> torch.Tensor:

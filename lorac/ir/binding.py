@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 import torch
+from torch import nn
 
 from lorac.ir.cache import Cache, Extension
 
 Aux = Mapping[str, Mapping[str, object]]
 """Extra outputs: name -> site path -> tensor."""
+T = TypeVar("T")
 Content = TypeVar("Content")
 Content_contra = TypeVar("Content_contra", contravariant=True)
 
@@ -35,6 +37,9 @@ class Runs(Protocol[Content_contra]):
     def extend(self, content: Content_contra, graph: str, cache: Cache, extension: Extension) -> torch.Tensor:
         """As ``Bound.extend``."""
 
+    def lend(self, content: Content_contra, graph: str, work: Callable[[nn.Module], T]) -> T:
+        """As ``Bound.lend``."""
+
     def activate(self, content: Content_contra) -> None:
         """It became the active one (for work that no call encloses, such as recomputation in backward)."""
 
@@ -50,6 +55,9 @@ class Bound(Protocol):
 
         The cache has room for them. Where the call fails, it is as it was.
         """
+
+    def lend(self, graph: str, work: Callable[[nn.Module], T]) -> T:
+        """Have the host that runs do some work of its own, each of whose forwards answers with this choice."""
 
     def activate(self) -> None:
         """As the engine's."""
@@ -69,6 +77,10 @@ class Binding(Generic[Content]):
     def extend(self, graph: str, cache: Cache, extension: Extension) -> torch.Tensor:
         """As ``Bound`` says."""
         return self.engine.extend(self.content, graph, cache, extension)
+
+    def lend(self, graph: str, work: Callable[[nn.Module], T]) -> T:
+        """As ``Bound`` says."""
+        return self.engine.lend(self.content, graph, work)
 
     def activate(self) -> None:
         """Make it the active one."""

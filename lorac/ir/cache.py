@@ -33,10 +33,12 @@ class Cache(ABC):
     Attributes:
         capacity: the most tokens a row may have.
         lengths: how many tokens each row holds.
+        nbytes: what its buffers take.
     """
 
     capacity: int
     lengths: tuple[int, ...]
+    nbytes: int
 
     @abstractmethod
     def select(self, rows: Sequence[int]) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from lorac.errors import Unavailable, UnknownOption, nearest_name
-from lorac.ir.binding import Bound
+from lorac.ir.binding import Bound, T
 from lorac.ir.cache import Cache, Extension, Keeps
 from lorac.ir.graph.passes import Pass
 from lorac.ir.graph.program import Program
@@ -183,6 +183,10 @@ class Engine(ABC):
     def extend(self, content: object, graph: str, cache: Cache, extension: Extension) -> torch.Tensor:
         """As ``Bound.extend``, with what the engine made of a choice."""
         self.refuse_cache()
+
+    def lend(self, content: object, graph: str, work: Callable[[nn.Module], T]) -> T:
+        """As ``Bound.lend``; only of engines that run the host."""
+        raise NotImplementedError
 
     @abstractmethod
     def bind(self, snapshot: Snapshot, slots: Mapping[str, SiteSlots]) -> Bound:

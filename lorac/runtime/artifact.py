@@ -5,6 +5,7 @@
     adapters/<name>.forms.safetensors  what a method comes to that is not lorac's own, so that no class is needed
     adapters/<name>.onnx_adapter     the same as ONNX Runtime reads them, where the program runs without lorac; of
                                      several components each has one
+    tokenizer/…                      the tokenizer as it writes itself, where there is one
     …                                the program and its weights, as the target stores them
 
 Adapters whose names are no names of files have their numbers instead; the manifest says which.
@@ -39,10 +40,11 @@ from lorac.ir.store.held import HeldFile
 from lorac.ir.store.plans import choice_to_json, plan_to_json
 from lorac.ir.store.strict_json import json_text, parse_object, read_text
 from lorac.runtime.compiled import Compiled
+from lorac.runtime.generation.tokenizers import FOLDER
 from lorac.spending import reading
 from lorac.version import VERSION
 
-FORMAT = 4
+FORMAT = 5
 ADAPTERS = "adapters"
 RECORD, FORMS = "file", "forms"
 FILES = (RECORD, FORMS)
@@ -79,6 +81,7 @@ def save(
     store: Callable[[Path], Mapping[str, Any]],
     save_adapter: Callable[[Any, Callable[[], Prepared], Path], Mapping[str, Any]],
     reductions: Mapping[str, Any],
+    tokenizer: Callable[[Path], object] | None = None,
 ) -> None:
     """Write a compiled model.
 
@@ -90,9 +93,13 @@ def save(
         save_adapter: (adapter, () -> its normal forms, path without a suffix) -> what the manifest says of it, the
             names of its files in their folder; writes them.
         reductions: what the adapters' formulas were reduced to, by structure.
+        tokenizer: writes the tokenizer into a folder; None where there is none.
     """
 
     def fill(staged: Path) -> dict[str, Any]:
+        if tokenizer is not None:
+            (staged / FOLDER).mkdir()
+            tokenizer(staged / FOLDER)
         return {
             "versions": {"lorac": VERSION, **_versions("torch", compiled.engine.target)},
             "target": compiled.engine.target,

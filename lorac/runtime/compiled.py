@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lorac.errors import BaseNeeded, Unavailable
 from lorac.ir.binding import Bound
@@ -20,15 +20,18 @@ from lorac.ir.slots.site import Prepared, SitePlan
 from lorac.ir.slots.snapshot import Snapshot
 from lorac.runtime.advice import refuse_misfit
 from lorac.runtime.components import Component
+from lorac.runtime.generation.interface import Generates
 from lorac.runtime.locks import ReadWriteLock
 from lorac.runtime.pool import Pool
 from lorac.runtime.report import SwapReport, presented
 from lorac.runtime.services import Services
 from lorac.runtime.states import State, States
 
+T = TypeVar("T")
+
 
 @presented
-class Compiled:
+class Compiled(Generates):
     """The result of ``lorac.compile``.
 
     Calling it answers as the model does. ``adapters=`` in a call chooses for that call only.
@@ -75,43 +78,45 @@ class Compiled:
         """One call of a graph, with the active adapters or with a choice of its own."""
         if isinstance(adapters, Sequence) and not isinstance(adapters, str):
             return self._call_rows(args, kwargs, adapters, graph)
-        if self.mode == "baked":
-            return self._call_baked(args, kwargs, adapters, graph)
-        if self.engine.fused:
-            return self._call_fused(args, kwargs, adapters, graph)
-        computed = self.computes_terms()
-        state = self._state if adapters is UNSET else self._states.of(parse_choice(adapters, self.pool), stale=computed)
-        return self._run((state if computed else self._fresh(state)).bound, graph, args, kwargs)
+        return self.with_choice(adapters, lambda bound, _: self._run(bound, graph, args, kwargs))
 
-    def _run(self, bound: Bound | None, graph: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """One call with what is bound; with what was written, where that is nothing."""
+    def _run(self, bound: Bound, graph: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         args, kwargs = self.services.fit((args, kwargs))
-        answer = (bound or self.engine.written).run(graph, args, kwargs)
+        answer = bound.run(graph, args, kwargs)
         self._answered.aux = answer.aux
         return answer.output
 
-    def _call_baked(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], adapters: Any, graph: str) -> Any:
-        if adapters is not UNSET and parse_choice(adapters, self.pool) != self.choice:
-            self.refuse_baked()
-        return self._run(self._state.bound, graph, args, kwargs)
+    def with_choice(self, adapters: Any, work: Callable[[Bound, State], T]) -> T:
+        """Some work with the active adapters, or with a choice of its own, as one call: no swap comes in between."""
+        if self.mode == "baked":
+            if adapters is not UNSET and parse_choice(adapters, self.pool) != self.choice:
+                self.refuse_baked()
+            return work(self._state.bound or self.engine.written, self._state)
+        if self.engine.fused:
+            return self._with_written(adapters, work)
+        computed = self.computes_terms()
+        state = self._state if adapters is UNSET else self._states.of(parse_choice(adapters, self.pool), stale=computed)
+        state = state if computed else self._fresh(state)
+        assert state.bound is not None
+        return work(state.bound, state)
 
-    def _call_fused(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], adapters: Any, graph: str) -> Any:
+    def _with_written(self, adapters: Any, work: Callable[[Bound, State], T]) -> T:
         if adapters is not UNSET:
             choice = parse_choice(adapters, self.pool)
             with self._swaps:
-                return self._calls.writing(lambda: self._run_once(choice, graph, args, kwargs))
+                return self._calls.writing(lambda: self._with_own(choice, work))
         self._rewrite()
         with self._calls.reading():
             if self._whole():
-                return self._run(None, graph, args, kwargs)
-        return self._call_fused(args, kwargs, adapters, graph)
+                return work(self.engine.written, self._state)
+        return self._with_written(adapters, work)
 
-    def _run_once(self, choice: Choice, graph: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """One call with weights written for it, by one who is alone."""
-        before = self._state.snapshot
+    def _with_own(self, choice: Choice, work: Callable[[Bound, State], T]) -> T:
+        """Some work with weights written for it, by one who is alone."""
+        before, state = self._state.snapshot, self._states.of(choice)
         try:
-            self._put(self._states.of(choice).snapshot)
-            return self._run(None, graph, args, kwargs)
+            self._put(state.snapshot)
+            return work(self.engine.written, state)
         finally:
             self._put(before)
 
@@ -171,8 +176,8 @@ class Compiled:
         self.refuse_baked()
         choice = parse_choice(adapters, self.pool)
         with self._swaps:
-            touched, before = self._touched(choice), self._state
-            written, blocked = self._change(choice)
+            touched, before = self._states.touched(self._state, choice), self._state
+            written, blocked = self._write(choice) if self.engine.fused else (self._bind(choice), 0.0)
             changed = self._state
         try:
             self._settle(settle)
@@ -183,21 +188,11 @@ class Compiled:
         state = "settled" if self.engine.settled else "bound"
         return SwapReport(state, len(touched), written, time.perf_counter() - begun, blocked)
 
-    def _change(self, choice: Choice) -> tuple[int, float]:
-        with self._swaps:
-            return self._write(choice) if self.engine.fused else (self._bind(choice), 0.0)
-
     def _settle(self, now: bool) -> None:
         if now:
             self.engine.settle()
         elif self.engine.settles_alone:
             threading.Thread(target=self.engine.settle, name="lorac-settle", daemon=True).start()
-
-    def _touched(self, choice: Choice) -> set[str]:
-        """The sites whose slots change when ``choice`` becomes the active one."""
-        if choice == self._state.choice and not self._state.stale:
-            return set()
-        return {path for name, _ in (*choice, *self._state.choice) for path in self.pool[name].paths}
 
     def _bind(self, choice: Choice) -> int:
         before, state = self._state, self._states.of(choice)
@@ -387,13 +382,17 @@ class Compiled:
         with self._swaps:
             self._states.save(parse_choice(adapters, self.pool), component, Path(path))
 
-    def save(self, folder: Any) -> None:
+    def save(self, folder: Any, tokenizer: Any = None) -> None:
         """Write everything needed to run this elsewhere to ``folder``: ``lorac.load(folder)`` gives it back.
 
         It takes the place of an older artefact in one step; nothing that lorac did not write is ever removed.
+
+        Args:
+            folder: where.
+            tokenizer: saved beside it; default: ``compiled.tokenizer``, where there is one.
 
         Raises:
             ArtifactError: the folder holds something else, or besides an older artefact files of others.
         """
         with self._swaps:
-            self.services.save(self, folder)
+            self.services.save(self, folder, self.written_tokenizer(tokenizer))

@@ -32,16 +32,29 @@ class Traits:
         config: its configuration, or None.
         dtype: of its parameters: the first floating-point one's.
         device: where they are.
+        generation: its generation configuration, as far as something is said in it; None where it does not generate.
     """
 
     config: Any
     dtype: torch.dtype
     device: torch.device
+    generation: Mapping[str, Any] | None = None
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Its configuration by name; where a part of it is about text, with what that says."""
+        entries = _entries(self.config) or {}
+        text = entries.get("text_config")
+        return {**text, **entries} if isinstance(text, Mapping) else entries
 
     def to_json(self) -> dict[str, Any]:
         """The traits as JSON; of the configuration what JSON can hold."""
-        plain = json.loads(json.dumps(_entries(self.config), default=lambda _: None))
-        return {"config": plain, "dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device)}
+        return {
+            "config": _plain(_entries(self.config)),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "generation": _plain(self.generation),
+        }
 
 
 def traits_of(model: nn.Module) -> dict[str, Traits]:
@@ -56,6 +69,7 @@ def traits_from_json(stored: Mapping[str, Any]) -> dict[str, Traits]:
             config=None if told["config"] is None else Config(told["config"]),
             dtype=getattr(torch, told["dtype"]),
             device=torch.device(told["device"]),
+            generation=told["generation"],
         )
         for name, told in stored.items()
     }
@@ -69,11 +83,25 @@ def _entries(config: Any) -> dict[str, Any] | None:
     return dict(told()) if callable(told) else dict(vars(config))
 
 
+def _plain(entries: Mapping[str, Any] | None) -> Any:
+    """What JSON can hold of some entries."""
+    return json.loads(json.dumps(entries, default=lambda _: None))
+
+
+def _generation(model: nn.Module) -> dict[str, Any] | None:
+    """What a model's generation configuration says."""
+    can, config = getattr(model, "can_generate", None), getattr(model, "generation_config", None)
+    if not callable(can) or not can() or config is None:
+        return None
+    said = config.to_dict()
+    return {name: value for name, value in said.items() if value is not None and name != "transformers_version"}
+
+
 def _traits(model: nn.Module) -> Traits:
     tensors = [*model.parameters(), *model.buffers()]
     dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.get_default_dtype())
     device = tensors[0].device if tensors else torch.device("cpu")
-    return Traits(getattr(model, "config", None), dtype, device)
+    return Traits(getattr(model, "config", None), dtype, device, _generation(model))
 
 
 class Component:
@@ -95,6 +123,10 @@ class Component:
     def __call__(self, *args: Any, adapters: Any = UNSET, **kwargs: Any) -> Any:
         """Answer as the model does."""
         return self._compiled.call(args, kwargs, adapters, graph=self._name)
+
+    def generate(self, inputs: Any = None, **told: Any) -> Any:
+        """As ``Compiled.generate``."""
+        return self._compiled.generate(inputs, component=self._name, **told)
 
     def __repr__(self) -> str:
         return f"<component {self._name} of {self._compiled!r}>"

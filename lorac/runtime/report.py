@@ -21,12 +21,14 @@ INTERFACE = (
     "aux",
     "explain",
     "export",
+    "generate",
     "graph",
     "mode",
     "remove_adapter",
     "save",
     "save_choice",
     "swap",
+    "tokenizer",
 )
 """What there is to ask of a compiled model, on every target; all else is its business."""
 _NAMED = 4

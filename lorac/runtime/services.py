@@ -22,7 +22,7 @@ class Services:
         load: (source, name) -> adapter: read a file, or make a fresh variant's tensors.
         outline: adapter -> its normal forms, right in shape only; needs no base weights.
         recompile: (target, mode, **options) -> another Compiled, from the host model.
-        save: (compiled, folder) -> None.
+        save: (compiled, folder, what writes its tokenizer into a folder, if anything) -> None.
         record: adapter -> all that a file says of it beside its tensors, as JSON.
         save_adapter: (adapter, folder) -> None: write it as PEFT does.
         explain: compiled -> report.
@@ -35,7 +35,7 @@ class Services:
     load: Callable[[Any, str | None], Any]
     outline: Callable[[Any], Prepared]
     recompile: Callable[..., Any]
-    save: Callable[[Any, Any], None]
+    save: Callable[[Any, Any, Any], None]
     record: Callable[[Any], Mapping[str, Any]]
     save_adapter: Callable[[Any, Any], None]
     explain: Callable[[Any], Any]

@@ -122,6 +122,12 @@ class States:
                 f"{describe(choice)} does not fit together: {error.what}", next_step=f"compile again with {together}"
             ) from error
 
+    def touched(self, before: State, choice: Choice) -> set[str]:
+        """The sites whose slots change when a choice takes the place of a state."""
+        if choice == before.choice and not before.stale:
+            return set()
+        return {path for name, _ in (*choice, *before.choice) for path in self.pool[name].paths}
+
     def forget(self, name: str) -> None:
         """Let go of every state that an adapter is part of."""
         self.kept = {choice: state for choice, state in self.kept.items() if name not in dict(choice)}

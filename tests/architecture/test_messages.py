@@ -46,15 +46,20 @@ FOREIGN = {
     "inplace": "torch.nn.ReLU",
     "input_ids": "models of transformers",
     "labels": "models of transformers",
+    "max_new_tokens": "generate of transformers",
     "padding": "tokenizers of transformers",
     "path_initial_model_for_weight_conversion": "PeftModel.save_pretrained",
+    "return_dict_in_generate": "generate of transformers",
     "return_tensors": "tokenizers of transformers",
+    "stop_strings": "generate of transformers",
+    "stopping_criteria": "generate of transformers",
     "weights_only": "torch.load",
 }
 """Arguments that messages name -> whose they are."""
 CALLED = {
     "W": torch.Tensor,
     "backward": torch.Tensor.backward,
+    "can_generate": "models of transformers",
     "copy": importlib.import_module("copy"),
     "model": torch.nn.Module,
     "numpy": importlib.import_module("numpy"),

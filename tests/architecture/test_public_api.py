@@ -18,6 +18,7 @@ CLASSES = {
     "BranchVariant",
     "Compiled",
     "ParamSpec",
+    "Prefixes",
     "Reserve",
     "Role",
     "SwapReport",

@@ -20,11 +20,10 @@ import torch
 from lorac.backends.onnx.emit import emit
 from lorac.backends.onnx.legalize import Legalize
 from lorac.errors import Unavailable
+from lorac.ir.binding import Answer, Binding
 from lorac.ir.engine import (
-    Answer,
     AnyDialect,
     Backend,
-    Binding,
     BuildRequest,
     Dialect,
     Engine,

@@ -1,5 +1,6 @@
 """Every benchmark runs, tiny, on the path of the full run: tables whole, JSON filled, nothing else on the terminal."""
 
+import argparse
 import dataclasses
 import importlib
 import json
@@ -12,7 +13,32 @@ from benchmarks import __main__ as everything
 
 ROOT = Path(__file__).parents[2]
 ROWS = {
-    "compile": [["plain export", "plain export, A/A", "lorac live", "lorac live, no self-test", "lorac fused"]],
+    "compile": [
+        ["plain export", "plain export, A/A", "lorac live", "lorac live, no self-test", "lorac fused"],
+        ["genai builder, adapter", "genai builder, no adapter", "lorac live, cache"],
+        ["1", "2"],
+    ],
+    "generate": [
+        [
+            "genai base",
+            "PEFT",
+            "base",
+            "base, A/A",
+            "live",
+            "live, capacity 2048",
+            "live, generate",
+            "int4 live",
+        ],
+        [
+            "base, A/A / base",
+            "base / genai base",
+            "live / base",
+            "live / PEFT",
+            "live, capacity 2048 / live",
+            "live, generate / live",
+            "int4 live / live",
+        ],
+    ],
     "load": [["bare session", "bare session, A/A", "lorac.load"]],
     "overhead": [
         [
@@ -20,7 +46,6 @@ ROWS = {
             "live / base",
             "dora / base",
             "baked / base",
-            "fused / base",
             "A/A / base",
             "live, none / base",
             "settled / base",
@@ -66,7 +91,8 @@ def test_it_runs(name, tmp_path, capfd):
     printed, complaints = capfd.readouterr()
     result = json.loads((tmp_path / "result.json").read_text())
     assert [[row[0] for row in table["rows"]] for table in result["tables"]] == ROWS[name]
-    assert len(printed.split("\n")) == 1 + sum(4 + len(rows) for rows in ROWS[name]), "it prints its tables alone"
+    lines = sum(4 + len(table["rows"]) + len(table["notes"]) for table in result["tables"])
+    assert len(printed.split("\n")) == 1 + lines, "it prints its tables alone"
     assert complaints == ""
     noise = [ratio for table in result["tables"] for ratio in table["A/A"].values()]
     assert noise and all(math.isfinite(ratio) and ratio > 0 for ratio in noise)
@@ -120,3 +146,11 @@ def test_a_table_without_a_promised_row_is_refused():
     table = common.Table("title", ("side", "ratio"), [("a", "1")], [("b",)], {})
     with pytest.raises(AssertionError, match="not the rows it promises"):
         common.print_table(table)
+
+
+def test_an_engine_that_is_not_there_is_said_to_be_missing():
+    from benchmarks import _genai
+
+    given = argparse.Namespace(genai=_genai.NOWHERE)
+    assert not _genai.found(given)
+    assert "was not measured: pip install" in _genai.note(given)

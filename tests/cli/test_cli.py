@@ -175,7 +175,10 @@ def test_compile_for_onnxruntime(cli, files):
             ["compile", "model", "-a", "sql", "-o", "x", "--active", "slq"],
             "lorac.AdapterNotFound: no adapter is called",
         ),
-        (["run", "nowhere", "-i", "inputs.npz"], "lorac.ArtifactError: there is no compiled model at"),
+        (
+            ["run", "nowhere", "-i", "inputs.npz"],
+            "lorac.UnknownOption: 'nowhere' is neither a compiled folder nor a model",
+        ),
         (["run", "compiled", "-i", "nowhere.npz"], "lorac.UnknownOption: 'nowhere.npz' cannot be read"),
         (["run", "compiled", "-i", "model/config.json"], "lorac.UnknownOption: 'model/config.json' cannot be read"),
         (["swap", "compiled", "slq"], "lorac.AdapterNotFound: no adapter is called 'slq'\n  nearest: sql"),

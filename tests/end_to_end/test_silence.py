@@ -40,10 +40,11 @@ from examples import demo
 eager = lorac.compile(model, demo.VARIANTS)
 eager.swap("pirate")
 eager.train()(**inputs, labels=ids).loss.backward()
-engine = eager.eval().export(target="onnxruntime", active=None)
+engine = eager.eval().export(target="onnxruntime", active=None, cache=True)
 for choice in demo.CHOICES.values():
     engine.swap(choice)
     engine(**inputs)
+    engine.generate(**inputs, max_new_tokens=2, do_sample=False)
 """
 )
 _REFUSED = """

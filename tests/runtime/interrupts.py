@@ -42,7 +42,8 @@ def _is_ours(frame: FrameType | None) -> bool:
 def _line(frame: FrameType) -> str:
     """The line that comes next.
 
-    A tracer may raise where a ``with`` is left, before it lets go of anything. Signals are not let in there.
+    A tracer may raise where a ``with`` is left, before it lets go of anything, and at a ``try`` within it, for which
+    Python has no more than a place without an instruction. Signals are not let in there.
     """
     return linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
 
@@ -54,7 +55,7 @@ def _run(work: Callable[[], object], moment: int) -> bool:
         nonlocal left
         if not _is_ours(frame):
             return None
-        if event == "line" and not _line(frame).startswith("with "):
+        if event == "line" and not _line(frame).startswith(("with ", "try:")):
             left -= 1
             if left == 0:
                 raise Interrupted

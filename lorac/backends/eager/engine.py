@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextvars
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -34,6 +34,7 @@ from lorac.ir.slots.snapshot import Snapshot
 from lorac.ir.slots.training import LiveTerm, run_terms, weights_of
 
 Tensor = torch.Tensor
+T = TypeVar("T")
 Terms = Callable[[str, Choice], Sequence[LiveTerm] | None]
 
 
@@ -153,16 +154,39 @@ class EagerEngine(Engine):
         """Call the host copy, or one of several; in fused mode the weights already hold the choice."""
         module = self.components[require_component(graph, self.components)]
         call = _Call(content, self.computes_terms)
-        if content.reads_base:
-            unadapted = _Call(_BARE)
-            with torch.no_grad(), self._using(unadapted):
-                module(*args, **kwargs)
-            call.values.update({f"{BASE}:{path}": value for path, value in unadapted.values.items()})
+        self._read_base(call, module, args, kwargs)
         with self._using(call):
             output = module(*args, **kwargs)
         if torch.is_grad_enabled():
             self._recorded = call
         return Answer(output, call.aux)
+
+    def lend(self, content: object, graph: str, work: Callable[[nn.Module], T]) -> T:
+        """Have the host copy do some work of its own, each of whose forwards reads the content."""
+        module = self.components[require_component(graph, self.components)]
+        assert isinstance(content, Filled)
+        call = _Call(content, self.computes_terms)
+
+        def before(module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+            if self._call() is call:  # not in a pass of the base, nor in a call of another thread
+                self._read_base(call, module, args, kwargs)
+
+        with ExitStack() as held:
+            if content.reads_base:
+                held.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            held.enter_context(self._using(call))
+            return work(module)
+
+    def _read_base(
+        self, call: _Call, module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> None:
+        """Have a call know what its branches read of the base, by a pass of it."""
+        if not call.filled.reads_base:
+            return
+        unadapted = _Call(_BARE)
+        with torch.no_grad(), self._using(unadapted):
+            module(*args, **kwargs)
+        call.values.update({f"{BASE}:{path}": value for path, value in unadapted.values.items()})
 
     # --- the sites ---------------------------------------------------------------------------------------------
 

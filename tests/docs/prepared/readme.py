@@ -8,6 +8,7 @@ import torch
 import transformers
 
 import lorac
+from tests.letters import CHAT, letters
 
 torch.manual_seed(0)
 _config = transformers.LlamaConfig(
@@ -15,6 +16,7 @@ _config = transformers.LlamaConfig(
 )
 model = transformers.LlamaForCausalLM(_config).eval()
 model.save_pretrained("MODEL")
+letters(CHAT).save_pretrained("MODEL")
 inputs = {"input_ids": torch.randint(0, 128, (2, 5))}
 numpy.savez("inputs.npz", **{name: tensor.numpy() for name, tensor in inputs.items()})
 

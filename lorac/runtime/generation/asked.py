@@ -1,0 +1,159 @@
+"""What ``generate`` was asked for: transformers' options, checked before anything runs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+
+from lorac.errors import InputMismatch, Unavailable, UnknownOption, WrongType, nearest_name, short
+
+T = TypeVar("T")
+OWN = ("adapters", "draft", "prefixes", "seed")
+"""What ``generate`` takes beside transformers' options."""
+_DRAFTED = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp")
+_INNER = ("output_attentions", "output_hidden_states")
+_REPLACED = ("custom_generate", "synced_gpus", "trust_remote_code")
+"""Options of transformers' that would run something else than the compiled program."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Options of one call.
+
+    Attributes:
+        told: transformers' options and inputs, as they were given.
+        defaults: the model's generation configuration, by name.
+    """
+
+    told: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+
+    def option(self, name: str) -> Any:
+        """An option's value: as given, of the configuration that was given, or the model's own."""
+        given = self.told.get("generation_config")
+        for value in (self.told.get(name), getattr(given, name, None), self.defaults.get(name)):
+            if value is not None:
+                return value
+        return None
+
+    @property
+    def beams(self) -> int:
+        """How many beams each row has."""
+        return int(self.option("num_beams") or 1)
+
+    @property
+    def drawn(self) -> bool:
+        """Whether tokens are drawn one after the other, each row by itself."""
+        drafted = any(self.option(name) for name in _DRAFTED)
+        return bool(self.option("do_sample")) and self.beams == 1 and not drafted
+
+    @property
+    def drafts(self) -> bool:
+        """Whether another model, or the text itself, guesses tokens ahead."""
+        return any(self.option(name) for name in _DRAFTED)
+
+    @property
+    def pad(self) -> int | None:
+        """The id of padding, if there is one."""
+        value = self.option("pad_token_id")
+        return None if value is None else int(value)
+
+    @property
+    def ends(self) -> list[int]:
+        """Ids that end a text."""
+        value = self.option("eos_token_id")
+        if isinstance(value, torch.Tensor):
+            return value.flatten().tolist()
+        return [] if value is None else [int(one) for one in (value if isinstance(value, Iterable) else [value])]
+
+    @property
+    def filler(self) -> int:
+        """What sequences are filled up with behind their end."""
+        return next((one for one in (self.pad, *self.ends) if one is not None), 0)
+
+    def refuse_unknown(self, inputs: Collection[str], *, hosted: bool) -> None:
+        """Raise ``UnknownOption`` for what is no option, and no input.
+
+        Args:
+            inputs: names of the inputs.
+            hosted: whether the host runs, which may be told to generate otherwise.
+        """
+        known = {*_options(), *inputs}.difference(() if hosted else _REPLACED)
+        for name in self.told:
+            if name not in known:
+                raise UnknownOption(
+                    f"generate has no option '{name}'",
+                    nearest=nearest_name(name, known),
+                    next_step=f"it takes {', '.join(OWN)}, and what transformers' generate takes",
+                )
+
+    def refuse_inner(self) -> None:
+        """Raise ``Unavailable`` where the inside of the model is asked for, which an emitted program does not tell."""
+        for name in _INNER:
+            if self.option(name):
+                raise Unavailable(
+                    f"{name}= asks for what a compiled program does not answer",
+                    next_step="compile with target='eager', or leave it out",
+                )
+
+    def check_stops(self, tokenizer: Any) -> None:
+        """Hold against each other what ends a text.
+
+        Args:
+            tokenizer: of the call or the model; None where there is none.
+
+        Raises:
+            WrongType: a criterion cannot be called.
+            Unavailable: texts are to end it, and there is no tokenizer to read them.
+        """
+        criteria = self.told.get("stopping_criteria") or ()
+        for criterion in criteria if isinstance(criteria, Sequence) else (criteria,):
+            if not callable(criterion):
+                raise WrongType(
+                    f"stopping_criteria= has {short(criterion)}, which is no criterion",
+                    next_step="give transformers' StoppingCriteria, or functions of them; stop_strings= takes texts",
+                )
+        if self.option("stop_strings") and tokenizer is None:
+            raise Unavailable(
+                "stop_strings= are texts, and there is no tokenizer to read them by",
+                next_step="give tokenizer=, or set compiled.tokenizer",
+            )
+
+
+def _options() -> set[str]:
+    """The options that transformers' generate takes."""
+    from transformers import GenerationConfig, GenerationMixin
+
+    taken = inspect.signature(GenerationMixin.generate).parameters
+    named = {name for name, how in taken.items() if how.kind is not inspect.Parameter.VAR_KEYWORD and name != "self"}
+    return {*named, *(name for name in vars(GenerationConfig()) if name[0] != "_"), "tokenizer", "assistant_tokenizer"}
+
+
+def refused(run: Callable[[], T]) -> T:
+    """What a run gives; where transformers refuses its options, that is told by an error of lorac's.
+
+    Raises:
+        InputMismatch: it does.
+    """
+    try:
+        return run()
+    except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+        if not _from_transformers(error.__traceback__):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise InputMismatch(
+            f"transformers refuses this call: {reason}", next_step="its documentation of generation says what it takes"
+        ) from error
+
+
+def _from_transformers(trace: TracebackType | None) -> bool:
+    """Whether an error was raised by transformers itself."""
+    last = ""
+    while trace is not None:
+        last, trace = trace.tb_frame.f_globals.get("__name__", ""), trace.tb_next
+    return last.partition(".")[0] == "transformers"

@@ -1,0 +1,144 @@
+"""Generation over a target's cache: one run of some rows with one choice of adapters."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lorac.errors import InputMismatch
+from lorac.ir.binding import Bound
+from lorac.ir.cache import Cache
+from lorac.ir.engine import Engine
+from lorac.runtime.components import Traits
+from lorac.runtime.generation.asked import Asked
+from lorac.runtime.generation.driver import Driver, Run
+from lorac.runtime.generation.guest import Guest
+from lorac.runtime.generation.prefixes import Key, Prefixes
+from lorac.runtime.generation.prompts import Prompts
+from lorac.runtime.generation.text import Text
+from lorac.runtime.states import State
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Driven:
+    """One run of some rows over a cache.
+
+    Attributes:
+        engine, graph, traits: what runs.
+        prompts: the rows.
+        asked, told: options and inputs; the second as transformers takes them.
+        seeds: one for the run, or one for each row where tokens are drawn one after the other.
+        prefixes: texts kept between calls, if any are.
+    """
+
+    engine: Engine
+    graph: str
+    traits: Traits
+    prompts: Prompts
+    asked: Asked
+    told: Mapping[str, Any]
+    seeds: int | list[int] | None
+    prefixes: Prefixes | None
+
+    def __call__(self, bound: Bound, state: State, other: Bound | None) -> Any:
+        """What the rows go on with.
+
+        Args:
+            bound, state: the adapters.
+            other: those that guess ahead, if any do.
+
+        Raises:
+            InputMismatch: ids that are none of the model's; a cache that does not hold the beginning of each row.
+        """
+        self._check_ids()
+        generators = [torch.Generator().manual_seed(seed) for seed in self._each()]
+        main = self._driver(bound, generators if self.asked.drawn else [])
+        guess = None if other is None else self._driver(other, [])
+        extra: dict[str, Any] = {} if guess is None else {"assistant_model": Guest(guess, lambda work: work(guess))}
+        key: Key = (self.graph, state.choice, state.written.versions)
+        if self.told.get("cache") is not None:
+            _check_cache(self.told["cache"], self.prompts)
+        elif self.prefixes is not None:
+            found = self.prefixes.found(self.engine, key, self.prompts.tokens())
+            extra |= {} if found is None else {"cache": Text(found)}
+        with _seeded(None if self.asked.drawn else generators):
+            answer = main.generate(**{**self.told, **extra})
+        if self.prefixes is not None and main.text is not None:
+            self._keep(self.prefixes, key, main.text.cache, answer)
+        return answer
+
+    def _each(self) -> list[int]:
+        return [self.seeds] if isinstance(self.seeds, int) else self.seeds or []
+
+    def _driver(self, bound: Bound, generators: list[torch.Generator]) -> Driver:
+        keeps = self.engine.keeps(self.graph)
+        assert keeps is not None
+        run = Run(
+            extend=functools.partial(bound.extend, self.graph),
+            make=functools.partial(self.engine.new_cache, self.graph),
+            keeps=keeps,
+            generators=generators,
+        )
+        return Driver(run, {**self.traits.settings, "vocab_size": keeps.vocabulary}, self.traits.generation or {})
+
+    def _check_ids(self) -> None:
+        """Raise ``InputMismatch`` where an id is none of the model's."""
+        keeps, ids = self.engine.keeps(self.graph), self.prompts.ids
+        assert keeps is not None
+        for found in (int(ids.min()), int(ids.max())):
+            if not 0 <= found < keeps.vocabulary:
+                raise InputMismatch(
+                    f"input_ids holds {found}, which is no token",
+                    next_step=f"the model's go from 0 to {keeps.vocabulary - 1}",
+                )
+
+    def _keep(self, prefixes: Prefixes, key: Key, cache: Cache, answer: Any) -> None:
+        """Keep what a run left in its cache; in one of its own where the caller has that."""
+        returned = self.told.get("cache") is not None or not isinstance(answer, torch.Tensor)
+        held = cache.copy() if returned else cache
+        prefixes.keep(self.engine, key, _left(self.prompts, answer, held, beams=self.asked.beams), held)
+
+
+@contextlib.contextmanager
+def _seeded(generators: list[torch.Generator] | None) -> Iterator[None]:
+    """Have torch's own random numbers, inside the block, come from a seed; they go on after it as if there was none."""
+    if not generators:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generators[0].initial_seed())
+        yield
+
+
+def _check_cache(given: Any, prompts: Prompts) -> None:
+    """Raise ``InputMismatch`` where a cache that a call brings does not hold the beginning of each of its rows."""
+    if not isinstance(given, Text):
+        raise InputMismatch(
+            f"cache= is no cache of this model, but of the class {type(given).__name__}",
+            next_step="give the cache of an answer of generate(return_dict_in_generate=True), or prefixes=",
+        )
+    held, counts = given.cache.lengths, prompts.counts
+    if len(held) != len(counts) or any(length >= count for length, count in zip(held, counts, strict=True)):
+        raise InputMismatch(
+            f"the cache holds {_listed(held)} tokens of its rows, and the prompts have {_listed(counts)}",
+            next_step="give the whole texts, each longer than what the cache holds of it",
+        )
+
+
+def _left(prompts: Prompts, answer: Any, held: Cache, *, beams: int) -> list[torch.Tensor]:
+    """The tokens of each row that a cache holds after a run; of beams, which it has as they were last, the prompts."""
+    sequences = answer if isinstance(answer, torch.Tensor) else answer["sequences"]
+    if beams > 1:
+        held.select(range(0, len(held.lengths), beams))
+        held.crop(prompts.counts)
+    rows = prompts.tokens(None if beams > 1 else sequences)
+    return [row[:length] for row, length in zip(rows, held.lengths, strict=True)]
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))

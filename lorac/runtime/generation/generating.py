@@ -1,0 +1,240 @@
+"""``generate``: from what a call says to what it answers, on targets that keep a cache or run the host."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import torch
+
+from lorac.errors import InputMismatch, MissingExtra, Unavailable, WrongType, short
+from lorac.ir.host.components import require_component
+from lorac.ir.slots.choice import UNSET, parse_choice
+from lorac.runtime.components import Traits
+from lorac.runtime.generation.asked import Asked, refused
+from lorac.runtime.generation.hosts import Hosted, refuse_prefixes
+from lorac.runtime.generation.joining import Joined, alike, taken
+from lorac.runtime.generation.prompts import Prompts
+from lorac.runtime.rows import batch_size, check_rows
+
+Seeds = int | list[int] | None
+"""One for a run, or one for each row of it."""
+IDS, MASK, CACHE = "input_ids", "attention_mask", "cache"
+
+
+def generate(
+    compiled: Any, graph: str, told: Mapping[str, Any], *, adapters: Any, seed: Any, draft: Any, prefixes: Any
+) -> Any:
+    """Text that a compiled model goes on with; see ``Compiled.generate``.
+
+    Args:
+        compiled: the model.
+        graph: which of several.
+        told: inputs, and transformers' options.
+        adapters, seed, draft, prefixes: as ``Compiled.generate``'s.
+    """
+    known = compiled.services.traits
+    traits = known[require_component(graph, known)]
+    if traits.generation is None:
+        raise Unavailable(
+            "the model does not generate",
+            next_step="transformers' models whose can_generate() is true do, such as those of AutoModelForCausalLM",
+        )
+    _require_transformers()
+    call = _Call.of(compiled, graph, traits, told)
+    with torch.no_grad():
+        return call.answered(adapters, seed, draft, prefixes)
+
+
+def _require_transformers() -> None:
+    try:
+        import transformers  # noqa: F401  (asked for, whether it is there)
+    except ModuleNotFoundError as error:
+        raise MissingExtra("transformers", "hf") from error
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Call:
+    """One call of ``generate``, whose options were checked.
+
+    Attributes:
+        compiled, graph, traits: of which model.
+        asked: options and inputs, as transformers takes them.
+        prompts: the rows; None of a host that begins with something else.
+    """
+
+    compiled: Any
+    graph: str
+    traits: Traits
+    asked: Asked
+    prompts: Prompts | None
+
+    @classmethod
+    def of(cls, compiled: Any, graph: str, traits: Traits, given: Mapping[str, Any]) -> _Call:
+        """A call out of what was given, checked."""
+        hosted = compiled.engine.module is not None
+        if not hosted and compiled.engine.keeps(graph) is None:
+            compiled.engine.refuse_cache()
+        told = dict(given)
+        if "inputs" in told and not traits.settings.get("is_encoder_decoder"):
+            told[IDS] = told.pop("inputs")
+        asked = Asked(told, traits.generation or {})
+        asked.refuse_unknown(_inputs(compiled, graph) if hosted else (IDS, MASK, CACHE), hosted=hosted)
+        if not hosted:
+            asked.refuse_inner()
+        told |= _tokenizer(compiled, asked)
+        prompts = None
+        if IDS in told and not traits.settings.get("is_encoder_decoder"):
+            prompts = Prompts.of(told[IDS], told.get(MASK), asked.pad, asked.ends)
+        elif not hosted:
+            raise InputMismatch("there is no prompt", next_step="give input_ids=, such as a tokenizer makes")
+        return cls(compiled=compiled, graph=graph, traits=traits, asked=asked, prompts=prompts)
+
+    def answered(self, adapters: Any, seed: Any, draft: Any, prefixes: Any) -> Any:
+        """What the call answers: rows of one kind by one run each, put together in the order of the batch."""
+        rows = batch_size((), self.asked.told)
+        seeds, choices = _seeds(seed, rows), self._choices(adapters, rows)
+        apart = draft is not UNSET or self.asked.drafts
+        split = isinstance(seeds, list) and not (self.asked.drawn and self._driven)
+        groups = alike([(choices and choices[row], (split or apart) and row) for row in range(rows)])
+        if len(groups) == 1:
+            return self._as_given(self.run(adapters if choices is None else _spec(choices[0]), seeds, draft, prefixes))
+        self._refuse_parts(groups)
+        parts = []
+        for group in groups:
+            choice = adapters if choices is None else _spec(choices[group[0]])
+            own = [seeds[row] for row in group] if isinstance(seeds, list) else seeds
+            parts.append(self._part(group, rows).run(choice, own, draft, prefixes))
+        joined = Joined(groups, self.asked.filler, self.asked.beams)
+        return self._as_given(joined.whole(parts))
+
+    @property
+    def _driven(self) -> bool:
+        return self.compiled.engine.module is None
+
+    def _choices(self, adapters: Any, rows: int) -> list[Any] | None:
+        """The choice of each row, in its canonical spelling; None where there is one for all."""
+        if not isinstance(adapters, Sequence) or isinstance(adapters, str):
+            return None
+        check_rows((torch.empty(rows),), {}, adapters)
+        return [parse_choice(choice, self.compiled.pool) for choice in adapters]
+
+    def _refuse_parts(self, groups: Sequence[Sequence[int]]) -> None:
+        """Raise ``Unavailable`` for what belongs to one run alone."""
+        for name in ("streamer", CACHE):
+            if self.asked.told.get(name) is not None:
+                raise Unavailable(
+                    f"{name}= is for one run, and these rows take {len(groups)}",
+                    next_step="call once per choice of adapters, or leave it out",
+                )
+
+    def _part(self, rows: Sequence[int], total: int) -> _Call:
+        asked = Asked(taken(self.asked.told, rows, total), self.asked.defaults)
+        prompts = None if self.prompts is None else self.prompts.rows(rows)
+        return _Call(compiled=self.compiled, graph=self.graph, traits=self.traits, asked=asked, prompts=prompts)
+
+    def _as_given(self, answer: Any) -> Any:
+        """Sequences as NumPy's where the ids were."""
+        if not isinstance(self.asked.told.get(IDS), np.ndarray):
+            return answer
+        if isinstance(answer, torch.Tensor):
+            return answer.numpy()
+        answer["sequences"] = answer["sequences"].numpy()
+        return answer
+
+    # --- one run ---------------------------------------------------------------------------------------------------
+
+    def run(self, choice: Any, seeds: Seeds, draft: Any, prefixes: Any) -> Any:
+        """Some rows with one choice of adapters, in one call (invariant 7)."""
+        told, prompts = dict(self.asked.told), self.prompts
+        if prompts is not None:
+            prompts = prompts.trimmed() if self.asked.drafts or draft is not UNSET else prompts
+            told = {name: prompts.arranged(value) for name, value in told.items()}
+            told |= {IDS: prompts.ids, MASK: torch.ones_like(prompts.ids) if prompts.mask is None else prompts.mask}
+        if not self._driven:
+            refuse_prefixes(prefixes)
+            _, fitting = self.compiled.services.fit(((), told))
+            hosted = Hosted(graph=self.graph, told=fitting, seeds=seeds)
+            answer = self._bound(choice, draft, hosted)
+            return answer if prompts is None else _with_given(prompts, answer)
+        from lorac.runtime.generation.driving import Driven
+
+        assert prompts is not None
+        driven = Driven(
+            engine=self.compiled.engine,
+            graph=self.graph,
+            traits=self.traits,
+            prompts=prompts,
+            asked=self.asked,
+            told=told,
+            seeds=seeds,
+            prefixes=prefixes,
+        )
+        return _with_given(prompts, self._bound(choice, draft, driven))
+
+    def _bound(self, choice: Any, draft: Any, work: Callable[..., Any]) -> Any:
+        """Work done with a choice and, where one guesses ahead, with that choice too."""
+        compiled = self.compiled
+        if draft is UNSET:
+            return compiled.with_choice(choice, lambda bound, state: refused(lambda: work(bound, state, None)))
+        if compiled.engine.fused:
+            raise Unavailable(
+                "weights hold one choice of adapters at a time, and a draft is a second",
+                next_step="compile with mode='live', or leave draft= out",
+            )
+        return compiled.with_choice(
+            draft,
+            lambda other, _: compiled.with_choice(
+                choice, lambda bound, state: refused(lambda: work(bound, state, other))
+            ),
+        )
+
+
+def _with_given(prompts: Prompts, answer: Any) -> Any:
+    """An answer with the prompts as they were given."""
+    if isinstance(answer, torch.Tensor):
+        return prompts.put_back(answer)
+    answer["sequences"] = prompts.put_back(answer["sequences"])
+    return answer
+
+
+def _inputs(compiled: Any, graph: str) -> list[str]:
+    """What the host's own generation takes as inputs."""
+    from lorac.ir.host.components import components_of
+
+    host: Any = components_of(compiled.engine.module)[graph]
+    taken = [
+        *inspect.signature(host.forward).parameters,
+        *inspect.signature(host.prepare_inputs_for_generation).parameters,
+    ]
+    own = inspect.signature(host.generate).parameters
+    return [*taken, *own]
+
+
+def _tokenizer(compiled: Any, asked: Asked) -> dict[str, Any]:
+    """The tokenizer, where an option needs one that the call does not give."""
+    own = asked.told.get("tokenizer")
+    needed = bool(asked.option("stop_strings") or asked.option("token_healing"))
+    found = compiled.tokenizer if own is None and needed else own
+    asked.check_stops(found)
+    return {} if found is None else {"tokenizer": found}
+
+
+def _seeds(seed: Any, rows: int) -> Seeds:
+    """A seed for all rows, or one for each."""
+    if seed is None or isinstance(seed, Integral):
+        return None if seed is None else int(seed)
+    if not isinstance(seed, Sequence) or not all(isinstance(one, Integral) for one in seed):
+        raise WrongType(f"seed= is {short(seed)}", next_step="give a whole number, or one per row")
+    if len(seed) != rows:
+        raise InputMismatch(f"{len(seed)} seeds for {rows} rows", next_step="give one per row, or one for all")
+    return list(map(int, seed))
+
+
+def _spec(choice: Any) -> Any:
+    """A choice as it is asked for."""
+    return dict(choice) or None

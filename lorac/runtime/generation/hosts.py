@@ -1,0 +1,77 @@
+"""Generation where the host itself runs: its own ``generate``, with a choice of adapters."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorac.errors import Unavailable
+from lorac.ir.binding import Bound
+from lorac.ir.host.running import random_state_kept
+from lorac.ir.slots.reads import BASE, parse
+from lorac.runtime.generation.guest import Guest
+from lorac.runtime.states import State
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Hosted:
+    """One run of some rows by the host itself.
+
+    Attributes:
+        graph: which host.
+        told: options and inputs, as transformers takes them.
+        seeds: one for the run, alone or in a list.
+    """
+
+    graph: str
+    told: Mapping[str, Any]
+    seeds: int | list[int] | None
+
+    def __call__(self, bound: Bound, state: State, other: Bound | None) -> Any:
+        """What the rows go on with.
+
+        Args:
+            bound, state: the adapters.
+            other: those that guess ahead, if any do.
+        """
+        seed = self.seeds[0] if isinstance(self.seeds, list) else self.seeds
+        own = {"use_cache": False} if _reads_base(state) else {}
+
+        def generate(host: Any) -> Any:
+            guess = {} if other is None else {"assistant_model": Guest(host, functools.partial(other.lend, self.graph))}
+            with _seeded(host, seed):
+                return host.generate(**{**self.told, **own, **guess})
+
+        return bound.lend(self.graph, generate)
+
+
+def refuse_prefixes(prefixes: object) -> None:
+    """Raise ``Unavailable`` where texts are to be kept between calls: what a host's cache holds is its own business."""
+    if prefixes is not None:
+        raise Unavailable(
+            "the host's own generation keeps no prefixes",
+            next_step="compile with cache=True for target='onnxruntime', or leave prefixes= out",
+        )
+
+
+@contextlib.contextmanager
+def _seeded(host: nn.Module, seed: int | None) -> Iterator[None]:
+    """Have random numbers, inside the block, come from a seed; they go on after it as if there was none."""
+    if seed is None:
+        yield
+        return
+    with random_state_kept(host):
+        torch.manual_seed(seed)
+        yield
+
+
+def _reads_base(state: State) -> bool:
+    """Whether a branch reads what the base computes: in a pass of its own, whose keys and values no cache holds."""
+    composed = state.snapshot.composed.values()
+    return any(parse(name)[0] == BASE for c in composed for _, term in c.branches for name in term.slot.reads)

@@ -1,0 +1,200 @@
+"""Text on the command line: a prompt gone on with, a chat, and how fast it is written; transformers is the oracle."""
+
+import io
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig
+
+import lorac
+from lorac.cli import main
+from lorac.cli._texts import Shown
+from tests import peft_files
+from tests.letters import CHAT, letters
+from tests.zoo import ZOO
+
+ENTRY = ZOO["tiny_llama"]
+NEW = 6
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A model's folder with a tokenizer, one without, two adapters, and the model compiled with both."""
+    folder = tmp_path_factory.mktemp("text")
+    model = ENTRY.fresh()
+    model.generation_config.update(eos_token_id=None, pad_token_id=0)
+    for name in ("model", "mute", "plain"):
+        model.save_pretrained(folder / name)
+    letters(CHAT).save_pretrained(folder / "model")
+    letters().save_pretrained(folder / "plain")
+    oracles = {
+        name: peft_files.make_peft(
+            model, folder / name, LoraConfig(r=rank, target_modules=targets), inputs=ENTRY.inputs(), seed=rank
+        )
+        for name, rank, targets in (("sql", 3, ["q_proj", "v_proj"]), ("style", 1, ["down_proj"]))
+    }
+    return SimpleNamespace(folder=folder, oracles={**oracles, None: model})
+
+
+@pytest.fixture
+def cli(files, monkeypatch, capsys):
+    """(words, typed) -> (exit code, what was printed, what was complained of), run in the files' folder."""
+    monkeypatch.chdir(files.folder)
+
+    def call(*words, typed=""):
+        monkeypatch.setattr(sys, "argv", ["lorac", *words])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        return ended.value.code or 0, printed.out, printed.err
+
+    return call
+
+
+def written(files, adapter, text, **settings):
+    """What transformers itself goes on with."""
+    ids = torch.tensor([[ord(letter) for letter in text]])
+    told = {"max_new_tokens": NEW, "attention_mask": torch.ones_like(ids), **settings}
+    answer = files.oracles[adapter].generate(input_ids=ids, **told)
+    return letters().decode(answer[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def chat(files, *parts):
+    """What is printed of turns (adapter, line), as transformers answers them, and of the texts between them."""
+    said, printed = "", ""
+    for part in parts:
+        if isinstance(part, tuple):
+            said += f"u:{part[1]};a:"
+            answer = written(files, part[0], said)
+            said += f"{answer};"
+        printed += part if isinstance(part, str) else f"{answer}\n"
+    return printed
+
+
+BOTH = ("-a", "sql", "-a", "style", "--max-new-tokens", str(NEW))
+
+
+@pytest.mark.parametrize("adapter", ["sql", "style", None])
+def test_a_prompt_is_gone_on_with(cli, files, adapter):
+    code, out, err = cli("run", "model", *BOTH, "--adapters", adapter or "none", "--prompt", "hello")
+    assert (code, err) == (0, "")
+    assert out == written(files, adapter, "hello") + "\n"
+
+
+def test_a_prompt_as_json(cli, files):
+    code, out, _ = cli("run", "model", *BOTH, "--adapters", "sql", "--prompt", "hello", "--json", "--temperature", "0")
+    assert code == 0
+    assert json.loads(out) == {"text": written(files, "sql", "hello"), "tokens": NEW, "active": {"sql": 1.0}}
+
+
+def test_tokens_are_drawn_where_a_temperature_is_given(cli, files):
+    torch.manual_seed(3)
+    code, out, _ = cli("run", "model", *BOTH, "--adapters", "none", "--prompt", "hello", "--temperature", "5")
+    assert code == 0
+    torch.manual_seed(3)
+    assert out == written(files, None, "hello", do_sample=True, temperature=5.0) + "\n"
+
+
+def test_a_chat_goes_on_with_another_adapter(cli, files):
+    typed = "one\n/adapters\n/adapter style\n\ntwo\n/adapter none\nthree\n/exit\nnever read\n"
+    code, out, err = cli("run", "model", *BOTH, "--adapters", "sql", typed=typed)
+    assert (code, err) == (0, "")
+    shown = "* sql\n  style\n  none\nadapter: style\n"
+    assert out == chat(files, ("sql", "one"), shown, ("style", "two"), "adapter: none\n", (None, "three"))
+
+
+def test_a_compiled_folder_writes_and_is_timed_without_its_model(cli, files, monkeypatch):
+    code, out, err = cli("compile", "model", "-a", "sql", "-a", "style", "--active", "none", "--cache", "-o", "cached")
+    assert (code, err) == (0, "")
+    find, found = lorac.Prefixes.found, []
+    monkeypatch.setattr(lorac.Prefixes, "found", lambda *told: found.append(find(*told)) or found[-1])
+    typed = "one\n/adapter style\ntwo\n/adapter sql\nthree"
+    code, out, err = cli("run", "cached", "--max-new-tokens", str(NEW), "--adapters", "sql", typed=typed)
+    assert (code, err) == (0, "")
+    assert out == chat(files, ("sql", "one"), "adapter: style\n", ("style", "two"), "adapter: sql\n", ("sql", "three"))
+    assert [begun is not None for begun in found] == [False, False, True], "what sql has read it does not read again"
+    code, out, _ = cli("bench", "cached", "--rounds", "1", "--prompt-tokens", "5", "--new-tokens", "2", "--json")
+    assert code == 0
+    assert [row["adapters"] for row in json.loads(out)] == ["none", "sql", "style"]
+    code, out, err = cli("run", "cached", "-a", "sql", "--prompt", "hello")
+    assert (code, out) == (1, "")
+    assert "lorac.UnknownOption: 'cached' is compiled, and holds adapters of its own" in err
+
+
+def test_what_goes_wrong_in_a_chat_does_not_end_it(cli, files):
+    typed = "/adapter slq\n/adapter\n/adaptr sql\none\n"
+    code, out, err = cli("run", "model", *BOTH, "--adapters", "sql", typed=typed)
+    assert code == 0
+    assert out == written(files, "sql", "u:one;a:") + "\n"
+    assert "lorac.AdapterNotFound: no adapter is called 'slq'\n  nearest: sql" in err
+    assert "lorac.UnknownOption: /adapter needs to know which" in err
+    assert "lorac.UnknownOption: there is no '/adaptr'\n  nearest: /adapter" in err
+
+
+def test_an_answer_that_is_interrupted_stays_said(cli, files, monkeypatch):
+    put, stop = Shown.put, iter([False] * 4 + [True] + [False] * 20)
+
+    def interrupted(self, value):
+        put(self, value)
+        if next(stop):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Shown, "put", interrupted)
+    code, out, _ = cli("run", "model", *BOTH, "--adapters", "none", typed="one\ntwo\n")
+    assert code == 0
+    first = written(files, None, "u:one;a:", max_new_tokens=4)
+    assert out == f"{first}\n{written(files, None, f'u:one;a:{first};u:two;a:')}\n"
+
+
+def test_a_character_of_several_tokens_is_shown_when_it_is_whole():
+    class Bytes:
+        def decode(self, ids, skip_special_tokens):
+            return bytes(ids).decode(errors="replace")
+
+    pieces = []
+    shown = Shown(Bytes(), pieces.append)
+    shown.put(torch.tensor([[1, 2]]))  # the prompt
+    for byte in "aé€".encode():
+        shown.put(torch.tensor([byte]))
+    assert pieces == ["a", "é", "€"]
+    shown.put(torch.tensor([0xE2]))
+    shown.end()
+    assert (shown.text, shown.tokens) == ("aé€\ufffd", 7)
+
+
+def test_bench_times_writing(cli):
+    words = ("--rounds", "1", "--prompt-tokens", "5", "--new-tokens", "2")
+    code, out, err = cli("bench", "model", "-a", "sql", *words, "--json")
+    assert (code, err) == (0, "")
+    rows = json.loads(out)
+    assert [row["adapters"] for row in rows] == ["none", "sql"]
+    assert all(row[name] > 0 for row in rows for name in ("first_ms", "read_per_s", "written_per_s", "ratio"))
+    assert rows[0]["ratio"] == 1
+    code, out, _ = cli("bench", "model", *words)
+    assert code == 0
+    assert all(header in out for header in ("first token ms", "read tokens/s", "written tokens/s", "ratio"))
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["run", "mute", "--prompt", "hello"], 1, "lorac.UnknownOption: there is no tokenizer beside the model"),
+        (["run", "plain"], 1, "lorac.UnknownOption: the tokenizer has no chat template"),
+        (["run", "model", "--prompt", "hello", "-i", "x.npz"], 2, "give one"),
+        (["run", "model", "--prompt", "hello", "-o", "x.npz"], 2, "--out writes what a call with --inputs answers"),
+        (["run", "model", "--json"], 2, "not for a chat"),
+        (["run", "model", "--prompt", "hello", "--adapters", "sql"], 1, "lorac.AdapterNotFound"),
+        (["run", "modle", "--prompt", "hello"], 1, "is neither a compiled folder nor a model\n  nearest: model"),
+        (["run", "sql", "--prompt", "hello"], 1, "sql' is an adapter, and no compiled model"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_is_wrong_is_said(cli, words, code, message):
+    found, out, err = cli(*words)
+    assert (found, out) == (code, "")
+    assert message in " ".join(err.replace("│", " ").split()) or message in err
+    assert "Traceback" not in err

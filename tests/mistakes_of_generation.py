@@ -1,0 +1,113 @@
+"""Mistakes with ``generate`` and tokenizers, as those of ``tests/mistakes.py``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import lorac
+from tests.mistakes import Mistake, World
+from tests.runtime.generation.recompute import over
+from tests.runtime.generation.texts import adapted, compiled, padded, prompts
+
+LIMIT = 16
+
+
+def hosted(**told: Any) -> Any:
+    """Two rows, by the host itself."""
+    return compiled("llama").generate(**{**padded(prompts(0, (5, 3)), "left"), "max_new_tokens": 2, **told})
+
+
+def cached(**told: Any) -> Any:
+    """The same over a cache, of a model with few positions."""
+    made = over(compiled("llama"), LIMIT)
+    return made.generate(**{**padded(prompts(0, (5, 3)), "left"), "max_new_tokens": 2, **told})
+
+
+def _uncached(w: World) -> Any:
+    made = over(compiled("llama"))
+    made.engine.kept = None
+    return made.generate(prompts()[0][None], max_new_tokens=2)
+
+
+def _says(what: str) -> Any:
+    def check(w: World, said: str) -> None:
+        assert what in said
+
+    return check
+
+
+def _fused(**told: Any) -> Any:
+    return lorac.compile(adapted("llama"), mode="fused").generate(prompts()[0][None], max_new_tokens=2, **told)
+
+
+class _Words:
+    """Every token is a letter."""
+
+    def decode(self, ids: Any, **_: Any) -> str:
+        return "".join(chr(33 + int(i)) for i in ids)
+
+
+GENERATING = [
+    Mistake(
+        "text of a model that has none", lambda w: w.eager.generate(torch.tensor([[1, 2]])), _says("can_generate()")
+    ),
+    Mistake("text of a program without a cache", _uncached, _says("cache=True for target='onnxruntime'")),
+    Mistake("no prompt", lambda w: cached(input_ids=None), lambda w, said: cached()),
+    Mistake("prompts without a token", lambda w: cached(input_ids=torch.zeros(2, 0).long(), attention_mask=None)),
+    Mistake(
+        "a row that is all padding",
+        lambda w: cached(attention_mask=torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 0, 0]])),
+    ),
+    Mistake("a mask of another length", lambda w: cached(attention_mask=torch.ones(2, 4))),
+    Mistake(
+        "ids as lists",
+        lambda w: cached(input_ids=[[3, 4], [5, 6]], attention_mask=None),
+        lambda w, said: cached(input_ids=torch.tensor([[3, 4], [5, 6]]), attention_mask=None),
+    ),
+    Mistake(
+        "text as a prompt",
+        lambda w: hosted(input_ids="Once upon a time", attention_mask=None),
+        lambda w, said: hosted(),
+    ),
+    Mistake("an id that is no token", lambda w: cached(input_ids=torch.full((2, 5), 96))),
+    Mistake(
+        "more than there are positions for",
+        lambda w: cached(max_new_tokens=LIMIT),
+        lambda w, said: cached(max_new_tokens=LIMIT + 1 - 5) if "max_new_tokens=12 or less" in said else 1 / 0,
+    ),
+    Mistake("an option that is misspelt", lambda w: cached(max_new_token=3)),
+    Mistake("another library's option", lambda w: hosted(max_tokens=3)),
+    Mistake("a text as a stop criterion", lambda w: cached(stopping_criteria=["."]), lambda w, said: cached()),
+    Mistake(
+        "texts that end it, without a tokenizer",
+        lambda w: cached(stop_strings=["."]),
+        _says("set compiled.tokenizer"),
+    ),
+    Mistake("a number of beams that is none", lambda w: cached(num_beams=-1)),
+    Mistake("fewer choices than prompts", lambda w: cached(adapters=["default"])),
+    Mistake("a choice of nobody's for a row", lambda w: cached(adapters=["default", "sql"]), lambda w, said: cached()),
+    Mistake("fewer seeds than prompts", lambda w: cached(do_sample=True, seed=[1])),
+    Mistake("a seed as text", lambda w: hosted(do_sample=True, seed="7")),
+    Mistake("a draft beside weights", lambda w: _fused(draft=None), lambda w, said: hosted(draft=None)),
+    Mistake(
+        "what happens inside a program",
+        lambda w: cached(output_attentions=True),
+        lambda w, said: hosted(output_attentions=True),
+    ),
+    Mistake(
+        "another library's cache", lambda w: cached(cache=object()), lambda w, said: cached(prefixes=lorac.Prefixes())
+    ),
+    Mistake("prefixes of the host's", lambda w: hosted(prefixes=lorac.Prefixes()), _says("target='onnxruntime'")),
+    Mistake("a budget as text", lambda w: lorac.Prefixes("1 GB")),
+    Mistake(
+        "a stream of rows that choose their own adapters",
+        lambda w: cached(adapters=["default", None], streamer=_Words()),
+    ),
+    Mistake(
+        "a tokenizer by its name",
+        lambda w: w.eager.save(w.path("named"), tokenizer="gpt2"),
+        _says("save_pretrained(folder)"),
+    ),
+]

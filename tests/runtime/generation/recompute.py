@@ -1,0 +1,135 @@
+"""A target that keeps a cache by its contract and computes every text anew: slow, exact, and so an oracle of drivers.
+
+It stands over a compiled model of target eager, whose choices of adapters it takes as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lorac
+from lorac.ir.binding import Answer, Binding
+from lorac.ir.cache import Cache, Extension, Keeps
+from lorac.ir.engine import Engine
+from lorac.ir.slots.site import SiteSlots
+from lorac.ir.slots.snapshot import Snapshot
+
+
+class Tokens(Cache):
+    """Rows as their tokens."""
+
+    def __init__(self, rows: Sequence[Tensor], capacity: int) -> None:
+        self.rows, self.capacity = list(rows), capacity
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(len(row) for row in self.rows)
+
+    @property
+    def nbytes(self) -> int:
+        return 8 * self.capacity * len(self.rows)
+
+    def select(self, rows: Sequence[int]) -> None:
+        self.rows = [self.rows[row] for row in rows]
+
+    def crop(self, lengths: Sequence[int]) -> None:
+        assert all(length <= own for length, own in zip(lengths, self.lengths, strict=True))
+        self.rows = [row[:length] for row, length in zip(self.rows, lengths, strict=True)]
+
+    def grow(self, capacity: int) -> None:
+        assert capacity > self.capacity
+        self.capacity = capacity
+
+    def copy(self) -> Tokens:
+        return Tokens(self.rows, self.capacity)
+
+
+class Recomputing(Engine):
+    """Runs an eager engine's host on whole texts.
+
+    Args:
+        inner: the engine.
+        limit, vocabulary: of its host.
+
+    Attributes:
+        kept: what it says its caches can hold; None for an engine that has none.
+        fed: (rows, tokens of each) of every call.
+    """
+
+    target = "recomputing"
+    module = None
+
+    def __init__(self, inner: Any, limit: int | None, vocabulary: int) -> None:
+        self.inner, self.mode, self.buffers = inner, inner.mode, inner.buffers
+        self.kept: Keeps | None = Keeps(limit=limit, vocabulary=vocabulary)
+        self.fed: list[list[int]] = []
+
+    @property
+    def fused(self) -> bool:
+        return self.inner.fused
+
+    def keeps(self, graph: str) -> Keeps | None:
+        return self.kept
+
+    def new_cache(self, graph: str, rows: int, capacity: int) -> Cache:
+        if self.kept is None:
+            return Engine.new_cache(self, graph, rows, capacity)
+        return Tokens([torch.empty(0, dtype=torch.long)] * rows, capacity)
+
+    def bind(self, snapshot: Snapshot, slots: Mapping[str, SiteSlots]) -> Binding[Any]:
+        return Binding(self, self.inner.bind(snapshot, slots).content)
+
+    @property
+    def written(self) -> Binding[Any]:
+        return Binding(self, self.inner.written.content)
+
+    def hold(self, snapshot: Snapshot) -> None:
+        self.inner.hold(snapshot)
+
+    def activate(self, content: Any) -> None:
+        self.inner.activate(content)
+
+    def call(self, content: Any, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Answer:
+        return self.inner.call(content, graph, args, kwargs)
+
+    def extend(self, content: Any, graph: str, cache: Cache, extension: Extension) -> Tensor:
+        assert isinstance(cache, Tokens)
+        counts = list(extension.counts)
+        self.fed.append(counts)
+        new = [torch.cat([row, ids[:n]]) for row, ids, n in zip(cache.rows, extension.ids, counts, strict=True)]
+        assert max(map(len, new)) <= cache.capacity
+        whole = torch.nn.utils.rnn.pad_sequence(
+            [row if len(row) else row.new_zeros(1) for row in new], batch_first=True
+        )
+        with torch.no_grad():
+            logits = self.inner.call(content, graph, (), {"input_ids": whole, "use_cache": False}).output.logits
+        places = torch.tensor(cache.lengths)[:, None] + extension.wanted
+        picked = logits.gather(1, places.clamp(max=whole.shape[1] - 1)[:, :, None].expand(-1, -1, logits.shape[2]))
+        cache.rows = new
+        # What a row brings nothing for is nobody's business: it must do no harm.
+        idle = torch.tensor(counts) == 0
+        return picked.masked_fill(idle[:, None, None], float("nan"))
+
+
+def over(compiled: Any, limit: int | None = None) -> lorac.Compiled:
+    """A compiled model over the same engine, adapters and host, that generates by the contract of caches."""
+    engine = Recomputing(compiled.engine, limit, compiled.host.config.vocab_size)
+    made = lorac.Compiled()
+    made.setup(
+        engine=engine,
+        plans=compiled.plans,
+        sites=compiled.sites,
+        base=compiled.base,
+        pool=compiled.pool,
+        services=compiled.services,
+        mode=compiled.mode,
+    )
+    if compiled.mode == "baked":
+        made.mark_baked(compiled.choice)
+    else:
+        made.swap(dict(compiled.choice) or None)
+    return made

@@ -1,0 +1,79 @@
+"""Over ONNX Runtime's caches: the tokens of PEFT, whatever the family, the mode and what is asked for."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lorac
+from tests.runtime.generation.test_artefacts import words
+from tests.runtime.generation.texts import FAMILIES, LENGTHS, adapted, padded, prompts
+
+WIDTH = max(LENGTHS)
+GREEDY: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False}
+SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES if family != "llama"]
+
+
+def _reference(family: str) -> Any:
+    return copy.deepcopy(adapted(family)).float()
+
+
+def _made(peft: Any, mode: str = "live") -> Any:
+    return lorac.compile(peft, target="onnxruntime", mode=mode, cache=True, self_test=False)
+
+
+@pytest.mark.parametrize("family", ["llama", *SLOW])
+def test_one_program_generates_as_peft_does(family: str, tmp_path: Path) -> None:
+    """Batches padded on either side, beams, draws, pieces, rows of their own, drafts, prefixes; and once loaded."""
+    peft = _reference(family)
+    made, rows = _made(peft), prompts()
+    batch, right = padded(rows, "left"), padded(rows, "right")
+    expected = peft.generate(**batch, **GREEDY)
+    with peft.disable_adapter():
+        base = peft.generate(**batch, **GREEDY)
+    assert torch.equal(made.generate(**batch, **GREEDY), expected)
+    assert torch.equal(made.generate(**right, **GREEDY)[:, WIDTH:], expected[:, WIDTH:])
+    assert torch.equal(made.generate(**batch, **GREEDY, adapters=None), base)
+    for options in (
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"prefill_chunk_size": 4},
+        {"eos_token_id": list(range(20, 60))},
+    ):
+        torch.manual_seed(3)
+        drawn = peft.generate(**batch, **{**GREEDY, **options})
+        assert torch.equal(made.generate(**batch, **{**GREEDY, **options}, seed=3), drawn), options
+    mixed = made.generate(**batch, **GREEDY, adapters=["default", None, "default", None])
+    for place, row in enumerate(mixed):
+        assert torch.equal(row, (base if place % 2 else expected)[place])
+    assert torch.equal(made.generate(**batch, **GREEDY, draft=None), expected)
+    prefixes = lorac.Prefixes()
+    for _ in range(2):
+        assert torch.equal(made.generate(**batch, **GREEDY, prefixes=prefixes), expected)
+    assert 0 < prefixes.used <= prefixes.bytes
+    made.save(tmp_path / "text", tokenizer=words())
+    loaded = lorac.load(tmp_path / "text")
+    assert torch.equal(loaded.generate(**batch, **GREEDY), expected)
+    stop = loaded.tokenizer.decode(expected[0, WIDTH + 2 : WIDTH + 3])
+    assert loaded.generate(rows[0][None], **GREEDY, stop_strings=[stop]).shape[1] <= WIDTH + 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["fused", "baked"])
+def test_merged(mode: str) -> None:
+    peft = _reference("llama")
+    made, batch = _made(peft, mode), padded(prompts(), "left")
+    assert torch.equal(made.generate(**batch, **GREEDY), peft.generate(**batch, **GREEDY))
+
+
+@pytest.mark.slow
+def test_positions_end() -> None:
+    """GPT-2 has learned 64 of them: the last token that is made needs none."""
+    made, row = _made(_reference("gpt2")), prompts()[0][None]
+    assert made.generate(row, max_new_tokens=56, do_sample=False, eos_token_id=None).shape[1] == 65
+    with pytest.raises(lorac.InputMismatch, match="more than the model has positions for: 64"):
+        made.generate(row, max_new_tokens=57)
