@@ -72,6 +72,7 @@ class Compilation:
     def run(self, sources: Sequence[Named], asked: Asked) -> Compiled:
         """Everything from the adapters to a compiled model."""
         lasting = self.lasting
+        lasting.hold(self.backend.held(lasting.sites, asked.options, asked.mode))
         for name, source in sources:
             lasting.register(lasting.load(source, name))
         plans = plan_sites(lasting.sites, lasting.pool, asked.mode, asked.reserve, self.backend.dialect.ranks_at)
@@ -112,6 +113,8 @@ class Compilation:
             lasting.request = request
         else:
             lasting.let_go(self.backend.base_of(engine.files))
+        if engine.recodes and not engine.constant:
+            lasting.pool.forget_prepared()  # it was prepared for the host's own weights
         assembly = Assembly(
             lasting=lasting,
             backend=self.backend,

@@ -62,6 +62,11 @@ class Lasting:
         self.pool = Pool(self.prepare)
         self.request: BuildRequest[TargetOptions] | None = None
 
+    def hold(self, sites: dict[str, Site]) -> None:
+        """Take the sites as an engine is to hold their weights; what is left of the host says so too."""
+        self.preparer.sites = self.sites = sites
+        self.host.packed = {s.weight: s.packed for s in sites.values() if s.weight and s.packed}
+
     @functools.cached_property
     def stages(self) -> Stages:
         """What the passes did to each graph: nothing, until they do."""

@@ -265,6 +265,11 @@ class Engine(ABC):
         return False
 
     @property
+    def recodes(self) -> bool:
+        """Whether it computes with other base weights than the host's: rounded ones, say."""
+        return False
+
+    @property
     def portable(self) -> bool:
         """Whether the program runs without lorac, and takes choices of adapters from files (``write_choice``)."""
         return False
@@ -358,6 +363,10 @@ class Backend(ABC, Generic[Options]):
                     next_step=f"it takes {', '.join(known)}",
                 )
         return self.options(**options)  # type: ignore[arg-type]  # each class checks its own values
+
+    def held(self, sites: Mapping[str, Site], options: Options, mode: str) -> dict[str, Site]:
+        """The sites of a host as an engine is to hold their weights: those that it quantises say so (``packed``)."""
+        return dict(sites)
 
     @abstractmethod
     def build(self, request: BuildRequest[Options]) -> Engine:

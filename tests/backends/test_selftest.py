@@ -66,7 +66,7 @@ def _host() -> nn.Module:
 
 def _build(mode: str, monkeypatch: pytest.MonkeyPatch) -> Built:
     seen: list[Built] = []
-    monkeypatch.setattr(building, "self_test", lambda *args: seen.append(Built(*args)))
+    monkeypatch.setattr(building, "self_test", lambda *args: seen.append(Built(*args[:3])))
     compiled = lorac.compile(
         _host(),
         {"a": _noisy(2), "b": _renamed(_noisy(3, lorac.DoRA), "b")},

@@ -102,14 +102,24 @@ def plan_sites(
             _need_branch(need, name, path, adapter.branches[path], mode)
     if reserve is not None:
         _reserve(needs, sites, reserve, mode)
-    packed = [site for path, site in sites.items() if path in needs and site.packed]
-    if packed and mode in {"fused", "baked"}:
-        raise NotMergeable(
-            f"'{packed[0].path}' holds its weight as {packed[0].packed}, into which nothing can be merged",
-            next_step="mode='live' (or 'auto') runs adapters beside it; or dequantise the base",
-        )
     planned = {path: _plan(site, needs[path], mode) for path, site in sites.items() if path in needs}
+    for plan in planned.values():
+        _refuse_packed(plan, mode)
     return {path: replace(plan, ranks=ranks(plan.site)) for path, plan in planned.items()}
+
+
+def _refuse_packed(plan: SitePlan, mode: str) -> None:
+    """Refuse to bind another weight in the place of a quantised one."""
+    if not (plan.bound and plan.site.packed):
+        return
+    merging = mode in {"fused", "baked"}
+    why = "" if merging else "".join(f", and {reason}" for reason in plan.reasons[:1])
+    beside = "mode='live' (or 'auto') runs low-rank adapters beside it; " if merging else ""
+    raise NotMergeable(
+        f"'{plan.site.path}' holds its weight as {plan.site.packed}, into which nothing can be merged{why}",
+        next_step=f"{beside}a base that is not quantised takes merged weights "
+        "(where weights= quantises it: without that, or merged first, with mode='baked')",
+    )
 
 
 def _need_branch(need: _Needs, name: str, path: str, term: BranchTerm, mode: str) -> None:
