@@ -113,8 +113,6 @@ class Compilation:
             lasting.request = request
         else:
             lasting.let_go(self.backend.base_of(engine.files))
-        if engine.recodes and not engine.constant:
-            lasting.pool.forget_prepared()  # it was prepared for the host's own weights
         assembly = Assembly(
             lasting=lasting,
             backend=self.backend,

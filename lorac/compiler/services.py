@@ -182,6 +182,8 @@ class Lasting:
         """Let go what an engine over an emitted program does not need of the host, given its base weights."""
         self.host.let_go(tensors or {})
         self.read_from(tensors)
+        if self.host.packed:  # what is quantised is not what adapters were prepared for
+            self.pool.forget_prepared()
 
     def read_from(self, tensors: Mapping[str, torch.Tensor] | None) -> None:
         """Read base weights from these from now on; None: only shapes are asked for any more, in reports."""

@@ -265,11 +265,6 @@ class Engine(ABC):
         return False
 
     @property
-    def recodes(self) -> bool:
-        """Whether it computes with other base weights than the host's: rounded ones, say."""
-        return False
-
-    @property
     def portable(self) -> bool:
         """Whether the program runs without lorac, and takes choices of adapters from files (``write_choice``)."""
         return False

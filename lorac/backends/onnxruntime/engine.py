@@ -152,11 +152,6 @@ class OrtEngine(Engine):
         return self.mode == "baked"
 
     @property
-    def recodes(self) -> bool:
-        """Quantised weights are not the host's."""
-        return self.options.weights is not None
-
-    @property
     def portable(self) -> bool:
         """Whether there are slots to fill."""
         return bool(self.slots) and not self.constant
