@@ -99,10 +99,9 @@ def _made(
 
 def _compute_in_float(graph: onnx.GraphProto) -> None:
     """Have products with quantised weights round nothing that they read."""
-    for part in (graph, *nested(graph)):
-        for attribute in (attribute for node in part.node for attribute in node.attribute):
-            if attribute.name == ACCURACY:
-                attribute.i = IN_FLOAT
+    nodes = (node for part in (graph, *nested(graph)) for node in part.node)
+    for attribute in (attribute for node in nodes for attribute in node.attribute if attribute.name == ACCURACY):
+        attribute.i = IN_FLOAT
 
 
 def _point(tensor: onnx.TensorProto, location: str) -> None:

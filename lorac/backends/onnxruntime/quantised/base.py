@@ -7,6 +7,7 @@ the model had.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -71,12 +72,11 @@ def standing_in(outcomes: Iterable[Outcome], tensors: Mapping[str, Tensor]) -> d
 def _piece(held: list[Quantised], tensor: Tensor) -> Piece | None:
     if tensor.dim() != 2 or tensor.dtype != torch.float32 or not tensor.numel():
         return None
-    for transposed in (False, True):
+    for transposed, quantised in itertools.product((False, True), held):
         rows = (tensor.t() if transposed else tensor).detach().cpu().numpy()
-        for quantised in held:
-            begin = _where(quantised, rows)
-            if begin is not None:
-                return Piece(quantised.encoded.rows(begin, len(rows)), transposed)
+        begin = _where(quantised, rows)
+        if begin is not None:
+            return Piece(quantised.encoded.rows(begin, len(rows)), transposed)
     return None
 
 
