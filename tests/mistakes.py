@@ -200,7 +200,7 @@ COMPILING = [
     Mistake("blocks of any size", lambda w: w.compile(target="onnxruntime", weights="int4", block_size=24)),
     Mistake(
         "blocks of weights that are not quantised",
-        lambda w: w.compile(target="onnxruntime", block_size=64),
+        lambda w: w.compile(target="onnxruntime", block_size=64, example_inputs=w.inputs),
         lambda w, said: Options(weights="int8", block_size=64),
     ),
     Mistake(

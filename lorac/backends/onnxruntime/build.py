@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
+from torch import nn
 
 from lorac.backends.onnx.claims import refuse_unclaimed
 from lorac.backends.onnx.emit import emit
@@ -18,14 +19,16 @@ from lorac.backends.onnx.sharing import places_of
 from lorac.backends.onnx.writing import bake, fill, write
 from lorac.backends.onnxruntime.dialect import DIALECT
 from lorac.backends.onnxruntime.engine import GraphSession, OrtEngine
-from lorac.backends.onnxruntime.options import Options
+from lorac.backends.onnxruntime.options import IN_FLOAT, Options
 from lorac.backends.onnxruntime.quantised.base import as_computed, pieces_of, standing_in, told
-from lorac.backends.onnxruntime.quantised.products import Outcome, quantise
+from lorac.backends.onnxruntime.quantised.codec import Codec
+from lorac.backends.onnxruntime.quantised.products import Given, Outcome, quantise
 from lorac.backends.onnxruntime.session import new_session
-from lorac.errors import Unavailable
+from lorac.errors import Unavailable, warn
 from lorac.ir.engine import BuildRequest, Files
 from lorac.ir.graph.feeds import named_tensors
 from lorac.ir.graph.program import Program
+from lorac.ir.host.packed import came_as
 from lorac.ir.slots.emits import refuse_unemitted
 from lorac.ir.slots.snapshot import Snapshot, slots_of
 from lorac.ir.store.held import hold
@@ -36,6 +39,8 @@ from lorac.progress import Progress, progress
 
 def build(request: BuildRequest[Options]) -> OrtEngine:
     """An engine for the request; the host is not kept."""
+    if not any(True for _ in came_as(request.model)):
+        request.options.refuse_idle()
     folder = temporary_folder()
     try:
         with progress("compiling for ONNX Runtime", total=4) as report:
@@ -54,7 +59,7 @@ def _build(request: BuildRequest[Options], folder: Path, report: Progress) -> Or
     program = request.program(options.aux)
     report.step("emission")
     outcomes = _emit(program, request, folder)
-    program = _noted(program, outcomes, options)
+    program = _noted(program, outcomes)
     report.step("session")
     if request.mode != "baked":
         _keep_base(program, request, folder, outcomes.values())
@@ -72,7 +77,8 @@ def _build(request: BuildRequest[Options], folder: Path, report: Progress) -> Or
     )
     if options.self_test:
         report.step("self-test")
-        tried = _in_float(engine) if options.rounds else engine
+        quantised = any(outcome.quantised for outcome in outcomes.values())
+        tried = _in_float(engine) if quantised and options.accuracy_level > IN_FLOAT else engine
         self_test(tried, program, request.snapshot, functools.partial(standing_in, list(outcomes.values())))
     return engine
 
@@ -85,20 +91,40 @@ def _emit(program: Program, request: BuildRequest[Options], folder: Path) -> dic
     """
     baked, outcomes = request.mode == "baked", dict[str, Outcome]()
     slots = slots_of(request.plans, request.snapshot if baked else Snapshot(()), request.base)
+    given = _given(request.model, request.options)
     for name, graph in program.graphs.items():
         model = emit(graph, program.signatures[name], DIALECT)
         (bake if baked else fill)(model, named_tensors(graph.slots, request.plans, slots))
-        outcomes[name] = _quantised(model, request.options)
+        outcomes[name] = _quantised(model, request.options, given)
         write(model, home_of(folder, name))
     _refuse_idle(outcomes.values(), request.options)
     return outcomes
 
 
-def _quantised(model: ir.Model, options: Options) -> Outcome:
-    """Quantise a model's weights, in place, where the options say so."""
-    if options.codec is None:
+def _given(model: nn.Module, options: Options) -> list[Given]:
+    """The weights of a host that came quantised, as products take them; those that they do not take are told."""
+    found, lost = list[Given](), dict[str, str]()
+    for name, came in came_as(model):
+        codec = None if came.codes is None else Codec.of(came.codes, options.block_size)
+        if came.codes is None or codec is None:
+            lost[name] = came.kind
+        else:
+            found.append(Given(came.codes.dequantised().numpy(), codec.take(came.codes)))
+    if lost:
+        kinds = ", ".join(dict.fromkeys(lost.values()))
+        held = f"quantised anew, as {options.weights}" if options.weights else "held as float32"
+        warn(
+            f"{len(lost)} weights came as {kinds}, whose codes ONNX Runtime's products do not take: they are {held}",
+            next_step=None if options.weights else "weights='int8' or weights='int4' quantises them anew",
+        )
+    return found
+
+
+def _quantised(model: ir.Model, options: Options, given: Sequence[Given]) -> Outcome:
+    """Quantise a model's weights, in place, where the options say so or they came quantised."""
+    if options.codec is None and not given:
         return Outcome()
-    outcome = quantise(model, options.codec, options.accuracy_level)
+    outcome = quantise(model, options.codec, options.accuracy_level, given)
     refuse_unclaimed(model, DIALECT)
     return outcome
 
@@ -118,13 +144,10 @@ def _refuse_idle(outcomes: Iterable[Outcome], options: Options) -> None:
     )
 
 
-def _noted(program: Program, outcomes: Mapping[str, Outcome], options: Options) -> Program:
+def _noted(program: Program, outcomes: Mapping[str, Outcome]) -> Program:
     """The program whose signatures say what became of its weights."""
-    if options.codec is None:
-        return program
-    codec = options.codec
     signatures = {
-        name: dataclasses.replace(signature, notes=(*signature.notes, *outcomes[name].told(codec)))
+        name: dataclasses.replace(signature, notes=(*signature.notes, *outcomes[name].told()))
         for name, signature in program.signatures.items()
     }
     return Program(program.graphs, signatures)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 import onnxruntime as ort
 
-from lorac.backends.onnxruntime.quantised.codec import Codec
+from lorac.backends.onnxruntime.quantised.codec import BLOCKS, Codec
 from lorac.errors import UnknownOption, none_of, short
 from lorac.ir.engine import TargetOptions
 
@@ -17,7 +17,6 @@ MOST_THREADS = 1024
 _TIMES = ("asked", "background")
 _BITS = {"int8": 8, "int4": 4}
 """What weights may be held as -> bits of a value."""
-_BLOCKS = (16, 32, 64, 128, 256)
 IN_FLOAT = 1
 """The accuracy level of products that round nothing."""
 _LEVELS = (0, IN_FLOAT, 2, 3, 4)
@@ -60,11 +59,6 @@ class Options(TargetOptions):
         """How weights are quantised; None where they are not."""
         return None if self.weights is None else Codec(_BITS[self.weights], self.block_size, self.symmetric)
 
-    @property
-    def rounds(self) -> bool:
-        """Whether products with quantised weights round what they read."""
-        return self.weights is not None and self.accuracy_level > IN_FLOAT
-
     def check(self) -> None:
         """There are two times at which weights settle, and as many threads as a machine may have."""
         self._check_weights()
@@ -86,16 +80,19 @@ class Options(TargetOptions):
         """Raise ``UnknownOption`` where weights cannot be quantised so, or are not to be quantised at all."""
         if self.weights is not None and self.weights not in _BITS:
             raise none_of("weights cannot be held as", self.weights, tuple(_BITS))
-        for name, known in (("block_size", _BLOCKS), ("accuracy_level", _LEVELS)):
+        for name, known in (("block_size", BLOCKS), ("accuracy_level", _LEVELS)):
             if getattr(self, name) not in known:
                 raise UnknownOption(
                     f"{name} cannot be {short(getattr(self, name))}",
                     next_step=f"it is one of {', '.join(map(str, known))}",
                 )
+
+    def refuse_idle(self) -> None:
+        """Raise ``UnknownOption`` where it is said how weights are quantised, of a model of which none are."""
         given = {spec.name for spec in fields(self) if getattr(self, spec.name) != spec.default}
         idle = [name for name in _HOW if name in given]
         if self.weights is None and idle:
             raise UnknownOption(
-                f"{idle[0]}= says how weights are quantised, and none are to be",
+                f"{idle[0]}= says how weights are quantised, and none are",
                 next_step="give weights='int8' or weights='int4' with it",
             )

@@ -7,13 +7,18 @@ writes them: equal matrices give equal bytes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from lorac.ir.host.packed import Codes
+
 Array = npt.NDArray[Any]
+BLOCKS = (16, 32, 64, 128, 256)
+"""How many values may share a scale."""
 ACCURACY = "accuracy_level"
 """The attribute of a quantised product that says in what it is computed."""
 
@@ -40,6 +45,40 @@ class Codec:
     def why_not(self, columns: int) -> str | None:
         """Why rows of so many values stay as they are; None where they can be quantised."""
         return f"rows shorter than a block of {self.block}" if columns < self.block else None
+
+    @classmethod
+    def of(cls, codes: Codes, block: int) -> Codec | None:
+        """The codec whose blocks hold given codes as they are; None where none does.
+
+        Args:
+            codes: of a matrix that came quantised.
+            block: how many values share a scale where whole rows do.
+        """
+        group, columns = codes.group, codes.whole.shape[1]
+        size = block if group == columns else group
+        fits = size in BLOCKS and (group == columns or columns % size == 0)
+        return cls(codes.bits, size, codes.zero is None) if fits and columns >= size else None
+
+    def take(self, codes: Codes) -> Encoded:
+        """Codes as they are; what fills up the last block of a row counts as 0."""
+        rows, columns = codes.whole.shape
+        blocks, middle = -(-columns // self.block), 1 << self.bits - 1
+        repeated = blocks // codes.scale.shape[1]
+        scales = np.repeat(codes.scale.float().numpy(), repeated, 1)
+        zeros = np.full(scales.shape, middle, np.uint8)
+        if codes.zero is not None:
+            zeros = np.repeat(codes.zero.long().numpy() + middle, repeated, 1).astype(np.uint8)
+        whole = np.repeat(zeros, self.block, 1)
+        whole[:, :columns] = (codes.whole.long().numpy() + middle).astype(np.uint8)
+        packed = self._packed(whole).reshape(rows, blocks, -1)
+        return Encoded(self, columns, packed, scales, None if self.symmetric else self._packed(zeros))
+
+    def _packed(self, whole: Array) -> Array:
+        """Numbers along the last axis packed into bytes, of 4 bits two in each."""
+        if self.bits == 8:
+            return whole
+        even = np.pad(whole, ((0, 0), (0, whole.shape[1] % 2)))
+        return even[:, ::2] | even[:, 1::2] << 4
 
     def encode(self, matrix: Array) -> Encoded:
         """A float32 matrix (rows, columns); the last block of a row is filled up with zeros."""
@@ -114,3 +153,11 @@ class Encoded:
         spread = np.empty((*packed.shape[:-1], packed.shape[-1], 2), np.float32)
         spread[..., 0], spread[..., 1] = packed & 15, packed >> 4
         return spread.reshape(*packed.shape[:-1], -1)
+
+
+def joined(parts: Sequence[Encoded]) -> Encoded:
+    """Matrices of one width and codec under one another."""
+    if len(parts) == 1:
+        return parts[0]
+    stacked = {name: np.concatenate([part.parts()[name] for part in parts]) for name in parts[0].parts()}
+    return Encoded(parts[0].codec, parts[0].columns, **stacked)

@@ -9,7 +9,7 @@ constant, and stays as it is.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +17,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lorac.backends.onnx.claims import modules_of
-from lorac.backends.onnxruntime.quantised.codec import ACCURACY, Array, Codec, Encoded
+from lorac.backends.onnxruntime.quantised.codec import ACCURACY, Array, Codec, Encoded, joined
 from lorac.ir.view.terms import told_size
 
 _DOMAIN = "com.microsoft"
@@ -46,6 +46,28 @@ class Quantised:
         return held.T if self.by_columns else held
 
 
+@dataclass(frozen=True, eq=False)
+class Given:
+    """A matrix (out, in) that came quantised.
+
+    Attributes:
+        matrix: what it comes to.
+        encoded: its codes, as programs hold them.
+    """
+
+    matrix: Array
+    encoded: Encoded
+
+    def is_at(self, begin: int, matrix: Array) -> bool:
+        """Whether it is the rows of a matrix from one on."""
+        rows = matrix[begin : begin + len(self.matrix)]
+        return (
+            rows.shape == self.matrix.shape
+            and bool((rows[0] == self.matrix[0]).all())
+            and (np.array_equal(rows, self.matrix))
+        )
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What became of a program's constants of two or more axes.
@@ -58,28 +80,31 @@ class Outcome:
     quantised: dict[str, Quantised] = field(default_factory=dict)
     floats: dict[str, str] = field(default_factory=dict)
 
-    def told(self, codec: Codec) -> Iterator[str]:
+    def told(self) -> Iterator[str]:
         """What whoever calls the program should know of it, a line each."""
-        held = [quantised.encoded for quantised in self.quantised.values()]
-        before = sum(math.prod(encoded.shape) * _FLOAT for encoded in held)
-        kind = "symmetric" if codec.symmetric else "asymmetric"
-        yield (
-            f"weights: {len(held)} held as {codec.name}, {kind}, in blocks of {codec.block}: "
-            f"{told_size(sum(encoded.nbytes for encoded in held))} for {told_size(before)}"
-        )
+        encoded = [quantised.encoded for quantised in self.quantised.values()]
+        for codec in dict.fromkeys(one.codec for one in encoded):
+            held = [one for one in encoded if one.codec == codec]
+            before = sum(math.prod(one.shape) * _FLOAT for one in held)
+            kind = "symmetric" if codec.symmetric else "asymmetric"
+            yield (
+                f"weights: {len(held)} held as {codec.name}, {kind}, in blocks of {codec.block}: "
+                f"{told_size(sum(one.nbytes for one in held))} for {told_size(before)}"
+            )
         for reason in dict.fromkeys(self.floats.values()):
             names = [name for name, why in self.floats.items() if why == reason]
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             yield f"weights that stay as they are, {reason}: {', '.join(names[:_SHOWN])}{more}"
 
 
-def quantise(model: ir.Model, codec: Codec, accuracy_level: int) -> Outcome:
+def quantise(model: ir.Model, codec: Codec | None, accuracy_level: int, given: Sequence[Given] = ()) -> Outcome:
     """Quantise the matrices of a program, in place, one at a time.
 
     Args:
         model: as emitted, its slots filled or baked.
-        codec: how.
+        codec: how; None: only those that came quantised.
         accuracy_level: in what products are computed (``lorac.backends.onnxruntime.options.Options``).
+        given: those that came quantised, whose codes are taken as they are, also where several were joined.
     """
     outcome = Outcome()
     for name, value in list(model.graph.initializers.items()):
@@ -87,11 +112,17 @@ def quantise(model: ir.Model, codec: Codec, accuracy_level: int) -> Outcome:
         if held is None or value.is_graph_input() or len(held.shape) < 2 or held.dtype not in _FLOATS:
             continue
         reads = _reads(value)
-        reason = reads if isinstance(reads, str) else _why_not(held, reads, codec)
+        reason = reads if isinstance(reads, str) else _why_not(held, reads)
         if isinstance(reads, str) or reason is not None:
             outcome.floats[_named(value)] = str(reason)
+            continue
+        matrix = held.numpy().T if reads[0].by_columns else held.numpy()
+        encoded = _as_it_came(matrix, given) or _encoded(matrix, codec)
+        if isinstance(encoded, Encoded):
+            _replace(model, value, reads, encoded, accuracy_level)
+            outcome.quantised[name] = Quantised(encoded, reads[0].by_columns, held)
         else:
-            outcome.quantised[name] = _replaced(model, value, reads, codec, accuracy_level)
+            outcome.floats[_named(value)] = encoded
     RemoveUnusedNodesPass()(model)
     model.graph.opset_imports.setdefault(_DOMAIN, 1)
     return outcome
@@ -148,15 +179,33 @@ def _multiplies_rows(node: ir.Node) -> bool:
     return node.op_type == "MatMul" and x is not None and (x.shape is None or len(x.shape) > 1)
 
 
-def _why_not(held: ir.TensorProtocol, reads: list[_Read], codec: Codec) -> str | None:
+def _encoded(matrix: Array, codec: Codec | None) -> Encoded | str:
+    """A matrix quantised, or why it stays."""
+    if codec is None:
+        return "float in the model"
+    return codec.why_not(matrix.shape[1]) or codec.encode(matrix)
+
+
+def _as_it_came(matrix: Array, given: Sequence[Given]) -> Encoded | None:
+    """The codes of a matrix that came quantised, or was joined of such; None where it, or a part of it, did not."""
+    parts: list[Encoded] = []
+    begin = 0
+    while begin < len(matrix):
+        found = next((one.encoded for one in given if one.is_at(begin, matrix)), None)
+        if found is None or (parts and found.codec != parts[0].codec):
+            return None
+        parts.append(found)
+        begin += found.shape[0]
+    return joined(parts) if parts else None
+
+
+def _why_not(held: ir.TensorProtocol, reads: list[_Read]) -> str | None:
     """Why a constant that products and lookups read stays as it is; None where it can be quantised."""
     if held.dtype is not ir.DataType.FLOAT:
         return f"of {str(held.dtype).lower()} numbers"
     if len(held.shape) > 2:
         return f"of {len(held.shape)} axes"
-    if len({read.by_columns for read in reads}) > 1:
-        return "read along both axes"
-    return codec.why_not(held.shape.numpy()[0 if reads[0].by_columns else 1])
+    return "read along both axes" if len({read.by_columns for read in reads}) > 1 else None
 
 
 def _named(value: ir.Value) -> str:
@@ -166,11 +215,8 @@ def _named(value: ir.Value) -> str:
 
 
 # ── What is put in its place ─────────────────────────────────────────────────────────────────────────────────────────
-def _replaced(model: ir.Model, value: ir.Value, reads: list[_Read], codec: Codec, accuracy_level: int) -> Quantised:
-    held, name, by_columns = value.const_value, str(value.name), reads[0].by_columns
-    assert held is not None
-    matrix = held.numpy()
-    encoded = codec.encode(matrix.T if by_columns else matrix)
+def _replace(model: ir.Model, value: ir.Value, reads: list[_Read], encoded: Encoded, accuracy_level: int) -> None:
+    name, codec = str(value.name), encoded.codec
     packed, tables = encoded.packed, [read for read in reads if read.looks_up]
     flat = packed.reshape(len(packed), -1)
     alone = len(tables) == len(reads)
@@ -184,7 +230,6 @@ def _replaced(model: ir.Model, value: ir.Value, reads: list[_Read], codec: Codec
         else:
             made = list(_product(read.node, encoded, [stored, scales, zeros], accuracy_level))
         _exchange(read.node, made)
-    return Quantised(encoded, by_columns, held)
 
 
 def _product(node: ir.Node, encoded: Encoded, parts: list[ir.Value | None], accuracy_level: int) -> Iterator[ir.Node]:
