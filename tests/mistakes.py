@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import lorac
 from lorac import LoRA
+from lorac.backends.onnxruntime.options import Options
 from lorac.cli import app
 
 NAN = float("nan")
@@ -104,6 +105,11 @@ class World:
         """As ``eager`` was, with something more."""
         return self.compile({"sql": lora()}, **rest)
 
+    def quantised(self, **rest: Any) -> Any:
+        """The model with its weights quantised."""
+        told = {"target": "onnxruntime", "weights": "int8", "block_size": 16, "self_test": False}
+        return self.again(example_inputs=self.inputs, **told, **rest)
+
     def captured(self, **rest: Any) -> str:
         """The graph that is captured of the model."""
         return str(self.again(**rest).graph)
@@ -190,6 +196,18 @@ COMPILING = [
     Mistake("another mode's name", lambda w: w.compile(mode="merged")),
     Mistake("an option that the target lacks", lambda w: w.compile(quantize=True)),
     Mistake("an option as text", lambda w: w.compile(self_test="no")),
+    Mistake("weights in bits that nothing takes", lambda w: w.compile(target="onnxruntime", weights="int3")),
+    Mistake("blocks of any size", lambda w: w.compile(target="onnxruntime", weights="int4", block_size=24)),
+    Mistake(
+        "blocks of weights that are not quantised",
+        lambda w: w.compile(target="onnxruntime", block_size=64, example_inputs=w.inputs),
+        lambda w, said: Options(weights="int8", block_size=64),
+    ),
+    Mistake(
+        "merging into quantised weights",
+        lambda w: w.quantised(mode="fused"),
+        lambda w, said: w.quantised(mode="baked"),
+    ),
     Mistake("one extra output as text", lambda w: w.compile({"a": lorac.MeteoRA(targets=["q_proj"])}, aux="router")),
     Mistake(
         "an extra output that is misspelt", lambda w: w.compile({"a": lorac.MeteoRA(targets=["q_proj"])}, aux=["routr"])

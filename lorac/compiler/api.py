@@ -15,6 +15,7 @@ from lorac.compiler.targets import backend_of
 from lorac.ir.host.components import Components
 from lorac.ir.host.computed import with_plain_weights
 from lorac.ir.host.example_inputs import as_tensors
+from lorac.ir.host.packed import with_dequantised
 from lorac.ir.slots.choice import Spec
 from lorac.ir.slots.planning import Reserve
 from lorac.kinds import expect
@@ -69,7 +70,10 @@ def compile(  # noqa: PLR0913, PLR0917  (the public interface)
     backend = backend_of(target)
     told = backend.told(options)
     wanted = dtype_named(dtype)
-    moved, precision = brought(with_plain_weights(host), backend.dialect, wanted, device)
+    plain = with_plain_weights(host)
+    if backend.dialect.claims is not None:  # an emitted program has no kernels of other libraries
+        plain = with_dequantised(plain)
+    moved, precision = brought(plain, backend.dialect, wanted, device)
     lasting = Lasting(Host(moved, given.model, {"dtype": wanted, "device": device}))
     own = sources_of(adapters)
     brought_along = [named for named in given.adapters if named[0] not in dict(own)]

@@ -62,6 +62,11 @@ class Lasting:
         self.pool = Pool(self.prepare)
         self.request: BuildRequest[TargetOptions] | None = None
 
+    def hold(self, sites: dict[str, Site]) -> None:
+        """Take the sites as an engine is to hold their weights; what is left of the host says so too."""
+        self.preparer.sites = self.sites = sites
+        self.host.packed = {s.weight: s.packed for s in sites.values() if s.weight and s.packed}
+
     @functools.cached_property
     def stages(self) -> Stages:
         """What the passes did to each graph: nothing, until they do."""
@@ -177,6 +182,8 @@ class Lasting:
         """Let go what an engine over an emitted program does not need of the host, given its base weights."""
         self.host.let_go(tensors or {})
         self.read_from(tensors)
+        if self.host.packed:  # what is quantised is not what adapters were prepared for
+            self.pool.forget_prepared()
 
     def read_from(self, tensors: Mapping[str, torch.Tensor] | None) -> None:
         """Read base weights from these from now on; None: only shapes are asked for any more, in reports."""

@@ -310,6 +310,10 @@ class Backend(ABC, Generic[Options]):
                 )
         return self.options(**options)  # type: ignore[arg-type]  # each class checks its own values
 
+    def held(self, sites: Mapping[str, Site], options: Options, mode: str) -> dict[str, Site]:
+        """The sites of a host as an engine is to hold their weights: those that it quantises say so (``packed``)."""
+        return dict(sites)
+
     @abstractmethod
     def build(self, request: BuildRequest[Options]) -> Engine:
         """An engine for the request."""

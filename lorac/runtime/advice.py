@@ -10,7 +10,7 @@ from lorac.ir.algebra import letters
 from lorac.ir.algebra.changes import LowRank
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.ir.slots.filling import branch_misfit, does_not_fit
-from lorac.ir.slots.planning import Reserve
+from lorac.ir.slots.planning import Reserve, needs_weight, not_mergeable
 from lorac.ir.slots.role import SlotRole
 from lorac.ir.slots.roles import ROLES, roles_of
 from lorac.ir.slots.site import Prepared, SitePlan
@@ -33,7 +33,12 @@ def _admitting(role: SlotRole) -> str:
 
 
 def refuse_misfit(name: str, prepared: Prepared, plans: Mapping[str, SitePlan], sites: Mapping[str, Site]) -> None:
-    """Raise ``NeedsRecompile`` where an adapter does not fit the plans, with the ``reserve=`` that admits it."""
+    """Refuse an adapter that does not fit the plans.
+
+    Raises:
+        NeedsRecompile: with the ``reserve=`` that admits it.
+        NotMergeable: none does, since it needs a merged weight in the place of a quantised one.
+    """
     problems = []
     for path, change in prepared.changes.items():
         plan = plans.get(path)
@@ -44,6 +49,9 @@ def refuse_misfit(name: str, prepared: Prepared, plans: Mapping[str, SitePlan], 
         reason = branch_misfit(plans.get(path), term)
         if reason:
             problems.append((path, reason))
+    for path in [path for path, _ in problems if path in prepared.changes and path in sites]:
+        if sites[path].packed and needs_weight(sites[path], prepared.changes[path]):
+            raise not_mergeable(sites[path], f", and adapter '{name}' needs a merged weight there")
     if problems:
         path, reason = problems[0]
         raise NeedsRecompile(

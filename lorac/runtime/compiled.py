@@ -271,6 +271,7 @@ class Compiled(Generates):
 
         Raises:
             NeedsRecompile: more sites, rank or kinds of slots than were reserved; nothing was registered.
+            NotMergeable: it needs a merged weight where the weight is quantised; nothing was registered.
             AdapterExists: the name is taken.
         """
         self.refuse_baked()

@@ -28,6 +28,7 @@ class Host:
 
     Attributes:
         kept: the base weights that there still are once the model was let go, by name.
+        packed: name of a weight that the engine holds quantised -> as what.
     """
 
     def __init__(self, module: nn.Module | None, given: Any = None, moved: Mapping[str, Any] | None = None) -> None:
@@ -37,6 +38,7 @@ class Host:
         self._described: dict[str, Any] | None = None
         self._made: Callable[[], nn.Module | None] = lambda: None
         self.kept: Mapping[str, Tensor] = {}
+        self.packed: Mapping[str, str] = {}
 
     @classmethod
     def stored(cls, described: Mapping[str, Any], kept: Mapping[str, Tensor]) -> Host:
@@ -65,7 +67,7 @@ class Host:
     @property
     def described(self) -> dict[str, Any]:
         """The skeleton as JSON."""
-        return self._described if self._described is not None else skeleton.describe(self.module)
+        return self._described if self._described is not None else skeleton.describe(self.module, self.packed)
 
     def let_go(self, kept: Mapping[str, Tensor]) -> None:
         """Hold the model weakly from now on; ``kept`` are the base weights that are still needed."""

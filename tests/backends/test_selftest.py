@@ -66,7 +66,7 @@ def _host() -> nn.Module:
 
 def _build(mode: str, monkeypatch: pytest.MonkeyPatch) -> Built:
     seen: list[Built] = []
-    monkeypatch.setattr(building, "self_test", lambda *args: seen.append(Built(*args)))
+    monkeypatch.setattr(building, "self_test", lambda *args: seen.append(Built(*args[:3])))
     compiled = lorac.compile(
         _host(),
         {"a": _noisy(2), "b": _renamed(_noisy(3, lorac.DoRA), "b")},
@@ -253,13 +253,14 @@ def test_roundings_that_a_network_blows_up_are_no_fault(
     """An answer may be as far off as a rounding of the inputs moves it, several times, and by no other cause."""
     x = torch.rand(50, generator=torch.Generator().manual_seed(0)) + 0.5
 
-    def answer(graph: Any, inputs: Any, tensors: Any = None) -> list[Tensor]:
+    def answer(graph: Any, inputs: Any, tensors: Any = None, weights: Any = None) -> list[Tensor]:
         return [torch.sin(steep * inputs["x"])]
 
     monkeypatch.setattr(selftest, "outputs_of", answer)
     comparison = object.__new__(selftest._Comparison)
     comparison.engine = SimpleNamespace(mode="live", outputs=lambda *_: answer(None, {"x": x * (1 + off)}))  # type: ignore[assignment]
     comparison.graph, comparison.inputs = SimpleNamespace(name="main", slots={}), {"x": x}  # type: ignore[assignment]
+    comparison.weights = {}
     assert comparison._differs({}) == differs
 
 

@@ -56,6 +56,7 @@ ROWS = {
             "live / plain export",
         ]
     ],
+    "quantised": [["float32", "float32, A/A", "int8", "int4, symmetric", "int4, asymmetric"]],
     "swap": [
         [
             "live LoRA (ONNX Runtime)",

@@ -60,8 +60,8 @@ def read(files: Mapping[str, HeldFile], graph: str) -> tuple[onnx.ModelProto, di
     data = memoryview(held.mapped() if held is not None and held.size else b"")
     where = files[name_of(graph, MODEL)].where
     weights = {tensor.name: _weight(tensor, data, where) for tensor in filter(_is_beside, model.graph.initializer)}
-    for nested in _nested(model.graph):
-        for tensor in filter(_is_beside, nested.initializer):
+    for inner in nested(model.graph):
+        for tensor in filter(_is_beside, inner.initializer):
             tensor.raw_data = _weight(tensor, data, where).tobytes()
             tensor.ClearField("external_data")
             tensor.data_location = onnx.TensorProto.DEFAULT
@@ -97,12 +97,12 @@ def _weight(tensor: onnx.TensorProto, data: memoryview, model: Path) -> Array:
     return values.reshape(tuple(tensor.dims))
 
 
-def _nested(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+def nested(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
     """The graphs in a graph's nodes, however deep."""
     attributes = (attribute for node in graph.node for attribute in node.attribute)
-    for nested in (inner for a in attributes for inner in (*((a.g,) if a.HasField("g") else ()), *a.graphs)):
-        yield nested
-        yield from _nested(nested)
+    for inner in (graph for a in attributes for graph in (*((a.g,) if a.HasField("g") else ()), *a.graphs)):
+        yield inner
+        yield from nested(inner)
 
 
 def check_locations(files: Mapping[str, HeldFile], graph: str) -> None:

@@ -79,13 +79,18 @@ class Emitted(Protocol):
         """A graph's outputs for tensors in its slots and inputs by name."""
 
 
-def self_test(engine: Emitted, program: Program, snapshot: Snapshot) -> None:
+Computed = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""Tensors by name -> the same as the emitted program computes with them: quantised, say."""
+
+
+def self_test(engine: Emitted, program: Program, snapshot: Snapshot, computed: Computed = dict) -> None:
     """Check an engine against the program it was emitted from.
 
     Args:
         engine: as built.
         program: the lowered program, with its weights.
         snapshot: what the slots hold at first; what a baked engine holds.
+        computed: what constants of the program come to in the emitted one.
 
     Raises:
         SelfTestFailed: naming the slots.
@@ -98,7 +103,7 @@ def self_test(engine: Emitted, program: Program, snapshot: Snapshot) -> None:
             check_inputs(model, [] if baked else list(graph.slots), list(graph.slots))
             changed = {} if baked else _changed(_part(contents.old(), graph), contents.idle)
             check_constants(model, changed)
-            _Comparison(engine, program, name, contents).check()
+            _Comparison(engine, program, name, contents, computed).check()
         contents.leave()
 
 
@@ -203,11 +208,13 @@ class _Comparison:
         program: the captured one.
         name: which of its graphs.
         contents: what the slots can hold.
+        computed: what constants come to in the emitted one.
     """
 
-    def __init__(self, engine: Emitted, program: Program, name: str, contents: _Contents) -> None:
+    def __init__(self, engine: Emitted, program: Program, name: str, contents: _Contents, computed: Computed) -> None:
         signature = program.signatures[name]
-        self.engine, self.graph, self.contents = engine, program.graphs[name], contents
+        self.engine, self.graph, self.contents, self.computed = engine, program.graphs[name], contents, computed
+        self.weights = computed(self.graph.exported.state_dict)
         self.inputs: Mapping[str, Tensor] = example_inputs(self.graph, signature.inputs)
         sizes = signature.sizes
         other = sizes.others(sizes.of(self.inputs))
@@ -225,9 +232,10 @@ class _Comparison:
         """All runs; where one with noise fails, find the slots."""
         contents = self.contents
         if self.engine.mode == "baked":
-            if self._differs(contents.old()):
+            baked = self.computed(contents.old())
+            if self._differs(baked):
                 raise failed(slots, "do not hold what was baked into them")
-            self._check_sizes(contents.old())
+            self._check_sizes(baked)
             return
         before = self._run(contents.old())
         noise = contents.noise()
@@ -258,15 +266,19 @@ class _Comparison:
 
     def _draws(self) -> bool:
         """Whether the captured program answers by random numbers."""
-        one, other = (outputs_of(self.graph, self.inputs, self.contents.old()) for _ in range(2))
+        one, other = (self._wanted(self.inputs, self.contents.old()) for _ in range(2))
         return any(apart(a, b) for a, b in zip(one, other, strict=True))
+
+    def _wanted(self, inputs: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        """What the captured program answers."""
+        return outputs_of(self.graph, inputs, tensors, self.weights)
 
     def _run(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         return self.engine.outputs(self.graph.name, _part(tensors, self.graph), self.inputs)
 
     def _differs(self, tensors: Mapping[str, Tensor]) -> bool:
         baked = self.engine.mode == "baked"
-        expected = outputs_of(self.graph, self.inputs, tensors)
+        expected = self._wanted(self.inputs, tensors)
         try:
             found = self._run({} if baked else tensors)
         except Exception:  # shapes that do not fit: the slot feeds something else
@@ -274,7 +286,7 @@ class _Comparison:
         if not any(apart(y, ref) for y, ref in zip(found, expected, strict=True)):
             return False
         # Noise in the weights of a deep network may blow roundings up, which are then as large without any emission.
-        moved = outputs_of(self.graph, _nudged(self.inputs), _nudged(tensors))
+        moved = self._wanted(_nudged(self.inputs), _nudged(tensors))
         return any(
             apart(y, ref) and not distance(y, ref) <= min(_BLOWN_UP * distance(again, ref), _MOST)
             for y, ref, again in zip(found, expected, moved, strict=True)

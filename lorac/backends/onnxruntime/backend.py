@@ -14,10 +14,13 @@ import torch
 from lorac.backends.onnx.files import BASE, names_of
 from lorac.backends.onnxruntime.engine import GraphSession, OrtEngine
 from lorac.backends.onnxruntime.options import Options
+from lorac.backends.onnxruntime.quantised.base import as_computed
+from lorac.backends.onnxruntime.quantised.codec import Codec
 from lorac.backends.onnxruntime.session import new_session
 from lorac.errors import Unavailable
 from lorac.ir.engine import AnyDialect, Backend, BuildRequest, Engine, Files, Stored
 from lorac.ir.graph.signature import CallSignature
+from lorac.ir.host.sites import Site, SiteKind
 from lorac.ir.slots.site import SitePlan
 from lorac.ir.store.plans import slot_from_json, slot_to_json
 from lorac.ir.store.tensors import TensorFile, file_base
@@ -42,6 +45,16 @@ class OnnxRuntime(Backend[Options]):
         from lorac.backends.onnxruntime.build import build
 
         return build(request)
+
+    def held(self, sites: Mapping[str, Site], options: Options, mode: str) -> dict[str, Site]:
+        """Layers and embeddings that are to be quantised say so. What is baked is merged in float first."""
+        codec = options.codec
+        if codec is None or mode == "baked":
+            return dict(sites)
+        return {
+            path: dataclasses.replace(site, packed=codec.name) if _is_quantised(site, codec) else site
+            for path, site in sites.items()
+        }
 
     def store(self, engine: Engine, folder: Path, request: Callable[[], BuildRequest[Options]]) -> Stored:
         """Copy the emitted models, their weights and the base weights."""
@@ -71,12 +84,20 @@ class OnnxRuntime(Backend[Options]):
             options=options,
         )
 
-    def base_of(self, files: Files) -> TensorFile | None:
-        """The base weights, some of which the models hold; None of a baked program."""
-        return TensorFile(files[BASE], files) if BASE in files else None
+    def base_of(self, files: Files) -> Mapping[str, torch.Tensor] | None:
+        """The base weights as products are taken with them, some of which the models hold; None of a baked program."""
+        return as_computed(TensorFile(files[BASE], files)) if BASE in files else None
 
 
 BACKEND = OnnxRuntime()
+
+
+def _is_quantised(site: Site, codec: Codec) -> bool:
+    """Whether a site is a layer whose weight a program holds quantised; a module's own product is a slot's."""
+    if site.within is not None or site.dtype != torch.float32 or site.packed:
+        return False
+    columns = {SiteKind.LINEAR: site.in_features, SiteKind.EMBEDDING: site.out_features}.get(site.kind)
+    return columns is not None and codec.why_not(columns) is None
 
 
 def _described(part: GraphSession) -> dict[str, Any]:

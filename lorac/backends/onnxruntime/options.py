@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import onnxruntime as ort
 
+from lorac.backends.onnxruntime.quantised.codec import BLOCKS, Codec
 from lorac.errors import UnknownOption, none_of, short
 from lorac.ir.engine import TargetOptions
 
@@ -14,6 +15,13 @@ MOST_THREADS = 1024
 
 
 _TIMES = ("asked", "background")
+_BITS = {"int8": 8, "int4": 4}
+"""What weights may be held as -> bits of a value."""
+IN_FLOAT = 1
+"""The accuracy level of products that round nothing."""
+_LEVELS = (0, IN_FLOAT, 2, 3, 4)
+_HOW = ("block_size", "symmetric", "accuracy_level")
+"""Options that say how weights are quantised, and nothing where none are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +35,16 @@ class Options(TargetOptions):
         cache: keep keys and values, as ``generate`` needs it, of a causal language model of transformers. Calls then
             take ``input_ids`` and an ``attention_mask`` that pads rows on the right; logits of padding are 0.
         providers: execution providers, best first.
+        weights: ``"int8"`` or ``"int4"``: weights of linear layers, output layers and embeddings are quantised, by
+            rounding to the nearest, and adapters run beside them in float. ``explain()`` says which stay float, and
+            why. The base is what the quantised weights come to, also for methods that read W; in mode ``"baked"`` the
+            adapters are merged in float first.
+        block_size: so many values of a row share a scale: 16, 32, 64, 128 or 256.
+        symmetric: zero is in the middle of each block's range; False gives each block a zero point of its own, which
+            is nearer to the weights, and a little larger and slower.
+        accuracy_level: what products compute in, at least: 1 float32, 2 float16, 3 bfloat16; 4 rounds what they read
+            to int8, block by block, which is fastest on CPUs; 0 leaves it to the execution provider, whose CPU takes
+            float32.
     """
 
     threads: int = 0
@@ -34,6 +52,15 @@ class Options(TargetOptions):
     settle: str = "asked"
     cache: bool = False
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
+    weights: str | None = None
+    block_size: int = 32
+    symmetric: bool = True
+    accuracy_level: int = 4
+
+    @property
+    def codec(self) -> Codec | None:
+        """How weights are quantised; None where they are not."""
+        return None if self.weights is None else Codec(_BITS[self.weights], self.block_size, self.symmetric)
 
     @property
     def grows(self) -> bool:
@@ -42,6 +69,7 @@ class Options(TargetOptions):
 
     def check(self) -> None:
         """There are two times at which weights settle, and as many threads as a machine may have."""
+        self._check_weights()
         if self.settle not in _TIMES:
             raise none_of("settle cannot be", self.settle, _TIMES)
         known = ort.get_all_providers()
@@ -54,4 +82,25 @@ class Options(TargetOptions):
             raise UnknownOption(
                 f"threads cannot be {short(self.threads)}",
                 next_step=f"give a number up to {MOST_THREADS}, or 0 for all",
+            )
+
+    def _check_weights(self) -> None:
+        """Raise ``UnknownOption`` where weights cannot be quantised so, or are not to be quantised at all."""
+        if self.weights is not None and self.weights not in _BITS:
+            raise none_of("weights cannot be held as", self.weights, tuple(_BITS))
+        for name, known in (("block_size", BLOCKS), ("accuracy_level", _LEVELS)):
+            if getattr(self, name) not in known:
+                raise UnknownOption(
+                    f"{name} cannot be {short(getattr(self, name))}",
+                    next_step=f"it is one of {', '.join(map(str, known))}",
+                )
+
+    def refuse_idle(self) -> None:
+        """Raise ``UnknownOption`` where it is said how weights are quantised, of a model of which none are."""
+        given = {spec.name for spec in fields(self) if getattr(self, spec.name) != spec.default}
+        idle = [name for name in _HOW if name in given]
+        if self.weights is None and idle:
+            raise UnknownOption(
+                f"{idle[0]}= says how weights are quantised, and none are",
+                next_step="give weights='int8' or weights='int4' with it",
             )

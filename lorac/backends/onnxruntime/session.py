@@ -14,8 +14,9 @@ import onnxruntime as ort
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
-from lorac.backends.onnx.files import WEIGHTS, Array, name_of, read
-from lorac.backends.onnxruntime.options import Options
+from lorac.backends.onnx.files import WEIGHTS, Array, name_of, nested, read
+from lorac.backends.onnxruntime.options import IN_FLOAT, Options
+from lorac.backends.onnxruntime.quantised.codec import ACCURACY
 from lorac.ir.engine import Files
 
 
@@ -29,7 +30,12 @@ def session_options(options: Options) -> ort.SessionOptions:
 
 
 def new_session(
-    files: Files, graph: str, options: Options, constants: Mapping[str, Array] | None = None
+    files: Files,
+    graph: str,
+    options: Options,
+    constants: Mapping[str, Array] | None = None,
+    *,
+    rounds: bool = True,
 ) -> ort.InferenceSession:
     """A session over a graph's model.
 
@@ -42,13 +48,15 @@ def new_session(
         graph: which of its graphs.
         options: the target's.
         constants: slot input -> what it holds in this session, for good; kept with the session, and not copied.
+        rounds: products with quantised weights may round what they read, as the model says; False has them computed
+            in float32.
 
     Raises:
         ArtifactError: a weight is not where the model says it is.
         Unavailable: an op has no kernel in the model's dtype.
     """
     beside = files.get(name_of(graph, WEIGHTS))
-    made = functools.partial(_made, files, graph, options, constants or {})
+    made = functools.partial(_made, files, graph, options, constants or {}, rounds)
     if beside is None or not beside.is_linked:
         return made(None)
     try:
@@ -60,10 +68,12 @@ def new_session(
 
 
 def _made(
-    files: Files, graph: str, options: Options, constants: Mapping[str, Array], path: Path | None
+    files: Files, graph: str, options: Options, constants: Mapping[str, Array], rounds: bool, path: Path | None
 ) -> ort.InferenceSession:
     """A session that maps its weights from a path, or where there is none gets them handed over."""
     model, weights = read(files, graph)
+    if not rounds:
+        _compute_in_float(model.graph)
     settings = session_options(options)
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     handed = _fixed(model, stored, constants)
@@ -85,6 +95,13 @@ def _made(
     session.lorac_constants = handed
     _let_go(weights)
     return session
+
+
+def _compute_in_float(graph: onnx.GraphProto) -> None:
+    """Have products with quantised weights round nothing that they read."""
+    nodes = (node for part in (graph, *nested(graph)) for node in part.node)
+    for attribute in (attribute for node in nodes for attribute in node.attribute if attribute.name == ACCURACY):
+        attribute.i = IN_FLOAT
 
 
 def _point(tensor: onnx.TensorProto, location: str) -> None:

@@ -67,10 +67,21 @@ def interpret(graph: Graph, inputs: Mapping[str, Any], slots: Mapping[str, Tenso
 
 
 @torch.no_grad()
-def outputs_of(graph: Graph, inputs: Mapping[str, Any], slots: Mapping[str, Tensor] | None = None) -> list[Any]:
-    """As ``interpret``, for inputs by the names the program has for them; the outputs as a flat list."""
+def outputs_of(
+    graph: Graph,
+    inputs: Mapping[str, Any],
+    slots: Mapping[str, Tensor] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> list[Any]:
+    """As ``interpret``, for inputs by the names the program has for them; the outputs as a flat list.
+
+    Args:
+        graph, inputs, slots: as ``interpret``'s.
+        weights: the parameters and buffers to compute with, by name; default: the graph's own.
+    """
+    held = graph.exported.state_dict if weights is None else weights
     given = {**_nothing_before(graph, inputs), **inputs, **_by_node(graph, slots or {})}
-    values = _Interpreter(graph).run(*_flat(graph, given))
+    values = _Interpreter(graph).run(*_flat(graph, given, held))
     specs = graph.exported.graph_signature.output_specs
     return [v for v, spec in zip(values, specs, strict=True) if spec.kind is OutputKind.USER_OUTPUT]
 
@@ -157,7 +168,7 @@ def _by_node(graph: Graph, slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {slot.node: slots[name] for name, slot in graph.slots.items()}
 
 
-def _flat(graph: Graph, given: Mapping[str, Any]) -> list[Any]:
+def _flat(graph: Graph, given: Mapping[str, Any], weights: Mapping[str, Tensor]) -> list[Any]:
     """The program's inputs in order: parameters, buffers, constants, the host's own inputs, slots."""
     program, flat = graph.exported, []
     # A model that writes into its buffers is captured with the ops that do: not into the host's, which these are.
@@ -166,9 +177,9 @@ def _flat(graph: Graph, given: Mapping[str, Any]) -> list[Any]:
         if spec.kind is InputKind.USER_INPUT:
             flat.append(given[getattr(spec.arg, "name", "")])
         elif spec.kind is InputKind.PARAMETER:
-            flat.append(program.state_dict[str(spec.target)])
+            flat.append(weights[str(spec.target)])
         else:
-            held = {**program.constants, **program.state_dict}[str(spec.target)]
+            held = {**program.constants, **weights}[str(spec.target)]
             flat.append(own(held) if isinstance(held, Tensor) else held)
     return flat
 

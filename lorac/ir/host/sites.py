@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lorac.ir.host.computed import identity_of, is_within, tensor_of
+from lorac.ir.host.packed import held_as
 from lorac.kinds import expect
 from lorac.spending import unhurried
 
@@ -220,7 +221,8 @@ def _module_site(path: str, module: nn.Module) -> Site | None:
         return None
     bias = f"{path}.bias" if isinstance(getattr(module, "bias", None), torch.Tensor) else None
     rows, columns = weight.shape[0], weight.shape[-1]
-    site = Site(path, SiteKind.LINEAR, rows, columns, weight.dtype, f"{path}.weight", bias, packed=_packed(weight))
+    site = Site(path, SiteKind.LINEAR, rows, columns, weight.dtype, f"{path}.weight", bias)
+    site = dataclasses.replace(site, packed=held_as(module, "weight", weight))
     if isinstance(module, nn.Linear):
         return site
     if is_conv1d_of_gpt2(module):
@@ -243,7 +245,17 @@ def _projection_site(path: str, module: nn.Module, model: nn.Module) -> Site | N
         rows, columns = weight.shape
         bias = None if module.in_proj_bias is None else f"{path}.in_proj_bias"
         name = f"{path}.in_proj_weight"
-        return Site(path, SiteKind.LINEAR, rows, columns, weight.dtype, name, bias, within=path, packed=_packed(weight))
+        return Site(
+            path,
+            SiteKind.LINEAR,
+            rows,
+            columns,
+            weight.dtype,
+            name,
+            bias,
+            within=path,
+            packed=held_as(module, "in_proj_weight", weight),
+        )
     owner, _, leaf = path.rpartition(".")
     if leaf != "out_proj" or not isinstance(model.get_submodule(owner), nn.MultiheadAttention):
         return None
@@ -266,7 +278,8 @@ def matrices_of(path: str, module: nn.Module) -> dict[str, Site]:
         if stored.dim() not in {2, 3} or stored.shape[0] < 2 or not stored.is_floating_point():
             continue
         *stack, rows, columns = stored.shape
-        site = Site(name, SiteKind.MATRIX, rows, columns, stored.dtype, name, within=path, packed=_packed(stored))
+        packed = held_as(module, name.rpartition(".")[2], stored)
+        site = Site(name, SiteKind.MATRIX, rows, columns, stored.dtype, name, within=path, packed=packed)
         if stack:
             out, inside = (columns, rows) if transposed else (rows, columns)
             site = dataclasses.replace(
@@ -279,10 +292,6 @@ def matrices_of(path: str, module: nn.Module) -> dict[str, Site]:
 def stores_transposed(module: nn.Module) -> bool:
     """Whether a module that holds stacks of matrices says that it stores them as (E, in, out)."""
     return bool(getattr(module, "is_transposed", False))
-
-
-def _packed(weight: torch.Tensor) -> str | None:
-    return None if type(weight) in (torch.Tensor, nn.Parameter) else type(weight).__name__
 
 
 def _conv_site(module: nn.Module, site: Site) -> Site | None:

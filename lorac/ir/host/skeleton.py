@@ -8,7 +8,7 @@ are on the meta device and take no memory. It has a form in JSON, so an artefact
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -64,8 +64,13 @@ class Matrices(nn.Module):
         self.is_transposed = is_transposed
 
 
-def describe(model: nn.Module) -> dict[str, Any]:
-    """A host's skeleton as JSON: modules in their order, tensors by name, the embeddings' paths."""
+def describe(model: nn.Module, packed: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """A host's skeleton as JSON: modules in their order, tensors by name, the embeddings' paths.
+
+    Args:
+        model: the host.
+        packed: name of a weight that the host's program holds quantised -> as what.
+    """
     modules = {path: _described(module) for path, module in model.named_modules() if path}
     first: dict[int, str] = {}
     tensors = {}
@@ -76,6 +81,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
         entry: dict[str, Any] = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
         if not parameter:
             entry["buffer"] = True
+        if packed and name in packed:
+            entry["packed"] = packed[name]
         if first.setdefault(id(tensor), name) != name:
             entry["is"] = first[id(tensor)]
         tensors[name] = entry
@@ -195,7 +202,12 @@ def _tensor(name: str, entry: Mapping[str, Any], values: Mapping[str, Tensor]) -
     value = values.get(name)
     if value is None:
         value = torch.empty(tuple(entry["shape"]), dtype=dtype, device="meta")
-    return value if entry.get("buffer") else nn.Parameter(value, requires_grad=False)
+    return value if entry.get("buffer") else _parameter(entry.get("packed"))(value, requires_grad=False)
+
+
+def _parameter(packed: object) -> Callable[..., nn.Parameter]:
+    """The class of a parameter; one that stands for a quantised weight is of a class of that name, as sites tell it."""
+    return nn.Parameter if packed is None else type(str(packed), (nn.Parameter,), {})
 
 
 def _embeddings(model: nn.Module) -> dict[str, str]:

@@ -102,14 +102,33 @@ def plan_sites(
             _need_branch(need, name, path, adapter.branches[path], mode)
     if reserve is not None:
         _reserve(needs, sites, reserve, mode)
-    packed = [site for path, site in sites.items() if path in needs and site.packed]
-    if packed and mode in {"fused", "baked"}:
-        raise NotMergeable(
-            f"'{packed[0].path}' holds its weight as {packed[0].packed}, into which nothing can be merged",
-            next_step="mode='live' (or 'auto') runs adapters beside it; or dequantise the base",
-        )
     planned = {path: _plan(site, needs[path], mode) for path, site in sites.items() if path in needs}
+    for plan in planned.values():
+        if plan.bound and plan.site.packed:
+            merging = mode in {"fused", "baked"}
+            raise not_mergeable(plan.site, "" if merging or not plan.reasons else f", and {plan.reasons[0]}", merging)
     return {path: replace(plan, ranks=ranks(plan.site)) for path, plan in planned.items()}
+
+
+def not_mergeable(site: Site, why: str, merging: bool = False) -> NotMergeable:
+    """The error for another weight that is to take the place of a quantised one.
+
+    Args:
+        site: whose weight is quantised.
+        why: what asks for that, where it is not the mode.
+        merging: whether the mode merges every adapter.
+    """
+    beside = "mode='live' (or 'auto') runs low-rank adapters beside it; " if merging else ""
+    return NotMergeable(
+        f"'{site.path}' holds its weight as {site.packed}, into which nothing can be merged{why}",
+        next_step=f"{beside}a base that is not quantised takes merged weights "
+        "(where weights= quantises it: without that, or merged first, with mode='baked')",
+    )
+
+
+def needs_weight(site: Site, change: Change) -> bool:
+    """Whether a change takes a merged weight even in live mode."""
+    return not (isinstance(change, LowRank) and runs_beside(layout_of(site), change))
 
 
 def _need_branch(need: _Needs, name: str, path: str, term: BranchTerm, mode: str) -> None:
@@ -122,7 +141,7 @@ def _need_branch(need: _Needs, name: str, path: str, term: BranchTerm, mode: str
 
 
 def _need_change(need: _Needs, name: str, site: Site, change: Change, mode: str) -> None:
-    bound = mode in {"fused", "baked"} or not (isinstance(change, LowRank) and runs_beside(layout_of(site), change))
+    bound = mode in {"fused", "baked"} or needs_weight(site, change)
     if bound and leaves_blocks(site, change):
         raise NotMergeable(
             f"'{name}' leaves the blocks of '{site.path}', a grouped convolution whose kernel cannot hold that",
@@ -133,7 +152,7 @@ def _need_change(need: _Needs, name: str, site: Site, change: Change, mode: str)
         need.want(letters.BIAS)
     if mode in {"fused", "baked"}:
         need.want(letters.WEIGHT)
-    elif isinstance(change, LowRank) and runs_beside(layout_of(site), change):
+    elif isinstance(change, LowRank) and not needs_weight(site, change):
         need.rank += change.rank
         for role, part in parts_of(change).items():
             need.want(role, ROLES[role].room(part))

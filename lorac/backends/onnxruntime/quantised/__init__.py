@@ -1,0 +1,1 @@
+"""Base weights in 8 or 4 bits: the codec, the products that take them, and the base that adapters are prepared for."""

@@ -1,0 +1,173 @@
+"""The base of a quantised program: what its products are taken with, for adapters that are made or mixed of weights.
+
+Every method changes the weight that the program computes with, so W is what the quantised bytes come to, in float32: as
+PEFT's methods read a quantised layer. The program's own bytes are all that is kept of it; no file has the weights that
+the model had.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from lorac.backends.onnxruntime.quantised.codec import Array, Codec, Encoded
+from lorac.errors import ArtifactError
+from lorac.ir.store.strict_json import json_text, parse_json
+from lorac.ir.store.tensors import TensorFile
+
+if TYPE_CHECKING:
+    from lorac.backends.onnxruntime.quantised.products import Outcome, Quantised
+
+Tensor = torch.Tensor
+_NOTE = "quantised"
+"""The entry of a file's metadata that says which of its tensors are parts of quantised ones."""
+_PREFIX = 8
+"""Values by which rows are told apart before all of them are compared."""
+
+
+# ── Which tensors a program holds quantised ──────────────────────────────────────────────────────────────────────────
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A tensor that a program holds quantised: some rows of a matrix of it.
+
+    Attributes:
+        encoded: the rows.
+        transposed: whether the tensor is their transpose.
+    """
+
+    encoded: Encoded
+    transposed: bool
+
+    def decode(self) -> Tensor:
+        """What the program computes with in the tensor's place."""
+        matrix = torch.from_numpy(np.ascontiguousarray(self.encoded.decode()))
+        return matrix.t() if self.transposed else matrix
+
+
+def pieces_of(outcomes: Iterable[Outcome], tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
+    """Which tensors programs hold quantised, whole or joined with others, as they are or transposed.
+
+    They are told by their values: where two tensors are equal, so is what they come to.
+    """
+    held = [quantised for outcome in outcomes for quantised in outcome.quantised.values()]
+    found = {name: _piece(held, tensor) for name, tensor in tensors.items()}
+    return {name: piece for name, piece in found.items() if piece is not None}
+
+
+def standing_in(outcomes: Iterable[Outcome], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as programs compute with them: those that they hold quantised as what they come to."""
+    computed, made = dict(tensors), dict[object, Tensor]()
+    for name, piece in pieces_of(outcomes, tensors).items():
+        tensor = tensors[name]
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())  # tied ones are one tensor again
+        computed[name] = made[key] if key in made else made.setdefault(key, piece.decode())
+    return computed
+
+
+def _piece(held: list[Quantised], tensor: Tensor) -> Piece | None:
+    if tensor.dim() != 2 or tensor.dtype != torch.float32 or not tensor.numel():
+        return None
+    for transposed, quantised in itertools.product((False, True), held):
+        rows = (tensor.t() if transposed else tensor).detach().cpu().numpy()
+        begin = _where(quantised, rows)
+        if begin is not None:
+            return Piece(quantised.encoded.rows(begin, len(rows)), transposed)
+    return None
+
+
+def _where(quantised: Quantised, rows: Array) -> int | None:
+    """The row of a quantised matrix that a matrix begins at; None where it is no part of it."""
+    count, columns = quantised.encoded.shape
+    if columns != rows.shape[1] or count < len(rows):
+        return None
+    original = quantised.original()
+    alike = (original[:, :_PREFIX] == rows[0, :_PREFIX]).all(1)
+    begins = (int(begin) for begin in np.flatnonzero(alike) if begin + len(rows) <= count)
+    return next((begin for begin in begins if np.array_equal(original[begin : begin + len(rows)], rows)), None)
+
+
+# ── On disk ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def told(pieces: Mapping[str, Piece]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Pieces as tensors for a file, and what its metadata is to say of them."""
+    tensors, notes = dict[str, Tensor](), {}
+    for name, piece in pieces.items():
+        codec = piece.encoded.codec
+        tensors |= {f"{name}:{part}": torch.from_numpy(array) for part, array in piece.encoded.parts().items()}
+        notes[name] = {
+            "bits": codec.bits,
+            "block": codec.block,
+            "symmetric": codec.symmetric,
+            "columns": piece.encoded.columns,
+            "transposed": piece.transposed,
+        }
+    return tensors, {_NOTE: json_text(notes)} if notes else {}
+
+
+def as_computed(file: TensorFile) -> Mapping[str, Tensor]:
+    """A file's base weights, those that are quantised as what they come to; each is made when it is asked for.
+
+    Raises:
+        ArtifactError: what the file says of a quantised one does not fit its tensors.
+    """
+    return Decoded(file) if _NOTE in file.notes else file
+
+
+class Decoded(Mapping[str, Tensor]):
+    """Base weights of a file that holds quantised ones.
+
+    Args:
+        file: the file.
+
+    Raises:
+        ArtifactError: what the file says of a quantised one does not fit its tensors.
+    """
+
+    def __init__(self, file: TensorFile) -> None:
+        self._file = file
+        self._told: Mapping[str, Any] = parse_json(file.notes[_NOTE], self._damaged)
+        self._parts = {f"{name}:{part}" for name in self._told for part in ("packed", "scales", "zeros")}
+        for name in self._told:
+            self._check(name)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._piece(name).decode() if name in self._told else self._file[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted({*self._told, *self._file} - self._parts))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._told or (name in self._file and name not in self._parts)
+
+    def _piece(self, name: str) -> Piece:
+        entry = self._told[name]
+        codec = Codec(entry["bits"], entry["block"], entry["symmetric"])
+        parts = ("packed", "scales") if codec.symmetric else ("packed", "scales", "zeros")
+        arrays = {part: self._file[f"{name}:{part}"].numpy() for part in parts}
+        return Piece(Encoded(codec, entry["columns"], **arrays), entry["transposed"])
+
+    def _check(self, name: str) -> None:
+        """Whether the parts of a quantised tensor have the shapes of parts of one."""
+        try:
+            encoded = self._piece(name).encoded
+            rows, blocks = encoded.scales.shape
+            codec, columns = encoded.codec, encoded.columns
+            fits = codec.bits in {4, 8} and blocks == -(-columns // codec.block)
+            fits &= encoded.packed.shape == (rows, blocks, codec.block * codec.bits // 8)
+            fits &= encoded.zeros is None or encoded.zeros.shape == (rows, -(-blocks * codec.bits // 8))
+        except (LookupError, TypeError, ValueError, ZeroDivisionError):
+            fits = False
+        if not fits:
+            raise self._damaged(f"says of '{name}' what its parts are not")
+
+    def _damaged(self, reason: str) -> ArtifactError:
+        return ArtifactError(
+            f"the metadata of '{self._file.file.where}' {reason}", next_step="copy the whole folder again"
+        )

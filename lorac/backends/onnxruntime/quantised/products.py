@@ -1,0 +1,306 @@
+"""Products with constant matrices, and lookups in constant tables, on quantised ones: a rewrite of an emitted program.
+
+Whatever emission, fusions and packing left is looked at: a constant matrix is quantised where each of its readers is a
+product from the right (``MatMul``, ``Gemm``) or a lookup of rows (``Gather``), and all of them read it along the same
+axis. So a table that is tied to an output layer is stored once: both ops read the same bytes. What a slot holds is no
+constant, and stays as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from lorac.backends.onnx.claims import modules_of
+from lorac.backends.onnxruntime.quantised.codec import ACCURACY, Array, Codec, Encoded, joined
+from lorac.ir.view.terms import told_size
+
+_DOMAIN = "com.microsoft"
+_FLOAT, _SHOWN = 4, 3
+"""Bytes of a float32; how many names a line shows."""
+_FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+
+
+@dataclass(frozen=True, eq=False)
+class Quantised:
+    """A matrix of a program that was quantised.
+
+    Attributes:
+        encoded: what stands for it, (out, in) of products and (ids, width) of lookups.
+        by_columns: whether the program held its transpose.
+        source: what the program held.
+    """
+
+    encoded: Encoded
+    by_columns: bool
+    source: ir.TensorProtocol
+
+    def original(self) -> Array:
+        """The matrix as it was, in the layout of ``encoded``."""
+        held: Array = self.source.numpy()
+        return held.T if self.by_columns else held
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """A matrix (out, in) that came quantised.
+
+    Attributes:
+        matrix: what it comes to.
+        encoded: its codes, as programs hold them.
+    """
+
+    matrix: Array
+    encoded: Encoded
+
+    def is_at(self, begin: int, matrix: Array) -> bool:
+        """Whether it is the rows of a matrix from one on."""
+        rows = matrix[begin : begin + len(self.matrix)]
+        return (
+            rows.shape == self.matrix.shape
+            and bool((rows[0] == self.matrix[0]).all())
+            and (np.array_equal(rows, self.matrix))
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a program's constants of two or more axes.
+
+    Attributes:
+        quantised: by the name of the constant.
+        floats: name of a constant that stays as it is, or of the module that reads it -> why.
+    """
+
+    quantised: dict[str, Quantised] = field(default_factory=dict)
+    floats: dict[str, str] = field(default_factory=dict)
+
+    def told(self) -> Iterator[str]:
+        """What whoever calls the program should know of it, a line each."""
+        encoded = [quantised.encoded for quantised in self.quantised.values()]
+        for codec in dict.fromkeys(one.codec for one in encoded):
+            held = [one for one in encoded if one.codec == codec]
+            before = sum(math.prod(one.shape) * _FLOAT for one in held)
+            kind = "symmetric" if codec.symmetric else "asymmetric"
+            yield (
+                f"weights: {len(held)} held as {codec.name}, {kind}, in blocks of {codec.block}: "
+                f"{told_size(sum(one.nbytes for one in held))} for {told_size(before)}"
+            )
+        for reason in dict.fromkeys(self.floats.values()):
+            names = [name for name, why in self.floats.items() if why == reason]
+            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            yield f"weights that stay as they are, {reason}: {', '.join(names[:_SHOWN])}{more}"
+
+
+def quantise(model: ir.Model, codec: Codec | None, accuracy_level: int, given: Sequence[Given] = ()) -> Outcome:
+    """Quantise the matrices of a program, in place, one at a time.
+
+    Args:
+        model: as emitted, its slots filled or baked.
+        codec: how; None: only those that came quantised.
+        accuracy_level: in what products are computed (``lorac.backends.onnxruntime.options.Options``).
+        given: those that came quantised, whose codes are taken as they are, also where several were joined.
+    """
+    outcome = Outcome()
+    for name, value in list(model.graph.initializers.items()):
+        held = value.const_value
+        if held is None or value.is_graph_input() or len(held.shape) < 2 or held.dtype not in _FLOATS:
+            continue
+        reads = _reads(value)
+        reason = reads if isinstance(reads, str) else _why_not(held, reads)
+        if isinstance(reads, str) or reason is not None:
+            outcome.floats[_named(value)] = str(reason)
+            continue
+        matrix = held.numpy().T if reads[0].by_columns else held.numpy()
+        encoded = _as_it_came(matrix, given) or _encoded(matrix, codec)
+        if isinstance(encoded, Encoded):
+            _replace(model, value, reads, encoded, accuracy_level)
+            outcome.quantised[name] = Quantised(encoded, reads[0].by_columns, held)
+        else:
+            outcome.floats[_named(value)] = encoded
+    RemoveUnusedNodesPass()(model)
+    model.graph.opset_imports.setdefault(_DOMAIN, 1)
+    return outcome
+
+
+# ── Who reads a constant ─────────────────────────────────────────────────────────────────────────────────────────────
+@dataclass(frozen=True)
+class _Read:
+    """A node that reads a constant matrix.
+
+    Attributes:
+        node: the node.
+        by_columns: whether what it reads row by row are the columns of the constant.
+    """
+
+    node: ir.Node
+    by_columns: bool
+
+    @property
+    def looks_up(self) -> bool:
+        return self.node.op_type == "Gather"
+
+
+def _reads(value: ir.Value, transposed: bool = False) -> list[_Read] | str:
+    """The products and lookups that read a constant, also through transpositions; or why it has to stay."""
+    found: list[_Read] = []
+    if value.is_graph_output():
+        return "an output of the program"
+    for node, index in value.uses():
+        own = _read(node, index, transposed)
+        if isinstance(own, str):
+            return own
+        found += own
+    return found or "read by nothing"
+
+
+def _read(node: ir.Node, index: int, transposed: bool) -> list[_Read] | str:
+    if node.op_type == "Transpose" and list(node.attributes.get_ints("perm", [1, 0])) == [1, 0]:
+        return _reads(node.outputs[0], not transposed)
+    if node.domain == "" and index == 1 and _multiplies_rows(node):
+        by_rows = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
+        return [_Read(node, by_rows == transposed)]
+    if node.domain == "" and node.op_type == "Gather" and index == 0 and node.attributes.get_int("axis", 0) == 0:
+        return [_Read(node, transposed)]
+    return f"read by {node.op_type}"
+
+
+def _multiplies_rows(node: ir.Node) -> bool:
+    """Whether a node is a plain product of rows with its second input."""
+    if node.op_type == "Gemm":
+        plain = all(node.attributes.get_float(name, 1.0) == 1.0 for name in ("alpha", "beta"))
+        return plain and not node.attributes.get_int("transA", 0)
+    x = node.inputs[0]
+    return node.op_type == "MatMul" and x is not None and (x.shape is None or len(x.shape) > 1)
+
+
+def _encoded(matrix: Array, codec: Codec | None) -> Encoded | str:
+    """A matrix quantised, or why it stays."""
+    if codec is None:
+        return "float in the model"
+    return codec.why_not(matrix.shape[1]) or codec.encode(matrix)
+
+
+def _as_it_came(matrix: Array, given: Sequence[Given]) -> Encoded | None:
+    """The codes of a matrix that came quantised, or was joined of such; None where it, or a part of it, did not."""
+    parts: list[Encoded] = []
+    begin = 0
+    while begin < len(matrix):
+        found = next((one.encoded for one in given if one.is_at(begin, matrix)), None)
+        if found is None or (parts and found.codec != parts[0].codec):
+            return None
+        parts.append(found)
+        begin += found.shape[0]
+    return joined(parts) if parts else None
+
+
+def _why_not(held: ir.TensorProtocol, reads: list[_Read]) -> str | None:
+    """Why a constant that products and lookups read stays as it is; None where it can be quantised."""
+    if held.dtype is not ir.DataType.FLOAT:
+        return f"of {str(held.dtype).lower()} numbers"
+    if len(held.shape) > 2:
+        return f"of {len(held.shape)} axes"
+    return "read along both axes" if len({read.by_columns for read in reads}) > 1 else None
+
+
+def _named(value: ir.Value) -> str:
+    """What a constant is called: what emission folded bears the name of the module that reads it."""
+    modules = next((modules_of(node.metadata_props) for node, _ in value.uses()), None)
+    return str(value.name) if "." in str(value.name) or not modules else modules[-1]
+
+
+# ── What is put in its place ─────────────────────────────────────────────────────────────────────────────────────────
+def _replace(model: ir.Model, value: ir.Value, reads: list[_Read], encoded: Encoded, accuracy_level: int) -> None:
+    name, codec = str(value.name), encoded.codec
+    packed, tables = encoded.packed, [read for read in reads if read.looks_up]
+    flat = packed.reshape(len(packed), -1)
+    alone = len(tables) == len(reads)
+    stored = _constant(model, f"{name}_Q{codec.bits}", flat if alone else packed)
+    scales = _constant(model, f"{name}_scales", encoded.scales)
+    zeros = None if encoded.zeros is None else _constant(model, f"{name}_zero_points", encoded.zeros)
+    looked_up = stored if alone or not tables else _as_table(model, stored)
+    for read in reads:
+        if read.looks_up:
+            made = list(_lookup(model, read.node, encoded, [looked_up, scales, zeros]))
+        else:
+            made = list(_product(read.node, encoded, [stored, scales, zeros], accuracy_level))
+        _exchange(read.node, made)
+
+
+def _product(node: ir.Node, encoded: Encoded, parts: list[ir.Value | None], accuracy_level: int) -> Iterator[ir.Node]:
+    """``MatMulNBits``; what a ``Gemm`` adds comes after it, where it is no bias of one row."""
+    rows, columns = encoded.shape
+    settings = {
+        "K": columns,
+        "N": rows,
+        "bits": encoded.codec.bits,
+        "block_size": encoded.codec.block,
+        ACCURACY: accuracy_level,
+    }
+    added = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
+    is_bias = added is not None and added.shape is not None and added.shape.dims == (rows,)
+    inputs = [node.inputs[0], *parts, *([None, added] if is_bias else [])]
+    product = ir.Node(_DOMAIN, "MatMulNBits", _without_last_empty(inputs), _numbers(settings), name=node.name)
+    yield product
+    if added is not None and not is_bias:
+        product.outputs[0].type, product.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
+        yield ir.Node("", "Add", [product.outputs[0], added])
+
+
+def _lookup(model: ir.Model, node: ir.Node, encoded: Encoded, parts: list[ir.Value | None]) -> Iterator[ir.Node]:
+    """``GatherBlockQuantized``; what fills up the last block of a row is cut off."""
+    table, *others = parts
+    codec = encoded.codec
+    settings = {"bits": codec.bits, "block_size": codec.block, "gather_axis": 0, "quantize_axis": 1}
+    inputs = _without_last_empty([table, node.inputs[1], *others])
+    found = ir.Node(_DOMAIN, "GatherBlockQuantized", inputs, _numbers(settings), name=node.name)
+    yield found
+    if encoded.columns % codec.block:
+        bounds = [_constant(model, f"bound_{n}", np.array([n], np.int64)) for n in (0, encoded.columns, -1)]
+        yield ir.Node("", "Slice", [found.outputs[0], *bounds])
+
+
+def _as_table(model: ir.Model, packed: ir.Value) -> ir.Value:
+    """The bytes of a product's matrix, a row each: the two ops want other shapes, and the bytes are stored once."""
+    rows = packed.shape[0] if packed.shape is not None else 0
+    shape = _constant(model, f"shape_{rows}_-1", np.array([rows, -1], np.int64))
+    reshape = ir.Node("", "Reshape", [packed, shape], name=f"{packed.name}_rows")
+    reshape.outputs[0].name = f"{packed.name}_rows"
+    model.graph.insert_before(model.graph[0], reshape)
+    return reshape.outputs[0]
+
+
+def _exchange(node: ir.Node, made: list[ir.Node]) -> None:
+    """Put nodes in the place of one, the last of which answers what it answered."""
+    graph, old, new = node.graph, node.outputs[0], made[-1].outputs[0]
+    assert graph is not None
+    for one in made:
+        one.metadata_props.update(node.metadata_props)
+    graph.insert_before(node, made)
+    new.type, new.shape, new.name, old.name = old.type, old.shape, old.name, None
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
+def _constant(model: ir.Model, name: str, array: Array) -> ir.Value:
+    known = model.graph.initializers.get(name)
+    if known is None:
+        tensor = ir.tensor(array, name=name)
+        known = ir.val(name, const_value=tensor, shape=ir.Shape(array.shape), dtype=tensor.dtype)
+        model.graph.register_initializer(known)
+    return known
+
+
+def _numbers(settings: dict[str, int]) -> list[ir.Attr]:
+    return [ir.AttrInt64(name, number) for name, number in settings.items()]
+
+
+def _without_last_empty(inputs: list[ir.Value | None]) -> list[ir.Value | None]:
+    while inputs[-1] is None:
+        inputs = inputs[:-1]
+    return inputs

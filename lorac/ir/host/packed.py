@@ -1,0 +1,161 @@
+"""Weights that came quantised: what they come to in float, and their codes, where a program can hold those as they are.
+
+Libraries hold such a weight in a tensor or a layer of a class of their own, with kernels of their own. A program that
+is emitted has none of these: it is captured of a copy whose weights are plain parameters, which remember their codes.
+Nothing of the libraries is imported to tell; theirs are known by what their classes are called and hold.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorac.errors import CaptureFailed
+from lorac.ir.host.copying import structural_copy
+
+_HELD = "_lorac_came_as"
+"""The attribute of a module of a copy that says which of its weights came quantised."""
+_IN_8_BITS, _IN_4_BITS = "Linear8bitLt", "Linear4bit"
+"""Layers of bitsandbytes."""
+_LARGEST = 127
+"""What the largest value of a row is held as, in 8 bits of bitsandbytes."""
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """A matrix (out, in) as (whole − zero)·scale, by groups of neighbours in a row.
+
+    Attributes:
+        bits: 4 or 8; the numbers are from −2^(bits − 1) to 2^(bits − 1) − 1.
+        whole: (out, in), int8.
+        scale: (out, groups).
+        zero: (out, groups), or None where it is 0 throughout.
+    """
+
+    bits: int
+    whole: Tensor
+    scale: Tensor
+    zero: Tensor | None = None
+
+    @property
+    def group(self) -> int:
+        """How many values share a scale."""
+        return self.whole.shape[1] // self.scale.shape[1]
+
+    def dequantised(self) -> Tensor:
+        """The matrix, in float32."""
+        whole = self.whole.float().unflatten(1, (-1, self.group))
+        if self.zero is not None:
+            whole = whole - self.zero.float().unsqueeze(-1)
+        return (whole * self.scale.float().unsqueeze(-1)).flatten(1)
+
+    def __deepcopy__(self, memo: Any) -> Codes:
+        """Itself: nobody writes into it."""
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class Came:
+    """A weight that came quantised.
+
+    Attributes:
+        kind: the class that held it.
+        codes: its codes; None where they are of another form than ``Codes``.
+    """
+
+    kind: str
+    codes: Codes | None
+
+
+def with_dequantised(model: nn.Module) -> nn.Module:
+    """The model, or a structural copy where it has quantised weights: there they are parameters, in float32."""
+    if not any(True for module in model.modules() for _ in _quantised(module)):
+        return model
+    copy = structural_copy(model, share_buffers=True)
+    for module in list(copy.modules()):
+        for leaf, came, value in list(_quantised(module)):
+            if came.kind in {_IN_8_BITS, _IN_4_BITS}:
+                module.__class__ = nn.Linear
+            module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+            module.__dict__.setdefault(_HELD, {})[leaf] = came
+    return copy
+
+
+def came_as(model: nn.Module) -> Iterator[tuple[str, Came]]:
+    """The weights of a copy that came quantised, by name; one that is shared under each of its names."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        for leaf, came in module.__dict__.get(_HELD, {}).items():
+            yield f"{path}.{leaf}" if path else leaf, came
+
+
+def held_as(module: nn.Module, leaf: str, weight: Tensor) -> str | None:
+    """The class that stands for a weight, or did before it was dequantised; None for a plain one."""
+    came: Came | None = module.__dict__.get(_HELD, {}).get(leaf)
+    if came is not None:
+        return came.kind
+    return None if type(weight) in (Tensor, nn.Parameter) else type(weight).__name__
+
+
+def _quantised(module: nn.Module) -> Iterator[tuple[str, Came, Tensor]]:
+    """Name, origin and float value of each quantised weight of a module."""
+    kind = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in {_IN_8_BITS, _IN_4_BITS}), None)
+    if kind is not None:
+        found = _of_layer(kind, module)
+        yield from [] if found is None else [("weight", *found)]
+        return
+    for leaf, weight in module._parameters.items():
+        if weight is not None and type(weight) is not nn.Parameter:
+            found = _of_tensor(weight)
+            yield from [] if found is None else [(leaf, *found)]
+
+
+@torch.no_grad()
+def _of_layer(kind: str, module: Any) -> tuple[Came, Tensor] | None:
+    """What the weight of a layer of bitsandbytes comes to; None of one that is in float still.
+
+    Raises:
+        CaptureFailed: what the weight came with is lost.
+    """
+    weight = module.weight
+    if weight.is_floating_point():
+        return None
+    if kind == _IN_4_BITS:
+        if getattr(weight.quant_state, "packing_format_for_cpu", False):
+            raise CaptureFailed(
+                f"a layer {kind} was called, and has packed its weight for this processor, with rounded scales",
+                next_step="load the model again, and compile it before it is called",
+            )
+        library = importlib.import_module("bitsandbytes.functional")
+        return Came(kind, None), library.dequantize_4bit(weight.data, weight.quant_state).float()
+    rows = weight.SCB if weight.SCB is not None else module.state.SCB
+    codes = Codes(8, weight.data, rows.float().unsqueeze(1) / _LARGEST)
+    return Came(kind, codes), codes.dequantised()
+
+
+@torch.no_grad()
+def _of_tensor(weight: Any) -> tuple[Came, Tensor] | None:
+    """What a tensor of a class of its own comes to; None where it does not say."""
+    kind = type(weight).__name__
+    parts = vars(weight)
+    if isinstance(parts.get("qdata"), Tensor) and isinstance(parts.get("scale"), Tensor) and weight.dim() == 2:
+        codes = _codes(parts)
+        return None if codes is None else (Came(kind, codes), codes.dequantised())
+    try:
+        return Came(kind, None), weight.dequantize().float()
+    except (RuntimeError, NotImplementedError, TypeError):  # torch's own method is of torch's own kind of tensor
+        return None
+
+
+def _codes(parts: dict[str, Any]) -> Codes | None:
+    """The codes in a tensor of torchao's, by the names that it gives its parts."""
+    whole, scale, zero = parts["qdata"], parts["scale"], parts.get("zero_point")
+    bits = 4 if str(parts.get("target_dtype")) == "torch.int4" else 8
+    by_rows = scale.dim() == 2 and len(scale) == len(whole) and whole.shape[1] % scale.shape[1] == 0
+    if whole.dtype != torch.int8 or not by_rows or parts.get("act_pre_scale") is not None:
+        return None
+    return Codes(bits, whole, scale, None if zero is None or not zero.any() else zero)
