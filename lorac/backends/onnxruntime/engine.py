@@ -188,10 +188,12 @@ class OrtEngine(Engine):
         """One call of a graph with a binding."""
         part = self.parts[require_component(graph, self.parts)]
         session, values = self._serving(part, graph, content)
-        given = part.signature.bind(args, kwargs)
-        as_numpy = all(isinstance(v, np.ndarray) for v in given.values())
-        outputs = [_answer(value, as_numpy) for value in _execute(part, graph, session, values, given)]
-        output, extra = part.signature.answer(outputs, kwargs)
+
+        def run(given: dict[str, Any]) -> list[Any]:
+            as_numpy = all(isinstance(v, np.ndarray) for v in given.values())
+            return [_answer(value, as_numpy) for value in _execute(part, graph, session, values, given)]
+
+        output, extra = part.signature.run(args, kwargs, run)
         return Answer(output, grouped_aux(extra, values.tensors))
 
     def outputs(self, graph: str, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> list[Tensor]:

@@ -279,7 +279,7 @@ def capture(
     sizes = sizes_of(exported, asked_axes(named, shapes), guards)
     axes = axis_names(exported, {in_program(argument): told for argument, told in shapes.items()})
     graph = Graph(name, exported, sites, own, axes=axes, sizes=sizes, structure=keep_tensors(exported))
-    graph.fixed = arguments.fixed
+    graph.fixed, graph.positions = arguments.fixed, arguments.positions
     graph.notes += [_read(argument, value) for argument, value in arguments.read.items()]
     return graph
 

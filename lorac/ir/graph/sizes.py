@@ -94,6 +94,11 @@ class Sizes:
         needed = [text for text in self.assumed if all(_holds(text, chosen) for chosen in right)]
         return replace(self, conditions=tuple(dict.fromkeys((*self.conditions, *needed))), assumed=())
 
+    def without(self, axes: Collection[Axis]) -> Sizes:
+        """The same, where of some axes nobody needs to know that they were to vary."""
+        lines = {axis: line for axis, line in self.lines.items() if axis not in axes}
+        return replace(self, fixed=tuple(axis for axis in self.fixed if axis not in axes), lines=lines)
+
     # --- sizes to try --------------------------------------------------------------------------------------------
 
     def others(self, chosen: Chosen) -> dict[Axis, int] | None:

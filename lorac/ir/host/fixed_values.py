@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lorac.errors import CaptureFailed, short
+from lorac.ir.host.derived import POSITIONS, Positions
 from lorac.ir.host.example_inputs import Inputs, is_hugging_face
 
 
@@ -28,11 +29,13 @@ class Arguments:
         inputs: what become inputs of a program.
         fixed: what become constants of it, as the caller gave them.
         read: those of the constants that are tensors for the caller -> the numbers that forward reads in their place.
+        positions: what makes the positions among the inputs, where the caller gave none.
     """
 
     inputs: dict[str, Any]
     fixed: dict[str, Any] = field(default_factory=dict)
     read: dict[str, Any] = field(default_factory=dict)
+    positions: Positions | None = None
 
     @property
     def traced(self) -> dict[str, Any]:
@@ -54,7 +57,10 @@ class Arguments:
                     f"the argument '{name}' holds {short(value)}, which no program can take or hold",
                     next_step="give tensors, numbers, texts, or lists and dicts of them; target='eager' takes anything",
                 )
-        return cls({name: value for name, value in named.items() if name not in fixed}, fixed, read)
+        inputs = {name: value for name, value in named.items() if name not in fixed}
+        positions = None if POSITIONS in named else Positions.of(model)
+        made = None if positions is None else positions.made(named)
+        return cls(inputs, fixed, read) if made is None else cls({**inputs, POSITIONS: made}, fixed, read, positions)
 
 
 def plain(value: Any) -> Any:
