@@ -292,7 +292,7 @@ class _Comparison:
         """The program's outputs, from the same random numbers."""
         try:
             with drawing(self.host, _SEED):
-                return outputs_of(self.graph, {**inputs, **self.signature.made(inputs)})
+                return outputs_of(self.graph, {**inputs, **self.signature.made({**self.graph.fixed, **inputs})})
         except Exception as error:
             raise _ProgramFails(f"{type(error).__name__}: {error}") from error
 

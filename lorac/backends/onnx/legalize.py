@@ -17,8 +17,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from lorac.ir.graph import ops
-from lorac.ir.graph.capture import node_line
-from lorac.ir.graph.edit import add_outputs, inherit, insert_call
+from lorac.ir.graph.edit import add_outputs, inherit, insert_call, node_line
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.passes import Outcome, Pass
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import re
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -39,14 +38,13 @@ from lorac.ir.host.example_inputs import (
     wide,
     widened,
 )
-from lorac.ir.host.fixed_values import Arguments
+from lorac.ir.host.fixed_values import Arguments, computed_at_once, plain
 from lorac.ir.host.guards import Guard, chain, listening, source_line
 from lorac.ir.host.layers import Forward, calls_below, is_plain, padded, with_below
 from lorac.ir.host.running import no_fast_path, random_state_kept
 from lorac.ir.host.sites import Site, conv_geometry, is_conv1d_of_gpt2
 from lorac.ir.slots.reads import first_tensor, replace_first
 from lorac.ir.slots.site import SitePlan
-from lorac.lines import is_elsewhere
 from lorac.quiet import quiet
 
 _LOCK = threading.RLock()  # tracing swaps attributes of torch and of transformers' classes for the whole process
@@ -169,6 +167,20 @@ def _exported(
     """As ``export``, with what the trace takes for granted and where, and what it was given."""
     given = default_inputs(model) if example_inputs is None else example_inputs
     arguments = Arguments.of(model, _named(model, given))
+    try:
+        return _exported_with(arguments, model, given, dynamic_shapes, blocks, prefix)
+    except CaptureFailed as error:
+        known = arguments.with_known_sizes() if isinstance(error.__cause__, _ValuesNeeded) else None
+        if known is None:
+            raise
+        with contextlib.suppress(CaptureFailed):  # the first error says more
+            return _exported_with(known, model, given, dynamic_shapes, blocks, prefix)
+        raise
+
+
+def _exported_with(
+    arguments: Arguments, model: nn.Module, given: Any, dynamic_shapes: Any, blocks: Collection[str], prefix: str
+) -> tuple[ExportedProgram, list[Guard], Arguments]:
     named = bool(arguments.fixed) or isinstance(given, Mapping) or is_hugging_face(model)
     inputs = arguments.inputs if named else given
     with undisturbed(model), _no_cache_of_shapes():
@@ -285,7 +297,7 @@ def capture(
 
 
 def _read(argument: str, value: Any) -> str:
-    held = f"the program holds {short(value)}, and calls that say otherwise are refused"
+    held = f"the program holds {short(plain(value))}, and calls that say otherwise are refused"
     return f"forward reads '{argument}' as numbers: {held}"
 
 
@@ -346,7 +358,8 @@ def _restrained(forward: Forward, fixed: Mapping[str, Any]) -> Forward:
     @functools.wraps(forward)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
-            return without_dataclasses(forward(*args, **fixed, **kwargs))
+            with computed_at_once(fixed):
+                return without_dataclasses(forward(*args, **fixed, **kwargs))
         except GuardOnDataDependentSymNode as error:
             raise _ValuesNeeded(str(error)).with_traceback(error.__traceback__) from error
 
@@ -384,10 +397,3 @@ def _failure(host: nn.Module, guards: Sequence[Guard], error: Exception) -> Capt
         f"torch.export cannot trace {type(host).__name__}" + (f" at {line}" if line else "") + f": {reason}",
         next_step=step,
     )
-
-
-# ── What a captured node says about its origin ───────────────────────────────────────────────────────────────────────
-def node_line(node: torch.fx.Node) -> str | None:
-    """``file:line: code`` of the innermost line of the model that made ``node``; None where torch recorded none."""
-    entries = re.findall(r'File "(.+?)", line (\d+), in .*\n\s*(.*)', node.meta.get("stack_trace") or "")
-    return next((f"{f}:{line}: {code}" for f, line, code in reversed(entries) if is_elsewhere(f)), None)

@@ -31,6 +31,7 @@ from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from lorac.ir.graph.outputs import Structure
+from lorac.lines import is_elsewhere
 
 KEYWORD = "lorac"
 """The keyword argument that carries all slots, a dict by public name."""
@@ -255,6 +256,12 @@ def inherit(node: fx.Node, origin: fx.Node) -> None:
     site = origin.meta.get("custom", {}).get(KEYWORD)
     if site is not None:
         node.meta["custom"] = {KEYWORD: site}
+
+
+def node_line(node: torch.fx.Node) -> str | None:
+    """``file:line: code`` of the innermost line of the model that made ``node``; None where torch recorded none."""
+    entries = re.findall(r'File "(.+?)", line (\d+), in .*\n\s*(.*)', node.meta.get("stack_trace") or "")
+    return next((f"{f}:{line}: {code}" for f, line, code in reversed(entries) if is_elsewhere(f)), None)
 
 
 def conform(program: ExportedProgram) -> None:

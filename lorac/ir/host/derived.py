@@ -21,8 +21,8 @@ from lorac.ir.host.example_inputs import is_hugging_face
 
 POSITIONS = "position_ids"
 _METHOD = "get_rope_index"
-_SEEN = "_grid_thw"
-"""How the names end of arguments that say how large images are; text alone has positions that a trace can follow."""
+SIZES = "_grid_thw"
+"""How the names of arguments end that say how large images are. Text alone has positions that a trace can follow."""
 
 
 class Positions:
@@ -53,7 +53,7 @@ class Positions:
             InputMismatch: the model's method fails.
         """
         own = {name: _as_tensor(given[name]) for name in self._takes if given.get(name) is not None}
-        if not self._needs <= own.keys() or not any(name.endswith(_SEEN) for name in own):
+        if not self._needs <= own.keys() or not any(name.endswith(SIZES) for name in own):
             return None
         try:
             with torch.no_grad():

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lorac.errors import CaptureFailed, short
-from lorac.ir.host.derived import POSITIONS, Positions
+from lorac.ir.host.derived import POSITIONS, SIZES, Positions
 from lorac.ir.host.example_inputs import Inputs, is_hugging_face
 
 
@@ -42,6 +45,13 @@ class Arguments:
         """The constants as forward is given them in a trace."""
         return self.fixed | self.read
 
+    def with_known_sizes(self) -> Arguments | None:
+        """The same where the sizes of images are constants; None where there are none that could be."""
+        named = {name: value for name, value in self.inputs.items() if name.endswith(SIZES)}
+        sizes = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+        left = {name: value for name, value in self.inputs.items() if name not in sizes}
+        return Arguments(left, self.fixed | sizes, self.read | sizes, self.positions) if sizes else None
+
     @classmethod
     def of(cls, model: nn.Module, named: Inputs) -> Arguments:
         """An example call's arguments, told apart.
@@ -61,6 +71,36 @@ class Arguments:
         positions = None if POSITIONS in named else Positions.of(model)
         made = None if positions is None else positions.made(named)
         return cls(inputs, fixed, read) if made is None else cls({**inputs, POSITIONS: made}, fixed, read, positions)
+
+
+@contextlib.contextmanager
+def computed_at_once(constants: Mapping[str, Any]) -> Iterator[None]:
+    """Inside the block, what is computed of constants alone is computed, and not traced: numbers can be read off it.
+
+    Args:
+        constants: as a traced forward is given them; without a tensor among them everything is traced.
+    """
+    tensors = any(isinstance(value, Tensor) for value in constants.values())
+    with _AtOnce() if tensors else contextlib.nullcontext():
+        yield
+
+
+class _AtOnce(TorchFunctionMode):
+    """Runs functions of tensors that are no part of a trace, and those that make tensors of numbers."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        leaves = pytree.tree_leaves((args, given))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        symbols = any(isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool) for leaf in leaves)
+        known = all(type(tensor) is Tensor for tensor in tensors) if tensors else func in _MAKERS
+        if symbols or not known:
+            return func(*args, **given)
+        with _disable_current_modes():
+            return func(*args, **given)
+
+
+_MAKERS = frozenset({torch.arange, torch.full, torch.linspace, torch.ones, torch.tensor, torch.zeros})
 
 
 def plain(value: Any) -> Any:
