@@ -123,3 +123,31 @@ def test_sizes_of_images_that_no_trace_can_follow_become_constants():
     assert_close(compiled(**other), host(**other).detach())
     with pytest.raises(lorac.InputMismatch, match=r"cannot take image_grid_thw=\[\[1, 3, 2\]"):
         compiled(**{**call, "image_grid_thw": torch.tensor([[1, 3, 2], [1, 2, 1]])})
+
+
+# ── Ways that a model goes by what it computes ───────────────────────────────────────────────────────────────────────
+class Deciding(nn.Module):
+    """Leaves its mask alone where nothing is masked, as some models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        answer: Tensor = self.linear(x)
+        if mask.bool().all() and not mask.isnan().any():
+            return answer
+        return answer * mask[..., None]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_program_goes_the_examples_way_and_refuses_calls_that_go_another(masked: bool):
+    host, adapter = Deciding().eval(), lorac.LoRA(r=2, targets=["linear"])
+    way = {False: torch.ones(3, 5), True: torch.ones(3, 5).tril()}
+    call = {"x": X[:, :5], "mask": way[masked][:2]}
+    with pytest.warns(lorac.LoracWarning, match=r"goes the example's way and refuses .*: if mask\.bool\(\)\.all\(\)"):
+        compiled = lorac.compile(host, {"a": adapter}, target="onnxruntime", example_inputs=call, active=None)
+    x = torch.randn(3, 5, 6)
+    assert_close(compiled(x, way[masked]), host(x, way[masked]).detach())
+    with pytest.raises(lorac.InputMismatch, match=r"as the model checks at .*: if mask\.bool\(\)\.all\(\)"):
+        compiled(x, way[not masked])

@@ -20,9 +20,9 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from lorac.errors import CaptureFailed, nearest_name, short
+from lorac.errors import CaptureFailed, nearest_name
 from lorac.ir.graph.axes import asked_axes, axis_names, sizes_of
-from lorac.ir.graph.edit import keep_tensors, qualified
+from lorac.ir.graph.edit import checks_sites, keep_tensors, qualified
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.outputs import without_dataclasses
 from lorac.ir.graph.signature import in_program
@@ -38,7 +38,7 @@ from lorac.ir.host.example_inputs import (
     wide,
     widened,
 )
-from lorac.ir.host.fixed_values import Arguments, computed_at_once, plain
+from lorac.ir.host.fixed_values import Arguments
 from lorac.ir.host.guards import Guard, chain, listening, source_line
 from lorac.ir.host.layers import Forward, calls_below, is_plain, padded, with_below
 from lorac.ir.host.running import no_fast_path, random_state_kept
@@ -166,16 +166,15 @@ def _exported(
 ) -> tuple[ExportedProgram, list[Guard], Arguments]:
     """As ``export``, with what the trace takes for granted and where, and what it was given."""
     given = default_inputs(model) if example_inputs is None else example_inputs
-    arguments = Arguments.of(model, _named(model, given))
-    try:
-        return _exported_with(arguments, model, given, dynamic_shapes, blocks, prefix)
-    except CaptureFailed as error:
-        known = arguments.with_known_sizes() if isinstance(error.__cause__, _ValuesNeeded) else None
-        if known is None:
-            raise
-        with contextlib.suppress(CaptureFailed):  # the first error says more
-            return _exported_with(known, model, given, dynamic_shapes, blocks, prefix)
-        raise
+    failures: list[CaptureFailed] = []
+    for arguments in Arguments.of(model, _named(model, given)).ways(model):
+        try:
+            return _exported_with(arguments, model, given, dynamic_shapes, blocks, prefix)
+        except CaptureFailed as error:
+            failures.append(error)
+            if not isinstance(error.__cause__, _ValuesNeeded):
+                break
+    raise failures[0]
 
 
 def _exported_with(
@@ -184,12 +183,15 @@ def _exported_with(
     named = bool(arguments.fixed) or isinstance(given, Mapping) or is_hugging_face(model)
     inputs = arguments.inputs if named else given
     with undisturbed(model), _no_cache_of_shapes():
-        host = _marked_copy(model, blocks, prefix, arguments.traced)
+        host = _marked_copy(model, blocks, prefix, arguments)
         if dynamic_shapes is None:
             attempts: Iterable[tuple[Any, Any]] = _attempts(model, inputs, widen=not arguments.read)
         else:
             attempts = [(wide(model, inputs, dynamic_shapes), _without(model, dynamic_shapes, arguments))]
         program, guards = _first_trace(host, attempts)
+    if arguments.truths and checks_sites(program):
+        step = "make forward decide by its inputs alone; target='eager' runs the model itself"
+        raise CaptureFailed("forward decides by what a layer computes that adapters change", next_step=step)
     _refuse_objects(program)
     return qualified(program, prefix), guards, arguments
 
@@ -230,13 +232,13 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _marked_copy(model: nn.Module, blocks: Collection[str], prefix: str, fixed: Mapping[str, Any]) -> nn.Module:
+def _marked_copy(model: nn.Module, blocks: Collection[str], prefix: str, arguments: Arguments) -> nn.Module:
     """A structural copy to trace, its sites and blocks marked, that is given some of its arguments already."""
     host = structural_copy(model, share_buffers=True).eval()
     mark(host, blocks, prefix)
     for module in host.modules():
         module._apply = functools.partial(_as_it_is, module)  # type: ignore[method-assign]  # of a copy
-    host.forward = _restrained(host.forward, fixed)
+    host.forward = _restrained(host.forward, arguments)
     return host
 
 
@@ -292,13 +294,8 @@ def capture(
     axes = axis_names(exported, {in_program(argument): told for argument, told in shapes.items()})
     graph = Graph(name, exported, sites, own, axes=axes, sizes=sizes, structure=keep_tensors(exported))
     graph.fixed, graph.positions = arguments.fixed, arguments.positions
-    graph.notes += [_read(argument, value) for argument, value in arguments.read.items()]
+    graph.notes += arguments.notes
     return graph
-
-
-def _read(argument: str, value: Any) -> str:
-    held = f"the program holds {short(plain(value))}, and calls that say otherwise are refused"
-    return f"forward reads '{argument}' as numbers: {held}"
 
 
 def _trace(host: nn.Module, inputs: Any, shapes: Any, guards: list[Guard]) -> ExportedProgram:
@@ -352,13 +349,14 @@ class _ValuesNeeded(Exception):
     """
 
 
-def _restrained(forward: Forward, fixed: Mapping[str, Any]) -> Forward:
+def _restrained(forward: Forward, arguments: Arguments) -> Forward:
     """A forward as torch.export is to see it: its answer in containers, and some of its arguments given already."""
+    fixed = arguments.traced
 
     @functools.wraps(forward)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
-            with computed_at_once(fixed):
+            with arguments.traced_with():
                 return without_dataclasses(forward(*args, **fixed, **kwargs))
         except GuardOnDataDependentSymNode as error:
             raise _ValuesNeeded(str(error)).with_traceback(error.__traceback__) from error

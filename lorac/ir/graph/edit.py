@@ -264,6 +264,16 @@ def node_line(node: torch.fx.Node) -> str | None:
     return next((f"{f}:{line}: {code}" for f, line, code in reversed(entries) if is_elsewhere(f)), None)
 
 
+def checks_sites(program: ExportedProgram) -> bool:
+    """Whether a check of a captured program asks for what a site computes, which adapters change."""
+    reads: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        own = getattr(node.target, "namespace", "") == KEYWORD
+        if own or any(operand in reads for operand in node.all_input_nodes):
+            reads.add(node)
+    return any("_assert_" in str(node.target) and "metadata" not in str(node.target) for node in reads)
+
+
 def conform(program: ExportedProgram) -> None:
     """Bring the signature's output names in line with the graph, and have torch check everything."""
     output = next(iter(reversed(program.graph.nodes)))
