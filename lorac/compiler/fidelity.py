@@ -24,6 +24,8 @@ from lorac.ir.graph.outputs import without_dataclasses
 from lorac.ir.graph.signature import CallSignature
 from lorac.ir.graph.sizes import Chosen, spelled
 from lorac.ir.host.example_inputs import by_name, default_inputs
+from lorac.ir.host.fixed_values import plain
+from lorac.ir.host.rows import Rows
 from lorac.ir.host.running import Ran, Running, WritesWeight, drawing
 
 Inputs = Mapping[str, Tensor]
@@ -176,6 +178,8 @@ class _Comparison:
         elif worst is not None:
             raise self._differs(worst)
         self._check_sizes()
+        if not self.stateful:
+            self._check_rows()
 
     def _check_sizes(self) -> None:
         """Compare at another batch and length, and see which sizes are right that torch takes no care of, such as 1."""
@@ -186,6 +190,51 @@ class _Comparison:
             if other is not None and (worst := self._difference(other)) is not None:
                 raise self._differs(worst)
         self.graph.sizes = sizes.settled([tried for tried in sizes.doubtful(other or example) if self._right(tried)])
+
+    def _check_rows(self) -> None:
+        """Where the program takes a fixed number of rows, see whether it is right in parts of so many."""
+        graph = self.graph
+        constants = {name: value for name, value in graph.fixed.items() if isinstance(value, Tensor)}
+        rows = Rows.of(self.host, self.inputs, constants)
+        if rows is None:
+            return
+        shapes, fixed = graph.sizes.shapes, graph.sizes.fixed
+        held = {(name, axis) for name, axis in rows.axes.items() if name in shapes and shapes[name][axis] is not None}
+        asked = next(iter(rows.axes.items())) not in held or held & {*fixed}
+        needed = asked and (held or rows.axes.keys() & constants.keys())
+        if (found := self._in_parts(rows, constants) if needed else None) is not None:
+            by = "".join(f", at {line}" for line in dict.fromkeys(map(graph.sizes.lines.get, sorted(held))) if line)
+            self._note(
+                f"the trace of the model holds for {rows.count} rows, and other calls run in parts of so many{by}"
+            )
+            graph.rows, graph.sizes = found, graph.sizes.without(held)
+
+    def _in_parts(self, rows: Rows, constants: Mapping[str, Tensor]) -> Rows | None:
+        """The rows, if the program answers one more in parts as the host does at once; not if constants would differ.
+
+        Args:
+            rows: of the example.
+            constants: tensors of the host's call that the program holds.
+        """
+        more = rows.taken({**self.inputs, **constants}, [*reversed(range(rows.count)), 0])
+        inputs, total, structure = (
+            {name: more[name] for name in self.inputs},
+            rows.total(more),
+            self.signature.structure,
+        )
+        assert structure is not None
+        try:
+            parts = rows.split(more)
+            if any(plain(part[name]) != plain(value) for part in parts for name, value in constants.items()):
+                return None
+            wanted = without_dataclasses(
+                self._run(self.running, inputs, {name: more[name] for name in constants}).output
+            )
+            found = [self._program({name: part[name] for name in inputs}) for part in parts]
+        except (_HostFails, _ProgramFails):
+            return None
+        whole = structure.growing(found[0], wanted, rows, total)
+        return whole if whole is not None and _alike(structure.joined(found, whole, total), wanted) else None
 
     def _right(self, chosen: Chosen) -> bool:
         """Whether both answer, and the same."""
@@ -224,13 +273,16 @@ class _Comparison:
                 next_step="give example_inputs= that it can be called with",
             ) from cause
 
-    def _run(self, running: Running, inputs: Inputs, seed: int = _SEED) -> Ran:
-        """One run of a copy of the host."""
+    def _run(
+        self, running: Running, inputs: Inputs, constants: Mapping[str, Tensor] | None = None, seed: int = _SEED
+    ) -> Ran:
+        """One run of a copy of the host, with other constants than the program's where some are given."""
         args, kwargs = self.graph.exported.example_inputs or ((), {})
         changed = {id(value): inputs[name] for name, value in self.inputs.items()}
-        given, placed = pytree.tree_map(lambda value: changed.get(id(value), value), (args, kwargs))
+        own = {name: value for name, value in kwargs.items() if name not in self.signature.derived}
+        given, placed = pytree.tree_map(lambda value: changed.get(id(value), value), (args, own))
         try:
-            return running.run(given, {**placed, **self.graph.fixed}, seed)
+            return running.run(given, {**placed, **self.graph.fixed, **(constants or {})}, seed)
         except WritesWeight:
             raise
         except Exception as error:
@@ -240,7 +292,7 @@ class _Comparison:
         """The program's outputs, from the same random numbers."""
         try:
             with drawing(self.host, _SEED):
-                return outputs_of(self.graph, inputs)
+                return outputs_of(self.graph, {**inputs, **self.signature.made({**self.graph.fixed, **inputs})})
         except Exception as error:
             raise _ProgramFails(f"{type(error).__name__}: {error}") from error
 
@@ -269,7 +321,7 @@ class _Comparison:
 
     def _stochastic(self, first: Ran) -> bool:
         """Whether the host answers otherwise when it is asked again."""
-        again = self._run(Running(self.host), self.inputs, _OTHER_SEED if first.drew else _SEED)
+        again = self._run(Running(self.host), self.inputs, seed=_OTHER_SEED if first.drew else _SEED)
         return self._worst(self._tensors(again), first, self.inputs) is not None
 
     def _note_written(self, first: Ran) -> None:
@@ -312,6 +364,14 @@ class _Comparison:
             f"torch.export gave another program than {type(self.host).__name__}: {worst}",
             next_step=f"{step}; target='eager' runs the model itself, self_test=False compiles the program as it is",
         )
+
+
+def _alike(found: object, wanted: object) -> bool:
+    """Whether two outputs are the same but for rounding."""
+    pairs = list(zip(pytree.tree_leaves(found), pytree.tree_leaves(wanted), strict=True))
+    tensors = [(y, ref) for y, ref in pairs if isinstance(y, Tensor) and isinstance(ref, Tensor)]
+    others = [(y, ref) for y, ref in pairs if not (isinstance(y, Tensor) and isinstance(ref, Tensor))]
+    return all(y == ref for y, ref in others) and not any(apart(y, ref) for y, ref in tensors)
 
 
 class _HostFails(Exception):

@@ -331,8 +331,8 @@ def _tried(name: str, config: dict[str, Any]) -> list[tuple[int, int]]:
     return [shape for shape in SIZES if _answers_or_refuses(model, compiled, shape)]
 
 
-def test_a_model_that_loops_over_its_images_takes_as_many_as_in_the_example():
-    assert {batch for batch, _ in _tried("PixtralVisionModel", IMAGE)} == {2}
+def test_a_model_that_loops_over_its_images_takes_any_number_of_them():
+    assert {batch for batch, _ in _tried("PixtralVisionModel", IMAGE)} == {1, 2, 3}
 
 
 @pytest.mark.slow

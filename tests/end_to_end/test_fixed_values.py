@@ -91,3 +91,63 @@ def test_a_layer_that_is_cast_to_something_else_is_refused_by_line():
     with pytest.raises(lorac.CaptureFailed, match=r"self.router.to\(self.dtype\): it casts its own weight 'weight'"):
         export(host, (X,))
     assert host.router.weight.dtype == torch.float32
+
+
+# ── Sizes of images that are read one by one ─────────────────────────────────────────────────────────────────────────
+class Windows(nn.Module):
+    """Reads how many pieces each image has, counts them over, and takes them column by column."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor, image_grid_thw: Tensor) -> Tensor:
+        places, first = [], 0
+        for _, height, width in image_grid_thw:
+            grid = torch.arange(int(height) * int(width)).reshape(int(height), int(width))
+            places.append(grid.T.reshape(-1) + first)
+            first += (grid >= 0).sum(0).cumsum(0).tolist()[-1]
+        parts = torch.split(self.linear(x)[torch.cat(places)], image_grid_thw.prod(-1).tolist())
+        return torch.stack([part[0] * i for i, part in enumerate(parts, 1)])
+
+
+def test_sizes_of_images_that_no_trace_can_follow_become_constants():
+    host, sizes = Windows().eval(), torch.tensor([[1, 2, 3], [1, 2, 1]])
+    call = {"x": X[0, :4].repeat(2, 1), "image_grid_thw": sizes}
+    adapter = lorac.LoRA(r=2, targets=["linear"])
+    with pytest.warns(
+        lorac.LoracWarning, match=r"reads 'image_grid_thw' as numbers: the program holds \[\[1, 2, 3\], "
+    ):
+        compiled = lorac.compile(host, {"a": adapter}, target="onnxruntime", example_inputs=call, active=None)
+    other = {**call, "x": call["x"] + 1}
+    assert_close(compiled(**other), host(**other).detach())
+    with pytest.raises(lorac.InputMismatch, match=r"cannot take image_grid_thw=\[\[1, 3, 2\]"):
+        compiled(**{**call, "image_grid_thw": torch.tensor([[1, 3, 2], [1, 2, 1]])})
+
+
+# ── Ways that a model goes by what it computes ───────────────────────────────────────────────────────────────────────
+class Deciding(nn.Module):
+    """Leaves its mask alone where nothing is masked, as some models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        answer: Tensor = self.linear(x)
+        if mask.bool().all() and not mask.isnan().any():
+            return answer
+        return answer * mask[..., None]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_program_goes_the_examples_way_and_refuses_calls_that_go_another(masked: bool):
+    host, adapter = Deciding().eval(), lorac.LoRA(r=2, targets=["linear"])
+    way = {False: torch.ones(3, 5), True: torch.ones(3, 5).tril()}
+    call = {"x": X[:, :5], "mask": way[masked][:2]}
+    with pytest.warns(lorac.LoracWarning, match=r"goes the example's way and refuses .*: if mask\.bool\(\)\.all\(\)"):
+        compiled = lorac.compile(host, {"a": adapter}, target="onnxruntime", example_inputs=call, active=None)
+    x = torch.randn(3, 5, 6)
+    assert_close(compiled(x, way[masked]), host(x, way[masked]).detach())
+    with pytest.raises(lorac.InputMismatch, match=r"as the model checks at .*: if mask\.bool\(\)\.all\(\)"):
+        compiled(x, way[not masked])

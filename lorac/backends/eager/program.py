@@ -90,11 +90,14 @@ class ProgramEngine(Engine):
     def call(self, content: Tensors, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Answer:
         """One call of a graph with what fills its slots."""
         part = self.parts[require_component(graph, self.parts)]
-        given = part.signature.bind(args, kwargs)
-        inputs = {name: torch.as_tensor(value) for name, value in given.items()}
         filled = {slot.node: content[name] for name, slot in part.slots.items()}
-        values: list[Any] = list(part.program(**inputs, **filled))
-        if given and all(isinstance(value, np.ndarray) for value in given.values()):
-            values = [value.numpy(force=True) if isinstance(value, Tensor) else value for value in values]
-        output, extra = part.signature.answer(values, kwargs)
+
+        def run(given: dict[str, Any]) -> list[Any]:
+            inputs = {name: torch.as_tensor(value) for name, value in given.items()}
+            values: list[Any] = list(part.program(**inputs, **filled))
+            if given and all(isinstance(value, np.ndarray) for value in given.values()):
+                values = [value.numpy(force=True) if isinstance(value, Tensor) else value for value in values]
+            return values
+
+        output, extra = part.signature.run(args, kwargs, run)
         return Answer(output, grouped_aux(extra, content))

@@ -25,7 +25,7 @@ from torch.onnx._internal.fx.passes.type_promotion import _TypePromotionInterpre
 from torch.onnx.errors import OnnxExporterError
 
 from lorac.errors import Unavailable
-from lorac.ir.capture.export import node_line
+from lorac.ir.graph.edit import node_line
 from lorac.ir.host.guards import chain
 from lorac.quiet import quiet
 

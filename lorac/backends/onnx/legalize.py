@@ -6,7 +6,9 @@ once more; without anything to decompose (``exporter``) a compile takes half the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,7 +17,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from lorac.ir.graph import ops
-from lorac.ir.graph.edit import inherit
+from lorac.ir.graph.edit import add_outputs, inherit, insert_call, node_line
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.passes import Outcome, Pass
 
@@ -27,7 +29,8 @@ _MATRIX = 2
 class Legalize(Pass):
     """expanded -> target: products with a matrix become lorac's own op, and aliases of ops the ops themselves.
 
-    The model's own checks of values are left out, for which ONNX has nothing, and a note of the graph says so.
+    What the model checks of values, for which ONNX has no op, becomes an output of its own, which whoever calls the
+    program looks at. What it takes for granted of sizes that follow from values is left out, and a note says so.
     """
 
     name: ClassVar[str] = "legalize"
@@ -37,13 +40,62 @@ class Legalize(Pass):
     def apply(self, graph: Graph) -> Outcome:
         """Replace what torch's exporter would have to decompose."""
         checks = list(graph.find(*_CHECKS))
-        for node in checks:
-            graph.fx.erase_node(node)
         if checks:
-            graph.fx.eliminate_dead_code()
-            graph.notes.append(_UNCHECKED)
+            _answer(graph, checks)
         changed = [node for node in list(graph.fx.nodes) if node.op == "call_function" and _legalized(graph, node)]
         return Outcome(changed=bool(checks or changed))
+
+
+def _answer(graph: Graph, checks: Sequence[fx.Node]) -> None:
+    """Have a graph answer what its checks find, one output for each line of the model that checks."""
+    lines: dict[str, dict[fx.Node, None]] = {}
+    for node in checks:
+        condition = _condition(node)
+        if condition is not None:
+            lines.setdefault(node_line(node) or "", {})[condition] = None
+    first = graph.fx.output_node()
+    found = [[insert_call(graph.exported, first, aten.all.default, c) for c in held] for held in lines.values()]
+    both = functools.partial(insert_call, graph.exported, first, aten.logical_and.default)
+    names = {f"check.{i}": functools.reduce(both, whole) for i, whole in enumerate(found)}
+    add_outputs(graph.exported, names)
+    graph.extra_outputs.extend(names)
+    graph.checks |= dict(zip(names, lines, strict=True))
+    left_out = [node for node in checks if _condition(node) is None and not _is_implied(node)]
+    for node in checks:
+        graph.fx.erase_node(node)
+    graph.fx.eliminate_dead_code()
+    if left_out:
+        graph.notes.append(_UNCHECKED)
+
+
+def _condition(check: fx.Node) -> fx.Node | None:
+    """The tensor of truths that a check wants true; None where it speaks of numbers."""
+    node = check.args[0]
+    if check.target in _TENSOR_CHECKS and isinstance(node, fx.Node):
+        return node
+    read = _read(check)
+    if read is None or node.target is not operator.eq:  # type: ignore[union-attr]  # then it is a node
+        return None
+    return read.args[0] if read.target is aten._is_all_true.default else read  # type: ignore[return-value]  # a tensor
+
+
+def _is_implied(check: fx.Node) -> bool:
+    """Whether a check says no more than that a truth read as a number is 0 or 1."""
+    return _read(check) is not None
+
+
+def _read(check: fx.Node) -> fx.Node | None:
+    """The truth that a check reads as a number."""
+    node: Any = check.args[0]
+    for targets in (
+        (operator.eq, operator.ge, operator.le),
+        (torch.sym_ite,),
+        (aten.item.default, aten._local_scalar_dense.default),
+    ):
+        if not isinstance(node, fx.Node) or node.target not in targets:
+            return None
+        node = node.args[0]
+    return node if isinstance(node, fx.Node) else None
 
 
 def _legalized(graph: Graph, node: fx.Node) -> bool:
@@ -172,9 +224,9 @@ _PRODUCTS: dict[Any, Callable[..., tuple[Any, tuple[Any, ...]]]] = {
     aten.linear.default: _linear,
     aten.matmul.default: _matmul,
 }
+_TENSOR_CHECKS = (aten._assert_async.default, aten._assert_async.msg)
 _CHECKS = (
-    aten._assert_async.default,
-    aten._assert_async.msg,
+    *_TENSOR_CHECKS,
     aten._assert_scalar.default,
     aten.sym_constrain_range.default,
     aten.sym_constrain_range_for_size.default,

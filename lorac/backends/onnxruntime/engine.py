@@ -195,10 +195,12 @@ class OrtEngine(Engine):
         if part.cache is not None:
             return self._call_over_texts(content, graph, part, args, kwargs)
         session, values = self._serving(part, graph, content)
-        given = part.signature.bind(args, kwargs)
-        as_numpy = all(isinstance(v, np.ndarray) for v in given.values())
-        outputs = [_answer(value, as_numpy) for value in _execute(part, graph, session, values, given)]
-        output, extra = part.signature.answer(outputs, kwargs)
+
+        def run(given: dict[str, Any]) -> list[Any]:
+            as_numpy = all(isinstance(v, np.ndarray) for v in given.values())
+            return [_answer(value, as_numpy) for value in _execute(part, graph, session, values, given)]
+
+        output, extra = part.signature.run(args, kwargs, run)
         return Answer(output, grouped_aux(extra, values.tensors))
 
     def keeps(self, graph: str) -> Keeps | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import re
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,7 +20,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from lorac.errors import CaptureFailed, short
+from lorac.errors import CaptureFailed
 from lorac.ir.capture.attention import (
     attention_marked,
     longest_text,
@@ -32,7 +31,7 @@ from lorac.ir.capture.attention import (
 )
 from lorac.ir.capture.marking import mark
 from lorac.ir.graph.axes import asked_axes, axis_names, sizes_of
-from lorac.ir.graph.edit import keep_tensors, qualified
+from lorac.ir.graph.edit import checks_sites, keep_tensors, qualified
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.outputs import without_dataclasses
 from lorac.ir.graph.signature import in_program
@@ -54,7 +53,6 @@ from lorac.ir.host.layers import Forward
 from lorac.ir.host.running import no_fast_path, random_state_kept
 from lorac.ir.host.sites import Site
 from lorac.ir.slots.site import SitePlan
-from lorac.lines import is_elsewhere
 from lorac.quiet import quiet
 
 _LOCK = threading.RLock()  # tracing swaps attributes of torch and of transformers' classes for the whole process
@@ -95,11 +93,30 @@ def _exported(
 ) -> tuple[ExportedProgram, list[Guard], Arguments]:
     """As ``export``, with what the trace takes for granted and where, and what it was given."""
     given = default_inputs(model) if example_inputs is None else example_inputs
-    arguments = Arguments.of(model, _named(model, given))
+    failures: list[CaptureFailed] = []
+    for arguments in Arguments.of(model, _named(model, given)).ways(model):
+        try:
+            return _exported_with(arguments, model, given, dynamic_shapes, blocks, prefix, grows)
+        except CaptureFailed as error:
+            failures.append(error)
+            if not isinstance(error.__cause__, _ValuesNeeded):
+                break
+    raise failures[0]
+
+
+def _exported_with(
+    arguments: Arguments,
+    model: nn.Module,
+    given: Any,
+    dynamic_shapes: Any,
+    blocks: Collection[str],
+    prefix: str,
+    grows: bool,
+) -> tuple[ExportedProgram, list[Guard], Arguments]:
     named = bool(arguments.fixed) or isinstance(given, Mapping) or is_hugging_face(model)
     inputs = arguments.inputs if named else given
     with undisturbed(model), _no_cache_of_shapes(), contextlib.ExitStack() as stack:
-        host = _marked_copy(model, blocks, prefix, arguments.traced)
+        host = _marked_copy(model, blocks, prefix, arguments)
         if grows:
             host.forward = over_text(host.forward)
             stack.enter_context(attention_marked(host))
@@ -108,6 +125,9 @@ def _exported(
         else:
             attempts = [(wide(model, inputs, dynamic_shapes), _without(model, dynamic_shapes, arguments))]
         program, guards = _first_trace(host, attempts)
+    if arguments.truths and checks_sites(program):
+        step = "make forward decide by its inputs alone; target='eager' runs the model itself"
+        raise CaptureFailed("forward decides by what a layer computes that adapters change", next_step=step)
     _refuse_objects(program)
     if grows:
         refuse_other_attention(program, host)
@@ -150,13 +170,13 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _marked_copy(model: nn.Module, blocks: Collection[str], prefix: str, fixed: Mapping[str, Any]) -> nn.Module:
+def _marked_copy(model: nn.Module, blocks: Collection[str], prefix: str, arguments: Arguments) -> nn.Module:
     """A structural copy to trace, its sites and blocks marked, that is given some of its arguments already."""
     host = structural_copy(model, share_buffers=True).eval()
     mark(host, blocks, prefix)
     for module in host.modules():
         module._apply = functools.partial(_as_it_is, module)  # type: ignore[method-assign]  # of a copy
-    host.forward = _restrained(host.forward, fixed)
+    host.forward = _restrained(host.forward, arguments)
     return host
 
 
@@ -216,15 +236,10 @@ def capture(  # noqa: PLR0913  (what a graph is made of)
     sizes = sizes_of(exported, asked_axes(named, shapes), guards)
     axes = axis_names(exported, {in_program(argument): told for argument, told in shapes.items()})
     graph = Graph(name, exported, sites, own, axes=axes, sizes=sizes, structure=keep_tensors(exported))
-    graph.fixed = arguments.fixed
+    graph.fixed, graph.positions = arguments.fixed, arguments.positions
+    graph.notes += arguments.notes
     graph.longest = longest_text(model) if grows else None
-    graph.notes += [_read(argument, value) for argument, value in arguments.read.items()]
     return graph
-
-
-def _read(argument: str, value: Any) -> str:
-    held = f"the program holds {short(value)}, and calls that say otherwise are refused"
-    return f"forward reads '{argument}' as numbers: {held}"
 
 
 def _trace(host: nn.Module, inputs: Any, shapes: Any, guards: list[Guard]) -> ExportedProgram:
@@ -278,13 +293,15 @@ class _ValuesNeeded(Exception):
     """
 
 
-def _restrained(forward: Forward, fixed: Mapping[str, Any]) -> Forward:
+def _restrained(forward: Forward, arguments: Arguments) -> Forward:
     """A forward as torch.export is to see it: its answer in containers, and some of its arguments given already."""
+    fixed = arguments.traced
 
     @functools.wraps(forward)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
-            return without_dataclasses(forward(*args, **fixed, **kwargs))
+            with arguments.traced_with():
+                return without_dataclasses(forward(*args, **fixed, **kwargs))
         except GuardOnDataDependentSymNode as error:
             raise _ValuesNeeded(str(error)).with_traceback(error.__traceback__) from error
 
@@ -322,10 +339,3 @@ def _failure(host: nn.Module, guards: Sequence[Guard], error: Exception) -> Capt
         f"torch.export cannot trace {type(host).__name__}" + (f" at {line}" if line else "") + f": {reason}",
         next_step=step,
     )
-
-
-# ── What a captured node says about its origin ───────────────────────────────────────────────────────────────────────
-def node_line(node: torch.fx.Node) -> str | None:
-    """``file:line: code`` of the innermost line of the model that made ``node``; None where torch recorded none."""
-    entries = re.findall(r'File "(.+?)", line (\d+), in .*\n\s*(.*)', node.meta.get("stack_trace") or "")
-    return next((f"{f}:{line}: {code}" for f, line, code in reversed(entries) if is_elsewhere(f)), None)

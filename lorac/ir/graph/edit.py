@@ -31,6 +31,7 @@ from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from lorac.ir.graph.outputs import Structure
+from lorac.lines import is_elsewhere
 
 KEYWORD = "lorac"
 """The keyword argument that carries all slots, a dict by public name."""
@@ -254,6 +255,22 @@ def inherit(node: fx.Node, origin: fx.Node) -> None:
     site = origin.meta.get("custom", {}).get(KEYWORD)
     if site is not None:
         node.meta["custom"] = {KEYWORD: site}
+
+
+def node_line(node: torch.fx.Node) -> str | None:
+    """``file:line: code`` of the innermost line of the model that made ``node``; None where torch recorded none."""
+    entries = re.findall(r'File "(.+?)", line (\d+), in .*\n\s*(.*)', node.meta.get("stack_trace") or "")
+    return next((f"{f}:{line}: {code}" for f, line, code in reversed(entries) if is_elsewhere(f)), None)
+
+
+def checks_sites(program: ExportedProgram) -> bool:
+    """Whether a check of a captured program asks for what a site computes, which adapters change."""
+    reads: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        own = getattr(node.target, "namespace", "") == KEYWORD
+        if own or any(operand in reads for operand in node.all_input_nodes):
+            reads.add(node)
+    return any("_assert_" in str(node.target) and "metadata" not in str(node.target) for node in reads)
 
 
 def conform(program: ExportedProgram) -> None:

@@ -17,6 +17,8 @@ from torch.export import ExportedProgram
 
 from lorac.ir.graph.outputs import Structure
 from lorac.ir.graph.sizes import Sizes
+from lorac.ir.host.derived import Positions
+from lorac.ir.host.rows import Rows
 from lorac.ir.host.sites import Site
 from lorac.ir.slots.site import SitePlan
 
@@ -85,7 +87,10 @@ class Graph:
         kept: inputs of a graph that keeps a cache, by the names they bear outside -> their placeholders.
         longest: the longest text that positions in tables admit; None where there are none.
         fixed: arguments of the host that are constants of the graph, as they were given when it was captured.
+        positions: what makes the positions of text for calls without; None where they are no input, or always given.
+        rows: how a call of another number of rows is one of several; None where the graph takes it as it is, or not.
         notes: what whoever calls the program should know about it, each in a sentence.
+        checks: of the extra outputs, those that say whether values are as the model wants them -> the line that asks.
         unused: paths of planned sites that no output depends on, and that have no slots therefore.
     """
 
@@ -103,7 +108,10 @@ class Graph:
     kept: dict[str, str] = field(default_factory=dict)
     longest: int | None = None
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    positions: Positions | None = None
+    rows: Rows | None = None
     notes: list[str] = field(default_factory=list)
+    checks: dict[str, str] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
 
     @property

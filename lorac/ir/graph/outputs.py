@@ -6,12 +6,15 @@ import dataclasses
 import importlib
 import re
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 from torch.utils import _pytree as pytree
+
+from lorac.ir.host.rows import LISTED, Rows
 
 _LEAF = "*"
 _BASES = {"transformers": "transformers.utils.generic:ModelOutput", "diffusers": "diffusers.utils.outputs:BaseOutput"}
@@ -49,11 +52,90 @@ class Structure:
 
     def filled(self, tensors: Sequence[Any]) -> Any:
         """The host's output of the program's."""
+        return pytree.tree_unflatten(self._leaves(tensors), self.spec)
+
+    def joined(self, parts: Sequence[Sequence[Any]], rows: Rows, total: int) -> Any:
+        """The host's output for a call of so many rows, of the program's tensors for each of its parts."""
+        leaves, spec = _joined(self.spec, [iter(self._leaves(tensors)) for tensors in parts], (rows, total), "")
+        return pytree.tree_unflatten(leaves, spec)
+
+    def growing(self, tensors: Sequence[Any], other: Any, rows: Rows, total: int) -> Rows | None:
+        """The rows of a program, with those of its outputs.
+
+        Args:
+            tensors: what it answers to as many rows as it takes.
+            other: what its host answers to so many.
+            rows: without outputs.
+            total: how many.
+
+        Returns:
+            None where the two differ in anything else.
+        """
+        leaves, spec = pytree.tree_flatten(other)
+        found = list(_growing((self.spec, iter(self._leaves(tensors))), (spec, iter(leaves)), (rows, total), ""))
+        return None if None in found else replace(rows, outputs=dict(filter(None, found)))
+
+    def _leaves(self, tensors: Sequence[Any]) -> list[Any]:
         given = iter(tensors)
         places = range(self.spec.num_leaves)
         leaves = [self.constants[i] if i in self.constants else next(given) for i in places]
-        whole = [int(leaf) if i in self.numbers else leaf for i, leaf in enumerate(leaves)]
-        return pytree.tree_unflatten(whole, self.spec)
+        return [int(leaf) if i in self.numbers else leaf for i, leaf in enumerate(leaves)]
+
+
+_Call = tuple[Rows, int]
+"""How a program takes rows, and how many a call has."""
+
+
+def _joined(spec: pytree.TreeSpec, parts: Sequence[Iterator[Any]], call: _Call, path: str) -> tuple[list[Any], Any]:
+    """The leaves of several outputs as those of one, and its structure."""
+    rows, total = call
+    if spec.is_leaf():
+        return [rows.whole([next(leaves) for leaves in parts], total, rows.outputs.get(path))], spec
+    if rows.outputs.get(path) == LISTED:
+        each = [[next(leaves) for _ in range(child.num_leaves)] for leaves in parts for child in spec.children()]
+        kept = rows.share(spec.num_children, total)
+        children = [child for _ in parts for child in spec.children()][:kept]
+        return [leaf for leaves in each[:kept] for leaf in leaves], pytree.TreeSpec(spec.type, spec.context, children)
+    found = [_joined(child, parts, call, _below(path, key)) for key, child in _keyed(spec)]
+    made = pytree.TreeSpec(spec.type, spec.context, [child for _, child in found])
+    return [leaf for leaves, _ in found for leaf in leaves], made
+
+
+_Tree = tuple[pytree.TreeSpec, Iterator[Any]]
+"""An output's structure, and its leaves."""
+
+
+def _growing(own: _Tree, other: _Tree, call: _Call, path: str) -> Iterator[tuple[str, int] | None]:
+    """The paths of what grows with the rows, and their axes; None for other differences."""
+    (spec, leaves), (wanted, theirs), (rows, total) = own, other, call
+    if spec.is_leaf() and wanted.is_leaf():
+        yield from _axis(next(leaves), next(theirs), call, path)
+    elif spec.num_children == wanted.num_children:
+        for (key, child), there in zip(_keyed(spec), wanted.children(), strict=True):
+            yield from _growing((child, leaves), (there, theirs), call, _below(path, key))
+    else:
+        grows = spec.type in {list, tuple} and spec.num_children % rows.count == 0
+        yield (path, LISTED) if grows and wanted.num_children == rows.share(spec.num_children, total) else None
+        for tree, held in (own, other):
+            deque(islice(held, tree.num_leaves), maxlen=0)
+
+
+def _axis(own: Any, other: Any, call: _Call, path: str) -> Iterator[tuple[str, int] | None]:
+    (rows, total), size, whole = call, getattr(own, "shape", ()), getattr(other, "shape", ())
+    if size != whole:
+        axis = rows.axis_of(size, whole, total) if len(size) == len(whole) else None
+        yield None if axis is None else (path, axis)
+
+
+def _keyed(spec: pytree.TreeSpec) -> list[tuple[str, pytree.TreeSpec]]:
+    children = spec.children()
+    return [
+        (str(key), child) for key, child in zip(_children_names(spec) or range(len(children)), children, strict=True)
+    ]
+
+
+def _below(path: str, key: str) -> str:
+    return f"{path}.{key}".strip(".")
 
 
 class Fields:
@@ -105,10 +187,8 @@ def _places(spec: pytree.TreeSpec) -> Iterator[tuple[str, ...]]:
     if spec.is_leaf():
         yield ()
         return
-    children = spec.children()
-    keys = _children_names(spec) or range(len(children))
-    for key, child in zip(keys, children, strict=True):
-        yield from ((str(key), *place) for place in _places(child))
+    for key, child in _keyed(spec):
+        yield from ((key, *place) for place in _places(child))
 
 
 def structure_to_json(structure: Structure | None) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,10 @@ from lorac.errors import ArtifactError, ChoiceError, InputMismatch, nearest_name
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.outputs import Structure, output_names, structure_from_json, structure_to_json
 from lorac.ir.graph.sizes import Sizes
+from lorac.ir.host.derived import POSITIONS, Positions
 from lorac.ir.host.example_inputs import CAPTURED, SWITCHES, fixed_arguments, positional_arguments
 from lorac.ir.host.fixed_values import plain
+from lorac.ir.host.rows import Rows
 
 aten = torch.ops.aten
 _RESHAPING = frozenset(
@@ -28,6 +30,8 @@ CHOICE = "adapters"
 AS_TUPLE = "return_dict"
 """The argument by which models of transformers and diffusers are asked for a tuple: only the output's kind changes."""
 
+_Runs = Callable[[dict[str, Any]], list[Any]]
+"""A program: its outputs in order, for inputs by name."""
 _NAMES = ("inputs", "arguments", "outputs", "extra", "told", "notes", "unused")
 
 
@@ -46,6 +50,10 @@ class CallSignature:
         below: of the inputs that are ids of an embedding, how many there are.
         spelled: arguments of the host whose inputs are called otherwise -> what those are called.
         sizes: which sizes the inputs may have.
+        derived: inputs that calls may leave out -> how the model makes them of the others.
+        positions: what does so; None of a program that was loaded.
+        rows: how a call of another number of rows is one of several; None where it is none.
+        checks: of the extra outputs, those that have to be true -> the line of the model that wants them so.
         notes: what whoever calls the program should know about it, each in a sentence.
         types: input or output -> its dtype and sizes, those that vary by name: ``int64[batch, length]``.
         unused: paths of sites that were to have slots, and that no output depends on.
@@ -61,25 +69,65 @@ class CallSignature:
     below: Mapping[str, int] = field(default_factory=dict)
     spelled: Mapping[str, str] = field(default_factory=dict)
     sizes: Sizes = field(default_factory=Sizes)
+    derived: Mapping[str, str] = field(default_factory=dict)
+    positions: Positions | None = None
+    rows: Rows | None = None
+    checks: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     types: Mapping[str, str] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
 
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], program: _Runs) -> tuple[Any, dict[str, Any]]:
+        """The host's output object of one call and the extra outputs by name, in as many parts as its rows need.
+
+        Args:
+            args, kwargs: of the call.
+            program: the outputs in order, for inputs by name.
+
+        Raises:
+            ChoiceError, InputMismatch: as ``bind``; then nothing was run.
+        """
+        named = self._named(args, kwargs)
+        try:
+            given = self._bound(named)
+        except InputMismatch:
+            if self.rows is None or self.structure is None or self.rows.total(named) in (0, self.rows.count):
+                raise
+            return self._run_in_parts(self.rows, self.structure, named, kwargs, program)
+        return self.answer(program(given), kwargs)
+
+    def _run_in_parts(
+        self, rows: Rows, structure: Structure, named: Mapping[str, Any], asked: Mapping[str, Any], program: _Runs
+    ) -> tuple[Any, dict[str, Any]]:
+        total, parts = rows.total(named), [self._bound(part) for part in rows.split(named)]
+        answers = [self._checked(program(given)) for given in parts]
+        own = len(answers[0]) - len(self._told)
+        output = structure.joined([values[:own] for values in answers], rows, total)
+        extra = [rows.whole(values, total) for values in zip(*(values[own:] for values in answers), strict=True)]
+        return _as_asked(output, asked), dict(zip(self._told, extra, strict=True))
+
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Program input -> value, for one call.
+        """Program input -> value, for one call of as many rows as the program takes.
 
         Raises:
             ChoiceError: an argument the program was not captured with, one given twice, a missing one, or ids that an
                 embedding does not have (a target may take a negative one for one counted from the end).
             InputMismatch: an input has a size, or an argument a value, that the program was not captured for.
         """
+        return self._bound(self._named(args, kwargs))
+
+    def _named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """What a call gives, as the program calls it; what is None is left out."""
         positional = dict(zip(self.arguments, args, strict=False))
         twice = sorted(positional.keys() & kwargs.keys())
         if twice or len(args) > len(self.arguments):
             what = f"'{twice[0]}' is given twice" if twice else f"{len(args)} positional arguments are too many"
             raise ChoiceError(what, next_step=f"the host takes {', '.join(self.arguments)}")
         named = {**positional, **kwargs}.items()
-        given = {self.spelled.get(name, name): value for name, value in named if value is not None}
+        return {self.spelled.get(name, name): value for name, value in named if value is not None}
+
+    def _bound(self, named: Mapping[str, Any]) -> dict[str, Any]:
+        given = dict(named)
         for name in given.keys() - set(self.inputs):
             self._refuse_other(name, given[name])
         for name in self.told:
@@ -125,23 +173,51 @@ class CallSignature:
             values: the program's outputs, in order.
             asked: the call's keyword arguments; ``return_dict=False`` among them gets a tuple, as from the host.
         """
-        own = values[: len(values) - len(self.extra)]
-        extra = dict(zip(self.extra, values[len(own) :], strict=True))
+        values = self._checked(values)
+        own = values[: len(values) - len(self._told)]
+        extra = dict(zip(self._told, values[len(own) :], strict=True))
         if self.structure is None:
             return dict(zip(self.outputs, own, strict=False)), extra
-        output = self.structure.filled(own)
-        as_tuple = isinstance(output, Mapping) and (asked or {}).get(AS_TUPLE, True) is False
-        return tuple(v for v in output.values() if v is not None) if as_tuple else output, extra
+        return _as_asked(self.structure.filled(own), asked or {}), extra
+
+    @property
+    def _told(self) -> tuple[str, ...]:
+        """The extra outputs that are the caller's."""
+        return tuple(name for name in self.extra if name not in self.checks)
+
+    def _checked(self, values: list[Any]) -> list[Any]:
+        """The outputs without what they have to be true for, which the program answers last.
+
+        Raises:
+            InputMismatch: one is not.
+        """
+        own = values[: len(values) - len(self.checks)]
+        for line, holds in zip(self.checks.values(), values[len(own) :], strict=True):
+            if not bool(holds):
+                raise InputMismatch(
+                    f"the inputs hold values that the program is not for, as the model checks at {line}",
+                    next_step="give the values that this line wants; target='eager' runs the model itself",
+                )
+        return own
 
     def _default(self, name: str, given: Mapping[str, Any]) -> Any:
-        """An attention mask may be left out, as the host allows: it is all ones."""
+        """An attention mask may be left out, as the host allows: it is all ones; and what the host makes itself."""
         ids = given.get(name.replace("attention_mask", "input_ids"))
         if name.endswith("attention_mask") and ids is not None:
             return np.ones_like(ids) if isinstance(ids, np.ndarray) else torch.ones_like(ids)
+        if (made := self.made(given).get(name)) is not None:
+            return made.numpy() if isinstance(ids, np.ndarray) else made
         raise ChoiceError(
             f"the compiled program needs the input '{name}'",
-            next_step=f"it takes {', '.join(self.inputs)}",
+            next_step=f"give what the model makes: {self.derived[name]}"
+            if name in self.derived
+            else f"it takes {', '.join(self.inputs)}",
         )
+
+    def made(self, given: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """The inputs that the model makes of others, for a call."""
+        made = None if self.positions is None else self.positions.made(given)
+        return {} if made is None else {POSITIONS: made}
 
     # --- where it comes from, and how it is stored ---------------------------------------------------------------
 
@@ -177,6 +253,10 @@ class CallSignature:
             below=_ids(graph, inputs),
             spelled={} if host is None else _spelled(host, inputs),
             sizes=graph.sizes,
+            derived={} if graph.positions is None else {POSITIONS: graph.positions.call},
+            positions=graph.positions,
+            rows=graph.rows,
+            checks=dict(graph.checks),
             notes=tuple(graph.notes),
             types=types_of(graph, inputs, outputs),
             unused=tuple(graph.unused),
@@ -185,8 +265,15 @@ class CallSignature:
     def to_json(self) -> dict[str, Any]:
         """The signature as JSON; the output's class by name."""
         names = {name: list(getattr(self, name)) for name in _NAMES}
-        told = {"fixed": dict(self.fixed), "below": dict(self.below), "sizes": self.sizes.to_json()}
-        told |= {"spelled": dict(self.spelled), "types": dict(self.types)}
+        checks = {name: line.rpartition("site-packages/")[2] for name, line in self.checks.items()}
+        told: dict[str, Any] = {"fixed": dict(self.fixed), "below": dict(self.below), "sizes": self.sizes.to_json()}
+        told |= {
+            "spelled": dict(self.spelled),
+            "types": dict(self.types),
+            "checks": checks,
+            "derived": dict(self.derived),
+        }
+        told |= {"rows": None if self.rows is None else self.rows.to_json()}
         return {**names, **told, "output": structure_to_json(self.structure)}
 
     @classmethod
@@ -210,9 +297,18 @@ class CallSignature:
                 f"are {', '.join(map(str, names['inputs']))}",
                 next_step="save the artefact again with this version",
             )
-        sizes = Sizes.from_json(stored["sizes"])
-        fixed, types = stored["fixed"], stored["types"]
-        return cls(**names, fixed=fixed, structure=structure, below=below, spelled=spelled, sizes=sizes, types=types)
+        sizes, rows = (
+            Sizes.from_json(stored["sizes"]),
+            None if stored["rows"] is None else Rows.from_json(stored["rows"]),
+        )
+        told: dict[str, Any] = {**names, **{name: stored[name] for name in ("fixed", "types", "checks", "derived")}}
+        return cls(**told, structure=structure, below=below, spelled=spelled, sizes=sizes, rows=rows)
+
+
+def _as_asked(output: Any, asked: Mapping[str, Any]) -> Any:
+    """An output as the keyword arguments of its call ask for it."""
+    as_tuple = isinstance(output, Mapping) and asked.get(AS_TUPLE, True) is False
+    return tuple(value for value in output.values() if value is not None) if as_tuple else output
 
 
 def _instead(name: str) -> str:

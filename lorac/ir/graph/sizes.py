@@ -105,6 +105,11 @@ class Sizes:
             assumed=tuple(assumed),
         )
 
+    def without(self, axes: Collection[Axis]) -> Sizes:
+        """The same, where of some axes nobody needs to know that they were to vary."""
+        lines = {axis: line for axis, line in self.lines.items() if axis not in axes}
+        return replace(self, fixed=tuple(axis for axis in self.fixed if axis not in axes), lines=lines)
+
     # --- sizes to try --------------------------------------------------------------------------------------------
 
     def others(self, chosen: Chosen) -> dict[Axis, int] | None:

@@ -165,6 +165,9 @@ _HEARD: Mapping[str, Callable[[Any], tuple[int, ...] | None]] = {_SAMPLES: _samp
 def default_shapes(model: nn.Module, inputs: Inputs, *, named: bool = True) -> dict[str, Any]:
     """Dynamic shapes: the batch of every tensor input, the length of texts and of sounds; nested as the inputs are.
 
+    Rows of text are the batch. What has several places for each of them, such as the pieces of all images one after
+    another, has a size that torch is to narrow.
+
     Args:
         model: bounds the length where positions come from a table.
         inputs: the example inputs, by name.
@@ -173,7 +176,7 @@ def default_shapes(model: nn.Module, inputs: Inputs, *, named: bool = True) -> d
     tensors = [value for value in inputs.values() if isinstance(value, Tensor) and value.dim()]
     texts = _Texts(model, inputs)
     dims = _Dims(named, _position_limit(model))
-    batch = tensors[0].shape[0] if tensors else None
+    batch = texts.rows if texts.rows is not None else tensors[0].shape[0] if tensors else None
 
     def axes(name: str, value: Any) -> dict[int, Any] | None:
         if not isinstance(value, Tensor):
@@ -181,10 +184,19 @@ def default_shapes(model: nn.Module, inputs: Inputs, *, named: bool = True) -> d
         along = texts.axes(name, value)
         if name == _SAMPLES and value.dim() == _TABLE:
             along[1] = "samples"
-        rows = {0: "batch"} if value.dim() and value.shape[0] == batch and "batch" not in along.values() else {}
-        return {axis: dims[dim] for axis, dim in (rows | along).items()}
+        return {axis: dims[dim] for axis, dim in (_rows(value, along) | along).items()}
+
+    def _rows(value: Tensor, along: Mapping[int, str]) -> dict[int, str]:
+        if not value.dim() or not batch or "batch" in along.values():
+            return {}
+        packed = texts.rows is not None and value.shape[0] % batch == 0
+        return {0: "batch"} if value.shape[0] == batch else {0: _PACKED} if packed else {}
 
     return {name: pytree.tree_map(functools.partial(axes, name), value) for name, value in inputs.items()}
+
+
+_PACKED = "packed"
+"""The size of what lies one after another for all rows."""
 
 
 class _Dims(dict[str, Any]):
@@ -200,8 +212,9 @@ class _Dims(dict[str, Any]):
 
     def __missing__(self, name: str) -> Any:
         limit = None if name == "batch" else self._limit
-        # Steps over samples leave no such size quite free: torch is to narrow it.
-        self[name] = found = Dim(name, max=limit) if self._named and name != "samples" else Dim.AUTO
+        # Steps over samples leave no such size quite free, and how many pieces a row has none of pieces.
+        named = self._named and name not in {"samples", _PACKED}
+        self[name] = found = Dim(name, max=limit) if named else Dim.AUTO
         return found
 
 
@@ -216,6 +229,12 @@ class _Texts:
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         self._known = is_hugging_face(model)
         self._ids = {name: value for name, value in inputs.items() if _plain(name) == "input_ids"}
+
+    @property
+    def rows(self) -> int | None:
+        """How many texts there are; None where the model has none."""
+        tables = [ids for ids in self._ids.values() if isinstance(ids, Tensor) and ids.dim() == _TABLE]
+        return tables[0].shape[0] if self._known and tables else None
 
     def axes(self, name: str, value: Tensor) -> dict[int, str]:
         """Axis -> what its ``Dim`` is called.

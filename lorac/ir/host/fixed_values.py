@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lorac.errors import CaptureFailed, short
+from lorac.ir.host.derived import POSITIONS, SIZES, Positions
 from lorac.ir.host.example_inputs import Inputs, is_hugging_face
+from lorac.ir.host.guards import line_that_runs
+from lorac.ir.host.running import Running
 
 
 @dataclass(frozen=True)
@@ -28,16 +34,50 @@ class Arguments:
         inputs: what become inputs of a program.
         fixed: what become constants of it, as the caller gave them.
         read: those of the constants that are tensors for the caller -> the numbers that forward reads in their place.
+        positions: what makes the positions among the inputs, where the caller gave none.
+        truths: the line of the model that decides by a truth that it computes -> what it found, time by time.
     """
 
     inputs: dict[str, Any]
     fixed: dict[str, Any] = field(default_factory=dict)
     read: dict[str, Any] = field(default_factory=dict)
+    positions: Positions | None = None
+    truths: Mapping[str, list[bool]] = field(default_factory=dict)
 
     @property
     def traced(self) -> dict[str, Any]:
         """The constants as forward is given them in a trace."""
         return self.fixed | self.read
+
+    @property
+    def notes(self) -> list[str]:
+        """What whoever calls the program should know about it."""
+        held = "the program holds {}, and calls that say otherwise are refused"
+        read = [f"forward reads '{name}' as numbers: {held.format(short(plain(v)))}" for name, v in self.read.items()]
+        goes = "forward decides by values that it computes: the program goes the example's way and refuses other calls"
+        return read + ([f"{goes}, at {', at '.join(self.truths)}"] if self.truths else [])
+
+    def ways(self, model: nn.Module) -> Iterator[Arguments]:
+        """These, and then the same with more that is constant: sizes of images, and which way the model goes."""
+        yield self
+        named = {name: value for name, value in self.inputs.items() if name.endswith(SIZES)}
+        sizes = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+        left = {name: value for name, value in self.inputs.items() if name not in sizes}
+        if sizes:
+            yield replace(self, inputs=left, fixed=self.fixed | sizes, read=self.read | sizes)
+        truths = _truths(model, {**self.inputs, **self.fixed})
+        if truths:
+            yield replace(self, truths=truths)
+
+    @contextlib.contextmanager
+    def traced_with(self) -> Iterator[None]:
+        """Around a traced forward: constants are computed, and truths are what they were."""
+        constants = any(isinstance(value, Tensor) for value in self.traced.values())
+        with (
+            _AtOnce() if constants else contextlib.nullcontext(),
+            _Replaying(self.truths) if self.truths else contextlib.nullcontext(),
+        ):
+            yield
 
     @classmethod
     def of(cls, model: nn.Module, named: Inputs) -> Arguments:
@@ -54,7 +94,71 @@ class Arguments:
                     f"the argument '{name}' holds {short(value)}, which no program can take or hold",
                     next_step="give tensors, numbers, texts, or lists and dicts of them; target='eager' takes anything",
                 )
-        return cls({name: value for name, value in named.items() if name not in fixed}, fixed, read)
+        inputs = {name: value for name, value in named.items() if name not in fixed}
+        positions = None if POSITIONS in named else Positions.of(model)
+        made = None if positions is None else positions.made(named)
+        return cls(inputs, fixed, read) if made is None else cls({**inputs, POSITIONS: made}, fixed, read, positions)
+
+
+class _AtOnce(TorchFunctionMode):
+    """Computes what is made of constants alone, instead of tracing it, so that numbers can be read off it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        leaves = pytree.tree_leaves((args, given))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        symbols = any(isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool) for leaf in leaves)
+        known = all(type(tensor) is Tensor for tensor in tensors) if tensors else func in _MAKERS
+        if symbols or not known:
+            return func(*args, **given)
+        with _disable_current_modes():
+            return func(*args, **given)
+
+
+def _truths(model: nn.Module, named: Inputs) -> dict[str, list[bool]]:
+    """The truths of tensors by which a model decides in Python, by the line that does; none of one that fails."""
+    recording = _Recording()
+    with contextlib.suppress(Exception), recording:
+        Running(model).run((), dict(named), 0)
+    return recording.found
+
+
+class _Recording(TorchFunctionMode):
+    """Notes what every line finds that reads a truth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, list[bool]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        answer = func(*args, **(kwargs or {}))
+        line = line_that_runs() if func is Tensor.__bool__ else None
+        if line is not None:
+            self.found.setdefault(line, []).append(answer)
+        return answer
+
+
+class _Replaying(TorchFunctionMode):
+    """Gives every line of a trace the truths that it found before, and has the program check them.
+
+    Args:
+        truths: line -> what it found, time by time.
+    """
+
+    def __init__(self, truths: Mapping[str, list[bool]]) -> None:
+        super().__init__()
+        self._left = {line: list(found) for line, found in truths.items()}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        line = line_that_runs() if func is Tensor.__bool__ else None
+        if line is None or not self._left.get(line):
+            return func(*args, **(kwargs or {}))
+        found = self._left[line].pop(0)
+        torch._check_tensor_all(args[0].bool() if found else ~args[0].bool())
+        return found
+
+
+_MAKERS = frozenset({torch.arange, torch.full, torch.linspace, torch.ones, torch.tensor, torch.zeros})
 
 
 def plain(value: Any) -> Any:

@@ -57,12 +57,12 @@ class _Listener(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         added = _ADDED.search(record.getMessage())
-        line = _line_that_runs() if added else None
+        line = line_that_runs() if added else None
         if added and line:
             self._found.append(Guard(added[1].removeprefix("eval "), line))
 
 
-def _line_that_runs() -> str | None:
+def line_that_runs() -> str | None:
     """The innermost line of a model that is running."""
     frame: FrameType | None = sys._getframe(1)
     found = None

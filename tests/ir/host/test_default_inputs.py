@@ -98,3 +98,12 @@ def test_whole_numbers_that_come_to_every_token_are_as_long_as_the_text():
 def test_a_sound_may_be_longer():
     shapes = default_shapes(MODELS["wav2vec2"](), {"input_values": torch.zeros(2, 900)})
     assert shapes["input_values"][1] == torch.export.Dim.AUTO
+
+
+def test_rows_are_those_of_the_text_where_pieces_of_images_come_first():
+    bert = transformers.BertModel(transformers.BertConfig(**SMALL, vocab_size=50))
+    ids = torch.ones(2, 7, dtype=torch.int64)
+    shapes = default_shapes(bert, {"pixel_values": torch.ones(32, 9), "input_ids": ids, "table": torch.ones(5, 9)})
+    assert shapes["pixel_values"] == {0: torch.export.Dim.AUTO}
+    assert shapes["input_ids"][0].__name__ == "batch"
+    assert shapes["table"] == {}
