@@ -56,8 +56,8 @@ class Insert(Pass):
                 continue
             for node in calls[path]:
                 _adapt(graph, node, slots)
-        for group in graph.packs.values():
-            _share(graph, group)
+        if graph.packs:
+            _share(graph, nodes)
         graph.unused += unreached
         if unreached:
             graph.notes.append(_bypassed(unreached))
@@ -102,23 +102,26 @@ def _pack_inputs(graph: Graph, group: PackedSites) -> dict[str, tuple[Any, torch
     return {slot_name(group.name, role): (*spec, group.name, role) for role, spec in found.items()}
 
 
-def _share(graph: Graph, group: PackedSites) -> None:
-    """Compute x·A once per input that the group's sites read, and hand each site its part as ``down``."""
-    a, ranks = (graph.node(graph.slots[slot_name(group.name, role)].node) for role in (PACK_A, PACK_RANKS))
-    pairs = [graph.node(graph.slots[slot_name(path, letters.B)].node) for path in group.sites]
-    parts: dict[fx.Node, list[fx.Node]] = {}
+def _share(graph: Graph, slots: Mapping[str, fx.Node]) -> None:
+    """Compute x·A once per input that a pack's sites read, and hand each site its part as ``down``."""
+    groups = {path: group for group in graph.packs.values() for path in group.sites}
+    parts: dict[tuple[str, fx.Node], list[fx.Node]] = {}
     for node in graph.find(ops.adapted):
         call = AdaptedCall.of(node)
-        if call.site not in group.sites:
+        group = groups.get(call.site)
+        if group is None:
             continue
-        if call.x not in parts:
-            parts[call.x] = _parts(graph, node, call.x, a, ranks, pairs)
-        give(node, {"down": parts[call.x][group.sites.index(call.site)]})
+        key = (group.name, call.x)
+        if key not in parts:
+            parts[key] = _parts(graph, node, call.x, group, slots)
+        give(node, {"down": parts[key][group.sites.index(call.site)]})
 
 
 def _parts(
-    graph: Graph, before: fx.Node, x: fx.Node, a: fx.Node, ranks: fx.Node, pairs: list[fx.Node]
+    graph: Graph, before: fx.Node, x: fx.Node, group: PackedSites, slots: Mapping[str, fx.Node]
 ) -> list[fx.Node]:
+    a, ranks = (slots[slot_name(group.name, role)] for role in (PACK_A, PACK_RANKS))
+    pairs = [slots[slot_name(path, letters.B)] for path in group.sites]
     program, dtype = graph.exported, a.meta["val"].dtype
     if x.meta["val"].dtype != dtype:
         x = insert_call(program, before, torch.ops.aten.to.dtype, x, dtype)

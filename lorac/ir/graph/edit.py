@@ -39,8 +39,9 @@ _KEPT_META = ("nn_module_stack", "stack_trace", "from_node")
 
 def fake_mode(program: ExportedProgram) -> FakeTensorMode:
     """The fake mode whose tensors describe the program's values."""
-    values = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"]
-    mode = detect_fake_mode([v for v in values if isinstance(v, torch.Tensor)])
+    values = (node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder")
+    # The first tells: this is asked for every node that is added, and a program has an input for each of its weights.
+    mode = next((found for v in values if isinstance(v, torch.Tensor) and (found := detect_fake_mode([v]))), None)
     assert mode is not None
     return mode
 
