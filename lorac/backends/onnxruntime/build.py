@@ -79,7 +79,8 @@ def _emit(program: Program, request: BuildRequest[Options], folder: Path) -> Non
 def _keep_base(program: Program, request: BuildRequest[Options], folder: Path) -> None:
     """Write the base weights of planned sites: mixtures, and adapters that come later, may be made of them."""
     tensors = base_tensors(request.model, {path: plan.site for path, plan in request.plans.items()})
-    places = places_of(_held(program, folder), program.graphs, tensors)
+    joined = {pack.sizes for graph in program.graphs.values() for pack in graph.packs.values()}
+    places = places_of(_held(program, folder), program.graphs, tensors, joined)
     TensorFile.write(folder / BASE, tensors, by_columns(request.plans.values()), elsewhere=places)
 
 

@@ -216,12 +216,12 @@ def inline(
     return traced, list(fx.map_arg(results, lambda n: environment[n]))
 
 
-def insert_call(program: ExportedProgram, before: fx.Node, op: Any, *operands: Any) -> fx.Node:
+def insert_call(program: ExportedProgram, before: fx.Node, op: Any, *operands: Any, **named: Any) -> fx.Node:
     """Call an op before a node, in whose place it acts; its value is computed as the program's own are."""
     with program.graph.inserting_before(before):
-        node = program.graph.call_function(op, operands)
+        node = program.graph.call_function(op, operands, named)
     with fake_mode(program), torch.no_grad():
-        node.meta["val"] = op(*fx.map_arg(operands, lambda operand: operand.meta["val"]))
+        node.meta["val"] = op(*fx.map_arg(operands, lambda operand: operand.meta["val"]), **named)
     inherit(node, before)
     return node
 
