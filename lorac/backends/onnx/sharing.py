@@ -57,13 +57,22 @@ _Held = Mapping[tuple[int, bytes], list[_There]]
 
 def _held(files: Files, graphs: Iterable[str], joined: Collection[tuple[int, ...]]) -> _Held:
     held: dict[tuple[int, bytes], list[_There]] = defaultdict(list)
-    for graph in graphs:
-        model, weights = read(files, graph)
-        for tensor in (tensor for tensor in model.graph.initializer if tensor.name in weights):
-            offset = int(next(entry.value for entry in tensor.external_data if entry.key == "offset"))
-            for there in _parts(name_of(graph, WEIGHTS), offset, weights[tensor.name], joined):
-                held[there.values.size, there.values.reshape(-1)[:_BEGIN].tobytes()].append(there)
+    for there in (there for graph in graphs for there in _weights(files, graph, joined)):
+        held[there.values.size, _first(there.values)].append(there)
     return held
+
+
+def _first(values: Array) -> bytes:
+    """The first of some bytes; those of a part of a matrix do not lie side by side, and are not all copied for that."""
+    return bytes(values[: 1 if values.ndim > 1 else _BEGIN].reshape(-1)[:_BEGIN].tobytes())
+
+
+def _weights(files: Files, graph: str, joined: Collection[tuple[int, ...]]) -> Iterator[_There]:
+    """The weights beside a graph's model, and those that they may be made of."""
+    model, weights = read(files, graph)
+    for tensor in (tensor for tensor in model.graph.initializer if tensor.name in weights):
+        offset = int(next(entry.value for entry in tensor.external_data if entry.key == "offset"))
+        yield from _parts(name_of(graph, WEIGHTS), offset, weights[tensor.name], joined)
 
 
 def _parts(file: str, offset: int, weight: Array, joined: Collection[tuple[int, ...]]) -> Iterator[_There]:

@@ -113,7 +113,9 @@ class _Elsewhere:
 
     @property
     def possible(self) -> bool:
-        """Whether the file has room for it, and its rows do not overlap."""
+        """Whether its numbers are some, the file has room for it, and its rows do not overlap."""
+        if not all(type(number) is int and number >= 0 for number in (self.offset, self.row, *self.shape)):
+            return False
         apart = not self.row or (
             len(self.shape) == _MATRIX
             and self.row >= _bytes(self.dtype, self.shape[1:])
@@ -170,13 +172,11 @@ class TensorFile(Mapping[str, Tensor]):
         """What the metadata says of a tensor in another file, once it is found to be possible."""
         try:
             file, offset, row = self.files[entry["file"]], entry["offset"], entry.get("row", 0)
-            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-            if all(type(number) is int and number >= 0 for number in (offset, row, *shape)):
-                found = _Elsewhere(file, offset, dtype, shape, row)
-                if found.possible:
-                    return found
+            found = _Elsewhere(file, offset, DTYPES[entry["dtype"]], tuple(entry["shape"]), row)
         except (LookupError, TypeError, AttributeError):
-            pass
+            found = None
+        if found is not None and found.possible:
+            return found
         raise self._damaged(f"says that '{name}' lies where no file of the program has room for it")
 
     def __contains__(self, name: object) -> bool:
