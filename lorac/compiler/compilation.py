@@ -16,7 +16,7 @@ from lorac.compiler.precision import Precision
 from lorac.compiler.services import Lasting
 from lorac.errors import CaptureFailed, ChoiceError
 from lorac.ir.capture.export import capture
-from lorac.ir.engine import AnyDialect, Backend, BuildRequest, TargetOptions
+from lorac.ir.engine import Backend, BuildRequest, TargetOptions
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.program import Program
 from lorac.ir.graph.signature import CallSignature
@@ -107,7 +107,9 @@ class Compilation:
             snapshot=compose_choice(plans, lasting.pool, parse_choice(choice, lasting.pool), lasting.base),
             options=options,
             terms=lasting.terms,
-            program=self._lowered(stored) if stored is not None else self._captured_as(model, plans, options),
+            program=self._lowered(stored, mode)
+            if stored is not None
+            else self._captured_as(model, plans, mode, options),
         )
         engine = self.backend.build(request)
         if engine.files is None:
@@ -141,12 +143,17 @@ class Compilation:
     # --- the program -------------------------------------------------------------------------------------------
 
     def _captured_as(
-        self, model: nn.Module, plans: Mapping[str, SitePlan], options: TargetOptions
+        self, model: nn.Module, plans: Mapping[str, SitePlan], mode: str, options: TargetOptions
     ) -> Callable[[tuple[str, ...]], Program]:
-        return functools.partial(self._program, model, plans, options)
+        return functools.partial(self._program, model, plans, mode, options)
 
     def _program(
-        self, model: nn.Module, plans: Mapping[str, SitePlan], options: TargetOptions, aux: tuple[str, ...]
+        self,
+        model: nn.Module,
+        plans: Mapping[str, SitePlan],
+        mode: str,
+        options: TargetOptions,
+        aux: tuple[str, ...],
     ) -> Program:
         """The host captured graph by graph, held against it, and lowered as the target's dialect asks."""
         graphs: dict[str, Graph] = {}
@@ -155,7 +162,7 @@ class Compilation:
             graph = self._captured(name, model, component, plans, options.grows)
             hold_against_host(graph, component, tested=options.self_test)
             grown = Grown(graph) if options.grows and options.self_test else None
-            self._lower(graph, self.backend.dialect, aux)
+            self._lower(graph, mode, aux)
             if grown is not None:
                 grown.hold_against(graph, self.lasting.base)
             graphs[name], signatures[name] = graph, CallSignature.of(graph, component)
@@ -195,16 +202,17 @@ class Compilation:
             )
         return given.get(name)
 
-    def _lowered(self, stored: Program) -> Callable[[tuple[str, ...]], Program]:
-        return functools.partial(self._from_stored, stored)
+    def _lowered(self, stored: Program, mode: str) -> Callable[[tuple[str, ...]], Program]:
+        return functools.partial(self._from_stored, stored, mode)
 
-    def _from_stored(self, stored: Program, aux: tuple[str, ...]) -> Program:
+    def _from_stored(self, stored: Program, mode: str, aux: tuple[str, ...]) -> Program:
         """A program from an artefact, brought from level expanded to what the target's dialect asks."""
         for graph in stored.graphs.values():
-            self._lower(graph, self.backend.dialect, aux)
+            self._lower(graph, mode, aux)
         return stored
 
-    def _lower(self, graph: Graph, dialect: AnyDialect, aux: tuple[str, ...]) -> None:
+    def _lower(self, graph: Graph, mode: str, aux: tuple[str, ...]) -> None:
         stages = self.lasting.stages
-        outcomes = run_pipeline(graph, lowering(dialect, aux), stages.record)
+        passes = lowering(self.backend.dialect, aux, constant=mode == "baked")
+        outcomes = run_pipeline(graph, passes, stages.record)
         stages.skips[graph.name] = {name: outcome.skipped for name, outcome in outcomes if outcome.skipped}

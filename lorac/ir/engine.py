@@ -73,7 +73,7 @@ class Dialect(Generic[Model_contra]):
         gates: how branches that are off are left out.
         ranks: kinds of sites whose pairs have other ranks than ``FROM_ZERO``.
         dtypes: floating-point dtypes the target computes in, best first; a host in another one is cast to the first.
-        packs: whether sites that read the same input share one x·A.
+        packs: whether sites that read the same input are computed as one.
     """
 
     name: str

@@ -55,7 +55,7 @@ def _expand_one(
     graph: Graph, node: fx.Node, traces: dict[Any, fx.GraphModule], aux: tuple[str, ...], extra: dict[str, fx.Node]
 ) -> None:
     call = AdaptedCall.of(node)
-    plan, operands = graph.plans[call.site], call.tensors
+    plan, operands = graph.plan_of(call.site), call.tensors
     function, emitted = _meaning(graph.sites, plan, call, aux)
     inputs = [*operands, *call.operands.values()]
     shapes = (tuple(map(str, n.meta["val"].shape[:-1])) for n in operands[:1])

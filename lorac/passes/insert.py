@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
@@ -13,14 +12,14 @@ from torch import fx
 from lorac.errors import SiteUnreached
 from lorac.ir.algebra import letters
 from lorac.ir.graph import ops
-from lorac.ir.graph.adapted import AdaptedCall, give, useful
-from lorac.ir.graph.edit import add_inputs, inline, insert_call, new_dimension
-from lorac.ir.graph.graph import Graph, Level, PackedSites, SlotInput
+from lorac.ir.graph.adapted import AdaptedCall, useful
+from lorac.ir.graph.edit import add_inputs, inline, new_dimension
+from lorac.ir.graph.graph import Graph, Level, SlotInput
 from lorac.ir.graph.passes import Outcome, Pass, Skip
 from lorac.ir.host.sites import Site, SiteKind, factor_dtype
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.role import Place
-from lorac.ir.slots.roles import PACK_A, PACK_RANKS, ROLES, slot_name
+from lorac.ir.slots.roles import slot_name
 from lorac.ir.slots.site import Ranks, SitePlan
 
 
@@ -48,16 +47,16 @@ class Insert(Pass):
             calls.setdefault(ops.site_of(node), []).append(node)
         planned, unreached = _reached(graph, calls, used)
         nodes = _add_slots(graph, planned)
+        slots_at: dict[str, dict[str, fx.Node]] = {path: {} for path in planned}
+        for slot in graph.slots.values():
+            slots_at[slot.site][slot.role] = nodes[slot.name]
         for path, plan in planned.items():
-            own = [slot for slot in graph.slots.values() if slot.site == path and not slot.members]
-            slots = {slot.role: nodes[slot.name] for slot in own}
+            slots = slots_at[path]
             if plan.site.within is not None:
                 _replace_reads(graph, plan, slots)
                 continue
             for node in calls[path]:
                 _adapt(graph, node, slots)
-        for group in graph.packs.values():
-            _share(graph, group)
         graph.unused += unreached
         if unreached:
             graph.notes.append(_bypassed(unreached))
@@ -76,54 +75,16 @@ def _bypassed(paths: Sequence[str]) -> str:
     return f"adapters have no effect at {named}{more}: no output depends on what is computed there"
 
 
-def _add_slots(graph: Graph, planned: dict[str, SitePlan]) -> dict[str, fx.Node]:
-    packed = {path for group in graph.packs.values() for path in group.sites}
+def _add_slots(graph: Graph, planned: Mapping[str, SitePlan]) -> dict[str, fx.Node]:
     wanted: dict[str, tuple[Any, torch.dtype, str, str]] = {}
     for path, plan in planned.items():
-        found = _inputs(graph, path, plan)
-        wanted |= {name: spec for name, spec in found.items() if path not in packed or spec[3] != letters.A}
-    members: dict[str, tuple[str, ...]] = {}
-    for group in graph.packs.values():
-        found = _pack_inputs(graph, group)
-        wanted |= found
-        members |= dict.fromkeys(found, group.sites)
+        wanted |= _inputs(graph, path, plan)
     nodes = add_inputs(graph.exported, {name: (shape, dtype) for name, (shape, dtype, _, _) in wanted.items()})
     for name, (_, _, path, role) in wanted.items():
-        graph.slots[name] = SlotInput(name, path, role, nodes[name].name, members.get(name, ()))
+        pack = graph.packs.get(path)
+        members, sizes = ((), ()) if pack is None else (pack.sites, pack.sizes)
+        graph.slots[name] = SlotInput(name, path, role, nodes[name].name, members, sizes)
     return nodes
-
-
-def _pack_inputs(graph: Graph, group: PackedSites) -> dict[str, tuple[Any, torch.dtype, str, str]]:
-    site = graph.plans[group.name].site
-    total = _dimension(graph, f"{group.name}:pack.rank", hint=3 * len(group.sites))
-    place = Place(layout=layout_of(site), size=total, weight=_weight(graph, site))
-    wide = (ROLES[letters.A].shape(place), ROLES[letters.A].dtype(site))
-    found = {PACK_A: wide, PACK_RANKS: ((len(group.sites),), torch.int64)}
-    return {slot_name(group.name, role): (*spec, group.name, role) for role, spec in found.items()}
-
-
-def _share(graph: Graph, group: PackedSites) -> None:
-    """Compute x·A once per input that the group's sites read, and hand each site its part as ``down``."""
-    a, ranks = (graph.node(graph.slots[slot_name(group.name, role)].node) for role in (PACK_A, PACK_RANKS))
-    pairs = [graph.node(graph.slots[slot_name(path, letters.B)].node) for path in group.sites]
-    parts: dict[fx.Node, list[fx.Node]] = {}
-    for node in graph.find(ops.adapted):
-        call = AdaptedCall.of(node)
-        if call.site not in group.sites:
-            continue
-        if call.x not in parts:
-            parts[call.x] = _parts(graph, node, call.x, a, ranks, pairs)
-        give(node, {"down": parts[call.x][group.sites.index(call.site)]})
-
-
-def _parts(
-    graph: Graph, before: fx.Node, x: fx.Node, a: fx.Node, ranks: fx.Node, pairs: list[fx.Node]
-) -> list[fx.Node]:
-    program, dtype = graph.exported, a.meta["val"].dtype
-    if x.meta["val"].dtype != dtype:
-        x = insert_call(program, before, torch.ops.aten.to.dtype, x, dtype)
-    parts = insert_call(program, before, ops.SPLIT_RANKS, insert_call(program, before, ops.MATMUL, x, a), ranks, pairs)
-    return [insert_call(program, before, operator.getitem, parts, place) for place in range(len(pairs))]
 
 
 def _adapt(graph: Graph, node: fx.Node, slots: dict[str, fx.Node]) -> None:
@@ -163,6 +124,8 @@ def _dimension(graph: Graph, name: str, hint: int, least: int = 0) -> torch.SymI
 
 def _weight(graph: Graph, site: Site) -> Callable[[], torch.Tensor]:
     """A reader of the site's weight (out, in) without its values."""
+    if site.weight is None:  # a pack's
+        return lambda: torch.empty(site.kernel, device="meta")
     return lambda: site.present(torch.empty(graph.exported.state_dict[str(site.weight)].shape, device="meta"))
 
 
@@ -204,13 +167,17 @@ def _module_of(node: fx.Node) -> str:
 def _reached(
     graph: Graph, calls: Mapping[str, Sequence[fx.Node]], used: Collection[fx.Node]
 ) -> tuple[dict[str, SitePlan], list[str]]:
-    """The plans of the sites that the graph uses, which keeps no others; and the paths of those others."""
+    """The plans of the sites and packs that the graph uses, which keeps no others; and the paths of those others."""
     planned = {path: plan for path, plan in graph.plans.items() if not plan.empty}
-    missing = [path for path, plan in planned.items() if path not in calls and not _is_read(graph, plan, used)]
+    packs = {path: pack for path, pack in graph.packs.items() if path in calls}
+    packed = {member for pack in packs.values() for member in pack.sites}
+    bare = [path for path in planned if path not in calls and path not in packed]
+    missing = [path for path in bare if not _is_read(graph, planned[path], used)]
     if missing and len(missing) == len(planned):
         raise _unreached(f"'{missing[0]}' ({len(missing)} sites) is adapted", graph)
     graph.plans = {path: plan for path, plan in graph.plans.items() if path not in missing}
-    return {path: plan for path, plan in planned.items() if path not in missing}, missing
+    alone = {path: plan for path, plan in planned.items() if path not in packed and path not in missing}
+    return alone | {path: pack.plan for path, pack in packs.items() if not pack.plan.empty}, missing
 
 
 def _is_read(graph: Graph, plan: SitePlan, used: Collection[fx.Node]) -> bool:

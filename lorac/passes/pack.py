@@ -1,59 +1,136 @@
-"""pack: sites that read the same input share one x·A.
+"""pack: sites of one module that read the same input are computed as one.
 
-q, k and v (and gate and up) read one x. Their A's become one slot [K, ΣR], so the first halves of their low-rank
-branches are one matmul, split after by the ranks in a second, small slot [n]. The layout is fixed here, at compile
-time: sites in the order of their first call, whatever is active later.
+q, k and v (and gate and up) read one x. What they compute is one site's: its matrix theirs one below the other, its A
+[K, ΣR] theirs side by side, its B [ΣR, ΣN] block-diagonal. So there is one product with weights and one pair where
+there were several, and one cut of constant sizes behind them, in the order of the first calls. Sites that are not
+adapted are packed too. What a slot of a pack holds of its sites' slots, the table of roles says (``SlotRole.packed``).
+
+The zeros beside the blocks of B are multiplied too. Packs are therefore of few sites, and of none whose pairs may be so
+wide that the zeros cost more than a product with weights saves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
+
+import torch
+from torch import fx
 
 from lorac.ir.algebra import letters
-from lorac.ir.graph.adapted import sites_by_input
-from lorac.ir.graph.graph import Graph, Level, PackedSites
+from lorac.ir.graph import ops
+from lorac.ir.graph.adapted import sites_by_input, useful
+from lorac.ir.graph.edit import KEYWORD, insert_call
+from lorac.ir.graph.graph import Graph, Level, PackedSites, written_by
 from lorac.ir.graph.passes import Outcome, Pass, Skip
-from lorac.ir.host.sites import SiteKind
+from lorac.ir.host.sites import Site, SiteKind
+from lorac.ir.slots.reads import names_read, parse
+from lorac.ir.slots.roles import ROLES
 from lorac.ir.slots.site import Ranks, SitePlan
+
+aten = torch.ops.aten
+_MOST = 4
+"""Sites of a pack. Each pair is multiplied by as many blocks of zeros as there are others."""
+_FEW, _SHARE = 1 << 16, 1 / 8
+"""Zeros in a B, per row that is computed: so many cost less than the ops that a pack saves, and so large a share of the
+weights' own values may they be where they are more."""
+_AGREED = (letters.WEIGHT, letters.BIAS)
+"""What all sites of a pack have a slot for, or none: beside a slot, what is the base's would have to be another."""
 
 
 @final
 @dataclass(frozen=True)
 class Pack(Pass):
-    """Note which sites share an input; ``insert`` gives each such group one A. A site belongs to one group at most."""
+    """Compute sites that read one input as one. A site belongs to one pack at most.
+
+    Attributes:
+        constant: what the slots hold becomes constants of the program: weights that are bound by themselves otherwise.
+    """
 
     name: ClassVar[str] = "pack"
     reads: ClassVar[Level] = Level.HOST
     leaves: ClassVar[Level] = Level.HOST
+    constant: bool = False
 
     def apply(self, graph: Graph) -> Outcome:
-        """As the class says; skipped is every adapted site that the graph calls and that shares no A."""
-        before = dict(graph.packs)
-        calls = [[path for path in paths if path in graph.plans] for paths in sites_by_input(graph).values()]
-        adapted = {path: graph.plans[path] for paths in calls for path in paths if not graph.plans[path].empty}
-        unfit = {path: why for path, plan in adapted.items() if (why := _unfit(plan)) is not None}
-        groups = [[path for path in paths if path in adapted and path not in unfit] for paths in calls]
-        together = {tuple(paths) for paths in groups if len(paths) > 1}
-        graph.packs.clear()
-        graph.packs.update(
-            {paths[0]: PackedSites(paths[0], paths) for paths in sorted(together) if _alike(paths, groups)}
-        )
-        packed = {path for group in graph.packs.values() for path in group.sites}
+        """As the class says; skipped is every adapted site that the graph calls and that is in no pack."""
+        calls = _calls(graph)
+        unfit = {path: why for path in calls if (why := self._unfit(graph, path, calls[path])) is not None}
+        groups = list(_groups(graph, unfit))
+        together = dict.fromkeys(tuple(paths) for paths in groups if len(paths) > 1)
+        found = [_packed(graph, paths) for paths in together if _alike(paths, groups)]
+        made = [pack for pack in found if not _too_wide(graph, pack)]
+        unfit |= dict.fromkeys((path for pack in found if pack not in made for path in pack.sites), _WIDE)
+        for pack in made:
+            _join(graph, pack, calls)
+        graph.packs.update({pack.plan.site.path: pack for pack in made})
+        packed = {path for pack in graph.packs.values() for path in pack.sites}
+        adapted = [path for path, plan in graph.plans.items() if path in calls and not plan.empty]
         left = {path: unfit.get(path) or _why_alone(path, groups) for path in adapted if path not in packed}
-        return Outcome(graph.packs != before, tuple(Skip(path, why) for path, why in left.items()))
+        return Outcome(bool(made), tuple(Skip(path, why) for path, why in left.items()))
+
+    def _unfit(self, graph: Graph, path: str, calls: Sequence[fx.Node]) -> str | None:
+        """Why a site's product can be no part of another; None where it can."""
+        site, plan = graph.sites.get(path), graph.plans.get(path)
+        if site is None or site.kind is not SiteKind.LINEAR:
+            return "it is no linear layer"
+        if plan is not None and (why := self._unfit_slots(plan)) is not None:
+            return why
+        if any(parse(name)[1] == path for name in names_read(graph.plans.values())):
+            return "a branch reads what it computes, or its weight"
+        return _unfit_weight(site, calls)
+
+    def _unfit_slots(self, plan: SitePlan) -> str | None:
+        """Why the slots of a site cannot lie in those of a pack; None where they can."""
+        if plan.branches:
+            return "a branch acts on what it computes"
+        if plan.bound and not self.constant:
+            return "its weight is bound by itself"
+        if plan.rank and plan.ranks is Ranks.FIXED:
+            return "its rank is fixed"
+        return next((role.alone for role, _ in plan.roles() if role.packed is None), None)
 
 
-def _unfit(plan: SitePlan) -> str | None:
-    """Why a site's A can be no part of another; None where it can."""
-    if not plan.rank:
-        return "it has no A"
-    if plan.ranks is Ranks.FIXED:
-        return "its rank is fixed"
-    if letters.G in plan.room:
-        return "its A is one that sites have in common already"
-    return None if plan.site.kind is SiteKind.LINEAR else "it is no linear layer"
+def _unfit_weight(site: Site, calls: Sequence[fx.Node]) -> str | None:
+    """Why a site's weight cannot be written as a part of another: it would be there twice, or is not as it should."""
+    weights = {call.args[1] for call in calls}
+    weight = weights.pop()
+    if weights or not isinstance(weight, fx.Node) or weight.op != "placeholder":
+        return "its weight is not as the model stores it"
+    if site.packed:
+        return f"its weight is held as {site.packed}"
+    if site.shares or any(user not in calls for user in weight.users):
+        return "its weight is read elsewhere too"
+    return "its input is written to" if any(map(_is_written, calls)) else None
+
+
+def _is_written(call: fx.Node) -> bool:
+    x = call.args[0]
+    return isinstance(x, fx.Node) and any(x in written_by(user) for user in x.users)
+
+
+def _calls(graph: Graph) -> dict[str, list[fx.Node]]:
+    """Path -> its calls whose results the graph uses, in order; those of packs left out."""
+    used, calls = useful(graph), dict[str, list[fx.Node]]()
+    for node in graph.find(*ops.OPS):
+        if node in used and ops.site_of(node) not in graph.packs:
+            calls.setdefault(ops.site_of(node), []).append(node)
+    return calls
+
+
+def _groups(graph: Graph, unfit: Mapping[str, str]) -> Iterator[list[str]]:
+    """Paths of the sites of one module that read one input and may be packed, few at a time, in the order of calls."""
+    for paths in sites_by_input(graph).values():
+        alike: dict[Any, list[str]] = {}
+        for path in (path for path in paths if path not in unfit and path not in graph.packs):
+            plan = graph.plans.get(path)
+            agreed = () if plan is None else tuple(role for role in _AGREED if role in plan.room)
+            alike.setdefault((path.rpartition(".")[0], graph.sites[path].dtype, agreed), []).append(path)
+        for found in alike.values():
+            yield from (found[start : start + _MOST] for start in range(0, len(found), _MOST))
 
 
 def _alike(paths: tuple[str, ...], groups: Sequence[Sequence[str]]) -> bool:
@@ -63,7 +140,70 @@ def _alike(paths: tuple[str, ...], groups: Sequence[Sequence[str]]) -> bool:
 
 
 def _why_alone(path: str, groups: Sequence[Sequence[str]]) -> str:
-    """Why a site whose A could be packed is not."""
+    """Why a site that might be packed is not."""
     if all(len(group) == 1 for group in groups if path in group):
-        return "no other site with an A to share reads its input"
+        return "no other site of its module that may be packed reads its input"
     return "its calls do not all read an input together with the same sites"
+
+
+def _packed(graph: Graph, paths: tuple[str, ...]) -> PackedSites:
+    """Sites as one: a site of all their outputs, with slots for whatever one of them has a slot for."""
+    sites = [graph.sites[path] for path in paths]
+    plans = [graph.plans[path] for path in paths if path in graph.plans]
+    sizes = tuple(site.out_features for site in sites)
+    owner = paths[0].rpartition(".")[0]
+    path = ".".join(filter(None, (owner, "|".join(path.rpartition(".")[2] for path in paths))))
+    bias = f"{path}.{letters.BIAS}" if any(site.bias for site in sites) else None
+    site = Site(path, SiteKind.LINEAR, sum(sizes), sites[0].in_features, sites[0].dtype, None, bias)
+    rooms = {name: [plan.room[name] for plan in plans if name in plan.room] for name in ROLES}
+    room = {name: sum(found) if ROLES[name].ranked else 1 for name, found in rooms.items() if found}
+    least = Ranks.FROM_ONE if any(plan.ranks is Ranks.FROM_ONE for plan in plans) else Ranks.FROM_ZERO
+    return PackedSites(paths, sizes, SitePlan(site, room, ranks=least))
+
+
+_WIDE = "its pair may be so wide that the zeros beside it in a pack cost more than the pack saves"
+
+
+def _too_wide(graph: Graph, pack: PackedSites) -> bool:
+    """Whether the block-diagonal B of a pack may hold too many zeros."""
+    ranks = [graph.plans[path].rank if path in graph.plans else 0 for path in pack.sites]
+    site = pack.plan.site
+    zeros = sum(ranks) * site.out_features - sum(rank * n for rank, n in zip(ranks, pack.sizes, strict=True))
+    return zeros > max(_FEW, _SHARE * site.in_features * site.out_features)
+
+
+def _join(graph: Graph, pack: PackedSites, calls: Mapping[str, Sequence[fx.Node]]) -> None:
+    """Put one call and a cut into the place of the calls of each input."""
+    by_input: dict[Any, list[fx.Node]] = {}
+    for call in (call for path in pack.sites for call in calls[path]):
+        by_input.setdefault(call.args[0], []).append(call)
+    for together in by_input.values():
+        parts = _parts(graph, pack, min(together), together)
+        for path, call, part in zip(pack.sites, together, parts, strict=True):
+            part.meta = {**call.meta, "custom": {KEYWORD: path}}
+            call.replace_all_uses_with(part)
+            graph.fx.erase_node(call)
+
+
+def _parts(graph: Graph, pack: PackedSites, before: fx.Node, calls: Sequence[fx.Node]) -> list[fx.Node]:
+    """The outputs of sites by one call, put before the first of their own."""
+    site, made = pack.plan.site, functools.partial(_made, graph, before)
+    weight = made(aten.cat.default, [call.args[1] for call in calls])
+    bias = None
+    if site.bias is not None:
+        given = zip(pack.sizes, (call.args[2] for call in calls), strict=True)
+        bias = made(
+            aten.cat.default, [made(aten.zeros.default, [n], dtype=site.dtype) if b is None else b for n, b in given]
+        )
+    y = made(ops.LINEAR, before.args[0], weight, bias, site.path)
+    cut = made(ops.CUT, y, list(pack.sizes), -1)
+    return [made(operator.getitem, cut, place) for place in range(len(calls))]
+
+
+def _made(graph: Graph, before: fx.Node, op: Any, *operands: Any, **named: Any) -> fx.Node:
+    """A call that belongs to the module around a site, put before a call of that site."""
+    node = insert_call(graph.exported, before, op, *operands, **named)
+    around = list(before.meta.get("nn_module_stack", {}).items())
+    if around and around[-1][1][0] == ops.site_of(before):
+        node.meta["nn_module_stack"] = dict(around[:-1])
+    return node

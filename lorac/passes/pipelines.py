@@ -27,14 +27,15 @@ ANY: AnyDialect = Dialect(name="any")
 """A dialect that asks for nothing of its own."""
 
 
-def lowering(dialect: AnyDialect = ANY, aux: tuple[str, ...] = ()) -> tuple[Pass, ...]:
+def lowering(dialect: AnyDialect = ANY, aux: tuple[str, ...] = (), *, constant: bool = False) -> tuple[Pass, ...]:
     """From a captured graph to what a dialect takes: aten ops with slots as inputs, then its own passes.
 
     Args:
         dialect: the target's.
         aux: extra outputs to give.
+        constant: whether what the slots hold becomes constants of the program.
     """
-    packed = (Pack(),) if dialect.packs else ()
+    packed = (Pack(constant),) if dialect.packs else ()
     return *packed, Insert(), Values(), Expand(aux), Cache(), Cleanup(), *dialect.passes
 
 

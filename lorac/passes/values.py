@@ -36,7 +36,7 @@ class Values(Pass):
             SiteUnreached: a value is not computed before the site that reads it.
             CompileError: a base pass would write in place.
         """
-        found = {node: names_read([graph.plans[ops.site_of(node)]]) for node in graph.find(ops.adapted)}
+        found = {node: names_read([graph.plan_of(ops.site_of(node))]) for node in graph.find(ops.adapted)}
         reads = {node: names for node, names in found.items() if names}
         readers = {node: names for node, names in reads.items() if not _has(AdaptedCall.of(node), names)}
         if readers:

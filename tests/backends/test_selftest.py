@@ -194,7 +194,6 @@ def test_a_constant_of_another_value_is_found_by_noise(built: dict[str, Built], 
     [
         ("live", "one:b", "two:b"),
         ("live", "one:a", "two:a"),
-        ("live", "left:b", "right:b"),
         ("live", "one:c", "two:c"),
         ("fused", "one:weight", "two:weight"),
     ],

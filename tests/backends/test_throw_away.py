@@ -89,7 +89,7 @@ def test_its_program_is_in_its_dialect(model: nn.Module, adapters: dict[str, lor
     shapes = {str(value.name): value.shape for value in emitted.graph.inputs}
     assert shapes["conv:a"][0] == 2
     assert not isinstance(shapes["left:a"][1], int)
-    assert "left:pack.a" not in shapes
+    assert "left|right:a" not in shapes
     filled = compiled._state.bound.content
     assert filled["left:a"].shape == (8, 1)
     assert not filled["left:a"].any()

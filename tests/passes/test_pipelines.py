@@ -147,52 +147,6 @@ def test_a_pass_is_a_value(step: Pass) -> None:
 # Near misses: where a pass leaves things alone, and why
 
 
-def test_pack_needs_two_sites_with_a_rank_on_one_input() -> None:
-    alone = captured_stack({"one": lorac.LoRA(r=2, targets=["query", "out"])})
-    outcome = _run(alone, Pack())
-    assert not outcome.changed
-    assert Skip("body.layers.0.out", "no other site with an A to share reads its input") in outcome.skipped
-    assert len(outcome.skipped) == 6
-    bound = captured_stack({"one": lorac.SHiRA(r=1, targets=["query", "key"])})
-    outcome = _run(bound, Pack())
-    assert not outcome.changed, "a bound weight has no A to share"
-    assert {skip.why for skip in outcome.skipped} == {"it has no A"}
-    both = captured_stack({"one": lorac.LoRA(r=2, targets=["query", "key"])})
-    assert _run(both, Pack()) == Outcome(changed=True)
-    assert [group.sites for group in both.packs.values()] == [
-        (f"body.layers.{i}.query", f"body.layers.{i}.key") for i in range(3)
-    ]
-
-
-def test_pack_joins_the_calls_of_a_shared_layer() -> None:
-    it = capture("tiny_albert", {"one": lorac.LoRA(r=2, targets=["query", "value"])})
-    assert _run(it.graph, Pack()).changed
-    (group,) = it.graph.packs.values()
-    assert [path.rpartition(".")[2] for path in group.sites] == ["query", "value"]
-
-
-def test_pack_leaves_an_a_that_sites_have_in_common() -> None:
-    graph = captured_stack({"one": lorac.VeRA(r=2, targets=["query", "key"])})
-    assert {skip.why for skip in _run(graph, Pack()).skipped} == {"its A is one that sites have in common already"}
-
-
-def test_pack_leaves_sites_whose_calls_come_in_different_company() -> None:
-    class Host(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.first(self.first(x) + self.second(x))
-
-    host, inputs = Host(), (torch.randn(3, 4),)
-    compiled = lorac.compile(host, {"one": lorac.LoRA(r=2)})
-    outcome = _run(Graph("host", export(host, inputs), compiled.sites, compiled.plans), Pack())
-    assert not outcome.changed
-    assert [skip.where for skip in outcome.skipped] == ["first", "second"]
-    assert {skip.why for skip in outcome.skipped} == {"its calls do not all read an input together with the same sites"}
-
-
 def test_insert_says_which_sites_the_graph_never_calls() -> None:
     class Host(torch.nn.Module):
         def __init__(self) -> None:

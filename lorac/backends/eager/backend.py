@@ -45,6 +45,7 @@ class Eager(Backend[Options]):
     dialect: AnyDialect = Dialect(
         name="eager",
         gates=Gate.NONE,
+        packs=False,  # what is saved runs as it is, and a matrix made of several would be made at every call
         dtypes=(torch.float32, torch.float64, torch.bfloat16, torch.float16),
     )
     options = Options

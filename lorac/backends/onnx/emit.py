@@ -18,6 +18,7 @@ from lorac.backends.onnx.gates import GATES
 from lorac.backends.onnx.noops import exporters_rules, no_ops
 from lorac.backends.onnx.rewriting import rewriting
 from lorac.backends.onnx.translate import TRANSLATIONS, drop_part_counts
+from lorac.backends.onnx.writing import join
 from lorac.ir.engine import Dialect
 from lorac.ir.graph.axes import renamed
 from lorac.ir.graph.graph import Graph
@@ -43,6 +44,8 @@ def emit(graph: Graph, signature: CallSignature, dialect: Dialect[ir.Model]) -> 
     _name_slots(graph, model)
     _name_outputs(model, signature.outputs)
     with quiet():
+        common_passes.InlinePass()(model)
+        join(model)
         _REDUCE(model)
         for rewrite in dialect.fusions:
             rewrite(model)
@@ -59,7 +62,6 @@ def emit(graph: Graph, signature: CallSignature, dialect: Dialect[ir.Model]) -> 
 
 
 _REDUCE = ir.passes.Sequential(
-    common_passes.InlinePass(),
     FoldConstantsPass(shape_inference=False, input_size_limit=1024, output_size_limit=1024),
     rewriting([*exporters_rules(), *no_ops()]),
 )

@@ -39,7 +39,7 @@ def listing(files: Files, graph: str, slots: Mapping[str, SlotInput]) -> Dump:
 class _Lister:
     def __init__(self, model: onnx.ModelProto, name: str, slots: Mapping[str, SlotInput]) -> None:
         self.graph, self.name, self.slots = model.graph, name, slots
-        self.sites = {slot.site for slot in slots.values()}
+        self.sites = {path for slot in slots.values() for path in slot.members or (slot.site,)}
         self.modules = _modules(self.graph)
         self.containers = {path for stack in self.modules for path in stack[:-1]}
         values = [*self.graph.input, *self.graph.output, *self.graph.value_info]

@@ -16,9 +16,10 @@ aten = torch.ops.aten
 _MATRIX = 2
 
 
-def split_ranks(u: Any, ranks: Any, pairs: Sequence[Any]) -> Any:
-    """``Split`` by a tensor of sizes: ranks change with the adapter, the graph does not."""
-    return op.Split(u, ranks, axis=-1, num_outputs=len(pairs))
+def split_with_sizes(x: Any, sizes: Sequence[int], dim: int = 0) -> Any:
+    """``Split``; torch's own exporter makes a sequence, which is taken apart again for each part."""
+    told: Any = op.Constant(value_ints=list(sizes))
+    return op.Split(x, told, axis=dim, num_outputs=len(sizes))
 
 
 def linear(x: Any, weight: Any, bias: Any, site: str) -> Any:
@@ -66,7 +67,7 @@ def _number(number: int) -> Any:
 
 
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
-    ops.SPLIT_RANKS: split_ranks,
+    ops.CUT: split_with_sizes,
     ops.LINEAR: linear,
     ops.MATMUL: matmul,
     aten.conv3d.default: conv3d,

@@ -5,9 +5,11 @@ Weights go beside the model as external data, so that models over 2 GB work, and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -42,6 +44,41 @@ def fill(model: ir.Model, defaults: Mapping[str, torch.Tensor]) -> None:
         defaults: slot name -> value.
     """
     _fill(model, defaults)
+
+
+def join(model: ir.Model) -> None:
+    """Write weights that the model reads one behind the other as one weight, in place."""
+    initializers, made = model.graph.initializers, dict[tuple[ir.Value, ...], ir.Value]()
+    for node in [node for node in model.graph if node.op_type == "Concat" and node.attributes.get_int("axis") == 0]:
+        parts = [value for value in node.inputs if value is not None and initializers.get(str(value.name)) is value]
+        held = [part.const_value for part in parts if part.const_value is not None]
+        if len(held) < len(node.inputs):
+            continue
+        key = tuple(parts)
+        if key not in made:
+            tensor, name = _one_behind_the_other(held), _joined_name([str(part.name) for part in parts])
+            made[key] = ir.val(name, const_value=tensor, shape=tensor.shape, dtype=tensor.dtype)
+            model.graph.register_initializer(made[key])
+        node.outputs[0].replace_all_uses_with(made[key], replace_graph_outputs=True)
+        model.graph.remove(node, safe=True)
+    for part in {part for parts in made for part in parts}:
+        if not part.uses():
+            initializers.pop(str(part.name), None)
+
+
+def _one_behind_the_other(tensors: Sequence[ir.TensorProtocol]) -> ir.LazyTensor:
+    """Tensors along their first axis, which are laid out once they are written."""
+    rows, *others = zip(*(tensor.shape.numpy() for tensor in tensors), strict=True)
+    shape = ir.Shape([sum(rows), *(sizes[0] for sizes in others)])
+    return ir.LazyTensor(
+        lambda: ir.Tensor(np.concatenate([tensor.numpy() for tensor in tensors])), dtype=tensors[0].dtype, shape=shape
+    )
+
+
+def _joined_name(names: Sequence[str]) -> str:
+    """``attn.q|k.weight`` of ``attn.q.weight`` and ``attn.k.weight``."""
+    columns = itertools.zip_longest(*(name.split(".") for name in names), fillvalue="")
+    return ".".join("|".join(dict.fromkeys(column)) for column in columns)
 
 
 def _fill(model: ir.Model, contents: Mapping[str, torch.Tensor]) -> list[ir.Value]:

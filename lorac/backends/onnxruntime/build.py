@@ -182,7 +182,8 @@ def _keep_base(program: Program, request: BuildRequest[Options], folder: Path, o
     parts, notes = told(pieces)
     kept = {**{name: tensor for name, tensor in tensors.items() if name not in pieces}, **parts}
     columns = [name for name in by_columns(request.plans.values()) if name in kept]
-    places = places_of(_held(program, folder), program.graphs, kept)
+    joined = {pack.sizes for graph in program.graphs.values() for pack in graph.packs.values()}
+    places = places_of(_held(program, folder), program.graphs, kept, joined)
     TensorFile.write(folder / BASE, kept, columns, notes, elsewhere=places)
 
 

@@ -61,7 +61,7 @@ def bound_tensors(
         snapshot: the choice.
     """
     own = {name: slot for name, slot in inputs.items() if snapshot.composed.keys() & {slot.site, *slot.members}}
-    sites = {path: plans[path] for slot in own.values() for path in (slot.members or (slot.site,))}
+    sites = {path: plans[path] for slot in own.values() for path in (slot.site, *slot.members) if path in plans}
     bound = named_tensors(own, sites, slots_of(sites, snapshot, base))
     idle = named_tensors(own, sites, slots_of(sites, Snapshot(()), base))
     return {name: tensor for name, tensor in bound.items() if not torch.equal(tensor, idle[name])}

@@ -6,6 +6,7 @@ The ``expand`` pass traces ``adapted_output``, the reference interpreter runs it
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,8 +34,7 @@ class AdaptedCall:
     Attributes:
         op: the host's op, one of ``ops.OPS``.
         host: what the host calls that op with, without the site's path.
-        operands: role -> what the adapters bring: the site's slots, ``down`` (x·A from a pack), and the program values
-            that its branches read.
+        operands: role -> what the adapters bring: the site's slots, and the program values that its branches read.
         site: the site's path.
     """
 
@@ -88,6 +88,13 @@ def give(node: fx.Node, operands: Mapping[str, fx.Node]) -> None:
     node.args = dataclasses.replace(call, operands={**call.operands, **operands})._arguments()
 
 
+def call_behind(node: fx.Node) -> fx.Node:
+    """The call that gives a node's value: that of a pack where the node is one site's part of it, else the node."""
+    cut = node.args[0] if node.target is operator.getitem else None
+    whole = cut.args[0] if isinstance(cut, fx.Node) and cut.target is ops.CUT else None
+    return whole if isinstance(whole, fx.Node) else node
+
+
 def useful(graph: Graph) -> set[fx.Node]:
     """The nodes whose values the program uses: for an output, or for a branch that reads what a site answers."""
     parsed = map(parse, names_read(graph.plans.values()))
@@ -127,7 +134,6 @@ def adapted_output(
     read = [role for role in given if role.startswith(VALUE_ROLE)]
     values = {role.removeprefix(VALUE_ROLE): given.pop(role) for role in read}
     ctx = Ctx(plan.site, values=presented(values, sites), emitted=emitted)
-    down = given.pop("down", None)
     slots = SiteSlots.of_named(given, plan)
     if call.op is ops.BLOCK:
         x, block = call.tensors
@@ -135,4 +141,4 @@ def adapted_output(
     x, matrix, *bias = call.tensors
     # A linear site's operand is the presented matrix; run_site takes the weight as the module stores it.
     stored = matrix.t() if call.op is ops.LINEAR and plan.site.transposed else matrix
-    return run_site(plan, slots, x, stored, bias[0] if bias else None, ctx=ctx, down=down)
+    return run_site(plan, slots, x, stored, bias[0] if bias else None, ctx=ctx)

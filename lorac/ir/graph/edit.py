@@ -40,8 +40,9 @@ _KEPT_META = ("nn_module_stack", "stack_trace", "from_node")
 
 def fake_mode(program: ExportedProgram) -> FakeTensorMode:
     """The fake mode whose tensors describe the program's values."""
-    values = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"]
-    mode = detect_fake_mode([v for v in values if isinstance(v, torch.Tensor)])
+    values = (node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder")
+    # The first tells: this is asked for every node that is added, and a program has an input for each of its weights.
+    mode = next((found for v in values if isinstance(v, torch.Tensor) and (found := detect_fake_mode([v]))), None)
     assert mode is not None
     return mode
 
@@ -215,12 +216,12 @@ def inline(
     return traced, list(fx.map_arg(results, lambda n: environment[n]))
 
 
-def insert_call(program: ExportedProgram, before: fx.Node, op: Any, *operands: Any) -> fx.Node:
+def insert_call(program: ExportedProgram, before: fx.Node, op: Any, *operands: Any, **named: Any) -> fx.Node:
     """Call an op before a node, in whose place it acts; its value is computed as the program's own are."""
     with program.graph.inserting_before(before):
-        node = program.graph.call_function(op, operands)
+        node = program.graph.call_function(op, operands, named)
     with fake_mode(program), torch.no_grad():
-        node.meta["val"] = op(*fx.map_arg(operands, lambda operand: operand.meta["val"]))
+        node.meta["val"] = op(*fx.map_arg(operands, lambda operand: operand.meta["val"]), **named)
     inherit(node, before)
     return node
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from lorac.ir.algebra import letters
 from lorac.ir.graph.attending import NEW, PAST, is_past
 from lorac.ir.graph.graph import Graph, SlotInput
 from lorac.ir.host.sites import factor_dtype
 from lorac.ir.slots.emits import record_emitted
-from lorac.ir.slots.roles import PACK_RANKS, slot_name, strength_role
+from lorac.ir.slots.roles import ROLES, slot_name, strength_role
 from lorac.ir.slots.site import SitePlan, SiteSlots
 
 Tensor = torch.Tensor
@@ -26,7 +25,7 @@ def named_tensors(
     by_site: dict[str, dict[str, Tensor]] = {}
     for name, slot in inputs.items():
         if slot.members:
-            tensors[name] = packed(slot, [slots[member] for member in slot.members])
+            tensors[name] = packed(slot, slots)
             continue
         if slot.site not in by_site:
             by_site[slot.site] = slots[slot.site].named()
@@ -41,12 +40,12 @@ def fed(inputs: Mapping[str, SlotInput], plans: Mapping[str, SitePlan]) -> dict[
     return {path: plan for path, plan in plans.items() if path in reached}
 
 
-def packed(slot: SlotInput, members: Sequence[SiteSlots]) -> Tensor:
-    """What the slots of a pack hold: the A's of its sites side by side, or how wide each is."""
-    parts = [member.tensors[letters.A] for member in members]
-    if slot.role == PACK_RANKS:
-        return torch.tensor([part.shape[1] for part in parts])
-    return torch.cat(parts, dim=1)
+def packed(slot: SlotInput, slots: Mapping[str, SiteSlots]) -> Tensor:
+    """What a slot of a pack holds of the slots of its sites, some of which may have none (``SlotRole.packed``)."""
+    packing = ROLES[slot.role].packed
+    assert packing is not None
+    parts = [slots[member].tensors.get(slot.role) if member in slots else None for member in slot.members]
+    return packing(parts, slot.sizes)
 
 
 def idle(plan: SitePlan, role: str) -> Tensor:

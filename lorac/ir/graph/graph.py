@@ -42,10 +42,11 @@ class SlotInput:
 
     Attributes:
         name: public name: ``<site path>:<role>``; survives into the emitted program.
-        site: path of the site.
-        role: a row of the table of roles, or what a branch or a pack holds (``lorac.ir.slots.roles``).
+        site: path of the site, or of the pack.
+        role: a row of the table of roles, or what a branch holds (``lorac.ir.slots.roles``).
         node: name of the placeholder.
-        members: sites of a pack's slot.
+        members: of a pack's slot the sites whose tensors lie in it.
+        sizes: of each of them how many outputs it has.
     """
 
     name: str
@@ -53,19 +54,22 @@ class SlotInput:
     role: str
     node: str
     members: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class PackedSites:
-    """Sites that read the same input and share one x·A.
+    """Sites that read the same input, computed as one whose matrix is theirs, one below the other.
 
     Attributes:
-        name: path of the first; names the pack's slots.
-        sites: their paths, in the order in which the parts of A lie.
+        sites: their paths, in the order in which their outputs lie.
+        sizes: how many outputs each has.
+        plan: the slots of all of them, as those of one site; empty where none of them is adapted.
     """
 
-    name: str
     sites: tuple[str, ...]
+    sizes: tuple[int, ...]
+    plan: SitePlan
 
 
 @dataclass(repr=False)
@@ -79,7 +83,7 @@ class Graph:
         plans: slots of the touched sites.
         level: how far it is lowered.
         slots: slot inputs by public name, in input order.
-        packs: name -> sites that share one x·A.
+        packs: path -> sites that are computed as one; their calls bear the pack's path.
         extra_outputs: names of outputs added behind the host's own (``aux``).
         axes: torch's symbols for sizes that vary -> their names.
         sizes: which sizes the host's inputs may have.
@@ -118,6 +122,11 @@ class Graph:
     def fx(self) -> torch.fx.Graph:
         """The fx graph."""
         return self.exported.graph
+
+    def plan_of(self, path: str) -> SitePlan:
+        """The slots of what is called under a path: those of a pack, or of a site, which may have none."""
+        pack = self.packs.get(path)
+        return self.plans[path] if pack is None else pack.plan
 
     def placeholders(self) -> list[torch.fx.Node]:
         """Input nodes, in signature order."""

@@ -139,7 +139,7 @@ class _Interpreter(fx.Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is ops.adapted:
             call = AdaptedCall(*args)
-            return adapted_output(self._program.plans[call.site], call, self._program.sites, {})
+            return adapted_output(self._program.plan_of(call.site), call, self._program.sites, {})
         return _LOWEST_INDEX.get(target, target)(*args, **kwargs)
 
 

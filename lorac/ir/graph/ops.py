@@ -86,17 +86,6 @@ def _(x: Tensor, y: Tensor, site: str) -> Tensor:
 LINEAR, BLOCK = linear._opoverload, block._opoverload
 
 
-@torch.library.custom_op("lorac::split_ranks", mutates_args=())
-def split_ranks(u: Tensor, ranks: Tensor, pairs: list[Tensor]) -> list[Tensor]:
-    """u (..., sum of ranks) cut along its last axis by ``ranks`` (n,), one part per B (R, N) of ``pairs``."""
-    return [part.clone() for part in u.split(ranks.tolist(), dim=-1)]
-
-
-@split_ranks.register_fake
-def _(u: Tensor, ranks: Tensor, pairs: list[Tensor]) -> list[Tensor]:
-    return [u.new_empty((*u.shape[:-1], pair.shape[0])) for pair in pairs]
-
-
 @torch.library.custom_op("lorac::matmul", mutates_args=())
 def matmul(x: Tensor, matrix: Tensor) -> Tensor:
     """x (..., K) times a matrix (K, N)."""
@@ -108,7 +97,9 @@ def _(x: Tensor, matrix: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], matrix.shape[1]))
 
 
-SPLIT_RANKS, MATMUL = split_ranks._opoverload, matmul._opoverload
+MATMUL = matmul._opoverload
+CUT = aten.split_with_sizes.default
+"""What cuts the output of a pack into those of its sites."""
 OPS = frozenset(op._opoverload for op in (linear, embedding, conv, block))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +71,8 @@ class Surroundings:
     rank: int
 
 
+Packing = Callable[[Sequence[Tensor | None], Sequence[int]], Tensor]
+"""How the tensors of several sites lie in the slot of their pack."""
 Noise = Callable[[Tensor, Surroundings, torch.Generator], None]
 """Moves a slot's neutral tensor away from neutral, in place."""
 
@@ -99,6 +101,10 @@ class SlotRole:
         reserve: the field of ``Reserve`` that makes room for it; empty where none does, so that only a bound weight
             admits what needs it.
         transposed: adapters store the transpose of what changes carry, and people see it so.
+        packed: (what several linear sites that read one input have in this slot, or None, how many outputs each has) ->
+            what the slot of their pack holds, whose outputs are theirs one after the other. None where a site with such
+            a slot is not packed.
+        alone: why it is not.
     """
 
     name: str
@@ -117,6 +123,8 @@ class SlotRole:
     of_base: bool = False
     reserve: str = ""
     transposed: bool = False
+    packed: Packing | None = None
+    alone: str = ""
 
     @property
     def ranked(self) -> bool:

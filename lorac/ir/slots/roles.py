@@ -11,13 +11,13 @@ graphs get an input for each, files store them, reports name them and the self-t
 row, and a reduction that makes changes carrying it; nothing else lists roles.
 
 The letters themselves are ``lorac.ir.algebra.letters``, since the algebra knows how changes of the same letters merge
-and add up. Tensors are in slot layout (``lorac.ir.slots.layouts``) unless it is said otherwise. What branches and packs
-need is named by the functions at the end.
+and add up. Tensors are in slot layout (``lorac.ir.slots.layouts``) unless it is said otherwise. What branches need is
+named by the functions at the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -133,6 +133,30 @@ def _down(layout: SiteLayout, x: Tensor, a: Tensor) -> Tensor:
     return layout.down(x.to(a.dtype) if x.is_floating_point() else x, a)
 
 
+def _side_by_side(parts: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
+    """Matrices (…, R) and (K, N) along their last axis; there is nothing of sites without one."""
+    return torch.cat([part for part in parts if part is not None], dim=-1)
+
+
+def _block_diagonal(parts: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
+    """B's (R, N), each in the rows of its own A and the columns of its own outputs."""
+    some = next(part for part in parts if part is not None)
+    ranks = [0 if part is None else part.shape[0] for part in parts]
+    packed = some.new_zeros(sum(ranks), sum(sizes))
+    row = column = 0
+    for part, rank, size in zip(parts, ranks, sizes, strict=True):
+        if part is not None:
+            packed[row : row + rank, column : column + size] = part
+        row, column = row + rank, column + size
+    return packed
+
+
+def _end_to_end(parts: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
+    """Vectors of scales (out,); ones for sites without one."""
+    some = next(part for part in parts if part is not None)
+    return torch.cat([some.new_ones(size) if part is None else part for part, size in zip(parts, sizes, strict=True)])
+
+
 # ── The table ────────────────────────────────────────────────────────────────────────────────────────────────────────
 _TABLE = (
     SlotRole(
@@ -150,6 +174,7 @@ _TABLE = (
         rank_axis=1,
         reserve="rank",
         transposed=True,
+        packed=_side_by_side,
     ),
     SlotRole(
         name=letters.B,
@@ -166,6 +191,7 @@ _TABLE = (
         rank_axis=0,
         reserve="rank",
         transposed=True,
+        packed=_block_diagonal,
     ),
     SlotRole(
         name=letters.C,
@@ -177,6 +203,7 @@ _TABLE = (
         start=_ones,
         noise=_around(_a_little),
         reserve="scales",
+        packed=_end_to_end,
     ),
     SlotRole(
         name=letters.D,
@@ -187,6 +214,7 @@ _TABLE = (
         shape=_per_input,
         start=_ones,
         noise=_around(_a_little),
+        alone="its input is scaled before its product",
     ),
     SlotRole(
         name=letters.T,
@@ -200,6 +228,7 @@ _TABLE = (
         flops=_multiplied,
         sized=lambda t: t.shape[-1],
         unit="input transforms in blocks of {}",
+        alone="its input is transformed before its product",
     ),
     SlotRole(
         name=letters.G,
@@ -212,6 +241,7 @@ _TABLE = (
         noise=_around(_a_little),
         unit="rank {}",
         rank_axis=0,
+        alone="its A is one that sites have in common already",
     ),
     SlotRole(
         name=letters.H,
@@ -222,6 +252,7 @@ _TABLE = (
         shape=_per_output,
         start=_ones,
         noise=_around(_a_little),
+        packed=_end_to_end,
     ),
     SlotRole(
         name=letters.WEIGHT,
@@ -236,6 +267,7 @@ _TABLE = (
         into_slot=lambda layout, matrix: layout.slot_weight(matrix),
         of_base=True,
         reserve="weights",
+        packed=_side_by_side,
     ),
     SlotRole(
         name=letters.BIAS,
@@ -248,6 +280,7 @@ _TABLE = (
         noise=_around(_a_little),
         of_base=True,
         reserve="scales",
+        packed=_side_by_side,
     ),
 )
 
@@ -290,10 +323,6 @@ def applied(stage: Stage, layout: SiteLayout, value: Tensor, tensors: Mapping[st
 
 
 # ── Names ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-PACK_A = f"pack.{letters.A}"
-"""The A's of the sites of a pack, side by side."""
-PACK_RANKS = "pack.ranks"
-"""How wide each of them is."""
 _BRANCH, _STRENGTH = "branch", "t"
 
 

@@ -91,7 +91,6 @@ def run_site(
     *,
     ctx: Ctx | None = None,
     block: Tensor | None = None,
-    down: Tensor | None = None,
 ) -> Tensor:
     """The output of an adapted site.
 
@@ -101,16 +100,15 @@ def run_site(
         weight: its stored base weight; bias: its base bias.
         block: the output of a block, where the site is one.
         ctx: handed to branches.
-        down: x·A where it was computed together with other sites' (shared-input packing).
     """
     layout = layout_of(plan.site)
     if block is not None:
         return _with_branches(plan, slots, x, block, block, ctx)
     if layout.keeps_bias_inside and not plan.branches and slots.leaves_base:
         assert weight is not None
-        return _plus_pair(layout, slots, x, layout.base(x, weight, bias), down)
+        return _plus_pair(layout, slots, x, layout.base(x, weight, bias))
     linear = layout.base(x, weight, None) if weight is not None and (slots.leaves_base or plan.branches) else None
-    y = _plus_pair(layout, slots, x, _product(layout, slots, x, weight, linear), down)
+    y = _plus_pair(layout, slots, x, _product(layout, slots, x, weight, linear))
     # The bias comes last, where ONNX Runtime's fusions look for it.
     y = _plus_bias(layout, y, slots.tensors.get(letters.BIAS, bias))
     if not plan.branches:
@@ -148,12 +146,12 @@ def _product(layout: SiteLayout, slots: SiteSlots, x: Tensor, weight: Tensor | N
     return _at(Stage.OUTPUT, layout, slots, linear)
 
 
-def _plus_pair(layout: SiteLayout, slots: SiteSlots, x: Tensor, y: Tensor, down: Tensor | None) -> Tensor:
+def _plus_pair(layout: SiteLayout, slots: SiteSlots, x: Tensor, y: Tensor) -> Tensor:
     """y + h∘(((x·A)∘g)·B) in the dtype of y; the pair is computed in the factors' dtype (PEFT's rule)."""
     if not slots.stages[Stage.UP] or any(_is_empty(tensor) for _, tensor in slots.stages[Stage.UP]):
         return y
-    u = _at(Stage.DOWN, layout, slots, x) if down is None else down
-    for stage in (Stage.BETWEEN, Stage.UP, Stage.BEHIND):
+    u = x
+    for stage in (Stage.DOWN, Stage.BETWEEN, Stage.UP, Stage.BEHIND):
         u = _at(stage, layout, slots, u)
     return y + u.to(y.dtype)
 

@@ -92,9 +92,9 @@ def choice_from_json(stored: Mapping[str, Any]) -> dict[str, Active] | None:
 
 def slot_to_json(slot: SlotInput) -> dict[str, Any]:
     """A slot input as JSON."""
-    return {**vars(slot), "members": list(slot.members)}
+    return {**vars(slot), "members": list(slot.members), "sizes": list(slot.sizes)}
 
 
 def slot_from_json(stored: Mapping[str, Any]) -> SlotInput:
     """The inverse of ``slot_to_json``."""
-    return SlotInput(**{**stored, "members": tuple(stored["members"])})
+    return SlotInput(**{**stored, "members": tuple(stored["members"]), "sizes": tuple(stored["sizes"])})

@@ -74,6 +74,9 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return memoryview(values)
 
 
+_MATRIX = 2
+
+
 @dataclass(frozen=True)
 class Place:
     """Where the values of a tensor lie in another file of the same program.
@@ -82,11 +85,50 @@ class Place:
         file: its name, with slashes.
         offset: the first byte.
         by_columns: whether they are those of a matrix column by column.
+        row: bytes from one row of it to the next, where it is a part of a wider one; 0 where its rows lie side by side.
     """
 
     file: str
     offset: int
     by_columns: bool
+    row: int = 0
+
+
+@dataclass(frozen=True)
+class _Elsewhere:
+    """A tensor in another file: as ``Place`` says, laid out as it is there."""
+
+    file: HeldFile
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    row: int
+
+    @property
+    def span(self) -> int:
+        """Bytes from its first to its last; what of them belongs to others is theirs."""
+        if not self.row:
+            return _bytes(self.dtype, self.shape)
+        return (self.shape[0] - 1) * self.row + _bytes(self.dtype, self.shape[1:])
+
+    @property
+    def possible(self) -> bool:
+        """Whether its numbers are some, the file has room for it, and its rows do not overlap."""
+        if not all(type(number) is int and number >= 0 for number in (self.offset, self.row, *self.shape)):
+            return False
+        apart = not self.row or (
+            len(self.shape) == _MATRIX
+            and self.row >= _bytes(self.dtype, self.shape[1:])
+            and self.row % self.dtype.itemsize == 0
+        )
+        return apart and all(self.shape) and 0 < self.span <= self.file.size - self.offset
+
+    def read(self) -> Tensor:
+        """It, mapped where it lies."""
+        flat = torch.frombuffer(self.file.mapped_part(self.offset, self.span), dtype=self.dtype)
+        if not self.row:
+            return flat.reshape(self.shape)
+        return flat.as_strided(self.shape, (self.row // self.dtype.itemsize, 1))
 
 
 class TensorFile(Mapping[str, Tensor]):
@@ -123,23 +165,18 @@ class TensorFile(Mapping[str, Tensor]):
         if name not in self._names:
             raise KeyError(name)
         stored = self._alias.get(name, name)
-        if stored in self._elsewhere:
-            file, offset, dtype, shape = self._elsewhere[stored]
-            found = torch.frombuffer(file.mapped_part(offset, _bytes(dtype, shape)), dtype=dtype).reshape(shape)
-        else:
-            found = self._tensor(self._header[stored])
+        found = self._elsewhere[stored].read() if stored in self._elsewhere else self._tensor(self._header[stored])
         return found.t() if stored in self._transposed else found
 
-    def _placed(self, name: str, entry: Any) -> tuple[HeldFile, int, torch.dtype, tuple[int, ...]]:
+    def _placed(self, name: str, entry: Any) -> _Elsewhere:
         """What the metadata says of a tensor in another file, once it is found to be possible."""
         try:
-            file, offset = self.files[entry["file"]], entry["offset"]
-            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-            whole = all(type(number) is int and number >= 0 for number in (offset, *shape))
-            if whole and 0 < _bytes(dtype, shape) <= file.size - offset:
-                return file, offset, dtype, shape
-        except (LookupError, TypeError):
-            pass
+            file, offset, row = self.files[entry["file"]], entry["offset"], entry.get("row", 0)
+            found = _Elsewhere(file, offset, DTYPES[entry["dtype"]], tuple(entry["shape"]), row)
+        except (LookupError, TypeError, AttributeError):
+            found = None
+        if found is not None and found.possible:
+            return found
         raise self._damaged(f"says that '{name}' lies where no file of the program has room for it")
 
     def __contains__(self, name: object) -> bool:
@@ -214,7 +251,8 @@ class TensorFile(Mapping[str, Tensor]):
 
 def _told(tensor: Tensor, place: Place) -> dict[str, Any]:
     shape = list(tensor.shape)
-    return {"file": place.file, "offset": place.offset, "dtype": _NAMES[tensor.dtype], "shape": shape}
+    told = {"file": place.file, "offset": place.offset, "dtype": _NAMES[tensor.dtype], "shape": shape}
+    return {**told, "row": place.row} if place.row else told
 
 
 def _bytes(dtype: torch.dtype, shape: Collection[int]) -> int:

@@ -20,11 +20,11 @@ from torch.export.graph_signature import InputKind
 
 from lorac.ir.algebra.letters import BIAS, WEIGHT
 from lorac.ir.graph import ops
-from lorac.ir.graph.adapted import AdaptedCall
+from lorac.ir.graph.adapted import AdaptedCall, call_behind
 from lorac.ir.graph.graph import Graph
 from lorac.ir.host.sites import SiteKind
 from lorac.ir.slots.roles import ROLES, slot_name
-from lorac.ir.view.scopes import Scopes, blocks_of, called, is_size, site_of
+from lorac.ir.view.scopes import Scopes, blocks_of, is_size, site_of
 
 REF = "\x00"
 """Stands for the next reference in a row's text."""
@@ -163,7 +163,8 @@ class _Writer:
             for row in self._rows(node):
                 self.index[node] = len(rows)
                 rows.append(row)
-        calls = Counter(site for n in self.graph.fx.nodes if (site := called(n)) is not None)
+        made = (node for node in self.graph.fx.nodes if call_behind(node).target in ops.CALLS)
+        calls = Counter(site for node in made if (site := self._site(node)) is not None)
         slots = {slot.name: slot.site for slot in self.graph.slots.values()}
         level, classes = self.graph.level.name.lower(), self.scopes.classes
         return Dump(self.graph.name, level, tuple(rows), self._sites(), slots, dict(calls), classes)
@@ -201,9 +202,14 @@ class _Writer:
         named = [f"{k}={self._operand(v, refs)}" for k, v in kwargs.items() if k not in _PLUMBING and v is not None]
         text = " ".join(part for part in (label, ", ".join([*operands, *named])) if part)
         name = self.names.new(label, owner, blocks, alone=node in self.scopes.exits)
-        adapted = node.target is ops.adapted
+        adapted = call_behind(node).target is ops.adapted
         type_ = self._type(node.meta.get("val"))
-        return Row("value", name, text, tuple(refs), type_, source, blocks, modules, site_of(node), adapted)
+        return Row("value", name, text, tuple(refs), type_, source, blocks, modules, self._site(node), adapted)
+
+    def _site(self, node: fx.Node) -> str | None:
+        """The site that a node belongs to: what is computed for a whole pack belongs to none alone."""
+        site = site_of(node)
+        return None if site in self.graph.packs else site
 
     def _operand(self, value: Any, refs: list[int]) -> str:
         if isinstance(value, fx.Node):

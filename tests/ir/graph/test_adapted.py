@@ -57,5 +57,6 @@ def test_more_operands_join_those_that_are_there(graph: Graph) -> None:
 def test_sites_by_the_input_they_read(stage: str, graph: Graph) -> None:
     seen: dict[str, list[list[str]]] = {}
     lower(graph, lambda name, graph: seen.update({name: list(sites_by_input(graph).values())}))
-    layers = [[[f"body.layers.{i}.query", f"body.layers.{i}.key"], [f"body.layers.{i}.out"]] for i in range(3)]
+    read = {"capture": ["query", "key"], "insert": ["query|key"]}[stage]
+    layers = [[[f"body.layers.{i}.{leaf}" for leaf in leaves] for leaves in (read, ["out"])] for i in range(3)]
     assert seen[stage] == [group for layer in layers for group in layer]

@@ -136,6 +136,19 @@ def test_a_hash_over_pieces_tells_every_byte_and_its_place(tmp_path: Path, monke
     assert len(found) == 6
 
 
+@pytest.mark.parametrize("begin", [0, 3, 7])
+def test_a_tensor_that_is_a_part_of_another_files(begin: int, tmp_path: Path) -> None:
+    """Some columns of a matrix, the last among them, are read where they lie."""
+    wide = torch.randn(4, 9)
+    wanted = wide[:, begin : begin + 2]
+    (tmp_path / "other").write_bytes(b"head" + bytes(raw_bytes(wide)))
+    place = Place("other", 4 + begin * wide.itemsize, by_columns=False, row=wide[0].nbytes)
+    TensorFile.write(tmp_path / "file", {"a": wanted}, elsewhere={"a": place})
+    files = hold(tmp_path, ["file", "other"])
+    assert torch.equal(TensorFile(files["file"], files)["a"], wanted)
+    assert torch.equal(TensorFile(files["file"], files).kept()["a"], wanted)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -146,6 +159,10 @@ def test_a_hash_over_pieces_tells_every_byte_and_its_place(tmp_path: Path, monke
         {"dtype": "X"},
         {"shape": [16]},
         {"shape": 3},
+        {"row": 8},
+        {"row": 14},
+        {"row": 64},
+        {"row": "12"},
     ],
     ids=str,
 )

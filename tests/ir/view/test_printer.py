@@ -15,6 +15,8 @@ from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.view.dump import Dump, Row, dump
 from lorac.ir.view.picture.modules import parts_of
 from lorac.ir.view.printer import diff_dumps, to_text
+from lorac.passes.pack import Pack
+from lorac.passes.pipelines import run_pipeline
 from tests import goldens
 from tests.captured import Stack, capture, captured_stack, lower, two_adapters
 from tests.zoo import ZOO
@@ -64,9 +66,13 @@ def test_every_target_prints_the_same_passes() -> None:
         lorac.compile(model, adapters=adapters, active="task", example_inputs=inputs, target=target).graph["main"]
         for target in ("eager", "onnxruntime")
     )
-    assert ort.stages == (*eager.stages, "legalize"), "the target's own rewrites come last"
-    for stage in eager.stages:
-        assert str(ort.after(stage)) == str(eager.after(stage))
+    assert eager.stages[:2] == ("capture", "insert"), "eager runs each of the host's layers by itself"
+    assert ort.stages == ("capture", "pack", *eager.stages[1:], "legalize"), "the target's own rewrites come last"
+    assert str(ort.after("capture")) == str(eager.after("capture"))
+    insert = {name: str(view.after("insert")) for name, view in (("eager", eager), ("ort", ort))}
+    for line in ("+ style  low-rank r=3", "+ task  low-rank r=2"):
+        counts = {name: text.count(line) for name, text in insert.items()}
+        assert counts["ort"] == counts["eager"] > 0, "what is packed is told where each of its sites is given"
 
 
 def test_source_lines_are_where_the_value_is_written(compiled: lorac.Compiled) -> None:
@@ -159,12 +165,13 @@ def test_an_unchanged_graph_has_no_diff(compiled: lorac.Compiled) -> None:
 
 
 def test_a_change_in_one_layer_is_shown_for_that_layer_only() -> None:
-    graph = captured_stack({"one": lorac.LoRA(r=2, targets=["query"], layers=[1])})
+    graph = captured_stack({"one": lorac.LoRA(r=2, targets=["out"], layers=[1])})
+    run_pipeline(graph, [Pack()])  # which is of all layers, adapted or not
     before = dump(graph)
     lower(graph)
     text = diff_dumps(before, dump(graph))
     changed = {path: block for path, block in re.findall(r"@@ (\S+) @@\n((?:[-+ ].*\n)*)", text)}
-    assert "query:a" in changed["body.layers.1"]
+    assert "out:a" in changed["body.layers.1"]
     assert list(changed) == ["body.layers.1"]
     assert "… x" not in text
 
@@ -236,9 +243,8 @@ def test_a_block_that_is_left_and_entered_again_is_printed_both_times() -> None:
 
 def test_what_the_passes_left_alone_is_told() -> None:
     adapters = {"style": lorac.DoRA(r=3, targets=["query"]), "task": lorac.LoRA(r=2, targets=["query", "out"])}
-    graph = lorac.compile(Stack(), adapters=adapters, active=None, example_inputs=(torch.randn(2, 5, 10),)).graph[
-        "main"
-    ]
+    options = {"target": "onnxruntime", "self_test": False, "example_inputs": (torch.randn(2, 5, 10),)}
+    graph = lorac.compile(Stack(), adapters=adapters, active=None, **options).graph["main"]
     alone = {skip.where: skip.why for skip in graph.skipped["pack"]}
-    assert alone["body.layers.0.out"] == "no other site with an A to share reads its input"
+    assert alone["body.layers.0.out"] == "no other site of its module that may be packed reads its input"
     assert graph.after("insert").skipped == graph.skipped
