@@ -6,6 +6,8 @@ model that mixes tokens otherwise, or counts positions by itself, goes wrong whe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -44,9 +46,20 @@ class Grown:
             base: reads base weights.
 
         Raises:
-            CaptureDiffers: it answers otherwise.
+            CaptureDiffers: it answers otherwise, or not at all.
         """
         slots = named_tensors(graph.slots, graph.plans, slots_of(graph.plans, Snapshot(()), base))
+        try:
+            last = self._last(graph, slots)
+        except Exception as error:  # the model's own steps: what they raise for a part of a text is theirs to choose
+            raise _mixes(graph, f"does not run ({str(error).partition(chr(10))[0]})") from error
+        # What mixes tokens besides attention may do so by little: nothing but roundings is let pass.
+        rounding = _ROUNDINGS * torch.finfo(last.dtype).eps
+        if not distance(last, self._whole) <= rounding:
+            raise _mixes(graph, "answers otherwise")
+
+    def _last(self, graph: Graph, slots: Mapping[str, Tensor]) -> Tensor:
+        """What a graph with caches answers for the last token of each row."""
         ids = self._inputs[IDS]
         rows, length = ids.shape
         held = empty_cache(kept_shapes(graph), ids)
@@ -58,15 +71,15 @@ class Grown:
             answered = outputs_of(graph, given, slots)
             presents = dict(zip(graph.extra_outputs, answered[-len(graph.extra_outputs) :], strict=True))
             held |= {name: presents[present_of(name)] for name in kept_shapes(graph)}
-        last = answered[0][:, 0] if PLACES in self._inputs else answered[0][torch.arange(rows), new.long() - 1]
-        # What mixes tokens besides attention may do so by little: nothing but roundings is let pass.
-        rounding = _ROUNDINGS * torch.finfo(last.dtype).eps
-        if not distance(last, self._whole) <= rounding:
-            raise CaptureDiffers(
-                f"the graph '{graph.name}' answers otherwise where its text comes in parts: something besides "
-                "attention mixes tokens, or positions are counted by the model itself",
-                next_step="compile with cache=False; target='eager' generates with the model's own cache",
-            )
+        return answered[0][:, 0] if PLACES in self._inputs else answered[0][torch.arange(rows), new.long() - 1]
+
+
+def _mixes(graph: Graph, what: str) -> CaptureDiffers:
+    return CaptureDiffers(
+        f"the graph '{graph.name}' {what} where its text comes in parts: something besides attention mixes tokens, or "
+        "positions are counted by the model itself",
+        next_step="compile with cache=False; target='eager' generates with the model's own cache",
+    )
 
 
 def _part(ids: Tensor, past: Tensor, new: Tensor) -> Tensor:
