@@ -33,7 +33,7 @@ def _is_bare(module: nn.Module) -> bool:
 def _forward(module: Any, input: Tensor) -> Tensor:
     weight, bias = module.weight, module.bias
     whole = input.is_contiguous() and (bias is not None or _is_chained(input))
-    if input.dim() <= 2 or whole or torch.is_autocast_enabled(input.device.type):  # noqa: PLR2004  (a matrix has two axes)
+    if input.dim() <= 2 or whole or torch.is_autocast_enabled(input.device.type):
         return F.linear(input, weight, bias)
     # Its operands and their order are those of torch's own folding.
     product = torch.mm(input.reshape(-1, input.shape[-1]), weight.t()).view(*input.shape[:-1], weight.shape[0])
