@@ -21,6 +21,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from lorac.errors import CaptureFailed, nearest_name
+from lorac.ir.graph import ops as _ops  # noqa: F401  (what a copy's sites call is registered there)
 from lorac.ir.graph.axes import asked_axes, axis_names, sizes_of
 from lorac.ir.graph.edit import checks_sites, keep_tensors, qualified
 from lorac.ir.graph.graph import Graph
