@@ -50,3 +50,14 @@ def test_under_autocast_too() -> None:
     compiled = lorac.compile(net, {"a": lorac.LoRA(r=2)}, active=None)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         assert torch.equal(compiled(x), net(x))
+
+
+def test_an_axis_of_size_1_may_have_any_stride() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(386, 768, bias=False)), torch.randn(2, 386).as_strided((2, 1, 386), (386, 1, 1))
+    compiled = lorac.compile(net, {"a": lorac.LoRA(r=2, targets=["0"])}, active=None)
+    with torch.no_grad():
+        own = net(x)
+        assert x.is_contiguous()
+        assert torch.equal(compiled(x), own)
+        assert not torch.equal(net.requires_grad_(False)(x), own), "torch folds both alike: this decides nothing"

@@ -32,9 +32,15 @@ def _is_bare(module: nn.Module) -> bool:
 
 def _forward(module: Any, input: Tensor) -> Tensor:
     weight, bias = module.weight, module.bias
-    folded = input.dim() > 2 and not input.is_contiguous() and not torch.is_autocast_enabled(input.device.type)
-    if not folded:
+    whole = input.is_contiguous() and (bias is not None or _is_chained(input))
+    if input.dim() <= 2 or whole or torch.is_autocast_enabled(input.device.type):
         return F.linear(input, weight, bias)
     # Its operands and their order are those of torch's own folding.
     product = torch.mm(input.reshape(-1, input.shape[-1]), weight.t()).view(*input.shape[:-1], weight.shape[0])
     return product if bias is None else product + bias
+
+
+def _is_chained(x: Tensor) -> bool:
+    """Whether all axes but the last are one by their strides, which an axis of size 1 may have any of."""
+    strides = x.stride()
+    return all(strides[i] == strides[i + 1] * x.shape[i + 1] for i in range(x.dim() - 2))

@@ -30,6 +30,7 @@ from lorac.ir.capture.attention import (
     text_shapes,
 )
 from lorac.ir.capture.marking import mark
+from lorac.ir.graph import ops as _ops  # noqa: F401  (what a copy's sites call is registered there)
 from lorac.ir.graph.axes import asked_axes, axis_names, sizes_of
 from lorac.ir.graph.edit import checks_sites, keep_tensors, qualified
 from lorac.ir.graph.graph import Graph

@@ -13,7 +13,7 @@ import torch
 from lorac.errors import ArtifactError, ChoiceError, InputMismatch, nearest_name, short
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.outputs import Structure, output_names, structure_from_json, structure_to_json
-from lorac.ir.graph.sizes import Sizes
+from lorac.ir.graph.sizes import Sizes, nested
 from lorac.ir.host.derived import POSITIONS, Positions
 from lorac.ir.host.example_inputs import CAPTURED, SWITCHES, fixed_arguments, positional_arguments
 from lorac.ir.host.fixed_values import plain
@@ -124,7 +124,26 @@ class CallSignature:
             what = f"'{twice[0]}' is given twice" if twice else f"{len(args)} positional arguments are too many"
             raise ChoiceError(what, next_step=f"the host takes {', '.join(self.arguments)}")
         named = {**positional, **kwargs}.items()
-        return {self.spelled.get(name, name): value for name, value in named if value is not None}
+        given = {self.spelled.get(name, name): value for name, value in named if value is not None}
+        known = {*self.inputs, *self.fixed}
+        return {own: value for name in given for own, value in self._parts_of(name, given[name], known)}
+
+    def _parts_of(self, name: str, value: Any, known: Collection[str]) -> list[tuple[str, Any]]:
+        """An argument as inputs: one that holds several tensors is as many, called by their places.
+
+        Raises:
+            InputMismatch: it holds other ones than the program was captured with.
+        """
+        inputs = [own for own in self.inputs if own.startswith(f"{name}_")]
+        if name in known or not inputs or not isinstance(value, Mapping | list | tuple):
+            return [(name, value)]
+        parts = {own: part for own, part in nested(value, name) if part is not None}
+        if parts.keys() != {*inputs}:
+            raise InputMismatch(
+                f"argument '{name}' holds {len(parts)} tensors; the program was captured for {', '.join(inputs)}",
+                next_step="compile with example_inputs= that hold as many; target='eager' takes any",
+            )
+        return list(parts.items())
 
     def _bound(self, named: Mapping[str, Any]) -> dict[str, Any]:
         given = dict(named)

@@ -250,6 +250,16 @@ _CHANGES: tuple[Callable[[int], int], ...] = (
 """Ways from a size to another one, the nearest first."""
 
 
+def nested(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """What an argument holds in dicts, lists and tuples, by the names that torch gives to inputs: joined by ``_``."""
+    held = value.items() if isinstance(value, Mapping) else enumerate(value) if type(value) in {list, tuple} else None
+    if held is None:
+        yield name, value
+        return
+    for key, inner in held:
+        yield from nested(inner, f"{name}_{key}".strip("_").lower())
+
+
 def spelled(axes: Collection[Axis]) -> str:
     """Axes in words, those of one number together: ``axis 1 of 'ids' and 'mask'``."""
     numbers = dict.fromkeys(axis for _, axis in axes)

@@ -46,3 +46,14 @@ def test_eager_keeps_a_cache_and_a_configuration_says_what_a_program_does():
     model.config.output_hidden_states = True
     graph = capture("main", model, entry.inputs(), None, sites=find_sites(model), plans={})
     assert "hidden_states.0" in CallSignature.of(graph, model).outputs
+
+
+def test_an_argument_that_holds_several_tensors_is_as_many_inputs():
+    signature = CallSignature(inputs=("pair_0", "pair_1_b", "x"), arguments=("pair", "x"), outputs=("y",))
+    one, other, x = torch.zeros(1), torch.zeros(2), torch.zeros(3)
+    bound = signature.bind(([one, {"b": other, "c": None}], x), {})
+    assert [bound[name] is tensor for name, tensor in (("pair_0", one), ("pair_1_b", other), ("x", x))] == [True] * 3
+    with pytest.raises(
+        lorac.InputMismatch, match="'pair' holds 3 tensors; the program was captured for pair_0, pair_1_b"
+    ):
+        signature.bind(([one, {"b": other}, x], x), {})
