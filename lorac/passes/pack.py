@@ -56,7 +56,10 @@ class Pack(Pass):
     constant: bool = False
 
     def apply(self, graph: Graph) -> Outcome:
-        """As the class says; skipped is every adapted site that the graph calls and that is in no pack."""
+        """As the class says; skipped is every adapted site that the graph calls and that is in no pack.
+
+        Of those that would have had company a note of the graph says why they are computed apart.
+        """
         calls = _calls(graph)
         unfit = {path: why for path in calls if (why := self._unfit(graph, path, calls[path])) is not None}
         groups = list(_groups(graph, unfit))
@@ -70,6 +73,7 @@ class Pack(Pass):
         packed = {path for pack in graph.packs.values() for path in pack.sites}
         adapted = [path for path, plan in graph.plans.items() if path in calls and not plan.empty]
         left = {path: unfit.get(path) or _why_alone(path, groups) for path in adapted if path not in packed}
+        graph.notes += [note for note in _apart(graph, left, unfit) if note not in graph.notes]
         return Outcome(bool(made), tuple(Skip(path, why) for path, why in left.items()))
 
     def _unfit(self, graph: Graph, path: str, calls: Sequence[fx.Node]) -> str | None:
@@ -144,6 +148,18 @@ def _why_alone(path: str, groups: Sequence[Sequence[str]]) -> str:
     if all(len(group) == 1 for group in groups if path in group):
         return "no other site of its module that may be packed reads its input"
     return "its calls do not all read an input together with the same sites"
+
+
+def _apart(graph: Graph, left: Mapping[str, str], unfit: Mapping[str, str]) -> Iterator[str]:
+    """What is to be said of adapted layers that do not share a product with others of their module."""
+    company = {path for paths in sites_by_input(graph).values() if len(paths) > 1 for path in paths}
+    by_reason: dict[str, list[str]] = {}
+    for path, why in left.items():
+        if path in unfit and path in company and graph.sites[path].kind is SiteKind.LINEAR:
+            by_reason.setdefault(why, []).append(path)
+    for why, paths in by_reason.items():
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        yield f"'{paths[0]}'{more}: computed apart from layers that read the same input, since {why}"
 
 
 def _packed(graph: Graph, paths: tuple[str, ...]) -> PackedSites:

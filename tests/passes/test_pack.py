@@ -133,6 +133,8 @@ def test_what_acts_otherwise_is_left_alone(variant: Any, why: str) -> None:
     outcome = _run(graph)
     assert not outcome.changed
     assert outcome.skipped == tuple(Skip(f"{block}.query", why) for block in BLOCKS)
+    apart = "computed apart from layers that read the same input"
+    assert graph.notes == [f"'{BLOCKS[0]}.query' and 2 more: {apart}, since {why}"], "explain() tells it"
 
 
 def test_weights_that_become_constants_are_packed() -> None:

@@ -26,6 +26,7 @@ from lorac.ir.graph.signature import CallSignature
 from lorac.quiet import quiet
 
 SITE_METADATA = "lorac.site"
+"""Says of an input whose slot it is: the path of a site, or those of all of a pack, with commas."""
 
 
 def emit(graph: Graph, signature: CallSignature, dialect: Dialect[ir.Model]) -> ir.Model:
@@ -85,7 +86,7 @@ def _name_slots(graph: Graph, model: ir.Model) -> None:
         slot = by_node.get(value.name or "")
         if slot is not None:
             value.name = slot.name
-            value.metadata_props[SITE_METADATA] = slot.site
+            value.metadata_props[SITE_METADATA] = ", ".join(slot.members or (slot.site,))
         value.name = kept.get(value.name or "", value.name)
 
 
