@@ -182,10 +182,10 @@ def test_pieces_of_joined_matrices_are_found_again():
         "other": torch.from_numpy(matrix(6, seed=3)),
         "vector": torch.from_numpy(one[0]),
     }
-    pieces = pieces_of([outcome], tensors)
+    pieces = pieces_of({"main": outcome}, tensors)
     assert pieces.keys() == {"one", "two", "tied"}
     assert (pieces["one"].transposed, pieces["two"].transposed) == (False, True)
-    computed = standing_in([outcome], tensors)
+    computed = standing_in({"main": outcome}, tensors)
     assert torch.equal(computed["one"], torch.from_numpy(INT4.encode(one).decode()))
     assert torch.equal(computed["two"], torch.from_numpy(INT4.encode(two).decode()).t())
     assert computed["other"] is tensors["other"]

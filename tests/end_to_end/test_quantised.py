@@ -253,6 +253,25 @@ def test_a_model_of_which_nothing_can_be_quantised_is_refused() -> None:
         lorac.compile(model, weights="int4", **told)
 
 
+def test_each_component_has_a_base_of_its_own() -> None:
+    """Layers of one shape in two graphs; their constants may bear one name."""
+    torch.manual_seed(0)
+    models = {name: nn.Sequential(nn.Linear(64, 48), nn.Tanh(), nn.Linear(48, 64)).eval() for name in "ab"}
+    compiled = lorac.compile(
+        models,
+        {"d": lorac.LoRA(r=2, targets=["0", "2"])},
+        target="onnxruntime",
+        example_inputs={name: (torch.ones(2, 64),) for name in models},
+        weights="int4",
+        self_test=False,
+    )
+    for path in ("a.0", "a.2", "b.0", "b.2"):
+        weight = models[path[0]].get_parameter(f"{path[2]}.weight").detach()
+        held = torch.from_numpy(Codec(4, 32, True).encode(weight.numpy()).decode().copy())
+        assert torch.equal(compiled.base.weight(compiled.sites[path]), held)
+    assert compiled.engine.files["base.safetensors"].size < 48 * 64 * 2
+
+
 def test_a_program_says_what_it_was_asked_for(made: Made) -> None:
     import onnx
 

@@ -89,8 +89,7 @@ def _parts(file: str, offset: int, weight: Array, joined: Collection[tuple[int, 
 
 def _place(held: _Held, tensor: Tensor, by_columns: bool) -> Place | None:
     laid_out = tensor.t() if by_columns else tensor
-    row = max(laid_out[:1].nbytes, 1) if tensor.dim() else 1
-    begin = bytes(raw_bytes(laid_out[: -(-_BEGIN // row)].flatten()[:_BEGIN]))[:_BEGIN] if tensor.dim() else b""
+    begin = bytes(raw_bytes(laid_out[:1].flatten()[:_BEGIN]))[:_BEGIN] if tensor.dim() else b""
     candidates = held.get((tensor.nbytes, begin), ())
     if not candidates:
         return None

@@ -20,7 +20,7 @@ from lorac.backends.onnx.writing import bake, fill, write
 from lorac.backends.onnxruntime.dialect import DIALECT
 from lorac.backends.onnxruntime.engine import GraphSession, OrtEngine
 from lorac.backends.onnxruntime.options import IN_FLOAT, Options
-from lorac.backends.onnxruntime.quantised.base import as_computed, pieces_of, standing_in, told
+from lorac.backends.onnxruntime.quantised.base import as_computed, pieces_of, places_in, standing_in, told
 from lorac.backends.onnxruntime.quantised.codec import Codec
 from lorac.backends.onnxruntime.quantised.products import Given, Outcome, quantise
 from lorac.backends.onnxruntime.session import new_session
@@ -62,7 +62,7 @@ def _build(request: BuildRequest[Options], folder: Path, report: Progress) -> Or
     program = _noted(program, outcomes)
     report.step("session")
     if request.mode != "baked":
-        _keep_base(program, request, folder, outcomes.values())
+        _keep_base(program, request, folder, outcomes)
     files = _held(program, folder)
     engine = OrtEngine(
         parts={
@@ -79,7 +79,7 @@ def _build(request: BuildRequest[Options], folder: Path, report: Progress) -> Or
         report.step("self-test")
         quantised = any(outcome.quantised for outcome in outcomes.values())
         tried = _in_float(engine) if quantised and options.accuracy_level > IN_FLOAT else engine
-        self_test(tried, program, request.snapshot, functools.partial(standing_in, list(outcomes.values())))
+        self_test(tried, program, request.snapshot, functools.partial(standing_in, outcomes))
     return engine
 
 
@@ -172,7 +172,7 @@ def _in_float(engine: OrtEngine) -> OrtEngine:
     )
 
 
-def _keep_base(program: Program, request: BuildRequest[Options], folder: Path, outcomes: Iterable[Outcome]) -> None:
+def _keep_base(program: Program, request: BuildRequest[Options], folder: Path, outcomes: Mapping[str, Outcome]) -> None:
     """Write the base weights of planned sites: mixtures, and adapters that come later, may be made of them.
 
     Of what is quantised the program's own bytes are kept.
@@ -180,11 +180,12 @@ def _keep_base(program: Program, request: BuildRequest[Options], folder: Path, o
     tensors = base_tensors(request.model, {path: plan.site for path, plan in request.plans.items()})
     pieces = pieces_of(outcomes, tensors)
     parts, notes = told(pieces)
-    kept = {**{name: tensor for name, tensor in tensors.items() if name not in pieces}, **parts}
-    columns = [name for name in by_columns(request.plans.values()) if name in kept]
+    floats = {name: tensor for name, tensor in tensors.items() if name not in pieces}
+    columns = [name for name in by_columns(request.plans.values()) if name in floats]
+    files = _held(program, folder)
     joined = {pack.sizes for graph in program.graphs.values() for pack in graph.packs.values()}
-    places = places_of(_held(program, folder), program.graphs, kept, joined)
-    TensorFile.write(folder / BASE, kept, columns, notes, elsewhere=places)
+    places = places_of(files, program.graphs, floats, joined) | places_in(files, program.graphs, pieces)
+    TensorFile.write(folder / BASE, floats | parts, columns, notes, elsewhere=places)
 
 
 def _held(program: Program, folder: Path) -> Files:

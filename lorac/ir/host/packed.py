@@ -79,11 +79,16 @@ def with_dequantised(model: nn.Module) -> nn.Module:
     copy = structural_copy(model, share_buffers=True)
     for module in list(copy.modules()):
         for leaf, came, value in list(_quantised(module)):
-            if came.kind in {_IN_8_BITS, _IN_4_BITS}:
-                module.__class__ = nn.Linear
-            module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
-            module.__dict__.setdefault(_HELD, {})[leaf] = came
+            _make_plain(module, leaf, came, value)
     return copy
+
+
+def _make_plain(module: nn.Module, leaf: str, came: Came, value: Tensor) -> None:
+    """Put what a quantised weight comes to in its place, in a module of a copy."""
+    if came.kind in {_IN_8_BITS, _IN_4_BITS}:
+        module.__class__ = nn.Linear
+    module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+    module.__dict__.setdefault(_HELD, {})[leaf] = came
 
 
 def came_as(model: nn.Module) -> Iterator[tuple[str, Came]]:

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from lorac.backends.onnx.files import WEIGHTS, name_of, read
 from lorac.backends.onnxruntime.quantised.codec import Array, Codec, Encoded
 from lorac.errors import ArtifactError
+from lorac.ir.engine import Files
 from lorac.ir.store.strict_json import json_text, parse_json
-from lorac.ir.store.tensors import TensorFile
+from lorac.ir.store.tensors import Place, TensorFile
 
 if TYPE_CHECKING:
     from lorac.backends.onnxruntime.quantised.products import Outcome, Quantised
@@ -38,10 +40,16 @@ class Piece:
     Attributes:
         encoded: the rows.
         transposed: whether the tensor is their transpose.
+        graph: whose matrix it is.
+        begin: the first of them in the matrix.
+        names: part of ``encoded`` -> the graph's constant that holds it, of the whole matrix.
     """
 
     encoded: Encoded
     transposed: bool
+    graph: str = ""
+    begin: int = 0
+    names: Mapping[str, str] = field(default_factory=dict)
 
     def decode(self) -> Tensor:
         """What the program computes with in the tensor's place."""
@@ -49,17 +57,21 @@ class Piece:
         return matrix.t() if self.transposed else matrix
 
 
-def pieces_of(outcomes: Iterable[Outcome], tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
+def pieces_of(outcomes: Mapping[str, Outcome], tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
     """Which tensors programs hold quantised, whole or joined with others, as they are or transposed.
 
     They are told by their values: where two tensors are equal, so is what they come to.
+
+    Args:
+        outcomes: graph -> what became of its weights.
+        tensors: by name.
     """
-    held = [quantised for outcome in outcomes for quantised in outcome.quantised.values()]
+    held = [(graph, quantised) for graph, outcome in outcomes.items() for quantised in outcome.quantised.values()]
     found = {name: _piece(held, tensor) for name, tensor in tensors.items()}
     return {name: piece for name, piece in found.items() if piece is not None}
 
 
-def standing_in(outcomes: Iterable[Outcome], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def standing_in(outcomes: Mapping[str, Outcome], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors as programs compute with them: those that they hold quantised as what they come to."""
     computed, made = dict(tensors), dict[object, Tensor]()
     for name, piece in pieces_of(outcomes, tensors).items():
@@ -69,14 +81,14 @@ def standing_in(outcomes: Iterable[Outcome], tensors: Mapping[str, Tensor]) -> d
     return computed
 
 
-def _piece(held: list[Quantised], tensor: Tensor) -> Piece | None:
+def _piece(held: list[tuple[str, Quantised]], tensor: Tensor) -> Piece | None:
     if tensor.dim() != 2 or tensor.dtype != torch.float32 or not tensor.numel():
         return None
-    for transposed, quantised in itertools.product((False, True), held):
+    for transposed, (graph, quantised) in itertools.product((False, True), held):
         rows = (tensor.t() if transposed else tensor).detach().cpu().numpy()
         begin = _where(quantised, rows)
         if begin is not None:
-            return Piece(quantised.encoded.rows(begin, len(rows)), transposed)
+            return Piece(quantised.encoded.rows(begin, len(rows)), transposed, graph, begin, quantised.names)
     return None
 
 
@@ -106,6 +118,30 @@ def told(pieces: Mapping[str, Piece]) -> tuple[dict[str, Tensor], dict[str, str]
             "transposed": piece.transposed,
         }
     return tensors, {_NOTE: json_text(notes)} if notes else {}
+
+
+def places_in(files: Files, graphs: Iterable[str], pieces: Mapping[str, Piece]) -> dict[str, Place]:
+    """Where programs hold the parts of pieces, by the names that ``told`` gives these.
+
+    Args:
+        files: the program, held.
+        graphs: its graphs.
+        pieces: of its weights.
+    """
+    there: dict[tuple[str, str], tuple[str, int]] = {}
+    for graph in graphs:
+        model, weights = read(files, graph)
+        for tensor in (tensor for tensor in model.graph.initializer if tensor.name in weights):
+            offset = next(int(entry.value) for entry in tensor.external_data if entry.key == "offset")
+            there[graph, tensor.name] = (name_of(graph, WEIGHTS), offset)
+    found = {}
+    for name, piece in pieces.items():
+        constants = {part: (piece.graph, constant) for part, constant in piece.names.items()}
+        held = {part: there[constant] for part, constant in constants.items() if constant in there}
+        for part, (file, offset) in held.items():
+            row = piece.encoded.parts()[part][:1].nbytes
+            found[f"{name}:{part}"] = Place(file, offset + piece.begin * row, False)
+    return found
 
 
 def as_computed(file: TensorFile) -> Mapping[str, Tensor]:

@@ -9,7 +9,7 @@ constant, and stays as it is.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,11 +34,13 @@ class Quantised:
         encoded: what stands for it, (out, in) of products and (ids, width) of lookups.
         by_columns: whether the program held its transpose.
         source: what the program held.
+        names: part of ``encoded`` -> the constant that holds it now.
     """
 
     encoded: Encoded
     by_columns: bool
     source: ir.TensorProtocol
+    names: Mapping[str, str]
 
     def original(self) -> Array:
         """The matrix as it was, in the layout of ``encoded``."""
@@ -119,8 +121,8 @@ def quantise(model: ir.Model, codec: Codec | None, accuracy_level: int, given: S
         matrix = held.numpy().T if reads[0].by_columns else held.numpy()
         encoded = _as_it_came(matrix, given) or _encoded(matrix, codec)
         if isinstance(encoded, Encoded):
-            _replace(model, value, reads, encoded, accuracy_level)
-            outcome.quantised[name] = Quantised(encoded, reads[0].by_columns, held)
+            names = _replace(model, value, reads, encoded, accuracy_level)
+            outcome.quantised[name] = Quantised(encoded, reads[0].by_columns, held, names)
         else:
             outcome.floats[_named(value)] = encoded
     RemoveUnusedNodesPass()(model)
@@ -215,14 +217,18 @@ def _named(value: ir.Value) -> str:
 
 
 # ── What is put in its place ─────────────────────────────────────────────────────────────────────────────────────────
-def _replace(model: ir.Model, value: ir.Value, reads: list[_Read], encoded: Encoded, accuracy_level: int) -> None:
+def _replace(
+    model: ir.Model, value: ir.Value, reads: list[_Read], encoded: Encoded, accuracy_level: int
+) -> dict[str, str]:
+    """Have quantised ops read a matrix; returns the names of the constants that hold its parts."""
     name, codec = str(value.name), encoded.codec
+    names = {"packed": f"{name}_Q{codec.bits}", "scales": f"{name}_scales", "zeros": f"{name}_zero_points"}
     packed, tables = encoded.packed, [read for read in reads if read.looks_up]
     flat = packed.reshape(len(packed), -1)
     alone = len(tables) == len(reads)
-    stored = _constant(model, f"{name}_Q{codec.bits}", flat if alone else packed)
-    scales = _constant(model, f"{name}_scales", encoded.scales)
-    zeros = None if encoded.zeros is None else _constant(model, f"{name}_zero_points", encoded.zeros)
+    stored = _constant(model, names["packed"], flat if alone else packed)
+    scales = _constant(model, names["scales"], encoded.scales)
+    zeros = None if encoded.zeros is None else _constant(model, names["zeros"], encoded.zeros)
     looked_up = stored if alone or not tables else _as_table(model, stored)
     for read in reads:
         if read.looks_up:
@@ -230,6 +236,7 @@ def _replace(model: ir.Model, value: ir.Value, reads: list[_Read], encoded: Enco
         else:
             made = list(_product(read.node, encoded, [stored, scales, zeros], accuracy_level))
         _exchange(read.node, made)
+    return {part: names[part] for part in encoded.parts()}
 
 
 def _product(node: ir.Node, encoded: Encoded, parts: list[ir.Value | None], accuracy_level: int) -> Iterator[ir.Node]:
