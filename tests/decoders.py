@@ -11,15 +11,15 @@ from torch import nn
 VOCABULARY = 97
 
 
-def _decoder(kind: str, **fields: Any) -> Callable[[], nn.Module]:
+def _decoder(kind: str, config: str | None = None, **fields: Any) -> Callable[[], nn.Module]:
     """A maker of a transformers model by the beginning of its classes' names."""
 
     def made() -> nn.Module:
         import transformers
 
-        config = getattr(transformers, f"{fields.pop('config', kind)}Config")(**{**_FIELDS, **fields})
+        made_of = getattr(transformers, f"{config or kind}Config")(**{**_FIELDS, **fields})
         torch.manual_seed(0)
-        model: nn.Module = getattr(transformers, f"{kind}ForCausalLM")(config)
+        model: nn.Module = getattr(transformers, f"{kind}ForCausalLM")(made_of)
         return model.eval()
 
     return made
@@ -49,6 +49,21 @@ def _gpt2() -> nn.Module:
     return GPT2LMHeadModel(config).eval()
 
 
+_LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+"""Keys and values of a latent kind, of two sizes, and experts behind the first layer."""
 DECODERS: dict[str, Callable[[], nn.Module]] = {
     "llama": _decoder("Llama", head_dim=16),
     "gpt2": _gpt2,
@@ -60,6 +75,8 @@ DECODERS: dict[str, Callable[[], nn.Module]] = {
     "gpt_neox": _decoder("GPTNeoX"),
     "opt": _decoder("OPT", ffn_dim=48, word_embed_proj_dim=32),
     "mixtral": _decoder("Mixtral", num_local_experts=4, head_dim=8),
+    "deepseek_v3": _decoder("DeepseekV3", **_LATENT),
     "gpt_oss": _decoder("GptOss", head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=4),
 }
-"""Rotary positions, whole and partial, learned ones; norms of queries and keys; windows, soft caps, sinks; experts."""
+"""Rotary positions, whole and partial, and learned ones; norms of queries and keys; values smaller than keys; windows,
+soft caps and sinks; experts."""

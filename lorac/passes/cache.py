@@ -115,9 +115,12 @@ def _cached(graph: Graph, node: fx.Node, kept: tuple[fx.Node, ...]) -> list[fx.N
 
 def _padded(graph: Graph, before: fx.Node, value: Any, size: int) -> fx.Node:
     """Queries, keys or values with zeros behind them, which add nothing to any product."""
-    missing = size - value.meta["val"].shape[3]
-    padded: fx.Node = value
-    return insert_call(graph.exported, before, aten.constant_pad_nd.default, value, [0, missing]) if missing else padded
+    own = value.meta["val"].shape[3]
+    parts = [value]
+    for begin in range(own, size, own):
+        part = insert_call(graph.exported, before, aten.slice.Tensor, value, 3, 0, min(own, size - begin))
+        parts.append(insert_call(graph.exported, before, aten.zeros_like.default, part))
+    return value if len(parts) == 1 else insert_call(graph.exported, before, aten.cat.default, parts, 3)
 
 
 def _pick_rows(graph: Graph) -> None:

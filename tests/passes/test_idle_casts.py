@@ -44,4 +44,4 @@ def test_it_says_which_casts_it_left() -> None:
 
 def test_it_is_refused_before_expand() -> None:
     with pytest.raises(lorac.WrongLevel, match=r"'idle-casts' reads level expanded, .*\n  run 'expand' before it"):
-        run_pipeline(capture("plain_mlp").graph, [*FIRST[:-1], IdleCasts(), *FIRST[-1:], LAST])
+        run_pipeline(capture("plain_mlp").graph, [*FIRST[:-2], IdleCasts(), *FIRST[-2:], LAST])

@@ -102,7 +102,6 @@ def add_outputs(program: ExportedProgram, nodes: Mapping[str, fx.Node]) -> None:
     outputs = pytree.tree_unflatten([object()] * signature.out_spec.num_leaves, signature.out_spec)
     extended = (outputs, {name: object() for name in nodes})
     signature.out_spec = pytree.tree_flatten(extended)[1]
-    signature.outputs.extend(TensorArgument(node.name) for node in nodes.values())
 
 
 def keep_tensors(program: ExportedProgram) -> Structure:
