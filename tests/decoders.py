@@ -72,11 +72,12 @@ DECODERS: dict[str, Callable[[], nn.Module]] = {
     "gemma2": _decoder("Gemma2", sliding_window=4, head_dim=8, query_pre_attn_scalar=8),
     "gemma3": _decoder("Gemma3", config="Gemma3Text", sliding_window=4, head_dim=8, query_pre_attn_scalar=8),
     "phi": _decoder("Phi", num_key_value_heads=4),
-    "gpt_neox": _decoder("GPTNeoX"),
+    "gpt_neox": _decoder("GPTNeoX", hidden_size=24),
     "opt": _decoder("OPT", ffn_dim=48, word_embed_proj_dim=32),
     "mixtral": _decoder("Mixtral", num_local_experts=4, head_dim=8),
     "deepseek_v3": _decoder("DeepseekV3", **_LATENT),
     "gpt_oss": _decoder("GptOss", head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=4),
 }
-"""Rotary positions, whole and partial, and learned ones; norms of queries and keys; values smaller than keys; windows,
+"""Rotary positions, whole and partial, and learned ones; norms of queries and keys; values smaller than keys, and sizes
+that are no multiple of 8; windows,
 soft caps and sinks; experts."""

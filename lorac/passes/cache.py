@@ -24,6 +24,7 @@ from lorac.passes.tables import tabulate
 
 aten = torch.ops.aten
 _HINT = 16
+_STEP = 8
 
 
 @final
@@ -92,9 +93,10 @@ def _column(graph: Graph, before: fx.Node, row: fx.Node) -> fx.Node:
 
 
 def _size(node: fx.Node) -> int:
-    """How large a layer's keys and values are in its cache: as large as the larger."""
+    """How large a layer's keys and values are in its cache: as large as the larger, in steps that kernels take."""
     operands: Any = node.args
-    return int(max(operand.meta["val"].shape[3] for operand in operands[:3]))
+    own = int(max(operand.meta["val"].shape[3] for operand in operands[:3]))
+    return -(-own // _STEP) * _STEP
 
 
 def _cached(graph: Graph, node: fx.Node, kept: tuple[fx.Node, ...]) -> list[fx.Node]:

@@ -85,7 +85,7 @@ class Pack(Pass):
             return why
         if any(parse(name)[1] == path for name in names_read(graph.plans.values())):
             return "a branch reads what it computes, or its weight"
-        return _unfit_weight(site, calls)
+        return _unfit_weight(graph, site, calls)
 
     def _unfit_slots(self, plan: SitePlan) -> str | None:
         """Why the slots of a site cannot lie in those of a pack; None where they can."""
@@ -98,14 +98,15 @@ class Pack(Pass):
         return next((role.alone for role, _ in plan.roles() if role.packed is None), None)
 
 
-def _unfit_weight(site: Site, calls: Sequence[fx.Node]) -> str | None:
+def _unfit_weight(graph: Graph, site: Site, calls: Sequence[fx.Node]) -> str | None:
     """Why a site's weight cannot be written as a part of another: it would be there twice, or is not as it should."""
     weights = {call.args[1] for call in calls}
     weight = weights.pop()
     if weights or not isinstance(weight, fx.Node) or weight.op != "placeholder":
         return "its weight is not as the model stores it"
-    if site.packed:
-        return f"its weight is held as {site.packed}"
+    held = graph.exported.state_dict.get(str(site.weight))
+    if type(held) not in {torch.Tensor, torch.nn.Parameter}:
+        return f"its weight is held as {type(held).__name__}"
     if site.shares or any(user not in calls for user in weight.users):
         return "its weight is read elsewhere too"
     return "its input is written to" if any(map(_is_written, calls)) else None
@@ -132,7 +133,8 @@ def _groups(graph: Graph, unfit: Mapping[str, str]) -> Iterator[list[str]]:
         for path in (path for path in paths if path not in unfit and path not in graph.packs):
             plan = graph.plans.get(path)
             agreed = () if plan is None else tuple(role for role in _AGREED if role in plan.room)
-            alike.setdefault((path.rpartition(".")[0], graph.sites[path].dtype, agreed), []).append(path)
+            site = graph.sites[path]
+            alike.setdefault((path.rpartition(".")[0], site.dtype, site.packed, agreed), []).append(path)
         for found in alike.values():
             yield from (found[start : start + _MOST] for start in range(0, len(found), _MOST))
 

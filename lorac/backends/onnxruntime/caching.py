@@ -89,7 +89,7 @@ def _attending(graph: ir.Graph, node: ir.Node, lengths: _Lengths) -> ir.Node:
             next_step="compile with dtype='float32', or with cache=False",
         )
     own = _unturned(q, k, places)
-    flat = [_flat(graph, node, value) for value in (own.q, own.k, v)]
+    flat = _together([_flat(graph, node, value) for value in (own.q, own.k, v)])
     window = node.attributes["window"].as_int()
     attributes = {
         "num_heads": q.shape[1],
@@ -121,6 +121,14 @@ def _unturned(q: ir.Value, k: ir.Value, places: ir.Value) -> _Turned:
     if first[1] is not places or first[1:4] != second[1:4] or not isinstance(size, int) or size % _TURNED_BY:
         return _Turned(q, k)
     return _Turned(first[0], second[0], (first[2], first[3]))
+
+
+def _together(flat: list[ir.Value]) -> list[ir.Value | None]:
+    """Queries, keys and values as the op takes them: as one, where they are cut from one and all of it."""
+    cut = flat[0].producer()
+    if cut is None or cut.op_type != "Split" or list(cut.outputs) != flat:
+        return list(flat)
+    return [cut.inputs[0], None, None]
 
 
 def _flat(graph: ir.Graph, before: ir.Node, value: ir.Value) -> ir.Value:
