@@ -148,7 +148,7 @@ def _alike(paths: tuple[str, ...], groups: Sequence[Sequence[str]]) -> bool:
 def _why_alone(path: str, groups: Sequence[Sequence[str]]) -> str:
     """Why a site that might be packed is not."""
     if all(len(group) == 1 for group in groups if path in group):
-        return "no other site of its module that may be packed reads its input"
+        return "no other site of its module that may be packed with it reads its input"
     return "its calls do not all read an input together with the same sites"
 
 
