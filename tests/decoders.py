@@ -79,5 +79,4 @@ DECODERS: dict[str, Callable[[], nn.Module]] = {
     "gpt_oss": _decoder("GptOss", head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=4),
 }
 """Rotary positions, whole and partial, and learned ones; norms of queries and keys; values smaller than keys, and sizes
-that are no multiple of 8; windows,
-soft caps and sinks; experts."""
+that are no multiple of 8; windows, soft caps and sinks; experts."""
