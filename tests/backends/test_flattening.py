@@ -52,7 +52,7 @@ def ops(model):
 
 
 FOLLOWED = {
-    "nothing": ("", "float[b, s, 6] z", ["Reshape", "MatMul", "MatMul", "Gemm", "Shape", "Shape", "Concat", "Reshape"]),
+    "nothing": ("", "float[b, s, 6] z", ["Reshape", "MatMul", "MatMul", "Gemm", "Shape", "Concat", "Reshape"]),
     "sums and scales": ("v = Add(z, bias) o = Mul(v, z)", "float[b, s, 6] o", None),
     "a norm": ("o = LayerNormalization <axis = 2> (z, bias)", "float[b, s, 6] o", None),
     "parts": (

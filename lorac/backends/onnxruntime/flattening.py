@@ -7,6 +7,7 @@ op for the sum. What acts on each row alone (sums, scales, norms) stays on rows 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -50,7 +51,9 @@ class _Flattening:
         self.graph, slots = graph, set(graph.inputs)
         self.adapted = {node.inputs[0] for node in graph if node.op_type == "MatMul" and node.inputs[1] in slots}
         self.rows: dict[ir.Value, _Rows] = {}
-        self.leading: dict[ir.Value, ir.Value] = {}
+        self.first: dict[str, ir.Value] = {}
+        self.leading: dict[str, ir.Value] = {}
+        self.shapes: dict[tuple[str, int], ir.Value] = {}
 
     def run(self) -> None:
         moved = [node for node in list(self.graph) if self._moves(node)]
@@ -103,6 +106,7 @@ class _Flattening:
         reshape = ir.Node("", "Reshape", [reshaped or value, self._constant([-1, features])])
         self._insert(value, reshape)
         self.rows[value] = _Rows(reshape.outputs[0], value)
+        self.first.setdefault(self.rows[value].leading, value)
         self._describe(reshape.outputs[0], value, self.rows[value])
         return self.rows[value]
 
@@ -125,18 +129,37 @@ class _Flattening:
     def _restore(self, value: ir.Value) -> None:
         """Give what still reads the full shape a value that has it."""
         rows = self.rows[value]
-        if rows.full not in self.leading:
-            leading = ir.Node("", "Shape", [rows.full], [ir.AttrInt64("end", -1)])
-            self._insert(rows.full, leading)
-            self.leading[rows.full] = leading.outputs[0]
-        features = ir.Node("", "Shape", [rows.matrix], [ir.AttrInt64("start", 1)])
-        shape = ir.Node("", "Concat", [self.leading[rows.full], features.outputs[0]], [ir.AttrInt64("axis", 0)])
-        reshape = ir.Node("", "Reshape", [rows.matrix, shape.outputs[0]])
-        self._insert(rows.matrix, features, shape, reshape)
+        reshape = ir.Node("", "Reshape", [rows.matrix, self._shape(rows, value)])
+        self._insert(rows.matrix, reshape)
         restored = reshape.outputs[0]
         restored.shape, restored.type, restored.name = value.shape, value.type, value.name
         value.name = None
         value.replace_all_uses_with(restored, replace_graph_outputs=True)
+
+    def _shape(self, rows: _Rows, value: ir.Value) -> ir.Value:
+        """The full shape of what is on rows, made once for all values that have it."""
+        features: Any = value.shape[-1] if value.shape is not None else None
+        if not isinstance(features, int):
+            own = ir.Node("", "Shape", [rows.matrix], [ir.AttrInt64("start", 1)])
+            shape = ir.Node("", "Concat", [self._leading(rows), own.outputs[0]], [ir.AttrInt64("axis", 0)])
+            self._insert(rows.matrix, own, shape)
+            return shape.outputs[0]
+        key = (rows.leading, features)
+        if key not in self.shapes:
+            leading = self._leading(rows)
+            shape = ir.Node("", "Concat", [leading, self._constant([features])], [ir.AttrInt64("axis", 0)])
+            self._insert(leading, shape)
+            self.shapes[key] = shape.outputs[0]
+        return self.shapes[key]
+
+    def _leading(self, rows: _Rows) -> ir.Value:
+        """The sizes before the last, read where a value first has them."""
+        if rows.leading not in self.leading:
+            first = self.first[rows.leading]
+            shape = ir.Node("", "Shape", [first], [ir.AttrInt64("end", -1)])
+            self._insert(first, shape)
+            self.leading[rows.leading] = shape.outputs[0]
+        return self.leading[rows.leading]
 
     def _insert(self, after: ir.Value, *nodes: ir.Node) -> None:
         producer = after.producer()
