@@ -125,3 +125,28 @@ def assert_trained(found: Tensor, expected: Tensor, start: Tensor) -> None:
 
 def _norm(value: Tensor) -> float:
     return float(torch.linalg.vector_norm(value.detach()))
+
+
+UNDECIDED = 1e-3
+"""Below this distance between the two likeliest tokens' logits their order is rounding (float32, a whole model): from
+there on two texts may differ."""
+
+
+def assert_same_text(found: Tensor, reference: Tensor, logits: Sequence[Tensor]) -> int:
+    """Assert that generated tokens are the reference's in every row, up to where that is undecided.
+
+    Args:
+        found, reference: (rows, new tokens).
+        logits: the reference's of every step, (rows, vocabulary).
+
+    Returns:
+        How many tokens were compared.
+    """
+    compared = 0
+    for row, (own, other) in enumerate(zip(found, reference, strict=True)):
+        first, second = torch.stack([step[row] for step in logits]).topk(2).values.unbind(-1)
+        close = (first - second < UNDECIDED).nonzero().flatten().tolist()
+        until = close[0] if close else len(other)
+        assert torch.equal(own[:until], other[:until]), f"row {row}, of {until} tokens that are decided"
+        compared += until
+    return compared

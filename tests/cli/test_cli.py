@@ -14,6 +14,7 @@ from peft import LoraConfig
 import lorac
 from lorac.cli import main
 from tests import peft_files
+from tests.runtime.generation.test_artefacts import words
 from tests.zoo import ZOO
 
 ENTRY = ZOO["tiny_llama"]
@@ -24,6 +25,7 @@ def files(tmp_path_factory):
     """A model's folder, two adapters' folders, inputs, and an eager artefact of them."""
     folder = tmp_path_factory.mktemp("cli")
     ENTRY.model().save_pretrained(folder / "model")
+    words().save_pretrained(folder / "model")
     oracles = {
         name: peft_files.make_peft(
             ENTRY.model(), folder / name, LoraConfig(r=rank, target_modules=targets), inputs=ENTRY.inputs(), seed=rank
@@ -150,7 +152,9 @@ def test_bench(cli):
 def test_compile_for_onnxruntime(cli, files):
     code, out, _ = cli("compile", "model", "-a", "sql", "-o", "for_ort")
     assert (code, out) == (0, "for_ort: onnxruntime, auto, adapters sql, active {'sql': 1.0}\n")
-    assert lorac.load(files.folder / "for_ort").engine.target == "onnxruntime"
+    loaded = lorac.load(files.folder / "for_ort")
+    assert loaded.engine.target == "onnxruntime"
+    assert loaded.tokenizer("w3 w4")["input_ids"] == [3, 4], "the tokenizer that lies beside the model"
     code, _, _ = cli("swap", "for_ort", "sql=0.5", "--out", "half.onnx_adapter")
     assert code == 0
     assert (files.folder / "half.onnx_adapter").read_bytes()[4:8] == b"TORT"

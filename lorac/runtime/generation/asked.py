@@ -33,6 +33,10 @@ class Asked:
     told: Mapping[str, Any]
     defaults: Mapping[str, Any]
 
+    def having(self, more: Mapping[str, Any]) -> Asked:
+        """The same with something more."""
+        return Asked({**self.told, **more}, self.defaults)
+
     def option(self, name: str) -> Any:
         """An option's value: as given, of the configuration that was given, or the model's own."""
         given = self.told.get("generation_config")

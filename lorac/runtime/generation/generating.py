@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from lorac.errors import InputMismatch, MissingExtra, Unavailable, WrongType, short
-from lorac.ir.host.components import require_component
+from lorac.ir.host.components import components_of, require_component
 from lorac.ir.slots.choice import UNSET, parse_choice
 from lorac.runtime.components import Traits
 from lorac.runtime.generation.asked import Asked, refused
@@ -39,13 +39,15 @@ def generate(
     """
     known = compiled.services.traits
     traits = known[require_component(graph, known)]
-    if traits.generation is None:
+    host = _host(compiled, graph)
+    if traits.generation is None and not callable(getattr(host, "generate", None)):
         raise Unavailable(
             "the model does not generate",
             next_step="transformers' models whose can_generate() is true do, such as those of AutoModelForCausalLM",
         )
-    _require_transformers()
-    call = _Call.of(compiled, graph, traits, told)
+    if traits.generation is not None:
+        _require_transformers()
+    call = _Call.over(compiled, graph, traits, told) if host is None else _Call.by(host, compiled, graph, traits, told)
     with torch.no_grad():
         return call.answered(adapters, seed, draft, prefixes)
 
@@ -74,24 +76,31 @@ class _Call:
     prompts: Prompts | None
 
     @classmethod
-    def of(cls, compiled: Any, graph: str, traits: Traits, given: Mapping[str, Any]) -> _Call:
-        """A call out of what was given, checked."""
-        hosted = compiled.engine.module is not None
-        if not hosted and compiled.engine.keeps(graph) is None:
+    def over(cls, compiled: Any, graph: str, traits: Traits, given: Mapping[str, Any]) -> _Call:
+        """A call that goes over a cache, checked."""
+        if compiled.engine.keeps(graph) is None:
             compiled.engine.refuse_cache()
-        told = dict(given)
-        if "inputs" in told and not traits.settings.get("is_encoder_decoder"):
-            told[IDS] = told.pop("inputs")
-        asked = Asked(told, traits.generation or {})
-        asked.refuse_unknown(_inputs(compiled, graph) if hosted else (IDS, MASK, CACHE), hosted=hosted)
-        if not hosted:
-            asked.refuse_inner()
-        told |= _tokenizer(compiled, asked)
-        prompts = None
-        if IDS in told and not traits.settings.get("is_encoder_decoder"):
-            prompts = Prompts.of(told[IDS], told.get(MASK), asked.pad, asked.ends)
-        elif not hosted:
+        asked = Asked(_with_ids(given), traits.generation or {})
+        asked.refuse_unknown((IDS, MASK, CACHE), hosted=False)
+        asked.refuse_inner()
+        asked = asked.having(_tokenizer(compiled, asked))
+        if IDS not in asked.told:
             raise InputMismatch("there is no prompt", next_step="give input_ids=, such as a tokenizer makes")
+        prompts = Prompts.of(asked.told[IDS], asked.told.get(MASK), asked.pad, asked.ends)
+        return cls(compiled=compiled, graph=graph, traits=traits, asked=asked, prompts=prompts)
+
+    @classmethod
+    def by(cls, host: Any, compiled: Any, graph: str, traits: Traits, given: Mapping[str, Any]) -> _Call:
+        """A call of the host's own generation, checked as far as that is transformers'."""
+        decodes = traits.generation is not None and not traits.settings.get("is_encoder_decoder")
+        asked = Asked(_with_ids(given) if decodes else dict(given), traits.generation or {})
+        if traits.generation is not None:
+            asked.refuse_unknown(_inputs(host), hosted=True)
+            asked = asked.having(_tokenizer(compiled, asked))
+        ids, prompts = asked.told.get(IDS), None
+        in_rows = not isinstance(ids, torch.Tensor) or ids.dim() == 2  # several codes a token are the host's business
+        if decodes and IDS in asked.told and in_rows:
+            prompts = Prompts.of(ids, asked.told.get(MASK), asked.pad, asked.ends)
         return cls(compiled=compiled, graph=graph, traits=traits, asked=asked, prompts=prompts)
 
     def answered(self, adapters: Any, seed: Any, draft: Any, prefixes: Any) -> Any:
@@ -202,11 +211,19 @@ def _with_given(prompts: Prompts, answer: Any) -> Any:
     return answer
 
 
-def _inputs(compiled: Any, graph: str) -> list[str]:
-    """What the host's own generation takes as inputs."""
-    from lorac.ir.host.components import components_of
+def _host(compiled: Any, graph: str) -> Any:
+    """The host that runs; None where an emitted program does."""
+    module = compiled.engine.module
+    return None if module is None else components_of(module)[graph]
 
-    host: Any = components_of(compiled.engine.module)[graph]
+
+def _with_ids(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What was given, with ids by their name."""
+    return {IDS if name == "inputs" else name: value for name, value in given.items()}
+
+
+def _inputs(host: Any) -> list[str]:
+    """What the host's own generation takes as inputs."""
     taken = [
         *inspect.signature(host.forward).parameters,
         *inspect.signature(host.prepare_inputs_for_generation).parameters,

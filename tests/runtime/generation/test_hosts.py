@@ -111,3 +111,33 @@ def test_components_generate_by_their_names() -> None:
         both["other"].generate(row)
     with pytest.raises(lorac.ChoiceError, match="several models"):
         both.generate(row)
+
+
+class _Counting(torch.nn.Module):
+    """A model that is none of transformers', with a way of its own to go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = torch.nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up(x)
+
+    def generate(self, x: torch.Tensor, steps: int) -> torch.Tensor:
+        for _ in range(steps):
+            x = self(x)
+        return x
+
+
+def test_a_generation_of_the_models_own() -> None:
+    model = lorac.compile(_Counting(), {"a": lorac.LoRA(r=2, targets=["up"])})
+    with torch.no_grad():
+        for tensor in model.adapters["a"].parameters():
+            tensor.normal_()
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        expected = {name: model(model(x, adapters=name), adapters=name) for name in ("a", None)}
+    for name, whole in expected.items():
+        assert torch.equal(model.generate(x=x, steps=2, adapters=name), whole)
+    mixed = model.generate(x=x, steps=2, adapters=["a", None, "a"])
+    assert torch.equal(mixed[1:2], model.generate(x=x[1:2], steps=2, adapters=None))
