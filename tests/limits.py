@@ -35,6 +35,8 @@ the size of a gradient, and so makes of a rounding in a small one a step that sh
 CURVE = 1e-5
 """How far two float32 training curves may be apart, relative to the loss: roundings of a step, which later steps carry
 on and which the mean over a batch evens out."""
+NEAR_TIE = 1e-3
+"""Below this distance between the two likeliest tokens' logits their order is rounding (float32, a whole model)."""
 READING = 1.5
 """Processor time that reading a file may take beyond the budget that is set for it, in seconds: the last step is not
 interrupted, and the first load of anything imports."""
@@ -70,6 +72,24 @@ def assert_mean(draws: Tensor, expected: float, places: int) -> None:
     """Assert that draws have this mean, which a page prints to so many places, as nearly as their spread tells."""
     allowed = STANDARD_ERRORS * float(draws.std()) / len(draws) ** 0.5 + 0.5 * 10.0**-places
     assert abs(float(draws.mean()) - expected) <= allowed, f"a mean of {float(draws.mean())}, not of {expected}"
+
+
+def assert_same_text(found: Tensor, wanted: Tensor, logits: Tensor) -> int:
+    """Assert that texts are the wanted ones, each up to where the reference's own choice is nearly a tie.
+
+    Returns how many tokens that were.
+
+    Args:
+        found: token ids (rows, steps).
+        wanted: the reference's.
+        logits: (rows, steps, vocabulary): what the reference chose them by.
+    """
+    best = logits.topk(2).values
+    # From a near tie on, either text is right, and what follows may be another.
+    decided = (best[..., 0] - best[..., 1] >= NEAR_TIE).cumprod(1).bool()
+    other = (decided & (found != wanted)).nonzero()
+    assert not other.shape[0], f"row {other[0, 0]} is another from token {other[0, 1]} on"
+    return int(decided.sum())
 
 
 def assert_deviation(sample: Tensor, deviation: float) -> None:

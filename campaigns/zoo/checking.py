@@ -139,7 +139,7 @@ def _adapt(subject: _Subject, folder: Path, config: Callable[[nn.Module], Any]) 
 
 def _defaults(subject: _Subject) -> str:
     """Whether lorac makes example inputs of its own, and the host takes them."""
-    from lorac.ir.host.example_inputs import default_inputs
+    from lorac.ir.host.inputs.example_inputs import default_inputs
 
     try:
         made = default_inputs(subject.host)

@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from lorac.ir.host.example_inputs import default_shapes, is_hugging_face
+from lorac.ir.host.inputs.example_inputs import default_shapes, is_hugging_face
 from lorac.quiet import quiet
 
 Shapes = Callable[[Mapping[str, Any]], Mapping[str, Any]]

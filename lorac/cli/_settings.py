@@ -9,7 +9,7 @@ from torch import nn
 from torch.export import Dim
 
 from lorac.errors import UnknownOption, nearest_name
-from lorac.ir.host.example_inputs import by_name, default_inputs, default_shapes
+from lorac.ir.host.inputs.example_inputs import by_name, default_inputs, default_shapes
 from lorac.ir.host.patterns import KEYWORDS
 from lorac.ir.slots.planning import Reserve
 from lorac.kinds import kinds_of

@@ -14,7 +14,7 @@ from lorac.compiler.services import Lasting
 from lorac.compiler.targets import backend_of
 from lorac.ir.host.components import Components
 from lorac.ir.host.computed import with_plain_weights
-from lorac.ir.host.example_inputs import as_tensors
+from lorac.ir.host.inputs.example_inputs import as_tensors
 from lorac.ir.host.packed import with_dequantised
 from lorac.ir.slots.choice import Spec
 from lorac.ir.slots.planning import Reserve

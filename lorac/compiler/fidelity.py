@@ -23,9 +23,9 @@ from lorac.ir.graph.interp import apart, at_sizes, distance, example_inputs, out
 from lorac.ir.graph.outputs import without_dataclasses
 from lorac.ir.graph.signature import CallSignature
 from lorac.ir.graph.sizes import Chosen, spelled
-from lorac.ir.host.example_inputs import by_name, default_inputs
-from lorac.ir.host.fixed_values import plain
-from lorac.ir.host.rows import Rows
+from lorac.ir.host.inputs.example_inputs import by_name, default_inputs
+from lorac.ir.host.inputs.fixed_values import plain
+from lorac.ir.host.inputs.rows import Rows
 from lorac.ir.host.running import Ran, Running, WritesWeight, drawing
 
 Inputs = Mapping[str, Tensor]

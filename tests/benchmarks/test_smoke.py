@@ -46,6 +46,7 @@ ROWS = {
             "live / base",
             "dora / base",
             "baked / base",
+            "fused / base",
             "A/A / base",
             "live, none / base",
             "settled / base",

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import lorac
 from lorac.backends.onnx.files import BASE, MODEL, WEIGHTS
+from lorac.ir.capture.export import export
 from lorac.ir.graph import ops
-from lorac.ir.graph.capture import export
 from lorac.ir.graph.feeds import named_tensors
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.interp import apart, interpret

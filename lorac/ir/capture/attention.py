@@ -23,7 +23,7 @@ from torch.export import Dim, ExportedProgram
 from lorac.errors import CaptureFailed, Unavailable
 from lorac.ir.graph import attending
 from lorac.ir.graph.attending import IDS, PLACES
-from lorac.ir.host.example_inputs import default_shapes, is_hugging_face, set_captured
+from lorac.ir.host.inputs.example_inputs import default_shapes, is_hugging_face, set_captured
 from lorac.ir.host.layers import Forward
 
 MASK, POSITIONS = "attention_mask", "position_ids"

@@ -37,7 +37,8 @@ from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.outputs import without_dataclasses
 from lorac.ir.graph.signature import in_program
 from lorac.ir.host.copying import structural_copy
-from lorac.ir.host.example_inputs import (
+from lorac.ir.host.guards import Guard, chain, listening, source_line
+from lorac.ir.host.inputs.example_inputs import (
     TRACED,
     Inputs,
     by_name,
@@ -48,8 +49,7 @@ from lorac.ir.host.example_inputs import (
     wide,
     widened,
 )
-from lorac.ir.host.fixed_values import Arguments
-from lorac.ir.host.guards import Guard, chain, listening, source_line
+from lorac.ir.host.inputs.fixed_values import Arguments
 from lorac.ir.host.layers import Forward
 from lorac.ir.host.running import no_fast_path, random_state_kept
 from lorac.ir.host.sites import Site
@@ -100,8 +100,8 @@ def _exported(
             return _exported_with(arguments, model, given, dynamic_shapes, blocks, prefix, grows)
         except CaptureFailed as error:
             failures.append(error)
-            if not isinstance(error.__cause__, _ValuesNeeded):
-                break
+        if not isinstance(failures[-1].__cause__, _ValuesNeeded):
+            break
     raise failures[0]
 
 

@@ -17,8 +17,8 @@ from torch.utils._sympy.printers import PythonPrinter
 from lorac.ir.graph.edit import fake_mode
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.sizes import Axis, Sizes, axes_in
-from lorac.ir.host.example_inputs import varying
 from lorac.ir.host.guards import Guard, fixing
+from lorac.ir.host.inputs.example_inputs import varying
 
 Tensor = torch.Tensor
 BATCH = "batch"

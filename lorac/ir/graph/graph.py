@@ -17,8 +17,8 @@ from torch.export import ExportedProgram
 
 from lorac.ir.graph.outputs import Structure
 from lorac.ir.graph.sizes import Sizes
-from lorac.ir.host.derived import Positions
-from lorac.ir.host.rows import Rows
+from lorac.ir.host.inputs.derived import Positions
+from lorac.ir.host.inputs.rows import Rows
 from lorac.ir.host.sites import Site
 from lorac.ir.slots.site import SitePlan
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.utils import _pytree as pytree
 
-from lorac.ir.host.rows import LISTED, Rows
+from lorac.ir.host.inputs.rows import LISTED, Rows
 
 _LEAF = "*"
 _BASES = {"transformers": "transformers.utils.generic:ModelOutput", "diffusers": "diffusers.utils.outputs:BaseOutput"}

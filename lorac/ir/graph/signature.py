@@ -14,10 +14,10 @@ from lorac.errors import ArtifactError, ChoiceError, InputMismatch, nearest_name
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.outputs import Structure, output_names, structure_from_json, structure_to_json
 from lorac.ir.graph.sizes import Sizes, nested
-from lorac.ir.host.derived import POSITIONS, Positions
-from lorac.ir.host.example_inputs import CAPTURED, SWITCHES, fixed_arguments, positional_arguments
-from lorac.ir.host.fixed_values import plain
-from lorac.ir.host.rows import Rows
+from lorac.ir.host.inputs.derived import POSITIONS, Positions
+from lorac.ir.host.inputs.example_inputs import CAPTURED, SWITCHES, fixed_arguments, positional_arguments
+from lorac.ir.host.inputs.fixed_values import plain
+from lorac.ir.host.inputs.rows import Rows
 
 aten = torch.ops.aten
 _RESHAPING = frozenset(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorac.ir.host.copying import structural_copy
-from lorac.ir.host.example_inputs import set_captured
+from lorac.ir.host.inputs.example_inputs import set_captured
 
 
 @dataclass(frozen=True, eq=False)

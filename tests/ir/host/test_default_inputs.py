@@ -5,7 +5,7 @@ import torch
 import transformers
 
 import lorac.errors
-from lorac.ir.host.example_inputs import default_inputs, default_shapes
+from lorac.ir.host.inputs.example_inputs import default_inputs, default_shapes
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 MOVING = {**SMALL, "image_size": 8, "num_frames": 4}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 import lorac
-from lorac.ir.host.derived import Positions
+from lorac.ir.host.inputs.derived import Positions
 from lorac.testing.checks import assert_close
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.ir.host.fixed_values import Arguments, plain
+from lorac.ir.host.inputs.fixed_values import Arguments, plain
 
 X = torch.zeros(2, 3)
 

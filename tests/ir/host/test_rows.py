@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.ir.host.rows import LISTED, Rows
+from lorac.ir.host.inputs.rows import LISTED, Rows
 
 ROWS = Rows(2, {"x": 0, "pieces": 0, "sizes": 0})
 

@@ -18,7 +18,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from lorac.errors import ExampleInputsNeeded
-from lorac.ir.host.placeholders import PIXELS, placeholder, with_placeholders
+from lorac.ir.host.inputs.placeholders import PIXELS, placeholder, with_placeholders
 
 Inputs = Mapping[str, Any]
 

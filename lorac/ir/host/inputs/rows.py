@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorac.errors import ArtifactError, InputMismatch
-from lorac.ir.host.example_inputs import default_shapes
+from lorac.ir.host.inputs.example_inputs import default_shapes
 
 _BATCH = "batch"
 LISTED = -1

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lorac.errors import InputMismatch
 from lorac.ir.host.copying import structural_copy
-from lorac.ir.host.example_inputs import is_hugging_face
+from lorac.ir.host.inputs.example_inputs import is_hugging_face
 
 POSITIONS = "position_ids"
 _METHOD = "get_rope_index"

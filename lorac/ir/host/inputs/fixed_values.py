@@ -20,9 +20,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lorac.errors import CaptureFailed, short
-from lorac.ir.host.derived import POSITIONS, SIZES, Positions
-from lorac.ir.host.example_inputs import Inputs, is_hugging_face
 from lorac.ir.host.guards import line_that_runs
+from lorac.ir.host.inputs.derived import POSITIONS, SIZES, Positions
+from lorac.ir.host.inputs.example_inputs import Inputs, is_hugging_face
 from lorac.ir.host.running import Running
 
 
