@@ -100,6 +100,11 @@ def squeezed_where_it_is_not_one(host, x, y):
     return wide.squeeze(0).squeeze(0).squeeze(1)
 
 
+def cut_by_a_size_of_its_input(host, x, y):
+    first, last = host.down(y).split([y.shape[0] - 2, 2])
+    return first.sum(0) - last.sum(0)
+
+
 @torch.library.custom_op("lorac_tests::doubled", mutates_args=())
 def doubled(x: torch.Tensor) -> torch.Tensor:
     return x * 2
@@ -159,6 +164,10 @@ def test_nothing_is_decomposed(step, monkeypatch):
 )
 def test_what_others_may_see_is_written_as_torch_does(step):
     assert_close(*answers(step))
+
+
+def test_parts_may_be_as_large_as_an_input_says():
+    assert_close(*answers(cut_by_a_size_of_its_input))
 
 
 def test_what_torch_loses_is_not_answered():

@@ -16,10 +16,21 @@ aten = torch.ops.aten
 _MATRIX = 2
 
 
-def split_with_sizes(x: Any, sizes: Sequence[int], dim: int = 0) -> Any:
-    """``Split``; torch's own exporter makes a sequence, which is taken apart again for each part."""
-    told: Any = op.Constant(value_ints=list(sizes))
+def split_with_sizes(x: Any, sizes: Sequence[Any], dim: int = 0) -> Any:
+    """``Split``; torch's own exporter makes a sequence, which is taken apart again for each part.
+
+    Sizes are numbers, or values where a model's own part is as large as an input says.
+    """
+    if all(isinstance(size, int) for size in sizes):
+        told: Any = op.Constant(value_ints=list(sizes))
+    else:
+        one: Any = op.Constant(value_ints=[1])
+        told = op.Concat(*(op.Reshape(_size(size), one) for size in sizes), axis=0)
     return op.Split(x, told, axis=dim, num_outputs=len(sizes))
+
+
+def _size(size: Any) -> Any:
+    return op.Constant(value_int=size) if isinstance(size, int) else size
 
 
 def linear(x: Any, weight: Any, bias: Any, site: str) -> Any:
