@@ -101,8 +101,8 @@ def squeezed_where_it_is_not_one(host, x, y):
 
 
 def cut_by_a_size_of_its_input(host, x, y):
-    first, last = host.down(y).split([y.shape[0] - 2, 2])
-    return first.sum(0) - last.sum(0)
+    first, last = torch.cat([host.down(y), x]).split([y.shape[0], x.shape[0]])
+    return first - last
 
 
 @torch.library.custom_op("lorac_tests::doubled", mutates_args=())
