@@ -87,7 +87,13 @@ def test_every_benchmark_is_here():
     assert everything.names() == sorted(ROWS)
 
 
-@pytest.mark.parametrize("name", ROWS)
+SLOW = ("compile", "overhead")
+"""Smoke runs of ten seconds and more: so many models do they compile."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in ROWS]
+)
 def test_it_runs(name, tmp_path, capfd):
     _benchmark(name).main(["--smoke", "--json", str(tmp_path / "result.json")])
     printed, complaints = capfd.readouterr()
