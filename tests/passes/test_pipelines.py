@@ -176,3 +176,14 @@ def test_plans_say_why_a_weight_is_bound() -> None:
     assert plans["body.layers.0.out"].reasons == (
         Reason("patch", "body.layers.0.out", "is sparse, which only a merged weight holds"),
     )
+
+
+def test_what_is_computed_is_as_wide_as_its_own_sites_rank() -> None:
+    """A trace serves several sites, each of whose ranks may be another."""
+    it = capture("tiny_llama")
+    lower(it.graph)
+    slots = {slot.node for slot in it.graph.slots.values()}
+    products = [n for n in it.graph.fx.nodes if n.op == "call_function" and getattr(n.args[-1], "name", "") in slots]
+    widths = [(str(n.meta["val"].shape[-1]), str(n.args[-1].meta["val"].shape[-1])) for n in products]
+    assert len({width for width, _ in widths}) > len(it.graph.packs) > 1
+    assert all(found == wanted for found, wanted in widths)

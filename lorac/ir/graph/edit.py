@@ -127,7 +127,8 @@ def keep_tensors(program: ExportedProgram) -> Structure:
         *(spec for spec, _ in others),
         *(OutputSpec(OutputKind.USER_OUTPUT, argument, None) for argument in arguments),
     ]
-    signature.outputs[:] = arguments
+    # Of a whole program torch lists no outputs here; those that it listed it would look for in vain once decomposed.
+    signature.outputs.clear()
     signature.out_spec = pytree.tree_flatten(tuple(tensors))[1]
     conform(program)
     return structure
@@ -196,24 +197,41 @@ def inline(
 ) -> tuple[fx.GraphModule, list[fx.Node]]:
     """Put ``function(*operands)``, traced to aten, before ``node``; returns the trace and the nodes of its outputs.
 
-    A trace may be used again for operands of the same shapes.
+    A trace may be used again for operands of the same shapes, but for what their sizes that vary are called.
     """
     if traced is None:
         traced = trace(program, function, operands)
-    environment: dict[fx.Node, Any] = dict(
-        zip((n for n in traced.graph.nodes if n.op == "placeholder"), operands, strict=True)
-    )
+    places = [n for n in traced.graph.nodes if n.op == "placeholder"]
+    environment: dict[fx.Node, Any] = dict(zip(places, operands, strict=True))
+    sizes = _renamed(places, operands)
     held = [inner for inner in traced.graph.nodes if inner.op == "get_attr"]
     environment |= {inner: add_constant(program, getattr(traced, str(inner.target))) for inner in held}
     computed = [inner for inner in traced.graph.nodes if inner.op not in {"placeholder", "get_attr", "output"}]
     with program.graph.inserting_before(node):
         for inner in computed:
             copied = program.graph.node_copy(inner, lambda n: environment[n])
-            copied.meta = {"val": inner.meta.get("val")}
+            copied.meta = {"val": _resized(inner.meta.get("val"), sizes)}
             inherit(copied, node)
             environment[inner] = copied
     results: Any = traced.graph.output_node().args[0]
     return traced, list(fx.map_arg(results, lambda n: environment[n]))
+
+
+def _renamed(places: Sequence[fx.Node], operands: Sequence[fx.Node]) -> dict[str, Any]:
+    """Sizes of a trace that are others where it is used again, ranks for one -> what they are there."""
+    pairs = [(place.meta["val"], operand.meta["val"]) for place, operand in zip(places, operands, strict=True)]
+    shapes = [(a.shape, b.shape) for a, b in pairs if isinstance(a, torch.Tensor)]
+    return {str(old): new for a, b in shapes for old, new in zip(a, b, strict=True) if str(old) != str(new)}
+
+
+def _resized(value: Any, sizes: Mapping[str, Any]) -> Any:
+    """The example of what a node computes, of other sizes."""
+
+    def at(tensor: Any) -> Any:
+        changed = isinstance(tensor, torch.Tensor) and any(str(size) in sizes for size in tensor.shape)
+        return tensor.new_empty([sizes.get(str(size), size) for size in tensor.shape]) if changed else tensor
+
+    return pytree.tree_map(at, value) if sizes else value
 
 
 def insert_call(program: ExportedProgram, before: fx.Node, op: Any, *operands: Any, **named: Any) -> fx.Node:
