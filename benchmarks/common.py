@@ -8,7 +8,6 @@ machine's noise is worth.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.metadata
 import json
 import os
@@ -19,13 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorac.progress import progress
-from lorac.quiet import quiet
+from lorac.quiet import no_bars, quiet
 
 Side = Callable[[], Any]
 Job = tuple[str, ...]
@@ -226,20 +225,6 @@ def saved_host(folder: Path) -> Any:
 
     with no_bars():
         return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-
-
-@contextlib.contextmanager
-def no_bars() -> Iterator[None]:
-    """transformers draws bars of its own while it reads and writes models."""
-    from transformers.utils import logging
-
-    drawn = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if drawn:
-            logging.enable_progress_bar()
 
 
 def save_peft(folder: Path, given: argparse.Namespace) -> None:

@@ -67,3 +67,17 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         _SILENCE.end()
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """transformers draws no bars of its own, while it reads and writes models, inside the block."""
+    from transformers.utils import logging as bars
+
+    drawn = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            bars.enable_progress_bar()

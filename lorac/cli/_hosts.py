@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +17,7 @@ from lorac.errors import AdapterExists, ChoiceError, MissingExtra, UnknownOption
 from lorac.ir.store.disk import told
 from lorac.ir.store.folders import MANIFEST
 from lorac.ir.store.strict_json import parse_object, read_text
-from lorac.quiet import quiet
+from lorac.quiet import no_bars, quiet
 
 if TYPE_CHECKING:
     from lorac.runtime.compiled import Compiled
@@ -135,26 +134,13 @@ def _from_folder(folder: Path) -> nn.Module:
             next_step="pip install -U transformers, or give package.module:function",
         )
     try:
-        with quiet(), _no_bars(transformers):
+        with quiet(), no_bars():
             model: nn.Module = cls.from_pretrained(folder)  # type: ignore[union-attr]  # a class that has it
     except Exception as error:  # whatever a damaged folder makes transformers raise
         raise UnknownOption(f"'{folder}' cannot be loaded: {_said(error)}", next_step=MODEL_HELP) from error
     if not isinstance(model, nn.Module):
         raise UnknownOption(f"'{folder}' holds a {type(model).__name__}, not an nn.Module", next_step=MODEL_HELP)
     return model.eval()
-
-
-@contextlib.contextmanager
-def _no_bars(transformers: Any) -> Iterator[None]:
-    """transformers draws bars of its own while it loads."""
-    logging = transformers.utils.logging
-    drawn = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if drawn:
-            logging.enable_progress_bar()
 
 
 def _architecture(config: Path) -> str:

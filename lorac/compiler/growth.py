@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorac.errors import CaptureDiffers
-from lorac.ir.graph.attending import IDS, NEW, PAST, PLACES, present_of
+from lorac.ir.graph.attending import IDS, NEW, PAST, PLACES, WITHOUT, present_of
 from lorac.ir.graph.feeds import empty_cache, kept_shapes, named_tensors
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.interp import distance, example_inputs, outputs_of
@@ -78,7 +78,7 @@ def _mixes(graph: Graph, what: str) -> CaptureDiffers:
     return CaptureDiffers(
         f"the graph '{graph.name}' {what} where its text comes in parts: something besides attention mixes tokens, or "
         "positions are counted by the model itself",
-        next_step="compile with cache=False; target='eager' generates with the model's own cache",
+        next_step=WITHOUT,
     )
 
 

@@ -16,7 +16,7 @@ from torch import fx
 
 from lorac.errors import Unavailable
 from lorac.ir.graph import attending
-from lorac.ir.graph.attending import IDS, NEW, PAST, PLACES, past_names, present_of
+from lorac.ir.graph.attending import IDS, NEW, PAST, PLACES, WITHOUT, past_names, present_of
 from lorac.ir.graph.edit import add_inputs, add_outputs, insert_call, new_dimension
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.passes import Outcome, Pass
@@ -25,6 +25,7 @@ from lorac.passes.tables import tabulate
 aten = torch.ops.aten
 _HINT = 16
 _STEP = 8
+"""Sizes of heads in a cache are multiples of this: kernels of attention take no others."""
 
 
 @final
@@ -138,7 +139,7 @@ def _pick_rows(graph: Graph) -> None:
         if node.target is not aten.index.Tensor or list(operands[1]) != [None, places]:
             raise Unavailable(
                 "the model picks tokens for its logits in a way that cannot differ from row to row",
-                next_step="compile with cache=False; target='eager' generates with the model's own cache",
+                next_step=WITHOUT,
             )
         picked = insert_call(graph.exported, node, attending.ROWS, operands[0], places)
         node.replace_all_uses_with(picked)

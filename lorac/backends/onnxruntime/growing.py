@@ -146,9 +146,9 @@ def extend(
     layout, counts = cache.layout, tuple(extension.counts)
     rows, length, wanted = len(counts), max(counts, default=0), extension.wanted
     name, dtype = layout.logits
-    logits = torch.zeros(rows, wanted.shape[1] if layout.picks else length, layout.keeps.vocabulary, dtype=dtype)
     if not length:
-        return logits.new_zeros(*wanted.shape, layout.keeps.vocabulary)
+        return torch.zeros(*wanted.shape, layout.keeps.vocabulary, dtype=dtype)
+    logits = torch.empty(rows, wanted.shape[1] if layout.picks else length, layout.keeps.vocabulary, dtype=dtype)
     cache.admit(max(cache.lengths) + length)
     given = {
         IDS: extension.ids[:, :length].to(torch.int64).contiguous(),

@@ -22,14 +22,13 @@ from torch.export import Dim, ExportedProgram
 
 from lorac.errors import CaptureFailed, Unavailable
 from lorac.ir.graph import attending
-from lorac.ir.graph.attending import IDS, PLACES
+from lorac.ir.graph.attending import IDS, PLACES, WITHOUT
 from lorac.ir.host.inputs.example_inputs import default_shapes, is_hugging_face, set_captured
 from lorac.ir.host.layers import Forward
 
 MASK, POSITIONS = "attention_mask", "position_ids"
 """Arguments of transformers' causal language models that a trace makes by itself."""
 _NAME = "lorac"
-_STEP = "compile with cache=False; target='eager' generates with the model's own cache"
 
 
 def text_inputs(model: nn.Module, given: Any) -> dict[str, Tensor]:
@@ -218,4 +217,4 @@ def _closed_over(function: Any) -> list[tuple[Any, Any]]:
 
 
 def _unfit(model: nn.Module, why: str) -> Unavailable:
-    return Unavailable(f"{type(model).__name__} {why}", next_step=_STEP)
+    return Unavailable(f"{type(model).__name__} {why}", next_step=WITHOUT)

@@ -17,7 +17,8 @@ IDS, PLACES = "input_ids", "logits_to_keep"
 """What a graph that keeps a cache is given: token ids, and the places of the tokens whose logits are wanted."""
 PAST, NEW = "past_lengths", "new_lengths"
 """Inputs: how many tokens each row holds, and how many it brings."""
-
+WITHOUT = "compile with cache=False; target='eager' generates with the model's own cache"
+"""What to do with a model that no cache fits."""
 
 _HELD, PRESENT = "past_key_values.", "present."
 """What names of caches begin with: as inputs, and as outputs."""
