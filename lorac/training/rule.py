@@ -122,12 +122,23 @@ class Rule(ABC):
                 f"{type(self).__name__} reads the gradients before the step; a closure computes them within it",
                 next_step="call backward() first, and step() without a closure",
             )
+        self._require_present()
         with torch.no_grad():
             self.before()
 
     def _after(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with torch.no_grad():
             self.after()
+
+    def _require_present(self) -> None:
+        """Raise ``Unavailable`` where an adapter is gone, or has other tensors since the rule was put on."""
+        adapters = self.compiled.adapters
+        for term in self.terms:
+            if term.adapter not in adapters or adapters[term.adapter].tensors.get(term.site) is not term.tensors:
+                raise Unavailable(
+                    f"adapter '{term.adapter}' is not what it was when {type(self).__name__} was put on",
+                    next_step="take the rule off by its remove(), and put it on anew",
+                )
 
     def _save(self, optimizer: Any, state_dict: dict[str, Any]) -> None:
         state_dict[self.saved] = self.state()
