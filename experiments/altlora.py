@@ -47,7 +47,7 @@ QUESTIONS = [
             "AltLoRA, A first": side(R, sgd, AltLoRA),
             "AltLoRA, B first": side(R, sgd, lambda c, o: AltLoRA(c, o, turns=B_FIRST)),
         },
-        (0.3, 1.0, 3.0, 10.0, 20.0, 30.0, 50.0),
+        (0.3, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0, 50.0, 80.0),
         "LoRA",
         log_mean,
         "mean of log10(loss) over the steps",
