@@ -176,7 +176,7 @@ def test_the_state_is_as_large_as_said(plus: bool, tensors: int) -> None:
 
 def test_what_it_does_not_apply_to() -> None:
     compiled, _, _, optimizer = pair(*start())
-    with pytest.raises(lorac.ChoiceError, match="AltLoRA keeps the moments itself, and a AdamW"):
+    with pytest.raises(lorac.ChoiceError, match="AltLoRA keeps the moments itself, and AdamW"):
         AltLoRA(compiled, torch.optim.AdamW(trained(compiled)))
     with pytest.raises(lorac.UnknownOption, match="no factor 'C'"):
         Turns("C")

@@ -6,7 +6,6 @@ Huang and Balestriero 2024, arXiv 2410.09692.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -18,7 +17,7 @@ from lorac.ir.host.layers import padded
 from lorac.ir.host.sites import Site
 from lorac.ir.slots.layouts import layout_of
 from lorac.training.rule import Rule
-from lorac.training.rules.pairs import FACTORS, Pair, require_finite, trained_pairs
+from lorac.training.rules.pairs import ABOVE_0, FACTORS, Pair, require_settings, trained_pairs
 from lorac.variants.base import Variant
 from lorac.variants.lora import LoRA
 
@@ -50,7 +49,7 @@ class ALLoRA(Rule):
 
     def __init__(self, compiled: Any, optimizer: Any, *, eta2: float = 4.0) -> None:
         super().__init__(compiled, optimizer)
-        require_finite(type(self).__name__, eta2=(eta2, math.nextafter(0, 1), math.inf))
+        require_settings(type(self).__name__, eta2=(eta2, ABOVE_0))
         self.eta2 = eta2
         self.pairs = trained_pairs(self.terms, type(self).__name__)
         for pair in self.pairs:

@@ -6,7 +6,6 @@ Yu et al., NeurIPS 2025, arXiv 2505.12455; ``released`` is what the authors' opt
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,7 +14,18 @@ import torch
 
 from lorac.errors import none_of
 from lorac.training.rule import Rule
-from lorac.training.rules.pairs import FACTORS, Gram, Pair, copied, require_finite, require_plain_sgd, trained_pairs
+from lorac.training.rules.pairs import (
+    BELOW_1,
+    FACTORS,
+    FROM_0,
+    FROM_1,
+    Gram,
+    Pair,
+    copied,
+    require_plain_sgd,
+    require_settings,
+    trained_pairs,
+)
 from lorac.variants.base import Variant
 from lorac.variants.lora import LoRA
 
@@ -49,7 +59,7 @@ class Turns:
     def __post_init__(self) -> None:
         if self.first not in {"A", "B"}:
             raise none_of("there is no factor", self.first, ("A", "B"))
-        require_finite("AltLoRA", period=(self.period, 1, math.inf))
+        require_settings("AltLoRA", period=(self.period, FROM_1))
 
     def at(self, step: int) -> str:
         """Whose turn a step is, counted from 0."""
@@ -111,11 +121,11 @@ class AltLoRA(Rule):
         name = type(self).__name__
         self.betas = betas or ((0.999, 0.98) if released else (0.9, 0.999))
         self.reg = (1e-3 if released else 1e-6) if reg is None else reg
-        require_finite(
+        require_settings(
             name,
-            beta1=(self.betas[0], 0, 1),
-            beta2=(self.betas[1], 0, 1),
-            reg=(self.reg, 0, math.inf),
+            beta1=(self.betas[0], BELOW_1),
+            beta2=(self.betas[1], BELOW_1),
+            reg=(self.reg, FROM_0),
         )
         require_plain_sgd(self.optimizer, name)
         self.pairs = trained_pairs(self.terms, name)

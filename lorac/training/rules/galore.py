@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from lorac.errors import ChoiceError, Unavailable, none_of
 from lorac.training.rule import terms_of, within_ddp
 from lorac.training.rules.eight_bits import EightBits, Moment
-from lorac.training.rules.pairs import require_finite
+from lorac.training.rules.pairs import BELOW_1, FROM_0, FROM_1, require_settings
 from lorac.variants.full import Full
 
 Tensor = torch.Tensor
@@ -196,13 +196,13 @@ class GaLoreAdamW(GaLore):
         correct_bias: bool = True,
         bits: int = 32,
     ) -> None:
-        require_finite(
+        require_settings(
             type(self).__name__,
-            lr=(lr, 0, math.inf),
-            beta1=(betas[0], 0, 1),
-            beta2=(betas[1], 0, 1),
-            eps=(eps, 0, math.inf),
-            weight_decay=(weight_decay, 0, math.inf),
+            lr=(lr, FROM_0),
+            beta1=(betas[0], BELOW_1),
+            beta2=(betas[1], BELOW_1),
+            eps=(eps, FROM_0),
+            weight_decay=(weight_decay, FROM_0),
         )
         if bits not in {8, 32}:
             raise ChoiceError(f"moments of {bits} bits there are not", next_step="bits= is 8 or 32")
@@ -245,11 +245,11 @@ class GaLoreSGD(GaLore):
     """
 
     def __init__(self, params: Any, lr: float = 1e-3, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
-        require_finite(
+        require_settings(
             type(self).__name__,
-            lr=(lr, 0, math.inf),
-            momentum=(momentum, 0, 1),
-            weight_decay=(weight_decay, 0, math.inf),
+            lr=(lr, FROM_0),
+            momentum=(momentum, BELOW_1),
+            weight_decay=(weight_decay, FROM_0),
         )
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
@@ -263,11 +263,11 @@ class GaLoreSGD(GaLore):
 
 
 def _refuse_settings(group: Mapping[str, Any]) -> None:
-    require_finite(
+    require_settings(
         "GaLore",
-        rank=(group["rank"], 1, math.inf),
-        update_proj_gap=(group["update_proj_gap"], 1, math.inf),
-        scale=(group["scale"], 0, math.inf),
+        rank=(group["rank"], FROM_1),
+        update_proj_gap=(group["update_proj_gap"], FROM_1),
+        scale=(group["scale"], FROM_0),
     )
     if group["proj_type"] not in _SIDES:
         raise none_of("there is no proj_type", group["proj_type"], _SIDES)

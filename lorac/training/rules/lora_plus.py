@@ -5,14 +5,13 @@ Hayou, Ghosh, Yu 2024, arXiv 2402.12354.
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 import torch
 
 from lorac.ir.host.sites import SiteKind
 from lorac.training.rule import Rule
-from lorac.training.rules.pairs import require_finite
+from lorac.training.rules.pairs import ABOVE_0, FROM_0, require_settings
 from lorac.variants.base import Variant
 from lorac.variants.dora import DoRA
 from lorac.variants.lora import LoRA
@@ -44,9 +43,9 @@ class LoRAPlus(Rule):
     ) -> None:
         super().__init__(compiled, optimizer)
         name = type(self).__name__
-        require_finite(name, ratio=(ratio, math.nextafter(0, 1), math.inf))
+        require_settings(name, ratio=(ratio, ABOVE_0))
         if embedding_lr is not None:
-            require_finite(name, embedding_lr=(embedding_lr, 0, math.inf))
+            require_settings(name, embedding_lr=(embedding_lr, FROM_0))
         self.ratio, self.embedding_lr = ratio, embedding_lr
         self._whole: list[dict[str, Any]] = []
         self._faster: set[int] = set()

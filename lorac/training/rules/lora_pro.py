@@ -5,14 +5,23 @@ Wang et al., ICLR 2025, arXiv 2407.18242.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 
 from lorac.training.rule import Rule
-from lorac.training.rules.pairs import FACTORS, Gram, Pair, copied, require_finite, require_plain_sgd, trained_pairs
+from lorac.training.rules.pairs import (
+    BELOW_1,
+    FACTORS,
+    FROM_0,
+    Gram,
+    Pair,
+    copied,
+    require_plain_sgd,
+    require_settings,
+    trained_pairs,
+)
 from lorac.variants.base import Variant
 from lorac.variants.lora import LoRA
 
@@ -64,12 +73,12 @@ class LoRAPro(Rule):
     ) -> None:
         super().__init__(compiled, optimizer)
         name = type(self).__name__
-        require_finite(
+        require_settings(
             name,
-            damping=(damping, 0, math.inf),
-            beta1=(betas[0], 0, 1),
-            beta2=(betas[1], 0, 1),
-            eps=(eps, 0, math.inf),
+            damping=(damping, FROM_0),
+            beta1=(betas[0], BELOW_1),
+            beta2=(betas[1], BELOW_1),
+            eps=(eps, FROM_0),
         )
         if full:
             require_plain_sgd(self.optimizer, f"{name}(full=True)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,25 +78,42 @@ def require_plain_sgd(optimizer: Any, rule: str) -> None:
     )
     if not plain:
         raise ChoiceError(
-            f"{rule} keeps the moments itself, and a {type(optimizer).__name__} with its own would take them twice",
+            f"{rule} keeps the moments itself, and {type(optimizer).__name__} with its own would take them twice",
             nearest="torch.optim.SGD(parameters, lr=lr)",
             next_step="give it the weight decay where there is one, and no momentum",
         )
 
 
-def require_finite(rule: str, **numbers: tuple[float, float, float]) -> None:
-    """Raise ``ChoiceError`` where a setting is outside its range.
+@dataclass(frozen=True)
+class Range:
+    """Which finite numbers a setting may be.
+
+    Attributes:
+        text: says so.
+        admits: whether one is.
+    """
+
+    text: str
+    admits: Callable[[float], bool]
+
+
+FROM_0 = Range("from 0 on", lambda value: value >= 0)
+ABOVE_0 = Range("above 0", lambda value: value > 0)
+FROM_1 = Range("from 1 on", lambda value: value >= 1)
+BELOW_1 = Range("from 0 on, below 1", lambda value: 0 <= value < 1)
+SHARE = Range("from 0 to 1", lambda value: 0 <= value <= 1)
+
+
+def require_settings(rule: str, **settings: tuple[float, Range]) -> None:
+    """Raise ``ChoiceError`` where a setting is not finite, or outside its range.
 
     Args:
         rule: whose.
-        numbers: setting -> (value, smallest, what it stays below).
+        settings: setting -> (value, range).
     """
-    for name, (value, least, below) in numbers.items():
-        if not least <= value < below:
-            upper = "" if below == math.inf else f", below {below:g}"
-            raise ChoiceError(
-                f"{rule} takes no {name}={value}", next_step=f"it is a finite number from {least:g}{upper}"
-            )
+    for name, (value, allowed) in settings.items():
+        if not (math.isfinite(value) and allowed.admits(value)):
+            raise ChoiceError(f"{rule} takes no {name}={value}", next_step=f"it is a finite number {allowed.text}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ import torch
 
 from lorac.errors import AdapterNotFound, ChoiceError
 from lorac.training.rule import Rule, within_ddp
-from lorac.training.rules.pairs import FACTORS, Pair, require_finite, trained_pairs
+from lorac.training.rules.pairs import FACTORS, FROM_1, SHARE, Pair, require_settings, trained_pairs
 from lorac.variants.base import Variant
 from lorac.variants.full import Full
 from lorac.variants.lora import LoRA
@@ -60,10 +60,10 @@ class ReLoRA(Rule):
             for tensor, _ in before:
                 tensor.requires_grad_(False)
             super().__init__(compiled, optimizer)
-            require_finite(
+            require_settings(
                 type(self).__name__,
-                every=(every, 1, math.inf),
-                prune=(prune, 0, math.nextafter(1, 2)),
+                every=(every, FROM_1),
+                prune=(prune, SHARE),
             )
             self.pairs = trained_pairs(self.terms, type(self).__name__)
             self.room = self._room(target)
