@@ -95,9 +95,7 @@ def _nearest(path: str, change: Change, model: nn.Module | None, rank: int) -> P
     """The first components of W' − W by their size; of factors without a product as large as W."""
     if isinstance(change, LowRank) and not change.folded().parts:
         folded = change.folded()
-        (left, inner), (right, outer) = torch.linalg.qr(folded.b.mT), torch.linalg.qr(folded.a)
-        u, s, vh = torch.linalg.svd(inner @ outer.mT, full_matrices=False)
-        u, vh = left @ u, vh @ right.mT
+        u, s, vh = product_svd(folded.b.mT, folded.a.mT)
     elif model is None:
         raise BaseNeeded(
             f"only the base tells what changes of the weight of '{path}'",
@@ -108,6 +106,13 @@ def _nearest(path: str, change: Change, model: nn.Module | None, rank: int) -> P
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         u, s, vh = torch.linalg.svd(merge(change, wide) - wide, full_matrices=False)
     return vh[..., :rank, :], u[..., :, :rank] * s[..., None, :rank]
+
+
+def product_svd(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (…, m, r), Σ (…, r) and Vᵀ (…, r, n) of B·A from its factors, without the product."""
+    (left, inner), (right, outer) = torch.linalg.qr(b), torch.linalg.qr(a.mT)
+    u, s, vh = torch.linalg.svd(inner @ outer.mT, full_matrices=False)
+    return left @ u, s, vh @ right.mT
 
 
 def _unlike(values: Mapping[str, Any], path: str) -> dict[str, Any]:

@@ -32,20 +32,27 @@ class TrainedTerm:
         adapter: its name.
         site: path of the site.
         tensors: parameter name -> tensor.
+        variant: its method, with what the patterns say of the site.
     """
 
     adapter: str
     site: str
     tensors: Mapping[str, Tensor]
+    variant: Variant
+
+    def __str__(self) -> str:
+        return f"'{self.adapter}' at '{self.site}'"
 
 
 class Rule(ABC):
     """An update rule on one optimizer; ``remove()``, or the end of a ``with`` block, takes it off.
 
-    Each rule has an ``__init__`` of its own, which ends with ``attach``.
+    Each rule has an ``__init__`` of its own, which ends with ``attach``. What a rule keeps between steps is part of the
+    optimizer's ``state_dict()`` as long as the rule is on, and comes back by its ``load_state_dict``: so a run that is
+    resumed, with the rule put on anew before that, goes on to the bit.
 
     Args:
-        compiled: what ``lorac.compile(..., target="eager")`` returned.
+        compiled: what ``lorac.compile(..., target="eager")`` returned; as it is, or within DDP.
         optimizer: holds the tensors that the rule applies to. Of adapters that are not to train, turn
             ``requires_grad`` off: the rule leaves such tensors alone.
 
@@ -61,10 +68,12 @@ class Rule(ABC):
     """Names of the tensors that the optimizer must hold."""
     before_gradients: bool = False
     """Whether the rule reads the gradients before the step, where a closure has not computed them yet."""
+    saved: ClassVar[str] = ""
+    """Key of the optimizer's state dict under which the rule's own state is; none where it has no state."""
 
     @abstractmethod
     def __init__(self, compiled: Any, optimizer: Any) -> None:
-        self.compiled, self.optimizer = compiled, _unwrapped(optimizer)
+        self.compiled, self.optimizer = within_ddp(compiled), _unwrapped(optimizer)
         self.terms = terms_of(compiled, self.methods)
         _require_held(self.optimizer, self.terms, self.governed)
         self._handles: list[Removable] = []
@@ -76,12 +85,22 @@ class Rule(ABC):
             self.optimizer.register_step_post_hook(self._after),
             *handles,
         ]
+        if self.saved:
+            self._handles.append(self.optimizer.register_state_dict_post_hook(self._save))
+            self._handles.append(self.optimizer.register_load_state_dict_pre_hook(self._load))
 
     def before(self) -> None:  # noqa: B027  (not abstract: a rule has work before a step, after it, or both)
         """Run before every step of the optimizer."""
 
     def after(self) -> None:  # noqa: B027  (the same)
         """Run after every step."""
+
+    def state(self) -> dict[str, Any]:
+        """What the rule keeps between steps: tensors, numbers and texts in lists and dicts, as a file can hold them."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027  (not abstract: some rules have no state)
+        """Take a state as ``state()`` gave it; its tensors are copied."""
 
     def remove(self) -> None:
         """Take the rule off; a second time does nothing."""
@@ -103,12 +122,36 @@ class Rule(ABC):
                 f"{type(self).__name__} reads the gradients before the step; a closure computes them within it",
                 next_step="call backward() first, and step() without a closure",
             )
+        self._require_present()
         with torch.no_grad():
             self.before()
 
     def _after(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with torch.no_grad():
             self.after()
+
+    def _require_present(self) -> None:
+        """Raise ``Unavailable`` where an adapter is gone, or has other tensors since the rule was put on."""
+        adapters = self.compiled.adapters
+        for term in self.terms:
+            if term.adapter not in adapters or adapters[term.adapter].tensors.get(term.site) is not term.tensors:
+                raise Unavailable(
+                    f"adapter '{term.adapter}' is not what it was when {type(self).__name__} was put on",
+                    next_step="take the rule off, and put it on anew",
+                )
+
+    def _save(self, optimizer: Any, state_dict: dict[str, Any]) -> None:
+        state_dict[self.saved] = self.state()
+
+    def _load(self, optimizer: Any, state_dict: dict[str, Any]) -> None:
+        if self.saved in state_dict:
+            self.load_state(state_dict[self.saved])
+
+
+def within_ddp(compiled: Any) -> Any:
+    """The compiled model within a wrapper that holds it as ``module``, as torch's DDP does; else what is given."""
+    inner = getattr(compiled, "module", None)
+    return inner if hasattr(inner, "engine") and not hasattr(compiled, "engine") else compiled
 
 
 def terms_of(compiled: Any, methods: tuple[type[Variant], ...]) -> list[TrainedTerm]:
@@ -118,6 +161,7 @@ def terms_of(compiled: Any, methods: tuple[type[Variant], ...]) -> list[TrainedT
         Unavailable: it does not train.
         AdapterNotFound: there are none.
     """
+    compiled = within_ddp(compiled)
     target = getattr(getattr(compiled, "engine", None), "target", None)
     if target != "eager":
         what = f"target '{target}'" if target else f"{type(compiled).__name__}, which lorac.compile did not return,"
@@ -125,7 +169,7 @@ def terms_of(compiled: Any, methods: tuple[type[Variant], ...]) -> list[TrainedT
     compiled.refuse_baked()
     adapters: Iterable[Adapter] = compiled.adapters.values()
     found = [
-        TrainedTerm(adapter.name, path, tensors)
+        TrainedTerm(adapter.name, path, tensors, adapter.variant.at_path(path))
         for adapter in adapters
         if isinstance(adapter.variant, methods)
         for path, tensors in adapter.tensors.items()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,8 +22,6 @@ from lorac.variants.dylora import DyLoRA
 
 Tensor = torch.Tensor
 State = dict[str, Any]
-_SAVED = "nested_ranks"
-"""Key of the optimizer's state dict under which the rule's own state is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +80,7 @@ class NestedRanks(Rule):
 
     methods: ClassVar[tuple[type[Variant], ...]] = (DyLoRA,)
     governed: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
+    saved: ClassVar[str] = "nested_ranks"
 
     def __init__(
         self,
@@ -139,6 +138,15 @@ class NestedRanks(Rule):
                 self.optimizer.state[factor.tensor] = _joined(factor, states)
         super().remove()
 
+    def state(self) -> State:
+        components = [[dict(state) for state in states] for states in self._states]
+        return {"rank": self.rank, "draws": self.generator.get_state(), "components": components}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.rank = state["rank"]
+        self.generator.set_state(state["draws"].cpu())
+        self._states = [[dict(own) for own in states] for states in state["components"]]
+
     def _draw(self) -> int:
         return self.ranks[int(torch.multinomial(self.weights.to(self.generator.device), 1, generator=self.generator))]
 
@@ -169,8 +177,6 @@ class NestedRanks(Rule):
 
     def _hooks(self) -> Iterator[Any]:
         yield self.compiled.register_forward_pre_hook(self._choose, with_kwargs=True)
-        yield self.optimizer.register_state_dict_post_hook(self._save)
-        yield self.optimizer.register_load_state_dict_pre_hook(self._load)
         for factor in self._factors if self.frozen else ():
             yield factor.tensor.register_hook(functools.partial(self._only_moving, factor))
 
@@ -191,17 +197,6 @@ class NestedRanks(Rule):
         for component in self._moving(factor):
             factor.component(component, kept).copy_(factor.component(component, grad))
         return kept
-
-    def _save(self, optimizer: Any, state_dict: State) -> None:
-        components = [[dict(state) for state in states] for states in self._states]
-        state_dict[_SAVED] = {"rank": self.rank, "draws": self.generator.get_state(), "components": components}
-
-    def _load(self, optimizer: Any, state_dict: State) -> None:
-        if _SAVED in state_dict:
-            saved = state_dict[_SAVED]
-            self.rank = saved["rank"]
-            self.generator.set_state(saved["draws"].cpu())
-            self._states = [[dict(state) for state in states] for states in saved["components"]]
 
 
 def _joined(factor: _Factor, states: Sequence[State]) -> State:

@@ -66,12 +66,10 @@ class Preconditioned(Rule):
             up, down = torch.cat([own[name] for name in _UP]), torch.cat([own[name] for name in _DOWN], dim=1)
             learned_up, learned_down = own["up_learned"], own["down_learned"]
         if learned_up.grad is not None:
-            changed = self._solve(down, learned_up.grad.t(), f"down·downᵀ of '{term.adapter}' at '{term.site}'")
+            changed = self._solve(down, learned_up.grad.t(), f"down·downᵀ of {term}")
             learned_up.grad.copy_(changed.t())
         if learned_down.grad is not None:
-            learned_down.grad.copy_(
-                self._solve(up.t(), learned_down.grad, f"upᵀ·up of '{term.adapter}' at '{term.site}'")
-            )
+            learned_down.grad.copy_(self._solve(up.t(), learned_down.grad, f"upᵀ·up of {term}"))
 
     def _solve(self, factor: Tensor, grad: Tensor, what: str) -> Tensor:
         """(F·Fᵀ + reg·I)⁻¹·grad of a factor F (r, n) and a gradient (r, m), in float32 at least."""

@@ -1,0 +1,125 @@
+"""ALLoRA: rows of the product learn the more slowly the larger they are; no dropout, no scale.
+
+Huang and Balestriero 2024, arXiv 2410.09692.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from lorac.errors import ChoiceError, SiteUnsupported
+from lorac.ir.host.layers import padded
+from lorac.ir.host.sites import Site
+from lorac.ir.slots.layouts import layout_of
+from lorac.training.rule import Rule
+from lorac.training.rules.pairs import ABOVE_0, FACTORS, Pair, require_settings, trained_pairs
+from lorac.variants.base import Variant
+from lorac.variants.lora import LoRA
+
+Tensor = torch.Tensor
+
+
+class ALLoRA(Rule):
+    """The factors learn from diag(c)·g in the place of g = ∂L/∂(BA): ∇_A = Bᵀ·diag(c)·g, ∇_B = diag(c)·g·Aᵀ.
+
+    c_i = 1/√(‖(BA)_i‖ + 1/η²) of every row, that is of every output. c is what it is before the step and counts as a
+    constant; what reaches the layers below is not scaled. The gradients are so from the backward pass on: they add up
+    over micro-batches, and clipping and DDP see them. The rule acts by the rates' ratio between rows; an optimizer that
+    normalises every element (Adam) undoes most of it.
+
+    Args:
+        compiled: as ``Rule``'s.
+        optimizer: as ``Rule``'s, of any kind.
+        eta2: η²; the paper has 1, 2 and 4. While B is 0, the rate is η times the optimizer's.
+
+    Raises:
+        Unavailable, AdapterNotFound: as ``Rule``.
+        ChoiceError: as ``Rule``; the LoRA has dropout or a scale other than 1; one factor trains without the other;
+            η² is not above 0.
+        SiteUnsupported: a module reads the weight itself, so that nobody sees the site's input.
+    """
+
+    methods: ClassVar[tuple[type[Variant], ...]] = (LoRA,)
+    governed: ClassVar[tuple[str, ...]] = FACTORS
+
+    def __init__(self, compiled: Any, optimizer: Any, *, eta2: float = 4.0) -> None:
+        super().__init__(compiled, optimizer)
+        require_settings(type(self).__name__, eta2=(eta2, ABOVE_0))
+        self.eta2 = eta2
+        self.pairs = trained_pairs(self.terms, type(self).__name__)
+        for pair in self.pairs:
+            _refuse_scaled(pair)
+            _refuse_within(self.compiled.sites[pair.term.site])
+        self._gathered: dict[int, Tensor] = {}
+        self._rates: dict[int, tuple[tuple[int, int], Tensor]] = {}
+        self.attach(*self._hooks())
+
+    def rates(self, pair: Pair) -> Tensor:
+        """c (out,) of a pair as it is."""
+        key = (pair.a._version, pair.b._version)
+        if self._rates.get(id(pair), (None,))[0] != key:
+            a, b = pair.a.detach(), pair.b.detach()
+            norms = ((b @ (a @ a.mT)) * b).sum(-1).clamp_min(0).sqrt()
+            self._rates[id(pair)] = key, (norms + 1 / self.eta2).rsqrt()
+        return self._rates[id(pair)][1]
+
+    def _hooks(self) -> Iterator[Any]:
+        for pair in self.pairs:
+            yield self.compiled.host.get_submodule(pair.term.site).register_forward_hook(
+                functools.partial(self._see, pair)
+            )
+            yield pair.a.register_hook(functools.partial(self._give, pair))
+            yield pair.b.register_hook(functools.partial(self._scale, pair))
+
+    def _see(self, pair: Pair, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Wait for the gradient of a site's output, where the adapter is on."""
+        how = dict(self.compiled.engine.filled().choice).get(pair.term.adapter)
+        if how is not None and output.requires_grad and torch.is_grad_enabled():
+            output.register_hook(functools.partial(self._gather, pair, args[0].detach(), how.strength))
+
+    def _gather(self, pair: Pair, x: Tensor, strength: float, grad: Tensor) -> None:
+        """Add Bᵀ·diag(c)·g of one call of the site, by the branch's own derivative for A."""
+        site = self.compiled.sites[pair.term.site]
+        layout = layout_of(site)
+        with torch.enable_grad():
+            a = pair.a.detach().requires_grad_()
+            x = padded(x, site.conv)
+            x = x.to(a.dtype) if x.is_floating_point() else x
+            out = layout.up(layout.down(x, layout.slot_a(a.t())), layout.slot_b(pair.b.detach().t()))
+        scaled = strength * grad.to(out.dtype) * layout.per_output(self.rates(pair))
+        (found,) = torch.autograd.grad(out, a, scaled)
+        before = self._gathered.get(id(pair))
+        self._gathered[id(pair)] = found if before is None else before + found
+
+    def _give(self, pair: Pair, grad: Tensor) -> Tensor:
+        """What was gathered, in the place of A's gradient; all of the site's calls came before."""
+        return self._gathered.pop(id(pair), grad)
+
+    def _scale(self, pair: Pair, grad: Tensor) -> Tensor:
+        return grad * self.rates(pair).unsqueeze(-1)
+
+
+def _refuse_scaled(pair: Pair) -> None:
+    variant = pair.term.variant
+    assert isinstance(variant, LoRA)
+    if variant.dropout or pair.scale != 1:
+        what = f"dropout={variant.dropout}" if variant.dropout else f"a scale of {pair.scale:g}"
+        raise ChoiceError(
+            f"ALLoRA has neither dropout nor a scale, and {pair.term} has {what}",
+            nearest=f"lorac.LoRA(r={variant.r}, alpha={variant.r})",
+            next_step="compile with that",
+        )
+
+
+def _refuse_within(site: Site) -> None:
+    if site.within is not None:
+        raise SiteUnsupported(
+            f"ALLoRA reads the input of a layer, and '{site.path}' has none: '{site.within}' computes with its weight "
+            "itself",
+            next_step="narrow targets=, or exclude= the module",
+        )

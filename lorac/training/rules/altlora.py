@@ -1,0 +1,260 @@
+"""AltLoRA and AltLoRA+: one factor moves at a time, along its projected gradient, with momentum that follows.
+
+Yu et al., NeurIPS 2025, arXiv 2505.12455; ``released`` is what the authors' optimizers do instead.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from lorac.errors import none_of
+from lorac.training.rule import Rule
+from lorac.training.rules.pairs import (
+    BELOW_1,
+    FACTORS,
+    FROM_0,
+    FROM_1,
+    Gram,
+    Pair,
+    copied,
+    require_plain_sgd,
+    require_settings,
+    trained_pairs,
+)
+from lorac.variants.base import Variant
+from lorac.variants.lora import LoRA
+
+Tensor = torch.Tensor
+
+
+_EPS = 1e-6
+"""ε, the released code's."""
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Which factor of every pair moves when.
+
+    Attributes:
+        first: who begins: ``"A"`` as in the paper's listing, or ``"B"``, which scored better there: while B is 0 a turn
+            of A moves nothing.
+        period: steps of a turn.
+        skip_idle: have torch compute no gradient of the factor whose turn it is not (``requires_grad``): half of the
+            adapter's work in backward. Under DDP this needs ``find_unused_parameters=True``.
+
+    Raises:
+        UnknownOption: ``first`` is neither.
+        ChoiceError: a turn has no step.
+    """
+
+    first: str = "A"
+    period: int = 1
+    skip_idle: bool = False
+
+    def __post_init__(self) -> None:
+        if self.first not in {"A", "B"}:
+            raise none_of("there is no factor", self.first, ("A", "B"))
+        require_settings("AltLoRA", period=(self.period, FROM_1))
+
+    def at(self, step: int) -> str:
+        """Whose turn a step is, counted from 0."""
+        return "AB"[(step // self.period + "AB".index(self.first)) % 2]
+
+
+_TURNS = Turns()
+
+
+class AltLoRA(Rule):
+    """Each step moves A alone or B alone, in turn, along M; the optimizer is plain SGD, which has rate and decay.
+
+    On A's turn, with s = alpha/r and B' the B of A's turn before:
+
+        ∇ = (BᵀB + reg·I)⁻¹·g_A/s²,  M ← β₁·(BᵀB + reg·I)⁻¹·Bᵀ·B'·M + (1 − β₁)·∇,  A ← A − η·(M + γ·A)
+
+    and on B's turn the same from the other side. The path of W does not depend on how B·A is factored. AltLoRA+
+    (``plus``) divides M by √V + ε, V ← β₂·V + (1 − β₂)·∇∘∇; then it does.
+
+    The factor whose turn it is not has no gradient in the step, and none that clipping measures. State: two tensors of
+    the factors' size each, three with ``plus``.
+
+    Args:
+        compiled: as ``Rule``'s.
+        optimizer: plain torch.optim.SGD; one optimizer holds both factors.
+        plus: AltLoRA+.
+        turns: who begins, and for how long.
+        betas: (β₁, β₂); default (0.9, 0.999), or (0.999, 0.98) with ``released``.
+        reg: default 1e-6, or 1e-3 with ``released``.
+        correct_bias: divide M by 1 − β₁ᵗ (and V by 1 − β₂ᵗ, not with ``released``), t the factor's own count of steps;
+            default: as the paper, not; with ``released`` so.
+        released: the authors' optimizers: both factors move in each step, B by the A that has just moved, no 1/s²,
+            decay after the update, M kept as it was before it is carried over (``plus``).
+
+    Raises:
+        Unavailable, AdapterNotFound: as ``Rule``.
+        ChoiceError: as ``Rule``; one factor trains without the other; the optimizer is none but plain SGD; a setting is
+            out of range.
+    """
+
+    methods: ClassVar[tuple[type[Variant], ...]] = (LoRA,)
+    governed: ClassVar[tuple[str, ...]] = FACTORS
+    saved: ClassVar[str] = "altlora"
+    before_gradients = True
+
+    def __init__(
+        self,
+        compiled: Any,
+        optimizer: Any,
+        *,
+        plus: bool = False,
+        turns: Turns = _TURNS,
+        betas: tuple[float, float] | None = None,
+        reg: float | None = None,
+        correct_bias: bool | None = None,
+        released: bool = False,
+    ) -> None:
+        super().__init__(compiled, optimizer)
+        name = type(self).__name__
+        self.betas = betas or ((0.999, 0.98) if released else (0.9, 0.999))
+        self.reg = (1e-3 if released else 1e-6) if reg is None else reg
+        require_settings(
+            name,
+            beta1=(self.betas[0], BELOW_1),
+            beta2=(self.betas[1], BELOW_1),
+            reg=(self.reg, FROM_0),
+        )
+        require_plain_sgd(self.optimizer, name)
+        self.pairs = trained_pairs(self.terms, name)
+        self.plus, self.released, self.turns, self.steps = plus, released, turns, 0
+        self.correct_bias = released if correct_bias is None else correct_bias
+        self.skip_idle = turns.skip_idle and not released
+        self._sides = [(_Side(pair, 0), _Side(pair, 1)) for pair in self.pairs]
+        self.attach(*self._hooks())
+        self._skip()
+
+    @property
+    def turn(self) -> str:
+        """Whose turn the step to come is: ``"A"``, ``"B"``, or ``"AB"`` of the released form."""
+        return "AB" if self.released else self.turns.at(self.steps)
+
+    def before(self) -> None:
+        """Put M in the place of the gradient of the factor whose turn it is, and take the other's away."""
+        groups = {id(t): group for group in self.optimizer.param_groups for t in group["params"]}
+        for sides in self._sides:
+            self._both_turns(sides, groups)
+
+    def after(self) -> None:
+        """The next turn."""
+        self.steps += 1
+        self._skip()
+
+    def remove(self) -> None:
+        super().remove()
+        for pair in self.pairs if self.skip_idle else ():
+            pair.a.requires_grad_(True)
+            pair.b.requires_grad_(True)
+
+    def state(self) -> dict[str, Any]:
+        return {"steps": self.steps, "sides": [[dict(side.state) for side in sides] for sides in self._sides]}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.steps = state["steps"]
+        for sides, saved in zip(self._sides, state["sides"], strict=True):
+            for side, own in zip(sides, saved, strict=True):
+                side.state = copied(own, side.own)
+        self._skip()
+
+    def _both_turns(self, sides: tuple[_Side, _Side], groups: Mapping[int, Mapping[str, Any]]) -> None:
+        moved: Tensor | None = None
+        for letter, side in zip("AB", sides, strict=True):
+            if letter not in self.turn:
+                side.own.grad = None
+            elif side.own.grad is not None:
+                moved = self._turn(side, moved, groups[id(side.own)])
+
+    def _turn(self, side: _Side, partner: Tensor | None, group: Mapping[str, Any]) -> Tensor:
+        """Give one factor its direction as gradient; answers the factor as it will be after the step.
+
+        Args:
+            side: the factor.
+            partner: the other one where it moves in this step, too; None: as it is.
+            group: of the optimizer, which has the rate and the decay.
+        """
+        other = side.oriented(side.other if partner is None else partner)
+        gram = Gram.of(other.mT, self.reg)
+        scale = 1 if self.released else side.pair.scale
+        projected = gram.inverse @ side.oriented(side.gradient) / scale**2
+        direction = side.oriented_back(self._directed(side, projected, gram, other))
+        if self.released:  # whose decay acts on what the update left
+            direction = direction * (1 - group["lr"] * group["weight_decay"])
+        side.own.grad = direction.to(side.own.dtype)
+        return side.own - group["lr"] * (side.own.grad + group["weight_decay"] * side.own)
+
+    def _directed(self, side: _Side, projected: Tensor, gram: Gram, other: Tensor) -> Tensor:
+        """M, divided by √V + ε with ``plus``, as if the factor were A; the state goes on."""
+        state = side.begun(projected, other, self.plus)
+        beta1, beta2 = self.betas
+        state["step"] += 1
+        carried = gram.inverse @ (other.mT @ (state["old"] @ state["mean"]))
+        direction = beta1 * carried + (1 - beta1) * projected
+        kept = beta1 * state["mean"] + (1 - beta1) * projected if self.released and self.plus else direction
+        state.update(mean=kept.clone(), old=other.clone())
+        if self.correct_bias:
+            direction = direction / (1 - beta1 ** state["step"])
+        if not self.plus:
+            return direction
+        state["square"].mul_(beta2).addcmul_(projected, projected, value=1 - beta2)
+        square = state["square"]
+        if self.correct_bias and not self.released:
+            square = square / (1 - beta2 ** state["step"])
+        return direction / (square.sqrt() + _EPS)
+
+    def _hooks(self) -> Iterator[Any]:
+        for pair in self.pairs:
+            for letter, tensor in zip("AB", (pair.a, pair.b), strict=True):
+                yield tensor.register_hook(functools.partial(self._only_in_turn, letter))
+
+    def _only_in_turn(self, letter: str, grad: Tensor) -> Tensor:
+        """The gradient where it is the factor's turn, 0 elsewhere: here, so that clipping measures no other."""
+        return grad if letter in self.turn else torch.zeros_like(grad)
+
+    def _skip(self) -> None:
+        for pair in self.pairs if self.skip_idle else ():
+            pair.a.requires_grad_("A" in self.turn)
+            pair.b.requires_grad_("B" in self.turn)
+
+
+class _Side:
+    """One factor of a pair with its state, looked at as if it were A (r, n) and the other one B (m, r)."""
+
+    def __init__(self, pair: Pair, side: int) -> None:
+        self.pair, self.is_b = pair, bool(side)
+        self.own, self.other = (pair.b, pair.a) if self.is_b else (pair.a, pair.b)
+        self.state: dict[str, Any] = {}
+        self._start = self.other.detach().clone()
+
+    @property
+    def gradient(self) -> Tensor:
+        assert self.own.grad is not None
+        return self.own.grad
+
+    def oriented(self, tensor: Tensor) -> Tensor:
+        """A tensor of either factor's shape, transposed where the factor is B; in float32 at least."""
+        wide = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+        return wide.mT if self.is_b else wide
+
+    def oriented_back(self, tensor: Tensor) -> Tensor:
+        """A tensor of the factor's shape as the factor has it."""
+        return tensor.mT.contiguous() if self.is_b else tensor
+
+    def begun(self, like: Tensor, other: Tensor, plus: bool) -> dict[str, Any]:
+        """The state, made where there is none yet: without momentum, and of the other factor as it was at the start."""
+        if not self.state:
+            self.state = {"step": 0, "mean": torch.zeros_like(like), "old": self.oriented(self._start).clone()}
+            if plus:
+                self.state["square"] = torch.zeros_like(like)
+        return self.state

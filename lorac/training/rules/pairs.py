@@ -1,0 +1,151 @@
+"""What rules on LoRA's two factors share: the pairs they change, Gram matrices, and which optimizers they take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lorac.errors import ChoiceError
+from lorac.training.rule import TrainedTerm
+from lorac.variants.lora import LoRA
+
+Tensor = torch.Tensor
+FACTORS = ("lora_A", "lora_B")
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """LoRA's factors at one site, of ΔW = s·B·A; of a stack of matrices each factor has its axis in front.
+
+    Attributes:
+        term: where they are.
+        a: A (r, in).
+        b: B (out, r).
+        scale: s.
+    """
+
+    term: TrainedTerm
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    @property
+    def idle(self) -> bool:
+        """Whether neither factor has a gradient, as where the adapter is off."""
+        return self.a.grad is None and self.b.grad is None
+
+
+def trained_pairs(terms: Iterable[TrainedTerm], rule: str) -> list[Pair]:
+    """The pairs that train; those of which neither factor does are left out.
+
+    Args:
+        terms: of LoRA.
+        rule: who asks, for the message.
+
+    Raises:
+        ChoiceError: of one, a single factor trains; or none does at all.
+    """
+    pairs = []
+    for term in terms:
+        a, b = (term.tensors[name] for name in FACTORS)
+        if a.requires_grad != b.requires_grad:
+            trained = FACTORS[0] if a.requires_grad else FACTORS[1]
+            raise ChoiceError(
+                f"{rule} moves both factors of {term}, and only {trained} trains",
+                next_step="turn requires_grad on, or off, for both",
+            )
+        assert isinstance(term.variant, LoRA)
+        if a.requires_grad:
+            pairs.append(Pair(term, a, b, term.variant.scale))
+    if not pairs:
+        raise ChoiceError(f"no factor that {rule} moves trains", next_step="turn requires_grad on for an adapter's")
+    return pairs
+
+
+def require_plain_sgd(optimizer: Any, rule: str) -> None:
+    """Raise ``ChoiceError`` where an optimizer does more than to go along the gradient: the rule has moments itself.
+
+    Args:
+        optimizer: torch's own.
+        rule: who asks, for the message.
+    """
+    plain = type(optimizer) is torch.optim.SGD and not any(
+        group["momentum"] or group["maximize"] for group in optimizer.param_groups
+    )
+    if not plain:
+        raise ChoiceError(
+            f"{rule} keeps the moments itself, and {type(optimizer).__name__} with its own would take them twice",
+            nearest="torch.optim.SGD(parameters, lr=lr)",
+            next_step="give it the weight decay where there is one, and no momentum",
+        )
+
+
+@dataclass(frozen=True)
+class Range:
+    """Which finite numbers a setting may be.
+
+    Attributes:
+        text: says so.
+        admits: whether one is.
+    """
+
+    text: str
+    admits: Callable[[float], bool]
+
+
+FROM_0 = Range("from 0 on", lambda value: value >= 0)
+ABOVE_0 = Range("above 0", lambda value: value > 0)
+FROM_1 = Range("from 1 on", lambda value: value >= 1)
+BELOW_1 = Range("from 0 on, below 1", lambda value: 0 <= value < 1)
+SHARE = Range("from 0 to 1", lambda value: 0 <= value <= 1)
+
+
+def require_settings(rule: str, **settings: tuple[float, Range]) -> None:
+    """Raise ``ChoiceError`` where a setting is not finite, or outside its range.
+
+    Args:
+        rule: whose.
+        settings: setting -> (value, range).
+    """
+    for name, (value, allowed) in settings.items():
+        if not (math.isfinite(value) and allowed.admits(value)):
+            raise ChoiceError(f"{rule} takes no {name}={value}", next_step=f"it is a finite number {allowed.text}")
+
+
+@dataclass(frozen=True, eq=False)
+class Gram:
+    """F·Fᵀ + reg·I of a factor F (r, n), by its eigenvalues: its inverse on its range, in float32 at least.
+
+    Attributes:
+        values: eigenvalues (r,), none below 0.
+        vectors: eigenvectors (r, r), by column.
+        inverse: (r, r); where an eigenvalue is nothing but rounding, its reciprocal counts as 0.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    inverse: Tensor
+
+    @classmethod
+    def of(cls, factor: Tensor, reg: float) -> Gram:
+        """Of a factor (r, n)."""
+        wide = factor.to(torch.promote_types(factor.dtype, torch.float32))
+        gram = wide @ wide.mT
+        gram.diagonal(dim1=-2, dim2=-1).add_(reg)
+        values, vectors = torch.linalg.eigh(gram)
+        values = values.clamp_min(0)
+        noise = values.shape[-1] * torch.finfo(values.dtype).eps * values.amax(-1, keepdim=True)
+        reciprocals = torch.where(values > noise, 1 / values, 0)
+        return cls(values, vectors, (vectors * reciprocals.unsqueeze(-2)) @ vectors.mT)
+
+
+def copied(state: Mapping[str, Any], like: Tensor) -> dict[str, Any]:
+    """A saved state with tensors of its own where ``like`` is; numbers as they are."""
+    return {
+        key: value.detach().to(like.device, copy=True) if isinstance(value, Tensor) else value
+        for key, value in state.items()
+    }

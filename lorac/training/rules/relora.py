@@ -1,0 +1,179 @@
+"""ReLoRA: a low-rank update is folded away every so often and begun anew, so that the sum has a higher rank.
+
+Lialin et al., ICLR 2024, arXiv 2307.05695. The base's weights are read-only here: what is folded away goes into
+another adapter, which stands beside the one that trains.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from lorac.errors import AdapterNotFound, ChoiceError
+from lorac.training.rule import Rule, within_ddp
+from lorac.training.rules.pairs import FACTORS, FROM_1, SHARE, Pair, require_settings, trained_pairs
+from lorac.variants.base import Variant
+from lorac.variants.full import Full
+from lorac.variants.lora import LoRA
+
+Tensor = torch.Tensor
+
+
+class ReLoRA(Rule):
+    """Every so often s·B·A is added to the adapter ``into``, A is drawn anew, B becomes 0, and moments are pruned.
+
+    Compile with both, active together: ``{"a": lorac.LoRA(r=8), "sum": lorac.LoRA(r=40, alpha=40)}`` with
+    ``active={"a": 1, "sum": 1}``. A LoRA of rank R takes ⌊R/r⌋ restarts, each in rows and columns of its own, and stays
+    a LoRA; a ``lorac.Full`` takes any number. What the model answers does not change at a restart but for rounding.
+    ``fold()`` at the end leaves the whole result in ``into``: swapped, saved and exported as any adapter.
+
+    ``into`` itself does not train: its ``requires_grad`` is turned off.
+
+    Args:
+        compiled: as ``Rule``'s.
+        optimizer: as ``Rule``'s, of any kind; it holds the factors of the adapter that trains.
+        into: name of the adapter that takes what is folded away.
+        every: steps between restarts.
+        prune: which share of every moment becomes 0 at a restart, the smallest first: the paper's 0.99; 1: all.
+        seed: of the new A's; the same in all processes that train together.
+
+    Raises:
+        Unavailable, AdapterNotFound: as ``Rule``; ``into`` is not there, or is neither a LoRA nor ``Full``.
+        ChoiceError: as ``Rule``; ``into`` lacks a site or has less rank than one restart needs; a setting is out of
+            range; before a step that ends with a restart: ``into`` has no room left, or the two are not active with
+            strength 1.
+    """
+
+    methods: ClassVar[tuple[type[Variant], ...]] = (LoRA,)
+    governed: ClassVar[tuple[str, ...]] = FACTORS
+    saved: ClassVar[str] = "relora"
+
+    def __init__(
+        self, compiled: Any, optimizer: Any, *, into: str, every: int, prune: float = 0.99, seed: int = 0
+    ) -> None:
+        target = _taker(compiled, into)
+        before = [(tensor, tensor.requires_grad) for tensor in target.parameters()]
+        try:
+            for tensor, _ in before:
+                tensor.requires_grad_(False)
+            super().__init__(compiled, optimizer)
+            require_settings(
+                type(self).__name__,
+                every=(every, FROM_1),
+                prune=(prune, SHARE),
+            )
+            self.pairs = trained_pairs(self.terms, type(self).__name__)
+            self.room = self._room(target)
+        except BaseException:
+            for tensor, trains in before:
+                tensor.requires_grad_(trains)
+            raise
+        self.into, self.every, self.prune = into, every, prune
+        self.steps = self.restarts = 0
+        self._target = target
+        self.generator = torch.Generator().manual_seed(seed)
+        self.attach()
+
+    def before(self) -> None:
+        """Refuse a restart that cannot be made, before anything of its step is done."""
+        if (self.steps + 1) % self.every == 0:
+            self._require_ready()
+
+    def after(self) -> None:
+        """Count the step, and fold and restart where the period is over."""
+        self.steps += 1
+        if self.steps % self.every == 0:
+            self.fold()
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Add what was trained to ``into`` now, and begin anew.
+
+        Raises:
+            ChoiceError: there is no room left, or the two adapters are not active with strength 1.
+        """
+        self._require_ready()
+        for pair in self.pairs:
+            self._add(pair)
+            bound = 1 / math.sqrt(pair.a.shape[-1])
+            drawn = torch.empty(pair.a.shape).uniform_(-bound, bound, generator=self.generator)
+            pair.a.copy_(drawn)
+            pair.b.zero_()
+            for tensor in (pair.a, pair.b):
+                self._prune(tensor)
+        self.restarts += 1
+
+    def state(self) -> dict[str, Any]:
+        return {"steps": self.steps, "restarts": self.restarts, "draws": self.generator.get_state()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.steps, self.restarts = state["steps"], state["restarts"]
+        self.generator.set_state(state["draws"].cpu())
+
+    def _add(self, pair: Pair) -> None:
+        own, variant = self._target.tensors[pair.term.site], self._target.variant.at_path(pair.term.site)
+        if isinstance(variant, LoRA):
+            rank = pair.a.shape[-2]
+            first = self.restarts * rank
+            own["lora_A"].narrow(-2, first, rank).copy_(pair.a)
+            own["lora_B"].narrow(-1, first, rank).copy_(pair.b * (pair.scale / variant.scale))
+        else:
+            own["weight"].add_(pair.scale * (pair.b @ pair.a))
+
+    def _prune(self, tensor: Tensor) -> None:
+        """Zero the smallest entries of every moment of a tensor."""
+        moments = [value for value in self.optimizer.state.get(tensor, {}).values() if isinstance(value, Tensor)]
+        for moment in moments:
+            count = round(self.prune * moment.numel())
+            if moment.shape == tensor.shape and count:
+                smallest = moment.abs().flatten().topk(count, largest=False).indices
+                moment.view(-1).index_fill_(0, smallest, 0)
+
+    def _room(self, target: Any) -> float:
+        """How many restarts ``into`` takes."""
+        room = math.inf
+        for pair in self.pairs:
+            own = target.tensors.get(pair.term.site)
+            if own is None:
+                raise ChoiceError(
+                    f"'{target.name}' does not adapt '{pair.term.site}', which '{pair.term.adapter}' does",
+                    next_step=f"give both the same targets=: {target.variant.name} of all sites",
+                )
+            if "lora_A" in own:
+                room = min(room, own["lora_A"].shape[-2] // pair.a.shape[-2])
+        if room < 1:
+            raise ChoiceError(
+                f"'{target.name}' has less rank than what it is to take",
+                next_step="give it r= (number of restarts) times that, or compile with lorac.Full",
+            )
+        return room
+
+    def _require_ready(self) -> None:
+        if self.restarts >= self.room:
+            raise ChoiceError(
+                f"'{self.into}' has taken {self.restarts} restarts and has no rank left",
+                next_step="compile with a larger r= there, or with lorac.Full",
+            )
+        wanted = {self.into, *(pair.term.adapter for pair in self.pairs)}
+        active = self.compiled.active
+        if any(active.get(name) != 1 for name in wanted):
+            raise ChoiceError(
+                f"a restart adds what '{self.into}' stands beside, and active is {active}",
+                next_step=f"swap to {dict.fromkeys(sorted(wanted), 1)}",
+            )
+
+
+def _taker(compiled: Any, into: str) -> Any:
+    """The adapter that takes what is folded away."""
+    adapters = getattr(within_ddp(compiled), "adapters", {})
+    found = adapters.get(into)
+    if found is None or not isinstance(found.variant, LoRA | Full):
+        there = "there is none" if found is None else f"it is {found.variant.name}"
+        raise AdapterNotFound(
+            f"what is folded away goes into '{into}', a LoRA or Full, and {there}",
+            next_step="compile with one: {'a': lorac.LoRA(r=8), 'sum': lorac.Full()}",
+        )
+    return found

@@ -1,0 +1,127 @@
+"""Losses of routers: MeteoRA's, which are told whose a token is, and ReMix's, which try.
+
+MeteoRA: Xu, Lai, Huang, ICLR 2025, arXiv 2405.13053. ReMix: Qiu et al. 2026, arXiv 2603.10160.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from lorac.errors import ChoiceError, Unavailable
+from lorac.training.rule import terms_of, within_ddp
+from lorac.variants.meteora import MeteoRA
+
+Tensor = torch.Tensor
+
+
+def gate_loss(
+    compiled: Any, experts: Tensor, *, weight: float = 50.0, shifted: bool = True, ignore: int = -100
+) -> Tensor:
+    """``weight`` · the mean cross-entropy of all MeteoRA gates of the last call: a scalar to add to the model's loss.
+
+    Args:
+        compiled: what ``lorac.compile(..., target="eager", aux=["router"])`` returned, called with gradients recorded.
+        experts: which expert each token, or each row, belongs to: (rows, length) or (rows,), whole numbers.
+        weight: the paper's 50.
+        shifted: as of language models: the logits of a token are held against what is said of the next one.
+        ignore: says of a token that it does not count, as padding does not.
+
+    Raises:
+        Unavailable, AdapterNotFound: as a rule; the last call gave no logits of gates.
+        ChoiceError: experts do not have the logits' rows, or there is no such expert.
+    """
+    compiled = within_ddp(compiled)
+    sites = {term.site for term in terms_of(compiled, (MeteoRA,))}
+    found = [z for path, z in compiled.aux.get("router", {}).items() if path.partition("[")[0] in sites]
+    if not found:
+        raise Unavailable(
+            "the last call gave no logits of MeteoRA's gates",
+            next_step='compile with aux=["router"], and swap to the adapter first',
+        )
+    losses = [_cross_entropy(logits, experts, shifted, ignore) for logits in found]
+    return weight * torch.stack(losses).mean()
+
+
+def _cross_entropy(logits: Tensor, experts: Tensor, shifted: bool, ignore: int) -> Tensor:
+    """Of one gate's logits (rows, …, L)."""
+    told = experts.view(*experts.shape, *(1,) * (logits.dim() - 1 - experts.dim())) if experts.dim() else experts
+    if told.dim() != logits.dim() - 1 or any(a not in {1, b} for a, b in zip(told.shape, logits.shape, strict=False)):
+        raise ChoiceError(
+            f"experts of shape {tuple(experts.shape)} say nothing of logits of shape {tuple(logits.shape)}",
+            next_step="give one expert for each row, or for each token",
+        )
+    told = told.expand(logits.shape[:-1]).to(logits.device)
+    counted = told[told != ignore]
+    if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < logits.shape[-1]:
+        raise ChoiceError(
+            f"there is no expert {int(counted.max())}" if int(counted.max()) > 0 else "an expert is below 0",
+            nearest=f"0 to {logits.shape[-1] - 1}",
+            next_step=f"{ignore} says that a token does not count",
+        )
+    if shifted and logits.dim() > 2:
+        logits, told = logits[..., :-1, :], told[..., 1:]
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide.flatten(0, -2), told.flatten(), ignore_index=ignore)
+
+
+def ordered_log_prob(logits: Tensor, chosen: Tensor) -> Tensor:
+    """log Q of drawing experts one after the other without putting back: Σ_j log(q_j / (1 − Σ of those before)).
+
+    Args:
+        logits: (…, n); q is their softmax.
+        chosen: (…, k) distinct indices, in the order in which they were drawn.
+
+    Returns:
+        (…), with gradients for the logits.
+    """
+    picked = logits.gather(-1, chosen)
+    left, total = logits, torch.zeros_like(picked[..., 0])
+    for j in range(chosen.shape[-1]):
+        total = total + picked[..., j] - left.logsumexp(-1)
+        left = left.scatter(-1, chosen[..., j : j + 1], -torch.inf)
+    return total
+
+
+def draw_ordered(logits: Tensor, k: int, generator: torch.Generator | None = None) -> Tensor:
+    """k distinct experts (…, k) drawn one after the other with probabilities softmax(logits): Gumbel-top-k.
+
+    Args:
+        logits: (…, n).
+        k: how many.
+        generator: draws.
+    """
+    uniform = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=torch.float64)
+    noise = -torch.log(-torch.log(uniform.clamp(torch.finfo(torch.float64).tiny, 1 - torch.finfo(torch.float64).eps)))
+    return (logits.double() + noise).topk(k, dim=-1).indices
+
+
+def leave_one_out(losses: Tensor, log_probs: Tensor) -> Tensor:
+    """What to call ``backward()`` on when M selections were tried: REINFORCE with the other draws as baseline.
+
+    Its value is the mean loss; its gradient that of the mean loss, plus Σ_m (L_m − L̄)/(M − 1)·∇log Q(selection m),
+    which is without bias the gradient of the expected loss for the policy.
+
+    Args:
+        losses: (M, …), one for each draw; further axes are samples, each with a baseline of its own.
+        log_probs: of the same shape: log Q of the whole selection, of all layers and tokens that the loss depends on.
+
+    Raises:
+        ChoiceError: the shapes differ, or there are fewer than two draws.
+    """
+    if losses.shape != log_probs.shape or losses.dim() == 0 or len(losses) < 2:
+        raise ChoiceError(
+            f"losses {tuple(losses.shape)} and log-probabilities {tuple(log_probs.shape)} are no two or more draws",
+            next_step="give both as (M, …) with M >= 2",
+        )
+    advantage = (losses - losses.mean(0)).detach() / (len(losses) - 1)
+    policy = (advantage * log_probs).sum(0)
+    return (losses.mean(0) + policy - policy.detach()).mean()
+
+
+def by_row(emitted: Mapping[str, Tensor]) -> Tensor:
+    """The sum over all sites and tokens of what was emitted: site path -> (rows, …) becomes (rows,)."""
+    return torch.stack([value.flatten(1).sum(1) if value.dim() > 1 else value for value in emitted.values()]).sum(0)

@@ -1,0 +1,128 @@
+"""In-Squeeze: training begins at a high rank and is refactored to lower ones on the way.
+
+Vulić et al. 2026, arXiv 2602.10993.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+
+from lorac.adapters.squeezing import squeezed
+from lorac.errors import ChoiceError, Unavailable
+from lorac.training.rule import Rule, terms_of
+from lorac.variants.base import Variant
+from lorac.variants.lora import LoRA
+
+Stages = Sequence[tuple[int, int]]
+"""(rank, steps) of every stage."""
+
+
+def rank_stages(first: int, last: int, steps: int) -> tuple[tuple[int, int], ...]:
+    """(rank, steps) of every stage: ranks halve from ``first`` to ``last``, and the steps are shared out evenly.
+
+    Args:
+        first: r of the source.
+        last: r of the result.
+        steps: of all stages together; what does not divide goes to the last ones. The paper has 200 or more in each.
+
+    Raises:
+        ChoiceError: the ranks do not fall, or there are fewer steps than stages.
+    """
+    if not 0 < last <= first:
+        raise ChoiceError(
+            f"no ranks fall from {first} to {last}", next_step="first= is the larger of two whole numbers"
+        )
+    ranks = [first]
+    while ranks[-1] > last:
+        ranks.append(max(ranks[-1] // 2, last))
+    if steps < len(ranks):
+        raise ChoiceError(f"{steps} steps are too few for the ranks {ranks}", next_step="give each at least one")
+    ends = [steps * i // len(ranks) for i in range(len(ranks) + 1)]
+    return tuple((rank, end - start) for rank, (start, end) in zip(ranks, pairwise(ends), strict=True))
+
+
+class Squeeze(Rule):
+    """At the end of each stage but the last the LoRAs are squeezed to the next stage's rank, while training goes on.
+
+    The compiled model and the optimizer go on with other, smaller tensors: the scale, the active choice and the
+    optimizer's groups stay, the moments of what was squeezed begin anew. Whoever else holds the tensors has to take the
+    new ones from ``compiled.adapters``; another rule on the same optimizer refuses the next step and is put on anew.
+
+    To resume, compile from the adapter that was saved (``lorac.load_adapter``), which has the rank of its stage.
+
+    Args:
+        compiled: as ``Rule``'s.
+        optimizer: as ``Rule``'s, of any kind.
+        stages: as of ``rank_stages``; ranks fall.
+
+    Raises:
+        Unavailable, AdapterNotFound: as ``Rule``; several processes train together, whose wrapper knows the tensors:
+            squeeze between trainings, by ``squeezed``, there.
+        ChoiceError: as ``Rule``; the ranks do not fall, or a stage has no step.
+    """
+
+    methods: ClassVar[tuple[type[Variant], ...]] = (LoRA,)
+    governed: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
+    saved: ClassVar[str] = "squeeze"
+
+    def __init__(self, compiled: Any, optimizer: Any, *, stages: Stages) -> None:
+        super().__init__(compiled, optimizer)
+        ranks, steps = [rank for rank, _ in stages], [count for _, count in stages]
+        falling = all(a > b for a, b in pairwise(ranks))
+        if not stages or not falling or min(steps) < 1 or min(ranks) < 1:
+            raise ChoiceError(
+                f"stages={list(stages)} are no (rank, steps) of falling ranks",
+                next_step="the ranks halve in those of rank_stages",
+            )
+        _refuse_processes()
+        self.stages, self.steps = tuple(stages), 0
+        self.attach()
+
+    def after(self) -> None:
+        """Count the step, and squeeze where its stage is over."""
+        self.steps += 1
+        end = 0
+        for (_, count), (rank, _) in pairwise(self.stages):
+            end += count
+            if self.steps == end:
+                self._squeeze(rank)
+
+    def state(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.steps = state["steps"]
+
+    def _squeeze(self, rank: int) -> None:
+        names = dict.fromkeys(term.adapter for term in self.terms)
+        made = {name: squeezed(self.compiled.adapters[name], rank, seed=self.steps) for name in names}
+        active, old = dict(self.compiled.choice), {id(t): t for term in self.terms for t in term.tensors.values()}
+        places = {id(t): (term.adapter, term.site, key) for term in self.terms for key, t in term.tensors.items()}
+        for name, adapter in made.items():
+            self.compiled.remove_adapter(name)
+            self.compiled.add_adapter(adapter, name)
+        self.compiled.swap(active)
+        self.terms = terms_of(self.compiled, self.methods)
+        new = {(term.adapter, term.site, key): t for term in self.terms for key, t in term.tensors.items()}
+        for index, tensor in old.items():
+            taken = new[places[index]].requires_grad_(tensor.requires_grad)
+            self._exchange(tensor, taken)
+
+    def _exchange(self, old: torch.Tensor, new: torch.Tensor) -> None:
+        """Have the optimizer hold a tensor in the place of another, without a state."""
+        self.optimizer.state.pop(old, None)
+        for group in self.optimizer.param_groups:
+            group["params"] = [new if tensor is old else tensor for tensor in group["params"]]
+
+
+def _refuse_processes() -> None:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise Unavailable(
+            "Squeeze exchanges tensors that several processes' wrapper holds",
+            next_step="train a stage, compile anew with what squeezed makes of the adapter, and wrap that",
+        )
