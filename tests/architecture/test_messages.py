@@ -43,6 +43,7 @@ CALL = re.compile(r"(?<![\w.'])((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*)\(")
 PUBLIC = [
     "lorac",
     "lorac.training",
+    "lorac.training.loram",
     "lorac.training.starts",
     "lorac.testing",
     "lorac.analysis.entanglement",
