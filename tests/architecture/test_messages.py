@@ -45,6 +45,7 @@ PUBLIC = [
     "lorac.training",
     "lorac.training.loram",
     "lorac.training.starts",
+    "lorac.training.transfer",
     "lorac.testing",
     "lorac.analysis.entanglement",
     "lorac.variants.shira",
