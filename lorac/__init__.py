@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from lorac.variants.params import ParamSpec, Role
     from lorac.variants.plp import PLP
     from lorac.variants.randlora import RandLoRA
+    from lorac.variants.residual import Residual
     from lorac.variants.shira import SHiRA
     from lorac.variants.sora import SoRA
     from lorac.variants.split import Split
@@ -107,6 +108,7 @@ __all__ = [  # noqa: RUF022  (in plain order: BAT and OFT are no constants)
     "BOFT",
     "BaseMismatch",
     "BaseNeeded",
+    "BatchesNeeded",
     "BranchVariant",
     "CPLoRA",
     "CaptureDiffers",
@@ -153,6 +155,7 @@ __all__ = [  # noqa: RUF022  (in plain order: BAT and OFT are no constants)
     "Prefixes",
     "RandLoRA",
     "Reserve",
+    "Residual",
     "Role",
     "RuntimeFailure",
     "SHiRA",

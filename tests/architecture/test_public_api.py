@@ -52,6 +52,7 @@ METHODS = {
     "OFT",
     "PLP",
     "RandLoRA",
+    "Residual",
     "SHiRA",
     "SoRA",
     "Split",
