@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from lorac.variants.params import ParamSpec, Role
     from lorac.variants.plp import PLP
     from lorac.variants.randlora import RandLoRA
+    from lorac.variants.residual import Residual
     from lorac.variants.shira import SHiRA
     from lorac.variants.sora import SoRA
     from lorac.variants.split import Split
@@ -106,6 +107,7 @@ __all__ = [  # noqa: RUF022  (in plain order: BAT and OFT are no constants)
     "BOFT",
     "BaseMismatch",
     "BaseNeeded",
+    "BatchesNeeded",
     "BranchVariant",
     "CPLoRA",
     "CaptureDiffers",
@@ -151,6 +153,7 @@ __all__ = [  # noqa: RUF022  (in plain order: BAT and OFT are no constants)
     "Prefixes",
     "RandLoRA",
     "Reserve",
+    "Residual",
     "Role",
     "RuntimeFailure",
     "SHiRA",

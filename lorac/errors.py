@@ -15,7 +15,8 @@
     │   ├── FormulaFailed         a method's formula raises, writes into its arguments or answers something else
     │   ├── UnknownMethod         a method whose class is not imported here
     │   ├── BaseMismatch          the adapter was made for other base weights
-    │   └── BaseNeeded            the operation needs the base weights
+    │   ├── BaseNeeded            the operation needs the base weights
+    │   └── BatchesNeeded         the operation needs data, with a loss or enough of it
     ├── FormatError
     │   ├── CorruptFile           truncated or lying headers
     │   ├── UnknownFormat         no format recognises the file
@@ -63,6 +64,7 @@ __all__ = [
     "ArtifactError",
     "BaseMismatch",
     "BaseNeeded",
+    "BatchesNeeded",
     "CaptureDiffers",
     "CaptureFailed",
     "ChoiceError",
@@ -189,6 +191,10 @@ class BaseMismatch(AdapterError):
 
 class BaseNeeded(AdapterError):
     """The operation depends on the base weights, and no model was given."""
+
+
+class BatchesNeeded(AdapterError):
+    """The operation needs data: batches, with a loss where it needs gradients, and enough of them."""
 
 
 class FormatError(LoracError):

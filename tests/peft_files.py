@@ -26,6 +26,7 @@ NOISE = (  # what PEFT says of targets and settings that the tests choose on pur
     "LoRA adapter added to ConvNd layer with groups > 1",
     "fan_in_fan_out is set to ",
     "`lora_bias=True` was passed but the targeted layer of type .* has no bias",
+    "(PiSSA|OLoRA) changes the base weights of the model",  # it is converted, which is what the warning asks for
     "lora with eva initialization used with low_cpu_mem_usage=False",
     "Model has `tie_word_embeddings=True`",
     "Model with `tie_word_embeddings=True`",

@@ -40,7 +40,15 @@ ARGUMENT = re.compile(r"(?<![\w.'\[{-])([a-z_]\w*)=(?!=)")
 VALUE = re.compile(r"(?<![\w.])(target|mode|format|dtype)='([\w…]+)'")
 CALL = re.compile(r"(?<![\w.'])((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*)\(")
 
-PUBLIC = ["lorac", "lorac.training", "lorac.testing", "lorac.analysis.entanglement", "lorac.variants.shira"]
+PUBLIC = [
+    "lorac",
+    "lorac.training",
+    "lorac.training.loram",
+    "lorac.training.starts",
+    "lorac.testing",
+    "lorac.analysis.entanglement",
+    "lorac.variants.shira",
+]
 FOREIGN = {
     "architectures": "a transformers configuration",
     "inplace": "torch.nn.ReLU",

@@ -51,6 +51,7 @@ METHODS = {
     "OFT",
     "PLP",
     "RandLoRA",
+    "Residual",
     "SHiRA",
     "SoRA",
     "Split",

@@ -81,7 +81,7 @@ def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
         known = against_model(adapter, told, values, method, contents, model)
     adapter.tensors = in_order(adapter.tensors, model)
     adapter.provenance[LAYOUT] = {path: describe(known[path]) for path in adapter.tensors}
-    return adapter
+    return method.begun(adapter, values, model)
 
 
 def _weights(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

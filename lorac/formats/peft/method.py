@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from lorac.ir.host.sites import Site
+from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 
 Tensors = Mapping[str, torch.Tensor]
@@ -92,6 +94,9 @@ class Method:
         write_site: (variant, site, tensors by parameter) -> the file's tensors by suffix.
         read_inner: (configuration, tensors by parameter) -> the tensors as they count, of a layer that PEFT adapts with
             the module that reads its weight (keys under <site>.base_layer).
+        start: Field that says how an adapter began, where some ways rewrite the base.
+        begun: (adapter as read, configuration, model or None) -> the adapter over the base as it was before its start.
+        converted: Methods that PEFT has no type for, and whose adapters are exactly ones of this type -> how.
         settled: (variant, tensors by site and suffix) -> the variant as the tensors tell it, where they know better
             than the configuration.
     """
@@ -106,6 +111,9 @@ class Method:
         tensors
     )
     settled: Callable[[Variant, Mapping[str, Tensors]], Variant] = lambda variant, sites: variant
+    start: str | None = None
+    begun: Callable[[Adapter, Mapping[str, Any], nn.Module | None], Adapter] = lambda adapter, values, model: adapter
+    converted: Mapping[type[Variant], Callable[[Adapter], Adapter]] = field(default_factory=dict)
     lays_out: bool = True
     check_site: Callable[[Site, Tensors], None] = lambda site, tensors: None
     shared: tuple[str, ...] = ()

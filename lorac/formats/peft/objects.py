@@ -22,6 +22,7 @@ from lorac.errors import CompileError, UnsupportedField, short
 from lorac.formats import load_adapter
 from lorac.formats.peft.config import COMMON, method_of, read_config, variant_of
 from lorac.formats.peft.method import Method, Use
+from lorac.formats.peft.save import CONFIG
 from lorac.ir.host.copying import structural_copy
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
@@ -119,9 +120,19 @@ def unwrapped(model: nn.Module) -> Unwrapped | None:
         # Left alone, PEFT asks the hub whether embeddings have grown; here they are in the base, as they are.
         given.save_pretrained(folder, save_embedding_layers=False)
         places = {name: Path(folder) / ("" if name == _DEFAULT else name) for name in given.peft_config}
+        for place in places.values():
+            _forget_start(place)
         adapters = tuple(load_adapter(place, base, name) for name, place in places.items())
     active = given.active_adapters
     return Unwrapped(base, adapters, tuple(active() if callable(active) else active))
+
+
+def _forget_start(place: Path) -> None:
+    """Take out of a file how its adapter began: the base beside it is in memory, rewritten already where it was."""
+    file = place / CONFIG
+    raw = json.loads(file.read_text())
+    raw.pop(method_of(raw, file).start, None)
+    file.write_text(json.dumps(raw))
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -49,9 +49,10 @@ def save(adapter: Adapter, folder: Path, model: nn.Module | None) -> None:
         UnsupportedField: PEFT has no type for the method, or no place for a tensor.
         BaseNeeded: The adapter comes from no file and no model was given.
     """
-    method = _method(adapter)
     if model is not None:
         check_adapter(adapter, find_sites(model), model)
+    adapter = _converted(adapter)
+    method = _method(adapter)
     sites = layouts(adapter, model)
     own = matrices.without_layer(sites) if "target_parameters" in method.fields else set()
     _refuse_parts(adapter, {path: site for path, site in sites.items() if path not in own})
@@ -128,6 +129,13 @@ def _resized(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     made = tensor.new_zeros(shape)
     made[corner] = tensor[corner]
     return made
+
+
+def _converted(adapter: Adapter) -> Adapter:
+    """The adapter as one of a method that PEFT has, where a type says how."""
+    kind = type(adapter.variant)
+    convert = next((method.converted[kind] for method in methods().values() if kind in method.converted), None)
+    return adapter if convert is None else convert(adapter)
 
 
 def _method(adapter: Adapter) -> Method:

@@ -20,22 +20,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
 import torch
+from torch import nn
 
-from lorac.errors import ShapeMismatch, SiteUnsupported, UnsupportedField, nearest_name, warn
+from lorac.adapters.as_lora import to_lora
+from lorac.adapters.residual import RULES, taken_out
+from lorac.errors import BaseNeeded, ShapeMismatch, SiteUnsupported, UnsupportedField, nearest_name, warn
 from lorac.formats._layout import conv_site, matrix_site
 from lorac.formats.peft import config
 from lorac.formats.peft.method import ABSENT, Field, Method, Tensors, Use
 from lorac.formats.peft.tables import warn_of_padding
 from lorac.formats.peft.tokens import token_rows
-from lorac.ir.host.sites import Site, SiteKind
-from lorac.spending import claim
+from lorac.ir.host.sites import Site, SiteKind, base_of, factor_dtype, find_sites
+from lorac.spending import claim, unhurried
+from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 from lorac.variants.dora import DoRA
 from lorac.variants.lora import LoRA
+from lorac.variants.residual import Residual
 
 Tensor = torch.Tensor
 MATRICES = ("lora_A.weight", "lora_B.weight")
@@ -44,7 +50,7 @@ VECTORS = {"lora_B.bias": "lora_bias", "lora_magnitude_vector": "magnitude"}
 _BASE_KEPT = ("gaussian", "eva", "orthogonal", "mica")
 """Initialisations that leave the base alone. MiCA's frozen B is trained or not, nothing else."""
 _BASE_REWRITTEN = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initialisations that take the adapter's first value out of the base weights."""
+"""Initialisations that take the adapter's first value out of the base weights; those of ``RULES`` read nothing else."""
 _CONVERT = (
     "the adapter is valid on the base rewritten at its initialisation only: save it from PEFT with "
     "save_pretrained(..., path_initial_model_for_weight_conversion=...), which makes it a plain LoRA"
@@ -55,16 +61,63 @@ _NOT_YET = "lorac does not build this method; merge the adapter into its base wi
 
 
 def initialisation(value: Any) -> Any:
-    """An initialisation that leaves the base as it is."""
+    """An initialisation that leaves the base as it is, or of which the base tells how it was rewritten."""
     if value is None or isinstance(value, bool):
         return value
     given = str(value).lower()
-    if given in _BASE_KEPT:
-        return value
+    if given in _BASE_KEPT or given in RULES:
+        return given
     if given.startswith(_BASE_REWRITTEN):
-        raise ValueError("this initialisation rewrites the base weights")
+        raise ValueError("this initialisation rewrites the base weights by more than the base tells")
     near = nearest_name(given, (*_BASE_KEPT, *_BASE_REWRITTEN))
     raise ValueError(f"no such initialisation; nearest is {near}" if near else "no such initialisation")
+
+
+@unhurried()
+def begun(adapter: Adapter, values: Mapping[str, Any], model: nn.Module | None) -> Adapter:
+    """An adapter over the base as it was before PEFT took its first value out of it (``lorac.Residual``).
+
+    Raises:
+        BaseNeeded: no model is given, or one without its weights.
+        UnsupportedField: a site is no linear layer; PEFT does not begin others so.
+    """
+    rule = RULES.get(values["init_lora_weights"])
+    if rule is None or not adapter.tensors:
+        return adapter
+    sites = {} if model is None else find_sites(model)
+    starts = {}
+    for path in adapter.tensors:
+        weight = None if model is None else base_of(model).weight(sites[path])
+        if weight is None or weight.is_meta:
+            raise BaseNeeded(
+                f"adapter '{adapter.name}' began by {values['init_lora_weights']}, which took out of the base what "
+                "only the base tells",
+                next_step="pass model=, the base before PEFT rewrote it",
+            )
+        if sites[path].kind is not SiteKind.LINEAR or sites[path].within is not None:
+            raise UnsupportedField(
+                f"adapter '{adapter.name}' began by {values['init_lora_weights']} at '{path}', a {sites[path].kind}",
+                next_step=_CONVERT,
+            )
+        here: Any = adapter.variant.at_path(path)
+        starts[path] = rule(weight.to(factor_dtype(weight.dtype)), here.r, here.scale)
+    return taken_out(adapter, starts)
+
+
+def plain(adapter: Adapter) -> Adapter:
+    """A residual of a LoRA as the LoRA of twice the rank that does the same, as PEFT converts it.
+
+    Raises:
+        UnsupportedField: it is of another method, of which no LoRA is the same.
+    """
+    assert isinstance(adapter.variant, Residual)
+    method = adapter.variant.method
+    if not isinstance(method, LoRA):
+        raise UnsupportedField(
+            f"adapter '{adapter.name}' is {method.name} over a residual, of which no LoRA is the same",
+            next_step="use format='native'",
+        )
+    return replace(to_lora(adapter), provenance=adapter.provenance)
 
 
 def bias(value: Any) -> str:
@@ -284,4 +337,7 @@ METHOD = Method(
     write_site=write_site,
     check_site=check_site,
     read_inner=read_inner,
+    start="init_lora_weights",
+    begun=begun,
+    converted={Residual: plain},
 )

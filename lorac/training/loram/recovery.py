@@ -1,0 +1,149 @@
+"""What was trained on a smaller model, for the large one; and the smaller model made used to what it has lost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorac.adapters.fit import check_adapter
+from lorac.errors import AdapterNotFound, BatchesNeeded, ShapeMismatch, none_of
+from lorac.ir.host.sites import find_sites
+from lorac.training.loram.kept import Kept
+from lorac.training.loram.smaller import Smaller
+from lorac.training.starts.gradients import Loss, loss_of
+from lorac.variants.adapter import Adapter
+from lorac.variants.lora import LoRA
+
+Tensor = torch.Tensor
+FILLS = ("zeros", "normal")
+
+
+def recover(
+    adapter: Adapter, kept: Mapping[str, Kept], model: nn.Module, *, fill: str = "zeros", seed: int = 0
+) -> Adapter:
+    """A LoRA of a smaller model as one of the large: A's columns and B's rows where they were, nothing elsewhere.
+
+    ΔW of the large weight is s·B·A at the rows and columns kept, and 0 elsewhere.
+
+    Args:
+        adapter: trained on the smaller model; only read.
+        kept: ``Smaller.kept``, or ``read_kept``.
+        model: the large one; only read.
+        fill: ``"zeros"``; or ``"normal"``, the authors' other choice: missing columns of A are N(0, 1/r²), so that the
+            large model changes at once where columns were pruned.
+        seed: for ``"normal"``.
+
+    Raises:
+        AdapterNotFound: the adapter is of another method.
+        ShapeMismatch: the adapter is not of the smaller model, or the smaller model not of this large one.
+        UnknownOption: there is no such fill.
+        SiteError, AdapterError: the result does not fit the large model.
+    """
+    if not isinstance(adapter.variant, LoRA):
+        raise AdapterNotFound(
+            f"'{adapter.name}' is {adapter.variant.name}, and what lorac recovers is a LoRA",
+            next_step="lorac.to_lora makes one of it, on the smaller model",
+        )
+    if fill not in FILLS:
+        raise none_of("there is no fill", fill, FILLS)
+    sites, generator = find_sites(model), torch.Generator().manual_seed(seed)
+    tensors = {}
+    for path, own in adapter.tensors.items():
+        one = kept.get(path)
+        if one is not None and path in sites and one.shape != (sites[path].out_features, sites[path].in_features):
+            raise ShapeMismatch(
+                f"'{path}' was pruned from a weight of {list(one.shape)}, and the model's is "
+                f"[{sites[path].out_features}, {sites[path].in_features}]",
+                next_step="give the large model that the smaller one was pruned from",
+            )
+        tensors[path] = dict(own) if one is None else _scattered(adapter, path, own, one, fill == "normal", generator)
+    recovered = Adapter(adapter.name, adapter.variant, tensors, dict(adapter.replaced))
+    check_adapter(recovered, sites, model)
+    return recovered
+
+
+def _scattered(
+    adapter: Adapter, path: str, own: Mapping[str, Tensor], kept: Kept, drawn: bool, generator: torch.Generator
+) -> dict[str, Tensor]:
+    a, b = own["lora_A"].detach(), own["lora_B"].detach()
+    if (b.shape[0], a.shape[1]) != kept.small:
+        raise ShapeMismatch(
+            f"'{adapter.name}' has [{b.shape[0]}, {a.shape[1]}] at '{path}', of which the smaller model has "
+            f"{list(kept.small)}",
+            next_step="give the adapter that was trained on that model, or the kept= of the other",
+        )
+    (out, columns), r = kept.shape, len(a)
+    wide = torch.randn(r, columns, generator=generator).to(a) / r if drawn else a.new_zeros(r, columns)
+    wide[:, kept.columns] = a
+    found = {"lora_A": wide, "lora_B": b.new_zeros(out, r).index_copy(0, kept.rows, b)}
+    if "lora_bias" in own:
+        bias = own["lora_bias"].detach()
+        found["lora_bias"] = bias.new_zeros(out).index_copy(0, kept.rows, bias)
+    return found
+
+
+def align(
+    smaller: Smaller,
+    batches: Iterable[Any],
+    *,
+    steps: int,
+    lr: float = 5e-5,
+    warmup: int = 100,
+    loss: Loss | None = None,
+    each: Callable[[int, float], None] | None = None,
+) -> None:
+    """Train all of a smaller model, but its head, to make up for what it lost; masked weights stay 0.
+
+    AdamW with a linear warm-up and a cosine to 0, the paper's. Without it an adapter recovers too, less well.
+
+    Args:
+        smaller: its model is trained in place.
+        batches: what it is called with, one a step.
+        steps: how many steps; with fewer batches it ends where they do.
+        lr: the largest learning rate.
+        warmup: steps that it rises in, at most a tenth of all.
+        loss: (model, batch) -> the loss; default: the model's own.
+        each: is told of every step: its number and loss.
+
+    Raises:
+        BatchesNeeded: there are none, or none with a loss.
+    """
+    model, rising = smaller.model, min(warmup, steps // 10)
+    trained = _trained(model)
+    optimizer = torch.optim.AdamW(trained, lr=lr)
+
+    def rate(step: int) -> float:
+        risen = (step + 1) / max(rising, 1)
+        return min(risen, 0.5 * (1 + math.cos(math.pi * max(step - rising, 0) / max(steps - rising, 1))))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    step, mode = -1, model.training
+    model.train()
+    for step, batch in zip(range(steps), batches, strict=False):
+        found = (loss or loss_of)(model, batch)
+        optimizer.zero_grad()
+        found.backward()
+        optimizer.step()
+        schedule.step()
+        _hold(smaller)
+        if each is not None:
+            each(step, float(found.detach()))
+    model.train(mode)
+    if step < 0:
+        raise BatchesNeeded("there are no batches to align with", next_step="give at least one batch")
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    frozen = set() if head is None else {id(parameter) for parameter in head.parameters()}
+    return [parameter for parameter in model.parameters() if id(parameter) not in frozen]
+
+
+@torch.no_grad()
+def _hold(smaller: Smaller) -> None:
+    for name, mask in smaller.masks.items():
+        smaller.model.get_parameter(name).mul_(mask)

@@ -1,0 +1,261 @@
+"""A smaller model to train on: heads and hidden units taken out, or single weights set to 0."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorac.adapters.fresh import output_layers
+from lorac.errors import SiteUnsupported, UnknownOption, none_of
+from lorac.ir.host.patterns import layer_index, select
+from lorac.ir.host.sites import Site, SiteKind, base_of, find_sites
+from lorac.training.loram.kept import Kept
+from lorac.training.loram.units import HEADS, Group, groups_of, kept_of, positions, unit_sums
+from lorac.training.starts.gradients import summed_gradients
+
+Tensor = torch.Tensor
+SCORES = ("magnitude", "gradient", "random")
+
+
+@dataclass(frozen=True)
+class Smaller:
+    """A smaller model, and what of the large one it has.
+
+    Attributes:
+        model: the smaller model, with weights of its own.
+        kept: path of a layer -> its rows and columns; layers that are whole are left out.
+        masks: name of a parameter -> where it is not 0, of a model whose single weights are masked.
+        sizes: what it comes to, beside the large model.
+    """
+
+    model: nn.Module
+    kept: Mapping[str, Kept]
+    masks: Mapping[str, Tensor]
+    sizes: Sizes
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters and bytes of a large model and of the smaller one; weights that are masked count as bytes still.
+
+    Attributes:
+        parameters: (large, small), those of the small model that are not masked.
+        bytes: (large, small), as they lie in memory.
+    """
+
+    parameters: tuple[int, int]
+    bytes: tuple[int, int]
+
+    def __str__(self) -> str:
+        (large, small), (before, after) = self.parameters, self.bytes
+        return (
+            f"parameters {large:,} -> {small:,} ({large / small:.2f}x fewer) · "
+            f"memory {before / 2**20:.1f} -> {after / 2**20:.1f} MiB ({before / after:.2f}x less)"
+        )
+
+
+def prune(
+    model: nn.Module,
+    *,
+    heads: float = 0.5,
+    hidden: float = 0.5,
+    layers: Collection[int] | None = None,
+    by: str = "magnitude",
+    batches: Iterable[Any] | None = None,
+    loss: Any = None,
+    seed: int = 0,
+) -> Smaller:
+    """A copy without a share of its heads and hidden units; the residual stream, embeddings and norms stay whole.
+
+    Args:
+        model: the large one; left as it was.
+        heads: share of the heads of keys and values that goes, with the heads of queries that read them.
+        hidden: share of the hidden units that goes.
+        layers: the numbers of the layers to prune; default: all.
+        by: what decides: ``"magnitude"``, the sum of squares of a unit's weights; ``"gradient"``, that of
+            |w·∂loss/∂w| over batches (LLM-Pruner); ``"random"``.
+        batches, loss: as a start's (``lorac.training.starts``), for ``"gradient"``.
+        seed: for ``"random"``.
+
+    Raises:
+        UnknownOption: a share is none, or ``by`` is none of these.
+        SiteUnsupported: nothing can be pruned (``groups_of``).
+        BatchesNeeded, SiteUnreached, NonFinite: as ``lorac.training.starts.summed_gradients``.
+    """
+    _require_share("heads", heads)
+    _require_share("hidden", hidden)
+    groups = [
+        group for group in groups_of(model) if layers is None or layer_index(next(iter(group.rows)), ()) in layers
+    ]
+    if not groups:
+        raise UnknownOption(f"layers={sorted(layers or ())} names no layer", next_step="give numbers from 0 on")
+    scores = _scores(
+        model, [path for group in groups for path in (*group.rows, *group.columns)], by, batches, loss, seed
+    )
+    left: list[tuple[Group, Tensor]] = []
+    for group in groups:
+        most = kept_of(group, heads if group.kind == HEADS else hidden)
+        left.append((group, unit_sums(group, scores).topk(most).indices.sort().values))
+    kept = _kept(model, left)
+    small = _sliced(model, kept)
+    _tell(small, left, everywhere=layers is None)
+    return Smaller(small, kept, {}, _sizes(model, small, {}))
+
+
+def mask(
+    model: nn.Module,
+    share: float = 0.5,
+    *,
+    pattern: tuple[int, int] | None = None,
+    targets: str | tuple[str, ...] = "all-linear",
+) -> Smaller:
+    """A copy whose smallest weights are 0; its shapes are the large model's, so that recovering changes nothing.
+
+    Args:
+        model: the large one; left as it was.
+        share: of each layer's weights that are set to 0.
+        pattern: (n, m): n of every m weights beside each other in a row are set to 0, such as (4, 8); ``share`` does
+            not count then.
+        targets: the layers, as ``lorac.LoRA`` takes them.
+
+    Raises:
+        UnknownOption: the share is none, or the pattern does not fit.
+        SiteUnsupported: a target is no linear layer.
+        SiteNotFound: the targets name nothing.
+    """
+    _require_share("share", share)
+    sites = find_sites(model)
+    small, masks = copy.deepcopy(model), {}
+    for site in select(sites, targets, heads=output_layers(model)):
+        masks[_linear_weight(site)] = site.store(_mask(site, base_of(model).weight(site), share, pattern))
+    with torch.no_grad():
+        for name, kept in masks.items():
+            small.get_parameter(name).mul_(kept)
+    return Smaller(small, {}, masks, _sizes(model, small, masks))
+
+
+def _linear_weight(site: Site) -> str:
+    if site.kind is not SiteKind.LINEAR or site.weight is None:
+        raise SiteUnsupported(f"'{site.path}' is no linear layer", next_step="narrow targets=")
+    return site.weight
+
+
+def _mask(site: Site, weight: Tensor, share: float, pattern: tuple[int, int] | None) -> Tensor:
+    zeros, block = (int(weight.numel() * share), weight.numel()) if pattern is None else pattern
+    if not 0 <= zeros <= block or weight.numel() % block or (pattern and weight.shape[1] % block):
+        raise UnknownOption(
+            f"pattern={pattern} does not divide the {weight.shape[1]} columns of '{site.path}'",
+            next_step="give (n, m) with m a divisor of the columns and n at most m",
+        )
+    blocks = weight.abs().reshape(-1, block)
+    smallest = blocks.topk(zeros, dim=1, largest=False).indices
+    return torch.ones_like(blocks).scatter(1, smallest, 0).reshape(weight.shape)
+
+
+def _require_share(name: str, share: float) -> None:
+    if not 0 <= share < 1:
+        raise UnknownOption(f"{name}={share} is no share that can go", next_step="give a number from 0 to below 1")
+
+
+def _scores(
+    model: nn.Module, paths: list[str], by: str, batches: Iterable[Any] | None, loss: Any, seed: int
+) -> dict[str, Tensor]:
+    """How much every weight counts, by path of its layer."""
+    if by not in SCORES:
+        raise none_of("nothing is pruned by", by, SCORES)
+    weights: dict[str, Any] = {path: model.get_submodule(path).weight for path in paths}
+    if by == "magnitude":
+        return {path: weight.detach().float().square() for path, weight in weights.items()}
+    if by == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return {path: torch.rand(weight.shape, generator=generator) for path, weight in weights.items()}
+    sites = find_sites(model)
+    found = summed_gradients(model, {path: sites[path] for path in paths}, batches or (), loss)
+    return {path: (weight.detach() * found.sums[path]).abs().float() for path, weight in weights.items()}
+
+
+def _kept(model: nn.Module, left: list[tuple[Group, Tensor]]) -> dict[str, Kept]:
+    found: dict[str, Kept] = {}
+    for group, units in left:
+        for path, width in group.rows.items():
+            weight = _weight(model, path)
+            found[path] = Kept(tuple(weight.shape), positions(units, width), torch.arange(weight.shape[1]))
+        for path, width in group.columns.items():
+            weight = _weight(model, path)
+            found[path] = Kept(tuple(weight.shape), torch.arange(weight.shape[0]), positions(units, width))
+    return found
+
+
+def _weight(model: nn.Module, path: str) -> Any:
+    return model.get_submodule(path).weight
+
+
+def _sliced(model: nn.Module, kept: Mapping[str, Kept]) -> nn.Module:
+    """A copy in which the pruned layers have what is kept of them; what goes is never copied."""
+    memo: dict[int, Any] = {}
+    for path, one in kept.items():
+        layer: Any = model.get_submodule(path)
+        memo[id(layer.weight)] = _like(layer.weight, layer.weight.detach()[one.rows][:, one.columns])
+        if layer.bias is not None:
+            memo[id(layer.bias)] = _like(layer.bias, layer.bias.detach()[one.rows])
+    small = copy.deepcopy(model, memo)
+    for path in kept:
+        layer = small.get_submodule(path)
+        layer.out_features, layer.in_features = layer.weight.shape
+    return small
+
+
+def _like(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value.clone(), requires_grad=parameter.requires_grad)
+
+
+def _tell(small: nn.Module, left: list[tuple[Group, Tensor]], *, everywhere: bool) -> None:
+    """Tell modules their new numbers. transformers' have one configuration for all layers: each gets a copy."""
+    told: dict[str, set[int]] = {}
+    for group, units in left:
+        numbers = _numbers(group, len(units))
+        owner: Any = small.get_submodule(group.owner)
+        _set(owner, numbers)
+        if hasattr(owner, "config"):
+            owner.config = copy.copy(owner.config)
+            _set(owner.config, numbers)
+        for name, number in numbers.items():
+            told.setdefault(name, set()).add(number)
+    if everywhere and hasattr(small, "config"):
+        _set(small.config, {name: min(numbers) for name, numbers in told.items() if len(numbers) == 1})
+
+
+def _numbers(group: Group, left: int) -> dict[str, int]:
+    """The attributes of modules and configurations that say how many units there are."""
+    if group.kind != HEADS:
+        return {"intermediate_size": left, "ffn_dim": left}
+    return {
+        "num_heads": left * group.shared,
+        "num_attention_heads": left * group.shared,
+        "num_key_value_heads": left,
+    }
+
+
+def _set(holder: Any, numbers: Mapping[str, int]) -> None:
+    """Set those of the numbers that a module or configuration has; the size of a head stays, said or not."""
+    if hasattr(holder, "hidden_size") and hasattr(holder, "num_attention_heads"):
+        holder.head_dim = getattr(holder, "head_dim", None) or holder.hidden_size // holder.num_attention_heads
+    for name, number in numbers.items():
+        if isinstance(getattr(holder, name, None), int):
+            setattr(holder, name, number)
+
+
+def _sizes(large: nn.Module, small: nn.Module, masks: Mapping[str, Tensor]) -> Sizes:
+    gone = sum(int(mask.numel() - mask.count_nonzero()) for mask in masks.values())
+    counts, sizes = zip(*(_measured(model) for model in (large, small)), strict=True)
+    return Sizes((counts[0], counts[1] - gone), sizes)
+
+
+def _measured(model: nn.Module) -> tuple[int, int]:
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() * p.itemsize for p in parameters)

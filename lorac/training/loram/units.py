@@ -1,0 +1,123 @@
+"""What of a model can be pruned as one: heads with their keys and values, and hidden units, each over coupled layers.
+
+A unit owns a block of the rows of some layers and of the columns of others. Of grouped attention it is a head of keys
+and values with all heads of queries that read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorac.errors import SiteUnsupported
+
+Tensor = torch.Tensor
+HEADS, HIDDEN = "heads", "hidden"
+_ATTENTION = (("q_proj", "k_proj", "v_proj"), ("o_proj", "out_proj"))
+"""Names of an attention's layers: those that heads are rows of, and those, of which it has one, they are columns of."""
+_MLP = (
+    (("gate_proj", "up_proj"), "down_proj"),
+    (("up_proj",), "down_proj"),
+    (("fc1",), "fc2"),
+    (("w1", "w3"), "w2"),
+)
+"""Names of a perceptron's layers: those that hidden units are rows of, and the one they are columns of."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units of one module.
+
+    Attributes:
+        owner: path of the module.
+        kind: ``"heads"`` or ``"hidden"``.
+        count: how many units there are.
+        rows: path of a layer -> how many of its rows belong to each unit.
+        columns: path of a layer -> how many of its columns do.
+        shared: how many heads of queries read one of keys and values; 1 of others.
+    """
+
+    owner: str
+    kind: str
+    count: int
+    rows: Mapping[str, int] = field(default_factory=dict)
+    columns: Mapping[str, int] = field(default_factory=dict)
+    shared: int = 1
+
+
+def groups_of(model: nn.Module) -> list[Group]:
+    """All that can be pruned, in module order.
+
+    Raises:
+        SiteUnsupported: there is nothing: no module has layers by the names that are known.
+    """
+    found = [
+        group
+        for path, module in model.named_modules()
+        for group in (*_attention(path, module), *_perceptron(path, module))
+    ]
+    if not found:
+        raise SiteUnsupported(
+            f"{type(model).__name__} has no attention of q_proj, k_proj, v_proj and o_proj, and no perceptron of "
+            "gate_proj, up_proj and down_proj, whose heads and units could be pruned",
+            next_step="set single weights to 0 instead, by the function mask beside prune",
+        )
+    return found
+
+
+def _attention(path: str, module: nn.Module) -> Iterator[Group]:
+    inner, outer = _ATTENTION
+    out = next((name for name in outer if _linear(module, name)), None)
+    size = getattr(module, "head_dim", None)
+    if out is None or not size or not all(_linear(module, name) for name in inner):
+        return
+    queries, keys = (_linear(module, name).out_features // size for name in inner[:2])
+    each = queries // keys
+    wide = {f"{path}.{name}": size for name in inner[1:]}
+    yield Group(
+        path, HEADS, keys, {f"{path}.{inner[0]}": each * size, **wide}, {f"{path}.{out}": each * size}, shared=each
+    )
+
+
+def _perceptron(path: str, module: nn.Module) -> Iterator[Group]:
+    for inner, outer in _MLP:
+        if _linear(module, outer) and all(_linear(module, name) for name in inner):
+            start = f"{path}." if path else ""
+            rows = {f"{start}{name}": 1 for name in inner}
+            yield Group(path, HIDDEN, _linear(module, outer).in_features, rows, {f"{start}{outer}": 1})
+            return
+
+
+def _linear(module: nn.Module, name: str) -> Any:
+    layer = getattr(module, name, None)
+    return layer if isinstance(layer, nn.Linear) else None
+
+
+def kept_of(group: Group, share: float) -> int:
+    """How many units are kept when a share of them goes, by the rounding of the authors' code; at least one.
+
+    Hidden units: I − ⌈I·share⌉; heads of grouped attention: H − ⌊H·share⌋; of plain attention: ⌊H·(1 − share)⌋.
+    """
+    exact = group.count * share
+    if group.kind == HIDDEN:
+        left = group.count + int(-exact // 1)
+    else:
+        left = group.count - int(exact) if group.shared > 1 else int(group.count * (1 - share))
+    return max(left, 1)
+
+
+def unit_sums(group: Group, scores: Mapping[str, Tensor]) -> Tensor:
+    """How much each unit (count,) counts, from how much each weight does, (out, in) by path of a layer."""
+    total = sum(scores[path].sum(1).unflatten(0, (group.count, -1)).sum(1) for path in group.rows)
+    total = total + sum(scores[path].sum(0).unflatten(0, (group.count, -1)).sum(1) for path in group.columns)
+    assert isinstance(total, Tensor)
+    return total
+
+
+def positions(units: Tensor, width: int) -> Tensor:
+    """The rows, or columns, of some units of a layer."""
+    return (units[:, None] * width + torch.arange(width)).flatten()

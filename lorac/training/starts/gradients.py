@@ -1,0 +1,129 @@
+"""Gradients of base weights, summed over batches; at no time is there a gradient of more than one weight besides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorac.errors import BatchesNeeded, NonFinite, SiteUnreached, SiteUnsupported
+from lorac.ir.host.sites import Site, factor_dtype, stored_tensor
+from lorac.training.starts.borrowing import borrowed, called, removing
+
+Tensor = torch.Tensor
+Loss = Callable[[nn.Module, Any], Tensor]
+"""(model, batch) -> the loss, a scalar."""
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What batches gave.
+
+    Attributes:
+        sums: path of a site -> ΣG (out, in) over the batches, in the dtype of factors; of a stack (E, out, in).
+        batches: how many there were.
+    """
+
+    sums: Mapping[str, Tensor]
+    batches: int
+
+
+def loss_of(model: nn.Module, batch: Any) -> Tensor:
+    """The loss that a model answers itself.
+
+    Raises:
+        BatchesNeeded: it answers none.
+    """
+    answer = called(model, batch)
+    loss = answer.get("loss") if isinstance(answer, Mapping) else getattr(answer, "loss", None)
+    if not isinstance(loss, Tensor):
+        raise BatchesNeeded(
+            f"the model answers a batch with {type(answer).__name__} without a loss",
+            next_step="give batches with labels, or a loss: loss=lambda model, batch: …, a scalar",
+        )
+    return loss
+
+
+def summed_gradients(
+    model: nn.Module, sites: Mapping[str, Site], batches: Iterable[Any], loss: Loss | None = None
+) -> Gradients:
+    """ΣG over batches of the weights of some sites, in training mode, as the paper's code has it.
+
+    Args:
+        model: left as it was.
+        sites: by path.
+        batches: what the model is called with.
+        loss: default: the model's own.
+
+    Raises:
+        BatchesNeeded: there is no batch, or none with a loss.
+        SiteUnsupported: a weight is no parameter.
+        SiteUnreached: no batch gives a site a gradient.
+        NonFinite: a gradient is NaN or infinite.
+    """
+    owners: dict[str, list[str]] = {}
+    for path, site in sites.items():
+        owners.setdefault(_parameter(site, model), []).append(path)
+    sums: dict[str, Tensor] = {}
+    count = 0
+    with borrowed(model, training=True), torch.enable_grad(), removing([]) as handles:
+        _watch(model, {name: sites[paths[0]] for name, paths in owners.items()}, sums, handles)
+        for batch in batches:
+            _descend((loss or loss_of)(model, batch))
+            count += 1
+    if not count:
+        raise BatchesNeeded("there are no batches to take gradients of", next_step="give at least one batch")
+    return Gradients({path: _of(path, name, sums) for name, paths in owners.items() for path in paths}, count)
+
+
+def _descend(loss: Tensor) -> None:
+    """Take gradients; of a loss that no weight reaches it is told by site, afterwards."""
+    if loss.requires_grad:
+        loss.backward()
+
+
+def _parameter(site: Site, model: nn.Module) -> str:
+    assert site.weight is not None
+    if not isinstance(stored_tensor(model, site.weight), nn.Parameter):
+        raise SiteUnsupported(
+            f"the weight of '{site.path}' is no parameter, so that it has no gradient",
+            next_step="narrow targets=, or exclude= the module",
+        )
+    return site.weight
+
+
+def _watch(model: nn.Module, sites: Mapping[str, Site], sums: dict[str, Tensor], handles: list[Any]) -> None:
+    """Have every weight's gradient added to its sum, and freed, as soon as it is there."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        parameter.grad = None
+
+    def adding(name: str, site: Site) -> Callable[[Tensor], None]:
+        def add(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            found = site.present(parameter.grad).to(factor_dtype(site.dtype))
+            sums[name] = sums[name] + found if name in sums else found.clone()
+            parameter.grad = None
+
+        return add
+
+    for name, site in sites.items():
+        weight = stored_tensor(model, name)
+        weight.requires_grad_(True)
+        handles.append(weight.register_post_accumulate_grad_hook(adding(name, site)))
+
+
+def _of(path: str, name: str, sums: Mapping[str, Tensor]) -> Tensor:
+    if name not in sums:
+        raise SiteUnreached(
+            f"no batch gives the weight of '{path}' a gradient", next_step="exclude= it, or give batches that reach it"
+        )
+    if not sums[name].isfinite().all():
+        raise NonFinite(
+            f"the gradient of the weight of '{path}' is not finite",
+            next_step="look for NaN in the batches, or compute in float32",
+        )
+    return sums[name]

@@ -1,0 +1,290 @@
+"""LoRAM: what is pruned, the smaller model against the large one with zeros there, and adapters brought back."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import lorac
+from lorac.testing import parity
+from lorac.testing.checks import assert_close
+from lorac.training import loram
+from lorac.training.loram import Kept
+from lorac.training.loram.units import Group, kept_of
+from tests import zoo
+from tests.limits import assert_apart
+from tests.training.loops import data, plain_loop
+
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def llama(*, heads: int = 4, groups: int = 2, layers: int = 2, bias: bool = False) -> Any:
+    """A Llama in float64 with heads of 6 over a width of 24, its weights large enough to matter."""
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=24,
+        intermediate_size=20,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=6,
+        attention_bias=bias,
+        mlp_bias=bias,
+        initializer_range=0.3,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(config).eval().double()
+        for parameter in model.parameters():
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
+    return model
+
+
+def batch(seed: int = 0) -> dict[str, Tensor]:
+    ids = torch.randint(50, (2, 7), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "labels": ids}
+
+
+def trained(model: Any, **fields: Any) -> lorac.Adapter:
+    """An adapter of all layers of a model, away from its start."""
+    variant = lorac.LoRA(r=3, alpha=5, targets=ALL, **fields)
+    adapter = lorac.compile(model, {"a": variant}).adapters["a"]
+    generator = torch.Generator().manual_seed(4)
+    tensors = {
+        path: {key: torch.randn(t.shape, generator=generator, dtype=torch.float64) * 0.07 for key, t in own.items()}
+        for path, own in adapter.tensors.items()
+    }
+    return lorac.Adapter("a", adapter.variant, tensors)
+
+
+def emptied(model: Any, kept: dict[str, Kept]) -> Any:
+    """The large model with what was pruned set to 0."""
+    model = copy.deepcopy(model)
+    for path, one in kept.items():
+        layer = model.get_submodule(path)
+        rows, columns = (torch.ones(size, dtype=torch.float64) for size in one.shape)
+        rows[one.rows], columns[one.columns] = 0, 0
+        layer.weight.data *= ((1 - rows)[:, None]) * (1 - columns)
+        if layer.bias is not None:
+            layer.bias.data *= 1 - rows
+    return model
+
+
+@torch.no_grad()
+def logits(model: Any, adapter: lorac.Adapter | None = None) -> Tensor:
+    ids = batch()["input_ids"]
+    return (model if adapter is None else lorac.compile(model, {"a": adapter}))(input_ids=ids).logits  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("groups", "bias"), [(2, False), (1, True), (4, False)])
+@pytest.mark.parametrize("layers", [None, [1]])
+@pytest.mark.parametrize("by", ["magnitude", "gradient", "random"])
+def test_the_smaller_model_is_the_large_one_with_zeros(groups: int, bias: bool, layers: Any, by: str) -> None:
+    """With adapters too: recovered, one does at the emptied large model what it does at the small one."""
+    model = llama(groups=groups, bias=bias)
+    before = zoo.fingerprint(model)
+    smaller = loram.prune(model, heads=0.5, hidden=0.4, layers=layers, by=by, batches=[batch(1)])
+    assert zoo.fingerprint(model)[1] == before[1]
+    large = emptied(model, dict(smaller.kept))
+    assert_close(logits(smaller.model), logits(large))
+    assert_apart(logits(large), logits(model))
+    adapter = trained(smaller.model)
+    recovered = loram.recover(adapter, smaller.kept, model)
+    parity.assert_parity(logits(large, recovered), logits(smaller.model, adapter), logits(large))
+
+
+def test_the_recovered_model_is_the_large_one_with_scattered_factors() -> None:
+    """At the untouched large model: W + s·B·A at the rows and columns kept, and W elsewhere."""
+    model = llama()
+    smaller = loram.prune(model)
+    adapter = trained(smaller.model)
+    by_hand = copy.deepcopy(model)
+    for path, own in adapter.tensors.items():
+        one, weight = smaller.kept[path], by_hand.get_submodule(path).weight.data
+        weight[one.rows[:, None], one.columns] += 5 / 3 * own["lora_B"] @ own["lora_A"]
+    recovered = loram.recover(adapter, smaller.kept, model)
+    parity.assert_parity(logits(model, recovered), logits(by_hand), logits(model))
+
+
+def test_by_hand() -> None:
+    """m = n = 3, R = {0, 2}, C = {1}, s = 2, A = [[3]], B = [[1], [−1]]: ΔW = [[0, 6, 0], [0, 0, 0], [0, −6, 0]]."""
+    model = nn.Sequential(nn.Linear(3, 3, bias=False)).double()
+    own = {"lora_A": torch.tensor([[3.0]]).double(), "lora_B": torch.tensor([[1.0], [-1]]).double()}
+    adapter = lorac.Adapter("a", lorac.LoRA(r=1, alpha=2, targets=("0",)), {"0": own})
+    kept = {"0": Kept((3, 3), torch.tensor([0, 2]), torch.tensor([1]))}
+    found = loram.recover(adapter, kept, model).tensors["0"]
+    assert (2 * found["lora_B"] @ found["lora_A"]).tolist() == [[0, 6, 0], [0, 0, 0], [0, -6, 0]]
+
+
+def test_a_head_of_keys_takes_its_heads_of_queries_along() -> None:
+    """Of 4 heads in 2 groups, without the second group: rows 12 to 23 of q and columns 12 to 23 of o go."""
+    model = llama()
+    attention = model.model.layers[0].self_attn
+    for name in ("k_proj", "v_proj"):
+        getattr(attention, name).weight.data[6:] *= 1e-3
+    kept = loram.prune(model, hidden=0).kept
+    path = "model.layers.0.self_attn"
+    assert kept[f"{path}.k_proj"].rows.tolist() == list(range(6))
+    assert kept[f"{path}.q_proj"].rows.tolist() == list(range(12))
+    assert kept[f"{path}.o_proj"].columns.tolist() == list(range(12))
+    assert kept[f"{path}.o_proj"].small == (24, 12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shared", "count", "share", "left"),
+    [("hidden", 1, 28672, 0.85, 4300), ("heads", 8, 8, 0.85, 2), ("heads", 1, 64, 0.85, 9), ("heads", 2, 2, 0.9, 1)],
+)
+def test_sizes_of_the_paper(kind: str, shared: int, count: int, share: float, left: int) -> None:
+    """Llama-2-70B at 0.85: 28672 hidden units to 4300, 8 heads of keys to 2."""
+    assert kept_of(Group("", kind, count, shared=shared), share) == left
+
+
+def test_nothing_pruned_is_lora() -> None:
+    model = llama()
+    smaller = loram.prune(model, heads=0, hidden=0)
+    adapter = trained(model)
+    assert_close(logits(smaller.model, adapter), logits(model, adapter))
+    assert_close(logits(model, loram.recover(adapter, smaller.kept, model)), logits(model, adapter))
+    assert smaller.sizes.parameters[0] == smaller.sizes.parameters[1]
+
+
+def test_recovering_is_linear_and_begins_at_the_base() -> None:
+    model = llama()
+    smaller = loram.prune(model, by="random", seed=3)
+    fresh = lorac.compile(smaller.model, {"a": lorac.LoRA(r=3, targets=ALL)}).adapters["a"]
+    recovered = loram.recover(fresh, smaller.kept, model)
+    assert torch.equal(logits(model, recovered), logits(model))
+    back = {path: one for path, one in smaller.kept.items()}
+    for path, own in loram.recover(trained(smaller.model), smaller.kept, model).tensors.items():
+        one, first = back[path], trained(smaller.model).tensors[path]
+        assert torch.equal(own["lora_A"][:, one.columns], first["lora_A"])
+        assert torch.equal(own["lora_B"][one.rows], first["lora_B"])
+    drawn = loram.recover(trained(smaller.model), smaller.kept, model, fill="normal")
+    assert_apart(logits(model, drawn), logits(model, loram.recover(trained(smaller.model), smaller.kept, model)))
+
+
+def test_a_model_trains_small_and_runs_large(tmp_path: Path) -> None:
+    """The whole way, two of three layers pruned, over a file of positions and the format of PEFT."""
+    model = zoo.ZOO["tiny_llama"].fresh()
+    smaller = loram.prune(model, layers=[0, 2])
+    whole = model.model.layers[1].self_attn.q_proj.weight.shape
+    assert smaller.model.model.layers[1].self_attn.q_proj.weight.shape == whole
+    assert smaller.model.config.num_attention_heads == model.config.num_attention_heads
+    compiled = lorac.compile(smaller.model, {"a": lorac.LoRA(r=2, targets=ALL)})
+    losses = plain_loop(compiled, data("tiny_llama", 8, distinct=False), lr=1e-2)
+    assert losses[-1] < losses[0]
+    loram.write_kept(smaller.kept, tmp_path / "kept.safetensors")
+    lorac.save_adapter(compiled.adapters["a"], tmp_path / "small", model=smaller.model)
+    small = lorac.load_adapter(tmp_path / "small", smaller.model)
+    mine = loram.recover(small, loram.read_kept(tmp_path / "kept.safetensors"), model)
+    expected = loram.recover(compiled.adapters["a"], smaller.kept, model)
+    assert all(torch.equal(mine.tensors[p][k], t) for p, own in expected.tensors.items() for k, t in own.items())
+    lorac.save_adapter(mine, tmp_path / "large", model=model)
+    lorac.compile(model, {"a": tmp_path / "large"})
+
+
+def test_generates_when_pruned_evenly() -> None:
+    """The configuration of the whole model then says the new numbers too."""
+    model = llama()
+    small = loram.prune(model, by="random").model
+    assert (small.config.num_attention_heads, small.config.num_key_value_heads) == (2, 1)
+    assert (small.config.intermediate_size, small.config.head_dim) == (10, 6)
+    assert model.config.num_attention_heads == 4
+    ids = batch()["input_ids"][:1]
+    greedy = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    cached, plain = (small.generate(ids, use_cache=cache, **greedy) for cache in (True, False))
+    assert torch.equal(cached, plain)
+
+
+def test_what_it_comes_to() -> None:
+    """Of each layer half of q, k, v, o (24·24, 2·12·24, 24·24) and of 3·20·24 goes; 4 bytes a value more or less."""
+    smaller = loram.prune(llama())
+    large, small = smaller.sizes.parameters
+    assert large - small == 2 * (2 * 24 * 24 + 2 * 12 * 24 + 3 * 20 * 24) // 2
+    assert smaller.sizes.bytes == (8 * large, 8 * small)
+    assert f"{large:,} -> {small:,}" in str(smaller.sizes)
+
+
+@pytest.mark.parametrize("pattern", [None, (2, 4)])
+def test_masks(pattern: Any) -> None:
+    """Half of the weights are 0, the smaller half; recovering is the identity."""
+    model = llama()
+    smaller = loram.mask(model, 0.5, pattern=pattern, targets=("q_proj", "down_proj"))
+    weight, masked = (m.model.layers[0].self_attn.q_proj.weight for m in (model, smaller.model))
+    assert int((masked == 0).sum()) == weight.numel() // 2
+    assert torch.equal(masked[masked != 0], weight[masked != 0])
+    if pattern:
+        assert ((masked == 0).unflatten(1, (-1, 4)).sum(-1) == 2).all()
+    else:
+        assert weight[masked == 0].abs().max() <= weight[masked != 0].abs().min()
+    assert smaller.sizes.parameters[0] - smaller.sizes.parameters[1] == sum(
+        int((m == 0).sum()) for m in smaller.masks.values()
+    )
+    adapter = trained(smaller.model)
+    assert_close(logits(model, loram.recover(adapter, smaller.kept, model)), logits(model, adapter))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_aligning(masked: bool) -> None:
+    """The loss falls, the head and what is masked stay, and the large model is untouched."""
+    model = llama()
+    smaller = loram.mask(model) if masked else loram.prune(model)
+    head, told = smaller.model.lm_head.weight.clone(), []
+    before = [parameter.clone() for parameter in model.parameters()]
+    loram.align(smaller, [batch()] * 30, steps=30, lr=3e-3, each=lambda step, loss: told.append(loss))
+    assert len(told) == 30 and told[-1] < 0.8 * told[0]
+    assert torch.equal(smaller.model.lm_head.weight, head)
+    assert all(not smaller.model.get_parameter(name)[mask == 0].any() for name, mask in smaller.masks.items())
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_mismatched_models_are_refused() -> None:
+    model = llama()
+    smaller, other = loram.prune(model), loram.prune(model, hidden=0.2)
+    adapter = trained(smaller.model)
+    with pytest.raises(lorac.ShapeMismatch, match="of which the smaller model has"):
+        loram.recover(adapter, other.kept, model)
+    with pytest.raises(lorac.ShapeMismatch, match="was pruned from a weight of"):
+        loram.recover(adapter, smaller.kept, llama(heads=6))
+    with pytest.raises(lorac.SiteNotFound):
+        loram.recover(adapter, smaller.kept, llama(layers=1))
+    with pytest.raises(lorac.ShapeMismatch):
+        loram.recover(adapter, {}, model)
+    dora = lorac.compile(smaller.model, {"a": lorac.DoRA(r=2, targets=("q_proj",))}).adapters["a"]
+    with pytest.raises(lorac.AdapterNotFound, match="dora"):
+        loram.recover(dora, smaller.kept, model)
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (lambda m: loram.prune(m, heads=1.0), lorac.UnknownOption),
+        (lambda m: loram.prune(m, by="size"), lorac.UnknownOption),
+        (lambda m: loram.prune(m, layers=[7]), lorac.UnknownOption),
+        (lambda m: loram.prune(m, by="gradient"), lorac.BatchesNeeded),
+        (lambda m: loram.prune(nn.Sequential(nn.Linear(3, 3))), lorac.SiteUnsupported),
+        (lambda m: loram.mask(m, pattern=(4, 7)), lorac.UnknownOption),
+        (lambda m: loram.mask(m, targets=("embed_tokens",)), lorac.SiteUnsupported),
+        (lambda m: loram.align(loram.prune(m), [], steps=3), lorac.BatchesNeeded),
+        (lambda m: loram.recover(trained(m), {}, m, fill="ones"), lorac.UnknownOption),
+    ],
+)
+def test_refusals(call: Any, error: Any) -> None:
+    model = llama()
+    before = zoo.fingerprint(model)
+    with pytest.raises(error):
+        call(model)
+    assert zoo.fingerprint(model)[1] == before[1]
+
+
+def test_a_file_of_positions_that_are_none(tmp_path: Path) -> None:
+    kept = {"0": Kept((3, 3), torch.tensor([0, 5]), torch.tensor([1]))}
+    loram.write_kept(kept, tmp_path / "kept.safetensors")
+    with pytest.raises(lorac.CorruptFile, match="does not have"):
+        loram.read_kept(tmp_path / "kept.safetensors")
