@@ -86,10 +86,7 @@ def write(
     }
     if accelerator.is_main_process:
         with told(folder, CorruptFile, "written"), replacing(folder / f"{PREFIX}{step}") as aside:
-            aside.mkdir()
-            for name, adapter in adapters.items():
-                lorac.save_adapter(adapter, aside / f"{name}{NATIVE}", format="native")
-            torch.save(state, aside / STATE)
+            _fill(aside, adapters, state)
     accelerator.wait_for_everyone()
 
 
@@ -101,6 +98,13 @@ def save(adapter: Adapter, folder: Path, model: nn.Module) -> Path:
         folder = folder.with_name(f"{folder.name}{NATIVE}")
         lorac.save_adapter(adapter, folder, format="native", model=model)
     return folder
+
+
+def _fill(folder: Path, adapters: Mapping[str, Adapter], state: Mapping[str, Any]) -> None:
+    folder.mkdir()
+    for name, adapter in adapters.items():
+        lorac.save_adapter(adapter, folder / f"{name}{NATIVE}", format="native")
+    torch.save(state, folder / STATE)
 
 
 def _random() -> dict[str, Any]:

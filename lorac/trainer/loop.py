@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from torch import nn
 import lorac
 from lorac.errors import ChoiceError, MissingExtra
 from lorac.progress import progress
-from lorac.trainer import checkpoints, named
+from lorac.trainer import checkpoints, named, texts
 from lorac.trainer.checkpoints import Checkpoint
 from lorac.trainer.data import Data
 from lorac.trainer.recipe import Recipe
@@ -31,7 +31,8 @@ def train(model: nn.Module, tokenizer: Any, recipe: Recipe, out: str | Path, *, 
     """Train the adapters of a recipe, and save each in ``out``: in PEFT's format, or where it has no place in lorac's.
 
     Besides, ``out`` gets ``log.jsonl`` (step, loss, rate, tokens per second; losses of held-out rows) and the
-    checkpoints. Under ``accelerate launch`` it trains on several processes, each with ``batch_size`` rows a call.
+    checkpoints. Under ``torchrun`` or ``accelerate launch`` it trains on several processes,
+    each with ``batch_size`` rows a call.
 
     Args:
         model: the base, left as it was.
@@ -119,16 +120,20 @@ class _Run:
         with rule:
             if checkpoint is None:
                 log.write(step=0, held_out_loss=self.held_out_loss())
-            for batch in batches:
-                log.call(self.call(model, held, batch), batch)
-                if not accelerator.sync_gradients:
-                    continue
+            for _ in self.taken(model, held, batches, log):
                 done += 1
                 yield log.step(done, scheduler.get_last_lr()[0], every=recipe.logging_steps)
                 scheduler.step()
                 if recipe.save_steps and done % recipe.save_steps == 0:
                     checkpoints.write(self.folder, done, self.compiled.adapters, optimizer, scheduler, accelerator)
             log.write(step=done, held_out_loss=self.held_out_loss())
+
+    def taken(self, model: nn.Module, optimizer: Any, batches: Iterable[Any], log: _Log) -> Iterator[None]:
+        """Every step, once it is taken."""
+        for batch in batches:
+            log.call(self.call(model, optimizer, batch), batch)
+            if self.accelerator.sync_gradients:
+                yield
 
     def call(self, model: nn.Module, optimizer: Any, batch: Any) -> torch.Tensor:
         """One call and its gradients, and a step where its turn is; gives the loss."""
@@ -143,17 +148,19 @@ class _Run:
         return loss.detach()
 
     def held_out_loss(self) -> float | None:
-        """The mean over the batches of the rows held out; None where there are none."""
+        """The mean over the tokens that count of the rows held out; None where there are none."""
         batches = self.data.held_out()
         if not batches:
             return None
-        device = self.accelerator.device
         self.compiled.eval()
-        with torch.no_grad():
-            losses = [
-                self.compiled(**{name: tensor.to(device) for name, tensor in batch.items()}).loss for batch in batches
-            ]
-        return float(torch.stack(losses).mean())
+        total, counted = 0.0, 0
+        for batch in batches:
+            given = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+            with torch.no_grad():
+                loss = self.compiled(**given).loss
+            weight = int((batch["labels"][:, 1:] != texts.UNCOUNTED).sum())
+            total, counted = total + float(loss) * weight, counted + weight
+        return total / max(counted, 1)
 
 
 class _Log:
@@ -181,11 +188,12 @@ class _Log:
     def write(self, **told: Any) -> None:
         """Add a line of what is known; losses and speed are counted anew from here."""
         known = {name: value for name, value in told.items() if value is not None}
-        if self.accelerator.is_main_process and len(known) > 1:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                file.write(json.dumps(known) + "\n")
         self._begin()
+        if len(known) < 2 or not self.accelerator.is_main_process:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(known) + "\n")
 
     def _begin(self) -> None:
         self._losses: list[torch.Tensor] = []

@@ -122,9 +122,10 @@ def _rows(lines: Lines, tokenizer: Any, max_length: int) -> Iterator[Row]:
     for line in lines:
         if line.keys() >= PLAIN:
             running += [*_tokens(tokenizer, line["text"]), *end]
-            while len(running) >= max_length:
-                yield running[:max_length], running[:max_length]
-                running = running[max_length:]
+            whole = len(running) // max_length
+            cut = (running[row * max_length : (row + 1) * max_length] for row in range(whole))
+            yield from ((tokens, tokens) for tokens in cut)
+            running = running[whole * max_length :]
             continue
         asked, said = _asked(line, tokenizer, end)
         tokens, counted = [*asked, *said][:max_length], [*[UNCOUNTED] * len(asked), *said][:max_length]
