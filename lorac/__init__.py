@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from lorac.variants.dora import DoRA
     from lorac.variants.dylora import DyLoRA
     from lorac.variants.fourierft import FourierFT
+    from lorac.variants.full import Full
     from lorac.variants.hira import HiRA
     from lorac.variants.hra import HRA
     from lorac.variants.hydra import Hydra
@@ -124,6 +125,7 @@ __all__ = [  # noqa: RUF022  (in plain order: BAT and OFT are no constants)
     "FormatError",
     "FormulaFailed",
     "FourierFT",
+    "Full",
     "HRA",
     "HiRA",
     "Hydra",

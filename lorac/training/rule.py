@@ -137,7 +137,7 @@ class Rule(ABC):
             if term.adapter not in adapters or adapters[term.adapter].tensors.get(term.site) is not term.tensors:
                 raise Unavailable(
                     f"adapter '{term.adapter}' is not what it was when {type(self).__name__} was put on",
-                    next_step="take the rule off by its remove(), and put it on anew",
+                    next_step="take the rule off, and put it on anew",
                 )
 
     def _save(self, optimizer: Any, state_dict: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ METHODS = {
     "DoRA",
     "DyLoRA",
     "FourierFT",
+    "Full",
     "HRA",
     "HiRA",
     "Hydra",

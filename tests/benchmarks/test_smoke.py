@@ -73,7 +73,10 @@ ROWS = {
         ["live", "fused"],
     ],
     "threads": [["eager"] * 4 + ["onnxruntime"] * 4],
-    "train": [["lora q,v"] * 2 + ["dora all checkpointed"] * 2],
+    "train": [
+        ["lora q,v"] * 2 + ["dora all checkpointed"] * 2,
+        [rule for rule in ("LoRA+", "LoRA+ in PEFT", "AltLoRA", "ALLoRA") for _ in range(2)],
+    ],
     "variants": [["lora"]],
 }
 """The first cells of every table of a smoke run."""

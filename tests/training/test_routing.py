@@ -73,7 +73,7 @@ def test_losses_keep_their_gradient_and_samples_their_baseline() -> None:
     losses = drawn(3, 2, seed=1).requires_grad_()
     log_probs = drawn(3, 2, seed=2).requires_grad_()
     leave_one_out(losses, log_probs).backward()
-    assert_close(losses.grad, torch.full((3, 2), 1 / 6).double())
+    assert_close(losses.grad, torch.full((3, 2), 1 / 6, dtype=torch.float64))
     assert_close(log_probs.grad, (losses - losses.mean(0)).detach() / 2 / 2)
     others = (losses.sum(0) - losses) / 2
     assert_close(log_probs.grad, (losses - others).detach() / 3 / 2)

@@ -133,14 +133,9 @@ class AltLoRA(Rule):
 
     def before(self) -> None:
         """Put M in the place of the gradient of the factor whose turn it is, and take the other's away."""
-        rates = {id(t): group for group in self.optimizer.param_groups for t in group["params"]}
+        groups = {id(t): group for group in self.optimizer.param_groups for t in group["params"]}
         for sides in self._sides:
-            moved: Tensor | None = None
-            for letter, side in zip("AB", sides, strict=True):
-                if letter not in self.turn:
-                    side.own.grad = None
-                elif side.own.grad is not None:
-                    moved = self._turn(side, moved, rates[id(side.own)])
+            self._both_turns(sides, groups)
 
     def after(self) -> None:
         """The next turn."""
@@ -162,6 +157,14 @@ class AltLoRA(Rule):
             for side, own in zip(sides, saved, strict=True):
                 side.state = copied(own, side.own)
         self._skip()
+
+    def _both_turns(self, sides: tuple[_Side, _Side], groups: Mapping[int, Mapping[str, Any]]) -> None:
+        moved: Tensor | None = None
+        for letter, side in zip("AB", sides, strict=True):
+            if letter not in self.turn:
+                side.own.grad = None
+            elif side.own.grad is not None:
+                moved = self._turn(side, moved, groups[id(side.own)])
 
     def _turn(self, side: _Side, partner: Tensor | None, group: Mapping[str, Any]) -> Tensor:
         """Give one factor its direction as gradient; answers the factor as it will be after the step.

@@ -76,7 +76,7 @@ class Squeeze(Rule):
         if not stages or not falling or min(steps) < 1 or min(ranks) < 1:
             raise ChoiceError(
                 f"stages={list(stages)} are no (rank, steps) of falling ranks",
-                next_step="lorac.training.rank_stages(32, 4, steps) gives such",
+                next_step="the ranks halve in those of rank_stages",
             )
         _refuse_processes()
         self.stages, self.steps = tuple(stages), 0
@@ -124,5 +124,5 @@ def _refuse_processes() -> None:
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise Unavailable(
             "Squeeze exchanges tensors that several processes' wrapper holds",
-            next_step="train a stage, compile anew with lorac.training.squeezed(adapter, rank), and wrap that",
+            next_step="train a stage, compile anew with what squeezed makes of the adapter, and wrap that",
         )
