@@ -124,8 +124,7 @@ class _Run:
                 done += 1
                 yield log.step(done, scheduler.get_last_lr()[0], every=recipe.logging_steps)
                 scheduler.step()
-                if recipe.save_steps and done % recipe.save_steps == 0:
-                    checkpoints.write(self.folder, done, self.compiled.adapters, optimizer, scheduler, accelerator)
+                self._keep(done, optimizer, scheduler)
             log.write(step=done, held_out_loss=self.held_out_loss())
 
     def taken(self, model: nn.Module, optimizer: Any, batches: Iterable[Any], log: _Log) -> Iterator[None]:
@@ -161,6 +160,11 @@ class _Run:
             weight = int((batch["labels"][:, 1:] != texts.UNCOUNTED).sum())
             total, counted = total + float(loss) * weight, counted + weight
         return total / max(counted, 1)
+
+    def _keep(self, done: int, optimizer: Any, scheduler: Any) -> None:
+        """Write a checkpoint, where it is time for one."""
+        if self.recipe.save_steps and done % self.recipe.save_steps == 0:
+            checkpoints.write(self.folder, done, self.compiled.adapters, optimizer, scheduler, self.accelerator)
 
 
 class _Log:

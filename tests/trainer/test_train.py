@@ -14,6 +14,7 @@ import yaml
 
 import lorac
 from lorac.cli import main
+from lorac.testing.checks import assert_close
 from lorac.trainer import Recipe, read_recipe, train
 from lorac.trainer.data import Data
 from tests.letters import CHAT, letters
@@ -228,6 +229,7 @@ def test_two_processes_train_as_one_with_twice_the_rows(recipe, tmp_path):
         subprocess.run(command, check=True, timeout=300, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
     one, two = (lorac.load_adapter(tmp_path / f"run{n}" / "mine") for n in (1, 2))
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
-        torch.testing.assert_close(a, b)
-    losses = ([line.get("loss", line.get("held_out_loss")) for line in log_of(tmp_path / f"run{n}")] for n in (1, 2))
-    torch.testing.assert_close(*map(torch.tensor, losses))
+        assert_close(a, b)
+    losses = [[line.get("loss", line.get("held_out_loss")) for line in log_of(tmp_path / f"run{n}")] for n in (1, 2)]
+    one, two = torch.tensor(losses)
+    assert_close(one, two)
