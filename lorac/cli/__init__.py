@@ -21,7 +21,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorac.cli import adapters, artifacts, models
+from lorac.cli import adapters, artifacts, models, training
 from lorac.cli._imports import importing
 from lorac.cli._shown import worded
 from lorac.errors import LoracError, LoracWarning
@@ -39,7 +39,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for group in (models, adapters, artifacts):
+for group in (models, training, adapters, artifacts):
     group.register(app)
 for registered in app.registered_commands:
     assert registered.callback is not None

@@ -42,6 +42,7 @@ CALL = re.compile(r"(?<![\w.'])((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*)\(")
 
 PUBLIC = [
     "lorac",
+    "lorac.trainer",
     "lorac.training",
     "lorac.training.loram",
     "lorac.training.starts",

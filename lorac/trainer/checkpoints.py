@@ -1,0 +1,127 @@
+"""Where a run can go on: its adapters, what its optimizer and rule keep, its scheduler, and random states.
+
+checkpoint-<step>/<adapter's name>/…      in lorac's own format
+checkpoint-<step>/state.pt                tensors, numbers and texts, read without pickle's code
+"""
+
+from __future__ import annotations
+
+import pickle
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import lorac
+from lorac.errors import CorruptFile, UnsupportedField
+from lorac.ir.store.disk import told
+from lorac.ir.store.folders import replacing
+from lorac.variants.adapter import Adapter
+
+PREFIX, STATE, NATIVE = "checkpoint-", "state.pt", ".safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One on disk.
+
+    Attributes:
+        folder: where it lies.
+        step: how many steps of the optimizer were done.
+    """
+
+    folder: Path
+    step: int
+
+    def adapters(self) -> dict[str, Mapping[str, Any]]:
+        """What a recipe would say of its adapters."""
+        return {file.name.removesuffix(NATIVE): {"path": str(file)} for file in sorted(self.folder.glob(f"*{NATIVE}"))}
+
+    def restore(self, optimizer: torch.optim.Optimizer, scheduler: Any, process: int) -> int:
+        """Set all as it was, random states too; gives the number of steps done.
+
+        Raises:
+            CorruptFile: the state cannot be read, or is of another optimizer.
+        """
+        file = self.folder / STATE
+        try:
+            with told(file, CorruptFile, "read"):
+                state = torch.load(file, weights_only=True, map_location="cpu")
+            optimizer.load_state_dict(state["optimizer"])
+            scheduler.load_state_dict(state["scheduler"])
+            _set_random(state["random"][process])
+        except (RuntimeError, ValueError, KeyError, IndexError, EOFError, pickle.UnpicklingError) as error:
+            raise CorruptFile(
+                f"'{file}' does not fit this run: {error}",
+                next_step="resume with the recipe and the number of processes it was written with",
+            ) from error
+        return self.step
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """The checkpoint of a run that went furthest."""
+    found = [
+        Checkpoint(path, int(number))
+        for path in folder.glob(f"{PREFIX}*")
+        if (number := path.name.removeprefix(PREFIX)).isdecimal() and (path / STATE).is_file()
+    ]
+    return max(found, key=lambda checkpoint: checkpoint.step, default=None)
+
+
+def write(
+    folder: Path, step: int, adapters: Mapping[str, Adapter], optimizer: Any, scheduler: Any, accelerator: Any
+) -> None:
+    """Write a checkpoint in one step; on several processes all have to come here, and the first one writes."""
+    from accelerate.utils import gather_object
+
+    state = {
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+        "random": gather_object([_random()]),
+    }
+    if accelerator.is_main_process:
+        with told(folder, CorruptFile, "written"), replacing(folder / f"{PREFIX}{step}") as aside:
+            _fill(aside, adapters, state)
+    accelerator.wait_for_everyone()
+
+
+def save(adapter: Adapter, folder: Path, model: nn.Module) -> Path:
+    """Write a trained adapter as PEFT does, or where PEFT has no place for it in lorac's own format."""
+    try:
+        lorac.save_adapter(adapter, folder, model=model)
+    except UnsupportedField:
+        folder = folder.with_name(f"{folder.name}{NATIVE}")
+        lorac.save_adapter(adapter, folder, format="native", model=model)
+    return folder
+
+
+def _fill(folder: Path, adapters: Mapping[str, Adapter], state: Mapping[str, Any]) -> None:
+    folder.mkdir()
+    for name, adapter in adapters.items():
+        lorac.save_adapter(adapter, folder / f"{name}{NATIVE}", format="native")
+    torch.save(state, folder / STATE)
+
+
+def _random() -> dict[str, Any]:
+    version, internal, gauss = random.getstate()
+    drawn: Any = np.random.get_state()
+    algorithm, keys, *rest = drawn
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all(),
+        "python": [version, list(internal), gauss],
+        "numpy": [algorithm, keys.tolist(), *rest],
+    }
+
+
+def _set_random(state: Mapping[str, Any]) -> None:
+    version, internal, gauss = state["python"]
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state_all(state["cuda"])
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(tuple(state["numpy"]))
