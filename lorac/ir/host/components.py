@@ -30,6 +30,11 @@ class Components(nn.ModuleDict):
         super().__init__(dict(models))
 
 
+def encoder_of(name: str) -> str:
+    """The name of the graph of a component's encoder, where that is a graph of its own."""
+    return "encoder" if name == MAIN else f"{name}.encoder"
+
+
 def components_of(model: nn.Module) -> dict[str, nn.Module]:
     """Graph name -> the model that is captured as that graph."""
     return dict(model.items()) if isinstance(model, Components) else {MAIN: model}
