@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -24,9 +24,10 @@ from lorac.ir.graph.edit import add_inputs, copied, drop_inputs, insert_call, se
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.outputs import Structure, output_names
 from lorac.ir.graph.sizes import Sizes, axes_in
-from lorac.ir.slots.site import SitePlan
+from lorac.ir.host.sites import Site
 
 aten = torch.ops.aten
+T = TypeVar("T")
 _ZEROS = frozenset({aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default})
 
 
@@ -138,8 +139,10 @@ def part(graph: Graph, encoder: str) -> tuple[Graph, ...]:
         what = "something of all rows at once" if crossing else "nothing"
         raise Unavailable(f"the decoder of graph '{graph.name}' reads {what} of its encoder", next_step=WITHOUT)
     first, second = _decoder(graph, sides, crossing), _encoder(graph, sides, crossing)
-    apart = _divided(graph, second.exported, first.exported)
-    second.name, second.plans, first.plans = encoder, *apart
+    own = [_own_sites(graph.sites, half.exported) for half in (second, first)]
+    second.plans, first.plans = _divided(graph.plans, *own)
+    second.sites, first.sites = _divided(graph.sites, *own)
+    second.name = encoder
     return first, second
 
 
@@ -258,23 +261,16 @@ def _sizes_of(sizes: Sizes, names: Collection[str]) -> Sizes:
     )
 
 
-def _divided(
-    graph: Graph, encoder: ExportedProgram, decoder: ExportedProgram
-) -> tuple[dict[str, SitePlan], dict[str, SitePlan]]:
-    """The plans of each half: of the sites that it calls or whose weights it reads; the rest are the decoder's."""
-
-    def own(program: ExportedProgram) -> dict[str, SitePlan]:
-        reached, plans = _reaching(program), graph.plans.items()
-        within = {path for path, plan in plans if plan.site.within is not None and plan.site.weight in reached}
-        return {path: plan for path, plan in plans if path in reached or path in within}
-
-    first, second = own(encoder), own(decoder)
-    idle = {path: plan for path, plan in graph.plans.items() if path not in {**first, **second}}
+def _divided(whole: Mapping[str, T], encoder: Collection[str], decoder: Collection[str]) -> tuple[dict[str, T], ...]:
+    """What is told of sites, for each half's own; of those that are nobody's, for the decoder's if it has any."""
+    first, second = ({path: whole[path] for path in whole if path in own} for own in (encoder, decoder))
+    idle = {path: told for path, told in whole.items() if path not in encoder and path not in decoder}
     return (first, second | idle) if second or not first else (first | idle, second)
 
 
-def _reaching(program: ExportedProgram) -> set[str]:
-    """Paths of the sites that a program calls, and names of the tensors that it reads."""
+def _own_sites(sites: Mapping[str, Site], program: ExportedProgram) -> set[str]:
+    """Paths of the sites that a program calls, or whose weights it reads itself."""
     stored = {getattr(s.arg, "name", ""): str(s.target) for s in program.graph_signature.input_specs}
     called = {ops.site_of(node) for node in program.graph.nodes if node.target in ops.CALLS}
-    return called | {stored[n.name] for n in program.graph.nodes if n.op == "placeholder" and n.users}
+    read = {stored[node.name] for node in program.graph.nodes if node.op == "placeholder" and node.users}
+    return called | {path for path, site in sites.items() if site.within is not None and site.weight in read}

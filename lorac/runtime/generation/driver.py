@@ -148,6 +148,10 @@ class Driver(GenerationMixin, ABC):
         generation_config.use_cache = True
         return True
 
+    def _handed_on(self, text: Text) -> Text | None:
+        """What of the rows an answer has."""
+        return text
+
     @abstractmethod
     def _begun(self, rows: int, capacity: int) -> Text:
         """Rows that hold nothing yet."""
@@ -203,7 +207,7 @@ class Driver(GenerationMixin, ABC):
             logits = text.step(self.run.extend, tokens, going.tolist() if ends else every)
         if streamer is not None:
             streamer.end()
-        return told.answer(input_ids, text)
+        return told.answer(input_ids, self._handed_on(text))
 
     def _drawn(self, scores: Tensor) -> Tensor:
         """A token for each row."""
@@ -258,7 +262,7 @@ class _Told:
         if self.logits is not None:
             self.logits += (logits,)
 
-    def answer(self, sequences: Tensor, text: Text) -> Any:
+    def answer(self, sequences: Tensor, text: Text | None) -> Any:
         """As transformers answers."""
         if not self.config.return_dict_in_generate:
             return sequences

@@ -17,7 +17,7 @@ from lorac.ir.engine import Engine
 from lorac.runtime.components import Traits
 from lorac.runtime.generation.asked import Asked
 from lorac.runtime.generation.driver import Driver, Run, TextDriver
-from lorac.runtime.generation.encoding import EncodingDriver
+from lorac.runtime.generation.encoding import driver_by
 from lorac.runtime.generation.guest import Guest
 from lorac.runtime.generation.prefixes import Key, Prefixes
 from lorac.runtime.generation.prompts import Prompts
@@ -87,7 +87,7 @@ class Driven:
             encode=encode,
             generators=generators,
         )
-        made = EncodingDriver if keeps.encodes else TextDriver
+        made = driver_by(self.traits.rules) if keeps.encodes else TextDriver
         return made(run, {**self.traits.settings, "vocab_size": keeps.vocabulary}, self.traits.generation or {})
 
     def _check_ids(self) -> None:
@@ -99,7 +99,7 @@ class Driven:
         for found in (int(ids.min()), int(ids.max())):
             if not 0 <= found < keeps.vocabulary:
                 raise InputMismatch(
-                    f"input_ids holds {found}, which is no token",
+                    f"{'decoder_input_ids' if keeps.encodes else 'input_ids'} holds {found}, which is no token",
                     next_step=f"the model's go from 0 to {keeps.vocabulary - 1}",
                 )
 

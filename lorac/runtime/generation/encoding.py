@@ -9,14 +9,20 @@ As ``driver``, this module is imported by the first call of ``generate``.
 
 from __future__ import annotations
 
+import importlib
+import re
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import GenerationMixin
 from transformers.generation.utils import GenerateEncoderDecoderOutput
 from transformers.modeling_outputs import BaseModelOutput
 
+from lorac.errors import Unavailable
+from lorac.runtime.components import Rules
 from lorac.runtime.generation.driver import Driver, Run
 from lorac.runtime.generation.prompts import main_input
 from lorac.runtime.generation.text import Text
@@ -36,8 +42,12 @@ class EncodingDriver(Driver):
     mask_name = MASK
     answers: Any = GenerateEncoderDecoderOutput
 
+    rules: Rules | None = None
+
     def __init__(self, run: Run, config: Mapping[str, Any], generation: Mapping[str, Any]) -> None:
         super().__init__(run, config, generation)
+        if self.rules is not None:
+            _answer_for(self, self.rules, config, generation)
         self.main_input_name = main_input(run.keeps.encodes)
         self._inputs: dict[str, Any] = {}
         self._columns = 0
@@ -59,6 +69,16 @@ class EncodingDriver(Driver):
         self._columns = prepared[0].shape[1]
         return prepared
 
+    def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
+        answer: Any = super()._beam_search(*args, **kwargs)  # type: ignore[misc]  # of a model
+        if self.rules is None or isinstance(answer, Tensor):
+            return answer
+        return type(answer)(**{name: value for name, value in answer.items() if name != "cache"})
+
+    def _handed_on(self, text: Text) -> Text | None:
+        """Rules of a model's own look into a cache, which they would not know."""
+        return None if self.rules is not None else text
+
     def _begun(self, rows: int, capacity: int) -> Text:
         cache = self.run.make(rows, capacity)
         assert self.run.encode is not None
@@ -67,3 +87,51 @@ class EncodingDriver(Driver):
 
     def _width(self, model_kwargs: Mapping[str, Any], generation_config: Any) -> int:
         return self._columns
+
+
+# ── Rules of a model's own ───────────────────────────────────────────────────────────────────────────────────────────
+_ALLOWED = re.compile(r"transformers\.models\.\w+\.generation_\w+:[A-Za-z]\w*", re.ASCII)
+"""Classes that an artefact may name: those with which transformers' own models generate, and no model."""
+
+
+def rules_class(rules: Rules) -> type:
+    """The class that brings a way of generating.
+
+    Raises:
+        Unavailable: it is none of transformers' that can be had without its model.
+    """
+    module, _, name = rules.path.partition(":")
+    found: Any = None
+    if _ALLOWED.fullmatch(rules.path):
+        try:
+            found = vars(importlib.import_module(module)).get(name)
+        except ImportError:
+            found = None
+    if not isinstance(found, type) or not issubclass(found, GenerationMixin) or issubclass(found, nn.Module):
+        raise Unavailable(
+            f"the model generates by rules of its own ({name}), which only the model itself runs",
+            next_step="compile with target='eager'; a plain call, compiled(**inputs), answers logits",
+        )
+    return found
+
+
+def driver_by(rules: Rules | None) -> type[EncodingDriver]:
+    """The class of drivers that generate by some rules."""
+    if rules is None:
+        return EncodingDriver
+    return type(EncodingDriver.__name__, (EncodingDriver, rules_class(rules)), {"rules": rules})
+
+
+def _answer_for(driver: EncodingDriver, rules: Rules, config: Mapping[str, Any], generation: Mapping[str, Any]) -> None:
+    """Give a driver what rules ask of a model: all of its configurations, and attributes of its modules."""
+    for held, told in ((driver.config, config), (driver.generation_config, generation)):
+        for name in (name for name in told if name == "model_type" or not hasattr(held, name)):
+            setattr(held, name, told[name])
+    for path, value in rules.asks.items():
+        *modules, last = path.split(".")
+        at: Any = driver
+        for name in modules:
+            if not hasattr(at, name):
+                setattr(at, name, SimpleNamespace())
+            at = getattr(at, name)
+        setattr(at, last, value)

@@ -107,13 +107,18 @@ class _Call:
         as_numpy = isinstance(told.get(main), np.ndarray)
         told = {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in told.items()}
         asked = Asked(told, traits.generation or {})
-        asked.refuse_unknown((*encodes, *text), hosted=False)
+        asked.refuse_unknown((*encodes, *text, *_own_options(traits)), hosted=False)
         asked.refuse_inner()
         asked = asked.having(_tokenizer(compiled, asked))
         if main not in asked.told:
             raise InputMismatch("there is nothing to encode", next_step=f"give {main}=, such as a processor makes")
+        rows = _rows_of(main, asked.told[main])
         ids, mask = (asked.told.get(name) for name in text)
-        prompts = None if ids is None else Prompts.of(ids, mask, asked.pad, asked.ends)
+        prompts = None if ids is None else Prompts.of(ids, mask, None, ())  # many a decoder begins with padding
+        if prompts is not None and len(prompts.counts) != rows:
+            raise InputMismatch(
+                f"{main} has {rows} rows, and {text[0]} {len(prompts.counts)}", next_step="give one of each per row"
+            )
         made = cls(compiled=compiled, graph=graph, traits=traits, asked=asked, prompts=prompts)
         return replace(made, text=text, as_numpy=as_numpy)
 
@@ -261,6 +266,34 @@ def _inputs(host: Any) -> list[str]:
     ]
     own = inspect.signature(host.generate).parameters
     return [*taken, *own]
+
+
+def _rows_of(name: str, value: Any) -> int:
+    """How many rows there are to encode.
+
+    Raises:
+        WrongType: what was given is no batch.
+        InputMismatch: it is empty.
+    """
+    if not isinstance(value, torch.Tensor) or value.dim() < _BATCHED:
+        raise WrongType(f"{name}= is no batch: {short(value)}", next_step="give a tensor with a row for each text")
+    if not value.numel():
+        raise InputMismatch(
+            f"{name}= of {list(value.shape)} is empty", next_step="give one row or more, each with something"
+        )
+    return int(value.shape[0])
+
+
+_BATCHED = 2
+
+
+def _own_options(traits: Traits) -> list[str]:
+    """What the model's own way of generating takes, where it has one."""
+    if traits.rules is None:
+        return []
+    from lorac.runtime.generation.encoding import rules_class
+
+    return [*inspect.signature(rules_class(traits.rules).generate).parameters]  # type: ignore[attr-defined]  # it has one
 
 
 def _tokenizer(compiled: Any, asked: Asked) -> dict[str, Any]:
