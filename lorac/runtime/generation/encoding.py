@@ -9,6 +9,7 @@ As ``driver``, this module is imported by the first call of ``generate``.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 from collections.abc import Mapping
@@ -125,13 +126,15 @@ def driver_by(rules: Rules | None) -> type[EncodingDriver]:
 def _answer_for(driver: EncodingDriver, rules: Rules, config: Mapping[str, Any], generation: Mapping[str, Any]) -> None:
     """Give a driver what rules ask of a model: all of its configurations, and attributes of its modules."""
     for held, told in ((driver.config, config), (driver.generation_config, generation)):
-        for name in (name for name in told if name == "model_type" or not hasattr(held, name)):
-            setattr(held, name, told[name])
+        vars(held).update({name: value for name, value in told.items() if not hasattr(held, name)})
+    vars(driver.config)["model_type"] = config.get("model_type", "")
     for path, value in rules.asks.items():
         *modules, last = path.split(".")
-        at: Any = driver
-        for name in modules:
-            if not hasattr(at, name):
-                setattr(at, name, SimpleNamespace())
-            at = getattr(at, name)
-        setattr(at, last, value)
+        setattr(functools.reduce(_within, modules, driver), last, value)
+
+
+def _within(held: Any, name: str) -> Any:
+    """What stands for a module, made where there is nothing yet."""
+    if not hasattr(held, name):
+        setattr(held, name, SimpleNamespace())
+    return getattr(held, name)
