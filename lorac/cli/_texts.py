@@ -85,7 +85,8 @@ class Writer:
                 next_step="save it into the same folder, or have the function return (model, tokenizer)",
             )
         settings: dict[str, Any] = {"max_new_tokens": new}
-        if compiled.engine.keeps(MAIN) is not None:
+        keeps = compiled.engine.keeps(MAIN)
+        if keeps is not None and not keeps.encodes:
             settings["prefixes"] = Prefixes()  # so that a turn of a chat does not read again what was said before
         if temperature is not None:
             settings |= {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}

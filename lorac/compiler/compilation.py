@@ -16,11 +16,12 @@ from lorac.compiler.precision import Precision
 from lorac.compiler.services import Lasting
 from lorac.errors import CaptureFailed, ChoiceError
 from lorac.ir.capture.export import capture
+from lorac.ir.capture.parting import part
 from lorac.ir.engine import Backend, BuildRequest, TargetOptions
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.program import Program
 from lorac.ir.graph.signature import CallSignature
-from lorac.ir.host.components import Components, components_of, prefix_of
+from lorac.ir.host.components import Components, components_of, encoder_of, prefix_of
 from lorac.ir.host.sites import SiteKind
 from lorac.ir.slots.choice import Spec, parse_choice
 from lorac.ir.slots.planning import Reserve, plan_sites
@@ -162,10 +163,13 @@ class Compilation:
             graph = self._captured(name, model, component, plans, options.grows)
             hold_against_host(graph, component, tested=options.self_test)
             grown = Grown(graph) if options.grows and options.self_test else None
-            self._lower(graph, mode, aux)
+            halves = part(graph, encoder_of(name)) if options.grows else (graph,)
+            for half in halves:
+                self._lower(half, mode, aux)
             if grown is not None:
-                grown.hold_against(graph, self.lasting.base)
-            graphs[name], signatures[name] = graph, CallSignature.of(graph, component)
+                grown.hold_against(halves, self.lasting.base)
+            graphs |= {half.name: half for half in halves}
+            signatures |= {half.name: CallSignature.of(half, component) for half in halves}
         refuse_idle(graphs.values(), {name: prepared.paths for name, prepared in self.lasting.pool.items()})
         return Program(graphs, signatures)
 

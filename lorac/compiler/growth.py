@@ -6,16 +6,17 @@ model that mixes tokens otherwise, or counts positions by itself, goes wrong whe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lorac.errors import CaptureDiffers
-from lorac.ir.graph.attending import IDS, NEW, PAST, PLACES, WITHOUT, present_of
+from lorac.ir.graph.attending import NEW, PAST, PLACES, WITHOUT, is_memory, present_of, text_of
 from lorac.ir.graph.feeds import empty_cache, kept_shapes, named_tensors
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.interp import distance, example_inputs, outputs_of
+from lorac.ir.graph.signature import CallSignature
 from lorac.ir.host.sites import BaseReader
 from lorac.ir.slots.snapshot import Snapshot, slots_of
 
@@ -31,26 +32,26 @@ class Grown:
     """
 
     def __init__(self, graph: Graph) -> None:
-        picks = any(node.name == PLACES for node in graph.placeholders())
-        self._inputs = example_inputs(graph, [IDS, PLACES] if picks else [IDS])
-        length = self._inputs[IDS].shape[1]
-        if picks:
-            self._inputs[PLACES] = torch.tensor([length - 1])
+        self._inputs = example_inputs(graph, CallSignature.of(graph).inputs)
+        self._text = text_of(self._inputs)
+        if PLACES in self._inputs:
+            self._inputs[PLACES] = torch.tensor([self._inputs[self._text].shape[1] - 1])
         self._whole = outputs_of(graph, self._inputs)[0][:, -1]
 
-    def hold_against(self, graph: Graph, base: BaseReader) -> None:
+    def hold_against(self, halves: Sequence[Graph], base: BaseReader) -> None:
         """Hold the same graph, with caches now, against that, its rows growing by different parts.
 
         Args:
-            graph: lowered.
+            halves: lowered: the graph that grows, and that of its encoder, if it has one.
             base: reads base weights.
 
         Raises:
             CaptureDiffers: it answers otherwise, or not at all.
         """
-        slots = named_tensors(graph.slots, graph.plans, slots_of(graph.plans, Snapshot(()), base))
+        graph, *encoders = halves
         try:
-            last = self._last(graph, slots)
+            memory = {name: value for encoder in encoders for name, value in self._encoded(encoder, base).items()}
+            last = self._last(graph, memory, _idle(graph, base))
         except Exception as error:  # the model's own steps: what they raise for a part of a text is theirs to choose
             raise _mixes(graph, f"does not run ({str(error).partition(chr(10))[0]})") from error
         # What mixes tokens besides attention may do so by little: nothing but roundings is let pass.
@@ -58,20 +59,32 @@ class Grown:
         if not distance(last, self._whole) <= rounding:
             raise _mixes(graph, "answers otherwise")
 
-    def _last(self, graph: Graph, slots: Mapping[str, Tensor]) -> Tensor:
+    def _encoded(self, encoder: Graph, base: BaseReader) -> dict[str, Tensor]:
+        """What an encoder makes for its decoder."""
+        signature = CallSignature.of(encoder)
+        given = {name: self._inputs[name] for name in signature.inputs}
+        answered = dict(zip(signature.outputs, outputs_of(encoder, given, _idle(encoder, base)), strict=True))
+        return {name: value for name, value in answered.items() if is_memory(name)}
+
+    def _last(self, graph: Graph, memory: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> Tensor:
         """What a graph with caches answers for the last token of each row."""
-        ids = self._inputs[IDS]
+        ids = self._inputs[self._text]
         rows, length = ids.shape
         held = empty_cache(kept_shapes(graph), ids)
         first = torch.tensor([1 + row % (length - 1) for row in range(rows)], dtype=torch.int32)
         for past, new in ((torch.zeros_like(first), first), (first, length - first)):
-            given = {**held, PAST: past, NEW: new, IDS: _part(ids, past, new)}
+            given = {**held, **memory, PAST: past, NEW: new, self._text: _part(ids, past, new)}
             if PLACES in self._inputs:
                 given[PLACES] = (new.to(torch.int64) - 1)[:, None]
             answered = outputs_of(graph, given, slots)
             presents = dict(zip(graph.extra_outputs, answered[-len(graph.extra_outputs) :], strict=True))
             held |= {name: presents[present_of(name)] for name in kept_shapes(graph)}
         return answered[0][:, 0] if PLACES in self._inputs else answered[0][torch.arange(rows), new.long() - 1]
+
+
+def _idle(graph: Graph, base: BaseReader) -> dict[str, Tensor]:
+    """Slots in which nothing is active."""
+    return named_tensors(graph.slots, graph.plans, slots_of(graph.plans, Snapshot(()), base))
 
 
 def _mixes(graph: Graph, what: str) -> CaptureDiffers:

@@ -37,6 +37,9 @@ class Runs(Protocol[Content_contra]):
     def extend(self, content: Content_contra, graph: str, cache: Cache, extension: Extension) -> torch.Tensor:
         """As ``Bound.extend``."""
 
+    def encode(self, content: Content_contra, graph: str, cache: Cache, inputs: Mapping[str, object]) -> None:
+        """As ``Bound.encode``."""
+
     def lend(self, content: Content_contra, graph: str, work: Callable[[nn.Module], T]) -> T:
         """As ``Bound.lend``."""
 
@@ -54,6 +57,13 @@ class Bound(Protocol):
         """Add tokens to the rows of a cache; returns the logits asked for, (rows, k, vocabulary), not written again.
 
         The cache has room for them. Where the call fails, it is as it was.
+        """
+
+    def encode(self, graph: str, cache: Cache, inputs: Mapping[str, object]) -> None:
+        """Run the encoder, and keep what it makes of each row's inputs beside the rows of a cache, which are empty.
+
+        Raises:
+            ChoiceError, InputMismatch: inputs that it does not take.
         """
 
     def lend(self, graph: str, work: Callable[[nn.Module], T]) -> T:
@@ -77,6 +87,10 @@ class Binding(Generic[Content]):
     def extend(self, graph: str, cache: Cache, extension: Extension) -> torch.Tensor:
         """As ``Bound`` says."""
         return self.engine.extend(self.content, graph, cache, extension)
+
+    def encode(self, graph: str, cache: Cache, inputs: Mapping[str, object]) -> None:
+        """As ``Bound`` says."""
+        self.engine.encode(self.content, graph, cache, inputs)
 
     def lend(self, graph: str, work: Callable[[nn.Module], T]) -> T:
         """As ``Bound`` says."""

@@ -3,6 +3,8 @@
 A graph that keeps a cache computes only the tokens a call brings; what its attention needs of those before, the cache
 holds. Rows of a batch are independent: each has its own length, brings its own number of tokens, and gives what it
 would give alone. Rows are padded on the right inside, and nothing is computed from what pads them.
+
+A decoder may attend to what an encoder read, too. That is encoded once for a text, and kept beside it for each row.
 """
 
 from __future__ import annotations
@@ -21,10 +23,12 @@ class Keeps:
     Attributes:
         limit: the longest text that the model's positions admit; None where they are computed for any.
         vocabulary: how many logits a token has.
+        encodes: names of the inputs of an encoder, which is to be run first; none where there is no encoder.
     """
 
     limit: int | None
     vocabulary: int
+    encodes: tuple[str, ...] = ()
 
 
 class Cache(ABC):

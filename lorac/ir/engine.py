@@ -184,6 +184,10 @@ class Engine(ABC):
         """As ``Bound.extend``, with what the engine made of a choice."""
         self.refuse_cache()
 
+    def encode(self, content: object, graph: str, cache: Cache, inputs: Mapping[str, object]) -> None:
+        """As ``Bound.encode``; only of engines whose graph has an encoder beside it (``Keeps.encodes``)."""
+        self.refuse_cache()
+
     def lend(self, content: object, graph: str, work: Callable[[nn.Module], T]) -> T:
         """As ``Bound.lend``; only of engines that run the host."""
         raise NotImplementedError

@@ -1,13 +1,14 @@
 """cache: attention of a whole text becomes attention of what is new to what a cache holds.
 
 The graph gets the lengths of its rows and the caches of its layers as inputs, and the caches with what is new in them
-as outputs. Positions count on from what a row holds. What depends on positions alone is looked up in a table.
+as outputs. Positions count on from what a row holds. What depends on positions alone is looked up in a table. Attention
+to what does not grow, an encoder's own and a decoder's to what was encoded, is attention as torch has it.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -16,13 +17,16 @@ from torch import fx
 
 from lorac.errors import Unavailable
 from lorac.ir.graph import attending
-from lorac.ir.graph.attending import IDS, NEW, PAST, PLACES, WITHOUT, past_names, present_of
-from lorac.ir.graph.edit import add_inputs, add_outputs, insert_call, new_dimension
+from lorac.ir.graph.attending import NEW, PAST, PLACES, WITHOUT, past_names, present_of, text_of
+from lorac.ir.graph.edit import add_inputs, add_outputs, inline, insert_call, new_dimension
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.passes import Outcome, Pass
+from lorac.passes.relative import Distances
 from lorac.passes.tables import tabulate
 
 aten = torch.ops.aten
+_CAUSAL = 7
+"""Which operand of an attention says that it is to a text that grows."""
 _HINT = 16
 _STEP = 8
 """Sizes of heads in a cache are multiples of this: kernels of attention take no others."""
@@ -43,22 +47,60 @@ class Cache(Pass):
         Raises:
             Unavailable: the model picks the tokens for its logits otherwise than by an index.
         """
-        layers = list(graph.find(attending.ATTENTION))
+        found = list(graph.find(attending.ATTENTION))
+        layers = [node for node in found if node.args[_CAUSAL]]
+        for node in found:
+            if node not in layers:
+                _lower(graph, node)
         if not layers:
-            return Outcome(False)
-        ids = next(node for node in graph.placeholders() if node.name == IDS)
+            return Outcome(bool(found))
+        ids = text_in(graph)
         nodes = _add_inputs(graph, layers, ids)
+        distances = Distances(graph, str(ids.meta["val"].shape[1]), nodes[past_names(0)[0]])
         positions = _count_on(graph, ids, nodes[PAST])
         presents: dict[str, fx.Node] = {}
         for layer, node in enumerate(layers):
             names = past_names(layer)
-            own = _cached(graph, node, (*(nodes[name] for name in names), nodes[PAST], nodes[NEW], positions))
+            kept = (*(nodes[name] for name in names), nodes[PAST], nodes[NEW], positions)
+            own = _cached(graph, node, kept, distances.of(node))
             presents |= {present_of(name): part for name, part in zip(names, own, strict=True)}
         _pick_rows(graph)
         graph.longest = tabulate(graph, positions)
         add_outputs(graph.exported, presents)
         graph.extra_outputs.extend(presents)
         return Outcome(True)
+
+
+def text_in(graph: Graph) -> fx.Node:
+    """The input with the tokens of the text that grows."""
+    named = {node.name: node for node in graph.placeholders()}
+    return named[text_of(named)]
+
+
+def _lower(graph: Graph, node: fx.Node) -> None:
+    """Torch's own op in the place of an attention to what does not grow."""
+    (answered,) = inline(graph.exported, node, _attention_of(node), list(node.all_input_nodes))[1]
+    node.replace_all_uses_with(answered)
+    graph.fx.erase_node(node)
+
+
+def _attention_of(node: fx.Node) -> Callable[..., tuple[torch.Tensor]]:
+    """What an attention computes of its operands that are values, in torch's ops."""
+
+    def computed(*values: torch.Tensor) -> tuple[torch.Tensor]:
+        given = dict(zip(node.all_input_nodes, values, strict=True))
+        operands: list[Any] = [given.get(a, a) if isinstance(a, fx.Node) else a for a in node.args]
+        q, k, v, bias, seen, sinks, scale, _, _, softcap, _ = operands
+        if softcap or sinks is not None:
+            return (attending.attended(q, k, v, [seen], bias, sinks, scale, softcap),)
+        if bias is not None and seen is not None:
+            bias, seen = torch.where(seen, bias, torch.finfo(bias.dtype).min), None
+        mask = bias if seen is None else seen
+        shared = q.shape[1] != k.shape[1]
+        y = aten.scaled_dot_product_attention.default(q, k, v, mask, scale=scale, enable_gqa=shared)
+        return (y.transpose(1, 2),)
+
+    return computed
 
 
 def _add_inputs(graph: Graph, layers: Sequence[fx.Node], ids: fx.Node) -> dict[str, fx.Node]:
@@ -72,7 +114,7 @@ def _add_inputs(graph: Graph, layers: Sequence[fx.Node], ids: fx.Node) -> dict[s
         shape = (batch, key.shape[1], capacity, size)
         wanted |= dict.fromkeys(past_names(layer), (shape, key.dtype))
     nodes = add_inputs(graph.exported, wanted)
-    graph.kept = {name: node.name for name, node in nodes.items()}
+    graph.kept |= {name: node.name for name, node in nodes.items()}
     return nodes
 
 
@@ -100,12 +142,12 @@ def _size(node: fx.Node) -> int:
     return -(-own // _STEP) * _STEP
 
 
-def _cached(graph: Graph, node: fx.Node, kept: tuple[fx.Node, ...]) -> list[fx.Node]:
+def _cached(graph: Graph, node: fx.Node, kept: tuple[fx.Node, ...], distances: fx.Node | None) -> list[fx.Node]:
     """The op with a cache in an attention's place; returns its cache's keys and values."""
-    q, k, v, _, sinks, scale, _, window, softcap, module = node.args
+    q, k, v, _, _, sinks, scale, _, window, softcap, module = node.args
     size = _size(node)
     padded = (_padded(graph, node, operand, size) for operand in (q, k, v))
-    operands = (*padded, *kept, sinks, scale, window, softcap, module)
+    operands = (*padded, *kept, sinks, distances, scale, window, softcap, module)
     whole = insert_call(graph.exported, node, attending.CACHED_ATTENTION, *operands)
     y, *presents = (insert_call(graph.exported, node, operator.getitem, whole, place) for place in range(3))
     own = node.meta["val"].shape[3]
@@ -131,7 +173,7 @@ def _pick_rows(graph: Graph) -> None:
     places = next((node for node in graph.placeholders() if node.name == PLACES), None)
     if places is None:
         return
-    ids = next(node for node in graph.placeholders() if node.name == IDS)
+    ids = text_in(graph)
     with ids.meta["val"].fake_mode:
         places.meta["val"] = torch.empty((ids.meta["val"].shape[0], places.meta["val"].shape[0]), dtype=torch.int64)
     for node in list(places.users):
@@ -146,6 +188,6 @@ def _pick_rows(graph: Graph) -> None:
         graph.fx.erase_node(node)
     graph.sizes = graph.sizes.by_row(places.name, (ids.name, 0))
     arguments, named = graph.exported.example_inputs
-    rows = named[IDS].shape[0]
+    rows = named[ids.name].shape[0]
     given = {**named, places.name: named[places.name].expand(rows, -1).contiguous()}
     graph.exported._example_inputs = (arguments, given)  # torch has no public call for it

@@ -32,7 +32,7 @@ def tabulate(graph: Graph, positions: fx.Node) -> int | None:
     stored = _stored(graph)
     closed = _closed(graph, positions, stored)
     exits = [node for node in closed if _leaves(node, closed)]
-    limits = [_own_table(node, positions, stored) for node in closed if node.target is aten.embedding.default]
+    limits = [_own_table(node, positions, stored) for node in closed if _looks_up(node)]
     count = min([*limits, graph.longest or DEFAULT]) if exits else None  # of a model that says nothing: enough for most
     tables = {node: _evaluated(node, positions, stored, count or 0) for node in exits}
     for node, table in tables.items():
@@ -76,16 +76,23 @@ def _leaves(node: fx.Node, closed: Mapping[fx.Node, None]) -> bool:
 
 def _is_value(node: fx.Node) -> bool:
     value = node.meta["val"]
-    if value.dim() != _VIEWED or not value.is_floating_point() or node.target is aten.embedding.default:
+    if value.dim() != _VIEWED or not value.is_floating_point() or _looks_up(node):
         return False
     return isinstance(value.shape[2], int) and not isinstance(value.shape[1], int)
+
+
+def _looks_up(node: fx.Node) -> bool:
+    """Whether a node takes rows of a table."""
+    operands: Any = node.args
+    return node.target is aten.embedding.default or (node.target is aten.index.Tensor and len(operands[1]) == 1)
 
 
 def _own_table(node: fx.Node, positions: fx.Node, stored: Mapping[fx.Node, torch.Tensor]) -> int:
     """How many positions a table of the model's own has, where a node looks them up; an offset may be added before."""
     operands: Any = node.args
     size = int(operands[0].meta["val"].shape[0])
-    places = _evaluated(operands[1], positions, stored, size)
+    asked = operands[1] if node.target is aten.embedding.default else operands[1][0]
+    places = _evaluated(asked, positions, stored, size)
     return int(((places >= 0) & (places < size)).cumprod(-1).sum())
 
 

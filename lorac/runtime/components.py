@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +29,19 @@ class Config(dict[str, Any]):
 
 
 @dataclass(frozen=True)
+class Rules:
+    """A way of generating that is not transformers' common one.
+
+    Attributes:
+        path: of the class that brings it: its module, a colon and its name.
+        asks: what it reads of the model's modules, sizes of layers say: path of an attribute -> value.
+    """
+
+    path: str
+    asks: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Traits:
     """What others ask of a model besides calling it.
 
@@ -33,12 +50,14 @@ class Traits:
         dtype: of its parameters: the first floating-point one's.
         device: where they are.
         generation: its generation configuration, as far as something is said in it; None where it does not generate.
+        rules: the class that brings a ``generate`` of its own, if one does, and what that asks of the model's modules.
     """
 
     config: Any
     dtype: torch.dtype
     device: torch.device
     generation: Mapping[str, Any] | None = None
+    rules: Rules | None = None
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -54,6 +73,7 @@ class Traits:
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
             "generation": _plain(self.generation),
+            "rules": None if self.rules is None else _plain(dataclasses.asdict(self.rules)),
         }
 
 
@@ -70,6 +90,7 @@ def traits_from_json(stored: Mapping[str, Any]) -> dict[str, Traits]:
             dtype=getattr(torch, told["dtype"]),
             device=torch.device(told["device"]),
             generation=told["generation"],
+            rules=None if told.get("rules") is None else Rules(**told["rules"]),
         )
         for name, told in stored.items()
     }
@@ -101,7 +122,40 @@ def _traits(model: nn.Module) -> Traits:
     tensors = [*model.parameters(), *model.buffers()]
     dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.get_default_dtype())
     device = tensors[0].device if tensors else torch.device("cpu")
-    return Traits(getattr(model, "config", None), dtype, device, _generation(model))
+    generation = _generation(model)
+    return Traits(
+        getattr(model, "config", None), dtype, device, generation, None if generation is None else _rules(model)
+    )
+
+
+_COMMON = "GenerationMixin"
+_ASKED = re.compile(r"\bself\.((?:[a-zA-Z]\w*\.)+\w+)")
+"""An attribute of an attribute of a model, in the source of its class."""
+
+
+def _source(cls: type) -> str:
+    """A class's source; nothing where it lies in no file."""
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):
+        return ""
+
+
+def _held(value: Any, name: str) -> Any:
+    return getattr(value, name, None)
+
+
+def _rules(model: nn.Module) -> Rules | None:
+    """The class that brings a model's ``generate``; None where that is the one of all."""
+    owner = next((cls for cls in type(model).__mro__ if "generate" in vars(cls)), None)
+    if owner is None or owner.__name__ == _COMMON:
+        return None
+    modules = dict(model.named_children())
+    paths = {path for path in _ASKED.findall(_source(owner)) if path.partition(".")[0] in modules}
+    whole: Any = model
+    read = {path: functools.reduce(_held, path.split("."), whole) for path in paths}
+    told = {path: value for path, value in read.items() if isinstance(value, int | float | str | tuple)}
+    return Rules(f"{owner.__module__}:{owner.__qualname__}", told)
 
 
 class Component:

@@ -221,10 +221,11 @@ def graphs_of(compiled: Any) -> Graphs:
             "the graph of a model that was loaded from an artefact is not kept",
             next_step="compile from the model to print it",
         )
-    captured = next(iter(dumps.values())).get(CAPTURE)
+    captured = [stages[CAPTURE] for stages in dumps.values() if CAPTURE in stages]
+    calls = {site: count for dump in captured for site, count in dump.calls.items()}
 
     def facts() -> Facts:
-        return facts_of(compiled, {} if captured is None else captured.calls)
+        return facts_of(compiled, calls)
 
     def view(name: str) -> GraphView:
         skips, emission = stages.skips.get(name), functools.partial(_listed, listing, name)

@@ -104,5 +104,5 @@ def test_a_model_that_mixes_tokens_besides_is_refused():
 
 
 def test_what_is_no_language_model_is_refused():
-    with pytest.raises(Unavailable, match="no causal language model"):
+    with pytest.raises(Unavailable, match="no language model"):
         lorac.compile(torch.nn.Linear(3, 4), target="onnxruntime", cache=True, example_inputs=(torch.ones(2, 3),))

@@ -25,7 +25,9 @@ _OPERANDS = {
     **dict.fromkeys(("past", "new"), _LENGTHS),
     "places": _PLACES,
     "sinks": _FLOATS,
+    "distances": _FLOATS,
 }
+_OPTIONAL = ("sinks", "distances")
 _RESULTS = ("y", "present_k", "present_v")
 _ATTRIBUTES = {
     "scale": defs.OpSchema.AttrType.FLOAT,
@@ -97,7 +99,7 @@ def _op() -> Op:
         DOMAIN,
         1,
         inputs=[
-            parameter(name, kind, param_option=optional if name == "sinks" else single)
+            parameter(name, kind, param_option=optional if name in _OPTIONAL else single)
             for name, kind in _OPERANDS.items()
         ],
         outputs=[parameter(name, _FLOATS) for name in _RESULTS],

@@ -52,6 +52,23 @@ class _Lengths:
         longest = ir.Node("", "ReduceMax", [total.outputs[0]], [ir.AttrInt64("keepdims", 0)])
         graph.insert_before(graph[0], [total, last, known, longest])
         self.last, self.longest = known.outputs[0], longest.outputs[0]
+        self._biases: dict[ir.Value, ir.Value] = {}
+
+    def biases(self, graph: ir.Graph, node: ir.Node, distances: ir.Value) -> ir.Value:
+        """What is added to each score (batch, heads, length, longest), of what is by distance; made once for all."""
+        if distances not in self._biases:
+            places: Any = node.inputs[7]
+            zero, one = (_constant(graph, f"{n}_int64", np.array(n)) for n in (0, 1))
+            longest = ir.Node("", "Cast", [self.longest], [ir.AttrInt64("to", ir.DataType.INT64)])
+            keys = ir.Node("", "Range", [zero, longest.outputs[0], one])
+            column = ir.Node("", "Unsqueeze", [places, _constant(graph, "axis_2", np.array([2]))])
+            apart = ir.Node("", "Sub", [column.outputs[0], keys.outputs[0]])
+            behind = ir.Node("", "Max", [apart.outputs[0], zero])
+            found = ir.Node("", "Gather", [distances, behind.outputs[0]], [ir.AttrInt64("axis", 1)])
+            by_row = ir.Node("", "Transpose", [found.outputs[0]], [ir.AttrInt64s("perm", [1, 0, 2, 3])])
+            graph.insert_before(node, [longest, keys, column, apart, behind, found, by_row])
+            self._biases[distances] = by_row.outputs[0]
+        return self._biases[distances]
 
 
 @dataclass(frozen=True)
@@ -81,8 +98,8 @@ def _replace(graph: ir.Graph, node: ir.Node, lengths: _Lengths) -> None:
 
 def _attending(graph: ir.Graph, node: ir.Node, lengths: _Lengths) -> ir.Node:
     """The op for an attention, which is not in the graph yet; what it takes is."""
-    operands: Any = [*node.inputs, None][:9]  # without sinks there may be none at that place
-    q, k, v, past_k, past_v, _, _, places, sinks = operands
+    operands: Any = [*node.inputs, None, None][:10]  # what may be left out may be missing at the end
+    q, k, v, past_k, past_v, _, _, places, sinks, distances = operands
     if q.dtype not in _DTYPES:
         raise Unavailable(
             f"ONNX Runtime's attention to a cache does not compute in {q.dtype}",
@@ -97,7 +114,8 @@ def _attending(graph: ir.Graph, node: ir.Node, lengths: _Lengths) -> ir.Node:
         "do_rotary": int(own.tables[0] is not None),
         "local_window_size": window or -1,
     }
-    inputs = [*flat, past_k, past_v, lengths.last, lengths.longest, *own.tables, None, None, sinks]
+    bias = None if distances is None else lengths.biases(graph, node, distances)
+    inputs = [*flat, past_k, past_v, lengths.last, lengths.longest, *own.tables, None, bias, sinks]
     return ir.Node(
         _MICROSOFT,
         "GroupQueryAttention",

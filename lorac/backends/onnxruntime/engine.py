@@ -14,7 +14,7 @@ import onnxruntime as ort
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lorac.backends.onnxruntime.growing import Layout, OrtCache, all_tokens, extend, whole_texts
+from lorac.backends.onnxruntime.growing import Layout, OrtCache, all_tokens, extend, refuse_other_rows, whole_texts
 from lorac.backends.onnxruntime.inputs import aliased, wanted
 from lorac.backends.onnxruntime.options import Options
 from lorac.backends.onnxruntime.portable import bound_tensors, write_choice, written_tensors
@@ -23,11 +23,11 @@ from lorac.errors import Unavailable
 from lorac.ir.binding import Answer, Binding
 from lorac.ir.cache import Cache, Extension, Keeps
 from lorac.ir.engine import Engine, Files
-from lorac.ir.graph.attending import IDS, PAST, PLACES
+from lorac.ir.graph.attending import PAST, PLACES, is_memory
 from lorac.ir.graph.feeds import empty_cache, fed, grouped_aux, named_tensors
 from lorac.ir.graph.graph import SlotInput
 from lorac.ir.graph.signature import CallSignature
-from lorac.ir.host.components import require_component
+from lorac.ir.host.components import encoder_of, require_component
 from lorac.ir.host.sites import BaseReader
 from lorac.ir.slots.buffers import fused_buffers
 from lorac.ir.slots.site import SitePlan, SiteSlots
@@ -53,6 +53,10 @@ class GraphSession:
         self.outputs = [output.name for output in session.get_outputs()]
         self.wanted = wanted(session)
         self.cache = Layout.of(session)
+
+    def behind(self, encoder: GraphSession) -> None:
+        """Have it read what an encoder makes."""
+        self.cache = Layout.of(self.session, encoder.signature.inputs)
 
 
 @dataclass(eq=False)
@@ -96,6 +100,9 @@ class OrtEngine(Engine):
         options: Options,
     ) -> None:
         self.parts = parts
+        for name, part in parts.items():
+            if (encoder := parts.get(encoder_of(name))) is not None:
+                part.behind(encoder)
         self.slots = {name: slot for part in parts.values() for name, slot in part.slots.items()}
         self.signatures = {name: part.signature for name, part in parts.items()}
         self.plans = fed(self.slots, plans)
@@ -222,27 +229,59 @@ class OrtEngine(Engine):
         session, values = self._serving(part, graph, content)
         return extend(session, values, cache, extension, lambda: _bound(part, session, values))
 
+    def encode(  # type: ignore[override]  # as above
+        self, content: Values, graph: str, cache: Cache, inputs: Mapping[str, object]
+    ) -> None:
+        """One run of the session of the graph's encoder."""
+        self._encoded(content, graph, cache, inputs)
+
+    def _encoded(
+        self, content: Values, graph: str, cache: Cache, inputs: Mapping[str, object]
+    ) -> dict[str, torch.Tensor]:
+        """As ``encode``; returns what of the encoder's answer the host answers too, by name."""
+        assert isinstance(cache, OrtCache)
+        name = encoder_of(graph)
+        part = self.parts[name]
+        given = part.signature.bind((), inputs)
+        session, values = self._serving(part, name, content)
+        found = [torch.from_numpy(value.numpy()) for value in _execute(part, name, session, values, given)]
+        answered = dict(zip(part.outputs, found, strict=True))
+        memory = {made: value for made, value in answered.items() if is_memory(made)}
+        refuse_other_rows(memory, len(cache.lengths))
+        cache.remember(memory)
+        return {made: value for made, value in answered.items() if made not in memory}
+
     def _call_over_texts(
         self, content: Values, graph: str, part: GraphSession, args: tuple[object, ...], kwargs: Mapping[str, object]
     ) -> Answer:
         """A plain call of a graph that keeps a cache: whole texts, of which nothing is kept."""
-        told, counts = whole_texts(args, kwargs)
-        ids = part.wanted[IDS].fit(told[IDS])
+        assert part.cache is not None
+        text, inputs = part.cache.text, dict[str, Any]()
+        if part.cache.keeps.encodes:
+            named = part.signature.named(args, kwargs)
+            inputs = {name: named.pop(name) for name in part.cache.keeps.encodes if name in named}
+            args, kwargs = (), named
+        told, counts = whole_texts(args, kwargs, text)
+        ids = part.wanted[text].fit(told[text])
         extension = all_tokens(ids, counts)
         picked = {PLACES: extension.wanted} if PLACES in part.wanted else {}
         part.signature.bind((), {**told, **picked})
         cache = self.new_cache(graph, *ids.shape)
+        encoded = self._encoded(content, graph, cache, inputs) if part.cache.keeps.encodes else {}
         logits = self.extend(content, graph, cache, extension)
         logits[torch.arange(ids.shape[1]) >= torch.tensor(counts)[:, None]] = 0
-        answered: list[Any] = [logits.numpy() if isinstance(told[IDS], np.ndarray) else logits]
-        output, _ = part.signature.answer([*answered, *(None for _ in part.signature.extra)], kwargs)
+        as_numpy = isinstance(told[text], np.ndarray)
+        answered: list[Any] = [logits.numpy() if as_numpy else logits]
+        elsewhere = {name: value.numpy() if as_numpy else value for name, value in encoded.items()}
+        rest = (None for _ in part.signature.extra)
+        output, _ = part.signature.having(elsewhere).answer([*answered, *rest], kwargs)
         return Answer(output)
 
     def outputs(self, graph: str, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """A graph's outputs as it gives them, copied, for tensors in its slots and inputs by name."""
         part = self.parts[graph]
         if part.cache is not None and PAST not in inputs:
-            inputs = {**empty_cache(part.cache.shapes, inputs[IDS]), **inputs}
+            inputs = {**empty_cache(part.cache.shapes, inputs[part.cache.text], part.cache.memory), **inputs}
         values = _execute(part, graph, part.session, self._values(tensors), inputs)
         return [torch.from_numpy(value.numpy().copy()) for value in values]
 

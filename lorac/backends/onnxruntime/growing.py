@@ -18,10 +18,23 @@ from lorac.backends.onnx.files import LONGEST
 from lorac.backends.onnxruntime.inputs import aliased
 from lorac.errors import ChoiceError, InputMismatch
 from lorac.ir.cache import Cache, Extension, Keeps
-from lorac.ir.graph.attending import IDS, NEW, PAST, PLACES, PRESENT, is_past, present_of
+from lorac.ir.graph.attending import (
+    DECODER_IDS,
+    IDS,
+    NEW,
+    PAST,
+    PLACES,
+    PRESENT,
+    is_memory,
+    is_past,
+    present_of,
+    text_of,
+)
+from lorac.ir.graph.feeds import Shape
 
 Tensor = torch.Tensor
 _DTYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
+_REMEMBERED = {**_DTYPES, "tensor(bool)": torch.bool, "tensor(int64)": torch.int64, "tensor(int32)": torch.int32}
 
 
 @dataclass(frozen=True)
@@ -33,16 +46,25 @@ class Layout:
         keeps: what the cache can hold.
         logits: the output that has them, and its dtype.
         picks: whether the graph picks the tokens whose logits are wanted; else it answers those of all.
+        text: the input with the new tokens.
+        memory: inputs that hold what an encoder made.
     """
 
     shapes: Mapping[str, tuple[int, int, torch.dtype]]
     keeps: Keeps
     logits: tuple[str, torch.dtype]
     picks: bool
+    text: str
+    memory: Mapping[str, Shape]
 
     @classmethod
-    def of(cls, session: ort.InferenceSession) -> Layout | None:
-        """A session's; None where it keeps no cache."""
+    def of(cls, session: ort.InferenceSession, encodes: tuple[str, ...] = ()) -> Layout | None:
+        """A session's; None where it keeps no cache.
+
+        Args:
+            session: the graph's.
+            encodes: inputs of its encoder, if it has one.
+        """
         inputs = {found.name: found for found in session.get_inputs()}
         if PAST not in inputs:
             return None
@@ -50,10 +72,16 @@ class Layout:
         logits = next(output for output in session.get_outputs() if not output.name.startswith(PRESENT))
         return cls(
             shapes={n: (i.shape[1], i.shape[3], _DTYPES[i.type]) for n, i in inputs.items() if is_past(n)},
-            keeps=Keeps(limit=None if longest is None else int(longest), vocabulary=logits.shape[-1]),
+            keeps=Keeps(limit=None if longest is None else int(longest), vocabulary=logits.shape[-1], encodes=encodes),
             logits=(logits.name, _DTYPES[logits.type]),
             picks=PLACES in inputs,
+            text=text_of(inputs),
+            memory={n: (_sizes(i.shape), _REMEMBERED[i.type]) for n, i in inputs.items() if is_memory(n)},
         )
+
+
+def _sizes(shape: Sequence[int | str | None]) -> tuple[int | None, ...]:
+    return tuple(size if isinstance(size, int) else None for size in shape)
 
 
 class OrtCache(Cache):
@@ -71,12 +99,18 @@ class OrtCache(Cache):
             name: torch.zeros(rows, heads, capacity, size, dtype=dtype)
             for name, (heads, size, dtype) in layout.shapes.items()
         }
+        self.memory: dict[str, Tensor] = {}
+        self._owners = tuple(range(rows))
         self._bound: tuple[weakref.ref[Any], weakref.ref[Any], Any] | None = None
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]  # told when it is asked for
         """As ``Cache`` says."""
-        return sum(buffer.nbytes for buffer in self.buffers.values())
+        return sum(held.nbytes for held in (*self.buffers.values(), *self.memory.values()))
+
+    def remember(self, memory: Mapping[str, Tensor]) -> None:
+        """Keep what an encoder made of each row, in the place of what was kept so far."""
+        self.memory, self._owners, self._bound = dict(memory), tuple(range(len(self.lengths))), None
 
     def select(self, rows: Sequence[int]) -> None:
         """As ``Cache`` says."""
@@ -85,6 +119,10 @@ class OrtCache(Cache):
         places = torch.tensor(list(rows), dtype=torch.int64)
         self._exchange({name: held.index_select(0, places) for name, held in self.buffers.items()})
         self.lengths = tuple(self.lengths[row] for row in rows)
+        owners = tuple(self._owners[row] for row in rows)
+        if owners != self._owners:  # beams of a row share what was encoded
+            self.memory = {name: held.index_select(0, places) for name, held in self.memory.items()}
+            self._owners = owners
 
     def crop(self, lengths: Sequence[int]) -> None:
         """As ``Cache`` says."""
@@ -100,7 +138,7 @@ class OrtCache(Cache):
         """As ``Cache`` says."""
         made = OrtCache(self.layout, 0, self.capacity)
         made.buffers = {name: held.clone() for name, held in self.buffers.items()}
-        made.lengths = self.lengths
+        made.lengths, made.memory, made._owners = self.lengths, self.memory, self._owners  # it is never written
         return made
 
     def admit(self, room: int) -> None:
@@ -124,6 +162,8 @@ class OrtCache(Cache):
                 value = aliased(buffer)
                 io.bind_ortvalue_input(past, value)
                 io.bind_ortvalue_output(present_of(past), value)
+            for name, tensor in self.memory.items():
+                io.bind_ortvalue_input(name, aliased(tensor))
             self._bound = weakref.ref(session), weakref.ref(values), io
         return self._bound[2]
 
@@ -151,7 +191,7 @@ def extend(
     logits = torch.empty(rows, wanted.shape[1] if layout.picks else length, layout.keeps.vocabulary, dtype=dtype)
     cache.admit(max(cache.lengths) + length)
     given = {
-        IDS: extension.ids[:, :length].to(torch.int64).contiguous(),
+        layout.text: extension.ids[:, :length].to(torch.int64).contiguous(),
         PAST: torch.tensor(cache.lengths, dtype=torch.int32),
         NEW: torch.tensor(counts, dtype=torch.int32),
     }
@@ -166,24 +206,29 @@ def extend(
     return logits if layout.picks else logits[torch.arange(rows)[:, None], wanted]
 
 
-def whole_texts(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
-    """A plain call's arguments without the mask, and how many tokens each row has by it.
+def whole_texts(args: tuple[Any, ...], kwargs: Mapping[str, Any], text: str = IDS) -> tuple[dict[str, Any], list[int]]:
+    """A plain call's arguments without the text's mask, and how many tokens each row has by it.
+
+    Args:
+        args, kwargs: of the call.
+        text: what the ids are called.
 
     Raises:
         ChoiceError: more positional arguments than ids and a mask, or no ids.
         InputMismatch: a mask that does not pad rows on the right.
     """
-    given = {**dict(zip((IDS, _MASK), args, strict=False)), **kwargs}
-    if len(args) > 2 or given.get(IDS) is None:
+    padding = f"decoder_{_MASK}" if text == DECODER_IDS else _MASK
+    given = {**dict(zip((text, padding), args, strict=False)), **kwargs}
+    if len(args) > 2 or given.get(text) is None:
         raise ChoiceError(
-            f"a program that keeps a cache is called with {IDS} and {_MASK}",
-            next_step=f"give {IDS}=, and {_MASK}= where rows are padded; cache=False takes what the model takes",
+            f"a program that keeps a cache is called with {text} and {padding}",
+            next_step=f"give {text}=, and {padding}= where rows are padded; cache=False takes what the model takes",
         )
-    ids = torch.as_tensor(given[IDS])
-    mask = given.pop(_MASK, None)
+    ids = torch.as_tensor(given[text])
+    mask = given.pop(padding, None)
     if ids.dim() != 2:
         raise InputMismatch(
-            f"input '{IDS}' has shape {list(ids.shape)}; a program that keeps a cache takes [batch, length]",
+            f"input '{text}' has shape {list(ids.shape)}; a program that keeps a cache takes [batch, length]",
             next_step="give a row of ids for each text",
         )
     if mask is None:
@@ -192,10 +237,19 @@ def whole_texts(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[
     counts = mask.bool().sum(-1) if mask.shape == ids.shape else None
     if counts is None or not torch.equal(mask.bool(), torch.arange(ids.shape[1]) < counts[:, None]):
         raise InputMismatch(
-            f"input '{_MASK}' of shape {list(mask.shape)} hides more than the ends of rows",
+            f"input '{padding}' of shape {list(mask.shape)} hides more than the ends of rows",
             next_step="pad rows on the right; compiled with cache=False it takes any mask",
         )
     return given, counts.tolist()
+
+
+def refuse_other_rows(memory: Mapping[str, Tensor], rows: int) -> None:
+    """Raise ``InputMismatch`` where an encoder got another number of rows than the text has."""
+    found = next(iter(memory.values())).shape[0]
+    if found != rows:
+        raise InputMismatch(
+            f"the encoder's inputs have {found} rows, and the text has {rows}", next_step="give one of each per row"
+        )
 
 
 def all_tokens(ids: Tensor, counts: Sequence[int]) -> Extension:

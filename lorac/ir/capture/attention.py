@@ -2,9 +2,9 @@
 
 A transformers model calls its attention through an interface, and asks another for its masks. While such a model is
 traced both are lorac's: a mask is a token that stands for "causal" or "causal within a window", and attention is the
-op of ``lorac.ir.graph.attending``.
-Padding is none of the program's: it is given each row's length. So the trace has three arguments less than forward:
-the mask is all ones, positions are an op of the ids, and what logits are wanted for is an input.
+op of ``lorac.ir.graph.attending``. An encoder's masks stay what they are.
+Padding of the text is none of the program's: it is given each row's length. So the trace has three arguments less than
+forward: the mask is all ones, positions are an op of the ids, and what logits are wanted for is an input.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from torch.export import Dim, ExportedProgram
 
 from lorac.errors import CaptureFailed, Unavailable
 from lorac.ir.graph import attending
-from lorac.ir.graph.attending import IDS, PLACES, WITHOUT
+from lorac.ir.graph.attending import DECODER_IDS, IDS, PLACES, WITHOUT, text_of
 from lorac.ir.host.inputs.example_inputs import default_shapes, is_hugging_face, set_captured
 from lorac.ir.host.layers import Forward
 
 MASK, POSITIONS = "attention_mask", "position_ids"
 """Arguments of transformers' causal language models that a trace makes by itself."""
+_DECODER = "decoder_"
+"""What the names of the same of a decoder beside an encoder begin with."""
 _NAME = "lorac"
 
 
@@ -43,24 +45,33 @@ def text_inputs(model: nn.Module, given: Any) -> dict[str, Tensor]:
     """
     names = inspect.signature(model.forward).parameters
     known: Any = model
-    if not is_hugging_face(model) or not known.can_generate() or IDS not in names:
-        raise _unfit(model, "is no causal language model of transformers")
-    if known.config.is_encoder_decoder:
-        raise _unfit(model, "has an encoder beside its decoder")
-    more = sorted(given.keys() - {IDS, MASK, POSITIONS, PLACES})
-    if more:
-        raise _unfit(model, f"is given '{more[0]}', and only text grows")
-    ids = given[IDS]
+    if not is_hugging_face(model) or not known.can_generate() or text_of(names) not in names:
+        raise _unfit(model, "is no language model of transformers")
+    text = text_of(names)
+    if text not in given:
+        raise _unfit(model, f"is given no '{text}'")
+    others = {name: value for name, value in given.items() if name not in {text, PLACES, *_made_of(text)}}
+    if others and text == IDS:
+        raise _unfit(model, f"is given '{min(others)}', and only text grows")
+    ids = given[text]
     if ids.shape[1] < 2:
         raise _unfit(model, "is given an example of less than two tokens")
+    if IDS in others and MASK in names:
+        others.setdefault(MASK, torch.ones_like(others[IDS]))
     # Of places that every longer or shorter text has too.
     places = {PLACES: torch.tensor([1, 0, 1], device=ids.device)} if PLACES in names else {}
-    return {IDS: ids, **places}
+    return {**others, text: ids, **places}
+
+
+def _made_of(text: str) -> tuple[str, str]:
+    """The arguments that a trace makes of a text by itself: its mask and its positions."""
+    prefix = _DECODER if text == DECODER_IDS else ""
+    return f"{prefix}{MASK}", f"{prefix}{POSITIONS}"
 
 
 def longest_text(model: nn.Module) -> int | None:
     """The longest text that a model's configuration names, with the angles that it begins with; None: it names none."""
-    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]  # of transformers
+    config: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]  # of transformers
     told = getattr(config, "rope_parameters", None) or {}
     kinds = [told, *(inner for inner in told.values() if isinstance(inner, dict))]
     changing = [kind.get(_ORIGINAL) for kind in kinds if kind.get("rope_type") in _CHANGING]
@@ -75,21 +86,23 @@ _ORIGINAL = "original_max_position_embeddings"
 
 def text_shapes(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
     """The dynamic shapes of ``text_inputs``."""
-    shapes = default_shapes(model, {IDS: inputs[IDS]})
+    shapes = default_shapes(model, {name: value for name, value in inputs.items() if name != PLACES})
     return shapes | {name: {0: Dim("kept")} for name in inputs if name == PLACES}
 
 
 def over_text(forward: Forward) -> Forward:
     """A forward that takes what ``text_inputs`` has, and makes the rest."""
     own = inspect.signature(forward)
+    text = text_of(own.parameters)
+    mask, positions = _made_of(text)
 
     @functools.wraps(forward)
-    def call(input_ids: Tensor, **kwargs: Any) -> Any:
-        made = {MASK: torch.ones_like(input_ids), POSITIONS: torch.ops.lorac.positions(input_ids)}
-        taken = {name: value for name, value in made.items() if name in own.parameters}
-        return forward(input_ids=input_ids, **taken, **kwargs)
+    def call(**given: Any) -> Any:
+        ids = given[text]
+        made = {mask: torch.ones_like(ids), positions: torch.ops.lorac.positions(ids)}
+        return forward(**given, **{name: value for name, value in made.items() if name in own.parameters})
 
-    left = [parameter for name, parameter in own.parameters.items() if name not in {MASK, POSITIONS}]
+    left = [parameter for name, parameter in own.parameters.items() if name not in {mask, positions}]
     call.__signature__ = own.replace(parameters=left)  # type: ignore[attr-defined]  # functions take attributes
     return call
 
@@ -110,6 +123,13 @@ class _Marks:
 
     def mask(self, **asked: Any) -> Tensor | None:
         """As transformers' functions that make masks."""
+        from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+
+        if asked["mask_function"] is bidirectional_mask_function:
+            return None if asked["attention_mask"] is None else asked["attention_mask"][:, None, None, :].to(torch.bool)
+        if causal_mask_function.__code__ not in {code for code, _ in _closed_over(asked["mask_function"])}:
+            made: Tensor | None = sdpa_mask(**{**asked, "allow_is_bidirectional_skip": False})
+            return made
         window = _window(asked["mask_function"])
         if window is None:
             self.unfit.append("its attention hides more than what comes later, and what lies outside a window")
@@ -135,15 +155,12 @@ class _Marks:
         path = self.paths.get(id(module), type(module).__name__)
         known = self.windows.get(id(attention_mask))
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal) or known is not None
-        if attention_mask is not None and known is None:
+        seen, bias = None if known is not None else attention_mask, position_bias
+        if seen is not None and seen.dtype != torch.bool:
             self.unfit.append(f"'{path}' attends by a mask of its own")
-        elif not causal:
-            self.unfit.append(f"'{path}' sees what comes later")
-        if position_bias is not None:
-            self.unfit.append(f"'{path}' adds a bias to its scores")
         scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
         window, cap = (known or (None, 0))[1], float(softcap or 0)
-        y = torch.ops.lorac.attention(query, key, value, None, s_aux, scale, causal, window, cap, path)
+        y = torch.ops.lorac.attention(query, key, value, bias, seen, s_aux, scale, causal, window, cap, path)
         return y, None
 
 

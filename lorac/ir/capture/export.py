@@ -30,6 +30,8 @@ from lorac.ir.capture.attention import (
     text_shapes,
 )
 from lorac.ir.capture.marking import mark
+from lorac.ir.capture.parting import refuse_unfit, without_idle_biases
+from lorac.ir.capture.positions import count_by_row
 from lorac.ir.graph import ops as _ops  # noqa: F401  (what a copy's sites call is registered there)
 from lorac.ir.graph.axes import asked_axes, axis_names, sizes_of
 from lorac.ir.graph.edit import checks_sites, keep_tensors, qualified
@@ -132,6 +134,9 @@ def _exported_with(
     _refuse_objects(program)
     if grows:
         refuse_other_attention(program, host)
+        without_idle_biases(program.graph)
+        refuse_unfit(program, type(model).__name__)
+        count_by_row(program)
     return qualified(program, prefix), guards, arguments
 
 

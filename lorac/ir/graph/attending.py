@@ -8,20 +8,27 @@ runs them.
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-IDS, PLACES = "input_ids", "logits_to_keep"
-"""What a graph that keeps a cache is given: token ids, and the places of the tokens whose logits are wanted."""
+IDS, DECODER_IDS, PLACES = "input_ids", "decoder_input_ids", "logits_to_keep"
+"""What a graph that keeps a cache is given: token ids, a decoder's beside those of its encoder, and the places of the
+tokens whose logits are wanted."""
 PAST, NEW = "past_lengths", "new_lengths"
 """Inputs: how many tokens each row holds, and how many it brings."""
 WITHOUT = "compile with cache=False; target='eager' generates with the model's own cache"
 """What to do with a model that no cache fits."""
 
-_HELD, PRESENT = "past_key_values.", "present."
-"""What names of caches begin with: as inputs, and as outputs."""
+_HELD, PRESENT, _MEMORY = "past_key_values.", "present.", "memory."
+"""What names of caches begin with: as inputs, and as outputs; and those of what an encoder made for its decoder."""
+
+
+def text_of(names: Container[str]) -> str:
+    """The input with the tokens of the text that grows, of those that a graph has."""
+    return DECODER_IDS if DECODER_IDS in names else IDS
 
 
 def past_names(layer: int) -> tuple[str, str]:
@@ -32,6 +39,16 @@ def past_names(layer: int) -> tuple[str, str]:
 def is_past(name: str) -> bool:
     """Whether an input is a layer's keys or values."""
     return name.startswith(_HELD)
+
+
+def memory_name(what: str) -> str:
+    """The output of an encoder, and the input of its decoder, for a value that the one makes for the other."""
+    return f"{_MEMORY}{what}"
+
+
+def is_memory(name: str) -> bool:
+    """Whether an input is what an encoder made."""
+    return name.startswith(_MEMORY)
 
 
 def present_of(past: str) -> str:
@@ -45,6 +62,7 @@ def attention(  # noqa: PLR0913, PLR0917  (an op's operands)
     k: Tensor,
     v: Tensor,
     bias: Tensor | None,
+    seen: Tensor | None,
     sinks: Tensor | None,
     scale: float,
     causal: bool,
@@ -57,8 +75,8 @@ def attention(  # noqa: PLR0913, PLR0917  (an op's operands)
     Args:
         q: queries (batch, heads, length, size).
         k, v: keys and values (batch, heads of keys, other length, size); so many heads of q share one of theirs.
-        bias: added to the scores, or where it is of booleans, which of them count; broadcast to
-            (batch, heads, length, other length).
+        bias: added to the scores; broadcast to (batch, heads, length, other length).
+        seen: of booleans: which scores count; broadcast likewise.
         sinks: (heads,): a score of each head's own that takes its share and gives nothing.
         scale: what the scores are multiplied by.
         causal: whether a token sees none that come after it.
@@ -70,8 +88,8 @@ def attention(  # noqa: PLR0913, PLR0917  (an op's operands)
         (batch, length, heads, size)
     """
     places = torch.arange(q.shape[2], device=q.device), torch.arange(k.shape[2], device=q.device)
-    seen = _seen(places[0][None], places[1], causal, window) if causal or window else None
-    return _attended(q, k, v, seen, bias, sinks, scale, softcap)
+    masks = [seen, _seen(places[0][None], places[1], causal, window) if causal or window else None]
+    return attended(q, k, v, masks, bias, sinks, scale, softcap)
 
 
 @attention.register_fake
@@ -90,6 +108,7 @@ def cached_attention(  # noqa: PLR0913, PLR0917  (an op's operands)
     new: Tensor,
     places: Tensor,
     sinks: Tensor | None,
+    distances: Tensor | None,
     scale: float,
     window: int,
     softcap: float,
@@ -103,6 +122,7 @@ def cached_attention(  # noqa: PLR0913, PLR0917  (an op's operands)
         past: (batch,): how many tokens each row has in the cache.
         new: (batch,): how many it brings. ``past + new`` is at most the capacity.
         places: (batch, length): the positions of the new tokens, ``past`` and on.
+        distances: (heads, capacity): what is added to the score of a key so many tokens before the query.
         sinks, scale, window, softcap, module: as ``attention``'s.
 
     Returns:
@@ -112,8 +132,13 @@ def cached_attention(  # noqa: PLR0913, PLR0917  (an op's operands)
     for row, (begin, count) in enumerate(zip(past.tolist(), new.tolist(), strict=True)):
         held_k[row, :, begin : begin + count] = k[row, :, :count]
         held_v[row, :, begin : begin + count] = v[row, :, :count]
-    seen = _seen(places, torch.arange(past_k.shape[2], device=q.device), True, window)
-    return _attended(q, held_k, held_v, seen, None, sinks, scale, softcap), held_k, held_v
+    keys = torch.arange(past_k.shape[2], device=q.device)
+    bias = None
+    if distances is not None:  # padding may be farther from a key than the cache is long
+        apart = (places[:, :, None] - keys).clamp(min=0, max=distances.shape[1] - 1)
+        bias = distances[:, apart].transpose(0, 1)
+    seen = _seen(places, keys, True, window)
+    return attended(q, held_k, held_v, [seen], bias, sinks, scale, softcap), held_k, held_v
 
 
 @cached_attention.register_fake
@@ -166,27 +191,27 @@ def _seen(queries: Tensor, keys: Tensor, causal: bool, window: int) -> Tensor:
     return (seen & (ahead > -window) if window else seen)[:, None]
 
 
-def _attended(
+def attended(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    seen: Tensor | None,
+    masks: Sequence[Tensor | None],
     bias: Tensor | None,
     sinks: Tensor | None,
     scale: float,
     softcap: float,
 ) -> Tensor:
+    """What ``attention`` computes, by several masks of which all have to admit a score."""
     shared = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
     scores = q @ k.transpose(2, 3) * scale
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
-    if bias is not None and bias.dtype != torch.bool:
+    if bias is not None:
         scores = scores + bias
-    elif bias is not None:
-        seen = bias if seen is None else seen & bias
-    if seen is not None:
-        scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    for seen in masks:
+        if seen is not None:
+            scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
     if sinks is not None:
         alone = sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)
         scores = torch.cat([scores, alone], dim=-1)

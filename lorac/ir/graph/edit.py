@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -104,6 +106,57 @@ def add_outputs(program: ExportedProgram, nodes: Mapping[str, fx.Node]) -> None:
     outputs = pytree.tree_unflatten([object()] * signature.out_spec.num_leaves, signature.out_spec)
     extended = (outputs, {name: object() for name in nodes})
     signature.out_spec = pytree.tree_flatten(extended)[1]
+
+
+def set_outputs(program: ExportedProgram, nodes: Mapping[str, fx.Node]) -> None:
+    """Have a program answer these and nothing else, by name."""
+    output = next(iter(reversed(program.graph.nodes)))
+    output.args = (tuple(nodes.values()),)
+    specs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in nodes.values()]
+    program.graph_signature.output_specs[:] = specs
+    signature = program._module_call_graph[0].signature
+    assert signature is not None
+    signature.outputs.clear()
+    signature.out_spec = pytree.tree_flatten({name: object() for name in nodes})[1]
+
+
+def drop_inputs(program: ExportedProgram, names: Collection[str]) -> None:
+    """Take inputs away that nothing reads, of a program that is called by names."""
+    signature = program._module_call_graph[0].signature
+    assert signature is not None
+    for node in [node for node in program.graph.nodes if node.op == "placeholder" and node.name in names]:
+        program.graph.erase_node(node)
+    specs = program.graph_signature.input_specs
+    specs[:] = [spec for spec in specs if getattr(spec.arg, "name", "") not in names]
+    signature.inputs[:] = [told for told in signature.inputs if told.name not in names]
+    args, kwargs = pytree.tree_unflatten([object()] * signature.in_spec.num_leaves, signature.in_spec)
+    signature.in_spec = pytree.tree_flatten((args, _without(kwargs, names)))[1]
+    if signature.forward_arg_names is not None:
+        signature.forward_arg_names = [name for name in signature.forward_arg_names if name not in names]
+    if program._example_inputs is not None:
+        program._example_inputs = (program._example_inputs[0], _without(program._example_inputs[1], names))
+
+
+def _without(given: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if name not in names}
+
+
+def copied(program: ExportedProgram) -> ExportedProgram:
+    """The same program over the same tensors, to be edited apart from it; its nodes are called alike."""
+    made, module = copy.copy(program), program.graph_module
+    graph = copy.deepcopy(module.graph)
+    for node, original in zip(graph.nodes, module.graph.nodes, strict=True):
+        node.name = original.name  # an input called as a builtin is, "input", is given another in a copy
+    made._graph_module = fx.GraphModule(module, graph)
+    specs = program.graph_signature
+    made._graph_signature = replace(specs, input_specs=[*specs.input_specs], output_specs=[*specs.output_specs])
+    entry, *rest = program._module_call_graph
+    assert entry.signature is not None
+    signature = replace(entry.signature, inputs=[*entry.signature.inputs], outputs=[*entry.signature.outputs])
+    made._module_call_graph = [replace(entry, signature=signature), *rest]
+    made._state_dict, made._constants = dict(program.state_dict), dict(program.constants)
+    made._range_constraints = dict(program._range_constraints)
+    return made
 
 
 def keep_tensors(program: ExportedProgram) -> Structure:

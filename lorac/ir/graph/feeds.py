@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lorac.ir.graph.attending import NEW, PAST, is_past
+from lorac.ir.graph.attending import NEW, PAST, is_memory, is_past
 from lorac.ir.graph.graph import Graph, SlotInput
 from lorac.ir.host.sites import factor_dtype
 from lorac.ir.slots.emits import record_emitted
@@ -53,17 +53,41 @@ def idle(plan: SitePlan, role: str) -> Tensor:
     return torch.zeros(plan.branch_shapes()[role], dtype=factor_dtype(plan.site.dtype))
 
 
-def empty_cache(shapes: Mapping[str, tuple[int, int, torch.dtype]], ids: Tensor) -> dict[str, Tensor]:
+Shape = tuple[tuple[int | None, ...], torch.dtype]
+"""Sizes of an input, None where they vary, and its dtype."""
+_SOME = 3
+"""How long what was encoded is where any length will do."""
+
+
+def empty_cache(
+    shapes: Mapping[str, tuple[int, int, torch.dtype]], ids: Tensor, memory: Mapping[str, Shape] | None = None
+) -> dict[str, Tensor]:
     """What the inputs of a cache hold where nothing came before, for as many tokens as a call brings.
 
     Args:
         shapes: input of a layer's keys or values -> heads, size of each head, dtype.
         ids: the call's token ids (batch, length), all of them new.
+        memory: inputs that hold what an encoder made, of which some numbers are made up here.
     """
     batch, length = ids.shape
     counts = {name: torch.full((batch,), count, dtype=torch.int32) for name, count in {PAST: 0, NEW: length}.items()}
     held = {n: torch.zeros(batch, heads, length, size, dtype=dtype) for n, (heads, size, dtype) in shapes.items()}
-    return counts | held
+    return counts | held | {name: _made_up(batch, *shape) for name, shape in (memory or {}).items()}
+
+
+def _made_up(rows: int, sizes: tuple[int | None, ...], dtype: torch.dtype) -> Tensor:
+    shape = (rows, *(_SOME if size is None else size for size in sizes[1:]))
+    numbers = torch.arange(torch.Size(shape).numel()).cos().reshape(shape)
+    return numbers.to(dtype) if dtype.is_floating_point else torch.ones(shape, dtype=dtype)
+
+
+def memory_shapes(graph: Graph) -> dict[str, Shape]:
+    """The inputs of a graph that hold what an encoder made."""
+    values = {name: graph.node(node).meta["val"] for name, node in graph.kept.items() if is_memory(name)}
+    return {
+        name: (tuple(size if isinstance(size, int) else None for size in value.shape), value.dtype)
+        for name, value in values.items()
+    }
 
 
 def kept_shapes(graph: Graph) -> dict[str, tuple[int, int, torch.dtype]]:

@@ -19,9 +19,9 @@ from torch.utils import _pytree as pytree
 
 from lorac.ir.graph import ops
 from lorac.ir.graph.adapted import AdaptedCall, adapted_output
-from lorac.ir.graph.attending import IDS, PAST
+from lorac.ir.graph.attending import text_of
 from lorac.ir.graph.edit import KEYWORD
-from lorac.ir.graph.feeds import empty_cache, kept_shapes
+from lorac.ir.graph.feeds import empty_cache, kept_shapes, memory_shapes
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.signature import CallSignature
 from lorac.ir.graph.sizes import Chosen
@@ -159,9 +159,10 @@ _LOWEST_INDEX: dict[Any, Callable[..., Any]] = {aten.topk.default: _topk, aten.s
 
 def _nothing_before(graph: Graph, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """Empty caches for a graph that keeps some, where the call has none of its own."""
-    if not graph.kept or PAST in inputs:
-        return {graph.kept[name]: inputs[name] for name in graph.kept}
-    return {graph.kept[name]: held for name, held in empty_cache(kept_shapes(graph), inputs[IDS]).items()}
+    if not graph.kept:
+        return {}
+    made = empty_cache(kept_shapes(graph), inputs[text_of(inputs)], memory_shapes(graph))
+    return {node: inputs.get(name, made.get(name)) for name, node in graph.kept.items()}
 
 
 def _by_node(graph: Graph, slots: Mapping[str, Tensor]) -> dict[str, Tensor]:

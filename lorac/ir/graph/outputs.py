@@ -54,6 +54,11 @@ class Structure:
         """The host's output of the program's."""
         return pytree.tree_unflatten(self._leaves(tensors), self.spec)
 
+    def having(self, values: Mapping[str, Any]) -> Structure:
+        """The same with other constants, by the names that they have in the output (``output_names``)."""
+        names = output_names(self.spec, ())
+        return replace(self, constants={i: values.get(names[i], value) for i, value in self.constants.items()})
+
     def joined(self, parts: Sequence[Sequence[Any]], rows: Rows, total: int) -> Any:
         """The host's output for a call of so many rows, of the program's tensors for each of its parts."""
         leaves, spec = _joined(self.spec, [iter(self._leaves(tensors)) for tensors in parts], (rows, total), "")

@@ -14,7 +14,7 @@ class Program:
     """One or more graphs that are swapped together.
 
     Attributes:
-        graphs: name -> graph; of a single model one, ``"main"``.
+        graphs: name -> graph; of a single model ``"main"``, and of its encoder, where that is run apart, another.
         signatures: name -> how the host of that graph is called.
     """
 
@@ -23,7 +23,10 @@ class Program:
 
     @property
     def slots(self) -> dict[str, SlotInput]:
-        """The slot inputs of all graphs by public name. A site belongs to one graph, so names do not clash."""
+        """The slot inputs of all graphs by public name.
+
+        A site that two graphs call, such as a shared embedding, has the same slots in both.
+        """
         return {name: slot for graph in self.graphs.values() for name, slot in graph.slots.items()}
 
     def __repr__(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -184,6 +184,15 @@ class CallSignature:
         if name in self.arguments:
             return "give it in example_inputs= when compiling"
         return f"it takes {', '.join(self.inputs)}"
+
+    def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """What a call gives by the names that the host has for it; what is None is left out."""
+        given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def having(self, values: Mapping[str, Any]) -> CallSignature:
+        """The same with some of what the program does not answer itself, by its name in the output."""
+        return self if self.structure is None or not values else replace(self, structure=self.structure.having(values))
 
     def answer(self, values: list[Any], asked: Mapping[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """The host's output object, and the extra outputs by name.

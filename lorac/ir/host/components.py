@@ -30,6 +30,20 @@ class Components(nn.ModuleDict):
         super().__init__(dict(models))
 
 
+_ENCODER = ".encoder"
+
+
+def encoder_of(name: str) -> str:
+    """The name of the graph of a component's encoder, where that is a graph of its own."""
+    return f"{name}{_ENCODER}"
+
+
+def scope_of(graph: str) -> str:
+    """What the paths of a graph's sites begin with: its component's name and a dot, nothing for a single model."""
+    name = graph.removesuffix(_ENCODER)
+    return "" if name == MAIN else f"{name}."
+
+
 def components_of(model: nn.Module) -> dict[str, nn.Module]:
     """Graph name -> the model that is captured as that graph."""
     return dict(model.items()) if isinstance(model, Components) else {MAIN: model}

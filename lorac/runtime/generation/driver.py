@@ -1,4 +1,4 @@
-"""``Driver``: a program that keeps a cache, as transformers generates from it.
+"""``Driver`` and ``TextDriver``: a program that keeps a cache, as transformers generates from it.
 
 It is no model: what transformers' mixin asks of one is answered from what was told of the host, and where it would call
 a model, tokens are added to a cache. So options, logits processors, stopping criteria, streamers, beams and assistants
@@ -10,9 +10,10 @@ This module imports transformers, so it is imported by the first call of ``gener
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -35,8 +36,7 @@ CONFIG = (
 )
 """What transformers asks of a model's configuration when it generates."""
 _Step: Any = CausalLMOutputWithPast
-_Answer: Any = GenerateDecoderOnlyOutput
-"""Both are annotated with caches of transformers' own, and take any."""
+"""It is annotated with caches of transformers' own, and takes any."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -46,6 +46,7 @@ class Run:
     Attributes:
         extend: adds tokens to the rows of a cache, with the adapters of the call.
         make: (rows, capacity) -> an empty cache.
+        encode: has an encoder run for the rows of a cache, of inputs by name; None where there is none.
         keeps: what such a cache can hold.
         generators: whom tokens are drawn by, each for as many rows beside each other; none: torch's own.
     """
@@ -53,11 +54,12 @@ class Run:
     extend: Extend
     make: Callable[[int, int], Cache]
     keeps: Keeps
+    encode: Callable[[Cache, Mapping[str, Any]], None] | None = None
     generators: Sequence[torch.Generator] = ()
 
 
-class Driver(GenerationMixin):
-    """Generates from one program with one choice of adapters; one call uses it.
+class Driver(GenerationMixin, ABC):
+    """Generates from one program with one choice of adapters; one call uses it. What is begun with, each kind says.
 
     Args:
         run: what computes.
@@ -74,6 +76,9 @@ class Driver(GenerationMixin):
     dtype = torch.float32
     hf_device_map: Mapping[str, Any] = {}
     _is_stateful = False
+    mask_name = "attention_mask"
+    answers: Any = GenerateDecoderOnlyOutput
+    """It is annotated with caches of transformers' own, and takes any."""
 
     def __init__(self, run: Run, config: Mapping[str, Any], generation: Mapping[str, Any]) -> None:
         self.run = run
@@ -104,8 +109,8 @@ class Driver(GenerationMixin):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Text | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """The whole rows: what is new of them, the cache tells."""
-        keep = kwargs.get("logits_to_keep", 1)
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "cache": cache, "logits_to_keep": keep}
+        keep, mask = kwargs.get("logits_to_keep", 1), {"attention_mask": attention_mask, **kwargs}.get(self.mask_name)
+        return {"input_ids": input_ids, "attention_mask": mask, "cache": cache, "logits_to_keep": keep}
 
     def is_remote_code(self) -> bool:
         """Nothing that came with a model runs here."""
@@ -126,7 +131,7 @@ class Driver(GenerationMixin):
         Raises:
             InputMismatch: that is longer than the model's positions go.
         """
-        mask, limit = model_kwargs.get("attention_mask"), self.run.keeps.limit
+        mask, limit = model_kwargs.get(self.mask_name), self.run.keeps.limit
         width = self._width(model_kwargs, generation_config)
         count = width if mask is None else int(mask.sum(1).max())
         new = longest + 1 - width
@@ -136,23 +141,30 @@ class Driver(GenerationMixin):
                 next_step=f"give max_new_tokens={max(limit + 1 - count, 0)} or less, or a shorter prompt",
             )
         if model_kwargs.get("cache") is None:
-            model_kwargs["cache"] = Text(self.run.make(rows, Text.room(count, new)))
+            model_kwargs["cache"] = self._begun(rows, Text.room(count, new))
         self.text = model_kwargs["cache"]
         self.text.ceiling = max(count + new, self.text.cache.capacity)
         self.text.piece = generation_config.prefill_chunk_size
         generation_config.use_cache = True
         return True
 
+    def _handed_on(self, text: Text) -> Text | None:
+        """What of the rows an answer has."""
+        return text
+
+    @abstractmethod
+    def _begun(self, rows: int, capacity: int) -> Text:
+        """Rows that hold nothing yet."""
+
+    @abstractmethod
     def _width(self, model_kwargs: Mapping[str, Any], generation_config: Any) -> int:
-        """Columns of the prompts; where all of them are text, transformers notes only their number."""
-        mask = model_kwargs.get("attention_mask")
-        return int(generation_config._mask_length if mask is None else mask.shape[1])
+        """Columns of the prompts."""
 
     def _prefill(
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], is_first_iteration: bool = True
     ) -> Any:
         """The prompts, each computed once, however many beams or sequences it is to have."""
-        text, mask = model_kwargs["cache"], model_kwargs.get("attention_mask")
+        text, mask = model_kwargs["cache"], model_kwargs.get(self.mask_name)
         each = input_ids.shape[0] // len(text.cache.lengths)
         logits = text.feed(self.run.extend, input_ids[::each], mask if mask is None else mask[::each], 1)
         text.select([row for row in range(logits.shape[0]) for _ in range(each)])
@@ -173,7 +185,7 @@ class Driver(GenerationMixin):
         A row that is done brings nothing more, and what is said of its later scores is zeros, where the criterion that
         ends it is an end token: only then transformers has padding follow.
         """
-        told = _Told(generation_config)
+        told = _Told(generation_config, self.answers)
         ends = any(getattr(criterion, "eos_token_id", None) is not None for criterion in stopping_criteria)
         pad, text = generation_config._pad_token_tensor, model_kwargs["cache"]
         logits = self._prefill(input_ids, generation_config, model_kwargs).logits[:, -1]
@@ -195,7 +207,7 @@ class Driver(GenerationMixin):
             logits = text.step(self.run.extend, tokens, going.tolist() if ends else every)
         if streamer is not None:
             streamer.end()
-        return told.answer(input_ids, text)
+        return told.answer(input_ids, self._handed_on(text))
 
     def _drawn(self, scores: Tensor) -> Tensor:
         """A token for each row."""
@@ -206,16 +218,35 @@ class Driver(GenerationMixin):
         return torch.cat([torch.multinomial(part, 1, generator=own) for part, own in parts]).squeeze(1)
 
 
+@final
+class TextDriver(Driver):
+    """As ``Driver``, of a program that reads nothing but the text.
+
+    Args:
+        run, config, generation: as ``Driver``'s.
+    """
+
+    def _begun(self, rows: int, capacity: int) -> Text:
+        return Text(self.run.make(rows, capacity))
+
+    def _width(self, model_kwargs: Mapping[str, Any], generation_config: Any) -> int:
+        """Where all columns are text, transformers notes only their number."""
+        mask = model_kwargs.get(self.mask_name)
+        return int(generation_config._mask_length if mask is None else mask.shape[1])
+
+
 @dataclass
 class _Told:
     """What is told of each step beside its tokens.
 
     Attributes:
         config: says what is wanted.
+        answers: what an answer with all of it is.
         scores, logits: of each step, as far as they are wanted.
     """
 
     config: Any
+    answers: Any
     scores: tuple[Tensor, ...] | None = field(init=False)
     logits: tuple[Tensor, ...] | None = field(init=False)
 
@@ -231,8 +262,8 @@ class _Told:
         if self.logits is not None:
             self.logits += (logits,)
 
-    def answer(self, sequences: Tensor, text: Text) -> Any:
+    def answer(self, sequences: Tensor, text: Text | None) -> Any:
         """As transformers answers."""
         if not self.config.return_dict_in_generate:
             return sequences
-        return _Answer(sequences=sequences, scores=self.scores, logits=self.logits, cache=text)
+        return self.answers(sequences=sequences, scores=self.scores, logits=self.logits, cache=text)

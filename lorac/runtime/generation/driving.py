@@ -16,7 +16,8 @@ from lorac.ir.cache import Cache
 from lorac.ir.engine import Engine
 from lorac.runtime.components import Traits
 from lorac.runtime.generation.asked import Asked
-from lorac.runtime.generation.driver import Driver, Run
+from lorac.runtime.generation.driver import Driver, Run, TextDriver
+from lorac.runtime.generation.encoding import driver_by
 from lorac.runtime.generation.guest import Guest
 from lorac.runtime.generation.prefixes import Key, Prefixes
 from lorac.runtime.generation.prompts import Prompts
@@ -30,7 +31,7 @@ class Driven:
 
     Attributes:
         engine, graph, traits: what runs.
-        prompts: the rows.
+        prompts: the rows; None where they begin with what begins every text of the model.
         asked, told: options and inputs; the second as transformers takes them.
         seeds: one for the run, or one for each row where tokens are drawn one after the other.
         prefixes: texts kept between calls, if any are.
@@ -39,7 +40,7 @@ class Driven:
     engine: Engine
     graph: str
     traits: Traits
-    prompts: Prompts
+    prompts: Prompts | None
     asked: Asked
     told: Mapping[str, Any]
     seeds: int | list[int] | None
@@ -61,9 +62,9 @@ class Driven:
         guess = None if other is None else self._driver(other, [])
         extra: dict[str, Any] = {} if guess is None else {"assistant_model": Guest(guess, lambda work: work(guess))}
         key: Key = (self.graph, state.choice, state.written.versions)
-        if self.told.get("cache") is not None:
+        if self.told.get("cache") is not None and self.prompts is not None:
             _check_cache(self.told["cache"], self.prompts)
-        elif self.prefixes is not None:
+        elif self.prefixes is not None and self.prompts is not None:
             found = self.prefixes.found(self.engine, key, self.prompts.tokens())
             extra |= {} if found is None else {"cache": Text(found)}
         with _seeded(None if self.asked.drawn else generators):
@@ -78,22 +79,27 @@ class Driven:
     def _driver(self, bound: Bound, generators: list[torch.Generator]) -> Driver:
         keeps = self.engine.keeps(self.graph)
         assert keeps is not None
+        encode = functools.partial(bound.encode, self.graph) if keeps.encodes else None
         run = Run(
             extend=functools.partial(bound.extend, self.graph),
             make=functools.partial(self.engine.new_cache, self.graph),
             keeps=keeps,
+            encode=encode,
             generators=generators,
         )
-        return Driver(run, {**self.traits.settings, "vocab_size": keeps.vocabulary}, self.traits.generation or {})
+        made = driver_by(self.traits.rules) if keeps.encodes else TextDriver
+        return made(run, {**self.traits.settings, "vocab_size": keeps.vocabulary}, self.traits.generation or {})
 
     def _check_ids(self) -> None:
         """Raise ``InputMismatch`` where an id is none of the model's."""
-        keeps, ids = self.engine.keeps(self.graph), self.prompts.ids
-        assert keeps is not None
+        keeps = self.engine.keeps(self.graph)
+        if self.prompts is None or keeps is None:
+            return
+        ids = self.prompts.ids
         for found in (int(ids.min()), int(ids.max())):
             if not 0 <= found < keeps.vocabulary:
                 raise InputMismatch(
-                    f"input_ids holds {found}, which is no token",
+                    f"{'decoder_input_ids' if keeps.encodes else 'input_ids'} holds {found}, which is no token",
                     next_step=f"the model's go from 0 to {keeps.vocabulary - 1}",
                 )
 
@@ -101,6 +107,7 @@ class Driven:
         """Keep what a run left in its cache; in one of its own where the caller has that."""
         returned = self.told.get("cache") is not None or not isinstance(answer, torch.Tensor)
         held = cache.copy() if returned else cache
+        assert self.prompts is not None
         prefixes.keep(self.engine, key, _left(self.prompts, answer, held, beams=self.asked.beams), held)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
 
@@ -12,13 +12,14 @@ import numpy as np
 import torch
 
 from lorac.errors import InputMismatch, MissingExtra, Unavailable, WrongType, short
+from lorac.ir.graph.attending import DECODER_IDS
 from lorac.ir.host.components import components_of, require_component
 from lorac.ir.slots.choice import UNSET, parse_choice
 from lorac.runtime.components import Traits
 from lorac.runtime.generation.asked import Asked, refused
 from lorac.runtime.generation.hosts import Hosted, refuse_prefixes
 from lorac.runtime.generation.joining import Joined, alike, taken
-from lorac.runtime.generation.prompts import Prompts
+from lorac.runtime.generation.prompts import Prompts, main_input
 from lorac.runtime.rows import batch_size, check_rows
 
 Seeds = int | list[int] | None
@@ -66,7 +67,9 @@ class _Call:
     Attributes:
         compiled, graph, traits: of which model.
         asked: options and inputs, as transformers takes them.
-        prompts: the rows; None of a host that begins with something else.
+        prompts: the rows; None of a host that begins with something else, and of a decoder that begins as ever.
+        text: what their tokens and their mask are called.
+        as_numpy: whether sequences are NumPy's.
     """
 
     compiled: Any
@@ -74,12 +77,17 @@ class _Call:
     traits: Traits
     asked: Asked
     prompts: Prompts | None
+    text: tuple[str, str] = (IDS, MASK)
+    as_numpy: bool = False
 
     @classmethod
     def over(cls, compiled: Any, graph: str, traits: Traits, given: Mapping[str, Any]) -> _Call:
         """A call that goes over a cache, checked."""
-        if compiled.engine.keeps(graph) is None:
+        keeps = compiled.engine.keeps(graph)
+        if keeps is None:
             compiled.engine.refuse_cache()
+        if keeps.encodes:
+            return cls._behind(keeps.encodes, compiled, graph, traits, given)
         asked = Asked(_with_ids(given), traits.generation or {})
         asked.refuse_unknown((IDS, MASK, CACHE), hosted=False)
         asked.refuse_inner()
@@ -88,6 +96,31 @@ class _Call:
             raise InputMismatch("there is no prompt", next_step="give input_ids=, such as a tokenizer makes")
         prompts = Prompts.of(asked.told[IDS], asked.told.get(MASK), asked.pad, asked.ends)
         return cls(compiled=compiled, graph=graph, traits=traits, asked=asked, prompts=prompts)
+
+    @classmethod
+    def _behind(
+        cls, encodes: Sequence[str], compiled: Any, graph: str, traits: Traits, given: Mapping[str, Any]
+    ) -> _Call:
+        """A call that goes over a cache behind an encoder, checked."""
+        main, text = main_input(encodes), (DECODER_IDS, f"decoder_{MASK}")
+        told = {main if name == "inputs" else name: value for name, value in given.items()}
+        as_numpy = isinstance(told.get(main), np.ndarray)
+        told = {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in told.items()}
+        asked = Asked(told, traits.generation or {})
+        asked.refuse_unknown((*encodes, *text, *_own_options(traits)), hosted=False)
+        asked.refuse_inner()
+        asked = asked.having(_tokenizer(compiled, asked))
+        if main not in asked.told:
+            raise InputMismatch("there is nothing to encode", next_step=f"give {main}=, such as a processor makes")
+        rows = _rows_of(main, asked.told[main])
+        ids, mask = (asked.told.get(name) for name in text)
+        prompts = None if ids is None else Prompts.of(ids, mask, None, ())  # many a decoder begins with padding
+        if prompts is not None and len(prompts.counts) != rows:
+            raise InputMismatch(
+                f"{main} has {rows} rows, and {text[0]} {len(prompts.counts)}", next_step="give one of each per row"
+            )
+        made = cls(compiled=compiled, graph=graph, traits=traits, asked=asked, prompts=prompts)
+        return replace(made, text=text, as_numpy=as_numpy)
 
     @classmethod
     def by(cls, host: Any, compiled: Any, graph: str, traits: Traits, given: Mapping[str, Any]) -> _Call:
@@ -144,11 +177,11 @@ class _Call:
     def _part(self, rows: Sequence[int], total: int) -> _Call:
         asked = Asked(taken(self.asked.told, rows, total), self.asked.defaults)
         prompts = None if self.prompts is None else self.prompts.rows(rows)
-        return _Call(compiled=self.compiled, graph=self.graph, traits=self.traits, asked=asked, prompts=prompts)
+        return replace(self, asked=asked, prompts=prompts)
 
     def _as_given(self, answer: Any) -> Any:
         """Sequences as NumPy's where the ids were."""
-        if not isinstance(self.asked.told.get(IDS), np.ndarray):
+        if not self.as_numpy and not isinstance(self.asked.told.get(IDS), np.ndarray):
             return answer
         if isinstance(answer, torch.Tensor):
             return answer.numpy()
@@ -163,16 +196,18 @@ class _Call:
         if prompts is not None:
             prompts = prompts.trimmed() if self.asked.drafts or draft is not UNSET else prompts
             told = {name: prompts.arranged(value) for name, value in told.items()}
-            told |= {IDS: prompts.ids, MASK: torch.ones_like(prompts.ids) if prompts.mask is None else prompts.mask}
+            mask = torch.ones_like(prompts.ids) if prompts.mask is None else prompts.mask
+            told |= dict(zip(self.text, (prompts.ids, mask), strict=True))
         if not self._driven:
-            refuse_prefixes(prefixes)
+            refuse_prefixes(prefixes, "the host's own generation keeps no prefixes")
             _, fitting = self.compiled.services.fit(((), told))
             hosted = Hosted(graph=self.graph, told=fitting, seeds=seeds)
             answer = self._bound(choice, draft, hosted)
             return answer if prompts is None else _with_given(prompts, answer)
         from lorac.runtime.generation.driving import Driven
 
-        assert prompts is not None
+        if self.text[0] != IDS:
+            refuse_prefixes(prefixes, "a text behind an encoder is no beginning of another")
         driven = Driven(
             engine=self.compiled.engine,
             graph=self.graph,
@@ -183,7 +218,8 @@ class _Call:
             seeds=seeds,
             prefixes=prefixes,
         )
-        return _with_given(prompts, self._bound(choice, draft, driven))
+        answer = self._bound(choice, draft, driven)
+        return answer if prompts is None else _with_given(prompts, answer)
 
     def _bound(self, choice: Any, draft: Any, work: Callable[..., Any]) -> Any:
         """Work done with a choice and, where one guesses ahead, with that choice too."""
@@ -230,6 +266,34 @@ def _inputs(host: Any) -> list[str]:
     ]
     own = inspect.signature(host.generate).parameters
     return [*taken, *own]
+
+
+def _rows_of(name: str, value: Any) -> int:
+    """How many rows there are to encode.
+
+    Raises:
+        WrongType: what was given is no batch.
+        InputMismatch: it is empty.
+    """
+    if not isinstance(value, torch.Tensor) or value.dim() < _BATCHED:
+        raise WrongType(f"{name}= is no batch: {short(value)}", next_step="give a tensor with a row for each text")
+    if not value.numel():
+        raise InputMismatch(
+            f"{name}= of {list(value.shape)} is empty", next_step="give one row or more, each with something"
+        )
+    return int(value.shape[0])
+
+
+_BATCHED = 2
+
+
+def _own_options(traits: Traits) -> list[str]:
+    """What the model's own way of generating takes, where it has one."""
+    if traits.rules is None:
+        return []
+    from lorac.runtime.generation.encoding import rules_class
+
+    return [*inspect.signature(rules_class(traits.rules).generate).parameters]  # type: ignore[attr-defined]  # it has one
 
 
 def _tokenizer(compiled: Any, asked: Asked) -> dict[str, Any]:

@@ -51,12 +51,13 @@ class Hosted:
         return bound.lend(self.graph, generate)
 
 
-def refuse_prefixes(prefixes: object) -> None:
+def refuse_prefixes(prefixes: object, why: str) -> None:
     """Raise ``Unavailable`` where texts are to be kept between calls: what a host's cache holds is its own business."""
     if prefixes is not None:
         raise Unavailable(
-            "the host's own generation keeps no prefixes",
-            next_step="compile with cache=True for target='onnxruntime', or leave prefixes= out",
+            why,
+            next_step="leave prefixes= out; for target='onnxruntime' with cache=True decoders without an encoder "
+            "keep them",
         )
 
 

@@ -20,6 +20,11 @@ from lorac.errors import InputMismatch, WrongType, short
 _EMPTY = "begin it with a token, such as the tokenizer's bos_token_id"
 
 
+def main_input(names: Sequence[str]) -> str:
+    """What an encoder reads, of its inputs: the first that is no mask."""
+    return next((name for name in names if not name.endswith("mask")), names[0])
+
+
 @dataclass(frozen=True, eq=False)
 class Prompts:
     """The rows of a batch.

@@ -12,7 +12,7 @@ from importlib import resources
 from string import Template
 from typing import Any
 
-from lorac.ir.host.components import MAIN
+from lorac.ir.host.components import scope_of
 from lorac.ir.view.dump import Dump
 from lorac.ir.view.picture.content import Facts, Levels, Texts, boxes_told, by_level, said, sites_told
 from lorac.ir.view.picture.geometry import BEHIND, GAP, NEAR, Placed, lay_out
@@ -65,7 +65,8 @@ class _Graph:
     ) -> None:
         dump = next(iter(stages.values()))
         self.name, self.number = dump.name, number
-        here = {path: told for path, told in sites.items() if dump.name == MAIN or path.startswith(f"{dump.name}.")}
+        known = dump.sites or sites
+        here = {path: told for path, told in sites.items() if path in known and path.startswith(scope_of(dump.name))}
         root = parts_of(dump, said(here))
         drawing = Drawing(number, facts.marks(), [row.type for row in dump.rows], facts.report.reserved)
         numbers = drawing.number(root)

@@ -1,0 +1,111 @@
+"""Positions that a decoder counts by itself, from 0 on and for all rows alike, become the op of ``lorac.ir.graph``.
+
+A decoder that is not told positions makes them with ``arange``. A text that comes in parts needs its own for each row.
+So whatever is computed of the numbers alone gets the axis of the rows that it lacks. Numbers of which a bias of
+attention is made stay: that is a matter of distances (``lorac.passes.cache``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from lorac.errors import Unavailable
+from lorac.ir.graph import attending
+from lorac.ir.graph.attending import WITHOUT, text_of
+from lorac.ir.graph.edit import insert_call
+
+aten = torch.ops.aten
+_COUNTS = frozenset({aten.arange.default, aten.arange.start, aten.arange.start_step})
+_SPREAD = frozenset({aten.expand.default, aten.repeat.default})
+"""Ops that give each row what all have."""
+_BIAS = 3
+"""Which operand of an attention is its bias."""
+
+
+def count_by_row(program: ExportedProgram) -> None:
+    """Have the text's positions be those of each row, in place, where its model counts them by itself.
+
+    Args:
+        program: as captured, with attention marked.
+
+    Raises:
+        Unavailable: it does with them what cannot be done by rows.
+    """
+    named = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    ids = named[text_of(named)]
+    length, biased = str(ids.meta["val"].shape[1]), _of_biases(program.graph)
+    for node in [node for node in program.graph.nodes if counts(node, length) and node not in biased]:
+        by_row = insert_call(program, node, attending.POSITIONS, ids)
+        _carry_on(program, node, by_row)
+
+
+def counts(node: fx.Node, length: str) -> bool:
+    """Whether a node is the numbers from 0 on, as many as a size says, which torch calls ``length``."""
+    if node.target not in _COUNTS or str(node.meta["val"].shape[0]) != length:
+        return False
+    begin, step = (node.args[0], (*node.args, 1)[_STEPPED]) if len(node.args) >= _STEPPED else (0, 1)
+    return (begin, step) == (0, 1) and not node.meta["val"].is_floating_point()
+
+
+_STEPPED = 2
+"""Operands of ``arange`` from which on it is told where to begin."""
+
+
+def _of_biases(graph: fx.Graph) -> set[fx.Node]:
+    """What the biases of attentions are made of."""
+    found: set[fx.Node] = set()
+    waiting = [node.args[_BIAS] for node in graph.nodes if node.target is attending.ATTENTION]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, fx.Node) and node not in found:
+            found.add(node)
+            waiting += node.all_input_nodes
+    return found
+
+
+def _carry_on(program: ExportedProgram, node: fx.Node, by_row: fx.Node) -> None:
+    """Have what reads a value of all rows read that of each."""
+    for user in list(node.users):
+        value = user.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            continue  # a check, or a size, of which a part of a text knows nothing
+        apart = by_row.meta["val"].dim() > node.meta["val"].dim()
+        if apart and user.target is aten.unsqueeze.default and user.args[1] == 0 and _alike(value.shape[1:], node):
+            _carry_on(program, user, by_row)
+        elif user.target in _SPREAD and _alike(value.shape, by_row):
+            user.replace_all_uses_with(by_row)
+        else:
+            _replaced(program, user, (node, by_row))
+
+
+def _alike(shape: Any, node: fx.Node) -> bool:
+    """Whether a shape is that of a node's value. Sizes that vary are compared by what torch calls them."""
+    return [str(size) for size in shape] == [str(size) for size in node.meta["val"].shape]
+
+
+def _replaced(program: ExportedProgram, user: fx.Node, pair: tuple[fx.Node, fx.Node]) -> None:
+    """A node's value of one operand by rows: either it has them already, or whatever reads it is told."""
+    node, by_row = pair
+    operands = fx.map_arg(user.args, lambda operand: by_row if operand is node else operand)
+    try:
+        made = insert_call(program, user, user.target, *operands, **user.kwargs)
+    except Exception as error:
+        raise _unfit(user) from error
+    old, new = user.meta["val"].shape, made.meta["val"].shape
+    if _alike(old, made):
+        user.replace_all_uses_with(made)
+        return
+    inner = old[1:] if len(old) == len(new) and old[0] == 1 else old
+    if [str(size) for size in inner] != [str(size) for size in new[1:]]:
+        raise _unfit(user)
+    _carry_on(program, user, made)
+
+
+def _unfit(user: fx.Node) -> Unavailable:
+    stack = list((user.meta.get("nn_module_stack") or {}).values())
+    where = f"'{stack[-1][0]}'" if stack else "the model"
+    return Unavailable(f"{where} counts positions in a way that cannot differ from row to row", next_step=WITHOUT)

@@ -1,0 +1,91 @@
+"""Two graphs of one: what a decoder reads of its encoder is made once, and its text may come in parts."""
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+from lorac.errors import Unavailable
+from lorac.ir.capture.export import capture
+from lorac.ir.capture.parting import part, refuse_unfit
+from lorac.ir.graph import attending
+from lorac.ir.graph.attending import NEW, PAST, is_memory, present_of
+from lorac.ir.graph.feeds import kept_shapes
+from lorac.ir.graph.interp import outputs_of
+from lorac.ir.graph.signature import CallSignature
+from lorac.ir.host.sites import find_sites
+from lorac.passes.pipelines import lowering, run_pipeline
+from lorac.testing.checks import assert_close
+from tests.encoder_decoders import VOCABULARY, batches, made
+from tests.passes.test_cache import COUNTS, parts
+
+TEXT = torch.arange(20).reshape(2, 10) * 7 % (VOCABULARY - 3) + 3
+
+
+@functools.cache
+def _halves(family):
+    model = made(family)
+    graph = capture("main", model, None, None, sites=find_sites(model), plans={}, grows=True)
+    halves = part(graph, "main.encoder")
+    for half in halves:
+        run_pipeline(half, lowering())
+    return halves
+
+
+def _encoded(encoder, inputs):
+    signature = CallSignature.of(encoder)
+    answered = dict(zip(signature.outputs, outputs_of(encoder, inputs), strict=True))
+    return {name: value for name, value in answered.items() if is_memory(name)}
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+@torch.no_grad()
+def test_parts_are_answered_as_the_whole(family):
+    """Rows that are padded on the left and on the right by themselves, and bring ragged parts of the text."""
+    model = made(family)
+    decoder, encoder = _halves(family)
+    left, right = batches(family)
+    for batch in (left, right):
+        inputs = {name: value[1:3] for name, value in batch.items()}
+        whole = model(**inputs, decoder_input_ids=TEXT).logits
+        memory = _encoded(encoder, inputs)
+        held = {n: torch.zeros(2, heads, 12, size) for n, (heads, size, _) in kept_shapes(decoder).items()}
+        past = torch.zeros(2, dtype=torch.int32)
+        for counts in COUNTS:
+            given = {"decoder_input_ids": parts(TEXT, past, counts), PAST: past, NEW: torch.tensor(counts).int()}
+            logits, *presents = outputs_of(decoder, {**given, **held, **memory})
+            named = dict(zip(decoder.extra_outputs, presents, strict=True))
+            held = {name: named[present_of(name)] for name in held}
+            for row, count in enumerate(counts):
+                assert_close(logits[row, :count], whole[row, past[row] : past[row] + count]) if count else None
+            past = past + torch.tensor(counts)
+
+
+def test_each_half_has_what_it_calls():
+    decoder, encoder = _halves("bart")
+    assert CallSignature.of(encoder).inputs == ("input_ids", "attention_mask")
+    assert CallSignature.of(decoder).inputs == ("decoder_input_ids",)
+    assert "model.decoder.layers.0.encoder_attn.k_proj" in encoder.sites
+    assert "model.decoder.layers.0.encoder_attn.q_proj" in decoder.sites
+    assert not encoder.sites.keys() & {"model.decoder.layers.0.encoder_attn.q_proj"}
+    assert not list(decoder.find(attending.ATTENTION)) + list(encoder.find(attending.ATTENTION))
+
+
+class _Mixing(nn.Module):
+    """Its decoder attends to both texts at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(VOCABULARY, 8)
+
+    def forward(self, input_ids, decoder_input_ids):
+        both = self.table(torch.cat([input_ids, decoder_input_ids], 1))[:, None]
+        q = self.table(decoder_input_ids)[:, None]
+        return torch.ops.lorac.attention(q, both, both, None, None, None, 1.0, True, 0, 0.0, "decoder.attn")
+
+
+def test_attention_to_both_at_once_is_refused_by_name():
+    program = torch.export.export(_Mixing(), (TEXT[:, :4], TEXT[:, :6]))
+    with pytest.raises(Unavailable, match=r"'decoder\.attn' attends to the text and to what was encoded at once"):
+        refuse_unfit(program, "Mixing")
