@@ -112,7 +112,7 @@ def _norm_width(module: nn.Module) -> int | None:
 
 def _widths(layers: Collection[_Layer]) -> tuple[int, int] | None:
     """(takes, gives) by the layers of a module alone."""
-    plain = [layer for layer in layers if not layer.norm]
+    plain = _plain(layers)
     for counted in (plain, list(layers)):
         if counted and counted[0].takes == counted[-1].gives:
             return counted[0].takes, counted[-1].gives
@@ -123,11 +123,17 @@ def _widths(layers: Collection[_Layer]) -> tuple[int, int] | None:
     return None
 
 
+def _plain(layers: Iterable[_Layer]) -> list[_Layer]:
+    """Those that are no norms; a table looked up amid them, of positions for one, is none either."""
+    plain = [layer for layer in layers if not layer.norm]
+    return [*plain[:1], *(layer for layer in plain[1:] if not layer.ids)]
+
+
 def _beside(path: str, layers: Collection[_Layer], model: nn.Module) -> tuple[int, int] | None:
     """(takes, gives) by the norms that stand beside a module."""
     parent = model.get_submodule(path.rpartition(".")[0])
     widths = {width for module in parent.children() if (width := _norm_width(module)) is not None}
-    plain = [layer for layer in layers if not layer.norm]
+    plain = _plain(layers)
     if len(widths) != 1 or not plain:
         return None
     (width,) = widths
