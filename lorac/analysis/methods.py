@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lorac.errors import SiteUnsupported
+from lorac.errors import FormulaFailed, SiteUnsupported
 from lorac.ir.algebra.reduction import BRANCH, LOW_RANK, Reduction
 from lorac.ir.host.sites import CONVOLUTIONS, ConvGeometry, Site, SiteKind
 from lorac.ir.slots.roles import ROLES
@@ -184,7 +184,10 @@ def _form(variant: Variant, site: Site, specs: Mapping[str, ParamSpec], reduce: 
         name: torch.empty(spec.shape, dtype=torch.int64 if spec.role is Role.INDEX else site.dtype)
         for name, spec in specs.items()
     }
-    reduction = reduce(variant, site, tensors)
+    try:
+        reduction = reduce(variant, site, tensors)
+    except FormulaFailed:  # of a method for layers of one size, which this one is not
+        return "", isinstance(variant, WeightVariant)
     scales = [role.name for role in ROLES.values() if role.optional and role.name in reduction.outputs]
     ranked = f"{reduction.form} r={reduction.rank}" if reduction.form == LOW_RANK else reduction.form
     return " ".join((ranked, *scales)), reduction.form != BRANCH

@@ -105,3 +105,21 @@ def test_markdown() -> None:
     assert r"`W' = W + \|s\|·B·A`" in lines[1]
     assert "[arXiv 2401.01234v2](https://arxiv.org/abs/2401.01234v2); again, [arXiv 1901.0123](" in lines[2]
     assert all(len(cells(row)) == len(HEADERS) for row in rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfOneSize(lorac.WeightVariant):
+    """``W' = W·p``, at layers of one size."""
+
+    name: ClassVar[str] = "of-one-size"
+
+    def params(self, site: Any) -> dict[str, ParamSpec]:
+        return {"p": ParamSpec((7, 7), torch.zeros)}
+
+    def weight(self, W: torch.Tensor, p: Any) -> torch.Tensor:
+        return W @ p.p
+
+
+def test_a_method_for_layers_of_one_size_has_a_row_without_a_form() -> None:
+    (row,) = method_rows([OfOneSize])
+    assert (row.name, row.form, row.merges) == ("of-one-size", "", True)
