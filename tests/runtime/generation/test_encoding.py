@@ -113,6 +113,19 @@ def test_tokens_are_those_of_the_host_with_adapters_by_row(compiled: Any, tmp_pa
     assert torch.equal(lorac.load(tmp_path / "saved").generate(**batch, **GREEDY), expected)
 
 
+def test_both_graphs_are_shown_each_with_its_own(compiled: Any, tmp_path: Path) -> None:
+    program, _ = compiled
+    assert list(program.graph) == ["main", "main.encoder"]
+    own, other = "model.decoder.layers.0.encoder_attn.q_proj", "model.decoder.layers.0.encoder_attn.k_proj"
+    assert own in program.graph["main"].dump.sites
+    assert own not in program.graph["main.encoder"].dump.sites
+    assert other in program.graph["main.encoder"].dump.sites
+    assert "memory.0.key" in str(program.graph["main"].emitted)
+    page = program.graph.to_html(tmp_path / "page.html").read_text()
+    assert page.count("<h2>main") == 2
+    assert {row.graph for row in program.explain().programs} == {"", "main.encoder"}
+
+
 def test_a_swap_meanwhile_acts_on_the_next_call(compiled: Any) -> None:
     """On both halves of the program: what is encoded differs with the adapter, too."""
     program, eager = compiled
