@@ -281,3 +281,12 @@ def test_a_program_says_what_it_was_asked_for(made: Made) -> None:
     options = made.compiled.engine.options
     assert (settings["accuracy_level"], settings["block_size"]) == (1, options.block_size)
     assert len(held) == 3
+
+
+def test_a_table_of_positions_is_quantised_as_the_weight_it_was_made_of() -> None:
+    """With a cache what depends on positions alone lies in a table, which the self-test is to know as it is held."""
+    from tests.decoders import DECODERS
+
+    adapters = {"one": lorac.LoRA(r=2, targets=["q_proj"])}
+    compiled = lorac.compile(DECODERS["opt"](), adapters, target="onnxruntime", cache=True, weights="int4")
+    assert compiled.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=2).shape[1] <= 5

@@ -214,7 +214,9 @@ class _Comparison:
     def __init__(self, engine: Emitted, program: Program, name: str, contents: _Contents, computed: Computed) -> None:
         signature = program.signatures[name]
         self.engine, self.graph, self.contents, self.computed = engine, program.graphs[name], contents, computed
-        self.weights = computed(self.graph.exported.state_dict)
+        held = self.graph.exported.constants  # tables that passes made of weights are quantised as those are
+        tables = {name: table for name, table in held.items() if isinstance(table, Tensor)}
+        self.weights = computed({**tables, **self.graph.exported.state_dict})
         self.inputs: Mapping[str, Tensor] = example_inputs(self.graph, signature.inputs)
         sizes = signature.sizes
         other = sizes.others(sizes.of(self.inputs))

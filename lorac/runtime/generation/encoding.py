@@ -128,9 +128,12 @@ def _answer_for(driver: EncodingDriver, rules: Rules, config: Mapping[str, Any],
     for held, told in ((driver.config, config), (driver.generation_config, generation)):
         vars(held).update({name: value for name, value in told.items() if not hasattr(held, name)})
     vars(driver.config)["model_type"] = config.get("model_type", "")
+    modules = SimpleNamespace()
     for path, value in rules.asks.items():
-        *modules, last = path.split(".")
-        setattr(functools.reduce(_within, modules, driver), last, value)
+        *above, last = path.split(".")
+        setattr(functools.reduce(_within, above, modules), last, value)
+    # What an artefact names takes the place of nothing that a driver has.
+    vars(driver).update({name: held for name, held in vars(modules).items() if not hasattr(driver, name)})
 
 
 def _within(held: Any, name: str) -> Any:

@@ -113,6 +113,19 @@ def test_tokens_are_those_of_the_host_with_adapters_by_row(compiled: Any, tmp_pa
     assert torch.equal(lorac.load(tmp_path / "saved").generate(**batch, **GREEDY), expected)
 
 
+def test_both_graphs_are_shown_each_with_its_own(compiled: Any, tmp_path: Path) -> None:
+    program, _ = compiled
+    assert list(program.graph) == ["main", "main.encoder"]
+    own, other = "model.decoder.layers.0.encoder_attn.q_proj", "model.decoder.layers.0.encoder_attn.k_proj"
+    assert own in program.graph["main"].dump.sites
+    assert own not in program.graph["main.encoder"].dump.sites
+    assert other in program.graph["main.encoder"].dump.sites
+    assert "memory.0.key" in str(program.graph["main"].emitted)
+    page = program.graph.to_html(tmp_path / "page.html").read_text()
+    assert page.count("<h2>main") == 2
+    assert {row.graph for row in program.explain().programs} == {"", "main.encoder"}
+
+
 def test_a_swap_meanwhile_acts_on_the_next_call(compiled: Any) -> None:
     """On both halves of the program: what is encoded differs with the adapter, too."""
     program, eager = compiled
@@ -248,3 +261,22 @@ def test_a_way_of_generating_that_is_the_models_own(tmp_path: Path) -> None:
             answer = made_.generate(input_features=sound, max_new_tokens=10, seed=3, **told)
             pair = [found if isinstance(found, torch.Tensor) else found["sequences"] for found in (answer, expected)]
             assert torch.equal(*pair), told
+
+
+def test_what_an_artefact_tells_of_rules_takes_no_place() -> None:
+    """Nor is anything imported that it names, unless transformers' own models generate with it."""
+    from lorac.ir.cache import Keeps
+    from lorac.runtime.components import Rules
+    from lorac.runtime.generation.driver import Run
+    from lorac.runtime.generation.encoding import driver_by, rules_class
+
+    whisper = "transformers.models.whisper.generation_whisper:WhisperGenerationMixin"
+    keeps = Keeps(limit=None, vocabulary=VOCABULARY, encodes=("input_features",))
+    run = Run(extend=lambda *_: IDS, make=lambda *_: None, keeps=keeps)  # type: ignore[arg-type, return-value]  # not run
+    made_ = driver_by(Rules(whisper, {"run.extend": 1, "generate.x": 2, "model.conv.stride": [2]}))(run, {}, {})
+    assert made_.run is run
+    assert callable(made_.generate)
+    assert made_.model.conv.stride == [2]
+    for path in ("os:system", "transformers.models.whisper.modeling_whisper:WhisperForConditionalGeneration", "x"):
+        with pytest.raises(lorac.Unavailable, match="rules of its own"):
+            rules_class(Rules(path, {}))
