@@ -68,12 +68,18 @@ def build(model: Path, out: Path, precision: str = "fp32", adapter: Path | None 
 
 
 def load(folder: Path, threads: int) -> Any:
-    """A model that the builder wrote; what ends its texts is the vocabulary's last id, so that hardly one ends."""
+    """A model that the builder wrote, whose threads wait as lorac's do: all sides share one machine.
+
+    What ends its texts is the vocabulary's last id, so that hardly one ends.
+    """
     import onnxruntime_genai
+
+    from lorac.backends.onnxruntime.options import Options
+    from lorac.backends.onnxruntime.session import WAITING
 
     config = onnxruntime_genai.Config(str(folder))
     vocabulary = json.loads((folder / "genai_config.json").read_text())["model"]["vocab_size"]
-    decoder = {"session_options": {"intra_op_num_threads": threads}}
+    decoder = {"session_options": {"intra_op_num_threads": threads, **WAITING[Options().spinning]}}
     config.overlay(json.dumps({"model": {"eos_token_id": [vocabulary - 1], "decoder": decoder}}))
     return onnxruntime_genai.Model(config)
 

@@ -1,5 +1,7 @@
 """What is emitted without decomposition, and that torch's exporter is left as it was."""
 
+import operator
+
 import onnx_ir as ir
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.onnx._internal.fx.passes.type_promotion import _TypePromotionInterpreter
 
 import lorac
+from lorac.backends.onnx import exporter
 from lorac.backends.onnx.files import MODEL
 from lorac.testing.checks import assert_close
 
@@ -220,3 +223,12 @@ def test_torchs_exporter_stays_as_it_was():
     before = _replaced()
     answers(masked)
     assert _replaced() == before
+
+
+def test_translations_of_one_op_are_those_that_all_have():
+    whole = exporter._whole_registry().functions
+    for op in (torch.ops.aten.mul.Tensor, torch.ops.aten.embedding.default, torch.ops.aten.view.default, operator.add):
+        own = exporter._registry_of(exporter._qualified(op)).functions
+        key = op.name() if isinstance(op, torch._ops.OpOverload) else op
+        assert [found.onnx_function for found in own[key]] == [found.onnx_function for found in whole[key]]
+        assert len(own) < len(whole) / 10

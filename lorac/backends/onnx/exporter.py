@@ -1,8 +1,8 @@
 """torch's ONNX exporter as it is called here: quiet, and without the three things that take it longest.
 
-For every export it parses the source of its 500 translations, traces the whole program anew to decompose ops, even
-where there are none to decompose, and computes the shape of every value anew to see which operands are to be cast. All
-three are replaced while it runs; the result is the same.
+For every export it parses the source of its 500 translations, of which a program needs some ten, traces the whole
+program anew to decompose ops, even where there are none to decompose, and computes the shape of every value anew to see
+which operands are to be cast. All three are replaced while it runs; the result is the same.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from lorac.ir.host.guards import chain
 from lorac.quiet import quiet
 
 _ONE_AT_A_TIME = threading.Lock()
-_whole_registry = functools.cache(ONNXRegistry.from_torchlib)
+_whole_of_library = ONNXRegistry.from_torchlib
+_whole_registry = functools.cache(_whole_of_library)
 
 
 def export(program: ExportedProgram, translations: Mapping[Callable[..., Any], Callable[..., Any]]) -> ir.Model:
@@ -87,13 +88,14 @@ def _without_repetition() -> Iterator[None]:
     own_run = _TypePromotionInterpreter.run_node
 
     def registry(_: type[ONNXRegistry], /, **options: Any) -> ONNXRegistry:
-        made = copy.copy(_whole_registry(**options))
-        made.functions = {op: list(found) for op, found in made.functions.items()}
-        return made
+        return _AsAsked(**options)
 
     def decompose(exported_program: ExportedProgram, registry: ONNXRegistry) -> ExportedProgram:
-        translated = _is_translated(exported_program, registry)
-        return _copied(exported_program) if translated else own_decompose(exported_program, registry)
+        if _is_translated(exported_program, registry):
+            return _copied(exported_program)
+        assert isinstance(registry, _AsAsked)
+        registry.fill()
+        return own_decompose(exported_program, registry)
 
     ONNXRegistry.from_torchlib = classmethod(registry)  # type: ignore[method-assign, assignment]  # for as long as this runs
     _fx_passes.decompose_with_registry = decompose
@@ -104,6 +106,63 @@ def _without_repetition() -> Iterator[None]:
         ONNXRegistry.from_torchlib = own_registry  # type: ignore[method-assign]  # put back
         _fx_passes.decompose_with_registry = own_decompose
         _TypePromotionInterpreter.run_node = own_run  # type: ignore[method-assign]  # put back
+
+
+class _AsAsked(ONNXRegistry):
+    """torch's translations, each looked up when an op asks for it.
+
+    Args:
+        options: what torch's own is made with.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self._options = options
+        self._opset_version = options.get("opset_version", self._opset_version)
+
+    def get_decomps(self, target: Any) -> Any:
+        """As torch's own, where it was made of all."""
+        self._ask(target)
+        return super().get_decomps(target)
+
+    def fill(self) -> None:
+        """Have all there are: ops that have none are decomposed into any of them."""
+        for op, found in _whole_registry(**self._options).functions.items():
+            self.functions.setdefault(op, list(found))
+
+    def _register(self, target: Any, onnx_decomposition: Any) -> None:
+        self._ask(target)
+        super()._register(target, onnx_decomposition)
+
+    def _ask(self, target: Any) -> None:
+        key = target.name() if isinstance(target, torch._ops.OpOverload) else target
+        found = _registry_of(_qualified(target), **self._options).functions.get(key)
+        if found is not None and key not in self.functions:
+            self.functions[key] = list(found)
+
+
+@functools.cache
+def _registry_of(name: str, **options: Any) -> ONNXRegistry:
+    """What torch registers where its library has translations of one op alone, by the library's name for it."""
+    from onnxscript.function_libs.torch_lib import ops, registration  # noqa: F401  (ops fill the registry)
+
+    library: Any = registration
+    whole = library.default_registry
+    library.default_registry = {found: own for found, own in whole.items() if _plain(found) == _plain(name)}
+    try:
+        return _whole_of_library(**options)
+    finally:
+        library.default_registry = whole
+
+
+def _plain(name: str) -> str:
+    """A name without what torch's library adds to some: of the default overload, and of Python's operators."""
+    return name.removesuffix(".default").replace("__", "")
+
+
+def _qualified(target: Any) -> str:
+    """An op or a function of Python's own as torch's library names it."""
+    return target.name() if isinstance(target, torch._ops.OpOverload) else f"{target.__module__}::{target.__name__}"
 
 
 def _promoted(interpreter: _TypePromotionInterpreter, node: fx.Node, /) -> Any:
@@ -119,7 +178,7 @@ def _promoted(interpreter: _TypePromotionInterpreter, node: fx.Node, /) -> Any:
 def _is_translated(program: ExportedProgram, registry: ONNXRegistry) -> bool:
     """Whether every op has a translation and none writes in place or runs a graph of its own."""
     ops = {node.target for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
-    known = all(op.name() in registry.functions and not op._schema.is_mutable for op in ops)
+    known = all(registry.is_registered(op) and not op._schema.is_mutable for op in ops)
     return known and not any(node.op == "get_attr" for node in program.graph.nodes)
 
 

@@ -30,7 +30,10 @@ class Options(TargetOptions):
 
     Attributes:
         threads: threads of one operator, 0 for ONNX Runtime's own choice.
-        spinning: idle threads wait busily; faster alone, slower for everything else in the process.
+        spinning: how threads wait for the next operator. None: busily for some microseconds, and only within a call,
+            which is as long as small operators take to follow one another; True: busily for as long as ONNX Runtime
+            has it, between calls too, which slows down everything else on the machine; False: asleep, which is best
+            where other processes want the cores.
         settle: ``"asked"``: weights settle when ``swap(..., settle=True)`` asks; ``"background"``: after every swap.
         cache: keep keys and values, as ``generate`` needs it, of a causal language model of transformers. Calls then
             take ``input_ids`` and an ``attention_mask`` that pads rows on the right; logits of padding are 0.
@@ -48,7 +51,7 @@ class Options(TargetOptions):
     """
 
     threads: int = 0
-    spinning: bool = False
+    spinning: bool | None = None
     settle: str = "asked"
     cache: bool = False
     providers: tuple[str, ...] = ("CPUExecutionProvider",)

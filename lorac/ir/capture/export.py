@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from lorac.errors import CaptureFailed
@@ -119,7 +121,7 @@ def _exported_with(
 ) -> tuple[ExportedProgram, list[Guard], Arguments]:
     named = bool(arguments.fixed) or isinstance(given, Mapping) or is_hugging_face(model)
     inputs = arguments.inputs if named else given
-    with undisturbed(model), _no_cache_of_shapes(), contextlib.ExitStack() as stack:
+    with undisturbed(model), _no_cache_of_shapes(), _values_alone(), contextlib.ExitStack() as stack:
         host = _marked_copy(model, blocks, prefix, arguments)
         if grows:
             host.forward = over_text(host.forward)
@@ -270,8 +272,32 @@ def _trace_hugging_face(host: nn.Module, inputs: Inputs, shapes: Any) -> Exporte
     exporter: Any = type("Exporter", (DynamoExporter,), {"tested_versions": {}})()
     set_captured(host, TRACED)
     program: ExportedProgram
-    program, _ = exporter.export_program(host, dict(inputs), DynamoConfig(dynamic_shapes=shapes))
+    with _patching_what_is_here():
+        program, _ = exporter.export_program(host, dict(inputs), DynamoConfig(dynamic_shapes=shapes))
     return program
+
+
+@contextlib.contextmanager
+def _patching_what_is_here() -> Iterator[None]:
+    """Have transformers' exporter patch no models but those that are imported: it would import all others for that."""
+    from transformers.exporters import utils
+
+    found = utils.import_dotted_path
+
+    def here(path: str, missing_ok: bool = False) -> Any:
+        module = ".".join(path.split(".")[: len(_A_MODELS_MODULE)])
+        absent = path.startswith(_MODELS) and module not in sys.modules
+        return None if absent and missing_ok else found(path, missing_ok)
+
+    utils.import_dotted_path = here
+    try:
+        yield
+    finally:
+        utils.import_dotted_path = found
+
+
+_A_MODELS_MODULE = ("transformers", "models", "model", "module")
+_MODELS = ".".join(_A_MODELS_MODULE[:2]) + "."
 
 
 def _attempts(model: nn.Module, inputs: Any, *, widen: bool) -> Iterator[tuple[Any, Any]]:
@@ -294,6 +320,18 @@ def _no_cache_of_shapes() -> contextlib.AbstractContextManager[None]:
     from torch._dynamo import config
 
     return config.patch(fake_tensor_cache_enabled=False)
+
+
+@contextlib.contextmanager
+def _values_alone() -> Iterator[None]:
+    """Have nodes know the value they were traced with, and no second description of it, which takes long to find."""
+    tracer: Any = proxy_tensor
+    described = tracer._extract_tensor_metadata
+    tracer._extract_tensor_metadata = lambda value: None
+    try:
+        yield
+    finally:
+        tracer._extract_tensor_metadata = described
 
 
 class _ValuesNeeded(Exception):
