@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lorac.adapters.base_hash import check_base, check_copy
+from lorac.adapters.placing import with_adapted
 from lorac.errors import (
     AdapterError,
     NonFinite,
@@ -25,7 +26,7 @@ from lorac.errors import (
 )
 from lorac.ir.host.patterns import nothing_matches
 from lorac.ir.host.sites import Site, find_sites
-from lorac.ir.slots.reads import check_reads
+from lorac.ir.slots.reads import Readable
 from lorac.spending import tick, unhurried
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant, Variant, walk
@@ -61,14 +62,13 @@ def check_adapter(adapter: Adapter, sites: Mapping[str, Site], model: nn.Module)
     check_numbers(adapter.name, adapter.variant)
     if not adapter.tensors and not adapter.replaced:
         raise nothing_matches(adapter.name, adapter.variant.asked, sites)
-    known = named_tensors(model)
+    known, sites = named_tensors(model), with_adapted(adapter, model, sites)
     shapes = not adapter.provenance.get("left_out")
     for path, tensors in adapter.tensors.items():
         if path not in sites:
             raise no_site(adapter.name, path, sites, model)
         check_site(adapter.name, adapter.variant, sites[path], tensors, shapes=shapes)
-    if isinstance(adapter.variant, BranchVariant):
-        check_reads(adapter.variant.reads, sites)
+    check_reads(adapter, sites, model)
     for name, tensor in adapter.replaced.items():
         check_replaced(adapter.name, name, tensor, known)
     check_values(adapter)
@@ -77,6 +77,24 @@ def check_adapter(adapter: Adapter, sites: Mapping[str, Site], model: nn.Module)
     recorded = adapter.provenance.get("base")
     if recorded:
         check_base(adapter.name, str(recorded), model, adapter.tensors)
+
+
+def check_reads(adapter: Adapter, sites: Mapping[str, Site], model: nn.Module) -> None:
+    """Refuse an adapter whose branches read what is no value of the program.
+
+    Raises:
+        SiteNotFound: a name is no value.
+        SiteUnreached: what is computed once per call reads what comes later.
+    """
+    variant = adapter.variant
+    if not isinstance(variant, BranchVariant):
+        return
+    reads = {path: variant.at(sites[path]).reads(sites[path]) for path in adapter.tensors}  # type: ignore[attr-defined]  # as variant
+    if not any(reads.values()) and not variant.has_once:
+        return
+    readable = Readable.of(model, sites)
+    readable.check(variant.reads_once(), once=True)
+    readable.check((name for names in reads.values() for name in names), owns=variant.has_once)
 
 
 def check_values(adapter: Adapter) -> None:

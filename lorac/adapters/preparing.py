@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lorac.adapters.branches import branch_term, cast, once_term, structure_of
 from lorac.adapters.fit import check_values
+from lorac.adapters.placing import once_path
 from lorac.ir.algebra.between import run_dropped
 from lorac.ir.algebra.changes import Change, Dense, LowRank, from_outputs, stacked
 from lorac.ir.algebra.formulas import Formula
@@ -19,7 +21,7 @@ from lorac.ir.algebra.rules import RULES
 from lorac.ir.algebra.structure import NamedRule
 from lorac.ir.host.sites import BaseReader, Site, SiteKind, factor_dtype
 from lorac.ir.slots.run import Ctx
-from lorac.ir.slots.site import BranchSlot, BranchTerm, Prepared, Reason
+from lorac.ir.slots.site import BranchTerm, Prepared, Reason
 from lorac.ir.slots.training import Moved
 from lorac.ir.store.reductions import check_sizes, reduction_from_json, reduction_to_json
 from lorac.variants._absent import homes
@@ -62,6 +64,8 @@ class Preparer:
         check_values(adapter)
         terms = {path: self.term(adapter, path) for path in self.touched(adapter)}
         branches = {path: term for path, term in terms.items() if isinstance(term, BranchTerm)}
+        once = once_path(adapter)
+        branches |= {once: once_term(adapter, self.sites)} if once else {}
         changes = {path: term for path, term in terms.items() if not isinstance(term, BranchTerm)}
         reasons = (reason for path in adapter.tensors for reason in self._reasons(adapter, path))
         return Prepared(changes, branches, adapter.variant.truncatable, tuple(reasons))
@@ -85,7 +89,7 @@ class Preparer:
             return _detached(replaced)
         reduction = self.reduction(adapter.variant, site, tensors)
         if reduction.form == BRANCH:
-            return branch_term(adapter.variant, site, tensors)
+            return branch_term(adapter, site)
         return _detached(self.with_bias(adapter, site, self.change(reduction, site, tensors)))
 
     def reduction(self, variant: Variant, site: Site, tensors: Mapping[str, Tensor]) -> Reduction:
@@ -140,7 +144,7 @@ class Preparer:
         dtype = factor_dtype(site.dtype)
         bias = self.base.bias(site)
         weight = self._weight(site).to(dtype) if reduction.reads_weight else _absent(site, dtype)
-        given = [_cast(tensors[name], dtype) for name in reduction.params]
+        given = [cast(tensors[name], dtype) for name in reduction.params]
         wide_bias = bias.to(dtype) if bias is not None else torch.zeros(site.out_features, dtype=dtype)
         if site.stack:
             own = ([tensor[i] for tensor in given] for i in range(site.stack))
@@ -193,7 +197,7 @@ class Preparer:
         graph, dtype, shift = reduction.dropped, factor_dtype(site.dtype), self._bias_shift(adapter, site)
         if graph is None:
             return None
-        given = tuple(_cast(tensors[name], dtype) for name in reduction.params)
+        given = tuple(cast(tensors[name], dtype) for name in reduction.params)
 
         def moved(x: Tensor, y: Tensor, rate: float) -> Tensor:
             wide = y.to(dtype)
@@ -217,7 +221,7 @@ class Preparer:
 
     def _reduce(self, variant: Variant, site: Site, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Reduction:
         dtype = factor_dtype(site.dtype)
-        examples = {name: _cast(tensor.detach(), dtype) for name, tensor in tensors.items()}
+        examples = {name: cast(tensor.detach(), dtype) for name, tensor in tensors.items()}
         if isinstance(variant, WeightVariant):
             shared = [name for name, spec in variant.specs(site).items() if spec.shared]
             of_weight = Formula(variant.weight, variant.name, site.path)
@@ -230,43 +234,31 @@ class Preparer:
             grouped = _grouped(site)
             return reduce_weight(formula, shape, examples, dtype, self.rules, shared, keep_factors=grouped)
         assert isinstance(variant, BranchVariant)
-        if site.kind is not SiteKind.LINEAR or variant.reads:
-            return Reduction(BRANCH, torch.fx.GraphModule(nn.Module(), torch.fx.Graph()), tuple(tensors), ("y",))
-        branch, ctx = Formula(variant.branch, variant.name, site.path), Ctx(site)
-        return reduce_branch(lambda x, y, p: branch(x, y, p, ctx, like=y), shape, examples, dtype, self.rules)
+        if site.kind is not SiteKind.LINEAR or variant.reads(site) or variant.has_once:
+            return _untraced(tensors)
+        emitted: dict[str, list[Tensor]] = {}
+        branch, ctx = Formula(variant.branch, variant.name, site.path), Ctx(site, emitted=emitted)
+        found = reduce_branch(lambda x, y, p: branch(x, y, p, ctx, like=y), shape, examples, dtype, self.rules)
+        # What is no branch any more computes y' alone, and would give nobody what it emits.
+        return _untraced(tensors, f"gives extra outputs ({', '.join(emitted)})") if emitted else found
 
 
 def _spelled(here: Variant, site: Site, shapes: Shapes) -> str:
     """A structure as text: what a reduction depends on, as long as the methods are lorac's own."""
     told = {name: list(shape) for name, shape in shapes}
     kind = f"{site.kind} {site.out_features}x{site.in_features} {_grouped(site)} {site.dtype}"
-    return f"{here.name}{_structure(here)} {kind} {told}"
+    return f"{here.name}{structure_of(here)} {kind} {told}"
 
 
 def _grouped(site: Site) -> bool:
     return site.conv is not None and site.conv.groups > 1
 
 
-def branch_term(variant: Variant, site: Site, tensors: Mapping[str, Tensor], *, detach: bool = True) -> BranchTerm:
-    """A term that stays a branch, with the structure other adapters must have to take its slot."""
-    assert isinstance(variant, BranchVariant)
-    here = variant.at(site)
-    assert isinstance(here, BranchVariant)
-    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
-    dtype = factor_dtype(site.dtype)
-    key = f"{here.name}{_structure(here)}{sorted(shapes.items())}"
-    slot = BranchSlot(key, Formula(here.branch, here.name, site.path), shapes, here.emits, here.reads)
-    given = (t.detach() if detach else t for t in tensors.values())
-    return BranchTerm(slot, tuple(_cast(t, dtype) for t in given))
-
-
-def _structure(variant: Variant) -> str:
-    """The hyper-parameters a formula may read; which sites it was asked for does not matter to it."""
-    return repr({name: value for name, value in variant.own_settings.items() if not name.endswith("_pattern")})
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+def _untraced(tensors: Mapping[str, Tensor], *reasons: str) -> Reduction:
+    """The reduction of a branch that runs as it is."""
+    return Reduction(
+        BRANCH, torch.fx.GraphModule(nn.Module(), torch.fx.Graph()), tuple(tensors), ("y",), reasons=reasons
+    )
 
 
 def _absent(site: Site, dtype: torch.dtype) -> Tensor:

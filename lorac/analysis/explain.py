@@ -15,7 +15,7 @@ from lorac.ir.algebra.reduction import BRANCH
 from lorac.ir.graph.signature import CallSignature
 from lorac.ir.graph.sizes import shortened
 from lorac.ir.host.components import MAIN
-from lorac.ir.host.sites import Site, SiteKind
+from lorac.ir.host.sites import WITHOUT_WEIGHT, Site
 from lorac.ir.slots.choice import describe
 from lorac.ir.slots.roles import ROLES
 from lorac.ir.slots.site import Reason, SitePlan
@@ -146,7 +146,7 @@ def explain(compiled: Any) -> Report:
     unused = {path for signature in compiled.engine.signatures.values() for path in signature.unused}
     rows = tuple(_row(term, plans[path].site) for path, found in terms.items() for term in found)
     rows = tuple(_idle(row) if row.site in unused else row for row in rows)
-    adaptable = [path for path, s in compiled.sites.items() if s.kind not in (SiteKind.BLOCK, SiteKind.PARAMETER)]
+    adaptable = [path for path, s in compiled.sites.items() if s.kind not in WITHOUT_WEIGHT]
     return Report(
         target=compiled.engine.target,
         mode=compiled.mode,

@@ -21,7 +21,7 @@ from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.program import Program
 from lorac.ir.graph.signature import CallSignature
 from lorac.ir.host.components import Components, components_of, prefix_of
-from lorac.ir.host.sites import SiteKind
+from lorac.ir.host.sites import Site, SiteKind
 from lorac.ir.slots.choice import Spec, parse_choice
 from lorac.ir.slots.planning import Reserve, plan_sites
 from lorac.ir.slots.reads import tapped
@@ -173,7 +173,9 @@ class Compilation:
         self, name: str, model: nn.Module, component: nn.Module, plans: Mapping[str, SitePlan], grows: bool
     ) -> Graph:
         prefix, sites = prefix_of(model, name), self.lasting.sites
-        marked = [path for path in (*plans, *tapped(plans.values())) if path.startswith(prefix)]
+        marked = [
+            path for path in (*plans, *tapped(plans.values())) if path.startswith(prefix) and _is_block(path, sites)
+        ]
         inputs = self.precision.fit(self._example("example_inputs", model, name))
         try:
             return capture(
@@ -183,7 +185,7 @@ class Compilation:
                 self._example("dynamic_shapes", model, name),
                 sites=sites,
                 plans=plans,
-                blocks=[path for path in dict.fromkeys(marked) if sites[path].kind is SiteKind.BLOCK],
+                blocks=list(dict.fromkeys(marked)),
                 prefix=prefix,
                 grows=grows,
             )
@@ -216,3 +218,8 @@ class Compilation:
         passes = lowering(self.backend.dialect, aux, constant=mode == "baked")
         outcomes = run_pipeline(graph, passes, stages.record)
         stages.skips[graph.name] = {name: outcome.skipped for name, outcome in outcomes if outcome.skipped}
+
+
+def _is_block(path: str, sites: Mapping[str, Site]) -> bool:
+    """Whether the exit of what a path names is to be marked: of a block, and of a module that is only read."""
+    return path not in sites or sites[path].kind is SiteKind.BLOCK

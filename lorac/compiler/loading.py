@@ -16,7 +16,9 @@ from lorac.compiler.services import Lasting
 from lorac.compiler.targets import backend_of
 from lorac.errors import ArtifactError, LoracError, nearest_name
 from lorac.formats import formats
-from lorac.ir.host.sites import parameter_site
+from lorac.ir.host.modules import callable_paths, module_site
+from lorac.ir.host.sites import Site, parameter_site
+from lorac.ir.slots.reads import once_site
 from lorac.ir.store.folders import MANIFEST, steady
 from lorac.ir.store.plans import choice_from_json, plan_from_json
 from lorac.kinds import expect
@@ -95,10 +97,7 @@ def _loaded(manifest: Manifest, target: str, device: str | torch.device | None) 
     for name, record, forms in manifest.adapters():
         lasting.restore(name, record, forms)
     sites = lasting.sites
-    plans = {
-        path: plan_from_json(sites.get(path) or parameter_site(path, model), plan)
-        for path, plan in manifest.plans.items()
-    }
+    plans = {path: plan_from_json(_site_at(path, manifest, model, sites), p) for path, p in manifest.plans.items()}
     choice = choice_from_json(manifest.active)
     if target != manifest.target:
         from lorac.compiler.compilation import Compilation
@@ -112,6 +111,18 @@ def _loaded(manifest: Manifest, target: str, device: str | torch.device | None) 
     return Assembly(lasting=lasting, backend=saved, again=_compile, traits=traits).over(
         engine, plans, manifest.mode, choice
     )
+
+
+def _site_at(path: str, manifest: Manifest, model: nn.Module, sites: Mapping[str, Site]) -> Site:
+    """The site of a stored plan, be it one that no adapter of the artefact names any more."""
+    if path in sites:
+        return sites[path]
+    if path in callable_paths(model):
+        return module_site(path, model, sites)
+    for reader, plan in manifest.plans.items():
+        if any(branch["once"] == path for branch in plan["branches"]):
+            return once_site(path, _site_at(reader, manifest, model, sites).dtype)
+    return parameter_site(path, model)
 
 
 def _compile(model: nn.Module, adapters: Mapping[str, Source], **given: object) -> Compiled:

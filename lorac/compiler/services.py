@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from lorac.adapters.branches import branch_term, once_term
 from lorac.adapters.fit import check_adapter
 from lorac.adapters.fresh import fresh_adapter, parameter_sites, trainable
-from lorac.adapters.preparing import Preparer, branch_term
+from lorac.adapters.placing import once_path, once_sites, with_adapted, with_named
+from lorac.adapters.preparing import Preparer
 from lorac.compiler.handed import Source, refuse_reversed, source_of
 from lorac.errors import AdapterError, BaseNeeded, UnknownMethod
 from lorac.formats import load_adapter, save_adapter
@@ -22,9 +24,10 @@ from lorac.formats.native import config_of, load_record
 from lorac.ir.algebra.changes import LowRank
 from lorac.ir.algebra.reduction import BRANCH
 from lorac.ir.engine import Backend, BuildRequest, TargetOptions
-from lorac.ir.host.sites import BaseReader, Site, find_sites, stored_tensor
+from lorac.ir.host.sites import BaseReader, Site, SiteKind, find_sites, stored_tensor
 from lorac.ir.slots.choice import Active, Choice
-from lorac.ir.slots.site import BranchFill, Prepared
+from lorac.ir.slots.filling import strength_of
+from lorac.ir.slots.site import BranchFill, BranchTerm, Prepared
 from lorac.ir.slots.training import Dropout, LiveTerm
 from lorac.ir.store.forms import read_forms, write_forms
 from lorac.ir.store.held import HeldFile
@@ -94,8 +97,10 @@ class Lasting:
         return trainable(adapter, self.sites)
 
     def _place(self, adapter: Adapter, model: nn.Module) -> None:
-        """Have a site for every parameter that an adapter replaces."""
-        self.preparer.sites = self.sites = {**self.sites, **parameter_sites(model, adapter, self.sites)}
+        """Have a site for every module that an adapter names, and every parameter that it replaces."""
+        sites = with_adapted(adapter, model, self.sites)
+        sites |= once_sites(adapter, sites)
+        self.preparer.sites = self.sites = {**sites, **parameter_sites(model, adapter, sites)}
 
     def register(self, adapter: Adapter) -> None:
         """Prepare an adapter and put it into the pool."""
@@ -131,7 +136,8 @@ class Lasting:
         if isinstance(source, str | Path):
             return load_adapter(source, model, name)  # its format holds it against the model
         if isinstance(source, Variant):
-            adapter = fresh_adapter(source, name or source.name, model, self.sites, self.base)
+            sites = with_named(source, model, self.sites)
+            adapter = fresh_adapter(source, name or source.name, model, sites, self.base)
         else:
             adapter = dataclasses.replace(source, name=name or source.name)
         check_adapter(adapter, self.sites, model)
@@ -160,15 +166,15 @@ class Lasting:
         rate = float(getattr(adapter.variant, "dropout", 0.0))
         place = adapter.variant.dropout_place
         tensors = adapter.tensors.get(path)
+        if site.kind is SiteKind.ONCE:
+            mine = path == once_path(adapter)
+            return [_live(once_term(adapter, self.sites, detach=False), site, how)] if mine else []
         if tensors is None:
             change = self.preparer.replaced_change(adapter, site)
             return [] if change is None else [LiveTerm(how.strength, change)]
         reduction = self.preparer.reduction(adapter.variant, site, tensors)
         if reduction.form == BRANCH:
-            term = branch_term(adapter.variant, site, tensors, detach=False)
-            strength = next(t for t in term.params if t.is_floating_point()).new_full((1,), how.strength)
-            filled = (term.slot, BranchFill(strength, term.params))
-            return [LiveTerm(how.strength, branch=filled, rate=rate, place=place)]
+            return [_live(branch_term(adapter, site, detach=False), site, how, rate, place)]
         change = self.preparer.change(reduction, site, tensors)
         if how.rank is not None and isinstance(change, LowRank):
             change = change.truncated(how.rank, adapter.variant.truncatable or 0.0)
@@ -225,6 +231,12 @@ class Lasting:
 
     def _bias(self, site: Site) -> torch.Tensor | None:
         return self.host.module.get_parameter(site.bias).detach() if site.bias else None
+
+
+def _live(term: BranchTerm, site: Site, how: Active, rate: float = 0.0, place: Dropout = Dropout.NONE) -> LiveTerm:
+    """A branch computed from the adapter's own tensors."""
+    fill = BranchFill(strength_of(term, site, how.strength), term.params)
+    return LiveTerm(how.strength, branch=(term.slot, fill), rate=rate, place=place)
 
 
 def _write_adapter(adapter: Adapter, forms: Callable[[], Prepared], stem: Path) -> dict[str, object]:

@@ -46,7 +46,7 @@ class Insert(Pass):
         for node in (node for node in graph.find(*ops.OPS) if node in used):
             calls.setdefault(ops.site_of(node), []).append(node)
         planned, unreached = _reached(graph, calls, used)
-        nodes = _add_slots(graph, planned)
+        nodes = add_slots(graph, planned)
         slots_at: dict[str, dict[str, fx.Node]] = {path: {} for path in planned}
         for slot in graph.slots.values():
             slots_at[slot.site][slot.role] = nodes[slot.name]
@@ -75,7 +75,8 @@ def _bypassed(paths: Sequence[str]) -> str:
     return f"adapters have no effect at {named}{more}: no output depends on what is computed there"
 
 
-def _add_slots(graph: Graph, planned: Mapping[str, SitePlan]) -> dict[str, fx.Node]:
+def add_slots(graph: Graph, planned: Mapping[str, SitePlan]) -> dict[str, fx.Node]:
+    """Add the slots of these plans to the inputs of a graph; public name -> node."""
     wanted: dict[str, tuple[Any, torch.dtype, str, str]] = {}
     for path, plan in planned.items():
         wanted |= _inputs(graph, path, plan)
@@ -168,7 +169,7 @@ def _reached(
     graph: Graph, calls: Mapping[str, Sequence[fx.Node]], used: Collection[fx.Node]
 ) -> tuple[dict[str, SitePlan], list[str]]:
     """The plans of the sites and packs that the graph uses, which keeps no others; and the paths of those others."""
-    planned = {path: plan for path, plan in graph.plans.items() if not plan.empty}
+    planned = {path: plan for path, plan in graph.plans.items() if not plan.empty and _has_place(plan)}
     packs = {path: pack for path, pack in graph.packs.items() if path in calls}
     packed = {member for pack in packs.values() for member in pack.sites}
     bare = [path for path in planned if path not in calls and path not in packed]
@@ -178,6 +179,11 @@ def _reached(
     graph.plans = {path: plan for path, plan in graph.plans.items() if path not in missing}
     alone = {path: plan for path, plan in planned.items() if path not in packed and path not in missing}
     return alone | {path: pack.plan for path, pack in packs.items() if not pack.plan.empty}, missing
+
+
+def _has_place(plan: SitePlan) -> bool:
+    """Whether a plan is of a place in the model; what is computed once gets its slots where it is read."""
+    return plan.site.kind is not SiteKind.ONCE
 
 
 def _is_read(graph: Graph, plan: SitePlan, used: Collection[fx.Node]) -> bool:
@@ -197,7 +203,7 @@ def refuse_idle(graphs: Iterable[Graph], touched: Mapping[str, Collection[str]])
         SiteUnreached: no graph uses any of an adapter's sites.
     """
     captured = list(graphs)
-    reached = {path for graph in captured for path in graph.plans}
+    reached = {path for graph in captured for path, plan in graph.plans.items() if _has_place(plan)}
     for name, paths in touched.items():
         if paths and reached.isdisjoint(paths):
             raise _unreached(f"adapter '{name}' touches '{min(paths)}' ({len(paths)} sites)", *captured)

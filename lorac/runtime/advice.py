@@ -8,7 +8,7 @@ from dataclasses import fields
 from lorac.errors import NeedsRecompile
 from lorac.ir.algebra import letters
 from lorac.ir.algebra.changes import LowRank
-from lorac.ir.host.sites import Site, SiteKind
+from lorac.ir.host.sites import WITHOUT_WEIGHT, Site, SiteKind
 from lorac.ir.slots.filling import branch_misfit, does_not_fit
 from lorac.ir.slots.planning import Reserve, needs_weight, not_mergeable
 from lorac.ir.slots.role import SlotRole
@@ -63,6 +63,6 @@ def refuse_misfit(name: str, prepared: Prepared, plans: Mapping[str, SitePlan], 
 def _room(prepared: Prepared, sites: Mapping[str, Site]) -> str:
     """The reserve that would admit an adapter, where one would: not for blocks, branches and bare parameters."""
     kinds = {sites[path].kind if path in sites else SiteKind.PARAMETER for path in prepared.paths}
-    if prepared.branches or kinds & {SiteKind.BLOCK, SiteKind.PARAMETER}:
+    if prepared.branches or kinds & WITHOUT_WEIGHT:
         return ""
     return f"{admitting_reserve([prepared])}, or with "

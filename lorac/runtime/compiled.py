@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lorac.errors import BaseNeeded, Unavailable
-from lorac.ir.binding import Bound
+from lorac.ir.binding import Answer, Bound
 from lorac.ir.engine import Engine
 from lorac.ir.host.components import MAIN, require_component
 from lorac.ir.host.sites import BaseReader, Site
@@ -24,6 +23,7 @@ from lorac.runtime.generation.interface import Generates
 from lorac.runtime.locks import ReadWriteLock
 from lorac.runtime.pool import Pool
 from lorac.runtime.report import SwapReport, presented
+from lorac.runtime.rows import run_rows
 from lorac.runtime.services import Services
 from lorac.runtime.states import State, States
 
@@ -135,11 +135,13 @@ class Compiled(Generates):
         return self._held is self._state.snapshot
 
     def _call_rows(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], adapters: Sequence[Spec], graph: str) -> Any:
-        from lorac.runtime.rows import run_rows
+        def run(own: tuple[Any, ...], named: dict[str, Any], choice: Spec) -> Answer:
+            return Answer(self.call(own, named, choice, graph=graph), self.aux)
 
         # In their canonical spelling, so that rows of one choice run together however it was written.
-        choices = [dict(parse_choice(choice, self.pool)) or None for choice in adapters]
-        return run_rows(functools.partial(self.call, graph=graph), args, kwargs, choices)
+        answer = run_rows(run, args, kwargs, [dict(parse_choice(choice, self.pool)) or None for choice in adapters])
+        self._answered.aux = answer.aux
+        return answer.output
 
     # --- swapping ----------------------------------------------------------------------------------------------
 
@@ -303,8 +305,7 @@ class Compiled(Generates):
     def _prepared(self, adapter: Any) -> Prepared:
         try:
             return self.pool.prepare(adapter)
-        except BaseNeeded:
-            # A base weight is kept where a site has slots: what lacks one lacks the other, which says more.
+        except BaseNeeded:  # a base weight is kept where a site has slots, and the lack of those says more
             refuse_misfit(adapter.name, self.services.outline(adapter), self.plans, self.sites)
             raise
 

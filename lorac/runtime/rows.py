@@ -8,13 +8,16 @@ as a copy with the call's rows, and holds afterwards what a single call would ha
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from lorac.errors import ChoiceError, Unavailable
+from lorac.ir.binding import Answer, Aux
 from lorac.ir.slots.choice import Spec
 
 
@@ -39,16 +42,23 @@ def check_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any], choices: Sequen
 
 
 def run_rows(
-    run: Callable[[tuple[Any, ...], dict[str, Any], Spec], Any],
+    run: Callable[[tuple[Any, ...], dict[str, Any], Spec], Answer],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     choices: Sequence[Spec],
-) -> Any:
+) -> Answer:
     """Run a batch whose rows choose differently, one call per distinct choice, rows put back in order.
+
+    Of an extra output that the adapters of some rows do not give, those rows are NaN (of whole numbers 0).
+
+    Args:
+        run: one call.
+        args, kwargs: of all rows.
+        choices: of each row.
 
     Raises:
         ChoiceError: rows and choices differ in number.
-        Unavailable: an output has no row per input row, and differs between the calls.
+        Unavailable: an output, or an extra one, has no row per input row, and differs between the calls.
     """
     check_rows(args, kwargs, choices)
     groups: dict[str, list[int]] = {}
@@ -60,7 +70,7 @@ def run_rows(
     inputs = [(taken.rows_of(args), taken.rows_of(dict(kwargs))) for taken in given]
     outputs = [run(own, named, choices[taken.rows[0]]) for taken, (own, named) in zip(given, inputs, strict=True)]
     gathered = _Gathered(given)
-    answer = gathered.whole(outputs)
+    answer = Answer(gathered.whole([found.output for found in outputs]), gathered.extra([f.aux for f in outputs]))
     gathered.write_back()
     return answer
 
@@ -141,6 +151,18 @@ class _Gathered:
             next_step="call once per choice, or leave out what makes it (labels= make a loss of all rows)",
         )
 
+    def extra(self, parts: Sequence[Aux]) -> Aux:
+        """The extra outputs of all calls as those of one."""
+        places = dict.fromkeys((name, path) for part in parts for name, found in part.items() for path in found)
+        whole: dict[str, dict[str, Any]] = {}
+        for name, path in places:
+            found = [part.get(name, {}).get(path) for part in parts]
+            some = next(tensor for tensor in found if tensor is not None)
+            rows = zip(found, self._rows, strict=True)
+            filled = [_nothing_like(some, len(own)) if tensor is None else tensor for tensor, own in rows]
+            whole.setdefault(name, {})[path] = self.whole(filled)
+        return whole
+
     def _by_row(self, parts: Sequence[Any]) -> bool:
         return all(_has_rows(part) and part.shape[0] == len(rows) for part, rows in zip(parts, self._rows, strict=True))
 
@@ -158,6 +180,14 @@ class _Gathered:
         made = self._known[id(first)] = copy.copy(first) if made is None else made
         self._held.append((made, {name: self.whole([vars(part)[name] for part in parts]) for name in vars(first)}))
         return made
+
+
+def _nothing_like(tensor: Any, rows: int) -> Any:
+    """Rows such as a tensor's that hold nothing."""
+    shape = (rows, *tensor.shape[1:])
+    if isinstance(tensor, torch.Tensor):
+        return tensor.new_full(shape, math.nan if tensor.is_floating_point() else 0)
+    return np.full(shape, math.nan if np.issubdtype(tensor.dtype, np.floating) else 0, dtype=tensor.dtype)
 
 
 def _has_rows(value: Any) -> bool:

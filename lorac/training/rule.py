@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, ClassVar, Protocol, Self
@@ -22,6 +22,17 @@ class Removable(Protocol):
 
     def remove(self) -> None:
         """Take the hook off."""
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """A hook that ends by a call."""
+
+    end: Callable[[], None]
+
+    def remove(self) -> None:
+        """End it."""
+        self.end()
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +77,8 @@ class Rule(ABC):
     """What the rule applies to."""
     governed: ClassVar[tuple[str, ...]]
     """Names of the tensors that the optimizer must hold."""
+    listens: ClassVar[tuple[str, ...]] = ()
+    """Names of the extra outputs that branches of its methods give and the rule asks for (``hear``)."""
     before_gradients: bool = False
     """Whether the rule reads the gradients before the step, where a closure has not computed them yet."""
     saved: ClassVar[str] = ""
@@ -88,6 +101,15 @@ class Rule(ABC):
         if self.saved:
             self._handles.append(self.optimizer.register_state_dict_post_hook(self._save))
             self._handles.append(self.optimizer.register_load_state_dict_pre_hook(self._load))
+        if self.listens:
+            self._handles.append(_Ended(self.compiled.engine.listen(self.listens, self._hear)))
+
+    def hear(self, emitted: Mapping[str, Mapping[str, Tensor]]) -> None:  # noqa: B027  (the same)
+        """Run after every call of the model that trains, micro-batches of a step among them, each once.
+
+        Args:
+            emitted: name of an extra output -> site path -> tensor, without gradients; those the rule ``listens`` to.
+        """
 
     def before(self) -> None:  # noqa: B027  (not abstract: a rule has work before a step, after it, or both)
         """Run before every step of the optimizer."""
@@ -115,6 +137,9 @@ class Rule(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.remove()
+
+    def _hear(self, emitted: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.hear({name: {path: t.detach() for path, t in found.items()} for name, found in emitted.items()})
 
     def _before(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.before_gradients and any(callable(given) for given in (*args[1:], *kwargs.values())):

@@ -1,7 +1,9 @@
 """Routing: gate weights over experts, in torch ops whose meaning is the same in every backend.
 
-``torch.topk`` and ONNX's TopK break ties differently, so neither is used: an expert's place is counted by comparisons,
-and of equals the one with the lower index comes first, in eager and in every lowering.
+``torch.topk`` and ONNX's TopK break ties differently, so neither is asked for places: only for the k-th largest value,
+which is the same whoever breaks the ties. What is larger is chosen, and of its equals as many as are left, those with
+the lowest indices first, in eager and in every lowering. It takes O(L) for L experts, where comparing them all with
+each other would take O(L²).
 """
 
 from __future__ import annotations
@@ -13,10 +15,12 @@ Tensor = torch.Tensor
 
 def top_k(logits: Tensor, k: int) -> Tensor:
     """Which k of the last axis are largest, as a mask (…, L); ties go to the lowest index."""
-    index = torch.arange(logits.shape[-1], device=logits.device)
-    mine, other = logits.unsqueeze(-1), logits.unsqueeze(-2)
-    before = (other > mine) | ((other == mine) & (index < index.unsqueeze(-1)))
-    return before.sum(-1) < k
+    if k >= logits.shape[-1]:
+        return torch.ones_like(logits, dtype=torch.bool)
+    least = torch.topk(logits, k, dim=-1).values[..., -1:]
+    above, equal = logits > least, logits == least
+    left = k - above.sum(-1, keepdim=True)
+    return above | (equal & (equal.to(torch.int64).cumsum(-1) <= left))
 
 
 def topk_gate(logits: Tensor, k: int, temperature: float = 1.0) -> Tensor:

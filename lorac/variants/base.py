@@ -29,11 +29,19 @@ MATRIX_KINDS = frozenset({SiteKind.LINEAR, SiteKind.CONV1D, SiteKind.CONV2D, Sit
 
 
 class Context(Protocol):
-    """What a branch may ask for, and nothing else."""
+    """What a branch may ask for, and nothing else.
+
+    Attributes:
+        training: whether the host trains.
+        site: the site.
+    """
 
     training: bool
     site: Site
-    generator: torch.Generator | None
+
+    @property
+    def generator(self) -> torch.Generator | None:
+        """In training a source of randomness, seeded anew for every call, at all sites alike; else None."""
 
     def value(self, name: str) -> Tensor:
         """A value of the program, such as a base pass's hidden state."""
@@ -197,10 +205,32 @@ class BranchVariant(Variant):
     emits: ClassVar[tuple[str, ...]] = ()
     """Names of the extra outputs the formula gives through ``ctx.emit``, each once."""
 
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """Names of the program values the formula asks for through ``ctx.value`` (``lorac.ir.slots.reads``)."""
+    def reads(self, site: Site) -> tuple[str, ...]:
+        """Names of the program values that the formula at a site asks for through ``ctx.value``.
+
+        ``<module>`` is a module's output in this pass, ``in:<module>`` its input, ``base:<module>`` its output in a
+        pass of the unadapted model; ``weight:<site>`` a base weight, ``param:<name>`` a parameter or buffer,
+        ``input:<argument>`` what the call gives forward, ``own:<name>`` what ``once`` computed
+        (``lorac.ir.slots.reads``).
+        """
         return ()
+
+    def reads_once(self) -> tuple[str, ...]:
+        """The same for ``once``, which may read ``base:``, ``weight:``, ``param:`` and ``input:``."""
+        return ()
+
+    def once(self, p: Params, ctx: Context) -> Mapping[str, Tensor]:
+        """What is the same at all sites, by name; computed once per call, and not at all while the adapter is off.
+
+        ``p`` has the tensors that ``params`` gives as ``shared``, of which a method that computes something once hands
+        none to ``branch``. A pure function of torch ops, as the formula is.
+        """
+        raise NotImplementedError
+
+    @property
+    def has_once(self) -> bool:
+        """Whether the method computes something once per call."""
+        return type(self).once is not BranchVariant.once
 
     @abstractmethod
     def branch(self, x: Tensor, y: Tensor, p: Params, ctx: Context) -> Tensor:

@@ -28,7 +28,7 @@ class LNTuning(Variant):
     paper: ClassVar[str] = (
         "Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM Finetuning, arXiv 2312.11420"
     )
-    kinds: ClassVar[frozenset[SiteKind]] = frozenset(SiteKind)
+    kinds: ClassVar[frozenset[SiteKind]] = frozenset(SiteKind) - {SiteKind.ONCE}
 
     def copies(self, path: str) -> bool:
         """Whether ``targets`` names the module."""

@@ -24,7 +24,9 @@ class Listener(lorac.BranchVariant):
 
     of: str = ""
     name, paper = "test-listener", "none"
-    reads = property(lambda self: (self.of,))
+
+    def reads(self, site):
+        return (self.of,)
 
     def params(self, site: Any) -> dict[str, lorac.ParamSpec]:
         return {"factor": lorac.ParamSpec((1,), lambda context: torch.ones(context.shape))}
@@ -119,7 +121,8 @@ FAULTS: dict[str, tuple[lorac.Adapter, type[LoracError], str]] = {
         good(variant=Listener(targets=["up"], of="base:dwn"), tensors={"up": {"factor": torch.ones(1)}}),
         lorac.SiteNotFound,
         "'base:dwn' is no value of the program\n  nearest: down\n"
-        "  values are named <site>, base:<site> or weight:<site>; lorac.sites(model) lists the sites",
+        "  values are named <module>, in:<module>, base:<module>, weight:<site>, param:<tensor>, input:<argument> or "
+        "own:<what once computes>; lorac.sites(model) lists the sites",
     ),
     "no parameter": (
         good(replaced={"norm.weigth": torch.ones(4)}),

@@ -24,7 +24,9 @@ class Reader(lorac.BranchVariant):
 
     of: str = ""
     name, paper = "test-reader", "none"
-    reads = property(lambda self: (self.of,))
+
+    def reads(self, site):
+        return (self.of,)
 
     def params(self, site):
         return {"factor": ParamSpec((1,), lambda context: torch.full(context.shape, 0.5))}

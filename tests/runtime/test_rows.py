@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import lorac
+from lorac.ir.binding import Answer
 from lorac.runtime.rows import run_rows
 from tests import parity
 from tests.runtime.switching import MIXTURE, X, answer, build, pair, raw
@@ -117,7 +118,7 @@ def test_objects_that_are_given_hold_what_one_call_would_have_left():
     held = Held(rows)
     with pytest.raises(lorac.ChoiceError, match="no input has rows"):
         run_rows(_noted, (held,), {}, ["x"])
-    answer = run_rows(lambda a, k, c: _noted(a[1:], k, c), (rows, held), {}, ["x", "yy", "x"])
+    answer = run_rows(lambda a, k, c: Answer(_noted(a[1:], k, c)), (rows, held), {}, ["x", "yy", "x"]).output
     assert torch.equal(answer[0], rows * 2)
     assert (answer["kind"], float(answer["fixed"])) == ("noted", 3.0)
     assert torch.equal(held.layers[0], rows * 2)
@@ -130,8 +131,8 @@ def test_what_has_no_rows_and_differs_is_refused():
     rows = torch.arange(6.0).view(3, 2)
     held = Held(rows)
     with pytest.raises(lorac.Unavailable, match="no row per input row") as error:
-        run_rows(lambda a, k, c: [_noted(a[1:], k, c), a[0].sum()], (rows, held), {}, ["x", "y", "x"])
+        run_rows(lambda a, k, c: Answer([_noted(a[1:], k, c), a[0].sum()]), (rows, held), {}, ["x", "y", "x"])
     assert "labels= make a loss" in str(error.value)
     assert (held.seen, held.layers) == (0, [rows])
     # Rows of one choice are one call, whatever it answers.
-    assert float(run_rows(lambda a, k, c: a[0].sum(), (rows,), {}, ["x"] * 3)) == 15.0
+    assert float(run_rows(lambda a, k, c: Answer(a[0].sum()), (rows,), {}, ["x"] * 3).output) == 15.0

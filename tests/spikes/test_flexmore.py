@@ -21,7 +21,9 @@ D, H, RANKS, K = 6, 9, (1, 3, 2), 2  # expert 0 is the block itself
 class FlexMoRE(lorac.BranchVariant):
     targets: str = "all-blocks"
     name, paper, kinds = "spike-flexmore", "arXiv 2602.08818", frozenset({SiteKind.BLOCK})
-    reads = property(lambda self: ("ffn.0.0", "weight:ffn.0.2"))
+
+    def reads(self, site):
+        return ("ffn.0.0", "weight:ffn.0.2")
 
     def params(self, site):
         shapes = {"gate": (1 + len(RANKS), D)}

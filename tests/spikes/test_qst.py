@@ -20,7 +20,9 @@ D, H, N = 6, 3, 3
 class SideNetwork(lorac.BranchVariant):
     targets: tuple[str, ...] = (f"blocks.{N - 1}",)
     name, paper, kinds = "spike-qst", "arXiv 2401.07159", frozenset({SiteKind.BLOCK})
-    reads = property(lambda self: tuple(f"blocks.{n}" for n in range(N - 1)))
+
+    def reads(self, site):
+        return tuple(f"blocks.{n}" for n in range(N - 1))
 
     def params(self, site):
         shapes = {"up": (D, H), "gamma": (N,)} | {f"down{n}": (H, D) for n in range(N)}
@@ -28,7 +30,7 @@ class SideNetwork(lorac.BranchVariant):
         return {key: ParamSpec(shape, _inits.zeros) for key, shape in shapes.items()}
 
     def branch(self, x, y, p, ctx):
-        taps = [*(ctx.value(name) for name in self.reads), y]
+        taps = [*(ctx.value(name) for name in self.reads(ctx.site)), y]
         side = torch.zeros_like(taps[0][..., :H])
         for n, tap in enumerate(taps):
             beta = torch.sigmoid(p.gamma[n])

@@ -18,8 +18,7 @@ D, N, R = 6, 3, 2
 class XLoRA(lorac.BranchVariant):
     name, paper = "spike-xlora", "arXiv 2402.07148"
 
-    @property
-    def reads(self):
+    def reads(self, site):
         return ("base:blocks.1",)
 
     def params(self, site):

@@ -128,8 +128,7 @@ class FaultyBranch(lorac.BranchVariant):
     name: ClassVar[str] = "faulty-branch"
     kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.LINEAR, SiteKind.BLOCK})
 
-    @property
-    def reads(self) -> tuple[str, ...]:
+    def reads(self, site: Any) -> tuple[str, ...]:
         return self.read
 
     def params(self, site: Any) -> dict[str, lorac.ParamSpec]:

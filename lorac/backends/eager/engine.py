@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import contextvars
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from lorac.backends.eager.buffers import adds_bias, own_buffers
+from lorac.backends.eager.calls import BARE, Call, Filled, read_by
 from lorac.backends.eager.shadow import shadow
 from lorac.errors import SiteUnsupported
 from lorac.ir.binding import Answer, Binding
@@ -26,9 +28,22 @@ from lorac.ir.host.layers import calls_below, is_plain, layer_of, padded, with_b
 from lorac.ir.host.sites import BaseReader, Site, SiteKind, stored_tensor
 from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.choice import Choice
-from lorac.ir.slots.emits import record_emitted
-from lorac.ir.slots.reads import BASE, WEIGHT, first_tensor, names_read, parse, presented, replace_first, tapped
-from lorac.ir.slots.run import Ctx, from_slots, run_site
+from lorac.ir.slots.emits import record_emitted, refuse_unemitted
+from lorac.ir.slots.reads import (
+    BASE,
+    IN,
+    INPUT,
+    PARAM,
+    WEIGHT,
+    first_tensor,
+    names_read,
+    owner_at,
+    parse,
+    presented,
+    replace_first,
+    tapped,
+)
+from lorac.ir.slots.run import Ctx, from_slots, own_values, run_site
 from lorac.ir.slots.site import SitePlan, SiteSlots
 from lorac.ir.slots.snapshot import Snapshot
 from lorac.ir.slots.training import LiveTerm, run_terms, weights_of
@@ -36,41 +51,12 @@ from lorac.ir.slots.training import LiveTerm, run_terms, weights_of
 Tensor = torch.Tensor
 T = TypeVar("T")
 Terms = Callable[[str, Choice], Sequence[LiveTerm] | None]
+Hears = Callable[[Mapping[str, Mapping[str, Tensor]]], None]
 
 
-@dataclass(frozen=True, eq=False)
-class Filled:
-    """What one choice puts at the sites it touches.
-
-    Attributes:
-        choice: the choice, from which training computes its terms.
-        slots: site path -> slots; absent where nothing is active.
-        reads_base: whether a branch that is on reads a value of a base pass.
-    """
-
-    choice: Choice = ()
-    slots: Mapping[str, SiteSlots] = field(default_factory=dict)
-    touched: frozenset[str] = frozenset()
-    reads_base: bool = False
-
-
-_BARE = Filled()
-
-
-@dataclass(frozen=True, eq=False)
-class _Call:
-    """One call of the host: what fills its slots, the program values read so far, and the extra outputs given.
-
-    ``computes_terms`` is settled at the call's start: a reentrant checkpoint turns gradients off within it.
-    """
-
-    filled: Filled
-    computes_terms: bool = False
-    values: dict[str, Tensor] = field(default_factory=dict)
-    aux: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-
-
-_current: contextvars.ContextVar[tuple[object, _Call] | None] = contextvars.ContextVar("call", default=None)
+_HELD = (WEIGHT, PARAM)
+_SEEDS = (1 << 63) - 1
+_current: contextvars.ContextVar[tuple[object, Call] | None] = contextvars.ContextVar("call", default=None)
 
 
 class EagerEngine(Engine):
@@ -102,9 +88,11 @@ class EagerEngine(Engine):
     ) -> None:
         self.module, self.plans, self.base, self.mode, self.terms = module, plans, base, mode, terms
         self.components = components_of(module)
-        self.active = _BARE
+        self.active = BARE
         self.sites, self.wanted = sites, frozenset(aux)
-        self._recorded = _Call(_BARE, computes_terms=True)
+        self._recorded = Call(BARE, computes_terms=True)
+        self._heard: dict[object, tuple[frozenset[str], Hears]] = {}
+        self._calls = itertools.count()
         self._originals: dict[str, Callable[..., Any]] = {}
         self._weights: dict[str, tuple[Tensor | None, Tensor | None]] = {}
         for path, plan in plans.items():
@@ -119,9 +107,7 @@ class EagerEngine(Engine):
     def bind(self, snapshot: Snapshot, slots: Mapping[str, SiteSlots]) -> Binding[Filled]:
         """Keep the slots of the sites the choice touches; elsewhere the base runs untouched."""
         touched = frozenset(snapshot.composed)
-        read = (name for c in snapshot.composed.values() for _, term in c.branches for name in term.slot.reads)
-        reads_base = any(parse(name)[0] == BASE for name in read)
-        filled = Filled(snapshot.choice, {path: slots[path] for path in touched}, touched, reads_base)
+        filled = Filled(snapshot.choice, {path: slots[path] for path in touched}, touched, read_by(snapshot))
         return Binding(self, filled)
 
     @property
@@ -153,45 +139,89 @@ class EagerEngine(Engine):
     def call(self, content: Filled, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Answer:
         """Call the host copy, or one of several; in fused mode the weights already hold the choice."""
         module = self.components[require_component(graph, self.components)]
-        call = _Call(content, self.computes_terms)
-        self._read_base(call, module, args, kwargs)
+        call = self._new_call(content)
+        self._begin(call, module, args, kwargs)
         with self._using(call):
             output = module(*args, **kwargs)
         if torch.is_grad_enabled():
             self._recorded = call
-        return Answer(output, call.aux)
+        for names, heard in list(self._heard.values()) if call.computes_terms else ():
+            heard({name: call.aux.get(name, {}) for name in names})
+        return Answer(output, {name: found for name, found in call.aux.items() if name in self.wanted})
+
+    def listen(self, names: Iterable[str], heard: Hears) -> Callable[[], None]:
+        """Have calls that train tell what their branches emit; returns what ends that.
+
+        Args:
+            names: of extra outputs, whether or not they were asked for when compiling.
+            heard: called after each such call with those, name -> site path -> tensor.
+
+        Raises:
+            UnknownOption: no branch gives one.
+        """
+        refuse_unemitted(list(names), self.plans.values())
+        key = object()
+        self._heard[key] = frozenset(names), heard
+
+        def end() -> None:
+            self._heard.pop(key, None)
+
+        return end
+
+    def _new_call(self, content: Filled) -> Call:
+        return Call(content, self.computes_terms, seed=hash((torch.initial_seed(), next(self._calls))) & _SEEDS)
 
     def lend(self, content: object, graph: str, work: Callable[[nn.Module], T]) -> T:
         """Have the host copy do some work of its own, each of whose forwards reads the content."""
         module = self.components[require_component(graph, self.components)]
         assert isinstance(content, Filled)
-        call = _Call(content, self.computes_terms)
+        call = self._new_call(content)
 
         def before(module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
             if self._call() is call:  # not in a pass of the base, nor in a call of another thread
-                self._read_base(call, module, args, kwargs)
+                self._begin(call, module, args, kwargs)
 
         with ExitStack() as held:
-            if content.reads_base:
+            if content.begins:
                 held.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
             held.enter_context(self._using(call))
             return work(module)
 
-    def _read_base(
-        self, call: _Call, module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
-    ) -> None:
-        """Have a call know what its branches read of the base, by a pass of it."""
-        if not call.filled.reads_base:
+    def _begin(self, call: Call, module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+        """Have a call know what its branches read of its arguments, of the base, by a pass of it, and compute once."""
+        if not call.filled.begins:
             return
-        unadapted = _Call(_BARE)
-        with torch.no_grad(), self._using(unadapted):
-            module(*args, **kwargs)
-        call.values.update({f"{BASE}:{path}": value for path, value in unadapted.values.items()})
+        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        call.values.update({f"{INPUT}:{name}": value for name, value in tensors.items()})
+        base = call.filled.base_pass()
+        if base.read:
+            unadapted = Call(base)
+            with torch.no_grad(), self._using(unadapted):
+                module(*args, **kwargs)
+            call.values.update(
+                {f"{BASE}:{path}": unadapted.values[path] for path in base.read & unadapted.values.keys()}
+            )
+        for path in call.filled.touched:
+            if self.plans[path].site.kind is SiteKind.ONCE:
+                self._compute_once(path, call)
+
+    def _compute_once(self, path: str, call: Call) -> None:
+        """Have a call know what its adapters compute once, those of one structure."""
+        plan, terms = self.plans[path], self._live_terms(path, call)
+        if terms is not None:
+            found = [term.branch for term in terms if term.branch is not None]
+        else:
+            filled = zip(plan.branches, call.filled.slots[path].branches, strict=True)
+            found = [(slot, fill) for slot, fill in filled if fill is not None]
+        ctx = Ctx(plan.site, training=self.module.training, seed=call.seed, values=self._values(plan, call))
+        for i, (slot, fill) in enumerate(found):
+            call.values.update(own_values(slot, fill.params, ctx, owner_at(path, i)))
 
     # --- the sites ---------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _using(self, call: _Call) -> Iterator[None]:
+    def _using(self, call: Call) -> Iterator[None]:
         token = _current.set((self, call))
         try:
             yield
@@ -202,16 +232,18 @@ class EagerEngine(Engine):
         """What fills the slots in the running call; outside one the active choice."""
         return self._call().filled
 
-    def _call(self) -> _Call:
+    def _call(self) -> Call:
         current = _current.get()
         if current is not None and current[0] is self:
             return current[1]
         # A checkpoint recomputes within backward, outside any call: with what the call before it ran with.
         recomputed = torch._C._current_graph_task_id() != -1
-        return self._recorded if recomputed else _Call(self.active, self.computes_terms)
+        return self._recorded if recomputed else Call(self.active, self.computes_terms)
 
     def _install(self, path: str, plan: SitePlan) -> None:
         owner = path if plan.site.within is None else plan.site.within
+        if plan.site.kind is SiteKind.ONCE:
+            return
         module = self.module.get_submodule(owner)
         self._weights[path] = _stored(self.module, plan)
         if owner in self._originals:
@@ -265,8 +297,12 @@ class EagerEngine(Engine):
         return output if adapted is None else replace_first(output, lambda _: adapted)
 
     def _forward_tap(self, path: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call = self._call()
+        if f"{IN}:{path}" in call.filled.read:
+            call.values[f"{IN}:{path}"] = first_tensor((args, kwargs))
         output = forward(*args, **kwargs)
-        self._call().values[path] = first_tensor(output)
+        if path in call.filled.read:
+            call.values[path] = first_tensor(output)
         return output
 
     def _adapted(self, path: str, module: nn.Module, x: Tensor, block: Tensor | None = None) -> Tensor | None:
@@ -274,7 +310,8 @@ class EagerEngine(Engine):
         call, plan = self._call(), self.plans[path]
         weight, bias = self._weights[path]
         emitted: dict[str, list[Tensor]] = {}
-        ctx = Ctx(plan.site, training=module.training, values=self._values(plan, call), emitted=emitted)
+        values = self._values(plan, call)
+        ctx = Ctx(plan.site, training=module.training, seed=call.seed, values=values, emitted=emitted)
         terms, slots = self._live_terms(path, call), call.filled.slots.get(path)
         if terms is not None:
             y = run_terms(plan.site, terms, x, weight, bias, ctx, block)
@@ -282,14 +319,20 @@ class EagerEngine(Engine):
             y = run_site(plan, slots, x, weight, bias, ctx=ctx, block=block)
         else:
             return None
-        record_emitted(call.aux, path, {name: found for name, found in emitted.items() if name in self.wanted})
+        asked = self.wanted.union(*(names for names, _ in self._heard.values()))
+        record_emitted(call.aux, path, {name: found for name, found in emitted.items() if name in asked})
         return y
 
-    def _values(self, plan: SitePlan, call: _Call) -> Mapping[str, Tensor]:
+    def _values(self, plan: SitePlan, call: Call) -> Mapping[str, Tensor]:
         """What the plan's branches may read now."""
-        weights = [name for name in names_read([plan]) if parse(name)[0] == WEIGHT]
-        stored = {name: self.module.get_parameter(str(self.sites[parse(name)[1]].weight)) for name in weights}
-        return {**call.values, **presented(stored, self.sites)} if plan.branches else {}
+        if not plan.branches:
+            return {}
+        parsed = [(name, *parse(name)) for name in names_read([plan])]
+        held = {
+            name: str(self.sites[of].weight) if kind == WEIGHT else of for name, kind, of in parsed if kind in _HELD
+        }
+        stored = {name: stored_tensor(self.module, fqn) for name, fqn in held.items()}
+        return {**call.values, **presented(stored, self.sites)}
 
     def _forward_owner(self, owner: str, module: nn.Module, inside: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         """A module some of whose weights are replaced: its own forward, on a shadow that holds the replacements."""
@@ -303,7 +346,7 @@ class EagerEngine(Engine):
         names = {name.removeprefix(f"{owner}."): tensor for name, tensor in replaced.items()}
         return shadow(module, names).forward(*args, **kwargs)
 
-    def _replacements(self, path: str, call: _Call) -> dict[str, Tensor]:
+    def _replacements(self, path: str, call: Call) -> dict[str, Tensor]:
         """What a touched site puts in the place of its weight and bias, by their names; nothing where they hold it."""
         site, slots, terms = self.plans[path].site, call.filled.slots.get(path), self._live_terms(path, call)
         found: tuple[Tensor | None, Tensor | None]
@@ -316,7 +359,7 @@ class EagerEngine(Engine):
         names = zip((site.weight, site.bias), found, strict=True)
         return {name: tensor for name, tensor in names if name is not None and tensor is not None}
 
-    def _live_terms(self, path: str, call: _Call) -> Sequence[LiveTerm] | None:
+    def _live_terms(self, path: str, call: Call) -> Sequence[LiveTerm] | None:
         """The terms from the adapters' own tensors where the call computes them, else None."""
         return self.terms(path, call.filled.choice) if call.computes_terms else None
 

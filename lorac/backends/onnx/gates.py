@@ -1,5 +1,8 @@
 """Branches that are off leave no trace: each goes into an ``If`` on its strength, or behind a ``Where``.
 
+What only branches need and is computed before them all, a pass of the base and what adapters compute once per call,
+goes into one ``If`` of its own, which runs where one of those branches does.
+
 ``run_site`` emits ``y + t·(y' − base)`` per branch, the product cast to the dtype of y. As an ``If``, everything that
 only y' needs moves into its first graph; where t is 0 the second passes y on, so an idle branch is neither computed nor
 can its zeros turn into NaN. A ``Where`` computes it and drops the result, for targets that run no conditional graphs.
@@ -7,8 +10,9 @@ can its zeros turn into NaN. A ``Where`` computes it and drops the result, for t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from lorac.ir.engine import Gate
@@ -23,8 +27,8 @@ def gate_by_if(model: ir.Model, slots: Mapping[str, SlotInput]) -> None:
         model: as emitted; its slot inputs bear their public names.
         slots: the slot inputs by public name.
     """
-    for strength, add in _ends(model, slots):
-        _into_if(model.graph, strength, add)
+    gates = [_into_if(model.graph, strength, add) for strength, add in _ends(model, slots)]
+    _share(model.graph, gates)
 
 
 def gate_by_where(model: ir.Model, slots: Mapping[str, SlotInput]) -> None:
@@ -83,7 +87,7 @@ def _behind_where(graph: ir.Graph, strength: ir.Value, add: ir.Node) -> None:
     select.replace_input_with(1, old)
 
 
-def _into_if(graph: ir.Graph, strength: ir.Value, add: ir.Node) -> None:
+def _into_if(graph: ir.Graph, strength: ir.Value, add: ir.Node) -> ir.Node:
     passed = _passed(strength, add)
     cone = _cone(add, passed)
     old = add.outputs[0]
@@ -102,8 +106,93 @@ def _into_if(graph: ir.Graph, strength: ir.Value, add: ir.Node) -> None:
     idle = ir.Node("", "Identity", [passed], outputs=[kept])
     for name, output, nodes in (("then_branch", old, taken), ("else_branch", kept, [idle])):
         gate.attributes[name] = ir.AttrGraph(name, ir.Graph([], [output], nodes=nodes, name=f"{old.name}_{name}"))
+    return gate
 
 
+# ── What branches share ──────────────────────────────────────────────────────────────────────────────────────────────
+_PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "Attention", "MatMulNBits", "Einsum", "FusedMatMul"})
+"""Ops that make it worth while to leave out what has one."""
+
+
+def _share(graph: ir.Graph, gates: Sequence[ir.Node]) -> None:
+    """Move what only gated branches need, and what none of them changes, into one ``If`` that runs where one does."""
+    within = {id(gate.attributes["then_branch"].as_graph()): gate for gate in gates}
+    shared = _only_for_gates(graph, gates, within)
+    if not any(node.op_type in _PRODUCTS for node in shared):
+        return
+    moved = set(shared)
+    outer = {user for node in shared for output in node.outputs for user in output.consumers()} - moved
+    needed = [v for node in shared for v in node.outputs if any(user in outer for user in v.consumers())]
+    readers = [gate for gate in gates if any(within.get(id(user.graph)) is gate for user in outer)]
+    _into_one_if(graph, shared, needed, readers)
+
+
+def _only_for_gates(graph: ir.Graph, gates: Sequence[ir.Node], within: Mapping[int, ir.Node]) -> list[ir.Node]:
+    """Nodes that only gated branches read, in order; what reads a branch's result is none of them."""
+    behind: set[ir.Node] = set(gates)
+    for node in graph:
+        if any(value is not None and value.producer() in behind for value in node.inputs):
+            behind.add(node)
+    found: set[ir.Node] = set()
+    for node in reversed(graph):
+        users = {user for output in node.outputs for user in output.consumers()}
+        bound = node in behind or not users or any(output.is_graph_output() for output in node.outputs)
+        if not bound and all(user in found or id(user.graph) in within for user in users):
+            found.add(node)
+    return [node for node in graph if node in found]
+
+
+def _into_one_if(
+    graph: ir.Graph, shared: Sequence[ir.Node], needed: Sequence[ir.Value], readers: Sequence[ir.Node]
+) -> None:
+    """Compute ``needed`` by the nodes ``shared`` where one of the gates that read them is on."""
+    switches = [value for value in dict.fromkeys(gate.inputs[0] for gate in readers) if value is not None]
+    first = next(node for node in graph if node in set(readers))
+    made: list[ir.Node] = []
+    on = switches[0]
+    for other in switches[1:]:
+        made.append(ir.Node("", "Or", [on, other]))
+        on = made[-1].outputs[0]
+        on.type, on.shape = ir.TensorType(ir.DataType.BOOL), ir.Shape([1])
+    # Of no shape that ONNX Runtime could plan memory by: what is idle has another.
+    results = [ir.val(f"{value.name}_shared", type=value.type, shape=_unknown(value)) for value in needed]
+    gate = ir.Node("", "If", [on], outputs=results)
+    casts = [cast for value in switches if (cast := value.producer()) is not None]
+    for cast in casts:
+        graph.remove(cast)
+    graph.insert_before(first, [*casts, *made, gate])
+    for value, result in zip(needed, results, strict=True):
+        value.replace_all_uses_with(result)
+    for node in shared:
+        graph.remove(node)
+    idle = [_empty(value) for value in needed]
+    nodes = [node for pair in idle for node in pair]
+    for name, outputs, body in (
+        ("then_branch", list(needed), list(shared)),
+        ("else_branch", [pair[-1].outputs[0] for pair in idle], nodes),
+    ):
+        gate.attributes[name] = ir.AttrGraph(name, ir.Graph([], outputs, nodes=body, name=f"shared_{name}"))
+
+
+def _empty(value: ir.Value) -> list[ir.Node]:
+    """Nodes the last of which gives a tensor of a value's type and number of axes that holds nothing of use."""
+    assert value.type is not None
+    axes = len(_unknown(value))
+    shape = ir.tensor([1] * axes, dtype=ir.DataType.INT64, name=f"{value.name}_ones")
+    size = ir.val(f"{value.name}_ones", dtype=ir.DataType.INT64, shape=ir.Shape([axes]))
+    constant = ir.Node("", "Constant", [], {"value": ir.AttrTensor("value", shape)}, outputs=[size])
+    zero = ir.tensor(np.zeros(1, value.type.dtype.numpy()), name=f"{value.name}_zero")
+    result = ir.val(f"{value.name}_idle", type=value.type, shape=_unknown(value))
+    return [constant, ir.Node("", "ConstantOfShape", [size], {"value": ir.AttrTensor("value", zero)}, outputs=[result])]
+
+
+def _unknown(value: ir.Value) -> ir.Shape:
+    """As many axes as a value has, of any size."""
+    assert value.shape is not None
+    return ir.Shape([None] * len(value.shape))
+
+
+# ── What one branch needs ────────────────────────────────────────────────────────────────────────────────────────────
 def _cone(add: ir.Node, passed: ir.Value) -> set[ir.Node]:
     """The nodes that nothing but ``add`` needs, those behind ``passed`` excepted."""
     spared = set(_ancestors(passed))

@@ -42,6 +42,7 @@ _FAULTS = (
 """What a formula that computes real numbers is at fault with; other exceptions are the control flow of somebody around
 it (a checkpoint ends its recomputation by one), and pass as they are."""
 _PURE = "a formula is a pure function of torch ops: W' like W, or y' like y"
+_NAMED = "`once` answers a dictionary of tensors by name, which branches read as own:<name>"
 _READS_VALUE = torch.ops.aten._local_scalar_dense.default
 
 
@@ -70,18 +71,37 @@ class Formula:
         Raises:
             FormulaFailed: it raises, writes, needs the value of a tensor, or answers something else.
         """
-        watched = isinstance(like, FakeTensor)
-        around: AbstractContextManager[Any] = _Watch(self._named(args, read or {})) if watched else nullcontext()
+        return self._admitted(self._found(args, read or {}, watched=isinstance(like, FakeTensor)), like)
+
+    def several(self, *args: Any, read: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The answer of a formula to tensors of any shape, by name.
+
+        Args:
+            *args, read: as of a call.
+
+        Raises:
+            FormulaFailed: as a call does.
+        """
+        watched = any(isinstance(tensor, FakeTensor) for tensor in self._named(args, read).values())
+        found = self._found(args, read, watched=watched)
+        if not isinstance(found, Mapping):
+            raise self._failed(f"answers {_a(found)}, not tensors by name", _NAMED)
+        for name, tensor in found.items():
+            if not isinstance(name, str) or not isinstance(tensor, Tensor):
+                raise self._failed(f"answers {_a(tensor)} as {name!r}, not a tensor", _NAMED)
+        return dict(found)
+
+    def _found(self, args: Sequence[Any], read: Mapping[str, Tensor], *, watched: bool) -> Any:
+        around: AbstractContextManager[Any] = _Watch(self._named(args, read)) if watched else nullcontext()
         try:
             with around:
-                found = self.function(*args)
+                return self.function(*args)
         except (LoracError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             if not watched and not isinstance(error, _FAULTS):
                 raise
             raise self._failed(*_blamed(error), error) from (None if isinstance(error, _Written) else error)
-        return self._admitted(found, like)
 
     def _named(self, args: Sequence[Any], read: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every tensor that must not be written, by how the formula calls it."""
@@ -94,7 +114,7 @@ class Formula:
 
     def _admitted(self, found: Any, like: Tensor) -> Tensor:
         if not isinstance(found, Tensor):
-            raise self._failed(f"answers {'nothing' if found is None else f'a {type(found).__name__}'}, not a tensor")
+            raise self._failed(f"answers {_a(found)}, not a tensor")
         if not _same_shape(found, like):
             raise self._failed(f"answers a tensor of shape {list(found.shape)}, not of {list(like.shape)}")
         if not found.is_floating_point():
@@ -107,6 +127,10 @@ class Formula:
         line = line or definition_line(self.function)
         told = f"the formula of {self.method} at '{self.site}' {what}"
         return FormulaFailed(told + (f"\n  in {line}" if line else ""), next_step=step)
+
+
+def _a(found: Any) -> str:
+    return "nothing" if found is None else f"a {type(found).__name__}"
 
 
 def _blamed(error: Exception) -> tuple[str, str]:

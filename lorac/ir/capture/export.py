@@ -52,7 +52,8 @@ from lorac.ir.host.inputs.example_inputs import (
 from lorac.ir.host.inputs.fixed_values import Arguments
 from lorac.ir.host.layers import Forward
 from lorac.ir.host.running import no_fast_path, random_state_kept
-from lorac.ir.host.sites import Site
+from lorac.ir.host.sites import Site, SiteKind
+from lorac.ir.slots.reads import once_plans
 from lorac.ir.slots.site import SitePlan
 from lorac.quiet import quiet
 
@@ -233,7 +234,10 @@ def capture(  # noqa: PLR0913  (what a graph is made of)
     exported, guards, arguments = _exported(model, inputs, dynamic_shapes, blocks, prefix, grows)
     named = arguments.inputs
     shapes = default_shapes(model, named) if dynamic_shapes is None else by_name(model, dynamic_shapes)
-    own = {path: plan for path, plan in plans.items() if path.startswith(prefix)}
+    own = {
+        path: plan for path, plan in plans.items() if path.startswith(prefix) and plan.site.kind is not SiteKind.ONCE
+    }
+    own |= once_plans(plans, own)
     sizes = sizes_of(exported, asked_axes(named, shapes), guards)
     axes = axis_names(exported, {in_program(argument): told for argument, told in shapes.items()})
     graph = Graph(name, exported, sites, own, axes=axes, sizes=sizes, structure=keep_tensors(exported))

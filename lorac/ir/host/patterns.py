@@ -28,8 +28,12 @@ _REPEAT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
 _DIGITS = 18
 """Digits of a number in braces that are looked at: more are too many anyway."""
 _LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
-KEYWORDS = ("all-linear", "all-conv", "all-blocks")
-"""What ``targets`` may be besides names and a regular expression."""
+KEYWORDS = {
+    "all-linear": "linear layers, but for output layers",
+    "all-conv": "convolutions",
+    "all-blocks": "elements of lists and sequences that hold a linear layer",
+}
+"""What ``targets`` may be besides names and a regular expression, and what each means."""
 _HEADS = ("lm_head", "embed_out", "output_layer")
 """Output layers by name, for models that do not say which module is theirs (``get_output_embeddings``)."""
 
@@ -119,7 +123,7 @@ def layer_index(path: str, patterns: Iterable[str]) -> int | None:
 
 def outermost_blocks(sites: Mapping[str, Site]) -> set[str]:
     """Paths of the blocks that lie in no other block: not an expert, or a layer's part, inside a layer."""
-    blocks = {path for path, site in sites.items() if site.kind is SiteKind.BLOCK}
+    blocks = {path for path, site in sites.items() if site.kind is SiteKind.BLOCK and not site.named}
     return {path for path in blocks if not any(path.startswith(f"{other}.") for other in blocks)}
 
 
@@ -265,7 +269,7 @@ def _no_such_kind(adapter: str, keyword: str, sites: Mapping[str, Site]) -> Site
     others = {word: len(select(sites, word)) for word in KEYWORDS}
     found = [f"{word} ({count} sites)" for word, count in others.items() if count]
     return SiteNotFound(
-        f"adapter '{adapter}' targets '{keyword}', and the model has no such site",
+        f"adapter '{adapter}' targets '{keyword}', and the model has no such site; looked for {KEYWORDS[keyword]}",
         nearest=", ".join(found) or None,
-        next_step="`lorac sites MODEL` prints them all",
+        next_step="name modules by the ends of their paths, in a list; `lorac sites MODEL` prints the layers",
     )

@@ -35,8 +35,12 @@ class SiteKind(enum.StrEnum):
     """A parameter that its module multiplies by itself: a matrix, or a stack of them (experts'), each with factors."""
     BLOCK = "block"
     """The exit of a module whose output is not linear in its input, such as a transformer block."""
+    ONCE = "once"
+    """No module: what an adapter computes once per call, for all its sites."""
 
 
+WITHOUT_WEIGHT = frozenset({SiteKind.BLOCK, SiteKind.PARAMETER, SiteKind.ONCE})
+"""Kinds that no formula of a weight is for."""
 _HOLDERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 CONVOLUTIONS = {1: SiteKind.CONV1D, 2: SiteKind.CONV2D, 3: SiteKind.CONV3D}
 
@@ -87,6 +91,7 @@ class Site:
             projection; None where the site is a layer that is called. Only the weight itself can be replaced there.
         packed: the class of tensor that stands for the weight, where it holds other numbers (a quantised one): nothing
             can be merged into it.
+        named: a module that is a site since an adapter names it (``lorac.ir.host.modules``).
         shares: paths of the other sites that read the same weight tensor (tied embeddings).
     """
 
@@ -105,6 +110,7 @@ class Site:
     buffer: bool = False
     within: str | None = None
     packed: str | None = None
+    named: bool = False
     shares: tuple[str, ...] = field(default=(), compare=False)
 
     @property

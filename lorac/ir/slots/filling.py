@@ -10,7 +10,7 @@ from lorac.errors import NeedsRecompile
 from lorac.ir.algebra import letters
 from lorac.ir.algebra.changes import Change, Dense, LowRank, Sparse, SparseSum, merge, merge_bias
 from lorac.ir.algebra.letters import KEPT_APART
-from lorac.ir.host.sites import Site
+from lorac.ir.host.sites import Site, factor_dtype
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.role import Place
 from lorac.ir.slots.roles import ROLES, parts_of
@@ -124,9 +124,14 @@ def fill_branches(plan: SitePlan, terms: Sequence[tuple[float, BranchTerm]]) -> 
                 f"'{plan.site.path}' has no free slot for {_branch(term)}",
                 next_step="compile again with all that are active together in adapters=",
             )
-        sample = next((t for t in term.params if t.is_floating_point()), torch.empty(0))
-        fills[free[0]] = BranchFill(sample.new_full((1,), strength), term.params)
+        fills[free[0]] = BranchFill(strength_of(term, plan.site, strength), term.params)
     return tuple(fills)
+
+
+def strength_of(term: BranchTerm, site: Site, strength: float) -> Tensor:
+    """A branch's strength (1,) as its slot takes it: in the factors' dtype, where its parameters are."""
+    device = next((tensor.device for tensor in term.params), None)
+    return torch.full((1,), strength, dtype=factor_dtype(site.dtype), device=device)
 
 
 def branch_misfit(plan: SitePlan | None, term: BranchTerm) -> str | None:

@@ -217,6 +217,7 @@ _LAYOUTS: dict[SiteKind, type[SiteLayout]] = {
     SiteKind.PARAMETER: ParameterLayout,
     SiteKind.MATRIX: ParameterLayout,
     SiteKind.BLOCK: ParameterLayout,
+    SiteKind.ONCE: ParameterLayout,
 }
 
 

@@ -14,7 +14,7 @@ from lorac.ir.algebra import letters
 from lorac.ir.algebra.changes import Change, LowRank
 from lorac.ir.algebra.letters import KEPT_APART
 from lorac.ir.host.patterns import nothing_matches, refuse_unmatched, select
-from lorac.ir.host.sites import Site, SiteKind
+from lorac.ir.host.sites import WITHOUT_WEIGHT, Site
 from lorac.ir.slots.filling import leaves_blocks, why_whole
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.role import Stage
@@ -180,9 +180,7 @@ def _refuse_new_bias(name: str, site: Site) -> None:
 
 def _reserve(needs: dict[str, _Needs], sites: Mapping[str, Site], reserve: Reserve, mode: str) -> None:
     chosen = [
-        s
-        for s in select(sites, reserve.targets, parameters=_listed(reserve.targets))
-        if s.kind not in {SiteKind.BLOCK, SiteKind.PARAMETER}
+        s for s in select(sites, reserve.targets, parameters=_listed(reserve.targets)) if s.kind not in WITHOUT_WEIGHT
     ]
     refuse_unmatched("reserve", reserve.targets, sites)
     if not chosen:

@@ -1,59 +1,175 @@
 """Program values: what a branch may read through ``ctx.value``, by name.
 
-    =================  ================================================================================================
-    name               value
-    =================  ================================================================================================
-    ``<path>``         the output of that site (a layer or a block) in this pass, adapted as it is; of several calls
-                       the latest one
-    ``base:<path>``    its output in a pass of the unadapted model over the same inputs, without gradients
-    ``weight:<path>``  its base weight W (out, in)
-    =================  ================================================================================================
+    =====================  ============================================================================================
+    name                   value
+    =====================  ============================================================================================
+    ``<path>``             the output of that module in this pass, adapted as it is
+    ``in:<path>``          its input in this pass
+    ``base:<path>``        its output in a pass of the unadapted model over the same inputs, without gradients
+    ``weight:<path>``      the base weight W (out, in) of that site
+    ``param:<name>``       a parameter or buffer of the model, as the base has it
+    ``input:<argument>``   what this call gives the model's forward
+    ``own:<name>``         what the method's ``once`` computed for this call
+    =====================  ============================================================================================
 
-Of a block that returns several tensors the first counts.
+Any module may be read. Of one that takes or returns several tensors the first counts, of several calls the latest.
+
+What a method computes once is a site of its own, without a module (``SiteKind.ONCE``): its plan has a branch for every
+adapter that may compute it, and branches at modules name it (``BranchSlot.once``). Of several adapters of one structure
+each has its own, told apart by their order: ``own:<path>[<index>].<name>`` is what a program calls such a value.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
-from lorac.errors import SiteNotFound, nearest_name
-from lorac.ir.host.sites import Site
-from lorac.ir.slots.site import SitePlan
+from lorac.errors import SiteNotFound, SiteUnreached, nearest_name
+from lorac.ir.host.components import components_of
+from lorac.ir.host.modules import callable_paths
+from lorac.ir.host.sites import Site, SiteKind
+from lorac.ir.host.skeleton import Skeleton
+from lorac.ir.slots.site import BranchSlot, SitePlan
 
-BASE, WEIGHT = "base", "weight"
+OUTPUT, IN, BASE, WEIGHT, PARAM, INPUT, OWN = "", "in", "base", "weight", "param", "input", "own"
+_OF_MODULES = (OUTPUT, IN, BASE)
+_AT_ONCE = (BASE, WEIGHT, PARAM, INPUT)
+"""What is known when a call begins."""
+ONCE_PREFIX = "once:"
+"""Begins the path of a site that is no module: what an adapter computes once per call."""
 
 
 def parse(name: str) -> tuple[str, str]:
-    """(kind, site path) of a value's name; the kind is ``""``, ``"base"`` or ``"weight"``."""
-    kind, colon, path = name.partition(":")
-    return (kind, path) if colon else ("", name)
+    """(kind, what it is of) of a value's name; the kind is one of those above."""
+    kind, colon, rest = name.partition(":")
+    return (kind, rest) if colon else (OUTPUT, name)
 
 
-def check_reads(names: Iterable[str], sites: Mapping[str, Site]) -> None:
-    """Raise ``SiteNotFound`` where a name is no value of the program."""
-    for name in names:
-        kind, path = parse(name)
-        if kind not in {"", BASE, WEIGHT} or path not in sites or (kind == WEIGHT and sites[path].weight is None):
-            raise SiteNotFound(
-                f"'{name}' is no value of the program",
-                nearest=nearest_name(path, sites),
-                next_step="values are named <site>, base:<site> or weight:<site>; lorac.sites(model) lists the sites",
-            )
+def once_site(path: str, dtype: torch.dtype) -> Site:
+    """The site of what is computed once per call, in the dtype of the sites it is for."""
+    return Site(path, SiteKind.ONCE, 0, 0, dtype, None)
+
+
+# ── What there is ────────────────────────────────────────────────────────────────────────────────────────────────────
+@dataclass(frozen=True)
+class Readable:
+    """What of a model may be read.
+
+    Attributes:
+        sites: its sites.
+        modules: paths of its modules.
+        tensors: names of its parameters and buffers.
+        arguments: of its forward; None where it has none any more.
+    """
+
+    sites: Mapping[str, Site]
+    modules: frozenset[str]
+    tensors: frozenset[str]
+    arguments: frozenset[str] | None
+
+    @classmethod
+    def of(cls, model: nn.Module, sites: Mapping[str, Site]) -> Readable:
+        """What of a model, or of its skeleton, may be read."""
+        tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+        arguments = None if isinstance(model, Skeleton) else frozenset(_arguments(model))
+        return cls(sites, frozenset(callable_paths(model)), frozenset(name for name, _ in tensors), arguments)
+
+    def check(self, names: Iterable[str], *, once: bool = False, owns: bool = False) -> None:
+        """Refuse names that are no values of the program.
+
+        Args:
+            names: of values.
+            once: whether what is computed once reads them, when the call has only begun.
+            owns: whether the method computes something once.
+
+        Raises:
+            SiteNotFound: a name is none.
+            SiteUnreached: what is computed once reads what comes later.
+        """
+        for name in names:
+            kind, of = parse(name)
+            if once and kind not in _AT_ONCE:
+                kinds = " or ".join(f"'{known}:...'" for known in _AT_ONCE)
+                raise SiteUnreached(
+                    f"the value '{name}' is not known when a call begins, which is when `once` reads it",
+                    next_step=f"let it read {kinds}",
+                )
+            if not self._has(kind, of, owns):
+                raise SiteNotFound(
+                    f"'{name}' is no value of the program",
+                    nearest=nearest_name(of, self._named(kind)),
+                    next_step="values are named <module>, in:<module>, base:<module>, weight:<site>, param:<tensor>, "
+                    "input:<argument> or own:<what once computes>; lorac.sites(model) lists the sites",
+                )
+
+    def _has(self, kind: str, of: str, owns: bool) -> bool:
+        if kind == OWN:
+            return owns
+        if kind == WEIGHT:
+            return of in self.sites and self.sites[of].weight is not None
+        return of in self._named(kind) or (kind == INPUT and self.arguments is None)
+
+    def _named(self, kind: str) -> Iterable[str]:
+        of_modules = dict.fromkeys(_OF_MODULES, self.modules)
+        known = {WEIGHT: self.sites, PARAM: self.tensors, INPUT: self.arguments or (), **of_modules}
+        return known.get(kind, ())
+
+
+def _arguments(model: nn.Module) -> Iterator[str]:
+    for component in components_of(model).values():
+        yield from inspect.signature(component.forward).parameters
+
+
+# ── What is read ─────────────────────────────────────────────────────────────────────────────────────────────────────
+def owner_at(path: str, index: int) -> str:
+    """What stands before the names of the values that one of several adapters computes once, at the site ``path``."""
+    return f"{path}[{index}]"
+
+
+def owner_of(slots: Iterable[BranchSlot], slot: BranchSlot) -> str:
+    """What stands before the names of a branch's own values, where ``slots`` come before it at its site."""
+    return owner_at(slot.once, sum(before.once == slot.once for before in slots))
+
+
+def full_name(owner: str, name: str) -> str:
+    """What a program calls a value that a branch knows by a name."""
+    kind, of = parse(name)
+    return f"{OWN}:{owner}.{of}" if kind == OWN else name
 
 
 def names_read(plans: Iterable[SitePlan]) -> list[str]:
-    """Every value that the branches of the plans read."""
-    return list(dict.fromkeys(name for plan in plans for branch in plan.branches for name in branch.reads))
+    """Every value that the branches of the plans read, as the program calls it."""
+    return list(
+        dict.fromkeys(
+            full_name(owner_of(plan.branches[:i], branch), name)
+            for plan in plans
+            for i, branch in enumerate(plan.branches)
+            for name in branch.reads
+        )
+    )
+
+
+def once_of(name: str) -> str:
+    """The path of the site that computes an own value, by its full name."""
+    return parse(name)[1].partition("[")[0]
+
+
+def once_plans(plans: Mapping[str, SitePlan], around: Mapping[str, SitePlan]) -> dict[str, SitePlan]:
+    """Of all plans those of what the branches of ``around`` compute once."""
+    paths = (branch.once for plan in around.values() for branch in plan.branches if branch.once)
+    return {path: plans[path] for path in dict.fromkeys(paths)}
 
 
 def tapped(plans: Iterable[SitePlan]) -> list[str]:
-    """Paths of the sites whose outputs are read."""
+    """Paths of the modules whose inputs or outputs are read."""
     parsed = [parse(name) for name in names_read(plans)]
-    return list(dict.fromkeys(path for kind, path in parsed if kind != WEIGHT))
+    return list(dict.fromkeys(path for kind, path in parsed if kind in _OF_MODULES))
 
 
 def presented(values: Mapping[str, torch.Tensor], sites: Mapping[str, Site]) -> dict[str, torch.Tensor]:

@@ -7,7 +7,8 @@ its own.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -16,8 +17,9 @@ from lorac.errors import SiteUnreached
 from lorac.ir.algebra import letters
 from lorac.ir.algebra.formulas import imagination
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.sites import Site
+from lorac.ir.host.sites import Site, factor_dtype
 from lorac.ir.slots.layouts import SiteLayout, layout_of
+from lorac.ir.slots.reads import OWN, full_name, owner_of
 from lorac.ir.slots.role import Stage
 from lorac.ir.slots.roles import ROLES
 from lorac.ir.slots.site import BranchFill, BranchSlot, SitePlan, SiteSlots
@@ -31,8 +33,8 @@ class Ctx:
     Args:
         site: the site.
         training: whether the host trains.
-        generator: source of randomness.
-        values: program values by the names the branches read.
+        seed: of the randomness of a call that trains.
+        values: program values by the names the program has for them.
         emitted: takes the extra outputs: name -> one tensor per branch that gives it, in the order the branches ran.
     """
 
@@ -41,14 +43,19 @@ class Ctx:
         site: Site,
         *,
         training: bool = False,
-        generator: torch.Generator | None = None,
+        seed: int | None = None,
         values: Mapping[str, Tensor] | None = None,
         emitted: dict[str, list[Tensor]] | None = None,
     ) -> None:
-        self.site, self.training, self.generator = site, training, generator
+        self.site, self.training = site, training
         self._values = values if values is not None else {}
         self._emitted = emitted if emitted is not None else {}
-        self._dtype = torch.get_default_dtype()
+        self._dtype, self._owner, self._seed = torch.get_default_dtype(), "", seed
+
+    @functools.cached_property
+    def generator(self) -> torch.Generator | None:
+        """One stream per call that trains, which begins alike in every branch; None where nothing trains."""
+        return torch.Generator().manual_seed(self._seed) if self.training and self._seed is not None else None
 
     @property
     def values(self) -> Mapping[str, Tensor]:
@@ -57,28 +64,30 @@ class Ctx:
 
     def value(self, name: str) -> Tensor:
         """A value of the program, in the dtype the branch computes in."""
-        if name not in self._values:
+        found = self._values.get(full_name(self._owner, name))
+        if found is None:
             raise SiteUnreached(
                 f"the value '{name}' is not computed before '{self.site.path}', which reads it",
                 next_step="a variant's `reads` names what its formula reads; 'base:<site>' is there from the start",
             )
-        found = self._values[name]
         return found.to(self._dtype) if found.is_floating_point() else found
 
     def emit(self, name: str, tensor: Tensor) -> None:
         """An extra output."""
         self._emitted.setdefault(name, []).append(tensor)
 
-    def within(self, dtype: torch.dtype) -> Ctx:
-        """The same surroundings for a branch that computes in ``dtype``."""
+    def within(self, dtype: torch.dtype, owner: str = "") -> Ctx:
+        """The same surroundings for a branch that computes in ``dtype`` and whose own values are ``owner``'s."""
         inner = copy.copy(self)
-        inner._dtype = dtype
+        inner._dtype, inner._owner = dtype, owner
+        vars(inner).pop("generator", None)
         return inner
 
     def over(self, values: Mapping[str, Tensor]) -> Ctx:
         """The same surroundings with other values; what is emitted there is dropped."""
         other = copy.copy(self)
         other._values, other._emitted = values, {}
+        vars(other).pop("generator", None)
         return other
 
 
@@ -168,25 +177,46 @@ def _plus_bias(layout: SiteLayout, y: Tensor, bias: Tensor | None) -> Tensor:
 
 def _with_branches(plan: SitePlan, slots: SiteSlots, x: Tensor, y: Tensor, base: Tensor, ctx: Ctx | None) -> Tensor:
     """y plus t·(y'ᵢ − base) of every active branch."""
-    for slot, fill in zip(plan.branches, slots.branches, strict=True):
+    for i, (slot, fill) in enumerate(zip(plan.branches, slots.branches, strict=True)):
         if fill is not None:
-            y = y + branch_delta(plan.site, slot, fill, x, base, ctx)
+            y = y + branch_delta(plan.site, slot, fill, x, base, ctx, owner_of(plan.branches[:i], slot))
     return y
 
 
-def branch_delta(site: Site, slot: BranchSlot, fill: BranchFill, x: Tensor, y: Tensor, ctx: Ctx | None) -> Tensor:
+def branch_delta(
+    site: Site, slot: BranchSlot, fill: BranchFill, x: Tensor, y: Tensor, ctx: Ctx | None, owner: str = ""
+) -> Tensor:
     """t·(y' − y) of one branch, computed in the factors' dtype and cast to that of y, as a low-rank pair's is.
+
+    Args:
+        site: the site.
+        slot, fill: the branch.
+        x, y: the site's input, and its output in the base.
+        ctx: handed to it.
+        owner: whose ``own:`` values are its (``lorac.ir.slots.reads.owner_of``).
 
     Raises:
         FormulaFailed: the formula does what none may (``lorac.ir.algebra.formulas``); nothing was written.
     """
     params = Params(**dict(zip(slot.params, fill.params, strict=True)))
-    dtype = next((t.dtype for t in fill.params if t.is_floating_point()), y.dtype)
-    around = (ctx or Ctx(site)).within(dtype)
+    dtype = next((t.dtype for t in fill.params if t.is_floating_point()), factor_dtype(y.dtype))
+    around = (ctx or Ctx(site)).within(dtype, owner)
     x, wide = x.to(dtype), y.to(dtype)
     _imagine_once(slot, x, wide, params, around)
     moved = slot.formula(x, wide, params, around, like=wide, read=around.values) - wide
     return (fill.strength * moved).to(y.dtype)
+
+
+def own_values(slot: BranchSlot, params: Sequence[Tensor], ctx: Ctx, owner: str) -> dict[str, Tensor]:
+    """What an adapter computes once per call, by the names the program has for it.
+
+    Raises:
+        FormulaFailed: the formula does what none may; nothing was written.
+    """
+    given = Params(**dict(zip(slot.params, params, strict=True)))
+    dtype = next((t.dtype for t in params if t.is_floating_point()), factor_dtype(ctx.site.dtype))
+    found = slot.formula.several(given, ctx.within(dtype), read=ctx.values)
+    return {full_name(owner, f"{OWN}:{name}"): tensor for name, tensor in found.items()}
 
 
 _IMAGINED: set[object] = set()

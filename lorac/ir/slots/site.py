@@ -17,7 +17,7 @@ import torch
 from lorac.ir.algebra import letters
 from lorac.ir.algebra.changes import Change
 from lorac.ir.algebra.formulas import Formula
-from lorac.ir.host.sites import Site
+from lorac.ir.host.sites import Site, SiteKind
 from lorac.ir.slots.role import SlotRole, Stage
 from lorac.ir.slots.roles import ROLES, branch_name, parameter_role, strength_role
 
@@ -34,6 +34,7 @@ class BranchSlot:
         params: parameter name -> shape.
         emits: names of the extra outputs the branch gives.
         reads: names of the program values it reads (``lorac.ir.slots.reads``).
+        once: path of the site that computes what it reads as ``own:``; empty where it reads no such.
     """
 
     key: str
@@ -41,6 +42,7 @@ class BranchSlot:
     params: Mapping[str, tuple[int, ...]] = field(compare=False)
     emits: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
+    once: str = ""
 
 
 @dataclass(frozen=True)
@@ -117,11 +119,14 @@ class SitePlan:
         return ((role, self.room[role.name]) for role in ROLES.values() if role.name in self.room)
 
     def branch_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Role -> shape of everything that branches hold: each its strength and its parameters."""
+        """Role -> shape of everything that branches hold: each its strength, and its parameters.
+
+        What is computed once has no strength of its own: it is those of the branches that read it.
+        """
         shapes: dict[str, tuple[int, ...]] = {}
         for index, slot in enumerate(self.branches):
             branch = branch_name(index)
-            shapes[strength_role(branch)] = (1,)
+            shapes |= {} if self.site.kind is SiteKind.ONCE else {strength_role(branch): (1,)}
             shapes |= {parameter_role(branch, j): shape for j, shape in enumerate(slot.params.values())}
         return shapes
 

@@ -19,6 +19,7 @@ from lorac.ir.algebra import letters
 from lorac.ir.algebra.changes import Change, Dense, LowRank, merge, merge_bias
 from lorac.ir.host.sites import Site
 from lorac.ir.slots.layouts import SiteLayout, layout_of
+from lorac.ir.slots.reads import owner_of
 from lorac.ir.slots.role import Place, SlotRole, Stage
 from lorac.ir.slots.roles import ROLES, acts_on, applied, parts_of, runs_beside
 from lorac.ir.slots.run import Ctx, branch_delta, run_site
@@ -91,12 +92,13 @@ def run_terms(
         if len(terms) == 1 and _replaces(terms[0], ctx):
             return _whole(layout, terms[0].change, x, weight, bias)
         base = layout.base(x, weight, bias)
-    y = base
+    y, before = base, list[BranchSlot]()
     for term in terms:
         if term.branch is not None:
             slot, fill = term.branch
             _refuse_dropout(site, term, ctx)
-            y = y + branch_delta(site, slot, fill, x, base, ctx)
+            y = y + branch_delta(site, slot, fill, x, base, ctx, owner_of(before, slot))
+            before.append(slot)
         elif term.dropped is not None and (rate := _active_rate(term, ctx, Dropout.RANK)):
             y = y + _scaled(term.strength, term.dropped(x, base, rate)).to(y.dtype)
         elif isinstance(term.change, LowRank) and runs_beside(layout, term.change):

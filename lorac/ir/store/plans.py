@@ -52,6 +52,7 @@ def branch_to_json(branch: BranchSlot) -> dict[str, Any]:
         "params": {name: list(shape) for name, shape in branch.params.items()},
         "emits": list(branch.emits),
         "reads": list(branch.reads),
+        "once": branch.once,
     }
 
 
@@ -63,6 +64,7 @@ def branch_from_json(path: str, stored: Mapping[str, Any]) -> BranchSlot:
         params={name: tuple(shape) for name, shape in stored["params"].items()},
         emits=tuple(stored["emits"]),
         reads=tuple(stored["reads"]),
+        once=stored["once"],
     )
 
 

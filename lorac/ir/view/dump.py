@@ -22,7 +22,7 @@ from lorac.ir.algebra.letters import BIAS, WEIGHT
 from lorac.ir.graph import ops
 from lorac.ir.graph.adapted import AdaptedCall, call_behind
 from lorac.ir.graph.graph import Graph
-from lorac.ir.host.sites import SiteKind
+from lorac.ir.host.sites import WITHOUT_WEIGHT
 from lorac.ir.slots.roles import ROLES, slot_name
 from lorac.ir.view.scopes import Scopes, blocks_of, is_size, site_of
 
@@ -172,8 +172,7 @@ class _Writer:
     def _sites(self) -> dict[str, str]:
         plans = {path: plan for path, plan in self.graph.plans.items() if not plan.empty}
         states = {path: "fused" if plan.bound else "live" for path, plan in plans.items()}
-        passive = {SiteKind.BLOCK, SiteKind.PARAMETER}
-        shown = (path for path, site in self.graph.sites.items() if site.kind not in passive or path in plans)
+        shown = (path for path, site in self.graph.sites.items() if site.kind not in WITHOUT_WEIGHT or path in plans)
         return {path: states.get(path, "bare") for path in shown}
 
     def _rows(self, node: fx.Node) -> Iterable[Row]:

@@ -28,8 +28,7 @@ class Watching(lorac.BranchVariant):
             "gate": lorac.ParamSpec((1, 48), lambda c: torch.randn(c.shape)),
         }
 
-    @property
-    def reads(self) -> tuple[str, ...]:
+    def reads(self, site: Any) -> tuple[str, ...]:
         return ("base:model.layers.1",)
 
     def branch(self, x: Any, y: Any, p: Any, ctx: Any) -> Any:
