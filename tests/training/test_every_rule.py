@@ -84,6 +84,29 @@ def test_the_rule_does_something(name: str) -> None:
             assert_apart(expected, found)
 
 
+def by_trainer(compiled: Any, ruled: Any, folder: Path, *, resume: str | None = None, **settings: Any) -> None:
+    """Five steps of two micro-batches with transformers' Trainer."""
+    from transformers import Trainer, TrainingArguments
+
+    rows = [{key: value[i] for key, value in batch(0).items()} for i in range(ROWS)]
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=5,
+        per_device_train_batch_size=ROWS // 2,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0.5,
+        lr_scheduler_type="constant",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        **{"save_strategy": "no", **settings},
+    )
+    trainer = Trainer(compiled, arguments, train_dataset=rows, optimizers=(ruled.started(compiled), None))
+    trainer.train(resume_from_checkpoint=resume)
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -93,32 +116,25 @@ def test_the_rule_does_something(name: str) -> None:
 )
 def test_trainer_is_the_plain_loop(name: str, tmp_path: Path) -> None:
     """With its accumulation, clipping and schedule; every step is over all rows, in whatever order they come."""
-    from transformers import Trainer, TrainingArguments
-
     ruled = RULES[name]
-    rows = [{key: value[i] for key, value in batch(0).items()} for i in range(ROWS)]
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=5,
-        per_device_train_batch_size=ROWS // 2,
-        gradient_accumulation_steps=2,
-        max_grad_norm=0.5,
-        lr_scheduler_type="constant",
-        report_to="none",
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
-    )
     compiled = ruled.compiled()
-    Trainer(compiled, arguments, train_dataset=rows, optimizers=(ruled.started(compiled), None)).train()
+    by_trainer(compiled, ruled, tmp_path)
     plain = ruled.compiled()
     optimizer = ruled.started(plain)
     for _ in range(5):
         train(plain, optimizer, [0])
     for found, expected in zip(tensors_of(compiled), tensors_of(plain), strict=True):
         assert_close(found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in RULES if name != "squeeze"])  # whose tensors change their shapes
+def test_trainers_checkpoints_are_gone_on_from_to_the_bit(name: str, tmp_path: Path) -> None:
+    ruled = RULES[name]
+    compiled, other = ruled.compiled(), ruled.compiled()
+    by_trainer(compiled, ruled, tmp_path, save_strategy="steps", save_steps=3)
+    by_trainer(other, ruled, tmp_path, resume=str(tmp_path / "checkpoint-3"))
+    assert all(map(torch.equal, tensors_of(other), tensors_of(compiled)))
 
 
 @pytest.mark.slow
