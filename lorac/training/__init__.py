@@ -9,6 +9,7 @@ from lorac.adapters.pruning import pruned
 from lorac.adapters.squeezing import squeezed
 from lorac.training.rules.allora import ALLoRA
 from lorac.training.rules.altlora import AltLoRA, Turns
+from lorac.training.rules.balanced import Balanced
 from lorac.training.rules.galore import GaLoreAdamW, GaLoreSGD, galore_groups
 from lorac.training.rules.lora_plus import LoRAPlus
 from lorac.training.rules.lora_pro import LoRAPro
@@ -16,12 +17,13 @@ from lorac.training.rules.nested import NestedRanks
 from lorac.training.rules.preconditioned import Preconditioned
 from lorac.training.rules.proximal import ProximalGates, gate_penalty, soft_threshold, sora_code_threshold, thresholds
 from lorac.training.rules.relora import ReLoRA
-from lorac.training.rules.routing import by_row, draw_ordered, gate_loss, leave_one_out, ordered_log_prob
+from lorac.training.rules.routing import by_row, draw_ordered, gate_loss, leave_one_out, ordered_log_prob, tried_loss
 from lorac.training.rules.squeeze import Squeeze, rank_stages
 
 __all__ = [
     "ALLoRA",
     "AltLoRA",
+    "Balanced",
     "GaLoreAdamW",
     "GaLoreSGD",
     "LoRAPlus",
@@ -45,4 +47,5 @@ __all__ = [
     "sora_code_threshold",
     "squeezed",
     "thresholds",
+    "tried_loss",
 ]

@@ -15,6 +15,7 @@ import lorac
 from lorac import training
 from lorac.training import Turns
 from tests.training.loops import trained
+from tests.training.routed import Ranks
 from tests.training.rules import drawn
 
 TARGETS = ("first", "second")
@@ -24,7 +25,7 @@ ROWS = 8
 class Host(nn.Module):
     """Two layers of float64 that answer with a loss; the first may be recomputed in backward."""
 
-    def __init__(self, *, checkpointing: bool = False) -> None:
+    def __init__(self, *, checkpointing: bool | str = False) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -32,7 +33,10 @@ class Host(nn.Module):
         self.checkpointing = checkpointing
 
     def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        hidden = checkpoint(self._hidden, x, use_reentrant=False) if self.checkpointing else self._hidden(x)
+        if self.checkpointing == "reentrant":
+            hidden = checkpoint(self._hidden, x.detach().requires_grad_(), use_reentrant=True)
+        else:
+            hidden = checkpoint(self._hidden, x, use_reentrant=False) if self.checkpointing else self._hidden(x)
         return {"loss": (self.second(hidden) - labels).square().mean()}
 
     def _hidden(self, x: Tensor) -> Tensor:
@@ -127,6 +131,7 @@ RULES = {
     "squeeze": Ruled(
         {"a": LORA}, adamw, lambda c, o: training.Squeeze(c, o, stages=((4, 2), (2, 3), (1, 9))), alone=True
     ),
+    "balanced": Ruled({"a": Ranks(targets=TARGETS)}, adamw, lambda c, o: training.Balanced(c, o, rate=0.05)),
     "galore_adamw": Ruled({"a": lorac.Full(targets=TARGETS, bias="all")}, _galore(training.GaLoreAdamW), None),
     "galore_sgd": Ruled({"a": lorac.Full(targets=TARGETS)}, _galore(training.GaLoreSGD, momentum=0.9), None),
 }

@@ -150,6 +150,10 @@ def test_what_it_does_not_apply_to() -> None:
             LoRAPro(compiled, other, full=True)
         assert error.value.nearest == "torch.optim.SGD(parameters, lr=lr)"
         assert not other._optimizer_step_pre_hooks, "the rule that was refused is on"
+    with LoRAPro(compiled, optimizer, full=True):
+        saved = optimizer.state_dict()
+    with LoRAPro(compiled, optimizer), pytest.raises(lorac.ChoiceError, match="was saved of 1 tensors' moments"):
+        optimizer.load_state_dict(saved)
     with pytest.raises(lorac.ChoiceError, match="takes no damping=-1"):
         LoRAPro(compiled, optimizer, damping=-1.0)
     a.requires_grad_(False)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import lorac
 from lorac.testing.checks import assert_close
-from lorac.training import draw_ordered, gate_loss, leave_one_out, ordered_log_prob
+from lorac.training import draw_ordered, gate_loss, leave_one_out, ordered_log_prob, tried_loss
 from tests.limits import decimals
+from tests.training.routed import Draws
 from tests.training.rules import drawn, tensor
 
 Q = (0.5, 0.3, 0.2)
@@ -140,6 +141,53 @@ def test_gates_learn_whose_a_token_is() -> None:
     compiled(centres[whose][:, None] + 0.3 * drawn(12, 4, 6, seed=99))
     for found in compiled.aux["router"].values():
         assert (found.argmax(-1) == whose[:, None]).double().mean() > 0.95
+
+
+def drawing(**options: Any) -> Any:
+    compiled = lorac.compile(Text(), {"d": Draws(targets=["up"])}, **{"aux": ("log_prob",), **options})
+    return compiled.train()  # type: ignore[attr-defined]  # in eager it is a module
+
+
+def test_a_router_learns_from_the_loss_alone() -> None:
+    """Two experts undo what is asked for, two do it; the likeliest ones are then the two."""
+    compiled = drawing()
+    own = compiled.adapters["d"].tensors["up"]
+    x = drawn(16, 4, 6, seed=1)
+    with torch.no_grad():
+        own["lora_A"].copy_(torch.ones(4, 2, 6).double() / 12)
+        x = x + (6 - x.sum(-1, keepdim=True)) / 6  # so that A·x is one half, of every row
+        goal = compiled.host.down((compiled.host.up(x) + 1).tanh()).detach()
+        own["lora_B"].copy_(tensor([1, -1, 1, -1])[:, None, None] * torch.ones(4, 5, 2).double() / 2)
+    torch.manual_seed(0)
+    optimizer = torch.optim.SGD([own["router"]], lr=0.1)
+    for _ in range(40):
+        optimizer.zero_grad()
+        tried_loss(compiled, {"x": x}, lambda y: (y - torch.cat([goal] * 4)).square().mean((1, 2)), draws=4).backward()
+        optimizer.step()
+    likely = (x @ own["router"].detach().t()).softmax(-1).mean((0, 1))
+    assert likely[0] + likely[2] > 0.8, likely
+
+
+def test_no_gradient_reaches_a_router_but_by_its_draws() -> None:
+    compiled = drawing()
+    own = compiled.adapters["d"].tensors["up"]
+    own["lora_B"].data.copy_(drawn(*own["lora_B"].shape, seed=3))
+    compiled(drawn(2, 4, 6, seed=1)).square().sum().backward()
+    assert own["router"].grad is None and own["lora_A"].grad.any()
+    tried_loss(compiled, {"x": drawn(2, 4, 6, seed=1)}, lambda y: y.square().mean((1, 2)), draws=3).backward()
+    assert own["router"].grad.any()
+    compiled.eval()
+    assert torch.equal(compiled(drawn(2, 4, 6, seed=1)), compiled(drawn(2, 4, 6, seed=1)))
+
+
+def test_tries_that_cannot_be() -> None:
+    x = drawn(2, 4, 6, seed=1)
+    with pytest.raises(lorac.ChoiceError, match="1 draws of 2 rows leave nobody"):
+        tried_loss(drawing(), {"x": x}, lambda y: y.mean((1, 2)), draws=1)
+    with pytest.raises(lorac.ChoiceError, match="are not one for each of 4 rows"):
+        tried_loss(drawing(), {"x": x}, lambda y: y.mean())
+    with pytest.raises(lorac.Unavailable, match="the call gave no 'log_prob'"):
+        tried_loss(drawing(aux=()), {"x": x}, lambda y: y.mean((1, 2)))
 
 
 def test_what_cannot_be_told() -> None:

@@ -23,6 +23,7 @@ from lorac.training.rules.pairs import (
     Pair,
     copied,
     require_plain_sgd,
+    require_same,
     require_settings,
     trained_pairs,
 )
@@ -162,6 +163,7 @@ class AltLoRA(Rule):
         return {"steps": self.steps, "sides": [[dict(side.state) for side in sides] for sides in self._sides]}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
+        require_same(type(self).__name__, state["sides"], self._sides)
         self.steps = state["steps"]
         for sides, saved in zip(self._sides, state["sides"], strict=True):
             for side, own in zip(sides, saved, strict=True):
@@ -235,7 +237,6 @@ class _Side:
         self.pair, self.is_b = pair, bool(side)
         self.own, self.other = (pair.b, pair.a) if self.is_b else (pair.a, pair.b)
         self.state: dict[str, Any] = {}
-        self._start = self.other.detach().clone()
 
     @property
     def gradient(self) -> Tensor:
@@ -252,9 +253,9 @@ class _Side:
         return tensor.mT.contiguous() if self.is_b else tensor
 
     def begun(self, like: Tensor, other: Tensor, plus: bool) -> dict[str, Any]:
-        """The state, made where there is none yet: without momentum, and of the other factor as it was at the start."""
+        """The state, made where there is none yet: no momentum, which no change of the other factor carries over."""
         if not self.state:
-            self.state = {"step": 0, "mean": torch.zeros_like(like), "old": self.oriented(self._start).clone()}
+            self.state = {"step": 0, "mean": torch.zeros_like(like), "old": other.clone()}
             if plus:
                 self.state["square"] = torch.zeros_like(like)
         return self.state

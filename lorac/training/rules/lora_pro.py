@@ -19,6 +19,7 @@ from lorac.training.rules.pairs import (
     Pair,
     copied,
     require_plain_sgd,
+    require_same,
     require_settings,
     trained_pairs,
 )
@@ -104,8 +105,9 @@ class LoRAPro(Rule):
         return {"moments": [dict(moments) for moments in self._moments]}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        like = [*(pair.a for pair in self.pairs), *self._others]
-        self._moments = [copied(own, tensor) for own, tensor in zip(state["moments"], like, strict=bool(self.full))]
+        require_same(type(self).__name__, state["moments"], self._moments)
+        like = [*(pair.a for pair in self.pairs), *self._others] if self.full else []
+        self._moments = [copied(own, tensor) for own, tensor in zip(state["moments"], like, strict=True)]
 
     def _change(self, index: int, pair: Pair) -> None:
         grad_a, grad_b = (

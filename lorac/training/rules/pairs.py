@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,6 +141,15 @@ class Gram:
         noise = values.shape[-1] * torch.finfo(values.dtype).eps * values.amax(-1, keepdim=True)
         reciprocals = torch.where(values > noise, 1 / values, 0)
         return cls(values, vectors, (vectors * reciprocals.unsqueeze(-2)) @ vectors.mT)
+
+
+def require_same(rule: str, saved: Sequence[Any], own: Sequence[Any]) -> None:
+    """Raise ``ChoiceError`` where a state was saved over other tensors, or in another form of the rule."""
+    if len(saved) != len(own):
+        raise ChoiceError(
+            f"the state of {rule} was saved of {len(saved)} tensors' moments, and here it keeps those of {len(own)}",
+            next_step="put the rule on as it was, over the same adapters",
+        )
 
 
 def copied(state: Mapping[str, Any], like: Tensor) -> dict[str, Any]:

@@ -5,7 +5,7 @@ MeteoRA: Xu, Lai, Huang, ICLR 2025, arXiv 2405.13053. ReMix: Qiu et al. 2026, ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -125,3 +125,49 @@ def leave_one_out(losses: Tensor, log_probs: Tensor) -> Tensor:
 def by_row(emitted: Mapping[str, Tensor]) -> Tensor:
     """The sum over all sites and tokens of what was emitted: site path -> (rows, …) becomes (rows,)."""
     return torch.stack([value.flatten(1).sum(1) if value.dim() > 1 else value for value in emitted.values()]).sum(0)
+
+
+def tried_loss(
+    compiled: Any,
+    inputs: Mapping[str, Any],
+    loss_of: Callable[[Any], Tensor],
+    *,
+    draws: int = 2,
+    emitted: str = "log_prob",
+) -> Tensor:
+    """``leave_one_out`` of one call over every row ``draws`` times, for routers that draw while they train.
+
+    Args:
+        compiled: compiled with ``aux=[emitted]``, in training mode; each router emits log Q of its draws, (rows, …).
+        inputs: the call's arguments by name; tensors whose first axis is the rows' are repeated.
+        loss_of: the call's output -> the loss of each row (draws·rows,).
+        draws: M, 2 or more.
+        emitted: name of the extra output.
+
+    Raises:
+        Unavailable: no router gave log-probabilities.
+        ChoiceError: fewer than two draws, no tensor among the inputs, or another number of losses than rows.
+    """
+    compiled = within_ddp(compiled)
+    rows = next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim()), 0)
+    if draws < 2 or not rows:
+        raise ChoiceError(
+            f"{draws} draws of {rows} rows leave nobody to compare with", next_step="give two draws or more of a batch"
+        )
+    repeated = {
+        name: torch.cat([value] * draws) if isinstance(value, Tensor) and value.dim() and len(value) == rows else value
+        for name, value in inputs.items()
+    }
+    losses = loss_of(compiled(**repeated))
+    found = compiled.aux.get(emitted, {})
+    if not found:
+        raise Unavailable(
+            f"the call gave no '{emitted}'",
+            next_step=f'compile a method that emits it with aux=["{emitted}"], and train in training mode',
+        )
+    if losses.shape != (draws * rows,):
+        raise ChoiceError(
+            f"losses of shape {tuple(losses.shape)} are not one for each of {draws * rows} rows",
+            next_step="have loss_of average over everything but the rows",
+        )
+    return leave_one_out(losses.view(draws, rows), by_row(found).view(draws, rows))

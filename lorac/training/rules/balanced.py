@@ -1,0 +1,97 @@
+"""FlyLoRA's balancing: what is chosen too often is chosen less, by a bias that no loss sees.
+
+Zou et al., NeurIPS 2025, arXiv 2510.08396, for any method that chooses by a score plus a bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from lorac.errors import AdapterNotFound
+from lorac.training.rule import Rule, within_ddp
+from lorac.training.rules.pairs import FROM_0, require_settings
+from lorac.variants.base import BranchVariant, Variant
+
+Tensor = torch.Tensor
+
+
+class Balanced(Rule):
+    """After every step d_i ← d_i + u·sign(mean(c) − c_i), c_i the number of tokens that chose i in all of the step.
+
+    Micro-batches and the processes that train together are one step; what a checkpoint computes again counts once, and
+    calls that do not train not at all. The bias d is a buffer of the adapter: saved with it, constant when deployed.
+
+    Args:
+        compiled: as ``Rule``'s.
+        optimizer: as ``Rule``'s; it says when a step is.
+        rate: u; the paper's 1e-3.
+        emitted: name of the extra output that says what was chosen: (…, n), not 0 where a token chose.
+        bias: name of the buffer d (n,).
+
+    Raises:
+        Unavailable: as ``Rule``.
+        AdapterNotFound: no adapter's method emits that and holds such a buffer.
+        ChoiceError: u is below 0 or not finite.
+    """
+
+    methods: ClassVar[tuple[type[Variant], ...]] = (BranchVariant,)
+    governed: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        compiled: Any,
+        optimizer: Any,
+        *,
+        rate: float = 1e-3,
+        emitted: str = "chosen",
+        bias: str = "lora_topk_bias",
+    ) -> None:
+        self.methods = _fitting(compiled, emitted, bias)  # type: ignore[misc]  # which they are is known of this model alone
+        self.listens = (emitted,)  # type: ignore[misc]  # the same
+        super().__init__(compiled, optimizer)
+        require_settings(type(self).__name__, rate=(rate, FROM_0))
+        self.rate, self._emitted = rate, emitted
+        self._biases = {term.site: term.tensors[bias] for term in self.terms}
+        self._counts: dict[str, Tensor] = {}
+        self.attach()
+
+    def hear(self, emitted: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Count the choices of one call."""
+        for path, chosen in emitted[self._emitted].items():
+            count = (chosen != 0).flatten(0, -2).sum(0)
+            self._counts[path] = self._counts[path] + count if path in self._counts else count
+
+    def after(self) -> None:
+        """Move the biases by what was counted, and begin to count anew."""
+        for path, count in self._counts.items():
+            whole = _of_all_processes(count).to(torch.float64)
+            bias = self._biases[path]
+            bias.add_((self.rate * torch.sign(whole.mean() - whole)).to(bias))
+        self._counts = {}
+
+
+def _fitting(compiled: Any, emitted: str, bias: str) -> tuple[type[Variant], ...]:
+    """The methods that choose by a score and a bias."""
+    adapters = getattr(within_ddp(compiled), "adapters", {}).values()
+    found = {
+        type(adapter.variant): None
+        for adapter in adapters
+        if emitted in getattr(adapter.variant, "emits", ()) and any(bias in own for own in adapter.tensors.values())
+    }
+    if not found:
+        there = ", ".join(f"'{adapter.name}' ({adapter.variant.name})" for adapter in adapters) or "no adapter at all"
+        raise AdapterNotFound(
+            f"no adapter emits '{emitted}' and holds a buffer '{bias}'; there is {there}",
+            next_step="compile with a method that chooses by a score and a bias",
+        )
+    return tuple(found)
+
+
+def _of_all_processes(count: Tensor) -> Tensor:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        distributed.all_reduce(count)
+    return count

@@ -1,0 +1,81 @@
+"""Balancing: the specification's values, what counts and how often, and loads that come to be even."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import lorac
+from lorac.testing.checks import assert_close
+from lorac.training import Balanced
+from tests.training.every_rule import Host, batch
+from tests.training.loops import trained
+from tests.training.routed import Ranks
+from tests.training.rules import drawn, linear, tensor
+
+
+def compiled_with(**host: Any) -> tuple[Any, Any]:
+    compiled: Any = lorac.compile(Host(**host), {"a": Ranks(targets=("first", "second"))}, example_inputs=batch(0))
+    return compiled.train(), torch.optim.SGD(trained(compiled), lr=0.1)
+
+
+def test_values_by_hand() -> None:
+    compiled: Any = lorac.compile(linear(4, 3), {"a": Ranks(r=4, k=2, targets=("site",))})
+    optimizer = torch.optim.SGD(trained(compiled.train()), lr=0.1)
+    own = compiled.adapters["a"].tensors["site"]
+    own["lora_A"].copy_(torch.eye(4))
+    with Balanced(compiled, optimizer, rate=0.25):
+        # Each row chooses its two largest entries: rank 0 four times, 1 and 2 twice each, 3 never.
+        x = tensor([[3, 2, 1, 0], [3, 1, 2, 0], [3, 2, 1, 0], [3, 1, 2, 0]])
+        compiled(x).sum().backward()
+        optimizer.step()
+        assert_close(own["lora_topk_bias"], tensor([-0.25, 0, 0, 0.25]))
+        optimizer.step()  # nothing was counted
+        assert_close(own["lora_topk_bias"], tensor([-0.25, 0, 0, 0.25]))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_counts_its_calls_that_train_once(checkpointing: bool) -> None:
+    compiled, optimizer = compiled_with(checkpointing=checkpointing)
+    rule = Balanced(compiled, optimizer)
+    for rows in (slice(0, 3), slice(3, 8)):
+        compiled(**batch(0, rows))["loss"].backward()
+    assert {path: int(count.sum()) for path, count in rule._counts.items()} == {"first": 16, "second": 16}
+    optimizer.step()
+    before = compiled.adapters["a"].tensors["first"]["lora_topk_bias"].clone()
+    compiled.eval()
+    with torch.no_grad():
+        compiled(**batch(0))
+    optimizer.step()
+    assert torch.equal(before, compiled.adapters["a"].tensors["first"]["lora_topk_bias"])
+
+
+def test_loads_come_to_be_even() -> None:
+    compiled: Any = lorac.compile(linear(6, 5), {"a": Ranks(r=6, k=2, targets=("site",))}, aux=("chosen",))
+    optimizer = torch.optim.SGD(trained(compiled.train()), lr=0.0)
+    x = drawn(256, 6, seed=1) + tensor([1.0, 0.5, 0, 0, 0, 0])
+
+    def spread() -> float:
+        compiled(x).sum().backward()
+        return float(compiled.aux["chosen"]["site"].sum(0).std())
+
+    before = spread()
+    with Balanced(compiled, optimizer, rate=0.02):
+        for _ in range(60):
+            spread()
+            optimizer.step()
+    assert spread() < 0.3 * before
+
+
+def test_what_it_does_not_apply_to() -> None:
+    lora: Any = lorac.compile(linear(4, 3), {"a": lorac.LoRA(r=2, targets=("site",))})
+    with pytest.raises(lorac.AdapterNotFound, match=r"no adapter emits 'chosen' .* there is 'a' \(lora\)"):
+        Balanced(lora, torch.optim.SGD(trained(lora), lr=1))
+    compiled, optimizer = compiled_with()
+    with pytest.raises(lorac.AdapterNotFound, match="holds a buffer 'bias'"):
+        Balanced(compiled, optimizer, bias="bias")
+    with pytest.raises(lorac.ChoiceError, match="Balanced takes no rate=-1"):
+        Balanced(compiled, optimizer, rate=-1.0)
+    assert not optimizer._optimizer_step_pre_hooks
