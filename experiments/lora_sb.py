@@ -34,6 +34,8 @@ ALPHABET = "".join(map(chr, range(32, 127))) + "\n"
 ALPHAS = (0.25, 1.0, 4.0, 16.0)
 """Of the sweep, as multiples of the rank: the scales s."""
 WARMUP = 0.1
+FLAT = 1e-4
+"""The spread over alpha that float32's rounding of a training may come to."""
 Batch = tuple[Tensor, Tensor]
 
 
@@ -152,9 +154,9 @@ def measured(given: argparse.Namespace) -> dict[str, Tensor]:
 def report(found: dict[str, Tensor], say: Callable[[str], None] = print) -> None:
     """Both tables, and what they decide."""
     xs, sb = found["xs"], found["sb"]
-    say("loss on code, mean ± standard error over seeds, alpha = r, AdamW")
+    seeds, last = len(xs), xs.shape[1] - 1
+    say(f"LoRA-SB against LoRA-XS, {seeds} seeds, {last} steps: loss on code, mean ± standard error, alpha = r, AdamW")
     say(f"{'step':>6} {'LoRA-XS':>16} {'LoRA-SB':>16}  {'seeds below':>11}")
-    last = xs.shape[1] - 1
     for step in sorted({0, 1, 2, 5, 10, 20, 50, last} & set(range(last + 1))):
         below = int((sb[:, step] < xs[:, step]).sum())
         say(f"{step:>6} {_spread(xs[:, step]):>16} {_spread(sb[:, step]):>16}  {below:>5} of {len(xs)}")

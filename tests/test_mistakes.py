@@ -8,6 +8,7 @@ from tests.mistakes import MISTAKES, World
 from tests.mistakes_of_files import FILES
 from tests.mistakes_of_generation import GENERATING
 from tests.mistakes_of_methods import MORE
+from tests.mistakes_of_starts import BEGINNING
 
 SUGGESTS = re.compile(r"(?<![\w'])[a-z_]+=|\w\(|`lorac |\blorac\.\w")
 """What in a next step is code."""
@@ -16,7 +17,7 @@ SUGGESTS = re.compile(r"(?<![\w'])[a-z_]+=|\w\(|`lorac |\blorac\.\w")
 def test_every_mistake_is_answered_and_the_answer_helps(tmp_path):
     """All in one, so that they share one world wherever tests run; what is wrong with any is told together."""
     world, said, wrong = World(tmp_path), "", []
-    for mistake in (*MISTAKES, *FILES, *MORE, *GENERATING):
+    for mistake in (*MISTAKES, *FILES, *MORE, *GENERATING, *BEGINNING):
         error = _made(mistake, world)
         said += f"# {mistake.name}\n{_shown(error, world)}\n\n"
         wrong += [f"{mistake.name}: {problem}" for problem in _problems(mistake, error, world)]
