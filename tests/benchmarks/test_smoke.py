@@ -91,7 +91,7 @@ def test_every_benchmark_is_here():
     assert everything.names() == sorted(ROWS)
 
 
-SLOW = ("compile", "overhead")
+SLOW = ("compile", "overhead", "quantised", "starts", "swap", "train")
 """Smoke runs of ten seconds and more: so many models do they compile."""
 
 
