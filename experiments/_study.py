@@ -2,7 +2,7 @@
 
 A figure is the mean over seeds with its standard error. Two sides are compared seed by seed: they separate where the
 95 % interval of the mean difference (Student's t) leaves 0 out. A side's best rate is the one with the lowest mean,
-found on the same seeds.
+found on other seeds than those that are compared, so that no side is judged by what its rate was chosen by.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ import argparse
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from lorac.progress import progress
+from lorac.progress import Progress, progress
 from lorac.quiet import quiet
 
 Losses = list[float]
 Side = Callable[[float, int, int], Losses]
 """(rate, seed, steps) -> the loss before each step and after the last; what diverges ends in infinities."""
+CHOOSING = 1000
+"""The first of the seeds that rates are chosen on."""
 # Of 1 to 9 degrees of freedom, two-sided 95 %.
 _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -65,40 +67,42 @@ def answer(questions: Sequence[Question], given: argparse.Namespace) -> None:
     """Run every side at every rate with every seed, and print a table for each question."""
     begun = time.perf_counter()
     torch.set_num_threads(1)
-    total = sum(len(q.sides) * len(q.rates) * given.seeds for q in questions)
-    found = {}
-    with quiet(), progress("experiment", total=total) as report:
-        for question in questions:
-            for name, side in question.sides.items():
-                for rate in question.rates:
-                    for seed in range(given.seeds):
-                        report.step(f"{question.title}: {name} at {rate:g}")
-                        found[question.title, name, rate, seed] = side(rate, seed, given.steps)
-    for question in questions:
-        _print(question, found, given)
+    runs = sum(len(q.sides) * (len(q.rates) + 1 + (q.at is not None)) for q in questions) * given.seeds
+    with quiet(), progress("experiment", total=runs) as report:
+        answers = [_answer(question, given, report) for question in questions]
+    for told in answers:
+        print(told)
     print(f"{given.seeds} seeds, {given.steps} steps, {time.perf_counter() - begun:.0f} s")
 
 
-def _print(question: Question, found: Mapping[tuple[str, str, float, int], Losses], given: argparse.Namespace) -> None:
-    def scores(name: str, rate: float) -> list[float]:
-        return [question.score(found[question.title, name, rate, seed]) for seed in range(given.seeds)]
+def _answer(question: Question, given: argparse.Namespace, report: Progress) -> str:
+    """The table of one question."""
 
-    best = {name: min(question.rates, key=lambda rate: statistics.fmean(scores(name, rate))) for name in question.sides}
-    print(f"\n{question.title}: {question.what}")
-    _rows(question, {name: scores(name, best[name]) for name in question.sides}, best, "best rate")
+    def scores(name: str, rate: float, first: int) -> list[float]:
+        report.step(f"{question.title}: {name} at {rate:g}")
+        runs = (question.sides[name](rate, seed, given.steps) for seed in range(first, first + given.seeds))
+        return [question.score(losses) for losses in runs]
+
+    def best(name: str) -> float:
+        return min(question.rates, key=lambda rate: statistics.fmean(scores(name, rate, CHOOSING)))
+
+    rates = {name: best(name) for name in question.sides}
+    found = {name: scores(name, rate, 0) for name, rate in rates.items()}
+    lines = [f"\n{question.title}: {question.what}", *_rows(question, found, rates, "best rate")]
     if question.at is not None:
         at = dict.fromkeys(question.sides, question.at)
-        _rows(question, {name: scores(name, question.at) for name in question.sides}, at, "equal rate")
-    edges = [name for name, rate in best.items() if rate in {min(question.rates), max(question.rates)}]
+        lines += _rows(question, {name: scores(name, question.at, 0) for name in at}, at, "equal rate")
+    edges = [name for name, rate in rates.items() if rate in {min(question.rates), max(question.rates)}]
     if edges:
-        print(f"  best at the edge of the rates tried: {', '.join(edges)}")
+        lines.append(f"  best at the edge of the rates tried: {', '.join(edges)}")
+    return "\n".join(lines)
 
 
-def _rows(question: Question, scores: Mapping[str, list[float]], rates: Mapping[str, float], how: str) -> None:
-    print(f"  {how:<34}{'rate':>9}{'mean':>11} ± error   against {question.base}")
+def _rows(question: Question, scores: Mapping[str, list[float]], rates: Mapping[str, float], how: str) -> Iterator[str]:
+    yield f"  {how:<34}{'rate':>9}{'mean':>11} ± error   against {question.base}"
     for name, own in scores.items():
         verdict = "" if name == question.base else compared(own, scores[question.base])
-        print(f"  {name:<34}{rates[name]:>9.3g}{statistics.fmean(own):>11.4g} ± {_error(own):<8.2g}{verdict}")
+        yield f"  {name:<34}{rates[name]:>9.3g}{statistics.fmean(own):>11.4g} ± {_error(own):<8.2g}{verdict}"
 
 
 def compared(own: Sequence[float], other: Sequence[float]) -> str:
