@@ -13,30 +13,12 @@ from lorac.testing.checks import assert_close
 from lorac.variants._routing import top_k
 from tests.oracles import meteora as oracle
 from tests.parity import assert_parity
-from tests.variants.away import away, drawn, scaled
+from tests.variants.away import drawn, scaled
+from tests.variants.routers import X, host, loras
 from tests.zoo import ZOO
 
 GAP = 1e-4
 """Tokens whose k-th and (k+1)-th logits are nearer than this may be routed either way by rounding."""
-
-
-class Line(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.line = torch.nn.Linear(7, 5)
-
-    def forward(self, x):
-        return self.line(x)
-
-
-def host():
-    return Line().double().eval()
-
-
-def loras(model, inputs, ranks=(2, 3, 1, 2), targets=("line",)):
-    return [
-        away(lorac.LoRA(r=r, alpha=3 * r + i, targets=targets), model, inputs, f"l{i}") for i, r in enumerate(ranks)
-    ]
 
 
 def with_gates(adapter, scale=1.0, seed=0):
@@ -50,9 +32,6 @@ def with_gates(adapter, scale=1.0, seed=0):
 def run(model, adapter, x):
     with torch.no_grad():
         return lorac.compile(model, {"task": adapter})(x)
-
-
-X = torch.randn(3, 4, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
 
 
 def test_zero_b_is_the_base():
