@@ -19,7 +19,7 @@ from lorac.version import VERSION
 if TYPE_CHECKING:
     from lorac.adapters.as_lora import to_lora
     from lorac.adapters.factors import factors
-    from lorac.adapters.freezing import freeze_router
+    from lorac.adapters.frozen import freeze_router
     from lorac.compiler.api import compile
     from lorac.compiler.loading import load
     from lorac.formats import load_adapter, save_adapter
@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     from lorac.variants.trainable_tokens import TrainableTokens
     from lorac.variants.vblora import VBLoRA
     from lorac.variants.vera import VeRA
+    from lorac.variants.x_lora import XLoRA
 
 __version__ = VERSION
 
@@ -90,7 +91,7 @@ _HOMES = {
     "budget": "lorac.spending",
     "compile": "lorac.compiler.api",
     "factors": "lorac.adapters.factors",
-    "freeze_router": "lorac.adapters.freezing",
+    "freeze_router": "lorac.adapters.frozen",
     "load": "lorac.compiler.loading",
     "load_adapter": "lorac.formats",
     "save_adapter": "lorac.formats",
@@ -195,6 +196,7 @@ __all__ = [  # noqa: RUF022  (in plain order: BAT and OFT are no constants)
     "WrongIndex",
     "WrongLevel",
     "WrongType",
+    "XLoRA",
     "budget",
     "compile",
     "factors",

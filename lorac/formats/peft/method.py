@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -97,6 +98,8 @@ class Method:
         start: Field that says how an adapter began, where some ways rewrite the base.
         begun: (adapter as read, configuration, model or None) -> the adapter over the base as it was before its start.
         converted: Methods that PEFT has no type for, and whose adapters are exactly ones of this type -> how.
+        read_whole: (folder, configuration, the file's tensors, name, model or None) -> the adapter, of a type whose
+            file holds no tensors of sites.
         settled: (variant, tensors by site and suffix) -> the variant as the tensors tell it, where they know better
             than the configuration.
     """
@@ -114,6 +117,7 @@ class Method:
     start: str | None = None
     begun: Callable[[Adapter, Mapping[str, Any], nn.Module | None], Adapter] = lambda adapter, values, model: adapter
     converted: Mapping[type[Variant], Callable[[Adapter], Adapter]] = field(default_factory=dict)
+    read_whole: Callable[[Path, Mapping[str, Any], Tensors, str, nn.Module | None], Adapter] | None = None
     lays_out: bool = True
     check_site: Callable[[Site, Tensors], None] = lambda site, tensors: None
     shared: tuple[str, ...] = ()

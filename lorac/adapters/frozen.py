@@ -8,7 +8,7 @@ import torch
 
 from lorac.adapters.as_lora import lora_of
 from lorac.adapters.fit import check_values
-from lorac.errors import NotMergeable, ShapeMismatch, SiteNotFound, WrongType, nearest_name
+from lorac.errors import AdapterError, ShapeMismatch, SiteNotFound, WrongType, nearest_name
 from lorac.ir.algebra.reduction import Params
 from lorac.kinds import expect
 from lorac.variants._routed import Routed
@@ -26,13 +26,13 @@ def freeze_router(adapter: Adapter, weights: Weights | Mapping[str, Weights], *,
     its own LoRA is left.
 
     Args:
-        adapter: of a method that routes between experts of low rank (``MeteoRA``, ``FlyLoRA``, …); only read.
+        adapter: of a method that routes between experts of low rank; only read.
         weights: what each expert's output is multiplied with, in the formula's own words: (experts,) for all sites,
             (sites, experts) in the adapter's order, or site path -> (experts,). Of FlyLoRA, every rank is one.
         name: of the result; default: the adapter's own.
 
     Raises:
-        NotMergeable: the method has no experts, or what they do is no sum of LoRAs.
+        AdapterError: the method routes between no experts.
         ShapeMismatch: there are other numbers of weights than of experts.
         SiteNotFound: weights are given for a site that the adapter does not touch, or are missing for one.
         WrongType: it is no adapter, or its weights are no numbers.
@@ -53,7 +53,7 @@ def _frozen(
 ) -> tuple[Tensor, Tensor]:
     """A (R, in) and B (out, R) of the experts that weigh something; of none, one of rank 1 that does nothing."""
     if not isinstance(variant, Routed):
-        raise NotMergeable(
+        raise AdapterError(
             f"'{adapter.name}' ({adapter.variant.name}) routes between no experts, so that there is nothing to freeze",
             next_step="give an adapter of a method that routes; lorac.to_lora(adapter) makes a LoRA of some others",
         )
