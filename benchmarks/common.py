@@ -163,6 +163,7 @@ def _add(parser: argparse.ArgumentParser, option: Option) -> None:
 # ── Hosts ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 LLAMAS = {
     "llama": {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12, "vocab_size": 32000},
+    "narrow": {"hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 4, "vocab_size": 32000},
     "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 128},
 }
 """Randomly initialised Llamas; at 20 layers the first has 166 M parameters."""
