@@ -1,6 +1,6 @@
 """What routed methods cost per call in ONNX Runtime, beside the same base, and MeteoRA beside a plain loop in eager.
 
-    python -m benchmarks.routed [--layers 20] [--experts 8] [--rank 8] [--rounds 15] [--processes 3] [--folder FOLDER]
+    python -m benchmarks.routed [--layers 20] [--experts 8] [--rank 8] [--rounds 15] [--clock cpu]
 
 Targets: MeteoRA, 8 experts of rank 8, top 2, <= 1.35 of the base at (1, 128), where the floor of its arithmetic is
 1.15, and <= 1/4 of the overhead of the loop, which takes the experts one after the other as the first release did, over
@@ -138,7 +138,7 @@ def _looped(model: Any, given: argparse.Namespace) -> Any:
 
 
 def measure(job: common.Job, given: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Seconds per call of all sides, in one process: shape -> side -> seconds."""
+    """Seconds per call of all sides, in one process: shape -> side -> seconds, by the clock that the options name."""
     import lorac
 
     _gathered()  # so that its artefact finds its method
@@ -154,7 +154,7 @@ def measure(job: common.Job, given: argparse.Namespace) -> dict[str, dict[str, f
         inputs = common.tokens(host, shape)
         sides = {name: _call(model, inputs) for name, model in compiled.items()}
         sides |= {name: _torch_call(model, inputs) for name, model in eager.items()}
-        found[_label(shape)] = common.alternate(sides, given.rounds)
+        found[_label(shape)] = common.alternate(sides, given.rounds, clock=common.CLOCKS[given.clock])
     return found
 
 
@@ -217,6 +217,7 @@ BENCHMARK = common.Benchmark(
         common.Option("experts", 8, smoke=3, help="of MeteoRA and X-LoRA"),
         common.Option("rank", 8, smoke=2, help="of each; FlyLoRA has four times as many, and takes as many"),
         common.rounds(15),
+        common.CLOCK,
     ),
     jobs=lambda given: [WIDE, NARROW],
     measure=measure,
