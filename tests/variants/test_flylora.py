@@ -1,9 +1,11 @@
 """FlyLoRA: the oracles of its paper, the buffer that a rule moves, and what is left where nothing is chosen."""
 
+import json
 import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import lorac
 from lorac.testing.checks import assert_close
@@ -174,3 +176,17 @@ def test_dropout_is_on_the_branchs_input_and_in_training_alone():
     found = compiled(X)
     expected = model(X) + lorac.compile(model, {"f": plain})(dropped) - model(dropped)
     assert_close(found, expected)
+
+
+@pytest.mark.parametrize("told", ["by its tensors", "by its configuration"])
+def test_the_authors_files_are_not_taken_for_loras(told, tmp_path):
+    """Their fork of PEFT writes type LORA; without the choice it would be another adapter."""
+    tensors = {"lora_A.weight": torch.ones(4, 7), "lora_B.weight": torch.ones(5, 4), "lora_topk_bias": torch.zeros(4)}
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["line"]}
+    if told == "by its configuration":
+        del tensors["lora_topk_bias"]
+        config["top_k"] = 2
+    save_file({f"base_model.model.line.{key}": t for key, t in tensors.items()}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises((lorac.UnusedTensors, lorac.UnknownField), match=r"topk_bias|'top_k'"):
+        lorac.load_adapter(tmp_path, host())
