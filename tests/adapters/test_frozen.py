@@ -47,6 +47,12 @@ def test_a_constant_choice_is_a_lora(method, mode):
     assert_parity(lorac.compile(model, {"a": frozen}, mode=mode)(X), reference, model(X))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_one_that_is_not_frozen_is_no_lora(method):
+    with pytest.raises(lorac.NotMergeable, match="no update of the weight"):
+        lorac.to_lora(constant(method)[0], host(), rank=2)
+
+
 @torch.no_grad()
 def test_it_is_the_mixture_of_the_loras_and_one_alone_is_that_one():
     model = host()
