@@ -163,6 +163,7 @@ def _add(parser: argparse.ArgumentParser, option: Option) -> None:
 # ── Hosts ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 LLAMAS = {
     "llama": {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12, "vocab_size": 32000},
+    "narrow": {"hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 4, "vocab_size": 32000},
     "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 128},
 }
 """Randomly initialised Llamas; at 20 layers the first has 166 M parameters."""
@@ -181,6 +182,11 @@ def rounds(full: int) -> Option:
     return Option("rounds", full, smoke=1, help="timed in each process, all sides in each")
 
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+CLOCK = Option(
+    "clock", "wall", smoke="wall", help="what seconds are of: cpu where others use the machine", choices=tuple(CLOCKS)
+)
+"""CPU seconds are those of all threads together."""
 RANK = Option("rank", 16, smoke=2, help="of the adapters")
 
 
@@ -285,8 +291,10 @@ def plain_export(model: Any, path: Path) -> None:
 
 
 # ── Figures ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-def alternate(sides: Mapping[str, Side], rounds: int, warm_up: int = 2) -> dict[str, float]:
-    """Seconds per call of each side: the median over rounds, order shuffled in each."""
+def alternate(
+    sides: Mapping[str, Side], rounds: int, warm_up: int = 2, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
+    """Seconds per call of each side by a clock: the median over rounds, order shuffled in each."""
     names = list(sides)
     times: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(warm_up):
@@ -295,15 +303,15 @@ def alternate(sides: Mapping[str, Side], rounds: int, warm_up: int = 2) -> dict[
     for _ in range(rounds):
         random.shuffle(names)
         for name in names:
-            times[name].append(seconds(sides[name]))
+            times[name].append(seconds(sides[name], clock))
     return {name: statistics.median(times[name]) for name in sides}
 
 
-def seconds(side: Side) -> float:
-    """How long one call takes."""
-    begun = time.perf_counter()
+def seconds(side: Side, clock: Callable[[], float] = time.perf_counter) -> float:
+    """How long one call takes, by a clock."""
+    begun = clock()
     side()
-    return time.perf_counter() - begun
+    return clock() - begun
 
 
 def medians(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from lorac.version import VERSION
 if TYPE_CHECKING:
     from lorac.adapters.as_lora import to_lora
     from lorac.adapters.factors import factors
+    from lorac.adapters.frozen import freeze_router
     from lorac.compiler.api import compile
     from lorac.compiler.loading import load
     from lorac.formats import load_adapter, save_adapter
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from lorac.variants.adalora import AdaLoRA
     from lorac.variants.adapter import Adapter
     from lorac.variants.adaptertune import AdapterTune
+    from lorac.variants.autolora import AutoLoRA
     from lorac.variants.base import BranchVariant, WeightVariant
     from lorac.variants.bat import BAT
     from lorac.variants.boft import BOFT
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from lorac.variants.cp_lora import CPLoRA
     from lorac.variants.dora import DoRA
     from lorac.variants.dylora import DyLoRA
+    from lorac.variants.flylora import FlyLoRA
     from lorac.variants.fourierft import FourierFT
     from lorac.variants.full import Full
     from lorac.variants.hira import HiRA
@@ -60,6 +63,7 @@ if TYPE_CHECKING:
     from lorac.variants.params import ParamSpec, Role
     from lorac.variants.plp import PLP
     from lorac.variants.randlora import RandLoRA
+    from lorac.variants.remix import ReMix
     from lorac.variants.residual import Residual
     from lorac.variants.shira import SHiRA
     from lorac.variants.sora import SoRA
@@ -87,6 +91,7 @@ _HOMES = {
     "budget": "lorac.spending",
     "compile": "lorac.compiler.api",
     "factors": "lorac.adapters.factors",
+    "freeze_router": "lorac.adapters.frozen",
     "load": "lorac.compiler.loading",
     "load_adapter": "lorac.formats",
     "save_adapter": "lorac.formats",
@@ -105,6 +110,7 @@ __all__ = [  # noqa: RUF022  (in plain order: BAT and OFT are no constants)
     "AdapterNotFound",
     "AdapterTune",
     "ArtifactError",
+    "AutoLoRA",
     "BAT",
     "BOFT",
     "BaseMismatch",
@@ -123,6 +129,7 @@ __all__ = [  # noqa: RUF022  (in plain order: BAT and OFT are no constants)
     "DyLoRA",
     "EagerOnly",
     "ExampleInputsNeeded",
+    "FlyLoRA",
     "FormatError",
     "FormulaFailed",
     "FourierFT",
@@ -155,6 +162,7 @@ __all__ = [  # noqa: RUF022  (in plain order: BAT and OFT are no constants)
     "PatternTooSlow",
     "Prefixes",
     "RandLoRA",
+    "ReMix",
     "Reserve",
     "Residual",
     "Role",
@@ -192,6 +200,7 @@ __all__ = [  # noqa: RUF022  (in plain order: BAT and OFT are no constants)
     "budget",
     "compile",
     "factors",
+    "freeze_router",
     "load",
     "load_adapter",
     "save_adapter",

@@ -1,49 +1,102 @@
-"""A routed adapter whose router is frozen to one choice for all tokens: a mixture of LoRAs, which is a LoRA again."""
+"""A router frozen to one choice: what is left of it is a mixture, which is a LoRA."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from lorac.errors import AdapterError, ShapeMismatch
-from lorac.variants._experts import Routes
+from lorac.adapters.as_lora import lora_of
+from lorac.adapters.fit import check_values
+from lorac.errors import AdapterError, ShapeMismatch, SiteNotFound, WrongType, nearest_name
+from lorac.ir.algebra.reduction import Params
+from lorac.kinds import expect
+from lorac.variants._routed import Routed
 from lorac.variants.adapter import Adapter
-from lorac.variants.lora import LoRA
 
 Tensor = torch.Tensor
+Weights = Sequence[float] | Tensor
 
 
-def frozen(adapter: Adapter, weights: Sequence[float] | Tensor, name: str | None = None) -> Adapter:
-    """The LoRA that a routed adapter is where its experts weigh the same for all tokens; it can be fused.
+@torch.no_grad()
+def freeze_router(adapter: Adapter, weights: Weights | Mapping[str, Weights], *, name: str | None = None) -> Adapter:
+    """The LoRA that a routed adapter is where all tokens weigh its experts alike: ΔW = s∘Σ_i w_i·B_i·A_i.
+
+    It can be fused, baked, merged and saved as any LoRA. Experts of weight 0 are left out, so that of one expert alone
+    its own LoRA is left.
 
     Args:
-        adapter: of a method that routes between LoRAs: X-LoRA, MeteoRA.
-        weights: of the experts (experts,), at all sites; or (sites, experts), in the adapter's order: the mean of what
-            the router gives over a prompt, say.
-        name: the new adapter's name; default: the adapter's.
+        adapter: of a method that routes between experts of low rank; only read.
+        weights: what each expert's output is multiplied with, in the formula's own words: (experts,) for all sites,
+            (sites, experts) in the adapter's order, or site path -> (experts,). Of FlyLoRA, every rank is one.
+        name: of the result; default: the adapter's own.
 
     Raises:
-        AdapterError: its method routes between no LoRAs.
-        ShapeMismatch: there are as many weights as neither experts nor sites.
+        AdapterError: the method routes between no experts.
+        ShapeMismatch: there are other numbers of weights than of experts.
+        SiteNotFound: weights are given for a site that the adapter does not touch, or are missing for one.
+        WrongType: it is no adapter, or its weights are no numbers.
     """
-    variant = adapter.variant
-    if not isinstance(variant, Routes):
+    expect(adapter, Adapter, "what lorac.freeze_router freezes", next_step="give an adapter: compiled.adapters[name]")
+    check_values(adapter)
+    ranks, tensors = {}, {}
+    rows = _rows(adapter, weights)
+    for path, held in adapter.tensors.items():
+        variant = adapter.variant.at_path(path)
+        a, b = _frozen(adapter, variant, path, held, rows[path])
+        tensors[path], ranks[path] = {"lora_A": a, "lora_B": b}, a.shape[0]
+    return Adapter(name or adapter.name, lora_of(ranks, ranks, adapter.variant), tensors, dict(adapter.replaced))
+
+
+def _frozen(
+    adapter: Adapter, variant: object, path: str, held: Mapping[str, Tensor], row: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A (R, in) and B (out, R) of the experts that weigh something; of none, one of rank 1 that does nothing."""
+    if not isinstance(variant, Routed):
         raise AdapterError(
-            f"'{adapter.name}' is {variant.name}, which routes between no LoRAs",
-            next_step="give an adapter of lorac.XLoRA or lorac.MeteoRA",
+            f"'{adapter.name}' ({adapter.variant.name}) routes between no experts, so that there is nothing to freeze",
+            next_step="give an adapter of a method that routes; lorac.to_lora(adapter) makes a LoRA of some others",
         )
-    given = torch.as_tensor(weights).detach()
-    if given.shape not in {(variant.experts,), (len(adapter.sites), variant.experts)}:
+    if row.shape != (variant.routes,):
         raise ShapeMismatch(
-            f"weights of shape {tuple(given.shape)} are not those of the {variant.experts} experts of '{adapter.name}'",
-            next_step=f"give {variant.experts} numbers, or as many for each of its {len(adapter.sites)} sites",
+            f"weights of shape {tuple(row.shape)} are given for the {variant.routes} experts at '{path}'",
+            next_step=f"give {variant.routes} numbers, for all sites or for each of {len(adapter.tensors)}",
         )
-    rank = variant.experts * variant.r
-    found = Adapter(name or adapter.name, LoRA(r=rank, alpha=rank, targets=adapter.sites))
-    rows = given.expand(len(adapter.sites), -1)
-    for (path, own), row in zip(adapter.tensors.items(), rows, strict=True):
-        a, b = own["lora_A"].detach(), own["lora_B"].detach()
-        scale = variant.expert_scale * row.to(b).repeat_interleave(variant.r)
-        found.tensors[path] = {"lora_A": a.clone(), "lora_B": b * scale}
+    a, b = held["lora_A"].detach(), held["lora_B"].detach()
+    each = row.to(b).repeat_interleave(a.shape[0] // variant.routes)
+    scale = torch.as_tensor(variant.output_scale(Params(**held)), dtype=b.dtype).detach()
+    kept = each != 0
+    if not kept.any():
+        kept[0] = True
+    return a[kept].clone(), (scale.unsqueeze(-1) * b * each)[:, kept]
+
+
+def _rows(adapter: Adapter, weights: Weights | Mapping[str, Weights]) -> dict[str, Tensor]:
+    """Site path -> weights (experts,)."""
+    paths = list(adapter.tensors)
+    if isinstance(weights, Mapping):
+        unlike = sorted(weights.keys() ^ set(paths))
+        if unlike:
+            told = "no weights are given for" if unlike[0] in paths else "weights are given for"
+            raise SiteNotFound(
+                f"{told} '{unlike[0]}', and '{adapter.name}' touches {len(paths)} sites",
+                nearest=None if unlike[0] in paths else nearest_name(unlike[0], paths),
+                next_step="give weights for each of adapter.sites",
+            )
+        return {path: _numbers(weights[path]) for path in paths}
+    found = _numbers(weights)
+    return dict(
+        zip(paths, found if found.dim() == 2 and len(found) == len(paths) else [found] * len(paths), strict=True)
+    )
+
+
+def _numbers(weights: object) -> Tensor:
+    try:
+        found = torch.as_tensor(weights, dtype=torch.float64).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise WrongType(
+            f"weights of experts are numbers, not {type(weights).__name__}", next_step="give one for each expert"
+        ) from error
+    if not found.isfinite().all():
+        raise WrongType("weights of experts are finite numbers, and one of these is none", next_step="give others")
     return found

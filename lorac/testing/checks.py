@@ -88,9 +88,12 @@ def identity_at_init(case: Case) -> None:
 
 
 def training(case: Case) -> None:
-    """Steps with weight decay change every trainable tensor and no other byte."""
+    """Steps with weight decay change every trainable tensor and no other byte.
+
+    What the output gives no gradient must get one from what the method emits, as a router that learns from its draws.
+    """
     host = {name: t.clone() for name, t in case.model.state_dict().items()}
-    compiled: Any = case.compiled(case.a)
+    compiled: Any = case.compiled(case.a, aux=getattr(case.variant.at(case.site), "emits", ()))
     compiled.train()
     adapter = compiled.adapters["a"]
     named = {f"{path}.{key}": t for path, at in adapter.tensors.items() for key, t in at.items()}
@@ -149,14 +152,22 @@ def saving(case: Case) -> None:
 
 
 def influence(case: Case) -> None:
-    """Every tensor moves the output: none is stored for nothing."""
+    """Every tensor moves the output: none is stored for nothing.
+
+    What is only compared, as a router's bias, moves nothing until an order changes; it is shaken harder then.
+    """
     y = _call(case.live, case.x)
     moved = torch.linalg.vector_norm(y - case.base(case.x))
+
+    def moves(key: str, changed: Tensor) -> bool:
+        tensors = {**case.a.tensors[case.host.path], key: changed}
+        other = Adapter("a", case.a.variant, {case.host.path: tensors})
+        return bool(torch.linalg.vector_norm(_call(case.compiled(other), case.x) - y) > 1e-3 * moved)
+
     for key, tensor in case.a.tensors[case.host.path].items():
-        changed = tensor.flip(-1) if not tensor.is_floating_point() else _shaken(tensor)
-        other = Adapter("a", case.a.variant, {case.host.path: {**case.a.tensors[case.host.path], key: changed}})
-        difference = torch.linalg.vector_norm(_call(case.compiled(other), case.x) - y)
-        assert difference > 1e-3 * moved, f"{key} has no influence on the output"
+        floats = tensor.is_floating_point()
+        changes = (_shaken(tensor, size) for size in (0.5, 5.0)) if floats else iter([tensor.flip(-1)])
+        assert any(moves(key, changed) for changed in changes), f"{key} has no influence on the output"
 
 
 def count(case: Case) -> None:
@@ -280,6 +291,7 @@ def _train(
     for _ in range(2):
         optimiser.zero_grad()
         torch.nn.functional.mse_loss(compiled(x), target).backward()
+        _told_by_what_is_emitted(compiled, [named[key] for key in trained if named[key].grad is None])
         for key in trained:
             gradient = named[key].grad
             # Weight decay alone would change it too.
@@ -287,10 +299,19 @@ def _train(
         optimiser.step()
 
 
-def _shaken(tensor: Tensor) -> Tensor:
+def _told_by_what_is_emitted(compiled: Any, silent: list[Tensor]) -> None:
+    """Gradients of the sum of what was emitted, for tensors that the output gave none."""
+    emitted = [value for by_site in compiled.aux.values() for value in by_site.values() if value.requires_grad]
+    if silent and emitted:
+        gradients = torch.autograd.grad(sum(value.sum() for value in emitted), silent, allow_unused=True)
+        for tensor, gradient in zip(silent, gradients, strict=True):
+            tensor.grad = gradient
+
+
+def _shaken(tensor: Tensor, size: float) -> Tensor:
     generator = torch.Generator().manual_seed(3)
     noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
-    return tensor + 0.5 * spread(tensor) * noise
+    return tensor + size * spread(tensor) * noise
 
 
 def _traits(model: nn.Module) -> Any:

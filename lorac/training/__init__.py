@@ -17,8 +17,9 @@ from lorac.training.rules.nested import NestedRanks
 from lorac.training.rules.preconditioned import Preconditioned
 from lorac.training.rules.proximal import ProximalGates, gate_penalty, soft_threshold, sora_code_threshold, thresholds
 from lorac.training.rules.relora import ReLoRA
-from lorac.training.rules.routing import by_row, draw_ordered, gate_loss, leave_one_out, ordered_log_prob, tried_loss
+from lorac.training.rules.routing import by_row, draw_ordered, gate_loss, leave_one_out, tried_loss
 from lorac.training.rules.squeeze import Squeeze, rank_stages
+from lorac.variants._routing import ordered_log_prob
 
 __all__ = [
     "ALLoRA",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -11,24 +10,6 @@ import torch.nn.functional as F
 from lorac.errors import AdapterError, ShapeMismatch
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.variants.adapter import Adapter
-
-
-@runtime_checkable
-class Routes(Protocol):
-    """A method that routes between LoRAs whose factors lie side by side in ``lora_A`` and ``lora_B``."""
-
-    @property
-    def experts(self) -> int:
-        """How many."""
-
-    @property
-    def r(self) -> int:
-        """Rank of each."""
-
-    @property
-    def expert_scale(self) -> float:
-        """Factor of what they give together."""
-
 
 Factors = tuple[torch.Tensor, torch.Tensor]
 """A (r, in) and B (out, r) of one LoRA at one site, its scale folded into B."""

@@ -7,25 +7,24 @@ the LoRAs too (``train_experts``).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from lorac.errors import AdapterError
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.variants import _inits
-from lorac.variants._experts import factors_of, site_of, stacked
+from lorac.variants._routed import Routed, from_loras
 from lorac.variants._routing import topk_gate
 from lorac.variants.adapter import Adapter
-from lorac.variants.base import BranchVariant, Context
-from lorac.variants.params import InitContext, ParamSpec, Role
+from lorac.variants.base import Context
+from lorac.variants.params import ParamSpec, Role
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeteoRA(BranchVariant):
+class MeteoRA(Routed):
     """``y' = y + s·Σ_{j ∈ top-k(z)} w_j·B_j·A_j·x``, z = G·x, w = softmax(z/temperature) over the chosen, s = alpha/r.
 
     A (experts·r, in) and B (out, experts·r) are the experts' factors stacked, G (experts, in) the gate. The logits z
@@ -37,6 +36,7 @@ class MeteoRA(BranchVariant):
         experts: L, their number.
         top_k: how many each token is sent to; equal logits go to the lowest index.
         temperature: flattens the chosen weights (the paper's composite prompts take 15 to 30).
+        dropout: rate of the dropout on the experts' input, in training; the gates see what is not dropped.
         train_experts: train A and B too.
     """
 
@@ -45,6 +45,7 @@ class MeteoRA(BranchVariant):
     experts: int = 4
     top_k: int = 2
     temperature: float = 1.0
+    dropout: float = 0.0
     train_experts: bool = False
 
     name: ClassVar[str] = "meteora"
@@ -60,18 +61,19 @@ class MeteoRA(BranchVariant):
             "moe_gate": ParamSpec((self.experts, site.in_features), _inits.kaiming_uniform),
         }
 
+    @property
+    def routes(self) -> int:
+        return self.experts
+
+    def output_scale(self, p: Params) -> float:
+        return self.alpha / self.r
+
     def branch(self, x: torch.Tensor, y: torch.Tensor, p: Params, ctx: Context) -> torch.Tensor:
         logits = F.linear(x, p.moe_gate)
         ctx.emit("router", logits)
         weights = topk_gate(logits, self.top_k, self.temperature)
-        hidden = F.linear(x, p.lora_A).unflatten(-1, (self.experts, self.r))
-        gated = (hidden * weights.unsqueeze(-1)).flatten(-2)
-        return y + self.expert_scale * F.linear(gated, p.lora_B)
-
-    @property
-    def expert_scale(self) -> float:
-        """s, the factor of what the experts give together."""
-        return self.alpha / self.r
+        dropped = F.dropout(x, self.dropout, ctx.training) if self.dropout else x
+        return y + self.mixture(F.linear(dropped, p.lora_A), self.output_scale(p) * weights, p)
 
     @staticmethod
     def from_loras(
@@ -79,6 +81,7 @@ class MeteoRA(BranchVariant):
         *,
         top_k: int = 2,
         temperature: float = 1.0,
+        dropout: float = 0.0,
         train_experts: bool = False,
         name: str = "meteora",
         seed: int = 0,
@@ -92,6 +95,7 @@ class MeteoRA(BranchVariant):
             adapters: plain LoRAs.
             top_k: as the variant's.
             temperature: as the variant's.
+            dropout: as the variant's.
             train_experts: as the variant's.
             name: the new adapter's name.
             seed: of the gates.
@@ -100,27 +104,9 @@ class MeteoRA(BranchVariant):
             AdapterError: no LoRA, or one that is more than its two factors on linear layers.
             ShapeMismatch: two were made for different models.
         """
-        if not adapters:
-            raise AdapterError("MeteoRA needs at least one LoRA", next_step="give adapters of lorac.LoRA")
-        sources = [factors_of(adapter, "MeteoRA") for adapter in adapters]
-        rank = max(a.shape[0] for source in sources for a, _ in source.values())
-        variant = MeteoRA(
-            targets=tuple(dict.fromkeys(path for source in sources for path in source)),
-            r=rank,
-            alpha=rank,
-            experts=len(sources),
-            top_k=top_k,
-            temperature=temperature,
-            train_experts=train_experts,
-        )
-        generator = torch.Generator().manual_seed(seed)
-        tensors = {}
-        for path in variant.targets:
-            a, b = stacked(path, [source.get(path) for source in sources], rank, "MeteoRA")
-            context = InitContext((len(sources), a.shape[1]), site_of(path, a, b), _no_base, Params(), generator, name)
-            tensors[path] = {"lora_A": a, "lora_B": b, "moe_gate": _inits.kaiming_uniform(context).to(a.dtype)}
-        return Adapter(name, variant, tensors, provenance={"experts": [adapter.name for adapter in adapters]})
+        routed = MeteoRA(top_k=top_k, temperature=temperature, dropout=dropout, train_experts=train_experts)
 
+        def make(paths: tuple[str, ...], rank: int, number: int) -> MeteoRA:
+            return replace(routed, targets=paths, r=rank, alpha=rank, experts=number)
 
-def _no_base() -> torch.Tensor:
-    raise AssertionError("the gates of MeteoRA start without looking at the base")
+        return from_loras(adapters, "MeteoRA", make, name=name, seed=seed)

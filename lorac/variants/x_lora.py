@@ -19,16 +19,17 @@ from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.variants import _inits
 from lorac.variants._experts import factors_of, stacked
+from lorac.variants._routed import Routed
 from lorac.variants._routing import top_k
 from lorac.variants.adapter import Adapter
-from lorac.variants.base import BranchVariant, Context
+from lorac.variants.base import Context
 from lorac.variants.params import Init, InitContext, ParamSpec, Role
 
 Tensor = torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class XLoRA(BranchVariant):
+class XLoRA(Routed):
     """``y' = y + g·Σ_i σ_i·B_i·A_i·x``, σ = softmax(MLP(h)/temperature) of each token, h the base's last hidden state.
 
     A (experts·r, in) and B (out, experts·r) are the experts' factors stacked, each one's scale in its B. The classifier
@@ -96,8 +97,10 @@ class XLoRA(BranchVariant):
         return found
 
     @property
-    def expert_scale(self) -> float:
-        """Factor of what the experts give together."""
+    def routes(self) -> int:
+        return self.experts
+
+    def output_scale(self, p: Params) -> float:
         return self.global_scaling_weight
 
     def _layers(self) -> int:
@@ -144,7 +147,7 @@ class XLoRA(BranchVariant):
         weights = ctx.value("own:scalings")[..., self._place(ctx.site.path), :]
         ctx.emit("router", weights)
         mixed = F.linear(x, p.lora_A).unflatten(-1, (self.experts, self.r)) * weights.unsqueeze(-1)
-        return y + self.expert_scale * F.linear(mixed.flatten(-2), p.lora_B)
+        return y + self.output_scale(p) * F.linear(mixed.flatten(-2), p.lora_B)
 
     def _place(self, path: str) -> int:
         """Which of the classifier's layers a site is."""

@@ -11,7 +11,18 @@ import lorac
 from lorac import errors
 
 ROOT = Path(__file__).parents[2]
-FUNCTIONS = {"budget", "compile", "factors", "load", "load_adapter", "save_adapter", "sites", "to_lora", "variants"}
+FUNCTIONS = {
+    "budget",
+    "compile",
+    "factors",
+    "freeze_router",
+    "load",
+    "load_adapter",
+    "save_adapter",
+    "sites",
+    "to_lora",
+    "variants",
+}
 CLASSES = {
     "Active",
     "Adapter",
@@ -27,12 +38,14 @@ CLASSES = {
 METHODS = {
     "AdaLoRA",
     "AdapterTune",
+    "AutoLoRA",
     "BAT",
     "BOFT",
     "CPLoRA",
     "Chain",
     "DoRA",
     "DyLoRA",
+    "FlyLoRA",
     "FourierFT",
     "Full",
     "HRA",
@@ -52,6 +65,7 @@ METHODS = {
     "OFT",
     "PLP",
     "RandLoRA",
+    "ReMix",
     "Residual",
     "SHiRA",
     "SoRA",

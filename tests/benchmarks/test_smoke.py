@@ -57,6 +57,20 @@ ROWS = {
             "live / plain export",
         ]
     ],
+    "routed": [
+        [
+            "base / base",
+            "A/A / base",
+            "MeteoRA / base",
+            "gathered / base",
+            "X-LoRA / base",
+            "X-LoRA, off / base",
+            "eager base / eager base",
+            "eager loop / eager base",
+            "MeteoRA's overhead / the loop's overhead",
+        ],
+        ["base / base", "A/A / base", "FlyLoRA, all ranks / base", "FlyLoRA / base", "the gate alone"],
+    ],
     "quantised": [["float32", "float32, A/A", "int8", "int4, symmetric", "int4, asymmetric"]],
     "starts": [["olora"] * 2 + ["eva"] * 2],
     "swap": [
@@ -91,7 +105,7 @@ def test_every_benchmark_is_here():
     assert everything.names() == sorted(ROWS)
 
 
-SLOW = ("compile", "overhead", "quantised", "starts", "swap", "train")
+SLOW = ("compile", "overhead", "quantised", "routed", "starts", "swap", "train")
 """Smoke runs of ten seconds and more: so many models do they compile."""
 
 

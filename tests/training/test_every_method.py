@@ -26,12 +26,13 @@ HOSTS = (("tiny_llama", "tiny_bert"), ("plain_conv",))
 """Of each group a method trains on the first host that has a place for it. BERT has layers that 3 divides."""
 GIVEN: dict[str, dict[str, Any]] = {
     "chain": {"parts": (lorac.LoRA(), lorac.DoRA())},
+    "remix": {"experts": 3, "top_k": 3},
     "residual": {"method": lorac.LoRA()},
     "split": {"parts": {"first": lorac.LoRA()}, "among": ("first", "second")},
     "trainable_tokens": {"token_indices": (1, 3)},
     "x_lora": {"hidden": "model.norm", "hidden_size": 64, "experts": 3},
 }
-"""Fields that have no default."""
+"""Fields that have no default; and of ReMix, whose router learns from its draws alone, all experts at once."""
 STEPS, LR, FALL = 15, 3e-2, 0.95
 
 

@@ -10,33 +10,15 @@ import torch
 import lorac
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.testing.checks import assert_close
-from lorac.variants._routing import top_k
+from lorac.variants._routing import top_k, topk_gate
 from tests.oracles import meteora as oracle
 from tests.parity import assert_parity
-from tests.variants.away import away, drawn, scaled
+from tests.variants.away import drawn, scaled
+from tests.variants.routers import X, host, loras
 from tests.zoo import ZOO
 
 GAP = 1e-4
 """Tokens whose k-th and (k+1)-th logits are nearer than this may be routed either way by rounding."""
-
-
-class Line(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.line = torch.nn.Linear(7, 5)
-
-    def forward(self, x):
-        return self.line(x)
-
-
-def host():
-    return Line().double().eval()
-
-
-def loras(model, inputs, ranks=(2, 3, 1, 2), targets=("line",)):
-    return [
-        away(lorac.LoRA(r=r, alpha=3 * r + i, targets=targets), model, inputs, f"l{i}") for i, r in enumerate(ranks)
-    ]
 
 
 def with_gates(adapter, scale=1.0, seed=0):
@@ -50,9 +32,6 @@ def with_gates(adapter, scale=1.0, seed=0):
 def run(model, adapter, x):
     with torch.no_grad():
         return lorac.compile(model, {"task": adapter})(x)
-
-
-X = torch.randn(3, 4, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
 
 
 def test_zero_b_is_the_base():
@@ -176,6 +155,32 @@ def test_the_gate_loss_at_zero_gates_is_ln_l_and_trains_the_gates_alone():
     trained = compiled.adapters["task"].tensors["line"]
     assert trained["moe_gate"].grad.any()
     assert not trained["lora_A"].requires_grad and not trained["lora_B"].requires_grad
+
+
+def test_what_the_layer_answers_trains_the_gates_too():
+    model = host()
+    compiled = lorac.compile(model, {"task": with_gates(lorac.MeteoRA.from_loras(loras(model, (X,))))})
+    compiled(X).square().sum().backward()
+    assert compiled.adapters["task"].tensors["line"]["moe_gate"].grad.any()
+
+
+@torch.no_grad()
+def test_dropout_is_on_the_experts_input_in_training_and_the_gates_see_all():
+    model = host()
+    experts = loras(model, (X,))
+    adapter = with_gates(lorac.MeteoRA.from_loras(experts, dropout=0.5))
+    compiled = lorac.compile(model, {"task": adapter}, aux=("router",))
+    plain = with_gates(lorac.MeteoRA.from_loras(experts))
+    assert torch.equal(compiled(X), run(model, plain, X))
+    compiled.train()
+    torch.manual_seed(3)
+    dropped = torch.nn.functional.dropout(X, 0.5)
+    torch.manual_seed(3)
+    found = compiled(X)
+    p = adapter.tensors["line"]
+    assert_close(compiled.aux["router"]["line"], X @ p["moe_gate"].T)
+    weights = topk_gate(X @ p["moe_gate"].T, 2).repeat_interleave(adapter.variant.r, -1)
+    assert_close(found, model(X) + (dropped @ p["lora_A"].T * weights) @ p["lora_B"].T)
 
 
 @pytest.mark.parametrize("mode", ["fused", "baked"])

@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lorac
-from lorac.adapters.frozen import frozen
 from lorac.ir.host.last_hidden import last_hidden
 from lorac.testing.checks import assert_close
 from tests.limits import decimals
@@ -264,18 +263,18 @@ def test_a_frozen_router_is_a_lora_and_fuses() -> None:
     }
     flat = lorac.Adapter("flat", replace(given.variant, top_k_lora=None), tensors)
     y, base = lorac.compile(model(), {"f": flat})(input_ids=IDS).logits, model()(input_ids=IDS).logits
-    mixture = frozen(flat, [1 / 3] * 3)
+    mixture = lorac.freeze_router(flat, [1 / 3] * 3)
     assert isinstance(mixture.variant, lorac.LoRA)
     for mode in ("live", "fused"):
         assert_parity(lorac.compile(model(), {"m": mixture}, mode=mode)(input_ids=IDS).logits, y, base)
     with pytest.raises(lorac.NotMergeable):
         lorac.compile(model(), {"f": flat}, mode="fused")
-    per_site = frozen(given, torch.rand(len(given.sites), 3))
+    per_site = lorac.freeze_router(given, torch.rand(len(given.sites), 3))
     assert per_site.sites == given.sites
     with pytest.raises(lorac.ShapeMismatch, match="3 experts"):
-        frozen(given, [1, 2])
-    with pytest.raises(lorac.AdapterError, match="routes between no LoRAs"):
-        frozen(mixture, [1])
+        lorac.freeze_router(given, [1, 2])
+    with pytest.raises(lorac.AdapterError, match="routes between no experts"):
+        lorac.freeze_router(mixture, [1])
 
 
 # ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────────

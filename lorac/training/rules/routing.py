@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from lorac.errors import ChoiceError, Unavailable
 from lorac.training.rule import terms_of, within_ddp
+from lorac.variants._routing import perturbed
 from lorac.variants.meteora import MeteoRA
 
 Tensor = torch.Tensor
@@ -68,24 +69,6 @@ def _cross_entropy(logits: Tensor, experts: Tensor, shifted: bool, ignore: int) 
     return F.cross_entropy(wide.flatten(0, -2), told.flatten(), ignore_index=ignore)
 
 
-def ordered_log_prob(logits: Tensor, chosen: Tensor) -> Tensor:
-    """log Q of drawing experts one after the other without putting back: Σ_j log(q_j / (1 − Σ of those before)).
-
-    Args:
-        logits: (…, n); q is their softmax.
-        chosen: (…, k) distinct indices, in the order in which they were drawn.
-
-    Returns:
-        (…), with gradients for the logits.
-    """
-    picked = logits.gather(-1, chosen)
-    left, total = logits, torch.zeros_like(picked[..., 0])
-    for j in range(chosen.shape[-1]):
-        total = total + picked[..., j] - left.logsumexp(-1)
-        left = left.scatter(-1, chosen[..., j : j + 1], -torch.inf)
-    return total
-
-
 def draw_ordered(logits: Tensor, k: int, generator: torch.Generator | None = None) -> Tensor:
     """k distinct experts (…, k) drawn one after the other with probabilities softmax(logits): Gumbel-top-k.
 
@@ -94,9 +77,7 @@ def draw_ordered(logits: Tensor, k: int, generator: torch.Generator | None = Non
         k: how many.
         generator: draws.
     """
-    uniform = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=torch.float64)
-    noise = -torch.log(-torch.log(uniform.clamp(torch.finfo(torch.float64).tiny, 1 - torch.finfo(torch.float64).eps)))
-    return (logits.double() + noise).topk(k, dim=-1).indices
+    return perturbed(logits, generator).topk(k, dim=-1).indices
 
 
 def leave_one_out(losses: Tensor, log_probs: Tensor) -> Tensor:

@@ -1,0 +1,134 @@
+"""AutoLoRA's gated fusion: several LoRAs in every layer, each let through channel by channel by a gate of its own.
+
+"AutoLoRA: Automatic LoRA Retrieval and Fine-Grained Gated Fusion for Text-to-Image Generation", Li et al. 2025, arXiv
+2508.02107. (Another method of that name searches ranks.) Only the gates are trained. The variant with all terms is
+put together from the released ones, whose table lacks it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from lorac.ir.algebra.reduction import Params
+from lorac.ir.host.sites import Site, SiteKind
+from lorac.variants import _inits
+from lorac.variants._routed import Routed, from_loras
+from lorac.variants.adapter import Adapter
+from lorac.variants.base import Context
+from lorac.variants.params import Init, InitContext, ParamSpec, Role
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoLoRA(Routed):
+    """``y' = y + Σ_i w_out∘g_i∘l_i``, l_i = B_i·A_i·x, g_i = σ(w_base∘ỹ + w_lora∘l̃_i + w_cross∘ỹ∘l̃_i + β).
+
+    A (experts·r, in) and B (out, experts·r) are the LoRAs' factors stacked, each one's scale in its B; ỹ and l̃_i are y
+    and l_i after layer norms. What the gates hold (out,) is a layer's own and the same for all its LoRAs, so that it
+    does for any number of them in any order. A gate depends on the token, and on the timestep of a diffusion model as
+    far as y and l_i do: on nothing else. The mean of a gate over its channels (…, experts) is emitted as ``"router"``.
+
+    Attributes:
+        r: rank of each LoRA.
+        experts: their number.
+        base: gates see the layer's output by itself (w_base); the released models' do not.
+        cross: gates see the product with it (w_cross).
+    """
+
+    r: int = 8
+    experts: int = 2
+    base: bool = True
+    cross: bool = True
+
+    name: ClassVar[str] = "autolora"
+    paper: ClassVar[str] = "AutoLoRA: Automatic LoRA Retrieval and Fine-Grained Gated Fusion, arXiv 2508.02107"
+    kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.LINEAR})
+    emits: ClassVar[tuple[str, ...]] = ("router",)
+
+    @property
+    def routes(self) -> int:
+        return self.experts
+
+    def output_scale(self, p: Params) -> Tensor:
+        return p.weight_out
+
+    def params(self, site: Site) -> dict[str, ParamSpec]:
+        ranks, out = self.experts * self.r, (site.out_features,)
+        normal = ParamSpec(out, _inits.normal(1.0))
+        specs = {
+            "lora_A": ParamSpec((ranks, site.in_features), _inits.kaiming_uniform, Role.FROZEN),
+            "lora_B": ParamSpec((site.out_features, ranks), _inits.zeros, Role.FROZEN),
+        }
+        specs |= {"weight_base": normal} if self.base else {}
+        specs |= {"weight_lora": normal}
+        specs |= {"weight_cross": normal} if self.cross else {}
+        specs |= {"bias": normal, "weight_out": ParamSpec(out, _constant(0.512))}
+        for norm in ("norm_base", "norm_lora") if self.base or self.cross else ("norm_lora",):
+            specs |= {
+                f"{norm}_weight": ParamSpec(out, _constant(1.0), decay=False),
+                f"{norm}_bias": ParamSpec(out, _inits.zeros, decay=False),
+            }
+        return specs
+
+    def branch(self, x: Tensor, y: Tensor, p: Params, ctx: Context) -> Tensor:
+        # One LoRA after the other: stacked, what the layer answers would lie in memory once for each.
+        hidden = F.linear(x, p.lora_A).split(self.r, -1)
+        ups = p.lora_B.split(self.r, -1)
+        seen = _normed(y, p.norm_base_weight, p.norm_base_bias) if self.base or self.cross else y
+        added, opened = torch.zeros_like(y), []
+        for h, up in zip(hidden, ups, strict=True):
+            one = F.linear(h, up)
+            gate = torch.sigmoid(self._heard(seen, _normed(one, p.norm_lora_weight, p.norm_lora_bias), p))
+            added = added + gate * one
+            opened.append(gate.mean(-1))
+        ctx.emit("router", torch.stack(opened, -1))
+        return y + self.output_scale(p) * added
+
+    def _heard(self, seen: Tensor, one: Tensor, p: Params) -> Tensor:
+        """What a gate is the sigmoid of, from the layer's output and a LoRA's after their norms."""
+        found = p.weight_lora * one + p.bias
+        if self.base:
+            found = found + p.weight_base * seen
+        return found + p.weight_cross * seen * one if self.cross else found
+
+    @staticmethod
+    def from_loras(
+        adapters: Sequence[Adapter], *, base: bool = True, cross: bool = True, name: str = "autolora", seed: int = 0
+    ) -> Adapter:
+        """One gated adapter of several LoRAs; the gates start fresh.
+
+        Each LoRA's scale is folded into its B, smaller ranks are padded with zeros (both exact), and a site that only
+        some of them adapt gets zeros for the others, which add nothing.
+
+        Args:
+            adapters: plain LoRAs.
+            base, cross: as the variant's.
+            name: the new adapter's name.
+            seed: of the gates.
+
+        Raises:
+            AdapterError: no LoRA, or one that is more than its two factors on linear layers.
+            ShapeMismatch: two were made for different models.
+        """
+
+        def make(paths: tuple[str, ...], rank: int, number: int) -> AutoLoRA:
+            return AutoLoRA(targets=paths, r=rank, experts=number, base=base, cross=cross)
+
+        return from_loras(adapters, "AutoLoRA", make, name=name, seed=seed)
+
+
+def _normed(value: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(value, value.shape[-1:], weight, bias, eps=1e-5)
+
+
+def _constant(number: float) -> Init:
+    def init(context: InitContext) -> Tensor:
+        return torch.full(context.shape, number)
+
+    return init
