@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from lorac.variants.base import BranchVariant, WeightVariant
     from lorac.variants.bat import BAT
     from lorac.variants.boft import BOFT
+    from lorac.variants.bottleneck import Bottleneck
     from lorac.variants.chain import Chain
     from lorac.variants.cp_lora import CPLoRA
     from lorac.variants.dora import DoRA
@@ -106,6 +107,7 @@ __all__ = [  # noqa: RUF022  (in plain order: BAT and OFT are no constants)
     "BOFT",
     "BaseMismatch",
     "BaseNeeded",
+    "Bottleneck",
     "BranchVariant",
     "CPLoRA",
     "CaptureDiffers",

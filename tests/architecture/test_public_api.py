@@ -15,6 +15,7 @@ FUNCTIONS = {"budget", "compile", "factors", "load", "load_adapter", "save_adapt
 CLASSES = {
     "Active",
     "Adapter",
+    "Bottleneck",
     "BranchVariant",
     "Compiled",
     "ParamSpec",
