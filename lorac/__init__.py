@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from lorac.variants.cp_lora import CPLoRA
     from lorac.variants.dora import DoRA
     from lorac.variants.dylora import DyLoRA
+    from lorac.variants.flexmore import FlexMoRE
     from lorac.variants.fourierft import FourierFT
     from lorac.variants.hira import HiRA
     from lorac.variants.hra import HRA
@@ -121,6 +122,7 @@ __all__ = [  # noqa: RUF022  (in plain order: BAT and OFT are no constants)
     "DyLoRA",
     "EagerOnly",
     "ExampleInputsNeeded",
+    "FlexMoRE",
     "FormatError",
     "FormulaFailed",
     "FourierFT",

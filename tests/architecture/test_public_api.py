@@ -34,6 +34,7 @@ METHODS = {
     "Chain",
     "DoRA",
     "DyLoRA",
+    "FlexMoRE",
     "FourierFT",
     "HRA",
     "HiRA",

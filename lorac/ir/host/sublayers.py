@@ -23,20 +23,16 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorac.errors import SiteUnsupported
+from lorac.ir.host.blocks import by_component, is_attention, run_watched, runnable
 from lorac.ir.host.components import components_of, prefix_of
-from lorac.ir.host.copying import structural_copy
-from lorac.ir.host.inputs.example_inputs import by_name, default_inputs, set_captured
+from lorac.ir.host.inputs.example_inputs import by_name, default_inputs
 from lorac.ir.host.modules import told_site
 from lorac.ir.host.patterns import outermost_blocks
-from lorac.ir.host.running import drawing
 from lorac.ir.host.sites import Site, find_sites
 
 Kind = Literal["attention", "cross", "mlp"]
 _Key = tuple[int, torch.Size]
 """Which tensor it is: where it lies and how large it is. All of them are kept, so that no place is used twice."""
-_HEADS = 4
-"""Axes of attention weights: rows, heads, and positions twice."""
-_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -89,7 +85,7 @@ def stream_of(model: nn.Module, inputs: object = None) -> Stream:
         CaptureFailed: the model cannot be copied.
     """
     parts = [
-        _of_one(component, prefix_of(model, name), inputs.get(name) if _by_component(inputs, model) else inputs)  # type: ignore[attr-defined]  # then it is a mapping
+        _of_one(component, prefix_of(model, name), inputs.get(name) if by_component(inputs, model) else inputs)  # type: ignore[attr-defined]  # then it is a mapping
         for name, component in components_of(model).items()
     ]
     return Stream(
@@ -100,21 +96,15 @@ def stream_of(model: nn.Module, inputs: object = None) -> Stream:
     )
 
 
-def _by_component(inputs: object, model: nn.Module) -> bool:
-    return isinstance(inputs, Mapping) and components_of(model).keys() >= inputs.keys()
-
-
 def _of_one(model: nn.Module, prefix: str, inputs: object) -> Stream:
     given = by_name(model, default_inputs(model) if inputs is None else inputs)
-    copy = structural_copy(model).eval()
-    set_captured(copy)
+    copy = runnable(model)
     notes = _Notes(prefix, [f"{prefix}{path}" for path in outermost_blocks(find_sites(model))])
     for path, module in copy.named_modules():
         if path:
             module.register_forward_pre_hook(notes.entering(prefix + path), with_kwargs=True)
             module.register_forward_hook(notes.leaving(prefix + path, module))
-    with torch.no_grad(), drawing(copy, _SEED), notes:
-        copy(**given)
+    run_watched(copy, given, notes)
     return notes.told(_output_layer(copy, prefix))
 
 
@@ -195,8 +185,7 @@ class _Notes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = str(func)
-        if "scaled_dot_product" in name or ("softmax" in name and args[0].dim() >= _HEADS):
-            self._attentions += 1
+        self._attentions += is_attention(name, args)
         if name.startswith("aten.add.") and self._inside and all(isinstance(arg, Tensor) for arg in args[:2]):
             self._add(args[0], args[1], result)
         return result
