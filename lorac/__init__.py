@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from lorac.variants.trainable_tokens import TrainableTokens
     from lorac.variants.vblora import VBLoRA
     from lorac.variants.vera import VeRA
+    from lorac.variants.x_lora import XLoRA
 
 __version__ = VERSION
 
@@ -186,6 +187,7 @@ __all__ = [  # noqa: RUF022  (in plain order: BAT and OFT are no constants)
     "WrongIndex",
     "WrongLevel",
     "WrongType",
+    "XLoRA",
     "budget",
     "compile",
     "factors",

@@ -13,17 +13,15 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from lorac.errors import AdapterError, ShapeMismatch
+from lorac.errors import AdapterError
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.variants import _inits
+from lorac.variants._experts import factors_of, site_of, stacked
 from lorac.variants._routing import topk_gate
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant, Context
 from lorac.variants.params import InitContext, ParamSpec, Role
-
-Factors = tuple[torch.Tensor, torch.Tensor]
-"""A (r, in) and B (out, r) of one LoRA at one site, its scale folded into B."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +66,12 @@ class MeteoRA(BranchVariant):
         weights = topk_gate(logits, self.top_k, self.temperature)
         hidden = F.linear(x, p.lora_A).unflatten(-1, (self.experts, self.r))
         gated = (hidden * weights.unsqueeze(-1)).flatten(-2)
-        return y + (self.alpha / self.r) * F.linear(gated, p.lora_B)
+        return y + self.expert_scale * F.linear(gated, p.lora_B)
+
+    @property
+    def expert_scale(self) -> float:
+        """s, the factor of what the experts give together."""
+        return self.alpha / self.r
 
     @staticmethod
     def from_loras(
@@ -99,7 +102,7 @@ class MeteoRA(BranchVariant):
         """
         if not adapters:
             raise AdapterError("MeteoRA needs at least one LoRA", next_step="give adapters of lorac.LoRA")
-        sources = [_factors(adapter) for adapter in adapters]
+        sources = [factors_of(adapter, "MeteoRA") for adapter in adapters]
         rank = max(a.shape[0] for source in sources for a, _ in source.values())
         variant = MeteoRA(
             targets=tuple(dict.fromkeys(path for source in sources for path in source)),
@@ -113,53 +116,11 @@ class MeteoRA(BranchVariant):
         generator = torch.Generator().manual_seed(seed)
         tensors = {}
         for path in variant.targets:
-            a, b = _stacked(path, [source.get(path) for source in sources], rank)
-            context = InitContext((len(sources), a.shape[1]), _site(path, a, b), _no_base, Params(), generator, name)
+            a, b = stacked(path, [source.get(path) for source in sources], rank, "MeteoRA")
+            context = InitContext((len(sources), a.shape[1]), site_of(path, a, b), _no_base, Params(), generator, name)
             tensors[path] = {"lora_A": a, "lora_B": b, "moe_gate": _inits.kaiming_uniform(context).to(a.dtype)}
         return Adapter(name, variant, tensors, provenance={"experts": [adapter.name for adapter in adapters]})
 
 
-def _factors(adapter: Adapter) -> dict[str, Factors]:
-    """Site path -> the factors of a plain LoRA."""
-    if adapter.variant.name != "lora" or adapter.replaced:
-        more = f"replaces {next(iter(adapter.replaced))}" if adapter.replaced else f"is {adapter.variant.name}"
-        raise AdapterError(
-            f"'{adapter.name}' {more}; MeteoRA routes between plain LoRAs",
-            next_step="give adapters of lorac.LoRA without modules_to_save",
-        )
-    found = {}
-    for path, tensors in adapter.tensors.items():
-        if tensors.keys() != {"lora_A", "lora_B"}:
-            raise AdapterError(
-                f"'{adapter.name}' at '{path}' holds {sorted(tensors)}; MeteoRA routes A and B only",
-                next_step="give adapters of lorac.LoRA without a bias",
-            )
-        a, b = tensors["lora_A"].detach(), tensors["lora_B"].detach()
-        scale: float = adapter.variant.at(_site(path, a, b)).scale  # type: ignore[attr-defined]  # LoRA and its kin have a scale
-        found[path] = (a, b * scale)
-    return found
-
-
-def _site(path: str, a: torch.Tensor, b: torch.Tensor) -> Site:
-    """The linear layer that factors belong to, as far as they tell."""
-    return Site(path, SiteKind.LINEAR, b.shape[0], a.shape[1], a.dtype, None)
-
-
 def _no_base() -> torch.Tensor:
     raise AssertionError("the gates of MeteoRA start without looking at the base")
-
-
-def _stacked(path: str, factors: Sequence[Factors | None], rank: int) -> Factors:
-    """A (L·rank, in) and B (out, L·rank) of the experts at one site."""
-    present = [pair for pair in factors if pair is not None]
-    shapes = {(b.shape[0], a.shape[1]) for a, b in present}
-    if len(shapes) > 1:
-        raise ShapeMismatch(
-            f"the LoRAs at '{path}' are for layers (out, in) of {' and '.join(map(str, sorted(shapes)))}",
-            next_step="MeteoRA takes LoRAs of one base model",
-        )
-    a, b = present[0]
-    none = (a.new_zeros(0, a.shape[1]), b.new_zeros(b.shape[0], 0))
-    pairs = [pair if pair is not None else none for pair in factors]
-    down = torch.cat([F.pad(a, (0, 0, 0, rank - a.shape[0])) for a, _ in pairs])
-    return down, torch.cat([F.pad(b, (0, rank - b.shape[1])) for _, b in pairs], dim=1)

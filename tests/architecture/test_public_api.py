@@ -61,6 +61,7 @@ METHODS = {
     "TrainableTokens",
     "VBLoRA",
     "VeRA",
+    "XLoRA",
 }
 GOLDEN = sorted(FUNCTIONS | CLASSES | METHODS | set(errors.__all__))
 

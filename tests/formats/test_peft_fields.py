@@ -28,6 +28,7 @@ from peft import (
     TrainableTokensConfig,
     VBLoRAConfig,
     VeraConfig,
+    XLoraConfig,
 )
 
 from lorac.errors import UnknownField, UnsupportedField
@@ -57,6 +58,7 @@ CLASSES = {
     "TRAINABLE_TOKENS": TrainableTokensConfig,
     "VBLORA": VBLoRAConfig,
     "VERA": VeraConfig,
+    "XLORA": XLoraConfig,
 }
 
 

@@ -28,6 +28,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "chain": {"parts": (lorac.LoRA(), lorac.DoRA())},
     "split": {"parts": {"first": lorac.LoRA()}, "among": ("first", "second")},
     "trainable_tokens": {"token_indices": (1, 3)},
+    "x_lora": {"hidden": "model.norm", "hidden_size": 64, "experts": 3},
 }
 """Fields that have no default."""
 STEPS, LR, FALL = 15, 3e-2, 0.95

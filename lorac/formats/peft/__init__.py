@@ -49,10 +49,28 @@ def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
     raw = read_json(file)
     tensors, metadata = _weights(folder)
     check_seal(folder, described(raw, metadata), tensors, metadata)
-    method = method_of(raw, file)
+    method, name = method_of(raw, file), name or folder.resolve().name
     values = read_config(raw, method, file)
-    contents = read_keys(tensors, method, values, model)
-    name = name or folder.resolve().name
+    if method.read_whole is not None:
+        adapter = method.read_whole(folder, values, tensors, name, model)
+        adapter.provenance |= {"format": "peft", "config": raw}
+        return adapter
+    return _of_sites(folder, raw, method, values, tensors, metadata.get(BASE), name, model)
+
+
+def _of_sites(
+    folder: Path,
+    raw: dict[str, Any],
+    method: Method,
+    values: Mapping[str, Any],
+    weights: dict[str, torch.Tensor],
+    base: str | None,
+    name: str,
+    model: nn.Module | None,
+) -> Adapter:
+    """The adapter of a file that holds tensors of sites."""
+    file = folder / CONFIG
+    contents = read_keys(weights, method, values, model)
     _spread(name, method, contents, model)
     own = matrices.take(name, contents, values.get("target_parameters") or (), model)
     variant = method.settled(variant_of(values, method, file), contents.sites)
@@ -66,7 +84,7 @@ def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
             "format": "peft",
             "source": str(folder),
             "config": raw,
-            "base": metadata.get(BASE),
+            "base": base,
             "tied": contents.tied,
         },
     )

@@ -5,11 +5,14 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lorac.ir.host.sites import Site
+from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 
 Tensors = Mapping[str, torch.Tensor]
@@ -92,6 +95,8 @@ class Method:
         write_site: (variant, site, tensors by parameter) -> the file's tensors by suffix.
         read_inner: (configuration, tensors by parameter) -> the tensors as they count, of a layer that PEFT adapts with
             the module that reads its weight (keys under <site>.base_layer).
+        read_whole: (folder, configuration, the file's tensors, name, model or None) -> the adapter, of a type whose
+            file holds no tensors of sites.
         settled: (variant, tensors by site and suffix) -> the variant as the tensors tell it, where they know better
             than the configuration.
     """
@@ -106,6 +111,7 @@ class Method:
         tensors
     )
     settled: Callable[[Variant, Mapping[str, Tensors]], Variant] = lambda variant, sites: variant
+    read_whole: Callable[[Path, Mapping[str, Any], Tensors, str, nn.Module | None], Adapter] | None = None
     lays_out: bool = True
     check_site: Callable[[Site, Tensors], None] = lambda site, tensors: None
     shared: tuple[str, ...] = ()

@@ -1,0 +1,93 @@
+"""PEFT type XLORA: several LoRAs, mixed by a classifier.
+
+Source: peft.tuners.xlora of PEFT 0.21 (config.py, classifier.py, layer.py). The file holds the classifier alone, as
+``base_model.internal_xlora_classifier.layers.<j>.weight`` and ``bias``, j its place among ReLUs and dropouts too; the
+experts lie in folders of their own, as ``adapters`` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorac.errors import UnsupportedField
+from lorac.formats._mixed import MixedFile, experts
+from lorac.formats.peft import config
+from lorac.formats.peft.method import Field, Method, Tensors, Use
+from lorac.formats.peft.tables import misfit
+from lorac.ir.host.sites import Site
+from lorac.variants.adapter import Adapter
+from lorac.variants.base import Variant
+from lorac.variants.x_lora import XLoRA
+
+_OF_SITES = frozenset({"fan_in_fan_out", "modules_to_save", "target_modules"})
+_CLASSIFIER = "base_model.internal_xlora_classifier.layers."
+
+
+def top_k(value: Any) -> int | None:
+    """How many experts a token keeps, or null for all."""
+    return None if value is None else config.rank(value)
+
+
+def width(value: Any) -> int:
+    """How wide the hidden state is; PEFT takes null for 4096."""
+    return 4096 if value is None else config.rank(value)
+
+
+FIELDS = {
+    **{name: field for name, field in config.COMMON.items() if name not in _OF_SITES},
+    "hidden_size": Field(Use.APPLIED, to="hidden_size", read=width),
+    "adapters": Field(Use.APPLIED, read=experts),
+    "enable_softmax": Field(Use.APPLIED, True, to="enable_softmax", read=config.flag),
+    "enable_softmax_topk": Field(Use.APPLIED, False, to="enable_softmax_topk", read=config.flag),
+    "layerwise_scalings": Field(Use.APPLIED, False, to="layerwise_scalings", read=config.flag),
+    "xlora_depth": Field(Use.APPLIED, 1, to="depth", read=config.rank),
+    "xlora_size": Field(Use.APPLIED, 2048, to="size", read=config.rank),
+    "xlora_dropout_p": Field(Use.TRAINING, 0.2, to="dropout_p", read=config.number),
+    "use_trainable_adapters": Field(Use.TRAINING, False, to="use_trainable_adapters", read=config.flag),
+    "softmax_temperature": Field(Use.APPLIED, 1.0, to="softmax_temperature", read=config.number),
+    "top_k_lora": Field(Use.APPLIED, to="top_k_lora", read=top_k),
+    "scaling_pass_value": Field(
+        Use.REFUSED, 0.0, instead="the classifier then reads a pass with the experts in it; train it with 0"
+    ),
+    "global_scaling_weight": Field(Use.APPLIED, 1.0, to="global_scaling_weight", read=config.number),
+}
+
+
+def read_whole(
+    folder: Path, values: Mapping[str, Any], tensors: Tensors, name: str, model: nn.Module | None
+) -> Adapter:
+    """The adapter of a folder (``lorac.formats._mixed``)."""
+    stride = 3 if values["xlora_dropout_p"] > 0 else 2
+    keys = [f"{_CLASSIFIER}{stride * j}.weight" for j in range(values["xlora_depth"])]
+    fields = {field.to: values[key] for key, field in FIELDS.items() if field.to}
+    found = MixedFile(folder, values["adapters"], fields, tensors, keys)
+    return found.adapter(name, model, ("{path}", "{name}"))
+
+
+def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[str, torch.Tensor]]:
+    """Refuse: a file has no tensors of sites."""
+    raise misfit(path, stored, "XLORA holds a classifier")
+
+
+def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, torch.Tensor]:
+    """Refuse: PEFT has the experts apart, and loses what it is given of the classifier."""
+    raise UnsupportedField(
+        "an X-LoRA has no file of PEFT's that PEFT reads whole: it takes the classifier's tensors for its experts'",
+        next_step="use format='native'",
+    )
+
+
+METHOD = Method(
+    peft_type="XLORA",
+    variants={XLoRA: {}},
+    fields=FIELDS,
+    suffixes=(),
+    read_site=read_site,
+    write_site=write_site,
+    read_whole=read_whole,
+)

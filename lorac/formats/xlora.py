@@ -1,0 +1,110 @@
+"""X-LoRA's own folders: xlora_config.json with xlora_classifier.safetensors, the experts in folders beside them.
+
+Source: EricLBuehler/xlora (xlora_config.py, xlora_classifier.py). The classifier's layers but the last are
+``inner.<j>``, j their places among ReLUs and dropouts where there are such, and ``last``. Where the authors normalise
+what top-k leaves over the whole batch, lorac does over each token, as PEFT does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lorac.errors import CorruptFile, UnknownField, UnsupportedField, nearest_name, short
+from lorac.formats._files import read_json, read_safetensors
+from lorac.formats._format import Format
+from lorac.formats._mixed import MixedFile, experts
+from lorac.formats.peft.config import flag, number, rank
+from lorac.variants.adapter import Adapter
+
+CONFIG, WEIGHTS = "xlora_config.json", "xlora_classifier.safetensors"
+_PREFIX = "internal_xlora_classifier."
+_Reader = Callable[[Any], Any]
+
+
+def _optional(value: Any) -> int | None:
+    return None if value is None else rank(value)
+
+
+_APPLIED: Mapping[str, tuple[str, Any, _Reader]] = {
+    "hidden_size": ("hidden_size", 4096, rank),
+    "enable_softmax": ("enable_softmax", True, flag),
+    "enable_softmax_topk": ("enable_softmax_topk", False, flag),
+    "layerwise_scalings": ("layerwise_scalings", False, flag),
+    "xlora_depth": ("depth", 1, rank),
+    "xlora_size": ("size", 2048, rank),
+    "enable_relu_and_dropout": ("activation", False, flag),
+    "xlora_dropout_p": ("dropout_p", 0.2, number),
+    "use_trainable_adapters": ("use_trainable_adapters", False, flag),
+    "softmax_temperature": ("softmax_temperature", 1.0, number),
+    "top_k_lora": ("top_k_lora", None, _optional),
+    "global_scaling_weight": ("global_scaling_weight", 1.0, number),
+}
+"""Field of the file -> the method's, its default, its reader."""
+_ELSE: Mapping[str, Any] = {"adapters": {}, "use_bias": True, "scaling_pass_value": 0}
+_IRRELEVANT = frozenset({"base_model_id", "stop_token_id", "device", "model_id"})
+
+
+def _recognises(path: Path) -> bool:
+    return (_folder(path) / CONFIG).is_file()
+
+
+def _folder(path: Path) -> Path:
+    return path.parent if path.name in (CONFIG, WEIGHTS) and path.is_file() else path
+
+
+def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
+    folder = _folder(path)
+    file = folder / CONFIG
+    raw = read_json(file)
+    _refuse_unknown(raw, file)
+    fields = {own: _read(file, key, raw.get(key, default), read) for key, (own, default, read) in _APPLIED.items()}
+    if raw.get("scaling_pass_value"):
+        raise UnsupportedField(
+            f"'{file}' sets scaling_pass_value={short(raw['scaling_pass_value'])}, which lorac does not build",
+            next_step="the classifier then reads a pass with the experts in it; train it with 0",
+        )
+    if not (folder / WEIGHTS).is_file():
+        raise CorruptFile(f"'{folder}' has {CONFIG}, but no {WEIGHTS}", next_step="copy or download the whole folder")
+    tensors, _ = read_safetensors(folder / WEIGHTS)
+    stride = 3 if fields["activation"] else 1
+    keys = [f"inner.{stride * j}.weight" for j in range(fields["depth"] - 1)]
+    known = _read(file, "adapters", raw.get("adapters", {}), experts)
+    biased = _read(file, "use_bias", raw.get("use_bias", True), flag)
+    plain = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
+    found = MixedFile(folder, known, fields, plain, [*keys, "last.weight"], biased)
+    adapter = found.adapter(name or folder.resolve().name, model, ("adapters/{name}", "{name}", "{path}"))
+    adapter.provenance["format"] = FORMAT.name
+    return adapter
+
+
+def _refuse_unknown(raw: Mapping[str, Any], file: Path) -> None:
+    known = {*_APPLIED, *_ELSE, *_IRRELEVANT}
+    for key in raw:
+        if key not in known:
+            raise UnknownField(
+                f"'{file}' sets the unknown field '{key}' = {short(raw[key])}",
+                nearest=nearest_name(key, known),
+                next_step="it may change the result, so it is not ignored",
+            )
+
+
+def _read(file: Path, key: str, value: Any, read: _Reader) -> Any:
+    try:
+        return read(value)
+    except ValueError as error:
+        raise UnsupportedField(
+            f"'{file}' sets {key}={short(value)}: {error}",
+            next_step="save the configuration again with X-LoRA's own code",
+        ) from None
+
+
+FORMAT = Format(
+    name="xlora",
+    looks_for=f"a folder with {CONFIG}",
+    recognises=_recognises,
+    load=_load,
+)

@@ -1,0 +1,54 @@
+"""Which module of a model gives its last hidden state, by asking the model: no rule of structure tells it of all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lorac.errors import SiteNotFound
+from lorac.ir.host.copying import structural_copy
+from lorac.ir.host.inputs.example_inputs import default_inputs, is_hugging_face
+from lorac.ir.host.running import random_state_kept
+
+
+@torch.no_grad()
+def last_hidden(model: nn.Module) -> tuple[str, int]:
+    """The path of the module whose output is a model's last hidden state, and how wide it is.
+
+    Args:
+        model: one of transformers', which answers hidden states when it is asked to; it is run once, on a copy.
+
+    Raises:
+        SiteNotFound: it gives none, or no module gives what it does.
+    """
+    if not is_hugging_face(model):
+        raise _unknown(f"{type(model).__name__} answers no hidden states")
+    copy, given = structural_copy(model).eval(), dict[str, Tensor]()
+
+    def note(path: str, output: Any) -> None:
+        first = next((leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)), None)
+        given.update({} if first is None else {path: first})
+
+    for path, module in copy.named_modules():
+        if path:
+            module.register_forward_hook(lambda _, __, output, path=path: note(path, output))
+    with random_state_kept(model):
+        states = getattr(copy(**default_inputs(model), output_hidden_states=True), "hidden_states", None)
+    if not states:
+        raise _unknown(f"{type(model).__name__} answers no hidden states")
+    # The innermost of those that give it on is the first to: a model's trunk gives it too.
+    found = next((path for path, output in given.items() if _same(output, states[-1])), None)
+    if found is None:
+        raise _unknown(f"no module of {type(model).__name__} gives its last hidden state")
+    return found, int(states[-1].shape[-1])
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other)
+
+
+def _unknown(what: str) -> SiteNotFound:
+    return SiteNotFound(what, next_step="say which module gives it, by its path: hidden='model.norm', for one")

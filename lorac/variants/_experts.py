@@ -1,0 +1,84 @@
+"""LoRAs as experts of a method that routes between them: their factors, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+
+from lorac.errors import AdapterError, ShapeMismatch
+from lorac.ir.host.sites import Site, SiteKind
+from lorac.variants.adapter import Adapter
+
+
+@runtime_checkable
+class Routes(Protocol):
+    """A method that routes between LoRAs whose factors lie side by side in ``lora_A`` and ``lora_B``."""
+
+    @property
+    def experts(self) -> int:
+        """How many."""
+
+    @property
+    def r(self) -> int:
+        """Rank of each."""
+
+    @property
+    def expert_scale(self) -> float:
+        """Factor of what they give together."""
+
+
+Factors = tuple[torch.Tensor, torch.Tensor]
+"""A (r, in) and B (out, r) of one LoRA at one site, its scale folded into B."""
+
+
+def factors_of(adapter: Adapter, method: str) -> dict[str, Factors]:
+    """Site path -> the factors of a plain LoRA that a method is to route.
+
+    Raises:
+        AdapterError: it is more than its two factors.
+    """
+    if adapter.variant.name != "lora" or adapter.replaced:
+        more = f"replaces {next(iter(adapter.replaced))}" if adapter.replaced else f"is {adapter.variant.name}"
+        raise AdapterError(
+            f"'{adapter.name}' {more}; {method} routes between plain LoRAs",
+            next_step="give adapters of lorac.LoRA without modules_to_save",
+        )
+    found = {}
+    for path, tensors in adapter.tensors.items():
+        if tensors.keys() != {"lora_A", "lora_B"}:
+            raise AdapterError(
+                f"'{adapter.name}' at '{path}' holds {sorted(tensors)}; {method} routes A and B only",
+                next_step="give adapters of lorac.LoRA without a bias",
+            )
+        a, b = tensors["lora_A"].detach(), tensors["lora_B"].detach()
+        scale: float = adapter.variant.at(site_of(path, a, b)).scale  # type: ignore[attr-defined]  # LoRA and its kin have a scale
+        found[path] = (a, b * scale)
+    return found
+
+
+def site_of(path: str, a: torch.Tensor, b: torch.Tensor) -> Site:
+    """The linear layer that factors belong to, as far as they tell."""
+    return Site(path, SiteKind.LINEAR, b.shape[0], a.shape[1], a.dtype, None)
+
+
+def stacked(path: str, factors: Sequence[Factors | None], rank: int, method: str) -> Factors:
+    """A (L·rank, in) and B (out, L·rank) of L experts at one site; smaller ranks are padded with zeros.
+
+    Raises:
+        ShapeMismatch: two were made for different models.
+    """
+    present = [pair for pair in factors if pair is not None]
+    shapes = {(b.shape[0], a.shape[1]) for a, b in present}
+    if len(shapes) > 1:
+        raise ShapeMismatch(
+            f"the LoRAs at '{path}' are for layers (out, in) of {' and '.join(map(str, sorted(shapes)))}",
+            next_step=f"{method} takes LoRAs of one base model",
+        )
+    a, b = present[0]
+    none = (a.new_zeros(0, a.shape[1]), b.new_zeros(b.shape[0], 0))
+    pairs = [pair if pair is not None else none for pair in factors]
+    down = torch.cat([F.pad(a, (0, 0, 0, rank - a.shape[0])) for a, _ in pairs])
+    return down, torch.cat([F.pad(b, (0, rank - b.shape[1])) for _, b in pairs], dim=1)

@@ -1,0 +1,207 @@
+"""X-LoRA: LoRAs in every layer, mixed token by token by a classifier that reads what the base makes of the text.
+
+"X-LoRA: Mixture of Low-Rank Adapter Experts…", Buehler and Buehler 2024, arXiv 2402.07148; PEFT's XLORA. The scaling
+pass is one of the unadapted model, as ``scaling_pass_value`` 0 has it. Only the classifier is trained.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from lorac.errors import AdapterError
+from lorac.ir.algebra.reduction import Params
+from lorac.ir.host.sites import Site, SiteKind
+from lorac.variants import _inits
+from lorac.variants._experts import factors_of, stacked
+from lorac.variants._routing import top_k
+from lorac.variants.adapter import Adapter
+from lorac.variants.base import BranchVariant, Context
+from lorac.variants.params import Init, InitContext, ParamSpec, Role
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class XLoRA(BranchVariant):
+    """``y' = y + g·Σ_i σ_i·B_i·A_i·x``, σ = softmax(MLP(h)/temperature) of each token, h the base's last hidden state.
+
+    A (experts·r, in) and B (out, experts·r) are the experts' factors stacked, each one's scale in its B. The classifier
+    is one for the model, with ReLU and dropout between its layers. What each token's experts weigh (…, experts) is
+    emitted as ``"router"``.
+
+    Attributes:
+        hidden: path of the module that gives the last hidden state (…, hidden_size): the last norm of most models.
+        hidden_size: its width.
+        r: rank of each expert.
+        experts: their number.
+        layerwise_scalings: whether each site has weights of its own; ``targets`` are then their paths in full.
+        depth: layers of the classifier.
+        size: width between them.
+        activation: whether ReLU, and in training dropout, stands between them.
+        dropout_p: the rate of that.
+        enable_softmax: whether σ is normalised; else it is what the classifier gives.
+        softmax_temperature: flattens it.
+        top_k_lora: how many experts a token keeps, as they are weighed, ties to the lowest index; None: all.
+        enable_softmax_topk: whether those that are left, and are not 0, are normalised.
+        global_scaling_weight: g.
+        use_trainable_adapters: train A and B too.
+    """
+
+    hidden: str
+    hidden_size: int
+    r: int = 8
+    experts: int = 4
+    layerwise_scalings: bool = False
+    depth: int = 1
+    size: int = 2048
+    activation: bool = True
+    dropout_p: float = 0.2
+    enable_softmax: bool = True
+    softmax_temperature: float = 1.0
+    top_k_lora: int | None = None
+    enable_softmax_topk: bool = False
+    global_scaling_weight: float = 1.0
+    use_trainable_adapters: bool = False
+
+    name: ClassVar[str] = "x_lora"
+    paper: ClassVar[str] = "X-LoRA: Mixture of Low-Rank Adapter Experts, arXiv 2402.07148"
+    kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.LINEAR})
+    emits: ClassVar[tuple[str, ...]] = ("router",)
+
+    def params(self, site: Site) -> dict[str, ParamSpec]:
+        ranks, role = self.experts * self.r, Role.TRAINABLE if self.use_trainable_adapters else Role.FROZEN
+        return {
+            "lora_A": ParamSpec((ranks, site.in_features), _inits.kaiming_uniform, role),
+            "lora_B": ParamSpec((site.out_features, ranks), _inits.zeros, role),
+            **self.classifier(),
+        }
+
+    def classifier(self) -> dict[str, ParamSpec]:
+        """The tensors of the classifier: a weight and a bias for each of its layers.
+
+        Raises:
+            AdapterError: it is to weigh layers of which only names are known.
+        """
+        widths = [self.hidden_size, *[self.size] * (self.depth - 1), self.experts * self._layers()]
+        found = {}
+        for j, (inside, out) in enumerate(itertools.pairwise(widths)):
+            found[f"classifier_{j}_weight"] = ParamSpec((out, inside), _inits.kaiming_uniform, shared=True)
+            found[f"classifier_{j}_bias"] = ParamSpec((out,), _uniform(inside**-0.5), shared=True)
+        return found
+
+    @property
+    def expert_scale(self) -> float:
+        """Factor of what the experts give together."""
+        return self.global_scaling_weight
+
+    def _layers(self) -> int:
+        """For how many layers the classifier weighs the experts."""
+        if not self.layerwise_scalings:
+            return 1
+        if isinstance(self.targets, str):
+            raise AdapterError(
+                f"layerwise_scalings=True weighs every site by its number, and targets={self.targets!r} gives none",
+                next_step="give targets= the paths of the sites in full, in order; lorac.sites(model) has them",
+            )
+        return len(self.targets)
+
+    def reads_once(self) -> tuple[str, ...]:
+        return (f"base:{self.hidden}",)
+
+    def reads(self, site: Site) -> tuple[str, ...]:
+        if self.layerwise_scalings and site.path not in self.targets:
+            raise AdapterError(
+                f"layerwise_scalings=True weighs the sites by their places in targets=, where '{site.path}' is none",
+                next_step="give targets= the paths of the sites in full, in order; lorac.sites(model) has them",
+            )
+        return ("own:scalings",)
+
+    def once(self, p: Params, ctx: Context) -> Mapping[str, Tensor]:
+        z = ctx.value(f"base:{self.hidden}")
+        for j in range(self.depth):
+            if j and self.activation:
+                z = F.dropout(F.relu(z), self.dropout_p, ctx.training)
+            z = F.linear(z, getattr(p, f"classifier_{j}_weight"), getattr(p, f"classifier_{j}_bias"))
+        return {"scalings": self.scalings(z.unflatten(-1, (self._layers(), self.experts)))}
+
+    def scalings(self, logits: Tensor) -> Tensor:
+        """σ (…, experts) of what the classifier gives (…, experts)."""
+        found = torch.softmax(logits / self.softmax_temperature, dim=-1) if self.enable_softmax else logits
+        if self.top_k_lora is not None:
+            found = found * top_k(found, self.top_k_lora)
+        if not self.enable_softmax_topk:
+            return found
+        out = found == 0
+        return torch.softmax(found.masked_fill(out, -torch.inf), dim=-1).masked_fill(out, 0)
+
+    def branch(self, x: Tensor, y: Tensor, p: Params, ctx: Context) -> Tensor:
+        weights = ctx.value("own:scalings")[..., self._place(ctx.site.path), :]
+        ctx.emit("router", weights)
+        mixed = F.linear(x, p.lora_A).unflatten(-1, (self.experts, self.r)) * weights.unsqueeze(-1)
+        return y + self.expert_scale * F.linear(mixed.flatten(-2), p.lora_B)
+
+    def _place(self, path: str) -> int:
+        """Which of the classifier's layers a site is."""
+        return self.targets.index(path) if self.layerwise_scalings else 0
+
+    @staticmethod
+    def from_loras(
+        adapters: Sequence[Adapter],
+        *,
+        sites: Sequence[str] = (),
+        name: str = "x_lora",
+        seed: int = 0,
+        **fields: object,
+    ) -> Adapter:
+        """One mixed adapter of several LoRAs, in their order; the classifier starts fresh.
+
+        Each LoRA's scale is folded into its B, smaller ranks are padded with zeros (both exact), and a site that only
+        some of them adapt gets zeros for the others.
+
+        Args:
+            adapters: plain LoRAs.
+            sites: paths of the sites in the model's order, which numbers them; default: the adapters'.
+            name: the new adapter's name.
+            seed: of the classifier.
+            **fields: the variant's; ``hidden`` and ``hidden_size`` at least.
+
+        Raises:
+            AdapterError: no LoRA, or one that is more than its two factors on linear layers.
+            ShapeMismatch: two were made for different models.
+        """
+        if not adapters:
+            raise AdapterError("X-LoRA needs at least one LoRA", next_step="give adapters of lorac.LoRA")
+        sources = [factors_of(adapter, "X-LoRA") for adapter in adapters]
+        paths = dict.fromkeys(path for source in sources for path in source)
+        order = [*(path for path in sites if path in paths), *(path for path in paths if path not in sites)]
+        rank = max(a.shape[0] for source in sources for a, _ in source.values())
+        variant = XLoRA(targets=tuple(order), r=rank, experts=len(sources), **fields)  # type: ignore[arg-type]  # its own
+        generator = torch.Generator().manual_seed(seed)
+        tensors: dict[str, dict[str, Tensor]] = {}
+        shared: dict[str, Tensor] = {}
+        for path in order:
+            a, b = stacked(path, [source.get(path) for source in sources], rank, "X-LoRA")
+            site = Site(path, SiteKind.LINEAR, b.shape[0], a.shape[1], a.dtype, None)
+            for key, spec in variant.classifier().items() if not shared else ():
+                context = InitContext(spec.shape, site, _no_base, Params(), generator, name)
+                shared[key] = spec.init(context).to(a.dtype)
+            tensors[path] = {"lora_A": a, "lora_B": b}
+        tensors = {path: {**own, **shared} for path, own in tensors.items()}
+        return Adapter(name, variant, tensors, provenance={"experts": [adapter.name for adapter in adapters]})
+
+
+def _uniform(bound: float) -> Init:
+    def init(context: InitContext) -> Tensor:
+        return torch.empty(context.shape).uniform_(-bound, bound, generator=context.generator)
+
+    return init
+
+
+def _no_base() -> Tensor:
+    raise AssertionError("the classifier of X-LoRA starts without looking at the base")
