@@ -21,7 +21,7 @@ from tests.parity import assert_parity
 INCOMPLETE = "vit/compacter"
 """Of a bare model the library leaves out the rule that all hypercomplex layers share."""
 WHOLE = [folder for folder in FOLDERS if folder != INCOMPLETE]
-QUICK = ("bert/compacter", "bert/seq", "llama/inverted")
+QUICK = ("bert/seq", "llama/inverted")
 LIBRARY = os.environ.get("ADAPTERHUB_LIBRARY")
 
 
