@@ -98,6 +98,16 @@ def test_the_library_reads_what_is_written_and_answers_the_same(tmp_path):
         assert_parity(found, expected(name)[key], expected(name)["base"])
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_it_lives_on_in_an_artefact_which_needs_no_search(tmp_path):
+    name, key = split("bert/seq")
+    lorac.compile(model(name), {key: FILES / "bert" / "seq"}).save(tmp_path / "saved")
+    again = lorac.load(tmp_path / "saved")
+    assert again.adapters[key].variant == read("bert/seq").variant
+    assert_parity(main(again(**inputs(name))), expected(name)[key], expected(name)["base"])
+
+
 # ── What is refused ──────────────────────────────────────────────────────────────────────────────────────────────────
 @pytest.fixture
 def copied(tmp_path):
