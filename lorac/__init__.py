@@ -38,10 +38,12 @@ if TYPE_CHECKING:
     from lorac.variants.base import BranchVariant, WeightVariant
     from lorac.variants.bat import BAT
     from lorac.variants.boft import BOFT
+    from lorac.variants.bottleneck import Bottleneck
     from lorac.variants.chain import Chain
     from lorac.variants.cp_lora import CPLoRA
     from lorac.variants.dora import DoRA
     from lorac.variants.dylora import DyLoRA
+    from lorac.variants.flexmore import FlexMoRE
     from lorac.variants.flylora import FlyLoRA
     from lorac.variants.fourierft import FourierFT
     from lorac.variants.full import Full
@@ -116,6 +118,7 @@ __all__ = [  # noqa: RUF022  (in plain order: BAT and OFT are no constants)
     "BaseMismatch",
     "BaseNeeded",
     "BatchesNeeded",
+    "Bottleneck",
     "BranchVariant",
     "CPLoRA",
     "CaptureDiffers",
@@ -130,6 +133,7 @@ __all__ = [  # noqa: RUF022  (in plain order: BAT and OFT are no constants)
     "EagerOnly",
     "ExampleInputsNeeded",
     "FlyLoRA",
+    "FlexMoRE",
     "FormatError",
     "FormulaFailed",
     "FourierFT",

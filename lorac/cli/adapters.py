@@ -21,7 +21,7 @@ def _formats() -> list[str]:
 
 
 OptionalModel = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
-Format = Annotated[str, typer.Option("--format", "-f", help="peft or native.", autocompletion=_formats)]
+Format = Annotated[str, typer.Option("--format", "-f", help="peft, adapterhub or native.", autocompletion=_formats)]
 
 
 def register(app: typer.Typer) -> None:

@@ -74,6 +74,7 @@ class Compilation:
     def run(self, sources: Sequence[Named], asked: Asked) -> Compiled:
         """Everything from the adapters to a compiled model."""
         lasting = self.lasting
+        lasting.examples = asked.example_inputs
         lasting.hold(self.backend.held(lasting.sites, asked.options, asked.mode))
         for name, source in sources:
             lasting.register(lasting.load(source, name))

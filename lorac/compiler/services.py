@@ -55,6 +55,7 @@ class Lasting:
         sites: every site of the host, and the parameters that adapters replace.
         pool: the adapters, prepared.
         request: what the engine was built from, where it runs the host itself.
+        examples: inputs of the host as they were given, if they were.
     """
 
     def __init__(self, host: Host) -> None:
@@ -64,6 +65,7 @@ class Lasting:
         self.preparer = Preparer(self.sites, self.base)
         self.pool = Pool(self.prepare)
         self.request: BuildRequest[TargetOptions] | None = None
+        self.examples: object = None
 
     def hold(self, sites: dict[str, Site]) -> None:
         """Take the sites as an engine is to hold their weights; what is left of the host says so too."""
@@ -136,8 +138,9 @@ class Lasting:
         if isinstance(source, str | Path):
             return load_adapter(source, model, name)  # its format holds it against the model
         if isinstance(source, Variant):
-            sites = with_named(source, model, self.sites)
-            adapter = fresh_adapter(source, name or source.name, model, sites, self.base)
+            settled = source.for_model(model, self.examples)
+            sites = with_named(settled, model, self.sites)
+            adapter = fresh_adapter(settled, name or source.name, model, sites, self.base)
         else:
             adapter = dataclasses.replace(source, name=name or source.name)
         check_adapter(adapter, self.sites, model)

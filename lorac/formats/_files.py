@@ -30,6 +30,8 @@ LONGEST_NAME = 1000
 """Characters of a tensor's name, which patterns are matched against."""
 SEAL = "lorac_seal"
 """Metadata entry that holds the hash over a description and its tensors."""
+HUB_WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
+"""What AdapterHub calls the tensors in its folders, whose configuration has the name of PEFT's."""
 _ENTRY = {"dtype", "shape", "data_offsets"}
 
 

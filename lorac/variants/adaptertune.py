@@ -5,15 +5,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from lorac.errors import none_of
+from lorac.errors import ExampleInputsNeeded, none_of
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.sites import Site, SiteKind
+from lorac.ir.host.blocks import transformer_blocks
+from lorac.ir.host.patterns import names, outermost_blocks
+from lorac.ir.host.sites import Site, SiteKind, find_sites
 from lorac.variants import _inits
 from lorac.variants.base import BranchVariant, Context
 from lorac.variants.params import ParamSpec
@@ -26,7 +30,8 @@ class AdapterTune(BranchVariant):
     """``y' = y + alpha·(U·GELU(D·y + p) + q)``, y (…, d) a block's output, D (r, d), U (d, r); exact (erf) GELU.
 
     Attributes:
-        targets: blocks; the default is every one of the network's.
+        targets: blocks; the default is every transformer block of the network, found by structure: in a hierarchical
+            one those of all its stages, and in a network without attention its outermost blocks.
         r: width of the bottleneck.
         alpha: factor of the branch.
         every: of the targeted blocks only those whose index is a multiple of this; block 0 always is.
@@ -45,6 +50,19 @@ class AdapterTune(BranchVariant):
     )
     kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.BLOCK})
 
+    def for_model(self, model: nn.Module, inputs: object = None) -> AdapterTune:
+        if self.targets != "all-blocks":
+            return self
+        try:
+            blocks = transformer_blocks(model, inputs)
+        except ExampleInputsNeeded:
+            if _nested(model):  # which of the blocks inside one another are a transformer's, a run tells
+                raise
+            return self
+        chosen = [b for n, b in enumerate(blocks) if n % self.every == 0 and (not self.layers or n in self.layers)]
+        kept = tuple(path for path in chosen if not self.exclude or not names(self.exclude, path))
+        return dataclasses.replace(self, targets=kept, every=1, layers=()) if kept else self
+
     def adapts(self, site: Site) -> bool:
         return site.number % self.every == 0
 
@@ -62,3 +80,10 @@ class AdapterTune(BranchVariant):
     def branch(self, x: torch.Tensor, y: torch.Tensor, p: Params, ctx: Context) -> torch.Tensor:
         hidden = F.gelu(F.linear(y, p.down, p.down_bias))
         return y + self.alpha * F.linear(hidden, p.up, p.up_bias)
+
+
+def _nested(model: nn.Module) -> bool:
+    """Whether blocks of a model lie inside others."""
+    sites = find_sites(model)
+    blocks = {path for path, site in sites.items() if site.kind is SiteKind.BLOCK}
+    return blocks != outermost_blocks(sites)

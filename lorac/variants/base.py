@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
+from torch import nn
 
 from lorac.errors import SiteUnsupported
 from lorac.ir.algebra.reduction import Params
@@ -148,6 +149,15 @@ class Variant(ABC):
             if key is not None:
                 changed[target] = patterns[key]
         return dataclasses.replace(self, **changed) if changed else self
+
+    def for_model(self, model: nn.Module, inputs: object = None) -> Variant:
+        """This variant as a fresh adapter of a model has it; a method may settle here what the structure tells.
+
+        Args:
+            model: the model; only read.
+            inputs: example inputs as ``lorac.compile`` takes them, where they were given.
+        """
+        return self
 
     def adapts(self, site: Site) -> bool:
         """Whether a site that ``targets`` names gets an adapter; a method may skip some (every k-th block, say)."""

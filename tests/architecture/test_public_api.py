@@ -26,6 +26,7 @@ FUNCTIONS = {
 CLASSES = {
     "Active",
     "Adapter",
+    "Bottleneck",
     "BranchVariant",
     "Compiled",
     "ParamSpec",
@@ -46,6 +47,7 @@ METHODS = {
     "DoRA",
     "DyLoRA",
     "FlyLoRA",
+    "FlexMoRE",
     "FourierFT",
     "Full",
     "HRA",

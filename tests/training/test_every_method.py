@@ -14,7 +14,7 @@ from torch import nn
 import lorac
 from lorac.errors import ShapeMismatch, SiteUnsupported
 from lorac.ir.host.patterns import layer_index, names
-from lorac.ir.host.sites import Site, find_sites
+from lorac.ir.host.sites import Site, SiteKind, find_sites
 from lorac.testing import samples
 from lorac.variants.base import BranchVariant, Variant
 from lorac.variants.params import Role
@@ -28,6 +28,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "chain": {"parts": (lorac.LoRA(), lorac.DoRA())},
     "remix": {"experts": 3, "top_k": 3},
     "residual": {"method": lorac.LoRA()},
+    "flexmore": {"ranks": (2, 0)},
     "split": {"parts": {"first": lorac.LoRA()}, "among": ("first", "second")},
     "trainable_tokens": {"token_indices": (1, 3)},
     "x_lora": {"hidden": "model.norm", "hidden_size": 64, "experts": 3},
@@ -63,7 +64,8 @@ def place(variant: Variant, name: str) -> Variant | None:
     """The method on the sites of a host's first layer that it is defined on; None where there are none."""
     model = host(name)
     sites = {path: site for path, site in find_sites(model).items() if admits(variant, site)}
-    if variant.targets != Variant.targets:  # it says itself where it belongs
+    if variant.targets != Variant.targets:  # it says itself where it belongs: behind modules, where it takes any
+        sites = {p: s for p, s in sites.items() if SiteKind.BLOCK not in variant.kinds or s.kind is SiteKind.BLOCK}
         return variant if sites or any(variant.copies(path) for path, _ in model.named_modules()) else None
     chosen = [path for path in sites if names(TARGETS[name], path) and not layer_index(path, ())]
     return dataclasses.replace(variant, targets=tuple(chosen)) if chosen else None

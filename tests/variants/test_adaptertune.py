@@ -1,5 +1,6 @@
 """AdapterTune: the oracles of its paper, and a ViT and a Llama with it, in eager and in ONNX Runtime."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -7,10 +8,13 @@ import torch
 
 import lorac
 from lorac.ir.host.sites import Site, SiteKind
+from lorac.ir.slots.reads import replace_first
 from lorac.ir.slots.run import Ctx
 from tests.limits import assert_deviation, decimals
+from tests.oracles import adaptertune as oracle
 from tests.parity import assert_parity
 from tests.variants.away import away
+from tests.variants.vits import VITS, answer, vit
 from tests.zoo import ZOO
 
 BLOCK = Site("blocks.0", SiteKind.BLOCK, 2, 2, torch.float64, None)
@@ -120,3 +124,40 @@ def test_the_sum_of_a_mixture_is_against_the_blocks_own_output():
     base, one, two = model(x), compiled(x, adapters="a"), compiled(x, adapters="b")
     mixed = compiled(x, adapters={"a": 0.7, "b": 0.3})
     assert_parity(mixed, base + 0.7 * (one - base) + 0.3 * (two - base), base)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in {"timm-swin", "torchvision-vit"} else pytest.mark.slow) for n in VITS]
+)
+@torch.no_grad()
+def test_every_vision_transformer_has_it_behind_its_blocks(name):
+    """Against the paper's equation in float64, by hooks at the blocks."""
+    model, images = vit(name)
+    given = {"pixel_values": images} if name.startswith("transformers") else (images,)
+    compiled = lorac.compile(model, {"a": lorac.AdapterTune(r=2)}, example_inputs=given)
+    assert compiled.adapters["a"].sites == VITS[name][1]
+    base = answer(model(images))
+    assert torch.equal(answer(compiled(images)), base)
+    adapter = away(compiled.adapters["a"].variant, model, given, "a", share=0.3)
+    compiled = lorac.compile(model, {"a": adapter}, example_inputs=given)
+    wide = copy.deepcopy(model).double()
+    for path, at in adapter.tensors.items():
+        p = SimpleNamespace(**{key: t.double().numpy() for key, t in at.items()})
+
+        def behind(module, args, output, p=p):
+            return replace_first(output, lambda h: torch.from_numpy(oracle.branch(None, h.numpy(), p, adapter.variant)))
+
+        wide.get_submodule(path).register_forward_hook(behind)
+    expected = answer(wide(images.double()))
+    assert_parity(answer(compiled(images)), expected.float(), base)
+    emitted = lorac.compile(model, {"a": adapter}, target="onnxruntime", example_inputs=given)
+    own = answer(emitted(images, adapters=None))
+    assert_parity(answer(emitted(images)), expected.float(), base, own_base=own)
+
+
+def test_every_other_block_is_counted_through_all_stages():
+    model, images = vit("timm-swin")
+    compiled = lorac.compile(model, {"a": lorac.AdapterTune(r=2, every=3)}, example_inputs=(images,))
+    assert compiled.adapters["a"].sites == ("layers.0.blocks.0", "layers.1.blocks.1")
+    with pytest.raises(lorac.ExampleInputsNeeded):  # stages hold blocks: which are meant, a run tells
+        lorac.compile(model, {"a": lorac.AdapterTune(r=2)})

@@ -16,7 +16,7 @@ from torch import nn
 from lorac.adapters.base_hash import tensor_hash
 from lorac.adapters.fit import check_present, check_site, in_order, no_site
 from lorac.errors import BaseNeeded, CorruptFile
-from lorac.formats._files import check_seal, read_json, read_pickle, read_safetensors
+from lorac.formats._files import HUB_WEIGHTS, check_seal, read_json, read_pickle, read_safetensors
 from lorac.formats._format import Format
 from lorac.formats._layout import LAYOUT, describe
 from lorac.formats.peft import matrices
@@ -38,7 +38,9 @@ def _folder(path: Path) -> Path:
 
 
 def _recognises(path: Path) -> bool:
-    return (_folder(path) / CONFIG).is_file()
+    folder = _folder(path)
+    others = any((folder / name).is_file() for name in HUB_WEIGHTS)
+    return (folder / CONFIG).is_file() and ((folder / WEIGHTS).is_file() or not others)
 
 
 def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:

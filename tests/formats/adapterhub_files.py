@@ -1,0 +1,36 @@
+"""Tiny models, adapters that AdapterHub's library wrote for them, and its answers (``make_adapterhub.py``)."""
+
+import functools
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import load_file
+
+FILES = Path(__file__).parent / "adapterhub"
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "bert": "BertForMaskedLM",
+    "gpt2": "GPT2LMHeadModel",
+    "t5": "T5ForConditionalGeneration",
+    "vit": "ViTModel",
+}
+FOLDERS = sorted(f"{path.parent.parent.name}/{path.parent.name}" for path in FILES.glob("*/*/adapter_config.json"))
+
+
+@functools.cache
+def model(name):
+    return getattr(transformers, CLASSES[name]).from_pretrained(FILES / name, dtype=torch.float32).eval()
+
+
+@functools.cache
+def expected(name):
+    return load_file(FILES / name / "expected.safetensors")
+
+
+def inputs(name):
+    return {key.removeprefix("input."): value for key, value in expected(name).items() if key.startswith("input.")}
+
+
+def main(output):
+    return output.logits if "logits" in output else output.last_hidden_state

@@ -1,0 +1,214 @@
+"""AdapterHub's folders: what its library wrote is read and answers what the library answered; and what is refused."""
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import lorac
+from lorac.testing.checks import assert_close
+from tests.formats.adapterhub_files import FILES, FOLDERS, expected, inputs, main, model
+from tests.parity import assert_parity
+
+INCOMPLETE = "vit/compacter"
+"""Of a bare model the library leaves out the rule that all hypercomplex layers share."""
+WHOLE = [folder for folder in FOLDERS if folder != INCOMPLETE]
+QUICK = ("bert/seq", "llama/inverted")
+LIBRARY = os.environ.get("ADAPTERHUB_LIBRARY")
+
+
+def split(folder):
+    return folder.split("/")
+
+
+@functools.cache
+def read(folder):
+    return lorac.load_adapter(FILES / folder, model(split(folder)[0]))
+
+
+@functools.cache
+def compiled(name, target):
+    held = {split(folder)[1]: read(folder) for folder in WHOLE if split(folder)[0] == name}
+    return lorac.compile(model(name), held, target=target, active=None)
+
+
+@pytest.mark.parametrize("folder", WHOLE)
+@torch.no_grad()
+def test_what_the_library_wrote_answers_what_it_answered(folder):
+    name, key = split(folder)
+    assert_parity(
+        main(compiled(name, "eager")(**inputs(name), adapters=key)), expected(name)[key], expected(name)["base"]
+    )
+
+
+def on_onnxruntime(folder):
+    name, key = split(folder)
+    emitted = lorac.compile(model(name), {key: read(folder)}, target="onnxruntime")  # two rows of seven are traced
+    off = main(emitted(**inputs(name), adapters=None))
+    assert_parity(main(emitted(**inputs(name))), expected(name)[key], expected(name)["base"], own_base=off)
+
+
+@pytest.mark.parametrize("folder", [pytest.param(f, marks=() if f in QUICK else pytest.mark.slow) for f in WHOLE])
+@torch.no_grad()
+def test_so_it_does_on_onnx_runtime_at_another_batch_and_length(folder):
+    on_onnxruntime(folder)
+
+
+@pytest.mark.parametrize("folder", WHOLE)
+def test_what_is_written_has_the_same_keys_and_fields_and_is_read_again(folder, tmp_path):
+    name, key = split(folder)
+    lorac.save_adapter(read(folder), tmp_path / key, format="adapterhub", model=model(name))
+    again = lorac.load_adapter(tmp_path / key, model(name))
+    assert again.variant == read(folder).variant and again.sites == read(folder).sites
+    for path, tensors in read(folder).tensors.items():
+        assert all(torch.equal(again.tensors[path][leaf], tensor) for leaf, tensor in tensors.items())
+    file = FILES / folder / "adapter.safetensors"
+    theirs = load_file(file) if file.exists() else torch.load(FILES / folder / "pytorch_adapter.bin")
+    ours = load_file(tmp_path / key / "adapter.safetensors")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    told, wrote = (json.loads((f / "adapter_config.json").read_text()) for f in (FILES / folder, tmp_path / key))
+    ignored = {"model_name", "config"} | ({"model_class"} if name == "vit" else set())
+    assert {k: v for k, v in told.items() if k not in ignored} == {k: v for k, v in wrote.items() if k not in ignored}
+    assert told["config"] == wrote["config"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(LIBRARY is None, reason="ADAPTERHUB_LIBRARY names no folder with AdapterHub's library in it")
+def test_the_library_reads_what_is_written_and_answers_the_same(tmp_path):
+    for folder in WHOLE:
+        name, _ = split(folder)
+        (tmp_path / name).mkdir(exist_ok=True)
+        lorac.save_adapter(read(folder), tmp_path / folder, format="adapterhub", model=model(name))
+    script = Path(__file__).parent / "make_adapterhub.py"
+    folders = [str(tmp_path / folder) for folder in WHOLE]
+    command, environment = [sys.executable, script, "read", *folders], {**os.environ, "PYTHONPATH": str(LIBRARY)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for folder in WHOLE:
+        name, key = split(folder)
+        found = load_file(tmp_path / folder / "answer.safetensors")["answer"]
+        assert_parity(found, expected(name)[key], expected(name)["base"])
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_it_lives_on_in_an_artefact_which_needs_no_search(tmp_path):
+    name, key = split("bert/seq")
+    lorac.compile(model(name), {key: FILES / "bert" / "seq"}).save(tmp_path / "saved")
+    again = lorac.load(tmp_path / "saved")
+    assert again.adapters[key].variant == read("bert/seq").variant
+    assert_parity(main(again(**inputs(name))), expected(name)[key], expected(name)["base"])
+
+
+# ── What is refused ──────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.fixture
+def copied(tmp_path):
+    """A copy of a folder, to be spoiled."""
+    return Path(shutil.copytree(FILES / "bert" / "houlsby", tmp_path / "houlsby"))
+
+
+def changed(folder, **fields):
+    """Its configuration, with fields of it, or around it, set anew."""
+    file = folder / "adapter_config.json"
+    raw = json.loads(file.read_text())
+    for name, value in fields.items():
+        (raw if name in raw else raw["config"])[name] = value
+    file.write_text(json.dumps(raw))
+
+
+def refused(folder, error, match, name="bert"):
+    with pytest.raises(error, match=match):
+        lorac.load_adapter(folder, model(name))
+
+
+def test_without_its_model_a_file_means_nothing():
+    with pytest.raises(lorac.BaseNeeded, match="blocks by number"):
+        lorac.load_adapter(FILES / "bert" / "houlsby")
+
+
+def test_what_the_library_left_out_is_told():
+    refused(FILES / INCOMPLETE, lorac.CorruptFile, "phm_rule.*\n.*bare model", "vit")
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "match"),
+    [
+        ({"new_field": 1}, lorac.UnknownField, "new_field"),
+        ({"architecture": "lora"}, lorac.UnsupportedField, "lora"),
+        ({"inv_adapter": "glow"}, lorac.UnsupportedField, "glow"),
+        ({"non_linearity": "gulu"}, lorac.UnknownOption, "gelu"),
+        ({"reduction_factor": -4}, lorac.UnsupportedField, "reduction_factor"),
+        ({"reduction_factor": 8}, lorac.ShapeMismatch, "down"),
+        ({"ln_before": "yes"}, lorac.UnsupportedField, "ln_before"),
+        ({"ln_before": True}, lorac.CorruptFile, "lacks 'down'"),
+        ({"mh_adapter": False}, lorac.UnusedTensors, "attention.output"),
+        ({"leave_out": [1]}, lorac.UnusedTensors, "layer.1"),
+        ({"cross_adapter": 3}, lorac.UnsupportedField, "cross_adapter"),
+        ({"model_type": "gpt_neo"}, lorac.UnsupportedField, "gpt_neo"),
+        ({"name": "other"}, lorac.UnusedTensors, "houlsby"),
+    ],
+)
+def test_a_configuration_that_means_something_else(copied, fields, error, match):
+    changed(copied, **fields)
+    refused(copied, error, match)
+
+
+def test_a_file_of_fewer_tensors_and_one_of_more(copied):
+    file = copied / "adapter.safetensors"
+    tensors = load_file(file)
+    first = next(iter(tensors))
+    save_file({key: tensor for key, tensor in tensors.items() if key != first}, file)
+    refused(copied, lorac.CorruptFile, "lacks")
+    save_file({**tensors, "bert.pooler.weight": torch.zeros(3)}, file)
+    refused(copied, lorac.UnusedTensors, "pooler")
+
+
+def test_a_head_beside_it_is_told_of_and_an_interface_refused(copied):
+    (copied / "model_head.safetensors").write_bytes(b"")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        lorac.load_adapter(copied, model("bert"))
+    assert any("prediction head" in str(warning.message) for warning in told)
+    (copied / "adapter_interface.json").write_text("{}")
+    refused(copied, lorac.UnsupportedField, "adapter_interface")
+
+
+def test_files_of_the_first_versions(copied):
+    """Other keys, an activation by its old name, an invertible adapter that is named and not there."""
+    file = copied / "adapter.safetensors"
+    old = {
+        key.replace("attention.output.adapters", "attention.output.attention_text_task_adapters").replace(
+            ".output.adapters", ".output.layer_text_task_adapters"
+        ): tensor
+        for key, tensor in load_file(file).items()
+    }
+    save_file(old, file)
+    changed(copied, non_linearity="gelu_orig", invertible_adapter={"block_type": "nice", "reduction_factor": 2})
+    raw = json.loads((copied / "adapter_config.json").read_text())
+    del raw["version"]
+    (copied / "adapter_config.json").write_text(json.dumps({**raw, "type": "text_task"}))
+    found = lorac.load_adapter(copied, model("bert"))
+    assert found.variant.non_linearity == "gelu" and found.variant.inv_adapter is None
+    for path, tensors in read("bert/houlsby").tensors.items():
+        assert_close(found.tensors[path]["down"], tensors["down"])
+
+
+def test_what_it_cannot_hold_is_not_written(tmp_path):
+    host = model("bert")
+    lora = lorac.compile(host, {"a": lorac.LoRA(r=2, targets=["query"])}).adapters["a"]
+    places = ["layer.0.attention.output.LayerNorm", "layer.1.output.LayerNorm"]
+    one = lorac.compile(host, {"a": lorac.Bottleneck(targets=places)}).adapters["a"]
+    for adapter, match in ((lora, "method 'lora'"), (one, "sits, or reads, elsewhere")):
+        with pytest.raises(lorac.UnsupportedField, match=match):
+            lorac.save_adapter(adapter, tmp_path / "x", format="adapterhub", model=host)
+    with pytest.raises(lorac.BaseNeeded):
+        lorac.save_adapter(read("bert/houlsby"), tmp_path / "x", format="adapterhub")
+    assert not (tmp_path / "x").exists()

@@ -1,0 +1,40 @@
+"""FlexMoRE in NumPy, from arXiv 2602.08818: every expert merged, each token sent to the k of the largest shares."""
+
+import numpy as np
+
+
+def silu(z):
+    return z / (1 + np.exp(-z))
+
+
+def shares(logits, k, normalise):
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p = p / p.sum(-1, keepdims=True)
+    order = np.argsort(-p, axis=-1, kind="stable")[..., :k]
+    kept = np.zeros_like(p)
+    np.put_along_axis(kept, order, np.take_along_axis(p, order, -1), -1)
+    return kept / kept.sum(-1, keepdims=True) if normalise else kept
+
+
+def expert(x, g, u, d):
+    return (silu(x @ g.T) * (x @ u.T)) @ d.T
+
+
+def matrices(base, p, number, rank):
+    names = [f"{part}_{number}" for part in ("gate", "up", "down")]
+    if not rank:
+        return [getattr(p, name) for name in names]
+    return [w + getattr(p, f"{n}_B") @ getattr(p, f"{n}_A") for w, n in zip(base, names, strict=True)]
+
+
+def mlp(x, base, p, variant):
+    """y' of x (…, d); ``base`` the model's own G, U and D."""
+    weights = shares(x @ p.router.T, variant.top_k, variant.normalise)
+    experts = [list(base), *(matrices(base, p, n, rank) for n, rank in enumerate(variant.ranks, 1))]
+    return sum(weights[..., e : e + 1] * expert(x, *parts) for e, parts in enumerate(experts))
+
+
+def erank(values):
+    """Effective rank: ⌈exp(H(σ/Σσ))⌉."""
+    share = np.asarray(values) / np.sum(values)
+    return int(np.ceil(np.exp(-(share * np.log(share)).sum()) - 1e-12))
