@@ -228,12 +228,16 @@ def __getattr__(name: str) -> Any:
 
 
 def _method(name: str) -> Any:
-    """The variant class of that name, or None; private names, which Python itself asks for, load nothing."""
+    """The variant class of that name, or None; private names, which Python itself asks for, load nothing.
+
+    A class of the user's own that is called as one of lorac's does not take its place.
+    """
     if name.startswith("_"):
         return None
     from lorac.variants import variants
 
-    return next((variant for variant in variants().values() if variant.__name__ == name), None)
+    found = [variant for variant in variants().values() if variant.__name__ == name]
+    return next((variant for variant in found if variant.__module__.startswith("lorac.")), found[0] if found else None)
 
 
 def __dir__() -> list[str]:

@@ -1,5 +1,6 @@
 """The public interface: a change here is a change for everyone, so it is written down."""
 
+import dataclasses
 import inspect
 import subprocess
 import sys
@@ -104,6 +105,22 @@ def test_every_error_is_in_the_tree():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'LoRa'"):
         _ = lorac.LoRa
+
+
+def test_a_class_of_the_users_own_does_not_take_the_place_of_one_of_lorac():
+    own = dataclasses.dataclass(frozen=True, kw_only=True)(
+        type(
+            "XLoRA",
+            (lorac.BranchVariant,),
+            {
+                "name": "a-first-of-all",
+                "params": lambda self, site: {},
+                "branch": lambda self, x, y, p, ctx: y,
+            },
+        )
+    )
+    assert lorac.XLoRA is not own
+    assert lorac.XLoRA.__module__ == "lorac.variants.x_lora"
 
 
 def test_listing_stays_callable_once_the_package_is_imported():
