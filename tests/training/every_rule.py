@@ -15,10 +15,10 @@ import lorac
 from lorac import training
 from lorac.training import Turns
 from tests.training.loops import trained
-from tests.training.routed import Ranks
 from tests.training.rules import drawn
 
 TARGETS = ("first", "second")
+FLYLORA = lorac.FlyLoRA(r=6, top_k=2, targets=TARGETS)
 ROWS = 8
 
 
@@ -131,7 +131,7 @@ RULES = {
     "squeeze": Ruled(
         {"a": LORA}, adamw, lambda c, o: training.Squeeze(c, o, stages=((4, 2), (2, 3), (1, 9))), alone=True
     ),
-    "balanced": Ruled({"a": Ranks(targets=TARGETS)}, adamw, lambda c, o: training.Balanced(c, o, rate=0.05)),
+    "balanced": Ruled({"a": FLYLORA}, adamw, lambda c, o: training.Balanced(c, o, rate=0.05)),
     "galore_adamw": Ruled({"a": lorac.Full(targets=TARGETS, bias="all")}, _galore(training.GaLoreAdamW), None),
     "galore_sgd": Ruled({"a": lorac.Full(targets=TARGETS)}, _galore(training.GaLoreSGD, momentum=0.9), None),
 }

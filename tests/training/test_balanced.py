@@ -12,17 +12,18 @@ from lorac.testing.checks import assert_close
 from lorac.training import Balanced
 from tests.training.every_rule import Host, batch
 from tests.training.loops import trained
-from tests.training.routed import Ranks
 from tests.training.rules import drawn, linear, tensor
 
 
 def compiled_with(**host: Any) -> tuple[Any, Any]:
-    compiled: Any = lorac.compile(Host(**host), {"a": Ranks(targets=("first", "second"))}, example_inputs=batch(0))
+    compiled: Any = lorac.compile(
+        Host(**host), {"a": lorac.FlyLoRA(r=6, top_k=2, targets=("first", "second"))}, example_inputs=batch(0)
+    )
     return compiled.train(), torch.optim.SGD(trained(compiled), lr=0.1)
 
 
 def test_values_by_hand() -> None:
-    compiled: Any = lorac.compile(linear(4, 3), {"a": Ranks(r=4, k=2, targets=("site",))})
+    compiled: Any = lorac.compile(linear(4, 3), {"a": lorac.FlyLoRA(r=4, top_k=2, targets=("site",))})
     optimizer = torch.optim.SGD(trained(compiled.train()), lr=0.1)
     own = compiled.adapters["a"].tensors["site"]
     own["lora_A"].copy_(torch.eye(4))
@@ -53,7 +54,7 @@ def test_a_step_counts_its_calls_that_train_once(checkpointing: bool) -> None:
 
 
 def test_loads_come_to_be_even() -> None:
-    compiled: Any = lorac.compile(linear(6, 5), {"a": Ranks(r=6, k=2, targets=("site",))}, aux=("chosen",))
+    compiled: Any = lorac.compile(linear(6, 5), {"a": lorac.FlyLoRA(r=6, top_k=2, targets=("site",))}, aux=("chosen",))
     optimizer = torch.optim.SGD(trained(compiled.train()), lr=0.0)
     x = drawn(256, 6, seed=1) + tensor([1.0, 0.5, 0, 0, 0, 0])
 

@@ -15,7 +15,6 @@ import lorac
 from lorac.testing.checks import assert_close
 from lorac.training import draw_ordered, gate_loss, leave_one_out, ordered_log_prob, tried_loss
 from tests.limits import decimals
-from tests.training.routed import Draws
 from tests.training.rules import drawn, tensor
 
 Q = (0.5, 0.3, 0.2)
@@ -144,7 +143,9 @@ def test_gates_learn_whose_a_token_is() -> None:
 
 
 def drawing(**options: Any) -> Any:
-    compiled = lorac.compile(Text(), {"d": Draws(targets=["up"])}, **{"aux": ("log_prob",), **options})
+    compiled = lorac.compile(
+        Text(), {"d": lorac.ReMix(r=2, experts=4, top_k=2, targets=["up"])}, **{"aux": ("log_prob",), **options}
+    )
     return compiled.train()  # type: ignore[attr-defined]  # in eager it is a module
 
 
@@ -154,10 +155,10 @@ def test_a_router_learns_from_the_loss_alone() -> None:
     own = compiled.adapters["d"].tensors["up"]
     x = drawn(16, 4, 6, seed=1)
     with torch.no_grad():
-        own["lora_A"].copy_(torch.ones(4, 2, 6).double() / 12)
+        own["lora_A"].copy_(torch.ones(8, 6).double() / 12)
         x = x + (6 - x.sum(-1, keepdim=True)) / 6  # so that A·x is one half, of every row
         goal = compiled.host.down((compiled.host.up(x) + 1).tanh()).detach()
-        own["lora_B"].copy_(tensor([1, -1, 1, -1])[:, None, None] * torch.ones(4, 5, 2).double() / 2)
+        own["lora_B"].copy_(tensor([1, 1, -1, -1, 1, 1, -1, -1]).expand(5, 8))
     torch.manual_seed(0)
     optimizer = torch.optim.SGD([own["router"]], lr=0.1)
     for _ in range(40):
