@@ -79,6 +79,8 @@ class Rule(ABC):
     """Names of the tensors that the optimizer must hold."""
     listens: ClassVar[tuple[str, ...]] = ()
     """Names of the extra outputs that branches of its methods give and the rule asks for (``hear``)."""
+    begun: ClassVar[bool] = True
+    """Whether it applies to adapters whose method has what a start took out of the base around it, too."""
     before_gradients: bool = False
     """Whether the rule reads the gradients before the step, where a closure has not computed them yet."""
     saved: ClassVar[str] = ""
@@ -87,7 +89,7 @@ class Rule(ABC):
     @abstractmethod
     def __init__(self, compiled: Any, optimizer: Any) -> None:
         self.compiled, self.optimizer = within_ddp(compiled), _unwrapped(optimizer)
-        self.terms = terms_of(compiled, self.methods)
+        self.terms = terms_of(compiled, self.methods, begun=self.begun)
         _require_held(self.optimizer, self.terms, self.governed)
         self._handles: list[Removable] = []
 
@@ -179,8 +181,8 @@ def within_ddp(compiled: Any) -> Any:
     return inner if hasattr(inner, "engine") and not hasattr(compiled, "engine") else compiled
 
 
-def terms_of(compiled: Any, methods: tuple[type[Variant], ...]) -> list[TrainedTerm]:
-    """The terms of a compiled model whose adapters are of these methods.
+def terms_of(compiled: Any, methods: tuple[type[Variant], ...], *, begun: bool = True) -> list[TrainedTerm]:
+    """The terms of a compiled model whose adapters are of these methods, or with ``begun`` have one of them inside.
 
     Raises:
         Unavailable: it does not train.
@@ -194,9 +196,9 @@ def terms_of(compiled: Any, methods: tuple[type[Variant], ...]) -> list[TrainedT
     compiled.refuse_baked()
     adapters: Iterable[Adapter] = compiled.adapters.values()
     found = [
-        TrainedTerm(adapter.name, path, tensors, adapter.variant.at_path(path))
+        TrainedTerm(adapter.name, path, tensors, adapter.variant.at_path(path).trained)
         for adapter in adapters
-        if isinstance(adapter.variant, methods)
+        if isinstance(adapter.variant.trained if begun else adapter.variant, methods)
         for path, tensors in adapter.tensors.items()
     ]
     if not found:

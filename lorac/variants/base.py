@@ -107,6 +107,11 @@ class Variant(ABC):
         check_fields(self)
 
     @property
+    def trained(self) -> Variant:
+        """The method whose tensors are trained: of one that stands around another, the inner one."""
+        return self
+
+    @property
     def settings(self) -> Mapping[str, Any]:
         """Every hyper-parameter by name."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

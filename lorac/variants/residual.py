@@ -48,6 +48,10 @@ class Residual(WeightVariant):
         return cls(method=method, r=r, rank_pattern=rank_pattern, **common)
 
     @property
+    def trained(self) -> Variant:
+        return self.method
+
+    @property
     def dropout(self) -> float:
         """The method's own rate; it acts on the whole change, so that at the start it does nothing."""
         return float(getattr(self.method, "dropout", 0.0))

@@ -45,6 +45,7 @@ class ALLoRA(Rule):
     """
 
     methods: ClassVar[tuple[type[Variant], ...]] = (LoRA,)
+    begun: ClassVar[bool] = False
     governed: ClassVar[tuple[str, ...]] = FACTORS
 
     def __init__(self, compiled: Any, optimizer: Any, *, eta2: float = 4.0) -> None:

@@ -66,6 +66,7 @@ class Squeeze(Rule):
     """
 
     methods: ClassVar[tuple[type[Variant], ...]] = (LoRA,)
+    begun: ClassVar[bool] = False
     governed: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
     saved: ClassVar[str] = "squeeze"
 
@@ -106,7 +107,7 @@ class Squeeze(Rule):
             self.compiled.remove_adapter(name)
             self.compiled.add_adapter(adapter, name)
         self.compiled.swap(active)
-        self.terms = terms_of(self.compiled, self.methods)
+        self.terms = terms_of(self.compiled, self.methods, begun=self.begun)
         new = {(term.adapter, term.site, key): t for term in self.terms for key, t in term.tensors.items()}
         for index, tensor in old.items():
             taken = new[places[index]].requires_grad_(tensor.requires_grad)
