@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from lorac.variants.oft import OFT
     from lorac.variants.params import ParamSpec, Role
     from lorac.variants.plp import PLP
+    from lorac.variants.qst import QST
     from lorac.variants.randlora import RandLoRA
     from lorac.variants.residual import Residual
     from lorac.variants.shira import SHiRA
@@ -154,6 +155,7 @@ __all__ = [  # noqa: RUF022  (in plain order: BAT and OFT are no constants)
     "ParamSpec",
     "PatternTooSlow",
     "Prefixes",
+    "QST",
     "RandLoRA",
     "Reserve",
     "Residual",

@@ -83,7 +83,7 @@ def check_base(name: str, recorded: str, model: nn.Module, paths: Iterable[str])
     """
     label, paths = _told(name, recorded), tuple(paths)
     sites = find_sites(model)
-    if any(sites[path].packed for path in paths):
+    if any(path in sites and sites[path].packed for path in paths):
         return
     own = _label({weight.dtype for _, weight in _weights(model, paths)})
     if label == own:
@@ -117,11 +117,11 @@ def _told(name: str, recorded: str) -> str:
 
 
 def _weights(model: nn.Module, paths: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and value of every weight of the sites, by name; of a block, all its parameters."""
+    """Name and value of every weight of the sites, by name; of a block, or another module, all its parameters."""
     model = with_plain_weights(model)
     sites = find_sites(model)
     for path in sorted(set(paths)):
-        weight = sites[path].weight
+        weight = sites[path].weight if path in sites else None
         if weight is not None:
             yield weight, model.get_parameter(weight).detach()
             continue

@@ -51,6 +51,7 @@ METHODS = {
     "MiSS",
     "OFT",
     "PLP",
+    "QST",
     "RandLoRA",
     "Residual",
     "SHiRA",

@@ -58,6 +58,7 @@ ROWS = {
         ]
     ],
     "quantised": [["float32", "float32, A/A", "int8", "int4, symmetric", "int4, asymmetric"]],
+    "side": [["lora", "lora again", "qst adapter", "qst avg"]],
     "starts": [["olora"] * 2 + ["eva"] * 2],
     "swap": [
         [

@@ -26,6 +26,7 @@ HOSTS = (("tiny_llama", "tiny_bert"), ("plain_conv",))
 """Of each group a method trains on the first host that has a place for it. BERT has layers that 3 divides."""
 GIVEN: dict[str, dict[str, Any]] = {
     "chain": {"parts": (lorac.LoRA(), lorac.DoRA())},
+    "qst": {"blocks": ("model.layers.0", "model.layers.1"), "heads": 2, "intermediate": 128, "r": 4},
     "residual": {"method": lorac.LoRA()},
     "split": {"parts": {"first": lorac.LoRA()}, "among": ("first", "second")},
     "trainable_tokens": {"token_indices": (1, 3)},
