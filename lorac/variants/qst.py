@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,7 +17,8 @@ from torch import nn
 
 from lorac.errors import AdapterError, SiteNotFound, none_of
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.patterns import outermost_blocks
+from lorac.ir.host.modules import callable_paths
+from lorac.ir.host.patterns import names, outermost_blocks
 from lorac.ir.host.sites import Site, SiteKind, find_sites
 from lorac.variants import _inits
 from lorac.variants.base import BranchVariant, Context
@@ -200,13 +202,14 @@ class QST(BranchVariant):
         """
         sites, targets = find_sites(model), fields.pop("targets", None)
         chains = _chains(outermost_blocks(sites), sites)
-        norm = _last_norm(model, chains) if targets is None else targets if isinstance(targets, str) else targets[0]
+        norm = _last_norm(model, chains) if targets is None else _named(model, targets)
         around = norm.rpartition(".")[0]
         beside = [chain for holder, chain in chains.items() if holder.rpartition(".")[0] == around]
         if len(beside) != 1 and "blocks" not in fields:
             raise SiteNotFound(f"qst: beside '{norm}' are {len(beside)} lists of blocks, not one", next_step=_NAMED)
         blocks = tuple(fields.pop("blocks", None) or beside[0])
-        return QST(targets=(norm,), blocks=blocks, **{**_sizes(model, blocks[0], sites, fields), **fields})
+        # Of a list, names are the ends of paths, and blocks may have norms of the same name.
+        return QST(targets=re.escape(norm), blocks=blocks, **{**_sizes(model, blocks[0], sites, fields), **fields})
 
 
 # ── Parts ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -270,6 +273,14 @@ def _last_norm(model: nn.Module, chains: Mapping[str, list[str]]) -> str:
     return chosen[0]
 
 
+def _named(model: nn.Module, targets: str | tuple[str, ...] | list[str]) -> str:
+    """The path of the one module that is named."""
+    found = [path for path in callable_paths(model) if names(targets, path)]
+    if len(found) != 1:
+        raise SiteNotFound(f"qst: targets={targets!r} names {len(found)} modules, not the last norm", next_step=_NAMED)
+    return found[0]
+
+
 def _norms_beside(model: nn.Module, holder: str) -> Iterator[str]:
     """Paths of the modules beside another whose one parameter, or first of two, is a scale."""
     parent = holder.rpartition(".")[0]
@@ -286,6 +297,12 @@ def _sizes(model: Any, block: str, sites: Mapping[str, Site], fields: Mapping[st
     heads = fields.get("heads") or getattr(config, "num_attention_heads", None)
     if heads is None:
         raise AdapterError("qst: nothing tells how many heads the model's attention has", next_step="give heads=")
-    inside = [site.in_features for path, site in sites.items() if path.startswith(f"{block}.")]
+    layers = model.get_submodule(block).named_modules(prefix=block)
+    # A layer whose weight is in codes may be no site.
+    inside = [
+        (sites.get(path, layer)).in_features
+        for path, layer in layers
+        if isinstance(layer, nn.Linear) or (path in sites and path != block)
+    ]
     groups = None if "heads" in fields else getattr(config, "num_key_value_heads", None)
     return {"heads": heads, "kv_heads": groups, "intermediate": max(inside, default=0)}

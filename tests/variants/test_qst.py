@@ -252,13 +252,16 @@ def test_what_training_keeps_of_the_models_width_is_what_the_downsamplers_read()
 def test_a_models_parts_are_found_by_structure() -> None:
     found = {kind: lorac.QST.of(model(kind), r=4) for kind in ("Llama", "OPT")}
     assert found["Llama"] == lorac.QST(
-        targets=("model.norm",), blocks=("model.layers.0", "model.layers.1"), heads=4, kv_heads=2, intermediate=48, r=4
+        targets=r"model\.norm", blocks=("model.layers.0", "model.layers.1"), heads=4, kv_heads=2, intermediate=48, r=4
     )
-    assert found["OPT"].targets == ("model.decoder.final_layer_norm",)
+    assert found["OPT"].targets == r"model\.decoder\.final_layer_norm"
     assert found["OPT"].kv_heads is None
     sequence = nn.Sequential(*(nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8)) for _ in range(2)))
     plain = nn.ModuleDict({"blocks": sequence, "norm": nn.LayerNorm(8)})
     assert lorac.QST.of(plain, heads=2, r=2).blocks == ("blocks.0", "blocks.1")
+    assert lorac.QST.of(model(), targets=["model.norm"], r=4) == found["Llama"]
+    with pytest.raises(lorac.SiteNotFound, match="names 4 modules"):
+        lorac.QST.of(model(), targets=["input_layernorm", "post_attention_layernorm"])
     with pytest.raises(lorac.AdapterError, match="how many heads"):
         lorac.QST.of(plain)
     bert = transformers.BertConfig(**SIZES)

@@ -110,7 +110,7 @@ def _into_if(graph: ir.Graph, strength: ir.Value, add: ir.Node) -> ir.Node:
 
 
 # ── What branches share ──────────────────────────────────────────────────────────────────────────────────────────────
-_PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "Attention", "MatMulNBits", "Einsum", "FusedMatMul"})
+_PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "Attention", "MatMulNBits", "MatMulBnb4", "Einsum", "FusedMatMul"})
 """Ops that make it worth while to leave out what has one."""
 
 
