@@ -76,6 +76,7 @@ class QST(BranchVariant):
     name: ClassVar[str] = "qst"
     paper: ClassVar[str] = "Quantized Side Tuning, arXiv 2401.07159"
     kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.BLOCK})
+    mixes_tokens: ClassVar[bool] = True
 
     # ── What it is made of ───────────────────────────────────────────────────────────────────────────────────────────
     def reads(self, site: Site) -> tuple[str, ...]:

@@ -279,6 +279,19 @@ def test_what_cannot_be_is_refused() -> None:
             lorac.compile(model(), {"a": away()}, mode=mode)
 
 
+# ── Text that grows ──────────────────────────────────────────────────────────────────────────────────────────────────
+@torch.no_grad()
+def test_eager_generates_by_the_whole_text_and_programs_with_a_cache_say_what_is_missing() -> None:
+    compiled, asked = lorac.compile(model(), {"a": away()}), {"do_sample": False, "eos_token_id": None}
+    row = IDS[:1, :4]
+    told = compiled.generate(row, max_new_tokens=5, output_logits=True, return_dict_in_generate=True, **asked)
+    for n, logits in enumerate(told.logits):
+        whole = compiled(input_ids=told.sequences[:, : 4 + n], use_cache=False).logits[:, -1]
+        assert_close(logits, whole)
+    with pytest.raises(lorac.Unavailable, match=r"qst at 'model\.norm' attends to earlier tokens by itself"):
+        lorac.compile(model(), {"a": away()}, target="onnxruntime", cache=True)
+
+
 @torch.no_grad()
 def test_files(tmp_path: Any) -> None:
     compiled = lorac.compile(model(), {"a": away()})
