@@ -32,7 +32,8 @@ def tabulate(graph: Graph, positions: fx.Node) -> int | None:
     stored = _stored(graph)
     closed = _closed(graph, positions, stored)
     exits = [node for node in closed if _leaves(node, closed)]
-    limits = [_own_table(node, positions, stored) for node in closed if _looks_up(node)]
+    found = (_own_table(node, positions, stored) for node in closed if _looks_up(node))
+    limits = [limit for limit in found if limit is not None]
     count = min([*limits, graph.longest or DEFAULT]) if exits else None  # of a model that says nothing: enough for most
     tables = {node: _evaluated(node, positions, stored, count or 0) for node in exits}
     for node, table in tables.items():
@@ -87,12 +88,18 @@ def _looks_up(node: fx.Node) -> bool:
     return node.target is aten.embedding.default or (node.target is aten.index.Tensor and len(operands[1]) == 1)
 
 
-def _own_table(node: fx.Node, positions: fx.Node, stored: Mapping[fx.Node, torch.Tensor]) -> int:
-    """How many positions a table of the model's own has, where a node looks them up; an offset may be added before."""
+def _own_table(node: fx.Node, positions: fx.Node, stored: Mapping[fx.Node, torch.Tensor]) -> int | None:
+    """How many positions a table of the model's own has, where a node looks them up; an offset may be added before.
+
+    Returns:
+        None where rows are looked up that do not count on with positions, such as the one of a kind of token.
+    """
     operands: Any = node.args
     size = int(operands[0].meta["val"].shape[0])
     asked = operands[1] if node.target is aten.embedding.default else operands[1][0]
     places = _evaluated(asked, positions, stored, size)
+    if size > 1 and bool((places == places.flatten()[0]).all()):
+        return None
     return int(((places >= 0) & (places < size)).cumprod(-1).sum())
 
 

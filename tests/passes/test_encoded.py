@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import lorac
 from lorac.errors import Unavailable
 from lorac.ir.capture.export import capture
 from lorac.ir.capture.parting import part, refuse_unfit
@@ -70,6 +71,31 @@ def test_each_half_has_what_it_calls():
     assert "model.decoder.layers.0.encoder_attn.q_proj" in decoder.sites
     assert not encoder.sites.keys() & {"model.decoder.layers.0.encoder_attn.q_proj"}
     assert not list(decoder.find(attending.ATTENTION)) + list(encoder.find(attending.ATTENTION))
+
+
+def _bert():
+    """A decoder that cuts its positions from a list, by which it looks up the kinds of its tokens too."""
+    from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel
+
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 48, "max_position_embeddings": 64}
+    decoder = BertConfig(**sizes, is_decoder=True, add_cross_attention=True)
+    torch.manual_seed(0)
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(**sizes), decoder)
+    return EncoderDecoderModel(config).eval()
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_positions_cut_from_a_list():
+    model = _bert()
+    ids = TEXT[:, :5].contiguous()  # torch guards against the size that a view was cut from
+    example = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids.clone()}
+    model.generation_config.update(decoder_start_token_id=1, pad_token_id=0, eos_token_id=2)
+    compiled = lorac.compile(model, target="onnxruntime", cache=True, example_inputs=example)
+    assert compiled.engine.keeps("main").limit == 64
+    told = {**batches("bart")[1], "max_new_tokens": 8, "num_beams": 2}
+    assert torch.equal(compiled.generate(**told), model.generate(**told))
 
 
 class _Mixing(nn.Module):

@@ -131,6 +131,7 @@ def test_rows_choose_and_extra_outputs_are_joined() -> None:
     assert [torch.isnan(given["router"][i]).all().item() for i in range(3)] == [True, True, False]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_artefacts_keep_modules_and_what_is_computed_once(tmp_path) -> None:
     for target, compiled in {"eager": lorac.compile(llama(), adapters()), "onnxruntime": emitted()}.items():

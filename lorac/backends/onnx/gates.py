@@ -10,14 +10,15 @@ can its zeros turn into NaN. A ``Where`` computes it and drops the result, for t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from lorac.ir.engine import Gate
 from lorac.ir.graph.graph import SlotInput
-from lorac.ir.slots.roles import is_strength
+from lorac.ir.slots.roles import is_strength, slot_name
 
 
 def gate_by_if(model: ir.Model, slots: Mapping[str, SlotInput]) -> None:
@@ -27,7 +28,13 @@ def gate_by_if(model: ir.Model, slots: Mapping[str, SlotInput]) -> None:
         model: as emitted; its slot inputs bear their public names.
         slots: the slot inputs by public name.
     """
-    gates = [_into_if(model.graph, strength, add) for strength, add in _ends(model, slots)]
+    ends = _ends(model, slots)
+    calls = Counter(strength for strength, _ in ends)
+    gates = []
+    for strength, add in ends:
+        # What several calls of one site emit is that of the last: it stays outside, for none of them is that alone.
+        emitted = _emitted(model.graph, slots[str(strength.name)]) if calls[strength] == 1 else []
+        gates.append(_into_if(model.graph, strength, add, emitted))
     _share(model.graph, gates)
 
 
@@ -61,6 +68,12 @@ def _ends(model: ir.Model, slots: Mapping[str, SlotInput]) -> list[tuple[ir.Valu
     ]
 
 
+def _emitted(graph: ir.Graph, strength: SlotInput) -> list[ir.Value]:
+    """The extra outputs that a branch gives, by the slot of its strength."""
+    branch = slot_name(strength.site, strength.role.rpartition(".")[0])
+    return [value for value in graph.outputs if str(value.name).partition(":")[2] == branch]
+
+
 def _sums(scaled: ir.Value) -> Iterator[ir.Node]:
     """What reads a branch's scaled change, in whatever dtype."""
     for node in scaled.consumers():
@@ -87,26 +100,41 @@ def _behind_where(graph: ir.Graph, strength: ir.Value, add: ir.Node) -> None:
     select.replace_input_with(1, old)
 
 
-def _into_if(graph: ir.Graph, strength: ir.Value, add: ir.Node) -> ir.Node:
+def _into_if(graph: ir.Graph, strength: ir.Value, add: ir.Node, emitted: Sequence[ir.Value]) -> ir.Node:
+    """Move a branch, and what it alone computes of its extra outputs, into an ``If``, which is returned."""
     passed = _passed(strength, add)
-    cone = _cone(add, passed)
-    old = add.outputs[0]
+    cone = _cone(add, passed, emitted)
+    old, extra = add.outputs[0], [value for value in emitted if value.producer() in cone]
     taken = [node for node in graph if node in cone]
     switch = ir.val(f"{old.name}_on", dtype=ir.DataType.BOOL, shape=ir.Shape([1]))
     cast = ir.Node("", "Cast", [strength], {"to": ir.AttrInt64("to", ir.DataType.BOOL)}, outputs=[switch])
     graph.insert_before(add, cast)
     result = ir.val(f"{old.name}_gated", type=old.type, shape=old.shape)
-    gate = ir.Node("", "If", [switch], outputs=[result])
+    results = [result, *(_unshaped(value) for value in extra)]
+    gate = ir.Node("", "If", [switch], outputs=results)
     gate.metadata_props.update(add.metadata_props)
     graph.insert_before(add, gate)
     old.replace_all_uses_with(result, replace_graph_outputs=True)
+    given = dict(zip(extra, results[1:], strict=True))  # the branch itself goes on to read what it emits
+    graph.outputs[:] = [given.get(value, value) for value in graph.outputs]
     for node in taken:
         graph.remove(node)
     kept = ir.val(f"{old.name}_off", type=old.type, shape=old.shape)
-    idle = ir.Node("", "Identity", [passed], outputs=[kept])
-    for name, output, nodes in (("then_branch", old, taken), ("else_branch", kept, [idle])):
-        gate.attributes[name] = ir.AttrGraph(name, ir.Graph([], [output], nodes=nodes, name=f"{old.name}_{name}"))
+    idle = [[ir.Node("", "Identity", [passed], outputs=[kept])], *map(_empty, extra)]
+    _fill(gate, f"{old.name}", [old, *extra], taken, idle)
     return gate
+
+
+def _fill(
+    gate: ir.Node, name: str, on: Sequence[ir.Value], nodes: Sequence[ir.Node], idle: Sequence[Sequence[ir.Node]]
+) -> None:
+    """Give a gate its two graphs: ``nodes``, which compute ``on``; and for each of these those that stand for it."""
+    off = [several[-1].outputs[0] for several in idle]
+    for branch, outputs, body in (
+        ("then_branch", list(on), list(nodes)),
+        ("else_branch", off, [node for several in idle for node in several]),
+    ):
+        gate.attributes[branch] = ir.AttrGraph(branch, ir.Graph([], outputs, nodes=body, name=f"{name}_{branch}"))
 
 
 # ── What branches share ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -154,8 +182,7 @@ def _into_one_if(
         made.append(ir.Node("", "Or", [on, other]))
         on = made[-1].outputs[0]
         on.type, on.shape = ir.TensorType(ir.DataType.BOOL), ir.Shape([1])
-    # Of no shape that ONNX Runtime could plan memory by: what is idle has another.
-    results = [ir.val(f"{value.name}_shared", type=value.type, shape=_unknown(value)) for value in needed]
+    results = [_unshaped(value) for value in needed]
     gate = ir.Node("", "If", [on], outputs=results)
     casts = [cast for value in switches if (cast := value.producer()) is not None]
     for cast in casts:
@@ -165,13 +192,12 @@ def _into_one_if(
         value.replace_all_uses_with(result)
     for node in shared:
         graph.remove(node)
-    idle = [_empty(value) for value in needed]
-    nodes = [node for pair in idle for node in pair]
-    for name, outputs, body in (
-        ("then_branch", list(needed), list(shared)),
-        ("else_branch", [pair[-1].outputs[0] for pair in idle], nodes),
-    ):
-        gate.attributes[name] = ir.AttrGraph(name, ir.Graph([], outputs, nodes=body, name=f"shared_{name}"))
+    _fill(gate, "shared", needed, shared, [_empty(value) for value in needed])
+
+
+def _unshaped(value: ir.Value) -> ir.Value:
+    """What a gate gives of a value: of no shape to plan memory by, for what is idle has another."""
+    return ir.val(f"{value.name}_gated", type=value.type, shape=_unknown(value))
 
 
 def _empty(value: ir.Value) -> list[ir.Node]:
@@ -193,22 +219,29 @@ def _unknown(value: ir.Value) -> ir.Shape:
 
 
 # ── What one branch needs ────────────────────────────────────────────────────────────────────────────────────────────
-def _cone(add: ir.Node, passed: ir.Value) -> set[ir.Node]:
-    """The nodes that nothing but ``add`` needs, those behind ``passed`` excepted."""
+def _cone(add: ir.Node, passed: ir.Value, emitted: Sequence[ir.Value]) -> set[ir.Node]:
+    """The nodes that nothing but ``add`` and extra outputs need, those behind ``passed`` excepted.
+
+    An extra output that others read, or compute, stays outside with what it needs.
+    """
     spared = set(_ancestors(passed))
-    cone, todo = {add}, [add]
+    roots = {node for value in emitted if (node := value.producer()) is not None and node not in spared}
+    cone = {add, *roots}
+    todo = [*cone]
     while todo:
         made = {value.producer() for value in todo.pop().inputs if value is not None}
         found = [n for n in made if n is not None and n not in cone and n not in spared and _only_for(n, cone)]
         cone.update(found)
         todo.extend(found)
-    return cone
+    known = set(emitted)
+    outside = {root for root in roots if not _only_for(root, cone, known)}
+    return cone if not outside else _cone(add, passed, [value for value in emitted if value.producer() not in outside])
 
 
-def _only_for(node: ir.Node, cone: set[ir.Node]) -> bool:
-    """Whether nothing outside the cone reads what a node computes."""
+def _only_for(node: ir.Node, cone: set[ir.Node], emitted: Collection[ir.Value] = ()) -> bool:
+    """Whether nothing outside the cone reads what a node computes, but for extra outputs."""
     users = {user for output in node.outputs for user in output.consumers()}
-    return users <= cone and not any(output.is_graph_output() for output in node.outputs)
+    return users <= cone and not any(output.is_graph_output() and output not in emitted for output in node.outputs)
 
 
 def _ancestors(value: ir.Value) -> Iterator[ir.Node]:

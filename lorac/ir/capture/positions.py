@@ -1,8 +1,8 @@
 """Positions that a decoder counts by itself, from 0 on and for all rows alike, become the op of ``lorac.ir.graph``.
 
-A decoder that is not told positions makes them with ``arange``. A text that comes in parts needs its own for each row.
-So whatever is computed of the numbers alone gets the axis of the rows that it lacks. Numbers of which a bias of
-attention is made stay: that is a matter of distances (``lorac.passes.cache``).
+A decoder that is not told positions makes them with ``arange``, or cuts them from a list that it holds. A text that
+comes in parts needs its own for each row. So whatever is computed of the numbers alone gets the axis of the rows that
+it lacks. Numbers of which a bias of attention is made stay: that is a matter of distances (``lorac.passes.relative``).
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def count_by_row(program: ExportedProgram) -> None:
     named = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     ids = named[text_of(named)]
     length, biased = str(ids.meta["val"].shape[1]), _of_biases(program.graph)
-    for node in [node for node in program.graph.nodes if counts(node, length) and node not in biased]:
+    numbers = [n for n in program.graph.nodes if counts(n, length) or _cuts(program, n, length)]
+    for node in [node for node in numbers if node not in biased]:
         by_row = insert_call(program, node, attending.POSITIONS, ids)
         _carry_on(program, node, by_row)
 
@@ -49,6 +50,19 @@ def counts(node: fx.Node, length: str) -> bool:
         return False
     begin, step = (node.args[0], (*node.args, 1)[_STEPPED]) if len(node.args) >= _STEPPED else (0, 1)
     return (begin, step) == (0, 1) and not node.meta["val"].is_floating_point()
+
+
+def _cuts(program: ExportedProgram, node: fx.Node, length: str) -> bool:
+    """Whether a node is the same, cut from a list that the program holds, with an axis for all rows or without."""
+    if node.target is not aten.slice.Tensor or str(node.meta["val"].shape[-1]) != length:
+        return False
+    operands: Any = node.args
+    held, axis, begin = (*operands, 0, 0)[:3]
+    named = {getattr(spec.arg, "name", ""): str(spec.target) for spec in program.graph_signature.input_specs}
+    stored = {**program.state_dict, **program.constants}.get(named.get(held.name, ""))
+    if stored is None or stored.is_floating_point() or stored.numel() != stored.shape[-1] or begin != 0:
+        return False
+    return axis % stored.dim() == stored.dim() - 1 and bool((stored.flatten() == torch.arange(stored.numel())).all())
 
 
 _STEPPED = 2
@@ -90,9 +104,13 @@ def _alike(shape: Any, node: fx.Node) -> bool:
 def _replaced(program: ExportedProgram, user: fx.Node, pair: tuple[fx.Node, fx.Node]) -> None:
     """A node's value of one operand by rows: either it has them already, or whatever reads it is told."""
     node, by_row = pair
-    operands = fx.map_arg(user.args, lambda operand: by_row if operand is node else operand)
+    operands: Any = fx.map_arg(user.args, lambda operand: by_row if operand is node else operand)
     try:
-        made = insert_call(program, user, user.target, *operands, **user.kwargs)
+        if user.target is aten.gather.default and operands[0].meta["val"].shape[0] == 1 and operands[1] == 1:
+            listed = insert_call(program, user, aten.select.int, operands[0], 0, 0)
+            made = insert_call(program, user, aten.index.Tensor, listed, [by_row])
+        else:
+            made = insert_call(program, user, user.target, *operands, **user.kwargs)
     except Exception as error:
         raise _unfit(user) from error
     old, new = user.meta["val"].shape, made.meta["val"].shape
