@@ -108,13 +108,16 @@ def test_it_is_the_oracles(form: str, ids: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    "forms", [("adapter",), pytest.param(tuple(FORMS), marks=pytest.mark.slow)], ids=["one form", "all forms"]
+    "forms", [(), pytest.param(tuple(FORMS), marks=pytest.mark.slow)], ids=["one form", "all forms"]
 )
 @torch.no_grad()
 def test_onnx_runtime_is_the_oracles_at_another_batch_and_length(forms: tuple[str, ...]) -> None:
-    for form, ids in itertools.product(forms, (IDS, OTHER)):
+    for form, ids in itertools.product((*forms, "masked"), (IDS, OTHER)):
         compiled, told = emitted(*forms), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        expected, off = by_hand(away(form), input_ids=ids), compiled(**told, adapters=None).logits
+        expected, off = (
+            by_hand(masked() if form == "masked" else away(form), input_ids=ids),
+            compiled(**told, adapters=None).logits,
+        )
         found = compiled(**told, adapters=form).logits
         assert_parity(found, expected.float(), model()(input_ids=ids).logits, own_base=off)
 
@@ -128,18 +131,16 @@ def test_padding_is_seen_by_no_token_where_the_mask_is_named() -> None:
     eager = lorac.compile(host, {"m": exact(masked())})
     expected, base = by_hand(masked(), **told)[real], host(**told).logits[real]
     assert_parity(eager(**told).logits[real], expected, base)
-    off = emitted("adapter")(**told, adapters=None).logits[real]
-    assert_parity(
-        emitted("adapter")(**told, adapters="masked").logits[real], expected.float(), base.float(), own_base=off
-    )
+    off = emitted()(**told, adapters=None).logits[real]
+    assert_parity(emitted()(**told, adapters="masked").logits[real], expected.float(), base.float(), own_base=off)
     with pytest.raises(lorac.SiteUnreached, match="attention_mask"):
         eager(input_ids=IDS)
 
 
 @torch.no_grad()
 def test_another_side_network_is_swapped_in_without_a_rebuild_and_starts_as_the_base() -> None:
-    compiled, told = emitted("adapter"), {"input_ids": OTHER, "attention_mask": torch.ones_like(OTHER)}
-    fresh = lorac.compile(model(), {"fresh": method()}).adapters["fresh"]
+    compiled, told = emitted(), {"input_ids": OTHER, "attention_mask": torch.ones_like(OTHER)}
+    fresh = lorac.compile(model(), {"fresh": method(mask="attention_mask")}).adapters["fresh"]
     sessions = compiled.engine
     compiled.add_adapter(fresh)
     assert compiled.engine is sessions
