@@ -249,6 +249,16 @@ def test_what_training_keeps_of_the_models_width_is_what_the_downsamplers_read()
     assert pooled.count(32) == blend
 
 
+def test_no_gradient_goes_through_what_the_side_network_reads() -> None:
+    tensors = {key: torch.zeros_like(t) if key == "alpha" else t for key, t in away().tensors["model.norm"].items()}
+    side = lorac.Adapter("side", away().variant, {"model.norm": tensors})
+    lora = lorac.LoRA(r=2, targets=["down_proj"])
+    compiled = lorac.compile(model(), {"side": side, "lora": lora}).train()
+    compiled(input_ids=IDS, adapters={"side": 1.0, "lora": 1.0}).logits.square().mean().backward()
+    grads = [t.grad.abs().max() for t in compiled.adapters["lora"].parameters() if t.grad is not None]
+    assert max(grads) < 1e-6 * max(t.grad.abs().max() for t in compiled.adapters["side"].parameters())
+
+
 # ── A model's, files, refusals ───────────────────────────────────────────────────────────────────────────────────────
 def test_a_models_parts_are_found_by_structure() -> None:
     found = {kind: lorac.QST.of(model(kind), r=4) for kind in ("Llama", "OPT")}
