@@ -255,8 +255,8 @@ def test_no_gradient_goes_through_what_the_side_network_reads() -> None:
     lora = lorac.LoRA(r=2, targets=["down_proj"])
     compiled = lorac.compile(model(), {"side": side, "lora": lora}).train()
     compiled(input_ids=IDS, adapters={"side": 1.0, "lora": 1.0}).logits.square().mean().backward()
-    grads = [t.grad.abs().max() for t in compiled.adapters["lora"].parameters() if t.grad is not None]
-    assert max(grads) < 1e-6 * max(t.grad.abs().max() for t in compiled.adapters["side"].parameters())
+    assert not any(bool(t.grad.any()) for t in compiled.adapters["lora"].parameters() if t.grad is not None)
+    assert all(t.grad is not None for t in compiled.adapters["side"].parameters())
 
 
 # ── A model's, files, refusals ───────────────────────────────────────────────────────────────────────────────────────
