@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from lorac.variants.oft import OFT
     from lorac.variants.params import ParamSpec, Role
     from lorac.variants.plp import PLP
+    from lorac.variants.qst import QST
     from lorac.variants.randlora import RandLoRA
     from lorac.variants.remix import ReMix
     from lorac.variants.residual import Residual
@@ -165,6 +166,7 @@ __all__ = [  # noqa: RUF022  (in plain order: BAT and OFT are no constants)
     "ParamSpec",
     "PatternTooSlow",
     "Prefixes",
+    "QST",
     "RandLoRA",
     "ReMix",
     "Reserve",

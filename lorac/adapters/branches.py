@@ -57,7 +57,7 @@ def _slot(
 ) -> BranchSlot:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     key = f"{variant.name}{structure_of(variant)}{sorted(shapes.items())}{once}"
-    return BranchSlot(key, Formula(function, variant.name, path), shapes, once=once)
+    return BranchSlot(key, Formula(function, variant.name, path), shapes, once=once, mixes=variant.mixes_tokens)
 
 
 def _given(tensors: Mapping[str, Tensor], site: Site, *, detach: bool) -> tuple[Tensor, ...]:

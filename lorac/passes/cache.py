@@ -45,7 +45,8 @@ class Cache(Pass):
         """As the class says.
 
         Raises:
-            Unavailable: the model picks the tokens for its logits otherwise than by an index.
+            Unavailable: the model picks the tokens for its logits otherwise than by an index, or a branch attends by
+                itself.
         """
         found = list(graph.find(attending.ATTENTION))
         layers = [node for node in found if node.args[_CAUSAL]]
@@ -54,6 +55,7 @@ class Cache(Pass):
                 _lower(graph, node)
         if not layers:
             return Outcome(bool(found))
+        _refuse_mixing(graph)
         ids = text_in(graph)
         nodes = _add_inputs(graph, layers, ids)
         distances = Distances(graph, str(ids.meta["val"].shape[1]), nodes[past_names(0)[0]])
@@ -69,6 +71,19 @@ class Cache(Pass):
         add_outputs(graph.exported, presents)
         graph.extra_outputs.extend(presents)
         return Outcome(True)
+
+
+def _refuse_mixing(graph: Graph) -> None:
+    """Refuse branches that give a token something of those before it, of which there would be no cache."""
+    for path, plan in graph.plans.items():
+        mixing = next((branch for branch in plan.branches if branch.mixes), None)
+        if mixing is not None:
+            raise Unavailable(
+                f"{mixing.formula.method} at '{path}' attends to earlier tokens by itself, and the program's cache has "
+                "no place for its keys and values",
+                next_step="compile with target='eager', which generates without a cache while such an adapter is on, "
+                "or with cache=False, to run the program on whole texts",
+            )
 
 
 def text_in(graph: Graph) -> fx.Node:

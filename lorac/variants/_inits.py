@@ -26,6 +26,15 @@ def xavier_uniform(context: InitContext) -> torch.Tensor:
     return torch.empty(context.shape).uniform_(-bound, bound, generator=context.generator)
 
 
+def uniform(bound: float) -> Init:
+    """U(−bound, bound)."""
+
+    def make(context: InitContext) -> torch.Tensor:
+        return torch.empty(context.shape).uniform_(-bound, bound, generator=context.generator)
+
+    return make
+
+
 def normal(std: float) -> Init:
     """N(0, std²)."""
 

@@ -219,6 +219,9 @@ class BranchVariant(Variant):
 
     emits: ClassVar[tuple[str, ...]] = ()
     """Names of the extra outputs the formula gives through ``ctx.emit``, each once."""
+    mixes_tokens: ClassVar[bool] = False
+    """Whether what a token gets depends on those before it, as by attention: no cache holds what the formula made of
+    these, so text is generated without one."""
 
     def reads(self, site: Site) -> tuple[str, ...]:
         """Names of the program values that the formula at a site asks for through ``ctx.value``.

@@ -23,7 +23,7 @@ from lorac.variants._routed import Routed
 from lorac.variants._routing import top_k
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Context
-from lorac.variants.params import Init, InitContext, ParamSpec, Role
+from lorac.variants.params import InitContext, ParamSpec, Role
 
 Tensor = torch.Tensor
 
@@ -93,7 +93,7 @@ class XLoRA(Routed):
         found = {}
         for j, (inside, out) in enumerate(itertools.pairwise(widths)):
             found[f"classifier_{j}_weight"] = ParamSpec((out, inside), _inits.kaiming_uniform, shared=True)
-            found[f"classifier_{j}_bias"] = ParamSpec((out,), _uniform(inside**-0.5), shared=True)
+            found[f"classifier_{j}_bias"] = ParamSpec((out,), _inits.uniform(inside**-0.5), shared=True)
         return found
 
     @property
@@ -197,13 +197,6 @@ class XLoRA(Routed):
             tensors[path] = {"lora_A": a, "lora_B": b}
         tensors = {path: {**own, **shared} for path, own in tensors.items()}
         return Adapter(name, variant, tensors, provenance={"experts": [adapter.name for adapter in adapters]})
-
-
-def _uniform(bound: float) -> Init:
-    def init(context: InitContext) -> Tensor:
-        return torch.empty(context.shape).uniform_(-bound, bound, generator=context.generator)
-
-    return init
 
 
 def _no_base() -> Tensor:

@@ -32,6 +32,14 @@ def test_only_adapted_weights_count() -> None:
         assert (base_hash(changed, PATHS) != base) is counts, name
 
 
+def test_of_a_module_that_is_no_layer_its_parameters_count() -> None:
+    changed = ZOO["tiny_llama"].fresh()
+    base = base_hash(changed, ["model.norm"])
+    with torch.no_grad():
+        changed.model.norm.weight[0] += 1e-3
+    assert base_hash(changed, ["model.norm"]) != base
+
+
 def test_it_is_the_same_in_another_process() -> None:
     code = (
         "import torch; from lorac.adapters.base_hash import base_hash; m = torch.nn.Sequential(torch.nn.Linear(3, 4));"

@@ -67,6 +67,7 @@ METHODS = {
     "MiSS",
     "OFT",
     "PLP",
+    "QST",
     "RandLoRA",
     "ReMix",
     "Residual",

@@ -72,6 +72,7 @@ ROWS = {
         ["base / base", "A/A / base", "FlyLoRA, all ranks / base", "FlyLoRA / base", "the gate alone"],
     ],
     "quantised": [["float32", "float32, A/A", "int8", "int4, symmetric", "int4, asymmetric"]],
+    "side": [["lora", "lora again", "qst adapter", "qst avg"]],
     "starts": [["olora"] * 2 + ["eva"] * 2],
     "swap": [
         [

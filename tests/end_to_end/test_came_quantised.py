@@ -5,6 +5,7 @@ Neither library is installed where these run, so what they make is stood in for 
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_map
 import lorac
 from lorac.backends.onnx.files import read
 from lorac.errors import CaptureFailed, LoracWarning, NotMergeable
-from lorac.ir.host.packed import Codes
+from lorac.ir.host.packed import TABLES, Codes
 from lorac.testing.checks import assert_close
 
 
@@ -157,6 +158,129 @@ def test_codes_of_another_kind_are_dequantised_with_a_warning(
     assert len(products(compiled)) == (0 if weights is None else 2)
     if weights is None:
         assert_close(compiled(X), own(X))
+
+
+LEVELS = Tensor(TABLES["nf4"])
+
+
+class InTable(nn.Linear):
+    """As bitsandbytes' in 4 bits, with all that its state holds."""
+
+    def __init__(self, layer: nn.Linear, block: int = 64, compressed: bool = True) -> None:
+        super().__init__(layer.in_features, layer.out_features)
+        self.bias = layer.bias
+        blocks = layer.weight.detach().reshape(-1, block)
+        scale = blocks.abs().amax(1)
+        # Statistics in 8 bits: steps of 1/127 around their mean.
+        offset, step = scale.mean(), (scale - scale.mean()).abs().max() / 127
+        steps = ((scale - offset) / step).round()
+        scale = steps * step + offset if compressed else scale
+        places = (blocks / scale[:, None]).unsqueeze(-1).sub(LEVELS).abs().argmin(-1)
+        self.whole = (LEVELS[places] * scale[:, None]).view_as(layer.weight)
+        pairs = places.view(-1, 2).to(torch.uint8)
+        self.weight = Params((pairs[:, :1] << 4 | pairs[:, 1:]), requires_grad=False)
+        state = {"quant_type": "nf4", "blocksize": block, "shape": layer.weight.shape, "code": LEVELS}
+        held = {"absmax": steps if compressed else scale, "state2": step, "offset": offset, "nested": compressed}
+        self.weight.quant_state = SimpleNamespace(**state, **held)  # type: ignore[attr-defined]  # as theirs has it
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.whole, self.bias)
+
+
+InTable.__name__ = "Linear4bit"
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands for bitsandbytes' functions."""
+    own = SimpleNamespace(
+        dequantize_blockwise=lambda steps, state: steps * state, dequantize_4bit=lambda data, state: state.whole
+    )
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", own)
+
+
+def in_table(compressed: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    layers = {"first": nn.Linear(128, 192), "act": nn.Tanh(), "second": nn.Linear(192, 128, bias=False)}
+    made = nn.Sequential()
+    for name, layer in layers.items():
+        made.add_module(name, InTable(layer, compressed=compressed) if isinstance(layer, nn.Linear) else layer)
+    made.add_module("norm", nn.LayerNorm(128))
+    return made.eval().requires_grad_(False)
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("compressed", [True, False])
+@torch.no_grad()
+def test_codes_of_a_table_are_the_products_own(
+    compressed: bool, tmp_path: Any, recwarn: pytest.WarningsRecorder
+) -> None:
+    own, x = in_table(compressed), torch.randn(5, 128)
+    adapters = {"a": lorac.LoRA(r=2, targets=["first", "second"])}
+    compiled = lorac.compile(own, adapters, target="onnxruntime", example_inputs=(x,), active=None)
+    assert not [w for w in recwarn if issubclass(w.category, LoracWarning)]
+    found, _ = read(compiled.engine.files, "main")
+    kinds = [node.op_type for node in found.graph.node]
+    assert kinds.count("MatMulBnb4") == 2
+    again = torch.randn(3, 128)
+    for rows in (x, again):
+        assert_close(compiled(rows), own(rows))
+    assert "weights: 2 held as nf4, in blocks of 64" in str(compiled.explain())
+    compiled.save(tmp_path)
+    assert_close(lorac.load(tmp_path)(again), own(again))
+
+
+@pytest.mark.usefixtures("library")
+def test_a_side_network_of_a_model_in_4_bits_starts_as_it_and_runs_over_its_codes() -> None:
+    own = nn.ModuleDict({"blocks": nn.Sequential(in_table(), in_table()), "norm": nn.LayerNorm(128)})
+    host = Chained(own["blocks"], own["norm"])
+    x, other = torch.randn(2, 5, 128), torch.randn(3, 5, 128)
+    told = {"example_inputs": (x,)}
+    compiled = lorac.compile(host, {"side": lorac.QST.of(host, heads=2, r=8)}, **told)
+    assert torch.equal(compiled(x), host(x))
+    optimizer = torch.optim.AdamW([p for p in compiled.parameters() if p.requires_grad], lr=3e-2, weight_decay=0.1)
+    goal, losses = torch.randn(2, 5, 128), []
+    for _ in range(6):
+        optimizer.zero_grad()
+        losses.append((compiled(x) - goal).square().mean())
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    with torch.no_grad():
+        emitted = lorac.compile(host, {"side": compiled.adapters["side"]}, target="onnxruntime", **told)
+        found, _ = read(emitted.engine.files, "main")
+        assert [node.op_type for node in found.graph.node].count("MatMulBnb4") == 4
+        assert_close(emitted(other), compiled(other))
+        assert not torch.equal(emitted(other), emitted(other, adapters=None))
+
+
+class Chained(nn.Module):
+    """Blocks, and a norm behind them."""
+
+    def __init__(self, blocks: nn.Module, norm: nn.Module) -> None:
+        super().__init__()
+        self.blocks, self.norm = blocks, norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.blocks(x))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes, which is not required"
+)
+@torch.no_grad()
+def test_bitsandbytes_own_layer() -> None:
+    import bitsandbytes
+
+    plain = nn.Linear(128, 192)
+    layer = bitsandbytes.nn.Linear4bit(128, 192, quant_type="nf4", compute_dtype=torch.float32)
+    layer.load_state_dict(plain.state_dict())
+    own, x = nn.Sequential(layer.to("cpu"), nn.Tanh()), torch.randn(5, 128)
+    expected = own(x)
+    compiled = lorac.compile(own, {}, target="onnxruntime", example_inputs=(x,))
+    found, _ = read(compiled.engine.files, "main")
+    assert [node.op_type for node in found.graph.node].count("MatMulBnb4") == 1
+    assert_close(compiled(x), expected)
 
 
 def test_what_a_call_has_repacked_is_refused() -> None:

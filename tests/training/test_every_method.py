@@ -27,6 +27,7 @@ HOSTS = (("tiny_llama", "tiny_bert"), ("plain_conv",))
 GIVEN: dict[str, dict[str, Any]] = {
     "chain": {"parts": (lorac.LoRA(), lorac.DoRA())},
     "remix": {"experts": 3, "top_k": 3},
+    "qst": {"blocks": ("model.layers.0", "model.layers.1"), "heads": 2, "intermediate": 128, "r": 4},
     "residual": {"method": lorac.LoRA()},
     "flexmore": {"ranks": (2, 0)},
     "split": {"parts": {"first": lorac.LoRA()}, "among": ("first", "second")},

@@ -138,7 +138,7 @@ def _fill(
 
 
 # ── What branches share ──────────────────────────────────────────────────────────────────────────────────────────────
-_PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "Attention", "MatMulNBits", "Einsum", "FusedMatMul"})
+_PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "Attention", "MatMulNBits", "MatMulBnb4", "Einsum", "FusedMatMul"})
 """Ops that make it worth while to leave out what has one."""
 
 

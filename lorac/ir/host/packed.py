@@ -24,23 +24,34 @@ _IN_8_BITS, _IN_4_BITS = "Linear8bitLt", "Linear4bit"
 """Layers of bitsandbytes."""
 _LARGEST = 127
 """What the largest value of a row is held as, in 8 bits of bitsandbytes."""
+NF4 = "nf4"
+_NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+TABLES = {NF4: _NF4}
+"""By name, what the numbers of 4 bits stand for where they are no numbers: the quantiles of a normal distribution,
+"QLoRA: Efficient Finetuning of Quantized LLMs", Dettmers et al. 2023, arXiv 2305.14314."""
 
 
 @dataclass(frozen=True, eq=False)
 class Codes:
-    """A matrix (out, in) as (whole − zero)·scale, by groups of neighbours in a row.
+    """A matrix (out, in) as (whole − zero)·scale, or level[whole]·scale, by groups of neighbours in a row.
 
     Attributes:
         bits: 4 or 8; the numbers are from −2^(bits − 1) to 2^(bits − 1) − 1.
         whole: (out, in), int8.
         scale: (out, groups).
         zero: (out, groups), or None where it is 0 throughout.
+        table: of ``TABLES`` the levels that the numbers stand for, from the lowest on; empty where for themselves.
     """
 
     bits: int
     whole: Tensor
     scale: Tensor
     zero: Tensor | None = None
+    table: str = ""
 
     @property
     def group(self) -> int:
@@ -49,7 +60,8 @@ class Codes:
 
     def dequantised(self) -> Tensor:
         """The matrix, in float32."""
-        whole = self.whole.float().unflatten(1, (-1, self.group))
+        levels = torch.tensor(TABLES[self.table])[self.whole.long() + 8] if self.table else self.whole.float()
+        whole = levels.unflatten(1, (-1, self.group))
         if self.zero is not None:
             whole = whole - self.zero.float().unsqueeze(-1)
         return (whole * self.scale.float().unsqueeze(-1)).flatten(1)
@@ -136,10 +148,27 @@ def _of_layer(kind: str, module: Any) -> tuple[Came, Tensor] | None:
                 next_step="load the model again, and compile it before it is called",
             )
         library = importlib.import_module("bitsandbytes.functional")
-        return Came(kind, None), library.dequantize_4bit(weight.data, weight.quant_state).float()
+        found = _in_table(weight.data, weight.quant_state, library)
+        value = (
+            library.dequantize_4bit(weight.data, weight.quant_state).float() if found is None else found.dequantised()
+        )
+        return Came(kind, found), value
     rows = weight.SCB if weight.SCB is not None else module.state.SCB
     codes = Codes(8, weight.data, rows.float().unsqueeze(1) / _LARGEST)
     return Came(kind, codes), codes.dequantised()
+
+
+def _in_table(data: Tensor, state: Any, library: Any) -> Codes | None:
+    """The codes of a matrix of bitsandbytes in 4 bits; None where they are not NF4's, or blocks end amid rows."""
+    if getattr(state, "quant_type", None) != NF4 or state.shape[1] % state.blocksize:
+        return None
+    if not torch.equal(state.code.float().cpu(), torch.tensor(TABLES[NF4])):
+        return None
+    # What scales the blocks is quantised too where statistics are compressed.
+    scale = library.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+    packed = data.flatten().view(torch.uint8)
+    whole = torch.stack([packed >> 4, packed & 15], -1).view(*state.shape).to(torch.int8) - 8
+    return Codes(4, whole, scale.float().view(len(whole), -1), table=NF4)
 
 
 @torch.no_grad()

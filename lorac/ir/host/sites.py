@@ -11,6 +11,7 @@ import enum
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -329,12 +330,14 @@ def _block_site(path: str, module: nn.Module, model: nn.Module) -> Site | None:
         return None
     last = tensor_of(found[-1], "weight")
     assert isinstance(last, torch.Tensor)
-    width = last.shape[1] if is_conv1d_of_gpt2(found[-1]) else last.shape[0]
+    # What holds a weight in codes has neither its shape nor its dtype.
+    width = last.shape[1] if is_conv1d_of_gpt2(found[-1]) else int(found[-1].out_features)
+    dtype = next((t.dtype for t in (last, *module.parameters()) if t.is_floating_point()), torch.float32)
     number = list(holder._modules).index(name)
-    return Site(path, SiteKind.BLOCK, width, width, last.dtype, weight=None, number=number)
+    return Site(path, SiteKind.BLOCK, width, width, dtype, weight=None, number=number)
 
 
-def _linears(module: nn.Module) -> list[nn.Module]:
+def _linears(module: nn.Module) -> list[Any]:
     return [m for m in module.modules() if isinstance(m, nn.Linear) or is_conv1d_of_gpt2(m)]
 
 

@@ -35,6 +35,7 @@ class BranchSlot:
         emits: names of the extra outputs the branch gives.
         reads: names of the program values it reads (``lorac.ir.slots.reads``).
         once: path of the site that computes what it reads as ``own:``; empty where it reads no such.
+        mixes: whether it gives a token something of those before it, and so needs the whole text.
     """
 
     key: str
@@ -43,6 +44,7 @@ class BranchSlot:
     emits: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     once: str = ""
+    mixes: bool = False
 
 
 @dataclass(frozen=True)

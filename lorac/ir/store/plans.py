@@ -53,6 +53,7 @@ def branch_to_json(branch: BranchSlot) -> dict[str, Any]:
         "emits": list(branch.emits),
         "reads": list(branch.reads),
         "once": branch.once,
+        "mixes": branch.mixes,
     }
 
 
@@ -65,6 +66,7 @@ def branch_from_json(path: str, stored: Mapping[str, Any]) -> BranchSlot:
         emits=tuple(stored["emits"]),
         reads=tuple(stored["reads"]),
         once=stored["once"],
+        mixes=stored.get("mixes", False),
     )
 
 

@@ -41,7 +41,7 @@ class Hosted:
             other: those that guess ahead, if any do.
         """
         seed = self.seeds[0] if isinstance(self.seeds, list) else self.seeds
-        own = {"use_cache": False} if _reads_base(state) else {}
+        own = {"use_cache": False} if _wants_whole_text(state) else {}
 
         def generate(host: Any) -> Any:
             guess = {} if other is None else {"assistant_model": Guest(host, functools.partial(other.lend, self.graph))}
@@ -72,7 +72,7 @@ def _seeded(host: nn.Module, seed: int | None) -> Iterator[None]:
         yield
 
 
-def _reads_base(state: State) -> bool:
-    """Whether a branch reads what the base computes: in a pass of its own, whose keys and values no cache holds."""
-    composed = state.snapshot.composed.values()
-    return any(parse(name)[0] == BASE for c in composed for _, term in c.branches for name in term.slot.reads)
+def _wants_whole_text(state: State) -> bool:
+    """Whether a branch attends by itself, or in a pass of the base: no cache holds keys and values of these."""
+    slots = [term.slot for composed in state.snapshot.composed.values() for _, term in composed.branches]
+    return any(slot.mixes or any(parse(name)[0] == BASE for name in slot.reads) for slot in slots)

@@ -19,6 +19,7 @@ from lorac.backends.onnx.files import WEIGHTS, name_of, read
 from lorac.backends.onnxruntime.quantised.codec import Array, Codec, Encoded
 from lorac.errors import ArtifactError
 from lorac.ir.engine import Files
+from lorac.ir.host.packed import TABLES
 from lorac.ir.store.strict_json import json_text, parse_json
 from lorac.ir.store.tensors import Place, TensorFile
 
@@ -114,6 +115,7 @@ def told(pieces: Mapping[str, Piece]) -> tuple[dict[str, Tensor], dict[str, str]
             "bits": codec.bits,
             "block": codec.block,
             "symmetric": codec.symmetric,
+            **({"table": codec.table} if codec.table else {}),
             "columns": piece.encoded.columns,
             "transposed": piece.transposed,
         }
@@ -184,7 +186,7 @@ class Decoded(Mapping[str, Tensor]):
 
     def _piece(self, name: str) -> Piece:
         entry = self._told[name]
-        codec = Codec(entry["bits"], entry["block"], entry["symmetric"])
+        codec = Codec(entry["bits"], entry["block"], entry["symmetric"], entry.get("table", ""))
         parts = ("packed", "scales") if codec.symmetric else ("packed", "scales", "zeros")
         arrays = {part: self._file[f"{name}:{part}"].numpy() for part in parts}
         return Piece(Encoded(codec, entry["columns"], **arrays), entry["transposed"])
@@ -196,6 +198,7 @@ class Decoded(Mapping[str, Tensor]):
             rows, blocks = encoded.scales.shape
             codec, columns = encoded.codec, encoded.columns
             fits = codec.bits in {4, 8} and blocks == -(-columns // codec.block)
+            fits &= not codec.table or (codec.table in TABLES and codec.bits == 4 and codec.symmetric)
             fits &= encoded.packed.shape == (rows, blocks, codec.block * codec.bits // 8)
             fits &= encoded.zeros is None or encoded.zeros.shape == (rows, -(-blocks * codec.bits // 8))
         except (LookupError, TypeError, ValueError, ZeroDivisionError):

@@ -2,7 +2,8 @@
 
 A value is (q − z)·s with q of 0 to 2^bits − 1, rounded to the nearest; z is 2^(bits − 1) where a block has none of its
 own. The bytes are those that ONNX Runtime's ``MatMulNBits`` and ``GatherBlockQuantized`` read, and its own kernel
-writes them: equal matrices give equal bytes.
+writes them: equal matrices give equal bytes. What came as places in a table of levels (NF4) is level[q]·s, in the bytes
+of ``MatMulBnb4``, which are bitsandbytes' own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lorac.ir.host.packed import Codes
+from lorac.ir.host.packed import TABLES, Codes
 
 Array = npt.NDArray[Any]
 BLOCKS = (16, 32, 64, 128, 256)
@@ -31,16 +32,18 @@ class Codec:
         bits: 8 or 4.
         block: how many values of a row share a scale.
         symmetric: zero is in the middle of every block's range; else each block has a zero point.
+        table: whose levels the numbers are places of (``lorac.ir.host.packed.TABLES``); empty where they are numbers.
     """
 
     bits: int
     block: int
     symmetric: bool
+    table: str = ""
 
     @property
     def name(self) -> str:
         """What such weights are called: ``int4``."""
-        return f"int{self.bits}"
+        return self.table or f"int{self.bits}"
 
     def why_not(self, columns: int) -> str | None:
         """Why rows of so many values stay as they are; None where they can be quantised."""
@@ -57,7 +60,7 @@ class Codec:
         group, columns = codes.group, codes.whole.shape[1]
         size = block if group == columns else group
         fits = size in BLOCKS and (group == columns or columns % size == 0)
-        return cls(codes.bits, size, codes.zero is None) if fits and columns >= size else None
+        return cls(codes.bits, size, codes.zero is None, codes.table) if fits and columns >= size else None
 
     def take(self, codes: Codes) -> Encoded:
         """Codes as they are; what fills up the last block of a row counts as 0."""
@@ -78,7 +81,8 @@ class Codec:
         if self.bits == 8:
             return whole
         even = np.pad(whole, ((0, 0), (0, whole.shape[1] % 2)))
-        return even[:, ::2] | even[:, 1::2] << 4
+        low, high = (even[:, 1::2], even[:, ::2]) if self.table else (even[:, ::2], even[:, 1::2])
+        return low | high << 4
 
     def encode(self, matrix: Array) -> Encoded:
         """A float32 matrix (rows, columns); the last block of a row is filled up with zeros."""
@@ -104,7 +108,8 @@ class Encoded:
     Attributes:
         codec: how it was quantised.
         columns: how many values a row has.
-        packed: (rows, blocks, bytes of a block); of 4 bits the even values are in the lower halves of bytes.
+        packed: (rows, blocks, bytes of a block); of 4 bits the even values are in the lower halves of bytes, and in the
+            upper ones where they are of a table.
         scales: (rows, blocks), float32.
         zeros: (rows, bytes), packed as the values are; None where it is symmetric.
     """
@@ -139,6 +144,9 @@ class Encoded:
         """The float32 matrix (rows, columns) that products are taken with."""
         rows, blocks, _ = self.packed.shape
         values = self._spread(self.packed)
+        if self.codec.table:
+            levels = np.array(TABLES[self.codec.table], np.float32)[values.astype(np.int64)]
+            return (levels * self.scales[:, :, None]).reshape(rows, -1)[:, : self.columns]
         middle = np.float32(1 << self.codec.bits - 1)
         zeros = middle if self.zeros is None else self._spread(self.zeros)[:, :blocks, None]
         # The zero point goes first, in whole numbers, as the kernels have it: then one rounding is left.
@@ -151,7 +159,8 @@ class Encoded:
         if self.codec.bits == 8:
             return packed.astype(np.float32)
         spread = np.empty((*packed.shape[:-1], packed.shape[-1], 2), np.float32)
-        spread[..., 0], spread[..., 1] = packed & 15, packed >> 4
+        halves = (packed >> 4, packed & 15) if self.codec.table else (packed & 15, packed >> 4)
+        spread[..., 0], spread[..., 1] = halves
         return spread.reshape(*packed.shape[:-1], -1)
 
 

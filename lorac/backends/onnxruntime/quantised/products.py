@@ -18,9 +18,12 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lorac.backends.onnx.claims import modules_of
 from lorac.backends.onnxruntime.quantised.codec import ACCURACY, Array, Codec, Encoded, joined
+from lorac.ir.host.packed import NF4
 from lorac.ir.view.terms import told_size
 
 _DOMAIN = "com.microsoft"
+_QUANT_TYPES = {NF4: 1}
+"""What ``MatMulBnb4`` calls a table."""
 _FLOAT, _SHOWN = 4, 3
 """Bytes of a float32; how many names a line shows."""
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
@@ -88,9 +91,9 @@ class Outcome:
         for codec in dict.fromkeys(one.codec for one in encoded):
             held = [one for one in encoded if one.codec == codec]
             before = sum(math.prod(one.shape) * _FLOAT for one in held)
-            kind = "symmetric" if codec.symmetric else "asymmetric"
+            kind = "" if codec.table else "symmetric, " if codec.symmetric else "asymmetric, "
             yield (
-                f"weights: {len(held)} held as {codec.name}, {kind}, in blocks of {codec.block}: "
+                f"weights: {len(held)} held as {codec.name}, {kind}in blocks of {codec.block}: "
                 f"{told_size(sum(one.nbytes for one in held))} for {told_size(before)}"
             )
         for reason in dict.fromkeys(self.floats.values()):
@@ -119,7 +122,9 @@ def quantise(model: ir.Model, codec: Codec | None, accuracy_level: int, given: S
             outcome.floats[_named(value)] = str(reason)
             continue
         matrix = held.numpy().T if reads[0].by_columns else held.numpy()
-        encoded = _as_it_came(matrix, given) or _encoded(matrix, codec)
+        # No lookup reads codes that are places in a table.
+        fitting = [one for one in given if not (one.encoded.codec.table and any(read.looks_up for read in reads))]
+        encoded = _as_it_came(matrix, fitting) or _encoded(matrix, codec)
         if isinstance(encoded, Encoded):
             names = _replace(model, value, reads, encoded, accuracy_level)
             outcome.quantised[name] = Quantised(encoded, reads[0].by_columns, held, names)
@@ -226,8 +231,8 @@ def _replace(
     packed, tables = encoded.packed, [read for read in reads if read.looks_up]
     flat = packed.reshape(len(packed), -1)
     alone = len(tables) == len(reads)
-    stored = _constant(model, names["packed"], flat if alone else packed)
-    scales = _constant(model, names["scales"], encoded.scales)
+    stored = _constant(model, names["packed"], packed.reshape(-1) if codec.table else flat if alone else packed)
+    scales = _constant(model, names["scales"], encoded.scales.reshape(-1) if codec.table else encoded.scales)
     zeros = None if encoded.zeros is None else _constant(model, names["zeros"], encoded.zeros)
     looked_up = stored if alone or not tables else _as_table(model, stored)
     for read in reads:
@@ -240,19 +245,17 @@ def _replace(
 
 
 def _product(node: ir.Node, encoded: Encoded, parts: list[ir.Value | None], accuracy_level: int) -> Iterator[ir.Node]:
-    """``MatMulNBits``; what a ``Gemm`` adds comes after it, where it is no bias of one row."""
+    """``MatMulNBits``, or ``MatMulBnb4`` of a table; what a ``Gemm`` adds comes after it, where it takes no bias."""
     rows, columns = encoded.shape
-    settings = {
-        "K": columns,
-        "N": rows,
-        "bits": encoded.codec.bits,
-        "block_size": encoded.codec.block,
-        ACCURACY: accuracy_level,
-    }
+    codec = encoded.codec
+    settings = {"K": columns, "N": rows, "block_size": codec.block}
+    settings |= {"quant_type": _QUANT_TYPES[codec.table]} if codec.table else {"bits": codec.bits}
+    settings |= {} if codec.table else {ACCURACY: accuracy_level}
     added = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
-    is_bias = added is not None and added.shape is not None and added.shape.dims == (rows,)
+    is_bias = added is not None and added.shape is not None and added.shape.dims == (rows,) and not codec.table
     inputs = [node.inputs[0], *parts, *([None, added] if is_bias else [])]
-    product = ir.Node(_DOMAIN, "MatMulNBits", _without_last_empty(inputs), _numbers(settings), name=node.name)
+    kind = "MatMulBnb4" if codec.table else "MatMulNBits"
+    product = ir.Node(_DOMAIN, kind, _without_last_empty(inputs), _numbers(settings), name=node.name)
     yield product
     if added is not None and not is_bias:
         product.outputs[0].type, product.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
