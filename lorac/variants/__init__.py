@@ -32,11 +32,12 @@ def _subclasses(parent: type[Variant]) -> Iterator[type[Variant]]:
 
 
 def variants() -> dict[str, type[Variant]]:
-    """Every method by name: those of this folder, and those the user has subclassed anywhere."""
+    """Every method by name: those of this folder, and those the user has subclassed anywhere by names of their own."""
     _load_all()
     found = _subclasses(Variant)  # type: ignore[type-abstract]  # the root of the search is abstract
     methods = [child for child in found if child is not Absent]
-    return {child.name: child for child in sorted(methods, key=lambda c: c.name)}
+    ours = f"{__name__}."
+    return {child.name: child for child in sorted(methods, key=lambda c: (c.name, c.__module__.startswith(ours)))}
 
 
 def variant_named(name: str, homes: Mapping[str, str] | None = None) -> type[Variant]:

@@ -108,13 +108,14 @@ def test_an_unknown_name_is_an_attribute_error():
         _ = lorac.LoRa
 
 
-def test_a_class_of_the_users_own_does_not_take_the_place_of_one_of_lorac():
+@pytest.mark.parametrize("named", ["a-first-of-all", "x_lora"])
+def test_a_class_of_the_users_own_does_not_take_the_place_of_one_of_lorac(named):
     own = dataclasses.dataclass(frozen=True, kw_only=True)(
         type(
             "XLoRA",
             (lorac.BranchVariant,),
             {
-                "name": "a-first-of-all",
+                "name": named,
                 "params": lambda self, site: {},
                 "branch": lambda self, x, y, p, ctx: y,
             },

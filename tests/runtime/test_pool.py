@@ -20,7 +20,7 @@ ROOM = lorac.Reserve(targets=("up", "down", "head"), rank=4, adapters=2, scales=
 class Bottleneck(lorac.BranchVariant):
     """``y' = y + U·tanh(D·x)``: no slot for it can be reserved."""
 
-    name = "bottleneck"
+    name = "narrow"
 
     def params(self, site):
         return {
