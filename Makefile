@@ -63,7 +63,6 @@ fuzz: $(STAMP) ## Damage files by the thousand: each loads, or is refused by an 
 	OMP_NUM_THREADS=1 $(BIN)/python -m campaigns.fuzz --workers $(WORKERS)
 
 zoo: $(STAMP) ## Take every model people have through lorac (hours; goes on where it stopped), and write docs/models.md
-	$(BIN)/python -c "import timm" 2>/dev/null || $(BIN)/python -m pip install --quiet "timm>=1.0"
 	$(BIN)/python -m campaigns.zoo run --workers $(WORKERS)
 	$(BIN)/python -m campaigns.zoo page > docs/models.md
 
