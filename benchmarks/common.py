@@ -258,6 +258,29 @@ def tokens(given: argparse.Namespace, shape: tuple[int, int]) -> dict[str, Any]:
     return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
 
 
+def label(shape: tuple[int, int]) -> str:
+    """What a shape is called in a table: rows x length."""
+    return "x".join(map(str, shape))
+
+
+def call(model: Any, inputs: Mapping[str, Any]) -> Side:
+    """A side that calls a compiled model."""
+    return lambda: model(**inputs)
+
+
+def torch_call(model: Any, inputs: Mapping[str, Any]) -> Side:
+    """A side that calls a module, which takes tensors, without gradients."""
+    import torch
+
+    tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
+
+    def called() -> Any:
+        with torch.no_grad():
+            return model(**tensors)
+
+    return called
+
+
 def away_from_init(adapter: Any, seed: int) -> None:
     """Give an adapter's tensors small random values, as training would."""
     import torch

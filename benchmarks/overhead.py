@@ -59,30 +59,10 @@ def measure(job: common.Job, given: argparse.Namespace) -> dict[str, dict[str, f
     found = {}
     for shape in SHAPES:
         inputs = common.tokens(given, shape)
-        sides = {name: _call(model, inputs) for name, model in compiled.items()}
-        sides |= {name: _torch_call(model, inputs) for name, model in torch_sides.items()}
-        found[_label(shape)] = common.alternate(sides, given.rounds)
+        sides = {name: common.call(model, inputs) for name, model in compiled.items()}
+        sides |= {name: common.torch_call(model, inputs) for name, model in torch_sides.items()}
+        found[common.label(shape)] = common.alternate(sides, given.rounds)
     return found
-
-
-def _label(shape: tuple[int, int]) -> str:
-    return "x".join(map(str, shape))
-
-
-def _call(model: Any, inputs: Any) -> common.Side:
-    return lambda: model(**inputs)
-
-
-def _torch_call(model: Any, inputs: Any) -> common.Side:
-    import torch
-
-    tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
-
-    def call() -> Any:
-        with torch.no_grad():
-            return model(**tensors)
-
-    return call
 
 
 def _plain(compiled: Any, path: Path) -> Any:
@@ -134,7 +114,7 @@ def tables(found: common.Found, given: argparse.Namespace) -> Sequence[common.Ta
         milliseconds = " ".join(f"{sides[name] * 1e3:.1f}" for sides in by_shape.values())
         median = statistics.median(ratios[label].values())
         rows.append((label, milliseconds, *(f"{r:.3f}" for r in ratios[label].values()), f"{median:.3f}"))
-    columns = ("side / base", "ms", *map(_label, SHAPES), "median ratio")
+    columns = ("side / base", "ms", *map(common.label, SHAPES), "median ratio")
     title = "per call, ONNX Runtime and PEFT"
     return [common.Table(title, columns, rows, promised(given), ratios["A/A / base"])]
 

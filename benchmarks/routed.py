@@ -152,35 +152,15 @@ def measure(job: common.Job, given: argparse.Namespace) -> dict[str, dict[str, f
         eager = {"eager base": common.llama(host), "eager loop": _looped(common.llama(host), given)}
     for shape in SHAPES:
         inputs = common.tokens(host, shape)
-        sides = {name: _call(model, inputs) for name, model in compiled.items()}
-        sides |= {name: _torch_call(model, inputs) for name, model in eager.items()}
-        found[_label(shape)] = common.alternate(sides, given.rounds, clock=common.CLOCKS[given.clock])
+        sides = {name: common.call(model, inputs) for name, model in compiled.items()}
+        sides |= {name: common.torch_call(model, inputs) for name, model in eager.items()}
+        found[common.label(shape)] = common.alternate(sides, given.rounds, clock=common.CLOCKS[given.clock])
     return found
-
-
-def _label(shape: tuple[int, int]) -> str:
-    return "x".join(map(str, shape))
-
-
-def _call(model: Any, inputs: Any) -> common.Side:
-    return lambda: model(**inputs)
-
-
-def _torch_call(model: Any, inputs: Any) -> common.Side:
-    import torch
-
-    tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
-
-    def call() -> Any:
-        with torch.no_grad():
-            return model(**tensors)
-
-    return call
 
 
 def tables(found: common.Found, given: argparse.Namespace) -> Sequence[common.Table]:
     """Ratios to the side's own base, per shape; then MeteoRA's overhead over the loop's, and what the gate adds."""
-    columns = ("side / base", "ms", *map(_label, SHAPES), "median ratio")
+    columns = ("side / base", "ms", *map(common.label, SHAPES), "median ratio")
     made = []
     for job, what in ((WIDE, "8 experts and X-LoRA"), (NARROW, "FlyLoRA at a quarter of the ranks, width 256")):
         rows, ratios = [], {}

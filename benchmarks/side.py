@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks import common
 from benchmarks.starts import stepper
 
-LORA, AGAIN, ADAPTER, AVERAGE = SIDES = ("lora", "lora again", "qst adapter", "qst avg")
+LORA, AGAIN, *_ = SIDES = ("lora", "lora again", "qst adapter", "qst avg")
 
 
 def begun(side: str, model: Any, r: int) -> Any:

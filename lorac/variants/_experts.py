@@ -9,10 +9,20 @@ import torch.nn.functional as F
 
 from lorac.errors import AdapterError, ShapeMismatch
 from lorac.ir.host.sites import Site, SiteKind
+from lorac.variants import _inits
 from lorac.variants.adapter import Adapter
+from lorac.variants.params import ParamSpec, Role
 
 Factors = tuple[torch.Tensor, torch.Tensor]
 """A (r, in) and B (out, r) of one LoRA at one site, its scale folded into B."""
+
+
+def stacked_specs(site: Site, ranks: int, role: Role) -> dict[str, ParamSpec]:
+    """The tensors of experts side by side: A (ranks, in) and B (out, ranks), ``ranks`` those of all experts."""
+    return {
+        "lora_A": ParamSpec((ranks, site.in_features), _inits.kaiming_uniform, role),
+        "lora_B": ParamSpec((site.out_features, ranks), _inits.zeros, role),
+    }
 
 
 def factors_of(adapter: Adapter, method: str) -> dict[str, Factors]:

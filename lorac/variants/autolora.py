@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.variants import _inits
+from lorac.variants._experts import stacked_specs
 from lorac.variants._routed import Routed, from_loras
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Context
@@ -61,10 +62,7 @@ class AutoLoRA(Routed):
     def params(self, site: Site) -> dict[str, ParamSpec]:
         ranks, out = self.experts * self.r, (site.out_features,)
         normal = ParamSpec(out, _inits.normal(1.0))
-        specs = {
-            "lora_A": ParamSpec((ranks, site.in_features), _inits.kaiming_uniform, Role.FROZEN),
-            "lora_B": ParamSpec((site.out_features, ranks), _inits.zeros, Role.FROZEN),
-        }
+        specs = stacked_specs(site, ranks, Role.FROZEN)
         specs |= {"weight_base": normal} if self.base else {}
         specs |= {"weight_lora": normal}
         specs |= {"weight_cross": normal} if self.cross else {}

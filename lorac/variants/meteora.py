@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.variants import _inits
+from lorac.variants._experts import stacked_specs
 from lorac.variants._routed import Routed, from_loras
 from lorac.variants._routing import topk_gate
 from lorac.variants.adapter import Adapter
@@ -56,8 +57,7 @@ class MeteoRA(Routed):
     def params(self, site: Site) -> dict[str, ParamSpec]:
         ranks, role = self.experts * self.r, Role.TRAINABLE if self.train_experts else Role.FROZEN
         return {
-            "lora_A": ParamSpec((ranks, site.in_features), _inits.kaiming_uniform, role),
-            "lora_B": ParamSpec((site.out_features, ranks), _inits.zeros, role),
+            **stacked_specs(site, ranks, role),
             "moe_gate": ParamSpec((self.experts, site.in_features), _inits.kaiming_uniform),
         }
 

@@ -19,10 +19,11 @@ from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.ir.slots.training import Dropout
 from lorac.variants import _inits
+from lorac.variants._experts import stacked_specs
 from lorac.variants._routed import Routed
 from lorac.variants._routing import ordered_log_prob, perturbed, top_k
 from lorac.variants.base import Context
-from lorac.variants.params import ParamSpec
+from lorac.variants.params import ParamSpec, Role
 
 Tensor = torch.Tensor
 
@@ -80,11 +81,7 @@ class ReMix(Routed):
         return self.alpha / (math.sqrt(acting) if self.rslora else acting)
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
-        ranks = self.experts * self.r
-        specs = {
-            "lora_A": ParamSpec((ranks, site.in_features), _inits.kaiming_uniform),
-            "lora_B": ParamSpec((site.out_features, ranks), _inits.zeros),
-        }
+        specs = stacked_specs(site, self.experts * self.r, Role.TRAINABLE)
         return specs | ({"router": ParamSpec((self.experts, site.in_features), _inits.zeros)} if self.chooses else {})
 
     def branch(self, x: Tensor, y: Tensor, p: Params, ctx: Context) -> Tensor:

@@ -18,7 +18,7 @@ from lorac.errors import AdapterError
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.variants import _inits
-from lorac.variants._experts import factors_of, stacked
+from lorac.variants._experts import factors_of, stacked, stacked_specs
 from lorac.variants._routed import Routed
 from lorac.variants._routing import top_k
 from lorac.variants.adapter import Adapter
@@ -78,8 +78,7 @@ class XLoRA(Routed):
     def params(self, site: Site) -> dict[str, ParamSpec]:
         ranks, role = self.experts * self.r, Role.TRAINABLE if self.use_trainable_adapters else Role.FROZEN
         return {
-            "lora_A": ParamSpec((ranks, site.in_features), _inits.kaiming_uniform, role),
-            "lora_B": ParamSpec((site.out_features, ranks), _inits.zeros, role),
+            **stacked_specs(site, ranks, role),
             **self.classifier(),
         }
 
