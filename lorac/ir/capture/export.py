@@ -34,12 +34,14 @@ from lorac.ir.capture.attention import (
 from lorac.ir.capture.marking import mark
 from lorac.ir.capture.parting import refuse_unfit, without_idle_biases
 from lorac.ir.capture.positions import count_by_row
+from lorac.ir.capture.repeating import trace_once, unfold
 from lorac.ir.graph import ops as _ops  # noqa: F401  (what a copy's sites call is registered there)
 from lorac.ir.graph.axes import asked_axes, axis_names, sizes_of
 from lorac.ir.graph.edit import checks_sites, keep_tensors, qualified
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.outputs import without_dataclasses
 from lorac.ir.graph.signature import in_program
+from lorac.ir.host.alike import families
 from lorac.ir.host.copying import structural_copy
 from lorac.ir.host.guards import Guard, chain, listening, source_line
 from lorac.ir.host.inputs.example_inputs import (
@@ -131,6 +133,7 @@ def _exported_with(
         else:
             attempts = [(wide(model, inputs, dynamic_shapes), _without(model, dynamic_shapes, arguments))]
         program, guards = _first_trace(host, attempts)
+    unfold(program, prefix)
     if arguments.truths and checks_sites(program):
         step = "make forward decide by its inputs alone; target='eager' runs the model itself"
         raise CaptureFailed("forward decides by what a layer computes that adapters change", next_step=step)
@@ -182,9 +185,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 def _marked_copy(model: nn.Module, blocks: Collection[str], prefix: str, arguments: Arguments) -> nn.Module:
     """A structural copy to trace, its sites and blocks marked, that is given some of its arguments already."""
     host = structural_copy(model, share_buffers=True).eval()
+    alike = families(host)
     mark(host, blocks, prefix)
     for module in host.modules():
         module._apply = functools.partial(_as_it_is, module)  # type: ignore[method-assign]  # of a copy
+    trace_once(host, alike)
     host.forward = _restrained(host.forward, arguments)
     return host
 

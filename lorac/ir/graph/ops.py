@@ -98,6 +98,38 @@ def _(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 MATMUL = matmul._opoverload
+
+
+@torch.library.custom_op("lorac::noted", mutates_args=())
+def noted(values: list[Tensor]) -> Tensor:
+    """While a model is traced: stands for what these values were at this place in the program."""
+    raise AssertionError("notes are gone before anything runs")  # pragma: no cover
+
+
+@noted.register_fake
+def _(values: list[Tensor]) -> Tensor:
+    return torch.empty(())
+
+
+@torch.library.custom_op("lorac::again", mutates_args=())
+def again(given: list[Tensor], answered: list[Tensor], notes: list[Tensor], path: str, first: str) -> list[Tensor]:
+    """While a model is traced: what the layer at ``path`` answers, which computes what the one at ``first`` did.
+
+    Args:
+        given: what it is called with.
+        answered: what the first answered, whose sizes are this one's.
+        notes: of what the first was called with, and of what it answered.
+        path, first: the paths of both.
+    """
+    raise AssertionError("the nodes of the first are put in its place before anything runs")  # pragma: no cover
+
+
+@again.register_fake
+def _(given: list[Tensor], answered: list[Tensor], notes: list[Tensor], path: str, first: str) -> list[Tensor]:
+    return [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in answered]
+
+
+NOTED, AGAIN = noted._opoverload, again._opoverload
 CUT = aten.split_with_sizes.default
 """What cuts the output of a pack into those of its sites."""
 OPS = frozenset(op._opoverload for op in (linear, embedding, conv, block))
