@@ -63,14 +63,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "blenderbot": ("Blenderbot", _BART, ["q_proj", "v_proj"]),
     "mt5": ("MT5", _T5, ["k", "o"]),
     "umt5": ("UMT5", _T5, ["q", "v"]),
+    "m2m_100": ("M2M100", _BART, ["q_proj", "v_proj"]),
     "t5gemma": (
         "T5Gemma",
         {"encoder": _GEMMA, "decoder": _GEMMA, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
         ["q_proj", "down_proj"],
     ),
 }
-"""Name -> the family's, its sizes, and what is adapted: learned and computed positions, biases by distance, sounds,
-windows and soft caps."""
+"""Name -> the family's, its sizes, and what is adapted: positions that are learned, computed, or counted by tokens;
+biases by distance, sounds, windows and soft caps."""
 LENGTHS = (9, 4, 7, 2)
 
 

@@ -1,8 +1,10 @@
 """Positions that a decoder counts by itself, from 0 on and for all rows alike, become the op of ``lorac.ir.graph``.
 
-A decoder that is not told positions makes them with ``arange``, or cuts them from a list that it holds. A text that
-comes in parts needs its own for each row. So whatever is computed of the numbers alone gets the axis of the rows that
-it lacks. Numbers of which a bias of attention is made stay: that is a matter of distances (``lorac.passes.relative``).
+A decoder that is not told positions makes them with ``arange``, cuts them from a list that it holds, or counts the
+tokens that are no padding. A text that comes in parts needs its own for each row. So whatever is computed of the
+numbers alone gets the axis of the rows that it lacks, and a count of tokens becomes their numbers, which it is where a
+text has no padding. Numbers of which a bias of attention is made stay: that is a matter of distances
+(``lorac.passes.relative``).
 """
 
 from __future__ import annotations
@@ -42,6 +44,23 @@ def count_by_row(program: ExportedProgram) -> None:
     for node in [node for node in numbers if node not in biased]:
         by_row = insert_call(program, node, attending.POSITIONS, ids)
         _carry_on(program, node, by_row)
+    for node in [node for node in program.graph.nodes if _counts_tokens(node, ids)]:
+        by_row = insert_call(program, node, attending.POSITIONS, ids)
+        counted = insert_call(program, node, aten.add.Tensor, by_row, 1)
+        node.replace_all_uses_with(insert_call(program, node, aten.to.dtype, counted, node.meta["val"].dtype))
+
+
+def _counts_tokens(node: fx.Node, ids: fx.Node) -> bool:
+    """Whether a node is how many tokens of a text up to each are not a certain one: its padding."""
+    if node.target is not aten.cumsum.default or node.args[1] not in {1, -1}:
+        return False
+    counted: Any = node.args[0]
+    while counted.target in _CASTS:
+        counted = counted.args[0]
+    return counted.target is aten.ne.Scalar and counted.args[0] is ids
+
+
+_CASTS = frozenset({aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default})
 
 
 def counts(node: fx.Node, length: str) -> bool:

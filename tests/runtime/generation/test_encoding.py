@@ -21,7 +21,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"do_sample": True},
     {"repetition_penalty": 1.3},
 ]
-SOON = ("t5", "whisper")
+SOON = ("t5", "whisper", "m2m_100")
 
 
 def _made(model: Any, mode: str = "live", **options: Any) -> Any:

@@ -8,7 +8,7 @@ import itertools
 import re
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -263,8 +263,17 @@ def _position_limit(model: nn.Module) -> int | None:
     if config is None or not is_hugging_face(model):
         return None
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    tables = (path for path, module in model.named_modules() if isinstance(module, nn.Embedding))
+    tables = (path for path, module in model.named_modules() if any(map(_is_table, _own_tensors(module))))
     return limit if any(re.search(r"(^|\.)(wpe|\w*position\w*)$", path) for path in tables) else None
+
+
+def _own_tensors(module: nn.Module) -> Iterable[Tensor]:
+    """The tensors that a module holds itself: learned, or computed once as sines are."""
+    return itertools.chain(module.parameters(recurse=False), module.buffers(recurse=False))
+
+
+def _is_table(tensor: Tensor) -> bool:
+    return tensor.dim() == _TABLE and tensor.is_floating_point()
 
 
 def varying(axes: Any) -> list[int]:
