@@ -23,6 +23,7 @@ from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from lorac.errors import CaptureFailed
+from lorac.ir.capture.alike import families
 from lorac.ir.capture.attention import (
     attention_marked,
     longest_text,
@@ -41,7 +42,6 @@ from lorac.ir.graph.edit import checks_sites, keep_tensors, qualified
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.outputs import without_dataclasses
 from lorac.ir.graph.signature import in_program
-from lorac.ir.host.alike import families
 from lorac.ir.host.copying import structural_copy
 from lorac.ir.host.guards import Guard, chain, listening, source_line
 from lorac.ir.host.inputs.example_inputs import (

@@ -1,8 +1,8 @@
 """Layers that repeat are traced once.
 
 Nearly all of the time of a trace goes into layers that compute what an earlier one did, with other weights. So of a
-family of layers that are alike (``lorac.ir.host.alike``) the first that is called is traced. A later one that is called
-as it was leaves one node, in whose place the nodes of the first are copied afterwards, over its own weights.
+family of layers that are alike (``lorac.ir.capture.alike``) the first that is called is traced. A later one that is
+called as it was leaves one node, in whose place the nodes of the first are copied afterwards, over its own weights.
 
 Called as it was: with equal numbers, tensors of the same sizes for the first of its tensors and for whatever the layer
 before it gave, and the very same tensors for all others, which may stand for more than their values (a mask, tables of
@@ -26,8 +26,8 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
+from lorac.ir.capture.alike import Family, Numbered
 from lorac.ir.graph import ops
-from lorac.ir.host.alike import Family, Numbered
 from lorac.ir.host.layers import Forward
 
 _FIRSTS = "lorac.firsts"
@@ -99,10 +99,10 @@ class _State:
         return lambda: _same(before, self._held(tensors=True))
 
     def _held(self, *, tensors: bool = False) -> Iterator[Any]:
-        for module in self._layer.modules():
-            for name, value in vars(module).items():
-                if tensors or name not in _TENSORS:
-                    yield from value.values() if isinstance(value, dict) else (value,)
+        states = (state for module in self._layer.modules() for state in vars(module).items())
+        for name, value in states:
+            if tensors or name not in _TENSORS:
+                yield from value.values() if isinstance(value, dict) else (value,)
 
 
 _TENSORS = ("_parameters", "_buffers")

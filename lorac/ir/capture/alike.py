@@ -96,14 +96,19 @@ def _numbered_alike(one: nn.Module, other: nn.Module, number: int, others: int) 
     if pairs is None:
         return None
     numbered: set[tuple[str, str]] = set()
+    for path, name, mine, theirs in _attributes(pairs):
+        if (mine, theirs) == (number, others) and type(mine) is type(theirs) is int:
+            numbered.add((path, name))
+        elif not _same(mine, theirs, one, other):
+            return None
+    return numbered
+
+
+def _attributes(pairs: Mapping[str, tuple[nn.Module, nn.Module]]) -> Iterator[tuple[str, str, Any, Any]]:
+    """Path and name of every attribute of two layers' modules, and its value in both."""
     for path, (mine, theirs) in pairs.items():
         for name in vars(mine).keys() - _OWN:
-            a, b = vars(mine)[name], vars(theirs)[name]
-            if (a, b) == (number, others) and type(a) is type(b) is int:
-                numbered.add((path, name))
-            elif not _same(a, b, one, other):
-                return None
-    return numbered
+            yield path, name, vars(mine)[name], vars(theirs)[name]
 
 
 def _pairs(one: nn.Module, other: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]] | None:
