@@ -11,8 +11,8 @@ from onnxruntime.capi import _pybind_state as library
 
 from lorac.backends.onnx.legalize import Legalize
 from lorac.backends.onnxruntime.caching import use_group_query_attention
-from lorac.backends.onnxruntime.devices.kernels_of_cuda import compute_in_float
 from lorac.backends.onnxruntime.devices.providers import ON_GPU
+from lorac.backends.onnxruntime.devices.widening import compute_in_float
 from lorac.backends.onnxruntime.flattening import to_rows
 from lorac.backends.onnxruntime.fusions import fuse_rms_norms, fuse_rotary_positions
 from lorac.ir.engine import Claims, Dialect, Gate
