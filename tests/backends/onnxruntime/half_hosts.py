@@ -25,7 +25,7 @@ def adapters(name: str) -> dict[str, lorac.Adapter]:
     compiled = lorac.compile(ZOO[name].fresh(), methods, active=None)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in (p for adapter in compiled.adapters.values() for p in adapter.parameters()):
+        for parameter in (p for a in compiled.adapters.values() for p in a.parameters() if p.is_floating_point()):
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
     return dict(compiled.adapters)
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import onnxruntime as ort
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lorac.ir.host.sites import BaseReader
+from lorac.ir.host.sites import BaseReader, Site
 from lorac.ir.slots.buffers import FusedBuffer, fused_buffers
 from lorac.ir.slots.site import SitePlan
 
@@ -86,21 +85,35 @@ class HostMemory(Memory):
         return fused_buffers(plans, base)
 
 
-class TorchMemory(Memory):
+class _Apart(Memory):
+    """Memory that tensors of the CPU are copied into: again where torch counts them as written since."""
+
+    def held(self, tensor: Tensor) -> ort.OrtValue:
+        written = 0 if tensor.is_inference() else tensor._version
+        if tensor not in self._here:
+            self._here[tensor] = self._copied(tensor.detach()), written
+        value, known = self._here[tensor]
+        if known != written:  # bindings hold the value, so it stays the same one
+            value.update_inplace(aliased(tensor.detach().contiguous()))
+            self._here[tensor] = value, written
+        return value
+
+    @abstractmethod
+    def _copied(self, tensor: Tensor) -> ort.OrtValue:
+        """A copy of a tensor here."""
+
+
+class TorchMemory(_Apart):
     """A GPU's, as torch has it: weights are written there, and what is given there is read where it lies."""
 
     def held(self, tensor: Tensor) -> ort.OrtValue:
-        if tensor not in self._here:
-            there = tensor.detach().to(self.place).contiguous()
-            # torch has no address for what is empty, and ONNX Runtime takes none without one.
-            self._here[tensor] = aliased(there) if there.numel() else empty_at(self.place, tensor)
-        return self._here[tensor]
+        return super().held(tensor) if tensor.device.type == "cpu" else aliased(tensor.detach().contiguous())
 
     def fused(self, plans: Mapping[str, SitePlan], base: BaseReader) -> Fused:
-        def weight(site: Any) -> Tensor:
+        def weight(site: Site) -> Tensor:
             return base.weight(site).to(self.place)
 
-        def bias(site: Any) -> Tensor | None:
+        def bias(site: Site) -> Tensor | None:
             found = base.bias(site)
             return None if found is None else found.to(self.place)
 
@@ -109,31 +122,26 @@ class TorchMemory(Memory):
     def settled(self) -> None:
         torch.cuda.current_stream(self.place).synchronize()
 
+    def _copied(self, tensor: Tensor) -> ort.OrtValue:
+        # torch has no address for what is empty, and ONNX Runtime takes none without one.
+        return aliased(tensor.to(self.place).contiguous()) if tensor.numel() else empty_at(self.place, tensor)
 
-class SessionMemory(Memory):
+
+class SessionMemory(_Apart):
     """A GPU's, as ONNX Runtime alone has it: this torch was built without CUDA, and weights are merged on the CPU."""
-
-    def __init__(self, place: torch.device) -> None:
-        super().__init__(place)
-        self._pushed = WeakTensorKeyDictionary()
-
-    def held(self, tensor: Tensor) -> ort.OrtValue:
-        if tensor not in self._here:
-            there = empty_at(self.place, tensor)
-            if tensor.numel():
-                there.update_inplace(aliased(tensor.detach().contiguous()))
-            self._here[tensor] = there
-        return self._here[tensor]
 
     def fused(self, plans: Mapping[str, SitePlan], base: BaseReader) -> Fused:
         return fused_buffers(plans, base)
 
     def written(self, memory: Mapping[str, Tensor]) -> None:
         for tensor in memory.values():
-            there = self.held(tensor)
-            if self._pushed.get(tensor) != tensor._version:  # what torch counts as written
-                there.update_inplace(aliased(tensor.detach()))
-                self._pushed[tensor] = tensor._version
+            self.held(tensor)
+
+    def _copied(self, tensor: Tensor) -> ort.OrtValue:
+        there = empty_at(self.place, tensor)
+        if tensor.numel():
+            there.update_inplace(aliased(tensor.contiguous()))
+        return there
 
 
 def memory_at(place: torch.device) -> Memory:

@@ -24,6 +24,8 @@ from lorac.errors import Unavailable
 CPU, CUDA, RTX = "CPUExecutionProvider", "CUDAExecutionProvider", "NvTensorRTRTXExecutionProvider"
 ON_GPU = (CUDA, RTX, "TensorrtExecutionProvider")
 """Providers that run on a GPU of NVIDIA's; all others are the machine's own."""
+_EXACT = {"use_tf32": "0", "enable_skip_layer_norm_strict_mode": "1"}
+"""Has CUDA compute as torch does unless it is told otherwise: float32 in float32, and norms of half precision in it."""
 _ASSIGNED = "session.record_ep_graph_assignment_info"
 """Has a session remember which provider computes what."""
 _PLUGINS = {RTX: ("onnxruntime_ep_nv_tensorrt_rtx", "onnxruntime-ep-nv-tensorrt-rtx-cu13")}
@@ -81,24 +83,35 @@ def started(
     Raises:
         Unavailable: it would run without one of them.
     """
-    told = [(name, {"device_id": str(place.index)} if name in ON_GPU and place.index else {}) for name in providers]
+    told = [(name, _asked_of(name, place)) for name in providers]
     if place.type != "cpu":
         settings.add_session_config_entry(_ASSIGNED, "1")
-    if _PLUGINS.keys() & set(providers):  # which sessions take by their devices alone
-        for name, asked in told:
-            if name in _PLUGINS:
-                settings.add_provider_for_devices(_devices(name, place), {})
-            elif name != CPU:
-                settings.add_provider(name, asked)
-        told = []
-    session = ort.InferenceSession(model, settings, providers=told or None)
+    plugins = _PLUGINS.keys() & set(providers)
+    if plugins:
+        _tell(settings, told, place)
+    session = ort.InferenceSession(model, settings, providers=None if plugins else told)
     left_out = [provider for provider in providers if provider not in session.get_providers()]
     if left_out:
         raise Unavailable(
             f"onnxruntime could not start {', '.join(left_out)}, and would run on {session.get_providers()[0]} instead",
-            next_step=f"its log says why (onnxruntime.set_default_logger_severity(2)); {_ON_CPU}",
+            next_step=f"onnxruntime's log says why; {_ON_CPU}",
         )
     return session
+
+
+def _tell(settings: ort.SessionOptions, told: Sequence[tuple[str, dict[str, str]]], place: torch.device) -> None:
+    """Have a session's settings name its providers: those of a library of its own go by their devices alone."""
+    for name, asked in told:
+        if name in _PLUGINS:
+            settings.add_provider_for_devices(_devices(name, place), {})
+        elif name != CPU:
+            settings.add_provider(name, asked)
+
+
+def _asked_of(provider: str, place: torch.device) -> dict[str, str]:
+    """What a provider is asked for."""
+    exact = _EXACT if provider == CUDA else {}
+    return {**exact, "device_id": str(place.index)} if provider in ON_GPU and place.index else exact
 
 
 def on_cpu(session: ort.InferenceSession) -> dict[str, int]:

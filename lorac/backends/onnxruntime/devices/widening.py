@@ -31,10 +31,9 @@ def compute_in_float(model: ir.Model, kernels: Kernels | None = None) -> None:
     widening, graphs = _Widening(), [model.graph, *model.graph.subgraphs()]
     for node in (node for graph in graphs for node in graph):
         _tell_dtypes(node)
-    for graph in graphs:
-        for node in list(graph):
-            if (half := _lacking(node, IN_HALF if kernels is None else kernels)) is not None:
-                widening.widen(graph, node, half)
+    for graph, node in [(graph, node) for graph in graphs for node in graph]:
+        if (half := _lacking(node, IN_HALF if kernels is None else kernels)) is not None:
+            widening.widen(graph, node, half)
 
 
 def _lacking(node: ir.Node, kernels: Kernels) -> ir.DataType | None:
