@@ -123,14 +123,13 @@ def on_cpu(session: ort.InferenceSession) -> dict[str, int]:
 
 
 def _not_built(provider: str) -> Unavailable:
-    held = ", ".join(ort.get_available_providers())
     if provider != CUDA:
         return Unavailable(
-            f"the onnxruntime that is installed has no {provider}: it has {held}",
+            f"the onnxruntime that is installed has no {provider}",
             next_step=f"another build of ONNX Runtime has it; {_ON_CPU}",
         )
     return Unavailable(
-        f"the onnxruntime that is installed has no {provider}: it is built for the CPU, and has {held}",
+        f"the onnxruntime that is installed has no {CUDA}: it is built for the CPU",
         next_step="pip uninstall onnxruntime, then pip install --force-reinstall 'onnxruntime-gpu[cuda,cudnn]', which "
         f"fills the same folder; {_ON_CPU}",
     )

@@ -28,10 +28,11 @@ def compute_in_float(model: ir.Model, kernels: Kernels | None = None) -> None:
     """
     if not any(value.dtype in _HALF for value in (*model.graph.inputs, *model.graph.initializers.values())):
         return
-    widening, graphs = _Widening(), [model.graph, *model.graph.subgraphs()]
-    for node in (node for graph in graphs for node in graph):
+    widening = _Widening()
+    nodes = [(graph, node) for graph in (model.graph, *model.graph.subgraphs()) for node in graph]
+    for _, node in nodes:
         _tell_dtypes(node)
-    for graph, node in [(graph, node) for graph in graphs for node in graph]:
+    for graph, node in nodes:
         if (half := _lacking(node, IN_HALF if kernels is None else kernels)) is not None:
             widening.widen(graph, node, half)
 
