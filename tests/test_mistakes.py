@@ -5,6 +5,7 @@ import re
 import lorac
 from tests import goldens
 from tests.mistakes import MISTAKES, World
+from tests.mistakes_of_devices import DEVICES
 from tests.mistakes_of_files import FILES
 from tests.mistakes_of_generation import GENERATING
 from tests.mistakes_of_methods import MORE
@@ -17,7 +18,7 @@ SUGGESTS = re.compile(r"(?<![\w'])[a-z_]+=|\w\(|`lorac |\blorac\.\w")
 def test_every_mistake_is_answered_and_the_answer_helps(tmp_path):
     """All in one, so that they share one world wherever tests run; what is wrong with any is told together."""
     world, said, wrong = World(tmp_path), "", []
-    for mistake in (*MISTAKES, *FILES, *MORE, *GENERATING, *BEGINNING):
+    for mistake in (*MISTAKES, *FILES, *MORE, *GENERATING, *BEGINNING, *DEVICES):
         error = _made(mistake, world)
         said += f"# {mistake.name}\n{_shown(error, world)}\n\n"
         wrong += [f"{mistake.name}: {problem}" for problem in _problems(mistake, error, world)]

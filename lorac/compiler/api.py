@@ -9,6 +9,7 @@ from torch import nn
 
 from lorac.compiler.compilation import Asked, Compilation
 from lorac.compiler.handed import Source, device_of, model_of, sources_of
+from lorac.compiler.placing import placed
 from lorac.compiler.precision import brought, dtype_named
 from lorac.compiler.services import Lasting
 from lorac.compiler.targets import backend_of
@@ -56,7 +57,8 @@ def compile(  # noqa: PLR0913, PLR0917  (the public interface)
         dtype: default: the model's; also by its name ("float16"). Floating-point example inputs, and inputs of calls
             in the model's own dtype, are cast with the model. A target that lacks the dtype computes and answers in
             another one, and a warning and ``explain()`` say so.
-        device: default: the model's.
+        device: where it runs; default: where the model is. Programs are emitted from a model on the CPU, whatever they
+            run on: one that is elsewhere is copied for that. A call answers where its inputs are.
         **options: fields of the target's options.
 
     Raises:
@@ -66,15 +68,16 @@ def compile(  # noqa: PLR0913, PLR0917  (the public interface)
         expect(reserve, Reserve, "reserve=", next_step="give lorac.Reserve(targets=..., rank=...)")
     given = model_of(model)
     host = Components(given.model) if isinstance(given.model, Mapping) else given.model
-    device = device_of(device)
+    place = device_of(device)
     backend = backend_of(target)
-    told = backend.told(options)
+    told, home = placed(backend, backend.told(options), place, host)
+    dialect = backend.dialect_for(told)
     wanted = dtype_named(dtype)
     plain = with_plain_weights(host)
-    if backend.dialect.claims is not None:  # an emitted program has no kernels of other libraries
+    if dialect.emits:  # an emitted program has no kernels of other libraries
         plain = with_dequantised(plain)
-    moved, precision = brought(plain, backend.dialect, wanted, device)
-    lasting = Lasting(Host(moved, given.model, {"dtype": wanted, "device": device}))
+    moved, precision = brought(plain, dialect, wanted, home)
+    lasting = Lasting(Host(moved, given.model, {"dtype": wanted, "device": place}))
     own = sources_of(adapters)
     brought_along = [named for named in given.adapters if named[0] not in dict(own)]
     examples = as_tensors(example_inputs)

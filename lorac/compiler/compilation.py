@@ -78,7 +78,8 @@ class Compilation:
         lasting.hold(self.backend.held(lasting.sites, asked.options, asked.mode))
         for name, source in sources:
             lasting.register(lasting.load(source, name))
-        plans = plan_sites(lasting.sites, lasting.pool, asked.mode, asked.reserve, self.backend.dialect.ranks_at)
+        dialect = self.backend.dialect_for(asked.options)
+        plans = plan_sites(lasting.sites, lasting.pool, asked.mode, asked.reserve, dialect.ranks_at)
         choice = self._choice(asked.active, asked.mode)
         self.examples = {"example_inputs": asked.example_inputs, "dynamic_shapes": asked.dynamic_shapes}
         mode = "live" if asked.mode == "auto" else asked.mode
@@ -109,7 +110,7 @@ class Compilation:
             snapshot=compose_choice(plans, lasting.pool, parse_choice(choice, lasting.pool), lasting.base),
             options=options,
             terms=lasting.terms,
-            program=self._lowered(stored, mode)
+            program=self._lowered(stored, mode, options)
             if stored is not None
             else self._captured_as(model, plans, mode, options),
         )
@@ -166,7 +167,7 @@ class Compilation:
             grown = Grown(graph) if options.grows and options.self_test else None
             halves = part(graph, encoder_of(name)) if options.grows else (graph,)
             for half in halves:
-                self._lower(half, mode, aux)
+                self._lower(half, mode, options, aux)
             if grown is not None:
                 grown.hold_against(halves, self.lasting.base)
             graphs |= {half.name: half for half in halves}
@@ -209,18 +210,18 @@ class Compilation:
             )
         return given.get(name)
 
-    def _lowered(self, stored: Program, mode: str) -> Callable[[tuple[str, ...]], Program]:
-        return functools.partial(self._from_stored, stored, mode)
+    def _lowered(self, stored: Program, mode: str, options: TargetOptions) -> Callable[[tuple[str, ...]], Program]:
+        return functools.partial(self._from_stored, stored, mode, options)
 
-    def _from_stored(self, stored: Program, mode: str, aux: tuple[str, ...]) -> Program:
+    def _from_stored(self, stored: Program, mode: str, options: TargetOptions, aux: tuple[str, ...]) -> Program:
         """A program from an artefact, brought from level expanded to what the target's dialect asks."""
         for graph in stored.graphs.values():
-            self._lower(graph, mode, aux)
+            self._lower(graph, mode, options, aux)
         return stored
 
-    def _lower(self, graph: Graph, mode: str, aux: tuple[str, ...]) -> None:
+    def _lower(self, graph: Graph, mode: str, options: TargetOptions, aux: tuple[str, ...]) -> None:
         stages = self.lasting.stages
-        passes = lowering(self.backend.dialect, aux, constant=mode == "baked")
+        passes = lowering(self.backend.dialect_for(options), aux, constant=mode == "baked")
         outcomes = run_pipeline(graph, passes, stages.record)
         stages.skips[graph.name] = {name: outcome.skipped for name, outcome in outcomes if outcome.skipped}
 

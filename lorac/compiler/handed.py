@@ -126,21 +126,35 @@ def refuse_reversed(source: object, name: object) -> None:
 
 
 def device_of(given: str | torch.device | None) -> torch.device | None:
-    """A device that torch has here.
+    """A device by its name, whether or not it is there.
 
     Raises:
-        UnknownOption: there is none of that name, or this torch cannot use it.
+        UnknownOption: it is no name of a device.
     """
-    if given is None:
-        return None
     try:
-        device = torch.device(given)
+        return None if given is None else torch.device(given)
+    except (RuntimeError, TypeError) as error:
+        raise _no_device(given, error) from error
+
+
+def refuse_unusable(device: torch.device | None) -> None:
+    """Refuse a device that torch does not have here.
+
+    Raises:
+        UnknownOption: this torch cannot use it.
+    """
+    if device is None:
+        return
+    try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UnknownOption(
-            f"device={str(given)!r} cannot be used here: {reason}",
-            nearest="cpu",
-            next_step="leave device= out to stay where the model is; 'cuda' takes a GPU, and torch built for it",
-        ) from error
-    return device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise _no_device(device, error) from error
+
+
+def _no_device(given: object, error: Exception) -> UnknownOption:
+    reason = str(error).strip().partition("\n")[0]
+    return UnknownOption(
+        f"device={str(given)!r} cannot be used here: {reason}",
+        nearest="cpu",
+        next_step="leave device= out to stay where the model is; 'cuda' takes a GPU, and torch built for it",
+    )

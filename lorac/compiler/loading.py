@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from lorac.compiler.assembly import Assembly
-from lorac.compiler.handed import Source
+from lorac.compiler.handed import Source, device_of, refuse_unusable
+from lorac.compiler.placing import placed
 from lorac.compiler.precision import refuse_lacking
 from lorac.compiler.services import Lasting
 from lorac.compiler.targets import backend_of
@@ -41,15 +42,15 @@ def load(folder: str | Path, target: str | None = None, device: str | torch.devi
     Args:
         folder: the artefact.
         target: default: the one it was saved from. An eager artefact can also be compiled for another target.
-        device: default: the one it was saved from, or the CPU.
+        device: where it runs; default: where it ran when it was saved.
 
     Raises:
         ArtifactError: damaged, unsafe, of another version, or no artefact.
         Unavailable: the artefact cannot be turned into the target.
     """
     expect(folder, (str, os.PathLike), "what lorac.load reads", next_step="give the path of a folder")
-    folder = Path(os.path.realpath(folder))
-    return steady(folder, lambda: _loaded_from(folder, target, device))
+    folder, place = Path(os.path.realpath(folder)), device_of(device)
+    return steady(folder, lambda: _loaded_from(folder, target, place))
 
 
 def _refuse_others(folder: Path) -> None:
@@ -69,7 +70,7 @@ def _refuse_others(folder: Path) -> None:
         )
 
 
-def _loaded_from(folder: Path, target: str | None, device: str | torch.device | None) -> Compiled:
+def _loaded_from(folder: Path, target: str | None, device: torch.device | None) -> Compiled:
     _refuse_others(folder)
     try:
         manifest = Manifest.of(folder)
@@ -86,7 +87,7 @@ def _loaded_from(folder: Path, target: str | None, device: str | torch.device | 
         ) from error
 
 
-def _loaded(manifest: Manifest, target: str, device: str | torch.device | None) -> Compiled:
+def _loaded(manifest: Manifest, target: str, device: torch.device | None) -> Compiled:
     saved = backend_of(manifest.target)
     base = saved.base_of(manifest.files)
     host = Host.stored(manifest.host, base or {})
@@ -103,9 +104,12 @@ def _loaded(manifest: Manifest, target: str, device: str | torch.device | None) 
         from lorac.compiler.compilation import Compilation
 
         backend = backend_of(target)
-        refuse_lacking(backend.dialect, (plan.site.dtype for plan in plans.values()), str(manifest.folder))
+        options, _ = placed(backend, backend.told({}), device)
+        refuse_lacking(backend.dialect_for(options), (plan.site.dtype for plan in plans.values()), str(manifest.folder))
         program = saved.program_of(manifest.program, manifest.files, sites, plans)
-        return Compilation(lasting, backend, _compile).built(plans, manifest.mode, choice, backend.told({}), program)
+        return Compilation(lasting, backend, _compile).built(plans, manifest.mode, choice, options, program)
+    if device is not None and not saved.dialect.emits:
+        refuse_unusable(device)
     engine = saved.restore(manifest.program, manifest.files, plans, manifest.mode, device)
     traits = traits_from_json(manifest.components)
     return Assembly(lasting=lasting, backend=saved, again=_compile, traits=traits).over(

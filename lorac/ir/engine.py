@@ -90,6 +90,11 @@ class Dialect(Generic[Model_contra]):
         """Which ranks a site's pair may have."""
         return self.ranks.get(site.kind, Ranks.FROM_ZERO)
 
+    @property
+    def emits(self) -> bool:
+        """Whether a program is emitted for the target, which then runs it without the host."""
+        return self.claims is not None
+
 
 AnyDialect = Dialect[Never]
 
@@ -313,6 +318,29 @@ class Backend(ABC, Generic[Options]):
                     next_step=f"it takes {', '.join(known)}",
                 )
         return self.options(**options)  # type: ignore[arg-type]  # each class checks its own values
+
+    def dialect_for(self, options: Options) -> AnyDialect:
+        """What the target can run where its options have it run: devices compute in other dtypes."""
+        return self.dialect
+
+    def placed(self, options: Options, device: torch.device | None) -> Options:
+        """The options of a target that emits programs, for a device that its engine is to run on.
+
+        Args:
+            options: the target's.
+            device: None where none was asked for.
+
+        Raises:
+            UnknownOption: the target does not run on it, or the options say otherwise.
+            Unavailable: this machine lacks what it takes.
+        """
+        if device is not None and device.type != "cpu":
+            raise UnknownOption(
+                f"target '{self.dialect.name}' does not run on device '{device}'",
+                nearest="cpu",
+                next_step="leave device= out",
+            )
+        return options
 
     def held(self, sites: Mapping[str, Site], options: Options, mode: str) -> dict[str, Site]:
         """The sites of a host as an engine is to hold their weights: those that it quantises say so (``packed``)."""

@@ -171,17 +171,22 @@ class _Written(_Contents):
 
     def old(self) -> Mapping[str, Tensor]:
         self.engine.write(self._snapshot)
-        return self.engine.memory
+        return self._readable()
 
     def noise(self) -> Mapping[str, Tensor]:
         generator = torch.Generator().manual_seed(0)
         for buffer in self.engine.buffers.values():
             buffer.forget()
-        for name, tensor in self.engine.memory.items():
+        drawn = self._readable()
+        for name, tensor in drawn.items():
             slot = self.engine.slots[name]
             around = _surroundings(self.engine.plans[slot.site], self.engine.base)
             ROLES[slot.role].noise(tensor, around, generator)
-        return self.engine.memory
+        return drawn
+
+    def _readable(self) -> Mapping[str, Tensor]:
+        """The memory itself where the CPU reads it; what is elsewhere, copied."""
+        return {name: tensor.cpu() for name, tensor in self.engine.memory.items()}
 
     def leave(self) -> None:
         self.engine.write(Snapshot(()))

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import onnxruntime as ort
 import torch
 
 from lorac.backends.onnx.files import BASE, names_of
+from lorac.backends.onnxruntime.devices.providers import refuse_missing
 from lorac.backends.onnxruntime.engine import GraphSession, OrtEngine
 from lorac.backends.onnxruntime.options import Options
 from lorac.backends.onnxruntime.quantised.base import as_computed
@@ -20,12 +20,10 @@ from lorac.backends.onnxruntime.session import new_session
 from lorac.errors import Unavailable
 from lorac.ir.engine import AnyDialect, Backend, BuildRequest, Engine, Files, Stored
 from lorac.ir.graph.signature import CallSignature
-from lorac.ir.host.sites import Site, SiteKind
+from lorac.ir.host.sites import HALF, Site, SiteKind
 from lorac.ir.slots.site import SitePlan
 from lorac.ir.store.plans import slot_from_json, slot_to_json
 from lorac.ir.store.tensors import TensorFile, file_base
-
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 class OnnxRuntime(Backend[Options]):
@@ -36,9 +34,27 @@ class OnnxRuntime(Backend[Options]):
     @functools.cached_property
     def dialect(self) -> AnyDialect:  # type: ignore[override]  # nobody sets it
         """What it can run; what else building takes is imported with it, and nothing of that to load an artefact."""
-        from lorac.backends.onnxruntime.dialect import DIALECT
+        from lorac.backends.onnxruntime.dialect import DIALECTS
 
-        return DIALECT
+        return DIALECTS["cpu"]
+
+    def dialect_for(self, options: Options) -> AnyDialect:
+        """What it can run where the options have it run."""
+        from lorac.backends.onnxruntime.dialect import DIALECTS
+
+        return DIALECTS[options.place.type]
+
+    def placed(self, options: Options, device: torch.device | None) -> Options:
+        """Options for a device that this machine has what it takes to run on."""
+        if device is not None:
+            options = dataclasses.replace(options, device=str(device))
+        if options.cache and options.place.type != "cpu":
+            raise Unavailable(
+                f"programs that keep a cache do not run on {str(options.place)!r} yet: their buffers lie on the CPU",
+                next_step="device='cpu' keeps a cache; cache=False runs on a GPU, and target='eager' generates there",
+            )
+        refuse_missing(options.chosen, options.place)
+        return options
 
     def build(self, request: BuildRequest[Options]) -> OrtEngine:
         """An engine over sessions; the host is not kept."""
@@ -74,7 +90,11 @@ class OnnxRuntime(Backend[Options]):
         tensors = self.base_of(files)
         options = Options(**given["options"])
         if device is not None:
-            options = dataclasses.replace(options, providers=_providers(str(device)))
+            # Providers that were asked for when it was saved are of the place it ran on then.
+            own = options.providers if options.place.type == torch.device(device).type else None
+            options = dataclasses.replace(options, providers=own, device=str(device))
+        options = self.placed(options, None)
+        _refuse_half(plans, options)
         return OrtEngine(
             parts={name: _part(name, files, entry, options) for name, entry in given["graphs"].items()},
             plans=plans,
@@ -116,12 +136,11 @@ def _part(graph: str, files: Files, stored: Mapping[str, Any], options: Options)
     )
 
 
-def _providers(device: str) -> tuple[str, ...]:
-    wanted = _PROVIDERS.get(device.partition(":")[0])
-    if wanted is None or wanted not in ort.get_available_providers():
+def _refuse_half(plans: Mapping[str, SitePlan], options: Options) -> None:
+    """Raise ``Unavailable`` for a stored program in half precision on a device that does not compute in it."""
+    dtypes = {str(plan.site.dtype).removeprefix("torch.") for plan in plans.values() if plan.site.dtype in HALF}
+    if dtypes and options.place.type == "cpu":
         raise Unavailable(
-            f"this ONNX Runtime has no provider for device '{device}'",
-            nearest=", ".join(ort.get_available_providers()),
-            next_step="pip install 'lorac[cuda]'",
+            f"this program is in {', '.join(sorted(dtypes))}, in which ONNX Runtime does not compute on the CPU",
+            next_step="load it with device='cuda', or compile it from the model with device='cpu'",
         )
-    return tuple(dict.fromkeys((wanted, _PROVIDERS["cpu"])))

@@ -17,7 +17,7 @@ from lorac.backends.onnx.files import BASE, home_of, names_of
 from lorac.backends.onnx.selftest import self_test
 from lorac.backends.onnx.sharing import places_of
 from lorac.backends.onnx.writing import bake, fill, write
-from lorac.backends.onnxruntime.dialect import DIALECT
+from lorac.backends.onnxruntime.dialect import DIALECTS
 from lorac.backends.onnxruntime.engine import GraphSession, OrtEngine
 from lorac.backends.onnxruntime.options import IN_FLOAT, Options
 from lorac.backends.onnxruntime.quantised.base import as_computed, pieces_of, places_in, standing_in, told
@@ -93,7 +93,7 @@ def _emit(program: Program, request: BuildRequest[Options], folder: Path) -> dic
     slots = slots_of(request.plans, request.snapshot if baked else Snapshot(()), request.base)
     given = _given(request.model, request.options)
     for name, graph in program.graphs.items():
-        model = emit(graph, program.signatures[name], DIALECT)
+        model = emit(graph, program.signatures[name], DIALECTS[request.options.place.type])
         (bake if baked else fill)(model, named_tensors(graph.slots, request.plans, slots))
         outcomes[name] = _quantised(model, request.options, given)
         write(model, home_of(folder, name))
@@ -125,7 +125,7 @@ def _quantised(model: ir.Model, options: Options, given: Sequence[Given]) -> Out
     if options.codec is None and not given:
         return Outcome()
     outcome = quantise(model, options.codec, options.accuracy_level, given)
-    refuse_unclaimed(model, DIALECT)
+    refuse_unclaimed(model, DIALECTS[options.place.type])
     return outcome
 
 

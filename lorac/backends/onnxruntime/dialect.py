@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+
 import onnx_ir as ir
+import torch
 from onnxruntime.capi import _pybind_state as library
 
 from lorac.backends.onnx.legalize import Legalize
 from lorac.backends.onnxruntime.caching import use_group_query_attention
+from lorac.backends.onnxruntime.devices.providers import ON_GPU
+from lorac.backends.onnxruntime.devices.widening import compute_in_float
 from lorac.backends.onnxruntime.flattening import to_rows
 from lorac.backends.onnxruntime.fusions import fuse_rms_norms, fuse_rotary_positions
 from lorac.ir.engine import Claims, Dialect, Gate
@@ -16,11 +22,17 @@ _RESOLVED: Claims = frozenset({("", "Constant")})
 
 
 def _kernels() -> Claims:
-    """The ops that this build has a kernel for, whichever provider it belongs to."""
+    """The ops that this build has a kernel for, whichever provider it belongs to.
+
+    Where it has providers for GPUs, listing kernels loads their libraries, and ends the process where one of them is
+    missing: then every op that it knows counts, and an op without a kernel is refused by the session.
+    """
+    if set(library.get_available_providers()) & set(ON_GPU):
+        return frozenset((schema.domain, schema.name) for schema in library.get_all_operator_schema())
     return frozenset((kernel.domain, kernel.op_name) for kernel in library.get_all_opkernel_def())
 
 
-DIALECT: Dialect[ir.Model] = Dialect(
+_ON_CPU: Dialect[ir.Model] = Dialect(
     name="onnxruntime",
     claims=_kernels() | _RESOLVED,
     passes=(Legalize(),),
@@ -28,3 +40,10 @@ DIALECT: Dialect[ir.Model] = Dialect(
     finish=(to_rows,),
     gates=Gate.IF,
 )
+_ON_CUDA = dataclasses.replace(
+    _ON_CPU,
+    finish=(*_ON_CPU.finish, compute_in_float),
+    dtypes=(*_ON_CPU.dtypes, torch.float16, torch.bfloat16),
+)
+DIALECTS: Mapping[str, Dialect[ir.Model]] = {"cpu": _ON_CPU, "cuda": _ON_CUDA}
+"""Kind of device -> what sessions can run there; what a GPU has no kernel for, a session has the CPU compute."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -12,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from lorac.backends.onnxruntime.devices.memory import aliased, memory_at, taken
+from lorac.backends.onnxruntime.devices.providers import on_cpu
 from lorac.backends.onnxruntime.growing import Layout, OrtCache, all_tokens, extend, refuse_other_rows, whole_texts
-from lorac.backends.onnxruntime.inputs import aliased, wanted
+from lorac.backends.onnxruntime.inputs import wanted
 from lorac.backends.onnxruntime.options import Options
 from lorac.backends.onnxruntime.portable import bound_tensors, write_choice, written_tensors
 from lorac.backends.onnxruntime.settling import settled_session
@@ -29,7 +31,6 @@ from lorac.ir.graph.graph import SlotInput
 from lorac.ir.graph.signature import CallSignature
 from lorac.ir.host.components import encoder_of, require_component
 from lorac.ir.host.sites import BaseReader
-from lorac.ir.slots.buffers import fused_buffers
 from lorac.ir.slots.site import SitePlan, SiteSlots
 from lorac.ir.slots.snapshot import Snapshot
 
@@ -64,8 +65,8 @@ class Values:
     """Values for every slot input.
 
     Attributes:
-        values: slot input -> OrtValue over the tensor's own memory.
-        tensors: the tensors, kept alive as long as the binding.
+        values: slot input -> OrtValue where sessions read it.
+        tensors: the tensors that it was made of, kept alive as long as the binding.
         own: per thread: graph -> an IOBinding with its slots bound; made on a thread's first call, never shared.
     """
 
@@ -104,12 +105,12 @@ class OrtEngine(Engine):
             if (encoder := parts.get(encoder_of(name))) is not None:
                 part.behind(encoder)
         self.slots = {name: slot for part in parts.values() for name, slot in part.slots.items()}
-        self.signatures = {name: part.signature for name, part in parts.items()}
+        self.signatures = {name: _telling(part) for name, part in parts.items()}
         self.plans = fed(self.slots, plans)
         self.base, self.mode, self.files, self.options = base, mode, files, options
         self.settles_alone = self.fused and options.settle == "background"
-        self._contiguous = WeakTensorKeyDictionary()
-        self.buffers, self.memory = fused_buffers(self.plans, base) if self.fused else ({}, {})
+        self.where = memory_at(options.place)
+        self.buffers, self.memory = self.where.fused(self.plans, base) if self.fused else ({}, {})
         self._written = self._values(self.memory)
         self._holds = Snapshot(())
         # By snapshot, weakly: constants that can never serve again are let go.
@@ -118,7 +119,7 @@ class OrtEngine(Engine):
     # --- the engine's contract ---------------------------------------------------------------------------------
 
     def bind(self, snapshot: Snapshot, slots: Mapping[str, SiteSlots]) -> Binding[Values]:
-        """OrtValues over the slots' tensors; nothing is copied."""
+        """OrtValues over the slots' tensors; what lies where sessions read it is not copied."""
         tensors = {} if self.constant else named_tensors(self.slots, self.plans, slots)
         return Binding(self, self._values(tensors))
 
@@ -139,6 +140,7 @@ class OrtEngine(Engine):
     def hold(self, snapshot: Snapshot) -> None:
         """Remember it: constants that were made of it serve again."""
         self._holds = snapshot
+        self.where.written(self.memory)
 
     def settle(self) -> None:
         """Make sessions with the present weights as constants; they serve calls while those are the active ones.
@@ -205,7 +207,7 @@ class OrtEngine(Engine):
 
         def run(given: dict[str, Any]) -> list[Any]:
             as_numpy = all(isinstance(v, np.ndarray) for v in given.values())
-            return [_answer(value, as_numpy) for value in _execute(part, graph, session, values, given)]
+            return [_answer(value, as_numpy) for value in self._execute(part, graph, session, values, given)]
 
         output, extra = part.signature.run(args, kwargs, run)
         return Answer(output, grouped_aux(extra, values.tensors))
@@ -244,7 +246,7 @@ class OrtEngine(Engine):
         part = self.parts[name]
         given = part.signature.bind((), inputs)
         session, values = self._serving(part, name, content)
-        found = [torch.from_numpy(value.numpy()) for value in _execute(part, name, session, values, given)]
+        found = [taken(value) for value in self._execute(part, name, session, values, given)]
         answered = dict(zip(part.outputs, found, strict=True))
         memory = {made: value for made, value in answered.items() if is_memory(made)}
         refuse_other_rows(memory, len(cache.lengths))
@@ -282,22 +284,34 @@ class OrtEngine(Engine):
         part = self.parts[graph]
         if part.cache is not None and PAST not in inputs:
             inputs = {**empty_cache(part.cache.shapes, inputs[part.cache.text], part.cache.memory), **inputs}
-        values = _execute(part, graph, part.session, self._values(tensors), inputs)
-        return [torch.from_numpy(value.numpy().copy()) for value in values]
+        values = self._execute(part, graph, part.session, self._values(tensors), inputs)
+        return [taken(value).clone() for value in values]
 
     def _values(self, tensors: Mapping[str, Tensor]) -> Values:
         """What is bound for slot name -> tensor."""
-        held = {name: self._laid_out(tensor) for name, tensor in tensors.items()}
-        return Values({name: aliased(tensor) for name, tensor in held.items()}, held)
+        return Values({name: self.where.held(tensor) for name, tensor in tensors.items()}, tensors)
 
-    def _laid_out(self, tensor: Tensor) -> Tensor:
-        """The tensor as a session reads it; bindings that hold one tensor share one copy."""
-        if tensor.is_contiguous():
-            return tensor.detach()
-        copied = self._contiguous.get(tensor)
-        if copied is None:
-            copied = self._contiguous[tensor] = tensor.detach().contiguous()
-        return copied
+    def _execute(
+        self,
+        part: GraphSession,
+        graph: str,
+        session: ort.InferenceSession,
+        values: Values,
+        given: Mapping[str, Any],
+    ) -> Sequence[ort.OrtValue]:
+        io = _io(part, graph, session, values)
+        held = {name: part.wanted[name].fit(value) for name, value in given.items()}
+        for name, tensor in held.items():
+            io.bind_ortvalue_input(name, aliased(tensor))
+        io.clear_binding_outputs()
+        answered = self.where.answers(held.values())
+        for name in part.outputs:
+            io.bind_output(name, *answered)
+        self.where.settled()
+        session.run_with_iobinding(io)
+        outputs: Sequence[ort.OrtValue] = io.get_outputs()
+        io.clear_binding_outputs()
+        return outputs
 
     def _serving(self, part: GraphSession, graph: str, values: Values) -> tuple[ort.InferenceSession, Values]:
         settled = self._settled.get(self._holds) if values is self._written else None
@@ -312,22 +326,14 @@ class _Settled:
     values: Values
 
 
-def _execute(
-    part: GraphSession, graph: str, session: ort.InferenceSession, values: Values, given: Mapping[str, Any]
-) -> Sequence[ort.OrtValue]:
-    io = _io(part, graph, session, values)
-    held = []
-    for name, value in given.items():
-        tensor = part.wanted[name].fit(value)
-        held.append(tensor)
-        io.bind_ortvalue_input(name, aliased(tensor))
-    io.clear_binding_outputs()
-    for name in part.outputs:
-        io.bind_output(name)
-    session.run_with_iobinding(io)
-    outputs: Sequence[ort.OrtValue] = io.get_outputs()
-    io.clear_binding_outputs()
-    return outputs
+def _telling(part: GraphSession) -> CallSignature:
+    """How a graph is called, with what its session has the CPU compute; another machine's may have it otherwise."""
+    there = on_cpu(part.session)
+    if not there:
+        return part.signature
+    told = ", ".join(f"{op} ({count})" if count > 1 else op for op, count in there.items())
+    note = f"the CPU computes, inside each call on {part.session.get_providers()[0]}: {told}"
+    return dataclasses.replace(part.signature, notes=(*part.signature.notes, note))
 
 
 def _io(part: GraphSession, graph: str, session: ort.InferenceSession, values: Values) -> Any:
@@ -349,5 +355,7 @@ def _bound(part: GraphSession, session: ort.InferenceSession, values: Values) ->
 
 
 def _answer(value: ort.OrtValue, as_numpy: bool) -> Any:
-    array = value.numpy()
-    return array if as_numpy else torch.from_numpy(array)
+    tensor = taken(value)
+    if not as_numpy:
+        return tensor
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()  # NumPy has nothing for it

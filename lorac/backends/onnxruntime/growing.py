@@ -15,7 +15,7 @@ import onnxruntime as ort
 import torch
 
 from lorac.backends.onnx.files import LONGEST
-from lorac.backends.onnxruntime.inputs import aliased
+from lorac.backends.onnxruntime.devices.memory import aliased
 from lorac.errors import ChoiceError, InputMismatch
 from lorac.ir.cache import Cache, Extension, Keeps
 from lorac.ir.graph.attending import (

@@ -16,6 +16,7 @@ _DTYPES = {
     "tensor(float)": torch.float32,
     "tensor(double)": torch.float64,
     "tensor(float16)": torch.float16,
+    "tensor(bfloat16)": torch.bfloat16,
     "tensor(int64)": torch.int64,
     "tensor(int32)": torch.int32,
     "tensor(int8)": torch.int8,
@@ -65,10 +66,3 @@ class Wanted:
 def wanted(session: ort.InferenceSession) -> Mapping[str, Wanted]:
     """The inputs of a session by name."""
     return {found.name: Wanted(found.name, _DTYPES.get(found.type)) for found in session.get_inputs()}
-
-
-def aliased(tensor: Tensor) -> ort.OrtValue:
-    """An OrtValue over a contiguous CPU tensor's own memory."""
-    value = ort.OrtValue.ortvalue_from_numpy(tensor.numpy())
-    assert not tensor.numel() or value.data_ptr() == tensor.data_ptr()
-    return value

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-import onnxruntime as ort
+import torch
 
+from lorac.backends.onnxruntime.devices.providers import CPU, CUDA, kind_of, known_providers
 from lorac.backends.onnxruntime.quantised.codec import BLOCKS, Codec
-from lorac.errors import UnknownOption, none_of, short
+from lorac.errors import UnknownOption, nearest_name, none_of, short
 from lorac.ir.engine import TargetOptions
 
 MOST_THREADS = 1024
 """More than any machine has cores for one operator; each takes memory of its own."""
 
 
+_PROVIDERS = {"cpu": CPU, "cuda": CUDA}
+"""Kind of device -> the provider that it is run by where none is asked for."""
 _TIMES = ("asked", "background")
 _BITS = {"int8": 8, "int4": 4}
 """What weights may be held as -> bits of a value."""
@@ -37,7 +40,9 @@ class Options(TargetOptions):
         settle: ``"asked"``: weights settle when ``swap(..., settle=True)`` asks; ``"background"``: after every swap.
         cache: keep keys and values, as ``generate`` needs it, of a causal language model of transformers. Calls then
             take ``input_ids`` and an ``attention_mask`` that pads rows on the right; logits of padding are 0.
-        providers: execution providers, best first.
+        providers: execution providers, best first; default: those of the device.
+        device: where sessions run, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``, as ``compile`` is told by its own ``device``;
+            default: where the first of the providers runs.
         weights: ``"int8"`` or ``"int4"``: weights of linear layers, output layers and embeddings are quantised, by
             rounding to the nearest, and adapters run beside them in float. ``explain()`` says which stay float, and
             why. The base is what the quantised weights come to, also for methods that read W; in mode ``"baked"`` the
@@ -54,7 +59,8 @@ class Options(TargetOptions):
     spinning: bool | None = None
     settle: str = "asked"
     cache: bool = False
-    providers: tuple[str, ...] = ("CPUExecutionProvider",)
+    providers: tuple[str, ...] | None = None
+    device: str | None = None
     weights: str | None = None
     block_size: int = 32
     symmetric: bool = True
@@ -66,6 +72,19 @@ class Options(TargetOptions):
         return None if self.weights is None else Codec(_BITS[self.weights], self.block_size, self.symmetric)
 
     @property
+    def place(self) -> torch.device:
+        """Where sessions run."""
+        if self.device is not None:
+            return torch.device(self.device)
+        return torch.device("cpu" if self.providers is None else kind_of(self.providers[0]))
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The providers that a session is made with, best first; what none of them takes is the CPU's."""
+        own = (_PROVIDERS[self.place.type],) if self.providers is None else self.providers
+        return tuple(dict.fromkeys((*own, CPU)))
+
+    @property
     def grows(self) -> bool:
         """Whether the program keeps a cache."""
         return self.cache
@@ -73,18 +92,34 @@ class Options(TargetOptions):
     def check(self) -> None:
         """There are two times at which weights settle, and as many threads as a machine may have."""
         self._check_weights()
+        self._check_device()
         if self.settle not in _TIMES:
             raise none_of("settle cannot be", self.settle, _TIMES)
-        known = ort.get_all_providers()
-        strange = [provider for provider in self.providers if provider not in known]
-        if strange or not self.providers:
-            raise UnknownOption(
-                f"ONNX Runtime has no provider {short(strange)}", next_step=f"it knows {', '.join(known)}"
-            )
         if not 0 <= self.threads <= MOST_THREADS:
             raise UnknownOption(
                 f"threads cannot be {short(self.threads)}",
                 next_step=f"give a number up to {MOST_THREADS}, or 0 for all",
+            )
+
+    def _check_device(self) -> None:
+        """Raise ``UnknownOption`` for devices and providers that there are none of, or that contradict each other."""
+        known = known_providers()
+        strange = [provider for provider in self.providers or () if provider not in known]
+        if strange or self.providers == ():
+            raise UnknownOption(
+                f"ONNX Runtime has no provider {strange[0]!r}" if strange else "there is no provider to run on",
+                nearest=nearest_name(strange[0], known) if strange else None,
+                next_step="leave providers= out to run on device=",
+            )
+        if self.device is None:
+            return
+        if self.place.type not in _PROVIDERS:
+            raise none_of("onnxruntime does not run on", self.device, tuple(_PROVIDERS))
+        if self.providers is not None and kind_of(self.providers[0]) != self.place.type:
+            raise UnknownOption(
+                f"device={self.device!r} and providers={self.providers!r} contradict each other: "
+                f"{self.providers[0]} runs on {kind_of(self.providers[0])!r}",
+                next_step=f"leave providers= out: device={self.device!r} takes {_PROVIDERS[self.place.type]}",
             )
 
     def _check_weights(self) -> None:

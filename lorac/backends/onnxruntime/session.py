@@ -15,6 +15,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
 from lorac.backends.onnx.files import WEIGHTS, Array, name_of, nested, read
+from lorac.backends.onnxruntime.devices.providers import started
 from lorac.backends.onnxruntime.options import IN_FLOAT, Options
 from lorac.backends.onnxruntime.quantised.codec import ACCURACY
 from lorac.ir.engine import Files
@@ -100,7 +101,7 @@ def _made(
     values = [_over(array, stored[name]) for name, array in handed.items()]
     settings.add_external_initializers(list(handed), values)
     try:
-        session = ort.InferenceSession(model.SerializeToString(), settings, providers=list(options.providers))
+        session = started(model.SerializeToString(), settings, options.chosen, options.place)
     except NoKernel as error:
         from lorac.backends.onnxruntime.kernels import no_kernel
 

@@ -28,4 +28,6 @@ def settled_session(
         tensors: slot input -> its value; copied, so that later writes do not reach the session.
         options: the target's.
     """
-    return new_session(files, graph, options, {name: t.detach().clone().numpy() for name, t in tensors.items()})
+    return new_session(
+        files, graph, options, {name: t.detach().to("cpu", copy=True).numpy() for name, t in tensors.items()}
+    )

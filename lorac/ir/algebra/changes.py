@@ -124,6 +124,25 @@ def to_outputs(change: LowRank | Sparse | Dense) -> tuple[str, dict[str, Tensor]
     return "low-rank", {A: change.a, B: change.b, **change.parts, **shift}
 
 
+def moved(change: Change, device: torch.device) -> Change:
+    """A change with its tensors on a device."""
+    if isinstance(change, SparseSum):
+        terms = [
+            (strength, replace(t, rows=t.rows.to(device), cols=t.cols.to(device), values=t.values.to(device)))
+            for strength, t in change.terms
+        ]
+        return SparseSum(tuple(terms), None if change.e is None else change.e.to(device))
+    form, outputs = to_outputs(change)
+    return from_outputs(form, {letter: tensor.to(device) for letter, tensor in outputs.items()}, None)
+
+
+def device_of(change: Change) -> torch.device:
+    """Where a change's tensors are."""
+    if isinstance(change, SparseSum):
+        return change.terms[0][1].values.device
+    return next(iter(to_outputs(change)[1].values())).device
+
+
 def compose(terms: Sequence[tuple[float, Change]], weight: Callable[[], Tensor]) -> Change | None:
     """The exact weighted sum W + Σ tᵢ·(W'ᵢ − W) of changes at one site, in the order given.
 

@@ -368,9 +368,13 @@ def _identity(model: nn.Module, name: str) -> int:
     return identity_of(model.get_submodule(owner), leaf)
 
 
+HALF = frozenset({torch.float16, torch.bfloat16})
+"""Half precision: what is computed in it is narrower than what adapters are held in."""
+
+
 def factor_dtype(base: torch.dtype) -> torch.dtype:
     """The dtype adapters are held in over a base of ``base`` (PEFT's rule): float32 over half precision."""
-    return torch.float32 if base in {torch.float16, torch.bfloat16} else base
+    return torch.float32 if base in HALF else base
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,18 @@ from typing import Any
 import torch
 
 from lorac.ir.algebra import letters
-from lorac.ir.algebra.changes import Change, Dense, LowRank, Sparse, SparseSum, merge, merge_bias, plus_product
+from lorac.ir.algebra.changes import (
+    Change,
+    Dense,
+    LowRank,
+    Sparse,
+    SparseSum,
+    device_of,
+    merge,
+    merge_bias,
+    moved,
+    plus_product,
+)
 from lorac.ir.host.sites import BaseReader, Site, SiteKind
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.roles import slot_name
@@ -62,10 +73,12 @@ class FusedBuffer:
         # The matrix of a grouped kernel is block-diagonal: no view of the buffer.
         self._grouped = site.conv is not None and site.conv.groups > 1
         self._patches: weakref.WeakKeyDictionary[Change, _Patch] = weakref.WeakKeyDictionary()
+        self._moved: weakref.WeakKeyDictionary[Change, Change] = weakref.WeakKeyDictionary()
 
     @torch.no_grad()
     def write(self, change: Change | None) -> int:
         """Make the buffer hold ``change`` (None: the base); returns the bytes written."""
+        change = None if change is None else self._here(change)
         if change is self.holds:
             return 0
         # Until it is done the content is nobody's: a write that fails half-way must not pass for what was there.
@@ -77,6 +90,14 @@ class FusedBuffer:
     def forget(self) -> None:
         """Somebody else wrote into the memory: what it holds is not known, and the next write writes all of it."""
         self.holds = _NOTHING
+
+    def _here(self, change: Change) -> Change:
+        """A change in the memory that the buffer is in: it is brought there once."""
+        if device_of(change) == self.buffer.device:
+            return change
+        if change not in self._moved:
+            self._moved[change] = moved(change, self.buffer.device)
+        return self._moved[change]
 
     def _write(self, change: Change | None, held: Change | None) -> int:
         if self._grouped:
@@ -163,7 +184,7 @@ def fused_buffers(plans: Mapping[str, SitePlan], base: BaseReader) -> tuple[dict
         bias = None
         if letters.BIAS in plan.room:
             original = base.bias(site)
-            bias = torch.zeros(site.out_features, dtype=site.dtype) if original is None else original.clone()
+            bias = weight.new_zeros(site.out_features) if original is None else original.clone()
             memory[slot_name(path, letters.BIAS)] = bias
         matrix_of = _matrix_view(plan)
         buffers[path] = FusedBuffer(site, weight, matrix_of, unchanged, bias, base.bias(site))

@@ -3,7 +3,19 @@
 import pytest
 import torch
 
-from lorac.ir.algebra.changes import Dense, LowRank, Sparse, SparseSum, compose, from_outputs, merge, merge_bias
+from lorac.ir.algebra.changes import (
+    Dense,
+    LowRank,
+    Sparse,
+    SparseSum,
+    compose,
+    device_of,
+    from_outputs,
+    merge,
+    merge_bias,
+    moved,
+    to_outputs,
+)
 from lorac.ir.algebra.letters import A, B, C, D, T
 from lorac.testing.checks import assert_close
 
@@ -123,3 +135,19 @@ def test_half_precision_is_merged_in_the_wider_dtype(dtype):
     merged = merge(value, W)
     assert merged.dtype == dtype
     assert torch.equal(merged, expected)
+
+
+def test_a_change_moves_whole(values):
+    there, here = torch.device("meta"), torch.device("cpu")
+    for change in values.values():
+        gone, stayed = moved(change, there), moved(change, here)
+        assert device_of(change) == here and device_of(gone) == there
+        (form, tensors), (other, found), (same, kept) = map(to_outputs, (change, gone, stayed))
+        assert form == other == same and tensors.keys() == found.keys() == kept.keys()
+        assert all(tensor.is_meta and tensor.shape == tensors[letter].shape for letter, tensor in found.items())
+        assert all(torch.equal(kept[letter], tensor) for letter, tensor in tensors.items())
+    sparse = values["sparse"]
+    several = moved(SparseSum(((0.5, sparse), (2.0, sparse)), sparse.e), there)
+    assert device_of(several) == there and several.e.is_meta
+    assert [strength for strength, _ in several.terms] == [0.5, 2.0]
+    assert all(t.is_meta for _, term in several.terms for t in (term.rows, term.cols, term.values))

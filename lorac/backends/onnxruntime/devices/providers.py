@@ -1,0 +1,220 @@
+"""Execution providers: which of them run on a device, and what a machine lacks for them.
+
+ONNX Runtime falls back to the CPU where a provider cannot be made, and says so in its log alone. So what is lacking is
+looked for before anything is compiled, and a session is asked for its providers once it stands.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import re
+import sys
+from collections import Counter
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import onnxruntime as ort
+import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
+
+from lorac.errors import Unavailable
+
+CPU, CUDA, RTX = "CPUExecutionProvider", "CUDAExecutionProvider", "NvTensorRTRTXExecutionProvider"
+ON_GPU = (CUDA, RTX, "TensorrtExecutionProvider")
+"""Providers that run on a GPU of NVIDIA's; all others are the machine's own."""
+_EXACT = {"use_tf32": "0", "enable_skip_layer_norm_strict_mode": "1"}
+"""Has CUDA compute as torch does unless it is told otherwise: float32 in float32, and norms of half precision in it."""
+_ASSIGNED = "session.record_ep_graph_assignment_info"
+"""Has a session remember which provider computes what."""
+_PLUGINS = {RTX: ("onnxruntime_ep_nv_tensorrt_rtx", "onnxruntime-ep-nv-tensorrt-rtx-cu13")}
+"""Providers that come as a library of their own -> the module that names it, and the package that has it."""
+_FILES = {CUDA: "cuda", "TensorrtExecutionProvider": "tensorrt"}
+"""Providers that lie beside ONNX Runtime -> what their library is called after."""
+_DRIVER = "libcuda.so.1"
+_OF_DRIVER = (_DRIVER, "libnvidia-ml.so.1")
+_ABSENT = re.compile(r"(\S+\.so[.\d]*): cannot open shared object file")
+_ON_CPU = "device='cpu' runs it on the CPU"
+
+
+def kind_of(provider: str) -> str:
+    """The kind of device that a provider runs on."""
+    return "cuda" if provider in ON_GPU else "cpu"
+
+
+def known_providers() -> list[str]:
+    """Providers that can be asked for, whether or not this machine has what they need."""
+    return list(dict.fromkeys([*ort.get_all_providers(), *_PLUGINS]))
+
+
+def refuse_missing(providers: Collection[str], place: torch.device) -> None:
+    """Refuse providers that this machine cannot make, naming what it lacks.
+
+    Args:
+        providers: what a session is asked for.
+        place: the device that it runs on.
+
+    Raises:
+        Unavailable: this ONNX Runtime has no such provider, a library is missing, there is no driver, or no such GPU.
+    """
+    for provider in providers:
+        if provider in _PLUGINS:
+            _register(provider)
+        if provider not in _PLUGINS and provider not in ort.get_available_providers():
+            raise _not_built(provider)
+        if provider in _FILES:
+            _refuse_unloadable(provider)
+    if place.type == "cuda":
+        _refuse_absent(place.index or 0)
+
+
+def started(
+    model: bytes, settings: ort.SessionOptions, providers: Sequence[str], place: torch.device
+) -> ort.InferenceSession:
+    """A session that runs on the providers it is asked for, or none.
+
+    Args:
+        model: what it is made of.
+        settings: ONNX Runtime's.
+        providers: best first.
+        place: the device that they run on.
+
+    Raises:
+        Unavailable: it would run without one of them.
+    """
+    told = [(name, _asked_of(name, place)) for name in providers]
+    if place.type != "cpu":
+        settings.add_session_config_entry(_ASSIGNED, "1")
+    plugins = _PLUGINS.keys() & set(providers)
+    if plugins:
+        _tell(settings, told, place)
+    session = ort.InferenceSession(model, settings, providers=None if plugins else told)
+    left_out = [provider for provider in providers if provider not in session.get_providers()]
+    if left_out:
+        raise Unavailable(
+            f"onnxruntime could not start {', '.join(left_out)}, and would run on {session.get_providers()[0]} instead",
+            next_step=f"onnxruntime's log says why; {_ON_CPU}",
+        )
+    return session
+
+
+def _tell(settings: ort.SessionOptions, told: Sequence[tuple[str, dict[str, str]]], place: torch.device) -> None:
+    """Have a session's settings name its providers: those of a library of its own go by their devices alone."""
+    for name, asked in told:
+        if name in _PLUGINS:
+            settings.add_provider_for_devices(_devices(name, place), {})
+        elif name != CPU:
+            settings.add_provider(name, asked)
+
+
+def _asked_of(provider: str, place: torch.device) -> dict[str, str]:
+    """What a provider is asked for."""
+    exact = _EXACT if provider == CUDA else {}
+    return {**exact, "device_id": str(place.index)} if provider in ON_GPU and place.index else exact
+
+
+def on_cpu(session: ort.InferenceSession) -> dict[str, int]:
+    """Op -> how often a session that runs on a GPU has the CPU compute it; none where it runs on the CPU anyway."""
+    if not set(session.get_providers()) & set(ON_GPU):
+        return {}
+    parts = [part for part in session.get_provider_graph_assignment_info() if part.ep_name == CPU]
+    return dict(sorted(Counter(node.op_type for part in parts for node in part.get_nodes()).items()))
+
+
+def _not_built(provider: str) -> Unavailable:
+    if provider != CUDA:
+        return Unavailable(
+            f"the onnxruntime that is installed has no {provider}",
+            next_step=f"another build of ONNX Runtime has it; {_ON_CPU}",
+        )
+    return Unavailable(
+        f"the onnxruntime that is installed has no {CUDA}: it is built for the CPU",
+        next_step="pip uninstall onnxruntime, then pip install --force-reinstall 'onnxruntime-gpu[cuda,cudnn]', which "
+        f"fills the same folder; {_ON_CPU}",
+    )
+
+
+def _refuse_unloadable(provider: str) -> None:
+    """Load what a provider's library needs, or say which of it is missing."""
+    _preload()
+    if sys.platform != "linux":
+        return
+    home = Path(ort.__file__).parent / "capi"
+    try:
+        ctypes.CDLL(str(home / "libonnxruntime_providers_shared.so"), mode=ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(home / f"libonnxruntime_providers_{_FILES[provider]}.so"))
+    except OSError as error:
+        raise _unloadable(provider, error) from error
+
+
+@functools.cache
+def _preload() -> None:
+    """Load CUDA and cuDNN where pip put them, which no loader looks at; what it says of them is said again."""
+    import contextlib
+    import io
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        ort.preload_dlls()
+
+
+def _unloadable(provider: str, error: Exception) -> Unavailable:
+    found = _ABSENT.search(str(error))
+    if found and found.group(1) in _OF_DRIVER:
+        return Unavailable(
+            f"{provider} needs {found.group(1)}, which is of NVIDIA's driver, and this machine has none",
+            next_step=f"install the GPU's driver, or hand it into the container (docker run --gpus all); {_ON_CPU}",
+        )
+    lacking = (
+        f"needs the library {found.group(1)}, which is not found"
+        if found
+        else f"cannot be loaded: {str(error).strip().partition(chr(10))[0]}"
+    )
+    return Unavailable(f"{provider} {lacking}", next_step=f"pip install 'lorac[cuda]' brings CUDA and cuDNN; {_ON_CPU}")
+
+
+def _refuse_absent(index: int) -> None:
+    """Refuse a GPU that the driver does not show."""
+    if sys.platform != "linux":
+        return
+    count = ctypes.c_int()
+    try:
+        driver = ctypes.CDLL(_DRIVER)
+    except OSError as error:
+        raise _unloadable(CUDA, error) from error
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        count.value = 0
+    if index >= count.value:
+        seen = f"{count.value} GPUs, from 0 on" if count.value else "no GPU"
+        raise Unavailable(
+            f"there is no device 'cuda:{index}': NVIDIA's driver shows {seen}",
+            next_step=f"{'give one of these' if count.value else 'CUDA_VISIBLE_DEVICES may hide them'}; {_ON_CPU}",
+        )
+
+
+# ── Providers that come as libraries of their own ────────────────────────────────────────────────────────────────────
+def _devices(provider: str, place: torch.device) -> list[ort.OrtEpDevice]:
+    """The device of a provider that comes as a library of its own, as a session is told of it."""
+    found = [device for device in ort.get_ep_devices() if device.ep_name == provider]
+    return found[place.index or 0 :][:1]
+
+
+@functools.cache
+def _register(provider: str) -> None:
+    """Have ONNX Runtime know a provider's library.
+
+    Raises:
+        Unavailable: its package is not installed, or a library that it needs is missing.
+    """
+    name, package = _PLUGINS[provider]
+    try:
+        library = importlib.import_module(name).get_library_path()
+    except ModuleNotFoundError as error:
+        raise Unavailable(
+            f"{provider} comes with the package {package}, which is not installed",
+            next_step=f"pip install {package}; device='cuda' alone takes {CUDA}",
+        ) from error
+    try:
+        ort.register_execution_provider_library(provider, library)
+    except Fail as error:
+        raise _unloadable(provider, error) from error

@@ -1,0 +1,214 @@
+"""ONNX Runtime on CUDA, by the public interface: parity in every precision, swaps, memory, threads, artefacts."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import lorac
+from lorac.backends.onnxruntime.devices import kernels_of_cuda
+from lorac.backends.onnxruntime.devices.memory import SessionMemory, TorchMemory
+from lorac.testing.checks import assert_close
+from lorac.testing.parity import assert_parity
+from tests.backends.onnxruntime.gpu import needs
+from tests.backends.onnxruntime.half_hosts import Reference
+
+pytestmark = needs.marks()
+HOSTS = ("tiny_bert", "tiny_llama")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MERGEABLE = ("lora", "dora")
+
+
+@functools.cache
+def reference(host: str, dtype: torch.dtype) -> Reference:
+    return Reference(host, dtype)
+
+
+def compiled(host: str, dtype: torch.dtype = torch.float32, mode: str = "live", **options: Any) -> Any:
+    """A model on the GPU, with adapters that its mode takes."""
+    held = reference(host, dtype)
+    adapters = {n: a for n, a in held.adapters.items() if mode == "live" or n in MERGEABLE}
+    given: dict[str, Any] = {"active": None, "device": "cuda", "example_inputs": held.inputs(), **options}
+    return lorac.compile(held.entry.fresh(dtype), adapters, "onnxruntime", mode=mode, **given)
+
+
+def choices(host: str, mode: str) -> list[Any]:
+    """What is swapped to: none, each adapter, a mixture."""
+    own = reference(host, torch.float32).choices
+    taken = [own[name] for name in own if mode == "live" or name in MERGEABLE]
+    return [None, *taken, {name: strength / 2 for one in taken for name, strength in one.items()}]
+
+
+def on_gpu(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.cuda() for name, value in inputs.items()}
+
+
+def first(host: str, answer: Any) -> Any:
+    return answer[reference(host, torch.float32).entry.outputs[0]]
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", ["live", "fused"])
+def test_it_answers_as_torch_does(host: str, dtype: torch.dtype, mode: str) -> None:
+    held, engine = reference(host, dtype), compiled(host, dtype, mode)
+    off = engine(**held.inputs())
+    for name in engine.adapters:
+        engine.swap(held.choices[name])
+        answer = engine(**held.inputs())
+        assert first(host, answer).dtype == dtype
+        assert_parity(answer, held.of(name), held.base, own_base=off, names=held.entry.outputs)
+    engine.swap(None)
+    assert torch.equal(first(host, engine(**held.inputs())), first(host, off))
+
+
+@pytest.mark.parametrize("mode", ["live", "fused"])
+def test_a_thousand_swaps_are_a_fresh_compile(mode: str) -> None:
+    host, given = "tiny_llama", on_gpu(reference("tiny_llama", torch.float32).inputs())
+    fresh = [first(host, compiled(host, mode=mode, active=choice)(**given)) for choice in choices(host, mode)]
+    engine = compiled(host, mode=mode)
+    for place in torch.randint(len(fresh), (1000,), generator=torch.Generator().manual_seed(0)).tolist():
+        engine.swap(choices(host, mode)[place])
+        assert torch.equal(first(host, engine(**given)), fresh[place])
+
+
+def test_a_call_is_answered_where_its_inputs_are() -> None:
+    host, held = "tiny_bert", reference("tiny_bert", torch.float32)
+    engine = compiled(host, active="lora")
+    near, there = first(host, engine(**held.inputs())), first(host, engine(**on_gpu(held.inputs())))
+    array = first(host, engine(**{name: value.numpy() for name, value in held.inputs().items()}))
+    assert near.device.type == "cpu" and there.device == torch.device("cuda:0")
+    assert torch.equal(there.cpu(), near) and torch.equal(torch.from_numpy(array), near)
+
+
+def test_the_gpu_computes_it_and_what_it_does_not_is_said() -> None:
+    engine = compiled("tiny_llama")
+    assert engine.engine.parts["main"].session.get_providers()[0] == "CUDAExecutionProvider"
+    assert isinstance(engine.engine.where, TorchMemory)
+    said = [note for note in engine.engine.signatures["main"].notes if note.startswith("the CPU computes")]
+    assert not any("MatMul" in note for note in said) and all(note in str(engine.explain()) for note in said)
+
+
+def _copies(events: Any) -> Iterator[str]:
+    return (event.name for event in events if "Memcpy" in event.name)
+
+
+@pytest.mark.parametrize("mode", ["live", "fused"])
+def test_a_swap_copies_nothing_to_the_host(mode: str) -> None:
+    host = "tiny_llama"
+    given, engine = on_gpu(reference(host, torch.float32).inputs()), compiled(host, mode=mode)
+    for choice in (*choices(host, mode), *choices(host, mode)):
+        engine.swap(choice)
+        engine(**given)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as told:
+        for choice in choices(host, mode):
+            engine.swap(choice)
+        torch.cuda.synchronize()
+    copies = list(_copies(told.events()))
+    assert not [copy for copy in copies if "DtoH" in copy]
+    assert mode == "fused" or not copies
+
+
+@pytest.mark.parametrize("mode", ["live", "fused"])
+def test_weights_and_slots_lie_on_the_gpu(mode: str) -> None:
+    engine = compiled("tiny_bert", mode=mode)
+    engine.swap("lora")
+    assert all(tensor.is_cuda for tensor in engine.engine.memory.values()) and bool(engine.engine.memory) == (
+        mode == "fused"
+    )
+    values = engine.engine.written.content.values if mode == "fused" else engine._state.bound.content.values
+    assert values and {value.device_name() for value in values.values()} <= {"cuda", "gpu"}
+
+
+@pytest.mark.parametrize("mode", ["live", "fused"])
+def test_without_torchs_cuda_it_answers_the_same_bits(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory of ONNX Runtime's own, which is written from the CPU."""
+    host, held = "tiny_bert", reference("tiny_bert", torch.float32)
+    plain = compiled(host, mode="live")
+    monkeypatch.setattr("lorac.backends.onnxruntime.engine.memory_at", SessionMemory)
+    engine = compiled(host, mode=mode)
+    for choice in choices(host, mode):
+        engine.swap(choice)
+        plain.swap(choice)
+        found, wanted = (first(host, one(**held.inputs())) for one in (engine, plain))
+        assert torch.equal(found, wanted) if mode == "live" else assert_close(found, wanted) is None
+
+
+def test_threads_answer_what_each_asks_for() -> None:
+    host, given = "tiny_llama", on_gpu(reference("tiny_llama", torch.float32).inputs())
+    engine, own = compiled(host), choices(host, "live")
+    alone = [first(host, engine(**given, adapters=choice)) for choice in own]
+
+    def ask(place: int) -> bool:
+        torch.cuda.set_device(0)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            mine = {name: value.clone() for name, value in given.items()}
+            return torch.equal(first(host, engine(**mine, adapters=own[place])), alone[place])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(ask, [place % len(own) for place in range(200)]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_artefact_runs_where_it_was_saved(dtype: torch.dtype, tmp_path: Path) -> None:
+    host, held = "tiny_bert", reference("tiny_bert", dtype)
+    engine = compiled(host, dtype)
+    engine.save(tmp_path / "it")
+    loaded: Any = lorac.load(tmp_path / "it")
+    for choice in choices(host, "live"):
+        engine.swap(choice)
+        loaded.swap(choice)
+        assert torch.equal(first(host, loaded(**held.inputs())), first(host, engine(**held.inputs())))
+    if dtype == torch.float32:
+        assert_close(
+            first(host, lorac.load(tmp_path / "it", device="cpu")(**held.inputs(), adapters=None)),
+            first(host, held.base),
+        )
+    else:
+        with pytest.raises(lorac.Unavailable, match="does not compute on the CPU"):
+            lorac.load(tmp_path / "it", device="cpu")
+
+
+def test_a_model_on_the_gpu_runs_there_unasked() -> None:
+    held = reference("tiny_bert", torch.float32)
+    model = held.entry.fresh().cuda()
+    engine: Any = lorac.compile(model, held.adapters, "onnxruntime", on_gpu(held.inputs()), active=None)
+    assert engine.engine.options.place.type == "cuda" and next(model.parameters()).is_cuda
+    assert_close(first("tiny_bert", engine(**held.inputs())), first("tiny_bert", held.base))
+
+
+def test_a_gpu_that_is_not_there_is_named() -> None:
+    with pytest.raises(
+        lorac.Unavailable, match=f"there is no device 'cuda:99': NVIDIA's driver shows {torch.cuda.device_count()}"
+    ):
+        compiled("tiny_bert", device="cuda:99")
+
+
+_LIST = """
+from onnxruntime.capi import _pybind_state as library
+from lorac.backends.onnxruntime.devices.kernels_of_cuda import IN_HALF
+kinds = {"float16": "tensor(float16)", "bfloat16": "tensor(bfloat16)"}
+for kernel in library.get_all_opkernel_def():
+    opset = 1 if kernel.domain else 20
+    if kernel.provider == "CUDAExecutionProvider" and kernel.version_range[0] <= opset <= kernel.version_range[1]:
+        own = {kind for kinds in kernel.type_constraints.values() for kind in kinds}
+        print(*(f"{dtype}|{kernel.domain}|{kernel.op_name}" for dtype, kind in kinds.items() if kind in own))
+"""
+
+
+def test_what_is_written_down_of_kernels_is_what_the_library_has() -> None:
+    done = subprocess.run([sys.executable, "-c", _LIST], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("onnxruntime cannot list its kernels here: a provider of it cannot be loaded")
+    listed = set(done.stdout.split())
+    told = {f"{dtype}|{domain}|{op}" for dtype, ops in kernels_of_cuda.IN_HALF.items() for domain, op in ops}
+    assert told <= listed

@@ -1,0 +1,173 @@
+"""Programs in half precision as emitted for CUDA: their dtypes are torch's, and their values as near as torch's.
+
+No GPU computes here. ONNX Runtime's CPU takes float16 by casts of its own; of bfloat16 it has casts and nothing else,
+so there every op is computed in float32 and rounded once, by the same rewrite as ops that CUDA lacks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+import torch
+from onnx_ir.tensor_adapters import to_torch_dtype
+
+import lorac
+from lorac.backends.onnxruntime import build
+from lorac.backends.onnxruntime.devices import kernels_of_cuda, widening
+from lorac.backends.onnxruntime.dialect import DIALECTS
+from lorac.ir.graph.graph import Graph
+from lorac.testing.parity import assert_parity
+from tests.backends.onnxruntime.half_hosts import NAMES, Reference
+
+F16, BF16 = torch.float16, torch.bfloat16
+_HALF = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+
+
+@dataclass
+class Made:
+    """A program for CUDA whose sessions run here.
+
+    Attributes:
+        compiled: the model that runs it.
+        graph: what it was emitted from.
+        model: what was emitted for CUDA.
+        reference: what it is held against.
+    """
+
+    compiled: Any
+    graph: Graph
+    model: ir.Model
+    reference: Reference
+
+
+@functools.cache
+def made(name: str, dtype: torch.dtype) -> Made:
+    seen: list[tuple[Graph, ir.Model]] = []
+    cuda = DIALECTS["cuda"]
+    widened = dataclasses.replace(cuda, finish=(*DIALECTS["cpu"].finish, _nothing_in_half))
+    here = cuda if dtype == F16 else widened
+
+    def emit(graph: Graph, signature: Any, dialect: Any) -> ir.Model:
+        seen.append((graph, emit_as_ever(graph, signature, cuda)))
+        return seen[-1][1] if dialect is cuda else emit_as_ever(graph, signature, dialect)
+
+    emit_as_ever, reference = build.emit, Reference(name, dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "emit", emit)
+        patch.setitem(DIALECTS, "cpu", here)  # type: ignore[arg-type]  # a dict
+        compiled = lorac.compile(
+            reference.entry.fresh(dtype),
+            reference.adapters,
+            target="onnxruntime",
+            active=None,
+            example_inputs=reference.inputs(),
+        )
+    return Made(compiled, *seen[0], reference)
+
+
+def _nothing_in_half(model: ir.Model) -> None:
+    widening.compute_in_float(model, {})
+
+
+QUICK = (("tiny_bert", F16), ("tiny_llama", BF16), ("tiny_vit", BF16))
+CASES = [
+    pytest.param(name, dtype, marks=() if (name, dtype) in QUICK else pytest.mark.slow)
+    for name in NAMES
+    for dtype in (F16, BF16)
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES)
+def test_answers_are_as_near_as_torchs(name: str, dtype: torch.dtype) -> None:
+    """Four times what the base alone is off in half precision is allowed, and a tenth of a per mille."""
+    case = made(name, dtype)
+    outputs, reference = case.reference.entry.outputs, case.reference
+    off = case.compiled(**reference.inputs(), adapters=None)
+    for adapter, choice in reference.choices.items():
+        answer = case.compiled(**reference.inputs(), adapters=choice)
+        assert all(answer[output].dtype == dtype for output in outputs)
+        assert_parity(answer, reference.of(adapter), reference.base, own_base=off, names=outputs)
+    again = case.compiled(**reference.inputs(), adapters=None)
+    assert all(torch.equal(off[output], again[output]) for output in outputs)
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES)
+def test_every_value_has_the_dtype_that_torch_gives_it(name: str, dtype: torch.dtype) -> None:
+    case = made(name, dtype)
+    traced = {n.name: n.meta["val"] for n in case.graph.fx.nodes if isinstance(n.meta.get("val"), torch.Tensor)}
+    emitted = {str(v.name): v for node in case.model.graph.all_nodes() for v in node.outputs}
+    assert all(value.dtype is not None for value in emitted.values())
+    compared = {n: (to_torch_dtype(emitted[n].dtype), traced[n].dtype) for n in emitted.keys() & traced.keys()}  # type: ignore[arg-type]  # told
+    assert len(compared) > len(emitted) / 4 and {dtype, torch.float32} <= {found for found, _ in compared.values()}
+    assert not {n: both for n, both in compared.items() if both[0] != both[1]}
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES)
+def test_slots_have_the_dtype_of_factors(name: str, dtype: torch.dtype) -> None:
+    case = made(name, dtype)
+    slots = {str(v.name): v.dtype for v in case.model.graph.inputs if v.name in case.graph.slots}
+    assert slots.keys() == case.graph.slots.keys() and set(slots.values()) == {ir.DataType.FLOAT}
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES)
+def test_what_cuda_does_not_compute_in_half_precision_is_computed_in_float32(name: str, dtype: torch.dtype) -> None:
+    known = kernels_of_cuda.IN_HALF[str(dtype).removeprefix("torch.")]
+    for node in made(name, dtype).model.graph.all_nodes():
+        if any(value is not None and value.dtype in _HALF for value in node.inputs):
+            assert (node.domain, node.op_type) in known
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES)
+def test_norms_hold_their_sums_in_float32(name: str, dtype: torch.dtype) -> None:
+    norms = [node for node in made(name, dtype).model.graph.all_nodes() if node.op_type.endswith("LayerNormalization")]
+    assert len(norms) > 1
+    for node in norms:
+        assert node.inputs[0] is not None and node.inputs[0].dtype in _HALF
+        assert node.attributes.get_int("stash_type", 1) == ir.DataType.FLOAT
+
+
+# The rewrite
+
+
+def _model(op: str, dtype: ir.DataType, **attributes: int) -> ir.Model:
+    x = ir.val("x", dtype=dtype, shape=ir.Shape([3, 4]))
+    node = ir.Node("", op, [x], [ir.AttrInt64(name, value) for name, value in attributes.items()])
+    node.outputs[0].name = "y"  # and no dtype: rewrites leave it out
+    graph = ir.Graph([x], [node.outputs[0]], nodes=[node], opset_imports={"": 20}, name="it")
+    return ir.Model(graph, ir_version=10)
+
+
+def _ops(model: ir.Model) -> Iterator[str]:
+    return (node.op_type for node in model.graph)
+
+
+@pytest.mark.parametrize(
+    ("op", "dtype", "wrapped"),
+    [
+        ("Sin", ir.DataType.BFLOAT16, True),
+        ("Sin", ir.DataType.FLOAT16, False),
+        ("Exp", ir.DataType.BFLOAT16, False),
+        ("Sin", ir.DataType.FLOAT, False),
+        ("Mish", ir.DataType.FLOAT16, True),
+    ],
+)
+def test_an_op_is_widened_where_it_has_no_kernel(op: str, dtype: ir.DataType, wrapped: bool) -> None:
+    model = _model(op, dtype)
+    widening.compute_in_float(model)
+    assert list(_ops(model)) == (["Cast", op, "Cast"] if wrapped else [op])
+    [output] = model.graph.outputs
+    assert output.name == "y" and output.dtype in (dtype, None)
+
+
+def test_what_is_widened_is_rounded_once() -> None:
+    model = _model("Sin", ir.DataType.BFLOAT16)
+    widening.compute_in_float(model)
+    first, op, last = model.graph
+    assert first.attributes["to"].as_int() == op.outputs[0].dtype == ir.DataType.FLOAT
+    assert last.attributes["to"].as_int() == last.outputs[0].dtype == ir.DataType.BFLOAT16

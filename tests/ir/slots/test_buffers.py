@@ -1,0 +1,61 @@
+"""A weight in memory of another device than the adapters': what is written to it is brought there, once."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lorac.ir.algebra.changes import Dense, LowRank, Sparse, moved
+from lorac.ir.host.sites import find_sites
+from lorac.ir.slots import buffers
+from lorac.ir.slots.buffers import FusedBuffer
+
+OUT, IN = 6, 4
+LAYER = nn.ModuleDict({"it": nn.Linear(IN, OUT)})
+
+
+def _buffer() -> FusedBuffer:
+    weight = torch.empty(IN, OUT, device="meta")
+    return FusedBuffer(find_sites(LAYER)["it"], weight, lambda held: held.t(), lambda: weight.t().clone())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [LowRank(torch.ones(IN, 2), torch.ones(2, OUT)), Dense(torch.ones(OUT, IN))],
+    ids=["low-rank", "dense"],
+)
+def test_a_change_is_brought_to_the_weights_memory_once(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    brought, buffer = [], _buffer()
+
+    def counted(*given: Any) -> Any:
+        brought.append(given)
+        return moved(*given)
+
+    monkeypatch.setattr(buffers, "moved", counted)
+    assert buffer.write(change) == OUT * IN * 4
+    assert buffer.write(change) == 0
+    buffer.write(None)
+    assert buffer.write(change) == OUT * IN * 4 and brought == [(change, torch.device("meta"))]
+
+
+def test_what_was_brought_goes_with_the_change() -> None:
+    buffer, change = _buffer(), Dense(torch.ones(OUT, IN))
+    buffer.write(change)
+    there = weakref.ref(buffer.holds)
+    buffer.write(None)
+    del change
+    gc.collect()
+    assert there() is None
+
+
+def test_a_change_that_is_there_stays_as_it_is() -> None:
+    weight = torch.zeros(IN, OUT)
+    buffer = FusedBuffer(find_sites(LAYER)["it"], weight, lambda held: held.t(), lambda: torch.zeros(OUT, IN))
+    change = Sparse(torch.tensor([0]), torch.tensor([1]), torch.tensor([2.0]))
+    buffer.write(change)
+    assert buffer.holds is change and weight[1, 0] == 2
