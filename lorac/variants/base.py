@@ -251,6 +251,9 @@ class BranchVariant(Variant):
     """Whether what a token gets depends on those before it, otherwise than by ``Context.attend``: no cache holds what
     the formula made of these, so text is generated without one."""
 
+    instead: ClassVar[str] = ""
+    """What has a weight form in the place of one of its adapters, as a next step of messages; empty: nothing has."""
+
     def reads(self, site: Site) -> tuple[str, ...]:
         """Names of the program values that the formula at a site asks for through ``ctx.value``.
 
