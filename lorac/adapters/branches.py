@@ -28,7 +28,10 @@ def branch_term(adapter: Adapter, site: Site, *, detach: bool = True) -> BranchT
     if once:
         tensors = {name: tensors[name] for name, spec in here.specs(site).items() if not spec.shared}
     slot = _slot(here, here.branch, tensors, once, site.path)
-    return BranchTerm(replace(slot, emits=here.emits, reads=here.reads(site)), _given(tensors, site, detach=detach))
+    return BranchTerm(
+        replace(slot, emits=here.emits, reads=here.reads(site), instead=here.instead),
+        _given(tensors, site, detach=detach),
+    )
 
 
 def once_term(adapter: Adapter, sites: Mapping[str, Site], *, detach: bool = True) -> BranchTerm:

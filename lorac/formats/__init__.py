@@ -98,7 +98,7 @@ def save_adapter(
     assert save is not None
     target = Path(path)
     with told(target, Unreadable, "written"), replacing(target) as staged:
-        save(adapter, staged, model)
+        save(adapter, staged, model, target)
         if target.is_file() if staged.is_dir() else target.is_dir():
             kind = "a file" if staged.is_dir() else "a folder"
             raise FormatError(

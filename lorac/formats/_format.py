@@ -23,12 +23,12 @@ class Format:
         recognises: Whether a path, which exists, is of this format. Cheap, exclusive among the
             formats, and never raises on a damaged file.
         load: (path, model or None, name or None) -> the adapter, strictly checked.
-        save: (adapter, path, model or None) writes a file, or a folder, at a path that does not
-            exist yet; None where a format is read only.
+        save: (adapter, path, model or None, target) writes a file, or a folder, at a path that does not
+            exist yet, and which is moved to the target; None where a format is read only.
     """
 
     name: str
     looks_for: str
     recognises: Callable[[Path], bool]
     load: Callable[[Path, nn.Module | None, str | None], Adapter]
-    save: Callable[[Adapter, Path, nn.Module | None], None] | None = None
+    save: Callable[[Adapter, Path, nn.Module | None, Path], None] | None = None

@@ -132,7 +132,7 @@ def assembled(
     return adapter
 
 
-def _save(adapter: Adapter, path: Path, model: nn.Module | None) -> None:
+def _save(adapter: Adapter, path: Path, model: nn.Module | None, target: Path) -> None:
     if model is not None:
         check_adapter(adapter, find_sites(model), model)
     tensors, shared = _stored(adapter)

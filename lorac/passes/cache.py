@@ -25,8 +25,6 @@ from lorac.passes.relative import Distances
 from lorac.passes.tables import tabulate
 
 aten = torch.ops.aten
-_CAUSAL = 7
-"""Which operand of an attention says that it is to a text that grows."""
 _HINT = 16
 _STEP = 8
 """Sizes of heads in a cache are multiples of this: kernels of attention take no others."""
@@ -45,11 +43,12 @@ class Cache(Pass):
         """As the class says.
 
         Raises:
-            Unavailable: the model picks the tokens for its logits otherwise than by an index, or a branch attends by
-                itself.
+            Unavailable: the model picks the tokens for its logits otherwise than by an index, or a branch mixes tokens
+                by itself.
         """
         found = list(graph.find(attending.ATTENTION))
-        layers = [node for node in found if node.args[_CAUSAL]]
+        # The host's come first, so that they are called alike whatever adapters there are.
+        layers = sorted((node for node in found if node.args[attending.CAUSAL]), key=_is_branchs)
         for node in found:
             if node not in layers:
                 _lower(graph, node)
@@ -79,11 +78,15 @@ def _refuse_mixing(graph: Graph) -> None:
         mixing = next((branch for branch in plan.branches if branch.mixes), None)
         if mixing is not None:
             raise Unavailable(
-                f"{mixing.formula.method} at '{path}' attends to earlier tokens by itself, and the program's cache has "
-                "no place for its keys and values",
+                f"{mixing.formula.method} at '{path}' mixes tokens by itself, and the program's cache has no place for "
+                "what it makes of those that came before",
                 next_step="compile with target='eager', which generates without a cache while such an adapter is on, "
                 "or with cache=False, to run the program on whole texts",
             )
+
+
+def _is_branchs(node: fx.Node) -> bool:
+    return attending.is_branchs(str(node.args[-1]))
 
 
 def text_in(graph: Graph) -> fx.Node:

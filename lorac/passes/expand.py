@@ -10,11 +10,12 @@ import torch
 from torch import fx
 
 from lorac.ir.graph import ops
-from lorac.ir.graph.adapted import AdaptedCall, adapted_output
+from lorac.ir.graph.adapted import AdaptedCall, adapted_output, attention_in
 from lorac.ir.graph.edit import add_outputs, inline
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.passes import Outcome, Pass, Skip
 from lorac.ir.host.sites import Site
+from lorac.ir.slots.attention import Attention
 from lorac.ir.slots.roles import branch_name, slot_name
 from lorac.ir.slots.site import Ranks, SitePlan
 
@@ -39,9 +40,9 @@ class Expand(Pass):
         """As the class says; skipped is an extra output that nothing in this graph gives."""
         traces: dict[Any, fx.GraphModule] = {}
         extra: dict[str, fx.Node] = {}
-        adapted = list(graph.find(ops.adapted))
+        adapted, attention = list(graph.find(ops.adapted)), attention_in(graph)
         for node in adapted:
-            _expand_one(graph, node, traces, self.aux, extra)
+            _expand_one(graph, node, traces, self.aux, extra, attention)
         lowered = ops.lower(graph.exported.graph_module)
         if extra:
             add_outputs(graph.exported, extra)
@@ -52,11 +53,16 @@ class Expand(Pass):
 
 
 def _expand_one(
-    graph: Graph, node: fx.Node, traces: dict[Any, fx.GraphModule], aux: tuple[str, ...], extra: dict[str, fx.Node]
+    graph: Graph,
+    node: fx.Node,
+    traces: dict[Any, fx.GraphModule],
+    aux: tuple[str, ...],
+    extra: dict[str, fx.Node],
+    attention: Attention,
 ) -> None:
     call = AdaptedCall.of(node)
     plan, operands = graph.plan_of(call.site), call.tensors
-    function, emitted = _meaning(graph.sites, plan, call, aux)
+    function, emitted = _meaning(graph.sites, plan, call, aux, attention)
     inputs = [*operands, *call.operands.values()]
     shapes = (tuple(map(str, n.meta["val"].shape[:-1])) for n in operands[:1])
     key = (call.op, tuple(call.operands), _structure(plan), *shapes)
@@ -84,7 +90,7 @@ def _structure(plan: SitePlan) -> Any:
 
 
 def _meaning(
-    sites: Mapping[str, Site], plan: SitePlan, call: AdaptedCall, aux: tuple[str, ...]
+    sites: Mapping[str, Site], plan: SitePlan, call: AdaptedCall, aux: tuple[str, ...], attention: Attention
 ) -> tuple[Callable[..., tuple[Tensor, ...]], list[str]]:
     """The function an adapted op stands for, over its tensor operands, and the names of its extra outputs."""
     count, roles = len(call.tensors), tuple(call.operands)
@@ -93,7 +99,7 @@ def _meaning(
     def function(*tensors: Tensor) -> tuple[Tensor, ...]:
         operands = dict(zip(roles, tensors[count:], strict=True))
         emitted: dict[str, list[Tensor]] = {}
-        y = adapted_output(plan, replace(call, host=tensors[:count], operands=operands), sites, emitted)
+        y = adapted_output(plan, replace(call, host=tensors[:count], operands=operands), sites, emitted, attention)
         return (y, *(emitted[name].pop(0) for name, _ in emits))
 
     return function, [f"{name}:{slot_name(plan.site.path, branch_name(i))}" for name, i in emits]

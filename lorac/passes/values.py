@@ -12,16 +12,20 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
+import torch
 from torch import Tensor, fx
 
 from lorac.errors import CompileError, SiteError, SiteNotFound, SiteUnreached
+from lorac.ir.capture.attention import made_of
 from lorac.ir.graph import ops
-from lorac.ir.graph.adapted import VALUE_ROLE, AdaptedCall, give
-from lorac.ir.graph.edit import inline
+from lorac.ir.graph.adapted import VALUE_ROLE, AdaptedCall, attention_in, give
+from lorac.ir.graph.attending import text_of
+from lorac.ir.graph.edit import inline, insert_call
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.passes import Outcome, Pass, Skip
 from lorac.ir.graph.signature import in_program
 from lorac.ir.host.sites import Site
+from lorac.ir.slots.attention import WholeText
 from lorac.ir.slots.reads import (
     BASE,
     IN,
@@ -121,7 +125,16 @@ class _Sources:
         """The input that an argument of forward became."""
         names, slots = self.graph.exported.graph_signature.user_inputs, {s.node for s in self.graph.slots.values()}
         found = in_program(argument)
-        return self.graph.node(found) if found in names and found not in slots else None
+        return self.graph.node(found) if found in names and found not in slots else self._made(argument)
+
+    def _made(self, argument: str) -> fx.Node | None:
+        """What the trace of a text that grows made by itself: its mask, by which nothing of it is padding."""
+        inputs = {node.name: node for node in self.graph.placeholders()}
+        text = text_of(inputs)
+        if argument != made_of(text)[0] or isinstance(attention_in(self.graph), WholeText):
+            return None
+        first = next(node for node in self.graph.fx.nodes if node.op != "placeholder")
+        return insert_call(self.graph.exported, first, torch.ops.aten.ones_like.default, inputs[text])
 
 
 def _taken_by(call: fx.Node) -> fx.Node:
@@ -189,13 +202,14 @@ def _compute_once(sources: _Sources, once: Mapping[str, SitePlan], before: fx.No
             read = _found(sources, branch.reads, before, path)
             operands = [*(slots[slot_name(path, role)] for role in roles), *read.values()]
             owner, names = owner_at(path, i), list[str]()
-            function = functools.partial(_own_values, plan, branch, list(read), owner, graph.sites, names)
+            around = functools.partial(Ctx, plan.site, attention=attention_in(graph))
+            function = functools.partial(_own_values, around, branch, list(read), owner, graph.sites, names)
             _, nodes = inline(graph.exported, before, function, operands)
             sources.own.update(zip(names, nodes, strict=True))
 
 
 def _own_values(
-    plan: SitePlan,
+    around: Callable[..., Ctx],
     branch: BranchSlot,
     read: Sequence[str],
     owner: str,
@@ -206,7 +220,7 @@ def _own_values(
     """What one adapter computes once, of its parameters and of what it reads; ``names`` gets what each is called."""
     count = len(branch.params)
     values = presented(dict(zip(read, tensors[count:], strict=True)), sites)
-    found = own_values(branch, tensors[:count], Ctx(plan.site, values=values), owner)
+    found = own_values(branch, tensors[:count], around(values=values), owner)
     names[:] = found
     return tuple(found.values())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,10 @@ class Routed(BranchVariant):
     The factors of the L experts are called ``lora_A`` (L·k, in) and ``lora_B`` (out, L·k), stacked. So that a router
     can be frozen (``lorac.freeze_router``), a method says how many experts it has and what scales their sum.
     """
+
+    instead: ClassVar[str] = (
+        "lorac.freeze_router(adapter, weights) makes a LoRA of it, by which all tokens weigh its experts alike"
+    )
 
     @property
     @abstractmethod

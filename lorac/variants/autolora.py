@@ -7,13 +7,14 @@ put together from the released ones, whose table lacks it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
+from lorac.errors import CorruptFile, ShapeMismatch, UnusedTensors, nearest_name
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.variants import _inits
@@ -97,9 +98,15 @@ class AutoLoRA(Routed):
 
     @staticmethod
     def from_loras(
-        adapters: Sequence[Adapter], *, base: bool = True, cross: bool = True, name: str = "autolora", seed: int = 0
+        adapters: Sequence[Adapter],
+        *,
+        base: bool = True,
+        cross: bool = True,
+        name: str = "autolora",
+        seed: int = 0,
+        gates: Mapping[str, Tensor] | None = None,
     ) -> Adapter:
-        """One gated adapter of several LoRAs; the gates start fresh.
+        """One gated adapter of several LoRAs; the gates start fresh, or are those of a trained merger.
 
         Each LoRA's scale is folded into its B, smaller ranks are padded with zeros (both exact), and a site that only
         some of them adapt gets zeros for the others, which add nothing.
@@ -109,16 +116,80 @@ class AutoLoRA(Routed):
             base, cross: as the variant's.
             name: the new adapter's name.
             seed: of the gates.
+            gates: the tensors of the authors' merger, by key (``model_dict.<path, ___ for its dots>.weight_lora``, …).
+                Which of ``base`` and ``cross`` it has, they tell.
 
         Raises:
             AdapterError: no LoRA, or one that is more than its two factors on linear layers.
-            ShapeMismatch: two were made for different models.
+            ShapeMismatch: two were made for different models, or a gate is as wide as no layer.
+            UnusedTensors: the merger has a tensor that is no gate's, or a layer that no LoRA adapts.
+            CorruptFile: it lacks one of a layer that a LoRA adapts.
         """
+        merger = None if gates is None else _merger_gates(gates)
+        if merger is not None:
+            held = {key for own in merger.values() for key in own}
+            base, cross = "weight_base" in held, "weight_cross" in held
 
         def make(paths: tuple[str, ...], rank: int, number: int) -> AutoLoRA:
             return AutoLoRA(targets=paths, r=rank, experts=number, base=base, cross=cross)
 
-        return from_loras(adapters, "AutoLoRA", make, name=name, seed=seed)
+        adapter = from_loras(adapters, "AutoLoRA", make, name=name, seed=seed)
+        return adapter if merger is None else _gated(adapter, merger)
+
+
+_MERGER, _DOT = "model_dict.", "___"
+"""What keys of the authors' merger begin with, and what stands there for the dots of a layer's path."""
+
+
+def _merger_gates(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Path of a layer -> its gate's tensors, as a merger of the authors' holds them.
+
+    Raises:
+        UnusedTensors: a tensor is no gate's.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        layer, dot, name = key.removeprefix(_MERGER).partition(".")
+        if not key.startswith(_MERGER) or not dot or not name.startswith(_OF_GATE):
+            raise UnusedTensors(
+                f"'{key}' is no tensor of a gate of AutoLoRA's",
+                next_step=f"a merger holds {_MERGER}<path of a layer, {_DOT} for its dots>.<{', '.join(_OF_GATE)}>",
+            )
+        found.setdefault(layer.replace(_DOT, "."), {})[name.replace(".", "_")] = tensor
+    return found
+
+
+_OF_GATE = ("weight_base", "weight_lora", "weight_cross", "weight_out", "bias", "norm_base.", "norm_lora.")
+
+
+def _gated(adapter: Adapter, merger: Mapping[str, Mapping[str, Tensor]]) -> Adapter:
+    """The adapter with the gates of a merger, which has one for each of its layers and no other."""
+    strange = next((path for path in merger if path not in adapter.tensors), None)
+    if strange is not None:
+        raise UnusedTensors(
+            f"the merger has a gate for '{strange}', which none of the LoRAs adapts",
+            nearest=nearest_name(strange, adapter.tensors),
+            next_step="give the LoRAs that it was trained for, or leave out the gates of other layers",
+        )
+    for path, own in adapter.tensors.items():
+        given = merger.get(path, {})
+        wanted = own.keys() - {"lora_A", "lora_B"}
+        if given.keys() != wanted:
+            lacking, more = sorted(wanted - given.keys()), sorted(given.keys() - wanted)
+            raise CorruptFile(
+                f"the merger's gate for '{path}' "
+                + (f"lacks '{lacking[0]}'" if lacking else f"has '{more[0]}', which those of other layers lack"),
+                next_step="give all of one trained merger",
+            )
+        for key, tensor in given.items():
+            if tensor.shape != own[key].shape:
+                raise ShapeMismatch(
+                    f"'{key}' of the merger's gate for '{path}' is {tuple(tensor.shape)}, and the layer gives "
+                    f"{tuple(own[key].shape)}",
+                    next_step="give a merger of the same base model",
+                )
+            own[key] = tensor.to(own[key].dtype)
+    return adapter
 
 
 def _normed(value: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

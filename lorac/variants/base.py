@@ -50,6 +50,34 @@ class Context(Protocol):
     def emit(self, name: str, tensor: Tensor) -> None:
         """Give an extra output, kept under ``name`` and the site's path."""
 
+    def positions(self, x: Tensor) -> Tensor:
+        """Where the tokens of x (batch, length, features) are in their texts: what broadcasts to (batch, length).
+
+        Of a text that grows the call has only what is new, and they count on from what a cache holds.
+        """
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        causal: bool = True,
+        mask: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Attention among a call's tokens, and to those before them where the text grows: (batch, length, heads, size).
+
+        A cache of the host's keeps keys and values of this one beside its own.
+
+        Args:
+            q: queries (batch, heads, length, size).
+            k, v: keys and values (batch, heads of keys, length, size); so many heads of q share one of theirs.
+            causal: whether a token attends to none that come after it; text grows by such attention alone.
+            mask: what is no padding (batch, length), as the call gives it; each token sees itself in any case.
+            scale: what the scores are multiplied by. Default: 1/√size.
+        """
+
 
 @dataclass(frozen=True, kw_only=True)
 class Variant(ABC):
@@ -220,8 +248,11 @@ class BranchVariant(Variant):
     emits: ClassVar[tuple[str, ...]] = ()
     """Names of the extra outputs the formula gives through ``ctx.emit``, each once."""
     mixes_tokens: ClassVar[bool] = False
-    """Whether what a token gets depends on those before it, as by attention: no cache holds what the formula made of
-    these, so text is generated without one."""
+    """Whether what a token gets depends on those before it, otherwise than by ``Context.attend``: no cache holds what
+    the formula made of these, so text is generated without one."""
+
+    instead: ClassVar[str] = ""
+    """What has a weight form in the place of one of its adapters, as a next step of messages; empty: nothing has."""
 
     def reads(self, site: Site) -> tuple[str, ...]:
         """Names of the program values that the formula at a site asks for through ``ctx.value``.

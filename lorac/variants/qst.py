@@ -76,7 +76,11 @@ class QST(BranchVariant):
     name: ClassVar[str] = "qst"
     paper: ClassVar[str] = "Quantized Side Tuning, arXiv 2401.07159"
     kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.BLOCK})
-    mixes_tokens: ClassVar[bool] = True
+
+    @property
+    def mixes_tokens(self) -> bool:  # type: ignore[override]  # a matter of how it attends
+        """Of attention to what comes later no cache holds anything."""
+        return not self.causal
 
     # ── What it is made of ───────────────────────────────────────────────────────────────────────────────────────────
     def reads(self, site: Site) -> tuple[str, ...]:
@@ -144,12 +148,11 @@ class QST(BranchVariant):
     # ── What it computes ─────────────────────────────────────────────────────────────────────────────────────────────
     def branch(self, x: Tensor, y: Tensor, p: Params, ctx: Context) -> Tensor:
         first, *rest = (ctx.value(name).detach() for name in (f"in:{self.blocks[0]}", *self.blocks))
-        seen = None if self.mask is None else self._seen(ctx.value(f"input:{self.mask}"), first)
-        turns = _turns(first, y.shape[-1] // self.r // self.heads, self.rope_theta)
+        turns = _turns(ctx.positions(first), first, y.shape[-1] // self.r // self.heads, self.rope_theta)
         g = self._downsampled(first, p, 0 if self.own_first else 1, ctx)
         for n, h in enumerate(rest, start=1):
             beta = torch.sigmoid(getattr(p, f"gamma_{n}"))
-            g = self._side((1 - beta) * self._downsampled(h, p, n, ctx) + beta * g, p, n, turns, seen)
+            g = self._side((1 - beta) * self._downsampled(h, p, n, ctx) + beta * g, p, n, turns, ctx)
         side = F.linear(_rms(g, p.norm, self.eps), p.up_weight, p.up_bias)
         return y + (1 - p.alpha) * (side - y)
 
@@ -167,26 +170,17 @@ class QST(BranchVariant):
         scale, shift = (getattr(p, f"down_{n}_norm_{key}") for key in ("weight", "bias"))
         return F.layer_norm(F.linear(F.silu(F.linear(h, a)), b), (len(b),), scale, shift)
 
-    def _side(self, u: Tensor, p: Params, n: int, turns: tuple[Tensor, Tensor], seen: Tensor | None) -> Tensor:
+    def _side(self, u: Tensor, p: Params, n: int, turns: tuple[Tensor, Tensor], ctx: Context) -> Tensor:
         """S_n(u), like u (…, length, d/r)."""
         w = {key: getattr(p, f"side_{n}_{key}") for key in ("q", "k", "v", "o", "gate", "up", "down")}
         z, groups = _rms(u, getattr(p, f"side_{n}_input_norm"), self.eps), self.kv_heads or self.heads
         q = _turned(_by_heads(F.linear(z, w["q"]), self.heads), turns)
         k = _turned(_by_heads(F.linear(z, w["k"]), groups), turns)
         v = _by_heads(F.linear(z, w["v"]), groups)
-        k, v = (part.repeat_interleave(self.heads // groups, -3) if groups != self.heads else part for part in (k, v))
-        causal = self.causal and seen is None
-        attended = F.scaled_dot_product_attention(q, k, v, seen, is_causal=causal).transpose(-3, -2).flatten(-2)
-        u = u + F.linear(attended, w["o"])
+        mask = None if self.mask is None else ctx.value(f"input:{self.mask}")
+        u = u + F.linear(ctx.attend(q, k, v, causal=self.causal, mask=mask).flatten(-2), w["o"])
         z = _rms(u, getattr(p, f"side_{n}_post_norm"), self.eps)
         return u + F.linear(F.silu(F.linear(z, w["gate"])) * F.linear(z, w["up"]), w["down"])
-
-    def _seen(self, mask: Tensor, h: Tensor) -> Tensor:
-        """Which tokens each attends to (…, 1, length, length); itself always, so that no row is empty."""
-        places = torch.arange(h.shape[-2], device=h.device)
-        apart = places[:, None] - places
-        real = mask[..., None, None, :] != 0
-        return (real & (apart >= 0) if self.causal else real) | (apart == 0)
 
     # ── A model's ────────────────────────────────────────────────────────────────────────────────────────────────────
     @staticmethod
@@ -234,17 +228,18 @@ def _by_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
 
 
-def _turns(h: Tensor, size: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (length, size) of rotary positions, of which only differences matter."""
+def _turns(positions: Tensor, h: Tensor, size: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (…, length, size) of rotary positions, of which only differences matter."""
     rates = theta ** (torch.arange(0, size, 2, device=h.device).to(h.dtype) / -size)
-    angles = torch.arange(h.shape[-2], device=h.device).to(h.dtype)[:, None] * rates
+    angles = positions.to(h.dtype)[..., None] * rates
     angles = torch.cat([angles, angles], -1)
     return angles.cos(), angles.sin()
 
 
 def _turned(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
     one, other = x.chunk(2, -1)
-    return x * turns[0] + torch.cat([-other, one], -1) * turns[1]
+    cos, sin = (turn.unsqueeze(-3) for turn in turns)
+    return x * cos + torch.cat([-other, one], -1) * sin
 
 
 # ── What a model tells ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -31,7 +31,7 @@ def _load(path, model, name):
     return adapter
 
 
-def _save(adapter, path, model):
+def _save(adapter, path, model, target):
     torch.save({site: (own["lora_A"].detach(), own["lora_B"].detach()) for site, own in adapter.tensors.items()}, path)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import lorac
 from lorac.testing.checks import assert_close
@@ -111,7 +112,7 @@ def test_gates_follow_the_token_the_layer_and_the_timestep():
 @pytest.mark.parametrize("mode", ["fused", "baked"])
 def test_gates_have_no_weight_form(mode):
     model = host()
-    with pytest.raises(lorac.NotMergeable, match="no weight form"):
+    with pytest.raises(lorac.NotMergeable, match=r"no weight form[\s\S]*lorac\.freeze_router"):
         lorac.compile(model, {"a": lorac.AutoLoRA.from_loras(loras(model, (X,)))}, mode=mode)
 
 
@@ -121,3 +122,46 @@ def test_only_plain_loras_are_fused():
         lorac.AutoLoRA.from_loras([drawn(lorac.DoRA(r=2, targets=["line"]), model, "d")])
     with pytest.raises(lorac.AdapterError, match="at least one"):
         lorac.AutoLoRA.from_loras([])
+
+
+def merger(adapter, *, base=True):
+    """The gates of an adapter as the authors' merger keeps them."""
+    names = {"norm_base_weight": "norm_base.weight", "norm_base_bias": "norm_base.bias"}
+    names |= {"norm_lora_weight": "norm_lora.weight", "norm_lora_bias": "norm_lora.bias"}
+    return {
+        f"model_dict.{path.replace('.', '___')}.{names.get(key, key)}": tensor.detach().clone()
+        for path, own in adapter.tensors.items()
+        for key, tensor in own.items()
+        if not key.startswith("lora_") and (base or key != "weight_base")
+    }
+
+
+@pytest.mark.parametrize("base", [True, False])
+def test_the_gates_of_the_authors_merger_are_taken(base):
+    model = host()
+    given = loras(model, (X,))
+    trained = drawn(lorac.AutoLoRA.from_loras(given, base=base), model, "a")
+    found = lorac.AutoLoRA.from_loras(given, gates=merger(trained, base=base))
+    assert found.variant == trained.variant
+    for key, tensor in found.tensors["line"].items():
+        assert key.startswith("lora_") or torch.equal(tensor, trained.tensors["line"][key])
+
+
+def test_a_merger_that_does_not_fit_is_refused(tmp_path):
+    model = host()
+    given = loras(model, (X,))
+    gates = merger(lorac.AutoLoRA.from_loras(given))
+    one = "model_dict.line.weight_lora"
+    wrong = [
+        ({"embedder.x": X}, lorac.UnusedTensors, "no tensor of a gate"),
+        ({"model_dict.other___line.bias": X}, lorac.UnusedTensors, "a gate for 'other.line'"),
+        ({one: None}, lorac.CorruptFile, "lacks 'weight_lora'"),
+        ({one: torch.ones(3)}, lorac.ShapeMismatch, r"is \(3,\), and the layer gives \(5,\)"),
+    ]
+    for changed, error, text in wrong:
+        held = {key: tensor for key, tensor in (gates | changed).items() if tensor is not None}
+        with pytest.raises(error, match=text):
+            lorac.AutoLoRA.from_loras(given, gates=held)
+    save_file(gates, tmp_path / "merger.safetensors")
+    with pytest.raises(lorac.UnsupportedField, match="gates of AutoLoRA's merger"):
+        lorac.load_adapter(tmp_path / "merger.safetensors")

@@ -53,11 +53,12 @@ def model() -> nn.Module:
 @functools.cache
 def folder() -> Path:
     """Three LoRAs of unequal ranks and targets, PEFT's XLORA of them, and what that answers."""
-    here = Path(tempfile.mkdtemp())
+    here, host = Path(tempfile.mkdtemp()), model()
+    torch.manual_seed(0)
     targets = [["q_proj", "v_proj", "down_proj"], ["q_proj", "down_proj"], ["q_proj", "v_proj", "down_proj"]]
     for i, rank in enumerate((4, 2, 3)):
         made = peft.get_peft_model(
-            copy.deepcopy(model()), peft.LoraConfig(r=rank, lora_alpha=8, target_modules=targets[i])
+            copy.deepcopy(host), peft.LoraConfig(r=rank, lora_alpha=8, target_modules=targets[i])
         )
         with torch.no_grad():
             for name, tensor in made.named_parameters():
@@ -72,6 +73,7 @@ def of_peft() -> Any:
     host = copy.deepcopy(model())
     host.config.use_cache = False
     paths = {str(i): str(folder() / str(i)) for i in range(3)}
+    torch.manual_seed(0)
     config = peft.XLoraConfig(
         task_type="CAUSAL_LM", hidden_size=32, adapters=paths, xlora_depth=2, xlora_size=16, **FIELDS
     )
@@ -306,8 +308,38 @@ def test_a_file_needs_a_model_that_tells_its_last_hidden_state(tmp_path: Path) -
         lorac.load_adapter(here)
     with pytest.raises(lorac.BaseNeeded, match="answers no hidden states"):
         lorac.load_adapter(here, nn.Sequential(nn.Linear(2, 2)))
-    with pytest.raises(lorac.UnsupportedField, match="no file of PEFT's"):
-        lorac.save_adapter(adapter(), tmp_path / "y", model=model())
+    with pytest.raises(lorac.BaseNeeded, match="as it meets them in the model"):
+        lorac.save_adapter(adapter(), tmp_path / "y")
+    plain = lorac.Adapter("p", replace(adapter().variant, activation=False), adapter().tensors)
+    with pytest.raises(lorac.UnsupportedField, match="PEFT's has ReLUs"):
+        lorac.save_adapter(plain, tmp_path / "y", model=model())
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["as read", "sites in another order"])
+@torch.no_grad()
+def test_peft_reads_what_is_written_and_answers_the_same(turned: bool, tmp_path: Path) -> None:
+    given = turned_round(adapter()) if turned else adapter()
+    lorac.save_adapter(given, tmp_path / "w", model=model())
+    host = copy.deepcopy(model())
+    host.config.use_cache = False
+    read = peft.PeftModel.from_pretrained(host, str(tmp_path / "w")).eval()
+    ids, base = OTHER, model()(input_ids=OTHER).logits
+    assert_parity(read(input_ids=ids).logits, of_peft()(input_ids=ids).logits, base)
+    again = lorac.load_adapter(tmp_path / "w", model(), "x")
+    assert again.variant == adapter().variant
+    for site, own in adapter().tensors.items():
+        assert all(torch.equal(own[key], again.tensors[site][key]) for key in own)
+    (tmp_path / "w").rename(tmp_path / "moved")
+    assert lorac.load_adapter(tmp_path / "moved", model(), "x").variant == adapter().variant
+
+
+def turned_round(given: lorac.Adapter) -> lorac.Adapter:
+    """The same mixture, the classifier's layers in the opposite order."""
+    targets, held = given.variant.targets, {path: dict(given.tensors[path]) for path in reversed(given.variant.targets)}
+    for key in ("classifier_1_weight", "classifier_1_bias"):
+        last = given.tensors[targets[0]][key].unflatten(0, (len(targets), -1)).flip(0).flatten(0, 1)
+        held = {path: {**own, key: last} for path, own in held.items()}
+    return lorac.Adapter("x", replace(given.variant, targets=targets[::-1]), held)
 
 
 @torch.no_grad()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
+from lorac.ir.slots.attention import Attention, WholeText
 from lorac.ir.slots.choice import Choice
 from lorac.ir.slots.reads import BASE, INPUT, OWN, parse
 from lorac.ir.slots.site import SiteSlots
@@ -21,17 +24,19 @@ class Filled:
         choice: the choice, from which training computes its terms.
         slots: site path -> slots; absent where nothing is active.
         read: names of the values that branches which are on read, as the program calls them.
+        branches: whether any are on.
     """
 
     choice: Choice = ()
     slots: Mapping[str, SiteSlots] = field(default_factory=dict)
     touched: frozenset[str] = frozenset()
     read: frozenset[str] = frozenset()
+    branches: bool = False
 
     @property
     def begins(self) -> bool:
-        """Whether something of what is read is known when a call begins, by what it is given."""
-        return any(parse(name)[0] in {BASE, INPUT, OWN} for name in self.read)
+        """Whether something of what branches ask for is known when a call begins, by what it is given."""
+        return self.branches or any(parse(name)[0] in {BASE, INPUT, OWN} for name in self.read)
 
     def base_pass(self) -> Filled:
         """What fills the slots of a pass of the base that gives what is read of it: nothing."""
@@ -41,12 +46,13 @@ class Filled:
 BARE = Filled()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Call:
     """One call of the host: what fills its slots, the program values read so far, and the extra outputs given.
 
     ``computes_terms`` is settled at the call's start: a reentrant checkpoint turns gradients off within it. ``seed`` is
-    that of its randomness, which is the same when a checkpoint recomputes.
+    that of its randomness, which is the same when a checkpoint recomputes. ``attention`` is what its branches attend
+    by, once it has begun.
     """
 
     filled: Filled
@@ -54,9 +60,23 @@ class Call:
     seed: int | None = None
     values: dict[str, Tensor] = field(default_factory=dict)
     aux: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    attention: Attention = field(default_factory=WholeText)
 
 
-def read_by(snapshot: Snapshot) -> frozenset[str]:
-    """Names of what the branches of a choice read, but for whose own values they are."""
-    terms = (term for composed in snapshot.composed.values() for _, term in composed.branches)
-    return frozenset(name for term in terms for name in term.slot.reads)
+def filled_by(snapshot: Snapshot, slots: Mapping[str, SiteSlots]) -> Filled:
+    """What a choice puts at the sites it touches; the names of what is read are but for whose own values they are."""
+    touched = frozenset(snapshot.composed)
+    terms = [term for composed in snapshot.composed.values() for _, term in composed.branches]
+    read = frozenset(name for term in terms for name in term.slot.reads)
+    return Filled(snapshot.choice, {path: slots[path] for path in touched}, touched, read, bool(terms))
+
+
+def attention_of(given: Iterable[object]) -> Attention:
+    """What the branches of a call attend by: where text grows, a cache of transformers is among its arguments."""
+    library: Any = sys.modules.get("transformers.cache_utils")
+    cache = next((value for value in given if library is not None and isinstance(value, library.Cache)), None)
+    if cache is None:
+        return WholeText()
+    from lorac.backends.eager.beside import Beside
+
+    return Beside(cache)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from lorac.backends.eager.buffers import adds_bias, own_buffers
-from lorac.backends.eager.calls import BARE, Call, Filled, read_by
+from lorac.backends.eager.calls import BARE, Call, Filled, attention_of, filled_by
 from lorac.backends.eager.shadow import shadow
 from lorac.errors import SiteUnsupported
 from lorac.ir.binding import Answer, Binding
@@ -106,9 +106,7 @@ class EagerEngine(Engine):
 
     def bind(self, snapshot: Snapshot, slots: Mapping[str, SiteSlots]) -> Binding[Filled]:
         """Keep the slots of the sites the choice touches; elsewhere the base runs untouched."""
-        touched = frozenset(snapshot.composed)
-        filled = Filled(snapshot.choice, {path: slots[path] for path in touched}, touched, read_by(snapshot))
-        return Binding(self, filled)
+        return Binding(self, filled_by(snapshot, slots))
 
     @property
     def written(self) -> Binding[Filled]:
@@ -192,6 +190,7 @@ class EagerEngine(Engine):
         if not call.filled.begins:
             return
         given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        call.attention = attention_of((*given.values(), *kwargs.values()))
         tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
         call.values.update({f"{INPUT}:{name}": value for name, value in tensors.items()})
         base = call.filled.base_pass()
@@ -214,7 +213,8 @@ class EagerEngine(Engine):
         else:
             filled = zip(plan.branches, call.filled.slots[path].branches, strict=True)
             found = [(slot, fill) for slot, fill in filled if fill is not None]
-        ctx = Ctx(plan.site, training=self.module.training, seed=call.seed, values=self._values(plan, call))
+        values, attention = self._values(plan, call), call.attention
+        ctx = Ctx(plan.site, training=self.module.training, seed=call.seed, values=values, attention=attention)
         for i, (slot, fill) in enumerate(found):
             call.values.update(own_values(slot, fill.params, ctx, owner_at(path, i)))
 
@@ -310,8 +310,14 @@ class EagerEngine(Engine):
         call, plan = self._call(), self.plans[path]
         weight, bias = self._weights[path]
         emitted: dict[str, list[Tensor]] = {}
-        values = self._values(plan, call)
-        ctx = Ctx(plan.site, training=module.training, seed=call.seed, values=values, emitted=emitted)
+        ctx = Ctx(
+            plan.site,
+            training=module.training,
+            seed=call.seed,
+            values=self._values(plan, call),
+            emitted=emitted,
+            attention=call.attention,
+        )
         terms, slots = self._live_terms(path, call), call.filled.slots.get(path)
         if terms is not None:
             y = run_terms(plan.site, terms, x, weight, bias, ctx, block)

@@ -3,6 +3,8 @@
 What only branches need and is computed before them all, a pass of the base and what adapters compute once per call,
 goes into one ``If`` of its own, which runs where one of those branches does.
 
+What a branch keeps in a cache, where it attends to a text that grows, it neither reads nor writes while it is off.
+
 ``run_site`` emits ``y + t·(y' − base)`` per branch, the product cast to the dtype of y. As an ``If``, everything that
 only y' needs moves into its first graph; where t is 0 the second passes y on, so an idle branch is neither computed nor
 can its zeros turn into NaN. A ``Where`` computes it and drops the result, for targets that run no conditional graphs.
@@ -17,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lorac.ir.engine import Gate
+from lorac.ir.graph.attending import is_past, present_of
 from lorac.ir.graph.graph import SlotInput
 from lorac.ir.slots.roles import is_strength, slot_name
 
@@ -103,8 +106,9 @@ def _behind_where(graph: ir.Graph, strength: ir.Value, add: ir.Node) -> None:
 def _into_if(graph: ir.Graph, strength: ir.Value, add: ir.Node, emitted: Sequence[ir.Value]) -> ir.Node:
     """Move a branch, and what it alone computes of its extra outputs, into an ``If``, which is returned."""
     passed = _passed(strength, add)
-    cone = _cone(add, passed, emitted)
-    old, extra = add.outputs[0], [value for value in emitted if value.producer() in cone]
+    kept = _kept(graph, add, passed)
+    cone = _cone(add, passed, [*emitted, *kept])
+    old, extra = add.outputs[0], [value for value in (*emitted, *kept) if value.producer() in cone]
     taken = [node for node in graph if node in cone]
     switch = ir.val(f"{old.name}_on", dtype=ir.DataType.BOOL, shape=ir.Shape([1]))
     cast = ir.Node("", "Cast", [strength], {"to": ir.AttrInt64("to", ir.DataType.BOOL)}, outputs=[switch])
@@ -119,10 +123,28 @@ def _into_if(graph: ir.Graph, strength: ir.Value, add: ir.Node, emitted: Sequenc
     graph.outputs[:] = [given.get(value, value) for value in graph.outputs]
     for node in taken:
         graph.remove(node)
-    kept = ir.val(f"{old.name}_off", type=old.type, shape=old.shape)
-    idle = [[ir.Node("", "Identity", [passed], outputs=[kept])], *map(_empty, extra)]
+    idle = [_same(passed, old), *(_same(kept[value], value) if value in kept else _empty(value) for value in extra)]
     _fill(gate, f"{old.name}", [old, *extra], taken, idle)
     return gate
+
+
+def _kept(graph: ir.Graph, add: ir.Node, passed: ir.Value) -> dict[ir.Value, ir.Value]:
+    """What a branch that ends in a sum adds to a cache -> what that held."""
+    pasts = {present_of(str(value.name)): value for value in graph.inputs if is_past(str(value.name))}
+    presents = [value for value in graph.outputs if value.name in pasts] if pasts else []
+    before = set(_ancestors(passed)) if presents else set()
+    own = (
+        {node for value in add.inputs if value is not None for node in _ancestors(value)} - before
+        if presents
+        else set()
+    )
+    return {value: pasts[str(value.name)] for value in presents if value.producer() in own}
+
+
+def _same(value: ir.Value, like: ir.Value) -> list[ir.Node]:
+    """A node that passes a value on, in the place of another."""
+    passed_on = ir.val(f"{like.name}_off", type=like.type, shape=like.shape)
+    return [ir.Node("", "Identity", [value], outputs=[passed_on])]
 
 
 def _fill(

@@ -182,7 +182,7 @@ def _complete(adapter: str, found: Mapping[str, Mapping[str, Tensor]], wanted: I
 
 
 # ── Writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-def _save(adapter: Adapter, folder: Path, model: nn.Module | None) -> None:
+def _save(adapter: Adapter, folder: Path, model: nn.Module | None, target: Path) -> None:
     variant = adapter.variant
     if not isinstance(variant, Bottleneck) or adapter.replaced:
         what = f"replaces '{next(iter(adapter.replaced))}'" if adapter.replaced else f"is of method '{variant.name}'"

@@ -194,7 +194,7 @@ def variant_of(values: Mapping[str, Any], method: Method, path: Path) -> Variant
     )
     picks, own = method.variants[kind], {field.name for field in dataclasses.fields(kind)}
     chosen = {}
-    for name, field in method.fields.items():
+    for name, field in {**method.fields, **method.retired}.items():
         if field.to in own:
             chosen[field.to] = values[name]
         elif field.use is Use.APPLIED and field.to and name not in picks and values[name] != field.read(field.default):

@@ -64,14 +64,30 @@ class Field:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """What is written of an adapter whose file holds no tensors of sites.
+
+    Attributes:
+        tensors: The file's, by key.
+        experts: Name -> an adapter in a folder of its own within.
+        paths: The field of the configuration that says where those are.
+    """
+
+    tensors: Tensors
+    experts: Mapping[str, Adapter]
+    paths: str
+
+
+@dataclass(frozen=True)
 class Method:
     """One PEFT type. A module of `types` defines it as `METHOD`.
 
     Attributes:
         peft_type: As the configuration names it.
         variants: The method's class -> the configuration values that pick it.
+        only_read: Those of them that PEFT itself does not compute: files of a fork are read, and none is written.
         fields: Every field of PEFT's configuration class.
-        retired: Fields that older releases of PEFT wrote.
+        retired: Fields that older releases of PEFT wrote, or forks do.
         suffixes: What follows a site's path in a key.
         shared: Names of tensors that all sites have in common, in the file and as parameters:
             `base_model.<name>`, and in older files once more at every site.
@@ -100,6 +116,7 @@ class Method:
         converted: Methods that PEFT has no type for, and whose adapters are exactly ones of this type -> how.
         read_whole: (folder, configuration, the file's tensors, name, model or None) -> the adapter, of a type whose
             file holds no tensors of sites.
+        write_whole: (adapter, model or None) -> what is written of it, of such a type.
         settled: (variant, tensors by site and suffix) -> the variant as the tensors tell it, where they know better
             than the configuration.
     """
@@ -118,7 +135,9 @@ class Method:
     begun: Callable[[Adapter, Mapping[str, Any], nn.Module | None], Adapter] = lambda adapter, values, model: adapter
     converted: Mapping[type[Variant], Callable[[Adapter], Adapter]] = field(default_factory=dict)
     read_whole: Callable[[Path, Mapping[str, Any], Tensors, str, nn.Module | None], Adapter] | None = None
+    write_whole: Callable[[Adapter, nn.Module | None], Whole] | None = None
     lays_out: bool = True
+    only_read: frozenset[type[Variant]] = frozenset()
     check_site: Callable[[Site, Tensors], None] = lambda site, tensors: None
     shared: tuple[str, ...] = ()
     make_site: Callable[[Variant, Site, Tensors], dict[str, torch.Tensor]] | None = None

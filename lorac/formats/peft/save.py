@@ -28,7 +28,7 @@ from lorac.formats.peft.keys import (
     embedding_modules,
     saved,
 )
-from lorac.formats.peft.method import Method
+from lorac.formats.peft.method import Method, Whole
 from lorac.ir.host.patterns import KEYWORDS, names
 from lorac.ir.host.sites import Site, find_sites
 from lorac.ir.store.tensors import seal, write_safetensors
@@ -42,8 +42,8 @@ BASE = "lorac_base"
 """Metadata entry of the weights that holds the base hash."""
 
 
-def save(adapter: Adapter, folder: Path, model: nn.Module | None) -> None:
-    """Write adapter_config.json and adapter_model.safetensors into a new folder.
+def save(adapter: Adapter, folder: Path, model: nn.Module | None, target: Path) -> None:
+    """Write adapter_config.json and adapter_model.safetensors into a new folder, which is to be at ``target``.
 
     Raises:
         UnsupportedField: PEFT has no type for the method, or no place for a tensor.
@@ -53,6 +53,9 @@ def save(adapter: Adapter, folder: Path, model: nn.Module | None) -> None:
         check_adapter(adapter, find_sites(model), model)
     adapter = _converted(adapter)
     method = _method(adapter)
+    if method.write_whole is not None:
+        _save_whole(adapter, method.write_whole(adapter, model), folder, model, target)
+        return
     sites = layouts(adapter, model)
     own = matrices.without_layer(sites) if "target_parameters" in method.fields else set()
     _refuse_parts(adapter, {path: site for path, site in sites.items() if path not in own})
@@ -77,8 +80,23 @@ def save(adapter: Adapter, folder: Path, model: nn.Module | None) -> None:
     given["fan_in_fan_out"] = any(site.transposed for site in sites.values())
     if tied:
         given["ensure_weight_tying"] = True
+    _write(adapter, given, tensors, folder, model)
+
+
+def _save_whole(adapter: Adapter, whole: Whole, folder: Path, model: nn.Module | None, target: Path) -> None:
+    """Write a file that holds no tensors of sites, and the adapters in folders of their own, where PEFT looks."""
+    given = {whole.paths: {name: str(target / name) for name in whole.experts}}
+    _write(adapter, given, whole.tensors, folder, model)
+    for name, expert in whole.experts.items():
+        save(expert, folder / name, model, target / name)
+
+
+def _write(
+    adapter: Adapter, given: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path, model: nn.Module | None
+) -> None:
+    """The two files."""
     kept = adapter.provenance.get("config", {})
-    config = write_config(adapter.variant, method, given, kept if isinstance(kept, dict) else {})
+    config = write_config(adapter.variant, _method(adapter), given, kept if isinstance(kept, dict) else {})
     recorded = base_hash(model, adapter.tensors) if model else adapter.provenance.get("base")
     folder.mkdir()
     metadata = {"format": "pt"} | ({BASE: recorded} if recorded else {})
@@ -140,7 +158,7 @@ def _converted(adapter: Adapter) -> Adapter:
 
 def _method(adapter: Adapter) -> Method:
     for method in methods().values():
-        if type(adapter.variant) in method.variants:
+        if type(adapter.variant) in method.variants.keys() - method.only_read:
             return method
     raise UnsupportedField(
         f"PEFT has no type for '{adapter.variant.name}', the method of adapter '{adapter.name}'",

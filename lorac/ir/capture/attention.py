@@ -50,7 +50,7 @@ def text_inputs(model: nn.Module, given: Any) -> dict[str, Tensor]:
     text = text_of(names)
     if text not in given:
         raise _unfit(model, f"is given no '{text}'")
-    others = {name: value for name, value in given.items() if name not in {text, PLACES, *_made_of(text)}}
+    others = {name: value for name, value in given.items() if name not in {text, PLACES, *made_of(text)}}
     if others and text == IDS:
         raise _unfit(model, f"is given '{min(others)}', and only text grows")
     ids = given[text]
@@ -63,7 +63,7 @@ def text_inputs(model: nn.Module, given: Any) -> dict[str, Tensor]:
     return {**others, text: ids, **places}
 
 
-def _made_of(text: str) -> tuple[str, str]:
+def made_of(text: str) -> tuple[str, str]:
     """The arguments that a trace makes of a text by itself: its mask and its positions."""
     prefix = _DECODER if text == DECODER_IDS else ""
     return f"{prefix}{MASK}", f"{prefix}{POSITIONS}"
@@ -94,7 +94,7 @@ def over_text(forward: Forward) -> Forward:
     """A forward that takes what ``text_inputs`` has, and makes the rest."""
     own = inspect.signature(forward)
     text = text_of(own.parameters)
-    mask, positions = _made_of(text)
+    mask, positions = made_of(text)
 
     @functools.wraps(forward)
     def call(**given: Any) -> Any:

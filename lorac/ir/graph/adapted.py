@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from lorac.ir.graph import ops
+from lorac.ir.graph import attending, ops
 from lorac.ir.graph.edit import KEYWORD, inherit
 from lorac.ir.graph.graph import Graph
 from lorac.ir.host.sites import Site
+from lorac.ir.slots.attention import Attention, WholeText
 from lorac.ir.slots.reads import IN, OUTPUT, names_read, parse, presented
 from lorac.ir.slots.run import Ctx, run_site
 from lorac.ir.slots.site import SitePlan, SiteSlots
@@ -88,6 +89,12 @@ def give(node: fx.Node, operands: Mapping[str, fx.Node]) -> None:
     node.args = dataclasses.replace(call, operands={**call.operands, **operands})._arguments()
 
 
+def attention_in(graph: Graph) -> Attention:
+    """What the branches of a graph attend by: as its host does, where that is to keep a cache."""
+    grows = any(node.args[attending.CAUSAL] for node in graph.find(attending.ATTENTION))
+    return attending.GrowingText() if grows else WholeText()
+
+
 def call_behind(node: fx.Node) -> fx.Node:
     """The call that gives a node's value: that of a pack where the node is one site's part of it, else the node."""
     cut = node.args[0] if node.target is operator.getitem else None
@@ -121,6 +128,7 @@ def adapted_output(
     call: AdaptedCall,
     sites: Mapping[str, Site],
     emitted: dict[str, list[Tensor]],
+    attention: Attention | None = None,
 ) -> Tensor:
     """The output of one call of an adapted site.
 
@@ -129,11 +137,12 @@ def adapted_output(
         call: over tensors.
         sites: every site, for the layout of the values read.
         emitted: takes the extra outputs.
+        attention: what branches attend by; default: all of a text is there.
     """
     given = dict(call.operands)
     read = [role for role in given if role.startswith(VALUE_ROLE)]
     values = {role.removeprefix(VALUE_ROLE): given.pop(role) for role in read}
-    ctx = Ctx(plan.site, values=presented(values, sites), emitted=emitted)
+    ctx = Ctx(plan.site, values=presented(values, sites), emitted=emitted, attention=attention)
     slots = SiteSlots.of_named(given, plan)
     if call.op is ops.BLOCK:
         x, block = call.tensors

@@ -9,10 +9,12 @@ runs them.
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
+
+from lorac.ir.slots.attention import Attention, refuse_unless_causal
 
 IDS, DECODER_IDS, PLACES = "input_ids", "decoder_input_ids", "logits_to_keep"
 """What a graph that keeps a cache is given: token ids, a decoder's beside those of its encoder, and the places of the
@@ -182,6 +184,36 @@ def _(x: Tensor, places: Tensor) -> Tensor:
 
 ATTENTION, CACHED_ATTENTION = attention._opoverload, cached_attention._opoverload
 POSITIONS, MASK, ROWS = positions._opoverload, mask._opoverload, rows._opoverload
+CAUSAL = 7
+"""Which operand of an attention says that it is to a text that grows."""
+
+
+_OF_BRANCH = ":"
+"""In what the operand ``module`` says where a branch attends: the site's path, and which of its attentions it is."""
+
+
+def is_branchs(module: str) -> bool:
+    """Whether an attention is a branch's, by its operand ``module``."""
+    return _OF_BRANCH in module
+
+
+@final
+class GrowingText(Attention):
+    """What branches attend by in a program whose text grows: the op, in whose place a cache is put as in a host's."""
+
+    def positions(self, x: Tensor) -> Tensor:
+        """As ``Attention`` says."""
+        found: Tensor = torch.ops.lorac.positions(x[..., 0])
+        return found
+
+    def attend(
+        self, place: str, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None, scale: float
+    ) -> Tensor:
+        """As ``Attention`` says; padding is none of the program's."""
+        refuse_unless_causal(place, causal)
+        assert _OF_BRANCH in place
+        y: Tensor = torch.ops.lorac.attention(q, k, v, None, None, None, scale, causal, 0, 0.0, place)
+        return y
 
 
 def _seen(queries: Tensor, keys: Tensor, causal: bool, window: int) -> Tensor:

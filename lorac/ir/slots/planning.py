@@ -135,7 +135,7 @@ def _need_branch(need: _Needs, name: str, path: str, term: BranchTerm, mode: str
     if mode in {"fused", "baked"}:
         raise NotMergeable(
             f"adapter '{name}' at '{path}' is a branch with no weight form, so it cannot be {mode}",
-            next_step="mode='live' (or 'auto') keeps it in the graph",
+            next_step="; ".join(["mode='live' (or 'auto') keeps it in the graph", *filter(None, [term.slot.instead])]),
         )
     need.branches.append(term.slot)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -18,6 +19,7 @@ from lorac.ir.algebra import letters
 from lorac.ir.algebra.formulas import imagination
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site, factor_dtype
+from lorac.ir.slots.attention import Attention, WholeText
 from lorac.ir.slots.layouts import SiteLayout, layout_of
 from lorac.ir.slots.reads import OWN, full_name, owner_of
 from lorac.ir.slots.role import Stage
@@ -36,6 +38,7 @@ class Ctx:
         seed: of the randomness of a call that trains.
         values: program values by the names the program has for them.
         emitted: takes the extra outputs: name -> one tensor per branch that gives it, in the order the branches ran.
+        attention: what the branches attend by.
     """
 
     def __init__(
@@ -46,11 +49,13 @@ class Ctx:
         seed: int | None = None,
         values: Mapping[str, Tensor] | None = None,
         emitted: dict[str, list[Tensor]] | None = None,
+        attention: Attention | None = None,
     ) -> None:
         self.site, self.training = site, training
         self._values = values if values is not None else {}
         self._emitted = emitted if emitted is not None else {}
         self._dtype, self._owner, self._seed = torch.get_default_dtype(), "", seed
+        self._attention, self._attended = attention or WholeText(), itertools.count()
 
     @functools.cached_property
     def generator(self) -> torch.Generator | None:
@@ -76,6 +81,24 @@ class Ctx:
         """An extra output."""
         self._emitted.setdefault(name, []).append(tensor)
 
+    def positions(self, x: Tensor) -> Tensor:
+        """Where tokens are in their texts."""
+        return self._attention.positions(x)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        causal: bool = True,
+        mask: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Attention of a call's tokens."""
+        place, scale = f"{self.site.path}:{next(self._attended)}", q.shape[-1] ** -0.5 if scale is None else scale
+        return self._attention.attend(place, q, k, v, causal=causal, mask=mask, scale=scale)
+
     def within(self, dtype: torch.dtype, owner: str = "") -> Ctx:
         """The same surroundings for a branch that computes in ``dtype`` and whose own values are ``owner``'s."""
         inner = copy.copy(self)
@@ -84,9 +107,10 @@ class Ctx:
         return inner
 
     def over(self, values: Mapping[str, Tensor]) -> Ctx:
-        """The same surroundings with other values; what is emitted there is dropped."""
+        """The same surroundings with other values; what is emitted and attended to there is dropped."""
         other = copy.copy(self)
         other._values, other._emitted = values, {}
+        other._attention, other._attended = WholeText(), itertools.count()
         vars(other).pop("generator", None)
         return other
 

@@ -36,6 +36,7 @@ class BranchSlot:
         reads: names of the program values it reads (``lorac.ir.slots.reads``).
         once: path of the site that computes what it reads as ``own:``; empty where it reads no such.
         mixes: whether it gives a token something of those before it, and so needs the whole text.
+        instead: what has a weight form in its place, as a next step; empty where nothing has.
     """
 
     key: str
@@ -45,6 +46,7 @@ class BranchSlot:
     reads: tuple[str, ...] = ()
     once: str = ""
     mixes: bool = False
+    instead: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)

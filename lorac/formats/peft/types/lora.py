@@ -1,4 +1,4 @@
-"""PEFT type LORA: LoRA, rsLoRA and DoRA.
+"""PEFT type LORA: LoRA, rsLoRA and DoRA, and FlyLoRA as its authors' fork of PEFT writes it.
 
 Source: peft.tuners.lora of PEFT 0.21 (config.py, layer.py, dora.py, variants.py). Shapes in a file:
 
@@ -14,6 +14,9 @@ Source: peft.tuners.lora of PEFT 0.21 (config.py, layer.py, dora.py, variants.py
 The last is the packed projection of an nn.MultiheadAttention, whose output layer is adapted with it, as
 <site>.base_layer.out_proj. PEFT merges both before each call, the output layer's twice
 (https://github.com/huggingface/peft/pull/3774), and drops out nothing.
+
+The fork (gfyddha/FlyLoRA) has a vector lora_topk_bias (r,) besides, and says init_lora_weights="sparse" and top_k; PEFT
+itself would take such a file for a LoRA.
 """
 
 from __future__ import annotations
@@ -40,13 +43,16 @@ from lorac.spending import claim, unhurried
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 from lorac.variants.dora import DoRA
+from lorac.variants.flylora import FlyLoRA
 from lorac.variants.lora import LoRA
 from lorac.variants.residual import Residual
 
 Tensor = torch.Tensor
 MATRICES = ("lora_A.weight", "lora_B.weight")
 EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
-VECTORS = {"lora_B.bias": "lora_bias", "lora_magnitude_vector": "magnitude"}
+VECTORS = {"lora_B.bias": "lora_bias", "lora_magnitude_vector": "magnitude", "lora_topk_bias": "lora_topk_bias"}
+_SPARSE = "sparse"
+"""FlyLoRA's initialisation."""
 _BASE_KEPT = ("gaussian", "eva", "orthogonal", "mica")
 """Initialisations that leave the base alone. MiCA's frozen B is trained or not, nothing else."""
 _BASE_REWRITTEN = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -65,7 +71,7 @@ def initialisation(value: Any) -> Any:
     if value is None or isinstance(value, bool):
         return value
     given = str(value).lower()
-    if given in _BASE_KEPT or given in RULES:
+    if given in _BASE_KEPT or given in RULES or given == _SPARSE:
         return given
     if given.startswith(_BASE_REWRITTEN):
         raise ValueError("this initialisation rewrites the base weights by more than the base tells")
@@ -132,6 +138,16 @@ def parameters(value: Any) -> tuple[str, ...]:
     return config.names(value or None)
 
 
+def chosen_ranks(value: Any) -> int | None:
+    """How many ranks a token takes, of FlyLoRA; other files say nothing of it."""
+    return None if value is None else config.rank(value)
+
+
+def settled(variant: Variant, sites: Mapping[str, Tensors]) -> Variant:
+    """The fork lets no gradient through A."""
+    return replace(variant, detach_router=True) if isinstance(variant, FlyLoRA) else variant
+
+
 def refused(instead: str = _NOT_YET, default: Any = None) -> Field:
     """A field that must stay at its default."""
     return Field(Use.REFUSED, default, instead=instead)
@@ -177,6 +193,9 @@ FIELDS = {
 RETIRED = {
     "merge_weights": Field(Use.IRRELEVANT, False),
     "enable_lora": refused("it is of PEFT before 0.3; train the adapter again"),
+    # Of FlyLoRA's fork.
+    "top_k": Field(Use.APPLIED, to="top_k", read=chosen_ranks),
+    "bias_u": Field(Use.TRAINING),
 }
 
 
@@ -324,7 +343,9 @@ def _misfit(path: str, stored: Tensors) -> ShapeMismatch:
 
 METHOD = Method(
     peft_type="LORA",
-    variants={LoRA: {"use_dora": False}, DoRA: {"use_dora": True}},
+    variants={FlyLoRA: {"init_lora_weights": _SPARSE}, LoRA: {"use_dora": False}, DoRA: {"use_dora": True}},
+    only_read=frozenset({FlyLoRA}),
+    settled=settled,
     fields=FIELDS,
     retired=RETIRED,
     suffixes=(*MATRICES, *EMBEDDING, *VECTORS),

@@ -2,24 +2,26 @@
 
 Source: peft.tuners.xlora of PEFT 0.21 (config.py, classifier.py, layer.py). The file holds the classifier alone, as
 ``base_model.internal_xlora_classifier.layers.<j>.weight`` and ``bias``, j its place among ReLUs and dropouts too; the
-experts lie in folders of their own, as ``adapters`` says.
+experts lie in folders of their own, as ``adapters`` says. PEFT reads all of a classifier, whatever it saves of one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lorac.errors import UnsupportedField
+from lorac.adapters.frozen import freeze_router
+from lorac.errors import BaseNeeded, UnsupportedField
 from lorac.formats._mixed import MixedFile, experts
 from lorac.formats.peft import config
-from lorac.formats.peft.method import Field, Method, Tensors, Use
+from lorac.formats.peft.method import Field, Method, Tensors, Use, Whole
 from lorac.formats.peft.tables import misfit
-from lorac.ir.host.sites import Site
+from lorac.ir.host.sites import Site, find_sites
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 from lorac.variants.x_lora import XLoRA
@@ -75,11 +77,49 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
 
 
 def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, torch.Tensor]:
-    """Refuse: PEFT has the experts apart, and loses what it is given of the classifier."""
-    raise UnsupportedField(
-        "an X-LoRA has no file of PEFT's that PEFT reads whole: it takes the classifier's tensors for its experts'",
-        next_step="use format='native'",
-    )
+    """Refuse: a file has no tensors of sites."""
+    raise misfit(site.path, tensors, "XLORA holds a classifier")
+
+
+def write_whole(adapter: Adapter, model: nn.Module | None) -> Whole:
+    """The classifier, all of it, and the experts, called by their numbers as PEFT activates them.
+
+    Raises:
+        UnsupportedField: PEFT's classifier has ReLUs between its layers.
+        BaseNeeded: each layer has weights of its own, and only the model tells which number PEFT gives a layer.
+    """
+    variant = adapter.variant
+    assert isinstance(variant, XLoRA)
+    if variant.depth > 1 and not variant.activation:
+        raise UnsupportedField(
+            f"the classifier of adapter '{adapter.name}' has nothing between its layers, and PEFT's has ReLUs",
+            next_step="use format='native'",
+        )
+    stride = 3 if variant.dropout_p > 0 else 2
+    own = adapter.tensors[adapter.sites[0]]
+    names = [f"classifier_{j}_{part}" for j in range(variant.depth) for part in ("weight", "bias")]
+    keys = [f"{_CLASSIFIER}{stride * j}.{part}" for j in range(variant.depth) for part in ("weight", "bias")]
+    tensors = {key: own[name] for key, name in zip(keys, names, strict=True)}
+    for key in keys[-2:]:
+        tensors[key] = _in_traversal(adapter, variant, tensors[key], model)
+    alone = Adapter(adapter.name, replace(variant, global_scaling_weight=1.0), adapter.tensors)
+    chosen = torch.eye(variant.experts)
+    experts = {str(i): freeze_router(alone, row, name=str(i)) for i, row in enumerate(chosen)}
+    return Whole(tensors, experts, "adapters")
+
+
+def _in_traversal(adapter: Adapter, variant: XLoRA, stored: torch.Tensor, model: nn.Module | None) -> torch.Tensor:
+    """Rows of the classifier's last layer by the order in which PEFT meets the layers, by which it numbers them."""
+    if not variant.layerwise_scalings:
+        return stored
+    if model is None:
+        raise BaseNeeded(
+            f"PEFT numbers the layers that adapter '{adapter.name}' weighs as it meets them in the model",
+            next_step="pass model=",
+        )
+    met = [path for path in find_sites(model) if path in adapter.tensors]
+    places = torch.tensor([variant.targets.index(path) for path in met])
+    return stored.unflatten(0, (len(met), -1))[places].flatten(0, 1)
 
 
 METHOD = Method(
@@ -90,4 +130,5 @@ METHOD = Method(
     read_site=read_site,
     write_site=write_site,
     read_whole=read_whole,
+    write_whole=write_whole,
 )
