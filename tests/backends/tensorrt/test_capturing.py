@@ -10,6 +10,7 @@ import torch
 import lorac
 from lorac.backends.tensorrt.device import capturing
 from lorac.backends.tensorrt.device.capturing import Graphs, Work
+from lorac.backends.tensorrt.device.ports import Port, Ports
 from lorac.backends.tensorrt.device.slots import Slots
 from lorac.backends.tensorrt.running import Calls
 from tests.backends.tensorrt import tiny
@@ -135,6 +136,13 @@ def test_a_size_that_the_plan_was_not_built_for_is_no_reason_to_run_without() ->
         calls.call({"x": _x(3)}, calls.hold(tiny.drawn(1)))
     calls.call({"x": _x()}, calls.hold(tiny.drawn(1)))
     assert recorded.captured == 1
+
+
+def test_numbers_that_shapes_are_computed_from_are_part_of_what_a_graph_is_for() -> None:
+    ports = Ports({"sizes": Port(torch.int64, (2,), on_host=True)}, {})
+    graphs = Graphs(ports, Lanes(ports), Recorded())
+    keys = {graphs._key({"sizes": torch.tensor(numbers)}, Slots({})) for numbers in ([2, 3], [3, 2], [2, 3])}
+    assert len(keys) == 2
 
 
 def test_the_one_that_was_not_used_for_longest_is_given_up() -> None:

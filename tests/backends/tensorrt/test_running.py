@@ -88,6 +88,14 @@ def test_a_swap_to_another_rank_tells_shapes_too() -> None:
     assert [*told, ("infer_shapes",)] == _log(lanes)[:5]
 
 
+def test_new_shapes_are_counted() -> None:
+    """Kernels are compiled for them, which are worth keeping."""
+    calls, _ = _calls()
+    for rank in (1, 2, 2, 1):
+        calls.call({"x": _x()}, calls.hold(tiny.drawn(rank, rank)))
+    assert [lane.met for lane in calls.lanes()] == [3]
+
+
 def test_a_thousand_swaps_leave_no_trace() -> None:
     calls, _ = _calls()
     x, held = _x(), [calls.hold(tiny.drawn(seed, 1 + seed % RANK)) for seed in range(5)]
@@ -107,7 +115,8 @@ def test_slots_that_were_let_go_are_not_taken_for_others() -> None:
 
 
 @pytest.mark.parametrize("method", ["set_input_shape", "set_tensor_address", "execute_async_v3"])
-def test_a_call_that_fails_leaves_the_binding_before(method: str) -> None:
+@pytest.mark.parametrize("order", [("before", "after"), ("after", "before")])
+def test_a_call_that_fails_leaves_the_binding_before(method: str, order: tuple[str, ...]) -> None:
     calls, lanes = _calls()
     x, before, after = _x(), calls.hold(tiny.drawn(1, 1)), calls.hold(tiny.drawn(2, RANK))
     found = calls.call({"x": x}, before)["y"]
@@ -116,8 +125,9 @@ def test_a_call_that_fails_leaves_the_binding_before(method: str) -> None:
     with pytest.raises(lorac.LoracError, match="TensorRT gives no reason"):
         calls.call({"x": x}, after)
     context.refuses = {}
-    assert torch.equal(calls.call({"x": x}, before)["y"], found)
-    assert torch.equal(calls.call({"x": x}, after)["y"], tiny.computed(x, **tiny.drawn(2, RANK)))
+    wanted = {"before": found, "after": tiny.computed(x, **tiny.drawn(2, RANK))}
+    for which in order:
+        assert torch.equal(calls.call({"x": x}, {"before": before, "after": after}[which])["y"], wanted[which])
 
 
 def test_a_size_that_the_plan_was_not_built_for() -> None:

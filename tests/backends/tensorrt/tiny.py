@@ -23,7 +23,7 @@ from lorac.backends.tensorrt import library
 from lorac.backends.tensorrt.device.lane import Lane
 from lorac.backends.tensorrt.device.ports import Port, Ports
 from lorac.backends.tensorrt.device.slots import Slots, memory
-from lorac.backends.tensorrt.refitting import mark
+from lorac.backends.tensorrt.refitting import flag, mark
 
 Tensor = torch.Tensor
 IN, OUT, ROWS, RANK = 6, 4, 5, 3
@@ -89,8 +89,10 @@ def built(capabilities: Sequence[str] = (), flags: Sequence[str] = (), refittabl
     profile.set_shape("b", (1, OUT), (2, OUT), (RANK, OUT))
     config.add_optimization_profile(profile)
     config.clear_flag(trt.BuilderFlag.TF32)
-    for flag in flags:
-        config.set_flag(trt.BuilderFlag.__members__[flag])
+    for name in flags:
+        config.set_flag(trt.BuilderFlag.__members__[name])
+    if refittable:
+        config.set_flag(flag())
     if capabilities:
         config.num_compute_capabilities = len(capabilities)
     for place, capability in enumerate(capabilities):

@@ -17,7 +17,7 @@ from lorac.backends.tensorrt.device.lane import Lane
 from lorac.backends.tensorrt.device.ports import Ports
 from lorac.backends.tensorrt.device.slots import Slots, moved
 from lorac.backends.tensorrt.library import is_rtx
-from lorac.errors import InputMismatch, LoracError, Unavailable, warn
+from lorac.errors import LoracError, Unavailable, warn
 
 Tensor = torch.Tensor
 Key = tuple[object, ...]
@@ -144,8 +144,6 @@ class Graphs:
     def _capture(self, key: Key, inputs: Mapping[str, Tensor], slots: Slots) -> Captured | None:
         try:
             made = Captured(self._lane(), inputs, slots, self._record)
-        except InputMismatch:
-            raise
         except (Unavailable, RuntimeError) as error:
             self._refused = True
             warn(
