@@ -1,6 +1,6 @@
 # Everything needed is made by the target that needs it: `make demo` and `make test` work on a fresh clone.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow soak kill fuzz check docs pictures format bench zoo clean
+.PHONY: help demo test test-slow test-gpu soak kill fuzz check docs pictures format bench zoo clean
 SHELL := /bin/bash
 
 # Tried by running it: a version manager's shim may exist without a Python behind it.
@@ -23,6 +23,9 @@ test: $(STAMP) ## Run the test suite
 
 test-slow: $(STAMP) ## Run the long checks
 	$(PYTEST) -m slow -n $(WORKERS) --dist worksteal
+
+test-gpu: $(STAMP) ## Run the tests that need an NVIDIA GPU
+	$(PYTEST) -m gpu
 
 OPERATIONS ?= 1000000
 SEED ?= 0

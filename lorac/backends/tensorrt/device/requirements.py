@@ -1,0 +1,112 @@
+"""What a plan needs to run, and typed errors that say which of it is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from lorac.backends.tensorrt import library
+from lorac.errors import ArtifactError, Unavailable
+
+_ELSEWHERE = (
+    "compiled.save(folder) writes what lorac.load runs on a machine with an NVIDIA GPU; target='onnxruntime' and "
+    "target='eager' run on the CPU"
+)
+
+
+def lacking() -> str | None:
+    """Why no plan runs on this machine, in one line; None where one may."""
+    if torch.version.cuda is None:
+        return f"a plan of TensorRT runs on a GPU by CUDA, and torch {torch.__version__} was built without CUDA"
+    if not torch.cuda.is_available():
+        return f"a plan of TensorRT runs on a GPU, and torch {torch.__version__} finds none: no driver, or no GPU"
+    return None
+
+
+def refuse_lacking() -> None:
+    """Refuse to run where there is no CUDA.
+
+    Raises:
+        Unavailable: torch was built without CUDA, or finds no driver or GPU.
+    """
+    why = lacking()
+    if why is not None:
+        raise Unavailable(why, next_step=_ELSEWHERE)
+
+
+def cuda_device(device: str | torch.device) -> torch.device:
+    """The device with its number, of those that are here.
+
+    Raises:
+        Unavailable: it is no GPU, or there are fewer.
+    """
+    wanted = torch.device(device)
+    if wanted.type != "cuda":
+        raise Unavailable(f"a plan of TensorRT runs on a GPU, not on '{wanted}'", next_step="give device='cuda'")
+    refuse_lacking()
+    index = torch.cuda.current_device() if wanted.index is None else wanted.index
+    if index >= torch.cuda.device_count():
+        raise Unavailable(
+            f"there is no device '{wanted}'", nearest=f"cuda:{torch.cuda.device_count() - 1}", next_step=_ELSEWHERE
+        )
+    return torch.device("cuda", index)
+
+
+def capability_of(device: torch.device) -> str:
+    """The compute capability of a GPU, as ``"8.9"``."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{major}.{minor}"
+
+
+def refuse_capability(found: str, built_for: Sequence[str], gpu: str) -> None:
+    """Refuse a GPU that a plan was not built for.
+
+    Args:
+        found: the GPU's compute capability.
+        built_for: the plan's; empty where it is not known.
+        gpu: the GPU's name.
+
+    Raises:
+        Unavailable: it is none of them.
+    """
+    if not built_for or found in built_for:
+        return
+    raise Unavailable(
+        f"{gpu} has compute capability {found}, and the plan was built for {', '.join(built_for)}",
+        next_step=f"compile for {found} too, or here; target='onnxruntime', device='cuda' takes any capability",
+    )
+
+
+def refuse_other_library(made_by: str | None) -> None:
+    """Refuse a plan that another library, or another version, made.
+
+    Args:
+        made_by: as ``library.told`` said where it was built; None where that is not known.
+
+    Raises:
+        ArtifactError: it is not the one that is here.
+    """
+    if made_by is None or made_by == library.told():
+        return
+    name, _, version = made_by.partition(" ")
+    raise ArtifactError(
+        f"the plan was made by {made_by}, and here is {library.told()}: a plan runs in the version that made it",
+        next_step=f"pip install {name}=={version}, or compile again from the model",
+    )
+
+
+def refuse_damaged(plan: bytes | memoryview) -> None:
+    """Refuse what is no plan of the library's, as far as its header tells; where it cannot tell, nothing is refused.
+
+    Raises:
+        ArtifactError: it is none.
+    """
+    if not library.is_rtx():
+        return  # TensorRT itself tells only where it loads
+    trt = library.trt()
+    with library.listening() as said:
+        _, found = trt.Runtime(library.logger()).get_engine_validity(plan)
+        said.why()  # that no driver is here, or no GPU that fits, has errors of its own
+    if found & int(trt.EngineInvalidityDiagnostics.MALFORMED_ENGINE):
+        raise ArtifactError(f"these {len(plan)} bytes are no plan of {library.told()}")

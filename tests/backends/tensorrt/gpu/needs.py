@@ -1,0 +1,41 @@
+"""What the tests of this folder need, and what of it is missing here, in one line."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from lorac.backends.tensorrt import library
+from lorac.backends.tensorrt.device.requirements import capability_of, lacking
+
+
+def lacking_for_tensorrt() -> str | None:
+    """Why TensorRT runs nothing here; None where it does."""
+    why = lacking()
+    if why is not None:
+        return why
+    if all(importlib.util.find_spec(name) is None for name in ("tensorrt", "tensorrt_rtx")):
+        return "neither tensorrt nor tensorrt_rtx is installed"
+    here = capability_of(torch.device("cuda"))
+    if library.is_rtx() and f"SM{here.replace('.', '')}" not in library.trt().ComputeCapability.__members__:
+        return f"{library.told()} builds for no compute capability {here}, which NVIDIA's tensorrt does"
+    return None
+
+
+def lacking_for_onnxruntime() -> str | None:
+    """Why ONNX Runtime's CUDA provider does not run here; None where it does."""
+    why = lacking()
+    if why is not None:
+        return why.replace("a plan of TensorRT", "the CUDA provider")
+    import onnxruntime
+
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        return f"onnxruntime {onnxruntime.__version__} has no CUDA provider, which onnxruntime-gpu has"
+    return None
+
+
+def needing(why: str | None) -> list[pytest.MarkDecorator]:
+    """The marks of a module whose tests need what is missing."""
+    return [pytest.mark.gpu, pytest.mark.skipif(why is not None, reason=str(why))]

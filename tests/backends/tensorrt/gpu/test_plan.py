@@ -1,0 +1,204 @@
+"""A plan of one layer on a GPU: every step between torch and TensorRT, by itself."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+import lorac
+from lorac.backends.tensorrt import library
+from lorac.backends.tensorrt.caching import PlanCache
+from lorac.backends.tensorrt.device.requirements import capability_of
+from lorac.backends.tensorrt.refitting import Refitting
+from lorac.backends.tensorrt.running import Running
+from lorac.testing.checks import assert_close
+from tests.backends.tensorrt import tiny
+from tests.backends.tensorrt.gpu import needs
+from tests.backends.tensorrt.tiny import BIAS, IN, RANK, ROWS, WEIGHT
+
+pytestmark = needs.needing(needs.lacking_for_tensorrt())
+Tensor = torch.Tensor
+
+
+def _here() -> list[str]:
+    """The GPU's capability, where the library is told of capabilities."""
+    return [f"SM{capability_of(torch.device('cuda')).replace('.', '')}"] if library.is_rtx() else []
+
+
+def _plan(*flags: str, refittable: tuple[str, ...] = ()) -> bytes:
+    return tiny.built(_here(), flags, refittable)
+
+
+def _x(rows: int = 2, seed: int = 0) -> Tensor:
+    return torch.randn(rows, IN, generator=torch.Generator().manual_seed(seed)).cuda()
+
+
+def _on_gpu(slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.cuda() for name, tensor in slots.items()}
+
+
+def _wanted(x: Tensor, seed: int, rank: int = 2) -> Tensor:
+    return tiny.computed(x.cpu(), **tiny.drawn(seed, rank))
+
+
+def test_values_at_every_rank_and_size() -> None:
+    running = Running(_plan())
+    for rows in range(1, ROWS + 1):
+        for rank in range(1, RANK + 1):
+            found = running.call({"x": _x(rows, rows)}, running.hold(_on_gpu(tiny.drawn(rank, rank))))["y"]
+            assert found.is_cuda
+            assert_close(found.cpu(), _wanted(_x(rows, rows), rank, rank))
+
+
+def test_what_comes_from_the_cpu_goes_back_there() -> None:
+    running = Running(_plan())
+    found = running.call({"x": _x().cpu()}, tiny.drawn(1))["y"]
+    assert found.device.type == "cpu"
+    assert_close(found, _wanted(_x(), 1))
+
+
+def test_ports_are_the_networks() -> None:
+    assert Running(_plan()).ports == tiny.ports()
+
+
+def test_a_thousand_swaps_leave_no_trace() -> None:
+    running, x = Running(_plan()), _x()
+    held = [running.hold(_on_gpu(tiny.drawn(seed, 1 + seed % RANK))) for seed in range(5)]
+    first = [running.call({"x": x}, slots)["y"].clone() for slots in held]
+    for place in torch.randint(5, (1000,)).tolist():
+        assert torch.equal(running.call({"x": x}, held[place])["y"], first[place])
+
+
+def test_a_swap_copies_nothing() -> None:
+    running, x = Running(_plan()), _x()
+    held = [running.hold(_on_gpu(tiny.drawn(seed))) for seed in range(2)]
+    kept = [running.call({"x": x}, slots) for slots in held]
+    before = torch.cuda.memory_allocated()
+    kept[0] = running.call({"x": x}, held[1])
+    assert torch.cuda.memory_allocated() == before, "the answer took the place of the one before, and nothing else came"
+
+
+def test_memory_that_is_let_go_at_once_is_not_used_before_it_was_read() -> None:
+    running = Running(_plan())
+    found = []
+    for seed in range(200):
+        found.append(running.call({"x": _x(seed=seed)}, running.hold(_on_gpu(tiny.drawn(seed))))["y"])
+        torch.full((ROWS * IN,), float("nan"), device="cuda")  # takes the place of what was let go
+    for seed, y in enumerate(found):
+        assert_close(y.cpu(), _wanted(_x(seed=seed), seed))
+
+
+@pytest.mark.parametrize("own_stream", [False, True])
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_eight_threads(own_stream: bool, cuda_graphs: bool) -> None:
+    flags = ["REQUIRE_USER_ALLOCATION"] if cuda_graphs and library.is_rtx() else []
+    running = Running(_plan(*flags), cuda_graphs=cuda_graphs)
+    x = _x()
+    held = [running.hold(_on_gpu(tiny.drawn(seed, 1 + seed % RANK))) for seed in range(8)]
+    first = [running.call({"x": x}, slots)["y"].cpu() for slots in held]
+    wrong: list[int] = []
+
+    def work(place: int) -> None:
+        stream = torch.cuda.Stream() if own_stream else torch.cuda.default_stream()
+        with torch.cuda.stream(stream):
+            for turn in range(100):
+                which = (place + turn) % len(held)
+                if not torch.equal(running.call({"x": x}, held[which])["y"].cpu(), first[which]):
+                    wrong.append(which)
+
+    threads = [threading.Thread(target=work, args=(place,)) for place in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_a_cuda_graph_answers_the_same() -> None:
+    """A plan that could not be captured would warn, and a warning is an error."""
+    flags = ["REQUIRE_USER_ALLOCATION"] if library.is_rtx() else []
+    plan = _plan(*flags)
+    plain, captured = Running(plan), Running(plan, cuda_graphs=True)
+    for rows, seed in ((1, 0), (2, 1), (1, 2), (2, 3)):
+        slots, x = _on_gpu(tiny.drawn(seed)), _x(rows, seed)
+        found = [one.call({"x": x}, one.hold(slots))["y"] for one in (plain, captured, captured)]
+        assert torch.equal(found[0], found[1]) and torch.equal(found[1], found[2])
+
+
+def test_memory_that_is_written_in_place_is_read_as_it_is() -> None:
+    for cuda_graphs in (False, True):
+        flags = ["REQUIRE_USER_ALLOCATION"] if library.is_rtx() else []
+        running, memory, x = Running(_plan(*flags), cuda_graphs=cuda_graphs), _on_gpu(tiny.drawn(1)), _x()
+        slots = running.hold(memory, fixed=True)
+        running.call({"x": x}, slots)
+        with running.writing():
+            for name, tensor in tiny.drawn(2).items():
+                memory[name].copy_(tensor)
+        assert_close(running.call({"x": x}, slots)["y"].cpu(), _wanted(x, 2))
+
+
+def test_sizes_that_the_plan_was_not_built_for() -> None:
+    running = Running(_plan())
+    slots = running.hold(_on_gpu(tiny.drawn(1)))
+    before = running.call({"x": _x()}, slots)["y"]
+    with pytest.raises(lorac.InputMismatch, match=rf"'x' of shape \({ROWS + 1}, {IN}\)"):
+        running.call({"x": _x(ROWS + 1)}, slots)
+    with pytest.raises(lorac.InputMismatch, match="'a' of shape"):
+        running.call({"x": _x()}, running.hold(_on_gpu(tiny.drawn(1, RANK + 1))))
+    assert torch.equal(running.call({"x": _x()}, slots)["y"], before)
+
+
+def test_a_plan_that_is_damaged_where_its_header_is_not() -> None:
+    plan = bytearray(_plan())
+    plan[len(plan) // 3 :] = bytes(len(plan) - len(plan) // 3)
+    with pytest.raises(lorac.ArtifactError, match="does not load the plan"):
+        Running(bytes(plan))
+
+
+def test_another_capability_is_named() -> None:
+    with pytest.raises(lorac.Unavailable, match=r"and the plan was built for 5\.0"):
+        Running(_plan(), capabilities=["5.0"])
+
+
+def test_kernels_are_kept(tmp_path: Path) -> None:
+    if not library.is_rtx():
+        pytest.skip("TensorRT for RTX alone compiles kernels where a plan is loaded")
+    kept = PlanCache(tmp_path).kernels("0" * 32)
+    x, slots = _x(), _on_gpu(tiny.drawn(1))
+    plan = _plan()
+    first = Running(plan, kernels=kept).call({"x": x}, slots)["y"]
+    assert kept.read()
+    assert torch.equal(Running(plan, kernels=kept).call({"x": x}, slots)["y"], first)
+
+
+# --- weights that are replaced ----------------------------------------------------------------------------------------
+def test_a_fresh_plan_whose_weights_can_be_replaced_answers_as_a_plain_one() -> None:
+    """One release dropped a product's bias from such plans in silence, though nothing was replaced yet."""
+    x, slots = _x(), _on_gpu(tiny.drawn(1))
+    plain, fresh = (Running(_plan(refittable=marked)).call({"x": x}, slots)["y"] for marked in ((), (WEIGHT,)))
+    assert_close(fresh.cpu(), plain.cpu())
+    assert_close(fresh.cpu(), _wanted(x, 1))
+
+
+@pytest.mark.parametrize("marked", [(WEIGHT,), (BIAS,), (WEIGHT, BIAS)])
+def test_weights_are_replaced_from_the_gpus_memory_and_come_back(marked: tuple[str, ...]) -> None:
+    running, x = Running(_plan(refittable=marked)), _x()
+    slots = running.hold(_on_gpu(tiny.drawn(1)))
+    base = tiny.weights()
+    memory = {name: base[name].cuda() for name in (WEIGHT, BIAS)}
+    refits = Refitting(running.engine, {name: memory[name] for name in marked})
+    before = running.call({"x": x}, slots)["y"].clone()
+    for name in (*marked, None):
+        held = {key: tensor + 1 if key == name else tensor for key, tensor in base.items()}
+        with running.writing():
+            for key in marked:
+                memory[key].copy_(held[key])
+            refits.write([name] if name is not None else [])
+        pair = tiny.drawn(1)
+        wanted = x.cpu() @ held[WEIGHT] + held[BIAS] + (x.cpu() @ pair["a"]) @ pair["b"]
+        assert_close(running.call({"x": x}, slots)["y"].cpu(), wanted)
+    assert torch.equal(running.call({"x": x}, slots)["y"], before)

@@ -1,0 +1,173 @@
+"""CUDA graphs of a plan: one for each set of shapes, with buffers that a call and a swap are copied into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import lorac
+from lorac.backends.tensorrt.device import capturing
+from lorac.backends.tensorrt.device.capturing import Graphs, Work
+from lorac.backends.tensorrt.device.ports import Port, Ports
+from lorac.backends.tensorrt.device.slots import Slots
+from lorac.backends.tensorrt.running import Calls
+from tests.backends.tensorrt import tiny
+from tests.backends.tensorrt.tiny import CPU, IN, RANK, Lanes
+
+Tensor = torch.Tensor
+
+
+class Recorded:
+    """In the place of CUDA: what was captured is done again by doing it again."""
+
+    def __init__(self) -> None:
+        self.captured = self.replayed = 0
+        self.fails = False
+
+    def __call__(self, work: Work) -> Callable[[], None]:
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.captured += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            work(7)
+
+        return replay
+
+
+def _calls(*, depends: bool = False) -> tuple[Calls, Lanes, Recorded]:
+    ports, recorded = tiny.ports(sizes_depend_on_values=depends), Recorded()
+    lanes = Lanes(ports)
+    return Calls(ports, CPU, lanes, Graphs(ports, lanes, recorded)), lanes, recorded
+
+
+def _x(rows: int = 2, seed: int = 0) -> Tensor:
+    return tiny.placed(torch.randn(rows, IN, generator=torch.Generator().manual_seed(seed)))
+
+
+def test_one_is_captured_for_each_set_of_shapes() -> None:
+    calls, lanes, recorded = _calls()
+    for rows, rank in ((1, 1), (2, 1), (1, RANK), (2, 1), (1, 1)):
+        slots, x = tiny.drawn(rows, rank), _x(rows)
+        assert torch.equal(calls.call({"x": x}, calls.hold(slots))["y"], tiny.computed(x, **slots))
+    assert (recorded.captured, recorded.replayed, len(lanes.made)) == (3, 5, 3)
+
+
+def test_an_answer_is_not_written_over_by_the_next_call() -> None:
+    calls, _, _ = _calls()
+    slots = calls.hold(tiny.drawn(1))
+    first = calls.call({"x": _x(seed=1)}, slots)["y"]
+    calls.call({"x": _x(seed=2)}, slots)
+    assert torch.equal(first, tiny.computed(_x(seed=1), **tiny.drawn(1)))
+
+
+def test_slots_are_copied_at_a_swap_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, lanes, _ = _calls()
+    one, other, x = calls.hold(tiny.drawn(1)), calls.hold(tiny.drawn(2)), _x()
+    calls.call({"x": x}, one)
+    copied: list[tuple[int, ...]] = []
+    real = torch.Tensor.copy_
+
+    def copy(to: Tensor, new: Tensor) -> Tensor:
+        copied.append(tuple(new.shape))
+        return real(to, new)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", copy)
+    calls.call({"x": x}, one)
+    assert copied == [tuple(x.shape)]
+    found = calls.call({"x": x}, other)["y"]
+    assert copied[1:] == [tuple(x.shape), *(tuple(tensor.shape) for tensor in other.values())]
+    assert torch.equal(found, tiny.computed(x, **tiny.drawn(2)))
+    assert ("set_tensor_address", "a") in lanes.made[0].calls
+    lanes.made[0].calls.clear()
+    calls.call({"x": x}, one)
+    assert lanes.made[0].calls == [("execute_async_v3", 7)], "what was captured stays where it is"
+
+
+def test_a_thousand_swaps_leave_no_trace() -> None:
+    calls, _, recorded = _calls()
+    x, held = _x(), [calls.hold(tiny.drawn(seed, 1 + seed % RANK)) for seed in range(5)]
+    fresh = [_calls()[0].call({"x": x}, slots)["y"] for slots in held]
+    for place in torch.randint(5, (1000,)).tolist():
+        assert torch.equal(calls.call({"x": x}, held[place])["y"], fresh[place])
+    assert recorded.captured == RANK
+
+
+def test_memory_that_is_written_in_place_is_read_where_it_lies() -> None:
+    calls, _, recorded = _calls()
+    memory, x = tiny.drawn(1), _x()
+    slots = calls.hold(memory, fixed=True)
+    calls.call({"x": x}, slots)
+    for name, tensor in tiny.drawn(2).items():
+        memory[name].copy_(tensor)
+    assert torch.equal(calls.call({"x": x}, slots)["y"], tiny.computed(x, **tiny.drawn(2)))
+    other = calls.hold(tiny.drawn(3), fixed=True)
+    assert torch.equal(calls.call({"x": x}, other)["y"], tiny.computed(x, **tiny.drawn(3)))
+    assert recorded.captured == 2, "another memory is another graph"
+
+
+def _why_not(calls: Calls, lanes: Lanes, recorded: Recorded, why: str) -> None:
+    lanes.capturable = why != "it allocates while it runs"
+    recorded.fails = why.startswith("operation")
+    x, held = _x(), [calls.hold(tiny.drawn(seed)) for seed in (1, 2)]
+    with pytest.warns(lorac.LoracWarning, match=why) as caught:
+        found = [calls.call({"x": x}, slots)["y"] for slots in (*held, *held)]
+    assert len(caught) == 1
+    wanted = [tiny.computed(x, **tiny.drawn(seed)) for seed in (1, 2)]
+    assert all(torch.equal(one, other) for one, other in zip(found, 2 * wanted, strict=True))
+
+
+@pytest.mark.parametrize("why", ["operation not permitted when stream is capturing", "it allocates while it runs"])
+def test_what_cannot_be_captured_runs_without_and_says_so_once(why: str) -> None:
+    _why_not(*_calls(), why)
+
+
+def test_neither_can_sizes_that_depend_on_values() -> None:
+    _why_not(*_calls(depends=True), "sizes of its outputs depend on values")
+
+
+def test_a_size_that_the_plan_was_not_built_for_is_no_reason_to_run_without() -> None:
+    calls, lanes, recorded = _calls()
+    lanes.refuses["set_input_shape"] = lambda name, shape: name == "x" and shape[0] > 2
+    with pytest.raises(lorac.InputMismatch):
+        calls.call({"x": _x(3)}, calls.hold(tiny.drawn(1)))
+    calls.call({"x": _x()}, calls.hold(tiny.drawn(1)))
+    assert recorded.captured == 1
+
+
+def test_numbers_that_shapes_are_computed_from_are_part_of_what_a_graph_is_for() -> None:
+    ports = Ports({"sizes": Port(torch.int64, (2,), on_host=True)}, {})
+    graphs = Graphs(ports, Lanes(ports), Recorded())
+    keys = {graphs._key({"sizes": torch.tensor(numbers)}, Slots({})) for numbers in ([2, 3], [3, 2], [2, 3])}
+    assert len(keys) == 2
+
+
+def test_the_one_that_was_not_used_for_longest_is_given_up() -> None:
+    calls, lanes, recorded = _calls()
+    slots = calls.hold(tiny.drawn(1))
+    for rows in range(1, capturing.MOST + 2):
+        calls.call({"x": _x(rows)}, slots)
+        calls.call({"x": _x(1)}, slots)
+    assert [lane.track.finished for lane in lanes.lanes] == [0, 1] + [0] * (capturing.MOST - 1)  # type: ignore[attr-defined]
+    calls.call({"x": _x(1)}, slots)
+    assert recorded.captured == capturing.MOST + 1
+    calls.call({"x": _x(2)}, slots)
+    assert recorded.captured == capturing.MOST + 2
+
+
+def test_who_writes_waits_for_graphs_too() -> None:
+    calls, lanes, _ = _calls()
+    calls.call({"x": _x()}, calls.hold(tiny.drawn(1)))
+    calls.finish()
+    assert [lane.track.finished for lane in lanes.lanes] == [1]  # type: ignore[attr-defined]
+
+
+def test_slots_that_are_let_go_are_not_taken_for_others() -> None:
+    calls, _, _ = _calls()
+    x = _x()
+    for seed in range(20):
+        held: Slots = calls.hold(tiny.drawn(seed))
+        assert torch.equal(calls.call({"x": x}, held)["y"], tiny.computed(x, **tiny.drawn(seed)))

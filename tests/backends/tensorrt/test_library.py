@@ -1,0 +1,116 @@
+"""The one module that hides TensorRT: which library serves, dtypes, and errors instead of output."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import lorac
+from lorac.backends.tensorrt import library
+from tests.backends.tensorrt import tiny
+
+
+@pytest.fixture
+def asked_anew() -> Iterator[None]:
+    """The library is looked for again, and what was found before comes back."""
+    found = library.trt
+    library.trt.cache_clear()
+    yield
+    library.trt = found
+    library.trt.cache_clear()
+
+
+def test_it_is_one_of_nvidias() -> None:
+    assert library.told() == f"{library.trt().__name__} {library.trt().__version__}"
+    assert library.is_rtx() == (library.trt() is sys.modules.get("tensorrt_rtx"))
+
+
+def test_without_a_gpu_the_one_that_builds_without_serves(asked_anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert library.is_rtx()
+
+
+def test_with_a_gpu_nvidias_own_comes_first(asked_anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def imported(name: str) -> object:
+        asked.append(name)
+        raise OSError("libnvinfer.so.11: cannot open shared object file")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(importlib, "import_module", imported)
+    with pytest.raises(lorac.MissingExtra, match=r"pip install 'lorac\[tensorrt\]'"):
+        library.trt()
+    assert asked == ["tensorrt", "tensorrt_rtx"]
+
+
+def test_dtypes_are_the_same_both_ways() -> None:
+    for name, kind in library.trt().DataType.__members__.items():
+        if name in {"INT4", "FP4", "E8M0"}:
+            with pytest.raises(lorac.Unavailable, match=f"torch has no tensors of TensorRT's {name}"):
+                library.torch_dtype(kind)
+        else:
+            assert library.trt_dtype(library.torch_dtype(kind)) == kind
+
+
+def test_a_dtype_that_tensorrt_lacks() -> None:
+    with pytest.raises(lorac.Unavailable, match=r"TensorRT has no tensors of torch.float64"):
+        library.trt_dtype(torch.float64)
+
+
+def test_its_errors_are_told_and_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    network, _ = tiny.parsed()
+    with library.listening() as said:
+        assert not network.mark_weights_refittable("nobody")
+        assert "no weights named nobody" in said.why()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_error_that_nobody_asks_for_is_a_warning() -> None:
+    network, _ = tiny.parsed()
+    with pytest.warns(lorac.LoracWarning, match="no weights named nobody"), library.listening():
+        network.mark_weights_refittable("nobody")
+
+
+def test_the_innermost_block_is_told() -> None:
+    network, _ = tiny.parsed()
+    with library.listening() as outer:
+        with library.listening() as inner:
+            network.mark_weights_refittable("nobody")
+            inner.why()
+        assert inner.errors and not outer.errors
+
+
+def test_another_threads_block_is_not_told_where_its_own_listens() -> None:
+    network, _ = tiny.parsed()
+    heard = []
+
+    def elsewhere() -> None:
+        with library.listening() as said:
+            network.mark_weights_refittable("nobody")
+            heard.append(said.why())
+
+    with library.listening() as here:
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        assert not here.errors
+    assert len(heard) == 1
+
+
+def test_a_thread_of_tensorrts_own_tells_everyone() -> None:
+    network, _ = tiny.parsed()
+    with library.listening() as said:
+        thread = threading.Thread(target=network.mark_weights_refittable, args=("nobody",))
+        thread.start()
+        thread.join()
+        assert "nobody" in said.why()
+
+
+def test_there_is_no_reason_where_none_was_given() -> None:
+    assert library.Said().why() == "TensorRT gives no reason"
