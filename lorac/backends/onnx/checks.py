@@ -35,12 +35,21 @@ def check_constants(model: ir.Model, contents: Mapping[str, Tensor]) -> None:
         by_size[tensor.numel()].append((name, tensor))
     for constant in _constants(model):
         candidates = by_size.get(int(constant.size), [])
-        if not candidates or constant.dtype not in {ir.DataType.FLOAT, ir.DataType.DOUBLE}:
+        if not candidates or constant.dtype not in _FLOATING:
             continue
-        value = torch.from_numpy(constant.numpy().copy()).flatten()
+        value = _as_torch(constant).flatten()
         copied = [n for n, t in candidates if same(value, t) or (t.dim() == 2 and same(value, t.t()))]
         if copied:
             raise failed(copied, "were copied into a constant")
+
+
+_FLOATING = {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+
+
+def _as_torch(constant: ir.TensorProtocol) -> Tensor:
+    """A constant's values; NumPy has no bfloat16, so that these come in float32."""
+    values = constant.numpy()
+    return torch.from_numpy(values.astype("f4") if constant.dtype == ir.DataType.BFLOAT16 else values.copy())
 
 
 def _live(model: ir.Model) -> set[int]:
@@ -77,7 +86,10 @@ def _constants(model: ir.Model) -> Iterator[ir.TensorProtocol]:
 
 def same(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors hold the same values in the same order, whatever their shapes."""
-    return one.numel() == other.numel() and torch.equal(one.flatten(), other.flatten())
+    if one.numel() != other.numel():
+        return False
+    dtype = torch.promote_types(one.dtype, other.dtype)
+    return torch.equal(one.flatten().to(dtype), other.flatten().to(dtype))
 
 
 def failed(slots: Sequence[str], what: str) -> SelfTestFailed:

@@ -83,9 +83,7 @@ Computed = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 """Tensors by name -> the same as the emitted program computes with them: quantised, say."""
 
 
-def self_test(
-    engine: Emitted, program: Program, snapshot: Snapshot, computed: Computed = dict, *, runs: bool = True
-) -> None:
+def self_test(engine: Emitted, program: Program, snapshot: Snapshot, computed: Computed = dict) -> None:
     """Check an engine against the program it was emitted from.
 
     Args:
@@ -93,7 +91,6 @@ def self_test(
         program: the lowered program, with its weights.
         snapshot: what the slots hold at first; what a baked engine holds.
         computed: what constants of the program come to in the emitted one.
-        runs: whether the engine can be run here; else only what can be read off its models is checked.
 
     Raises:
         SelfTestFailed: naming the slots.
@@ -106,8 +103,7 @@ def self_test(
             check_inputs(model, [] if baked else list(graph.slots), list(graph.slots))
             changed = {} if baked else _changed(_part(contents.old(), graph), contents.idle)
             check_constants(model, changed)
-            if runs:
-                _Comparison(engine, program, name, contents, computed).check()
+            _Comparison(engine, program, name, contents, computed).check()
         contents.leave()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 
 from lorac.backends.onnx.files import MODEL, WEIGHTS
 
@@ -94,7 +95,7 @@ def _lazily(name: str, tensor: torch.Tensor) -> ir.LazyTensor:
     """A tensor that is laid out once it is written: of transposed weights there are never many copies at a time."""
 
     def laid_out() -> ir.TensorProtocol:
-        return ir.Tensor(tensor.detach().contiguous().numpy(), name=name)
+        return TorchTensor(tensor.detach().contiguous(), name=name)
 
-    dtype = ir.Tensor(tensor.detach().flatten()[:0].numpy()).dtype
+    dtype = from_torch_dtype(tensor.dtype)
     return ir.LazyTensor(laid_out, dtype=dtype, shape=ir.Shape(tensor.shape), name=name)
