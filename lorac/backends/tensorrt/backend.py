@@ -12,7 +12,7 @@ import torch
 
 from lorac.backends.onnx.files import BASE, name_of
 from lorac.backends.tensorrt import library
-from lorac.backends.tensorrt.capabilities import device_of, local, tell_lacking
+from lorac.backends.tensorrt.capabilities import device_of, known, local, tell_lacking
 from lorac.backends.tensorrt.engine import PLAN, Plan, TrtEngine, files_of
 from lorac.backends.tensorrt.options import Options
 from lorac.backends.tensorrt.profiles import Range
@@ -122,9 +122,12 @@ def _refuse_other_library(built: Mapping[str, str]) -> None:
 def _refuse_other_gpu(parts: Mapping[str, Plan]) -> None:
     """Where there is a GPU, plans have to be for it."""
     here = local()
-    built = sorted({capability for part in parts.values() for capability in part.capabilities})
-    if here is not None and built and here not in built:
-        raise Unavailable(
-            f"the plans were built for compute capability {', '.join(built)}; the GPU here has {here}",
-            next_step=f"compile from the model with target_capabilities={[*built, here]}",
-        )
+    built = list(dict.fromkeys(capability for part in parts.values() for capability in part.capabilities))
+    if here is None or not built or here in built:
+        return
+    raise Unavailable(
+        f"the plans were built for compute capability {', '.join(built)}; the GPU here has {here}",
+        next_step=f"compile from the model with target_capabilities={[*built, here]}"
+        if here in known()
+        else f"the library builds for {', '.join(known())}; target='onnxruntime' and target='eager' run elsewhere",
+    )

@@ -47,7 +47,7 @@ def check(tried: OnCpu, program: Program, snapshot: Snapshot) -> None:
     Raises:
         SelfTestFailed: naming the slots.
     """
-    graphs = {name: _computed_whole(graph) for name, graph in program.graphs.items()}
+    graphs = {name: in_float32(graph) for name, graph in program.graphs.items()}
     self_test(tried, Program(graphs, program.signatures), snapshot)
 
 
@@ -152,7 +152,7 @@ def _whole_array(array: Array) -> Array:
 
 
 # ── The program ──────────────────────────────────────────────────────────────────────────────────────────────────────
-def _computed_whole(graph: Graph) -> Graph:
+def in_float32(graph: Graph) -> Graph:
     """A graph that computes in float32 what this one computes in half precision; itself, where there is nothing."""
     module = graph.exported.graph_module
     if not any(_is_half(node.meta.get("val")) for node in module.graph.nodes):

@@ -68,13 +68,14 @@ class Placing:
             case Dense():
                 return Dense(placed(change.weight), e)
             case Sparse():
-                return self._sparse(change, e)
+                return self._sparse(change)
             case SparseSum():
                 return SparseSum(tuple((t, self._sparse(term)) for t, term in change.terms), e)
             case LowRank():
                 return LowRank(placed(change.a), placed(change.b), self.all_of(change.parts), e)
 
-    def _sparse(self, change: Sparse, e: Tensor | None = None) -> Sparse:
+    def _sparse(self, change: Sparse) -> Sparse:
+        e = None if change.e is None else self.placed(change.e)
         return Sparse(self.placed(change.rows), self.placed(change.cols), self.placed(change.values), e)
 
 
