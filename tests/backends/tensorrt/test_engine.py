@@ -10,13 +10,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import lorac
 from lorac.backends.tensorrt import backend, capabilities, library
 from lorac.backends.tensorrt.engine import TrtEngine
+from lorac.cli import app
 from lorac.testing.checks import assert_close
 from tests.backends.tensorrt.building import NO_GPU, THREE, away, model_of, quietly
 
@@ -215,3 +218,28 @@ def test_several_components_are_a_plan_each():
     ]
     with pytest.raises(lorac.Unavailable, match=NO_GPU):
         found["two"](X)
+
+
+def test_without_its_library_the_target_is_told_with_the_command_that_installs_it():
+    script = """
+import sys
+sys.modules["tensorrt"] = sys.modules["tensorrt_rtx"] = None
+import lorac, torch
+try:
+    lorac.compile(torch.nn.Linear(2, 2), {}, target="tensorrt")
+except lorac.MissingExtra as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "tensorrt_rtx is not installed\n  pip install 'lorac[tensorrt]'\n"
+
+
+def test_the_command_line_takes_the_target(tmp_path):
+    module = "tests.backends.tensorrt.test_engine:host"
+    np.savez(tmp_path / "inputs.npz", image=X.numpy())
+    arguments = ["compile", module, "-o", str(tmp_path / "out"), "--target", "tensorrt", "--capabilities", "8.6,8.9"]
+    with pytest.warns(lorac.LoracWarning, match=NO_GPU):
+        done = CliRunner().invoke(app, [*arguments, "--inputs", str(tmp_path / "inputs.npz")], catch_exceptions=False)
+    assert done.exit_code == 0 and "tensorrt, auto" in done.stdout
+    with pytest.warns(lorac.LoracWarning, match=NO_GPU):
+        assert lorac.load(tmp_path / "out").engine.parts["main"].capabilities == ("8.6", "8.9")
