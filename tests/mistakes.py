@@ -191,7 +191,7 @@ COMPILING = [
     Mistake("half a rank", lambda w: lora(r=2.5)),
     Mistake("no alpha", lambda w: lora(alpha=None)),
     Mistake("another target's name", lambda w: w.compile(target="onnx"), lambda w, said: w.compile(target="eager")),
-    Mistake("a target that does not exist yet", lambda w: w.compile(target="tensorrt")),
+    Mistake("a target that does not exist", lambda w: w.compile(target="openvino")),
     Mistake("a device as the target", lambda w: w.compile(target="cuda")),
     Mistake("another mode's name", lambda w: w.compile(mode="merged")),
     Mistake("an option that the target lacks", lambda w: w.compile(quantize=True)),

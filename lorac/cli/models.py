@@ -106,7 +106,7 @@ def compile(  # noqa: PLR0913, PLR0917  (an argument per option)
     adapter: Adapters = [],  # noqa: B006  (typer's way to say "any number")
     target: Annotated[
         str,
-        typer.Option(help="eager, onnxruntime, or what another package offers.", autocompletion=_targets),
+        typer.Option(help="eager, onnxruntime, tensorrt, or what another package offers.", autocompletion=_targets),
     ] = "onnxruntime",
     mode: Mode = "auto",
     active: Annotated[str, typer.Option(help="none, NAME, or A=0.7,B=0.3; auto: the only adapter.")] = "auto",
@@ -119,6 +119,7 @@ def compile(  # noqa: PLR0913, PLR0917  (an argument per option)
         bool, typer.Option("--cache", help="Keep keys and values, so that the model writes text.")
     ] = False,
     weights: Annotated[str | None, typer.Option(help="int8 or int4: quantise the base; for onnxruntime.")] = None,
+    capabilities: Annotated[str, typer.Option(help="Of the GPUs to build for, as 8.6,8.9,12.0; for tensorrt.")] = "",
     json: Json = False,
 ) -> None:
     """Compile a model and its adapters, and save the result, with the tokenizer beside the model."""
@@ -144,6 +145,7 @@ def compile(  # noqa: PLR0913, PLR0917  (an argument per option)
             # Other targets have no such options, and are told of none that is not asked for.
             **({"cache": True} if cache else {}),
             **({"weights": weights} if weights else {}),
+            **({"target_capabilities": capabilities.split(",")} if capabilities else {}),
         )
         report.step("saving")
         compiled.save(out, tokenizer)

@@ -46,7 +46,7 @@ def compile(  # noqa: PLR0913, PLR0917  (the public interface)
             with a component's name, and ``compiled[name](...)`` calls it. A PeftModel is its base and its adapters.
         adapters: paths, Adapters, fresh Variants (to train) or configurations of PEFT's, by name or as a list; those
             that a PeftModel brings come first, but for names given here.
-        target: ``"eager"``, ``"onnxruntime"`` or any other of ``lorac.compiler.targets.targets()``.
+        target: ``"eager"``, ``"onnxruntime"``, ``"tensorrt"`` or any other of ``lorac.compiler.targets.targets()``.
         example_inputs: tuple or dict of tensors or NumPy arrays, or one of these alone; of several models one tuple or
             dict by name. Default: made from the model's main input and config.
         mode: ``"live"``, ``"fused"``, ``"baked"`` or ``"auto"``.

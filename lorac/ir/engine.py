@@ -74,6 +74,7 @@ class Dialect(Generic[Model_contra]):
         ranks: kinds of sites whose pairs have other ranks than ``FROM_ZERO``.
         dtypes: floating-point dtypes the target computes in, best first; a host in another one is cast to the first.
         packs: whether sites that read the same input are computed as one.
+        functions: whether an op that is not claimed runs nevertheless where ONNX itself says it by others.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Dialect(Generic[Model_contra]):
     ranks: Mapping[SiteKind, Ranks] = field(default_factory=dict)
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
     packs: bool = True
+    functions: bool = True
 
     def ranks_at(self, site: Site) -> Ranks:
         """Which ranks a site's pair may have."""

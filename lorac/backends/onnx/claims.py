@@ -26,18 +26,28 @@ def refuse_unclaimed(model: ir.Model, dialect: Dialect[ir.Model]) -> None:
     """Refuse a program with an op that the target does not claim.
 
     Raises:
-        Unavailable: naming the op, and the module of the host and the line that ask for it.
+        Unavailable: naming every such op, and the module of the host and the line that ask for it.
     """
-    if dialect.claims is None:
-        return
-    for node in model.graph.all_nodes():
-        op = ("" if node.domain == "ai.onnx" else node.domain, node.op_type)
-        if op not in dialect.claims and not _is_function(*op):
-            named = "::".join(part for part in op if part)
-            raise Unavailable(
-                f"{dialect.name} does not compute {named}{origin(node.metadata_props)}",
-                next_step="target='eager' runs it; another implementation of that part of the model may be exported",
-            )
+    found = unclaimed(model, dialect)
+    if found:
+        raise Unavailable(
+            f"{dialect.name} does not compute {'; nor '.join(found)}",
+            next_step="target='eager' runs it; another implementation of that part of the model may be exported",
+        )
+
+
+def unclaimed(model: ir.Model, dialect: Dialect[ir.Model]) -> list[str]:
+    """The ops of a program that the target does not claim, each with who asks for it, in order and once."""
+    claims = dialect.claims
+    if claims is None:
+        return []
+    named = ((_op(node), node) for node in model.graph.all_nodes())
+    strange = ((op, node) for op, node in named if op not in claims and not (dialect.functions and _is_function(*op)))
+    return list(dict.fromkeys(f"{'::'.join(filter(None, op))}{origin(node.metadata_props)}" for op, node in strange))
+
+
+def _op(node: ir.Node) -> tuple[str, str]:
+    return ("" if node.domain == "ai.onnx" else node.domain, node.op_type)
 
 
 @functools.cache

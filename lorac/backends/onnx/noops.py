@@ -6,15 +6,20 @@ not.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import onnx_ir as ir
 from onnxscript import rewriter
 from onnxscript.rewriter import pattern
 from onnxscript.rewriter.rules.common import _no_op
 
 _SLOW = "SlicesSplit"
 """A rule that is quadratic in the number of nodes."""
+_COMPUTING = "FuseBatchNorm"
+"""Rules that compute weights of others."""
+_HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _NEUTRAL: tuple[tuple[Callable[..., Any], bool], ...] = (
     (lambda op, x: op.Mul(x, _exactly(1)), True),
     (lambda op, x: op.Add(x, _exactly(0)), True),
@@ -27,7 +32,21 @@ _NEUTRAL: tuple[tuple[Callable[..., Any], bool], ...] = (
 def exporters_rules() -> list[pattern.RewriteRule]:
     """The exporter's own rules, without those that are slow or not exact."""
     inexact = {id(rule) for rule in _no_op.rules}
-    return [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule.name != _SLOW and id(rule) not in inexact]
+    kept = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule.name != _SLOW and id(rule) not in inexact]
+    return [_not_in_half(rule) if str(rule.name).startswith(_COMPUTING) else rule for rule in kept]
+
+
+def _not_in_half(rule: pattern.RewriteRule) -> pattern.RewriteRule:
+    """The rule, not tried in half precision: NumPy rounds at every step there, or answers in float32."""
+    own = rule.try_rewrite
+
+    def try_rewrite(model: ir.Model, graph: ir.Graph | ir.Function, node: ir.Node, **options: Any) -> Any:
+        lacking = any(value is not None and value.dtype in _HALF for value in node.inputs)
+        return None if lacking else own(model, graph, node, **options)
+
+    made = copy.copy(rule)
+    made.try_rewrite = try_rewrite  # type: ignore[method-assign, assignment]  # of this copy alone
+    return made
 
 
 def no_ops() -> Iterator[pattern.RewriteRule]:

@@ -9,7 +9,7 @@ from typing import Any
 import onnxruntime as ort
 import torch
 
-from lorac.errors import ChoiceError
+from lorac.ir.graph.feeds import fitted
 
 Tensor = torch.Tensor
 _DTYPES = {
@@ -40,27 +40,10 @@ class Wanted:
     def fit(self, value: Any) -> Tensor:
         """The value as a contiguous tensor that the session takes.
 
-        Integers may be of any width, and floating-point values of any precision: they are cast, as the target computes
-        in a precision of its own.
-
         Raises:
             ChoiceError: it is of another kind.
         """
-        try:
-            tensor = torch.as_tensor(value).detach()
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ChoiceError(
-                f"input '{self.name}' is no array of numbers: {error}",
-                next_step="give tensors of torch or arrays of NumPy; tokenizers make them with return_tensors='pt'",
-            ) from error
-        if self.dtype is None or tensor.dtype == self.dtype:
-            return tensor.contiguous()
-        if tensor.is_floating_point() != self.dtype.is_floating_point:
-            raise ChoiceError(
-                f"input '{self.name}' is {tensor.dtype}; the program takes {self.dtype}",
-                next_step=f"give it as {self.dtype}, which the model takes",
-            )
-        return tensor.to(self.dtype).contiguous()
+        return fitted(self.name, value, self.dtype)
 
 
 def wanted(session: ort.InferenceSession) -> Mapping[str, Wanted]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lorac.errors import ChoiceError
 from lorac.ir.graph.attending import NEW, PAST, is_memory, is_past
 from lorac.ir.graph.graph import Graph, SlotInput
 from lorac.ir.host.sites import factor_dtype
@@ -46,6 +47,37 @@ def packed(slot: SlotInput, slots: Mapping[str, SiteSlots]) -> Tensor:
     assert packing is not None
     parts = [slots[member].tensors.get(slot.role) if member in slots else None for member in slot.members]
     return packing(parts, slot.sizes)
+
+
+def fitted(name: str, value: Any, dtype: torch.dtype | None) -> Tensor:
+    """What a call gives for an input, as the contiguous tensor that the program takes: the host's looseness, kept.
+
+    Integers may be of any width, and floating-point values of any precision: they are cast, as the target computes in
+    a precision of its own.
+
+    Args:
+        name: the input's.
+        value: a tensor, an array or what makes one.
+        dtype: the program's; None for one that torch has no name for.
+
+    Raises:
+        ChoiceError: it is of another kind.
+    """
+    try:
+        tensor = torch.as_tensor(value).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ChoiceError(
+            f"input '{name}' is no array of numbers: {error}",
+            next_step="give tensors of torch or arrays of NumPy; tokenizers make them with return_tensors='pt'",
+        ) from error
+    if dtype is None or tensor.dtype == dtype:
+        return tensor.contiguous()
+    if tensor.is_floating_point() != dtype.is_floating_point:
+        raise ChoiceError(
+            f"input '{name}' is {tensor.dtype}; the program takes {dtype}",
+            next_step=f"give it as {dtype}, which the model takes",
+        )
+    return tensor.to(dtype).contiguous()
 
 
 def idle(plan: SitePlan, role: str) -> Tensor:

@@ -1,0 +1,192 @@
+"""Building the engine: emission, the self-test, a network and a plan per graph."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+
+from lorac.backends.onnx.emit import emit
+from lorac.backends.onnx.files import BASE, MODEL, home_of, name_of
+from lorac.backends.onnx.sharing import places_of
+from lorac.backends.onnx.writing import bake, write
+from lorac.backends.tensorrt import library
+from lorac.backends.tensorrt.capabilities import chosen, device_of, local, member, tell_lacking
+from lorac.backends.tensorrt.checking import OnCpu, check
+from lorac.backends.tensorrt.dialect import DIALECT
+from lorac.backends.tensorrt.engine import PLAN, Plan, TrtEngine, files_of
+from lorac.backends.tensorrt.network import FREE, Parsed, check_inputs, dtypes_of, parse
+from lorac.backends.tensorrt.options import Options
+from lorac.backends.tensorrt.profiles import Ranges, ranges_of, refuse_unknown
+from lorac.errors import Unavailable
+from lorac.ir.engine import BuildRequest, Files
+from lorac.ir.graph.feeds import named_tensors
+from lorac.ir.graph.graph import Graph, SlotInput
+from lorac.ir.graph.program import Program
+from lorac.ir.graph.signature import CallSignature
+from lorac.ir.slots.emits import refuse_unemitted
+from lorac.ir.slots.snapshot import slots_of
+from lorac.ir.store.held import hold
+from lorac.ir.store.owners import remove_with, temporary_folder
+from lorac.ir.store.tensors import TensorFile, base_tensors, by_columns, file_base
+from lorac.progress import Progress, progress
+
+_MIB = 20
+"""Bytes of a MiB, as a power of two."""
+
+
+def build(request: BuildRequest[Options]) -> TrtEngine:
+    """An engine for the request; the host is not kept.
+
+    Raises:
+        Unavailable: an op is not taken, or no plan was built.
+        UnknownOption: ``profiles=`` that do not fit the model.
+    """
+    _refuse_refit(request.options)
+    folder = temporary_folder()
+    try:
+        with progress("compiling for TensorRT", total=5) as report:
+            engine = _build(request, folder, report)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    remove_with(engine, folder)
+    tell_lacking()
+    return engine
+
+
+def _build(request: BuildRequest[Options], folder: Path, report: Progress) -> TrtEngine:
+    options, plans = request.options, request.plans
+    refuse_unemitted(options.aux, plans.values())
+    report.step("capture and passes")
+    program = request.program(options.aux)
+    refuse_unknown(options.profiles, program.signatures)
+    report.step("emission")
+    _emit(program, request, folder)
+    if request.mode != "baked":
+        _keep_base(program, request, folder)
+    emitted = _held(program, folder)
+    base = file_base(TensorFile(emitted[BASE], emitted)) if BASE in emitted else request.base
+    if options.self_test:
+        report.step("self-test")
+        check(OnCpu(program, plans, base, request.mode, emitted), program, request.snapshot)
+    report.step("plans")
+    built = {name: _built(graph, program, request, folder) for name, graph in program.graphs.items()}
+    files = _held(program, folder)
+    return TrtEngine(
+        parts={name: Plan(file=files[name_of(name, PLAN)], **told) for name, told in built.items()},
+        plans=plans,
+        base=base,
+        mode=request.mode,
+        files=files,
+        options=options,
+        device=device_of(),
+    )
+
+
+def _emit(program: Program, request: BuildRequest[Options], folder: Path) -> None:
+    """Write each graph's model; its slots are inputs and nothing else, or hold what was asked for, for good."""
+    baked = request.mode == "baked"
+    slots = slots_of(request.plans, request.snapshot, request.base) if baked else {}
+    for name, graph in program.graphs.items():
+        model = emit(graph, program.signatures[name], DIALECT)
+        if baked:
+            bake(model, named_tensors(graph.slots, request.plans, slots))
+        write(model, home_of(folder, name))
+
+
+def _keep_base(program: Program, request: BuildRequest[Options], folder: Path) -> None:
+    """Write the base weights of planned sites that no model holds as they are."""
+    tensors = base_tensors(request.model, {path: plan.site for path, plan in request.plans.items()})
+    places = places_of(_held(program, folder), program.graphs, tensors)
+    TensorFile.write(folder / BASE, tensors, by_columns(request.plans.values()), elsewhere=places)
+
+
+def _held(program: Program, folder: Path) -> Files:
+    return hold(folder, (name for name in files_of(program.graphs) if (folder / name).exists()))
+
+
+# ── One plan ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+class _Told(TypedDict):
+    """What an engine is told of a plan besides its file."""
+
+    signature: CallSignature
+    slots: Mapping[str, SlotInput]
+    ranges: Ranges
+    dtypes: Mapping[str, torch.dtype]
+    capabilities: tuple[str, ...]
+
+
+def _built(graph: Graph, program: Program, request: BuildRequest[Options], folder: Path) -> _Told:
+    """Build a graph's plan, and write it beside its model."""
+    signature, options, home = program.signatures[graph.name], request.options, home_of(folder, graph.name)
+    inputs = {} if request.mode == "baked" else graph.slots
+    dtypes = dtypes_of(graph, signature, list(inputs))
+    ranges = ranges_of(graph, signature, options.profiles, request.snapshot, inputs)
+    parsed = parse(home / MODEL)
+    check_inputs(parsed, dtypes, ranges)
+    capabilities = chosen(options.target_capabilities)
+    plan = parsed.builder.build_serialized_network(parsed.network, _settings(parsed, ranges, options, capabilities))
+    if plan is None:
+        reasons = "; ".join(text.strip() for text in parsed.messages.errors) or "it does not say why"
+        raise Unavailable(
+            f"tensorrt {library.version()} built no plan of graph '{graph.name}': {reasons}",
+            next_step="target='onnxruntime' and target='eager' run it; profiles= of fewer sizes may be built",
+        )
+    (home / PLAN).write_bytes(plan)
+    return _Told(signature=signature, slots=graph.slots, ranges=ranges, dtypes=dtypes, capabilities=capabilities)
+
+
+def _settings(parsed: Parsed, ranges: Ranges, options: Options, capabilities: Sequence[str]) -> Any:
+    """The library's settings for the target's options."""
+    trt, network = library.trt(), parsed.network
+    settings = parsed.builder.create_builder_config()
+    profile = parsed.builder.create_optimization_profile()
+    for value in (network.get_input(i) for i in range(network.num_inputs)):
+        _refuse_numbers(value)
+        if FREE in tuple(value.shape):
+            least, usual, most = zip(*((axis.least, axis.usual, axis.most) for axis in ranges[value.name]), strict=True)
+            profile.set_shape(value.name, least, usual, most)
+    settings.add_optimization_profile(profile)
+    flags = {
+        trt.BuilderFlag.TF32: options.tf32,
+        trt.BuilderFlag.STRICT_NANS: options.strict_nans,
+        trt.BuilderFlag.WEIGHT_STREAMING: options.weight_streaming,
+    }
+    for flag, wanted in flags.items():
+        (settings.set_flag if wanted else settings.clear_flag)(flag)
+    if options.builder_optimization_level is not None:
+        settings.builder_optimization_level = options.builder_optimization_level
+    if options.workspace is not None:
+        settings.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace << _MIB)
+    if capabilities:
+        settings.num_compute_capabilities = len(capabilities)
+        for index, capability in enumerate(capabilities):
+            settings.set_compute_capability(member(capability), index)
+    return settings
+
+
+def _refuse_numbers(value: Any) -> None:
+    """Refuse an input that says how large something is: a plan would be built for some of its values."""
+    if value.is_shape_tensor:
+        raise Unavailable(
+            f"input '{value.name}' is a number by which the model decides on sizes, which a plan takes none for",
+            next_step="give it as a plain number in example_inputs=, so that it is a constant of the program",
+        )
+
+
+def _refuse_refit(options: Options) -> None:
+    """Refuse constants that can be replaced where the library cannot build such a plan.
+
+    Raises:
+        Unavailable: there is no GPU.
+    """
+    if options.refit and local() is None:
+        raise Unavailable(
+            "refit=True makes a plan whose constants can be replaced, which the library builds only where there is an "
+            "NVIDIA GPU",
+            next_step="leave it out: mode='fused' takes merged weights as inputs, and builds anywhere",
+        )

@@ -1,0 +1,190 @@
+"""The self-test without a GPU: the very file that the parser is handed, run by ONNX Runtime on the CPU (invariant 8).
+
+What it says of a file holds for the plan as far as the library computes what ONNX says. Half precision is computed in
+float32, in the file and in the program that it was emitted from alike: how the library rounds is not tested by it,
+that no slot is lost is, and rounding decides no router's choice.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from torch import fx
+
+from lorac.backends.onnx.files import MODEL, Array, name_of, nested, read
+from lorac.backends.onnx.selftest import self_test
+from lorac.ir.engine import Files
+from lorac.ir.graph.feeds import fed
+from lorac.ir.graph.graph import Graph
+from lorac.ir.graph.program import Program
+from lorac.ir.host.sites import BaseReader
+from lorac.ir.slots.buffers import fused_buffers
+from lorac.ir.slots.site import SitePlan
+from lorac.ir.slots.snapshot import Snapshot
+
+Tensor = torch.Tensor
+_HALF = (torch.float16, torch.bfloat16)
+_KINDS = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+_TYPING = ("to", "dtype")
+"""Attributes of ops that say what they answer in."""
+
+
+def check(tried: OnCpu, program: Program, snapshot: Snapshot) -> None:
+    """Hold emitted files against the program that they were emitted from.
+
+    Args:
+        tried: the files.
+        program: the lowered program, with its weights.
+        snapshot: what the slots hold at first; what a baked program holds.
+
+    Raises:
+        SelfTestFailed: naming the slots.
+    """
+    graphs = {name: in_float32(graph) for name, graph in program.graphs.items()}
+    self_test(tried, Program(graphs, program.signatures), snapshot)
+
+
+class OnCpu:
+    """The emitted files of a program as ONNX Runtime runs them, in memory of their own.
+
+    Args:
+        program: what was emitted.
+        plans: slots of every site.
+        base: reads base weights.
+        mode: as the engine's.
+        files: the program, held, where it was written.
+    """
+
+    def __init__(
+        self, program: Program, plans: Mapping[str, SitePlan], base: BaseReader, mode: str, files: Files
+    ) -> None:
+        self.mode, self.files, self.base = mode, files, base
+        self.slots = {name: slot for graph in program.graphs.values() for name, slot in graph.slots.items()}
+        self.plans = fed(self.slots, plans)
+        self.buffers, self.memory = fused_buffers(self.plans, base) if self.fused else ({}, {})
+        self._sessions: dict[str, ort.InferenceSession] = {}
+
+    @property
+    def fused(self) -> bool:
+        """Whether weights are written in place."""
+        return self.mode == "fused"
+
+    def write(self, snapshot: Snapshot) -> int:
+        """Make the weights hold a snapshot."""
+        changes = {path: composed.change for path, composed in snapshot.composed.items()}
+        return sum(buffer.write(changes.get(path)) for path, buffer in self.buffers.items())
+
+    def outputs(self, graph: str, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """A graph's outputs for tensors in its slots and inputs by name."""
+        given = {name: _whole(tensor.detach()).numpy() for name, tensor in {**inputs, **tensors}.items()}
+        return [torch.from_numpy(value) for value in self._session(graph).run(None, given)]
+
+    def _session(self, graph: str) -> ort.InferenceSession:
+        if graph not in self._sessions:
+            self._sessions[graph] = _session(self.files, graph)
+        return self._sessions[graph]
+
+
+# ── The file ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def _session(files: Files, graph: str) -> ort.InferenceSession:
+    """A session over a model, or where that computes in half precision over the same in float32."""
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = 1
+    settings.log_severity_level = 3
+    model, weights = read(files, graph)
+    if not _made_whole(model):
+        path = str(files[name_of(graph, MODEL)].where)
+        return ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+    held = {name: _whole_array(array) for name, array in weights.items()}
+    values = [ort.OrtValue.ortvalue_from_numpy(array) for array in held.values()]
+    settings.add_external_initializers(list(held), values)
+    session = ort.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
+    session.lorac_constants = held  # read where they lie for as long as the session lives
+    return session
+
+
+def _made_whole(model: onnx.ModelProto) -> bool:
+    """Have a model compute in float32 what it computes in half precision; says whether there was any."""
+    changed = False
+    for graph in (model.graph, *nested(model.graph)):
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            changed |= _retyped(value.type.tensor_type, "elem_type")
+        for tensor in (*graph.initializer, *_constants(graph)):
+            changed |= _whole_tensor(tensor)
+        told = (attribute for node in graph.node for attribute in node.attribute if attribute.name in _TYPING)
+        for attribute in told:
+            changed |= _retyped(attribute, "i")
+    return changed
+
+
+def _constants(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    attributes = (attribute for node in graph.node for attribute in node.attribute)
+    yield from (attribute.t for attribute in attributes if attribute.type == onnx.AttributeProto.TENSOR)
+
+
+def _retyped(message: Any, field: str) -> bool:
+    if getattr(message, field) not in _KINDS:
+        return False
+    setattr(message, field, onnx.TensorProto.FLOAT)
+    return True
+
+
+def _whole_tensor(tensor: onnx.TensorProto) -> bool:
+    """A tensor in the model itself; of one that lies beside it, which is handed over, what is said."""
+    if tensor.data_type not in _KINDS:
+        return False
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        return _retyped(tensor, "data_type")
+    tensor.CopyFrom(onnx.numpy_helper.from_array(_whole_array(onnx.numpy_helper.to_array(tensor)), tensor.name))
+    return True
+
+
+def _whole_array(array: Array) -> Array:
+    half = array.dtype.itemsize == 2 and array.dtype.kind not in "iu"
+    return np.ascontiguousarray(array.astype(np.float32) if half else array)
+
+
+# ── The program ──────────────────────────────────────────────────────────────────────────────────────────────────────
+def in_float32(graph: Graph) -> Graph:
+    """A graph that computes in float32 what this one computes in half precision; itself, where there is nothing."""
+    module = graph.exported.graph_module
+    if not any(_is_half(node.meta.get("val")) for node in module.graph.nodes):
+        return graph
+    whole = copy.deepcopy(module.graph)
+    given = [node for node in whole.nodes if node.op == "placeholder"]
+    for node, original in zip(whole.nodes, module.graph.nodes, strict=True):
+        node.name = original.name
+        if node.op == "call_function":
+            node.args, node.kwargs = (fx.node.map_aggregate(told, _whole_dtype) for told in (node.args, node.kwargs))
+    with whole.inserting_after(given[-1]):
+        for node in given:
+            _read_whole(whole, node)
+    exported = copy.copy(graph.exported)
+    exported._graph_module = fx.GraphModule(module, whole)
+    return dataclasses.replace(graph, exported=exported)
+
+
+def _read_whole(graph: fx.Graph, node: fx.Node) -> None:
+    """Have everything that reads an input of half precision read it in float32."""
+    if _is_half(node.meta.get("val")):
+        cast = graph.call_function(torch.ops.aten._to_copy.default, (node,), {"dtype": torch.float32})
+        node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
+
+
+def _whole_dtype(told: Any) -> Any:
+    return torch.float32 if isinstance(told, torch.dtype) and told in _HALF else told
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in _HALF else tensor
+
+
+def _is_half(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dtype in _HALF

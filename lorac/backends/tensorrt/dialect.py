@@ -1,0 +1,51 @@
+"""What TensorRT computes, and how it likes it written.
+
+Its parser of ONNX looks at the names of ops and not at their domains, so that ``made.up::Add`` would pass for an
+addition. What it takes is therefore listed here, and held against a program before that is parsed.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import torch
+
+from lorac.backends.onnx.legalize import Legalize
+from lorac.ir.engine import Claims, Dialect, Gate
+from lorac.ir.host.sites import SiteKind
+from lorac.ir.slots.site import Ranks
+
+_OPS = """
+Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh Attention AveragePool BatchNormalization BlackmanWindow
+Cast CastLike CausalConvWithState Ceil Celu Clip Concat Constant ConstantOfShape Conv ConvTranspose Cos Cosh CumSum
+DepthToSpace DequantizeLinear Div Dropout Einsum Elu Equal Erf Exp Expand EyeLike Flatten Floor GRU Gather
+GatherElements GatherND Gelu Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool Greater GreaterOrEqual GridSample
+GroupNormalization HammingWindow HannWindow HardSigmoid HardSwish Hardmax Identity If InstanceNormalization IsInf
+IsNaN LRN LSTM LayerNormalization LeakyRelu Less LessOrEqual LinearAttention Log LogSoftmax Loop LpNormalization
+LpPool MatMul Max MaxPool Mean MeanVarianceNormalization Min Mish Mod Mul Neg NonMaxSuppression NonZero Not OneHot
+Or PRelu Pad Pow QuantizeLinear RMSNormalization RNN RandomNormal RandomNormalLike RandomUniform RandomUniformLike
+Range Reciprocal ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum
+ReduceSumSquare Relu Reshape Resize ReverseSequence RoiAlign RotaryEmbedding Round STFT Scan Scatter
+ScatterElements ScatterND Selu Shape Shrink Sigmoid Sign Sin Sinh Size Slice Softmax Softplus Softsign SpaceToDepth
+Split Sqrt Squeeze Sub Sum Swish Tan Tanh TensorScatter ThresholdedRelu Tile TopK Transpose Trilu Unsqueeze
+Upsample Where Xor
+"""
+CLAIMS: Claims = frozenset(("", op) for op in _OPS.split())
+"""The ops of ONNX's own domain that the parser has a translation for: of TensorRT for RTX 1.7, the longest list there
+is. A library whose parser knows fewer is asked too before it parses (``network``)."""
+
+_FROM_ONE = (SiteKind.LINEAR, SiteKind.EMBEDDING)
+_FIXED = (SiteKind.CONV1D, SiteKind.CONV2D, SiteKind.CONV3D)
+
+DIALECT: Dialect[ir.Model] = Dialect(
+    name="tensorrt",
+    claims=CLAIMS,
+    passes=(Legalize(),),
+    # Conditional layers cannot be captured into CUDA graphs everywhere; a selection can.
+    gates=Gate.WHERE,
+    # Sizes of 0 are not promised by the library, and a convolution's channels have to be constants.
+    ranks=dict.fromkeys(_FROM_ONE, Ranks.FROM_ONE) | dict.fromkeys(_FIXED, Ranks.FIXED),
+    dtypes=(torch.float32, torch.float16, torch.bfloat16),
+    # Where ranks of a pack's parts lie is told by numbers, whose values would need profiles of their own.
+    packs=False,
+    functions=False,
+)

@@ -1,0 +1,185 @@
+"""From an emitted model to a network of TensorRT's, and what is held against it before anything is built.
+
+The parser takes an op by its name whatever its domain, and makes a constant of an input that has a value. So the claims
+are checked before it parses, and afterwards the network's inputs are held against those that were to be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+
+from lorac.backends.onnx.claims import origin
+from lorac.backends.onnx.files import nested
+from lorac.backends.tensorrt import library
+from lorac.backends.tensorrt.profiles import Range, Ranges
+from lorac.errors import SelfTestFailed, Unavailable
+from lorac.ir.graph.graph import Graph
+from lorac.ir.graph.signature import CallSignature
+
+FREE = -1
+"""How the library writes a size that varies."""
+_DTYPES = {
+    torch.float32: "FLOAT",
+    torch.float16: "HALF",
+    torch.bfloat16: "BF16",
+    torch.int64: "INT64",
+    torch.int32: "INT32",
+    torch.int8: "INT8",
+    torch.uint8: "UINT8",
+    torch.bool: "BOOL",
+}
+_NEXT = "target='onnxruntime' and target='eager' run it; another implementation of that part of the model may be built"
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A network, and what keeps it alive.
+
+    Attributes:
+        network: the library's.
+        builder: made it, and builds it.
+        messages: what the library said so far, and says from now on.
+    """
+
+    network: Any
+    builder: Any
+    messages: Messages
+
+
+class Messages:
+    """What the library says, kept instead of printed.
+
+    Attributes:
+        logger: to hand to the library.
+        errors: what went wrong, in order.
+        warnings: what is no error.
+    """
+
+    def __init__(self) -> None:
+        trt = library.trt()
+        self.errors: list[str] = []
+        self.warnings: list[str] = []
+        wrong, doubtful = (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR), trt.ILogger.WARNING
+        errors, warnings = self.errors, self.warnings
+        base: Any = trt.ILogger
+
+        class Logger(base):  # type: ignore[misc]  # of a library without types
+            """Keeps what it is told."""
+
+            def __init__(self) -> None:
+                base.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                if severity in wrong:
+                    errors.append(message)
+                elif severity == doubtful:
+                    warnings.append(message)
+
+        self.logger = Logger()
+
+
+def dtypes_of(graph: Graph, signature: CallSignature, slots: Sequence[str]) -> dict[str, torch.dtype]:
+    """The dtype of every input of a graph, by name.
+
+    Raises:
+        Unavailable: the library has none like it.
+    """
+    nodes = {name: name for name in signature.inputs} | {name: graph.slots[name].node for name in slots}
+    found = {name: graph.node(node).meta["val"].dtype for name, node in nodes.items()}
+    for name, dtype in found.items():
+        if dtype not in _DTYPES:
+            raise Unavailable(
+                f"tensorrt takes no {str(dtype).removeprefix('torch.')}, which input '{name}' is",
+                next_step=f"give it in example_inputs= as {', '.join(str(d).removeprefix('torch.') for d in _DTYPES)}",
+            )
+    return found
+
+
+def parse(path: Path) -> Parsed:
+    """The network of a model.
+
+    Args:
+        path: the model; its weights lie beside it.
+
+    Raises:
+        Unavailable: the library does not take an op, as it is used here; named with the module that asks for it.
+    """
+    trt, messages = library.trt(), Messages()
+    builder = trt.Builder(messages.logger)
+    network = builder.create_network(_strongly_typed(trt))
+    parser = trt.OnnxParser(network, messages.logger)
+    model = onnx.load(path, load_external_data=False)
+    _refuse_unknown(model, parser)
+    if not parser.parse_from_file(str(path)):
+        raise Unavailable(
+            f"tensorrt does not take {'; nor '.join(_refused(model, parser)) or 'the program'}", next_step=_NEXT
+        )
+    return Parsed(network, builder, messages)
+
+
+def check_inputs(parsed: Parsed, dtypes: Mapping[str, torch.dtype], ranges: Ranges) -> None:
+    """Hold a network's inputs against those that were to be: names, dtypes, numbers of axes, sizes.
+
+    Args:
+        parsed: the network.
+        dtypes: by name, of all inputs.
+        ranges: of their sizes.
+
+    Raises:
+        SelfTestFailed: naming the first inputs that differ.
+    """
+    network, kinds = parsed.network, library.trt().DataType
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    found = {value.name: value for value in inputs}
+    wanted = {name: getattr(kinds, _DTYPES[dtype]) for name, dtype in dtypes.items()}
+    wrong = [*(found.keys() ^ wanted.keys())]
+    wrong += [n for n in found.keys() & wanted.keys() if found[n].dtype != wanted[n] or not _has(found[n], ranges[n])]
+    if wrong:
+        told = ", ".join(f"'{name}'" for name in wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
+        raise SelfTestFailed(
+            f"{len(wrong)} inputs of the network are not those of the program: {told}",
+            next_step="this is a bug of the emitter, not of your model; a swap would not do what it says",
+        )
+
+
+def _has(value: Any, axes: Sequence[Range]) -> bool:
+    """Whether an input of a network has these sizes: one that varies is free, and one that does not may be fixed."""
+    sizes = tuple(value.shape)
+    if len(sizes) != len(axes):
+        return False
+    return all(size == FREE or axis.least == size == axis.most for size, axis in zip(sizes, axes, strict=True))
+
+
+def _strongly_typed(trt: Any) -> int:
+    """The flag for networks whose dtypes are the program's own; libraries that know nothing else ignore it."""
+    return 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+
+
+def _refuse_unknown(model: onnx.ModelProto, parser: Any) -> None:
+    """Refuse ops that this release's parser does not know, all of them."""
+    nodes = [node for graph in (model.graph, *nested(model.graph)) for node in graph.node]
+    known = {op: bool(parser.supports_operator(op)) for op in {node.op_type for node in nodes}}
+    strange = dict.fromkeys(f"{node.op_type}{_origin(node)}" for node in nodes if not known[node.op_type])
+    if strange:
+        raise Unavailable(f"tensorrt {library.version()} does not compute {'; nor '.join(strange)}", next_step=_NEXT)
+
+
+def _refused(model: onnx.ModelProto, parser: Any) -> list[str]:
+    """What the parser did not take, each with who asks for it and the parser's reason."""
+    nodes = {node.name: node for node in model.graph.node if node.name}
+    found: dict[str, None] = {}
+    for error in (parser.get_error(i) for i in range(parser.num_errors)):
+        node = nodes.get(error.node_name())
+        reason = str(error.desc()).strip().partition("\n")[0]
+        found[f"{error.node_operator() or 'the program'}{'' if node is None else _origin(node)} ({reason})"] = None
+    return list(found)
+
+
+def _origin(node: onnx.NodeProto) -> str:
+    return origin({entry.key: entry.value for entry in node.metadata_props})

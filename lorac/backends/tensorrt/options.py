@@ -1,0 +1,72 @@
+"""What the tensorrt target can be told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from lorac.backends.tensorrt.capabilities import refuse_unknown
+from lorac.errors import UnknownOption, short
+from lorac.ir.engine import TargetOptions
+
+Shapes = Sequence[int] | Sequence[Sequence[int]]
+"""(least, usual, most): each a size, or the sizes of all axes."""
+LEVELS = range(6)
+_NAMES = ("min", "opt", "max")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(TargetOptions):
+    """Options of the tensorrt target.
+
+    Attributes:
+        profiles: the sizes that a plan is built for, as TensorRT's optimisation profiles have them, (min, opt, max): of
+            an axis by its name, ``{"batch": (1, 4, 16)}``, for all inputs that have it; or of an input by its name,
+            a shape each, ``{"pixel_values": ((1, 3, 224, 224), ...)}``. Axes that are not named take the example's
+            size as opt, and sizes around it. Ranks of adapters have the room that was reserved for them.
+        target_capabilities: compute capabilities that one plan is built for, ``["8.6", "8.9", "12.0"]``; default: the
+            local GPU's, or where there is none the library's own default.
+        builder_optimization_level: how long the library looks for fast kernels, 0 to 5; None leaves it to the library.
+        workspace: MiB of device memory that a layer may use for itself while it runs; None leaves it to the library.
+        tf32: products of float32 may round what they read to TF32's 10 bits, which is faster; else they compute as
+            the model does.
+        strict_nans: comparisons and selections treat NaN as IEEE 754 has it.
+        weight_streaming: weights may stay in host memory and be read from there while the plan runs.
+        refit: constants of the plan can be replaced later; only where there is a GPU.
+    """
+
+    profiles: Mapping[str, Shapes] = field(default_factory=dict)
+    target_capabilities: tuple[str, ...] = ()
+    builder_optimization_level: int | None = None
+    workspace: int | None = None
+    tf32: bool = False
+    strict_nans: bool = False
+    weight_streaming: bool = False
+    refit: bool = False
+
+    def check(self) -> None:
+        """Capabilities are known to the library, sizes are in order, and numbers are in their range."""
+        refuse_unknown(self.target_capabilities)
+        for name, told in self.profiles.items():
+            _check_profile(name, told)
+        level = self.builder_optimization_level
+        if level is not None and level not in LEVELS:
+            raise UnknownOption(
+                f"builder_optimization_level cannot be {short(level)}",
+                next_step=f"give a number from {LEVELS.start} to {LEVELS.stop - 1}, or None",
+            )
+        if self.workspace is not None and self.workspace < 1:
+            raise UnknownOption(
+                f"workspace cannot be {short(self.workspace)} MiB", next_step="give a number of MiB, or None"
+            )
+
+
+def _check_profile(name: str, told: Shapes) -> None:
+    """A profile is three sizes or three shapes, of which none is smaller than the one before it."""
+    rows = [(size,) if isinstance(size, int) else tuple(size) for size in told]
+    three = len(rows) == len(_NAMES) and len({len(row) for row in rows}) == 1
+    if not three or any(least < 1 for least in rows[0]) or any(list(axis) != sorted(axis) for axis in zip(*rows)):  # noqa: B905  (they are of one length by now)
+        raise UnknownOption(
+            f"profiles= has {short(told)} for '{name}'",
+            next_step=f"give ({', '.join(_NAMES)}), each a size from 1 on or a shape of them, in rising order",
+        )

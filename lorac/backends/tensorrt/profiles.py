@@ -1,0 +1,222 @@
+"""The sizes that a plan is built for: of every input and axis the least, the usual and the most.
+
+Sizes of the model's inputs come from the example and from ``profiles=``, and meet what the trace of the model needs of
+them; ranks of slots lie between the least that the dialect admits and the room that was planned.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lorac.backends.tensorrt.options import Shapes
+from lorac.errors import InputMismatch, UnknownOption, nearest_name, short
+from lorac.ir.algebra.changes import LowRank
+from lorac.ir.graph.axes import constant
+from lorac.ir.graph.graph import Graph, SlotInput
+from lorac.ir.graph.interp import example_inputs
+from lorac.ir.graph.signature import CallSignature
+from lorac.ir.graph.sizes import Axis, Chosen, Sizes
+from lorac.ir.slots.site import SitePlan
+from lorac.ir.slots.snapshot import Snapshot
+
+ROWS = 8
+"""Rows of a batch that a plan is built for, unless the example has more or ``profiles=`` says otherwise."""
+LENGTH = 512
+"""The same of tokens of a text."""
+_GROWTH = 2
+"""How many times the example's size other axes may have."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Sizes of one axis: the least, the usual for which kernels are chosen, the most."""
+
+    least: int
+    usual: int
+    most: int
+
+    def __contains__(self, size: int) -> bool:
+        return self.least <= size <= self.most
+
+
+Ranges = Mapping[str, tuple[Range, ...]]
+"""Input -> a range per axis."""
+
+
+def ranges_of(
+    graph: Graph,
+    signature: CallSignature,
+    profiles: Mapping[str, Shapes],
+    snapshot: Snapshot,
+    slots: Mapping[str, SlotInput],
+) -> dict[str, tuple[Range, ...]]:
+    """What every input of a graph is built for.
+
+    Args:
+        graph: as lowered.
+        signature: how it is called.
+        profiles: what was asked for.
+        snapshot: what is active at first, whose ranks are the usual ones.
+        slots: the slots that are inputs.
+
+    Raises:
+        UnknownOption: sizes were asked for that the model does not take.
+    """
+    ranges = _of_inputs(graph, signature, profiles)
+    for name, slot in slots.items():
+        value = graph.node(slot.node).meta["val"]
+        plan, usual = graph.plans[slot.site], _usual_rank(snapshot, slot.site)
+        ranges[name] = tuple(_of_slot(size, plan, usual) for size in value.shape)
+    return ranges
+
+
+def refuse_unknown(profiles: Mapping[str, Shapes], signatures: Mapping[str, CallSignature]) -> None:
+    """Refuse profiles of what no graph has.
+
+    Raises:
+        UnknownOption: naming the nearest input or axis.
+    """
+    known = [name for signature in signatures.values() for name in (*signature.inputs, *axes_of(signature).values())]
+    for name in profiles:
+        if name not in known:
+            raise UnknownOption(
+                f"profiles= names '{name}', and the model has no such input or axis",
+                nearest=nearest_name(name, known),
+                next_step=f"it has {', '.join(dict.fromkeys(known))}",
+            )
+
+
+def refuse_outside(ranges: Ranges, inputs: Mapping[str, Any], names: Mapping[Axis, str]) -> None:
+    """Refuse inputs of sizes that a plan was not built for.
+
+    Args:
+        ranges: what it was built for.
+        inputs: of a call, by name.
+        names: what axes are called.
+
+    Raises:
+        InputMismatch: with the ``profiles=`` that admits them.
+    """
+    for name, value in inputs.items():
+        for axis, (size, range_) in enumerate(zip(np.shape(value), ranges[name], strict=True)):
+            if size in range_:
+                continue
+            least, most = min(size, range_.least), max(size, range_.most)
+            asked = f"profiles={{'{names.get((name, axis), name)}': ({least}, {range_.usual}, {most})}}"
+            raise InputMismatch(
+                f"input '{name}' has size {size} on axis {axis}; the plan is for {range_.least} to {range_.most}",
+                next_step=f"compile with {asked}",
+            )
+
+
+# ── Inputs of the model ──────────────────────────────────────────────────────────────────────────────────────────────
+def axes_of(signature: CallSignature) -> dict[Axis, str]:
+    """What the axes that vary are called: (input, axis) -> name."""
+    varying = [(name, i) for name, shape in signature.sizes.shapes.items() for i, size in enumerate(shape) if not size]
+    told = {name: signature.types[name].partition("[")[2].removesuffix("]").split(", ") for name, _ in varying}
+    return {(name, axis): told[name][axis] for name, axis in varying}
+
+
+def _of_inputs(graph: Graph, signature: CallSignature, profiles: Mapping[str, Shapes]) -> dict[str, tuple[Range, ...]]:
+    """Ranges of the model's inputs; what is not asked for lies around the example's sizes."""
+    examples, names, sizes = example_inputs(graph, signature.inputs), axes_of(signature), signature.sizes
+    asked = _asked(examples, names, profiles)
+    usual = {axis: asked[axis].usual if axis in asked else examples[axis[0]].shape[axis[1]] for axis in names}
+    _refuse_unmet(sizes, usual, "opt")
+    least = _corner(sizes, usual | {axis: range_.least for axis, range_ in asked.items()}, names, asked, _smaller)
+    _refuse_unmet(sizes, least, "min")
+    larger = functools.partial(_larger, examples)
+    most = _corner(sizes, usual | {axis: range_.most for axis, range_ in asked.items()}, names, asked, larger)
+    _refuse_unmet(sizes, most, "max")
+    found = {axis: Range(least[axis], usual[axis], most[axis]) for axis in names}
+    return {
+        name: tuple(found.get((name, i)) or Range(size, size, size) for i, size in enumerate(value.shape))
+        for name, value in examples.items()
+    }
+
+
+def _asked(
+    examples: Mapping[str, torch.Tensor], names: Mapping[Axis, str], profiles: Mapping[str, Shapes]
+) -> dict[Axis, Range]:
+    """The ranges that ``profiles=`` gives, axis by axis."""
+    found = {axis: Range(*profiles[name]) for axis, name in names.items() if name in profiles}
+    for name in [name for name in examples if name in profiles]:
+        rows = [tuple(row) for row in profiles[name]]  # type: ignore[arg-type]  # shapes
+        axes = [Range(*sizes) for sizes in zip(*rows, strict=True)]
+        shape = examples[name].shape
+        fixed = [i for i, size in enumerate(shape) if (name, i) not in names]
+        if len(axes) != len(shape) or any(axes[i] != Range(shape[i], shape[i], shape[i]) for i in fixed):
+            told = ", ".join(str(size) if i in fixed else names[name, i] for i, size in enumerate(shape))
+            raise UnknownOption(
+                f"profiles= has {short(profiles[name])} for '{name}', whose shape is [{told}]",
+                next_step="give shapes with as many axes, and the sizes that do not vary as they are; dynamic_shapes= "
+                "says which sizes may vary",
+            )
+        found |= {(name, i): range_ for i, range_ in enumerate(axes) if i not in fixed}
+    return found
+
+
+def _corner(
+    sizes: Sizes,
+    start: Chosen,
+    names: Mapping[Axis, str],
+    asked: Mapping[Axis, Range],
+    tries: Callable[[Axis, int], Iterator[int]],
+) -> dict[Axis, int]:
+    """Sizes at one end: of each name, the first tried that the model takes together with those of the others."""
+    found = dict(start)
+    for name in dict.fromkeys(name for axis, name in names.items() if axis not in asked):
+        axes = [axis for axis, other in names.items() if other == name and axis not in asked]
+        candidates = (found | dict.fromkeys(axes, size) for size in tries(axes[0], start[axes[0]]))
+        found = next((tried for tried in candidates if sizes.admits(tried)), found)
+    return found
+
+
+def _smaller(_: Axis, usual: int) -> Iterator[int]:
+    yield from range(1, usual)
+
+
+def _larger(examples: Mapping[str, torch.Tensor], axis: Axis, usual: int) -> Iterator[int]:
+    name, number = axis
+    text = not examples[name].is_floating_point()
+    most = ROWS if number == 0 else LENGTH if text else usual * _GROWTH
+    yield from range(most, usual, -1)
+
+
+def _refuse_unmet(sizes: Sizes, chosen: Chosen, which: str) -> None:
+    """Refuse sizes that the model does not take.
+
+    Raises:
+        UnknownOption: naming the condition, as a call of these sizes would.
+    """
+    shapes = {
+        name: tuple(chosen[name, i] if size is None else size for i, size in enumerate(shape))
+        for name, shape in sizes.shapes.items()
+    }
+    try:
+        sizes.refuse({name: np.broadcast_to(np.int8(0), shape) for name, shape in shapes.items()})
+    except InputMismatch as error:
+        raise UnknownOption(
+            f"profiles= has {which} sizes that the model does not take: {error.what}", next_step=error.next_step
+        ) from error
+
+
+# ── Slots ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+def _of_slot(size: int | torch.SymInt, plan: SitePlan, usual: int | None) -> Range:
+    """A size that varies is a rank."""
+    number = constant(size)
+    if number is not None:
+        return Range(number, number, number)
+    return Range(plan.least_rank, min(max(usual or plan.rank, plan.least_rank), plan.rank), plan.rank)
+
+
+def _usual_rank(snapshot: Snapshot, path: str) -> int | None:
+    composed = snapshot.composed.get(path)
+    change = None if composed is None else composed.change
+    return change.rank if isinstance(change, LowRank) else None

@@ -1,0 +1,233 @@
+"""Engines of the tensorrt target as tests look at them: hosts of two layers, adapters of five methods, and plans."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lorac
+from lorac.backends.onnx.files import MODEL, name_of, read
+from lorac.backends.tensorrt.checking import OnCpu, in_float32
+from lorac.backends.tensorrt.engine import TrtEngine
+from lorac.ir.graph.feeds import named_tensors
+from lorac.ir.graph.interp import example_inputs, outputs_of
+from lorac.ir.graph.program import Program
+from lorac.ir.slots.snapshot import Snapshot, slots_of
+from tests import zoo
+
+build = importlib.import_module("lorac.backends.tensorrt.build")  # its package has a function of that name
+
+THREE = ["8.6", "8.9", "12.0"]
+NO_GPU = "there is no NVIDIA GPU here"
+WINDOW = 32
+"""Values by which a weight is found in a plan: 128 bytes of float32."""
+LARGE = 4096
+"""Values from which a weight is large."""
+
+
+def quietly(**told: Any) -> lorac.Compiled:
+    """``lorac.compile`` for tensorrt, without the warning that there is no GPU."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=NO_GPU, category=lorac.LoracWarning)
+        return lorac.compile(**{"target": "tensorrt", "target_capabilities": THREE, **told})
+
+
+# ── Hosts ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+def _llama() -> nn.Module:
+    """Two layers of SmolLM2's widths."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    widths = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    return LlamaForCausalLM(LlamaConfig(**widths, num_hidden_layers=2, vocab_size=64, use_cache=False))
+
+
+def _bert() -> nn.Module:
+    from transformers import BertConfig, BertModel
+
+    widths = {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 4}
+    return BertModel(BertConfig(**widths, num_hidden_layers=2, vocab_size=64, max_position_embeddings=64))
+
+
+def _vit() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    widths = {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 3}
+    return ViTForImageClassification(ViTConfig(**widths, num_hidden_layers=2, image_size=32, patch_size=8))
+
+
+def _t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    widths = {"d_model": 96, "d_kv": 24, "d_ff": 160, "num_heads": 4}
+    config = T5Config(**widths, num_layers=2, vocab_size=64, use_cache=False, decoder_start_token_id=0)
+    return T5ForConditionalGeneration(config)
+
+
+HOSTS: Mapping[str, Callable[[], nn.Module]] = {
+    "llama": _llama,
+    "bert": _bert,
+    "vit": _vit,
+    "t5": _t5,
+    "resnet": zoo.resnet18,
+}
+EXAMPLES = {"resnet": (torch.randn(2, 3, 40, 32, generator=torch.Generator().manual_seed(1)),)}
+TARGETS: Mapping[str, tuple[str, ...]] = {
+    "llama": ("q_proj", "v_proj", "down_proj"),
+    "bert": ("query", "value", "intermediate.dense"),
+    "vit": ("q_proj", "v_proj", "query", "value"),
+    "t5": ("q", "v"),
+    "resnet": ("layer1.0.conv1", "layer2.0.conv1", "fc"),
+}
+ROUTED = {"resnet": ("fc",), "t5": ("decoder.block.0.layer.0.SelfAttention.q",)}
+"""Where routers go, of hosts where not all targets can have one, or have many."""
+
+
+@functools.cache
+def host(name: str) -> nn.Module:
+    """A host, the same for all tests."""
+    torch.manual_seed(0)
+    return HOSTS[name]().eval()
+
+
+def _found(name: str, wanted: tuple[str, ...]) -> list[str]:
+    paths = lorac.sites(host(name))
+    return [target for target in wanted if any(path.endswith(target) for path in paths)]
+
+
+def variants(name: str) -> dict[str, Any]:
+    """Method -> a variant for a host; the rank of "one" is the least there is."""
+    targets, routed = _found(name, TARGETS[name]), _found(name, ROUTED.get(name, TARGETS[name]))
+    return {
+        "lora": lorac.LoRA(r=4, targets=targets),
+        "one": lorac.LoRA(r=1, targets=targets),
+        "dora": lorac.DoRA(r=2, targets=targets),
+        "ia3": lorac.IA3(targets=targets),
+        "oft": lorac.OFT(block_size=4, r=0, targets=targets),
+        "meteora": lorac.MeteoRA(r=2, experts=3, top_k=2, targets=routed),
+    }
+
+
+@functools.cache
+def adapters(name: str) -> Mapping[str, lorac.Adapter]:
+    """An adapter of each method, away from its init."""
+    eager = lorac.compile(host(name), variants(name), active=None, example_inputs=EXAMPLES.get(name), self_test=False)
+    for number, adapter in enumerate(eager.adapters.values()):
+        away(adapter, number)
+    return dict(eager.adapters)
+
+
+@torch.no_grad()
+def away(adapter: lorac.Adapter, seed: int) -> None:
+    """Shake an adapter's floating-point tensors."""
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in adapter.parameters():
+        if tensor.is_floating_point():
+            tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.05)
+
+
+# ── What was built ───────────────────────────────────────────────────────────────────────────────────────────────────
+@dataclass(frozen=True)
+class Built:
+    """A compiled model, and what the self-test looked at.
+
+    Attributes:
+        compiled: the model.
+        tried: the emitted files as ONNX Runtime runs them.
+        program: what they were emitted from.
+        network: input of the network of graph ``main`` -> its dtype and shape.
+        constants: what was baked into slots; of other modes nothing.
+    """
+
+    compiled: lorac.Compiled
+    tried: OnCpu
+    program: Program
+    network: Mapping[str, tuple[str, tuple[int, ...]]]
+    constants: Mapping[str, Tensor]
+
+    @property
+    def engine(self) -> TrtEngine:
+        """The engine."""
+        assert isinstance(self.compiled.engine, TrtEngine)
+        return self.compiled.engine
+
+    @property
+    def plan(self) -> bytes:
+        """The plan of graph ``main``."""
+        return self.engine.parts["main"].file.read()
+
+    def answers(self, choice: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """What the emitted file answers on the example inputs, and what the reference interpreter does."""
+        graph, signature = in_float32(self.program.graphs["main"]), self.program.signatures["main"]
+        inputs, constants = example_inputs(graph, signature.inputs), graph.exported.state_dict
+        weights = {name: w.float() if w.is_floating_point() else w for name, w in constants.items()}
+        held = self._held(choice)
+        given = {} if self.engine.constant else held
+        return self.tried.outputs("main", given, inputs), outputs_of(graph, inputs, held, weights)
+
+    def _held(self, choice: Any) -> Mapping[str, Tensor]:
+        """What slots hold for a choice."""
+        if self.engine.constant:
+            return self.constants
+        self.compiled.swap(choice)
+        if not self.engine.fused:
+            return self.compiled._state.bound.content.tensors
+        self.tried.write(self.compiled.snapshot)
+        return self.tried.memory
+
+
+def seen(**told: Any) -> Built:
+    """As ``quietly``, with what the self-test looked at and what the network was."""
+    looked: list[Any] = []
+    networks: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        check, check_inputs = build.check, build.check_inputs
+        patch.setattr(build, "check", lambda *args: (looked.append((*args[:2], _baked(*args))), check(*args)))
+        patch.setattr(build, "check_inputs", lambda *args: (networks.append(_inputs(args[0])), check_inputs(*args)))
+        compiled = quietly(**told)
+    tried, program, constants = looked[0]
+    return Built(compiled, tried, program, networks[0], constants)
+
+
+def _baked(tried: OnCpu, program: Program, snapshot: Snapshot) -> Mapping[str, Tensor]:
+    if tried.mode != "baked":
+        return {}
+    return named_tensors(tried.slots, tried.plans, slots_of(tried.plans, snapshot, tried.base))
+
+
+def _inputs(parsed: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
+    values = [parsed.network.get_input(i) for i in range(parsed.network.num_inputs)]
+    return {value.name: (value.dtype.name, tuple(value.shape)) for value in values}
+
+
+@functools.cache
+def built(name: str, mode: str, dtype: str, methods: tuple[str, ...]) -> Built:
+    """A host with adapters of some methods, nothing active unless baked."""
+    own = adapters(name)
+    return seen(
+        model=host(name),
+        adapters={method: own[method] for method in methods},
+        mode=mode,
+        active=methods[0] if mode == "baked" else None,
+        example_inputs=EXAMPLES.get(name),
+        dtype=dtype,
+    )
+
+
+def weights_of(engine: TrtEngine) -> Mapping[str, Any]:
+    """The large floating-point weights of graph ``main``'s model, by name."""
+    _, beside = read(engine.files, "main")
+    return {name: array for name, array in beside.items() if array.dtype.kind not in "iub" and array.size >= LARGE}
+
+
+def model_of(engine: TrtEngine) -> onnx.ModelProto:
+    """The emitted model of graph ``main``, without its weights."""
+    return onnx.load_from_string(engine.files[name_of("main", MODEL)].read())

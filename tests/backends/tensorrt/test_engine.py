@@ -1,0 +1,245 @@
+"""Everything but calling works where there is no GPU: compiling, telling, swapping, adding, saving, loading."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import lorac
+from lorac.backends.tensorrt import backend, capabilities, library
+from lorac.backends.tensorrt.engine import TrtEngine
+from lorac.cli import app
+from lorac.testing.checks import assert_close
+from tests.backends.tensorrt.building import NO_GPU, THREE, away, model_of, quietly
+
+pytestmark = pytest.mark.skipif(capabilities.local() is not None, reason="there is a GPU here")
+ROOT = Path(__file__).parents[3]
+X = torch.randn(3, 6, 9, 7, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    """A convolution, and two layers on its means."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(6, 10, 3, padding=1)
+        self.left, self.right = nn.Linear(10, 14), nn.Linear(14, 9)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.right(torch.tanh(self.left(torch.relu(self.conv(image)).mean((2, 3)))))
+
+
+@functools.cache
+def host() -> nn.Module:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+def low(r: int, *targets: str) -> lorac.LoRA:
+    return lorac.LoRA(r=r, targets=list(targets))
+
+
+def compiled(mode: str = "live", **told: Any) -> lorac.Compiled:
+    found = quietly(model=host(), adapters={"a": low(2, "conv", "left")}, mode=mode, example_inputs=(X,), **told)
+    away(found.adapters["a"], 1)
+    return found
+
+
+@pytest.fixture(scope="module")
+def live() -> lorac.Compiled:
+    return compiled(target_capabilities=THREE)
+
+
+def engine_of(found: lorac.Compiled) -> TrtEngine:
+    assert isinstance(found.engine, TrtEngine)
+    return found.engine
+
+
+def test_compiling_says_that_the_engine_cannot_run_here_and_calling_it_is_the_typed_error(live):
+    with pytest.warns(lorac.LoracWarning, match=NO_GPU):
+        lorac.compile(host(), {}, target="tensorrt", example_inputs=(X,))
+    assert NO_GPU in str(live.explain())
+    with pytest.raises(lorac.Unavailable, match=NO_GPU) as error:
+        live(X)
+    assert "compiled.save(folder)" in str(error.value)
+    with pytest.raises(lorac.ChoiceError, match="no input 'x'"):  # what is wrong with a call is said first
+        live(x=X)
+
+
+def test_it_swaps_and_takes_adapters_without_a_rebuild(live):
+    engine = engine_of(live)
+    before = {name: part.file.digest() for name, part in engine.parts.items()}
+    slots = live._state.bound.content.tensors
+    assert slots["left:a"].shape == (10, 2) and slots["left:a"].abs().sum() > 0
+    live.swap(None)
+    idle = live._state.bound.content.tensors
+    assert idle["left:a"].shape == (10, 1) and not idle["left:a"].any()  # rank 1 of zeros, and never 0
+    assert idle["conv:a"].shape == (2, 6, 3, 3) and not idle["conv:a"].any()
+    live.add_adapter(low(1, "left", "conv"), name="b")
+    away(live.adapters["b"], 2)
+    live.swap("b")
+    bound = live._state.bound.content.tensors
+    assert bound["left:a"].shape == (10, 1)
+    assert bound["conv:a"].shape == (2, 6, 3, 3) and bound["conv:a"][0].any() and not bound["conv:a"][1:].any()
+    live.swap({"a": 0.5})
+    live.remove_adapter("b")
+    live.swap("a")
+    again = live._state.bound.content.tensors
+    assert all(torch.equal(again[name], tensor) for name, tensor in slots.items())
+    assert before == {name: part.file.digest() for name, part in engine.parts.items()}
+
+
+def test_what_is_above_a_convolutions_fixed_rank_is_told_the_reserve_that_admits_it(live):
+    with pytest.raises(lorac.NeedsRecompile, match="'conv' holds rank 2, not 5") as error:
+        live.add_adapter(low(5, "conv"), name="wide")
+    advice = str(error.value)
+    assert "reserve=lorac.Reserve(targets=['conv'], rank=5)" in advice
+    roomy = quietly(model=host(), example_inputs=(X,), reserve=lorac.Reserve(targets=["conv"], rank=5))
+    roomy.add_adapter(low(5, "conv"), name="wide")
+    roomy.swap("wide")
+    assert roomy._state.bound.content.tensors["conv:a"].shape[0] == 5
+
+
+def test_fused_weights_are_written_from_the_base(live):
+    found = compiled("fused", active=None)
+    engine = engine_of(found)
+    assert {name: tuple(tensor.shape) for name, tensor in engine.memory.items()} == {
+        "conv:weight": (10, 6, 3, 3),
+        "left:weight": (10, 14),
+    }
+    base = {name: tensor.clone() for name, tensor in engine.memory.items()}
+    found.swap("a")
+    a = found.adapters["a"].tensors["left"]
+    with torch.no_grad():
+        wanted = host().left.weight + 4 * a["lora_B"] @ a["lora_A"]
+    assert_close(engine.memory["left:weight"].t(), wanted)
+    found.swap(None)
+    assert all(torch.equal(engine.memory[name], tensor) for name, tensor in base.items())
+
+
+def test_the_graph_is_shown_as_the_target_takes_it(live):
+    shown = str(live.graph["main"].emitted)
+    assert "@emitted" in shown and "MatMul" in shown and "left:a" in shown
+    model = model_of(engine_of(live))
+    ops = {(node.domain, node.op_type) for node in model.graph.node}
+    assert {domain for domain, _ in ops} == {""}
+    assert not {tensor.name for tensor in model.graph.initializer} & {value.name for value in model.graph.input}
+
+
+def test_a_saved_one_loads_in_a_new_process_without_a_gpu(live, tmp_path):
+    live.swap("a")
+    live.save(tmp_path / "saved")
+    script = """
+import sys, warnings
+import lorac
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    loaded = lorac.load(sys.argv[1])
+print([str(one.message).splitlines()[0] for one in told])
+print(loaded.active, sorted(loaded.engine.slots), loaded.engine.parts["main"].capabilities)
+loaded.swap(None); loaded.swap("a")
+print(loaded._state.bound.content.tensors["left:a"].double().sum().item())
+try:
+    loaded([[[[0.0] * 7] * 9] * 6] * 3)
+except lorac.Unavailable as error:
+    print(str(error).splitlines()[0])
+print([name for name in ("onnxscript", "transformers") if name in sys.modules])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "saved")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    told, what, total, error, imported = done.stdout.strip().splitlines()
+    assert NO_GPU in told and NO_GPU in error
+    assert what == f"{{'a': 1.0}} ['conv:a', 'conv:b', 'left:a', 'left:b'] {tuple(THREE)}"
+    assert float(total) == live._state.bound.content.tensors["left:a"].double().sum().item()
+    assert imported == "[]"
+
+
+def test_an_artefact_is_refused_by_another_release_and_by_another_gpu(live, monkeypatch):
+    stored = {"name": library.trt().__name__, "version": library.version()}
+    backend._refuse_other_library(stored)
+    with pytest.raises(lorac.Unavailable, match=r"built by tensorrt_rtx 0\.9") as error:
+        backend._refuse_other_library({**stored, "version": "0.9"})
+    assert library.version() in str(error.value)
+    parts = engine_of(live).parts
+    for here in ("8.9", None):
+        monkeypatch.setattr(backend, "local", lambda here=here: here)
+        backend._refuse_other_gpu(parts)
+    monkeypatch.setattr(backend, "local", lambda: "9.0")
+    with pytest.raises(lorac.Unavailable, match=r"8\.6, 8\.9, 12\.0; the GPU here has 9\.0") as other:
+        backend._refuse_other_gpu(parts)
+    assert "the library builds for" in str(other.value)  # of which this is none
+    monkeypatch.setattr(backend, "local", lambda: "8.0")
+    with pytest.raises(lorac.Unavailable, match=r"target_capabilities=\['8\.6', '8\.9', '12\.0', '8\.0'\]"):
+        backend._refuse_other_gpu(parts)
+
+
+def test_a_device_that_is_no_gpu_is_refused(live, tmp_path):
+    live.save(tmp_path / "saved")
+    with pytest.raises(lorac.Unavailable, match="run on NVIDIA GPUs, and not on device 'cpu'"):
+        lorac.load(tmp_path / "saved", device="cpu")
+
+
+def test_two_builds_are_of_one_size(live):
+    again = compiled(target_capabilities=THREE)
+    sizes = [[part.file.size for part in engine_of(found).parts.values()] for found in (live, again)]
+    assert sizes[0] == sizes[1]
+    alone = compiled(target_capabilities=["8.6"])  # one plan holds nothing twice for several GPUs
+    assert abs(sizes[0][0] - engine_of(alone).parts["main"].file.size) <= 64
+
+
+def test_several_components_are_a_plan_each():
+    found = quietly(
+        model={"one": host(), "two": copy.deepcopy(host())},
+        adapters={"a": low(2, "one.left", "two.right")},
+        example_inputs={"one": (X,), "two": (X,)},
+    )
+    engine = engine_of(found)
+    assert set(engine.parts) == {"one", "two"}
+    assert [sorted(part.slots) for part in engine.parts.values()] == [
+        ["one.left:a", "one.left:b"],
+        ["two.right:a", "two.right:b"],
+    ]
+    with pytest.raises(lorac.Unavailable, match=NO_GPU):
+        found["two"](X)
+
+
+def test_without_its_library_the_target_is_told_with_the_command_that_installs_it():
+    script = """
+import sys
+sys.modules["tensorrt"] = sys.modules["tensorrt_rtx"] = None
+import lorac, torch
+try:
+    lorac.compile(torch.nn.Linear(2, 2), {}, target="tensorrt")
+except lorac.MissingExtra as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "tensorrt_rtx is not installed\n  pip install 'lorac[tensorrt]'\n"
+
+
+def test_the_command_line_takes_the_target(tmp_path):
+    module = "tests.backends.tensorrt.test_engine:host"
+    np.savez(tmp_path / "inputs.npz", image=X.numpy())
+    arguments = ["compile", module, "-o", str(tmp_path / "out"), "--target", "tensorrt", "--capabilities", "8.6,8.9"]
+    with pytest.warns(lorac.LoracWarning, match=NO_GPU):
+        done = CliRunner().invoke(app, [*arguments, "--inputs", str(tmp_path / "inputs.npz")], catch_exceptions=False)
+    assert done.exit_code == 0 and "tensorrt, auto" in done.stdout
+    with pytest.warns(lorac.LoracWarning, match=NO_GPU):
+        assert lorac.load(tmp_path / "out").engine.parts["main"].capabilities == ("8.6", "8.9")

@@ -1,0 +1,120 @@
+"""What TensorRT's parser takes: lorac's list beside the library's own, ops of one's own, inputs that are not inputs."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor, nn
+
+import lorac
+from lorac.backends.tensorrt import library
+from lorac.backends.tensorrt.dialect import CLAIMS, DIALECT
+from lorac.backends.tensorrt.network import Messages, check_inputs, parse
+from lorac.backends.tensorrt.profiles import Range
+from tests.backends.tensorrt.building import quietly
+
+build = importlib.import_module("lorac.backends.tensorrt.build")  # its package has a function of that name
+X = torch.randn(3, 4)
+
+
+def _parser() -> Any:
+    trt, messages = library.trt(), Messages()
+    builder = trt.Builder(messages.logger)
+    made = builder.create_network(0)
+    return trt.OnnxParser(made, messages.logger), (builder, made, messages)
+
+
+@pytest.mark.skipif(not library.version().startswith("1.7."), reason="the list is that of TensorRT for RTX 1.7")
+def test_the_claims_are_what_the_library_takes_of_onnx():
+    """Op by op, by name; the library says nothing of domains, so what it takes of others is not claimed."""
+    parser, _kept = _parser()
+    defined = {schema.name for schema in onnx.defs.get_all_schemas() if not schema.domain}
+    taken = {("", op) for op in defined if parser.supports_operator(op)}
+    withdrawn = {("", "Scatter")}  # by ONNX itself, which has ScatterElements
+    assert taken | (withdrawn & CLAIMS) == CLAIMS
+    assert parser.supports_operator("RotaryEmbedding") and ("com.microsoft", "RotaryEmbedding") not in CLAIMS
+
+
+class Layers(nn.Module):
+    """Two layers, each with an activation behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.one(x))
+        return torch.tanh(self.two(h))
+
+
+def _renamed(model: ir.Model) -> None:
+    """Have activations be another domain's, whose names the parser would take for ONNX's own."""
+    for node in model.graph:
+        if node.op_type == "Tanh":
+            node.domain = "made.up"
+    model.graph.opset_imports["made.up"] = 1
+
+
+def test_an_op_of_ones_own_is_refused_before_anything_is_parsed(monkeypatch):
+    """All of them are named, each with its module and line, though the parser would take them."""
+    monkeypatch.setattr(build, "DIALECT", replace(DIALECT, finish=(_renamed,)))
+    monkeypatch.setattr(build, "parse", lambda path: pytest.fail("it was parsed"))
+    with pytest.raises(lorac.Unavailable, match=r"tensorrt does not compute made\.up::Tanh") as error:
+        quietly(model=Layers().eval(), adapters={"a": lorac.LoRA(targets=["one"])}, example_inputs=(X,))
+    first, second = error.value.what.split("; nor ")
+    assert "line" in first and "line" in second and "test_network.py" in first
+
+
+def test_an_op_that_this_release_does_not_know_is_refused_by_name(tmp_path):
+    path = _written(tmp_path, [helper.make_node("Add", ["x", "x"], ["h"]), helper.make_node("Det", ["h"], ["y"])])
+    with pytest.raises(lorac.Unavailable, match=rf"tensorrt {library.version()} does not compute Det"):
+        parse(path)
+
+
+def test_what_the_parser_does_not_take_is_told_with_its_reason(tmp_path):
+    """An op that it knows, as it does not take it."""
+    half = helper.make_node("Cast", ["x"], ["h"], to=TensorProto.FLOAT16)
+    path = _written(tmp_path, [half, helper.make_node("Add", ["x", "h"], ["y"], name="made")])
+    with pytest.raises(lorac.Unavailable, match=r"tensorrt does not take Add \("):
+        parse(path)
+
+
+def test_an_input_with_a_value_becomes_a_constant_and_is_found(tmp_path):
+    """As ONNX's optional inputs are, which other targets have for slots."""
+    path = _written(tmp_path, [helper.make_node("Add", ["x", "slot"], ["y"])], held="slot")
+    parsed = parse(path)
+    assert [parsed.network.get_input(i).name for i in range(parsed.network.num_inputs)] == ["x"]
+    sizes = (Range(1, 2, 8), Range(4, 4, 4))
+    check_inputs(parsed, {"x": torch.float32}, {"x": sizes})
+    for wanted, ranges in (
+        ({"x": torch.float32, "slot": torch.float32}, {"x": sizes, "slot": sizes}),
+        ({"x": torch.float16}, {"x": sizes}),
+        ({"x": torch.float32}, {"x": (Range(1, 2, 8), Range(5, 5, 5))}),
+        ({"x": torch.float32}, {"x": (Range(1, 2, 8),)}),
+        ({}, {}),
+    ):
+        with pytest.raises(lorac.SelfTestFailed, match=r"1 inputs of the network are not those of the program"):
+            check_inputs(parsed, wanted, ranges)
+
+
+def _written(folder: Path, nodes: list[onnx.NodeProto], held: str = "") -> Path:
+    """A model of x (rows, 4) with these nodes, one of whose inputs has a value."""
+    given = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", 4]) for name in ("x", *filter(None, [held]))
+    ]
+    values = [onnx.numpy_helper.from_array(np.ones((1, 4), "f4"), held)] if held else []
+    answered = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    made = helper.make_model(
+        helper.make_graph(nodes, "g", given, [answered], values), opset_imports=[helper.make_opsetid("", 18)]
+    )
+    onnx.save(made, folder / "model.onnx")
+    return folder / "model.onnx"

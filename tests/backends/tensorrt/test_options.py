@@ -1,0 +1,149 @@
+"""What the target can be told: capabilities, profiles and numbers, and what is said of those that make no sense."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+import lorac
+from lorac.backends.tensorrt import capabilities, library
+from lorac.backends.tensorrt.network import parse
+from lorac.backends.tensorrt.options import Options
+from lorac.backends.tensorrt.profiles import LENGTH, ROWS, Range, axes_of, refuse_outside
+from tests.backends.tensorrt.building import quietly
+
+build = importlib.import_module("lorac.backends.tensorrt.build")
+
+
+class Reads(nn.Module):
+    """Ids of texts, each with a picture whose sides vary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(11, 12), nn.Linear(12, 15)
+
+    def forward(self, ids: Tensor, image: Tensor) -> Tensor:
+        return self.head(self.embed(ids) + image.mean((1, 2))[:, None, None])
+
+
+EXAMPLE = {"ids": torch.arange(12).reshape(3, 4) % 11, "image": torch.randn(3, 5, 8)}
+SHAPES = {"ids": {0: Dim("rows"), 1: Dim("length", max=40)}, "image": {0: Dim("rows"), 2: Dim("width")}}
+
+
+@functools.cache
+def host() -> nn.Module:
+    return Reads().eval()
+
+
+def ranges(**told: Any) -> dict[str, tuple[Range, ...]]:
+    adapters = {"a": lorac.LoRA(r=2, targets=["head"]), "b": lorac.LoRA(r=3, targets=["head"])}
+    asked = {"example_inputs": EXAMPLE, "dynamic_shapes": SHAPES, "self_test": False, "active": "a"}
+    found = quietly(model=host(), adapters=adapters, **{**asked, **told})
+    return dict(found.engine.parts["main"].ranges)
+
+
+def test_sizes_lie_around_the_examples_and_within_what_the_model_takes():
+    """Rows, a text that the model bounds, a side of a picture; ranks up to the room, those of the active one usual."""
+    found = ranges()
+    rows = Range(1, 3, ROWS)
+    assert found["ids"] == (rows, Range(1, 4, 40)) and LENGTH > 40
+    assert found["image"] == (rows, Range(5, 5, 5), Range(1, 8, 16))
+    assert found["head:a"] == (Range(12, 12, 12), Range(1, 2, 5))
+    assert ranges(active=None)["head:b"] == (Range(1, 5, 5), Range(15, 15, 15))
+
+
+def test_profiles_name_axes_or_inputs():
+    found = ranges(profiles={"rows": (2, 4, 32), "image": [(2, 5, 6), (4, 5, 7), (32, 5, 9)]})
+    assert found["ids"] == (Range(2, 4, 32), Range(1, 4, 40))
+    assert found["image"] == (Range(2, 4, 32), Range(5, 5, 5), Range(6, 7, 9))
+
+
+@pytest.mark.parametrize(
+    ("profiles", "said"),
+    [
+        ({"lenght": (1, 2, 3)}, r"names 'lenght', and the model has no such input or axis\n  nearest: length"),
+        ({"length": (1, 8, 64)}, r"max sizes that the model does not take"),
+        ({"ids": [(1, 2), (3, 4)]}, r"profiles= has .* for 'ids'\n  give \(min, opt, max\)"),
+        ({"length": (4, 2, 8)}, r"in rising order"),
+        ({"length": (0, 2, 8)}, r"from 1 on"),
+        ({"image": [(1, 5, 6), (1, 6, 6), (1, 7, 6)]}, r"whose shape is \[rows, 5, width\]"),
+        ({"image": [(1, 5), (1, 5), (1, 5)]}, r"whose shape is \[rows, 5, width\]"),
+    ],
+)
+def test_profiles_that_make_no_sense(profiles, said):
+    with pytest.raises(lorac.UnknownOption, match=said):
+        ranges(profiles=profiles)
+
+
+def test_a_call_outside_the_profile_is_told_the_one_that_admits_it():
+    found = quietly(model=host(), adapters={}, example_inputs=EXAMPLE, dynamic_shapes=SHAPES, self_test=False)
+    part = found.engine.parts["main"]
+    many = {"ids": torch.zeros(9, 4, dtype=torch.long), "image": torch.zeros(9, 5, 8)}
+    with pytest.raises(lorac.InputMismatch, match="'ids' has size 9 on axis 0; the plan is for 1 to 8") as error:
+        found(**many)
+    assert "profiles={'rows': (1, 3, 9)}" in str(error.value)
+    refuse_outside(part.ranges, EXAMPLE, axes_of(part.signature))
+
+
+def test_capabilities_are_the_librarys(monkeypatch):
+    listed = capabilities.known()
+    assert {"8.6", "8.9", "12.0"} <= set(listed) and "9.0" not in listed
+    with pytest.raises(lorac.UnknownOption, match=r"builds for no compute capability '9\.0'") as error:
+        Options(target_capabilities=("9.0",))
+    assert ", ".join(listed) in str(error.value)
+    assert capabilities.chosen(("8.6",)) == ("8.6",)
+    for here, wanted in (("8.9", ("8.9",)), ("9.0", ()), (None, ())):  # the local GPU's, else the library's default
+        monkeypatch.setattr(capabilities, "local", lambda here=here: here)
+        assert capabilities.chosen(()) == wanted
+
+
+def test_a_library_that_builds_for_the_gpu_at_hand_alone_takes_none(monkeypatch):
+    monkeypatch.setattr(library, "is_rtx", lambda: False)
+    with pytest.raises(lorac.UnknownOption, match="builds for the GPU that is here"):
+        Options(target_capabilities=("8.9",))
+
+
+def test_numbers_have_their_range():
+    for told in ({"builder_optimization_level": 6}, {"workspace": 0}):
+        with pytest.raises(lorac.UnknownOption, match=next(iter(told))):
+            Options(**told)
+    with pytest.raises(lorac.WrongType, match="profiles"):
+        Options(profiles=3)
+
+
+def test_settings_reach_the_library(tmp_path):
+    """TF32, which the library would round to by itself, is off unless it is asked for."""
+    trt = library.trt()
+    found = quietly(model=host(), adapters={}, example_inputs=EXAMPLE, dynamic_shapes=SHAPES, self_test=False)
+    parsed, part = parse(found.engine.files["model.onnx"].where), found.engine.parts["main"]
+    plain = build._settings(parsed, part.ranges, Options(), ())
+    assert not plain.get_flag(trt.BuilderFlag.TF32) and not plain.get_flag(trt.BuilderFlag.STRICT_NANS)
+    told = Options(tf32=True, strict_nans=True, weight_streaming=True, builder_optimization_level=5, workspace=64)
+    settings = build._settings(parsed, part.ranges, told, ("8.6", "12.0"))
+    flags = (trt.BuilderFlag.TF32, trt.BuilderFlag.STRICT_NANS, trt.BuilderFlag.WEIGHT_STREAMING)
+    assert all(settings.get_flag(flag) for flag in flags)
+    assert settings.builder_optimization_level == 5
+    assert settings.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 64 << 20
+    kinds = trt.ComputeCapability
+    assert [settings.get_compute_capability(i) for i in range(2)] == [kinds.SM86, kinds.SM120]
+    assert settings.num_optimization_profiles == 1
+
+
+@pytest.mark.skipif(capabilities.local() is not None, reason="there is a GPU here")
+def test_refitting_is_refused_where_there_is_no_gpu():
+    with pytest.raises(lorac.Unavailable, match="only where there is an NVIDIA GPU") as error:
+        quietly(model=host(), adapters={}, example_inputs=EXAMPLE, refit=True)
+    assert "mode='fused'" in str(error.value)
+
+
+def test_a_number_that_decides_on_sizes_is_refused():
+    value = SimpleNamespace(name="count", is_shape_tensor=True)
+    with pytest.raises(lorac.Unavailable, match="'count' is a number by which the model decides on sizes"):
+        build._refuse_numbers(value)

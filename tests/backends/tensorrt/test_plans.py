@@ -1,0 +1,105 @@
+"""What is built for TensorRT: inputs, names and weights of plans, and values of the file that the parser was handed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lorac.testing.checks import assert_close
+from tests.backends.tensorrt.building import HOSTS, WINDOW, built, weights_of
+from tests.limits import assert_apart
+
+ALL = ("lora", "one", "dora", "ia3", "oft", "meteora")
+LINEAR = ("lora", "one", "dora", "ia3", "oft")
+FAST = [
+    ("llama", "live", "float16", ("lora", "one", "dora")),
+    ("llama", "fused", "float32", ("lora",)),
+    ("bert", "live", "float32", ALL),
+    ("bert", "live", "bfloat16", ("lora",)),
+    ("vit", "live", "float16", ALL),
+    ("vit", "fused", "float16", ("oft",)),
+    ("vit", "baked", "bfloat16", ("dora",)),
+    ("t5", "live", "float32", ("lora", "meteora")),
+    ("resnet", "live", "float32", LINEAR),
+    ("resnet", "baked", "float16", ("lora",)),
+]
+"""Every host, method, mode and dtype, but not every one with every other."""
+METHODS = ("lora", "dora", "ia3", "oft", "meteora")
+WHOLE = [
+    (name, mode, dtype, (method,))
+    for name in HOSTS
+    for dtype in ("float32", "float16")
+    for mode, methods in (("live", METHODS), ("fused", METHODS[:2]), ("baked", METHODS[:2]))
+    for method in methods
+]
+CASES = [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in WHOLE if case not in FAST)]
+each = pytest.mark.parametrize(("name", "mode", "dtype", "methods"), CASES)
+KERNEL = 4
+CHANNELS = 4
+"""To a multiple of so many the library fills up a kernel's channels in half precision."""
+KINDS = {torch.float32: "FLOAT", torch.float16: "HALF", torch.bfloat16: "BF16", torch.int64: "INT64"}
+
+
+@each
+def test_the_inputs_of_the_network_are_the_programs_own(name, mode, dtype, methods):
+    """Names, dtypes and sizes, as the manifest of slots and the call have them; ranks lie within what was planned."""
+    found = built(name, mode, dtype, methods)
+    part, engine = found.engine.parts["main"], found.engine
+    slots = {} if mode == "baked" else part.slots
+    assert found.network.keys() == {*part.signature.inputs, *slots} == part.ranges.keys()
+    assert {name: kind for name, (kind, _) in found.network.items()} == {n: KINDS[d] for n, d in part.dtypes.items()}
+    held = engine.memory if mode == "fused" else found.compiled._state.bound.content.tensors
+    for slot in slots:
+        assert held[slot].dtype == part.dtypes[slot]
+        assert all(size in range_ for size, range_ in zip(held[slot].shape, part.ranges[slot], strict=True))
+        plan = engine.plans[part.slots[slot].site]
+        varying = [
+            (r.least, r.most) for r, size in zip(part.ranges[slot], found.network[slot][1], strict=True) if size < 0
+        ]
+        assert varying in ([], [(plan.least_rank, plan.rank)])
+
+
+@each
+def test_names_and_weights_are_in_the_plan(name, mode, dtype, methods):
+    """Every input's name; and every large weight once, found by a part of it."""
+    found = built(name, mode, dtype, methods)
+    plan = found.plan
+    for value in found.network:
+        assert value.encode() in plan
+    weights = weights_of(found.engine)
+    assert weights
+    for weight, array in weights.items():
+        count = sum(plan.count(window) for window in {_window(form) for form in _laid_out(array)})
+        assert count == 1, f"{weight} is in the plan {count} times"
+
+
+def _laid_out(array: Any) -> list[Any]:
+    """A weight in the ways in which a plan may have it: a matrix by rows or by columns, a kernel's channels last."""
+    if array.ndim != KERNEL:
+        return [array, array.T]
+    missing = -array.shape[1] % CHANNELS if array.itemsize == 2 else 0
+    return [np.pad(array.transpose(0, 2, 3, 1), [(0, 0), (0, 0), (0, 0), (0, missing)])]
+
+
+def _window(array: Any) -> bytes:
+    flat = np.ascontiguousarray(array).reshape(-1)
+    middle = flat.size // 2
+    return flat[middle : middle + WINDOW].tobytes()
+
+
+@each
+def test_the_file_that_the_parser_was_handed_answers_as_the_program(name, mode, dtype, methods):
+    """At the least rank and the largest, each method alone, and none; half precision computed in float32."""
+    found = built(name, mode, dtype, methods)
+    several = [{method: 0.5 for method in methods if method != "meteora"}] if len(methods) > 1 else []
+    choices: list[Any] = [methods[0]] if mode == "baked" else [*methods, *several, None]
+    answered = []
+    for choice in choices:
+        (y, *_), (wanted, *_) = found.answers(choice)
+        assert_close(y, wanted)
+        answered.append(y)
+    for y in answered[:-1]:
+        assert_apart(y, answered[-1])
