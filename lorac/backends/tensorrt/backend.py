@@ -12,11 +12,17 @@ import torch
 
 from lorac.backends.onnx.files import BASE, name_of
 from lorac.backends.tensorrt import library
-from lorac.backends.tensorrt.capabilities import device_of, known, local, tell_lacking
+from lorac.backends.tensorrt.capabilities import local
+from lorac.backends.tensorrt.device.requirements import (
+    place_of,
+    refuse_capability,
+    refuse_other_library,
+    tell_lacking,
+)
 from lorac.backends.tensorrt.engine import PLAN, Plan, TrtEngine, files_of
 from lorac.backends.tensorrt.options import Options
 from lorac.backends.tensorrt.profiles import Range
-from lorac.errors import Unavailable
+from lorac.errors import UnknownOption
 from lorac.ir.engine import AnyDialect, Backend, BuildRequest, Engine, Files, Stored
 from lorac.ir.graph.signature import CallSignature
 from lorac.ir.slots.site import SitePlan
@@ -36,6 +42,18 @@ class TensorRT(Backend[Options]):
 
         return DIALECT
 
+    def placed(self, options: Options, device: torch.device | None) -> Options:
+        """Options for a GPU, whether or not there is one here: plans are built without."""
+        if device is None:
+            return options
+        if device.type != "cuda":
+            raise UnknownOption(
+                f"target 'tensorrt' runs on NVIDIA GPUs, and not on device '{device}'",
+                nearest="cuda",
+                next_step="leave device= out; target='onnxruntime' and target='eager' run on the CPU",
+            )
+        return dataclasses.replace(options, device=str(device))
+
     def build(self, request: BuildRequest[Options]) -> TrtEngine:
         """An engine over plans; the host is not kept."""
         from lorac.backends.tensorrt.build import build
@@ -50,7 +68,6 @@ class TensorRT(Backend[Options]):
         return {
             "graphs": {name: _described(part) for name, part in engine.parts.items()},
             "options": dataclasses.asdict(engine.options),
-            "library": {"name": library.trt().__name__, "version": library.version()},
         }
 
     def restore(
@@ -59,12 +76,15 @@ class TensorRT(Backend[Options]):
         """An engine over the plans as they are held; the first call loads them.
 
         Raises:
-            Unavailable: they are another library's, another release's, or for other GPUs.
+            ArtifactError: they are another library's, or another release's.
+            Unavailable: they are for other GPUs, or the device is none.
         """
         given: Any = stored
-        _refuse_other_library(given["library"])
+        options = Options(**given["options"])
+        options = options if device is None else dataclasses.replace(options, device=str(device))
         parts = {name: _part(name, files, entry) for name, entry in given["graphs"].items()}
-        _refuse_other_gpu(parts)
+        for part in parts.values():
+            _refuse_other(part)
         tensors = self.base_of(files)
         engine = TrtEngine(
             parts=parts,
@@ -72,8 +92,8 @@ class TensorRT(Backend[Options]):
             base=file_base({} if tensors is None else tensors),
             mode=mode,
             files={name: files[name] for name in files_of(given["graphs"]) if name in files},
-            options=Options(**given["options"]),
-            device=device_of(device),
+            options=options,
+            device=place_of(options.device),
         )
         tell_lacking()
         return engine
@@ -94,6 +114,7 @@ def _described(part: Plan) -> dict[str, Any]:
         "ranges": {name: [dataclasses.astuple(axis) for axis in axes] for name, axes in part.ranges.items()},
         "dtypes": {name: str(dtype).removeprefix("torch.") for name, dtype in part.dtypes.items()},
         "capabilities": list(part.capabilities),
+        "made_by": part.made_by,
     }
 
 
@@ -106,28 +127,13 @@ def _part(graph: str, files: Files, stored: Mapping[str, Any]) -> Plan:
         ranges={name: tuple(Range(*axis) for axis in axes) for name, axes in stored["ranges"].items()},
         dtypes={name: getattr(torch, dtype) for name, dtype in stored["dtypes"].items()},
         capabilities=tuple(stored["capabilities"]),
+        made_by=stored["made_by"],
     )
 
 
-def _refuse_other_library(built: Mapping[str, str]) -> None:
-    """A plan is read by the release that built it alone."""
-    here = {"name": library.trt().__name__, "version": library.version()}
-    if built != here:
-        raise Unavailable(
-            f"the plans were built by {built['name']} {built['version']}; here is {here['name']} {here['version']}",
-            next_step="install that release, or compile from the model with this one",
-        )
-
-
-def _refuse_other_gpu(parts: Mapping[str, Plan]) -> None:
-    """Where there is a GPU, plans have to be for it."""
+def _refuse_other(part: Plan) -> None:
+    """Refuse a plan of another library's or release's, and where there is a GPU, one that is for others."""
+    refuse_other_library(part.made_by)
     here = local()
-    built = list(dict.fromkeys(capability for part in parts.values() for capability in part.capabilities))
-    if here is None or not built or here in built:
-        return
-    raise Unavailable(
-        f"the plans were built for compute capability {', '.join(built)}; the GPU here has {here}",
-        next_step=f"compile from the model with target_capabilities={[*built, here]}"
-        if here in known()
-        else f"the library builds for {', '.join(known())}; target='onnxruntime' and target='eager' run elsewhere",
-    )
+    if here is not None:
+        refuse_capability(here, part.capabilities, torch.cuda.get_device_name())

@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 
 from lorac.backends.onnx.emit import emit
-from lorac.backends.onnx.files import BASE, MODEL, home_of, name_of
+from lorac.backends.onnx.files import BASE, MODEL, WEIGHTS, home_of, name_of
 from lorac.backends.onnx.sharing import places_of
 from lorac.backends.onnx.writing import bake, write
 from lorac.backends.tensorrt import library
-from lorac.backends.tensorrt.capabilities import chosen, device_of, local, member, tell_lacking
+from lorac.backends.tensorrt.caching import PlanCache, plan_key
+from lorac.backends.tensorrt.capabilities import chosen, local, member
 from lorac.backends.tensorrt.checking import OnCpu, check
+from lorac.backends.tensorrt.device.requirements import place_of, tell_lacking
 from lorac.backends.tensorrt.dialect import DIALECT
 from lorac.backends.tensorrt.engine import PLAN, Plan, TrtEngine, files_of
 from lorac.backends.tensorrt.network import FREE, Parsed, check_inputs, dtypes_of, parse
 from lorac.backends.tensorrt.options import Options
 from lorac.backends.tensorrt.profiles import Ranges, ranges_of, refuse_unknown
-from lorac.errors import Unavailable
+from lorac.backends.tensorrt.refitting import flag as replacing
+from lorac.backends.tensorrt.refitting import mark
+from lorac.errors import Unavailable, UnknownOption
 from lorac.ir.engine import BuildRequest, Files
 from lorac.ir.graph.feeds import named_tensors
 from lorac.ir.graph.graph import Graph, SlotInput
 from lorac.ir.graph.program import Program
 from lorac.ir.graph.signature import CallSignature
 from lorac.ir.slots.emits import refuse_unemitted
-from lorac.ir.slots.snapshot import slots_of
+from lorac.ir.slots.snapshot import Snapshot, slots_of
 from lorac.ir.store.held import hold
 from lorac.ir.store.owners import remove_with, temporary_folder
 from lorac.ir.store.tensors import TensorFile, base_tensors, by_columns, file_base
@@ -45,7 +49,7 @@ def build(request: BuildRequest[Options]) -> TrtEngine:
         Unavailable: an op is not taken, or no plan was built.
         UnknownOption: ``profiles=`` that do not fit the model.
     """
-    _refuse_refit(request.options)
+    _refuse_refit(request)
     folder = temporary_folder()
     try:
         with progress("compiling for TensorRT", total=5) as report:
@@ -72,7 +76,8 @@ def _build(request: BuildRequest[Options], folder: Path, report: Progress) -> Tr
     base = file_base(TensorFile(emitted[BASE], emitted)) if BASE in emitted else request.base
     if options.self_test:
         report.step("self-test")
-        check(OnCpu(program, plans, base, request.mode, emitted), program, request.snapshot)
+        tried = OnCpu(program, plans, base, "baked" if _holds_constants(request) else request.mode, emitted)
+        check(tried, program, _constants(request))
     report.step("plans")
     built = {name: _built(graph, program, request, folder) for name, graph in program.graphs.items()}
     files = _held(program, folder)
@@ -83,17 +88,27 @@ def _build(request: BuildRequest[Options], folder: Path, report: Progress) -> Tr
         mode=request.mode,
         files=files,
         options=options,
-        device=device_of(),
+        device=place_of(options.device),
     )
+
+
+def _holds_constants(request: BuildRequest[Options]) -> bool:
+    """Whether slots are constants of the plan, which are baked or replaced there, and no inputs."""
+    return request.mode == "baked" or request.options.refit
+
+
+def _constants(request: BuildRequest[Options]) -> Snapshot:
+    """What slots hold that are constants: what is baked, else the base's."""
+    return request.snapshot if request.mode == "baked" or not request.options.refit else Snapshot(())
 
 
 def _emit(program: Program, request: BuildRequest[Options], folder: Path) -> None:
     """Write each graph's model; its slots are inputs and nothing else, or hold what was asked for, for good."""
-    baked = request.mode == "baked"
-    slots = slots_of(request.plans, request.snapshot, request.base) if baked else {}
+    constant = _holds_constants(request)
+    slots = slots_of(request.plans, _constants(request), request.base) if constant else {}
     for name, graph in program.graphs.items():
         model = emit(graph, program.signatures[name], DIALECT)
-        if baked:
+        if constant:
             bake(model, named_tensors(graph.slots, request.plans, slots))
         write(model, home_of(folder, name))
 
@@ -118,26 +133,62 @@ class _Told(TypedDict):
     ranges: Ranges
     dtypes: Mapping[str, torch.dtype]
     capabilities: tuple[str, ...]
+    made_by: str
 
 
 def _built(graph: Graph, program: Program, request: BuildRequest[Options], folder: Path) -> _Told:
-    """Build a graph's plan, and write it beside its model."""
+    """Build a graph's plan, or find it where plans are kept, and write it beside its model."""
     signature, options, home = program.signatures[graph.name], request.options, home_of(folder, graph.name)
-    inputs = {} if request.mode == "baked" else graph.slots
+    inputs = {} if _holds_constants(request) else graph.slots
     dtypes = dtypes_of(graph, signature, list(inputs))
     ranges = ranges_of(graph, signature, options.profiles, request.snapshot, inputs)
-    parsed = parse(home / MODEL)
-    check_inputs(parsed, dtypes, ranges)
     capabilities = chosen(options.target_capabilities)
-    plan = parsed.builder.build_serialized_network(parsed.network, _settings(parsed, ranges, options, capabilities))
-    if plan is None:
-        reasons = "; ".join(text.strip() for text in parsed.messages.errors) or "it does not say why"
-        raise Unavailable(
-            f"tensorrt {library.version()} built no plan of graph '{graph.name}': {reasons}",
-            next_step="target='onnxruntime' and target='eager' run it; profiles= of fewer sizes may be built",
-        )
-    (home / PLAN).write_bytes(plan)
-    return _Told(signature=signature, slots=graph.slots, ranges=ranges, dtypes=dtypes, capabilities=capabilities)
+
+    def new() -> memoryview:
+        parsed = parse(home / MODEL)
+        check_inputs(parsed, dtypes, ranges)
+        if options.refit:
+            mark(parsed.network, graph.slots, graph.slots)
+        return _plan_of(parsed, graph.name, _settings(parsed, ranges, options, capabilities))
+
+    (home / PLAN).write_bytes(_kept(new, program, options, folder, graph.name, ranges))
+    return _Told(
+        signature=signature,
+        slots=graph.slots,
+        ranges=ranges,
+        dtypes=dtypes,
+        capabilities=capabilities,
+        made_by=library.told(),
+    )
+
+
+def _kept(
+    new: Callable[[], memoryview], program: Program, options: Options, folder: Path, graph: str, ranges: Ranges
+) -> bytes | memoryview:
+    """A graph's plan out of the folder that keeps plans; a new one where there is no such folder, or none in it."""
+    if options.plan_cache is None:
+        return new()
+    held = _held(program, folder)
+    own = [held[name] for name in (name_of(graph, MODEL), name_of(graph, WEIGHTS)) if name in held]
+    told = {name: getattr(options, name) for name in _BUILT_BY}
+    key = plan_key(own, chosen(options.target_capabilities), ranges=ranges, **told)
+    return PlanCache(Path(options.plan_cache)).plan(key, new)
+
+
+_BUILT_BY = ("builder_optimization_level", "workspace", "tf32", "strict_nans", "weight_streaming", "refit")
+"""Options that another plan is built by."""
+
+
+def _plan_of(parsed: Parsed, graph: str, settings: Any) -> memoryview:
+    """The plan of a network."""
+    with library.listening() as said:
+        plan = parsed.builder.build_serialized_network(parsed.network, settings)
+        if plan is None:
+            raise Unavailable(
+                f"{library.told()} built no plan of graph '{graph}': {said.why()}",
+                next_step="target='onnxruntime' and target='eager' run it; profiles= of fewer sizes may be built",
+            )
+    return memoryview(plan)
 
 
 def _settings(parsed: Parsed, ranges: Ranges, options: Options, capabilities: Sequence[str]) -> Any:
@@ -155,6 +206,7 @@ def _settings(parsed: Parsed, ranges: Ranges, options: Options, capabilities: Se
         trt.BuilderFlag.TF32: options.tf32,
         trt.BuilderFlag.STRICT_NANS: options.strict_nans,
         trt.BuilderFlag.WEIGHT_STREAMING: options.weight_streaming,
+        replacing(): options.refit,
     }
     for flag, wanted in flags.items():
         (settings.set_flag if wanted else settings.clear_flag)(flag)
@@ -178,13 +230,19 @@ def _refuse_numbers(value: Any) -> None:
         )
 
 
-def _refuse_refit(options: Options) -> None:
-    """Refuse constants that can be replaced where the library cannot build such a plan.
+def _refuse_refit(request: BuildRequest[Options]) -> None:
+    """Refuse constants that can be replaced where there are none, or the library cannot build such a plan.
 
     Raises:
+        UnknownOption: nothing is merged.
         Unavailable: there is no GPU.
     """
-    if options.refit and local() is None:
+    if request.options.refit and request.mode != "fused":
+        raise UnknownOption(
+            f"refit=True replaces merged weights, and in mode='{request.mode}' none are to be replaced",
+            next_step="give mode='fused' with it, or leave it out",
+        )
+    if request.options.refit and local() is None:
         raise Unavailable(
             "refit=True makes a plan whose constants can be replaced, which the library builds only where there is an "
             "NVIDIA GPU",

@@ -5,22 +5,25 @@ Plans are loaded by the first call, so that everything but calling works where t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
-import importlib
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from lorac.backends.onnx.files import name_of, names_of
-from lorac.backends.tensorrt.capabilities import lacking, refuse_lacking
+from lorac.backends.tensorrt.caching import PlanCache
+from lorac.backends.tensorrt.device.requirements import lacking, refuse_lacking
+from lorac.backends.tensorrt.device.slots import Slots
 from lorac.backends.tensorrt.options import Options
-from lorac.backends.tensorrt.placing import Placing
 from lorac.backends.tensorrt.profiles import Ranges, axes_of, refuse_outside
+from lorac.backends.tensorrt.refitting import Refitting
+from lorac.backends.tensorrt.running import Running
 from lorac.ir.binding import Answer, Binding
 from lorac.ir.engine import Engine, Files
 from lorac.ir.graph.feeds import fed, fitted, grouped_aux, named_tensors
@@ -47,13 +50,6 @@ def files_of(graphs: Iterable[str]) -> list[str]:
     return [*names_of(known), *(name_of(graph, PLAN) for graph in known)]
 
 
-class Runs(Protocol):
-    """A plan that was loaded."""
-
-    def call(self, inputs: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The outputs by name, for inputs and slots by name."""
-
-
 @dataclass(frozen=True)
 class Plan:
     """One graph of the program, as it was built.
@@ -65,6 +61,7 @@ class Plan:
         ranges: the sizes that it was built for, of every input.
         dtypes: the dtype of every input.
         capabilities: the compute capabilities it was built for; empty: the library's default.
+        made_by: the library and its release.
     """
 
     file: HeldFile
@@ -73,13 +70,22 @@ class Plan:
     ranges: Ranges
     dtypes: Mapping[str, torch.dtype]
     capabilities: tuple[str, ...]
+    made_by: str
 
 
 @dataclass(frozen=True, eq=False)
 class Values:
-    """Slot input -> the tensor that a call reads there."""
+    """What a choice of adapters comes to.
+
+    Attributes:
+        tensors: slot input -> tensor.
+        fixed: they are written in place.
+        held: graph -> its slots as its plan reads them; made at the first call.
+    """
 
     tensors: Mapping[str, Tensor]
+    fixed: bool = False
+    held: dict[str, Slots] = field(default_factory=dict)
 
 
 class TrtEngine(Engine):
@@ -114,18 +120,18 @@ class TrtEngine(Engine):
         self.plans = fed(self.slots, plans)
         self.base, self.mode, self.files, self.options, self.device = base, mode, files, options, device
         self.signatures = {name: _told(part.signature) for name, part in parts.items()}
-        self._placing = Placing(device)
-        self.buffers, self.memory = fused_buffers(self.plans, self._placing.base(base)) if self.fused else ({}, {})
-        self._written = Values(self.memory)
-        self._running: dict[str, Runs] = {}
+        self.buffers, self.memory = fused_buffers(self.plans, base.at(device)) if self.fused else ({}, {})
+        self._written = Values({} if options.refit else self.memory, fixed=True)
+        self._touched: frozenset[str] = frozenset()
+        self._running: dict[str, Running] = {}
+        self._refitting: dict[str, Refitting] = {}
         self._loading = threading.Lock()
 
     # --- the engine's contract ---------------------------------------------------------------------------------
 
     def bind(self, snapshot: Snapshot, slots: Mapping[str, SiteSlots]) -> Binding[Values]:
-        """The slots' tensors in the GPU's memory."""
-        tensors = {} if self.constant else named_tensors(self.slots, self.plans, slots)
-        return Binding(self, Values(self._placing.all_of(tensors)))
+        """The slots' tensors, which the first call that reads them brings to the GPU."""
+        return Binding(self, Values({} if self.constant else named_tensors(self.slots, self.plans, slots)))
 
     @property
     def written(self) -> Binding[Values]:
@@ -133,13 +139,16 @@ class TrtEngine(Engine):
         return Binding(self, self._written)
 
     def write(self, snapshot: Snapshot) -> int:
-        """Write weights by kernels of the device that they lie on, from the base and changes that lie there too."""
-        composed = {
-            path: dataclasses.replace(found, change=self._placing.change(found.change))
-            for path, found in snapshot.composed.items()
-            if path in self.buffers and found.change is not None
-        }
-        return super().write(dataclasses.replace(snapshot, composed={**snapshot.composed, **composed}))
+        """Write weights by torch's kernels where they lie, and have plans whose constants they are replace those."""
+        with contextlib.ExitStack() as stack:
+            for running in self._running.values():
+                stack.enter_context(running.writing())
+            written = super().write(snapshot)
+        changed = {path for path, found in snapshot.composed.items() if found.change is not None}
+        self._touched = frozenset(name for name in self.memory if self.slots[name].site in changed)
+        for refitting in self._refitting.values():
+            refitting.write(self._touched & refitting.memory.keys())
+        return written
 
     def hold(self, snapshot: Snapshot) -> None:
         """Nothing: what was written is in the memory that plans read."""
@@ -169,30 +178,47 @@ class TrtEngine(Engine):
         """
         name = require_component(graph, self.parts)
         part, names = self.parts[name], axes_of(self.parts[name].signature)
-        slots = {slot: content.tensors[slot] for slot in part.slots if slot in content.tensors}
 
         def run(given: dict[str, Any]) -> list[Any]:
             refuse_outside(part.ranges, given, names)
             inputs = {key: fitted(key, value, part.dtypes[key]) for key, value in given.items()}
-            found = self._loaded(name).call(inputs, slots)
+            running = self._loaded(name)
+            found = running.call(inputs, self._held(name, running, content))
             return [_as_it_came(found[output], given) for output in part.signature.outputs]
 
         output, extra = part.signature.run(args, kwargs, run)
         return Answer(output, grouped_aux(extra, content.tensors))
 
-    def _loaded(self, graph: str) -> Runs:
+    def _held(self, graph: str, running: Running, content: Values) -> Slots:
+        """A choice's slots of a graph, laid out once."""
+        if graph not in content.held:
+            own = {name: content.tensors[name] for name in self.parts[graph].slots if name in content.tensors}
+            content.held[graph] = running.hold(own, fixed=content.fixed)
+        return content.held[graph]
+
+    def _loaded(self, graph: str) -> Running:
         """A graph's plan as it runs, loaded once."""
         refuse_lacking()
         with self._loading:
             if graph not in self._running:
-                self._running[graph] = _running()(self.parts[graph].file.read(), self.device, self.options)
+                self._running[graph] = self._load(graph)
             return self._running[graph]
 
-
-@functools.cache
-def _running() -> Any:
-    """What loads a plan: imported where one is to run, since it takes a driver."""
-    return importlib.import_module("lorac.backends.tensorrt.running").Running
+    def _load(self, graph: str) -> Running:
+        part, folder = self.parts[graph], self.options.plan_cache
+        running = Running(
+            part.file.read(),
+            self.device,
+            capabilities=part.capabilities,
+            made_by=part.made_by,
+            cuda_graphs=self.options.cuda_graphs,
+            kernels=None if folder is None else PlanCache(Path(folder)).kernels(part.file.digest()),
+        )
+        if self.options.refit:
+            own = {name: tensor for name, tensor in self.memory.items() if name in part.slots}
+            refitting = self._refitting[graph] = Refitting(running.engine, own)
+            refitting.write(self._touched & own.keys())
+        return running
 
 
 def _as_it_came(value: Tensor, given: Mapping[str, Any]) -> Any:

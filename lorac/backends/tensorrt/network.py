@@ -24,16 +24,6 @@ from lorac.ir.graph.signature import CallSignature
 
 FREE = -1
 """How the library writes a size that varies."""
-_DTYPES = {
-    torch.float32: "FLOAT",
-    torch.float16: "HALF",
-    torch.bfloat16: "BF16",
-    torch.int64: "INT64",
-    torch.int32: "INT32",
-    torch.int8: "INT8",
-    torch.uint8: "UINT8",
-    torch.bool: "BOOL",
-}
 _NEXT = "target='onnxruntime' and target='eager' run it; another implementation of that part of the model may be built"
 
 
@@ -44,44 +34,10 @@ class Parsed:
     Attributes:
         network: the library's.
         builder: made it, and builds it.
-        messages: what the library said so far, and says from now on.
     """
 
     network: Any
     builder: Any
-    messages: Messages
-
-
-class Messages:
-    """What the library says, kept instead of printed.
-
-    Attributes:
-        logger: to hand to the library.
-        errors: what went wrong, in order.
-        warnings: what is no error.
-    """
-
-    def __init__(self) -> None:
-        trt = library.trt()
-        self.errors: list[str] = []
-        self.warnings: list[str] = []
-        wrong, doubtful = (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR), trt.ILogger.WARNING
-        errors, warnings = self.errors, self.warnings
-        base: Any = trt.ILogger
-
-        class Logger(base):  # type: ignore[misc]  # of a library without types
-            """Keeps what it is told."""
-
-            def __init__(self) -> None:
-                base.__init__(self)
-
-            def log(self, severity: Any, message: str) -> None:
-                if severity in wrong:
-                    errors.append(message)
-                elif severity == doubtful:
-                    warnings.append(message)
-
-        self.logger = Logger()
 
 
 def dtypes_of(graph: Graph, signature: CallSignature, slots: Sequence[str]) -> dict[str, torch.dtype]:
@@ -93,11 +49,10 @@ def dtypes_of(graph: Graph, signature: CallSignature, slots: Sequence[str]) -> d
     nodes = {name: name for name in signature.inputs} | {name: graph.slots[name].node for name in slots}
     found = {name: graph.node(node).meta["val"].dtype for name, node in nodes.items()}
     for name, dtype in found.items():
-        if dtype not in _DTYPES:
-            raise Unavailable(
-                f"tensorrt takes no {str(dtype).removeprefix('torch.')}, which input '{name}' is",
-                next_step=f"give it in example_inputs= as {', '.join(str(d).removeprefix('torch.') for d in _DTYPES)}",
-            )
+        try:
+            library.trt_dtype(dtype)
+        except Unavailable as error:
+            raise Unavailable(f"input '{name}': {error.what}", next_step=error.next_step) from error
     return found
 
 
@@ -110,17 +65,16 @@ def parse(path: Path) -> Parsed:
     Raises:
         Unavailable: the library does not take an op, as it is used here; named with the module that asks for it.
     """
-    trt, messages = library.trt(), Messages()
-    builder = trt.Builder(messages.logger)
-    network = builder.create_network(_strongly_typed(trt))
-    parser = trt.OnnxParser(network, messages.logger)
-    model = onnx.load(path, load_external_data=False)
-    _refuse_unknown(model, parser)
-    if not parser.parse_from_file(str(path)):
-        raise Unavailable(
-            f"tensorrt does not take {'; nor '.join(_refused(model, parser)) or 'the program'}", next_step=_NEXT
-        )
-    return Parsed(network, builder, messages)
+    trt, model = library.trt(), onnx.load(path, load_external_data=False)
+    with library.listening() as said:
+        builder = trt.Builder(library.logger())
+        network = builder.create_network(_strongly_typed(trt))
+        parser = trt.OnnxParser(network, library.logger())
+        _refuse_unknown(model, parser)
+        if not parser.parse_from_file(str(path)):
+            refused = "; nor ".join(_refused(model, parser)) or f"the program: {said.why()}"
+            raise Unavailable(f"tensorrt does not take {refused}", next_step=_NEXT)
+    return Parsed(network, builder)
 
 
 def check_inputs(parsed: Parsed, dtypes: Mapping[str, torch.dtype], ranges: Ranges) -> None:
@@ -134,10 +88,10 @@ def check_inputs(parsed: Parsed, dtypes: Mapping[str, torch.dtype], ranges: Rang
     Raises:
         SelfTestFailed: naming the first inputs that differ.
     """
-    network, kinds = parsed.network, library.trt().DataType
+    network = parsed.network
     inputs = [network.get_input(i) for i in range(network.num_inputs)]
     found = {value.name: value for value in inputs}
-    wanted = {name: getattr(kinds, _DTYPES[dtype]) for name, dtype in dtypes.items()}
+    wanted = {name: library.trt_dtype(dtype) for name, dtype in dtypes.items()}
     wrong = [*(found.keys() ^ wanted.keys())]
     wrong += [n for n in found.keys() & wanted.keys() if found[n].dtype != wanted[n] or not _has(found[n], ranges[n])]
     if wrong:

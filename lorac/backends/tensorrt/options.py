@@ -32,7 +32,13 @@ class Options(TargetOptions):
             the model does.
         strict_nans: comparisons and selections treat NaN as IEEE 754 has it.
         weight_streaming: weights may stay in host memory and be read from there while the plan runs.
-        refit: constants of the plan can be replaced later; only where there is a GPU.
+        cuda_graphs: calls are CUDA graphs, one for each set of shapes and ranks: less work for the CPU per call, and a
+            swap copies what it binds to where the graph reads it.
+        plan_cache: a folder that keeps plans by what they were built from, and is looked into before any is built; for
+            TensorRT for RTX the kernels that it compiles on a GPU too. None: neither.
+        refit: merged weights are constants of the plan, which TensorRT replaces in place, and no inputs; in mode
+            ``"fused"`` alone, and built only where there is a GPU.
+        device: the GPU that plans run on, ``"cuda"`` or ``"cuda:1"``, as ``compile`` is told by its own ``device``.
     """
 
     profiles: Mapping[str, Shapes] = field(default_factory=dict)
@@ -42,7 +48,10 @@ class Options(TargetOptions):
     tf32: bool = False
     strict_nans: bool = False
     weight_streaming: bool = False
+    cuda_graphs: bool = False
+    plan_cache: str | None = None
     refit: bool = False
+    device: str | None = None
 
     def check(self) -> None:
         """Capabilities are known to the library, sizes are in order, and numbers are in their range."""

@@ -16,12 +16,12 @@ import torch
 
 from lorac.backends.tensorrt import library
 from lorac.backends.tensorrt.caching import Kept
+from lorac.backends.tensorrt.capabilities import capability_of
 from lorac.backends.tensorrt.device.capturing import Graphs, record_on_cuda
 from lorac.backends.tensorrt.device.interfaces import CudaEngine
 from lorac.backends.tensorrt.device.lane import Lane
 from lorac.backends.tensorrt.device.ports import Ports
 from lorac.backends.tensorrt.device.requirements import (
-    capability_of,
     cuda_device,
     refuse_capability,
     refuse_damaged,

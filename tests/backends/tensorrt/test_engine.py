@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import os
 import subprocess
@@ -172,28 +173,30 @@ print([name for name in ("onnxscript", "transformers") if name in sys.modules])
 
 
 def test_an_artefact_is_refused_by_another_release_and_by_another_gpu(live, monkeypatch):
-    stored = {"name": library.trt().__name__, "version": library.version()}
-    backend._refuse_other_library(stored)
-    with pytest.raises(lorac.Unavailable, match=r"built by tensorrt_rtx 0\.9") as error:
-        backend._refuse_other_library({**stored, "version": "0.9"})
+    (part,) = engine_of(live).parts.values()
+    with pytest.raises(lorac.ArtifactError, match=r"made by tensorrt_rtx 0\.9") as error:
+        backend._refuse_other(dataclasses.replace(part, made_by="tensorrt_rtx 0.9"))
     assert library.version() in str(error.value)
-    parts = engine_of(live).parts
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     for here in ("8.9", None):
         monkeypatch.setattr(backend, "local", lambda here=here: here)
-        backend._refuse_other_gpu(parts)
+        backend._refuse_other(part)
     monkeypatch.setattr(backend, "local", lambda: "9.0")
-    with pytest.raises(lorac.Unavailable, match=r"8\.6, 8\.9, 12\.0; the GPU here has 9\.0") as other:
-        backend._refuse_other_gpu(parts)
-    assert "the library builds for" in str(other.value)  # of which this is none
+    with pytest.raises(lorac.Unavailable, match=r"has compute capability 9\.0.*8\.6, 8\.9, 12\.0") as other:
+        backend._refuse_other(part)
+    assert "builds for" in str(other.value)  # of which this is none
     monkeypatch.setattr(backend, "local", lambda: "8.0")
     with pytest.raises(lorac.Unavailable, match=r"target_capabilities=\['8\.6', '8\.9', '12\.0', '8\.0'\]"):
-        backend._refuse_other_gpu(parts)
+        backend._refuse_other(part)
 
 
 def test_a_device_that_is_no_gpu_is_refused(live, tmp_path):
     live.save(tmp_path / "saved")
-    with pytest.raises(lorac.Unavailable, match="run on NVIDIA GPUs, and not on device 'cpu'"):
+    with pytest.raises(lorac.Unavailable, match="runs on a GPU, not on 'cpu'"):
         lorac.load(tmp_path / "saved", device="cpu")
+    with pytest.raises(lorac.UnknownOption, match="runs on NVIDIA GPUs, and not on device 'cpu'"):
+        compiled(device="cpu")
+    assert engine_of(compiled(device="cuda:1", self_test=False)).options.device == "cuda:1"
 
 
 def test_two_builds_are_of_one_size(live):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import lorac
 from lorac.backends.tensorrt import library
 from lorac.backends.tensorrt.dialect import CLAIMS, DIALECT
-from lorac.backends.tensorrt.network import Messages, check_inputs, parse
+from lorac.backends.tensorrt.network import check_inputs, parse
 from lorac.backends.tensorrt.profiles import Range
 from tests.backends.tensorrt.building import quietly
 
@@ -27,10 +27,10 @@ X = torch.randn(3, 4)
 
 
 def _parser() -> Any:
-    trt, messages = library.trt(), Messages()
-    builder = trt.Builder(messages.logger)
+    trt = library.trt()
+    builder = trt.Builder(library.logger())
     made = builder.create_network(0)
-    return trt.OnnxParser(made, messages.logger), (builder, made, messages)
+    return trt.OnnxParser(made, library.logger()), (builder, made)
 
 
 @pytest.mark.skipif(not library.version().startswith("1.7."), reason="the list is that of TensorRT for RTX 1.7")

@@ -139,8 +139,10 @@ def test_settings_reach_the_library(tmp_path):
 @pytest.mark.skipif(capabilities.local() is not None, reason="there is a GPU here")
 def test_refitting_is_refused_where_there_is_no_gpu():
     with pytest.raises(lorac.Unavailable, match="only where there is an NVIDIA GPU") as error:
-        quietly(model=host(), adapters={}, example_inputs=EXAMPLE, refit=True)
+        quietly(model=host(), adapters={}, example_inputs=EXAMPLE, mode="fused", refit=True)
     assert "mode='fused'" in str(error.value)
+    with pytest.raises(lorac.UnknownOption, match="in mode='live' none are to be replaced"):
+        quietly(model=host(), adapters={}, example_inputs=EXAMPLE, refit=True)
 
 
 def test_a_number_that_decides_on_sizes_is_refused():

@@ -14,7 +14,7 @@ import onnxruntime as ort
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lorac.ir.host.sites import BaseReader, Site
+from lorac.ir.host.sites import BaseReader
 from lorac.ir.slots.buffers import FusedBuffer, fused_buffers
 from lorac.ir.slots.site import SitePlan
 
@@ -110,14 +110,7 @@ class TorchMemory(_Apart):
         return super().held(tensor) if tensor.device.type == "cpu" else aliased(tensor.detach().contiguous())
 
     def fused(self, plans: Mapping[str, SitePlan], base: BaseReader) -> Fused:
-        def weight(site: Site) -> Tensor:
-            return base.weight(site).to(self.place)
-
-        def bias(site: Site) -> Tensor | None:
-            found = base.bias(site)
-            return None if found is None else found.to(self.place)
-
-        return fused_buffers(plans, BaseReader(weight, bias))
+        return fused_buffers(plans, base.at(self.place))
 
     def settled(self) -> None:
         torch.cuda.current_stream(self.place).synchronize()

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from lorac.backends.tensorrt import library
-from lorac.errors import ArtifactError, Unavailable
+from lorac.backends.tensorrt.capabilities import known
+from lorac.errors import ArtifactError, Unavailable, warn
 
-_ELSEWHERE = (
-    "compiled.save(folder) writes what lorac.load runs on a machine with an NVIDIA GPU; target='onnxruntime' and "
-    "target='eager' run on the CPU"
-)
+_THERE = "compiled.save(folder) writes what lorac.load runs on a machine with an NVIDIA GPU"
+_ELSEWHERE = f"{_THERE}; target='onnxruntime' and target='eager' run on the CPU"
 
 
 def lacking() -> str | None:
@@ -35,6 +34,13 @@ def refuse_lacking() -> None:
         raise Unavailable(why, next_step=_ELSEWHERE)
 
 
+def tell_lacking() -> None:
+    """Warn where no plan runs."""
+    why = lacking()
+    if why is not None:
+        warn(f"the program is built and cannot run here: {why}", next_step=_THERE)
+
+
 def cuda_device(device: str | torch.device) -> torch.device:
     """The device with its number, of those that are here.
 
@@ -53,10 +59,17 @@ def cuda_device(device: str | torch.device) -> torch.device:
     return torch.device("cuda", index)
 
 
-def capability_of(device: torch.device) -> str:
-    """The compute capability of a GPU, as ``"8.9"``."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"{major}.{minor}"
+def place_of(asked: str | torch.device | None) -> torch.device:
+    """Where a program's plans run, with its number; the CPU's memory as long as there is no GPU.
+
+    Args:
+        asked: the device asked for; None: the current GPU.
+
+    Raises:
+        Unavailable: it is no GPU, or there are fewer.
+    """
+    wanted = torch.device("cuda" if asked is None else asked)
+    return torch.device("cpu") if wanted.type == "cuda" and lacking() is not None else cuda_device(wanted)
 
 
 def refuse_capability(found: str, built_for: Sequence[str], gpu: str) -> None:
@@ -74,7 +87,10 @@ def refuse_capability(found: str, built_for: Sequence[str], gpu: str) -> None:
         return
     raise Unavailable(
         f"{gpu} has compute capability {found}, and the plan was built for {', '.join(built_for)}",
-        next_step=f"compile for {found} too, or here; target='onnxruntime', device='cuda' takes any capability",
+        next_step=f"compile from the model with target_capabilities={[*built_for, found]}"
+        if found in known()
+        else f"{library.told()} builds for {', '.join(known()) or 'the GPU that is here'}; target='onnxruntime' and "
+        "device='cuda' take any GPU",
     )
 
 

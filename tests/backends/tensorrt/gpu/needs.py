@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lorac.backends.tensorrt import library
-from lorac.backends.tensorrt.device.requirements import capability_of, lacking
+from lorac.backends.tensorrt.capabilities import capability_of
+from lorac.backends.tensorrt.device.requirements import lacking
 
 
 def lacking_for_tensorrt() -> str | None:

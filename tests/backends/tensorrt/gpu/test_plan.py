@@ -12,7 +12,7 @@ import torch
 import lorac
 from lorac.backends.tensorrt import library
 from lorac.backends.tensorrt.caching import PlanCache
-from lorac.backends.tensorrt.device.requirements import capability_of
+from lorac.backends.tensorrt.capabilities import capability_of
 from lorac.backends.tensorrt.refitting import Refitting
 from lorac.backends.tensorrt.running import Running
 from lorac.testing.checks import assert_close

@@ -1,0 +1,173 @@
+"""What a call and a swap do with plans, where the plan's place is taken by the file that it was built of.
+
+No plan runs without a GPU. So ``Running`` is stood in for by ONNX Runtime over the emitted model, which answers with
+the numbers that the plan is to answer with; everything before it is the target's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lorac
+from lorac.backends.tensorrt import engine as engines
+from lorac.backends.tensorrt.checking import _session
+from lorac.backends.tensorrt.device.slots import Slots
+from lorac.backends.tensorrt.engine import TrtEngine
+from lorac.testing.checks import assert_close
+from tests.backends.tensorrt.building import away, build, quietly
+
+X = torch.randn(3, 10, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    """Two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(10, 14), nn.Linear(14, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.right(torch.tanh(self.left(x)))
+
+
+class Standing:
+    """A loaded plan, computed by ONNX Runtime on the CPU; notes what it is asked.
+
+    Args:
+        found: the engine whose plan it is.
+    """
+
+    def __init__(self, found: TrtEngine) -> None:
+        self.session = _session(found.files, "main")
+        self.held, self.written = 0, 0
+
+    def hold(self, tensors: Mapping[str, Tensor], *, fixed: bool = False) -> Slots:
+        self.held += 1
+        return Slots(tensors, fixed=fixed)
+
+    def call(self, inputs: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        given = {name: tensor.numpy() for name, tensor in {**inputs, **slots}.items()}
+        names = [value.name for value in self.session.get_outputs()]
+        return dict(zip(names, map(torch.from_numpy, self.session.run(names, given)), strict=True))
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        self.written += 1
+        yield
+
+
+def made(mode: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Any, Any, Standing]:
+    """The model for eager and for TensorRT with the same adapters, and what stands in for the plan."""
+    torch.manual_seed(0)
+    model = Net().eval()
+    variants = {"a": lorac.LoRA(r=2, targets=["left"]), "b": lorac.LoRA(r=3, targets=["left", "right"])}
+    eager = lorac.compile(model, variants, active="a", example_inputs=(X,))
+    for seed, adapter in enumerate(eager.adapters.values()):
+        away(adapter, seed)
+    given = dict(eager.adapters)
+    found = quietly(model=model, adapters=given, active="a", mode=mode, example_inputs=(X,), **options)
+    standing = Standing(found.engine)
+    monkeypatch.setattr(engines, "refuse_lacking", lambda: None)
+    monkeypatch.setattr(found.engine, "_load", lambda graph: standing)
+    return eager, found, standing
+
+
+@pytest.mark.parametrize("mode", ["live", "fused", "baked"])
+def test_it_answers_as_eager_does_after_any_swap(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    eager, found, _ = made(mode, monkeypatch)
+    choices = ["a"] if mode == "baked" else ["a", "b", None, {"a": 0.5, "b": 0.25}, "a"]
+    answers = []
+    for choice in choices:
+        if mode != "baked":
+            found.swap(choice)
+        eager.swap(choice)
+        answers.append(found(X))
+        with torch.no_grad():
+            assert_close(answers[-1], eager(X))
+    assert torch.equal(answers[0], answers[-1])
+    assert len({answer.sum().item() for answer in answers}) == len(set(map(str, choices)))
+
+
+def test_a_choice_is_laid_out_once_and_a_call_may_have_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    eager, found, standing = made("live", monkeypatch)
+    first = found(X)
+    assert torch.equal(found(X), first) and standing.held == 1
+    with torch.no_grad():
+        assert_close(found(X, adapters="b"), eager(X, adapters="b"))
+    assert torch.equal(found(X), first) and standing.held == 2
+    assert isinstance(found(X.numpy()), type(X.numpy()))
+
+
+def test_weights_are_written_while_no_call_reads_them_and_read_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, found, standing = made("fused", monkeypatch)
+    found(X)
+    for choice in ("b", "a"):
+        found.swap(choice)
+        found(X)
+    assert standing.written == 2 and standing.held == 1
+
+
+def test_a_size_that_the_plan_was_not_built_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, found, _ = made("live", monkeypatch, profiles={"batch": (1, 2, 4)})
+    found(X[:1])
+    with pytest.raises(lorac.InputMismatch, match="batch"):
+        found(torch.cat([X, X]))
+
+
+def test_a_plan_that_was_built_before_is_not_built_again(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+    real = build._plan_of
+    monkeypatch.setattr(build, "_plan_of", lambda *told: built.append(told[1]) or real(*told))
+    _, one, _ = made("live", monkeypatch, plan_cache=str(tmp_path))
+    _, other, _ = made("live", monkeypatch, plan_cache=str(tmp_path))
+    assert built == ["main"]
+    plans = [found.engine.parts["main"].file.read() for found in (one, other)]
+    assert plans[0] == plans[1]
+    made("live", monkeypatch, plan_cache=str(tmp_path), profiles={"batch": (1, 2, 4)})
+    made("live", monkeypatch, plan_cache=str(tmp_path), tf32=True)
+    assert built == ["main"] * 3
+
+
+def test_weights_that_are_constants_are_replaced_in_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the plan, which the library builds so only where there is a GPU."""
+    written: list[set[str]] = []
+
+    class Replacing:
+        def __init__(self, engine: object, memory: Mapping[str, Tensor]) -> None:
+            self.memory = memory
+
+        def write(self, touched: frozenset[str]) -> int:
+            written.append(set(touched))
+            return 0
+
+    class Loaded(Standing):
+        engine = None
+
+        def __init__(self, plan: object, device: object, **told: object) -> None:
+            self.told = told
+
+    monkeypatch.setattr(engines, "Refitting", Replacing)
+    monkeypatch.setattr(engines, "Running", Loaded)
+    monkeypatch.setattr(build, "local", lambda: "8.6")
+    marked: list[set[str]] = []
+    real = build.mark
+    monkeypatch.setattr(
+        build, "mark", lambda network, names, known: marked.append(set(names)) or real(network, names, known)
+    )
+    monkeypatch.setattr(build, "replacing", lambda: build.library.trt().BuilderFlag.STRICT_NANS)
+    torch.manual_seed(0)
+    model, adapters = Net().eval(), {"a": lorac.LoRA(r=2, targets=["left"]), "b": lorac.LoRA(r=3, targets=["right"])}
+    found: Any = quietly(model=model, adapters=adapters, active="a", mode="fused", example_inputs=(X,), refit=True)
+    for adapter in found.adapters.values():
+        away(adapter, 1)
+    assert marked == [{"left:weight", "right:weight"}]
+    assert found.engine._load("main") is not None
+    found.swap("b")
+    found.swap(None)
+    assert written == [{"left:weight"}, {"right:weight"}, set()]
