@@ -140,7 +140,7 @@ def _refuse_idle(outcomes: Iterable[Outcome], options: Options) -> None:
     reasons = {f"'{name}' is {why}" for outcome in outcomes for name, why in outcome.floats.items()}
     raise Unavailable(
         f"no weight of the model can be held as {options.weights}: {min(reasons, default='it has no matrices')}",
-        next_step="leave weights= out; a model in float64 can be asked for in dtype='float32'",
+        next_step="leave weights= out; dtype='float32' has a model of another precision quantised",
     )
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -22,8 +23,10 @@ from lorac.backends.onnxruntime import build
 from lorac.backends.onnxruntime.devices import kernels_of_cuda, widening
 from lorac.backends.onnxruntime.dialect import DIALECTS
 from lorac.ir.graph.graph import Graph
+from lorac.testing.checks import assert_close
 from lorac.testing.parity import assert_parity
 from tests.backends.onnxruntime.half_hosts import NAMES, Reference
+from tests.zoo import ZOO
 
 F16, BF16 = torch.float16, torch.bfloat16
 _HALF = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
@@ -130,6 +133,22 @@ def test_norms_hold_their_sums_in_float32(name: str, dtype: torch.dtype) -> None
     for node in norms:
         assert node.inputs[0] is not None and node.inputs[0].dtype in _HALF
         assert node.attributes.get_int("stash_type", 1) == ir.DataType.FLOAT
+
+
+def test_what_was_saved_in_half_precision_is_refused_on_the_cpu(tmp_path: Path) -> None:
+    """Fused and settled it runs there only because this test has it run so."""
+    given, adapters = ZOO["plain_mlp"].inputs(), {"a": lorac.LoRA(r=2, targets=["up"])}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(DIALECTS, "cpu", DIALECTS["cuda"])  # type: ignore[arg-type]  # a dict
+        compiled: Any = lorac.compile(ZOO["plain_mlp"].fresh(F16), adapters, "onnxruntime", given, mode="fused")
+    bound = compiled(**given)
+    compiled.swap("a", settle=True)
+    assert bound.dtype == F16 and {tensor.dtype for tensor in compiled.engine.memory.values()} == {F16}
+    assert_close(compiled(**given), bound)
+    compiled.save(tmp_path / "it")
+    for device in (None, "cpu"):
+        with pytest.raises(lorac.Unavailable, match="is in float16, in which ONNX Runtime does not compute on the CPU"):
+            lorac.load(tmp_path / "it", device=device)
 
 
 # The rewrite
