@@ -30,7 +30,7 @@ def _recognises(path: Path) -> bool:
 def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
     raise UnsupportedField(
         f"'{path}' holds the gates of AutoLoRA's merger, and the LoRAs that they fuse lie elsewhere",
-        next_step="load these, then lorac.AutoLoRA.from_loras(loras, gates=safetensors.torch.load_file(path))",
+        next_step="load these, and give them to lorac.AutoLoRA.from_loras with gates=, this file's tensors by name",
     )
 
 

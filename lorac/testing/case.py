@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType, SimpleNamespace
@@ -16,6 +16,7 @@ from torch import nn
 
 from lorac.compiler.api import compile
 from lorac.ir.host.sites import Site, bias_of, find_sites
+from lorac.ir.slots.reads import BASE, IN, OUTPUT, OWN, WEIGHT, full_name, parse
 from lorac.ir.slots.run import Ctx
 from lorac.runtime.compiled import Compiled
 from lorac.testing.hosts import Host
@@ -32,12 +33,14 @@ Tensor = torch.Tensor
 class Oracle:
     """A method's equations in NumPy float64, written from its paper, without looking at the variant.
 
-    ``p`` has one array per parameter, ``variant`` is the configuration at the site. Give those that the method has.
+    ``p`` has one array per parameter, ``variant`` is the configuration at the site. Give those that the method has. Of
+    one that reads program values, ``p.values`` has these by name.
 
     Attributes:
         weight: (W (out, in), p, variant) -> W'.
         bias: (b (out,), W, p, variant) -> b'; zeros stand for a missing bias.
         branch: (x, y, p, variant) -> y', y the site's unadapted output.
+        once: (p, variant) -> what the method computes once per call, by name, read as ``own:<name>``.
         count: (out, in, variant) -> number of trained values at one site.
     """
 
@@ -45,6 +48,7 @@ class Oracle:
     bias: Callable[[Array, Array, SimpleNamespace, Any], Array] | None = None
     branch: Callable[[Array, Array, SimpleNamespace, Any], Array] | None = None
     count: Callable[[int, int, Any], int] | None = None
+    once: Callable[[SimpleNamespace, Any], dict[str, Array]] | None = None
 
     @staticmethod
     def of(module: ModuleType) -> Oracle:
@@ -63,8 +67,13 @@ class Case:
     """
 
     def __init__(self, variant: Variant, host: Host, oracle: Oracle | None = None) -> None:
-        self.variant = dataclasses.replace(variant, targets=host.paths)
-        self.host, self.oracle = host, oracle
+        self.given, self.host, self.oracle = variant, host, oracle
+
+    @cached_property
+    def variant(self) -> Variant:
+        """The configuration at the host's sites; where it is not admitted as it was given."""
+        admitted = self.host.admits(self.given)
+        return self.host.settled(self.given) if admitted else dataclasses.replace(self.given, targets=self.host.paths)
 
     @cached_property
     def model(self) -> nn.Module:
@@ -74,7 +83,7 @@ class Case:
     @cached_property
     def site(self) -> Site:
         """The adapted site."""
-        return find_sites(self.model)[self.host.path]
+        return self.host.site
 
     @cached_property
     def a(self) -> Adapter:
@@ -127,7 +136,8 @@ class Case:
     @torch.no_grad()
     def references(self, x: Tensor) -> dict[str, Tensor]:
         """What adapter a must answer, by every way to say it: the oracle's, or without one the formula's own."""
-        return self.answers(self.site, self.model, x, self.base(x))
+        read = read_of(self.variant.at(self.site), self.site, self.model, x)
+        return self.answers(self.site, self.model, x, self.base(x), read)
 
     @torch.no_grad()
     def reference(self, model: nn.Module, x: Tensor) -> Tensor:
@@ -148,7 +158,9 @@ class Case:
             for hook in hooks:
                 hook.remove()
 
-    def answers(self, site: Site, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    def answers(
+        self, site: Site, model: nn.Module, x: Tensor, y: Tensor, read: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """What adapter a must answer at a site, by every way to say it.
 
         Args:
@@ -156,12 +168,16 @@ class Case:
             model: the host, in float64.
             x: the site's input.
             y: what the host's site answers.
+            read: what the method reads besides, by name.
         """
         if self.oracle is None:
-            return {"formula": self._formula(site, model, x, y)}
+            return {"formula": self._formula(site, model, x, y, read or {})}
         found = {}
-        p = SimpleNamespace(**{name: _array(t) for name, t in self.a.tensors[site.path].items()})
+        values = {name: _array(value) for name, value in (read or {}).items()}
+        p = SimpleNamespace(**{name: _array(t) for name, t in self.a.tensors[site.path].items()}, values=values)
         variant = self.variant.at(site)
+        if self.oracle.once is not None:
+            values |= {f"{OWN}:{name}": value for name, value in self.oracle.once(p, variant).items()}
         if self.oracle.weight is not None:
             weight, bias = _array(_weight(site, model)), _array(_bias(site, model))
             new_weight = self.oracle.weight(weight, p, variant)
@@ -184,15 +200,52 @@ class Case:
         """b (out,), zeros where there is none."""
         return _bias(self.site, self.model)
 
-    def _formula(self, site: Site, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    def _formula(self, site: Site, model: nn.Module, x: Tensor, y: Tensor, read: Mapping[str, Tensor]) -> Tensor:
         variant = self.variant.at(site)
         p = SimpleNamespace(**self.a.tensors[site.path])
         if isinstance(variant, BranchVariant):
-            return variant.branch(x, y, p, Ctx(site))
+            values = dict(read)
+            around = Ctx(site, values=values).within(y.dtype)
+            own = variant.once(p, around) if variant.has_once else {}
+            values |= {full_name("", f"{OWN}:{name}"): value for name, value in own.items()}
+            return variant.branch(x, y, p, around)
         assert isinstance(variant, WeightVariant)
         assert self.host.apply is not None
         weight, bias = variant.weight(_weight(site, model), p), variant.new_bias(_bias(site, model), p)
         return torch.from_numpy(self.host.apply(_array(x), _array(weight), _array(bias)))
+
+
+@torch.no_grad()
+def read_of(variant: Variant, site: Site, model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """The program values that a method reads at a site, of a pass of the base.
+
+    Args:
+        variant: the method at the site.
+        site: the site.
+        model: the host.
+        x: its input.
+    """
+    if not isinstance(variant, BranchVariant):
+        return {}
+    names = [*variant.reads(site), *(variant.reads_once() if variant.has_once else ())]
+    parsed = {name: parse(name) for name in names}
+    seen: dict[tuple[str, str], Tensor] = {}
+
+    def note(path: str, given: Tensor, answer: Tensor) -> None:
+        seen.update({(IN, path): given, (OUTPUT, path): answer, (BASE, path): answer})
+
+    hooks = [
+        model.get_submodule(path).register_forward_hook(lambda _, given, y, path=path: note(path, given[0], y))
+        for path in {of for kind, of in parsed.values() if kind in {OUTPUT, IN, BASE}}
+    ]
+    try:
+        model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    sites = find_sites(model)
+    seen |= {found: _weight(sites[found[1]], model) for found in parsed.values() if found[0] == WEIGHT}
+    return {name: seen[found] for name, found in parsed.items() if found[0] != OWN}
 
 
 def _weight(site: Site, model: nn.Module) -> Tensor:

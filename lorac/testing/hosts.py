@@ -6,6 +6,7 @@ the second reads, and a tensor that layers share is larger than one of them need
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lorac.errors import SiteUnsupported
+from lorac.errors import AdapterError, SiteError
+from lorac.ir.host.modules import module_site
 from lorac.ir.host.sites import Site, SiteKind, find_sites
-from lorac.variants.base import Variant
+from lorac.ir.slots.reads import Readable
+from lorac.variants.base import BranchVariant, Variant
 
 Array = np.ndarray
 Tensor = torch.Tensor
@@ -125,6 +128,34 @@ class TwoBlocks(nn.Module):
         return self.blocks[1](self.between(self.blocks[0](x)))
 
 
+class GatedMLP(nn.Module):
+    """``D·(silu(G·x) ∘ U·x)``: an MLP as most language models have it."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate, self.up = (nn.Linear(width, hidden, bias=False) for _ in range(2))
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y (…, width) from x (…, width)."""
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Stack(nn.Module):
+    """A model of blocks, at ``blocks``, with a norm behind them, at ``norm``."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(width, hidden), Block(width, hidden)])
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y (…, length, width) from x (…, length, width)."""
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
 @dataclass(frozen=True)
 class Host:
     """A model with one site of a kind, or several.
@@ -163,18 +194,40 @@ class Host:
 
     @functools.cached_property
     def sites(self) -> Mapping[str, Site]:
-        """All its sites by path."""
-        found = find_sites(self.model())
-        return {path: found[path] for path in self.paths}
+        """All its sites by path; a module is one because it is named."""
+        model = self.model()
+        found = find_sites(model)
+        return {path: found[path] if path in found else module_site(path, model, found) for path in self.paths}
+
+    def settled(self, variant: Variant) -> Variant:
+        """A method at this host's sites, as a fresh adapter has it.
+
+        Raises:
+            SiteError, AdapterError: it is not defined here.
+        """
+        return dataclasses.replace(variant, targets=self.paths).for_model(self.model())
 
     def admits(self, variant: Variant) -> bool:
-        """Whether a method is defined here: on the sites' kind and shapes."""
+        """Whether a method is defined here: on the sites' kind and shapes, and on what it reads besides."""
         try:
+            here = self.settled(variant)
             for site in self.sites.values():
-                variant.at(site).check(site)
-        except SiteUnsupported:
+                self._check(here.at(site), site)
+        except (SiteError, AdapterError):
             return False
         return True
+
+    def _check(self, variant: Variant, site: Site) -> None:
+        variant.check(site)
+        if isinstance(variant, BranchVariant) and variant.reads(site):
+            variant.params(site)
+            self._readable.check(variant.reads(site), owns=variant.has_once)
+            self._readable.check(variant.reads_once() if variant.has_once else (), once=True)
+
+    @functools.cached_property
+    def _readable(self) -> Readable:
+        model = self.model()
+        return Readable.of(model, find_sites(model))
 
     def model(self, dtype: torch.dtype = torch.float64) -> nn.Module:
         """The model, the same weights every time, in eval mode; the process's random state is left alone."""
@@ -286,6 +339,11 @@ HOSTS: Mapping[str, Host] = dict(
         (
             "block",
             Host("block", SiteKind.BLOCK, lambda: OneBlock(Block(7, 5)), (7,), None, path="blocks.0"),
+        ),
+        _host("gated", SiteKind.BLOCK, lambda: GatedMLP(6, 10), sizes=(6,), apply=None),
+        (
+            "stack",
+            Host("stack", SiteKind.BLOCK, lambda: Stack(8, 5), (5, 8), None, batches=((6,), (2, 3), ()), path="norm"),
         ),
         _pair(
             "two_linear",

@@ -11,7 +11,7 @@ from torch import nn
 
 from lorac.compiler.api import compile
 from lorac.errors import UnknownOption
-from lorac.ir.host.sites import Site, find_sites
+from lorac.ir.host.sites import Site
 from lorac.testing.parity import CONTRIBUTION, contribution
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant, dataclass_fields
@@ -22,6 +22,7 @@ AIM = 0.2
 """Share of the base's output that a sampled adapter contributes."""
 _SCALES = {"alpha": 5.0, "scale": 0.7}
 """Values for fields that are factors by their name: away from 1 and from any rank, so that a lost factor shows."""
+_FALLING = [2.0**-n for n in range(6)]
 _COMMON = frozenset(dataclass_fields(Variant))  # type: ignore[type-abstract]  # its fields alone are read
 
 
@@ -78,7 +79,8 @@ def adapter_away(variant: Variant, model: nn.Module, inputs: Tensor, *, name: st
     compiled = compile(model, {name: variant})
     adapter = compiled.adapters[name]
     generator = torch.Generator().manual_seed(seed)
-    moves = [(t, _move(t, generator)) for t in _moved(adapter, find_sites(model))]
+    sites = {path: plan.site for path, plan in compiled.plans.items()}
+    moves = [(t, _move(t, generator)) for t in _moved(adapter, sites)]
     with torch.no_grad():
         base = model(inputs)
 
@@ -116,8 +118,16 @@ def _move(tensor: Tensor, generator: torch.Generator) -> Callable[[float], Tenso
 
 
 def _search(share: Callable[[float], float]) -> None:
-    """Leave the adapter at a strength whose contribution is near the aim."""
+    """Leave the adapter at a strength whose contribution is near the aim.
+
+    What begins farther from the base than that is left as far from its beginning as the window admits.
+    """
     low, high = 0.0, 0.05
+    if share(low) > AIM:
+        assert any(CONTRIBUTION[0] <= share(strength) <= CONTRIBUTION[1] for strength in _FALLING), (
+            f"it begins far from the base, and no strength contributes {CONTRIBUTION[1]:.0%} or less"
+        )
+        return
     while share(high) < AIM:
         low, high = high, 2 * high
         assert high < 1e4, "the adapter hardly moves the output, whatever its strength"

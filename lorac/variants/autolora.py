@@ -172,24 +172,28 @@ def _gated(adapter: Adapter, merger: Mapping[str, Mapping[str, Tensor]]) -> Adap
             next_step="give the LoRAs that it was trained for, or leave out the gates of other layers",
         )
     for path, own in adapter.tensors.items():
-        given = merger.get(path, {})
-        wanted = own.keys() - {"lora_A", "lora_B"}
-        if given.keys() != wanted:
-            lacking, more = sorted(wanted - given.keys()), sorted(given.keys() - wanted)
-            raise CorruptFile(
-                f"the merger's gate for '{path}' "
-                + (f"lacks '{lacking[0]}'" if lacking else f"has '{more[0]}', which those of other layers lack"),
-                next_step="give all of one trained merger",
-            )
-        for key, tensor in given.items():
-            if tensor.shape != own[key].shape:
-                raise ShapeMismatch(
-                    f"'{key}' of the merger's gate for '{path}' is {tuple(tensor.shape)}, and the layer gives "
-                    f"{tuple(own[key].shape)}",
-                    next_step="give a merger of the same base model",
-                )
-            own[key] = tensor.to(own[key].dtype)
+        own.update(_held(path, own, merger.get(path, {})))
     return adapter
+
+
+def _held(path: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One layer's gate of a merger, as large as its own."""
+    wanted = own.keys() - {"lora_A", "lora_B"}
+    if given.keys() != wanted:
+        lacking, more = sorted(wanted - given.keys()), sorted(given.keys() - wanted)
+        raise CorruptFile(
+            f"the merger's gate for '{path}' "
+            + (f"lacks '{lacking[0]}'" if lacking else f"has '{more[0]}', which those of other layers lack"),
+            next_step="give all of one trained merger",
+        )
+    for key, tensor in given.items():
+        if tensor.shape != own[key].shape:
+            raise ShapeMismatch(
+                f"'{key}' of the merger's gate for '{path}' is {tuple(tensor.shape)}, and the layer gives "
+                f"{tuple(own[key].shape)}",
+                next_step="give a merger of the same base model",
+            )
+    return {key: tensor.to(own[key].dtype) for key, tensor in given.items()}
 
 
 def _normed(value: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

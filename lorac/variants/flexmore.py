@@ -71,6 +71,10 @@ class FlexMoRE(BranchVariant):
     identity_at_init: ClassVar[bool] = False
     emits: ClassVar[tuple[str, ...]] = ("router",)
 
+    def starts_as_base(self, site: Site) -> bool:
+        """Where experts all start as the model's own and their shares sum to 1."""
+        return self.normalise and all(self.ranks)
+
     def reads(self, site: Site) -> tuple[str, ...]:
         shared = any(self.ranks)
         return tuple(f"{site.path}.{name}" for name in (self.gate, self.up) if shared) + (

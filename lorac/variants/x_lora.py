@@ -13,10 +13,12 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from lorac.errors import AdapterError
+from lorac.errors import AdapterError, ShapeMismatch
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.sites import Site, SiteKind
+from lorac.ir.host.modules import callable_paths, told_site
+from lorac.ir.host.sites import Site, SiteKind, find_sites
 from lorac.variants import _inits
 from lorac.variants._experts import factors_of, stacked, stacked_specs
 from lorac.variants._routed import Routed
@@ -74,6 +76,24 @@ class XLoRA(Routed):
     paper: ClassVar[str] = "X-LoRA: Mixture of Low-Rank Adapter Experts, arXiv 2402.07148"
     kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.LINEAR})
     emits: ClassVar[tuple[str, ...]] = ("router",)
+
+    def for_model(self, model: nn.Module, inputs: object = None) -> XLoRA:
+        """As it is; refused where the structure of the model tells another width of what the classifier reads.
+
+        Raises:
+            ShapeMismatch: naming both widths.
+        """
+        sites = find_sites(model)
+        found = sites.get(self.hidden) or (
+            told_site(self.hidden, model, sites) if self.hidden in callable_paths(model) else None
+        )
+        if found is not None and found.out_features != self.hidden_size:
+            raise ShapeMismatch(
+                f"the classifier of X-LoRA reads {self.hidden_size} values of a token, and '{self.hidden}' gives "
+                f"{found.out_features}",
+                next_step=f"give hidden_size={found.out_features}, or name another module in hidden=",
+            )
+        return self
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         ranks, role = self.experts * self.r, Role.TRAINABLE if self.use_trainable_adapters else Role.FROZEN

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -18,13 +19,6 @@ FORMS = {"adaptertune", "hydra", "meteora", "shira"}
 """Methods of a form each, for what a target does with a model of two layers."""
 LATE = ("two_conv", "two_embedding")
 """Hosts of two layers whose kinds differ in nothing that shows there."""
-BUILT_IN = {
-    name: variant
-    for name, variant in variants().items()
-    if variant.__module__.startswith("lorac.") and issubclass(variant, WeightVariant | BranchVariant)
-    if all(f.default is not f.default_factory for f in dataclasses.fields(variant))
-}
-"""Those with a formula and defaults; the others replace whole tensors, or are made of methods, and tested as that."""
 
 
 def oracle_at(file: Path) -> ModuleType:
@@ -32,6 +26,26 @@ def oracle_at(file: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def fields_of(name: str) -> dict[str, Any]:
+    """Sizes that must divide the layers', and what has no default, come with the equations: FIELDS."""
+    file = ORACLES / f"{name}.py"
+    return getattr(oracle_at(file), "FIELDS", {}) if file.exists() else {}
+
+
+def has_all(name: str, variant: type) -> bool:
+    given = fields_of(name)
+    return all(f.default is not f.default_factory or f.name in given for f in dataclasses.fields(variant))
+
+
+BUILT_IN = {
+    name: variant
+    for name, variant in variants().items()
+    if variant.__module__.startswith("lorac.") and issubclass(variant, WeightVariant | BranchVariant)
+    if has_all(name, variant)
+}
+"""Those with a formula; the others replace whole tensors, or are made of methods, and tested as that."""
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -46,8 +60,7 @@ def _checks():
     for name, variant in BUILT_IN.items():
         file = ORACLES / f"{name}.py"
         oracle = oracle_at(file) if file.exists() else None
-        # Sizes that must divide the layers' come with the equations: FIELDS.
-        yield from _thinned(conformance(variant, oracle, **getattr(oracle, "FIELDS", {})))
+        yield from _thinned(conformance(variant, oracle, **fields_of(name)))
 
 
 def _thinned(checks):

@@ -142,7 +142,9 @@ def test_what_the_library_left_out_is_told():
     ("fields", "error", "match"),
     [
         ({"new_field": 1}, lorac.UnknownField, "new_field"),
-        ({"architecture": "lora"}, lorac.UnsupportedField, "lora"),
+        ({"architecture": "lora"}, lorac.UnsupportedField, "architecture 'lora'"),
+        ({"architecture": "prefix_tuning"}, lorac.UnsupportedField, "architecture 'prefix_tuning'"),
+        ({"architecture": "union"}, lorac.UnsupportedField, "architecture 'union'"),
         ({"inv_adapter": "glow"}, lorac.UnsupportedField, "glow"),
         ({"non_linearity": "gulu"}, lorac.UnknownOption, "gelu"),
         ({"reduction_factor": -4}, lorac.UnsupportedField, "reduction_factor"),
@@ -212,3 +214,13 @@ def test_what_it_cannot_hold_is_not_written(tmp_path):
     with pytest.raises(lorac.BaseNeeded):
         lorac.save_adapter(read("bert/houlsby"), tmp_path / "x", format="adapterhub")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [("adapter_fusion_config.json", "a fusion that attends"), ("adapter_setup.json", "how adapters are stacked")],
+)
+def test_what_puts_adapters_together_is_told_by_name(file, text, tmp_path):
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(lorac.UnsupportedField, match=text):
+        lorac.load_adapter(tmp_path, model("bert"))

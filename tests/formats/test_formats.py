@@ -181,7 +181,7 @@ FORMAT = Format(
 
 
 def test_a_file_is_a_format(another_format: None, tmp_path: Path, adapter: Adapter) -> None:
-    assert set(formats()) == {"adapterhub", "checkpoint", "native", "peft", "throwaway", "xlora"}
+    assert set(formats()) == {"adapterhub", "autolora", "checkpoint", "native", "peft", "throwaway", "xlora"}
     (tmp_path / "some.throwaway").write_text("x")
     assert load_adapter(tmp_path / "some.throwaway").name == "some"
     with pytest.raises(UnknownFormat, match="cannot be saved in the format 'throwaway'"):

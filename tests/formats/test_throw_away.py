@@ -46,7 +46,7 @@ lorac.formats.__path__.append(sys.argv[1])  # as if the file lay in the package'
 import lorac, torch
 
 folder, model, x = Path(sys.argv[2]), torch.nn.Sequential(torch.nn.Linear(4, 6)), torch.randn(3, 4)
-assert list(lorac.formats.formats()) == ["adapterhub", "checkpoint", "native", "pairs", "peft", "xlora"]
+assert list(lorac.formats.formats()) == ["adapterhub", "autolora", "checkpoint", "native", "pairs", "peft", "xlora"]
 adapter = lorac.Adapter("a", lorac.LoRA(r=2, alpha=2), {"0": {"lora_A": torch.ones(2, 4), "lora_B": torch.ones(6, 2)}})
 lorac.save_adapter(adapter, folder / "a.pairs", format="pairs")
 compiled = lorac.compile(model, {"given": adapter, "read": folder / "a.pairs"})

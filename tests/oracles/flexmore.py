@@ -2,6 +2,8 @@
 
 import numpy as np
 
+FIELDS = {"ranks": (2, 1)}
+
 
 def silu(z):
     return z / (1 + np.exp(-z))
@@ -38,3 +40,19 @@ def erank(values):
     """Effective rank: ⌈exp(H(σ/Σσ))⌉."""
     share = np.asarray(values) / np.sum(values)
     return int(np.ceil(np.exp(-(share * np.log(share)).sum()) - 1e-12))
+
+
+def branch(x, y, p, variant):
+    """Of the model's own matrices only what they give is known: G·x and U·x, and D."""
+    gate, up, down = (p.values[name] for name in ("site.gate", "site.up", "weight:site.down"))
+    weights = shares(x @ p.router.T, variant.top_k, variant.normalise)
+    out = weights[..., :1] * y
+    for n, rank in enumerate(variant.ranks, 1):
+        names = [f"{part}_{n}" for part in ("gate", "up", "down")]
+        if rank:
+            g, u, d = (getattr(p, f"{name}_B") @ getattr(p, f"{name}_A") for name in names)
+            one = (silu(gate + x @ g.T) * (up + x @ u.T)) @ (down + d).T
+        else:
+            one = expert(x, *(getattr(p, name) for name in names))
+        out = out + weights[..., n : n + 1] * one
+    return out

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+FIELDS = {"blocks": ("blocks.0", "blocks.1"), "heads": 2, "intermediate": 8, "r": 2, "bottleneck": 3}
+
 
 def sigmoid(z):
     return 1 / (1 + np.exp(-z))
@@ -78,3 +80,12 @@ def output(y, states, p, variant, real=None):
         g = side((1 - beta) * down(h, p, n, variant) + beta * g, p, n, variant, real)
     grown = rms(g, p["norm"], variant.eps) @ p["up_weight"].T + p["up_bias"]
     return p["alpha"] * y + (1 - p["alpha"]) * grown
+
+
+def branch(x, y, p, variant):
+    """Every text of a batch by itself."""
+    states = [p.values[name] for name in (f"in:{variant.blocks[0]}", *variant.blocks)]
+    out = np.empty_like(y)
+    for at in np.ndindex(y.shape[:-2]):
+        out[at] = output(y[at], [h[at] for h in states], vars(p), variant)
+    return out

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+FIELDS = {"hidden": "site", "hidden_size": 11, "experts": 2, "depth": 2, "size": 5}
+
 
 def softmax(z):
     exponentials = np.exp(z - z.max())
@@ -33,3 +35,21 @@ def site(x, y, a, b, weights, variant):
         rows = slice(i * variant.r, (i + 1) * variant.r)
         y = y + variant.global_scaling_weight * w * (b[:, rows] @ (a[rows] @ x))
     return y
+
+
+def once(p, variant):
+    """What every token's experts weigh at each of the layers, of the base's last hidden state."""
+    layers = [(getattr(p, f"classifier_{j}_weight"), getattr(p, f"classifier_{j}_bias")) for j in range(variant.depth)]
+    if not variant.activation:  # two linear maps after one another
+        layers = [(layers[1][0] @ layers[0][0], layers[1][0] @ layers[0][1] + layers[1][1])]
+    h = p.values[f"base:{variant.hidden}"]
+    found = [scalings(classified(token, layers), variant) for token in h.reshape(-1, h.shape[-1])]
+    return {"scalings": np.array(found).reshape(*h.shape[:-1], 1, variant.experts)}
+
+
+def branch(x, y, p, variant):
+    weights = p.values["own:scalings"]
+    out = np.empty_like(y)
+    for at in np.ndindex(y.shape[:-1]):
+        out[at] = site(x[at], y[at], p.lora_A, p.lora_B, weights[at][0], variant)
+    return out

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import lorac
 from lorac.testing.checks import assert_close
@@ -222,3 +223,25 @@ def test_one_stream_per_step_the_same_at_all_sites() -> None:
     assert not torch.equal(*steps)
     compiled.eval()(X)
     assert not torch.stack(list(compiled.aux["drawn"].values())).any()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_around_the_whole_draws_the_same_again(reentrant) -> None:
+    """Gradients are those without a checkpoint, also of several calls with one input and nothing drawn in between."""
+    gradients = []
+    for checkpointed in (False, True):
+        torch.manual_seed(5)
+        compiled = lorac.compile(host(), {"n": Noisy()}).train()
+        x = X.clone().requires_grad_()
+        calls = [checkpoint(compiled, x, use_reentrant=reentrant) if checkpointed else compiled(x) for _ in range(3)]
+        sum(weight * y.square().sum() for weight, y in enumerate(calls, 1)).backward()
+        gradients.append([p.grad.clone() for p in compiled.parameters() if p.grad is not None])
+    assert gradients[0] and all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_call_made_again_with_another_random_state_is_refused() -> None:
+    compiled, x = lorac.compile(host(), {"n": Noisy()}).train(), X.clone().requires_grad_()
+    y = checkpoint(compiled, x, use_reentrant=False, preserve_rng_state=False)
+    torch.rand(1)
+    with pytest.raises(lorac.Unavailable, match="made again by a checkpoint"):
+        y.square().sum().backward()

@@ -51,13 +51,14 @@ class Call:
     """One call of the host: what fills its slots, the program values read so far, and the extra outputs given.
 
     ``computes_terms`` is settled at the call's start: a reentrant checkpoint turns gradients off within it. ``seed`` is
-    that of its randomness, which is the same when a checkpoint recomputes. ``attention`` is what its branches attend
-    by, once it has begun.
+    that of its randomness, once a branch asked for it, and the same when a checkpoint recomputes; ``began`` tells its
+    beginning from those of other calls. ``attention`` is what its branches attend by, once it has begun.
     """
 
     filled: Filled
     computes_terms: bool = False
     seed: int | None = None
+    began: int = 0
     values: dict[str, Tensor] = field(default_factory=dict)
     aux: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     attention: Attention = field(default_factory=WholeText)

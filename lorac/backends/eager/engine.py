@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextvars
 import functools
 import inspect
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
@@ -19,6 +18,7 @@ from torch import nn
 
 from lorac.backends.eager.buffers import adds_bias, own_buffers
 from lorac.backends.eager.calls import BARE, Call, Filled, attention_of, filled_by
+from lorac.backends.eager.draws import Draws, beginning, in_backward
 from lorac.backends.eager.shadow import shadow
 from lorac.errors import SiteUnsupported
 from lorac.ir.binding import Answer, Binding
@@ -55,7 +55,6 @@ Hears = Callable[[Mapping[str, Mapping[str, Tensor]]], None]
 
 
 _HELD = (WEIGHT, PARAM)
-_SEEDS = (1 << 63) - 1
 _current: contextvars.ContextVar[tuple[object, Call] | None] = contextvars.ContextVar("call", default=None)
 
 
@@ -92,7 +91,7 @@ class EagerEngine(Engine):
         self.sites, self.wanted = sites, frozenset(aux)
         self._recorded = Call(BARE, computes_terms=True)
         self._heard: dict[object, tuple[frozenset[str], Hears]] = {}
-        self._calls = itertools.count()
+        self._draws = Draws()
         self._originals: dict[str, Callable[..., Any]] = {}
         self._weights: dict[str, tuple[Tensor | None, Tensor | None]] = {}
         for path, plan in plans.items():
@@ -167,7 +166,7 @@ class EagerEngine(Engine):
         return end
 
     def _new_call(self, content: Filled) -> Call:
-        return Call(content, self.computes_terms, seed=hash((torch.initial_seed(), next(self._calls))) & _SEEDS)
+        return Call(content, self.computes_terms)
 
     def lend(self, content: object, graph: str, work: Callable[[nn.Module], T]) -> T:
         """Have the host copy do some work of its own, each of whose forwards reads the content."""
@@ -191,6 +190,7 @@ class EagerEngine(Engine):
             return
         given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         call.attention = attention_of((*given.values(), *kwargs.values()))
+        call.began = beginning((*args, *kwargs.values())) if self.module.training else 0
         tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
         call.values.update({f"{INPUT}:{name}": value for name, value in tensors.items()})
         base = call.filled.base_pass()
@@ -214,9 +214,16 @@ class EagerEngine(Engine):
             filled = zip(plan.branches, call.filled.slots[path].branches, strict=True)
             found = [(slot, fill) for slot, fill in filled if fill is not None]
         values, attention = self._values(plan, call), call.attention
-        ctx = Ctx(plan.site, training=self.module.training, seed=call.seed, values=values, attention=attention)
+        seed = functools.partial(self._seed, call)
+        ctx = Ctx(plan.site, training=self.module.training, seed=seed, values=values, attention=attention)
         for i, (slot, fill) in enumerate(found):
             call.values.update(own_values(slot, fill.params, ctx, owner_at(path, i)))
+
+    def _seed(self, call: Call) -> int:
+        """The seed of a call's randomness, the same for all its sites."""
+        if call.seed is None:
+            call.seed = self._draws.seed(call.began)
+        return call.seed
 
     # --- the sites ---------------------------------------------------------------------------------------------
 
@@ -237,8 +244,7 @@ class EagerEngine(Engine):
         if current is not None and current[0] is self:
             return current[1]
         # A checkpoint recomputes within backward, outside any call: with what the call before it ran with.
-        recomputed = torch._C._current_graph_task_id() != -1
-        return self._recorded if recomputed else Call(self.active, self.computes_terms)
+        return self._recorded if in_backward() else Call(self.active, self.computes_terms)
 
     def _install(self, path: str, plan: SitePlan) -> None:
         owner = path if plan.site.within is None else plan.site.within
@@ -313,7 +319,7 @@ class EagerEngine(Engine):
         ctx = Ctx(
             plan.site,
             training=module.training,
-            seed=call.seed,
+            seed=functools.partial(self._seed, call),
             values=self._values(plan, call),
             emitted=emitted,
             attention=call.attention,

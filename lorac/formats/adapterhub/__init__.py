@@ -41,6 +41,11 @@ CONFIG = "adapter_config.json"
 WEIGHTS, _PICKLED = HUB_WEIGHTS
 _HEADS = ("model_head.safetensors", "pytorch_model_head.bin")
 _INTERFACE = "adapter_interface.json"
+_COMPOSED = {
+    "adapter_fusion_config.json": "a fusion that attends over several adapters",
+    "adapter_setup.json": "how adapters are stacked, fused or run beside each other",
+}
+"""Files beside which no adapter lies -> what they say."""
 _BASE = "lorac_base"
 
 
@@ -51,13 +56,29 @@ def _folder(path: Path) -> Path:
 
 def _recognises(path: Path) -> bool:
     folder = _folder(path)
+    if _composed(folder) is not None:
+        return True
     there = any((folder / name).is_file() for name in HUB_WEIGHTS)
     return there and (folder / CONFIG).is_file() and not (folder / PEFT_WEIGHTS).is_file()
+
+
+def _composed(folder: Path) -> str | None:
+    """The file that makes a folder hold what puts adapters together, and no adapter."""
+    if (folder / CONFIG).is_file():
+        return None
+    return next((name for name in _COMPOSED if (folder / name).is_file()), None)
 
 
 # ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
     folder = _folder(path)
+    composed = _composed(folder)
+    if composed is not None:
+        raise UnsupportedField(
+            f"'{folder / composed}' is AdapterHub's and says {_COMPOSED[composed]}; lorac reads bottlenecks one by one",
+            next_step="load each adapter's own folder; lorac.Chain puts methods of the weight form after one another, "
+            "and a weighted swap adds what several do",
+        )
     file = folder / CONFIG
     raw = read_json(file)
     tensors, metadata = _weights(folder)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -35,7 +35,7 @@ class Ctx:
     Args:
         site: the site.
         training: whether the host trains.
-        seed: of the randomness of a call that trains.
+        seed: () -> that of the randomness of a call that trains; it is asked once, where a branch wants it.
         values: program values by the names the program has for them.
         emitted: takes the extra outputs: name -> one tensor per branch that gives it, in the order the branches ran.
         attention: what the branches attend by.
@@ -46,7 +46,7 @@ class Ctx:
         site: Site,
         *,
         training: bool = False,
-        seed: int | None = None,
+        seed: Callable[[], int] | None = None,
         values: Mapping[str, Tensor] | None = None,
         emitted: dict[str, list[Tensor]] | None = None,
         attention: Attention | None = None,
@@ -54,13 +54,14 @@ class Ctx:
         self.site, self.training = site, training
         self._values = values if values is not None else {}
         self._emitted = emitted if emitted is not None else {}
-        self._dtype, self._owner, self._seed = torch.get_default_dtype(), "", seed
+        self._dtype, self._owner = torch.get_default_dtype(), ""
+        self._seed: Callable[[], int] | None = None if seed is None else functools.cache(seed)
         self._attention, self._attended = attention or WholeText(), itertools.count()
 
     @functools.cached_property
     def generator(self) -> torch.Generator | None:
         """One stream per call that trains, which begins alike in every branch; None where nothing trains."""
-        return torch.Generator().manual_seed(self._seed) if self.training and self._seed is not None else None
+        return torch.Generator().manual_seed(self._seed()) if self.training and self._seed is not None else None
 
     @property
     def values(self) -> Mapping[str, Tensor]:
@@ -111,8 +112,14 @@ class Ctx:
         other = copy.copy(self)
         other._values, other._emitted = values, {}
         other._attention, other._attended = WholeText(), itertools.count()
+        other._seed = None if self._seed is None else _no_seed
         vars(other).pop("generator", None)
         return other
+
+
+def _no_seed() -> int:
+    """The seed where nothing is computed in earnest."""
+    return 0
 
 
 def run_site(
