@@ -123,6 +123,8 @@ class Report:
         bare: paths of sites that run as the model has them.
         casts: (dtype of the model, or asked for, dtype the target computes in), where it lacks the first.
         programs: what is to be known of each graph that runs as a program.
+        asked: another target that was asked about; empty, where none was.
+        lacking: what that one would not compute, each op with the module and the line that ask for it.
     """
 
     target: str
@@ -134,13 +136,20 @@ class Report:
     bare: tuple[str, ...]
     casts: tuple[tuple[str, str], ...]
     programs: tuple[ProgramRow, ...] = ()
+    asked: str = ""
+    lacking: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return "\n".join(_text(self)) + "\n"
 
 
-def explain(compiled: Any) -> Report:
-    """The report of a compiled model, as it is now."""
+def explain(compiled: Any, asked: str = "", lacking: tuple[str, ...] = ()) -> Report:
+    """The report of a compiled model, as it is now.
+
+    Args:
+        compiled: the model.
+        asked, lacking: another target, and what it would not compute.
+    """
     plans: Mapping[str, SitePlan] = compiled.plans
     terms = describe_terms(compiled.pool, plans, mode=compiled.mode, snapshot=compiled.snapshot)
     unused = {path for signature in compiled.engine.signatures.values() for path in signature.unused}
@@ -157,6 +166,8 @@ def explain(compiled: Any) -> Report:
         bare=tuple(path for path in adaptable if path not in plans or plans[path].empty),
         casts=tuple((short_dtype(a), short_dtype(b)) for a, b in compiled.services.casts),
         programs=tuple(_program(name, signature) for name, signature in compiled.engine.signatures.items()),
+        asked=asked,
+        lacking=lacking,
     )
 
 
@@ -234,6 +245,9 @@ def _text(report: Report) -> Iterator[str]:
         yield f"computed in {after}: {report.target} has no kernels for {before}"
     for program in report.programs:
         yield from (f"{program.graph}{': ' if program.graph else ''}{line}" for line in _told(program))
+    if report.asked and not report.lacking:
+        yield f"{report.asked} claims every op of the program"
+    yield from (f"{report.asked} does not compute {op}" for op in report.lacking)
     for row, names in _folded(report.adapters, lambda row: replace(row, name="")):
         states = ", ".join(f"{count} {state}" for state, count in sorted(row.states.items())) or "no term"
         each = f"{told_size(row.nbytes)}{' each' if len(names) > 1 else ''}{'' if row.strength else '  off'}"

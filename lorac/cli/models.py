@@ -159,6 +159,10 @@ def explain(
     model: CompiledOrModel,
     adapter: Adapters = [],  # noqa: B006  (the same)
     mode: Mode = "auto",
+    target: Annotated[
+        str | None,
+        typer.Option(help="Say besides what this one would not compute, of a model.", autocompletion=_targets),
+    ] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Draw it besides, as a page in this file.")] = None,
     json: Json = False,
 ) -> None:
@@ -166,7 +170,7 @@ def explain(
     with progress("explain") as report:
         report.step("loading")
         compiled = load_compiled(model, adapter, mode=mode, active=None)
-        said = compiled.explain()
+        said = compiled.explain(target)
     show({field.name: getattr(said, field.name) for field in dataclasses.fields(said)}, str(said), as_json=json)
     if html is not None:
         with told(html, UnknownOption, "written"):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lorac.compiler.precision import Precision
+from lorac.errors import Unavailable
 from lorac.formats import save_adapter
 from lorac.formats.native import recorded
 from lorac.ir.engine import Backend, Engine, TargetOptions
@@ -35,6 +36,7 @@ class Assembly:
         precision: what became of the model's dtype.
         traits: graph name -> what others ask of its host besides calling it.
         examples: example inputs and dynamic shapes, for compiling again.
+        lacking: another target -> what it would not compute; None: nothing is known of the host.
     """
 
     lasting: Lasting
@@ -43,6 +45,7 @@ class Assembly:
     precision: Precision = field(default_factory=Precision)
     traits: Mapping[str, Traits] = field(default_factory=dict)
     examples: Mapping[str, object] = field(default_factory=dict)
+    lacking: Callable[[str], tuple[str, ...]] | None = None
 
     def over(self, engine: Engine, plans: Mapping[str, SitePlan], mode: str, choice: Spec) -> Compiled:
         """The compiled model over an engine, with a choice active."""
@@ -73,7 +76,7 @@ class Assembly:
             save=functools.partial(lasting.save, self.backend),
             record=recorded,
             save_adapter=lambda adapter, folder: save_adapter(adapter, folder, model=lasting.host.module),
-            explain=_explain,
+            explain=functools.partial(_explain, self.lacking),
             stages=lasting.shown,
             casts=self.precision.lost,
             fit=self.precision.fit_call,
@@ -81,7 +84,14 @@ class Assembly:
         )
 
 
-def _explain(compiled: Compiled) -> Report:
+def _explain(lacking: Callable[[str], tuple[str, ...]] | None, compiled: Compiled, target: str | None = None) -> Report:
     from lorac.analysis.explain import explain
 
-    return explain(compiled)
+    if target is None:
+        return explain(compiled)
+    if lacking is None:
+        raise Unavailable(
+            f"what '{target}' would not compute is told of a model, and this program has let go of its own",
+            next_step="compile with target='eager', whose explain(target=...) tells it",
+        )
+    return explain(compiled, target, lacking(target))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from lorac.compiler.growth import Grown
 from lorac.compiler.handed import Named
 from lorac.compiler.precision import Precision
 from lorac.compiler.services import Lasting
+from lorac.compiler.targets import backend_of
 from lorac.errors import CaptureFailed, ChoiceError
 from lorac.ir.capture.export import capture
 from lorac.ir.capture.parting import part
@@ -126,8 +129,19 @@ class Compilation:
             precision=self.precision,
             traits=traits_of(model),
             examples=self.examples,
+            lacking=functools.partial(self._lacking, plans, mode) if engine.files is None else None,
         )
         return assembly.over(engine, plans, mode, choice)
+
+    def _lacking(self, plans: Mapping[str, SitePlan], mode: str, target: str) -> tuple[str, ...]:
+        """What another target would not compute, told by emitting for it; what passes do for that is not recorded."""
+        lasting = copy.copy(self.lasting)
+        vars(lasting).pop("stages", None)
+        other = Compilation(lasting, backend_of(target), self.again, self.precision)
+        other.examples = self.examples
+        ranks, options = other.backend.dialect.ranks_at, other.backend.told({"self_test": False})
+        own = {path: dataclasses.replace(plan, ranks=ranks(plan.site)) for path, plan in plans.items()}
+        return other.backend.lacking(other._program(lasting.host.module, own, mode, options, ()))
 
     def _choice(self, active: Spec, mode: str) -> Spec:
         names = list(self.lasting.pool)

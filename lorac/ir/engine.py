@@ -348,6 +348,10 @@ class Backend(ABC, Generic[Options]):
         """The sites of a host as an engine is to hold their weights: those that it quantises say so (``packed``)."""
         return dict(sites)
 
+    def lacking(self, program: Program) -> tuple[str, ...]:
+        """What the target does not compute of a lowered program, each op with who asks for it, told without a build."""
+        return ()
+
     @abstractmethod
     def build(self, request: BuildRequest[Options]) -> Engine:
         """An engine for the request."""

@@ -25,7 +25,7 @@ class Services:
         save: (compiled, folder, what writes its tokenizer into a folder, if anything) -> None.
         record: adapter -> all that a file says of it beside its tensors, as JSON.
         save_adapter: (adapter, folder) -> None: write it as PEFT does.
-        explain: compiled -> report.
+        explain: (compiled, another target to tell of, or None) -> report.
         stages: () -> what the passes did to each graph (``lorac.runtime.views.Stages``).
         casts: (dtype of the model, or asked for, dtype the target computes in), where it lacks the first.
         traits: graph name -> what others ask of its host besides calling it.
@@ -38,7 +38,7 @@ class Services:
     save: Callable[[Any, Any, Any], None]
     record: Callable[[Any], Mapping[str, Any]]
     save_adapter: Callable[[Any, Any], None]
-    explain: Callable[[Any], Any]
+    explain: Callable[[Any, str | None], Any]
     stages: Callable[[], Any]
     casts: Sequence[tuple[Any, Any]] = ()
     traits: Mapping[str, Traits] = field(default_factory=dict)

@@ -88,6 +88,7 @@ ROWS = {
         ],
         ["live", "fused"],
     ],
+    "tensorrt": [["base", "base, A/A", "live", "live, no self-test", "fused", "baked"]],
     "threads": [["eager"] * 4 + ["onnxruntime"] * 4],
     "train": [
         ["lora q,v"] * 2 + ["dora all checkpointed"] * 2,
@@ -106,7 +107,7 @@ def test_every_benchmark_is_here():
     assert everything.names() == sorted(ROWS)
 
 
-SLOW = ("compile", "overhead", "quantised", "routed", "starts", "swap", "train")
+SLOW = ("compile", "overhead", "quantised", "routed", "starts", "swap", "tensorrt", "train")
 """Smoke runs of ten seconds and more: so many models do they compile."""
 
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from onnxscript.optimizer._constant_folding import FoldConstantsPass
 
-from lorac.backends.onnx.claims import refuse_unclaimed
+from lorac.backends.onnx.claims import refuse_unclaimed, unclaimed
 from lorac.backends.onnx.exporter import export
 from lorac.backends.onnx.files import LONGEST
 from lorac.backends.onnx.gates import GATES
@@ -19,9 +19,11 @@ from lorac.backends.onnx.noops import exporters_rules, no_ops
 from lorac.backends.onnx.rewriting import rewriting
 from lorac.backends.onnx.translate import TRANSLATIONS, drop_part_counts
 from lorac.backends.onnx.writing import join
+from lorac.errors import Unavailable
 from lorac.ir.engine import Dialect
 from lorac.ir.graph.axes import renamed
 from lorac.ir.graph.graph import Graph
+from lorac.ir.graph.program import Program
 from lorac.ir.graph.signature import CallSignature
 from lorac.quiet import quiet
 
@@ -40,6 +42,24 @@ def emit(graph: Graph, signature: CallSignature, dialect: Dialect[ir.Model]) -> 
     Raises:
         Unavailable: an op has no ONNX, or the target does not claim it; named with the module that asks for it.
     """
+    model = _written(graph, signature, dialect)
+    refuse_unclaimed(model, dialect)
+    return model
+
+
+def lacking(program: Program, dialect: Dialect[ir.Model]) -> tuple[str, ...]:
+    """What the target does not compute of a program, each op with the module and the line that ask for it."""
+    found: list[str] = []
+    for name, graph in program.graphs.items():
+        try:
+            found += unclaimed(_written(graph, program.signatures[name], dialect), dialect)
+        except Unavailable as error:  # torch's exporter stops at the first op that has no ONNX
+            found.append(error.what)
+    return tuple(dict.fromkeys(found))
+
+
+def _written(graph: Graph, signature: CallSignature, dialect: Dialect[ir.Model]) -> ir.Model:
+    """The model, whatever ops are in it."""
     model = export(graph.exported, TRANSLATIONS)
     drop_part_counts(model)
     _name_slots(graph, model)
@@ -58,7 +78,6 @@ def emit(graph: Graph, signature: CallSignature, dialect: Dialect[ir.Model]) -> 
     _name_axes(model, graph)
     if graph.kept and graph.longest is not None:
         model.metadata_props[LONGEST] = str(graph.longest)
-    refuse_unclaimed(model, dialect)
     return model
 
 

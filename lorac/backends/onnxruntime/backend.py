@@ -19,6 +19,7 @@ from lorac.backends.onnxruntime.quantised.codec import Codec
 from lorac.backends.onnxruntime.session import new_session
 from lorac.errors import Unavailable
 from lorac.ir.engine import AnyDialect, Backend, BuildRequest, Engine, Files, Stored
+from lorac.ir.graph.program import Program
 from lorac.ir.graph.signature import CallSignature
 from lorac.ir.host.sites import HALF, Site, SiteKind
 from lorac.ir.slots.site import SitePlan
@@ -55,6 +56,13 @@ class OnnxRuntime(Backend[Options]):
             )
         refuse_missing(options.chosen, options.place)
         return options
+
+    def lacking(self, program: Program) -> tuple[str, ...]:
+        """The ops that it does not claim."""
+        from lorac.backends.onnx.emit import lacking
+        from lorac.backends.onnxruntime.dialect import DIALECT
+
+        return lacking(program, DIALECT)
 
     def build(self, request: BuildRequest[Options]) -> OrtEngine:
         """An engine over sessions; the host is not kept."""

@@ -24,6 +24,7 @@ from lorac.backends.tensorrt.options import Options
 from lorac.backends.tensorrt.profiles import Range
 from lorac.errors import UnknownOption
 from lorac.ir.engine import AnyDialect, Backend, BuildRequest, Engine, Files, Stored
+from lorac.ir.graph.program import Program
 from lorac.ir.graph.signature import CallSignature
 from lorac.ir.slots.site import SitePlan
 from lorac.ir.store.plans import slot_from_json, slot_to_json
@@ -53,6 +54,13 @@ class TensorRT(Backend[Options]):
                 next_step="leave device= out; target='onnxruntime' and target='eager' run on the CPU",
             )
         return dataclasses.replace(options, device=str(device))
+
+    def lacking(self, program: Program) -> tuple[str, ...]:
+        """The ops that it does not claim."""
+        from lorac.backends.onnx.emit import lacking
+        from lorac.backends.tensorrt.dialect import DIALECT
+
+        return lacking(program, DIALECT)
 
     def build(self, request: BuildRequest[Options]) -> TrtEngine:
         """An engine over plans; the host is not kept."""

@@ -1,0 +1,60 @@
+"""What a target would not compute is told of a model before anything is built: every op, its module and line."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lorac
+from tests.backends.tensorrt.building import quietly
+
+X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Bits(nn.Module):
+    """A layer behind whose result numbers are taken bit by bit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.site = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = (self.site(x) * 8).to(torch.int32)
+        odd = whole & 1
+        other = whole ^ 3
+        return x + odd + other
+
+
+class Holds(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Bits()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def test_every_op_is_named_with_its_module_and_line():
+    eager = lorac.compile(Holds().eval(), {"a": lorac.LoRA(r=1, targets=["site"])}, example_inputs=(X,))
+    stages = eager.graph["main"].stages
+    report = eager.explain(target="tensorrt")
+    first, second = report.lacking
+    assert first.startswith("BitwiseAnd, which 'inner' asks for, line ") and "test_explain.py" in first
+    assert (
+        second.startswith("BitwiseXor, which 'inner' asks for, line ") and first.split(",")[-1] != second.split(",")[-1]
+    )
+    assert f"tensorrt does not compute {first}" in str(report)
+    assert eager.explain().lacking == () and eager.graph["main"].stages == stages
+    with pytest.raises(lorac.Unavailable, match=r"BitwiseAnd, .*; nor BitwiseXor, "):
+        eager.export(target="tensorrt")
+    assert "onnxruntime claims every op of the program" in str(eager.explain(target="onnxruntime"))
+
+
+def test_what_has_let_go_of_its_model_is_not_asked():
+    model = nn.Sequential(nn.Linear(4, 4)).eval()
+    built = quietly(model=model, adapters={}, example_inputs=(X,))
+    with pytest.raises(lorac.Unavailable, match="this program has let go of its own"):
+        built.explain(target="onnxruntime")
+    with pytest.raises(lorac.UnknownOption, match="there is no target 'tensort'"):
+        lorac.compile(model, {}, example_inputs=(X,)).explain(target="tensort")
