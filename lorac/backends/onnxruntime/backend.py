@@ -60,9 +60,9 @@ class OnnxRuntime(Backend[Options]):
     def lacking(self, program: Program) -> tuple[str, ...]:
         """The ops that it does not claim."""
         from lorac.backends.onnx.emit import lacking
-        from lorac.backends.onnxruntime.dialect import DIALECT
+        from lorac.backends.onnxruntime.dialect import DIALECTS
 
-        return lacking(program, DIALECT)
+        return lacking(program, DIALECTS["cpu"])
 
     def build(self, request: BuildRequest[Options]) -> OrtEngine:
         """An engine over sessions; the host is not kept."""
