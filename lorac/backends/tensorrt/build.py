@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -175,8 +176,9 @@ def _kept(
     return PlanCache(Path(options.plan_cache)).plan(key, new)
 
 
-_BUILT_BY = ("builder_optimization_level", "workspace", "tf32", "strict_nans", "weight_streaming", "refit")
-"""Options that another plan is built by."""
+_TOLD_LATER = ("aux", "self_test", "profiles", "target_capabilities", "plan_cache", "device")
+"""Options that are in a key by what comes of them, or by which the same plan is built."""
+_BUILT_BY = tuple(spec.name for spec in fields(Options) if spec.name not in _TOLD_LATER)
 
 
 def _plan_of(parsed: Parsed, graph: str, settings: Any) -> memoryview:
@@ -210,6 +212,8 @@ def _settings(parsed: Parsed, ranges: Ranges, options: Options, capabilities: Se
     }
     for flag, wanted in flags.items():
         (settings.set_flag if wanted else settings.clear_flag)(flag)
+    if library.is_rtx() and options.cuda_graphs:  # else a context may allocate while it runs, which no graph can hold
+        settings.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if options.builder_optimization_level is not None:
         settings.builder_optimization_level = options.builder_optimization_level
     if options.workspace is not None:
