@@ -5,11 +5,13 @@ Plans are loaded by the first call, so that everything but calling works where t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
 import threading
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -52,6 +54,9 @@ class Runs(Protocol):
 
     def call(self, inputs: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The outputs by name, for inputs and slots by name."""
+
+    def writing(self) -> AbstractContextManager[None]:
+        """A block within which what calls read may be written: those that are queued have passed."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,10 @@ class TrtEngine(Engine):
             for path, found in snapshot.composed.items()
             if path in self.buffers and found.change is not None
         }
-        return super().write(dataclasses.replace(snapshot, composed={**snapshot.composed, **composed}))
+        with contextlib.ExitStack() as held:
+            for running in self._running.values():
+                held.enter_context(running.writing())
+            return super().write(dataclasses.replace(snapshot, composed={**snapshot.composed, **composed}))
 
     def hold(self, snapshot: Snapshot) -> None:
         """Nothing: what was written is in the memory that plans read."""
@@ -185,7 +193,9 @@ class TrtEngine(Engine):
         refuse_lacking()
         with self._loading:
             if graph not in self._running:
-                self._running[graph] = _running()(self.parts[graph].file.read(), self.device, self.options)
+                part, graphs = self.parts[graph], self.options.cuda_graphs
+                told = {"capabilities": part.capabilities, "cuda_graphs": graphs}
+                self._running[graph] = _running()(part.file.read(), self.device, **told)
             return self._running[graph]
 
 

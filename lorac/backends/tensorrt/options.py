@@ -32,6 +32,7 @@ class Options(TargetOptions):
             the model does.
         strict_nans: comparisons and selections treat NaN as IEEE 754 has it.
         weight_streaming: weights may stay in host memory and be read from there while the plan runs.
+        cuda_graphs: calls are recorded as CUDA graphs, one for each set of shapes.
         refit: constants of the plan can be replaced later; only where there is a GPU.
     """
 
@@ -42,6 +43,7 @@ class Options(TargetOptions):
     tf32: bool = False
     strict_nans: bool = False
     weight_streaming: bool = False
+    cuda_graphs: bool = False
     refit: bool = False
 
     def check(self) -> None:
