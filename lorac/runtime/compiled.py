@@ -364,17 +364,7 @@ class Compiled(Generates):
         return graphs_of(self)
 
     def explain(self, target: str | None = None) -> Any:
-        """Per site: what was done with each term, and why not something cheaper.
-
-        Args:
-            target: another target, of which to say besides what it would not compute: every op of the program that it
-                does not claim, with the module and the line that ask for it. Nothing is built. Only of what runs the
-                model itself.
-
-        Raises:
-            UnknownOption: there is no such target.
-            Unavailable: the model is gone.
-        """
+        """Per site: what was done with each term, why nothing cheaper; and of another target, which ops it lacks."""
         return self.services.explain(self, target)
 
     def export(self, target: str = "onnxruntime", mode: str = "auto", **options: Any) -> Any:

@@ -103,16 +103,17 @@ def refuse_outside(ranges: Ranges, inputs: Mapping[str, Any], names: Mapping[Axi
     Raises:
         InputMismatch: with the ``profiles=`` that admits them.
     """
-    for name, value in inputs.items():
-        for axis, (size, range_) in enumerate(zip(np.shape(value), ranges[name], strict=True)):
-            if size in range_:
-                continue
-            least, most = min(size, range_.least), max(size, range_.most)
-            asked = f"profiles={{'{names.get((name, axis), name)}': ({least}, {range_.usual}, {most})}}"
-            raise InputMismatch(
-                f"input '{name}' has size {size} on axis {axis}; the plan is for {range_.least} to {range_.most}",
-                next_step=f"compile with {asked}",
-            )
+    sizes = ((name, axis, size) for name, value in inputs.items() for axis, size in enumerate(np.shape(value)))
+    for name, axis, size in sizes:
+        range_ = ranges[name][axis]
+        if size in range_:
+            continue
+        least, most = min(size, range_.least), max(size, range_.most)
+        asked = f"profiles={{'{names.get((name, axis), name)}': ({least}, {range_.usual}, {most})}}"
+        raise InputMismatch(
+            f"input '{name}' has size {size} on axis {axis}; the plan is for {range_.least} to {range_.most}",
+            next_step=f"compile with {asked}",
+        )
 
 
 # ── Inputs of the model ──────────────────────────────────────────────────────────────────────────────────────────────
