@@ -25,18 +25,6 @@ def lacking_for_tensorrt() -> str | None:
     return None
 
 
-def lacking_for_onnxruntime() -> str | None:
-    """Why ONNX Runtime's CUDA provider does not run here; None where it does."""
-    why = lacking()
-    if why is not None:
-        return why.replace("a plan of TensorRT", "the CUDA provider")
-    import onnxruntime
-
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        return f"onnxruntime {onnxruntime.__version__} has no CUDA provider, which onnxruntime-gpu has"
-    return None
-
-
 def needing(why: str | None) -> list[pytest.MarkDecorator]:
     """The marks of a module whose tests need what is missing."""
     return [pytest.mark.gpu, pytest.mark.skipif(why is not None, reason=str(why))]
