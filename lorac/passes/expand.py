@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, final
 
@@ -11,15 +11,16 @@ from torch import fx
 
 from lorac.ir.graph import ops
 from lorac.ir.graph.adapted import AdaptedCall, adapted_output, attention_in
-from lorac.ir.graph.edit import add_outputs, inline
+from lorac.ir.graph.edit import add_outputs, inline, trace
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.passes import Outcome, Pass, Skip
 from lorac.ir.host.sites import Site
 from lorac.ir.slots.attention import Attention
-from lorac.ir.slots.roles import branch_name, slot_name
+from lorac.ir.slots.roles import branch_name, is_strength, slot_name
 from lorac.ir.slots.site import Ranks, SitePlan
 
 Tensor = torch.Tensor
+aten = torch.ops.aten
 
 
 @final
@@ -66,14 +67,42 @@ def _expand_one(
     inputs = [*operands, *call.operands.values()]
     shapes = (tuple(map(str, n.meta["val"].shape[:-1])) for n in operands[:1])
     key = (call.op, tuple(call.operands), _structure(plan), *shapes)
-    traced, outputs = inline(
-        graph.exported, node, function, inputs, traces.get(key) if not slots_differ(plan) else None
-    )
+    known = traces.get(key)
+    if slots_differ(plan):
+        strengths = [len(operands) + i for i, role in enumerate(call.operands) if is_strength(role)]
+        known = _shortened(trace(graph.exported, function, inputs), strengths)
+    traced, outputs = inline(graph.exported, node, function, inputs, known)
     traces.setdefault(key, traced)
     node.replace_all_uses_with(outputs[0])
     graph.fx.erase_node(node)
     for name, output in zip(emitted, outputs[1:], strict=True):
         extra[name] = output
+
+
+def _shortened(traced: fx.GraphModule, strengths: Sequence[int]) -> fx.GraphModule:
+    """A trace in which y' − y is m for branches that end in y' = y + m: as long as y, that is two ops less a site.
+
+    Args:
+        traced: edited in place.
+        strengths: which of its operands are strengths, by which such a difference is multiplied.
+    """
+    places = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    for scaled in [user for index in strengths for user in places[index].users]:
+        moved: Any = next((operand for operand in scaled.all_input_nodes if operand.target is aten.sub.Tensor), None)
+        summed: Any = None if moved is None else moved.args[0]
+        if not isinstance(summed, fx.Node) or summed.target is not aten.add.Tensor or moved.kwargs or summed.kwargs:
+            continue
+        others = [operand for operand in summed.args if operand is not moved.args[1]]
+        if len(others) == 1 and isinstance(others[0], fx.Node) and _alike(others[0], moved):
+            moved.replace_all_uses_with(others[0])
+    traced.graph.eliminate_dead_code()
+    return traced
+
+
+def _alike(node: fx.Node, other: fx.Node) -> bool:
+    """Whether two values have one shape and dtype, as far as they are known."""
+    a, b = node.meta["val"], other.meta["val"]
+    return bool(a.dtype == b.dtype and [str(size) for size in a.shape] == [str(size) for size in b.shape])
 
 
 def slots_differ(plan: SitePlan) -> bool:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import lorac
+from lorac.backends.onnx.files import read
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.testing.checks import assert_close
 from lorac.variants._routing import top_k, topk_gate
@@ -311,3 +312,16 @@ def test_zero_gates_choose_the_first_two_everywhere():
     for target in ("eager", "onnxruntime"):
         compiled = lorac.compile(model, {"task": adapter}, target=target, example_inputs=inputs)
         assert_parity(compiled(**inputs), reference, base, own_base=compiled(**inputs, adapters=None))
+
+
+def test_what_is_added_to_a_layers_output_is_not_found_by_a_difference() -> None:
+    """y' − y of y' = y + m is m: two ops less that are as long as y."""
+    model, x = host().float(), X.float()
+    adapter = with_gates(lorac.MeteoRA.from_loras(loras(host(), (X,))))
+    tensors = {path: {key: t.float() for key, t in own.items()} for path, own in adapter.tensors.items()}
+    single = lorac.Adapter("task", adapter.variant, tensors)
+    compiled = lorac.compile(model, {"task": single}, target="onnxruntime", example_inputs=(x,))
+    (gate,) = (n for n in read(compiled.engine.files, "main")[0].graph.node if n.op_type == "If")
+    assert not [n for branch in gate.attribute for n in branch.g.node if n.op_type == "Sub"]
+    with torch.no_grad():
+        assert_parity(compiled(x), lorac.compile(model, {"task": single})(x), model(x))
