@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from lorac.ir.graph.interp import example_inputs
+from lorac.ir.slots.roles import is_strength
 from lorac.testing.checks import assert_close
-from tests.backends.tensorrt.building import HOSTS, WINDOW, built, weights_of
+from tests.backends.tensorrt.building import HOSTS, WINDOW, built, model_of, weights_of
 from tests.limits import assert_apart
 
 ALL = ("lora", "one", "dora", "ia3", "oft", "meteora")
@@ -103,3 +105,19 @@ def test_the_file_that_the_parser_was_handed_answers_as_the_program(name, mode, 
         answered.append(y)
     for y in answered[:-1]:
         assert_apart(y, answered[-1])
+
+
+def test_a_router_that_is_off_is_selected_away_whatever_its_parameters_hold():
+    """By a selection, as captured CUDA graphs take it, and no conditional graph: the base's bits, and no NaN."""
+    found = built("bert", "live", "float32", ALL)
+    ops = {node.op_type for node in model_of(found.engine).graph.node}
+    assert "Where" in ops and "If" not in ops
+    graph, signature = found.program.graphs["main"], found.program.signatures["main"]
+    inputs, slots = example_inputs(graph, signature.inputs), found.engine.slots
+    found.compiled.swap(None)
+    held = found.compiled._state.bound.content.tensors
+    parameters = {name for name in held if "branch" in slots[name].role and not is_strength(slots[name].role)}
+    assert parameters
+    spoilt = {name: torch.full_like(t, torch.nan) if name in parameters else t for name, t in held.items()}
+    answers = [found.tried.outputs("main", tensors, inputs)[0] for tensors in (held, spoilt)]
+    assert torch.equal(*answers)
