@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from lorac.ir.graph.interp import example_inputs
+from lorac.ir.slots.roles import is_strength
 from lorac.testing.checks import assert_close
-from tests.backends.tensorrt.building import HOSTS, WINDOW, built, weights_of
+from tests.backends.tensorrt.building import HOSTS, WINDOW, Built, built, model_of, weights_of
 from tests.limits import assert_apart
 
 ALL = ("lora", "one", "dora", "ia3", "oft", "meteora")
@@ -35,23 +37,34 @@ WHOLE = [
     for mode, methods in (("live", METHODS), ("fused", METHODS[:2]), ("baked", METHODS[:2]))
     for method in methods
 ]
-CASES = [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in WHOLE if case not in FAST)]
-each = pytest.mark.parametrize(("name", "mode", "dtype", "methods"), CASES)
+CASES = [(case, ()) for case in FAST] + [(case, pytest.mark.slow) for case in WHOLE if case not in FAST]
+
+
+def _named(case: tuple[str, str, str, tuple[str, ...]]) -> str:
+    *told, methods = case
+    return "-".join((*told, "+".join(methods)))
+
+
+@pytest.fixture(scope="module", params=[pytest.param(case, marks=marks, id=_named(case)) for case, marks in CASES])
+def found(request: pytest.FixtureRequest) -> Built:
+    """What was built of a case, once for all tests of it, which come one after another."""
+    make = built if request.param in FAST else built.__wrapped__  # of all that take long none is kept
+    return make(*request.param)
+
+
 KERNEL = 4
 CHANNELS = 4
 """To a multiple of so many the library fills up a kernel's channels in half precision."""
 KINDS = {torch.float32: "FLOAT", torch.float16: "HALF", torch.bfloat16: "BF16", torch.int64: "INT64"}
 
 
-@each
-def test_the_inputs_of_the_network_are_the_programs_own(name, mode, dtype, methods):
+def test_the_inputs_of_the_network_are_the_programs_own(found):
     """Names, dtypes and sizes, as the manifest of slots and the call have them; ranks lie within what was planned."""
-    found = built(name, mode, dtype, methods)
     part, engine = found.engine.parts["main"], found.engine
-    slots = {} if mode == "baked" else part.slots
+    slots = {} if engine.constant else part.slots
     assert found.network.keys() == {*part.signature.inputs, *slots} == part.ranges.keys()
     assert {name: kind for name, (kind, _) in found.network.items()} == {n: KINDS[d] for n, d in part.dtypes.items()}
-    held = engine.memory if mode == "fused" else found.compiled._state.bound.content.tensors
+    held = engine.memory if engine.fused else found.compiled._state.bound.content.tensors
     for slot in slots:
         assert held[slot].dtype == part.dtypes[slot]
         assert all(size in range_ for size, range_ in zip(held[slot].shape, part.ranges[slot], strict=True))
@@ -62,10 +75,8 @@ def test_the_inputs_of_the_network_are_the_programs_own(name, mode, dtype, metho
         assert varying in ([], [(plan.least_rank, plan.rank)])
 
 
-@each
-def test_names_and_weights_are_in_the_plan(name, mode, dtype, methods):
+def test_names_and_weights_are_in_the_plan(found):
     """Every input's name; and every large weight once, found by a part of it."""
-    found = built(name, mode, dtype, methods)
     plan = found.plan
     for value in found.network:
         assert value.encode() in plan
@@ -90,12 +101,11 @@ def _window(array: Any) -> bytes:
     return flat[middle : middle + WINDOW].tobytes()
 
 
-@each
-def test_the_file_that_the_parser_was_handed_answers_as_the_program(name, mode, dtype, methods):
+def test_the_file_that_the_parser_was_handed_answers_as_the_program(found):
     """At the least rank and the largest, each method alone, and none; half precision computed in float32."""
-    found = built(name, mode, dtype, methods)
+    methods = list(found.compiled.adapters)
     several = [{method: 0.5 for method in methods if method != "meteora"}] if len(methods) > 1 else []
-    choices: list[Any] = [methods[0]] if mode == "baked" else [*methods, *several, None]
+    choices: list[Any] = [methods[0]] if found.engine.constant else [*methods, *several, None]
     answered = []
     for choice in choices:
         (y, *_), (wanted, *_) = found.answers(choice)
@@ -103,3 +113,19 @@ def test_the_file_that_the_parser_was_handed_answers_as_the_program(name, mode, 
         answered.append(y)
     for y in answered[:-1]:
         assert_apart(y, answered[-1])
+    if "meteora" in methods:
+        _assert_selected(found)
+
+
+def _assert_selected(found: Built) -> None:
+    """A router that is off leaves the base's bits whatever its parameters hold, by a selection."""
+    ops = {node.op_type for node in model_of(found.engine).graph.node}
+    assert "Where" in ops and "If" not in ops
+    graph, signature = found.program.graphs["main"], found.program.signatures["main"]
+    inputs, slots = example_inputs(graph, signature.inputs), found.engine.slots
+    held = found.compiled._state.bound.content.tensors  # nothing was active last
+    parameters = {name for name in held if "branch" in slots[name].role and not is_strength(slots[name].role)}
+    assert parameters
+    spoilt = {name: torch.full_like(t, torch.nan) if name in parameters else t for name, t in held.items()}
+    answers = [found.tried.outputs("main", tensors, inputs)[0] for tensors in (held, spoilt)]
+    assert torch.equal(*answers)
