@@ -2,7 +2,8 @@
 
 What it says of a file holds for the plan as far as the library computes what ONNX says. Half precision is computed in
 float32, in the file and in the program that it was emitted from alike: how the library rounds is not tested by it,
-that no slot is lost is, and rounding decides no router's choice.
+that no slot is lost is, and rounding decides no router's choice. Answers come in half precision again, for a file holds
+its numbers rounded, a scale of attention for instance, where torch has them whole.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class OnCpu:
         self.slots = {name: slot for graph in program.graphs.values() for name, slot in graph.slots.items()}
         self.plans = fed(self.slots, plans)
         self.buffers, self.memory = fused_buffers(self.plans, base) if self.fused else ({}, {})
+        self._dtypes = {name: _answered(graph) for name, graph in program.graphs.items()}
         self._sessions: dict[str, ort.InferenceSession] = {}
 
     @property
@@ -84,7 +86,9 @@ class OnCpu:
     def outputs(self, graph: str, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """A graph's outputs for tensors in its slots and inputs by name."""
         given = {name: _whole(tensor.detach()).numpy() for name, tensor in {**inputs, **tensors}.items()}
-        return [torch.from_numpy(value) for value in self._session(graph).run(None, given)]
+        found = [torch.from_numpy(value) for value in self._session(graph).run(None, given)]
+        dtypes = self._dtypes[graph][-len(found) :]
+        return [value.to(dtype) if dtype in _HALF else value for value, dtype in zip(found, dtypes, strict=True)]
 
     def _session(self, graph: str) -> ort.InferenceSession:
         if graph not in self._sessions:
@@ -166,6 +170,7 @@ def in_float32(graph: Graph) -> Graph:
     with whole.inserting_after(given[-1]):
         for node in given:
             _read_whole(whole, node)
+    _answer_half(whole)
     exported = copy.copy(graph.exported)
     exported._graph_module = fx.GraphModule(module, whole)
     return dataclasses.replace(graph, exported=exported)
@@ -176,6 +181,27 @@ def _read_whole(graph: fx.Graph, node: fx.Node) -> None:
     if _is_half(node.meta.get("val")):
         cast = graph.call_function(torch.ops.aten._to_copy.default, (node,), {"dtype": torch.float32})
         node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
+
+
+def _answer_half(graph: fx.Graph) -> None:
+    """Have a graph answer in the dtypes that it has been answering in."""
+    last = graph.output_node()
+
+    def cast(node: fx.Node) -> fx.Node:
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or value.dtype not in _HALF:
+            return node
+        with graph.inserting_before(last):
+            return graph.call_function(torch.ops.aten._to_copy.default, (node,), {"dtype": value.dtype})
+
+    last.args = fx.node.map_arg(last.args, cast)
+
+
+def _answered(graph: Graph) -> list[torch.dtype | None]:
+    """The dtypes of what a graph answers, its own outputs last."""
+    answers: Any = graph.fx.output_node().args[0]
+    values = (node.meta.get("val") if isinstance(node, fx.Node) else None for node in answers)
+    return [value.dtype if isinstance(value, Tensor) else None for value in values]
 
 
 def _whole_dtype(told: Any) -> Any:
