@@ -139,7 +139,8 @@ class Compilation:
         vars(lasting).pop("stages", None)
         other = Compilation(lasting, backend_of(target), self.again, self.precision)
         other.examples = self.examples
-        ranks, options = other.backend.dialect.ranks_at, other.backend.told({"self_test": False})
+        options = other.backend.told({"self_test": False})
+        ranks = other.backend.dialect_for(options).ranks_at
         own = {path: dataclasses.replace(plan, ranks=ranks(plan.site)) for path, plan in plans.items()}
         return other.backend.lacking(other._program(lasting.host.module, own, mode, options, ()))
 

@@ -174,7 +174,7 @@ class Case:
             return {"formula": self._formula(site, model, x, y, read or {})}
         found = {}
         values = {name: _array(value) for name, value in (read or {}).items()}
-        p = SimpleNamespace(**{name: _array(t) for name, t in self.a.tensors[site.path].items()}, values=values)
+        p = SimpleNamespace(**{"values": values, **{name: _array(t) for name, t in self.a.tensors[site.path].items()}})
         variant = self.variant.at(site)
         if self.oracle.once is not None:
             values |= {f"{OWN}:{name}": value for name, value in self.oracle.once(p, variant).items()}

@@ -3,8 +3,7 @@
 import copy
 import functools
 import itertools
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ import transformers
 from torch import nn
 
 import lorac
-from lorac.ir.cache import Extension
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.ir.slots.run import Ctx
 from lorac.testing.checks import assert_close
@@ -290,118 +288,6 @@ def test_what_cannot_be_is_refused() -> None:
     for mode in ("fused", "baked"):
         with pytest.raises(lorac.NotMergeable, match="no weight form"):
             lorac.compile(model(), {"a": away()}, mode=mode)
-
-
-# ── Text that grows ──────────────────────────────────────────────────────────────────────────────────────────────────
-ASKED: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-LEFT = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-
-
-@functools.cache
-def growing(target: str, **options: Any) -> Any:
-    return lorac.compile(model(), [away(), masked()], target=target, active=None, **options)
-
-
-@functools.cache
-@torch.no_grad()
-def alone(choice: str | None, row: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A row's new tokens and their logits, each by a pass over the whole text."""
-    ids, found = IDS[row : row + 1, :5][LEFT[row : row + 1].bool()][None], []
-    for _ in range(ASKED["max_new_tokens"]):
-        told = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-        found.append(growing("eager")(**told, adapters=choice).logits[0, -1])
-        ids = torch.cat([ids, found[-1].argmax()[None, None]], 1)
-    return ids[0, -len(found) :], torch.stack(found)
-
-
-@pytest.mark.parametrize("choice", ["masked", None, ["masked", None]], ids=str)
-@pytest.mark.parametrize("target", ["eager", "onnxruntime"])
-@torch.no_grad()
-def test_rows_of_any_length_go_on_over_both_caches_as_each_does_by_whole_texts(target: str, choice: Any) -> None:
-    compiled = growing("eager") if target == "eager" else growing(target, cache=True)
-    told = {**ASKED, "attention_mask": LEFT, "output_logits": True, "return_dict_in_generate": True}
-    found = compiled.generate(IDS[:, :5], adapters=choice, **told)
-    for row in (0, 1):
-        tokens, logits = alone(choice[row] if isinstance(choice, list) else choice, row)
-        assert torch.equal(found.sequences[row, 5:], tokens)
-        assert_close(torch.stack([step[row] for step in found.logits]), logits)
-
-
-@torch.no_grad()
-def test_eager_computes_the_side_network_of_new_tokens_alone() -> None:
-    lengths, compiled = [], growing("eager")
-    layer = compiled.module.get_submodule("model.layers.0")
-    held = layer.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
-    compiled.generate(IDS[:1, :5], adapters="adapter", **ASKED)
-    held.remove()
-    assert lengths == [5, 1, 1, 1, 1, 1]
-
-
-@torch.no_grad()
-def test_beams_prefixes_and_drafts_have_the_side_networks_keys_follow() -> None:
-    compiled, eager, row = growing("onnxruntime", cache=True), growing("eager"), IDS[1:, :5]
-    for more in ({"num_beams": 3, "num_return_sequences": 2}, {"draft": None}, {"prefill_chunk_size": 2}):
-        found = compiled.generate(row, adapters="adapter", **ASKED, **more)
-        assert torch.equal(found, eager.generate(row, adapters="adapter", **ASKED, **more))
-    prefixes = lorac.Prefixes()
-    for name, length in (("adapter", 4), ("adapter", 5), ("masked", 5)):
-        found = compiled.generate(IDS[1:, :length], adapters=name, prefixes=prefixes, **ASKED)
-        assert torch.equal(found, compiled.generate(IDS[1:, :length], adapters=name, **ASKED))
-
-
-@torch.no_grad()
-def test_a_side_network_that_is_off_writes_nothing_into_its_cache() -> None:
-    compiled = growing("onnxruntime", cache=True)
-    for name, names in (("adapter", {2, 3}), (None, set())):
-        compiled.swap(name)
-        cache = compiled.engine.new_cache("main", 1, 8)
-        asked = Extension(ids=IDS[:1, :5], counts=[5], wanted=torch.tensor([[4]]))
-        compiled._state.bound.extend("main", cache, asked)
-        written = {int(key.split(".")[1]) for key, held in cache.buffers.items() if bool(held.any())}
-        assert written == {0, 1} | names
-    assert {held.shape[-1] for held in cache.buffers.values()} == {8}, "sizes of heads that kernels take"
-
-
-@torch.no_grad()
-def test_a_cache_that_knows_nothing_of_the_side_network_is_refused() -> None:
-    compiled, row = growing("eager"), IDS[:1, :5]
-    filled = compiled(input_ids=row, use_cache=True, adapters=None).past_key_values
-    with pytest.raises(lorac.Unavailable, match=r"holds 5 tokens, and of these the branch at 'model.norm:0' kept 0"):
-        compiled(input_ids=row, past_key_values=filled, adapters="adapter")
-    with pytest.raises(lorac.Unavailable, match="StaticCache keeps nothing"):
-        compiled.generate(row, adapters="adapter", cache_implementation="static", **ASKED)
-
-
-@torch.no_grad()
-def test_what_attends_to_later_tokens_is_generated_by_whole_texts_and_refused_over_a_cache() -> None:
-    both = lorac.Adapter("both", method(causal=False), away().tensors)
-    compiled, row = lorac.compile(model(), [both]), IDS[:1, :4]
-    told = compiled.generate(row, output_logits=True, return_dict_in_generate=True, **ASKED)
-    for n, logits in enumerate(told.logits):
-        whole = compiled(input_ids=told.sequences[:, : 4 + n], use_cache=False).logits[:, -1]
-        assert_close(logits, whole)
-    with pytest.raises(lorac.Unavailable, match=r"'model\.norm:0' is to tokens that come later"):
-        lorac.compile(model(), [both], target="onnxruntime", cache=True)
-
-
-def test_what_mixes_tokens_by_itself_is_refused_over_a_cache() -> None:
-    with pytest.raises(lorac.Unavailable, match=r"meanders at 'model\.norm' mixes tokens by itself"):
-        lorac.compile(model(), {"m": Meanders(targets=["model.norm"])}, target="onnxruntime", cache=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Meanders(lorac.BranchVariant):
-    """Every token gets something of the one before it."""
-
-    name: ClassVar[str] = "meanders"
-    kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.BLOCK})
-    mixes_tokens: ClassVar[bool] = True
-
-    def params(self, site: Site) -> dict[str, lorac.ParamSpec]:
-        return {"u": lorac.ParamSpec((site.out_features,), lambda context: torch.zeros(context.shape))}
-
-    def branch(self, x: torch.Tensor, y: torch.Tensor, p: Any, ctx: Any) -> torch.Tensor:
-        return y + y.cumsum(-2) * p.u
 
 
 @torch.no_grad()

@@ -243,7 +243,7 @@ def _refuse_refit(request: BuildRequest[Options]) -> None:
     """
     if request.options.refit and request.mode != "fused":
         raise UnknownOption(
-            f"refit=True replaces merged weights, and in mode='{request.mode}' none are to be replaced",
+            f"refit=True replaces merged weights, of which a program that is {request.mode} has none to replace",
             next_step="give mode='fused' with it, or leave it out",
         )
     if request.options.refit and local() is None:

@@ -31,7 +31,7 @@ from lorac.ir.graph.graph import SlotInput
 from lorac.ir.graph.signature import CallSignature
 from lorac.ir.host.components import require_component
 from lorac.ir.host.sites import BaseReader
-from lorac.ir.slots.buffers import fused_buffers
+from lorac.ir.slots.buffers import base_at, fused_buffers
 from lorac.ir.slots.site import SitePlan, SiteSlots
 from lorac.ir.slots.snapshot import Snapshot
 from lorac.ir.store.held import HeldFile
@@ -120,7 +120,7 @@ class TrtEngine(Engine):
         self.plans = fed(self.slots, plans)
         self.base, self.mode, self.files, self.options, self.device = base, mode, files, options, device
         self.signatures = {name: _told(part.signature) for name, part in parts.items()}
-        self.buffers, self.memory = fused_buffers(self.plans, base.at(device)) if self.fused else ({}, {})
+        self.buffers, self.memory = fused_buffers(self.plans, base_at(base, device)) if self.fused else ({}, {})
         self._written = Values({} if options.refit else self.memory, fixed=True)
         self._touched: frozenset[str] = frozenset()
         self._running: dict[str, Running] = {}

@@ -189,7 +189,7 @@ def _marked_copy(model: nn.Module, blocks: Collection[str], prefix: str, argumen
     mark(host, blocks, prefix)
     for module in host.modules():
         module._apply = functools.partial(_as_it_is, module)  # type: ignore[method-assign]  # of a copy
-    trace_once(host, alike)
+    trace_once(host, alike, [path.removeprefix(prefix) for path in blocks])
     host.forward = _restrained(host.forward, arguments)
     return host
 

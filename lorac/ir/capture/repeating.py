@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,23 +34,32 @@ _FIRSTS = "lorac.firsts"
 """Which layers that others are copied from a node belongs to, outermost first; in its metadata."""
 
 
-def trace_once(host: nn.Module, alike: Iterable[Family]) -> None:
+def trace_once(host: nn.Module, alike: Iterable[Family], marked: Collection[str] = ()) -> None:
     """Have a copy's layers traced once where they are alike; its sites are marked already.
 
     Args:
         host: a copy to trace, changed in place.
         alike: the families of layers that it has.
+        marked: paths of modules that are marked by name. Layers of which not the same are marked are not alike.
     """
     states = list[_State]()
     for family in alike:
-        traced = _Tracing(family.numbered)
+        traced: dict[frozenset[str], _Tracing] = {}
         for path in family.paths:
-            layer = host.get_submodule(path)
-            traced.watch(layer, path)
+            layer, marks = host.get_submodule(path), frozenset(_below(path, marked))
+            tracing = traced.setdefault(marks, _Tracing(family.numbered))
+            tracing.watch(layer, path)
             states.append(_State(layer))
-            _repeat(layer, path, traced, states[-1])
+            _repeat(layer, path, tracing, states[-1])
     for state in states:  # now that all have been replaced, also those within others
         state.note()
+
+
+def _below(path: str, paths: Collection[str]) -> Iterator[str]:
+    """Paths of a module and what it is made of, as it has them."""
+    for other in paths:
+        if f"{other}.".startswith(f"{path}."):
+            yield other.removeprefix(path)
 
 
 def _repeat(layer: nn.Module, path: str, family: _Tracing, state: _State) -> None:
@@ -320,6 +329,8 @@ class _Copying:
     def _copied(self, node: fx.Node, outer: tuple[str, ...]) -> fx.Node:
         """A node with the other layer's tensors and paths; it belongs to what that belongs to, and what is within."""
         copied = self.graph.node_copy(node, lambda read: self.mapped.get(read, read))
+        # A value of its own: tracing takes two operands that are described by one tensor for one operand.
+        copied.meta["val"] = pytree.tree_map_only(Tensor, _described, node.meta.get("val"))
         renamed: Any = map_aggregate((copied.args, copied.kwargs), self._renamed)
         copied.args, copied.kwargs = renamed
         stack = node.meta.get("nn_module_stack")
@@ -349,3 +360,8 @@ def _is_of(first: str, node: fx.Node) -> bool:
     """Whether a node is to be copied with a layer. Constants, and numbers, which are of sizes, are the same in all."""
     shared = node.op == "placeholder" or isinstance(node.meta.get("val"), int | float | bool | SymInt | torch.SymFloat)
     return first in node.meta.get("custom", {}).get(_FIRSTS, ()) and not shared
+
+
+def _described(value: Tensor) -> Tensor:
+    """Another tensor of the same sizes and strides."""
+    return value.new_empty_strided(value.shape, value.stride())

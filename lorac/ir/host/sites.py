@@ -389,15 +389,6 @@ class BaseReader:
     weight: Callable[[Site], torch.Tensor]
     bias: Callable[[Site], torch.Tensor | None]
 
-    def at(self, place: torch.device) -> BaseReader:
-        """The same, read into a device's memory."""
-
-        def bias(site: Site) -> torch.Tensor | None:
-            found = self.bias(site)
-            return None if found is None else found.to(place)
-
-        return BaseReader(lambda site: self.weight(site).to(place), bias)
-
 
 def base_of(model: nn.Module) -> BaseReader:
     """Reads the base weights of a model that is at hand, which it keeps alive."""

@@ -171,6 +171,16 @@ class FusedBuffer:
         return _Patch(positions, written[order], original[order])
 
 
+def base_at(base: BaseReader, place: torch.device) -> BaseReader:
+    """A reader of base weights that brings them to a device, where buffers for them then lie."""
+
+    def bias(site: Site) -> torch.Tensor | None:
+        found = base.bias(site)
+        return None if found is None else found.to(place)
+
+    return BaseReader(lambda site: base.weight(site).to(place), bias)
+
+
 def fused_buffers(plans: Mapping[str, SitePlan], base: BaseReader) -> tuple[dict[str, FusedBuffer], dict[str, Tensor]]:
     """A buffer per bound weight, in slot layout and holding the base, and the memory by slot name."""
     buffers, memory = {}, {}

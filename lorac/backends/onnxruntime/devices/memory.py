@@ -15,7 +15,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorac.ir.host.sites import BaseReader
-from lorac.ir.slots.buffers import FusedBuffer, fused_buffers
+from lorac.ir.slots.buffers import FusedBuffer, base_at, fused_buffers
 from lorac.ir.slots.site import SitePlan
 
 Tensor = torch.Tensor
@@ -110,7 +110,7 @@ class TorchMemory(_Apart):
         return super().held(tensor) if tensor.device.type == "cpu" else aliased(tensor.detach().contiguous())
 
     def fused(self, plans: Mapping[str, SitePlan], base: BaseReader) -> Fused:
-        return fused_buffers(plans, base.at(self.place))
+        return fused_buffers(plans, base_at(base, self.place))
 
     def settled(self) -> None:
         torch.cuda.current_stream(self.place).synchronize()
