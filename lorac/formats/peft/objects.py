@@ -69,9 +69,9 @@ def fresh_of(config: Any) -> Variant:
 
 def _refuse_unstarted(raw: Mapping[str, Any], method: Method, where: Path) -> None:
     """Refuse what of a file says how it was trained, and of a fresh adapter how it would start."""
-    picks = {name for chosen in method.variants.values() for name in chosen}
     for name, field in method.fields.items():
-        told = name in COMMON or name in picks or field.to is not None or field.use is Use.IRRELEVANT
+        picks = any(name in chosen and chosen[name] == raw.get(name) for chosen in method.variants.values())
+        told = name in COMMON or picks or field.to is not None or field.use is Use.IRRELEVANT
         if not told and raw.get(name, field.default) not in (field.default, None):
             raise UnsupportedField(
                 f"'{where}' sets {name}={short(raw[name])}, which says how PEFT makes or trains an adapter, and lorac "
