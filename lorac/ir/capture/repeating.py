@@ -329,8 +329,6 @@ class _Copying:
     def _copied(self, node: fx.Node, outer: tuple[str, ...]) -> fx.Node:
         """A node with the other layer's tensors and paths; it belongs to what that belongs to, and what is within."""
         copied = self.graph.node_copy(node, lambda read: self.mapped.get(read, read))
-        # A value of its own: tracing takes two operands that are described by one tensor for one operand.
-        copied.meta["val"] = pytree.tree_map_only(Tensor, _described, node.meta.get("val"))
         renamed: Any = map_aggregate((copied.args, copied.kwargs), self._renamed)
         copied.args, copied.kwargs = renamed
         stack = node.meta.get("nn_module_stack")
@@ -360,8 +358,3 @@ def _is_of(first: str, node: fx.Node) -> bool:
     """Whether a node is to be copied with a layer. Constants, and numbers, which are of sizes, are the same in all."""
     shared = node.op == "placeholder" or isinstance(node.meta.get("val"), int | float | bool | SymInt | torch.SymFloat)
     return first in node.meta.get("custom", {}).get(_FIRSTS, ()) and not shared
-
-
-def _described(value: Tensor) -> Tensor:
-    """Another tensor of the same sizes and strides."""
-    return value.new_empty_strided(value.shape, value.stride())

@@ -312,7 +312,11 @@ def add_constant(program: ExportedProgram, value: torch.Tensor) -> fx.Node:
 
 def trace(program: ExportedProgram, function: Callable[..., Any], operands: Sequence[fx.Node]) -> fx.GraphModule:
     """``function`` as an aten graph over values like ``operands``; its result must be a tuple."""
-    values = [operand.meta["val"] for operand in operands]
+    values: list[Any] = []
+    for value in (operand.meta["val"] for operand in operands):
+        # make_fx takes two operands that one tensor describes for one operand.
+        known = any(value is other for other in values)
+        values.append(value.new_empty_strided(value.shape, value.stride()) if known else value)
     with fake_mode(program), torch.no_grad():
         module = make_fx(function, pre_dispatch=True)(*values)
     module.graph.eliminate_dead_code()

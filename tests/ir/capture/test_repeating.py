@@ -161,8 +161,6 @@ def test_the_program_is_the_one_that_tracing_every_layer_gives(kind: str, monkey
     found = _traced(model, (ROWS,), once=True, monkeypatch=monkeypatch)
     wanted = _traced(model, (ROWS,), once=False, monkeypatch=monkeypatch)
     assert _said(found.graph) == _said(wanted.graph)
-    values = [id(node.meta["val"]) for node in found.graph.nodes if isinstance(node.meta.get("val"), Tensor)]
-    assert len(set(values)) == len(values)  # tracing takes two operands of one description for one
     more = torch.randn(5, 3, 6)
     found_leaves, wanted_leaves = (torch.utils._pytree.tree_leaves(p.module()(more)) for p in (found, wanted))
     assert len(found_leaves) == len(wanted_leaves)

@@ -17,6 +17,7 @@ from lorac.ir.graph.edit import (
     inherit,
     inline,
     new_dimension,
+    trace,
 )
 from lorac.testing.checks import assert_close
 from tests.zoo import ZOO
@@ -108,3 +109,16 @@ def test_slots_are_user_inputs(program: ExportedProgram) -> None:
     add_inputs(program, {"up:c": ((14,), torch.float32)})
     spec = program.graph_signature.input_specs[-1]
     assert spec.kind is InputKind.USER_INPUT
+
+
+def test_operands_that_one_value_describes_are_traced_as_two() -> None:
+    class Doubled(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.sin() + x.cos()
+
+    program = torch.export.export(Doubled(), (torch.randn(2, 3),))
+    one, other = (node for node in program.graph.nodes if str(node.target) in {"aten.sin.default", "aten.cos.default"})
+    other.meta["val"] = one.meta["val"]
+    traced = trace(program, lambda a, b: (a - b,), [one, other])
+    (difference,) = (node for node in traced.graph.nodes if node.op == "call_function")
+    assert difference.args[0] is not difference.args[1]
