@@ -17,8 +17,8 @@ ALIKE = {"no_bias", "transposed", "padded", "attention"}
 """Hosts that are a linear layer or a convolution once more: a formula sees no difference."""
 FORMS = {"adaptertune", "hydra", "meteora", "shira"}
 """Methods of a form each, for what a target does with a model of two layers."""
-LATE = ("two_conv", "two_embedding")
-"""Hosts of two layers whose kinds differ in nothing that shows there."""
+LATE = ("two_conv", "two_embedding", "gated", "stack")
+"""Hosts of two layers whose kinds differ in nothing that shows there, and hosts that only some methods ask for."""
 
 
 def oracle_at(file: Path) -> ModuleType:
