@@ -78,7 +78,7 @@ def _nothing_in_half(model: ir.Model) -> None:
     widening.compute_in_float(model, {})
 
 
-QUICK = (("tiny_bert", F16), ("tiny_llama", BF16), ("tiny_vit", BF16))
+QUICK = (("tiny_bert", F16), ("tiny_llama", BF16))
 CASES = [
     pytest.param(name, dtype, marks=() if (name, dtype) in QUICK else pytest.mark.slow)
     for name in NAMES

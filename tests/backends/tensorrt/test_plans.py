@@ -26,7 +26,6 @@ FAST = [
     ("vit", "baked", "bfloat16", ("dora",)),
     ("t5", "live", "float32", ("lora", "meteora")),
     ("resnet", "live", "float32", LINEAR),
-    ("resnet", "baked", "float16", ("lora",)),
 ]
 """Every host, method, mode and dtype, but not every one with every other."""
 METHODS = ("lora", "dora", "ia3", "oft", "meteora")

@@ -204,7 +204,10 @@ MODELS: dict[str, dict[str, Any]] = {
 """Layers that are alike, that attend within a window and beyond, that divide by their number, that pass a bias on."""
 
 
-@pytest.mark.parametrize("name", MODELS)
+SOON = ("llama", "t5")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in SOON else pytest.mark.slow) for n in MODELS])
 def test_transformers_models_are_captured_as_before(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = _model(name, **MODELS[name])
     found, wanted = (_traced(model, None, once=once, monkeypatch=monkeypatch) for once in (True, False))
