@@ -104,6 +104,12 @@ def test_a_choice_is_laid_out_once_and_a_call_may_have_its_own(monkeypatch: pyte
     assert isinstance(found(X.numpy()), type(X.numpy()))
 
 
+def test_rows_have_a_choice_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    eager, found, _ = made("live", monkeypatch)
+    with torch.no_grad():
+        assert_close(found(X, adapters=["a", None, "b"]), eager(X, adapters=["a", None, "b"]))
+
+
 def test_weights_are_written_while_no_call_reads_them_and_read_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
     _, found, standing = made("fused", monkeypatch)
     found(X)
