@@ -97,7 +97,7 @@ def _numbered_alike(one: nn.Module, other: nn.Module, number: int, others: int) 
         return None
     numbered: set[tuple[str, str]] = set()
     for path, name, mine, theirs in _attributes(pairs):
-        if (mine, theirs) == (number, others) and type(mine) is type(theirs) is int:
+        if type(mine) is type(theirs) is int and (mine, theirs) == (number, others):
             numbered.add((path, name))
         elif not _same(mine, theirs, one, other):
             return None

@@ -31,6 +31,7 @@ class Layer(nn.Module):
         self.up, self.down = nn.Linear(6, 4), nn.Linear(4, 6, bias=False)
         self.number, self.slope = number, slope
         self.register_buffer("shift", torch.randn(6))
+        self.table = torch.ones(6)
 
     def forward(self, x: Tensor, factor: Tensor | None = None) -> Tensor:
         y = self.down(torch.nn.functional.leaky_relu(self.up(x), self.slope)) + self.shift
