@@ -131,13 +131,10 @@ def _into_if(graph: ir.Graph, strength: ir.Value, add: ir.Node, emitted: Sequenc
 def _kept(graph: ir.Graph, add: ir.Node, passed: ir.Value) -> dict[ir.Value, ir.Value]:
     """What a branch that ends in a sum adds to a cache -> what that held."""
     pasts = {present_of(str(value.name)): value for value in graph.inputs if is_past(str(value.name))}
-    presents = [value for value in graph.outputs if value.name in pasts] if pasts else []
-    before = set(_ancestors(passed)) if presents else set()
-    own = (
-        {node for value in add.inputs if value is not None for node in _ancestors(value)} - before
-        if presents
-        else set()
-    )
+    presents = [value for value in graph.outputs if value.name in pasts]
+    if not presents:
+        return {}
+    own = {node for value in add.inputs if value is not None for node in _ancestors(value)} - set(_ancestors(passed))
     return {value: pasts[str(value.name)] for value in presents if value.producer() in own}
 
 

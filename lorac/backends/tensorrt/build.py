@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypedDict
-
-import torch
+from typing import Any
 
 from lorac.backends.onnx.emit import emit
 from lorac.backends.onnx.files import BASE, MODEL, WEIGHTS, home_of, name_of
@@ -29,9 +28,8 @@ from lorac.backends.tensorrt.refitting import mark
 from lorac.errors import Unavailable, UnknownOption
 from lorac.ir.engine import BuildRequest, Files
 from lorac.ir.graph.feeds import named_tensors
-from lorac.ir.graph.graph import Graph, SlotInput
+from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.program import Program
-from lorac.ir.graph.signature import CallSignature
 from lorac.ir.slots.emits import refuse_unemitted
 from lorac.ir.slots.snapshot import Snapshot, slots_of
 from lorac.ir.store.held import hold
@@ -83,7 +81,7 @@ def _build(request: BuildRequest[Options], folder: Path, report: Progress) -> Tr
     built = {name: _built(graph, program, request, folder) for name, graph in program.graphs.items()}
     files = _held(program, folder)
     return TrtEngine(
-        parts={name: Plan(file=files[name_of(name, PLAN)], **told) for name, told in built.items()},
+        parts={name: plan(file=files[name_of(name, PLAN)]) for name, plan in built.items()},
         plans=plans,
         base=base,
         mode=request.mode,
@@ -126,19 +124,8 @@ def _held(program: Program, folder: Path) -> Files:
 
 
 # ── One plan ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-class _Told(TypedDict):
-    """What an engine is told of a plan besides its file."""
-
-    signature: CallSignature
-    slots: Mapping[str, SlotInput]
-    ranges: Ranges
-    dtypes: Mapping[str, torch.dtype]
-    capabilities: tuple[str, ...]
-    made_by: str
-
-
-def _built(graph: Graph, program: Program, request: BuildRequest[Options], folder: Path) -> _Told:
-    """Build a graph's plan, or find it where plans are kept, and write it beside its model."""
+def _built(graph: Graph, program: Program, request: BuildRequest[Options], folder: Path) -> functools.partial[Plan]:
+    """Build a graph's plan, or find it where plans are kept, and write it beside its model: all of it but the file."""
     signature, options, home = program.signatures[graph.name], request.options, home_of(folder, graph.name)
     inputs = {} if _holds_constants(request) else graph.slots
     dtypes = dtypes_of(graph, signature, list(inputs))
@@ -153,7 +140,8 @@ def _built(graph: Graph, program: Program, request: BuildRequest[Options], folde
         return _plan_of(parsed, graph.name, _settings(parsed, ranges, options, capabilities))
 
     (home / PLAN).write_bytes(_kept(new, program, options, folder, graph.name, ranges))
-    return _Told(
+    return functools.partial(
+        Plan,
         signature=signature,
         slots=graph.slots,
         ranges=ranges,
