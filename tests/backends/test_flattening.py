@@ -9,7 +9,7 @@ import torch
 
 import lorac
 from lorac.backends.onnx.files import MODEL
-from lorac.backends.onnxruntime.flattening import to_rows
+from lorac.backends.onnxruntime.flattening import constant_shapes, to_rows
 from lorac.testing.checks import assert_close
 from tests.zoo import ZOO
 
@@ -143,3 +143,39 @@ def test_every_pair_is_added_by_its_product(name):
     halves = [value for value in graph.inputs if str(value.name).endswith(":b")]
     assert len(halves) > 1
     assert {use.node.op_type for value in halves for use in value.uses()} == {"Gemm"}
+
+
+SHAPED = """<ir_version: 9, opset_import: ["" : 18]>
+agraph (float[b, s, 6] x, float[s, b] other) => (float[OUT] y) {
+  whole = Shape(x)
+  first, second, last = Split <axis = 0, num_outputs = 3> (whole)
+  two = Constant <value = int64[1] {2}> ()
+  three = Constant <value = int64[1] {3}> ()
+  shape = Concat <axis = 0> (PARTS)
+  y = Reshape <allowzero = 1> (x, shape)
+}"""
+
+
+@pytest.mark.parametrize(
+    ("parts", "out", "constant"),
+    [
+        ("first, second, two, three", "b, s, 2, 3", [0, 0, 2, 3]),
+        ("first, two, three, second", "b, 2, 3, s", None),  # not at its own place
+        ("second, first, last", "s, b, 6", None),
+    ],
+)
+def test_sizes_that_stay_are_taken_from_the_inputs_places(parts, out, constant):
+    model = ir.from_onnx_text(SHAPED.replace("PARTS", parts).replace("OUT", out))
+    before = ir.from_proto(ir.to_proto(model))
+    constant_shapes(model)
+    (reshape,) = [node for node in model.graph if node.op_type == "Reshape"]
+    told = ir.convenience.get_const_tensor(reshape.inputs[1])
+    assert (None if told is None else told.numpy().tolist()) == constant
+    assert ("Shape" in ops(model)) == (constant is None)
+    feeds = {"x": np.arange(2 * 5 * 6, dtype=np.float32).reshape(2, 5, 6), "other": np.zeros((5, 2), np.float32)}
+    found, expected = (
+        ort.InferenceSession(ir.to_proto(m).SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feeds)
+        for m in (model, before)
+    )
+    assert found[0].shape == expected[0].shape
+    assert np.array_equal(found[0], expected[0])

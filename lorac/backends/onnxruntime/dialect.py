@@ -13,8 +13,8 @@ from lorac.backends.onnx.legalize import Legalize
 from lorac.backends.onnxruntime.caching import use_group_query_attention
 from lorac.backends.onnxruntime.devices.providers import ON_GPU
 from lorac.backends.onnxruntime.devices.widening import compute_in_float
-from lorac.backends.onnxruntime.flattening import to_rows
-from lorac.backends.onnxruntime.fusions import fuse_rms_norms, fuse_rotary_positions
+from lorac.backends.onnxruntime.flattening import constant_shapes, to_rows
+from lorac.backends.onnxruntime.fusions import fuse_choices, fuse_rms_norms, fuse_rotary_positions
 from lorac.ir.engine import Claims, Dialect, Gate
 
 _RESOLVED: Claims = frozenset({("", "Constant")})
@@ -32,16 +32,18 @@ def _kernels() -> Claims:
     return frozenset((kernel.domain, kernel.op_name) for kernel in library.get_all_opkernel_def())
 
 
+_FUSIONS = (fuse_rms_norms, fuse_rotary_positions, use_group_query_attention)
 _ON_CPU: Dialect[ir.Model] = Dialect(
     name="onnxruntime",
     claims=_kernels() | _RESOLVED,
     passes=(Legalize(),),
-    fusions=(fuse_rms_norms, fuse_rotary_positions, use_group_query_attention),
-    finish=(to_rows,),
+    fusions=(*_FUSIONS, fuse_choices),
+    finish=(to_rows, constant_shapes),
     gates=Gate.IF,
 )
 _ON_CUDA = dataclasses.replace(
     _ON_CPU,
+    fusions=_FUSIONS,  # there TopK promises nothing about equals
     finish=(*_ON_CPU.finish, compute_in_float),
     dtypes=(*_ON_CPU.dtypes, torch.float16, torch.bfloat16),
 )

@@ -44,6 +44,14 @@ def to_rows(model: ir.Model) -> None:
     RemoveUnusedNodesPass()(model)
 
 
+def constant_shapes(model: ir.Model) -> None:
+    """Have a ``Reshape`` take the sizes that it leaves from its input's places, in place of ops that read them."""
+    for node in list(model.graph.all_nodes()):
+        if node.op_type == "Reshape":
+            _copy_dimensions(node, model.graph)
+    RemoveUnusedNodesPass()(model)
+
+
 class _Flattening:
     """One pass over a graph: ``rows`` has what is on rows so far, ``adapted`` what meets a slot's product."""
 
@@ -103,7 +111,7 @@ class _Flattening:
             return None
         producer = value.producer()
         reshaped = producer.inputs[0] if producer is not None and producer.op_type == "Reshape" else None
-        reshape = ir.Node("", "Reshape", [reshaped or value, self._constant([-1, features])])
+        reshape = ir.Node("", "Reshape", [reshaped or value, _constant(self.graph, [-1, features])])
         self._insert(value, reshape)
         self.rows[value] = _Rows(reshape.outputs[0], value)
         self.first.setdefault(self.rows[value].leading, value)
@@ -147,7 +155,7 @@ class _Flattening:
         key = (rows.leading, features)
         if key not in self.shapes:
             leading = self._leading(rows)
-            shape = ir.Node("", "Concat", [leading, self._constant([features])], [ir.AttrInt64("axis", 0)])
+            shape = ir.Node("", "Concat", [leading, _constant(self.graph, [features])], [ir.AttrInt64("axis", 0)])
             self._insert(leading, shape)
             self.shapes[key] = shape.outputs[0]
         return self.shapes[key]
@@ -167,12 +175,6 @@ class _Flattening:
             self.graph.insert_before(self.graph[0], nodes)
         else:
             self.graph.insert_after(producer, nodes)
-
-    def _constant(self, numbers: list[int]) -> ir.Value:
-        name = "shape_" + "_".join(str(number) for number in numbers)
-        if name not in self.graph.initializers:
-            self.graph.register_initializer(ir.val(name, const_value=ir.tensor(np.array(numbers, np.int64), name=name)))
-        return self.graph.initializers[name]
 
 
 def _add_by_product(graph: ir.Graph, node: ir.Node, slots: set[ir.Value]) -> None:
@@ -204,3 +206,28 @@ def _copies_a_dimension(reshape: ir.Node) -> bool:
     """Whether a ``Reshape`` takes a dimension from its input's place: on rows another stands there."""
     shape = ir.convenience.get_const_tensor(reshape.inputs[1]) if reshape.inputs[1] is not None else None
     return shape is not None and not reshape.attributes.get_int("allowzero", 0) and 0 in shape.numpy()
+
+
+def _copy_dimensions(reshape: ir.Node, graph: ir.Graph) -> None:
+    """Make the shape a constant of the graph where every size is a number, or the input's at the same place."""
+    given, made, told = reshape.inputs[0], reshape.outputs[0].shape, reshape.inputs[1]
+    if given is None or given.shape is None or told is None or made is None:
+        return
+    copied = {place for place, pair in enumerate(zip(made, given.shape, strict=False)) if _is_same(*pair)}
+    sizes = [0 if place in copied else size for place, size in enumerate(made)]
+    numbers = [size for place, size in enumerate(sizes) if isinstance(size, int) and (size > 0 or place in copied)]
+    if len(numbers) == len(sizes) and ir.convenience.get_const_tensor(told) is None:
+        reshape.attributes.pop("allowzero", None)
+        reshape.replace_input_with(1, _constant(graph, numbers))
+
+
+def _is_same(size: int | ir.SymbolicDim, other: int | ir.SymbolicDim) -> bool:
+    """Whether two sizes vary and are one."""
+    return isinstance(size, ir.SymbolicDim) and size.value is not None and size == other
+
+
+def _constant(graph: ir.Graph, numbers: list[int]) -> ir.Value:
+    name = "shape_" + "_".join(str(number) for number in numbers)
+    if name not in graph.initializers:
+        graph.register_initializer(ir.val(name, const_value=ir.tensor(np.array(numbers, np.int64), name=name)))
+    return graph.initializers[name]

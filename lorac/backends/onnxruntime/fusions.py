@@ -1,7 +1,8 @@
-"""Ops of ONNX Runtime's own for what torch writes in many: rotary positions and RMS norms.
+"""Few ops for what torch writes in many: rotary positions, RMS norms, and which k of the last axis are largest.
 
 Rotary positions are seven ops a use, of which a Llama has two a layer. RMS norms become one op here: ONNX Runtime's own
-fusion looks for a quotient, where torch has a product with ``rsqrt``.
+fusion looks for a quotient, where torch has a product with ``rsqrt``. A router's choice is twelve ops in torch, which
+does not say whom its ``topk`` prefers among equals; ONNX's ``TopK`` prefers the lowest index, as the router does.
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ def fuse_rms_norms(model: ir.Model) -> None:
 def fuse_rotary_positions(model: ir.Model) -> None:
     """Rotary positions as ``com.microsoft::RotaryEmbedding``, in place."""
     rewriting([_Rotary.rule()])(model)  # type: ignore[no-untyped-call]  # onnxscript's own
+
+
+def fuse_choices(model: ir.Model) -> None:
+    """A router's choice of k (``lorac/variants/_routing.py``) as ``TopK``'s places scattered into a mask, in place."""
+    rewriting([_Choice.rule()])(model)  # type: ignore[no-untyped-call]  # onnxscript's own
 
 
 class _RmsNorm(pattern.RewriteRuleClassBase):
@@ -108,6 +114,47 @@ class _Rotary(pattern.RewriteRuleClassBase):
         return self._shared[key]
 
 
+class _Choice(pattern.RewriteRuleClassBase):
+    """What is above the k-th largest, and of its equals those with the lowest indices until there are k."""
+
+    def pattern(self, op: Any, x: Any, least: Any, last: Any, minus: Any, k: Any) -> Any:
+        above, equal = op.Greater(x, least), op.Equal(x, least)
+        taken = op.ReduceSum(op.Cast(above), last, keepdims=1)
+        left = op.Add(op.Mul(taken, minus), k)
+        return op.Or(above, op.And(equal, op.LessOrEqual(op.CumSum(op.Cast(equal), minus), left)))
+
+    def check(self, op: Any, x: Any, least: Any, last: Any, minus: Any, k: Any) -> Any:
+        result, found = pattern.MatchResult(), _kth_largest(least)
+        wanted = (x, _number(k), -1, -1)
+        if found is None or wanted != (found.inputs[0], _number(found.inputs[1]), _number(last), _number(minus)):
+            return result.fail("it is no choice of the k largest", x)
+        return result
+
+    def rewrite(self, op: Any, x: Any, least: Any, **_: Any) -> Any:
+        found: Any = _kth_largest(least)
+        _, places = op.TopK(x, found.inputs[1], axis=-1, largest=1, sorted=1, _outputs=2)
+        chosen = op.GreaterOrEqual(places, op.Constant(value_int=0))
+        return op.ScatterElements(op.Less(x, x), places, chosen, axis=-1)
+
+
+def _kth_largest(value: ir.Value | None) -> ir.Node | None:
+    """The ``TopK`` along the last axis whose last value this is; None where it is something else."""
+    node = value.producer() if value is not None else None
+    if node is None:
+        return None
+    if node.op_type == "Identity" or (node.op_type == "Slice" and _cuts_the_last(node)):
+        return _kth_largest(node.inputs[0])
+    largest = node.attributes.get_int("axis", -1) == -1 and node.attributes.get_int("largest", 1) == 1
+    return node if node.op_type == "TopK" and largest else None
+
+
+def _cuts_the_last(node: ir.Node) -> bool:
+    """Whether a ``Slice`` takes the last value along the last axis."""
+    shape = node.outputs[0].shape
+    along = () if shape is None else (-1, len(shape) - 1)
+    return _number(node.inputs[1]) == -1 and _number(node.inputs[3]) in along and shape is not None and shape[-1] == 1
+
+
 def _own_rows(op: Any, table: Any) -> Any:
     """Positions (batch, length) as rows of the flattened table, of which every row of the batch has its own."""
     shape = op.Shape(table, start=0, end=2)
@@ -125,8 +172,8 @@ def _looked_up(value: ir.Value) -> tuple[Any, ir.Value] | None:
     return None if table is None or places is None or len(table.shape) != 2 else (table.numpy(), places)
 
 
-def _number(value: ir.Value) -> int | None:
-    held = ir.convenience.get_const_tensor(value)
+def _number(value: ir.Value | None) -> int | None:
+    held = None if value is None else ir.convenience.get_const_tensor(value)
     return int(held.numpy().item()) if held is not None and held.size == 1 else None
 
 
