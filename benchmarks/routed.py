@@ -1,12 +1,12 @@
-"""What routed methods cost per call in ONNX Runtime, beside the same base, and MeteoRA beside a plain loop in eager.
+"""What routed methods cost per call in ONNX Runtime, beside the same base, MeteoRA as a loop, and PEFT's X-LoRA.
 
     python -m benchmarks.routed [--layers 20] [--experts 8] [--rank 8] [--rounds 15] [--clock cpu]
 
 Targets: MeteoRA, 8 experts of rank 8, top 2, <= 1.35 of the base at (1, 128), where the floor of its arithmetic is
-1.15, and <= 1/4 of the seconds that the loop adds to its own base, which takes the experts one after the other as the
-first release did; X-LoRA off <= 1.03, on <= 2.2. FlyLoRA's gate, 8 of 32 ranks, adds <= 0.4 of the base at width 256 to
-what 32 ranks cost without it. "gathered" is MeteoRA with the factors of each token's experts gathered: the same answers
-by less arithmetic and more copies.
+1.15, and <= 1/4 of the seconds that a plain loop in eager adds to its own base, which takes the experts one after the
+other as the first release did; X-LoRA off <= 1.03, on <= 2.2. FlyLoRA's gate, 8 of 32 ranks, adds <= 0.4 of the base at
+width 256 to what 32 ranks cost without it. "gathered" is MeteoRA with the factors of each token's experts gathered: the
+same answers by less arithmetic and more copies.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from benchmarks import common
 
 SHAPES = ((1, 1), (1, 128), (8, 32))
 WIDE, NARROW = ("wide",), ("narrow",)
+PEFT = "eager, PEFT's X-LoRA"
 SIDES = {
-    WIDE: ("base", "A/A", "MeteoRA", "gathered", "X-LoRA", "X-LoRA, off", "eager base", "eager loop"),
+    WIDE: ("base", "A/A", "MeteoRA", "gathered", "X-LoRA", "X-LoRA, off", "eager base", "eager loop", PEFT),
     NARROW: ("base", "A/A", "FlyLoRA, all ranks", "FlyLoRA"),
 }
 LOOP = "the loop's overhead"
@@ -45,6 +46,8 @@ def prepare(given: argparse.Namespace) -> None:
             common.away_from_init(eager.adapters["a"], seed=1)
             emitted = lorac.compile(model, {"a": eager.adapters["a"]}, target="onnxruntime")
             emitted.save(folder / job[0] / name)
+    for expert in range(given.experts):
+        common.save_peft(folder / "peft" / str(expert), given)
     (folder / "done").touch()
 
 
@@ -137,6 +140,16 @@ def _looped(model: Any, given: argparse.Namespace) -> Any:
     return model
 
 
+def _of_peft(model: Any, given: argparse.Namespace) -> Any:
+    """PEFT's X-LoRA of the experts that ``prepare`` saved."""
+    import peft
+
+    folders = {str(expert): str(Path(given.folder, "peft", str(expert))) for expert in range(given.experts)}
+    width = model.config.hidden_size
+    config = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=width, adapters=folders, xlora_depth=1)
+    return peft.get_peft_model(model, config).eval()
+
+
 def measure(job: common.Job, given: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Seconds per call of all sides, in one process: shape -> side -> seconds, by the clock that the options name."""
     import lorac
@@ -149,7 +162,8 @@ def measure(job: common.Job, given: argparse.Namespace) -> dict[str, dict[str, f
     eager = {}
     if job == WIDE:
         compiled["X-LoRA, off"].swap(None)
-        eager = {"eager base": common.llama(host), "eager loop": _looped(common.llama(host), given)}
+        looped, mixed = _looped(common.llama(host), given), _of_peft(common.llama(host), given)
+        eager = {"eager base": common.llama(host), "eager loop": looped, PEFT: mixed}
     for shape in SHAPES:
         inputs = common.tokens(host, shape)
         sides = {name: common.call(model, inputs) for name, model in compiled.items()}
