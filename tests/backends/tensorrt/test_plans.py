@@ -17,17 +17,23 @@ from tests.limits import assert_apart
 ALL = ("lora", "one", "dora", "ia3", "oft", "meteora")
 LINEAR = ("lora", "one", "dora", "ia3", "oft")
 FAST = [
-    ("llama", "live", "float16", ("lora", "one", "dora")),
     ("llama", "fused", "float32", ("lora",)),
+    ("bert", "live", "float16", ALL),
+    ("vit", "baked", "bfloat16", ("dora",)),
+    ("t5", "live", "float32", ("lora",)),
+    ("resnet", "live", "float32", ("lora", "ia3")),
+]
+"""Every host, method, mode and dtype, but not every one with every other."""
+TOGETHER = [
+    ("llama", "live", "float16", ("lora", "one", "dora")),
     ("bert", "live", "float32", ALL),
     ("bert", "live", "bfloat16", ("lora",)),
     ("vit", "live", "float16", ALL),
     ("vit", "fused", "float16", ("oft",)),
-    ("vit", "baked", "bfloat16", ("dora",)),
     ("t5", "live", "float32", ("lora", "meteora")),
     ("resnet", "live", "float32", LINEAR),
 ]
-"""Every host, method, mode and dtype, but not every one with every other."""
+"""More of them together."""
 METHODS = ("lora", "dora", "ia3", "oft", "meteora")
 WHOLE = [
     (name, mode, dtype, (method,))
@@ -36,7 +42,8 @@ WHOLE = [
     for mode, methods in (("live", METHODS), ("fused", METHODS[:2]), ("baked", METHODS[:2]))
     for method in methods
 ]
-CASES = [(case, ()) for case in FAST] + [(case, pytest.mark.slow) for case in WHOLE if case not in FAST]
+SLOW = [case for case in [*TOGETHER, *WHOLE] if case not in FAST]
+CASES = [(case, ()) for case in FAST] + [(case, pytest.mark.slow) for case in SLOW]
 
 
 def _named(case: tuple[str, str, str, tuple[str, ...]]) -> str:
