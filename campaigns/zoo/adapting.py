@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorac.testing.parity import CONTRIBUTION, contribution
+from lorac.testing.parity import CONTRIBUTION, FLOAT32, contribution
 from tests.peft_files import load_peft, quiet, wrap
 
 RANK, ALPHA, AIM = 4, 6, 0.2
@@ -25,6 +25,10 @@ Outputs = dict[str, Tensor]
 
 class NothingMoves(Exception):
     """No strength of the adapter moves any output by a share that decides something."""
+
+
+class Wavers(Exception):
+    """Rounding moves what PEFT answers by a share of the adapter's that decides nothing any more."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,7 @@ def written(model: nn.Module, config: Any, folder: Path, calls: Sequence[Mapping
 
     Raises:
         NothingMoves: no strength does.
+        Wavers: what moves is not steady enough to be compared.
     """
     base = {name: value for name, value in joined([answer(model, call) for call in calls]).items() if bool(value.any())}
     wrapped = wrap(model, config, seed).eval()
@@ -130,7 +135,36 @@ def written(model: nn.Module, config: Any, folder: Path, calls: Sequence[Mapping
     outputs = tuple(name for name, share in found.items() if low <= share <= high)
     if not outputs:
         raise NothingMoves(f"at strength {strength:.3g} the outputs move by {found}")
-    return Adapted(folder, oracle, outputs)
+    wavering = _wavering(oracle, calls, base)
+    steady = tuple(name for name in outputs if 2 * wavering[name] <= FLOAT32)
+    if not steady:
+        raise Wavers(f"where inputs are rounded once, PEFT's outputs move by {wavering} of what the adapter moves")
+    return Adapted(folder, oracle, steady)
+
+
+def _wavering(oracle: nn.Module, calls: Sequence[Mapping[str, Any]], base: Outputs) -> dict[str, float]:
+    """By output, how far PEFT's own answers move where their inputs are rounded, as a share of what the adapter moves.
+
+    Two programs that compute the same in float32 differ by as much each.
+    """
+    right, worst = joined([answer(oracle, call) for call in calls]), dict.fromkeys(base, 0.0)
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        found = joined([answer(oracle, _rounded(call, generator)) for call in calls])
+        for name, value in base.items():
+            moved, off = (right[name] - value).double().norm(), (found[name] - right[name]).double().norm()
+            worst[name] = max(worst[name], float(off / moved) if moved else math.inf)
+    return worst
+
+
+def _rounded(call: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any]:
+    """A call whose numbers are off in their last bit."""
+    return {
+        name: value * (1 + torch.finfo(value.dtype).eps / 2 * torch.randn(value.shape, generator=generator))
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for name, value in call.items()
+    }
 
 
 def _strength(shares: Any) -> float:
