@@ -7,6 +7,7 @@ called as it was leaves one node, in whose place the nodes of the first are copi
 Called as it was: with equal numbers, tensors of the same sizes for the first of its tensors and for whatever the layer
 before it gave, and the very same tensors for all others, which may stand for more than their values (a mask, tables of
 angles). Whatever may make the two differ unseen has both traced: a layer that reads its own number, or that is hooked.
+So has a region of autocast or of gradients, within a layer or around it: torch makes a graph of its own of each.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def _repeat(layer: nn.Module, path: str, family: _Tracing, state: _State) -> Non
 
     @functools.wraps(forward)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if get_proxy_mode() is None or not state.is_as_noted:
+        if get_proxy_mode() is None or not state.is_as_noted or _is_within_a_region():
             return forward(*args, **kwargs)
         given = _Leaves.of((args, kwargs))
         first = next((first for first in family.firsts if first.stands_for(given, family.answered)), None)
@@ -187,7 +188,7 @@ class _Tracing:
         self.reads.clear()
         answer = forward()
         answered, nodes = _Leaves.of(answer), list(_behind(last))
-        if self.reads or not unchanged() or not answered.repeatable or any(map(_is_of_values, nodes)):
+        if self.reads or not unchanged() or not answered.repeatable or any(map(_is_its_own, nodes)):
             return answer
         for node in nodes:
             known = node.meta.get("custom", {})
@@ -203,11 +204,23 @@ def _behind(node: fx.Node) -> Iterator[fx.Node]:
         yield node
 
 
-def _is_of_values(node: fx.Node) -> bool:
-    """Whether a node's sizes, or the number that it is, follow from the values of tensors, which differ by layer."""
-    return bool(free_unbacked_symbols(node.meta.get("val")))
+def _is_its_own(node: fx.Node) -> bool:
+    """Whether a node is no other layer's.
+
+    Sizes, or the number that it is, may follow from the values of tensors, which differ by layer; or a region begins or
+    ends there.
+    """
+    return bool(free_unbacked_symbols(node.meta.get("val"))) or node.target in (*_AUTOCAST, torch._C._set_grad_enabled)
 
 
+def _is_within_a_region() -> bool:
+    """Whether what is traced now lies in one of the graphs that torch makes of regions; a trace has no gradients."""
+    graph: fx.Graph = get_proxy_mode().tracer.graph  # type: ignore[union-attr]  # there is one
+    begun, ended = (len(graph.find_nodes(op="call_function", target=target)) for target in _AUTOCAST)
+    return begun != ended or torch.is_grad_enabled()
+
+
+_AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
 _NUMBERS = (SymInt, torch.SymFloat, torch.SymBool)
 
 
@@ -269,6 +282,7 @@ def unfold(program: ExportedProgram, prefix: str = "") -> None:
         program: as it was traced.
         prefix: what the paths of its sites begin with.
     """
+    _complete_users(program.graph)
     inputs = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     held = [spec for spec in program.graph_signature.input_specs if spec.kind in _HELD]
     weights = {str(spec.target): inputs[spec.arg.name] for spec in held}
@@ -286,6 +300,13 @@ def unfold(program: ExportedProgram, prefix: str = "") -> None:
     if repeated:
         program.graph.lint()
         program.graph_module.recompile()
+
+
+def _complete_users(graph: fx.Graph) -> None:
+    """Have every node know who reads it: where torch puts a region's nodes in its place again, some do not."""
+    for node in graph.nodes:
+        for read in node.all_input_nodes:
+            read.users.setdefault(node)
 
 
 _HELD = (InputKind.PARAMETER, InputKind.BUFFER)

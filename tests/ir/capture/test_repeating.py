@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -64,6 +65,35 @@ class Keeping(Layer):
         return super().forward(x, factor) + self.kept
 
 
+class Within(Layer):
+    """One that computes a part in a region of its own."""
+
+    region: Callable[[], Any]
+
+    def forward(self, x: Tensor, factor: Tensor | None = None) -> Tensor:
+        with type(self).region():
+            y = self.up(x) @ self.up(x).transpose(-1, -2)
+        return super().forward(x, factor) + y.mean(-1, keepdim=True)
+
+
+class Casting(Within):
+    """One that keeps autocast away from a part, as attentions do that divide by small sums."""
+
+    region = functools.partial(torch.autocast, "cpu", enabled=False)
+
+
+class Frozen(Within):
+    """One that needs no gradients of a part."""
+
+    region = torch.no_grad
+
+
+class Graded(Within):
+    """One that turns gradients on."""
+
+    region = torch.enable_grad
+
+
 class Stack(nn.Module):
     """Layers one after the other."""
 
@@ -76,6 +106,23 @@ class Stack(nn.Module):
         for number, layer in enumerate(self.layers):
             x = layer(x, factor if number % 2 else None)
         return x
+
+
+class Region(Stack):
+    """All of them in one region.
+
+    Args:
+        layers: its layers.
+        region: makes it.
+    """
+
+    def __init__(self, layers: list[nn.Module], region: Callable[[], Any]) -> None:
+        super().__init__(layers)
+        self.region = region
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.region():
+            return super().forward(x)
 
 
 class Stages(nn.Module):
@@ -152,6 +199,12 @@ SAME: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "within layers": (Stages, 1),
     "with a tensor in common": (_tied, 3),
     "of which one is hooked": (_hooked, 2),
+    "that keep autocast away": (lambda: Stack([Casting(number) for number in range(4)]), 4),
+    "that need no gradients": (lambda: Stack([Frozen(number) for number in range(4)]), 4),
+    "that turn gradients on": (lambda: Stack([Graded(number) for number in range(4)]), 4),
+    "in a region of autocast": (lambda: Region([Layer(number) for number in range(4)], Casting.region), 4),
+    "in a region without gradients": (lambda: Region([Layer(number) for number in range(4)], torch.no_grad), 2),
+    "in a region of gradients": (lambda: Region([Layer(number) for number in range(4)], torch.enable_grad), 4),
 }
 """Kind of layers -> (a model of them, how many have to be traced)."""
 
