@@ -75,7 +75,6 @@ FRESH = {
         ),
         torch.float32,
     ),
-    "t5": (lorac.IA3(targets=["wo", "q"]), torch.float32),
 }
 """What no library wrote, by model: an adapter with its dtype."""
 

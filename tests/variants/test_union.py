@@ -50,7 +50,7 @@ def compiled(host, variant, **settings):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("target", ["eager", "onnxruntime"])
+@pytest.mark.parametrize("target", ["eager", pytest.param("onnxruntime", marks=pytest.mark.slow)])
 def test_each_method_acts_at_its_own_sites(host, target):
     made = compiled(host, union()).adapters["a"]
     assert {path: at["lora_A"].shape for path, at in made.tensors.items()} == {"first": (2, 6), "second": (3, 10)}
@@ -77,6 +77,7 @@ def test_each_keeps_its_own_dropout(host):
     assert_apart(found(*X), whole)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_branches_and_weights_live_in_one_artefact(host, tmp_path):
     variant = lorac.Union(parts=(lorac.AdapterTune(targets=["norm"]), lorac.LoRA(r=2, targets="all-linear")))
