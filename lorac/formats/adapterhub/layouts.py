@@ -200,11 +200,11 @@ def layers_in(family: Family, stream: Stream, sites: Collection[str]) -> dict[st
     found: dict[str, Layer] = {}
     numbers = {block: number for number, block in enumerate(stream.blocks)}
     for stack, blocks in _stacked(family, stream):
-        for block, place in blocks.items():
-            for end, what in stack.layers.items():
-                paths = (f"{block}.{name}" for name in (end, stack.renamed.get(end, end)))
-                path = next((path for path in paths if path in sites), None)
-                found |= {} if path is None else {path: Layer(f"{place}.{end}", what, numbers[block])}
+        ends = ((block, end, what) for block in blocks for end, what in stack.layers.items())
+        for block, end, what in ends:
+            paths = (f"{block}.{name}" for name in (end, stack.renamed.get(end, end)))
+            path = next((path for path in paths if path in sites), None)
+            found |= {} if path is None else {path: Layer(f"{blocks[block]}.{end}", what, numbers[block])}
     return found
 
 
