@@ -14,7 +14,7 @@ class Mlp(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.norm, self.second = nn.Linear(6, 10), nn.LayerNorm(10), nn.Linear(10, 4)
+        self.first, self.norm, self.second = nn.Linear(6, 10), nn.LayerNorm(10), nn.Linear(10, 9)
 
     def forward(self, x):
         return self.second(torch.tanh(self.norm(self.first(x))))
@@ -109,3 +109,13 @@ def test_what_is_no_union_is_refused(host):
             lorac.compile(host, {"a": lorac.Union(parts=parts)}, example_inputs=X)
     with pytest.raises(lorac.SiteUnsupported, match="none of the methods of a union"):
         lorac.Union(parts=(lora,)).method_at("second")
+
+
+@torch.no_grad()
+def test_what_is_a_lora_everywhere_is_one_lora_and_a_branch_is_none(host):
+    found = compiled(host, union())
+    whole = lorac.to_lora(found.adapters["a"], host)
+    assert_close(lorac.compile(host, {"a": whole}, example_inputs=X)(*X), found(*X))
+    mixed = lorac.Union(parts=(lorac.AdapterTune(targets=["norm"]), lorac.LoRA(r=2, targets=["first"])))
+    with pytest.raises(lorac.NotMergeable, match="makes no update of the weight of 'norm'"):
+        lorac.to_lora(compiled(host, mixed).adapters["a"], host)
