@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from lorac.variants.tera import TeRA
     from lorac.variants.tlora import TLoRA
     from lorac.variants.trainable_tokens import TrainableTokens
+    from lorac.variants.union import Union
     from lorac.variants.vblora import VBLoRA
     from lorac.variants.vera import VeRA
     from lorac.variants.x_lora import XLoRA
@@ -187,6 +188,7 @@ __all__ = [  # noqa: RUF022  (in plain order: BAT and OFT are no constants)
     "TeRA",
     "TrainableTokens",
     "Unavailable",
+    "Union",
     "UnknownField",
     "UnknownFormat",
     "UnknownMethod",

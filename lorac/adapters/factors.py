@@ -10,6 +10,7 @@ from torch import nn
 
 from lorac.adapters.fit import check_adapter, check_site, check_values
 from lorac.adapters.fresh import parameter_sites
+from lorac.adapters.placing import with_adapted
 from lorac.adapters.preparing import Preparer
 from lorac.errors import BaseNeeded, LoracError, NotMergeable, UnknownMethod
 from lorac.ir.algebra import letters
@@ -72,7 +73,7 @@ def changes_at(
     """
     sites = find_sites(model)
     check_adapter(adapter, sites, model)
-    sites |= parameter_sites(model, adapter, sites)
+    sites = with_adapted(adapter, model, sites | parameter_sites(model, adapter, sites))
     if dtype is not None:
         sites = {path: dataclasses.replace(site, dtype=dtype) for path, site in sites.items()}
     preparer = Preparer(sites, base_of(model))

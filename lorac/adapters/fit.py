@@ -86,15 +86,17 @@ def check_reads(adapter: Adapter, sites: Mapping[str, Site], model: nn.Module) -
         SiteNotFound: a name is no value.
         SiteUnreached: what is computed once per call reads what comes later.
     """
-    variant = adapter.variant
-    if not isinstance(variant, BranchVariant):
+    branches = [method for method in adapter.variant.methods if isinstance(method, BranchVariant)]
+    if not branches:
         return
-    reads = {path: variant.at(sites[path]).reads(sites[path]) for path in adapter.tensors}  # type: ignore[attr-defined]  # as variant
-    if not any(reads.values()) and not variant.has_once:
+    here = {path: adapter.variant.at(sites[path]) for path in adapter.tensors}
+    reads = {path: one.reads(sites[path]) for path, one in here.items() if isinstance(one, BranchVariant)}
+    once = [method for method in branches if method.has_once]
+    if not any(reads.values()) and not once:
         return
     readable = Readable.of(model, sites)
-    readable.check(variant.reads_once(), once=True)
-    readable.check((name for names in reads.values() for name in names), owns=variant.has_once)
+    readable.check((name for method in once for name in method.reads_once()), once=True)
+    readable.check((name for names in reads.values() for name in names), owns=bool(once))
 
 
 def check_values(adapter: Adapter) -> None:

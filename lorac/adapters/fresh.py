@@ -12,7 +12,7 @@ from torch import nn
 from lorac.adapters.fit import check_numbers
 from lorac.errors import AdapterError
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.patterns import nothing_matches, refuse_unmatched, select
+from lorac.ir.host.patterns import nothing_matches, output_layers, refuse_unmatched, select
 from lorac.ir.host.sites import BaseReader, Site, SiteKind, factor_dtype, parameter_site
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
@@ -86,13 +86,6 @@ def target_sites(variant: Variant, model: nn.Module, sites: Mapping[str, Site]) 
     )
     # A site of a kind the method is not defined on stays in, to be refused by name.
     return [site for site in found if site.kind not in variant.kinds or variant.adapts(site)]
-
-
-def output_layers(model: nn.Module) -> list[str]:
-    """Paths of the layers a model names as its output layer."""
-    get = getattr(model, "get_output_embeddings", None)
-    head = get() if callable(get) else None
-    return [path for path, module in model.named_modules() if head is not None and module is head]
 
 
 def trainable(adapter: Adapter, sites: Mapping[str, Site]) -> Adapter:

@@ -28,7 +28,7 @@ def with_named(variant: Variant, model: nn.Module, sites: Mapping[str, Site]) ->
         SiteUnsupported: the structure of a module that a list names does not tell its width.
     """
     targets = variant.targets
-    branches = isinstance(variant, BranchVariant) and SiteKind.BLOCK in variant.kinds
+    branches = any(isinstance(one, BranchVariant) and SiteKind.BLOCK in one.kinds for one in variant.methods)
     if not branches or (isinstance(targets, str) and targets in KEYWORDS):
         return dict(sites)
     free = [path for path in callable_paths(model) if path not in sites]
@@ -41,7 +41,7 @@ def with_named(variant: Variant, model: nn.Module, sites: Mapping[str, Site]) ->
 
 def with_adapted(adapter: Adapter, model: nn.Module, sites: Mapping[str, Site]) -> dict[str, Site]:
     """All sites, those among them that modules become at which an adapter of a branch has tensors."""
-    if not isinstance(adapter.variant, BranchVariant | Absent):
+    if not any(isinstance(one, BranchVariant | Absent) for one in adapter.variant.methods):
         return dict(sites)
     missing = adapter.tensors.keys() - sites.keys()
     wanted = [path for path in callable_paths(model) if path in missing] if missing else []

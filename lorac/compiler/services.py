@@ -166,9 +166,9 @@ class Lasting:
 
     def _terms_of(self, adapter: Adapter, path: str, how: Active) -> list[LiveTerm]:
         site = self.sites[path]
-        rate = float(getattr(adapter.variant, "dropout", 0.0))
-        place = adapter.variant.dropout_place
         tensors = adapter.tensors.get(path)
+        method = adapter.variant if tensors is None else adapter.variant.method_at(path)
+        rate, place = float(getattr(method, "dropout", 0.0)), method.dropout_place
         if site.kind is SiteKind.ONCE:
             mine = path == once_path(adapter)
             return [_live(once_term(adapter, self.sites, detach=False), site, how)] if mine else []

@@ -140,6 +140,15 @@ class Variant(ABC):
         return self
 
     @property
+    def methods(self) -> tuple[Variant, ...]:
+        """The methods that act, at every site one of them: this one, or of several held together (``Union``) each."""
+        return (self,)
+
+    def method_at(self, path: str) -> Variant:
+        """The one of them that acts at a site, as it was given."""
+        return self
+
+    @property
     def settings(self) -> Mapping[str, Any]:
         """Every hyper-parameter by name."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

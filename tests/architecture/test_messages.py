@@ -23,6 +23,7 @@ from lorac import errors
 from lorac.cli import app
 from lorac.compiler.targets import backend_of, targets
 from lorac.formats import formats
+from lorac.formats.adapterhub.loras import Fields
 from lorac.formats.peft.config import methods as peft_types
 from lorac.ir.slots.planning import MODES
 from lorac.runtime.module import CompiledModule
@@ -141,7 +142,7 @@ def test_the_walk_finds_what_is_said():
 
 @functools.cache
 def arguments():
-    """Names that something public takes: arguments of functions and methods, fields, PEFT's configuration."""
+    """Names that something public takes: arguments, fields, those of PEFT's and AdapterHub's configurations."""
     known = set()
     for module in map(importlib.import_module, PUBLIC):
         for name in getattr(module, "__all__", None) or vars(module):
@@ -150,7 +151,7 @@ def arguments():
         known |= {field.name for field in dataclasses.fields(backend_of(target).options)}
     for kind in peft_types().values():
         known |= set(kind.fields)
-    return known | FOREIGN.keys()
+    return known | {field.name for field in dataclasses.fields(Fields)} | FOREIGN.keys()
 
 
 def _taken(found):

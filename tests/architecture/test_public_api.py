@@ -77,6 +77,7 @@ METHODS = {
     "TLoRA",
     "TeRA",
     "TrainableTokens",
+    "Union",
     "VBLoRA",
     "VeRA",
     "XLoRA",

@@ -1,11 +1,15 @@
 """Tiny models, adapters that AdapterHub's library wrote for them, and its answers (``make_adapterhub.py``)."""
 
 import functools
+import json
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+
+import lorac
 
 FILES = Path(__file__).parent / "adapterhub"
 CLASSES = {
@@ -34,3 +38,21 @@ def inputs(name):
 
 def main(output):
     return output.logits if "logits" in output else output.last_hidden_state
+
+
+def split(folder):
+    return folder.split("/")
+
+
+def changed(folder, **fields):
+    """Its configuration, with fields of it, or around it, set anew."""
+    file = folder / "adapter_config.json"
+    raw = json.loads(file.read_text())
+    for name, value in fields.items():
+        (raw if name in raw else raw["config"])[name] = value
+    file.write_text(json.dumps(raw))
+
+
+def refused(folder, error, match, name="bert"):
+    with pytest.raises(error, match=match):
+        lorac.load_adapter(folder, model(name))

@@ -3,10 +3,11 @@
 The library pins a transformers of its own; run this where both are found, which may be a folder of their own:
 
     pip install --no-deps --target LIBRARY adapters==1.3.0 transformers==4.57.6 'huggingface_hub<1' 'tokenizers<=0.23.0'
-    PYTHONPATH=LIBRARY python tests/formats/make_adapterhub.py [read FOLDER ...]
+    PYTHONPATH=LIBRARY python tests/formats/make_adapterhub.py [add | read FOLDER ...]
 
-Without arguments it makes the folder anew. With ``read FOLDER ...`` it loads adapters that others wrote in that layout,
-each at ``<model>/<adapter>`` below some place, and leaves the answer with each in ``answer.safetensors`` beside them.
+Without arguments it makes the folder anew. With ``add`` it adds what it lacks. With ``read FOLDER ...`` it loads what
+others wrote in that layout, each at ``<model>/<adapter>`` below some place, and leaves the answer with each in
+``answer.safetensors`` beside them.
 """
 
 import json
@@ -16,10 +17,12 @@ from pathlib import Path
 import adapters
 import torch
 import transformers
-from adapters import BnConfig
+from adapters import ConfigUnion, DoRAConfig, IA3Config, LoRAConfig, MTLLoRAConfig, SeqBnConfig, VeraConfig
 from adapters.heads import CausalLMHead
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+LEAST, MOST = 0.06, 0.4
+"""How much of what the base answers an adapter changes."""
 HERE = Path(__file__).parent / "adapterhub"
 SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 EYES = {key: SIZES[key] for key in SIZES if key != "vocab_size"}
@@ -61,6 +64,43 @@ ADAPTERS = {
         "compacter": "compacter++[reduction_factor=2,phm_dim=2]",
     },
 }
+EVERYWHERE = {"attn_matrices": ["q", "k", "v"], "intermediate_lora": True, "output_lora": True}
+LAYERS = {
+    "llama": {
+        "lora": LoRAConfig(r=2, alpha=3, **EVERYWHERE),
+        "dora": DoRAConfig(r=2, alpha=2, attn_matrices=["q", "k"], output_lora=True, leave_out=[0]),
+        "dvora": adapters.DvoRAConfig(r=2, alpha=2, attn_matrices=["q"]),
+        "tasks": MTLLoRAConfig(r=2, alpha=4, n_up_projection=3, weights_sharpness=0.7),
+    },
+    "bert": {
+        "lora": LoRAConfig(r=3, alpha=2, dropout=0.1, attn_matrices=["k"], output_lora=True, leave_out=[1]),
+        "ia3": IA3Config(alpha=2, output_lora=True),
+        "vera": VeraConfig(r=2, alpha=5, attn_matrices=["q", "v"]),
+        "union": ConfigUnion(
+            LoRAConfig(r=2, alpha=3, intermediate_lora=True, init_weights="bert"), SeqBnConfig(reduction_factor=4)
+        ),
+    },
+    "gpt2": {
+        "lora": LoRAConfig(r=2, alpha=3, attn_matrices=["q", "v"], intermediate_lora=True, output_lora=True),
+        "part": LoRAConfig(r=2, alpha=1, attn_matrices=["k"], leave_out=[0]),
+        "ia3": IA3Config(),
+        "scaled": IA3Config(alpha=2, intermediate_lora=False, attn_matrices=["v"]),
+        "union": ConfigUnion(
+            SeqBnConfig(reduction_factor=4, scaling="learned"), LoRAConfig(r=2, alpha=3, output_lora=True)
+        ),
+    },
+    "t5": {
+        "lora": LoRAConfig(r=2, alpha=3, attn_matrices=["q", "v"], output_lora=True, leave_out=[1]),
+        "ia3": IA3Config(),
+        "union": ConfigUnion(
+            adapters.DoubleSeqBnConfig(reduction_factor=4, output_adapter=False),
+            SeqBnConfig(reduction_factor=8, leave_out=[1]),
+            LoRAConfig(r=2, attn_matrices=["k"]),
+        ),
+    },
+    "vit": {"lora": LoRAConfig(r=2, alpha=3, intermediate_lora=True, output_lora=True), "ia3": IA3Config()},
+}
+"""Of layers, whose answers lie beside those of bottlenecks: what one run has made does not change with another's."""
 PICKLED = {"normed", "inside"}
 """What the library cannot write as safetensors (a norm under two names), and one that it could."""
 INVERTED = {"inverted"}
@@ -76,11 +116,11 @@ def rounded(module, seed, scale):
             parameter.copy_((parameter + noise).half().float())
 
 
-def shrunk(parameters):
-    """The same values, three quarters as large."""
+def moved(parameters, starts, times):
+    """The same values, so many times as far from their start."""
     with torch.no_grad():
-        for parameter in parameters:
-            parameter.copy_((0.75 * parameter).half().float())
+        for path, parameter in parameters.items():
+            parameter.copy_((starts[path] + times * (parameter - starts[path])).half().float())
 
 
 def share(found, base):
@@ -126,22 +166,42 @@ def make(name):
     plain.half().save_pretrained(folder)
     plain = model_of(name)
     expected = {f"input.{key}": value for key, value in inputs_of(name).items()} | {"base": answer(plain, name)}
-    for number, (key, config) in enumerate(ADAPTERS[name].items()):
-        model = flexible(name, plain) if key in INVERTED else model_of(name)
-        adapters.init(model)
-        model.add_adapter(key, config=config)
-        model.set_active_adapters(key)
-        model.eval()  # layers that the library adds begin in training, where stochastic depth drops rows
-        own = [parameter for path, parameter in model.named_parameters() if f".{key}." in path]
-        rounded(own, 10 + number, 0.3)
-        while share(found := answer(model, name), expected["base"]) > 0.4:
-            shrunk(own)
-        expected[key] = found
-        model.save_adapter(str(folder / key), key, with_head=False, use_safetensors=key not in PICKLED)
-        file = folder / key / "adapter_config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), "model_name": name}, indent=2, sort_keys=True))
-        print(name, key, share(expected[key], expected["base"]))
+    for number, (key, config) in enumerate((ADAPTERS[name] | LAYERS[name]).items()):
+        record(name, number, key, config, expected)
     save_file(expected, folder / "expected.safetensors")
+
+
+def add(name):
+    """The same of adapters that have no answer yet, on the model that is there."""
+    file = HERE / name / "expected.safetensors"
+    expected = load_file(file)
+    for number, (key, config) in enumerate((ADAPTERS[name] | LAYERS[name]).items()):
+        if key not in expected:
+            record(name, number, key, config, expected)
+    save_file(expected, file)
+
+
+def record(name, number, key, config, expected):
+    """One adapter, in a folder, and the answer of its model among those that are expected."""
+    folder = HERE / name
+    model = flexible(name, model_of(name)) if key in INVERTED else model_of(name)
+    adapters.init(model)
+    model.add_adapter(key, config=config)
+    model.set_active_adapters(key)
+    model.eval()  # layers that the library adds begin in training, where stochastic depth drops rows
+    own = {path: parameter for path, parameter in model.named_parameters() if f".{key}." in f".{path}"}
+    if getattr(config, "composition_mode", None) == "scale":  # what starts as the base, whatever its alpha
+        for parameter in own.values():
+            parameter.data.fill_(1 / config.alpha)
+    starts = {path: parameter.detach().clone() for path, parameter in own.items()}
+    rounded(own.values(), 10 + number, 0.3)
+    while not LEAST < (changed := share(answer(model, name), expected["base"])) < MOST:
+        moved(own, starts, 0.75 if changed >= MOST else 1.5)
+    expected[key] = answer(model, name)
+    model.save_adapter(str(folder / key), key, with_head=False, use_safetensors=key not in PICKLED)
+    file = folder / key / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_name": name}, indent=2, sort_keys=True))
+    print(name, key, share(expected[key], expected["base"]))
 
 
 def read(folder):
@@ -150,12 +210,12 @@ def read(folder):
     model = flexible(name, model_of(name)) if key in INVERTED else model_of(name)
     adapters.init(model)
     loaded = model.load_adapter(str(folder), use_safetensors=True, set_active=True)
-    assert isinstance(model.adapters_config.get(loaded), BnConfig)
+    assert loaded == key
     save_file({"answer": answer(model.eval(), name)}, folder / "answer.safetensors")
 
 
 if __name__ == "__main__":
     for place in sys.argv[2:]:
         read(Path(place))
-    for model_name in MODELS if len(sys.argv) == 1 else ():
-        make(model_name)
+    for model_name in MODELS if sys.argv[1:] in ([], ["add"]) else ():
+        (add if sys.argv[1:] else make)(model_name)

@@ -1,6 +1,7 @@
-"""What AdapterHub calls the places of bottlenecks in a model's family, and the tensors at one.
+"""What AdapterHub calls the places of its adapters in a model's family, and the tensors of a bottleneck.
 
     <prefix><place>.adapters.<adapter>.<leaf>          behind a sublayer
+    <prefix><place>.loras.<adapter>.<leaf>             of a layer
     <prefix>invertible_adapters.<adapter>.<leaf>       behind the embeddings
     <prefix>shared_parameters.<adapter>.<leaf>         what all sites have in common
 
@@ -9,7 +10,8 @@ The prefix is that of the base model in a class with a head. Source: the mixins 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -18,44 +20,136 @@ from lorac.errors import UnsupportedField, nearest_name
 from lorac.ir.host.sublayers import Stream, Sublayer
 from lorac.variants.bottleneck import Bottleneck
 
-Stacks = Mapping[str, Mapping[str, str]]
-"""Part of a block's path ("" for any) -> kind of sublayer -> place of the n-th block there."""
+LETTERS = ("q", "k", "v")
+"""What attentions' layers are called in configurations, in the order of their rows where one layer has all three."""
+PACKED = "".join(LETTERS)
+"""A layer that has all three."""
+INTERMEDIATE, OUTPUT = "intermediate", "output"
 
 
-def _named(block: str) -> Stacks:
-    """Families whose blocks hold their adapters beside their sublayers."""
-    return {"": {"attention": f"{block}.attention_adapters", "mlp": f"{block}.output_adapters"}}
+@dataclass(frozen=True)
+class Stack:
+    """Blocks that follow one another.
+
+    Attributes:
+        block: place of the n-th.
+        sublayers: kind of a sublayer -> where in the block its bottleneck is.
+        layers: where in the block a layer is -> what it is: a letter, ``PACKED``, ``INTERMEDIATE`` or ``OUTPUT``.
+        part: what of a block's path in a model tells that it is of this stack; empty: nothing need.
+        renamed: where a layer is -> where transformers has it by now.
+    """
+
+    block: str
+    sublayers: Mapping[str, str]
+    layers: Mapping[str, str]
+    part: str = ""
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
 
-_BERT: Stacks = {
-    "": {
-        "attention": "encoder.layer.{n}.attention.output",
-        "cross": "encoder.layer.{n}.crossattention.output",
-        "mlp": "encoder.layer.{n}.output",
-    }
-}
-_T5: Stacks = {
-    "encoder.": {"attention": "encoder.block.{n}.layer.0", "mlp": "encoder.block.{n}.layer.1"},
-    "decoder.": {
-        "attention": "decoder.block.{n}.layer.0",
-        "cross": "decoder.block.{n}.layer.1",
-        "mlp": "decoder.block.{n}.layer.2",
-    },
-}
-_BART: Stacks = {
-    "encoder.": _named("encoder.layers.{n}")[""],
-    "decoder.": {**_named("decoder.layers.{n}")[""], "cross": "decoder.layers.{n}.cross_attention_adapters"},
-}
-_VIT: Stacks = {
-    "": {"attention": "encoder.layer.{n}.attention_adapters", "mlp": "encoder.layer.{n}.output.output_adapters"}
-}
-FAMILIES: Mapping[str, Stacks] = {
+@dataclass(frozen=True)
+class Layer:
+    """A layer that a file may adapt.
+
+    Attributes:
+        place: what a file calls it.
+        what: as in ``Stack.layers``.
+        number: of its block, through all stacks.
+    """
+
+    place: str
+    what: str
+    number: int
+
+
+Family = tuple[Stack, ...]
+
+
+def _letters(pattern: str, *names: str) -> dict[str, str]:
+    """The layers of an attention, by a pattern that their names fill."""
+    return {pattern.format(name): letter for name, letter in zip(names or LETTERS, LETTERS, strict=True)}
+
+
+def _mlp(intermediate: str, output: str) -> dict[str, str]:
+    return {intermediate: INTERMEDIATE, output: OUTPUT}
+
+
+_BESIDE = {"attention": "attention_adapters", "mlp": "output_adapters"}
+"""Of families whose blocks hold their adapters beside their sublayers."""
+_QUERIES = ("query", "key", "value")
+_BERT: Family = (
+    Stack(
+        "encoder.layer.{n}",
+        {"attention": "attention.output", "cross": "crossattention.output", "mlp": "output"},
+        {
+            **_letters("attention.self.{}", *_QUERIES),
+            **_letters("crossattention.self.{}", *_QUERIES),
+            **_mlp("intermediate.dense", "output.dense"),
+        },
+    ),
+)
+_LLAMA: Family = (
+    # The library takes the layer that leads back for the intermediate one, and one that leads there for the other.
+    Stack("layers.{n}", _BESIDE, _letters("self_attn.{}_proj") | _mlp("mlp.down_proj", "mlp.up_proj")),
+)
+_T5: Family = (
+    Stack(
+        "encoder.block.{n}",
+        {"attention": "layer.0", "mlp": "layer.1"},
+        {
+            **_letters("layer.0.SelfAttention.{}"),
+            **_mlp("layer.1.DenseReluDense.wi", "layer.1.DenseReluDense.wo"),
+            "layer.1.DenseReluDense.wi_1": INTERMEDIATE,
+        },
+        part="encoder.",
+    ),
+    Stack(
+        "decoder.block.{n}",
+        {"attention": "layer.0", "cross": "layer.1", "mlp": "layer.2"},
+        {
+            **_letters("layer.0.SelfAttention.{}"),
+            **_letters("layer.1.EncDecAttention.{}"),
+            **_mlp("layer.2.DenseReluDense.wi", "layer.2.DenseReluDense.wo"),
+            "layer.2.DenseReluDense.wi_1": INTERMEDIATE,
+        },
+        part="decoder.",
+    ),
+)
+_BART_LAYERS = _letters("self_attn.{}_proj") | _mlp("fc1", "fc2")
+_BART: Family = (
+    Stack("encoder.layers.{n}", _BESIDE, _BART_LAYERS, part="encoder."),
+    Stack(
+        "decoder.layers.{n}",
+        {**_BESIDE, "cross": "cross_attention_adapters"},
+        _BART_LAYERS | _letters("encoder_attn.{}_proj"),
+        part="decoder.",
+    ),
+)
+_GPT2: Family = (Stack("h.{n}", _BESIDE, {"attn.c_attn": PACKED, **_mlp("mlp.c_fc", "mlp.c_proj")}),)
+_DISTILBERT: Family = (
+    Stack("transformer.layer.{n}", _BESIDE, _letters("attention.{}_lin") | _mlp("ffn.lin1", "ffn.lin2")),
+)
+_VIT: Family = (
+    Stack(
+        "encoder.layer.{n}",
+        {"attention": "attention_adapters", "mlp": "output.output_adapters"},
+        _letters("attention.attention.{}", *_QUERIES) | _mlp("intermediate.dense", "output.dense"),
+        renamed={
+            **{
+                f"attention.attention.{old}": f"attention.{new}_proj"
+                for old, new in zip(_QUERIES, LETTERS, strict=True)
+            },
+            "intermediate.dense": "mlp.fc1",
+            "output.dense": "mlp.fc2",
+        },
+    ),
+)
+FAMILIES: Mapping[str, Family] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), _BERT),
-    **dict.fromkeys(("llama", "mistral"), _named("layers.{n}")),
+    **dict.fromkeys(("llama", "mistral"), _LLAMA),
     **dict.fromkeys(("t5", "mt5"), _T5),
     **dict.fromkeys(("bart", "mbart"), _BART),
-    "gpt2": _named("h.{n}"),
-    "distilbert": _named("transformer.layer.{n}"),
+    "gpt2": _GPT2,
+    "distilbert": _DISTILBERT,
     "vit": _VIT,
 }
 """By transformers' model_type."""
@@ -67,7 +161,7 @@ LEGACY = {
     "invertible_lang_adapters": "invertible_adapters",
 }
 """What files of its first versions call them."""
-INVERTIBLE, SHARED, PLACED = "invertible_adapters", "shared_parameters", "adapters"
+INVERTIBLE, SHARED, PLACED, LORAS = "invertible_adapters", "shared_parameters", "adapters", "loras"
 COUPLING = {
     f"{part}.{index}.{leaf}": f"{part}_{half}{end}"
     for part in "FG"
@@ -77,7 +171,7 @@ COUPLING = {
 """Leaf of an invertible adapter -> lorac's name."""
 
 
-def family_of(model_type: Any, where: str) -> Stacks:
+def family_of(model_type: Any, where: str) -> Family:
     """The places of a family.
 
     Raises:
@@ -92,14 +186,33 @@ def family_of(model_type: Any, where: str) -> Stacks:
     return FAMILIES[model_type]
 
 
-def places_in(stacks: Stacks, stream: Stream, sublayers: Mapping[str, Sublayer]) -> dict[str, str]:
+def sublayers_in(family: Family, stream: Stream, sublayers: Mapping[str, Sublayer]) -> dict[str, str]:
     """Site path -> place, of those sublayers that have one."""
     found: dict[str, str] = {}
-    for stack, kinds in stacks.items():
-        numbers = {block: n for n, block in enumerate(block for block in stream.blocks if stack in f".{block}.")}
-        known = {path: one for path, one in sublayers.items() if one.block in numbers and one.kind in kinds}
-        found |= {path: kinds[one.kind].format(n=numbers[one.block]) for path, one in known.items()}
+    for stack, blocks in _stacked(family, stream):
+        known = {p: one for p, one in sublayers.items() if one.block in blocks and one.kind in stack.sublayers}
+        found |= {path: f"{blocks[one.block]}.{stack.sublayers[one.kind]}" for path, one in known.items()}
     return found
+
+
+def layers_in(family: Family, stream: Stream, sites: Collection[str]) -> dict[str, Layer]:
+    """Site path -> layer, of all that a file may adapt, in the order of blocks."""
+    found: dict[str, Layer] = {}
+    numbers = {block: number for number, block in enumerate(stream.blocks)}
+    for stack, blocks in _stacked(family, stream):
+        ends = ((block, end, what) for block in blocks for end, what in stack.layers.items())
+        for block, end, what in ends:
+            paths = (f"{block}.{name}" for name in (end, stack.renamed.get(end, end)))
+            path = next((path for path in paths if path in sites), None)
+            found |= {} if path is None else {path: Layer(f"{blocks[block]}.{end}", what, numbers[block])}
+    return found
+
+
+def _stacked(family: Family, stream: Stream) -> Iterator[tuple[Stack, dict[str, str]]]:
+    """Every stack with its blocks: path -> place."""
+    for stack in family:
+        blocks = [block for block in stream.blocks if stack.part in f".{block}."]
+        yield stack, {block: stack.block.format(n=n) for n, block in enumerate(blocks)}
 
 
 def leaves(variant: Bottleneck) -> dict[str, str]:

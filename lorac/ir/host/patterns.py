@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import regex
+from torch import nn
 
 from lorac.errors import FormatError, PatternTooSlow, SiteNotFound, nearest_name, short
 from lorac.ir.host.sites import CONVOLUTIONS, Site, SiteKind
@@ -196,6 +197,13 @@ def _goes_by(path: str, site: Site) -> tuple[str, ...]:
 
 def _is_linear(path: str, site: Site, heads: Collection[str]) -> bool:
     return site.kind is SiteKind.LINEAR and path not in heads and path.rpartition(".")[2] not in _HEADS
+
+
+def output_layers(model: nn.Module) -> list[str]:
+    """Paths of the layers a model names as its output layer."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    return [path for path, module in model.named_modules() if head is not None and module is head]
 
 
 def refuse_unmatched(

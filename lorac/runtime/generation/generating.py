@@ -19,12 +19,11 @@ from lorac.runtime.components import Traits
 from lorac.runtime.generation.asked import Asked, refused
 from lorac.runtime.generation.hosts import Hosted, refuse_prefixes
 from lorac.runtime.generation.joining import Joined, alike, taken
-from lorac.runtime.generation.prompts import Prompts, main_input
+from lorac.runtime.generation.prompts import CACHE, IDS, MASK, Prompts, main_input
 from lorac.runtime.rows import batch_size, check_rows
 
 Seeds = int | list[int] | None
 """One for a run, or one for each row of it."""
-IDS, MASK, CACHE = "input_ids", "attention_mask", "cache"
 
 
 def generate(

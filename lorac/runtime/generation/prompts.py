@@ -17,6 +17,8 @@ from torch import Tensor
 
 from lorac.errors import InputMismatch, WrongType, short
 
+IDS, MASK, CACHE = "input_ids", "attention_mask", "cache"
+"""What transformers calls a text, which of it is no padding, and what is kept of it."""
 _EMPTY = "begin it with a token, such as the tokenizer's bos_token_id"
 
 

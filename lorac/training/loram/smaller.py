@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorac.adapters.fresh import output_layers
 from lorac.errors import SiteUnsupported, UnknownOption, none_of
-from lorac.ir.host.patterns import layer_index, select
+from lorac.ir.host.patterns import layer_index, output_layers, select
 from lorac.ir.host.sites import Site, SiteKind, base_of, find_sites
 from lorac.training.loram.kept import Kept
 from lorac.training.loram.units import HEADS, Group, groups_of, kept_of, positions, unit_sums

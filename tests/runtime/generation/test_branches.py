@@ -1,5 +1,6 @@
 """Branches that attend, in texts that grow: keys and values are kept beside the host's, in eager and over a cache."""
 
+import copy
 import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ import lorac
 from lorac.backends.onnx.files import read
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.testing.checks import assert_close
+from tests.limits import assert_apart
 from tests.variants.test_qst import IDS, away, masked, method, model
 
 ASKED: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -45,6 +47,47 @@ def test_rows_of_any_length_go_on_over_both_caches_as_each_does_by_whole_texts(t
         tokens, logits = alone(choice[row] if isinstance(choice, list) else choice, row)
         assert torch.equal(found.sequences[row, 5:], tokens)
         assert_close(torch.stack([step[row] for step in found.logits]), logits)
+
+
+@torch.no_grad()
+def test_where_all_is_text_a_side_network_that_reads_the_mask_has_it_all_the_same() -> None:
+    """transformers leaves such a mask out of its calls."""
+    told = {**ASKED, "output_logits": True, "return_dict_in_generate": True}
+    found = growing("eager").generate(IDS[1:, :5], adapters="masked", **told)
+    tokens, logits = alone("masked", 1)
+    assert torch.equal(found.sequences[0, 5:], tokens)
+    assert_close(torch.cat(found.logits), logits)
+    assert not growing("eager").get_submodule("host")._forward_pre_hooks
+
+
+LATE = pytest.mark.slow
+NARROW = [
+    ("eager", torch.float16, None),
+    pytest.param("onnxruntime", torch.float16, "int4", marks=LATE),
+    pytest.param("onnxruntime", torch.float16, None, marks=LATE),
+    pytest.param("onnxruntime", torch.float32, "int4", marks=LATE),
+]
+
+
+@pytest.mark.parametrize(("target", "dtype", "weights"), NARROW, ids=str)
+@pytest.mark.filterwarnings("ignore:onnxruntime has no kernels for float16:lorac.LoracWarning")
+@torch.no_grad()
+def test_half_hosts_and_held_codes_go_on_over_both_caches_as_by_whole_texts(
+    target: str, dtype: torch.dtype, weights: str | None
+) -> None:
+    host, options = copy.deepcopy(model()).to(dtype), {"cache": True} if target == "onnxruntime" else {}
+    options |= {} if weights is None else {"weights": weights}
+    compiled = lorac.compile(host, [masked()], target=target, **options)
+    told = {**ASKED, "attention_mask": LEFT, "output_logits": True, "return_dict_in_generate": True}
+    found = compiled.generate(IDS[:, :5], **told)
+    computes = dtype if target == "eager" else torch.float32
+    for row in (0, 1):
+        ids = IDS[row, :5][LEFT[row].bool()]
+        whole = torch.cat([ids, found.sequences[row, 5:-1]])[None]
+        again = compiled(input_ids=whole, attention_mask=torch.ones_like(whole)).logits[0, len(ids) - 1 :]
+        assert_close(torch.stack([step[row] for step in found.logits]).to(computes), again.to(computes))
+    off = compiled.generate(IDS[:, :5], adapters=None, **told)
+    assert_apart(torch.stack(off.logits), torch.stack(found.logits))
 
 
 @torch.no_grad()

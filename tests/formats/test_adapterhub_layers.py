@@ -1,0 +1,132 @@
+"""AdapterHub's folders of what acts on layers' weights, and of unions: what is refused, and what lorac writes.
+
+That they answer what the library answered is in ``test_adapterhub.py``.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import lorac
+from lorac.testing.checks import assert_close
+from tests.formats.adapterhub_files import FILES, changed, inputs, main, model, refused, split
+from tests.limits import assert_apart
+
+
+@pytest.fixture
+def of_layers(tmp_path):
+    """Copies folders to be spoiled."""
+    return lambda folder: Path(shutil.copytree(FILES / folder, tmp_path / split(folder)[1]))
+
+
+@pytest.mark.parametrize(
+    ("folder", "fields", "error", "match"),
+    [
+        ("bert/lora", {"use_gating": True}, lorac.UnsupportedField, "use_gating=True(.|\n)*use_gating=False"),
+        ("bert/lora", {"new_field": 1}, lorac.UnknownField, "new_field"),
+        ("bert/lora", {"weights_sharpness": 0.1}, lorac.UnknownField, "weights_sharpness"),
+        ("bert/lora", {"r": 2}, lorac.ShapeMismatch, "lora_A at 'bert.encoder.layer.0.*expected \\(2, "),
+        ("bert/lora", {"r": "2"}, lorac.UnsupportedField, "r='2'(.|\n)*int"),
+        ("bert/lora", {"r": 0}, lorac.UnsupportedField, "r=0"),
+        ("bert/lora", {"attn_matrices": ["k", "o"]}, lorac.UnsupportedField, "'o'(.|\n)*q, k, v"),
+        ("bert/lora", {"attn_matrices": ["q", "k"]}, lorac.CorruptFile, "lacks 'lora_A' at .*query"),
+        ("bert/lora", {"leave_out": []}, lorac.CorruptFile, "lacks 'lora_A' at .*layer.1"),
+        ("bert/lora", {"output_lora": False}, lorac.UnusedTensors, "output.dense"),
+        ("bert/lora", {"composition_mode": "mul"}, lorac.UnsupportedField, "composition_mode='mul'"),
+        ("bert/lora", {"composition_mode": "scale"}, lorac.UnsupportedField, "'scale' with r=3"),
+        ("bert/lora", {"use_dora": True, "alpha": 3}, lorac.UnsupportedField, "DoRA at .* bias"),
+        ("llama/dora", {"alpha": 1}, lorac.UnsupportedField, "alpha / r = 0.5"),
+        ("llama/tasks", {"task_specific_matrix_type": "linear"}, lorac.UnsupportedField, "'linear'"),
+        ("llama/tasks", {"n_up_projection": 2}, lorac.ShapeMismatch, "lora_B at"),
+        ("gpt2/lora", {"vera_d": 0.1}, lorac.UnsupportedField, "c_attn.* packs q, k, v"),
+        ("gpt2/lora", {"attn_matrices": ["v"]}, lorac.ShapeMismatch, "c_attn.*expected \\(16, 2"),
+    ],
+)
+def test_a_configuration_of_layers_that_means_something_else(of_layers, folder, fields, error, match):
+    copy = of_layers(folder)
+    changed(copy, **fields)
+    refused(copy, error, match, split(folder)[0])
+
+
+def test_a_union_is_refused_with_what_it_has_that_lorac_has_not(of_layers):
+    copy = of_layers("bert/union")
+    prefix = {"architecture": "prefix_tuning", "prefix_length": 3}
+    parts = json.loads((copy / "adapter_config.json").read_text())["config"]["configs"]
+    changed(copy, configs=[*parts, prefix])
+    refused(copy, lorac.UnsupportedField, "architecture 'prefix_tuning', which puts keys and values")
+    changed(copy, configs=[parts[0], parts[0]])
+    refused(copy, lorac.SiteUnsupported, "is a site of lora and lora")
+    changed(copy, configs=[])
+    refused(copy, lorac.CorruptFile, "of a union, and has no configs")
+
+
+PARTS = {"k": lorac.LoRA(r=2, alpha=3)}
+FRESH = {
+    "vit": (lorac.LoRA(r=2, alpha=3, rslora=True, targets=["fc2"]), torch.float16),
+    "gpt2": (
+        lorac.Union(
+            parts=(
+                lorac.Split(parts=PARTS, dropout=0.1, targets=["c_attn"]),
+                lorac.LoRA(r=2, alpha=3, dropout=0.1, targets=["mlp.c_proj"]),
+            )
+        ),
+        torch.float32,
+    ),
+}
+"""What no library wrote, by model: an adapter with its dtype."""
+
+
+@pytest.mark.parametrize("name", FRESH)
+@torch.no_grad()
+def test_a_fresh_adapter_of_layers_goes_there_and_back(name, tmp_path):
+    host, (variant, dtype) = model(name), FRESH[name]
+    adapter = drawn(lorac.compile(host, {"a": variant}).adapters["a"], dtype)
+    lorac.save_adapter(adapter, tmp_path / "a", format="adapterhub", model=host)
+    told = json.loads((tmp_path / "a" / "adapter_config.json").read_text())["config"]
+    assert told["dtype"] == (None if dtype is torch.float32 else "float16")
+    again = lorac.load_adapter(tmp_path / "a", host)
+    both = lorac.compile(host, {"one": adapter, "other": again}, active=None)
+    answers = [main(both(**inputs(name), adapters=key)) for key in ("one", "other", None)]
+    assert_close(answers[1], answers[0])
+    assert_apart(answers[0], answers[2])
+    assert again.numel() == adapter.numel()
+
+
+def drawn(adapter, dtype):
+    """The same with tensors away from their start."""
+    generator = torch.Generator().manual_seed(3)
+    for at in adapter.tensors.values():
+        at |= {n: (t + 0.3 * torch.randn(t.shape, generator=generator)).detach().to(dtype) for n, t in at.items()}
+    return adapter
+
+
+@pytest.mark.parametrize(
+    ("variant", "match"),
+    [
+        (lorac.LoRA(r=2, targets=["attention.output.dense"]), "adapts no layer that is"),
+        (lorac.LoRA(r=2, targets=["query"], lora_bias=True), "of method 'lora'"),
+        (lorac.LoRA(r=2, targets=["query", "key"], rank_pattern={"key": 3}), "one rank, scale and dropout"),
+        (lorac.LoRA(r=2, targets=["layer.0.attention.self.query", "layer.1.attention.self.key"]), "layers of a kind"),
+        (lorac.IA3(targets=["intermediate.dense"], feedforward=["dense"]), "of method 'ia3'"),
+        (lorac.DoRA(r=2, targets=["query"]), "of method 'dora'"),
+    ],
+)
+def test_what_of_layers_it_cannot_hold_is_not_written(variant, match, tmp_path):
+    adapter = lorac.compile(model("bert"), {"a": variant}).adapters["a"]
+    with pytest.raises(lorac.UnsupportedField, match=match):
+        lorac.save_adapter(adapter, tmp_path / "x", format="adapterhub", model=model("bert"))
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_packed_layer_is_written_by_its_parts(tmp_path):
+    variants = (
+        lorac.LoRA(r=2, targets=["c_attn"]),
+        lorac.Split(parts={"q": lorac.LoRA(r=2)}, groups=2, targets=["c_attn"]),
+    )
+    for variant in variants:
+        adapter = lorac.compile(model("gpt2"), {"a": variant}).adapters["a"]
+        with pytest.raises(lorac.UnsupportedField, match="each by itself and all alike"):
+            lorac.save_adapter(adapter, tmp_path / "x", format="adapterhub", model=model("gpt2"))
