@@ -41,10 +41,11 @@ _APPLIED: Mapping[str, tuple[str, Any, _Reader]] = {
     "use_trainable_adapters": ("use_trainable_adapters", False, flag),
     "softmax_temperature": ("softmax_temperature", 1.0, number),
     "top_k_lora": ("top_k_lora", None, _optional),
+    "scaling_pass_value": ("scaling_pass_value", 0.0, number),
     "global_scaling_weight": ("global_scaling_weight", 1.0, number),
 }
 """Field of the file -> the method's, its default, its reader."""
-_ELSE: Mapping[str, Any] = {"adapters": {}, "use_bias": True, "scaling_pass_value": 0}
+_ELSE: Mapping[str, Any] = {"adapters": {}, "use_bias": True}
 _IRRELEVANT = frozenset({"base_model_id", "stop_token_id", "device", "model_id"})
 
 
@@ -62,11 +63,6 @@ def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
     raw = read_json(file)
     _refuse_unknown(raw, file)
     fields = {own: _read(file, key, raw.get(key, default), read) for key, (own, default, read) in _APPLIED.items()}
-    if raw.get("scaling_pass_value"):
-        raise UnsupportedField(
-            f"'{file}' sets scaling_pass_value={short(raw['scaling_pass_value'])}, which lorac does not build",
-            next_step="the classifier then reads a pass with the experts in it; train it with 0",
-        )
     if not (folder / WEIGHTS).is_file():
         raise CorruptFile(f"'{folder}' has {CONFIG}, but no {WEIGHTS}", next_step="copy or download the whole folder")
     tensors, _ = read_safetensors(folder / WEIGHTS)

@@ -53,9 +53,7 @@ FIELDS = {
     "use_trainable_adapters": Field(Use.TRAINING, False, to="use_trainable_adapters", read=config.flag),
     "softmax_temperature": Field(Use.APPLIED, 1.0, to="softmax_temperature", read=config.number),
     "top_k_lora": Field(Use.APPLIED, to="top_k_lora", read=top_k),
-    "scaling_pass_value": Field(
-        Use.REFUSED, 0.0, instead="the classifier then reads a pass with the experts in it; train it with 0"
-    ),
+    "scaling_pass_value": Field(Use.APPLIED, 0.0, to="scaling_pass_value", read=config.number),
     "global_scaling_weight": Field(Use.APPLIED, 1.0, to="global_scaling_weight", read=config.number),
 }
 
