@@ -13,7 +13,9 @@ import pytest
 import torch
 
 import lorac
+from lorac.testing import HOSTS, conformance
 from lorac.testing.checks import assert_close
+from tests.oracles import x_lora as oracle
 from tests.parity import assert_parity
 from tests.variants.test_x_lora import FIELDS, IDS, OTHER, authors, complete, folder, model, of_peft, products, xlora
 
@@ -125,6 +127,19 @@ def test_tensorrt_takes_it() -> None:
     pytest.importorskip("tensorrt_rtx")
     with pytest.warns(lorac.LoracWarning, match="cannot run here"):
         assert lorac.compile(model(), {"x": adapter()}, target="tensorrt").active == {"x": 1.0}
+
+
+def checks() -> Any:
+    """The kit, of two layers in half precision too; what it asks of targets and of files waits for the long run."""
+    method = lorac.XLoRA(**oracle.FIELDS, r=2, scaling_pass_value=0.5, top_k_lora=1, global_scaling_weight=0.7)
+    for check in conformance(method, oracle, hosts={name: HOSTS[name] for name in ("linear", "two_read")}):
+        at_once = check.name.rpartition("-")[2] in {"formula", "sizes", "half", "training"}
+        yield pytest.param(check, id=str(check), marks=() if at_once else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("check", list(checks()))
+def test_conforms(check: Any) -> None:
+    check()
 
 
 # ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
