@@ -164,6 +164,24 @@ def test_the_authors_files_hold_the_value(tmp_path: Path) -> None:
         lorac.load_adapter(authors(tmp_path, scaling_pass_value=None), model())
 
 
+def test_the_authors_layout_is_written(tmp_path: Path) -> None:
+    """With ReLUs between the classifier's layers and without; read again it is the same, wherever the folder lies."""
+    for activation in (True, False):
+        given = lorac.Adapter("x", replace(adapter().variant, activation=activation), adapter().tensors)
+        lorac.save_adapter(given, tmp_path / "w", format="xlora", model=model())
+        assert json.loads((tmp_path / "w" / "xlora_config.json").read_text())["scaling_pass_value"] == 0.5
+        (tmp_path / "w").rename(tmp_path / f"moved-{activation}")
+        found = lorac.load_adapter(tmp_path / f"moved-{activation}", model())
+        assert found.variant == given.variant
+        for site, own in given.tensors.items():
+            assert all(torch.equal(own[key], found.tensors[site][key]) for key in own)
+    with pytest.raises(lorac.BaseNeeded, match="as they are met in the model"):
+        lorac.save_adapter(adapter(), tmp_path / "v", format="xlora")
+    with pytest.raises(lorac.UnsupportedField, match="is of lora, and the format 'xlora' holds"):
+        plain = lorac.load_adapter(folder() / "0", model())
+        lorac.save_adapter(plain, tmp_path / "v", format="xlora", model=model())
+
+
 # ── By hand ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize(
     ("value", "error"),

@@ -316,7 +316,7 @@ def test_a_file_needs_a_model_that_tells_its_last_hidden_state(tmp_path: Path) -
         lorac.load_adapter(here)
     with pytest.raises(lorac.BaseNeeded, match="answers no hidden states"):
         lorac.load_adapter(here, nn.Sequential(nn.Linear(2, 2)))
-    with pytest.raises(lorac.BaseNeeded, match="as it meets them in the model"):
+    with pytest.raises(lorac.BaseNeeded, match="as they are met in the model"):
         lorac.save_adapter(adapter(), tmp_path / "y")
     plain = lorac.Adapter("p", replace(adapter().variant, activation=False), adapter().tensors)
     with pytest.raises(lorac.UnsupportedField, match="PEFT's has ReLUs"):
