@@ -1,4 +1,4 @@
-"""X-LoRA out of files: LoRAs in folders of their own, and the classifier that weighs them, which must be complete.
+"""X-LoRA in files: LoRAs in folders of their own, and the classifier that weighs them, which must be complete.
 
 PEFT up to 0.21 drops tensors of the classifier when it saves: keys that contain ``.0.`` to ``.<n − 1>.`` for n experts
 are taken for those of the experts. Loaded again, PEFT keeps random layers in their place; here such a file is refused.
@@ -9,7 +9,7 @@ looked for where the configuration says, and there last.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from lorac.adapters.fit import check_adapter
+from lorac.adapters.frozen import freeze_router
 from lorac.errors import BaseNeeded, CorruptFile, ShapeMismatch, SiteNotFound, UnusedTensors, nearest_name
 from lorac.ir.host.last_hidden import last_hidden
 from lorac.ir.host.sites import find_sites
@@ -134,6 +135,44 @@ class MixedFile:
                 next_step=f"put its folder at '{self.folder / known}'",
             )
         return load_adapter(found, model, known)
+
+
+def written(
+    adapter: Adapter, model: nn.Module | None, keys: Sequence[str]
+) -> tuple[dict[str, Tensor], dict[str, Adapter]]:
+    """The tensors of an X-LoRA's classifier by key, and its experts as LoRAs, by their numbers.
+
+    Args:
+        adapter: the X-LoRA.
+        model: the base.
+        keys: key of the weight of each layer, in order.
+
+    Raises:
+        BaseNeeded: each site has weights of its own, and only the model tells the order of the sites.
+    """
+    variant = adapter.variant
+    assert isinstance(variant, XLoRA)
+    own = adapter.tensors[adapter.sites[0]]
+    tensors = {key: own[f"classifier_{j}_weight"] for j, key in enumerate(keys)}
+    tensors |= {_bias(key): own[f"classifier_{j}_bias"] for j, key in enumerate(keys)}
+    for key in (keys[-1], _bias(keys[-1])):
+        tensors[key] = _in_traversal(adapter, variant, tensors[key], model)
+    alone = Adapter(adapter.name, replace(variant, global_scaling_weight=1.0), adapter.tensors)
+    return tensors, {str(i): freeze_router(alone, row, name=str(i)) for i, row in enumerate(torch.eye(variant.experts))}
+
+
+def _in_traversal(adapter: Adapter, variant: XLoRA, stored: Tensor, model: nn.Module | None) -> Tensor:
+    """Rows of the classifier's last layer by the order of the sites in the model, by which files number them."""
+    if not variant.layerwise_scalings:
+        return stored
+    if model is None:
+        raise BaseNeeded(
+            f"the layers that adapter '{adapter.name}' weighs are numbered as they are met in the model",
+            next_step="pass model=",
+        )
+    met = [path for path in find_sites(model) if path in adapter.tensors]
+    places = torch.tensor([variant.targets.index(path) for path in met])
+    return stored.unflatten(0, (len(met), -1))[places].flatten(0, 1)
 
 
 def _bias(key: str) -> str:

@@ -13,14 +13,20 @@ from typing import Any
 
 from torch import nn
 
+from lorac.adapters.fit import check_adapter
 from lorac.errors import CorruptFile, UnknownField, UnsupportedField, nearest_name, short
-from lorac.formats._files import read_json, read_safetensors
+from lorac.formats._files import read_json, read_safetensors, write_json
 from lorac.formats._format import Format
-from lorac.formats._mixed import MixedFile, experts
+from lorac.formats._mixed import MixedFile, experts, written
 from lorac.formats.peft.config import flag, number, rank
+from lorac.formats.peft.save import save
+from lorac.ir.host.sites import find_sites
+from lorac.ir.store.tensors import write_safetensors
 from lorac.variants.adapter import Adapter
+from lorac.variants.x_lora import XLoRA
 
 CONFIG, WEIGHTS = "xlora_config.json", "xlora_classifier.safetensors"
+_EXPERTS = "adapters"
 _PREFIX = "internal_xlora_classifier."
 _Reader = Callable[[Any], Any]
 
@@ -41,10 +47,11 @@ _APPLIED: Mapping[str, tuple[str, Any, _Reader]] = {
     "use_trainable_adapters": ("use_trainable_adapters", False, flag),
     "softmax_temperature": ("softmax_temperature", 1.0, number),
     "top_k_lora": ("top_k_lora", None, _optional),
+    "scaling_pass_value": ("scaling_pass_value", 0.0, number),
     "global_scaling_weight": ("global_scaling_weight", 1.0, number),
 }
 """Field of the file -> the method's, its default, its reader."""
-_ELSE: Mapping[str, Any] = {"adapters": {}, "use_bias": True, "scaling_pass_value": 0}
+_ELSE: Mapping[str, Any] = {"adapters": {}, "use_bias": True}
 _IRRELEVANT = frozenset({"base_model_id", "stop_token_id", "device", "model_id"})
 
 
@@ -62,23 +69,50 @@ def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
     raw = read_json(file)
     _refuse_unknown(raw, file)
     fields = {own: _read(file, key, raw.get(key, default), read) for key, (own, default, read) in _APPLIED.items()}
-    if raw.get("scaling_pass_value"):
-        raise UnsupportedField(
-            f"'{file}' sets scaling_pass_value={short(raw['scaling_pass_value'])}, which lorac does not build",
-            next_step="the classifier then reads a pass with the experts in it; train it with 0",
-        )
     if not (folder / WEIGHTS).is_file():
         raise CorruptFile(f"'{folder}' has {CONFIG}, but no {WEIGHTS}", next_step="copy or download the whole folder")
     tensors, _ = read_safetensors(folder / WEIGHTS)
-    stride = 3 if fields["activation"] else 1
-    keys = [f"inner.{stride * j}.weight" for j in range(fields["depth"] - 1)]
+    keys = _keys(fields["depth"], fields["activation"])
     known = _read(file, "adapters", raw.get("adapters", {}), experts)
     biased = _read(file, "use_bias", raw.get("use_bias", True), flag)
     plain = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
-    found = MixedFile(folder, known, fields, plain, [*keys, "last.weight"], biased)
-    adapter = found.adapter(name or folder.resolve().name, model, ("adapters/{name}", "{name}", "{path}"))
+    found = MixedFile(folder, known, fields, plain, keys, biased)
+    adapter = found.adapter(name or folder.resolve().name, model, (f"{_EXPERTS}/{{name}}", "{name}", "{path}"))
     adapter.provenance["format"] = FORMAT.name
     return adapter
+
+
+def _save(adapter: Adapter, path: Path, model: nn.Module | None, target: Path) -> None:
+    """Write the two files, and the experts as PEFT's LoRAs within ``adapters``.
+
+    Raises:
+        UnsupportedField: it is no X-LoRA, or replaces parameters of the model besides.
+        BaseNeeded: each site has weights of its own, and no model was given.
+    """
+    variant = adapter.variant
+    if not isinstance(variant, XLoRA) or adapter.replaced:
+        what = "replaces parameters besides" if isinstance(variant, XLoRA) else f"is of {variant.name}"
+        raise UnsupportedField(
+            f"adapter '{adapter.name}' {what}, and the format '{FORMAT.name}' holds an X-LoRA and nothing else",
+            next_step="use format='native'",
+        )
+    if model is not None:
+        check_adapter(adapter, find_sites(model), model)
+    tensors, loras = written(adapter, model, _keys(variant.depth, variant.activation))
+    path.mkdir()
+    (path / _EXPERTS).mkdir()
+    for name, lora in loras.items():
+        save(lora, path / _EXPERTS / name, model, target / _EXPERTS / name)
+    config = {key: getattr(variant, own) for key, (own, _, _) in _APPLIED.items()}
+    paths = {name: str(target / _EXPERTS / name) for name in loras}
+    write_json(path / CONFIG, {**config, "adapters": paths, "use_bias": True, "base_model_id": ""})
+    write_safetensors(path / WEIGHTS, tensors, {"format": "pt"})
+
+
+def _keys(depth: int, activation: bool) -> list[str]:
+    """Key of the weight of each layer of a classifier, in order."""
+    stride = 3 if activation else 1
+    return [*(f"inner.{stride * j}.weight" for j in range(depth - 1)), "last.weight"]
 
 
 def _refuse_unknown(raw: Mapping[str, Any], file: Path) -> None:
@@ -107,4 +141,5 @@ FORMAT = Format(
     looks_for=f"a folder with {CONFIG}",
     recognises=_recognises,
     load=_load,
+    save=_save,
 )

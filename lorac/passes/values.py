@@ -1,8 +1,8 @@
 """values: branches that read program values get them as operands (``lorac.ir.slots.reads``).
 
 What adapters compute once per call is computed here, before the first branch that reads it, from slots of its own.
-A base pass is the part of the captured graph that leads to the value, copied with every adapted op undone. What no
-adapted op reaches is not copied but shared with the pass that reads.
+What they read of passes before the call's own, the base's or one that they have to themselves, is computed by the part
+of the captured graph that leads to it, once more (``lorac.passes.again``).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, fx
 
-from lorac.errors import CompileError, SiteError, SiteNotFound, SiteUnreached
+from lorac.errors import SiteError, SiteNotFound, SiteUnreached
 from lorac.ir.capture.attention import made_of
 from lorac.ir.graph import ops
 from lorac.ir.graph.adapted import VALUE_ROLE, AdaptedCall, attention_in, give
@@ -33,16 +33,22 @@ from lorac.ir.slots.reads import (
     OUTPUT,
     OWN,
     PARAM,
+    PASS,
     WEIGHT,
+    full_name,
     names_read,
     once_of,
     owner_at,
     parse,
+    pass_of,
+    pass_value,
+    passes_in,
     presented,
 )
 from lorac.ir.slots.roles import branch_name, parameter_role, slot_name
 from lorac.ir.slots.run import Ctx, own_values
 from lorac.ir.slots.site import BranchSlot, SitePlan
+from lorac.passes.again import Again, Alone
 from lorac.passes.insert import add_slots
 
 
@@ -61,7 +67,7 @@ class Values(Pass):
         Raises:
             SiteUnreached: a value is not computed before the site that reads it.
             SiteNotFound: the program has no such input, or lacks the parameter.
-            CompileError: a base pass would write in place.
+            CompileError: a pass before the call's own would write in place.
         """
         found = {node: names_read([graph.plan_of(ops.site_of(node))]) for node in graph.find(ops.adapted)}
         reads = {node: names for node, names in found.items() if names}
@@ -86,13 +92,13 @@ class _Sources:
         order: node -> its place in the graph.
         calls: module path -> its calls, in order.
         base: module path -> its last call, as a pass of the base computes it.
-        own: full name of an own value -> its node.
+        own: full name of an own value, or of one of a pass of an adapter's own -> its node.
     """
 
     graph: Graph
     order: Mapping[fx.Node, int]
     calls: Mapping[str, Sequence[fx.Node]]
-    base: Mapping[str, fx.Node]
+    base: dict[str, fx.Node]
     own: dict[str, fx.Node]
 
     def of(self, name: str, reader: fx.Node) -> fx.Node | None:
@@ -104,6 +110,7 @@ class _Sources:
             INPUT: lambda: self._input(of),
             BASE: lambda: self.base.get(of),
             OWN: lambda: self.own.get(name),
+            PASS: lambda: self.own.get(name),
         }
         if kind in anywhere:
             return anywhere[kind]()
@@ -151,15 +158,23 @@ def _connect(graph: Graph, readers: Mapping[fx.Node, Collection[str]]) -> None:
     parsed = [(name, *parse(name)) for names in readers.values() for name in names]
     once = {path: graph.plans[path] for path in dict.fromkeys(once_of(name) for name, kind, _ in parsed if kind == OWN)}
     before = [(name, *parse(name)) for name in names_read(once.values())]
-    wanted = {path for _, kind, path in (*parsed, *before) if kind == BASE}
-    latest = {path: calls[path][-1] for path in wanted if path in calls}
     first = next(iter(readers))
-    copies = _base_pass(graph, latest.values(), first, order)
-    base = {path: copies.get(call, call) for path, call in latest.items()}
-    sources = _Sources(graph, order, calls, base, {})
-    _compute_once(sources, once, first)
+    sources = _Sources(graph, order, calls, {}, {})
+    again = Again(graph, first, order, lambda names, reader: _found(sources, names, reader))
+    wanted = [path for _, kind, path in (*parsed, *before) if kind == BASE]
+    sources.base.update(_passed(again, calls, wanted, Alone()))
+    _compute_once(sources, once, first, again)
     for reader, names in readers.items():
         _hand(reader, _found(sources, names, reader))
+
+
+def _passed(
+    again: Again, calls: Mapping[str, Sequence[fx.Node]], wanted: Iterable[str], alone: Alone
+) -> dict[str, fx.Node]:
+    """Path of a module -> its output in a pass before the call's own, where the graph calls it."""
+    latest = {path: calls[path][-1] for path in dict.fromkeys(wanted) if path in calls}
+    copies = again.copies(latest.values(), alone)
+    return {path: copies.get(call, call) for path, call in latest.items()}
 
 
 def _found(sources: _Sources, names: Iterable[str], reader: fx.Node, path: str | None = None) -> dict[str, fx.Node]:
@@ -186,26 +201,35 @@ def _missing(name: str, path: str) -> SiteError:
             f"'{path}' reads 'own:{told}', which `once` of its method does not compute",
             next_step=f"have `once` answer a tensor called '{told}', or leave it out of `reads`",
         )
+    told = pass_value(pass_of(name).rpartition(".")[2], of) if kind == PASS else name
     return SiteUnreached(
-        f"the captured graph does not compute the value '{name}', which '{path}' reads",
+        f"the captured graph does not compute the value '{told}', which '{path}' reads",
         next_step="give example_inputs= that reach it",
     )
 
 
-def _compute_once(sources: _Sources, once: Mapping[str, SitePlan], before: fx.Node) -> None:
+def _compute_once(sources: _Sources, once: Mapping[str, SitePlan], before: fx.Node, again: Again) -> None:
     """Have the graph compute what adapters compute once per call, and note where."""
     graph = sources.graph
     slots = add_slots(graph, once)
     for path, plan in once.items():
         for i, branch in enumerate(plan.branches):
             roles = [parameter_role(branch_name(i), j) for j in range(len(branch.params))]
-            read = _found(sources, branch.reads, before, path)
-            operands = [*(slots[slot_name(path, role)] for role in roles), *read.values()]
             owner, names = owner_at(path, i), list[str]()
+            _pass_alone(sources, again, owner, branch)
+            read = _found(sources, [full_name(owner, name) for name in branch.reads], before, path)
+            operands = [*(slots[slot_name(path, role)] for role in roles), *read.values()]
             around = functools.partial(Ctx, plan.site, attention=attention_in(graph))
             function = functools.partial(_own_values, around, branch, list(read), owner, graph.sites, names)
             _, nodes = inline(graph.exported, before, function, operands)
             sources.own.update(zip(names, nodes, strict=True))
+
+
+def _pass_alone(sources: _Sources, again: Again, owner: str, branch: BranchSlot) -> None:
+    """Have the graph compute what an adapter reads of passes that it has to itself, and note where."""
+    for name, modules in passes_in(branch.reads).items():
+        passed = _passed(again, sources.calls, modules, Alone(name, owner))
+        sources.own.update({full_name(owner, pass_value(name, of)): node for of, node in passed.items()})
 
 
 def _own_values(
@@ -235,44 +259,3 @@ def _calls(graph: Graph) -> dict[str, list[fx.Node]]:
     for node in graph.find(*ops.CALLS):
         calls.setdefault(ops.site_of(node), []).append(node)
     return calls
-
-
-def _base_pass(
-    graph: Graph, wanted: Iterable[fx.Node], reader: fx.Node, order: dict[fx.Node, int]
-) -> dict[fx.Node, fx.Node]:
-    """Copy what leads to the wanted nodes before ``reader``, adapted ops undone; returns node -> copy."""
-    needed = _leading_to(wanted)
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in sorted(needed, key=order.__getitem__):
-        late = order[node] >= order[reader]
-        if late or node.target is ops.adapted or any(n in copies for n in node.all_input_nodes):
-            copies[node] = _undone(graph, node, copies, reader)
-    return copies
-
-
-def _leading_to(wanted: Iterable[fx.Node]) -> set[fx.Node]:
-    """The wanted nodes and all that they are computed from, adapted ops undone."""
-    needed, pending = set(), list(wanted)
-    while pending:
-        node = pending.pop()
-        if node in needed:
-            continue
-        needed.add(node)
-        pending.extend(AdaptedCall.of(node).tensors if node.target is ops.adapted else node.all_input_nodes)
-    return needed
-
-
-def _undone(graph: Graph, node: fx.Node, copies: Mapping[fx.Node, fx.Node], before: fx.Node) -> fx.Node:
-    """A copy of a node of the base pass, its operands copies where there are some, put before ``before``."""
-    if getattr(getattr(node.target, "_schema", None), "is_mutable", False):
-        raise CompileError(
-            f"a base pass cannot repeat {node.target}, which writes in place",
-            next_step="switch the model's in-place operations (inplace=True) off",
-        )
-    with graph.fx.inserting_before(before):
-        if node.target is not ops.adapted:
-            return graph.fx.node_copy(node, lambda n: copies.get(n, n))
-        call = AdaptedCall.of(node)
-        plain = graph.fx.call_function(call.op, fx.map_arg(call.unadapted, lambda n: copies.get(n, n)))
-    plain.meta = {**node.meta}
-    return plain

@@ -16,7 +16,7 @@ from torch import nn
 
 from lorac.compiler.api import compile
 from lorac.ir.host.sites import Site, bias_of, find_sites
-from lorac.ir.slots.reads import BASE, IN, OUTPUT, OWN, WEIGHT, full_name, parse
+from lorac.ir.slots.reads import BASE, IN, OUTPUT, OWN, PASS, WEIGHT, full_name, parse, pass_value, passes_in
 from lorac.ir.slots.run import Ctx
 from lorac.runtime.compiled import Compiled
 from lorac.testing.hosts import Host
@@ -34,7 +34,8 @@ class Oracle:
     """A method's equations in NumPy float64, written from its paper, without looking at the variant.
 
     ``p`` has one array per parameter, ``variant`` is the configuration at the site. Give those that the method has. Of
-    one that reads program values, ``p.values`` has these by name.
+    one that reads program values, ``p.values`` has these by name; ``p.site`` is the site's path, and ``p.passing`` the
+    name of the pass that is asked for, where it is one that the method has to itself, and else empty.
 
     Attributes:
         weight: (W (out, in), p, variant) -> W'.
@@ -136,8 +137,8 @@ class Case:
     @torch.no_grad()
     def references(self, x: Tensor) -> dict[str, Tensor]:
         """What adapter a must answer, by every way to say it: the oracle's, or without one the formula's own."""
-        read = read_of(self.variant.at(self.site), self.site, self.model, x)
-        return self.answers(self.site, self.model, x, self.base(x), read)
+        read = self._passed(self.model, x, self._before(self.model, x), acts=False)[1]
+        return self._answers(self.site, self.model, x, self.base(x), read)
 
     @torch.no_grad()
     def reference(self, model: nn.Module, x: Tensor) -> Tensor:
@@ -147,19 +148,64 @@ class Case:
             model: the host, in float64.
             x: its input.
         """
+        return self._passed(model, x, self._before(model, x))[0]
+
+    def _read(self, path: str) -> list[str]:
+        """Names of the program values that the method reads at a site, and once."""
+        site = self.host.sites[path]
+        variant = self.variant.at(site)
+        if not isinstance(variant, BranchVariant):
+            return []
+        return [*variant.reads(site), *(variant.reads_once() if variant.has_once else ())]
+
+    def _before(self, model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+        """The program values that are there when a call of a model begins, by name."""
+        names = list(dict.fromkeys(name for path in self.host.paths for name in self._read(path)))
+        sites = find_sites(model)
+        found = {name: _weight(sites[of], model) for name in names for kind, of in [parse(name)] if kind == WEIGHT}
+        bases = [of for kind, of in map(parse, names) if kind == BASE]
+        seen = self._passed(model, x, found, acts=False)[1] if bases else {}
+        found |= {f"{BASE}:{of}": seen[of] for of in bases}
+        for passing, paths in passes_in(names).items():
+            seen = self._passed(model, x, found, passing=passing)[1]
+            found |= {pass_value(passing, of): seen[of] for of in paths}
+        return found
+
+    def _passed(
+        self, model: nn.Module, x: Tensor, known: Mapping[str, Tensor], *, passing: str = "", acts: bool = True
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What a model answers in a pass, and what of its modules is read there.
+
+        Args:
+            model: the host, in float64.
+            x: its input.
+            known: values that are there from the start.
+            passing: which pass it is, where it is one that the method has to itself.
+            acts: whether adapter a does.
+        """
+        seen = dict(known)
 
         def answer(site: Site) -> Callable[..., Tensor]:
-            return lambda module, given, y: next(iter(self.answers(site, model, given[0], y).values()))
+            return lambda _, given, y: next(iter(self._answers(site, model, given[0], y, seen, passing).values()))
 
-        hooks = [model.get_submodule(p).register_forward_hook(answer(site)) for p, site in self.host.sites.items()]
+        def note(path: str, given: Tensor, y: Tensor) -> None:
+            seen.update({f"{IN}:{path}": given, path: y})
+
+        adapted = self.host.sites if acts and self.a else {}  # the adapter is made before anything is hooked
+        hooks = [model.get_submodule(p).register_forward_hook(answer(site)) for p, site in adapted.items()]
+        parsed = [parse(name) for path in self.host.paths for name in self._read(path)]
+        for path in dict.fromkeys(of for kind, of in parsed if kind in {OUTPUT, IN, BASE, PASS}):
+            hooks.append(
+                model.get_submodule(path).register_forward_hook(lambda _, given, y, path=path: note(path, given[0], y))
+            )
         try:
-            return model(x)
+            return model(x), seen
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def answers(
-        self, site: Site, model: nn.Module, x: Tensor, y: Tensor, read: Mapping[str, Tensor] | None = None
+    def _answers(
+        self, site: Site, model: nn.Module, x: Tensor, y: Tensor, seen: Mapping[str, Tensor], passing: str = ""
     ) -> dict[str, Tensor]:
         """What adapter a must answer at a site, by every way to say it.
 
@@ -168,15 +214,18 @@ class Case:
             model: the host, in float64.
             x: the site's input.
             y: what the host's site answers.
-            read: what the method reads besides, by name.
+            seen: program values by name, all that are there.
+            passing: the name of the pass, as of ``_passed``.
         """
+        read = {name: seen[name] for name in self._read(site.path) if name in seen}
         if self.oracle is None:
-            return {"formula": self._formula(site, model, x, y, read or {})}
+            return {"formula": self._formula(site, model, x, y, read, passing)}
         found = {}
-        values = {name: _array(value) for name, value in (read or {}).items()}
-        p = SimpleNamespace(**{"values": values, **{name: _array(t) for name, t in self.a.tensors[site.path].items()}})
+        values = {name: _array(value) for name, value in read.items()}
+        tensors = {name: _array(t) for name, t in self.a.tensors[site.path].items()}
+        p = SimpleNamespace(values=values, site=site.path, passing=passing, **tensors)
         variant = self.variant.at(site)
-        if self.oracle.once is not None:
+        if self.oracle.once is not None and not passing:
             values |= {f"{OWN}:{name}": value for name, value in self.oracle.once(p, variant).items()}
         if self.oracle.weight is not None:
             weight, bias = _array(_weight(site, model)), _array(_bias(site, model))
@@ -200,52 +249,21 @@ class Case:
         """b (out,), zeros where there is none."""
         return _bias(self.site, self.model)
 
-    def _formula(self, site: Site, model: nn.Module, x: Tensor, y: Tensor, read: Mapping[str, Tensor]) -> Tensor:
+    def _formula(
+        self, site: Site, model: nn.Module, x: Tensor, y: Tensor, read: Mapping[str, Tensor], passing: str
+    ) -> Tensor:
         variant = self.variant.at(site)
         p = SimpleNamespace(**self.a.tensors[site.path])
         if isinstance(variant, BranchVariant):
-            values = dict(read)
-            around = Ctx(site, values=values).within(y.dtype)
-            own = variant.once(p, around) if variant.has_once else {}
+            values = {full_name("", name): value for name, value in read.items()}
+            around = Ctx(site, values=values, passing=passing).within(y.dtype)
+            own = variant.once(p, around) if variant.has_once and not passing else {}
             values |= {full_name("", f"{OWN}:{name}"): value for name, value in own.items()}
             return variant.branch(x, y, p, around)
         assert isinstance(variant, WeightVariant)
         assert self.host.apply is not None
         weight, bias = variant.weight(_weight(site, model), p), variant.new_bias(_bias(site, model), p)
         return torch.from_numpy(self.host.apply(_array(x), _array(weight), _array(bias)))
-
-
-@torch.no_grad()
-def read_of(variant: Variant, site: Site, model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """The program values that a method reads at a site, of a pass of the base.
-
-    Args:
-        variant: the method at the site.
-        site: the site.
-        model: the host.
-        x: its input.
-    """
-    if not isinstance(variant, BranchVariant):
-        return {}
-    names = [*variant.reads(site), *(variant.reads_once() if variant.has_once else ())]
-    parsed = {name: parse(name) for name in names}
-    seen: dict[tuple[str, str], Tensor] = {}
-
-    def note(path: str, given: Tensor, answer: Tensor) -> None:
-        seen.update({(IN, path): given, (OUTPUT, path): answer, (BASE, path): answer})
-
-    hooks = [
-        model.get_submodule(path).register_forward_hook(lambda _, given, y, path=path: note(path, given[0], y))
-        for path in {of for kind, of in parsed.values() if kind in {OUTPUT, IN, BASE}}
-    ]
-    try:
-        model(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    sites = find_sites(model)
-    seen |= {found: _weight(sites[found[1]], model) for found in parsed.values() if found[0] == WEIGHT}
-    return {name: seen[found] for name, found in parsed.items() if found[0] != OWN}
 
 
 def _weight(site: Site, model: nn.Module) -> Tensor:

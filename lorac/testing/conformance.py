@@ -74,14 +74,14 @@ def conformance(
 
 def _eager(sample: Variant, host: Host) -> dict[str, Callable[[Case], None]]:
     if not host.admits(sample):
-        return {} if host.others else {"refused": checks.refused}
-    return dict(several.CHECKS if host.others else checks.CHECKS)
+        return {} if host.several else {"refused": checks.refused}
+    return dict(several.CHECKS if host.several else checks.CHECKS)
 
 
 def _targets(sample: Variant, host: Host, targets: Iterable[str]) -> dict[str, Callable[[Case], None]]:
     if not host.admits(sample):
         return {}
-    found = several.TARGET_CHECKS if host.others else emitted.CHECKS
+    found = several.TARGET_CHECKS if host.several else emitted.CHECKS
     return {
         f"{target}-{name}": lambda case, target=target, check=check: check(case, target)  # type: ignore[misc]  # the defaults bind the loop's values
         for target in targets

@@ -17,143 +17,28 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lorac.errors import AdapterError, SiteError
+from lorac.errors import AdapterError, SiteError, SiteUnsupported
 from lorac.ir.host.modules import module_site
 from lorac.ir.host.sites import Site, SiteKind, find_sites
 from lorac.ir.slots.reads import Readable
+from lorac.testing.models import (
+    Attention,
+    Block,
+    Conv1D,
+    Fronted,
+    GatedMLP,
+    OneBlock,
+    OneSite,
+    Stack,
+    TwoBlocks,
+    TwoLayers,
+    TwoMLPs,
+    TwoTables,
+)
 from lorac.variants.base import BranchVariant, Variant
 
 Array = np.ndarray
 Tensor = torch.Tensor
-
-
-class Conv1D(nn.Module):
-    """GPT-2's linear layer, which stores its weight as (in, out); known to lorac by this name and these fields."""
-
-    def __init__(self, nf: int, nx: int) -> None:
-        super().__init__()
-        self.nf, self.nx = nf, nx
-        self.weight = nn.Parameter(torch.randn(nx, nf) / nx**0.5)
-        self.bias = nn.Parameter(torch.randn(nf))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """y (…, nf) from x (…, nx)."""
-        return x @ self.weight + self.bias
-
-
-class Block(nn.Module):
-    """``h + U·tanh(D·h)``: a residual block, not linear in its input."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.down, self.up = nn.Linear(width, hidden), nn.Linear(hidden, width)
-
-    def forward(self, h: Tensor) -> Tensor:
-        """h' (…, width) from h (…, width)."""
-        return h + self.up(torch.tanh(self.down(h)))
-
-
-class OneSite(nn.Module):
-    """A model that is one layer, at path ``site``."""
-
-    def __init__(self, site: nn.Module) -> None:
-        super().__init__()
-        self.site = site
-
-    def forward(self, x: Tensor) -> Tensor:
-        """What the site answers."""
-        return self.site(x)
-
-
-class Attention(nn.Module):
-    """Self-attention, whose output layer at path ``site.out_proj`` is never called: torch's module reads its weight."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.site = nn.MultiheadAttention(width, heads, batch_first=True)
-        with torch.no_grad():
-            self.site.in_proj_bias.normal_()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """y (…, length, width) from x (…, length, width)."""
-        return self.site(x, x, x, need_weights=False)[0]
-
-
-class OneBlock(nn.Module):
-    """A model that is one block of a list, at path ``blocks.0``."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([block])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """What the block answers."""
-        return self.blocks[0](x)
-
-
-class TwoLayers(nn.Module):
-    """A model that is two layers of a kind, at ``first`` and ``second``."""
-
-    def __init__(self, first: nn.Module, second: nn.Module) -> None:
-        super().__init__()
-        self.first, self.second = first, second
-
-    def forward(self, x: Tensor) -> Tensor:
-        """What the second answers to the first."""
-        return self.second(torch.tanh(self.first(x)))
-
-
-class TwoTables(nn.Module):
-    """A model that is two embeddings beside each other."""
-
-    def __init__(self, first: nn.Embedding, second: nn.Embedding) -> None:
-        super().__init__()
-        self.first, self.second = first, second
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """The rows of both; the second table's, which is smaller, are used again."""
-        return torch.cat([self.first(ids), self.second(ids % self.second.num_embeddings)], dim=-1)
-
-
-class TwoBlocks(nn.Module):
-    """A model that is two blocks of unequal width, with a layer between them that no adapter is for."""
-
-    def __init__(self, first: Block, second: Block) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([first, second])
-        self.between = nn.Linear(first.down.in_features, second.down.in_features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """What the second answers to the first."""
-        return self.blocks[1](self.between(self.blocks[0](x)))
-
-
-class GatedMLP(nn.Module):
-    """``D·(silu(G·x) ∘ U·x)``: an MLP as most language models have it."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.gate, self.up = (nn.Linear(width, hidden, bias=False) for _ in range(2))
-        self.down = nn.Linear(hidden, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """y (…, width) from x (…, width)."""
-        return self.down(F.silu(self.gate(x)) * self.up(x))
-
-
-class Stack(nn.Module):
-    """A model of blocks, at ``blocks``, with a norm behind them, at ``norm``."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([Block(width, hidden), Block(width, hidden)])
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """y (…, length, width) from x (…, length, width)."""
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
 
 
 @dataclass(frozen=True)
@@ -170,6 +55,8 @@ class Host:
         vocabulary: number of ids, where the input is ids.
         path: the site's path.
         others: paths of the further sites, where there are any.
+        read: whether it is for methods that read values of the program, and for no others.
+        deep: whether it stands for a model of several sites, for methods that have one site and read several layers.
     """
 
     name: str
@@ -181,6 +68,13 @@ class Host:
     vocabulary: int = 0
     path: str = "site"
     others: tuple[str, ...] = ()
+    read: bool = False
+    deep: bool = False
+
+    @property
+    def several(self) -> bool:
+        """Whether a method acts by several layers of it: what is checked of it then is of such models alone."""
+        return self.deep or bool(self.others)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -219,9 +113,12 @@ class Host:
 
     def _check(self, variant: Variant, site: Site) -> None:
         variant.check(site)
-        if isinstance(variant, BranchVariant) and variant.reads(site):
+        reads = variant.reads(site) if isinstance(variant, BranchVariant) else ()
+        if self.read and not reads:
+            raise SiteUnsupported(f"'{self.name}' is for what reads values", next_step="test it on other hosts")
+        if isinstance(variant, BranchVariant) and reads:
             variant.params(site)
-            self._readable.check(variant.reads(site), owns=variant.has_once)
+            self._readable.check(reads, owns=variant.has_once)
             self._readable.check(variant.reads_once() if variant.has_once else (), once=True)
 
     @functools.cached_property
@@ -343,7 +240,9 @@ HOSTS: Mapping[str, Host] = dict(
         _host("gated", SiteKind.BLOCK, lambda: GatedMLP(6, 10), sizes=(6,), apply=None),
         (
             "stack",
-            Host("stack", SiteKind.BLOCK, lambda: Stack(8, 5), (5, 8), None, batches=((6,), (2, 3), ()), path="norm"),
+            Host(
+                "stack", SiteKind.BLOCK, lambda: Stack(8, 5, 5), (5, 8), None, batches=((6,), (2, 3), ()), path="norm"
+            ),
         ),
         _pair(
             "two_linear",
@@ -376,6 +275,38 @@ HOSTS: Mapping[str, Host] = dict(
             apply=None,
             path="blocks.0",
             others=("blocks.1",),
+        ),
+        _pair(
+            "two_read",
+            SiteKind.LINEAR,
+            lambda: Fronted(nn.Linear(7, 9), nn.Linear(9, 11)),
+            sizes=(7,),
+            apply=_linear,
+            path="front",
+            others=("site",),
+            read=True,
+        ),
+        _pair(
+            "two_gated",
+            SiteKind.BLOCK,
+            lambda: TwoMLPs(GatedMLP(6, 10), GatedMLP(9, 10)),
+            sizes=(6,),
+            apply=None,
+            read=True,
+        ),
+        (
+            "two_stack",
+            Host(
+                "two_stack",
+                SiteKind.BLOCK,
+                lambda: Stack(8, 5, 3),
+                (5, 8),
+                None,
+                batches=((6,), (2,)),
+                path="norm",
+                read=True,
+                deep=True,
+            ),
         ),
     )
 )

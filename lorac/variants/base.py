@@ -35,10 +35,13 @@ class Context(Protocol):
     Attributes:
         training: whether the host trains.
         site: the site.
+        passing: empty in the call's own pass; in one that the method has before it (``BranchVariant.reads_once``), its
+            name. What ``once`` computes is not there yet.
     """
 
     training: bool
     site: Site
+    passing: str
 
     @property
     def generator(self) -> torch.Generator | None:
@@ -274,7 +277,13 @@ class BranchVariant(Variant):
         return ()
 
     def reads_once(self) -> tuple[str, ...]:
-        """The same for ``once``, which may read ``base:``, ``weight:``, ``param:`` and ``input:``."""
+        """The same for ``once``, which may read ``base:``, ``weight:``, ``param:`` and ``input:``.
+
+        And ``pass:<name>:<module>``: that module's output in a pass before the call's own, in which nothing but this
+        adapter's branches act, whole, and are asked with ``ctx.passing`` equal to ``<name>``. So a formula that what
+        it reads depends on is asked for what stands in its place there: a constant for what is routed, say. The pass
+        has no gradients; what the adapter replaces whole is the base's in it.
+        """
         return ()
 
     def once(self, p: Params, ctx: Context) -> Mapping[str, Tensor]:

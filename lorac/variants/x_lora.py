@@ -1,7 +1,8 @@
 """X-LoRA: LoRAs in every layer, mixed token by token by a classifier that reads what the base makes of the text.
 
 "X-LoRA: Mixture of Low-Rank Adapter Experts…", Buehler and Buehler 2024, arXiv 2402.07148; PEFT's XLORA. The scaling
-pass is one of the unadapted model, as ``scaling_pass_value`` 0 has it. Only the classifier is trained.
+pass, whose last hidden state the classifier reads, is one of the unadapted model, or one in which every expert weighs
+``scaling_pass_value``. Only the classifier is trained.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from lorac.errors import AdapterError, ShapeMismatch
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.modules import callable_paths, told_site
 from lorac.ir.host.sites import Site, SiteKind, find_sites
+from lorac.ir.slots.reads import BASE, pass_value
 from lorac.variants import _inits
 from lorac.variants._experts import factors_of, stacked, stacked_specs
 from lorac.variants._routed import Routed
@@ -28,11 +30,17 @@ from lorac.variants.base import Context
 from lorac.variants.params import InitContext, ParamSpec, Role
 
 Tensor = torch.Tensor
+SCALING = "scaling"
+"""The pass before the call's own, where it is not one of the base."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class XLoRA(Routed):
-    """``y' = y + g·Σ_i σ_i·B_i·A_i·x``, σ = softmax(MLP(h)/temperature) of each token, h the base's last hidden state.
+    """``y' = y + g·Σ_i σ_i·B_i·A_i·x``, σ = softmax(MLP(h)/temperature) of each token, h the last hidden state.
+
+    h is that of a scaling pass, without gradients, in which σ_i = v at every token and site: of the unadapted model
+    where v is 0. What top-k and its softmax make of σ they make of v too, as in PEFT; of experts that weigh the same
+    those with the lowest indices are kept, where PEFT leaves it to torch which.
 
     A (experts·r, in) and B (out, experts·r) are the experts' factors stacked, each one's scale in its B. The classifier
     is one for the model, with ReLU and dropout between its layers. What each token's experts weigh (…, experts) is
@@ -52,6 +60,7 @@ class XLoRA(Routed):
         softmax_temperature: flattens it.
         top_k_lora: how many experts a token keeps, as they are weighed, ties to the lowest index; None: all.
         enable_softmax_topk: whether those that are left, and are not 0, are normalised.
+        scaling_pass_value: v.
         global_scaling_weight: g.
         use_trainable_adapters: train A and B too.
     """
@@ -69,6 +78,7 @@ class XLoRA(Routed):
     softmax_temperature: float = 1.0
     top_k_lora: int | None = None
     enable_softmax_topk: bool = False
+    scaling_pass_value: float = 0.0
     global_scaling_weight: float = 1.0
     use_trainable_adapters: bool = False
 
@@ -133,8 +143,13 @@ class XLoRA(Routed):
             )
         return len(self.targets)
 
+    @property
+    def read(self) -> str:
+        """What the classifier reads, as a value of the program."""
+        return pass_value(SCALING, self.hidden) if self.scaling_pass_value else f"{BASE}:{self.hidden}"
+
     def reads_once(self) -> tuple[str, ...]:
-        return (f"base:{self.hidden}",)
+        return (self.read,)
 
     def reads(self, site: Site) -> tuple[str, ...]:
         if self.layerwise_scalings and site.path not in self.targets:
@@ -145,7 +160,7 @@ class XLoRA(Routed):
         return ("own:scalings",)
 
     def once(self, p: Params, ctx: Context) -> Mapping[str, Tensor]:
-        z = ctx.value(f"base:{self.hidden}")
+        z = ctx.value(self.read)
         for j in range(self.depth):
             if j and self.activation:
                 z = F.dropout(F.relu(z), self.dropout_p, ctx.training)
@@ -154,16 +169,22 @@ class XLoRA(Routed):
 
     def scalings(self, logits: Tensor) -> Tensor:
         """σ (…, experts) of what the classifier gives (…, experts)."""
-        found = torch.softmax(logits / self.softmax_temperature, dim=-1) if self.enable_softmax else logits
+        return self._kept(torch.softmax(logits / self.softmax_temperature, dim=-1) if self.enable_softmax else logits)
+
+    def _kept(self, weights: Tensor) -> Tensor:
+        """What is left of weights (…, experts) behind top-k, and normalised over that."""
         if self.top_k_lora is not None:
-            found = found * top_k(found, self.top_k_lora)
+            weights = weights * top_k(weights, self.top_k_lora)
         if not self.enable_softmax_topk:
-            return found
-        out = found == 0
-        return torch.softmax(found.masked_fill(out, -torch.inf), dim=-1).masked_fill(out, 0)
+            return weights
+        out = weights == 0
+        return torch.softmax(weights.masked_fill(out, -torch.inf), dim=-1).masked_fill(out, 0)
 
     def branch(self, x: Tensor, y: Tensor, p: Params, ctx: Context) -> Tensor:
-        weights = ctx.value("own:scalings")[..., self._place(ctx.site.path), :]
+        if ctx.passing == SCALING:
+            weights = self._kept(x.new_full((self.experts,), self.scaling_pass_value))
+        else:
+            weights = ctx.value("own:scalings")[..., self._place(ctx.site.path), :]
         ctx.emit("router", weights)
         mixed = F.linear(x, p.lora_A).unflatten(-1, (self.experts, self.r)) * weights.unsqueeze(-1)
         return y + self.output_scale(p) * F.linear(mixed.flatten(-2), p.lora_B)

@@ -121,8 +121,8 @@ FAULTS: dict[str, tuple[lorac.Adapter, type[LoracError], str]] = {
         good(variant=Listener(targets=["up"], of="base:dwn"), tensors={"up": {"factor": torch.ones(1)}}),
         lorac.SiteNotFound,
         "'base:dwn' is no value of the program\n  nearest: down\n"
-        "  values are named <module>, in:<module>, base:<module>, weight:<site>, param:<tensor>, input:<argument> or "
-        "own:<what once computes>; lorac.sites(model) lists the sites",
+        "  values are named <module>, in:<module>, base:<module>, pass:<name>:<module>, weight:<site>, param:<tensor>, "
+        "input:<argument> or own:<what once computes>; lorac.sites(model) lists the sites",
     ),
     "no parameter": (
         good(replaced={"norm.weigth": torch.ones(4)}),

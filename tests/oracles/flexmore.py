@@ -44,7 +44,9 @@ def erank(values):
 
 def branch(x, y, p, variant):
     """Of the model's own matrices only what they give is known: G·x and U·x, and D."""
-    gate, up, down = (p.values[name] for name in ("site.gate", "site.up", "weight:site.down"))
+    gate, up, down = (
+        next(p.values[name] for name in p.values if name.endswith(end)) for end in (".gate", ".up", ".down")
+    )
     weights = shares(x @ p.router.T, variant.top_k, variant.normalise)
     out = weights[..., :1] * y
     for n, rank in enumerate(variant.ranks, 1):

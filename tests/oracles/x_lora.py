@@ -12,12 +12,16 @@ def softmax(z):
 
 def scalings(logits, variant):
     """What one token's experts weigh, of what the classifier gives (experts,)."""
-    weights = softmax(logits / variant.softmax_temperature) if variant.enable_softmax else logits.copy()
+    return left_of(softmax(logits / variant.softmax_temperature) if variant.enable_softmax else logits.copy(), variant)
+
+
+def left_of(weights, variant):
+    """What top-k and a softmax behind it leave of one token's weights."""
     if variant.top_k_lora is not None:
         kept = sorted(range(len(weights)), key=lambda i: -weights[i])[: variant.top_k_lora]
         weights = np.array([w if i in kept else 0.0 for i, w in enumerate(weights)])
-    if variant.enable_softmax_topk:
-        left = weights != 0
+    left = weights != 0
+    if variant.enable_softmax_topk and left.any():
         weights[left] = softmax(weights[left])
     return weights
 
@@ -42,14 +46,17 @@ def once(p, variant):
     layers = [(getattr(p, f"classifier_{j}_weight"), getattr(p, f"classifier_{j}_bias")) for j in range(variant.depth)]
     if not variant.activation:  # two linear maps after one another
         layers = [(layers[1][0] @ layers[0][0], layers[1][0] @ layers[0][1] + layers[1][1])]
-    h = p.values[f"base:{variant.hidden}"]
-    found = [scalings(classified(token, layers), variant) for token in h.reshape(-1, h.shape[-1])]
-    return {"scalings": np.array(found).reshape(*h.shape[:-1], 1, variant.experts)}
+    h = p.values[f"pass:scaling:{variant.hidden}" if variant.scaling_pass_value else f"base:{variant.hidden}"]
+    given = (classified(token, layers).reshape(-1, variant.experts) for token in h.reshape(-1, h.shape[-1]))
+    found = [[scalings(logits, variant) for logits in of_token] for of_token in given]
+    return {"scalings": np.array(found).reshape(*h.shape[:-1], -1, variant.experts)}
 
 
 def branch(x, y, p, variant):
-    weights = p.values["own:scalings"]
+    constant = left_of(np.full(variant.experts, float(variant.scaling_pass_value)), variant)
+    place = variant.targets.index(p.site) if variant.layerwise_scalings else 0
     out = np.empty_like(y)
     for at in np.ndindex(y.shape[:-1]):
-        out[at] = site(x[at], y[at], p.lora_A, p.lora_B, weights[at][0], variant)
+        weights = constant if p.passing else p.values["own:scalings"][at][place]
+        out[at] = site(x[at], y[at], p.lora_A, p.lora_B, weights, variant)
     return out

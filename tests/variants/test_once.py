@@ -118,12 +118,12 @@ def test_off_the_program_computes_what_the_base_does(tmp_path) -> None:
     products = ("MatMul", "Gemm")
     outside = Counter(node.op_type for node in routed.node if node.op_type in products)
     assert outside == Counter(node.op_type for node in base.node if node.op_type in products)
-    # One for what is shared, and one for each adapter at each site.
+    # One for what all share, one for what each adapter computes once, and one for each adapter at each site.
     gates = [node for node in routed.node if node.op_type == "If"]
-    assert len(gates) == 1 + 2 * 2
-    shared = next(a.g for a in gates[0].attribute if a.name == "then_branch")
-    softmax = [node.op_type for node in shared.node].count("Softmax")
-    assert softmax == 2  # the classifier of each once, not once per site
+    assert len(gates) == 1 + 2 + 2 * 2
+    bodies = [next(a.g for a in gate.attribute if a.name == "then_branch") for gate in gates]
+    softmax = [[node.op_type for node in body.node].count("Softmax") for body in bodies]
+    assert sorted(softmax) == [0] * 5 + [1] * 2  # the classifier of each once, not once per site
 
 
 @dataclass(frozen=True, kw_only=True)

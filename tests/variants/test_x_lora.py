@@ -69,32 +69,39 @@ def folder() -> Path:
 
 
 @functools.cache
-def of_peft() -> Any:
+def of_peft(**fields: Any) -> Any:
+    """PEFT's, with other settings than ``FIELDS`` where they are given; its files lie in ``mixed()``."""
     host = copy.deepcopy(model())
     host.config.use_cache = False
     paths = {str(i): str(folder() / str(i)) for i in range(3)}
     torch.manual_seed(0)
     config = peft.XLoraConfig(
-        task_type="CAUSAL_LM", hidden_size=32, adapters=paths, xlora_depth=2, xlora_size=16, **FIELDS
+        task_type="CAUSAL_LM", hidden_size=32, adapters=paths, xlora_depth=2, xlora_size=16, **(fields or FIELDS)
     )
     made = peft.get_peft_model(host, config).eval()
     with torch.no_grad():
         for tensor in made.base_model.internal_xlora_classifier.parameters():
             tensor.mul_(8)
-    made.save_pretrained(folder() / "mixed")
+    made.save_pretrained(mixed(**fields))
     return made
 
 
-def classifier() -> dict[str, torch.Tensor]:
-    return {key: t.detach().clone() for key, t in of_peft().base_model.internal_xlora_classifier.state_dict().items()}
+def mixed(**fields: Any) -> Path:
+    return folder() / "-".join(["mixed", *map(str, fields.values())])
 
 
-def complete(here: Path, **changed: Any) -> Path:
-    """PEFT's file with the tensors that PEFT drops."""
-    config = json.loads((folder() / "mixed" / "adapter_config.json").read_text()) if of_peft() else {}
+def classifier(**fields: Any) -> dict[str, torch.Tensor]:
+    made = of_peft(**fields).base_model.internal_xlora_classifier
+    return {key: tensor.detach().clone() for key, tensor in made.state_dict().items()}
+
+
+def complete(here: Path, made: dict[str, Any] | None = None, **changed: Any) -> Path:
+    """PEFT's file, of what it made with such settings, with the tensors that PEFT drops."""
+    tensors = {PREFIX + key: tensor for key, tensor in classifier(**(made or {})).items()}
+    config = json.loads((mixed(**(made or {})) / "adapter_config.json").read_text())
     here.mkdir(exist_ok=True)
     (here / "adapter_config.json").write_text(json.dumps(config | changed))
-    save_file({PREFIX + key: tensor for key, tensor in classifier().items()}, here / "adapter_model.safetensors")
+    save_file(tensors, here / "adapter_model.safetensors")
     return here
 
 
@@ -289,7 +296,8 @@ def test_what_peft_dropped_is_told_by_name() -> None:
 @pytest.mark.parametrize(
     ("changed", "error", "text"),
     [
-        ({"scaling_pass_value": 0.5}, lorac.UnsupportedField, "scaling_pass_value"),
+        ({"scaling_pass_value": None}, lorac.UnsupportedField, "scaling_pass_value=None: expected a number"),
+        ({"scaling_pass_value": "half"}, lorac.UnsupportedField, "scaling_pass_value='half': expected a number"),
         ({"adapters": {"0": "nowhere"}}, lorac.CorruptFile, "an expert '0', which is not at 'nowhere'"),
         ({"hidden_size": 16}, lorac.ShapeMismatch, "gives 32"),
         ({"xlora_depth": 1}, lorac.UnusedTensors, "layers.3"),
@@ -308,7 +316,7 @@ def test_a_file_needs_a_model_that_tells_its_last_hidden_state(tmp_path: Path) -
         lorac.load_adapter(here)
     with pytest.raises(lorac.BaseNeeded, match="answers no hidden states"):
         lorac.load_adapter(here, nn.Sequential(nn.Linear(2, 2)))
-    with pytest.raises(lorac.BaseNeeded, match="as it meets them in the model"):
+    with pytest.raises(lorac.BaseNeeded, match="as they are met in the model"):
         lorac.save_adapter(adapter(), tmp_path / "y")
     plain = lorac.Adapter("p", replace(adapter().variant, activation=False), adapter().tensors)
     with pytest.raises(lorac.UnsupportedField, match="PEFT's has ReLUs"):
@@ -342,31 +350,32 @@ def turned_round(given: lorac.Adapter) -> lorac.Adapter:
     return lorac.Adapter("x", replace(given.variant, targets=targets[::-1]), held)
 
 
-@torch.no_grad()
-def test_the_authors_files(tmp_path: Path) -> None:
-    """The same mixture in their layout, and lorac's own format."""
+def authors(here: Path, **changed: Any) -> Path:
+    """The same mixture in the layout of X-LoRA's authors."""
     tensors = classifier()
     layers = {"inner.0": "layers.0", "last": "layers.3"}
     written = {
         f"{own}.{kind}": tensors[f"{name}.{kind}"] for own, name in layers.items() for kind in ("weight", "bias")
     }
-    config = {
-        "hidden_size": 32,
-        "base_model_id": "tiny",
-        "adapters": {str(i): str(folder() / str(i)) for i in range(3)},
-    }
-    config |= {"xlora_depth": 2, "xlora_size": 16, "enable_relu_and_dropout": True, "use_bias": True, **FIELDS}
-    (tmp_path / "xlora_config.json").write_text(json.dumps(config))
-    save_file(written, tmp_path / "xlora_classifier.safetensors")
+    adapters = {str(i): str(folder() / str(i)) for i in range(3)}
+    config = {"hidden_size": 32, "base_model_id": "tiny", "adapters": adapters, "xlora_depth": 2, "xlora_size": 16}
+    config |= {"enable_relu_and_dropout": True, "use_bias": True, **FIELDS, **changed}
+    (here / "xlora_config.json").write_text(json.dumps(config))
+    save_file(written, here / "xlora_classifier.safetensors")
+    return here
+
+
+@torch.no_grad()
+def test_the_authors_files(tmp_path: Path) -> None:
+    """The same mixture in their layout, and lorac's own format."""
     lorac.save_adapter(adapter(), tmp_path / "own.safetensors", format="native")
-    for path in (tmp_path, tmp_path / "own.safetensors"):
+    for path in (authors(tmp_path), tmp_path / "own.safetensors"):
         found = lorac.load_adapter(path, model())
         assert found.variant == adapter().variant
         for site, own in adapter().tensors.items():
             assert all(torch.equal(own[key], found.tensors[site][key]) for key in own)
-    (tmp_path / "xlora_config.json").write_text(json.dumps(config | {"use_bias": False}))
     with pytest.raises(lorac.UnusedTensors, match=r"inner\.0\.bias"):
-        lorac.load_adapter(tmp_path, model())
+        lorac.load_adapter(authors(tmp_path, use_bias=False), model())
 
 
 @pytest.mark.parametrize(

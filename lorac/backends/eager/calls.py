@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lorac.errors import Unavailable
 from lorac.ir.slots.attention import Attention, WholeText
 from lorac.ir.slots.choice import Choice
 from lorac.ir.slots.reads import BASE, INPUT, OWN, parse
@@ -38,12 +39,32 @@ class Filled:
         """Whether something of what branches ask for is known when a call begins, by what it is given."""
         return self.branches or any(parse(name)[0] in {BASE, INPUT, OWN} for name in self.read)
 
-    def base_pass(self) -> Filled:
-        """What fills the slots of a pass of the base that gives what is read of it: nothing."""
-        return Filled(read=frozenset(path for kind, path in map(parse, self.read) if kind == BASE))
+    def base_pass(self, scope: str) -> Filled:
+        """What fills the slots of a pass of the base that gives what is read of it: nothing.
+
+        Args:
+            scope: what the paths of the component that is called begin with; what is read of another is not there.
+        """
+        read = (path for kind, path in map(parse, self.read) if kind == BASE)
+        return Filled(read=frozenset(path for path in read if path.startswith(scope)))
 
 
 BARE = Filled()
+
+
+@dataclass(frozen=True, eq=False)
+class Passing:
+    """A pass before a call's own, in which one adapter's branches act alone.
+
+    Attributes:
+        name: what the adapter calls the pass.
+        owner: what stands before the names of its own values (``lorac.ir.slots.reads.owner_at``).
+        call: for which call it is.
+    """
+
+    name: str
+    owner: str
+    call: Call
 
 
 @dataclass(eq=False)
@@ -52,7 +73,8 @@ class Call:
 
     ``computes_terms`` is settled at the call's start: a reentrant checkpoint turns gradients off within it. ``seed`` is
     that of its randomness, once a branch asked for it, and the same when a checkpoint recomputes; ``began`` tells its
-    beginning from those of other calls. ``attention`` is what its branches attend by, once it has begun.
+    beginning from those of other calls. ``attention`` is what its branches attend by, once it has begun. ``passing``
+    says which pass it is, where it is one that an adapter has to itself.
     """
 
     filled: Filled
@@ -62,6 +84,7 @@ class Call:
     values: dict[str, Tensor] = field(default_factory=dict)
     aux: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     attention: Attention = field(default_factory=WholeText)
+    passing: Passing | None = None
 
 
 def filled_by(snapshot: Snapshot, slots: Mapping[str, SiteSlots]) -> Filled:
@@ -70,6 +93,17 @@ def filled_by(snapshot: Snapshot, slots: Mapping[str, SiteSlots]) -> Filled:
     terms = [term for composed in snapshot.composed.values() for _, term in composed.branches]
     read = frozenset(name for term in terms for name in term.slot.reads)
     return Filled(snapshot.choice, {path: slots[path] for path in touched}, touched, read, bool(terms))
+
+
+def refuse_cache(attention: Attention) -> None:
+    """Raise ``Unavailable`` where a call that goes on with a cache needs a pass before its own, which would fill it."""
+    if not isinstance(attention, WholeText):
+        raise Unavailable(
+            "an adapter that is on reads a pass of the model before this call's own, and the call brings a cache, "
+            "which that pass would fill too",
+            next_step="give the whole text and no cache, as generate does by itself; a program of "
+            "target='onnxruntime' with cache=True keeps a cache for each pass",
+        )
 
 
 def attention_of(given: Iterable[object]) -> Attention:

@@ -17,44 +17,36 @@ import torch
 from torch import nn
 
 from lorac.backends.eager.buffers import adds_bias, own_buffers
-from lorac.backends.eager.calls import BARE, Call, Filled, attention_of, filled_by
-from lorac.backends.eager.draws import Draws, beginning, in_backward
+from lorac.backends.eager.calls import BARE, Call, Filled, attention_of, filled_by, refuse_cache
+from lorac.backends.eager.draws import beginning, in_backward
 from lorac.backends.eager.shadow import shadow
+from lorac.backends.eager.surroundings import Surroundings, Terms
 from lorac.errors import SiteUnsupported
 from lorac.ir.binding import Answer, Binding
 from lorac.ir.engine import Engine
-from lorac.ir.host.components import components_of, require_component
+from lorac.ir.host.components import components_of, prefix_of, require_component
 from lorac.ir.host.layers import calls_below, is_plain, layer_of, padded, with_below
 from lorac.ir.host.sites import BaseReader, Site, SiteKind, stored_tensor
 from lorac.ir.slots.buffers import FusedBuffer
-from lorac.ir.slots.choice import Choice
 from lorac.ir.slots.emits import record_emitted, refuse_unemitted
+from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.reads import (
     BASE,
     IN,
     INPUT,
-    PARAM,
-    WEIGHT,
     first_tensor,
-    names_read,
-    owner_at,
-    parse,
-    presented,
     replace_first,
     tapped,
 )
-from lorac.ir.slots.run import Ctx, from_slots, own_values, run_site
+from lorac.ir.slots.run import from_slots, run_site
 from lorac.ir.slots.site import SitePlan, SiteSlots
 from lorac.ir.slots.snapshot import Snapshot
-from lorac.ir.slots.training import LiveTerm, run_terms, weights_of
+from lorac.ir.slots.training import run_terms, weights_of
 
 Tensor = torch.Tensor
 T = TypeVar("T")
-Terms = Callable[[str, Choice], Sequence[LiveTerm] | None]
 Hears = Callable[[Mapping[str, Mapping[str, Tensor]]], None]
 
-
-_HELD = (WEIGHT, PARAM)
 _current: contextvars.ContextVar[tuple[object, Call] | None] = contextvars.ContextVar("call", default=None)
 
 
@@ -85,13 +77,13 @@ class EagerEngine(Engine):
         terms: Terms,
         aux: Sequence[str] = (),
     ) -> None:
-        self.module, self.plans, self.base, self.mode, self.terms = module, plans, base, mode, terms
+        self.module, self.plans, self.base, self.mode = module, plans, base, mode
         self.components = components_of(module)
         self.active = BARE
-        self.sites, self.wanted = sites, frozenset(aux)
+        self.wanted = frozenset(aux)
         self._recorded = Call(BARE, computes_terms=True)
         self._heard: dict[object, tuple[frozenset[str], Hears]] = {}
-        self._draws = Draws()
+        self._around = Surroundings(module, plans, sites, terms)
         self._originals: dict[str, Callable[..., Any]] = {}
         self._weights: dict[str, tuple[Tensor | None, Tensor | None]] = {}
         for path, plan in plans.items():
@@ -137,7 +129,7 @@ class EagerEngine(Engine):
         """Call the host copy, or one of several; in fused mode the weights already hold the choice."""
         module = self.components[require_component(graph, self.components)]
         call = self._new_call(content)
-        self._begin(call, module, args, kwargs)
+        self._begin(call, graph, args, kwargs)
         with self._using(call):
             output = module(*args, **kwargs)
         if torch.is_grad_enabled():
@@ -174,9 +166,9 @@ class EagerEngine(Engine):
         assert isinstance(content, Filled)
         call = self._new_call(content)
 
-        def before(module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
-            if self._call() is call:  # not in a pass of the base, nor in a call of another thread
-                self._begin(call, module, args, kwargs)
+        def before(_: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+            if self._call() is call:  # not in a pass before it, nor in a call of another thread
+                self._begin(call, graph, args, kwargs)
 
         with ExitStack() as held:
             if content.begins:
@@ -184,46 +176,30 @@ class EagerEngine(Engine):
             held.enter_context(self._using(call))
             return work(module)
 
-    def _begin(self, call: Call, module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
-        """Have a call know what its branches read of its arguments, of the base, by a pass of it, and compute once."""
+    def _begin(self, call: Call, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+        """Have a call know what its branches read of its arguments, of passes before its own, and compute once."""
         if not call.filled.begins:
             return
+        module, scope = self.components[graph], prefix_of(self.module, graph)
         given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         call.attention = attention_of((*given.values(), *kwargs.values()))
         call.began = beginning((*args, *kwargs.values())) if self.module.training else 0
         tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
         call.values.update({f"{INPUT}:{name}": value for name, value in tensors.items()})
-        base = call.filled.base_pass()
-        if base.read:
-            unadapted = Call(base)
-            with torch.no_grad(), self._using(unadapted):
+
+        def run(passed: Call) -> None:
+            refuse_cache(call.attention)
+            with torch.no_grad(), self._using(passed):
                 module(*args, **kwargs)
-            call.values.update(
-                {f"{BASE}:{path}": unadapted.values[path] for path in base.read & unadapted.values.keys()}
-            )
-        for path in call.filled.touched:
-            if self.plans[path].site.kind is SiteKind.ONCE:
-                self._compute_once(path, call)
 
-    def _compute_once(self, path: str, call: Call) -> None:
-        """Have a call know what its adapters compute once, those of one structure."""
-        plan, terms = self.plans[path], self._live_terms(path, call)
-        if terms is not None:
-            found = [term.branch for term in terms if term.branch is not None]
-        else:
-            filled = zip(plan.branches, call.filled.slots[path].branches, strict=True)
-            found = [(slot, fill) for slot, fill in filled if fill is not None]
-        values, attention = self._values(plan, call), call.attention
-        seed = functools.partial(self._seed, call)
-        ctx = Ctx(plan.site, training=self.module.training, seed=seed, values=values, attention=attention)
-        for i, (slot, fill) in enumerate(found):
-            call.values.update(own_values(slot, fill.params, ctx, owner_at(path, i)))
-
-    def _seed(self, call: Call) -> int:
-        """The seed of a call's randomness, the same for all its sites."""
-        if call.seed is None:
-            call.seed = self._draws.seed(call.began)
-        return call.seed
+        base = Call(call.filled.base_pass(scope))
+        if base.filled.read:
+            run(base)
+            call.values.update({f"{BASE}:{path}": base.values[path] for path in base.filled.read & base.values.keys()})
+        here = [self.plans[path] for path in call.filled.touched if path.startswith(scope)]
+        # In one order in every process: passes of a host that trains draw its random numbers.
+        for path in sorted({branch.once for plan in here for branch in plan.branches} & call.filled.touched):
+            self._around.compute_once(path, call, run)
 
     # --- the sites ---------------------------------------------------------------------------------------------
 
@@ -316,15 +292,12 @@ class EagerEngine(Engine):
         call, plan = self._call(), self.plans[path]
         weight, bias = self._weights[path]
         emitted: dict[str, list[Tensor]] = {}
-        ctx = Ctx(
-            plan.site,
-            training=module.training,
-            seed=functools.partial(self._seed, call),
-            values=self._values(plan, call),
-            emitted=emitted,
-            attention=call.attention,
-        )
-        terms, slots = self._live_terms(path, call), call.filled.slots.get(path)
+        ctx = self._around.ctx(plan, call, module.training, emitted)
+        if call.passing is not None:
+            y = block if block is not None or weight is None else layout_of(plan.site).base(x, weight, bias)
+            assert y is not None
+            return self._around.alone(path, call.passing, x, y, ctx)
+        terms, slots = self._around.live_terms(path, call), call.filled.slots.get(path)
         if terms is not None:
             y = run_terms(plan.site, terms, x, weight, bias, ctx, block)
         elif slots is not None:
@@ -334,17 +307,6 @@ class EagerEngine(Engine):
         asked = self.wanted.union(*(names for names, _ in self._heard.values()))
         record_emitted(call.aux, path, {name: found for name, found in emitted.items() if name in asked})
         return y
-
-    def _values(self, plan: SitePlan, call: Call) -> Mapping[str, Tensor]:
-        """What the plan's branches may read now."""
-        if not plan.branches:
-            return {}
-        parsed = [(name, *parse(name)) for name in names_read([plan])]
-        held = {
-            name: str(self.sites[of].weight) if kind == WEIGHT else of for name, kind, of in parsed if kind in _HELD
-        }
-        stored = {name: stored_tensor(self.module, fqn) for name, fqn in held.items()}
-        return {**call.values, **presented(stored, self.sites)}
 
     def _forward_owner(self, owner: str, module: nn.Module, inside: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         """A module some of whose weights are replaced: its own forward, on a shadow that holds the replacements."""
@@ -360,7 +322,7 @@ class EagerEngine(Engine):
 
     def _replacements(self, path: str, call: Call) -> dict[str, Tensor]:
         """What a touched site puts in the place of its weight and bias, by their names; nothing where they hold it."""
-        site, slots, terms = self.plans[path].site, call.filled.slots.get(path), self._live_terms(path, call)
+        site, slots, terms = self.plans[path].site, call.filled.slots.get(path), self._around.live_terms(path, call)
         found: tuple[Tensor | None, Tensor | None]
         if terms is not None:
             found = weights_of(site, terms, *self._weights[path])
@@ -370,10 +332,6 @@ class EagerEngine(Engine):
             return {}
         names = zip((site.weight, site.bias), found, strict=True)
         return {name: tensor for name, tensor in names if name is not None and tensor is not None}
-
-    def _live_terms(self, path: str, call: Call) -> Sequence[LiveTerm] | None:
-        """The terms from the adapters' own tensors where the call computes them, else None."""
-        return self.terms(path, call.filled.choice) if call.computes_terms else None
 
 
 def _stored(module: nn.Module, plan: SitePlan) -> tuple[Tensor | None, Tensor | None]:

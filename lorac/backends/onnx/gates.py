@@ -1,7 +1,8 @@
 """Branches that are off leave no trace: each goes into an ``If`` on its strength, or behind a ``Where``.
 
 What only branches need and is computed before them all, a pass of the base and what adapters compute once per call,
-goes into one ``If`` of its own, which runs where one of those branches does.
+goes into one ``If`` of its own, which runs where one of those branches does. What some of them need that have
+nothing in common with the others, a pass that an adapter has to itself, goes into one more.
 
 What a branch keeps in a cache, where it attends to a text that grows, it neither reads nor writes while it is off.
 
@@ -38,7 +39,7 @@ def gate_by_if(model: ir.Model, slots: Mapping[str, SlotInput]) -> None:
         # What several calls of one site emit is that of the last: it stays outside, for none of them is that alone.
         emitted = _emitted(model.graph, slots[str(strength.name)]) if calls[strength] == 1 else []
         gates.append(_into_if(model.graph, strength, add, emitted))
-    _share(model.graph, gates)
+    _share(model.graph, gates, slots)
 
 
 def gate_by_where(model: ir.Model, slots: Mapping[str, SlotInput]) -> None:
@@ -161,17 +162,89 @@ _PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "Attention", "MatMulNBits", "Ma
 """Ops that make it worth while to leave out what has one."""
 
 
-def _share(graph: ir.Graph, gates: Sequence[ir.Node]) -> None:
-    """Move what only gated branches need, and what none of them changes, into one ``If`` that runs where one does."""
+def _share(graph: ir.Graph, gates: Sequence[ir.Node], slots: Collection[str]) -> None:
+    """Move what only gated branches need, and what none of them changes, into an ``If`` that runs where one does."""
     within = {id(gate.attributes["then_branch"].as_graph()): gate for gate in gates}
     shared = _only_for_gates(graph, gates, within)
     if not any(node.op_type in _PRODUCTS for node in shared):
         return
-    moved = set(shared)
-    outer = {user for node in shared for output in node.outputs for user in output.consumers()} - moved
-    needed = [v for node in shared for v in node.outputs if any(user in outer for user in v.consumers())]
-    readers = [gate for gate in gates if any(within.get(id(user.graph)) is gate for user in outer)]
-    _into_one_if(graph, shared, needed, readers)
+    _lay_out_apart(shared, within, slots)
+    readers = _readers(shared, within)
+    _switch_early(graph, [gate for gate in gates if gate in frozenset().union(*readers.values())])
+    for part in _parts(shared, readers):
+        moved = set(part)
+        outer = {user for node in part for output in node.outputs for user in output.consumers()} - moved
+        needed = [v for node in part for v in node.outputs if any(user in outer for user in v.consumers())]
+        of_part = frozenset().union(*(readers[node] for node in part))
+        _into_one_if(graph, part, needed, [gate for gate in gates if gate in of_part])
+
+
+def _readers(shared: Sequence[ir.Node], within: Mapping[int, ir.Node]) -> dict[ir.Node, frozenset[ir.Node]]:
+    """Node -> the gates whose branches need it, be it through others of the nodes."""
+    found: dict[ir.Node, frozenset[ir.Node]] = {}
+    for node in reversed(shared):
+        users = {user for output in node.outputs for user in output.consumers()}
+        sets = [found[user] if user in found else frozenset({within[id(user.graph)]}) for user in users]
+        found[node] = frozenset().union(*sets)
+    return found
+
+
+def _parts(shared: Sequence[ir.Node], readers: Mapping[ir.Node, frozenset[ir.Node]]) -> list[list[ir.Node]]:
+    """The nodes, each list in order and none reading a later one: what all gates need first, then what few do.
+
+    Gates that need one thing belong together, and so do all sets of gates that overlap, but those that overlap with
+    every other. A part without a product is not worth a gate of its own.
+    """
+    sets = list(dict.fromkeys(readers.values()))
+    narrow = [own for own in sets if any(own.isdisjoint(other) for other in sets)]
+    groups: list[frozenset[ir.Node]] = []
+    for own in narrow:
+        met = [group for group in groups if not group.isdisjoint(own)]
+        groups = [*(group for group in groups if group not in met), own.union(*met)]
+    apart = [[node for node in shared if readers[node] in narrow and readers[node] <= group] for group in groups]
+    apart = [part for part in apart if any(node.op_type in _PRODUCTS for node in part)]
+    left = set(shared).difference(*apart)
+    common = [node for node in shared if node in left]
+    return [part for part in (common, *apart) if part]
+
+
+def _switch_early(graph: ir.Graph, gates: Sequence[ir.Node]) -> None:
+    """Have the switches of gates be there before the first of them."""
+    switches = dict.fromkeys(value for gate in gates if (value := gate.inputs[0]) is not None)
+    casts = [cast for value in switches if (cast := value.producer()) is not None]
+    for cast in casts:
+        graph.remove(cast)
+    graph.insert_before(next(node for node in graph if node in set(gates)), casts)
+
+
+def _lay_out_apart(shared: Sequence[ir.Node], within: Mapping[int, ir.Node], slots: Collection[str]) -> None:
+    """Have each branch lay slots out for itself, a transposition for one, as it would if nothing else read them.
+
+    Products take such ops into themselves where they stand beside them.
+    """
+    stored: set[ir.Node] = set()
+    for node in shared:
+        known = (v is None or v.name in slots or v.is_initializer() or v.producer() in stored for v in node.inputs)
+        if node.op_type not in _PRODUCTS and all(known):
+            stored.add(node)
+    for node in [node for node in shared if node in stored]:
+        for user in {user for output in node.outputs for user in output.consumers() if id(user.graph) in within}:
+            _lay_out_for(user, stored)
+
+
+def _lay_out_for(user: ir.Node, stored: Collection[ir.Node]) -> None:
+    """Give a node copies of its own of the nodes among ``stored`` that it reads."""
+    for index, value in enumerate(user.inputs):
+        node = None if value is None else value.producer()
+        if value is None or node is None or node not in stored or node.graph is user.graph:
+            continue
+        outputs = [ir.val(f"{v.name}_of_{user.outputs[0].name}", type=v.type, shape=v.shape) for v in node.outputs]
+        copy = ir.Node(node.domain, node.op_type, node.inputs, node.attributes.values(), outputs=outputs)
+        copy.metadata_props.update(node.metadata_props)
+        assert isinstance(user.graph, ir.Graph)
+        user.graph.insert_before(user, copy)
+        user.replace_input_with(index, outputs[value.index() or 0])
+        _lay_out_for(copy, stored)
 
 
 def _only_for_gates(graph: ir.Graph, gates: Sequence[ir.Node], within: Mapping[int, ir.Node]) -> list[ir.Node]:
@@ -203,12 +276,11 @@ def _into_one_if(
         on.type, on.shape = ir.TensorType(ir.DataType.BOOL), ir.Shape([1])
     results = [_unshaped(value) for value in needed]
     gate = ir.Node("", "If", [on], outputs=results)
-    casts = [cast for value in switches if (cast := value.producer()) is not None]
-    for cast in casts:
-        graph.remove(cast)
-    graph.insert_before(first, [*casts, *made, gate])
+    graph.insert_before(first, [*made, gate])
+    inside = set(shared)
     for value, result in zip(needed, results, strict=True):
-        value.replace_all_uses_with(result)
+        for user, index in [use for use in value.uses() if use.node not in inside]:
+            user.replace_input_with(index, result)
     for node in shared:
         graph.remove(node)
     _fill(gate, "shared", needed, shared, [_empty(value) for value in needed])

@@ -19,7 +19,7 @@ from lorac.ir.graph.edit import KEYWORD, inherit
 from lorac.ir.graph.graph import Graph
 from lorac.ir.host.sites import Site
 from lorac.ir.slots.attention import Attention, WholeText
-from lorac.ir.slots.reads import IN, OUTPUT, names_read, parse, presented
+from lorac.ir.slots.reads import IN, OUTPUT, PASS, names_read, parse, presented
 from lorac.ir.slots.run import Ctx, run_site
 from lorac.ir.slots.site import SitePlan, SiteSlots
 
@@ -105,7 +105,7 @@ def call_behind(node: fx.Node) -> fx.Node:
 def useful(graph: Graph) -> set[fx.Node]:
     """The nodes whose values the program uses: for an output, or for a branch that reads what a site answers."""
     parsed = map(parse, names_read(graph.plans.values()))
-    read = {path for kind, path in parsed if kind in {OUTPUT, IN}}
+    read = {path for kind, path in parsed if kind in {OUTPUT, IN, PASS}}
     return graph.reaching_outputs([node for node in graph.find(*ops.CALLS) if ops.site_of(node) in read])
 
 

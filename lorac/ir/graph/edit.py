@@ -247,10 +247,12 @@ def inline(
     function: Callable[..., Any],
     operands: Sequence[fx.Node],
     traced: fx.GraphModule | None = None,
+    origin: fx.Node | None = None,
 ) -> tuple[fx.GraphModule, list[fx.Node]]:
     """Put ``function(*operands)``, traced to aten, before ``node``; returns the trace and the nodes of its outputs.
 
-    A trace may be used again for operands of the same shapes, but for what their sizes that vary are called.
+    The new nodes have the provenance of ``origin``, by default of ``node``. A trace may be used again for operands of
+    the same shapes, but for what their sizes that vary are called.
     """
     if traced is None:
         traced = trace(program, function, operands)
@@ -264,7 +266,7 @@ def inline(
         for inner in computed:
             copied = program.graph.node_copy(inner, lambda n: environment[n])
             copied.meta = {"val": _resized(inner.meta.get("val"), sizes)}
-            inherit(copied, node)
+            inherit(copied, node if origin is None else origin)
             environment[inner] = copied
     results: Any = traced.graph.output_node().args[0]
     return traced, list(fx.map_arg(results, lambda n: environment[n]))

@@ -6,6 +6,8 @@
     ``<path>``             the output of that module in this pass, adapted as it is
     ``in:<path>``          its input in this pass
     ``base:<path>``        its output in a pass of the unadapted model over the same inputs, without gradients
+    ``pass:<name>:<path>`` its output in another pass over the same inputs, without gradients, in which the branches of
+                           the adapter that reads it act whole, and nothing else does
     ``weight:<path>``      the base weight W (out, in) of that site
     ``param:<name>``       a parameter or buffer of the model, as the base has it
     ``input:<argument>``   what this call gives the model's forward
@@ -14,15 +16,20 @@
 
 Any module may be read. Of one that takes or returns several tensors the first counts, of several calls the latest.
 
+A pass of an adapter's own is for what is computed once, which alone reads it: each branch is asked for its y' there
+with ``ctx.passing``, the name that the method gave the pass, and does without ``own:`` values, which come of the pass.
+It depends neither on the adapter's strength nor on what else is active: of two adapters each has its own.
+
 What a method computes once is a site of its own, without a module (``SiteKind.ONCE``): its plan has a branch for every
 adapter that may compute it, and branches at modules name it (``BranchSlot.once``). Of several adapters of one structure
-each has its own, told apart by their order: ``own:<path>[<index>].<name>`` is what a program calls such a value.
+each has its own, told apart by their order: ``own:<path>[<index>].<name>`` is what a program calls such a value, and
+``pass:<path>[<index>].<name>:<module>`` one of a pass of its own.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,8 +45,9 @@ from lorac.ir.host.skeleton import Skeleton
 from lorac.ir.slots.site import BranchSlot, SitePlan
 
 OUTPUT, IN, BASE, WEIGHT, PARAM, INPUT, OWN = "", "in", "base", "weight", "param", "input", "own"
-_OF_MODULES = (OUTPUT, IN, BASE)
-_AT_ONCE = (BASE, WEIGHT, PARAM, INPUT)
+PASS = "pass"
+_OF_MODULES = (OUTPUT, IN, BASE, PASS)
+_AT_ONCE = (BASE, PASS, WEIGHT, PARAM, INPUT)
 """What is known when a call begins."""
 ONCE_PREFIX = "once:"
 """Begins the path of a site that is no module: what an adapter computes once per call."""
@@ -48,7 +56,29 @@ ONCE_PREFIX = "once:"
 def parse(name: str) -> tuple[str, str]:
     """(kind, what it is of) of a value's name; the kind is one of those above."""
     kind, colon, rest = name.partition(":")
-    return (kind, rest) if colon else (OUTPUT, name)
+    if not colon:
+        return OUTPUT, name
+    return kind, rest.rpartition(":")[2] if kind == PASS else rest
+
+
+def pass_of(name: str) -> str:
+    """Which pass a value's name says, where it is of one that an adapter has to itself; else empty."""
+    kind, _, rest = name.partition(":")
+    return rest.rpartition(":")[0] if kind == PASS else ""
+
+
+def passes_in(names: Iterable[str]) -> dict[str, list[str]]:
+    """The passes of an adapter's own that are among what it reads -> paths of the modules that are read of each."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        if told := pass_of(name):
+            found.setdefault(told, []).append(parse(name)[1])
+    return found
+
+
+def pass_value(name: str, path: str) -> str:
+    """What a method calls a module's output in a pass of its own."""
+    return f"{PASS}:{name}:{path}"
 
 
 def once_site(path: str, dtype: torch.dtype) -> Site:
@@ -94,18 +124,24 @@ class Readable:
         """
         for name in names:
             kind, of = parse(name)
+            if kind == PASS and not once:
+                raise SiteUnreached(
+                    f"the value '{name}' is of a pass of the adapter's own, which `once` alone reads",
+                    next_step="name it in `reads_once`, and have `once` answer what the branches need of it",
+                )
             if once and kind not in _AT_ONCE:
                 kinds = " or ".join(f"'{known}:...'" for known in _AT_ONCE)
                 raise SiteUnreached(
                     f"the value '{name}' is not known when a call begins, which is when `once` reads it",
                     next_step=f"let it read {kinds}",
                 )
-            if not self._has(kind, of, owns):
+            if not self._has(kind, of, owns) or (kind == PASS and not pass_of(name)):
                 raise SiteNotFound(
                     f"'{name}' is no value of the program",
                     nearest=nearest_name(of, self._named(kind)),
-                    next_step="values are named <module>, in:<module>, base:<module>, weight:<site>, param:<tensor>, "
-                    "input:<argument> or own:<what once computes>; lorac.sites(model) lists the sites",
+                    next_step="values are named <module>, in:<module>, base:<module>, pass:<name>:<module>, "
+                    "weight:<site>, param:<tensor>, input:<argument> or own:<what once computes>; "
+                    "lorac.sites(model) lists the sites",
                 )
 
     def _has(self, kind: str, of: str, owns: bool) -> bool:
@@ -139,20 +175,31 @@ def owner_of(slots: Iterable[BranchSlot], slot: BranchSlot) -> str:
 
 def full_name(owner: str, name: str) -> str:
     """What a program calls a value that a branch knows by a name."""
-    kind, of = parse(name)
-    return f"{OWN}:{owner}.{of}" if kind == OWN else name
+    kind, _, rest = name.partition(":")
+    return f"{kind}:{owner}.{rest}" if kind in {OWN, PASS} else name
 
 
 def names_read(plans: Iterable[SitePlan]) -> list[str]:
     """Every value that the branches of the plans read, as the program calls it."""
     return list(
         dict.fromkeys(
-            full_name(owner_of(plan.branches[:i], branch), name)
+            full_name(_owner(plan, i), name)
             for plan in plans
             for i, branch in enumerate(plan.branches)
             for name in branch.reads
         )
     )
+
+
+def _owner(plan: SitePlan, i: int) -> str:
+    """What stands before the names of the values that one of a plan's branches has to itself."""
+    once = plan.site.kind is SiteKind.ONCE
+    return owner_at(plan.site.path, i) if once else owner_of(plan.branches[:i], plan.branches[i])
+
+
+def branch_of(branches: Sequence[BranchSlot], owner: str) -> int | None:
+    """Which of a site's branches is that of an adapter, by what stands before the names of its values; None: none."""
+    return next((i for i, branch in enumerate(branches) if owner_of(branches[:i], branch) == owner), None)
 
 
 def once_of(name: str) -> str:

@@ -39,6 +39,7 @@ class Ctx:
         values: program values by the names the program has for them.
         emitted: takes the extra outputs: name -> one tensor per branch that gives it, in the order the branches ran.
         attention: what the branches attend by.
+        passing: the name of the pass, where it is one that an adapter has to itself (``lorac.ir.slots.reads``).
     """
 
     def __init__(
@@ -50,8 +51,9 @@ class Ctx:
         values: Mapping[str, Tensor] | None = None,
         emitted: dict[str, list[Tensor]] | None = None,
         attention: Attention | None = None,
+        passing: str = "",
     ) -> None:
-        self.site, self.training = site, training
+        self.site, self.training, self.passing = site, training, passing
         self._values = values if values is not None else {}
         self._emitted = emitted if emitted is not None else {}
         self._dtype, self._owner = torch.get_default_dtype(), ""
@@ -71,6 +73,13 @@ class Ctx:
     def value(self, name: str) -> Tensor:
         """A value of the program, in the dtype the branch computes in."""
         found = self._values.get(full_name(self._owner, name))
+        if found is None and self.passing:
+            raise SiteUnreached(
+                f"the value '{name}' is not there in the pass '{self.passing}', in which the formula at "
+                f"'{self.site.path}' asks for it",
+                next_step="have the formula do without it where ctx.passing names that pass: what `once` computes, it "
+                "computes of what that pass gives",
+            )
         if found is None:
             raise SiteUnreached(
                 f"the value '{name}' is not computed before '{self.site.path}', which reads it",
@@ -229,13 +238,34 @@ def branch_delta(
     Raises:
         FormulaFailed: the formula does what none may (``lorac.ir.algebra.formulas``); nothing was written.
     """
-    params = Params(**dict(zip(slot.params, fill.params, strict=True)))
-    dtype = next((t.dtype for t in fill.params if t.is_floating_point()), factor_dtype(y.dtype))
-    around = (ctx or Ctx(site)).within(dtype, owner)
+    answer, wide = _answered(slot, fill.params, x, y, ctx or Ctx(site), owner)
+    return (fill.strength * (answer - wide)).to(y.dtype)
+
+
+def branch_alone(slot: BranchSlot, params: Sequence[Tensor], x: Tensor, y: Tensor, ctx: Ctx) -> Tensor:
+    """y' of one branch by itself and whole, in the dtype of y: what a site answers in a pass of the adapter's own.
+
+    Args:
+        slot, params: the branch.
+        x, y: the site's input in that pass, and what the base makes of it.
+        ctx: handed to it; names the pass.
+
+    Raises:
+        FormulaFailed: the formula does what none may; nothing was written.
+    """
+    return _answered(slot, params, x, y, ctx, "")[0].to(y.dtype)
+
+
+def _answered(
+    slot: BranchSlot, given: Sequence[Tensor], x: Tensor, y: Tensor, ctx: Ctx, owner: str
+) -> tuple[Tensor, Tensor]:
+    """What a branch answers in the factors' dtype, and y in it."""
+    params = Params(**dict(zip(slot.params, given, strict=True)))
+    dtype = next((t.dtype for t in given if t.is_floating_point()), factor_dtype(y.dtype))
+    around = ctx.within(dtype, owner)
     x, wide = x.to(dtype), y.to(dtype)
     _imagine_once(slot, x, wide, params, around)
-    moved = slot.formula(x, wide, params, around, like=wide, read=around.values) - wide
-    return (fill.strength * moved).to(y.dtype)
+    return slot.formula(x, wide, params, around, like=wide, read=around.values), wide
 
 
 def own_values(slot: BranchSlot, params: Sequence[Tensor], ctx: Ctx, owner: str) -> dict[str, Tensor]:
@@ -246,19 +276,19 @@ def own_values(slot: BranchSlot, params: Sequence[Tensor], ctx: Ctx, owner: str)
     """
     given = Params(**dict(zip(slot.params, params, strict=True)))
     dtype = next((t.dtype for t in params if t.is_floating_point()), factor_dtype(ctx.site.dtype))
-    found = slot.formula.several(given, ctx.within(dtype), read=ctx.values)
+    found = slot.formula.several(given, ctx.within(dtype, owner), read=ctx.values)
     return {full_name(owner, f"{OWN}:{name}"): tensor for name, tensor in found.items()}
 
 
 _IMAGINED: set[object] = set()
-"""Structures that were imagined, by the number of axes of x and y."""
+"""Structures that were imagined, by the number of axes of x and y, whether it was in training, and by the pass."""
 _MOST_IMAGINED = 512
 
 
 def _imagine_once(slot: BranchSlot, x: Tensor, y: Tensor, params: Params, ctx: Ctx) -> None:
     """Before a formula first reads memory: call it with tensors of these shapes and none, which no formula can hurt."""
     function = slot.formula.function
-    key = (slot.key, getattr(function, "__func__", function), x.dim(), y.dim(), ctx.training)
+    key = (slot.key, getattr(function, "__func__", function), x.dim(), y.dim(), ctx.training, ctx.passing)
     if key in _IMAGINED or isinstance(y, FakeTensor):
         return
     with imagination() as imagined:

@@ -15,7 +15,7 @@ from torch import nn
 from lorac.errors import Unavailable
 from lorac.ir.binding import Bound
 from lorac.ir.host.running import random_state_kept
-from lorac.ir.slots.reads import BASE, INPUT, parse
+from lorac.ir.slots.reads import BASE, INPUT, PASS, parse
 from lorac.runtime.generation.guest import Guest
 from lorac.runtime.generation.prompts import CACHE, IDS, MASK
 from lorac.runtime.states import State
@@ -103,6 +103,6 @@ def _reads_mask(state: State) -> bool:
 
 
 def _wants_whole_text(state: State) -> bool:
-    """Whether a branch attends by itself, or in a pass of the base: no cache holds keys and values of these."""
+    """Whether a branch attends by itself, or in a pass before the call's own: no cache holds what these attend to."""
     slots = [term.slot for composed in state.snapshot.composed.values() for _, term in composed.branches]
-    return any(slot.mixes or any(parse(name)[0] == BASE for name in slot.reads) for slot in slots)
+    return any(slot.mixes or any(parse(name)[0] in {BASE, PASS} for name in slot.reads) for slot in slots)

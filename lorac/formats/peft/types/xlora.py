@@ -8,20 +8,18 @@ experts lie in folders of their own, as ``adapters`` says. PEFT reads all of a c
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lorac.adapters.frozen import freeze_router
-from lorac.errors import BaseNeeded, UnsupportedField
-from lorac.formats._mixed import MixedFile, experts
+from lorac.errors import UnsupportedField
+from lorac.formats._mixed import MixedFile, experts, written
 from lorac.formats.peft import config
 from lorac.formats.peft.method import Field, Method, Tensors, Use, Whole
 from lorac.formats.peft.tables import misfit
-from lorac.ir.host.sites import Site, find_sites
+from lorac.ir.host.sites import Site
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 from lorac.variants.x_lora import XLoRA
@@ -53,9 +51,7 @@ FIELDS = {
     "use_trainable_adapters": Field(Use.TRAINING, False, to="use_trainable_adapters", read=config.flag),
     "softmax_temperature": Field(Use.APPLIED, 1.0, to="softmax_temperature", read=config.number),
     "top_k_lora": Field(Use.APPLIED, to="top_k_lora", read=top_k),
-    "scaling_pass_value": Field(
-        Use.REFUSED, 0.0, instead="the classifier then reads a pass with the experts in it; train it with 0"
-    ),
+    "scaling_pass_value": Field(Use.APPLIED, 0.0, to="scaling_pass_value", read=config.number),
     "global_scaling_weight": Field(Use.APPLIED, 1.0, to="global_scaling_weight", read=config.number),
 }
 
@@ -96,30 +92,8 @@ def write_whole(adapter: Adapter, model: nn.Module | None) -> Whole:
             next_step="use format='native'",
         )
     stride = 3 if variant.dropout_p > 0 else 2
-    own = adapter.tensors[adapter.sites[0]]
-    names = [f"classifier_{j}_{part}" for j in range(variant.depth) for part in ("weight", "bias")]
-    keys = [f"{_CLASSIFIER}{stride * j}.{part}" for j in range(variant.depth) for part in ("weight", "bias")]
-    tensors = {key: own[name] for key, name in zip(keys, names, strict=True)}
-    for key in keys[-2:]:
-        tensors[key] = _in_traversal(adapter, variant, tensors[key], model)
-    alone = Adapter(adapter.name, replace(variant, global_scaling_weight=1.0), adapter.tensors)
-    chosen = torch.eye(variant.experts)
-    experts = {str(i): freeze_router(alone, row, name=str(i)) for i, row in enumerate(chosen)}
-    return Whole(tensors, experts, "adapters")
-
-
-def _in_traversal(adapter: Adapter, variant: XLoRA, stored: torch.Tensor, model: nn.Module | None) -> torch.Tensor:
-    """Rows of the classifier's last layer by the order in which PEFT meets the layers, by which it numbers them."""
-    if not variant.layerwise_scalings:
-        return stored
-    if model is None:
-        raise BaseNeeded(
-            f"PEFT numbers the layers that adapter '{adapter.name}' weighs as it meets them in the model",
-            next_step="pass model=",
-        )
-    met = [path for path in find_sites(model) if path in adapter.tensors]
-    places = torch.tensor([variant.targets.index(path) for path in met])
-    return stored.unflatten(0, (len(met), -1))[places].flatten(0, 1)
+    keys = [f"{_CLASSIFIER}{stride * j}.weight" for j in range(variant.depth)]
+    return Whole(*written(adapter, model, keys), "adapters")
 
 
 METHOD = Method(
