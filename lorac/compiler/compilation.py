@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lorac.collecting import uncollected
 from lorac.compiler.assembly import Assembly
 from lorac.compiler.fidelity import hold_against_host, refuse_unrunnable
 from lorac.compiler.growth import Grown
@@ -117,7 +118,8 @@ class Compilation:
             if stored is not None
             else self._captured_as(model, plans, mode, options),
         )
-        engine = self.backend.build(request)
+        with uncollected():
+            engine = self.backend.build(request)
         if engine.files is None:
             lasting.request = request
         else:
