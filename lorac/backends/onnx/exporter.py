@@ -22,6 +22,7 @@ import torch
 from onnx_ir.schemas import OpSignature
 from torch import fx
 from torch.export import ExportedProgram
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.onnx._internal.exporter import _fx_passes
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.onnx._internal.fx.passes.type_promotion import _TypePromotionInterpreter, get_type_promotion_rule
@@ -199,10 +200,10 @@ def _is_translated(program: ExportedProgram, registry: ONNXRegistry) -> bool:
 
 
 def _copied(program: ExportedProgram) -> ExportedProgram:
-    """The program with a graph of its own, for the exporter edits the one it is given."""
+    """The program with a graph of its own, for the exporter edits the one it is given; its code is never written."""
     copied, module = copy.copy(program), program.graph_module
     graph = copy.deepcopy(module.graph)
     for node, original in zip(graph.nodes, module.graph.nodes, strict=True):
         node.name = original.name  # an input called as a builtin is, "input", is given another in a copy
-    copied._graph_module = fx.GraphModule(module, graph)
+    copied._graph_module = _LazyGraphModule(module, graph)
     return copied

@@ -285,7 +285,6 @@ def unfold(program: ExportedProgram, prefix: str = "") -> None:
             program.graph.erase_node(node)
     if repeated:
         program.graph.lint()
-        program.graph_module.recompile()
 
 
 _HELD = (InputKind.PARAMETER, InputKind.BUFFER)
