@@ -75,6 +75,7 @@ class Compilation:
         self.lasting, self.backend, self.again, self.precision = lasting, backend, again, precision
         self.examples: dict[str, object] = {}
 
+    @uncollected()
     def run(self, sources: Sequence[Named], asked: Asked) -> Compiled:
         """Everything from the adapters to a compiled model."""
         lasting = self.lasting
@@ -89,6 +90,7 @@ class Compilation:
         mode = "live" if asked.mode == "auto" else asked.mode
         return self.built(plans, mode, choice, asked.options, None)
 
+    @uncollected()
     def built(
         self,
         plans: Mapping[str, SitePlan],
@@ -118,8 +120,7 @@ class Compilation:
             if stored is not None
             else self._captured_as(model, plans, mode, options),
         )
-        with uncollected():
-            engine = self.backend.build(request)
+        engine = self.backend.build(request)
         if engine.files is None:
             lasting.request = request
         else:
