@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lorac.collecting import uncollected
 from lorac.compiler.assembly import Assembly
 from lorac.compiler.fidelity import hold_against_host, refuse_unrunnable
 from lorac.compiler.growth import Grown
@@ -74,6 +75,7 @@ class Compilation:
         self.lasting, self.backend, self.again, self.precision = lasting, backend, again, precision
         self.examples: dict[str, object] = {}
 
+    @uncollected()
     def run(self, sources: Sequence[Named], asked: Asked) -> Compiled:
         """Everything from the adapters to a compiled model."""
         lasting = self.lasting
@@ -88,6 +90,7 @@ class Compilation:
         mode = "live" if asked.mode == "auto" else asked.mode
         return self.built(plans, mode, choice, asked.options, None)
 
+    @uncollected()
     def built(
         self,
         plans: Mapping[str, SitePlan],

@@ -5,6 +5,7 @@ import operator
 import onnx_ir as ir
 import pytest
 import torch
+from onnx_ir.schemas import OpSignature
 from torch import nn
 from torch.onnx._internal.exporter import _fx_passes
 from torch.onnx._internal.exporter._registration import ONNXRegistry
@@ -216,6 +217,7 @@ def _replaced():
         _fx_passes.decompose_with_registry,
         vars(ONNXRegistry)["from_torchlib"],
         _TypePromotionInterpreter.run_node,
+        vars(OpSignature)["from_op_schema"],
     )
 
 
@@ -232,3 +234,20 @@ def test_translations_of_one_op_are_those_that_all_have():
         key = op.name() if isinstance(op, torch._ops.OpOverload) else op
         assert [found.onnx_function for found in own[key]] == [found.onnx_function for found in whole[key]]
         assert len(own) < len(whole) / 10
+
+
+def test_what_an_op_takes_is_read_once(monkeypatch):
+    read = []
+
+    def noted(schema):
+        read.append((schema.name, schema.since_version))
+        return own(schema)
+
+    own = exporter._read_signature
+    monkeypatch.setattr(exporter, "_read_signature", noted)
+    exporter._signature.cache_clear()
+    compiled = emitted(promoted)[2]
+    assert {"Mul", "Add"} <= {name for name, _ in read}
+    assert len(set(read)) == len(read)
+    names = [node.op_type for node in ir.load(compiled.engine.folder / MODEL).graph]
+    assert names.count("Cast") > 1

@@ -1,8 +1,9 @@
-"""torch's ONNX exporter as it is called here: quiet, and without the three things that take it longest.
+"""torch's ONNX exporter as it is called here: quiet, and without the four things that take it longest.
 
 For every export it parses the source of its 500 translations, of which a program needs some ten, traces the whole
-program anew to decompose ops, even where there are none to decompose, and computes the shape of every value anew to see
-which operands are to be cast. All three are replaced while it runs; the result is the same.
+program anew to decompose ops, even where there are none to decompose, computes the shape of every value anew to see
+which operands are to be cast, and reads what an op of ONNX takes for each node anew. All four are replaced while it
+runs; the result is the same.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import torch
+from onnx_ir.schemas import OpSignature
 from torch import fx
 from torch.export import ExportedProgram
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.onnx._internal.exporter import _fx_passes
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.onnx._internal.fx.passes.type_promotion import _TypePromotionInterpreter, get_type_promotion_rule
@@ -32,6 +36,7 @@ from lorac.quiet import quiet
 _ONE_AT_A_TIME = threading.Lock()
 _whole_of_library = ONNXRegistry.from_torchlib
 _whole_registry = functools.cache(_whole_of_library)
+_read_signature = OpSignature.from_op_schema
 
 
 def export(program: ExportedProgram, translations: Mapping[Callable[..., Any], Callable[..., Any]]) -> ir.Model:
@@ -85,7 +90,7 @@ def _node_at(error: BaseException) -> fx.Node | None:
 @contextlib.contextmanager
 def _without_repetition() -> Iterator[None]:
     own_registry, own_decompose = vars(ONNXRegistry)["from_torchlib"], _fx_passes.decompose_with_registry
-    own_run = _TypePromotionInterpreter.run_node
+    own_run, signature = _TypePromotionInterpreter.run_node, vars(OpSignature)["from_op_schema"]
 
     def registry(_: type[ONNXRegistry], /, **options: Any) -> ONNXRegistry:
         return _AsAsked(**options)
@@ -100,12 +105,14 @@ def _without_repetition() -> Iterator[None]:
     ONNXRegistry.from_torchlib = classmethod(registry)  # type: ignore[method-assign, assignment]  # for as long as this runs
     _fx_passes.decompose_with_registry = decompose
     _TypePromotionInterpreter.run_node = _promoted  # type: ignore[method-assign, assignment]  # likewise
+    OpSignature.from_op_schema = staticmethod(_signature_of)  # type: ignore[method-assign, assignment]  # likewise
     try:
         yield
     finally:
         ONNXRegistry.from_torchlib = own_registry  # type: ignore[method-assign]  # put back
         _fx_passes.decompose_with_registry = own_decompose
         _TypePromotionInterpreter.run_node = own_run  # type: ignore[method-assign]  # put back
+        OpSignature.from_op_schema = signature  # type: ignore[method-assign]  # put back
 
 
 class _AsAsked(ONNXRegistry):
@@ -175,6 +182,16 @@ def _promoted(interpreter: _TypePromotionInterpreter, node: fx.Node, /) -> Any:
     return node.meta["val"] if known else fx.Interpreter.run_node(interpreter, node)
 
 
+def _signature_of(schema: onnx.defs.OpSchema) -> OpSignature:
+    """What an op takes and gives, read once where it is ONNX's own, of which there is one by a name and a version."""
+    return _read_signature(schema) if schema.domain else _signature(schema.name, schema.since_version)
+
+
+@functools.cache
+def _signature(name: str, version: int) -> OpSignature:
+    return _read_signature(onnx.defs.get_schema(name, version))
+
+
 def _is_translated(program: ExportedProgram, registry: ONNXRegistry) -> bool:
     """Whether every op has a translation and none writes in place or runs a graph of its own."""
     ops = {node.target for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
@@ -183,10 +200,10 @@ def _is_translated(program: ExportedProgram, registry: ONNXRegistry) -> bool:
 
 
 def _copied(program: ExportedProgram) -> ExportedProgram:
-    """The program with a graph of its own, for the exporter edits the one it is given."""
+    """The program with a graph of its own, for the exporter edits the one it is given; its code is never written."""
     copied, module = copy.copy(program), program.graph_module
     graph = copy.deepcopy(module.graph)
     for node, original in zip(graph.nodes, module.graph.nodes, strict=True):
         node.name = original.name  # an input called as a builtin is, "input", is given another in a copy
-    copied._graph_module = fx.GraphModule(module, graph)
+    copied._graph_module = _LazyGraphModule(module, graph)
     return copied

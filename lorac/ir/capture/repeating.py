@@ -299,7 +299,6 @@ def unfold(program: ExportedProgram, prefix: str = "") -> None:
             program.graph.erase_node(node)
     if repeated:
         program.graph.lint()
-        program.graph_module.recompile()
 
 
 def _complete_users(graph: fx.Graph) -> None:

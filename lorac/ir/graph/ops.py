@@ -172,7 +172,8 @@ _LOWERINGS: dict[Any, Callable[[tuple[Any, ...]], tuple[Any, tuple[Any, ...]]]] 
 def lower(module: fx.GraphModule) -> bool:
     """Turn every site's op into the aten op it stands for, in place; say whether anything changed.
 
-    Nodes keep their identity, name and meta, so an ExportedProgram's signature stays valid.
+    Nodes keep their identity, name and meta, so an ExportedProgram's signature stays valid. The module's code does not
+    follow its graph: it takes long to write, and programs are read and run node by node.
     """
     changed = False
     for node in module.graph.nodes:
@@ -181,5 +182,4 @@ def lower(module: fx.GraphModule) -> bool:
             changed = True
     if changed:
         module.graph.lint()
-        module.recompile()
     return changed

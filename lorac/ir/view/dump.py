@@ -7,6 +7,7 @@ layer renames nothing elsewhere, and identical layers have identical rows.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections import Counter, defaultdict
@@ -112,6 +113,7 @@ def slot_shown(site: str, role: str) -> str:
     return slot_name(short(site), role)
 
 
+@functools.cache
 def short_dtype(dtype: torch.dtype | str) -> str:
     """``f32``, ``bf16``, ``i64``, ``u8``, ``bool``."""
     name = str(dtype).removeprefix("torch.")

@@ -1,0 +1,56 @@
+"""Weights are written as they are, however they lie in memory, and each is laid out once."""
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from lorac.backends.onnx import writing
+from lorac.backends.onnx.files import MODEL, WEIGHTS
+
+DTYPES = (np.float32, np.float64, np.int8, ml_dtypes.bfloat16, np.complex128)
+WAYS = {
+    "turned": lambda values: values.T,
+    "every other row": lambda values: values[::2],
+    "backwards": lambda values: values[::-1],
+    "read only": lambda values: _read_only(values).T,
+    "axes moved": lambda values: values.reshape(8, 6, -1).transpose(2, 0, 1),
+}
+
+
+def _read_only(values):
+    copied = values.copy()
+    copied.flags.writeable = False
+    return copied
+
+
+def _model(array):
+    weight = ir.Value(name="weight", const_value=ir.Tensor(array, name="weight"))
+    y = ir.Node("", "Identity", [weight])
+    y.outputs[0].name = "y"
+    graph = ir.Graph([], y.outputs, nodes=[y], initializers=[weight], opset_imports={"": 18}, name="main")
+    return ir.Model(graph, ir_version=10)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
+def test_weights_are_written_in_the_order_of_their_axes(tmp_path, monkeypatch, dtype, way):
+    array = WAYS[way](np.arange(48 * 60).reshape(48, 60).astype(dtype))
+    saved, save = [], ir.save
+    monkeypatch.setattr(ir, "save", lambda model, *where, **how: (saved.append(model), save(model, *where, **how)))
+    writing.write(_model(array), tmp_path)
+    assert (tmp_path / WEIGHTS).read_bytes() == array.tobytes()
+    read = ir.load(tmp_path / MODEL).graph.initializers["weight"].const_value
+    assert read.dtype == ir.DataType.from_numpy(np.dtype(dtype))
+    assert read.shape.numpy() == array.shape
+    assert saved[0].graph.initializers["weight"].const_value.numpy().flags.c_contiguous
+
+
+def test_joined_weights_are_laid_out_once_for_all_that_hold_them():
+    parts = [np.full((2, 3), number, np.float32) for number in (1, 2)]
+    joined = writing._one_behind_the_other([ir.Tensor(part) for part in parts])
+    held = joined.numpy().T
+    assert np.shares_memory(joined.numpy(), held)
+    np.testing.assert_array_equal(held, np.concatenate(parts).T)
+    del held
+    np.testing.assert_array_equal(joined.numpy(), np.concatenate(parts))
