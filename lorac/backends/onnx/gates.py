@@ -169,6 +169,7 @@ def _share(graph: ir.Graph, gates: Sequence[ir.Node], slots: Collection[str]) ->
     if not any(node.op_type in _PRODUCTS for node in shared):
         return
     _lay_out_apart(shared, within, slots)
+    _size(shared)
     readers = _readers(shared, within)
     _switch_early(graph, [gate for gate in gates if gate in frozenset().union(*readers.values())])
     for part in _parts(shared, readers):
@@ -177,6 +178,17 @@ def _share(graph: ir.Graph, gates: Sequence[ir.Node], slots: Collection[str]) ->
         needed = [v for node in part for v in node.outputs if any(user in outer for user in v.consumers())]
         of_part = frozenset().union(*(readers[node] for node in part))
         _into_one_if(graph, part, needed, [gate for gate in gates if gate in of_part])
+
+
+def _size(nodes: Sequence[ir.Node]) -> None:
+    """Say of sizes that nodes join, of which the exporter tells nothing, what they are: a row of whole numbers."""
+    for node in nodes:
+        value = node.outputs[0]
+        if node.op_type != "Concat" or value.shape is not None:
+            continue
+        known = [given for given in node.inputs if given is not None and given.shape is not None]
+        if known and all(len(given.shape or ()) == 1 for given in known):
+            value.type, value.shape = known[0].type, ir.Shape([None])
 
 
 def _readers(shared: Sequence[ir.Node], within: Mapping[int, ir.Node]) -> dict[ir.Node, frozenset[ir.Node]]:
