@@ -76,6 +76,22 @@ def test_a_program_is_pefts_and_off_costs_what_the_base_does(tmp_path: Path) -> 
 
 
 @torch.no_grad()
+def test_sizes_that_a_pass_and_the_branches_share_go_through_a_gate() -> None:
+    """As they do where the exporter tells nothing of the sizes that a reshape joins."""
+    fields = {"depth": 1, "experts": 4, "r": 8, "targets": ("q_proj", "v_proj", "down_proj")}
+    made = lorac.XLoRA(hidden="model.norm", hidden_size=32, scaling_pass_value=0.5, **fields)
+    eager = lorac.compile(model(), {"x": made})
+    generator = torch.Generator().manual_seed(0)
+    for tensor in eager.adapters["x"].parameters():
+        tensor.normal_(0, 0.1, generator=generator)
+    given = eager.adapters["x"]
+    other = lorac.Adapter("z", replace(given.variant, scaling_pass_value=0.0), given.tensors)
+    emitted = lorac.compile(model(), {"x": given, "z": other}, "onnxruntime", (IDS,), active="x")
+    y, base = eager(input_ids=OTHER).logits, model()(input_ids=OTHER).logits
+    assert_parity(emitted(input_ids=OTHER).logits, y, base)
+
+
+@torch.no_grad()
 def test_a_mixture_is_the_sum_of_what_each_is_alone() -> None:
     """The scaling pass is of the adapter whole, whatever its strength and whatever else is on."""
     eager = lorac.compile(model(), {"x": adapter(), "z": of_the_base()}, active="x")
