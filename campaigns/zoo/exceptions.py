@@ -20,6 +20,8 @@ _DENSE: Mapping[str, Any] = {
     "activation_sparsity_pattern": [0.0, 0.0],
     "num_kv_shared_layers": 0,
 }
+_CODEC = {"num_filters": 2, "depths": [1] * 7}
+"""Of a codec whose channels double in each of seven stages."""
 _WINDOWED = ("exaone4_5", "hyperclovax_vision_v2")
 _WINDOWS = {"vision_config": {"window_size": 32}}
 """Windows of four by four patches, which are eight wide, merged by two."""
@@ -57,6 +59,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     **{name: _WINDOWS for name in _WINDOWED},
     "qwen2_5_vl": {"text_config": {"rope_parameters": SECTIONED}, **_WINDOWS},
     "siglip2": {"vision_config": {"num_patches": 16}},
+    "vibevoice": {"audio_config": _CODEC, "semantic_model_config": _CODEC},
     "vipllava": {"vision_feature_layers": [-2, -1]},
     "wav2vec2-bert": {"vocab_size": 40},
     "wav2vec2-conformer": {"vocab_size": 40},
