@@ -23,16 +23,26 @@ def uncollected() -> Iterator[None]:
     The collector belongs to the process: it rests for as long as any thread is inside such a block. One that somebody
     has switched off stays off.
     """
-    global _resting  # noqa: PLW0603  (of the process, as the collector is)
-    with _LOCK:
-        if _resting or gc.isenabled():
-            _resting += 1
-        counted = _resting > 0
-        gc.disable()
+    counted = _rest()
     try:
         yield
     finally:
-        with _LOCK:
-            _resting -= counted
-            if counted and not _resting:
-                gc.enable()
+        _end_rest(counted)
+
+
+def _rest() -> bool:
+    """Have the collector rest; say whether it would run otherwise, now or once others let it."""
+    global _resting  # noqa: PLW0603  (of the process, as the collector is)
+    with _LOCK:
+        counted = _resting > 0 or gc.isenabled()
+        _resting += counted
+        gc.disable()
+    return counted
+
+
+def _end_rest(counted: bool) -> None:
+    global _resting  # noqa: PLW0603  (of the process)
+    with _LOCK:
+        _resting -= counted
+        if counted and not _resting:
+            gc.enable()

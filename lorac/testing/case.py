@@ -223,7 +223,8 @@ class Case:
         found = {}
         values = {name: _array(value) for name, value in read.items()}
         tensors = {name: _array(t) for name, t in self.a.tensors[site.path].items()}
-        p = SimpleNamespace(values=values, site=site.path, passing=passing, **tensors)
+        about = {"values": values, "site": site.path, "passing": passing}
+        p = SimpleNamespace(**{**about, **tensors})  # a method's own tensor may be called as one of those
         variant = self.variant.at(site)
         if self.oracle.once is not None and not passing:
             values |= {f"{OWN}:{name}": value for name, value in self.oracle.once(p, variant).items()}

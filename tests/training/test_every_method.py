@@ -32,6 +32,10 @@ GIVEN: dict[str, dict[str, Any]] = {
     "flexmore": {"ranks": (2, 0)},
     "split": {"parts": {"first": lorac.LoRA()}, "among": ("first", "second")},
     "trainable_tokens": {"token_indices": (1, 3)},
+    "union": {
+        "parts": (lorac.LoRA(r=4, targets=["q_proj"]), lorac.DoRA(r=4, targets=["v_proj"])),
+        "targets": "all-linear",
+    },
     "x_lora": {"hidden": "model.norm", "hidden_size": 64, "experts": 3},
 }
 """Fields that have no default; and of ReMix, whose router learns from its draws alone, all experts at once."""
