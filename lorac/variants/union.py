@@ -42,6 +42,8 @@ class Union(Variant):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.parts:
+            raise UnknownOption("a union of no methods", next_step="give the methods as parts=, each with its targets=")
         for part in self.parts:
             if isinstance(part, BranchVariant) and part.has_once:
                 raise UnknownOption(

@@ -104,6 +104,7 @@ def test_what_is_no_union_is_refused(host):
         ((lora, lorac.DoRA(targets=["third"])), lorac.SiteNotFound, "'third'"),
         ((lora, lorac.LNTuning()), lorac.WrongType, "parts"),
         ((lora, SUMS), lorac.UnknownOption, "computes once per call"),
+        ((), lorac.UnknownOption, "a union of no methods"),
     ):
         with pytest.raises(error, match=match):
             lorac.compile(host, {"a": lorac.Union(parts=parts)}, example_inputs=X)
