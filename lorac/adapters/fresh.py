@@ -12,7 +12,7 @@ from torch import nn
 from lorac.adapters.fit import check_numbers
 from lorac.errors import AdapterError
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.patterns import nothing_matches, output_layers, refuse_unmatched, select
+from lorac.ir.host.patterns import nothing_matches, refuse_unmatched
 from lorac.ir.host.sites import BaseReader, Site, SiteKind, factor_dtype, parameter_site
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
@@ -74,16 +74,7 @@ def _specs(name: str, variant: Variant, site: Site) -> dict[str, ParamSpec]:
 
 def target_sites(variant: Variant, model: nn.Module, sites: Mapping[str, Site]) -> list[Site]:
     """The sites a variant's ``targets`` name."""
-    found = select(
-        sites,
-        variant.targets,
-        parameters=variant.parameters,
-        exclude=variant.exclude,
-        layers=variant.layers,
-        layers_pattern=variant.layers_pattern,
-        saved=variant.modules_to_save,
-        heads=output_layers(model),
-    )
+    found = variant.named_sites(model, sites)
     # A site of a kind the method is not defined on stays in, to be refused by name.
     return [site for site in found if site.kind not in variant.kinds or variant.adapts(site)]
 

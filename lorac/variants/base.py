@@ -18,7 +18,7 @@ from torch import nn
 
 from lorac.errors import SiteUnsupported
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.patterns import first_match
+from lorac.ir.host.patterns import first_match, output_layers, select
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.ir.slots.training import Dropout
 from lorac.kinds import check_fields
@@ -218,6 +218,19 @@ class Variant(ABC):
     def copies(self, path: str) -> bool:
         """Whether the module at ``path`` is trained and stored whole, by the method itself (``LNTuning``)."""
         return False
+
+    def named_sites(self, model: nn.Module, sites: Mapping[str, Site]) -> list[Site]:
+        """Those of a model's ``sites`` that ``targets`` names, by PEFT's rules, of whatever kind."""
+        return select(
+            sites,
+            self.targets,
+            parameters=self.parameters,
+            exclude=self.exclude,
+            layers=self.layers,
+            layers_pattern=self.layers_pattern,
+            saved=self.modules_to_save,
+            heads=output_layers(model),
+        )
 
     def check(self, site: Site) -> None:
         """Raise ``SiteUnsupported`` where the method is not defined on the site."""

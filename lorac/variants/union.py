@@ -13,7 +13,7 @@ from typing import ClassVar
 from torch import nn
 
 from lorac.errors import SiteUnsupported, UnknownOption
-from lorac.ir.host.patterns import names, output_layers, refuse_unmatched, select
+from lorac.ir.host.patterns import names, refuse_unmatched
 from lorac.ir.host.sites import Site, SiteKind, find_sites
 from lorac.variants.base import MATRIX_KINDS, BranchVariant, Variant, WeightVariant
 from lorac.variants.params import ParamSpec
@@ -118,14 +118,5 @@ def _settled(part: Variant, model: nn.Module) -> Variant:
         return part
     sites = find_sites(model)
     refuse_unmatched(part.name, part.targets, sites)
-    chosen = select(
-        sites,
-        part.targets,
-        parameters=part.parameters,
-        exclude=part.exclude,
-        layers=part.layers,
-        layers_pattern=part.layers_pattern,
-        heads=output_layers(model),
-    )
-    paths = tuple(site.path for site in chosen if part.adapts(site))
+    paths = tuple(site.path for site in part.named_sites(model, sites) if part.adapts(site))
     return dataclasses.replace(part, targets=paths, exclude=(), layers=()) if paths else part
