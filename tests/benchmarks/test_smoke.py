@@ -39,6 +39,16 @@ ROWS = {
             "int4 live / live",
         ],
     ],
+    "forms": [
+        [
+            *["sum and RMS norm"] * 2,
+            *["sum and layer norm"] * 2,
+            *["between attentions"] * 2,
+            *["residual sum"] * 2,
+            *["gate|up"] * 2,
+            *["q|k|v's B"] * 2,
+        ]
+    ],
     "load": [["bare session", "bare session, A/A", "lorac.load"]],
     "overhead": [
         [

@@ -3,6 +3,9 @@
 Rotary positions are seven ops a use, of which a Llama has two a layer. RMS norms become one op here: ONNX Runtime's own
 fusion looks for a quotient, where torch has a product with ``rsqrt``. A router's choice is twelve ops in torch, which
 does not say whom its ``topk`` prefers among equals; ONNX's ``TopK`` prefers the lowest index, as the router does.
+
+A residual sum and the norm behind it stay two ops: ONNX Runtime's op for both takes longer on CPUs than they do, with
+layer norms several times as long (``python -m benchmarks.forms``).
 """
 
 from __future__ import annotations
