@@ -45,6 +45,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "gemma3n": {"text_config": _DENSE},
     "gemma3n_text": _DENSE,
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
     "instructblip": {"image_token_index": 105},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2},
     "ministral": {"head_dim": 8},
