@@ -7,6 +7,7 @@ to what does not grow, an encoder's own and a decoder's to what was encoded, is 
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import fx
 from lorac.errors import Unavailable
 from lorac.ir.graph import attending
 from lorac.ir.graph.attending import NEW, PAST, PLACES, WITHOUT, past_names, present_of, text_of
-from lorac.ir.graph.edit import add_inputs, add_outputs, inline, insert_call, new_dimension
+from lorac.ir.graph.edit import add_inputs, add_outputs, inline, insert_call, insert_like, new_dimension
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.passes import Outcome, Pass
 from lorac.passes.relative import Distances
@@ -60,10 +61,11 @@ class Cache(Pass):
         distances = Distances(graph, str(ids.meta["val"].shape[1]), nodes[past_names(0)[0]])
         positions = _count_on(graph, ids, nodes[PAST])
         presents: dict[str, fx.Node] = {}
+        known: dict[Any, Any] = {}
         for layer, node in enumerate(layers):
             names = past_names(layer)
             kept = (*(nodes[name] for name in names), nodes[PAST], nodes[NEW], positions)
-            own = _cached(graph, node, kept, distances.of(node))
+            own = _cached(graph, known, node, kept, distances.of(node))
             presents |= {present_of(name): part for name, part in zip(names, own, strict=True)}
         _pick_rows(graph)
         graph.longest = tabulate(graph, positions)
@@ -160,14 +162,17 @@ def _size(node: fx.Node) -> int:
     return -(-own // _STEP) * _STEP
 
 
-def _cached(graph: Graph, node: fx.Node, kept: tuple[fx.Node, ...], distances: fx.Node | None) -> list[fx.Node]:
-    """The op with a cache in an attention's place; returns its cache's keys and values."""
+def _cached(
+    graph: Graph, known: dict[Any, Any], node: fx.Node, kept: tuple[fx.Node, ...], distances: fx.Node | None
+) -> list[fx.Node]:
+    """The op with a cache in an attention's place, as ``insert_like`` calls it; returns its cache's keys and values."""
     q, k, v, _, _, sinks, scale, _, window, softcap, module = node.args
     size = _size(node)
     padded = (_padded(graph, node, operand, size) for operand in (q, k, v))
     operands = (*padded, *kept, sinks, distances, scale, window, softcap, module)
-    whole = insert_call(graph.exported, node, attending.CACHED_ATTENTION, *operands)
-    y, *presents = (insert_call(graph.exported, node, operator.getitem, whole, place) for place in range(3))
+    call = functools.partial(insert_like, graph.exported, known, node)
+    whole = call(attending.CACHED_ATTENTION, *operands)
+    y, *presents = (call(operator.getitem, whole, place) for place in range(3))
     own = node.meta["val"].shape[3]
     if own != size:
         y = insert_call(graph.exported, node, aten.slice.Tensor, y, 3, 0, own)

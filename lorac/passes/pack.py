@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -23,7 +23,7 @@ from torch import fx
 from lorac.ir.algebra import letters
 from lorac.ir.graph import ops
 from lorac.ir.graph.adapted import sites_by_input, useful
-from lorac.ir.graph.edit import KEYWORD, insert_call
+from lorac.ir.graph.edit import KEYWORD, insert_like
 from lorac.ir.graph.graph import Graph, Level, PackedSites, written_by
 from lorac.ir.graph.passes import Outcome, Pass, Skip
 from lorac.ir.host.sites import Site, SiteKind
@@ -67,8 +67,9 @@ class Pack(Pass):
         found = [_packed(graph, paths) for paths in together if _alike(paths, groups)]
         made = [pack for pack in found if not _too_wide(graph, pack)]
         unfit |= dict.fromkeys((path for pack in found if pack not in made for path in pack.sites), _WIDE)
+        known: dict[Any, Any] = {}
         for pack in made:
-            _join(graph, pack, calls)
+            _join(graph, pack, calls, known)
         graph.packs.update({pack.plan.site.path: pack for pack in made})
         packed = {path for pack in graph.packs.values() for path in pack.sites}
         adapted = [path for path, plan in graph.plans.items() if path in calls and not plan.empty]
@@ -190,22 +191,22 @@ def _too_wide(graph: Graph, pack: PackedSites) -> bool:
     return zeros > max(_FEW, _SHARE * site.in_features * site.out_features)
 
 
-def _join(graph: Graph, pack: PackedSites, calls: Mapping[str, Sequence[fx.Node]]) -> None:
-    """Put one call and a cut into the place of the calls of each input."""
+def _join(graph: Graph, pack: PackedSites, calls: Mapping[str, Sequence[fx.Node]], known: dict[Any, Any]) -> None:
+    """Put one call and a cut into the place of the calls of each input; packs share what is ``known`` of calls."""
     by_input: dict[Any, list[fx.Node]] = {}
     for call in (call for path in pack.sites for call in calls[path]):
         by_input.setdefault(call.args[0], []).append(call)
     for together in by_input.values():
-        parts = _parts(graph, pack, min(together), together)
+        parts = _parts(pack, functools.partial(_made, graph, known, min(together)), together)
         for path, call, part in zip(pack.sites, together, parts, strict=True):
             part.meta = {**call.meta, "custom": {KEYWORD: path}}
             call.replace_all_uses_with(part)
             graph.fx.erase_node(call)
 
 
-def _parts(graph: Graph, pack: PackedSites, before: fx.Node, calls: Sequence[fx.Node]) -> list[fx.Node]:
-    """The outputs of sites by one call, put before the first of their own."""
-    site, made = pack.plan.site, functools.partial(_made, graph, before)
+def _parts(pack: PackedSites, made: Callable[..., fx.Node], calls: Sequence[fx.Node]) -> list[fx.Node]:
+    """The outputs of sites by one call, put before the first of their own by what makes calls there."""
+    site = pack.plan.site
     weight = made(aten.cat.default, [call.args[1] for call in calls])
     bias = None
     if site.bias is not None:
@@ -213,14 +214,14 @@ def _parts(graph: Graph, pack: PackedSites, before: fx.Node, calls: Sequence[fx.
         bias = made(
             aten.cat.default, [made(aten.zeros.default, [n], dtype=site.dtype) if b is None else b for n, b in given]
         )
-    y = made(ops.LINEAR, before.args[0], weight, bias, site.path)
+    y = made(ops.LINEAR, calls[0].args[0], weight, bias, site.path)
     cut = made(ops.CUT, y, list(pack.sizes), -1)
     return [made(operator.getitem, cut, place) for place in range(len(calls))]
 
 
-def _made(graph: Graph, before: fx.Node, op: Any, *operands: Any, **named: Any) -> fx.Node:
+def _made(graph: Graph, known: dict[Any, Any], before: fx.Node, op: Any, *operands: Any, **named: Any) -> fx.Node:
     """A call that belongs to the module around a site, put before a call of that site."""
-    node = insert_call(graph.exported, before, op, *operands, **named)
+    node = insert_like(graph.exported, known, before, op, *operands, **named)
     around = list(before.meta.get("nn_module_stack", {}).items())
     if around and around[-1][1][0] == ops.site_of(before):
         node.meta["nn_module_stack"] = dict(around[:-1])

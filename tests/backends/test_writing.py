@@ -4,9 +4,13 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
+from torch import nn
 
+import lorac
 from lorac.backends.onnx import writing
 from lorac.backends.onnx.files import MODEL, WEIGHTS
+from lorac.backends.onnxruntime import build
 
 DTYPES = (np.float32, np.float64, np.int8, ml_dtypes.bfloat16, np.complex128)
 WAYS = {
@@ -48,9 +52,51 @@ def test_weights_are_written_in_the_order_of_their_axes(tmp_path, monkeypatch, d
 
 def test_joined_weights_are_laid_out_once_for_all_that_hold_them():
     parts = [np.full((2, 3), number, np.float32) for number in (1, 2)]
-    joined = writing._one_behind_the_other([ir.Tensor(part) for part in parts])
+    joined = writing.Joined([ir.Tensor(part) for part in parts])
     held = joined.numpy().T
     assert np.shares_memory(joined.numpy(), held)
     np.testing.assert_array_equal(held, np.concatenate(parts).T)
     del held
     np.testing.assert_array_equal(joined.numpy(), np.concatenate(parts))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
+def test_turned_joined_weights_lie_in_order(dtype):
+    parts = [np.arange(6 * rows).reshape(rows, 6).astype(dtype) for rows in (3, 5)]
+    turned = writing.Joined([ir.Tensor(part) for part in parts]).turned
+    assert turned.shape.numpy() == (6, 8)
+    assert turned.numpy().flags.c_contiguous
+    np.testing.assert_array_equal(turned.numpy(), np.concatenate(parts).T)
+    np.testing.assert_array_equal(turned.turned.numpy(), np.concatenate(parts))
+
+
+class _Pair(nn.Module):
+    """Two layers that read one input, and are computed as one."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = nn.Linear(48, 40, bias=False), nn.Linear(48, 24, bias=False)
+
+    def forward(self, x):
+        return self.one(x).sum(-1) + self.other(x).sum(-1)
+
+
+def test_joined_weights_are_laid_out_once_they_are_written(monkeypatch):
+    laid_out, after_emission = [], []
+    lay_out, emit = writing._below_each_other, build.emit
+
+    def noting(arrays, **how):
+        laid_out.append([array.shape for array in arrays])
+        return lay_out(arrays, **how)
+
+    def emitting(*given):
+        model = emit(*given)
+        after_emission.append(len(laid_out))
+        return model
+
+    monkeypatch.setattr(writing, "_below_each_other", noting)
+    monkeypatch.setattr(build, "emit", emitting)
+    inputs = {"x": torch.randn(2, 3, 48)}
+    lorac.compile(_Pair().eval(), {"a": lorac.LoRA(r=2)}, target="onnxruntime", example_inputs=inputs)
+    assert after_emission == [0]
+    assert laid_out == [[(40, 48), (24, 48)]]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
-from onnxscript.optimizer._constant_folding import FoldConstantsPass
+from onnxscript.optimizer._constant_folding import FoldConstantsPass, Replacement
 
 from lorac.backends.onnx.claims import refuse_unclaimed, unclaimed
 from lorac.backends.onnx.exporter import export
@@ -18,7 +18,7 @@ from lorac.backends.onnx.gates import GATES
 from lorac.backends.onnx.noops import exporters_rules, no_ops
 from lorac.backends.onnx.rewriting import rewriting
 from lorac.backends.onnx.translate import TRANSLATIONS, drop_part_counts
-from lorac.backends.onnx.writing import join
+from lorac.backends.onnx.writing import Joined, join
 from lorac.errors import Unavailable
 from lorac.ir.engine import Dialect
 from lorac.ir.graph.axes import renamed
@@ -81,8 +81,30 @@ def _written(graph: Graph, signature: CallSignature, dialect: Dialect[ir.Model])
     return model
 
 
+class _Folding(FoldConstantsPass):
+    """onnxscript's own, but that a joined weight whose axes are exchanged stays what is laid out once it is written."""
+
+    def process_node(self, node: ir.Node, is_function: bool) -> Replacement | None:
+        """As theirs."""
+        turned = None if is_function else _turned(node)
+        if turned is None or node.graph is None:
+            return super().process_node(node, is_function)
+        made = ir.val(node.outputs[0].name, const_value=turned, shape=turned.shape, dtype=turned.dtype)
+        node.graph.register_initializer(made)
+        return Replacement([made], [])
+
+
+def _turned(node: ir.Node) -> Joined | None:
+    """What a node makes of a joined weight that nothing else reads, if it exchanges the axes of a matrix."""
+    if node.op_type != "Transpose" or node.attributes.get_ints("perm") != (1, 0):
+        return None
+    read = node.inputs[0]
+    held = read.const_value if read is not None and len(read.uses()) == 1 else None
+    return held.turned if isinstance(held, Joined) else None
+
+
 _REDUCE = ir.passes.Sequential(
-    FoldConstantsPass(shape_inference=False, input_size_limit=1024, output_size_limit=1024),
+    _Folding(shape_inference=False, input_size_limit=1024, output_size_limit=1024),
     rewriting([*exporters_rules(), *no_ops()]),
 )
 _CLEAN_UP = ir.passes.Sequential(

@@ -64,7 +64,7 @@ def join(model: ir.Model) -> None:
             continue
         key = tuple(parts)
         if key not in made:
-            tensor, name = _one_behind_the_other(held), _joined_name([str(part.name) for part in parts])
+            tensor, name = Joined(held), _joined_name([str(part.name) for part in parts])
             made[key] = ir.val(name, const_value=tensor, shape=tensor.shape, dtype=tensor.dtype)
             model.graph.register_initializer(made[key])
         node.outputs[0].replace_all_uses_with(made[key], replace_graph_outputs=True)
@@ -74,20 +74,39 @@ def join(model: ir.Model) -> None:
             initializers.pop(str(part.name), None)
 
 
-def _one_behind_the_other(tensors: Sequence[ir.TensorProtocol]) -> ir.LazyTensor:
-    """Tensors along their first axis, laid out when asked for, and again once nothing holds that any more."""
-    rows, *others = zip(*(tensor.shape.numpy() for tensor in tensors), strict=True)
-    shape = ir.Shape([sum(rows), *(sizes[0] for sizes in others)])
-    known: list[weakref.ref[_Array]] = []
+class Joined(ir.LazyTensor):
+    """Tensors along their first axis, laid out when asked for, and again once nothing holds that any more.
 
-    def whole() -> ir.Tensor[Any]:
-        found = known.pop()() if known else None
+    Args:
+        parts: the tensors, of one dtype.
+        turned: they are matrices, and this is their whole with its axes exchanged.
+    """
+
+    def __init__(self, parts: Sequence[ir.TensorProtocol], *, turned: bool = False) -> None:
+        rows, *others = zip(*(tensor.shape.numpy() for tensor in parts), strict=True)
+        sizes = [sum(rows), *(sizes[0] for sizes in others)]
+        super().__init__(self._whole, parts[0].dtype, ir.Shape(sizes[::-1] if turned else sizes))
+        self._parts, self._turned = parts, turned
+        self._known: list[weakref.ref[_Array]] = []
+
+    @property
+    def turned(self) -> Joined:
+        """The same matrix with its axes exchanged; nothing is laid out for that."""
+        return Joined(self._parts, turned=not self._turned)
+
+    def _whole(self) -> ir.Tensor[Any]:
+        found = self._known.pop()() if self._known else None
         if found is None:
-            found = np.concatenate([tensor.numpy() for tensor in tensors])
-        known.append(weakref.ref(found))
+            found = _below_each_other([tensor.numpy() for tensor in self._parts], turned=self._turned)
+        self._known.append(weakref.ref(found))
         return ir.Tensor(found)
 
-    return ir.LazyTensor(whole, dtype=tensors[0].dtype, shape=shape)
+
+def _below_each_other(arrays: Sequence[_Array], *, turned: bool) -> _Array:
+    """Arrays along their first axis; turned, as a matrix whose values lie in order, its parts side by side."""
+    if not turned:
+        return np.concatenate(arrays)
+    return np.concatenate([_laid_out(array.T) for array in arrays], axis=1)
 
 
 def _in_order(tensor: ir.Tensor[Any]) -> ir.TensorProtocol:

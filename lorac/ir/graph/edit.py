@@ -32,6 +32,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
+from lorac.ir.graph import ops
 from lorac.ir.graph.outputs import Structure
 from lorac.lines import is_elsewhere
 
@@ -291,10 +292,21 @@ def _resized(value: Any, sizes: Mapping[str, Any]) -> Any:
 
 def insert_call(program: ExportedProgram, before: fx.Node, op: Any, *operands: Any, **named: Any) -> fx.Node:
     """Call an op before a node, in whose place it acts; its value is computed as the program's own are."""
+    return insert_like(program, {}, before, op, *operands, **named)
+
+
+def insert_like(
+    program: ExportedProgram, known: dict[Any, Any], before: fx.Node, op: Any, *operands: Any, **named: Any
+) -> fx.Node:
+    """As ``insert_call`` for layers that are alike, whose values are computed once and then ``known``."""
     with program.graph.inserting_before(before):
         node = program.graph.call_function(op, operands, named)
-    with fake_mode(program), torch.no_grad():
-        node.meta["val"] = op(*fx.map_arg(operands, lambda operand: operand.meta["val"]), **named)
+    given = fx.map_arg(operands, lambda operand: operand.meta["val"])
+    key = ops.described(op, given, named)
+    if key not in known:
+        with fake_mode(program), torch.no_grad():
+            known[key] = op(*given, **named)
+    node.meta["val"] = known[key]
     inherit(node, before)
     return node
 
@@ -352,7 +364,7 @@ def checks_sites(program: ExportedProgram) -> bool:
 
 
 def conform(program: ExportedProgram) -> None:
-    """Bring the signature's output names in line with the graph, and have torch check everything."""
+    """Bring the signature's output names in line with the graph, and have torch check all; code stays as it was."""
     output = next(iter(reversed(program.graph.nodes)))
     signature = program._module_call_graph[0].signature
     named = [] if signature is None else signature.outputs
@@ -363,7 +375,6 @@ def conform(program: ExportedProgram) -> None:
         if index < len(named):
             named[index] = spec.arg
     program.graph.lint()
-    program.graph_module.recompile()
     program.validate()
 
 

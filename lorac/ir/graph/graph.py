@@ -7,6 +7,7 @@ A Graph wraps a ``torch.export`` program. Its fx graph, signature and state belo
 from __future__ import annotations
 
 import enum
+import functools
 import operator
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -170,12 +171,17 @@ def written_by(node: torch.fx.Node) -> list[torch.fx.Node]:
 
 def _aliased(node: torch.fx.Node, *, writes: bool) -> list[torch.fx.Node]:
     """The operands that an op writes to, or of which it answers views."""
-    schema = getattr(node.target, "_schema", None)
-    if node.op != "call_function" or schema is None:
+    if node.op != "call_function":
         return []
-    operands = zip(schema.arguments, node.args, strict=False)
-    found = [value for told, value in operands if told.alias_info is not None and told.alias_info.is_write is writes]
+    found = [node.args[place] for place in _aliased_places(node.target, writes) if place < len(node.args)]
     return [value for value in found if isinstance(value, torch.fx.Node)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _aliased_places(target: object, writes: bool) -> tuple[int, ...]:
+    """Which operands of an op those are, read from its schema once: a graph is asked after every pass."""
+    arguments = enumerate(schema.arguments) if (schema := getattr(target, "_schema", None)) is not None else ()
+    return tuple(i for i, told in arguments if told.alias_info is not None and told.alias_info.is_write is writes)
 
 
 def _whole(write: torch.fx.Node) -> set[torch.fx.Node]:

@@ -113,7 +113,7 @@ def distance(y: Tensor, ref: Tensor) -> float:
     """
     if y.shape != ref.shape:
         return math.inf
-    if not ref.is_floating_point():
+    if not ref.is_floating_point() or (y.dtype == ref.dtype and torch.equal(y, ref)):  # no NaN equals another
         return 0.0
     finite = torch.isfinite(ref)
     if not torch.equal(torch.nan_to_num(y[~finite]), torch.nan_to_num(ref[~finite])):
@@ -136,11 +136,16 @@ class _Interpreter(fx.Interpreter):
         super().__init__(graph.exported.graph_module)
         self._program = graph
 
+    def run_node(self, n: fx.Node) -> Any:
+        """As fx's own, without noting for tracers and tracebacks which node runs: that takes longer than small ops."""
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        return getattr(self, n.op)(n.target, args, kwargs)
+
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is ops.adapted:
             call = AdaptedCall(*args)
             return adapted_output(self._program.plan_of(call.site), call, self._program.sites, {})
-        return _LOWEST_INDEX.get(target, target)(*args, **kwargs)
+        return _MEANINGS.get(target, target)(*args, **kwargs)
 
 
 def _topk(x: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[Tensor, Tensor]:
@@ -153,8 +158,9 @@ def _sort(x: Tensor, dim: int = -1, descending: bool = False) -> tuple[Tensor, T
     return values, indices
 
 
-_LOWEST_INDEX: dict[Any, Callable[..., Any]] = {aten.topk.default: _topk, aten.sort.default: _sort}
-"""Ops that torch answers with any of several equal elements, and what they are here."""
+_MEANINGS: Mapping[Any, Callable[..., Any]] = {aten.topk.default: _topk, aten.sort.default: _sort, **ops.FUNCTIONS}
+"""Ops that torch answers with any of several equal elements, and what they are here; and lorac's own, which are called
+as what they are: torch's way to an op that is written in Python takes longer than a small product."""
 
 
 def _nothing_before(graph: Graph, inputs: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ the site: its module path.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -133,6 +133,10 @@ NOTED, AGAIN = noted._opoverload, again._opoverload
 CUT = aten.split_with_sizes.default
 """What cuts the output of a pack into those of its sites."""
 OPS = frozenset(op._opoverload for op in (linear, embedding, conv, block))
+FUNCTIONS: Mapping[Any, Callable[..., Tensor]] = {
+    op._opoverload: op._init_fn for op in (linear, embedding, conv, block, matmul)
+}
+"""Ops that run -> what they compute, to be called without torch's dispatcher."""
 
 
 def adapted(op: Any, host_args: tuple[Any, ...], slots: dict[str, Tensor], site: str) -> Tensor:
@@ -183,3 +187,24 @@ def lower(module: fx.GraphModule) -> bool:
     if changed:
         module.graph.lint()
     return changed
+
+
+def described(op: Any, given: Sequence[Any], named: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Equal for calls whose values are described alike: tensors by dtype, device, sizes and strides.
+
+    Args:
+        op: what is called.
+        given, named: what it is called with; tensors without values. A string that an op of lorac's own is given names
+            a module, which changes nothing that is computed.
+    """
+    own = getattr(op, "namespace", None) == "lorac"
+    told = [value for value in given if not (own and isinstance(value, str))]
+    return (op, _described(told), *named.items())
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return (value.dtype, value.device, *map(_described, (value.shape, value.stride())))
+    if isinstance(value, list | tuple):
+        return tuple(map(_described, value))
+    return (value.node.expr,) if isinstance(value, torch.SymInt) else (type(value), value)

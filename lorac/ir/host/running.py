@@ -143,6 +143,8 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
+        if not _written_arguments(func):  # of most ops nothing is to be looked at
+            return func(*args, **given)
         places = (_place(tensor) or 0 for tensor in _written(func, args, given))
         names = [self._weights[place] for place in places if place in self._weights]
         if names:
@@ -197,7 +199,7 @@ def _devices(model: nn.Module) -> list[torch.device]:
 
 
 def _is_generator(value: object) -> bool:
-    return isinstance(value, torch.Generator)
+    return torch.Generator in type(value).__mro__  # torch has isinstance run Python code for each value asked of
 
 
 @contextmanager

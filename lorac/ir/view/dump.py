@@ -25,7 +25,7 @@ from lorac.ir.graph.adapted import AdaptedCall, call_behind
 from lorac.ir.graph.graph import Graph
 from lorac.ir.host.sites import WITHOUT_WEIGHT
 from lorac.ir.slots.roles import ROLES, slot_name
-from lorac.ir.view.scopes import Scopes, blocks_of, is_size, site_of
+from lorac.ir.view.scopes import Scopes, is_size, site_of
 
 REF = "\x00"
 """Stands for the next reference in a row's text."""
@@ -155,6 +155,7 @@ class _Writer:
         self.specs = {getattr(s.arg, "name", ""): s for s in graph.exported.graph_signature.input_specs}
         self.symbols = self._symbols()
         self.sizes: dict[Any, str] = {}
+        self.types: dict[int, str] = {}
         self.index: dict[fx.Node, int] = {}
         self.names = Names()
         self.scopes = Scopes([n for n in graph.fx.nodes if n.op not in ("placeholder", "output")])
@@ -196,7 +197,7 @@ class _Writer:
 
     def _value(self, node: fx.Node) -> Row:
         owner, modules, source = self.scopes.of(node)
-        blocks = blocks_of(modules, self.scopes.containers)
+        blocks = self.scopes.blocks_of(modules)
         refs: list[int] = []
         label, args, kwargs = _call(node)
         operands = [self._operand(a, refs) for a in args]
@@ -250,7 +251,9 @@ class _Writer:
 
     def _type(self, value: Any) -> str:
         if isinstance(value, torch.Tensor):
-            return short_dtype(value.dtype) + self._shape(value)
+            if id(value) not in self.types:  # layers that are alike share what describes their values
+                self.types[id(value)] = short_dtype(value.dtype) + self._shape(value)
+            return self.types[id(value)]
         if isinstance(value, list | tuple):
             return f"({', '.join(self._type(v) for v in value)})"
         return "" if value is None else str(value)

@@ -27,6 +27,7 @@ class Scopes:
         parents = {entry for stack in self._stacks.values() for entry in stack[:-1]}
         self.containers = {_plain(entry) for entry in parents | owners if entry in parents}
         self._sources: dict[str, str] = {}
+        self._blocks: dict[tuple[str, ...], tuple[str, ...]] = {}
         self.classes = {path: name for node in nodes for path, name in _classes(node)}
         self.exits = self._find_exits(owners)
 
@@ -38,6 +39,12 @@ class Scopes:
         if trace not in self._sources:
             self._sources[trace] = _source_line(trace)
         return owner, stack, self._sources[trace]
+
+    def blocks_of(self, modules: tuple[str, ...]) -> tuple[str, ...]:
+        """The repeated blocks among the modules around a node."""
+        if modules not in self._blocks:
+            self._blocks[modules] = blocks_of(modules, self.containers)
+        return self._blocks[modules]
 
     def _find_exits(self, owners: Iterable[str]) -> set[fx.Node]:
         """The node that is the result of a call of a leaf module: it bears the module's name.

@@ -8,6 +8,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from lorac.ir.capture.export import export
+from lorac.ir.graph import ops
 from lorac.ir.graph.edit import (
     KEYWORD,
     add_inputs,
@@ -16,6 +17,7 @@ from lorac.ir.graph.edit import (
     drop_unused_state,
     inherit,
     inline,
+    insert_like,
     new_dimension,
     trace,
 )
@@ -122,3 +124,19 @@ def test_operands_that_one_value_describes_are_traced_as_two() -> None:
     traced = trace(program, lambda a, b: (a - b,), [one, other])
     (difference,) = (node for node in traced.graph.nodes if node.op == "call_function")
     assert difference.args[0] is not difference.args[1]
+
+
+def test_values_of_equal_calls_are_computed_once(program: ExportedProgram) -> None:
+    call = next(n for n in program.graph.nodes if n.op == "call_function" and n.args[-1] == "up")
+    x, weight, bias, _ = call.args
+    known: dict[object, object] = {}
+    one, other = (insert_like(program, known, call, ops.LINEAR, x, weight, bias, site) for site in ("up", "elsewhere"))
+    assert one.meta["val"] is other.meta["val"]
+    assert one.meta["val"].shape == call.meta["val"].shape
+    wide, double = (insert_like(program, known, call, torch.ops.aten.cat.default, [x] * times, -1) for times in (2, 3))
+    assert wide.meta["val"].shape[-1] * 3 == double.meta["val"].shape[-1] * 2
+    as_float, as_double = (
+        insert_like(program, known, call, torch.ops.aten.zeros_like.default, x, dtype=dtype)
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert (as_float.meta["val"].dtype, as_double.meta["val"].dtype) == (torch.float32, torch.float64)
