@@ -43,10 +43,13 @@ def _fused(**told: Any) -> Any:
 
 
 class _Words:
-    """Every token is a letter."""
+    """A streamer that shows nothing."""
 
-    def decode(self, ids: Any, **_: Any) -> str:
-        return "".join(chr(33 + int(i)) for i in ids)
+    def put(self, ids: Any) -> None:
+        """It is not called."""
+
+    def end(self) -> None:
+        """It is not called."""
 
 
 GENERATING = [
@@ -86,6 +89,33 @@ GENERATING = [
         _says("set compiled.tokenizer"),
     ),
     Mistake("a number of beams that is none", lambda w: cached(num_beams=-1)),
+    Mistake("a prompt in pieces of less than a token", lambda w: cached(prefill_chunk_size=-1)),
+    Mistake("a prompt in pieces of half a token", lambda w: hosted(prefill_chunk_size=1.5)),
+    Mistake("an end as text", lambda w: cached(eos_token_id="</s>")),
+    Mistake("a configuration as a dict", lambda w: cached(generation_config={"max_new_tokens": 2})),
+    Mistake("a function as a streamer", lambda w: cached(streamer=print)),
+    Mistake("a processor of logits by its name", lambda w: cached(logits_processor=["temperature"])),
+    Mistake("a model that guesses ahead by its name", lambda w: hosted(assistant_model="small")),
+    Mistake(
+        "two that guess ahead",
+        lambda w: cached(draft=None, prompt_lookup_num_tokens=2),
+        lambda w, said: cached(draft=None),
+    ),
+    Mistake("texts kept in a dict", lambda w: cached(prefixes={}), lambda w, said: cached(prefixes=lorac.Prefixes())),
+    Mistake("the prompts twice", lambda w: cached(inputs=torch.ones(2, 5).long())),
+    Mistake("a mask as ids", lambda w: cached(input_ids=torch.ones(2, 5).bool()), lambda w, said: cached()),
+    Mistake("no prompt for the host", lambda w: compiled("llama").generate(max_new_tokens=2), _says("no prompt")),
+    Mistake(
+        "one row without a batch",
+        lambda w: hosted(input_ids=torch.tensor([3, 4]), attention_mask=None),
+        lambda w, said: hosted(input_ids=torch.tensor([[3, 4]]), attention_mask=None),
+    ),
+    Mistake(
+        "a prompt that is longer than there are positions for",
+        lambda w: cached(input_ids=torch.full((2, LIMIT + 2), 5), attention_mask=None),
+        lambda w, said: cached(input_ids=torch.full((2, LIMIT), 5), attention_mask=None, max_new_tokens=1),
+    ),
+    Mistake("a seed of many bits", lambda w: cached(do_sample=True, seed=1 << 70)),
     Mistake("fewer choices than prompts", lambda w: cached(adapters=["default"])),
     Mistake("a choice of nobody's for a row", lambda w: cached(adapters=["default", "sql"]), lambda w, said: cached()),
     Mistake("fewer seeds than prompts", lambda w: cached(do_sample=True, seed=[1])),

@@ -29,6 +29,7 @@ class Chat:
         self._commands: dict[str, tuple[str, Callable[[str], None]]] = {
             "/adapter": ("NAME, none, or A=0.7,B=0.3: who answers from now on", self._swap),
             "/adapters": ("who there is", lambda _: self._list()),
+            "/new": ("forget what was said", lambda _: self._said.clear()),
             "/exit": ("end", lambda _: None),
         }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lorac.errors import UnknownOption
+from lorac.errors import InputMismatch, UnknownOption
 from lorac.ir.host.components import MAIN
 from lorac.runtime.generation.prefixes import Prefixes
 
@@ -102,17 +104,36 @@ class Writer:
         return dict(self.tokenizer(text, return_tensors="pt"))
 
     def turns(self, said: Sequence[Mapping[str, str]]) -> Mapping[str, Any]:
-        """What was said so far, as the model's chat format has it, up to where it is to answer."""
-        return dict(
-            self.tokenizer.apply_chat_template(
-                list(said), add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-        )
+        """What was said so far, as the model's chat format has it, up to where it is to answer.
+
+        Raises:
+            InputMismatch: the format has no way to say it.
+        """
+        told = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+        try:
+            return dict(self.tokenizer.apply_chat_template(list(said), **told))
+        except Exception as error:  # a template is a program of whoever made the model, and raises what it likes
+            raise InputMismatch(
+                f"the model's chat template fails: {str(error).strip().partition(chr(10))[0]}",
+                next_step='--prompt "TEXT" goes on with a text as it is',
+            ) from error
 
     def write(self, inputs: Mapping[str, Any], shown: Shown) -> None:
-        """Go on with a text."""
-        told = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        self.compiled.generate(**told, **self.settings, streamer=shown)
+        """Go on with a text, no further than the model has positions."""
+        told = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+        settings = dict(self.settings)
+        keeps = self.compiled.engine.keeps(MAIN)
+        if keeps is not None and not keeps.encodes and keeps.limit is not None:
+            left = keeps.limit + 1 - int(told["input_ids"].shape[1])
+            settings["max_new_tokens"] = min(settings["max_new_tokens"], max(left, 1))
+        self.compiled.generate(**told, **settings, streamer=shown)
+
+
+def take_any_text() -> None:
+    """Have what cannot be read of the input, or shown on the output, be replaced: it ends no chat."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 class _Moments:

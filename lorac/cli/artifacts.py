@@ -14,7 +14,7 @@ from lorac.cli._chat import Chat
 from lorac.cli._hosts import Adapters, CompiledOrModel, load_compiled, parse_spec
 from lorac.cli._inputs import OptionalInputs, arrays_of, read_inputs, spelled
 from lorac.cli._shown import Json, show, table
-from lorac.cli._texts import Shown, Writer, timed
+from lorac.cli._texts import Shown, Writer, take_any_text, timed
 from lorac.errors import ChoiceError, LoracError, UnknownOption
 from lorac.ir.store.disk import told
 from lorac.progress import Progress, progress
@@ -58,6 +58,7 @@ def run(  # noqa: PLR0913, PLR0917  (an argument per option)
     if adapters:
         compiled.swap(parse_spec(adapters))
     writer = Writer.of(compiled, max_new_tokens, temperature)
+    take_any_text()
     if prompt is None:
         Chat(writer).run()
     else:

@@ -69,6 +69,8 @@ class Cache(Pass):
             presents |= {present_of(name): part for name, part in zip(names, own, strict=True)}
         _pick_rows(graph)
         graph.longest = tabulate(graph, positions)
+        if graph.longest is not None:
+            _keep_within(graph, positions, graph.longest)
         add_outputs(graph.exported, presents)
         graph.extra_outputs.extend(presents)
         return Outcome(True)
@@ -149,6 +151,13 @@ def _count_on(graph: Graph, ids: fx.Node, past: fx.Node) -> fx.Node:
             node.replace_all_uses_with(counted)
             graph.fx.erase_node(node)
     return counted
+
+
+def _keep_within(graph: Graph, positions: fx.Node, count: int) -> None:
+    """Have no position lie behind a table: those of what pads a row would, where the row is nearly full."""
+    following = positions.next
+    within = insert_call(graph.exported, following, aten.clamp.default, positions, None, count - 1)
+    positions.replace_all_uses_with(within, delete_user_cb=lambda user: user is not within)
 
 
 def _column(graph: Graph, before: fx.Node, row: fx.Node) -> fx.Node:

@@ -46,7 +46,8 @@ def cli(files, monkeypatch, capsys):
 
     def call(*words, typed=""):
         monkeypatch.setattr(sys, "argv", ["lorac", *words])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        given = io.TextIOWrapper(io.BytesIO(typed), "utf-8") if isinstance(typed, bytes) else io.StringIO(typed)
+        monkeypatch.setattr(sys, "stdin", given)
         with pytest.raises(SystemExit) as ended:
             main()
         printed = capsys.readouterr()
@@ -133,6 +134,47 @@ def test_what_goes_wrong_in_a_chat_does_not_end_it(cli, files):
     assert "lorac.AdapterNotFound: no adapter is called 'slq'\n  nearest: sql" in err
     assert "lorac.UnknownOption: /adapter needs to know which" in err
     assert "lorac.UnknownOption: there is no '/adaptr'\n  nearest: /adapter" in err
+
+
+def test_what_was_said_is_forgotten(cli, files):
+    code, out, err = cli("run", "model", *BOTH, "--adapters", "sql", typed="one\n/new\none\n")
+    assert (code, err) == (0, "")
+    assert out == f"{written(files, 'sql', 'u:one;a:')}\n" * 2
+
+
+def test_bytes_that_are_no_text_do_not_end_a_chat(cli, files):
+    code, out, err = cli("run", "model", *BOTH, "--adapters", "none", typed=b"o\xffne\n/new\none\n")
+    assert (code, err) == (0, "")
+    assert out.endswith(f"{written(files, None, 'u:one;a:')}\n")
+
+
+def test_a_format_that_fails_is_told_and_ends_no_chat(cli, files, tmp_path):
+    model = ENTRY.fresh()
+    model.save_pretrained(tmp_path)
+    letters(
+        "{% if '!' in messages[-1].content %}{{ raise_exception('no shouting') }}{% endif %}" + CHAT
+    ).save_pretrained(tmp_path)
+    code, out, err = cli("run", str(tmp_path), "--max-new-tokens", str(NEW), typed="one!\none\n")
+    assert code == 0
+    assert "lorac.InputMismatch: the model's chat template fails: no shouting" in err
+    assert len(out) > 1
+
+
+def test_a_text_ends_where_positions_do(cli, files, tmp_path):
+    """Also where it may get longer; what was read does not fit in is refused."""
+    model = ENTRY.fresh()
+    model.config.max_position_embeddings = 16
+    model.generation_config.update(eos_token_id=None, pad_token_id=0)
+    model.save_pretrained(tmp_path / "short")
+    letters(CHAT).save_pretrained(tmp_path / "short")
+    short = str(tmp_path / "cached")
+    assert cli("compile", str(tmp_path / "short"), "--cache", "-o", short)[0] == 0
+    code, out, _ = cli("run", short, "--prompt", "hello", "--temperature", "0", "--json")
+    assert code == 0
+    assert json.loads(out)["tokens"] == 12
+    code, _, err = cli("run", short, "--prompt", "hello" * 4)
+    assert code == 1
+    assert "give a prompt of 16 tokens or less" in err
 
 
 def test_an_answer_that_is_interrupted_stays_said(cli, files, monkeypatch):

@@ -67,6 +67,32 @@ def test_a_table_of_the_models_own_bounds_the_text():
     assert grown(DECODERS["opt"]()).longest == 64
 
 
+@torch.no_grad()
+def test_dynamic_angles_are_those_of_texts_as_long_as_the_model_was_made_for():
+    """Whatever longer text the model has read before."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    kinds = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+            max_position_embeddings=12, rope_parameters=kinds,
+        )
+    ).eval()  # fmt: skip
+    ids = torch.randint(3, VOCABULARY, (1, 12))
+    whole = model(ids).logits
+    model(torch.randint(3, VOCABULARY, (1, 40)))
+    held = model.model.rotary_emb.inv_freq.clone()
+    graph = grown(model)
+    assert graph.longest == 12
+    assert torch.equal(model.model.rotary_emb.inv_freq, held)
+    caches = {n: torch.zeros(1, heads, 12, size) for n, (heads, size, _) in kept_shapes(graph).items()}
+    told = {PAST: torch.zeros(1, dtype=torch.int32), NEW: torch.tensor([12], dtype=torch.int32)}
+    logits = outputs_of(graph, {IDS: ids, PLACES: torch.arange(12)[None], **told, **caches})[0]
+    assert_close(logits, whole)
+
+
 def test_the_pass_is_idempotent():
     graph = grown(DECODERS["llama"]())
     assert not Cache().apply(graph).changed
@@ -79,6 +105,18 @@ def test_attention_outside_of_the_interface_is_refused():
     model = BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=1, n_head=4)).eval()
     with pytest.raises(Unavailable, match=r"'transformer.h.0.self_attention' attends by itself"):
         grown(model)
+
+
+def test_attention_by_itself_that_cannot_be_traced_is_named_too():
+    """A mask that stands for another is of another shape than what such a layer expects, so the trace itself fails."""
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+    config = GPTNeoConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_layers=1, num_heads=4, attention_types=[[["global"], 1]],
+        intermediate_size=48,
+    )  # fmt: skip
+    with pytest.raises(Unavailable, match=r"'transformer.h.0.attn.attention' attends by itself"):
+        grown(GPTNeoForCausalLM(config).eval())
 
 
 def test_a_mask_that_no_cache_knows_is_refused():

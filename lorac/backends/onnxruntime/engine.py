@@ -265,6 +265,7 @@ class OrtEngine(Engine):
             args, kwargs = (), named
         told, counts = whole_texts(args, kwargs, text)
         ids = part.wanted[text].fit(told[text])
+        part.cache.refuse_longer(max(counts, default=0))
         extension = all_tokens(ids, counts)
         picked = {PLACES: extension.wanted} if PLACES in part.wanted else {}
         part.signature.bind((), {**told, **picked})

@@ -79,6 +79,14 @@ class Layout:
             memory={n: (_sizes(i.shape), _REMEMBERED[i.type]) for n, i in inputs.items() if is_memory(n)},
         )
 
+    def refuse_longer(self, count: int) -> None:
+        """Raise ``InputMismatch`` for a text of more tokens than there are positions for."""
+        limit = self.keeps.limit
+        if limit is not None and count > limit:
+            raise InputMismatch(
+                f"{count} tokens are more than the model has positions for: {limit}", next_step="give shorter texts"
+            )
+
 
 def _sizes(shape: Sequence[int | str | None]) -> tuple[int | None, ...]:
     return tuple(size if isinstance(size, int) else None for size in shape)
@@ -189,7 +197,8 @@ def extend(
     if not length:
         return torch.zeros(*wanted.shape, layout.keeps.vocabulary, dtype=dtype)
     logits = torch.empty(rows, wanted.shape[1] if layout.picks else length, layout.keeps.vocabulary, dtype=dtype)
-    cache.admit(max(cache.lengths) + length)
+    # The kernel takes a row that holds and brings nothing for one that holds a token.
+    cache.admit(max(1, *cache.lengths) + length if 0 in counts else max(cache.lengths) + length)
     given = {
         layout.text: extension.ids[:, :length].to(torch.int64).contiguous(),
         PAST: torch.tensor(cache.lengths, dtype=torch.int32),

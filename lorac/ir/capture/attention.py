@@ -79,9 +79,31 @@ def longest_text(model: nn.Module) -> int | None:
     return min((limit for limit in limits if isinstance(limit, int)), default=None)
 
 
-_CHANGING = ("dynamic", "longrope")
+_DYNAMIC = "dynamic"
+_CHANGING = (_DYNAMIC, "longrope")
 """Kinds of rotary positions whose angles are others in longer texts."""
 _ORIGINAL = "original_max_position_embeddings"
+
+
+def with_first_angles(host: nn.Module) -> None:
+    """Have the dynamic rotary positions of a copy keep the angles that they begin with.
+
+    They look at the largest position to see whether the text has become longer than ``longest_text``, where no program
+    goes, and a trace cannot look. A model that has read such a text holds the angles of that.
+    """
+    for module in host.modules():
+        kinds: Any = getattr(module, "rope_type", None)
+        by_layers = kinds if isinstance(kinds, dict) else {"": kinds}
+        for layers in [layers for layers, kind in by_layers.items() if kind == _DYNAMIC]:
+            _rewind(module, layers)
+
+
+def _rewind(module: Any, layers: str) -> None:
+    """Give a rotary module the angles that it began with, for some kind of layers, and have it keep them."""
+    prefix = f"{layers}_" if layers else ""
+    first = getattr(module, f"{prefix}original_inv_freq")
+    setattr(module, f"{prefix}inv_freq", first.to(getattr(module, f"{prefix}inv_freq").device))
+    module.rope_type = {**module.rope_type, layers: "default"} if layers else "default"
 
 
 def text_shapes(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -114,27 +136,38 @@ class _Marks:
     Attributes:
         paths: id of a module -> its path.
         windows: id of a token that stands for a mask -> the token, and the tokens that each token sees; 0 for all.
+        shown: id of a token that stands for a mask that stays what it is -> the token, and the mask.
         unfit: what no cache can stand for.
+        marked: whether something attended through the interface.
     """
 
     paths: Mapping[int, str]
     windows: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
+    shown: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     unfit: list[str] = field(default_factory=list)
+    marked: bool = False
 
     def mask(self, **asked: Any) -> Tensor | None:
         """As transformers' functions that make masks."""
         from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
+        token: Tensor = torch.ops.lorac.mask(torch.empty((), device=asked.get("device")))
         if asked["mask_function"] is bidirectional_mask_function:
-            return None if asked["attention_mask"] is None else asked["attention_mask"][:, None, None, :].to(torch.bool)
+            given = asked["attention_mask"]
+            return self._token(token, None if given is None else given[:, None, None, :].to(torch.bool))
         if causal_mask_function.__code__ not in {code for code, _ in _closed_over(asked["mask_function"])}:
-            made: Tensor | None = sdpa_mask(**{**asked, "allow_is_bidirectional_skip": False})
-            return made
+            return self._token(token, sdpa_mask(**{**asked, "allow_is_bidirectional_skip": False}))
         window = _window(asked["mask_function"])
         if window is None:
             self.unfit.append("its attention hides more than what comes later, and what lies outside a window")
-        token: Tensor = torch.ops.lorac.mask(torch.empty((), device=asked.get("device")))
         self.windows[id(token)] = token, window or 0
+        return token
+
+    def _token(self, token: Tensor, mask: Tensor | None) -> Tensor | None:
+        """What stands for a mask: a module that attends by itself would take booleans for what is added to scores."""
+        if mask is None:
+            return None
+        self.shown[id(token)] = token, mask
         return token
 
     def attend(  # noqa: PLR0913, PLR0917  (as transformers calls it)
@@ -152,10 +185,12 @@ class _Marks:
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """As transformers' functions that attend."""
+        self.marked = True
         path = self.paths.get(id(module), type(module).__name__)
         known = self.windows.get(id(attention_mask))
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal) or known is not None
-        seen, bias = None if known is not None else attention_mask, position_bias
+        _, shown = self.shown.get(id(attention_mask), (None, attention_mask))
+        seen, bias = None if known is not None else shown, position_bias
         if seen is not None and seen.dtype != torch.bool:
             self.unfit.append(f"'{path}' attends by a mask of its own")
         scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -163,10 +198,33 @@ class _Marks:
         y = torch.ops.lorac.attention(query, key, value, bias, seen, s_aux, scale, causal, window, cap, path)
         return y, None
 
+    def reader(self, host: nn.Module, inputs: Mapping[str, Any]) -> str:
+        """The first module that gets a mask and hands it on to none, in a call of the traced copy; "" for none."""
+        readers: list[str] = []
+
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if any(id(value) in self.windows or id(value) in self.shown for value in (*args, *kwargs.values())):
+                readers.append(self.paths.get(id(module), ""))
+
+        hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in host.modules()]
+        try:
+            # What made the trace fail may make this call fail, too; until then it tells who reads masks.
+            with torch.no_grad(), contextlib.suppress(Exception):
+                host(**inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        after = [*readers[1:], ""]
+        return next((own for own, inner in zip(readers, after, strict=True) if not inner.startswith(f"{own}.")), "")
+
 
 @contextlib.contextmanager
-def attention_marked(host: nn.Module) -> Iterator[None]:
+def attention_marked(host: nn.Module, inputs: Mapping[str, Any]) -> Iterator[None]:
     """While a copy of a model is traced: each of its attentions is one op.
+
+    Args:
+        host: the copy.
+        inputs: what it is traced with, by name.
 
     Raises:
         Unavailable: a cache cannot stand for what it attends to.
@@ -187,6 +245,8 @@ def attention_marked(host: nn.Module) -> Iterator[None]:
     except CaptureFailed as error:
         if marks.unfit:
             raise _unfit(host, f"keeps no cache: {marks.unfit[0]}") from error
+        if not marks.marked and (marks.windows or marks.shown):
+            raise _attends(host, marks.reader(host, inputs)) from error
         raise
     finally:
         for mapping, _ in kept:
@@ -206,8 +266,7 @@ def refuse_other_attention(program: ExportedProgram, host: nn.Module) -> None:
     marked = any(node.target is attending.ATTENTION for node in program.graph.nodes)
     if left or not marked:
         stack = list((left[0].meta.get("nn_module_stack") or {}).values()) if left else []
-        where = f"'{stack[-1][0]}' " if stack else ""
-        raise _unfit(host, f"keeps no cache: {where}attends by itself, not through transformers' attention interface")
+        raise _attends(host, stack[-1][0] if stack else "")
 
 
 def _window(mask: Callable[..., Any]) -> int | None:
@@ -231,6 +290,11 @@ def _closed_over(function: Any) -> list[tuple[Any, Any]]:
         return [(type(function), function)]
     cells = [cell.cell_contents for cell in function.__closure__ or ()]
     return [(function.__code__, None), *(found for held in cells for found in _closed_over(held))]
+
+
+def _attends(model: nn.Module, path: str) -> Unavailable:
+    who = f"'{path}'" if path else "it"
+    return _unfit(model, f"keeps no cache: {who} attends by itself, not through transformers' attention interface")
 
 
 def _unfit(model: nn.Module, why: str) -> Unavailable:

@@ -31,6 +31,7 @@ from lorac.ir.capture.attention import (
     refuse_other_attention,
     text_inputs,
     text_shapes,
+    with_first_angles,
 )
 from lorac.ir.capture.marking import mark
 from lorac.ir.capture.parting import refuse_unfit, without_idle_biases
@@ -127,7 +128,8 @@ def _exported_with(
         host = _marked_copy(model, blocks, prefix, arguments)
         if grows:
             host.forward = over_text(host.forward)
-            stack.enter_context(attention_marked(host))
+            with_first_angles(host)
+            stack.enter_context(attention_marked(host, arguments.inputs))
         if dynamic_shapes is None:
             attempts: Iterable[tuple[Any, Any]] = _attempts(model, inputs, widen=not arguments.read)
         else:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Integral
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -19,6 +20,16 @@ _DRAFTED = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens
 _INNER = ("output_attentions", "output_hidden_states")
 _REPLACED = ("custom_generate", "synced_gpus", "trust_remote_code")
 """Options of transformers' that would run something else than the compiled program."""
+_COUNTS = ("num_beams", "num_return_sequences", "prefill_chunk_size")
+"""Options that are whole numbers from 1 on."""
+_IDS = ("eos_token_id", "pad_token_id")
+"""Options that are ids of tokens, which the loop itself reads."""
+_ABLE = {
+    "assistant_model": ("generate", "a model of transformers'"),
+    "streamer": ("put", "a streamer of transformers', or what has its methods put and end"),
+    "tokenizer": ("get_vocab", "a tokenizer of transformers'"),
+}
+"""Options that are objects: what each must be able to do, and what to give."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +39,29 @@ class Asked:
     Attributes:
         told: transformers' options and inputs, as they were given.
         defaults: the model's generation configuration, by name.
+        guessed: whether another choice of adapters guesses tokens ahead.
     """
 
     told: Mapping[str, Any]
     defaults: Mapping[str, Any]
+    guessed: bool = False
 
     def having(self, more: Mapping[str, Any]) -> Asked:
         """The same with something more."""
-        return Asked({**self.told, **more}, self.defaults)
+        return replace(self, told={**self.told, **more})
+
+    def guessing(self) -> Asked:
+        """The same where another choice of adapters guesses ahead.
+
+        Raises:
+            InputMismatch: something else is to do that, too.
+        """
+        for name in _DRAFTED:
+            if self.told.get(name):
+                raise InputMismatch(
+                    f"draft= and {name}= both guess tokens ahead, and one can", next_step="leave one of them out"
+                )
+        return replace(self, guessed=True)
 
     def option(self, name: str) -> Any:
         """An option's value: as given, of the configuration that was given, or the model's own."""
@@ -53,13 +79,12 @@ class Asked:
     @property
     def drawn(self) -> bool:
         """Whether tokens are drawn one after the other, each row by itself."""
-        drafted = any(self.option(name) for name in _DRAFTED)
-        return bool(self.option("do_sample")) and self.beams == 1 and not drafted
+        return bool(self.option("do_sample")) and self.beams == 1 and not self.drafts
 
     @property
     def drafts(self) -> bool:
-        """Whether another model, or the text itself, guesses tokens ahead."""
-        return any(self.option(name) for name in _DRAFTED)
+        """Whether other adapters, another model or the text itself guesses tokens ahead."""
+        return self.guessed or any(self.option(name) for name in _DRAFTED)
 
     @property
     def pad(self) -> int | None:
@@ -105,6 +130,26 @@ class Asked:
                     next_step="compile with target='eager', or leave it out",
                 )
 
+    def check_kinds(self) -> None:
+        """Raise ``WrongType`` for an option of another kind than it is to be, where that came out late or never."""
+        from transformers import GenerationConfig
+
+        given = self.told.get("generation_config")
+        if given is not None and not isinstance(given, GenerationConfig):
+            raise _wrong("generation_config", given, "a transformers.GenerationConfig, or its options one by one")
+        for name in _COUNTS:
+            if (value := self.option(name)) is not None and not (_whole(value) and value > 0):
+                raise _wrong(name, value, "a whole number from 1 on")
+        for name in _IDS:
+            if (value := self.option(name)) is not None and not _ids(value):
+                raise _wrong(name, value, "an id of a token" + ", or several" * (name == "eos_token_id"))
+        for name, (able, what) in _ABLE.items():
+            if (value := self.told.get(name)) is not None and not callable(getattr(value, able, None)):
+                raise _wrong(name, value, what)
+        for processor in _each(self.told.get("logits_processor")):
+            if not callable(processor):
+                raise _wrong("logits_processor", processor, "a list of transformers' LogitsProcessor, or functions")
+
     def check_stops(self, tokenizer: Any) -> None:
         """Hold against each other what ends a text.
 
@@ -115,8 +160,7 @@ class Asked:
             WrongType: a criterion cannot be called.
             Unavailable: texts are to end it, and there is no tokenizer to read them.
         """
-        criteria = self.told.get("stopping_criteria") or ()
-        for criterion in criteria if isinstance(criteria, Sequence) else (criteria,):
+        for criterion in _each(self.told.get("stopping_criteria")):
             if not callable(criterion):
                 raise WrongType(
                     f"stopping_criteria= has {short(criterion)}, which is no criterion",
@@ -127,6 +171,26 @@ class Asked:
                 "stop_strings= are texts, and there is no tokenizer to read them by",
                 next_step="give tokenizer=, or set compiled.tokenizer",
             )
+
+
+def _each(value: Any) -> Sequence[Any]:
+    """What a list holds; one that is no list, as a list; nothing of None."""
+    return () if value is None else value if isinstance(value, Sequence) else (value,)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _ids(value: Any) -> bool:
+    """Whether a value is an id, or several."""
+    if isinstance(value, torch.Tensor):
+        return not (value.is_floating_point() or value.dtype == torch.bool)
+    return all(map(_whole, value)) if isinstance(value, list | tuple | set) else _whole(value)
+
+
+def _wrong(name: str, value: Any, what: str) -> WrongType:
+    return WrongType(f"{name}= is {short(value)}", next_step=f"give {what}")
 
 
 def _options() -> set[str]:
@@ -146,7 +210,7 @@ def refused(run: Callable[[], T]) -> T:
     """
     try:
         return run()
-    except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+    except (ValueError, TypeError, NotImplementedError, RuntimeError, ImportError) as error:
         if not _from_transformers(error.__traceback__):
             raise
         reason = str(error).strip().partition("\n")[0]

@@ -136,9 +136,10 @@ class Driver(GenerationMixin, ABC):
         count = width if mask is None else int(mask.sum(1).max())
         new = longest + 1 - width
         if limit is not None and count + new - 1 > limit:
+            left = f"max_new_tokens={limit + 1 - count} or less, or a shorter prompt"
             raise InputMismatch(
                 f"{count} tokens and {new} new ones are more than the model has positions for: {limit}",
-                next_step=f"give max_new_tokens={max(limit + 1 - count, 0)} or less, or a shorter prompt",
+                next_step=f"give {left if count <= limit else f'a prompt of {limit} tokens or less'}",
             )
         if model_kwargs.get("cache") is None:
             model_kwargs["cache"] = self._begun(rows, Text.room(count, new))

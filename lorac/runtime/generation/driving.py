@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -63,12 +64,14 @@ class Driven:
         extra: dict[str, Any] = {} if guess is None else {"assistant_model": Guest(guess, lambda work: work(guess))}
         key: Key = (self.graph, state.choice, state.written.versions)
         if self.told.get("cache") is not None and self.prompts is not None:
-            _check_cache(self.told["cache"], self.prompts)
+            _check_cache(self.told["cache"], self.prompts, self.engine)
         elif self.prefixes is not None and self.prompts is not None:
             found = self.prefixes.found(self.engine, key, self.prompts.tokens())
             extra |= {} if found is None else {"cache": Text(found)}
         with _seeded(None if self.asked.drawn else generators):
             answer = main.generate(**{**self.told, **extra})
+        if main.text is not None and not isinstance(answer, torch.Tensor):
+            self._note(main.text, answer)
         if self.prefixes is not None and main.text is not None:
             self._keep(self.prefixes, key, main.text.cache, answer)
         return answer
@@ -103,6 +106,12 @@ class Driven:
                     next_step=f"the model's go from 0 to {keeps.vocabulary - 1}",
                 )
 
+    def _note(self, text: Text, answer: Any) -> None:
+        """Have a cache that an answer brings say what it holds; of beams it has the rows as these were last."""
+        text.engine = weakref.ref(self.engine)
+        told = self.prompts is not None and self.asked.beams == 1
+        text.rows = _left(self.prompts, answer, text.cache, beams=1) if told and self.prompts is not None else None
+
     def _keep(self, prefixes: Prefixes, key: Key, cache: Cache, answer: Any) -> None:
         """Keep what a run left in its cache; in one of its own where the caller has that."""
         returned = self.told.get("cache") is not None or not isinstance(answer, torch.Tensor)
@@ -122,7 +131,7 @@ def _seeded(generators: list[torch.Generator] | None) -> Iterator[None]:
         yield
 
 
-def _check_cache(given: Any, prompts: Prompts) -> None:
+def _check_cache(given: Any, prompts: Prompts, engine: Engine) -> None:
     """Raise ``InputMismatch`` where a cache that a call brings does not hold the beginning of each of its rows."""
     if not isinstance(given, Text):
         raise InputMismatch(
@@ -134,6 +143,17 @@ def _check_cache(given: Any, prompts: Prompts) -> None:
         raise InputMismatch(
             f"the cache holds {_listed(held)} tokens of its rows, and the prompts have {_listed(counts)}",
             next_step="give the whole texts, each longer than what the cache holds of it",
+        )
+    if given.engine is not None and given.engine() is not engine:
+        raise InputMismatch(
+            "the cache holds what another model computed", next_step="go on with it by the model that answered with it"
+        )
+    pairs = zip(given.rows or (), prompts.tokens(), strict=False)
+    other = next((row for row, (held, own) in enumerate(pairs) if not torch.equal(own[: len(held)], held)), None)
+    if other is not None:
+        raise InputMismatch(
+            f"row {other} does not begin with what the cache holds of it",
+            next_step="give the whole texts, as the answer has them",
         )
 
 

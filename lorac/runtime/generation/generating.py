@@ -15,10 +15,12 @@ from lorac.errors import InputMismatch, MissingExtra, Unavailable, WrongType, sh
 from lorac.ir.graph.attending import DECODER_IDS
 from lorac.ir.host.components import components_of, require_component
 from lorac.ir.slots.choice import UNSET, parse_choice
+from lorac.kinds import expect
 from lorac.runtime.components import Traits
 from lorac.runtime.generation.asked import Asked, refused
 from lorac.runtime.generation.hosts import Hosted, refuse_prefixes
 from lorac.runtime.generation.joining import Joined, alike, taken
+from lorac.runtime.generation.prefixes import Prefixes
 from lorac.runtime.generation.prompts import CACHE, IDS, MASK, Prompts, main_input
 from lorac.runtime.rows import batch_size, check_rows
 
@@ -47,7 +49,11 @@ def generate(
         )
     if traits.generation is not None:
         _require_transformers()
+    if prefixes is not None:
+        expect(prefixes, Prefixes, "prefixes=", next_step="give a lorac.Prefixes(), the same one at each call")
     call = _Call.over(compiled, graph, traits, told) if host is None else _Call.by(host, compiled, graph, traits, told)
+    if draft is not UNSET:
+        call = replace(call, asked=call.asked.guessing())
     with torch.no_grad():
         return call.answered(adapters, seed, draft, prefixes)
 
@@ -87,12 +93,13 @@ class _Call:
             compiled.engine.refuse_cache()
         if keeps.encodes:
             return cls._behind(keeps.encodes, compiled, graph, traits, given)
-        asked = Asked(_with_ids(given), traits.generation or {})
+        asked = Asked(_by_name(given), traits.generation or {})
         asked.refuse_unknown((IDS, MASK, CACHE), hosted=False)
         asked.refuse_inner()
+        asked.check_kinds()
         asked = asked.having(_tokenizer(compiled, asked))
         if IDS not in asked.told:
-            raise InputMismatch("there is no prompt", next_step="give input_ids=, such as a tokenizer makes")
+            raise _no_prompt()
         prompts = Prompts.of(asked.told[IDS], asked.told.get(MASK), asked.pad, asked.ends)
         return cls(compiled=compiled, graph=graph, traits=traits, asked=asked, prompts=prompts)
 
@@ -102,12 +109,13 @@ class _Call:
     ) -> _Call:
         """A call that goes over a cache behind an encoder, checked."""
         main, text = main_input(encodes), (DECODER_IDS, f"decoder_{MASK}")
-        told = {main if name == "inputs" else name: value for name, value in given.items()}
+        told = _by_name(given, main)
         as_numpy = isinstance(told.get(main), np.ndarray)
         told = {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in told.items()}
         asked = Asked(told, traits.generation or {})
         asked.refuse_unknown((*encodes, *text, *_own_options(traits)), hosted=False)
         asked.refuse_inner()
+        asked.check_kinds()
         asked = asked.having(_tokenizer(compiled, asked))
         if main not in asked.told:
             raise InputMismatch("there is nothing to encode", next_step=f"give {main}=, such as a processor makes")
@@ -125,12 +133,15 @@ class _Call:
     def by(cls, host: Any, compiled: Any, graph: str, traits: Traits, given: Mapping[str, Any]) -> _Call:
         """A call of the host's own generation, checked as far as that is transformers'."""
         decodes = traits.generation is not None and not traits.settings.get("is_encoder_decoder")
-        asked = Asked(_with_ids(given) if decodes else dict(given), traits.generation or {})
+        asked = Asked(_by_name(given) if decodes else dict(given), traits.generation or {})
         if traits.generation is not None:
             asked.refuse_unknown(_inputs(host), hosted=True)
+            asked.check_kinds()
             asked = asked.having(_tokenizer(compiled, asked))
         ids, prompts = asked.told.get(IDS), None
-        in_rows = not isinstance(ids, torch.Tensor) or ids.dim() == 2  # several codes a token are the host's business
+        if decodes and not any(isinstance(value, torch.Tensor | np.ndarray) for value in asked.told.values()):
+            raise _no_prompt()
+        in_rows = not isinstance(ids, torch.Tensor) or ids.dim() <= 2  # several codes a token are the host's business
         if decodes and IDS in asked.told and in_rows:
             prompts = Prompts.of(ids, asked.told.get(MASK), asked.pad, asked.ends)
         return cls(compiled=compiled, graph=graph, traits=traits, asked=asked, prompts=prompts)
@@ -139,9 +150,8 @@ class _Call:
         """What the call answers: rows of one kind by one run each, put together in the order of the batch."""
         rows = batch_size((), self.asked.told)
         seeds, choices = _seeds(seed, rows), self._choices(adapters, rows)
-        apart = draft is not UNSET or self.asked.drafts
         split = isinstance(seeds, list) and not (self.asked.drawn and self._driven)
-        groups = alike([(choices and choices[row], (split or apart) and row) for row in range(rows)])
+        groups = alike([(choices and choices[row], (split or self.asked.drafts) and row) for row in range(rows)])
         if len(groups) == 1:
             return self._as_given(self.run(adapters if choices is None else _spec(choices[0]), seeds, draft, prefixes))
         self._refuse_parts(groups)
@@ -174,7 +184,7 @@ class _Call:
                 )
 
     def _part(self, rows: Sequence[int], total: int) -> _Call:
-        asked = Asked(taken(self.asked.told, rows, total), self.asked.defaults)
+        asked = replace(self.asked, told=taken(self.asked.told, rows, total))
         prompts = None if self.prompts is None else self.prompts.rows(rows)
         return replace(self, asked=asked, prompts=prompts)
 
@@ -193,7 +203,7 @@ class _Call:
         """Some rows with one choice of adapters, in one call (invariant 7)."""
         told, prompts = dict(self.asked.told), self.prompts
         if prompts is not None:
-            prompts = prompts.trimmed() if self.asked.drafts or draft is not UNSET else prompts
+            prompts = prompts.trimmed() if self.asked.drafts else prompts
             told = {name: prompts.arranged(value) for name, value in told.items()}
             mask = torch.ones_like(prompts.ids) if prompts.mask is None else prompts.mask
             told |= dict(zip(self.text, (prompts.ids, mask), strict=True))
@@ -252,9 +262,19 @@ def _host(compiled: Any, graph: str) -> Any:
     return None if module is None else components_of(module)[graph]
 
 
-def _with_ids(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What was given, with ids by their name."""
-    return {IDS if name == "inputs" else name: value for name, value in given.items()}
+def _no_prompt() -> InputMismatch:
+    return InputMismatch("there is no prompt", next_step="give input_ids=, such as a tokenizer makes")
+
+
+def _by_name(given: Mapping[str, Any], main: str = IDS) -> dict[str, Any]:
+    """What was given, with the first argument by its name.
+
+    Raises:
+        InputMismatch: it is given by its name, too.
+    """
+    if given.get("inputs") is not None and given.get(main) is not None:
+        raise InputMismatch(f"{main}= is given twice: it is the first argument too", next_step="leave one of them out")
+    return {main if name == "inputs" else name: value for name, value in given.items()}
 
 
 def _inputs(host: Any) -> list[str]:
@@ -307,12 +327,23 @@ def _tokenizer(compiled: Any, asked: Asked) -> dict[str, Any]:
 def _seeds(seed: Any, rows: int) -> Seeds:
     """A seed for all rows, or one for each."""
     if seed is None or isinstance(seed, Integral):
-        return None if seed is None else int(seed)
+        return None if seed is None else _seed(seed)
     if not isinstance(seed, Sequence) or not all(isinstance(one, Integral) for one in seed):
         raise WrongType(f"seed= is {short(seed)}", next_step="give a whole number, or one per row")
     if len(seed) != rows:
         raise InputMismatch(f"{len(seed)} seeds for {rows} rows", next_step="give one per row, or one for all")
-    return list(map(int, seed))
+    return [_seed(one) for one in seed]
+
+
+def _seed(value: Any) -> int:
+    """A seed as torch takes it.
+
+    Raises:
+        InputMismatch: it has more than 64 bits.
+    """
+    if not -(1 << 63) <= value < 1 << 64:
+        raise InputMismatch(f"the seed {value} has more than 64 bits", next_step="give a smaller one")
+    return int(value)
 
 
 def _spec(choice: Any) -> Any:

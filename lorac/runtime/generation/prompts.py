@@ -125,8 +125,10 @@ class Prompts:
 
 def _batch(value: Any, name: str) -> Tensor:
     tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-    fractions = name == "input_ids" and isinstance(tensor, Tensor) and tensor.is_floating_point()
-    if not isinstance(tensor, Tensor) or tensor.dim() != 2 or fractions:
+    wrong = not isinstance(tensor, Tensor) or (
+        name == "input_ids" and (tensor.is_floating_point() or tensor.dtype == torch.bool)
+    )
+    if wrong or tensor.dim() != 2:
         shown = f"{tuple(tensor.shape)} of {tensor.dtype}" if isinstance(tensor, Tensor) else short(value)
         raise WrongType(
             f"{name}= is no batch of tokens: {shown}",

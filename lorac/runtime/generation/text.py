@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +26,8 @@ class Text:
 
     Attributes:
         ceiling: the longest that a row may become.
+        rows: the tokens of each row, once a call that answers with them has ended.
+        engine: what computed them.
     """
 
     is_compileable = False
@@ -32,6 +36,8 @@ class Text:
     def __init__(self, cache: Cache, piece: int | None = None) -> None:
         self.cache, self.piece = cache, piece
         self.ceiling = cache.capacity
+        self.rows: Sequence[Tensor] | None = None
+        self.engine: weakref.ref[Any] | None = None
 
     @staticmethod
     def room(longest: int, new: int) -> int:

@@ -129,6 +129,18 @@ def test_a_cache_that_an_answer_gives_goes_on_with_its_text(model: Any) -> None:
     assert answer.cache.cache.lengths == held
 
 
+def test_a_cache_of_another_text_or_model_is_refused(model: Any) -> None:
+    answer = model.generate(prompts()[0][None], **GREEDY, return_dict_in_generate=True)
+    told = _longer(answer.sequences)
+    other = told.clone()
+    other[0, 3] = 3 if told[0, 3] != 3 else 4
+    with pytest.raises(lorac.InputMismatch, match="row 0 does not begin with what the cache holds of it"):
+        model.generate(other, **GREEDY, cache=answer.cache)
+    with pytest.raises(lorac.InputMismatch, match="what another model computed"):
+        over(compiled("llama")).generate(told, **GREEDY, cache=answer.cache)
+    assert torch.equal(model.generate(told, **GREEDY, cache=answer.cache), model.generate(told, **GREEDY))
+
+
 # ── One call ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 class _Swapping:
     """A criterion that has another thread swap once, after the first token."""

@@ -182,6 +182,22 @@ def test_a_draft_changes_no_token(draft: Any, model: Any) -> None:
     assert model.active == {"default": 1.0}
 
 
+def test_what_is_drawn_beside_a_draft_comes_from_the_seed(model: Any) -> None:
+    row = prompts()[0][None]
+    told = {"max_new_tokens": NEW, "do_sample": True, "draft": {"default": 0.5}}
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = model.generate(row, seed=5, **told)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert torch.equal(model.generate(row, seed=5, **told), first)
+    others = [model.generate(row, seed=seed, **told) for seed in (6, 7, 8)]
+    assert not all(other.shape == first.shape and torch.equal(other, first) for other in others)
+    batch = padded(prompts(), "left")
+    whole = model.generate(**batch, seed=[5, 6, 7, 8], **told)
+    assert torch.equal(whole[0, : first.shape[1]], first[0])
+
+
 def test_transformers_assistants_are_taken(model: Any) -> None:
     import transformers
 

@@ -77,3 +77,36 @@ def test_positions_end() -> None:
     assert made.generate(row, max_new_tokens=56, do_sample=False, eos_token_id=None).shape[1] == 65
     with pytest.raises(lorac.InputMismatch, match="more than the model has positions for: 64"):
         made.generate(row, max_new_tokens=57)
+
+
+@pytest.fixture(scope="module")
+def small() -> Any:
+    """A model with few positions, and its table of angles."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, max_position_embeddings=64)
+    return lorac.compile(transformers.LlamaForCausalLM(config).eval(), target="onnxruntime", cache=True)
+
+
+def test_what_pads_a_row_lies_behind_no_table(small: Any) -> None:
+    """One row is known up to its last token, and the other brings more than there are positions left in the first."""
+    rows, prefixes = prompts(0, (60, 40)), lorac.Prefixes()
+    small.generate(rows[0][None], **GREEDY | {"max_new_tokens": 2}, prefixes=prefixes, eos_token_id=None)
+    told = {**padded(rows, "right"), "max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(small.generate(**told, prefixes=prefixes), small.generate(**told))
+
+
+def test_a_row_without_a_token_beside_others(small: Any) -> None:
+    ids, mask = torch.full((2, 3), 5), torch.tensor([[0, 0, 0], [1, 1, 1]])
+    answer = small(input_ids=ids, attention_mask=mask).logits
+    assert torch.equal(answer[1], small(input_ids=ids).logits[1])
+    assert not answer[0].any()
+
+
+def test_a_call_ends_where_positions_do(small: Any) -> None:
+    ids = torch.full((1, 65), 5)
+    assert small(input_ids=ids[:, 1:]).logits.shape == (1, 64, 96)
+    with pytest.raises(lorac.InputMismatch, match="65 tokens are more than the model has positions for: 64"):
+        small(input_ids=ids)
