@@ -5,7 +5,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Iterator
+import gc
+from collections.abc import Generator, Iterator
 
 import pytest
 import torch
@@ -15,17 +16,45 @@ from tests import zoo
 pytest.register_assert_rewrite("tests.parity", "tests.peft_files")
 
 
+BETWEEN_COLLECTIONS = 10_000
+"""New objects before Python looks for cycles: its own 700 come and go with a few nodes of a graph."""
+_known: dict[str, object] = {}
+"""The shared models as the last test left them."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Python's collector rests while tests are collected, and leaves alone for good what is there then.
+
+    Libraries, test modules and ten thousand items live as long as the session: looking through them for cycles time
+    and again finds nothing.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(BETWEEN_COLLECTIONS)
+        gc.enable()
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    torch.manual_seed(0)
+    """As torch.manual_seed(0), which notes the stack of each call where no GPU has been used yet."""
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(0)
 
 
 @pytest.fixture(autouse=True)
 def _shared_models_untouched() -> Iterator[None]:
-    """The zoo's models live as long as the session, so no test may change one."""
-    before = {name: zoo.fingerprint(model) for name, model in zoo.built.items()}
+    """The zoo's models live as long as the session, so no test, and nothing made for one, may change one."""
     yield
-    changed = [name for name, mark in before.items() if zoo.fingerprint(zoo.built[name]) != mark]
+    now = {name: zoo.fingerprint(model) for name, model in zoo.built.items()}
+    changed = [name for name, mark in now.items() if _known.get(name, mark) != mark]
+    _known.clear()
+    _known.update(now)
     for name in changed:
-        del zoo.built[name]  # the tests that follow get a fresh one
+        del zoo.built[name], _known[name]  # the tests that follow get a fresh one
     assert not changed, f"the test changed shared models: {changed}; use ZOO[name].fresh()"

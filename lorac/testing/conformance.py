@@ -65,22 +65,20 @@ def conformance(
     for index, sample in enumerate(samples(variant, **fields)):
         found.append(Check(f"{label(sample)}-admitted", _somewhere(sample, hosts.values())))
         for host in hosts.values():
-            case = Case(sample, host, equations)
-            run = _eager(sample, host) | (_targets(sample, host, targets) if index == 0 else {})
+            case, admitted = Case(sample, host, equations), host.admits(sample)
+            run = _eager(host, admitted) | (_targets(host, targets) if index == 0 and admitted else {})
             title = f"{label(sample)}-{host.name}"
             found += [Check(f"{title}-{name}", _bound(check, case)) for name, check in run.items()]
     return found
 
 
-def _eager(sample: Variant, host: Host) -> dict[str, Callable[[Case], None]]:
-    if not host.admits(sample):
+def _eager(host: Host, admitted: bool) -> dict[str, Callable[[Case], None]]:
+    if not admitted:
         return {} if host.several else {"refused": checks.refused}
     return dict(several.CHECKS if host.several else checks.CHECKS)
 
 
-def _targets(sample: Variant, host: Host, targets: Iterable[str]) -> dict[str, Callable[[Case], None]]:
-    if not host.admits(sample):
-        return {}
+def _targets(host: Host, targets: Iterable[str]) -> dict[str, Callable[[Case], None]]:
     found = several.TARGET_CHECKS if host.several else emitted.CHECKS
     return {
         f"{target}-{name}": lambda case, target=target, check=check: check(case, target)  # type: ignore[misc]  # the defaults bind the loop's values

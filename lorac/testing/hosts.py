@@ -89,9 +89,8 @@ class Host:
     @functools.cached_property
     def sites(self) -> Mapping[str, Site]:
         """All its sites by path; a module is one because it is named."""
-        model = self.model()
-        found = find_sites(model)
-        return {path: found[path] if path in found else module_site(path, model, found) for path in self.paths}
+        found = find_sites(self._asked)
+        return {path: found[path] if path in found else module_site(path, self._asked, found) for path in self.paths}
 
     def settled(self, variant: Variant) -> Variant:
         """A method at this host's sites, as a fresh adapter has it.
@@ -99,7 +98,7 @@ class Host:
         Raises:
             SiteError, AdapterError: it is not defined here.
         """
-        return dataclasses.replace(variant, targets=self.paths).for_model(self.model())
+        return dataclasses.replace(variant, targets=self.paths).for_model(self._asked)
 
     def admits(self, variant: Variant) -> bool:
         """Whether a method is defined here: on the sites' kind and shapes, and on what it reads besides."""
@@ -123,8 +122,12 @@ class Host:
 
     @functools.cached_property
     def _readable(self) -> Readable:
-        model = self.model()
-        return Readable.of(model, find_sites(model))
+        return Readable.of(self._asked, find_sites(self._asked))
+
+    @functools.cached_property
+    def _asked(self) -> nn.Module:
+        """The model that is only looked at: what a method says of it is asked for every configuration."""
+        return self.model()
 
     def model(self, dtype: torch.dtype = torch.float64) -> nn.Module:
         """The model, the same weights every time, in eval mode; the process's random state is left alone."""
@@ -180,7 +183,7 @@ def _attention() -> nn.Module:
 def _fixed(make: Callable[[], nn.Module], dtype: torch.dtype = torch.float64) -> Any:
     """A model, the same weights every time, in eval mode; the process's random state is left alone."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(11)
+        torch.default_generator.manual_seed(11)  # torch.manual_seed would seed GPUs too, which are not put back
         return make().to(dtype).eval()
 
 

@@ -104,6 +104,20 @@ def squeezed_where_it_is_not_one(host, x, y):
     return wide.squeeze(0).squeeze(0).squeeze(1)
 
 
+def normed(host, x, y):
+    """With a scale and without, over one axis and over two."""
+    scaled = nn.functional.rms_norm(host.down(y), (6,), torch.linspace(0.7, 1.3, 6), 1e-6)
+    return scaled + nn.functional.rms_norm(y.unflatten(-1, (2, 3)), (2, 3)).flatten(1)
+
+
+def normed_in_half(host, x, y):
+    return nn.functional.rms_norm(host.down(y).half(), (6,), torch.linspace(0.7, 1.3, 6).half(), 1e-3)
+
+
+def normed_in_double(host, x, y):
+    return nn.functional.rms_norm(host.down(y).double(), (6,)).float()
+
+
 def cut_by_a_size_of_its_input(host, x, y):
     first, last = torch.cat([host.down(y), x]).split([y.shape[0], x.shape[0]])
     return first - last
@@ -152,6 +166,9 @@ def answers(step):
         taken_from_numbers,
         squeezed_where_it_is_not_one,
         divided_by_next_to_nothing,
+        normed,
+        normed_in_half,
+        normed_in_double,
     ],
     ids=lambda step: step.__name__,
 )

@@ -7,6 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnx_ir.tensor_adapters import to_torch_dtype
 from onnxscript import opset18 as op
 
 from lorac.backends.onnx.attention import attention, cached_attention
@@ -14,6 +15,7 @@ from lorac.ir.graph import attending, ops
 
 aten = torch.ops.aten
 _MATRIX = 2
+_WIDE = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
 
 
 def split_with_sizes(x: Any, sizes: Sequence[Any], dim: int = 0) -> Any:
@@ -60,6 +62,26 @@ def conv3d(
     return op.Conv(x, weight, bias, strides=list(stride), pads=pads, dilations=list(dilation), group=groups)
 
 
+def rms_norm(x: Any, sizes: Sequence[Any], weight: Any = None, eps: float | None = None) -> Any:
+    """The ops that torch decomposes it into, half precision computed in float32; torch's exporter has none for it."""
+    wide = x.dtype if x.dtype in _WIDE else ir.DataType.FLOAT
+    y = _cast(x, wide)
+    axes: Any = op.Constant(value_ints=list(range(-len(sizes), 0)))
+    eps = torch.finfo(to_torch_dtype(wide)).eps if eps is None else eps
+    mean: Any = op.ReduceMean(op.Pow(y, _scalar(2.0, wide)), axes, keepdims=1)
+    y = op.Mul(y, op.Reciprocal(op.Sqrt(op.Add(mean, _scalar(eps, wide)))))
+    return _cast(y if weight is None else op.Mul(y, _cast(weight, wide)), x.dtype)
+
+
+def _cast(x: Any, dtype: ir.DataType) -> Any:
+    return x if x.dtype == dtype else op.Cast(x, to=dtype)
+
+
+def _scalar(number: float, dtype: ir.DataType) -> Any:
+    held: Any = ir.tensor(number, dtype)
+    return op.Constant(value=held)
+
+
 def positions(ids: Any) -> Any:
     """``Range`` along the last axis, in every row."""
     zero, one = _number(0), _number(1)
@@ -82,6 +104,7 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     ops.LINEAR: linear,
     ops.MATMUL: matmul,
     aten.conv3d.default: conv3d,
+    aten.rms_norm.default: rms_norm,
     aten.scaled_dot_product_attention.default: attention,
     attending.POSITIONS: positions,
     attending.ROWS: rows,
