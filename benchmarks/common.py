@@ -197,9 +197,8 @@ def llama(given: argparse.Namespace) -> Any:
 
     torch.manual_seed(0)
     sizes = {**LLAMAS[given.model], "num_hidden_layers": given.layers}
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**sizes, tie_word_embeddings=True, use_cache=False)
-    ).eval()
+    config = transformers.LlamaConfig(**sizes, tie_word_embeddings=True, use_cache=False)
+    return transformers.LlamaForCausalLM(config).eval()
 
 
 def host(given: argparse.Namespace) -> Any:
@@ -238,8 +237,7 @@ def save_peft(folder: Path, given: argparse.Namespace) -> None:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=given.rank, lora_alpha=given.rank, target_modules="all-linear")
-    wrapped = get_peft_model(host(given), config)
+    wrapped = get_peft_model(host(given), LoraConfig(r=given.rank, lora_alpha=given.rank, target_modules="all-linear"))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in (one for one in wrapped.parameters() if one.requires_grad):
@@ -305,11 +303,10 @@ def plain_export(model: Any, path: Path) -> None:
 
     inputs = {"input_ids": torch.ones(2, 7, dtype=torch.int64), "attention_mask": torch.ones(2, 7, dtype=torch.int64)}
     free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
-    config = OnnxConfig(dynamic_shapes=dict.fromkeys(inputs, free))
     # torch prints its steps unless it is told not to, and transformers has no way to tell it.
     silent = functools.partial(torch.onnx.export, verbose=False)
     with mock.patch.object(torch.onnx, "export", silent):
-        program = OnnxExporter().export(model, inputs, config).program
+        program = OnnxExporter().export(model, inputs, OnnxConfig(dynamic_shapes=dict.fromkeys(inputs, free))).program
     onnx_ir.save(program, path, external_data=f"{path.name}.data")
 
 

@@ -43,7 +43,7 @@ def llama() -> lorac.Compiled:
 
 def vit() -> lorac.Compiled:
     """Torchvision's ViT of twelve layers: its attention reads its weights itself, so that they are bound."""
-    import torchvision  # type: ignore[import-untyped]
+    import torchvision  # type: ignore[import-untyped]  # published without types
 
     model = torchvision.models.VisionTransformer(32, 8, 12, 4, 48, 96, num_classes=10).eval()
     adapters = {"birds": lorac.LoRA(r=4, targets="all-linear"), "stones": lorac.LoHa(r=2, targets=["mlp.0"])}

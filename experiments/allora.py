@@ -74,7 +74,7 @@ def side(eta2: float | None) -> Callable[..., Losses]:
         model = host()
         half = len(source()) // 2
         held = _rows(source()[half:], torch.Generator().manual_seed(12345))
-        compiled: Any = lorac.compile(model, {"a": lorac.LoRA(r=R, alpha=R, targets=TARGETS)}).train()  # type: ignore[attr-defined]
+        compiled: Any = lorac.compile(model, {"a": lorac.LoRA(r=R, alpha=R, targets=TARGETS)}).train()  # type: ignore[attr-defined]  # train() is nn.Module's
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for own in compiled.adapters["a"].tensors.values():

@@ -123,8 +123,8 @@ class Writer:
         told = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
         settings = dict(self.settings)
         keeps = self.compiled.engine.keeps(MAIN)
-        if keeps is not None and not keeps.encodes and keeps.limit is not None:
-            left = keeps.limit + 1 - int(told["input_ids"].shape[1])
+        left = None if keeps is None or keeps.encodes else keeps.after(int(told["input_ids"].shape[1]))
+        if left is not None:
             settings["max_new_tokens"] = min(settings["max_new_tokens"], max(left, 1))
         self.compiled.generate(**told, **settings, streamer=shown)
 

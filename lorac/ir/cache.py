@@ -30,6 +30,10 @@ class Keeps:
     vocabulary: int
     encodes: tuple[str, ...] = ()
 
+    def after(self, count: int) -> int | None:
+        """How many tokens may follow a text of so many, the last of which nothing reads; None for any number."""
+        return None if self.limit is None else self.limit + 1 - count
+
 
 class Cache(ABC):
     """Keys and values of the rows of a batch; an engine makes it (``Engine.new_cache``). One thread uses it at a time.

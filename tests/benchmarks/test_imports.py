@@ -2,7 +2,7 @@
 
 import importlib
 import sys
-import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,11 +11,13 @@ from benchmarks._imports import Imports
 
 @pytest.fixture
 def modules(tmp_path, monkeypatch):
-    """Two modules that are loaded for 0.1 s each, the first of which loads the second."""
-    (tmp_path / "loaded_first.py").write_text("import time\nimport loaded_second\ntime.sleep(0.1)\n")
-    (tmp_path / "loaded_second.py").write_text("import time\ntime.sleep(0.1)\n")
+    """Two modules, the first of which loads the second, and a clock that stands still but for a second in each."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setitem(sys.modules, "a_clock", clock)
+    (tmp_path / "loaded_first.py").write_text("import a_clock\nimport loaded_second\na_clock.now += 1\n")
+    (tmp_path / "loaded_second.py").write_text("import a_clock\na_clock.now += 1\n")
     monkeypatch.syspath_prepend(tmp_path)
-    yield
+    yield clock
     for name in ("loaded_first", "loaded_second"):
         sys.modules.pop(name, None)
 
@@ -30,21 +32,19 @@ def load_by_call():
 
 @pytest.mark.parametrize("load", [load_by_statement, load_by_call])
 def test_modules_are_counted_once_however_they_are_loaded(modules, load):
-    imports, own = Imports(time.perf_counter), __import__
+    imports, own = Imports(lambda: modules.now), __import__
     with imports.counted():
         load()
-        found = imports.seconds
-        time.sleep(0.05)
+        modules.now += 5
         load()
-    assert 0.2 <= found < 0.4
-    assert imports.seconds == found
+    assert imports.seconds == 2
     assert __import__ is own
 
 
 def test_a_module_that_fails_to_load_does_not_hide_those_behind_it(modules):
-    imports = Imports(time.perf_counter)
+    imports = Imports(lambda: modules.now)
     with imports.counted():
         with pytest.raises(ImportError):
             importlib.import_module("loaded_never")
         load_by_call()
-    assert imports.seconds >= 0.2
+    assert imports.seconds == 2

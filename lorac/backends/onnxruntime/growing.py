@@ -198,7 +198,7 @@ def extend(
         return torch.zeros(*wanted.shape, layout.keeps.vocabulary, dtype=dtype)
     logits = torch.empty(rows, wanted.shape[1] if layout.picks else length, layout.keeps.vocabulary, dtype=dtype)
     # The kernel takes a row that holds and brings nothing for one that holds a token.
-    cache.admit(max(1, *cache.lengths) + length if 0 in counts else max(cache.lengths) + length)
+    cache.admit(max(int(0 in counts), *cache.lengths) + length)
     given = {
         layout.text: extension.ids[:, :length].to(torch.int64).contiguous(),
         PAST: torch.tensor(cache.lengths, dtype=torch.int32),

@@ -131,15 +131,15 @@ class Driver(GenerationMixin, ABC):
         Raises:
             InputMismatch: that is longer than the model's positions go.
         """
-        mask, limit = model_kwargs.get(self.mask_name), self.run.keeps.limit
+        mask, keeps = model_kwargs.get(self.mask_name), self.run.keeps
         width = self._width(model_kwargs, generation_config)
         count = width if mask is None else int(mask.sum(1).max())
-        new = longest + 1 - width
-        if limit is not None and count + new - 1 > limit:
-            left = f"max_new_tokens={limit + 1 - count} or less, or a shorter prompt"
+        new, left = longest + 1 - width, keeps.after(count)
+        if left is not None and new > left:
+            fewer = f"max_new_tokens={left} or less, or a shorter prompt"
             raise InputMismatch(
-                f"{count} tokens and {new} new ones are more than the model has positions for: {limit}",
-                next_step=f"give {left if count <= limit else f'a prompt of {limit} tokens or less'}",
+                f"{count} tokens and {new} new ones are more than the model has positions for: {keeps.limit}",
+                next_step=f"give {fewer if left > 0 else f'a prompt of {keeps.limit} tokens or less'}",
             )
         if model_kwargs.get("cache") is None:
             model_kwargs["cache"] = self._begun(rows, Text.room(count, new))

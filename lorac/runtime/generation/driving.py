@@ -109,8 +109,8 @@ class Driven:
     def _note(self, text: Text, answer: Any) -> None:
         """Have a cache that an answer brings say what it holds; of beams it has the rows as these were last."""
         text.engine = weakref.ref(self.engine)
-        told = self.prompts is not None and self.asked.beams == 1
-        text.rows = _left(self.prompts, answer, text.cache, beams=1) if told and self.prompts is not None else None
+        prompts = self.prompts if self.asked.beams == 1 else None
+        text.rows = None if prompts is None else _left(prompts, answer, text.cache, beams=1)
 
     def _keep(self, prefixes: Prefixes, key: Key, cache: Cache, answer: Any) -> None:
         """Keep what a run left in its cache; in one of its own where the caller has that."""
