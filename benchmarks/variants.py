@@ -75,11 +75,13 @@ def _peft(adapter: Any, folder: Path, given: argparse.Namespace, model: Any) -> 
     from peft import PeftModel
 
     import lorac
-    from lorac.errors import UnsupportedField
+    from lorac.errors import FormatError
 
     try:
         lorac.save_adapter(adapter, folder, format="peft", model=model)
-    except UnsupportedField:
+    except FormatError as error:
+        if error.code != "unsupported_field":
+            raise
         return {}
     return {
         "PEFT base": _layers(given),

@@ -19,28 +19,30 @@ Made by `make docs` from `tests/test_mistakes.py`, which makes every one of thes
 suggest; `make check` fails where the two differ.
 
 An error of lorac's says what is wrong and where, then the nearest valid choice where there is one, then the next step.
-Look for the words of yours; the list is by the kind of error, as in the [reference](reference/errors.md). Whatever is
-refused has changed nothing.
+Look for the words of yours; the list is by the code of the error (`error.code`), as in the
+[reference](reference/errors.md). Whatever is refused has changed nothing.
 """
-_ENTRY = re.compile(r"^# (?P<done>.+)\n(?P<said>lorac\.(?P<kind>\w+): (?:.+\n)+)", re.MULTILINE)
+_ENTRY = re.compile(r"^# (?P<done>.+)\n(?P<said>lorac\.(?P<kind>\w+) \[(?P<code>\w+)\]: (?:.+\n)+)", re.MULTILINE)
 
 
 def page() -> str:
     """The whole page."""
-    by_kind = defaultdict(list)
+    by_code = defaultdict(list)
     for entry in _ENTRY.finditer(MISTAKES.read_text(encoding="utf-8")):
-        by_kind[entry["kind"]].append((entry["done"], entry["said"]))
+        by_code[entry["kind"], entry["code"]].append((entry["done"], entry["said"]))
     lines = [HEAD]
-    for kind in sorted(by_kind):
-        lines += [f"## {kind}", "", _meaning(kind), ""]
-        for done, said in by_kind[kind]:
+    for kind, code in sorted(by_code):
+        lines += [f"## {code}", "", _meaning(kind, code), ""]
+        for done, said in by_code[kind, code]:
             lines += [f"**{done[0].upper()}{done[1:]}**", "", "```text", *said.splitlines(), "```", ""]
     return "\n".join(lines)
 
 
-def _meaning(kind: str) -> str:
-    """The first line of an error's docstring."""
-    return (getattr(lorac.errors, kind).__doc__ or "").partition("\n")[0]
+def _meaning(kind: str, code: str) -> str:
+    """Return what a code of an error class means."""
+    error = getattr(lorac.errors, kind)
+    meaning = error.codes.get(code) or (error.__doc__ or "").partition("\n")[0].rstrip(".")
+    return f"`{kind}`: {meaning[0].lower()}{meaning[1:]}."
 
 
 if __name__ == "__main__":

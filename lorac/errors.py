@@ -1,127 +1,90 @@
-"""Every error lorac raises on purpose.
+"""Errors that lorac raises on purpose.
+
+Every error is a ``LoracError`` with a message of one or two sentences, the nearest valid choice where there is one, the
+next step, and a stable ``code``. A class exists where a caller would catch it apart; the code tells its cases apart.
 
     LoracError
-    ├── SiteError
-    │   ├── SiteNotFound          a pattern, or a tensor's path, names no site
-    │   ├── SiteUnsupported       the method cannot adapt this kind of site
-    │   └── SiteUnreached         the site exists, but no captured graph calls it
-    ├── AdapterError
-    │   ├── AdapterNotFound       an unknown or removed adapter name
-    │   ├── AdapterExists         the name is taken
-    │   ├── ShapeMismatch         a tensor's shape does not fit its site
-    │   ├── NonFinite             NaN or infinity in a tensor or a hyper-parameter
-    │   ├── WrongDtype            numbers of another kind than the method takes
-    │   ├── WrongIndex            positions outside the weight, or given twice
-    │   ├── FormulaFailed         a method's formula raises, writes into its arguments or answers something else
-    │   ├── UnknownMethod         a method whose class is not imported here
-    │   ├── BaseMismatch          the adapter was made for other base weights
-    │   ├── BaseNeeded            the operation needs the base weights
-    │   └── BatchesNeeded         the operation needs data, with a loss or enough of it
-    ├── FormatError
-    │   ├── CorruptFile           truncated or lying headers
-    │   ├── UnknownFormat         no format recognises the file
-    │   ├── UnknownField          a configuration field or type lorac does not know
-    │   ├── UnsupportedField      a known field whose value changes the result in a way lorac lacks
-    │   ├── UnusedTensors         tensors that no rule of the format accounts for
-    │   ├── PatternTooSlow        a pattern from a file that backtracks, or compiles, without end
-    │   ├── OverBudget            more time or memory than reading one file may take
-    │   └── Unreadable            the system does not give the file, or take it: missing, forbidden, full
-    ├── CompileError
-    │   ├── CaptureFailed         the model cannot be copied or traced, or its weights are no constants
-    │   ├── CaptureDiffers        torch.export gave another program than the model
-    │   ├── ExampleInputsNeeded   example inputs cannot be made from the model, or the model does not take those given
-    │   ├── UnknownOption         an option the target does not have
-    │   ├── NotMergeable          a term that has no weight form was to be fused or baked
-    │   ├── WrongLevel            a pass was to run on a graph at another level than it reads
-    │   ├── VerificationFailed    a graph breaks a rule of its level
-    │   └── SelfTestFailed        a slot was folded, copied, exchanged or bypassed
-    ├── RuntimeFailure
-    │   ├── NeedsRecompile        the adapter does not fit what was reserved
-    │   ├── ChoiceError           a choice of adapters that makes no sense (rows, strengths)
-    │   ├── InputMismatch         an input of a size, or a value, that the program was not captured for
-    │   └── Unavailable           the target cannot do this at all
-    │       └── EagerOnly         what training needs, and only target="eager" has (an AttributeError too)
-    ├── ArtifactError             a saved artefact is damaged, unsafe or of another version
-    ├── WrongType                 an argument, or a hyper-parameter, is of another kind than is taken (a TypeError too)
+    ├── SiteError                 where an adapter goes: unknown, unsupported or never called
+    ├── AdapterError              an adapter's own tensors, formula or base
+    │   ├── AdapterNotFound       no adapter has the name
+    │   ├── UnknownMethod         the class of a method is not imported
+    │   └── BaseNeeded            the operation needs the base weights
+    ├── FormatError               an adapter file
+    ├── CompileError              a compilation stops
+    │   ├── CaptureError          torch.export cannot capture the model, or captures another program
+    │   ├── ExampleInputsNeeded   example inputs cannot be made, or do not fit the model
+    │   └── OptionError           an option, mode or target that does not exist
+    ├── NeedsRecompile            the adapter does not fit what was reserved
+    ├── ChoiceError               a choice of adapters that makes no sense
+    ├── InputMismatch             an input that the program was not captured for
+    ├── Unavailable               the target cannot do this at all
+    │   └── EagerOnly             an attribute that only target="eager" has (also an AttributeError)
+    ├── ArtifactError             a saved artifact is damaged, unsafe or of another version
+    ├── WrongType                 an argument of the wrong type (also a TypeError)
     └── MissingExtra              an optional library is not installed
 
-Each message says what, where, the nearest valid choice and the next step. What is no error, but must not pass in
-silence, is a ``LoracWarning``.
+A ``LoracWarning`` tells what is not an error but must not pass in silence.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 __all__ = [
     "AdapterError",
-    "AdapterExists",
     "AdapterNotFound",
     "ArtifactError",
-    "BaseMismatch",
     "BaseNeeded",
-    "BatchesNeeded",
-    "CaptureDiffers",
-    "CaptureFailed",
+    "CaptureError",
     "ChoiceError",
     "CompileError",
-    "CorruptFile",
     "EagerOnly",
     "ExampleInputsNeeded",
     "FormatError",
-    "FormulaFailed",
     "InputMismatch",
     "LoracError",
     "LoracWarning",
     "MissingExtra",
     "NeedsRecompile",
-    "NonFinite",
-    "NotMergeable",
-    "OverBudget",
-    "PatternTooSlow",
-    "RuntimeFailure",
-    "SelfTestFailed",
-    "ShapeMismatch",
+    "OptionError",
     "SiteError",
-    "SiteNotFound",
-    "SiteUnreached",
-    "SiteUnsupported",
     "Unavailable",
-    "UnknownField",
-    "UnknownFormat",
     "UnknownMethod",
-    "UnknownOption",
-    "Unreadable",
-    "UnsupportedField",
-    "UnusedTensors",
-    "VerificationFailed",
-    "WrongDtype",
-    "WrongIndex",
-    "WrongLevel",
     "WrongType",
 ]
 
 
 class LoracError(Exception):
-    """Base of every error lorac raises on purpose.
+    """Base of every error that lorac raises on purpose.
 
     Args:
-        what: what went wrong and where, one line.
+        what: what went wrong and where, in one line.
         nearest: the nearest valid choice, if there is one.
-        next_step: what to do about it; default: what there is to do about every error of its class.
+        next_step: what to do about it; default: the usual next step of the code.
+        code: which case of the class it is; default: the class's own name in snake case.
+
+    Attributes:
+        code: stable across versions, to be compared by callers.
     """
 
-    usual: ClassVar[str | None] = None
-    """What there is to do about every error of the class, where that is one thing."""
+    codes: ClassVar[Mapping[str, str]] = {}
+    """The codes of the class, each with what it means."""
+    usual_steps: ClassVar[Mapping[str, str]] = {}
+    """Code -> the next step of every such error, where it is always the same."""
 
-    def __init__(self, what: str, *, nearest: str | None = None, next_step: str | None = None) -> None:
+    def __init__(
+        self, what: str, *, nearest: str | None = None, next_step: str | None = None, code: str | None = None
+    ) -> None:
+        self.code = code or _snake_case(type(self).__name__)
+        assert code is None or code in self.codes, f"{type(self).__name__} has no code '{code}'"
         self.what = what
         self.nearest = nearest
-        self.next_step = next_step or self.usual
+        self.next_step = next_step or self.usual_steps.get(self.code)
         lines = [what]
         if nearest:
             lines.append(f"  nearest: {nearest}")
@@ -130,169 +93,108 @@ class LoracError(Exception):
         super().__init__("\n".join(lines))
 
 
+def _snake_case(name: str) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+
+
 class SiteError(LoracError):
-    """Something about where an adapter goes."""
+    """An adapter's place in the model is unknown, unsupported, or never called."""
 
-
-class SiteNotFound(SiteError):
-    """A pattern, or a tensor's path, names no site of the model."""
-
-
-class SiteUnsupported(SiteError):
-    """The method cannot adapt this kind of site."""
-
-
-class SiteUnreached(SiteError):
-    """The site exists, but no captured graph calls it."""
+    codes: ClassVar[Mapping[str, str]] = {
+        "site_not_found": "a pattern, or a tensor's path, names no site of the model",
+        "site_unsupported": "the method cannot adapt this kind of site",
+        "site_unreached": "the site exists, but no captured graph calls it",
+    }
 
 
 class AdapterError(LoracError):
-    """Something about an adapter itself."""
+    """An adapter's tensors, formula or base weights are wrong."""
+
+    codes: ClassVar[Mapping[str, str]] = {
+        "adapter_exists": "the name is taken",
+        "shape_mismatch": "a tensor's shape does not fit its site",
+        "non_finite": "a tensor or a hyper-parameter is NaN or infinite",
+        "wrong_dtype": "a tensor is complex, or whole where fractions are due, or the other way round",
+        "wrong_index": "positions lie outside the weight, or one is given twice",
+        "formula_failed": "a method's formula raises, writes into its arguments or returns something else",
+        "base_mismatch": "the adapter was made for other base weights",
+        "batches_needed": "the operation needs batches of data, with a loss or enough of them",
+    }
 
 
 class AdapterNotFound(AdapterError):
-    """An unknown or removed adapter name."""
-
-
-class AdapterExists(AdapterError):
-    """The adapter name is taken."""
-
-
-class ShapeMismatch(AdapterError):
-    """A tensor's shape does not fit its site."""
-
-
-class NonFinite(AdapterError):
-    """A tensor, or a hyper-parameter, is NaN or infinite."""
-
-
-class WrongDtype(AdapterError):
-    """A tensor's numbers are of another kind: complex, or whole where fractions are due, or the other way round."""
-
-
-class WrongIndex(AdapterError):
-    """Positions that lie outside the weight, or of which one is given twice."""
-
-
-class FormulaFailed(AdapterError):
-    """A method's formula raises, writes into its arguments, or answers no tensor like the one it changes.
-
-    The message names the method, the site and the line of the method's file.
-    """
+    """No adapter has the name, or it was removed."""
 
 
 class UnknownMethod(AdapterError):
-    """A method is known by name only, and its class is needed; the message names the module to import."""
-
-
-class BaseMismatch(AdapterError):
-    """The adapter was made for other base weights than these."""
+    """The class of a method is needed and not imported; the message names the module to import."""
 
 
 class BaseNeeded(AdapterError):
-    """The operation depends on the base weights, and no model was given."""
-
-
-class BatchesNeeded(AdapterError):
-    """The operation needs data: batches, with a loss where it needs gradients, and enough of them."""
+    """The operation needs the base weights, and no model was given."""
 
 
 class FormatError(LoracError):
-    """Something about an adapter file."""
+    """An adapter file cannot be read or written."""
 
-
-class CorruptFile(FormatError):
-    """Truncated file, or headers that do not fit its contents."""
-
-    usual = "copy or download the file again"
-
-
-class UnknownFormat(FormatError):
-    """No format recognises the file."""
-
-
-class UnknownField(FormatError):
-    """A configuration field or adapter type that lorac does not know."""
-
-
-class UnsupportedField(FormatError):
-    """A known field whose value changes the result in a way lorac does not build."""
-
-
-class UnusedTensors(FormatError):
-    """An adapter, or its file, holds tensors that no rule of its method or format accounts for."""
-
-
-class PatternTooSlow(FormatError):
-    """A pattern from a file does not finish compiling, or matching, in bounded time."""
-
-
-class OverBudget(FormatError):
-    """Reading a file takes more time or memory than one file may (``lorac.budget``)."""
-
-
-class Unreadable(FormatError):
-    """The system does not give a file, or does not take it; the message has its path and the system's reason."""
+    codes: ClassVar[Mapping[str, str]] = {
+        "corrupt_file": "the file is truncated, or its header does not fit its contents",
+        "unknown_format": "no format recognises the file",
+        "unknown_field": "lorac does not know a configuration field or adapter type",
+        "unsupported_field": "a known field has a value that lorac does not implement",
+        "unused_tensors": "no rule of the method or format accounts for some tensors",
+        "pattern_too_slow": "a pattern from the file does not compile or match in bounded time",
+        "over_budget": "reading takes more time or memory than one file may (lorac.budget)",
+        "unreadable": "the system does not give the file or take it: missing, forbidden, full",
+    }
+    usual_steps: ClassVar[Mapping[str, str]] = {"corrupt_file": "copy or download the file again"}
 
 
 class CompileError(LoracError):
-    """Something that stops a compilation."""
+    """A compilation stops."""
+
+    codes: ClassVar[Mapping[str, str]] = {
+        "not_mergeable": "a term without a weight form was to be fused or baked",
+        "wrong_level": "a pass was to run on a graph of another level than it reads",
+        "verification_failed": "a graph breaks a rule of its level",
+        "self_test_failed": "emission folded, copied, exchanged or bypassed a slot",
+    }
+    usual_steps: ClassVar[Mapping[str, str]] = {"verification_failed": "this is a bug in a pass, not in your model"}
 
 
-class CaptureFailed(CompileError):
-    """torch.export cannot trace the model, or forward writes its weights; the message names the line or the weight."""
+class CaptureError(CompileError):
+    """torch.export cannot capture the model, or captures a program that computes something else."""
 
-
-class CaptureDiffers(CompileError):
-    """The program that torch.export captured answers otherwise than the model; the message names the output."""
+    codes: ClassVar[Mapping[str, str]] = {
+        "capture_failed": "the model cannot be copied or traced, or its forward writes its weights",
+        "capture_differs": "the captured program gives other outputs than the model",
+    }
 
 
 class ExampleInputsNeeded(CompileError):
-    """Example inputs cannot be made from the model, or it cannot be called with those that were given.
+    """Example inputs cannot be made from the model, or the model cannot be called with those given.
 
     The message names forward's arguments.
     """
 
 
-class UnknownOption(CompileError):
-    """An option, mode or target that does not exist."""
+class OptionError(CompileError):
+    """An option, mode or target does not exist, or has a value that it cannot have."""
 
 
-class NotMergeable(CompileError):
-    """A term without a weight form was to be fused or baked."""
-
-
-class WrongLevel(CompileError):
-    """A pass was to run on a graph at another level than it reads."""
-
-
-class VerificationFailed(CompileError):
-    """A graph breaks a rule of its level."""
-
-    usual = "this is a bug in a pass, not in your model"
-
-
-class SelfTestFailed(CompileError):
-    """A slot was folded, copied, exchanged or bypassed by the emitter."""
-
-
-class RuntimeFailure(LoracError):
-    """Something a compiled model refuses at run time."""
-
-
-class NeedsRecompile(RuntimeFailure):
+class NeedsRecompile(LoracError):
     """The adapter does not fit what was reserved; the message prints the ``reserve=`` that admits it."""
 
 
-class ChoiceError(RuntimeFailure):
-    """A choice of adapters that makes no sense: rows that do not match, strengths that are not finite."""
+class ChoiceError(LoracError):
+    """A choice of adapters makes no sense: rows that do not match, strengths that are not finite."""
 
 
-class InputMismatch(RuntimeFailure):
+class InputMismatch(LoracError):
     """An argument of a call has a size, or a value, that the program was not captured for; the message names both."""
 
 
-class Unavailable(RuntimeFailure):
+class Unavailable(LoracError):
     """The target cannot do this at all."""
 
 
@@ -300,14 +202,16 @@ class EagerOnly(Unavailable, AttributeError):
     """An attribute that training needs, and that a compiled model has on target ``"eager"`` alone."""
 
 
-class WrongType(LoracError, TypeError):
-    """An argument, or a hyper-parameter, is of another kind than the one that is taken."""
-
-
 class ArtifactError(LoracError):
-    """A saved artefact is damaged, unsafe, or of another version."""
+    """A saved artifact is damaged, unsafe, or of another version."""
 
-    usual = "copy the whole folder again, or save it anew with this version"
+    usual_steps: ClassVar[Mapping[str, str]] = {
+        "artifact_error": "copy the whole folder again, or save it anew with this version"
+    }
+
+
+class WrongType(LoracError, TypeError):
+    """An argument, or a hyper-parameter, has the wrong type."""
 
 
 class MissingExtra(LoracError):
@@ -318,28 +222,28 @@ class MissingExtra(LoracError):
         super().__init__(f"{library} is not installed", next_step=f"pip install {needed}")
 
 
-def none_of(what: str, value: object, known: Iterable[str]) -> UnknownOption:
-    """The error for a value that is none of those there are.
+def not_one_of(what: str, value: object, known: Iterable[str]) -> OptionError:
+    """Return the error for a value that is not one of those that exist.
 
     Args:
-        what: what there is not, up to the value: "there is no mode".
-        value: what was given.
-        known: what there is.
+        what: what does not exist, up to the value: "there is no mode".
+        value: the value that was given.
+        known: the values that exist.
     """
     listed = list(known)
     step = f"it is one of {', '.join(listed)}"
-    return UnknownOption(f"{what} {short(value)}", nearest=nearest_name(str(value), listed), next_step=step)
+    return OptionError(f"{what} {short(value)}", nearest=nearest_name(str(value), listed), next_step=step)
 
 
 class LoracWarning(UserWarning):
-    """Something that is no error, and that whoever gets the result should know."""
+    """Something that is not an error, and that whoever gets the result should know."""
 
 
 def warn(what: str, *, next_step: str | None = None) -> None:
-    """Warn once per line of the caller's own code, as Python's filters have it.
+    """Warn at the line of the caller's own code.
 
     Args:
-        what: what is so and where, one line.
+        what: what is so and where, in one line.
         next_step: what to do about it.
     """
     level, frame = 1, sys._getframe()
@@ -353,18 +257,18 @@ _LONGEST = 200
 
 
 def short(value: object) -> str:
-    """A value for a message, cut where it is long."""
+    """Return a value's repr for a message, cut where it is long."""
     text = repr(value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({len(text)} characters)"
 
 
 def nearest_name(name: str, choices: Iterable[str], *, alike: float = 0.4) -> str | None:
-    """The choice most like ``name``, whatever is written large, or None when nothing resembles it.
+    """Return the choice most like ``name``, ignoring case, or None when nothing resembles it.
 
     Args:
-        name: what was given.
-        choices: what there is.
-        alike: from 0 to 1, how much of both has to agree.
+        name: the name that was given.
+        choices: the names that exist.
+        alike: how much of both has to agree, from 0 to 1.
     """
     known = {choice.lower(): choice for choice in choices}
     matches = difflib.get_close_matches(name.lower(), known, n=1, cutoff=alike)

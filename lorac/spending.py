@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-from lorac.errors import OverBudget
+from lorac.errors import FormatError
 
 _EVERY = 512
 """How many small steps ``counted`` takes between two looks at the clock."""
@@ -97,15 +97,16 @@ def tick() -> None:
     """Look at the clock: what loops over something that a file tells calls it at every turn.
 
     Raises:
-        OverBudget: the file's time is over.
+        FormatError: the file's time is over.
     """
     account = _account.get()
     if account is None or account.unhurried:
         return
     if time.thread_time() - account.begun > account.budget.seconds:
-        raise OverBudget(
+        raise FormatError(
             f"reading '{account.file}' takes longer than {account.budget.seconds:g} s of processor time",
             next_step="what it asks for is out of proportion; if you trust it: with lorac.budget(seconds=…):",
+            code="over_budget",
         )
 
 
@@ -123,15 +124,16 @@ def claim(size: int, what: str) -> None:
         what: for the message, with a verb: "its tensors are …".
 
     Raises:
-        OverBudget: with all that was claimed before it is more than a file may take.
+        FormatError: with all that was claimed before it is more than a file may take.
     """
     account = _account.get()
     allowed, held = (account.budget, account.held) if account else (_budget.get(), 0)
     if held + size > allowed.bytes:
         file = f"'{account.file}'" if account else "what is read"
-        raise OverBudget(
+        raise FormatError(
             f"{file} would take more than {allowed.bytes >> 20} MiB beyond its size: {what}, {size} bytes",
             next_step="what it asks for is out of proportion; if you trust it: with lorac.budget(bytes=…):",
+            code="over_budget",
         )
     if account is not None:
         account.held += max(size, 0)

@@ -35,7 +35,7 @@ def _made(mistake, world):
 
 def _shown(error, world):
     """The message; what torch and Python say in it is theirs to change, and paths and hashes are of this run."""
-    text = f"lorac.{type(error).__name__}: {error}".replace(str(world.folder), "…")
+    text = f"lorac.{type(error).__name__} [{getattr(error, 'code', None)}]: {error}".replace(str(world.folder), "…")
     cause = error.__cause__
     if cause is not None and not isinstance(cause, lorac.LoracError):
         for theirs in (str(cause), " ".join(str(cause).partition("The error above")[0].split())):

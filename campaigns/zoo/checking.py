@@ -174,7 +174,7 @@ def _ways(subject: _Subject, ways: Ways, found: Record) -> None:
     """Fill in what comes of each way; what cannot be captured is not tried again in the target's other modes."""
     for target, mode in ways:
         before = [found[f"{target} {other}"] for t, other in ways if t == target and f"{target} {other}" in found]
-        uncaptured = [record for record in before if record.get("class") == lorac.errors.CaptureFailed.__name__]
+        uncaptured = [record for record in before if record.get("code") == "capture_failed"]
         found[f"{target} {mode}"] = uncaptured[0] if uncaptured else _way(subject, target, mode)
 
 
@@ -341,6 +341,7 @@ def _cause(error: BaseException) -> dict[str, Any]:
     innermost = traceback.extract_tb(error.__traceback__)[-3:]
     return {
         "class": type(error).__name__,
+        "code": getattr(error, "code", None),
         "message": _first_line(error),
         "lines": [f"{_within(frame.filename)}:{frame.lineno}: {frame.line}" for frame in innermost],
     }

@@ -15,8 +15,8 @@ Record = Mapping[str, Any]
 WAYS = ("eager live", "onnxruntime live", "onnxruntime fused")
 EAGER, LIVE, FUSED = WAYS
 WORST_RATIO = 3
-OURS = ("VerificationFailed", "SelfTestFailed", "WrongLevel")
-"""Errors that tell of a fault of lorac's, not of a model: named, but nobody's choice."""
+OURS = ("verification_failed", "self_test_failed", "wrong_level")
+"""Codes of errors that tell of a fault of lorac's, not of a model: named, but nobody's choice."""
 _DIFFERING = (
     (r", which .* asks for.*", ""),
     (r"'[^']*'|\"[^\"]*\"|\S*/\S+|\blorac_\w+", "…"),
@@ -189,7 +189,7 @@ def _totals(records: Sequence[Record]) -> str:
 
     ratios = [r for record in run if (r := ratio(record)) is not None]
     of = {name: sum(name in {outcome(r, way) for way in WAYS} for r in run) for name in (WRONG, UNTYPED, TIMEOUT)}
-    ours = sum(any(found.get("class") in OURS for found in record["ways"].values()) for record in run)
+    ours = sum(any(found.get("code") in OURS for found in record["ways"].values()) for record in run)
     rows = [
         ("wrong", str(of[WRONG]), "0"),
         ("untyped", str(of[UNTYPED]), "0"),

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lorac.adapters.factors import changes_at, factors
-from lorac.errors import BaseNeeded, NotMergeable, UnknownOption
+from lorac.errors import BaseNeeded, CompileError, OptionError
 from lorac.ir.algebra.changes import Change, LowRank, merge
 from lorac.ir.host.sites import base_of, find_sites
 from lorac.variants.adapter import Adapter
@@ -40,12 +40,12 @@ def to_lora(
         name: of the result; default: the adapter's own.
 
     Raises:
-        UnknownOption: ``rank`` is below 1.
-        NotMergeable: it is no LoRA of any rank, and no rank is given.
+        OptionError: ``rank`` is below 1.
+        CompileError: it is no LoRA of any rank, and no rank is given.
         BaseNeeded, SiteError, AdapterError: as ``lorac.factors``.
     """
     if rank is not None and rank < 1:
-        raise UnknownOption(f"a LoRA of rank {rank} does nothing", next_step="give rank= a whole number above 0")
+        raise OptionError(f"a LoRA of rank {rank} does nothing", next_step="give rank= a whole number above 0")
     own = replace(adapter, replaced={})
     changes: Iterable[tuple[str, Change]] = factors(own).items() if model is None else changes_at(None, own, model)
     pairs: dict[str, Pair] = {}
@@ -82,9 +82,10 @@ def lora_of(ranks: Mapping[str, int], alphas: Mapping[str, float], like: Variant
 def _exact(adapter: Adapter, path: str, change: Change) -> Pair:
     if not isinstance(change, LowRank) or change.folded().parts:
         what = "is not low-rank" if not isinstance(change, LowRank) else "scales or turns the weight itself"
-        raise NotMergeable(
+        raise CompileError(
             f"what '{adapter.name}' ({adapter.variant.name}) does to '{path}' {what}, so that no LoRA is the same",
             next_step="rank= makes the nearest LoRA of a rank",
+            code="not_mergeable",
         )
     folded = change.folded()
     a, b = folded.a.mT, folded.b.mT

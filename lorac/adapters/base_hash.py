@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-from lorac.errors import BaseMismatch
+from lorac.errors import AdapterError
 from lorac.ir.host.computed import with_plain_weights
 from lorac.ir.host.sites import find_sites
 from lorac.ir.store.tensors import raw_bytes
@@ -54,7 +54,7 @@ def check_copy(name: str, parameter: str, recorded: str, tensor: torch.Tensor) -
     """Hold the recorded hash of a saved copy against the model's own tensor, as `check_base` does.
 
     Raises:
-        BaseMismatch: They differ, or it is no hash.
+        AdapterError: They differ, or it is no hash.
     """
     label, own = _told(name, recorded), _label({tensor.dtype})
     if label != own and not _wider(own, label):
@@ -63,12 +63,13 @@ def check_copy(name: str, parameter: str, recorded: str, tensor: torch.Tensor) -
         raise other_copy(name, parameter)
 
 
-def other_copy(name: str, parameter: str) -> BaseMismatch:
+def other_copy(name: str, parameter: str) -> AdapterError:
     """The error for an adapter saved with a copy of a parameter of which the model has another value."""
-    return BaseMismatch(
+    return AdapterError(
         f"adapter '{name}' was saved with a copy of '{parameter}', and this model's differs",
         next_step="load the base it was trained on; if its vocabulary was resized, copy the saved embedding into the "
         "model first",
+        code="base_mismatch",
     )
 
 
@@ -79,7 +80,7 @@ def check_base(name: str, recorded: str, model: nn.Module, paths: Iterable[str])
     original cannot be told, and nothing is checked; nor can it under a quantised weight.
 
     Raises:
-        BaseMismatch: The weights are others, or what was recorded is no hash.
+        AdapterError: The weights are others, or what was recorded is no hash.
     """
     label, paths = _told(name, recorded), tuple(paths)
     sites = find_sites(model)
@@ -93,10 +94,11 @@ def check_base(name: str, recorded: str, model: nn.Module, paths: Iterable[str])
     else:
         return
     if found != recorded:
-        raise BaseMismatch(
+        raise AdapterError(
             f"adapter '{name}' was made for other base weights: it recorded {recorded}, "
             f"this model has {found} at the {len(paths)} adapted sites",
             next_step="load the base model, and the revision of it, that the adapter was trained on",
+            code="base_mismatch",
         )
 
 
@@ -104,14 +106,15 @@ def _told(name: str, recorded: str) -> str:
     """The dtype's name in a recorded hash.
 
     Raises:
-        BaseMismatch: There is no such dtype, or no hash behind it: whatever it was to say cannot be checked.
+        AdapterError: There is no such dtype, or no hash behind it: whatever it was to say cannot be checked.
     """
     label, _, digest = recorded.partition(":")
     known = label == _MIXED or isinstance(getattr(torch, label, None), torch.dtype)
     if not known or not _FORM.fullmatch(digest):
-        raise BaseMismatch(
+        raise AdapterError(
             f"adapter '{name}' recorded {recorded!r} of its base weights, which is no hash that lorac writes",
             next_step="copy or download the file again: it was changed",
+            code="base_mismatch",
         )
     return label
 

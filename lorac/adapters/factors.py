@@ -12,7 +12,7 @@ from lorac.adapters.fit import check_adapter, check_site, check_values
 from lorac.adapters.fresh import parameter_sites
 from lorac.adapters.placing import with_adapted
 from lorac.adapters.preparing import Preparer
-from lorac.errors import BaseNeeded, LoracError, NotMergeable, UnknownMethod
+from lorac.errors import BaseNeeded, CompileError, LoracError, UnknownMethod
 from lorac.ir.algebra import letters
 from lorac.ir.algebra.changes import Change
 from lorac.ir.host.sites import BaseReader, Site, SiteKind, base_of, find_sites
@@ -53,8 +53,8 @@ def factors(adapter: Adapter, model: nn.Module | None = None, *, dtype: torch.dt
 
     Raises:
         BaseNeeded: There is no model, and a change needs one.
-        NotMergeable: At some site the method makes a branch that is no change of a weight.
-        SiteError, AdapterError, UnusedTensors: The adapter does not fit the model, as ``load_adapter`` says it.
+        CompileError: At some site the method makes a branch that is no change of a weight.
+        SiteError, AdapterError, FormatError: The adapter does not fit the model, as ``load_adapter`` says it.
         WrongType: It is no adapter.
     """
     expect(adapter, Adapter, "what lorac.factors takes apart", next_step="give an adapter: lorac.load_adapter(path)")
@@ -102,9 +102,10 @@ def _alone(adapter: Adapter, dtype: torch.dtype | None) -> Iterator[tuple[str, C
 def _change(preparer: Preparer, adapter: Adapter, path: str) -> Change:
     term = preparer.term(adapter, path)
     if isinstance(term, BranchTerm):
-        raise NotMergeable(
+        raise CompileError(
             f"'{adapter.name}' ({adapter.variant.name}) makes no update of the weight of '{path}'",
             next_step="take an adapter of a method that edits weights; `lorac variants` shows which do",
+            code="not_mergeable",
         )
     return term
 

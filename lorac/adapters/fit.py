@@ -14,14 +14,8 @@ from lorac.adapters.base_hash import check_base, check_copy
 from lorac.adapters.placing import with_adapted
 from lorac.errors import (
     AdapterError,
-    NonFinite,
-    ShapeMismatch,
+    FormatError,
     SiteError,
-    SiteNotFound,
-    SiteUnsupported,
-    UnusedTensors,
-    WrongDtype,
-    WrongIndex,
     nearest_name,
 )
 from lorac.ir.host.patterns import nothing_matches
@@ -49,15 +43,15 @@ def check_adapter(adapter: Adapter, sites: Mapping[str, Site], model: nn.Module)
         model: The model, or its skeleton, with the values of the adapted weights if a base hash is recorded.
 
     Raises:
-        SiteNotFound: A path names no site, a replaced tensor no parameter, what a branch reads no value of the
+        SiteError: A path names no site, a replaced tensor no parameter, what a branch reads no value of the
             program, or there is nothing.
-        SiteUnsupported: The module exists, but the method or lorac cannot adapt it.
-        UnusedTensors: A tensor is no parameter of the method.
-        ShapeMismatch: A tensor's shape does not fit, or a parameter of the method is missing.
-        WrongDtype: A tensor's numbers are of another kind than the method takes.
-        WrongIndex: A position lies outside the weight, or is given twice.
-        NonFinite: A tensor or a hyper-parameter is NaN or infinite.
-        BaseMismatch: The base hash recorded in its file differs, or is none.
+        SiteError: The module exists, but the method or lorac cannot adapt it.
+        FormatError: A tensor is no parameter of the method.
+        AdapterError: A tensor's shape does not fit, or a parameter of the method is missing.
+        AdapterError: A tensor's numbers are of another kind than the method takes.
+        AdapterError: A position lies outside the weight, or is given twice.
+        AdapterError: A tensor or a hyper-parameter is NaN or infinite.
+        AdapterError: The base hash recorded in its file differs, or is none.
     """
     check_numbers(adapter.name, adapter.variant)
     if not adapter.tensors and not adapter.replaced:
@@ -83,8 +77,8 @@ def check_reads(adapter: Adapter, sites: Mapping[str, Site], model: nn.Module) -
     """Refuse an adapter whose branches read what is no value of the program.
 
     Raises:
-        SiteNotFound: a name is no value.
-        SiteUnreached: what is computed once per call reads what comes later.
+        SiteError: a name is no value.
+        SiteError: what is computed once per call reads what comes later.
     """
     branches = [method for method in adapter.variant.methods if isinstance(method, BranchVariant)]
     if not branches:
@@ -103,7 +97,7 @@ def check_values(adapter: Adapter) -> None:
     """Refuse an adapter that holds NaN or infinity.
 
     Raises:
-        NonFinite: As `check_finite`.
+        AdapterError: As `check_finite`.
     """
     named = {f"{path}.{name}": tensor for path, at in adapter.tensors.items() for name, tensor in at.items()}
     check_finite({**named, **adapter.replaced}, f"adapter '{adapter.name}'")
@@ -113,15 +107,16 @@ def check_numbers(adapter: str, variant: Variant) -> None:
     """Refuse hyper-parameters that are no numbers, however deep they lie.
 
     Raises:
-        NonFinite: Naming the field.
+        AdapterError: Naming the field.
         AdapterError: A rate of dropout is none.
     """
     for field, setting in variant.settings.items():
         wrong = next((value for value in walk(setting) if isinstance(value, float) and not math.isfinite(value)), None)
         if wrong is not None:
-            raise NonFinite(
+            raise AdapterError(
                 f"the hyper-parameter '{field}' of adapter '{adapter}' is {wrong}",
                 next_step=f"give {variant.name} a finite number",
+                code="non_finite",
             )
     rate = variant.settings.get("dropout", 0.0)
     if not isinstance(rate, int | float) or not 0 <= rate <= 1:
@@ -139,7 +134,7 @@ def check_finite(tensors: Mapping[str, Tensor], owner: str) -> None:
         owner: Whose they are, for the message: an adapter, or the file they were read from.
 
     Raises:
-        NonFinite: Naming the first such tensor, and how many of its values.
+        AdapterError: Naming the first such tensor, and how many of its values.
     """
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() and not tensor.is_complex():
@@ -149,9 +144,10 @@ def check_finite(tensors: Mapping[str, Tensor], owner: str) -> None:
             finite = torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor)
             whole = bool(finite.all())
         if not whole:
-            raise NonFinite(
+            raise AdapterError(
                 f"tensor '{name}' of {owner} holds {int((~finite).sum())} NaN or infinite of {tensor.numel()} values",
                 next_step="its training diverged: take an earlier checkpoint",
+                code="non_finite",
             )
 
 
@@ -168,11 +164,11 @@ def check_site(
         shapes: False compares names and numbers of axes only.
 
     Raises:
-        SiteUnsupported: The method is not defined on the site's kind.
-        UnusedTensors: A parameter is one too many.
-        ShapeMismatch: A shape differs, or a parameter is missing.
-        WrongDtype: A parameter is of whole or complex numbers, or an index is not of whole ones.
-        WrongIndex: A position lies outside the weight, or is given twice.
+        SiteError: The method is not defined on the site's kind.
+        FormatError: A parameter is one too many.
+        AdapterError: A shape differs, or a parameter is missing.
+        AdapterError: A parameter is of whole or complex numbers, or an index is not of whole ones.
+        AdapterError: A position lies outside the weight, or is given twice.
     """
     tick()
     here = variant.at(site)
@@ -182,11 +178,11 @@ def check_site(
     for name in tensors:
         if name not in specs:
             what = f"adapter '{adapter}' has a tensor '{name}' at '{site.path}' too many"
-            raise UnusedTensors(what, nearest=nearest_name(name, specs), next_step=has)
+            raise FormatError(what, nearest=nearest_name(name, specs), next_step=has, code="unused_tensors")
     for name in specs:
         if name not in tensors:
             what = f"adapter '{adapter}' lacks the tensor '{name}' at '{site.path}'"
-            raise ShapeMismatch(what, next_step=has)
+            raise AdapterError(what, next_step=has, code="shape_mismatch")
     for name, spec in specs.items():
         check_parameter(adapter, name, spec, site, tensors[name], shapes=shapes)
 
@@ -195,7 +191,7 @@ def check_present(adapter: str, variant: Variant, site: Site, tensors: Mapping[s
     """As `check_site` for those of a site's tensors that are at hand, where the others are made of what they tell.
 
     Raises:
-        ShapeMismatch, WrongDtype, WrongIndex: As `check_site`.
+        AdapterError: As `check_site`.
     """
     tick()
     specs = variant.at(site).specs(site)
@@ -207,14 +203,15 @@ def check_parameter(adapter: str, name: str, spec: ParamSpec, site: Site, tensor
     """Hold one tensor against the parameter it is to be.
 
     Raises:
-        ShapeMismatch, WrongDtype, WrongIndex: As `check_site`.
+        AdapterError: As `check_site`.
     """
     found = tuple(tensor.shape)
     if not spec.admits(found) if shapes else len(found) != len(spec.shape):
-        raise ShapeMismatch(
+        raise AdapterError(
             f"adapter '{adapter}': {name} at '{site.path}' has shape {found}, expected {spec.shape}",
             next_step=f"the site is {site.kind} {site.in_features} -> {site.out_features}; "
             "rank and base model must be those of the training",
+            code="shape_mismatch",
         )
     if spec.role is not Role.INDEX:
         _check_dtype(adapter, f"{name} at '{site.path}'", tensor, "floating-point numbers", tensor.is_floating_point())
@@ -227,9 +224,10 @@ def check_parameter(adapter: str, name: str, spec: ParamSpec, site: Site, tensor
 
 def _check_dtype(adapter: str, what: str, tensor: Tensor, expected: str, fits: bool) -> None:
     if not fits:
-        raise WrongDtype(
+        raise AdapterError(
             f"adapter '{adapter}': {what} is {tensor.dtype}, and the method takes {expected}",
             next_step="save the adapter again from what it was trained as",
+            code="wrong_dtype",
         )
 
 
@@ -243,9 +241,13 @@ def _check_positions(adapter: str, what: str, positions: Tensor, below: tuple[in
     step = "load the base model that the adapter was trained on"
     if bool(outside.any()):
         first = tuple(columns[:, int(outside.nonzero()[0])].tolist())
-        raise WrongIndex(f"adapter '{adapter}': position {first} of {what} lies outside {below}", next_step=step)
+        raise AdapterError(
+            f"adapter '{adapter}': position {first} of {what} lies outside {below}", next_step=step, code="wrong_index"
+        )
     if twice:
-        raise WrongIndex(f"adapter '{adapter}': {twice} positions of {what} are given twice", next_step=step)
+        raise AdapterError(
+            f"adapter '{adapter}': {twice} positions of {what} are given twice", next_step=step, code="wrong_index"
+        )
 
 
 def check_replaced(adapter: str, name: str, tensor: Tensor, known: Mapping[str, Tensor]) -> None:
@@ -258,9 +260,9 @@ def check_replaced(adapter: str, name: str, tensor: Tensor, known: Mapping[str, 
         known: The model's parameters and buffers (`named_tensors`).
 
     Raises:
-        SiteNotFound: The model has no such parameter or buffer.
-        ShapeMismatch: It has another shape.
-        WrongDtype: Its numbers are of another kind.
+        SiteError: The model has no such parameter or buffer.
+        AdapterError: It has another shape.
+        AdapterError: Its numbers are of another kind.
     """
     own = _replaceable(adapter, name, known)
     if own.shape == tensor.shape:
@@ -270,9 +272,10 @@ def check_replaced(adapter: str, name: str, tensor: Tensor, known: Mapping[str, 
     step = "load the base model that the adapter was trained on"
     if own.shape[1:] == tensor.shape[1:] and tensor.ndim == 2:
         step = f"call model.resize_token_embeddings({tensor.shape[0]}) if the vocabulary has grown"
-    raise ShapeMismatch(
+    raise AdapterError(
         f"adapter '{adapter}' replaces '{name}' by shape {tuple(tensor.shape)}, the model's has {tuple(own.shape)}",
         next_step=step,
+        code="shape_mismatch",
     )
 
 
@@ -289,24 +292,27 @@ def no_site(adapter: str, path: str, sites: Iterable[str], model: nn.Module) -> 
     try:
         module = model.get_submodule(path)
     except AttributeError:
-        return SiteNotFound(
+        return SiteError(
             f"adapter '{adapter}' has tensors for '{path}', which is no module of the model",
             nearest=nearest_name(path, sites),
             next_step="load the class of model that the adapter was trained on; `lorac sites MODEL` prints its sites",
+            code="site_not_found",
         )
-    return SiteUnsupported(
+    return SiteError(
         f"adapter '{adapter}' has tensors for '{path}', a {type(module).__name__} as built here is not a site",
         next_step="train the adapter with exclude_modules naming it",
+        code="site_unsupported",
     )
 
 
 def _replaceable(adapter: str, name: str, known: Mapping[str, Tensor]) -> Tensor:
     """The model's own tensor of a name that an adapter has a replacement, or a copy, of."""
     if name not in known:
-        raise SiteNotFound(
+        raise SiteError(
             f"adapter '{adapter}' replaces '{name}', which the model does not have",
             nearest=nearest_name(name, known),
             next_step="load the class of model that the adapter was trained on",
+            code="site_not_found",
         )
     return known[name]
 

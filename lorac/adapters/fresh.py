@@ -27,9 +27,9 @@ def fresh_adapter(
     """An adapter at its initial values; the process's random state is left alone.
 
     Raises:
-        NonFinite: a hyper-parameter is NaN or infinite.
-        SiteNotFound: the variant's targets name no site.
-        SiteUnsupported: they name a site the method is not defined on.
+        AdapterError: a hyper-parameter is NaN or infinite.
+        SiteError: the variant's targets name no site.
+        SiteError: they name a site the method is not defined on.
     """
     check_numbers(name, variant)
     chosen = target_sites(variant, model, sites)

@@ -8,7 +8,7 @@ import torch
 
 from lorac.adapters.as_lora import lora_of
 from lorac.adapters.fit import check_values
-from lorac.errors import AdapterError, ShapeMismatch, SiteNotFound, WrongType, nearest_name
+from lorac.errors import AdapterError, SiteError, WrongType, nearest_name
 from lorac.ir.algebra.reduction import Params
 from lorac.kinds import expect
 from lorac.variants._routed import Routed
@@ -33,8 +33,8 @@ def freeze_router(adapter: Adapter, weights: Weights | Mapping[str, Weights], *,
 
     Raises:
         AdapterError: the method routes between no experts.
-        ShapeMismatch: there are other numbers of weights than of experts.
-        SiteNotFound: weights are given for a site that the adapter does not touch, or are missing for one.
+        AdapterError: there are other numbers of weights than of experts.
+        SiteError: weights are given for a site that the adapter does not touch, or are missing for one.
         WrongType: it is no adapter, or its weights are no numbers.
     """
     expect(adapter, Adapter, "what lorac.freeze_router freezes", next_step="give an adapter: compiled.adapters[name]")
@@ -58,9 +58,10 @@ def _frozen(
             next_step="give an adapter of a method that routes; lorac.to_lora(adapter) makes a LoRA of some others",
         )
     if row.shape != (variant.routes,):
-        raise ShapeMismatch(
+        raise AdapterError(
             f"weights of shape {tuple(row.shape)} are given for the {variant.routes} experts at '{path}'",
             next_step=f"give {variant.routes} numbers, for all sites or for each of {len(adapter.tensors)}",
+            code="shape_mismatch",
         )
     a, b = held["lora_A"].detach(), held["lora_B"].detach()
     each = row.to(b).repeat_interleave(a.shape[0] // variant.routes)
@@ -78,10 +79,11 @@ def _rows(adapter: Adapter, weights: Weights | Mapping[str, Weights]) -> dict[st
         unlike = sorted(weights.keys() ^ set(paths))
         if unlike:
             told = "no weights are given for" if unlike[0] in paths else "weights are given for"
-            raise SiteNotFound(
+            raise SiteError(
                 f"{told} '{unlike[0]}', and '{adapter.name}' touches {len(paths)} sites",
                 nearest=None if unlike[0] in paths else nearest_name(unlike[0], paths),
                 next_step="give weights for each of adapter.sites",
+                code="site_not_found",
             )
         return {path: _numbers(weights[path]) for path in paths}
     found = _numbers(weights)

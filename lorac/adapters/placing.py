@@ -25,7 +25,7 @@ def with_named(variant: Variant, model: nn.Module, sites: Mapping[str, Site]) ->
     width are left out.
 
     Raises:
-        SiteUnsupported: the structure of a module that a list names does not tell its width.
+        SiteError: the structure of a module that a list names does not tell its width.
     """
     targets = variant.targets
     branches = any(isinstance(one, BranchVariant) and SiteKind.BLOCK in one.kinds for one in variant.methods)

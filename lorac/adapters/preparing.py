@@ -59,7 +59,7 @@ class Preparer:
         """Every term, in its normal form, of an adapter that fits the model (``lorac.adapters.fit.check_adapter``).
 
         Raises:
-            NonFinite: a tensor was written since it was checked, and diverged.
+            AdapterError: a tensor was written since it was checked, and diverged.
         """
         check_values(adapter)
         terms = {path: self.term(adapter, path) for path in self.touched(adapter)}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lorac.adapters.as_lora import lora_of, product_svd
-from lorac.errors import AdapterNotFound, UnknownOption
+from lorac.errors import AdapterNotFound, OptionError
 from lorac.variants.adapter import Adapter
 from lorac.variants.lora import LoRA
 
@@ -35,7 +35,7 @@ def squeezed(
 
     Raises:
         AdapterNotFound: the adapter is of another method.
-        UnknownOption: neither or both of rank and energy are given, or one out of range.
+        OptionError: neither or both of rank and energy are given, or one out of range.
     """
     if not isinstance(adapter.variant, LoRA):
         raise AdapterNotFound(
@@ -76,8 +76,8 @@ def _enough(s: Tensor, energy: float) -> int:
 
 def _refuse_sizes(rank: int | None, energy: float | None) -> None:
     if (rank is None) == (energy is None):
-        raise UnknownOption("either a rank or an energy says how far to squeeze", next_step="give one of them")
+        raise OptionError("either a rank or an energy says how far to squeeze", next_step="give one of them")
     if rank is not None and rank < 1:
-        raise UnknownOption(f"a LoRA of rank {rank} does nothing", next_step="give rank= a whole number above 0")
+        raise OptionError(f"a LoRA of rank {rank} does nothing", next_step="give rank= a whole number above 0")
     if energy is not None and not 0 < energy <= 1:
-        raise UnknownOption(f"energy={energy} is no share of Σσ²", next_step="it lies above 0, up to 1")
+        raise OptionError(f"energy={energy} is no share of Σσ²", next_step="it lies above 0, up to 1")

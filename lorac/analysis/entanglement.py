@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lorac.errors import AdapterError, NonFinite, ShapeMismatch, none_of
+from lorac.errors import AdapterError, not_one_of
 
 Tensor = torch.Tensor
 _ORDERS = ("row_major", "interleaved")
@@ -51,16 +51,20 @@ def internal_entropy(
         (…, L − 1), S(1) to S(L − 1).
 
     Raises:
-        ShapeMismatch: the sites do not multiply to the matrix's sizes, or are not as many on both sides.
-        UnknownOption: there is no such order.
-        NonFinite: an entry is infinite or no number.
+        AdapterError: the sites do not multiply to the matrix's sizes, or are not as many on both sides.
+        OptionError: there is no such order.
+        AdapterError: an entry is infinite or no number.
         AdapterError: a matrix is all zeros: it is no state.
     """
     out, columns = M.shape[-2:]
     rows, inputs = _sites(out, out_dims, "out"), _sites(columns, in_dims, "in")
     state = M.detach().double()
     if not bool(state.isfinite().all()):
-        raise NonFinite("the matrix holds infinities or NaN", next_step="look for the step of training that made them")
+        raise AdapterError(
+            "the matrix holds infinities or NaN",
+            next_step="look for the step of training that made them",
+            code="non_finite",
+        )
     if not bool(state.flatten(-2).any(-1).all()):
         raise AdapterError("a matrix of zeros has no entropy", next_step="measure after the first step of training")
     batch = M.shape[:-2]
@@ -85,8 +89,8 @@ def rank_bound(rank: int, out_dims: Sequence[int], in_dims: Sequence[int], order
         out_dims, in_dims, order: as for ``internal_entropy``.
 
     Raises:
-        ShapeMismatch: interleaved, the sites are not as many on both sides.
-        UnknownOption: there is no such order.
+        AdapterError: interleaved, the sites are not as many on both sides.
+        OptionError: there is no such order.
     """
     out, columns = math.prod(out_dims), math.prod(in_dims)
     most = []
@@ -113,21 +117,23 @@ def random_entropy(rows: int, columns: int) -> float:
 def _sites(size: int, dims: Sequence[int] | None, side: str) -> tuple[int, ...]:
     found = prime_sites(size) if dims is None else tuple(dims)
     if math.prod(found) != size:
-        raise ShapeMismatch(
+        raise AdapterError(
             f"{side}_dims {' x '.join(map(str, found))} make {math.prod(found)}; the matrix has {size}",
             nearest=" x ".join(map(str, prime_sites(size))),
             next_step="give factors of it, or none for its primes",
+            code="shape_mismatch",
         )
     return found
 
 
 def _interleaves(out_dims: Sequence[int], in_dims: Sequence[int], order: str) -> bool:
     if order not in _ORDERS:
-        raise none_of("sites come in no order", order, _ORDERS)
+        raise not_one_of("sites come in no order", order, _ORDERS)
     if order == "interleaved" and len(out_dims) != len(in_dims):
-        raise ShapeMismatch(
+        raise AdapterError(
             f"{len(out_dims)} output sites cannot be interleaved with {len(in_dims)} input sites",
             next_step='give as many out_dims as in_dims, or order="row_major"',
+            code="shape_mismatch",
         )
     return order == "interleaved"
 

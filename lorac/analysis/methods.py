@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lorac.errors import FormulaFailed, SiteUnsupported
+from lorac.errors import AdapterError, SiteError
 from lorac.ir.algebra.reduction import BRANCH, LOW_RANK, Reduction
 from lorac.ir.host.sites import CONVOLUTIONS, ConvGeometry, Site, SiteKind
 from lorac.ir.slots.roles import ROLES
@@ -170,7 +170,7 @@ def _looked_at(variant: type[Variant]) -> tuple[Variant, Site] | None:
     for site in _SITES:
         try:
             default.check(site)
-        except SiteUnsupported:
+        except SiteError:
             continue
         return default, site
     return None
@@ -186,7 +186,9 @@ def _form(variant: Variant, site: Site, specs: Mapping[str, ParamSpec], reduce: 
     }
     try:
         reduction = reduce(variant, site, tensors)
-    except FormulaFailed:  # of a method for layers of one size, which this one is not
+    except AdapterError as error:
+        if error.code != "formula_failed":  # that of a method for layers of one size, which this one is not
+            raise
         return "", isinstance(variant, WeightVariant)
     scales = [role.name for role in ROLES.values() if role.optional and role.name in reduction.outputs]
     ranked = f"{reduction.form} r={reduction.rank}" if reduction.form == LOW_RANK else reduction.form

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lorac.adapters.factors import changes_at
-from lorac.errors import ShapeMismatch, SiteNotFound
+from lorac.errors import AdapterError, SiteError
 from lorac.ir.algebra.changes import merge
 from lorac.ir.host.sites import base_of, find_sites
 from lorac.variants.adapter import Adapter
@@ -39,12 +39,13 @@ def orthogonality(first: Tensor, second: Tensor) -> Orthogonality:
         first, second: updates ΔW (out, in) of one weight.
 
     Raises:
-        ShapeMismatch: they are no two matrices of one shape.
+        AdapterError: they are no two matrices of one shape.
     """
     if first.ndim != 2 or first.shape != second.shape:
-        raise ShapeMismatch(
+        raise AdapterError(
             f"updates of {list(first.shape)} and {list(second.shape)} are not of one weight",
             next_step="give two matrices (out, in)",
+            code="shape_mismatch",
         )
     product = first.detach().double().t() @ second.detach().double()
     met = int(product.count_nonzero())
@@ -59,14 +60,15 @@ def adapter_orthogonality(first: Adapter, second: Adapter, model: nn.Module) -> 
         model: the base; read only.
 
     Raises:
-        NotMergeable: a method has no update of the weight.
-        SiteNotFound: no site is adapted by both.
+        CompileError: a method has no update of the weight.
+        SiteError: no site is adapted by both.
     """
     common = [path for path in first.tensors if path in second.tensors]
     if not common:
-        raise SiteNotFound(
+        raise SiteError(
             f"'{first.name}' and '{second.name}' adapt no site in common",
             next_step="adapters that share no site are orthogonal as they are",
+            code="site_not_found",
         )
     sites, base = find_sites(model), base_of(model)
     updates = zip(*(changes_at(common, adapter, model, torch.float64) for adapter in (first, second)), strict=True)

@@ -9,7 +9,7 @@ from typing import Any
 from lorac.cli._hosts import parse_spec
 from lorac.cli._shown import worded
 from lorac.cli._texts import Shown, Writer
-from lorac.errors import LoracError, UnknownOption, nearest_name
+from lorac.errors import LoracError, OptionError, nearest_name
 
 
 class Chat:
@@ -21,7 +21,7 @@ class Chat:
 
     def __init__(self, writer: Writer) -> None:
         if not getattr(writer.tokenizer, "chat_template", None):
-            raise UnknownOption(
+            raise OptionError(
                 "the tokenizer has no chat template", next_step='--prompt "TEXT" goes on with a text as it is'
             )
         self._writer = writer
@@ -64,7 +64,7 @@ class Chat:
 
     def _commanded(self, name: str, rest: str = "") -> None:
         if name not in self._commands:
-            raise UnknownOption(
+            raise OptionError(
                 f"there is no '{name}'",
                 nearest=nearest_name(name, self._commands),
                 next_step=f"there are {', '.join(self._commands)}",
@@ -73,7 +73,7 @@ class Chat:
 
     def _swap(self, spec: str) -> None:
         if not spec:
-            raise UnknownOption("/adapter needs to know which", next_step=f"write {self._commands['/adapter'][0]}")
+            raise OptionError("/adapter needs to know which", next_step=f"write {self._commands['/adapter'][0]}")
         self._writer.compiled.swap(parse_spec(spec))
         print(f"adapter: {self._active}")
 

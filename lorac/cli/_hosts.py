@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from torch import nn
 
-from lorac.errors import AdapterExists, ChoiceError, MissingExtra, UnknownOption, nearest_name, short, warn
+from lorac.errors import AdapterError, ChoiceError, MissingExtra, OptionError, nearest_name, short, warn
 from lorac.ir.store.disk import told
 from lorac.ir.store.folders import MANIFEST
 from lorac.ir.store.strict_json import parse_object, read_text
@@ -47,7 +47,7 @@ def load_compiled(spec: str, adapters: Sequence[str], **options: Any) -> Compile
         options: what else compiling a model is told.
 
     Raises:
-        UnknownOption: files of adapters are given to a folder that holds its own.
+        OptionError: files of adapters are given to a folder that holds its own.
         LoracError: what loading and compiling raise.
     """
     import lorac
@@ -55,14 +55,14 @@ def load_compiled(spec: str, adapters: Sequence[str], **options: Any) -> Compile
     folder = Path(spec)
     if (folder / MANIFEST).is_file() or (folder.exists() and not (folder / CONFIG).is_file()):
         if adapters:
-            raise UnknownOption(
+            raise OptionError(
                 f"'{spec}' is compiled, and holds adapters of its own",
                 next_step="give the model itself, or compile it with them: lorac compile MODEL -a NAME=PATH -o FOLDER",
             )
         return lorac.load(folder)
     if ":" not in spec and not folder.exists():
         beside = [found.parent.name for name in (MANIFEST, CONFIG) for found in folder.parent.glob(f"*/{name}")]
-        raise UnknownOption(
+        raise OptionError(
             f"'{spec}' is neither a compiled folder nor a model",
             nearest=nearest_name(folder.name, beside),
             next_step=COMPILED_HELP,
@@ -77,22 +77,22 @@ def load_with_tokenizer(spec: str) -> tuple[nn.Module, Any]:
     """The model a command names, and the tokenizer beside it, or None.
 
     Raises:
-        UnknownOption: neither a transformers folder nor a function that returns one, or loading it fails.
+        OptionError: neither a transformers folder nor a function that returns one, or loading it fails.
         MissingExtra: the folder needs transformers.
     """
     if Path(spec).is_dir():
         return _from_folder(Path(spec)), tokenizer_of(spec)
     module, separator, function = spec.partition(":")
     if not (separator and _is_dotted(module) and _is_dotted(function)):
-        raise UnknownOption(f"'{spec}' is no model", next_step=MODEL_HELP)
+        raise OptionError(f"'{spec}' is no model", next_step=MODEL_HELP)
     sys.path.insert(0, os.getcwd())
     try:
         made = attrgetter(function)(importlib.import_module(module))()
     except Exception as error:  # it is the user's own code
-        raise UnknownOption(f"'{spec}' cannot be loaded: {_said(error)}", next_step=MODEL_HELP) from error
+        raise OptionError(f"'{spec}' cannot be loaded: {_said(error)}", next_step=MODEL_HELP) from error
     model = made[0] if isinstance(made, tuple) and made else made
     if not isinstance(model, nn.Module):
-        raise UnknownOption(f"'{spec}' returns a {type(model).__name__}, not an nn.Module", next_step=MODEL_HELP)
+        raise OptionError(f"'{spec}' returns a {type(model).__name__}, not an nn.Module", next_step=MODEL_HELP)
     beside = made[1] if isinstance(made, tuple) and len(made) > 1 else None
     return model.eval(), beside if callable(getattr(beside, "decode", None)) else None
 
@@ -121,7 +121,7 @@ def _said(error: Exception) -> str:
 def _from_folder(folder: Path) -> nn.Module:
     config = folder / CONFIG
     if not config.is_file():
-        raise UnknownOption(f"'{folder}' holds no {CONFIG}", next_step=MODEL_HELP)
+        raise OptionError(f"'{folder}' holds no {CONFIG}", next_step=MODEL_HELP)
     try:
         import transformers
     except ModuleNotFoundError as error:
@@ -129,7 +129,7 @@ def _from_folder(folder: Path) -> nn.Module:
     name = _architecture(config)
     cls = getattr(transformers, name, None) if name.isidentifier() and not name.startswith("_") else None
     if not callable(getattr(cls, "from_pretrained", None)):
-        raise UnknownOption(
+        raise OptionError(
             f"'{config}' names the architecture {short(name)}, no model of transformers {transformers.__version__}",
             next_step="pip install -U transformers, or give package.module:function",
         )
@@ -137,19 +137,19 @@ def _from_folder(folder: Path) -> nn.Module:
         with quiet(), no_bars():
             model: nn.Module = cls.from_pretrained(folder)  # type: ignore[union-attr]  # a class that has it
     except Exception as error:  # whatever a damaged folder makes transformers raise
-        raise UnknownOption(f"'{folder}' cannot be loaded: {_said(error)}", next_step=MODEL_HELP) from error
+        raise OptionError(f"'{folder}' cannot be loaded: {_said(error)}", next_step=MODEL_HELP) from error
     if not isinstance(model, nn.Module):
-        raise UnknownOption(f"'{folder}' holds a {type(model).__name__}, not an nn.Module", next_step=MODEL_HELP)
+        raise OptionError(f"'{folder}' holds a {type(model).__name__}, not an nn.Module", next_step=MODEL_HELP)
     return model.eval()
 
 
 def _architecture(config: Path) -> str:
     """The class that a transformers configuration names; "AutoModel" where it names none."""
 
-    def refuse(reason: str) -> UnknownOption:
-        return UnknownOption(f"'{config}' {reason}", next_step=MODEL_HELP)
+    def refuse(reason: str) -> OptionError:
+        return OptionError(f"'{config}' {reason}", next_step=MODEL_HELP)
 
-    with told(config, UnknownOption, "read"):
+    with told(config, OptionError, "read"):
         named = parse_object(read_text(config), refuse).get("architectures")
     if named is None or named == []:
         return "AutoModel"
@@ -162,7 +162,7 @@ def named_adapters(specs: Sequence[str]) -> dict[str, str]:
     """NAME=PATH, or PATH named after its folder.
 
     Raises:
-        AdapterExists: two of one name.
+        AdapterError: two of one name.
     """
     found: dict[str, str] = {}
     for spec in specs:
@@ -170,7 +170,9 @@ def named_adapters(specs: Sequence[str]) -> dict[str, str]:
         if not separator:
             name, path = Path(spec).stem, spec
         if name in found:
-            raise AdapterExists(f"two adapters are called '{name}'", next_step="name them: -a NAME=PATH")
+            raise AdapterError(
+                f"two adapters are called '{name}'", next_step="name them: -a NAME=PATH", code="adapter_exists"
+            )
         found[name] = path
     return found
 

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorac.errors import LoracError, UnknownOption
+from lorac.errors import LoracError, OptionError
 from lorac.lines import innermost_line
 
 OPTION = "--import"
@@ -50,19 +50,19 @@ def import_own(module: str) -> ModuleType:
     """Import a module by its name, looked for in the working folder too, or from its file.
 
     Raises:
-        UnknownOption: there is none, or its own code raises.
+        OptionError: there is none, or its own code raises.
     """
     file = Path(module)
     is_file = file.suffix == ".py"
     if is_file and not file.is_file():
-        raise UnknownOption(f"there is no file '{module}' to import", next_step=_NEXT)
+        raise OptionError(f"there is no file '{module}' to import", next_step=_NEXT)
     try:
         return _from_file(file) if is_file else _by_name(module)
     except LoracError:
         raise
     except Exception as error:  # it is the user's own code
         where = innermost_line(traceback.extract_tb(error.__traceback__))
-        raise UnknownOption(
+        raise OptionError(
             f"'{module}' cannot be imported: {type(error).__name__}: {error}{f' in {where}' if where else ''}",
             next_step=_NEXT,
         ) from error
@@ -81,7 +81,7 @@ def _from_file(file: Path) -> ModuleType:
     if known is not None:
         if Path(getattr(known, "__file__", None) or "").resolve() == path:
             return known
-        raise UnknownOption(
+        raise OptionError(
             f"'{file}' would be imported as '{name}', which another module is called", next_step="rename the file"
         )
     spec = importlib.util.spec_from_file_location(name, path)

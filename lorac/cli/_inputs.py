@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorac.errors import LoracError, UnknownOption, nearest_name
+from lorac.errors import LoracError, OptionError, nearest_name
 from lorac.ir.store.strict_json import parse_object, read_text
 
 INPUTS_HELP = "An .npz, .json or .safetensors file: one array per input of the model."
@@ -20,11 +20,11 @@ def read_inputs(path: Path) -> dict[str, Any]:
     """Arrays or tensors by the names of inputs.
 
     Raises:
-        UnknownOption: it is of another kind, or damaged.
+        OptionError: it is of another kind, or damaged.
     """
     reader = _READERS.get(path.suffix)
     if reader is None:
-        raise UnknownOption(
+        raise OptionError(
             f"'{path}' is no file of inputs", nearest=nearest_name(path.suffix, _READERS), next_step=INPUTS_HELP
         )
     try:
@@ -32,7 +32,7 @@ def read_inputs(path: Path) -> dict[str, Any]:
     except LoracError:
         raise
     except Exception as error:  # readers of archives and arrays, fed with garbage, may raise anything
-        raise UnknownOption(f"'{path}' cannot be read: {error}", next_step=_WRITES) from error
+        raise OptionError(f"'{path}' cannot be read: {error}", next_step=_WRITES) from error
 
 
 def _npz(path: Path) -> Mapping[str, Any]:
@@ -46,8 +46,8 @@ def _json(path: Path) -> Mapping[str, Any]:
     """Nested lists: whole numbers become int64, others float32, as torch has them."""
     import torch
 
-    def refuse(reason: str) -> UnknownOption:
-        return UnknownOption(f"'{path}' {reason}", next_step=_WRITES)
+    def refuse(reason: str) -> OptionError:
+        return OptionError(f"'{path}' {reason}", next_step=_WRITES)
 
     return {name: torch.tensor(value) for name, value in parse_object(read_text(path), refuse).items()}
 

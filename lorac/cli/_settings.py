@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.export import Dim
 
-from lorac.errors import UnknownOption, nearest_name
+from lorac.errors import OptionError, nearest_name
 from lorac.ir.host.inputs.example_inputs import by_name, default_inputs, default_shapes
 from lorac.ir.host.patterns import KEYWORDS
 from lorac.ir.slots.planning import Reserve
@@ -33,13 +33,13 @@ def reserve_of(specs: Sequence[str]) -> Reserve | None:
     """The room that ``--reserve`` asks for; None where it is not given.
 
     Raises:
-        UnknownOption: a name or value that a reserve does not have.
+        OptionError: a name or value that a reserve does not have.
     """
     told = {}
     for name, value in (_pair("--reserve", spec, RESERVE_HELP) for spec in specs):
         kinds = kinds_of(Reserve)
         if name not in kinds:
-            raise UnknownOption(
+            raise OptionError(
                 f"--reserve has no '{name}'", nearest=nearest_name(name, kinds), next_step=f"it has {', '.join(kinds)}"
             )
         told[name] = _value(name, value, kinds[name])
@@ -54,7 +54,7 @@ def _value(name: str, text: str, kind: Any) -> Any:
         return _SWITCH[text]
     if kind in (int, bool):
         step = "give a whole number" if kind is int else "give yes or no"
-        raise UnknownOption(f"--reserve takes no {name}={text}", next_step=step)
+        raise OptionError(f"--reserve takes no {name}={text}", next_step=step)
     return names_of(text)
 
 
@@ -67,7 +67,7 @@ def shapes_of(specs: Sequence[str], model: nn.Module, example_inputs: Any) -> di
         example_inputs: as ``lorac.compile`` takes them, or None.
 
     Raises:
-        UnknownOption: an input or an axis that there is not.
+        OptionError: an input or an axis that there is not.
     """
     if not specs:
         return None
@@ -75,7 +75,7 @@ def shapes_of(specs: Sequence[str], model: nn.Module, example_inputs: Any) -> di
     shapes = default_shapes(model, inputs, named=False)
     for name, axes in (_pair("--dynamic", spec, DYNAMIC_HELP) for spec in specs):
         if name not in inputs:
-            raise UnknownOption(
+            raise OptionError(
                 f"--dynamic names '{name}', which is no input",
                 nearest=nearest_name(name, inputs),
                 next_step=f"the inputs are {', '.join(inputs)}",
@@ -86,12 +86,12 @@ def shapes_of(specs: Sequence[str], model: nn.Module, example_inputs: Any) -> di
 
 def _axis(name: str, text: str, count: int) -> int:
     if not text.isdecimal() or int(text) >= count:
-        raise UnknownOption(f"'{name}' has no axis '{text}'", next_step=f"its axes are 0 to {count - 1}")
+        raise OptionError(f"'{name}' has no axis '{text}'", next_step=f"its axes are 0 to {count - 1}")
     return int(text)
 
 
 def _pair(option: str, spec: str, told: str) -> tuple[str, str]:
     name, separator, value = spec.partition("=")
     if not separator:
-        raise UnknownOption(f"{option} takes no '{spec}'", next_step=told)
+        raise OptionError(f"{option} takes no '{spec}'", next_step=told)
     return name, value

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lorac.errors import InputMismatch, UnknownOption
+from lorac.errors import InputMismatch, OptionError
 from lorac.ir.host.components import MAIN
 from lorac.runtime.generation.prefixes import Prefixes
 
@@ -79,10 +79,10 @@ class Writer:
         """A writer with the settings that were given; what was not given is the model's own.
 
         Raises:
-            UnknownOption: the model has no tokenizer.
+            OptionError: the model has no tokenizer.
         """
         if compiled.tokenizer is None:
-            raise UnknownOption(
+            raise OptionError(
                 "there is no tokenizer beside the model",
                 next_step="save it into the same folder, or have the function return (model, tokenizer)",
             )

@@ -15,7 +15,7 @@ from lorac.cli._hosts import Adapters, CompiledOrModel, load_compiled, parse_spe
 from lorac.cli._inputs import OptionalInputs, arrays_of, read_inputs, spelled
 from lorac.cli._shown import Json, show, table
 from lorac.cli._texts import Shown, Writer, take_any_text, timed
-from lorac.errors import ChoiceError, LoracError, UnknownOption
+from lorac.errors import ChoiceError, LoracError, OptionError
 from lorac.ir.store.disk import told
 from lorac.progress import Progress, progress
 
@@ -78,7 +78,7 @@ def _show_outputs(outputs: dict[str, Any], out: Path | None, json: bool) -> None
     import numpy as np
 
     if out is not None:
-        with told(out, UnknownOption, "written"):
+        with told(out, OptionError, "written"):
             np.savez(out, **outputs)
     rows = [
         {

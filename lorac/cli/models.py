@@ -21,7 +21,7 @@ from lorac.cli._hosts import (
 from lorac.cli._inputs import INPUTS_HELP, read_inputs
 from lorac.cli._settings import DYNAMIC_HELP, RESERVE_HELP, names_of, reserve_of, shapes_of
 from lorac.cli._shown import Json, show, table
-from lorac.errors import UnknownOption
+from lorac.errors import OptionError
 from lorac.ir.slots.planning import MODES
 from lorac.ir.store.disk import told
 from lorac.progress import progress
@@ -173,7 +173,7 @@ def explain(
         said = compiled.explain(target)
     show({field.name: getattr(said, field.name) for field in dataclasses.fields(said)}, str(said), as_json=json)
     if html is not None:
-        with told(html, UnknownOption, "written"):
+        with told(html, OptionError, "written"):
             written = compiled.graph.to_html(html)
         if not json:
             print(f"{written}: the picture")

@@ -9,7 +9,7 @@ import typer
 
 from lorac.cli._hosts import MODEL_HELP, load_with_tokenizer
 from lorac.cli._shown import Json, show
-from lorac.errors import UnknownOption
+from lorac.errors import OptionError
 from lorac.progress import progress
 
 
@@ -33,12 +33,12 @@ def train(
     host, folder = model or places.get("model"), out or places.get("out")
     for what, given in (("model", host), ("out", folder)):
         if given is None:
-            raise UnknownOption(f"'{config}' has no {what}", next_step=f"add it, or give --{what}")
+            raise OptionError(f"'{config}' has no {what}", next_step=f"add it, or give --{what}")
     with progress("train", recipe.max_steps) as report:
         report.step("loading the model")
         loaded, tokenizer = load_with_tokenizer(str(host))
         if tokenizer is None:
-            raise UnknownOption(
+            raise OptionError(
                 f"'{host}' has no tokenizer beside it", next_step="save it there: tokenizer.save_pretrained"
             )
         compiled = run(loaded, tokenizer, recipe, Path(str(folder)), resume=resume)

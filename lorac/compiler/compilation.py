@@ -18,7 +18,7 @@ from lorac.compiler.handed import Named
 from lorac.compiler.precision import Precision
 from lorac.compiler.services import Lasting
 from lorac.compiler.targets import backend_of
-from lorac.errors import CaptureFailed, ChoiceError
+from lorac.errors import CaptureError, ChoiceError
 from lorac.ir.capture.export import capture
 from lorac.ir.capture.parting import part
 from lorac.ir.engine import Backend, BuildRequest, TargetOptions
@@ -213,7 +213,7 @@ class Compilation:
                 prefix=prefix,
                 grows=grows,
             )
-        except CaptureFailed:
+        except CaptureError:
             refuse_unrunnable(component, inputs)
             raise
 

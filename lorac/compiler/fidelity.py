@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lorac.errors import CaptureDiffers, CaptureFailed, ExampleInputsNeeded, nearest_name, short, warn
+from lorac.errors import CaptureError, ExampleInputsNeeded, nearest_name, short, warn
 from lorac.ir.capture.export import undisturbed
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.interp import apart, at_sizes, distance, example_inputs, outputs_of
@@ -41,8 +41,8 @@ def hold_against_host(graph: Graph, host: nn.Module, *, tested: bool) -> None:
         tested: whether to run both. If not, what torch assumed of small sizes is believed to be unnecessary.
 
     Raises:
-        CaptureDiffers: the program answers otherwise than the host.
-        CaptureFailed: the host does not run, or writes into its weights.
+        CaptureError: the program answers otherwise than the host.
+        CaptureError: the host does not run, or writes into its weights.
     """
     if tested and not any(parameter.is_meta for parameter in host.parameters()):
         with undisturbed(host):
@@ -63,7 +63,7 @@ def refuse_unrunnable(host: nn.Module, inputs: object) -> None:
         inputs: its example inputs; None for those that are made.
 
     Raises:
-        CaptureFailed: it writes into a weight.
+        CaptureError: it writes into a weight.
         ExampleInputsNeeded: it cannot be called with inputs that were given.
     """
     try:
@@ -95,11 +95,12 @@ def _shaped(value: object) -> str:
     return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
 
 
-def _writes(host: nn.Module, error: WritesWeight) -> CaptureFailed:
-    return CaptureFailed(
+def _writes(host: nn.Module, error: WritesWeight) -> CaptureError:
+    return CaptureError(
         f"forward of {type(host).__name__} writes into its own weight '{error.name}'",
         next_step="call the model once in eval mode before compiling, if only its first call writes; "
         "a weight that every call writes cannot be the constant that a program makes of it",
+        code="capture_failed",
     )
 
 
@@ -268,9 +269,10 @@ class _Comparison:
             raise _writes(self.host, error) from error
         except _HostFails as error:
             cause = error.__cause__
-            raise CaptureFailed(
+            raise CaptureError(
                 f"{type(self.host).__name__} does not run on the example inputs: {type(cause).__name__}: {cause}",
                 next_step="give example_inputs= that it can be called with",
+                code="capture_failed",
             ) from cause
 
     def _run(
@@ -352,7 +354,7 @@ class _Comparison:
         if text not in self.graph.notes:
             self.graph.notes.append(text)
 
-    def _differs(self, worst: _Difference) -> CaptureDiffers:
+    def _differs(self, worst: _Difference) -> CaptureError:
         other = worst.inputs is not self.inputs
         step = (
             "dynamic_shapes= that leave these sizes fixed make a program for the example's alone"
@@ -360,9 +362,10 @@ class _Comparison:
             else "something that tracing does not see decides what forward does, such as the values of its inputs, or "
             "arguments that it was not given: example_inputs= should have all that the model's own processor makes"
         )
-        return CaptureDiffers(
+        return CaptureError(
             f"torch.export gave another program than {type(self.host).__name__}: {worst}",
             next_step=f"{step}; target='eager' runs the model itself, self_test=False compiles the program as it is",
+            code="capture_differs",
         )
 
 

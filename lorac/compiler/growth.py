@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lorac.errors import CaptureDiffers
+from lorac.errors import CaptureError
 from lorac.ir.graph.attending import NEW, PAST, PLACES, WITHOUT, is_memory, present_of, text_of
 from lorac.ir.graph.feeds import empty_cache, kept_shapes, named_tensors
 from lorac.ir.graph.graph import Graph
@@ -46,7 +46,7 @@ class Grown:
             base: reads base weights.
 
         Raises:
-            CaptureDiffers: it answers otherwise, or not at all.
+            CaptureError: it answers otherwise, or not at all.
         """
         graph, *encoders = halves
         try:
@@ -87,11 +87,12 @@ def _idle(graph: Graph, base: BaseReader) -> dict[str, Tensor]:
     return named_tensors(graph.slots, graph.plans, slots_of(graph.plans, Snapshot(()), base))
 
 
-def _mixes(graph: Graph, what: str) -> CaptureDiffers:
-    return CaptureDiffers(
+def _mixes(graph: Graph, what: str) -> CaptureError:
+    return CaptureError(
         f"the graph '{graph.name}' {what} where its text comes in parts: something besides attention mixes tokens, or "
         "positions are counted by the model itself",
         next_step=WITHOUT,
+        code="capture_differs",
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lorac.errors import AdapterError, ChoiceError, CompileError, UnknownOption, short
+from lorac.errors import AdapterError, ChoiceError, CompileError, OptionError, short
 from lorac.formats.peft.objects import fresh_of, is_config, refuse_wrapped, unwrapped
 from lorac.ir.slots.choice import Spec
 from lorac.runtime.compiled import Compiled
@@ -98,7 +98,7 @@ def source_of(given: object, name: str | None = None) -> Source:
 
     Raises:
         AdapterError: it is none of these.
-        UnsupportedField: a configuration that lorac does not build.
+        FormatError: a configuration that lorac does not build.
     """
     if isinstance(given, str | Adapter | Variant):
         return given
@@ -129,7 +129,7 @@ def device_of(given: str | torch.device | None) -> torch.device | None:
     """A device by its name, whether or not it is there.
 
     Raises:
-        UnknownOption: it is no name of a device.
+        OptionError: it is no name of a device.
     """
     try:
         return None if given is None else torch.device(given)
@@ -141,7 +141,7 @@ def refuse_unusable(device: torch.device | None) -> None:
     """Refuse a device that torch does not have here.
 
     Raises:
-        UnknownOption: this torch cannot use it.
+        OptionError: this torch cannot use it.
     """
     if device is None:
         return
@@ -151,9 +151,9 @@ def refuse_unusable(device: torch.device | None) -> None:
         raise _no_device(device, error) from error
 
 
-def _no_device(given: object, error: Exception) -> UnknownOption:
+def _no_device(given: object, error: Exception) -> OptionError:
     reason = str(error).strip().partition("\n")[0]
-    return UnknownOption(
+    return OptionError(
         f"device={str(given)!r} cannot be used here: {reason}",
         nearest="cpu",
         next_step="leave device= out to stay where the model is; 'cuda' takes a GPU, and torch built for it",

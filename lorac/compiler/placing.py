@@ -29,7 +29,7 @@ def placed(
         model: the host; None where there is only a stored program.
 
     Raises:
-        UnknownOption: torch, or the target, does not run on it.
+        OptionError: torch, or the target, does not run on it.
         Unavailable: this machine lacks what the target takes to run there.
     """
     if not backend.dialect_for(options).emits:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lorac.errors import Unavailable, UnknownOption, nearest_name, warn
+from lorac.errors import OptionError, Unavailable, nearest_name, warn
 from lorac.ir.engine import AnyDialect
 from lorac.ir.host.copying import structural_copy
 
@@ -63,14 +63,14 @@ def dtype_named(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """A dtype, or the one of that name.
 
     Raises:
-        UnknownOption: it is no floating-point dtype that a model can have.
+        OptionError: it is no floating-point dtype that a model can have.
     """
     if dtype is None or (isinstance(dtype, torch.dtype) and dtype in _FLOATING.values()):
         return dtype
     name = str(dtype).removeprefix("torch.")
     if name not in _FLOATING:
         usual = ("float32", "float64", "bfloat16", "float16")
-        raise UnknownOption(
+        raise OptionError(
             f"dtype= takes no '{name}'",
             nearest=nearest_name(name, usual),
             next_step=f"it takes {', '.join(usual)}, as text or as torch has them",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lorac import backends
 from lorac.discovery import module_names, offered
-from lorac.errors import MissingExtra, none_of
+from lorac.errors import MissingExtra, not_one_of
 from lorac.ir.engine import Backend, TargetOptions
 
 GROUP = "lorac.backends"
@@ -28,12 +28,12 @@ def backend_of(target: str) -> Backend[TargetOptions]:
     """The backend of a target.
 
     Raises:
-        UnknownOption: there is no such target.
+        OptionError: there is no such target.
         MissingExtra: a library it needs is not installed.
     """
     known = targets()
     if target not in known:
-        raise none_of("there is no target", target, known)
+        raise not_one_of("there is no target", target, known)
     try:
         return _loaded(target)
     except ModuleNotFoundError as error:

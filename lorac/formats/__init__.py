@@ -14,7 +14,7 @@ from typing import cast
 from torch import nn
 
 from lorac.discovery import modules_of
-from lorac.errors import FormatError, UnknownFormat, Unreadable, nearest_name
+from lorac.errors import FormatError, nearest_name
 from lorac.formats._files import read_header
 from lorac.formats._format import Format
 from lorac.ir.store.disk import told
@@ -49,14 +49,14 @@ def load_adapter(path: str | os.PathLike[str], model: nn.Module | None = None, n
         The adapter. Its tensors have the file's dtype, matrices the shape (out, in).
 
     Raises:
-        FormatError: UnknownFormat, CorruptFile, UnknownField, UnsupportedField, UnusedTensors,
-            PatternTooSlow, OverBudget, Unreadable.
-        AdapterError: ShapeMismatch, NonFinite, WrongDtype, WrongIndex, BaseMismatch.
-        SiteError: SiteNotFound, SiteUnsupported.
+        FormatError: FormatError,
+            FormatError.
+        AdapterError: AdapterError.
+        SiteError: SiteError.
     """
     expect(path, (str, os.PathLike), "what lorac.load_adapter reads", next_step="give the path of a file or folder")
     path = Path(path)
-    with told(path, Unreadable, "read"):
+    with told(path, FormatError, "read", "unreadable"):
         return steady(path, lambda: _load(path, model, name))
 
 
@@ -79,25 +79,26 @@ def save_adapter(
             convolutions or embeddings in their own way and the adapter does not come from a file.
 
     Raises:
-        UnknownFormat: There is no such format, or it cannot be written.
-        UnsupportedField: The format has no place for what the adapter is.
+        FormatError: There is no such format, or it cannot be written.
+        FormatError: The format has no place for what the adapter is.
         BaseNeeded: The format needs the model.
-        Unreadable: The disk is full, the place forbidden, or otherwise the system's reason.
+        FormatError: The disk is full, the place forbidden, or otherwise the system's reason.
         WrongType: It is no adapter.
         AdapterError, SiteError: The adapter does not fit the model.
     """
     expect(adapter, Adapter, "what lorac.save_adapter writes", next_step="give one of compiled.adapters.values()")
     writers = {name: found for name, found in formats().items() if found.save is not None}
     if format not in writers:
-        raise UnknownFormat(
+        raise FormatError(
             f"adapters cannot be saved in the format '{format}'",
             nearest=nearest_name(format, writers),
             next_step=f"formats to save in: {', '.join(writers)}",
+            code="unknown_format",
         )
     save = writers[format].save
     assert save is not None
     target = Path(path)
-    with told(target, Unreadable, "written"), replacing(target) as staged:
+    with told(target, FormatError, "written", "unreadable"), replacing(target) as staged:
         save(adapter, staged, model, target)
         if target.is_file() if staged.is_dir() else target.is_dir():
             kind = "a file" if staged.is_dir() else "a folder"
@@ -113,18 +114,22 @@ def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
 
 def _format_of(path: Path) -> Format:
     if not path.exists():
-        raise UnknownFormat(
-            f"there is no adapter at '{path}'", nearest=_sibling(path), next_step="give the path of a file or folder"
+        raise FormatError(
+            f"there is no adapter at '{path}'",
+            nearest=_sibling(path),
+            next_step="give the path of a file or folder",
+            code="unknown_format",
         )
     matching = [format for format in formats().values() if format.recognises(path)]
     if len(matching) == 1:
         return matching[0]
     if path.is_file() and path.suffix == ".safetensors":
         read_header(path)  # a damaged file is told as such
-    raise UnknownFormat(
+    raise FormatError(
         f"'{path}' is an adapter of no known format; looked for "
         + "; ".join(f"{format.name}: {format.looks_for}" for format in formats().values()),
         next_step=_meant(path),
+        code="unknown_format",
     )
 
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lorac.adapters.fit import check_finite
-from lorac.errors import CorruptFile, LoracError, UnsupportedField, nearest_name
+from lorac.errors import FormatError, LoracError, nearest_name
 from lorac.formats._pickles import load_pickle
 from lorac.ir.store.strict_json import json_text, parse_object, read_text
 from lorac.ir.store.tensors import DTYPES, seal
@@ -53,7 +53,7 @@ def read_header(path: Path) -> Header:
     """The header of a safetensors file, held against the file's size and itself.
 
     Raises:
-        CorruptFile: Truncated, not JSON, an unknown dtype, shapes that do not fit the offsets,
+        FormatError: Truncated, not JSON, an unknown dtype, shapes that do not fit the offsets,
             overlapping tensors, or bytes that belong to none.
     """
     raw, size = _raw_header(path)
@@ -88,8 +88,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file, in memory of their own, and its metadata.
 
     Raises:
-        CorruptFile: As `read_header`.
-        NonFinite: A tensor holds NaN or infinity.
+        FormatError: As `read_header`.
+        AdapterError: A tensor holds NaN or infinity.
     """
     header = read_header(path)
     try:
@@ -106,9 +106,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a `.bin` file, through `torch.load(weights_only=True)`.
 
     Raises:
-        CorruptFile: Damaged, or holding anything but named dense tensors that lie in the file themselves.
-        NonFinite: A tensor holds NaN or infinity.
-        OverBudget: Its tensors are larger than the file is.
+        FormatError: Damaged, or holding anything but named dense tensors that lie in the file themselves.
+        AdapterError: A tensor holds NaN or infinity.
+        FormatError: Its tensors are larger than the file is.
     """
     loaded = load_pickle(path, lambda reason: _corrupt(path, reason))
     if not isinstance(loaded, dict):
@@ -146,7 +146,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-        CorruptFile: Not JSON as `parse_object` wants it.
+        FormatError: Not JSON as `parse_object` wants it.
     """
     return parse_object(read_text(path), lambda reason: _corrupt(path, f"it {reason}"))
 
@@ -155,7 +155,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON object, its own names sorted; nested ones keep their order, which may matter.
 
     Raises:
-        UnsupportedField: As `config_text`.
+        FormatError: As `config_text`.
     """
     path.write_text(config_text({name: value[name] for name in sorted(value)}, indent=2) + "\n", encoding="utf-8")
 
@@ -164,14 +164,15 @@ def config_text(value: Mapping[str, Any], indent: int | None = None) -> str:
     """An adapter's description as JSON.
 
     Raises:
-        UnsupportedField: It holds NaN, infinity, or whatever else `read_json` would refuse.
+        FormatError: It holds NaN, infinity, or whatever else `read_json` would refuse.
     """
     try:
         return json_text(value, indent)
     except ValueError as error:
-        raise UnsupportedField(
+        raise FormatError(
             f"the adapter's configuration cannot be written: {error}",
             next_step="give it finite numbers of ordinary size",
+            code="unsupported_field",
         ) from error
 
 
@@ -181,15 +182,17 @@ def check_seal(path: Path, text: str, tensors: Mapping[str, Tensor], metadata: M
     Files of other tools have none, and are taken as they are.
 
     Raises:
-        CorruptFile: They do not belong together.
+        FormatError: They do not belong together.
     """
     with unhurried():
         belongs = SEAL not in metadata or metadata[SEAL] == seal(text, tensors)
     if not belongs:
-        raise CorruptFile(
+        raise FormatError(
             f"the configuration and the tensors of '{path}' do not belong together: they, or one of them, were changed "
             "since lorac wrote both",
-            next_step=f"{CorruptFile.usual}; where the change is meant, remove '{SEAL}' from the tensors' metadata",
+            next_step=f"{FormatError.usual_steps['corrupt_file']}; where the change is meant, remove '{SEAL}' from the "
+            "tensors' metadata",
+            code="corrupt_file",
         )
 
 
@@ -242,5 +245,5 @@ def _naturals(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
-def _corrupt(path: Path, reason: str, nearest: str | None = None) -> CorruptFile:
-    return CorruptFile(f"'{path}' is damaged: {reason}", nearest=nearest)
+def _corrupt(path: Path, reason: str, nearest: str | None = None) -> FormatError:
+    return FormatError(f"'{path}' is damaged: {reason}", nearest=nearest, code="corrupt_file")

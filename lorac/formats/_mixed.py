@@ -18,7 +18,7 @@ from torch import nn
 
 from lorac.adapters.fit import check_adapter
 from lorac.adapters.frozen import freeze_router
-from lorac.errors import BaseNeeded, CorruptFile, ShapeMismatch, SiteNotFound, UnusedTensors, nearest_name
+from lorac.errors import AdapterError, BaseNeeded, FormatError, SiteError, nearest_name
 from lorac.ir.host.last_hidden import last_hidden
 from lorac.ir.host.sites import find_sites
 from lorac.variants.adapter import Adapter
@@ -58,9 +58,9 @@ class MixedFile:
 
         Raises:
             BaseNeeded: no model was given, or it does not tell its last hidden state.
-            CorruptFile: an expert or a tensor of the classifier is missing.
-            UnusedTensors: the classifier has another tensor.
-            ShapeMismatch: it is as wide as no layer of the model.
+            FormatError: an expert or a tensor of the classifier is missing.
+            FormatError: the classifier has another tensor.
+            AdapterError: it is as wide as no layer of the model.
         """
         hidden = self._hidden(name, model)
         assert model is not None
@@ -88,16 +88,17 @@ class MixedFile:
             )
         try:
             path, width = last_hidden(model)
-        except SiteNotFound as error:
+        except SiteError as error:
             raise BaseNeeded(
                 f"the classifier of adapter '{name}' reads the last hidden state, and {error.args[0].splitlines()[0]}",
                 next_step="compile from a model of transformers, with the folder in adapters=",
             ) from error
         if width != self.fields["hidden_size"]:
-            raise ShapeMismatch(
+            raise AdapterError(
                 f"adapter '{name}': its classifier reads {self.fields['hidden_size']} values of a token, and '{path}' "
                 f"gives {width}",
                 next_step="load the base model that the adapter was trained on",
+                code="shape_mismatch",
             )
         return path
 
@@ -106,18 +107,20 @@ class MixedFile:
         expected = [key for key in self.keys for key in ((key, _bias(key)) if self.biased else (key,))]
         missing = [key for key in expected if key not in self.classifier]
         if missing:
-            raise CorruptFile(
+            raise FormatError(
                 f"'{self.folder}' lacks '{missing[0]}', one of {len(missing)} of {len(expected)} tensors of the "
                 f"classifier of '{name}': PEFT drops keys with a number below {len(self.experts)} when it saves",
                 next_step="save the state of internal_xlora_classifier from the trained model itself, and put its "
                 "tensors into the file, behind base_model.internal_xlora_classifier.",
+                code="corrupt_file",
             )
         strange = [key for key in self.classifier if key not in expected]
         if strange:
-            raise UnusedTensors(
+            raise FormatError(
                 f"'{self.folder}' holds a tensor '{strange[0]}' that its classifier has no place for",
                 nearest=nearest_name(strange[0], expected),
                 next_step=f"by its configuration it has {', '.join(expected)}",
+                code="unused_tensors",
             )
         return self.classifier
 
@@ -130,9 +133,10 @@ class MixedFile:
         places.insert(places.index(self.folder / told), told)
         found = next((place for place in places if place.is_dir()), None)
         if found is None:
-            raise CorruptFile(
+            raise FormatError(
                 f"'{self.folder}' mixes an expert '{known}', which is not at '{self.experts[known]}'",
                 next_step=f"put its folder at '{self.folder / known}'",
+                code="corrupt_file",
             )
         return load_adapter(found, model, known)
 

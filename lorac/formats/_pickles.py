@@ -17,10 +17,10 @@ from typing import Any, BinaryIO
 
 import torch
 
-from lorac.errors import CorruptFile, LoracError
+from lorac.errors import FormatError, LoracError
 from lorac.spending import claim, counted, unhurried
 
-Refuse = Callable[[str], CorruptFile]
+Refuse = Callable[[str], FormatError]
 """(what is wrong) -> the error to raise."""
 MOST_STEPS = 1_000_000
 """Steps of a pickle: 30 for each of 30 000 tensors. torch unpickles so many in under two seconds."""
@@ -37,8 +37,8 @@ def load_pickle(path: Path, refuse: Refuse) -> Any:
     """What a `.bin` file holds.
 
     Raises:
-        CorruptFile: ``refuse``'s: it is none, or names what no dictionary of tensors needs.
-        OverBudget: Unpacked it is larger than a file may be, or has too many members.
+        FormatError: ``refuse``'s: it is none, or names what no dictionary of tensors needs.
+        FormatError: Unpacked it is larger than a file may be, or has too many members.
     """
     size = path.stat().st_size
     try:

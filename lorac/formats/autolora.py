@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from lorac.errors import FormatError, UnsupportedField
+from lorac.errors import FormatError
 from lorac.formats._files import read_header
 from lorac.formats._format import Format
 from lorac.variants.adapter import Adapter
@@ -28,9 +28,10 @@ def _recognises(path: Path) -> bool:
 
 
 def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
-    raise UnsupportedField(
+    raise FormatError(
         f"'{path}' holds the gates of AutoLoRA's merger, and the LoRAs that they fuse lie elsewhere",
         next_step="load these, and give them to lorac.AutoLoRA.from_loras with gates=, this file's tensors by name",
+        code="unsupported_field",
     )
 
 

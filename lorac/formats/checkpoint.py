@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lorac.adapters.fit import check_adapter, in_order
-from lorac.errors import CorruptFile, FormatError, nearest_name
+from lorac.errors import FormatError, nearest_name
 from lorac.formats._files import config_text, peek_names, read_safetensors
 from lorac.formats._format import Format
 from lorac.formats.native import assembled, key_of, method_in, record_from
@@ -47,7 +47,10 @@ def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
     tensors, _ = read_safetensors(file)
     records = {}
     for key in filter(_is_record, tensors):
-        told = parse_object(bytes(tensors[key].tolist()), lambda reason: CorruptFile(f"a record in '{file}' {reason}"))
+        told = parse_object(
+            bytes(tensors[key].tolist()),
+            lambda reason: FormatError(f"a record in '{file}' {reason}", code="corrupt_file"),
+        )
         record = record_from(file, config_text(told["record"]))
         records[record["name"]] = (key.removesuffix(_RECORD), record, told["places"])
     start, record, places = records[_chosen(file, sorted(records), name)]
@@ -77,7 +80,9 @@ def _stored(file: Path, tensors: dict[str, Tensor], start: str, places: Any) -> 
     stored: dict[str, Tensor] = {}
     for key, named in places.items():
         if f"{start}.{key}" not in tensors:
-            raise CorruptFile(f"'{file}' lacks the tensor '{start}.{key}', which its record promises")
+            raise FormatError(
+                f"'{file}' lacks the tensor '{start}.{key}', which its record promises", code="corrupt_file"
+            )
         stored |= {key_of(site, name): tensors[f"{start}.{key}"] for site, name in named}
     return stored
 

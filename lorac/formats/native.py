@@ -22,11 +22,8 @@ from torch import nn
 from lorac.adapters.base_hash import base_hash
 from lorac.adapters.fit import check_adapter, in_order
 from lorac.errors import (
-    CorruptFile,
-    UnknownField,
+    FormatError,
     UnknownMethod,
-    UnsupportedField,
-    UnusedTensors,
     nearest_name,
     short,
 )
@@ -114,7 +111,9 @@ def assembled(
     """
     for alias, first in record["shared"].items():
         if not isinstance(first, str) or first not in stored or alias in stored:
-            raise CorruptFile(f"'{path}' says that '{alias}' is {short(first)}, which its tensors belie")
+            raise FormatError(
+                f"'{path}' says that '{alias}' is {short(first)}, which its tensors belie", code="corrupt_file"
+            )
         stored[alias] = stored[first]
     adapter = Adapter(
         name=name or record["name"],
@@ -196,9 +195,10 @@ def _place(path: Path, adapter: Adapter, key: str, tensor: Tensor) -> None:
     elif kind == "replaced" and rest:
         adapter.replaced[rest] = tensor
     else:
-        raise UnusedTensors(
+        raise FormatError(
             f"'{path}' holds '{key}', which is no name of this format",
             next_step="names are tensors/<site>/<parameter> and replaced/<parameter>",
+            code="unused_tensors",
         )
 
 
@@ -206,45 +206,59 @@ def record_from(path: Path, text: str) -> dict[str, Any]:
     """The record that a text says, checked.
 
     Raises:
-        CorruptFile: it is none, or something in it is missing or of another type.
-        UnknownField, UnsupportedField: it is of another version of the format.
+        FormatError: it is none, or something in it is missing or of another type.
+        FormatError: it is of another version of the format.
     """
-    record = parse_object(text, lambda reason: CorruptFile(f"the description in '{path}' {reason}"))
+    record = parse_object(
+        text, lambda reason: FormatError(f"the description in '{path}' {reason}", code="corrupt_file")
+    )
     if not isinstance(record.get("version"), int):
-        raise CorruptFile(f"the description in '{path}' has no version")
+        raise FormatError(f"the description in '{path}' has no version", code="corrupt_file")
     if record["version"] > VERSION:
-        raise UnsupportedField(
+        raise FormatError(
             f"'{path}' is version {record['version']} of the format, this lorac reads {VERSION}",
             next_step="pip install -U lorac",
+            code="unsupported_field",
         )
     for field in record:
         if field not in _FIELDS and field != _HOMES:
             near = nearest_name(field, _FIELDS)
-            raise UnknownField(f"'{path}' has the unknown field '{field}'", nearest=near, next_step=_ANOTHER)
+            raise FormatError(
+                f"'{path}' has the unknown field '{field}'", nearest=near, next_step=_ANOTHER, code="unknown_field"
+            )
     for field, kind in _FIELDS.items():
         if field not in record or not isinstance(record[field], kind):  # type: ignore[arg-type]  # a type or a tuple of types
-            raise CorruptFile(f"the description in '{path}' lacks '{field}', or it is of another type")
+            raise FormatError(
+                f"the description in '{path}' lacks '{field}', or it is of another type", code="corrupt_file"
+            )
     _check_provenance(path, record["provenance"])
     _check_homes(path, record.get(_HOMES, {}))
     if not fits(record["left_out"], tuple[str, ...]):
-        raise CorruptFile(f"the description in '{path}' has 'left_out' of another type")
+        raise FormatError(f"the description in '{path}' has 'left_out' of another type", code="corrupt_file")
     return record
 
 
 def _check_provenance(path: Path, provenance: Mapping[str, Any]) -> None:
     for entry, kind in _PROVENANCE.items():
         if entry in provenance and not fits(provenance[entry], kind):
-            raise CorruptFile(f"the description in '{path}' has '{entry}' of another type in its provenance")
+            raise FormatError(
+                f"the description in '{path}' has '{entry}' of another type in its provenance", code="corrupt_file"
+            )
     for site, described in provenance.get(LAYOUT, {}).items():
         if not is_described(described):
-            raise CorruptFile(f"the description in '{path}' does not tell the layout of '{site}': {short(described)}")
+            raise FormatError(
+                f"the description in '{path}' does not tell the layout of '{site}': {short(described)}",
+                code="corrupt_file",
+            )
 
 
 def _check_homes(path: Path, modules: Any) -> None:
     """The modules of methods are only ever named to people: they are names."""
     named = fits(modules, _TEXTS) and all(part.isidentifier() for name in modules.values() for part in name.split("."))
     if not named:
-        raise CorruptFile(f"the description in '{path}' has '{_HOMES}' that are no modules: {short(modules)}")
+        raise FormatError(
+            f"the description in '{path}' has '{_HOMES}' that are no modules: {short(modules)}", code="corrupt_file"
+        )
 
 
 def method_in(path: Path, record: Record) -> Variant:
@@ -252,7 +266,7 @@ def method_in(path: Path, record: Record) -> Variant:
 
     Raises:
         UnknownMethod: its class is not imported.
-        UnknownField, UnsupportedField: its hyper-parameters are not the method's.
+        FormatError: its hyper-parameters are not the method's.
     """
     return _made(path, record["variant"], record["config"], record.get(_HOMES, {}))
 
@@ -274,23 +288,27 @@ def _made(path: Path, name: str, config: Mapping[str, Any], modules: Mapping[str
     known = dataclass_fields(variant)
     for field in config:
         if field not in known:
-            raise UnknownField(
+            raise FormatError(
                 f"'{path}' sets '{field}', which {variant.name} does not have",
                 nearest=nearest_name(field, known),
                 next_step=_ANOTHER,
+                code="unknown_field",
             )
     default, kinds = _defaults(variant), kinds_of(variant)
     revived = {field: _revived(path, value, modules) for field, value in config.items()}
     for field, value in revived.items():
         if not fits(value, kinds[field]):
-            raise UnsupportedField(
+            raise FormatError(
                 f"'{path}' sets {field}={short(config[field])}, which {variant.name} does not take",
                 next_step=f"its default is {default[field]!r}" if field in default else f"it takes {kinds[field]}",
+                code="unsupported_field",
             )
     try:
         return variant(**revived)
     except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
-        raise UnsupportedField(f"'{path}' configures {variant.name} wrongly: {error}", next_step=_ANOTHER) from error
+        raise FormatError(
+            f"'{path}' configures {variant.name} wrongly: {error}", next_step=_ANOTHER, code="unsupported_field"
+        ) from error
 
 
 def _revived(path: Path, value: Any, modules: Mapping[str, str]) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from lorac.adapters.fit import check_adapter
-from lorac.errors import CorruptFile, UnknownField, UnsupportedField, nearest_name, short
+from lorac.errors import FormatError, nearest_name, short
 from lorac.formats._files import read_json, read_safetensors, write_json
 from lorac.formats._format import Format
 from lorac.formats._mixed import MixedFile, experts, written
@@ -70,7 +70,11 @@ def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
     _refuse_unknown(raw, file)
     fields = {own: _read(file, key, raw.get(key, default), read) for key, (own, default, read) in _APPLIED.items()}
     if not (folder / WEIGHTS).is_file():
-        raise CorruptFile(f"'{folder}' has {CONFIG}, but no {WEIGHTS}", next_step="copy or download the whole folder")
+        raise FormatError(
+            f"'{folder}' has {CONFIG}, but no {WEIGHTS}",
+            next_step="copy or download the whole folder",
+            code="corrupt_file",
+        )
     tensors, _ = read_safetensors(folder / WEIGHTS)
     keys = _keys(fields["depth"], fields["activation"])
     known = _read(file, "adapters", raw.get("adapters", {}), experts)
@@ -86,15 +90,16 @@ def _save(adapter: Adapter, path: Path, model: nn.Module | None, target: Path) -
     """Write the two files, and the experts as PEFT's LoRAs within ``adapters``.
 
     Raises:
-        UnsupportedField: it is no X-LoRA, or replaces parameters of the model besides.
+        FormatError: it is no X-LoRA, or replaces parameters of the model besides.
         BaseNeeded: each site has weights of its own, and no model was given.
     """
     variant = adapter.variant
     if not isinstance(variant, XLoRA) or adapter.replaced:
         what = "replaces parameters besides" if isinstance(variant, XLoRA) else f"is of {variant.name}"
-        raise UnsupportedField(
+        raise FormatError(
             f"adapter '{adapter.name}' {what}, and the format '{FORMAT.name}' holds an X-LoRA and nothing else",
             next_step="use format='native'",
+            code="unsupported_field",
         )
     if model is not None:
         check_adapter(adapter, find_sites(model), model)
@@ -119,10 +124,11 @@ def _refuse_unknown(raw: Mapping[str, Any], file: Path) -> None:
     known = {*_APPLIED, *_ELSE, *_IRRELEVANT}
     for key in raw:
         if key not in known:
-            raise UnknownField(
+            raise FormatError(
                 f"'{file}' sets the unknown field '{key}' = {short(raw[key])}",
                 nearest=nearest_name(key, known),
                 next_step="it may change the result, so it is not ignored",
+                code="unknown_field",
             )
 
 
@@ -130,9 +136,10 @@ def _read(file: Path, key: str, value: Any, read: _Reader) -> Any:
     try:
         return read(value)
     except ValueError as error:
-        raise UnsupportedField(
+        raise FormatError(
             f"'{file}' sets {key}={short(value)}: {error}",
             next_step="save the configuration again with X-LoRA's own code",
+            code="unsupported_field",
         ) from None
 
 

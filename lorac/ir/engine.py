@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Generic, Never, TypeVar
 import torch
 from torch import nn
 
-from lorac.errors import Unavailable, UnknownOption, nearest_name
+from lorac.errors import OptionError, Unavailable, nearest_name
 from lorac.ir.binding import Bound, T
 from lorac.ir.cache import Cache, Extension, Keeps
 from lorac.ir.graph.passes import Pass
@@ -130,7 +130,7 @@ class TargetOptions(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Raise ``UnknownOption`` where a value makes no sense."""
+        """Raise ``OptionError`` where a value makes no sense."""
 
 
 Options = TypeVar("Options", bound=TargetOptions)
@@ -309,12 +309,12 @@ class Backend(ABC, Generic[Options]):
         """The target's options out of what ``compile`` was given beside its own arguments.
 
         Raises:
-            UnknownOption: the target has no such option.
+            OptionError: the target has no such option.
         """
         known = [spec.name for spec in dataclasses.fields(self.options)]
         for name in options:
             if name not in known:
-                raise UnknownOption(
+                raise OptionError(
                     f"target '{self.dialect.name}' has no option '{name}'",
                     nearest=nearest_name(name, known),
                     next_step=f"it takes {', '.join(known)}",
@@ -333,11 +333,11 @@ class Backend(ABC, Generic[Options]):
             device: None where none was asked for.
 
         Raises:
-            UnknownOption: the target does not run on it, or the options say otherwise.
+            OptionError: the target does not run on it, or the options say otherwise.
             Unavailable: this machine lacks what it takes.
         """
         if device is not None and device.type != "cpu":
-            raise UnknownOption(
+            raise OptionError(
                 f"target '{self.dialect.name}' does not run on device '{device}'",
                 nearest="cpu",
                 next_step="leave device= out",

@@ -62,7 +62,7 @@ class Again:
 
         Raises:
             CompileError: the pass would write in place.
-            SiteUnreached: a value that a branch reads in the pass is not computed before it.
+            SiteError: a value that a branch reads in the pass is not computed before it.
         """
         copies: dict[fx.Node, fx.Node] = {}
         for node in sorted(self._leading_to(wanted, alone), key=self.order.__getitem__):

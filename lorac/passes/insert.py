@@ -9,7 +9,7 @@ from typing import Any, ClassVar, final
 import torch
 from torch import fx
 
-from lorac.errors import SiteUnreached
+from lorac.errors import SiteError
 from lorac.ir.algebra import letters
 from lorac.ir.graph import ops
 from lorac.ir.graph.adapted import AdaptedCall, useful
@@ -39,7 +39,7 @@ class Insert(Pass):
         ``refuse_idle`` says.
 
         Raises:
-            SiteUnreached: the graph uses the results of none of the planned sites.
+            SiteError: the graph uses the results of none of the planned sites.
         """
         calls: dict[str, list[fx.Node]] = {}
         used = useful(graph)
@@ -200,7 +200,7 @@ def refuse_idle(graphs: Iterable[Graph], touched: Mapping[str, Collection[str]])
         touched: adapter -> paths of the sites it touches.
 
     Raises:
-        SiteUnreached: no graph uses any of an adapter's sites.
+        SiteError: no graph uses any of an adapter's sites.
     """
     captured = list(graphs)
     reached = {path for graph in captured for path, plan in graph.plans.items() if _has_place(plan)}
@@ -209,9 +209,10 @@ def refuse_idle(graphs: Iterable[Graph], touched: Mapping[str, Collection[str]])
             raise _unreached(f"adapter '{name}' touches '{min(paths)}' ({len(paths)} sites)", *captured)
 
 
-def _unreached(what: str, *graphs: Graph) -> SiteUnreached:
+def _unreached(what: str, *graphs: Graph) -> SiteError:
     names = " or ".join(f"'{graph.name}'" for graph in graphs)
-    return SiteUnreached(
+    return SiteError(
         f"{what}, but no output of the captured graph {names} depends on it",
         next_step="give example_inputs= that reach it, or leave the site out of targets=",
+        code="site_unreached",
     )

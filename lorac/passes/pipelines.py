@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 
-from lorac.errors import WrongLevel
+from lorac.errors import CompileError
 from lorac.ir.engine import AnyDialect, Dialect
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.passes import Outcome, Pass, Skip
@@ -52,8 +52,8 @@ def run_pipeline(graph: Graph, passes: Sequence[Pass], observe: Observer | None 
         observe: called with ``"capture"`` before the first, then with the name of each pass that changed the graph.
 
     Raises:
-        WrongLevel: a pass reads another level than the graph is at.
-        VerificationFailed: a pass left the graph breaking a rule of its level.
+        CompileError: a pass reads another level than the graph is at.
+        CompileError: a pass left the graph breaking a rule of its level.
     """
     verify(graph, after="capture")
     if observe is not None:
@@ -81,12 +81,12 @@ def _run(step: Pass, graph: Graph) -> Outcome:
     return Outcome(outcome.changed or step.leaves is not step.reads, outcome.skipped)
 
 
-def _wrong_level(step: Pass, graph: Graph, passes: Sequence[Pass]) -> WrongLevel:
+def _wrong_level(step: Pass, graph: Graph, passes: Sequence[Pass]) -> CompileError:
     """The refusal to run a pass on a graph that is not at the level it reads."""
     what = f"the pass '{step.name}' reads level {step.reads.name.lower()}, but graph '{graph.name}' is at"
     known = list({other.name: other for other in (*lowering(), *passes)}.values())
     next_step = _before(step, graph, known) if graph.level < step.reads else _too_late(step, known)
-    return WrongLevel(f"{what} level {_name(graph)}", next_step=next_step)
+    return CompileError(f"{what} level {_name(graph)}", next_step=next_step, code="wrong_level")
 
 
 def _before(step: Pass, graph: Graph, known: Sequence[Pass]) -> str:

@@ -15,7 +15,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, fx
 
-from lorac.errors import SiteError, SiteNotFound, SiteUnreached
+from lorac.errors import SiteError
 from lorac.ir.capture.attention import made_of
 from lorac.ir.graph import ops
 from lorac.ir.graph.adapted import VALUE_ROLE, AdaptedCall, attention_in, give
@@ -65,8 +65,8 @@ class Values(Pass):
         """As the class says; skipped are the ops that have their values already.
 
         Raises:
-            SiteUnreached: a value is not computed before the site that reads it.
-            SiteNotFound: the program has no such input, or lacks the parameter.
+            SiteError: a value is not computed before the site that reads it.
+            SiteError: the program has no such input, or lacks the parameter.
             CompileError: a pass before the call's own would write in place.
         """
         found = {node: names_read([graph.plan_of(ops.site_of(node))]) for node in graph.find(ops.adapted)}
@@ -191,20 +191,23 @@ def _found(sources: _Sources, names: Iterable[str], reader: fx.Node, path: str |
 def _missing(name: str, path: str) -> SiteError:
     kind, of = parse(name)
     if kind in {OUTPUT, IN}:
-        return SiteUnreached(
+        return SiteError(
             f"the value '{name}' is not computed before '{path}', which reads it",
             next_step=f"'base:{of}' reads it from a pass of the unadapted model",
+            code="site_unreached",
         )
     if kind == OWN:
         told = of.rpartition(".")[2]
-        return SiteNotFound(
+        return SiteError(
             f"'{path}' reads 'own:{told}', which `once` of its method does not compute",
             next_step=f"have `once` answer a tensor called '{told}', or leave it out of `reads`",
+            code="site_not_found",
         )
     told = pass_value(pass_of(name).rpartition(".")[2], of) if kind == PASS else name
-    return SiteUnreached(
+    return SiteError(
         f"the captured graph does not compute the value '{told}', which '{path}' reads",
         next_step="give example_inputs= that reach it",
+        code="site_unreached",
     )
 
 

@@ -37,7 +37,7 @@ def refuse_misfit(name: str, prepared: Prepared, plans: Mapping[str, SitePlan], 
 
     Raises:
         NeedsRecompile: with the ``reserve=`` that admits it.
-        NotMergeable: none does, since it needs a merged weight in the place of a quantised one.
+        CompileError: none does, since it needs a merged weight in the place of a quantised one.
     """
     problems = []
     for path, change in prepared.changes.items():

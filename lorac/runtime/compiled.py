@@ -273,8 +273,8 @@ class Compiled(Generates):
 
         Raises:
             NeedsRecompile: more sites, rank or kinds of slots than were reserved; nothing was registered.
-            NotMergeable: it needs a merged weight where the weight is quantised; nothing was registered.
-            AdapterExists: the name is taken.
+            CompileError: it needs a merged weight where the weight is quantised; nothing was registered.
+            AdapterError: the name is taken.
         """
         self.refuse_baked()
         with self._adding:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorac.errors import CorruptFile, Unavailable, warn
+from lorac.errors import FormatError, Unavailable, warn
 from lorac.ir.slots.choice import UNSET
 from lorac.ir.store.strict_json import json_text, parse_object
 from lorac.runtime.compiled import Compiled
@@ -67,7 +67,7 @@ class CompiledModule(nn.Module, Compiled):
             folder: where; what else is in it stays.
 
         Raises:
-            UnsupportedField: PEFT has no such method; ``lorac.save_adapter`` writes any in lorac's own format.
+            FormatError: PEFT has no such method; ``lorac.save_adapter`` writes any in lorac's own format.
         """
         adapters = self.pool.adapters
         for name, adapter in adapters.items():
@@ -207,8 +207,8 @@ def _ends(key: str) -> Iterator[str]:
         key = key.partition(".")[2]
 
 
-def _damaged(reason: str) -> CorruptFile:
-    return CorruptFile(f"the record of an adapter in a state dict {reason}")
+def _damaged(reason: str) -> FormatError:
+    return FormatError(f"the record of an adapter in a state dict {reason}", code="corrupt_file")
 
 
 _OWN = "~"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from lorac.errors import AdapterExists
+from lorac.errors import AdapterError
 from lorac.ir.slots.choice import require_known
 from lorac.ir.slots.site import Prepared
 
@@ -68,7 +68,7 @@ class Pool(Mapping[str, Prepared]):
         """Register a prepared adapter.
 
         Raises:
-            AdapterExists: the name is taken.
+            AdapterError: the name is taken.
         """
         with self._lock:
             self.refuse_taken(adapter.name)
@@ -78,7 +78,7 @@ class Pool(Mapping[str, Prepared]):
         """Register an adapter that is prepared when it is first asked for.
 
         Raises:
-            AdapterExists: the name is taken.
+            AdapterError: the name is taken.
         """
         with self._lock:
             self.refuse_taken(adapter.name)
@@ -96,12 +96,13 @@ class Pool(Mapping[str, Prepared]):
             self.entries = {name: (entry[0], entry[1], Written((), ())) for name, entry in self.entries.items()}
 
     def refuse_taken(self, name: str) -> None:
-        """Raise ``AdapterExists`` where the name is taken."""
+        """Raise ``AdapterError`` where the name is taken."""
         if name in self.entries:
-            raise AdapterExists(
+            raise AdapterError(
                 f"an adapter called '{name}' is already there",
                 next_step="name it otherwise, compile by adapters={name: ...} and add_adapter by name=, "
                 "or remove_adapter the other first",
+                code="adapter_exists",
             )
 
     def named(self, names: tuple[str, ...]) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorac.errors import NeedsRecompile, Unreadable
+from lorac.errors import FormatError, NeedsRecompile
 from lorac.ir.binding import Bound
 from lorac.ir.engine import Engine
 from lorac.ir.host.sites import BaseReader
@@ -108,7 +108,7 @@ class States:
     def save(self, choice: Choice, graph: str, path: Path) -> None:
         """Have the engine write what a choice comes to, in one step; no state is made of it, nor kept."""
         snapshot = compose_choice(self.plans, self.pool, choice, self.base)
-        with told(path, Unreadable, "written"), replacing(path) as staged, self._fitting(choice):
+        with told(path, FormatError, "written", "unreadable"), replacing(path) as staged, self._fitting(choice):
             self.engine.write_choice(snapshot, graph, staged)
 
     @contextlib.contextmanager

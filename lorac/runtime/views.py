@@ -211,7 +211,7 @@ def graphs_of(compiled: Any) -> Graphs:
 
     Raises:
         Unavailable: it was loaded from a file, and its target runs no program.
-        CaptureFailed, ExampleInputsNeeded: the host does not trace.
+        CaptureError, ExampleInputsNeeded: the host does not trace.
     """
     stages = compiled.services.stages()
     listing = functools.cache(compiled.engine.listing)

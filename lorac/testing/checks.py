@@ -13,7 +13,7 @@ from torch import nn
 
 from lorac.adapters.preparing import Preparer
 from lorac.compiler.api import compile
-from lorac.errors import AdapterError, LoracError, NotMergeable, SiteError
+from lorac.errors import AdapterError, CompileError, LoracError, SiteError
 from lorac.formats import load_adapter, save_adapter
 from lorac.ir.algebra.changes import merge, merge_bias
 from lorac.ir.algebra.rules import RULES
@@ -57,7 +57,7 @@ def modes(case: Case) -> None:
     assert case.mergeable or not needs_weight, "a method with a weight form stayed a branch"
     for mode in ("fused", "baked"):
         if not case.mergeable:
-            assert_raises(NotMergeable, lambda mode=mode: case.compiled(case.a, mode=mode))  # type: ignore[misc]  # the default binds the loop's value
+            assert_raises(CompileError, lambda mode=mode: case.compiled(case.a, mode=mode))  # type: ignore[misc]  # the default binds the loop's value
             continue
         compiled = case.compiled(case.a, mode=mode)
         for batch in case.host.batches:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lorac.compiler.api import compile
-from lorac.errors import NotMergeable
+from lorac.errors import CompileError
 from lorac.runtime.compiled import Compiled
 from lorac.testing.case import Case
 from lorac.testing.checks import MIX, assert_raises
@@ -41,7 +41,7 @@ def merged(case: Case, target: str) -> None:
     """Fused and baked equal eager, fused swaps undo bit for bit; without a weight form both are refused."""
     if not case.mergeable:
         for mode in ("fused", "baked"):
-            assert_raises(NotMergeable, lambda mode=mode: _compile(case, target, "a", mode=mode))  # type: ignore[misc]  # the default binds the loop's value
+            assert_raises(CompileError, lambda mode=mode: _compile(case, target, "a", mode=mode))  # type: ignore[misc]  # the default binds the loop's value
         return
     x, _ = _inputs(case)
     reference = _call(compile(case.model32, {"a": case.a}, mode="live"), x)

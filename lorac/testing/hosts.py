@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lorac.errors import AdapterError, SiteError, SiteUnsupported
+from lorac.errors import AdapterError, SiteError
 from lorac.ir.host.modules import module_site
 from lorac.ir.host.sites import Site, SiteKind, find_sites
 from lorac.ir.slots.reads import Readable
@@ -114,7 +114,9 @@ class Host:
         variant.check(site)
         reads = variant.reads(site) if isinstance(variant, BranchVariant) else ()
         if self.read and not reads:
-            raise SiteUnsupported(f"'{self.name}' is for what reads values", next_step="test it on other hosts")
+            raise SiteError(
+                f"'{self.name}' is for what reads values", next_step="test it on other hosts", code="site_unsupported"
+            )
         if isinstance(variant, BranchVariant) and reads:
             variant.params(site)
             self._readable.check(reads, owns=variant.has_once)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lorac.compiler.api import compile
-from lorac.errors import UnknownOption
+from lorac.errors import OptionError
 from lorac.ir.host.sites import Site
 from lorac.testing.parity import CONTRIBUTION, contribution
 from lorac.variants.adapter import Adapter
@@ -34,14 +34,14 @@ def samples(variant: type[Variant] | Variant, **fields: Any) -> list[Variant]:
         **fields: hyper-parameters to set in all of them.
 
     Raises:
-        UnknownOption: the class has a field without a default that ``fields`` does not set.
+        OptionError: the class has a field without a default that ``fields`` does not set.
     """
     if isinstance(variant, Variant):
         return [dataclasses.replace(variant, **fields)]
     own = [f for f in dataclasses.fields(variant) if f.name not in _COMMON and f.name not in fields]
     missing = [f.name for f in own if f.default is f.default_factory is dataclasses.MISSING]
     if missing:
-        raise UnknownOption(
+        raise OptionError(
             f"{variant.name} has no default for {', '.join(missing)}",
             next_step="give the fields to conformance(), or a configured instance",
         )

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.errors import CorruptFile, UnsupportedField
+from lorac.errors import FormatError
 from lorac.ir.store.disk import told
 from lorac.ir.store.folders import replacing
 from lorac.variants.adapter import Adapter
@@ -46,19 +46,20 @@ class Checkpoint:
         """Set all as it was, random states too; gives the number of steps done.
 
         Raises:
-            CorruptFile: the state cannot be read, or is of another optimizer.
+            FormatError: the state cannot be read, or is of another optimizer.
         """
         file = self.folder / STATE
         try:
-            with told(file, CorruptFile, "read"):
+            with told(file, FormatError, "read", "corrupt_file"):
                 state = torch.load(file, weights_only=True, map_location="cpu")
             optimizer.load_state_dict(state["optimizer"])
             scheduler.load_state_dict(state["scheduler"])
             _set_random(state["random"][process])
         except (RuntimeError, ValueError, KeyError, IndexError, EOFError, pickle.UnpicklingError) as error:
-            raise CorruptFile(
+            raise FormatError(
                 f"'{file}' does not fit this run: {error}",
                 next_step="resume with the recipe and the number of processes it was written with",
+                code="corrupt_file",
             ) from error
         return self.step
 
@@ -85,7 +86,7 @@ def write(
         "random": gather_object([_random()]),
     }
     if accelerator.is_main_process:
-        with told(folder, CorruptFile, "written"), replacing(folder / f"{PREFIX}{step}") as aside:
+        with told(folder, FormatError, "written", "corrupt_file"), replacing(folder / f"{PREFIX}{step}") as aside:
             _fill(aside, adapters, state)
     accelerator.wait_for_everyone()
 
@@ -94,7 +95,9 @@ def save(adapter: Adapter, folder: Path, model: nn.Module) -> Path:
     """Write a trained adapter as PEFT does, or where PEFT has no place for it in lorac's own format."""
     try:
         lorac.save_adapter(adapter, folder, model=model)
-    except UnsupportedField:
+    except FormatError as error:
+        if error.code != "unsupported_field":
+            raise
         folder = folder.with_name(f"{folder.name}{NATIVE}")
         lorac.save_adapter(adapter, folder, format="native", model=model)
     return folder

@@ -25,7 +25,7 @@ class Data:
 
     Raises:
         ChoiceError: more than half of the rows are to be held out.
-        UnknownOption, ChoiceError: as ``texts.rows``.
+        OptionError, ChoiceError: as ``texts.rows``.
     """
 
     def __init__(self, recipe: Recipe, tokenizer: Any) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 import lorac
 from lorac import training
-from lorac.errors import UnknownOption, nearest_name, none_of
+from lorac.errors import OptionError, nearest_name, not_one_of
 from lorac.trainer.recipe import Named
 from lorac.training import starts
 from lorac.training.rule import Rule
@@ -32,7 +32,7 @@ def adapters(
         batches: gives what a start sees.
 
     Raises:
-        UnknownOption: there is no such method, start or keyword.
+        OptionError: there is no such method, start or keyword.
         LoracError: what reading, making and beginning one raise.
     """
     return {name: _adapter(name, dict(said), model, batches) for name, said in given.items()}
@@ -46,7 +46,7 @@ def optimizer(named: Named, compiled: Any, learning_rate: float) -> torch.optim.
     known = {**torchs, **own}
     known.pop("Optimizer", None)
     if name not in known:
-        raise none_of("there is no optimizer", name, sorted(known))
+        raise not_one_of("there is no optimizer", name, sorted(known))
     if name in own:
         of_groups = {key: keywords.pop(key) for key in OF_GROUPS if key in keywords}
         tensors: Any = training.galore_groups(compiled, **of_groups)
@@ -61,7 +61,7 @@ def rule(named: Named, compiled: Any, held: torch.optim.Optimizer) -> Rule:
     name, keywords = _parted(named, "the rule")
     known = {key: cls for key, cls in vars(training).items() if _is_a(cls, Rule)}
     if name not in known:
-        raise none_of("there is no rule", name, sorted(known))
+        raise not_one_of("there is no rule", name, sorted(known))
     made: Rule = _called(known[name], name, (compiled, held), keywords)
     return made
 
@@ -72,21 +72,21 @@ def _adapter(
     if "path" in said:
         path = said.pop("path")
         if said:
-            raise UnknownOption(
+            raise OptionError(
                 f"adapter '{name}' has a path, and {', '.join(said)} besides", next_step="its file says what it is"
             )
         return lorac.load_adapter(path, model, name)
     method, start = said.pop("method", None), said.pop("start", None)
     known = lorac.variants()
     if method not in known:
-        raise none_of(f"adapter '{name}': there is no method", method, known)
+        raise not_one_of(f"adapter '{name}': there is no method", method, known)
     variant: Variant = _called(known[method], f"method {method}", (), said)
     if start is None:
         return variant
     begin, keywords = _parted(start, f"the start of '{name}'")
     begins = {key: cls for key, cls in vars(starts).items() if _is_a(cls, starts.Start) and cls is not starts.Start}
     if begin not in begins:
-        raise none_of(f"adapter '{name}': there is no start", begin, sorted(begins))
+        raise not_one_of(f"adapter '{name}': there is no start", begin, sorted(begins))
     begun: Adapter = _called(begins[begin], begin, (), keywords)(variant, model, batches())
     return begun
 
@@ -97,7 +97,7 @@ def _parted(named: Named, what: str) -> tuple[str, dict[str, Any]]:
         return named, {}
     keywords = dict(named)
     if not isinstance(keywords.get("name"), str):
-        raise UnknownOption(f"{what} has no name", next_step="give {name: ..., and its keywords}")
+        raise OptionError(f"{what} has no name", next_step="give {name: ..., and its keywords}")
     return keywords.pop("name"), keywords
 
 
@@ -111,5 +111,5 @@ def _called(cls: Any, name: str, given: tuple[Any, ...], keywords: Mapping[str, 
     for key in keywords:
         if key not in known:
             nearest = nearest_name(key, known)
-            raise UnknownOption(f"{name} has no {key}", nearest=nearest, next_step=f"it takes {', '.join(known)}")
+            raise OptionError(f"{name} has no {key}", nearest=nearest, next_step=f"it takes {', '.join(known)}")
     return cls(*given, **{key: tuple(value) if isinstance(value, list) else value for key, value in keywords.items()})

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorac.errors import ChoiceError, MissingExtra, UnknownOption, nearest_name, none_of
+from lorac.errors import ChoiceError, MissingExtra, OptionError, nearest_name, not_one_of
 from lorac.ir.store.disk import told
 from lorac.kinds import check_fields
 
@@ -49,7 +49,7 @@ class Recipe:
         seed: of order, dropout and first values.
 
     Raises:
-        WrongType, ChoiceError, UnknownOption: a field is of another kind, or out of its range.
+        WrongType, ChoiceError, OptionError: a field is of another kind, or out of its range.
     """
 
     adapters: Mapping[str, Mapping[str, Any]]
@@ -82,7 +82,7 @@ class Recipe:
             if value is not None and value < smallest:
                 raise ChoiceError(f"{name}={value}", next_step=f"give {smallest} or more")
         if self.mixed_precision not in PRECISIONS:
-            raise none_of("there is no mixed_precision", self.mixed_precision, PRECISIONS)
+            raise not_one_of("there is no mixed_precision", self.mixed_precision, PRECISIONS)
 
 
 def read_recipe(path: str | os.PathLike[str]) -> tuple[Recipe, dict[str, str]]:
@@ -90,27 +90,27 @@ def read_recipe(path: str | os.PathLike[str]) -> tuple[Recipe, dict[str, str]]:
 
     Raises:
         MissingExtra: PyYAML, which comes with transformers, is not installed.
-        UnknownOption: the file cannot be read, is no mapping, or has a key that is no field of a recipe.
+        OptionError: the file cannot be read, is no mapping, or has a key that is no field of a recipe.
         WrongType, ChoiceError: as ``Recipe``.
     """
     try:
         import yaml
     except ModuleNotFoundError as error:
         raise MissingExtra("pyyaml", "hf") from error
-    with told(path, UnknownOption, "read"):
+    with told(path, OptionError, "read"):
         text = Path(path).read_bytes()
     try:
         given = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UnknownOption(f"'{path}' is no YAML: {error}", next_step="docs/training.md shows a recipe") from error
+        raise OptionError(f"'{path}' is no YAML: {error}", next_step="docs/training.md shows a recipe") from error
     if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
-        raise UnknownOption(f"'{path}' holds no keys and values", next_step="docs/training.md shows a recipe")
+        raise OptionError(f"'{path}' holds no keys and values", next_step="docs/training.md shows a recipe")
     places = {key: str(given.pop(key)) for key in ("model", "out") if key in given}
     known = [field.name for field in dataclasses.fields(Recipe)]
     for key in given:
         if key not in known:
             nearest = nearest_name(key, [*known, "model", "out"])
-            raise UnknownOption(f"'{path}': there is no {key}", nearest=nearest, next_step="docs/training.md lists all")
+            raise OptionError(f"'{path}': there is no {key}", nearest=nearest, next_step="docs/training.md lists all")
     if "adapters" not in given:
-        raise UnknownOption(f"'{path}' names no adapters", next_step="add adapters: {mine: {method: lora}}")
+        raise OptionError(f"'{path}' names no adapters", next_step="add adapters: {mine: {method: lora}}")
     return Recipe(**given), places

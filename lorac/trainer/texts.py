@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lorac.errors import ChoiceError, UnknownOption, nearest_name
+from lorac.errors import ChoiceError, OptionError, nearest_name
 from lorac.ir.store.disk import told
 
 Row = tuple[list[int], list[int]]
@@ -37,7 +37,7 @@ def rows(data: str, tokenizer: Any, max_length: int) -> list[Row]:
         max_length: tokens of a row.
 
     Raises:
-        UnknownOption: there is no such folder, file or set, or a line is none of the three forms.
+        OptionError: there is no such folder, file or set, or a line is none of the three forms.
         ChoiceError: it holds less than one row.
     """
     found = list(_rows(_lines(data), tokenizer, max_length))
@@ -84,7 +84,7 @@ def _lines(data: str) -> Lines:
     path = Path(data)
     files = sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES) if path.is_dir() else [path]
     if not path.exists() or not files:
-        raise UnknownOption(
+        raise OptionError(
             f"'{data}' {'holds no ' + ', '.join(SUFFIXES) if path.is_dir() else 'is no folder, file or set'}",
             nearest=nearest_name(data, BUNDLED),
             next_step=f"give a folder of texts, or one of {', '.join(BUNDLED)}",
@@ -93,7 +93,7 @@ def _lines(data: str) -> Lines:
 
 
 def _of_file(file: Path) -> Lines:
-    with told(file, UnknownOption, "read"):
+    with told(file, OptionError, "read"):
         text = file.read_text(encoding="utf-8", errors="replace")
     if file.suffix != ".jsonl":
         yield {"text": text}
@@ -107,9 +107,9 @@ def _of_line(line: str, where: str) -> Mapping[str, Any]:
     try:
         said = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UnknownOption(f"{where} is no JSON: {error}", next_step="give one object a line") from error
+        raise OptionError(f"{where} is no JSON: {error}", next_step="give one object a line") from error
     if not isinstance(said, dict) or not any(form <= said.keys() for form in (PLAIN, ASKED, SPOKEN)):
-        raise UnknownOption(
+        raise OptionError(
             f"{where} has none of the keys there are", next_step="give text, or prompt and completion, or messages"
         )
     return said

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from lorac.errors import AdapterError, ShapeMismatch
+from lorac.errors import AdapterError
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.variants import _inits
 from lorac.variants.adapter import Adapter
@@ -59,14 +59,15 @@ def stacked(path: str, factors: Sequence[Factors | None], rank: int, method: str
     """A (L·rank, in) and B (out, L·rank) of L experts at one site; smaller ranks are padded with zeros.
 
     Raises:
-        ShapeMismatch: two were made for different models.
+        AdapterError: two were made for different models.
     """
     present = [pair for pair in factors if pair is not None]
     shapes = {(b.shape[0], a.shape[1]) for a, b in present}
     if len(shapes) > 1:
-        raise ShapeMismatch(
+        raise AdapterError(
             f"the LoRAs at '{path}' are for layers (out, in) of {' and '.join(map(str, sorted(shapes)))}",
             next_step=f"{method} takes LoRAs of one base model",
+            code="shape_mismatch",
         )
     a, b = present[0]
     none = (a.new_zeros(0, a.shape[1]), b.new_zeros(b.shape[0], 0))

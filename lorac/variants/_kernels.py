@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from lorac.errors import SiteUnsupported
+from lorac.errors import SiteError
 from lorac.ir.host.sites import Site
 from lorac.variants.params import InitContext
 
@@ -22,11 +22,12 @@ def columns(site: Site) -> tuple[int, int]:
 
 
 def refuse_groups(method: str, site: Site) -> None:
-    """Raise ``SiteUnsupported`` at a convolution of several groups, for a method whose W' leaves their blocks."""
+    """Raise ``SiteError`` at a convolution of several groups, for a method whose W' leaves their blocks."""
     if site.conv is not None and site.conv.groups > 1:
-        raise SiteUnsupported(
+        raise SiteError(
             f"{method} makes one full matrix; '{site.path}' is a convolution of {site.conv.groups} groups",
             next_step="exclude= the module",
+            code="site_unsupported",
         )
 
 

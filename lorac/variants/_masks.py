@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lorac.errors import UnknownOption, nearest_name
+from lorac.errors import OptionError, nearest_name
 from lorac.ir.host.sites import Site
 from lorac.variants.params import InitContext
 
@@ -86,7 +86,7 @@ def maker(mask: str | MaskMaker, count: int) -> MaskMaker:
         return mask
     named = {"random": random_mask, "magnitude": magnitude_mask}
     if mask not in named:
-        raise UnknownOption(
+        raise OptionError(
             f"SHiRA has no mask named '{mask}'",
             nearest=nearest_name(mask, named),
             next_step="gradient_mask, snip_mask and struct_mask take their own arguments: pass what they return",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from lorac.errors import UnknownField, nearest_name, short
+from lorac.errors import FormatError, nearest_name, short
 
 _COMMON = {
     "target_modules": "targets",
@@ -24,7 +24,7 @@ def here(name: str, known: Collection[str]) -> str | None:
 
 def misnamed(
     method: str, known: Sequence[str], common: Collection[str], values: Sequence[object], fields: Mapping[str, object]
-) -> UnknownField:
+) -> FormatError:
     """The error for a method that is given what it does not have, with the call that is meant.
 
     Args:
@@ -36,15 +36,20 @@ def misnamed(
     if not strange:
         own = [name for name in known if name not in common]
         meant = [*zip(own, values, strict=False), *fields.items()]
-        return UnknownField(f"{method} takes its hyper-parameters by name", next_step=f"write {_call(method, meant)}")
+        return FormatError(
+            f"{method} takes its hyper-parameters by name",
+            next_step=f"write {_call(method, meant)}",
+            code="unknown_field",
+        )
     first = strange[0]
     found = here(first, known)
     meant = [(here(name, known) or name if name in strange else name, value) for name, value in fields.items()]
     whole = all(name in known for name, _ in meant) and not values
-    return UnknownField(
+    return FormatError(
         f"{method} has no hyper-parameter '{first}'",
         nearest=found or nearest_name(first, known),
         next_step=f"write {_call(method, meant)}" if whole else f"it has {', '.join(known)}",
+        code="unknown_field",
     )
 
 

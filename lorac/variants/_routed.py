@@ -67,7 +67,7 @@ def from_loras(
 
     Raises:
         AdapterError: no LoRA, or one that is more than its two factors on linear layers.
-        ShapeMismatch: two were made for different models.
+        AdapterError: two were made for different models.
     """
     if not adapters:
         raise AdapterError(f"{method} needs at least one LoRA", next_step="give adapters of lorac.LoRA")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lorac.errors import ExampleInputsNeeded, none_of
+from lorac.errors import ExampleInputsNeeded, not_one_of
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.blocks import transformer_blocks
 from lorac.ir.host.patterns import names, outermost_blocks
@@ -68,7 +68,7 @@ class AdapterTune(BranchVariant):
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         if self.init not in _UP_INITS:
-            raise none_of("AdapterTune has no init", self.init, _UP_INITS)
+            raise not_one_of("AdapterTune has no init", self.init, _UP_INITS)
         width, up = site.out_features, _UP_INITS[self.init]
         return {
             "down": ParamSpec((self.r, width), _inits.xavier_uniform),

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from lorac.errors import CorruptFile, ShapeMismatch, UnusedTensors, nearest_name
+from lorac.errors import AdapterError, FormatError, nearest_name
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.variants import _inits
@@ -121,9 +121,9 @@ class AutoLoRA(Routed):
 
         Raises:
             AdapterError: no LoRA, or one that is more than its two factors on linear layers.
-            ShapeMismatch: two were made for different models, or a gate is as wide as no layer.
-            UnusedTensors: the merger has a tensor that is no gate's, or a layer that no LoRA adapts.
-            CorruptFile: it lacks one of a layer that a LoRA adapts.
+            AdapterError: two were made for different models, or a gate is as wide as no layer.
+            FormatError: the merger has a tensor that is no gate's, or a layer that no LoRA adapts.
+            FormatError: it lacks one of a layer that a LoRA adapts.
         """
         merger = None if gates is None else _merger_gates(gates)
         if merger is not None:
@@ -145,15 +145,16 @@ def _merger_gates(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]
     """Path of a layer -> its gate's tensors, as a merger of the authors' holds them.
 
     Raises:
-        UnusedTensors: a tensor is no gate's.
+        FormatError: a tensor is no gate's.
     """
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         layer, dot, name = key.removeprefix(_MERGER).partition(".")
         if not key.startswith(_MERGER) or not dot or not name.startswith(_OF_GATE):
-            raise UnusedTensors(
+            raise FormatError(
                 f"'{key}' is no tensor of a gate of AutoLoRA's",
                 next_step=f"a merger holds {_MERGER}<path of a layer, {_DOT} for its dots>.<{', '.join(_OF_GATE)}>",
+                code="unused_tensors",
             )
         found.setdefault(layer.replace(_DOT, "."), {})[name.replace(".", "_")] = tensor
     return found
@@ -166,10 +167,11 @@ def _gated(adapter: Adapter, merger: Mapping[str, Mapping[str, Tensor]]) -> Adap
     """The adapter with the gates of a merger, which has one for each of its layers and no other."""
     strange = next((path for path in merger if path not in adapter.tensors), None)
     if strange is not None:
-        raise UnusedTensors(
+        raise FormatError(
             f"the merger has a gate for '{strange}', which none of the LoRAs adapts",
             nearest=nearest_name(strange, adapter.tensors),
             next_step="give the LoRAs that it was trained for, or leave out the gates of other layers",
+            code="unused_tensors",
         )
     for path, own in adapter.tensors.items():
         own.update(_held(path, own, merger.get(path, {})))
@@ -181,17 +183,19 @@ def _held(path: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> 
     wanted = own.keys() - {"lora_A", "lora_B"}
     if given.keys() != wanted:
         lacking, more = sorted(wanted - given.keys()), sorted(given.keys() - wanted)
-        raise CorruptFile(
+        raise FormatError(
             f"the merger's gate for '{path}' "
             + (f"lacks '{lacking[0]}'" if lacking else f"has '{more[0]}', which those of other layers lack"),
             next_step="give all of one trained merger",
+            code="corrupt_file",
         )
     for key, tensor in given.items():
         if tensor.shape != own[key].shape:
-            raise ShapeMismatch(
+            raise AdapterError(
                 f"'{key}' of the merger's gate for '{path}' is {tuple(tensor.shape)}, and the layer gives "
                 f"{tuple(own[key].shape)}",
                 next_step="give a merger of the same base model",
+                code="shape_mismatch",
             )
     return {key: tensor.to(own[key].dtype) for key, tensor in given.items()}
 

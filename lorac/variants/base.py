@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 from torch import nn
 
-from lorac.errors import SiteUnsupported
+from lorac.errors import SiteError
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.patterns import first_match, output_layers, select
 from lorac.ir.host.sites import Site, SiteKind
@@ -123,7 +123,7 @@ class Variant(ABC):
         """Refuse what is no hyper-parameter, or is given without its name; what PEFT calls otherwise is known.
 
         Raises:
-            UnknownField: naming the hyper-parameter that is meant, where one is.
+            FormatError: naming the hyper-parameter that is meant, where one is.
         """
         known = dataclass_fields(cls)
         if values or not fields.keys() <= set(known):
@@ -233,24 +233,26 @@ class Variant(ABC):
         )
 
     def check(self, site: Site) -> None:
-        """Raise ``SiteUnsupported`` where the method is not defined on the site."""
+        """Raise ``SiteError`` where the method is not defined on the site."""
         if site.kind not in self.kinds:
-            raise SiteUnsupported(
+            raise SiteError(
                 f"{self.name} adapts {', '.join(sorted(self.kinds))} sites; '{site.path}' is a {site.kind}",
                 next_step="narrow targets=, or exclude= the module",
+                code="site_unsupported",
             )
         if site.within is not None and isinstance(self, BranchVariant):
-            raise SiteUnsupported(
+            raise SiteError(
                 f"{self.name} reads a layer's input and output, and '{site.path}' has neither: "
                 f"'{site.within}' computes with its weight itself",
                 next_step="narrow targets=, or exclude= the module",
+                code="site_unsupported",
             )
 
 
 class WeightVariant(Variant):
     """A method that edits a weight matrix.
 
-    Its formula is a pure function of torch ops; one that is not is refused (``lorac.FormulaFailed``).
+    Its formula is a pure function of torch ops; one that is not is refused (``lorac.AdapterError``).
     """
 
     kinds: ClassVar[frozenset[SiteKind]] = MATRIX_KINDS

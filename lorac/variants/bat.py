@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from lorac.errors import SiteUnsupported
+from lorac.errors import SiteError
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.variants import _inits
@@ -39,11 +39,12 @@ class BAT(WeightVariant):
         super().check(site)
         both = math.gcd(site.out_features, site.in_features)
         if both % self.r:
-            raise SiteUnsupported(
+            raise SiteError(
                 f"BAT cannot cut '{site.path}' ({site.in_features} -> {site.out_features}) into blocks: "
                 f"r={self.r} must divide both",
                 nearest=f"r={math.gcd(both, self.r)}",
                 next_step="give another r, or exclude= the module",
+                code="site_unsupported",
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:

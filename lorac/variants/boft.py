@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from lorac.errors import SiteUnsupported, UnknownOption
+from lorac.errors import OptionError, SiteError
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.variants import _inits
@@ -51,7 +51,7 @@ class BOFT(WeightVariant):
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.block_num > 0) == (self.block_size > 0) or self.n_butterfly_factor < 1:
-            raise UnknownOption(
+            raise OptionError(
                 f"BOFT takes a number of blocks or their size, and a factor or more, not block_num={self.block_num}, "
                 f"block_size={self.block_size}, n_butterfly_factor={self.n_butterfly_factor}",
                 next_step="give one of the two, and 0 for the other",
@@ -69,9 +69,10 @@ class BOFT(WeightVariant):
             problem = f"{m} factors need an even block size and a multiple of {together} blocks, of"
         else:
             return
-        raise SiteUnsupported(
+        raise SiteError(
             f"BOFT cannot cut the input of '{site.path}': {problem} {width} features",
             next_step="give another block_size or block_num, or exclude= the module",
+            code="site_unsupported",
         )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:

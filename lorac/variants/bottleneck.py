@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lorac.errors import ExampleInputsNeeded, SiteUnsupported, none_of
+from lorac.errors import ExampleInputsNeeded, SiteError, not_one_of
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.patterns import first_match, layer_index, names
 from lorac.ir.host.sites import Site, SiteKind
@@ -132,10 +132,10 @@ class Bottleneck(BranchVariant):
         """One of AdapterHub's named configurations, such as ``"seq_bn"``; fields override what it says.
 
         Raises:
-            UnknownOption: there is none of that name.
+            OptionError: there is none of that name.
         """
         if name not in PRESETS:
-            raise none_of("AdapterHub has no configuration", name, PRESETS)
+            raise not_one_of("AdapterHub has no configuration", name, PRESETS)
         return Bottleneck(**{**PRESETS[name], **fields})
 
     # ── The formula ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -238,9 +238,10 @@ class Bottleneck(BranchVariant):
     def check(self, site: Site) -> None:
         super().check(site)
         if site.kind is SiteKind.EMBEDDING and not self._couples(site):
-            raise SiteUnsupported(
+            raise SiteError(
                 f"a bottleneck is behind a sublayer, and '{site.path}' is an embedding",
                 next_step='narrow targets=; an invertible block there is asked for by inv_adapter="nice"',
+                code="site_unsupported",
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
@@ -271,10 +272,11 @@ class Bottleneck(BranchVariant):
             return plain("down", takes, narrow, down) | plain("up", narrow, site.out_features, up)
         sizes = (takes, narrow, site.out_features)
         if any(size % phm.n for size in sizes):
-            raise SiteUnsupported(
+            raise SiteError(
                 f"'{site.path}' has bottlenecks {takes} -> {narrow} -> {site.out_features}, of which phm_dim={phm.n} "
                 "divides not all",
                 next_step="give a phm_dim and a reduction_factor by which they divide",
+                code="site_unsupported",
             )
         return phm.specs("down", takes, narrow) | phm.specs("up", narrow, site.out_features)
 
@@ -308,7 +310,7 @@ class Bottleneck(BranchVariant):
             told = {**told, "residual_before_ln": (self.residual_before_ln, ("post_add",))}
         for what, (value, known) in told.items():
             if value not in known:
-                raise none_of(f"Bottleneck has no {what}", value, map(str, known))
+                raise not_one_of(f"Bottleneck has no {what}", value, map(str, known))
 
     # ── Its places ───────────────────────────────────────────────────────────────────────────────────────────────────
     def for_model(self, model: nn.Module, inputs: object = None) -> Bottleneck:
@@ -326,7 +328,7 @@ class Bottleneck(BranchVariant):
         """This method with its places in a model.
 
         Raises:
-            SiteUnsupported: none is found, or one that is has no name.
+            SiteError: none is found, or one that is has no name.
         """
         places = sublayer_sites(model, stream)
         chosen = {path: found for path, found in places.items() if self.wants(found, stream, path)}
@@ -357,16 +359,18 @@ class Bottleneck(BranchVariant):
 
 def _refuse_unplaced(variant: Bottleneck, model: nn.Module, stream: Stream, chosen: Mapping[str, Sublayer]) -> None:
     if not chosen and not variant.targets:
-        raise SiteUnsupported(
+        raise SiteError(
             f"no sublayer was found in {type(model).__name__}: looked for sums, inside {len(stream.blocks)} blocks, of "
             "what the block takes and what a module in it gives",
             next_step="name modules in targets=, and in residuals= what each of them is added to",
+            code="site_unsupported",
         )
     lacking = [path for path, found in chosen.items() if found.norm and path not in variant.residuals]
     if lacking:
-        raise SiteUnsupported(
+        raise SiteError(
             f"what is added in front of '{lacking[0]}' is taken by no module of its block, so that it has no name",
             next_step="name it in residuals=, or narrow targets=",
+            code="site_unsupported",
         )
 
 

@@ -14,7 +14,7 @@ from typing import ClassVar, cast
 
 import torch
 
-from lorac.errors import ChoiceError, NotMergeable, UnknownOption
+from lorac.errors import ChoiceError, CompileError, OptionError
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.patterns import select
 from lorac.ir.host.sites import Site
@@ -42,7 +42,7 @@ class Chain(WeightVariant):
     def __post_init__(self) -> None:
         for part in self.parts if isinstance(self.parts, list | tuple) else ():
             if not isinstance(part, WeightVariant):
-                raise UnknownOption(
+                raise OptionError(
                     f"a chain is made of methods that edit weights, which {part!r} is not",
                     next_step="`lorac variants` lists them",
                 )
@@ -57,7 +57,7 @@ class Chain(WeightVariant):
             name: of the result.
 
         Raises:
-            NotMergeable: one of them is of a method that does not edit a weight.
+            CompileError: one of them is of a method that does not edit a weight.
             ChoiceError: two of them replace the same parameter whole.
         """
         chained = Adapter(name, cls(parts=tuple(map(_at_its_own_sites, adapters)), targets=_paths(*adapters)))
@@ -147,9 +147,10 @@ def _init_of(index: int, before: tuple[WeightVariant, ...], init: Init) -> Init:
 def _at_its_own_sites(adapter: Adapter) -> WeightVariant:
     adapter.variant.require_class()
     if not isinstance(adapter.variant, WeightVariant):
-        raise NotMergeable(
+        raise CompileError(
             f"'{adapter.name}' ({adapter.variant.name}) edits no weight that another method could go on with",
             next_step="a chain takes methods of the weight form; `lorac variants` lists them",
+            code="not_mergeable",
         )
     return dataclasses.replace(adapter.variant, targets=_paths(adapter), exclude=(), layers=())
 

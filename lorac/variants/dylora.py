@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from lorac.errors import SiteUnsupported
+from lorac.errors import SiteError
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site
 from lorac.ir.slots.training import Dropout
@@ -51,10 +51,11 @@ class DyLoRA(WeightVariant):
         out, columns = site.out_features, site.in_features
         if self.r * (out + columns) > out * columns:
             # It would be computed whole, and whole it has no ranks to cut.
-            raise SiteUnsupported(
+            raise SiteError(
                 f"DyLoRA's factors of rank {self.r} are larger than the weight of '{site.path}' ({columns} -> {out})",
                 nearest=f"r={max(1, out * columns // (out + columns))}",
                 next_step="give a smaller r, to this module alone by rank_pattern, or exclude= it",
+                code="site_unsupported",
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lorac.errors import AdapterError, ShapeMismatch, SiteUnsupported
+from lorac.errors import AdapterError, SiteError
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.patterns import names
 from lorac.ir.host.sites import Site, SiteKind
@@ -128,11 +128,12 @@ class FlexMoRE(BranchVariant):
         found = {path: layers for path, layers in _gated(model) if not self.targets or names(self.targets, path)}
         alike = {layers.named: path for path, layers in found.items()}
         if len(alike) != 1:
-            raise SiteUnsupported(
+            raise SiteError(
                 f"FlexMoRE sits at MLPs of one kind, and {type(model).__name__} has {len(alike)} among its targets; "
                 "looked for modules of three linear layers without bias behind the first two, of which the third takes "
                 "act(gate) times up",
                 next_step="name MLPs of one kind in targets=",
+                code="site_unsupported",
             )
         layers = next(iter(found.values()))
         return dataclasses.replace(self, targets=self.targets or tuple(found), **vars(layers))
@@ -162,8 +163,8 @@ class FlexMoRE(BranchVariant):
             name: the new adapter's name.
 
         Raises:
-            SiteUnsupported: no gated MLP is found.
-            ShapeMismatch: an expert or a router is another model's.
+            SiteError: no gated MLP is found.
+            AdapterError: an expert or a router is another model's.
         """
         variant = FlexMoRE(ranks=tuple(ranks), top_k=top_k, normalise=normalise, targets=tuple(routers)).for_model(
             model
@@ -212,9 +213,10 @@ def _product(z: Tensor, p: Params, name: str, rank: int) -> Tensor:
 def _extracted(name: str, expert: nn.Module, model: nn.Module, layer: str, rank: int) -> dict[str, Tensor]:
     own, base = (found.get_parameter(layer).detach() for found in (expert, model))
     if own.shape != base.shape:
-        raise ShapeMismatch(
+        raise AdapterError(
             f"'{layer}' has the shape {tuple(own.shape)} in an expert and {tuple(base.shape)} in the public model",
             next_step="give models of one class and size",
+            code="shape_mismatch",
         )
     if not rank:
         return {name: own.clone()}

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from lorac.errors import SiteUnsupported
+from lorac.errors import SiteError
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site
 from lorac.variants import _inits
@@ -46,10 +46,11 @@ class FourierFT(WeightVariant):
         super().check(site)
         size = site.out_features * site.in_features
         if not 0 < self.n_frequency <= size:
-            raise SiteUnsupported(
+            raise SiteError(
                 f"the spectrum of '{site.path}' has {size} values, and n_frequency is {self.n_frequency}",
                 nearest=f"n_frequency={size}" if self.n_frequency > size else None,
                 next_step="give another n_frequency, or exclude= the module",
+                code="site_unsupported",
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from lorac.errors import SiteUnsupported
+from lorac.errors import SiteError
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.variants import _inits
@@ -58,9 +58,10 @@ class HRA(WeightVariant):
     def check(self, site: Site) -> None:
         super().check(site)
         if self.apply_GS and self.r > site.in_features:
-            raise SiteUnsupported(
+            raise SiteError(
                 f"HRA cannot make {self.r} columns of '{site.path}' orthonormal in {site.in_features} dimensions",
                 next_step=f"give r={site.in_features} or less, or leave apply_GS off",
+                code="site_unsupported",
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import torch
 
-from lorac.errors import SiteUnsupported
+from lorac.errors import SiteError
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site
 from lorac.variants import _inits, _kernels
@@ -55,9 +55,10 @@ class LoKr(WeightVariant):
     def check(self, site: Site) -> None:
         super().check(site)
         if self.decompose_factor < 1 and self.decompose_factor != -1:
-            raise SiteUnsupported(
+            raise SiteError(
                 f"decompose_factor={self.decompose_factor} divides neither side of '{site.path}'",
                 next_step="give a number above 0, or -1 for the divisors nearest to the square root",
+                code="site_unsupported",
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import torch
 
-from lorac.errors import SiteUnsupported, none_of
+from lorac.errors import SiteError, not_one_of
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.variants._kernels import refuse_groups
@@ -54,7 +54,7 @@ class LoLDU(WeightVariant):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.init not in _STARTS:
-            raise none_of("LoLDU has no init", self.init, _STARTS)
+            raise not_one_of("LoLDU has no init", self.init, _STARTS)
 
     @property
     def sigma(self) -> float:
@@ -65,10 +65,11 @@ class LoLDU(WeightVariant):
         super().check(site)
         terms = min(site.out_features, site.in_features)
         if self.r > terms:
-            raise SiteUnsupported(
+            raise SiteError(
                 f"loldu trains {self.r} terms of an LDU factorisation; '{site.path}' has {terms}",
                 nearest=f"r={terms}",
                 next_step="give a smaller r, or exclude= the module",
+                code="site_unsupported",
             )
         refuse_groups(self.name, site)
 

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import torch
 
-from lorac.errors import SiteUnsupported
+from lorac.errors import SiteError
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.ir.slots.training import Dropout
@@ -54,10 +54,11 @@ class LoRAC(WeightVariant):
     def check(self, site: Site) -> None:
         super().check(site)
         if site.conv is not None and len(set(site.conv.kernel)) > 1:
-            raise SiteUnsupported(
+            raise SiteError(
                 f"lora_c reads its factors into a square kernel; that of '{site.path}' is "
                 f"{' x '.join(map(str, site.conv.kernel))}",
                 next_step="use LoRA or CPLoRA there, or exclude= the module",
+                code="site_unsupported",
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from lorac.errors import ShapeMismatch, SiteUnsupported
+from lorac.errors import AdapterError, SiteError
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site
 from lorac.ir.slots.training import Dropout
@@ -90,16 +90,17 @@ class LoRAXS(WeightVariant):
             alpha: None for r, the paper's.
 
         Raises:
-            ShapeMismatch: an update is no matrix of rank r or more.
+            AdapterError: an update is no matrix of rank r or more.
         """
         variant = cls(r=r, alpha=r if alpha is None else alpha, targets=tuple(updates))
         generator = torch.Generator().manual_seed(0)
         adapter = Adapter(name, variant)
         for path, update in updates.items():
             if update.ndim != 2 or min(update.shape) < r:
-                raise ShapeMismatch(
+                raise AdapterError(
                     f"the update of '{path}' is {list(update.shape)}, which has no {r} singular vectors",
                     next_step="give (out, in) as the site presents its weight, or a smaller r",
+                    code="shape_mismatch",
                 )
             left = _vectors(update, r, generator)
             right = left.t() @ update
@@ -115,11 +116,12 @@ class LoRAXS(WeightVariant):
         super().check(site)
         most = min(site.out_features, site.in_features)
         if self.r > most:
-            raise SiteUnsupported(
+            raise SiteError(
                 f"the weight of '{site.path}' ({site.in_features} -> {site.out_features}) has no {self.r} "
                 "singular vectors for LoRA-XS",
                 nearest=f"r={most}",
                 next_step="give a smaller r, or exclude= the module",
+                code="site_unsupported",
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:

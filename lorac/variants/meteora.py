@@ -102,7 +102,7 @@ class MeteoRA(Routed):
 
         Raises:
             AdapterError: no LoRA, or one that is more than its two factors on linear layers.
-            ShapeMismatch: two were made for different models.
+            AdapterError: two were made for different models.
         """
         routed = MeteoRA(top_k=top_k, temperature=temperature, dropout=dropout, train_experts=train_experts)
 

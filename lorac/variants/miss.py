@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from lorac.errors import SiteUnsupported
+from lorac.errors import SiteError
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.ir.slots.training import Dropout
@@ -44,16 +44,18 @@ class MiSS(WeightVariant):
     def check(self, site: Site) -> None:
         super().check(site)
         if self.r > site.in_features:
-            raise SiteUnsupported(
+            raise SiteError(
                 f"MiSS cannot cut the {site.in_features} inputs of '{site.path}' into shards of r={self.r}",
                 nearest=f"r={site.in_features}",
                 next_step="give a smaller r, or exclude= the module",
+                code="site_unsupported",
             )
         if self.mini and site.out_features % self.mini_r:
-            raise SiteUnsupported(
+            raise SiteError(
                 f"mini_r={self.mini_r} does not divide the {site.out_features} outputs of '{site.path}'",
                 nearest=f"mini_r={math.gcd(site.out_features, self.mini_r)}",
                 next_step="give another mini_r, or exclude= the module",
+                code="site_unsupported",
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:

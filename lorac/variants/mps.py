@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import torch
 
-from lorac.errors import SiteUnsupported, none_of
+from lorac.errors import SiteError, not_one_of
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.ir.slots.training import Dropout
@@ -60,7 +60,7 @@ class MPS(WeightVariant):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rank_leg not in _LEGS:
-            raise none_of("MPS has no core to carry the rank that is called", self.rank_leg, _LEGS)
+            raise not_one_of("MPS has no core to carry the rank that is called", self.rank_leg, _LEGS)
 
     def split(self, site: Site) -> tuple[int, ...]:
         """(d1, d2) at ``site``."""
@@ -74,9 +74,10 @@ class MPS(WeightVariant):
         super().check(site)
         dims = self.split(site)
         if len(dims) != 2 or math.prod(dims) != site.in_features:
-            raise SiteUnsupported(
+            raise SiteError(
                 f"mps splits its input into {' x '.join(map(str, dims))}; '{site.path}' has {site.in_features}",
                 next_step="give two dims that multiply to it, or none for the most even split",
+                code="site_unsupported",
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:

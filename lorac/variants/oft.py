@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from lorac.errors import SiteUnsupported, UnknownOption
+from lorac.errors import OptionError, SiteError
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.variants import _inits
@@ -68,7 +68,7 @@ class OFT(WeightVariant):
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.r > 0) == (self.block_size > 0):
-            raise UnknownOption(
+            raise OptionError(
                 f"OFT takes a number of blocks or their size, not r={self.r} and block_size={self.block_size}",
                 next_step="give one of the two, and 0 for the other",
             )
@@ -83,10 +83,11 @@ class OFT(WeightVariant):
         if self.size(site) == 1:
             width = self._width(site)
             found = ", ".join(map(str, divisors(width)[1:]))
-            raise SiteUnsupported(
+            raise SiteError(
                 f"OFT at '{site.path}' comes to blocks of size 1, which rotate nothing: {width} has the divisors "
                 f"{found or 'of no block'}",
                 next_step="give a block_size near one of them, or exclude= the module",
+                code="site_unsupported",
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:

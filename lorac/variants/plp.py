@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from lorac.errors import ChoiceError, SiteNotFound, none_of
+from lorac.errors import ChoiceError, SiteError, not_one_of
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site
 from lorac.variants import _inits
@@ -65,7 +65,7 @@ class PLP(WeightVariant):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.basis not in _BASES:
-            raise none_of("PLP has no basis named", self.basis, _BASES)
+            raise not_one_of("PLP has no basis named", self.basis, _BASES)
 
     def starts_as_base(self, site: Site) -> bool:
         return site.out_features != site.in_features or self.basis != "rows" or self.identity_init
@@ -105,7 +105,7 @@ class PLP(WeightVariant):
 
         Raises:
             ChoiceError: one is of another method, rank or basis.
-            SiteNotFound: the content lacks a site that the style has, or the other way round.
+            SiteError: the content lacks a site that the style has, or the other way round.
         """
         for adapter in (content, style):
             if not isinstance(adapter.variant, cls) or _form(adapter.variant) != _form(style.variant):
@@ -115,9 +115,10 @@ class PLP(WeightVariant):
                 )
         apart = content.tensors.keys() ^ style.tensors.keys()
         if apart:
-            raise SiteNotFound(
+            raise SiteError(
                 f"'{content.name}' and '{style.name}' do not both adapt '{min(apart)}'",
                 next_step="train both halves with the same targets=",
+                code="site_not_found",
             )
         tensors = {
             path: {**own, "down_learned": content.tensors[path]["down_learned"]} for path, own in style.tensors.items()

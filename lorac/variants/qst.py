@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lorac.errors import AdapterError, SiteNotFound, none_of
+from lorac.errors import AdapterError, SiteError, not_one_of
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.modules import callable_paths
 from lorac.ir.host.patterns import names, outermost_blocks
@@ -89,7 +89,7 @@ class QST(BranchVariant):
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         if self.downsample not in _DOWNSAMPLERS:
-            raise none_of("QST has no downsampler", self.downsample, _DOWNSAMPLERS)
+            raise not_one_of("QST has no downsampler", self.downsample, _DOWNSAMPLERS)
         d = site.out_features
         h = self._narrow(d)
         found: dict[str, ParamSpec] = {}
@@ -192,7 +192,7 @@ class QST(BranchVariant):
             **fields: the variant's; what is given is not looked for.
 
         Raises:
-            SiteNotFound: the structure does not tell which norm, or which blocks, are meant.
+            SiteError: the structure does not tell which norm, or which blocks, are meant.
             AdapterError: nothing tells how many heads its attention has.
         """
         sites, targets = find_sites(model), fields.pop("targets", None)
@@ -201,7 +201,11 @@ class QST(BranchVariant):
         around = norm.rpartition(".")[0]
         beside = [chain for holder, chain in chains.items() if holder.rpartition(".")[0] == around]
         if len(beside) != 1 and "blocks" not in fields:
-            raise SiteNotFound(f"qst: beside '{norm}' are {len(beside)} lists of blocks, not one", next_step=_NAMED)
+            raise SiteError(
+                f"qst: beside '{norm}' are {len(beside)} lists of blocks, not one",
+                next_step=_NAMED,
+                code="site_not_found",
+            )
         blocks = tuple(fields.pop("blocks", None) or beside[0])
         # Of a list, names are the ends of paths, and blocks may have norms of the same name.
         return QST(targets=re.escape(norm), blocks=blocks, **{**_sizes(model, blocks[0], sites, fields), **fields})
@@ -262,9 +266,10 @@ def _last_norm(model: nn.Module, chains: Mapping[str, list[str]]) -> str:
     chosen = found if len(found) == 1 else behind
     if len(chosen) != 1:
         seen = ", ".join(f"'{path}'" for path in chosen) or "none"
-        raise SiteNotFound(
+        raise SiteError(
             f"qst: looked for one norm beside a list of blocks, the last of the model, and found {seen}",
             next_step=_NAMED,
+            code="site_not_found",
         )
     return chosen[0]
 
@@ -273,7 +278,11 @@ def _named(model: nn.Module, targets: str | tuple[str, ...] | list[str]) -> str:
     """The path of the one module that is named."""
     found = [path for path in callable_paths(model) if names(targets, path)]
     if len(found) != 1:
-        raise SiteNotFound(f"qst: targets={targets!r} names {len(found)} modules, not the last norm", next_step=_NAMED)
+        raise SiteError(
+            f"qst: targets={targets!r} names {len(found)} modules, not the last norm",
+            next_step=_NAMED,
+            code="site_not_found",
+        )
     return found[0]
 
 

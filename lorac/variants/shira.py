@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from lorac.errors import SiteUnsupported
+from lorac.errors import SiteError
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site
 from lorac.variants import _inits
@@ -56,10 +56,11 @@ class SHiRA(WeightVariant):
         super().check(site)
         entries, size = maker(self.mask, self.entries(site)).entries(site), site.out_features * site.in_features
         if entries > size:
-            raise SiteUnsupported(
+            raise SiteError(
                 f"SHiRA cannot train {entries} positions of '{site.path}', which has {size}",
                 nearest=f"r={size // (site.out_features + site.in_features)}",
                 next_step="give a smaller r or ratio",
+                code="site_unsupported",
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:

@@ -13,7 +13,7 @@ from typing import ClassVar, cast
 
 import torch
 
-from lorac.errors import SiteUnsupported, UnknownOption, nearest_name
+from lorac.errors import OptionError, SiteError, nearest_name
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.ir.slots.training import Dropout
@@ -50,12 +50,12 @@ class Split(WeightVariant):
         super().__post_init__()
         for part, method in self.parts.items():
             if getattr(method, "dropout", 0):
-                raise UnknownOption(
+                raise OptionError(
                     f"the method of part '{part}' has dropout={method.dropout}, of which a part has none of its own",  # type: ignore[attr-defined]  # it was asked
                     next_step="set the split's own dropout=",
                 )
             if part not in self.among:
-                raise UnknownOption(
+                raise OptionError(
                     f"there is no part '{part}'",
                     nearest=nearest_name(part, self.among) or ", ".join(self.among),
                     next_step="among= names all parts in the order of their rows",
@@ -69,9 +69,10 @@ class Split(WeightVariant):
         super().check(site)
         if site.out_features % (self.groups * sum(self._shares.values())):
             parts = ", ".join(f"{part}: {share}" for part, share in self._shares.items())
-            raise SiteUnsupported(
+            raise SiteError(
                 f"the {site.out_features} rows of '{site.path}' are not {self.groups} times parts of {parts}",
                 next_step="among= is the sizes of the parts, groups= how often they follow each other",
+                code="site_unsupported",
             )
         for part, method in self.parts.items():
             method.check(self._part(part, site))

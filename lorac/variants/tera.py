@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import torch
 
-from lorac.errors import none_of
+from lorac.errors import not_one_of
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site
 from lorac.ir.slots.training import Dropout
@@ -72,7 +72,7 @@ class TeRA(WeightVariant):
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         if self.factors not in FACTORS:
-            raise none_of("TeRA has no factors", self.factors, FACTORS)
+            raise not_one_of("TeRA has no factors", self.factors, FACTORS)
         sizes = self._modes(site.out_features, site.in_features)
         ranks = self._ranks(sizes)
         specs = {"tera_G": ParamSpec(ranks, self._draw(0), role=Role.FROZEN, shared=True)}

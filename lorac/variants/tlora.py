@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import torch
 
-from lorac.errors import SiteUnsupported, none_of
+from lorac.errors import SiteError, not_one_of
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.variants import _inits
@@ -76,7 +76,7 @@ class TLoRA(WeightVariant):
         for field, allowed in (("residual", _RESIDUALS), ("index_order", _ORDERS)):
             value = getattr(self, field)
             if value not in allowed:
-                raise none_of(f"TLoRA has no {field}", value, allowed)
+                raise not_one_of(f"TLoRA has no {field}", value, allowed)
 
     @property
     def scale(self) -> float:
@@ -94,9 +94,10 @@ class TLoRA(WeightVariant):
         super().check(site)
         rows, columns = self.factors(site.out_features), self.factors(site.in_features)
         if self.residual == "ttv" and len(rows) != len(columns):
-            raise SiteUnsupported(
+            raise SiteError(
                 f"TLoRA's ring needs as many factors of the outputs {rows} as of the inputs {columns} at '{site.path}'",
                 next_step="give dims= factorisations of equal length",
+                code="site_unsupported",
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from lorac.errors import SiteUnsupported, UnknownOption
+from lorac.errors import OptionError, SiteError
 from lorac.ir.host.patterns import names, refuse_unmatched
 from lorac.ir.host.sites import Site, SiteKind, find_sites
 from lorac.variants.base import MATRIX_KINDS, BranchVariant, Variant, WeightVariant
@@ -43,10 +43,10 @@ class Union(Variant):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.parts:
-            raise UnknownOption("a union of no methods", next_step="give the methods as parts=, each with its targets=")
+            raise OptionError("a union of no methods", next_step="give the methods as parts=, each with its targets=")
         for part in self.parts:
             if isinstance(part, BranchVariant) and part.has_once:
-                raise UnknownOption(
+                raise OptionError(
                     f"a union takes no {part.name}, which computes once per call what all its sites read",
                     next_step="give it as an adapter of its own; a weighted swap has both active",
                 )
@@ -58,9 +58,10 @@ class Union(Variant):
     def method_at(self, path: str) -> Variant:
         found = next((part for part in self.parts if names(part.targets, path)), None)
         if found is None:
-            raise SiteUnsupported(
+            raise SiteError(
                 f"none of the methods of a union ({', '.join(part.name for part in self.parts)}) targets '{path}'",
                 next_step="name the module in the targets= of one of them",
+                code="site_unsupported",
             )
         return found
 
@@ -83,8 +84,8 @@ class Union(Variant):
         """This union with the sites of its parts by their paths.
 
         Raises:
-            SiteNotFound: a part names no site.
-            SiteUnsupported: two parts name one.
+            SiteError: a part names no site.
+            SiteError: two parts name one.
         """
         parts = tuple(_settled(part.for_model(model, inputs), model) for part in self.parts)
         return Union.of(*parts, like=self)
@@ -98,15 +99,16 @@ class Union(Variant):
             like: whose ``modules_to_save`` and ``bias`` it has.
 
         Raises:
-            SiteUnsupported: two of them name one site.
+            SiteError: two of them name one site.
         """
         paths = [path for part in parts for path in part.targets]
         twice = [path for path in paths if paths.count(path) > 1]
         if twice:
             both = [part.name for part in parts if twice[0] in part.targets]
-            raise SiteUnsupported(
+            raise SiteError(
                 f"'{twice[0]}' is a site of {' and '.join(both)}, and of the methods of a union one acts at a site",
                 next_step="narrow their targets=, or make adapters of their own of them, whose changes add up",
+                code="site_unsupported",
             )
         whole = {} if like is None else {"modules_to_save": like.modules_to_save, "bias": like.bias}
         return cls(parts=parts, targets=tuple(paths), **whole)  # type: ignore[arg-type]  # held against the annotation

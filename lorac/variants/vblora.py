@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from lorac.errors import SiteUnsupported
+from lorac.errors import SiteError
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site
 from lorac.ir.slots.training import Dropout
@@ -54,15 +54,17 @@ class VBLoRA(WeightVariant):
     def check(self, site: Site) -> None:
         super().check(site)
         if site.in_features % self.vector_length or site.out_features % self.vector_length:
-            raise SiteUnsupported(
+            raise SiteError(
                 f"vector_length={self.vector_length} divides not both sides of '{site.path}', "
                 f"{site.in_features} -> {site.out_features}",
                 next_step="give a vector_length= that divides both, or exclude= the module",
+                code="site_unsupported",
             )
         if not 1 <= self.topk <= self.num_vectors:
-            raise SiteUnsupported(
+            raise SiteError(
                 f"topk={self.topk} of num_vectors={self.num_vectors} cannot be chosen",
                 next_step="give a topk= from 1 to num_vectors=",
+                code="site_unsupported",
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:

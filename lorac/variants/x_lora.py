@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lorac.errors import AdapterError, ShapeMismatch
+from lorac.errors import AdapterError
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.modules import callable_paths, told_site
 from lorac.ir.host.sites import Site, SiteKind, find_sites
@@ -91,17 +91,18 @@ class XLoRA(Routed):
         """As it is; refused where the structure of the model tells another width of what the classifier reads.
 
         Raises:
-            ShapeMismatch: naming both widths.
+            AdapterError: naming both widths.
         """
         sites = find_sites(model)
         found = sites.get(self.hidden) or (
             told_site(self.hidden, model, sites) if self.hidden in callable_paths(model) else None
         )
         if found is not None and found.out_features != self.hidden_size:
-            raise ShapeMismatch(
+            raise AdapterError(
                 f"the classifier of X-LoRA reads {self.hidden_size} values of a token, and '{self.hidden}' gives "
                 f"{found.out_features}",
                 next_step=f"give hidden_size={found.out_features}, or name another module in hidden=",
+                code="shape_mismatch",
             )
         return self
 
@@ -216,7 +217,7 @@ class XLoRA(Routed):
 
         Raises:
             AdapterError: no LoRA, or one that is more than its two factors on linear layers.
-            ShapeMismatch: two were made for different models.
+            AdapterError: two were made for different models.
         """
         if not adapters:
             raise AdapterError("X-LoRA needs at least one LoRA", next_step="give adapters of lorac.LoRA")

@@ -8,6 +8,7 @@ import lorac
 from lorac.ir.algebra.changes import merge
 from lorac.testing import adapter_away, parity
 from lorac.testing.checks import assert_close
+from tests.refusing import refuses
 
 
 def made(variant):
@@ -42,13 +43,13 @@ def test_the_nearest_lora_of_a_rank():
 
 def test_what_is_no_lora_says_so():
     model, _, adapter = made(lorac.DoRA(r=2, targets=("0",)))
-    with pytest.raises(lorac.NotMergeable, match=r"does to '0' scales .* weight itself.*\n.*rank= makes the nearest"):
+    with refuses("not_mergeable", match=r"does to '0' scales .* weight itself.*\n.*rank= makes the nearest"):
         lorac.to_lora(adapter, model)
     _, _, adapter = made(lorac.SHiRA(r=1, targets=("0",)))
-    with pytest.raises(lorac.NotMergeable, match="'0' is not low-rank"):
+    with refuses("not_mergeable", match="'0' is not low-rank"):
         lorac.to_lora(adapter, model)
     _, _, adapter = made(lorac.IA3(targets=("0",)))
     with pytest.raises(lorac.BaseNeeded, match="only the base tells"):
         lorac.to_lora(adapter, rank=1)
-    with pytest.raises(lorac.UnknownOption, match="rank 0"):
+    with pytest.raises(lorac.OptionError, match="rank 0"):
         lorac.to_lora(adapter, model, rank=0)

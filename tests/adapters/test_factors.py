@@ -14,6 +14,7 @@ import lorac
 from lorac.ir.algebra.changes import Change, Dense, LowRank, Sparse
 from lorac.testing.checks import assert_close
 from tests.oracles import dora, hira, ia3, lora, shira
+from tests.refusing import refuses
 
 OUT, IN = 6, 10
 
@@ -179,13 +180,13 @@ def test_nothing_is_recorded_and_nothing_written(model: nn.Module) -> None:
 def test_refusals(model: nn.Module) -> None:
     routed = drawn(model, lorac.MeteoRA(targets=["site"]))
     for base in (model, None):
-        with pytest.raises(lorac.NotMergeable, match=r"'a' \(meteora\) makes no update of the weight of 'site'"):
+        with refuses("not_mergeable", match=r"'a' \(meteora\) makes no update of the weight of 'site'"):
             lorac.factors(routed, base)
     stray = lorac.Adapter(
         "a", lorac.LoRA(r=2), {"sight": drawn(model, lorac.LoRA(r=2, targets=["site"])).tensors["site"]}
     )
-    with pytest.raises(lorac.SiteNotFound, match="'sight', which is no module of the model"):
+    with refuses("site_not_found", match="'sight', which is no module of the model"):
         lorac.factors(stray, model)
     stray.tensors["sight"]["lora_A"][0, 0] = torch.nan
-    with pytest.raises(lorac.NonFinite, match=r"'sight\.lora_A' of adapter 'a'"):
+    with refuses("non_finite", match=r"'sight\.lora_A' of adapter 'a'"):
         lorac.factors(stray)

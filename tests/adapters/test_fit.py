@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import lorac
 from lorac.adapters.base_hash import base_hash, tensor_hash
 from lorac.errors import LoracError
+from tests.refusing import refuses
 
 NAME = "mine"
 
@@ -79,133 +80,133 @@ def other_base() -> nn.Module:
 FAULTS: dict[str, tuple[lorac.Adapter, type[LoracError], str]] = {
     "nothing": (
         good(variant=lorac.LoRA(r=2, targets=["upp"]), tensors={}),
-        lorac.SiteNotFound,
+        lorac.SiteError,
         "adapter 'mine' targets 'upp', which matches no site\n  nearest: up (1 sites, linear 4 -> 6)\n"
         "  `lorac sites MODEL` prints them all",
     ),
     "no module": (
         good(tensors=at("upp")),
-        lorac.SiteNotFound,
+        lorac.SiteError,
         "adapter 'mine' has tensors for 'upp', which is no module of the model\n  nearest: up\n"
         "  load the class of model that the adapter was trained on; `lorac sites MODEL` prints its sites",
     ),
     "no site": (
         good(tensors=at("ring")),
-        lorac.SiteUnsupported,
+        lorac.SiteError,
         "adapter 'mine' has tensors for 'ring', a ConvTranspose1d as built here is not a site\n"
         "  train the adapter with exclude_modules naming it",
     ),
     "another kind": (
         good(variant=Listener(targets=["line"], of="up"), tensors={"line": {"factor": torch.ones(1)}}),
-        lorac.SiteUnsupported,
+        lorac.SiteError,
         "test-listener adapts linear sites; 'line' is a conv1d\n  narrow targets=, or exclude= the module",
     ),
     "one too many": (
         good(tensors=at("up", lora_AA=torch.ones(1))),
-        lorac.UnusedTensors,
+        lorac.FormatError,
         "adapter 'mine' has a tensor 'lora_AA' at 'up' too many\n  nearest: lora_A\n"
         "  lora as configured has lora_A, lora_B there",
     ),
     "one too few": (
         good(tensors={"up": {"lora_A": torch.ones(2, 4)}}),
-        lorac.ShapeMismatch,
+        lorac.AdapterError,
         "adapter 'mine' lacks the tensor 'lora_B' at 'up'\n  lora as configured has lora_A, lora_B there",
     ),
     "another shape": (
         good(tensors=at("up", lora_A=torch.ones(2, 5))),
-        lorac.ShapeMismatch,
+        lorac.AdapterError,
         "adapter 'mine': lora_A at 'up' has shape (2, 5), expected (2, 4)\n"
         "  the site is linear 4 -> 6; rank and base model must be those of the training",
     ),
     "no value to read": (
         good(variant=Listener(targets=["up"], of="base:dwn"), tensors={"up": {"factor": torch.ones(1)}}),
-        lorac.SiteNotFound,
+        lorac.SiteError,
         "'base:dwn' is no value of the program\n  nearest: down\n"
         "  values are named <module>, in:<module>, base:<module>, pass:<name>:<module>, weight:<site>, param:<tensor>, "
         "input:<argument> or own:<what once computes>; lorac.sites(model) lists the sites",
     ),
     "no parameter": (
         good(replaced={"norm.weigth": torch.ones(4)}),
-        lorac.SiteNotFound,
+        lorac.SiteError,
         "adapter 'mine' replaces 'norm.weigth', which the model does not have\n  nearest: norm.weight\n"
         "  load the class of model that the adapter was trained on",
     ),
     "another parameter": (
         good(replaced={"norm.weight": torch.ones(5)}),
-        lorac.ShapeMismatch,
+        lorac.AdapterError,
         "adapter 'mine' replaces 'norm.weight' by shape (5,), the model's has (4,)\n"
         "  load the base model that the adapter was trained on",
     ),
     "another vocabulary": (
         good(replaced={"table.weight": torch.ones(7, 4)}),
-        lorac.ShapeMismatch,
+        lorac.AdapterError,
         "adapter 'mine' replaces 'table.weight' by shape (7, 4), the model's has (5, 4)\n"
         "  call model.resize_token_embeddings(7) if the vocabulary has grown",
     ),
     "a copy of no parameter": (
         good(provenance={"copies": {"table.wait": tensor_hash(torch.ones(5, 4))}}),
-        lorac.SiteNotFound,
+        lorac.SiteError,
         "adapter 'mine' replaces 'table.wait', which the model does not have\n  nearest: table.weight\n"
         "  load the class of model that the adapter was trained on",
     ),
     "a copy of another base": (
         good(provenance={"copies": {"table.weight": tensor_hash(torch.ones(5, 4))}}),
-        lorac.BaseMismatch,
+        lorac.AdapterError,
         "adapter 'mine' was saved with a copy of 'table.weight', and this model's differs\n"
         "  load the base it was trained on; if its vocabulary was resized, "
         "copy the saved embedding into the model first",
     ),
     "whole numbers": (
         good(tensors=at("up", lora_A=torch.ones(2, 4, dtype=torch.int64))),
-        lorac.WrongDtype,
+        lorac.AdapterError,
         "adapter 'mine': lora_A at 'up' is torch.int64, and the method takes floating-point numbers\n"
         "  save the adapter again from what it was trained as",
     ),
     "complex numbers": (
         good(tensors=at("up", lora_B=torch.ones(6, 2, dtype=torch.complex64))),
-        lorac.WrongDtype,
+        lorac.AdapterError,
         "adapter 'mine': lora_B at 'up' is torch.complex64, and the method takes floating-point numbers\n"
         "  save the adapter again from what it was trained as",
     ),
     "positions that are fractions": (
         shira(torch.zeros(2, 10)),
-        lorac.WrongDtype,
+        lorac.AdapterError,
         "adapter 'mine': indices at 'up' is torch.float32, and the method takes whole numbers\n"
         "  save the adapter again from what it was trained as",
     ),
     "a position outside": (
         shira(torch.stack([torch.arange(10) % 6, torch.arange(10) % 5])),
-        lorac.WrongIndex,
+        lorac.AdapterError,
         "adapter 'mine': position (4, 4) of indices at 'up' lies outside (6, 4)\n"
         "  load the base model that the adapter was trained on",
     ),
     "a negative position": (
         shira(torch.stack([torch.arange(10) % 6 - 1, torch.arange(10) % 4])),
-        lorac.WrongIndex,
+        lorac.AdapterError,
         "adapter 'mine': position (-1, 0) of indices at 'up' lies outside (6, 4)\n"
         "  load the base model that the adapter was trained on",
     ),
     "a position twice": (
         shira(torch.stack([torch.arange(10) % 3, torch.arange(10) % 4 % 3])),
-        lorac.WrongIndex,
+        lorac.AdapterError,
         "adapter 'mine': 2 positions of indices at 'up' are given twice\n"
         "  load the base model that the adapter was trained on",
     ),
     "a replacement of whole numbers": (
         good(replaced={"norm.weight": torch.ones(4, dtype=torch.int32)}),
-        lorac.WrongDtype,
+        lorac.AdapterError,
         "adapter 'mine': the replacement of 'norm.weight' is torch.int32, and the method takes torch.float32 there\n"
         "  save the adapter again from what it was trained as",
     ),
     "no hash of a base": (
         good(provenance={"base": "flaot32:" + 32 * "0"}),
-        lorac.BaseMismatch,
+        lorac.AdapterError,
         f"adapter 'mine' recorded 'flaot32:{32 * '0'}' of its base weights, which is no hash that lorac writes\n"
         "  copy or download the file again: it was changed",
     ),
     "another base": (
         good(provenance={"base": base_hash(other_base(), ["up"])}),
-        lorac.BaseMismatch,
+        lorac.AdapterError,
         "adapter 'mine' was made for other base weights: "
         f"it recorded {base_hash(other_base(), ['up'])}, this model has {base_hash(model(), ['up'])} at the 1 adapted "
         "sites\n  load the base model, and the revision of it, that the adapter was trained on",
@@ -275,7 +276,7 @@ def test_what_is_not_finite(adapter: lorac.Adapter, name: str, key: str, values:
     owner = "adapter 'mine'"
     if way in (compiling_a_file, loading):
         name, owner = key, f"'{tmp_path / 'file'}'"
-    with pytest.raises(lorac.NonFinite) as raised:
+    with refuses("non_finite") as raised:
         way(adapter, tmp_path)
     assert str(raised.value) == (
         f"tensor '{name}' of {owner} holds {values} values\n  its training diverged: take an earlier checkpoint"
@@ -294,7 +295,7 @@ def test_what_is_not_finite(adapter: lorac.Adapter, name: str, key: str, values:
 def test_hyper_parameters_that_are_no_numbers(variant: Any, field: str, way: Way, tmp_path: Path) -> None:
     """A file cannot hold them, so that saving one refuses them too."""
     adapter = good(variant=variant)
-    with pytest.raises((lorac.NonFinite, lorac.UnsupportedField), match=rf"'{field}' of adapter|finite"):
+    with pytest.raises((lorac.AdapterError, lorac.FormatError), match=rf"'{field}' of adapter|finite"):
         way(adapter, tmp_path)
 
 
@@ -302,7 +303,7 @@ def test_what_diverges_later_is_refused_when_it_is_next_used() -> None:
     compiled = lorac.compile(model(), {NAME: good()})
     with torch.no_grad():
         compiled.adapters[NAME].tensors["up"]["lora_A"][1, 2] = torch.nan
-    with pytest.raises(lorac.NonFinite, match=r"'up\.lora_A' of adapter 'mine' holds 1 NaN"):
+    with refuses("non_finite", match=r"'up\.lora_A' of adapter 'mine' holds 1 NaN"):
         compiled.swap(NAME)
 
 

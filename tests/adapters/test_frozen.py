@@ -5,6 +5,7 @@ import torch
 
 import lorac
 from tests.parity import assert_parity
+from tests.refusing import refuses
 from tests.variants.away import away, drawn
 from tests.variants.routers import X, host, loras
 
@@ -49,7 +50,7 @@ def test_a_constant_choice_is_a_lora(method, mode):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_one_that_is_not_frozen_is_no_lora(method):
-    with pytest.raises(lorac.NotMergeable, match="no update of the weight"):
+    with refuses("not_mergeable", match="no update of the weight"):
         lorac.to_lora(constant(method)[0], host(), rank=2)
 
 
@@ -87,10 +88,10 @@ def test_each_site_may_have_weights_of_its_own_and_the_file_is_a_loras(tmp_path)
 @pytest.mark.parametrize(
     ("weights", "error", "text"),
     [
-        ([0.5, 0.5], lorac.ShapeMismatch, "the 4 experts at 'line'"),
-        ([[0.25] * 4] * 2, lorac.ShapeMismatch, "the 4 experts"),
-        ({"lines": [0.25] * 4}, lorac.SiteNotFound, "'line"),
-        ({}, lorac.SiteNotFound, "no weights are given for 'line'"),
+        ([0.5, 0.5], lorac.AdapterError, "the 4 experts at 'line'"),
+        ([[0.25] * 4] * 2, lorac.AdapterError, "the 4 experts"),
+        ({"lines": [0.25] * 4}, lorac.SiteError, "'line"),
+        ({}, lorac.SiteError, "no weights are given for 'line'"),
         (["a"] * 4, lorac.WrongType, "numbers"),
         ([0.5, 0.5, 0, float("nan")], lorac.WrongType, "finite"),
     ],

@@ -2,7 +2,6 @@
 
 import math
 
-import pytest
 import torch
 from torch import nn
 
@@ -10,6 +9,7 @@ import lorac
 from lorac.analysis.orthogonality import Orthogonality, adapter_orthogonality, orthogonality
 from lorac.testing.checks import assert_close
 from lorac.variants import shira
+from tests.refusing import refuses
 
 
 def number(value):
@@ -101,10 +101,10 @@ def test_the_adapters_patterns_count():
 def test_refusals():
     model = Host()
     lora = drawn(model, "a", lorac.LoRA(r=2, targets=("one",)))
-    with pytest.raises(lorac.SiteNotFound, match="'a' and 'b' adapt no site in common"):
+    with refuses("site_not_found", match="'a' and 'b' adapt no site in common"):
         adapter_orthogonality(lora, drawn(model, "b", lorac.LoRA(r=2, targets=("two",))), model)
     routed = drawn(model, "c", lorac.MeteoRA(targets=("one",)))
-    with pytest.raises(lorac.NotMergeable, match=r"'c' \(meteora\) makes no update of the weight of 'one'"):
+    with refuses("not_mergeable", match=r"'c' \(meteora\) makes no update of the weight of 'one'"):
         adapter_orthogonality(lora, routed, model)
-    with pytest.raises(lorac.ShapeMismatch, match=r"\[3, 4\] and \[4, 3\]"):
+    with refuses("shape_mismatch", match=r"\[3, 4\] and \[4, 3\]"):
         orthogonality(torch.ones(3, 4), torch.ones(4, 3))

@@ -57,5 +57,5 @@ def test_threads_and_providers_that_make_no_sense() -> None:
         ({"providers": ("Nowhere",)}, "no provider"),
         ({"providers": ()}, "no provider"),
     ):
-        with pytest.raises((lorac.UnknownOption, lorac.WrongType), match=match):
+        with pytest.raises((lorac.OptionError, lorac.WrongType), match=match):
             lorac.compile(ENTRY.model(), target="onnxruntime", **options)

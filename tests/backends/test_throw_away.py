@@ -106,13 +106,13 @@ def test_what_a_target_does_not_claim_is_refused_by_name_and_module(model: nn.Mo
 @pytest.mark.usefixtures("offered")
 def test_its_options_are_its_own(model: nn.Module) -> None:
     assert {"eager", "onnxruntime", "plain"} <= set(targets.targets())
-    with pytest.raises(lorac.UnknownOption, match="target 'plain' has no option 'thread'") as error:
+    with pytest.raises(lorac.OptionError, match="target 'plain' has no option 'thread'") as error:
         lorac.compile(model, {}, target="plain", thread=1)
     assert "nearest: threads" in str(error.value)
 
 
 def test_a_target_that_nobody_offers(model: nn.Module) -> None:
-    with pytest.raises(lorac.UnknownOption, match="there is no target 'onnxruntme'") as error:
+    with pytest.raises(lorac.OptionError, match="there is no target 'onnxruntme'") as error:
         lorac.compile(model, {}, target="onnxruntme")
     assert "nearest: onnxruntime" in str(error.value)
 

@@ -12,7 +12,7 @@ from torch import nn
 from campaigns.zoo import adapting, checking, journal, pages, running, shrinking
 from campaigns.zoo.entries import Entry, entries, entry
 from campaigns.zoo.shown import SHOWN
-from lorac.errors import LoracError, SiteUnsupported
+from lorac.errors import LoracError, SiteError
 
 HERE = (("eager", "live"), ("onnxruntime", "live"))
 
@@ -126,7 +126,7 @@ class _Noise(nn.Module):
 
 @pytest.mark.parametrize(
     ("error", "outcome"),
-    [(SiteUnsupported("no", next_step="leave it"), "refused"), (KeyError("first"), "untyped")],
+    [(SiteError("no", next_step="leave it", code="site_unsupported"), "refused"), (KeyError("first"), "untyped")],
 )
 def test_what_lorac_raises_is_told_apart(error: Exception, outcome: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def compile(*args: Any, **kwargs: Any) -> None:

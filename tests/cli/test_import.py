@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import lorac
 from lorac.cli import app, main
 from lorac.cli._imports import import_own
-from lorac.errors import UnknownOption
+from lorac.errors import OptionError
 
 METHOD = '''
 from dataclasses import dataclass
@@ -111,7 +111,7 @@ def test_what_cannot_be_imported_is_told(tmp_path: Path, monkeypatch: pytest.Mon
         ("wrong_code.py", "ZeroDivisionError: division by zero in .*wrong_code.py:1: 1 / 0"),
         ("json.py", "would be imported as 'json', which another module is called"),
     ):
-        with pytest.raises(UnknownOption, match=said) as error:
+        with pytest.raises(OptionError, match=said) as error:
             import_own(module)
         assert error.value.next_step
     assert "wrong_code" not in sys.modules

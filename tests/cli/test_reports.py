@@ -173,7 +173,7 @@ def test_dynamic_shapes():
     ],
 )
 def test_what_is_spelt_wrongly_is_said(call, said):
-    with pytest.raises(lorac.UnknownOption) as raised:
+    with pytest.raises(lorac.OptionError) as raised:
         call()
     assert said in str(raised.value)
 
@@ -181,7 +181,7 @@ def test_what_is_spelt_wrongly_is_said(call, said):
 def test_inputs_that_cannot_be_read(tmp_path):
     for name, text in (("x.txt", ""), ("x.json", '{"a": "b"}'), ("y.json", "[1]"), ("x.npz", "no archive")):
         (tmp_path / name).write_text(text)
-        with pytest.raises(lorac.UnknownOption, match=name):
+        with pytest.raises(lorac.OptionError, match=name):
             read_inputs(tmp_path / name)
 
 

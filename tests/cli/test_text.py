@@ -123,7 +123,7 @@ def test_a_compiled_folder_writes_and_is_timed_without_its_model(cli, files, mon
     assert [row["adapters"] for row in json.loads(out)] == ["none", "sql", "style"]
     code, out, err = cli("run", "cached", "-a", "sql", "--prompt", "hello")
     assert (code, out) == (1, "")
-    assert "lorac.UnknownOption: 'cached' is compiled, and holds adapters of its own" in err
+    assert "lorac.OptionError: 'cached' is compiled, and holds adapters of its own" in err
 
 
 def test_what_goes_wrong_in_a_chat_does_not_end_it(cli, files):
@@ -132,8 +132,8 @@ def test_what_goes_wrong_in_a_chat_does_not_end_it(cli, files):
     assert code == 0
     assert out == written(files, "sql", "u:one;a:") + "\n"
     assert "lorac.AdapterNotFound: no adapter is called 'slq'\n  nearest: sql" in err
-    assert "lorac.UnknownOption: /adapter needs to know which" in err
-    assert "lorac.UnknownOption: there is no '/adaptr'\n  nearest: /adapter" in err
+    assert "lorac.OptionError: /adapter needs to know which" in err
+    assert "lorac.OptionError: there is no '/adaptr'\n  nearest: /adapter" in err
 
 
 def test_what_was_said_is_forgotten(cli, files):
@@ -224,8 +224,8 @@ def test_bench_times_writing(cli):
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["run", "mute", "--prompt", "hello"], 1, "lorac.UnknownOption: there is no tokenizer beside the model"),
-        (["run", "plain"], 1, "lorac.UnknownOption: the tokenizer has no chat template"),
+        (["run", "mute", "--prompt", "hello"], 1, "lorac.OptionError: there is no tokenizer beside the model"),
+        (["run", "plain"], 1, "lorac.OptionError: the tokenizer has no chat template"),
         (["run", "model", "--prompt", "hello", "-i", "x.npz"], 2, "give one"),
         (["run", "model", "--prompt", "hello", "-o", "x.npz"], 2, "--out writes what a call with --inputs answers"),
         (["run", "model", "--json"], 2, "not for a chat"),

@@ -14,6 +14,7 @@ from lorac.formats import load_adapter, save_adapter
 from lorac.testing import adapter_away, parity
 from lorac.testing.checks import assert_close
 from tests.peft_files import configure, load_peft, make_peft
+from tests.refusing import refuses
 
 WIDTH = 8
 
@@ -237,12 +238,12 @@ def test_a_later_adapter_needs_the_weights_place():
 
 def test_what_has_no_place_is_refused():
     model, _ = made("apart")
-    with pytest.raises(lorac.SiteUnsupported, match="brings a bias to 'attn', and 'attn', which computes with it, has"):
+    with refuses("site_unsupported", match="brings a bias to 'attn', and 'attn', which computes with it, has"):
         lorac.compile(model, {"a": lorac.LoRA(r=1, lora_bias=True, targets=("attn",))})
-    with pytest.raises(lorac.SiteUnsupported, match="meteora reads a layer's input and output, and 'attn' has neither"):
+    with refuses("site_unsupported", match="meteora reads a layer's input and output, and 'attn' has neither"):
         lorac.compile(model, {"a": lorac.MeteoRA(r=2, targets=("attn",))})
     other = Attending("apart", kdim=6)
-    with pytest.raises(lorac.SiteUnsupported, match="'attn', a MultiheadAttention as built here is not a site"):
+    with refuses("site_unsupported", match="'attn', a MultiheadAttention as built here is not a site"):
         tensors = {"lora_A": torch.zeros(1, WIDTH), "lora_B": torch.zeros(3 * WIDTH, 1)}
         lorac.compile(other, {"a": lorac.Adapter("a", lorac.LoRA(r=1, targets=("attn",)), {"attn": tensors})})
 
@@ -250,14 +251,12 @@ def test_what_has_no_place_is_refused():
 def test_what_peft_cannot_hold_is_refused(tmp_path):
     model, inputs = made()
     part = adapter_of(model, inputs, lorac.LoRA(r=2, targets=("out_proj",)))
-    with pytest.raises(lorac.UnsupportedField, match="PEFT adapts all of 'attn' or nothing"):
+    with refuses("unsupported_field", match="PEFT adapts all of 'attn' or nothing"):
         save_adapter(part, tmp_path / "x", model=model)
     scaled = adapter_of(model, inputs, lorac.DoRA(r=2, targets=("attn",)))
-    with pytest.raises(lorac.SiteUnsupported, match="PEFT has lora_A and lora_B only for 'attn'"):
+    with refuses("site_unsupported", match="PEFT has lora_A and lora_B only for 'attn'"):
         save_adapter(scaled, tmp_path / "x", model=model)
-    with pytest.raises(
-        lorac.SiteUnsupported, match="PEFT's IA3 does not adapt 'attn', which is a weight within 'attn'"
-    ):
+    with refuses("site_unsupported", match="PEFT's IA3 does not adapt 'attn', which is a weight within 'attn'"):
         save_adapter(adapter_of(model, inputs, lorac.IA3(targets=("attn",))), tmp_path / "x", model=model)
     assert not (tmp_path / "x").exists()
 

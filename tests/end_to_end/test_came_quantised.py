@@ -19,9 +19,10 @@ from torch.utils._pytree import tree_map
 
 import lorac
 from lorac.backends.onnx.files import read
-from lorac.errors import CaptureFailed, LoracWarning, NotMergeable
+from lorac.errors import LoracWarning
 from lorac.ir.host.packed import TABLES, Codes
 from lorac.testing.checks import assert_close
+from tests.refusing import refuses
 
 
 class IntxUnpackedToInt8Tensor(torch.Tensor):
@@ -139,7 +140,7 @@ def test_codes_are_taken_as_they_are(how: str, recwarn: pytest.WarningsRecorder)
     assert np.array_equal(spread.reshape(len(whole), -1)[:, : whole.shape[1]], whole.astype(int) + (1 << bits - 1))
     assert type(own.site.weight if how.startswith("torchao") else own.site) is kind, "the host is as it was"
     assert compiled.sites["site"].packed == kind.__name__
-    with pytest.raises(NotMergeable, match=f"'site' holds its weight as {kind.__name__}"):
+    with refuses("not_mergeable", match=f"'site' holds its weight as {kind.__name__}"):
         lorac.compile(own, {"a": lorac.LoRA(r=2, targets=["site"])}, mode="fused", **told)
 
 
@@ -286,5 +287,5 @@ def test_bitsandbytes_own_layer() -> None:
 def test_what_a_call_has_repacked_is_refused() -> None:
     own = model(lambda layer: in_bitsandbytes(layer, Linear4bit))
     own.site.weight.quant_state.packing_format_for_cpu = True
-    with pytest.raises(CaptureFailed, match="compile it before it is called"):
+    with refuses("capture_failed", match="compile it before it is called"):
         lorac.compile(own, target="onnxruntime", example_inputs=(X,))

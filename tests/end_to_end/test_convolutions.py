@@ -13,6 +13,7 @@ from lorac.testing import parity
 from lorac.testing.checks import assert_close
 from tests.limits import assert_apart
 from tests.peft_files import load_peft, make_peft
+from tests.refusing import refuses
 
 CLASSES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 MODES = ("zeros", "reflect", "replicate", "circular")
@@ -134,10 +135,10 @@ def test_pefts_lora_does_not_dilate(tmp_path):
     """Under "same" it runs, and computes what is no change of the kernel: refused, there and back."""
     model, x = made(2, "same", kernel=(3, 3), dilation=2)
     make_peft(model, tmp_path / "theirs", CONFIGS["lora"], inputs={"x": x})
-    with pytest.raises(lorac.SiteUnsupported, match="'site' is a dilated convolution, beside which PEFT's lora_A"):
+    with refuses("site_unsupported", match="'site' is a dilated convolution, beside which PEFT's lora_A"):
         lorac.load_adapter(tmp_path / "theirs", model)
     adapter = adapter_of(model, x)
-    with pytest.raises(lorac.SiteUnsupported, match="dilated convolution"):
+    with refuses("site_unsupported", match="dilated convolution"):
         lorac.save_adapter(adapter, tmp_path / "ours", model=model)
     with torch.no_grad():
         parity.assert_parity(lorac.compile(model, {"a": adapter})(x), merged(model, adapter)(x), model(x))
@@ -155,5 +156,5 @@ def test_a_layer_that_peft_does_not_adapt_is_no_site():
     assert lorac.sites(nn.ModuleDict(others)) == {}
     for name, module in others.items():
         model = nn.ModuleDict({name: module, "line": nn.Linear(2, 3)})
-        with pytest.raises(lorac.SiteNotFound, match=f"targets '{name}', which matches no site"):
+        with refuses("site_not_found", match=f"targets '{name}', which matches no site"):
             lorac.compile(model, {"a": lorac.LoRA(r=1, targets=(name,))})

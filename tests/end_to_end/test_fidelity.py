@@ -19,6 +19,7 @@ from torch.export import Dim
 import lorac
 from lorac.testing.checks import assert_close
 from tests import zoo
+from tests.refusing import refuses
 
 Forward = Callable[..., Tensor]
 
@@ -168,7 +169,7 @@ def _elsewhere(host: Host, x: Tensor, other: Any) -> Tensor:
 )
 def test_a_program_that_is_not_the_hosts_is_refused_as_such(forward: Forward, text: str):
     """Not as the emitter's fault, whose self-test compares with the program."""
-    with pytest.raises(lorac.CaptureDiffers, match=text):
+    with refuses("capture_differs", match=text):
         _compiled(forward, _x(2))
 
 
@@ -179,7 +180,7 @@ def test_who_wants_the_program_as_it_is_gets_it():
 
 def test_an_eager_program_is_held_against_the_host_when_it_is_made(tmp_path: Path):
     _, compiled = _compiled(_otherwise, _x(2), target="eager")
-    with pytest.raises(lorac.CaptureDiffers):
+    with refuses("capture_differs"):
         compiled.save(tmp_path / "artefact")
     assert not (tmp_path / "artefact").exists()
 
@@ -272,7 +273,7 @@ def _halves_data(host: Host, x: Tensor, other: Any) -> Tensor:
 def test_a_host_that_writes_its_weights_is_refused_by_name_and_left_as_it_was(forward: Forward):
     host = Host(forward)
     before, mark = host.linear.weight.detach().clone(), zoo.fingerprint(host)
-    with pytest.raises(lorac.CaptureFailed, match=r"forward of Host writes into its own weight 'linear\.weight'"):
+    with refuses("capture_failed", match=r"forward of Host writes into its own weight 'linear\.weight'"):
         lorac.compile(host, {}, target="onnxruntime", example_inputs=(_x(2),))
     assert torch.equal(host.linear.weight, before) and zoo.fingerprint(host) == mark
 
@@ -281,7 +282,7 @@ def test_a_host_with_a_generator_of_its_own_is_refused():
     host = Host(lambda host, x, other: host.linear(x) + torch.rand(5, generator=host.generator))
     host.generator = torch.Generator().manual_seed(3)  # type: ignore[assignment]  (not a module's usual attribute)
     before = host.generator.get_state()
-    with pytest.raises(lorac.CaptureFailed, match="forward uses a Generator of the model's own"):
+    with refuses("capture_failed", match="forward uses a Generator of the model's own"):
         lorac.compile(host, {}, target="onnxruntime", example_inputs=(_x(2),))
     assert torch.equal(host.generator.get_state(), before)
 
@@ -354,7 +355,7 @@ def test_recurrent_models_answer_at_a_size_or_refuse_it(name: str, config: dict[
 def test_a_program_whose_mask_is_another_than_the_models_is_refused():
     """The model leaves the causal mask out where nothing is masked; the program has it always."""
     model = _model("Aimv2TextModel", **{k: v for k, v in TEXT.items() if k != "pad_token_id"})
-    with pytest.raises(lorac.CaptureDiffers, match="than Aimv2TextModel: 'last_hidden_state' is off by"):
+    with refuses("capture_differs", match="than Aimv2TextModel: 'last_hidden_state' is off by"):
         lorac.compile(model, {}, target="onnxruntime")
 
 
@@ -368,7 +369,7 @@ def test_a_masked_autoencoder_that_masks_at_random_is_named():
 def test_a_model_that_rescales_its_weights_once_compiles_after_its_first_call():
     config = {"vocab_size": 99, "hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 4}
     model = _model("RwkvForCausalLM", **config, context_length=64, rescale_every=2)
-    with pytest.raises(lorac.CaptureFailed, match=r"own weight 'rwkv\.blocks\.0\.attention\.output\.weight'"):
+    with refuses("capture_failed", match=r"own weight 'rwkv\.blocks\.0\.attention\.output\.weight'"):
         lorac.compile(model, {}, target="onnxruntime")
     ids = torch.arange(14).reshape(2, 7)
     with torch.no_grad():

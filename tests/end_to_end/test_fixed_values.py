@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import lorac
 from lorac.ir.capture.export import export
 from lorac.testing.checks import assert_close
+from tests.refusing import refuses
 
 
 class Cropping(nn.Module):
@@ -88,7 +89,7 @@ def test_a_layer_that_is_cast_to_what_it_is_traces():
 
 def test_a_layer_that_is_cast_to_something_else_is_refused_by_line():
     host = Casting(torch.float64)
-    with pytest.raises(lorac.CaptureFailed, match=r"self.router.to\(self.dtype\): it casts its own weight 'weight'"):
+    with refuses("capture_failed", match=r"self.router.to\(self.dtype\): it casts its own weight 'weight'"):
         export(host, (X,))
     assert host.router.weight.dtype == torch.float32
 

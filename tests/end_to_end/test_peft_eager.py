@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import lorac
-from lorac.errors import NotMergeable
 from tests.end_to_end.peft_cases import CASES, Case, checkpoint
 from tests.end_to_end.peft_parity import Checkpoint, assert_eager
+from tests.refusing import refuses
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -21,5 +21,5 @@ def test_what_peft_computes(case: Case, tmp_path: Path) -> None:
 def test_a_grouped_kernel_cannot_hold_what_leaves_its_blocks(case: Case, tmp_path: Path) -> None:
     model, _ = checkpoint(case, tmp_path, case.dtype)
     for mode in ("fused", "baked"):
-        with pytest.raises(NotMergeable, match=r"'grouped'.*grouped convolution"):
+        with refuses("not_mergeable", match=r"'grouped'.*grouped convolution"):
             lorac.compile(model, {"a": tmp_path}, mode=mode)

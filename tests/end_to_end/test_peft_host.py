@@ -11,10 +11,10 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 import lorac
-from lorac.errors import CaptureFailed, SiteUnreached
 from tests import parity
 from tests.end_to_end.peft_cases import CASES, checkpoint, example
 from tests.peft_files import make_peft
+from tests.refusing import refuses
 from tests.zoo import ZOO, fingerprint
 
 BY_ID = {case.id: case for case in CASES}
@@ -97,7 +97,7 @@ DYNAMIC = {"x": {0: torch.export.Dim.DYNAMIC}}
 def test_a_model_that_does_not_trace_is_named_with_its_line(tmp_path: Path) -> None:
     model = Stubborn().eval()
     oracle = make_peft(model, tmp_path, LoraConfig(r=2, target_modules=["first"]), inputs=INPUTS)
-    with pytest.raises(CaptureFailed, match=r"test_peft_host\.py:\d+: if hidden\.sum\(\) > 0"):
+    with refuses("capture_failed", match=r"test_peft_host\.py:\d+: if hidden\.sum\(\) > 0"):
         lorac.compile(model, {"a": tmp_path}, target="onnxruntime", example_inputs=INPUTS)
     with torch.no_grad():  # eager runs what cannot be captured
         answer = lorac.compile(model, {"a": tmp_path})(**INPUTS)
@@ -110,12 +110,12 @@ def test_an_adapter_on_layers_that_the_graph_never_calls(mode: str, tmp_path: Pa
     model = Forked().eval()
     settings = {"example_inputs": INPUTS, "mode": mode}
     adapter = lorac.LoRA(r=2, targets=["spare"])
-    with pytest.raises(SiteUnreached, match=r"'a' touches 'spare'|'spare' \(1 sites\) is adapted"):
+    with refuses("site_unreached", match=r"'a' touches 'spare'|'spare' \(1 sites\) is adapted"):
         lorac.compile(model, {"a": adapter}, target="onnxruntime", **settings)
     both = {"a": adapter, "b": lorac.LoRA(r=2, targets=["used"])}
-    with pytest.raises(SiteUnreached, match="'a' touches 'spare'"):
+    with refuses("site_unreached", match="'a' touches 'spare'"):
         lorac.compile(model, both, target="onnxruntime", active="b", **settings)
-    with pytest.raises(SiteUnreached, match="'spare'"):
+    with refuses("site_unreached", match="'spare'"):
         lorac.compile(model, {"a": adapter}).export("onnxruntime", **settings)
 
 

@@ -64,7 +64,7 @@ def test_a_dtype_is_asked_for_by_name(asked: Any, net: Net, adapter: lorac.Adapt
 
 @pytest.mark.parametrize(("asked", "nearest"), [("flaot16", "float16"), ("bf16", "bfloat16"), (torch.int8, None)])
 def test_an_unknown_dtype(asked: Any, nearest: str | None, net: Net) -> None:
-    with pytest.raises(lorac.UnknownOption, match="dtype= takes no") as raised:
+    with pytest.raises(lorac.OptionError, match="dtype= takes no") as raised:
         lorac.compile(net, {"a": lorac.LoRA(r=2)}, dtype=asked)
     assert raised.value.nearest == nearest
 

@@ -63,7 +63,7 @@ class Depends(torch.nn.Module):
 
 try:
     lorac.compile(Depends(), {"a": lorac.LoRA(r=2)}, target="onnxruntime", example_inputs=(torch.ones(3, 4),))
-except lorac.CaptureFailed as error:
+except lorac.CaptureError as error:
     said = str(error)
 sys.exit(None if "script.py" in said and "if y.sum() > 0" in said else said)
 """

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorac
-from lorac.errors import BaseNeeded, CorruptFile, ShapeMismatch, SiteNotFound
+from lorac.errors import BaseNeeded
 from lorac.formats import load_adapter, save_adapter
 from lorac.testing.checks import assert_close
 from lorac.variants.base import Variant
@@ -18,6 +18,7 @@ from lorac.variants.randlora import RandLoRA
 from lorac.variants.vera import VeRA
 from tests import parity
 from tests.peft_files import WEIGHTS, change, configure, load_peft, made
+from tests.refusing import refuses
 from tests.zoo import ZOO
 
 MODEL = ZOO["plain_mlp"].model
@@ -45,7 +46,7 @@ def test_the_seed_tells_what_peft_draws(kind: str, settings: dict[str, Any], tmp
             assert torch.equal(drawn.tensors[path][name], tensors[name])
     with pytest.raises(BaseNeeded, match="save_projection=False"):
         load_adapter(folder)
-    with pytest.raises(SiteNotFound):
+    with refuses("site_not_found"):
         load_adapter(folder, ZOO["tiny_llama"].model())
 
 
@@ -57,7 +58,7 @@ def test_copies_at_a_site_are_checked_and_kept_once(kind: str, name: str, tmp_pa
     adapter = load_adapter(folder, MODEL())
     assert len({id(tensors[name]) for tensors in adapter.tensors.values()}) == 1
     change(folder, {f"model.up.{name}": shared + 1})
-    with pytest.raises(CorruptFile, match="copies of one tensor, and differ"):
+    with refuses("corrupt_file", match="copies of one tensor, and differ"):
         load_adapter(folder, MODEL())
 
 
@@ -133,5 +134,5 @@ def test_whole_and_chosen_files_mean_the_same(tmp_path: Path) -> None:
 def test_choices_of_another_configuration(tmp_path: Path, changes: dict[str, int]) -> None:
     folder = made(tmp_path / "f", "VBLORA", save_only_topk_weights=True)
     configure(folder, **changes)
-    with pytest.raises(ShapeMismatch, match=r"do not choose|has num_vectors=3 rows"):
+    with refuses("shape_mismatch", match=r"do not choose|has num_vectors=3 rows"):
         load_adapter(folder, MODEL())

@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lorac
-from lorac.errors import UnsupportedField
 from lorac.formats import load_adapter, save_adapter
 from lorac.variants.dora import DoRA
 from lorac.variants.lora import LoRA
 from tests import parity, peft_files
 from tests.formats.oracle import applied, assert_round_trip, call, round_trip
 from tests.limits import assert_apart
+from tests.refusing import refuses
 from tests.zoo import ZOO
 
 LLAMA = ["q_proj", "down_proj"]
@@ -229,7 +229,7 @@ def test_grouped_convolutions_with_dora_are_refused(tmp_path: Path) -> None:
     with peft_files.quiet():
         peft = get_peft_model(ZOO["plain_conv"].fresh(torch.float64), config)
     peft.save_pretrained(str(tmp_path))
-    with pytest.raises(UnsupportedField, match="use_dora=True at 'grouped'"):
+    with refuses("unsupported_field", match="use_dora=True at 'grouped'"):
         load_adapter(tmp_path, model)
 
     # The reason: PEFT's norm there is not that of the rows of W + s·B·A.

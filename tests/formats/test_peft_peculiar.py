@@ -9,7 +9,7 @@ import torch
 from peft import HRAConfig, OFTConfig
 
 import lorac
-from lorac.errors import BaseNeeded, LoracError, UnsupportedField
+from lorac.errors import BaseNeeded, LoracError
 from lorac.formats import load_adapter, save_adapter
 from lorac.testing.checks import assert_close
 from lorac.variants.adapter import Adapter
@@ -17,6 +17,7 @@ from lorac.variants.hira import HiRA
 from lorac.variants.lokr import LoKr
 from tests import parity
 from tests.peft_files import change, configure, load_peft, made, quiet, wrap
+from tests.refusing import refuses
 from tests.zoo import ZOO
 
 MODEL = ZOO["plain_mlp"].model
@@ -39,7 +40,7 @@ def test_fourierft_chooses_its_positions_by_a_seed(tmp_path: Path) -> None:
     parity.assert_parity(lorac.compile(model, {"a": native})(**inputs), oracle(**inputs), model(**inputs))
 
     adapter.tensors["up"]["indices"] = adapter.tensors["up"]["indices"].flip(-1)
-    with pytest.raises(UnsupportedField, match="the positions at 'up' are not those that random_loc_seed chooses"):
+    with refuses("unsupported_field", match="the positions at 'up' are not those that random_loc_seed chooses"):
         save_adapter(adapter, tmp_path / "x", model=model)
 
 
@@ -49,7 +50,7 @@ def test_hira_ignores_its_rank_pattern(tmp_path: Path) -> None:
     assert tensors["hira_A"].shape[0] == 2
     adapter.variant = HiRA(r=2, rank_pattern={"up": 1}, targets=("down", "up"))
     adapter.tensors["up"] = {"hira_A": tensors["hira_A"][:1], "hira_B": tensors["hira_B"][:, :1]}
-    with pytest.raises(UnsupportedField, match="'up' is of rank 1 by rank_pattern, which PEFT's HIRA ignores"):
+    with refuses("unsupported_field", match="'up' is of rank 1 by rank_pattern, which PEFT's HIRA ignores"):
         save_adapter(adapter, tmp_path / "x", model=MODEL())
 
 
@@ -72,11 +73,11 @@ def test_lokr_of_a_conv1d_with_a_whole_w2(tmp_path: Path) -> None:
     model = ZOO["plain_conv"].model()
     made(tmp_path / "f", "LOKR", "plain_conv", r=8, target_modules=["line"])
     for known in (model, None):
-        with pytest.raises(UnsupportedField, match="'line' is a Conv1d with a whole lokr_w2"):
+        with refuses("unsupported_field", match="'line' is a Conv1d with a whole lokr_w2"):
             load_adapter(tmp_path / "f", known)
     tensors = {"lokr_w1": torch.zeros(1, 1), "lokr_w2": torch.zeros(5, 7 * 3)}
     adapter = Adapter("x", LoKr(r=8, targets=("line",)), {"line": tensors})
-    with pytest.raises(UnsupportedField, match="'line' is a Conv1d with a whole lokr_w2"):
+    with refuses("unsupported_field", match="'line' is a Conv1d with a whole lokr_w2"):
         save_adapter(adapter, tmp_path / "x", model=model)
 
 
@@ -108,7 +109,7 @@ def test_oft_of_another_series(tmp_path: Path) -> None:
     folder = made(tmp_path / "f", "OFT")
     for other in (None, "0.17.1", "0.9.0", "none"):
         configure(folder, peft_version=other)
-        with pytest.raises(UnsupportedField, match=r"before 0\.18"):
+        with refuses("unsupported_field", match=r"before 0\.18"):
             load_adapter(folder)
     for same in ("0.18.0", "0.19.0.dev0@abc", "1.0"):
         configure(folder, peft_version=same)

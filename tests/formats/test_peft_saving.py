@@ -12,19 +12,20 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from lorac.errors import BaseNeeded, CorruptFile, ShapeMismatch, SiteUnsupported, UnsupportedField
+from lorac.errors import BaseNeeded
 from lorac.formats import load_adapter, save_adapter
 from lorac.variants.adapter import Adapter
 from lorac.variants.hydra import Hydra
 from lorac.variants.lora import LoRA
 from tests.formats.oracle import assert_equal
 from tests.peft_files import CONFIG, load_peft, made, make_peft
+from tests.refusing import refuses
 from tests.zoo import ZOO
 
 
 def test_methods_without_a_peft_type(tmp_path: Path) -> None:
     adapter = Adapter("x", Hydra(), {"up": {}})
-    with pytest.raises(UnsupportedField, match="no type for 'hydra'") as error:
+    with refuses("unsupported_field", match="no type for 'hydra'") as error:
         save_adapter(adapter, tmp_path / "x")
     assert "format='native'" in str(error.value)
 
@@ -44,7 +45,7 @@ def test_saving_a_grouped_convolution_that_leaves_its_blocks(tmp_path: Path) -> 
     model = ZOO["plain_conv"].model()
     read = load_adapter(made(tmp_path / "f", "LORA", "plain_conv", target_modules=["grouped"]), model)
     read.tensors["grouped"]["lora_B"] = torch.ones(8, 2)
-    with pytest.raises(UnsupportedField, match="mixes the groups"):
+    with refuses("unsupported_field", match="mixes the groups"):
         save_adapter(read, tmp_path / "x", model=model)
 
 
@@ -52,11 +53,11 @@ def test_saving_what_does_not_fit(tmp_path: Path) -> None:
     folder, model = made(tmp_path / "f", "LORA"), ZOO["plain_mlp"].model()
     adapter = load_adapter(folder, model)
     adapter.replaced["head.weight"] = model.get_parameter("head.weight").detach() + 1
-    with pytest.raises(UnsupportedField, match=r"no place for 'head.weight'"):
+    with refuses("unsupported_field", match=r"no place for 'head.weight'"):
         save_adapter(adapter, tmp_path / "x", model=model)
     adapter = load_adapter(folder, model)
     adapter.tensors["up"]["lora_A"] = torch.ones(2, 3)
-    with pytest.raises(ShapeMismatch):
+    with refuses("shape_mismatch"):
         save_adapter(adapter, tmp_path / "x", model=model)
     assert not (tmp_path / "x").exists()
 
@@ -64,7 +65,7 @@ def test_saving_what_does_not_fit(tmp_path: Path) -> None:
 def test_saving_lora_bias_on_an_embedding(tmp_path: Path) -> None:
     tensors = {"lora_A": torch.ones(1, 23), "lora_B": torch.ones(10, 1), "lora_bias": torch.ones(10)}
     adapter = Adapter("x", LoRA(r=1, lora_bias=True, targets=("embed",)), {"embed": tensors})
-    with pytest.raises(SiteUnsupported, match="no lora_bias on embeddings"):
+    with refuses("site_unsupported", match="no lora_bias on embeddings"):
         save_adapter(adapter, tmp_path / "x", model=ZOO["plain_mlp"].model())
 
 
@@ -110,7 +111,7 @@ def test_a_configuration_and_the_tensors_of_another_saving(tmp_path: Path) -> No
         if name == "later":  # the same configuration: nothing is mixed
             assert_equal(load_adapter(mixture, model), later)
             continue
-        with pytest.raises(CorruptFile, match="do not belong together") as error:
+        with refuses("corrupt_file", match="do not belong together") as error:
             load_adapter(mixture, model)
         assert "lorac_seal" in str(error.value)
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 from peft import ShiraConfig
 
-from lorac.errors import BaseNeeded, ShapeMismatch, SiteUnsupported, UnsupportedField, WrongIndex
+from lorac.errors import BaseNeeded
 from lorac.formats import load_adapter, save_adapter
 from lorac.variants.adapter import Adapter
 from lorac.variants.shira import SHiRA
 from tests import peft_files
 from tests.formats.oracle import assert_equal, assert_round_trip, assert_same
 from tests.peft_files import change, configure
+from tests.refusing import refuses
 from tests.zoo import ZOO
 
 
@@ -66,7 +67,7 @@ def test_positions_outside_the_weight(folder: Path) -> None:
     indices = load_adapter(folder).tensors["up"]["indices"].clone()
     indices[1, 0] = 10
     change(folder, {"model.up.shira_indices": indices.int()})
-    with pytest.raises(WrongIndex, match=r"position \(\d+, 10\) of indices at 'up' lies outside \(14, 10\)"):
+    with refuses("wrong_index", match=r"position \(\d+, 10\) of indices at 'up' lies outside \(14, 10\)"):
         load_adapter(folder, ZOO["plain_mlp"].model())
 
 
@@ -83,19 +84,19 @@ def test_fractional_and_negative_positions(folder: Path) -> None:
     ):
         change(folder, {"model.up.shira_indices": wrong})
         for model in (None, ZOO["plain_mlp"].model()):
-            with pytest.raises(WrongIndex, match=match):
+            with refuses("wrong_index", match=match):
                 load_adapter(folder, model)
 
 
 def test_values_that_do_not_fit(folder: Path) -> None:
     change(folder, {"model.up.shira_weight": torch.zeros(47)})
-    with pytest.raises(ShapeMismatch, match=r"'up' do not belong together: shira_weight \(47,\)"):
+    with refuses("shape_mismatch", match=r"'up' do not belong together: shira_weight \(47,\)"):
         load_adapter(folder)
 
 
 def test_r_of_the_configuration(folder: Path) -> None:
     configure(folder, r=7)
-    with pytest.raises(ShapeMismatch, match="r = 7"):
+    with refuses("shape_mismatch", match="r = 7"):
         load_adapter(folder)
 
 
@@ -103,11 +104,11 @@ def test_numbers_of_values_that_peft_cannot_load(tmp_path: Path) -> None:
     model = ZOO["plain_mlp"].model()
     tensors = {"indices": torch.tensor([[0, 1], [2, 3]]), "values": torch.ones(2)}
     adapter = Adapter("x", SHiRA(ratio=0.1, targets=("up",)), {"up": tensors})
-    with pytest.raises(ShapeMismatch):  # 14 values, says the ratio
+    with refuses("shape_mismatch"):  # 14 values, says the ratio
         save_adapter(adapter, tmp_path / "x", model=model)
     tensors = {"indices": torch.stack([torch.arange(14), torch.zeros(14, dtype=torch.int64)]), "values": torch.ones(14)}
     adapter = Adapter("x", SHiRA(ratio=0.1, targets=("up",)), {"up": tensors})
-    with pytest.raises(UnsupportedField, match=r"not r·\(out \+ in\)"):
+    with refuses("unsupported_field", match=r"not r·\(out \+ in\)"):
         save_adapter(adapter, tmp_path / "x", model=model)
     with pytest.raises(BaseNeeded, match="pass model="):
         save_adapter(adapter, tmp_path / "x")
@@ -123,5 +124,5 @@ def test_peft_adapts_nn_linear_only(tmp_path: Path) -> None:
     }
     path = "transformer.h.0.attn.c_attn"
     adapter = Adapter("x", SHiRA(r=1, targets=(path,)), {path: tensors})
-    with pytest.raises(SiteUnsupported, match=r"no nn\.Linear"):
+    with refuses("site_unsupported", match=r"no nn\.Linear"):
         save_adapter(adapter, tmp_path / "x", model=model)

@@ -12,18 +12,17 @@ from torch import nn
 
 import lorac
 from lorac.errors import (
+    AdapterError,
     BaseNeeded,
-    CorruptFile,
+    FormatError,
     LoracError,
-    ShapeMismatch,
-    SiteNotFound,
-    UnsupportedField,
-    UnusedTensors,
+    SiteError,
 )
 from lorac.formats import load_adapter, save_adapter
 from tests import parity
 from tests.end_to_end.peft_cases import tie
 from tests.peft_files import change, configure, load_peft, make_peft
+from tests.refusing import refuses
 from tests.zoo import ZOO
 
 LLAMA = ZOO["tiny_llama"]
@@ -63,7 +62,7 @@ def test_what_peft_computes(rows: Any, tied: bool, tmp_path: Path) -> None:
         parity.assert_parity(compiled(**inputs).logits, expected, base)
     read = load_adapter(tmp_path / "theirs", model)
     if tied and rows is APART:
-        with pytest.raises(UnsupportedField, match="are one tensor in the model, by two"):
+        with refuses("unsupported_field", match="are one tensor in the model, by two"):
             save_adapter(read, tmp_path / "back", model=model)
         return
     save_adapter(read, tmp_path / "back", model=model)
@@ -87,22 +86,22 @@ def test_the_other_rows_are_the_models(theirs: Path) -> None:
 
 
 SPOILT: tuple[tuple[str, type[LoracError], dict[str, Any], dict[str, Any]], ...] = (
-    ("for 5 tokens up to number 42", ShapeMismatch, {"trainable_token_indices": ROWS[:-1]}, {}),
-    ("up to number 128; its weight is", ShapeMismatch, {"trainable_token_indices": [*ROWS[:-1], 128]}, {}),
-    ("expected numbers of rows, each once", UnsupportedField, {"trainable_token_indices": [1, 1]}, {}),
-    ("expected numbers of rows, each once", UnsupportedField, {"trainable_token_indices": {"embed_tokens": [-1]}}, {}),
-    ("lacks the rows of 'lm_head'", CorruptFile, {"trainable_token_indices": APART}, {}),
-    ("lacks the rows of 'the embedding'", CorruptFile, {}, {KEY: None}),
-    ("accounts for 1 tensors", UnusedTensors, {"trainable_token_indices": None}, {}),
+    ("for 5 tokens up to number 42", AdapterError, {"trainable_token_indices": ROWS[:-1]}, {}),
+    ("up to number 128; its weight is", AdapterError, {"trainable_token_indices": [*ROWS[:-1], 128]}, {}),
+    ("expected numbers of rows, each once", FormatError, {"trainable_token_indices": [1, 1]}, {}),
+    ("expected numbers of rows, each once", FormatError, {"trainable_token_indices": {"embed_tokens": [-1]}}, {}),
+    ("lacks the rows of 'lm_head'", FormatError, {"trainable_token_indices": APART}, {}),
+    ("lacks the rows of 'the embedding'", FormatError, {}, {KEY: None}),
+    ("accounts for 1 tensors", FormatError, {"trainable_token_indices": None}, {}),
     (
         "rows for 'model.other', which the model does not have",
-        SiteNotFound,
+        SiteError,
         {},
         {KEY: None, KEY.replace("embed_tokens", "other"): torch.zeros(6, 64)},
     ),
     (
         "trains rows of 'model.embed_tokens' and adapts it",
-        UnsupportedField,
+        FormatError,
         {},
         {
             f"model.{EMBEDDED}.lora_embedding_A": torch.zeros(2, 128),
@@ -134,13 +133,13 @@ def test_rows_as_a_method_of_their_own(tmp_path: Path) -> None:
     save_adapter(fresh.adapters["a"], tmp_path / "free", model=free)
     tied = LLAMA.fresh()
     tie(tied)
-    with pytest.raises(UnsupportedField, match=r"changes 'lm_head' with 'model\.embed_tokens', which it is tied to"):
+    with refuses("unsupported_field", match=r"changes 'lm_head' with 'model\.embed_tokens', which it is tied to"):
         save_adapter(fresh.adapters["a"], tmp_path / "tied", model=tied)
     key = "model.lm_head.trainable_tokens_delta"
     change(tmp_path / "free", {key: torch.zeros(len(ROWS), 64)})
-    with pytest.raises(CorruptFile, match=r"other tensors for 'lm_head' than for 'model\.embed_tokens'"):
+    with refuses("corrupt_file", match=r"other tensors for 'lm_head' than for 'model\.embed_tokens'"):
         load_adapter(tmp_path / "free", tied)
     change(tmp_path / "free", {key: None})
     configure(tmp_path / "free", token_indices=[1, 1, 2, 3, 4, 5])
-    with pytest.raises(UnsupportedField, match="expected numbers of rows, each once"):
+    with refuses("unsupported_field", match="expected numbers of rows, each once"):
         load_adapter(tmp_path / "free", free)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import lorac
-from lorac.errors import CorruptFile, LoracError, ShapeMismatch, SiteUnsupported, UnsupportedField, UnusedTensors
+from lorac.errors import AdapterError, FormatError, LoracError, SiteError
 from lorac.formats import load_adapter, save_adapter
 from lorac.variants.adalora import AdaLoRA
 from lorac.variants.base import Variant
@@ -35,6 +35,7 @@ from lorac.variants.vblora import VBLoRA
 from lorac.variants.vera import VeRA
 from tests.parity import assert_parity
 from tests.peft_files import CONFIG, WEIGHTS, change, configure, load_peft, made
+from tests.refusing import refuses
 from tests.zoo import ZOO
 
 Copy = Callable[[str], Path]
@@ -177,7 +178,7 @@ WRONG: dict[str, list[tuple[str, object]]] = {
 def test_wrong_fields(kind: str, name: str, value: object, copy_of: Copy) -> None:
     folder = copy_of(kind)
     configure(folder, **{name: value})
-    with pytest.raises(UnsupportedField, match=f"sets {name}="):
+    with refuses("unsupported_field", match=f"sets {name}="):
         load_adapter(folder, MODEL())
 
 
@@ -201,7 +202,7 @@ class Spoilt:
     match: str
     fields: dict[str, Any] = dataclasses.field(default_factory=dict)
     tensors: dict[str, Tensor | None] = dataclasses.field(default_factory=dict)
-    error: type[LoracError] = ShapeMismatch
+    error: type[LoracError] = AdapterError
     alone: bool = True
 
     @property
@@ -215,7 +216,7 @@ SPOILT = (
         "'down': 2 factors need",
         {"boft_n_butterfly_factor": 2},
         {f"model.{path}.boft_R": torch.zeros(2, n, 2, 2) for path, n in (("up", 5), ("down", 7))},
-        error=SiteUnsupported,
+        error=SiteError,
     ),
     Spoilt("BOFT", r"'down'|'up'", {"boft_block_size": 14}),
     Spoilt(
@@ -227,12 +228,12 @@ SPOILT = (
         tensors={"model.up.hira_B": torch.zeros(14, 3)},
     ),
     Spoilt("HRA", r"shape \(14, 2\), expected \(14, 3\)", {"r": 3}),
-    Spoilt("LN_TUNING", "LN_TUNING accounts for 2 tensors", {"exclude_modules": ["up"]}, error=UnusedTensors),
+    Spoilt("LN_TUNING", "LN_TUNING accounts for 2 tensors", {"exclude_modules": ["up"]}, error=FormatError),
     Spoilt(
         "LN_TUNING",
         r"lacks tensors.*'up\.weight', 'up\.bias'",
         tensors={"model.up.ln_tuning_layers.weight": None, "model.up.ln_tuning_layers.bias": None},
-        error=CorruptFile,
+        error=FormatError,
         alone=False,
     ),
     Spoilt("LOHA", "'up' do not belong together", tensors={"model.up.hada_w2_b": None}),
@@ -250,8 +251,8 @@ SPOILT = (
     Spoilt("OFT", "oft_R at 'down'", {"oft_block_size": 7}, alone=False),
     Spoilt("RANDLORA", r"randlora_A at 'down' has shape \(2, 1, 14\), expected \(3, 1, 6\)", {"r": 3}, alone=False),
     Spoilt("VBLORA", "'up' do not belong together", tensors={"model.up.vblora_logits_B": None}),
-    Spoilt("VBLORA", "lacks 'vblora_vector_bank'", tensors={"vblora_vector_bank": None}, error=CorruptFile),
-    Spoilt("VERA", "lacks 'vera_B', which all its sites have in common", tensors={"vera_B": None}, error=CorruptFile),
+    Spoilt("VBLORA", "lacks 'vblora_vector_bank'", tensors={"vblora_vector_bank": None}, error=FormatError),
+    Spoilt("VERA", "lacks 'vera_B', which all its sites have in common", tensors={"vera_B": None}, error=FormatError),
     Spoilt(
         "VERA",
         r"vera_A at 'down' has shape \(2, 5\), expected \(2, 14\)",
@@ -292,7 +293,7 @@ def test_boft_has_as_many_factors_as_its_file(tmp_path: Path) -> None:
 def test_no_tensors_at_all(kind: str, copy_of: Copy) -> None:
     folder = copy_of(kind)
     save_file({}, folder / WEIGHTS)
-    with pytest.raises(CorruptFile, match=r"no tensor of its method|which all its sites have in common"):
+    with refuses("corrupt_file", match=r"no tensor of its method|which all its sites have in common"):
         load_adapter(folder)
 
 
@@ -322,5 +323,5 @@ NOT_ADAPTED: tuple[tuple[str, Variant, str, str], ...] = (
 def test_what_peft_does_not_adapt(kind: str, variant: Variant, model: str, what: str, tmp_path: Path) -> None:
     host = ZOO[model].model()
     adapter = lorac.compile(host, {"a": variant}).adapters["a"]
-    with pytest.raises(SiteUnsupported, match=f"{kind} does not adapt '{variant.targets[0]}', which is {what}"):
+    with refuses("site_unsupported", match=f"{kind} does not adapt '{variant.targets[0]}', which is {what}"):
         save_adapter(adapter, tmp_path / "x", model=host)

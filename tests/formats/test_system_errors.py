@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import lorac
+from tests.refusing import refuses
 from tests.runtime.artefacts import make_compiled
 from tests.zoo import ZOO
 
@@ -23,7 +24,7 @@ def adapter() -> lorac.Adapter:
 
 def test_what_is_not_there(tmp_path: Path) -> None:
     for path in (tmp_path / "x", tmp_path / "x" / "y"):
-        with pytest.raises(lorac.UnknownFormat, match="there is no adapter at"):
+        with refuses("unknown_format", match="there is no adapter at"):
             lorac.load_adapter(path)
         with pytest.raises(lorac.ArtifactError, match="there is no compiled model at"):
             lorac.load(path)
@@ -41,7 +42,7 @@ def test_a_file_that_cannot_be_read(file: str, adapter: lorac.Adapter, tmp_path:
         return kept(path, *args, **kwargs)
 
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(lorac.Unreadable, match=f"{file}' cannot be read: Permission denied"):
+    with refuses("unreadable", match=f"{file}' cannot be read: Permission denied"):
         lorac.load_adapter(tmp_path / "it")
 
 
@@ -51,7 +52,7 @@ def test_a_folder_in_a_files_place(adapter: lorac.Adapter, tmp_path: Path) -> No
         lambda: lorac.save_adapter(adapter, tmp_path / "file" / "below", model=MODEL()),
         lambda: lorac.save_adapter(adapter, tmp_path / "file" / "below", "native"),
     ):
-        with pytest.raises(lorac.Unreadable, match="cannot be written"):
+        with refuses("unreadable", match="cannot be written"):
             save()
     (tmp_path / "it").mkdir()
     (tmp_path / "it" / "adapter_config.json").mkdir()

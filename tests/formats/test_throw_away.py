@@ -55,11 +55,11 @@ with torch.no_grad():
     assert not torch.equal(compiled(x, adapters="read"), model(x))
 try:
     lorac.load_adapter(folder / "a.pairs", torch.nn.Sequential(torch.nn.Linear(5, 6)))
-except lorac.ShapeMismatch as error:
+except lorac.AdapterError as error:
     print(error.what)
 try:
     lorac.load_adapter(folder)
-except lorac.UnknownFormat as error:
+except lorac.FormatError as error:
     print(error)
 """
 

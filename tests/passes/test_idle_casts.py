@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-import lorac
 from lorac.ir.graph.interp import interpret
 from lorac.ir.graph.passes import Pass
 from lorac.passes.pipelines import lowering, run_pipeline
 from lorac.testing.checks import assert_close
 from tests.captured import capture
 from tests.passes.idle_casts import IdleCasts
+from tests.refusing import refuses
 
 *FIRST, LAST = lowering()
 
@@ -43,5 +43,5 @@ def test_it_says_which_casts_it_left() -> None:
 
 
 def test_it_is_refused_before_expand() -> None:
-    with pytest.raises(lorac.WrongLevel, match=r"'idle-casts' reads level expanded, .*\n  run 'expand' before it"):
+    with refuses("wrong_level", match=r"'idle-casts' reads level expanded, .*\n  run 'expand' before it"):
         run_pipeline(capture("plain_mlp").graph, [*FIRST[:-2], IdleCasts(), *FIRST[-2:], LAST])

@@ -7,6 +7,7 @@ from torch.utils._pytree import tree_map
 
 import lorac
 from lorac.testing.checks import assert_close
+from tests.refusing import refuses
 
 
 class Rounded(torch.Tensor):
@@ -67,12 +68,12 @@ def test_a_pair_runs_beside_it(mode, model):
 @pytest.mark.parametrize("mode", ["fused", "baked"])
 def test_nothing_is_merged_into_it(mode, model):
     own = adapter(lorac.LoRA(r=2), model)
-    with pytest.raises(lorac.NotMergeable, match="'site' holds its weight as Rounded") as error:
+    with refuses("not_mergeable", match="'site' holds its weight as Rounded") as error:
         lorac.compile(model, {"a": own}, mode=mode)
     assert "mode='live'" in str(error.value)
     assert type(model.site.weight) is Rounded
 
 
 def test_no_room_is_reserved_for_it(model):
-    with pytest.raises(lorac.NotMergeable, match="Rounded"):
+    with refuses("not_mergeable", match="Rounded"):
         lorac.compile(model, {}, mode="fused", reserve=lorac.Reserve(targets="all-linear", rank=2))

@@ -21,6 +21,7 @@ from lorac.passes.pack import Pack
 from lorac.passes.pipelines import lowering, run_pipeline
 from tests import goldens
 from tests.captured import capture, captured_stack, lower
+from tests.refusing import refuses
 
 
 def _mixed() -> Graph:
@@ -76,7 +77,7 @@ def test_each_pass_is_idempotent_where_it_stands(step: Pass) -> None:
     if step.reads is step.leaves:
         assert not _run(graph, step).changed, "it reports a change on its own result"
     else:
-        with pytest.raises(lorac.WrongLevel, match="it has run already"):
+        with refuses("wrong_level", match="it has run already"):
             _run(graph, step)
     assert dump(graph) == before, "it changes its own result"
 
@@ -125,14 +126,14 @@ def test_observers_see_the_capture_and_every_pass_that_changed_something() -> No
     ids=lambda given: "-".join(step.name for step in given) if isinstance(given, list) else "",
 )
 def test_passes_in_the_wrong_order_are_refused(passes: list[Pass], message: str) -> None:
-    with pytest.raises(lorac.WrongLevel, match=message):
+    with refuses("wrong_level", match=message):
         run_pipeline(_mixed(), passes)
 
 
 def test_a_graph_at_the_wrong_level_stays_as_it_is() -> None:
     graph = _mixed()
     before = dump(graph)
-    with pytest.raises(lorac.WrongLevel):
+    with refuses("wrong_level"):
         _run(graph, Expand())
     assert dump(graph) == before
 

@@ -16,6 +16,7 @@ from lorac.passes.pipelines import run_pipeline
 from lorac.passes.values import Values
 from lorac.testing.checks import assert_close
 from lorac.variants.params import ParamSpec
+from tests.refusing import refuses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +52,13 @@ TARGETS = pytest.mark.parametrize("target", ["eager", "onnxruntime"])
 
 @pytest.mark.parametrize("name", ["frist", "base:frist", "later:first", "weight:"])
 def test_an_unknown_value_is_refused(name):
-    with pytest.raises(lorac.SiteNotFound, match="no value of the program"):
+    with refuses("site_not_found", match="no value of the program"):
         lorac.compile(Host(), {"r": Reader(of=name, targets=["second"])})
 
 
 @TARGETS
 def test_a_value_that_comes_later_is_refused(target):
-    with pytest.raises(lorac.SiteUnreached, match="'second' is not computed before 'first'"):
+    with refuses("site_unreached", match="'second' is not computed before 'first'"):
         compiled = lorac.compile(Host(), {"r": Reader(of="second", targets=["first"])}, target, (X,))
         compiled(X)
 

@@ -171,5 +171,5 @@ def test_examples_are_by_component(models):
 
 
 def test_what_cannot_name_a_component(models):
-    with pytest.raises(lorac.UnknownOption, match="cannot name a component"):
+    with pytest.raises(lorac.OptionError, match="cannot name a component"):
         lorac.compile({"../unet": models["unet"]}, {})

@@ -69,7 +69,7 @@ def test_what_binds_no_weights_cannot_settle(target, mode):
 
 
 def test_an_unknown_setting():
-    with pytest.raises(lorac.UnknownOption, match="background"):
+    with pytest.raises(lorac.OptionError, match="background"):
         build([], "onnxruntime", settle="later")
 
 

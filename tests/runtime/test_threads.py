@@ -114,7 +114,7 @@ def test_adding_from_several_threads(compiled):
     def add() -> None:
         try:
             added.append(compiled.add_adapter(adapter("lora", "a"), name="d"))
-        except lorac.AdapterExists as error:
+        except lorac.AdapterError as error:
             refused.append(error)
 
     with running(add, times=4):

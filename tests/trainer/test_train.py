@@ -18,6 +18,7 @@ from lorac.testing.checks import assert_close
 from lorac.trainer import Recipe, read_recipe, train
 from lorac.trainer.data import Data
 from tests.letters import CHAT, letters
+from tests.refusing import refuses
 from tests.zoo import ZOO
 
 LORAC = str(Path(sys.executable).with_name("lorac"))
@@ -140,7 +141,7 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_what_is_not_there_is_named_with_what_is_nearest(recipe, tmp_path, case):
     changes, what, nearest = WRONG[case]
-    with pytest.raises(lorac.UnknownOption, match=what) as told:
+    with pytest.raises(lorac.OptionError, match=what) as told:
         train(ENTRY.fresh(), letters(), dataclasses.replace(recipe, **changes), tmp_path / "run")
     assert told.value.nearest == nearest
     assert not (tmp_path / "run").exists()
@@ -163,7 +164,7 @@ def test_amounts_out_of_range_and_other_runs_are_refused(recipe, tmp_path):
     with pytest.raises(lorac.ChoiceError, match="holds a run already"):
         train(ENTRY.fresh(), letters(), recipe, tmp_path / "run")
     (tmp_path / "run" / "checkpoint-2" / "state.pt").write_bytes(b"PK")
-    with pytest.raises(lorac.CorruptFile, match=r"state\.pt"):
+    with refuses("corrupt_file", match=r"state\.pt"):
         train(ENTRY.fresh(), letters(), recipe, tmp_path / "run", resume=True)
 
 
@@ -184,7 +185,7 @@ def test_rows_of_prompts_and_conversations_count_what_is_to_be_learnt(tmp_path):
     assert learnt == {"4", "yo;a:"}
     assert read == {"2+2=4", "u:hi;a:yo;a:"}
     file.write_text('{"prompt": "x"}')
-    with pytest.raises(lorac.UnknownOption, match="line 1 has none of the keys"):
+    with pytest.raises(lorac.OptionError, match="line 1 has none of the keys"):
         Data(dataclasses.replace(RECIPE, data=str(file), eval_rows=0), tokenizer)
 
 

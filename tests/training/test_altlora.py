@@ -178,7 +178,7 @@ def test_what_it_does_not_apply_to() -> None:
     compiled, _, _, optimizer = pair(*start())
     with pytest.raises(lorac.ChoiceError, match="AltLoRA keeps the moments itself, and AdamW"):
         AltLoRA(compiled, torch.optim.AdamW(trained(compiled)))
-    with pytest.raises(lorac.UnknownOption, match="no factor 'C'"):
+    with pytest.raises(lorac.OptionError, match="no factor 'C'"):
         Turns("C")
     with pytest.raises(lorac.ChoiceError, match="AltLoRA takes no period=0"):
         Turns(period=0)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.errors import ShapeMismatch, SiteUnsupported
+from lorac.errors import AdapterError, SiteError
 from lorac.ir.host.patterns import layer_index, names
 from lorac.ir.host.sites import Site, SiteKind, find_sites
 from lorac.testing import samples
@@ -81,7 +81,7 @@ def admits(variant: Variant, site: Site) -> bool:
     try:
         variant.at(site).check(site)
         variant.at(site).params(site)
-    except (SiteUnsupported, ShapeMismatch):
+    except (SiteError, AdapterError):
         return False
     return variant.adapts(site)
 

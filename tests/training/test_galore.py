@@ -224,7 +224,7 @@ def test_what_it_does_not_apply_to() -> None:
     for wrong in ({"rank": 0}, {"update_proj_gap": 0}, {"scale": -1.0}):
         with pytest.raises(lorac.ChoiceError, match="GaLore takes no"):
             GaLoreAdamW(projected(weight, **wrong))
-    with pytest.raises(lorac.UnknownOption, match="no proj_type 'stdd'") as error:
+    with pytest.raises(lorac.OptionError, match="no proj_type 'stdd'") as error:
         GaLoreSGD(projected(weight, proj_type="stdd"))
     assert error.value.nearest == "std"
     with pytest.raises(lorac.ChoiceError, match=r"shape \(3,\) has no singular vectors"):

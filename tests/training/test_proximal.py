@@ -156,7 +156,7 @@ def test_thresholds_of_the_scheduler() -> None:
     assert_close(tensor(thresholds(0, 6e-4, 4)), tensor([0, 2e-4, 4e-4, 6e-4]))
     assert_close(tensor(thresholds(*ends, 3, "log_linear")), tensor([math.log(2), math.log(5), math.log(8)]))
     assert_close(tensor(thresholds(1e-4, 4e-4, 3, "exp_linear")), tensor([1e-4, 2e-4, 4e-4]))
-    with pytest.raises(lorac.UnknownOption, match="no spacing 'linea'") as error:
+    with pytest.raises(lorac.OptionError, match="no spacing 'linea'") as error:
         thresholds(0, 1, 2, "linea")
     assert error.value.nearest == "linear"
     with pytest.raises(lorac.ChoiceError, match="no geometric spacing begins at 0"):
@@ -251,7 +251,7 @@ def test_what_it_does_not_apply_to() -> None:
     gate = compiled.adapters["a"].tensors["site"]["gate"]
     with pytest.raises(lorac.ChoiceError, match="does not hold gate of 'a' at 'site'"):
         ProximalGates(compiled, torch.optim.SGD([p for p in trained(compiled) if p is not gate], lr=1))
-    with pytest.raises(lorac.UnknownOption, match="no proximal map 'sora'") as error:
+    with pytest.raises(lorac.OptionError, match="no proximal map 'sora'") as error:
         ProximalGates(compiled, everything, prox="sora")
     assert error.value.nearest == "sora_code"
     for xi in (-0.1, math.inf, math.nan):

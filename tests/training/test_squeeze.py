@@ -144,7 +144,7 @@ def test_what_it_does_not_apply_to() -> None:
         squeezed(dora.adapters["a"], 1)
     made = lora(drawn(2, 4, seed=1), drawn(3, 2, seed=2))
     for wrong in ({}, {"rank": 0}, {"energy": 0.0}, {"energy": 1.5}, {"rank": 1, "energy": 0.5}):
-        with pytest.raises(lorac.UnknownOption):
+        with pytest.raises(lorac.OptionError):
             squeezed(made, **wrong)  # type: ignore[arg-type]
     compiled, optimizer = trainable()
     for stages in ((), ((4, 1), (8, 1)), ((4, 0),)):

@@ -12,6 +12,7 @@ import lorac
 from lorac.ir.slots.reads import replace_first
 from lorac.testing.checks import assert_close
 from tests.parity import assert_parity
+from tests.refusing import refuses
 from tests.variants.modules import Bottleneck, Experts, Routed, SideNetwork
 
 IDS, OTHER = torch.randint(0, 61, (2, 7)), torch.randint(0, 61, (3, 11))
@@ -147,7 +148,7 @@ def test_artefacts_keep_modules_and_what_is_computed_once(tmp_path) -> None:
 
 @pytest.mark.parametrize("mode", ["fused", "baked"])
 def test_what_has_no_weight_form_is_not_merged(mode: str) -> None:
-    with pytest.raises(lorac.NotMergeable, match="no weight form"):
+    with refuses("not_mergeable", match="no weight form"):
         lorac.compile(llama(), {"b": adapters()["bottleneck"]}, mode=mode)
 
 

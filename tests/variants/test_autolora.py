@@ -8,6 +8,7 @@ import lorac
 from lorac.testing.checks import assert_close
 from tests.limits import decimals
 from tests.parity import assert_parity
+from tests.refusing import refuses
 from tests.variants.away import away, drawn
 from tests.variants.routers import X, host, loras
 
@@ -112,7 +113,7 @@ def test_gates_follow_the_token_the_layer_and_the_timestep():
 @pytest.mark.parametrize("mode", ["fused", "baked"])
 def test_gates_have_no_weight_form(mode):
     model = host()
-    with pytest.raises(lorac.NotMergeable, match=r"no weight form[\s\S]*lorac\.freeze_router"):
+    with refuses("not_mergeable", match=r"no weight form[\s\S]*lorac\.freeze_router"):
         lorac.compile(model, {"a": lorac.AutoLoRA.from_loras(loras(model, (X,)))}, mode=mode)
 
 
@@ -153,15 +154,15 @@ def test_a_merger_that_does_not_fit_is_refused(tmp_path):
     gates = merger(lorac.AutoLoRA.from_loras(given))
     one = "model_dict.line.weight_lora"
     wrong = [
-        ({"embedder.x": X}, lorac.UnusedTensors, "no tensor of a gate"),
-        ({"model_dict.other___line.bias": X}, lorac.UnusedTensors, "a gate for 'other.line'"),
-        ({one: None}, lorac.CorruptFile, "lacks 'weight_lora'"),
-        ({one: torch.ones(3)}, lorac.ShapeMismatch, r"is \(3,\), and the layer gives \(5,\)"),
+        ({"embedder.x": X}, lorac.FormatError, "no tensor of a gate"),
+        ({"model_dict.other___line.bias": X}, lorac.FormatError, "a gate for 'other.line'"),
+        ({one: None}, lorac.FormatError, "lacks 'weight_lora'"),
+        ({one: torch.ones(3)}, lorac.AdapterError, r"is \(3,\), and the layer gives \(5,\)"),
     ]
     for changed, error, text in wrong:
         held = {key: tensor for key, tensor in (gates | changed).items() if tensor is not None}
         with pytest.raises(error, match=text):
             lorac.AutoLoRA.from_loras(given, gates=held)
     save_file(gates, tmp_path / "merger.safetensors")
-    with pytest.raises(lorac.UnsupportedField, match="gates of AutoLoRA's merger"):
+    with refuses("unsupported_field", match="gates of AutoLoRA's merger"):
         lorac.load_adapter(tmp_path / "merger.safetensors")

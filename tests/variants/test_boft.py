@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.errors import SiteUnsupported, UnknownOption
+from lorac.errors import OptionError
 from lorac.ir.algebra.changes import Dense
 from lorac.testing import HOSTS, Case, conformance
 from lorac.testing.checks import assert_close
@@ -13,6 +13,7 @@ from lorac.variants.boft import BOFT
 from lorac.variants.oft import OFT
 from tests.limits import NULL
 from tests.oracles import boft as equations
+from tests.refusing import refuses
 
 TWO = BOFT(block_size=2, n_butterfly_factor=2)
 
@@ -86,11 +87,11 @@ def test_the_scale_leaves_the_bias():
     ],
 )
 def test_sizes_that_do_not_divide(fields, message):
-    with pytest.raises(SiteUnsupported, match=message):
+    with refuses("site_unsupported", match=message):
         lorac.compile(HOSTS["divisible"].model(), {"a": BOFT(**fields, targets=("site",))})
 
 
 def test_one_of_two_sizes():
     for fields in ({"block_num": 2}, {"block_size": 0}, {"n_butterfly_factor": 0}):
-        with pytest.raises(UnknownOption, match="a number of blocks or their size"):
+        with pytest.raises(OptionError, match="a number of blocks or their size"):
             BOFT(**fields)

@@ -12,6 +12,7 @@ from lorac.ir.host.sites import find_sites
 from lorac.testing import HOSTS, Case
 from lorac.testing.checks import assert_close
 from tests import parity
+from tests.refusing import refuses
 
 RANKS = (1, 2, 3)
 
@@ -138,7 +139,7 @@ def test_reduces_to_low_rank(case):
 
 def test_a_rank_that_would_be_computed_whole_is_refused(case):
     """7 -> 11: rank 5 needs 90 numbers where the weight has 77, and merged there is nothing left to cut."""
-    with pytest.raises(lorac.SiteUnsupported, match="larger than the weight of 'site'") as error:
+    with refuses("site_unsupported", match="larger than the weight of 'site'") as error:
         lorac.compile(case.model, {"a": lorac.DyLoRA(r=5, targets=("site",))})
     assert error.value.nearest == "r=4"
 

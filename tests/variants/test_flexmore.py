@@ -12,6 +12,7 @@ import lorac
 from lorac.testing.checks import assert_close
 from tests.oracles import flexmore as oracle
 from tests.parity import assert_parity
+from tests.refusing import refuses
 
 SIZES = {
     "vocab_size": 61,
@@ -186,16 +187,16 @@ def test_it_is_saved_and_a_half_precision_host_takes_it(tmp_path):
 
 @pytest.mark.parametrize("mode", ["fused", "baked"])
 def test_experts_are_no_weight(mode):
-    with pytest.raises(lorac.NotMergeable):
+    with refuses("not_mergeable"):
         lorac.compile(public(), {"a": mixture(*RANKS)}, mode=mode, active="a")
 
 
 def test_what_it_cannot_be_is_refused():
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=61, n_embd=16, n_layer=1, n_head=2))
-    with pytest.raises(lorac.SiteUnsupported, match="act\\(gate\\) times up"):
+    with refuses("site_unsupported", match="act\\(gate\\) times up"):
         lorac.compile(gpt2, {"a": lorac.FlexMoRE(ranks=(2,))})
     with pytest.raises(lorac.AdapterError, match="ranks"):
         lorac.compile(public(), {"a": lorac.FlexMoRE(ranks=())})
-    with pytest.raises(lorac.ShapeMismatch, match="in an expert"):
+    with refuses("shape_mismatch", match="in an expert"):
         wider = transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**{**SIZES, "intermediate_size": 32}))
         lorac.FlexMoRE.from_experts(public(), [wider], routers(), ranks=[2])

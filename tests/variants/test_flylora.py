@@ -11,6 +11,7 @@ import lorac
 from lorac.testing.checks import assert_close
 from lorac.training.rule import Rule
 from tests.parity import assert_parity
+from tests.refusing import refuses
 from tests.variants.away import away, drawn
 from tests.variants.routers import X, host
 
@@ -75,16 +76,16 @@ def test_files_of_the_authors_fork_are_read_and_none_is_written(tmp_path):
     assert found.variant == fly(detach_router=True)
     for key, tensor in adapter.tensors["line"].items():
         assert torch.equal(found.tensors["line"][key], tensor)
-    with pytest.raises(lorac.UnsupportedField, match="PEFT has no type for 'flylora'"):
+    with refuses("unsupported_field", match="PEFT has no type for 'flylora'"):
         lorac.save_adapter(found, tmp_path / "again", model=model)
 
 
 def test_a_file_of_the_fork_that_says_half_is_refused(tmp_path):
     of_fork(tmp_path, init_lora_weights=True)
-    with pytest.raises(lorac.UnsupportedField, match="top_k=2"):
+    with refuses("unsupported_field", match="top_k=2"):
         lorac.load_adapter(tmp_path, host())
     of_fork(tmp_path, init_lora_weights=True, top_k=None)
-    with pytest.raises(lorac.UnusedTensors, match="lora_topk_bias"):
+    with refuses("unused_tensors", match="lora_topk_bias"):
         lorac.load_adapter(tmp_path, host())
 
 
@@ -131,7 +132,7 @@ def test_where_nothing_is_chosen_it_is_a_lora(top_k):
 @pytest.mark.parametrize("mode", ["fused", "baked"])
 def test_a_choice_has_no_weight_form(mode):
     model = host()
-    with pytest.raises(lorac.NotMergeable, match=r"no weight form[\s\S]*lorac\.freeze_router"):
+    with refuses("not_mergeable", match=r"no weight form[\s\S]*lorac\.freeze_router"):
         lorac.compile(model, {"f": away(fly(), model, (X,), "f")}, mode=mode)
 
 

@@ -8,12 +8,12 @@ from peft import FourierFTConfig, get_peft_model
 from torch import nn
 
 import lorac
-from lorac.errors import SiteUnsupported
 from lorac.ir.algebra.changes import Dense
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site, SiteKind, find_sites
 from lorac.testing.checks import assert_close
 from lorac.variants.fourierft import FourierFT
+from tests.refusing import refuses
 
 
 def tensor(values):
@@ -79,6 +79,6 @@ def test_published_counts():
 
 def test_too_many_frequencies():
     site = find_sites(hosting(nn.Linear(7, 11)))["site"]
-    with pytest.raises(SiteUnsupported, match="has 77 values, and n_frequency is 78"):
+    with refuses("site_unsupported", match="has 77 values, and n_frequency is 78"):
         FourierFT(n_frequency=78).check(site)
     FourierFT(n_frequency=78, n_frequency_pattern={"site": 77}).at(site).check(site)

@@ -7,6 +7,7 @@ import lorac
 from lorac.ir.algebra.reduction import Params
 from lorac.testing import Case
 from lorac.testing.checks import assert_close
+from tests.refusing import refuses
 from tests.variants.convs import conv_host
 
 GROUPED = conv_host("grouped", 4, 8, (3, 1), (6, 5), groups=2)
@@ -35,5 +36,5 @@ def test_factors_too_wide_to_pay_stay_factors(variant):
 
 @pytest.mark.parametrize("variant", [lorac.TeRA(), lorac.LoLDU(r=2)], ids=lambda v: v.name)
 def test_one_full_matrix_is_refused(variant):
-    with pytest.raises(lorac.SiteUnsupported, match=r"makes one full matrix; 'site' is a convolution of \d groups"):
+    with refuses("site_unsupported", match=r"makes one full matrix; 'site' is a convolution of \d groups"):
         lorac.compile(GROUPED.model(), {"a": Case(variant, GROUPED).variant})

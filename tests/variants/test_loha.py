@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.errors import ShapeMismatch
 from lorac.ir.host.sites import Site, SiteKind, find_sites
 from lorac.testing import HOSTS, Case
 from lorac.testing.checks import assert_close
 from lorac.variants.loha import LoHa
+from tests.refusing import refuses
 
 
 def tensor(values):
@@ -102,5 +102,5 @@ def test_published_count():
 def test_another_rank_is_refused():
     host = hosting(nn.Linear(3, 4))
     p, _ = filled(host, LoHa(r=2, targets=("site",)))
-    with pytest.raises(ShapeMismatch):
+    with refuses("shape_mismatch"):
         lorac.compile(host, {"a": lorac.Adapter("a", LoHa(r=1, targets=("site",)), {"site": p})})

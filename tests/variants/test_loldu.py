@@ -14,6 +14,7 @@ from lorac.testing import HOSTS, Case
 from lorac.testing.checks import assert_close
 from lorac.variants.params import Role
 from tests import parity
+from tests.refusing import refuses
 
 
 def tensor(values):
@@ -176,12 +177,12 @@ def test_published_counts(r, total):
 
 
 def test_refusals():
-    with pytest.raises(lorac.SiteUnsupported, match="'site' has 7") as refused:
+    with refuses("site_unsupported", match="'site' has 7") as refused:
         lorac.compile(hosting(nn.Linear(7, 11)), {"a": lorac.LoLDU(r=8, targets=("site",))})
     assert refused.value.nearest == "r=7"
-    with pytest.raises(lorac.SiteUnsupported, match="2 groups"):
+    with refuses("site_unsupported", match="2 groups"):
         lorac.compile(hosting(nn.Conv2d(4, 6, 3, groups=2)), {"a": lorac.LoLDU(r=2, targets=("site",))})
-    with pytest.raises(lorac.UnknownOption, match="no init 'unifrom'") as unknown:
+    with pytest.raises(lorac.OptionError, match="no init 'unifrom'") as unknown:
         lorac.LoLDU(init="unifrom")
     assert unknown.value.nearest == "uniform"
 

@@ -13,6 +13,7 @@ from lorac.ir.host.sites import find_sites
 from lorac.testing import HOSTS, Case
 from lorac.testing.checks import assert_close
 from tests import parity, peft_files
+from tests.refusing import refuses
 
 
 class Two(nn.Module):
@@ -96,7 +97,7 @@ def test_grouped_convolution_runs_and_refuses_to_merge():
     kernel = (variant.scale * tensors["lora_B"] @ tensors["lora_A"]).reshape(6, 4, 3, 3)
     expected = model(x) + nn.functional.conv2d(x, kernel)
     assert_close(compiled(x), expected)
-    with pytest.raises(lorac.NotMergeable):
+    with refuses("not_mergeable"):
         lorac.compile(model, {"a": compiled.adapters["a"]}, mode="fused")
 
 

@@ -16,6 +16,7 @@ from lorac.testing import Case, Oracle, checks
 from lorac.testing.checks import assert_close
 from tests import parity
 from tests.oracles import lora_c as oracle
+from tests.refusing import refuses
 from tests.variants.convs import GROUPED, OBLONG, SQUARE, conv_host
 
 
@@ -55,7 +56,7 @@ def test_groups(host, dora):
 
 @pytest.mark.parametrize("host", OBLONG, ids=lambda host: host.name)
 def test_other_kernels_are_refused(host):
-    with pytest.raises(lorac.SiteUnsupported, match=r"is 2 x 3|is 1 x 3 x 2"):
+    with refuses("site_unsupported", match=r"is 2 x 3|is 1 x 3 x 2"):
         lorac.compile(host.model(), {"a": lorac.LoRAC(targets=("site",))})
 
 

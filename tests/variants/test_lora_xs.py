@@ -15,6 +15,7 @@ from lorac.testing.checks import assert_close
 from lorac.variants.params import Role
 from tests import parity
 from tests.limits import FIRST_ORDER, assert_deviation, assert_sketched
+from tests.refusing import refuses
 
 
 def tensor(values):
@@ -97,7 +98,7 @@ def test_gradient_of_the_core_is_that_of_the_weight_projected():
 
 
 def test_more_vectors_than_there_are():
-    with pytest.raises(lorac.SiteUnsupported, match="no 8 singular vectors") as error:
+    with refuses("site_unsupported", match="no 8 singular vectors") as error:
         lorac.compile(HOSTS["linear"].model(), {"a": lorac.LoRAXS(r=8, targets=("site",))})
     assert error.value.nearest == "r=7"
 
@@ -191,5 +192,5 @@ def test_sb_trains_its_core_alone_by_the_projected_gradient():
 
 
 def test_sb_needs_an_update_of_that_rank():
-    with pytest.raises(lorac.ShapeMismatch, match=r"the update of 'site' is \[3, 2\], which has no 4 singular"):
+    with refuses("shape_mismatch", match=r"the update of 'site' is \[3, 2\], which has no 4 singular"):
         lorac.LoRAXS.from_update({"site": torch.zeros(3, 2)}, name="sb", r=4)

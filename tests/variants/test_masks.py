@@ -117,5 +117,5 @@ def test_a_variant_takes_every_maker(mask):
 
 
 def test_unknown_name():
-    with pytest.raises(lorac.UnknownOption, match="magnitude"):
+    with pytest.raises(lorac.OptionError, match="magnitude"):
         lorac.compile(nn.ModuleDict({"s": nn.Linear(3, 2)}), {"a": lorac.SHiRA(mask="magnitud", ratio=0.5)})

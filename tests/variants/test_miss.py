@@ -13,6 +13,7 @@ from lorac.ir.host.sites import Site, SiteKind
 from lorac.testing import HOSTS, Case
 from lorac.testing.checks import assert_close
 from tests import parity
+from tests.refusing import refuses
 
 
 def tensor(values):
@@ -78,7 +79,7 @@ def test_reduces_to_low_rank(mini):
 
 @pytest.mark.parametrize(("fields", "reason"), [({"r": 8}, "r=7"), ({"r": 2, "mini": True, "mini_r": 2}, "mini_r=1")])
 def test_shapes_it_cannot_do(fields, reason):
-    with pytest.raises(lorac.SiteUnsupported) as error:
+    with refuses("site_unsupported") as error:
         lorac.compile(HOSTS["linear"].model(), {"a": lorac.MiSS(targets=("site",), **fields)})
     assert error.value.nearest == reason
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.errors import SiteUnsupported, UnknownOption
+from lorac.errors import OptionError
 from lorac.ir.algebra.changes import LowRank
 from lorac.ir.algebra.reduction import Params
 from lorac.testing import HOSTS, Case
@@ -15,6 +15,7 @@ from lorac.testing.checks import assert_close
 from lorac.variants.oft import OFT, nearest_divisor
 from tests import parity
 from tests.limits import decimals
+from tests.refusing import refuses
 
 
 def tensor(values):
@@ -137,11 +138,11 @@ def test_nearest_divisor(number, wanted, found):
 
 def test_blocks_of_one_feature_are_refused():
     model = HOSTS["linear"].model()
-    with pytest.raises(SiteUnsupported, match="blocks of size 1"):
+    with refuses("site_unsupported", match="blocks of size 1"):
         lorac.compile(model, {"a": OFT(block_size=2, targets=("site",))})  # of 7, to which 1 is nearest
 
 
 def test_one_of_two_sizes():
     for fields in ({"r": 2}, {"block_size": 0}):
-        with pytest.raises(UnknownOption, match="a number of blocks or their size"):
+        with pytest.raises(OptionError, match="a number of blocks or their size"):
             OFT(**fields)

@@ -168,10 +168,10 @@ def test_what_once_may_read(target: str) -> None:
 @pytest.mark.parametrize(
     ("method", "error", "text"),
     [
-        (Reaching(once_reads=("0",)), lorac.SiteUnreached, "not known when a call begins"),
-        (Reaching(once_reads=("input:inptu",)), lorac.SiteNotFound, "nearest: input"),
-        (Reaching(reading=("param:0.bais",)), lorac.SiteNotFound, "nearest: 0.bias"),
-        (Reaching(reading=("in:3",)), lorac.SiteNotFound, "no value of the program"),
+        (Reaching(once_reads=("0",)), lorac.SiteError, "not known when a call begins"),
+        (Reaching(once_reads=("input:inptu",)), lorac.SiteError, "nearest: input"),
+        (Reaching(reading=("param:0.bais",)), lorac.SiteError, "nearest: 0.bias"),
+        (Reaching(reading=("in:3",)), lorac.SiteError, "no value of the program"),
     ],
 )
 def test_what_is_no_value_is_refused(method, error, text) -> None:
@@ -183,9 +183,9 @@ def test_what_is_no_value_is_refused(method, error, text) -> None:
 @pytest.mark.parametrize(
     ("method", "error", "text"),
     [
-        (Reaching(reading=("own:that",)), (lorac.SiteNotFound, lorac.SiteUnreached), "that"),
-        (Reaching(gives=""), lorac.FormulaFailed, "not tensors by name"),
-        (Reaching(once_reads=("input:input",), gives="it", reading=("own:it", "2")), lorac.SiteUnreached, "'2' is not"),
+        (Reaching(reading=("own:that",)), (lorac.SiteError), "that"),
+        (Reaching(gives=""), lorac.AdapterError, "not tensors by name"),
+        (Reaching(once_reads=("input:input",), gives="it", reading=("own:it", "2")), lorac.SiteError, "'2' is not"),
     ],
 )
 def test_what_once_does_not_give_is_refused(method, error, text, target) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 import lorac
 from lorac.testing.checks import assert_close
 from tests.parity import assert_parity
+from tests.refusing import refuses
 from tests.variants.modules import drawn
 from tests.variants.test_once import Counted
 
@@ -154,8 +155,8 @@ def test_it_trains_with_what_the_pass_gives_held_constant() -> None:
 @pytest.mark.parametrize(
     ("method", "error", "text"),
     [
-        (Settled(of="4"), lorac.SiteNotFound, "no value of the program"),
-        (Settled(beside=("pass:first:3",)), lorac.SiteUnreached, "which `once` alone reads"),
+        (Settled(of="4"), lorac.SiteError, "no value of the program"),
+        (Settled(beside=("pass:first:3",)), lorac.SiteError, "which `once` alone reads"),
     ],
 )
 def test_what_is_no_value_is_refused(method, error, text) -> None:
@@ -188,7 +189,7 @@ class Circular(lorac.BranchVariant):
 
 @TARGETS
 def test_a_formula_that_waits_for_itself_is_refused(target: str) -> None:
-    with pytest.raises(lorac.SiteUnreached, match=r"'own:gate' is not there in the pass 'first'.*\n.*ctx\.passing"):
+    with refuses("site_unreached", match=r"'own:gate' is not there in the pass 'first'.*\n.*ctx\.passing"):
         lorac.compile(host(), {"c": Circular()}, target, (X,))(X)
 
 

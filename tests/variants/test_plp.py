@@ -15,6 +15,7 @@ from lorac.testing.checks import assert_close
 from lorac.testing.hosts import OneSite
 from lorac.variants.params import InitContext, Role
 from tests.oracles import plp as oracle
+from tests.refusing import refuses
 
 SQUARE = Host(
     "square",
@@ -126,7 +127,7 @@ def test_halves_that_do_not_belong_together():
     with pytest.raises(lorac.ChoiceError, match="'a' is lora"):
         lorac.PLP.join(Case(lorac.LoRA(r=2), HOSTS["no_bias"]).a, style, name="x")
     elsewhere = lorac.Adapter("c", content.variant, {"other": content.tensors["site"]})
-    with pytest.raises(lorac.SiteNotFound, match="do not both adapt 'other'"):
+    with refuses("site_not_found", match="do not both adapt 'other'"):
         lorac.PLP.join(elsewhere, style, name="x")
 
 
@@ -145,6 +146,6 @@ def test_half_of_each_factor_trains():
 
 
 def test_unknown_basis():
-    with pytest.raises(lorac.UnknownOption, match="no basis named 'row'") as error:
+    with pytest.raises(lorac.OptionError, match="no basis named 'row'") as error:
         lorac.PLP(basis="row")
     assert error.value.nearest == "rows"

@@ -17,6 +17,7 @@ from lorac.testing.checks import assert_close
 from tests.limits import decimals
 from tests.oracles import qst as oracle
 from tests.parity import assert_parity
+from tests.refusing import refuses
 
 _DRAWN = torch.Generator().manual_seed(5)
 IDS = torch.randint(0, 61, (2, 9), generator=_DRAWN)
@@ -133,7 +134,7 @@ def test_padding_is_seen_by_no_token_where_the_mask_is_named() -> None:
     assert_parity(eager(**told).logits[real], expected, base)
     off = emitted()(**told, adapters=None).logits[real]
     assert_parity(emitted()(**told, adapters="masked").logits[real], expected.float(), base.float(), own_base=off)
-    with pytest.raises(lorac.SiteUnreached, match="attention_mask"):
+    with refuses("site_unreached", match="attention_mask"):
         eager(input_ids=IDS)
 
 
@@ -271,22 +272,22 @@ def test_a_models_parts_are_found_by_structure() -> None:
     plain = nn.ModuleDict({"blocks": sequence, "norm": nn.LayerNorm(8)})
     assert lorac.QST.of(plain, heads=2, r=2).blocks == ("blocks.0", "blocks.1")
     assert lorac.QST.of(model(), targets=["model.norm"], r=4) == found["Llama"]
-    with pytest.raises(lorac.SiteNotFound, match="names 4 modules"):
+    with refuses("site_not_found", match="names 4 modules"):
         lorac.QST.of(model(), targets=["input_layernorm", "post_attention_layernorm"])
     with pytest.raises(lorac.AdapterError, match="how many heads"):
         lorac.QST.of(plain)
     bert = transformers.BertConfig(**SIZES)
-    with pytest.raises(lorac.SiteNotFound, match="one norm beside a list of blocks"):
+    with refuses("site_not_found", match="one norm beside a list of blocks"):
         lorac.QST.of(transformers.BertModel(bert))
 
 
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(lorac.AdapterError, match=r"no side network of width 32/r has 4 heads"):
         lorac.compile(model(), {"side": method(r=16)})
-    with pytest.raises(lorac.UnknownOption, match="adapter"):
+    with pytest.raises(lorac.OptionError, match="adapter"):
         lorac.compile(model(), {"side": method(downsample="adaptor")})
     for mode in ("fused", "baked"):
-        with pytest.raises(lorac.NotMergeable, match="no weight form"):
+        with refuses("not_mergeable", match="no weight form"):
             lorac.compile(model(), {"a": away()}, mode=mode)
 
 

@@ -19,6 +19,7 @@ from lorac.testing import HOSTS, conformance
 from lorac.testing.checks import assert_close
 from lorac.testing.hosts import Block
 from lorac.variants import _inits
+from tests.refusing import refuses
 
 Fault = Callable[..., Any]
 FAULTS: dict[str, Fault] = {}
@@ -176,7 +177,7 @@ def line_of(does: str, formula: Fault) -> str:
 
 @pytest.mark.parametrize("does", FAULTS)
 def test_a_weight_formula(does: str, net: Net) -> None:
-    with pytest.raises(lorac.FormulaFailed, match="faulty-weight at 'front'") as raised:
+    with refuses("formula_failed", match="faulty-weight at 'front'") as raised:
         lorac.compile(net, {"a": FaultyWeight(does=does, targets=["front"])})
     assert line_of(does, FaultyWeight.weight) in str(raised.value)
 
@@ -187,7 +188,7 @@ def test_a_branch(does: str, site: str, net: Net) -> None:
     """Of a layer's branch it shows when compiling; of a block's in the first call, before that reads any memory."""
     x = torch.randn(3, 6)
     given = x.clone()
-    with pytest.raises(lorac.FormulaFailed, match=f"faulty-branch at '{site}'") as raised:
+    with refuses("formula_failed", match=f"faulty-branch at '{site}'") as raised:
         lorac.compile(net, {"a": FaultyBranch(does=does, targets=[site])})(x)
     assert line_of(does, FaultyBranch.branch) in str(raised.value)
     assert torch.equal(x, given)
@@ -197,7 +198,7 @@ def test_a_branch(does: str, site: str, net: Net) -> None:
 def test_a_blocks_branch_where_no_gradient_is_recorded(net: Net) -> None:
     x = torch.randn(3, 6)
     given = x.clone()
-    with pytest.raises(lorac.FormulaFailed, match="writes into y"):
+    with refuses("formula_failed", match="writes into y"):
         lorac.compile(net, {"a": FaultyBranch(does="writes", targets=["blocks.1"])})(x)
     assert torch.equal(x, given)
 
@@ -205,14 +206,14 @@ def test_a_blocks_branch_where_no_gradient_is_recorded(net: Net) -> None:
 @pytest.mark.parametrize("does", ["writes", "answers_another_shape", "chooses_by_a_value"])
 def test_a_blocks_branch_in_onnxruntime(does: str, net: Net) -> None:
     variant = FaultyBranch(does=does, targets=["blocks.1"])
-    with pytest.raises(lorac.FormulaFailed, match=r"faulty-branch at 'blocks.1'") as raised:
+    with refuses("formula_failed", match=r"faulty-branch at 'blocks.1'") as raised:
         lorac.compile(net, {"a": variant}, target="onnxruntime", example_inputs=(torch.randn(3, 6),))
     assert line_of(does, FaultyBranch.branch) in str(raised.value)
 
 
 def test_a_weight_formula_in_onnxruntime(net: Net) -> None:
     variant = FaultyWeight(does="writes", targets=["front"])
-    with pytest.raises(lorac.FormulaFailed, match="writes into W"):
+    with refuses("formula_failed", match="writes into W"):
         lorac.compile(net, {"a": variant}, target="onnxruntime", example_inputs=(torch.randn(3, 6),))
 
 
@@ -220,17 +221,17 @@ def test_a_weight_formula_in_onnxruntime(net: Net) -> None:
 @pytest.mark.parametrize("value", ["weight:front", "base:blocks.0", "blocks.0"])
 def test_a_value_of_the_program_is_not_written_either(value: str, target: str, net: Net) -> None:
     variant = FaultyBranch(does=value, read=(value,), targets=["back"])
-    with pytest.raises(lorac.FormulaFailed, match=f"writes into the value '{value}' \\(aten.mul_\\)") as raised:
+    with refuses("formula_failed", match=f"writes into the value '{value}' \\(aten.mul_\\)") as raised:
         lorac.compile(net, {"a": variant}, target=target, example_inputs=(torch.randn(3, 6),))(torch.randn(3, 6))
     assert line_of(value, FaultyBranch.branch) in str(raised.value)
 
 
 def test_what_it_writes_is_named_and_what_it_raised_is_the_cause(net: Net) -> None:
-    with pytest.raises(lorac.FormulaFailed, match=r"writes into W \(aten\.mul_\)"):
+    with refuses("formula_failed", match=r"writes into W \(aten\.mul_\)"):
         lorac.compile(net, {"a": FaultyWeight(does="writes")})
-    with pytest.raises(lorac.FormulaFailed, match=r"writes into p\.m \(aten\.add_\)"):
+    with refuses("formula_failed", match=r"writes into p\.m \(aten\.add_\)"):
         lorac.compile(net, {"a": FaultyWeight(does="writes_into_a_parameter")})
-    with pytest.raises(lorac.FormulaFailed, match="raises AttributeError") as raised:
+    with refuses("formula_failed", match="raises AttributeError") as raised:
         lorac.compile(net, {"a": FaultyWeight(does="raises")})
     assert isinstance(raised.value.__cause__, AttributeError)
 
@@ -240,7 +241,7 @@ def test_what_is_added_later_is_refused_and_not_kept(net: Net) -> None:
     x = torch.randn(3, 6)
     before = compiled(x)
     for variant in (FaultyWeight(does="writes"), FaultyBranch(does="writes", targets=["front"])):
-        with pytest.raises(lorac.FormulaFailed):
+        with refuses("formula_failed"):
             compiled.add_adapter(variant, "b")
     assert set(compiled.adapters) == {"a"}
     assert torch.equal(compiled(x), before)
@@ -250,7 +251,7 @@ def test_what_is_added_later_is_refused_and_not_kept(net: Net) -> None:
 def test_the_conformance_kit_says_it(variant: type[lorac.WeightVariant]) -> None:
     checks = conformance(variant, does="writes", targets=(), hosts={"linear": HOSTS["linear"]})
     formula = next(check for check in checks if str(check).endswith("linear-formula"))
-    with pytest.raises(lorac.FormulaFailed, match="writes into") as raised:
+    with refuses("formula_failed", match="writes into") as raised:
         formula()
     assert line_of("writes", FAULTS["writes"]) in str(raised.value)
 

@@ -10,6 +10,7 @@ from lorac.testing.checks import assert_close
 from lorac.training import by_row, leave_one_out
 from tests.limits import decimals
 from tests.parity import assert_parity
+from tests.refusing import refuses
 from tests.variants.away import away
 from tests.variants.routers import Line, X, host
 
@@ -82,7 +83,7 @@ def test_all_at_once_are_a_lora(rslora):
 @pytest.mark.parametrize("mode", ["fused", "baked"])
 def test_a_choice_has_no_weight_form(mode):
     model = host()
-    with pytest.raises(lorac.NotMergeable, match=r"no weight form[\s\S]*lorac\.freeze_router"):
+    with refuses("not_mergeable", match=r"no weight form[\s\S]*lorac\.freeze_router"):
         lorac.compile(model, {"r": away(small(), model, (X,), "r")}, mode=mode)
 
 

@@ -9,6 +9,7 @@ import lorac
 from lorac.ir.algebra.changes import Sparse, SparseSum, add_sparse
 from lorac.testing.checks import assert_close
 from tests import parity, peft_files
+from tests.refusing import refuses
 
 
 class Host(nn.Module):
@@ -80,7 +81,7 @@ def test_gradient_is_the_dense_gradient_at_the_positions():
 
 
 def test_more_positions_than_entries_are_refused():
-    with pytest.raises(lorac.SiteUnsupported, match="36 positions of 'site', which has 35"):
+    with refuses("site_unsupported", match="36 positions of 'site', which has 35"):
         lorac.compile(linear(5, 7), {"a": lorac.SHiRA(r=3, targets=("site",))})
 
 

@@ -12,6 +12,7 @@ from lorac.ir.host.sites import find_sites
 from lorac.testing import adapter_away, parity
 from tests.limits import assert_apart
 from tests.peft_files import load_peft
+from tests.refusing import refuses
 
 WIDTH = 6
 
@@ -70,7 +71,7 @@ def test_queries_and_values_of_a_packed_layer(heads, tmp_path):
             assert compiled.plans["qkv"].room == {"a": 3, "b": 3}, "q's and v's factors do not run beside the weight"
     save_adapter(adapter, tmp_path / "own", format="native")
     assert load_adapter(tmp_path / "own", model).variant == variant
-    with pytest.raises(lorac.UnsupportedField, match=r"'split'(.|\n)*lorac\.to_lora"):
+    with refuses("unsupported_field", match=r"'split'(.|\n)*lorac\.to_lora"):
         save_adapter(adapter, tmp_path / "peft", model=model)
     save_adapter(lorac.to_lora(adapter, model), tmp_path / "peft", model=model)
     parity.assert_parity(load_peft(model, tmp_path / "peft")(x), expected, base)
@@ -110,12 +111,12 @@ def test_a_part_trains_with_the_dropout_of_the_whole():
 
 
 def test_what_is_no_split_is_refused():
-    with pytest.raises(lorac.UnknownOption, match="there is no part 'query'"):
+    with pytest.raises(lorac.OptionError, match="there is no part 'query'"):
         lorac.Split(parts={"query": lorac.LoRA()})
-    with pytest.raises(lorac.UnknownOption, match=r"part 'q' has dropout=0\.1"):
+    with pytest.raises(lorac.OptionError, match=r"part 'q' has dropout=0\.1"):
         lorac.Split(parts={"q": lorac.LoRA(dropout=0.1)})
     with pytest.raises(lorac.WrongType, match=r"it takes Mapping\[str, WeightVariant\]"):
         lorac.Split(parts={"q": lorac.MeteoRA()})
     model, _ = packed()
-    with pytest.raises(lorac.SiteUnsupported, match="the 18 rows of 'qkv' are not 4 times parts of q: 1, k: 1, v: 1"):
+    with refuses("site_unsupported", match="the 18 rows of 'qkv' are not 4 times parts of q: 1, k: 1, v: 1"):
         lorac.compile(model, {"a": lorac.Split(parts={"q": lorac.LoRA()}, groups=4, targets=("qkv",))})

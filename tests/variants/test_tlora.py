@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.errors import SiteUnsupported, UnknownOption
+from lorac.errors import OptionError
 from lorac.ir.algebra.changes import Dense, LowRank
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.host.sites import Site, SiteKind
@@ -15,6 +15,7 @@ from lorac.testing import HOSTS, conformance
 from lorac.testing.checks import assert_close
 from lorac.variants.tlora import TLoRA
 from tests.oracles import tlora as equations
+from tests.refusing import refuses
 
 RING = TLoRA(transform_rank=2, r=2, residual="ttv", index_order="little", alpha=0.7, rslora=False)
 
@@ -159,8 +160,8 @@ def test_factors():
 
 
 def test_refusals():
-    with pytest.raises(SiteUnsupported, match="as many factors"):
+    with refuses("site_unsupported", match="as many factors"):
         fresh(TLoRA(residual="ttv", dims=((4, 6),), targets=("site",)), 12, 24)
     for fields in ({"residual": "ttm"}, {"index_order": "bgi"}):
-        with pytest.raises(UnknownOption):
+        with pytest.raises(OptionError):
             TLoRA(**fields)

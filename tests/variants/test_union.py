@@ -7,6 +7,7 @@ from torch import nn
 import lorac
 from lorac.testing.checks import assert_close
 from tests.limits import assert_apart
+from tests.refusing import refuses
 
 
 class Mlp(nn.Module):
@@ -100,15 +101,15 @@ SUMS = lorac.XLoRA(hidden="norm", hidden_size=10, targets=["second"])
 def test_what_is_no_union_is_refused(host):
     lora = lorac.LoRA(r=2, targets=["first"])
     for parts, error, match in (
-        ((lora, lorac.LoRA(targets=["first", "second"])), lorac.SiteUnsupported, "'first' is a site of lora and lora"),
-        ((lora, lorac.DoRA(targets=["third"])), lorac.SiteNotFound, "'third'"),
+        ((lora, lorac.LoRA(targets=["first", "second"])), lorac.SiteError, "'first' is a site of lora and lora"),
+        ((lora, lorac.DoRA(targets=["third"])), lorac.SiteError, "'third'"),
         ((lora, lorac.LNTuning()), lorac.WrongType, "parts"),
-        ((lora, SUMS), lorac.UnknownOption, "computes once per call"),
-        ((), lorac.UnknownOption, "a union of no methods"),
+        ((lora, SUMS), lorac.OptionError, "computes once per call"),
+        ((), lorac.OptionError, "a union of no methods"),
     ):
         with pytest.raises(error, match=match):
             lorac.compile(host, {"a": lorac.Union(parts=parts)}, example_inputs=X)
-    with pytest.raises(lorac.SiteUnsupported, match="none of the methods of a union"):
+    with refuses("site_unsupported", match="none of the methods of a union"):
         lorac.Union(parts=(lora,)).method_at("second")
 
 
@@ -118,5 +119,5 @@ def test_what_is_a_lora_everywhere_is_one_lora_and_a_branch_is_none(host):
     whole = lorac.to_lora(found.adapters["a"], host)
     assert_close(lorac.compile(host, {"a": whole}, example_inputs=X)(*X), found(*X))
     mixed = lorac.Union(parts=(lorac.AdapterTune(targets=["norm"]), lorac.LoRA(r=2, targets=["first"])))
-    with pytest.raises(lorac.NotMergeable, match="makes no update of the weight of 'norm'"):
+    with refuses("not_mergeable", match="makes no update of the weight of 'norm'"):
         lorac.to_lora(compiled(host, mixed).adapters["a"], host)

@@ -14,6 +14,7 @@ from lorac.ir.host.sites import Site, SiteKind
 from lorac.testing import conformance
 from lorac.testing.checks import assert_close
 from tests.oracles import vblora as oracle
+from tests.refusing import refuses
 
 SMALL = {"num_vectors": 5, "vector_length": 2}
 
@@ -107,7 +108,7 @@ def test_a_trained_bank_shows_at_every_site():
 
 @pytest.mark.parametrize(("fields", "what"), [({"vector_length": 5}, "vector_length=5"), ({"topk": 6}, "topk=6")])
 def test_sizes_that_do_not_fit(fields, what):
-    with pytest.raises(lorac.SiteUnsupported, match=what):
+    with refuses("site_unsupported", match=what):
         lorac.compile(host(), {"a": lorac.VBLoRA(targets=("up",), **{**SMALL, **fields})})
 
 

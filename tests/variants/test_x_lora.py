@@ -23,6 +23,7 @@ from lorac.testing.checks import assert_close
 from tests.limits import decimals
 from tests.oracles import x_lora as oracle
 from tests.parity import assert_parity
+from tests.refusing import refuses
 
 _DRAWN = torch.Generator().manual_seed(3)
 IDS = torch.randint(0, 61, (2, 9), generator=_DRAWN)
@@ -276,11 +277,11 @@ def test_a_frozen_router_is_a_lora_and_fuses() -> None:
     assert isinstance(mixture.variant, lorac.LoRA)
     for mode in ("live", "fused"):
         assert_parity(lorac.compile(model(), {"m": mixture}, mode=mode)(input_ids=IDS).logits, y, base)
-    with pytest.raises(lorac.NotMergeable):
+    with refuses("not_mergeable"):
         lorac.compile(model(), {"f": flat}, mode="fused")
     per_site = lorac.freeze_router(given, torch.rand(len(given.sites), 3))
     assert per_site.sites == given.sites
-    with pytest.raises(lorac.ShapeMismatch, match="3 experts"):
+    with refuses("shape_mismatch", match="3 experts"):
         lorac.freeze_router(given, [1, 2])
     with pytest.raises(lorac.AdapterError, match="routes between no experts"):
         lorac.freeze_router(mixture, [1])
@@ -289,20 +290,20 @@ def test_a_frozen_router_is_a_lora_and_fuses() -> None:
 # ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def test_what_peft_dropped_is_told_by_name() -> None:
     of_peft()
-    with pytest.raises(lorac.CorruptFile, match=r"lacks 'base_model\.internal_xlora_classifier\.layers\.0\.weight'"):
+    with refuses("corrupt_file", match=r"lacks 'base_model\.internal_xlora_classifier\.layers\.0\.weight'"):
         lorac.load_adapter(folder() / "mixed", model())
 
 
 @pytest.mark.parametrize(
     ("changed", "error", "text"),
     [
-        ({"scaling_pass_value": None}, lorac.UnsupportedField, "scaling_pass_value=None: expected a number"),
-        ({"scaling_pass_value": "half"}, lorac.UnsupportedField, "scaling_pass_value='half': expected a number"),
-        ({"adapters": {"0": "nowhere"}}, lorac.CorruptFile, "an expert '0', which is not at 'nowhere'"),
-        ({"hidden_size": 16}, lorac.ShapeMismatch, "gives 32"),
-        ({"xlora_depth": 1}, lorac.UnusedTensors, "layers.3"),
-        ({"xlora_depth": 3}, lorac.CorruptFile, "layers.6.weight"),
-        ({"softmaxx": 1}, lorac.UnknownField, "softmaxx"),
+        ({"scaling_pass_value": None}, lorac.FormatError, "scaling_pass_value=None: expected a number"),
+        ({"scaling_pass_value": "half"}, lorac.FormatError, "scaling_pass_value='half': expected a number"),
+        ({"adapters": {"0": "nowhere"}}, lorac.FormatError, "an expert '0', which is not at 'nowhere'"),
+        ({"hidden_size": 16}, lorac.AdapterError, "gives 32"),
+        ({"xlora_depth": 1}, lorac.FormatError, "layers.3"),
+        ({"xlora_depth": 3}, lorac.FormatError, "layers.6.weight"),
+        ({"softmaxx": 1}, lorac.FormatError, "softmaxx"),
     ],
 )
 def test_files_that_do_not_fit(changed: dict[str, Any], error: type[Exception], text: str, tmp_path: Path) -> None:
@@ -319,7 +320,7 @@ def test_a_file_needs_a_model_that_tells_its_last_hidden_state(tmp_path: Path) -
     with pytest.raises(lorac.BaseNeeded, match="as they are met in the model"):
         lorac.save_adapter(adapter(), tmp_path / "y")
     plain = lorac.Adapter("p", replace(adapter().variant, activation=False), adapter().tensors)
-    with pytest.raises(lorac.UnsupportedField, match="PEFT's has ReLUs"):
+    with refuses("unsupported_field", match="PEFT's has ReLUs"):
         lorac.save_adapter(plain, tmp_path / "y", model=model())
 
 
@@ -374,7 +375,7 @@ def test_the_authors_files(tmp_path: Path) -> None:
         assert found.variant == adapter().variant
         for site, own in adapter().tensors.items():
             assert all(torch.equal(own[key], found.tensors[site][key]) for key in own)
-    with pytest.raises(lorac.UnusedTensors, match=r"inner\.0\.bias"):
+    with refuses("unused_tensors", match=r"inner\.0\.bias"):
         lorac.load_adapter(authors(tmp_path, use_bias=False), model())
 
 

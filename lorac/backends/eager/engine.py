@@ -21,7 +21,7 @@ from lorac.backends.eager.calls import BARE, Call, Filled, attention_of, filled_
 from lorac.backends.eager.draws import beginning, in_backward
 from lorac.backends.eager.shadow import shadow
 from lorac.backends.eager.surroundings import Surroundings, Terms
-from lorac.errors import SiteUnsupported
+from lorac.errors import SiteError
 from lorac.ir.binding import Answer, Binding
 from lorac.ir.engine import Engine
 from lorac.ir.host.components import components_of, prefix_of, require_component
@@ -146,7 +146,7 @@ class EagerEngine(Engine):
             heard: called after each such call with those, name -> site path -> tensor.
 
         Raises:
-            UnknownOption: no branch gives one.
+            OptionError: no branch gives one.
         """
         refuse_unemitted(list(names), self.plans.values())
         key = object()
@@ -244,9 +244,10 @@ class EagerEngine(Engine):
     def _install_below(self, path: str, module: nn.Module) -> None:
         """Adapt what a layer of a class of its own calls by ``super().forward``, on a twin over the same attributes."""
         if not calls_below(module):
-            raise SiteUnsupported(
+            raise SiteError(
                 f"'{path}' is a {type(module).__name__}, whose forward computes more than its layer, by itself",
                 next_step="exclude= it, or let its forward call super().forward",
+                code="site_unsupported",
             )
         whole = self._originals[path]
         self._originals[path] = functools.partial(layer_of(module).forward, module)

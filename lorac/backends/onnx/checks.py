@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import onnx_ir as ir
 import torch
 
-from lorac.errors import SelfTestFailed
+from lorac.errors import CompileError
 
 Tensor = torch.Tensor
 
@@ -92,10 +92,11 @@ def same(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.flatten().to(dtype), other.flatten().to(dtype))
 
 
-def failed(slots: Sequence[str], what: str) -> SelfTestFailed:
+def failed(slots: Sequence[str], what: str) -> CompileError:
     """The error that names the slots and says what they do that they should not."""
     listed = ", ".join(f"'{slot}'" for slot in slots[:4]) + (f" and {len(slots) - 4} more" if len(slots) > 4 else "")
-    return SelfTestFailed(
+    return CompileError(
         f"after emission {len(slots)} slots {what}: {listed}",
         next_step="this is a bug of the emitter, not of your model; a swap would not do what it says",
+        code="self_test_failed",
     )

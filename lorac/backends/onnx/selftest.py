@@ -17,7 +17,7 @@ import torch
 
 from lorac.backends.onnx.checks import check_constants, check_inputs, failed, same
 from lorac.backends.onnx.files import MODEL, name_of
-from lorac.errors import SelfTestFailed
+from lorac.errors import CompileError
 from lorac.ir.engine import Files
 from lorac.ir.graph.feeds import named_tensors
 from lorac.ir.graph.graph import Graph, SlotInput
@@ -93,7 +93,7 @@ def self_test(engine: Emitted, program: Program, snapshot: Snapshot, computed: C
         computed: what constants of the program come to in the emitted one.
 
     Raises:
-        SelfTestFailed: naming the slots.
+        CompileError: naming the slots.
     """
     baked = engine.mode == "baked"
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -231,8 +231,8 @@ class _Comparison:
         """All runs; a program that draws random numbers is not blamed for answering differently."""
         try:
             self._compare(list(self.graph.slots))
-        except SelfTestFailed:
-            if not self._draws():
+        except CompileError as error:
+            if error.code != "self_test_failed" or not self._draws():
                 raise
 
     def _compare(self, slots: Sequence[str]) -> None:
@@ -266,9 +266,10 @@ class _Comparison:
             self.inputs = example
         if wrong:
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in self.others.items())
-            raise SelfTestFailed(
+            raise CompileError(
                 f"what was emitted of graph '{self.graph.name}' is right on the example inputs, and wrong on {shapes}",
                 next_step="dynamic_shapes= that leave these sizes fixed make a program for the example's alone",
+                code="self_test_failed",
             )
 
     def _draws(self) -> bool:
@@ -299,7 +300,7 @@ class _Comparison:
             for y, ref, again in zip(found, expected, moved, strict=True)
         )
 
-    def _diagnosed(self, noise: Mapping[str, Tensor]) -> SelfTestFailed:
+    def _diagnosed(self, noise: Mapping[str, Tensor]) -> CompileError:
         """The error naming the slots.
 
         A slot that changes nothing is bypassed. What was exchanged shows where all slots of one shape hold the same

@@ -8,7 +8,7 @@ import torch
 
 from lorac.backends.onnxruntime.devices.providers import CPU, CUDA, kind_of, known_providers
 from lorac.backends.onnxruntime.quantised.codec import BLOCKS, Codec
-from lorac.errors import UnknownOption, nearest_name, none_of, short
+from lorac.errors import OptionError, nearest_name, not_one_of, short
 from lorac.ir.engine import TargetOptions
 
 MOST_THREADS = 1024
@@ -94,19 +94,19 @@ class Options(TargetOptions):
         self._check_weights()
         self._check_device()
         if self.settle not in _TIMES:
-            raise none_of("settle cannot be", self.settle, _TIMES)
+            raise not_one_of("settle cannot be", self.settle, _TIMES)
         if not 0 <= self.threads <= MOST_THREADS:
-            raise UnknownOption(
+            raise OptionError(
                 f"threads cannot be {short(self.threads)}",
                 next_step=f"give a number up to {MOST_THREADS}, or 0 for all",
             )
 
     def _check_device(self) -> None:
-        """Raise ``UnknownOption`` for devices and providers that there are none of, or that contradict each other."""
+        """Raise ``OptionError`` for devices and providers that there are none of, or that contradict each other."""
         known = known_providers()
         strange = [provider for provider in self.providers or () if provider not in known]
         if strange or self.providers == ():
-            raise UnknownOption(
+            raise OptionError(
                 f"ONNX Runtime has no provider {strange[0]!r}" if strange else "there is no provider to run on",
                 nearest=nearest_name(strange[0], known) if strange else None,
                 next_step="leave providers= out to run on device=",
@@ -114,31 +114,31 @@ class Options(TargetOptions):
         if self.device is None:
             return
         if self.place.type not in _PROVIDERS:
-            raise none_of("onnxruntime does not run on", self.device, tuple(_PROVIDERS))
+            raise not_one_of("onnxruntime does not run on", self.device, tuple(_PROVIDERS))
         if self.providers is not None and kind_of(self.providers[0]) != self.place.type:
-            raise UnknownOption(
+            raise OptionError(
                 f"device={self.device!r} and providers={self.providers!r} contradict each other: "
                 f"{self.providers[0]} runs on {kind_of(self.providers[0])!r}",
                 next_step=f"leave providers= out: device={self.device!r} takes {_PROVIDERS[self.place.type]}",
             )
 
     def _check_weights(self) -> None:
-        """Raise ``UnknownOption`` where weights cannot be quantised so, or are not to be quantised at all."""
+        """Raise ``OptionError`` where weights cannot be quantised so, or are not to be quantised at all."""
         if self.weights is not None and self.weights not in _BITS:
-            raise none_of("weights cannot be held as", self.weights, tuple(_BITS))
+            raise not_one_of("weights cannot be held as", self.weights, tuple(_BITS))
         for name, known in (("block_size", BLOCKS), ("accuracy_level", _LEVELS)):
             if getattr(self, name) not in known:
-                raise UnknownOption(
+                raise OptionError(
                     f"{name} cannot be {short(getattr(self, name))}",
                     next_step=f"it is one of {', '.join(map(str, known))}",
                 )
 
     def refuse_idle(self) -> None:
-        """Raise ``UnknownOption`` where it is said how weights are quantised, of a model of which none are."""
+        """Raise ``OptionError`` where it is said how weights are quantised, of a model of which none are."""
         given = {spec.name for spec in fields(self) if getattr(self, spec.name) != spec.default}
         idle = [name for name in _HOW if name in given]
         if self.weights is None and idle:
-            raise UnknownOption(
+            raise OptionError(
                 f"{idle[0]}= says how weights are quantised, and none are",
                 next_step="give weights='int8' or weights='int4' with it",
             )

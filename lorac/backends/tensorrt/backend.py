@@ -22,7 +22,7 @@ from lorac.backends.tensorrt.device.requirements import (
 from lorac.backends.tensorrt.engine import PLAN, Plan, TrtEngine, files_of
 from lorac.backends.tensorrt.options import Options
 from lorac.backends.tensorrt.profiles import Range
-from lorac.errors import UnknownOption
+from lorac.errors import OptionError
 from lorac.ir.engine import AnyDialect, Backend, BuildRequest, Engine, Files, Stored
 from lorac.ir.graph.program import Program
 from lorac.ir.graph.signature import CallSignature
@@ -48,7 +48,7 @@ class TensorRT(Backend[Options]):
         if device is None:
             return options
         if device.type != "cuda":
-            raise UnknownOption(
+            raise OptionError(
                 f"target 'tensorrt' runs on NVIDIA GPUs, and not on device '{device}'",
                 nearest="cuda",
                 next_step="leave device= out; target='onnxruntime' and target='eager' run on the CPU",

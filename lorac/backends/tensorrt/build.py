@@ -25,7 +25,7 @@ from lorac.backends.tensorrt.options import Options
 from lorac.backends.tensorrt.profiles import Ranges, ranges_of, refuse_unknown
 from lorac.backends.tensorrt.refitting import flag as replacing
 from lorac.backends.tensorrt.refitting import mark
-from lorac.errors import Unavailable, UnknownOption
+from lorac.errors import OptionError, Unavailable
 from lorac.ir.engine import BuildRequest, Files
 from lorac.ir.graph.feeds import named_tensors
 from lorac.ir.graph.graph import Graph
@@ -46,7 +46,7 @@ def build(request: BuildRequest[Options]) -> TrtEngine:
 
     Raises:
         Unavailable: an op is not taken, or no plan was built.
-        UnknownOption: ``profiles=`` that do not fit the model.
+        OptionError: ``profiles=`` that do not fit the model.
     """
     _refuse_refit(request)
     folder = temporary_folder()
@@ -226,11 +226,11 @@ def _refuse_refit(request: BuildRequest[Options]) -> None:
     """Refuse constants that can be replaced where there are none, or the library cannot build such a plan.
 
     Raises:
-        UnknownOption: nothing is merged.
+        OptionError: nothing is merged.
         Unavailable: there is no GPU.
     """
     if request.options.refit and request.mode != "fused":
-        raise UnknownOption(
+        raise OptionError(
             f"refit=True replaces merged weights, of which a program that is {request.mode} has none to replace",
             next_step="give mode='fused' with it, or leave it out",
         )

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from lorac.backends.tensorrt import library
-from lorac.errors import Unreadable
+from lorac.errors import FormatError
 from lorac.ir.store.disk import told
 from lorac.ir.store.folders import replacing
 from lorac.ir.store.held import HeldFile
@@ -85,7 +85,7 @@ class PlanCache:
         """The plan for a key: from the folder, or built and written there.
 
         Raises:
-            Unreadable: the folder cannot be written to.
+            FormatError: the folder cannot be written to.
         """
         found = self.read(key)
         if found is not None:
@@ -107,10 +107,10 @@ class PlanCache:
         """Write what is then found for a key, in the place of what was.
 
         Raises:
-            Unreadable: the folder cannot be written to.
+            FormatError: the folder cannot be written to.
         """
         path = self.folder / _name(key, content, kind)
-        with told(path, Unreadable, "written"):
+        with told(path, FormatError, "written", "unreadable"):
             with replacing(path) as staged:
                 staged.write_bytes(content)
             for older in {*self._of(key, kind)} - {path}:

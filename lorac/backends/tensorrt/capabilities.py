@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from lorac.backends.tensorrt import library
-from lorac.errors import UnknownOption, nearest_name, short
+from lorac.errors import OptionError, nearest_name, short
 
 _MARK = "SM"
 
@@ -35,18 +35,18 @@ def refuse_unknown(wanted: Sequence[str]) -> None:
     """Refuse capabilities that the library does not know.
 
     Raises:
-        UnknownOption: with the list of those that it knows.
+        OptionError: with the list of those that it knows.
     """
     listed = known()
     strange = [name for name in wanted if name not in listed]
     if not strange:
         return
     if not listed:
-        raise UnknownOption(
+        raise OptionError(
             f"{library.told()} takes no target_capabilities: it builds for the GPU that is here",
             next_step="leave target_capabilities= out, or pip install 'lorac[tensorrt]' without NVIDIA's tensorrt",
         )
-    raise UnknownOption(
+    raise OptionError(
         f"{library.told()} builds for no compute capability {short(strange[0])}",
         nearest=nearest_name(strange[0], listed),
         next_step=f"it knows {', '.join(listed)}",

@@ -46,7 +46,7 @@ def check(tried: OnCpu, program: Program, snapshot: Snapshot) -> None:
         snapshot: what the slots hold at first; what a baked program holds.
 
     Raises:
-        SelfTestFailed: naming the slots.
+        CompileError: naming the slots.
     """
     graphs = {name: in_float32(graph) for name, graph in program.graphs.items()}
     self_test(tried, Program(graphs, program.signatures), snapshot)

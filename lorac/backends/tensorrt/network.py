@@ -18,7 +18,7 @@ from lorac.backends.onnx.claims import origin
 from lorac.backends.onnx.files import nested
 from lorac.backends.tensorrt import library
 from lorac.backends.tensorrt.profiles import Range, Ranges
-from lorac.errors import SelfTestFailed, Unavailable
+from lorac.errors import CompileError, Unavailable
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.signature import CallSignature
 
@@ -86,7 +86,7 @@ def check_inputs(parsed: Parsed, dtypes: Mapping[str, torch.dtype], ranges: Rang
         ranges: of their sizes.
 
     Raises:
-        SelfTestFailed: naming the first inputs that differ.
+        CompileError: naming the first inputs that differ.
     """
     network = parsed.network
     inputs = [network.get_input(i) for i in range(network.num_inputs)]
@@ -96,9 +96,10 @@ def check_inputs(parsed: Parsed, dtypes: Mapping[str, torch.dtype], ranges: Rang
     wrong += [n for n in found.keys() & wanted.keys() if found[n].dtype != wanted[n] or not _has(found[n], ranges[n])]
     if wrong:
         told = ", ".join(f"'{name}'" for name in wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
-        raise SelfTestFailed(
+        raise CompileError(
             f"{len(wrong)} inputs of the network are not those of the program: {told}",
             next_step="this is a bug of the emitter, not of your model; a swap would not do what it says",
+            code="self_test_failed",
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lorac.backends.tensorrt.capabilities import refuse_unknown
-from lorac.errors import UnknownOption, short
+from lorac.errors import OptionError, short
 from lorac.ir.engine import TargetOptions
 
 Shapes = Sequence[int] | Sequence[Sequence[int]]
@@ -60,12 +60,12 @@ class Options(TargetOptions):
             _check_profile(name, told)
         level = self.builder_optimization_level
         if level is not None and level not in LEVELS:
-            raise UnknownOption(
+            raise OptionError(
                 f"builder_optimization_level cannot be {short(level)}",
                 next_step=f"give a number from {LEVELS.start} to {LEVELS.stop - 1}, or None",
             )
         if self.workspace is not None and self.workspace < 1:
-            raise UnknownOption(
+            raise OptionError(
                 f"workspace cannot be {short(self.workspace)} MiB", next_step="give a number of MiB, or None"
             )
 
@@ -75,7 +75,7 @@ def _check_profile(name: str, told: Shapes) -> None:
     rows = [(size,) if isinstance(size, int) else tuple(size) for size in told]
     three = len(rows) == len(_NAMES) and len({len(row) for row in rows}) == 1
     if not three or any(least < 1 for least in rows[0]) or any(list(axis) != sorted(axis) for axis in zip(*rows)):  # noqa: B905  (they are of one length by now)
-        raise UnknownOption(
+        raise OptionError(
             f"profiles= has {short(told)} for '{name}'",
             next_step=f"give ({', '.join(_NAMES)}), each a size from 1 on or a shape of them, in rising order",
         )

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from lorac.backends.tensorrt.options import Shapes
-from lorac.errors import InputMismatch, UnknownOption, nearest_name, short
+from lorac.errors import InputMismatch, OptionError, nearest_name, short
 from lorac.ir.algebra.changes import LowRank
 from lorac.ir.graph.axes import constant
 from lorac.ir.graph.graph import Graph, SlotInput
@@ -66,7 +66,7 @@ def ranges_of(
         slots: the slots that are inputs.
 
     Raises:
-        UnknownOption: sizes were asked for that the model does not take.
+        OptionError: sizes were asked for that the model does not take.
     """
     ranges = _of_inputs(graph, signature, profiles)
     for name, slot in slots.items():
@@ -80,12 +80,12 @@ def refuse_unknown(profiles: Mapping[str, Shapes], signatures: Mapping[str, Call
     """Refuse profiles of what no graph has.
 
     Raises:
-        UnknownOption: naming the nearest input or axis.
+        OptionError: naming the nearest input or axis.
     """
     known = [name for signature in signatures.values() for name in (*signature.inputs, *axes_of(signature).values())]
     for name in profiles:
         if name not in known:
-            raise UnknownOption(
+            raise OptionError(
                 f"profiles= names '{name}', and the model has no such input or axis",
                 nearest=nearest_name(name, known),
                 next_step=f"it has {', '.join(dict.fromkeys(known))}",
@@ -154,7 +154,7 @@ def _asked(
         fixed = [i for i, size in enumerate(shape) if (name, i) not in names]
         if len(axes) != len(shape) or any(axes[i] != Range(shape[i], shape[i], shape[i]) for i in fixed):
             told = ", ".join(str(size) if i in fixed else names[name, i] for i, size in enumerate(shape))
-            raise UnknownOption(
+            raise OptionError(
                 f"profiles= has {short(profiles[name])} for '{name}', whose shape is [{told}]",
                 next_step="give shapes with as many axes, and the sizes that do not vary as they are; dynamic_shapes= "
                 "says which sizes may vary",
@@ -194,7 +194,7 @@ def _refuse_unmet(sizes: Sizes, chosen: Chosen, which: str) -> None:
     """Refuse sizes that the model does not take.
 
     Raises:
-        UnknownOption: naming the condition, as a call of these sizes would.
+        OptionError: naming the condition, as a call of these sizes would.
     """
     shapes = {
         name: tuple(chosen[name, i] if size is None else size for i, size in enumerate(shape))
@@ -203,7 +203,7 @@ def _refuse_unmet(sizes: Sizes, chosen: Chosen, which: str) -> None:
     try:
         sizes.refuse({name: np.broadcast_to(np.int8(0), shape) for name, shape in shapes.items()})
     except InputMismatch as error:
-        raise UnknownOption(
+        raise OptionError(
             f"profiles= has {which} sizes that the model does not take: {error.what}", next_step=error.next_step
         ) from error
 

@@ -13,7 +13,7 @@ import torch
 
 from lorac.backends.tensorrt import library
 from lorac.backends.tensorrt.device.interfaces import CudaEngine, Refitter
-from lorac.errors import Unavailable, UnknownOption, nearest_name
+from lorac.errors import OptionError, Unavailable, nearest_name
 
 Tensor = torch.Tensor
 _INSTEAD = "compile with mode='fused' alone: merged weights are then inputs of the plan"
@@ -33,13 +33,13 @@ def mark(network: Any, names: Iterable[str], known: Collection[str]) -> int:
         How many were marked.
 
     Raises:
-        UnknownOption: a weight is not in the model.
+        OptionError: a weight is not in the model.
         Unavailable: it is, and TensorRT does not let it be replaced, as where it computed with it when it parsed.
     """
     wanted = list(names)
     for name in wanted:
         if name not in known:
-            raise UnknownOption(
+            raise OptionError(
                 f"the program has no weight '{name}' to replace",
                 nearest=nearest_name(name, known),
                 next_step="this is a bug of lorac's, not of your model",

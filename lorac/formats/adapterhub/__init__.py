@@ -14,7 +14,7 @@ from torch import nn
 
 from lorac.adapters.base_hash import base_hash
 from lorac.adapters.fit import check_adapter, in_order
-from lorac.errors import BaseNeeded, UnsupportedField, warn
+from lorac.errors import BaseNeeded, FormatError, warn
 from lorac.formats._files import (
     HUB_WEIGHTS,
     SEAL,
@@ -73,10 +73,11 @@ def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
     folder = _folder(path)
     composed = _composed(folder)
     if composed is not None:
-        raise UnsupportedField(
+        raise FormatError(
             f"'{folder / composed}' is AdapterHub's and says {_COMPOSED[composed]}; lorac reads adapters one by one",
             next_step="load each adapter's own folder; lorac.Chain puts methods of the weight form after one another, "
             "and a weighted swap adds what several do",
+            code="unsupported_field",
         )
     file = folder / CONFIG
     raw = read_json(file)
@@ -113,9 +114,10 @@ def _weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _tell_beside(folder: Path) -> None:
     """Refuse what changes where adapters sit; say of what lies beside them that it is not theirs."""
     if (folder / _INTERFACE).is_file():
-        raise UnsupportedField(
+        raise FormatError(
             f"'{folder}' has an {_INTERFACE}: a plug-in interface of its own says where its adapters sit",
             next_step="train it on a class that the library knows by itself",
+            code="unsupported_field",
         )
     if any((folder / name).is_file() for name in _HEADS):
         warn(
@@ -127,10 +129,11 @@ def _tell_beside(folder: Path) -> None:
 # ── Writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _save(adapter: Adapter, folder: Path, model: nn.Module | None, target: Path) -> None:
     if adapter.replaced:
-        raise UnsupportedField(
+        raise FormatError(
             f"adapter '{adapter.name}' replaces '{next(iter(adapter.replaced))}' whole, for which AdapterHub's files "
             "have no place",
             next_step="use format='native'",
+            code="unsupported_field",
         )
     if model is None:
         raise BaseNeeded(

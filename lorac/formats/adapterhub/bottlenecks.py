@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lorac.errors import UnsupportedField, nearest_name, short
+from lorac.errors import FormatError, nearest_name, short
 from lorac.formats.adapterhub import layouts
 from lorac.formats.adapterhub.keys import Place
 from lorac.formats.adapterhub.parts import Host, Part, Told, Written, refuse_unknown
@@ -58,7 +58,7 @@ class Bottlenecks:
         """The bottlenecks of an adapter at a model's sublayers.
 
         Raises:
-            SiteUnsupported: as ``Bottleneck.placed``.
+            SiteError: as ``Bottleneck.placed``.
         """
         variant = self._with_reductions(host).placed(host.model, host.stream)
         if not self.undone:  # transformers' own classes run under the library without the inverse
@@ -81,8 +81,8 @@ def read(given: Mapping[str, Any], told: Told) -> Bottlenecks:
     """A configuration.
 
     Raises:
-        UnknownField: a field that the library does not have.
-        UnsupportedField: a value that lorac does not build.
+        FormatError: a field that the library does not have.
+        FormatError: a value that lorac does not build.
     """
     fields = _modern(given, told)
     refuse_unknown(fields, {*FIELDS, *TRAINING}, told.file)
@@ -102,15 +102,16 @@ def preset(name: str, file: Path) -> dict[str, Any]:
     """A configuration that is told by its name alone.
 
     Raises:
-        UnsupportedField: there is none of that name.
+        FormatError: there is none of that name.
     """
     plain = name.removesuffix("+inv")
     modern = _OLD.get(plain, plain) + ("_inv" if plain != name else "")
     if modern not in PRESETS:
-        raise UnsupportedField(
+        raise FormatError(
             f"'{file}' names the configuration {name!r}",
             nearest=nearest_name(modern, PRESETS),
             next_step=f"lorac knows {', '.join(PRESETS)}",
+            code="unsupported_field",
         )
     return dict(PRESETS[modern])
 
@@ -135,13 +136,16 @@ def _check_value(name: str, value: Any, file: Path) -> None:
     kind = kinds_of(Bottleneck)[name.partition(" ")[0]]
     positive = value > 0 if "reduction_factor" in name and isinstance(value, int | float) else True
     if not fits(value, kind) or not positive:
-        raise UnsupportedField(
-            f"'{file}' sets {name}={short(value)}", next_step=f"it takes {spelled(kind)}, above 0 where it divides"
+        raise FormatError(
+            f"'{file}' sets {name}={short(value)}",
+            next_step=f"it takes {spelled(kind)}, above 0 where it divides",
+            code="unsupported_field",
         )
     if name == "inv_adapter" and value != "nice":
-        raise UnsupportedField(
+        raise FormatError(
             f"'{file}' sets inv_adapter={short(value)}, which lorac does not build; the library cannot run it",
             next_step='train with inv_adapter="nice"',
+            code="unsupported_field",
         )
 
 
@@ -168,7 +172,7 @@ def written(adapter: Adapter, variant: Bottleneck, host: Host) -> Written:
         host: the model.
 
     Raises:
-        UnsupportedField: no fields place bottlenecks so, or one computes with other residuals than the model's.
+        FormatError: no fields place bottlenecks so, or one computes with other residuals than the model's.
     """
     chosen, reductions = _chosen(adapter, variant, host)
     fields = {**{name: getattr(variant, name) for name in sorted(FIELDS)}, **chosen, **TRAINING}
@@ -204,10 +208,11 @@ def _chosen(adapter: Adapter, variant: Bottleneck, host: Host) -> tuple[dict[str
     same = all(getattr(asked, name) == getattr(variant, name) for name in ("residuals", "inner", "norm_eps"))
     places = {*asked.targets} - {*asked.embeddings, *asked.heads}
     if places != paths or not same or asked.embeddings != variant.embeddings:
-        raise UnsupportedField(
+        raise FormatError(
             f"AdapterHub puts bottlenecks at all attentions, all MLPs or both of a block, and adapter '{adapter.name}' "
             "sits, or reads, elsewhere",
             next_step="use format='native'",
+            code="unsupported_field",
         )
     return fields, _reductions(adapter, variant, {path: numbers[sublayers[path].block] for path in paths})
 
@@ -217,8 +222,9 @@ def _reductions(adapter: Adapter, variant: Bottleneck, numbers: Mapping[str, int
     for path, number in numbers.items():
         own = variant.at_path(path).reduction_factor  # type: ignore[attr-defined]  # a bottleneck's
         if found.setdefault(str(number), own) != own:
-            raise UnsupportedField(
+            raise FormatError(
                 f"AdapterHub has one reduction_factor a block, and adapter '{adapter.name}' has two in block {number}",
                 next_step="use format='native'",
+                code="unsupported_field",
             )
     return {number: own for number, own in found.items() if own != variant.reduction_factor}

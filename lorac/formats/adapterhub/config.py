@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorac.errors import CorruptFile, UnsupportedField, short
+from lorac.errors import FormatError, short
 from lorac.formats.adapterhub import bottlenecks, loras
 from lorac.formats.adapterhub.parts import Method, Told, Written, refuse_unknown
 
@@ -44,16 +44,16 @@ def read_config(raw: Mapping[str, Any], file: Path, *, invertible: bool) -> tupl
         invertible: whether the tensors beside it have an invertible adapter's.
 
     Raises:
-        UnknownField: a field that the library does not have.
-        UnsupportedField: a method, or a value, that lorac does not build.
-        CorruptFile: a field is missing.
+        FormatError: a field that the library does not have.
+        FormatError: a method, or a value, that lorac does not build.
+        FormatError: a field is missing.
     """
     refuse_unknown(raw, {*_WHOLE, *_IRRELEVANT}, file)
     given = raw.get("config")
     if isinstance(given, str):
         given = bottlenecks.preset(given, file)
     if not isinstance(given, dict) or not isinstance(raw.get("name"), str):
-        raise CorruptFile(f"'{file}' has no {'name' if isinstance(given, dict) else 'config'}")
+        raise FormatError(f"'{file}' has no {'name' if isinstance(given, dict) else 'config'}", code="corrupt_file")
     told = Told(
         file,
         name=raw["name"],
@@ -72,7 +72,7 @@ def _parts(given: Mapping[str, Any], file: Path) -> Sequence[Mapping[str, Any]]:
     refuse_unknown(given, {_ARCHITECTURE, _CONFIGS}, file)
     parts = given.get(_CONFIGS)
     if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
-        raise CorruptFile(f"'{file}' is of a union, and has no {_CONFIGS}")
+        raise FormatError(f"'{file}' is of a union, and has no {_CONFIGS}", code="corrupt_file")
     return parts
 
 
@@ -82,10 +82,11 @@ def _read(given: Mapping[str, Any], told: Told) -> Method:
     if read is None:
         does = _REFUSED.get(architecture, "") if isinstance(architecture, str) else ""
         known = ", ".join(name for name in _READERS if name)
-        raise UnsupportedField(
+        raise FormatError(
             f"'{told.file}' is of the architecture {short(architecture)}{does and f', which {does}'}; of AdapterHub's "
             f"lorac reads bottlenecks, {known} and unions of these",
             next_step="run it in AdapterHub's library, or train one of these",
+            code="unsupported_field",
         )
     return read({name: value for name, value in given.items() if name != _ARCHITECTURE}, told)
 

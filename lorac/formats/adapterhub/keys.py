@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lorac.errors import CorruptFile, UnusedTensors, nearest_name
+from lorac.errors import FormatError, nearest_name
 from lorac.formats.adapterhub.layouts import INVERTIBLE, LEGACY, LORAS, PLACED, SHARED
 
 Tensor = torch.Tensor
@@ -51,7 +51,7 @@ def placed(
         keys: the file's tensors, by ``modern`` keys.
 
     Raises:
-        UnusedTensors, CorruptFile: one is not.
+        FormatError: one is not.
     """
     table: dict[tuple[str, str], list[Place]] = {}
     for place in places:
@@ -61,10 +61,11 @@ def placed(
         before, part, leaf = _split(key, called)
         here = [place for end in _ends(before) for place in table.get((part, end), ()) if leaf in place.leaves]
         if not here:
-            raise UnusedTensors(
+            raise FormatError(
                 f"the file of adapter '{adapter}' holds '{key}', for which its configuration or the model has no place",
                 nearest=nearest_name(before, [place.before for place in places if place.before]),
                 next_step="load the model that it was trained on",
+                code="unused_tensors",
             )
         for path in here[0].paths:
             _put(found[path], here[0].leaves[leaf], tensor, key)
@@ -107,7 +108,7 @@ def _ends(before: str) -> Iterator[str]:
 
 def _put(at: dict[str, Tensor], name: str, tensor: Tensor, key: str) -> None:
     if name in at and not torch.equal(at[name], tensor):
-        raise CorruptFile(f"'{key}' is one tensor under two names, and the two differ")
+        raise FormatError(f"'{key}' is one tensor under two names, and the two differ", code="corrupt_file")
     at[name] = tensor
 
 
@@ -120,9 +121,10 @@ def _complete(adapter: str, places: Iterable[Place], found: Found) -> None:
     ]
     if lacking:
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
-        raise CorruptFile(
+        raise FormatError(
             f"the file of adapter '{adapter}' lacks {lacking[0][1]}{more}, which its configuration promises",
             next_step="save it from a class with a head: of a bare model the library leaves out what sites share"
             if any(place.part == SHARED for place, _ in lacking)
             else "it is incomplete, or was made for a smaller model",
+            code="corrupt_file",
         )

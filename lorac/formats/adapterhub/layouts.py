@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from lorac.errors import UnsupportedField, nearest_name
+from lorac.errors import FormatError, nearest_name
 from lorac.ir.host.sublayers import Stream, Sublayer
 from lorac.variants.bottleneck import Bottleneck
 
@@ -175,13 +175,14 @@ def family_of(model_type: Any, where: str) -> Family:
     """The places of a family.
 
     Raises:
-        UnsupportedField: they are not known.
+        FormatError: they are not known.
     """
     if model_type not in FAMILIES:
-        raise UnsupportedField(
+        raise FormatError(
             f"{where} is for models of the type '{model_type}', whose places in AdapterHub lorac does not know",
             nearest=nearest_name(str(model_type), FAMILIES),
             next_step=f"known are {', '.join(FAMILIES)}",
+            code="unsupported_field",
         )
     return FAMILIES[model_type]
 

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from lorac.adapters.fit import check_parameter
-from lorac.errors import UnsupportedField, short
+from lorac.errors import FormatError, short
 from lorac.formats.adapterhub.keys import Place
 from lorac.formats.adapterhub.layouts import LETTERS, LORAS, PACKED, SHARED, Layer
 from lorac.formats.adapterhub.parts import Host, Part, Told, refuse_unknown
@@ -124,22 +124,24 @@ def read(given: Mapping[str, Any], told: Told, *, tasks: bool = False) -> Loras:
         tasks: whether it is ``MTLLoRAConfig``.
 
     Raises:
-        UnknownField: a field that the library does not have.
-        UnsupportedField: a value that lorac does not build.
+        FormatError: a field that the library does not have.
+        FormatError: a value that lorac does not build.
     """
     refuse_unknown(given, [name for name in kinds_of(Fields) if tasks or name not in TASK_FIELDS], told.file)
     chosen = {**(TASK_FIELDS if tasks else {}), **{name: value for name, value in given.items() if value is not None}}
     for name, value in chosen.items():
         if not fits(value, kinds_of(Fields)[name]):
             kind = spelled(kinds_of(Fields)[name])
-            raise UnsupportedField(f"'{told.file}' sets {name}={short(value)}", next_step=f"it takes {kind}")
+            raise FormatError(
+                f"'{told.file}' sets {name}={short(value)}", next_step=f"it takes {kind}", code="unsupported_field"
+            )
     listed: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()
     }
     fields = Fields(**listed)
     for refused, what, step in _refusals(fields):
         if refused:
-            raise UnsupportedField(f"'{told.file}' sets {what}", next_step=step)
+            raise FormatError(f"'{told.file}' sets {what}", next_step=step, code="unsupported_field")
     return Loras(fields)
 
 
@@ -184,7 +186,7 @@ class Loras:
         """The factors, or scales, of an adapter at a model's layers.
 
         Raises:
-            UnsupportedField: a layer is one at which the library computes what lorac does not.
+            FormatError: a layer is one at which the library computes what lorac does not.
         """
         chosen = {path: layer for path, layer in host.layers.items() if self.fields.wants(layer)}
         for path, layer in chosen.items():
@@ -222,16 +224,18 @@ class Loras:
     def _refuse(self, name: str, site: Site, layer: Layer) -> None:
         fields = self.fields
         if layer.what == PACKED and (fields.vera or fields.of_tasks or fields.use_dora):
-            raise UnsupportedField(
+            raise FormatError(
                 f"adapter '{name}' has VeRA, DoRA or weighed tasks at '{site.path}', which packs {', '.join(LETTERS)}: "
                 "the library itself cannot run that",
                 next_step="train a plain LoRA, or with PEFT",
+                code="unsupported_field",
             )
         if fields.use_dora and (site.bias is not None or site.transposed):
-            raise UnsupportedField(
+            raise FormatError(
                 f"adapter '{name}' has DoRA at '{site.path}': AdapterHub's scales the layer's bias as well, or a "
                 "transposed weight along its other side, and lorac's, as PEFT's, does not",
                 next_step="train it with PEFT, whose DoRA lorac reads",
+                code="unsupported_field",
             )
 
 

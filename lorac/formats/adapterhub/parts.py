@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from lorac.errors import UnknownField, nearest_name, short
+from lorac.errors import FormatError, nearest_name, short
 from lorac.formats.adapterhub.keys import Found, Place
 from lorac.formats.adapterhub.layouts import Family, Layer, layers_in, sublayers_in
 from lorac.ir.host.sites import Site, find_sites
@@ -66,7 +66,7 @@ class Host:
         """The model's places by what its family calls them.
 
         Raises:
-            ExampleInputsNeeded, CaptureFailed: as ``stream_of``.
+            ExampleInputsNeeded, CaptureError: as ``stream_of``.
         """
         sites, stream = find_sites(model), stream_of(model)
         sublayers = sublayer_sites(model, stream)
@@ -101,7 +101,7 @@ class Method(Protocol):
         """What it comes to at a model, for an adapter of a name.
 
         Raises:
-            UnsupportedField: it means something there that lorac does not build.
+            FormatError: it means something there that lorac does not build.
         """
 
 
@@ -126,14 +126,15 @@ def refuse_unknown(fields: Mapping[str, Any], known: Iterable[str], file: Path) 
     """Refuse fields that the library does not have.
 
     Raises:
-        UnknownField: naming the first.
+        FormatError: naming the first.
     """
     names = set(known)
     for name in fields:
         if name not in names:
-            raise UnknownField(
+            raise FormatError(
                 f"'{file}' sets the unknown field '{name}' = {short(fields[name])}",
                 nearest=nearest_name(name, names),
                 next_step="it may change the result, so it is not ignored; "
                 "if it is from a newer library, a newer lorac may know it",
+                code="unknown_field",
             )

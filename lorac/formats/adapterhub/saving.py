@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lorac.errors import UnsupportedField
+from lorac.errors import FormatError
 from lorac.formats.adapterhub.keys import Place
 from lorac.formats.adapterhub.layouts import INTERMEDIATE, LETTERS, LORAS, OUTPUT, PACKED
 from lorac.formats.adapterhub.loras import ARCHITECTURE, MAGNITUDE, SCALE, TASK_FIELDS, A, B, Fields, leaves
@@ -43,15 +43,16 @@ def written(adapter: Adapter, host: Host) -> Written:
         host: the model.
 
     Raises:
-        UnsupportedField: the library has no such method, or does not put one where the adapter has it.
+        FormatError: the library has no such method, or does not put one where the adapter has it.
     """
     terms = {path: _term(adapter, path, host) for path in adapter.tensors}
     groups = {term.fields for term in terms.values()}
     if len(groups) > 1:
-        raise UnsupportedField(
+        raise FormatError(
             f"AdapterHub has one rank, scale and dropout for all layers, and adapter '{adapter.name}' has "
             f"{len(groups)}",
             next_step=_NATIVE,
+            code="unsupported_field",
         )
     return _written(_chosen(adapter.name, next(iter(groups)), terms, host), terms, host)
 
@@ -60,9 +61,10 @@ def _term(adapter: Adapter, path: str, host: Host) -> _Term:
     layer, site, at = host.layers.get(path), host.sites[path], adapter.tensors[path]
     here = adapter.variant.at(site)
     if layer is None:
-        raise UnsupportedField(
+        raise FormatError(
             f"AdapterHub adapts no layer that is '{path}', and adapter '{adapter.name}' has {here.name} there",
             next_step=_NATIVE,
+            code="unsupported_field",
         )
     if layer.what != PACKED:
         fields, stored = _stored(adapter.name, here, site, at)
@@ -76,10 +78,11 @@ def _packed(name: str, here: Variant, site: Site, at: Mapping[str, Tensor]) -> _
     shares = set(here.among.values()) if isinstance(here, Split) and isinstance(here.among, Mapping) else {1}
     methods = [here.parts[part] for part in LETTERS if part in here.parts] if isinstance(here, Split) else []
     if not isinstance(here, Split) or not alike or len(shares) > 1 or any(one != methods[0] for one in methods):
-        raise UnsupportedField(
+        raise FormatError(
             f"AdapterHub adapts {', '.join(LETTERS)} of '{site.path}' each by itself and all alike, and adapter "
             f"'{name}' does not",
             next_step=f"lorac.Split(parts={{'q': lorac.LoRA()}}) does; or {_NATIVE}",
+            code="unsupported_field",
         )
     letters = tuple(part for part in LETTERS if part in here.parts)
     own = [{key.removeprefix(f"{part}_"): at[key] for key in at if key.startswith(f"{part}_")} for part in letters]
@@ -101,10 +104,11 @@ def _stored(name: str, method: Variant, site: Site, at: Mapping[str, Tensor]) ->
         return fields, {A: at["lora_A"], B: up, MAGNITUDE: at["magnitude"][:, None]}
     if isinstance(method, IA3) and not method.feedforward:
         return Fields(r=1, alpha=1.0, composition_mode=SCALE, init_weights="ia3"), {B: at["ia3_l"]}
-    raise UnsupportedField(
+    raise FormatError(
         f"adapter '{name}' is of method '{method.name}' at '{site.path}', as AdapterHub's files, as lorac writes them, "
         "have none there: they hold bottlenecks, LoRA, (IA)^3 that scales outputs, and DoRA of layers without biases",
         next_step=f"lorac.to_lora(adapter) makes a LoRA of what is one; or {_NATIVE}",
+        code="unsupported_field",
     )
 
 
@@ -124,10 +128,11 @@ def _chosen(name: str, fields: Fields, group: Mapping[str, _Term], host: Host) -
     asked = replace(asked, leave_out=tuple(sorted(able - {layer.number for layer in layers.values()})))
     whole = all(asked.letters(layers[path]) == term.letters for path, term in group.items() if term.letters)
     if {path for path, layer in host.layers.items() if asked.wants(layer)} != layers.keys() or not whole:
-        raise UnsupportedField(
+        raise FormatError(
             f"AdapterHub adapts layers of a kind in all of a block's attentions, or in its MLP, and adapter '{name}' "
             "does not",
             next_step=_NATIVE,
+            code="unsupported_field",
         )
     return asked
 

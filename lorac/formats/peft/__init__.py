@@ -15,7 +15,7 @@ from torch import nn
 
 from lorac.adapters.base_hash import tensor_hash
 from lorac.adapters.fit import check_present, check_site, in_order, no_site
-from lorac.errors import BaseNeeded, CorruptFile
+from lorac.errors import BaseNeeded, FormatError
 from lorac.formats._files import HUB_WEIGHTS, check_seal, read_json, read_pickle, read_safetensors
 from lorac.formats._format import Format
 from lorac.formats._layout import LAYOUT, describe
@@ -110,9 +110,10 @@ def _weights(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         return read_safetensors(folder / WEIGHTS)
     if (folder / _PICKLED).is_file():
         return read_pickle(folder / _PICKLED), {}
-    raise CorruptFile(
+    raise FormatError(
         f"'{folder}' has {CONFIG}, but neither {WEIGHTS} nor {_PICKLED}",
         next_step="copy or download the whole folder",
+        code="corrupt_file",
     )
 
 
@@ -142,9 +143,10 @@ def _spread(adapter: str, method: Method, contents: Contents, model: nn.Module |
     for path, source in tied.items():
         here, there = contents.sites.get(path), contents.sites[source]
         if here is not None and not holds(here, there):
-            raise CorruptFile(
+            raise FormatError(
                 f"adapter '{adapter}' has other tensors for '{path}' than for '{source}', which it is tied to",
                 next_step="load the base model that the adapter was trained on",
+                code="corrupt_file",
             )
         contents.sites[path], contents.tied[path] = there, source
 
@@ -188,9 +190,10 @@ def _shared(
             check_present(adapter.name, adapter.variant, sites[path], contents.sites[path])
         made = method.make_shared(values, [sites[path] for path in contents.sites if path in sites])
     if not set(missing) <= made.keys():
-        raise CorruptFile(
+        raise FormatError(
             f"the file of adapter '{adapter.name}' lacks '{missing[0]}', which all its sites have in common",
             next_step="save the adapter again, with save_projection=True where its configuration has that",
+            code="corrupt_file",
         )
     return {**made, **contents.shared}
 

@@ -30,7 +30,7 @@ def seed(value: Any) -> int:
 def whole(peft_type: str) -> Callable[[Variant, Site, Tensors], dict[str, Tensor]]:
     """A writer of one site's tensors by suffix, those that all sites share among them.
 
-    Its function raises ``SiteUnsupported`` where PEFT's type adapts no linear layer.
+    Its function raises ``SiteError`` where PEFT's type adapts no linear layer.
     """
     check_site = linear(peft_type)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from lorac.adapters.base_hash import other_copy
 from lorac.adapters.fit import check_adapter, check_replaced, named_tensors, no_site
-from lorac.errors import CorruptFile, ShapeMismatch, SiteUnsupported, UnsupportedField, UnusedTensors, warn
+from lorac.errors import AdapterError, FormatError, warn
 from lorac.formats._layout import same_layout
 from lorac.formats.peft.config import ALL_LINEAR
 from lorac.formats.peft.keys import Contents, copied_module, embedding_modules, saved
@@ -27,11 +27,11 @@ def against_itself(adapter: Adapter, told: Mapping[str, Site], values: Mapping[s
     """Without a model: every site of the file is one that its configuration targets.
 
     Raises:
-        CorruptFile: There is no site at all.
-        UnusedTensors: A site is not targeted: PEFT would ignore its tensors in silence.
+        FormatError: There is no site at all.
+        FormatError: A site is not targeted: PEFT would ignore its tensors in silence.
     """
     if not told and not _copies(adapter):
-        raise CorruptFile(f"the file of adapter '{adapter.name}' holds no tensor of its method")
+        raise FormatError(f"the file of adapter '{adapter.name}' holds no tensor of its method", code="corrupt_file")
     _only_targeted(adapter, told, targeted(adapter.variant, told), values, method)
 
 
@@ -51,16 +51,16 @@ def against_model(
         The model's sites.
 
     Raises:
-        SiteNotFound, SiteUnsupported, ShapeMismatch, BaseMismatch: As `check_adapter`.
-        CorruptFile: The configuration promises tensors that the file lacks.
-        UnusedTensors: A site is not targeted.
-        UnsupportedField: A saved module computes its weight at each call.
+        SiteError, AdapterError: As `check_adapter`.
+        FormatError: The configuration promises tensors that the file lacks.
+        FormatError: A site is not targeted.
+        FormatError: A saved module computes its weight at each call.
     """
     sites = find_sites(model)
     wanted = targeted(adapter.variant, sites, model)
     strange = [no_site(adapter.name, path, sites, model) for path in told if path not in sites]
-    strange.sort(key=lambda error: not isinstance(error, SiteUnsupported))
-    if not wanted and not _copies(adapter) and not (strange and isinstance(strange[0], SiteUnsupported)):
+    strange.sort(key=lambda error: error.code != "site_unsupported")
+    if not wanted and not _copies(adapter) and not (strange and strange[0].code == "site_unsupported"):
         raise nothing_matches(adapter.name, adapter.variant.asked, sites)
     if strange:
         raise strange[0]
@@ -158,7 +158,7 @@ def _only_targeted(
         if source and (not by_weight or path in sites[source].shares):
             adapter.provenance["tied"][path] = source
             continue
-        raise UnusedTensors(
+        raise FormatError(
             f"adapter '{adapter.name}' has tensors for '{path}', which its configuration does not "
             "target, so that PEFT would ignore them",
             next_step="target_modules, exclude_modules, layers_to_transform and modules_to_save "
@@ -168,6 +168,7 @@ def _only_targeted(
                 if values.get("ensure_weight_tying")
                 else ""
             ),
+            code="unused_tensors",
         )
 
 
@@ -177,11 +178,12 @@ def _refuse_computed(adapter: Adapter, known: Iterable[str]) -> None:
     for name in adapter.replaced.keys() - known:
         owner = name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
         if f"{owner}.weight" in known - adapter.replaced.keys():
-            raise UnsupportedField(
+            raise FormatError(
                 f"adapter '{adapter.name}' trains '{name}', from which '{owner}' computes its weight at each call; the "
                 "model as compiled has that weight alone",
                 next_step="after training, remove the parametrization (torch.nn.utils.parametrize."
                 "remove_parametrizations, remove_weight_norm) in the model that PEFT saves, and in this one",
+                code="unsupported_field",
             )
 
 
@@ -192,10 +194,11 @@ def _complete(adapter: Adapter, wanted: Iterable[str], model: nn.Module) -> None
     if lacking:
         listed = ", ".join(f"'{name}'" for name in lacking[:5])
         more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
-        raise CorruptFile(
+        raise FormatError(
             f"the file of adapter '{adapter.name}' lacks tensors that its configuration promises "
             f"for this model: {listed}{more}",
             next_step="it is incomplete, or was made for a smaller model",
+            code="corrupt_file",
         )
 
 
@@ -222,12 +225,13 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.to(coarse), other.detach().to(one.device, coarse))
 
 
-def _other_layout(adapter: Adapter, told: Site, site: Site) -> ShapeMismatch:
+def _other_layout(adapter: Adapter, told: Site, site: Site) -> AdapterError:
     def words(found: Site) -> str:
         groups = f" in {found.conv.groups} groups" if found.conv and found.conv.groups > 1 else ""
         return f"{found.kind} {found.kernel}{groups}"
 
-    return ShapeMismatch(
+    return AdapterError(
         f"adapter '{adapter.name}' holds tensors for a {words(told)} at '{site.path}', which is a {words(site)}",
         next_step="load the class of model that the adapter was trained on",
+        code="shape_mismatch",
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lorac.discovery import modules_of
-from lorac.errors import UnknownField, UnsupportedField, nearest_name, short
+from lorac.errors import FormatError, nearest_name, short
 from lorac.formats.peft.method import ABSENT, Field, Method, Use
 from lorac.ir.host.patterns import KEYWORDS
 from lorac.variants.base import Variant
@@ -148,36 +148,39 @@ def method_of(raw: Mapping[str, Any], path: Path) -> Method:
     """The PEFT type of a configuration.
 
     Raises:
-        UnknownField: No such type, or none named.
-        UnsupportedField: A type of PEFT that lorac does not read.
+        FormatError: No such type, or none named.
+        FormatError: A type of PEFT that lorac does not read.
     """
     named = raw.get("peft_type")
     if isinstance(named, str) and named in methods():
         return methods()[named]
     readable = f"lorac reads {', '.join(sorted(methods()))}"
     if named is None:
-        raise UnknownField(f"'{path}' names no peft_type", next_step=readable)
+        raise FormatError(f"'{path}' names no peft_type", next_step=readable, code="unknown_field")
     if str(named) in PEFT_TYPES:
-        raise UnsupportedField(f"'{path}' is of peft_type {named}", next_step=readable)
+        raise FormatError(f"'{path}' is of peft_type {named}", next_step=readable, code="unsupported_field")
     near = nearest_name(str(named).upper(), PEFT_TYPES)
-    raise UnknownField(f"'{path}' has the unknown peft_type {short(named)}", nearest=near, next_step=readable)
+    raise FormatError(
+        f"'{path}' has the unknown peft_type {short(named)}", nearest=near, next_step=readable, code="unknown_field"
+    )
 
 
 def read_config(raw: Mapping[str, Any], method: Method, path: Path) -> dict[str, Any]:
     """Every field's value, checked and in lorac's types; defaults where the file has none.
 
     Raises:
-        UnknownField: A field that PEFT's configuration class does not have.
-        UnsupportedField: A field that changes the result in a way lorac does not build, or a value
+        FormatError: A field that PEFT's configuration class does not have.
+        FormatError: A field that changes the result in a way lorac does not build, or a value
             of another type.
     """
     for name in raw:
         if name not in method.fields and name not in method.retired:
-            raise UnknownField(
+            raise FormatError(
                 f"'{path}' sets the unknown field '{name}' = {short(raw[name])}",
                 nearest=nearest_name(name, method.fields),
                 next_step="it may change the result, so it is not ignored; "
                 "if it is from a newer PEFT, a newer lorac may know it",
+                code="unknown_field",
             )
     fields = {**method.fields, **method.retired}
     return {name: _value(path, name, f, raw.get(name, f.default)) for name, f in fields.items()}
@@ -187,7 +190,7 @@ def variant_of(values: Mapping[str, Any], method: Method, path: Path) -> Variant
     """The variant that a checked configuration describes.
 
     Raises:
-        UnsupportedField: A field is set that the variant it picks does not have.
+        FormatError: A field is set that the variant it picks does not have.
     """
     kind = next(
         kind for kind, picks in method.variants.items() if all(values[name] == value for name, value in picks.items())
@@ -198,15 +201,17 @@ def variant_of(values: Mapping[str, Any], method: Method, path: Path) -> Variant
         if field.to in own:
             chosen[field.to] = values[name]
         elif field.use is Use.APPLIED and field.to and name not in picks and values[name] != field.read(field.default):
-            raise UnsupportedField(
+            raise FormatError(
                 f"'{path}' sets {name}={short(values[name])} together with "
                 + ", ".join(f"{n}={v!r}" for n, v in picks.items()),
                 next_step="PEFT does not combine them either",
+                code="unsupported_field",
             )
     if isinstance(values["target_modules"], str) and values.get("layers_to_transform"):
-        raise UnsupportedField(
+        raise FormatError(
             f"'{path}' sets layers_to_transform together with a pattern of target_modules",
             next_step="PEFT wants a list of names with it",
+            code="unsupported_field",
         )
     chosen["targets"] = values["target_modules"] or ()
     chosen["bias"] = bias_name(values.get("bias", "none"), kind.name)
@@ -244,15 +249,18 @@ def bias_name(value: str, prefix: str) -> str:
 def _value(path: Path, name: str, field: Field, value: Any) -> Any:
     if field.use is Use.REFUSED:
         if value and value != field.default:
-            raise UnsupportedField(
+            raise FormatError(
                 f"'{path}' sets {name}={short(value)}, which lorac does not build",
                 next_step=field.instead,
+                code="unsupported_field",
             )
         return field.default
     try:
         return field.read(value)
     except ValueError as error:
-        raise UnsupportedField(f"'{path}' sets {name}={short(value)}: {error}", next_step=field.instead) from None
+        raise FormatError(
+            f"'{path}' sets {name}={short(value)}: {error}", next_step=field.instead, code="unsupported_field"
+        ) from None
 
 
 def _mapping(value: Any) -> dict[str, Any]:

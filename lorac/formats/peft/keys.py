@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorac.errors import CorruptFile, UnusedTensors, nearest_name
+from lorac.errors import FormatError, nearest_name
 from lorac.formats.peft.method import Method
 from lorac.ir.host.patterns import names
 from lorac.variants.base import Variant
@@ -89,8 +89,8 @@ def read_keys(
         model: The base; without it embeddings are known by PEFT's two names for them only.
 
     Raises:
-        UnusedTensors: No rule accounts for a key.
-        CorruptFile: Two copies of one thing differ.
+        FormatError: No rule accounts for a key.
+        FormatError: Two copies of one thing differ.
     """
     reading = _Reading(method, values, frozenset(_embeddings(model)))
     shared = {SHARED_PREFIX + name: name for name in method.shared}
@@ -287,21 +287,23 @@ def _embeddings(model: nn.Module | None) -> Iterator[str]:
 
 def _same(one: str, first: Tensor, other: str, second: Tensor) -> None:
     if not torch.equal(first, second):
-        raise CorruptFile(
+        raise FormatError(
             f"'{one}' and '{other}' are copies of one tensor, and differ",
             next_step="save the adapter again",
+            code="corrupt_file",
         )
 
 
-def _unused(keys: list[str], reading: _Reading) -> UnusedTensors:
+def _unused(keys: list[str], reading: _Reading) -> FormatError:
     sites = reading.found.sites
     expected = [f"{PREFIX}{path}.{suffix}" for path in sites for suffix in reading.method.suffixes]
     listed = ", ".join(f"'{key}'" for key in keys[:5])
     more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-    return UnusedTensors(
+    return FormatError(
         f"no rule of peft_type {reading.method.peft_type} accounts for {len(keys)} tensors: {listed}{more}",
         nearest=nearest_name(keys[0], expected),
         next_step="keys are base_model.model.<module path>.<"
         + "|".join(reading.method.suffixes)
         + ">; a model wrapped by torch.compile or DDP adds names of its own",
+        code="unused_tensors",
     )

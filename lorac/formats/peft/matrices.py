@@ -21,7 +21,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import nn
 
-from lorac.errors import BaseNeeded, ShapeMismatch, UnsupportedField
+from lorac.errors import AdapterError, BaseNeeded, FormatError
 from lorac.formats.peft.keys import WRAPPED, Contents
 from lorac.formats.peft.method import Tensors
 from lorac.ir.host.patterns import names
@@ -48,7 +48,7 @@ def take(
 
     Raises:
         BaseNeeded: there is no model.
-        ShapeMismatch: tensors do not belong together, or to so many matrices.
+        AdapterError: tensors do not belong together, or to so many matrices.
     """
     if not parameters:
         return {}
@@ -82,7 +82,7 @@ def written(
 
     Raises:
         BaseNeeded: there are some, and no model.
-        UnsupportedField: the method has dropout, of which PEFT has none there.
+        FormatError: the method has dropout, of which PEFT has none there.
     """
     if not own:
         return {}
@@ -93,10 +93,11 @@ def written(
             next_step="pass model=, or use format='native'",
         )
     if getattr(adapter.variant, "dropout", 0):
-        raise UnsupportedField(
+        raise FormatError(
             f"PEFT has no dropout at '{first}', which its module multiplies by itself, and adapter "
             f"'{adapter.name}' has one",
             next_step="set dropout=0.0 before saving, or use format='native'",
+            code="unsupported_field",
         )
     places = _places([site for path, site in find_sites(model).items() if path in own])
     return {
@@ -151,11 +152,12 @@ def _write(site: Site, tensors: Tensors) -> dict[str, Tensor]:
     return {_A: a.flatten(0, 1), _B: b.permute(1, 2, 0).flatten(1)} if site.stack else {_A: a, _B: b}
 
 
-def _misfit(site: Site, stored: Tensors) -> ShapeMismatch:
+def _misfit(site: Site, stored: Tensors) -> AdapterError:
     shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in stored.items())
     matrices = f"{site.stack} matrices" if site.stack else "a matrix"
-    return ShapeMismatch(
+    return AdapterError(
         f"the tensors at '{site.path}', {matrices} {site.in_features} -> {site.out_features}, are no adapter of it: "
         f"{shapes}",
         next_step="lora_A is (E·r, in), lora_B (out, r·E); load the base model that the adapter was trained on",
+        code="shape_mismatch",
     )

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from lorac.errors import CompileError, UnsupportedField, short
+from lorac.errors import CompileError, FormatError, short
 from lorac.formats import load_adapter
 from lorac.formats.peft.config import COMMON, method_of, read_config, variant_of
 from lorac.formats.peft.method import Method, Use
@@ -50,16 +50,17 @@ def fresh_of(config: Any) -> Variant:
     """The fresh method that a configuration of PEFT's describes.
 
     Raises:
-        UnsupportedField: it sets what lorac does not build, or how PEFT starts an adapter.
+        FormatError: it sets what lorac does not build, or how PEFT starts an adapter.
     """
     where = Path(type(config).__name__)
     raw = json.loads(json.dumps(config.to_dict(), default=sorted))
     method = method_of(raw, where)
     values = read_config(raw, method, where)
     if raw.get("target_modules") is None and not raw.get("target_parameters"):
-        raise UnsupportedField(
+        raise FormatError(
             f"'{where}' names no target_modules, and what PEFT then takes depends on the model",
             next_step="name them: target_modules=['q_proj', 'v_proj']",
+            code="unsupported_field",
         )
     _refuse_unstarted(raw, method, where)
     variant = variant_of(values, method, where)
@@ -73,10 +74,11 @@ def _refuse_unstarted(raw: Mapping[str, Any], method: Method, where: Path) -> No
         picks = any(name in chosen and chosen[name] == raw.get(name) for chosen in method.variants.values())
         told = name in COMMON or picks or field.to is not None or field.use is Use.IRRELEVANT
         if not told and raw.get(name, field.default) not in (field.default, None):
-            raise UnsupportedField(
+            raise FormatError(
                 f"'{where}' sets {name}={short(raw[name])}, which says how PEFT makes or trains an adapter, and lorac "
                 "does it in its own way",
                 next_step="leave it out; or have get_peft_model make the adapter, and give the PeftModel",
+                code="unsupported_field",
             )
 
 

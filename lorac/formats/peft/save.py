@@ -13,7 +13,7 @@ from torch import nn
 
 from lorac.adapters.base_hash import base_hash
 from lorac.adapters.fit import check_adapter, named_tensors
-from lorac.errors import UnsupportedField
+from lorac.errors import FormatError
 from lorac.formats._files import SEAL, config_text, write_json
 from lorac.formats._layout import layouts
 from lorac.formats.peft import matrices
@@ -46,7 +46,7 @@ def save(adapter: Adapter, folder: Path, model: nn.Module | None, target: Path) 
     """Write adapter_config.json and adapter_model.safetensors into a new folder, which is to be at ``target``.
 
     Raises:
-        UnsupportedField: PEFT has no type for the method, or no place for a tensor.
+        FormatError: PEFT has no type for the method, or no place for a tensor.
         BaseNeeded: The adapter comes from no file and no model was given.
     """
     if model is not None:
@@ -110,9 +110,10 @@ def _refuse_parts(adapter: Adapter, sites: Mapping[str, Site]) -> None:
     owners = [site.within for site in sites.values() if site.within is not None]
     for owner in owners:
         if owner not in sites or owners.count(owner) == 1:
-            raise UnsupportedField(
+            raise FormatError(
                 f"PEFT adapts all of '{owner}' or nothing, and adapter '{adapter.name}' adapts a part of it",
                 next_step=f"target '{owner}' itself, which names all of it, or use format='native'",
+                code="unsupported_field",
             )
 
 
@@ -123,9 +124,10 @@ def _refuse_torn(adapter: Adapter, model: nn.Module | None) -> None:
     for name in (name for name in adapter.replaced if not saved(name, adapter.variant.modules_to_save)):
         other = seen.setdefault(id(known.get(name, name)), name)
         if not torch.equal(adapter.replaced[name], adapter.replaced[other]):
-            raise UnsupportedField(
+            raise FormatError(
                 f"adapter '{adapter.name}' replaces '{other}' and '{name}', which are one tensor in the model, by two",
                 next_step="name their modules in modules_to_save, or use format='native'",
+                code="unsupported_field",
             )
 
 
@@ -160,9 +162,10 @@ def _method(adapter: Adapter) -> Method:
     for method in methods().values():
         if type(adapter.variant) in method.variants.keys() - method.only_read:
             return method
-    raise UnsupportedField(
+    raise FormatError(
         f"PEFT has no type for '{adapter.variant.name}', the method of adapter '{adapter.name}'",
         next_step="use format='native', or lorac.to_lora(adapter, model), which makes a LoRA of what it does",
+        code="unsupported_field",
     )
 
 
@@ -187,9 +190,10 @@ def _spread(adapter: Adapter, method: Method, model: nn.Module | None) -> dict[s
     found = method.spread(adapter.tensors, find_sites(model))
     for path, source in found.items():
         if not holds(adapter.tensors.get(path, {}), method.tied_to(adapter.tensors[source])):
-            raise UnsupportedField(
+            raise FormatError(
                 f"PEFT changes '{path}' with '{source}', which it is tied to, and adapter '{adapter.name}' does not",
                 next_step="adapt both alike, or use format='native'",
+                code="unsupported_field",
             )
     return found
 
@@ -224,9 +228,10 @@ def _key(
         return f"{_path(sites[module])}.{WRAPPED}.bias" if module in adapter.tensors else name
     if module not in adapter.tensors and module in set(_embeddings(module, model)):
         return name
-    raise UnsupportedField(
+    raise FormatError(
         f"PEFT has no place for '{name}', which adapter '{adapter.name}' replaces",
         next_step="name its module in modules_to_save, or use format='native'",
+        code="unsupported_field",
     )
 
 

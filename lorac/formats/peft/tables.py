@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lorac.errors import ShapeMismatch, SiteUnsupported, warn
+from lorac.errors import AdapterError, SiteError, warn
 from lorac.formats.peft import config
 from lorac.formats.peft.method import Field, Tensors, Use
 from lorac.ir.host.sites import Site, SiteKind
@@ -83,9 +83,10 @@ def only(
             return
         what = "GPT-2's Conv1D" if site.transposed else f"{site.kind} of {groups} groups" if groups > 1 else site.kind
         what = what if site.within is None else f"a weight within '{site.within}'"
-        raise SiteUnsupported(
+        raise SiteError(
             f"PEFT's {peft_type} does not adapt '{site.path}', which is {what}",
             next_step="use format='native', or exclude= the module",
+            code="site_unsupported",
         )
 
     return check
@@ -111,7 +112,9 @@ def core_shape(site: Site, core: torch.Tensor) -> tuple[int, ...]:
     return (*core.shape[:2], *(*site.conv.kernel, 1)[:2])
 
 
-def misfit(path: str, stored: Tensors, expected: str) -> ShapeMismatch:
+def misfit(path: str, stored: Tensors, expected: str) -> AdapterError:
     """The error for tensors of one site that make no adapter of it."""
     shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in stored.items())
-    return ShapeMismatch(f"the tensors at '{path}' do not belong together: {shapes}", next_step=expected)
+    return AdapterError(
+        f"the tensors at '{path}' do not belong together: {shapes}", next_step=expected, code="shape_mismatch"
+    )

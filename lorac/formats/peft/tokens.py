@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorac.errors import BaseNeeded, CorruptFile, ShapeMismatch, SiteNotFound, UnsupportedField, nearest_name
+from lorac.errors import AdapterError, BaseNeeded, FormatError, SiteError, nearest_name
 from lorac.formats.peft import config
 from lorac.ir.host.sites import Site, SiteKind, find_sites, stored_tensor
 
@@ -48,17 +48,18 @@ def with_rows(name: str, rows: Rows, values: Mapping[str, Any], model: nn.Module
 
     Raises:
         BaseNeeded: There is no model.
-        SiteNotFound: A module is not in it.
-        ShapeMismatch: Rows and their numbers, or the weight, do not belong together.
-        CorruptFile: The configuration names rows that the file lacks.
+        SiteError: A module is not in it.
+        AdapterError: Rows and their numbers, or the weight, do not belong together.
+        FormatError: The configuration names rows that the file lacks.
     """
     given = values.get("trainable_token_indices") or {}
     missing = [key for key in given if key is not None and not any(_is(module, key) for module in rows)]
     if missing or (given and not rows):
-        raise CorruptFile(
+        raise FormatError(
             f"the file of adapter '{name}' lacks the rows of '{missing[0] if missing else 'the embedding'}' that its "
             "trainable_token_indices name",
             next_step="it is incomplete: save the adapter again",
+            code="corrupt_file",
         )
     if not rows:
         return {}
@@ -67,10 +68,11 @@ def with_rows(name: str, rows: Rows, values: Mapping[str, Any], model: nn.Module
     sites, found = find_sites(model), dict[str, Tensor]()
     for module, tensor in rows.items():
         if module not in sites:
-            raise SiteNotFound(
+            raise SiteError(
                 f"adapter '{name}' has rows for '{module}', which the model does not have",
                 nearest=nearest_name(module, sites),
                 next_step="load the class of model that the adapter was trained on",
+                code="site_not_found",
             )
         whole = _whole(name, sites[module], tensor, _numbers(given, module), model)
         tied = [path for path in sites[module].shares if path not in rows]
@@ -82,9 +84,10 @@ def refuse_both(name: str, rows: Rows, adapted: Mapping[str, Any]) -> None:
     """Refuse rows of a layer that the adapter changes besides, which PEFT cannot run."""
     both = sorted(rows.keys() & adapted.keys())
     if both:
-        raise UnsupportedField(
+        raise FormatError(
             f"adapter '{name}' trains rows of '{both[0]}' and adapts it",
             next_step="PEFT does not combine them either: exclude_modules the layer",
+            code="unsupported_field",
         )
 
 
@@ -92,10 +95,11 @@ def _whole(name: str, site: Site, rows: Tensor, numbers: tuple[int, ...], model:
     weight = stored_tensor(model, str(site.weight)).detach()
     plain = site.kind in {SiteKind.EMBEDDING, SiteKind.LINEAR} and not site.transposed
     if not plain or rows.shape != (len(numbers), weight.shape[1]) or max(numbers) >= len(weight):
-        raise ShapeMismatch(
+        raise AdapterError(
             f"adapter '{name}' has rows {tuple(rows.shape)} of '{site.path}' for {len(numbers)} tokens up to number "
             f"{max(numbers)}; its weight is {tuple(weight.shape)}",
             next_step=f"call model.resize_token_embeddings({max(numbers) + 1}) if the vocabulary has grown",
+            code="shape_mismatch",
         )
     return weight.index_copy(0, torch.tensor(numbers), rows.to(weight))
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from lorac.errors import NotMergeable
+from lorac.errors import CompileError
 from lorac.ir.algebra.letters import BIAS, KEPT_APART, WEIGHT, A, B, C, D, G, H, T
 
 Tensor = torch.Tensor
@@ -166,7 +166,7 @@ def merge(change: Change, weight: Tensor) -> Tensor:
     """W' (out, in) in the dtype of W (out, in), a new tensor; computed in the wider of the two dtypes.
 
     Raises:
-        NotMergeable: the change has a part that no weight holds.
+        CompileError: the change has a part that no weight holds.
     """
     if isinstance(change, Dense):
         return change.weight.to(weight.dtype, copy=True)
@@ -205,9 +205,10 @@ def stacked(changes: Sequence[Change]) -> LowRank:
 def _refuse_unmerged(change: LowRank) -> None:
     for letter in change.parts:
         if letter not in _MERGED:
-            raise NotMergeable(
+            raise CompileError(
                 f"a change with a part '{letter}' has no merged weight",
                 next_step="mode='live' runs it beside the weight, alone and at strength 1",
+                code="not_mergeable",
             )
 
 

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorac.errors import FormulaFailed, LoracError
+from lorac.errors import AdapterError, LoracError
 from lorac.lines import definition_line, innermost_line
 from lorac.quiet import quiet
 
@@ -69,7 +69,7 @@ class Formula:
             read: program values that it may read besides, by name.
 
         Raises:
-            FormulaFailed: it raises, writes, needs the value of a tensor, or answers something else.
+            AdapterError: it raises, writes, needs the value of a tensor, or answers something else.
         """
         return self._admitted(self._found(args, read or {}, watched=isinstance(like, FakeTensor)), like)
 
@@ -80,7 +80,7 @@ class Formula:
             *args, read: as of a call.
 
         Raises:
-            FormulaFailed: as a call does.
+            AdapterError: as a call does.
         """
         watched = any(isinstance(tensor, FakeTensor) for tensor in self._named(args, read).values())
         found = self._found(args, read, watched=watched)
@@ -121,12 +121,12 @@ class Formula:
             raise self._failed(f"answers a tensor of {found.dtype}, not of floating-point numbers")
         return found
 
-    def _failed(self, what: str, step: str = _PURE, error: Exception | None = None) -> FormulaFailed:
+    def _failed(self, what: str, step: str = _PURE, error: Exception | None = None) -> AdapterError:
         # The first frame of the traceback is the call itself.
         line = innermost_line(traceback.extract_tb(error.__traceback__)[1:]) if error is not None else None
         line = line or definition_line(self.function)
         told = f"the formula of {self.method} at '{self.site}' {what}"
-        return FormulaFailed(told + (f"\n  in {line}" if line else ""), next_step=step)
+        return AdapterError(told + (f"\n  in {line}" if line else ""), next_step=step, code="formula_failed")
 
 
 def _a(found: Any) -> str:

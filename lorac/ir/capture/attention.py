@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from lorac.errors import CaptureFailed, Unavailable
+from lorac.errors import CaptureError, Unavailable
 from lorac.ir.graph import attending
 from lorac.ir.graph.attending import DECODER_IDS, IDS, PLACES, WITHOUT, text_of
 from lorac.ir.host.inputs.example_inputs import default_shapes, is_hugging_face, set_captured
@@ -242,7 +242,7 @@ def attention_marked(host: nn.Module, inputs: Mapping[str, Any]) -> Iterator[Non
         mapping[_NAME] = function
     try:
         yield
-    except CaptureFailed as error:
+    except CaptureError as error:
         if marks.unfit:
             raise _unfit(host, f"keeps no cache: {marks.unfit[0]}") from error
         if not marks.marked and (marks.windows or marks.shown):

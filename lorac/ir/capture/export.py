@@ -22,7 +22,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from lorac.errors import CaptureFailed
+from lorac.errors import CaptureError
 from lorac.ir.capture.alike import families
 from lorac.ir.capture.attention import (
     attention_marked,
@@ -87,7 +87,7 @@ def export(
 
     Raises:
         ExampleInputsNeeded: there are no inputs and none can be made.
-        CaptureFailed: the model does not trace; the message names the line that does not.
+        CaptureError: the model does not trace; the message names the line that does not.
     """
     return _exported(model, example_inputs, dynamic_shapes, blocks, prefix)[0]
 
@@ -102,11 +102,11 @@ def _exported(
 ) -> tuple[ExportedProgram, list[Guard], Arguments]:
     """As ``export``, with what the trace takes for granted and where, and what it was given."""
     given = default_inputs(model) if example_inputs is None else example_inputs
-    failures: list[CaptureFailed] = []
+    failures: list[CaptureError] = []
     for arguments in Arguments.of(model, _named(model, given)).ways(model):
         try:
             return _exported_with(arguments, model, given, dynamic_shapes, blocks, prefix, grows)
-        except CaptureFailed as error:
+        except CaptureError as error:
             failures.append(error)
         if not isinstance(failures[-1].__cause__, _ValuesNeeded):
             break
@@ -138,7 +138,9 @@ def _exported_with(
     unfold(program, prefix)
     if arguments.truths and checks_sites(program):
         step = "make forward decide by its inputs alone; target='eager' runs the model itself"
-        raise CaptureFailed("forward decides by what a layer computes that adapters change", next_step=step)
+        raise CaptureError(
+            "forward decides by what a layer computes that adapters change", next_step=step, code="capture_failed"
+        )
     _refuse_objects(program)
     if grows:
         refuse_other_attention(program, host)
@@ -152,9 +154,10 @@ def _named(model: nn.Module, given: Any) -> dict[str, Any]:
     try:
         return by_name(model, given)
     except TypeError as error:
-        raise CaptureFailed(
+        raise CaptureError(
             f"{type(model).__name__} cannot be called with its example inputs: {error}",
             next_step="give example_inputs= as the model itself is called",
+            code="capture_failed",
         ) from error
 
 
@@ -171,9 +174,10 @@ def _refuse_objects(program: ExportedProgram) -> None:
     objects = [spec for spec in program.graph_signature.input_specs if spec.kind is InputKind.CUSTOM_OBJ]
     for spec in objects:
         held = program.constants[str(spec.target)]
-        raise CaptureFailed(
+        raise CaptureError(
             f"forward uses a {type(held).__name__} of the model's own, which no program can hold",
             next_step="target='eager' runs the model itself",
+            code="capture_failed",
         )
 
 
@@ -373,7 +377,7 @@ def _is_about_shapes(error: BaseException) -> bool:
     return any(type(e).__name__ in ("ConstraintViolationError", "UserError") for e in chain(error))
 
 
-def _failure(host: nn.Module, guards: Sequence[Guard], error: Exception) -> CaptureFailed:
+def _failure(host: nn.Module, guards: Sequence[Guard], error: Exception) -> CaptureError:
     line = source_line(error)
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     step = (
@@ -390,7 +394,8 @@ def _failure(host: nn.Module, guards: Sequence[Guard], error: Exception) -> Capt
         step = "call the model once before compiling: then it is cast already; target='eager' runs it as it is"
     elif not isinstance(error, _ValuesNeeded | GuardOnDataDependentSymNode):
         step = "target='eager' runs the model itself"
-    return CaptureFailed(
+    return CaptureError(
         f"torch.export cannot trace {type(host).__name__}" + (f" at {line}" if line else "") + f": {reason}",
         next_step=step,
+        code="capture_failed",
     )

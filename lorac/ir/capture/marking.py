@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorac.errors import CaptureFailed, nearest_name
+from lorac.errors import CaptureError, nearest_name
 from lorac.ir.host.layers import Forward, calls_below, is_plain, padded, with_below
 from lorac.ir.host.sites import conv_geometry, is_conv1d_of_gpt2
 from lorac.ir.slots.reads import first_tensor, replace_first
@@ -24,14 +24,15 @@ def mark(model: nn.Module, blocks: Collection[str] = (), prefix: str = "") -> li
         prefix: what the sites' paths begin with, where the model is one component of several.
 
     Raises:
-        CaptureFailed: ``blocks`` names no module of the model.
+        CaptureError: ``blocks`` names no module of the model.
     """
     modules = {f"{prefix}{path}": module for path, module in model.named_modules()}
     if unknown := sorted(set(blocks) - modules.keys()):
-        raise CaptureFailed(
+        raise CaptureError(
             f"the model has no module {unknown[0]!r} to mark as a block",
             nearest=nearest_name(unknown[0], modules),
             next_step="`lorac sites MODEL` prints the blocks",
+            code="capture_failed",
         )
     sites = []
     for path, module in modules.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from lorac.errors import VerificationFailed
+from lorac.errors import CompileError
 from lorac.ir.graph import ops
 from lorac.ir.graph.graph import Graph, Level, written_by
 
@@ -24,7 +24,7 @@ def verify(graph: Graph, after: str) -> None:
         after: the pass that ran last, for the message.
 
     Raises:
-        VerificationFailed: what rule is broken, at which node, after which pass.
+        CompileError: what rule is broken, at which node, after which pass.
     """
     _known_operands(graph, after)
     for node in graph.find(*_FORBIDDEN[graph.level]):
@@ -52,7 +52,9 @@ def _slots(graph: Graph, after: str) -> None:
     for slot in graph.slots.values():
         node = placeholders.get(slot.node)
         if node is None:
-            raise VerificationFailed(f"after '{after}': slot '{slot.name}' is no input of the graph any more")
+            raise CompileError(
+                f"after '{after}': slot '{slot.name}' is no input of the graph any more", code="verification_failed"
+            )
         if node not in live:
             raise _failed(after, node, f"slot '{slot.name}' reaches no output")
 
@@ -66,10 +68,11 @@ def _no_writes(graph: Graph, after: str) -> None:
             raise _failed(after, node, f"writes to the base weight {written.name}")
 
 
-def _failed(after: str, node: fx.Node, what: str) -> VerificationFailed:
+def _failed(after: str, node: fx.Node, what: str) -> CompileError:
     line = (node.meta.get("stack_trace") or "").strip().splitlines()
-    return VerificationFailed(
+    return CompileError(
         f"after '{after}': {node.name} {what}",
         nearest=line[-2].strip() if len(line) > 1 else None,
         next_step="this is a bug in a pass, not in your model",
+        code="verification_failed",
     )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from lorac.errors import ChoiceError, UnknownOption, nearest_name
+from lorac.errors import ChoiceError, OptionError, nearest_name
 
 MAIN = "main"
 """What the only graph of a single model is called."""
@@ -16,17 +16,15 @@ class Components(nn.ModuleDict):
     """Models by name; paths of sites begin with it. It is not called itself: each of them is, by its name.
 
     Raises:
-        UnknownOption: a name that cannot begin a path or name a folder.
+        OptionError: a name that cannot begin a path or name a folder.
     """
 
     def __init__(self, models: Mapping[str, nn.Module]) -> None:
         if not models:
-            raise UnknownOption(
-                "there is no model to compile", next_step="give one, or several by name: {'unet': model}"
-            )
+            raise OptionError("there is no model to compile", next_step="give one, or several by name: {'unet': model}")
         for name in models:
             if not name.isidentifier():
-                raise UnknownOption(f"'{name}' cannot name a component", next_step="names are letters, digits and _")
+                raise OptionError(f"'{name}' cannot name a component", next_step="names are letters, digits and _")
         super().__init__(dict(models))
 
 

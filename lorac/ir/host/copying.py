@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lorac.errors import CaptureFailed
+from lorac.errors import CaptureError
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -25,7 +25,7 @@ def structural_copy(model: Model, *, share_buffers: bool = False) -> Model:
         share_buffers: share buffers too, for a copy that will never train (batch statistics are written in training).
 
     Raises:
-        CaptureFailed: something that the model holds cannot be copied.
+        CaptureError: something that the model holds cannot be copied.
     """
     attributes = (value for module in model.modules() for value in vars(module).values())
     shared: list[Any] = [value for value in attributes if isinstance(value, Tensor | torch.Generator)]
@@ -39,7 +39,8 @@ def structural_copy(model: Model, *, share_buffers: bool = False) -> Model:
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:  # whatever the objects that a model holds make of being copied
-        raise CaptureFailed(
+        raise CaptureError(
             f"{type(model).__name__} cannot be copied: {error}",
             next_step="copy.deepcopy(model) shows what in it cannot be; hold that outside of the model",
+            code="capture_failed",
         ) from error

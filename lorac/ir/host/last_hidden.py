@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lorac.errors import SiteNotFound
+from lorac.errors import SiteError
 from lorac.ir.host.copying import structural_copy
 from lorac.ir.host.inputs.example_inputs import default_inputs, is_hugging_face
 from lorac.ir.host.running import random_state_kept
@@ -22,7 +22,7 @@ def last_hidden(model: nn.Module) -> tuple[str, int]:
         model: one of transformers', which answers hidden states when it is asked to; it is run once, on a copy.
 
     Raises:
-        SiteNotFound: it gives none, or no module gives what it does.
+        SiteError: it gives none, or no module gives what it does.
     """
     if not is_hugging_face(model):
         raise _unknown(f"{type(model).__name__} answers no hidden states")
@@ -50,5 +50,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one, other)
 
 
-def _unknown(what: str) -> SiteNotFound:
-    return SiteNotFound(what, next_step="say which module gives it, by its path: hidden='model.norm', for one")
+def _unknown(what: str) -> SiteError:
+    return SiteError(
+        what, next_step="say which module gives it, by its path: hidden='model.norm', for one", code="site_not_found"
+    )

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lorac.errors import SiteUnsupported
+from lorac.errors import SiteError
 from lorac.ir.host.sites import Site, SiteKind
 
 _UNCALLED = (nn.ModuleList, nn.ModuleDict)
@@ -47,7 +47,7 @@ def module_sites(paths: Iterable[str], model: nn.Module, sites: Mapping[str, Sit
     """The sites that these modules become.
 
     Raises:
-        SiteUnsupported: the structure of one does not tell how wide its input and output are.
+        SiteError: the structure of one does not tell how wide its input and output are.
     """
     return {path: module_site(path, model, sites) for path in paths}
 
@@ -61,18 +61,19 @@ def module_site(path: str, model: nn.Module, sites: Mapping[str, Site]) -> Site:
         sites: every other site of the model (``find_sites``).
 
     Raises:
-        SiteUnsupported: its structure does not tell how wide its input and output are.
+        SiteError: its structure does not tell how wide its input and output are.
     """
     found = told_site(path, model, sites)
     if found is not None:
         return found
     layers = list(_layers(path, model, sites))
     seen = f" (the first takes {layers[0].takes}, the last gives {layers[-1].gives})" if layers else " (there are none)"
-    raise SiteUnsupported(
+    raise SiteError(
         f"how wide the input and the output of '{path}', a {type(model.get_submodule(path)).__name__}, are is not told "
         f"by its structure; looked for: the scale of a norm, layers inside that begin and end with one width or follow "
         f"each other{seen}, and norms of that width beside it",
         next_step="name the module around it, or one inside it, in targets=; `lorac sites MODEL` prints its layers",
+        code="site_unsupported",
     )
 
 

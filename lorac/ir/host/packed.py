@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorac.errors import CaptureFailed
+from lorac.errors import CaptureError
 from lorac.ir.host.copying import structural_copy
 
 _HELD = "_lorac_came_as"
@@ -136,16 +136,17 @@ def _of_layer(kind: str, module: Any) -> tuple[Came, Tensor] | None:
     """What the weight of a layer of bitsandbytes comes to; None of one that is in float still.
 
     Raises:
-        CaptureFailed: what the weight came with is lost.
+        CaptureError: what the weight came with is lost.
     """
     weight = module.weight
     if weight.is_floating_point():
         return None
     if kind == _IN_4_BITS:
         if getattr(weight.quant_state, "packing_format_for_cpu", False):
-            raise CaptureFailed(
+            raise CaptureError(
                 f"a layer {kind} was called, and has packed its weight for this processor, with rounded scales",
                 next_step="load the model again, and compile it before it is called",
+                code="capture_failed",
             )
         library = importlib.import_module("bitsandbytes.functional")
         found = _in_table(weight.data, weight.quant_state, library)

@@ -15,7 +15,7 @@ from typing import Any
 import regex
 from torch import nn
 
-from lorac.errors import FormatError, PatternTooSlow, SiteNotFound, nearest_name, short
+from lorac.errors import FormatError, SiteError, nearest_name, short
 from lorac.ir.host.sites import CONVOLUTIONS, Site, SiteKind
 from lorac.spending import tick
 
@@ -43,9 +43,9 @@ def matches(pattern: str, path: str, *, full: bool = True) -> regex.Match[str] |
     """``pattern`` against the whole of ``path`` (or its beginning).
 
     Raises:
-        PatternTooSlow: it is too long, repeats too much, or matching did not end within ``TIMEOUT_SECONDS``.
+        FormatError: it is too long, repeats too much, or matching did not end within ``TIMEOUT_SECONDS``.
         FormatError: the pattern is not a regular expression.
-        OverBudget: the patterns of the file that is read take too long together.
+        FormatError: the patterns of the file that is read take too long together.
     """
     compiled = _compiled(pattern)
     match: Callable[..., Any] = compiled.fullmatch if full else compiled.match
@@ -56,9 +56,10 @@ def matches(pattern: str, path: str, *, full: bool = True) -> regex.Match[str] |
         if time.thread_time() - start > TIMEOUT_SECONDS:
             raise TimeoutError
     except TimeoutError:
-        raise PatternTooSlow(
+        raise FormatError(
             f"pattern {short(pattern)} did not finish matching '{path}' in {TIMEOUT_SECONDS:g} s",
             next_step="write the module names out instead of the pattern",
+            code="pattern_too_slow",
         ) from None
     tick()
     return found
@@ -68,10 +69,11 @@ def matches(pattern: str, path: str, *, full: bool = True) -> regex.Match[str] |
 def _compiled(pattern: str) -> regex.Pattern[str]:
     """A pattern made ready; one that could take long is refused before the engine sees it."""
     if len(pattern) > LONGEST or _repeats(pattern) > MOST_REPEATS:
-        raise PatternTooSlow(
+        raise FormatError(
             f"pattern {short(pattern)} would take too long to compile: it has {len(pattern)} characters, of at most "
             f"{LONGEST}, and repeats up to {_repeats(pattern)} times, of at most {MOST_REPEATS}",
             next_step="write the module names out, as a list",
+            code="pattern_too_slow",
         )
     try:
         return regex.compile(pattern, cache_pattern=False)
@@ -218,7 +220,7 @@ def refuse_unmatched(
         others: paths that a name may be of as well.
 
     Raises:
-        SiteNotFound: naming the first such target.
+        SiteError: naming the first such target.
     """
     if isinstance(targets, str):
         return
@@ -228,21 +230,22 @@ def refuse_unmatched(
             raise nothing_matches(adapter, (name,), sites)
 
 
-def nothing_matches(adapter: str, targets: str | Iterable[str], sites: Mapping[str, Site]) -> SiteNotFound:
+def nothing_matches(adapter: str, targets: str | Iterable[str], sites: Mapping[str, Site]) -> SiteError:
     """The error for an adapter whose targets name no site, with the nearest name that exists."""
     if isinstance(targets, str):
         return (
             _no_such_kind(adapter, targets, sites) if targets in KEYWORDS else _no_full_match(adapter, targets, sites)
         )
     wanted = sorted(targets)
-    return SiteNotFound(
+    return SiteError(
         f"adapter '{adapter}' targets '{', '.join(wanted)}', which matches no site",
         nearest=_nearest(wanted[0], sites) if wanted else None,
         next_step="`lorac sites MODEL` prints them all",
+        code="site_not_found",
     )
 
 
-def _no_full_match(adapter: str, pattern: str, sites: Mapping[str, Site]) -> SiteNotFound:
+def _no_full_match(adapter: str, pattern: str, sites: Mapping[str, Site]) -> SiteError:
     """The error for one text that matches no path: a name that is meant as the end of paths is written as a list."""
     name = (
         pattern if any(names((pattern,), path) for path in sites) else nearest_name(_last(pattern), map(_last, sites))
@@ -250,10 +253,11 @@ def _no_full_match(adapter: str, pattern: str, sites: Mapping[str, Site]) -> Sit
     near = (
         None if name is None else f"targets=['{name}'] or targets=r'(.*\\.)?{re.escape(name)}', {_counted(name, sites)}"
     )
-    return SiteNotFound(
+    return SiteError(
         f"adapter '{adapter}' targets '{pattern}', one regular expression, which matches the whole path of no site",
         nearest=near,
         next_step="write a list to name paths by their ends; `lorac sites MODEL` prints them all",
+        code="site_not_found",
     )
 
 
@@ -272,12 +276,13 @@ def _last(path: str) -> str:
     return path.rpartition(".")[2]
 
 
-def _no_such_kind(adapter: str, keyword: str, sites: Mapping[str, Site]) -> SiteNotFound:
+def _no_such_kind(adapter: str, keyword: str, sites: Mapping[str, Site]) -> SiteError:
     """The error for a keyword that finds nothing, with those that would."""
     others = {word: len(select(sites, word)) for word in KEYWORDS}
     found = [f"{word} ({count} sites)" for word, count in others.items() if count]
-    return SiteNotFound(
+    return SiteError(
         f"adapter '{adapter}' targets '{keyword}', and the model has no such site; looked for {KEYWORDS[keyword]}",
         nearest=", ".join(found) or None,
         next_step="name modules by the ends of their paths, in a list; `lorac sites MODEL` prints the layers",
+        code="site_not_found",
     )

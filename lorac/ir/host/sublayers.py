@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorac.errors import SiteUnsupported
+from lorac.errors import SiteError
 from lorac.ir.host.blocks import by_component, is_attention, run_watched, runnable
 from lorac.ir.host.components import components_of, prefix_of
 from lorac.ir.host.inputs.example_inputs import by_name, default_inputs
@@ -82,7 +82,7 @@ def stream_of(model: nn.Module, inputs: object = None) -> Stream:
 
     Raises:
         ExampleInputsNeeded: none were given, and none can be made.
-        CaptureFailed: the model cannot be copied.
+        CaptureError: the model cannot be copied.
     """
     parts = [
         _of_one(component, prefix_of(model, name), inputs.get(name) if by_component(inputs, model) else inputs)  # type: ignore[attr-defined]  # then it is a mapping
@@ -271,7 +271,7 @@ def stream_ends(model: nn.Module, stream: Stream) -> tuple[tuple[str, ...], tupl
     Each is one, or none of the latter where the model has no output layer.
 
     Raises:
-        SiteUnsupported: no module does that, is called for that alone and tells its width by its structure.
+        SiteError: no module does that, is called for that alone and tells its width by its structure.
     """
     sites = find_sites(model)
     ends = []
@@ -279,10 +279,11 @@ def stream_ends(model: nn.Module, stream: Stream) -> tuple[tuple[str, ...], tupl
         alone = [path for path in candidates or () if _alone(path, model)]
         known = _known(alone, model, sites)
         if known is None and candidates is not None:
-            raise SiteUnsupported(
+            raise SiteError(
                 f"no one module gives what {what} of {type(model).__name__} takes, is called for that alone and tells "
                 f"its width by its structure; looked at {', '.join(candidates) or 'none, for something lies between'}",
                 next_step="leave inv_adapter out, or name the modules in embeddings= and heads=",
+                code="site_unsupported",
             )
         ends.append(() if known is None else (known,))
     return ends[0], ends[1]
@@ -292,14 +293,15 @@ def norm_eps(norms: Sequence[nn.Module], otherwise: float) -> float:
     """The eps that LayerNorms have; ``otherwise`` where there are none.
 
     Raises:
-        SiteUnsupported: it is not the same for all, or one has no weight and bias.
+        SiteError: it is not the same for all, or one has no weight and bias.
     """
     found = {float(norm.eps) for norm in norms if isinstance(norm, nn.LayerNorm)}
     plain = [norm for norm in norms if getattr(norm, "weight", None) is None or getattr(norm, "bias", None) is None]
     if len(found) > 1 or plain:
-        raise SiteUnsupported(
+        raise SiteError(
             "a LayerNorm behind a sublayer has no weight and bias" if plain else f"LayerNorms have eps {sorted(found)}",
             next_step="narrow targets= to sublayers whose norms are alike",
+            code="site_unsupported",
         )
     return found.pop() if found else otherwise
 

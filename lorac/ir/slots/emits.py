@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lorac.errors import UnknownOption, nearest_name
+from lorac.errors import OptionError, nearest_name
 from lorac.ir.slots.site import SitePlan
 
 
@@ -20,11 +20,11 @@ def record_emitted(aux: dict[str, dict[str, Any]], path: str, emitted: Mapping[s
 
 
 def refuse_unemitted(aux: Sequence[str], plans: Iterable[SitePlan]) -> None:
-    """Raise ``UnknownOption`` where an extra output is asked for that no branch gives."""
+    """Raise ``OptionError`` where an extra output is asked for that no branch gives."""
     known = {name for plan in plans for branch in plan.branches for name in branch.emits}
     for name in aux:
         if name not in known:
-            raise UnknownOption(
+            raise OptionError(
                 f"no adapter gives an extra output '{name}'",
                 nearest=nearest_name(name, known),
                 next_step=f"these do: {', '.join(sorted(known)) or 'none'}",

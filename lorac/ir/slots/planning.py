@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from lorac.errors import NotMergeable, SiteUnsupported, none_of
+from lorac.errors import CompileError, SiteError, not_one_of
 from lorac.ir.algebra import letters
 from lorac.ir.algebra.changes import Change, LowRank
 from lorac.ir.algebra.letters import KEPT_APART
@@ -85,13 +85,13 @@ def plan_sites(
         ranks: which ranks the pair of a site may have on the target.
 
     Raises:
-        UnknownOption: no such mode.
-        NotMergeable: a branch, a weight that leaves a grouped convolution's blocks, or anything at a quantised weight
+        OptionError: no such mode.
+        CompileError: a branch, a weight that leaves a grouped convolution's blocks, or anything at a quantised weight
             is to be fused or baked.
-        SiteNotFound: ``reserve`` names no site.
+        SiteError: ``reserve`` names no site.
     """
     if mode not in MODES:
-        raise none_of("there is no mode", mode, MODES)
+        raise not_one_of("there is no mode", mode, MODES)
     needs: dict[str, _Needs] = {}
     terms = [(name, path, prepared[name]) for name in sorted(prepared) for path in prepared[name].in_order()]
     for name, path, adapter in terms:
@@ -110,7 +110,7 @@ def plan_sites(
     return {path: replace(plan, ranks=ranks(plan.site)) for path, plan in planned.items()}
 
 
-def not_mergeable(site: Site, why: str, merging: bool = False) -> NotMergeable:
+def not_mergeable(site: Site, why: str, merging: bool = False) -> CompileError:
     """The error for another weight that is to take the place of a quantised one.
 
     Args:
@@ -119,10 +119,11 @@ def not_mergeable(site: Site, why: str, merging: bool = False) -> NotMergeable:
         merging: whether the mode merges every adapter.
     """
     beside = "mode='live' (or 'auto') runs low-rank adapters beside it; " if merging else ""
-    return NotMergeable(
+    return CompileError(
         f"'{site.path}' holds its weight as {site.packed}, into which nothing can be merged{why}",
         next_step=f"{beside}a base that is not quantised takes merged weights "
         "(where weights= quantises it: without that, or merged first, with mode='baked')",
+        code="not_mergeable",
     )
 
 
@@ -133,9 +134,10 @@ def needs_weight(site: Site, change: Change) -> bool:
 
 def _need_branch(need: _Needs, name: str, path: str, term: BranchTerm, mode: str) -> None:
     if mode in {"fused", "baked"}:
-        raise NotMergeable(
+        raise CompileError(
             f"adapter '{name}' at '{path}' is a branch with no weight form, so it cannot be {mode}",
             next_step="; ".join(["mode='live' (or 'auto') keeps it in the graph", *filter(None, [term.slot.instead])]),
+            code="not_mergeable",
         )
     need.branches.append(term.slot)
 
@@ -143,9 +145,10 @@ def _need_branch(need: _Needs, name: str, path: str, term: BranchTerm, mode: str
 def _need_change(need: _Needs, name: str, site: Site, change: Change, mode: str) -> None:
     bound = mode in {"fused", "baked"} or needs_weight(site, change)
     if bound and leaves_blocks(site, change):
-        raise NotMergeable(
+        raise CompileError(
             f"'{name}' leaves the blocks of '{site.path}', a grouped convolution whose kernel cannot hold that",
             next_step="mode='live' (or 'auto') runs a low-rank adapter beside it",
+            code="not_mergeable",
         )
     if change.e is not None:
         _refuse_new_bias(name, site)
@@ -172,9 +175,10 @@ def _why_bound(site: Site, change: Change) -> str:
 
 def _refuse_new_bias(name: str, site: Site) -> None:
     if site.within is not None and site.bias is None:
-        raise SiteUnsupported(
+        raise SiteError(
             f"adapter '{name}' brings a bias to '{site.path}', and '{site.within}', which computes with it, has none",
             next_step="exclude= the module, or train the adapter without a bias",
+            code="site_unsupported",
         )
 
 

@@ -37,7 +37,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lorac.errors import SiteNotFound, SiteUnreached, nearest_name
+from lorac.errors import SiteError, nearest_name
 from lorac.ir.host.components import components_of
 from lorac.ir.host.modules import callable_paths
 from lorac.ir.host.sites import Site, SiteKind
@@ -119,29 +119,32 @@ class Readable:
             owns: whether the method computes something once.
 
         Raises:
-            SiteNotFound: a name is none.
-            SiteUnreached: what is computed once reads what comes later.
+            SiteError: a name is none.
+            SiteError: what is computed once reads what comes later.
         """
         for name in names:
             kind, of = parse(name)
             if kind == PASS and not once:
-                raise SiteUnreached(
+                raise SiteError(
                     f"the value '{name}' is of a pass of the adapter's own, which `once` alone reads",
                     next_step="name it in `reads_once`, and have `once` answer what the branches need of it",
+                    code="site_unreached",
                 )
             if once and kind not in _AT_ONCE:
                 kinds = " or ".join(f"'{known}:...'" for known in _AT_ONCE)
-                raise SiteUnreached(
+                raise SiteError(
                     f"the value '{name}' is not known when a call begins, which is when `once` reads it",
                     next_step=f"let it read {kinds}",
+                    code="site_unreached",
                 )
             if not self._has(kind, of, owns) or (kind == PASS and not pass_of(name)):
-                raise SiteNotFound(
+                raise SiteError(
                     f"'{name}' is no value of the program",
                     nearest=nearest_name(of, self._named(kind)),
                     next_step="values are named <module>, in:<module>, base:<module>, pass:<name>:<module>, "
                     "weight:<site>, param:<tensor>, input:<argument> or own:<what once computes>; "
                     "lorac.sites(model) lists the sites",
+                    code="site_not_found",
                 )
 
     def _has(self, kind: str, of: str, owns: bool) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from lorac.errors import SiteUnreached
+from lorac.errors import SiteError
 from lorac.ir.algebra import letters
 from lorac.ir.algebra.formulas import imagination
 from lorac.ir.algebra.reduction import Params
@@ -74,16 +74,18 @@ class Ctx:
         """A value of the program, in the dtype the branch computes in."""
         found = self._values.get(full_name(self._owner, name))
         if found is None and self.passing:
-            raise SiteUnreached(
+            raise SiteError(
                 f"the value '{name}' is not there in the pass '{self.passing}', in which the formula at "
                 f"'{self.site.path}' asks for it",
                 next_step="have the formula do without it where ctx.passing names that pass: what `once` computes, it "
                 "computes of what that pass gives",
+                code="site_unreached",
             )
         if found is None:
-            raise SiteUnreached(
+            raise SiteError(
                 f"the value '{name}' is not computed before '{self.site.path}', which reads it",
                 next_step="a variant's `reads` names what its formula reads; 'base:<site>' is there from the start",
+                code="site_unreached",
             )
         return found.to(self._dtype) if found.is_floating_point() else found
 
@@ -236,7 +238,7 @@ def branch_delta(
         owner: whose ``own:`` values are its (``lorac.ir.slots.reads.owner_of``).
 
     Raises:
-        FormulaFailed: the formula does what none may (``lorac.ir.algebra.formulas``); nothing was written.
+        AdapterError: the formula does what none may (``lorac.ir.algebra.formulas``); nothing was written.
     """
     answer, wide = _answered(slot, fill.params, x, y, ctx or Ctx(site), owner)
     return (fill.strength * (answer - wide)).to(y.dtype)
@@ -251,7 +253,7 @@ def branch_alone(slot: BranchSlot, params: Sequence[Tensor], x: Tensor, y: Tenso
         ctx: handed to it; names the pass.
 
     Raises:
-        FormulaFailed: the formula does what none may; nothing was written.
+        AdapterError: the formula does what none may; nothing was written.
     """
     return _answered(slot, params, x, y, ctx, "")[0].to(y.dtype)
 
@@ -272,7 +274,7 @@ def own_values(slot: BranchSlot, params: Sequence[Tensor], ctx: Ctx, owner: str)
     """What an adapter computes once per call, by the names the program has for it.
 
     Raises:
-        FormulaFailed: the formula does what none may; nothing was written.
+        AdapterError: the formula does what none may; nothing was written.
     """
     given = Params(**dict(zip(slot.params, params, strict=True)))
     dtype = next((t.dtype for t in params if t.is_floating_point()), factor_dtype(ctx.site.dtype))

@@ -10,12 +10,12 @@ from lorac.errors import LoracError
 
 
 @contextlib.contextmanager
-def told(path: str | os.PathLike[str], kind: type[LoracError], what: str) -> Iterator[None]:
+def told(path: str | os.PathLike[str], kind: type[LoracError], what: str, code: str | None = None) -> Iterator[None]:
     """Turn the system's errors inside the block into one of lorac's that has the path and the system's reason.
 
     Args:
         path: what is read or written, for errors that name no file of their own.
-        kind: the error to raise.
+        kind: the error to raise, with `code`.
         what: "read" or "written".
     """
     try:
@@ -25,4 +25,5 @@ def told(path: str | os.PathLike[str], kind: type[LoracError], what: str) -> Ite
         raise kind(
             f"'{named}' cannot be {what}: {error.strerror or error}",
             next_step="check that it exists, is of the kind that is expected, and what its permissions allow",
+            code=code,
         ) from error

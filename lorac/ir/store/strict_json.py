@@ -27,7 +27,7 @@ def read_text(path: Path) -> bytes:
     """The bytes of a file of JSON, unless they are more than what a file may take in memory.
 
     Raises:
-        OverBudget: it is too large.
+        FormatError: it is too large.
     """
     with path.open("rb") as file:
         claim(os.fstat(file.fileno()).st_size, "its JSON")
@@ -44,7 +44,7 @@ def parse_json(text: bytes | str, refuse: Callable[[str], LoracError]) -> Any:
     Raises:
         LoracError: ``refuse``'s, where the text is not JSON, gives a name twice, holds a number that is not finite, an
             integer of more than 64 bits or half of a character, or is nested deeper than ``MAX_DEPTH``.
-        OverBudget: its values would take more memory, or time, than a file may.
+        FormatError: its values would take more memory, or time, than a file may.
     """
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from lorac.errors import InputMismatch, Unavailable, UnknownOption, WrongType, nearest_name, short
+from lorac.errors import InputMismatch, OptionError, Unavailable, WrongType, nearest_name, short
 
 T = TypeVar("T")
 OWN = ("adapters", "draft", "prefixes", "seed")
@@ -106,7 +106,7 @@ class Asked:
         return next((one for one in (self.pad, *self.ends) if one is not None), 0)
 
     def refuse_unknown(self, inputs: Collection[str], *, hosted: bool) -> None:
-        """Raise ``UnknownOption`` for what is no option, and no input.
+        """Raise ``OptionError`` for what is no option, and no input.
 
         Args:
             inputs: names of the inputs.
@@ -115,7 +115,7 @@ class Asked:
         known = {*_options(), *inputs}.difference(() if hosted else _REPLACED)
         for name in self.told:
             if name not in known:
-                raise UnknownOption(
+                raise OptionError(
                     f"generate has no option '{name}'",
                     nearest=nearest_name(name, known),
                     next_step=f"it takes {', '.join(OWN)}, and what transformers' generate takes",

@@ -55,7 +55,7 @@ class Generates(ABC):
         Raises:
             Unavailable: the model does not generate, or the target keeps no cache.
             InputMismatch: an empty prompt, more than there are positions for, or what transformers refuses.
-            UnknownOption: there is no such option.
+            OptionError: there is no such option.
             ChoiceError: rows and choices differ in number.
             MissingExtra: transformers is not installed.
         """

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from lorac.errors import CorruptFile
+from lorac.errors import FormatError
 from lorac.ir.store.tensors import write_safetensors
 
 Tensor = torch.Tensor
@@ -48,18 +48,21 @@ def read_kept(path: str | Path) -> dict[str, Kept]:
     """What ``write_kept`` wrote.
 
     Raises:
-        CorruptFile: positions are missing, or are none of the layer's.
+        FormatError: positions are missing, or are none of the layer's.
     """
     stored = load_file(path)
     names = list(dict.fromkeys(key.rpartition(":")[0] for key in stored))
     found = {}
     for name in names:
         if not all(f"{name}:{part}" in stored for part in _PARTS) or len(stored[f"{name}:shape"]) != 2:
-            raise CorruptFile(f"'{path}' does not tell the shape, rows and columns of '{name}'")
+            raise FormatError(f"'{path}' does not tell the shape, rows and columns of '{name}'", code="corrupt_file")
         out, columns = (int(size) for size in stored[f"{name}:shape"])
         one = Kept((out, columns), stored[f"{name}:rows"], stored[f"{name}:columns"])
         if not (_within(one.rows, out) and _within(one.columns, columns)):
-            raise CorruptFile(f"'{path}' keeps positions of '{name}' that a weight of {[out, columns]} does not have")
+            raise FormatError(
+                f"'{path}' keeps positions of '{name}' that a weight of {[out, columns]} does not have",
+                code="corrupt_file",
+            )
         found[name] = one
     return found
 

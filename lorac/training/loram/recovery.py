@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lorac.adapters.fit import check_adapter
-from lorac.errors import AdapterNotFound, BatchesNeeded, ShapeMismatch, none_of
+from lorac.errors import AdapterError, AdapterNotFound, not_one_of
 from lorac.ir.host.sites import find_sites
 from lorac.training.loram.kept import Kept
 from lorac.training.loram.smaller import Smaller
@@ -39,8 +39,8 @@ def recover(
 
     Raises:
         AdapterNotFound: the adapter is of another method.
-        ShapeMismatch: the adapter is not of the smaller model, or the smaller model not of this large one.
-        UnknownOption: there is no such fill.
+        AdapterError: the adapter is not of the smaller model, or the smaller model not of this large one.
+        OptionError: there is no such fill.
         SiteError, AdapterError: the result does not fit the large model.
     """
     if not isinstance(adapter.variant, LoRA):
@@ -49,16 +49,17 @@ def recover(
             next_step="lorac.to_lora makes one of it, on the smaller model",
         )
     if fill not in FILLS:
-        raise none_of("there is no fill", fill, FILLS)
+        raise not_one_of("there is no fill", fill, FILLS)
     sites, generator = find_sites(model), torch.Generator().manual_seed(seed)
     tensors = {}
     for path, own in adapter.tensors.items():
         one = kept.get(path)
         if one is not None and path in sites and one.shape != (sites[path].out_features, sites[path].in_features):
-            raise ShapeMismatch(
+            raise AdapterError(
                 f"'{path}' was pruned from a weight of {list(one.shape)}, and the model's is "
                 f"[{sites[path].out_features}, {sites[path].in_features}]",
                 next_step="give the large model that the smaller one was pruned from",
+                code="shape_mismatch",
             )
         tensors[path] = dict(own) if one is None else _scattered(adapter, path, own, one, fill == "normal", generator)
     recovered = Adapter(adapter.name, adapter.variant, tensors, dict(adapter.replaced))
@@ -71,10 +72,11 @@ def _scattered(
 ) -> dict[str, Tensor]:
     a, b = own["lora_A"].detach(), own["lora_B"].detach()
     if (b.shape[0], a.shape[1]) != kept.small:
-        raise ShapeMismatch(
+        raise AdapterError(
             f"'{adapter.name}' has [{b.shape[0]}, {a.shape[1]}] at '{path}', of which the smaller model has "
             f"{list(kept.small)}",
             next_step="give the adapter that was trained on that model, or the kept= of the other",
+            code="shape_mismatch",
         )
     (out, columns), r = kept.shape, len(a)
     wide = torch.randn(r, columns, generator=generator).to(a) / r if drawn else a.new_zeros(r, columns)
@@ -110,7 +112,7 @@ def align(
         each: is told of every step: its number and loss.
 
     Raises:
-        BatchesNeeded: there are none, or none with a loss.
+        AdapterError: there are none, or none with a loss.
     """
     model, rising = smaller.model, min(warmup, steps // 10)
     trained = _trained(model)
@@ -134,7 +136,9 @@ def align(
             each(step, float(found.detach()))
     model.train(mode)
     if step < 0:
-        raise BatchesNeeded("there are no batches to align with", next_step="give at least one batch")
+        raise AdapterError(
+            "there are no batches to align with", next_step="give at least one batch", code="batches_needed"
+        )
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorac.errors import SiteUnsupported, UnknownOption, none_of
+from lorac.errors import OptionError, SiteError, not_one_of
 from lorac.ir.host.patterns import layer_index, output_layers, select
 from lorac.ir.host.sites import Site, SiteKind, base_of, find_sites
 from lorac.training.loram.kept import Kept
@@ -82,9 +82,9 @@ def prune(
         seed: for ``"random"``.
 
     Raises:
-        UnknownOption: a share is none, or ``by`` is none of these.
-        SiteUnsupported: nothing can be pruned (``groups_of``).
-        BatchesNeeded, SiteUnreached, NonFinite: as ``lorac.training.starts.summed_gradients``.
+        OptionError: a share is none, or ``by`` is none of these.
+        SiteError: nothing can be pruned (``groups_of``).
+        AdapterError, SiteError: as ``lorac.training.starts.summed_gradients``.
     """
     _require_share("heads", heads)
     _require_share("hidden", hidden)
@@ -92,7 +92,7 @@ def prune(
         group for group in groups_of(model) if layers is None or layer_index(next(iter(group.rows)), ()) in layers
     ]
     if not groups:
-        raise UnknownOption(f"layers={sorted(layers or ())} names no layer", next_step="give numbers from 0 on")
+        raise OptionError(f"layers={sorted(layers or ())} names no layer", next_step="give numbers from 0 on")
     scores = _scores(
         model, [path for group in groups for path in (*group.rows, *group.columns)], by, batches, loss, seed
     )
@@ -123,9 +123,9 @@ def mask(
         targets: the layers, as ``lorac.LoRA`` takes them.
 
     Raises:
-        UnknownOption: the share is none, or the pattern does not fit.
-        SiteUnsupported: a target is no linear layer.
-        SiteNotFound: the targets name nothing.
+        OptionError: the share is none, or the pattern does not fit.
+        SiteError: a target is no linear layer.
+        SiteError: the targets name nothing.
     """
     _require_share("share", share)
     sites = find_sites(model)
@@ -140,14 +140,14 @@ def mask(
 
 def _linear_weight(site: Site) -> str:
     if site.kind is not SiteKind.LINEAR or site.weight is None:
-        raise SiteUnsupported(f"'{site.path}' is no linear layer", next_step="narrow targets=")
+        raise SiteError(f"'{site.path}' is no linear layer", next_step="narrow targets=", code="site_unsupported")
     return site.weight
 
 
 def _mask(site: Site, weight: Tensor, share: float, pattern: tuple[int, int] | None) -> Tensor:
     zeros, block = (int(weight.numel() * share), weight.numel()) if pattern is None else pattern
     if not 0 <= zeros <= block or weight.numel() % block or (pattern and weight.shape[1] % block):
-        raise UnknownOption(
+        raise OptionError(
             f"pattern={pattern} does not divide the {weight.shape[1]} columns of '{site.path}'",
             next_step="give (n, m) with m a divisor of the columns and n at most m",
         )
@@ -158,7 +158,7 @@ def _mask(site: Site, weight: Tensor, share: float, pattern: tuple[int, int] | N
 
 def _require_share(name: str, share: float) -> None:
     if not 0 <= share < 1:
-        raise UnknownOption(f"{name}={share} is no share that can go", next_step="give a number from 0 to below 1")
+        raise OptionError(f"{name}={share} is no share that can go", next_step="give a number from 0 to below 1")
 
 
 def _scores(
@@ -166,7 +166,7 @@ def _scores(
 ) -> dict[str, Tensor]:
     """How much every weight counts, by path of its layer."""
     if by not in SCORES:
-        raise none_of("nothing is pruned by", by, SCORES)
+        raise not_one_of("nothing is pruned by", by, SCORES)
     weights: dict[str, Any] = {path: model.get_submodule(path).weight for path in paths}
     if by == "magnitude":
         return {path: weight.detach().float().square() for path, weight in weights.items()}

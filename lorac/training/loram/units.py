@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorac.errors import SiteUnsupported
+from lorac.errors import SiteError
 
 Tensor = torch.Tensor
 HEADS, HIDDEN = "heads", "hidden"
@@ -53,7 +53,7 @@ def groups_of(model: nn.Module) -> list[Group]:
     """All that can be pruned, in module order.
 
     Raises:
-        SiteUnsupported: there is nothing: no module has layers by the names that are known.
+        SiteError: there is nothing: no module has layers by the names that are known.
     """
     found = [
         group
@@ -61,10 +61,11 @@ def groups_of(model: nn.Module) -> list[Group]:
         for group in (*_attention(path, module), *_perceptron(path, module))
     ]
     if not found:
-        raise SiteUnsupported(
+        raise SiteError(
             f"{type(model).__name__} has no attention of q_proj, k_proj, v_proj and o_proj, and no perceptron of "
             "gate_proj, up_proj and down_proj, whose heads and units could be pruned",
             next_step="set single weights to 0 instead, by the function mask beside prune",
+            code="site_unsupported",
         )
     return found
 

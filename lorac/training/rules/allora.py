@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from lorac.errors import ChoiceError, SiteUnsupported
+from lorac.errors import ChoiceError, SiteError
 from lorac.ir.host.layers import padded
 from lorac.ir.host.sites import Site
 from lorac.ir.slots.layouts import layout_of
@@ -41,7 +41,7 @@ class ALLoRA(Rule):
         Unavailable, AdapterNotFound: as ``Rule``.
         ChoiceError: as ``Rule``; the LoRA has dropout or a scale other than 1; one factor trains without the other;
             η² is not above 0.
-        SiteUnsupported: a module reads the weight itself, so that nobody sees the site's input.
+        SiteError: a module reads the weight itself, so that nobody sees the site's input.
     """
 
     methods: ClassVar[tuple[type[Variant], ...]] = (LoRA,)
@@ -119,8 +119,9 @@ def _refuse_scaled(pair: Pair) -> None:
 
 def _refuse_within(site: Site) -> None:
     if site.within is not None:
-        raise SiteUnsupported(
+        raise SiteError(
             f"ALLoRA reads the input of a layer, and '{site.path}' has none: '{site.within}' computes with its weight "
             "itself",
             next_step="narrow targets=, or exclude= the module",
+            code="site_unsupported",
         )

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from lorac.errors import none_of
+from lorac.errors import not_one_of
 from lorac.training.rule import Rule
 from lorac.training.rules.pairs import (
     BELOW_1,
@@ -49,7 +49,7 @@ class Turns:
             adapter's work in backward. Under DDP this needs ``find_unused_parameters=True``.
 
     Raises:
-        UnknownOption: ``first`` is neither.
+        OptionError: ``first`` is neither.
         ChoiceError: a turn has no step.
     """
 
@@ -59,7 +59,7 @@ class Turns:
 
     def __post_init__(self) -> None:
         if self.first not in {"A", "B"}:
-            raise none_of("there is no factor", self.first, ("A", "B"))
+            raise not_one_of("there is no factor", self.first, ("A", "B"))
         require_settings("AltLoRA", period=(self.period, FROM_1))
 
     def at(self, step: int) -> str:

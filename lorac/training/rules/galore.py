@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from lorac.errors import ChoiceError, Unavailable, none_of
+from lorac.errors import ChoiceError, Unavailable, not_one_of
 from lorac.training.rule import terms_of, within_ddp
 from lorac.training.rules.eight_bits import EightBits, Moment
 from lorac.training.rules.pairs import BELOW_1, FROM_0, FROM_1, require_settings
@@ -69,7 +69,7 @@ class GaLore(Optimizer, ABC):
 
     Raises:
         ChoiceError: a setting is out of range, or a group with ``rank`` holds what is no matrix.
-        UnknownOption: there is no such ``proj_type``.
+        OptionError: there is no such ``proj_type``.
     """
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -182,7 +182,7 @@ class GaLoreAdamW(GaLore):
         bits: 32, or 8: both moments in bitsandbytes' blocks of 8 bits, where a tensor has 4096 entries or more.
 
     Raises:
-        ChoiceError, UnknownOption: as ``GaLore``; ``bits`` is neither.
+        ChoiceError, OptionError: as ``GaLore``; ``bits`` is neither.
         MissingExtra: bits=8 without bitsandbytes.
     """
 
@@ -241,7 +241,7 @@ class GaLoreSGD(GaLore):
         weight_decay: λ, decoupled.
 
     Raises:
-        ChoiceError, UnknownOption: as ``GaLore``.
+        ChoiceError, OptionError: as ``GaLore``.
     """
 
     def __init__(self, params: Any, lr: float = 1e-3, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
@@ -270,7 +270,7 @@ def _refuse_settings(group: Mapping[str, Any]) -> None:
         scale=(group["scale"], FROM_0),
     )
     if group["proj_type"] not in _SIDES:
-        raise none_of("there is no proj_type", group["proj_type"], _SIDES)
+        raise not_one_of("there is no proj_type", group["proj_type"], _SIDES)
     tensors = group["params"]
     for tensor in (tensors,) if isinstance(tensors, Tensor) else tensors:
         if tensor.dim() < 2:

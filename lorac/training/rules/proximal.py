@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lorac.errors import ChoiceError, none_of
+from lorac.errors import ChoiceError, not_one_of
 from lorac.training.rule import Rule, terms_of
 from lorac.variants.base import Variant
 from lorac.variants.sora import SoRA
@@ -65,7 +65,7 @@ class ProximalGates(Rule):
 
     Raises:
         Unavailable, AdapterNotFound: as ``Rule``; also ChoiceError where the threshold is negative or not finite.
-        UnknownOption: there is no such map.
+        OptionError: there is no such map.
     """
 
     methods: ClassVar[tuple[type[Variant], ...]] = (SoRA,)
@@ -125,7 +125,7 @@ def thresholds(first: float, last: float, count: int, spacing: str = "linear") -
         spacing: ``"linear"``; ``"log_linear"``, linear in e^ξ; ``"exp_linear"``, geometric, from above 0.
 
     Raises:
-        UnknownOption: there is no such spacing.
+        OptionError: there is no such spacing.
         ChoiceError: the ends are not 0 ≤ first ≤ last, or first = 0 is to be spaced geometrically.
     """
     space = _named(spacing, _SPACINGS, "spacing")
@@ -142,5 +142,5 @@ def thresholds(first: float, last: float, count: int, spacing: str = "linear") -
 
 def _named(name: str, known: Mapping[str, Any], what: str) -> Any:
     if name not in known:
-        raise none_of(f"there is no {what}", name, known)
+        raise not_one_of(f"there is no {what}", name, known)
     return known[name]

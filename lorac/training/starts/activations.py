@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorac.errors import NonFinite, SiteUnreached, SiteUnsupported
+from lorac.errors import AdapterError, SiteError
 from lorac.ir.host.sites import Site, SiteKind
 from lorac.training.starts.borrowing import borrowed, called, removing
 
@@ -33,9 +33,9 @@ def visit_inputs(
         labelled: leave out positions that the batch masks, in ``attention_mask`` or by the label −100.
 
     Raises:
-        SiteUnsupported: a site is no linear layer that is called.
-        SiteUnreached: no batch reaches a site.
-        NonFinite: an input is NaN or infinite.
+        SiteError: a site is no linear layer that is called.
+        SiteError: no batch reaches a site.
+        AdapterError: an input is NaN or infinite.
     """
     for site in sites.values():
         _require_linear(site)
@@ -47,7 +47,9 @@ def visit_inputs(
             given = args[0] if args else next(iter(kwargs.values()))
             rows = _rows(given, kept[0])
             if not rows.isfinite().all():
-                raise NonFinite(f"the input of '{path}' is not finite", next_step="look for NaN in the batches")
+                raise AdapterError(
+                    f"the input of '{path}' is not finite", next_step="look for NaN in the batches", code="non_finite"
+                )
             reached.add(path)
             visit(path, rows)
 
@@ -59,14 +61,17 @@ def visit_inputs(
             kept[0] = _positions(batch) if labelled else None
             called(model, batch)
     for path in sites.keys() - reached:
-        raise SiteUnreached(f"no batch reaches '{path}'", next_step="exclude= it, or give batches that reach it")
+        raise SiteError(
+            f"no batch reaches '{path}'", next_step="exclude= it, or give batches that reach it", code="site_unreached"
+        )
 
 
 def _require_linear(site: Site) -> None:
     if site.kind is not SiteKind.LINEAR or site.within is not None:
-        raise SiteUnsupported(
+        raise SiteError(
             f"'{site.path}' is a {site.kind}, and starts from activations are for linear layers that are called",
             next_step="narrow targets=, or exclude= the module",
+            code="site_unsupported",
         )
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from lorac.adapters.as_lora import lora_of
 from lorac.adapters.residual import Pair, balanced
-from lorac.errors import BatchesNeeded, UnknownOption, none_of
+from lorac.errors import AdapterError, OptionError, not_one_of
 from lorac.ir.host.sites import Site, factor_dtype
 from lorac.training.starts.activations import visit_inputs
 from lorac.training.starts.start import Batches, Place, Start, places, with_pairs
@@ -39,7 +39,7 @@ class CorDA(Start):
             ``"kpm"`` the last r, for data of what is to be kept.
 
     Raises:
-        UnknownOption: there is no such mode.
+        OptionError: there is no such mode.
     """
 
     mode: str = "ipm"
@@ -48,7 +48,7 @@ class CorDA(Start):
 
     def __post_init__(self) -> None:
         if self.mode not in _MODES:
-            raise none_of("there is no mode", self.mode, _MODES)
+            raise not_one_of("there is no mode", self.mode, _MODES)
 
     def begin(self, adapter: Adapter, model: nn.Module, sites: Mapping[str, Site], batches: Batches) -> Adapter:
         sums: dict[str, Tensor] = {}
@@ -83,7 +83,7 @@ class EVA(Start):
         adjust_scaling_factors: scale alpha with the rank, so that alpha/r stays.
 
     Raises:
-        UnknownOption: rho is below 1.
+        OptionError: rho is below 1.
     """
 
     rho: float = 2.0
@@ -95,7 +95,7 @@ class EVA(Start):
 
     def __post_init__(self) -> None:
         if not self.rho >= 1:
-            raise UnknownOption(f"rho={self.rho} leaves layers without their rank", next_step="give 1 or more")
+            raise OptionError(f"rho={self.rho} leaves layers without their rank", next_step="give 1 or more")
 
     def begin(self, adapter: Adapter, model: nn.Module, sites: Mapping[str, Site], batches: Batches) -> Adapter:
         moments: dict[str, _Moments] = {path: _Moments() for path in sites}
@@ -136,12 +136,13 @@ class _Moments:
         """Principal components (k, in), their singular values (k,), and which share of the variance each explains.
 
         Raises:
-            BatchesNeeded: there are fewer rows than ``least``.
+            AdapterError: there are fewer rows than ``least``.
         """
         if self.count < least:
-            raise BatchesNeeded(
+            raise AdapterError(
                 f"{self.count} positions reach '{path}', which have no {least} principal components",
                 next_step="give more batches, or a smaller r",
+                code="batches_needed",
             )
         centred = self.second - torch.outer(self.first, self.first) / self.count
         values, vectors = torch.linalg.eigh(centred)
@@ -176,7 +177,9 @@ def _inverted(covariance: Tensor) -> tuple[Tensor, Tensor]:
         if not failed and torch.dist(damped @ inverse, identity) < _INEXACT:
             return damped, inverse
         if damp > 1e6:
-            raise BatchesNeeded(
-                "the inputs of a layer are all 0, so that they tell nothing of it", next_step="give other batches"
+            raise AdapterError(
+                "the inputs of a layer are all 0, so that they tell nothing of it",
+                next_step="give other batches",
+                code="batches_needed",
             )
         damp *= 2

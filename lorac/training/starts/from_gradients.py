@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lorac.adapters.residual import Pair
-from lorac.errors import UnknownOption, none_of
+from lorac.errors import OptionError, not_one_of
 from lorac.ir.host.sites import Site
 from lorac.training.starts.gradients import Gradients, Loss, summed_gradients
 from lorac.training.starts.start import Batches, Place, Start, places, with_pairs
@@ -38,10 +38,10 @@ def first_rate(lr: float, warmup: float, steps: int) -> float:
         steps: of the whole training.
 
     Raises:
-        UnknownOption: one of them is out of range.
+        OptionError: one of them is out of range.
     """
     if lr <= 0 or not 0 <= warmup <= 1 or steps < 1:
-        raise UnknownOption(
+        raise OptionError(
             f"lr={lr}, warmup={warmup}, steps={steps} are no learning rate, share of the steps and number of them",
             next_step="give for example lr=1e-4, warmup=0.02, steps=1000",
         )
@@ -81,7 +81,7 @@ class LoRAGA(_OfGradients):
         loss: (model, batch) -> the loss; default: the model's own.
 
     Raises:
-        UnknownOption: there is no such direction, or gamma is not above 0.
+        OptionError: there is no such direction, or gamma is not above 0.
     """
 
     gamma: float = 16
@@ -94,7 +94,7 @@ class LoRAGA(_OfGradients):
 
     def __post_init__(self) -> None:
         if self.direction not in _SPLITS:
-            raise none_of("there is no direction", self.direction, _SPLITS)
+            raise not_one_of("there is no direction", self.direction, _SPLITS)
         _require_gamma(self.gamma)
 
     def pair(self, place: Place, gradient: Tensor) -> Pair:
@@ -118,7 +118,7 @@ class LoRAOne(_OfGradients):
         loss: (model, batch) -> the loss; default: the model's own.
 
     Raises:
-        UnknownOption: gamma is not above 0.
+        OptionError: gamma is not above 0.
     """
 
     gamma: float = 128
@@ -150,7 +150,7 @@ class LoRASB(Start):
         loss: (model, batch) -> the loss; default: the model's own.
 
     Raises:
-        UnknownOption: one of lr, warmup and steps is out of range.
+        OptionError: one of lr, warmup and steps is out of range.
     """
 
     lr: float
@@ -179,4 +179,4 @@ class LoRASB(Start):
 
 def _require_gamma(gamma: float) -> None:
     if not gamma > 0:
-        raise UnknownOption(f"gamma={gamma} scales nothing", next_step="give a number above 0")
+        raise OptionError(f"gamma={gamma} scales nothing", next_step="give a number above 0")

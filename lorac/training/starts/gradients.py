@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorac.errors import BatchesNeeded, NonFinite, SiteUnreached, SiteUnsupported
+from lorac.errors import AdapterError, SiteError
 from lorac.ir.host.sites import Site, factor_dtype, stored_tensor
 from lorac.training.starts.borrowing import borrowed, called, removing
 
@@ -35,14 +35,15 @@ def loss_of(model: nn.Module, batch: Any) -> Tensor:
     """The loss that a model answers itself.
 
     Raises:
-        BatchesNeeded: it answers none.
+        AdapterError: it answers none.
     """
     answer = called(model, batch)
     loss = answer.get("loss") if isinstance(answer, Mapping) else getattr(answer, "loss", None)
     if not isinstance(loss, Tensor):
-        raise BatchesNeeded(
+        raise AdapterError(
             f"the model answers a batch with {type(answer).__name__} without a loss",
             next_step="give batches with labels, or a loss: loss=lambda model, batch: …, a scalar",
+            code="batches_needed",
         )
     return loss
 
@@ -59,10 +60,10 @@ def summed_gradients(
         loss: default: the model's own.
 
     Raises:
-        BatchesNeeded: there is no batch, or none with a loss.
-        SiteUnsupported: a weight is no parameter.
-        SiteUnreached: no batch gives a site a gradient.
-        NonFinite: a gradient is NaN or infinite.
+        AdapterError: there is no batch, or none with a loss.
+        SiteError: a weight is no parameter.
+        SiteError: no batch gives a site a gradient.
+        AdapterError: a gradient is NaN or infinite.
     """
     owners: dict[str, list[str]] = {}
     for path, site in sites.items():
@@ -75,7 +76,9 @@ def summed_gradients(
             _descend((loss or loss_of)(model, batch))
             count += 1
     if not count:
-        raise BatchesNeeded("there are no batches to take gradients of", next_step="give at least one batch")
+        raise AdapterError(
+            "there are no batches to take gradients of", next_step="give at least one batch", code="batches_needed"
+        )
     return Gradients({path: _of(path, name, sums) for name, paths in owners.items() for path in paths}, count)
 
 
@@ -88,9 +91,10 @@ def _descend(loss: Tensor) -> None:
 def _parameter(site: Site, model: nn.Module) -> str:
     assert site.weight is not None
     if not isinstance(stored_tensor(model, site.weight), nn.Parameter):
-        raise SiteUnsupported(
+        raise SiteError(
             f"the weight of '{site.path}' is no parameter, so that it has no gradient",
             next_step="narrow targets=, or exclude= the module",
+            code="site_unsupported",
         )
     return site.weight
 
@@ -118,12 +122,15 @@ def _watch(model: nn.Module, sites: Mapping[str, Site], sums: dict[str, Tensor],
 
 def _of(path: str, name: str, sums: Mapping[str, Tensor]) -> Tensor:
     if name not in sums:
-        raise SiteUnreached(
-            f"no batch gives the weight of '{path}' a gradient", next_step="exclude= it, or give batches that reach it"
+        raise SiteError(
+            f"no batch gives the weight of '{path}' a gradient",
+            next_step="exclude= it, or give batches that reach it",
+            code="site_unreached",
         )
     if not sums[name].isfinite().all():
-        raise NonFinite(
+        raise AdapterError(
             f"the gradient of the weight of '{path}' is not finite",
             next_step="look for NaN in the batches, or compute in float32",
+            code="non_finite",
         )
     return sums[name]

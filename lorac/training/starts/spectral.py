@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lorac.adapters.residual import Pair, balanced, orthonormal, principal
-from lorac.errors import UnknownOption
+from lorac.errors import OptionError
 from lorac.ir.host.sites import Site
 from lorac.training.starts.start import Batches, Place, Start, places, with_pairs
 from lorac.variants.adapter import Adapter
@@ -41,14 +41,14 @@ class PiSSA(_OfWeights):
             ``pissa_niter_N``), far cheaper for large weights, from a fixed seed.
 
     Raises:
-        UnknownOption: ``rounds`` is below 0.
+        OptionError: ``rounds`` is below 0.
     """
 
     rounds: int | None = None
 
     def __post_init__(self) -> None:
         if self.rounds is not None and self.rounds < 0:
-            raise UnknownOption(f"rounds={self.rounds} is no number of iterations", next_step="give 4, or None: exact")
+            raise OptionError(f"rounds={self.rounds} is no number of iterations", next_step="give 4, or None: exact")
 
     def pair(self, place: Place) -> Pair:
         if self.rounds is None:

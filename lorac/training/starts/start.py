@@ -18,7 +18,7 @@ from torch import nn
 from lorac.adapters.fit import check_adapter
 from lorac.adapters.fresh import fresh_adapter
 from lorac.adapters.residual import Pair, taken_out
-from lorac.errors import AdapterNotFound, BatchesNeeded, SiteUnsupported
+from lorac.errors import AdapterError, AdapterNotFound, SiteError
 from lorac.ir.host.sites import Site, base_of, factor_dtype, find_sites
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
@@ -51,9 +51,9 @@ class Start(ABC):
     Raises, when called:
         AdapterNotFound: the adapter is of a method that the start does not fit.
         SiteError, AdapterError: it does not fit the model; a weight is too small for what the start needs of it.
-        BatchesNeeded: the start reads gradients or activations, and there are no batches, or none with a loss.
-        SiteUnreached: no batch reaches one of its sites.
-        NonFinite: a gradient or an activation is NaN or infinite.
+        AdapterError: the start reads gradients or activations, and there are no batches, or none with a loss.
+        SiteError: no batch reaches one of its sites.
+        AdapterError: a gradient or an activation is NaN or infinite.
     """
 
     methods: ClassVar[tuple[type[Variant], ...]] = (LoRA, DoRA)
@@ -104,17 +104,19 @@ class Start(ABC):
     def _check_site(self, site: Site, variant: Any) -> None:
         variant.check(site)
         if site.packed is not None:
-            raise SiteUnsupported(
+            raise SiteError(
                 f"the weight of '{site.path}' is held as {site.packed}, which {type(self).__name__} cannot read",
                 next_step="begin over the model in float, and train over the quantised one",
+                code="site_unsupported",
             )
         most = min(site.out_features, site.in_features) // self.vectors
         if variant.r > most:
-            raise SiteUnsupported(
+            raise SiteError(
                 f"{type(self).__name__} needs {self.vectors * variant.r} singular vectors at '{site.path}' "
                 f"({site.in_features} -> {site.out_features})",
                 nearest=f"r={most}",
                 next_step="give a smaller r, or exclude= the module",
+                code="site_unsupported",
             )
 
     def _given(self, batches: Batches | None) -> Batches:
@@ -123,9 +125,10 @@ class Start(ABC):
         listed = iter(()) if batches is None else iter(batches)
         first = list(islice(listed, 1))
         if not first:
-            raise BatchesNeeded(
+            raise AdapterError(
                 f"{type(self).__name__} begins from {self.reads}, and there are no batches",
                 next_step="pass batches=, each of them what the model is called with",
+                code="batches_needed",
             )
         return chain(first, listed)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lorac.errors import BatchesNeeded, Unavailable
+from lorac.errors import AdapterError, Unavailable
 
 Tensor = torch.Tensor
 Pair = tuple[str, str]
@@ -99,10 +99,12 @@ def taught(
         seed: of the order.
 
     Raises:
-        BatchesNeeded: there are no pairs.
+        AdapterError: there are no pairs.
     """
     if not pairs:
-        raise BatchesNeeded("there are no pairs to teach", next_step="give at least one prompt with its answer")
+        raise AdapterError(
+            "there are no pairs to teach", next_step="give at least one prompt with its answer", code="batches_needed"
+        )
     generator = torch.Generator().manual_seed(seed)
     batches = []
     for _ in range(epochs):

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lorac.errors import CorruptFile, UnknownOption
+from lorac.errors import FormatError, OptionError
 
 _FILE, _SEEDS = "transfer.json", "seeds.jsonl"
 _MARK = "Question: "
@@ -35,7 +35,7 @@ class Task:
         wrong = next((seed for seed in self.seeds if not seed.strip() or "\n" in seed), None)
         if not self.seeds or wrong is not None:
             told = "none" if wrong is None else f"{wrong!r}, which is empty or has several lines"
-            raise UnknownOption(
+            raise OptionError(
                 f"the seeds of task '{self.name}' are prompts of a line each, and there is {told}",
                 next_step="give about five prompts of the task's own data",
             )
@@ -65,13 +65,15 @@ class Task:
         """What ``save`` wrote.
 
         Raises:
-            CorruptFile: the folder holds no task.
+            FormatError: the folder holds no task.
         """
         try:
             told = json.loads((Path(folder) / _FILE).read_text())
             seeds = [json.loads(line)["prompt"] for line in (Path(folder) / _SEEDS).read_text().splitlines()]
             return cls(**told, seeds=tuple(seeds))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CorruptFile(
-                f"'{folder}' holds no task that can be read: {error}", next_step="write it by Task.save"
+            raise FormatError(
+                f"'{folder}' holds no task that can be read: {error}",
+                next_step="write it by Task.save",
+                code="corrupt_file",
             ) from error

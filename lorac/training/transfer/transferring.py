@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorac.errors import BatchesNeeded
+from lorac.errors import AdapterError
 from lorac.training.transfer.speaking import Pair, continuations, fit, prefers, taught, tokenizer_of
 from lorac.training.transfer.task import Task
 from lorac.variants.adapter import Adapter
@@ -154,7 +154,7 @@ def synthesise(
         seed: what is drawn from.
 
     Raises:
-        BatchesNeeded: so many tries do not give so many prompts.
+        AdapterError: so many tries do not give so many prompts.
     """
     tries = 20 * count if tries is None else tries
     found: list[str] = []
@@ -166,9 +166,10 @@ def synthesise(
         passed = [prompt for prompt, yes in zip(asked, accept(asked) if asked else (), strict=True) if yes]
         found += _new(passed, found) if dedupe else passed
     if len(found) < count:
-        raise BatchesNeeded(
+        raise AdapterError(
             f"of {tried} prompts that were written {len(found)} are of the task, and {count} are wanted",
             next_step="raise tries=, give the task more seeds, or train the discriminator longer",
+            code="batches_needed",
         )
     return Synthesised(tuple(found[:count]), tried)
 
@@ -207,7 +208,7 @@ def transfer(
     Raises:
         Unavailable: a model has no tokenizer.
         AdapterNotFound: an adapter of such a name is missing.
-        BatchesNeeded: as ``synthesise``; or the source has nothing to say to any prompt.
+        AdapterError: as ``synthesise``; or the source has nothing to say to any prompt.
     """
     told = settings
     draw = draw or drawn_by(target, task, max_new_tokens=told.max_new_tokens)

@@ -80,7 +80,7 @@ def test_providers_follow_from_the_device_and_it_from_them(options: Any, place: 
     ],
 )
 def test_what_contradicts_itself_is_refused(options: Any, said: str) -> None:
-    with pytest.raises(lorac.UnknownOption, match=said):
+    with pytest.raises(lorac.OptionError, match=said):
         compiled(**options)
 
 
@@ -102,7 +102,7 @@ def test_loading_says_the_same(tmp_path: Path) -> None:
     compiled().save(tmp_path / "it")
     with pytest.raises(lorac.Unavailable, match="has no CUDAExecutionProvider"):
         lorac.load(tmp_path / "it", device="cuda")
-    with pytest.raises(lorac.UnknownOption, match="device='gpu' cannot be used here"):
+    with pytest.raises(lorac.OptionError, match="device='gpu' cannot be used here"):
         lorac.load(tmp_path / "it", device="gpu")
     assert lorac.load(tmp_path / "it", device="cpu")(np.ones((2, 6), np.float32)).shape == (2, 10)
     eager = lorac.compile(Net(), {"a": lorac.LoRA(r=2)}, example_inputs=(torch.ones(3, 6),))
@@ -110,7 +110,7 @@ def test_loading_says_the_same(tmp_path: Path) -> None:
     with pytest.raises(lorac.Unavailable, match="has no CUDAExecutionProvider"):
         lorac.load(tmp_path / "eager", target="onnxruntime", device="cuda")
     if not torch.cuda.is_available():
-        with pytest.raises(lorac.UnknownOption, match="device='cuda' cannot be used here"):
+        with pytest.raises(lorac.OptionError, match="device='cuda' cannot be used here"):
             lorac.load(tmp_path / "eager", device="cuda")
 
 

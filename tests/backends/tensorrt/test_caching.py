@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-import lorac
 from lorac.backends.tensorrt import caching, library
 from lorac.backends.tensorrt.caching import PlanCache, plan_key
 from lorac.backends.tensorrt.device.requirements import refuse_damaged
 from lorac.ir.store.held import HeldFile
 from tests.backends.tensorrt import tiny
+from tests.refusing import refuses
 
 KEY, OTHER = "0" * 32, "1" * 32
 
@@ -123,6 +123,6 @@ def test_kernels_are_of_the_gpu_that_compiled_them(tmp_path: Path, monkeypatch: 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(lorac.Unreadable, match="cannot be written"):
+    with refuses("unreadable", match="cannot be written"):
         PlanCache(tmp_path / "file").write(KEY, b"plan")
     assert PlanCache(tmp_path / "file").read(KEY) is None

@@ -194,7 +194,7 @@ def test_a_device_that_is_no_gpu_is_refused(live, tmp_path):
     live.save(tmp_path / "saved")
     with pytest.raises(lorac.Unavailable, match="runs on a GPU, not on 'cpu'"):
         lorac.load(tmp_path / "saved", device="cpu")
-    with pytest.raises(lorac.UnknownOption, match="runs on NVIDIA GPUs, and not on device 'cpu'"):
+    with pytest.raises(lorac.OptionError, match="runs on NVIDIA GPUs, and not on device 'cpu'"):
         compiled(device="cpu")
     assert engine_of(compiled(device="cuda:1", self_test=False)).options.device == "cuda:1"
 

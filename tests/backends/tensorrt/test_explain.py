@@ -56,5 +56,5 @@ def test_what_has_let_go_of_its_model_is_not_asked():
     built = quietly(model=model, adapters={}, example_inputs=(X,))
     with pytest.raises(lorac.Unavailable, match="this program has let go of its own"):
         built.explain(target="onnxruntime")
-    with pytest.raises(lorac.UnknownOption, match="there is no target 'tensort'"):
+    with pytest.raises(lorac.OptionError, match="there is no target 'tensort'"):
         lorac.compile(model, {}, example_inputs=(X,)).explain(target="tensort")

@@ -26,7 +26,7 @@ def test_those_that_are_named_are_marked_and_no_others() -> None:
 
 def test_a_weight_that_the_program_lacks() -> None:
     network, _ = tiny.parsed()
-    with pytest.raises(lorac.UnknownOption, match=r"no weight 'fc.wait'.*\n.*fc.weight"):
+    with pytest.raises(lorac.OptionError, match=r"no weight 'fc.wait'.*\n.*fc.weight"):
         mark(network, ["fc.wait"], tiny.weights())
 
 

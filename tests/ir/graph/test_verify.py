@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import fx
 
-from lorac.errors import VerificationFailed
 from lorac.ir.graph import ops
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.passes import Outcome, Pass
 from lorac.ir.graph.verify import verify
 from lorac.passes.pipelines import lowering, run_pipeline
 from tests.captured import capture, lower
+from tests.refusing import refuses
 
 aten = torch.ops.aten
 
@@ -31,7 +31,7 @@ def _at(level: Level) -> Graph:
 
 
 def _refused(graph: Graph, node: str, what: str) -> None:
-    with pytest.raises(VerificationFailed) as caught:
+    with refuses("verification_failed") as caught:
         verify(graph, after="culprit")
     message = str(caught.value)
     assert "after 'culprit'" in message
@@ -133,7 +133,7 @@ class Broken(Pass):
 def test_it_runs_after_every_pass() -> None:
     graph = capture("plain_mlp").graph
     pack, *others = lowering()
-    with pytest.raises(VerificationFailed, match="after 'broken'"):
+    with refuses("verification_failed", match="after 'broken'"):
         run_pipeline(graph, [pack, Broken(), *others])
 
 
@@ -142,5 +142,5 @@ def test_the_message_names_the_source_line() -> None:
     lower(graph)
     node = next(n for n in graph.fx.nodes if n.op == "call_function" and "modeling_llama" in n.meta["stack_trace"])
     del node.meta["val"]
-    with pytest.raises(VerificationFailed, match=r"modeling_llama\.py"):
+    with refuses("verification_failed", match=r"modeling_llama\.py"):
         verify(graph, after="culprit")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-import lorac
 from lorac.ir.host.inputs.fixed_values import Arguments, plain
+from tests.refusing import refuses
 
 X = torch.zeros(2, 3)
 
@@ -24,7 +24,7 @@ def test_what_holds_no_tensor_is_a_constant():
 
 @pytest.mark.parametrize("value", [np.zeros(3), [1, X], {"a": X, "b": "text"}, torch.float32, {1: 2}, float("nan")])
 def test_what_later_calls_cannot_be_held_against_is_refused_by_name(value: Any):
-    with pytest.raises(lorac.CaptureFailed, match="the argument 'value' holds ") as error:
+    with refuses("capture_failed", match="the argument 'value' holds ") as error:
         Arguments.of(nn.Linear(3, 2), {"x": X, "value": value})
     assert "target='eager'" in str(error.value)
 

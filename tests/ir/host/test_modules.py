@@ -12,6 +12,7 @@ from lorac.ir.host.modules import callable_paths, module_site, told_site
 from lorac.ir.host.sites import SiteKind, find_sites
 from lorac.ir.host.skeleton import build, describe
 from lorac.testing.checks import assert_close
+from tests.refusing import refuses
 from tests.variants.modules import BLOCK, Bottleneck
 
 SIZES = {
@@ -93,7 +94,7 @@ def test_a_list_is_called_by_nobody() -> None:
 
 def test_what_was_looked_for_is_said() -> None:
     host = nn.Sequential(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(5, 3)), nn.Identity())
-    with pytest.raises(lorac.SiteUnsupported) as error:
+    with refuses("site_unsupported") as error:
         module_site("1", host, find_sites(host))
     assert "the scale of a norm" in str(error.value) and "(there are none)" in str(error.value)
     assert "`lorac sites MODEL`" in str(error.value)
@@ -104,19 +105,19 @@ def test_what_was_looked_for_is_said() -> None:
             self.a, self.b = nn.Linear(4, 6), nn.Linear(5, 3)
 
     odd = nn.ModuleDict({"odd": Odd()})
-    with pytest.raises(lorac.SiteUnsupported, match="the first takes 4, the last gives 3"):
+    with refuses("site_unsupported", match="the first takes 4, the last gives 3"):
         module_site("odd", odd, find_sites(odd))
 
 
 def test_a_list_means_what_it_names_and_an_expression_what_can_be_told() -> None:
     model = named("Llama", **SIZES)
-    with pytest.raises(lorac.SiteUnsupported, match=r"'layers\.0\.mlp\.act_fn', a \w+, are is not told"):
+    with refuses("site_unsupported", match=r"'layers\.0\.mlp\.act_fn', a \w+, are is not told"):
         lorac.compile(model, {"b": Bottleneck(targets=["act_fn"])})
     found = lorac.compile(model, {"b": Bottleneck(targets=r".*\.mlp(\.act_fn)?")}).adapters["b"].sites
     assert found == ("layers.0.mlp",)
-    with pytest.raises(lorac.SiteNotFound, match="matches no site"):
+    with refuses("site_not_found", match="matches no site"):
         lorac.compile(model, {"b": Bottleneck(targets=["self_atn"])})
-    with pytest.raises(lorac.SiteNotFound, match="targets 'mlp', which matches no site"):
+    with refuses("site_not_found", match="targets 'mlp', which matches no site"):
         lorac.compile(model, {"l": lorac.LoRA(targets=["mlp"])})
 
 
@@ -128,7 +129,7 @@ def test_blocks_are_those_of_the_network_whatever_else_is_named() -> None:
 
 
 def test_a_model_without_blocks_is_told_to_name_modules() -> None:
-    with pytest.raises(lorac.SiteNotFound, match="looked for elements of lists and sequences") as error:
+    with refuses("site_not_found", match="looked for elements of lists and sequences") as error:
         lorac.compile(nn.Bilinear(2, 2, 2), {"t": lorac.AdapterTune(r=2)})
     assert "name modules by the ends of their paths" in str(error.value)
 

@@ -15,6 +15,7 @@ from lorac.ir.host.skeleton import build, describe
 from lorac.testing import HOSTS, adapter_away
 from lorac.testing.checks import assert_close
 from tests.parity import assert_parity
+from tests.refusing import refuses
 
 MODULES = {
     "linear": (lambda: nn.Linear(5, 7), SiteKind.LINEAR, (7, 5)),
@@ -230,5 +231,5 @@ def test_layers_that_peft_adapts_neither_are_no_sites():
     for path, name in (("0", "Bilinear"), ("1", "EmbeddingBag")):
         tensors = {"lora_A": torch.zeros(1, 4), "lora_B": torch.zeros(5, 1)}
         adapter = lorac.Adapter("a", lorac.LoRA(r=1, targets=(path,)), {path: tensors})
-        with pytest.raises(lorac.SiteUnsupported, match=f"'{path}', a {name} as built here is not a site"):
+        with refuses("site_unsupported", match=f"'{path}', a {name} as built here is not a site"):
             lorac.compile(model, {"a": adapter})

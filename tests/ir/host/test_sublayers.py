@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from lorac.errors import ExampleInputsNeeded, SiteUnsupported
+from lorac.errors import ExampleInputsNeeded
 from lorac.ir.host.blocks import transformer_blocks
 from lorac.ir.host.components import Components
 from lorac.ir.host.sublayers import norm_eps, stream_ends, stream_of, sublayer_sites
+from tests.refusing import refuses
 
 WIDTH, X = 8, torch.randn(2, 5, 8)
 
@@ -92,7 +93,7 @@ def test_the_model_is_left_as_it_was():
 def test_what_is_not_told_is_refused():
     with pytest.raises(ExampleInputsNeeded):
         stream_of(Network())
-    with pytest.raises(SiteUnsupported, match="eps"):
+    with refuses("site_unsupported", match="eps"):
         norm_eps([nn.LayerNorm(3), nn.LayerNorm(3, eps=0.5)], 1.0)
-    with pytest.raises(SiteUnsupported, match="no weight"):
+    with refuses("site_unsupported", match="no weight"):
         norm_eps([nn.LayerNorm(3, elementwise_affine=False)], 1.0)

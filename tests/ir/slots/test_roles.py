@@ -22,6 +22,7 @@ from lorac.ir.slots.roles import ROLES
 from lorac.ir.slots.snapshot import Snapshot, slots_of
 from lorac.ir.store.plans import plan_from_json, plan_to_json
 from lorac.testing.checks import assert_close
+from tests.refusing import refuses
 
 WIDTH = 6
 
@@ -139,7 +140,7 @@ def test_what_lacks_room_for_a_new_role_is_told_what_admits_it() -> None:
 
 @pytest.mark.usefixtures("scaling")
 def test_what_no_weight_holds_is_not_merged() -> None:
-    with pytest.raises(lorac.NotMergeable, match="part 's'"):
+    with refuses("not_mergeable", match="part 's'"):
         lorac.compile(_model(), {"a": _adapter()}, mode="fused", example_inputs=(X,))
 
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from lorac.errors import CorruptFile
+from lorac.errors import FormatError
 from lorac.ir.store import folders
 from lorac.ir.store.folders import foreign, recover, replacing, steady
+from tests.refusing import refuses
 
 CHANGES = ("os.rename", "os.replace", "os.link", "lorac.ir.store.folders._exchanged")
 
@@ -240,7 +241,7 @@ def test_reading_again_while_another_takes_the_place(target: Path) -> None:
         if count < 4:
             with replacing(target) as staged:
                 staged.write_text(str(count))
-            raise CorruptFile("a mixture")
+            raise FormatError("a mixture", code="corrupt_file")
         return target.read_text()
 
     assert steady(target, read) == "3"
@@ -253,9 +254,9 @@ def test_an_error_that_nothing_else_explains_is_raised_at_once(target: Path) -> 
     def read() -> None:
         nonlocal count
         count += 1
-        raise CorruptFile("damaged")
+        raise FormatError("damaged", code="corrupt_file")
 
-    with pytest.raises(CorruptFile):
+    with refuses("corrupt_file"):
         steady(target, read)
     assert count == 1
 
@@ -268,7 +269,7 @@ def test_where_nothing_is_before_and_after_reading_is_tried_again(target: Path) 
         nonlocal count
         count += 1
         if count == 1:
-            raise CorruptFile("a part of it is missing")
+            raise FormatError("a part of it is missing", code="corrupt_file")
         return count
 
     assert steady(target, read) == 2

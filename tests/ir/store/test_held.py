@@ -14,10 +14,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from lorac.errors import ArtifactError, CorruptFile
+from lorac.errors import ArtifactError, FormatError
 from lorac.ir.store import held
 from lorac.ir.store.held import HeldFile, hold
 from lorac.ir.store.tensors import Place, TensorFile, raw_bytes, write_safetensors
+from tests.refusing import refuses
 
 linux = pytest.mark.skipif(not held._tells_open_files(), reason="open files have no paths here")
 
@@ -111,8 +112,8 @@ def test_links_folders_and_pipes_are_not_held(tmp_path: Path) -> None:
 def test_errors_name_the_file_as_it_was_called(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"mine")
-    with pytest.raises(CorruptFile) as error, HeldFile(path).named() as given:
-        raise CorruptFile(f"'{given}' is damaged", next_step=f"look at {given}")
+    with refuses("corrupt_file") as error, HeldFile(path).named() as given:
+        raise FormatError(f"'{given}' is damaged", next_step=f"look at {given}", code="corrupt_file")
     assert str(error.value) == f"'{path}' is damaged\n  look at {path}"
 
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-from lorac.errors import CorruptFile
+from lorac.errors import FormatError
 from lorac.ir.store.strict_json import MAX_DEPTH, json_text, parse_json, parse_object
+from tests.refusing import refuses
 
 
-def refuse(reason: str) -> CorruptFile:
-    return CorruptFile(f"the file {reason}")
+def refuse(reason: str) -> FormatError:
+    return FormatError(f"the file {reason}", code="corrupt_file")
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,7 @@ def refuse(reason: str) -> CorruptFile:
     ],
 )
 def test_refused(text: str | bytes, reason: str) -> None:
-    with pytest.raises(CorruptFile, match=f"the file .*{reason}"):
+    with refuses("corrupt_file", match=f"the file .*{reason}"):
         parse_object(text, refuse)
 
 

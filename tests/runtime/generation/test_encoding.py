@@ -207,7 +207,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "decoder_input_ids holds",
     ),
     "prefixes": ({"input_ids": IDS, "prefixes": lorac.Prefixes()}, lorac.Unavailable, "no beginning of another"),
-    "encoded before": ({"input_ids": IDS, "encoder_outputs": 1}, lorac.errors.UnknownOption, "encoder_outputs"),
+    "encoded before": ({"input_ids": IDS, "encoder_outputs": 1}, lorac.errors.OptionError, "encoder_outputs"),
     "choices": ({"input_ids": IDS, "adapters": ["one", None]}, lorac.ChoiceError, "2 choices of adapters for 1 rows"),
 }
 

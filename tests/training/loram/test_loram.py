@@ -19,6 +19,7 @@ from lorac.training.loram import Kept
 from lorac.training.loram.units import Group, kept_of
 from tests import zoo
 from tests.limits import assert_apart
+from tests.refusing import refuses
 from tests.training.loops import data, plain_loop
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -248,13 +249,13 @@ def test_mismatched_models_are_refused() -> None:
     model = llama()
     smaller, other = loram.prune(model), loram.prune(model, hidden=0.2)
     adapter = trained(smaller.model)
-    with pytest.raises(lorac.ShapeMismatch, match="of which the smaller model has"):
+    with refuses("shape_mismatch", match="of which the smaller model has"):
         loram.recover(adapter, other.kept, model)
-    with pytest.raises(lorac.ShapeMismatch, match="was pruned from a weight of"):
+    with refuses("shape_mismatch", match="was pruned from a weight of"):
         loram.recover(adapter, smaller.kept, llama(heads=6))
-    with pytest.raises(lorac.SiteNotFound):
+    with refuses("site_not_found"):
         loram.recover(adapter, smaller.kept, llama(layers=1))
-    with pytest.raises(lorac.ShapeMismatch):
+    with refuses("shape_mismatch"):
         loram.recover(adapter, {}, model)
     dora = lorac.compile(smaller.model, {"a": lorac.DoRA(r=2, targets=("q_proj",))}).adapters["a"]
     with pytest.raises(lorac.AdapterNotFound, match="dora"):
@@ -264,15 +265,15 @@ def test_mismatched_models_are_refused() -> None:
 @pytest.mark.parametrize(
     ("call", "error"),
     [
-        (lambda m: loram.prune(m, heads=1.0), lorac.UnknownOption),
-        (lambda m: loram.prune(m, by="size"), lorac.UnknownOption),
-        (lambda m: loram.prune(m, layers=[7]), lorac.UnknownOption),
-        (lambda m: loram.prune(m, by="gradient"), lorac.BatchesNeeded),
-        (lambda m: loram.prune(nn.Sequential(nn.Linear(3, 3))), lorac.SiteUnsupported),
-        (lambda m: loram.mask(m, pattern=(4, 7)), lorac.UnknownOption),
-        (lambda m: loram.mask(m, targets=("embed_tokens",)), lorac.SiteUnsupported),
-        (lambda m: loram.align(loram.prune(m), [], steps=3), lorac.BatchesNeeded),
-        (lambda m: loram.recover(trained(m), {}, m, fill="ones"), lorac.UnknownOption),
+        (lambda m: loram.prune(m, heads=1.0), lorac.OptionError),
+        (lambda m: loram.prune(m, by="size"), lorac.OptionError),
+        (lambda m: loram.prune(m, layers=[7]), lorac.OptionError),
+        (lambda m: loram.prune(m, by="gradient"), lorac.AdapterError),
+        (lambda m: loram.prune(nn.Sequential(nn.Linear(3, 3))), lorac.SiteError),
+        (lambda m: loram.mask(m, pattern=(4, 7)), lorac.OptionError),
+        (lambda m: loram.mask(m, targets=("embed_tokens",)), lorac.SiteError),
+        (lambda m: loram.align(loram.prune(m), [], steps=3), lorac.AdapterError),
+        (lambda m: loram.recover(trained(m), {}, m, fill="ones"), lorac.OptionError),
     ],
 )
 def test_refusals(call: Any, error: Any) -> None:
@@ -286,5 +287,5 @@ def test_refusals(call: Any, error: Any) -> None:
 def test_a_file_of_positions_that_are_none(tmp_path: Path) -> None:
     kept = {"0": Kept((3, 3), torch.tensor([0, 5]), torch.tensor([1]))}
     loram.write_kept(kept, tmp_path / "kept.safetensors")
-    with pytest.raises(lorac.CorruptFile, match="does not have"):
+    with refuses("corrupt_file", match="does not have"):
         loram.read_kept(tmp_path / "kept.safetensors")

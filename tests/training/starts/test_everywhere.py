@@ -16,6 +16,7 @@ from lorac.testing.checks import assert_close
 from lorac.training import starts
 from tests import parity, zoo
 from tests.limits import assert_apart
+from tests.refusing import refuses
 from tests.training.starts.hosts import ALPHA, AT_BASE, LORA, OFF_BASE, RANK, STARTS, batches, begun, net
 
 DATA = {name: start for name, start in STARTS.items() if start.reads}
@@ -129,7 +130,7 @@ def test_an_adapter_is_only_read() -> None:
 def test_refused_without_batches(name: str, given: Any) -> None:
     model = net()
     before = zoo.fingerprint(model)
-    with pytest.raises(lorac.BatchesNeeded, match="there are no batches"):
+    with refuses("batches_needed", match="there are no batches"):
         DATA[name](lorac.LoRAXS(r=2, targets=("up",)) if name == "lora_sb" else LORA, model, given)
     assert zoo.fingerprint(model) == before
 
@@ -141,17 +142,17 @@ def nan(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("start", "variant", "given", "error", "says"),
     [
-        (starts.LoRAGA(), LORA, [{"x": batches(1)[0]["x"]}], lorac.BatchesNeeded, "without a loss"),
-        (starts.LoRAGA(), LORA, map(nan, batches()), lorac.NonFinite, "gradient"),
-        (starts.EVA(), LORA, map(nan, batches()), lorac.NonFinite, "input"),
-        (starts.EVA(), LORA, [{"x": batches(1)[0]["x"][:1]}], lorac.BatchesNeeded, "principal components"),
+        (starts.LoRAGA(), LORA, [{"x": batches(1)[0]["x"]}], lorac.AdapterError, "without a loss"),
+        (starts.LoRAGA(), LORA, map(nan, batches()), lorac.AdapterError, "gradient"),
+        (starts.EVA(), LORA, map(nan, batches()), lorac.AdapterError, "input"),
+        (starts.EVA(), LORA, [{"x": batches(1)[0]["x"][:1]}], lorac.AdapterError, "principal components"),
         (starts.PiSSA(), lorac.LoRAXS(r=2, targets=("up",)), None, lorac.AdapterNotFound, "method loraxs"),
         (starts.LoRASB(lr=1, steps=5), LORA, batches(), lorac.AdapterNotFound, "method lora"),
-        (starts.PiSSA(), lorac.LoRA(r=7, targets=("up",)), None, lorac.SiteUnsupported, "needs 7 singular"),
-        (starts.LoRAGA(), lorac.LoRA(r=4, targets=("up",)), batches(), lorac.SiteUnsupported, "needs 8 singular"),
-        (starts.LoRAGA(), lorac.LoRA(r=1, targets=("never",)), batches(), lorac.SiteUnreached, "'never'"),
-        (starts.CorDA(), lorac.LoRA(r=1, targets=("never",)), batches(), lorac.SiteUnreached, "'never'"),
-        (starts.PiSSA(), lorac.LoRA(targets=("upp",)), None, lorac.SiteNotFound, "upp"),
+        (starts.PiSSA(), lorac.LoRA(r=7, targets=("up",)), None, lorac.SiteError, "needs 7 singular"),
+        (starts.LoRAGA(), lorac.LoRA(r=4, targets=("up",)), batches(), lorac.SiteError, "needs 8 singular"),
+        (starts.LoRAGA(), lorac.LoRA(r=1, targets=("never",)), batches(), lorac.SiteError, "'never'"),
+        (starts.CorDA(), lorac.LoRA(r=1, targets=("never",)), batches(), lorac.SiteError, "'never'"),
+        (starts.PiSSA(), lorac.LoRA(targets=("upp",)), None, lorac.SiteError, "upp"),
     ],
 )
 def test_refusals_leave_nothing(start: Any, variant: Any, given: Any, error: Any, says: str) -> None:
@@ -167,7 +168,7 @@ def test_refusals_leave_nothing(start: Any, variant: Any, given: Any, error: Any
 def test_refused_layers() -> None:
     model = zoo.ZOO["plain_conv"].fresh()
     image = zoo.ZOO["plain_conv"].inputs()
-    with pytest.raises(lorac.SiteUnsupported, match="for linear layers"):
+    with refuses("site_unsupported", match="for linear layers"):
         starts.EVA()(lorac.LoRA(r=1, targets=("stem",)), model, [image])
 
 
@@ -184,5 +185,5 @@ def test_refused_layers() -> None:
     ],
 )
 def test_settings_that_make_no_sense(make: Any, says: str) -> None:
-    with pytest.raises(lorac.UnknownOption, match=says):
+    with pytest.raises(lorac.OptionError, match=says):
         make()

@@ -81,7 +81,7 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
     """The tensors of one site, and a linear site of their shapes.
 
     Raises:
-        ShapeMismatch: They do not belong together.
+        AdapterError: They do not belong together.
     """
     if set(stored) != set(NAMES) or any(stored[name].ndim != 2 for name in NAMES):
         raise misfit(path, stored, "lora_A is (r, in), lora_E (r, 1), lora_B (out, r)")
@@ -93,7 +93,7 @@ def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tens
     """The tensors of one site, by suffix.
 
     Raises:
-        SiteUnsupported: PEFT has no such layer.
+        SiteError: PEFT has no such layer.
     """
     check_site(site, tensors)
     return dict(tensors)

@@ -40,7 +40,7 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
     """boft_R (m, blocks, β, β) and s (out, 1), and a site whose kernel is left open.
 
     Raises:
-        ShapeMismatch: They do not belong together.
+        AdapterError: They do not belong together.
     """
     rotation, scale = stored.get(ROTATION), stored.get(SCALE)
     if rotation is None or scale is None or rotation.ndim != 4 or scale.ndim != 2 or 1 not in scale.shape:
@@ -65,7 +65,7 @@ def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tens
     """The tensors of one site in the file's shapes, by suffix.
 
     Raises:
-        SiteUnsupported: PEFT does not adapt the layer.
+        SiteError: PEFT does not adapt the layer.
     """
     check_site(site, tensors)
     scale = tensors[SCALE]

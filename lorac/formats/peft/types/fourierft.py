@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lorac.errors import UnsupportedField
+from lorac.errors import FormatError
 from lorac.formats._layout import matrix_site
 from lorac.formats.peft import config
 from lorac.formats.peft.method import Field, Method, Tensors, Use
@@ -55,7 +55,7 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
     """The spectrum; no tensor tells the site.
 
     Raises:
-        ShapeMismatch: It is no vector.
+        AdapterError: It is no vector.
     """
     if set(stored) != {SPECTRUM} or stored[SPECTRUM].ndim != 1:
         raise misfit(path, stored, f"{SPECTRUM} is (n_frequency,)")
@@ -77,14 +77,15 @@ def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tens
     """The spectrum, by suffix.
 
     Raises:
-        SiteUnsupported: PEFT has no such layer.
-        UnsupportedField: The positions are not those of the seed, which are all that PEFT knows.
+        SiteError: PEFT has no such layer.
+        FormatError: The positions are not those of the seed, which are all that PEFT knows.
     """
     check_site(site, tensors)
     if not torch.equal(_positions(variant.at(site), site), tensors[INDICES].cpu()):
-        raise UnsupportedField(
+        raise FormatError(
             f"the positions at '{site.path}' are not those that random_loc_seed chooses, and PEFT stores none",
             next_step="use format='native'",
+            code="unsupported_field",
         )
     return {SPECTRUM: tensors[SPECTRUM]}
 

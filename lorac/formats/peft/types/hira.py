@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import torch
 
-from lorac.errors import UnsupportedField
+from lorac.errors import FormatError
 from lorac.formats._layout import conv_site, matrix_site
 from lorac.formats.peft import config
 from lorac.formats.peft.method import Field, Method, Tensors, Use
@@ -46,7 +46,7 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
     """The tensors of one site as matrices, and the site as its tensors tell it.
 
     Raises:
-        ShapeMismatch: A and B do not belong together, or to no kind of site.
+        AdapterError: A and B do not belong together, or to no kind of site.
     """
     pair = EMBEDDING if EMBEDDING[0] in stored else MATRICES
     expected = "hira_A is (r, in), hira_B (out, r)"
@@ -67,14 +67,15 @@ def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tens
     """The tensors of one site in the file's shapes, by suffix.
 
     Raises:
-        SiteUnsupported: PEFT has no such layer.
-        UnsupportedField: The site has a rank of its own.
+        SiteError: PEFT has no such layer.
+        FormatError: The site has a rank of its own.
     """
     check_site(site, tensors)
     if tensors["hira_A"].shape[0] != _rank(variant):
-        raise UnsupportedField(
+        raise FormatError(
             f"'{site.path}' is of rank {tensors['hira_A'].shape[0]} by rank_pattern, which PEFT's HIRA ignores",
             next_step="use format='native', or one r for all",
+            code="unsupported_field",
         )
     a, b = (tensors[name] for name in MATRICES)
     if site.conv is not None:

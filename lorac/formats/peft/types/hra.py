@@ -33,7 +33,7 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
     """U (in, r), and a site of which only the inputs are known.
 
     Raises:
-        ShapeMismatch: It is no matrix.
+        AdapterError: It is no matrix.
     """
     vectors = stored[VECTORS]
     if vectors.ndim != 2:
@@ -48,7 +48,7 @@ def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tens
     """The tensors of one site in the file's shapes, by suffix.
 
     Raises:
-        SiteUnsupported: PEFT does not adapt the layer.
+        SiteError: PEFT does not adapt the layer.
     """
     check_site(site, tensors)
     return {VECTORS: tensors[VECTORS]}

@@ -45,7 +45,7 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
     """l (out, 1) or (1, in), and a site with as many features on both sides.
 
     Raises:
-        ShapeMismatch: l is for the other side of the layer, or for none.
+        AdapterError: l is for the other side of the layer, or for none.
     """
     assert isinstance(variant, IA3)
     scale, size = stored[SCALE], stored[SCALE].numel()
@@ -65,7 +65,7 @@ def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tens
     """The tensors of one site in the file's shapes, by suffix.
 
     Raises:
-        SiteUnsupported: PEFT does not adapt the layer.
+        SiteError: PEFT does not adapt the layer.
     """
     check_site(site, tensors)
     scale = tensors[SCALE]

@@ -34,7 +34,7 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
     """The tensors of one site with cores flattened, and a site that they would do for.
 
     Raises:
-        ShapeMismatch: They do not belong together.
+        AdapterError: They do not belong together.
     """
     cored = set(stored) == {*FACTORS, *CORES} and all(stored[name].ndim == 4 for name in CORES)
     if not (cored or set(stored) == set(FACTORS)) or any(stored[name].ndim != 2 for name in FACTORS):
@@ -51,7 +51,7 @@ def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tens
     """The tensors of one site in the file's shapes, by suffix.
 
     Raises:
-        SiteUnsupported: PEFT has no such layer.
+        SiteError: PEFT has no such layer.
     """
     check_site(site, tensors)
     cores = {name: tensors[name].reshape(core_shape(site, tensors[name])) for name in CORES if name in tensors}

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lorac.errors import UnsupportedField
+from lorac.errors import FormatError
 from lorac.formats._layout import conv_site, matrix_site
 from lorac.formats.peft import config
 from lorac.formats.peft.method import Field, Method, Tensors, Use
@@ -49,8 +49,8 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
     """The tensors of one site with kernels flattened, and a site that they would do for.
 
     Raises:
-        ShapeMismatch: They do not belong together.
-        UnsupportedField: A Conv1d with a whole w2.
+        AdapterError: They do not belong together.
+        FormatError: A Conv1d with a whole w2.
     """
     first, second = _sides(path, stored)
     w2 = stored.get(W2)
@@ -72,8 +72,8 @@ def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tens
     """The tensors of one site in the file's shapes, by suffix.
 
     Raises:
-        SiteUnsupported: PEFT has no such layer.
-        UnsupportedField: A Conv1d with a whole w2.
+        SiteError: PEFT has no such layer.
+        FormatError: A Conv1d with a whole w2.
     """
     check_site(site, tensors)
     written = dict(tensors)
@@ -90,7 +90,7 @@ def _sides(path: str, stored: Tensors) -> tuple[tuple[str, ...], tuple[str, ...]
     """The names of what makes up w1 and w2.
 
     Raises:
-        ShapeMismatch: There is too much or too little, or it has other axes.
+        AdapterError: There is too much or too little, or it has other axes.
     """
     first = (W1,) if W1 in stored else (f"{W1}_a", f"{W1}_b")
     second: tuple[str, ...] = (W2,) if W2 in stored else (f"{W2}_a", f"{W2}_b")
@@ -116,10 +116,11 @@ def _flat(name: str, tensor: Tensor) -> Tensor:
     return tensor.flatten(2) if name == CORE else tensor.flatten(1)
 
 
-def _misaligned(path: str) -> UnsupportedField:
-    return UnsupportedField(
+def _misaligned(path: str) -> FormatError:
+    return FormatError(
         f"'{path}' is a Conv1d with a whole {W2}: what PEFT computes there is no Kronecker product",
         next_step="train it with a rank below max(k, n)/2, so that lokr_w2 is factored, or exclude the layer",
+        code="unsupported_field",
     )
 
 

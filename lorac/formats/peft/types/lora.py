@@ -32,7 +32,7 @@ from torch import nn
 
 from lorac.adapters.as_lora import to_lora
 from lorac.adapters.residual import RULES, taken_out
-from lorac.errors import BaseNeeded, ShapeMismatch, SiteUnsupported, UnsupportedField, nearest_name, warn
+from lorac.errors import AdapterError, BaseNeeded, FormatError, SiteError, nearest_name, warn
 from lorac.formats._layout import conv_site, matrix_site
 from lorac.formats.peft import config
 from lorac.formats.peft.method import ABSENT, Field, Method, Tensors, Use
@@ -85,7 +85,7 @@ def begun(adapter: Adapter, values: Mapping[str, Any], model: nn.Module | None) 
 
     Raises:
         BaseNeeded: no model is given, or one without its weights.
-        UnsupportedField: a site is no linear layer; PEFT does not begin others so.
+        FormatError: a site is no linear layer; PEFT does not begin others so.
     """
     rule = RULES.get(values["init_lora_weights"])
     if rule is None or not adapter.tensors:
@@ -101,9 +101,10 @@ def begun(adapter: Adapter, values: Mapping[str, Any], model: nn.Module | None) 
                 next_step="pass model=, the base before PEFT rewrote it",
             )
         if sites[path].kind is not SiteKind.LINEAR or sites[path].within is not None:
-            raise UnsupportedField(
+            raise FormatError(
                 f"adapter '{adapter.name}' began by {values['init_lora_weights']} at '{path}', a {sites[path].kind}",
                 next_step=_CONVERT,
+                code="unsupported_field",
             )
         here: Any = adapter.variant.at_path(path)
         starts[path] = rule(weight.to(factor_dtype(weight.dtype)), here.r, here.scale)
@@ -114,14 +115,15 @@ def plain(adapter: Adapter) -> Adapter:
     """A residual of a LoRA as the LoRA of twice the rank that does the same, as PEFT converts it.
 
     Raises:
-        UnsupportedField: it is of another method, of which no LoRA is the same.
+        FormatError: it is of another method, of which no LoRA is the same.
     """
     assert isinstance(adapter.variant, Residual)
     method = adapter.variant.method
     if not isinstance(method, LoRA):
-        raise UnsupportedField(
+        raise FormatError(
             f"adapter '{adapter.name}' is {method.name} over a residual, of which no LoRA is the same",
             next_step="use format='native'",
+            code="unsupported_field",
         )
     return replace(to_lora(adapter), provenance=adapter.provenance)
 
@@ -203,8 +205,8 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
     """The tensors of one site as matrices, and the site as its tensors tell it.
 
     Raises:
-        ShapeMismatch: A and B do not belong together, or to no kind of site.
-        UnsupportedField: DoRA on a grouped convolution.
+        AdapterError: A and B do not belong together, or to no kind of site.
+        FormatError: DoRA on a grouped convolution.
     """
     pair = EMBEDDING if EMBEDDING[0] in stored else MATRICES
     if set(stored) - {*pair, *VECTORS} or any(n not in stored or stored[n].ndim < 2 for n in pair):
@@ -231,16 +233,17 @@ def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tens
     """The tensors of one site in the file's shapes, by suffix.
 
     Raises:
-        SiteUnsupported: PEFT has no such layer.
-        UnsupportedField: B leaves the blocks of a grouped convolution.
+        SiteError: PEFT has no such layer.
+        FormatError: B leaves the blocks of a grouped convolution.
     """
     check_site(site, tensors)
     a, b = tensors["lora_A"], tensors["lora_B"]
     if site.kind is SiteKind.EMBEDDING:
         if "lora_bias" in tensors:
-            raise SiteUnsupported(
+            raise SiteError(
                 f"PEFT has no lora_bias on embeddings, and '{site.path}' is one",
                 next_step="use format='native', or exclude= the embedding",
+                code="site_unsupported",
             )
         written = dict(zip(EMBEDDING, (a, b), strict=True))
     elif site.conv is None:
@@ -277,19 +280,21 @@ def check_site(site: Site, tensors: Tensors) -> None:
     """Refuse what PEFT computes by no weight: its A does not dilate, and an attention's projection knows no DoRA.
 
     Raises:
-        SiteUnsupported: The site is such a one.
+        SiteError: The site is such a one.
     """
     warn_of_padding("LORA", site)
     steps = zip(site.conv.dilation, site.conv.kernel, strict=True) if site.conv is not None else ()
     if any(step > 1 and taps > 1 for step, taps in steps):
-        raise SiteUnsupported(
+        raise SiteError(
             f"'{site.path}' is a dilated convolution, beside which PEFT's lora_A does not dilate",
             next_step="use format='native', or exclude= the module",
+            code="site_unsupported",
         )
     if site.within is not None and tensors.keys() - {"lora_A", "lora_B"}:
-        raise SiteUnsupported(
+        raise SiteError(
             f"PEFT has lora_A and lora_B only for '{site.path}', a weight within '{site.within}'",
             next_step="use format='native', or exclude= the module",
+            code="site_unsupported",
         )
 
 
@@ -300,16 +305,18 @@ def _blocks(site: Site, b: Tensor) -> Tensor:
     if groups == 1:
         return b
     if b.shape[1] % groups:
-        raise SiteUnsupported(
+        raise SiteError(
             f"PEFT needs a rank that {groups} groups divide, and '{site.path}' has {b.shape[1]}",
             next_step="use format='native'",
+            code="site_unsupported",
         )
     rows, columns = b.shape[0] // groups, b.shape[1] // groups
     blocks = [b[g * rows : (g + 1) * rows, g * columns : (g + 1) * columns] for g in range(groups)]
     if not torch.equal(_diagonal(blocks), b):
-        raise UnsupportedField(
+        raise FormatError(
             f"lora_B at '{site.path}' mixes the groups of a grouped convolution, PEFT's cannot",
             next_step="use format='native'",
+            code="unsupported_field",
         )
     return torch.cat(blocks)
 
@@ -327,17 +334,19 @@ def _diagonal(blocks: Sequence[Tensor]) -> Tensor:
 def _refuse_grouped_dora(path: str, groups: int) -> None:
     """PEFT takes DoRA's norms there over a matrix whose rows are scrambled (dora.py, get_lora_weight)."""
     if groups > 1:
-        raise UnsupportedField(
+        raise FormatError(
             f"use_dora=True at '{path}', a convolution of {groups} groups: what PEFT computes there is not DoRA",
             next_step="exclude_modules the grouped convolutions",
+            code="unsupported_field",
         )
 
 
-def _misfit(path: str, stored: Tensors) -> ShapeMismatch:
+def _misfit(path: str, stored: Tensors) -> AdapterError:
     shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in stored.items())
-    return ShapeMismatch(
+    return AdapterError(
         f"the tensors at '{path}' do not belong together: {shapes}",
         next_step="lora_A is (r, in), lora_B (out, r); a shard of a sharded model is neither",
+        code="shape_mismatch",
     )
 
 

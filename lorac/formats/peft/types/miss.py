@@ -58,7 +58,7 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
     """The block, and a site as large as it tells: r inputs, and of a mini form mini_r outputs.
 
     Raises:
-        ShapeMismatch: The block is of another form than the configuration says.
+        AdapterError: The block is of another form than the configuration says.
     """
     block = stored[BLOCK]
     axes = 3 if isinstance(variant, BAT) else 2
@@ -72,7 +72,7 @@ def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tens
     """The block of one site, by suffix.
 
     Raises:
-        SiteUnsupported: PEFT's MiSS adapts nn.Linear only.
+        SiteError: PEFT's MiSS adapts nn.Linear only.
     """
     check_site(site, tensors)
     return {BLOCK: tensors[BLOCK]}

@@ -57,7 +57,7 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
     """The upper triangles (blocks, β(β−1)/2), and a site as wide as they need.
 
     Raises:
-        ShapeMismatch: There is none, or it is no set of triangles.
+        AdapterError: There is none, or it is no set of triangles.
     """
     assert isinstance(variant, OFT)
     ((suffix, upper), *more) = stored.items()
@@ -78,7 +78,7 @@ def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tens
     """The tensors of one site in the file's shapes, by suffix.
 
     Raises:
-        SiteUnsupported: PEFT does not adapt the layer.
+        SiteError: PEFT does not adapt the layer.
     """
     check_site(site, tensors)
     return {suffix: tensors[name] for suffix, name in SUFFIXES.items() if name in tensors}

@@ -47,7 +47,7 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
     """The tensors of one site, and a site whose larger side is as large as its smaller.
 
     Raises:
-        ShapeMismatch: They do not belong together.
+        AdapterError: They do not belong together.
     """
     names = (*SHARED, *OWN)
     if set(stored) != set(names) or [stored[name].ndim for name in names] != [3, 3, 2, 2]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lorac.errors import ShapeMismatch, SiteUnsupported, UnsupportedField, WrongIndex
+from lorac.errors import AdapterError, FormatError, SiteError
 from lorac.formats._layout import matrix_site
 from lorac.formats.peft import config
 from lorac.formats.peft.method import Field, Method, Tensors, Use
@@ -36,24 +36,30 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
     """Values (K,) and int64 indices (2, K), and a site that K positions at this r imply.
 
     Raises:
-        ShapeMismatch: They do not belong together, or K is no multiple of r.
+        AdapterError: They do not belong together, or K is no multiple of r.
     """
     values, indices = stored.get(VALUES), stored.get(INDICES)
     if values is None or indices is None or indices.shape != (2, *values.shape) or values.ndim != 1:
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in stored.items())
-        raise ShapeMismatch(
+        raise AdapterError(
             f"the tensors at '{path}' do not belong together: {shapes}",
             next_step=f"{VALUES} is (K,), {INDICES} (2, K)",
+            code="shape_mismatch",
         )
     whole = indices.to(torch.int64)
     if not torch.equal(whole.to(indices.dtype), indices):
-        raise WrongIndex(f"{INDICES} at '{path}' are no whole numbers", next_step="save the adapter again in PEFT")
+        raise AdapterError(
+            f"{INDICES} at '{path}' are no whole numbers",
+            next_step="save the adapter again in PEFT",
+            code="wrong_index",
+        )
     r, count = _rank(variant), values.numel()
     rows = int(whole[0].max()) + 1 if count else 0
     if count % r or count // r <= rows:
-        raise ShapeMismatch(
+        raise AdapterError(
             f"{count} values at '{path}' are no r·(out + in) for r = {r}",
             next_step="r must be that of the training",
+            code="shape_mismatch",
         )
     return matrix_site(path, rows, count // r - rows), {"indices": whole, "values": values}
 
@@ -62,12 +68,13 @@ def check_site(site: Site, tensors: Tensors) -> None:
     """What only the model can tell: that the layer is an nn.Linear.
 
     Raises:
-        SiteUnsupported: PEFT's SHIRA adapts nothing else.
+        SiteError: PEFT's SHIRA adapts nothing else.
     """
     if site.kind is not SiteKind.LINEAR or site.transposed:
-        raise SiteUnsupported(
+        raise SiteError(
             f"'{site.path}' is no nn.Linear, and PEFT's SHIRA adapts nothing else",
             next_step="use format='native', or LoRA",
+            code="site_unsupported",
         )
 
 
@@ -75,15 +82,16 @@ def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tens
     """The tensors of one site in the file's shapes, by suffix.
 
     Raises:
-        SiteUnsupported: As `check_site`.
-        UnsupportedField: The number of values is not PEFT's r·(out + in).
+        SiteError: As `check_site`.
+        FormatError: The number of values is not PEFT's r·(out + in).
     """
     check_site(site, tensors)
     count, r = tensors["values"].numel(), _rank(variant)
     if count != r * (site.out_features + site.in_features):
-        raise UnsupportedField(
+        raise FormatError(
             f"{count} values at '{site.path}' are not r·(out + in) for r = {r}, as PEFT needs",
             next_step="use format='native', or train with r= instead of ratio=",
+            code="unsupported_field",
         )
     return {VALUES: tensors["values"], INDICES: tensors["indices"].to(torch.int32)}
 

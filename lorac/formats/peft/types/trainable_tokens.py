@@ -49,7 +49,7 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
     """The rows as columns of an embedding, and an embedding that they would do for.
 
     Raises:
-        ShapeMismatch: They are no rows.
+        AdapterError: They are no rows.
     """
     if set(stored) != {DELTA} or stored[DELTA].ndim != 2:
         raise misfit(path, stored, f"{DELTA} is (n, d)")

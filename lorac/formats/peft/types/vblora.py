@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from lorac.errors import ShapeMismatch
+from lorac.errors import AdapterError
 from lorac.formats._layout import matrix_site
 from lorac.formats.peft import config
 from lorac.formats.peft.banks import linear
@@ -52,7 +52,7 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
     """Bank and logits of one site, and the site as they tell it.
 
     Raises:
-        ShapeMismatch: They do not belong together.
+        AdapterError: They do not belong together.
     """
     assert isinstance(variant, VBLoRA)
     bank, own = stored[BANK], {name: tensor for name, tensor in stored.items() if name != BANK}
@@ -71,10 +71,11 @@ def _logits(variant: VBLoRA, path: str, name: str, stored: Tensors) -> Tensor:
     places, weights = stored[f"{name}_topk_indices"].to(torch.int64), stored[f"{name}_topk_weights"]
     expected = (*places.shape[:-1], variant.topk - 1)
     if places.shape[-1:] != (variant.topk,) or weights.shape != expected or not _among(places, variant.num_vectors):
-        raise ShapeMismatch(
+        raise AdapterError(
             f"{name}_topk_indices {tuple(places.shape)} and {name}_topk_weights {tuple(weights.shape)} at '{path}' do "
             f"not choose {variant.topk} of {variant.num_vectors} vectors",
             next_step="topk and num_vectors must be those of the training",
+            code="shape_mismatch",
         )
     weights = torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], dim=-1)
     # Infinite ones would be taken for a diverged training: the lowest there are weigh as little.
@@ -95,7 +96,7 @@ def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tens
     """The tensors of one site by suffix, the bank that all sites share among them.
 
     Raises:
-        SiteUnsupported: PEFT's VB-LoRA adapts linear layers only.
+        SiteError: PEFT's VB-LoRA adapts linear layers only.
     """
     check_site(site, tensors)
     return dict(tensors)

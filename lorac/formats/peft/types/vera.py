@@ -40,7 +40,7 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
     """The tensors of one site, and a site of as many inputs as the largest has.
 
     Raises:
-        ShapeMismatch: They do not belong together.
+        AdapterError: They do not belong together.
     """
     names = (*SHARED, *OWN)
     if set(stored) != set(names) or [stored[name].ndim for name in names] != [2, 2, 1, 1]:

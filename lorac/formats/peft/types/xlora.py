@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorac.errors import UnsupportedField
+from lorac.errors import FormatError
 from lorac.formats._mixed import MixedFile, experts, written
 from lorac.formats.peft import config
 from lorac.formats.peft.method import Field, Method, Tensors, Use, Whole
@@ -81,15 +81,16 @@ def write_whole(adapter: Adapter, model: nn.Module | None) -> Whole:
     """The classifier, all of it, and the experts, called by their numbers as PEFT activates them.
 
     Raises:
-        UnsupportedField: PEFT's classifier has ReLUs between its layers.
+        FormatError: PEFT's classifier has ReLUs between its layers.
         BaseNeeded: each layer has weights of its own, and only the model tells which number PEFT gives a layer.
     """
     variant = adapter.variant
     assert isinstance(variant, XLoRA)
     if variant.depth > 1 and not variant.activation:
-        raise UnsupportedField(
+        raise FormatError(
             f"the classifier of adapter '{adapter.name}' has nothing between its layers, and PEFT's has ReLUs",
             next_step="use format='native'",
+            code="unsupported_field",
         )
     stride = 3 if variant.dropout_p > 0 else 2
     keys = [f"{_CLASSIFIER}{stride * j}.weight" for j in range(variant.depth)]

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from lorac.errors import CaptureFailed, short
+from lorac.errors import CaptureError, short
 from lorac.ir.host.guards import line_that_runs
 from lorac.ir.host.inputs.derived import POSITIONS, SIZES, Positions
 from lorac.ir.host.inputs.example_inputs import Inputs, is_hugging_face
@@ -84,15 +84,16 @@ class Arguments:
         """An example call's arguments, told apart.
 
         Raises:
-            CaptureFailed: an argument that is no tensor, and nothing that later calls can be held against.
+            CaptureError: an argument that is no tensor, and nothing that later calls can be held against.
         """
         read = _read_as_numbers(model, named)
         fixed = {name: value for name, value in named.items() if name in read or not _holds_tensors(name, value)}
         for name, value in fixed.items():
             if name not in read and not _is_kept(value):
-                raise CaptureFailed(
+                raise CaptureError(
                     f"the argument '{name}' holds {short(value)}, which no program can take or hold",
                     next_step="give tensors, numbers, texts, or lists and dicts of them; target='eager' takes anything",
+                    code="capture_failed",
                 )
         inputs = {name: value for name, value in named.items() if name not in fixed}
         positions = None if POSITIONS in named else Positions.of(model)
@@ -184,15 +185,16 @@ def _holds_tensors(name: str, value: Any) -> bool:
     """Whether an argument is a tensor, or nothing but tensors in dicts, lists and tuples.
 
     Raises:
-        CaptureFailed: it holds tensors and other things.
+        CaptureError: it holds tensors and other things.
     """
     leaves = pytree.tree_leaves(value)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     others = [leaf for leaf in leaves if leaf is not None and not isinstance(leaf, Tensor)]
     if tensors and others:
-        raise CaptureFailed(
+        raise CaptureError(
             f"the argument '{name}' holds tensors beside {short(others[0])}: inputs and constants of a program in one",
             next_step="give them as arguments of their own; target='eager' takes them together",
+            code="capture_failed",
         )
     return bool(tensors)
 
