@@ -74,12 +74,12 @@ def load(folder: Path, threads: int) -> Any:
     """
     import onnxruntime_genai
 
-    from lorac.backends.onnxruntime.options import Options
-    from lorac.backends.onnxruntime.session import WAITING
+    from lorac.backends.onnxruntime.inference_session import SPIN_SETTINGS
+    from lorac.backends.onnxruntime.options import OnnxRuntimeOptions
 
     config = onnxruntime_genai.Config(str(folder))
     vocabulary = json.loads((folder / "genai_config.json").read_text())["model"]["vocab_size"]
-    decoder = {"session_options": {"intra_op_num_threads": threads, **WAITING[Options().spinning]}}
+    decoder = {"session_options": {"intra_op_num_threads": threads, **SPIN_SETTINGS[OnnxRuntimeOptions().spinning]}}
     config.overlay(json.dumps({"model": {"eos_token_id": [vocabulary - 1], "decoder": decoder}}))
     return onnxruntime_genai.Model(config)
 

@@ -79,19 +79,19 @@ def through_engine(compiled: Any, given: argparse.Namespace) -> Side:
     """lorac's engine alone: a cache, and one call for each token."""
     import torch
 
-    from lorac.ir.cache import Extension
-    from lorac.ir.host.components import MAIN
+    from lorac.frontend.components import MAIN_GRAPH
     from lorac.ir.slots.choice import UNSET
+    from lorac.target.kv_cache import DecodeStep
 
     clock = _clock(given)
 
     def write(bound: Any, ids: Any, count: int, capacity: int) -> Text:
         begun, stamps, tokens = clock(), [], []
-        cache = compiled.engine.new_cache(MAIN, len(ids), capacity)
+        cache = compiled.engine.new_cache(MAIN_GRAPH, len(ids), capacity)
         while len(tokens) < count:
             rows, length = ids.shape
             wanted = torch.full((rows, 1), length - 1)
-            ids = bound.extend(MAIN, cache, Extension(ids=ids, counts=[length] * rows, wanted=wanted)).argmax(-1)
+            ids = bound.extend(MAIN_GRAPH, cache, DecodeStep(ids=ids, counts=[length] * rows, wanted=wanted)).argmax(-1)
             stamps.append(clock())
             tokens.append(ids[:, 0].tolist())
         return _timed(stamps, begun, tokens)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from lorac.progress import progress
-from lorac.quiet import no_bars, quiet
+from lorac.third_party_output import hide_progress_bars, suppress_third_party_output
 
 Side = Callable[[], Any]
 Job = tuple[str, ...]
@@ -89,11 +89,11 @@ class Benchmark:
         given = self._given(arguments)
         if given.worker:
             settings = json.loads(given.worker)
-            with quiet():
+            with suppress_third_party_output():
                 print(json.dumps(self.measure(tuple(settings.pop("job")), argparse.Namespace(**settings))))
             return
         begun = time.perf_counter()
-        with quiet(), tempfile.TemporaryDirectory() as folder:
+        with suppress_third_party_output(), tempfile.TemporaryDirectory() as folder:
             if self.prepare is not None:
                 given.folder = given.folder or folder
                 self.prepare(given)
@@ -207,7 +207,7 @@ def host(given: argparse.Namespace) -> Any:
         return llama(given)
     from examples.models import smollm2
 
-    with no_bars():
+    with hide_progress_bars():
         model, _ = smollm2()
     model.model.layers = model.model.layers[: given.layers]
     model.config.num_hidden_layers = len(model.model.layers)
@@ -216,7 +216,7 @@ def host(given: argparse.Namespace) -> Any:
 
 def save_host(model: Any, folder: Path, given: argparse.Namespace) -> None:
     """The host as a folder of transformers', with its tokenizer, where it has one."""
-    with no_bars():
+    with hide_progress_bars():
         model.save_pretrained(folder)
         if given.model == SMOLLM2:
             from examples.models import smollm2
@@ -228,7 +228,7 @@ def saved_host(folder: Path) -> Any:
     """What ``save_host`` wrote."""
     import transformers
 
-    with no_bars():
+    with hide_progress_bars():
         return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
 
 

@@ -86,12 +86,12 @@ def _measure_export(side: str, given: argparse.Namespace) -> dict[str, float]:
 def _plain(model: Any, side: str) -> None:
     import onnxruntime as ort
 
-    from lorac.backends.onnxruntime.options import Options
-    from lorac.backends.onnxruntime.session import session_options
+    from lorac.backends.onnxruntime.inference_session import session_options
+    from lorac.backends.onnxruntime.options import OnnxRuntimeOptions
 
     with tempfile.TemporaryDirectory() as folder:
         common.plain_export(model, Path(folder, "plain.onnx"))
-        ort.InferenceSession(Path(folder, "plain.onnx"), session_options(Options()))
+        ort.InferenceSession(Path(folder, "plain.onnx"), session_options(OnnxRuntimeOptions()))
 
 
 def _lorac(model: Any, side: str) -> None:

@@ -196,8 +196,8 @@ def measure(job: common.Job, given: argparse.Namespace) -> dict[str, Any]:
 
 def _session(form: Form, what: str, given: argparse.Namespace) -> tuple[Any, Mapping[str, Any]]:
     """A session over so many copies of a form, one behind the other, and what its slots hold."""
-    from lorac.backends.onnxruntime.options import Options
-    from lorac.backends.onnxruntime.session import session_options
+    from lorac.backends.onnxruntime.inference_session import session_options
+    from lorac.backends.onnxruntime.options import OnnxRuntimeOptions
 
     writer, values = Writer(), ("x", "y")
     for _ in range(given.layers):
@@ -210,7 +210,7 @@ def _session(form: Form, what: str, given: argparse.Namespace) -> tuple[Any, Map
     graph = helper.make_graph(writer.nodes, "forms", inputs, outputs, constants)
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid(_MICROSOFT, 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    settings = session_options(Options(threads=given.threads))
+    settings = session_options(OnnxRuntimeOptions(threads=given.threads))
     settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is to run what is written
     return ort.InferenceSession(model.SerializeToString(), settings), writer.slots
 

@@ -70,7 +70,7 @@ def _plain(compiled: Any, path: Path) -> Any:
     import onnxruntime as ort
 
     from lorac.backends.onnxruntime.engine import GraphSession, OrtEngine
-    from lorac.backends.onnxruntime.session import session_options
+    from lorac.backends.onnxruntime.inference_session import session_options
 
     base = compiled.engine
     parts = {

@@ -28,7 +28,7 @@ def begun(side: str, case: str, model: Any, batches: list[Any]) -> Any:
 
 def _lorac(case: str, model: Any, batches: list[Any], *, plain: bool) -> Any:
     import lorac
-    from lorac.training import starts
+    from lorac.training import initialisation as starts
 
     rules = {"pissa": starts.PiSSA(), "olora": starts.OLoRA(), "lora_ga": starts.LoRAGA(peft=True), "eva": starts.EVA()}
     variant = lorac.LoRA(r=8, alpha=16, targets=TARGETS)

@@ -75,9 +75,9 @@ def _on_gpu(compiled: Any, given: argparse.Namespace) -> dict[str, float]:
 
 def _gpu() -> bool:
     """Whether plans run here."""
-    from lorac.backends.tensorrt.capabilities import local
+    from lorac.backends.tensorrt.capabilities import local_capability
 
-    return local() is not None
+    return local_capability() is not None
 
 
 def _more() -> tuple[str, ...]:

@@ -115,7 +115,7 @@ def ruled(side: str, model: Any, given: argparse.Namespace) -> Callable[[], Any]
 def _rules() -> dict[str, Callable[[Any, Any], Any]]:
     from lorac import training
 
-    skipping = training.Turns(skip_idle=True)
+    skipping = training.AlternatingFactors(skip_idle=True)
     return {
         "LoRA+": training.LoRAPlus,
         "preconditioned": lambda c, o: training.Preconditioned(c, o, reg=1e-2),

@@ -29,7 +29,7 @@ from typing import Any
 
 import lorac
 from campaigns import mutations, sound
-from lorac.spending import Budget
+from lorac.limits import ReadBudget
 
 BATCH = 100
 """Cases of one forked process."""
@@ -109,7 +109,7 @@ class Campaign:
             before, begun = _reset_peak(), time.process_time()
             outcome, detail = self._read(chosen, place, chance)
             seconds, taken = time.process_time() - begun, _peak() - before
-        budget = Budget()
+        budget = ReadBudget()
         found = bool(detail)
         if seconds > budget.seconds + SLACK_SECONDS:
             outcome, found = f"takes long ({outcome})", True

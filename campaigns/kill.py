@@ -30,8 +30,8 @@ from torch import nn
 
 import lorac
 from lorac.cli.artifacts import swap
-from lorac.ir.store import folders
-from tests.ir.store import writers
+from lorac.storage import atomic_folders as folders
+from tests.storage import writers
 
 STEPS = ("rename", "replace", "link", "unlink", "rmdir", "mkdir")
 _FIRST = 1
@@ -88,7 +88,7 @@ def _artefact(compiled: lorac.Compiled) -> Writer:
 
 def _read_artefact(target: Path) -> int | None:
     """The number is the active strength and, where ``compiled.save`` wrote it, the adapter's own."""
-    folders.recover(target)
+    folders.recover_folder(target)
     if not target.exists():
         return None
     loaded = lorac.load(target)

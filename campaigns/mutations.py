@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from lorac.ir.store.tensors import DTYPES, seal
-from lorac.runtime import artifact
+from lorac.session import artifact
+from lorac.storage.tensor_file import DTYPES, hash_contents
 
 RAW = "\0raw\0"
 """A text that begins so is written into JSON as it is, without quotes."""
@@ -195,7 +195,7 @@ def _file(tensors: dict[str, tuple[str, list[int], bytes]], metadata: dict[str, 
         metadata.pop("lorac_seal", None)
     if "lorac_seal" in metadata and random.random() < 0.95:
         values = {n: _value(dtype, shape, content) for n, (dtype, shape, content) in tensors.items()}
-        metadata["lorac_seal"] = seal(metadata.get("lorac", ""), values)
+        metadata["lorac_seal"] = hash_contents(metadata.get("lorac", ""), values)
     text = json.dumps({"__metadata__": metadata, **header} if metadata else header).encode()
     return len(text).to_bytes(8, "little") + text + data
 
@@ -275,14 +275,16 @@ def artefact(folder: Path, random: random.Random) -> None:
     if random.random() < 0.5:
         manifest.write_bytes(json_text(manifest.read_bytes(), random))
     else:
-        target = random.choice([path for path in artifact._files(folder) if path != manifest])
+        target = random.choice([path for path in artifact._all_files(folder) if path != manifest])
         by_suffix = {".json": json_text, ".safetensors": safetensors}
         target.write_bytes(by_suffix.get(target.suffix, octets)(target.read_bytes(), random))
         told = json.loads(manifest.read_bytes())
-        told["files"] = {name: entry for name, entry in artifact._listed(folder).items() if name != artifact.MANIFEST}
+        told["files"] = {
+            name: entry for name, entry in artifact._file_entries(folder).items() if name != artifact.MANIFEST
+        }
         manifest.write_text(json.dumps(told))
     try:
-        agreed = json.dumps(artifact.sealed(json.loads(manifest.read_bytes())))
+        agreed = json.dumps(artifact.seal_manifest(json.loads(manifest.read_bytes())))
     except (ValueError, RecursionError, AttributeError):  # it is no object any more
         return
     if random.random() < 0.97:

@@ -9,7 +9,7 @@ from typing import Any
 
 import lorac
 import lorac.errors
-from lorac.runtime.report import INTERFACE
+from lorac.session.presentation import INTERFACE
 
 ROOT = Path(__file__).parents[1]
 LIST = re.compile(r"<!-- every (\w+) -->")

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 
-from lorac.formats.peft.config import COMMON, methods
-from lorac.formats.peft.method import ABSENT, Field, Method, Use
+from lorac.formats.peft.config import COMMON, peft_types
+from lorac.formats.peft.peft_type import ABSENT, Field, FieldUse, PeftType
 
 HEAD = """# PEFT's names
 
@@ -22,23 +22,23 @@ adapter is trained: its tensors hold all that is left of it. What is *irrelevant
 instead. Any other field is unknown, and refused by name.
 """
 AFTER = {
-    Use.APPLIED: "applied",
-    Use.TRAINING: "training only",
-    Use.IRRELEVANT: "irrelevant",
-    Use.REFUSED: "refused away from its default",
+    FieldUse.APPLIED: "applied",
+    FieldUse.TRAINING: "training only",
+    FieldUse.IRRELEVANT: "irrelevant",
+    FieldUse.REFUSED: "refused away from its default",
 }
 
 
 def page() -> str:
     """The whole page."""
     lines = [HEAD, "## In every type", "", *_table(COMMON)]
-    for peft_type, method in sorted(methods().items()):
+    for peft_type, method in sorted(peft_types().items()):
         own = {name: field for name, field in method.fields.items() if COMMON.get(name) is not field}
         lines += ["", f"## {peft_type}", "", _classes(method), "", *_table(own)]
     return "\n".join(lines) + "\n"
 
 
-def _classes(method: Method) -> str:
+def _classes(method: PeftType) -> str:
     """The classes of a type, each with the values that pick it where there are several."""
     said = [f"`lorac.{variant.__name__}`{_when(values)}" for variant, values in method.variants.items()]
     return f"It is {', or '.join(said)}."

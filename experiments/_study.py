@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from lorac.progress import Progress, progress
-from lorac.quiet import quiet
+from lorac.third_party_output import suppress_third_party_output
 
 Losses = list[float]
 Side = Callable[[float, int, int], Losses]
@@ -68,7 +68,7 @@ def answer(questions: Sequence[Question], given: argparse.Namespace) -> None:
     begun = time.perf_counter()
     torch.set_num_threads(1)
     runs = sum(len(q.sides) * (len(q.rates) + 1 + (q.at is not None)) for q in questions) * given.seeds
-    with quiet(), progress("experiment", total=runs) as report:
+    with suppress_third_party_output(), progress("experiment", total=runs) as report:
         answers = [_answer(question, given, report) for question in questions]
     for told in answers:
         print(told)

@@ -16,10 +16,10 @@ from torch import nn
 import lorac
 from experiments._study import Question, answer, log_mean, settings
 from experiments._teacher import SIZE, side, weights
-from lorac.training import AltLoRA, Preconditioned, Turns
+from lorac.training import AlternatingFactors, AltLoRA, Preconditioned
 
 R = 8
-B_FIRST = Turns(first="B")
+B_FIRST = AlternatingFactors(first="B")
 
 
 def sgd(parameters: list[torch.Tensor], rate: float) -> Any:

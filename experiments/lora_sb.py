@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lorac
-from lorac.training.starts import LoRASB
+from lorac.training.initialisation import LoRASB
 
 HIDDEN, ROWS, CONTEXT, HELD, TARGETS = 96, 64, 6, 4096, ("0", "2", "4")
 ALPHABET = "".join(map(chr, range(32, 127))) + "\n"

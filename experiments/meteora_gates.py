@@ -28,7 +28,7 @@ import torch.nn.functional as F
 import lorac
 from examples.models import package_folder
 from experiments._study import settings
-from lorac.quiet import quiet
+from lorac.third_party_output import suppress_third_party_output
 from lorac.training import gate_loss
 
 KINDS = ("prose", "code", "digits")
@@ -171,7 +171,7 @@ def main(given: argparse.Namespace) -> None:
     begun = time.perf_counter()
     torch.set_num_threads(1)
     for seed in range(given.seeds):
-        with quiet():
+        with suppress_third_party_output():
             found = study(seed, given.steps)
         shown = [("all", found.right), *found.by_kind.items(), *((f"layer {n}", v) for n, v in found.by_layer.items())]
         print(f"seed {seed}: right " + ", ".join(f"{name} {share:.1%}" for name, share in shown))

@@ -17,19 +17,19 @@ from lorac.errors import nearest_name
 from lorac.version import VERSION
 
 if TYPE_CHECKING:
-    from lorac.adapters.as_lora import to_lora
     from lorac.adapters.factors import factors
-    from lorac.adapters.frozen import freeze_router
-    from lorac.compiler.api import compile
-    from lorac.compiler.loading import load
+    from lorac.adapters.lora_conversion import to_lora
+    from lorac.adapters.router_freezing import freeze_router
     from lorac.formats import load_adapter, save_adapter
-    from lorac.ir.host.sites import find_sites as sites
+    from lorac.ir.sites import find_sites as sites
     from lorac.ir.slots.choice import Active
     from lorac.ir.slots.planning import Reserve
-    from lorac.runtime.compiled import Compiled
-    from lorac.runtime.generation.prefixes import Prefixes
-    from lorac.runtime.report import SwapReport
-    from lorac.spending import budget
+    from lorac.limits import budget
+    from lorac.runtime.generation.prompt_cache import PromptCache
+    from lorac.session.api import compile
+    from lorac.session.compiled import Compiled
+    from lorac.session.loading import load
+    from lorac.session.presentation import SwapReport
     from lorac.variants import variants
     from lorac.variants.adalora import AdaLoRA
     from lorac.variants.adapter import Adapter
@@ -85,22 +85,22 @@ _HOMES = {
     "Active": "lorac.ir.slots.choice",
     "Adapter": "lorac.variants.adapter",
     "BranchVariant": "lorac.variants.base",
-    "Compiled": "lorac.runtime.compiled",
+    "Compiled": "lorac.session.compiled",
     "ParamSpec": "lorac.variants.params",
-    "Prefixes": "lorac.runtime.generation.prefixes",
+    "PromptCache": "lorac.runtime.generation.prompt_cache",
     "Reserve": "lorac.ir.slots.planning",
     "Role": "lorac.variants.params",
-    "SwapReport": "lorac.runtime.report",
+    "SwapReport": "lorac.session.presentation",
     "WeightVariant": "lorac.variants.base",
-    "budget": "lorac.spending",
-    "compile": "lorac.compiler.api",
+    "budget": "lorac.limits",
+    "compile": "lorac.session.api",
     "factors": "lorac.adapters.factors",
-    "freeze_router": "lorac.adapters.frozen",
-    "load": "lorac.compiler.loading",
+    "freeze_router": "lorac.adapters.router_freezing",
+    "load": "lorac.session.loading",
     "load_adapter": "lorac.formats",
     "save_adapter": "lorac.formats",
-    "sites": "lorac.ir.host.sites:find_sites",
-    "to_lora": "lorac.adapters.as_lora",
+    "sites": "lorac.ir.sites:find_sites",
+    "to_lora": "lorac.adapters.lora_conversion",
     "variants": "lorac.variants",
 }
 """Public name -> the module it comes from (``module:name`` where the names differ). Methods are found by listing."""
@@ -157,7 +157,7 @@ __all__ = [  # noqa: RUF022  (in plain order: BAT and OFT are no constants)
     "OptionError",
     "PLP",
     "ParamSpec",
-    "Prefixes",
+    "PromptCache",
     "QST",
     "RandLoRA",
     "ReMix",

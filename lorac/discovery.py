@@ -9,17 +9,17 @@ from importlib import metadata
 from types import ModuleType
 
 
-def module_names(package: ModuleType) -> list[str]:
+def list_modules(package: ModuleType) -> list[str]:
     """Names of a package's modules and packages, sorted, those that begin with an underscore left out."""
     return sorted(found.name for found in pkgutil.iter_modules(package.__path__) if not found.name.startswith("_"))
 
 
-def modules_of(package: ModuleType) -> Iterator[ModuleType]:
+def import_modules(package: ModuleType) -> Iterator[ModuleType]:
     """The modules of a package, imported, in order of their names."""
-    for name in module_names(package):
+    for name in list_modules(package):
         yield importlib.import_module(f"{package.__name__}.{name}")
 
 
-def offered(group: str) -> Mapping[str, metadata.EntryPoint]:
+def list_entry_points(group: str) -> Mapping[str, metadata.EntryPoint]:
     """What installed packages offer under an entry-point group, by name; nothing is imported."""
     return {found.name: found for found in metadata.entry_points(group=group)}

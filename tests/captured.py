@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import lorac
-from lorac.ir.capture.export import export
-from lorac.ir.graph.feeds import named_tensors
+from lorac.frontend.capture.export import export_model
+from lorac.ir.graph.feeds import collect_slot_tensors
 from lorac.ir.graph.graph import Graph
-from lorac.ir.slots.snapshot import compose_choice, slots_of
-from lorac.passes.pipelines import lowering, run_pipeline
+from lorac.ir.slots.composition import compose_choice, fill_slots
+from lorac.passes.pipelines import lowering_passes, run_pipeline
 from tests.zoo import ZOO
 
 
@@ -53,7 +53,7 @@ def captured_stack(adapters: dict[str, Any] | None = None, *, first_differs: boo
     model, inputs = Stack(first_differs), (torch.randn(2, 5, 10),)
     compiled = lorac.compile(model, adapters=adapters or {})
     shapes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("length")},)
-    return Graph("stack", export(model, inputs, shapes), compiled.sites, compiled.plans)
+    return Graph("stack", export_model(model, inputs, shapes), compiled.sites, compiled.plans)
 
 
 @dataclass
@@ -72,8 +72,8 @@ class Captured:
 def filled(compiled: Any, graph: Graph) -> dict[str, Tensor]:
     """What a compiled model's active choice puts into the slots of a graph with its plans."""
     snapshot = compose_choice(compiled.plans, compiled.pool, compiled.choice, compiled.base)
-    slots = slots_of(compiled.plans, snapshot, compiled.base)
-    return named_tensors(graph.slots, compiled.plans, slots)
+    slots = fill_slots(compiled.plans, snapshot, compiled.base)
+    return collect_slot_tensors(graph.slots, compiled.plans, slots)
 
 
 def two_adapters(name: str) -> dict[str, Any]:
@@ -98,10 +98,10 @@ def capture(name: str, adapters: dict[str, Any] | None = None, *, mode: str = "a
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.add_(noise.to(parameter.dtype), alpha=0.1)
     compiled.swap({adapter: 1.0 - 0.3 * i for i, adapter in enumerate(given)})
-    exported = export(entry.fresh(torch.float64), inputs)
+    exported = export_model(entry.fresh(torch.float64), inputs)
     return Captured(compiled, Graph("main", exported, compiled.sites, compiled.plans), inputs)
 
 
 def lower(graph: Graph, observe: Callable[[str, Graph], None] | None = None) -> list[str]:
     """Run the passes; returns those that changed the graph."""
-    return [name for name, outcome in run_pipeline(graph, lowering(), observe) if outcome.changed]
+    return [name for name, outcome in run_pipeline(graph, lowering_passes(), observe) if outcome.changed]

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lorac.spending import Budget
-from lorac.testing.checks import ROUNDING
+from lorac.limits import ReadBudget
+from lorac.testing.eager_checks import ROUNDING
 
 LEAST_DIFFERENCE = 1e-3
 """Two things that are to differ do so by this share of their size at least: a hundred times what float32 rounds off
@@ -48,7 +48,7 @@ def within_budget() -> Iterator[None]:
     begun = time.thread_time()
     yield
     taken = time.thread_time() - begun
-    assert taken <= Budget().seconds + READING, f"it took {taken:.1f} s"
+    assert taken <= ReadBudget().seconds + READING, f"it took {taken:.1f} s"
 
 
 def assert_apart(found: Tensor, other: Tensor) -> None:

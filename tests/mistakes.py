@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import lorac
 from lorac import LoRA
-from lorac.backends.onnxruntime.options import Options
+from lorac.backends.onnxruntime.options import OnnxRuntimeOptions
 from lorac.cli import app
 
 NAN = float("nan")
@@ -201,7 +201,7 @@ COMPILING = [
     Mistake(
         "blocks of weights that are not quantised",
         lambda w: w.compile(target="onnxruntime", block_size=64, example_inputs=w.inputs),
-        lambda w, said: Options(weights="int8", block_size=64),
+        lambda w, said: OnnxRuntimeOptions(weights="int8", block_size=64),
     ),
     Mistake(
         "merging into quantised weights",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lorac
-from lorac.backends.onnxruntime.options import Options
+from lorac.backends.onnxruntime.options import OnnxRuntimeOptions
 from tests.mistakes import Mistake, World
 
 
@@ -32,22 +32,26 @@ DEVICES = [
     Mistake(
         "a GPU, and the provider of the CPU",
         lambda w: _program(w, device="cuda", providers=("CPUExecutionProvider",)),
-        lambda w, said: Options(device="cuda"),
+        lambda w, said: OnnxRuntimeOptions(device="cuda"),
     ),
     Mistake("a device that ONNX Runtime does not run on", lambda w: _program(w, device="mps")),
     Mistake(
         "a provider that is misspelt",
         lambda w: _program(w, providers=("CUDAExecutionProvder",)),
-        lambda w, said: Options(device="cuda"),
+        lambda w, said: OnnxRuntimeOptions(device="cuda"),
     ),
     Mistake(
         "a cache on a GPU",
         lambda w: _program(w, device="cuda", cache=True),
-        lambda w, said: (Options(device="cpu", cache=True), Options(device="cuda", cache=False), w.again()),
+        lambda w, said: (
+            OnnxRuntimeOptions(device="cpu", cache=True),
+            OnnxRuntimeOptions(device="cuda", cache=False),
+            w.again(),
+        ),
     ),
     Mistake(
         "TensorRT-RTX without the package that has it",
         lambda w: _program(w, providers=("NvTensorRTRTXExecutionProvider",)),
-        lambda w, said: Options(device="cuda"),
+        lambda w, said: OnnxRuntimeOptions(device="cuda"),
     ),
 ]

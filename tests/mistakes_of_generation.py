@@ -101,7 +101,9 @@ GENERATING = [
         lambda w: cached(draft=None, prompt_lookup_num_tokens=2),
         lambda w, said: cached(draft=None),
     ),
-    Mistake("texts kept in a dict", lambda w: cached(prefixes={}), lambda w, said: cached(prefixes=lorac.Prefixes())),
+    Mistake(
+        "texts kept in a dict", lambda w: cached(prefixes={}), lambda w, said: cached(prefixes=lorac.PromptCache())
+    ),
     Mistake("the prompts twice", lambda w: cached(inputs=torch.ones(2, 5).long())),
     Mistake("a mask as ids", lambda w: cached(input_ids=torch.ones(2, 5).bool()), lambda w, said: cached()),
     Mistake("no prompt for the host", lambda w: compiled("llama").generate(max_new_tokens=2), _says("no prompt")),
@@ -127,10 +129,12 @@ GENERATING = [
         lambda w, said: hosted(output_attentions=True),
     ),
     Mistake(
-        "another library's cache", lambda w: cached(cache=object()), lambda w, said: cached(prefixes=lorac.Prefixes())
+        "another library's cache",
+        lambda w: cached(cache=object()),
+        lambda w, said: cached(prefixes=lorac.PromptCache()),
     ),
-    Mistake("prefixes of the host's", lambda w: hosted(prefixes=lorac.Prefixes()), _says("target='onnxruntime'")),
-    Mistake("a budget as text", lambda w: lorac.Prefixes("1 GB")),
+    Mistake("prefixes of the host's", lambda w: hosted(prefixes=lorac.PromptCache()), _says("target='onnxruntime'")),
+    Mistake("a budget as text", lambda w: lorac.PromptCache("1 GB")),
     Mistake(
         "a stream of rows that choose their own adapters",
         lambda w: cached(adapters=["default", None], streamer=_Words()),

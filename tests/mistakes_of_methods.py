@@ -14,6 +14,7 @@ from lorac.analysis.entanglement import internal_entropy
 from lorac.testing import conformance
 from lorac.training import (
     ALLoRA,
+    AlternatingFactors,
     AltLoRA,
     GaLoreAdamW,
     LoRAPlus,
@@ -22,13 +23,12 @@ from lorac.training import (
     Preconditioned,
     ReLoRA,
     Squeeze,
-    Turns,
     galore_groups,
     gate_loss,
     gate_penalty,
     leave_one_out,
     rank_stages,
-    squeezed,
+    reduce_rank,
     thresholds,
 )
 from tests.mistakes import Mistake, Tiny, World, lora
@@ -204,7 +204,7 @@ TRAINING = [
     Mistake("a factor without the other", lambda w: LoRAPro(*_one_factor(w))),
     Mistake("a damping below 0", lambda w: LoRAPro(*_trained(w, lora()), damping=-1.0)),
     Mistake("a rule over what is gone", _exchanged),
-    Mistake("a factor that there is not", lambda w: Turns(first="C")),
+    Mistake("a factor that there is not", lambda w: AlternatingFactors(first="C")),
     Mistake(
         "ALLoRA with a scale",
         lambda w: ALLoRA(*_trained(w, lorac.LoRA(r=2, alpha=4, **QUERY))),
@@ -225,8 +225,8 @@ TRAINING = [
     Mistake("stages without a step", lambda w: rank_stages(8, 1, 2)),
     Mistake(
         "squeezing to nothing",
-        lambda w: squeezed(w.eager.adapters["sql"], 0),
-        lambda w, said: squeezed(w.eager.adapters["sql"], rank=1),
+        lambda w: reduce_rank(w.eager.adapters["sql"], 0),
+        lambda w, said: reduce_rank(w.eager.adapters["sql"], rank=1),
     ),
     Mistake(
         "GaLore over a LoRA",

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.training import loram, starts, transfer
+from lorac.training import initialisation as starts
+from lorac.training import loram, transfer
 from tests.mistakes import Mistake, World, lora
 
 QUERY = {"r": 2, "targets": ["q_proj"]}
@@ -77,12 +78,14 @@ BEGINNING = [
     ),
     Mistake(
         "a transfer without a tokenizer",
-        lambda w: transfer.answers(w.eager, ["a"], adapters="sql"),
+        lambda w: transfer.answer_prompts(w.eager, ["a"], adapters="sql"),
     ),
     Mistake(
         "prompts that nobody accepts",
-        lambda w: transfer.synthesise(lambda n, seed: ["a"] * n, lambda prompts: [False] * len(prompts), 2, tries=8),
-        lambda w, said: transfer.synthesise(
+        lambda w: transfer.synthesise_prompts(
+            lambda n, seed: ["a"] * n, lambda prompts: [False] * len(prompts), 2, tries=8
+        ),
+        lambda w, said: transfer.synthesise_prompts(
             lambda n, seed: ["a"] * n, lambda prompts: [True] * len(prompts), 1, tries=9
         ),
     ),

@@ -28,7 +28,7 @@ from campaigns.zoo import adapting
 from campaigns.zoo.adapting import Adapted, Outputs, answer
 from campaigns.zoo.entries import Call, Entry
 from campaigns.zoo.plain import plain_export
-from lorac.testing.checks import assert_close
+from lorac.testing.eager_checks import assert_close
 from lorac.testing.parity import assert_parity
 
 WAYS = (("eager", "live"), ("onnxruntime", "live"), ("onnxruntime", "fused"))
@@ -157,10 +157,10 @@ def _adapt(subject: _Subject, folder: Path, config: Callable[[nn.Module], Any]) 
 
 def _defaults(subject: _Subject) -> str:
     """Whether lorac makes example inputs of its own, and the host takes them."""
-    from lorac.ir.host.inputs.example_inputs import default_inputs
+    from lorac.frontend.example_inputs import make_example_inputs
 
     try:
-        made = default_inputs(subject.host)
+        made = make_example_inputs(subject.host)
         answer(subject.host, made)
     except lorac.LoracError as error:
         return type(error).__name__

@@ -13,8 +13,8 @@ from unittest import mock
 import torch
 from torch import nn
 
-from lorac.ir.host.inputs.example_inputs import default_shapes, is_hugging_face
-from lorac.quiet import quiet
+from lorac.frontend.example_inputs import is_hugging_face, make_dynamic_shapes
+from lorac.third_party_output import suppress_third_party_output
 
 Shapes = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
@@ -24,9 +24,11 @@ def plain_export(model: nn.Module, call: Mapping[str, Any], shapes: Shapes | Non
 
     As lorac does, sizes are named first, and left to torch where that fails.
     """
-    named = [default_shapes(model, call, named=name) for name in (True, False)] if shapes is None else [shapes(call)]
+    named = (
+        [make_dynamic_shapes(model, call, named=name) for name in (True, False)] if shapes is None else [shapes(call)]
+    )
     export = _of_transformers if is_hugging_face(model) else _of_torch
-    with quiet(), torch.no_grad():
+    with suppress_third_party_output(), torch.no_grad():
         try:
             _into_session(export(model, dict(call), named[0]))
         except Exception:

@@ -10,17 +10,17 @@ import torch
 from torch import nn
 
 from lorac.errors import AdapterError
-from lorac.ir.host.computed import with_plain_weights
-from lorac.ir.host.sites import find_sites
-from lorac.ir.store.tensors import raw_bytes
-from lorac.spending import unhurried
+from lorac.frontend.parametrized_weights import materialize_weights
+from lorac.ir.sites import find_sites
+from lorac.limits import pause_clock
+from lorac.storage.tensor_file import raw_bytes
 
 _MIXED = "mixed"
 _FORM = re.compile(r"[0-9a-f]{32}")
 
 
-@unhurried()
-def base_hash(model: nn.Module, paths: Iterable[str], *, dtype: torch.dtype | None = None) -> str:
+@pause_clock()
+def compute_base_hash(model: nn.Module, paths: Iterable[str], *, dtype: torch.dtype | None = None) -> str:
     """A stable hash over the base weights of the sites at `paths`.
 
     Args:
@@ -42,8 +42,8 @@ def base_hash(model: nn.Module, paths: Iterable[str], *, dtype: torch.dtype | No
     return f"{_label(dtypes)}:{digest.hexdigest()}"
 
 
-@unhurried()
-def tensor_hash(tensor: torch.Tensor) -> str:
+@pause_clock()
+def compute_tensor_hash(tensor: torch.Tensor) -> str:
     """A stable hash of one tensor, in the form of `base_hash`."""
     digest = hashlib.blake2b(f"{tuple(tensor.shape)}\n".encode(), digest_size=16)
     digest.update(raw_bytes(tensor))
@@ -56,14 +56,14 @@ def check_copy(name: str, parameter: str, recorded: str, tensor: torch.Tensor) -
     Raises:
         AdapterError: They differ, or it is no hash.
     """
-    label, own = _told(name, recorded), _label({tensor.dtype})
+    label, own = _parse_recorded_dtype(name, recorded), _label({tensor.dtype})
     if label != own and not _wider(own, label):
         return
-    if tensor_hash(tensor.to(getattr(torch, label))) != recorded:
-        raise other_copy(name, parameter)
+    if compute_tensor_hash(tensor.to(getattr(torch, label))) != recorded:
+        raise copy_mismatch_error(name, parameter)
 
 
-def other_copy(name: str, parameter: str) -> AdapterError:
+def copy_mismatch_error(name: str, parameter: str) -> AdapterError:
     """The error for an adapter saved with a copy of a parameter of which the model has another value."""
     return AdapterError(
         f"adapter '{name}' was saved with a copy of '{parameter}', and this model's differs",
@@ -82,15 +82,15 @@ def check_base(name: str, recorded: str, model: nn.Module, paths: Iterable[str])
     Raises:
         AdapterError: The weights are others, or what was recorded is no hash.
     """
-    label, paths = _told(name, recorded), tuple(paths)
+    label, paths = _parse_recorded_dtype(name, recorded), tuple(paths)
     sites = find_sites(model)
     if any(sites[path].packed for path in paths if path in sites):
         return
     own = _label({weight.dtype for _, weight in _weights(model, paths)})
     if label == own:
-        found = base_hash(model, paths)
+        found = compute_base_hash(model, paths)
     elif _wider(own, label):
-        found = base_hash(model, paths, dtype=getattr(torch, label))
+        found = compute_base_hash(model, paths, dtype=getattr(torch, label))
     else:
         return
     if found != recorded:
@@ -102,7 +102,7 @@ def check_base(name: str, recorded: str, model: nn.Module, paths: Iterable[str])
         )
 
 
-def _told(name: str, recorded: str) -> str:
+def _parse_recorded_dtype(name: str, recorded: str) -> str:
     """The dtype's name in a recorded hash.
 
     Raises:
@@ -121,7 +121,7 @@ def _told(name: str, recorded: str) -> str:
 
 def _weights(model: nn.Module, paths: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and value of every weight of the sites, by name; of a block or another module, all its parameters."""
-    model = with_plain_weights(model)
+    model = materialize_weights(model)
     sites = find_sites(model)
     for path in sorted(set(paths)):
         weight = sites[path].weight if path in sites else None

@@ -8,22 +8,22 @@ from typing import Any
 
 import torch
 
-from lorac.adapters.placing import once_path
+from lorac.adapters.adapter_sites import get_once_path
 from lorac.ir.algebra.formulas import Formula
-from lorac.ir.host.sites import Site, factor_dtype
-from lorac.ir.slots.site import BranchSlot, BranchTerm
+from lorac.ir.sites import Site, factor_dtype
+from lorac.ir.slots.plans import BranchSlot, BranchTerm
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant, Variant
 
 Tensor = torch.Tensor
 
 
-def branch_term(adapter: Adapter, site: Site, *, detach: bool = True) -> BranchTerm:
+def make_branch_term(adapter: Adapter, site: Site, *, detach: bool = True) -> BranchTerm:
     """A term that stays a branch, with the structure other adapters must have to take its slot.
 
     Where the method computes something once, what its sites share is not among the term's tensors.
     """
-    here, tensors, once = adapter.variant.at(site), adapter.tensors[site.path], once_path(adapter)
+    here, tensors, once = adapter.variant.at(site), adapter.tensors[site.path], get_once_path(adapter)
     assert isinstance(here, BranchVariant)
     if once:
         tensors = {name: tensors[name] for name, spec in here.specs(site).items() if not spec.shared}
@@ -34,23 +34,23 @@ def branch_term(adapter: Adapter, site: Site, *, detach: bool = True) -> BranchT
     )
 
 
-def once_term(adapter: Adapter, sites: Mapping[str, Site], *, detach: bool = True) -> BranchTerm:
-    """What an adapter computes once per call, as the term of a site of its own (``lorac.adapters.placing``)."""
+def make_once_term(adapter: Adapter, sites: Mapping[str, Site], *, detach: bool = True) -> BranchTerm:
+    """What an adapter computes once per call, as the term of a site of its own (``lorac.adapters.adapter_sites``)."""
     variant, first = adapter.variant, sites[adapter.sites[0]]
     assert isinstance(variant, BranchVariant)
     shared = [name for name, spec in variant.at(first).specs(first).items() if spec.shared]
     tensors = {name: adapter.tensors[first.path][name] for name in shared}
-    path = once_path(adapter)
+    path = get_once_path(adapter)
     slot = _slot(variant, variant.once, tensors, path, path)
     return BranchTerm(replace(slot, reads=variant.reads_once(), once=""), _given(tensors, first, detach=detach))
 
 
-def structure_of(variant: Variant) -> str:
+def describe_structure(variant: Variant) -> str:
     """The hyper-parameters a formula may read; which sites it was asked for does not matter to it."""
     return repr({name: value for name, value in variant.own_settings.items() if not name.endswith("_pattern")})
 
 
-def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def cast_tensor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor of numbers in a dtype; positions as they are."""
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
@@ -59,10 +59,10 @@ def _slot(
     variant: BranchVariant, function: Callable[..., Any], tensors: Mapping[str, Tensor], once: str, path: str
 ) -> BranchSlot:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    key = f"{variant.name}{structure_of(variant)}{sorted(shapes.items())}{once}"
+    key = f"{variant.name}{describe_structure(variant)}{sorted(shapes.items())}{once}"
     return BranchSlot(key, Formula(function, variant.name, path), shapes, once=once, mixes=variant.mixes_tokens)
 
 
 def _given(tensors: Mapping[str, Tensor], site: Site, *, detach: bool) -> tuple[Tensor, ...]:
     dtype = factor_dtype(site.dtype)
-    return tuple(cast(tensor.detach() if detach else tensor, dtype) for tensor in tensors.values())
+    return tuple(cast_tensor(tensor.detach() if detach else tensor, dtype) for tensor in tensors.values())

@@ -8,16 +8,16 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
+from lorac.adapters.adapter_sites import add_adapted_modules
 from lorac.adapters.fit import check_adapter, check_site, check_values
-from lorac.adapters.fresh import parameter_sites
-from lorac.adapters.placing import with_adapted
-from lorac.adapters.preparing import Preparer
+from lorac.adapters.fresh import find_parameter_sites
+from lorac.adapters.preparation import Preparer
+from lorac.argument_types import check_type
 from lorac.errors import BaseNeeded, CompileError, LoracError, UnknownMethod
-from lorac.ir.algebra import letters
+from lorac.ir.algebra import operands as letters
 from lorac.ir.algebra.changes import Change
-from lorac.ir.host.sites import BaseReader, Site, SiteKind, base_of, find_sites
-from lorac.ir.slots.site import BranchTerm
-from lorac.kinds import expect
+from lorac.ir.sites import BaseReader, Site, SiteKind, find_sites, make_base_reader
+from lorac.ir.slots.plans import BranchTerm
 from lorac.variants.adapter import Adapter
 
 Tensor = torch.Tensor
@@ -57,12 +57,16 @@ def factors(adapter: Adapter, model: nn.Module | None = None, *, dtype: torch.dt
         SiteError, AdapterError, FormatError: The adapter does not fit the model, as ``load_adapter`` says it.
         WrongType: It is no adapter.
     """
-    expect(adapter, Adapter, "what lorac.factors takes apart", next_step="give an adapter: lorac.load_adapter(path)")
-    return dict(_alone(adapter, dtype) if model is None else changes_at(None, adapter, model, dtype))
+    check_type(
+        adapter, Adapter, "what lorac.factors takes apart", next_step="give an adapter: lorac.load_adapter(path)"
+    )
+    return dict(
+        _iter_changes_without_model(adapter, dtype) if model is None else iter_changes(None, adapter, model, dtype)
+    )
 
 
 @torch.no_grad()
-def changes_at(
+def iter_changes(
     paths: Iterable[str] | None, adapter: Adapter, model: nn.Module, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, Change]]:
     """Site by site, so that no more than one dense change need be held, the changes of `factors`.
@@ -73,29 +77,29 @@ def changes_at(
     """
     sites = find_sites(model)
     check_adapter(adapter, sites, model)
-    sites = with_adapted(adapter, model, sites | parameter_sites(model, adapter, sites))
+    sites = add_adapted_modules(adapter, model, sites | find_parameter_sites(model, adapter, sites))
     if dtype is not None:
         sites = {path: dataclasses.replace(site, dtype=dtype) for path, site in sites.items()}
-    preparer = Preparer(sites, base_of(model))
+    preparer = Preparer(sites, make_base_reader(model))
     for path in preparer.touched(adapter) if paths is None else paths:
         yield path, _change(preparer, adapter, path)
 
 
 @torch.no_grad()
-def _alone(adapter: Adapter, dtype: torch.dtype | None) -> Iterator[tuple[str, Change]]:
+def _iter_changes_without_model(adapter: Adapter, dtype: torch.dtype | None) -> Iterator[tuple[str, Change]]:
     """The changes as far as the adapter tells them by itself."""
     if adapter.replaced:
-        raise _needed(f"which site owns '{next(iter(adapter.replaced))}', which adapter '{adapter.name}' replaces")
+        raise _base_needed(f"which site owns '{next(iter(adapter.replaced))}', which adapter '{adapter.name}' replaces")
     check_values(adapter)
-    sites = {path: _told(adapter, path, dtype) for path in adapter.tensors}
+    sites = {path: _infer_site(adapter, path, dtype) for path in adapter.tensors}
 
     def weight(site: Site) -> Tensor:
-        raise _needed(f"what adapter '{adapter.name}' does to '{site.path}', which depends on its weight")
+        raise _base_needed(f"what adapter '{adapter.name}' does to '{site.path}', which depends on its weight")
 
     preparer = Preparer(sites, BaseReader(weight, lambda site: None))
     for path, tensors in adapter.tensors.items():
         if letters.BIAS in preparer.reduction(adapter.variant, sites[path], tensors).outputs:
-            raise _needed(f"what adapter '{adapter.name}' does to the bias of '{path}'")
+            raise _base_needed(f"what adapter '{adapter.name}' does to the bias of '{path}'")
         yield path, _change(preparer, adapter, path)
 
 
@@ -110,7 +114,7 @@ def _change(preparer: Preparer, adapter: Adapter, path: str) -> Change:
     return term
 
 
-def _told(adapter: Adapter, path: str, dtype: torch.dtype | None) -> Site:
+def _infer_site(adapter: Adapter, path: str, dtype: torch.dtype | None) -> Site:
     """The site that an adapter's tensors are shaped for, as a matrix: all that most formulas ask of a site."""
     tensors = adapter.tensors[path]
     own = (tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
@@ -130,9 +134,9 @@ def _told(adapter: Adapter, path: str, dtype: torch.dtype | None) -> Site:
     except UnknownMethod:  # no model tells what its class would
         raise
     except (LoracError, ValueError) as error:
-        raise _needed(f"the shape of '{path}', which adapter '{adapter.name}' does not tell") from error
+        raise _base_needed(f"the shape of '{path}', which adapter '{adapter.name}' does not tell") from error
     return site
 
 
-def _needed(what: str) -> BaseNeeded:
+def _base_needed(what: str) -> BaseNeeded:
     return BaseNeeded(f"only the base tells {what}", next_step="pass model=, the base that the adapter was trained on")

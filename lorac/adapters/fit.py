@@ -10,20 +10,20 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from lorac.adapters.adapter_sites import add_adapted_modules
 from lorac.adapters.base_hash import check_base, check_copy
-from lorac.adapters.placing import with_adapted
 from lorac.errors import (
     AdapterError,
     FormatError,
     SiteError,
     nearest_name,
 )
-from lorac.ir.host.patterns import nothing_matches
-from lorac.ir.host.sites import Site, find_sites
-from lorac.ir.slots.reads import Readable
-from lorac.spending import tick, unhurried
+from lorac.ir.patterns import no_match_error
+from lorac.ir.sites import Site, find_sites
+from lorac.ir.slots.program_values import ReadableValues
+from lorac.limits import check_time, pause_clock
 from lorac.variants.adapter import Adapter
-from lorac.variants.base import BranchVariant, Variant, walk
+from lorac.variants.base import BranchVariant, Variant, iterate_fields
 from lorac.variants.params import ParamSpec, Role
 
 Tensor = torch.Tensor
@@ -55,12 +55,12 @@ def check_adapter(adapter: Adapter, sites: Mapping[str, Site], model: nn.Module)
     """
     check_numbers(adapter.name, adapter.variant)
     if not adapter.tensors and not adapter.replaced:
-        raise nothing_matches(adapter.name, adapter.variant.asked, sites)
-    known, sites = named_tensors(model), with_adapted(adapter, model, sites)
+        raise no_match_error(adapter.name, adapter.variant.asked, sites)
+    known, sites = list_named_tensors(model), add_adapted_modules(adapter, model, sites)
     shapes = not adapter.provenance.get("left_out")
     for path, tensors in adapter.tensors.items():
         if path not in sites:
-            raise no_site(adapter.name, path, sites, model)
+            raise no_site_error(adapter.name, path, sites, model)
         check_site(adapter.name, adapter.variant, sites[path], tensors, shapes=shapes)
     check_reads(adapter, sites, model)
     for name, tensor in adapter.replaced.items():
@@ -88,7 +88,7 @@ def check_reads(adapter: Adapter, sites: Mapping[str, Site], model: nn.Module) -
     once = [method for method in branches if method.has_once]
     if not any(reads.values()) and not once:
         return
-    readable = Readable.of(model, sites)
+    readable = ReadableValues.of(model, sites)
     readable.check((name for method in once for name in method.reads_once()), once=True)
     readable.check((name for names in reads.values() for name in names), owns=bool(once))
 
@@ -111,7 +111,9 @@ def check_numbers(adapter: str, variant: Variant) -> None:
         AdapterError: A rate of dropout is none.
     """
     for field, setting in variant.settings.items():
-        wrong = next((value for value in walk(setting) if isinstance(value, float) and not math.isfinite(value)), None)
+        wrong = next(
+            (value for value in iterate_fields(setting) if isinstance(value, float) and not math.isfinite(value)), None
+        )
         if wrong is not None:
             raise AdapterError(
                 f"the hyper-parameter '{field}' of adapter '{adapter}' is {wrong}",
@@ -139,7 +141,7 @@ def check_finite(tensors: Mapping[str, Tensor], owner: str) -> None:
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() and not tensor.is_complex():
             continue
-        with unhurried():
+        with pause_clock():
             # isfinite knows no type of one byte.
             finite = torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor)
             whole = bool(finite.all())
@@ -170,7 +172,7 @@ def check_site(
         AdapterError: A parameter is of whole or complex numbers, or an index is not of whole ones.
         AdapterError: A position lies outside the weight, or is given twice.
     """
-    tick()
+    check_time()
     here = variant.at(site)
     here.check(site)
     specs = here.specs(site)
@@ -193,7 +195,7 @@ def check_present(adapter: str, variant: Variant, site: Site, tensors: Mapping[s
     Raises:
         AdapterError: As `check_site`.
     """
-    tick()
+    check_time()
     specs = variant.at(site).specs(site)
     for name in specs.keys() & tensors.keys():
         check_parameter(adapter, name, specs[name], site, tensors[name], shapes=True)
@@ -233,7 +235,7 @@ def _check_dtype(adapter: str, what: str, tensor: Tensor, expected: str, fits: b
 
 def _check_positions(adapter: str, what: str, positions: Tensor, below: tuple[int, ...]) -> None:
     """Positions (n, K) lie inside the n axes, and each is given once."""
-    with unhurried():
+    with pause_clock():
         limits = torch.tensor(below, dtype=torch.int64, device=positions.device)[:, None]
         columns = positions.to(torch.int64)
         outside = ((columns < 0) | (columns >= limits)).any(dim=0)
@@ -279,7 +281,7 @@ def check_replaced(adapter: str, name: str, tensor: Tensor, known: Mapping[str, 
     )
 
 
-def in_order(tensors: Mapping[str, T], model: nn.Module | None) -> dict[str, T]:
+def sort_by_site(tensors: Mapping[str, T], model: nn.Module | None) -> dict[str, T]:
     """By site path, in the model's order; without one, paths as text with numbers as numbers."""
     if model is None:
         return {path: tensors[path] for path in sorted(tensors, key=_natural)}
@@ -287,7 +289,7 @@ def in_order(tensors: Mapping[str, T], model: nn.Module | None) -> dict[str, T]:
     return {p: tensors[p] for p in sorted(tensors, key=lambda p: (place.get(p, -1), _natural(p)))}
 
 
-def no_site(adapter: str, path: str, sites: Iterable[str], model: nn.Module) -> SiteError:
+def no_site_error(adapter: str, path: str, sites: Iterable[str], model: nn.Module) -> SiteError:
     """The error for a path that is no site, be it no module at all or one lorac cannot adapt."""
     try:
         module = model.get_submodule(path)
@@ -322,7 +324,7 @@ def _natural(path: str) -> tuple[tuple[bool, int, str], ...]:
     return tuple((part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts)
 
 
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+def list_named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by every name they go by."""
     return {
         **dict(model.named_parameters(remove_duplicate=False)),

@@ -12,8 +12,8 @@ from torch import nn
 from lorac.adapters.fit import check_numbers
 from lorac.errors import AdapterError
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.patterns import nothing_matches, refuse_unmatched
-from lorac.ir.host.sites import BaseReader, Site, SiteKind, factor_dtype, parameter_site
+from lorac.ir.patterns import check_targets_match, no_match_error
+from lorac.ir.sites import BaseReader, Site, SiteKind, factor_dtype, make_parameter_site
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 from lorac.variants.params import InitContext, ParamSpec, Role
@@ -21,7 +21,7 @@ from lorac.variants.params import InitContext, ParamSpec, Role
 Tensor = torch.Tensor
 
 
-def fresh_adapter(
+def make_fresh_adapter(
     variant: Variant, name: str, model: nn.Module, sites: Mapping[str, Site], base: BaseReader, seed: int = 0
 ) -> Adapter:
     """An adapter at its initial values; the process's random state is left alone.
@@ -32,19 +32,21 @@ def fresh_adapter(
         SiteError: they name a site the method is not defined on.
     """
     check_numbers(name, variant)
-    chosen = target_sites(variant, model, sites)
-    refuse_unmatched(name, variant.targets, sites, [p for p, _ in model.named_modules() if variant.copies(p)])
-    refuse_unmatched(name, variant.parameters, {p: site for p, site in sites.items() if site.kind is SiteKind.MATRIX})
+    chosen = select_target_sites(variant, model, sites)
+    check_targets_match(name, variant.targets, sites, [p for p, _ in model.named_modules() if variant.copies(p)])
+    check_targets_match(
+        name, variant.parameters, {p: site for p, site in sites.items() if site.kind is SiteKind.MATRIX}
+    )
     adapter = Adapter(name, variant)
     for site in chosen:
         variant.at(site).check(site)
     specs = {site.path: _specs(name, variant, site) for site in chosen}
-    shared = _Shared(_largest(specs.values()), {})
+    shared = _SharedTensors(_largest(specs.values()), {})
     for site in chosen:
         adapter.tensors[site.path] = _initial(specs[site.path], site, name, base, seed, shared)
     _add_replaced(adapter, model, [site.path for site in chosen])
     if not adapter.tensors and not adapter.replaced:
-        raise nothing_matches(name, variant.asked, sites)
+        raise no_match_error(name, variant.asked, sites)
     return adapter
 
 
@@ -72,14 +74,14 @@ def _specs(name: str, variant: Variant, site: Site) -> dict[str, ParamSpec]:
     return specs
 
 
-def target_sites(variant: Variant, model: nn.Module, sites: Mapping[str, Site]) -> list[Site]:
+def select_target_sites(variant: Variant, model: nn.Module, sites: Mapping[str, Site]) -> list[Site]:
     """The sites a variant's ``targets`` name."""
     found = variant.named_sites(model, sites)
     # A site of a kind the method is not defined on stays in, to be refused by name.
     return [site for site in found if site.kind not in variant.kinds or variant.adapts(site)]
 
 
-def trainable(adapter: Adapter, sites: Mapping[str, Site]) -> Adapter:
+def make_trainable(adapter: Adapter, sites: Mapping[str, Site]) -> Adapter:
     """The same adapter with tensors of its own: parameters where they train, in the factors' dtype (PEFT's rule)."""
     made: dict[int, Tensor] = {}
 
@@ -102,18 +104,18 @@ def trainable(adapter: Adapter, sites: Mapping[str, Site]) -> Adapter:
     return copy
 
 
-def parameter_sites(model: nn.Module, adapter: Adapter, sites: Mapping[str, Site]) -> dict[str, Site]:
+def find_parameter_sites(model: nn.Module, adapter: Adapter, sites: Mapping[str, Site]) -> dict[str, Site]:
     """Sites for replaced parameters and buffers that no other site owns (a norm's scale, a class token)."""
     owned = {name for site in sites.values() for name in (site.weight, site.bias) if name}
     found = {}
     for fqn in adapter.replaced:
         if fqn not in owned and fqn not in sites:
-            found[fqn] = parameter_site(fqn, model)
+            found[fqn] = make_parameter_site(fqn, model)
     return found
 
 
 @dataclass(frozen=True)
-class _Shared:
+class _SharedTensors:
     """Tensors that all sites of an adapter have in common: their shapes, and those made so far."""
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -130,7 +132,7 @@ def _largest(specs: Iterable[Mapping[str, ParamSpec]]) -> dict[str, tuple[int, .
 
 
 def _initial(
-    specs: Mapping[str, ParamSpec], site: Site, name: str, base: BaseReader, seed: int, shared: _Shared
+    specs: Mapping[str, ParamSpec], site: Site, name: str, base: BaseReader, seed: int, shared: _SharedTensors
 ) -> dict[str, Tensor]:
     own = torch.Generator().manual_seed(_fold(seed, name, site.path))
     tensors: dict[str, Tensor] = {}

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from lorac.adapters.as_lora import lora_of
+from lorac.adapters.lora_conversion import make_lora_variant
 from lorac.errors import AdapterError, AdapterNotFound
 from lorac.variants.adapter import Adapter
 from lorac.variants.sora import SoRA
 
 
-def pruned(adapter: Adapter, name: str | None = None) -> Adapter:
+def prune_gates(adapter: Adapter, name: str | None = None) -> Adapter:
     """The LoRA of a SoRA adapter's open gates, exactly: A' = diag(g)·A (r', in) and B' (out, r') over the r' of them.
 
     The scale stays alpha/r of the r that training began with, so that alpha' = alpha·r'/r. A site whose gates are all
@@ -41,7 +41,7 @@ def pruned(adapter: Adapter, name: str | None = None) -> Adapter:
     ranks = {path: len(own["lora_A"]) for path, own in tensors.items()}
     begun: dict[str, Any] = {path: variant.at_path(path) for path in tensors}
     alphas = {path: begun[path].alpha * rank / begun[path].r for path, rank in ranks.items()}
-    lora = lora_of(ranks, alphas, variant)
+    lora = make_lora_variant(ranks, alphas, variant)
     return Adapter(name or adapter.name, lora, tensors, dict(adapter.replaced))
 
 

@@ -57,7 +57,7 @@ def internal_entropy(
         AdapterError: a matrix is all zeros: it is no state.
     """
     out, columns = M.shape[-2:]
-    rows, inputs = _sites(out, out_dims, "out"), _sites(columns, in_dims, "in")
+    rows, inputs = _resolve_dims(out, out_dims, "out"), _resolve_dims(columns, in_dims, "in")
     state = M.detach().double()
     if not bool(state.isfinite().all()):
         raise AdapterError(
@@ -68,11 +68,11 @@ def internal_entropy(
     if not bool(state.flatten(-2).any(-1).all()):
         raise AdapterError("a matrix of zeros has no entropy", next_step="measure after the first step of training")
     batch = M.shape[:-2]
-    if _interleaves(rows, inputs, order):
+    if _is_interleaved(rows, inputs, order):
         count, first = len(rows), len(batch)
         digits = [first + side * count + place for place in range(count) for side in (0, 1)]
         state = state.reshape(*batch, *rows, *inputs).permute(*range(first), *digits)
-    lefts = _lefts(rows, inputs, order)
+    lefts = _left_sizes(rows, inputs, order)
     cuts = [_entropy(torch.linalg.svdvals(state.reshape(*batch, left, out * columns // left))) for left in lefts]
     return torch.stack(cuts, dim=-1) if cuts else state.new_zeros(*batch, 0)
 
@@ -94,14 +94,14 @@ def rank_bound(rank: int, out_dims: Sequence[int], in_dims: Sequence[int], order
     """
     out, columns = math.prod(out_dims), math.prod(in_dims)
     most = []
-    if _interleaves(out_dims, in_dims, order):
-        for p, q in zip(_products(out_dims), _products(in_dims), strict=True):
+    if _is_interleaved(out_dims, in_dims, order):
+        for p, q in zip(_cumulative_products(out_dims), _cumulative_products(in_dims), strict=True):
             # Each of the rank terms is a column times a row, whose own cuts multiply.
             factored = rank * min(p, out // p) * min(q, columns // q)
             most.append(min(p * q, out * columns // (p * q), factored))
         most.pop()
     else:
-        for left in _lefts(out_dims, in_dims, order):
+        for left in _left_sizes(out_dims, in_dims, order):
             # Columns of the inputs before the cut and after it.
             near, far = (left, rank * out // left) if left <= out else (rank * left // out, out * columns // left)
             most.append(min(near, far))
@@ -114,7 +114,7 @@ def random_entropy(rows: int, columns: int) -> float:
     return math.log(small) - small / (2 * large)
 
 
-def _sites(size: int, dims: Sequence[int] | None, side: str) -> tuple[int, ...]:
+def _resolve_dims(size: int, dims: Sequence[int] | None, side: str) -> tuple[int, ...]:
     found = prime_sites(size) if dims is None else tuple(dims)
     if math.prod(found) != size:
         raise AdapterError(
@@ -126,7 +126,7 @@ def _sites(size: int, dims: Sequence[int] | None, side: str) -> tuple[int, ...]:
     return found
 
 
-def _interleaves(out_dims: Sequence[int], in_dims: Sequence[int], order: str) -> bool:
+def _is_interleaved(out_dims: Sequence[int], in_dims: Sequence[int], order: str) -> bool:
     if order not in _ORDERS:
         raise not_one_of("sites come in no order", order, _ORDERS)
     if order == "interleaved" and len(out_dims) != len(in_dims):
@@ -138,16 +138,16 @@ def _interleaves(out_dims: Sequence[int], in_dims: Sequence[int], order: str) ->
     return order == "interleaved"
 
 
-def _products(dims: Sequence[int]) -> list[int]:
+def _cumulative_products(dims: Sequence[int]) -> list[int]:
     """Of the first 1, 2, … of them."""
     return list(itertools.accumulate(dims, lambda product, dim: product * dim))
 
 
-def _lefts(out_dims: Sequence[int], in_dims: Sequence[int], order: str) -> list[int]:
+def _left_sizes(out_dims: Sequence[int], in_dims: Sequence[int], order: str) -> list[int]:
     """The size of what is left of every cut."""
     paired = order == "interleaved"
     sites = [p * q for p, q in zip(out_dims, in_dims, strict=True)] if paired else [*out_dims, *in_dims]
-    return _products(sites)[:-1]
+    return _cumulative_products(sites)[:-1]
 
 
 def _entropy(values: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 
 from lorac.errors import AdapterError, SiteError
 from lorac.ir.algebra.reduction import BRANCH, LOW_RANK, Reduction
-from lorac.ir.host.sites import CONVOLUTIONS, ConvGeometry, Site, SiteKind
+from lorac.ir.sites import CONVOLUTION_KINDS, ConvGeometry, Site, SiteKind
 from lorac.ir.slots.roles import ROLES
 from lorac.variants.base import BranchVariant, Variant, WeightVariant
 from lorac.variants.params import ParamSpec, Role
@@ -90,7 +90,7 @@ HEADERS = (
 """Heads of the columns of ``cells``."""
 
 
-def methods(
+def describe_methods(
     known: Iterable[type[Variant]], reduce: Reduce, files: Mapping[type[Variant], Sequence[str]]
 ) -> tuple[MethodRow, ...]:
     """One row per method, in the order given.
@@ -100,10 +100,10 @@ def methods(
         reduce: brings a term to its normal form.
         files: method -> formats that hold it.
     """
-    return tuple(_row(variant, reduce, tuple(files.get(variant, ()))) for variant in known)
+    return tuple(_describe_method(variant, reduce, tuple(files.get(variant, ()))) for variant in known)
 
 
-def cells(row: MethodRow) -> tuple[str, ...]:
+def row_cells(row: MethodRow) -> tuple[str, ...]:
     """A row's texts, one per column of ``HEADERS``."""
     adapts, shared, files = (", ".join(words) for words in (row.adapts, row.shared, row.files))
     merges = "yes" if row.merges else "no"
@@ -111,12 +111,12 @@ def cells(row: MethodRow) -> tuple[str, ...]:
     return tuple(text or "–" for text in texts)
 
 
-def markdown(rows: Sequence[MethodRow]) -> str:
+def render_markdown(rows: Sequence[MethodRow]) -> str:
     """The table as a page."""
-    return "\n".join(_page(rows)) + "\n"
+    return "\n".join(_markdown_lines(rows)) + "\n"
 
 
-def _page(rows: Sequence[MethodRow]) -> Iterator[str]:
+def _markdown_lines(rows: Sequence[MethodRow]) -> Iterator[str]:
     yield "# Methods"
     yield ""
     yield "Made by `make docs` from the code; `make check` fails where the two differ."
@@ -134,23 +134,23 @@ def _page(rows: Sequence[MethodRow]) -> Iterator[str]:
     yield f"| {' | '.join(HEADERS)} |"
     yield "|" + " --- |" * len(HEADERS)
     for row in rows:
-        name, title, formula, *middle, paper, files = (text.replace("|", r"\|") for text in cells(row))
+        name, title, formula, *middle, paper, files = (text.replace("|", r"\|") for text in row_cells(row))
         linked = _ARXIV.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", paper)
         coded = formula if not row.formula else f"`{formula}`"
         yield f"| {' | '.join((name, f'`lorac.{title}`', coded, *middle, linked, files))} |"
 
 
-def _row(variant: type[Variant], reduce: Reduce, files: tuple[str, ...]) -> MethodRow:
-    found = _looked_at(variant)
+def _describe_method(variant: type[Variant], reduce: Reduce, files: tuple[str, ...]) -> MethodRow:
+    found = _find_example_site(variant)
     specs: Mapping[str, ParamSpec] = found[0].params(found[1]) if found else {}
-    form, merges = _form(*found, specs, reduce) if found else ("", issubclass(variant, WeightVariant))
+    form, merges = _describe_form(*found, specs, reduce) if found else ("", issubclass(variant, WeightVariant))
     trained = [spec for spec in specs.values() if spec.role is Role.TRAINABLE]
     own, common = (sum(math.prod(s.shape) for s in trained if s.shared is shared) for shared in (False, True))
     return MethodRow(
         name=variant.name,
         title=variant.__name__,
-        formula=_formula(variant),
-        adapts=_adapts(variant),
+        formula=_extract_formula(variant),
+        adapts=_list_adapted_kinds(variant),
         form=form,
         merges=merges,
         shared=tuple(name for name, spec in specs.items() if spec.shared),
@@ -161,7 +161,7 @@ def _row(variant: type[Variant], reduce: Reduce, files: tuple[str, ...]) -> Meth
     )
 
 
-def _looked_at(variant: type[Variant]) -> tuple[Variant, Site] | None:
+def _find_example_site(variant: type[Variant]) -> tuple[Variant, Site] | None:
     """A method at its defaults and a layer that it adapts; None where it has no defaults or adapts none."""
     fields = dataclasses.fields(variant)
     if any(f.default is f.default_factory is dataclasses.MISSING for f in fields):
@@ -176,7 +176,7 @@ def _looked_at(variant: type[Variant]) -> tuple[Variant, Site] | None:
     return None
 
 
-def _form(variant: Variant, site: Site, specs: Mapping[str, ParamSpec], reduce: Reduce) -> tuple[str, bool]:
+def _describe_form(variant: Variant, site: Site, specs: Mapping[str, ParamSpec], reduce: Reduce) -> tuple[str, bool]:
     """The normal form in words, and whether it merges."""
     if not isinstance(variant, WeightVariant | BranchVariant):
         return "replace", True
@@ -195,13 +195,13 @@ def _form(variant: Variant, site: Site, specs: Mapping[str, ParamSpec], reduce: 
     return " ".join((ranked, *scales)), reduction.form != BRANCH
 
 
-def _formula(variant: type[Variant]) -> str:
+def _extract_formula(variant: type[Variant]) -> str:
     found = _FORMULA.search(inspect.getdoc(variant) or "")
     return " ".join(found.group(1).split()) if found else ""
 
 
-def _adapts(variant: type[Variant]) -> tuple[str, ...]:
-    convolutions = set(CONVOLUTIONS.values())
+def _list_adapted_kinds(variant: type[Variant]) -> tuple[str, ...]:
+    convolutions = set(CONVOLUTION_KINDS.values())
     if not convolutions <= variant.kinds:
         return tuple(sorted(variant.kinds))
     return tuple(sorted({*(variant.kinds - convolutions), "conv"}))

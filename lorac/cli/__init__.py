@@ -22,8 +22,8 @@ from typing import Annotated, Any
 import typer
 
 from lorac.cli import adapters, artifacts, models, training
-from lorac.cli._imports import importing
-from lorac.cli._shown import worded
+from lorac.cli._output import format_error
+from lorac.cli._user_modules import add_import_option
 from lorac.errors import LoracError, LoracWarning
 from lorac.version import VERSION
 
@@ -43,10 +43,10 @@ for group in (models, training, adapters, artifacts):
     group.register(app)
 for registered in app.registered_commands:
     assert registered.callback is not None
-    registered.callback = importing(registered.callback)
+    registered.callback = add_import_option(registered.callback)
 
 
-def _version(asked: bool) -> None:
+def _print_version(asked: bool) -> None:
     if asked:
         print(f"lorac {VERSION}")
         raise typer.Exit
@@ -56,7 +56,7 @@ def _version(asked: bool) -> None:
 def options(
     show: Annotated[bool, typer.Option(_TRACEBACK, help="Show where in the code an error comes from.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print lorac's version.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print lorac's version.")
     ] = False,
 ) -> None:
     """The compiler for adapters: one graph from a model and its adapters, swapped while it runs."""
@@ -68,7 +68,7 @@ def main() -> None:
     Raises:
         SystemExit: always.
     """
-    code = _run()
+    code = _run_app()
     try:
         sys.stdout.flush()
     except BrokenPipeError:  # what is left is for nobody: Python must not try again when it ends
@@ -77,10 +77,10 @@ def main() -> None:
     raise SystemExit(code)
 
 
-def _run() -> int:
+def _run_app() -> int:
     """Run the command; returns the exit code."""
     try:
-        with _warnings_in_words():
+        with _print_warnings():
             app(prog_name=NAME)
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else REFUSED
@@ -89,15 +89,15 @@ def _run() -> int:
     except BrokenPipeError:
         return REFUSED
     except LoracError as error:
-        return _told(error, worded(error), REFUSED)
+        return _print_error(error, format_error(error), REFUSED)
     except Exception as error:
         what = f"lorac itself failed: {type(error).__name__}: {error}\n  `lorac {_TRACEBACK} …` shows where"
-        return _told(error, what, OUR_FAULT)
+        return _print_error(error, what, OUR_FAULT)
     return 0
 
 
 @contextlib.contextmanager
-def _warnings_in_words() -> Iterator[None]:
+def _print_warnings() -> Iterator[None]:
     """A warning of lorac's is shown as its errors are, and not by a line of lorac's own code."""
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **rest: Any) -> None:
@@ -113,7 +113,7 @@ def _warnings_in_words() -> Iterator[None]:
         yield
 
 
-def _told(error: Exception, what: str, code: int) -> int:
+def _print_error(error: Exception, what: str, code: int) -> int:
     if _TRACEBACK in sys.argv[1:]:
         traceback.print_exception(error)
     print(what, file=sys.stderr)

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from lorac.cli._hosts import parse_spec
-from lorac.cli._shown import worded
-from lorac.cli._texts import Shown, Writer
+from lorac.cli._generation import TextStreamer, TextWriter
+from lorac.cli._models import parse_choice
+from lorac.cli._output import format_error
 from lorac.errors import LoracError, OptionError, nearest_name
 
 
@@ -19,7 +19,7 @@ class Chat:
         writer: answers.
     """
 
-    def __init__(self, writer: Writer) -> None:
+    def __init__(self, writer: TextWriter) -> None:
         if not getattr(writer.tokenizer, "chat_template", None):
             raise OptionError(
                 "the tokenizer has no chat template", next_step='--prompt "TEXT" goes on with a text as it is'
@@ -41,7 +41,7 @@ class Chat:
             try:
                 self._taken(line)
             except LoracError as error:
-                print(worded(error), file=sys.stderr)
+                print(format_error(error), file=sys.stderr)
 
     def _asked(self) -> str:
         """The next line; /exit where there is none."""
@@ -74,7 +74,7 @@ class Chat:
     def _swap(self, spec: str) -> None:
         if not spec:
             raise OptionError("/adapter needs to know which", next_step=f"write {self._commands['/adapter'][0]}")
-        self._writer.compiled.swap(parse_spec(spec))
+        self._writer.compiled.swap(parse_choice(spec))
         print(f"adapter: {self._active}")
 
     def _list(self) -> None:
@@ -86,7 +86,7 @@ class Chat:
     def _answer(self, line: str) -> None:
         """One turn; what was written stays said when it is interrupted, and nothing of a turn that fails."""
         said = [*self._said, {"role": "user", "content": line}]
-        shown = Shown(self._writer.tokenizer, lambda piece: print(piece, end="", flush=True))
+        shown = TextStreamer(self._writer.tokenizer, lambda piece: print(piece, end="", flush=True))
         try:
             self._writer.write(self._writer.turns(said), shown)
         except KeyboardInterrupt:

@@ -9,11 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from lorac.errors import LoracError, OptionError, nearest_name
-from lorac.ir.store.strict_json import parse_object, read_text
+from lorac.storage.strict_json import parse_object, read_json_text
 
 INPUTS_HELP = "An .npz, .json or .safetensors file: one array per input of the model."
-OptionalInputs = Annotated[Path | None, typer.Option("--inputs", "-i", help=INPUTS_HELP)]
-_WRITES = 'numpy.savez(path, name=array, ...) writes one; in JSON it is {"name": [[1, 2], [3, 4]]}'
+InputsOption = Annotated[Path | None, typer.Option("--inputs", "-i", help=INPUTS_HELP)]
+_FILE_HELP = 'numpy.savez(path, name=array, ...) writes one; in JSON it is {"name": [[1, 2], [3, 4]]}'
 
 
 def read_inputs(path: Path) -> dict[str, Any]:
@@ -32,48 +32,48 @@ def read_inputs(path: Path) -> dict[str, Any]:
     except LoracError:
         raise
     except Exception as error:  # readers of archives and arrays, fed with garbage, may raise anything
-        raise OptionError(f"'{path}' cannot be read: {error}", next_step=_WRITES) from error
+        raise OptionError(f"'{path}' cannot be read: {error}", next_step=_FILE_HELP) from error
 
 
-def _npz(path: Path) -> Mapping[str, Any]:
+def _read_npz(path: Path) -> Mapping[str, Any]:
     import numpy as np
 
     with np.load(path, allow_pickle=False) as archive:
         return dict(archive)
 
 
-def _json(path: Path) -> Mapping[str, Any]:
+def _read_json(path: Path) -> Mapping[str, Any]:
     """Nested lists: whole numbers become int64, others float32, as torch has them."""
     import torch
 
     def refuse(reason: str) -> OptionError:
-        return OptionError(f"'{path}' {reason}", next_step=_WRITES)
+        return OptionError(f"'{path}' {reason}", next_step=_FILE_HELP)
 
-    return {name: torch.tensor(value) for name, value in parse_object(read_text(path), refuse).items()}
+    return {name: torch.tensor(value) for name, value in parse_object(read_json_text(path), refuse).items()}
 
 
-def _safetensors(path: Path) -> Mapping[str, Any]:
+def _read_safetensors(path: Path) -> Mapping[str, Any]:
     from safetensors.torch import load_file
 
     return load_file(path)
 
 
 _READERS: Mapping[str, Callable[[Path], Mapping[str, Any]]] = {
-    ".npz": _npz,
-    ".json": _json,
-    ".safetensors": _safetensors,
+    ".npz": _read_npz,
+    ".json": _read_json,
+    ".safetensors": _read_safetensors,
 }
 
 
-def arrays_of(answer: Any) -> dict[str, Any]:
+def to_arrays(answer: Any) -> dict[str, Any]:
     """What a model answered, as NumPy arrays by name; outputs that have none by number."""
     items = (
         answer.items() if hasattr(answer, "items") else enumerate(answer if isinstance(answer, tuple) else (answer,))
     )
-    return {str(name): _array(value) for name, value in items if hasattr(value, "shape")}
+    return {str(name): _to_numpy(value) for name, value in items if hasattr(value, "shape")}
 
 
-def _array(value: Any) -> Any:
+def _to_numpy(value: Any) -> Any:
     import numpy as np
     import torch
 
@@ -83,6 +83,6 @@ def _array(value: Any) -> Any:
     return np.asarray(value)
 
 
-def spelled(inputs: Mapping[str, Any]) -> str:
+def format_inputs(inputs: Mapping[str, Any]) -> str:
     """Inputs by dtype and shape, for a message."""
     return ", ".join(f"{name} {str(a.dtype).removeprefix('torch.')}{list(a.shape)}" for name, a in inputs.items())

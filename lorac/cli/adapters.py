@@ -7,21 +7,23 @@ from typing import Annotated
 
 import typer
 
-from lorac.cli._contents import of_adapter, of_folder, shown
-from lorac.cli._hosts import MODEL_HELP, load_model
-from lorac.cli._shown import Json, show
-from lorac.ir.store.folders import MANIFEST
+from lorac.cli._inspection import describe_adapter_file, describe_folder, format_contents
+from lorac.cli._models import MODEL_HELP, load_model
+from lorac.cli._output import JsonOption, print_report
 from lorac.progress import progress
+from lorac.storage.atomic_folders import MANIFEST
 
 
-def _formats() -> list[str]:
+def _list_formats() -> list[str]:
     from lorac.formats import formats
 
     return [name for name, found in formats().items() if found.save is not None]
 
 
-OptionalModel = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
-Format = Annotated[str, typer.Option("--format", "-f", help="peft, adapterhub or native.", autocompletion=_formats)]
+ModelOption = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
+FormatOption = Annotated[
+    str, typer.Option("--format", "-f", help="peft, adapterhub or native.", autocompletion=_list_formats)
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -32,8 +34,8 @@ def register(app: typer.Typer) -> None:
 
 def inspect(
     path: Annotated[Path, typer.Argument(help="An adapter's file or folder, or a compiled folder.")],
-    model: OptionalModel = "",
-    json: Json = False,
+    model: ModelOption = "",
+    json: JsonOption = False,
 ) -> None:
     """Say what a compiled folder or an adapter's file holds; with --model, check the adapter against the model too."""
     from lorac.formats import load_adapter
@@ -41,18 +43,18 @@ def inspect(
     with progress("inspect") as report:
         report.step("reading")
         if (path / MANIFEST).is_file():
-            held = of_folder(path)
+            held = describe_folder(path)
         else:
-            held = of_adapter(load_adapter(path, load_model(model) if model else None), path)
-    show(held, *shown(held), as_json=json)
+            held = describe_adapter_file(load_adapter(path, load_model(model) if model else None), path)
+    print_report(held, *format_contents(held), as_json=json)
 
 
 def convert(
     source: Annotated[Path, typer.Argument(help="An adapter's file or folder.")],
     destination: Annotated[Path, typer.Argument(help="Where to write.")],
-    format: Format = "peft",
-    model: OptionalModel = "",
-    json: Json = False,
+    format: FormatOption = "peft",
+    model: ModelOption = "",
+    json: JsonOption = False,
 ) -> None:
     """Write an adapter in another format."""
     from lorac.formats import load_adapter, save_adapter
@@ -63,4 +65,4 @@ def convert(
         adapter = load_adapter(source, host)
         report.step("writing")
         save_adapter(adapter, destination, format=format, model=host)
-    show({"path": str(destination), "format": format}, f"{destination}: {format}", as_json=json)
+    print_report({"path": str(destination), "format": format}, f"{destination}: {format}", as_json=json)

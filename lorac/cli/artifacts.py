@@ -11,15 +11,15 @@ from typing import Annotated, Any
 import typer
 
 from lorac.cli._chat import Chat
-from lorac.cli._hosts import Adapters, CompiledOrModel, load_compiled, parse_spec
-from lorac.cli._inputs import OptionalInputs, arrays_of, read_inputs, spelled
-from lorac.cli._shown import Json, show, table
-from lorac.cli._texts import Shown, Writer, take_any_text, timed
+from lorac.cli._generation import TextStreamer, TextWriter, replace_undecodable_text, time_generation
+from lorac.cli._inputs import InputsOption, format_inputs, read_inputs, to_arrays
+from lorac.cli._models import AdapterOption, CompiledOrModel, load_compiled, parse_choice
+from lorac.cli._output import JsonOption, make_table, print_report
 from lorac.errors import ChoiceError, LoracError, OptionError
-from lorac.ir.store.disk import told
 from lorac.progress import Progress, progress
+from lorac.storage.os_errors import translate_os_errors
 
-Folder = Annotated[Path, typer.Argument(help="A folder written by `lorac compile`.")]
+FolderArgument = Annotated[Path, typer.Argument(help="A folder written by `lorac compile`.")]
 _CALL_HEADERS = ("adapters", "swap ms", "call ms", "ratio")
 _TEXT_HEADERS = ("adapters", "swap ms", "first token ms", "read tokens/s", "written tokens/s", "ratio")
 
@@ -32,40 +32,40 @@ def register(app: typer.Typer) -> None:
 
 def run(  # noqa: PLR0913, PLR0917  (an argument per option)
     model: CompiledOrModel,
-    inputs: OptionalInputs = None,
+    inputs: InputsOption = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Go on with this text.")] = None,
-    adapter: Adapters = [],  # noqa: B006  (typer's way to say "any number")
+    adapter: AdapterOption = [],  # noqa: B006  (typer's way to say "any number")
     adapters: Annotated[str, typer.Option(help="none, NAME, or A=0.7,B=0.3; default: the active ones.")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="How long a text may get.")] = 256,
     temperature: Annotated[
         float | None, typer.Option(min=0, help="Draw tokens; 0 takes the best. Default: the model's own way.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the outputs to this .npz file.")] = None,
-    json: Json = False,
+    json: JsonOption = False,
 ) -> None:
     """Call a compiled model with --inputs, have it go on with a --prompt, or chat with it: /adapter NAME, /adapters."""
-    _refuse_mixed(inputs, prompt, out, json)
+    _check_run_options(inputs, prompt, out, json)
     with progress("run") as report:
         report.step("loading")
         compiled = load_compiled(model, adapter)
         if inputs is not None:
             report.step("calling")
-            choice = {"adapters": parse_spec(adapters)} if adapters else {}
-            outputs = arrays_of(_answered(compiled, read_inputs(inputs), **choice))
+            choice = {"adapters": parse_choice(adapters)} if adapters else {}
+            outputs = to_arrays(_call_program(compiled, read_inputs(inputs), **choice))
     if inputs is not None:
-        _show_outputs(outputs, out, json)
+        _print_outputs(outputs, out, json)
         return
     if adapters:
-        compiled.swap(parse_spec(adapters))
-    writer = Writer.of(compiled, max_new_tokens, temperature)
-    take_any_text()
+        compiled.swap(parse_choice(adapters))
+    writer = TextWriter.of(compiled, max_new_tokens, temperature)
+    replace_undecodable_text()
     if prompt is None:
         Chat(writer).run()
     else:
-        _write(writer, prompt, json)
+        _print_continuation(writer, prompt, json)
 
 
-def _refuse_mixed(inputs: Path | None, prompt: str | None, out: Path | None, json: bool) -> None:
+def _check_run_options(inputs: Path | None, prompt: str | None, out: Path | None, json: bool) -> None:
     if inputs is not None and prompt is not None:
         raise typer.BadParameter("--inputs and --prompt are two ways to call a model; give one")
     if out is not None and inputs is None:
@@ -74,11 +74,11 @@ def _refuse_mixed(inputs: Path | None, prompt: str | None, out: Path | None, jso
         raise typer.BadParameter("--json is for --inputs and --prompt, and not for a chat")
 
 
-def _show_outputs(outputs: dict[str, Any], out: Path | None, json: bool) -> None:
+def _print_outputs(outputs: dict[str, Any], out: Path | None, json: bool) -> None:
     import numpy as np
 
     if out is not None:
-        with told(out, OptionError, "written"):
+        with translate_os_errors(out, OptionError, "written"):
             np.savez(out, **outputs)
     rows = [
         {
@@ -91,37 +91,39 @@ def _show_outputs(outputs: dict[str, Any], out: Path | None, json: bool) -> None
         for name, value in outputs.items()
     ]
     shown = [(*list(row.values())[:3], f"{row['mean']:.6g}", f"{row['std']:.6g}") for row in rows]
-    show(rows, table(("output", "shape", "dtype", "mean", "std"), shown), as_json=json)
+    print_report(rows, make_table(("output", "shape", "dtype", "mean", "std"), shown), as_json=json)
 
 
-def _write(writer: Writer, prompt: str, json: bool) -> None:
+def _print_continuation(writer: TextWriter, prompt: str, json: bool) -> None:
     """Go on with a text, showing it as it is written; as JSON at its end."""
-    shown = Shown(writer.tokenizer, (lambda _: None) if json else (lambda piece: print(piece, end="", flush=True)))
+    shown = TextStreamer(
+        writer.tokenizer, (lambda _: None) if json else (lambda piece: print(piece, end="", flush=True))
+    )
     writer.write(writer.encoded(prompt), shown)
     if json:
-        show({"text": shown.text, "tokens": shown.tokens, "active": writer.compiled.active}, as_json=True)
+        print_report({"text": shown.text, "tokens": shown.tokens, "active": writer.compiled.active}, as_json=True)
     else:
         print()
 
 
 def swap(
-    folder: Folder,
+    folder: FolderArgument,
     adapters: Annotated[str, typer.Argument(help="none, NAME, or A=0.7,B=0.3.")],
     save: Annotated[bool, typer.Option(help="Make the choice the folder's active one.")] = False,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the choice for ONNX Runtime alone (.onnx_adapter).")
     ] = None,
-    json: Json = False,
+    json: JsonOption = False,
 ) -> None:
     """Swap adapters in a compiled model and report what it cost."""
     with progress("swap") as steps:
         steps.step("loading")
-        compiled = _loaded(folder)
+        compiled = _load_artifact(folder)
         steps.step("swapping")
-        report = compiled.swap(parse_spec(adapters))
+        report = compiled.swap(parse_choice(adapters))
         if out is not None:
             steps.step("writing")
-            compiled.save_choice(out, parse_spec(adapters))
+            compiled.save_choice(out, parse_choice(adapters))
         if save:
             steps.step("saving")
             compiled.save(folder)
@@ -129,17 +131,17 @@ def swap(
         f"{report.state}: {report.sites} sites, {report.bytes:,} bytes, {report.seconds * 1e3:.2f} ms, "
         f"calls held {report.blocked_seconds * 1e3:.2f} ms"
     )
-    show(dataclasses.asdict(report) | {"active": compiled.active}, line, as_json=json)
+    print_report(dataclasses.asdict(report) | {"active": compiled.active}, line, as_json=json)
 
 
 def bench(
     model: CompiledOrModel,
-    inputs: OptionalInputs = None,
-    adapter: Adapters = [],  # noqa: B006  (typer's way to say "any number")
+    inputs: InputsOption = None,
+    adapter: AdapterOption = [],  # noqa: B006  (typer's way to say "any number")
     rounds: Annotated[int, typer.Option(min=1, help="Calls per choice.")] = 20,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Read before a text is written.")] = 64,
     new_tokens: Annotated[int, typer.Option(min=2, help="Written in each round.")] = 32,
-    json: Json = False,
+    json: JsonOption = False,
 ) -> None:
     """Time calls with --inputs, or else writing, with each adapter and without: medians, ratio to no adapter last."""
     with progress("bench") as report:
@@ -147,22 +149,22 @@ def bench(
         compiled = load_compiled(model, adapter, active=None)
         if inputs is None:
             report.step("writing")
-            rows = timed(compiled, prompt_tokens, new_tokens, rounds)
+            rows = time_generation(compiled, prompt_tokens, new_tokens, rounds)
         else:
-            rows = _calls(compiled, read_inputs(inputs), rounds, report)
+            rows = _time_calls(compiled, read_inputs(inputs), rounds, report)
     headers = _TEXT_HEADERS if inputs is None else _CALL_HEADERS
     shown = [(row["adapters"], *(f"{value:.3f}" for value in list(row.values())[1:])) for row in rows]
-    show(rows, table(headers, shown), as_json=json)
+    print_report(rows, make_table(headers, shown), as_json=json)
 
 
-def _calls(compiled: Any, arrays: dict[str, Any], rounds: int, report: Progress) -> list[dict[str, Any]]:
+def _time_calls(compiled: Any, arrays: dict[str, Any], rounds: int, report: Progress) -> list[dict[str, Any]]:
     """What a call takes with each choice: medians."""
     choices: list[Any] = [None, *compiled.adapters]
     calls: dict[Any, list[float]] = {choice: [] for choice in choices}
     swaps: dict[Any, list[float]] = {choice: [] for choice in choices}
     for number in range(rounds):
         report.step(f"round {number + 1} of {rounds}")
-        _round(compiled, arrays, calls, swaps)
+        _time_round(compiled, arrays, calls, swaps)
     base = statistics.median(calls[None])
     return [
         {
@@ -175,23 +177,25 @@ def _calls(compiled: Any, arrays: dict[str, Any], rounds: int, report: Progress)
     ]
 
 
-def _round(compiled: Any, arrays: dict[str, Any], calls: dict[Any, list[float]], swaps: dict[Any, list[float]]) -> None:
+def _time_round(
+    compiled: Any, arrays: dict[str, Any], calls: dict[Any, list[float]], swaps: dict[Any, list[float]]
+) -> None:
     """One swap and one call of each choice, timed behind a call that nobody times."""
     for choice, times in calls.items():
         swaps[choice].append(compiled.swap(choice).seconds)
-        _answered(compiled, arrays)
+        _call_program(compiled, arrays)
         begun = time.perf_counter()
         compiled(**arrays)
         times.append(time.perf_counter() - begun)
 
 
-def _loaded(folder: Path) -> Any:
+def _load_artifact(folder: Path) -> Any:
     import lorac
 
     return lorac.load(folder)
 
 
-def _answered(compiled: Any, arrays: dict[str, Any], **choice: Any) -> Any:
+def _call_program(compiled: Any, arrays: dict[str, Any], **choice: Any) -> Any:
     """The answer to a file's arrays; what the program makes of arrays that do not suit it is the file's fault.
 
     Raises:
@@ -203,6 +207,6 @@ def _answered(compiled: Any, arrays: dict[str, Any], **choice: Any) -> Any:
         raise
     except Exception as error:
         raise ChoiceError(
-            f"the program cannot compute with {spelled(arrays)}: {type(error).__name__}: {error}",
+            f"the program cannot compute with {format_inputs(arrays)}: {type(error).__name__}: {error}",
             next_step="give arrays as the model takes them, with the ids and sizes it was compiled for",
         ) from error

@@ -8,36 +8,36 @@ from typing import Annotated
 
 import typer
 
-from lorac.cli._hosts import (
+from lorac.cli._compile_options import DYNAMIC_HELP, RESERVE_HELP, parse_dynamic_shapes, parse_reserve, parse_targets
+from lorac.cli._inputs import INPUTS_HELP, read_inputs
+from lorac.cli._models import (
     MODEL_HELP,
-    Adapters,
+    AdapterOption,
     CompiledOrModel,
     load_compiled,
     load_model,
     load_with_tokenizer,
-    named_adapters,
-    parse_spec,
+    parse_adapters,
+    parse_choice,
 )
-from lorac.cli._inputs import INPUTS_HELP, read_inputs
-from lorac.cli._settings import DYNAMIC_HELP, RESERVE_HELP, names_of, reserve_of, shapes_of
-from lorac.cli._shown import Json, show, table
+from lorac.cli._output import JsonOption, make_table, print_report
 from lorac.errors import OptionError
 from lorac.ir.slots.planning import MODES
-from lorac.ir.store.disk import told
 from lorac.progress import progress
+from lorac.storage.os_errors import translate_os_errors
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
-def _targets() -> list[str]:
-    from lorac.compiler.targets import targets
+def _list_targets() -> list[str]:
+    from lorac.session.targets import targets
 
     return list(targets())
 
 
-Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
-Mode = Annotated[str, typer.Option(help="auto, live, fused or baked.", autocompletion=lambda: list(MODES))]
-Dtype = Annotated[
+ModelArgument = Annotated[str, typer.Argument(help=MODEL_HELP)]
+ModeOption = Annotated[str, typer.Option(help="auto, live, fused or baked.", autocompletion=lambda: list(MODES))]
+DtypeOption = Annotated[
     str | None,
     typer.Option(help="float32, float64, bfloat16 or float16; the model's own.", autocompletion=lambda: list(DTYPES)),
 ]
@@ -50,22 +50,24 @@ def register(app: typer.Typer) -> None:
 
 
 def sites(
-    model: Model,
+    model: ModelArgument,
     targets: Annotated[str, typer.Option(help="Only those a pattern names.")] = "",
-    json: Json = False,
+    json: JsonOption = False,
 ) -> None:
     """Print every adaptable place of a model."""
-    from lorac.ir.host.patterns import nothing_matches, select
-    from lorac.ir.host.sites import find_sites
+    from lorac.ir.patterns import no_match_error, select_sites
+    from lorac.ir.sites import find_sites
 
     with progress("sites") as report:
         report.step("loading the model")
         found = find_sites(load_model(model))
     wanted = list(found.values())
     if targets:
-        wanted = select(found, names_of(targets), parameters=targets.split(",")) or select(found, targets)
+        wanted = select_sites(found, parse_targets(targets), parameters=targets.split(",")) or select_sites(
+            found, targets
+        )
         if not wanted:
-            raise nothing_matches("(command line)", targets, found)
+            raise no_match_error("(command line)", targets, found)
     told = [
         {
             "site": site.path,
@@ -80,37 +82,39 @@ def sites(
     rows = [
         (s.path, s.kind, s.in_features, s.out_features, "yes" if s.bias else "", ", ".join(s.shares)) for s in wanted
     ]
-    show(told, table(("site", "kind", "in", "out", "bias", "shares its weight with"), rows), as_json=json)
+    print_report(told, make_table(("site", "kind", "in", "out", "bias", "shares its weight with"), rows), as_json=json)
 
 
 def variants(
     markdown: Annotated[bool, typer.Option("--markdown", help="As the page docs/methods.md.")] = False,
-    json: Json = False,
+    json: JsonOption = False,
 ) -> None:
     """Print every adapter method: its formula, its normal form and size on a layer, its paper and its files."""
-    from lorac.analysis.methods import HEADERS, cells
-    from lorac.analysis.methods import markdown as page
-    from lorac.cli._methods import method_rows
+    from lorac.analysis.methods import HEADERS, row_cells
+    from lorac.analysis.methods import render_markdown as page
+    from lorac.cli._method_table import method_rows
     from lorac.variants import variants as known
 
     rows = method_rows(known().values())
     if markdown:
         print(page(rows), end="")
         return
-    show(rows, table(HEADERS, map(cells, rows)), as_json=json)
+    print_report(rows, make_table(HEADERS, map(row_cells, rows)), as_json=json)
 
 
 def compile(  # noqa: PLR0913, PLR0917  (an argument per option)
-    model: Model,
+    model: ModelArgument,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
-    adapter: Adapters = [],  # noqa: B006  (typer's way to say "any number")
+    adapter: AdapterOption = [],  # noqa: B006  (typer's way to say "any number")
     target: Annotated[
         str,
-        typer.Option(help="eager, onnxruntime, tensorrt, or what another package offers.", autocompletion=_targets),
+        typer.Option(
+            help="eager, onnxruntime, tensorrt, or what another package offers.", autocompletion=_list_targets
+        ),
     ] = "onnxruntime",
-    mode: Mode = "auto",
+    mode: ModeOption = "auto",
     active: Annotated[str, typer.Option(help="none, NAME, or A=0.7,B=0.3; auto: the only adapter.")] = "auto",
-    dtype: Dtype = None,
+    dtype: DtypeOption = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; the model's own.")] = None,
     inputs: Annotated[Path | None, typer.Option("--inputs", "-i", help=f"Example inputs. {INPUTS_HELP}")] = None,
     reserve: Annotated[list[str], typer.Option(help=RESERVE_HELP)] = [],  # noqa: B006  (the same)
@@ -120,12 +124,12 @@ def compile(  # noqa: PLR0913, PLR0917  (an argument per option)
     ] = False,
     weights: Annotated[str | None, typer.Option(help="int8 or int4: quantise the base; for onnxruntime.")] = None,
     capabilities: Annotated[str, typer.Option(help="Of the GPUs to build for, as 8.6,8.9,12.0; for tensorrt.")] = "",
-    json: Json = False,
+    json: JsonOption = False,
 ) -> None:
     """Compile a model and its adapters, and save the result, with the tokenizer beside the model."""
     import lorac
 
-    room, choice = reserve_of(reserve), active if active == "auto" else parse_spec(active)
+    room, choice = parse_reserve(reserve), active if active == "auto" else parse_choice(active)
     examples = None if inputs is None else read_inputs(inputs)
     with progress("compile") as report:
         report.step("loading the model")
@@ -133,13 +137,13 @@ def compile(  # noqa: PLR0913, PLR0917  (an argument per option)
         report.step("compiling")
         compiled = lorac.compile(
             host,
-            named_adapters(adapter),
+            parse_adapters(adapter),
             target=target,
             mode=mode,
             active=choice,
             reserve=room,
             example_inputs=examples,
-            dynamic_shapes=shapes_of(dynamic, host, examples),
+            dynamic_shapes=parse_dynamic_shapes(dynamic, host, examples),
             dtype=dtype,
             device=device,
             # Other targets have no such options, and are told of none that is not asked for.
@@ -152,28 +156,28 @@ def compile(  # noqa: PLR0913, PLR0917  (an argument per option)
     names = list(compiled.adapters)
     told = {"folder": str(out), "target": target, "mode": mode, "adapters": names, "active": compiled.active}
     line = f"{out}: {target}, {mode}, adapters {', '.join(names) or 'none'}, active {compiled.active}"
-    show(told, line, as_json=json)
+    print_report(told, line, as_json=json)
 
 
 def explain(
     model: CompiledOrModel,
-    adapter: Adapters = [],  # noqa: B006  (the same)
-    mode: Mode = "auto",
+    adapter: AdapterOption = [],  # noqa: B006  (the same)
+    mode: ModeOption = "auto",
     target: Annotated[
         str | None,
-        typer.Option(help="Say besides what this one would not compute, of a model.", autocompletion=_targets),
+        typer.Option(help="Say besides what this one would not compute, of a model.", autocompletion=_list_targets),
     ] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Draw it besides, as a page in this file.")] = None,
-    json: Json = False,
+    json: JsonOption = False,
 ) -> None:
     """Say per site what becomes of each adapter, and why not something cheaper."""
     with progress("explain") as report:
         report.step("loading")
         compiled = load_compiled(model, adapter, mode=mode, active=None)
         said = compiled.explain(target)
-    show({field.name: getattr(said, field.name) for field in dataclasses.fields(said)}, str(said), as_json=json)
+    print_report({field.name: getattr(said, field.name) for field in dataclasses.fields(said)}, str(said), as_json=json)
     if html is not None:
-        with told(html, OptionError, "written"):
+        with translate_os_errors(html, OptionError, "written"):
             written = compiled.graph.to_html(html)
         if not json:
             print(f"{written}: the picture")

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from lorac.cli._hosts import MODEL_HELP, load_with_tokenizer
-from lorac.cli._shown import Json, show
+from lorac.cli._models import MODEL_HELP, load_with_tokenizer
+from lorac.cli._output import JsonOption, print_report
 from lorac.errors import OptionError
 from lorac.progress import progress
 
@@ -23,7 +23,7 @@ def train(
     model: Annotated[str | None, typer.Option(help=f"Instead of the recipe's. {MODEL_HELP}")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write, instead of the recipe's.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on at the newest checkpoint in the folder.")] = False,
-    json: Json = False,
+    json: JsonOption = False,
 ) -> None:
     """Train the adapters of a recipe on texts: any method, rule, start and optimizer by name."""
     from lorac.trainer import read_recipe
@@ -43,4 +43,4 @@ def train(
             )
         compiled = run(loaded, tokenizer, recipe, Path(str(folder)), resume=resume)
     names = list(compiled.adapters)
-    show({"folder": str(folder), "adapters": names}, f"{folder}: {', '.join(names)}", as_json=json)
+    print_report({"folder": str(folder), "adapters": names}, f"{folder}: {', '.join(names)}", as_json=json)

@@ -13,14 +13,14 @@ from typing import cast
 
 from torch import nn
 
-from lorac.discovery import modules_of
+from lorac.argument_types import check_type
+from lorac.discovery import import_modules
 from lorac.errors import FormatError, nearest_name
 from lorac.formats._files import read_header
 from lorac.formats._format import Format
-from lorac.ir.store.disk import told
-from lorac.ir.store.folders import MANIFEST, replacing, steady
-from lorac.kinds import expect
-from lorac.spending import reading
+from lorac.limits import charge_reading
+from lorac.storage.atomic_folders import MANIFEST, read_consistently, replace_atomically
+from lorac.storage.os_errors import translate_os_errors
 from lorac.variants.adapter import Adapter
 
 __all__ = ["Format", "formats", "load_adapter", "save_adapter"]
@@ -29,7 +29,7 @@ __all__ = ["Format", "formats", "load_adapter", "save_adapter"]
 @functools.cache
 def formats() -> dict[str, Format]:
     """Every format by name."""
-    found = (cast(Format, module.FORMAT) for module in modules_of(sys.modules[__name__]))
+    found = (cast(Format, module.FORMAT) for module in import_modules(sys.modules[__name__]))
     return {format.name: format for format in found}
 
 
@@ -54,10 +54,10 @@ def load_adapter(path: str | os.PathLike[str], model: nn.Module | None = None, n
         AdapterError: AdapterError.
         SiteError: SiteError.
     """
-    expect(path, (str, os.PathLike), "what lorac.load_adapter reads", next_step="give the path of a file or folder")
+    check_type(path, (str, os.PathLike), "what lorac.load_adapter reads", next_step="give the path of a file or folder")
     path = Path(path)
-    with told(path, FormatError, "read", "unreadable"):
-        return steady(path, lambda: _load(path, model, name))
+    with translate_os_errors(path, FormatError, "read", "unreadable"):
+        return read_consistently(path, lambda: _load(path, model, name))
 
 
 def save_adapter(
@@ -86,7 +86,7 @@ def save_adapter(
         WrongType: It is no adapter.
         AdapterError, SiteError: The adapter does not fit the model.
     """
-    expect(adapter, Adapter, "what lorac.save_adapter writes", next_step="give one of compiled.adapters.values()")
+    check_type(adapter, Adapter, "what lorac.save_adapter writes", next_step="give one of compiled.adapters.values()")
     writers = {name: found for name, found in formats().items() if found.save is not None}
     if format not in writers:
         raise FormatError(
@@ -98,7 +98,7 @@ def save_adapter(
     save = writers[format].save
     assert save is not None
     target = Path(path)
-    with told(target, FormatError, "written", "unreadable"), replacing(target) as staged:
+    with translate_os_errors(target, FormatError, "written", "unreadable"), replace_atomically(target) as staged:
         save(adapter, staged, model, target)
         if target.is_file() if staged.is_dir() else target.is_dir():
             kind = "a file" if staged.is_dir() else "a folder"
@@ -108,7 +108,7 @@ def save_adapter(
 
 
 def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
-    with reading(path):
+    with charge_reading(path):
         return _format_of(path).load(path, model, name)
 
 
@@ -116,7 +116,7 @@ def _format_of(path: Path) -> Format:
     if not path.exists():
         raise FormatError(
             f"there is no adapter at '{path}'",
-            nearest=_sibling(path),
+            nearest=_nearest_sibling(path),
             next_step="give the path of a file or folder",
             code="unknown_format",
         )
@@ -128,18 +128,18 @@ def _format_of(path: Path) -> Format:
     raise FormatError(
         f"'{path}' is an adapter of no known format; looked for "
         + "; ".join(f"{format.name}: {format.looks_for}" for format in formats().values()),
-        next_step=_meant(path),
+        next_step=_suggest_path(path),
         code="unknown_format",
     )
 
 
-def _sibling(path: Path) -> str | None:
+def _nearest_sibling(path: Path) -> str | None:
     if not path.parent.is_dir():
         return None
     return nearest_name(path.name, [found.name for found in path.parent.iterdir()])
 
 
-def _meant(path: Path) -> str:
+def _suggest_path(path: Path) -> str:
     """What somebody may have meant who gave a path that is no adapter's."""
     if path.name == MANIFEST or (path / MANIFEST).is_file():
         return "it is a compiled model: lorac.load(folder) runs it, with its adapters in it"

@@ -1,7 +1,7 @@
 """Files, read with distrust and written so that equal input gives equal bytes.
 
 safetensors: https://github.com/huggingface/safetensors#format. Its header is checked here before
-the library sees the file, so that a lying one is reported by name; `lorac.ir.store.tensors` writes.
+the library sees the file, so that a lying one is reported by name; `lorac.storage.tensor_file` writes.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from lorac.adapters.fit import check_finite
 from lorac.errors import FormatError, LoracError, nearest_name
 from lorac.formats._pickles import load_pickle
-from lorac.ir.store.strict_json import json_text, parse_object, read_text
-from lorac.ir.store.tensors import DTYPES, seal
-from lorac.spending import claim, unhurried
+from lorac.limits import claim_memory, pause_clock
+from lorac.storage.strict_json import dump_json, parse_object, read_json_text
+from lorac.storage.tensor_file import DTYPES, hash_contents
 
 Tensor = torch.Tensor
 MAX_HEADER = 100_000_000
@@ -36,7 +36,7 @@ _ENTRY = {"dtype", "shape", "data_offsets"}
 
 
 @dataclass(frozen=True)
-class Header:
+class SafetensorsHeader:
     """A safetensors header that agrees with its file.
 
     Attributes:
@@ -49,7 +49,7 @@ class Header:
     metadata: Mapping[str, str]
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path) -> SafetensorsHeader:
     """The header of a safetensors file, held against the file's size and itself.
 
     Raises:
@@ -60,9 +60,9 @@ def read_header(path: Path) -> Header:
     metadata = raw.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _corrupt(path, "its metadata is not a mapping of text to text")
-    tensors = {name: _entry(path, name, entry) for name, entry in raw.items()}
+    tensors = {name: _parse_entry(path, name, entry) for name, entry in raw.items()}
     _check_layout(path, tensors, size)
-    return Header(tensors, metadata)
+    return SafetensorsHeader(tensors, metadata)
 
 
 def peek_metadata(path: Path) -> dict[str, str]:
@@ -93,7 +93,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     header = read_header(path)
     try:
-        with unhurried():
+        with pause_clock():
             # The library maps the file; clones outlive whatever happens to it.
             tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     except (SafetensorError, RuntimeError) as error:  # the latter by torch, of a file that is gone by now
@@ -118,13 +118,13 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         if not isinstance(name, str) or not dense:
             raise _corrupt(path, f"{str(name)[:LONGEST_NAME]!r} is not a dense tensor")
         _check_name(path, name)
-    tensors = _distinct({name: value.detach() for name, value in loaded.items()})
+    tensors = _share_views({name: value.detach() for name, value in loaded.items()})
     _check_storages(path, tensors)
     check_finite(tensors, f"'{path}'")
     return tensors
 
 
-def _distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _share_views(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors, those that are one view of one memory as one object."""
     first: dict[Any, Tensor] = {}
     views = {n: (t.data_ptr(), t.storage_offset(), t.dtype, t.shape, t.stride()) for n, t in tensors.items()}
@@ -139,7 +139,7 @@ def _check_storages(path: Path, tensors: Mapping[str, Tensor]) -> None:
             shape = tuple(tensor.shape)
             raise _corrupt(path, f"'{name}' is {tensor.dtype} {shape}, but has {held} bytes")
     distinct = {id(tensor): tensor.numel() * tensor.itemsize for tensor in tensors.values()}
-    claim(sum(distinct.values()) - path.stat().st_size, "its tensors are larger than the file")
+    claim_memory(sum(distinct.values()) - path.stat().st_size, "its tensors are larger than the file")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         FormatError: Not JSON as `parse_object` wants it.
     """
-    return parse_object(read_text(path), lambda reason: _corrupt(path, f"it {reason}"))
+    return parse_object(read_json_text(path), lambda reason: _corrupt(path, f"it {reason}"))
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -157,17 +157,17 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     Raises:
         FormatError: As `config_text`.
     """
-    path.write_text(config_text({name: value[name] for name in sorted(value)}, indent=2) + "\n", encoding="utf-8")
+    path.write_text(encode_config({name: value[name] for name in sorted(value)}, indent=2) + "\n", encoding="utf-8")
 
 
-def config_text(value: Mapping[str, Any], indent: int | None = None) -> str:
+def encode_config(value: Mapping[str, Any], indent: int | None = None) -> str:
     """An adapter's description as JSON.
 
     Raises:
         FormatError: It holds NaN, infinity, or whatever else `read_json` would refuse.
     """
     try:
-        return json_text(value, indent)
+        return dump_json(value, indent)
     except ValueError as error:
         raise FormatError(
             f"the adapter's configuration cannot be written: {error}",
@@ -184,8 +184,8 @@ def check_seal(path: Path, text: str, tensors: Mapping[str, Tensor], metadata: M
     Raises:
         FormatError: They do not belong together.
     """
-    with unhurried():
-        belongs = SEAL not in metadata or metadata[SEAL] == seal(text, tensors)
+    with pause_clock():
+        belongs = SEAL not in metadata or metadata[SEAL] == hash_contents(text, tensors)
     if not belongs:
         raise FormatError(
             f"the configuration and the tensors of '{path}' do not belong together: they, or one of them, were changed "
@@ -203,7 +203,7 @@ def _raw_header(path: Path) -> tuple[dict[str, Any], int]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER):
             raise _corrupt(path, f"it promises {length} bytes of header, the file has {size} bytes")
-        claim(length, "its header")
+        claim_memory(length, "its header")
         text = file.read(length)
     header = parse_object(text, lambda reason: _corrupt(path, f"its header {reason}"))
     return header, size - 8 - length
@@ -214,14 +214,14 @@ def _check_name(path: Path, name: str) -> None:
         raise _corrupt(path, f"a tensor's name has {len(name)} characters, more than {LONGEST_NAME}: '{name[:50]}…'")
 
 
-def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+def _parse_entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     _check_name(path, name)
     if not isinstance(entry, dict) or set(entry) != _ENTRY:
         raise _corrupt(path, f"the entry of '{name}' is not dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise _corrupt(path, f"'{name}' has the unknown dtype {dtype!r}", nearest_name(str(dtype), DTYPES))
-    if not (_naturals(shape) and _naturals(offsets) and len(offsets) == 2):
+    if not (_is_natural_list(shape) and _is_natural_list(offsets) and len(offsets) == 2):
         raise _corrupt(path, f"the shape or offsets of '{name}' are not whole numbers")
     begin, end = offsets
     if end - begin != prod(shape) * DTYPES[dtype].itemsize:
@@ -241,7 +241,7 @@ def _check_layout(path: Path, tensors: Mapping[str, tuple[str, Any, int, int]], 
         raise _corrupt(path, f"its header promises {reached} bytes of data, the file has {size}")
 
 
-def _naturals(value: Any) -> bool:
+def _is_natural_list(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import torch
 
 from lorac.errors import FormatError, LoracError
-from lorac.spending import claim, counted, unhurried
+from lorac.limits import check_time_sometimes, claim_memory, pause_clock
 
 Refuse = Callable[[str], FormatError]
 """(what is wrong) -> the error to raise."""
@@ -43,7 +43,7 @@ def load_pickle(path: Path, refuse: Refuse) -> Any:
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
-            claim(_members(file) * _PER_MEMBER, "its directory")
+            claim_memory(_count_members(file) * _PER_MEMBER, "its directory")
         with zipfile.ZipFile(path) as archive:
             _check_sizes(archive, size, refuse)
             _check_names(_pickle(archive, refuse), refuse)
@@ -52,7 +52,7 @@ def load_pickle(path: Path, refuse: Refuse) -> Any:
     except Exception as error:  # a reader of zip files, or of pickles, fed with garbage may raise anything
         raise refuse(f"torch.load(weights_only=True) refuses it: it is no file of torch.save's ({error})") from error
     try:
-        with unhurried():
+        with pause_clock():
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
@@ -61,7 +61,7 @@ def load_pickle(path: Path, refuse: Refuse) -> Any:
         raise refuse(f"torch.load(weights_only=True) refuses it: {reason}") from error
 
 
-def _members(file: BinaryIO) -> int:
+def _count_members(file: BinaryIO) -> int:
     """How many members the end of a zip file says it has; they are counted before anything is made of each."""
     end = file.seek(0, os.SEEK_END)
     file.seek(max(0, end - (1 << 16) - _END))
@@ -79,7 +79,7 @@ def _check_sizes(archive: zipfile.ZipFile, size: int, refuse: Refuse) -> None:
     members = archive.infolist()
     if len({member.filename for member in members}) < len(members):
         raise refuse("two of its members have one name")
-    claim(sum(member.file_size for member in members) - size, "it is packed")
+    claim_memory(sum(member.file_size for member in members) - size, "it is packed")
 
 
 def _pickle(archive: zipfile.ZipFile, refuse: Refuse) -> bytes:
@@ -92,7 +92,7 @@ def _pickle(archive: zipfile.ZipFile, refuse: Refuse) -> bytes:
 def _check_names(pickle: bytes, refuse: Refuse) -> None:
     """A pickle names the types of storages and what puts tensors together, and nothing else."""
     for step, (opcode, argument, _) in enumerate(pickletools.genops(pickle)):
-        counted(step)
+        check_time_sometimes(step)
         if step == MOST_STEPS:
             raise refuse(f"its pickle takes more than {MOST_STEPS} steps")
         if opcode.name not in {"GLOBAL", "STACK_GLOBAL", "INST"}:

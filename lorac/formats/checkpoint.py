@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorac.adapters.fit import check_adapter, in_order
+from lorac.adapters.fit import check_adapter, sort_by_site
 from lorac.errors import FormatError, nearest_name
-from lorac.formats._files import config_text, peek_names, read_safetensors
+from lorac.formats._files import encode_config, peek_names, read_safetensors
 from lorac.formats._format import Format
-from lorac.formats.native import assembled, key_of, method_in, record_from
-from lorac.ir.host.sites import find_sites
-from lorac.ir.store.strict_json import parse_object
+from lorac.formats.native import assemble_adapter, build_variant, parse_record, tensor_key
+from lorac.ir.sites import find_sites
+from lorac.storage.strict_json import parse_object
 from lorac.variants.adapter import Adapter
 
 Tensor = torch.Tensor
@@ -51,12 +51,12 @@ def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
             bytes(tensors[key].tolist()),
             lambda reason: FormatError(f"a record in '{file}' {reason}", code="corrupt_file"),
         )
-        record = record_from(file, config_text(told["record"]))
+        record = parse_record(file, encode_config(told["record"]))
         records[record["name"]] = (key.removesuffix(_RECORD), record, told["places"])
     start, record, places = records[_chosen(file, sorted(records), name)]
-    adapter = assembled(file, record, _stored(file, tensors, start, places), name, method_in)
+    adapter = assemble_adapter(file, record, _stored(file, tensors, start, places), name, build_variant)
     adapter.provenance["format"] = FORMAT.name
-    adapter.tensors = in_order(adapter.tensors, model)
+    adapter.tensors = sort_by_site(adapter.tensors, model)
     if model is not None:
         check_adapter(adapter, find_sites(model), model)
     return adapter
@@ -83,7 +83,7 @@ def _stored(file: Path, tensors: dict[str, Tensor], start: str, places: Any) -> 
             raise FormatError(
                 f"'{file}' lacks the tensor '{start}.{key}', which its record promises", code="corrupt_file"
             )
-        stored |= {key_of(site, name): tensors[f"{start}.{key}"] for site, name in named}
+        stored |= {tensor_key(site, name): tensors[f"{start}.{key}"] for site, name in named}
     return stored
 
 

@@ -19,24 +19,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorac.adapters.base_hash import base_hash
-from lorac.adapters.fit import check_adapter, in_order
+from lorac.adapters.base_hash import compute_base_hash
+from lorac.adapters.fit import check_adapter, sort_by_site
+from lorac.argument_types import field_types, matches_type
 from lorac.errors import (
     FormatError,
     UnknownMethod,
     nearest_name,
     short,
 )
-from lorac.formats._files import SEAL, check_seal, config_text, peek_metadata, read_safetensors
+from lorac.formats._files import SEAL, check_seal, encode_config, peek_metadata, read_safetensors
 from lorac.formats._format import Format
-from lorac.formats._layout import LAYOUT, is_described
-from lorac.ir.host.sites import find_sites
-from lorac.ir.store.strict_json import parse_object
-from lorac.ir.store.tensors import seal, write_safetensors
-from lorac.kinds import fits, kinds_of
-from lorac.spending import reading
-from lorac.variants import variant_named, variants
-from lorac.variants._absent import Absent, homes
+from lorac.formats._site_layouts import LAYOUT, is_site_json
+from lorac.ir.sites import find_sites
+from lorac.limits import charge_reading
+from lorac.storage.strict_json import parse_object
+from lorac.storage.tensor_file import hash_contents, write_safetensors
+from lorac.variants import find_variant, variants
+from lorac.variants._missing_method import MissingMethod, homes
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant, dataclass_fields
 
@@ -44,8 +44,8 @@ Tensor = torch.Tensor
 Record = Mapping[str, Any]
 VERSION = 1
 _ENTRY = "lorac"
-_ANOTHER = "it was written by another version of lorac"
-_LOCAL = {"source", "format", "base", "left_out"}
+_OTHER_VERSION = "it was written by another version of lorac"
+_LOCAL_PROVENANCE = {"source", "format", "base", "left_out"}
 """Provenance that is about one file on one machine, and stays out of the next."""
 _FIELDS = {
     "version": int,
@@ -57,10 +57,15 @@ _FIELDS = {
     "provenance": dict,
     "base": (str, type(None)),
 }
-_HOMES = "modules"
+_MODULES_FIELD = "modules"
 """Field of a record: method -> the module of its class, where that is not lorac's own."""
-_TEXTS = Mapping[str, str]
-_PROVENANCE = {"copies": _TEXTS, "tied": _TEXTS, "config": Mapping[str, Any], LAYOUT: Mapping[str, Mapping[str, Any]]}
+_StringMap = Mapping[str, str]
+_PROVENANCE_TYPES = {
+    "copies": _StringMap,
+    "tied": _StringMap,
+    "config": Mapping[str, Any],
+    LAYOUT: Mapping[str, Mapping[str, Any]],
+}
 """What is known of an adapter's provenance, and is read again; whatever else lies there is only kept."""
 
 
@@ -69,8 +74,8 @@ def _recognises(path: Path) -> bool:
 
 
 def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
-    adapter = _adapter(path, name, method_in)
-    adapter.tensors = in_order(adapter.tensors, model)
+    adapter = _adapter(path, name, build_variant)
+    adapter.tensors = sort_by_site(adapter.tensors, model)
     if model is not None:
         check_adapter(adapter, find_sites(model), model)
     return adapter
@@ -82,18 +87,18 @@ def load_record(path: Path, name: str) -> Adapter:
     Raises:
         FormatError: as ``load_adapter``.
     """
-    with reading(path):
-        return _adapter(path, name, _known_or_absent)
+    with charge_reading(path):
+        return _adapter(path, name, _build_or_stand_in)
 
 
 def _adapter(path: Path, name: str | None, made: Callable[[Path, Record], Variant]) -> Adapter:
     stored, metadata = read_safetensors(path)
-    record = record_from(path, metadata[_ENTRY])
+    record = parse_record(path, metadata[_ENTRY])
     check_seal(path, metadata[_ENTRY], stored, metadata)
-    return assembled(path, record, stored, name, made)
+    return assemble_adapter(path, record, stored, name, made)
 
 
-def assembled(
+def assemble_adapter(
     path: Path,
     record: Mapping[str, Any],
     stored: dict[str, Tensor],
@@ -135,13 +140,13 @@ def _save(adapter: Adapter, path: Path, model: nn.Module | None, target: Path) -
     if model is not None:
         check_adapter(adapter, find_sites(model), model)
     tensors, shared = _stored(adapter)
-    base = base_hash(model, adapter.tensors) if model else adapter.provenance.get("base")
+    base = compute_base_hash(model, adapter.tensors) if model else adapter.provenance.get("base")
     # Names are not sorted here: the order of patterns matters, that of the record is fixed.
-    text = config_text(record_of(adapter, shared, base))
-    write_safetensors(path, tensors, {_ENTRY: text, SEAL: seal(text, tensors)})
+    text = encode_config(make_record(adapter, shared, base))
+    write_safetensors(path, tensors, {_ENTRY: text, SEAL: hash_contents(text, tensors)})
 
 
-def record_of(adapter: Adapter, shared: Mapping[str, str], base: str | None) -> dict[str, Any]:
+def make_record(adapter: Adapter, shared: Mapping[str, str], base: str | None) -> dict[str, Any]:
     """All that this format says of an adapter beside its tensors.
 
     Args:
@@ -149,8 +154,8 @@ def record_of(adapter: Adapter, shared: Mapping[str, str], base: str | None) -> 
         shared: further names of tensors -> the name they are stored by.
         base: the hash of the base weights, where it is known.
     """
-    config, left_out = config_of(adapter.variant)
-    origin = {k: v for k, v in adapter.provenance.items() if k not in _LOCAL and _is_json(v)}
+    config, left_out = variant_config(adapter.variant)
+    origin = {k: v for k, v in adapter.provenance.items() if k not in _LOCAL_PROVENANCE and _is_json(v)}
     modules = homes(adapter.variant)
     return {
         "version": VERSION,
@@ -161,24 +166,24 @@ def record_of(adapter: Adapter, shared: Mapping[str, str], base: str | None) -> 
         "shared": shared,
         "provenance": origin,
         "base": base,
-        **({_HOMES: modules} if modules else {}),
+        **({_MODULES_FIELD: modules} if modules else {}),
     }
 
 
-def recorded(adapter: Adapter) -> dict[str, Any]:
+def describe_adapter(adapter: Adapter) -> dict[str, Any]:
     """The same of an adapter whose tensors somebody else keeps, each once."""
-    return record_of(adapter, {}, adapter.provenance.get("base"))
+    return make_record(adapter, {}, adapter.provenance.get("base"))
 
 
-def key_of(path: str | None, name: str) -> str:
+def tensor_key(path: str | None, name: str) -> str:
     """What a tensor is called: a site's parameter, or where there is no site what is replaced whole."""
     return f"replaced/{name}" if path is None else f"tensors/{path}/{name}"
 
 
 def _stored(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What to write, and for every further name of a tensor the first."""
-    named = {key_of(p, n): t for p, at in adapter.tensors.items() for n, t in at.items()}
-    named |= {key_of(None, name): tensor for name, tensor in adapter.replaced.items()}
+    named = {tensor_key(p, n): t for p, at in adapter.tensors.items() for n, t in at.items()}
+    named |= {tensor_key(None, name): tensor for name, tensor in adapter.replaced.items()}
     first: dict[int, str] = {}
     shared = {}
     for key, tensor in named.items():
@@ -202,7 +207,7 @@ def _place(path: Path, adapter: Adapter, key: str, tensor: Tensor) -> None:
         )
 
 
-def record_from(path: Path, text: str) -> dict[str, Any]:
+def parse_record(path: Path, text: str) -> dict[str, Any]:
     """The record that a text says, checked.
 
     Raises:
@@ -221,10 +226,13 @@ def record_from(path: Path, text: str) -> dict[str, Any]:
             code="unsupported_field",
         )
     for field in record:
-        if field not in _FIELDS and field != _HOMES:
+        if field not in _FIELDS and field != _MODULES_FIELD:
             near = nearest_name(field, _FIELDS)
             raise FormatError(
-                f"'{path}' has the unknown field '{field}'", nearest=near, next_step=_ANOTHER, code="unknown_field"
+                f"'{path}' has the unknown field '{field}'",
+                nearest=near,
+                next_step=_OTHER_VERSION,
+                code="unknown_field",
             )
     for field, kind in _FIELDS.items():
         if field not in record or not isinstance(record[field], kind):  # type: ignore[arg-type]  # a type or a tuple of types
@@ -232,20 +240,20 @@ def record_from(path: Path, text: str) -> dict[str, Any]:
                 f"the description in '{path}' lacks '{field}', or it is of another type", code="corrupt_file"
             )
     _check_provenance(path, record["provenance"])
-    _check_homes(path, record.get(_HOMES, {}))
-    if not fits(record["left_out"], tuple[str, ...]):
+    _check_homes(path, record.get(_MODULES_FIELD, {}))
+    if not matches_type(record["left_out"], tuple[str, ...]):
         raise FormatError(f"the description in '{path}' has 'left_out' of another type", code="corrupt_file")
     return record
 
 
 def _check_provenance(path: Path, provenance: Mapping[str, Any]) -> None:
-    for entry, kind in _PROVENANCE.items():
-        if entry in provenance and not fits(provenance[entry], kind):
+    for entry, kind in _PROVENANCE_TYPES.items():
+        if entry in provenance and not matches_type(provenance[entry], kind):
             raise FormatError(
                 f"the description in '{path}' has '{entry}' of another type in its provenance", code="corrupt_file"
             )
     for site, described in provenance.get(LAYOUT, {}).items():
-        if not is_described(described):
+        if not is_site_json(described):
             raise FormatError(
                 f"the description in '{path}' does not tell the layout of '{site}': {short(described)}",
                 code="corrupt_file",
@@ -254,50 +262,53 @@ def _check_provenance(path: Path, provenance: Mapping[str, Any]) -> None:
 
 def _check_homes(path: Path, modules: Any) -> None:
     """The modules of methods are only ever named to people: they are names."""
-    named = fits(modules, _TEXTS) and all(part.isidentifier() for name in modules.values() for part in name.split("."))
+    named = matches_type(modules, _StringMap) and all(
+        part.isidentifier() for name in modules.values() for part in name.split(".")
+    )
     if not named:
         raise FormatError(
-            f"the description in '{path}' has '{_HOMES}' that are no modules: {short(modules)}", code="corrupt_file"
+            f"the description in '{path}' has '{_MODULES_FIELD}' that are no modules: {short(modules)}",
+            code="corrupt_file",
         )
 
 
-def method_in(path: Path, record: Record) -> Variant:
+def build_variant(path: Path, record: Record) -> Variant:
     """The method of a record.
 
     Raises:
         UnknownMethod: its class is not imported.
         FormatError: its hyper-parameters are not the method's.
     """
-    return _made(path, record["variant"], record["config"], record.get(_HOMES, {}))
+    return _build_named_variant(path, record["variant"], record["config"], record.get(_MODULES_FIELD, {}))
 
 
-def _known_or_absent(path: Path, record: Record) -> Variant:
+def _build_or_stand_in(path: Path, record: Record) -> Variant:
     """The method, or what stands in its place where it, or one in its fields, has no class here."""
-    modules = record.get(_HOMES, {})
+    modules = record.get(_MODULES_FIELD, {})
     try:
-        return method_in(path, record)
+        return build_variant(path, record)
     except UnknownMethod:
         unknown = [name for name in modules if name not in variants()]
         if not unknown:
             raise
-        return Absent(called=record["variant"], recorded=record["config"], homes=modules, unknown=unknown[0])
+        return MissingMethod(called=record["variant"], recorded=record["config"], homes=modules, unknown=unknown[0])
 
 
-def _made(path: Path, name: str, config: Mapping[str, Any], modules: Mapping[str, str]) -> Variant:
-    variant = variant_named(name, modules)
+def _build_named_variant(path: Path, name: str, config: Mapping[str, Any], modules: Mapping[str, str]) -> Variant:
+    variant = find_variant(name, modules)
     known = dataclass_fields(variant)
     for field in config:
         if field not in known:
             raise FormatError(
                 f"'{path}' sets '{field}', which {variant.name} does not have",
                 nearest=nearest_name(field, known),
-                next_step=_ANOTHER,
+                next_step=_OTHER_VERSION,
                 code="unknown_field",
             )
-    default, kinds = _defaults(variant), kinds_of(variant)
-    revived = {field: _revived(path, value, modules) for field, value in config.items()}
+    default, kinds = _defaults(variant), field_types(variant)
+    revived = {field: _revive(path, value, modules) for field, value in config.items()}
     for field, value in revived.items():
-        if not fits(value, kinds[field]):
+        if not matches_type(value, kinds[field]):
             raise FormatError(
                 f"'{path}' sets {field}={short(config[field])}, which {variant.name} does not take",
                 next_step=f"its default is {default[field]!r}" if field in default else f"it takes {kinds[field]}",
@@ -307,19 +318,19 @@ def _made(path: Path, name: str, config: Mapping[str, Any], modules: Mapping[str
         return variant(**revived)
     except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise FormatError(
-            f"'{path}' configures {variant.name} wrongly: {error}", next_step=_ANOTHER, code="unsupported_field"
+            f"'{path}' configures {variant.name} wrongly: {error}", next_step=_OTHER_VERSION, code="unsupported_field"
         ) from error
 
 
-def _revived(path: Path, value: Any, modules: Mapping[str, str]) -> Any:
+def _revive(path: Path, value: Any, modules: Mapping[str, str]) -> Any:
     """A field's value, with the methods in it (``_plain``) made again."""
     if isinstance(value, list):
-        return [_revived(path, item, modules) for item in value]
+        return [_revive(path, item, modules) for item in value]
     match value:
         case {"variant": str(name), "config": dict(config), **rest} if not rest:
-            return _made(path, name, config, modules)
+            return _build_named_variant(path, name, config, modules)
         case dict():
-            return {key: _revived(path, item, modules) for key, item in value.items()}
+            return {key: _revive(path, item, modules) for key, item in value.items()}
     return value
 
 
@@ -334,16 +345,16 @@ def _defaults(variant: type[Variant]) -> dict[str, Any]:
     return found
 
 
-def config_of(variant: Variant) -> tuple[dict[str, Any], list[str]]:
+def variant_config(variant: Variant) -> tuple[dict[str, Any], list[str]]:
     """A variant's fields as JSON, and those that have no such form and fall back to their default."""
     values = variant.settings
     left_out = sorted(name for name, value in values.items() if not _is_json(value))
-    return {n: _plain(v) for n, v in values.items() if n not in left_out}, left_out
+    return {n: _to_json(v) for n, v in values.items() if n not in left_out}, left_out
 
 
 def _is_json(value: Any) -> bool:
     if isinstance(value, Variant):
-        return not config_of(value)[1]
+        return not variant_config(value)[1]
     if isinstance(value, Mapping):
         return all(isinstance(k, str) and _is_json(v) for k, v in value.items())
     if isinstance(value, list | tuple):
@@ -351,12 +362,12 @@ def _is_json(value: Any) -> bool:
     return value is None or isinstance(value, str | int | float | bool)
 
 
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     if isinstance(value, Variant):
-        return {"variant": value.name, "config": config_of(value)[0]}
+        return {"variant": value.name, "config": variant_config(value)[0]}
     if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+        return {k: _to_json(v) for k, v in value.items()}
+    return [_to_json(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 FORMAT = Format(

@@ -17,11 +17,11 @@ from lorac.adapters.fit import check_adapter
 from lorac.errors import FormatError, nearest_name, short
 from lorac.formats._files import read_json, read_safetensors, write_json
 from lorac.formats._format import Format
-from lorac.formats._mixed import MixedFile, experts, written
+from lorac.formats._xlora import XLoraFolder, read_expert_paths, split_xlora
 from lorac.formats.peft.config import flag, number, rank
-from lorac.formats.peft.save import save
-from lorac.ir.host.sites import find_sites
-from lorac.ir.store.tensors import write_safetensors
+from lorac.formats.peft.writer import write_folder
+from lorac.ir.sites import find_sites
+from lorac.storage.tensor_file import write_safetensors
 from lorac.variants.adapter import Adapter
 from lorac.variants.x_lora import XLoRA
 
@@ -77,10 +77,10 @@ def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
         )
     tensors, _ = read_safetensors(folder / WEIGHTS)
     keys = _keys(fields["depth"], fields["activation"])
-    known = _read(file, "adapters", raw.get("adapters", {}), experts)
+    known = _read(file, "adapters", raw.get("adapters", {}), read_expert_paths)
     biased = _read(file, "use_bias", raw.get("use_bias", True), flag)
     plain = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
-    found = MixedFile(folder, known, fields, plain, keys, biased)
+    found = XLoraFolder(folder, known, fields, plain, keys, biased)
     adapter = found.adapter(name or folder.resolve().name, model, (f"{_EXPERTS}/{{name}}", "{name}", "{path}"))
     adapter.provenance["format"] = FORMAT.name
     return adapter
@@ -103,11 +103,11 @@ def _save(adapter: Adapter, path: Path, model: nn.Module | None, target: Path) -
         )
     if model is not None:
         check_adapter(adapter, find_sites(model), model)
-    tensors, loras = written(adapter, model, _keys(variant.depth, variant.activation))
+    tensors, loras = split_xlora(adapter, model, _keys(variant.depth, variant.activation))
     path.mkdir()
     (path / _EXPERTS).mkdir()
     for name, lora in loras.items():
-        save(lora, path / _EXPERTS / name, model, target / _EXPERTS / name)
+        write_folder(lora, path / _EXPERTS / name, model, target / _EXPERTS / name)
     config = {key: getattr(variant, own) for key, (own, _, _) in _APPLIED.items()}
     paths = {name: str(target / _EXPERTS / name) for name in loras}
     write_json(path / CONFIG, {**config, "adapters": paths, "use_bias": True, "base_model_id": ""})

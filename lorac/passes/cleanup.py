@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from lorac.ir.graph.edit import conform, drop_unused_state
+from lorac.ir.graph.edit import drop_unused_state, update_signature
 from lorac.ir.graph.graph import Graph, Level
-from lorac.ir.graph.passes import Outcome, Pass
+from lorac.ir.graph.passes import Pass, PassResult
 
 
 @final
@@ -19,10 +19,10 @@ class Cleanup(Pass):
     reads: ClassVar[Level] = Level.EXPANDED
     leaves: ClassVar[Level] = Level.EXPANDED
 
-    def apply(self, graph: Graph) -> Outcome:
+    def apply(self, graph: Graph) -> PassResult:
         """As the class says."""
         before = len(graph.fx.nodes)
         graph.fx.eliminate_dead_code()
         dropped = drop_unused_state(graph.exported)
-        conform(graph.exported)
-        return Outcome(bool(dropped) or len(graph.fx.nodes) != before)
+        update_signature(graph.exported)
+        return PassResult(bool(dropped) or len(graph.fx.nodes) != before)

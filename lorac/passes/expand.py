@@ -10,14 +10,14 @@ import torch
 from torch import fx
 
 from lorac.ir.graph import ops
-from lorac.ir.graph.adapted import AdaptedCall, adapted_output, attention_in
-from lorac.ir.graph.edit import add_outputs, inline, trace
+from lorac.ir.graph.adapted_call import AdaptedCall, compute_adapted, select_attention
+from lorac.ir.graph.edit import add_outputs, inline, trace_function
 from lorac.ir.graph.graph import Graph, Level
-from lorac.ir.graph.passes import Outcome, Pass, Skip
-from lorac.ir.host.sites import Site
-from lorac.ir.slots.attention import Attention
+from lorac.ir.graph.passes import Pass, PassResult, Skip
+from lorac.ir.sites import Site
+from lorac.ir.slots.attention import BranchAttention
+from lorac.ir.slots.plans import RankPolicy, SitePlan
 from lorac.ir.slots.roles import branch_name, is_strength, slot_name
-from lorac.ir.slots.site import Ranks, SitePlan
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
@@ -25,7 +25,7 @@ aten = torch.ops.aten
 
 @final
 @dataclass(frozen=True)
-class Expand(Pass):
+class ExpandAdaptedCalls(Pass):
     """adapted -> expanded. The meaning of an adapted op is ``run_site``, traced once per structure.
 
     Attributes:
@@ -37,20 +37,20 @@ class Expand(Pass):
     leaves: ClassVar[Level] = Level.EXPANDED
     aux: tuple[str, ...] = ()
 
-    def apply(self, graph: Graph) -> Outcome:
+    def apply(self, graph: Graph) -> PassResult:
         """As the class says; skipped is an extra output that nothing in this graph gives."""
         traces: dict[Any, fx.GraphModule] = {}
         extra: dict[str, fx.Node] = {}
-        adapted, attention = list(graph.find(ops.adapted)), attention_in(graph)
+        adapted, attention = list(graph.find(ops.adapted)), select_attention(graph)
         for node in adapted:
             _expand_one(graph, node, traces, self.aux, extra, attention)
-        lowered = ops.lower(graph.exported.graph_module)
+        lowered = ops.lower_sites(graph.exported.graph_module)
         if extra:
             add_outputs(graph.exported, extra)
             graph.extra_outputs.extend(extra)
         given = {name.partition(":")[0] for name in extra}
         unmet = [Skip(name, "no branch at a site of this graph emits it") for name in self.aux if name not in given]
-        return Outcome(bool(adapted) or lowered, tuple(unmet))
+        return PassResult(bool(adapted) or lowered, tuple(unmet))
 
 
 def _expand_one(
@@ -59,7 +59,7 @@ def _expand_one(
     traces: dict[Any, fx.GraphModule],
     aux: tuple[str, ...],
     extra: dict[str, fx.Node],
-    attention: Attention,
+    attention: BranchAttention,
 ) -> None:
     call = AdaptedCall.of(node)
     plan, operands = graph.plan_of(call.site), call.tensors
@@ -68,9 +68,9 @@ def _expand_one(
     shapes = (tuple(map(str, n.meta["val"].shape[:-1])) for n in operands[:1])
     key = (call.op, tuple(call.operands), _structure(plan), *shapes)
     known = traces.get(key)
-    if slots_differ(plan):
+    if has_own_trace(plan):
         strengths = [len(operands) + i for i, role in enumerate(call.operands) if is_strength(role)]
-        known = _shortened(trace(graph.exported, function, inputs), strengths)
+        known = _shortened(trace_function(graph.exported, function, inputs), strengths)
     traced, outputs = inline(graph.exported, node, function, inputs, known)
     traces.setdefault(key, traced)
     node.replace_all_uses_with(outputs[0])
@@ -105,7 +105,7 @@ def _alike(node: fx.Node, other: fx.Node) -> bool:
     return bool(a.dtype == b.dtype and [str(size) for size in a.shape] == [str(size) for size in b.shape])
 
 
-def slots_differ(plan: SitePlan) -> bool:
+def has_own_trace(plan: SitePlan) -> bool:
     """Whether a trace is the site's own: branches close over their formula."""
     return bool(plan.branches)
 
@@ -113,13 +113,13 @@ def slots_differ(plan: SitePlan) -> bool:
 def _structure(plan: SitePlan) -> Any:
     site = plan.site
     shape = (site.kind, site.out_features, site.in_features, site.transposed, site.conv, site.padding_idx)
-    free = plan.ranks is not Ranks.FIXED
+    free = plan.ranks is not RankPolicy.FIXED
     rooms = ((role.name, 1 if role.ranked and free else room) for role, room in plan.roles())
     return (*shape, site.bias is not None, *rooms)
 
 
 def _meaning(
-    sites: Mapping[str, Site], plan: SitePlan, call: AdaptedCall, aux: tuple[str, ...], attention: Attention
+    sites: Mapping[str, Site], plan: SitePlan, call: AdaptedCall, aux: tuple[str, ...], attention: BranchAttention
 ) -> tuple[Callable[..., tuple[Tensor, ...]], list[str]]:
     """The function an adapted op stands for, over its tensor operands, and the names of its extra outputs."""
     count, roles = len(call.tensors), tuple(call.operands)
@@ -128,7 +128,7 @@ def _meaning(
     def function(*tensors: Tensor) -> tuple[Tensor, ...]:
         operands = dict(zip(roles, tensors[count:], strict=True))
         emitted: dict[str, list[Tensor]] = {}
-        y = adapted_output(plan, replace(call, host=tensors[:count], operands=operands), sites, emitted, attention)
+        y = compute_adapted(plan, replace(call, host=tensors[:count], operands=operands), sites, emitted, attention)
         return (y, *(emitted[name].pop(0) for name, _ in emits))
 
     return function, [f"{name}:{slot_name(plan.site.path, branch_name(i))}" for name, i in emits]

@@ -10,29 +10,29 @@ import torch
 from torch import fx
 
 from lorac.errors import SiteError
-from lorac.ir.algebra import letters
+from lorac.ir.algebra import operands as letters
 from lorac.ir.graph import ops
-from lorac.ir.graph.adapted import AdaptedCall, useful
-from lorac.ir.graph.edit import add_inputs, inline, new_dimension
+from lorac.ir.graph.adapted_call import AdaptedCall, find_used_nodes
+from lorac.ir.graph.edit import add_dimension, add_inputs, inline
 from lorac.ir.graph.graph import Graph, Level, SlotInput
-from lorac.ir.graph.passes import Outcome, Pass, Skip
-from lorac.ir.host.sites import Site, SiteKind, factor_dtype
+from lorac.ir.graph.passes import Pass, PassResult, Skip
+from lorac.ir.sites import Site, SiteKind, factor_dtype
 from lorac.ir.slots.layouts import layout_of
-from lorac.ir.slots.role import Place
+from lorac.ir.slots.plans import RankPolicy, SitePlan
+from lorac.ir.slots.role import SlotSpec
 from lorac.ir.slots.roles import slot_name
-from lorac.ir.slots.site import Ranks, SitePlan
 
 
 @final
 @dataclass(frozen=True)
-class Insert(Pass):
+class InsertAdaptedCalls(Pass):
     """host -> adapted. Slots become inputs of the graph, named ``<site>:<role>``."""
 
     name: ClassVar[str] = "insert"
     reads: ClassVar[Level] = Level.HOST
     leaves: ClassVar[Level] = Level.ADAPTED
 
-    def apply(self, graph: Graph) -> Outcome:
+    def apply(self, graph: Graph) -> PassResult:
         """As the class says; skipped are planned sites whose results the graph does not use, if it calls them at all.
 
         They lose their plans, and a note of the graph names them. Whether that leaves an adapter without effect,
@@ -42,8 +42,8 @@ class Insert(Pass):
             SiteError: the graph uses the results of none of the planned sites.
         """
         calls: dict[str, list[fx.Node]] = {}
-        used = useful(graph)
-        for node in (node for node in graph.find(*ops.OPS) if node in used):
+        used = find_used_nodes(graph)
+        for node in (node for node in graph.find(*ops.SITE_OPS) if node in used):
             calls.setdefault(ops.site_of(node), []).append(node)
         planned, unreached = _reached(graph, calls, used)
         nodes = add_slots(graph, planned)
@@ -60,7 +60,7 @@ class Insert(Pass):
         graph.unused += unreached
         if unreached:
             graph.notes.append(_bypassed(unreached))
-        return Outcome(bool(planned), tuple(Skip(path, _UNUSED) for path in unreached))
+        return PassResult(bool(planned), tuple(Skip(path, _UNUSED) for path in unreached))
 
 
 _UNUSED = "no output of the graph depends on it"
@@ -102,7 +102,7 @@ def _inputs(graph: Graph, path: str, plan: SitePlan) -> dict[str, tuple[Any, tor
     if plan.rank:
         rank = _rank(graph, plan)
     for role, room in plan.roles():
-        place = Place(layout=layout, size=rank if role.ranked else room, weight=_weight(graph, site))
+        place = SlotSpec(layout=layout, size=rank if role.ranked else room, weight=_weight(graph, site))
         found[slot_name(path, role.name)] = (role.shape(place), role.dtype(site), path, role.name)
     for name, shape in plan.branch_shapes().items():
         found[slot_name(path, name)] = (shape, factor_dtype(site.dtype), path, name)
@@ -111,14 +111,14 @@ def _inputs(graph: Graph, path: str, plan: SitePlan) -> dict[str, tuple[Any, tor
 
 def _rank(graph: Graph, plan: SitePlan) -> int | torch.SymInt:
     """The rank of a site's pair in the graph: a size of its own, unless it is fixed."""
-    if plan.ranks is Ranks.FIXED:
+    if plan.ranks is RankPolicy.FIXED:
         return plan.rank
     return _dimension(graph, f"{plan.site.path}:rank", hint=3, least=plan.least_rank)
 
 
 def _dimension(graph: Graph, name: str, hint: int, least: int = 0) -> torch.SymInt:
     """A size of the graph's own, called so wherever sizes are named."""
-    size = new_dimension(graph.exported, f"rank_{len(graph.exported._range_constraints)}", hint, least)
+    size = add_dimension(graph.exported, f"rank_{len(graph.exported._range_constraints)}", hint, least)
     graph.axes[str(size)] = name
     return size
 
@@ -192,7 +192,7 @@ def _is_read(graph: Graph, plan: SitePlan, used: Collection[fx.Node]) -> bool:
     return bare and any(graph.node(name) in used for name in _inputs_of(graph, plan.site.weight))
 
 
-def refuse_idle(graphs: Iterable[Graph], touched: Mapping[str, Collection[str]]) -> None:
+def check_adapters_reached(graphs: Iterable[Graph], touched: Mapping[str, Collection[str]]) -> None:
     """Refuse an adapter that no captured graph runs.
 
     Args:

@@ -9,25 +9,27 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from lorac.errors import CompileError
-from lorac.ir.engine import AnyDialect, Dialect
 from lorac.ir.graph.graph import Graph
-from lorac.ir.graph.passes import Outcome, Pass, Skip
+from lorac.ir.graph.passes import Pass, PassResult, Skip
 from lorac.ir.graph.verify import verify
-from lorac.passes.cache import Cache
+from lorac.passes.cache_attention import CacheAttention
 from lorac.passes.cleanup import Cleanup
-from lorac.passes.expand import Expand
-from lorac.passes.insert import Insert
-from lorac.passes.pack import Pack
-from lorac.passes.values import Values
+from lorac.passes.connect_values import ConnectValues
+from lorac.passes.expand import ExpandAdaptedCalls
+from lorac.passes.fuse_projections import FuseProjections
+from lorac.passes.insert import InsertAdaptedCalls
+from lorac.target.engine import AnyDialect, Dialect
 
 Observer = Callable[[str, Graph], None]
 
 
-ANY: AnyDialect = Dialect(name="any")
+ANY_DIALECT: AnyDialect = Dialect(name="any")
 """A dialect that asks for nothing of its own."""
 
 
-def lowering(dialect: AnyDialect = ANY, aux: tuple[str, ...] = (), *, constant: bool = False) -> tuple[Pass, ...]:
+def lowering_passes(
+    dialect: AnyDialect = ANY_DIALECT, aux: tuple[str, ...] = (), *, constant: bool = False
+) -> tuple[Pass, ...]:
     """From a captured graph to what a dialect takes: aten ops with slots as inputs, then its own passes.
 
     Args:
@@ -35,11 +37,19 @@ def lowering(dialect: AnyDialect = ANY, aux: tuple[str, ...] = (), *, constant: 
         aux: extra outputs to give.
         constant: whether what the slots hold becomes constants of the program.
     """
-    packed = (Pack(constant),) if dialect.packs else ()
-    return *packed, Insert(), Values(), Expand(aux), Cache(), Cleanup(), *dialect.passes
+    packed = (FuseProjections(constant),) if dialect.packs else ()
+    return (
+        *packed,
+        InsertAdaptedCalls(),
+        ConnectValues(),
+        ExpandAdaptedCalls(aux),
+        CacheAttention(),
+        Cleanup(),
+        *dialect.passes,
+    )
 
 
-def run_pipeline(graph: Graph, passes: Sequence[Pass], observe: Observer | None = None) -> list[tuple[str, Outcome]]:
+def run_pipeline(graph: Graph, passes: Sequence[Pass], observe: Observer | None = None) -> list[tuple[str, PassResult]]:
     """Run passes in order; returns the name and the outcome of each.
 
     A pipeline goes on from where the graph is: passes at its beginning that read a level the graph has left are passed
@@ -62,7 +72,7 @@ def run_pipeline(graph: Graph, passes: Sequence[Pass], observe: Observer | None 
     if over and len(over) == len(passes):
         raise _wrong_level(over[0], graph, passes)
     behind = Skip(graph.name, f"the graph is at level {_name(graph)} already")
-    outcomes = [(step.name, Outcome(changed=False, skipped=(behind,))) for step in over]
+    outcomes = [(step.name, PassResult(changed=False, skipped=(behind,))) for step in over]
     for step in passes[len(over) :]:
         if graph.level is not step.reads:
             raise _wrong_level(step, graph, passes)
@@ -73,18 +83,18 @@ def run_pipeline(graph: Graph, passes: Sequence[Pass], observe: Observer | None 
     return outcomes
 
 
-def _run(step: Pass, graph: Graph) -> Outcome:
+def _run(step: Pass, graph: Graph) -> PassResult:
     """Run one pass. A graph that has come to another level has changed, even where no node has."""
     outcome = step.apply(graph)
     graph.level = step.leaves
     verify(graph, after=step.name)
-    return Outcome(outcome.changed or step.leaves is not step.reads, outcome.skipped)
+    return PassResult(outcome.changed or step.leaves is not step.reads, outcome.skipped)
 
 
 def _wrong_level(step: Pass, graph: Graph, passes: Sequence[Pass]) -> CompileError:
     """The refusal to run a pass on a graph that is not at the level it reads."""
     what = f"the pass '{step.name}' reads level {step.reads.name.lower()}, but graph '{graph.name}' is at"
-    known = list({other.name: other for other in (*lowering(), *passes)}.values())
+    known = list({other.name: other for other in (*lowering_passes(), *passes)}.values())
     next_step = _before(step, graph, known) if graph.level < step.reads else _too_late(step, known)
     return CompileError(f"{what} level {_name(graph)}", next_step=next_step, code="wrong_level")
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-_AT_ONCE = 4
+_LOCKS_PER_FRAME = 4
 
 
 class ReadWriteLock:
@@ -39,7 +39,7 @@ class ReadWriteLock:
     def writing(self, work: Callable[[], T]) -> T:
         """Wait for running readers, hold new ones, and do what is to be done alone."""
         with self._gate:
-            return _holding([lock for ref in self._readers if (lock := ref()) is not None], work)
+            return _run_with_locks([lock for ref in self._readers if (lock := ref()) is not None], work)
 
     def _new_reader(self) -> Any:
         own = threading.RLock()
@@ -49,11 +49,11 @@ class ReadWriteLock:
         return own
 
 
-def _holding(locks: Sequence[Any], work: Callable[[], T]) -> T:
+def _run_with_locks(locks: Sequence[Any], work: Callable[[], T]) -> T:
     """Do some work with all these locks held, a few at each depth of the stack."""
     if not locks:
         return work()
-    first, *rest = locks[:_AT_ONCE]
-    one, two, three = (*rest, first, first, first)[: _AT_ONCE - 1]
+    first, *rest = locks[:_LOCKS_PER_FRAME]
+    one, two, three = (*rest, first, first, first)[: _LOCKS_PER_FRAME - 1]
     with first, one, two, three:
-        return _holding(locks[_AT_ONCE:], work)
+        return _run_with_locks(locks[_LOCKS_PER_FRAME:], work)

@@ -14,11 +14,22 @@ import numpy as np
 import torch
 from torch import nn
 
-from lorac.compiler.api import compile
-from lorac.ir.host.sites import Site, bias_of, find_sites
-from lorac.ir.slots.reads import BASE, IN, OUTPUT, OWN, PASS, WEIGHT, full_name, parse, pass_value, passes_in
-from lorac.ir.slots.run import Ctx
-from lorac.runtime.compiled import Compiled
+from lorac.ir.sites import Site, find_sites, read_bias
+from lorac.ir.slots.execution import FormulaContext
+from lorac.ir.slots.program_values import (
+    BASE,
+    IN,
+    OUTPUT,
+    OWN,
+    PASS,
+    WEIGHT,
+    modules_by_pass,
+    parse_value_name,
+    pass_value_name,
+    program_value_name,
+)
+from lorac.session.api import compile
+from lorac.session.compiled import Compiled
 from lorac.testing.hosts import Host
 from lorac.testing.parity import contribution
 from lorac.testing.samples import AIM, adapter_away
@@ -162,13 +173,15 @@ class Case:
         """The program values that are there when a call of a model begins, by name."""
         names = list(dict.fromkeys(name for path in self.host.paths for name in self._read(path)))
         sites = find_sites(model)
-        found = {name: _weight(sites[of], model) for name in names for kind, of in [parse(name)] if kind == WEIGHT}
-        bases = [of for kind, of in map(parse, names) if kind == BASE]
+        found = {
+            name: _weight(sites[of], model) for name in names for kind, of in [parse_value_name(name)] if kind == WEIGHT
+        }
+        bases = [of for kind, of in map(parse_value_name, names) if kind == BASE]
         seen = self._passed(model, x, found, acts=False)[1] if bases else {}
         found |= {f"{BASE}:{of}": seen[of] for of in bases}
-        for passing, paths in passes_in(names).items():
+        for passing, paths in modules_by_pass(names).items():
             seen = self._passed(model, x, found, passing=passing)[1]
-            found |= {pass_value(passing, of): seen[of] for of in paths}
+            found |= {pass_value_name(passing, of): seen[of] for of in paths}
         return found
 
     def _passed(
@@ -193,7 +206,7 @@ class Case:
 
         adapted = self.host.sites if acts and self.a else {}  # the adapter is made before anything is hooked
         hooks = [model.get_submodule(p).register_forward_hook(answer(site)) for p, site in adapted.items()]
-        parsed = [parse(name) for path in self.host.paths for name in self._read(path)]
+        parsed = [parse_value_name(name) for path in self.host.paths for name in self._read(path)]
         for path in dict.fromkeys(of for kind, of in parsed if kind in {OUTPUT, IN, BASE, PASS}):
             hooks.append(
                 model.get_submodule(path).register_forward_hook(lambda _, given, y, path=path: note(path, given[0], y))
@@ -256,10 +269,10 @@ class Case:
         variant = self.variant.at(site)
         p = SimpleNamespace(**self.a.tensors[site.path])
         if isinstance(variant, BranchVariant):
-            values = {full_name("", name): value for name, value in read.items()}
-            around = Ctx(site, values=values, passing=passing).within(y.dtype)
+            values = {program_value_name("", name): value for name, value in read.items()}
+            around = FormulaContext(site, values=values, passing=passing).within(y.dtype)
             own = variant.once(p, around) if variant.has_once and not passing else {}
-            values |= {full_name("", f"{OWN}:{name}"): value for name, value in own.items()}
+            values |= {program_value_name("", f"{OWN}:{name}"): value for name, value in own.items()}
             return variant.branch(x, y, p, around)
         assert isinstance(variant, WeightVariant)
         assert self.host.apply is not None
@@ -273,7 +286,7 @@ def _weight(site: Site, model: nn.Module) -> Tensor:
 
 
 def _bias(site: Site, model: nn.Module) -> Tensor:
-    found = bias_of(site, model)
+    found = read_bias(site, model)
     return torch.zeros(site.out_features, dtype=torch.float64) if found is None else found
 
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from lorac.testing import checks, emitted, several
+from lorac.testing import eager_checks as checks
+from lorac.testing import target_checks as emitted
+from lorac.testing import two_layer_checks as several
 from lorac.testing.case import Case, Oracle
 from lorac.testing.hosts import HOSTS, Host
-from lorac.testing.samples import label, samples
+from lorac.testing.samples import describe_sample, samples
 from lorac.variants.base import Variant
 
 
@@ -63,22 +65,22 @@ def conformance(
     equations = Oracle.of(oracle) if isinstance(oracle, ModuleType) else oracle
     found: list[Check] = []
     for index, sample in enumerate(samples(variant, **fields)):
-        found.append(Check(f"{label(sample)}-admitted", _somewhere(sample, hosts.values())))
+        found.append(Check(f"{describe_sample(sample)}-admitted", _require_host(sample, hosts.values())))
         for host in hosts.values():
             case, admitted = Case(sample, host, equations), host.admits(sample)
-            run = _eager(host, admitted) | (_targets(host, targets) if index == 0 and admitted else {})
-            title = f"{label(sample)}-{host.name}"
-            found += [Check(f"{title}-{name}", _bound(check, case)) for name, check in run.items()]
+            run = _eager_checks(host, admitted) | (_target_checks(host, targets) if index == 0 and admitted else {})
+            title = f"{describe_sample(sample)}-{host.name}"
+            found += [Check(f"{title}-{name}", _bind_case(check, case)) for name, check in run.items()]
     return found
 
 
-def _eager(host: Host, admitted: bool) -> dict[str, Callable[[Case], None]]:
+def _eager_checks(host: Host, admitted: bool) -> dict[str, Callable[[Case], None]]:
     if not admitted:
         return {} if host.several else {"refused": checks.refused}
     return dict(several.CHECKS if host.several else checks.CHECKS)
 
 
-def _targets(host: Host, targets: Iterable[str]) -> dict[str, Callable[[Case], None]]:
+def _target_checks(host: Host, targets: Iterable[str]) -> dict[str, Callable[[Case], None]]:
     found = several.TARGET_CHECKS if host.several else emitted.CHECKS
     return {
         f"{target}-{name}": lambda case, target=target, check=check: check(case, target)  # type: ignore[misc]  # the defaults bind the loop's values
@@ -87,12 +89,12 @@ def _targets(host: Host, targets: Iterable[str]) -> dict[str, Callable[[Case], N
     }
 
 
-def _somewhere(sample: Variant, hosts: Iterable[Host]) -> Callable[[], None]:
+def _require_host(sample: Variant, hosts: Iterable[Host]) -> Callable[[], None]:
     def check() -> None:
         assert any(host.admits(sample) for host in hosts), "no host admits this configuration: give smaller sizes"
 
     return check
 
 
-def _bound(check: Callable[[Case], None], case: Case) -> Callable[[], None]:
+def _bind_case(check: Callable[[Case], None], case: Case) -> Callable[[], None]:
     return lambda: check(case)

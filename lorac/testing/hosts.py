@@ -18,18 +18,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorac.errors import AdapterError, SiteError
-from lorac.ir.host.modules import module_site
-from lorac.ir.host.sites import Site, SiteKind, find_sites
-from lorac.ir.slots.reads import Readable
+from lorac.frontend.module_sites import make_module_site
+from lorac.ir.sites import Site, SiteKind, find_sites
+from lorac.ir.slots.program_values import ReadableValues
 from lorac.testing.models import (
-    Attention,
     Block,
     Conv1D,
-    Fronted,
     GatedMLP,
+    LayerStack,
+    LayerWithFront,
     OneBlock,
     OneSite,
-    Stack,
+    SelfAttentionModel,
     TwoBlocks,
     TwoLayers,
     TwoMLPs,
@@ -90,7 +90,9 @@ class Host:
     def sites(self) -> Mapping[str, Site]:
         """All its sites by path; a module is one because it is named."""
         found = find_sites(self._asked)
-        return {path: found[path] if path in found else module_site(path, self._asked, found) for path in self.paths}
+        return {
+            path: found[path] if path in found else make_module_site(path, self._asked, found) for path in self.paths
+        }
 
     def settled(self, variant: Variant) -> Variant:
         """A method at this host's sites, as a fresh adapter has it.
@@ -123,8 +125,8 @@ class Host:
             self._readable.check(variant.reads_once() if variant.has_once else (), once=True)
 
     @functools.cached_property
-    def _readable(self) -> Readable:
-        return Readable.of(self._asked, find_sites(self._asked))
+    def _readable(self) -> ReadableValues:
+        return ReadableValues.of(self._asked, find_sites(self._asked))
 
     @functools.cached_property
     def _asked(self) -> nn.Module:
@@ -133,7 +135,7 @@ class Host:
 
     def model(self, dtype: torch.dtype = torch.float64) -> nn.Module:
         """The model, the same weights every time, in eval mode; the process's random state is left alone."""
-        return _fixed(self.make, dtype)
+        return _build_fixed(self.make, dtype)
 
     def inputs(self, batch: tuple[int, ...]) -> Tensor:
         """One input with these batch dimensions, float64 or ids, the same every time."""
@@ -144,20 +146,20 @@ class Host:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-def _linear(x: Array, weight: Array, bias: Array) -> Array:
+def _apply_linear(x: Array, weight: Array, bias: Array) -> Array:
     return x @ weight.T + bias
 
 
-def _lookup(x: Array, weight: Array, bias: Array) -> Array:
+def _apply_lookup(x: Array, weight: Array, bias: Array) -> Array:
     return weight.T[x] + bias
 
 
-def _strided(x: Array, weight: Array, bias: Array) -> Array:
+def _apply_strided_conv(x: Array, weight: Array, bias: Array) -> Array:
     kernel = torch.from_numpy(weight).reshape(len(weight), -1, 3, 3)
     return F.conv2d(torch.from_numpy(x), kernel, torch.from_numpy(bias), stride=2, padding=1).numpy()
 
 
-def _padded(x: Array, weight: Array, bias: Array) -> Array:
+def _apply_padded_conv(x: Array, weight: Array, bias: Array) -> Array:
     kernel = torch.from_numpy(weight).reshape(len(weight), -1, 3, 3)
     around = F.pad(torch.from_numpy(x), (1, 1, 1, 1), mode="circular")
     return F.conv2d(around, kernel, torch.from_numpy(bias)).numpy()
@@ -166,9 +168,9 @@ def _padded(x: Array, weight: Array, bias: Array) -> Array:
 _WIDTH, _HEADS = 6, 2
 
 
-def _attended(x: Array, weight: Array, bias: Array) -> Array:
+def _apply_attention(x: Array, weight: Array, bias: Array) -> Array:
     """softmax(q·kᵀ/√d)·v by heads, behind the packed projection as it is."""
-    attention = _fixed(_attention).site
+    attention = _build_fixed(_attention).site
     packed, shift = (t.detach().numpy() for t in (attention.in_proj_weight, attention.in_proj_bias))
     *batch, length, _ = x.shape
     parts = (x @ packed.T + shift).reshape(*batch, length, 3, _HEADS, _WIDTH // _HEADS)
@@ -179,17 +181,17 @@ def _attended(x: Array, weight: Array, bias: Array) -> Array:
 
 
 def _attention() -> nn.Module:
-    return Attention(_WIDTH, _HEADS)
+    return SelfAttentionModel(_WIDTH, _HEADS)
 
 
-def _fixed(make: Callable[[], nn.Module], dtype: torch.dtype = torch.float64) -> Any:
+def _build_fixed(make: Callable[[], nn.Module], dtype: torch.dtype = torch.float64) -> Any:
     """A model, the same weights every time, in eval mode; the process's random state is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(11)  # torch.manual_seed would seed GPUs too, which are not put back
         return make().to(dtype).eval()
 
 
-def _host(name: str, kind: SiteKind, make: Callable[[], nn.Module], **rest: object) -> tuple[str, Host]:
+def _one_layer_host(name: str, kind: SiteKind, make: Callable[[], nn.Module], **rest: object) -> tuple[str, Host]:
     return name, Host(name, kind, lambda: OneSite(make()), **rest)  # type: ignore[arg-type]  # fields by name
 
 
@@ -198,34 +200,38 @@ def _convolution(channels: int, filters: int) -> nn.Conv2d:
     return nn.Conv2d(channels, filters, 3, stride=2, padding=1)
 
 
-def _pair(name: str, kind: SiteKind, make: Callable[[], nn.Module], **rest: object) -> tuple[str, Host]:
+def _two_layer_host(name: str, kind: SiteKind, make: Callable[[], nn.Module], **rest: object) -> tuple[str, Host]:
     fields = {"path": "first", "others": ("second",), "batches": ((3, 4), (12,), (2, 5)), **rest}
     return name, Host(name, kind, make, **fields)  # type: ignore[arg-type]  # fields by name
 
 
 HOSTS: Mapping[str, Host] = dict(
     (
-        _host("linear", SiteKind.LINEAR, lambda: nn.Linear(7, 11), sizes=(7,), apply=_linear),
-        _host("divisible", SiteKind.LINEAR, lambda: nn.Linear(12, 6), sizes=(12,), apply=_linear),
-        _host("no_bias", SiteKind.LINEAR, lambda: nn.Linear(9, 8, bias=False), sizes=(9,), apply=_linear),
-        _host("transposed", SiteKind.LINEAR, lambda: Conv1D(11, 7), sizes=(7,), apply=_linear),
-        _host(
+        _one_layer_host("linear", SiteKind.LINEAR, lambda: nn.Linear(7, 11), sizes=(7,), apply=_apply_linear),
+        _one_layer_host("divisible", SiteKind.LINEAR, lambda: nn.Linear(12, 6), sizes=(12,), apply=_apply_linear),
+        _one_layer_host(
+            "no_bias", SiteKind.LINEAR, lambda: nn.Linear(9, 8, bias=False), sizes=(9,), apply=_apply_linear
+        ),
+        _one_layer_host("transposed", SiteKind.LINEAR, lambda: Conv1D(11, 7), sizes=(7,), apply=_apply_linear),
+        _one_layer_host(
             "conv",
             SiteKind.CONV2D,
             lambda: _convolution(3, 8),
             sizes=(3, 6, 5),
-            apply=_strided,
+            apply=_apply_strided_conv,
             batches=((6,), ()),
         ),
-        _host(
+        _one_layer_host(
             "padded",
             SiteKind.CONV2D,
             lambda: nn.Conv2d(3, 8, 3, padding="same", padding_mode="circular"),
             sizes=(3, 5, 4),
-            apply=_padded,
+            apply=_apply_padded_conv,
             batches=((6,), ()),
         ),
-        _host("embedding", SiteKind.EMBEDDING, lambda: nn.Embedding(13, 6), sizes=(), apply=_lookup, vocabulary=13),
+        _one_layer_host(
+            "embedding", SiteKind.EMBEDDING, lambda: nn.Embedding(13, 6), sizes=(), apply=_apply_lookup, vocabulary=13
+        ),
         (
             "attention",
             Host(
@@ -233,7 +239,7 @@ HOSTS: Mapping[str, Host] = dict(
                 SiteKind.LINEAR,
                 _attention,
                 (5, _WIDTH),
-                _attended,
+                _apply_attention,
                 batches=((4,), ()),
                 path="site.out_proj",
             ),
@@ -242,37 +248,43 @@ HOSTS: Mapping[str, Host] = dict(
             "block",
             Host("block", SiteKind.BLOCK, lambda: OneBlock(Block(7, 5)), (7,), None, path="blocks.0"),
         ),
-        _host("gated", SiteKind.BLOCK, lambda: GatedMLP(6, 10), sizes=(6,), apply=None),
+        _one_layer_host("gated", SiteKind.BLOCK, lambda: GatedMLP(6, 10), sizes=(6,), apply=None),
         (
             "stack",
             Host(
-                "stack", SiteKind.BLOCK, lambda: Stack(8, 5, 5), (5, 8), None, batches=((6,), (2, 3), ()), path="norm"
+                "stack",
+                SiteKind.BLOCK,
+                lambda: LayerStack(8, 5, 5),
+                (5, 8),
+                None,
+                batches=((6,), (2, 3), ()),
+                path="norm",
             ),
         ),
-        _pair(
+        _two_layer_host(
             "two_linear",
             SiteKind.LINEAR,
             lambda: TwoLayers(nn.Linear(12, 18), nn.Linear(18, 6)),
             sizes=(12,),
-            apply=_linear,
+            apply=_apply_linear,
         ),
-        _pair(
+        _two_layer_host(
             "two_conv",
             SiteKind.CONV2D,
             lambda: TwoLayers(_convolution(3, 8), _convolution(8, 6)),
             sizes=(3, 6, 5),
-            apply=_strided,
+            apply=_apply_strided_conv,
             batches=((6,), (4,)),
         ),
-        _pair(
+        _two_layer_host(
             "two_embedding",
             SiteKind.EMBEDDING,
             lambda: TwoTables(nn.Embedding(13, 6), nn.Embedding(9, 4)),
             sizes=(),
-            apply=_lookup,
+            apply=_apply_lookup,
             vocabulary=13,
         ),
-        _pair(
+        _two_layer_host(
             "two_block",
             SiteKind.BLOCK,
             lambda: TwoBlocks(Block(7, 5), Block(9, 4)),
@@ -281,17 +293,17 @@ HOSTS: Mapping[str, Host] = dict(
             path="blocks.0",
             others=("blocks.1",),
         ),
-        _pair(
+        _two_layer_host(
             "two_read",
             SiteKind.LINEAR,
-            lambda: Fronted(nn.Linear(7, 9), nn.Linear(9, 11)),
+            lambda: LayerWithFront(nn.Linear(7, 9), nn.Linear(9, 11)),
             sizes=(7,),
-            apply=_linear,
+            apply=_apply_linear,
             path="front",
             others=("site",),
             read=True,
         ),
-        _pair(
+        _two_layer_host(
             "two_gated",
             SiteKind.BLOCK,
             lambda: TwoMLPs(GatedMLP(6, 10), GatedMLP(9, 10)),
@@ -304,7 +316,7 @@ HOSTS: Mapping[str, Host] = dict(
             Host(
                 "two_stack",
                 SiteKind.BLOCK,
-                lambda: Stack(8, 5, 3),
+                lambda: LayerStack(8, 5, 3),
                 (5, 8),
                 None,
                 batches=((6,), (2,)),

@@ -47,7 +47,7 @@ class OneSite(nn.Module):
         return self.site(x)
 
 
-class Attention(nn.Module):
+class SelfAttentionModel(nn.Module):
     """Self-attention, whose output layer at path ``site.out_proj`` is never called: torch's module reads its weight."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -123,7 +123,7 @@ class GatedMLP(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-class Fronted(nn.Module):
+class LayerWithFront(nn.Module):
     """A model that is a layer, at ``site``, behind another, at ``front``."""
 
     def __init__(self, front: nn.Module, site: nn.Module) -> None:
@@ -149,7 +149,7 @@ class TwoMLPs(nn.Module):
         return h + self.second(h)
 
 
-class Stack(nn.Module):
+class LayerStack(nn.Module):
     """A model of blocks, at ``blocks``, with a norm behind them, at ``norm``."""
 
     def __init__(self, width: int, *hidden: int) -> None:

@@ -69,7 +69,7 @@ def assert_parity(
             printed. Never in float64.
         names: The outputs to compare; all of them if not given.
     """
-    exact = any(value.dtype == torch.float64 for value in _raw(y_ref))
+    exact = any(value.dtype == torch.float64 for value in _list_tensors(y_ref))
     limit = (FLOAT64 if exact else FLOAT32) if limit is None else limit
     got, ref, base = (named_outputs(output, names) for output in (y, y_ref, y_base))
     own = None if own_base is None or exact else named_outputs(own_base, names)
@@ -94,7 +94,7 @@ def assert_parity(
     return ratios
 
 
-def _raw(output: Any) -> list[Tensor]:
+def _list_tensors(output: Any) -> list[Tensor]:
     values = output.values() if isinstance(output, Mapping) else output
     if isinstance(output, Tensor | np.ndarray):
         values = [output]

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorac.compiler.api import compile
 from lorac.errors import OptionError
-from lorac.ir.host.sites import Site
+from lorac.ir.sites import Site
+from lorac.session.api import compile
 from lorac.testing.parity import CONTRIBUTION, contribution
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant, dataclass_fields
@@ -54,7 +54,7 @@ def samples(variant: type[Variant] | Variant, **fields: Any) -> list[Variant]:
     return [first, *(dataclasses.replace(first, **changed) for changed in (low, *switches) if changed)]
 
 
-def label(variant: Variant) -> str:
+def describe_sample(variant: Variant) -> str:
     """A configuration in a few words: the method and what differs from its defaults."""
     changed = [
         f"{f.name}={getattr(variant, f.name):g}" if not isinstance(f.default, bool) else f.name
@@ -80,7 +80,7 @@ def adapter_away(variant: Variant, model: nn.Module, inputs: Tensor, *, name: st
     adapter = compiled.adapters[name]
     generator = torch.Generator().manual_seed(seed)
     sites = {path: plan.site for path, plan in compiled.plans.items()}
-    moves = [(t, _move(t, generator)) for t in _moved(adapter, sites)]
+    moves = [(t, _interpolator(t, generator)) for t in _movable_tensors(adapter, sites)]
     with torch.no_grad():
         base = model(inputs)
 
@@ -89,14 +89,14 @@ def adapter_away(variant: Variant, model: nn.Module, inputs: Tensor, *, name: st
                 tensor.copy_(move(strength))
             return next(iter(contribution(compiled(inputs), base).values()))
 
-        _search(share)
+        _search_strength(share)
     # One copy per tensor, so that what the sites share stays shared.
     copies = {id(t): t.detach().clone() for t in adapter.parameters()}
     tensors = {path: {key: copies[id(t)] for key, t in at.items()} for path, at in adapter.tensors.items()}
     return Adapter(name, adapter.variant, tensors)
 
 
-def _moved(adapter: Adapter, sites: Mapping[str, Site]) -> list[Tensor]:
+def _movable_tensors(adapter: Adapter, sites: Mapping[str, Site]) -> list[Tensor]:
     """The distinct tensors that a file could hold any value of: all but buffers and indices."""
     found: dict[int, Tensor] = {}
     for path, tensors in adapter.tensors.items():
@@ -105,19 +105,19 @@ def _moved(adapter: Adapter, sites: Mapping[str, Site]) -> list[Tensor]:
     return list(found.values())
 
 
-def spread(tensor: Tensor) -> float:
+def typical_size(tensor: Tensor) -> float:
     """The size of a change that is far for ``tensor``: its deviation, or where it is constant, a typical init's."""
     deviation = float(tensor.double().std(correction=0)) if tensor.numel() > 1 else 0.0
     return deviation or 0.3 * float(tensor.double().abs().mean()) or max(tensor.shape[-1:] or (1,)) ** -0.5
 
 
-def _move(tensor: Tensor, generator: torch.Generator) -> Callable[[float], Tensor]:
+def _interpolator(tensor: Tensor, generator: torch.Generator) -> Callable[[float], Tensor]:
     start = tensor.detach().clone()
-    noise = torch.randn(start.shape, generator=generator, dtype=torch.float64) * spread(start)
+    noise = torch.randn(start.shape, generator=generator, dtype=torch.float64) * typical_size(start)
     return lambda strength: start + strength * noise
 
 
-def _search(share: Callable[[float], float]) -> None:
+def _search_strength(share: Callable[[float], float]) -> None:
     """Leave the adapter at a strength whose contribution is near the aim.
 
     What begins farther from the base than that is left as far from its beginning as the window admits.

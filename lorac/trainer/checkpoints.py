@@ -19,8 +19,8 @@ from torch import nn
 
 import lorac
 from lorac.errors import FormatError
-from lorac.ir.store.disk import told
-from lorac.ir.store.folders import replacing
+from lorac.storage.atomic_folders import replace_atomically
+from lorac.storage.os_errors import translate_os_errors
 from lorac.variants.adapter import Adapter
 
 PREFIX, STATE, NATIVE = "checkpoint-", "state.pt", ".safetensors"
@@ -50,11 +50,11 @@ class Checkpoint:
         """
         file = self.folder / STATE
         try:
-            with told(file, FormatError, "read", "corrupt_file"):
+            with translate_os_errors(file, FormatError, "read", "corrupt_file"):
                 state = torch.load(file, weights_only=True, map_location="cpu")
             optimizer.load_state_dict(state["optimizer"])
             scheduler.load_state_dict(state["scheduler"])
-            _set_random(state["random"][process])
+            _restore_random_state(state["random"][process])
         except (RuntimeError, ValueError, KeyError, IndexError, EOFError, pickle.UnpicklingError) as error:
             raise FormatError(
                 f"'{file}' does not fit this run: {error}",
@@ -64,7 +64,7 @@ class Checkpoint:
         return self.step
 
 
-def newest(folder: Path) -> Checkpoint | None:
+def find_newest_checkpoint(folder: Path) -> Checkpoint | None:
     """The checkpoint of a run that went furthest."""
     found = [
         Checkpoint(path, int(number))
@@ -74,7 +74,7 @@ def newest(folder: Path) -> Checkpoint | None:
     return max(found, key=lambda checkpoint: checkpoint.step, default=None)
 
 
-def write(
+def write_checkpoint(
     folder: Path, step: int, adapters: Mapping[str, Adapter], optimizer: Any, scheduler: Any, accelerator: Any
 ) -> None:
     """Write a checkpoint in one step; on several processes all have to come here, and the first one writes."""
@@ -83,15 +83,18 @@ def write(
     state = {
         "optimizer": optimizer.state_dict(),
         "scheduler": scheduler.state_dict(),
-        "random": gather_object([_random()]),
+        "random": gather_object([_random_state()]),
     }
     if accelerator.is_main_process:
-        with told(folder, FormatError, "written", "corrupt_file"), replacing(folder / f"{PREFIX}{step}") as aside:
-            _fill(aside, adapters, state)
+        with (
+            translate_os_errors(folder, FormatError, "written", "corrupt_file"),
+            replace_atomically(folder / f"{PREFIX}{step}") as aside,
+        ):
+            _write_files(aside, adapters, state)
     accelerator.wait_for_everyone()
 
 
-def save(adapter: Adapter, folder: Path, model: nn.Module) -> Path:
+def save_trained_adapter(adapter: Adapter, folder: Path, model: nn.Module) -> Path:
     """Write a trained adapter as PEFT does, or where PEFT has no place for it in lorac's own format."""
     try:
         lorac.save_adapter(adapter, folder, model=model)
@@ -103,14 +106,14 @@ def save(adapter: Adapter, folder: Path, model: nn.Module) -> Path:
     return folder
 
 
-def _fill(folder: Path, adapters: Mapping[str, Adapter], state: Mapping[str, Any]) -> None:
+def _write_files(folder: Path, adapters: Mapping[str, Adapter], state: Mapping[str, Any]) -> None:
     folder.mkdir()
     for name, adapter in adapters.items():
         lorac.save_adapter(adapter, folder / f"{name}{NATIVE}", format="native")
     torch.save(state, folder / STATE)
 
 
-def _random() -> dict[str, Any]:
+def _random_state() -> dict[str, Any]:
     version, internal, gauss = random.getstate()
     drawn: Any = np.random.get_state()
     algorithm, keys, *rest = drawn
@@ -122,7 +125,7 @@ def _random() -> dict[str, Any]:
     }
 
 
-def _set_random(state: Mapping[str, Any]) -> None:
+def _restore_random_state(state: Mapping[str, Any]) -> None:
     version, internal, gauss = state["python"]
     torch.set_rng_state(state["torch"])
     torch.cuda.set_rng_state_all(state["cuda"])

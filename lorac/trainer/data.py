@@ -10,13 +10,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from lorac.errors import ChoiceError
-from lorac.trainer import texts
+from lorac.trainer import text_rows as texts
 from lorac.trainer.recipe import Recipe
 
 Batch = dict[str, torch.Tensor]
 
 
-class Data:
+class TrainingData:
     """The rows of a run.
 
     Args:
@@ -29,7 +29,7 @@ class Data:
     """
 
     def __init__(self, recipe: Recipe, tokenizer: Any) -> None:
-        rows = texts.rows(recipe.data, tokenizer, recipe.max_length)
+        rows = texts.tokenize_rows(recipe.data, tokenizer, recipe.max_length)
         if recipe.eval_rows * 2 > len(rows):
             raise ChoiceError(
                 f"eval_rows={recipe.eval_rows} of {len(rows)} rows", next_step="hold out at most half of them"
@@ -37,7 +37,7 @@ class Data:
         cut = len(rows) - recipe.eval_rows
         self.recipe, self._rows, self._held_out = recipe, rows[:cut], rows[cut:]
         padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self._batch = partial(texts.batch, padding=int(padding or 0))
+        self._batch = partial(texts.collate_rows, padding=int(padding or 0))
 
     def first(self) -> list[Batch]:
         """What a start sees: the first batches of the run."""
@@ -54,7 +54,7 @@ class Data:
         size = self.recipe.batch_size
         return [self._batch(self._held_out[begin : begin + size]) for begin in range(0, len(self._held_out), size)]
 
-    def _chosen(self, batch: Sequence[int]) -> list[texts.Row]:
+    def _chosen(self, batch: Sequence[int]) -> list[texts.TokenRow]:
         return [self._rows[index] for index in batch]
 
     def _order(self, first: int, last: int) -> Iterator[list[int]]:
@@ -62,11 +62,11 @@ class Data:
         size, count = self.recipe.batch_size, len(self._rows)
         for number in range(first, last):
             places = (divmod(number * size + row, count) for row in range(size))
-            yield [_round(self.recipe.seed, turn, count)[place] for turn, place in places]
+            yield [_shuffle_rows(self.recipe.seed, turn, count)[place] for turn, place in places]
 
 
 @lru_cache(maxsize=4)
-def _round(seed: int, turn: int, count: int) -> list[int]:
+def _shuffle_rows(seed: int, turn: int, count: int) -> list[int]:
     """All rows once, in the order of a round."""
     generator = torch.Generator().manual_seed(seed)
     generator.manual_seed(int(torch.randint(2**62, (turn + 1,), generator=generator)[turn]))

@@ -16,13 +16,15 @@ from torch import nn
 import lorac
 from lorac.errors import ChoiceError, MissingExtra
 from lorac.progress import progress
-from lorac.trainer import checkpoints, named, texts
+from lorac.trainer import checkpoints
+from lorac.trainer import factories as named
+from lorac.trainer import text_rows as texts
 from lorac.trainer.checkpoints import Checkpoint
-from lorac.trainer.data import Data
+from lorac.trainer.data import TrainingData
 from lorac.trainer.recipe import Recipe
 
 if TYPE_CHECKING:
-    from lorac.runtime.compiled import Compiled
+    from lorac.session.compiled import Compiled
 
 LOG = "log.jsonl"
 
@@ -55,30 +57,30 @@ def train(model: nn.Module, tokenizer: Any, recipe: Recipe, out: str | Path, *, 
     except ModuleNotFoundError as error:
         raise MissingExtra("accelerate", "hf") from error
     folder = Path(out)
-    checkpoint = _checkpoint(folder, resume)
-    data = Data(recipe, tokenizer)
+    checkpoint = _find_checkpoint(folder, resume)
+    data = TrainingData(recipe, tokenizer)
     accelerator = Accelerator(
         gradient_accumulation_steps=recipe.gradient_accumulation_steps, mixed_precision=recipe.mixed_precision
     )
     set_seed(recipe.seed)
     with progress("train", recipe.max_steps) as report:
         report.step("compiling")
-        given = named.adapters(recipe.adapters if checkpoint is None else checkpoint.adapters(), model, data.first)
+        given = named.make_adapters(recipe.adapters if checkpoint is None else checkpoint.adapters(), model, data.first)
         active = dict.fromkeys(given, 1.0) if recipe.active is None else dict(recipe.active)
         compiled: Any = lorac.compile(model, given, active=active)
-        for told in _Run(compiled, recipe, accelerator, data, folder).steps(checkpoint):
+        for told in _TrainingRun(compiled, recipe, accelerator, data, folder).steps(checkpoint):
             report.step(told)
     if accelerator.is_main_process:
         for name, adapter in compiled.adapters.items():
-            checkpoints.save(adapter, folder / name, model)
+            checkpoints.save_trained_adapter(adapter, folder / name, model)
     accelerator.wait_for_everyone()
     trained: Compiled = compiled.eval()
     return trained
 
 
-def _checkpoint(folder: Path, resume: bool) -> Checkpoint | None:
+def _find_checkpoint(folder: Path, resume: bool) -> Checkpoint | None:
     """Where to go on; None where a run begins."""
-    found = checkpoints.newest(folder)
+    found = checkpoints.find_newest_checkpoint(folder)
     if resume and found is None:
         raise ChoiceError(f"'{folder}' holds no checkpoint", next_step="train without resume; save_steps= writes them")
     if not resume and (found is not None or (folder / LOG).exists()):
@@ -87,7 +89,7 @@ def _checkpoint(folder: Path, resume: bool) -> Checkpoint | None:
 
 
 @dataclass
-class _Run:
+class _TrainingRun:
     """One training.
 
     Attributes:
@@ -101,7 +103,7 @@ class _Run:
     compiled: Any
     recipe: Recipe
     accelerator: Any
-    data: Data
+    data: TrainingData
     folder: Path
 
     def steps(self, checkpoint: Checkpoint | None) -> Iterator[str]:
@@ -109,14 +111,16 @@ class _Run:
         from transformers import get_scheduler
 
         recipe, accelerator = self.recipe, self.accelerator
-        optimizer = named.optimizer(recipe.optimizer, self.compiled, recipe.learning_rate)
-        rule = contextlib.nullcontext() if recipe.rule is None else named.rule(recipe.rule, self.compiled, optimizer)
+        optimizer = named.make_optimizer(recipe.optimizer, self.compiled, recipe.learning_rate)
+        rule = (
+            contextlib.nullcontext() if recipe.rule is None else named.make_rule(recipe.rule, self.compiled, optimizer)
+        )
         scheduler = get_scheduler(recipe.lr_scheduler_type, optimizer, recipe.warmup_steps, recipe.max_steps)
         done = 0 if checkpoint is None else checkpoint.restore(optimizer, scheduler, accelerator.process_index)
         calls = recipe.gradient_accumulation_steps * accelerator.num_processes
         loader = self.data.loader(done * calls, recipe.max_steps * calls)
         model, held, batches = accelerator.prepare(self.compiled, optimizer, loader)
-        log = _Log(self.folder / LOG, accelerator)
+        log = _TrainingLog(self.folder / LOG, accelerator)
         with rule:
             if checkpoint is None:
                 log.write(step=0, held_out_loss=self.held_out_loss())
@@ -127,7 +131,7 @@ class _Run:
                 self._keep(done, optimizer, scheduler)
             log.write(step=done, held_out_loss=self.held_out_loss())
 
-    def taken(self, model: nn.Module, optimizer: Any, batches: Iterable[Any], log: _Log) -> Iterator[None]:
+    def taken(self, model: nn.Module, optimizer: Any, batches: Iterable[Any], log: _TrainingLog) -> Iterator[None]:
         """Every step, once it is taken."""
         for batch in batches:
             log.call(self.call(model, optimizer, batch), batch)
@@ -157,17 +161,19 @@ class _Run:
             given = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
             with torch.no_grad():
                 loss = self.compiled(**given).loss
-            weight = int((batch["labels"][:, 1:] != texts.UNCOUNTED).sum())
+            weight = int((batch["labels"][:, 1:] != texts.IGNORED_LABEL).sum())
             total, counted = total + float(loss) * weight, counted + weight
         return total / max(counted, 1)
 
     def _keep(self, done: int, optimizer: Any, scheduler: Any) -> None:
         """Write a checkpoint, where it is time for one."""
         if self.recipe.save_steps and done % self.recipe.save_steps == 0:
-            checkpoints.write(self.folder, done, self.compiled.adapters, optimizer, scheduler, self.accelerator)
+            checkpoints.write_checkpoint(
+                self.folder, done, self.compiled.adapters, optimizer, scheduler, self.accelerator
+            )
 
 
-class _Log:
+class _TrainingLog:
     """Losses, rate and speed since the last line, over all processes; the first process writes."""
 
     def __init__(self, path: Path, accelerator: Any) -> None:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorac.argument_types import check_fields
 from lorac.errors import ChoiceError, MissingExtra, OptionError, nearest_name, not_one_of
-from lorac.ir.store.disk import told
-from lorac.kinds import check_fields
+from lorac.storage.os_errors import translate_os_errors
 
-Named = str | Mapping[str, Any]
+NamedSpec = str | Mapping[str, Any]
 """A name, or ``{"name": ..., <keyword>: ...}``."""
 AMOUNTS = ("max_steps", "batch_size", "max_length", "gradient_accumulation_steps", "logging_steps")
 PRECISIONS = ("no", "fp16", "bf16")
@@ -25,7 +25,7 @@ class Recipe:
 
     Attributes:
         adapters: name -> ``{"method": <a name of `lorac variants`>, <hyper-parameter>: ...}`` with, if wanted,
-            ``"start"``, the name of one of ``lorac.training.starts`` or ``{"name": ..., <setting>: ...}``; or
+            ``"start"``, the name of one of ``lorac.training.initialisation`` or ``{"name": ..., <setting>: ...}``; or
             ``{"path": <an adapter's file>}``, trained on.
         active: name -> strength, as ``swap`` takes it; default: all, at strength 1.
         data: a folder of texts (``.txt``, ``.md``, ``.jsonl`` with ``text``, ``prompt`` and ``completion``, or
@@ -55,8 +55,8 @@ class Recipe:
     adapters: Mapping[str, Mapping[str, Any]]
     active: Mapping[str, float] | None = None
     data: str = "python-docs"
-    optimizer: Named = "AdamW"
-    rule: Named | None = None
+    optimizer: NamedSpec = "AdamW"
+    rule: NamedSpec | None = None
     learning_rate: float = 1e-3
     lr_scheduler_type: str = "linear"
     warmup_steps: int = 0
@@ -97,7 +97,7 @@ def read_recipe(path: str | os.PathLike[str]) -> tuple[Recipe, dict[str, str]]:
         import yaml
     except ModuleNotFoundError as error:
         raise MissingExtra("pyyaml", "hf") from error
-    with told(path, OptionError, "read"):
+    with translate_os_errors(path, OptionError, "read"):
         text = Path(path).read_bytes()
     try:
         given = yaml.safe_load(text)

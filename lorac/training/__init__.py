@@ -5,10 +5,10 @@ with NestedRanks(compiled, optimizer):
     ...  # a plain loop, or Trainer(..., optimizers=(optimizer, None))
 """
 
-from lorac.adapters.pruning import pruned
-from lorac.adapters.squeezing import squeezed
+from lorac.adapters.pruning import prune_gates
+from lorac.adapters.rank_reduction import reduce_rank
 from lorac.training.rules.allora import ALLoRA
-from lorac.training.rules.altlora import AltLoRA, Turns
+from lorac.training.rules.altlora import AlternatingFactors, AltLoRA
 from lorac.training.rules.balanced import Balanced
 from lorac.training.rules.galore import GaLoreAdamW, GaLoreSGD, galore_groups
 from lorac.training.rules.lora_plus import LoRAPlus
@@ -17,13 +17,14 @@ from lorac.training.rules.nested import NestedRanks
 from lorac.training.rules.preconditioned import Preconditioned
 from lorac.training.rules.proximal import ProximalGates, gate_penalty, soft_threshold, sora_code_threshold, thresholds
 from lorac.training.rules.relora import ReLoRA
-from lorac.training.rules.routing import by_row, draw_ordered, gate_loss, leave_one_out, tried_loss
+from lorac.training.rules.routing import draw_ordered, gate_loss, leave_one_out, sampled_selection_loss, sum_by_row
 from lorac.training.rules.squeeze import Squeeze, rank_stages
 from lorac.variants._routing import ordered_log_prob
 
 __all__ = [
     "ALLoRA",
     "AltLoRA",
+    "AlternatingFactors",
     "Balanced",
     "GaLoreAdamW",
     "GaLoreSGD",
@@ -34,19 +35,18 @@ __all__ = [
     "ProximalGates",
     "ReLoRA",
     "Squeeze",
-    "Turns",
-    "by_row",
     "draw_ordered",
     "galore_groups",
     "gate_loss",
     "gate_penalty",
     "leave_one_out",
     "ordered_log_prob",
-    "pruned",
+    "prune_gates",
     "rank_stages",
+    "reduce_rank",
+    "sampled_selection_loss",
     "soft_threshold",
     "sora_code_threshold",
-    "squeezed",
+    "sum_by_row",
     "thresholds",
-    "tried_loss",
 ]

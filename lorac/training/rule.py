@@ -17,7 +17,7 @@ from lorac.variants.base import Variant
 Tensor = torch.Tensor
 
 
-class Removable(Protocol):
+class HookHandle(Protocol):
     """A hook's handle."""
 
     def remove(self) -> None:
@@ -25,7 +25,7 @@ class Removable(Protocol):
 
 
 @dataclass(frozen=True)
-class _Ended:
+class _CallbackHandle:
     """A hook that ends by a call."""
 
     end: Callable[[], None]
@@ -88,12 +88,12 @@ class Rule(ABC):
 
     @abstractmethod
     def __init__(self, compiled: Any, optimizer: Any) -> None:
-        self.compiled, self.optimizer = within_ddp(compiled), _unwrapped(optimizer)
-        self.terms = terms_of(compiled, self.methods, begun=self.begun)
-        _require_held(self.optimizer, self.terms, self.governed)
-        self._handles: list[Removable] = []
+        self.compiled, self.optimizer = unwrap_ddp(compiled), _unwrap_optimizer(optimizer)
+        self.terms = trained_terms(compiled, self.methods, begun=self.begun)
+        _check_optimizer_holds(self.optimizer, self.terms, self.governed)
+        self._handles: list[HookHandle] = []
 
-    def attach(self, *handles: Removable) -> None:
+    def attach(self, *handles: HookHandle) -> None:
         """Put the rule on the optimizer; ``handles`` are those of further hooks, to be removed with it."""
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before),
@@ -104,7 +104,7 @@ class Rule(ABC):
             self._handles.append(self.optimizer.register_state_dict_post_hook(self._save))
             self._handles.append(self.optimizer.register_load_state_dict_pre_hook(self._load))
         if self.listens:
-            self._handles.append(_Ended(self.compiled.engine.listen(self.listens, self._hear)))
+            self._handles.append(_CallbackHandle(self.compiled.engine.listen(self.listens, self._hear)))
 
     def hear(self, emitted: Mapping[str, Mapping[str, Tensor]]) -> None:  # noqa: B027  (the same)
         """Run after every call of the model that trains, micro-batches of a step among them, each once.
@@ -175,20 +175,20 @@ class Rule(ABC):
             self.load_state(state_dict[self.saved])
 
 
-def within_ddp(compiled: Any) -> Any:
+def unwrap_ddp(compiled: Any) -> Any:
     """The compiled model within a wrapper that holds it as ``module``, as torch's DDP does; else what is given."""
     inner = getattr(compiled, "module", None)
     return inner if hasattr(inner, "engine") and not hasattr(compiled, "engine") else compiled
 
 
-def terms_of(compiled: Any, methods: tuple[type[Variant], ...], *, begun: bool = True) -> list[TrainedTerm]:
+def trained_terms(compiled: Any, methods: tuple[type[Variant], ...], *, begun: bool = True) -> list[TrainedTerm]:
     """The terms of a compiled model whose adapters are of these methods, or with ``begun`` have one of them inside.
 
     Raises:
         Unavailable: it does not train.
         AdapterNotFound: there are none.
     """
-    compiled = within_ddp(compiled)
+    compiled = unwrap_ddp(compiled)
     target = getattr(getattr(compiled, "engine", None), "target", None)
     if target != "eager":
         what = f"target '{target}'" if target else f"{type(compiled).__name__}, which lorac.compile did not return,"
@@ -211,14 +211,14 @@ def terms_of(compiled: Any, methods: tuple[type[Variant], ...], *, begun: bool =
     return found
 
 
-def _unwrapped(optimizer: Any) -> Any:
+def _unwrap_optimizer(optimizer: Any) -> Any:
     """The torch optimizer within accelerate's wrapper, whose own hooks are never run."""
     while not hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
 
 
-def _require_held(optimizer: Any, terms: Iterable[TrainedTerm], governed: Iterable[str]) -> None:
+def _check_optimizer_holds(optimizer: Any, terms: Iterable[TrainedTerm], governed: Iterable[str]) -> None:
     held = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
     wanted = ((term, name) for term in terms for name in governed if name in term.tensors)
     for term, name in wanted:

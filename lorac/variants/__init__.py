@@ -11,16 +11,16 @@ import sys
 from collections.abc import Iterator, Mapping
 from types import ModuleType
 
-from lorac.discovery import modules_of
-from lorac.variants._absent import Absent, unknown_method
+from lorac.discovery import import_modules
+from lorac.variants._missing_method import MissingMethod, unknown_method_error
 from lorac.variants.base import Variant, is_concrete
 
-__all__ = ["variant_named", "variants"]
+__all__ = ["find_variant", "variants"]
 
 
 @functools.cache
 def _load_all() -> None:
-    for _ in modules_of(sys.modules[__name__]):
+    for _ in import_modules(sys.modules[__name__]):
         pass
 
 
@@ -35,12 +35,12 @@ def variants() -> dict[str, type[Variant]]:
     """Every method by name: those of this folder, and those the user has subclassed anywhere by names of their own."""
     _load_all()
     found = _subclasses(Variant)  # type: ignore[type-abstract]  # the root of the search is abstract
-    methods = [child for child in found if child is not Absent]
+    methods = [child for child in found if child is not MissingMethod]
     ours = f"{__name__}."
     return {child.name: child for child in sorted(methods, key=lambda c: (c.name, c.__module__.startswith(ours)))}
 
 
-def variant_named(name: str, homes: Mapping[str, str] | None = None) -> type[Variant]:
+def find_variant(name: str, homes: Mapping[str, str] | None = None) -> type[Variant]:
     """The method called ``name``.
 
     Args:
@@ -52,15 +52,15 @@ def variant_named(name: str, homes: Mapping[str, str] | None = None) -> type[Var
     """
     found = variants()
     if name not in found:
-        raise unknown_method(name, homes or {}, found)
+        raise unknown_method_error(name, homes or {}, found)
     return found[name]
 
 
-class _Listing(ModuleType):
+class _CallableModule(ModuleType):
     """This package, callable: importing it makes it the attribute ``lorac.variants``, where the function belongs."""
 
     def __call__(self) -> dict[str, type[Variant]]:
         return variants()
 
 
-sys.modules[__name__].__class__ = _Listing
+sys.modules[__name__].__class__ = _CallableModule

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from lorac.errors import AdapterError
-from lorac.ir.host.sites import Site, SiteKind
-from lorac.variants import _inits
+from lorac.ir.sites import Site, SiteKind
+from lorac.variants import _initialisers as _inits
 from lorac.variants.adapter import Adapter
 from lorac.variants.params import ParamSpec, Role
 
@@ -17,7 +17,7 @@ Factors = tuple[torch.Tensor, torch.Tensor]
 """A (r, in) and B (out, r) of one LoRA at one site, its scale folded into B."""
 
 
-def stacked_specs(site: Site, ranks: int, role: Role) -> dict[str, ParamSpec]:
+def expert_specs(site: Site, ranks: int, role: Role) -> dict[str, ParamSpec]:
     """The tensors of experts side by side: A (ranks, in) and B (out, ranks), ``ranks`` those of all experts."""
     return {
         "lora_A": ParamSpec((ranks, site.in_features), _inits.kaiming_uniform, role),
@@ -25,7 +25,7 @@ def stacked_specs(site: Site, ranks: int, role: Role) -> dict[str, ParamSpec]:
     }
 
 
-def factors_of(adapter: Adapter, method: str) -> dict[str, Factors]:
+def read_factors(adapter: Adapter, method: str) -> dict[str, Factors]:
     """Site path -> the factors of a plain LoRA that a method is to route.
 
     Raises:
@@ -45,17 +45,17 @@ def factors_of(adapter: Adapter, method: str) -> dict[str, Factors]:
                 next_step="give adapters of lorac.LoRA without a bias",
             )
         a, b = tensors["lora_A"].detach(), tensors["lora_B"].detach()
-        scale: float = adapter.variant.at(site_of(path, a, b)).scale  # type: ignore[attr-defined]  # LoRA and its kin have a scale
+        scale: float = adapter.variant.at(linear_site_of(path, a, b)).scale  # type: ignore[attr-defined]  # LoRA and its kin have a scale
         found[path] = (a, b * scale)
     return found
 
 
-def site_of(path: str, a: torch.Tensor, b: torch.Tensor) -> Site:
+def linear_site_of(path: str, a: torch.Tensor, b: torch.Tensor) -> Site:
     """The linear layer that factors belong to, as far as they tell."""
     return Site(path, SiteKind.LINEAR, b.shape[0], a.shape[1], a.dtype, None)
 
 
-def stacked(path: str, factors: Sequence[Factors | None], rank: int, method: str) -> Factors:
+def stack_factors(path: str, factors: Sequence[Factors | None], rank: int, method: str) -> Factors:
     """A (L·rank, in) and B (out, L·rank) of L experts at one site; smaller ranks are padded with zeros.
 
     Raises:

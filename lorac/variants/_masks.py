@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lorac.errors import OptionError, nearest_name
-from lorac.ir.host.sites import Site
+from lorac.ir.sites import Site
 from lorac.variants.params import InitContext
 
 Tensor = torch.Tensor
@@ -80,7 +80,7 @@ def struct_mask(every: int, offset: int = 0) -> MaskMaker:
     return MaskMaker(lambda site: int(mask(site).sum()), lambda context: mask(context.site).nonzero().t().contiguous())
 
 
-def maker(mask: str | MaskMaker, count: int) -> MaskMaker:
+def find_mask_maker(mask: str | MaskMaker, count: int) -> MaskMaker:
     """The maker for a name, or the maker given."""
     if isinstance(mask, MaskMaker):
         return mask

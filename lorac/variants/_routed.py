@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from lorac.errors import AdapterError
 from lorac.ir.algebra.reduction import Params
-from lorac.variants._experts import Factors, factors_of, site_of, stacked
+from lorac.variants._experts import Factors, linear_site_of, read_factors, stack_factors
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant
 from lorac.variants.params import InitContext
@@ -19,7 +19,7 @@ from lorac.variants.params import InitContext
 Tensor = torch.Tensor
 
 
-class Routed(BranchVariant):
+class RoutedVariant(BranchVariant):
     """``y' = y + s∘Σ_i w_i·B_i·A_i·x`` with weights w (…, L) that a router gives each token.
 
     The factors of the L experts are called ``lora_A`` (L·k, in) and ``lora_B`` (out, L·k), stacked. So that a router
@@ -71,28 +71,28 @@ def from_loras(
     """
     if not adapters:
         raise AdapterError(f"{method} needs at least one LoRA", next_step="give adapters of lorac.LoRA")
-    sources = [factors_of(adapter, method) for adapter in adapters]
+    sources = [read_factors(adapter, method) for adapter in adapters]
     rank = max(a.shape[0] for source in sources for a, _ in source.values())
     paths = tuple(dict.fromkeys(path for source in sources for path in source))
     variant = make(paths, rank, len(sources))
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for path in paths:
-        pair = stacked(path, [source.get(path) for source in sources], rank, method)
-        tensors[path] = _begun(variant, path, pair, generator, name)
+        pair = stack_factors(path, [source.get(path) for source in sources], rank, method)
+        tensors[path] = _initialise_site(variant, path, pair, generator, name)
     return Adapter(name, variant, tensors, provenance={"experts": [adapter.name for adapter in adapters]})
 
 
-def _begun(
+def _initialise_site(
     variant: BranchVariant, path: str, pair: Factors, generator: torch.Generator, name: str
 ) -> dict[str, Tensor]:
     """The tensors of one site: the experts' factors, and the rest as it starts."""
-    site, made = site_of(path, *pair), dict(zip(("lora_A", "lora_B"), pair, strict=True))
+    site, made = linear_site_of(path, *pair), dict(zip(("lora_A", "lora_B"), pair, strict=True))
     for key, spec in variant.params(site).items():
-        context = InitContext(spec.shape, site, _no_base, Params(**made), generator, name)
+        context = InitContext(spec.shape, site, _refuse_base, Params(**made), generator, name)
         made[key] = made[key] if key in made else spec.init(context).to(pair[0].dtype)
     return made
 
 
-def _no_base() -> Tensor:
+def _refuse_base() -> Tensor:
     raise AssertionError("a router starts without looking at the base")

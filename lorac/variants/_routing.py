@@ -23,13 +23,13 @@ def top_k(logits: Tensor, k: int) -> Tensor:
     return above | (equal & (equal.to(torch.int64).cumsum(-1) <= left))
 
 
-def topk_gate(logits: Tensor, k: int, temperature: float = 1.0) -> Tensor:
+def top_k_softmax(logits: Tensor, k: int, temperature: float = 1.0) -> Tensor:
     """Weights (…, L): softmax(logits / temperature) over the k largest logits (…, L), zero elsewhere."""
     scaled = logits if temperature == 1 else logits / temperature
     return torch.softmax(scaled.masked_fill(~top_k(logits, k), -torch.inf), dim=-1)
 
 
-def perturbed(logits: Tensor, generator: torch.Generator | None) -> Tensor:
+def add_gumbel_noise(logits: Tensor, generator: torch.Generator | None) -> Tensor:
     """Logits (…, n) with noise, in float64: the order of the k largest is that of k draws without putting back.
 
     The probabilities are softmax(logits); the noise is Gumbel's (Gumbel-top-k).

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorac.errors import ExampleInputsNeeded, not_one_of
+from lorac.frontend.transformer_blocks import find_transformer_blocks
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.blocks import transformer_blocks
-from lorac.ir.host.patterns import names, outermost_blocks
-from lorac.ir.host.sites import Site, SiteKind, find_sites
-from lorac.variants import _inits
+from lorac.ir.patterns import find_outermost_blocks, is_named
+from lorac.ir.sites import Site, SiteKind, find_sites
+from lorac.variants import _initialisers as _inits
 from lorac.variants.base import BranchVariant, Context
 from lorac.variants.params import ParamSpec
 
@@ -54,13 +54,13 @@ class AdapterTune(BranchVariant):
         if self.targets != "all-blocks":
             return self
         try:
-            blocks = transformer_blocks(model, inputs)
+            blocks = find_transformer_blocks(model, inputs)
         except ExampleInputsNeeded:
             if _nested(model):  # which of the blocks inside one another are a transformer's, a run tells
                 raise
             return self
         chosen = [b for n, b in enumerate(blocks) if n % self.every == 0 and (not self.layers or n in self.layers)]
-        kept = tuple(path for path in chosen if not self.exclude or not names(self.exclude, path))
+        kept = tuple(path for path in chosen if not self.exclude or not is_named(self.exclude, path))
         return dataclasses.replace(self, targets=kept, every=1, layers=()) if kept else self
 
     def adapts(self, site: Site) -> bool:
@@ -86,4 +86,4 @@ def _nested(model: nn.Module) -> bool:
     """Whether blocks of a model lie inside others."""
     sites = find_sites(model)
     blocks = {path for path, site in sites.items() if site.kind is SiteKind.BLOCK}
-    return blocks != outermost_blocks(sites)
+    return blocks != find_outermost_blocks(sites)

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 
 from lorac.errors import AdapterError, FormatError, nearest_name
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.sites import Site, SiteKind
-from lorac.variants import _inits
-from lorac.variants._experts import stacked_specs
-from lorac.variants._routed import Routed, from_loras
+from lorac.ir.sites import Site, SiteKind
+from lorac.variants import _initialisers as _inits
+from lorac.variants._experts import expert_specs
+from lorac.variants._routed import RoutedVariant, from_loras
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Context
 from lorac.variants.params import Init, InitContext, ParamSpec, Role
@@ -28,7 +28,7 @@ Tensor = torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoLoRA(Routed):
+class AutoLoRA(RoutedVariant):
     """``y' = y + Σ_i w_out∘g_i∘l_i``, l_i = B_i·A_i·x, g_i = σ(w_base∘ỹ + w_lora∘l̃_i + w_cross∘ỹ∘l̃_i + β).
 
     A (experts·r, in) and B (out, experts·r) are the LoRAs' factors stacked, each one's scale in its B; ỹ and l̃_i are y
@@ -63,14 +63,14 @@ class AutoLoRA(Routed):
     def params(self, site: Site) -> dict[str, ParamSpec]:
         ranks, out = self.experts * self.r, (site.out_features,)
         normal = ParamSpec(out, _inits.normal(1.0))
-        specs = stacked_specs(site, ranks, Role.FROZEN)
+        specs = expert_specs(site, ranks, Role.FROZEN)
         specs |= {"weight_base": normal} if self.base else {}
         specs |= {"weight_lora": normal}
         specs |= {"weight_cross": normal} if self.cross else {}
-        specs |= {"bias": normal, "weight_out": ParamSpec(out, _constant(0.512))}
+        specs |= {"bias": normal, "weight_out": ParamSpec(out, _constant_init(0.512))}
         for norm in ("norm_base", "norm_lora") if self.base or self.cross else ("norm_lora",):
             specs |= {
-                f"{norm}_weight": ParamSpec(out, _constant(1.0), decay=False),
+                f"{norm}_weight": ParamSpec(out, _constant_init(1.0), decay=False),
                 f"{norm}_bias": ParamSpec(out, _inits.zeros, decay=False),
             }
         return specs
@@ -79,11 +79,11 @@ class AutoLoRA(Routed):
         # One LoRA after the other: stacked, what the layer answers would lie in memory once for each.
         hidden = F.linear(x, p.lora_A).split(self.r, -1)
         ups = p.lora_B.split(self.r, -1)
-        seen = _normed(y, p.norm_base_weight, p.norm_base_bias) if self.base or self.cross else y
+        seen = _layer_norm(y, p.norm_base_weight, p.norm_base_bias) if self.base or self.cross else y
         added, opened = torch.zeros_like(y), []
         for h, up in zip(hidden, ups, strict=True):
             one = F.linear(h, up)
-            gate = torch.sigmoid(self._heard(seen, _normed(one, p.norm_lora_weight, p.norm_lora_bias), p))
+            gate = torch.sigmoid(self._heard(seen, _layer_norm(one, p.norm_lora_weight, p.norm_lora_bias), p))
             added = added + gate * one
             opened.append(gate.mean(-1))
         ctx.emit("router", torch.stack(opened, -1))
@@ -134,7 +134,7 @@ class AutoLoRA(Routed):
             return AutoLoRA(targets=paths, r=rank, experts=number, base=base, cross=cross)
 
         adapter = from_loras(adapters, "AutoLoRA", make, name=name, seed=seed)
-        return adapter if merger is None else _gated(adapter, merger)
+        return adapter if merger is None else _set_gates(adapter, merger)
 
 
 _MERGER, _DOT = "model_dict.", "___"
@@ -163,7 +163,7 @@ def _merger_gates(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]
 _OF_GATE = ("weight_base", "weight_lora", "weight_cross", "weight_out", "bias", "norm_base.", "norm_lora.")
 
 
-def _gated(adapter: Adapter, merger: Mapping[str, Mapping[str, Tensor]]) -> Adapter:
+def _set_gates(adapter: Adapter, merger: Mapping[str, Mapping[str, Tensor]]) -> Adapter:
     """The adapter with the gates of a merger, which has one for each of its layers and no other."""
     strange = next((path for path in merger if path not in adapter.tensors), None)
     if strange is not None:
@@ -174,11 +174,11 @@ def _gated(adapter: Adapter, merger: Mapping[str, Mapping[str, Tensor]]) -> Adap
             code="unused_tensors",
         )
     for path, own in adapter.tensors.items():
-        own.update(_held(path, own, merger.get(path, {})))
+        own.update(_check_gate(path, own, merger.get(path, {})))
     return adapter
 
 
-def _held(path: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _check_gate(path: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """One layer's gate of a merger, as large as its own."""
     wanted = own.keys() - {"lora_A", "lora_B"}
     if given.keys() != wanted:
@@ -200,11 +200,11 @@ def _held(path: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> 
     return {key: tensor.to(own[key].dtype) for key, tensor in given.items()}
 
 
-def _normed(value: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _layer_norm(value: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(value, value.shape[-1:], weight, bias, eps=1e-5)
 
 
-def _constant(number: float) -> Init:
+def _constant_init(number: float) -> Init:
     def init(context: InitContext) -> Tensor:
         return torch.full(context.shape, number)
 

@@ -16,13 +16,13 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 from torch import nn
 
+from lorac.argument_types import check_fields
 from lorac.errors import SiteError
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.patterns import first_match, output_layers, select
-from lorac.ir.host.sites import Site, SiteKind
-from lorac.ir.slots.training import Dropout
-from lorac.kinds import check_fields
-from lorac.variants._names import misnamed
+from lorac.ir.patterns import find_first_pattern, find_output_layers, select_sites
+from lorac.ir.sites import Site, SiteKind
+from lorac.ir.slots.live_terms import Dropout
+from lorac.variants._field_names import unknown_field_error
 from lorac.variants.params import ParamSpec
 
 Tensor = torch.Tensor
@@ -127,7 +127,7 @@ class Variant(ABC):
         """
         known = dataclass_fields(cls)
         if values or not fields.keys() <= set(known):
-            raise misnamed(cls.__name__, known, _COMMON, values, fields)
+            raise unknown_field_error(cls.__name__, known, _COMMON, values, fields)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -190,7 +190,7 @@ class Variant(ABC):
         changed = {}
         for pattern_field, target in self.patterned.items():
             patterns = getattr(self, pattern_field)
-            key = first_match(patterns, path)
+            key = find_first_pattern(patterns, path)
             if key is not None:
                 changed[target] = patterns[key]
         return dataclasses.replace(self, **changed) if changed else self
@@ -221,7 +221,7 @@ class Variant(ABC):
 
     def named_sites(self, model: nn.Module, sites: Mapping[str, Site]) -> list[Site]:
         """Those of a model's ``sites`` that ``targets`` names, by PEFT's rules, of whatever kind."""
-        return select(
+        return select_sites(
             sites,
             self.targets,
             parameters=self.parameters,
@@ -229,7 +229,7 @@ class Variant(ABC):
             layers=self.layers,
             layers_pattern=self.layers_pattern,
             saved=self.modules_to_save,
-            heads=output_layers(model),
+            heads=find_output_layers(model),
         )
 
     def check(self, site: Site) -> None:
@@ -287,7 +287,7 @@ class BranchVariant(Variant):
         ``<module>`` is a module's output in this pass, ``in:<module>`` its input, ``base:<module>`` its output in a
         pass of the unadapted model; ``weight:<site>`` a base weight, ``param:<name>`` a parameter or buffer,
         ``input:<argument>`` what the call gives forward, ``own:<name>`` what ``once`` computed
-        (``lorac.ir.slots.reads``).
+        (``lorac.ir.slots.program_values``).
         """
         return ()
 
@@ -323,7 +323,7 @@ _COMMON = tuple(Variant.__dataclass_fields__)
 """Names of the hyper-parameters that all methods have."""
 
 
-def walk(value: object) -> Iterator[object]:
+def iterate_fields(value: object) -> Iterator[object]:
     """What lies in a hyper-parameter, however deep: items of lists and mappings, methods, and what lies in those."""
     if isinstance(value, Variant):
         yield value
@@ -334,7 +334,7 @@ def walk(value: object) -> Iterator[object]:
         yield value
         return
     for inner in value:
-        yield from walk(inner)
+        yield from iterate_fields(inner)
 
 
 def dataclass_fields(variant: type[Variant]) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 Houlsby et al. 2019, arXiv 1902.00751; Pfeiffer et al. 2020, arXiv 2005.00247 (AdapterFusion) and 2005.00052 (MAD-X);
 He et al. 2021, arXiv 2110.04366; Mahabadi et al. 2021, arXiv 2106.04647. The fields are those of ``BnConfig``.
 
-Where they sit is found by structure (``lorac.ir.host.sublayers``) when the method meets a model. Let h be what a
+Where they sit is found by structure (``lorac.frontend.residual_stream``) when the method meets a model. Let h be what a
 sublayer adds, r what it is added to. A pre-LN model computes h + r, and the site is the sublayer: y is h, and the model
 adds r to y'. A post-LN model computes LN(h + r), and the site is that LayerNorm: x is h + r, y is LN(h + r), and y' is
 the stream itself.
@@ -21,23 +21,30 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorac.errors import ExampleInputsNeeded, SiteError, not_one_of
+from lorac.frontend.residual_stream import (
+    ResidualStream,
+    Sublayer,
+    find_common_norm_eps,
+    find_stream_ends,
+    find_sublayer_sites,
+    trace_residual_stream,
+)
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.patterns import first_match, layer_index, names
-from lorac.ir.host.sites import Site, SiteKind
-from lorac.ir.host.sublayers import Stream, Sublayer, norm_eps, stream_ends, stream_of, sublayer_sites
-from lorac.variants import _inits
-from lorac.variants._bottlenecks import (
+from lorac.ir.patterns import find_first_pattern, find_layer_index, is_named
+from lorac.ir.sites import Site, SiteKind
+from lorac.variants import _initialisers as _inits
+from lorac.variants._bottleneck_layers import (
     ACTIVATIONS,
     DOWN_UP,
     PRESETS,
-    Phm,
-    applied,
-    coupled,
-    coupling,
-    dropped,
-    ones,
-    plain,
-    uncoupled,
+    HypercomplexLayer,
+    apply_coupling,
+    apply_layer,
+    coupling_specs,
+    drop_by_site,
+    invert_coupling,
+    ones_init,
+    plain_layer,
 )
 from lorac.variants.base import BranchVariant, Context
 from lorac.variants.params import ParamSpec
@@ -148,7 +155,11 @@ class Bottleneck(BranchVariant):
     def branch(self, x: Tensor, y: Tensor, p: Params, ctx: Context) -> Tensor:
         act, site = ACTIVATIONS[self.non_linearity], ctx.site
         if self._couples(site):
-            return coupled(y, p, act) if first_match(self.embeddings, site.path) else uncoupled(y, p, act)
+            return (
+                apply_coupling(y, p, act)
+                if find_first_pattern(self.embeddings, site.path)
+                else invert_coupling(y, p, act)
+            )
         return self._behind_norm(x, y, p, ctx) if self._is_norm(site) else self._at_sublayer(x, y, p, ctx)
 
     def _at_sublayer(self, x: Tensor, h: Tensor, p: Params, ctx: Context) -> Tensor:
@@ -185,11 +196,11 @@ class Bottleneck(BranchVariant):
         width = (z.shape[-1],)
         normed = F.layer_norm(z, width, p.norm_before, p.norm_before_bias, _EPS) if self.ln_before else z
         phm = self._phm
-        up = applied(ACTIVATIONS[self.non_linearity](applied(normed, p, "down", phm)), p, "up", phm)
+        up = apply_layer(ACTIVATIONS[self.non_linearity](apply_layer(normed, p, "down", phm)), p, "up", phm)
         if not self.is_parallel:
-            up = dropped(up, self.stochastic_depth, ctx, (*up.shape[:1], *(1,) * (up.dim() - 1)))
+            up = drop_by_site(up, self.stochastic_depth, ctx, (*up.shape[:1], *(1,) * (up.dim() - 1)))
         up = up * (p.scaling if isinstance(self.scaling, str) else self.scaling)
-        up = dropped(up, self.dropout, ctx, up.shape)
+        up = drop_by_site(up, self.dropout, ctx, up.shape)
         if self.use_gating:
             up = up * torch.sigmoid(F.linear(z, p.gate, p.gate_bias)).mean(-2, keepdim=True)
         if residual is not None:
@@ -221,7 +232,7 @@ class Bottleneck(BranchVariant):
     def _value(self, operand: str, site: Site) -> str | None:
         """The program value that is h or r at a site."""
         where = self.residuals if operand == "r" else self.inner
-        key = first_match(where, site.path)
+        key = find_first_pattern(where, site.path)
         return None if key is None else where[key]
 
     def _operand(self, operand: str, ctx: Context) -> Any:
@@ -229,10 +240,10 @@ class Bottleneck(BranchVariant):
         return None if name is None else ctx.value(name)
 
     def _is_norm(self, site: Site) -> bool:
-        return first_match(self.inner, site.path) is not None
+        return find_first_pattern(self.inner, site.path) is not None
 
     def _couples(self, site: Site) -> bool:
-        return first_match((*self.embeddings, *self.heads), site.path) is not None
+        return find_first_pattern((*self.embeddings, *self.heads), site.path) is not None
 
     # ── Its tensors ──────────────────────────────────────────────────────────────────────────────────────────────────
     def check(self, site: Site) -> None:
@@ -248,16 +259,16 @@ class Bottleneck(BranchVariant):
         self._check_settings()
         width = site.out_features
         if self._couples(site):
-            return coupling(width, self.inv_adapter_reduction_factor)
+            return coupling_specs(width, self.inv_adapter_reduction_factor)
         beside = self.is_parallel and self._value("r", site) is None
         takes, narrow = site.in_features if beside else width, max(1, int(width // self.reduction_factor))
         specs = self._layers(site, takes, narrow)
         for name, there, size in (("norm_before", self.ln_before, takes), ("norm_after", self.ln_after, width)):
             if there:
-                specs |= {name: ParamSpec((size,), ones), f"{name}_bias": ParamSpec((size,), _inits.zeros)}
+                specs |= {name: ParamSpec((size,), ones_init), f"{name}_bias": ParamSpec((size,), _inits.zeros)}
         if isinstance(self.scaling, str):
-            specs["scaling"] = ParamSpec((1 if self.scaling == "learned" else width,), ones)
-        return specs | (plain("gate", takes, 1, _inits.normal(0.02)) if self.use_gating else {})
+            specs["scaling"] = ParamSpec((1 if self.scaling == "learned" else width,), ones_init)
+        return specs | (plain_layer("gate", takes, 1, _inits.normal(0.02)) if self.use_gating else {})
 
     def starts_as_base(self, site: Site) -> bool:
         if self._couples(site) or self._is_norm(site) or self.phm_layer or self.ln_after:
@@ -269,7 +280,7 @@ class Bottleneck(BranchVariant):
         phm = self._phm
         if phm is None:
             down, up = DOWN_UP[self.init_weights]
-            return plain("down", takes, narrow, down) | plain("up", narrow, site.out_features, up)
+            return plain_layer("down", takes, narrow, down) | plain_layer("up", narrow, site.out_features, up)
         sizes = (takes, narrow, site.out_features)
         if any(size % phm.n for size in sizes):
             raise SiteError(
@@ -281,10 +292,10 @@ class Bottleneck(BranchVariant):
         return phm.specs("down", takes, narrow) | phm.specs("up", narrow, site.out_features)
 
     @property
-    def _phm(self) -> Phm | None:
+    def _phm(self) -> HypercomplexLayer | None:
         if not self.phm_layer:
             return None
-        return Phm(
+        return HypercomplexLayer(
             n=self.phm_dim,
             rank=self.phm_rank,
             factorized=self.factorized_phm_W,
@@ -315,49 +326,51 @@ class Bottleneck(BranchVariant):
     # ── Its places ───────────────────────────────────────────────────────────────────────────────────────────────────
     def for_model(self, model: nn.Module, inputs: object = None) -> Bottleneck:
         self._check_settings()
-        asks = not self.targets or self.inv_adapter is not None or bool(self._operands(_anywhere()))
+        asks = not self.targets or self.inv_adapter is not None or bool(self._operands(_placeholder_site()))
         try:
-            stream = stream_of(model, inputs)
+            stream = trace_residual_stream(model, inputs)
         except ExampleInputsNeeded:
             if asks and not self.residuals:
                 raise
             return self
         return self.placed(model, stream)
 
-    def placed(self, model: nn.Module, stream: Stream) -> Bottleneck:
+    def placed(self, model: nn.Module, stream: ResidualStream) -> Bottleneck:
         """This method with its places in a model.
 
         Raises:
             SiteError: none is found, or one that is has no name.
         """
-        places = sublayer_sites(model, stream)
+        places = find_sublayer_sites(model, stream)
         chosen = {path: found for path, found in places.items() if self.wants(found, stream, path)}
         inner = {path: found.modules[-1] for path, found in chosen.items() if found.norm}
         residuals = {path: f"in:{found.residual}" for path, found in chosen.items() if found.residual}
         embeddings, heads = self.embeddings, self.heads
         if self.inv_adapter is not None and not embeddings:
-            embeddings, heads = stream_ends(model, stream)
+            embeddings, heads = find_stream_ends(model, stream)
         settled = dataclasses.replace(
             self,
             targets=self.targets or (*chosen, *embeddings, *heads),
             inner={**inner, **self.inner},
             residuals={**residuals, **self.residuals},
-            norm_eps=norm_eps([model.get_submodule(path) for path in inner], self.norm_eps),
+            norm_eps=find_common_norm_eps([model.get_submodule(path) for path in inner], self.norm_eps),
             embeddings=embeddings,
             heads=heads,
         )
-        _refuse_unplaced(settled, model, stream, chosen)
+        _require_sites(settled, model, stream, chosen)
         return settled
 
-    def wants(self, found: Sublayer, stream: Stream, path: str) -> bool:
+    def wants(self, found: Sublayer, stream: ResidualStream, path: str) -> bool:
         """Whether a sublayer, whose site is ``path``, gets a bottleneck."""
         kinds = {"attention": self.mh_adapter, "mlp": self.output_adapter, "cross": self.cross_adapter}
-        chosen = names(self.targets, path) if self.targets else kinds[found.kind]
-        left = stream.blocks.index(found.block) in self.leave_out or bool(self.exclude and names(self.exclude, path))
-        return chosen and not left and (not self.layers or layer_index(path, self.layers_pattern) in self.layers)
+        chosen = is_named(self.targets, path) if self.targets else kinds[found.kind]
+        left = stream.blocks.index(found.block) in self.leave_out or bool(self.exclude and is_named(self.exclude, path))
+        return chosen and not left and (not self.layers or find_layer_index(path, self.layers_pattern) in self.layers)
 
 
-def _refuse_unplaced(variant: Bottleneck, model: nn.Module, stream: Stream, chosen: Mapping[str, Sublayer]) -> None:
+def _require_sites(
+    variant: Bottleneck, model: nn.Module, stream: ResidualStream, chosen: Mapping[str, Sublayer]
+) -> None:
     if not chosen and not variant.targets:
         raise SiteError(
             f"no sublayer was found in {type(model).__name__}: looked for sums, inside {len(stream.blocks)} blocks, of "
@@ -374,6 +387,6 @@ def _refuse_unplaced(variant: Bottleneck, model: nn.Module, stream: Stream, chos
         )
 
 
-def _anywhere() -> Site:
+def _placeholder_site() -> Site:
     """A site of which nothing is known."""
     return Site("", SiteKind.BLOCK, 1, 1, torch.float32, None)

@@ -16,8 +16,8 @@ import torch
 
 from lorac.errors import ChoiceError, CompileError, OptionError
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.patterns import select
-from lorac.ir.host.sites import Site
+from lorac.ir.patterns import select_sites
+from lorac.ir.sites import Site
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant, WeightVariant
 from lorac.variants.params import Init, InitContext, ParamSpec
@@ -60,11 +60,11 @@ class Chain(WeightVariant):
             CompileError: one of them is of a method that does not edit a weight.
             ChoiceError: two of them replace the same parameter whole.
         """
-        chained = Adapter(name, cls(parts=tuple(map(_at_its_own_sites, adapters)), targets=_paths(*adapters)))
+        chained = Adapter(name, cls(parts=tuple(map(_restrict_to_sites, adapters)), targets=_sites_pattern(*adapters)))
         for index, adapter in enumerate(adapters):
             for path, tensors in adapter.tensors.items():
                 here = chained.tensors.setdefault(path, {})
-                here |= {_start(index) + key: tensor for key, tensor in tensors.items()}
+                here |= {_part_prefix(index) + key: tensor for key, tensor in tensors.items()}
             twice = chained.replaced.keys() & adapter.replaced.keys()
             if twice:
                 raise ChoiceError(
@@ -87,7 +87,7 @@ class Chain(WeightVariant):
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         return {
-            _start(index) + key: dataclasses.replace(spec, init=_init_of(index, self.parts[:index], spec.init))
+            _part_prefix(index) + key: dataclasses.replace(spec, init=_part_init(index, self.parts[:index], spec.init))
             for index, part in self._acting(site)
             for key, spec in part.params(site).items()
         }
@@ -105,13 +105,13 @@ class Chain(WeightVariant):
     def _with_tensors(self, p: Params) -> Iterator[tuple[WeightVariant, Params]]:
         """The parts that act here, each with its own tensors."""
         for index, part in enumerate(self.parts):
-            own = _own(p, index)
+            own = _part_params(p, index)
             if vars(own):
                 yield part, own
 
     def _acting(self, site: Site) -> Iterator[tuple[int, WeightVariant]]:
         for index, part in enumerate(self.parts):
-            named = select(
+            named = select_sites(
                 {site.path: site},
                 re.escape(site.path) if part.targets == Variant.targets else part.targets,
                 exclude=part.exclude,
@@ -122,29 +122,29 @@ class Chain(WeightVariant):
                 yield index, part
 
 
-def _start(index: int) -> str:
+def _part_prefix(index: int) -> str:
     return f"part{index}_"
 
 
-def _own(p: Params, index: int) -> Params:
+def _part_params(p: Params, index: int) -> Params:
     """The tensors of one part, by the names it gives them."""
-    start = _start(index)
+    start = _part_prefix(index)
     return Params(**{key.removeprefix(start): value for key, value in vars(p).items() if key.startswith(start)})
 
 
-def _init_of(index: int, before: tuple[WeightVariant, ...], init: Init) -> Init:
+def _part_init(index: int, before: tuple[WeightVariant, ...], init: Init) -> Init:
     """A part's initialiser, which sees its own tensors and the weight that the parts before it leave."""
 
     def made(context: InitContext) -> Tensor:
         def weight() -> Tensor:
             return Chain(parts=before).weight(context.weight(), context.params)
 
-        return init(dataclasses.replace(context, params=_own(context.params, index), weight=weight))
+        return init(dataclasses.replace(context, params=_part_params(context.params, index), weight=weight))
 
     return made
 
 
-def _at_its_own_sites(adapter: Adapter) -> WeightVariant:
+def _restrict_to_sites(adapter: Adapter) -> WeightVariant:
     adapter.variant.require_class()
     if not isinstance(adapter.variant, WeightVariant):
         raise CompileError(
@@ -152,9 +152,9 @@ def _at_its_own_sites(adapter: Adapter) -> WeightVariant:
             next_step="a chain takes methods of the weight form; `lorac variants` lists them",
             code="not_mergeable",
         )
-    return dataclasses.replace(adapter.variant, targets=_paths(adapter), exclude=(), layers=())
+    return dataclasses.replace(adapter.variant, targets=_sites_pattern(adapter), exclude=(), layers=())
 
 
-def _paths(*adapters: Adapter) -> str:
+def _sites_pattern(*adapters: Adapter) -> str:
     """An expression that names these adapters' sites and no others, as a suffix might."""
     return "|".join(dict.fromkeys(re.escape(path) for adapter in adapters for path in adapter.tensors))

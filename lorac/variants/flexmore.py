@@ -19,10 +19,10 @@ from torch import nn
 
 from lorac.errors import AdapterError, SiteError
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.patterns import names
-from lorac.ir.host.sites import Site, SiteKind
-from lorac.variants import _inits
-from lorac.variants._bottlenecks import ACTIVATIONS
+from lorac.ir.patterns import is_named
+from lorac.ir.sites import Site, SiteKind
+from lorac.variants import _initialisers as _inits
+from lorac.variants._bottleneck_layers import ACTIVATIONS
 from lorac.variants._routing import top_k
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant, Context
@@ -95,7 +95,7 @@ class FlexMoRE(BranchVariant):
         }
         for number, rank in enumerate(self.ranks, 1):
             for part, (gives, takes) in sizes.items():
-                specs |= _expert(f"{part}_{number}", gives, takes, rank)
+                specs |= _expert_specs(f"{part}_{number}", gives, takes, rank)
         return specs
 
     def branch(self, x: Tensor, y: Tensor, p: Params, ctx: Context) -> Tensor:
@@ -107,11 +107,11 @@ class FlexMoRE(BranchVariant):
         common = None
         for number, rank in enumerate(self.ranks, 1):
             share = shares[..., number : number + 1]
-            gate, up = (_product(x, p, f"{part}_{number}", rank) for part in ("gate", "up"))
+            gate, up = (_apply_expert(x, p, f"{part}_{number}", rank) for part in ("gate", "up"))
             if rank:
                 gate, up = gate + shared[0], up + shared[1]
             given = share * act(gate) * up
-            total = total + _product(given, p, f"down_{number}", rank)
+            total = total + _apply_expert(given, p, f"down_{number}", rank)
             if rank:
                 common = given if common is None else common + given
         return total if common is None else total + F.linear(common, shared[2])
@@ -125,7 +125,9 @@ class FlexMoRE(BranchVariant):
 
     # ── Its places ───────────────────────────────────────────────────────────────────────────────────────────────────
     def for_model(self, model: nn.Module, inputs: object = None) -> FlexMoRE:
-        found = {path: layers for path, layers in _gated(model) if not self.targets or names(self.targets, path)}
+        found = {
+            path: layers for path, layers in _find_gated_mlps(model) if not self.targets or is_named(self.targets, path)
+        }
         alike = {layers.named: path for path, layers in found.items()}
         if len(alike) != 1:
             raise SiteError(
@@ -174,12 +176,12 @@ class FlexMoRE(BranchVariant):
         for path, part in itertools.product(routers, _PARTS):
             layer = f"{path}.{getattr(variant, part)}.weight"
             for number, expert, rank in numbered:
-                tensors[path] |= _extracted(f"{part}_{number}", expert, model, layer, rank)
+                tensors[path] |= _extract_expert(f"{part}_{number}", expert, model, layer, rank)
         return Adapter(name, variant, tensors)
 
 
 @dataclass(frozen=True)
-class _Layers:
+class _GatedLayers:
     """The layers of a gated MLP, as the variant's fields."""
 
     gate: str
@@ -193,7 +195,7 @@ class _Layers:
         return self.gate, self.up, self.down, self.activation, str(self.hidden)
 
 
-def _expert(name: str, gives: int, takes: int, rank: int) -> dict[str, ParamSpec]:
+def _expert_specs(name: str, gives: int, takes: int, rank: int) -> dict[str, ParamSpec]:
     """The tensors of one matrix of an expert: of low rank it starts as the model's own."""
     if not rank:
         return {name: ParamSpec((gives, takes), _inits.kaiming_uniform)}
@@ -203,14 +205,14 @@ def _expert(name: str, gives: int, takes: int, rank: int) -> dict[str, ParamSpec
     }
 
 
-def _product(z: Tensor, p: Params, name: str, rank: int) -> Tensor:
+def _apply_expert(z: Tensor, p: Params, name: str, rank: int) -> Tensor:
     """z times an expert's own matrix, or times what it adds to the model's."""
     if not rank:
         return F.linear(z, getattr(p, name))
     return F.linear(F.linear(z, getattr(p, f"{name}_A")), getattr(p, f"{name}_B"))
 
 
-def _extracted(name: str, expert: nn.Module, model: nn.Module, layer: str, rank: int) -> dict[str, Tensor]:
+def _extract_expert(name: str, expert: nn.Module, model: nn.Module, layer: str, rank: int) -> dict[str, Tensor]:
     own, base = (found.get_parameter(layer).detach() for found in (expert, model))
     if own.shape != base.shape:
         raise AdapterError(
@@ -229,9 +231,9 @@ def _extracted(name: str, expert: nn.Module, model: nn.Module, layer: str, rank:
     return {key: factor.to(own).contiguous() for key, factor in factors.items()}
 
 
-def _gated(model: nn.Module) -> Iterator[tuple[str, _Layers]]:
+def _find_gated_mlps(model: nn.Module) -> Iterator[tuple[str, _GatedLayers]]:
     """Path and layers of every gated MLP: three linear layers that answer what the equation says, held against it."""
-    known: dict[tuple[object, ...], _Layers | None] = {}
+    known: dict[tuple[object, ...], _GatedLayers | None] = {}
     for path, module in model.named_modules():
         linears = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
         if len(linears) != len(_PARTS):
@@ -239,13 +241,13 @@ def _gated(model: nn.Module) -> Iterator[tuple[str, _Layers]]:
         shapes = tuple((name, tuple(layer.weight.shape)) for name, layer in linears.items())
         key = (type(module), shapes)
         if key not in known:
-            known[key] = _layers_of(module, linears)
+            known[key] = _identify_layers(module, linears)
         layers = known[key]
         if layers is not None:
             yield path, layers
 
 
-def _layers_of(module: nn.Module, linears: Mapping[str, nn.Linear]) -> _Layers | None:
+def _identify_layers(module: nn.Module, linears: Mapping[str, nn.Linear]) -> _GatedLayers | None:
     """Which layer is which, and the activation between; None where the module answers anything else."""
     alone = copy.deepcopy(module).double().eval()
     for gate, up, down in itertools.permutations(linears):
@@ -253,14 +255,14 @@ def _layers_of(module: nn.Module, linears: Mapping[str, nn.Linear]) -> _Layers |
         if first.weight.shape != second.weight.shape or first.weight.shape != last.weight.shape[::-1]:
             continue
         z = torch.randn(_ROWS, first.in_features, dtype=torch.float64, generator=torch.Generator().manual_seed(_SEED))
-        found = _activation(alone, z.to(first.weight.device), gate, up, down)
+        found = _identify_activation(alone, z.to(first.weight.device), gate, up, down)
         if found is not None and last.bias is None:
-            return _Layers(gate, up, down, found, first.out_features)
+            return _GatedLayers(gate, up, down, found, first.out_features)
     return None
 
 
 @torch.no_grad()
-def _activation(module: nn.Module, z: Tensor, gate: str, up: str, down: str) -> str | None:
+def _identify_activation(module: nn.Module, z: Tensor, gate: str, up: str, down: str) -> str | None:
     try:
         answer = module(z)
     except Exception:  # a module that takes more than one tensor is no MLP, whatever it makes of its absence

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.sites import Site, SiteKind
-from lorac.ir.slots.training import Dropout
-from lorac.variants import _inits
-from lorac.variants._routed import Routed
+from lorac.ir.sites import Site, SiteKind
+from lorac.ir.slots.live_terms import Dropout
+from lorac.variants import _initialisers as _inits
+from lorac.variants._routed import RoutedVariant
 from lorac.variants._routing import top_k
 from lorac.variants.base import Context
 from lorac.variants.params import InitContext, ParamSpec, Role
@@ -27,7 +27,7 @@ Tensor = torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlyLoRA(Routed):
+class FlyLoRA(RoutedVariant):
     """``y' = y + (alpha/r)·B·(u∘m)``, u = A·x, m the mask of the top_k largest of u + d.
 
     A (r, in) is frozen, with as many values other than 0 in each row; d (r,), ``lora_topk_bias``, changes what is

@@ -11,12 +11,12 @@ from typing import ClassVar
 import torch
 
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.sites import Site
+from lorac.ir.sites import Site
 from lorac.variants.base import WeightVariant
 from lorac.variants.params import InitContext, ParamSpec
 
 
-def _base(context: InitContext) -> torch.Tensor:
+def _base_weight(context: InitContext) -> torch.Tensor:
     return context.weight().clone()
 
 
@@ -31,7 +31,7 @@ class Full(WeightVariant):
     paper: ClassVar[str] = "full fine-tuning"
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
-        return {"weight": ParamSpec((site.out_features, site.in_features), _base)}
+        return {"weight": ParamSpec((site.out_features, site.in_features), _base_weight)}
 
     def weight(self, W: torch.Tensor, p: Params) -> torch.Tensor:
         return p.weight

@@ -13,8 +13,8 @@ import torch
 
 from lorac.errors import SiteError
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.sites import Site, SiteKind
-from lorac.variants import _inits
+from lorac.ir.sites import Site, SiteKind
+from lorac.variants import _initialisers as _inits
 from lorac.variants.base import WeightVariant
 from lorac.variants.params import InitContext, ParamSpec
 

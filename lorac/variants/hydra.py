@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.sites import Site
-from lorac.ir.slots.training import Dropout
-from lorac.variants import _inits
+from lorac.ir.sites import Site
+from lorac.ir.slots.live_terms import Dropout
+from lorac.variants import _initialisers as _inits
 from lorac.variants.base import BranchVariant, Context
 from lorac.variants.params import ParamSpec
 

@@ -12,8 +12,8 @@ from typing import ClassVar
 import torch
 
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.patterns import matches
-from lorac.ir.host.sites import Site, SiteKind
+from lorac.ir.patterns import match_pattern
+from lorac.ir.sites import Site, SiteKind
 from lorac.variants.base import WeightVariant
 from lorac.variants.params import InitContext, ParamSpec
 
@@ -48,7 +48,7 @@ class IA3(WeightVariant):
     def scales_input(self, path: str) -> bool:
         """Whether the module at ``path`` is a feedforward one (PEFT compares endings, not whole names)."""
         if isinstance(self.feedforward, str):
-            return matches(self.feedforward, path) is not None
+            return match_pattern(self.feedforward, path) is not None
         return path.endswith(self.feedforward)
 
     def at(self, site: Site) -> IA3:

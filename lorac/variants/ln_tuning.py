@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lorac.ir.host.patterns import names
-from lorac.ir.host.sites import Site, SiteKind
+from lorac.ir.patterns import is_named
+from lorac.ir.sites import Site, SiteKind
 from lorac.variants.base import Variant
 from lorac.variants.params import ParamSpec
 
@@ -32,7 +32,7 @@ class LNTuning(Variant):
 
     def copies(self, path: str) -> bool:
         """Whether ``targets`` names the module."""
-        return names(self.targets, path) and not (self.exclude and names(self.exclude, path))
+        return is_named(self.targets, path) and not (self.exclude and is_named(self.exclude, path))
 
     def adapts(self, site: Site) -> bool:
         """No site: a targeted layer is replaced, too."""

@@ -13,8 +13,9 @@ from typing import ClassVar
 import torch
 
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.sites import Site
-from lorac.variants import _inits, _kernels
+from lorac.ir.sites import Site
+from lorac.variants import _conv_kernels as _kernels
+from lorac.variants import _initialisers as _inits
 from lorac.variants.base import WeightVariant
 from lorac.variants.params import ParamSpec
 
@@ -48,14 +49,14 @@ class LoHa(WeightVariant):
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         out, r = site.out_features, self.r
-        channels, taps = _kernels.columns(site)
+        channels, taps = _kernels.kernel_columns(site)
         uniform, zeros = _inits.kaiming_uniform, _inits.zeros
         if not (self.effective_conv2d and taps > 1):
             a, b = (out, r), (r, channels * taps)
             cores = {}
         else:
             a, b = (r, out), (r, channels)
-            cores = {name: ParamSpec((r, r, taps), _kernels.core_uniform) for name in ("hada_t1", "hada_t2")}
+            cores = {name: ParamSpec((r, r, taps), _kernels.uniform_core) for name in ("hada_t1", "hada_t2")}
         return {
             "hada_w1_a": ParamSpec(a, uniform),
             "hada_w1_b": ParamSpec(b, uniform),
@@ -65,7 +66,7 @@ class LoHa(WeightVariant):
         }
 
     def weight(self, W: torch.Tensor, p: Params) -> torch.Tensor:
-        return W + _kernels.on_blocks(self.scale * (_product(p, 1) * _product(p, 2)), W)
+        return W + _kernels.expand_groups(self.scale * (_product(p, 1) * _product(p, 2)), W)
 
 
 def _product(p: Params, which: int) -> torch.Tensor:
@@ -73,4 +74,4 @@ def _product(p: Params, which: int) -> torch.Tensor:
     a, b, core = (getattr(p, f"hada_{name}", None) for name in (f"w{which}_a", f"w{which}_b", f"t{which}"))
     assert a is not None
     assert b is not None
-    return a @ b if core is None else _kernels.tucker(core, a, b)
+    return a @ b if core is None else _kernels.tucker_kernel(core, a, b)

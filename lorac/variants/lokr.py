@@ -15,8 +15,9 @@ import torch
 
 from lorac.errors import SiteError
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.sites import Site
-from lorac.variants import _inits, _kernels
+from lorac.ir.sites import Site
+from lorac.variants import _conv_kernels as _kernels
+from lorac.variants import _initialisers as _inits
 from lorac.variants.base import WeightVariant
 from lorac.variants.params import ParamSpec
 
@@ -62,14 +63,14 @@ class LoKr(WeightVariant):
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
-        channels, taps = _kernels.columns(site)
+        channels, taps = _kernels.kernel_columns(site)
         left, small = factors(site.out_features, self.decompose_factor)
         middle, columns = factors(channels, self.decompose_factor)
         return {**self._first(left, middle), **self._second(small, columns, taps)}
 
     def weight(self, W: torch.Tensor, p: Params) -> torch.Tensor:
         w1, w2 = (getattr(p, name) if hasattr(p, name) else _product(p, name) for name in ("lokr_w1", "lokr_w2"))
-        return W + _kernels.on_blocks(self.scale * torch.kron(w1, w2), W)
+        return W + _kernels.expand_groups(self.scale * torch.kron(w1, w2), W)
 
     def _first(self, rows: int, columns: int) -> dict[str, ParamSpec]:
         """What makes up w1, zero at the start."""
@@ -88,7 +89,7 @@ class LoKr(WeightVariant):
         if not (self.effective_conv2d and taps > 1):
             return {"lokr_w2_a": ParamSpec((rows, r), uniform), "lokr_w2_b": ParamSpec((r, columns * taps), uniform)}
         return {
-            "lokr_t2": ParamSpec((r, r, taps), _kernels.core_uniform),
+            "lokr_t2": ParamSpec((r, r, taps), _kernels.uniform_core),
             "lokr_w2_a": ParamSpec((r, rows), uniform),
             "lokr_w2_b": ParamSpec((r, columns), uniform),
         }
@@ -112,5 +113,5 @@ def _product(p: Params, name: str) -> torch.Tensor:
     """A matrix of factors."""
     a, b = getattr(p, f"{name}_a"), getattr(p, f"{name}_b")
     core = getattr(p, "lokr_t2", None) if name == "lokr_w2" else None
-    product: torch.Tensor = a @ b if core is None else _kernels.tucker(core, a, b)
+    product: torch.Tensor = a @ b if core is None else _kernels.tucker_kernel(core, a, b)
     return product

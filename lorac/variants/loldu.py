@@ -15,8 +15,8 @@ import torch
 
 from lorac.errors import SiteError, not_one_of
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.sites import Site, SiteKind
-from lorac.variants._kernels import refuse_groups
+from lorac.ir.sites import Site, SiteKind
+from lorac.variants._conv_kernels import require_one_group
 from lorac.variants.base import WeightVariant
 from lorac.variants.params import InitContext, ParamSpec, Role
 
@@ -71,10 +71,10 @@ class LoLDU(WeightVariant):
                 next_step="give a smaller r, or exclude= the module",
                 code="site_unsupported",
             )
-        refuse_groups(self.name, site)
+        require_one_group(self.name, site)
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
-        out, columns, factors = site.out_features, site.in_features, _Factors(self.r)
+        out, columns, factors = site.out_features, site.in_features, _LduFactors(self.r)
         specs = {
             "lora_B": ParamSpec((out, self.r), factors.lower, Role.FROZEN),
             "lora_A": ParamSpec((self.r, columns), factors.upper, Role.FROZEN),
@@ -94,7 +94,7 @@ class LoLDU(WeightVariant):
 
 
 @dataclass
-class _Factors:
+class _LduFactors:
     """The first r terms of W = P·L·D·U at one site: found for ``lora_B``, kept for the tensors made after it."""
 
     r: int
@@ -102,19 +102,19 @@ class _Factors:
 
     def lower(self, context: InitContext) -> Tensor:
         """P·L_r (out, r)."""
-        self.found = _factorised(context, self.r)
+        self.found = _factorise(context, self.r)
         return self.found[0]
 
     def upper(self, context: InitContext) -> Tensor:
         """U_r (r, in)."""
-        return (self.found or _factorised(context, self.r))[1]
+        return (self.found or _factorise(context, self.r))[1]
 
     def diagonal(self, context: InitContext) -> Tensor:
         """D_r (r,)."""
-        return (self.found or _factorised(context, self.r))[2]
+        return (self.found or _factorise(context, self.r))[2]
 
 
-def _factorised(context: InitContext, r: int) -> tuple[Tensor, Tensor, Tensor]:
+def _factorise(context: InitContext, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """P·L_r (out, r), U_r (r, in) and D_r (r,)."""
     # The paper's matrix is the one the module stores.
     table = context.site.kind is SiteKind.EMBEDDING
@@ -129,7 +129,7 @@ def _factorised(context: InitContext, r: int) -> tuple[Tensor, Tensor, Tensor]:
     return b, a, diagonal
 
 
-def _around(context: InitContext, half: Tensor | float, center: Tensor | float = 0.0) -> Tensor:
+def _uniform_around(context: InitContext, half: Tensor | float, center: Tensor | float = 0.0) -> Tensor:
     """U(center − half, center + half)."""
     return center + half * (2 * torch.rand(context.shape, generator=context.generator) - 1)
 
@@ -139,17 +139,17 @@ def _gaussian(context: InitContext, std: Tensor | float, mean: Tensor | float = 
     return mean + std * torch.randn(context.shape, generator=context.generator)
 
 
-def _normal(context: InitContext) -> Tensor:
+def _normal_start(context: InitContext) -> Tensor:
     diagonal = context.params.diagonal
     return _gaussian(context, diagonal.std(correction=int(len(diagonal) > 1)), diagonal.mean())
 
 
 _STARTS: Mapping[str, Callable[[InitContext], Tensor]] = {
     "lu": lambda context: context.params.diagonal.clone(),
-    "uniform": lambda context: _around(context, context.params.diagonal.mean().abs() / 2),
-    "normal": _normal,
+    "uniform": lambda context: _uniform_around(context, context.params.diagonal.mean().abs() / 2),
+    "normal": _normal_start,
     "constant": lambda context: context.params.diagonal.mean().expand(context.shape).clone(),
-    "s_uniform": lambda context: _around(context, 1.0),
+    "s_uniform": lambda context: _uniform_around(context, 1.0),
     "s_normal": lambda context: _gaussian(context, 1.0),
     "ones": lambda context: torch.ones(context.shape),
     "zeros": lambda context: torch.zeros(context.shape),

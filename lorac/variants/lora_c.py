@@ -15,9 +15,9 @@ import torch
 
 from lorac.errors import SiteError
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.sites import Site, SiteKind
-from lorac.ir.slots.training import Dropout
-from lorac.variants import _inits
+from lorac.ir.sites import Site, SiteKind
+from lorac.ir.slots.live_terms import Dropout
+from lorac.variants import _initialisers as _inits
 from lorac.variants.base import MATRIX_KINDS, WeightVariant
 from lorac.variants.params import ParamSpec
 
@@ -74,7 +74,7 @@ class LoRAC(WeightVariant):
         return specs
 
     def weight(self, W: torch.Tensor, p: Params) -> torch.Tensor:
-        updated = W + (self.alpha / self.r) * _read_into(W, p.lora_A, p.lora_B)
+        updated = W + (self.alpha / self.r) * _fold_product(W, p.lora_A, p.lora_B)
         if not self.dora:
             return updated
         norm = torch.linalg.vector_norm(updated, dim=1).detach()
@@ -86,7 +86,7 @@ def _geometry(site: Site) -> tuple[int, tuple[int, ...], int]:
     return (site.in_features, (), 1) if site.conv is None else (site.conv.channels, site.conv.kernel, site.conv.groups)
 
 
-def _read_into(W: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def _fold_product(W: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """B·A read row by row into the shape of W; of groups, into the blocks on its diagonal."""
     rows, columns = W.shape
     slices = columns // a.shape[1]

@@ -13,9 +13,9 @@ import torch
 
 from lorac.errors import AdapterError, SiteError
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.sites import Site
-from lorac.ir.slots.training import Dropout
-from lorac.variants import _inits
+from lorac.ir.sites import Site
+from lorac.ir.slots.live_terms import Dropout
+from lorac.variants import _initialisers as _inits
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import WeightVariant
 from lorac.variants.params import InitContext, ParamSpec, Role
@@ -27,26 +27,26 @@ _ROUNDS, _SPARE = 10, 10
 """Rounds and spare columns of the randomised SVD."""
 
 
-def _left(context: InitContext) -> Tensor:
-    return _vectors(context.weight(), context.shape[1], context.generator)
+def _left_vectors(context: InitContext) -> Tensor:
+    return _singular_vectors(context.weight(), context.shape[1], context.generator)
 
 
-def _vectors(W: Tensor, r: int, generator: torch.Generator) -> Tensor:
+def _singular_vectors(W: Tensor, r: int, generator: torch.Generator) -> Tensor:
     """U_r (out, r), the first left singular vectors of W, the largest entry of each positive."""
     if min(W.shape) <= max(_EXACT, 4 * r):
         vectors = torch.linalg.svd(W, full_matrices=False).U[:, :r]
     else:
-        vectors = _sketched(W, r, generator)
+        vectors = _randomised_svd(W, r, generator)
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     return vectors * largest.sign()
 
 
-def _right(context: InitContext) -> Tensor:
+def _right_factor(context: InitContext) -> Tensor:
     """Σ_r·V_rᵀ (r, in), which is U_rᵀ·W."""
     return context.params.lora_B.t() @ context.weight()
 
 
-def _sketched(W: Tensor, r: int, generator: torch.Generator) -> Tensor:
+def _randomised_svd(W: Tensor, r: int, generator: torch.Generator) -> Tensor:
     """U_r (out, r) by subspace iteration from random columns."""
     found = torch.randn(W.shape[1], r + _SPARE, generator=generator).to(W)
     for _ in range(_ROUNDS):
@@ -102,7 +102,7 @@ class LoRAXS(WeightVariant):
                     next_step="give (out, in) as the site presents its weight, or a smaller r",
                     code="shape_mismatch",
                 )
-            left = _vectors(update, r, generator)
+            left = _singular_vectors(update, r, generator)
             right = left.t() @ update
             sizes = torch.linalg.vector_norm(right, dim=1)
             adapter.tensors[path] = {
@@ -126,8 +126,8 @@ class LoRAXS(WeightVariant):
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         return {
-            "lora_B": ParamSpec((site.out_features, self.r), _left, role=Role.FROZEN),
-            "lora_A": ParamSpec((self.r, site.in_features), _right, role=Role.FROZEN),
+            "lora_B": ParamSpec((site.out_features, self.r), _left_vectors, role=Role.FROZEN),
+            "lora_A": ParamSpec((self.r, site.in_features), _right_factor, role=Role.FROZEN),
             "lora_latent": ParamSpec((self.r, self.r), _inits.normal(1e-5), decay=False),
         }
 

@@ -14,18 +14,18 @@ import torch
 import torch.nn.functional as F
 
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.sites import Site, SiteKind
-from lorac.variants import _inits
-from lorac.variants._experts import stacked_specs
-from lorac.variants._routed import Routed, from_loras
-from lorac.variants._routing import topk_gate
+from lorac.ir.sites import Site, SiteKind
+from lorac.variants import _initialisers as _inits
+from lorac.variants._experts import expert_specs
+from lorac.variants._routed import RoutedVariant, from_loras
+from lorac.variants._routing import top_k_softmax
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Context
 from lorac.variants.params import ParamSpec, Role
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeteoRA(Routed):
+class MeteoRA(RoutedVariant):
     """``y' = y + s·Σ_{j ∈ top-k(z)} w_j·B_j·A_j·x``, z = G·x, w = softmax(z/temperature) over the chosen, s = alpha/r.
 
     A (experts·r, in) and B (out, experts·r) are the experts' factors stacked, G (experts, in) the gate. The logits z
@@ -57,7 +57,7 @@ class MeteoRA(Routed):
     def params(self, site: Site) -> dict[str, ParamSpec]:
         ranks, role = self.experts * self.r, Role.TRAINABLE if self.train_experts else Role.FROZEN
         return {
-            **stacked_specs(site, ranks, role),
+            **expert_specs(site, ranks, role),
             "moe_gate": ParamSpec((self.experts, site.in_features), _inits.kaiming_uniform),
         }
 
@@ -71,7 +71,7 @@ class MeteoRA(Routed):
     def branch(self, x: torch.Tensor, y: torch.Tensor, p: Params, ctx: Context) -> torch.Tensor:
         logits = F.linear(x, p.moe_gate)
         ctx.emit("router", logits)
-        weights = topk_gate(logits, self.top_k, self.temperature)
+        weights = top_k_softmax(logits, self.top_k, self.temperature)
         dropped = F.dropout(x, self.dropout, ctx.training) if self.dropout else x
         return y + self.mixture(F.linear(dropped, p.lora_A), self.output_scale(p) * weights, p)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.sites import Site
+from lorac.ir.sites import Site
 
 
 class Role(enum.StrEnum):
@@ -46,7 +46,7 @@ class InitContext:
 Init = Callable[[InitContext], torch.Tensor]
 
 
-def _of_matrix(context: InitContext, shape: tuple[int, ...], number: int) -> InitContext:
+def _matrix_context(context: InitContext, shape: tuple[int, ...], number: int) -> InitContext:
     """What an initialiser may look at for one matrix of a stack."""
     made = Params(**{name: tensor[number] for name, tensor in vars(context.params).items()})
     return replace(context, shape=shape, weight=lambda: context.weight()[number], params=made)
@@ -77,7 +77,7 @@ class ParamSpec:
         """Of a stack of matrices: a tensor for each, each begun as a matrix's by itself is."""
 
         def init(context: InitContext) -> torch.Tensor:
-            return torch.stack([self.init(_of_matrix(context, self.shape, i)) for i in range(number)])
+            return torch.stack([self.init(_matrix_context(context, self.shape, i)) for i in range(number)])
 
         return replace(self, shape=(number, *self.shape), init=init)
 

@@ -12,8 +12,8 @@ import torch
 
 from lorac.errors import ChoiceError, SiteError, not_one_of
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.sites import Site
-from lorac.variants import _inits
+from lorac.ir.sites import Site
+from lorac.variants import _initialisers as _inits
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant, WeightVariant
 from lorac.variants.params import Init, InitContext, ParamSpec, Role
@@ -25,7 +25,7 @@ _ROWS = 1280
 UP, DOWN = 0, 1
 
 
-def _halves(context: InitContext, rank: int) -> tuple[Tensor, Tensor]:
+def _draw_halves(context: InitContext, rank: int) -> tuple[Tensor, Tensor]:
     """Two disjoint draws (n/2, r) from the rows of one matrix with orthonormal columns: the same two at every call."""
     count = context.site.in_features // 2
     generator = torch.Generator().manual_seed(context.generator.initial_seed() + 1)
@@ -35,7 +35,7 @@ def _halves(context: InitContext, rank: int) -> tuple[Tensor, Tensor]:
     return basis[chosen[:count]], basis[chosen[count : 2 * count]]
 
 
-def _form(variant: Variant) -> tuple[object, ...]:
+def _settings_key(variant: Variant) -> tuple[object, ...]:
     """What two halves must have in common."""
     return tuple(getattr(variant, field, None) for field in ("r", "basis", "identity_init"))
 
@@ -108,9 +108,10 @@ class PLP(WeightVariant):
             SiteError: the content lacks a site that the style has, or the other way round.
         """
         for adapter in (content, style):
-            if not isinstance(adapter.variant, cls) or _form(adapter.variant) != _form(style.variant):
+            if not isinstance(adapter.variant, cls) or _settings_key(adapter.variant) != _settings_key(style.variant):
                 raise ChoiceError(
-                    f"'{adapter.name}' is {adapter.variant.name} {_form(adapter.variant)}: no half for '{style.name}'",
+                    f"'{adapter.name}' is {adapter.variant.name} {_settings_key(adapter.variant)}: "
+                    f"no half for '{style.name}'",
                     next_step="content and style are plp adapters of equal r, basis and identity_init",
                 )
         apart = content.tensors.keys() ^ style.tensors.keys()
@@ -129,7 +130,7 @@ class PLP(WeightVariant):
         """The frozen half of one factor, from the basis that both share."""
 
         def make(context: InitContext) -> Tensor:
-            rows = _halves(context, self.r)[half]
+            rows = _draw_halves(context, self.r)[half]
             if self.basis == "exact":
                 first = torch.arange(self.r) < self.r // 2
                 rows = rows * (first if half == UP else ~first)

@@ -16,16 +16,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorac.errors import AdapterError, SiteError, not_one_of
+from lorac.frontend.module_sites import list_callable_paths
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.modules import callable_paths
-from lorac.ir.host.patterns import names, outermost_blocks
-from lorac.ir.host.sites import Site, SiteKind, find_sites
-from lorac.variants import _inits
+from lorac.ir.patterns import find_outermost_blocks, is_named
+from lorac.ir.sites import Site, SiteKind, find_sites
+from lorac.variants import _initialisers as _inits
 from lorac.variants.base import BranchVariant, Context
 from lorac.variants.params import Init, ParamSpec
 
 Tensor = torch.Tensor
-_NAMED = "say which it is: targets=['model.norm'], for one; blocks= are the paths of what the side network reads"
+_NAMING_HINT = "say which it is: targets=['model.norm'], for one; blocks= are the paths of what the side network reads"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +98,10 @@ class QST(BranchVariant):
             found |= self._layer(n, h) if n else {}
         return {
             **found,
-            "norm": _ones(h),
+            "norm": _scale_spec(h),
             "up_weight": ParamSpec((d, h), _inits.kaiming_uniform),
             "up_bias": ParamSpec((d,), _inits.uniform(h**-0.5)),
-            "alpha": _ones(d if self.vectors else 1),
+            "alpha": _scale_spec(d if self.vectors else 1),
         }
 
     def _narrow(self, d: int) -> int:
@@ -131,7 +131,7 @@ class QST(BranchVariant):
         if self.downsample == "lora":
             return pair
         shift = ParamSpec((h,), _inits.zeros, decay=False)
-        return {**pair, f"down_{n}_norm_weight": _ones(h), f"down_{n}_norm_bias": shift}
+        return {**pair, f"down_{n}_norm_weight": _scale_spec(h), f"down_{n}_norm_bias": shift}
 
     def _layer(self, n: int, h: int) -> dict[str, ParamSpec]:
         """The tensors of γ_n and S_n."""
@@ -140,15 +140,15 @@ class QST(BranchVariant):
         shapes |= {"gate": (wide, h), "up": (wide, h), "down": (h, wide)}
         return {
             f"gamma_{n}": ParamSpec((h if self.vectors else 1,), _inits.zeros, decay=False),
-            f"side_{n}_input_norm": _ones(h),
-            f"side_{n}_post_norm": _ones(h),
+            f"side_{n}_input_norm": _scale_spec(h),
+            f"side_{n}_post_norm": _scale_spec(h),
             **{f"side_{n}_{key}": ParamSpec(shape, _inits.kaiming_uniform) for key, shape in shapes.items()},
         }
 
     # ── What it computes ─────────────────────────────────────────────────────────────────────────────────────────────
     def branch(self, x: Tensor, y: Tensor, p: Params, ctx: Context) -> Tensor:
         first, *rest = (ctx.value(name).detach() for name in (f"in:{self.blocks[0]}", *self.blocks))
-        turns = _turns(ctx.positions(first), first, y.shape[-1] // self.r // self.heads, self.rope_theta)
+        turns = _rotary_tables(ctx.positions(first), first, y.shape[-1] // self.r // self.heads, self.rope_theta)
         g = self._downsampled(first, p, 0 if self.own_first else 1, ctx)
         for n, h in enumerate(rest, start=1):
             beta = torch.sigmoid(getattr(p, f"gamma_{n}"))
@@ -174,9 +174,9 @@ class QST(BranchVariant):
         """S_n(u), like u (…, length, d/r)."""
         w = {key: getattr(p, f"side_{n}_{key}") for key in ("q", "k", "v", "o", "gate", "up", "down")}
         z, groups = _rms(u, getattr(p, f"side_{n}_input_norm"), self.eps), self.kv_heads or self.heads
-        q = _turned(_by_heads(F.linear(z, w["q"]), self.heads), turns)
-        k = _turned(_by_heads(F.linear(z, w["k"]), groups), turns)
-        v = _by_heads(F.linear(z, w["v"]), groups)
+        q = _rotate(_split_heads(F.linear(z, w["q"]), self.heads), turns)
+        k = _rotate(_split_heads(F.linear(z, w["k"]), groups), turns)
+        v = _split_heads(F.linear(z, w["v"]), groups)
         mask = None if self.mask is None else ctx.value(f"input:{self.mask}")
         u = u + F.linear(ctx.attend(q, k, v, causal=self.causal, mask=mask).flatten(-2), w["o"])
         z = _rms(u, getattr(p, f"side_{n}_post_norm"), self.eps)
@@ -196,19 +196,19 @@ class QST(BranchVariant):
             AdapterError: nothing tells how many heads its attention has.
         """
         sites, targets = find_sites(model), fields.pop("targets", None)
-        chains = _chains(outermost_blocks(sites), sites)
-        norm = _last_norm(model, chains) if targets is None else _named(model, targets)
+        chains = _chains(find_outermost_blocks(sites), sites)
+        norm = _last_norm(model, chains) if targets is None else _find_named(model, targets)
         around = norm.rpartition(".")[0]
         beside = [chain for holder, chain in chains.items() if holder.rpartition(".")[0] == around]
         if len(beside) != 1 and "blocks" not in fields:
             raise SiteError(
                 f"qst: beside '{norm}' are {len(beside)} lists of blocks, not one",
-                next_step=_NAMED,
+                next_step=_NAMING_HINT,
                 code="site_not_found",
             )
         blocks = tuple(fields.pop("blocks", None) or beside[0])
         # Of a list, names are the ends of paths, and blocks may have norms of the same name.
-        return QST(targets=re.escape(norm), blocks=blocks, **{**_sizes(model, blocks[0], sites, fields), **fields})
+        return QST(targets=re.escape(norm), blocks=blocks, **{**_read_sizes(model, blocks[0], sites, fields), **fields})
 
 
 # ── Parts ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -217,7 +217,7 @@ _POOLS = {"max": lambda parts: parts.amax(-1), "avg": lambda parts: parts.mean(-
 _DOWNSAMPLERS = ("adapter", "lora", "linear", *_POOLS)
 
 
-def _ones(size: int) -> ParamSpec:
+def _scale_spec(size: int) -> ParamSpec:
     """What scales, and so is not to decay."""
     init: Init = lambda context: torch.ones(context.shape)  # noqa: E731  (a start value)
     return ParamSpec((size,), init, decay=False)
@@ -227,12 +227,12 @@ def _rms(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), scale, eps)
 
 
-def _by_heads(x: Tensor, heads: int) -> Tensor:
+def _split_heads(x: Tensor, heads: int) -> Tensor:
     """(…, length, width) as (…, heads, length, size)."""
     return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
 
 
-def _turns(positions: Tensor, h: Tensor, size: int, theta: float) -> tuple[Tensor, Tensor]:
+def _rotary_tables(positions: Tensor, h: Tensor, size: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines (…, length, size) of rotary positions, of which only differences matter."""
     rates = theta ** (torch.arange(0, size, 2, device=h.device).to(h.dtype) / -size)
     angles = positions.to(h.dtype)[..., None] * rates
@@ -240,7 +240,7 @@ def _turns(positions: Tensor, h: Tensor, size: int, theta: float) -> tuple[Tenso
     return angles.cos(), angles.sin()
 
 
-def _turned(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+def _rotate(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
     one, other = x.chunk(2, -1)
     cos, sin = (turn.unsqueeze(-3) for turn in turns)
     return x * cos + torch.cat([-other, one], -1) * sin
@@ -260,7 +260,7 @@ def _last_norm(model: nn.Module, chains: Mapping[str, list[str]]) -> str:
     order = [path for path, _ in model.named_modules()]
     found, behind = list[str](), list[str]()
     for holder in chains:
-        for path in _norms_beside(model, holder):
+        for path in _adjacent_norms(model, holder):
             found.append(path)
             behind += [path] if order.index(path) > order.index(holder) else []
     chosen = found if len(found) == 1 else behind
@@ -268,25 +268,25 @@ def _last_norm(model: nn.Module, chains: Mapping[str, list[str]]) -> str:
         seen = ", ".join(f"'{path}'" for path in chosen) or "none"
         raise SiteError(
             f"qst: looked for one norm beside a list of blocks, the last of the model, and found {seen}",
-            next_step=_NAMED,
+            next_step=_NAMING_HINT,
             code="site_not_found",
         )
     return chosen[0]
 
 
-def _named(model: nn.Module, targets: str | tuple[str, ...] | list[str]) -> str:
+def _find_named(model: nn.Module, targets: str | tuple[str, ...] | list[str]) -> str:
     """The path of the one module that is named."""
-    found = [path for path in callable_paths(model) if names(targets, path)]
+    found = [path for path in list_callable_paths(model) if is_named(targets, path)]
     if len(found) != 1:
         raise SiteError(
             f"qst: targets={targets!r} names {len(found)} modules, not the last norm",
-            next_step=_NAMED,
+            next_step=_NAMING_HINT,
             code="site_not_found",
         )
     return found[0]
 
 
-def _norms_beside(model: nn.Module, holder: str) -> Iterator[str]:
+def _adjacent_norms(model: nn.Module, holder: str) -> Iterator[str]:
     """Paths of the modules beside another whose one parameter, or first of two, is a scale."""
     parent = holder.rpartition(".")[0]
     for leaf, module in model.get_submodule(parent).named_children():
@@ -295,7 +295,7 @@ def _norms_beside(model: nn.Module, holder: str) -> Iterator[str]:
             yield f"{parent}.{leaf}" if parent else leaf
 
 
-def _sizes(model: Any, block: str, sites: Mapping[str, Site], fields: Mapping[str, Any]) -> dict[str, Any]:
+def _read_sizes(model: Any, block: str, sites: Mapping[str, Site], fields: Mapping[str, Any]) -> dict[str, Any]:
     """Heads by the model's config, and the width of its MLPs: the widest of what the layers of a block take."""
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config

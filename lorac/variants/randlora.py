@@ -12,9 +12,9 @@ from typing import ClassVar
 import torch
 
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.sites import Site
-from lorac.ir.slots.training import Dropout
-from lorac.variants import _inits
+from lorac.ir.sites import Site
+from lorac.ir.slots.live_terms import Dropout
+from lorac.variants import _initialisers as _inits
 from lorac.variants.base import WeightVariant
 from lorac.variants.params import InitContext, ParamSpec, Role
 
@@ -22,7 +22,7 @@ Tensor = torch.Tensor
 Shape = tuple[int, int, int]
 
 
-def bases(*shapes: Shape, key: int, sparsity: float | None = None) -> list[Tensor]:
+def draw_bases(*shapes: Shape, key: int, sparsity: float | None = None) -> list[Tensor]:
     """A (r, 1, d), then B (D, n, r), in float32, each of deviation 1, from a CPU generator seeded with ``key``.
 
     Drawn in bfloat16, as PEFT does where the device knows it; the same bits where torch's generator gives the same.
@@ -112,7 +112,7 @@ class RandLoRA(WeightVariant):
 
     def _drawn(self, *shapes: tuple[int, ...]) -> list[Tensor]:
         sparsity = self.sparsity(shapes[0][2])
-        return bases(*shapes, key=self.projection_prng_key, sparsity=sparsity)  # type: ignore[arg-type]  # shapes of three axes
+        return draw_bases(*shapes, key=self.projection_prng_key, sparsity=sparsity)  # type: ignore[arg-type]  # shapes of three axes
 
 
 def _start_gamma(context: InitContext) -> Tensor:

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.sites import Site, SiteKind
-from lorac.ir.slots.training import Dropout
-from lorac.variants import _inits
-from lorac.variants._experts import stacked_specs
-from lorac.variants._routed import Routed
-from lorac.variants._routing import ordered_log_prob, perturbed, top_k
+from lorac.ir.sites import Site, SiteKind
+from lorac.ir.slots.live_terms import Dropout
+from lorac.variants import _initialisers as _inits
+from lorac.variants._experts import expert_specs
+from lorac.variants._routed import RoutedVariant
+from lorac.variants._routing import add_gumbel_noise, ordered_log_prob, top_k
 from lorac.variants.base import Context
 from lorac.variants.params import ParamSpec, Role
 
@@ -29,7 +29,7 @@ Tensor = torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReMix(Routed):
+class ReMix(RoutedVariant):
     """``y' = y + ω·Σ_{i chosen} B_i·A_i·x``, ω = alpha/(top_k·r), or alpha/√(top_k·r) under rsLoRA.
 
     A (experts·r, in) and B (out, experts·r) are the experts' factors stacked, the router P (experts, in). In training
@@ -81,7 +81,7 @@ class ReMix(Routed):
         return self.alpha / (math.sqrt(acting) if self.rslora else acting)
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
-        specs = stacked_specs(site, self.experts * self.r, Role.TRAINABLE)
+        specs = expert_specs(site, self.experts * self.r, Role.TRAINABLE)
         return specs | ({"router": ParamSpec((self.experts, site.in_features), _inits.zeros)} if self.chooses else {})
 
     def branch(self, x: Tensor, y: Tensor, p: Params, ctx: Context) -> Tensor:
@@ -101,4 +101,4 @@ class ReMix(Routed):
             return logits
         # The stream begins alike at all sites, whose draws are to be independent.
         own = torch.Generator().manual_seed(ctx.generator.initial_seed() ^ zlib.crc32(ctx.site.path.encode()))
-        return perturbed(logits, own)
+        return add_gumbel_noise(logits, own)

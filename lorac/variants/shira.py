@@ -12,13 +12,13 @@ import torch
 
 from lorac.errors import SiteError
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.sites import Site
-from lorac.variants import _inits
+from lorac.ir.sites import Site
+from lorac.variants import _initialisers as _inits
 from lorac.variants._masks import (
     MaskMaker,
+    find_mask_maker,
     gradient_mask,
     magnitude_mask,
-    maker,
     random_mask,
     snip_mask,
     struct_mask,
@@ -54,7 +54,10 @@ class SHiRA(WeightVariant):
 
     def check(self, site: Site) -> None:
         super().check(site)
-        entries, size = maker(self.mask, self.entries(site)).entries(site), site.out_features * site.in_features
+        entries, size = (
+            find_mask_maker(self.mask, self.entries(site)).entries(site),
+            site.out_features * site.in_features,
+        )
         if entries > size:
             raise SiteError(
                 f"SHiRA cannot train {entries} positions of '{site.path}', which has {size}",
@@ -64,7 +67,7 @@ class SHiRA(WeightVariant):
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
-        chosen = maker(self.mask, self.entries(site))
+        chosen = find_mask_maker(self.mask, self.entries(site))
         entries, inside = chosen.entries(site), (site.out_features, site.in_features)
         return {
             "indices": ParamSpec((2, entries), chosen.make, role=Role.INDEX, below=inside),

@@ -15,8 +15,8 @@ import torch
 
 from lorac.errors import OptionError, SiteError, nearest_name
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.sites import Site, SiteKind
-from lorac.ir.slots.training import Dropout
+from lorac.ir.sites import Site, SiteKind
+from lorac.ir.slots.live_terms import Dropout
 from lorac.variants.base import MATRIX_KINDS, Variant, WeightVariant
 from lorac.variants.params import Init, InitContext, ParamSpec
 
@@ -90,12 +90,12 @@ class Split(WeightVariant):
     def weight(self, W: Tensor, p: Params) -> Tensor:
         cut = self._cut(W)
         for part, method in self.parts.items():
-            cut[part] = method.weight(cut[part], _own(p, part))
+            cut[part] = method.weight(cut[part], _split_params(p, part))
         return self._joined(cut)
 
     def new_bias(self, b: Tensor, p: Params) -> Tensor:
         cut = self._cut(b)
-        changed = {part: method.new_bias(cut[part], _own(p, part)) for part, method in self.parts.items()}
+        changed = {part: method.new_bias(cut[part], _split_params(p, part)) for part, method in self.parts.items()}
         same = all(changed[part] is cut[part] for part in changed)
         return b if same else self._joined(cut | changed)
 
@@ -127,12 +127,14 @@ class Split(WeightVariant):
             def weight() -> Tensor:
                 return self._cut(context.weight())[part]
 
-            return init(dataclasses.replace(context, site=here, params=_own(context.params, part), weight=weight))
+            return init(
+                dataclasses.replace(context, site=here, params=_split_params(context.params, part), weight=weight)
+            )
 
         return made
 
 
-def _own(p: Params, part: str) -> Params:
+def _split_params(p: Params, part: str) -> Params:
     """The tensors of one part, by the names that its method gives them."""
     start = f"{part}_"
     return Params(**{key.removeprefix(start): value for key, value in vars(p).items() if key.startswith(start)})

@@ -17,10 +17,10 @@ import torch
 
 from lorac.errors import not_one_of
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.sites import Site
-from lorac.ir.slots.training import Dropout
-from lorac.variants import _inits
-from lorac.variants._kernels import refuse_groups
+from lorac.ir.sites import Site
+from lorac.ir.slots.live_terms import Dropout
+from lorac.variants import _initialisers as _inits
+from lorac.variants._conv_kernels import require_one_group
 from lorac.variants.base import WeightVariant
 from lorac.variants.params import Init, InitContext, ParamSpec, Role
 
@@ -28,12 +28,12 @@ Tensor = torch.Tensor
 FACTORS = ("dense", "identity")
 
 
-def modes(size: int, order: int) -> tuple[int, ...]:
+def balanced_modes(size: int, order: int) -> tuple[int, ...]:
     """``size`` as a product of ``order`` divisors as alike as can be, smaller ones first: 11008 = 86·128."""
     if order == 1:
         return (size,)
     first = max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0 and n**order <= size)
-    return (first, *modes(size // first, order - 1))
+    return (first, *balanced_modes(size // first, order - 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class TeRA(WeightVariant):
 
     def check(self, site: Site) -> None:
         super().check(site)
-        refuse_groups(self.name, site)
+        require_one_group(self.name, site)
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         if self.factors not in FACTORS:
@@ -94,12 +94,12 @@ class TeRA(WeightVariant):
         left, right = scaled[: self.order], scaled[self.order :]
         inner = min(math.prod(ranks[: self.order]), math.prod(ranks[self.order :]))
         if inner * (rows + columns) > rows * columns:
-            return W + scale * _expanded(core, scaled).reshape(rows, columns)
+            return W + scale * _contract_core(core, scaled).reshape(rows, columns)
         up, down = (functools.reduce(torch.kron, part) for part in (left, right))
         return W + scale * up @ (core.reshape(up.shape[1], down.shape[1]) @ down.t())
 
     def _modes(self, rows: int, columns: int) -> tuple[int, ...]:
-        return (*modes(rows, self.order), *modes(columns, self.order))
+        return (*balanced_modes(rows, self.order), *balanced_modes(columns, self.order))
 
     def _ranks(self, sizes: Sequence[int]) -> tuple[int, ...]:
         largest = None if self.factors == "identity" else self.r
@@ -126,7 +126,7 @@ class TeRA(WeightVariant):
         return make
 
 
-def _expanded(core: Tensor, factors: Sequence[Tensor]) -> Tensor:
+def _contract_core(core: Tensor, factors: Sequence[Tensor]) -> Tensor:
     """The core (R₁, …, R_K) with every mode multiplied by its factor (n_k, R_k): (n₁, …, n_K)."""
     # Each step takes the first mode away and puts its image last, so that K of them restore the order.
     return functools.reduce(lambda tensor, factor: torch.tensordot(tensor, factor, dims=([0], [1])), factors, core)

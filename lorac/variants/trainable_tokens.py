@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.sites import Site, SiteKind
+from lorac.ir.sites import Site, SiteKind
 from lorac.variants.base import WeightVariant
 from lorac.variants.params import Init, InitContext, ParamSpec, Role
 

@@ -13,8 +13,8 @@ from typing import ClassVar
 from torch import nn
 
 from lorac.errors import OptionError, SiteError
-from lorac.ir.host.patterns import names, refuse_unmatched
-from lorac.ir.host.sites import Site, SiteKind, find_sites
+from lorac.ir.patterns import check_targets_match, is_named
+from lorac.ir.sites import Site, SiteKind, find_sites
 from lorac.variants.base import MATRIX_KINDS, BranchVariant, Variant, WeightVariant
 from lorac.variants.params import ParamSpec
 
@@ -56,7 +56,7 @@ class Union(Variant):
         return self.parts
 
     def method_at(self, path: str) -> Variant:
-        found = next((part for part in self.parts if names(part.targets, path)), None)
+        found = next((part for part in self.parts if is_named(part.targets, path)), None)
         if found is None:
             raise SiteError(
                 f"none of the methods of a union ({', '.join(part.name for part in self.parts)}) targets '{path}'",
@@ -87,7 +87,7 @@ class Union(Variant):
             SiteError: a part names no site.
             SiteError: two parts name one.
         """
-        parts = tuple(_settled(part.for_model(model, inputs), model) for part in self.parts)
+        parts = tuple(_resolve_sites(part.for_model(model, inputs), model) for part in self.parts)
         return Union.of(*parts, like=self)
 
     @classmethod
@@ -114,11 +114,11 @@ class Union(Variant):
         return cls(parts=parts, targets=tuple(paths), **whole)  # type: ignore[arg-type]  # held against the annotation
 
 
-def _settled(part: Variant, model: nn.Module) -> Variant:
+def _resolve_sites(part: Variant, model: nn.Module) -> Variant:
     """A part with its targets by whole paths; a branch that names modules names them by these already."""
     if isinstance(part, BranchVariant) and not isinstance(part.targets, str):
         return part
     sites = find_sites(model)
-    refuse_unmatched(part.name, part.targets, sites)
+    check_targets_match(part.name, part.targets, sites)
     paths = tuple(site.path for site in part.named_sites(model, sites) if part.adapts(site))
     return dataclasses.replace(part, targets=paths, exclude=(), layers=()) if paths else part

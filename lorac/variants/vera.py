@@ -12,16 +12,16 @@ from typing import ClassVar
 import torch
 
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.sites import Site
-from lorac.ir.slots.training import Dropout
-from lorac.variants import _inits
+from lorac.ir.sites import Site
+from lorac.ir.slots.live_terms import Dropout
+from lorac.variants import _initialisers as _inits
 from lorac.variants.base import WeightVariant
 from lorac.variants.params import InitContext, ParamSpec, Role
 
 Tensor = torch.Tensor
 
 
-def projections(r: int, out: int, columns: int, key: int) -> tuple[Tensor, Tensor]:
+def draw_projections(r: int, out: int, columns: int, key: int) -> tuple[Tensor, Tensor]:
     """A (r, columns) and B (out, r), float32, drawn one after the other from a CPU generator seeded with ``key``.
 
     Both are U(±√(6 / size of the last axis)). The same bits as PEFT's where torch's generator gives the same bits.
@@ -73,10 +73,10 @@ class VeRA(WeightVariant):
         return W + up @ down
 
     def _draw_a(self, context: InitContext) -> Tensor:
-        return projections(self.r, 0, context.shape[1], self.projection_prng_key)[0]
+        return draw_projections(self.r, 0, context.shape[1], self.projection_prng_key)[0]
 
     def _draw_b(self, context: InitContext) -> Tensor:
-        return projections(self.r, context.shape[0], context.params.vera_A.shape[1], self.projection_prng_key)[1]
+        return draw_projections(self.r, context.shape[0], context.params.vera_A.shape[1], self.projection_prng_key)[1]
 
     def _start_d(self, context: InitContext) -> Tensor:
         return torch.full(context.shape, self.d_initial)

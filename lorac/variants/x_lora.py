@@ -17,25 +17,25 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorac.errors import AdapterError
+from lorac.frontend.module_sites import infer_module_site, list_callable_paths
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.modules import callable_paths, told_site
-from lorac.ir.host.sites import Site, SiteKind, find_sites
-from lorac.ir.slots.reads import BASE, pass_value
-from lorac.variants import _inits
-from lorac.variants._experts import factors_of, stacked, stacked_specs
-from lorac.variants._routed import Routed
+from lorac.ir.sites import Site, SiteKind, find_sites
+from lorac.ir.slots.program_values import BASE, pass_value_name
+from lorac.variants import _initialisers as _inits
+from lorac.variants._experts import expert_specs, read_factors, stack_factors
+from lorac.variants._routed import RoutedVariant
 from lorac.variants._routing import top_k
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Context
 from lorac.variants.params import InitContext, ParamSpec, Role
 
 Tensor = torch.Tensor
-SCALING = "scaling"
+SCALING_PASS = "scaling"
 """The pass before the call's own, where it is not one of the base."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class XLoRA(Routed):
+class XLoRA(RoutedVariant):
     """``y' = y + g·Σ_i σ_i·B_i·A_i·x``, σ = softmax(MLP(h)/temperature) of each token, h the last hidden state.
 
     h is that of a scaling pass, without gradients, in which σ_i = v at every token and site: of the unadapted model
@@ -95,7 +95,7 @@ class XLoRA(Routed):
         """
         sites = find_sites(model)
         found = sites.get(self.hidden) or (
-            told_site(self.hidden, model, sites) if self.hidden in callable_paths(model) else None
+            infer_module_site(self.hidden, model, sites) if self.hidden in list_callable_paths(model) else None
         )
         if found is not None and found.out_features != self.hidden_size:
             raise AdapterError(
@@ -109,7 +109,7 @@ class XLoRA(Routed):
     def params(self, site: Site) -> dict[str, ParamSpec]:
         ranks, role = self.experts * self.r, Role.TRAINABLE if self.use_trainable_adapters else Role.FROZEN
         return {
-            **stacked_specs(site, ranks, role),
+            **expert_specs(site, ranks, role),
             **self.classifier(),
         }
 
@@ -147,7 +147,7 @@ class XLoRA(Routed):
     @property
     def read(self) -> str:
         """What the classifier reads, as a value of the program."""
-        return pass_value(SCALING, self.hidden) if self.scaling_pass_value else f"{BASE}:{self.hidden}"
+        return pass_value_name(SCALING_PASS, self.hidden) if self.scaling_pass_value else f"{BASE}:{self.hidden}"
 
     def reads_once(self) -> tuple[str, ...]:
         return (self.read,)
@@ -182,7 +182,7 @@ class XLoRA(Routed):
         return torch.softmax(weights.masked_fill(out, -torch.inf), dim=-1).masked_fill(out, 0)
 
     def branch(self, x: Tensor, y: Tensor, p: Params, ctx: Context) -> Tensor:
-        if ctx.passing == SCALING:
+        if ctx.passing == SCALING_PASS:
             weights = self._kept(x.new_full((self.experts,), self.scaling_pass_value))
         else:
             weights = ctx.value("own:scalings")[..., self._place(ctx.site.path), :]
@@ -221,7 +221,7 @@ class XLoRA(Routed):
         """
         if not adapters:
             raise AdapterError("X-LoRA needs at least one LoRA", next_step="give adapters of lorac.LoRA")
-        sources = [factors_of(adapter, "X-LoRA") for adapter in adapters]
+        sources = [read_factors(adapter, "X-LoRA") for adapter in adapters]
         paths = dict.fromkeys(path for source in sources for path in source)
         order = [*(path for path in sites if path in paths), *(path for path in paths if path not in sites)]
         rank = max(a.shape[0] for source in sources for a, _ in source.values())
@@ -230,15 +230,15 @@ class XLoRA(Routed):
         tensors: dict[str, dict[str, Tensor]] = {}
         shared: dict[str, Tensor] = {}
         for path in order:
-            a, b = stacked(path, [source.get(path) for source in sources], rank, "X-LoRA")
+            a, b = stack_factors(path, [source.get(path) for source in sources], rank, "X-LoRA")
             site = Site(path, SiteKind.LINEAR, b.shape[0], a.shape[1], a.dtype, None)
             for key, spec in variant.classifier().items() if not shared else ():
-                context = InitContext(spec.shape, site, _no_base, Params(), generator, name)
+                context = InitContext(spec.shape, site, _refuse_base_weight, Params(), generator, name)
                 shared[key] = spec.init(context).to(a.dtype)
             tensors[path] = {"lora_A": a, "lora_B": b}
         tensors = {path: {**own, **shared} for path, own in tensors.items()}
         return Adapter(name, variant, tensors, provenance={"experts": [adapter.name for adapter in adapters]})
 
 
-def _no_base() -> Tensor:
+def _refuse_base_weight() -> Tensor:
     raise AssertionError("the classifier of X-LoRA starts without looking at the base")

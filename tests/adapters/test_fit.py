@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lorac
-from lorac.adapters.base_hash import base_hash, tensor_hash
+from lorac.adapters.base_hash import compute_base_hash, compute_tensor_hash
 from lorac.errors import LoracError
 from tests.refusing import refuses
 
@@ -144,13 +144,13 @@ FAULTS: dict[str, tuple[lorac.Adapter, type[LoracError], str]] = {
         "  call model.resize_token_embeddings(7) if the vocabulary has grown",
     ),
     "a copy of no parameter": (
-        good(provenance={"copies": {"table.wait": tensor_hash(torch.ones(5, 4))}}),
+        good(provenance={"copies": {"table.wait": compute_tensor_hash(torch.ones(5, 4))}}),
         lorac.SiteError,
         "adapter 'mine' replaces 'table.wait', which the model does not have\n  nearest: table.weight\n"
         "  load the class of model that the adapter was trained on",
     ),
     "a copy of another base": (
-        good(provenance={"copies": {"table.weight": tensor_hash(torch.ones(5, 4))}}),
+        good(provenance={"copies": {"table.weight": compute_tensor_hash(torch.ones(5, 4))}}),
         lorac.AdapterError,
         "adapter 'mine' was saved with a copy of 'table.weight', and this model's differs\n"
         "  load the base it was trained on; if its vocabulary was resized, "
@@ -205,10 +205,11 @@ FAULTS: dict[str, tuple[lorac.Adapter, type[LoracError], str]] = {
         "  copy or download the file again: it was changed",
     ),
     "another base": (
-        good(provenance={"base": base_hash(other_base(), ["up"])}),
+        good(provenance={"base": compute_base_hash(other_base(), ["up"])}),
         lorac.AdapterError,
         "adapter 'mine' was made for other base weights: "
-        f"it recorded {base_hash(other_base(), ['up'])}, this model has {base_hash(model(), ['up'])} at the 1 adapted "
+        f"it recorded {compute_base_hash(other_base(), ['up'])}, "
+        f"this model has {compute_base_hash(model(), ['up'])} at the 1 adapted "
         "sites\n  load the base model, and the revision of it, that the adapter was trained on",
     ),
 }
@@ -255,8 +256,8 @@ def test_a_fault_has_one_error_and_one_text(fault: str, way: Way, tmp_path: Path
 def test_what_fits_is_taken(way: Way, tmp_path: Path) -> None:
     own = model()
     replaced = {"norm.weight": torch.ones(4)}
-    copies = {"table.weight": tensor_hash(own.get_parameter("table.weight"))}
-    way(good(replaced=replaced, provenance={"base": base_hash(own, ["up"]), "copies": copies}), tmp_path)
+    copies = {"table.weight": compute_tensor_hash(own.get_parameter("table.weight"))}
+    way(good(replaced=replaced, provenance={"base": compute_base_hash(own, ["up"]), "copies": copies}), tmp_path)
 
 
 BAD = torch.tensor([[1, torch.nan, 3, torch.inf]])
@@ -315,4 +316,4 @@ def test_no_hash_is_taken_of_a_quantised_weight() -> None:
     quantised = model()
     quantised.up.weight = Packed(torch.zeros(6, 4))  # type: ignore[union-attr]
     assert lorac.sites(quantised)["up"].packed == "Packed"
-    lorac.compile(quantised, {NAME: good(provenance={"base": base_hash(model(), ["up"])})})
+    lorac.compile(quantised, {NAME: good(provenance={"base": compute_base_hash(model(), ["up"])})})

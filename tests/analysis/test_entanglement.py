@@ -8,7 +8,7 @@ import torch
 import lorac
 from lorac.analysis.entanglement import internal_entropy, prime_sites, random_entropy, rank_bound
 from lorac.errors import AdapterError
-from lorac.testing.checks import assert_close
+from lorac.testing.eager_checks import assert_close
 from tests.limits import assert_apart, assert_at_most, assert_deviation, assert_mean, decimals
 from tests.refusing import refuses
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import lorac
-from lorac.analysis.methods import HEADERS, WIDTH, MethodRow, cells, markdown
-from lorac.cli._methods import method_rows
+from lorac.analysis.methods import HEADERS, WIDTH, MethodRow, render_markdown, row_cells
+from lorac.cli._method_table import method_rows
 from lorac.variants.params import ParamSpec
 
 BUILT_IN = {v.name: v for v in lorac.variants().values() if v.__module__.startswith("lorac.")}
@@ -87,7 +87,7 @@ def test_rows(rows: dict[str, MethodRow]) -> None:
 def test_shared_tensors_and_missing_defaults() -> None:
     without, with_defaults = method_rows([Tabled, TabledByDefault])
     assert (without.form, without.trained, without.formula) == ("", "", "W' = W + |s|·B·A")
-    assert cells(without)[4] == cells(without)[7] == "–"
+    assert row_cells(without)[4] == row_cells(without)[7] == "–"
     assert (with_defaults.form, with_defaults.shared) == ("low-rank r=2", ("A",))
     assert (with_defaults.own, with_defaults.common) == (2 * 768, 2 * 768)
     assert with_defaults.trained == "1,536 + 1,536 shared"
@@ -96,7 +96,7 @@ def test_shared_tensors_and_missing_defaults() -> None:
 
 def test_markdown() -> None:
     rows = method_rows([lorac.LoRA, Tabled, TabledByDefault])
-    text = markdown(rows)
+    text = render_markdown(rows)
     assert text.endswith("|\n")
     head, _, *lines = [line for line in text.splitlines() if line.startswith("|")]
     assert head == f"| {' | '.join(HEADERS)} |"
@@ -104,7 +104,7 @@ def test_markdown() -> None:
     assert all(line.replace(r"\|", "").count("|") == len(HEADERS) + 1 for line in lines)
     assert r"`W' = W + \|s\|·B·A`" in lines[1]
     assert "[arXiv 2401.01234v2](https://arxiv.org/abs/2401.01234v2); again, [arXiv 1901.0123](" in lines[2]
-    assert all(len(cells(row)) == len(HEADERS) for row in rows)
+    assert all(len(row_cells(row)) == len(HEADERS) for row in rows)
 
 
 @dataclass(frozen=True, kw_only=True)

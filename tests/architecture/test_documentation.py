@@ -8,7 +8,7 @@ import pytest
 
 from lorac.backends.onnx.legalize import Legalize
 from lorac.ir.slots.roles import ROLES
-from lorac.passes.pipelines import lowering
+from lorac.passes.pipelines import lowering_passes
 from tests.docs.pages import PAGES as READ
 from tests.docs.pages import name
 
@@ -90,11 +90,11 @@ def test_every_link_leads_somewhere(page):
     [
         ("lorac.compile", True),
         ("lorac.ir.slots.roles.ROLES", True),
-        ("lorac.ir.slots.site.SitePlan.site", True),
-        ("lorac.ir.engine.Engine.bind", True),
+        ("lorac.ir.slots.plans.SitePlan.site", True),
+        ("lorac.target.engine.Engine.bind", True),
         ("lorac.ir.slots.roles.ROLE", False),
         ("lorac.ir.slot", False),
-        ("lorac.ir.slots.site.SitePlan.site.path", False),
+        ("lorac.ir.slots.plans.SitePlan.site.path", False),
     ],
 )
 def test_what_resolves(name, resolves):
@@ -150,5 +150,5 @@ def test_the_table_of_roles():
 def test_the_table_of_passes():
     section = _section(ARCHITECTURE.read_text(encoding="utf-8"), "Levels")
     rows = [line.rpartition(" | ")[0] for line in section.splitlines() if line.startswith("| `")]
-    steps = [*lowering(), Legalize()]
+    steps = [*lowering_passes(), Legalize()]
     assert rows == [f"| `{step.name}` | {step.reads.name.lower()} | {step.leaves.name.lower()}" for step in steps]

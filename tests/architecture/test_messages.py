@@ -21,12 +21,12 @@ import typer
 import lorac
 from lorac import errors
 from lorac.cli import app
-from lorac.compiler.targets import backend_of, targets
 from lorac.formats import formats
-from lorac.formats.adapterhub.loras import Fields
-from lorac.formats.peft.config import methods as peft_types
+from lorac.formats.adapterhub.loras import LoraFields
+from lorac.formats.peft.config import peft_types
 from lorac.ir.slots.planning import MODES
-from lorac.runtime.module import CompiledModule
+from lorac.session.compiled_module import CompiledModule
+from lorac.session.targets import find_backend, targets
 
 ROOT = Path(__file__).parents[2]
 SPEAKS = {*errors.__all__, "warn", "expect", "refuse"}
@@ -46,7 +46,7 @@ PUBLIC = [
     "lorac.trainer",
     "lorac.training",
     "lorac.training.loram",
-    "lorac.training.starts",
+    "lorac.training.initialisation",
     "lorac.training.transfer",
     "lorac.testing",
     "lorac.analysis.entanglement",
@@ -98,7 +98,7 @@ def texts():
     found = []
     for source in sorted((ROOT / "lorac").rglob("*.py")):
         where = source.relative_to(ROOT).as_posix()
-        if where.startswith("lorac/ir/view/"):  # graphs as text and pages, in languages of their own
+        if where.startswith("lorac/report/"):  # graphs as text and pages, in languages of their own
             continue
         tree = ast.parse(source.read_text(encoding="utf-8"))
         found += [(where, text) for text in map(_said, _spoken(tree)) if text]
@@ -148,10 +148,10 @@ def arguments():
         for name in getattr(module, "__all__", None) or vars(module):
             known |= _taken(getattr(module, name))
     for target in targets():
-        known |= {field.name for field in dataclasses.fields(backend_of(target).options)}
+        known |= {field.name for field in dataclasses.fields(find_backend(target).options)}
     for kind in peft_types().values():
         known |= set(kind.fields)
-    return known | {field.name for field in dataclasses.fields(Fields)} | FOREIGN.keys()
+    return known | {field.name for field in dataclasses.fields(LoraFields)} | FOREIGN.keys()
 
 
 def _taken(found):

@@ -31,7 +31,7 @@ CLASSES = {
     "BranchVariant",
     "Compiled",
     "ParamSpec",
-    "Prefixes",
+    "PromptCache",
     "Reserve",
     "Role",
     "SwapReport",

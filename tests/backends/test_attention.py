@@ -10,8 +10,8 @@ import transformers
 from torch import nn
 
 import lorac
-from lorac.backends.onnx.files import MODEL
-from lorac.testing.checks import assert_close
+from lorac.backends.onnx.model_files import MODEL_FILE
+from lorac.testing.eager_checks import assert_close
 
 
 class Attends(nn.Module):
@@ -28,7 +28,7 @@ class Attends(nn.Module):
 
 
 def ops(compiled):
-    return [node.op_type for node in ir.load(compiled.engine.folder / MODEL).graph]
+    return [node.op_type for node in ir.load(compiled.engine.folder / MODEL_FILE).graph]
 
 
 def bool_mask():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.backends.onnx.files import MODEL
+from lorac.backends.onnx.model_files import MODEL_FILE
 from lorac.variants._routing import top_k
 
 
@@ -26,7 +26,7 @@ def test_of_equals_the_first_are_chosen(k: int, experts: int, levels: int) -> No
     host = Choosing(k).eval()
     example = (torch.randn(2, 4), torch.randn(2, 3, experts))
     compiled = lorac.compile(host, {"a": lorac.LoRA(r=2)}, target="onnxruntime", example_inputs=example, active=None)
-    ops = [node.op_type for node in ir.load(compiled.engine.folder / MODEL).graph]
+    ops = [node.op_type for node in ir.load(compiled.engine.folder / MODEL_FILE).graph]
     assert {"TopK", "ScatterElements"} <= set(ops)
     assert not {"CumSum", "ReduceSum"} & set(ops)
     x, z = torch.randn(5, 4), torch.randint(levels, (5, 3, experts)).float()

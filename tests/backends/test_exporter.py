@@ -13,8 +13,8 @@ from torch.onnx._internal.fx.passes.type_promotion import _TypePromotionInterpre
 
 import lorac
 from lorac.backends.onnx import exporter
-from lorac.backends.onnx.files import MODEL
-from lorac.testing.checks import assert_close
+from lorac.backends.onnx.model_files import MODEL_FILE
+from lorac.testing.eager_checks import assert_close
 from tests.refusing import refuses
 
 
@@ -200,7 +200,7 @@ def test_what_torch_loses_is_not_answered():
 
 def test_a_view_of_the_same_shape_is_no_op():
     compiled = emitted(viewed_as_it_was)[2]
-    assert "Reshape" not in {node.op_type for node in ir.load(compiled.engine.folder / MODEL).graph}
+    assert "Reshape" not in {node.op_type for node in ir.load(compiled.engine.folder / MODEL_FILE).graph}
 
 
 def test_an_op_without_translation_is_named():
@@ -248,7 +248,7 @@ def test_torchs_exporter_stays_as_it_was():
 def test_translations_of_one_op_are_those_that_all_have():
     whole = exporter._whole_registry().functions
     for op in (torch.ops.aten.mul.Tensor, torch.ops.aten.embedding.default, torch.ops.aten.view.default, operator.add):
-        own = exporter._registry_of(exporter._qualified(op)).functions
+        own = exporter._registry_of(exporter._torchlib_name(op)).functions
         key = op.name() if isinstance(op, torch._ops.OpOverload) else op
         assert [found.onnx_function for found in own[key]] == [found.onnx_function for found in whole[key]]
         assert len(own) < len(whole) / 10
@@ -267,5 +267,5 @@ def test_what_an_op_takes_is_read_once(monkeypatch):
     compiled = emitted(promoted)[2]
     assert {"Mul", "Add"} <= {name for name, _ in read}
     assert len(set(read)) == len(read)
-    names = [node.op_type for node in ir.load(compiled.engine.folder / MODEL).graph]
+    names = [node.op_type for node in ir.load(compiled.engine.folder / MODEL_FILE).graph]
     assert names.count("Cast") > 1

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.testing.checks import assert_close
+from lorac.testing.eager_checks import assert_close
 from lorac.testing.parity import assert_parity
 from lorac.testing.samples import adapter_away
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.backends.onnx.files import MODEL
+from lorac.backends.onnx.model_files import MODEL_FILE
 from lorac.testing import HOSTS, Case
 
 VARIANTS = {"adaptertune": (lorac.AdapterTune(r=2), "block"), "meteora": (lorac.MeteoRA(r=2, experts=3), "linear")}
@@ -25,7 +25,7 @@ def compiled(case):
 
 
 def test_each_branch_lies_in_an_if_of_its_own(compiled):
-    model = ir.load(compiled.engine.folder / MODEL)
+    model = ir.load(compiled.engine.folder / MODEL_FILE)
     gates = [node for node in model.graph if node.op_type == "If"]
     assert len(gates) == len(compiled.plans["blocks.0" if "blocks.0" in compiled.plans else "site"].branches) == 2
     parameters = {name for name, slot in compiled.engine.slots.items() if ".t" not in slot.role}

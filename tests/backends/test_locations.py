@@ -10,9 +10,9 @@ import pytest
 from onnx import TensorProto, helper
 
 import lorac
-from lorac.backends.onnx.files import MODEL, WEIGHTS, check_locations
-from lorac.ir.host.components import MAIN
-from lorac.ir.store.held import hold
+from lorac.backends.onnx.model_files import MODEL_FILE, WEIGHTS_FILE, check_locations
+from lorac.frontend.components import MAIN_GRAPH
+from lorac.storage.open_file import open_files
 
 FLOAT = TensorProto.FLOAT
 
@@ -20,7 +20,7 @@ FLOAT = TensorProto.FLOAT
 def beside(**told: str) -> TensorProto:
     """A tensor (2, 3) that lies in a file: the first 24 bytes of the one beside the model, unless told otherwise."""
     tensor = TensorProto(name="w", data_type=FLOAT, dims=[2, 3], data_location=TensorProto.EXTERNAL)
-    for key, value in {"location": WEIGHTS, "offset": "0", "length": "24", **told}.items():
+    for key, value in {"location": WEIGHTS_FILE, "offset": "0", "length": "24", **told}.items():
         tensor.external_data.add(key=key, value=value)
     return tensor
 
@@ -90,7 +90,7 @@ IDS = ["initializer", "sparse", "constant", "branch", "constant in a branch", "f
 AWAY: dict[str, TensorProto] = {
     "another file": beside(location="elsewhere"),
     "absolute": beside(location="/etc/passwd"),
-    "parent": beside(location=f"../{WEIGHTS}"),
+    "parent": beside(location=f"../{WEIGHTS_FILE}"),
     "no file": TensorProto(name="w", data_type=FLOAT, dims=[2], data_location=TensorProto.EXTERNAL),
     "beyond the end": beside(offset="8"),
     "longer than the file": beside(length="25"),
@@ -101,14 +101,14 @@ AWAY: dict[str, TensorProto] = {
 
 
 def check(folder: Path) -> None:
-    names = [name for name in (MODEL, WEIGHTS) if (folder / name).exists()]
-    check_locations(hold(folder, names), MAIN)
+    names = [name for name in (MODEL_FILE, WEIGHTS_FILE) if (folder / name).exists()]
+    check_locations(open_files(folder, names), MAIN_GRAPH)
 
 
 @pytest.mark.parametrize("place", PLACES, ids=IDS)
 def test_tensors_lie_beside_the_model(place: Callable[[TensorProto], onnx.ModelProto], tmp_path: Path) -> None:
-    (tmp_path / WEIGHTS).write_bytes(bytes(24))
-    path = tmp_path / MODEL
+    (tmp_path / WEIGHTS_FILE).write_bytes(bytes(24))
+    path = tmp_path / MODEL_FILE
     path.write_bytes(place(beside()).SerializeToString())
     check(tmp_path)
     for tensor in AWAY.values():
@@ -121,13 +121,13 @@ def test_a_place_told_twice(tmp_path: Path) -> None:
     """Readers may take the first or the last."""
     tensor = beside()
     tensor.external_data.add(key="location", value="elsewhere")
-    (tmp_path / WEIGHTS).write_bytes(bytes(24))
-    (tmp_path / MODEL).write_bytes(initializer(tensor).SerializeToString())
+    (tmp_path / WEIGHTS_FILE).write_bytes(bytes(24))
+    (tmp_path / MODEL_FILE).write_bytes(initializer(tensor).SerializeToString())
     with pytest.raises(lorac.ArtifactError, match="elsewhere"):
         check(tmp_path)
 
 
 def test_what_is_no_model(tmp_path: Path) -> None:
-    (tmp_path / MODEL).write_bytes(b"\xff" * 100)
+    (tmp_path / MODEL_FILE).write_bytes(b"\xff" * 100)
     with pytest.raises(lorac.ArtifactError, match="is no ONNX model"):
         check(tmp_path)

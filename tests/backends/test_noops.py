@@ -4,7 +4,7 @@ import onnx_ir as ir
 import pytest
 from onnxscript import rewriter
 
-from lorac.backends.onnx.noops import exporters_rules, no_ops
+from lorac.backends.onnx.cleanup_rules import default_rules, exact_no_op_rules
 
 GRAPH = """<ir_version: 10, opset_import: ["": 20]> g (float[2] x) => (float[2] y) {{
     c = Constant <value = float {{ {value} }}> ()
@@ -25,5 +25,5 @@ GRAPH = """<ir_version: 10, opset_import: ["": 20]> g (float[2] x) => (float[2] 
 def test_only_what_changes_nothing_is_left_out(op, operands, neutral, little):
     for value, left in ((neutral, "Identity"), (little, op)):
         model = ir.from_onnx_text(GRAPH.format(value=value, op=op, operands=operands))
-        rewriter.RewritePass([*exporters_rules(), *no_ops()])(model)
+        rewriter.RewritePass([*default_rules(), *exact_no_op_rules()])(model)
         assert model.graph.outputs[0].producer().op_type == left

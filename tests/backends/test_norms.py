@@ -4,8 +4,8 @@ import onnx_ir as ir
 import torch
 
 import lorac
-from lorac.backends.onnx.files import MODEL
-from lorac.testing.checks import assert_close
+from lorac.backends.onnx.model_files import MODEL_FILE
+from lorac.testing.eager_checks import assert_close
 from tests import parity
 from tests.zoo import ZOO
 
@@ -19,7 +19,7 @@ def test_rms_norms_are_onnxruntimes_own():
         adapter.replaced[name] = tensor * torch.linspace(0.7, 1.3, tensor.numel())
     eager = lorac.compile(model, {"a": adapter})
     emitted = lorac.compile(model, {"a": adapter}, target="onnxruntime")
-    found = [node.op_type for node in ir.load(emitted.engine.folder / MODEL).graph]
+    found = [node.op_type for node in ir.load(emitted.engine.folder / MODEL_FILE).graph]
     assert found.count("SimplifiedLayerNormalization") == sum("norm" in name for name, _ in model.named_parameters())
     assert not {"Reciprocal", "Sqrt"} & set(found)
     inputs = entry.inputs()

@@ -4,7 +4,7 @@ import onnx_ir as ir
 from onnxscript import rewriter
 from onnxscript.rewriter import pattern
 
-from lorac.backends.onnx.rewriting import rewriting
+from lorac.backends.onnx.pattern_pass import make_rewrite_pass
 
 TEXT = """
 <ir_version: 10, opset_import: ["" : 22]>
@@ -35,7 +35,7 @@ def test_the_program_is_the_same():
     one, other = ir.from_onnx_text(TEXT), ir.from_onnx_text(TEXT)
     first, second = [], []
     rewriter.RewritePass(rules(first))(one)
-    rewriting(rules(second))(other)
+    make_rewrite_pass(rules(second))(other)
     assert first == second and set(first) == {"x", "c"}
     assert [node.op_type for node in one.graph] == [node.op_type for node in other.graph]
 
@@ -44,5 +44,5 @@ def test_a_rule_is_set_up_where_its_op_is(monkeypatch):
     model, asked = ir.from_onnx_text(TEXT), []
     negations, _ = rules([])
     monkeypatch.setattr(negations, "match", lambda model, graph, node, **_: asked.append(node.op_type))
-    rewriting([negations])(model)
+    make_rewrite_pass([negations])(model)
     assert asked == ["Neg", "Neg"]

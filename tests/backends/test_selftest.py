@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 import lorac
-from lorac.backends.onnx import selftest
-from lorac.backends.onnx.files import MODEL, WEIGHTS
-from lorac.backends.onnx.selftest import self_test
+from lorac.backends.onnx import self_test as selftest
+from lorac.backends.onnx.model_files import MODEL_FILE, WEIGHTS_FILE
+from lorac.backends.onnx.self_test import run_self_test
 from lorac.backends.onnxruntime.engine import GraphSession, OrtEngine
-from lorac.backends.onnxruntime.session import new_session
-from lorac.ir.host.sites import base_of
-from lorac.ir.store.held import hold
+from lorac.backends.onnxruntime.inference_session import create_session
+from lorac.ir.sites import make_base_reader
+from lorac.storage.open_file import open_files
 from tests.refusing import refuses
 
 building = importlib.import_module("lorac.backends.onnxruntime.build")  # its package has a function of that name
@@ -77,7 +77,7 @@ def _build(mode: str, monkeypatch: pytest.MonkeyPatch) -> Built:
         example_inputs=(torch.randn(3, 10),),
     )
     seen[0].engine.keep = compiled  # type: ignore[attr-defined]  (its folder lives as long as it does)
-    seen[0].engine.base = base_of(_host())  # a baked engine keeps none
+    seen[0].engine.base = make_base_reader(_host())  # a baked engine keeps none
     return seen[0]
 
 
@@ -94,16 +94,16 @@ def built() -> dict[str, Built]:
 def _sabotaged(built: Built, folder: Path, change: Callable[[ir.Model], None]) -> OrtEngine:
     """The same engine over a model that was tampered with."""
     folder.mkdir()
-    model = ir.load(built.engine.folder / MODEL)
+    model = ir.load(built.engine.folder / MODEL_FILE)
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
             value.const_value = ir.tensor(value.const_value.numpy().copy(), name=value.name)
     change(model)
-    ir.save(model, folder / MODEL, external_data=WEIGHTS, size_threshold_bytes=1 << 30)
-    files, engine = hold(folder, (MODEL,)), built.engine
+    ir.save(model, folder / MODEL_FILE, external_data=WEIGHTS_FILE, size_threshold_bytes=1 << 30)
+    files, engine = open_files(folder, (MODEL_FILE,)), built.engine
     part = engine.parts["main"]
     return OrtEngine(
-        parts={"main": GraphSession(new_session(files, "main", engine.options), part.signature, part.slots)},
+        parts={"main": GraphSession(create_session(files, "main", engine.options), part.signature, part.slots)},
         plans=engine.plans,
         base=engine.base,
         mode=engine.mode,
@@ -117,11 +117,11 @@ def _input(model: ir.Model, name: str) -> ir.Value:
 
 
 def _content(built: Built, name: str) -> Tensor:
-    from lorac.ir.graph.feeds import named_tensors
-    from lorac.ir.slots.snapshot import slots_of
+    from lorac.ir.graph.feeds import collect_slot_tensors
+    from lorac.ir.slots.composition import fill_slots
 
     engine = built.engine
-    return named_tensors(engine.slots, engine.plans, slots_of(engine.plans, built.snapshot, engine.base))[name]
+    return collect_slot_tensors(engine.slots, engine.plans, fill_slots(engine.plans, built.snapshot, engine.base))[name]
 
 
 def _constant(model: ir.Model, name: str, value: Tensor) -> ir.Value:
@@ -164,7 +164,7 @@ def _exchange(model: ir.Model, one: str, two: str) -> None:
 
 def test_honest_engines_pass(built: dict[str, Built]) -> None:
     for made in built.values():
-        self_test(made.engine, made.program, made.snapshot)
+        run_self_test(made.engine, made.program, made.snapshot)
 
 
 SLOTS = {"live": "one:b", "fused": "two:weight"}
@@ -178,7 +178,7 @@ def test_a_slot_that_became_a_constant_is_named(
     made, slot = built[mode], SLOTS[mode]
     engine = _sabotaged(made, tmp_path / "model", lambda model: harm(model, slot, _content(made, slot)))
     with refuses("self_test_failed", match=f"'{slot}'"):
-        self_test(engine, made.program, made.snapshot)
+        run_self_test(engine, made.program, made.snapshot)
 
 
 def test_a_constant_of_another_value_is_found_by_noise(built: dict[str, Built], tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_a_constant_of_another_value_is_found_by_noise(built: dict[str, Built], 
     other = 1 + 0.1 * torch.randn(_content(made, "two:c").shape)
     engine = _sabotaged(made, tmp_path / "model", lambda model: _shadow(model, "two:c", other))
     with refuses("self_test_failed", match="1 slots change nothing: 'two:c'"):
-        self_test(engine, made.program, made.snapshot)
+        run_self_test(engine, made.program, made.snapshot)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_exchanged_slots_are_named(built: dict[str, Built], mode: str, one: str,
     made = built[mode]
     engine = _sabotaged(made, tmp_path / "model", lambda model: _exchange(model, one, two))
     with refuses("self_test_failed", match=f"'{one}'") as error:
-        self_test(engine, made.program, made.snapshot)
+        run_self_test(engine, made.program, made.snapshot)
     assert f"'{two}'" in str(error.value)
 
 
@@ -211,7 +211,7 @@ def test_only_the_slots_at_fault_are_named(built: dict[str, Built], tmp_path: Pa
     made = built["live"]
     engine = _sabotaged(made, tmp_path / "model", lambda model: _exchange(model, "one:b", "two:b"))
     with refuses("self_test_failed") as error:
-        self_test(engine, made.program, made.snapshot)
+        run_self_test(engine, made.program, made.snapshot)
     assert "left" not in str(error.value)
     assert "right" not in str(error.value)
 
@@ -225,7 +225,7 @@ def test_a_wrong_baked_value_is_found(built: dict[str, Built], tmp_path: Path) -
 
     engine = _sabotaged(made, tmp_path / "model", harm)
     with refuses("self_test_failed", match="baked"):
-        self_test(engine, made.program, made.snapshot)
+        run_self_test(engine, made.program, made.snapshot)
 
 
 @pytest.mark.parametrize("mode", ["live", "fused", "baked"])
@@ -243,7 +243,7 @@ def test_a_model_that_is_right_at_the_examples_sizes_alone_is_found(
     made = built[mode]
     engine = _sabotaged(made, tmp_path / "model", harm)
     with refuses("self_test_failed", match=r"is right on the example inputs, and wrong on x \[4, 10\]"):
-        self_test(engine, made.program, made.snapshot)
+        run_self_test(engine, made.program, made.snapshot)
 
 
 @pytest.mark.parametrize(("steep", "off", "differs"), [(1e4, 2e-7, False), (1e4, 1e-3, True), (1.0, 3e-3, True)])
@@ -256,8 +256,8 @@ def test_roundings_that_a_network_blows_up_are_no_fault(
     def answer(graph: Any, inputs: Any, tensors: Any = None, weights: Any = None) -> list[Tensor]:
         return [torch.sin(steep * inputs["x"])]
 
-    monkeypatch.setattr(selftest, "outputs_of", answer)
-    comparison = object.__new__(selftest._Comparison)
+    monkeypatch.setattr(selftest, "run_graph", answer)
+    comparison = object.__new__(selftest._ProgramComparison)
     comparison.engine = SimpleNamespace(mode="live", outputs=lambda *_: answer(None, {"x": x * (1 + off)}))  # type: ignore[assignment]
     comparison.graph, comparison.inputs = SimpleNamespace(name="main", slots={}), {"x": x}  # type: ignore[assignment]
     comparison.weights = {}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lorac
-from lorac.compiler import targets
+from lorac.session import targets
 from lorac.testing.parity import assert_parity
 from lorac.testing.samples import adapter_away
 from tests.backends.throw_away import DIALECT, PlainEngine
@@ -36,7 +36,7 @@ def offered(monkeypatch: pytest.MonkeyPatch) -> None:
     home = "tests.backends.throw_away"
     named = {"plain": f"{home}:BACKEND", "narrow": f"{home}:NARROW", "far": "no_such_library.backend:BACKEND"}
     found = {name: metadata.EntryPoint(name, value, targets.GROUP) for name, value in named.items()}
-    monkeypatch.setattr(targets, "offered", lambda group: found if group == targets.GROUP else {})
+    monkeypatch.setattr(targets, "list_entry_points", lambda group: found if group == targets.GROUP else {})
 
 
 @pytest.fixture(scope="module")

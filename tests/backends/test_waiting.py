@@ -10,13 +10,13 @@ import onnxruntime as ort
 import pytest
 from onnx import helper
 
-from lorac.backends.onnxruntime.options import Options
-from lorac.backends.onnxruntime.session import session_options
+from lorac.backends.onnxruntime.inference_session import session_options
+from lorac.backends.onnxruntime.options import OnnxRuntimeOptions
 
 _SPINS, _FOR, _STOPS = "allow_spinning", "spin_duration_us", "force_spinning_stop"
 
 
-def _entry(options: Options, name: str) -> str | None:
+def _entry(options: OnnxRuntimeOptions, name: str) -> str | None:
     settings = session_options(options)
     try:
         return str(settings.get_session_config_entry(name))
@@ -28,14 +28,14 @@ def _entry(options: Options, name: str) -> str | None:
     ("spinning", "wanted"), [(None, ("1", "20", "1")), (True, ("1", None, None)), (False, ("0", None, None))]
 )
 def test_threads_wait_as_they_are_told(spinning: bool | None, wanted: tuple[str | None, ...]) -> None:
-    options = Options(spinning=spinning)
+    options = OnnxRuntimeOptions(spinning=spinning)
     names = (f"session.intra_op.{_SPINS}", f"session.intra_op.{_FOR}", f"session.{_STOPS}")
     assert tuple(_entry(options, name) for name in names) == wanted
 
 
 def test_threads_are_asleep_between_calls() -> None:
     """Left to ONNX Runtime they go on waiting busily for tens of milliseconds after a call."""
-    settings = session_options(Options(threads=2))
+    settings = session_options(OnnxRuntimeOptions(threads=2))
     session = ort.InferenceSession(_product().SerializeToString(), settings, providers=["CPUExecutionProvider"])
     x = np.ones((256, 256), np.float32)
     session.run(None, {"x": x})

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.backends.onnx import writing
-from lorac.backends.onnx.files import MODEL, WEIGHTS
+from lorac.backends.onnx import initializers as writing
+from lorac.backends.onnx.model_files import MODEL_FILE, WEIGHTS_FILE
 from lorac.backends.onnxruntime import build
 
 DTYPES = (np.float32, np.float64, np.int8, ml_dtypes.bfloat16, np.complex128)
@@ -42,9 +42,9 @@ def test_weights_are_written_in_the_order_of_their_axes(tmp_path, monkeypatch, d
     array = WAYS[way](np.arange(48 * 60).reshape(48, 60).astype(dtype))
     saved, save = [], ir.save
     monkeypatch.setattr(ir, "save", lambda model, *where, **how: (saved.append(model), save(model, *where, **how)))
-    writing.write(_model(array), tmp_path)
-    assert (tmp_path / WEIGHTS).read_bytes() == array.tobytes()
-    read = ir.load(tmp_path / MODEL).graph.initializers["weight"].const_value
+    writing.write_model(_model(array), tmp_path)
+    assert (tmp_path / WEIGHTS_FILE).read_bytes() == array.tobytes()
+    read = ir.load(tmp_path / MODEL_FILE).graph.initializers["weight"].const_value
     assert read.dtype == ir.DataType.from_numpy(np.dtype(dtype))
     assert read.shape.numpy() == array.shape
     assert saved[0].graph.initializers["weight"].const_value.numpy().flags.c_contiguous
@@ -52,7 +52,7 @@ def test_weights_are_written_in_the_order_of_their_axes(tmp_path, monkeypatch, d
 
 def test_joined_weights_are_laid_out_once_for_all_that_hold_them():
     parts = [np.full((2, 3), number, np.float32) for number in (1, 2)]
-    joined = writing.Joined([ir.Tensor(part) for part in parts])
+    joined = writing.ConcatenatedTensor([ir.Tensor(part) for part in parts])
     held = joined.numpy().T
     assert np.shares_memory(joined.numpy(), held)
     np.testing.assert_array_equal(held, np.concatenate(parts).T)
@@ -63,7 +63,7 @@ def test_joined_weights_are_laid_out_once_for_all_that_hold_them():
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
 def test_turned_joined_weights_lie_in_order(dtype):
     parts = [np.arange(6 * rows).reshape(rows, 6).astype(dtype) for rows in (3, 5)]
-    turned = writing.Joined([ir.Tensor(part) for part in parts]).turned
+    turned = writing.ConcatenatedTensor([ir.Tensor(part) for part in parts]).turned
     assert turned.shape.numpy() == (6, 8)
     assert turned.numpy().flags.c_contiguous
     np.testing.assert_array_equal(turned.numpy(), np.concatenate(parts).T)
@@ -83,7 +83,7 @@ class _Pair(nn.Module):
 
 def test_joined_weights_are_laid_out_once_they_are_written(monkeypatch):
     laid_out, after_emission = [], []
-    lay_out, emit = writing._below_each_other, build.emit
+    lay_out, emit = writing._concatenate_rows, build.emit
 
     def noting(arrays, **how):
         laid_out.append([array.shape for array in arrays])
@@ -94,7 +94,7 @@ def test_joined_weights_are_laid_out_once_they_are_written(monkeypatch):
         after_emission.append(len(laid_out))
         return model
 
-    monkeypatch.setattr(writing, "_below_each_other", noting)
+    monkeypatch.setattr(writing, "_concatenate_rows", noting)
     monkeypatch.setattr(build, "emit", emitting)
     inputs = {"x": torch.randn(2, 3, 48)}
     lorac.compile(_Pair().eval(), {"a": lorac.LoRA(r=2)}, target="onnxruntime", example_inputs=inputs)

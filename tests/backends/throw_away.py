@@ -20,29 +20,29 @@ import torch
 from lorac.backends.onnx.emit import emit
 from lorac.backends.onnx.legalize import Legalize
 from lorac.errors import Unavailable
-from lorac.ir.binding import Answer, Binding
-from lorac.ir.engine import (
+from lorac.ir.graph.feeds import collect_slot_tensors, select_reached_plans
+from lorac.ir.sites import SiteKind
+from lorac.ir.slots.composition import ComposedWeights
+from lorac.ir.slots.plans import RankPolicy, SitePlan, SiteSlots
+from lorac.target.binding import CallResult, EngineBinding
+from lorac.target.engine import (
     AnyDialect,
     Backend,
+    BranchGate,
     BuildRequest,
     Dialect,
     Engine,
-    Files,
-    Gate,
-    Stored,
+    ProgramFiles,
+    StoredState,
     TargetOptions,
 )
-from lorac.ir.graph.feeds import fed, named_tensors
-from lorac.ir.host.sites import SiteKind
-from lorac.ir.slots.site import Ranks, SitePlan, SiteSlots
-from lorac.ir.slots.snapshot import Snapshot
 
 DIALECT: Dialect[ir.Model] = Dialect(
     name="plain",
     claims=frozenset(("", schema.name) for schema in onnx.defs.get_all_schemas() if not schema.domain),
     passes=(Legalize(),),
-    gates=Gate.WHERE,
-    ranks={SiteKind.LINEAR: Ranks.FROM_ONE, SiteKind.CONV2D: Ranks.FIXED},
+    gates=BranchGate.WHERE,
+    ranks={SiteKind.LINEAR: RankPolicy.FROM_ONE, SiteKind.CONV2D: RankPolicy.FIXED},
     packs=False,
 )
 
@@ -78,26 +78,26 @@ class PlainEngine(Engine):
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         self.session = ort.InferenceSession(ir.to_proto(self.model).SerializeToString(), settings)
-        self.plans, self.mode, self.buffers = fed(self.graph.slots, request.plans), request.mode, {}
+        self.plans, self.mode, self.buffers = select_reached_plans(self.graph.slots, request.plans), request.mode, {}
 
-    def bind(self, snapshot: Snapshot, slots: Mapping[str, SiteSlots]) -> Binding[Tensors]:
-        return Binding(self, named_tensors(self.graph.slots, self.plans, slots))
+    def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> EngineBinding[Tensors]:
+        return EngineBinding(self, collect_slot_tensors(self.graph.slots, self.plans, slots))
 
     @property
-    def written(self) -> Binding[Tensors]:
+    def written(self) -> EngineBinding[Tensors]:
         raise Unavailable("the plain target writes no weights")
 
-    def hold(self, snapshot: Snapshot) -> None:
+    def hold(self, snapshot: ComposedWeights) -> None:
         raise Unavailable("the plain target writes no weights")
 
     def activate(self, content: Tensors) -> None:
         """Nothing: every call names its tensors."""
 
-    def call(self, content: Tensors, graph: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Answer:
+    def call(self, content: Tensors, graph: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CallResult:
         given = {**self.signature.bind(args, kwargs), **content}
         arrays = {name: value.detach().contiguous().numpy() for name, value in given.items()}
         values = [torch.from_numpy(array) for array in self.session.run(None, arrays)]
-        return Answer(self.signature.answer(values, kwargs)[0])
+        return CallResult(self.signature.answer(values, kwargs)[0])
 
 
 class Plain(Backend[Options]):
@@ -112,13 +112,15 @@ class Plain(Backend[Options]):
     def build(self, request: BuildRequest[Options]) -> PlainEngine:
         return PlainEngine(request, self.taste)
 
-    def store(self, engine: Engine, folder: Path, request: Callable[[], BuildRequest[Options]]) -> Stored:
+    def store(self, engine: Engine, folder: Path, request: Callable[[], BuildRequest[Options]]) -> StoredState:
         raise Unavailable("the plain target stores nothing")
 
-    def restore(self, stored: Stored, files: Files, plans: Mapping[str, SitePlan], mode: str, device: Any) -> Engine:
+    def restore(
+        self, stored: StoredState, files: ProgramFiles, plans: Mapping[str, SitePlan], mode: str, device: Any
+    ) -> Engine:
         raise Unavailable("the plain target stores nothing")
 
-    def base_of(self, files: Files) -> None:
+    def base_of(self, files: ProgramFiles) -> None:
         raise Unavailable("the plain target stores nothing")
 
 

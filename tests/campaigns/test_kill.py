@@ -1,4 +1,4 @@
-"""The kill campaign runs as the command line has it; its mechanism is tested in ``tests/ir/store/test_killed.py``."""
+"""The kill campaign runs as the command line has it; its mechanism is tested in ``tests/storage/test_killed.py``."""
 
 from __future__ import annotations
 

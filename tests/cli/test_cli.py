@@ -251,7 +251,7 @@ def test_a_fault_of_ours_exits_with_3_and_shows_where_when_asked(cli, monkeypatc
     def fail(*args):
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr("lorac.cli.artifacts._loaded", fail)
+    monkeypatch.setattr("lorac.cli.artifacts._load_artifact", fail)
     code, out, err = cli("swap", "compiled", "sql")
     assert (code, out) == (3, "")
     assert err == "lorac itself failed: ZeroDivisionError: ours\n  `lorac --traceback …` shows where\n"
@@ -267,7 +267,7 @@ def test_an_interrupt_exits_with_130(cli, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lorac.cli.artifacts._loaded", interrupt)
+    monkeypatch.setattr("lorac.cli.artifacts._load_artifact", interrupt)
     code, _, err = cli("swap", "compiled", "sql")
     assert code == 130
     assert "Traceback" not in err

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import lorac
 from lorac.cli import app, main
-from lorac.cli._imports import import_own
+from lorac.cli._user_modules import import_user_module
 from lorac.errors import OptionError
 
 METHOD = '''
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import lorac
-from lorac.variants._inits import zeros
+from lorac.variants._initialisers import zeros
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ def test_a_file_of_a_method_of_ones_own_needs_its_class(
     assert "mine: Shifted(" in out
     assert Path(sys.modules["shifted_method"].__file__ or "") == folder / "shifted_method.py"
     # The same file by its path is the module that is there.
-    assert import_own(str(folder / "shifted_method.py")) is sys.modules["shifted_method"]
+    assert import_user_module(str(folder / "shifted_method.py")) is sys.modules["shifted_method"]
     assert "shifted" in lorac.variants()
     # The same class again, as a file of it is written: it names the module.
     lorac.save_adapter(lorac.load_adapter("mine.safetensors"), "again.safetensors", format="native")
@@ -112,6 +112,6 @@ def test_what_cannot_be_imported_is_told(tmp_path: Path, monkeypatch: pytest.Mon
         ("json.py", "would be imported as 'json', which another module is called"),
     ):
         with pytest.raises(OptionError, match=said) as error:
-            import_own(module)
+            import_user_module(module)
         assert error.value.next_step
     assert "wrong_code" not in sys.modules

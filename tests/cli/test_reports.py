@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 
 import lorac
 from lorac.cli import main
+from lorac.cli._compile_options import parse_dynamic_shapes, parse_reserve
 from lorac.cli._inputs import read_inputs
-from lorac.cli._settings import reserve_of, shapes_of
-from lorac.cli._shown import show, table
+from lorac.cli._output import make_table, print_report
 from lorac.errors import warn
 from lorac.version import VERSION
 from tests.mistakes import Tiny, example, lora
@@ -118,12 +118,12 @@ def test_inputs_of_every_format_are_answered_alike(cli, suffix):
 
 def test_a_table_is_whole_where_there_is_no_terminal_and_fits_one(monkeypatch, capsys):
     path = "model.layers.11.attention.projection_of_queries." * 4
-    made = table(("site", "kind"), [(path, "linear [in]")])
+    made = make_table(("site", "kind"), [(path, "linear [in]")])
     monkeypatch.setenv("COLUMNS", "60")
-    show(None, made, as_json=False)
+    print_report(None, made, as_json=False)
     assert path in capsys.readouterr().out
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    show(None, made, as_json=False)
+    print_report(None, made, as_json=False)
     lines = re.sub("\x1b\\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
     assert max(map(len, lines)) <= 60
     assert path in "".join(line[1:].partition("│")[0].strip() for line in lines if line.startswith("│"))
@@ -134,7 +134,7 @@ def test_a_warning_is_told_in_words(folder, monkeypatch, capsys):
         warn("it computes in float32", next_step="dtype='float32' asks for that")
         return lorac.load(folder / "compiled")
 
-    monkeypatch.setattr("lorac.cli.artifacts._loaded", loaded)
+    monkeypatch.setattr("lorac.cli.artifacts._load_artifact", loaded)
     monkeypatch.setattr(sys, "argv", ["lorac", "swap", "compiled", "sql"])
     with pytest.raises(SystemExit):
         main()
@@ -146,16 +146,16 @@ def test_a_warning_is_told_in_words(folder, monkeypatch, capsys):
 
 
 def test_a_reserve():
-    told = reserve_of(["rank=64", "targets=all-linear", "adapters=8", "scales=yes"])
+    told = parse_reserve(["rank=64", "targets=all-linear", "adapters=8", "scales=yes"])
     assert told == lorac.Reserve(targets="all-linear", rank=64, adapters=8, scales=True)
-    assert reserve_of(["targets=a,b"]) == lorac.Reserve(targets=("a", "b"))
-    assert reserve_of([]) is None
+    assert parse_reserve(["targets=a,b"]) == lorac.Reserve(targets=("a", "b"))
+    assert parse_reserve([]) is None
 
 
 def test_dynamic_shapes():
     model = Tiny()
-    assert shapes_of([], model, INPUTS) is None
-    shapes = shapes_of(["ids=0,1", "mask="], model, INPUTS)
+    assert parse_dynamic_shapes([], model, INPUTS) is None
+    shapes = parse_dynamic_shapes(["ids=0,1", "mask="], model, INPUTS)
     assert sorted(shapes["ids"]) == [0, 1]
     assert shapes["mask"] == {}
 
@@ -163,13 +163,16 @@ def test_dynamic_shapes():
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: reserve_of(["rnak=3"]), "--reserve has no 'rnak'\n  nearest: rank\n"),
-        (lambda: reserve_of(["rank"]), "--reserve takes no 'rank'"),
-        (lambda: reserve_of(["rank=many"]), "--reserve takes no rank=many\n  give a whole number"),
-        (lambda: reserve_of(["scales=maybe"]), "--reserve takes no scales=maybe\n  give yes or no"),
-        (lambda: shapes_of(["idx=0"], Tiny(), INPUTS), "--dynamic names 'idx', which is no input\n  nearest: ids\n"),
-        (lambda: shapes_of(["ids=2"], Tiny(), INPUTS), "'ids' has no axis '2'\n  its axes are 0 to 1"),
-        (lambda: shapes_of(["ids=-1"], Tiny(), INPUTS), "'ids' has no axis '-1'"),
+        (lambda: parse_reserve(["rnak=3"]), "--reserve has no 'rnak'\n  nearest: rank\n"),
+        (lambda: parse_reserve(["rank"]), "--reserve takes no 'rank'"),
+        (lambda: parse_reserve(["rank=many"]), "--reserve takes no rank=many\n  give a whole number"),
+        (lambda: parse_reserve(["scales=maybe"]), "--reserve takes no scales=maybe\n  give yes or no"),
+        (
+            lambda: parse_dynamic_shapes(["idx=0"], Tiny(), INPUTS),
+            "--dynamic names 'idx', which is no input\n  nearest: ids\n",
+        ),
+        (lambda: parse_dynamic_shapes(["ids=2"], Tiny(), INPUTS), "'ids' has no axis '2'\n  its axes are 0 to 1"),
+        (lambda: parse_dynamic_shapes(["ids=-1"], Tiny(), INPUTS), "'ids' has no axis '-1'"),
     ],
 )
 def test_what_is_spelt_wrongly_is_said(call, said):

@@ -11,7 +11,7 @@ from peft import LoraConfig
 
 import lorac
 from lorac.cli import main
-from lorac.cli._texts import Shown
+from lorac.cli._generation import TextStreamer
 from tests import peft_files
 from tests.letters import CHAT, letters
 from tests.zoo import ZOO
@@ -111,8 +111,8 @@ def test_a_chat_goes_on_with_another_adapter(cli, files):
 def test_a_compiled_folder_writes_and_is_timed_without_its_model(cli, files, monkeypatch):
     code, out, err = cli("compile", "model", "-a", "sql", "-a", "style", "--active", "none", "--cache", "-o", "cached")
     assert (code, err) == (0, "")
-    find, found = lorac.Prefixes.found, []
-    monkeypatch.setattr(lorac.Prefixes, "found", lambda *told: found.append(find(*told)) or found[-1])
+    find, found = lorac.PromptCache.found, []
+    monkeypatch.setattr(lorac.PromptCache, "found", lambda *told: found.append(find(*told)) or found[-1])
     typed = "one\n/adapter style\ntwo\n/adapter sql\nthree"
     code, out, err = cli("run", "cached", "--max-new-tokens", str(NEW), "--adapters", "sql", typed=typed)
     assert (code, err) == (0, "")
@@ -178,14 +178,14 @@ def test_a_text_ends_where_positions_do(cli, files, tmp_path):
 
 
 def test_an_answer_that_is_interrupted_stays_said(cli, files, monkeypatch):
-    put, stop = Shown.put, iter([False] * 4 + [True] + [False] * 20)
+    put, stop = TextStreamer.put, iter([False] * 4 + [True] + [False] * 20)
 
     def interrupted(self, value):
         put(self, value)
         if next(stop):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Shown, "put", interrupted)
+    monkeypatch.setattr(TextStreamer, "put", interrupted)
     code, out, _ = cli("run", "model", *BOTH, "--adapters", "none", typed="one\ntwo\n")
     assert code == 0
     first = written(files, None, "u:one;a:", max_new_tokens=4)
@@ -198,7 +198,7 @@ def test_a_character_of_several_tokens_is_shown_when_it_is_whole():
             return bytes(ids).decode(errors="replace")
 
     pieces = []
-    shown = Shown(Bytes(), pieces.append)
+    shown = TextStreamer(Bytes(), pieces.append)
     shown.put(torch.tensor([[1, 2]]))  # the prompt
     for byte in "aé€".encode():
         shown.put(torch.tensor([byte]))

@@ -3,15 +3,15 @@
 from typer.testing import CliRunner
 
 import lorac
-from lorac.analysis.methods import markdown
+from lorac.analysis.methods import render_markdown
 from lorac.cli import app
-from lorac.cli._methods import method_rows
+from lorac.cli._method_table import method_rows
 
 
 def test_the_page():
     done = CliRunner().invoke(app, ["variants", "--markdown"])
     assert done.exit_code == 0
-    assert done.output == markdown(method_rows(lorac.variants().values()))
+    assert done.output == render_markdown(method_rows(lorac.variants().values()))
 
 
 def test_brackets_are_no_markup():

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import lorac
-from lorac.ir.host.sites import SiteKind
+from lorac.ir.sites import SiteKind
 from lorac.testing import HOSTS, Oracle, conformance, samples
-from lorac.variants import _inits
+from lorac.variants import _initialisers as _inits
 from lorac.variants.params import ParamSpec, Role
 from tests.refusing import refuses
 

@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 
 from lorac.variants.params import ParamSpec
-from lorac.variants import _inits
+from lorac.variants import _initialisers as _inits
 from lorac.variants.base import WeightVariant
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lorac
 from lorac.backends.onnx.emit import SITE_METADATA
-from lorac.backends.onnx.files import MODEL
+from lorac.backends.onnx.model_files import MODEL_FILE
 from tests.zoo import ZOO
 
 
@@ -21,7 +21,7 @@ def emitted(model: nn.Module, adapters: Any, **options: Any) -> dict[str, list[A
 
 
 def _graph(compiled: lorac.Compiled) -> ir.Graph:
-    return ir.load(compiled.engine.folder / MODEL).graph
+    return ir.load(compiled.engine.folder / MODEL_FILE).graph
 
 
 def _sizes(graph: ir.Graph) -> dict[str, list[Any]]:

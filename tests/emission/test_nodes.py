@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 
 import lorac
-from lorac.backends.onnx.files import MODEL
+from lorac.backends.onnx.model_files import MODEL_FILE
 from tests.emission.nodes import CASES, node_lines
 from tests.goldens import check
 from tests.zoo import ZOO
@@ -18,6 +18,6 @@ def test_an_emitted_program_and_its_graph_are_the_golden_ones(name: str) -> None
     entry = ZOO[model]
     options = {"mode": mode, "active": "a" if mode == "baked" else None, "self_test": False}
     compiled = lorac.compile(entry.fresh(), adapters, target="onnxruntime", example_inputs=entry.inputs(), **options)
-    emitted = ir.load(compiled.engine.folder / MODEL)
+    emitted = ir.load(compiled.engine.folder / MODEL_FILE)
     check(f"nodes_{name}", "\n".join(node_lines(emitted)) + "\n")
     check(f"graph_{name}", str(compiled.graph["main"].after("cleanup")))

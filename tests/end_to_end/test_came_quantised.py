@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 import lorac
-from lorac.backends.onnx.files import read
+from lorac.backends.onnx.model_files import read_model_files
 from lorac.errors import LoracWarning
-from lorac.ir.host.packed import TABLES, Codes
-from lorac.testing.checks import assert_close
+from lorac.frontend.quantised_weights import QUANTISATION_LEVELS, QuantisedMatrix
+from lorac.testing.eager_checks import assert_close
 from tests.refusing import refuses
 
 
@@ -43,7 +43,7 @@ class IntxUnpackedToInt8Tensor(torch.Tensor):
         return function(*tree_map(lambda t: t.whole() if isinstance(t, cls) else t, args), **(kwargs or {}))
 
     def whole(self) -> Tensor:
-        return Codes(8, self.qdata, self.scale, self.zero_point).dequantised()
+        return QuantisedMatrix(8, self.qdata, self.scale, self.zero_point).dequantised()
 
 
 class Linear8bitLt(nn.Linear):
@@ -112,7 +112,7 @@ def model(how: Any) -> nn.Module:
 
 
 def products(compiled: Any) -> list[onnx.NodeProto]:
-    found, _ = read(compiled.engine.files, "main")
+    found, _ = read_model_files(compiled.engine.files, "main")
     return [node for node in found.graph.node if node.op_type == "MatMulNBits"]
 
 
@@ -129,7 +129,7 @@ def test_codes_are_taken_as_they_are(how: str, recwarn: pytest.WarningsRecorder)
     weight: Any = own.site.weight
     whole = (weight.qdata if how.startswith("torchao") else weight.data).numpy()
     bits = 4 if "4 bits" in how else 8
-    stored, held = read(compiled.engine.files, "main")
+    stored, held = read_model_files(compiled.engine.files, "main")
     name = next(t.name for t in stored.graph.initializer if t.name.endswith(f"_Q{bits}"))
     packed = (
         held[name]
@@ -161,7 +161,7 @@ def test_codes_of_another_kind_are_dequantised_with_a_warning(
         assert_close(compiled(X), own(X))
 
 
-LEVELS = Tensor(TABLES["nf4"])
+LEVELS = Tensor(QUANTISATION_LEVELS["nf4"])
 
 
 class InTable(nn.Linear):
@@ -220,7 +220,7 @@ def test_codes_of_a_table_are_the_products_own(
     adapters = {"a": lorac.LoRA(r=2, targets=["first", "second"])}
     compiled = lorac.compile(own, adapters, target="onnxruntime", example_inputs=(x,), active=None)
     assert not [w for w in recwarn if issubclass(w.category, LoracWarning)]
-    found, _ = read(compiled.engine.files, "main")
+    found, _ = read_model_files(compiled.engine.files, "main")
     kinds = [node.op_type for node in found.graph.node]
     assert kinds.count("MatMulBnb4") == 2
     again = torch.randn(3, 128)
@@ -249,7 +249,7 @@ def test_a_side_network_of_a_model_in_4_bits_starts_as_it_and_runs_over_its_code
     assert losses[-1] < losses[0]
     with torch.no_grad():
         emitted = lorac.compile(host, {"side": compiled.adapters["side"]}, target="onnxruntime", **told)
-        found, _ = read(emitted.engine.files, "main")
+        found, _ = read_model_files(emitted.engine.files, "main")
         assert [node.op_type for node in found.graph.node].count("MatMulBnb4") == 4
         assert_close(emitted(other), compiled(other))
         assert not torch.equal(emitted(other), emitted(other, adapters=None))
@@ -279,7 +279,7 @@ def test_bitsandbytes_own_layer() -> None:
     own, x = nn.Sequential(layer.to("cpu"), nn.Tanh()), torch.randn(5, 128)
     expected = own(x)
     compiled = lorac.compile(own, {}, target="onnxruntime", example_inputs=(x,))
-    found, _ = read(compiled.engine.files, "main")
+    found, _ = read_model_files(compiled.engine.files, "main")
     assert [node.op_type for node in found.graph.node].count("MatMulBnb4") == 1
     assert_close(compiled(x), expected)
 

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations, prune
 
 import lorac
 from lorac.testing import parity
-from lorac.testing.checks import assert_close
+from lorac.testing.eager_checks import assert_close
 from tests.peft_files import make_peft
 from tests.refusing import refuses
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import lorac
 from lorac.testing import parity
-from lorac.testing.checks import assert_close
+from lorac.testing.eager_checks import assert_close
 from tests.limits import assert_apart
 from tests.peft_files import load_peft, make_peft
 from tests.refusing import refuses

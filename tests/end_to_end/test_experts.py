@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 import lorac
 from lorac.formats import load_adapter, save_adapter
 from lorac.testing import adapter_away, parity
-from lorac.testing.checks import assert_close
+from lorac.testing.eager_checks import assert_close
 from tests.peft_files import change, load_peft, make_peft
 from tests.refusing import refuses
 

@@ -14,8 +14,8 @@ from peft import LoraConfig, PeftConfig, ShiraConfig
 from torch import Tensor
 
 import lorac
-from lorac.ir.cache import Extension
-from lorac.ir.host.components import MAIN
+from lorac.frontend.components import MAIN_GRAPH
+from lorac.target.kv_cache import DecodeStep
 from tests import limits, parity
 from tests.peft_files import make_peft
 from tests.zoo import ZOO, tokenizer
@@ -73,15 +73,15 @@ def reference(host: Any, name: str, folder: Path, ids: Tensor, new: int) -> Refe
 
 def read(compiled: Any, choice: Any, ids: Tensor, new: int) -> Tensor:
     """Logits (1, new, vocabulary) of the last tokens of a text (1, length); through a cache, where there is one."""
-    if compiled.engine.keeps(MAIN) is None:
+    if compiled.engine.keeps(MAIN_GRAPH) is None:
         with torch.no_grad():
             return compiled(input_ids=ids, adapters=choice).logits[:, -new:]
-    cache = compiled.engine.new_cache(MAIN, 1, ids.shape[1])
+    cache = compiled.engine.new_cache(MAIN_GRAPH, 1, ids.shape[1])
 
     def pieces(bound: Any, _: Any) -> Iterator[Tensor]:
         for piece in ids.split(PIECE, 1):
             every = torch.arange(piece.shape[1])[None]
-            yield bound.extend(MAIN, cache, Extension(ids=piece, counts=[piece.shape[1]], wanted=every)).clone()
+            yield bound.extend(MAIN_GRAPH, cache, DecodeStep(ids=piece, counts=[piece.shape[1]], wanted=every)).clone()
 
     found: list[Tensor] = compiled.with_choice(choice, lambda bound, state: list(pieces(bound, state)))
     return torch.cat(found, 1)[:, -new:]

@@ -16,7 +16,7 @@ RATIO = 1.15
 _PRELUDE = """
 import ctypes, gc, json, sys
 import onnxruntime, onnxscript, psutil, torch, transformers
-import lorac, lorac.compiler, torch.onnx
+import lorac, lorac.session, torch.onnx
 from tests.zoo import ZOO, built
 
 def rss():

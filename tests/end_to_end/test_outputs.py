@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import lorac
-from lorac.ir.graph.outputs import without_dataclasses
-from lorac.testing.checks import assert_close
+from lorac.ir.output_structure import replace_dataclasses
+from lorac.testing.eager_checks import assert_close
 from tests.refusing import refuses
 
 Pair = namedtuple("Pair", "first second")
@@ -57,7 +57,7 @@ def made(kind):
 
 def assert_alike(found, expected, *, classes=True):
     """The same containers, the same constants, and tensors that are close."""
-    (ours, ours_spec), (theirs, spec) = (pytree.tree_flatten(without_dataclasses(o)) for o in (found, expected))
+    (ours, ours_spec), (theirs, spec) = (pytree.tree_flatten(replace_dataclasses(o)) for o in (found, expected))
     assert ours_spec == spec or not classes
     assert len(ours) == len(theirs)
     for mine, other in zip(ours, theirs, strict=True):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorac.formats.peft.config import methods
+from lorac.formats.peft.config import peft_types
 from tests.end_to_end.peft_cases import TEXT, Case
 from tests.end_to_end.peft_parity import Checkpoint, assert_back, assert_eager, assert_onnxruntime
 from tests.end_to_end.peft_types import CASES
@@ -39,7 +39,7 @@ def _in_onnxruntime() -> Iterator[Any]:
 
 
 def test_every_type_has_cases() -> None:
-    others = set(methods()) - {"LORA", "SHIRA", "XLORA"}
+    others = set(peft_types()) - {"LORA", "SHIRA", "XLORA"}
     for chosen in (CASES, [c for c in CASES if c.model in TEXT], [c for c in CASES if c.emitted]):
         assert {case.kind for case in chosen} == others
 

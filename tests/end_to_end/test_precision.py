@@ -182,7 +182,7 @@ def test_what_has_no_kernel_in_float64_is_named(model: Any, variant: Any, op: st
 def test_a_target_that_computes_in_half_precision(variant: Any, net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its program has half-precision inputs and outputs, and factors in float32; a branch is gated all the same."""
     half = throw_away.Plain(dataclasses.replace(throw_away.DIALECT, dtypes=(torch.float16,)))
-    monkeypatch.setattr("lorac.compiler.api.backend_of", lambda target: half)
+    monkeypatch.setattr("lorac.session.api.find_backend", lambda target: half)
     compiled = lorac.compile(net.half(), {"a": variant}, "plain", inputs(torch.float16), active=None)
     own = {value.name: value.dtype for value in compiled.engine.model.graph.inputs}
     assert str(own["x"]) == own_output(compiled) == "FLOAT16"

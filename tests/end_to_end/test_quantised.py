@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import lorac
-from lorac.backends.onnx.files import MODEL, WEIGHTS
+from lorac.backends.onnx.model_files import MODEL_FILE, WEIGHTS_FILE
 from lorac.backends.onnxruntime.quantised.codec import Codec
 from lorac.errors import Unavailable
 from tests.parity import assert_parity
@@ -145,7 +145,7 @@ def test_no_file_has_a_weight_in_float(made: Made) -> None:
         for rows in (layer.weight, layer.weight.t()):
             part = rows.detach().contiguous().numpy().tobytes()[:64]
             assert [name for name, content in files.items() if part in content] == []
-    packed = [part for part in files[WEIGHTS].split(made_bytes(made)) if part is not None]
+    packed = [part for part in files[WEIGHTS_FILE].split(made_bytes(made)) if part is not None]
     assert len(packed) == 2, "the tied table is stored once"
 
 
@@ -161,7 +161,7 @@ def test_four_bits_are_small(made: Made) -> None:
     model = Reader()
     whole = sum(4 * layer.weight.numel() for layer in (model.embed, model.up, model.down))
     others = 4 * (model.conv.weight.numel() + model.short.weight.numel())
-    share = (sizes[WEIGHTS] - others) / whole
+    share = (sizes[WEIGHTS_FILE] - others) / whole
     assert share < (0.2 if made.compiled.engine.options.weights == "int4" else 0.4)
     assert sizes["base.safetensors"] < whole / 2
 
@@ -276,7 +276,7 @@ def test_each_component_has_a_base_of_its_own() -> None:
 def test_a_program_says_what_it_was_asked_for(made: Made) -> None:
     import onnx
 
-    model = onnx.load(made.compiled.engine.folder / MODEL, load_external_data=False)
+    model = onnx.load(made.compiled.engine.folder / MODEL_FILE, load_external_data=False)
     held = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
     settings = {a.name: a.i for a in held[0].attribute}
     options = made.compiled.engine.options

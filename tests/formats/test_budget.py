@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorac
-from lorac import spending
-from lorac.ir.host.patterns import matches
-from lorac.ir.store.strict_json import parse_json
+from lorac import limits as spending
+from lorac.ir.patterns import match_pattern
+from lorac.storage.strict_json import parse_json
 from tests.limits import within_budget
 from tests.peft_files import CONFIG, WEIGHTS, change, configure, made
 from tests.refusing import refuses
@@ -196,11 +196,11 @@ def test_patterns_that_take_long_to_compile(folder: Path, pattern: str) -> None:
 
 
 def test_what_a_pattern_may_repeat() -> None:
-    assert matches(r"layers\.\d{1,3}\.up", "layers.12.up")
-    assert matches(r"(?:a{100}){100}", "a" * 10_000)
-    assert matches(r"x{}\{3\}", "x{}{3}")
+    assert match_pattern(r"layers\.\d{1,3}\.up", "layers.12.up")
+    assert match_pattern(r"(?:a{100}){100}", "a" * 10_000)
+    assert match_pattern(r"x{}\{3\}", "x{}{3}")
     with refuses("pattern_too_slow", match="repeats up to 10201 times"):
-        matches(r"(?:a{101}){101}", "a")
+        match_pattern(r"(?:a{101}){101}", "a")
 
 
 def test_patterns_share_the_time_of_their_file(folder: Path) -> None:
@@ -208,9 +208,9 @@ def test_patterns_share_the_time_of_their_file(folder: Path) -> None:
     configure(folder, rank_pattern={f"(.|..){{12}}x{i}y": 2 for i in range(2000)})
     with lorac.budget(seconds=0.01):
         refuse(folder, lorac.FormatError, "takes longer than 0.01 s")
-    with within_budget(), spending.reading(folder), refuses("over_budget"):
+    with within_budget(), spending.charge_reading(folder), refuses("over_budget"):
         while True:
-            matches("((.|..)+)+", "abcdefgh")
+            match_pattern("((.|..)+)+", "abcdefgh")
 
 
 # ── Hyper-parameters ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -293,17 +293,17 @@ def test_the_budget_is_a_setting() -> None:
 
 
 def test_time_that_grows_with_the_tensors_is_not_counted(tmp_path: Path) -> None:
-    with lorac.budget(seconds=0.0), spending.reading(tmp_path):
-        with spending.unhurried():
-            spending.tick()
+    with lorac.budget(seconds=0.0), spending.charge_reading(tmp_path):
+        with spending.pause_clock():
+            spending.check_time()
         with refuses("over_budget", match=r"lorac\.budget\(seconds=…\)"):
             sum(range(10_000))
-            spending.tick()
-    spending.tick()  # nothing is read
+            spending.check_time()
+    spending.check_time()  # nothing is read
 
 
 def test_memory_is_added_up(tmp_path: Path) -> None:
-    with spending.reading(tmp_path):
-        spending.claim(200 << 20, "one")
+    with spending.charge_reading(tmp_path):
+        spending.claim_memory(200 << 20, "one")
         with refuses("over_budget", match=r"would take more than 256 MiB beyond its size: another, \d+ bytes"):
-            spending.claim(100 << 20, "another")
+            spending.claim_memory(100 << 20, "another")

@@ -20,7 +20,7 @@ from lorac.formats._files import (
     read_safetensors,
     write_json,
 )
-from lorac.ir.store.tensors import DTYPES, write_safetensors
+from lorac.storage.tensor_file import DTYPES, write_safetensors
 from tests.refusing import refuses
 
 GOOD = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}

@@ -105,12 +105,12 @@ def test_failed_saves_leave_everything_as_it_was(
 
     before = contents()
     other = Adapter("mine", adapter.variant, {"up": {n: t + 1 for n, t in adapter.tensors["up"].items()}})
-    monkeypatch.setattr("lorac.ir.store.tensors.raw_bytes", lambda tensor: (_ for _ in ()).throw(OSError))
+    monkeypatch.setattr("lorac.storage.tensor_file.raw_bytes", lambda tensor: (_ for _ in ()).throw(OSError))
     with refuses("unreadable"):
         save_adapter(other, target, format, model)  # while writing
     assert contents() == before
     monkeypatch.undo()
-    monkeypatch.setattr("lorac.ir.store.folders._install", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("lorac.storage.atomic_folders._install", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         save_adapter(other, target, format, model)  # while moving into place
     assert contents() == before

@@ -19,9 +19,9 @@ from lorac.errors import (
 )
 from lorac.formats import load_adapter, save_adapter
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.sites import Site, find_sites
+from lorac.ir.sites import Site, find_sites
 from lorac.variants import variants
-from lorac.variants._inits import zeros
+from lorac.variants._initialisers import zeros
 from lorac.variants._masks import struct_mask
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant, WeightVariant
@@ -283,12 +283,12 @@ def describe_anew(file: Path, changes: dict[str, Any]) -> None:
     """Change the description, and have its seal agree."""
     from safetensors import safe_open
 
-    from lorac.ir.store.tensors import seal
+    from lorac.storage.tensor_file import hash_contents
 
     with safe_open(file, "pt") as opened:
         record = json.loads(opened.metadata()["lorac"])
     text, tensors = json.dumps({**record, **changes}), load_file(file)
-    save_file(tensors, file, {"lorac": text, "lorac_seal": seal(text, tensors)})
+    save_file(tensors, file, {"lorac": text, "lorac_seal": hash_contents(text, tensors)})
 
 
 def test_a_description_and_the_tensors_of_another_file(file: Path, tmp_path: Path) -> None:

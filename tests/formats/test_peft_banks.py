@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import lorac
 from lorac.errors import BaseNeeded
 from lorac.formats import load_adapter, save_adapter
-from lorac.testing.checks import assert_close
+from lorac.testing.eager_checks import assert_close
 from lorac.variants.base import Variant
 from lorac.variants.randlora import RandLoRA
 from lorac.variants.vera import VeRA

@@ -33,8 +33,8 @@ from peft import (
 
 from lorac.errors import FormatError
 from lorac.formats import load_adapter
-from lorac.formats.peft.config import PEFT_TYPES, methods
-from lorac.formats.peft.method import ABSENT, Use
+from lorac.formats.peft.config import PEFT_TYPES, peft_types
+from lorac.formats.peft.peft_type import ABSENT, FieldUse
 from lorac.variants.dora import DoRA
 from lorac.variants.lora import LoRA
 from tests.peft_files import CONFIG, configure, made, make_peft
@@ -64,14 +64,14 @@ CLASSES = {
 
 
 def test_every_type_has_a_class_here() -> None:
-    assert set(methods()) == set(CLASSES)
+    assert set(peft_types()) == set(CLASSES)
     assert {kind.value for kind in PeftType} == PEFT_TYPES
 
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_the_table_is_the_dataclass(kind: str) -> None:
     """A field that a new PEFT adds fails this test until someone says what it is."""
-    table = methods()[kind].fields
+    table = peft_types()[kind].fields
     fields = {field.name: field for field in dataclasses.fields(CLASSES[kind])}
     assert set(table) == set(fields), f"PEFT {peft.__version__}"
     for name, field in fields.items():
@@ -80,13 +80,13 @@ def test_the_table_is_the_dataclass(kind: str) -> None:
             default = field.default_factory()
         if table[name].default is not ABSENT and name != "peft_type":
             assert table[name].default == default, name
-    assert not set(methods()[kind].retired) & set(fields)
+    assert not set(peft_types()[kind].retired) & set(fields)
 
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_refusals_say_what_to_do(kind: str) -> None:
-    for name, field in methods()[kind].fields.items():
-        assert (field.instead is not None) == (field.use is Use.REFUSED or name == "init_lora_weights")
+    for name, field in peft_types()[kind].fields.items():
+        assert (field.instead is not None) == (field.use is FieldUse.REFUSED or name == "init_lora_weights")
 
 
 @pytest.fixture
@@ -119,9 +119,9 @@ def test_fields_that_change_the_result(folder: Path, name: str, value: object) -
     assert error.value.next_step
 
 
-@pytest.mark.parametrize("name", sorted(methods()["LORA"].fields))
+@pytest.mark.parametrize("name", sorted(peft_types()["LORA"].fields))
 def test_no_refused_field_is_untested(name: str) -> None:
-    if methods()["LORA"].fields[name].use is Use.REFUSED:
+    if peft_types()["LORA"].fields[name].use is FieldUse.REFUSED:
         marks = test_fields_that_change_the_result.pytestmark  # type: ignore[attr-defined]
         assert name in {case[0] for mark in marks for case in mark.args[1]}
 

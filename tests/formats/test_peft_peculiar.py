@@ -11,7 +11,7 @@ from peft import HRAConfig, OFTConfig
 import lorac
 from lorac.errors import BaseNeeded, LoracError
 from lorac.formats import load_adapter, save_adapter
-from lorac.testing.checks import assert_close
+from lorac.testing.eager_checks import assert_close
 from lorac.variants.adapter import Adapter
 from lorac.variants.hira import HiRA
 from lorac.variants.lokr import LoKr

@@ -15,7 +15,7 @@ from torch import nn
 
 import lorac
 from lorac.formats import load_adapter, save_adapter
-from lorac.training.starts import PiSSA
+from lorac.training.initialisation import PiSSA
 from tests import parity, peft_files
 from tests.formats.oracle import assert_same, call
 from tests.refusing import refuses

@@ -71,6 +71,6 @@ def test_an_artefact_that_cannot_be_written_or_read(tmp_path: Path, monkeypatch:
     def vanish(*args: Any) -> Any:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "weights.safetensors")
 
-    monkeypatch.setattr("lorac.compiler.loading.Manifest.adapters", vanish)
+    monkeypatch.setattr("lorac.session.loading.Manifest.adapters", vanish)
     with pytest.raises(lorac.ArtifactError, match=r"weights\.safetensors"):
         lorac.load(tmp_path / "it")

@@ -16,7 +16,7 @@ import torch
 
 from lorac.adapters.fit import check_adapter
 from lorac.formats._format import Format
-from lorac.ir.host.sites import find_sites
+from lorac.ir.sites import find_sites
 from lorac.variants.adapter import Adapter
 from lorac.variants.lora import LoRA
 

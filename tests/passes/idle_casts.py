@@ -8,7 +8,7 @@ from typing import ClassVar, final
 import torch
 
 from lorac.ir.graph.graph import Graph, Level
-from lorac.ir.graph.passes import Outcome, Pass, Skip
+from lorac.ir.graph.passes import Pass, PassResult, Skip
 
 
 @final
@@ -20,7 +20,7 @@ class IdleCasts(Pass):
     reads: ClassVar[Level] = Level.EXPANDED
     leaves: ClassVar[Level] = Level.EXPANDED
 
-    def apply(self, graph: Graph) -> Outcome:
+    def apply(self, graph: Graph) -> PassResult:
         """As the class says; skipped are casts that do something."""
         changed, skipped = False, []
         for node in graph.find(torch.ops.aten.to.dtype):
@@ -31,4 +31,4 @@ class IdleCasts(Pass):
             node.replace_all_uses_with(operand)
             graph.fx.erase_node(node)
             changed = True
-        return Outcome(changed, tuple(skipped))
+        return PassResult(changed, tuple(skipped))

@@ -8,18 +8,18 @@ from torch import nn
 
 import lorac
 from lorac.errors import Unavailable
-from lorac.ir.capture.export import capture
-from lorac.ir.capture.parting import part, refuse_unfit
-from lorac.ir.graph import attending
-from lorac.ir.graph.attending import NEW, PAST, is_memory, present_of
-from lorac.ir.graph.feeds import kept_shapes
-from lorac.ir.graph.interp import outputs_of
-from lorac.ir.graph.signature import CallSignature
-from lorac.ir.host.sites import find_sites
-from lorac.passes.pipelines import lowering, run_pipeline
-from lorac.testing.checks import assert_close
+from lorac.frontend.capture.encoder_decoder import check_attention_cacheable, split_encoder_decoder
+from lorac.frontend.capture.export import capture_graph
+from lorac.ir.graph import attention_ops as attending
+from lorac.ir.graph.attention_ops import NEW_LENGTHS, PAST_LENGTHS, is_encoder_output, present_name
+from lorac.ir.graph.feeds import cache_input_shapes
+from lorac.ir.graph.interpreter import run_graph
+from lorac.ir.interface import Interface
+from lorac.ir.sites import find_sites
+from lorac.passes.pipelines import lowering_passes, run_pipeline
+from lorac.testing.eager_checks import assert_close
 from tests.encoder_decoders import VOCABULARY, batches, made
-from tests.passes.test_cache import COUNTS, parts
+from tests.passes.test_cache_attention import COUNTS, parts
 
 TEXT = torch.arange(20).reshape(2, 10) * 7 % (VOCABULARY - 3) + 3
 
@@ -27,17 +27,17 @@ TEXT = torch.arange(20).reshape(2, 10) * 7 % (VOCABULARY - 3) + 3
 @functools.cache
 def _halves(family):
     model = made(family)
-    graph = capture("main", model, None, None, sites=find_sites(model), plans={}, grows=True)
-    halves = part(graph, "main.encoder")
+    graph = capture_graph("main", model, None, None, sites=find_sites(model), plans={}, grows=True)
+    halves = split_encoder_decoder(graph, "main.encoder")
     for half in halves:
-        run_pipeline(half, lowering())
+        run_pipeline(half, lowering_passes())
     return halves
 
 
 def _encoded(encoder, inputs):
-    signature = CallSignature.of(encoder)
-    answered = dict(zip(signature.outputs, outputs_of(encoder, inputs), strict=True))
-    return {name: value for name, value in answered.items() if is_memory(name)}
+    signature = Interface.of(encoder)
+    answered = dict(zip(signature.outputs, run_graph(encoder, inputs), strict=True))
+    return {name: value for name, value in answered.items() if is_encoder_output(name)}
 
 
 @pytest.mark.parametrize("family", ["bart", "t5"])
@@ -51,13 +51,17 @@ def test_parts_are_answered_as_the_whole(family):
         inputs = {name: value[1:3] for name, value in batch.items()}
         whole = model(**inputs, decoder_input_ids=TEXT).logits
         memory = _encoded(encoder, inputs)
-        held = {n: torch.zeros(2, heads, 12, size) for n, (heads, size, _) in kept_shapes(decoder).items()}
+        held = {n: torch.zeros(2, heads, 12, size) for n, (heads, size, _) in cache_input_shapes(decoder).items()}
         past = torch.zeros(2, dtype=torch.int32)
         for counts in COUNTS:
-            given = {"decoder_input_ids": parts(TEXT, past, counts), PAST: past, NEW: torch.tensor(counts).int()}
-            logits, *presents = outputs_of(decoder, {**given, **held, **memory})
+            given = {
+                "decoder_input_ids": parts(TEXT, past, counts),
+                PAST_LENGTHS: past,
+                NEW_LENGTHS: torch.tensor(counts).int(),
+            }
+            logits, *presents = run_graph(decoder, {**given, **held, **memory})
             named = dict(zip(decoder.extra_outputs, presents, strict=True))
-            held = {name: named[present_of(name)] for name in held}
+            held = {name: named[present_name(name)] for name in held}
             for row, count in enumerate(counts):
                 assert_close(logits[row, :count], whole[row, past[row] : past[row] + count]) if count else None
             past = past + torch.tensor(counts)
@@ -65,8 +69,8 @@ def test_parts_are_answered_as_the_whole(family):
 
 def test_each_half_has_what_it_calls():
     decoder, encoder = _halves("bart")
-    assert CallSignature.of(encoder).inputs == ("input_ids", "attention_mask")
-    assert CallSignature.of(decoder).inputs == ("decoder_input_ids",)
+    assert Interface.of(encoder).inputs == ("input_ids", "attention_mask")
+    assert Interface.of(decoder).inputs == ("decoder_input_ids",)
     assert "model.decoder.layers.0.encoder_attn.k_proj" in encoder.sites
     assert "model.decoder.layers.0.encoder_attn.q_proj" in decoder.sites
     assert not encoder.sites.keys() & {"model.decoder.layers.0.encoder_attn.q_proj"}
@@ -109,7 +113,7 @@ def test_an_encoder_that_attends_by_itself_is_refused_by_name():
     )  # fmt: skip
     model = BigBirdPegasusForConditionalGeneration(config).eval()
     with pytest.raises(Unavailable, match=r"'model\.encoder\.layers\.0\.self_attn\.self' attends by itself"):
-        capture("main", model, None, None, sites=find_sites(model), plans={}, grows=True)
+        capture_graph("main", model, None, None, sites=find_sites(model), plans={}, grows=True)
 
 
 class _Mixing(nn.Module):
@@ -128,4 +132,4 @@ class _Mixing(nn.Module):
 def test_attention_to_both_at_once_is_refused_by_name():
     program = torch.export.export(_Mixing(), (TEXT[:, :4], TEXT[:, :6]))
     with pytest.raises(Unavailable, match=r"'decoder\.attn' attends to the text and to what was encoded at once"):
-        refuse_unfit(program, "Mixing")
+        check_attention_cacheable(program, "Mixing")

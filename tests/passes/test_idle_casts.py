@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from lorac.ir.graph.interp import interpret
+from lorac.ir.graph.interpreter import interpret
 from lorac.ir.graph.passes import Pass
-from lorac.passes.pipelines import lowering, run_pipeline
-from lorac.testing.checks import assert_close
+from lorac.passes.pipelines import lowering_passes, run_pipeline
+from lorac.testing.eager_checks import assert_close
 from tests.captured import capture
 from tests.passes.idle_casts import IdleCasts
 from tests.refusing import refuses
 
-*FIRST, LAST = lowering()
+*FIRST, LAST = lowering_passes()
 
 
 @pytest.mark.parametrize("passes", [[*FIRST, IdleCasts(), LAST], [*FIRST, LAST, IdleCasts()]], ids=["inside", "behind"])
@@ -34,7 +34,7 @@ def test_it_runs_in_a_pipeline_and_changes_no_answer(passes: Sequence[Pass]) -> 
 
 def test_it_says_which_casts_it_left() -> None:
     it = capture("tiny_llama")
-    outcomes = dict(run_pipeline(it.graph, [*lowering(), IdleCasts()]))
+    outcomes = dict(run_pipeline(it.graph, [*lowering_passes(), IdleCasts()]))
     kept = {node.name: node.meta["val"].dtype for node in it.graph.find(torch.ops.aten.to.dtype)}
     assert kept
     assert {skip.where: skip.why for skip in outcomes["idle-casts"].skipped} == {

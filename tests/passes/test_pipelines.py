@@ -8,17 +8,17 @@ import pytest
 import torch
 
 import lorac
-from lorac.ir.capture.export import export
+from lorac.frontend.capture.export import export_model
 from lorac.ir.graph.graph import Graph, Level
-from lorac.ir.graph.passes import Outcome, Pass, Skip
-from lorac.ir.slots.site import Reason
-from lorac.ir.view.dump import dump
-from lorac.ir.view.printer import diff_dumps, to_text
+from lorac.ir.graph.passes import Pass, PassResult, Skip
+from lorac.ir.slots.plans import Reason
 from lorac.passes.cleanup import Cleanup
-from lorac.passes.expand import Expand
-from lorac.passes.insert import Insert
-from lorac.passes.pack import Pack
-from lorac.passes.pipelines import lowering, run_pipeline
+from lorac.passes.expand import ExpandAdaptedCalls
+from lorac.passes.fuse_projections import FuseProjections
+from lorac.passes.insert import InsertAdaptedCalls
+from lorac.passes.pipelines import lowering_passes, run_pipeline
+from lorac.report.dump import dump
+from lorac.report.printer import diff_dumps, to_text
 from tests import goldens
 from tests.captured import capture, captured_stack, lower
 from tests.refusing import refuses
@@ -35,7 +35,7 @@ def _mixed() -> Graph:
     )
 
 
-def _run(graph: Graph, step: Pass) -> Outcome:
+def _run(graph: Graph, step: Pass) -> PassResult:
     """One pass by itself."""
     ((_, outcome),) = run_pipeline(graph, [step])
     return outcome
@@ -44,7 +44,7 @@ def _run(graph: Graph, step: Pass) -> Outcome:
 def test_golden_of_what_each_pass_changes() -> None:
     graph = _mixed()
     before, steps = dump(graph), []
-    for step in lowering():
+    for step in lowering_passes():
         changed = _run(graph, step).changed
         after = dump(graph)
         steps.append(f"{step.name}: {'changed' if changed else 'no change'}\n{diff_dumps(before, after)}")
@@ -67,11 +67,11 @@ def test_a_second_run_reports_no_change_and_makes_none(name: str) -> None:
     assert dump(it.graph) == before
 
 
-@pytest.mark.parametrize("step", lowering(), ids=lambda step: step.name)
+@pytest.mark.parametrize("step", lowering_passes(), ids=lambda step: step.name)
 def test_each_pass_is_idempotent_where_it_stands(step: Pass) -> None:
     """One that stays on its level may run again and changes nothing; one that leaves it is refused."""
     graph = _mixed()
-    for earlier in lowering()[: lowering().index(step) + 1]:
+    for earlier in lowering_passes()[: lowering_passes().index(step) + 1]:
         _run(graph, earlier)
     before = dump(graph)
     if step.reads is step.leaves:
@@ -85,16 +85,16 @@ def test_each_pass_is_idempotent_where_it_stands(step: Pass) -> None:
 def test_a_second_run_says_which_passes_the_graph_has_behind_it() -> None:
     graph = _mixed()
     lower(graph)
-    outcomes = run_pipeline(graph, lowering())
-    behind = Outcome(changed=False, skipped=(Skip("stack", "the graph is at level expanded already"),))
+    outcomes = run_pipeline(graph, lowering_passes())
+    behind = PassResult(changed=False, skipped=(Skip("stack", "the graph is at level expanded already"),))
     assert outcomes[:-2] == [(name, behind) for name in ("pack", "insert", "values", "expand")]
-    assert outcomes[-2:] == [(name, Outcome(changed=False)) for name in ("cache", "cleanup")]
+    assert outcomes[-2:] == [(name, PassResult(changed=False)) for name in ("cache", "cleanup")]
 
 
 def test_a_pass_that_reports_no_change_makes_none() -> None:
     """On a graph without adapters nothing is inserted, packed or read."""
     graph = captured_stack()
-    for step in lowering():
+    for step in lowering_passes():
         level, before = graph.level, [(n.name, n.target) for n in graph.fx.nodes]
         if not _run(graph, step).changed:
             assert (graph.level, [(n.name, n.target) for n in graph.fx.nodes]) == (level, before), step.name
@@ -116,12 +116,15 @@ def test_observers_see_the_capture_and_every_pass_that_changed_something() -> No
     ("passes", "message"),
     [
         (
-            [Expand(), Insert()],
+            [ExpandAdaptedCalls(), InsertAdaptedCalls()],
             "'expand' reads level adapted, but graph 'stack' is at level host\n  run 'insert' before",
         ),
-        ([Pack(), Cleanup()], "'cleanup' reads level expanded, .* host\n  run 'insert' and 'expand' before it"),
-        ([Insert(), Pack()], "'pack' reads level host, .* adapted\n  run it before 'insert'"),
-        ([Insert(), Insert()], "'insert' reads level host, .* adapted\n  it has run already"),
+        (
+            [FuseProjections(), Cleanup()],
+            "'cleanup' reads level expanded, .* host\n  run 'insert' and 'expand' before it",
+        ),
+        ([InsertAdaptedCalls(), FuseProjections()], "'pack' reads level host, .* adapted\n  run it before 'insert'"),
+        ([InsertAdaptedCalls(), InsertAdaptedCalls()], "'insert' reads level host, .* adapted\n  it has run already"),
     ],
     ids=lambda given: "-".join(step.name for step in given) if isinstance(given, list) else "",
 )
@@ -134,11 +137,11 @@ def test_a_graph_at_the_wrong_level_stays_as_it_is() -> None:
     graph = _mixed()
     before = dump(graph)
     with refuses("wrong_level"):
-        _run(graph, Expand())
+        _run(graph, ExpandAdaptedCalls())
     assert dump(graph) == before
 
 
-@pytest.mark.parametrize("step", lowering(), ids=lambda step: step.name)
+@pytest.mark.parametrize("step", lowering_passes(), ids=lambda step: step.name)
 def test_a_pass_is_a_value(step: Pass) -> None:
     assert step == type(step)()
     with pytest.raises(FrozenInstanceError):
@@ -159,14 +162,16 @@ def test_insert_says_which_sites_the_graph_never_calls() -> None:
 
     host, inputs = Host(), (torch.randn(3, 4),)
     compiled = lorac.compile(host, {"one": lorac.LoRA(r=2)})
-    graph = Graph("host", export(host, inputs), compiled.sites, compiled.plans)
-    assert _run(graph, Insert()) == Outcome(True, (Skip("idle", "no output of the graph depends on it"),))
+    graph = Graph("host", export_model(host, inputs), compiled.sites, compiled.plans)
+    assert _run(graph, InsertAdaptedCalls()) == PassResult(
+        True, (Skip("idle", "no output of the graph depends on it"),)
+    )
     assert list(graph.plans) == ["used"]
 
 
 def test_expand_says_which_extra_outputs_nothing_gives() -> None:
     graph = _mixed()
-    outcomes = dict(run_pipeline(graph, lowering(aux=("router",))))
+    outcomes = dict(run_pipeline(graph, lowering_passes(aux=("router",))))
     assert outcomes["expand"].skipped == (Skip("router", "no branch at a site of this graph emits it"),)
     assert graph.extra_outputs == []
 

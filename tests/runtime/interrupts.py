@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-from lorac.runtime import artifact
+from lorac.session import artifact
 
 _RUNTIME = artifact.__file__.rpartition("/")[0]
 _PYTHONS = (contextlib.__file__, threading.__file__)

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 import lorac
-from lorac.ir.graph.outputs import output_class
-from lorac.runtime import artifact
+from lorac.ir.output_structure import find_output_class
+from lorac.session import artifact
 from tests.limits import within_budget
 from tests.runtime.artefacts import assert_same_folders, make_compiled
 
@@ -39,7 +39,7 @@ def _edited(change: Callable[[dict[str, Any]], Any], seal: Callable[[Any], Any])
 
 def _manifest(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     """The manifest says something else, and its seal agrees."""
-    return _edited(change, artifact.sealed)
+    return _edited(change, artifact.seal_manifest)
 
 
 def _rename(new: str) -> Callable[[Path], None]:
@@ -85,7 +85,9 @@ def _op(name: Any) -> Callable[[Path], None]:
         program = json.loads(path.read_text())
         next(node for node in program["main"]["nodes"] if "op" in node)["op"] = name
         path.write_text(json.dumps(program))
-        _manifest(lambda m: m["files"].update(artifact._listed(folder)) or m["files"].pop("manifest.json"))(folder)
+        _manifest(lambda m: m["files"].update(artifact._file_entries(folder)) or m["files"].pop("manifest.json"))(
+            folder
+        )
 
     return apply
 
@@ -147,8 +149,8 @@ def test_bad_folders_are_refused(damage: str, sound: Path, tmp_path: Path) -> No
 def test_a_constant_of_a_node_lies_in_no_file(tmp_path: Path) -> None:
     import onnx_ir as ir
 
-    from lorac.backends.onnx.files import read
-    from lorac.ir.store.held import hold
+    from lorac.backends.onnx.model_files import read_model_files
+    from lorac.storage.open_file import open_files
 
     shape = ir.Shape((2,))
     (tmp_path / "model.onnx.data").write_bytes(bytes(8))
@@ -157,7 +159,7 @@ def test_a_constant_of_a_node_lies_in_no_file(tmp_path: Path) -> None:
     graph = ir.Graph([], node.outputs, nodes=[node], opset_imports={"": 18})
     ir.save(ir.Model(graph, ir_version=10), tmp_path / "model.onnx")
     with pytest.raises(lorac.ArtifactError, match=r"constant of a node in the file 'model\.onnx\.data'"):
-        read(hold(tmp_path, ["model.onnx", "model.onnx.data"]), "main")
+        read_model_files(open_files(tmp_path, ["model.onnx", "model.onnx.data"]), "main")
 
 
 @pytest.mark.parametrize(
@@ -185,13 +187,13 @@ def test_a_constant_of_a_node_lies_in_no_file(tmp_path: Path) -> None:
 )
 def test_only_output_classes_of_transformers_are_restored(name: str | None) -> None:
     before = {name for name in sys.modules if name.startswith(("transformers.", "diffusers."))}
-    assert output_class(name) is dict
+    assert find_output_class(name) is dict
     imported = {name for name in sys.modules if name.startswith(("transformers.", "diffusers."))} - before
     assert not any("pipelines" in name or "convert" in name for name in imported)
 
 
 def test_an_output_class_of_transformers_is_restored() -> None:
-    assert output_class("transformers.modeling_outputs.CausalLMOutput").__name__ == "CausalLMOutput"
+    assert find_output_class("transformers.modeling_outputs.CausalLMOutput").__name__ == "CausalLMOutput"
 
 
 # ── Writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -201,12 +203,12 @@ def test_a_failed_save_leaves_nothing(sound: Path, tmp_path: Path) -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        artifact.write(tmp_path / "new", fail)
+        artifact.write_artifact(tmp_path / "new", fail)
     assert not list(tmp_path.iterdir())
     compiled = lorac.load(sound)
     compiled.save(tmp_path / "it")
     with pytest.raises(OSError, match="disk full"):
-        artifact.write(tmp_path / "it", fail)
+        artifact.write_artifact(tmp_path / "it", fail)
     assert [path.name for path in tmp_path.iterdir()] == ["it"]
     assert_same_folders(sound, tmp_path / "it")
 

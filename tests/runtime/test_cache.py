@@ -5,12 +5,12 @@ import torch
 
 import lorac
 from lorac.errors import ChoiceError, InputMismatch, Unavailable
-from lorac.ir.cache import Extension
+from lorac.target.kv_cache import DecodeStep
 from lorac.testing import adapter_away
-from lorac.testing.checks import assert_close
+from lorac.testing.eager_checks import assert_close
 from tests.decoders import DECODERS, VOCABULARY
 from tests.parity import assert_parity
-from tests.passes.test_cache import COUNTS, parts
+from tests.passes.test_cache_attention import COUNTS, parts
 
 IDS = torch.arange(20).reshape(2, 10) * 7 % (VOCABULARY - 3) + 3
 CAPACITY = 12
@@ -43,7 +43,7 @@ def bound(compiled):
 
 def extended(compiled, cache, ids, counts, wanted=None):
     places = torch.tensor([[max(count - 1, 0)] for count in counts]) if wanted is None else wanted
-    return bound(compiled).extend("main", cache, Extension(ids=ids, counts=counts, wanted=places))
+    return bound(compiled).extend("main", cache, DecodeStep(ids=ids, counts=counts, wanted=places))
 
 
 def fed(compiled, counts=COUNTS, ids=IDS, cache=None):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.ir.store import held
+from lorac.storage import open_file as held
 from tests.runtime.artefacts import assert_same_folders, make_compiled
 from tests.runtime.switching import X, answer, raw
 
@@ -79,13 +79,13 @@ def test_a_folder_that_is_gone_changes_nothing(saved: Saved, gone: Callable[[Pat
 
 def test_an_artefact_that_is_replaced_while_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The program is held, the adapters are not yet: what is loaded is one artefact, here the new one."""
-    from lorac.runtime import artifact
+    from lorac.session import artifact
 
     compiled, _ = make_compiled("plain_mlp", "eager", "live")
     compiled.save(tmp_path / "it")
     compiled.swap("b")
     before = lorac.load(tmp_path / "it")
-    honest, left = artifact.opened_adapter, [1]
+    honest, left = artifact.open_adapter, [1]
 
     def late(*given: Any) -> Any:
         if left and left.pop():
@@ -95,7 +95,7 @@ def test_an_artefact_that_is_replaced_while_it_is_loaded(tmp_path: Path, monkeyp
             compiled.save(tmp_path / "it")
         return honest(*given)
 
-    monkeypatch.setattr(artifact, "opened_adapter", late)
+    monkeypatch.setattr(artifact, "open_adapter", late)
     loaded = lorac.load(tmp_path / "it")
     monkeypatch.undo()
     assert loaded.active == {"b": 1.0}

@@ -12,10 +12,10 @@ import torch
 import lorac
 from lorac.backends.eager.engine import EagerEngine
 from lorac.backends.onnxruntime.engine import OrtEngine
-from lorac.runtime import compiled as running
-from lorac.runtime.module import CompiledModule
-from lorac.runtime.pool import Pool
-from lorac.runtime.states import States
+from lorac.runtime.adapter_pool import AdapterPool
+from lorac.runtime.choice_states import ChoiceStates
+from lorac.session import compiled as running
+from lorac.session.compiled_module import CompiledModule
 from tests.runtime.interrupts import interrupted
 from tests.runtime.switching import MIXTURE, adapter, answer, build, pair, raw
 
@@ -122,14 +122,14 @@ def _failing_once(patch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
 
 ADDING: list[tuple[Any, str]] = [
     (running, "refuse_misfit"),
-    (Pool, "prepare"),
-    (Pool, "put"),
+    (AdapterPool, "prepare"),
+    (AdapterPool, "put"),
     (CompiledModule, "registered"),
-    (States, "of"),
+    (ChoiceStates, "of"),
     (EagerEngine, "bind"),
     (OrtEngine, "bind"),
 ]
-REMOVING: list[tuple[Any, str]] = [(Pool, "drop"), (States, "forget"), (CompiledModule, "registered")]
+REMOVING: list[tuple[Any, str]] = [(AdapterPool, "drop"), (ChoiceStates, "forget"), (CompiledModule, "registered")]
 
 
 def _named(steps: list[tuple[Any, str]]) -> list[str]:

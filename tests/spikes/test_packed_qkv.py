@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import lorac
-from lorac.variants import _inits
+from lorac.variants import _initialisers as _inits
 from lorac.variants.params import ParamSpec
 from tests.parity import assert_parity
 from tests.variants.away import away

@@ -14,9 +14,9 @@ import yaml
 
 import lorac
 from lorac.cli import main
-from lorac.testing.checks import assert_close
+from lorac.testing.eager_checks import assert_close
 from lorac.trainer import Recipe, read_recipe, train
-from lorac.trainer.data import Data
+from lorac.trainer.data import TrainingData
 from tests.letters import CHAT, letters
 from tests.refusing import refuses
 from tests.zoo import ZOO
@@ -100,13 +100,13 @@ def test_a_run_that_is_resumed_is_one_that_never_stopped(recipe, tmp_path, how):
 
 
 def test_batches_go_round_all_rows_and_depend_on_their_number_alone(recipe):
-    data = Data(dataclasses.replace(recipe, batch_size=3), letters())
+    data = TrainingData(dataclasses.replace(recipe, batch_size=3), letters())
     count = len(data._rows)
     rows = [row for batch in data._order(0, count) for row in batch]
     assert all(sorted(rows[turn * count : (turn + 1) * count]) == list(range(count)) for turn in range(3))
     assert rows[:count] != rows[count : 2 * count]
     assert list(data._order(5, 8)) == list(data._order(0, 8))[5:]
-    assert list(Data(dataclasses.replace(recipe, seed=1, batch_size=3), letters())._order(0, 1)) != [rows[:3]]
+    assert list(TrainingData(dataclasses.replace(recipe, seed=1, batch_size=3), letters())._order(0, 1)) != [rows[:3]]
 
 
 def test_an_adapter_goes_on_from_its_file(recipe, tmp_path):
@@ -176,7 +176,7 @@ def test_rows_of_prompts_and_conversations_count_what_is_to_be_learnt(tmp_path):
     file = tmp_path / "asked.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)))
     tokenizer = letters(CHAT)
-    data = Data(dataclasses.replace(RECIPE, data=str(file), eval_rows=0, max_length=40), tokenizer)
+    data = TrainingData(dataclasses.replace(RECIPE, data=str(file), eval_rows=0, max_length=40), tokenizer)
     batch = next(iter(data.loader(0, 1)))
     learnt = {"".join(chr(t) for t in row[row != -100]) for row in batch["labels"]}
     read = {
@@ -186,7 +186,7 @@ def test_rows_of_prompts_and_conversations_count_what_is_to_be_learnt(tmp_path):
     assert read == {"2+2=4", "u:hi;a:yo;a:"}
     file.write_text('{"prompt": "x"}')
     with pytest.raises(lorac.OptionError, match="line 1 has none of the keys"):
-        Data(dataclasses.replace(RECIPE, data=str(file), eval_rows=0), tokenizer)
+        TrainingData(dataclasses.replace(RECIPE, data=str(file), eval_rows=0), tokenizer)
 
 
 def test_the_command_line_reads_a_file_and_goes_on(recipe, tmp_path, monkeypatch, capsys):

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lorac
 from lorac import training
-from lorac.training import Turns
+from lorac.training import AlternatingFactors
 from tests.training.loops import trained
 from tests.training.rules import drawn
 
@@ -116,7 +116,7 @@ RULES = {
     "altlora_plus_skipping": Ruled(
         {"a": LORA},
         sgd,
-        lambda c, o: training.AltLoRA(c, o, plus=True, turns=Turns("B", 2, skip_idle=True)),
+        lambda c, o: training.AltLoRA(c, o, plus=True, turns=AlternatingFactors("B", 2, skip_idle=True)),
         unused=True,
     ),
     "altlora_released": Ruled({"a": LORA}, sgd, lambda c, o: training.AltLoRA(c, o, plus=True, released=True)),

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import lorac
-from lorac.testing.checks import assert_close
-from lorac.training import AltLoRA, Turns
+from lorac.testing.eager_checks import assert_close
+from lorac.training import AlternatingFactors, AltLoRA
 from tests.limits import assert_apart
 from tests.training.loops import trained
 from tests.training.rules import backward, drawn, pair, tensor
@@ -47,7 +47,7 @@ def test_the_example_by_hand() -> None:
     for first, (moved, weight) in expected.items():
         compiled, own_a, own_b, optimizer = pair(a, b, scale=2.0)
         backward(compiled, gradient)
-        AltLoRA(compiled, optimizer, turns=Turns(first), betas=(0.0, 0.999), reg=0.0)
+        AltLoRA(compiled, optimizer, turns=AlternatingFactors(first), betas=(0.0, 0.999), reg=0.0)
         optimizer.step()
         own, other, before = (own_a, own_b, a) if first == "A" else (own_b, own_a, b)
         assert_close(before - own.detach(), tensor(moved))
@@ -59,7 +59,7 @@ def test_the_example_by_hand() -> None:
 def test_a_turn_is_a_projection_of_the_full_gradient(first: str) -> None:
     a, b = start()
     compiled, own_a, own_b, optimizer = pair(a, b, scale=S, lr=0.1)
-    AltLoRA(compiled, optimizer, turns=Turns(first), betas=(0.0, 0.999), reg=0.0)
+    AltLoRA(compiled, optimizer, turns=AlternatingFactors(first), betas=(0.0, 0.999), reg=0.0)
     gradient = drawn(M, N, seed=3)
     backward(compiled, gradient)
     optimizer.step()
@@ -143,7 +143,7 @@ def test_the_released_form_by_its_listing() -> None:
 def test_the_idle_factor_is_not_measured_and_stands_still(skip: bool) -> None:
     a, b = start()
     compiled, own_a, own_b, optimizer = pair(a, b, lr=0.1)
-    rule = AltLoRA(compiled, optimizer, turns=Turns(period=2, skip_idle=skip))
+    rule = AltLoRA(compiled, optimizer, turns=AlternatingFactors(period=2, skip_idle=skip))
     turns = []
     for gradient in gradients(5):
         turns.append(rule.turn)
@@ -179,9 +179,9 @@ def test_what_it_does_not_apply_to() -> None:
     with pytest.raises(lorac.ChoiceError, match="AltLoRA keeps the moments itself, and AdamW"):
         AltLoRA(compiled, torch.optim.AdamW(trained(compiled)))
     with pytest.raises(lorac.OptionError, match="no factor 'C'"):
-        Turns("C")
+        AlternatingFactors("C")
     with pytest.raises(lorac.ChoiceError, match="AltLoRA takes no period=0"):
-        Turns(period=0)
+        AlternatingFactors(period=0)
     for wrong in ({"reg": -1.0}, {"betas": (1.0, 0.9)}):
         with pytest.raises(lorac.ChoiceError, match="AltLoRA takes no"):
             AltLoRA(compiled, optimizer, **wrong)

@@ -13,8 +13,8 @@ from torch import nn
 
 import lorac
 from lorac.errors import AdapterError, SiteError
-from lorac.ir.host.patterns import layer_index, names
-from lorac.ir.host.sites import Site, SiteKind, find_sites
+from lorac.ir.patterns import find_layer_index, is_named
+from lorac.ir.sites import Site, SiteKind, find_sites
 from lorac.testing import samples
 from lorac.variants.base import BranchVariant, Variant
 from lorac.variants.params import Role
@@ -72,7 +72,7 @@ def place(variant: Variant, name: str) -> Variant | None:
     if variant.targets != Variant.targets:  # it says itself where it belongs: behind modules, where it takes any
         sites = {p: s for p, s in sites.items() if SiteKind.BLOCK not in variant.kinds or s.kind is SiteKind.BLOCK}
         return variant if sites or any(variant.copies(path) for path, _ in model.named_modules()) else None
-    chosen = [path for path in sites if names(TARGETS[name], path) and not layer_index(path, ())]
+    chosen = [path for path in sites if is_named(TARGETS[name], path) and not find_layer_index(path, ())]
     return dataclasses.replace(variant, targets=tuple(chosen)) if chosen else None
 
 

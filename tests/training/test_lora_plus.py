@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.testing.checks import assert_close
+from lorac.testing.eager_checks import assert_close
 from lorac.training import LoRAPlus
 from tests.training.loops import trained
 from tests.training.rules import backward, drawn, pair

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import lorac
-from lorac.testing.checks import assert_close
+from lorac.testing.eager_checks import assert_close
 from lorac.training import LoRAPro
 from tests.limits import assert_at_most
 from tests.training.loops import trained
@@ -128,16 +128,16 @@ def test_the_state_is_of_the_weights_size_in_the_full_form_alone() -> None:
 
 def test_a_stack_of_matrices_is_each_matrix_for_itself() -> None:
     from lorac.training.rule import TrainedTerm
-    from lorac.training.rules.lora_pro import equivalent
+    from lorac.training.rules.lora_pro import find_equivalent_gradients
     from lorac.training.rules.pairs import Pair
 
     variant = lorac.LoRA(r=R)
     a, b = drawn(3, R, N, seed=1), drawn(3, M, R, seed=2)
     grad_a, grad_b = drawn(3, R, N, seed=3), drawn(3, M, R, seed=4)
     term = TrainedTerm("a", "site", {}, variant)
-    found = equivalent(Pair(term, a, b, S), 1e-8, grad_a, grad_b, nearest=True)
+    found = find_equivalent_gradients(Pair(term, a, b, S), 1e-8, grad_a, grad_b, nearest=True)
     for i in range(3):
-        one = equivalent(Pair(term, a[i], b[i], S), 1e-8, grad_a[i], grad_b[i], nearest=True)
+        one = find_equivalent_gradients(Pair(term, a[i], b[i], S), 1e-8, grad_a[i], grad_b[i], nearest=True)
         assert_close(found[0][i], one[0])
         assert_close(found[1][i], one[1])
 

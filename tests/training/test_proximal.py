@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import lorac
-from lorac.testing.checks import assert_close
-from lorac.training import ProximalGates, gate_penalty, pruned, soft_threshold, sora_code_threshold, thresholds
+from lorac.testing.eager_checks import assert_close
+from lorac.training import ProximalGates, gate_penalty, prune_gates, soft_threshold, sora_code_threshold, thresholds
 from tests.limits import assert_apart
 from tests.training.loops import TARGETS, by_trainer, data, host, plain_loop, trained
 from tests.training.rules import drawn, linear
@@ -168,7 +168,7 @@ def test_thresholds_of_the_scheduler() -> None:
 def test_pruned_by_hand() -> None:
     """r = 2, α = 4, g = [.5, 0]: rank 1, α' = 2, A' = [[.5, 0]], B' = [[1], [2]]; x = [1, 2] gives [1, 2]."""
     p = {"lora_A": tensor([[1, 0], [0, 1]]), "lora_B": tensor([[1, 1], [2, -1]]), "gate": tensor([0.5, 0])}
-    small = pruned(lorac.Adapter("a", lorac.SoRA(r=2, alpha=4, targets=("site",)), {"site": p}), "small")
+    small = prune_gates(lorac.Adapter("a", lorac.SoRA(r=2, alpha=4, targets=("site",)), {"site": p}), "small")
     assert (small.name, small.variant.r, small.variant.alpha, small.variant.targets) == ("small", 1, 2, ("site",))
     assert small.tensors["site"]["lora_A"].tolist() == [[0.5, 0]]
     assert small.tensors["site"]["lora_B"].tolist() == [[1], [2]]
@@ -193,7 +193,7 @@ def test_every_site_is_pruned_for_itself(tmp_path: Path) -> None:
     adapter.tensors["q"]["gate"][1:] = 0
     adapter.tensors["k"]["gate"].zero_()
     adapter.tensors["deep.q"]["gate"][2] = 0
-    small = pruned(adapter)
+    small = prune_gates(adapter)
     assert small.sites == ("q", "deep.q")
     assert (small.variant.r, small.variant.alpha) == (3, 3.75)
     assert small.variant.rank_pattern == {"^q": 1} and small.variant.alpha_pattern == {"^q": 2}
@@ -206,7 +206,7 @@ def test_every_site_is_pruned_for_itself(tmp_path: Path) -> None:
     for at in adapter.tensors.values():
         at["gate"].zero_()
     with pytest.raises(lorac.AdapterError, match="every gate of 'a' is closed"):
-        pruned(adapter)
+        prune_gates(adapter)
 
 
 def sora(threshold: float) -> tuple[Any, Any, ProximalGates]:
@@ -229,7 +229,7 @@ def test_training_closes_gates_that_pruning_drops() -> None:
     left = {path: int(at["gate"].count_nonzero()) for path, at in adapter.tensors.items()}
     assert 0 < sum(left.values()) < 6 * len(left)
     assert len(set(left.values())) > 1
-    small = lorac.compile(host("tiny_llama").double(), {"a": pruned(adapter)})
+    small = lorac.compile(host("tiny_llama").double(), {"a": prune_gates(adapter)})
     assert {path: value.rank for path, value in small.pool["a"].changes.items()} == {
         path: n for path, n in left.items() if n
     }
@@ -261,7 +261,7 @@ def test_what_it_does_not_apply_to() -> None:
     with pytest.raises(lorac.AdapterNotFound, match=r"of method sora; there is 'b' \(lora\)"):
         ProximalGates(lora, torch.optim.SGD(trained(lora), lr=1))
     with pytest.raises(lorac.AdapterNotFound, match="'b' is lora, which has no gates"):
-        pruned(lora.adapters["b"])
+        prune_gates(lora.adapters["b"])
     engine = lorac.compile(model.float(), {"a": compiled.adapters["a"]}, "onnxruntime", example_inputs=(x.float(),))
     with pytest.raises(lorac.Unavailable, match="target 'onnxruntime' does not train"):
         ProximalGates(engine, everything)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import lorac
-from lorac.testing.checks import assert_close
+from lorac.testing.eager_checks import assert_close
 from lorac.training import ReLoRA
 from tests.limits import rank_of
 from tests.training.loops import trained

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lorac
-from lorac.testing.checks import assert_close
-from lorac.training import draw_ordered, gate_loss, leave_one_out, ordered_log_prob, tried_loss
+from lorac.testing.eager_checks import assert_close
+from lorac.training import draw_ordered, gate_loss, leave_one_out, ordered_log_prob, sampled_selection_loss
 from tests.limits import decimals
 from tests.training.rules import drawn, tensor
 
@@ -163,7 +163,9 @@ def test_a_router_learns_from_the_loss_alone() -> None:
     optimizer = torch.optim.SGD([own["router"]], lr=0.1)
     for _ in range(40):
         optimizer.zero_grad()
-        tried_loss(compiled, {"x": x}, lambda y: (y - torch.cat([goal] * 4)).square().mean((1, 2)), draws=4).backward()
+        sampled_selection_loss(
+            compiled, {"x": x}, lambda y: (y - torch.cat([goal] * 4)).square().mean((1, 2)), draws=4
+        ).backward()
         optimizer.step()
     likely = (x @ own["router"].detach().t()).softmax(-1).mean((0, 1))
     assert likely[0] + likely[2] > 0.8, likely
@@ -175,7 +177,9 @@ def test_no_gradient_reaches_a_router_but_by_its_draws() -> None:
     own["lora_B"].data.copy_(drawn(*own["lora_B"].shape, seed=3))
     compiled(drawn(2, 4, 6, seed=1)).square().sum().backward()
     assert own["router"].grad is None and own["lora_A"].grad.any()
-    tried_loss(compiled, {"x": drawn(2, 4, 6, seed=1)}, lambda y: y.square().mean((1, 2)), draws=3).backward()
+    sampled_selection_loss(
+        compiled, {"x": drawn(2, 4, 6, seed=1)}, lambda y: y.square().mean((1, 2)), draws=3
+    ).backward()
     assert own["router"].grad.any()
     compiled.eval()
     assert torch.equal(compiled(drawn(2, 4, 6, seed=1)), compiled(drawn(2, 4, 6, seed=1)))
@@ -184,11 +188,11 @@ def test_no_gradient_reaches_a_router_but_by_its_draws() -> None:
 def test_tries_that_cannot_be() -> None:
     x = drawn(2, 4, 6, seed=1)
     with pytest.raises(lorac.ChoiceError, match="1 draws of 2 rows leave nobody"):
-        tried_loss(drawing(), {"x": x}, lambda y: y.mean((1, 2)), draws=1)
+        sampled_selection_loss(drawing(), {"x": x}, lambda y: y.mean((1, 2)), draws=1)
     with pytest.raises(lorac.ChoiceError, match="are not one for each of 4 rows"):
-        tried_loss(drawing(), {"x": x}, lambda y: y.mean())
+        sampled_selection_loss(drawing(), {"x": x}, lambda y: y.mean())
     with pytest.raises(lorac.Unavailable, match="the call gave no 'log_prob'"):
-        tried_loss(drawing(aux=()), {"x": x}, lambda y: y.mean((1, 2)))
+        sampled_selection_loss(drawing(aux=()), {"x": x}, lambda y: y.mean((1, 2)))
 
 
 def test_what_cannot_be_told() -> None:

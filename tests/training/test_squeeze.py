@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import lorac
-from lorac.testing.checks import assert_close
-from lorac.training import LoRAPro, Squeeze, rank_stages, squeezed
+from lorac.testing.eager_checks import assert_close
+from lorac.training import LoRAPro, Squeeze, rank_stages, reduce_rank
 from tests.limits import assert_at_most
 from tests.training.loops import trained
 from tests.training.rules import drawn, linear, tensor
@@ -28,7 +28,7 @@ def change(adapter: lorac.Adapter) -> Tensor:
 
 
 def test_values_by_hand() -> None:
-    found = squeezed(lora(torch.eye(2).double(), tensor([[3, 0], [0, 1]])), 1)
+    found = reduce_rank(lora(torch.eye(2).double(), tensor([[3, 0], [0, 1]])), 1)
     assert_close(change(found), tensor([[3, 0], [0, 0]]))
     assert found.variant.own_settings["alpha"] == 1 and found.tensors["site"]["lora_A"].shape == (1, 2)
 
@@ -39,7 +39,7 @@ def test_what_is_left_out_is_the_smallest() -> None:
     whole = scale * b @ a
     sizes = torch.linalg.svdvals(whole)
     for rank in (1, 2, 3, 4):
-        small = squeezed(lora(a, b, scale), rank)
+        small = reduce_rank(lora(a, b, scale), rank)
         assert_close(
             change(small) if rank == 4 else (whole - change(small)).square().sum(),
             whole if rank == 4 else sizes[rank:4].square().sum(),
@@ -48,23 +48,24 @@ def test_what_is_left_out_is_the_smallest() -> None:
         assert_close(own["lora_A"].norm(), (sizes[:rank].sum() / scale).sqrt())
         assert_close(own["lora_B"].norm(), own["lora_A"].norm())
         assert small.variant.own_settings["alpha"] == scale * rank
-    assert_close(change(squeezed(squeezed(lora(a, b, scale), 3), 1)), change(squeezed(lora(a, b, scale), 1)))
+    assert_close(change(reduce_rank(reduce_rank(lora(a, b, scale), 3), 1)), change(reduce_rank(lora(a, b, scale), 1)))
     turn = drawn(4, 4, seed=3)
     assert_close(
-        change(squeezed(lora(turn @ a, b @ torch.linalg.inv(turn), scale), 2)), change(squeezed(lora(a, b, scale), 2))
+        change(reduce_rank(lora(turn @ a, b @ torch.linalg.inv(turn), scale), 2)),
+        change(reduce_rank(lora(a, b, scale), 2)),
     )
     first = scale * b[:, :2] @ a[:2]
-    assert_at_most((whole - change(squeezed(lora(a, b, scale), 2))).norm(), (whole - first).norm())
+    assert_at_most((whole - change(reduce_rank(lora(a, b, scale), 2))).norm(), (whole - first).norm())
 
 
 def test_a_share_of_the_energy_says_the_rank() -> None:
     made = lora(torch.eye(3, 5).double(), torch.diag(tensor([3, 2, 1])))
-    ranks = [len(squeezed(made, energy=share).tensors["site"]["lora_A"]) for share in (0.5, 0.65, 0.9, 0.95, 1.0)]
+    ranks = [len(reduce_rank(made, energy=share).tensors["site"]["lora_A"]) for share in (0.5, 0.65, 0.9, 0.95, 1.0)]
     assert ranks == [1, 2, 2, 3, 3]
 
 
 def test_components_of_nothing_can_learn() -> None:
-    made = squeezed(lora(drawn(3, 5, seed=1), torch.zeros(4, 3).double()), 2).tensors["site"]
+    made = reduce_rank(lora(drawn(3, 5, seed=1), torch.zeros(4, 3).double()), 2).tensors["site"]
     assert not made["lora_B"].any()
     assert_close(made["lora_A"].norm(dim=1), tensor([1, 1]))
 
@@ -141,11 +142,11 @@ def test_rules_beside_it_are_put_on_anew() -> None:
 def test_what_it_does_not_apply_to() -> None:
     dora: Any = lorac.compile(linear(4, 3), {"a": lorac.DoRA(r=2, targets=("site",))})
     with pytest.raises(lorac.AdapterNotFound, match="'a' is dora, and a LoRA is squeezed"):
-        squeezed(dora.adapters["a"], 1)
+        reduce_rank(dora.adapters["a"], 1)
     made = lora(drawn(2, 4, seed=1), drawn(3, 2, seed=2))
     for wrong in ({}, {"rank": 0}, {"energy": 0.0}, {"energy": 1.5}, {"rank": 1, "energy": 0.5}):
         with pytest.raises(lorac.OptionError):
-            squeezed(made, **wrong)  # type: ignore[arg-type]
+            reduce_rank(made, **wrong)  # type: ignore[arg-type]
     compiled, optimizer = trainable()
     for stages in ((), ((4, 1), (8, 1)), ((4, 0),)):
         with pytest.raises(lorac.ChoiceError, match="of falling ranks"):

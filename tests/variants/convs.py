@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lorac.ir.host.sites import CONVOLUTIONS
+from lorac.ir.sites import CONVOLUTION_KINDS
 from lorac.testing import Host
 from lorac.testing.hosts import OneSite
 
@@ -27,7 +27,7 @@ def conv_host(name, channels, out, kernel, sizes, **geometry):
 
     return Host(
         name,
-        CONVOLUTIONS[axes],
+        CONVOLUTION_KINDS[axes],
         lambda: OneSite(_MODULES[axes](channels, out, kernel, **geometry)),
         (channels, *sizes),
         apply,

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 
 import lorac
-from lorac.ir.host.sites import SiteKind
-from lorac.variants import _inits
-from lorac.variants._routing import topk_gate
+from lorac.ir.sites import SiteKind
+from lorac.variants import _initialisers as _inits
+from lorac.variants._routing import top_k_softmax
 from lorac.variants.params import ParamSpec
 
 BLOCK = frozenset({SiteKind.BLOCK})
@@ -75,7 +75,7 @@ class Experts(lorac.BranchVariant):
     def branch(self, x, y, p, ctx):
         logits = F.linear(x, p.gate)
         ctx.emit("router", logits)
-        shares = topk_gate(logits, 2)
+        shares = top_k_softmax(logits, 2)
         gate, up, down = (ctx.value(name) for name in self.reads(ctx.site))
         total, hidden = shares[..., :1] * y, 0
         for e in range(len(self.ranks)):

@@ -8,9 +8,9 @@ from torch import nn
 
 import lorac
 from lorac.ir.algebra.changes import LowRank
-from lorac.ir.host.sites import Site, SiteKind, find_sites
+from lorac.ir.sites import Site, SiteKind, find_sites
 from lorac.testing import HOSTS, Case
-from lorac.testing.checks import assert_close
+from lorac.testing.eager_checks import assert_close
 from lorac.variants.adalora import AdaLoRA
 from tests import parity
 from tests.limits import assert_deviation

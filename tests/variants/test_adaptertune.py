@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import lorac
-from lorac.ir.host.sites import Site, SiteKind
-from lorac.ir.slots.reads import replace_first
-from lorac.ir.slots.run import Ctx
+from lorac.ir.sites import Site, SiteKind
+from lorac.ir.slots.execution import FormulaContext
+from lorac.ir.slots.program_values import replace_first_tensor
 from tests.limits import assert_deviation, decimals
 from tests.oracles import adaptertune as oracle
 from tests.parity import assert_parity
@@ -25,7 +25,7 @@ def test_the_hand_computed_example():
     row = {"down": [[1, 1]], "down_bias": [0], "up": [[0.5], [-1]], "up_bias": [0, 0]}
     p = SimpleNamespace(**{name: torch.tensor(value, dtype=torch.float64) for name, value in row.items()})
     h = torch.tensor([1.0, 2.0], dtype=torch.float64)
-    y = lorac.AdapterTune(r=1).branch(torch.zeros(2), h, p, Ctx(BLOCK))
+    y = lorac.AdapterTune(r=1).branch(torch.zeros(2), h, p, FormulaContext(BLOCK))
     assert decimals(y, 6) == [2.497975, -0.995950]
 
 
@@ -146,7 +146,9 @@ def test_every_vision_transformer_has_it_behind_its_blocks(name):
         p = SimpleNamespace(**{key: t.double().numpy() for key, t in at.items()})
 
         def behind(module, args, output, p=p):
-            return replace_first(output, lambda h: torch.from_numpy(oracle.branch(None, h.numpy(), p, adapter.variant)))
+            return replace_first_tensor(
+                output, lambda h: torch.from_numpy(oracle.branch(None, h.numpy(), p, adapter.variant))
+            )
 
         wide.get_submodule(path).register_forward_hook(behind)
     expected = answer(wide(images.double()))

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 import transformers
 
 import lorac
-from lorac.ir.slots.reads import replace_first
-from lorac.testing.checks import assert_close
+from lorac.ir.slots.program_values import replace_first_tensor
+from lorac.testing.eager_checks import assert_close
 from tests.parity import assert_parity
 from tests.refusing import refuses
 from tests.variants.modules import Bottleneck, Experts, Routed, SideNetwork
@@ -35,7 +35,7 @@ def adapters() -> dict[str, lorac.Adapter]:
 
 
 @functools.cache
-def emitted() -> lorac.runtime.compiled.Compiled:
+def emitted() -> lorac.session.compiled.Compiled:
     return lorac.compile(llama(), adapters(), target="onnxruntime", aux=["gates", "router"])
 
 
@@ -63,7 +63,7 @@ def by_hand(name: str, ids: torch.Tensor) -> torch.Tensor:
 
         def hook(module, args, kwargs, output, path=path, p=p):
             x = args[0] if args else kwargs["hidden_states"]
-            return replace_first(output, lambda y: y + t * (BY_HAND[name](host, path, x, y, p, seen) - y))
+            return replace_first_tensor(output, lambda y: y + t * (BY_HAND[name](host, path, x, y, p, seen) - y))
 
         host.get_submodule(path).register_forward_hook(hook, with_kwargs=True)
     return host(input_ids=ids).logits

@@ -8,7 +8,7 @@ import lorac
 from lorac.errors import OptionError
 from lorac.ir.algebra.changes import Dense
 from lorac.testing import HOSTS, Case, conformance
-from lorac.testing.checks import assert_close
+from lorac.testing.eager_checks import assert_close
 from lorac.variants.boft import BOFT
 from lorac.variants.oft import OFT
 from tests.limits import NULL

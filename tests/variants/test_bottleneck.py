@@ -10,10 +10,10 @@ import torch.nn.functional as F
 import transformers
 
 import lorac
-from lorac.ir.host.sites import Site, SiteKind
-from lorac.ir.slots.run import Ctx
-from lorac.testing.checks import assert_close
-from lorac.variants._bottlenecks import ACTIVATIONS, coupled, coupling, uncoupled
+from lorac.ir.sites import Site, SiteKind
+from lorac.ir.slots.execution import FormulaContext
+from lorac.testing.eager_checks import assert_close
+from lorac.variants._bottleneck_layers import ACTIVATIONS, apply_coupling, coupling_specs, invert_coupling
 from tests.oracles import bottleneck as oracle
 from tests.refusing import refuses
 from tests.zoo import ZOO
@@ -66,7 +66,7 @@ def test_a_placement_is_its_equation(name, behind):
     values = {"in:block.norm": r, "block.dropout": h, "param:block.mlp.weight": WEIGHT, "param:block.mlp.bias": BIAS}
     values = {key: values[key] for key in variant.reads(SITE)}  # what it reads is all that it gets
     x, y = (h + r, ln(h + r)) if behind else (torch.zeros_like(h), h)
-    found = variant.branch(x, y, SimpleNamespace(**tensors), Ctx(SITE, values=values).within(torch.float64))
+    found = variant.branch(x, y, SimpleNamespace(**tensors), FormulaContext(SITE, values=values).within(torch.float64))
     p = SimpleNamespace(**{key: tensor.numpy() for key, tensor in tensors.items()})
     own = (lambda z: oracle.norm(z, WEIGHT.numpy(), BIAS.numpy(), EPS)) if behind else None
     expected = torch.from_numpy(oracle.stream(h.numpy(), r.numpy(), p, variant, own))
@@ -81,7 +81,7 @@ def test_the_examples_computed_by_hand(name, answer):
     p = SimpleNamespace(**{key: torch.tensor(value, dtype=torch.float64) for key, value in row.items()})
     h, r = torch.tensor([1.0, 2], dtype=torch.float64), torch.tensor([1.0, 1], dtype=torch.float64)
     assert (
-        variant.branch(h, h, p, Ctx(site, values={"in:block.norm": r}).within(torch.float64)) + r
+        variant.branch(h, h, p, FormulaContext(site, values={"in:block.norm": r}).within(torch.float64)) + r
     ).tolist() == answer
 
 
@@ -93,12 +93,12 @@ def test_the_counts_of_bert_base(preset, blocks, total):
 
 
 def test_an_invertible_block_is_undone_and_is_its_equation():
-    specs, act = coupling(7, 2.0), ACTIVATIONS["relu"]
+    specs, act = coupling_specs(7, 2.0), ACTIVATIONS["relu"]
     p = SimpleNamespace(**{key: torch.randn(spec.shape, dtype=torch.float64) for key, spec in specs.items()})
     x = torch.randn(3, 5, 7, dtype=torch.float64)
-    assert_close(uncoupled(coupled(x, p, act), p, act), x)
+    assert_close(invert_coupling(apply_coupling(x, p, act), p, act), x)
     arrays = SimpleNamespace(**{key: tensor.numpy() for key, tensor in vars(p).items()})
-    assert_close(coupled(x, p, act), torch.from_numpy(oracle.coupled(x.numpy(), arrays, oracle.ACTS["relu"])))
+    assert_close(apply_coupling(x, p, act), torch.from_numpy(oracle.coupled(x.numpy(), arrays, oracle.ACTS["relu"])))
 
 
 # ── In models ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -7,7 +7,8 @@ from torch import nn
 
 import lorac
 from lorac.ir.algebra.changes import LowRank
-from lorac.testing import Case, checks
+from lorac.testing import Case
+from lorac.testing import eager_checks as checks
 from tests import parity
 from tests.limits import rank_of
 from tests.variants.convs import OBLONG, SQUARE

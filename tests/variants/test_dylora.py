@@ -8,9 +8,9 @@ from torch import nn
 
 import lorac
 from lorac.ir.algebra.changes import LowRank
-from lorac.ir.host.sites import find_sites
+from lorac.ir.sites import find_sites
 from lorac.testing import HOSTS, Case
-from lorac.testing.checks import assert_close
+from lorac.testing.eager_checks import assert_close
 from tests import parity
 from tests.refusing import refuses
 

@@ -10,8 +10,8 @@ from torch import nn
 import lorac
 from lorac.ir.algebra.changes import Dense
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.sites import Site, SiteKind, find_sites
-from lorac.testing.checks import assert_close
+from lorac.ir.sites import Site, SiteKind, find_sites
+from lorac.testing.eager_checks import assert_close
 from lorac.variants.fourierft import FourierFT
 from tests.refusing import refuses
 

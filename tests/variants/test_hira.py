@@ -8,8 +8,8 @@ from torch import nn
 
 import lorac
 from lorac.ir.algebra.changes import Dense
-from lorac.ir.host.sites import find_sites
-from lorac.testing.checks import assert_close
+from lorac.ir.sites import find_sites
+from lorac.testing.eager_checks import assert_close
 from lorac.variants.hira import HiRA
 from tests import parity
 

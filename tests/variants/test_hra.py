@@ -10,7 +10,7 @@ import lorac
 from lorac.ir.algebra.changes import LowRank
 from lorac.ir.algebra.reduction import Params
 from lorac.testing import HOSTS, conformance
-from lorac.testing.checks import assert_close
+from lorac.testing.eager_checks import assert_close
 from lorac.variants.hra import HRA
 from tests.limits import assert_apart
 from tests.oracles import hra as equations

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.testing.checks import assert_close
+from lorac.testing.eager_checks import assert_close
 from lorac.variants.ln_tuning import LNTuning
 from tests import parity
 from tests.refusing import refuses

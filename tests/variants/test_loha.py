@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.ir.host.sites import Site, SiteKind, find_sites
+from lorac.ir.sites import Site, SiteKind, find_sites
 from lorac.testing import HOSTS, Case
-from lorac.testing.checks import assert_close
+from lorac.testing.eager_checks import assert_close
 from lorac.variants.loha import LoHa
 from tests.refusing import refuses
 

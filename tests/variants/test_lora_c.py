@@ -11,9 +11,10 @@ from torch import nn
 import lorac
 from lorac.ir.algebra.changes import Dense, LowRank
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.sites import find_sites
-from lorac.testing import Case, Oracle, checks
-from lorac.testing.checks import assert_close
+from lorac.ir.sites import find_sites
+from lorac.testing import Case, Oracle
+from lorac.testing import eager_checks as checks
+from lorac.testing.eager_checks import assert_close
 from tests import parity
 from tests.oracles import lora_c as oracle
 from tests.refusing import refuses

@@ -6,7 +6,7 @@ from torch import nn
 
 import lorac
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.sites import find_sites
+from lorac.ir.sites import find_sites
 from lorac.variants import _masks, shira
 from lorac.variants.params import InitContext
 
@@ -112,7 +112,7 @@ def test_a_variant_takes_every_maker(mask):
     made = mask(GRADIENTS, lambda site: 2) if mask is shira.snip_mask else mask
     tensors = lorac.compile(model, {"a": lorac.SHiRA(ratio=2 / 6, mask=made, targets=("site",))}).adapters
     indices = tensors["a"].tensors["site"]["indices"]
-    expected = _masks.maker(made, 2).make(context(WEIGHT))
+    expected = _masks.find_mask_maker(made, 2).make(context(WEIGHT))
     assert torch.equal(indices, expected)
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import lorac
-from lorac.backends.onnx.files import read
-from lorac.ir.host.sites import Site, SiteKind
-from lorac.testing.checks import assert_close
-from lorac.variants._routing import top_k, topk_gate
+from lorac.backends.onnx.model_files import read_model_files
+from lorac.ir.sites import Site, SiteKind
+from lorac.testing.eager_checks import assert_close
+from lorac.variants._routing import top_k, top_k_softmax
 from tests.oracles import meteora as oracle
 from tests.parity import assert_parity
 from tests.refusing import refuses
@@ -181,7 +181,7 @@ def test_dropout_is_on_the_experts_input_in_training_and_the_gates_see_all():
     found = compiled(X)
     p = adapter.tensors["line"]
     assert_close(compiled.aux["router"]["line"], X @ p["moe_gate"].T)
-    weights = topk_gate(X @ p["moe_gate"].T, 2).repeat_interleave(adapter.variant.r, -1)
+    weights = top_k_softmax(X @ p["moe_gate"].T, 2).repeat_interleave(adapter.variant.r, -1)
     assert_close(found, model(X) + (dropped @ p["lora_A"].T * weights) @ p["lora_B"].T)
 
 
@@ -322,7 +322,7 @@ def test_what_is_added_to_a_layers_output_is_not_found_by_a_difference() -> None
     tensors = {path: {key: t.float() for key, t in own.items()} for path, own in adapter.tensors.items()}
     single = lorac.Adapter("task", adapter.variant, tensors)
     compiled = lorac.compile(model, {"task": single}, target="onnxruntime", example_inputs=(x,))
-    (gate,) = (n for n in read(compiled.engine.files, "main")[0].graph.node if n.op_type == "If")
+    (gate,) = (n for n in read_model_files(compiled.engine.files, "main")[0].graph.node if n.op_type == "If")
     assert not [n for branch in gate.attribute for n in branch.g.node if n.op_type == "Sub"]
     with torch.no_grad():
         assert_parity(compiled(x), lorac.compile(model, {"task": single})(x), model(x))

@@ -9,9 +9,9 @@ from torch import nn
 import lorac
 from lorac.ir.algebra.changes import LowRank
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.sites import Site, SiteKind
+from lorac.ir.sites import Site, SiteKind
 from lorac.testing import HOSTS, Case
-from lorac.testing.checks import assert_close
+from lorac.testing.eager_checks import assert_close
 from tests import parity
 from tests.refusing import refuses
 

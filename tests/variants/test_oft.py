@@ -11,7 +11,7 @@ from lorac.errors import OptionError
 from lorac.ir.algebra.changes import LowRank
 from lorac.ir.algebra.reduction import Params
 from lorac.testing import HOSTS, Case
-from lorac.testing.checks import assert_close
+from lorac.testing.eager_checks import assert_close
 from lorac.variants.oft import OFT, nearest_divisor
 from tests import parity
 from tests.limits import decimals

@@ -9,9 +9,9 @@ from torch import nn
 import lorac
 from lorac.ir.algebra.changes import LowRank
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.sites import SiteKind
+from lorac.ir.sites import SiteKind
 from lorac.testing import HOSTS, Case, Host, conformance
-from lorac.testing.checks import assert_close
+from lorac.testing.eager_checks import assert_close
 from lorac.testing.hosts import OneSite
 from lorac.variants.params import InitContext, Role
 from tests.oracles import plp as oracle

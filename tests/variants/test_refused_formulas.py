@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import lorac
-from lorac.ir.host.sites import SiteKind
+from lorac.ir.sites import SiteKind
 from lorac.testing import HOSTS, conformance
-from lorac.testing.checks import assert_close
+from lorac.testing.eager_checks import assert_close
 from lorac.testing.hosts import Block
-from lorac.variants import _inits
+from lorac.variants import _initialisers as _inits
 from tests.refusing import refuses
 
 Fault = Callable[..., Any]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import lorac
-from lorac.testing.checks import assert_close
-from lorac.training import by_row, leave_one_out
+from lorac.testing.eager_checks import assert_close
+from lorac.training import leave_one_out, sum_by_row
 from tests.limits import decimals
 from tests.parity import assert_parity
 from tests.refusing import refuses
@@ -96,7 +96,7 @@ def test_the_loss_of_the_task_gives_the_router_nothing_and_its_draws_give_the_in
     assert held["router"].grad is None and held["lora_A"].grad.any() and x.grad.any()
     x.grad = None
     compiled(x)
-    by_row(compiled.aux["log_prob"]).sum().backward()
+    sum_by_row(compiled.aux["log_prob"]).sum().backward()
     assert held["router"].grad.any() and x.grad is None
 
 
@@ -120,7 +120,7 @@ def test_the_router_learns_from_what_its_draws_cost():
         tries = []
         for _ in range(4):
             found = compiled(torch.cat([x, values], 1))[:, 0]
-            tries.append(((found - answer).square(), by_row(compiled.aux["log_prob"])))
+            tries.append(((found - answer).square(), sum_by_row(compiled.aux["log_prob"])))
         optimizer.zero_grad()
         leave_one_out(*map(torch.stack, zip(*tries, strict=True))).backward()
         optimizer.step()

@@ -7,7 +7,7 @@ import lorac
 from lorac.ir.algebra.changes import LowRank
 from lorac.ir.algebra.reduction import Params
 from lorac.testing import HOSTS, Case, conformance
-from lorac.testing.checks import assert_close
+from lorac.testing.eager_checks import assert_close
 from lorac.variants.residual import Residual
 from tests.oracles import residual as oracle
 

@@ -4,8 +4,8 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from lorac.testing.checks import assert_close
-from lorac.variants._routing import top_k, topk_gate
+from lorac.testing.eager_checks import assert_close
+from lorac.variants._routing import top_k, top_k_softmax
 from tests.limits import decimals
 
 Z = torch.tensor([1.0, 3.0, 2.0, -1.0], dtype=torch.float64)
@@ -15,7 +15,7 @@ Z = torch.tensor([1.0, 3.0, 2.0, -1.0], dtype=torch.float64)
     ("temperature", "weights"), [(1, (0.731059, 0.268941)), (15, (0.516660, 0.483340)), (30, (0.508333, 0.491667))]
 )
 def test_the_hand_computed_weights(temperature, weights):
-    found = topk_gate(Z, 2, temperature)
+    found = top_k_softmax(Z, 2, temperature)
     assert decimals(found, 6) == [0, *weights, 0]
     assert found[0] == 0 and found[3] == 0
 
@@ -25,19 +25,19 @@ def test_it_is_top_k_then_softmax_where_nothing_ties(k):
     z = torch.randn(3, 7, 5, dtype=torch.float64)
     values, indices = torch.topk(z, k)
     expected = torch.zeros_like(z).scatter(-1, indices, values.softmax(-1))
-    assert_close(topk_gate(z, k), expected)
-    assert_close(topk_gate(z, k).sum(-1), torch.ones(3, 7, dtype=torch.float64))
+    assert_close(top_k_softmax(z, k), expected)
+    assert_close(top_k_softmax(z, k).sum(-1), torch.ones(3, 7, dtype=torch.float64))
 
 
 def test_a_huge_logit_takes_all():
     z = Z.clone()
     z[3] = 1e4
-    assert topk_gate(z, 2).tolist() == [0, 0, 0, 1]
+    assert top_k_softmax(z, 2).tolist() == [0, 0, 0, 1]
 
 
 def test_a_gradient_reaches_the_chosen_and_no_one_else():
     z = Z.clone().requires_grad_()
-    topk_gate(z, 2)[1].backward()
+    top_k_softmax(z, 2)[1].backward()
     assert z.grad is not None and z.grad[0] == 0 and z.grad[3] == 0 and z.grad[1] > 0 > z.grad[2]
 
 
@@ -53,7 +53,7 @@ def test_ties_go_to_the_lowest_index():
 def test_onnx_runtime_breaks_ties_alike(k, tmp_path):
     class Gate(torch.nn.Module):
         def forward(self, z):
-            return topk_gate(z, k, 2.0)
+            return top_k_softmax(z, k, 2.0)
 
     program = torch.export.export(Gate(), (TIES,), dynamic_shapes=({0: torch.export.Dim("tokens")},))
     emitted = torch.onnx.export(program, dynamo=True, verbose=False)
@@ -62,5 +62,5 @@ def test_onnx_runtime_breaks_ties_alike(k, tmp_path):
     session = ort.InferenceSession(str(tmp_path / "gate.onnx"))
     z = torch.cat([TIES, torch.zeros(40, 4)])
     found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: z.numpy()})[0])
-    assert torch.equal(found != 0, topk_gate(z, k, 2.0) != 0)
-    assert_close(found, topk_gate(z, k, 2.0))
+    assert torch.equal(found != 0, top_k_softmax(z, k, 2.0) != 0)
+    assert_close(found, top_k_softmax(z, k, 2.0))

@@ -15,7 +15,7 @@ from torch import nn
 
 import lorac
 from lorac.testing import HOSTS, conformance
-from lorac.testing.checks import assert_close
+from lorac.testing.eager_checks import assert_close
 from tests.oracles import x_lora as oracle
 from tests.parity import assert_parity
 from tests.refusing import refuses
@@ -138,7 +138,7 @@ def test_a_program_with_a_cache_keeps_one_for_the_scaling_pass() -> None:
 
 @pytest.mark.slow
 def test_tensorrt_takes_it() -> None:
-    """What it builds is held against the captured program without a GPU (``lorac.backends.tensorrt.checking``)."""
+    """What it builds is held against the captured program without a GPU (``lorac.backends.tensorrt.cpu_check``)."""
     pytest.importorskip("tensorrt_rtx")
     with pytest.warns(lorac.LoracWarning, match="cannot run here"):
         assert lorac.compile(model(), {"x": adapter()}, target="tensorrt").active == {"x": 1.0}

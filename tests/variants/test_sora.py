@@ -7,7 +7,7 @@ from torch import nn
 import lorac
 from lorac.ir.algebra.changes import LowRank
 from lorac.testing import HOSTS, Case
-from lorac.training import pruned
+from lorac.training import prune_gates
 from tests import parity
 
 
@@ -33,7 +33,7 @@ def test_worked_example_and_what_it_prunes_to():
     adapter = lorac.Adapter("a", lorac.SoRA(r=2, alpha=4, targets=("site",)), {"site": p})
     x = tensor([[1, 2]])
     assert lorac.compile(model, {"a": adapter})(x).tolist() == [[1, 2]]
-    small = pruned(adapter)
+    small = prune_gates(adapter)
     assert (small.variant.r, small.variant.alpha) == (1, 2)
     assert small.tensors["site"]["lora_A"].tolist() == [[0.5, 0]]
     assert lorac.compile(model, {"a": small})(x).tolist() == [[1, 2]]
@@ -42,7 +42,7 @@ def test_worked_example_and_what_it_prunes_to():
 @torch.no_grad()
 def test_closed_gates_drop_out(case):
     case.a.tensors["site"]["gate"][1] = 0
-    small = lorac.compile(case.model, {"a": pruned(case.a)})
+    small = lorac.compile(case.model, {"a": prune_gates(case.a)})
     parity.assert_parity(case.live(case.x), small(case.x), case.base(case.x))
 
 

@@ -10,9 +10,9 @@ import lorac
 from lorac.errors import OptionError
 from lorac.ir.algebra.changes import Dense, LowRank
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.host.sites import Site, SiteKind
+from lorac.ir.sites import Site, SiteKind
 from lorac.testing import HOSTS, conformance
-from lorac.testing.checks import assert_close
+from lorac.testing.eager_checks import assert_close
 from lorac.variants.tlora import TLoRA
 from tests.oracles import tlora as equations
 from tests.refusing import refuses

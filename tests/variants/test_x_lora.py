@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lorac
-from lorac.ir.host.last_hidden import last_hidden
-from lorac.testing.checks import assert_close
+from lorac.frontend.last_hidden_state import find_last_hidden_state
+from lorac.testing.eager_checks import assert_close
 from tests.limits import decimals
 from tests.oracles import x_lora as oracle
 from tests.parity import assert_parity
@@ -388,4 +388,4 @@ def test_the_authors_files(tmp_path: Path) -> None:
     ],
 )
 def test_the_last_hidden_state(kind: str, fields: dict[str, Any], path: str) -> None:
-    assert last_hidden(tiny(kind, **fields)) == (path, 32)
+    assert find_last_hidden_state(tiny(kind, **fields)) == (path, 32)

@@ -16,38 +16,51 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from lorac.backends.eager.buffers import adds_bias, own_buffers
-from lorac.backends.eager.calls import BARE, Call, Filled, attention_of, filled_by, refuse_cache
-from lorac.backends.eager.draws import beginning, in_backward
+from lorac.backends.eager.branches import BranchRunner, LiveTermSource
+from lorac.backends.eager.forward_call import (
+    NO_ADAPTERS,
+    ActiveSlots,
+    ForwardCall,
+    check_no_cache,
+    choose_attention,
+    slots_from_snapshot,
+)
+from lorac.backends.eager.fused_weights import adds_bias, allocate_buffers
+from lorac.backends.eager.random_seeds import hash_call, is_in_backward
 from lorac.backends.eager.shadow import shadow
-from lorac.backends.eager.surroundings import Surroundings, Terms
 from lorac.errors import SiteError
-from lorac.ir.binding import Answer, Binding
-from lorac.ir.engine import Engine
-from lorac.ir.host.components import components_of, prefix_of, require_component
-from lorac.ir.host.layers import calls_below, is_plain, layer_of, padded, with_below
-from lorac.ir.host.sites import BaseReader, Site, SiteKind, stored_tensor
+from lorac.frontend.components import check_component, get_component_prefix, list_components
+from lorac.frontend.layer_classes import (
+    calls_super_forward,
+    find_layer_class,
+    has_plain_forward,
+    pad_conv_input,
+    replace_super_forward,
+)
+from lorac.ir.sites import BaseReader, Site, SiteKind, read_stored_tensor
 from lorac.ir.slots.buffers import FusedBuffer
-from lorac.ir.slots.emits import record_emitted, refuse_unemitted
+from lorac.ir.slots.composition import ComposedWeights
+from lorac.ir.slots.execution import read_weight_slots, run_site
+from lorac.ir.slots.extra_outputs import check_extra_outputs, record_extra_outputs
 from lorac.ir.slots.layouts import layout_of
-from lorac.ir.slots.reads import (
+from lorac.ir.slots.live_terms import combine_weights, run_terms
+from lorac.ir.slots.plans import SitePlan, SiteSlots
+from lorac.ir.slots.program_values import (
     BASE,
     IN,
     INPUT,
     first_tensor,
-    replace_first,
-    tapped,
+    list_tapped_modules,
+    replace_first_tensor,
 )
-from lorac.ir.slots.run import from_slots, run_site
-from lorac.ir.slots.site import SitePlan, SiteSlots
-from lorac.ir.slots.snapshot import Snapshot
-from lorac.ir.slots.training import run_terms, weights_of
+from lorac.target.binding import CallResult, EngineBinding
+from lorac.target.engine import Engine
 
 Tensor = torch.Tensor
 T = TypeVar("T")
-Hears = Callable[[Mapping[str, Mapping[str, Tensor]]], None]
+EmissionListener = Callable[[Mapping[str, Mapping[str, Tensor]]], None]
 
-_current: contextvars.ContextVar[tuple[object, Call] | None] = contextvars.ContextVar("call", default=None)
+_current_call: contextvars.ContextVar[tuple[object, ForwardCall] | None] = contextvars.ContextVar("call", default=None)
 
 
 class EagerEngine(Engine):
@@ -74,37 +87,37 @@ class EagerEngine(Engine):
         *,
         sites: Mapping[str, Site],
         mode: str,
-        terms: Terms,
+        terms: LiveTermSource,
         aux: Sequence[str] = (),
     ) -> None:
         self.module, self.plans, self.base, self.mode = module, plans, base, mode
-        self.components = components_of(module)
-        self.active = BARE
+        self.components = list_components(module)
+        self.active = NO_ADAPTERS
         self.wanted = frozenset(aux)
-        self._recorded = Call(BARE, computes_terms=True)
-        self._heard: dict[object, tuple[frozenset[str], Hears]] = {}
-        self._around = Surroundings(module, plans, sites, terms)
+        self._recorded = ForwardCall(NO_ADAPTERS, computes_terms=True)
+        self._heard: dict[object, tuple[frozenset[str], EmissionListener]] = {}
+        self._around = BranchRunner(module, plans, sites, terms)
         self._originals: dict[str, Callable[..., Any]] = {}
         self._weights: dict[str, tuple[Tensor | None, Tensor | None]] = {}
         for path, plan in plans.items():
             self._install(path, plan)
-        for path in tapped(plans.values()):
+        for path in list_tapped_modules(plans.values()):
             tap = module.get_submodule(path)
             tap.forward = functools.partial(self._forward_tap, path, tap.forward)
-        self.buffers: Mapping[str, FusedBuffer] = own_buffers(module, plans, base) if self.fused else {}
+        self.buffers: Mapping[str, FusedBuffer] = allocate_buffers(module, plans, base) if self.fused else {}
 
     # --- the engine's contract -----------------------------------------------------------------------------------
 
-    def bind(self, snapshot: Snapshot, slots: Mapping[str, SiteSlots]) -> Binding[Filled]:
+    def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> EngineBinding[ActiveSlots]:
         """Keep the slots of the sites the choice touches; elsewhere the base runs untouched."""
-        return Binding(self, filled_by(snapshot, slots))
+        return EngineBinding(self, slots_from_snapshot(snapshot, slots))
 
     @property
-    def written(self) -> Binding[Filled]:
+    def written(self) -> EngineBinding[ActiveSlots]:
         """The choice that the weights hold."""
-        return Binding(self, self.active)
+        return EngineBinding(self, self.active)
 
-    def activate(self, content: Filled) -> None:
+    def activate(self, content: ActiveSlots) -> None:
         """What runs outside any call (a submodule called directly) uses it from now on."""
         self.active = content
 
@@ -121,13 +134,15 @@ class EagerEngine(Engine):
         """
         return torch.is_grad_enabled() or self.module.training
 
-    def hold(self, snapshot: Snapshot) -> None:
+    def hold(self, snapshot: ComposedWeights) -> None:
         """Calls run with what was written, at the sites it touches."""
-        self.active = Filled(snapshot.choice, {}, frozenset(snapshot.composed))
+        self.active = ActiveSlots(snapshot.choice, {}, frozenset(snapshot.composed))
 
-    def call(self, content: Filled, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Answer:
+    def call(
+        self, content: ActiveSlots, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> CallResult:
         """Call the host copy, or one of several; in fused mode the weights already hold the choice."""
-        module = self.components[require_component(graph, self.components)]
+        module = self.components[check_component(graph, self.components)]
         call = self._new_call(content)
         self._begin(call, graph, args, kwargs)
         with self._using(call):
@@ -136,9 +151,9 @@ class EagerEngine(Engine):
             self._recorded = call
         for names, heard in list(self._heard.values()) if call.computes_terms else ():
             heard({name: call.aux.get(name, {}) for name in names})
-        return Answer(output, {name: found for name, found in call.aux.items() if name in self.wanted})
+        return CallResult(output, {name: found for name, found in call.aux.items() if name in self.wanted})
 
-    def listen(self, names: Iterable[str], heard: Hears) -> Callable[[], None]:
+    def listen(self, names: Iterable[str], heard: EmissionListener) -> Callable[[], None]:
         """Have calls that train tell what their branches emit; returns what ends that.
 
         Args:
@@ -148,7 +163,7 @@ class EagerEngine(Engine):
         Raises:
             OptionError: no branch gives one.
         """
-        refuse_unemitted(list(names), self.plans.values())
+        check_extra_outputs(list(names), self.plans.values())
         key = object()
         self._heard[key] = frozenset(names), heard
 
@@ -157,13 +172,13 @@ class EagerEngine(Engine):
 
         return end
 
-    def _new_call(self, content: Filled) -> Call:
-        return Call(content, self.computes_terms)
+    def _new_call(self, content: ActiveSlots) -> ForwardCall:
+        return ForwardCall(content, self.computes_terms)
 
     def lend(self, content: object, graph: str, work: Callable[[nn.Module], T]) -> T:
         """Have the host copy do some work of its own, each of whose forwards reads the content."""
-        module = self.components[require_component(graph, self.components)]
-        assert isinstance(content, Filled)
+        module = self.components[check_component(graph, self.components)]
+        assert isinstance(content, ActiveSlots)
         call = self._new_call(content)
 
         def before(_: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
@@ -176,23 +191,23 @@ class EagerEngine(Engine):
             held.enter_context(self._using(call))
             return work(module)
 
-    def _begin(self, call: Call, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+    def _begin(self, call: ForwardCall, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
         """Have a call know what its branches read of its arguments, of passes before its own, and compute once."""
         if not call.filled.begins:
             return
-        module, scope = self.components[graph], prefix_of(self.module, graph)
+        module, scope = self.components[graph], get_component_prefix(self.module, graph)
         given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        call.attention = attention_of((*given.values(), *kwargs.values()))
-        call.began = beginning((*args, *kwargs.values())) if self.module.training else 0
+        call.attention = choose_attention((*given.values(), *kwargs.values()))
+        call.began = hash_call((*args, *kwargs.values())) if self.module.training else 0
         tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
         call.values.update({f"{INPUT}:{name}": value for name, value in tensors.items()})
 
-        def run(passed: Call) -> None:
-            refuse_cache(call.attention)
+        def run(passed: ForwardCall) -> None:
+            check_no_cache(call.attention)
             with torch.no_grad(), self._using(passed):
                 module(*args, **kwargs)
 
-        base = Call(call.filled.base_pass(scope))
+        base = ForwardCall(call.filled.base_pass(scope))
         if base.filled.read:
             run(base)
             call.values.update({f"{BASE}:{path}": base.values[path] for path in base.filled.read & base.values.keys()})
@@ -204,30 +219,30 @@ class EagerEngine(Engine):
     # --- the sites ---------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _using(self, call: Call) -> Iterator[None]:
-        token = _current.set((self, call))
+    def _using(self, call: ForwardCall) -> Iterator[None]:
+        token = _current_call.set((self, call))
         try:
             yield
         finally:
-            _current.reset(token)
+            _current_call.reset(token)
 
-    def filled(self) -> Filled:
+    def filled(self) -> ActiveSlots:
         """What fills the slots in the running call; outside one the active choice."""
         return self._call().filled
 
-    def _call(self) -> Call:
-        current = _current.get()
+    def _call(self) -> ForwardCall:
+        current = _current_call.get()
         if current is not None and current[0] is self:
             return current[1]
         # A checkpoint recomputes within backward, outside any call: with what the call before it ran with.
-        return self._recorded if in_backward() else Call(self.active, self.computes_terms)
+        return self._recorded if is_in_backward() else ForwardCall(self.active, self.computes_terms)
 
     def _install(self, path: str, plan: SitePlan) -> None:
         owner = path if plan.site.within is None else plan.site.within
         if plan.site.kind is SiteKind.ONCE:
             return
         module = self.module.get_submodule(owner)
-        self._weights[path] = _stored(self.module, plan)
+        self._weights[path] = _weight_and_bias(self.module, plan)
         if owner in self._originals:
             return
         self._originals[owner] = module.forward
@@ -236,22 +251,22 @@ class EagerEngine(Engine):
             module.forward = functools.partial(self._forward_owner, owner, module, inside)
         elif plan.site.kind is SiteKind.BLOCK:
             module.forward = functools.partial(self._forward_block, path, module)
-        elif is_plain(module):
+        elif has_plain_forward(module):
             module.forward = functools.partial(self._forward_site, path, module)
         else:
             self._install_below(path, module)
 
     def _install_below(self, path: str, module: nn.Module) -> None:
         """Adapt what a layer of a class of its own calls by ``super().forward``, on a twin over the same attributes."""
-        if not calls_below(module):
+        if not calls_super_forward(module):
             raise SiteError(
                 f"'{path}' is a {type(module).__name__}, whose forward computes more than its layer, by itself",
                 next_step="exclude= it, or let its forward call super().forward",
                 code="site_unsupported",
             )
         whole = self._originals[path]
-        self._originals[path] = functools.partial(layer_of(module).forward, module)
-        twin = object.__new__(with_below(module, functools.partial(self._forward_site, path, module)))
+        self._originals[path] = functools.partial(find_layer_class(module).forward, module)
+        twin = object.__new__(replace_super_forward(module, functools.partial(self._forward_site, path, module)))
         object.__setattr__(twin, "__dict__", vars(module))
         own = functools.partial(type(twin).forward, twin)
         module.forward = functools.partial(self._forward_above, path, whole, own)
@@ -264,7 +279,7 @@ class EagerEngine(Engine):
     def _forward_site(self, path: str, module: nn.Module, x: Tensor) -> Tensor:
         if path not in self.filled().touched:
             return self._originals[path](x)
-        adapted = self._adapted(path, module, padded(x, self.plans[path].site.conv))
+        adapted = self._adapted(path, module, pad_conv_input(x, self.plans[path].site.conv))
         if adapted is not None:
             return adapted
         y, buffer = self._originals[path](x), self.buffers.get(path)
@@ -277,7 +292,7 @@ class EagerEngine(Engine):
             return output
         x, y = first_tensor((args, kwargs)), first_tensor(output)
         adapted = self._adapted(path, module, x, y)
-        return output if adapted is None else replace_first(output, lambda _: adapted)
+        return output if adapted is None else replace_first_tensor(output, lambda _: adapted)
 
     def _forward_tap(self, path: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call = self._call()
@@ -306,7 +321,7 @@ class EagerEngine(Engine):
         else:
             return None
         asked = self.wanted.union(*(names for names, _ in self._heard.values()))
-        record_emitted(call.aux, path, {name: found for name, found in emitted.items() if name in asked})
+        record_extra_outputs(call.aux, path, {name: found for name, found in emitted.items() if name in asked})
         return y
 
     def _forward_owner(self, owner: str, module: nn.Module, inside: Sequence[str], *args: Any, **kwargs: Any) -> Any:
@@ -321,21 +336,21 @@ class EagerEngine(Engine):
         names = {name.removeprefix(f"{owner}."): tensor for name, tensor in replaced.items()}
         return shadow(module, names).forward(*args, **kwargs)
 
-    def _replacements(self, path: str, call: Call) -> dict[str, Tensor]:
+    def _replacements(self, path: str, call: ForwardCall) -> dict[str, Tensor]:
         """What a touched site puts in the place of its weight and bias, by their names; nothing where they hold it."""
         site, slots, terms = self.plans[path].site, call.filled.slots.get(path), self._around.live_terms(path, call)
         found: tuple[Tensor | None, Tensor | None]
         if terms is not None:
-            found = weights_of(site, terms, *self._weights[path])
+            found = combine_weights(site, terms, *self._weights[path])
         elif slots is not None:
-            found = from_slots(site, slots)
+            found = read_weight_slots(site, slots)
         else:
             return {}
         names = zip((site.weight, site.bias), found, strict=True)
         return {name: tensor for name, tensor in names if name is not None and tensor is not None}
 
 
-def _stored(module: nn.Module, plan: SitePlan) -> tuple[Tensor | None, Tensor | None]:
+def _weight_and_bias(module: nn.Module, plan: SitePlan) -> tuple[Tensor | None, Tensor | None]:
     site = plan.site
-    weight = stored_tensor(module, site.weight) if site.weight else None
+    weight = read_stored_tensor(module, site.weight) if site.weight else None
     return weight, module.get_parameter(site.bias) if site.bias else None

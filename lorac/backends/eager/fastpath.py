@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-_LAYERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
-Touched = Callable[[], Collection[str]]
+_FUSED_LAYERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+TouchedSites = Callable[[], Collection[str]]
 
 
-def run_layers_inside(host: nn.Module, copy: nn.Module, planned: Collection[str], touched: Touched) -> None:
+def disable_fast_path(host: nn.Module, copy: nn.Module, planned: Collection[str], touched: TouchedSites) -> None:
     """Have the transformer layers of ``copy`` call the layers inside them where it matters.
 
     Args:
@@ -29,7 +29,7 @@ def run_layers_inside(host: nn.Module, copy: nn.Module, planned: Collection[str]
         touched: () -> paths of those that the running call touches.
     """
     for path, module in copy.named_modules():
-        if not isinstance(module, _LAYERS):
+        if not isinstance(module, _FUSED_LAYERS):
             continue
         inside = frozenset(site for site in planned if site.startswith(f"{path}." if path else ""))
         needs = any(parameter.requires_grad for parameter in host.get_submodule(path).parameters())
@@ -39,15 +39,15 @@ def run_layers_inside(host: nn.Module, copy: nn.Module, planned: Collection[str]
 
 
 def _forward(
-    own: Callable[..., Any], inside: frozenset[str], needs: bool, touched: Touched, *args: Any, **kwargs: Any
+    own: Callable[..., Any], inside: frozenset[str], needs: bool, touched: TouchedSites, *args: Any, **kwargs: Any
 ) -> Any:
     if inside.isdisjoint(touched()) and not (needs and torch.is_grad_enabled()):
         return own(*args, **kwargs)
-    with _Watched():
+    with _NoFastPath():
         return own(*args, **kwargs)
 
 
-class _Watched(TorchFunctionMode):
+class _NoFastPath(TorchFunctionMode):
     """Does nothing; but torch fuses no layer whose calls somebody watches, in this thread alone."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -17,13 +17,13 @@ from onnxscript import opset18
 from onnxscript.values import Op, Opset
 
 op: Any = opset18  # typed for tensors alone, where its tracer takes numbers too
-DOMAIN = "lorac"
-NAME = "CachedAttention"
-_FLOATS, _LENGTHS, _PLACES = "T", "L", "P"
+LORAC_DOMAIN = "lorac"
+CACHED_ATTENTION_OP = "CachedAttention"
+_FLOATS, _LENGTHS, _INDICES = "T", "L", "P"
 _OPERANDS = {
     **dict.fromkeys(("q", "k", "v", "past_k", "past_v"), _FLOATS),
     **dict.fromkeys(("past", "new"), _LENGTHS),
-    "places": _PLACES,
+    "places": _INDICES,
     "sinks": _FLOATS,
     "distances": _FLOATS,
 }
@@ -49,7 +49,7 @@ def attention(
     """``aten.scaled_dot_product_attention`` outside training: a row that attends to nothing answers 0, as in torch."""
     rank, scale = len(query.shape), 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     if enable_gqa:
-        key, value = (_repeated(kept, query.shape[1]) for kept in (key, value))
+        key, value = (_repeat_heads(kept, query.shape[1]) for kept in (key, value))
     if is_causal:
         attn_mask = op.GreaterOrEqual(op.Unsqueeze(_positions(query), [1]), _positions(key))
     transposed = op.Transpose(key, perm=[*range(rank - 2), rank - 1, rank - 2])
@@ -76,7 +76,7 @@ def _positions(rows: Any) -> Any:
     return op.Range(zero, op.Squeeze(op.Shape(rows, start=-2, end=-1)), one)
 
 
-def _repeated(kept: Any, heads: int) -> Any:
+def _repeat_heads(kept: Any, heads: int) -> Any:
     """Every head of (batch, kept heads, length, size) as often as ``heads`` queries share it."""
     _, shared, _, size = kept.shape
     repeated = op.Expand(op.Unsqueeze(kept, [2]), [1, 1, heads // shared, 1, 1])
@@ -86,17 +86,17 @@ def _repeated(kept: Any, heads: int) -> Any:
 def cached_attention(*operands: Any) -> Any:
     """``lorac::cached_attention`` as that op; the module's path every node bears anyway."""
     *tensors, scale, window, softcap, _ = operands
-    return _op()(*tensors, scale=scale, window=window, softcap=softcap)
+    return _cached_attention_op()(*tensors, scale=scale, window=window, softcap=softcap)
 
 
 @functools.cache
-def _op() -> Op:
+def _cached_attention_op() -> Op:
     """The op, its schema made known to onnx."""
     parameter, options = defs.OpSchema.FormalParameter, defs.OpSchema.FormalParameterOption
     single, optional = options.Single, options.Optional
     schema = defs.OpSchema(
-        NAME,
-        DOMAIN,
+        CACHED_ATTENTION_OP,
+        LORAC_DOMAIN,
         1,
         inputs=[
             parameter(name, kind, param_option=optional if name in _OPTIONAL else single)
@@ -106,10 +106,10 @@ def _op() -> Op:
         type_constraints=[
             (_FLOATS, ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"], ""),
             (_LENGTHS, ["tensor(int32)"], ""),
-            (_PLACES, ["tensor(int64)"], ""),
+            (_INDICES, ["tensor(int64)"], ""),
         ],
         attributes=[defs.OpSchema.Attribute(name, kind) for name, kind in _ATTRIBUTES.items()],
     )
-    if not defs.has(NAME, DOMAIN):
+    if not defs.has(CACHED_ATTENTION_OP, LORAC_DOMAIN):
         defs.register_schema(schema)
-    return Op(Opset(DOMAIN, 1), NAME, schema)
+    return Op(Opset(LORAC_DOMAIN, 1), CACHED_ATTENTION_OP, schema)

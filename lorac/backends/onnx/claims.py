@@ -11,24 +11,24 @@ import onnx
 import onnx_ir as ir
 
 from lorac.errors import Unavailable
-from lorac.ir.engine import Dialect
-from lorac.lines import is_elsewhere, short_line
+from lorac.source_lines import format_location, is_user_code
+from lorac.target.engine import Dialect
 
-_SCOPES, _TRACE = "pkg.torch.onnx.name_scopes", "pkg.torch.onnx.stack_trace"
+_SCOPES, _STACK_TRACE = "pkg.torch.onnx.name_scopes", "pkg.torch.onnx.stack_trace"
 """Where torch's exporter notes the module and the lines that a node comes from."""
-_CLASSES = "pkg.torch.onnx.class_hierarchy"
+_CLASS_HIERARCHY = "pkg.torch.onnx.class_hierarchy"
 _NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
 """What torch notes as the module of what no module asks for."""
 _FRAME = re.compile(r'File "(.+?)", line (\d+)')
 
 
-def refuse_unclaimed(model: ir.Model, dialect: Dialect[ir.Model]) -> None:
+def check_claims(model: ir.Model, dialect: Dialect[ir.Model]) -> None:
     """Refuse a program with an op that the target does not claim.
 
     Raises:
         Unavailable: naming every such op, and the module of the host and the line that ask for it.
     """
-    found = unclaimed(model, dialect)
+    found = list_unclaimed_ops(model, dialect)
     if found:
         raise Unavailable(
             f"{dialect.name} does not compute {'; nor '.join(found)}",
@@ -36,17 +36,19 @@ def refuse_unclaimed(model: ir.Model, dialect: Dialect[ir.Model]) -> None:
         )
 
 
-def unclaimed(model: ir.Model, dialect: Dialect[ir.Model]) -> list[str]:
+def list_unclaimed_ops(model: ir.Model, dialect: Dialect[ir.Model]) -> list[str]:
     """The ops of a program that the target does not claim, each with who asks for it, in order and once."""
     claims = dialect.claims
     if claims is None:
         return []
-    named = ((_op(node), node) for node in model.graph.all_nodes())
+    named = ((_op_key(node), node) for node in model.graph.all_nodes())
     strange = ((op, node) for op, node in named if op not in claims and not (dialect.functions and _is_function(*op)))
-    return list(dict.fromkeys(f"{'::'.join(filter(None, op))}{origin(node.metadata_props)}" for op, node in strange))
+    return list(
+        dict.fromkeys(f"{'::'.join(filter(None, op))}{describe_origin(node.metadata_props)}" for op, node in strange)
+    )
 
 
-def _op(node: ir.Node) -> tuple[str, str]:
+def _op_key(node: ir.Node) -> tuple[str, str]:
     return ("" if node.domain == "ai.onnx" else node.domain, node.op_type)
 
 
@@ -60,7 +62,7 @@ def _is_function(domain: str, op: str) -> bool:
     return bool(schema.has_function or schema.has_context_dependent_function)
 
 
-def origin(metadata: Mapping[str, str]) -> str:
+def describe_origin(metadata: Mapping[str, str]) -> str:
     """Where in the host an op comes from, as far as its metadata tells."""
     modules, line = modules_of(metadata) or (), _line(metadata)
     named = f", which '{modules[-1]}' asks for" if modules else ""
@@ -76,7 +78,7 @@ def modules_of(metadata: Mapping[str, str]) -> tuple[str, ...] | None:
 
 def classes_of(metadata: Mapping[str, str]) -> dict[str, str]:
     """Path of each module around a node, the model's own too, -> name of its class."""
-    scopes, kinds = (re.findall(r"'([^']*)'", metadata.get(key, "")) for key in (_SCOPES, _CLASSES))
+    scopes, kinds = (re.findall(r"'([^']*)'", metadata.get(key, "")) for key in (_SCOPES, _CLASS_HIERARCHY))
     # The last of both is the node itself.
     return {path: kind.rpartition(".")[2] for path, kind in zip(scopes[:-1], kinds[:-1], strict=False)}
 
@@ -84,10 +86,10 @@ def classes_of(metadata: Mapping[str, str]) -> dict[str, str]:
 def source_of(metadata: Mapping[str, str]) -> str:
     """``file:line`` of the model's line that asks for a node; empty where its metadata tells of none."""
     line = _line(metadata)
-    return short_line(*line) if line else ""
+    return format_location(*line) if line else ""
 
 
 def _line(metadata: Mapping[str, str]) -> tuple[str, str] | None:
-    frames: list[tuple[str, str]] = _FRAME.findall(metadata.get(_TRACE, ""))
-    found = [frame for frame in frames if is_elsewhere(frame[0])]
+    frames: list[tuple[str, str]] = _FRAME.findall(metadata.get(_STACK_TRACE, ""))
+    found = [frame for frame in frames if is_user_code(frame[0])]
     return found[-1] if found else None

@@ -11,27 +11,27 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from onnxscript.optimizer._constant_folding import FoldConstantsPass, Replacement
 
-from lorac.backends.onnx.claims import refuse_unclaimed, unclaimed
+from lorac.backends.onnx.claims import check_claims, list_unclaimed_ops
+from lorac.backends.onnx.cleanup_rules import default_rules, exact_no_op_rules
 from lorac.backends.onnx.exporter import export
-from lorac.backends.onnx.files import LONGEST
 from lorac.backends.onnx.gates import GATES
-from lorac.backends.onnx.noops import exporters_rules, no_ops
-from lorac.backends.onnx.rewriting import rewriting
-from lorac.backends.onnx.translate import TRANSLATIONS, drop_part_counts
-from lorac.backends.onnx.writing import Joined, join
+from lorac.backends.onnx.initializers import ConcatenatedTensor, concatenate_weights
+from lorac.backends.onnx.model_files import MAX_LENGTH_KEY
+from lorac.backends.onnx.pattern_pass import make_rewrite_pass
+from lorac.backends.onnx.translations import TRANSLATIONS, drop_split_counts
 from lorac.errors import Unavailable
-from lorac.ir.engine import Dialect
-from lorac.ir.graph.axes import renamed
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.program import Program
-from lorac.ir.graph.signature import CallSignature
-from lorac.quiet import quiet
+from lorac.ir.graph.symbolic_shapes import rename_symbols
+from lorac.ir.interface import Interface
+from lorac.target.engine import Dialect
+from lorac.third_party_output import suppress_third_party_output
 
 SITE_METADATA = "lorac.site"
 """Says of an input whose slot it is: the path of a site, or those of all of a pack, with commas."""
 
 
-def emit(graph: Graph, signature: CallSignature, dialect: Dialect[ir.Model]) -> ir.Model:
+def emit(graph: Graph, signature: Interface, dialect: Dialect[ir.Model]) -> ir.Model:
     """The graph as a model whose slot inputs bear their public names.
 
     Args:
@@ -42,32 +42,32 @@ def emit(graph: Graph, signature: CallSignature, dialect: Dialect[ir.Model]) -> 
     Raises:
         Unavailable: an op has no ONNX, or the target does not claim it; named with the module that asks for it.
     """
-    model = _written(graph, signature, dialect)
-    refuse_unclaimed(model, dialect)
+    model = _build_model(graph, signature, dialect)
+    check_claims(model, dialect)
     return model
 
 
-def lacking(program: Program, dialect: Dialect[ir.Model]) -> tuple[str, ...]:
+def list_unsupported_ops(program: Program, dialect: Dialect[ir.Model]) -> tuple[str, ...]:
     """What the target does not compute of a program, each op with the module and the line that ask for it."""
     found: list[str] = []
     for name, graph in program.graphs.items():
         try:
-            found += unclaimed(_written(graph, program.signatures[name], dialect), dialect)
+            found += list_unclaimed_ops(_build_model(graph, program.signatures[name], dialect), dialect)
         except Unavailable as error:  # torch's exporter stops at the first op that has no ONNX
             found.append(error.what)
     return tuple(dict.fromkeys(found))
 
 
-def _written(graph: Graph, signature: CallSignature, dialect: Dialect[ir.Model]) -> ir.Model:
+def _build_model(graph: Graph, signature: Interface, dialect: Dialect[ir.Model]) -> ir.Model:
     """The model, whatever ops are in it."""
     model = export(graph.exported, TRANSLATIONS)
-    drop_part_counts(model)
+    drop_split_counts(model)
     _name_slots(graph, model)
     _name_outputs(model, signature.outputs)
-    with quiet():
+    with suppress_third_party_output():
         common_passes.InlinePass()(model)
-        join(model)
-        _REDUCE(model)
+        concatenate_weights(model)
+        _SIMPLIFY(model)
         for rewrite in dialect.fusions:
             rewrite(model)
         _CLEAN_UP(model)
@@ -77,16 +77,16 @@ def _written(graph: Graph, signature: CallSignature, dialect: Dialect[ir.Model])
     _name_outputs(model, signature.outputs)  # again: rewrites make new values
     _name_axes(model, graph)
     if graph.kept and graph.longest is not None:
-        model.metadata_props[LONGEST] = str(graph.longest)
+        model.metadata_props[MAX_LENGTH_KEY] = str(graph.longest)
     return model
 
 
-class _Folding(FoldConstantsPass):
+class _FoldConstants(FoldConstantsPass):
     """onnxscript's own, but that a joined weight whose axes are exchanged stays what is laid out once it is written."""
 
     def process_node(self, node: ir.Node, is_function: bool) -> Replacement | None:
         """As theirs."""
-        turned = None if is_function else _turned(node)
+        turned = None if is_function else _transposed_concatenation(node)
         if turned is None or node.graph is None:
             return super().process_node(node, is_function)
         made = ir.val(node.outputs[0].name, const_value=turned, shape=turned.shape, dtype=turned.dtype)
@@ -94,18 +94,18 @@ class _Folding(FoldConstantsPass):
         return Replacement([made], [])
 
 
-def _turned(node: ir.Node) -> Joined | None:
+def _transposed_concatenation(node: ir.Node) -> ConcatenatedTensor | None:
     """What a node makes of a joined weight that nothing else reads, if it exchanges the axes of a matrix."""
     if node.op_type != "Transpose" or node.attributes.get_ints("perm") != (1, 0):
         return None
     read = node.inputs[0]
     held = read.const_value if read is not None and len(read.uses()) == 1 else None
-    return held.turned if isinstance(held, Joined) else None
+    return held.turned if isinstance(held, ConcatenatedTensor) else None
 
 
-_REDUCE = ir.passes.Sequential(
-    _Folding(shape_inference=False, input_size_limit=1024, output_size_limit=1024),
-    rewriting([*exporters_rules(), *no_ops()]),
+_SIMPLIFY = ir.passes.Sequential(
+    _FoldConstants(shape_inference=False, input_size_limit=1024, output_size_limit=1024),
+    make_rewrite_pass([*default_rules(), *exact_no_op_rules()]),
 )
 _CLEAN_UP = ir.passes.Sequential(
     common_passes.RemoveUnusedNodesPass(),
@@ -150,14 +150,14 @@ def _name_axes(model: ir.Model, graph: Graph) -> None:
     values = [*model.graph.inputs, *(value for node in model.graph.all_nodes() for value in node.outputs)]
     for value in values:
         if value.shape is not None:
-            value.shape = ir.Shape(_named(dim, graph) for dim in value.shape)
+            value.shape = ir.Shape(_rename_dimension(dim, graph) for dim in value.shape)
 
 
-def _named(dim: int | ir.SymbolicDim, graph: Graph) -> int | str | None:
+def _rename_dimension(dim: int | ir.SymbolicDim, graph: Graph) -> int | str | None:
     if isinstance(dim, int):
         return dim
     if dim.value is None:
         return None
     # A size that was to vary and that the trace fixed comes as a symbol called "2".
-    text = renamed(str(dim.value), graph.axes)
+    text = rename_symbols(str(dim.value), graph.axes)
     return int(text) if text.isdecimal() else text

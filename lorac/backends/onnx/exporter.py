@@ -29,9 +29,9 @@ from torch.onnx._internal.fx.passes.type_promotion import _TypePromotionInterpre
 from torch.onnx.errors import OnnxExporterError
 
 from lorac.errors import Unavailable
-from lorac.ir.graph.edit import node_line
-from lorac.ir.host.guards import chain
-from lorac.quiet import quiet
+from lorac.frontend.trace_guards import iter_error_causes
+from lorac.ir.graph.edit import find_source_line
+from lorac.third_party_output import suppress_third_party_output
 
 _ONE_AT_A_TIME = threading.Lock()
 _whole_of_library = ONNXRegistry.from_torchlib
@@ -49,24 +49,24 @@ def export(program: ExportedProgram, translations: Mapping[Callable[..., Any], C
     Raises:
         Unavailable: an op has no translation.
     """
-    with _ONE_AT_A_TIME, quiet(), _without_repetition(), torch.no_grad():
+    with _ONE_AT_A_TIME, suppress_third_party_output(), _without_repetition(), torch.no_grad():
         try:
             found = torch.onnx.export(
                 program, dynamo=True, optimize=False, verbose=False, custom_translation_table=dict(translations)
             )
         except OnnxExporterError as error:
-            raise _untranslated(error) from error
+            raise _translation_error(error) from error
     assert found is not None
     return found.model
 
 
-def _untranslated(error: BaseException) -> Unavailable:
+def _translation_error(error: BaseException) -> Unavailable:
     """The error for a program that torch's exporter cannot write, with the line of the model that asks for it."""
-    node = next(filter(None, map(_node_at, reversed(list(chain(error))))), None)
-    reasons = [str(e).strip() for e in chain(error)]
-    missing = any(_MISSING in reason for reason in reasons)
+    node = next(filter(None, map(_find_failing_node, reversed(list(iter_error_causes(error))))), None)
+    reasons = [str(e).strip() for e in iter_error_causes(error)]
+    missing = any(_MISSING_MESSAGE in reason for reason in reasons)
     reason = next((text.splitlines()[0] for text in reversed(reasons) if text), type(error).__name__)
-    line = None if node is None else node_line(node)
+    line = None if node is None else find_source_line(node)
     op = "the program" if node is None else node.target.name()  # type: ignore[union-attr]  # an op
     return Unavailable(
         (f"ONNX has no op for {op}" if missing else f"ONNX cannot hold {op}")
@@ -76,11 +76,11 @@ def _untranslated(error: BaseException) -> Unavailable:
     )
 
 
-_MISSING = "No ONNX function found"
+_MISSING_MESSAGE = "No ONNX function found"
 """What torch's exporter says of an op that it has no translation for."""
 
 
-def _node_at(error: BaseException) -> fx.Node | None:
+def _find_failing_node(error: BaseException) -> fx.Node | None:
     """The op that torch's exporter was at, which its errors do not carry; it may be a part of one of the program's."""
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename != __file__)
     nodes = [value for frame in frames for value in frame.f_locals.values() if isinstance(value, fx.Node)]
@@ -93,12 +93,12 @@ def _without_repetition() -> Iterator[None]:
     own_run, signature = _TypePromotionInterpreter.run_node, vars(OpSignature)["from_op_schema"]
 
     def registry(_: type[ONNXRegistry], /, **options: Any) -> ONNXRegistry:
-        return _AsAsked(**options)
+        return _LazyRegistry(**options)
 
     def decompose(exported_program: ExportedProgram, registry: ONNXRegistry) -> ExportedProgram:
-        if _is_translated(exported_program, registry):
-            return _copied(exported_program)
-        assert isinstance(registry, _AsAsked)
+        if _has_translations(exported_program, registry):
+            return _copy_graph(exported_program)
+        assert isinstance(registry, _LazyRegistry)
         registry.fill()
         return own_decompose(exported_program, registry)
 
@@ -115,7 +115,7 @@ def _without_repetition() -> Iterator[None]:
         OpSignature.from_op_schema = signature  # type: ignore[method-assign]  # put back
 
 
-class _AsAsked(ONNXRegistry):
+class _LazyRegistry(ONNXRegistry):
     """torch's translations, each looked up when an op asks for it.
 
     Args:
@@ -143,7 +143,7 @@ class _AsAsked(ONNXRegistry):
 
     def _ask(self, target: Any) -> None:
         key = target.name() if isinstance(target, torch._ops.OpOverload) else target
-        found = _registry_of(_qualified(target), **self._options).functions.get(key)
+        found = _registry_of(_torchlib_name(target), **self._options).functions.get(key)
         if found is not None and key not in self.functions:
             self.functions[key] = list(found)
 
@@ -155,19 +155,19 @@ def _registry_of(name: str, **options: Any) -> ONNXRegistry:
 
     library: Any = registration
     whole = library.default_registry
-    library.default_registry = {found: own for found, own in whole.items() if _plain(found) == _plain(name)}
+    library.default_registry = {found: own for found, own in whole.items() if _base_name(found) == _base_name(name)}
     try:
         return _whole_of_library(**options)
     finally:
         library.default_registry = whole
 
 
-def _plain(name: str) -> str:
+def _base_name(name: str) -> str:
     """A name without what torch's library adds to some: of the default overload, and of Python's operators."""
     return name.removesuffix(".default").replace("__", "")
 
 
-def _qualified(target: Any) -> str:
+def _torchlib_name(target: Any) -> str:
     """An op or a function of Python's own as torch's library names it."""
     return target.name() if isinstance(target, torch._ops.OpOverload) else f"{target.__module__}::{target.__name__}"
 
@@ -192,14 +192,14 @@ def _signature(name: str, version: int) -> OpSignature:
     return _read_signature(onnx.defs.get_schema(name, version))
 
 
-def _is_translated(program: ExportedProgram, registry: ONNXRegistry) -> bool:
+def _has_translations(program: ExportedProgram, registry: ONNXRegistry) -> bool:
     """Whether every op has a translation and none writes in place or runs a graph of its own."""
     ops = {node.target for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
     known = all(registry.is_registered(op) and not op._schema.is_mutable for op in ops)
     return known and not any(node.op == "get_attr" for node in program.graph.nodes)
 
 
-def _copied(program: ExportedProgram) -> ExportedProgram:
+def _copy_graph(program: ExportedProgram) -> ExportedProgram:
     """The program with a graph of its own, for the exporter edits the one it is given; its code is never written."""
     copied, module = copy.copy(program), program.graph_module
     graph = copy.deepcopy(module.graph)

@@ -17,9 +17,9 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from lorac.ir.graph import ops
-from lorac.ir.graph.edit import add_outputs, inherit, insert_call, node_line
+from lorac.ir.graph.edit import add_outputs, copy_provenance, find_source_line, insert_call
 from lorac.ir.graph.graph import Graph, Level
-from lorac.ir.graph.passes import Outcome, Pass
+from lorac.ir.graph.passes import Pass, PassResult
 
 aten = torch.ops.aten
 _MATRIX = 2
@@ -37,22 +37,22 @@ class Legalize(Pass):
     reads: ClassVar[Level] = Level.EXPANDED
     leaves: ClassVar[Level] = Level.TARGET
 
-    def apply(self, graph: Graph) -> Outcome:
+    def apply(self, graph: Graph) -> PassResult:
         """Replace what torch's exporter would have to decompose."""
         checks = list(graph.find(*_CHECKS))
         if checks:
-            _answer(graph, checks)
-        changed = [node for node in list(graph.fx.nodes) if node.op == "call_function" and _legalized(graph, node)]
-        return Outcome(changed=bool(checks or changed))
+            _output_checks(graph, checks)
+        changed = [node for node in list(graph.fx.nodes) if node.op == "call_function" and _legalize_node(graph, node)]
+        return PassResult(changed=bool(checks or changed))
 
 
-def _answer(graph: Graph, checks: Sequence[fx.Node]) -> None:
+def _output_checks(graph: Graph, checks: Sequence[fx.Node]) -> None:
     """Have a graph answer what its checks find, one output for each line of the model that checks."""
     lines: dict[str, dict[fx.Node, None]] = {}
     for node in checks:
-        condition = _condition(node)
+        condition = _checked_tensor(node)
         if condition is not None:
-            lines.setdefault(node_line(node) or "", {})[condition] = None
+            lines.setdefault(find_source_line(node) or "", {})[condition] = None
     first = graph.fx.output_node()
     found = [[insert_call(graph.exported, first, aten.all.default, c) for c in held] for held in lines.values()]
     both = functools.partial(insert_call, graph.exported, first, aten.logical_and.default)
@@ -60,31 +60,31 @@ def _answer(graph: Graph, checks: Sequence[fx.Node]) -> None:
     add_outputs(graph.exported, names)
     graph.extra_outputs.extend(names)
     graph.checks |= dict(zip(names, lines, strict=True))
-    left_out = [node for node in checks if _condition(node) is None and not _is_implied(node)]
+    left_out = [node for node in checks if _checked_tensor(node) is None and not _is_truth_check(node)]
     for node in checks:
         graph.fx.erase_node(node)
     graph.fx.eliminate_dead_code()
     if left_out:
-        graph.notes.append(_UNCHECKED)
+        graph.notes.append(_UNCHECKED_NOTE)
 
 
-def _condition(check: fx.Node) -> fx.Node | None:
+def _checked_tensor(check: fx.Node) -> fx.Node | None:
     """The tensor of truths that a check wants true; None where it speaks of numbers."""
     node = check.args[0]
     if check.target in _TENSOR_CHECKS and isinstance(node, fx.Node):
         return node
-    read = _read(check)
+    read = _truth_read_as_number(check)
     if read is None or node.target is not operator.eq:  # type: ignore[union-attr]  # then it is a node
         return None
     return read.args[0] if read.target is aten._is_all_true.default else read  # type: ignore[return-value]  # a tensor
 
 
-def _is_implied(check: fx.Node) -> bool:
+def _is_truth_check(check: fx.Node) -> bool:
     """Whether a check says no more than that a truth read as a number is 0 or 1."""
-    return _read(check) is not None
+    return _truth_read_as_number(check) is not None
 
 
-def _read(check: fx.Node) -> fx.Node | None:
+def _truth_read_as_number(check: fx.Node) -> fx.Node | None:
     """The truth that a check reads as a number."""
     node: Any = check.args[0]
     for targets in (
@@ -98,7 +98,7 @@ def _read(check: fx.Node) -> fx.Node | None:
     return node if isinstance(node, fx.Node) else None
 
 
-def _legalized(graph: Graph, node: fx.Node) -> bool:
+def _legalize_node(graph: Graph, node: fx.Node) -> bool:
     """Replace one op, where it is to be; say whether it was."""
     if node.target in _PRODUCTS:
         return _legalize_product(node)
@@ -106,14 +106,14 @@ def _legalized(graph: Graph, node: fx.Node) -> bool:
         return _legalize_cast(graph, node)
     if node.target in _SQUEEZES:
         return _legalize_squeeze(graph, node)
-    if node.target in _VIEWS and _is_as_it_was(node):
+    if node.target in _VIEWS and _keeps_shape(node):
         node.replace_all_uses_with(node.all_input_nodes[0])
         graph.fx.erase_node(node)
     elif node.target is aten.adaptive_avg_pool2d.default and list(node.args[1]) == [1, 1]:  # type: ignore[arg-type]  # sizes
         node.target, node.args = aten.mean.dim, (node.args[0], [-1, -2], True)
     elif node.target is aten._assert_tensor_metadata.default:
         graph.fx.erase_node(node)
-    elif _writes_unseen(node):
+    elif _writes_private_tensor(node):
         op: Any = node.target
         node.target = getattr(getattr(aten, op._schema.name.partition("::")[2].removesuffix("_")), op._overloadname)
     elif node.target in _REVERSED:
@@ -125,14 +125,14 @@ def _legalized(graph: Graph, node: fx.Node) -> bool:
     return True
 
 
-def _value(node: Any) -> Any:
+def _example_value(node: Any) -> Any:
     """The example of what a node computes; an op's operands are typed as anything an argument may be."""
     return node.meta["val"]
 
 
 def _legalize_product(node: fx.Node) -> bool:
     x, matrix = node.args[:2]
-    plain = _value(matrix).dim() == _MATRIX and _value(x).dim() >= _MATRIX
+    plain = _example_value(matrix).dim() == _MATRIX and _example_value(x).dim() >= _MATRIX
     if plain:
         node.target, node.args = _PRODUCTS[node.target](*node.args)
     return bool(plain)
@@ -158,14 +158,14 @@ def _legalize_reversed(graph: Graph, node: fx.Node) -> None:
         factor = -node.kwargs.get("alpha", alpha)  # type: ignore[operator]  # a number
         negated = graph.fx.call_function(aten.mul.Tensor, (x, factor))
     negated.meta["val"] = x.meta["val"] * factor
-    inherit(negated, node)
+    copy_provenance(negated, node)
     node.target, node.args, node.kwargs = aten.add.Tensor, (negated, other), {}
 
 
 def _legalize_squeeze(graph: Graph, node: fx.Node) -> bool:
     """A squeeze becomes one of each axis that is of size 1: ONNX has none that leaves another axis as it is."""
     x, dims = node.args
-    sizes = _value(x).shape
+    sizes = _example_value(x).shape
     axes = [axis % len(sizes) for axis in (dims if isinstance(dims, list | tuple) else [dims])]  # type: ignore[operator]  # numbers
     alone = sorted((axis for axis in axes if statically_known_true(sizes[axis] == 1)), reverse=True)
     if node.target is aten.squeeze.dim and alone:
@@ -173,8 +173,8 @@ def _legalize_squeeze(graph: Graph, node: fx.Node) -> bool:
     with graph.fx.inserting_before(node):
         for axis in alone:  # from the last on, so that those that come keep their number
             squeezed = graph.fx.call_function(aten.squeeze.dim, (x, axis))
-            squeezed.meta["val"] = _value(x).squeeze(axis)
-            inherit(squeezed, node)
+            squeezed.meta["val"] = _example_value(x).squeeze(axis)
+            copy_provenance(squeezed, node)
             x = squeezed
     node.target, node.args = aten.clone.default, (x,)
     if all(user.op != "output" for user in node.users):  # which keeps its name
@@ -183,19 +183,19 @@ def _legalize_squeeze(graph: Graph, node: fx.Node) -> bool:
     return True
 
 
-def _is_as_it_was(node: fx.Node) -> bool:
+def _keeps_shape(node: fx.Node) -> bool:
     """Whether a view has its operand's own shape, and is no output, which keeps its name."""
-    old, new = _value(node.args[0]).shape, _value(node).shape
+    old, new = _example_value(node.args[0]).shape, _example_value(node).shape
     same = len(old) == len(new) and all(statically_known_true(a == b) for a, b in zip(old, new, strict=True))
     return same and all(user.op != "output" for user in node.users)
 
 
-def _writes_unseen(node: fx.Node) -> bool:
+def _writes_private_tensor(node: fx.Node) -> bool:
     """Whether an op writes in place to a new tensor that only it reads: then it may as well make another."""
-    if not _returns(node, writes=True) or not node.target._schema.name.startswith("aten::"):  # type: ignore[union-attr]  # an op
+    if not _returns_tensor(node, writes=True) or not node.target._schema.name.startswith("aten::"):  # type: ignore[union-attr]  # an op
         return False
     written = node.args[0]
-    if not isinstance(written, fx.Node) or list(written.users) != [node] or not _returns(written, writes=None):
+    if not isinstance(written, fx.Node) or list(written.users) != [node] or not _returns_tensor(written, writes=None):
         return False
     # What decomposes may return its operand and not say so, as dropout does outside training.
     new = written.target in _PRODUCTS or not written.target._can_decompose()  # type: ignore[union-attr]  # an op
@@ -203,7 +203,7 @@ def _writes_unseen(node: fx.Node) -> bool:
     return new and all(operand.meta["val"].dtype == dtype for operand in node.all_input_nodes)
 
 
-def _returns(node: fx.Node, *, writes: bool | None) -> bool:
+def _returns_tensor(node: fx.Node, *, writes: bool | None) -> bool:
     """Whether an op returns one tensor: its written operand (True), or a new one (None)."""
     schema = getattr(node.target, "_schema", None)
     if schema is None or len(schema.returns) != 1:
@@ -232,7 +232,7 @@ _CHECKS = (
     aten.sym_constrain_range_for_size.default,
 )
 """Ops that only raise."""
-_UNCHECKED = (
+_UNCHECKED_NOTE = (
     "what the model checks of its inputs' values by itself, a program does not: it answers where that would raise"
 )
 _VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}

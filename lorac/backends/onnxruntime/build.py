@@ -11,66 +11,74 @@ from pathlib import Path
 import onnx_ir as ir
 from torch import nn
 
-from lorac.backends.onnx.claims import refuse_unclaimed
+from lorac.backends.onnx.claims import check_claims
 from lorac.backends.onnx.emit import emit
-from lorac.backends.onnx.files import BASE, home_of, names_of
-from lorac.backends.onnx.selftest import self_test
-from lorac.backends.onnx.sharing import places_of
-from lorac.backends.onnx.writing import bake, fill, write
+from lorac.backends.onnx.initializers import bake_slots, set_slot_defaults, write_model
+from lorac.backends.onnx.model_files import BASE_FILE, graph_folder, list_program_files
+from lorac.backends.onnx.self_test import run_self_test
+from lorac.backends.onnx.weight_locations import locate_weights
 from lorac.backends.onnxruntime.dialect import DIALECTS
 from lorac.backends.onnxruntime.engine import GraphSession, OrtEngine
-from lorac.backends.onnxruntime.options import IN_FLOAT, Options
-from lorac.backends.onnxruntime.quantised.base import as_computed, pieces_of, places_in, standing_in, told
+from lorac.backends.onnxruntime.inference_session import create_session
+from lorac.backends.onnxruntime.options import FLOAT32_LEVEL, OnnxRuntimeOptions
+from lorac.backends.onnxruntime.quantised.base_weights import (
+    dequantised_weights,
+    find_quantised,
+    locate_parts,
+    replace_quantised,
+    tensors_and_notes,
+)
 from lorac.backends.onnxruntime.quantised.codec import Codec
-from lorac.backends.onnxruntime.quantised.products import Given, Outcome, quantise
-from lorac.backends.onnxruntime.session import new_session
+from lorac.backends.onnxruntime.quantised.products import PrequantisedMatrix, QuantisationReport, quantise
 from lorac.errors import Unavailable, warn
-from lorac.ir.engine import BuildRequest, Files
-from lorac.ir.graph.feeds import named_tensors
+from lorac.frontend.quantised_weights import iter_quantised_origins
+from lorac.ir.graph.feeds import collect_slot_tensors
 from lorac.ir.graph.program import Program
-from lorac.ir.host.packed import came_as
-from lorac.ir.slots.emits import refuse_unemitted
-from lorac.ir.slots.snapshot import Snapshot, slots_of
-from lorac.ir.store.held import hold
-from lorac.ir.store.owners import remove_with, temporary_folder
-from lorac.ir.store.tensors import TensorFile, base_tensors, by_columns, file_base
+from lorac.ir.slots.composition import ComposedWeights, fill_slots
+from lorac.ir.slots.extra_outputs import check_extra_outputs
 from lorac.progress import Progress, progress
+from lorac.storage.open_file import open_files
+from lorac.storage.process_folders import make_temporary_folder, remove_with_owner
+from lorac.storage.tensor_file import TensorFile, collect_base_tensors, find_transposed_weights, make_file_base_reader
+from lorac.target.engine import BuildRequest, ProgramFiles
 
 
-def build(request: BuildRequest[Options]) -> OrtEngine:
+def build(request: BuildRequest[OnnxRuntimeOptions]) -> OrtEngine:
     """An engine for the request; the host is not kept."""
-    if not any(True for _ in came_as(request.model)):
+    if not any(True for _ in iter_quantised_origins(request.model)):
         request.options.refuse_idle()
-    folder = temporary_folder()
+    folder = make_temporary_folder()
     try:
         with progress("compiling for ONNX Runtime", total=4) as report:
             engine = _build(request, folder, report)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    remove_with(engine, folder)
+    remove_with_owner(engine, folder)
     return engine
 
 
-def _build(request: BuildRequest[Options], folder: Path, report: Progress) -> OrtEngine:
+def _build(request: BuildRequest[OnnxRuntimeOptions], folder: Path, report: Progress) -> OrtEngine:
     options, plans = request.options, request.plans
-    refuse_unemitted(options.aux, plans.values())
+    check_extra_outputs(options.aux, plans.values())
     report.step("capture and passes")
     program = request.program(options.aux)
     report.step("emission")
     outcomes = _emit(program, request, folder)
-    program = _noted(program, outcomes)
+    program = _add_notes(program, outcomes)
     report.step("session")
     if request.mode != "baked":
-        _keep_base(program, request, folder, outcomes)
-    files = _held(program, folder)
+        _write_base_weights(program, request, folder, outcomes)
+    files = _hold_files(program, folder)
     engine = OrtEngine(
         parts={
-            name: GraphSession(new_session(files, name, options), program.signatures[name], graph.slots)
+            name: GraphSession(create_session(files, name, options), program.signatures[name], graph.slots)
             for name, graph in program.graphs.items()
         },
         plans=plans,
-        base=file_base(as_computed(TensorFile(files[BASE], files))) if BASE in files else request.base,
+        base=make_file_base_reader(dequantised_weights(TensorFile(files[BASE_FILE], files)))
+        if BASE_FILE in files
+        else request.base,
         mode=request.mode,
         files=files,
         options=options,
@@ -78,38 +86,38 @@ def _build(request: BuildRequest[Options], folder: Path, report: Progress) -> Or
     if options.self_test:
         report.step("self-test")
         quantised = any(outcome.quantised for outcome in outcomes.values())
-        tried = _in_float(engine) if quantised and options.accuracy_level > IN_FLOAT else engine
-        self_test(tried, program, request.snapshot, functools.partial(standing_in, outcomes))
+        tried = _unrounded_engine(engine) if quantised and options.accuracy_level > FLOAT32_LEVEL else engine
+        run_self_test(tried, program, request.snapshot, functools.partial(replace_quantised, outcomes))
     return engine
 
 
-def _emit(program: Program, request: BuildRequest[Options], folder: Path) -> dict[str, Outcome]:
+def _emit(program: Program, request: BuildRequest[OnnxRuntimeOptions], folder: Path) -> dict[str, QuantisationReport]:
     """Write each graph's model. Its slots hold what was asked for, for good; or the base's, until another is given.
 
     Returns:
         What became of each graph's weights.
     """
-    baked, outcomes = request.mode == "baked", dict[str, Outcome]()
-    slots = slots_of(request.plans, request.snapshot if baked else Snapshot(()), request.base)
-    given = _given(request.model, request.options)
+    baked, outcomes = request.mode == "baked", dict[str, QuantisationReport]()
+    slots = fill_slots(request.plans, request.snapshot if baked else ComposedWeights(()), request.base)
+    given = _prequantised_matrices(request.model, request.options)
     for name, graph in program.graphs.items():
         model = emit(graph, program.signatures[name], DIALECTS[request.options.place.type])
-        (bake if baked else fill)(model, named_tensors(graph.slots, request.plans, slots))
-        outcomes[name] = _quantised(model, request.options, given)
-        write(model, home_of(folder, name))
-    _refuse_idle(outcomes.values(), request.options)
+        (bake_slots if baked else set_slot_defaults)(model, collect_slot_tensors(graph.slots, request.plans, slots))
+        outcomes[name] = _quantise_weights(model, request.options, given)
+        write_model(model, graph_folder(folder, name))
+    _refuse_unquantisable(outcomes.values(), request.options)
     return outcomes
 
 
-def _given(model: nn.Module, options: Options) -> list[Given]:
+def _prequantised_matrices(model: nn.Module, options: OnnxRuntimeOptions) -> list[PrequantisedMatrix]:
     """The weights of a host that came quantised, as products take them; those that they do not take are told."""
-    found, lost = list[Given](), dict[str, str]()
-    for name, came in came_as(model):
+    found, lost = list[PrequantisedMatrix](), dict[str, str]()
+    for name, came in iter_quantised_origins(model):
         codec = None if came.codes is None else Codec.of(came.codes, options.block_size)
         if came.codes is None or codec is None:
             lost[name] = came.kind
         else:
-            found.append(Given(came.codes.dequantised().numpy(), codec.take(came.codes)))
+            found.append(PrequantisedMatrix(came.codes.dequantised().numpy(), codec.take(came.codes)))
     if lost:
         kinds = ", ".join(dict.fromkeys(lost.values()))
         held = f"quantised anew, as {options.weights}" if options.weights else "held as float32"
@@ -120,16 +128,18 @@ def _given(model: nn.Module, options: Options) -> list[Given]:
     return found
 
 
-def _quantised(model: ir.Model, options: Options, given: Sequence[Given]) -> Outcome:
+def _quantise_weights(
+    model: ir.Model, options: OnnxRuntimeOptions, given: Sequence[PrequantisedMatrix]
+) -> QuantisationReport:
     """Quantise a model's weights, in place, where the options say so or they came quantised."""
     if options.codec is None and not given:
-        return Outcome()
+        return QuantisationReport()
     outcome = quantise(model, options.codec, options.accuracy_level, given)
-    refuse_unclaimed(model, DIALECTS[options.place.type])
+    check_claims(model, DIALECTS[options.place.type])
     return outcome
 
 
-def _refuse_idle(outcomes: Iterable[Outcome], options: Options) -> None:
+def _refuse_unquantisable(outcomes: Iterable[QuantisationReport], options: OnnxRuntimeOptions) -> None:
     """Refuse to quantise a model of which nothing can be.
 
     Raises:
@@ -144,7 +154,7 @@ def _refuse_idle(outcomes: Iterable[Outcome], options: Options) -> None:
     )
 
 
-def _noted(program: Program, outcomes: Mapping[str, Outcome]) -> Program:
+def _add_notes(program: Program, outcomes: Mapping[str, QuantisationReport]) -> Program:
     """The program whose signatures say what became of its weights."""
     signatures = {
         name: dataclasses.replace(signature, notes=(*signature.notes, *outcomes[name].told()))
@@ -153,13 +163,13 @@ def _noted(program: Program, outcomes: Mapping[str, Outcome]) -> Program:
     return Program(program.graphs, signatures)
 
 
-def _in_float(engine: OrtEngine) -> OrtEngine:
+def _unrounded_engine(engine: OrtEngine) -> OrtEngine:
     """An engine over the same program whose products round nothing that they read.
 
     How far rounding moves a deep model's answers says nothing of its slots, so they are tried without it.
     """
     parts = {
-        name: GraphSession(new_session(engine.files, name, engine.options, rounds=False), part.signature, part.slots)
+        name: GraphSession(create_session(engine.files, name, engine.options, rounds=False), part.signature, part.slots)
         for name, part in engine.parts.items()
     }
     return OrtEngine(
@@ -172,21 +182,26 @@ def _in_float(engine: OrtEngine) -> OrtEngine:
     )
 
 
-def _keep_base(program: Program, request: BuildRequest[Options], folder: Path, outcomes: Mapping[str, Outcome]) -> None:
+def _write_base_weights(
+    program: Program,
+    request: BuildRequest[OnnxRuntimeOptions],
+    folder: Path,
+    outcomes: Mapping[str, QuantisationReport],
+) -> None:
     """Write the base weights of planned sites: mixtures, and adapters that come later, may be made of them.
 
     Of what is quantised the program's own bytes are kept.
     """
-    tensors = base_tensors(request.model, {path: plan.site for path, plan in request.plans.items()})
-    pieces = pieces_of(outcomes, tensors)
-    parts, notes = told(pieces)
+    tensors = collect_base_tensors(request.model, {path: plan.site for path, plan in request.plans.items()})
+    pieces = find_quantised(outcomes, tensors)
+    parts, notes = tensors_and_notes(pieces)
     floats = {name: tensor for name, tensor in tensors.items() if name not in pieces}
-    columns = [name for name in by_columns(request.plans.values()) if name in floats]
-    files = _held(program, folder)
+    columns = [name for name in find_transposed_weights(request.plans.values()) if name in floats]
+    files = _hold_files(program, folder)
     joined = {pack.sizes for graph in program.graphs.values() for pack in graph.packs.values()}
-    places = places_of(files, program.graphs, floats, joined) | places_in(files, program.graphs, pieces)
-    TensorFile.write(folder / BASE, floats | parts, columns, notes, elsewhere=places)
+    places = locate_weights(files, program.graphs, floats, joined) | locate_parts(files, program.graphs, pieces)
+    TensorFile.write(folder / BASE_FILE, floats | parts, columns, notes, elsewhere=places)
 
 
-def _held(program: Program, folder: Path) -> Files:
-    return hold(folder, (name for name in names_of(program.graphs) if (folder / name).exists()))
+def _hold_files(program: Program, folder: Path) -> ProgramFiles:
+    return open_files(folder, (name for name in list_program_files(program.graphs) if (folder / name).exists()))

@@ -14,28 +14,35 @@ import numpy as np
 import onnxruntime as ort
 import torch
 
-from lorac.backends.onnxruntime.devices.memory import aliased, memory_at, taken
-from lorac.backends.onnxruntime.devices.providers import on_cpu
-from lorac.backends.onnxruntime.growing import Layout, OrtCache, all_tokens, extend, refuse_other_rows, whole_texts
-from lorac.backends.onnxruntime.inputs import wanted
-from lorac.backends.onnxruntime.options import Options
-from lorac.backends.onnxruntime.portable import bound_tensors, write_choice, written_tensors
-from lorac.backends.onnxruntime.settling import settled_session
+from lorac.backends.onnxruntime.adapter_files import bound_tensors, merged_tensors, write_adapter_file
+from lorac.backends.onnxruntime.devices.memory import as_ort_value, as_tensor, memory_at
+from lorac.backends.onnxruntime.devices.providers import ops_on_cpu
+from lorac.backends.onnxruntime.inputs import session_inputs
+from lorac.backends.onnxruntime.kv_cache import (
+    CacheLayout,
+    OrtCache,
+    check_encoder_rows,
+    full_sequence_step,
+    run_decode_step,
+    split_padding,
+)
+from lorac.backends.onnxruntime.options import OnnxRuntimeOptions
+from lorac.backends.onnxruntime.settling import create_frozen_session
 from lorac.errors import Unavailable
-from lorac.ir.binding import Answer, Binding
-from lorac.ir.cache import Cache, Extension, Keeps
-from lorac.ir.engine import Engine, Files
-from lorac.ir.graph.attending import PAST, PLACES, is_memory
-from lorac.ir.graph.feeds import empty_cache, fed, grouped_aux, named_tensors
+from lorac.frontend.components import check_component, get_encoder_graph_name
+from lorac.ir.graph.attention_ops import LOGITS_TO_KEEP, PAST_LENGTHS, is_encoder_output
+from lorac.ir.graph.feeds import collect_slot_tensors, group_aux_outputs, make_empty_cache, select_reached_plans
 from lorac.ir.graph.graph import SlotInput
-from lorac.ir.graph.signature import CallSignature
-from lorac.ir.host.components import encoder_of, require_component
-from lorac.ir.host.sites import BaseReader
-from lorac.ir.slots.site import SitePlan, SiteSlots
-from lorac.ir.slots.snapshot import Snapshot
+from lorac.ir.interface import Interface
+from lorac.ir.sites import BaseReader
+from lorac.ir.slots.composition import ComposedWeights
+from lorac.ir.slots.plans import SitePlan, SiteSlots
+from lorac.target.binding import CallResult, EngineBinding
+from lorac.target.engine import Engine, ProgramFiles
+from lorac.target.kv_cache import CacheSpec, DecodeStep, KeyValueCache
 
 if TYPE_CHECKING:
-    from lorac.ir.view.dump import Dump
+    from lorac.report.dump import Dump
 
 Tensor = torch.Tensor
 
@@ -49,19 +56,19 @@ class GraphSession:
         slots: its slot inputs by public name.
     """
 
-    def __init__(self, session: ort.InferenceSession, signature: CallSignature, slots: Mapping[str, SlotInput]) -> None:
+    def __init__(self, session: ort.InferenceSession, signature: Interface, slots: Mapping[str, SlotInput]) -> None:
         self.session, self.signature, self.slots = session, signature, slots
         self.outputs = [output.name for output in session.get_outputs()]
-        self.wanted = wanted(session)
-        self.cache = Layout.of(session)
+        self.wanted = session_inputs(session)
+        self.cache = CacheLayout.of(session)
 
     def behind(self, encoder: GraphSession) -> None:
         """Have it read what an encoder makes."""
-        self.cache = Layout.of(self.session, encoder.signature.inputs)
+        self.cache = CacheLayout.of(self.session, encoder.signature.inputs)
 
 
 @dataclass(eq=False)
-class Values:
+class SlotValues:
     """Values for every slot input.
 
     Attributes:
@@ -88,7 +95,7 @@ class OrtEngine(Engine):
     """
 
     target = "onnxruntime"
-    files: Files
+    files: ProgramFiles
 
     def __init__(
         self,
@@ -97,47 +104,47 @@ class OrtEngine(Engine):
         plans: Mapping[str, SitePlan],
         base: BaseReader,
         mode: str,
-        files: Files,
-        options: Options,
+        files: ProgramFiles,
+        options: OnnxRuntimeOptions,
     ) -> None:
         self.parts = parts
         for name, part in parts.items():
-            if (encoder := parts.get(encoder_of(name))) is not None:
+            if (encoder := parts.get(get_encoder_graph_name(name))) is not None:
                 part.behind(encoder)
         self.slots = {name: slot for part in parts.values() for name, slot in part.slots.items()}
-        self.signatures = {name: _telling(part) for name, part in parts.items()}
-        self.plans = fed(self.slots, plans)
+        self.signatures = {name: _signature_with_notes(part) for name, part in parts.items()}
+        self.plans = select_reached_plans(self.slots, plans)
         self.base, self.mode, self.files, self.options = base, mode, files, options
         self.settles_alone = self.fused and options.settle == "background"
         self.where = memory_at(options.place)
         self.buffers, self.memory = self.where.fused(self.plans, base) if self.fused else ({}, {})
         self._written = self._values(self.memory)
-        self._holds = Snapshot(())
+        self._holds = ComposedWeights(())
         # By snapshot, weakly: constants that can never serve again are let go.
-        self._settled: weakref.WeakKeyDictionary[Snapshot, _Settled] = weakref.WeakKeyDictionary()
+        self._settled: weakref.WeakKeyDictionary[ComposedWeights, _FrozenSessions] = weakref.WeakKeyDictionary()
 
     # --- the engine's contract ---------------------------------------------------------------------------------
 
-    def bind(self, snapshot: Snapshot, slots: Mapping[str, SiteSlots]) -> Binding[Values]:
+    def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> EngineBinding[SlotValues]:
         """OrtValues over the slots' tensors; what lies where sessions read it is not copied."""
-        tensors = {} if self.constant else named_tensors(self.slots, self.plans, slots)
-        return Binding(self, self._values(tensors))
+        tensors = {} if self.constant else collect_slot_tensors(self.slots, self.plans, slots)
+        return EngineBinding(self, self._values(tensors))
 
     @property
-    def written(self) -> Binding[Values]:
+    def written(self) -> EngineBinding[SlotValues]:
         """The buffers that weights are written to."""
-        return Binding(self, self._written)
+        return EngineBinding(self, self._written)
 
     def listing(self) -> dict[str, Dump]:
         """The models that the sessions were made of."""
-        from lorac.backends.onnx.listing import listing  # what a call does not need
+        from lorac.backends.onnx.model_dump import dump_model  # what a call does not need
 
-        return {name: listing(self.files, name, part.slots) for name, part in self.parts.items()}
+        return {name: dump_model(self.files, name, part.slots) for name, part in self.parts.items()}
 
-    def activate(self, content: Values) -> None:
+    def activate(self, content: SlotValues) -> None:
         """Nothing: every call names its binding."""
 
-    def hold(self, snapshot: Snapshot) -> None:
+    def hold(self, snapshot: ComposedWeights) -> None:
         """Remember it: constants that were made of it serve again."""
         self._holds = snapshot
         self.where.written(self.memory)
@@ -158,7 +165,7 @@ class OrtEngine(Engine):
             return
         sessions = {name: self._with_constants(name, part) for name, part in self.parts.items()}
         if self._holds is snapshot:
-            self._settled[snapshot] = _Settled(sessions, self._values({}))
+            self._settled[snapshot] = _FrozenSessions(sessions, self._values({}))
 
     @property
     def constant(self) -> bool:
@@ -170,20 +177,20 @@ class OrtEngine(Engine):
         """Whether there are slots to fill."""
         return bool(self.slots) and not self.constant
 
-    def write_choice(self, snapshot: Snapshot, graph: str, path: Path) -> None:
+    def write_choice(self, snapshot: ComposedWeights, graph: str, path: Path) -> None:
         """An ``.onnx_adapter``."""
-        slots = self.parts[require_component(graph, self.parts)].slots
+        slots = self.parts[check_component(graph, self.parts)].slots
         if self.fused:
-            tensors = written_tensors(fed(slots, self.plans), self.base, snapshot)
+            tensors = merged_tensors(select_reached_plans(slots, self.plans), self.base, snapshot)
         else:
             tensors = bound_tensors(slots, self.plans, self.base, snapshot)
-        write_choice(path, tensors)
+        write_adapter_file(path, tensors)
 
     def _with_constants(self, name: str, part: GraphSession) -> ort.InferenceSession:
         constants = {slot: self.memory[slot] for slot in part.slots if slot in self.memory}
         if not constants:
             return part.session
-        return settled_session(self.files, name, constants, self.options)
+        return create_frozen_session(self.files, name, constants, self.options)
 
     @property
     def folder(self) -> Path:
@@ -198,64 +205,71 @@ class OrtEngine(Engine):
 
     # --- calls -------------------------------------------------------------------------------------------------
 
-    def call(self, content: Values, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Answer:
+    def call(
+        self, content: SlotValues, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> CallResult:
         """One call of a graph with a binding."""
-        part = self.parts[require_component(graph, self.parts)]
+        part = self.parts[check_component(graph, self.parts)]
         if part.cache is not None:
             return self._call_over_texts(content, graph, part, args, kwargs)
         session, values = self._serving(part, graph, content)
 
         def run(given: dict[str, Any]) -> list[Any]:
             as_numpy = all(isinstance(v, np.ndarray) for v in given.values())
-            return [_answer(value, as_numpy) for value in self._execute(part, graph, session, values, given)]
+            return [_to_output(value, as_numpy) for value in self._execute(part, graph, session, values, given)]
 
         output, extra = part.signature.run(args, kwargs, run)
-        return Answer(output, grouped_aux(extra, values.tensors))
+        return CallResult(output, group_aux_outputs(extra, values.tensors))
 
-    def keeps(self, graph: str) -> Keeps | None:
+    def keeps(self, graph: str) -> CacheSpec | None:
         """As its session says."""
-        layout = self.parts[require_component(graph, self.parts)].cache
+        layout = self.parts[check_component(graph, self.parts)].cache
         return None if layout is None else layout.keeps
 
-    def new_cache(self, graph: str, rows: int, capacity: int) -> Cache:
+    def new_cache(self, graph: str, rows: int, capacity: int) -> KeyValueCache:
         """Buffers that the session reads and writes."""
-        layout = self.parts[require_component(graph, self.parts)].cache
+        layout = self.parts[check_component(graph, self.parts)].cache
         return super().new_cache(graph, rows, capacity) if layout is None else OrtCache(layout, rows, capacity)
 
     def extend(  # type: ignore[override]  # the content is what it made itself
-        self, content: Values, graph: str, cache: Cache, extension: Extension
+        self, content: SlotValues, graph: str, cache: KeyValueCache, extension: DecodeStep
     ) -> Tensor:
         """One run of the graph's session."""
         assert isinstance(cache, OrtCache)
         part = self.parts[graph]
         session, values = self._serving(part, graph, content)
-        return extend(session, values, cache, extension, lambda: _bound(part, session, values))
+        return run_decode_step(session, values, cache, extension, lambda: _new_binding(part, session, values))
 
     def encode(  # type: ignore[override]  # as above
-        self, content: Values, graph: str, cache: Cache, inputs: Mapping[str, object]
+        self, content: SlotValues, graph: str, cache: KeyValueCache, inputs: Mapping[str, object]
     ) -> None:
         """One run of the session of the graph's encoder."""
         self._encoded(content, graph, cache, inputs)
 
     def _encoded(
-        self, content: Values, graph: str, cache: Cache, inputs: Mapping[str, object]
+        self, content: SlotValues, graph: str, cache: KeyValueCache, inputs: Mapping[str, object]
     ) -> dict[str, torch.Tensor]:
         """As ``encode``; returns what of the encoder's answer the host answers too, by name."""
         assert isinstance(cache, OrtCache)
-        name = encoder_of(graph)
+        name = get_encoder_graph_name(graph)
         part = self.parts[name]
         given = part.signature.bind((), inputs)
         session, values = self._serving(part, name, content)
-        found = [taken(value) for value in self._execute(part, name, session, values, given)]
+        found = [as_tensor(value) for value in self._execute(part, name, session, values, given)]
         answered = dict(zip(part.outputs, found, strict=True))
-        memory = {made: value for made, value in answered.items() if is_memory(made)}
-        refuse_other_rows(memory, len(cache.lengths))
+        memory = {made: value for made, value in answered.items() if is_encoder_output(made)}
+        check_encoder_rows(memory, len(cache.lengths))
         cache.remember(memory)
         return {made: value for made, value in answered.items() if made not in memory}
 
     def _call_over_texts(
-        self, content: Values, graph: str, part: GraphSession, args: tuple[object, ...], kwargs: Mapping[str, object]
-    ) -> Answer:
+        self,
+        content: SlotValues,
+        graph: str,
+        part: GraphSession,
+        args: tuple[object, ...],
+        kwargs: Mapping[str, object],
+    ) -> CallResult:
         """A plain call of a graph that keeps a cache: whole texts, of which nothing is kept."""
         assert part.cache is not None
         text, inputs = part.cache.text, dict[str, Any]()
@@ -263,11 +277,11 @@ class OrtEngine(Engine):
             named = part.signature.named(args, kwargs)
             inputs = {name: named.pop(name) for name in part.cache.keeps.encodes if name in named}
             args, kwargs = (), named
-        told, counts = whole_texts(args, kwargs, text)
+        told, counts = split_padding(args, kwargs, text)
         ids = part.wanted[text].fit(told[text])
         part.cache.refuse_longer(max(counts, default=0))
-        extension = all_tokens(ids, counts)
-        picked = {PLACES: extension.wanted} if PLACES in part.wanted else {}
+        extension = full_sequence_step(ids, counts)
+        picked = {LOGITS_TO_KEEP: extension.wanted} if LOGITS_TO_KEEP in part.wanted else {}
         part.signature.bind((), {**told, **picked})
         cache = self.new_cache(graph, *ids.shape)
         encoded = self._encoded(content, graph, cache, inputs) if part.cache.keeps.encodes else {}
@@ -278,32 +292,32 @@ class OrtEngine(Engine):
         elsewhere = {name: value.numpy() if as_numpy else value for name, value in encoded.items()}
         rest = (None for _ in part.signature.extra)
         output, _ = part.signature.having(elsewhere).answer([*answered, *rest], kwargs)
-        return Answer(output)
+        return CallResult(output)
 
     def outputs(self, graph: str, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """A graph's outputs as it gives them, copied, for tensors in its slots and inputs by name."""
         part = self.parts[graph]
-        if part.cache is not None and PAST not in inputs:
-            inputs = {**empty_cache(part.cache.shapes, inputs[part.cache.text], part.cache.memory), **inputs}
+        if part.cache is not None and PAST_LENGTHS not in inputs:
+            inputs = {**make_empty_cache(part.cache.shapes, inputs[part.cache.text], part.cache.memory), **inputs}
         values = self._execute(part, graph, part.session, self._values(tensors), inputs)
-        return [taken(value).clone() for value in values]
+        return [as_tensor(value).clone() for value in values]
 
-    def _values(self, tensors: Mapping[str, Tensor]) -> Values:
+    def _values(self, tensors: Mapping[str, Tensor]) -> SlotValues:
         """What is bound for slot name -> tensor."""
-        return Values({name: self.where.held(tensor) for name, tensor in tensors.items()}, tensors)
+        return SlotValues({name: self.where.held(tensor) for name, tensor in tensors.items()}, tensors)
 
     def _execute(
         self,
         part: GraphSession,
         graph: str,
         session: ort.InferenceSession,
-        values: Values,
+        values: SlotValues,
         given: Mapping[str, Any],
     ) -> Sequence[ort.OrtValue]:
-        io = _io(part, graph, session, values)
+        io = _thread_binding(part, graph, session, values)
         held = {name: part.wanted[name].fit(value) for name, value in given.items()}
         for name, tensor in held.items():
-            io.bind_ortvalue_input(name, aliased(tensor))
+            io.bind_ortvalue_input(name, as_ort_value(tensor))
         io.clear_binding_outputs()
         answered = self.where.answers(held.values())
         for name in part.outputs:
@@ -314,22 +328,22 @@ class OrtEngine(Engine):
         io.clear_binding_outputs()
         return outputs
 
-    def _serving(self, part: GraphSession, graph: str, values: Values) -> tuple[ort.InferenceSession, Values]:
+    def _serving(self, part: GraphSession, graph: str, values: SlotValues) -> tuple[ort.InferenceSession, SlotValues]:
         settled = self._settled.get(self._holds) if values is self._written else None
         return (part.session, values) if settled is None else (settled.sessions[graph], settled.values)
 
 
 @dataclass(frozen=True, eq=False)
-class _Settled:
+class _FrozenSessions:
     """Sessions with constants by graph, and the values that are left to bind: none."""
 
     sessions: Mapping[str, ort.InferenceSession]
-    values: Values
+    values: SlotValues
 
 
-def _telling(part: GraphSession) -> CallSignature:
+def _signature_with_notes(part: GraphSession) -> Interface:
     """How a graph is called, with what its session has the CPU compute; another machine's may have it otherwise."""
-    there = on_cpu(part.session)
+    there = ops_on_cpu(part.session)
     if not there:
         return part.signature
     told = ", ".join(f"{op} ({count})" if count > 1 else op for op, count in there.items())
@@ -337,17 +351,17 @@ def _telling(part: GraphSession) -> CallSignature:
     return dataclasses.replace(part.signature, notes=(*part.signature.notes, note))
 
 
-def _io(part: GraphSession, graph: str, session: ort.InferenceSession, values: Values) -> Any:
+def _thread_binding(part: GraphSession, graph: str, session: ort.InferenceSession, values: SlotValues) -> Any:
     """This thread's IOBinding of a graph with its slots bound."""
     owned: dict[str, Any] = vars(values.own).setdefault("io", {})
     if graph in owned and owned[graph][0]() is session:
         return owned[graph][1]
-    io = _bound(part, session, values)
+    io = _new_binding(part, session, values)
     owned[graph] = (weakref.ref(session), io)
     return io
 
 
-def _bound(part: GraphSession, session: ort.InferenceSession, values: Values) -> Any:
+def _new_binding(part: GraphSession, session: ort.InferenceSession, values: SlotValues) -> Any:
     """A new IOBinding of a graph with its slots bound."""
     io = session.io_binding()
     for name in part.slots.keys() & values.values.keys():
@@ -355,8 +369,8 @@ def _bound(part: GraphSession, session: ort.InferenceSession, values: Values) ->
     return io
 
 
-def _answer(value: ort.OrtValue, as_numpy: bool) -> Any:
-    tensor = taken(value)
+def _to_output(value: ort.OrtValue, as_numpy: bool) -> Any:
+    tensor = as_tensor(value)
     if not as_numpy:
         return tensor
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()  # NumPy has nothing for it

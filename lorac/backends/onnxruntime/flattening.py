@@ -16,12 +16,12 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 _ELEMENTWISE = frozenset(
     ("Add", "Sub", "Mul", "Div", "Pow", "Neg", "Exp", "Erf", "Sqrt", "Tanh", "Sigmoid", "Relu", "Gelu", "Identity")
 )
-_ALONG_AXIS = {"LayerNormalization": -1, "SimplifiedLayerNormalization": -1, "Split": 0}
+_AXIS_OPS = {"LayerNormalization": -1, "SimplifiedLayerNormalization": -1, "Split": 0}
 """Op -> the axis it acts along where it names none: row-wise where that is the last."""
 
 
 @dataclass(frozen=True)
-class _Rows:
+class _RowMatrix:
     """A value (…, features) as a matrix; ``full`` is one with the same leading dimensions."""
 
     matrix: ir.Value
@@ -34,9 +34,9 @@ class _Rows:
         return "_".join(str(dim) for dim in dims) if None not in dims else str(self.full.name)
 
 
-def to_rows(model: ir.Model) -> None:
+def flatten_to_rows(model: ir.Model) -> None:
     """Move what follows a slot's product onto rows, and add the products of slots by ``Gemm``, in place."""
-    _Flattening(model.graph).run()
+    _Flattener(model.graph).run()
     slots = set(model.graph.inputs)
     for node in list(model.graph):
         if node.op_type == "Add":
@@ -44,7 +44,7 @@ def to_rows(model: ir.Model) -> None:
     RemoveUnusedNodesPass()(model)
 
 
-def constant_shapes(model: ir.Model) -> None:
+def copy_reshape_sizes(model: ir.Model) -> None:
     """Have a ``Reshape`` take the sizes that it leaves from its input's places, in place of ops that read them."""
     for node in list(model.graph.all_nodes()):
         if node.op_type == "Reshape":
@@ -52,13 +52,13 @@ def constant_shapes(model: ir.Model) -> None:
     RemoveUnusedNodesPass()(model)
 
 
-class _Flattening:
+class _Flattener:
     """One pass over a graph: ``rows`` has what is on rows so far, ``adapted`` what meets a slot's product."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph, slots = graph, set(graph.inputs)
         self.adapted = {node.inputs[0] for node in graph if node.op_type == "MatMul" and node.inputs[1] in slots}
-        self.rows: dict[ir.Value, _Rows] = {}
+        self.rows: dict[ir.Value, _RowMatrix] = {}
         self.first: dict[str, ir.Value] = {}
         self.leading: dict[str, ir.Value] = {}
         self.shapes: dict[tuple[str, int], ir.Value] = {}
@@ -91,8 +91,8 @@ class _Flattening:
         values = [value for value in node.inputs if value is not None]
         if node.op_type == "MatMul":
             return values[:1] if _rank(values[1]) == 2 and self._has_rows(values[0]) else []
-        if node.op_type in _ALONG_AXIS:
-            axis = node.attributes.get_int("axis", _ALONG_AXIS[node.op_type])
+        if node.op_type in _AXIS_OPS:
+            axis = node.attributes.get_int("axis", _AXIS_OPS[node.op_type])
             last = axis in (-1, (_rank(values[0]) or 0) - 1)
             return values[:1] if last and self._has_rows(values[0]) else []
         if node.op_type not in _ELEMENTWISE:
@@ -103,7 +103,7 @@ class _Flattening:
     def _has_rows(self, value: ir.Value) -> bool:
         return value in self.rows or (_rank(value) or 0) > 2
 
-    def _rows_of(self, value: ir.Value) -> _Rows | None:
+    def _rows_of(self, value: ir.Value) -> _RowMatrix | None:
         if value in self.rows or value.shape is None:
             return self.rows.get(value)
         features = value.shape[-1]
@@ -113,12 +113,12 @@ class _Flattening:
         reshaped = producer.inputs[0] if producer is not None and producer.op_type == "Reshape" else None
         reshape = ir.Node("", "Reshape", [reshaped or value, _constant(self.graph, [-1, features])])
         self._insert(value, reshape)
-        self.rows[value] = _Rows(reshape.outputs[0], value)
+        self.rows[value] = _RowMatrix(reshape.outputs[0], value)
         self.first.setdefault(self.rows[value].leading, value)
         self._describe(reshape.outputs[0], value, self.rows[value])
         return self.rows[value]
 
-    def _twin(self, node: ir.Node, rows: dict[ir.Value, _Rows]) -> None:
+    def _twin(self, node: ir.Node, rows: dict[ir.Value, _RowMatrix]) -> None:
         full = next(iter(rows.values())).full
         inputs = [rows[value].matrix if value in rows else value for value in node.inputs]
         attributes = [ir.AttrInt64("axis", -1) if a.name == "axis" else a for a in node.attributes.values()]
@@ -127,10 +127,10 @@ class _Flattening:
         self.graph.insert_before(node, twin)
         for old, new in zip(node.outputs, twin.outputs, strict=True):
             new.name = f"{old.name}_rows"
-            self.rows[old] = _Rows(new, full)
+            self.rows[old] = _RowMatrix(new, full)
             self._describe(new, old, self.rows[old])
 
-    def _describe(self, matrix: ir.Value, value: ir.Value, rows: _Rows) -> None:
+    def _describe(self, matrix: ir.Value, value: ir.Value, rows: _RowMatrix) -> None:
         features = value.shape[-1] if value.shape is not None else None
         matrix.shape, matrix.type = ir.Shape([f"rows_{rows.leading}", features]), value.type or rows.full.type
 
@@ -144,7 +144,7 @@ class _Flattening:
         value.name = None
         value.replace_all_uses_with(restored, replace_graph_outputs=True)
 
-    def _shape(self, rows: _Rows, value: ir.Value) -> ir.Value:
+    def _shape(self, rows: _RowMatrix, value: ir.Value) -> ir.Value:
         """The full shape of what is on rows, made once for all values that have it."""
         features: Any = value.shape[-1] if value.shape is not None else None
         if not isinstance(features, int):
@@ -160,7 +160,7 @@ class _Flattening:
             self.shapes[key] = shape.outputs[0]
         return self.shapes[key]
 
-    def _leading(self, rows: _Rows) -> ir.Value:
+    def _leading(self, rows: _RowMatrix) -> ir.Value:
         """The sizes before the last, read where a value first has them."""
         if rows.leading not in self.leading:
             first = self.first[rows.leading]

@@ -9,7 +9,7 @@ from typing import Any
 import onnxruntime as ort
 import torch
 
-from lorac.ir.graph.feeds import fitted
+from lorac.ir.graph.feeds import convert_input
 
 Tensor = torch.Tensor
 _DTYPES = {
@@ -26,7 +26,7 @@ _DTYPES = {
 
 
 @dataclass(frozen=True)
-class Wanted:
+class SessionInput:
     """An input of a session.
 
     Attributes:
@@ -43,9 +43,9 @@ class Wanted:
         Raises:
             ChoiceError: it is of another kind.
         """
-        return fitted(self.name, value, self.dtype)
+        return convert_input(self.name, value, self.dtype)
 
 
-def wanted(session: ort.InferenceSession) -> Mapping[str, Wanted]:
+def session_inputs(session: ort.InferenceSession) -> Mapping[str, SessionInput]:
     """The inputs of a session by name."""
-    return {found.name: Wanted(found.name, _DTYPES.get(found.type)) for found in session.get_inputs()}
+    return {found.name: SessionInput(found.name, _DTYPES.get(found.type)) for found in session.get_inputs()}

@@ -6,29 +6,29 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from lorac.backends.onnxruntime.devices.providers import CPU, CUDA, kind_of, known_providers
-from lorac.backends.onnxruntime.quantised.codec import BLOCKS, Codec
+from lorac.backends.onnxruntime.devices.providers import CPU, CUDA, device_type_of, known_providers
+from lorac.backends.onnxruntime.quantised.codec import BLOCK_SIZES, Codec
 from lorac.errors import OptionError, nearest_name, not_one_of, short
-from lorac.ir.engine import TargetOptions
+from lorac.target.engine import TargetOptions
 
-MOST_THREADS = 1024
+MAX_THREADS = 1024
 """More than any machine has cores for one operator; each takes memory of its own."""
 
 
 _PROVIDERS = {"cpu": CPU, "cuda": CUDA}
 """Kind of device -> the provider that it is run by where none is asked for."""
-_TIMES = ("asked", "background")
-_BITS = {"int8": 8, "int4": 4}
+_SETTLE_TIMES = ("asked", "background")
+_WEIGHT_BITS = {"int8": 8, "int4": 4}
 """What weights may be held as -> bits of a value."""
-IN_FLOAT = 1
+FLOAT32_LEVEL = 1
 """The accuracy level of products that round nothing."""
-_LEVELS = (0, IN_FLOAT, 2, 3, 4)
-_HOW = ("block_size", "symmetric", "accuracy_level")
+_ACCURACY_LEVELS = (0, FLOAT32_LEVEL, 2, 3, 4)
+_QUANTISATION_OPTIONS = ("block_size", "symmetric", "accuracy_level")
 """Options that say how weights are quantised, and nothing where none are."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(TargetOptions):
+class OnnxRuntimeOptions(TargetOptions):
     """Options of the onnxruntime target.
 
     Attributes:
@@ -69,14 +69,14 @@ class Options(TargetOptions):
     @property
     def codec(self) -> Codec | None:
         """How weights are quantised; None where they are not."""
-        return None if self.weights is None else Codec(_BITS[self.weights], self.block_size, self.symmetric)
+        return None if self.weights is None else Codec(_WEIGHT_BITS[self.weights], self.block_size, self.symmetric)
 
     @property
     def place(self) -> torch.device:
         """Where sessions run."""
         if self.device is not None:
             return torch.device(self.device)
-        return torch.device("cpu" if self.providers is None else kind_of(self.providers[0]))
+        return torch.device("cpu" if self.providers is None else device_type_of(self.providers[0]))
 
     @property
     def chosen(self) -> tuple[str, ...]:
@@ -93,12 +93,12 @@ class Options(TargetOptions):
         """There are two times at which weights settle, and as many threads as a machine may have."""
         self._check_weights()
         self._check_device()
-        if self.settle not in _TIMES:
-            raise not_one_of("settle cannot be", self.settle, _TIMES)
-        if not 0 <= self.threads <= MOST_THREADS:
+        if self.settle not in _SETTLE_TIMES:
+            raise not_one_of("settle cannot be", self.settle, _SETTLE_TIMES)
+        if not 0 <= self.threads <= MAX_THREADS:
             raise OptionError(
                 f"threads cannot be {short(self.threads)}",
-                next_step=f"give a number up to {MOST_THREADS}, or 0 for all",
+                next_step=f"give a number up to {MAX_THREADS}, or 0 for all",
             )
 
     def _check_device(self) -> None:
@@ -115,18 +115,18 @@ class Options(TargetOptions):
             return
         if self.place.type not in _PROVIDERS:
             raise not_one_of("onnxruntime does not run on", self.device, tuple(_PROVIDERS))
-        if self.providers is not None and kind_of(self.providers[0]) != self.place.type:
+        if self.providers is not None and device_type_of(self.providers[0]) != self.place.type:
             raise OptionError(
                 f"device={self.device!r} and providers={self.providers!r} contradict each other: "
-                f"{self.providers[0]} runs on {kind_of(self.providers[0])!r}",
+                f"{self.providers[0]} runs on {device_type_of(self.providers[0])!r}",
                 next_step=f"leave providers= out: device={self.device!r} takes {_PROVIDERS[self.place.type]}",
             )
 
     def _check_weights(self) -> None:
         """Raise ``OptionError`` where weights cannot be quantised so, or are not to be quantised at all."""
-        if self.weights is not None and self.weights not in _BITS:
-            raise not_one_of("weights cannot be held as", self.weights, tuple(_BITS))
-        for name, known in (("block_size", BLOCKS), ("accuracy_level", _LEVELS)):
+        if self.weights is not None and self.weights not in _WEIGHT_BITS:
+            raise not_one_of("weights cannot be held as", self.weights, tuple(_WEIGHT_BITS))
+        for name, known in (("block_size", BLOCK_SIZES), ("accuracy_level", _ACCURACY_LEVELS)):
             if getattr(self, name) not in known:
                 raise OptionError(
                     f"{name} cannot be {short(getattr(self, name))}",
@@ -136,7 +136,7 @@ class Options(TargetOptions):
     def refuse_idle(self) -> None:
         """Raise ``OptionError`` where it is said how weights are quantised, of a model of which none are."""
         given = {spec.name for spec in fields(self) if getattr(self, spec.name) != spec.default}
-        idle = [name for name in _HOW if name in given]
+        idle = [name for name in _QUANTISATION_OPTIONS if name in given]
         if self.weights is None and idle:
             raise OptionError(
                 f"{idle[0]}= says how weights are quantised, and none are",

@@ -12,13 +12,13 @@ from collections.abc import Mapping
 import onnxruntime as ort
 import torch
 
-from lorac.backends.onnxruntime.options import Options
-from lorac.backends.onnxruntime.session import new_session
-from lorac.ir.engine import Files
+from lorac.backends.onnxruntime.inference_session import create_session
+from lorac.backends.onnxruntime.options import OnnxRuntimeOptions
+from lorac.target.engine import ProgramFiles
 
 
-def settled_session(
-    files: Files, graph: str, tensors: Mapping[str, torch.Tensor], options: Options
+def create_frozen_session(
+    files: ProgramFiles, graph: str, tensors: Mapping[str, torch.Tensor], options: OnnxRuntimeOptions
 ) -> ort.InferenceSession:
     """A session of an emitted program with ``tensors`` as constants.
 
@@ -28,6 +28,6 @@ def settled_session(
         tensors: slot input -> its value; copied, so that later writes do not reach the session.
         options: the target's.
     """
-    return new_session(
+    return create_session(
         files, graph, options, {name: t.detach().to("cpu", copy=True).numpy() for name, t in tensors.items()}
     )

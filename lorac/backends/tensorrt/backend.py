@@ -10,31 +10,31 @@ from typing import Any
 
 import torch
 
-from lorac.backends.onnx.files import BASE, name_of
+from lorac.backends.onnx.model_files import BASE_FILE, graph_file
 from lorac.backends.tensorrt import library
-from lorac.backends.tensorrt.capabilities import local
+from lorac.backends.tensorrt.capabilities import local_capability
 from lorac.backends.tensorrt.device.requirements import (
-    place_of,
-    refuse_capability,
-    refuse_other_library,
-    tell_lacking,
+    check_capability,
+    check_library,
+    plan_device,
+    warn_missing_requirement,
 )
-from lorac.backends.tensorrt.engine import PLAN, Plan, TrtEngine, files_of
-from lorac.backends.tensorrt.options import Options
-from lorac.backends.tensorrt.profiles import Range
+from lorac.backends.tensorrt.engine import PLAN, GraphPlan, TrtEngine, plan_files
+from lorac.backends.tensorrt.options import TensorRTOptions
+from lorac.backends.tensorrt.profiles import SizeRange
 from lorac.errors import OptionError
-from lorac.ir.engine import AnyDialect, Backend, BuildRequest, Engine, Files, Stored
 from lorac.ir.graph.program import Program
-from lorac.ir.graph.signature import CallSignature
-from lorac.ir.slots.site import SitePlan
-from lorac.ir.store.plans import slot_from_json, slot_to_json
-from lorac.ir.store.tensors import TensorFile, file_base
+from lorac.ir.interface import Interface
+from lorac.ir.slots.plans import SitePlan
+from lorac.storage.plans import slot_from_json, slot_to_json
+from lorac.storage.tensor_file import TensorFile, make_file_base_reader
+from lorac.target.engine import AnyDialect, Backend, BuildRequest, Engine, ProgramFiles, StoredState
 
 
-class TensorRT(Backend[Options]):
+class TensorRT(Backend[TensorRTOptions]):
     """Emits ONNX, and has it built into plans whose slot inputs are tensors in the GPU's memory."""
 
-    options = Options
+    options = TensorRTOptions
 
     @functools.cached_property
     def dialect(self) -> AnyDialect:  # type: ignore[override]  # nobody sets it
@@ -43,7 +43,7 @@ class TensorRT(Backend[Options]):
 
         return DIALECT
 
-    def placed(self, options: Options, device: torch.device | None) -> Options:
+    def placed(self, options: TensorRTOptions, device: torch.device | None) -> TensorRTOptions:
         """Options for a GPU, whether or not there is one here: plans are built without."""
         if device is None:
             return options
@@ -57,29 +57,34 @@ class TensorRT(Backend[Options]):
 
     def lacking(self, program: Program) -> tuple[str, ...]:
         """The ops that it does not claim."""
-        from lorac.backends.onnx.emit import lacking
+        from lorac.backends.onnx.emit import list_unsupported_ops
         from lorac.backends.tensorrt.dialect import DIALECT
 
-        return lacking(program, DIALECT)
+        return list_unsupported_ops(program, DIALECT)
 
-    def build(self, request: BuildRequest[Options]) -> TrtEngine:
+    def build(self, request: BuildRequest[TensorRTOptions]) -> TrtEngine:
         """An engine over plans; the host is not kept."""
         from lorac.backends.tensorrt.build import build
 
         return build(request)
 
-    def store(self, engine: Engine, folder: Path, request: Callable[[], BuildRequest[Options]]) -> Stored:
+    def store(self, engine: Engine, folder: Path, request: Callable[[], BuildRequest[TensorRTOptions]]) -> StoredState:
         """Copy the emitted models, their plans and the base weights."""
         assert isinstance(engine, TrtEngine)
         for name, held in engine.files.items():
             held.copy_to(folder / name)
         return {
-            "graphs": {name: _described(part) for name, part in engine.parts.items()},
+            "graphs": {name: _graph_to_json(part) for name, part in engine.parts.items()},
             "options": dataclasses.asdict(engine.options),
         }
 
     def restore(
-        self, stored: Stored, files: Files, plans: Mapping[str, SitePlan], mode: str, device: str | torch.device | None
+        self,
+        stored: StoredState,
+        files: ProgramFiles,
+        plans: Mapping[str, SitePlan],
+        mode: str,
+        device: str | torch.device | None,
     ) -> TrtEngine:
         """An engine over the plans as they are held; the first call loads them.
 
@@ -88,34 +93,34 @@ class TensorRT(Backend[Options]):
             Unavailable: they are for other GPUs, or the device is none.
         """
         given: Any = stored
-        options = Options(**given["options"])
+        options = TensorRTOptions(**given["options"])
         options = options if device is None else dataclasses.replace(options, device=str(device))
-        parts = {name: _part(name, files, entry) for name, entry in given["graphs"].items()}
+        parts = {name: _graph_from_json(name, files, entry) for name, entry in given["graphs"].items()}
         for part in parts.values():
-            _refuse_other(part)
+            _check_plan_origin(part)
         tensors = self.base_of(files)
         engine = TrtEngine(
             parts=parts,
             plans=plans,
-            base=file_base({} if tensors is None else tensors),
+            base=make_file_base_reader({} if tensors is None else tensors),
             mode=mode,
-            files={name: files[name] for name in files_of(given["graphs"]) if name in files},
+            files={name: files[name] for name in plan_files(given["graphs"]) if name in files},
             options=options,
-            device=place_of(options.device),
+            device=plan_device(options.device),
         )
-        tell_lacking()
+        warn_missing_requirement()
         return engine
 
-    def base_of(self, files: Files) -> Mapping[str, torch.Tensor] | None:
+    def base_of(self, files: ProgramFiles) -> Mapping[str, torch.Tensor] | None:
         """The base weights, some of which the models hold; None of a baked program."""
-        return TensorFile(files[BASE], files) if BASE in files else None
+        return TensorFile(files[BASE_FILE], files) if BASE_FILE in files else None
 
 
 BACKEND = TensorRT()
 library.trt()  # a missing one is told where the target is asked for, and not where it first builds
 
 
-def _described(part: Plan) -> dict[str, Any]:
+def _graph_to_json(part: GraphPlan) -> dict[str, Any]:
     return {
         "signature": part.signature.to_json(),
         "slots": [slot_to_json(slot) for slot in part.slots.values()],
@@ -126,22 +131,22 @@ def _described(part: Plan) -> dict[str, Any]:
     }
 
 
-def _part(graph: str, files: Files, stored: Mapping[str, Any]) -> Plan:
+def _graph_from_json(graph: str, files: ProgramFiles, stored: Mapping[str, Any]) -> GraphPlan:
     slots = [slot_from_json(slot) for slot in stored["slots"]]
-    return Plan(
-        file=files[name_of(graph, PLAN)],
-        signature=CallSignature.from_json(stored["signature"]),
+    return GraphPlan(
+        file=files[graph_file(graph, PLAN)],
+        signature=Interface.from_json(stored["signature"]),
         slots={slot.name: slot for slot in slots},
-        ranges={name: tuple(Range(*axis) for axis in axes) for name, axes in stored["ranges"].items()},
+        ranges={name: tuple(SizeRange(*axis) for axis in axes) for name, axes in stored["ranges"].items()},
         dtypes={name: getattr(torch, dtype) for name, dtype in stored["dtypes"].items()},
         capabilities=tuple(stored["capabilities"]),
         made_by=stored["made_by"],
     )
 
 
-def _refuse_other(part: Plan) -> None:
+def _check_plan_origin(part: GraphPlan) -> None:
     """Refuse a plan of another library's or release's, and where there is a GPU, one that is for others."""
-    refuse_other_library(part.made_by)
-    here = local()
+    check_library(part.made_by)
+    here = local_capability()
     if here is not None:
-        refuse_capability(here, part.capabilities, torch.cuda.get_device_name())
+        check_capability(here, part.capabilities, torch.cuda.get_device_name())

@@ -12,7 +12,7 @@ from lorac.errors import OptionError, nearest_name, short
 _MARK = "SM"
 
 
-def local() -> str | None:
+def local_capability() -> str | None:
     """The compute capability of this machine's GPU, such as ``"8.9"``; None where there is none that torch can use."""
     return capability_of(torch.device("cuda")) if torch.cuda.is_available() else None
 
@@ -23,7 +23,7 @@ def capability_of(device: torch.device) -> str:
     return f"{major}.{minor}"
 
 
-def known() -> tuple[str, ...]:
+def known_capabilities() -> tuple[str, ...]:
     """The capabilities that the library builds for by name; empty where it builds for the GPU that is here alone."""
     if not library.is_rtx():
         return ()
@@ -31,36 +31,36 @@ def known() -> tuple[str, ...]:
     return tuple(f"{number[:-1]}.{number[-1]}" for number in numbers if number.isdecimal())
 
 
-def refuse_unknown(wanted: Sequence[str]) -> None:
+def check_capabilities(wanted: Sequence[str]) -> None:
     """Refuse capabilities that the library does not know.
 
     Raises:
         OptionError: with the list of those that it knows.
     """
-    listed = known()
+    listed = known_capabilities()
     strange = [name for name in wanted if name not in listed]
     if not strange:
         return
     if not listed:
         raise OptionError(
-            f"{library.told()} takes no target_capabilities: it builds for the GPU that is here",
+            f"{library.name_and_version()} takes no target_capabilities: it builds for the GPU that is here",
             next_step="leave target_capabilities= out, or pip install 'lorac[tensorrt]' without NVIDIA's tensorrt",
         )
     raise OptionError(
-        f"{library.told()} builds for no compute capability {short(strange[0])}",
+        f"{library.name_and_version()} builds for no compute capability {short(strange[0])}",
         nearest=nearest_name(strange[0], listed),
         next_step=f"it knows {', '.join(listed)}",
     )
 
 
-def chosen(wanted: Sequence[str]) -> tuple[str, ...]:
+def choose_capabilities(wanted: Sequence[str]) -> tuple[str, ...]:
     """The capabilities to build for: those asked for, else the local GPU's; empty: the library's own default."""
     if wanted:
         return tuple(wanted)
-    here = local()
-    return (here,) if here is not None and here in known() else ()
+    here = local_capability()
+    return (here,) if here is not None and here in known_capabilities() else ()
 
 
-def member(capability: str) -> object:
+def capability_member(capability: str) -> object:
     """The library's own name for a capability."""
     return library.trt().ComputeCapability.__members__[_MARK + capability.replace(".", "")]

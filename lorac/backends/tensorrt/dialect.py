@@ -10,9 +10,9 @@ import onnx_ir as ir
 import torch
 
 from lorac.backends.onnx.legalize import Legalize
-from lorac.ir.engine import Claims, Dialect, Gate
-from lorac.ir.host.sites import SiteKind
-from lorac.ir.slots.site import Ranks
+from lorac.ir.sites import SiteKind
+from lorac.ir.slots.plans import RankPolicy
+from lorac.target.engine import BranchGate, ClaimedOps, Dialect
 
 _OPS = """
 Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh Attention AveragePool BatchNormalization BlackmanWindow
@@ -29,7 +29,7 @@ ScatterElements ScatterND Selu Shape Shrink Sigmoid Sign Sin Sinh Size Slice Sof
 Split Sqrt Squeeze Sub Sum Swish Tan Tanh TensorScatter ThresholdedRelu Tile TopK Transpose Trilu Unsqueeze
 Upsample Where Xor
 """
-CLAIMS: Claims = frozenset(("", op) for op in _OPS.split())
+CLAIMS: ClaimedOps = frozenset(("", op) for op in _OPS.split())
 """The ops of ONNX's own domain that the parser has a translation for: of TensorRT for RTX 1.7, the longest list there
 is. A library whose parser knows fewer is asked too before it parses (``network``)."""
 
@@ -41,9 +41,9 @@ DIALECT: Dialect[ir.Model] = Dialect(
     claims=CLAIMS,
     passes=(Legalize(),),
     # Conditional layers cannot be captured into CUDA graphs everywhere; a selection can.
-    gates=Gate.WHERE,
+    gates=BranchGate.WHERE,
     # Sizes of 0 are not promised by the library, and a convolution's channels have to be constants.
-    ranks=dict.fromkeys(_FROM_ONE, Ranks.FROM_ONE) | dict.fromkeys(_FIXED, Ranks.FIXED),
+    ranks=dict.fromkeys(_FROM_ONE, RankPolicy.FROM_ONE) | dict.fromkeys(_FIXED, RankPolicy.FIXED),
     dtypes=(torch.float32, torch.float16, torch.bfloat16),
     # Where ranks of a pack's parts lie is told by numbers, whose values would need profiles of their own.
     packs=False,

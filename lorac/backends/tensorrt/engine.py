@@ -16,42 +16,42 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lorac.backends.onnx.files import name_of, names_of
-from lorac.backends.tensorrt.caching import PlanCache
-from lorac.backends.tensorrt.device.requirements import lacking, refuse_lacking
-from lorac.backends.tensorrt.device.slots import Slots
-from lorac.backends.tensorrt.options import Options
-from lorac.backends.tensorrt.profiles import Ranges, axes_of, refuse_outside
-from lorac.backends.tensorrt.refitting import Refitting
-from lorac.backends.tensorrt.running import Running
-from lorac.ir.binding import Answer, Binding
-from lorac.ir.engine import Engine, Files
-from lorac.ir.graph.feeds import fed, fitted, grouped_aux, named_tensors
+from lorac.backends.onnx.model_files import graph_file, list_program_files
+from lorac.backends.tensorrt.device.device_slots import DeviceSlots
+from lorac.backends.tensorrt.device.requirements import check_requirements, missing_requirement
+from lorac.backends.tensorrt.options import TensorRTOptions
+from lorac.backends.tensorrt.plan_cache import PlanCache
+from lorac.backends.tensorrt.plan_runner import PlanRunner
+from lorac.backends.tensorrt.profiles import SizeRanges, axis_names, check_sizes
+from lorac.backends.tensorrt.refitting import WeightRefitter
+from lorac.frontend.components import check_component
+from lorac.ir.graph.feeds import collect_slot_tensors, convert_input, group_aux_outputs, select_reached_plans
 from lorac.ir.graph.graph import SlotInput
-from lorac.ir.graph.signature import CallSignature
-from lorac.ir.host.components import require_component
-from lorac.ir.host.sites import BaseReader
-from lorac.ir.slots.buffers import base_at, fused_buffers
-from lorac.ir.slots.site import SitePlan, SiteSlots
-from lorac.ir.slots.snapshot import Snapshot
-from lorac.ir.store.held import HeldFile
+from lorac.ir.interface import Interface
+from lorac.ir.sites import BaseReader
+from lorac.ir.slots.buffers import base_on_device, make_fused_buffers
+from lorac.ir.slots.composition import ComposedWeights
+from lorac.ir.slots.plans import SitePlan, SiteSlots
+from lorac.storage.open_file import OpenFile
+from lorac.target.binding import CallResult, EngineBinding
+from lorac.target.engine import Engine, ProgramFiles
 
 if TYPE_CHECKING:
-    from lorac.ir.view.dump import Dump
+    from lorac.report.dump import Dump
 
 Tensor = torch.Tensor
 PLAN = "engine.plan"
 """What a graph's plan is called, beside the model that it was built of."""
 
 
-def files_of(graphs: Iterable[str]) -> list[str]:
+def plan_files(graphs: Iterable[str]) -> list[str]:
     """Names of all the files that a program may have."""
     known = list(graphs)
-    return [*names_of(known), *(name_of(graph, PLAN) for graph in known)]
+    return [*list_program_files(known), *(graph_file(graph, PLAN) for graph in known)]
 
 
 @dataclass(frozen=True)
-class Plan:
+class GraphPlan:
     """One graph of the program, as it was built.
 
     Attributes:
@@ -64,17 +64,17 @@ class Plan:
         made_by: the library and its release.
     """
 
-    file: HeldFile
-    signature: CallSignature
+    file: OpenFile
+    signature: Interface
     slots: Mapping[str, SlotInput]
-    ranges: Ranges
+    ranges: SizeRanges
     dtypes: Mapping[str, torch.dtype]
     capabilities: tuple[str, ...]
     made_by: str
 
 
 @dataclass(frozen=True, eq=False)
-class Values:
+class SlotTensors:
     """What a choice of adapters comes to.
 
     Attributes:
@@ -85,7 +85,7 @@ class Values:
 
     tensors: Mapping[str, Tensor]
     fixed: bool = False
-    held: dict[str, Slots] = field(default_factory=dict)
+    held: dict[str, DeviceSlots] = field(default_factory=dict)
 
 
 class TrtEngine(Engine):
@@ -102,43 +102,47 @@ class TrtEngine(Engine):
     """
 
     target = "tensorrt"
-    files: Files
+    files: ProgramFiles
 
     def __init__(
         self,
         *,
-        parts: Mapping[str, Plan],
+        parts: Mapping[str, GraphPlan],
         plans: Mapping[str, SitePlan],
         base: BaseReader,
         mode: str,
-        files: Files,
-        options: Options,
+        files: ProgramFiles,
+        options: TensorRTOptions,
         device: torch.device,
     ) -> None:
         self.parts = parts
         self.slots = {name: slot for part in parts.values() for name, slot in part.slots.items()}
-        self.plans = fed(self.slots, plans)
+        self.plans = select_reached_plans(self.slots, plans)
         self.base, self.mode, self.files, self.options, self.device = base, mode, files, options, device
-        self.signatures = {name: _told(part.signature) for name, part in parts.items()}
-        self.buffers, self.memory = fused_buffers(self.plans, base_at(base, device)) if self.fused else ({}, {})
-        self._written = Values({} if options.refit else self.memory, fixed=True)
+        self.signatures = {name: _signature_with_notes(part.signature) for name, part in parts.items()}
+        self.buffers, self.memory = (
+            make_fused_buffers(self.plans, base_on_device(base, device)) if self.fused else ({}, {})
+        )
+        self._written = SlotTensors({} if options.refit else self.memory, fixed=True)
         self._touched: frozenset[str] = frozenset()
-        self._running: dict[str, Running] = {}
-        self._refitting: dict[str, Refitting] = {}
+        self._running: dict[str, PlanRunner] = {}
+        self._refitting: dict[str, WeightRefitter] = {}
         self._loading = threading.Lock()
 
     # --- the engine's contract ---------------------------------------------------------------------------------
 
-    def bind(self, snapshot: Snapshot, slots: Mapping[str, SiteSlots]) -> Binding[Values]:
+    def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> EngineBinding[SlotTensors]:
         """The slots' tensors, which the first call that reads them brings to the GPU."""
-        return Binding(self, Values({} if self.constant else named_tensors(self.slots, self.plans, slots)))
+        return EngineBinding(
+            self, SlotTensors({} if self.constant else collect_slot_tensors(self.slots, self.plans, slots))
+        )
 
     @property
-    def written(self) -> Binding[Values]:
+    def written(self) -> EngineBinding[SlotTensors]:
         """The memory that weights are written to."""
-        return Binding(self, self._written)
+        return EngineBinding(self, self._written)
 
-    def write(self, snapshot: Snapshot) -> int:
+    def write(self, snapshot: ComposedWeights) -> int:
         """Write weights by torch's kernels where they lie, and have plans whose constants they are replace those."""
         with contextlib.ExitStack() as stack:
             for running in self._running.values():
@@ -150,16 +154,16 @@ class TrtEngine(Engine):
             refitting.write(self._touched & refitting.memory.keys())
         return written
 
-    def hold(self, snapshot: Snapshot) -> None:
+    def hold(self, snapshot: ComposedWeights) -> None:
         """Nothing: what was written is in the memory that plans read."""
 
     def listing(self) -> dict[str, Dump]:
         """The models that the plans were built of."""
-        from lorac.backends.onnx.listing import listing  # what a call does not need
+        from lorac.backends.onnx.model_dump import dump_model  # what a call does not need
 
-        return {name: listing(self.files, name, part.slots) for name, part in self.parts.items()}
+        return {name: dump_model(self.files, name, part.slots) for name, part in self.parts.items()}
 
-    def activate(self, content: Values) -> None:
+    def activate(self, content: SlotTensors) -> None:
         """Nothing: every call names its binding."""
 
     @property
@@ -169,44 +173,46 @@ class TrtEngine(Engine):
 
     # --- calls -------------------------------------------------------------------------------------------------
 
-    def call(self, content: Values, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Answer:
+    def call(
+        self, content: SlotTensors, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> CallResult:
         """One call of a graph with a binding.
 
         Raises:
             Unavailable: there is no GPU here, or the plan was not built for the one that there is.
             InputMismatch: an input has a size that the plan was not built for.
         """
-        name = require_component(graph, self.parts)
-        part, names = self.parts[name], axes_of(self.parts[name].signature)
+        name = check_component(graph, self.parts)
+        part, names = self.parts[name], axis_names(self.parts[name].signature)
 
         def run(given: dict[str, Any]) -> list[Any]:
-            refuse_outside(part.ranges, given, names)
-            inputs = {key: fitted(key, value, part.dtypes[key]) for key, value in given.items()}
+            check_sizes(part.ranges, given, names)
+            inputs = {key: convert_input(key, value, part.dtypes[key]) for key, value in given.items()}
             running = self._loaded(name)
             found = running.call(inputs, self._held(name, running, content))
-            return [_as_it_came(found[output], given) for output in part.signature.outputs]
+            return [_match_inputs(found[output], given) for output in part.signature.outputs]
 
         output, extra = part.signature.run(args, kwargs, run)
-        return Answer(output, grouped_aux(extra, content.tensors))
+        return CallResult(output, group_aux_outputs(extra, content.tensors))
 
-    def _held(self, graph: str, running: Running, content: Values) -> Slots:
+    def _held(self, graph: str, running: PlanRunner, content: SlotTensors) -> DeviceSlots:
         """A choice's slots of a graph, laid out once."""
         if graph not in content.held:
             own = {name: content.tensors[name] for name in self.parts[graph].slots if name in content.tensors}
             content.held[graph] = running.hold(own, fixed=content.fixed)
         return content.held[graph]
 
-    def _loaded(self, graph: str) -> Running:
+    def _loaded(self, graph: str) -> PlanRunner:
         """A graph's plan as it runs, loaded once."""
-        refuse_lacking()
+        check_requirements()
         with self._loading:
             if graph not in self._running:
                 self._running[graph] = self._load(graph)
             return self._running[graph]
 
-    def _load(self, graph: str) -> Running:
+    def _load(self, graph: str) -> PlanRunner:
         part, folder = self.parts[graph], self.options.plan_cache
-        running = Running(
+        running = PlanRunner(
             part.file.read(),
             self.device,
             capabilities=part.capabilities,
@@ -216,19 +222,19 @@ class TrtEngine(Engine):
         )
         if self.options.refit:
             own = {name: tensor for name, tensor in self.memory.items() if name in part.slots}
-            refitting = self._refitting[graph] = Refitting(running.engine, own)
+            refitting = self._refitting[graph] = WeightRefitter(running.engine, own)
             refitting.write(self._touched & own.keys())
         return running
 
 
-def _as_it_came(value: Tensor, given: Mapping[str, Any]) -> Any:
+def _match_inputs(value: Tensor, given: Mapping[str, Any]) -> Any:
     """An output as the inputs were: an array where all of them were, and else where they lie."""
     if all(isinstance(one, np.ndarray) for one in given.values()):
         return value.cpu().numpy()
     return value.to(next(one.device for one in given.values() if isinstance(one, Tensor)))
 
 
-def _told(signature: CallSignature) -> CallSignature:
+def _signature_with_notes(signature: Interface) -> Interface:
     """A signature that says what this machine cannot do."""
-    why = lacking()
+    why = missing_requirement()
     return signature if why is None else dataclasses.replace(signature, notes=(*signature.notes, why))

@@ -56,7 +56,7 @@ def version() -> str:
     return str(trt().__version__)
 
 
-def told() -> str:
+def name_and_version() -> str:
     """The library's name and version: what a plan was made by, and can be run by."""
     return f"{trt().__name__} {version()}"
 
@@ -98,7 +98,7 @@ def trt_dtype(dtype: torch.dtype) -> Any:
 
 # ── What it says ─────────────────────────────────────────────────────────────────────────────────────────────────────
 @dataclass(eq=False)
-class Said:
+class BuildMessages:
     """The errors that TensorRT tells of while a block of ``listening`` runs."""
 
     errors: list[str] = field(default_factory=list)
@@ -110,34 +110,34 @@ class Said:
         return short(self.errors[0]) if self.errors else "TensorRT gives no reason"
 
 
-class _Ears(threading.local):
+class _ThreadListeners(threading.local):
     """The blocks of this thread, the innermost last."""
 
     def __init__(self) -> None:
-        self.blocks: list[Said] = []
+        self.blocks: list[BuildMessages] = []
 
 
-_EARS = _Ears()
-_BLOCKS: set[Said] = set()
+_LISTENERS = _ThreadListeners()
+_ALL_LISTENERS: set[BuildMessages] = set()
 """Those of all threads: TensorRT's own threads have none, and tell everyone."""
 _LOG = logging.getLogger("lorac.tensorrt")
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[Said]:
+def collect_errors() -> Iterator[BuildMessages]:
     """Collect the errors that TensorRT tells of inside the block.
 
-    Whoever finds that a call failed raises a typed error with ``Said.why``. Errors that nobody asked for when the
-    block ends in peace become a ``LoracWarning``.
+    Whoever finds that a call failed raises a typed error with ``BuildMessages.why``. Errors that nobody asked for when
+    the block ends in peace become a ``LoracWarning``.
     """
-    said = Said()
-    _EARS.blocks.append(said)
-    _BLOCKS.add(said)
+    said = BuildMessages()
+    _LISTENERS.blocks.append(said)
+    _ALL_LISTENERS.add(said)
     try:
         yield said
     finally:
-        _EARS.blocks.remove(said)
-        _BLOCKS.discard(said)
+        _LISTENERS.blocks.remove(said)
+        _ALL_LISTENERS.discard(said)
     if said.errors and not said.asked:
         warn(f"TensorRT goes on after an error: {said.why()}")
 
@@ -157,13 +157,13 @@ def logger() -> Any:
 
         def log(self, severity: Any, text: str) -> None:
             if severity in failures:
-                _hear(text)
+                _record_error(text)
 
     return Listener()
 
 
-def _hear(text: str) -> None:
+def _record_error(text: str) -> None:
     """Tell the innermost block of this thread, or where it has none every block; it may not raise inside TensorRT."""
     _LOG.debug("%s", text)
-    for said in _EARS.blocks[-1:] or tuple(_BLOCKS):
+    for said in _LISTENERS.blocks[-1:] or tuple(_ALL_LISTENERS):
         said.errors.append(text)

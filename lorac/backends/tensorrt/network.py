@@ -14,21 +14,23 @@ from typing import Any
 import onnx
 import torch
 
-from lorac.backends.onnx.claims import origin
-from lorac.backends.onnx.files import nested
+from lorac.backends.onnx.claims import describe_origin
+from lorac.backends.onnx.model_files import walk_subgraphs
 from lorac.backends.tensorrt import library
-from lorac.backends.tensorrt.profiles import Range, Ranges
+from lorac.backends.tensorrt.profiles import SizeRange, SizeRanges
 from lorac.errors import CompileError, Unavailable
 from lorac.ir.graph.graph import Graph
-from lorac.ir.graph.signature import CallSignature
+from lorac.ir.interface import Interface
 
-FREE = -1
+DYNAMIC = -1
 """How the library writes a size that varies."""
-_NEXT = "target='onnxruntime' and target='eager' run it; another implementation of that part of the model may be built"
+_NEXT_STEP = (
+    "target='onnxruntime' and target='eager' run it; another implementation of that part of the model may be built"
+)
 
 
 @dataclass(frozen=True)
-class Parsed:
+class ParsedNetwork:
     """A network, and what keeps it alive.
 
     Attributes:
@@ -40,7 +42,7 @@ class Parsed:
     builder: Any
 
 
-def dtypes_of(graph: Graph, signature: CallSignature, slots: Sequence[str]) -> dict[str, torch.dtype]:
+def input_dtypes(graph: Graph, signature: Interface, slots: Sequence[str]) -> dict[str, torch.dtype]:
     """The dtype of every input of a graph, by name.
 
     Raises:
@@ -56,7 +58,7 @@ def dtypes_of(graph: Graph, signature: CallSignature, slots: Sequence[str]) -> d
     return found
 
 
-def parse(path: Path) -> Parsed:
+def parse_model(path: Path) -> ParsedNetwork:
     """The network of a model.
 
     Args:
@@ -66,18 +68,18 @@ def parse(path: Path) -> Parsed:
         Unavailable: the library does not take an op, as it is used here; named with the module that asks for it.
     """
     trt, model = library.trt(), onnx.load(path, load_external_data=False)
-    with library.listening() as said:
+    with library.collect_errors() as said:
         builder = trt.Builder(library.logger())
         network = builder.create_network(_strongly_typed(trt))
         parser = trt.OnnxParser(network, library.logger())
-        _refuse_unknown(model, parser)
+        _check_operators(model, parser)
         if not parser.parse_from_file(str(path)):
-            refused = "; nor ".join(_refused(model, parser)) or f"the program: {said.why()}"
-            raise Unavailable(f"tensorrt does not take {refused}", next_step=_NEXT)
-    return Parsed(network, builder)
+            refused = "; nor ".join(_parser_errors(model, parser)) or f"the program: {said.why()}"
+            raise Unavailable(f"tensorrt does not take {refused}", next_step=_NEXT_STEP)
+    return ParsedNetwork(network, builder)
 
 
-def check_inputs(parsed: Parsed, dtypes: Mapping[str, torch.dtype], ranges: Ranges) -> None:
+def check_inputs(parsed: ParsedNetwork, dtypes: Mapping[str, torch.dtype], ranges: SizeRanges) -> None:
     """Hold a network's inputs against those that were to be: names, dtypes, numbers of axes, sizes.
 
     Args:
@@ -93,7 +95,11 @@ def check_inputs(parsed: Parsed, dtypes: Mapping[str, torch.dtype], ranges: Rang
     found = {value.name: value for value in inputs}
     wanted = {name: library.trt_dtype(dtype) for name, dtype in dtypes.items()}
     wrong = [*(found.keys() ^ wanted.keys())]
-    wrong += [n for n in found.keys() & wanted.keys() if found[n].dtype != wanted[n] or not _has(found[n], ranges[n])]
+    wrong += [
+        n
+        for n in found.keys() & wanted.keys()
+        if found[n].dtype != wanted[n] or not _matches_ranges(found[n], ranges[n])
+    ]
     if wrong:
         told = ", ".join(f"'{name}'" for name in wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
         raise CompileError(
@@ -103,12 +109,12 @@ def check_inputs(parsed: Parsed, dtypes: Mapping[str, torch.dtype], ranges: Rang
         )
 
 
-def _has(value: Any, axes: Sequence[Range]) -> bool:
+def _matches_ranges(value: Any, axes: Sequence[SizeRange]) -> bool:
     """Whether an input of a network has these sizes: one that varies is free, and one that does not may be fixed."""
     sizes = tuple(value.shape)
     if len(sizes) != len(axes):
         return False
-    return all(size == FREE or axis.least == size == axis.most for size, axis in zip(sizes, axes, strict=True))
+    return all(size == DYNAMIC or axis.least == size == axis.most for size, axis in zip(sizes, axes, strict=True))
 
 
 def _strongly_typed(trt: Any) -> int:
@@ -116,16 +122,18 @@ def _strongly_typed(trt: Any) -> int:
     return 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
 
 
-def _refuse_unknown(model: onnx.ModelProto, parser: Any) -> None:
+def _check_operators(model: onnx.ModelProto, parser: Any) -> None:
     """Refuse ops that this release's parser does not know, all of them."""
-    nodes = [node for graph in (model.graph, *nested(model.graph)) for node in graph.node]
+    nodes = [node for graph in (model.graph, *walk_subgraphs(model.graph)) for node in graph.node]
     known = {op: bool(parser.supports_operator(op)) for op in {node.op_type for node in nodes}}
     strange = dict.fromkeys(f"{node.op_type}{_origin(node)}" for node in nodes if not known[node.op_type])
     if strange:
-        raise Unavailable(f"tensorrt {library.version()} does not compute {'; nor '.join(strange)}", next_step=_NEXT)
+        raise Unavailable(
+            f"tensorrt {library.version()} does not compute {'; nor '.join(strange)}", next_step=_NEXT_STEP
+        )
 
 
-def _refused(model: onnx.ModelProto, parser: Any) -> list[str]:
+def _parser_errors(model: onnx.ModelProto, parser: Any) -> list[str]:
     """What the parser did not take, each with who asks for it and the parser's reason."""
     nodes = {node.name: node for node in model.graph.node if node.name}
     found: dict[str, None] = {}
@@ -137,4 +145,4 @@ def _refused(model: onnx.ModelProto, parser: Any) -> list[str]:
 
 
 def _origin(node: onnx.NodeProto) -> str:
-    return origin({entry.key: entry.value for entry in node.metadata_props})
+    return describe_origin({entry.key: entry.value for entry in node.metadata_props})

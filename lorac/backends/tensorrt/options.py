@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lorac.backends.tensorrt.capabilities import refuse_unknown
+from lorac.backends.tensorrt.capabilities import check_capabilities
 from lorac.errors import OptionError, short
-from lorac.ir.engine import TargetOptions
+from lorac.target.engine import TargetOptions
 
-Shapes = Sequence[int] | Sequence[Sequence[int]]
+ProfileShapes = Sequence[int] | Sequence[Sequence[int]]
 """(least, usual, most): each a size, or the sizes of all axes."""
-LEVELS = range(6)
-_NAMES = ("min", "opt", "max")
+OPTIMIZATION_LEVELS = range(6)
+_PROFILE_POINTS = ("min", "opt", "max")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(TargetOptions):
+class TensorRTOptions(TargetOptions):
     """Options of the tensorrt target.
 
     Attributes:
@@ -41,7 +41,7 @@ class Options(TargetOptions):
         device: the GPU that plans run on, ``"cuda"`` or ``"cuda:1"``, as ``compile`` is told by its own ``device``.
     """
 
-    profiles: Mapping[str, Shapes] = field(default_factory=dict)
+    profiles: Mapping[str, ProfileShapes] = field(default_factory=dict)
     target_capabilities: tuple[str, ...] = ()
     builder_optimization_level: int | None = None
     workspace: int | None = None
@@ -55,14 +55,14 @@ class Options(TargetOptions):
 
     def check(self) -> None:
         """Capabilities are known to the library, sizes are in order, and numbers are in their range."""
-        refuse_unknown(self.target_capabilities)
+        check_capabilities(self.target_capabilities)
         for name, told in self.profiles.items():
             _check_profile(name, told)
         level = self.builder_optimization_level
-        if level is not None and level not in LEVELS:
+        if level is not None and level not in OPTIMIZATION_LEVELS:
             raise OptionError(
                 f"builder_optimization_level cannot be {short(level)}",
-                next_step=f"give a number from {LEVELS.start} to {LEVELS.stop - 1}, or None",
+                next_step=f"give a number from {OPTIMIZATION_LEVELS.start} to {OPTIMIZATION_LEVELS.stop - 1}, or None",
             )
         if self.workspace is not None and self.workspace < 1:
             raise OptionError(
@@ -70,12 +70,12 @@ class Options(TargetOptions):
             )
 
 
-def _check_profile(name: str, told: Shapes) -> None:
+def _check_profile(name: str, told: ProfileShapes) -> None:
     """A profile is three sizes or three shapes, of which none is smaller than the one before it."""
     rows = [(size,) if isinstance(size, int) else tuple(size) for size in told]
-    three = len(rows) == len(_NAMES) and len({len(row) for row in rows}) == 1
+    three = len(rows) == len(_PROFILE_POINTS) and len({len(row) for row in rows}) == 1
     if not three or any(least < 1 for least in rows[0]) or any(list(axis) != sorted(axis) for axis in zip(*rows)):  # noqa: B905  (they are of one length by now)
         raise OptionError(
             f"profiles= has {short(told)} for '{name}'",
-            next_step=f"give ({', '.join(_NAMES)}), each a size from 1 on or a shape of them, in rising order",
+            next_step=f"give ({', '.join(_PROFILE_POINTS)}), each a size from 1 on or a shape of them, in rising order",
         )

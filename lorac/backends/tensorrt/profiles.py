@@ -14,27 +14,27 @@ from typing import Any
 import numpy as np
 import torch
 
-from lorac.backends.tensorrt.options import Shapes
+from lorac.backends.tensorrt.options import ProfileShapes
 from lorac.errors import InputMismatch, OptionError, nearest_name, short
 from lorac.ir.algebra.changes import LowRank
-from lorac.ir.graph.axes import constant
 from lorac.ir.graph.graph import Graph, SlotInput
-from lorac.ir.graph.interp import example_inputs
-from lorac.ir.graph.signature import CallSignature
-from lorac.ir.graph.sizes import Axis, Chosen, Sizes
-from lorac.ir.slots.site import SitePlan
-from lorac.ir.slots.snapshot import Snapshot
+from lorac.ir.graph.interpreter import read_example_inputs
+from lorac.ir.graph.symbolic_shapes import constant_size
+from lorac.ir.interface import Interface
+from lorac.ir.sizes import Axis, AxisSizes, SizeConstraints
+from lorac.ir.slots.composition import ComposedWeights
+from lorac.ir.slots.plans import SitePlan
 
-ROWS = 8
+DEFAULT_MAX_ROWS = 8
 """Rows of a batch that a plan is built for, unless the example has more or ``profiles=`` says otherwise."""
-LENGTH = 512
+DEFAULT_MAX_LENGTH = 512
 """The same of tokens of a text."""
 _GROWTH = 2
 """How many times the example's size other axes may have."""
 
 
 @dataclass(frozen=True)
-class Range:
+class SizeRange:
     """Sizes of one axis: the least, the usual for which kernels are chosen, the most."""
 
     least: int
@@ -45,17 +45,17 @@ class Range:
         return self.least <= size <= self.most
 
 
-Ranges = Mapping[str, tuple[Range, ...]]
+SizeRanges = Mapping[str, tuple[SizeRange, ...]]
 """Input -> a range per axis."""
 
 
-def ranges_of(
+def compute_ranges(
     graph: Graph,
-    signature: CallSignature,
-    profiles: Mapping[str, Shapes],
-    snapshot: Snapshot,
+    signature: Interface,
+    profiles: Mapping[str, ProfileShapes],
+    snapshot: ComposedWeights,
     slots: Mapping[str, SlotInput],
-) -> dict[str, tuple[Range, ...]]:
+) -> dict[str, tuple[SizeRange, ...]]:
     """What every input of a graph is built for.
 
     Args:
@@ -68,21 +68,21 @@ def ranges_of(
     Raises:
         OptionError: sizes were asked for that the model does not take.
     """
-    ranges = _of_inputs(graph, signature, profiles)
+    ranges = _input_ranges(graph, signature, profiles)
     for name, slot in slots.items():
         value = graph.node(slot.node).meta["val"]
         plan, usual = graph.plans[slot.site], _usual_rank(snapshot, slot.site)
-        ranges[name] = tuple(_of_slot(size, plan, usual) for size in value.shape)
+        ranges[name] = tuple(_slot_range(size, plan, usual) for size in value.shape)
     return ranges
 
 
-def refuse_unknown(profiles: Mapping[str, Shapes], signatures: Mapping[str, CallSignature]) -> None:
+def check_profile_names(profiles: Mapping[str, ProfileShapes], signatures: Mapping[str, Interface]) -> None:
     """Refuse profiles of what no graph has.
 
     Raises:
         OptionError: naming the nearest input or axis.
     """
-    known = [name for signature in signatures.values() for name in (*signature.inputs, *axes_of(signature).values())]
+    known = [name for signature in signatures.values() for name in (*signature.inputs, *axis_names(signature).values())]
     for name in profiles:
         if name not in known:
             raise OptionError(
@@ -92,7 +92,7 @@ def refuse_unknown(profiles: Mapping[str, Shapes], signatures: Mapping[str, Call
             )
 
 
-def refuse_outside(ranges: Ranges, inputs: Mapping[str, Any], names: Mapping[Axis, str]) -> None:
+def check_sizes(ranges: SizeRanges, inputs: Mapping[str, Any], names: Mapping[Axis, str]) -> None:
     """Refuse inputs of sizes that a plan was not built for.
 
     Args:
@@ -117,42 +117,46 @@ def refuse_outside(ranges: Ranges, inputs: Mapping[str, Any], names: Mapping[Axi
 
 
 # ── Inputs of the model ──────────────────────────────────────────────────────────────────────────────────────────────
-def axes_of(signature: CallSignature) -> dict[Axis, str]:
+def axis_names(signature: Interface) -> dict[Axis, str]:
     """What the axes that vary are called: (input, axis) -> name."""
     varying = [(name, i) for name, shape in signature.sizes.shapes.items() for i, size in enumerate(shape) if not size]
     told = {name: signature.types[name].partition("[")[2].removesuffix("]").split(", ") for name, _ in varying}
     return {(name, axis): told[name][axis] for name, axis in varying}
 
 
-def _of_inputs(graph: Graph, signature: CallSignature, profiles: Mapping[str, Shapes]) -> dict[str, tuple[Range, ...]]:
+def _input_ranges(
+    graph: Graph, signature: Interface, profiles: Mapping[str, ProfileShapes]
+) -> dict[str, tuple[SizeRange, ...]]:
     """Ranges of the model's inputs; what is not asked for lies around the example's sizes."""
-    examples, names, sizes = example_inputs(graph, signature.inputs), axes_of(signature), signature.sizes
-    asked = _asked(examples, names, profiles)
+    examples, names, sizes = read_example_inputs(graph, signature.inputs), axis_names(signature), signature.sizes
+    asked = _requested_ranges(examples, names, profiles)
     usual = {axis: asked[axis].usual if axis in asked else examples[axis[0]].shape[axis[1]] for axis in names}
-    _refuse_unmet(sizes, usual, "opt")
-    least = _corner(sizes, usual | {axis: range_.least for axis, range_ in asked.items()}, names, asked, _smaller)
-    _refuse_unmet(sizes, least, "min")
-    larger = functools.partial(_larger, examples)
-    most = _corner(sizes, usual | {axis: range_.most for axis, range_ in asked.items()}, names, asked, larger)
-    _refuse_unmet(sizes, most, "max")
-    found = {axis: Range(least[axis], usual[axis], most[axis]) for axis in names}
+    _check_conditions(sizes, usual, "opt")
+    least = _extreme_sizes(
+        sizes, usual | {axis: range_.least for axis, range_ in asked.items()}, names, asked, _smaller_sizes
+    )
+    _check_conditions(sizes, least, "min")
+    larger = functools.partial(_larger_sizes, examples)
+    most = _extreme_sizes(sizes, usual | {axis: range_.most for axis, range_ in asked.items()}, names, asked, larger)
+    _check_conditions(sizes, most, "max")
+    found = {axis: SizeRange(least[axis], usual[axis], most[axis]) for axis in names}
     return {
-        name: tuple(found.get((name, i)) or Range(size, size, size) for i, size in enumerate(value.shape))
+        name: tuple(found.get((name, i)) or SizeRange(size, size, size) for i, size in enumerate(value.shape))
         for name, value in examples.items()
     }
 
 
-def _asked(
-    examples: Mapping[str, torch.Tensor], names: Mapping[Axis, str], profiles: Mapping[str, Shapes]
-) -> dict[Axis, Range]:
+def _requested_ranges(
+    examples: Mapping[str, torch.Tensor], names: Mapping[Axis, str], profiles: Mapping[str, ProfileShapes]
+) -> dict[Axis, SizeRange]:
     """The ranges that ``profiles=`` gives, axis by axis."""
-    found = {axis: Range(*profiles[name]) for axis, name in names.items() if name in profiles}
+    found = {axis: SizeRange(*profiles[name]) for axis, name in names.items() if name in profiles}
     for name in [name for name in examples if name in profiles]:
         rows = [tuple(row) for row in profiles[name]]  # type: ignore[arg-type]  # shapes
-        axes = [Range(*sizes) for sizes in zip(*rows, strict=True)]
+        axes = [SizeRange(*sizes) for sizes in zip(*rows, strict=True)]
         shape = examples[name].shape
         fixed = [i for i, size in enumerate(shape) if (name, i) not in names]
-        if len(axes) != len(shape) or any(axes[i] != Range(shape[i], shape[i], shape[i]) for i in fixed):
+        if len(axes) != len(shape) or any(axes[i] != SizeRange(shape[i], shape[i], shape[i]) for i in fixed):
             told = ", ".join(str(size) if i in fixed else names[name, i] for i, size in enumerate(shape))
             raise OptionError(
                 f"profiles= has {short(profiles[name])} for '{name}', whose shape is [{told}]",
@@ -163,11 +167,11 @@ def _asked(
     return found
 
 
-def _corner(
-    sizes: Sizes,
-    start: Chosen,
+def _extreme_sizes(
+    sizes: SizeConstraints,
+    start: AxisSizes,
     names: Mapping[Axis, str],
-    asked: Mapping[Axis, Range],
+    asked: Mapping[Axis, SizeRange],
     tries: Callable[[Axis, int], Iterator[int]],
 ) -> dict[Axis, int]:
     """Sizes at one end: of each name, the first tried that the model takes together with those of the others."""
@@ -179,18 +183,18 @@ def _corner(
     return found
 
 
-def _smaller(_: Axis, usual: int) -> Iterator[int]:
+def _smaller_sizes(_: Axis, usual: int) -> Iterator[int]:
     yield from range(1, usual)
 
 
-def _larger(examples: Mapping[str, torch.Tensor], axis: Axis, usual: int) -> Iterator[int]:
+def _larger_sizes(examples: Mapping[str, torch.Tensor], axis: Axis, usual: int) -> Iterator[int]:
     name, number = axis
     text = not examples[name].is_floating_point()
-    most = ROWS if number == 0 else LENGTH if text else usual * _GROWTH
+    most = DEFAULT_MAX_ROWS if number == 0 else DEFAULT_MAX_LENGTH if text else usual * _GROWTH
     yield from range(most, usual, -1)
 
 
-def _refuse_unmet(sizes: Sizes, chosen: Chosen, which: str) -> None:
+def _check_conditions(sizes: SizeConstraints, chosen: AxisSizes, which: str) -> None:
     """Refuse sizes that the model does not take.
 
     Raises:
@@ -209,15 +213,15 @@ def _refuse_unmet(sizes: Sizes, chosen: Chosen, which: str) -> None:
 
 
 # ── Slots ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-def _of_slot(size: int | torch.SymInt, plan: SitePlan, usual: int | None) -> Range:
+def _slot_range(size: int | torch.SymInt, plan: SitePlan, usual: int | None) -> SizeRange:
     """A size that varies is a rank."""
-    number = constant(size)
+    number = constant_size(size)
     if number is not None:
-        return Range(number, number, number)
-    return Range(plan.least_rank, min(max(usual or plan.rank, plan.least_rank), plan.rank), plan.rank)
+        return SizeRange(number, number, number)
+    return SizeRange(plan.least_rank, min(max(usual or plan.rank, plan.least_rank), plan.rank), plan.rank)
 
 
-def _usual_rank(snapshot: Snapshot, path: str) -> int | None:
+def _usual_rank(snapshot: ComposedWeights, path: str) -> int | None:
     composed = snapshot.composed.get(path)
     change = None if composed is None else composed.change
     return change.rank if isinstance(change, LowRank) else None

@@ -19,7 +19,7 @@ Tensor = torch.Tensor
 _INSTEAD = "compile with mode='fused' alone: merged weights are then inputs of the plan"
 
 
-def mark(network: Any, names: Iterable[str], known: Collection[str]) -> int:
+def mark_refittable(network: Any, names: Iterable[str], known: Collection[str]) -> int:
     """Mark weights of a network, so that the plan built of it lets them be replaced and no others.
 
     The plan is then built with ``flag()`` and one profile: TensorRT takes no more with it.
@@ -44,22 +44,22 @@ def mark(network: Any, names: Iterable[str], known: Collection[str]) -> int:
                 nearest=nearest_name(name, known),
                 next_step="this is a bug of lorac's, not of your model",
             )
-        _mark(network, name)
+        _mark_weight(network, name)
     return len(wanted)
 
 
-def _mark(network: Any, name: str) -> None:
-    with library.listening() as said:
+def _mark_weight(network: Any, name: str) -> None:
+    with library.collect_errors() as said:
         if not network.mark_weights_refittable(name):
             raise Unavailable(f"TensorRT does not let '{name}' be replaced: {said.why()}", next_step=_INSTEAD)
 
 
-def flag() -> Any:
+def refit_flag() -> Any:
     """The builder's flag for plans of which the marked weights can be replaced."""
     return library.trt().BuilderFlag.REFIT_INDIVIDUAL
 
 
-class Refitting:
+class WeightRefitter:
     """Replaces the marked weights of a loaded plan.
 
     Args:
@@ -78,7 +78,7 @@ class Refitting:
                 next_step=_INSTEAD,
             )
         self.memory = memory
-        self._refitter = _made(engine) if refitter is None else refitter
+        self._refitter = _create_refitter(engine) if refitter is None else refitter
         # Looking for NaN costs more than writing, and lorac refuses adapters that have any where they come in.
         self._refitter.weights_validation = False
         self._touched: frozenset[str] = frozenset()
@@ -101,16 +101,16 @@ class Refitting:
             Unavailable: TensorRT fails.
         """
         self._touched |= frozenset(touched)
-        with library.listening() as said:
+        with library.collect_errors() as said:
             written = self._set_all(self._touched, said)
             if written and not self._refitter.refit_cuda_engine():
-                raise _failed("TensorRT does not replace the weights", said)
+                raise _refit_error("TensorRT does not replace the weights", said)
         for name in written:
             self._refitter.unset_named_weights(name)
         self._touched = frozenset(touched)
         return sum(self.memory[name].nbytes for name in written)
 
-    def _set_all(self, names: Collection[str], said: library.Said) -> set[str]:
+    def _set_all(self, names: Collection[str], said: library.BuildMessages) -> set[str]:
         """Say what weights are to be, with those that the builder joined with them: all have to be written together."""
         for name in sorted(names):
             self._set(name, said)
@@ -119,7 +119,7 @@ class Refitting:
             self._set(name, said)
         return {*names, *partners}
 
-    def _set(self, name: str, said: library.Said) -> None:
+    def _set(self, name: str, said: library.BuildMessages) -> None:
         tensor = self.memory.get(name)
         if tensor is None:
             raise Unavailable(
@@ -130,7 +130,7 @@ class Refitting:
         weights = trt.Weights(library.trt_dtype(tensor.dtype), tensor.data_ptr(), tensor.numel())
         place = trt.TensorLocation.DEVICE if tensor.is_cuda else trt.TensorLocation.HOST
         if not self._refitter.set_named_weights(name, weights, place):
-            raise _failed(f"TensorRT does not take '{name}'", said)
+            raise _refit_error(f"TensorRT does not take '{name}'", said)
 
     def _check(self, name: str, tensor: Tensor) -> None:
         """A weight of another dtype or size would be refused at the first swap; it is where it was compiled."""
@@ -144,14 +144,14 @@ class Refitting:
             )
 
 
-def _made(engine: CudaEngine) -> Refitter:
-    with library.listening() as said:
+def _create_refitter(engine: CudaEngine) -> Refitter:
+    with library.collect_errors() as said:
         try:
             made: Refitter = library.trt().Refitter(engine, library.logger())
         except TypeError as error:  # how the bindings tell of a constructor that gives nothing
-            raise _failed("TensorRT lets no weight of the plan be replaced", said) from error
+            raise _refit_error("TensorRT lets no weight of the plan be replaced", said) from error
     return made
 
 
-def _failed(what: str, said: library.Said) -> Unavailable:
+def _refit_error(what: str, said: library.BuildMessages) -> Unavailable:
     return Unavailable(f"{what}: {said.why()}", next_step=_INSTEAD)

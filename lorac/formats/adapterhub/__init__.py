@@ -1,7 +1,7 @@
 """AdapterHub's folders: adapter_config.json with adapter.safetensors or pytorch_adapter.bin.
 
 A key tells the number of a block, and which module of a model that is is found by structure
-(`lorac.ir.host.sublayers`): a file means nothing without its model.
+(`lorac.frontend.residual_stream`): a file means nothing without its model.
 """
 
 from __future__ import annotations
@@ -12,25 +12,26 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lorac.adapters.base_hash import base_hash
-from lorac.adapters.fit import check_adapter, in_order
+from lorac.adapters.base_hash import compute_base_hash
+from lorac.adapters.fit import check_adapter, sort_by_site
 from lorac.errors import BaseNeeded, FormatError, warn
 from lorac.formats._files import (
     HUB_WEIGHTS,
     SEAL,
     check_seal,
-    config_text,
+    encode_config,
     read_json,
     read_pickle,
     read_safetensors,
     write_json,
 )
 from lorac.formats._format import Format
-from lorac.formats.adapterhub import bottlenecks, config, keys, layouts, saving
-from lorac.formats.adapterhub.parts import Host, Written
-from lorac.formats.peft.save import WEIGHTS as PEFT_WEIGHTS
-from lorac.ir.host.sites import find_sites
-from lorac.ir.store.tensors import seal, write_safetensors
+from lorac.formats.adapterhub import bottlenecks, config, keys, layouts
+from lorac.formats.adapterhub import lora_writer as saving
+from lorac.formats.adapterhub.components import ComponentFile, ModelLayout
+from lorac.formats.peft.writer import WEIGHTS as PEFT_WEIGHTS
+from lorac.ir.sites import find_sites
+from lorac.storage.tensor_file import hash_contents, write_safetensors
 from lorac.variants.adapter import Adapter
 from lorac.variants.bottleneck import Bottleneck
 from lorac.variants.union import Union
@@ -82,7 +83,7 @@ def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
     file = folder / CONFIG
     raw = read_json(file)
     tensors, metadata = _weights(folder)
-    check_seal(folder, config_text(raw), tensors, metadata)
+    check_seal(folder, encode_config(raw), tensors, metadata)
     held = {keys.modern(key): tensor for key, tensor in tensors.items()}
     told, methods = config.read_config(raw, file, invertible=any(layouts.INVERTIBLE in key for key in held))
     family = layouts.family_of(told.model_type, f"'{file}'")
@@ -93,14 +94,14 @@ def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
             next_step="load_adapter(path, model)",
         )
     _tell_beside(folder)
-    host = Host.of(model, family)
+    host = ModelLayout.of(model, family)
     parts = [method.placed(host, name) for method in methods]
     variants = [variant for part in parts for variant in part.variants]
     variant = variants[0] if len(variants) == 1 else Union.of(*variants)
     adapter = Adapter(name, variant, provenance={"format": FORMAT.name, "source": str(folder), "config": raw})
     adapter.provenance["base"] = metadata.get(_BASE)
     found = keys.placed(name, told.name, [place for part in parts for place in part.places], held)
-    adapter.tensors = in_order({path: at for part in parts for path, at in part.tensors(found).items()}, model)
+    adapter.tensors = sort_by_site({path: at for part in parts for path, at in part.tensors(found).items()}, model)
     check_adapter(adapter, host.sites, model)
     return adapter
 
@@ -142,7 +143,7 @@ def _save(adapter: Adapter, folder: Path, model: nn.Module | None, target: Path)
         )
     check_adapter(adapter, find_sites(model), model)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    host = Host.of(model, layouts.family_of(model_type, f"adapter '{adapter.name}'"))
+    host = ModelLayout.of(model, layouts.family_of(model_type, f"adapter '{adapter.name}'"))
     parts = _written(adapter, host)
     prefix = layouts.prefix_of(model)
     tensors = {k: t for part in parts for k, t in keys.keyed(adapter.name, prefix, part.places, part.tensors).items()}
@@ -159,15 +160,15 @@ def _save(adapter: Adapter, folder: Path, model: nn.Module | None, target: Path)
         "name": adapter.name,
         "version": config.VERSION,
     }
-    metadata = {"format": "pt", _BASE: base_hash(model, adapter.tensors)}
-    metadata[SEAL] = seal(config_text(described), tensors)
+    metadata = {"format": "pt", _BASE: compute_base_hash(model, adapter.tensors)}
+    metadata[SEAL] = hash_contents(encode_config(described), tensors)
     write_safetensors(folder / WEIGHTS, tensors, metadata)
     write_json(folder / CONFIG, described)
 
 
-def _written(adapter: Adapter, host: Host) -> list[Written]:
+def _written(adapter: Adapter, host: ModelLayout) -> list[ComponentFile]:
     """The configurations of an adapter's methods, in their order, each with its tensors."""
-    parts: list[Written] = []
+    parts: list[ComponentFile] = []
     layers = dataclasses.replace(adapter, tensors={})
     for part in adapter.variant.methods:
         own = {path: at for path, at in adapter.tensors.items() if adapter.variant.method_at(path) is part}

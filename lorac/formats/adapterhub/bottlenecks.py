@@ -14,12 +14,18 @@ from typing import Any
 
 import torch
 
+from lorac.argument_types import field_types, format_type, matches_type
 from lorac.errors import FormatError, nearest_name, short
 from lorac.formats.adapterhub import layouts
-from lorac.formats.adapterhub.keys import Place
-from lorac.formats.adapterhub.parts import Host, Part, Told, Written, refuse_unknown
-from lorac.kinds import fits, kinds_of, spelled
-from lorac.variants._bottlenecks import PRESETS
+from lorac.formats.adapterhub.components import (
+    ComponentFile,
+    ConfigHeader,
+    ModelLayout,
+    PlacedComponent,
+    refuse_unknown,
+)
+from lorac.formats.adapterhub.keys import KeyPattern
+from lorac.variants._bottleneck_layers import PRESETS
 from lorac.variants.adapter import Adapter
 from lorac.variants.bottleneck import Bottleneck
 
@@ -41,7 +47,7 @@ _ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 
 # ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True)
-class Bottlenecks:
+class BottleneckComponent:
     """A configuration as it was read.
 
     Attributes:
@@ -54,7 +60,7 @@ class Bottlenecks:
     reductions: Mapping[str, float]
     undone: bool
 
-    def placed(self, host: Host, name: str) -> Part:
+    def placed(self, host: ModelLayout, name: str) -> PlacedComponent:
         """The bottlenecks of an adapter at a model's sublayers.
 
         Raises:
@@ -64,9 +70,9 @@ class Bottlenecks:
         if not self.undone:  # transformers' own classes run under the library without the inverse
             targets = tuple(path for path in variant.targets if path not in variant.heads)
             variant = dataclasses.replace(variant, heads=(), targets=targets)
-        return Part((variant,), places_of(variant, host), lambda _, stored: dict(stored))
+        return PlacedComponent((variant,), places_of(variant, host), lambda _, stored: dict(stored))
 
-    def _with_reductions(self, host: Host) -> Bottleneck:
+    def _with_reductions(self, host: ModelLayout) -> Bottleneck:
         """Reduction factors of single blocks as patterns of the sites in them."""
         numbers = {block: str(number) for number, block in enumerate(host.stream.blocks)}
         pattern = {
@@ -77,7 +83,7 @@ class Bottlenecks:
         return dataclasses.replace(self.variant, reduction_pattern=pattern)
 
 
-def read(given: Mapping[str, Any], told: Told) -> Bottlenecks:
+def read(given: Mapping[str, Any], told: ConfigHeader) -> BottleneckComponent:
     """A configuration.
 
     Raises:
@@ -95,7 +101,7 @@ def read(given: Mapping[str, Any], told: Told) -> Bottlenecks:
     for name, value in {**chosen, **{f"reduction_factor of {n}": r for n, r in reductions.items()}}.items():
         _check_value(name, value, told.file)
     own = {number: float(value) for number, value in reductions.items() if number != "default"}
-    return Bottlenecks(Bottleneck(**chosen), own, told.own_class)
+    return BottleneckComponent(Bottleneck(**chosen), own, told.own_class)
 
 
 def preset(name: str, file: Path) -> dict[str, Any]:
@@ -116,7 +122,7 @@ def preset(name: str, file: Path) -> dict[str, Any]:
     return dict(PRESETS[modern])
 
 
-def _modern(given: Mapping[str, Any], told: Told) -> dict[str, Any]:
+def _modern(given: Mapping[str, Any], told: ConfigHeader) -> dict[str, Any]:
     """The fields as versions of today call them."""
     fields = dict(given)
     nested = fields.pop("invertible_adapter", None)
@@ -133,12 +139,12 @@ def _modern(given: Mapping[str, Any], told: Told) -> dict[str, Any]:
 
 
 def _check_value(name: str, value: Any, file: Path) -> None:
-    kind = kinds_of(Bottleneck)[name.partition(" ")[0]]
+    kind = field_types(Bottleneck)[name.partition(" ")[0]]
     positive = value > 0 if "reduction_factor" in name and isinstance(value, int | float) else True
-    if not fits(value, kind) or not positive:
+    if not matches_type(value, kind) or not positive:
         raise FormatError(
             f"'{file}' sets {name}={short(value)}",
-            next_step=f"it takes {spelled(kind)}, above 0 where it divides",
+            next_step=f"it takes {format_type(kind)}, above 0 where it divides",
             code="unsupported_field",
         )
     if name == "inv_adapter" and value != "nice":
@@ -149,21 +155,21 @@ def _check_value(name: str, value: Any, file: Path) -> None:
         )
 
 
-def places_of(variant: Bottleneck, host: Host) -> tuple[Place, ...]:
+def places_of(variant: Bottleneck, host: ModelLayout) -> tuple[KeyPattern, ...]:
     """Where the tensors of bottlenecks lie in a file."""
     own, common = layouts.leaves(variant), layouts.shared_leaves(variant)
     here = {path: place for path, place in host.sublayer_places.items() if path in variant.targets}
-    places = [Place(layouts.PLACED, place, own, (path,)) for path, place in here.items()]
+    places = [KeyPattern(layouts.PLACED, place, own, (path,)) for path, place in here.items()]
     if common:
-        places.append(Place(layouts.SHARED, "", common, tuple(here)))
+        places.append(KeyPattern(layouts.SHARED, "", common, tuple(here)))
     ends = (*variant.embeddings, *variant.heads)
     if ends:
-        places.append(Place(layouts.INVERTIBLE, "", layouts.COUPLING, ends))
+        places.append(KeyPattern(layouts.INVERTIBLE, "", layouts.COUPLING, ends))
     return tuple(places)
 
 
 # ── Writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-def written(adapter: Adapter, variant: Bottleneck, host: Host) -> Written:
+def written(adapter: Adapter, variant: Bottleneck, host: ModelLayout) -> ComponentFile:
     """Bottlenecks of an adapter as the library has them.
 
     Args:
@@ -184,10 +190,10 @@ def written(adapter: Adapter, variant: Bottleneck, host: Host) -> Written:
         fields["inv_adapter_reduction_factor"] = None
     fields["leave_out"] = list(fields["leave_out"])
     held = dataclasses.replace(variant, targets=tuple(adapter.tensors))
-    return Written(fields, places_of(held, host), adapter.tensors, own_class=bool(variant.heads))
+    return ComponentFile(fields, places_of(held, host), adapter.tensors, own_class=bool(variant.heads))
 
 
-def _chosen(adapter: Adapter, variant: Bottleneck, host: Host) -> tuple[dict[str, Any], dict[str, float]]:
+def _chosen(adapter: Adapter, variant: Bottleneck, host: ModelLayout) -> tuple[dict[str, Any], dict[str, float]]:
     """The fields that make the library place bottlenecks where the adapter's are, and blocks' own reduction factors."""
     stream, sublayers = host.stream, host.sublayers
     ends = {*variant.embeddings, *variant.heads}

@@ -13,13 +13,13 @@ from typing import Any
 
 from lorac.errors import FormatError, short
 from lorac.formats.adapterhub import bottlenecks, loras
-from lorac.formats.adapterhub.parts import Method, Told, Written, refuse_unknown
+from lorac.formats.adapterhub.components import ComponentConfig, ComponentFile, ConfigHeader, refuse_unknown
 
 _WHOLE = {"name", "model_type", "config"}
 """What decides what a file means."""
 _IRRELEVANT = {"hidden_size", "model_name", "model_class", "version", "config_id", "type"}
 _ARCHITECTURE, _UNION, _CONFIGS = "architecture", "union", "configs"
-_Reader = Callable[[Mapping[str, Any], Told], Method]
+_Reader = Callable[[Mapping[str, Any], ConfigHeader], ComponentConfig]
 _READERS: Mapping[Any, _Reader] = {
     None: bottlenecks.read,
     loras.ARCHITECTURE: loras.read,
@@ -35,7 +35,7 @@ _REFUSED = {
 VERSION = "adapters.1.3.0"
 
 
-def read_config(raw: Mapping[str, Any], file: Path, *, invertible: bool) -> tuple[Told, list[Method]]:
+def read_config(raw: Mapping[str, Any], file: Path, *, invertible: bool) -> tuple[ConfigHeader, list[ComponentConfig]]:
     """What a file says, and the methods it is about.
 
     Args:
@@ -54,7 +54,7 @@ def read_config(raw: Mapping[str, Any], file: Path, *, invertible: bool) -> tupl
         given = bottlenecks.preset(given, file)
     if not isinstance(given, dict) or not isinstance(raw.get("name"), str):
         raise FormatError(f"'{file}' has no {'name' if isinstance(given, dict) else 'config'}", code="corrupt_file")
-    told = Told(
+    told = ConfigHeader(
         file,
         name=raw["name"],
         model_type=raw.get("model_type"),
@@ -76,7 +76,7 @@ def _parts(given: Mapping[str, Any], file: Path) -> Sequence[Mapping[str, Any]]:
     return parts
 
 
-def _read(given: Mapping[str, Any], told: Told) -> Method:
+def _read(given: Mapping[str, Any], told: ConfigHeader) -> ComponentConfig:
     architecture = given.get(_ARCHITECTURE)
     read = _READERS.get(architecture) if isinstance(architecture, str | None) else None
     if read is None:
@@ -91,7 +91,7 @@ def _read(given: Mapping[str, Any], told: Told) -> Method:
     return read({name: value for name, value in given.items() if name != _ARCHITECTURE}, told)
 
 
-def config_of(written: Sequence[Written]) -> Mapping[str, Any]:
+def config_of(written: Sequence[ComponentFile]) -> Mapping[str, Any]:
     """One configuration of several: the inverse of what ``read_config`` takes apart."""
     configs = [one.config for one in written]
     return configs[0] if len(configs) == 1 else {_ARCHITECTURE: _UNION, _CONFIGS: configs}

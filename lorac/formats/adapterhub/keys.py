@@ -16,7 +16,7 @@ Found = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class Place:
+class KeyPattern:
     """Tensors that lie side by side in a file: ``<prefix><before>.<part>.<adapter>.<leaf>``.
 
     Attributes:
@@ -40,7 +40,7 @@ def modern(key: str) -> str:
 
 
 def placed(
-    adapter: str, called: str, places: Sequence[Place], keys: Mapping[str, Tensor]
+    adapter: str, called: str, places: Sequence[KeyPattern], keys: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
     """Site path -> name -> tensor; every key is used, and every tensor there.
 
@@ -53,7 +53,7 @@ def placed(
     Raises:
         FormatError: one is not.
     """
-    table: dict[tuple[str, str], list[Place]] = {}
+    table: dict[tuple[str, str], list[KeyPattern]] = {}
     for place in places:
         table.setdefault((place.part, place.before), []).append(place)
     found: dict[str, dict[str, Tensor]] = {path: {} for place in places for path in place.paths}
@@ -73,7 +73,7 @@ def placed(
     return found
 
 
-def keyed(name: str, prefix: str, places: Iterable[Place], tensors: Found) -> dict[str, Tensor]:
+def keyed(name: str, prefix: str, places: Iterable[KeyPattern], tensors: Found) -> dict[str, Tensor]:
     """Key -> tensor: the inverse of ``placed``.
 
     Args:
@@ -112,7 +112,7 @@ def _put(at: dict[str, Tensor], name: str, tensor: Tensor, key: str) -> None:
     at[name] = tensor
 
 
-def _complete(adapter: str, places: Iterable[Place], found: Found) -> None:
+def _complete(adapter: str, places: Iterable[KeyPattern], found: Found) -> None:
     lacking = [
         (place, f"'{name}' at '{path}'")
         for place in places

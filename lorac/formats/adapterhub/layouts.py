@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from lorac.errors import FormatError, nearest_name
-from lorac.ir.host.sublayers import Stream, Sublayer
+from lorac.frontend.residual_stream import ResidualStream, Sublayer
 from lorac.variants.bottleneck import Bottleneck
 
 LETTERS = ("q", "k", "v")
@@ -28,7 +28,7 @@ INTERMEDIATE, OUTPUT = "intermediate", "output"
 
 
 @dataclass(frozen=True)
-class Stack:
+class BlockStack:
     """Blocks that follow one another.
 
     Attributes:
@@ -47,7 +47,7 @@ class Stack:
 
 
 @dataclass(frozen=True)
-class Layer:
+class AdaptableLayer:
     """A layer that a file may adapt.
 
     Attributes:
@@ -61,7 +61,7 @@ class Layer:
     number: int
 
 
-Family = tuple[Stack, ...]
+Family = tuple[BlockStack, ...]
 
 
 def _letters(pattern: str, *names: str) -> dict[str, str]:
@@ -77,7 +77,7 @@ _BESIDE = {"attention": "attention_adapters", "mlp": "output_adapters"}
 """Of families whose blocks hold their adapters beside their sublayers."""
 _QUERIES = ("query", "key", "value")
 _BERT: Family = (
-    Stack(
+    BlockStack(
         "encoder.layer.{n}",
         {"attention": "attention.output", "cross": "crossattention.output", "mlp": "output"},
         {
@@ -89,10 +89,10 @@ _BERT: Family = (
 )
 _LLAMA: Family = (
     # The library takes the layer that leads back for the intermediate one, and one that leads there for the other.
-    Stack("layers.{n}", _BESIDE, _letters("self_attn.{}_proj") | _mlp("mlp.down_proj", "mlp.up_proj")),
+    BlockStack("layers.{n}", _BESIDE, _letters("self_attn.{}_proj") | _mlp("mlp.down_proj", "mlp.up_proj")),
 )
 _T5: Family = (
-    Stack(
+    BlockStack(
         "encoder.block.{n}",
         {"attention": "layer.0", "mlp": "layer.1"},
         {
@@ -102,7 +102,7 @@ _T5: Family = (
         },
         part="encoder.",
     ),
-    Stack(
+    BlockStack(
         "decoder.block.{n}",
         {"attention": "layer.0", "cross": "layer.1", "mlp": "layer.2"},
         {
@@ -116,20 +116,20 @@ _T5: Family = (
 )
 _BART_LAYERS = _letters("self_attn.{}_proj") | _mlp("fc1", "fc2")
 _BART: Family = (
-    Stack("encoder.layers.{n}", _BESIDE, _BART_LAYERS, part="encoder."),
-    Stack(
+    BlockStack("encoder.layers.{n}", _BESIDE, _BART_LAYERS, part="encoder."),
+    BlockStack(
         "decoder.layers.{n}",
         {**_BESIDE, "cross": "cross_attention_adapters"},
         _BART_LAYERS | _letters("encoder_attn.{}_proj"),
         part="decoder.",
     ),
 )
-_GPT2: Family = (Stack("h.{n}", _BESIDE, {"attn.c_attn": PACKED, **_mlp("mlp.c_fc", "mlp.c_proj")}),)
+_GPT2: Family = (BlockStack("h.{n}", _BESIDE, {"attn.c_attn": PACKED, **_mlp("mlp.c_fc", "mlp.c_proj")}),)
 _DISTILBERT: Family = (
-    Stack("transformer.layer.{n}", _BESIDE, _letters("attention.{}_lin") | _mlp("ffn.lin1", "ffn.lin2")),
+    BlockStack("transformer.layer.{n}", _BESIDE, _letters("attention.{}_lin") | _mlp("ffn.lin1", "ffn.lin2")),
 )
 _VIT: Family = (
-    Stack(
+    BlockStack(
         "encoder.layer.{n}",
         {"attention": "attention_adapters", "mlp": "output.output_adapters"},
         _letters("attention.attention.{}", *_QUERIES) | _mlp("intermediate.dense", "output.dense"),
@@ -187,7 +187,7 @@ def family_of(model_type: Any, where: str) -> Family:
     return FAMILIES[model_type]
 
 
-def sublayers_in(family: Family, stream: Stream, sublayers: Mapping[str, Sublayer]) -> dict[str, str]:
+def sublayers_in(family: Family, stream: ResidualStream, sublayers: Mapping[str, Sublayer]) -> dict[str, str]:
     """Site path -> place, of those sublayers that have one."""
     found: dict[str, str] = {}
     for stack, blocks in _stacked(family, stream):
@@ -196,20 +196,20 @@ def sublayers_in(family: Family, stream: Stream, sublayers: Mapping[str, Sublaye
     return found
 
 
-def layers_in(family: Family, stream: Stream, sites: Collection[str]) -> dict[str, Layer]:
+def layers_in(family: Family, stream: ResidualStream, sites: Collection[str]) -> dict[str, AdaptableLayer]:
     """Site path -> layer, of all that a file may adapt, in the order of blocks."""
-    found: dict[str, Layer] = {}
+    found: dict[str, AdaptableLayer] = {}
     numbers = {block: number for number, block in enumerate(stream.blocks)}
     for stack, blocks in _stacked(family, stream):
         ends = ((block, end, what) for block in blocks for end, what in stack.layers.items())
         for block, end, what in ends:
             paths = (f"{block}.{name}" for name in (end, stack.renamed.get(end, end)))
             path = next((path for path in paths if path in sites), None)
-            found |= {} if path is None else {path: Layer(f"{blocks[block]}.{end}", what, numbers[block])}
+            found |= {} if path is None else {path: AdaptableLayer(f"{blocks[block]}.{end}", what, numbers[block])}
     return found
 
 
-def _stacked(family: Family, stream: Stream) -> Iterator[tuple[Stack, dict[str, str]]]:
+def _stacked(family: Family, stream: ResidualStream) -> Iterator[tuple[BlockStack, dict[str, str]]]:
     """Every stack with its blocks: path -> place."""
     for stack in family:
         blocks = [block for block in stream.blocks if stack.part in f".{block}."]

@@ -28,13 +28,13 @@ from typing import Any
 import torch
 
 from lorac.adapters.fit import check_parameter
+from lorac.argument_types import field_types, format_type, matches_type
 from lorac.errors import FormatError, short
-from lorac.formats.adapterhub.keys import Place
-from lorac.formats.adapterhub.layouts import LETTERS, LORAS, PACKED, SHARED, Layer
-from lorac.formats.adapterhub.parts import Host, Part, Told, refuse_unknown
-from lorac.ir.host.sites import Site
-from lorac.kinds import fits, kinds_of, spelled
-from lorac.variants import _inits
+from lorac.formats.adapterhub.components import ConfigHeader, ModelLayout, PlacedComponent, refuse_unknown
+from lorac.formats.adapterhub.keys import KeyPattern
+from lorac.formats.adapterhub.layouts import LETTERS, LORAS, PACKED, SHARED, AdaptableLayer
+from lorac.ir.sites import Site
+from lorac.variants import _initialisers as _inits
 from lorac.variants.base import Variant, WeightVariant
 from lorac.variants.dora import DoRA
 from lorac.variants.ia3 import IA3
@@ -57,7 +57,7 @@ TASK_FIELDS: Mapping[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Fields:
+class LoraFields:
     """``LoRAConfig``'s by their names, with its defaults; the last three are ``MTLLoRAConfig``'s.
 
     What tensors were drawn from, and their dtype, which they tell themselves, are for the library's next start.
@@ -98,24 +98,24 @@ class Fields:
         """Whether several B are weighed."""
         return self.n_up_projection is not None
 
-    def letters(self, layer: Layer) -> tuple[str, ...]:
+    def letters(self, layer: AdaptableLayer) -> tuple[str, ...]:
         """Which of queries, keys and values a layer has; none where it is another, or not chosen."""
         return tuple(letter for letter in LETTERS if letter in layer.what and letter in self.attn_matrices)
 
-    def wants(self, layer: Layer) -> bool:
+    def wants(self, layer: AdaptableLayer) -> bool:
         """Whether a layer is adapted."""
         attends = layer.what in (*LETTERS, PACKED)
         chosen = self.selfattn_lora and bool(self.letters(layer)) if attends else getattr(self, f"{layer.what}_lora")
         return bool(chosen) and layer.number not in self.leave_out
 
-    def parts(self, layer: Layer) -> tuple[str, ...]:
+    def parts(self, layer: AdaptableLayer) -> tuple[str, ...]:
         """Which parts of a layer that packs several are adapted; with scale, alpha changes the others, too."""
         if layer.what != PACKED:
             return ()
         return LETTERS if self.scales and self.alpha != 1 else self.letters(layer)
 
 
-def read(given: Mapping[str, Any], told: Told, *, tasks: bool = False) -> Loras:
+def read(given: Mapping[str, Any], told: ConfigHeader, *, tasks: bool = False) -> LoraComponent:
     """A configuration.
 
     Args:
@@ -127,25 +127,25 @@ def read(given: Mapping[str, Any], told: Told, *, tasks: bool = False) -> Loras:
         FormatError: a field that the library does not have.
         FormatError: a value that lorac does not build.
     """
-    refuse_unknown(given, [name for name in kinds_of(Fields) if tasks or name not in TASK_FIELDS], told.file)
+    refuse_unknown(given, [name for name in field_types(LoraFields) if tasks or name not in TASK_FIELDS], told.file)
     chosen = {**(TASK_FIELDS if tasks else {}), **{name: value for name, value in given.items() if value is not None}}
     for name, value in chosen.items():
-        if not fits(value, kinds_of(Fields)[name]):
-            kind = spelled(kinds_of(Fields)[name])
+        if not matches_type(value, field_types(LoraFields)[name]):
+            kind = format_type(field_types(LoraFields)[name])
             raise FormatError(
                 f"'{told.file}' sets {name}={short(value)}", next_step=f"it takes {kind}", code="unsupported_field"
             )
     listed: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()
     }
-    fields = Fields(**listed)
+    fields = LoraFields(**listed)
     for refused, what, step in _refusals(fields):
         if refused:
             raise FormatError(f"'{told.file}' sets {what}", next_step=step, code="unsupported_field")
-    return Loras(fields)
+    return LoraComponent(fields)
 
 
-def _refusals(fields: Fields) -> list[tuple[bool, str, str]]:
+def _refusals(fields: LoraFields) -> list[tuple[bool, str, str]]:
     """(whether a value is not built, what it is, what to do instead)."""
     scale, again = fields.alpha / max(fields.r, 1), "the library itself refuses it; save the adapter again"
     strange = sorted({*fields.attn_matrices} - {*LETTERS})
@@ -177,12 +177,12 @@ def _refusals(fields: Fields) -> list[tuple[bool, str, str]]:
 
 
 @dataclass(frozen=True)
-class Loras:
+class LoraComponent:
     """A configuration as it was read."""
 
-    fields: Fields
+    fields: LoraFields
 
-    def placed(self, host: Host, name: str) -> Part:
+    def placed(self, host: ModelLayout, name: str) -> PlacedComponent:
         """The factors, or scales, of an adapter at a model's layers.
 
         Raises:
@@ -191,9 +191,9 @@ class Loras:
         chosen = {path: layer for path, layer in host.layers.items() if self.fields.wants(layer)}
         for path, layer in chosen.items():
             self._refuse(name, host.sites[path], layer)
-        places = [Place(LORAS, layer.place, leaves(self.fields), (path,)) for path, layer in chosen.items()]
+        places = [KeyPattern(LORAS, layer.place, leaves(self.fields), (path,)) for path, layer in chosen.items()]
         if self.fields.vera:
-            places.append(Place(SHARED, "", {A: A, B: B}, tuple(chosen)))
+            places.append(KeyPattern(SHARED, "", {A: A, B: B}, tuple(chosen)))
 
         def made(path: str, stored: Stored) -> dict[str, Tensor]:
             site, layer = host.sites[path], chosen[path]
@@ -201,9 +201,9 @@ class Loras:
                 check_parameter(name, leaf, ParamSpec(shape, _inits.zeros), site, stored[leaf], shapes=True)
             return _made(self.fields, layer, stored)
 
-        return Part(self._variants(chosen), tuple(places), made)
+        return PlacedComponent(self._variants(chosen), tuple(places), made)
 
-    def _variants(self, chosen: Mapping[str, Layer]) -> tuple[Variant, ...]:
+    def _variants(self, chosen: Mapping[str, AdaptableLayer]) -> tuple[Variant, ...]:
         method, rate = self._method(), float(self.fields.dropout)
         plain = tuple(path for path, layer in chosen.items() if layer.what != PACKED)
         packed = tuple(path for path in chosen if path not in plain)
@@ -221,7 +221,7 @@ class Loras:
             return IA3()
         return (DoRA if self.fields.use_dora else LoRA)(r=self.fields.r, alpha=self.fields.alpha)
 
-    def _refuse(self, name: str, site: Site, layer: Layer) -> None:
+    def _refuse(self, name: str, site: Site, layer: AdaptableLayer) -> None:
         fields = self.fields
         if layer.what == PACKED and (fields.vera or fields.of_tasks or fields.use_dora):
             raise FormatError(
@@ -239,7 +239,7 @@ class Loras:
             )
 
 
-def leaves(fields: Fields) -> dict[str, str]:
+def leaves(fields: LoraFields) -> dict[str, str]:
     """Leaf -> name, of what a layer has for itself."""
     own: tuple[str, ...] = (_VERA_A, _VERA_B) if fields.vera else (B,) if fields.scales else (A, B)
     own += (MAGNITUDE,) if fields.use_dora else ()
@@ -247,7 +247,7 @@ def leaves(fields: Fields) -> dict[str, str]:
     return {leaf: leaf for leaf in own}
 
 
-def _shapes(fields: Fields, site: Site, layer: Layer) -> dict[str, tuple[int, ...]]:
+def _shapes(fields: LoraFields, site: Site, layer: AdaptableLayer) -> dict[str, tuple[int, ...]]:
     """Name -> shape, of all that a layer computes with."""
     r, out, columns = fields.r, site.out_features, site.in_features
     if layer.what == PACKED:
@@ -265,7 +265,7 @@ def _shapes(fields: Fields, site: Site, layer: Layer) -> dict[str, tuple[int, ..
     return shapes | ({MAGNITUDE: (out, 1)} if fields.use_dora else {})
 
 
-def _made(fields: Fields, layer: Layer, stored: Stored) -> dict[str, Tensor]:
+def _made(fields: LoraFields, layer: AdaptableLayer, stored: Stored) -> dict[str, Tensor]:
     """What lorac calls the tensors of a layer, folded where the library keeps more factors than two."""
     if layer.what == PACKED:
         return _unpacked(fields, layer, stored)
@@ -282,7 +282,7 @@ def _made(fields: Fields, layer: Layer, stored: Stored) -> dict[str, Tensor]:
     return found | ({"magnitude": stored[MAGNITUDE].flatten()} if fields.use_dora else {})
 
 
-def _unpacked(fields: Fields, layer: Layer, stored: Stored) -> dict[str, Tensor]:
+def _unpacked(fields: LoraFields, layer: AdaptableLayer, stored: Stored) -> dict[str, Tensor]:
     """The tensors of the parts, by the names that a ``Split`` gives them."""
     letters = fields.letters(layer)
     ups = dict(zip(letters, stored[B].chunk(len(letters)), strict=True))

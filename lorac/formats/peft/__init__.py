@@ -13,20 +13,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorac.adapters.base_hash import tensor_hash
-from lorac.adapters.fit import check_present, check_site, in_order, no_site
+from lorac.adapters.base_hash import compute_tensor_hash
+from lorac.adapters.fit import check_present, check_site, no_site_error, sort_by_site
 from lorac.errors import BaseNeeded, FormatError
 from lorac.formats._files import HUB_WEIGHTS, check_seal, read_json, read_pickle, read_safetensors
 from lorac.formats._format import Format
-from lorac.formats._layout import LAYOUT, describe
-from lorac.formats.peft import matrices
-from lorac.formats.peft.checks import against_itself, against_model, holds
-from lorac.formats.peft.config import method_of, read_config, variant_of
-from lorac.formats.peft.keys import Contents, read_keys
-from lorac.formats.peft.method import Method
-from lorac.formats.peft.save import BASE, CONFIG, WEIGHTS, described, save
-from lorac.formats.peft.tokens import refuse_both, with_rows
-from lorac.ir.host.sites import Site, find_sites
+from lorac.formats._site_layouts import LAYOUT, site_to_json
+from lorac.formats.peft import target_parameters as matrices
+from lorac.formats.peft.checks import check_against_config, check_against_model, contains_tensors
+from lorac.formats.peft.config import peft_type_of, read_config, variant_of
+from lorac.formats.peft.keys import FileContents, read_keys
+from lorac.formats.peft.peft_type import PeftType
+from lorac.formats.peft.token_rows import fill_rows, refuse_adapted_rows
+from lorac.formats.peft.writer import BASE, CONFIG, WEIGHTS, seal_text, write_folder
+from lorac.ir.sites import Site, find_sites
 from lorac.variants.adapter import Adapter
 
 _PICKLED = "adapter_model.bin"
@@ -48,8 +48,8 @@ def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
     file = folder / CONFIG
     raw = read_json(file)
     tensors, metadata = _weights(folder)
-    check_seal(folder, described(raw, metadata), tensors, metadata)
-    method, name = method_of(raw, file), name or folder.resolve().name
+    check_seal(folder, seal_text(raw, metadata), tensors, metadata)
+    method, name = peft_type_of(raw, file), name or folder.resolve().name
     values = read_config(raw, method, file)
     if method.read_whole is not None:
         adapter = method.read_whole(folder, values, tensors, name, model)
@@ -61,7 +61,7 @@ def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
 def _of_sites(
     folder: Path,
     raw: dict[str, Any],
-    method: Method,
+    method: PeftType,
     values: Mapping[str, Any],
     weights: dict[str, torch.Tensor],
     base: str | None,
@@ -72,7 +72,7 @@ def _of_sites(
     file = folder / CONFIG
     contents = read_keys(weights, method, values, model)
     _spread(name, method, contents, model)
-    own = matrices.take(name, contents, values.get("target_parameters") or (), model)
+    own = matrices.take_matrices(name, contents, values.get("target_parameters") or (), model)
     variant = method.settled(variant_of(values, method, file), contents.sites)
     if values["target_modules"] is None:  # PEFT's own choice for the architecture: it is in the keys
         variant = dataclasses.replace(variant, targets=tuple(contents.sites))
@@ -88,19 +88,19 @@ def _of_sites(
             "tied": contents.tied,
         },
     )
-    refuse_both(adapter.name, contents.rows, contents.sites)
-    adapter.replaced |= with_rows(adapter.name, contents.rows, values, model)
+    refuse_adapted_rows(adapter.name, contents.rows, contents.sites)
+    adapter.replaced |= fill_rows(adapter.name, contents.rows, values, model)
     contents.shared = _shared(adapter, method, contents, values, model)
     told = _sites(adapter, method, contents, values, model) | _matrices(adapter, own, model)
     if model is None:
-        against_itself(adapter, told, values, method)
+        check_against_config(adapter, told, values, method)
         adapter.replaced |= contents.whole
-        adapter.provenance["copies"] = {n: tensor_hash(t) for n, t in contents.copies.items()}
+        adapter.provenance["copies"] = {n: compute_tensor_hash(t) for n, t in contents.copies.items()}
         known = told
     else:
-        known = against_model(adapter, told, values, method, contents, model)
-    adapter.tensors = in_order(adapter.tensors, model)
-    adapter.provenance[LAYOUT] = {path: describe(known[path]) for path in adapter.tensors}
+        known = check_against_model(adapter, told, values, method, contents, model)
+    adapter.tensors = sort_by_site(adapter.tensors, model)
+    adapter.provenance[LAYOUT] = {path: site_to_json(known[path]) for path in adapter.tensors}
     return method.begun(adapter, values, model)
 
 
@@ -118,7 +118,7 @@ def _weights(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def _sites(
-    adapter: Adapter, method: Method, contents: Contents, values: Mapping[str, Any], model: nn.Module | None
+    adapter: Adapter, method: PeftType, contents: FileContents, values: Mapping[str, Any], model: nn.Module | None
 ) -> dict[str, Site]:
     """Fill in the adapter's tensors; return its sites as far as the file tells them."""
     told = {}
@@ -137,12 +137,12 @@ def _sites(
     return told
 
 
-def _spread(adapter: str, method: Method, contents: Contents, model: nn.Module | None) -> None:
+def _spread(adapter: str, method: PeftType, contents: FileContents, model: nn.Module | None) -> None:
     """Give layers that are tied to one of the file's the tensors of that; what the file has of them is the same."""
     tied = method.spread(contents.sites, find_sites(model)) if method.spread and model is not None else {}
     for path, source in tied.items():
         here, there = contents.sites.get(path), contents.sites[source]
-        if here is not None and not holds(here, there):
+        if here is not None and not contains_tensors(here, there):
             raise FormatError(
                 f"adapter '{adapter}' has other tensors for '{path}' than for '{source}', which it is tied to",
                 next_step="load the base model that the adapter was trained on",
@@ -160,7 +160,7 @@ def _matrices(adapter: Adapter, own: Mapping[str, dict[str, torch.Tensor]], mode
     return {path: sites[path] for path in own}
 
 
-def _known(adapter: Adapter, method: Method, path: str, sites: Mapping[str, Site], model: nn.Module | None) -> Site:
+def _known(adapter: Adapter, method: PeftType, path: str, sites: Mapping[str, Site], model: nn.Module | None) -> Site:
     """The model's site at a path, for files that mean nothing without it."""
     if model is None:
         raise BaseNeeded(
@@ -168,12 +168,12 @@ def _known(adapter: Adapter, method: Method, path: str, sites: Mapping[str, Site
             next_step="pass model=",
         )
     if path not in sites:
-        raise no_site(adapter.name, path, sites, model)
+        raise no_site_error(adapter.name, path, sites, model)
     return sites[path]
 
 
 def _shared(
-    adapter: Adapter, method: Method, contents: Contents, values: Mapping[str, Any], model: nn.Module | None
+    adapter: Adapter, method: PeftType, contents: FileContents, values: Mapping[str, Any], model: nn.Module | None
 ) -> dict[str, torch.Tensor]:
     """The tensors that all sites have in common, from the file or from the seed it names."""
     missing = [name for name in method.shared if name not in contents.shared]
@@ -184,7 +184,7 @@ def _shared(
         sites = find_sites(model) if model is not None else {}
         strange = [path for path in contents.sites if path not in sites]
         if strange and model is not None:
-            raise no_site(adapter.name, strange[0], sites, model)
+            raise no_site_error(adapter.name, strange[0], sites, model)
         # What the configuration promises is held against the file before anything of that size is made.
         for path in sites.keys() & contents.sites.keys():
             check_present(adapter.name, adapter.variant, sites[path], contents.sites[path])
@@ -203,5 +203,5 @@ FORMAT = Format(
     looks_for=f"a folder with {CONFIG}",
     recognises=_recognises,
     load=_load,
-    save=save,
+    save=write_folder,
 )

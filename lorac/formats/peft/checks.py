@@ -8,22 +8,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorac.adapters.base_hash import other_copy
-from lorac.adapters.fit import check_adapter, check_replaced, named_tensors, no_site
+from lorac.adapters.base_hash import copy_mismatch_error
+from lorac.adapters.fit import check_adapter, check_replaced, list_named_tensors, no_site_error
 from lorac.errors import AdapterError, FormatError, warn
-from lorac.formats._layout import same_layout
+from lorac.formats._site_layouts import same_layout
 from lorac.formats.peft.config import ALL_LINEAR
-from lorac.formats.peft.keys import Contents, copied_module, embedding_modules, saved
-from lorac.formats.peft.method import Method
-from lorac.ir.host.patterns import nothing_matches, select
-from lorac.ir.host.sites import Site, SiteKind, find_sites
+from lorac.formats.peft.keys import FileContents, copied_module, embedding_modules, is_saved
+from lorac.formats.peft.peft_type import PeftType
+from lorac.ir.patterns import no_match_error, select_sites
+from lorac.ir.sites import Site, SiteKind, find_sites
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 
 Tensor = torch.Tensor
 
 
-def against_itself(adapter: Adapter, told: Mapping[str, Site], values: Mapping[str, Any], method: Method) -> None:
+def check_against_config(
+    adapter: Adapter, told: Mapping[str, Site], values: Mapping[str, Any], method: PeftType
+) -> None:
     """Without a model: every site of the file is one that its configuration targets.
 
     Raises:
@@ -32,15 +34,15 @@ def against_itself(adapter: Adapter, told: Mapping[str, Site], values: Mapping[s
     """
     if not told and not _copies(adapter):
         raise FormatError(f"the file of adapter '{adapter.name}' holds no tensor of its method", code="corrupt_file")
-    _only_targeted(adapter, told, targeted(adapter.variant, told), values, method)
+    _only_targeted(adapter, told, select_targets(adapter.variant, told), values, method)
 
 
-def against_model(
+def check_against_model(
     adapter: Adapter,
     told: Mapping[str, Site],
     values: Mapping[str, Any],
-    method: Method,
-    contents: Contents,
+    method: PeftType,
+    contents: FileContents,
     model: nn.Module,
 ) -> dict[str, Site]:
     """With a model: sites, shapes, saved modules and copies of the base are the model's.
@@ -57,15 +59,15 @@ def against_model(
         FormatError: A saved module computes its weight at each call.
     """
     sites = find_sites(model)
-    wanted = targeted(adapter.variant, sites, model)
-    strange = [no_site(adapter.name, path, sites, model) for path in told if path not in sites]
+    wanted = select_targets(adapter.variant, sites, model)
+    strange = [no_site_error(adapter.name, path, sites, model) for path in told if path not in sites]
     strange.sort(key=lambda error: error.code != "site_unsupported")
     if not wanted and not _copies(adapter) and not (strange and strange[0].code == "site_unsupported"):
-        raise nothing_matches(adapter.name, adapter.variant.asked, sites)
+        raise no_match_error(adapter.name, adapter.variant.asked, sites)
     if strange:
         raise strange[0]
     _only_targeted(adapter, {path: sites[path] for path in told}, wanted, values, method, by_weight=True)
-    known = named_tensors(model)
+    known = list_named_tensors(model)
     _refuse_computed(adapter, known)
     _complete(adapter, wanted, model)
     for name, tensor in contents.whole.items():
@@ -83,7 +85,7 @@ def against_model(
     return sites
 
 
-def targeted(variant: Variant, sites: Mapping[str, Site], model: nn.Module | None = None) -> list[str]:
+def select_targets(variant: Variant, sites: Mapping[str, Site], model: nn.Module | None = None) -> list[str]:
     """Paths of the sites that PEFT would adapt.
 
     Args:
@@ -97,7 +99,7 @@ def targeted(variant: Variant, sites: Mapping[str, Site], model: nn.Module | Non
         # PEFT means modules that are linear layers: not an attention, whose site is a matrix within it.
         layers = (p for p, s in sites.items() if s.kind is SiteKind.LINEAR and s.within != p)
         targets = tuple(p for p in layers if p not in output)
-    found = select(
+    found = select_sites(
         sites,
         targets,
         parameters=variant.parameters,
@@ -109,13 +111,13 @@ def targeted(variant: Variant, sites: Mapping[str, Site], model: nn.Module | Non
     return [site.path for site in found if site.kind in variant.kinds and variant.adapts(site)]
 
 
-def saved_names(variant: Variant, model: nn.Module) -> list[str]:
+def saved_parameter_names(variant: Variant, model: nn.Module) -> list[str]:
     """Every parameter and buffer that PEFT saves for modules_to_save, or as part of a copied module."""
     every = model.state_dict(keep_vars=True)
-    return [name for name in every if saved(name, variant.modules_to_save) or copied_module(variant, name)]
+    return [name for name in every if is_saved(name, variant.modules_to_save) or copied_module(variant, name)]
 
 
-def tie(adapter: Adapter, path: str, sites: Mapping[str, Site], method: Method) -> str | None:
+def tie_to_embedding(adapter: Adapter, path: str, sites: Mapping[str, Site], method: PeftType) -> str | None:
     """Make a tied site's tensors those of the embedding it is tied to (`Method.tied_to`), if they are.
 
     Returns:
@@ -124,13 +126,13 @@ def tie(adapter: Adapter, path: str, sites: Mapping[str, Site], method: Method) 
     own = adapter.tensors[path]
     for other, at in adapter.tensors.items():
         crossed = method.tied_to(at) if sites[other].kind is SiteKind.EMBEDDING else {}
-        if crossed and holds(own, crossed):
+        if crossed and contains_tensors(own, crossed):
             own |= crossed
             return other
     return None
 
 
-def holds(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
+def contains_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
     """Whether among the tensors are these, value for value."""
     return all(name in tensors and torch.equal(tensors[name], tensor) for name, tensor in expected.items())
 
@@ -145,7 +147,7 @@ def _only_targeted(
     sites: Mapping[str, Site],
     wanted: Iterable[str],
     values: Mapping[str, Any],
-    method: Method,
+    method: PeftType,
     *,
     by_weight: bool = False,
 ) -> None:
@@ -154,7 +156,7 @@ def _only_targeted(
     for path in adapter.tensors:
         if path in wanted or path in adapter.provenance["tied"]:
             continue
-        source = tie(adapter, path, sites, method) if values.get("ensure_weight_tying") else None
+        source = tie_to_embedding(adapter, path, sites, method) if values.get("ensure_weight_tying") else None
         if source and (not by_weight or path in sites[source].shares):
             adapter.provenance["tied"][path] = source
             continue
@@ -190,7 +192,7 @@ def _refuse_computed(adapter: Adapter, known: Iterable[str]) -> None:
 def _complete(adapter: Adapter, wanted: Iterable[str], model: nn.Module) -> None:
     """Every targeted site and every saved module is in the file."""
     lacking = [path for path in wanted if path not in adapter.tensors]
-    lacking += [n for n in saved_names(adapter.variant, model) if n not in adapter.replaced]
+    lacking += [n for n in saved_parameter_names(adapter.variant, model) if n not in adapter.replaced]
     if lacking:
         listed = ", ".join(f"'{name}'" for name in lacking[:5])
         more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
@@ -207,7 +209,7 @@ def _same_copies(adapter: Adapter, copies: Mapping[str, Tensor], known: Mapping[
     for name, tensor in copies.items():
         check_replaced(adapter.name, name, tensor, known)
         if not _equal(tensor, known[name]):
-            raise other_copy(adapter.name, name)
+            raise copy_mismatch_error(adapter.name, name)
 
 
 def _warn_unrun(adapter: Adapter, site: Site) -> None:

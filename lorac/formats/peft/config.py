@@ -14,14 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorac.discovery import modules_of
+from lorac.discovery import import_modules
 from lorac.errors import FormatError, nearest_name, short
-from lorac.formats.peft.method import ABSENT, Field, Method, Use
-from lorac.ir.host.patterns import KEYWORDS
+from lorac.formats.peft.peft_type import ABSENT, Field, FieldUse, PeftType
+from lorac.ir.patterns import TARGET_KEYWORDS
 from lorac.variants.base import Variant
 
 ALL_LINEAR = "all-linear"
-MOST = 2**31 - 1
+MAX_COUNT = 2**31 - 1
 """The largest rank, size or number of anything in a configuration; what it really is, tensors say."""
 _TYPES = (
     "PROMPT_TUNING MULTITASK_PROMPT_TUNING P_TUNING PREFIX_TUNING LORA ADALORA ADAMSS BOFT "
@@ -45,8 +45,8 @@ def flag(value: Any) -> bool:
 
 def rank(value: Any) -> int:
     """A whole number above 0, of the size that a tensor can have."""
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST:
-        raise ValueError(f"expected a whole number above 0, at most {MOST}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_COUNT:
+        raise ValueError(f"expected a whole number above 0, at most {MAX_COUNT}")
     return value
 
 
@@ -74,7 +74,7 @@ def pattern(value: Any) -> str | tuple[str, ...]:
 def targets(value: Any) -> str | tuple[str, ...] | None:
     """As `pattern`, but null stays apart: PEFT then has a choice of its own for every architecture."""
     found = None if value is None else pattern(value)
-    if isinstance(found, str) and found in set(KEYWORDS) - {ALL_LINEAR}:
+    if isinstance(found, str) and found in set(TARGET_KEYWORDS) - {ALL_LINEAR}:
         raise ValueError("that is a word of lorac's, which PEFT takes for a module's name")
     return ALL_LINEAR if isinstance(found, str) and found.lower() == ALL_LINEAR else found
 
@@ -121,30 +121,30 @@ def mapping(value: Mapping[str, float]) -> dict[str, float]:
 
 
 COMMON = {
-    "peft_type": Field(Use.APPLIED),
-    "task_type": Field(Use.IRRELEVANT, kept=True),
-    "auto_mapping": Field(Use.IRRELEVANT, kept=True),
-    "peft_version": Field(Use.IRRELEVANT),
-    "base_model_name_or_path": Field(Use.IRRELEVANT, kept=True),
-    "revision": Field(Use.IRRELEVANT, kept=True),
-    "inference_mode": Field(Use.IRRELEVANT, False),
-    "target_modules": Field(Use.APPLIED, to="targets", read=targets, write=sorted_or_none),
-    "modules_to_save": Field(Use.APPLIED, to="modules_to_save", read=names, write=list_or_none),
+    "peft_type": Field(FieldUse.APPLIED),
+    "task_type": Field(FieldUse.IRRELEVANT, kept=True),
+    "auto_mapping": Field(FieldUse.IRRELEVANT, kept=True),
+    "peft_version": Field(FieldUse.IRRELEVANT),
+    "base_model_name_or_path": Field(FieldUse.IRRELEVANT, kept=True),
+    "revision": Field(FieldUse.IRRELEVANT, kept=True),
+    "inference_mode": Field(FieldUse.IRRELEVANT, False),
+    "target_modules": Field(FieldUse.APPLIED, to="targets", read=targets, write=sorted_or_none),
+    "modules_to_save": Field(FieldUse.APPLIED, to="modules_to_save", read=names, write=list_or_none),
     # PEFT sets it right itself: what decides is the class of the module, and so it is here.
-    "fan_in_fan_out": Field(Use.IRRELEVANT, False, read=flag),
+    "fan_in_fan_out": Field(FieldUse.IRRELEVANT, False, read=flag),
 }
 """Fields that all types have."""
 
 
 @functools.cache
-def methods() -> dict[str, Method]:
+def peft_types() -> dict[str, PeftType]:
     """The PEFT types that lorac reads, by name."""
     from lorac.formats.peft import types  # each of them builds on this module
 
-    return {module.METHOD.peft_type: module.METHOD for module in modules_of(types)}
+    return {module.METHOD.peft_type: module.METHOD for module in import_modules(types)}
 
 
-def method_of(raw: Mapping[str, Any], path: Path) -> Method:
+def peft_type_of(raw: Mapping[str, Any], path: Path) -> PeftType:
     """The PEFT type of a configuration.
 
     Raises:
@@ -152,9 +152,9 @@ def method_of(raw: Mapping[str, Any], path: Path) -> Method:
         FormatError: A type of PEFT that lorac does not read.
     """
     named = raw.get("peft_type")
-    if isinstance(named, str) and named in methods():
-        return methods()[named]
-    readable = f"lorac reads {', '.join(sorted(methods()))}"
+    if isinstance(named, str) and named in peft_types():
+        return peft_types()[named]
+    readable = f"lorac reads {', '.join(sorted(peft_types()))}"
     if named is None:
         raise FormatError(f"'{path}' names no peft_type", next_step=readable, code="unknown_field")
     if str(named) in PEFT_TYPES:
@@ -165,7 +165,7 @@ def method_of(raw: Mapping[str, Any], path: Path) -> Method:
     )
 
 
-def read_config(raw: Mapping[str, Any], method: Method, path: Path) -> dict[str, Any]:
+def read_config(raw: Mapping[str, Any], method: PeftType, path: Path) -> dict[str, Any]:
     """Every field's value, checked and in lorac's types; defaults where the file has none.
 
     Raises:
@@ -186,7 +186,7 @@ def read_config(raw: Mapping[str, Any], method: Method, path: Path) -> dict[str,
     return {name: _value(path, name, f, raw.get(name, f.default)) for name, f in fields.items()}
 
 
-def variant_of(values: Mapping[str, Any], method: Method, path: Path) -> Variant:
+def variant_of(values: Mapping[str, Any], method: PeftType, path: Path) -> Variant:
     """The variant that a checked configuration describes.
 
     Raises:
@@ -200,7 +200,12 @@ def variant_of(values: Mapping[str, Any], method: Method, path: Path) -> Variant
     for name, field in {**method.fields, **method.retired}.items():
         if field.to in own:
             chosen[field.to] = values[name]
-        elif field.use is Use.APPLIED and field.to and name not in picks and values[name] != field.read(field.default):
+        elif (
+            field.use is FieldUse.APPLIED
+            and field.to
+            and name not in picks
+            and values[name] != field.read(field.default)
+        ):
             raise FormatError(
                 f"'{path}' sets {name}={short(values[name])} together with "
                 + ", ".join(f"{n}={v!r}" for n, v in picks.items()),
@@ -218,7 +223,9 @@ def variant_of(values: Mapping[str, Any], method: Method, path: Path) -> Variant
     return kind(**chosen)
 
 
-def write_config(variant: Variant, method: Method, given: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
+def write_config(
+    variant: Variant, method: PeftType, given: Mapping[str, Any], kept: Mapping[str, Any]
+) -> dict[str, Any]:
     """A configuration that makes PEFT build what the variant describes.
 
     Args:
@@ -247,7 +254,7 @@ def bias_name(value: str, prefix: str) -> str:
 
 
 def _value(path: Path, name: str, field: Field, value: Any) -> Any:
-    if field.use is Use.REFUSED:
+    if field.use is FieldUse.REFUSED:
         if value and value != field.default:
             raise FormatError(
                 f"'{path}' sets {name}={short(value)}, which lorac does not build",

@@ -5,14 +5,14 @@ the prefix and the adapter's name taken off:
 
     <site>.<suffix>                      a tensor of the method
     <site>.base_layer.<layer>.<suffix>   of a layer whose weight the site's module reads itself (an attention's output)
-    <module>[.base_layer…].<suffix>      of a module's own matrices, see lorac.formats.peft.matrices
+    <module>[.base_layer…].<suffix>      of a module's own matrices, see lorac.formats.peft.target_parameters
     <module>.<copied>.<parameter>        of a module of which the method trains a copy
     base_model.<shared>, <site>.<shared> a tensor that all sites have in common, and copies of it
     <saved module>.<parameter>           modules_to_save; with bias="all" also two copies of its bias
                                          under .original_module and .modules_to_save
     <tied module>.weight                 under ensure_weight_tying: the saved embedding once more
     <module>[.base_layer].bias           bias="all" or "lora_only"
-    <layer>.token_adapter.trainable_tokens_delta   rows of an embedding, see lorac.formats.peft.tokens
+    <layer>.token_adapter.trainable_tokens_delta   rows of an embedding, see lorac.formats.peft.token_rows
     <site>.base_layer.<parameter>        a copy of the base's own, for embed_tokens and lm_head
     <embedding>.<parameter>              save_embedding_layers=True: the embedding, trained or resized
     …                                    state of the training alone, see Method.training_state
@@ -28,8 +28,8 @@ import torch
 from torch import nn
 
 from lorac.errors import FormatError, nearest_name
-from lorac.formats.peft.method import Method
-from lorac.ir.host.patterns import names
+from lorac.formats.peft.peft_type import PeftType
+from lorac.ir.patterns import is_named
 from lorac.variants.base import Variant
 
 Tensor = torch.Tensor
@@ -43,7 +43,7 @@ EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 
 
 @dataclass
-class Contents:
+class FileContents:
     """A file's tensors by what they are for.
 
     Attributes:
@@ -68,18 +68,18 @@ class Contents:
 
 
 @dataclass(frozen=True)
-class _Reading:
+class _KeyReader:
     """What the rules look at."""
 
-    method: Method
+    method: PeftType
     values: Mapping[str, Any]
     embeddings: frozenset[str]
-    found: Contents = field(default_factory=Contents)
+    found: FileContents = field(default_factory=FileContents)
 
 
 def read_keys(
-    tensors: Mapping[str, Tensor], method: Method, values: Mapping[str, Any], model: nn.Module | None
-) -> Contents:
+    tensors: Mapping[str, Tensor], method: PeftType, values: Mapping[str, Any], model: nn.Module | None
+) -> FileContents:
     """Account for every tensor of a file.
 
     Args:
@@ -92,7 +92,7 @@ def read_keys(
         FormatError: No rule accounts for a key.
         FormatError: Two copies of one thing differ.
     """
-    reading = _Reading(method, values, frozenset(_embeddings(model)))
+    reading = _KeyReader(method, values, frozenset(_embeddings(model)))
     shared = {SHARED_PREFIX + name: name for name in method.shared}
     reading.found.shared = {shared[key]: tensor for key, tensor in tensors.items() if key in shared}
     rest = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items() if key.startswith(PREFIX)}
@@ -104,7 +104,7 @@ def read_keys(
     return reading.found
 
 
-def saved(name: str, modules: tuple[str, ...]) -> bool:
+def is_saved(name: str, modules: tuple[str, ...]) -> bool:
     """Whether parameter `name` lies in a module of modules_to_save.
 
     PEFT saves every module whose path *ends* with a given name, so that "classifier" saves
@@ -128,7 +128,7 @@ def embedding_modules(
             yield path
 
 
-def _site(reading: _Reading, name: str, tensor: Tensor) -> bool:
+def _site(reading: _KeyReader, name: str, tensor: Tensor) -> bool:
     for suffix in reading.method.suffixes:
         if name.endswith(f".{suffix}"):
             path = _unwrapped(reading, name.removesuffix(f".{suffix}"))
@@ -137,7 +137,7 @@ def _site(reading: _Reading, name: str, tensor: Tensor) -> bool:
     return False
 
 
-def _unwrapped(reading: _Reading, path: str) -> str:
+def _unwrapped(reading: _KeyReader, path: str) -> str:
     """A site's path without PEFT's wrapper of the module that reads its weight, which is noted."""
     owner, inside, layer = path.partition(f".{WRAPPED}.")
     if not inside or set(layer.split(".")) == {WRAPPED}:  # several of one module's parameters: see matrices
@@ -146,7 +146,7 @@ def _unwrapped(reading: _Reading, path: str) -> str:
     return f"{owner}.{layer}"
 
 
-def _token_rows(reading: _Reading, name: str, tensor: Tensor) -> bool:
+def _token_rows(reading: _KeyReader, name: str, tensor: Tensor) -> bool:
     module = name.removesuffix(f".{TOKENS}")
     if module == name or not reading.values.get("trainable_token_indices"):
         return False
@@ -154,18 +154,18 @@ def _token_rows(reading: _Reading, name: str, tensor: Tensor) -> bool:
     return True
 
 
-def _copied_module(reading: _Reading, name: str, tensor: Tensor) -> bool:
+def _copied_module(reading: _KeyReader, name: str, tensor: Tensor) -> bool:
     if reading.method.copied is None:
         return False
     module, mark, parameter = name.partition(f".{reading.method.copied}.")
     excluded = reading.values["exclude_modules"]
-    if not mark or not names(reading.values["target_modules"], module) or (excluded and names(excluded, module)):
+    if not mark or not is_named(reading.values["target_modules"], module) or (excluded and is_named(excluded, module)):
         return False
     reading.found.replaced[f"{module}.{parameter}"] = tensor
     return True
 
 
-def _shared_again(reading: _Reading, name: str, tensor: Tensor) -> bool:
+def _shared_again(reading: _KeyReader, name: str, tensor: Tensor) -> bool:
     leaf = name.rpartition(".")[2]
     if leaf not in reading.method.shared:
         return False
@@ -173,14 +173,14 @@ def _shared_again(reading: _Reading, name: str, tensor: Tensor) -> bool:
     return True
 
 
-def _saved_module(reading: _Reading, name: str, tensor: Tensor) -> bool:
-    if not saved(name, reading.values.get("modules_to_save") or ()) or _wrapped_bias(reading, name):
+def _saved_module(reading: _KeyReader, name: str, tensor: Tensor) -> bool:
+    if not is_saved(name, reading.values.get("modules_to_save") or ()) or _wrapped_bias(reading, name):
         return False
     reading.found.replaced[name] = tensor
     return True
 
 
-def _saved_bias_again(reading: _Reading, name: str, tensor: Tensor) -> bool:
+def _saved_bias_again(reading: _KeyReader, name: str, tensor: Tensor) -> bool:
     parts = _wrapped_bias(reading, name)
     if not parts:
         return False
@@ -194,7 +194,7 @@ def _saved_bias_again(reading: _Reading, name: str, tensor: Tensor) -> bool:
     return True
 
 
-def _tied_module(reading: _Reading, name: str, tensor: Tensor) -> bool:
+def _tied_module(reading: _KeyReader, name: str, tensor: Tensor) -> bool:
     if not reading.values.get("ensure_weight_tying") or not name.endswith(".weight"):
         return False
     for first, other in reading.found.replaced.items():
@@ -205,7 +205,7 @@ def _tied_module(reading: _Reading, name: str, tensor: Tensor) -> bool:
     return False
 
 
-def _bias(reading: _Reading, name: str, tensor: Tensor) -> bool:
+def _bias(reading: _KeyReader, name: str, tensor: Tensor) -> bool:
     kind = reading.values.get("bias", "none")
     module, _, parameter = name.rpartition(".")
     unwrapped = ".".join(part for part in module.split(".") if part != WRAPPED)
@@ -217,7 +217,7 @@ def _bias(reading: _Reading, name: str, tensor: Tensor) -> bool:
     return True
 
 
-def _base_copy(reading: _Reading, name: str, tensor: Tensor) -> bool:
+def _base_copy(reading: _KeyReader, name: str, tensor: Tensor) -> bool:
     module, _, parameter = name.rpartition(".")
     path = module.removesuffix(".base_layer")
     if path == module or path not in reading.found.sites:
@@ -226,7 +226,7 @@ def _base_copy(reading: _Reading, name: str, tensor: Tensor) -> bool:
     return True
 
 
-def _whole_embedding(reading: _Reading, name: str, tensor: Tensor) -> bool:
+def _whole_embedding(reading: _KeyReader, name: str, tensor: Tensor) -> bool:
     module = name.rpartition(".")[0]
     known = module in reading.embeddings or module.rpartition(".")[2] in EMBEDDING_NAMES
     if not known or module in reading.found.sites:
@@ -235,12 +235,12 @@ def _whole_embedding(reading: _Reading, name: str, tensor: Tensor) -> bool:
     return True
 
 
-def _training_state(reading: _Reading, name: str, tensor: Tensor) -> bool:
+def _training_state(reading: _KeyReader, name: str, tensor: Tensor) -> bool:
     marks = reading.method.training_state.items()
     return any(mark in f".{name}" and reading.values.get(option) for mark, option in marks)
 
 
-RULES: tuple[Callable[[_Reading, str, Tensor], bool], ...] = (
+RULES: tuple[Callable[[_KeyReader, str, Tensor], bool], ...] = (
     _site,
     _token_rows,
     _copied_module,
@@ -256,7 +256,7 @@ RULES: tuple[Callable[[_Reading, str, Tensor], bool], ...] = (
 """Each says whether it accounts for a tensor; later ones see what the earlier ones found."""
 
 
-def _wrapped_bias(reading: _Reading, name: str) -> tuple[str, str] | None:
+def _wrapped_bias(reading: _KeyReader, name: str) -> tuple[str, str] | None:
     """(Name without the wrapper, the wrapper) of a bias inside PEFT's wrapper of a saved module."""
     if reading.values.get("bias", "none") != "all" or not name.endswith(".bias"):
         return None
@@ -294,7 +294,7 @@ def _same(one: str, first: Tensor, other: str, second: Tensor) -> None:
         )
 
 
-def _unused(keys: list[str], reading: _Reading) -> FormatError:
+def _unused(keys: list[str], reading: _KeyReader) -> FormatError:
     sites = reading.found.sites
     expected = [f"{PREFIX}{path}.{suffix}" for path in sites for suffix in reading.method.suffixes]
     listed = ", ".join(f"'{key}'" for key in keys[:5])

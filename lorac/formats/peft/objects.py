@@ -20,10 +20,10 @@ from torch import nn
 
 from lorac.errors import CompileError, FormatError, short
 from lorac.formats import load_adapter
-from lorac.formats.peft.config import COMMON, method_of, read_config, variant_of
-from lorac.formats.peft.method import Method, Use
-from lorac.formats.peft.save import CONFIG
-from lorac.ir.host.copying import structural_copy
+from lorac.formats.peft.config import COMMON, peft_type_of, read_config, variant_of
+from lorac.formats.peft.peft_type import FieldUse, PeftType
+from lorac.formats.peft.writer import CONFIG
+from lorac.frontend.copying import copy_structure
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 
@@ -41,12 +41,12 @@ def _class(module: str, name: str) -> tuple[type, ...]:
 
 
 # ── Configurations ───────────────────────────────────────────────────────────────────────────────────────────────────
-def is_config(value: object) -> bool:
+def is_peft_config(value: object) -> bool:
     """Whether a value is a configuration of PEFT's, such as a ``LoraConfig``."""
     return isinstance(value, _class("peft.config", "PeftConfig"))
 
 
-def fresh_of(config: Any) -> Variant:
+def variant_from_config(config: Any) -> Variant:
     """The fresh method that a configuration of PEFT's describes.
 
     Raises:
@@ -54,7 +54,7 @@ def fresh_of(config: Any) -> Variant:
     """
     where = Path(type(config).__name__)
     raw = json.loads(json.dumps(config.to_dict(), default=sorted))
-    method = method_of(raw, where)
+    method = peft_type_of(raw, where)
     values = read_config(raw, method, where)
     if raw.get("target_modules") is None and not raw.get("target_parameters"):
         raise FormatError(
@@ -68,11 +68,11 @@ def fresh_of(config: Any) -> Variant:
     return dataclasses.replace(variant, modules_to_save=(*variant.modules_to_save, *heads)) if heads else variant
 
 
-def _refuse_unstarted(raw: Mapping[str, Any], method: Method, where: Path) -> None:
+def _refuse_unstarted(raw: Mapping[str, Any], method: PeftType, where: Path) -> None:
     """Refuse what of a file says how it was trained, and of a fresh adapter how it would start."""
     for name, field in method.fields.items():
         picks = any(name in chosen and chosen[name] == raw.get(name) for chosen in method.variants.values())
-        told = name in COMMON or picks or field.to is not None or field.use is Use.IRRELEVANT
+        told = name in COMMON or picks or field.to is not None or field.use is FieldUse.IRRELEVANT
         if not told and raw.get(name, field.default) not in (field.default, None):
             raise FormatError(
                 f"'{where}' sets {name}={short(raw[name])}, which says how PEFT makes or trains an adapter, and lorac "
@@ -84,7 +84,7 @@ def _refuse_unstarted(raw: Mapping[str, Any], method: Method, where: Path) -> No
 
 # ── Models ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True)
-class Unwrapped:
+class UnwrappedModel:
     """What a wrapped model is made of.
 
     Attributes:
@@ -98,7 +98,7 @@ class Unwrapped:
     active: tuple[str, ...]
 
 
-def unwrapped(model: nn.Module) -> Unwrapped | None:
+def unwrap_model(model: nn.Module) -> UnwrappedModel | None:
     """What a ``PeftModel`` is made of; None for a model that PEFT has not touched.
 
     Args:
@@ -109,14 +109,14 @@ def unwrapped(model: nn.Module) -> Unwrapped | None:
         FormatError: an adapter is of a type, or set in a way, that lorac does not read.
     """
     if not isinstance(model, _class("peft.peft_model", "PeftModel")):
-        refuse_wrapped(model)
+        refuse_peft_layers(model)
         return None
     given: Any = model
     for name, config in given.peft_config.items():
-        method_of({"peft_type": str(config.peft_type.value)}, Path(name))
+        peft_type_of({"peft_type": str(config.peft_type.value)}, Path(name))
     _refuse_merged(given)
-    base: nn.Module = structural_copy(given).unload()
-    refuse_wrapped(base)
+    base: nn.Module = copy_structure(given).unload()
+    refuse_peft_layers(base)
     _BASES.setdefault(given, []).append(base)
     with tempfile.TemporaryDirectory(prefix="lorac-") as folder:
         # Left alone, PEFT asks the hub whether embeddings have grown; here they are in the base, as they are.
@@ -126,14 +126,14 @@ def unwrapped(model: nn.Module) -> Unwrapped | None:
             _forget_start(place)
         adapters = tuple(load_adapter(place, base, name) for name, place in places.items())
     active = given.active_adapters
-    return Unwrapped(base, adapters, tuple(active() if callable(active) else active))
+    return UnwrappedModel(base, adapters, tuple(active() if callable(active) else active))
 
 
 def _forget_start(place: Path) -> None:
     """Take out of a file how its adapter began: the base beside it is in memory, rewritten already where it was."""
     file = place / CONFIG
     raw = json.loads(file.read_text())
-    raw.pop(method_of(raw, file).start, None)
+    raw.pop(peft_type_of(raw, file).start, None)
     file.write_text(json.dumps(raw))
 
 
@@ -143,7 +143,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((path, module) for path, module in model.named_modules() if isinstance(module, layer))
 
 
-def refuse_wrapped(model: nn.Module) -> None:
+def refuse_peft_layers(model: nn.Module) -> None:
     """Refuse a model with layers of PEFT's, which are no places to adapt.
 
     Raises:

@@ -29,7 +29,7 @@ class Affine:
     k: Any = None
 
 
-class _Builder:
+class _AffineBuilder:
     """Makes the nodes of the weight formula; ``values`` maps the branch's parameter nodes to theirs."""
 
     def __init__(self, graph: fx.Graph, width_in: int, width_out: int, like: fx.Node) -> None:
@@ -82,22 +82,22 @@ def weight_formula(branch: fx.GraphModule, weight: tuple[int, int]) -> fx.GraphM
     for parameter in params:
         environment[parameter] = graph.placeholder(str(parameter.target))
         environment[parameter].meta["val"] = parameter.meta["val"]
-    build = _Builder(graph, in_features, out_features, w)
+    build = _AffineBuilder(graph, in_features, out_features, w)
     for node in branch.graph.nodes:
         if node.op == "output":
-            return _finish(build, environment[node.args[0]] if isinstance(node.args[0], fx.Node) else None, w, b)
+            return _emit_output(build, environment[node.args[0]] if isinstance(node.args[0], fx.Node) else None, w, b)
         if node.op == "placeholder":
             continue
         if node.op != "call_function":  # a constant of the formula's own, which only its own graph holds
             return None
-        value = _step(build, node, environment)
+        value = _evaluate(build, node, environment)
         if value is None:
             return None
         environment[node] = value
     return None
 
 
-def _finish(build: _Builder, result: Any, w: fx.Node, b: fx.Node) -> fx.GraphModule | None:
+def _emit_output(build: _AffineBuilder, result: Any, w: fx.Node, b: fx.Node) -> fx.GraphModule | None:
     if not isinstance(result, Affine):
         return None
     from_y = None if result.q is None else build.apply(build.matrix(result.q, "y"), w) if result.q != "I" else w
@@ -112,7 +112,7 @@ def _finish(build: _Builder, result: Any, w: fx.Node, b: fx.Node) -> fx.GraphMod
     return fx.GraphModule(torch.nn.Module(), build.graph)
 
 
-def _step(build: _Builder, node: fx.Node, environment: dict[fx.Node, Any]) -> Any:
+def _evaluate(build: _AffineBuilder, node: fx.Node, environment: dict[fx.Node, Any]) -> Any:
     """The value of one op: affine in (x, y), a node of parameters only, or None where the op is not affine."""
     args = fx.map_arg(node.args, lambda n: environment[n])
     flat: list[Any] = []
@@ -124,7 +124,7 @@ def _step(build: _Builder, node: fx.Node, environment: dict[fx.Node, Any]) -> An
     return None if rule is None else rule(build, args, dict(node.kwargs))
 
 
-def _linear(build: _Builder, args: Any, kwargs: dict[str, Any]) -> Affine | None:
+def _apply_linear(build: _AffineBuilder, args: Any, kwargs: dict[str, Any]) -> Affine | None:
     """M·(P·x + Q·y + k) + β."""
     value, matrix, *rest = args
     if not isinstance(value, Affine) or isinstance(matrix, Affine):
@@ -134,31 +134,31 @@ def _linear(build: _Builder, args: Any, kwargs: dict[str, Any]) -> Affine | None
     return Affine(build.apply(matrix, value.p), build.apply(matrix, value.q), k)
 
 
-def _matmul(build: _Builder, args: Any, kwargs: dict[str, Any]) -> Affine | None:
+def _apply_matmul(build: _AffineBuilder, args: Any, kwargs: dict[str, Any]) -> Affine | None:
     """Rows times M is Mᵀ applied to columns."""
     value, matrix = args
     if not isinstance(value, Affine) or isinstance(matrix, Affine):
         return None
-    return _linear(build, (value, build.call(aten.t.default, matrix)), kwargs)
+    return _apply_linear(build, (value, build.call(aten.t.default, matrix)), kwargs)
 
 
-def _sum(build: _Builder, args: Any, kwargs: dict[str, Any]) -> Affine | None:
+def _apply_sum(build: _AffineBuilder, args: Any, kwargs: dict[str, Any]) -> Affine | None:
     left, right = args
     alpha = kwargs.get("alpha", 1)
-    return _combine(build, left, right, alpha)
+    return _add_affine(build, left, right, alpha)
 
 
-def _difference(build: _Builder, args: Any, kwargs: dict[str, Any]) -> Affine | None:
+def _apply_difference(build: _AffineBuilder, args: Any, kwargs: dict[str, Any]) -> Affine | None:
     left, right = args
-    return _combine(build, left, right, -kwargs.get("alpha", 1))
+    return _add_affine(build, left, right, -kwargs.get("alpha", 1))
 
 
-def _combine(build: _Builder, left: Any, right: Any, alpha: Any) -> Affine | None:
-    left, right = (v if isinstance(v, Affine) else _vector(v) for v in (left, right))
+def _add_affine(build: _AffineBuilder, left: Any, right: Any, alpha: Any) -> Affine | None:
+    left, right = (v if isinstance(v, Affine) else _affine_of_vector(v) for v in (left, right))
     if left is None or right is None:
         return None
     if alpha != 1:
-        right = _times(build, right, alpha)
+        right = _scale_affine(build, right, alpha)
     return Affine(
         build.add(left.p, right.p, "x"),
         build.add(left.q, right.q, "y"),
@@ -166,19 +166,19 @@ def _combine(build: _Builder, left: Any, right: Any, alpha: Any) -> Affine | Non
     )
 
 
-def _vector(value: Any) -> Affine | None:
+def _affine_of_vector(value: Any) -> Affine | None:
     """A parameter added to every token."""
     if isinstance(value, fx.Node) and value.meta["val"].dim() == 1:
         return Affine(k=value)
     return None
 
 
-def _product(build: _Builder, args: Any, kwargs: dict[str, Any]) -> Affine | None:
+def _apply_product(build: _AffineBuilder, args: Any, kwargs: dict[str, Any]) -> Affine | None:
     value, factor = args if isinstance(args[0], Affine) else args[::-1]
-    return None if isinstance(factor, Affine) else _times(build, value, factor)
+    return None if isinstance(factor, Affine) else _scale_affine(build, value, factor)
 
 
-def _times(build: _Builder, value: Affine, factor: Any) -> Affine | None:
+def _scale_affine(build: _AffineBuilder, value: Affine, factor: Any) -> Affine | None:
     """A number, a vector over the features, or a one-element tensor times an affine value."""
     matrix_factor = factor
     if isinstance(factor, fx.Node):
@@ -190,17 +190,17 @@ def _times(build: _Builder, value: Affine, factor: Any) -> Affine | None:
     return Affine(build.scale(value.p, matrix_factor, "x"), build.scale(value.q, matrix_factor, "y"), k)
 
 
-def _same(build: _Builder, args: Any, kwargs: dict[str, Any]) -> Affine | None:
+def _pass_through(build: _AffineBuilder, args: Any, kwargs: dict[str, Any]) -> Affine | None:
     return args[0] if isinstance(args[0], Affine) else None
 
 
-_RULES: dict[Any, Callable[[_Builder, Any, dict[str, Any]], Affine | None]] = {
-    aten.linear.default: _linear,
-    aten.matmul.default: _matmul,
-    aten.mm.default: _matmul,
-    aten.add.Tensor: _sum,
-    aten.sub.Tensor: _difference,
-    aten.mul.Tensor: _product,
-    aten.clone.default: _same,
-    aten.contiguous.default: _same,
+_RULES: dict[Any, Callable[[_AffineBuilder, Any, dict[str, Any]], Affine | None]] = {
+    aten.linear.default: _apply_linear,
+    aten.matmul.default: _apply_matmul,
+    aten.mm.default: _apply_matmul,
+    aten.add.Tensor: _apply_sum,
+    aten.sub.Tensor: _apply_difference,
+    aten.mul.Tensor: _apply_product,
+    aten.clone.default: _pass_through,
+    aten.contiguous.default: _pass_through,
 }

@@ -23,10 +23,10 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from lorac.errors import CompileError
-from lorac.ir.algebra.letters import BIAS, KEPT_APART, WEIGHT, A, B, C, D, G, H, T
+from lorac.ir.algebra.operands import BIAS, FOLDABLE, WEIGHT, A, B, C, D, G, H, T
 
 Tensor = torch.Tensor
-_MERGED = frozenset({C, D, T})
+_MERGEABLE = frozenset({C, D, T})
 """The parts that W' can hold."""
 
 
@@ -37,7 +37,7 @@ class LowRank:
     Attributes:
         a: A (in, R).
         b: B (R, out), every scale folded in but those kept apart.
-        parts: what else there is, by its letter (``lorac.ir.algebra.letters``), always carried along whole.
+        parts: what else there is, by its letter (``lorac.ir.algebra.operands``), always carried along whole.
         e: (out,) or None.
     """
 
@@ -60,10 +60,10 @@ class LowRank:
 
     def folded(self) -> LowRank:
         """The same with g and h folded into B."""
-        if not self.parts.keys() & KEPT_APART:
+        if not self.parts.keys() & FOLDABLE:
             return self
         b = self.b if G not in self.parts else self.b * self.parts[G][:, None]
-        rest = {letter: part for letter, part in self.parts.items() if letter not in KEPT_APART}
+        rest = {letter: part for letter, part in self.parts.items() if letter not in FOLDABLE}
         return replace(self, b=b if H not in self.parts else b * self.parts[H], parts=rest)
 
 
@@ -155,14 +155,14 @@ def compose(terms: Sequence[tuple[float, Change]], weight: Callable[[], Tensor])
     if len(terms) == 1 and terms[0][0] == 1:
         return terms[0][1]
     changes = [change for _, change in terms]
-    if all(isinstance(v, LowRank) for v in changes) and _add_up(changes):  # type: ignore[arg-type]  # all() says so
+    if all(isinstance(v, LowRank) for v in changes) and _are_summable(changes):  # type: ignore[arg-type]  # all() says so
         return _sum_low_rank(terms)  # type: ignore[arg-type]  # all() says so
     if all(isinstance(v, Sparse) for v in changes):
-        return SparseSum(tuple(terms), _weighted([(t, v.e) for t, v in terms]))  # type: ignore[arg-type]  # all() says so
+        return SparseSum(tuple(terms), _weighted_sum([(t, v.e) for t, v in terms]))  # type: ignore[arg-type]  # all() says so
     return _sum_dense(terms, weight())
 
 
-def merge(change: Change, weight: Tensor) -> Tensor:
+def merge_weight(change: Change, weight: Tensor) -> Tensor:
     """W' (out, in) in the dtype of W (out, in), a new tensor; computed in the wider of the two dtypes.
 
     Raises:
@@ -175,25 +175,25 @@ def merge(change: Change, weight: Tensor) -> Tensor:
     if isinstance(change, SparseSum):
         return add_sparse(weight.clone(), change.terms)
     change = change.folded()
-    _refuse_unmerged(change)
+    _require_mergeable(change)
     wide = torch.promote_types(weight.dtype, change.a.dtype)
     scaled, parts = weight.to(wide), {letter: part.to(wide) for letter, part in change.parts.items()}
     if T in parts:
-        scaled = times_blocks(scaled, parts[T].transpose(1, 2))
+        scaled = multiply_blocks(scaled, parts[T].transpose(1, 2))
     if D in parts:
         scaled = scaled * parts[D]
     if C in parts:
         scaled = scaled * parts[C][:, None]
-    return plus_product(scaled, change.b.mT.to(wide), change.a.mT.to(wide)).to(weight.dtype)
+    return add_product(scaled, change.b.mT.to(wide), change.a.mT.to(wide)).to(weight.dtype)
 
 
-def plus_product(weight: Tensor, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+def add_product(weight: Tensor, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """W + left·right, of matrices (out, R) and (R, in) or of stacks of them; into ``out`` where it is given."""
     product = torch.addmm if weight.dim() == 2 else torch.baddbmm
     return product(weight, left, right, out=out)
 
 
-def stacked(changes: Sequence[Change]) -> LowRank:
+def stack_changes(changes: Sequence[Change]) -> LowRank:
     """The changes of stacked matrices as one, E in front of its tensors; methods that adapt stacks are low-rank."""
     pairs = [change for change in changes if isinstance(change, LowRank) and not change.parts]
     assert len(pairs) == len(changes)
@@ -202,9 +202,9 @@ def stacked(changes: Sequence[Change]) -> LowRank:
     return LowRank(a, b, e=torch.stack(shifts) if shifts else None)
 
 
-def _refuse_unmerged(change: LowRank) -> None:
+def _require_mergeable(change: LowRank) -> None:
     for letter in change.parts:
-        if letter not in _MERGED:
+        if letter not in _MERGEABLE:
             raise CompileError(
                 f"a change with a part '{letter}' has no merged weight",
                 next_step="mode='live' runs it beside the weight, alone and at strength 1",
@@ -227,7 +227,7 @@ def add_sparse(matrix: Tensor, terms: Sequence[tuple[float, Sparse]]) -> Tensor:
     return matrix
 
 
-def times_blocks(x: Tensor, blocks: Tensor) -> Tensor:
+def multiply_blocks(x: Tensor, blocks: Tensor) -> Tensor:
     """x (…, in) times the block-diagonal matrix of ``blocks`` (n, k, k)."""
     number, size, _ = blocks.shape
     cut = x.unflatten(-1, (number, size)).movedim(-2, 0)
@@ -240,26 +240,26 @@ def identity_blocks(width: int, size: int, dtype: torch.dtype, device: torch.dev
     return torch.eye(size, dtype=dtype, device=device).expand(width // size, size, size)
 
 
-def _add_up(values: Sequence[LowRank]) -> bool:
+def _are_summable(values: Sequence[LowRank]) -> bool:
     """Whether all change outputs, or all inputs in blocks of one size: only then is their sum again c∘W, or W·Tᵀ."""
     letters = {letter for v in values for letter in v.parts}
     sizes = {v.parts[T].shape[-1] for v in values if T in v.parts}
     one_side = C not in letters or not letters & {D, T}
-    return one_side and len(sizes) <= 1 and letters <= _MERGED | KEPT_APART
+    return one_side and len(sizes) <= 1 and letters <= _MERGEABLE | FOLDABLE
 
 
 def _sum_low_rank(terms: Sequence[tuple[float, LowRank]]) -> LowRank:
     terms = [(t, v.folded()) for t, v in terms]
     a = torch.cat([v.a for _, v in terms], dim=-1)
     b = torch.cat([v.b * t for t, v in terms], dim=-2)
-    e = _weighted([(t, v.e) for t, v in terms])
+    e = _weighted_sum([(t, v.e) for t, v in terms])
     if any(T in v.parts for _, v in terms):
-        return LowRank(a, b, {T: _sum_of_transforms(terms)}, e)
-    scales = {letter: _sum_of_scales([(t, v.parts.get(letter)) for t, v in terms]) for letter in (C, D)}
+        return LowRank(a, b, {T: _sum_transforms(terms)}, e)
+    scales = {letter: _sum_scales([(t, v.parts.get(letter)) for t, v in terms]) for letter in (C, D)}
     return LowRank(a, b, {letter: scale for letter, scale in scales.items() if scale is not None}, e)
 
 
-def _sum_of_transforms(terms: Sequence[tuple[float, LowRank]]) -> Tensor:
+def _sum_transforms(terms: Sequence[tuple[float, LowRank]]) -> Tensor:
     """1 + Σ t·(diag(d)·T − 1)."""
     first = next(v.parts[T] for _, v in terms if T in v.parts)
     number, size, _ = first.shape
@@ -273,9 +273,9 @@ def _sum_of_transforms(terms: Sequence[tuple[float, LowRank]]) -> Tensor:
     return total
 
 
-def _sum_of_scales(terms: Sequence[tuple[float, Tensor | None]]) -> Tensor | None:
+def _sum_scales(terms: Sequence[tuple[float, Tensor | None]]) -> Tensor | None:
     """1 + Σ t·(s − 1)."""
-    moved = _weighted([(t, None if s is None else s - 1) for t, s in terms])
+    moved = _weighted_sum([(t, None if s is None else s - 1) for t, s in terms])
     return None if moved is None else moved + 1
 
 
@@ -285,12 +285,12 @@ def _sum_dense(terms: Sequence[tuple[float, Change]], weight: Tensor) -> Dense:
     total = base.clone()
     shift: list[tuple[float, Tensor | None]] = []
     for strength, change in terms:
-        total.add_(merge(change, base) - base, alpha=strength)
+        total.add_(merge_weight(change, base) - base, alpha=strength)
         shift.append((strength, change.e))
-    return Dense(total.to(weight.dtype), _weighted(shift))
+    return Dense(total.to(weight.dtype), _weighted_sum(shift))
 
 
-def _weighted(terms: Sequence[tuple[float, Tensor | None]]) -> Tensor | None:
+def _weighted_sum(terms: Sequence[tuple[float, Tensor | None]]) -> Tensor | None:
     present = [(t, v) for t, v in terms if v is not None]
     if not present:
         return None

@@ -25,11 +25,11 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorac.errors import AdapterError, LoracError
-from lorac.lines import definition_line, innermost_line
-from lorac.quiet import quiet
+from lorac.source_lines import definition_line, innermost_user_line
+from lorac.third_party_output import suppress_third_party_output
 
 Tensor = torch.Tensor
-_FAULTS = (
+_FORMULA_ERRORS = (
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -41,8 +41,8 @@ _FAULTS = (
 )
 """What a formula that computes real numbers is at fault with; other exceptions are the control flow of somebody around
 it (a checkpoint ends its recomputation by one), and pass as they are."""
-_PURE = "a formula is a pure function of torch ops: W' like W, or y' like y"
-_NAMED = "`once` answers a dictionary of tensors by name, which branches read as own:<name>"
+_FORMULA_CONTRACT = "a formula is a pure function of torch ops: W' like W, or y' like y"
+_ONCE_CONTRACT = "`once` answers a dictionary of tensors by name, which branches read as own:<name>"
 _READS_VALUE = torch.ops.aten._local_scalar_dense.default
 
 
@@ -85,27 +85,29 @@ class Formula:
         watched = any(isinstance(tensor, FakeTensor) for tensor in self._named(args, read).values())
         found = self._found(args, read, watched=watched)
         if not isinstance(found, Mapping):
-            raise self._failed(f"answers {_a(found)}, not tensors by name", _NAMED)
+            raise self._failed(f"answers {_describe_type(found)}, not tensors by name", _ONCE_CONTRACT)
         for name, tensor in found.items():
             if not isinstance(name, str) or not isinstance(tensor, Tensor):
-                raise self._failed(f"answers {_a(tensor)} as {name!r}, not a tensor", _NAMED)
+                raise self._failed(f"answers {_describe_type(tensor)} as {name!r}, not a tensor", _ONCE_CONTRACT)
         return dict(found)
 
     def _found(self, args: Sequence[Any], read: Mapping[str, Tensor], *, watched: bool) -> Any:
-        around: AbstractContextManager[Any] = _Watch(self._named(args, read)) if watched else nullcontext()
+        around: AbstractContextManager[Any] = _MutationGuard(self._named(args, read)) if watched else nullcontext()
         try:
             with around:
                 return self.function(*args)
         except (LoracError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            if not watched and not isinstance(error, _FAULTS):
+            if not watched and not isinstance(error, _FORMULA_ERRORS):
                 raise
-            raise self._failed(*_blamed(error), error) from (None if isinstance(error, _Written) else error)
+            raise self._failed(*_explain_error(error), error) from (
+                None if isinstance(error, _ArgumentMutated) else error
+            )
 
     def _named(self, args: Sequence[Any], read: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every tensor that must not be written, by how the formula calls it."""
-        names = _parameters(self.function, len(args))
+        names = _argument_names(self.function, len(args))
         found = {name: arg for name, arg in zip(names, args, strict=True) if isinstance(arg, Tensor)}
         for name, arg in zip(names, args, strict=True):
             if isinstance(arg, SimpleNamespace):
@@ -114,36 +116,36 @@ class Formula:
 
     def _admitted(self, found: Any, like: Tensor) -> Tensor:
         if not isinstance(found, Tensor):
-            raise self._failed(f"answers {_a(found)}, not a tensor")
-        if not _same_shape(found, like):
+            raise self._failed(f"answers {_describe_type(found)}, not a tensor")
+        if not _shapes_match(found, like):
             raise self._failed(f"answers a tensor of shape {list(found.shape)}, not of {list(like.shape)}")
         if not found.is_floating_point():
             raise self._failed(f"answers a tensor of {found.dtype}, not of floating-point numbers")
         return found
 
-    def _failed(self, what: str, step: str = _PURE, error: Exception | None = None) -> AdapterError:
+    def _failed(self, what: str, step: str = _FORMULA_CONTRACT, error: Exception | None = None) -> AdapterError:
         # The first frame of the traceback is the call itself.
-        line = innermost_line(traceback.extract_tb(error.__traceback__)[1:]) if error is not None else None
+        line = innermost_user_line(traceback.extract_tb(error.__traceback__)[1:]) if error is not None else None
         line = line or definition_line(self.function)
         told = f"the formula of {self.method} at '{self.site}' {what}"
         return AdapterError(told + (f"\n  in {line}" if line else ""), next_step=step, code="formula_failed")
 
 
-def _a(found: Any) -> str:
+def _describe_type(found: Any) -> str:
     return "nothing" if found is None else f"a {type(found).__name__}"
 
 
-def _blamed(error: Exception) -> tuple[str, str]:
+def _explain_error(error: Exception) -> tuple[str, str]:
     """What a formula did, by the exception that came of it, and what to do instead."""
-    if isinstance(error, _Written):
+    if isinstance(error, _ArgumentMutated):
         return f"writes into {error.name} ({error.op})", "compute a new tensor, as W * s for W.mul_(s)"
-    if isinstance(error, _needs_values()):
+    if isinstance(error, _data_dependent_errors()):
         return "takes a step that depends on the values of tensors", "choose with torch.where, or by masks"
     reason = str(error).strip().partition("\n")[0]
-    return f"raises {type(error).__name__}: {reason}", _PURE
+    return f"raises {type(error).__name__}: {reason}", _FORMULA_CONTRACT
 
 
-def _needs_values() -> tuple[type[Exception], ...]:
+def _data_dependent_errors() -> tuple[type[Exception], ...]:
     """What torch raises where a step without memory needs the value of a tensor."""
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
@@ -151,13 +153,13 @@ def _needs_values() -> tuple[type[Exception], ...]:
 
 
 @contextmanager
-def imagination() -> Iterator[Callable[[Tensor], Tensor]]:
+def fake_execution() -> Iterator[Callable[[Tensor], Tensor]]:
     """What is computed inside has no memory; gives what makes of a tensor one of its shape for that."""
-    with quiet(), FakeTensorMode(allow_non_fake_inputs=True):
-        yield _imagined
+    with suppress_third_party_output(), FakeTensorMode(allow_non_fake_inputs=True):
+        yield _empty_copy
 
 
-class _Written(Exception):
+class _ArgumentMutated(Exception):
     """An op is about to write into an argument of a formula."""
 
     def __init__(self, name: str, op: str) -> None:
@@ -165,7 +167,7 @@ class _Written(Exception):
         self.name, self.op = name, op
 
 
-class _Watch(TorchDispatchMode):
+class _MutationGuard(TorchDispatchMode):
     """Refuses every op that would write into the memory of certain tensors, or that reads a value of one without any.
 
     Args:
@@ -174,20 +176,20 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self, kept: Mapping[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
-        self._names = {_memory(tensor): name for name, tensor in kept.items()}
+        self._names = {_storage_key(tensor): name for name, tensor in kept.items()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(kwargs or {})
-        for tensor in _written(func, args, given):
-            name = self._names.get(_memory(tensor))
+        for tensor in _mutated_tensors(func, args, given):
+            name = self._names.get(_storage_key(tensor))
             if name is not None:
-                raise _Written(name, str(func._schema.name).replace("::", "."))
+                raise _ArgumentMutated(name, str(func._schema.name).replace("::", "."))
         if func is _READS_VALUE and getattr(args[0], "constant", None) is None:
             raise DataDependentOutputException(func)
         return func(*args, **given)
 
 
-def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterable[Tensor]:
+def _mutated_tensors(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterable[Tensor]:
     """The tensors that an op writes into, by its schema."""
     for index, argument in enumerate(func._schema.arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:
@@ -196,29 +198,29 @@ def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Itera
         yield from (v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, Tensor))
 
 
-def _memory(tensor: Tensor) -> int:
+def _storage_key(tensor: Tensor) -> int:
     """What tensors that share memory have in common."""
     return int(tensor.untyped_storage()._cdata)
 
 
-def _parameters(function: Callable[..., Any], count: int) -> list[str]:
+def _argument_names(function: Callable[..., Any], count: int) -> list[str]:
     """How a function calls its first arguments."""
     known = list(inspect.signature(function).parameters)[:count]
     return [*known, *(f"argument {index}" for index in range(len(known), count))]
 
 
-def _imagined(tensor: Tensor) -> Tensor:
+def _empty_copy(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
-def _same_shape(found: Tensor, like: Tensor) -> bool:
+def _shapes_match(found: Tensor, like: Tensor) -> bool:
     """Whether two shapes are one; of sizes that are not known yet, whether they are not known to differ."""
     if found.dim() != like.dim():
         return False
-    return not any(_is_known(a != b) for a, b in zip(found.shape, like.shape, strict=True))
+    return not any(_is_statically_true(a != b) for a, b in zip(found.shape, like.shape, strict=True))
 
 
-def _is_known(differs: bool | torch.SymBool) -> bool:
+def _is_statically_true(differs: bool | torch.SymBool) -> bool:
     """Whether sizes differ whatever the symbols among them stand for."""
     if isinstance(differs, bool):
         return differs

@@ -16,12 +16,12 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lorac.ir.algebra import letters
+from lorac.ir.algebra import operands as letters
 from lorac.ir.algebra.affine import weight_formula
-from lorac.ir.algebra.between import with_dropout
+from lorac.ir.algebra.inner_dropout import insert_inner_dropout
 from lorac.ir.algebra.rules import RULES
-from lorac.ir.algebra.structure import WEIGHT, Analysis, Form, NamedRule, analyse, shape_of
-from lorac.quiet import quiet
+from lorac.ir.algebra.structure import WEIGHT, AlgebraRule, Analysis, Form, analyse, shape_of
+from lorac.third_party_output import suppress_third_party_output
 
 Params = SimpleNamespace
 """What a formula gets as ``p``: one attribute per parameter of the variant, each a tensor."""
@@ -43,7 +43,7 @@ class Reduction:
         graph: computes the form's tensors from (W (out, in), b (out,), *params); for a branch, the traced branch
             itself, (x, y, *params) -> y'.
         params: names of the parameters, in the graph's order.
-        outputs: names of the tensors it returns, by letter (``lorac.ir.algebra.letters``). low-rank: the pair, and
+        outputs: names of the tensors it returns, by letter (``lorac.ir.algebra.operands``). low-rank: the pair, and
             what is not 1 or the base's; sparse: rows, cols, values (k,); dense: the weight. Each with the bias, where
             that changes.
         shared: names of the parameters that all sites have in common.
@@ -52,7 +52,7 @@ class Reduction:
         reads_weight: whether the tensors depend on W.
         reasons: why nothing cheaper was found.
         dropped: of a branch that is affine, the branch itself with dropout between its factors, (x, y, *params, rate)
-            -> y' (``lorac.ir.algebra.between``); None where nothing lies between any.
+            -> y' (``lorac.ir.algebra.inner_dropout``); None where nothing lies between any.
     """
 
     form: str
@@ -77,7 +77,7 @@ def reduce_weight(
     weight: tuple[int, int],
     params: Mapping[str, Tensor],
     dtype: torch.dtype,
-    rules: Sequence[NamedRule] = RULES,
+    rules: Sequence[AlgebraRule] = RULES,
     shared: Collection[str] = (),
     *,
     keep_factors: bool = False,
@@ -94,7 +94,7 @@ def reduce_weight(
         keep_factors: products stay low-rank whatever their rank, for a weight that has no place for W'.
     """
     names = tuple(params)
-    with quiet(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with suppress_third_party_output(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         w, b = torch.empty(weight, dtype=dtype), torch.empty(weight[0], dtype=dtype)
         fakes = [mode.from_tensor(t) for t in params.values()]
 
@@ -110,11 +110,11 @@ def reduce_branch(
     weight: tuple[int, int],
     params: Mapping[str, Tensor],
     dtype: torch.dtype,
-    rules: Sequence[NamedRule] = RULES,
+    rules: Sequence[AlgebraRule] = RULES,
 ) -> Reduction:
     """Reduce a branch formula (x, y, p) -> y' of a linear site: as a weight formula where it is affine."""
     names = tuple(params)
-    with quiet(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with suppress_third_party_output(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         out_features, in_features = weight
         x, y = torch.empty(_TOKENS, in_features, dtype=dtype), torch.empty(_TOKENS, out_features, dtype=dtype)
         fakes = [mode.from_tensor(t) for t in params.values()]
@@ -125,14 +125,14 @@ def reduce_branch(
         branch = make_fx(traced, pre_dispatch=True)(x, y, *fakes)
         affine = weight_formula(branch, weight)
         if affine is not None:
-            return replace(_classify(affine, names, rules), dropped=with_dropout(branch))
+            return replace(_classify(affine, names, rules), dropped=insert_inner_dropout(branch))
         return Reduction(BRANCH, branch, names, ("y",), reasons=("not affine in x and y",))
 
 
 def _classify(
     module: fx.GraphModule,
     names: tuple[str, ...],
-    rules: Sequence[NamedRule],
+    rules: Sequence[AlgebraRule],
     shared: Collection[str] = (),
     *,
     keep_factors: bool = False,
@@ -146,29 +146,29 @@ def _classify(
     reasons = tuple(found.misses)
     common = {node for name, node in zip(names, inputs, strict=True) if name in shared}
     if form is not None and form.base == WEIGHT and not form.sparse:
-        kind, tensors, rank = LOW_RANK, _low_rank(found, form, w, common), _rank(form)
+        kind, tensors, rank = LOW_RANK, _emit_low_rank(found, form, w, common), _total_rank(form)
     elif form is not None and form.base == WEIGHT and form == Form(WEIGHT, sparse=form.sparse):
-        kind, tensors, rank = SPARSE, _sparse(found, form), 0
+        kind, tensors, rank = SPARSE, _emit_sparse(found, form), 0
     else:
         kind, tensors, rank = DENSE, {letters.WEIGHT: new_weight}, 0
         reasons = (*reasons, "the formula's result has no recognised structure" if form is None else "mixed structure")
     if new_bias is not b:
         tensors[letters.BIAS] = new_bias
     output.args = (tuple(tensors.values()),)
-    alike = frozenset(name for name, node in tensors.items() if _follows_from(node, common))
+    alike = frozenset(name for name, node in tensors.items() if _depends_only_on(node, common))
     graph.eliminate_dead_code()
     graph.lint()
     module.recompile()
     return Reduction(kind, module, names, tuple(tensors), rank, bool(w.users), tuple(shared), alike, reasons)
 
 
-def _rank(form: Form) -> int:
+def _total_rank(form: Form) -> int:
     return sum(int(a.meta["val"].shape[0]) for _, a in form.low)
 
 
-def _low_rank(found: Analysis, form: Form, w: fx.Node, common: set[fx.Node]) -> dict[str, fx.Node]:
+def _emit_low_rank(found: Analysis, form: Form, w: fx.Node, common: set[fx.Node]) -> dict[str, fx.Node]:
     scales = {letters.C: form.c, letters.D: form.d}
-    if len(form.low) == 1 and (apart := _apart(*form.low[0], common)) is not None:
+    if len(form.low) == 1 and (apart := _split_shared_factors(*form.low[0], common)) is not None:
         b, a, scales[letters.G], scales[letters.H] = apart
         pair = found.emit(aten.t.default, a), found.emit(aten.t.default, b)
     elif form.low:
@@ -190,27 +190,27 @@ def _low_rank(found: Analysis, form: Form, w: fx.Node, common: set[fx.Node]) -> 
     return tensors
 
 
-def _apart(
+def _split_shared_factors(
     b: fx.Node, a: fx.Node, common: set[fx.Node]
 ) -> tuple[fx.Node, fx.Node, fx.Node | None, fx.Node | None] | None:
     """(h∘B)·(g∘A) as B, A, g, h, where B and A follow from shared parameters alone; None where they do not."""
-    core_b, h = _unscaled(b, common)
-    core_a, g = _unscaled(a, common)
-    return (core_b, core_a, g, h) if all(_follows_from(core, common) for core in (core_b, core_a)) else None
+    core_b, h = _strip_scale(b, common)
+    core_a, g = _strip_scale(a, common)
+    return (core_b, core_a, g, h) if all(_depends_only_on(core, common) for core in (core_b, core_a)) else None
 
 
-def _unscaled(matrix: fx.Node, common: set[fx.Node]) -> tuple[fx.Node, fx.Node | None]:
+def _strip_scale(matrix: fx.Node, common: set[fx.Node]) -> tuple[fx.Node, fx.Node | None]:
     """A matrix (n, m) without the column (n, 1) that scales its rows, and the column; None where there is none."""
-    if matrix.target is not aten.mul.Tensor or _follows_from(matrix, common):
+    if matrix.target is not aten.mul.Tensor or _depends_only_on(matrix, common):
         return matrix, None
     for core, scale in (matrix.args[:2], matrix.args[1::-1]):
         shapes = shape_of(core), shape_of(scale)
-        if shapes == (shape_of(matrix), (shape_of(matrix)[0], 1)) and _follows_from(core, common):
+        if shapes == (shape_of(matrix), (shape_of(matrix)[0], 1)) and _depends_only_on(core, common):
             return core, scale  # type: ignore[return-value]  # what has a shape is a node
     return matrix, None
 
 
-def _follows_from(node: Any, common: set[fx.Node]) -> bool:
+def _depends_only_on(node: Any, common: set[fx.Node]) -> bool:
     """Whether a node reads inputs of ``common`` and no others."""
     todo, read = [node], set()
     while todo:
@@ -221,7 +221,7 @@ def _follows_from(node: Any, common: set[fx.Node]) -> bool:
     return bool(read) and read <= common
 
 
-def _sparse(found: Analysis, form: Form) -> dict[str, fx.Node]:
+def _emit_sparse(found: Analysis, form: Form) -> dict[str, fx.Node]:
     columns = ("rows", "cols", "values")
     return {
         name: found.emit(aten.cat.default, list(parts), 0)

@@ -11,29 +11,29 @@ from typing import Any
 import torch
 from torch import fx
 
-from lorac.ir.algebra.parts import joined, rows
-from lorac.ir.algebra.structure import IDENTITY, Analysis, Form, NamedRule, shape_of
+from lorac.ir.algebra.row_blocks import match_joined_blocks, rows
+from lorac.ir.algebra.structure import IDENTITY, AlgebraRule, Analysis, Form, shape_of
 
 aten = torch.ops.aten
 
 
-def _passing(found: Analysis, node: fx.Node) -> Form | None:
+def _match_copy(found: Analysis, node: fx.Node) -> Form | None:
     """copy(X) = X."""
     return found.form(node.args[0])
 
 
-def _identity(found: Analysis, node: fx.Node) -> Form | None:
+def _match_identity(found: Analysis, node: fx.Node) -> Form | None:
     """eye(n) = I."""
     rows, *rest = shape_of(node)
     return Form(base=IDENTITY) if rest == [rows] else None
 
 
-def _zero(found: Analysis, node: fx.Node) -> Form | None:
+def _match_zeros(found: Analysis, node: fx.Node) -> Form | None:
     """zeros(n, m) is the empty sum."""
     return Form() if len(shape_of(node)) == 2 else None
 
 
-def _block_diagonal(found: Analysis, node: fx.Node) -> Form | None:
+def _match_block_diagonal(found: Analysis, node: fx.Node) -> Form | None:
     """block_diag(M₁, M₂, …) = I·D, for square Mᵢ of one size."""
     parts: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]  # block_diag takes a list
     sizes = {shape_of(part) for part in parts}
@@ -41,10 +41,10 @@ def _block_diagonal(found: Analysis, node: fx.Node) -> Form | None:
     if len(parts) < 2 or len(sizes) > 1 or len(size) != 2 or size[0] != size[1]:
         found.misses.append(f"{node.name}: its blocks are not several squares of one size")
         return None
-    return Form(base=IDENTITY, blocks=_stacked(found, parts))
+    return Form(base=IDENTITY, blocks=_stack_blocks(found, parts))
 
 
-def _stacked(found: Analysis, parts: Sequence[fx.Node]) -> fx.Node:
+def _stack_blocks(found: Analysis, parts: Sequence[fx.Node]) -> fx.Node:
     """The parts as one tensor: the one that they are all the slices of, in order, where there is one."""
     origins = {part.args[0] for part in parts if part.target is operator.getitem}
     whole = next(iter(origins)) if len(origins) == 1 else None
@@ -56,7 +56,7 @@ def _stacked(found: Analysis, parts: Sequence[fx.Node]) -> fx.Node:
     return found.emit(aten.stack.default, list(parts))
 
 
-def _factor(found: Analysis, node: fx.Node) -> Form | None:
+def _match_factor(found: Analysis, node: fx.Node) -> Form | None:
     """B (n, r) · A (r, m) is low-rank where applying the factors costs less than the product's n·m."""
     left, right = node.args
     if found.form(left) is not None or found.form(right) is not None:
@@ -69,14 +69,14 @@ def _factor(found: Analysis, node: fx.Node) -> Form | None:
     return Form(low=((left, right),))
 
 
-def _product(found: Analysis, node: fx.Node) -> Form | None:
+def _match_product(found: Analysis, node: fx.Node) -> Form | None:
     """(c∘I + Σ P·Q)·Y = c∘Y + Σ P·(Q·Y); X·(Σ P·Q) = Σ (X·P)·Q; and (c∘W + Σ P·Q)·D = c∘W·D + Σ P·(Q·D)."""
     left, right = node.args
     x, y = found.form(left), found.form(right)
     if x is None:
-        return _times_low(found, left, y)
+        return _multiply_low_rank(found, left, y)
     if y is not None and y == Form(IDENTITY, blocks=y.blocks) and y.blocks is not None:
-        return _times_blocks(found, x, right, y.blocks)
+        return _multiply_by_blocks(found, x, right, y.blocks)
     if x.base not in {None, IDENTITY} or x.sparse or x.d is not None or x.blocks is not None:
         return None
     low = tuple((p, found.emit(aten.mm.default, q, right)) for p, q in x.low)
@@ -88,7 +88,7 @@ def _product(found: Analysis, node: fx.Node) -> Form | None:
     return replace(scaled, low=scaled.low + low)
 
 
-def _times_blocks(found: Analysis, x: Form, matrix: Any, blocks: fx.Node) -> Form | None:
+def _multiply_by_blocks(found: Analysis, x: Form, matrix: Any, blocks: fx.Node) -> Form | None:
     number, size, _ = shape_of(blocks)
     if x.sparse or (x.blocks is not None and shape_of(x.blocks) != shape_of(blocks)):
         return None
@@ -100,13 +100,13 @@ def _times_blocks(found: Analysis, x: Form, matrix: Any, blocks: fx.Node) -> For
     return Form(x.base, x.c, low=low, blocks=blocks if x.base else None)
 
 
-def _times_low(found: Analysis, left: Any, y: Form | None) -> Form | None:
+def _multiply_low_rank(found: Analysis, left: Any, y: Form | None) -> Form | None:
     if y is None or y.base is not None or y.sparse:
         return None
     return Form(low=tuple((found.emit(aten.mm.default, left, p), q) for p, q in y.low))
 
 
-def _sum(found: Analysis, node: fx.Node) -> Form | None:
+def _match_sum(found: Analysis, node: fx.Node) -> Form | None:
     """(X + α·Y) adds the parts; two bases add their scales."""
     left, right = node.args[:2]
     x, y = found.form(left), found.form(right)
@@ -116,41 +116,41 @@ def _sum(found: Analysis, node: fx.Node) -> Form | None:
     if node.target == aten.sub.Tensor:
         alpha = -alpha  # type: ignore[operator]  # a number
     if alpha != 1:
-        y = _scale_number(found, node, y, alpha)
-    return _add(found, node, x, y)
+        y = _scale_by_number(found, node, y, alpha)
+    return _add_forms(found, node, x, y)
 
 
-def _add(found: Analysis, node: fx.Node, x: Form, y: Form) -> Form | None:
+def _add_forms(found: Analysis, node: fx.Node, x: Form, y: Form) -> Form | None:
     low, sparse = x.low + y.low, x.sparse + y.sparse
     if x.base is None or y.base is None:
         return replace(x if y.base is None else y, low=low, sparse=sparse)
     if x.base != y.base or any(side is not None for side in (x.d, y.d, x.blocks, y.blocks)):
         return None
-    return Form(x.base, _sum_of_scales(found, node, x, y), None, low, sparse)
+    return Form(x.base, _add_scales(found, node, x, y), None, low, sparse)
 
 
-def _sum_of_scales(found: Analysis, node: fx.Node, x: Form, y: Form) -> fx.Node:
+def _add_scales(found: Analysis, node: fx.Node, x: Form, y: Form) -> fx.Node:
     if x.c is None and y.c is None:
-        return _column(found, node, 2.0)
+        return _constant_column(found, node, 2.0)
     if x.c is None or y.c is None:
         return found.emit(aten.add.Tensor, x.c if x.c is not None else y.c, 1.0)
     return found.emit(aten.add.Tensor, x.c, y.c)
 
 
-def _addmm(found: Analysis, node: fx.Node) -> Form | None:
+def _match_addmm(found: Analysis, node: fx.Node) -> Form | None:
     """addmm(C, X, Y) = β·C + α·X·Y, with X·Y low-rank."""
     c, left, right = node.args
     form = found.form(c)
     if form is None or shape_of(c) != shape_of(node) or found.form(left) or found.form(right):
         return None
     beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
-    form = form if beta == 1 else _scale_number(found, node, form, beta)
+    form = form if beta == 1 else _scale_by_number(found, node, form, beta)
     assert isinstance(left, fx.Node)
     assert isinstance(right, fx.Node)
-    return _add(found, node, form, _scale_number(found, node, Form(low=((left, right),)), alpha))
+    return _add_forms(found, node, form, _scale_by_number(found, node, Form(low=((left, right),)), alpha))
 
 
-def _scale(found: Analysis, node: fx.Node) -> Form | None:
+def _match_scale(found: Analysis, node: fx.Node) -> Form | None:
     """s·X, c∘X and X∘d scale every part."""
     left, right = node.args[:2]
     if found.form(left) is None:
@@ -168,7 +168,7 @@ def _scale_by(found: Analysis, node: fx.Node, matrix: Any, form: Form, factor: A
     rows, columns = shape_of(node)
     shape = shape_of(factor)
     if torch.Size(shape).numel() == 1:
-        return _scale_number(found, node, form, found.emit(aten.view.default, factor, []) if shape else factor)
+        return _scale_by_number(found, node, form, found.emit(aten.view.default, factor, []) if shape else factor)
     if shape == (rows, 1):
         return _scale_rows(found, form, factor)
     if shape in {(1, columns), (columns,)}:
@@ -176,7 +176,7 @@ def _scale_by(found: Analysis, node: fx.Node, matrix: Any, form: Form, factor: A
     return None
 
 
-def _hadamard(found: Analysis, node: fx.Node) -> Form | None:
+def _match_hadamard(found: Analysis, node: fx.Node) -> Form | None:
     """(Σ P·Q)∘(Σ R·S) = Σ (P∗R)·(Q∗S), ∗ multiplying every column of one with every column of the other."""
     x, y = (found.form(operand) for operand in node.args[:2])
     if x is None or y is None or any(form.base or form.sparse for form in (x, y)):
@@ -187,11 +187,13 @@ def _hadamard(found: Analysis, node: fx.Node) -> Form | None:
     rank = math.prod(sum(shape_of(a)[0] for _, a in form.low) for form in (x, y))
     if not found.pays(node, rank, n, m):
         return None
-    pairs = ((_all_products(found, p, r, 1), _all_products(found, q, s, 0)) for p, q in x.low for r, s in y.low)
+    pairs = (
+        (_pairwise_products(found, p, r, 1), _pairwise_products(found, q, s, 0)) for p, q in x.low for r, s in y.low
+    )
     return Form(low=tuple(pairs))
 
 
-def _all_products(found: Analysis, left: fx.Node, right: fx.Node, dim: int) -> fx.Node:
+def _pairwise_products(found: Analysis, left: fx.Node, right: fx.Node, dim: int) -> fx.Node:
     """Every column (dim 1) or row (dim 0) of one matrix times every one of the other."""
     wide = found.emit(aten.unsqueeze.default, left, dim + 1), found.emit(aten.unsqueeze.default, right, dim)
     shape = list(shape_of(left))
@@ -199,7 +201,7 @@ def _all_products(found: Analysis, left: fx.Node, right: fx.Node, dim: int) -> f
     return found.emit(aten.reshape.default, found.emit(aten.mul.Tensor, *wide), shape)
 
 
-def _divide(found: Analysis, node: fx.Node) -> Form | None:
+def _match_divide(found: Analysis, node: fx.Node) -> Form | None:
     """X / s = X·(1/s), for a number, a column or a row."""
     form, divisor = found.form(node.args[0]), node.args[1]
     if form is None or found.form(divisor) is not None:
@@ -208,24 +210,24 @@ def _divide(found: Analysis, node: fx.Node) -> Form | None:
     return _scale_by(found, node, node.args[0], form, inverse)
 
 
-def _negate(found: Analysis, node: fx.Node) -> Form | None:
+def _match_negate(found: Analysis, node: fx.Node) -> Form | None:
     """−X = (−1)·X."""
     form = found.form(node.args[0])
-    return None if form is None else _scale_number(found, node, form, -1.0)
+    return None if form is None else _scale_by_number(found, node, form, -1.0)
 
 
-def _scale_number(found: Analysis, node: fx.Node, form: Form, number: Any) -> Form:
+def _scale_by_number(found: Analysis, node: fx.Node, form: Form, number: Any) -> Form:
     if not isinstance(number, fx.Node) and number == 1:
         return form
     c = form.c
     if form.base is not None:
-        c = found.times(form.c, number) if form.c is not None else _column(found, node, number)
+        c = found.times(form.c, number) if form.c is not None else _constant_column(found, node, number)
     low = tuple((found.emit(aten.mul.Tensor, b, number), a) for b, a in form.low)
     sparse = tuple((rows, cols, found.emit(aten.mul.Tensor, v, number)) for rows, cols, v in form.sparse)
     return replace(form, c=c, low=low, sparse=sparse)
 
 
-def _column(found: Analysis, node: fx.Node, number: Any) -> fx.Node:
+def _constant_column(found: Analysis, node: fx.Node, number: Any) -> fx.Node:
     """A number as the column (n, 1) that scales the rows of ``node``."""
     ones = found.emit(aten.new_ones.default, found.like, [shape_of(node)[0], 1])
     return found.emit(aten.mul.Tensor, ones, number)
@@ -233,13 +235,13 @@ def _column(found: Analysis, node: fx.Node, number: Any) -> fx.Node:
 
 def _scale_rows(found: Analysis, form: Form, column: Any) -> Form:
     low = tuple((found.emit(aten.mul.Tensor, b, column), a) for b, a in form.low)
-    sparse = tuple((rows, cols, _scaled_entries(found, v, column, 0, rows)) for rows, cols, v in form.sparse)
+    sparse = tuple((rows, cols, _scale_entries(found, v, column, 0, rows)) for rows, cols, v in form.sparse)
     return replace(form, c=found.times(form.c, column) if form.base else None, low=low, sparse=sparse)
 
 
 def _scale_columns(found: Analysis, form: Form, row: Any) -> Form:
     low = tuple((b, found.emit(aten.mul.Tensor, a, row)) for b, a in form.low)
-    sparse = tuple((rows, cols, _scaled_entries(found, v, row, -1, cols)) for rows, cols, v in form.sparse)
+    sparse = tuple((rows, cols, _scale_entries(found, v, row, -1, cols)) for rows, cols, v in form.sparse)
     form = replace(form, low=low, sparse=sparse)
     if form.blocks is not None:
         number, size, _ = shape_of(form.blocks)
@@ -247,12 +249,12 @@ def _scale_columns(found: Analysis, form: Form, row: Any) -> Form:
     return replace(form, d=found.times(form.d, row) if form.base else None)
 
 
-def _scaled_entries(found: Analysis, values: fx.Node, scale: fx.Node, dim: int, positions: fx.Node) -> fx.Node:
+def _scale_entries(found: Analysis, values: fx.Node, scale: fx.Node, dim: int, positions: fx.Node) -> fx.Node:
     flat = found.emit(aten.view.default, scale, [-1])
     return found.emit(aten.mul.Tensor, values, found.emit(aten.index_select.default, flat, 0, positions))
 
 
-def _scatter(found: Analysis, node: fx.Node) -> Form | None:
+def _match_scatter(found: Analysis, node: fx.Node) -> Form | None:
     """X with values added at (rows, cols)."""
     arguments: tuple[Any, ...] = node.args
     target, indices, values, *rest = arguments
@@ -268,7 +270,7 @@ def _scatter(found: Analysis, node: fx.Node) -> Form | None:
     return replace(form, sparse=(*form.sparse, (rows, cols, values)))
 
 
-def _transpose(found: Analysis, node: fx.Node) -> Form | None:
+def _match_transpose(found: Analysis, node: fx.Node) -> Form | None:
     """(Σ B·A)ᵀ = Σ Aᵀ·Bᵀ and Dᵀ is block-diagonal; W keeps its orientation, so a form with it is left alone."""
     form = found.form(node.args[0])
     if form is None or form.base not in {None, IDENTITY} or (form.blocks is not None and form.c is not None):
@@ -281,28 +283,28 @@ def _transpose(found: Analysis, node: fx.Node) -> Form | None:
     return Form(form.base, c, d, low, sparse, blocks)
 
 
-RULES: tuple[NamedRule, ...] = (
-    NamedRule("copies", (aten.clone.default, aten.alias.default, aten.contiguous.default), _passing),
-    NamedRule("identity", (aten.eye.default,), _identity),
-    NamedRule("zeros", (aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default), _zero),
-    NamedRule("blocks", (aten.block_diag.default,), _block_diagonal),
-    NamedRule("product", (aten.mm.default,), _product),
-    NamedRule("factor", (aten.mm.default,), _factor),
-    NamedRule("addmm", (aten.addmm.default,), _addmm),
-    NamedRule("sum", (aten.add.Tensor, aten.sub.Tensor), _sum),
-    NamedRule("scale", (aten.mul.Tensor,), _scale),
-    NamedRule("hadamard", (aten.mul.Tensor,), _hadamard),
-    NamedRule("divide", (aten.div.Tensor,), _divide),
-    NamedRule("negate", (aten.neg.default,), _negate),
-    NamedRule("transpose", (aten.t.default,), _transpose),
-    NamedRule("scatter", (aten.index_put.default,), _scatter),
-    NamedRule("rows", (aten.view.default, aten._unsafe_view.default), rows),
-    NamedRule("joined", (aten.view.default,), joined),
+RULES: tuple[AlgebraRule, ...] = (
+    AlgebraRule("copies", (aten.clone.default, aten.alias.default, aten.contiguous.default), _match_copy),
+    AlgebraRule("identity", (aten.eye.default,), _match_identity),
+    AlgebraRule("zeros", (aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default), _match_zeros),
+    AlgebraRule("blocks", (aten.block_diag.default,), _match_block_diagonal),
+    AlgebraRule("product", (aten.mm.default,), _match_product),
+    AlgebraRule("factor", (aten.mm.default,), _match_factor),
+    AlgebraRule("addmm", (aten.addmm.default,), _match_addmm),
+    AlgebraRule("sum", (aten.add.Tensor, aten.sub.Tensor), _match_sum),
+    AlgebraRule("scale", (aten.mul.Tensor,), _match_scale),
+    AlgebraRule("hadamard", (aten.mul.Tensor,), _match_hadamard),
+    AlgebraRule("divide", (aten.div.Tensor,), _match_divide),
+    AlgebraRule("negate", (aten.neg.default,), _match_negate),
+    AlgebraRule("transpose", (aten.t.default,), _match_transpose),
+    AlgebraRule("scatter", (aten.index_put.default,), _match_scatter),
+    AlgebraRule("rows", (aten.view.default, aten._unsafe_view.default), rows),
+    AlgebraRule("joined", (aten.view.default,), match_joined_blocks),
 )
 """Every rule, tried in this order per node. ``reduction`` takes another list to prove that none is needed."""
 
 
-def without(name: str) -> tuple[NamedRule, ...]:
+def rules_without(name: str) -> tuple[AlgebraRule, ...]:
     """The table with one rule taken away (tests remove each in turn)."""
     return tuple(rule for rule in RULES if rule.name != name)
 

@@ -85,16 +85,16 @@ class Analysis:
         return False
 
 
-Rule = Callable[[Analysis, fx.Node], Form | None]
+RuleFunction = Callable[[Analysis, fx.Node], Form | None]
 
 
 @dataclass(frozen=True)
-class NamedRule:
+class AlgebraRule:
     """One identity: the ops it looks at and what it makes of them."""
 
     name: str
     ops: tuple[object, ...]
-    build: Rule
+    build: RuleFunction
 
 
 def shape_of(value: Any) -> tuple[int, ...]:
@@ -103,7 +103,7 @@ def shape_of(value: Any) -> tuple[int, ...]:
 
 
 def analyse(
-    graph: fx.Graph, weight: fx.Node | None, rules: Sequence[NamedRule], *, keep_factors: bool = False
+    graph: fx.Graph, weight: fx.Node | None, rules: Sequence[AlgebraRule], *, keep_factors: bool = False
 ) -> Analysis:
     """Find the form of every node of ``graph``; ``weight`` is the placeholder that is W."""
     anchor = next(iter(reversed(graph.nodes)))
@@ -111,7 +111,7 @@ def analyse(
     found = Analysis(graph, anchor, next(node for node in inputs if node is not weight), keep_factors)
     if weight is not None:
         found.forms[weight] = Form(base=WEIGHT)
-    by_op: dict[object, list[NamedRule]] = {}
+    by_op: dict[object, list[AlgebraRule]] = {}
     for rule in rules:
         for op in rule.ops:
             by_op.setdefault(op, []).append(rule)
@@ -122,7 +122,7 @@ def analyse(
     return found
 
 
-def _first_form(found: Analysis, node: fx.Node, rules: Iterable[NamedRule]) -> Form | None:
+def _first_form(found: Analysis, node: fx.Node, rules: Iterable[AlgebraRule]) -> Form | None:
     """What the first rule that has an answer makes of a node."""
     built = (rule.build(found, node) for rule in rules)
     return next((form for form in built if form is not None), None)

@@ -33,15 +33,15 @@ from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from lorac.ir.graph import ops
-from lorac.ir.graph.outputs import Structure
-from lorac.lines import is_elsewhere
+from lorac.ir.output_structure import OutputStructure
+from lorac.source_lines import is_user_code
 
-KEYWORD = "lorac"
+SLOTS_KEYWORD = "lorac"
 """The keyword argument that carries all slots, a dict by public name."""
 _KEPT_META = ("nn_module_stack", "stack_trace", "from_node")
 
 
-def fake_mode(program: ExportedProgram) -> FakeTensorMode:
+def find_fake_mode(program: ExportedProgram) -> FakeTensorMode:
     """The fake mode whose tensors describe the program's values."""
     values = (node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder")
     # The first tells: this is asked for every node that is added, and a program has an input for each of its weights.
@@ -50,11 +50,11 @@ def fake_mode(program: ExportedProgram) -> FakeTensorMode:
     return mode
 
 
-def new_dimension(program: ExportedProgram, name: str, hint: int, least: int = 0) -> torch.SymInt:
+def add_dimension(program: ExportedProgram, name: str, hint: int, least: int = 0) -> torch.SymInt:
     """A size of the program's own that may be anything from ``least`` on."""
     from torch._dynamo.source import LocalSource
 
-    environment = fake_mode(program).shape_env
+    environment = find_fake_mode(program).shape_env
     assert environment is not None
     source = LocalSource(name)
     symbol = environment.create_symbol(
@@ -78,16 +78,16 @@ def add_inputs(program: ExportedProgram, inputs: Mapping[str, tuple[Sequence[Any
         program: edited in place.
         inputs: public name -> (shape, dtype); sizes may be symbolic.
     """
-    graph, mode = program.graph, fake_mode(program)
+    graph, mode = program.graph, find_fake_mode(program)
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     nodes: dict[str, fx.Node] = {}
     for name, (shape, dtype) in inputs.items():
         with graph.inserting_after(last):
             # The name torch's own naming pass would give this input; decompositions look it up by that.
-            last = graph.placeholder(f"{KEYWORD}_" + re.sub(r"\W", "_", name).lower())
+            last = graph.placeholder(f"{SLOTS_KEYWORD}_" + re.sub(r"\W", "_", name).lower())
         with mode:
             last.meta["val"] = torch.empty(tuple(shape), dtype=dtype)
-        last.meta["custom"] = {KEYWORD: name}
+        last.meta["custom"] = {SLOTS_KEYWORD: name}
         program.graph_signature.input_specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(last.name), None))
         nodes[name] = last
     if nodes:
@@ -142,7 +142,7 @@ def _without(given: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]
     return {name: value for name, value in given.items() if name not in names}
 
 
-def copied(program: ExportedProgram) -> ExportedProgram:
+def copy_program(program: ExportedProgram) -> ExportedProgram:
     """The same program over the same tensors, to be edited apart from it; its nodes are called alike."""
     made, module = copy.copy(program), program.graph_module
     graph = copy.deepcopy(module.graph)
@@ -160,7 +160,7 @@ def copied(program: ExportedProgram) -> ExportedProgram:
     return made
 
 
-def keep_tensors(program: ExportedProgram) -> Structure:
+def keep_tensor_outputs(program: ExportedProgram) -> OutputStructure:
     """Leave a captured program nothing but tensors to answer; returns what its host's answer is around them."""
     signature = program._module_call_graph[0].signature
     assert signature is not None
@@ -170,7 +170,7 @@ def keep_tensors(program: ExportedProgram) -> Structure:
     own = [(spec, value) for spec, value in pairs if spec.kind is OutputKind.USER_OUTPUT]
     constants = {i: spec.arg.value for i, (spec, _) in enumerate(own) if isinstance(spec.arg, ConstantArgument)}
     numbers = tuple(i for i, (spec, _) in enumerate(own) if isinstance(spec.arg, SymIntArgument))
-    structure = Structure(signature.out_spec, constants, numbers)
+    structure = OutputStructure(signature.out_spec, constants, numbers)
     if not constants and not numbers:
         return structure
     tensors = [_as_tensor(program, value, output) for i, (_, value) in enumerate(own) if i not in constants]
@@ -184,7 +184,7 @@ def keep_tensors(program: ExportedProgram) -> Structure:
     # Of a whole program torch lists no outputs here; those that it listed it would look for in vain once decomposed.
     signature.outputs.clear()
     signature.out_spec = pytree.tree_flatten(tuple(tensors))[1]
-    conform(program)
+    update_signature(program)
     return structure
 
 
@@ -194,7 +194,7 @@ def _as_tensor(program: ExportedProgram, value: fx.Node, before: fx.Node) -> fx.
         return value
     with program.graph.inserting_before(before):
         made = program.graph.call_function(torch.ops.aten.scalar_tensor.default, (value,), {"dtype": torch.int64})
-    with fake_mode(program):
+    with find_fake_mode(program):
         made.meta["val"] = torch.empty((), dtype=torch.int64)
     return made
 
@@ -218,7 +218,7 @@ def drop_unused_state(program: ExportedProgram) -> list[str]:
     return dropped
 
 
-def qualified(program: ExportedProgram, prefix: str) -> ExportedProgram:
+def qualify_names(program: ExportedProgram, prefix: str) -> ExportedProgram:
     """The program of a component, its modules and tensors called as the whole calls them; edited in place.
 
     Args:
@@ -256,7 +256,7 @@ def inline(
     the same shapes, but for what their sizes that vary are called.
     """
     if traced is None:
-        traced = trace(program, function, operands)
+        traced = trace_function(program, function, operands)
     places = [n for n in traced.graph.nodes if n.op == "placeholder"]
     environment: dict[fx.Node, Any] = dict(zip(places, operands, strict=True))
     sizes = _renamed(places, operands)
@@ -267,7 +267,7 @@ def inline(
         for inner in computed:
             copied = program.graph.node_copy(inner, lambda n: environment[n])
             copied.meta = {"val": _resized(inner.meta.get("val"), sizes)}
-            inherit(copied, node if origin is None else origin)
+            copy_provenance(copied, node if origin is None else origin)
             environment[inner] = copied
     results: Any = traced.graph.output_node().args[0]
     return traced, list(fx.map_arg(results, lambda n: environment[n]))
@@ -302,12 +302,12 @@ def insert_like(
     with program.graph.inserting_before(before):
         node = program.graph.call_function(op, operands, named)
     given = fx.map_arg(operands, lambda operand: operand.meta["val"])
-    key = ops.described(op, given, named)
+    key = ops.make_call_key(op, given, named)
     if key not in known:
-        with fake_mode(program), torch.no_grad():
+        with find_fake_mode(program), torch.no_grad():
             known[key] = op(*given, **named)
     node.meta["val"] = known[key]
-    inherit(node, before)
+    copy_provenance(node, before)
     return node
 
 
@@ -315,55 +315,57 @@ def add_constant(program: ExportedProgram, value: torch.Tensor) -> fx.Node:
     """An input that is a tensor of the program's own, before those that it is called with."""
     specs = program.graph_signature.input_specs
     first = next(index for index, spec in enumerate(specs) if spec.kind is InputKind.USER_INPUT)
-    name = f"{KEYWORD}_constant_{len(program.constants)}"
+    name = f"{SLOTS_KEYWORD}_constant_{len(program.constants)}"
     with program.graph.inserting_before([n for n in program.graph.nodes if n.op == "placeholder"][first]):
         node = program.graph.placeholder(name)
-    node.meta["val"] = fake_mode(program).from_tensor(value, static_shapes=True)
+    node.meta["val"] = find_fake_mode(program).from_tensor(value, static_shapes=True)
     specs.insert(first, InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(node.name), name))
     program.constants[name] = value
     return node
 
 
-def trace(program: ExportedProgram, function: Callable[..., Any], operands: Sequence[fx.Node]) -> fx.GraphModule:
+def trace_function(
+    program: ExportedProgram, function: Callable[..., Any], operands: Sequence[fx.Node]
+) -> fx.GraphModule:
     """``function`` as an aten graph over values like ``operands``; its result must be a tuple."""
     values: list[Any] = []
     for value in (operand.meta["val"] for operand in operands):
         # make_fx takes two operands that one tensor describes for one operand.
         known = any(value is other for other in values)
         values.append(value.new_empty_strided(value.shape, value.stride()) if known else value)
-    with fake_mode(program), torch.no_grad():
+    with find_fake_mode(program), torch.no_grad():
         module = make_fx(function, pre_dispatch=True)(*values)
     module.graph.eliminate_dead_code()
     return module
 
 
-def inherit(node: fx.Node, origin: fx.Node) -> None:
+def copy_provenance(node: fx.Node, origin: fx.Node) -> None:
     """Give a new node the provenance of the one it stands for."""
     for key in _KEPT_META:
         if key in origin.meta:
             node.meta[key] = origin.meta[key]
-    site = origin.meta.get("custom", {}).get(KEYWORD)
+    site = origin.meta.get("custom", {}).get(SLOTS_KEYWORD)
     if site is not None:
-        node.meta["custom"] = {KEYWORD: site}
+        node.meta["custom"] = {SLOTS_KEYWORD: site}
 
 
-def node_line(node: torch.fx.Node) -> str | None:
+def find_source_line(node: torch.fx.Node) -> str | None:
     """``file:line: code`` of the innermost line of the model that made ``node``; None where torch recorded none."""
     entries = re.findall(r'File "(.+?)", line (\d+), in .*\n\s*(.*)', node.meta.get("stack_trace") or "")
-    return next((f"{f}:{line}: {code}" for f, line, code in reversed(entries) if is_elsewhere(f)), None)
+    return next((f"{f}:{line}: {code}" for f, line, code in reversed(entries) if is_user_code(f)), None)
 
 
-def checks_sites(program: ExportedProgram) -> bool:
+def has_site_checks(program: ExportedProgram) -> bool:
     """Whether a check of a captured program asks for what a site computes, which adapters change."""
     reads: set[fx.Node] = set()
     for node in program.graph.nodes:
-        own = getattr(node.target, "namespace", "") == KEYWORD
+        own = getattr(node.target, "namespace", "") == SLOTS_KEYWORD
         if own or any(operand in reads for operand in node.all_input_nodes):
             reads.add(node)
     return any("_assert_" in str(node.target) and "metadata" not in str(node.target) for node in reads)
 
 
-def conform(program: ExportedProgram) -> None:
+def update_signature(program: ExportedProgram) -> None:
     """Bring the signature's output names in line with the graph, and have torch check all; code stays as it was."""
     output = next(iter(reversed(program.graph.nodes)))
     signature = program._module_call_graph[0].signature
@@ -382,16 +384,16 @@ def _extend_call_signature(program: ExportedProgram, nodes: Mapping[str, fx.Node
     signature = program._module_call_graph[0].signature
     assert signature is not None
     args, kwargs = pytree.tree_unflatten([object()] * signature.in_spec.num_leaves, signature.in_spec)
-    carried = {**kwargs.get(KEYWORD, {}), **dict.fromkeys(nodes, object())}
-    signature.in_spec = pytree.tree_flatten((args, {**kwargs, KEYWORD: carried}))[1]
+    carried = {**kwargs.get(SLOTS_KEYWORD, {}), **dict.fromkeys(nodes, object())}
+    signature.in_spec = pytree.tree_flatten((args, {**kwargs, SLOTS_KEYWORD: carried}))[1]
     signature.inputs.extend(TensorArgument(node.name) for node in nodes.values())
-    if signature.forward_arg_names is not None and KEYWORD not in signature.forward_arg_names:
-        signature.forward_arg_names = [*signature.forward_arg_names, KEYWORD]
+    if signature.forward_arg_names is not None and SLOTS_KEYWORD not in signature.forward_arg_names:
+        signature.forward_arg_names = [*signature.forward_arg_names, SLOTS_KEYWORD]
     if program._example_inputs is not None:
         example_args, example_kwargs = program._example_inputs
         examples = {name: _example(node.meta["val"]) for name, node in nodes.items()}
-        merged = {**example_kwargs.get(KEYWORD, {}), **examples}
-        program._example_inputs = (example_args, {**example_kwargs, KEYWORD: merged})
+        merged = {**example_kwargs.get(SLOTS_KEYWORD, {}), **examples}
+        program._example_inputs = (example_args, {**example_kwargs, SLOTS_KEYWORD: merged})
 
 
 def _example(value: torch.Tensor) -> torch.Tensor:

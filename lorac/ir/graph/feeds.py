@@ -8,17 +8,17 @@ from typing import Any
 import torch
 
 from lorac.errors import ChoiceError
-from lorac.ir.graph.attending import NEW, PAST, is_memory, is_past
+from lorac.ir.graph.attention_ops import NEW_LENGTHS, PAST_LENGTHS, is_encoder_output, is_past_input
 from lorac.ir.graph.graph import Graph, SlotInput
-from lorac.ir.host.sites import factor_dtype
-from lorac.ir.slots.emits import record_emitted
+from lorac.ir.sites import factor_dtype
+from lorac.ir.slots.extra_outputs import record_extra_outputs
+from lorac.ir.slots.plans import SitePlan, SiteSlots
 from lorac.ir.slots.roles import ROLES, slot_name, strength_role
-from lorac.ir.slots.site import SitePlan, SiteSlots
 
 Tensor = torch.Tensor
 
 
-def named_tensors(
+def collect_slot_tensors(
     inputs: Mapping[str, SlotInput], plans: Mapping[str, SitePlan], slots: Mapping[str, SiteSlots]
 ) -> dict[str, Tensor]:
     """Slot input -> tensor. Idle branches get zeros of their shape."""
@@ -26,22 +26,22 @@ def named_tensors(
     by_site: dict[str, dict[str, Tensor]] = {}
     for name, slot in inputs.items():
         if slot.members:
-            tensors[name] = packed(slot, slots)
+            tensors[name] = fuse_slot_tensors(slot, slots)
             continue
         if slot.site not in by_site:
             by_site[slot.site] = slots[slot.site].named()
         filled = by_site[slot.site].get(slot.role)
-        tensors[name] = filled if filled is not None else idle(plans[slot.site], slot.role)
+        tensors[name] = filled if filled is not None else make_idle_tensor(plans[slot.site], slot.role)
     return tensors
 
 
-def fed(inputs: Mapping[str, SlotInput], plans: Mapping[str, SitePlan]) -> dict[str, SitePlan]:
+def select_reached_plans(inputs: Mapping[str, SlotInput], plans: Mapping[str, SitePlan]) -> dict[str, SitePlan]:
     """The plans of the sites that have slot inputs: those that the program reaches."""
     reached = {path for slot in inputs.values() for path in (slot.site, *slot.members)}
     return {path: plan for path, plan in plans.items() if path in reached}
 
 
-def packed(slot: SlotInput, slots: Mapping[str, SiteSlots]) -> Tensor:
+def fuse_slot_tensors(slot: SlotInput, slots: Mapping[str, SiteSlots]) -> Tensor:
     """What a slot of a pack holds of the slots of its sites, some of which may have none (``SlotRole.packed``)."""
     packing = ROLES[slot.role].packed
     assert packing is not None
@@ -49,7 +49,7 @@ def packed(slot: SlotInput, slots: Mapping[str, SiteSlots]) -> Tensor:
     return packing(parts, slot.sizes)
 
 
-def fitted(name: str, value: Any, dtype: torch.dtype | None) -> Tensor:
+def convert_input(name: str, value: Any, dtype: torch.dtype | None) -> Tensor:
     """What a call gives for an input, as the contiguous tensor that the program takes: the host's looseness, kept.
 
     Integers may be of any width, and floating-point values of any precision: they are cast, as the target computes in
@@ -80,19 +80,19 @@ def fitted(name: str, value: Any, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(dtype).contiguous()
 
 
-def idle(plan: SitePlan, role: str) -> Tensor:
+def make_idle_tensor(plan: SitePlan, role: str) -> Tensor:
     """What an idle branch slot holds: strength and parameters of zero."""
     return torch.zeros(plan.branch_shapes()[role], dtype=factor_dtype(plan.site.dtype))
 
 
-Shape = tuple[tuple[int | None, ...], torch.dtype]
+CacheInputShape = tuple[tuple[int | None, ...], torch.dtype]
 """Sizes of an input, None where they vary, and its dtype."""
 _SOME = 3
 """How long what was encoded is where any length will do."""
 
 
-def empty_cache(
-    shapes: Mapping[str, tuple[int, int, torch.dtype]], ids: Tensor, memory: Mapping[str, Shape] | None = None
+def make_empty_cache(
+    shapes: Mapping[str, tuple[int, int, torch.dtype]], ids: Tensor, memory: Mapping[str, CacheInputShape] | None = None
 ) -> dict[str, Tensor]:
     """What the inputs of a cache hold where nothing came before, for as many tokens as a call brings.
 
@@ -102,7 +102,10 @@ def empty_cache(
         memory: inputs that hold what an encoder made, of which some numbers are made up here.
     """
     batch, length = ids.shape
-    counts = {name: torch.full((batch,), count, dtype=torch.int32) for name, count in {PAST: 0, NEW: length}.items()}
+    counts = {
+        name: torch.full((batch,), count, dtype=torch.int32)
+        for name, count in {PAST_LENGTHS: 0, NEW_LENGTHS: length}.items()
+    }
     held = {n: torch.zeros(batch, heads, length, size, dtype=dtype) for n, (heads, size, dtype) in shapes.items()}
     return counts | held | {name: _made_up(batch, *shape) for name, shape in (memory or {}).items()}
 
@@ -113,22 +116,22 @@ def _made_up(rows: int, sizes: tuple[int | None, ...], dtype: torch.dtype) -> Te
     return numbers.to(dtype) if dtype.is_floating_point else torch.ones(shape, dtype=dtype)
 
 
-def memory_shapes(graph: Graph) -> dict[str, Shape]:
+def encoder_output_shapes(graph: Graph) -> dict[str, CacheInputShape]:
     """The inputs of a graph that hold what an encoder made."""
-    values = {name: graph.node(node).meta["val"] for name, node in graph.kept.items() if is_memory(name)}
+    values = {name: graph.node(node).meta["val"] for name, node in graph.kept.items() if is_encoder_output(name)}
     return {
         name: (tuple(size if isinstance(size, int) else None for size in value.shape), value.dtype)
         for name, value in values.items()
     }
 
 
-def kept_shapes(graph: Graph) -> dict[str, tuple[int, int, torch.dtype]]:
+def cache_input_shapes(graph: Graph) -> dict[str, tuple[int, int, torch.dtype]]:
     """What ``empty_cache`` asks of a graph."""
-    values = {name: graph.node(node).meta["val"] for name, node in graph.kept.items() if is_past(name)}
+    values = {name: graph.node(node).meta["val"] for name, node in graph.kept.items() if is_past_input(name)}
     return {name: (int(value.shape[1]), int(value.shape[3]), value.dtype) for name, value in values.items()}
 
 
-def grouped_aux(extra: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+def group_aux_outputs(extra: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
     """The extra outputs of the branches that are on, by name and site (``record_emitted``)."""
     aux: dict[str, dict[str, Any]] = {}
     emitted: dict[str, dict[str, list[Any]]] = {}
@@ -138,5 +141,5 @@ def grouped_aux(extra: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict
         if bool(tensors[slot_name(path, strength_role(branch))].any()):
             emitted.setdefault(path, {}).setdefault(name, []).append(value)
     for path, found in emitted.items():
-        record_emitted(aux, path, found)
+        record_extra_outputs(aux, path, found)
     return aux

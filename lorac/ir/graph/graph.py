@@ -16,12 +16,12 @@ from typing import Any
 import torch.fx
 from torch.export import ExportedProgram
 
-from lorac.ir.graph.outputs import Structure
-from lorac.ir.graph.sizes import Sizes
-from lorac.ir.host.inputs.derived import Positions
-from lorac.ir.host.inputs.rows import Rows
-from lorac.ir.host.sites import Site
-from lorac.ir.slots.site import SitePlan
+from lorac.frontend.multimodal_positions import MultimodalPositions
+from lorac.ir.output_structure import OutputStructure
+from lorac.ir.row_layout import RowLayout
+from lorac.ir.sites import Site
+from lorac.ir.sizes import SizeConstraints
+from lorac.ir.slots.plans import SitePlan
 
 
 class Level(enum.IntEnum):
@@ -59,7 +59,7 @@ class SlotInput:
 
 
 @dataclass(frozen=True)
-class PackedSites:
+class FusedProjection:
     """Sites that read the same input, computed as one whose matrix is theirs, one below the other.
 
     Attributes:
@@ -105,16 +105,16 @@ class Graph:
     plans: Mapping[str, SitePlan]
     level: Level = Level.HOST
     slots: dict[str, SlotInput] = field(default_factory=dict)
-    packs: dict[str, PackedSites] = field(default_factory=dict)
+    packs: dict[str, FusedProjection] = field(default_factory=dict)
     extra_outputs: list[str] = field(default_factory=list)
     axes: dict[str, str] = field(default_factory=dict)
-    sizes: Sizes = field(default_factory=Sizes)
-    structure: Structure | None = None
+    sizes: SizeConstraints = field(default_factory=SizeConstraints)
+    structure: OutputStructure | None = None
     kept: dict[str, str] = field(default_factory=dict)
     longest: int | None = None
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    positions: Positions | None = None
-    rows: Rows | None = None
+    positions: MultimodalPositions | None = None
+    rows: RowLayout | None = None
     notes: list[str] = field(default_factory=list)
     checks: dict[str, str] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
@@ -143,7 +143,7 @@ class Graph:
 
         What is written into a tensor, or into a view of one, counts wherever that tensor does.
         """
-        writes = [node for node in self.fx.nodes if written_by(node)]
+        writes = [node for node in self.fx.nodes if find_written_operands(node)]
         live = self._reaching(besides)
         while found := {node for node in writes if node not in live and not live.isdisjoint(_whole(node))}:
             live = self._reaching({*live, *found})
@@ -164,7 +164,7 @@ class Graph:
         return next(n for n in self.fx.nodes if n.name == name)
 
 
-def written_by(node: torch.fx.Node) -> list[torch.fx.Node]:
+def find_written_operands(node: torch.fx.Node) -> list[torch.fx.Node]:
     """The operands that an op writes to, as its schema says."""
     return _aliased(node, writes=True)
 
@@ -187,7 +187,7 @@ def _aliased_places(target: object, writes: bool) -> tuple[int, ...]:
 def _whole(write: torch.fx.Node) -> set[torch.fx.Node]:
     """What a write changes: its operands, and the tensors that those are views of."""
     changed: set[torch.fx.Node] = set()
-    pending = written_by(write)
+    pending = find_written_operands(write)
     while pending:
         node = pending.pop()
         changed.add(node)

@@ -101,18 +101,20 @@ MATMUL = matmul._opoverload
 
 
 @torch.library.custom_op("lorac::noted", mutates_args=())
-def noted(values: list[Tensor]) -> Tensor:
+def marker(values: list[Tensor]) -> Tensor:
     """While a model is traced: stands for what these values were at this place in the program."""
     raise AssertionError("notes are gone before anything runs")  # pragma: no cover
 
 
-@noted.register_fake
+@marker.register_fake
 def _(values: list[Tensor]) -> Tensor:
     return torch.empty(())
 
 
 @torch.library.custom_op("lorac::again", mutates_args=())
-def again(given: list[Tensor], answered: list[Tensor], notes: list[Tensor], path: str, first: str) -> list[Tensor]:
+def repeated_layer(
+    given: list[Tensor], answered: list[Tensor], notes: list[Tensor], path: str, first: str
+) -> list[Tensor]:
     """While a model is traced: what the layer at ``path`` answers, which computes what the one at ``first`` did.
 
     Args:
@@ -124,16 +126,16 @@ def again(given: list[Tensor], answered: list[Tensor], notes: list[Tensor], path
     raise AssertionError("the nodes of the first are put in its place before anything runs")  # pragma: no cover
 
 
-@again.register_fake
+@repeated_layer.register_fake
 def _(given: list[Tensor], answered: list[Tensor], notes: list[Tensor], path: str, first: str) -> list[Tensor]:
     return [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in answered]
 
 
-NOTED, AGAIN = noted._opoverload, again._opoverload
-CUT = aten.split_with_sizes.default
+MARKER, REPEATED_LAYER = marker._opoverload, repeated_layer._opoverload
+SPLIT = aten.split_with_sizes.default
 """What cuts the output of a pack into those of its sites."""
-OPS = frozenset(op._opoverload for op in (linear, embedding, conv, block))
-FUNCTIONS: Mapping[Any, Callable[..., Tensor]] = {
+SITE_OPS = frozenset(op._opoverload for op in (linear, embedding, conv, block))
+OP_FUNCTIONS: Mapping[Any, Callable[..., Tensor]] = {
     op._opoverload: op._init_fn for op in (linear, embedding, conv, block, matmul)
 }
 """Ops that run -> what they compute, to be called without torch's dispatcher."""
@@ -142,12 +144,13 @@ FUNCTIONS: Mapping[Any, Callable[..., Tensor]] = {
 def adapted(op: Any, host_args: tuple[Any, ...], slots: dict[str, Tensor], site: str) -> Tensor:
     """A call of a touched site, at level adapted: the host's op and operands, and the tensors in the site's slots.
 
-    Its meaning is ``lorac.ir.slots.run.run_site``; the ``expand`` pass puts that in its place: this is never executed.
+    Its meaning is ``lorac.ir.slots.execution.run_site``; the ``expand`` pass puts that in its place: this is never
+    executed.
     """
     raise AssertionError("an adapted op is expanded before anything runs")  # pragma: no cover
 
 
-CALLS = OPS | {adapted}
+SITE_CALLS = SITE_OPS | {adapted}
 """The ops that are a call of a site, adapted or not; the last argument of each is the site's path."""
 
 
@@ -173,7 +176,7 @@ _LOWERINGS: dict[Any, Callable[[tuple[Any, ...]], tuple[Any, tuple[Any, ...]]]] 
 }
 
 
-def lower(module: fx.GraphModule) -> bool:
+def lower_sites(module: fx.GraphModule) -> bool:
     """Turn every site's op into the aten op it stands for, in place; say whether anything changed.
 
     Nodes keep their identity, name and meta, so an ExportedProgram's signature stays valid. The module's code does not
@@ -189,7 +192,7 @@ def lower(module: fx.GraphModule) -> bool:
     return changed
 
 
-def described(op: Any, given: Sequence[Any], named: Mapping[str, Any]) -> tuple[Any, ...]:
+def make_call_key(op: Any, given: Sequence[Any], named: Mapping[str, Any]) -> tuple[Any, ...]:
     """Equal for calls whose values are described alike: tensors by dtype, device, sizes and strides.
 
     Args:

@@ -23,7 +23,7 @@ class Skip:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class PassResult:
     """What a pass did to a graph.
 
     Attributes:
@@ -53,5 +53,5 @@ class Pass(ABC):
     leaves: ClassVar[Level]
 
     @abstractmethod
-    def apply(self, graph: Graph) -> Outcome:
+    def apply(self, graph: Graph) -> PassResult:
         """Edit a graph of level ``reads`` in place; ``level`` itself is the runner's to set."""

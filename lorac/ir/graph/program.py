@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lorac.ir.graph.graph import Graph, SlotInput
-from lorac.ir.graph.signature import CallSignature
+from lorac.ir.interface import Interface
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -19,7 +19,7 @@ class Program:
     """
 
     graphs: Mapping[str, Graph]
-    signatures: Mapping[str, CallSignature]
+    signatures: Mapping[str, Interface]
 
     @property
     def slots(self) -> dict[str, SlotInput]:

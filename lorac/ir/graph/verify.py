@@ -6,13 +6,13 @@ from torch import fx
 
 from lorac.errors import CompileError
 from lorac.ir.graph import ops
-from lorac.ir.graph.graph import Graph, Level, written_by
+from lorac.ir.graph.graph import Graph, Level, find_written_operands
 
 _FORBIDDEN: dict[Level, tuple[object, ...]] = {
     Level.HOST: (ops.adapted,),
     Level.ADAPTED: (),
-    Level.EXPANDED: (ops.adapted, *ops.OPS),
-    Level.TARGET: (ops.adapted, *(ops.OPS - {ops.LINEAR})),
+    Level.EXPANDED: (ops.adapted, *ops.SITE_OPS),
+    Level.TARGET: (ops.adapted, *(ops.SITE_OPS - {ops.LINEAR})),
 }
 
 
@@ -63,7 +63,7 @@ def _no_writes(graph: Graph, after: str) -> None:
     """Base weights are read-only: no op may write to a parameter."""
     parameters = set(graph.exported.graph_signature.inputs_to_parameters)
     for node in graph.fx.nodes:
-        written = next((value for value in written_by(node) if value.name in parameters), None)
+        written = next((value for value in find_written_operands(node) if value.name in parameters), None)
         if written is not None:
             raise _failed(after, node, f"writes to the base weight {written.name}")
 

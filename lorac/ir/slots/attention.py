@@ -13,7 +13,7 @@ from lorac.errors import Unavailable
 Tensor = torch.Tensor
 
 
-class Attention(ABC):
+class BranchAttention(ABC):
     """What the branches of a call attend by (``lorac.variants.base.Context``)."""
 
     @abstractmethod
@@ -36,7 +36,7 @@ class Attention(ABC):
 
 
 @final
-class WholeText(Attention):
+class FullAttention(BranchAttention):
     """Attention where a call has all of its texts."""
 
     def positions(self, x: Tensor) -> Tensor:
@@ -47,10 +47,10 @@ class WholeText(Attention):
         self, place: str, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None, scale: float
     ) -> Tensor:
         """As ``Attention`` says."""
-        return attended(q, k, v, causal=causal, mask=mask, scale=scale)
+        return compute_attention(q, k, v, causal=causal, mask=mask, scale=scale)
 
 
-def attended(
+def compute_attention(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None, scale: float, first: int = 0
 ) -> Tensor:
     """Attention of queries to keys, the first of which may come before the first query: (…, length, heads, size).
@@ -62,11 +62,11 @@ def attended(
     shared = q.shape[-3] // k.shape[-3]
     k, v = (part.repeat_interleave(shared, -3) if shared > 1 else part for part in (k, v))
     plain = causal and mask is None and not first
-    seen = None if plain or (mask is None and not causal) else _seen(q, k, causal, mask, first)
+    seen = None if plain or (mask is None and not causal) else _attention_mask(q, k, causal, mask, first)
     return F.scaled_dot_product_attention(q, k, v, seen, is_causal=plain, scale=scale).transpose(-3, -2)
 
 
-def _seen(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, first: int) -> Tensor:
+def _attention_mask(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, first: int) -> Tensor:
     """Which keys each query attends to (…, 1, queries, keys); itself always, so that no row is empty."""
     queries, keys = (torch.arange(part.shape[-2], device=q.device) for part in (q, k))
     apart = (queries + first)[:, None] - keys
@@ -74,7 +74,7 @@ def _seen(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, first: int) -
     return seen if mask is None else ((mask[..., None, None, :] != 0) & seen) | (apart == 0)
 
 
-def refuse_unless_causal(place: str, causal: bool) -> None:
+def require_causal(place: str, causal: bool) -> None:
     """Raise ``Unavailable`` where a token of a text that grows was to attend to those that come after it."""
     if not causal:
         raise Unavailable(

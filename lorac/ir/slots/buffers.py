@@ -13,33 +13,33 @@ from typing import Any
 
 import torch
 
-from lorac.ir.algebra import letters
+from lorac.ir.algebra import operands as letters
 from lorac.ir.algebra.changes import (
     Change,
     Dense,
     LowRank,
     Sparse,
     SparseSum,
+    add_product,
     device_of,
-    merge,
     merge_bias,
+    merge_weight,
     moved,
-    plus_product,
 )
-from lorac.ir.host.sites import BaseReader, Site, SiteKind
+from lorac.ir.sites import BaseReader, Site, SiteKind
 from lorac.ir.slots.layouts import layout_of
+from lorac.ir.slots.plans import SitePlan
 from lorac.ir.slots.roles import slot_name
-from lorac.ir.slots.site import SitePlan
 
 Tensor = torch.Tensor
 
 
-_NOTHING = Dense(torch.empty(0))
+_UNDEFINED = Dense(torch.empty(0))
 """What a buffer holds while it is written."""
 
 
 @dataclass(eq=False)
-class _Patch:
+class _SparsePatch:
     """A sparse change as positions in the buffer's memory: what to write, and what the base holds there."""
 
     positions: Tensor
@@ -72,7 +72,7 @@ class FusedBuffer:
         self.holds: Change | None = None
         # The matrix of a grouped kernel is block-diagonal: no view of the buffer.
         self._grouped = site.conv is not None and site.conv.groups > 1
-        self._patches: weakref.WeakKeyDictionary[Change, _Patch] = weakref.WeakKeyDictionary()
+        self._patches: weakref.WeakKeyDictionary[Change, _SparsePatch] = weakref.WeakKeyDictionary()
         self._moved: weakref.WeakKeyDictionary[Change, Change] = weakref.WeakKeyDictionary()
 
     @torch.no_grad()
@@ -82,14 +82,14 @@ class FusedBuffer:
         if change is self.holds:
             return 0
         # Until it is done the content is nobody's: a write that fails half-way must not pass for what was there.
-        held, self.holds = self.holds, _NOTHING
+        held, self.holds = self.holds, _UNDEFINED
         written = self._write(change, held)
         self.holds = change
         return written
 
     def forget(self) -> None:
         """Somebody else wrote into the memory: what it holds is not known, and the next write writes all of it."""
-        self.holds = _NOTHING
+        self.holds = _UNDEFINED
 
     def _here(self, change: Change) -> Change:
         """A change in the memory that the buffer is in: it is brought there once."""
@@ -101,7 +101,7 @@ class FusedBuffer:
 
     def _write(self, change: Change | None, held: Change | None) -> int:
         if self._grouped:
-            self.buffer.copy_(self.site.store(self.base() if change is None else merge(change, self.base())))
+            self.buffer.copy_(self.site.store(self.base() if change is None else merge_weight(change, self.base())))
             written = self.buffer.nbytes
         elif isinstance(change, Sparse | SparseSum) and isinstance(held, Sparse | SparseSum | None):
             written = self._write_sparse(change, held)
@@ -121,11 +121,11 @@ class FusedBuffer:
         if change is None:
             target.copy_(base)
         elif isinstance(change, LowRank) and not change.parts and change.a.dtype == base.dtype:
-            plus_product(base, change.b.mT, change.a.mT, out=target)
+            add_product(base, change.b.mT, change.a.mT, out=target)
         elif isinstance(change, Dense):
             target.copy_(change.weight)
         else:
-            target.copy_(merge(change, base))
+            target.copy_(merge_weight(change, base))
         return self.buffer.nbytes
 
     def _write_sparse(self, change: Sparse | SparseSum, held: Change | None) -> int:
@@ -144,13 +144,13 @@ class FusedBuffer:
     def _flat(self) -> Tensor:
         return self.buffer.view(-1)
 
-    def _patch(self, change: Sparse | SparseSum) -> _Patch:
+    def _patch(self, change: Sparse | SparseSum) -> _SparsePatch:
         known = self._patches.get(change)
         if known is None:
             known = self._patches[change] = self._make_patch(change)
         return known
 
-    def _make_patch(self, change: Sparse | SparseSum) -> _Patch:
+    def _make_patch(self, change: Sparse | SparseSum) -> _SparsePatch:
         terms = ((1.0, change),) if isinstance(change, Sparse) else change.terms
         base = self.base()
         strides = self.matrix_of(self.buffer).stride()
@@ -168,10 +168,10 @@ class FusedBuffer:
             start += term.rows.numel()
         # In the order of memory: scattering back and forth costs more.
         positions, order = torch.sort(rows * strides[0] + cols * strides[1])
-        return _Patch(positions, written[order], original[order])
+        return _SparsePatch(positions, written[order], original[order])
 
 
-def base_at(base: BaseReader, place: torch.device) -> BaseReader:
+def base_on_device(base: BaseReader, place: torch.device) -> BaseReader:
     """A reader of base weights that brings them to a device, where buffers for them then lie."""
 
     def bias(site: Site) -> torch.Tensor | None:
@@ -181,14 +181,16 @@ def base_at(base: BaseReader, place: torch.device) -> BaseReader:
     return BaseReader(lambda site: base.weight(site).to(place), bias)
 
 
-def fused_buffers(plans: Mapping[str, SitePlan], base: BaseReader) -> tuple[dict[str, FusedBuffer], dict[str, Tensor]]:
+def make_fused_buffers(
+    plans: Mapping[str, SitePlan], base: BaseReader
+) -> tuple[dict[str, FusedBuffer], dict[str, Tensor]]:
     """A buffer per bound weight, in slot layout and holding the base, and the memory by slot name."""
     buffers, memory = {}, {}
     for path, plan in plans.items():
         if not plan.bound:
             continue
         site = plan.site
-        unchanged = _held(base.weight(site))
+        unchanged = _constant_reader(base.weight(site))
         weight = layout_of(site).slot_weight(unchanged()).clone(memory_format=torch.contiguous_format)
         memory[slot_name(path, letters.WEIGHT)] = weight
         bias = None
@@ -196,17 +198,17 @@ def fused_buffers(plans: Mapping[str, SitePlan], base: BaseReader) -> tuple[dict
             original = base.bias(site)
             bias = weight.new_zeros(site.out_features) if original is None else original.clone()
             memory[slot_name(path, letters.BIAS)] = bias
-        matrix_of = _matrix_view(plan)
+        matrix_of = _matrix_view_of(plan)
         buffers[path] = FusedBuffer(site, weight, matrix_of, unchanged, bias, base.bias(site))
     return buffers, memory
 
 
-def _held(tensor: Tensor) -> Callable[[], Tensor]:
+def _constant_reader(tensor: Tensor) -> Callable[[], Tensor]:
     """A reader of one tensor; to map a file anew at every swap costs as much as the write itself."""
     return lambda: tensor
 
 
-def _matrix_view(plan: SitePlan) -> Any:
+def _matrix_view_of(plan: SitePlan) -> Any:
     site = plan.site
     if site.kind in {SiteKind.LINEAR, SiteKind.EMBEDDING}:
         return lambda buffer: buffer.t()

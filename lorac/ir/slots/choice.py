@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lorac.argument_types import check_fields
 from lorac.errors import AdapterNotFound, ChoiceError, nearest_name
-from lorac.kinds import check_fields
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,16 @@ class Active:
 Choice = tuple[tuple[str, Active], ...]
 """Active adapters sorted by name; () is the base. Mixtures are summed in this order, whoever wrote them how."""
 
-Spec = str | Mapping[str, "float | Active"] | None
+ChoiceSpec = str | Mapping[str, "float | Active"] | None
 
 
-_STRENGTH = "a strength is a number: 0 is off, 1 is as trained"
+_STRENGTH_HINT = "a strength is a number: 0 is off, 1 is as trained"
 
 UNSET: Any = object()
 """No choice was given: use the active one."""
 
 
-def parse_choice(spec: Spec, known: Collection[str]) -> Choice:
+def parse_choice(spec: ChoiceSpec, known: Collection[str]) -> Choice:
     """The canonical choice for what a user wrote.
 
     Args:
@@ -59,21 +59,21 @@ def parse_choice(spec: Spec, known: Collection[str]) -> Choice:
             f"{spec!r} is no choice of adapters",
             next_step="give a name, {name: strength}, or None",
         )
-    active = {name: _active(name, value, known) for name, value in spec.items()}
+    active = {name: _parse_active(name, value, known) for name, value in spec.items()}
     return tuple((name, active[name]) for name in sorted(active) if active[name].strength != 0)
 
 
-def spell(choice: Choice) -> dict[str, float]:
+def choice_strengths(choice: Choice) -> dict[str, float]:
     """A choice as users write it: name -> strength."""
     return {name: how.strength for name, how in choice}
 
 
-def describe(choice: Choice) -> str:
+def describe_choice(choice: Choice) -> str:
     """A choice in one line."""
     return ", ".join(f"{name}*{how.strength:g}" for name, how in choice) or "none"
 
 
-def require_known(name: str, known: Iterable[str]) -> None:
+def require_adapter(name: str, known: Iterable[str]) -> None:
     """Raise ``AdapterNotFound`` unless ``name`` is registered."""
     known = list(known)
     if name not in known:
@@ -84,16 +84,16 @@ def require_known(name: str, known: Iterable[str]) -> None:
         )
 
 
-def _active(name: str, value: object, known: Collection[str]) -> Active:
-    require_known(name, known)
+def _parse_active(name: str, value: object, known: Collection[str]) -> Active:
+    require_adapter(name, known)
     if isinstance(value, Active):
         how = value
     elif isinstance(value, int | float) and not isinstance(value, bool):
         how = Active(float(value))
     else:
-        raise ChoiceError(f"the strength of '{name}' is {value!r}, which is no number", next_step=_STRENGTH)
+        raise ChoiceError(f"the strength of '{name}' is {value!r}, which is no number", next_step=_STRENGTH_HINT)
     if not math.isfinite(how.strength):
-        raise ChoiceError(f"the strength of '{name}' is {how.strength}, which is not finite", next_step=_STRENGTH)
+        raise ChoiceError(f"the strength of '{name}' is {how.strength}, which is not finite", next_step=_STRENGTH_HINT)
     if how.rank is not None and how.rank < 1:
         raise ChoiceError(f"'{name}' cannot be cut to rank {how.rank}", next_step="ranks start at 1")
     return how

@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 import torch
 
 from lorac.errors import NeedsRecompile
-from lorac.ir.algebra import letters
-from lorac.ir.algebra.changes import Change, Dense, LowRank, Sparse, SparseSum, merge, merge_bias
-from lorac.ir.algebra.letters import KEPT_APART
-from lorac.ir.host.sites import Site, factor_dtype
+from lorac.ir.algebra import operands as letters
+from lorac.ir.algebra.changes import Change, Dense, LowRank, Sparse, SparseSum, merge_bias, merge_weight
+from lorac.ir.algebra.operands import FOLDABLE
+from lorac.ir.sites import Site, factor_dtype
 from lorac.ir.slots.layouts import layout_of
-from lorac.ir.slots.role import Place
-from lorac.ir.slots.roles import ROLES, parts_of
-from lorac.ir.slots.site import BranchFill, BranchTerm, SitePlan, SiteSlots
+from lorac.ir.slots.plans import BranchFill, BranchTerm, SitePlan, SiteSlots
+from lorac.ir.slots.role import SlotSpec
+from lorac.ir.slots.roles import ROLES, tensors_by_role
 
 Tensor = torch.Tensor
 
@@ -37,59 +37,59 @@ def fill_site(
     parts: dict[str, Tensor] = {}
     layout, rank = layout_of(plan.site), 0
     if letters.WEIGHT in into and change is not None:
-        misfit = does_not_fit(plan, change)
+        misfit = find_misfit(plan, change)
         if misfit:
             raise NeedsRecompile(
                 f"'{plan.site.path}' {misfit}", next_step="compile again with the adapter in adapters="
             )
-        parts[letters.WEIGHT] = merge(change, base())
+        parts[letters.WEIGHT] = merge_weight(change, base())
     elif isinstance(change, LowRank):
-        parts, rank = parts_of(_held(plan, change)), change.rank
+        parts, rank = tensors_by_role(_fold_to_fit(plan, change)), change.rank
     if change is not None and (new_bias := merge_bias(change, bias)) is not None:
         parts[letters.BIAS] = new_bias
     tensors = {}
     for role, room in plan.roles():
         size = max(rank, plan.least_rank) if role.ranked else room
-        place = Place(layout=layout, size=size, weight=base, bias=bias)
+        place = SlotSpec(layout=layout, size=size, weight=base, bias=bias)
         tensors[role.name] = role.filled(place, parts.get(role.name))
     return SiteSlots(tensors)
 
 
-def goes_into(plan: SitePlan, change: Change | None) -> tuple[str, ...]:
+def filled_roles(plan: SitePlan, change: Change | None) -> tuple[str, ...]:
     """The roles whose slots a change fills, in the table's order; the others hold what is neutral."""
     if change is None:
         return ()
-    low = beside(plan, change)
-    filled = {letters.WEIGHT} if low is None else set(parts_of(_held(plan, low)))
+    low = low_rank_that_fits(plan, change)
+    filled = {letters.WEIGHT} if low is None else set(tensors_by_role(_fold_to_fit(plan, low)))
     filled |= set() if change.e is None else {letters.BIAS}
     return tuple(name for name in ROLES if name in filled)
 
 
-def why_whole(change: Change) -> str:
+def why_merged_weight(change: Change) -> str:
     """Why a change that is not low-rank needs a merged weight."""
     return f"is {'dense' if isinstance(change, Dense) else 'sparse'}, which only a merged weight holds"
 
 
-def _held(plan: SitePlan, change: LowRank) -> LowRank:
+def _fold_to_fit(plan: SitePlan, change: LowRank) -> LowRank:
     """A change as a plan holds it: what there is no room for apart is folded into the pair."""
-    return change if plan.room.keys() >= KEPT_APART else change.folded()
+    return change if plan.room.keys() >= FOLDABLE else change.folded()
 
 
-def does_not_fit(plan: SitePlan, change: Change | None) -> str | None:
+def find_misfit(plan: SitePlan, change: Change | None) -> str | None:
     """Why a change cannot be held by the plan's slots, or None."""
     if change is None:
         return None
     if plan.bound:
-        return None if beside(plan, change) is not None else _does_not_bind(plan, change)
+        return None if low_rank_that_fits(plan, change) is not None else _find_weight_misfit(plan, change)
     if isinstance(change, Dense | Sparse | SparseSum):
         return "has no slot for a whole weight"
-    return lacks(plan, change)
+    return find_missing_room(plan, change)
 
 
-def lacks(plan: SitePlan, change: LowRank) -> str | None:
+def find_missing_room(plan: SitePlan, change: LowRank) -> str | None:
     """What a site lacks to hold a change beside the weight, or None; what can be folded into the pair needs no room."""
-    parts = parts_of(change)
-    wanted = [(ROLES[name], ROLES[name].room(part)) for name, part in parts.items() if name not in KEPT_APART]
+    parts = tensors_by_role(change)
+    wanted = [(ROLES[name], ROLES[name].room(part)) for name, part in parts.items() if name not in FOLDABLE]
     for role, size in [*wanted, *([(ROLES[letters.BIAS], 1)] if change.e is not None else [])]:
         room = plan.room.get(role.name, 0)
         if not room and not role.ranked:
@@ -99,15 +99,15 @@ def lacks(plan: SitePlan, change: LowRank) -> str | None:
     return None
 
 
-def _does_not_bind(plan: SitePlan, change: Change) -> str | None:
+def _find_weight_misfit(plan: SitePlan, change: Change) -> str | None:
     if leaves_blocks(plan.site, change):
         return "is a grouped convolution, whose kernel cannot hold a weight that leaves the blocks"
     return "has no slot for a bias" if change.e is not None and letters.BIAS not in plan.room else None
 
 
-def beside(plan: SitePlan, change: Change | None) -> LowRank | None:
+def low_rank_that_fits(plan: SitePlan, change: Change | None) -> LowRank | None:
     """The change, where it fits the slots beside the weight."""
-    return change if isinstance(change, LowRank) and not lacks(plan, change) else None
+    return change if isinstance(change, LowRank) and not find_missing_room(plan, change) else None
 
 
 def fill_branches(plan: SitePlan, terms: Sequence[tuple[float, BranchTerm]]) -> tuple[BranchFill | None, ...]:
@@ -121,27 +121,27 @@ def fill_branches(plan: SitePlan, terms: Sequence[tuple[float, BranchTerm]]) -> 
         free = [i for i, slot in enumerate(plan.branches) if slot.key == term.slot.key and fills[i] is None]
         if not free:
             raise NeedsRecompile(
-                f"'{plan.site.path}' has no free slot for {_branch(term)}",
+                f"'{plan.site.path}' has no free slot for {_describe_branch(term)}",
                 next_step="compile again with all that are active together in adapters=",
             )
-        fills[free[0]] = BranchFill(strength_of(term, plan.site, strength), term.params)
+        fills[free[0]] = BranchFill(strength_tensor(term, plan.site, strength), term.params)
     return tuple(fills)
 
 
-def strength_of(term: BranchTerm, site: Site, strength: float) -> Tensor:
+def strength_tensor(term: BranchTerm, site: Site, strength: float) -> Tensor:
     """A branch's strength (1,) as its slot takes it: in the factors' dtype, where its parameters are."""
     device = next((tensor.device for tensor in term.params), None)
     return torch.full((1,), strength, dtype=factor_dtype(site.dtype), device=device)
 
 
-def branch_misfit(plan: SitePlan | None, term: BranchTerm) -> str | None:
+def find_branch_misfit(plan: SitePlan | None, term: BranchTerm) -> str | None:
     """Why a branch finds no slot in a plan, or None."""
     if plan is not None and any(slot.key == term.slot.key for slot in plan.branches):
         return None
-    return f"has no slot for {_branch(term)}"
+    return f"has no slot for {_describe_branch(term)}"
 
 
-def _branch(term: BranchTerm) -> str:
+def _describe_branch(term: BranchTerm) -> str:
     """A branch by its tensors: whether it fits a slot also goes by its method's hyper-parameters."""
     return f"a branch with {', '.join(f'{name} {list(shape)}' for name, shape in term.slot.params.items())}"
 
@@ -150,4 +150,4 @@ def leaves_blocks(site: Site, change: Change) -> bool:
     """Whether a merged weight has entries that a grouped convolution's kernel cannot hold: it may run live only."""
     if site.conv is None or site.conv.groups == 1:
         return False
-    return site.leaves_blocks(merge(change, torch.zeros(site.out_features, site.in_features)))
+    return site.leaves_blocks(merge_weight(change, torch.zeros(site.out_features, site.in_features)))

@@ -25,11 +25,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from lorac.ir.algebra.changes import times_blocks
-from lorac.ir.host.sites import Site, SiteKind
+from lorac.ir.algebra.changes import multiply_blocks
+from lorac.ir.sites import Site, SiteKind
 
 Tensor = torch.Tensor
-_CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class SiteLayout(ABC):
@@ -77,7 +77,7 @@ class SiteLayout(ABC):
 
     def through(self, x: Tensor, blocks: Tensor) -> Tensor:
         """The site's input (…, in) times a block-diagonal matrix of blocks (n, k, k); where ``per_input`` is."""
-        return times_blocks(x, blocks)
+        return multiply_blocks(x, blocks)
 
     def shape_a(self, rank: int | torch.SymInt) -> tuple[int | torch.SymInt, ...]:
         """The shape of A in slot layout."""
@@ -145,7 +145,7 @@ class ConvLayout(SiteLayout):
         assert site.conv is not None
         self.conv = site.conv
         self.rank = len(site.conv.kernel)
-        self.apply = _CONV[self.rank]
+        self.apply = _CONVOLUTIONS[self.rank]
         self.ones = (1,) * self.rank
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:

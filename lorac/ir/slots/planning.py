@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+from lorac.argument_types import check_fields
 from lorac.errors import CompileError, SiteError, not_one_of
-from lorac.ir.algebra import letters
+from lorac.ir.algebra import operands as letters
 from lorac.ir.algebra.changes import Change, LowRank
-from lorac.ir.algebra.letters import KEPT_APART
-from lorac.ir.host.patterns import nothing_matches, refuse_unmatched, select
-from lorac.ir.host.sites import WITHOUT_WEIGHT, Site
-from lorac.ir.slots.filling import leaves_blocks, why_whole
+from lorac.ir.algebra.operands import FOLDABLE
+from lorac.ir.patterns import check_targets_match, no_match_error, select_sites
+from lorac.ir.sites import KINDS_WITHOUT_WEIGHT, Site
+from lorac.ir.slots.filling import leaves_blocks, why_merged_weight
 from lorac.ir.slots.layouts import layout_of
+from lorac.ir.slots.plans import BranchSlot, BranchTerm, PreparedAdapter, RankPolicy, Reason, SitePlan
 from lorac.ir.slots.role import Stage
-from lorac.ir.slots.roles import ROLES, parts_of, runs_beside
-from lorac.ir.slots.site import BranchSlot, BranchTerm, Prepared, Ranks, Reason, SitePlan
-from lorac.kinds import check_fields
+from lorac.ir.slots.roles import ROLES, keeps_base_weight, tensors_by_role
 
 MODES = ("auto", "live", "fused", "baked")
 
@@ -50,7 +50,7 @@ class Reserve:
 
 
 @dataclass
-class _Needs:
+class _SiteNeeds:
     """What the terms met at one site ask for.
 
     Attributes:
@@ -70,10 +70,10 @@ class _Needs:
 
 def plan_sites(
     sites: Mapping[str, Site],
-    prepared: Mapping[str, Prepared],
+    prepared: Mapping[str, PreparedAdapter],
     mode: str,
     reserve: Reserve | None = None,
-    ranks: Callable[[Site], Ranks] = lambda _: Ranks.FROM_ZERO,
+    ranks: Callable[[Site], RankPolicy] = lambda _: RankPolicy.FROM_ZERO,
 ) -> dict[str, SitePlan]:
     """One plan per touched or reserved site, in the order of ``sites``.
 
@@ -92,25 +92,27 @@ def plan_sites(
     """
     if mode not in MODES:
         raise not_one_of("there is no mode", mode, MODES)
-    needs: dict[str, _Needs] = {}
+    needs: dict[str, _SiteNeeds] = {}
     terms = [(name, path, prepared[name]) for name in sorted(prepared) for path in prepared[name].in_order()]
     for name, path, adapter in terms:
-        need = needs.setdefault(path, _Needs())
+        need = needs.setdefault(path, _SiteNeeds())
         if path in adapter.changes:
-            _need_change(need, name, sites[path], adapter.changes[path], mode)
+            _add_change(need, name, sites[path], adapter.changes[path], mode)
         if path in adapter.branches:
-            _need_branch(need, name, path, adapter.branches[path], mode)
+            _add_branch(need, name, path, adapter.branches[path], mode)
     if reserve is not None:
-        _reserve(needs, sites, reserve, mode)
-    planned = {path: _plan(site, needs[path], mode) for path, site in sites.items() if path in needs}
+        _add_reserve(needs, sites, reserve, mode)
+    planned = {path: _plan_site(site, needs[path], mode) for path, site in sites.items() if path in needs}
     for plan in planned.values():
         if plan.bound and plan.site.packed:
             merging = mode in {"fused", "baked"}
-            raise not_mergeable(plan.site, "" if merging or not plan.reasons else f", and {plan.reasons[0]}", merging)
+            raise quantized_merge_error(
+                plan.site, "" if merging or not plan.reasons else f", and {plan.reasons[0]}", merging
+            )
     return {path: replace(plan, ranks=ranks(plan.site)) for path, plan in planned.items()}
 
 
-def not_mergeable(site: Site, why: str, merging: bool = False) -> CompileError:
+def quantized_merge_error(site: Site, why: str, merging: bool = False) -> CompileError:
     """The error for another weight that is to take the place of a quantised one.
 
     Args:
@@ -127,12 +129,12 @@ def not_mergeable(site: Site, why: str, merging: bool = False) -> CompileError:
     )
 
 
-def needs_weight(site: Site, change: Change) -> bool:
+def needs_merged_weight(site: Site, change: Change) -> bool:
     """Whether a change takes a merged weight even in live mode."""
-    return not (isinstance(change, LowRank) and runs_beside(layout_of(site), change))
+    return not (isinstance(change, LowRank) and keeps_base_weight(layout_of(site), change))
 
 
-def _need_branch(need: _Needs, name: str, path: str, term: BranchTerm, mode: str) -> None:
+def _add_branch(need: _SiteNeeds, name: str, path: str, term: BranchTerm, mode: str) -> None:
     if mode in {"fused", "baked"}:
         raise CompileError(
             f"adapter '{name}' at '{path}' is a branch with no weight form, so it cannot be {mode}",
@@ -142,8 +144,8 @@ def _need_branch(need: _Needs, name: str, path: str, term: BranchTerm, mode: str
     need.branches.append(term.slot)
 
 
-def _need_change(need: _Needs, name: str, site: Site, change: Change, mode: str) -> None:
-    bound = mode in {"fused", "baked"} or needs_weight(site, change)
+def _add_change(need: _SiteNeeds, name: str, site: Site, change: Change, mode: str) -> None:
+    bound = mode in {"fused", "baked"} or needs_merged_weight(site, change)
     if bound and leaves_blocks(site, change):
         raise CompileError(
             f"'{name}' leaves the blocks of '{site.path}', a grouped convolution whose kernel cannot hold that",
@@ -151,29 +153,29 @@ def _need_change(need: _Needs, name: str, site: Site, change: Change, mode: str)
             code="not_mergeable",
         )
     if change.e is not None:
-        _refuse_new_bias(name, site)
+        _require_bias(name, site)
         need.want(letters.BIAS)
     if mode in {"fused", "baked"}:
         need.want(letters.WEIGHT)
-    elif isinstance(change, LowRank) and not needs_weight(site, change):
+    elif isinstance(change, LowRank) and not needs_merged_weight(site, change):
         need.rank += change.rank
-        for role, part in parts_of(change).items():
+        for role, part in tensors_by_role(change).items():
             need.want(role, ROLES[role].room(part))
     else:
         need.want(letters.WEIGHT)
-        need.reasons.append(Reason(name, site.path, _why_bound(site, change)))
+        need.reasons.append(Reason(name, site.path, _merge_reason(site, change)))
 
 
-def _why_bound(site: Site, change: Change) -> str:
+def _merge_reason(site: Site, change: Change) -> str:
     """Why a change is not run beside the weight."""
     if not isinstance(change, LowRank):
-        return why_whole(change)
+        return why_merged_weight(change)
     if site.within is not None:
         return "acts on a weight that its module reads in its own forward, where nothing can run beside it"
     return "changes its input, along which the site has no axis"
 
 
-def _refuse_new_bias(name: str, site: Site) -> None:
+def _require_bias(name: str, site: Site) -> None:
     if site.within is not None and site.bias is None:
         raise SiteError(
             f"adapter '{name}' brings a bias to '{site.path}', and '{site.within}', which computes with it, has none",
@@ -182,16 +184,18 @@ def _refuse_new_bias(name: str, site: Site) -> None:
         )
 
 
-def _reserve(needs: dict[str, _Needs], sites: Mapping[str, Site], reserve: Reserve, mode: str) -> None:
+def _add_reserve(needs: dict[str, _SiteNeeds], sites: Mapping[str, Site], reserve: Reserve, mode: str) -> None:
     chosen = [
-        s for s in select(sites, reserve.targets, parameters=_listed(reserve.targets)) if s.kind not in WITHOUT_WEIGHT
+        s
+        for s in select_sites(sites, reserve.targets, parameters=_listed_names(reserve.targets))
+        if s.kind not in KINDS_WITHOUT_WEIGHT
     ]
-    refuse_unmatched("reserve", reserve.targets, sites)
+    check_targets_match("reserve", reserve.targets, sites)
     if not chosen:
-        raise nothing_matches("reserve", reserve.targets, sites)
+        raise no_match_error("reserve", reserve.targets, sites)
     admitted = [role for role in ROLES.values() if role.reserve and getattr(reserve, role.reserve)]
     for site in chosen:
-        need = needs.setdefault(site.path, _Needs())
+        need = needs.setdefault(site.path, _SiteNeeds())
         merged = mode == "fused" or site.within is not None
         biased = site.within is None or site.bias is not None
         for role in [role for role in admitted if (role.merged or not merged) and (biased or role.stage != Stage.BIAS)]:
@@ -202,12 +206,12 @@ def _reserve(needs: dict[str, _Needs], sites: Mapping[str, Site], reserve: Reser
             need.rank += reserve.rank * reserve.adapters
 
 
-def _listed(targets: str | tuple[str, ...]) -> tuple[str, ...]:
+def _listed_names(targets: str | tuple[str, ...]) -> tuple[str, ...]:
     """Targets by their names, which may be those of matrices too; keywords and expressions are of modules."""
     return () if isinstance(targets, str) else targets
 
 
-def _plan(site: Site, need: _Needs, mode: str) -> SitePlan:
+def _plan_site(site: Site, need: _SiteNeeds, mode: str) -> SitePlan:
     """A site's plan; what is said of the site as a whole is true of every adapter on it."""
     wanted, stages = need.rooms, {ROLES[role].stage for role in need.rooms}
     if mode in {"fused", "baked"}:
@@ -221,8 +225,8 @@ def _plan(site: Site, need: _Needs, mode: str) -> SitePlan:
             need.want(letters.WEIGHT)
             several = role.unit.format(" and ".join(map(str, sizes)))
             need.reasons.append(Reason(None, site.path, f"{several} do not add up"))
-    if wanted.keys() & KEPT_APART:
-        for letter in KEPT_APART:
+    if wanted.keys() & FOLDABLE:
+        for letter in FOLDABLE:
             need.want(letter)
     rooms = {role.name: need.rank if role.ranked else max(wanted.get(role.name, (0,))) for role in ROLES.values()}
     return SitePlan(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lorac.ir.host.sites import Site, factor_dtype
+from lorac.ir.sites import Site, factor_dtype
 from lorac.ir.slots.layouts import SiteLayout
 
 Tensor = torch.Tensor
@@ -35,7 +35,7 @@ class Stage(enum.Enum):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Place:
+class SlotSpec:
     """Where a slot stands: what its shape and its neutral value follow from.
 
     Attributes:
@@ -57,7 +57,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class NoiseScale:
     """What noise in a slot is measured by.
 
     Attributes:
@@ -71,9 +71,9 @@ class Surroundings:
     rank: int
 
 
-Packing = Callable[[Sequence[Tensor | None], Sequence[int]], Tensor]
+JoinTensors = Callable[[Sequence[Tensor | None], Sequence[int]], Tensor]
 """How the tensors of several sites lie in the slot of their pack."""
-Noise = Callable[[Tensor, Surroundings, torch.Generator], None]
+AddNoise = Callable[[Tensor, NoiseScale, torch.Generator], None]
 """Moves a slot's neutral tensor away from neutral, in place."""
 
 
@@ -112,9 +112,9 @@ class SlotRole:
     meaning: str
     stage: Stage
     apply: Callable[[SiteLayout, Tensor, Tensor], Tensor]
-    shape: Callable[[Place], Shape]
-    start: Callable[[SlotRole, Place], Tensor]
-    noise: Noise
+    shape: Callable[[SlotSpec], Shape]
+    start: Callable[[SlotRole, SlotSpec], Tensor]
+    noise: AddNoise
     flops: Callable[[Site, Tensor], int] = lambda _, part: part.numel()
     into_slot: Callable[[SiteLayout, Tensor], Tensor] = lambda _, part: part
     sized: Callable[[Tensor], int] = lambda _: 1
@@ -123,7 +123,7 @@ class SlotRole:
     of_base: bool = False
     reserve: str = ""
     transposed: bool = False
-    packed: Packing | None = None
+    packed: JoinTensors | None = None
     alone: str = ""
 
     @property
@@ -149,11 +149,11 @@ class SlotRole:
         """Its dtype at a site."""
         return site.dtype if self.of_base else factor_dtype(site.dtype)
 
-    def neutral(self, place: Place) -> Tensor:
+    def neutral(self, place: SlotSpec) -> Tensor:
         """What it holds where nothing is active."""
         return self.start(self, place)
 
-    def filled(self, place: Place, part: Tensor | None) -> Tensor:
+    def filled(self, place: SlotSpec, part: Tensor | None) -> Tensor:
         """What it holds for a change's part, or for none; along the rank filled up with zeros to the place's size."""
         if part is None:
             return self.neutral(place)

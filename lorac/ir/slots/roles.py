@@ -10,7 +10,7 @@ Everything else is derived: plans have room for roles, changes fill them, ``run_
 graphs get an input for each, files store them, reports name them and the self-test shakes them. A new role is a new
 row, and a reduction that makes changes carrying it; nothing else lists roles.
 
-The letters themselves are ``lorac.ir.algebra.letters``, since the algebra knows how changes of the same letters merge
+The letters themselves are ``lorac.ir.algebra.operands``, since the algebra knows how changes of the same letters merge
 and add up. Tensors are in slot layout (``lorac.ir.slots.layouts``) unless it is said otherwise. What branches need is
 named by the functions at the end.
 """
@@ -21,11 +21,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from lorac.ir.algebra import letters
+from lorac.ir.algebra import operands as letters
 from lorac.ir.algebra.changes import Change, LowRank, identity_blocks
-from lorac.ir.host.sites import Site, SiteKind
+from lorac.ir.sites import Site, SiteKind
 from lorac.ir.slots.layouts import SiteLayout
-from lorac.ir.slots.role import Noise, Place, Shape, SlotRole, Stage, Surroundings
+from lorac.ir.slots.role import AddNoise, NoiseScale, Shape, SlotRole, SlotSpec, Stage
 
 Tensor = torch.Tensor
 
@@ -36,75 +36,75 @@ _SPREAD = 0.1
 """How far noise is from neutral in scales, transforms and biases."""
 
 
-def _per_output(place: Place) -> Shape:
+def _per_output(place: SlotSpec) -> Shape:
     return (place.site.out_features,)
 
 
-def _per_input(place: Place) -> Shape:
+def _per_input(place: SlotSpec) -> Shape:
     return (place.site.in_features,)
 
 
-def _per_rank(place: Place) -> Shape:
+def _per_rank(place: SlotSpec) -> Shape:
     return (place.size,)
 
 
-def _blocks(place: Place) -> Shape:
+def _blocks(place: SlotSpec) -> Shape:
     size = int(place.size)
     return (place.site.in_features // size, size, size)
 
 
-def _weight(place: Place) -> Tensor:
+def _weight(place: SlotSpec) -> Tensor:
     assert place.weight is not None
     return place.layout.slot_weight(place.weight())
 
 
-def _whole(place: Place) -> Shape:
+def _weight_shape(place: SlotSpec) -> Shape:
     return tuple(_weight(place).shape)
 
 
-def _zeros(role: SlotRole, place: Place) -> Tensor:
+def _zeros(role: SlotRole, place: SlotSpec) -> Tensor:
     return torch.zeros(role.shape(place), dtype=role.dtype(place.site))
 
 
-def _ones(role: SlotRole, place: Place) -> Tensor:
+def _ones(role: SlotRole, place: SlotSpec) -> Tensor:
     return torch.ones(role.shape(place), dtype=role.dtype(place.site))
 
 
-def _identity(role: SlotRole, place: Place) -> Tensor:
+def _identity(role: SlotRole, place: SlotSpec) -> Tensor:
     return identity_blocks(place.site.in_features, int(place.size), role.dtype(place.site)).contiguous()
 
 
-def _base_weight(_: SlotRole, place: Place) -> Tensor:
+def _base_weight(_: SlotRole, place: SlotSpec) -> Tensor:
     return _weight(place)
 
 
-def _base_bias(role: SlotRole, place: Place) -> Tensor:
+def _base_bias(role: SlotRole, place: SlotSpec) -> Tensor:
     return _zeros(role, place) if place.bias is None else place.bias
 
 
-def _around(spread: Callable[[Surroundings], float]) -> Noise:
+def _gaussian_noise(spread: Callable[[NoiseScale], float]) -> AddNoise:
     """Noise of a standard deviation about what the slot holds."""
 
-    def noise(tensor: Tensor, around: Surroundings, generator: torch.Generator) -> None:
+    def noise(tensor: Tensor, around: NoiseScale, generator: torch.Generator) -> None:
         tensor.add_(spread(around) * torch.randn(tensor.shape, generator=generator).to(tensor.dtype))
 
     return noise
 
 
-def _a_little(_: Surroundings) -> float:
+def _small_spread(_: NoiseScale) -> float:
     return _SPREAD
 
 
-def _for_a(around: Surroundings) -> float:
+def _spread_of_a(around: NoiseScale) -> float:
     return float(around.site.in_features**-0.5)
 
 
-def _for_b(around: Surroundings) -> float:
+def _spread_of_b(around: NoiseScale) -> float:
     """Such that the pair answers a share of what the weight does."""
-    return float(_SHARE * around.typical / (_for_a(around) * around.rank**0.5))
+    return float(_SHARE * around.typical / (_spread_of_a(around) * around.rank**0.5))
 
 
-def _shake(weight: Tensor, around: Surroundings, generator: torch.Generator) -> None:
+def _scale_rows_and_columns(weight: Tensor, around: NoiseScale, generator: torch.Generator) -> None:
     """Scale every row and column its own way: one pass, where noise per value would take many.
 
     Signs stay: a variance must not become negative.
@@ -115,30 +115,30 @@ def _shake(weight: Tensor, around: Surroundings, generator: torch.Generator) -> 
         weight.mul_(torch.exp(_SHARE * torch.randn(shape, generator=generator)).to(weight.dtype))
 
 
-def _looked_up(site: Site, a: Tensor) -> int:
+def _count_down_flops(site: Site, a: Tensor) -> int:
     """x·A: rows of a table cost nothing."""
     return 0 if site.kind is SiteKind.EMBEDDING else 2 * a.numel()
 
 
-def _multiplied(site: Site, matrix: Tensor) -> int:
+def _count_product_flops(site: Site, matrix: Tensor) -> int:
     return 2 * matrix.numel()
 
 
-def _nothing_more(site: Site, weight: Tensor) -> int:
+def _count_no_flops(site: Site, weight: Tensor) -> int:
     """The product is the base's, with other numbers."""
     return 0
 
 
-def _down(layout: SiteLayout, x: Tensor, a: Tensor) -> Tensor:
+def _apply_down(layout: SiteLayout, x: Tensor, a: Tensor) -> Tensor:
     return layout.down(x.to(a.dtype) if x.is_floating_point() else x, a)
 
 
-def _side_by_side(parts: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
+def _join_columns(parts: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
     """Matrices (…, R) and (K, N) along their last axis; there is nothing of sites without one."""
     return torch.cat([part for part in parts if part is not None], dim=-1)
 
 
-def _block_diagonal(parts: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
+def _join_block_diagonal(parts: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
     """B's (R, N), each in the rows of its own A and the columns of its own outputs."""
     some = next(part for part in parts if part is not None)
     ranks = [0 if part is None else part.shape[0] for part in parts]
@@ -151,7 +151,7 @@ def _block_diagonal(parts: Sequence[Tensor | None], sizes: Sequence[int]) -> Ten
     return packed
 
 
-def _end_to_end(parts: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
+def _join_scales(parts: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
     """Vectors of scales (out,); ones for sites without one."""
     some = next(part for part in parts if part is not None)
     return torch.cat([some.new_ones(size) if part is None else part for part, size in zip(parts, sizes, strict=True)])
@@ -164,17 +164,17 @@ _TABLE = (
         letter="A",
         meaning="first half of the low-rank pair",
         stage=Stage.DOWN,
-        apply=_down,
+        apply=_apply_down,
         shape=lambda place: place.layout.shape_a(place.size),
         start=_zeros,
-        noise=_around(_for_a),
-        flops=_looked_up,
+        noise=_gaussian_noise(_spread_of_a),
+        flops=_count_down_flops,
         into_slot=lambda layout, a: layout.slot_a(a),
         unit="rank {}",
         rank_axis=1,
         reserve="rank",
         transposed=True,
-        packed=_side_by_side,
+        packed=_join_columns,
     ),
     SlotRole(
         name=letters.B,
@@ -184,14 +184,14 @@ _TABLE = (
         apply=lambda layout, u, b: layout.up(u, b),
         shape=lambda place: place.layout.shape_b(place.size),
         start=_zeros,
-        noise=_around(_for_b),
-        flops=_multiplied,
+        noise=_gaussian_noise(_spread_of_b),
+        flops=_count_product_flops,
         into_slot=lambda layout, b: layout.slot_b(b),
         unit="rank {}",
         rank_axis=0,
         reserve="rank",
         transposed=True,
-        packed=_block_diagonal,
+        packed=_join_block_diagonal,
     ),
     SlotRole(
         name=letters.C,
@@ -201,9 +201,9 @@ _TABLE = (
         apply=lambda layout, y, c: y * layout.per_output(c).to(y.dtype),
         shape=_per_output,
         start=_ones,
-        noise=_around(_a_little),
+        noise=_gaussian_noise(_small_spread),
         reserve="scales",
-        packed=_end_to_end,
+        packed=_join_scales,
     ),
     SlotRole(
         name=letters.D,
@@ -213,7 +213,7 @@ _TABLE = (
         apply=lambda layout, x, d: (x * layout.per_input(d)).to(x.dtype),
         shape=_per_input,
         start=_ones,
-        noise=_around(_a_little),
+        noise=_gaussian_noise(_small_spread),
         alone="its input is scaled before its product",
     ),
     SlotRole(
@@ -224,8 +224,8 @@ _TABLE = (
         apply=lambda layout, x, t: layout.through(x.to(t.dtype), t).to(x.dtype),
         shape=_blocks,
         start=_identity,
-        noise=_around(_a_little),
-        flops=_multiplied,
+        noise=_gaussian_noise(_small_spread),
+        flops=_count_product_flops,
         sized=lambda t: t.shape[-1],
         unit="input transforms in blocks of {}",
         alone="its input is transformed before its product",
@@ -238,7 +238,7 @@ _TABLE = (
         apply=lambda layout, u, g: u * layout.per_rank(g),
         shape=_per_rank,
         start=_ones,
-        noise=_around(_a_little),
+        noise=_gaussian_noise(_small_spread),
         unit="rank {}",
         rank_axis=0,
         alone="its A is one that sites have in common already",
@@ -251,8 +251,8 @@ _TABLE = (
         apply=lambda layout, u, h: u * layout.per_output(h),
         shape=_per_output,
         start=_ones,
-        noise=_around(_a_little),
-        packed=_end_to_end,
+        noise=_gaussian_noise(_small_spread),
+        packed=_join_scales,
     ),
     SlotRole(
         name=letters.WEIGHT,
@@ -260,14 +260,14 @@ _TABLE = (
         meaning="merged weight",
         stage=Stage.PRODUCT,
         apply=lambda layout, x, weight: layout.bound(x, weight, None),
-        shape=_whole,
+        shape=_weight_shape,
         start=_base_weight,
-        noise=_shake,
-        flops=_nothing_more,
+        noise=_scale_rows_and_columns,
+        flops=_count_no_flops,
         into_slot=lambda layout, matrix: layout.slot_weight(matrix),
         of_base=True,
         reserve="weights",
-        packed=_side_by_side,
+        packed=_join_columns,
     ),
     SlotRole(
         name=letters.BIAS,
@@ -277,10 +277,10 @@ _TABLE = (
         apply=lambda layout, y, bias: y + layout.per_output(bias).to(y.dtype),
         shape=_per_output,
         start=_base_bias,
-        noise=_around(_a_little),
+        noise=_gaussian_noise(_small_spread),
         of_base=True,
         reserve="scales",
-        packed=_side_by_side,
+        packed=_join_columns,
     ),
 )
 
@@ -288,33 +288,33 @@ ROLES: dict[str, SlotRole] = {role.name: role for role in _TABLE}
 """Name -> role, in the order in which they are listed, bound and, within a stage, applied."""
 
 
-def parts_of(change: LowRank) -> dict[str, Tensor]:
+def tensors_by_role(change: LowRank) -> dict[str, Tensor]:
     """Role -> what a low-rank change brings to it, in the table's order; a pair of rank 0 brings nothing."""
     pair = {letters.A: change.a, letters.B: change.b} if change.rank else {}
     given = {**pair, **change.parts}
     return {name: given[name] for name in ROLES if name in given}
 
 
-def roles_of(change: Change) -> tuple[SlotRole, ...]:
+def roles_needed(change: Change) -> tuple[SlotRole, ...]:
     """The roles that a change needs, in the table's order; what can be folded into its pair needs none."""
-    whole = {letters.WEIGHT} if not isinstance(change, LowRank) else parts_of(change).keys() - letters.KEPT_APART
+    whole = {letters.WEIGHT} if not isinstance(change, LowRank) else tensors_by_role(change).keys() - letters.FOLDABLE
     needed = {*whole, *((letters.BIAS,) if change.e is not None else ())}
     return tuple(role for role in ROLES.values() if role.name in needed)
 
 
-def acts_on(change: LowRank, stage: Stage) -> bool:
+def acts_at(change: LowRank, stage: Stage) -> bool:
     """Whether a change has a part that acts at a stage."""
     return any(ROLES[name].stage is stage for name in change.parts)
 
 
-def runs_beside(layout: SiteLayout, change: LowRank) -> bool:
+def keeps_base_weight(layout: SiteLayout, change: LowRank) -> bool:
     """Whether a change needs no weight of its own: the site is called, and has an axis where inputs are changed."""
     if layout.site.within is not None:
-        return not parts_of(change)
-    return layout.has_input_axis or not acts_on(change, Stage.INPUT)
+        return not tensors_by_role(change)
+    return layout.has_input_axis or not acts_at(change, Stage.INPUT)
 
 
-def applied(stage: Stage, layout: SiteLayout, value: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+def apply_stage(stage: Stage, layout: SiteLayout, value: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
     """A value behind the roles of one stage, of those there are tensors for."""
     for role in ROLES.values():
         if role.stage is stage and role.name in tensors:

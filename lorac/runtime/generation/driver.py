@@ -1,4 +1,4 @@
-"""``Driver`` and ``TextDriver``: a program that keeps a cache, as transformers generates from it.
+"""``GenerationDriver`` and ``DecoderDriver``: a program that keeps a cache, as transformers generates from it.
 
 It is no model: what transformers' mixin asks of one is answered from what was told of the host, and where it would call
 a model, tokens are added to a cache. So options, logits processors, stopping criteria, streamers, beams and assistants
@@ -22,10 +22,10 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lorac.errors import InputMismatch
-from lorac.ir.cache import Cache, Keeps
-from lorac.runtime.generation.text import Extend, Text
+from lorac.runtime.generation.decoding_state import DecodingState, ExtendCache
+from lorac.target.kv_cache import CacheSpec, KeyValueCache
 
-CONFIG = (
+CONFIG_FIELDS = (
     "bos_token_id",
     "decoder_start_token_id",
     "eos_token_id",
@@ -35,12 +35,12 @@ CONFIG = (
     "vocab_size",
 )
 """What transformers asks of a model's configuration when it generates."""
-_Step: Any = CausalLMOutputWithPast
+_StepOutput: Any = CausalLMOutputWithPast
 """It is annotated with caches of transformers' own, and takes any."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Run:
+class DecodingProgram:
     """What a driver runs.
 
     Attributes:
@@ -51,14 +51,14 @@ class Run:
         generators: whom tokens are drawn by, each for as many rows beside each other; none: torch's own.
     """
 
-    extend: Extend
-    make: Callable[[int, int], Cache]
-    keeps: Keeps
-    encode: Callable[[Cache, Mapping[str, Any]], None] | None = None
+    extend: ExtendCache
+    make: Callable[[int, int], KeyValueCache]
+    keeps: CacheSpec
+    encode: Callable[[KeyValueCache, Mapping[str, Any]], None] | None = None
     generators: Sequence[torch.Generator] = ()
 
 
-class Driver(GenerationMixin, ABC):
+class GenerationDriver(GenerationMixin, ABC):
     """Generates from one program with one choice of adapters; one call uses it. What is begun with, each kind says.
 
     Args:
@@ -80,11 +80,11 @@ class Driver(GenerationMixin, ABC):
     answers: Any = GenerateDecoderOnlyOutput
     """It is annotated with caches of transformers' own, and takes any."""
 
-    def __init__(self, run: Run, config: Mapping[str, Any], generation: Mapping[str, Any]) -> None:
+    def __init__(self, run: DecodingProgram, config: Mapping[str, Any], generation: Mapping[str, Any]) -> None:
         self.run = run
-        self.config = PreTrainedConfig(**{name: config[name] for name in CONFIG if config.get(name) is not None})
+        self.config = PreTrainedConfig(**{name: config[name] for name in CONFIG_FIELDS if config.get(name) is not None})
         self.generation_config = GenerationConfig(**generation)
-        self.text: Text | None = None
+        self.text: DecodingState | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward(*args, **kwargs)
@@ -93,7 +93,7 @@ class Driver(GenerationMixin, ABC):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        cache: Text | None = None,
+        cache: DecodingState | None = None,
         logits_to_keep: int = 1,
         use_cache: bool = True,
         return_dict: bool = True,
@@ -101,12 +101,12 @@ class Driver(GenerationMixin, ABC):
         """Add what is new of some rows to a cache, or to one of its own; as a model of transformers' answers."""
         if cache is None:
             rows, length = input_ids.shape if attention_mask is None else attention_mask.shape
-            cache = Text(self.run.make(rows, Text.room(length, length)))
+            cache = DecodingState(self.run.make(rows, DecodingState.room(length, length)))
         keep = logits_to_keep or input_ids.shape[1]
-        return _Step(logits=cache.feed(self.run.extend, input_ids, attention_mask, keep), cache=cache)
+        return _StepOutput(logits=cache.feed(self.run.extend, input_ids, attention_mask, keep), cache=cache)
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Text | None = None, **kwargs: Any
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: DecodingState | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """The whole rows: what is new of them, the cache tells."""
         keep, mask = kwargs.get("logits_to_keep", 1), {"attention_mask": attention_mask, **kwargs}.get(self.mask_name)
@@ -142,19 +142,19 @@ class Driver(GenerationMixin, ABC):
                 next_step=f"give {fewer if left > 0 else f'a prompt of {keeps.limit} tokens or less'}",
             )
         if model_kwargs.get("cache") is None:
-            model_kwargs["cache"] = self._begun(rows, Text.room(count, new))
+            model_kwargs["cache"] = self._begun(rows, DecodingState.room(count, new))
         self.text = model_kwargs["cache"]
         self.text.ceiling = max(count + new, self.text.cache.capacity)
         self.text.piece = generation_config.prefill_chunk_size
         generation_config.use_cache = True
         return True
 
-    def _handed_on(self, text: Text) -> Text | None:
+    def _handed_on(self, text: DecodingState) -> DecodingState | None:
         """What of the rows an answer has."""
         return text
 
     @abstractmethod
-    def _begun(self, rows: int, capacity: int) -> Text:
+    def _begun(self, rows: int, capacity: int) -> DecodingState:
         """Rows that hold nothing yet."""
 
     @abstractmethod
@@ -169,7 +169,7 @@ class Driver(GenerationMixin, ABC):
         each = input_ids.shape[0] // len(text.cache.lengths)
         logits = text.feed(self.run.extend, input_ids[::each], mask if mask is None else mask[::each], 1)
         text.select([row for row in range(logits.shape[0]) for _ in range(each)])
-        return _Step(logits=logits.repeat_interleave(each, 0), cache=text)
+        return _StepOutput(logits=logits.repeat_interleave(each, 0), cache=text)
 
     def _sample(
         self,
@@ -186,7 +186,7 @@ class Driver(GenerationMixin, ABC):
         A row that is done brings nothing more, and what is said of its later scores is zeros, where the criterion that
         ends it is an end token: only then transformers has padding follow.
         """
-        told = _Told(generation_config, self.answers)
+        told = _StepRecord(generation_config, self.answers)
         ends = any(getattr(criterion, "eos_token_id", None) is not None for criterion in stopping_criteria)
         pad, text = generation_config._pad_token_tensor, model_kwargs["cache"]
         logits = self._prefill(input_ids, generation_config, model_kwargs).logits[:, -1]
@@ -220,15 +220,15 @@ class Driver(GenerationMixin, ABC):
 
 
 @final
-class TextDriver(Driver):
-    """As ``Driver``, of a program that reads nothing but the text.
+class DecoderDriver(GenerationDriver):
+    """As ``GenerationDriver``, of a program that reads nothing but the text.
 
     Args:
-        run, config, generation: as ``Driver``'s.
+        run, config, generation: as ``GenerationDriver``'s.
     """
 
-    def _begun(self, rows: int, capacity: int) -> Text:
-        return Text(self.run.make(rows, capacity))
+    def _begun(self, rows: int, capacity: int) -> DecodingState:
+        return DecodingState(self.run.make(rows, capacity))
 
     def _width(self, model_kwargs: Mapping[str, Any], generation_config: Any) -> int:
         """Where all columns are text, transformers notes only their number."""
@@ -237,7 +237,7 @@ class TextDriver(Driver):
 
 
 @dataclass
-class _Told:
+class _StepRecord:
     """What is told of each step beside its tokens.
 
     Attributes:
@@ -263,7 +263,7 @@ class _Told:
         if self.logits is not None:
             self.logits += (logits,)
 
-    def answer(self, sequences: Tensor, text: Text | None) -> Any:
+    def answer(self, sequences: Tensor, text: DecodingState | None) -> Any:
         """As transformers answers."""
         if not self.config.return_dict_in_generate:
             return sequences

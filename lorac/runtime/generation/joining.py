@@ -13,7 +13,7 @@ from torch import Tensor
 from lorac.errors import Unavailable
 
 
-def alike(kinds: Sequence[Hashable]) -> list[list[int]]:
+def group_rows(kinds: Sequence[Hashable]) -> list[list[int]]:
     """Rows by their kinds, as these come first."""
     groups: dict[Hashable, list[int]] = {}
     for row, kind in enumerate(kinds):
@@ -21,7 +21,7 @@ def alike(kinds: Sequence[Hashable]) -> list[list[int]]:
     return list(groups.values())
 
 
-def taken(told: Mapping[str, Any], rows: Sequence[int], total: int) -> dict[str, Any]:
+def select_rows(told: Mapping[str, Any], rows: Sequence[int], total: int) -> dict[str, Any]:
     """What some rows get of a call's inputs and options.
 
     Args:
@@ -29,20 +29,20 @@ def taken(told: Mapping[str, Any], rows: Sequence[int], total: int) -> dict[str,
         rows: which.
         total: how many there are.
     """
-    part = {name: _rows_of(value, rows, total) for name, value in told.items()}
+    part = {name: _select_value(value, rows, total) for name, value in told.items()}
     allowed = part.get("prefix_allowed_tokens_fn")
     if allowed is not None:
         part["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(rows[row], ids)
     return part
 
 
-def _rows_of(value: Any, rows: Sequence[int], total: int) -> Any:
+def _select_value(value: Any, rows: Sequence[int], total: int) -> Any:
     has_rows = isinstance(value, Tensor | np.ndarray) and value.ndim > 1 and value.shape[0] == total
     return value[list(rows)] if has_rows else value
 
 
 @dataclass(frozen=True)
-class Joined:
+class RowJoiner:
     """The answers of several runs as one.
 
     Attributes:

@@ -57,10 +57,10 @@ class Prompts:
             WrongType: what was given is no batch of ids.
             InputMismatch: there is no text in a row, or the mask has another shape.
         """
-        given = _batch(ids, "input_ids").long()
+        given = _token_batch(ids, "input_ids").long()
         if mask is None and pad is not None and pad not in set(ends):
             mask = given.ne(pad).long()
-        text = torch.ones_like(given) if mask is None else _batch(mask, "attention_mask").ne(0).long()
+        text = torch.ones_like(given) if mask is None else _token_batch(mask, "attention_mask").ne(0).long()
         if text.shape != given.shape:
             raise InputMismatch(
                 f"attention_mask has the shape {tuple(text.shape)}, and input_ids {tuple(given.shape)}",
@@ -123,7 +123,7 @@ class Prompts:
         return torch.cat([given.repeat_interleave(each, 0), sequences[:, self.ids.shape[1] :]], 1)
 
 
-def _batch(value: Any, name: str) -> Tensor:
+def _token_batch(value: Any, name: str) -> Tensor:
     tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
     wrong = not isinstance(tensor, Tensor) or (
         name == "input_ids" and (tensor.is_floating_point() or tensor.dtype == torch.bool)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lorac.errors import ArtifactError, MissingExtra, WrongType, short
-from lorac.ir.store.held import HeldFile
+from lorac.storage.open_file import OpenFile
 
-FOLDER = "tokenizer"
+TOKENIZER_FOLDER = "tokenizer"
 """Where an artefact has its files."""
 
 
@@ -23,13 +23,13 @@ class TokenizerFiles:
         files: its files by name, held.
     """
 
-    files: Mapping[str, HeldFile]
+    files: Mapping[str, OpenFile]
 
     @classmethod
-    def among(cls, files: Mapping[str, HeldFile]) -> TokenizerFiles | None:
+    def among(cls, files: Mapping[str, OpenFile]) -> TokenizerFiles | None:
         """Those of an artefact's files that are the tokenizer's; None where there are none."""
-        own = {name: file for name, file in files.items() if name.startswith(f"{FOLDER}/")}
-        return cls({name.removeprefix(f"{FOLDER}/"): file for name, file in own.items()}) if own else None
+        own = {name: file for name, file in files.items() if name.startswith(f"{TOKENIZER_FOLDER}/")}
+        return cls({name.removeprefix(f"{TOKENIZER_FOLDER}/"): file for name, file in own.items()}) if own else None
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the files into a folder, as they are."""
@@ -71,7 +71,7 @@ def read_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
-def writer_of(tokenizer: Any) -> Callable[[Path], object] | None:
+def tokenizer_writer(tokenizer: Any) -> Callable[[Path], object] | None:
     """What writes a tokenizer into a folder; None where there is none.
 
     Raises:

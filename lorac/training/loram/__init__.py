@@ -9,21 +9,21 @@
 Zhang et al. 2025, arXiv 2502.13533.
 """
 
-from lorac.training.loram.kept import Kept, read_kept, write_kept
+from lorac.training.loram.pruning import PrunedModel, SizeComparison, mask, prune
+from lorac.training.loram.pruning_record import PruningRecord, read_pruning_record, write_pruning_record
 from lorac.training.loram.recovery import align, recover
-from lorac.training.loram.smaller import Sizes, Smaller, mask, prune
-from lorac.training.loram.units import Group, groups_of
+from lorac.training.loram.units import UnitGroup, find_unit_groups
 
 __all__ = [
-    "Group",
-    "Kept",
-    "Sizes",
-    "Smaller",
+    "PrunedModel",
+    "PruningRecord",
+    "SizeComparison",
+    "UnitGroup",
     "align",
-    "groups_of",
+    "find_unit_groups",
     "mask",
     "prune",
-    "read_kept",
+    "read_pruning_record",
     "recover",
-    "write_kept",
+    "write_pruning_record",
 ]

@@ -11,10 +11,10 @@ from torch import nn
 
 from lorac.adapters.fit import check_adapter
 from lorac.errors import AdapterError, AdapterNotFound, not_one_of
-from lorac.ir.host.sites import find_sites
-from lorac.training.loram.kept import Kept
-from lorac.training.loram.smaller import Smaller
-from lorac.training.starts.gradients import Loss, loss_of
+from lorac.ir.sites import find_sites
+from lorac.training.initialisation.gradients import Loss, compute_loss
+from lorac.training.loram.pruning import PrunedModel
+from lorac.training.loram.pruning_record import PruningRecord
 from lorac.variants.adapter import Adapter
 from lorac.variants.lora import LoRA
 
@@ -23,7 +23,7 @@ FILLS = ("zeros", "normal")
 
 
 def recover(
-    adapter: Adapter, kept: Mapping[str, Kept], model: nn.Module, *, fill: str = "zeros", seed: int = 0
+    adapter: Adapter, kept: Mapping[str, PruningRecord], model: nn.Module, *, fill: str = "zeros", seed: int = 0
 ) -> Adapter:
     """A LoRA of a smaller model as one of the large: A's columns and B's rows where they were, nothing elsewhere.
 
@@ -31,7 +31,7 @@ def recover(
 
     Args:
         adapter: trained on the smaller model; only read.
-        kept: ``Smaller.kept``, or ``read_kept``.
+        kept: ``PrunedModel.kept``, or ``read_kept``.
         model: the large one; only read.
         fill: ``"zeros"``; or ``"normal"``, the authors' other choice: missing columns of A are N(0, 1/r²), so that the
             large model changes at once where columns were pruned.
@@ -61,14 +61,16 @@ def recover(
                 next_step="give the large model that the smaller one was pruned from",
                 code="shape_mismatch",
             )
-        tensors[path] = dict(own) if one is None else _scattered(adapter, path, own, one, fill == "normal", generator)
+        tensors[path] = (
+            dict(own) if one is None else _scatter_factors(adapter, path, own, one, fill == "normal", generator)
+        )
     recovered = Adapter(adapter.name, adapter.variant, tensors, dict(adapter.replaced))
     check_adapter(recovered, sites, model)
     return recovered
 
 
-def _scattered(
-    adapter: Adapter, path: str, own: Mapping[str, Tensor], kept: Kept, drawn: bool, generator: torch.Generator
+def _scatter_factors(
+    adapter: Adapter, path: str, own: Mapping[str, Tensor], kept: PruningRecord, drawn: bool, generator: torch.Generator
 ) -> dict[str, Tensor]:
     a, b = own["lora_A"].detach(), own["lora_B"].detach()
     if (b.shape[0], a.shape[1]) != kept.small:
@@ -89,7 +91,7 @@ def _scattered(
 
 
 def align(
-    smaller: Smaller,
+    smaller: PrunedModel,
     batches: Iterable[Any],
     *,
     steps: int,
@@ -115,7 +117,7 @@ def align(
         AdapterError: there are none, or none with a loss.
     """
     model, rising = smaller.model, min(warmup, steps // 10)
-    trained = _trained(model)
+    trained = _alignment_parameters(model)
     optimizer = torch.optim.AdamW(trained, lr=lr)
 
     def rate(step: int) -> float:
@@ -126,12 +128,12 @@ def align(
     step, mode = -1, model.training
     model.train()
     for step, batch in zip(range(steps), batches, strict=False):
-        found = (loss or loss_of)(model, batch)
+        found = (loss or compute_loss)(model, batch)
         optimizer.zero_grad()
         found.backward()
         optimizer.step()
         schedule.step()
-        _hold(smaller)
+        _apply_masks(smaller)
         if each is not None:
             each(step, float(found.detach()))
     model.train(mode)
@@ -141,13 +143,13 @@ def align(
         )
 
 
-def _trained(model: nn.Module) -> list[nn.Parameter]:
+def _alignment_parameters(model: nn.Module) -> list[nn.Parameter]:
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     frozen = set() if head is None else {id(parameter) for parameter in head.parameters()}
     return [parameter for parameter in model.parameters() if id(parameter) not in frozen]
 
 
 @torch.no_grad()
-def _hold(smaller: Smaller) -> None:
+def _apply_masks(smaller: PrunedModel) -> None:
     for name, mask in smaller.masks.items():
         smaller.model.get_parameter(name).mul_(mask)

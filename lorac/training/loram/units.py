@@ -29,7 +29,7 @@ _MLP = (
 
 
 @dataclass(frozen=True)
-class Group:
+class UnitGroup:
     """Units of one module.
 
     Attributes:
@@ -49,7 +49,7 @@ class Group:
     shared: int = 1
 
 
-def groups_of(model: nn.Module) -> list[Group]:
+def find_unit_groups(model: nn.Module) -> list[UnitGroup]:
     """All that can be pruned, in module order.
 
     Raises:
@@ -58,7 +58,7 @@ def groups_of(model: nn.Module) -> list[Group]:
     found = [
         group
         for path, module in model.named_modules()
-        for group in (*_attention(path, module), *_perceptron(path, module))
+        for group in (*_attention_groups(path, module), *_mlp_groups(path, module))
     ]
     if not found:
         raise SiteError(
@@ -70,35 +70,35 @@ def groups_of(model: nn.Module) -> list[Group]:
     return found
 
 
-def _attention(path: str, module: nn.Module) -> Iterator[Group]:
+def _attention_groups(path: str, module: nn.Module) -> Iterator[UnitGroup]:
     inner, outer = _ATTENTION
-    out = next((name for name in outer if _linear(module, name)), None)
+    out = next((name for name in outer if _find_linear(module, name)), None)
     size = getattr(module, "head_dim", None)
-    if out is None or not size or not all(_linear(module, name) for name in inner):
+    if out is None or not size or not all(_find_linear(module, name) for name in inner):
         return
-    queries, keys = (_linear(module, name).out_features // size for name in inner[:2])
+    queries, keys = (_find_linear(module, name).out_features // size for name in inner[:2])
     each = queries // keys
     wide = {f"{path}.{name}": size for name in inner[1:]}
-    yield Group(
+    yield UnitGroup(
         path, HEADS, keys, {f"{path}.{inner[0]}": each * size, **wide}, {f"{path}.{out}": each * size}, shared=each
     )
 
 
-def _perceptron(path: str, module: nn.Module) -> Iterator[Group]:
+def _mlp_groups(path: str, module: nn.Module) -> Iterator[UnitGroup]:
     for inner, outer in _MLP:
-        if _linear(module, outer) and all(_linear(module, name) for name in inner):
+        if _find_linear(module, outer) and all(_find_linear(module, name) for name in inner):
             start = f"{path}." if path else ""
             rows = {f"{start}{name}": 1 for name in inner}
-            yield Group(path, HIDDEN, _linear(module, outer).in_features, rows, {f"{start}{outer}": 1})
+            yield UnitGroup(path, HIDDEN, _find_linear(module, outer).in_features, rows, {f"{start}{outer}": 1})
             return
 
 
-def _linear(module: nn.Module, name: str) -> Any:
+def _find_linear(module: nn.Module, name: str) -> Any:
     layer = getattr(module, name, None)
     return layer if isinstance(layer, nn.Linear) else None
 
 
-def kept_of(group: Group, share: float) -> int:
+def count_kept_units(group: UnitGroup, share: float) -> int:
     """How many units are kept when a share of them goes, by the rounding of the authors' code; at least one.
 
     Hidden units: I − ⌈I·share⌉; heads of grouped attention: H − ⌊H·share⌋; of plain attention: ⌊H·(1 − share)⌋.
@@ -111,7 +111,7 @@ def kept_of(group: Group, share: float) -> int:
     return max(left, 1)
 
 
-def unit_sums(group: Group, scores: Mapping[str, Tensor]) -> Tensor:
+def sum_unit_scores(group: UnitGroup, scores: Mapping[str, Tensor]) -> Tensor:
     """How much each unit (count,) counts, from how much each weight does, (out, in) by path of a layer."""
     total = sum(scores[path].sum(1).unflatten(0, (group.count, -1)).sum(1) for path in group.rows)
     total = total + sum(scores[path].sum(0).unflatten(0, (group.count, -1)).sum(1) for path in group.columns)
@@ -119,6 +119,6 @@ def unit_sums(group: Group, scores: Mapping[str, Tensor]) -> Tensor:
     return total
 
 
-def positions(units: Tensor, width: int) -> Tensor:
+def unit_positions(units: Tensor, width: int) -> Tensor:
     """The rows, or columns, of some units of a layer."""
     return (units[:, None] * width + torch.arange(width)).flatten()

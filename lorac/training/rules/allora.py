@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from lorac.errors import ChoiceError, SiteError
-from lorac.ir.host.layers import padded
-from lorac.ir.host.sites import Site
+from lorac.frontend.layer_classes import pad_conv_input
+from lorac.ir.sites import Site
 from lorac.ir.slots.layouts import layout_of
 from lorac.training.rule import Rule
-from lorac.training.rules.pairs import ABOVE_0, FACTORS, Pair, require_settings, trained_pairs
+from lorac.training.rules.pairs import ABOVE_0, FACTORS, Pair, check_settings, trained_pairs
 from lorac.variants.base import Variant
 from lorac.variants.lora import LoRA
 
@@ -50,7 +50,7 @@ class ALLoRA(Rule):
 
     def __init__(self, compiled: Any, optimizer: Any, *, eta2: float = 4.0) -> None:
         super().__init__(compiled, optimizer)
-        require_settings(type(self).__name__, eta2=(eta2, ABOVE_0))
+        check_settings(type(self).__name__, eta2=(eta2, ABOVE_0))
         self.eta2 = eta2
         self.pairs = trained_pairs(self.terms, type(self).__name__)
         for pair in self.pairs:
@@ -89,7 +89,7 @@ class ALLoRA(Rule):
         layout = layout_of(site)
         with torch.enable_grad():
             a = pair.a.detach().requires_grad_()
-            x = padded(x, site.conv)
+            x = pad_conv_input(x, site.conv)
             x = x.to(a.dtype) if x.is_floating_point() else x
             out = layout.up(layout.down(x, layout.slot_a(a.t())), layout.slot_b(pair.b.detach().t()))
         scaled = strength * grad.to(out.dtype) * layout.per_output(self.rates(pair))

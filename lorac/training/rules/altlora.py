@@ -21,10 +21,10 @@ from lorac.training.rules.pairs import (
     FROM_1,
     Gram,
     Pair,
-    copied,
-    require_plain_sgd,
-    require_same,
-    require_settings,
+    check_plain_sgd,
+    check_saved_state,
+    check_settings,
+    copy_state,
     trained_pairs,
 )
 from lorac.variants.base import Variant
@@ -38,7 +38,7 @@ _EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class Turns:
+class AlternatingFactors:
     """Which factor of every pair moves when.
 
     Attributes:
@@ -60,14 +60,14 @@ class Turns:
     def __post_init__(self) -> None:
         if self.first not in {"A", "B"}:
             raise not_one_of("there is no factor", self.first, ("A", "B"))
-        require_settings("AltLoRA", period=(self.period, FROM_1))
+        check_settings("AltLoRA", period=(self.period, FROM_1))
 
     def at(self, step: int) -> str:
         """Whose turn a step is, counted from 0."""
         return "AB"[(step // self.period + "AB".index(self.first)) % 2]
 
 
-_TURNS = Turns()
+_DEFAULT_TURNS = AlternatingFactors()
 
 
 class AltLoRA(Rule):
@@ -112,7 +112,7 @@ class AltLoRA(Rule):
         optimizer: Any,
         *,
         plus: bool = False,
-        turns: Turns = _TURNS,
+        turns: AlternatingFactors = _DEFAULT_TURNS,
         betas: tuple[float, float] | None = None,
         reg: float | None = None,
         correct_bias: bool | None = None,
@@ -122,18 +122,18 @@ class AltLoRA(Rule):
         name = type(self).__name__
         self.betas = betas or ((0.999, 0.98) if released else (0.9, 0.999))
         self.reg = (1e-3 if released else 1e-6) if reg is None else reg
-        require_settings(
+        check_settings(
             name,
             beta1=(self.betas[0], BELOW_1),
             beta2=(self.betas[1], BELOW_1),
             reg=(self.reg, FROM_0),
         )
-        require_plain_sgd(self.optimizer, name)
+        check_plain_sgd(self.optimizer, name)
         self.pairs = trained_pairs(self.terms, name)
         self.plus, self.released, self.turns, self.steps = plus, released, turns, 0
         self.correct_bias = released if correct_bias is None else correct_bias
         self.skip_idle = turns.skip_idle and not released
-        self._sides = [(_Side(pair, 0), _Side(pair, 1)) for pair in self.pairs]
+        self._sides = [(_FactorSide(pair, 0), _FactorSide(pair, 1)) for pair in self.pairs]
         self.attach(*self._hooks())
         self._skip()
 
@@ -163,14 +163,14 @@ class AltLoRA(Rule):
         return {"steps": self.steps, "sides": [[dict(side.state) for side in sides] for sides in self._sides]}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        require_same(type(self).__name__, state["sides"], self._sides)
+        check_saved_state(type(self).__name__, state["sides"], self._sides)
         self.steps = state["steps"]
         for sides, saved in zip(self._sides, state["sides"], strict=True):
             for side, own in zip(sides, saved, strict=True):
-                side.state = copied(own, side.own)
+                side.state = copy_state(own, side.own)
         self._skip()
 
-    def _both_turns(self, sides: tuple[_Side, _Side], groups: Mapping[int, Mapping[str, Any]]) -> None:
+    def _both_turns(self, sides: tuple[_FactorSide, _FactorSide], groups: Mapping[int, Mapping[str, Any]]) -> None:
         moved: Tensor | None = None
         for letter, side in zip("AB", sides, strict=True):
             if letter not in self.turn:
@@ -178,7 +178,7 @@ class AltLoRA(Rule):
             elif side.own.grad is not None:
                 moved = self._turn(side, moved, groups[id(side.own)])
 
-    def _turn(self, side: _Side, partner: Tensor | None, group: Mapping[str, Any]) -> Tensor:
+    def _turn(self, side: _FactorSide, partner: Tensor | None, group: Mapping[str, Any]) -> Tensor:
         """Give one factor its direction as gradient; answers the factor as it will be after the step.
 
         Args:
@@ -196,7 +196,7 @@ class AltLoRA(Rule):
         side.own.grad = direction.to(side.own.dtype)
         return side.own - group["lr"] * (side.own.grad + group["weight_decay"] * side.own)
 
-    def _directed(self, side: _Side, projected: Tensor, gram: Gram, other: Tensor) -> Tensor:
+    def _directed(self, side: _FactorSide, projected: Tensor, gram: Gram, other: Tensor) -> Tensor:
         """M, divided by √V + ε with ``plus``, as if the factor were A; the state goes on."""
         state = side.begun(projected, other, self.plus)
         beta1, beta2 = self.betas
@@ -230,7 +230,7 @@ class AltLoRA(Rule):
             pair.b.requires_grad_("B" in self.turn)
 
 
-class _Side:
+class _FactorSide:
     """One factor of a pair with its state, looked at as if it were A (r, n) and the other one B (m, r)."""
 
     def __init__(self, pair: Pair, side: int) -> None:

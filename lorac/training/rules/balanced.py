@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import torch
 
 from lorac.errors import AdapterNotFound
-from lorac.training.rule import Rule, within_ddp
-from lorac.training.rules.pairs import FROM_0, require_settings
+from lorac.training.rule import Rule, unwrap_ddp
+from lorac.training.rules.pairs import FROM_0, check_settings
 from lorac.variants.base import BranchVariant, Variant
 
 Tensor = torch.Tensor
@@ -49,10 +49,10 @@ class Balanced(Rule):
         emitted: str = "chosen",
         bias: str = "lora_topk_bias",
     ) -> None:
-        self.methods = _fitting(compiled, emitted, bias)  # type: ignore[misc]  # which they are is known of this model alone
+        self.methods = _find_routed_methods(compiled, emitted, bias)  # type: ignore[misc]  # which they are is known of this model alone
         self.listens = (emitted,)  # type: ignore[misc]  # the same
         super().__init__(compiled, optimizer)
-        require_settings(type(self).__name__, rate=(rate, FROM_0))
+        check_settings(type(self).__name__, rate=(rate, FROM_0))
         self.rate, self._emitted = rate, emitted
         self._biases = {term.site: term.tensors[bias] for term in self.terms}
         self._counts: dict[str, Tensor] = {}
@@ -67,15 +67,15 @@ class Balanced(Rule):
     def after(self) -> None:
         """Move the biases by what was counted, and begin to count anew."""
         for path, count in self._counts.items():
-            whole = _of_all_processes(count).to(torch.float64)
+            whole = _sum_over_processes(count).to(torch.float64)
             bias = self._biases[path]
             bias.add_((self.rate * torch.sign(whole.mean() - whole)).to(bias))
         self._counts = {}
 
 
-def _fitting(compiled: Any, emitted: str, bias: str) -> tuple[type[Variant], ...]:
+def _find_routed_methods(compiled: Any, emitted: str, bias: str) -> tuple[type[Variant], ...]:
     """The methods that choose by a score and a bias."""
-    adapters = getattr(within_ddp(compiled), "adapters", {}).values()
+    adapters = getattr(unwrap_ddp(compiled), "adapters", {}).values()
     found = {
         type(adapter.variant): None
         for adapter in adapters
@@ -90,7 +90,7 @@ def _fitting(compiled: Any, emitted: str, bias: str) -> tuple[type[Variant], ...
     return tuple(found)
 
 
-def _of_all_processes(count: Tensor) -> Tensor:
+def _sum_over_processes(count: Tensor) -> Tensor:
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         distributed.all_reduce(count)

@@ -20,9 +20,9 @@ import torch
 from torch.optim import Optimizer
 
 from lorac.errors import ChoiceError, Unavailable, not_one_of
-from lorac.training.rule import terms_of, within_ddp
-from lorac.training.rules.eight_bits import EightBits, Moment
-from lorac.training.rules.pairs import BELOW_1, FROM_0, FROM_1, require_settings
+from lorac.training.rule import trained_terms, unwrap_ddp
+from lorac.training.rules.eight_bit_moments import EightBitMoments, OptimizerMoment
+from lorac.training.rules.pairs import BELOW_1, FROM_0, FROM_1, check_settings
 from lorac.variants.full import Full
 
 Tensor = torch.Tensor
@@ -49,12 +49,12 @@ def galore_groups(
     """
     projected = {
         id(term.tensors["weight"]): term.tensors["weight"]
-        for term in terms_of(compiled, (Full,))
+        for term in trained_terms(compiled, (Full,))
         if term.tensors["weight"].requires_grad
     }
     settings = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type}
     groups: list[dict[str, Any]] = [{"params": list(projected.values()), **settings}]
-    others = [p for p in within_ddp(compiled).parameters() if p.requires_grad and id(p) not in projected]
+    others = [p for p in unwrap_ddp(compiled).parameters() if p.requires_grad and id(p) not in projected]
     return [*groups, {"params": others}] if others else groups
 
 
@@ -76,7 +76,7 @@ class GaLore(Optimizer, ABC):
         """As torch's; what is missing of a projected group's settings is the paper's."""
         if "rank" in param_group:
             param_group = {**_PROJECTED, **param_group}
-            _refuse_settings(param_group)
+            _check_group_settings(param_group)
         super().add_param_group(param_group)
 
     @torch.no_grad()
@@ -130,7 +130,7 @@ class GaLore(Optimizer, ABC):
         ids = [index for group in state_dict["param_groups"] for index in group["params"]]
         for tensor, index in zip(order, ids, strict=True):
             if index in state_dict["state"]:
-                self.state[tensor] = _on(state_dict["state"][index], tensor.device)
+                self.state[tensor] = _copy_state_to(state_dict["state"][index], tensor.device)
 
     @abstractmethod
     def direction(self, gradient: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> Tensor:
@@ -158,12 +158,12 @@ class GaLore(Optimizer, ABC):
         gradient = tensor.grad
         if projected:
             if steps % group["update_proj_gap"] == 0:
-                state["projector"] = _projector(gradient, group)
+                state["projector"] = _compute_projector(gradient, group)
             gradient = _project(gradient, state["projector"])
         state["step"] = steps + 1
         update = self.direction(gradient, state, group)
         if projected:
-            update = _back(update, state["projector"]) * group["scale"]
+            update = _project_back(update, state["projector"]) * group["scale"]
         tensor.sub_(update.to(tensor.dtype))
         if group["weight_decay"]:
             tensor.mul_(1 - group["lr"] * group["weight_decay"])
@@ -196,7 +196,7 @@ class GaLoreAdamW(GaLore):
         correct_bias: bool = True,
         bits: int = 32,
     ) -> None:
-        require_settings(
+        check_settings(
             type(self).__name__,
             lr=(lr, FROM_0),
             beta1=(betas[0], BELOW_1),
@@ -206,7 +206,7 @@ class GaLoreAdamW(GaLore):
         )
         if bits not in {8, 32}:
             raise ChoiceError(f"moments of {bits} bits there are not", next_step="bits= is 8 or 32")
-        self._eight = EightBits() if bits == 8 else None
+        self._eight = EightBitMoments() if bits == 8 else None
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias}
         super().__init__(params, defaults)
 
@@ -223,12 +223,12 @@ class GaLoreAdamW(GaLore):
             rate = rate * math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])
         return update * rate
 
-    def _moment(self, state: dict[str, Any], name: str, like: Tensor) -> Moment:
+    def _moment(self, state: dict[str, Any], name: str, like: Tensor) -> OptimizerMoment:
         if self._eight is not None:
             return self._eight.moment(state, name, like)
         if name not in state:
             state[name] = torch.zeros_like(like)
-        return Moment(state[name])
+        return OptimizerMoment(state[name])
 
 
 class GaLoreSGD(GaLore):
@@ -245,7 +245,7 @@ class GaLoreSGD(GaLore):
     """
 
     def __init__(self, params: Any, lr: float = 1e-3, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
-        require_settings(
+        check_settings(
             type(self).__name__,
             lr=(lr, FROM_0),
             momentum=(momentum, BELOW_1),
@@ -262,8 +262,8 @@ class GaLoreSGD(GaLore):
         return moment * group["lr"]
 
 
-def _refuse_settings(group: Mapping[str, Any]) -> None:
-    require_settings(
+def _check_group_settings(group: Mapping[str, Any]) -> None:
+    check_settings(
         "GaLore",
         rank=(group["rank"], FROM_1),
         update_proj_gap=(group["update_proj_gap"], FROM_1),
@@ -280,7 +280,7 @@ def _refuse_settings(group: Mapping[str, Any]) -> None:
             )
 
 
-def _projector(gradient: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+def _compute_projector(gradient: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
     """The first singular vectors of a gradient: ``left`` (m, r), ``right`` (r, n), or both."""
     rows, columns = gradient.shape[-2:]
     side = group["proj_type"]
@@ -299,14 +299,14 @@ def _project(gradient: Tensor, projector: Mapping[str, Tensor]) -> Tensor:
     return gradient @ projector["right"].mT if "right" in projector else gradient
 
 
-def _back(update: Tensor, projector: Mapping[str, Tensor]) -> Tensor:
+def _project_back(update: Tensor, projector: Mapping[str, Tensor]) -> Tensor:
     if "left" in projector:
         update = projector["left"] @ update
     return update @ projector["right"] if "right" in projector else update
 
 
-def _on(value: Any, device: torch.device) -> Any:
+def _copy_state_to(value: Any, device: torch.device) -> Any:
     """A saved state with tensors of its own, as they were but for where they are."""
     if isinstance(value, Tensor):
         return value.to(device, copy=True)
-    return {key: _on(own, device) for key, own in value.items()} if isinstance(value, Mapping) else value
+    return {key: _copy_state_to(own, device) for key, own in value.items()} if isinstance(value, Mapping) else value

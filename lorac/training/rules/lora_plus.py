@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from lorac.ir.host.sites import SiteKind
+from lorac.ir.sites import SiteKind
 from lorac.training.rule import Rule
-from lorac.training.rules.pairs import ABOVE_0, FROM_0, require_settings
+from lorac.training.rules.pairs import ABOVE_0, FROM_0, check_settings
 from lorac.variants.base import Variant
 from lorac.variants.dora import DoRA
 from lorac.variants.lora import LoRA
@@ -43,9 +43,9 @@ class LoRAPlus(Rule):
     ) -> None:
         super().__init__(compiled, optimizer)
         name = type(self).__name__
-        require_settings(name, ratio=(ratio, ABOVE_0))
+        check_settings(name, ratio=(ratio, ABOVE_0))
         if embedding_lr is not None:
-            require_settings(name, embedding_lr=(embedding_lr, FROM_0))
+            check_settings(name, embedding_lr=(embedding_lr, FROM_0))
         self.ratio, self.embedding_lr = ratio, embedding_lr
         self._whole: list[dict[str, Any]] = []
         self._faster: set[int] = set()

@@ -17,10 +17,10 @@ from lorac.training.rules.pairs import (
     FROM_0,
     Gram,
     Pair,
-    copied,
-    require_plain_sgd,
-    require_same,
-    require_settings,
+    check_plain_sgd,
+    check_saved_state,
+    check_settings,
+    copy_state,
     trained_pairs,
 )
 from lorac.variants.base import Variant
@@ -74,7 +74,7 @@ class LoRAPro(Rule):
     ) -> None:
         super().__init__(compiled, optimizer)
         name = type(self).__name__
-        require_settings(
+        check_settings(
             name,
             damping=(damping, FROM_0),
             beta1=(betas[0], BELOW_1),
@@ -82,7 +82,7 @@ class LoRAPro(Rule):
             eps=(eps, FROM_0),
         )
         if full:
-            require_plain_sgd(self.optimizer, f"{name}(full=True)")
+            check_plain_sgd(self.optimizer, f"{name}(full=True)")
         self.full, self.damping = full, damping
         self.pairs = trained_pairs(self.terms, name)
         self._betas, self._eps = betas, eps
@@ -105,21 +105,21 @@ class LoRAPro(Rule):
         return {"moments": [dict(moments) for moments in self._moments]}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        require_same(type(self).__name__, state["moments"], self._moments)
+        check_saved_state(type(self).__name__, state["moments"], self._moments)
         like = [*(pair.a for pair in self.pairs), *self._others] if self.full else []
-        self._moments = [copied(own, tensor) for own, tensor in zip(state["moments"], like, strict=True)]
+        self._moments = [copy_state(own, tensor) for own, tensor in zip(state["moments"], like, strict=True)]
 
     def _change(self, index: int, pair: Pair) -> None:
         grad_a, grad_b = (
-            tensor.grad if tensor.grad is not None else torch.zeros_like(tensor) for tensor in _both(pair)
+            tensor.grad if tensor.grad is not None else torch.zeros_like(tensor) for tensor in _both_factors(pair)
         )
         if self.full:
-            moved = equivalent(pair, self.damping, grad_a, grad_b)
-            a, b = (tensor.to(moved[0].dtype) for tensor in _both(pair))
+            moved = find_equivalent_gradients(pair, self.damping, grad_a, grad_b)
+            a, b = (tensor.to(moved[0].dtype) for tensor in _both_factors(pair))
             direction = self._adam(index, pair.scale * (b @ moved[0] + moved[1] @ a))
             grad_a, grad_b = pair.scale * b.mT @ direction, pair.scale * direction @ a.mT
-        made = equivalent(pair, self.damping, grad_a, grad_b, nearest=True)
-        for tensor, grad in zip(_both(pair), made, strict=True):
+        made = find_equivalent_gradients(pair, self.damping, grad_a, grad_b, nearest=True)
+        for tensor, grad in zip(_both_factors(pair), made, strict=True):
             tensor.grad = grad.to(tensor.dtype)
 
     def _adam(self, index: int, grad: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class LoRAPro(Rule):
         return mean / (square.sqrt() + self._eps)
 
 
-def equivalent(
+def find_equivalent_gradients(
     pair: Pair, damping: float, grad_a: Tensor, grad_b: Tensor, *, nearest: bool = False
 ) -> tuple[Tensor, Tensor]:
     """(g^A, g^B) from (g_A, g_B), with X = 0, or with the X that keeps them nearest to the raw gradients."""
@@ -149,16 +149,16 @@ def equivalent(
     moved_b = (grad_b - b @ (inner @ (b.mT @ grad_b))) @ outer / pair.scale**2
     if not nearest:
         return moved_a, moved_b
-    x = _sylvester(*grams, -moved_a @ a.mT)
+    x = _solve_sylvester(*grams, -moved_a @ a.mT)
     return moved_a + x @ a, moved_b - b @ x
 
 
-def _sylvester(left: Gram, right: Gram, constant: Tensor) -> Tensor:
+def _solve_sylvester(left: Gram, right: Gram, constant: Tensor) -> Tensor:
     """X of left·X + X·right = constant, 0 where both eigenvalues are."""
     sums = left.values.unsqueeze(-1) + right.values.unsqueeze(-2)
     turned = left.vectors.mT @ constant @ right.vectors
     return left.vectors @ torch.where(sums > 0, turned / sums, 0) @ right.vectors.mT
 
 
-def _both(pair: Pair) -> tuple[Tensor, Tensor]:
+def _both_factors(pair: Pair) -> tuple[Tensor, Tensor]:
     return pair.a, pair.b

@@ -96,8 +96,8 @@ class NestedRanks(Rule):
         super().__init__(compiled, optimizer)
         self.frozen, self.exact_skip = frozen, exact_skip
         self.before_gradients = exact_skip
-        self.ranks = _ranks(ranks, max(len(term.tensors["lora_A"]) for term in self.terms))
-        self.weights = _weights(weights, self.ranks)
+        self.ranks = _check_ranks(ranks, max(len(term.tensors["lora_A"]) for term in self.terms))
+        self.weights = _check_weights(weights, self.ranks)
         self.generator = generator or torch.Generator().manual_seed(torch.initial_seed())
         self.rank = self._draw()
         self._cut = {term.adapter for term in self.terms}
@@ -135,7 +135,7 @@ class NestedRanks(Rule):
         stepped = self._handles and self.exact_skip
         for factor, states in zip(self._factors, self._states, strict=True) if stepped else ():
             if any(states):
-                self.optimizer.state[factor.tensor] = _joined(factor, states)
+                self.optimizer.state[factor.tensor] = _join_states(factor, states)
         super().remove()
 
     def state(self) -> State:
@@ -199,7 +199,7 @@ class NestedRanks(Rule):
         return kept
 
 
-def _joined(factor: _Factor, states: Sequence[State]) -> State:
+def _join_states(factor: _Factor, states: Sequence[State]) -> State:
     """One state of the whole tensor out of its components'; where a component has none yet it is 0."""
     shape = factor.component(0, factor.tensor).shape
     joined: State = {}
@@ -215,7 +215,7 @@ def _joined(factor: _Factor, states: Sequence[State]) -> State:
     return joined
 
 
-def _ranks(ranks: Sequence[int] | None, largest: int) -> tuple[int, ...]:
+def _check_ranks(ranks: Sequence[int] | None, largest: int) -> tuple[int, ...]:
     chosen = tuple(range(1, largest + 1)) if ranks is None else tuple(ranks)
     wrong = [b for b in chosen if not 1 <= b <= largest]
     if wrong or not chosen:
@@ -227,7 +227,7 @@ def _ranks(ranks: Sequence[int] | None, largest: int) -> tuple[int, ...]:
     return chosen
 
 
-def _weights(weights: Sequence[float] | None, ranks: Sequence[int]) -> Tensor:
+def _check_weights(weights: Sequence[float] | None, ranks: Sequence[int]) -> Tensor:
     likely = torch.ones(len(ranks)) if weights is None else torch.tensor(weights, dtype=torch.float64)
     total = float(likely.sum())
     if len(likely) != len(ranks) or bool((likely < 0).any()) or not 0 < total < math.inf:

@@ -66,7 +66,7 @@ def trained_pairs(terms: Iterable[TrainedTerm], rule: str) -> list[Pair]:
     return pairs
 
 
-def require_plain_sgd(optimizer: Any, rule: str) -> None:
+def check_plain_sgd(optimizer: Any, rule: str) -> None:
     """Raise ``ChoiceError`` where an optimizer does more than to go along the gradient: the rule has moments itself.
 
     Args:
@@ -85,7 +85,7 @@ def require_plain_sgd(optimizer: Any, rule: str) -> None:
 
 
 @dataclass(frozen=True)
-class Range:
+class SettingRange:
     """Which finite numbers a setting may be.
 
     Attributes:
@@ -97,14 +97,14 @@ class Range:
     admits: Callable[[float], bool]
 
 
-FROM_0 = Range("from 0 on", lambda value: value >= 0)
-ABOVE_0 = Range("above 0", lambda value: value > 0)
-FROM_1 = Range("from 1 on", lambda value: value >= 1)
-BELOW_1 = Range("from 0 on, below 1", lambda value: 0 <= value < 1)
-SHARE = Range("from 0 to 1", lambda value: 0 <= value <= 1)
+FROM_0 = SettingRange("from 0 on", lambda value: value >= 0)
+ABOVE_0 = SettingRange("above 0", lambda value: value > 0)
+FROM_1 = SettingRange("from 1 on", lambda value: value >= 1)
+BELOW_1 = SettingRange("from 0 on, below 1", lambda value: 0 <= value < 1)
+SHARE = SettingRange("from 0 to 1", lambda value: 0 <= value <= 1)
 
 
-def require_settings(rule: str, **settings: tuple[float, Range]) -> None:
+def check_settings(rule: str, **settings: tuple[float, SettingRange]) -> None:
     """Raise ``ChoiceError`` where a setting is not finite, or outside its range.
 
     Args:
@@ -143,7 +143,7 @@ class Gram:
         return cls(values, vectors, (vectors * reciprocals.unsqueeze(-2)) @ vectors.mT)
 
 
-def require_same(rule: str, saved: Sequence[Any], own: Sequence[Any]) -> None:
+def check_saved_state(rule: str, saved: Sequence[Any], own: Sequence[Any]) -> None:
     """Raise ``ChoiceError`` where a state was saved over other tensors, or in another form of the rule."""
     if len(saved) != len(own):
         raise ChoiceError(
@@ -152,7 +152,7 @@ def require_same(rule: str, saved: Sequence[Any], own: Sequence[Any]) -> None:
         )
 
 
-def copied(state: Mapping[str, Any], like: Tensor) -> dict[str, Any]:
+def copy_state(state: Mapping[str, Any], like: Tensor) -> dict[str, Any]:
     """A saved state with tensors of its own where ``like`` is; numbers as they are."""
     return {
         key: value.detach().to(like.device, copy=True) if isinstance(value, Tensor) else value

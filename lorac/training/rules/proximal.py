@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from lorac.errors import ChoiceError, not_one_of
-from lorac.training.rule import Rule, terms_of
+from lorac.training.rule import Rule, trained_terms
 from lorac.variants.base import Variant
 from lorac.variants.sora import SoRA
 
@@ -74,7 +74,7 @@ class ProximalGates(Rule):
     def __init__(self, compiled: Any, optimizer: Any, *, threshold: float = 1e-3, prox: str = "soft") -> None:
         super().__init__(compiled, optimizer)
         self.threshold = threshold
-        self._map = _named(prox, _MAPS, "proximal map")
+        self._map = _look_up(prox, _MAPS, "proximal map")
         self._gates = [term.tensors["gate"] for term in self.terms if term.tensors["gate"].requires_grad]
         self.attach()
 
@@ -109,7 +109,7 @@ def gate_penalty(compiled: Any, weight: float) -> Tensor:
         Unavailable, AdapterNotFound: as ``Rule``.
         ChoiceError: no SoRA adapter is active.
     """
-    gates = [term.tensors["gate"] for term in terms_of(compiled, (SoRA,)) if term.adapter in compiled.active]
+    gates = [term.tensors["gate"] for term in trained_terms(compiled, (SoRA,)) if term.adapter in compiled.active]
     if not gates:
         raise ChoiceError("no sora adapter is active, so no gate to penalise", next_step="swap to one first")
     return weight * torch.cat(gates).abs().mean()
@@ -128,7 +128,7 @@ def thresholds(first: float, last: float, count: int, spacing: str = "linear") -
         OptionError: there is no such spacing.
         ChoiceError: the ends are not 0 ≤ first ≤ last, or first = 0 is to be spaced geometrically.
     """
-    space = _named(spacing, _SPACINGS, "spacing")
+    space = _look_up(spacing, _SPACINGS, "spacing")
     if count < 1 or not 0 <= first <= last < math.inf:
         raise ChoiceError(
             f"no {count} thresholds go from {first:g} to {last:g}", next_step="0 <= first <= last, and count from 1 on"
@@ -140,7 +140,7 @@ def thresholds(first: float, last: float, count: int, spacing: str = "linear") -
     return tuple(float(xi) for xi in space(first, last, count))
 
 
-def _named(name: str, known: Mapping[str, Any], what: str) -> Any:
+def _look_up(name: str, known: Mapping[str, Any], what: str) -> Any:
     if name not in known:
         raise not_one_of(f"there is no {what}", name, known)
     return known[name]

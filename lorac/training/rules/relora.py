@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import torch
 
 from lorac.errors import AdapterNotFound, ChoiceError
-from lorac.training.rule import Rule, within_ddp
-from lorac.training.rules.pairs import FACTORS, FROM_1, SHARE, Pair, require_settings, trained_pairs
+from lorac.training.rule import Rule, unwrap_ddp
+from lorac.training.rules.pairs import FACTORS, FROM_1, SHARE, Pair, check_settings, trained_pairs
 from lorac.variants.base import Variant
 from lorac.variants.full import Full
 from lorac.variants.lora import LoRA
@@ -54,13 +54,13 @@ class ReLoRA(Rule):
     def __init__(
         self, compiled: Any, optimizer: Any, *, into: str, every: int, prune: float = 0.99, seed: int = 0
     ) -> None:
-        target = _taker(compiled, into)
+        target = _find_target_adapter(compiled, into)
         before = [(tensor, tensor.requires_grad) for tensor in target.parameters()]
         try:
             for tensor, _ in before:
                 tensor.requires_grad_(False)
             super().__init__(compiled, optimizer)
-            require_settings(
+            check_settings(
                 type(self).__name__,
                 every=(every, FROM_1),
                 prune=(prune, SHARE),
@@ -166,9 +166,9 @@ class ReLoRA(Rule):
             )
 
 
-def _taker(compiled: Any, into: str) -> Any:
+def _find_target_adapter(compiled: Any, into: str) -> Any:
     """The adapter that takes what is folded away."""
-    adapters = getattr(within_ddp(compiled), "adapters", {})
+    adapters = getattr(unwrap_ddp(compiled), "adapters", {})
     found = adapters.get(into)
     if found is None or not isinstance(found.variant, LoRA | Full):
         there = "there is none" if found is None else f"it is {found.variant.name}"

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from lorac.errors import ChoiceError, Unavailable
-from lorac.training.rule import terms_of, within_ddp
-from lorac.variants._routing import perturbed
+from lorac.training.rule import trained_terms, unwrap_ddp
+from lorac.variants._routing import add_gumbel_noise
 from lorac.variants.meteora import MeteoRA
 
 Tensor = torch.Tensor
@@ -35,8 +35,8 @@ def gate_loss(
         Unavailable, AdapterNotFound: as a rule; the last call gave no logits of gates.
         ChoiceError: experts do not have the logits' rows, or there is no such expert.
     """
-    compiled = within_ddp(compiled)
-    sites = {term.site for term in terms_of(compiled, (MeteoRA,))}
+    compiled = unwrap_ddp(compiled)
+    sites = {term.site for term in trained_terms(compiled, (MeteoRA,))}
     found = [z for path, z in compiled.aux.get("router", {}).items() if path.partition("[")[0] in sites]
     if not found:
         raise Unavailable(
@@ -77,7 +77,7 @@ def draw_ordered(logits: Tensor, k: int, generator: torch.Generator | None = Non
         k: how many.
         generator: draws.
     """
-    return perturbed(logits, generator).topk(k, dim=-1).indices
+    return add_gumbel_noise(logits, generator).topk(k, dim=-1).indices
 
 
 def leave_one_out(losses: Tensor, log_probs: Tensor) -> Tensor:
@@ -103,12 +103,12 @@ def leave_one_out(losses: Tensor, log_probs: Tensor) -> Tensor:
     return (losses.mean(0) + policy - policy.detach()).mean()
 
 
-def by_row(emitted: Mapping[str, Tensor]) -> Tensor:
+def sum_by_row(emitted: Mapping[str, Tensor]) -> Tensor:
     """The sum over all sites and tokens of what was emitted: site path -> (rows, …) becomes (rows,)."""
     return torch.stack([value.flatten(1).sum(1) if value.dim() > 1 else value for value in emitted.values()]).sum(0)
 
 
-def tried_loss(
+def sampled_selection_loss(
     compiled: Any,
     inputs: Mapping[str, Any],
     loss_of: Callable[[Any], Tensor],
@@ -129,7 +129,7 @@ def tried_loss(
         Unavailable: no router gave log-probabilities.
         ChoiceError: fewer than two draws, no tensor among the inputs, or another number of losses than rows.
     """
-    compiled = within_ddp(compiled)
+    compiled = unwrap_ddp(compiled)
     rows = next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim()), 0)
     if draws < 2 or not rows:
         raise ChoiceError(
@@ -151,4 +151,4 @@ def tried_loss(
             f"losses of shape {tuple(losses.shape)} are not one for each of {draws * rows} rows",
             next_step="have loss_of average over everything but the rows",
         )
-    return leave_one_out(losses.view(draws, rows), by_row(found).view(draws, rows))
+    return leave_one_out(losses.view(draws, rows), sum_by_row(found).view(draws, rows))

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from lorac.adapters.squeezing import squeezed
+from lorac.adapters.rank_reduction import reduce_rank
 from lorac.errors import ChoiceError, Unavailable
-from lorac.training.rule import Rule, terms_of
+from lorac.training.rule import Rule, trained_terms
 from lorac.variants.base import Variant
 from lorac.variants.lora import LoRA
 
@@ -100,14 +100,14 @@ class Squeeze(Rule):
 
     def _squeeze(self, rank: int) -> None:
         names = dict.fromkeys(term.adapter for term in self.terms)
-        made = {name: squeezed(self.compiled.adapters[name], rank, seed=self.steps) for name in names}
+        made = {name: reduce_rank(self.compiled.adapters[name], rank, seed=self.steps) for name in names}
         active, old = dict(self.compiled.choice), {id(t): t for term in self.terms for t in term.tensors.values()}
         places = {id(t): (term.adapter, term.site, key) for term in self.terms for key, t in term.tensors.items()}
         for name, adapter in made.items():
             self.compiled.remove_adapter(name)
             self.compiled.add_adapter(adapter, name)
         self.compiled.swap(active)
-        self.terms = terms_of(self.compiled, self.methods, begun=self.begun)
+        self.terms = trained_terms(self.compiled, self.methods, begun=self.begun)
         new = {(term.adapter, term.site, key): t for term in self.terms for key, t in term.tensors.items()}
         for index, tensor in old.items():
             taken = new[places[index]].requires_grad_(tensor.requires_grad)

@@ -9,35 +9,35 @@ The target writes prompts, the discriminator filters them, the source answers th
 Wang et al. 2024, arXiv 2405.17258.
 """
 
-from lorac.training.transfer.speaking import continuations, fit, prefers, taught
-from lorac.training.transfer.task import Task
-from lorac.training.transfer.transferring import (
-    Roles,
-    Settings,
-    Synthesised,
-    Transferred,
-    accepted_by,
-    answers,
-    drawn_by,
-    synthesise,
+from lorac.training.transfer.generation import compare_answers, continue_prompts, fit, make_training_batches
+from lorac.training.transfer.pipeline import (
+    SyntheticPrompts,
+    TransferResult,
+    TransferRoles,
+    TransferSettings,
+    answer_prompts,
+    make_prompt_filter,
+    make_prompt_source,
+    synthesise_prompts,
     train_discriminator,
     transfer,
 )
+from lorac.training.transfer.task import Task
 
 __all__ = [
-    "Roles",
-    "Settings",
-    "Synthesised",
+    "SyntheticPrompts",
     "Task",
-    "Transferred",
-    "accepted_by",
-    "answers",
-    "continuations",
-    "drawn_by",
+    "TransferResult",
+    "TransferRoles",
+    "TransferSettings",
+    "answer_prompts",
+    "compare_answers",
+    "continue_prompts",
     "fit",
-    "prefers",
-    "synthesise",
-    "taught",
+    "make_prompt_filter",
+    "make_prompt_source",
+    "make_training_batches",
+    "synthesise_prompts",
     "train_discriminator",
     "transfer",
 ]

@@ -20,10 +20,11 @@ from onnx_ir.tensor_adapters import to_torch_dtype
 
 import lorac
 from lorac.backends.onnxruntime import build
-from lorac.backends.onnxruntime.devices import kernels_of_cuda, widening
+from lorac.backends.onnxruntime.devices import cuda_kernels as kernels_of_cuda
+from lorac.backends.onnxruntime.devices import widening
 from lorac.backends.onnxruntime.dialect import DIALECTS
 from lorac.ir.graph.graph import Graph
-from lorac.testing.checks import assert_close
+from lorac.testing.eager_checks import assert_close
 from lorac.testing.parity import assert_parity
 from tests.backends.onnxruntime.half_hosts import NAMES, Reference
 from tests.zoo import ZOO
@@ -75,7 +76,7 @@ def made(name: str, dtype: torch.dtype) -> Made:
 
 
 def _nothing_in_half(model: ir.Model) -> None:
-    widening.compute_in_float(model, {})
+    widening.widen_half_precision(model, {})
 
 
 QUICK = (("tiny_bert", F16), ("tiny_llama", BF16))
@@ -120,7 +121,7 @@ def test_slots_have_the_dtype_of_factors(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_what_cuda_does_not_compute_in_half_precision_is_computed_in_float32(name: str, dtype: torch.dtype) -> None:
-    known = kernels_of_cuda.IN_HALF[str(dtype).removeprefix("torch.")]
+    known = kernels_of_cuda.HALF_PRECISION_OPS[str(dtype).removeprefix("torch.")]
     for node in made(name, dtype).model.graph.all_nodes():
         if any(value is not None and value.dtype in _HALF for value in node.inputs):
             assert (node.domain, node.op_type) in known
@@ -178,7 +179,7 @@ def _ops(model: ir.Model) -> Iterator[str]:
 )
 def test_an_op_is_widened_where_it_has_no_kernel(op: str, dtype: ir.DataType, wrapped: bool) -> None:
     model = _model(op, dtype)
-    widening.compute_in_float(model)
+    widening.widen_half_precision(model)
     assert list(_ops(model)) == (["Cast", op, "Cast"] if wrapped else [op])
     [output] = model.graph.outputs
     assert output.name == "y" and output.dtype in (dtype, None)
@@ -186,7 +187,7 @@ def test_an_op_is_widened_where_it_has_no_kernel(op: str, dtype: ir.DataType, wr
 
 def test_what_is_widened_is_rounded_once() -> None:
     model = _model("Sin", ir.DataType.BFLOAT16)
-    widening.compute_in_float(model)
+    widening.widen_half_precision(model)
     first, op, last = model.graph
     assert first.attributes["to"].as_int() == op.outputs[0].dtype == ir.DataType.FLOAT
     assert last.attributes["to"].as_int() == last.outputs[0].dtype == ir.DataType.BFLOAT16

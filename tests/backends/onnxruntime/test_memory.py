@@ -15,8 +15,15 @@ from torch import nn
 
 import lorac
 from lorac.backends.onnxruntime import engine
-from lorac.backends.onnxruntime.devices.memory import HostMemory, SessionMemory, aliased, empty_at, memory_at, taken
-from lorac.testing.checks import assert_close
+from lorac.backends.onnxruntime.devices.memory import (
+    HostMemory,
+    OrtDeviceMemory,
+    as_ort_value,
+    as_tensor,
+    empty_at,
+    memory_at,
+)
+from lorac.testing.eager_checks import assert_close
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool)
@@ -61,7 +68,7 @@ def compiled(mode: str, memory: type | None, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("mode", ["live", "fused"])
 def test_a_program_over_copies_answers_the_same_bits(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, copied = compiled(mode, None, monkeypatch), compiled(mode, SessionMemory, monkeypatch)
+    plain, copied = compiled(mode, None, monkeypatch), compiled(mode, OrtDeviceMemory, monkeypatch)
     x = torch.randn(5, 6)
     for choice in ("lora", "sparse", {"sparse": 0.5}, None, "dense", {"lora": 0.7, "dense": 0.3}, None, "lora"):
         for made in (plain, copied):
@@ -71,13 +78,13 @@ def test_a_program_over_copies_answers_the_same_bits(mode: str, monkeypatch: pyt
 
 
 def test_what_two_bindings_share_is_there_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = compiled("live", SessionMemory, monkeypatch)
+    made = compiled("live", OrtDeviceMemory, monkeypatch)
     memory, tensor = made.engine.where, torch.randn(3, 4)
     assert memory.held(tensor) is memory.held(tensor) is not memory.held(tensor.clone())
 
 
 def test_only_what_was_written_is_brought_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = compiled("fused", SessionMemory, monkeypatch)
+    made = compiled("fused", OrtDeviceMemory, monkeypatch)
     made.swap("lora")
     brought: list[int] = []
     of_values = type(made.engine.where.held(torch.ones(1)))
@@ -98,11 +105,11 @@ def test_only_what_was_written_is_brought_over(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("shape", [(3, 4), (), (4, 0)])
 def test_values_of_any_dtype_and_shape_come_and_go(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     tensor = (torch.randn(shape) > 0) if dtype == torch.bool else (torch.randn(shape) * 10).to(dtype)
-    there = SessionMemory(CPU).held(tensor)
-    for value in (aliased(tensor), there):
-        assert torch.equal(taken(value), tensor) and taken(value).dtype == dtype
+    there = OrtDeviceMemory(CPU).held(tensor)
+    for value in (as_ort_value(tensor), there):
+        assert torch.equal(as_tensor(value), tensor) and as_tensor(value).dtype == dtype
     if tensor.numel():
-        assert aliased(tensor).data_ptr() == tensor.data_ptr() != there.data_ptr()
+        assert as_ort_value(tensor).data_ptr() == tensor.data_ptr() != there.data_ptr()
     assert list(empty_at(CPU, tensor).shape()) == list(shape)
 
 

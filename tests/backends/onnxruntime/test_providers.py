@@ -16,7 +16,7 @@ from torch import nn
 
 import lorac
 from lorac.backends.onnxruntime.devices import providers
-from lorac.backends.onnxruntime.options import Options
+from lorac.backends.onnxruntime.options import OnnxRuntimeOptions
 
 GPU_LIBRARY = os.environ.get("ONNXRUNTIME_GPU_LIBRARY")
 RTX_LIBRARY = os.environ.get("ONNXRUNTIME_RTX_LIBRARY")
@@ -62,7 +62,7 @@ def compiled(**options: Any) -> lorac.Compiled:
     ],
 )
 def test_providers_follow_from_the_device_and_it_from_them(options: Any, place: str, chosen: tuple[str, ...]) -> None:
-    told = Options(**options)
+    told = OnnxRuntimeOptions(**options)
     assert told.place == torch.device(place) and told.chosen == chosen
 
 
@@ -86,7 +86,7 @@ def test_what_contradicts_itself_is_refused(options: Any, said: str) -> None:
 
 @built_for_cpu
 def test_cuda_that_this_library_lacks_is_named_before_anything_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorac.compiler.compilation.capture", None)
+    monkeypatch.setattr("lorac.session.compilation.capture_graph", None)
     for options in (
         {"device": "cuda"},
         {"device": "cuda:9"},

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 import lorac
-from lorac.backends.onnx.files import MODEL, name_of, read
-from lorac.backends.tensorrt.checking import OnCpu, in_float32
+from lorac.backends.onnx.model_files import MODEL_FILE, graph_file, read_model_files
+from lorac.backends.tensorrt.cpu_check import CpuProgram, widen_graph
 from lorac.backends.tensorrt.engine import TrtEngine
-from lorac.ir.graph.feeds import named_tensors
-from lorac.ir.graph.interp import example_inputs, outputs_of
+from lorac.ir.graph.feeds import collect_slot_tensors
+from lorac.ir.graph.interpreter import read_example_inputs, run_graph
 from lorac.ir.graph.program import Program
-from lorac.ir.slots.snapshot import Snapshot, slots_of
+from lorac.ir.slots.composition import ComposedWeights, fill_slots
 from tests import zoo
 
 build = importlib.import_module("lorac.backends.tensorrt.build")  # its package has a function of that name
@@ -148,7 +148,7 @@ class Built:
     """
 
     compiled: lorac.Compiled
-    tried: OnCpu
+    tried: CpuProgram
     program: Program
     network: Mapping[str, tuple[str, tuple[int, ...]]]
     constants: Mapping[str, Tensor]
@@ -166,12 +166,12 @@ class Built:
 
     def answers(self, choice: Any) -> tuple[list[Tensor], list[Tensor]]:
         """What the emitted file answers on the example inputs, and what the reference interpreter does."""
-        graph, signature = in_float32(self.program.graphs["main"]), self.program.signatures["main"]
-        inputs, constants = example_inputs(graph, signature.inputs), graph.exported.state_dict
+        graph, signature = widen_graph(self.program.graphs["main"]), self.program.signatures["main"]
+        inputs, constants = read_example_inputs(graph, signature.inputs), graph.exported.state_dict
         weights = {name: w.float() if w.is_floating_point() else w for name, w in constants.items()}
         held = self._held(choice)
         given = {} if self.engine.constant else held
-        return self.tried.outputs("main", given, inputs), outputs_of(graph, inputs, held, weights)
+        return self.tried.outputs("main", given, inputs), run_graph(graph, inputs, held, weights)
 
     def _held(self, choice: Any) -> Mapping[str, Tensor]:
         """What slots hold for a choice."""
@@ -197,10 +197,10 @@ def seen(**told: Any) -> Built:
     return Built(compiled, tried, program, networks[0], constants)
 
 
-def _baked(tried: OnCpu, program: Program, snapshot: Snapshot) -> Mapping[str, Tensor]:
+def _baked(tried: CpuProgram, program: Program, snapshot: ComposedWeights) -> Mapping[str, Tensor]:
     if tried.mode != "baked":
         return {}
-    return named_tensors(tried.slots, tried.plans, slots_of(tried.plans, snapshot, tried.base))
+    return collect_slot_tensors(tried.slots, tried.plans, fill_slots(tried.plans, snapshot, tried.base))
 
 
 def _inputs(parsed: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -224,10 +224,10 @@ def built(name: str, mode: str, dtype: str, methods: tuple[str, ...]) -> Built:
 
 def weights_of(engine: TrtEngine) -> Mapping[str, Any]:
     """The large floating-point weights of graph ``main``'s model, by name."""
-    _, beside = read(engine.files, "main")
+    _, beside = read_model_files(engine.files, "main")
     return {name: array for name, array in beside.items() if array.dtype.kind not in "iub" and array.size >= LARGE}
 
 
 def model_of(engine: TrtEngine) -> onnx.ModelProto:
     """The emitted model of graph ``main``, without its weights."""
-    return onnx.load_from_string(engine.files[name_of("main", MODEL)].read())
+    return onnx.load_from_string(engine.files[graph_file("main", MODEL_FILE)].read())

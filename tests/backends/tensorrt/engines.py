@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from lorac.backends.tensorrt import library
-from lorac.backends.tensorrt.device.outputs import growing
-from lorac.backends.tensorrt.device.ports import Port
+from lorac.backends.tensorrt.device.io_tensors import IOTensor
+from lorac.backends.tensorrt.device.output_allocator import output_allocator
 from tests.backends.tensorrt.tiny import CPU, parsed
 
 Tensor = torch.Tensor
@@ -18,7 +18,7 @@ Tensor = torch.Tensor
 
 def allocator() -> Any:
     """An output's, of two columns in float16."""
-    return growing(Port(torch.float16, (-1, 2)), CPU)
+    return output_allocator(IOTensor(torch.float16, (-1, 2)), CPU)
 
 
 class OfNetwork:

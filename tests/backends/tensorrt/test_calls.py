@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 import lorac
 from lorac.backends.tensorrt import engine as engines
-from lorac.backends.tensorrt.checking import _session
-from lorac.backends.tensorrt.device.slots import Slots
+from lorac.backends.tensorrt.cpu_check import _create_session
+from lorac.backends.tensorrt.device.device_slots import DeviceSlots
 from lorac.backends.tensorrt.engine import TrtEngine
-from lorac.testing.checks import assert_close
+from lorac.testing.eager_checks import assert_close
 from tests.backends.tensorrt.building import away, build, quietly
 
 X = torch.randn(3, 10, generator=torch.Generator().manual_seed(0))
@@ -44,12 +44,12 @@ class Standing:
     """
 
     def __init__(self, found: TrtEngine) -> None:
-        self.session = _session(found.files, "main")
+        self.session = _create_session(found.files, "main")
         self.held, self.written = 0, 0
 
-    def hold(self, tensors: Mapping[str, Tensor], *, fixed: bool = False) -> Slots:
+    def hold(self, tensors: Mapping[str, Tensor], *, fixed: bool = False) -> DeviceSlots:
         self.held += 1
-        return Slots(tensors, fixed=fixed)
+        return DeviceSlots(tensors, fixed=fixed)
 
     def call(self, inputs: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
         given = {name: tensor.numpy() for name, tensor in {**inputs, **slots}.items()}
@@ -73,7 +73,7 @@ def made(mode: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[An
     given = dict(eager.adapters)
     found = quietly(model=model, adapters=given, active="a", mode=mode, example_inputs=(X,), **options)
     standing = Standing(found.engine)
-    monkeypatch.setattr(engines, "refuse_lacking", lambda: None)
+    monkeypatch.setattr(engines, "check_requirements", lambda: None)
     monkeypatch.setattr(found.engine, "_load", lambda graph: standing)
     return eager, found, standing
 
@@ -158,8 +158,8 @@ def test_weights_that_are_constants_are_replaced_in_the_plan(monkeypatch: pytest
         def __init__(self, plan: object, device: object, **told: object) -> None:
             self.told = told
 
-    monkeypatch.setattr(engines, "Refitting", Replacing)
-    monkeypatch.setattr(engines, "Running", Loaded)
+    monkeypatch.setattr(engines, "WeightRefitter", Replacing)
+    monkeypatch.setattr(engines, "PlanRunner", Loaded)
     monkeypatch.setattr(build, "local", lambda: "8.6")
     marked: list[set[str]] = []
     real = build.mark

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import lorac
-from lorac.backends.tensorrt.device import capturing
-from lorac.backends.tensorrt.device.capturing import Graphs, Work
-from lorac.backends.tensorrt.device.ports import Port, Ports
-from lorac.backends.tensorrt.device.slots import Slots
-from lorac.backends.tensorrt.running import Calls
+from lorac.backends.tensorrt.device import cuda_graphs as capturing
+from lorac.backends.tensorrt.device.cuda_graphs import CudaGraphCache, QueueWork
+from lorac.backends.tensorrt.device.device_slots import DeviceSlots
+from lorac.backends.tensorrt.device.io_tensors import IOTensor, IOTensors
+from lorac.backends.tensorrt.plan_runner import ContextPool
 from tests.backends.tensorrt import tiny
 from tests.backends.tensorrt.tiny import CPU, IN, RANK, Lanes
 
@@ -26,7 +26,7 @@ class Recorded:
         self.captured = self.replayed = 0
         self.fails = False
 
-    def __call__(self, work: Work) -> Callable[[], None]:
+    def __call__(self, work: QueueWork) -> Callable[[], None]:
         if self.fails:
             raise RuntimeError("operation not permitted when stream is capturing")
         self.captured += 1
@@ -38,10 +38,10 @@ class Recorded:
         return replay
 
 
-def _calls(*, depends: bool = False) -> tuple[Calls, Lanes, Recorded]:
+def _calls(*, depends: bool = False) -> tuple[ContextPool, Lanes, Recorded]:
     ports, recorded = tiny.ports(sizes_depend_on_values=depends), Recorded()
     lanes = Lanes(ports)
-    return Calls(ports, CPU, lanes, Graphs(ports, lanes, recorded)), lanes, recorded
+    return ContextPool(ports, CPU, lanes, CudaGraphCache(ports, lanes, recorded)), lanes, recorded
 
 
 def _x(rows: int = 2, seed: int = 0) -> Tensor:
@@ -109,7 +109,7 @@ def test_memory_that_is_written_in_place_is_read_where_it_lies() -> None:
     assert recorded.captured == 2, "another memory is another graph"
 
 
-def _why_not(calls: Calls, lanes: Lanes, recorded: Recorded, why: str) -> None:
+def _why_not(calls: ContextPool, lanes: Lanes, recorded: Recorded, why: str) -> None:
     lanes.capturable = why != "it allocates while it runs"
     recorded.fails = why.startswith("operation")
     x, held = _x(), [calls.hold(tiny.drawn(seed)) for seed in (1, 2)]
@@ -139,23 +139,23 @@ def test_a_size_that_the_plan_was_not_built_for_is_no_reason_to_run_without() ->
 
 
 def test_numbers_that_shapes_are_computed_from_are_part_of_what_a_graph_is_for() -> None:
-    ports = Ports({"sizes": Port(torch.int64, (2,), on_host=True)}, {})
-    graphs = Graphs(ports, Lanes(ports), Recorded())
-    keys = {graphs._key({"sizes": torch.tensor(numbers)}, Slots({})) for numbers in ([2, 3], [3, 2], [2, 3])}
+    ports = IOTensors({"sizes": IOTensor(torch.int64, (2,), on_host=True)}, {})
+    graphs = CudaGraphCache(ports, Lanes(ports), Recorded())
+    keys = {graphs._key({"sizes": torch.tensor(numbers)}, DeviceSlots({})) for numbers in ([2, 3], [3, 2], [2, 3])}
     assert len(keys) == 2
 
 
 def test_the_one_that_was_not_used_for_longest_is_given_up() -> None:
     calls, lanes, recorded = _calls()
     slots = calls.hold(tiny.drawn(1))
-    for rows in range(1, capturing.MOST + 2):
+    for rows in range(1, capturing.MAX_GRAPHS + 2):
         calls.call({"x": _x(rows)}, slots)
         calls.call({"x": _x(1)}, slots)
-    assert [lane.track.finished for lane in lanes.lanes] == [0, 1] + [0] * (capturing.MOST - 1)  # type: ignore[attr-defined]
+    assert [lane.track.finished for lane in lanes.lanes] == [0, 1] + [0] * (capturing.MAX_GRAPHS - 1)  # type: ignore[attr-defined]
     calls.call({"x": _x(1)}, slots)
-    assert recorded.captured == capturing.MOST + 1
+    assert recorded.captured == capturing.MAX_GRAPHS + 1
     calls.call({"x": _x(2)}, slots)
-    assert recorded.captured == capturing.MOST + 2
+    assert recorded.captured == capturing.MAX_GRAPHS + 2
 
 
 def test_who_writes_waits_for_graphs_too() -> None:
@@ -169,5 +169,5 @@ def test_slots_that_are_let_go_are_not_taken_for_others() -> None:
     calls, _, _ = _calls()
     x = _x()
     for seed in range(20):
-        held: Slots = calls.hold(tiny.drawn(seed))
+        held: DeviceSlots = calls.hold(tiny.drawn(seed))
         assert torch.equal(calls.call({"x": x}, held)["y"], tiny.computed(x, **tiny.drawn(seed)))

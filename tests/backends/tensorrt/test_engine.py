@@ -21,10 +21,10 @@ import lorac
 from lorac.backends.tensorrt import backend, capabilities, library
 from lorac.backends.tensorrt.engine import TrtEngine
 from lorac.cli import app
-from lorac.testing.checks import assert_close
+from lorac.testing.eager_checks import assert_close
 from tests.backends.tensorrt.building import NO_GPU, THREE, away, model_of, quietly
 
-pytestmark = pytest.mark.skipif(capabilities.local() is not None, reason="there is a GPU here")
+pytestmark = pytest.mark.skipif(capabilities.local_capability() is not None, reason="there is a GPU here")
 ROOT = Path(__file__).parents[3]
 X = torch.randn(3, 6, 9, 7, generator=torch.Generator().manual_seed(0))
 
@@ -175,19 +175,19 @@ print([name for name in ("onnxscript", "transformers") if name in sys.modules])
 def test_an_artefact_is_refused_by_another_release_and_by_another_gpu(live, monkeypatch):
     (part,) = engine_of(live).parts.values()
     with pytest.raises(lorac.ArtifactError, match=r"made by tensorrt_rtx 0\.9") as error:
-        backend._refuse_other(dataclasses.replace(part, made_by="tensorrt_rtx 0.9"))
+        backend._check_plan_origin(dataclasses.replace(part, made_by="tensorrt_rtx 0.9"))
     assert library.version() in str(error.value)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     for here in ("8.9", None):
-        monkeypatch.setattr(backend, "local", lambda here=here: here)
-        backend._refuse_other(part)
-    monkeypatch.setattr(backend, "local", lambda: "9.0")
+        monkeypatch.setattr(backend, "local_capability", lambda here=here: here)
+        backend._check_plan_origin(part)
+    monkeypatch.setattr(backend, "local_capability", lambda: "9.0")
     with pytest.raises(lorac.Unavailable, match=r"has compute capability 9\.0.*8\.6, 8\.9, 12\.0") as other:
-        backend._refuse_other(part)
+        backend._check_plan_origin(part)
     assert "builds for" in str(other.value)  # of which this is none
-    monkeypatch.setattr(backend, "local", lambda: "8.0")
+    monkeypatch.setattr(backend, "local_capability", lambda: "8.0")
     with pytest.raises(lorac.Unavailable, match=r"target_capabilities=\['8\.6', '8\.9', '12\.0', '8\.0'\]"):
-        backend._refuse_other(part)
+        backend._check_plan_origin(part)
 
 
 def test_a_device_that_is_no_gpu_is_refused(live, tmp_path):

@@ -17,12 +17,12 @@ from lorac.backends.tensorrt.device import interfaces
 from tests.backends.tensorrt import engines, tiny
 
 CLASSES: dict[type, str] = {
-    interfaces.Context: "IExecutionContext",
+    interfaces.ExecutionContext: "IExecutionContext",
     interfaces.CudaEngine: "ICudaEngine",
     interfaces.Refitter: "Refitter",
 }
 STAND_INS: dict[type, type] = {
-    interfaces.Context: tiny.Memory,
+    interfaces.ExecutionContext: tiny.Memory,
     interfaces.CudaEngine: engines.OfNetwork,
     interfaces.Refitter: engines.Weights,
 }

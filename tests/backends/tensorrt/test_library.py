@@ -26,7 +26,7 @@ def asked_anew() -> Iterator[None]:
 
 
 def test_it_is_one_of_nvidias() -> None:
-    assert library.told() == f"{library.trt().__name__} {library.trt().__version__}"
+    assert library.name_and_version() == f"{library.trt().__name__} {library.trt().__version__}"
     assert library.is_rtx() == (library.trt() is sys.modules.get("tensorrt_rtx"))
 
 
@@ -65,7 +65,7 @@ def test_a_dtype_that_tensorrt_lacks() -> None:
 
 def test_its_errors_are_told_and_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
     network, _ = tiny.parsed()
-    with library.listening() as said:
+    with library.collect_errors() as said:
         assert not network.mark_weights_refittable("nobody")
         assert "no weights named nobody" in said.why()
     assert capfd.readouterr() == ("", "")
@@ -73,14 +73,14 @@ def test_its_errors_are_told_and_nothing_is_printed(capfd: pytest.CaptureFixture
 
 def test_an_error_that_nobody_asks_for_is_a_warning() -> None:
     network, _ = tiny.parsed()
-    with pytest.warns(lorac.LoracWarning, match="no weights named nobody"), library.listening():
+    with pytest.warns(lorac.LoracWarning, match="no weights named nobody"), library.collect_errors():
         network.mark_weights_refittable("nobody")
 
 
 def test_the_innermost_block_is_told() -> None:
     network, _ = tiny.parsed()
-    with library.listening() as outer:
-        with library.listening() as inner:
+    with library.collect_errors() as outer:
+        with library.collect_errors() as inner:
             network.mark_weights_refittable("nobody")
             inner.why()
         assert inner.errors and not outer.errors
@@ -91,11 +91,11 @@ def test_another_threads_block_is_not_told_where_its_own_listens() -> None:
     heard = []
 
     def elsewhere() -> None:
-        with library.listening() as said:
+        with library.collect_errors() as said:
             network.mark_weights_refittable("nobody")
             heard.append(said.why())
 
-    with library.listening() as here:
+    with library.collect_errors() as here:
         thread = threading.Thread(target=elsewhere)
         thread.start()
         thread.join()
@@ -105,7 +105,7 @@ def test_another_threads_block_is_not_told_where_its_own_listens() -> None:
 
 def test_a_thread_of_tensorrts_own_tells_everyone() -> None:
     network, _ = tiny.parsed()
-    with library.listening() as said:
+    with library.collect_errors() as said:
         thread = threading.Thread(target=network.mark_weights_refittable, args=("nobody",))
         thread.start()
         thread.join()
@@ -113,4 +113,4 @@ def test_a_thread_of_tensorrts_own_tells_everyone() -> None:
 
 
 def test_there_is_no_reason_where_none_was_given() -> None:
-    assert library.Said().why() == "TensorRT gives no reason"
+    assert library.BuildMessages().why() == "TensorRT gives no reason"

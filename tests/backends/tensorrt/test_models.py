@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.testing.checks import assert_close
+from lorac.testing.eager_checks import assert_close
 from tests.backends.tensorrt.building import away, seen
 from tests.limits import assert_apart
 from tests.zoo import ZOO

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import lorac
 from lorac.backends.tensorrt import library
 from lorac.backends.tensorrt.dialect import CLAIMS, DIALECT
-from lorac.backends.tensorrt.network import check_inputs, parse
-from lorac.backends.tensorrt.profiles import Range
+from lorac.backends.tensorrt.network import check_inputs, parse_model
+from lorac.backends.tensorrt.profiles import SizeRange
 from tests.backends.tensorrt.building import quietly
 from tests.refusing import refuses
 
@@ -78,7 +78,7 @@ def test_an_op_of_ones_own_is_refused_before_anything_is_parsed(monkeypatch):
 def test_an_op_that_this_release_does_not_know_is_refused_by_name(tmp_path):
     path = _written(tmp_path, [helper.make_node("Add", ["x", "x"], ["h"]), helper.make_node("Det", ["h"], ["y"])])
     with pytest.raises(lorac.Unavailable, match=rf"tensorrt {library.version()} does not compute Det"):
-        parse(path)
+        parse_model(path)
 
 
 def test_what_the_parser_does_not_take_is_told_with_its_reason(tmp_path):
@@ -86,21 +86,21 @@ def test_what_the_parser_does_not_take_is_told_with_its_reason(tmp_path):
     half = helper.make_node("Cast", ["x"], ["h"], to=TensorProto.FLOAT16)
     path = _written(tmp_path, [half, helper.make_node("Add", ["x", "h"], ["y"], name="made")])
     with pytest.raises(lorac.Unavailable, match=r"tensorrt does not take Add \("):
-        parse(path)
+        parse_model(path)
 
 
 def test_an_input_with_a_value_becomes_a_constant_and_is_found(tmp_path):
     """As ONNX's optional inputs are, which other targets have for slots."""
     path = _written(tmp_path, [helper.make_node("Add", ["x", "slot"], ["y"])], held="slot")
-    parsed = parse(path)
+    parsed = parse_model(path)
     assert [parsed.network.get_input(i).name for i in range(parsed.network.num_inputs)] == ["x"]
-    sizes = (Range(1, 2, 8), Range(4, 4, 4))
+    sizes = (SizeRange(1, 2, 8), SizeRange(4, 4, 4))
     check_inputs(parsed, {"x": torch.float32}, {"x": sizes})
     for wanted, ranges in (
         ({"x": torch.float32, "slot": torch.float32}, {"x": sizes, "slot": sizes}),
         ({"x": torch.float16}, {"x": sizes}),
-        ({"x": torch.float32}, {"x": (Range(1, 2, 8), Range(5, 5, 5))}),
-        ({"x": torch.float32}, {"x": (Range(1, 2, 8),)}),
+        ({"x": torch.float32}, {"x": (SizeRange(1, 2, 8), SizeRange(5, 5, 5))}),
+        ({"x": torch.float32}, {"x": (SizeRange(1, 2, 8),)}),
         ({}, {}),
     ):
         with refuses("self_test_failed", match=r"1 inputs of the network are not those of the program"):

@@ -14,9 +14,9 @@ from torch.export import Dim
 
 import lorac
 from lorac.backends.tensorrt import capabilities, library
-from lorac.backends.tensorrt.network import parse
-from lorac.backends.tensorrt.options import Options
-from lorac.backends.tensorrt.profiles import LENGTH, ROWS, Range, axes_of, refuse_outside
+from lorac.backends.tensorrt.network import parse_model
+from lorac.backends.tensorrt.options import TensorRTOptions
+from lorac.backends.tensorrt.profiles import DEFAULT_MAX_LENGTH, DEFAULT_MAX_ROWS, SizeRange, axis_names, check_sizes
 from tests.backends.tensorrt.building import quietly
 
 build = importlib.import_module("lorac.backends.tensorrt.build")
@@ -42,7 +42,7 @@ def host() -> nn.Module:
     return Reads().eval()
 
 
-def ranges(**told: Any) -> dict[str, tuple[Range, ...]]:
+def ranges(**told: Any) -> dict[str, tuple[SizeRange, ...]]:
     adapters = {"a": lorac.LoRA(r=2, targets=["head"]), "b": lorac.LoRA(r=3, targets=["head"])}
     asked = {"example_inputs": EXAMPLE, "dynamic_shapes": SHAPES, "self_test": False, "active": "a"}
     found = quietly(model=host(), adapters=adapters, **{**asked, **told})
@@ -52,17 +52,17 @@ def ranges(**told: Any) -> dict[str, tuple[Range, ...]]:
 def test_sizes_lie_around_the_examples_and_within_what_the_model_takes():
     """Rows, a text that the model bounds, a side of a picture; ranks up to the room, those of the active one usual."""
     found = ranges()
-    rows = Range(1, 3, ROWS)
-    assert found["ids"] == (rows, Range(1, 4, 40)) and LENGTH > 40
-    assert found["image"] == (rows, Range(5, 5, 5), Range(1, 8, 16))
-    assert found["head:a"] == (Range(12, 12, 12), Range(1, 2, 5))
-    assert ranges(active=None)["head:b"] == (Range(1, 5, 5), Range(15, 15, 15))
+    rows = SizeRange(1, 3, DEFAULT_MAX_ROWS)
+    assert found["ids"] == (rows, SizeRange(1, 4, 40)) and DEFAULT_MAX_LENGTH > 40
+    assert found["image"] == (rows, SizeRange(5, 5, 5), SizeRange(1, 8, 16))
+    assert found["head:a"] == (SizeRange(12, 12, 12), SizeRange(1, 2, 5))
+    assert ranges(active=None)["head:b"] == (SizeRange(1, 5, 5), SizeRange(15, 15, 15))
 
 
 def test_profiles_name_axes_or_inputs():
     found = ranges(profiles={"rows": (2, 4, 32), "image": [(2, 5, 6), (4, 5, 7), (32, 5, 9)]})
-    assert found["ids"] == (Range(2, 4, 32), Range(1, 4, 40))
-    assert found["image"] == (Range(2, 4, 32), Range(5, 5, 5), Range(6, 7, 9))
+    assert found["ids"] == (SizeRange(2, 4, 32), SizeRange(1, 4, 40))
+    assert found["image"] == (SizeRange(2, 4, 32), SizeRange(5, 5, 5), SizeRange(6, 7, 9))
 
 
 @pytest.mark.parametrize(
@@ -89,43 +89,45 @@ def test_a_call_outside_the_profile_is_told_the_one_that_admits_it():
     with pytest.raises(lorac.InputMismatch, match="'ids' has size 9 on axis 0; the plan is for 1 to 8") as error:
         found(**many)
     assert "profiles={'rows': (1, 3, 9)}" in str(error.value)
-    refuse_outside(part.ranges, EXAMPLE, axes_of(part.signature))
+    check_sizes(part.ranges, EXAMPLE, axis_names(part.signature))
 
 
 def test_capabilities_are_the_librarys(monkeypatch):
-    listed = capabilities.known()
+    listed = capabilities.known_capabilities()
     assert {"8.6", "8.9", "12.0"} <= set(listed) and "9.0" not in listed
     with pytest.raises(lorac.OptionError, match=r"builds for no compute capability '9\.0'") as error:
-        Options(target_capabilities=("9.0",))
+        TensorRTOptions(target_capabilities=("9.0",))
     assert ", ".join(listed) in str(error.value)
-    assert capabilities.chosen(("8.6",)) == ("8.6",)
+    assert capabilities.choose_capabilities(("8.6",)) == ("8.6",)
     for here, wanted in (("8.9", ("8.9",)), ("9.0", ()), (None, ())):  # the local GPU's, else the library's default
-        monkeypatch.setattr(capabilities, "local", lambda here=here: here)
-        assert capabilities.chosen(()) == wanted
+        monkeypatch.setattr(capabilities, "local_capability", lambda here=here: here)
+        assert capabilities.choose_capabilities(()) == wanted
 
 
 def test_a_library_that_builds_for_the_gpu_at_hand_alone_takes_none(monkeypatch):
     monkeypatch.setattr(library, "is_rtx", lambda: False)
     with pytest.raises(lorac.OptionError, match="builds for the GPU that is here"):
-        Options(target_capabilities=("8.9",))
+        TensorRTOptions(target_capabilities=("8.9",))
 
 
 def test_numbers_have_their_range():
     for told in ({"builder_optimization_level": 6}, {"workspace": 0}):
         with pytest.raises(lorac.OptionError, match=next(iter(told))):
-            Options(**told)
+            TensorRTOptions(**told)
     with pytest.raises(lorac.WrongType, match="profiles"):
-        Options(profiles=3)
+        TensorRTOptions(profiles=3)
 
 
 def test_settings_reach_the_library(tmp_path):
     """TF32, which the library would round to by itself, is off unless it is asked for."""
     trt = library.trt()
     found = quietly(model=host(), adapters={}, example_inputs=EXAMPLE, dynamic_shapes=SHAPES, self_test=False)
-    parsed, part = parse(found.engine.files["model.onnx"].where), found.engine.parts["main"]
-    plain = build._settings(parsed, part.ranges, Options(), ())
+    parsed, part = parse_model(found.engine.files["model.onnx"].where), found.engine.parts["main"]
+    plain = build._settings(parsed, part.ranges, TensorRTOptions(), ())
     assert not plain.get_flag(trt.BuilderFlag.TF32) and not plain.get_flag(trt.BuilderFlag.STRICT_NANS)
-    told = Options(tf32=True, strict_nans=True, weight_streaming=True, builder_optimization_level=5, workspace=64)
+    told = TensorRTOptions(
+        tf32=True, strict_nans=True, weight_streaming=True, builder_optimization_level=5, workspace=64
+    )
     settings = build._settings(parsed, part.ranges, told, ("8.6", "12.0"))
     flags = (trt.BuilderFlag.TF32, trt.BuilderFlag.STRICT_NANS, trt.BuilderFlag.WEIGHT_STREAMING)
     assert all(settings.get_flag(flag) for flag in flags)
@@ -136,7 +138,7 @@ def test_settings_reach_the_library(tmp_path):
     assert settings.num_optimization_profiles == 1
 
 
-@pytest.mark.skipif(capabilities.local() is not None, reason="there is a GPU here")
+@pytest.mark.skipif(capabilities.local_capability() is not None, reason="there is a GPU here")
 def test_refitting_is_refused_where_there_is_no_gpu():
     with pytest.raises(lorac.Unavailable, match="only where there is an NVIDIA GPU") as error:
         quietly(model=host(), adapters={}, example_inputs=EXAMPLE, mode="fused", refit=True)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from lorac.ir.graph.interp import example_inputs
+from lorac.ir.graph.interpreter import read_example_inputs
 from lorac.ir.slots.roles import is_strength
-from lorac.testing.checks import assert_close
+from lorac.testing.eager_checks import assert_close
 from tests.backends.tensorrt.building import HOSTS, WINDOW, Built, built, model_of, weights_of
 from tests.limits import assert_apart
 
@@ -128,7 +128,7 @@ def _assert_selected(found: Built) -> None:
     ops = {node.op_type for node in model_of(found.engine).graph.node}
     assert "Where" in ops and "If" not in ops
     graph, signature = found.program.graphs["main"], found.program.signatures["main"]
-    inputs, slots = example_inputs(graph, signature.inputs), found.engine.slots
+    inputs, slots = read_example_inputs(graph, signature.inputs), found.engine.slots
     held = found.compiled._state.bound.content.tensors  # nothing was active last
     parameters = {name for name in held if "branch" in slots[name].role and not is_strength(slots[name].role)}
     assert parameters

@@ -9,7 +9,7 @@ import torch
 
 import lorac
 from lorac.backends.tensorrt import refitting
-from lorac.backends.tensorrt.refitting import Refitting, mark
+from lorac.backends.tensorrt.refitting import WeightRefitter, mark_refittable
 from tests.backends.tensorrt import engines, tiny
 from tests.backends.tensorrt.tiny import BIAS, WEIGHT
 
@@ -19,7 +19,7 @@ Tensor = torch.Tensor
 # --- marking ----------------------------------------------------------------------------------------------------------
 def test_those_that_are_named_are_marked_and_no_others() -> None:
     network, _ = tiny.parsed()
-    assert mark(network, [WEIGHT], tiny.weights()) == 1
+    assert mark_refittable(network, [WEIGHT], tiny.weights()) == 1
     assert network.are_weights_marked_refittable(WEIGHT)
     assert not network.are_weights_marked_refittable(BIAS)
 
@@ -27,18 +27,18 @@ def test_those_that_are_named_are_marked_and_no_others() -> None:
 def test_a_weight_that_the_program_lacks() -> None:
     network, _ = tiny.parsed()
     with pytest.raises(lorac.OptionError, match=r"no weight 'fc.wait'.*\n.*fc.weight"):
-        mark(network, ["fc.wait"], tiny.weights())
+        mark_refittable(network, ["fc.wait"], tiny.weights())
 
 
 def test_a_weight_that_the_library_lacks() -> None:
     """One that was computed with while the program was parsed is in the file, and no longer in the network."""
     network, _ = tiny.parsed()
     with pytest.raises(lorac.Unavailable, match=r"does not let 'folded' be replaced.*no weights named folded"):
-        mark(network, ["folded"], [*tiny.weights(), "folded"])
+        mark_refittable(network, ["folded"], [*tiny.weights(), "folded"])
 
 
 def test_the_flag_is_the_one_for_marked_weights() -> None:
-    assert refitting.flag().name == "REFIT_INDIVIDUAL"
+    assert refitting.refit_flag().name == "REFIT_INDIVIDUAL"
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -49,10 +49,10 @@ def _base() -> dict[str, Tensor]:
     return {name: torch.full((2, 3), float(place)) for place, name in enumerate((ONE, OTHER, THIRD))}
 
 
-def _refitting(joined: dict[str, str] | None = None) -> tuple[Refitting, engines.Weights, dict[str, Tensor]]:
+def _refitting(joined: dict[str, str] | None = None) -> tuple[WeightRefitter, engines.Weights, dict[str, Tensor]]:
     memory = _base()
     made = engines.Weights(_base(), joined)
-    return Refitting(engines.OfNetwork(), memory, made), made, memory
+    return WeightRefitter(engines.OfNetwork(), memory, made), made, memory
 
 
 def _choose(memory: dict[str, Tensor], adapted: Mapping[str, float]) -> None:
@@ -87,7 +87,7 @@ def test_weights_that_the_builder_joined_are_written_together() -> None:
 
 def test_a_joined_weight_that_was_not_kept() -> None:
     memory = {ONE: _base()[ONE]}
-    refits = Refitting(engines.OfNetwork(), memory, engines.Weights(_base(), {ONE: THIRD}))
+    refits = WeightRefitter(engines.OfNetwork(), memory, engines.Weights(_base(), {ONE: THIRD}))
     with pytest.raises(lorac.Unavailable, match="joined 'third' with weights that are to be replaced"):
         refits.write([ONE])
 
@@ -112,11 +112,11 @@ def test_numbers_are_not_looked_through() -> None:
 def test_memory_of_another_size_or_dtype_is_found_at_once() -> None:
     for wrong in (torch.zeros(2, 2), torch.zeros(2, 3, dtype=torch.float16)):
         with pytest.raises(lorac.Unavailable, match="'one' was built with 6 numbers of FLOAT"):
-            Refitting(engines.OfNetwork(), {ONE: wrong}, engines.Weights(_base()))
+            WeightRefitter(engines.OfNetwork(), {ONE: wrong}, engines.Weights(_base()))
 
 
 def test_a_plan_that_lets_none_be_replaced() -> None:
     engine = engines.OfNetwork()
     engine.refittable = False
     with pytest.raises(lorac.Unavailable, match=r"no weight of the plan can be replaced.*\n.*mode='fused' alone"):
-        Refitting(engine, {})
+        WeightRefitter(engine, {})

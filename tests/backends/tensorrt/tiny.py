@@ -20,10 +20,10 @@ import torch
 from onnx import helper, numpy_helper
 
 from lorac.backends.tensorrt import library
-from lorac.backends.tensorrt.device.lane import Lane
-from lorac.backends.tensorrt.device.ports import Port, Ports
-from lorac.backends.tensorrt.device.slots import Slots, memory
-from lorac.backends.tensorrt.refitting import flag, mark
+from lorac.backends.tensorrt.device.device_slots import DeviceSlots, allocate
+from lorac.backends.tensorrt.device.execution_slot import ExecutionSlot
+from lorac.backends.tensorrt.device.io_tensors import IOTensor, IOTensors
+from lorac.backends.tensorrt.refitting import mark_refittable, refit_flag
 
 Tensor = torch.Tensor
 IN, OUT, ROWS, RANK = 6, 4, 5, 3
@@ -82,7 +82,7 @@ def built(capabilities: Sequence[str] = (), flags: Sequence[str] = (), refittabl
     """
     trt = library.trt()
     network, builder = parsed()
-    mark(network, refittable, weights())
+    mark_refittable(network, refittable, weights())
     config, profile = builder.create_builder_config(), builder.create_optimization_profile()
     for name, sizes in {"x": ((1, IN), (2, IN), (ROWS, IN)), "a": ((IN, 1), (IN, 2), (IN, RANK))}.items():
         profile.set_shape(name, *sizes)
@@ -92,7 +92,7 @@ def built(capabilities: Sequence[str] = (), flags: Sequence[str] = (), refittabl
     for name in flags:
         config.set_flag(trt.BuilderFlag.__members__[name])
     if refittable:
-        config.set_flag(flag())
+        config.set_flag(refit_flag())
     if capabilities:
         config.num_compute_capabilities = len(capabilities)
     for place, capability in enumerate(capabilities):
@@ -100,11 +100,11 @@ def built(capabilities: Sequence[str] = (), flags: Sequence[str] = (), refittabl
     return bytes(builder.build_serialized_network(network, config))
 
 
-def ports(*, sizes_depend_on_values: bool = False) -> Ports:
+def ports(*, sizes_depend_on_values: bool = False) -> IOTensors:
     """What an engine of it takes and gives."""
     kind = torch.float32
-    inputs = {"x": Port(kind, (-1, IN)), "a": Port(kind, (IN, -1)), "b": Port(kind, (-1, OUT))}
-    return Ports(inputs, {"y": Port(kind, (-1, -1 if sizes_depend_on_values else OUT))})
+    inputs = {"x": IOTensor(kind, (-1, IN)), "a": IOTensor(kind, (IN, -1)), "b": IOTensor(kind, (-1, OUT))}
+    return IOTensors(inputs, {"y": IOTensor(kind, (-1, -1 if sizes_depend_on_values else OUT))})
 
 
 def computed(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ def drawn(seed: int, rank: int = 2) -> dict[str, Tensor]:
 
 def placed(tensor: Tensor) -> Tensor:
     """A copy where TensorRT can read it: the CPU's memory comes in multiples of 64 bytes, a GPU's of 512."""
-    return memory(tensor.shape, Port(tensor.dtype, ()), CPU).copy_(tensor)
+    return allocate(tensor.shape, IOTensor(tensor.dtype, ()), CPU).copy_(tensor)
 
 
 # --- in the place of a GPU --------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ class Memory:
         refuses: name of a method -> whether it refuses a call with these arguments.
     """
 
-    def __init__(self, ports: Ports) -> None:
+    def __init__(self, ports: IOTensors) -> None:
         self.ports = ports
         self.calls: list[tuple[object, ...]] = []
         self.refuses: dict[str, Callable[..., bool]] = {}
@@ -212,7 +212,7 @@ class Still:
         self.handed: list[Tensor] = []
 
     @contextlib.contextmanager
-    def turn(self, inputs: Iterable[Tensor], slots: Slots) -> Iterator[int]:
+    def turn(self, inputs: Iterable[Tensor], slots: DeviceSlots) -> Iterator[int]:
         yield 7
 
     def hand_over(self, outputs: Iterable[Tensor]) -> None:
@@ -225,15 +225,15 @@ class Still:
 class Lanes:
     """Makes contexts, and keeps those that it made."""
 
-    def __init__(self, ports: Ports, refuses: Mapping[str, Callable[..., bool]] | None = None) -> None:
+    def __init__(self, ports: IOTensors, refuses: Mapping[str, Callable[..., bool]] | None = None) -> None:
         self.ports, self.refuses = ports, dict(refuses or {})
         self.made: list[Memory] = []
-        self.lanes: list[Lane] = []
+        self.lanes: list[ExecutionSlot] = []
         self.capturable = True
 
-    def __call__(self) -> Lane:
+    def __call__(self) -> ExecutionSlot:
         context = Memory(self.ports)
         context.refuses, context.capturable = self.refuses, self.capturable
         self.made.append(context)
-        self.lanes.append(Lane(context, self.ports, CPU, Still()))
+        self.lanes.append(ExecutionSlot(context, self.ports, CPU, Still()))
         return self.lanes[-1]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lorac.ir.algebra.changes import from_outputs, merge, merge_bias
+from lorac.ir.algebra.changes import from_outputs, merge_bias, merge_weight
 from lorac.ir.algebra.reduction import Params, reduce_weight
 
 OUT, IN = 6, 4
@@ -50,7 +50,7 @@ class Formula:
         """W' and b' by way of the normal form."""
         W, b = self.base()
         value = from_outputs(reduction.form, reduction(W, b, [self.tensors()[n] for n in reduction.params]), b)
-        return merge(value, W), merge_bias(value, b)
+        return merge_weight(value, W), merge_bias(value, b)
 
 
 def _eye(size):

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 
 import lorac
-from lorac.ir.algebra.changes import from_outputs, merge, merge_bias
+from lorac.ir.algebra.changes import from_outputs, merge_bias, merge_weight
 from lorac.ir.algebra.reduction import BRANCH, Params, reduce_branch
-from lorac.ir.slots.run import Ctx
+from lorac.ir.slots.execution import FormulaContext
 from lorac.testing import HOSTS, Case, assert_parity
-from lorac.testing.checks import assert_close
+from lorac.testing.eager_checks import assert_close
 
 OUT, IN = 6, 5
 
@@ -53,7 +53,7 @@ def test_affine(branch, shapes, form):
     for table in ((), None):
         chosen = reduction if table is None else reduce_branch(branch, (OUT, IN), p, torch.float64, table)
         value = from_outputs(chosen.form, chosen(w, b, [p[n] for n in chosen.params]), b)
-        found = F.linear(x, merge(value, w), merge_bias(value, b))
+        found = F.linear(x, merge_weight(value, w), merge_bias(value, b))
         assert_close(found, expected)
 
 
@@ -74,7 +74,10 @@ def test_hydra_is_found_affine(branch_bias, host):
     case = Case(variant, HOSTS[host])
     p, site = case.a.tensors["site"], case.site
     reduction = reduce_branch(
-        lambda x, y, p: variant.branch(x, y, p, Ctx(site)), (site.out_features, site.in_features), p, torch.float64
+        lambda x, y, p: variant.branch(x, y, p, FormulaContext(site)),
+        (site.out_features, site.in_features),
+        p,
+        torch.float64,
     )
     assert (reduction.form, reduction.rank) == ("low-rank", 5)
     assert set(reduction.outputs) == {"a", "b", "bias"}

@@ -11,13 +11,13 @@ from lorac.ir.algebra.changes import (
     compose,
     device_of,
     from_outputs,
-    merge,
     merge_bias,
+    merge_weight,
     moved,
     to_outputs,
 )
-from lorac.ir.algebra.letters import A, B, C, D, T
-from lorac.testing.checks import assert_close
+from lorac.ir.algebra.operands import A, B, C, D, T
+from lorac.testing.eager_checks import assert_close
 
 OUT, IN, R = 6, 4, 3
 
@@ -64,7 +64,7 @@ def test_merge(values, name):
     W, b, value = rand(OUT, IN), rand(OUT), values[name]
     before = W.clone()
     expected = by_hand(value, W, b)
-    assert_close(merge(value, W), expected[0])
+    assert_close(merge_weight(value, W), expected[0])
     assert_close(merge_bias(value, b), expected[1])
     assert torch.equal(W, before)
 
@@ -95,7 +95,7 @@ def test_compose_is_the_weighted_sum_against_the_base(values, names):
         expected_weight += strength * (weight - W)
         expected_bias += strength * (bias - b)
     total = compose(terms, lambda: W)
-    assert_close(merge(total, W), expected_weight)
+    assert_close(merge_weight(total, W), expected_weight)
     assert_close(merge_bias(total, b), expected_bias)
 
 
@@ -108,14 +108,14 @@ def test_overlapping_sparse_terms_add(values):
     W, sparse = rand(OUT, IN), values["sparse"]
     total = compose([(0.5, sparse), (2.0, sparse)], _unread)
     assert isinstance(total, SparseSum)
-    assert_close(merge(total, W) - W, 2.5 * (by_hand(sparse, W, rand(OUT))[0] - W))
+    assert_close(merge_weight(total, W) - W, 2.5 * (by_hand(sparse, W, rand(OUT))[0] - W))
 
 
 def test_truncated_keeps_the_first_components(values):
     W, value = rand(OUT, IN), values["low-rank"]
     cut = value.truncated(2)
     assert (value.rank, cut.rank) == (3, 2)
-    assert_close(merge(cut, W), W + (value.a[:, :2] @ value.b[:2]).t())
+    assert_close(merge_weight(cut, W), W + (value.a[:, :2] @ value.b[:2]).t())
 
 
 @pytest.mark.parametrize("biased", [True, False])
@@ -132,7 +132,7 @@ def test_half_precision_is_merged_in_the_wider_dtype(dtype):
     W = rand(OUT, IN).to(dtype)
     value = LowRank(rand(IN, R).float(), rand(R, OUT).float())
     expected = (W.float() + (value.a @ value.b).t()).to(dtype)
-    merged = merge(value, W)
+    merged = merge_weight(value, W)
     assert merged.dtype == dtype
     assert torch.equal(merged, expected)
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import lorac
-from lorac.ir.algebra.changes import Dense, LowRank, Sparse, SparseSum, compose, merge, merge_bias
+from lorac.ir.algebra.changes import Dense, LowRank, Sparse, SparseSum, compose, merge_bias, merge_weight
 from lorac.ir.algebra.reduction import Params
 from lorac.testing import HOSTS, Case, assert_parity
-from lorac.testing.checks import assert_close
+from lorac.testing.eager_checks import assert_close
 from tests.ir.algebra.formulas import FORMULAS, IN, OUT
 
 
@@ -63,7 +63,7 @@ def test_a_mixture_of_lora_and_dora_is_exactly_low_rank(cases):
     assert (mixed.rank, set(mixed.parts)) == (5, {"c"})
     W, b = lora.weight, lora.bias
     deltas = [case.variant.weight(W, _params(case)) - W for case in (lora, dora)]
-    assert_close(merge(mixed, W), W + 0.7 * deltas[0] + 0.3 * deltas[1])
+    assert_close(merge_weight(mixed, W), W + 0.7 * deltas[0] + 0.3 * deltas[1])
     assert_close(merge_bias(mixed, b), b)
 
 

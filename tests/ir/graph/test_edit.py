@@ -7,28 +7,28 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from lorac.ir.capture.export import export
+from lorac.frontend.capture.export import export_model
 from lorac.ir.graph import ops
 from lorac.ir.graph.edit import (
-    KEYWORD,
+    SLOTS_KEYWORD,
+    add_dimension,
     add_inputs,
     add_outputs,
-    conform,
+    copy_provenance,
     drop_unused_state,
-    inherit,
     inline,
     insert_like,
-    new_dimension,
-    trace,
+    trace_function,
+    update_signature,
 )
-from lorac.testing.checks import assert_close
+from lorac.testing.eager_checks import assert_close
 from tests.zoo import ZOO
 
 
 @pytest.fixture
 def program() -> ExportedProgram:
     entry = ZOO["plain_mlp"]
-    return export(entry.fresh(), entry.inputs())
+    return export_model(entry.fresh(), entry.inputs())
 
 
 def test_private_fields_of_torch_export(program: ExportedProgram) -> None:
@@ -48,7 +48,7 @@ def test_private_fields_of_torch_export(program: ExportedProgram) -> None:
 
 
 def test_an_added_input_is_one_of_the_programs_own(program: ExportedProgram) -> None:
-    rank = new_dimension(program, "rank", hint=3)
+    rank = add_dimension(program, "rank", hint=3)
     (node,) = add_inputs(program, {"up:a": ((10, rank), torch.float32)}).values()
     output = next(iter(reversed(program.graph.nodes)))
     (y,) = output.args[0]
@@ -58,23 +58,23 @@ def test_an_added_input_is_one_of_the_programs_own(program: ExportedProgram) -> 
 
     _, (changed,) = inline(program, output, scaled, [y, node])
     output.args = ((changed,),)
-    conform(program)
+    update_signature(program)
     assert str(rank) in {str(symbol) for symbol in program.range_constraints}
     inputs = ZOO["plain_mlp"].inputs()
     expected = ZOO["plain_mlp"].model()(**inputs)
     runnable = program.module()
     for width in (0, 1, 5):
         a = torch.full((10, width), 0.1)
-        found = runnable(**inputs, **{KEYWORD: {"up:a": a}})
+        found = runnable(**inputs, **{SLOTS_KEYWORD: {"up:a": a}})
         assert_close(found, expected * (1 + a.sum()))
     with pytest.raises(Exception, match="10"):
-        runnable(**inputs, **{KEYWORD: {"up:a": torch.zeros(9, 1)}})
+        runnable(**inputs, **{SLOTS_KEYWORD: {"up:a": torch.zeros(9, 1)}})
 
 
 def test_an_added_output_comes_behind_the_hosts_own(program: ExportedProgram) -> None:
     hidden = next(n for n in program.graph.nodes if n.op == "call_function" and n.target is torch.ops.aten.tanh.default)
     add_outputs(program, {"hidden": hidden})
-    conform(program)
+    update_signature(program)
     inputs = ZOO["plain_mlp"].inputs()
     y, extra = program.module()(**inputs)
     assert torch.equal(y, ZOO["plain_mlp"].model()(**inputs))
@@ -87,7 +87,7 @@ def test_state_that_nothing_reads_is_dropped(program: ExportedProgram) -> None:
     (slot,) = add_inputs(program, {"up:weight": ((14, 10), torch.float32)}).values()
     site.args = (site.args[0], slot, *site.args[2:])
     assert drop_unused_state(program) == ["up.weight"]
-    conform(program)
+    update_signature(program)
     assert weight not in program.graph.nodes
     assert "up.weight" not in program.state_dict
     assert "up.bias" in program.state_dict
@@ -95,14 +95,14 @@ def test_state_that_nothing_reads_is_dropped(program: ExportedProgram) -> None:
     inputs = ZOO["plain_mlp"].inputs()
     expected = ZOO["plain_mlp"].model()(**inputs)
     original = ZOO["plain_mlp"].model().get_parameter("up.weight")
-    assert torch.equal(program.module()(**inputs, **{KEYWORD: {"up:weight": original}}), expected)
+    assert torch.equal(program.module()(**inputs, **{SLOTS_KEYWORD: {"up:weight": original}}), expected)
 
 
 def test_new_nodes_keep_the_provenance_of_the_old(program: ExportedProgram) -> None:
     old = next(n for n in program.graph.nodes if n.op == "call_function" and n.args[-1] == "up")
     with program.graph.inserting_before(old):
         new = program.graph.call_function(torch.ops.aten.relu.default, (old.args[0],))
-    inherit(new, old)
+    copy_provenance(new, old)
     assert new.meta["stack_trace"] == old.meta["stack_trace"]
     assert new.meta["nn_module_stack"] == old.meta["nn_module_stack"]
 
@@ -121,7 +121,7 @@ def test_operands_that_one_value_describes_are_traced_as_two() -> None:
     program = torch.export.export(Doubled(), (torch.randn(2, 3),))
     one, other = (node for node in program.graph.nodes if str(node.target) in {"aten.sin.default", "aten.cos.default"})
     other.meta["val"] = one.meta["val"]
-    traced = trace(program, lambda a, b: (a - b,), [one, other])
+    traced = trace_function(program, lambda a, b: (a - b,), [one, other])
     (difference,) = (node for node in traced.graph.nodes if node.op == "call_function")
     assert difference.args[0] is not difference.args[1]
 

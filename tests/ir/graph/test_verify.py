@@ -11,9 +11,9 @@ from torch import fx
 
 from lorac.ir.graph import ops
 from lorac.ir.graph.graph import Graph, Level
-from lorac.ir.graph.passes import Outcome, Pass
+from lorac.ir.graph.passes import Pass, PassResult
 from lorac.ir.graph.verify import verify
-from lorac.passes.pipelines import lowering, run_pipeline
+from lorac.passes.pipelines import lowering_passes, run_pipeline
 from tests.captured import capture, lower
 from tests.refusing import refuses
 
@@ -23,7 +23,7 @@ aten = torch.ops.aten
 def _at(level: Level) -> Graph:
     """A graph at a level."""
     graph = capture("plain_mlp").graph
-    for step in lowering():
+    for step in lowering_passes():
         if graph.level is level:
             return graph
         run_pipeline(graph, [step])
@@ -68,7 +68,7 @@ def test_an_adapted_op_at_level_host() -> None:
 def test_a_site_that_was_not_expanded(level: Level) -> None:
     graph = _at(Level.ADAPTED)
     graph.level = level
-    node = next(n for n in graph.fx.nodes if n.target is ops.adapted or n.target in ops.OPS)
+    node = next(n for n in graph.fx.nodes if n.target is ops.adapted or n.target in ops.SITE_OPS)
     _refused(graph, node.name.split("_")[0], f"does not belong at level {level.name.lower()}")
 
 
@@ -125,14 +125,14 @@ class Broken(Pass):
     reads: ClassVar[Level] = Level.HOST
     leaves: ClassVar[Level] = Level.HOST
 
-    def apply(self, graph: Graph) -> Outcome:
+    def apply(self, graph: Graph) -> PassResult:
         del next(n for n in graph.fx.nodes if n.op == "call_function").meta["val"]
-        return Outcome(changed=True)
+        return PassResult(changed=True)
 
 
 def test_it_runs_after_every_pass() -> None:
     graph = capture("plain_mlp").graph
-    pack, *others = lowering()
+    pack, *others = lowering_passes()
     with refuses("verification_failed", match="after 'broken'"):
         run_pipeline(graph, [pack, Broken(), *others])
 

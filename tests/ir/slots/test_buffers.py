@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lorac.ir.algebra.changes import Dense, LowRank, Sparse, moved
-from lorac.ir.host.sites import find_sites
+from lorac.ir.sites import find_sites
 from lorac.ir.slots import buffers
 from lorac.ir.slots.buffers import FusedBuffer
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 import lorac
-from lorac.ir.slots.choice import Active, describe, parse_choice, spell
+from lorac.ir.slots.choice import Active, choice_strengths, describe_choice, parse_choice
 
 KNOWN = ("sql", "mine", "style")
 
@@ -29,10 +29,10 @@ def test_canonical(spec, choice):
 
 def test_spelling():
     choice = parse_choice({"sql": 0.7, "mine": 0.3}, KNOWN)
-    assert spell(choice) == {"mine": 0.3, "sql": 0.7}
-    assert parse_choice(spell(choice), KNOWN) == choice
-    assert describe(choice) == "mine*0.3, sql*0.7"
-    assert describe(()) == "none"
+    assert choice_strengths(choice) == {"mine": 0.3, "sql": 0.7}
+    assert parse_choice(choice_strengths(choice), KNOWN) == choice
+    assert describe_choice(choice) == "mine*0.3, sql*0.7"
+    assert describe_choice(()) == "none"
 
 
 @pytest.mark.parametrize("spec", ["sq", {"sq": 1.0}, {"sq": 0.0}])

@@ -12,16 +12,16 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.adapters.preparing import Preparer
-from lorac.backends.onnx.files import MODEL
-from lorac.backends.onnx.selftest import noise_of
+from lorac.adapters.preparation import Preparer
+from lorac.backends.onnx.model_files import MODEL_FILE
+from lorac.backends.onnx.self_test import draw_noise
 from lorac.ir.algebra.changes import Change, LowRank
+from lorac.ir.slots.composition import ComposedWeights, fill_slots
 from lorac.ir.slots.planning import Reserve
 from lorac.ir.slots.role import SlotRole, Stage
 from lorac.ir.slots.roles import ROLES
-from lorac.ir.slots.snapshot import Snapshot, slots_of
-from lorac.ir.store.plans import plan_from_json, plan_to_json
-from lorac.testing.checks import assert_close
+from lorac.storage.plans import plan_from_json, plan_to_json
+from lorac.testing.eager_checks import assert_close
 from tests.refusing import refuses
 
 WIDTH = 6
@@ -92,8 +92,8 @@ def test_a_new_role_reaches_plan_slots_and_both_engines() -> None:
     eager = lorac.compile(model, {"a": _adapter()}, example_inputs=(X,))
     assert list(eager.plans["0"].room) == ["a", "b", "s"]
     filled, idle = (
-        slots_of(eager.plans, snapshot, eager.base)["0"].tensors["s"]
-        for snapshot in (eager._state.snapshot, Snapshot(()))
+        fill_slots(eager.plans, snapshot, eager.base)["0"].tensors["s"]
+        for snapshot in (eager._state.snapshot, ComposedWeights(()))
     )
     assert torch.equal(filled, HELD) and torch.equal(idle, torch.ones(WIDTH).double())
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_a_new_role_reaches_plan_slots_and_both_engines() -> None:
     assert_close(eager(X), _expected(model))  # while gradients are recorded: from the adapter's own tensors
 
     emitted = lorac.compile(model, {"a": _adapter()}, target="onnxruntime", example_inputs=(X,))
-    inputs = {str(value.name) for value in ir.load(emitted.engine.folder / MODEL).graph.inputs}
+    inputs = {str(value.name) for value in ir.load(emitted.engine.folder / MODEL_FILE).graph.inputs}
     assert {"0:a", "0:b", "0:s"} <= inputs
     assert_close(emitted(X), _expected(model))
     emitted.swap(None)
@@ -115,8 +115,8 @@ def test_a_new_role_is_stored_shaken_and_explained() -> None:
     plan = compiled.plans["0"]
     assert plan_from_json(plan.site, json.loads(json.dumps(plan_to_json(plan)))) == plan
 
-    idle = slots_of(compiled.plans, Snapshot(()), compiled.base)
-    noise = noise_of(compiled.plans, idle, compiled.base)["0"].tensors["s"]
+    idle = fill_slots(compiled.plans, ComposedWeights(()), compiled.base)
+    noise = draw_noise(compiled.plans, idle, compiled.base)["0"].tensors["s"]
     assert bool((noise != 1).all()) and float((noise - 1).abs().max()) < 1
 
     (row,) = compiled.explain().terms

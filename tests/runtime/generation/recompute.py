@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 import lorac
-from lorac.ir.binding import Answer, Binding
-from lorac.ir.cache import Cache, Extension, Keeps
-from lorac.ir.engine import Engine
-from lorac.ir.slots.site import SiteSlots
-from lorac.ir.slots.snapshot import Snapshot
+from lorac.ir.slots.composition import ComposedWeights
+from lorac.ir.slots.plans import SiteSlots
+from lorac.target.binding import CallResult, EngineBinding
+from lorac.target.engine import Engine
+from lorac.target.kv_cache import CacheSpec, DecodeStep, KeyValueCache
 
 
-class Tokens(Cache):
+class Tokens(KeyValueCache):
     """Rows as their tokens."""
 
     def __init__(self, rows: Sequence[Tensor], capacity: int) -> None:
@@ -65,38 +65,38 @@ class Recomputing(Engine):
 
     def __init__(self, inner: Any, limit: int | None, vocabulary: int) -> None:
         self.inner, self.mode, self.buffers = inner, inner.mode, inner.buffers
-        self.kept: Keeps | None = Keeps(limit=limit, vocabulary=vocabulary)
+        self.kept: CacheSpec | None = CacheSpec(limit=limit, vocabulary=vocabulary)
         self.fed: list[list[int]] = []
 
     @property
     def fused(self) -> bool:
         return self.inner.fused
 
-    def keeps(self, graph: str) -> Keeps | None:
+    def keeps(self, graph: str) -> CacheSpec | None:
         return self.kept
 
-    def new_cache(self, graph: str, rows: int, capacity: int) -> Cache:
+    def new_cache(self, graph: str, rows: int, capacity: int) -> KeyValueCache:
         if self.kept is None:
             return Engine.new_cache(self, graph, rows, capacity)
         return Tokens([torch.empty(0, dtype=torch.long)] * rows, capacity)
 
-    def bind(self, snapshot: Snapshot, slots: Mapping[str, SiteSlots]) -> Binding[Any]:
-        return Binding(self, self.inner.bind(snapshot, slots).content)
+    def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> EngineBinding[Any]:
+        return EngineBinding(self, self.inner.bind(snapshot, slots).content)
 
     @property
-    def written(self) -> Binding[Any]:
-        return Binding(self, self.inner.written.content)
+    def written(self) -> EngineBinding[Any]:
+        return EngineBinding(self, self.inner.written.content)
 
-    def hold(self, snapshot: Snapshot) -> None:
+    def hold(self, snapshot: ComposedWeights) -> None:
         self.inner.hold(snapshot)
 
     def activate(self, content: Any) -> None:
         self.inner.activate(content)
 
-    def call(self, content: Any, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Answer:
+    def call(self, content: Any, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> CallResult:
         return self.inner.call(content, graph, args, kwargs)
 
-    def extend(self, content: Any, graph: str, cache: Cache, extension: Extension) -> Tensor:
+    def extend(self, content: Any, graph: str, cache: KeyValueCache, extension: DecodeStep) -> Tensor:
         assert isinstance(cache, Tokens)
         counts = list(extension.counts)
         self.fed.append(counts)

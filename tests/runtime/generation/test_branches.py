@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import lorac
-from lorac.backends.onnx.files import read
-from lorac.ir.host.sites import Site, SiteKind
-from lorac.testing.checks import assert_close
+from lorac.backends.onnx.model_files import read_model_files
+from lorac.ir.sites import Site, SiteKind
+from lorac.testing.eager_checks import assert_close
 from tests.limits import assert_apart
 from tests.variants.test_qst import IDS, away, masked, method, model
 
@@ -106,14 +106,14 @@ def test_beams_prefixes_and_drafts_have_the_side_networks_keys_follow() -> None:
     for more in ({"num_beams": 3, "num_return_sequences": 2}, {"draft": None}, {"prefill_chunk_size": 2}):
         found = compiled.generate(row, adapters="adapter", **ASKED, **more)
         assert torch.equal(found, eager.generate(row, adapters="adapter", **ASKED, **more))
-    prefixes = lorac.Prefixes()
+    prefixes = lorac.PromptCache()
     for name, length in (("adapter", 4), ("adapter", 5), ("masked", 5)):
         found = compiled.generate(IDS[1:, :length], adapters=name, prefixes=prefixes, **ASKED)
         assert torch.equal(found, compiled.generate(IDS[1:, :length], adapters=name, **ASKED))
 
 
 def test_a_side_network_that_is_off_neither_runs_nor_writes_into_its_cache() -> None:
-    graph = read(growing("onnxruntime", cache=True).engine.files, "main")[0].graph
+    graph = read_model_files(growing("onnxruntime", cache=True).engine.files, "main")[0].graph
     gated = [branch.g for node in graph.node if node.op_type == "If" for branch in node.attribute]
     counts = [sum(node.op_type == "GroupQueryAttention" for node in inner.node) for inner in (graph, *gated)]
     assert sorted(counts) == [0, 0, 2, 2, 2], "those of the host's layers, and where they are on those of two networks"

@@ -150,7 +150,7 @@ def test_padding_is_told_as_transformers_tells_it(model: Any) -> None:
         assert torch.equal(model.generate(ids, max_new_tokens=NEW, do_sample=False, **options), expected)
 
 
-CHOICES: list[lorac.ir.slots.choice.Spec] = ["default", None, {"default": 0.5}, None]
+CHOICES: list[lorac.ir.slots.choice.ChoiceSpec] = ["default", None, {"default": 0.5}, None]
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2, "num_return_sequences": 2}], ids=["greedy", "beams"])

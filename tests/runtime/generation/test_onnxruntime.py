@@ -51,7 +51,7 @@ def test_one_program_generates_as_peft_does(family: str, tmp_path: Path) -> None
     for place, row in enumerate(mixed):
         assert torch.equal(row, (base if place % 2 else expected)[place])
     assert torch.equal(made.generate(**batch, **GREEDY, draft=None), expected)
-    prefixes = lorac.Prefixes()
+    prefixes = lorac.PromptCache()
     for _ in range(2):
         assert torch.equal(made.generate(**batch, **GREEDY, prefixes=prefixes), expected)
     assert 0 < prefixes.used <= prefixes.bytes
@@ -92,7 +92,7 @@ def small() -> Any:
 
 def test_what_pads_a_row_lies_behind_no_table(small: Any) -> None:
     """One row is known up to its last token, and the other brings more than there are positions left in the first."""
-    rows, prefixes = prompts(0, (60, 40)), lorac.Prefixes()
+    rows, prefixes = prompts(0, (60, 40)), lorac.PromptCache()
     small.generate(rows[0][None], **GREEDY | {"max_new_tokens": 2}, prefixes=prefixes, eos_token_id=None)
     told = {**padded(rows, "right"), "max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     assert torch.equal(small.generate(**told, prefixes=prefixes), small.generate(**told))

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import lorac
 from lorac.testing import parity
-from lorac.testing.checks import assert_close
+from lorac.testing.eager_checks import assert_close
 from lorac.training import loram
-from lorac.training.loram import Kept
-from lorac.training.loram.units import Group, kept_of
+from lorac.training.loram import PruningRecord
+from lorac.training.loram.units import UnitGroup, count_kept_units
 from tests import zoo
 from tests.limits import assert_apart
 from tests.refusing import refuses
@@ -64,7 +64,7 @@ def trained(model: Any, **fields: Any) -> lorac.Adapter:
     return lorac.Adapter("a", adapter.variant, tensors)
 
 
-def emptied(model: Any, kept: dict[str, Kept]) -> Any:
+def emptied(model: Any, kept: dict[str, PruningRecord]) -> Any:
     """The large model with what was pruned set to 0."""
     model = copy.deepcopy(model)
     for path, one in kept.items():
@@ -118,7 +118,7 @@ def test_by_hand() -> None:
     model = nn.Sequential(nn.Linear(3, 3, bias=False)).double()
     own = {"lora_A": torch.tensor([[3.0]]).double(), "lora_B": torch.tensor([[1.0], [-1]]).double()}
     adapter = lorac.Adapter("a", lorac.LoRA(r=1, alpha=2, targets=("0",)), {"0": own})
-    kept = {"0": Kept((3, 3), torch.tensor([0, 2]), torch.tensor([1]))}
+    kept = {"0": PruningRecord((3, 3), torch.tensor([0, 2]), torch.tensor([1]))}
     found = loram.recover(adapter, kept, model).tensors["0"]
     assert (2 * found["lora_B"] @ found["lora_A"]).tolist() == [[0, 6, 0], [0, 0, 0], [0, -6, 0]]
 
@@ -143,7 +143,7 @@ def test_a_head_of_keys_takes_its_heads_of_queries_along() -> None:
 )
 def test_sizes_of_the_paper(kind: str, shared: int, count: int, share: float, left: int) -> None:
     """Llama-2-70B at 0.85: 28672 hidden units to 4300, 8 heads of keys to 2."""
-    assert kept_of(Group("", kind, count, shared=shared), share) == left
+    assert count_kept_units(UnitGroup("", kind, count, shared=shared), share) == left
 
 
 def test_nothing_pruned_is_lora() -> None:
@@ -180,10 +180,10 @@ def test_a_model_trains_small_and_runs_large(tmp_path: Path) -> None:
     compiled = lorac.compile(smaller.model, {"a": lorac.LoRA(r=2, targets=ALL)})
     losses = plain_loop(compiled, data("tiny_llama", 8, distinct=False), lr=1e-2)
     assert losses[-1] < losses[0]
-    loram.write_kept(smaller.kept, tmp_path / "kept.safetensors")
+    loram.write_pruning_record(smaller.kept, tmp_path / "kept.safetensors")
     lorac.save_adapter(compiled.adapters["a"], tmp_path / "small", model=smaller.model)
     small = lorac.load_adapter(tmp_path / "small", smaller.model)
-    mine = loram.recover(small, loram.read_kept(tmp_path / "kept.safetensors"), model)
+    mine = loram.recover(small, loram.read_pruning_record(tmp_path / "kept.safetensors"), model)
     expected = loram.recover(compiled.adapters["a"], smaller.kept, model)
     assert all(torch.equal(mine.tensors[p][k], t) for p, own in expected.tensors.items() for k, t in own.items())
     lorac.save_adapter(mine, tmp_path / "large", model=model)
@@ -285,7 +285,7 @@ def test_refusals(call: Any, error: Any) -> None:
 
 
 def test_a_file_of_positions_that_are_none(tmp_path: Path) -> None:
-    kept = {"0": Kept((3, 3), torch.tensor([0, 5]), torch.tensor([1]))}
-    loram.write_kept(kept, tmp_path / "kept.safetensors")
+    kept = {"0": PruningRecord((3, 3), torch.tensor([0, 5]), torch.tensor([1]))}
+    loram.write_pruning_record(kept, tmp_path / "kept.safetensors")
     with refuses("corrupt_file", match="does not have"):
-        loram.read_kept(tmp_path / "kept.safetensors")
+        loram.read_pruning_record(tmp_path / "kept.safetensors")

@@ -12,7 +12,7 @@ import torch
 
 import lorac
 from lorac.training import transfer
-from lorac.training.transfer import Settings, Task
+from lorac.training.transfer import Task, TransferSettings
 from tests.refusing import refuses
 from tests.training.transfer.speakers import ALL, LETTERS, characters, llama, speaking
 
@@ -36,24 +36,24 @@ def every(prompts: Sequence[str]) -> list[bool]:
 
 
 def test_what_is_accepted_is_taken_in_order() -> None:
-    found = transfer.synthesise(drawn(), every, 20, rows=8)
+    found = transfer.synthesise_prompts(drawn(), every, 20, rows=8)
     first = [prompt for seed in (0, 8, 16) for prompt in drawn()(8, seed)][:20]
     assert found.prompts == tuple(first) and found.tried == 24
-    odd = transfer.synthesise(drawn(), lambda prompts: [prompt < "n" for prompt in prompts], 20)
+    odd = transfer.synthesise_prompts(drawn(), lambda prompts: [prompt < "n" for prompt in prompts], 20)
     assert len(odd.prompts) == 20 and all(prompt < "n" for prompt in odd.prompts)
 
 
 def test_each_prompt_is_taken_once() -> None:
-    found = transfer.synthesise(drawn(1, "abcd"), every, 4)
+    found = transfer.synthesise_prompts(drawn(1, "abcd"), every, 4)
     assert sorted(found.prompts) == ["a", "b", "c", "d"]
-    assert len(set(transfer.synthesise(drawn(1, "ab"), every, 9, dedupe=False).prompts)) == 2
+    assert len(set(transfer.synthesise_prompts(drawn(1, "ab"), every, 9, dedupe=False).prompts)) == 2
 
 
 def test_it_ends_where_nothing_is_accepted() -> None:
     with refuses("batches_needed", match="of 40 prompts that were written 0 are of the task, and 4"):
-        transfer.synthesise(drawn(), lambda prompts: [False] * len(prompts), 4, tries=40)
+        transfer.synthesise_prompts(drawn(), lambda prompts: [False] * len(prompts), 4, tries=40)
     with refuses("batches_needed", match="0 are of the task"):
-        transfer.synthesise(lambda count, seed: [""] * count, every, 4, tries=16)
+        transfer.synthesise_prompts(lambda count, seed: [""] * count, every, 4, tries=16)
 
 
 def test_only_prompts_are_taken_of_what_is_written() -> None:
@@ -67,24 +67,24 @@ def test_a_tie_is_no() -> None:
     model, tokenizer = llama(16, 0), characters()
     yes, no = (tokenizer(letter)["input_ids"][0] for letter in "yn")
     prompts = ["ab", "c", "hello"]
-    likelier = transfer.prefers(speaking(model), prompts, "y", "n", adapters="a")
-    assert transfer.prefers(speaking(model), prompts, "n", "y", adapters="a") == [not one for one in likelier]
+    likelier = transfer.compare_answers(speaking(model), prompts, "y", "n", adapters="a")
+    assert transfer.compare_answers(speaking(model), prompts, "n", "y", adapters="a") == [not one for one in likelier]
     model.lm_head.weight.data[no] = model.lm_head.weight.data[yes]
-    assert not any(transfer.prefers(speaking(model), prompts, "y", "n", adapters="a"))
-    assert not any(transfer.prefers(speaking(model), prompts, "n", "y", adapters="a"))
+    assert not any(transfer.compare_answers(speaking(model), prompts, "y", "n", adapters="a"))
+    assert not any(transfer.compare_answers(speaking(model), prompts, "n", "y", adapters="a"))
     with pytest.raises(lorac.Unavailable, match="begin with one token"):
-        transfer.prefers(speaking(model), prompts, "yes", "yy", adapters="a")
+        transfer.compare_answers(speaking(model), prompts, "yes", "yy", adapters="a")
 
 
 def test_labels_are_the_answers_alone() -> None:
     tokenizer = characters()
-    (batch,) = transfer.taught(tokenizer, [("abc", "de"), ("f", "g")], rows=2)
+    (batch,) = transfer.make_training_batches(tokenizer, [("abc", "de"), ("f", "g")], rows=2)
     rows = {tokenizer.decode(ids[mask.bool()]): labels for ids, mask, labels in zip(*batch.values(), strict=True)}
     end = tokenizer.eos_token_id
     assert rows["abcde<end>"].tolist() == [-100] * 3 + [*tokenizer("de")["input_ids"], end]
     assert rows["fg<end>"].tolist() == [-100, *tokenizer("g")["input_ids"], end, -100, -100, -100]
     with refuses("batches_needed"):
-        transfer.taught(tokenizer, [])
+        transfer.make_training_batches(tokenizer, [])
 
 
 def test_continuations_do_not_depend_on_who_is_beside() -> None:
@@ -95,11 +95,11 @@ def test_continuations_do_not_depend_on_who_is_beside() -> None:
     prompts = ["abc", "a", "hello there"]
     for adapters in (None, "a"):
         told = {"adapters": adapters, "max_new_tokens": 5, "do_sample": False}
-        alone = [transfer.continuations(compiled, [prompt], **told)[0] for prompt in prompts]
-        assert transfer.continuations(compiled, prompts, **told) == alone
-    with_it = transfer.answers(compiled, prompts, adapters="a", max_new_tokens=5)
+        alone = [transfer.continue_prompts(compiled, [prompt], **told)[0] for prompt in prompts]
+        assert transfer.continue_prompts(compiled, prompts, **told) == alone
+    with_it = transfer.answer_prompts(compiled, prompts, adapters="a", max_new_tokens=5)
     assert [answer for _, answer in with_it] == alone
-    assert alone != transfer.continuations(compiled, prompts, max_new_tokens=5, do_sample=False)
+    assert alone != transfer.continue_prompts(compiled, prompts, max_new_tokens=5, do_sample=False)
 
 
 def test_the_filter_learns_and_the_adapter_goes_over(tmp_path: Path) -> None:
@@ -115,17 +115,17 @@ def test_the_filter_learns_and_the_adapter_goes_over(tmp_path: Path) -> None:
     few = LETTERS[:8]
     pool = drawn(3, few)(150, 7)
     own = [(prompt, prompt[-1].upper()) for prompt in pool]
-    transfer.fit(source, transfer.taught(tokenizer, own, rows=30, epochs=15), adapters="source", lr=1e-2)
+    transfer.fit(source, transfer.make_training_batches(tokenizer, own, rows=30, epochs=15), adapters="source", lr=1e-2)
     big = [prompt.upper() for prompt in drawn(3, few)(60, 8)]
     transfer.train_discriminator(source, ASKED, pool[:60], big, epochs=15, lr=1e-2, rows=30)
     held = drawn(3, few)(40, 9)
-    filtered = transfer.accepted_by(source, ASKED, adapters="discriminator")
+    filtered = transfer.make_prompt_filter(source, ASKED, adapters="discriminator")
     assert sum(filtered(held)) >= 36 and sum(filtered([prompt.upper() for prompt in held])) <= 4
 
     target = speaking(llama(24, 5), target=lorac.DoRA(r=8, alpha=16, targets=ALL))
     before = right(target, held, "target")
     small, large = drawn(3, few), drawn(3, few.upper())
-    settings = Settings(count=120, max_new_tokens=2, epochs=20, lr=1e-2, rows=30)
+    settings = TransferSettings(count=120, max_new_tokens=2, epochs=20, lr=1e-2, rows=30)
     found = transfer.transfer(
         source,
         target,
@@ -136,7 +136,7 @@ def test_the_filter_learns_and_the_adapter_goes_over(tmp_path: Path) -> None:
     assert len(found.pairs) <= 120 and found.tried >= 240
     assert all(prompt.islower() for prompt, _ in found.pairs[:5])
     assert found.pairs[:8] == tuple(
-        transfer.answers(source, [p for p, _ in found.pairs[:8]], adapters="source", max_new_tokens=2)
+        transfer.answer_prompts(source, [p for p, _ in found.pairs[:8]], adapters="source", max_new_tokens=2)
     )
     assert right(source, held, "source") > 30
     assert before < 10
@@ -147,7 +147,7 @@ def test_the_filter_learns_and_the_adapter_goes_over(tmp_path: Path) -> None:
 
 
 def right(compiled: Any, prompts: Sequence[str], adapters: str) -> int:
-    said = transfer.answers(compiled, prompts, adapters=adapters, max_new_tokens=2)
+    said = transfer.answer_prompts(compiled, prompts, adapters=adapters, max_new_tokens=2)
     return sum(answer == prompt[-1].upper() for prompt, answer in said)
 
 
@@ -160,16 +160,16 @@ def test_tasks_that_are_none(seeds: Any) -> None:
 def test_refusals(tmp_path: Path) -> None:
     bare = lorac.compile(llama(16, 0), {"a": lorac.LoRA(r=2, targets=ALL)})
     with pytest.raises(lorac.Unavailable, match="has no tokenizer"):
-        transfer.answers(bare, ["a"], adapters="a")
+        transfer.answer_prompts(bare, ["a"], adapters="a")
     with refuses("corrupt_file", match="holds no task"):
         Task.load(tmp_path)
     with pytest.raises(lorac.AdapterNotFound):
-        transfer.transfer(speaking(llama(16, 0)), speaking(llama(16, 0)), ASKED, settings=Settings(count=2))
+        transfer.transfer(speaking(llama(16, 0)), speaking(llama(16, 0)), ASKED, settings=TransferSettings(count=2))
 
 
 def test_prompts_are_written_in_the_manner_of_the_seeds() -> None:
     """Each of one line, the same for one seed and others for another."""
-    draw = transfer.drawn_by(speaking(llama(16, 0)), TASK, max_new_tokens=6)
+    draw = transfer.make_prompt_source(speaking(llama(16, 0)), TASK, max_new_tokens=6)
     first = draw(4, 1)
     assert draw(4, 1) == first != draw(4, 2)
     assert all("\n" not in prompt and len(prompt) <= 6 for prompt in first) and len(set(first)) > 1

@@ -14,16 +14,16 @@ import onnxruntime as ort
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lorac.ir.host.sites import BaseReader
-from lorac.ir.slots.buffers import FusedBuffer, base_at, fused_buffers
-from lorac.ir.slots.site import SitePlan
+from lorac.ir.sites import BaseReader
+from lorac.ir.slots.buffers import FusedBuffer, base_on_device, make_fused_buffers
+from lorac.ir.slots.plans import SitePlan
 
 Tensor = torch.Tensor
-Fused = tuple[dict[str, FusedBuffer], dict[str, Tensor]]
+FusedWeights = tuple[dict[str, FusedBuffer], dict[str, Tensor]]
 """A buffer per weight that is written in place, by site path, and the memory by slot name."""
 
 
-def aliased(tensor: Tensor) -> ort.OrtValue:
+def as_ort_value(tensor: Tensor) -> ort.OrtValue:
     """An OrtValue over a contiguous tensor's own memory, wherever that is."""
     if tensor.dtype == torch.bfloat16 or tensor.device.type != "cpu":  # for which NumPy has nothing
         return ort.OrtValue.from_dlpack(tensor.detach())
@@ -32,7 +32,7 @@ def aliased(tensor: Tensor) -> ort.OrtValue:
     return value
 
 
-def taken(value: ort.OrtValue) -> Tensor:
+def as_tensor(value: ort.OrtValue) -> Tensor:
     """A tensor over an OrtValue's own memory, which it keeps."""
     if value.device_name() == "cpu" and value.data_type() != "tensor(bfloat16)":
         return torch.from_numpy(value.numpy())
@@ -55,7 +55,7 @@ class Memory(ABC):
         """What a slot's tensor comes to in this memory; bindings that hold one tensor share it."""
 
     @abstractmethod
-    def fused(self, plans: Mapping[str, SitePlan], base: BaseReader) -> Fused:
+    def fused(self, plans: Mapping[str, SitePlan], base: BaseReader) -> FusedWeights:
         """Memory for weights that are written in place."""
 
     def written(self, memory: Mapping[str, Tensor]) -> None:
@@ -76,16 +76,16 @@ class HostMemory(Memory):
 
     def held(self, tensor: Tensor) -> ort.OrtValue:
         if tensor.is_contiguous():
-            return aliased(tensor.detach())
+            return as_ort_value(tensor.detach())
         if tensor not in self._here:
             self._here[tensor] = tensor.detach().contiguous()
-        return aliased(self._here[tensor])
+        return as_ort_value(self._here[tensor])
 
-    def fused(self, plans: Mapping[str, SitePlan], base: BaseReader) -> Fused:
-        return fused_buffers(plans, base)
+    def fused(self, plans: Mapping[str, SitePlan], base: BaseReader) -> FusedWeights:
+        return make_fused_buffers(plans, base)
 
 
-class _Apart(Memory):
+class _CopyingMemory(Memory):
     """Memory that tensors of the CPU are copied into: again where torch counts them as written since."""
 
     def held(self, tensor: Tensor) -> ort.OrtValue:
@@ -94,7 +94,7 @@ class _Apart(Memory):
             self._here[tensor] = self._copied(tensor.detach()), written
         value, known = self._here[tensor]
         if known != written:  # bindings hold the value, so it stays the same one
-            value.update_inplace(aliased(tensor.detach().contiguous()))
+            value.update_inplace(as_ort_value(tensor.detach().contiguous()))
             self._here[tensor] = value, written
         return value
 
@@ -103,28 +103,28 @@ class _Apart(Memory):
         """A copy of a tensor here."""
 
 
-class TorchMemory(_Apart):
+class TorchDeviceMemory(_CopyingMemory):
     """A GPU's, as torch has it: weights are written there, and what is given there is read where it lies."""
 
     def held(self, tensor: Tensor) -> ort.OrtValue:
-        return super().held(tensor) if tensor.device.type == "cpu" else aliased(tensor.detach().contiguous())
+        return super().held(tensor) if tensor.device.type == "cpu" else as_ort_value(tensor.detach().contiguous())
 
-    def fused(self, plans: Mapping[str, SitePlan], base: BaseReader) -> Fused:
-        return fused_buffers(plans, base_at(base, self.place))
+    def fused(self, plans: Mapping[str, SitePlan], base: BaseReader) -> FusedWeights:
+        return make_fused_buffers(plans, base_on_device(base, self.place))
 
     def settled(self) -> None:
         torch.cuda.current_stream(self.place).synchronize()
 
     def _copied(self, tensor: Tensor) -> ort.OrtValue:
         # torch has no address for what is empty, and ONNX Runtime takes none without one.
-        return aliased(tensor.to(self.place).contiguous()) if tensor.numel() else empty_at(self.place, tensor)
+        return as_ort_value(tensor.to(self.place).contiguous()) if tensor.numel() else empty_at(self.place, tensor)
 
 
-class SessionMemory(_Apart):
+class OrtDeviceMemory(_CopyingMemory):
     """A GPU's, as ONNX Runtime alone has it: this torch was built without CUDA, and weights are merged on the CPU."""
 
-    def fused(self, plans: Mapping[str, SitePlan], base: BaseReader) -> Fused:
-        return fused_buffers(plans, base)
+    def fused(self, plans: Mapping[str, SitePlan], base: BaseReader) -> FusedWeights:
+        return make_fused_buffers(plans, base)
 
     def written(self, memory: Mapping[str, Tensor]) -> None:
         for tensor in memory.values():
@@ -133,7 +133,7 @@ class SessionMemory(_Apart):
     def _copied(self, tensor: Tensor) -> ort.OrtValue:
         there = empty_at(self.place, tensor)
         if tensor.numel():
-            there.update_inplace(aliased(tensor.contiguous()))
+            there.update_inplace(as_ort_value(tensor.contiguous()))
         return there
 
 
@@ -141,10 +141,10 @@ def memory_at(place: torch.device) -> Memory:
     """The memory of a device."""
     if place.type == "cpu":
         return HostMemory(place)
-    return TorchMemory(place) if torch.cuda.is_available() else SessionMemory(place)
+    return TorchDeviceMemory(place) if torch.cuda.is_available() else OrtDeviceMemory(place)
 
 
 def empty_at(place: torch.device, like: Tensor) -> ort.OrtValue:
     """An OrtValue of a tensor's shape and dtype on a device, in memory of ONNX Runtime's, of no content yet."""
-    kind = aliased(torch.empty(1, dtype=like.dtype)).element_type()
+    kind = as_ort_value(torch.empty(1, dtype=like.dtype)).element_type()
     return ort.OrtValue.ortvalue_from_shape_and_type(list(like.shape), kind, place.type, place.index or 0)

@@ -26,19 +26,19 @@ ON_GPU = (CUDA, RTX, "TensorrtExecutionProvider")
 """Providers that run on a GPU of NVIDIA's; all others are the machine's own."""
 _EXACT = {"use_tf32": "0", "enable_skip_layer_norm_strict_mode": "1"}
 """Has CUDA compute as torch does unless it is told otherwise: float32 in float32, and norms of half precision in it."""
-_ASSIGNED = "session.record_ep_graph_assignment_info"
+_RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"
 """Has a session remember which provider computes what."""
 _PLUGINS = {RTX: ("onnxruntime_ep_nv_tensorrt_rtx", "onnxruntime-ep-nv-tensorrt-rtx-cu13")}
 """Providers that come as a library of their own -> the module that names it, and the package that has it."""
-_FILES = {CUDA: "cuda", "TensorrtExecutionProvider": "tensorrt"}
+_LIBRARY_NAMES = {CUDA: "cuda", "TensorrtExecutionProvider": "tensorrt"}
 """Providers that lie beside ONNX Runtime -> what their library is called after."""
 _DRIVER = "libcuda.so.1"
-_OF_DRIVER = (_DRIVER, "libnvidia-ml.so.1")
-_ABSENT = re.compile(r"(\S+\.so[.\d]*): cannot open shared object file")
-_ON_CPU = "device='cpu' runs it on the CPU"
+_DRIVER_LIBRARIES = (_DRIVER, "libnvidia-ml.so.1")
+_MISSING_LIBRARY = re.compile(r"(\S+\.so[.\d]*): cannot open shared object file")
+_CPU_ADVICE = "device='cpu' runs it on the CPU"
 
 
-def kind_of(provider: str) -> str:
+def device_type_of(provider: str) -> str:
     """The kind of device that a provider runs on."""
     return "cuda" if provider in ON_GPU else "cpu"
 
@@ -48,7 +48,7 @@ def known_providers() -> list[str]:
     return list(dict.fromkeys([*ort.get_all_providers(), *_PLUGINS]))
 
 
-def refuse_missing(providers: Collection[str], place: torch.device) -> None:
+def check_providers(providers: Collection[str], place: torch.device) -> None:
     """Refuse providers that this machine cannot make, naming what it lacks.
 
     Args:
@@ -63,13 +63,13 @@ def refuse_missing(providers: Collection[str], place: torch.device) -> None:
             _register(provider)
         if provider not in _PLUGINS and provider not in ort.get_available_providers():
             raise _not_built(provider)
-        if provider in _FILES:
-            _refuse_unloadable(provider)
+        if provider in _LIBRARY_NAMES:
+            _load_provider(provider)
     if place.type == "cuda":
-        _refuse_absent(place.index or 0)
+        _check_gpu(place.index or 0)
 
 
-def started(
+def start_session(
     model: bytes, settings: ort.SessionOptions, providers: Sequence[str], place: torch.device
 ) -> ort.InferenceSession:
     """A session that runs on the providers it is asked for, or none.
@@ -83,23 +83,25 @@ def started(
     Raises:
         Unavailable: it would run without one of them.
     """
-    told = [(name, _asked_of(name, place)) for name in providers]
+    told = [(name, _provider_options(name, place)) for name in providers]
     if place.type != "cpu":
-        settings.add_session_config_entry(_ASSIGNED, "1")
+        settings.add_session_config_entry(_RECORD_ASSIGNMENT, "1")
     plugins = _PLUGINS.keys() & set(providers)
     if plugins:
-        _tell(settings, told, place)
+        _add_providers(settings, told, place)
     session = ort.InferenceSession(model, settings, providers=None if plugins else told)
     left_out = [provider for provider in providers if provider not in session.get_providers()]
     if left_out:
         raise Unavailable(
             f"onnxruntime could not start {', '.join(left_out)}, and would run on {session.get_providers()[0]} instead",
-            next_step=f"onnxruntime's log says why; {_ON_CPU}",
+            next_step=f"onnxruntime's log says why; {_CPU_ADVICE}",
         )
     return session
 
 
-def _tell(settings: ort.SessionOptions, told: Sequence[tuple[str, dict[str, str]]], place: torch.device) -> None:
+def _add_providers(
+    settings: ort.SessionOptions, told: Sequence[tuple[str, dict[str, str]]], place: torch.device
+) -> None:
     """Have a session's settings name its providers: those of a library of its own go by their devices alone."""
     for name, asked in told:
         if name in _PLUGINS:
@@ -108,13 +110,13 @@ def _tell(settings: ort.SessionOptions, told: Sequence[tuple[str, dict[str, str]
             settings.add_provider(name, asked)
 
 
-def _asked_of(provider: str, place: torch.device) -> dict[str, str]:
+def _provider_options(provider: str, place: torch.device) -> dict[str, str]:
     """What a provider is asked for."""
     exact = _EXACT if provider == CUDA else {}
     return {**exact, "device_id": str(place.index)} if provider in ON_GPU and place.index else exact
 
 
-def on_cpu(session: ort.InferenceSession) -> dict[str, int]:
+def ops_on_cpu(session: ort.InferenceSession) -> dict[str, int]:
     """Op -> how often a session that runs on a GPU has the CPU compute it; none where it runs on the CPU anyway."""
     if not set(session.get_providers()) & set(ON_GPU):
         return {}
@@ -126,16 +128,16 @@ def _not_built(provider: str) -> Unavailable:
     if provider != CUDA:
         return Unavailable(
             f"the onnxruntime that is installed has no {provider}",
-            next_step=f"another build of ONNX Runtime has it; {_ON_CPU}",
+            next_step=f"another build of ONNX Runtime has it; {_CPU_ADVICE}",
         )
     return Unavailable(
         f"the onnxruntime that is installed has no {CUDA}: it is built for the CPU",
         next_step="pip uninstall onnxruntime, then pip install --force-reinstall 'onnxruntime-gpu[cuda,cudnn]', which "
-        f"fills the same folder; {_ON_CPU}",
+        f"fills the same folder; {_CPU_ADVICE}",
     )
 
 
-def _refuse_unloadable(provider: str) -> None:
+def _load_provider(provider: str) -> None:
     """Load what a provider's library needs, or say which of it is missing."""
     _preload()
     if sys.platform != "linux":
@@ -143,7 +145,7 @@ def _refuse_unloadable(provider: str) -> None:
     home = Path(ort.__file__).parent / "capi"
     try:
         ctypes.CDLL(str(home / "libonnxruntime_providers_shared.so"), mode=ctypes.RTLD_GLOBAL)
-        ctypes.CDLL(str(home / f"libonnxruntime_providers_{_FILES[provider]}.so"))
+        ctypes.CDLL(str(home / f"libonnxruntime_providers_{_LIBRARY_NAMES[provider]}.so"))
     except OSError as error:
         raise _unloadable(provider, error) from error
 
@@ -159,21 +161,23 @@ def _preload() -> None:
 
 
 def _unloadable(provider: str, error: Exception) -> Unavailable:
-    found = _ABSENT.search(str(error))
-    if found and found.group(1) in _OF_DRIVER:
+    found = _MISSING_LIBRARY.search(str(error))
+    if found and found.group(1) in _DRIVER_LIBRARIES:
         return Unavailable(
             f"{provider} needs {found.group(1)}, which is of NVIDIA's driver, and this machine has none",
-            next_step=f"install the GPU's driver, or hand it into the container (docker run --gpus all); {_ON_CPU}",
+            next_step=f"install the GPU's driver, or hand it into the container (docker run --gpus all); {_CPU_ADVICE}",
         )
     lacking = (
         f"needs the library {found.group(1)}, which is not found"
         if found
         else f"cannot be loaded: {str(error).strip().partition(chr(10))[0]}"
     )
-    return Unavailable(f"{provider} {lacking}", next_step=f"pip install 'lorac[cuda]' brings CUDA and cuDNN; {_ON_CPU}")
+    return Unavailable(
+        f"{provider} {lacking}", next_step=f"pip install 'lorac[cuda]' brings CUDA and cuDNN; {_CPU_ADVICE}"
+    )
 
 
-def _refuse_absent(index: int) -> None:
+def _check_gpu(index: int) -> None:
     """Refuse a GPU that the driver does not show."""
     if sys.platform != "linux":
         return
@@ -188,7 +192,7 @@ def _refuse_absent(index: int) -> None:
         seen = f"{count.value} GPUs, from 0 on" if count.value else "no GPU"
         raise Unavailable(
             f"there is no device 'cuda:{index}': NVIDIA's driver shows {seen}",
-            next_step=f"{'give one of these' if count.value else 'CUDA_VISIBLE_DEVICES may hide them'}; {_ON_CPU}",
+            next_step=f"{'give one of these' if count.value else 'CUDA_VISIBLE_DEVICES may hide them'}; {_CPU_ADVICE}",
         )
 
 

@@ -9,14 +9,14 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from lorac.backends.onnxruntime.devices.kernels_of_cuda import IN_HALF, Kernels
+from lorac.backends.onnxruntime.devices.cuda_kernels import HALF_PRECISION_OPS, Kernels
 
 _HALF = {ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
-_AS_THEY_ARE = frozenset({"Cast", "CastLike", "Constant", "If", "Identity", "Loop", "Scan"})
+_DTYPE_AGNOSTIC = frozenset({"Cast", "CastLike", "Constant", "If", "Identity", "Loop", "Scan"})
 """Ops that compute nothing of their own."""
 
 
-def compute_in_float(model: ir.Model, kernels: Kernels | None = None) -> None:
+def widen_half_precision(model: ir.Model, kernels: Kernels | None = None) -> None:
     """Have ops that CUDA has no half-precision kernel for compute in float32, in place.
 
     Their operands are widened, which is exact, and their results rounded once: as torch's own kernels compute, which
@@ -28,25 +28,25 @@ def compute_in_float(model: ir.Model, kernels: Kernels | None = None) -> None:
     """
     if not any(value.dtype in _HALF for value in (*model.graph.inputs, *model.graph.initializers.values())):
         return
-    widening = _Widening()
+    widening = _CastInserter()
     nodes = [(graph, node) for graph in (model.graph, *model.graph.subgraphs()) for node in graph]
     for _, node in nodes:
-        _tell_dtypes(node)
+        _infer_dtypes(node)
     for graph, node in nodes:
-        if (half := _lacking(node, IN_HALF if kernels is None else kernels)) is not None:
+        if (half := _unsupported_dtype(node, HALF_PRECISION_OPS if kernels is None else kernels)) is not None:
             widening.widen(graph, node, half)
 
 
-def _lacking(node: ir.Node, kernels: Kernels) -> ir.DataType | None:
+def _unsupported_dtype(node: ir.Node, kernels: Kernels) -> ir.DataType | None:
     """The half precision that a node reads, where its op is not computed in that."""
-    if node.op_type in _AS_THEY_ARE:
+    if node.op_type in _DTYPE_AGNOSTIC:
         return None
     read = {value.dtype for value in node.inputs if value is not None and value.dtype in _HALF}
     op = ("" if node.domain == "ai.onnx" else node.domain, node.op_type)
     return next((dtype for dtype in read if op not in kernels.get(_HALF[dtype], ())), None)
 
 
-def _tell_dtypes(node: ir.Node) -> None:
+def _infer_dtypes(node: ir.Node) -> None:
     """Note the dtypes of a node's results where rewrites left them out: as ONNX has them follow from its operands'."""
     untold = [value for value in node.outputs if value.dtype is None]
     if not untold or not onnx.defs.has(node.op_type, "" if node.domain == "ai.onnx" else node.domain):
@@ -61,7 +61,7 @@ def _tell_dtypes(node: ir.Node) -> None:
     }
     for value in untold:
         kind = schema.outputs[min(value.index() or 0, len(schema.outputs) - 1)].type_str
-        found = read.get(kind) or _named(*own.get(kind, [kind]))
+        found = read.get(kind) or _parse_type(*own.get(kind, [kind]))
         if found is not None:
             value.dtype = found
 
@@ -71,13 +71,13 @@ def _schema(domain: str, op: str) -> Any:
     return onnx.defs.get_schema(op, domain="" if domain == "ai.onnx" else domain)
 
 
-def _named(kind: str) -> ir.DataType | None:
+def _parse_type(kind: str) -> ir.DataType | None:
     """``INT64`` of ``tensor(int64)``."""
     name = kind.removeprefix("tensor(").removesuffix(")").upper()
     return ir.DataType[name] if name in ir.DataType.__members__ else None
 
 
-class _Widening:
+class _CastInserter:
     """Casts around ops, their values named apart from all others of a model, nested graphs among them."""
 
     def __init__(self) -> None:

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lorac.ir.host.packed import TABLES, Codes
+from lorac.frontend.quantised_weights import QUANTISATION_LEVELS, QuantisedMatrix
 
 Array = npt.NDArray[Any]
-BLOCKS = (16, 32, 64, 128, 256)
+BLOCK_SIZES = (16, 32, 64, 128, 256)
 """How many values may share a scale."""
-ACCURACY = "accuracy_level"
+ACCURACY_ATTRIBUTE = "accuracy_level"
 """The attribute of a quantised product that says in what it is computed."""
 
 
@@ -32,7 +32,8 @@ class Codec:
         bits: 8 or 4.
         block: how many values of a row share a scale.
         symmetric: zero is in the middle of every block's range; else each block has a zero point.
-        table: whose levels the numbers are places of (``lorac.ir.host.packed.TABLES``); empty where they are numbers.
+        table: whose levels the numbers are places of (``lorac.frontend.quantised_weights.QUANTISATION_LEVELS``); empty
+        where they are numbers.
     """
 
     bits: int
@@ -50,7 +51,7 @@ class Codec:
         return f"rows shorter than a block of {self.block}" if columns < self.block else None
 
     @classmethod
-    def of(cls, codes: Codes, block: int) -> Codec | None:
+    def of(cls, codes: QuantisedMatrix, block: int) -> Codec | None:
         """The codec whose blocks hold given codes as they are; None where none does.
 
         Args:
@@ -59,10 +60,10 @@ class Codec:
         """
         group, columns = codes.group, codes.whole.shape[1]
         size = block if group == columns else group
-        fits = size in BLOCKS and (group == columns or columns % size == 0)
+        fits = size in BLOCK_SIZES and (group == columns or columns % size == 0)
         return cls(codes.bits, size, codes.zero is None, codes.table) if fits and columns >= size else None
 
-    def take(self, codes: Codes) -> Encoded:
+    def take(self, codes: QuantisedMatrix) -> EncodedMatrix:
         """Codes as they are; what fills up the last block of a row counts as 0."""
         rows, columns = codes.whole.shape
         blocks, middle = -(-columns // self.block), 1 << self.bits - 1
@@ -74,7 +75,7 @@ class Codec:
         whole = np.repeat(zeros, self.block, 1)
         whole[:, :columns] = (codes.whole.long().numpy() + middle).astype(np.uint8)
         packed = self._packed(whole).reshape(rows, blocks, -1)
-        return Encoded(self, columns, packed, scales, None if self.symmetric else self._packed(zeros))
+        return EncodedMatrix(self, columns, packed, scales, None if self.symmetric else self._packed(zeros))
 
     def _packed(self, whole: Array) -> Array:
         """Numbers along the last axis packed into bytes, of 4 bits two in each."""
@@ -84,7 +85,7 @@ class Codec:
         low, high = (even[:, 1::2], even[:, ::2]) if self.table else (even[:, ::2], even[:, 1::2])
         return low | high << 4
 
-    def encode(self, matrix: Array) -> Encoded:
+    def encode(self, matrix: Array) -> EncodedMatrix:
         """A float32 matrix (rows, columns); the last block of a row is filled up with zeros."""
         from onnxruntime.capi import _pybind_state as library
 
@@ -98,11 +99,11 @@ class Codec:
         kernel = {4: library.quantize_matmul_4bits, 8: library.quantize_matmul_8bits}[self.bits]
         kernel(packed, by_columns, scales, zeros, self.block, rows, len(by_columns), self.symmetric)
         own_zeros = None if self.symmetric else zeros.reshape(rows, -1)
-        return Encoded(self, columns, packed, scales.reshape(rows, blocks), own_zeros)
+        return EncodedMatrix(self, columns, packed, scales.reshape(rows, blocks), own_zeros)
 
 
 @dataclass(frozen=True, eq=False)
-class Encoded:
+class EncodedMatrix:
     """A quantised matrix.
 
     Attributes:
@@ -135,17 +136,17 @@ class Encoded:
         found = {"packed": self.packed, "scales": self.scales, "zeros": self.zeros}
         return {name: part for name, part in found.items() if part is not None}
 
-    def rows(self, begin: int, count: int) -> Encoded:
+    def rows(self, begin: int, count: int) -> EncodedMatrix:
         """Some rows of it, where they lie."""
         cut = {name: part[begin : begin + count] for name, part in self.parts().items()}
-        return Encoded(self.codec, self.columns, **cut)
+        return EncodedMatrix(self.codec, self.columns, **cut)
 
     def decode(self) -> Array:
         """The float32 matrix (rows, columns) that products are taken with."""
         rows, blocks, _ = self.packed.shape
         values = self._spread(self.packed)
         if self.codec.table:
-            levels = np.array(TABLES[self.codec.table], np.float32)[values.astype(np.int64)]
+            levels = np.array(QUANTISATION_LEVELS[self.codec.table], np.float32)[values.astype(np.int64)]
             return (levels * self.scales[:, :, None]).reshape(rows, -1)[:, : self.columns]
         middle = np.float32(1 << self.codec.bits - 1)
         zeros = middle if self.zeros is None else self._spread(self.zeros)[:, :blocks, None]
@@ -164,9 +165,9 @@ class Encoded:
         return spread.reshape(*packed.shape[:-1], -1)
 
 
-def joined(parts: Sequence[Encoded]) -> Encoded:
+def stack_rows(parts: Sequence[EncodedMatrix]) -> EncodedMatrix:
     """Matrices of one width and codec under one another."""
     if len(parts) == 1:
         return parts[0]
     stacked = {name: np.concatenate([part.parts()[name] for part in parts]) for name in parts[0].parts()}
-    return Encoded(parts[0].codec, parts[0].columns, **stacked)
+    return EncodedMatrix(parts[0].codec, parts[0].columns, **stacked)

@@ -17,20 +17,20 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lorac.backends.onnx.claims import modules_of
-from lorac.backends.onnxruntime.quantised.codec import ACCURACY, Array, Codec, Encoded, joined
-from lorac.ir.host.packed import NF4
-from lorac.ir.view.terms import told_size
+from lorac.backends.onnxruntime.quantised.codec import ACCURACY_ATTRIBUTE, Array, Codec, EncodedMatrix, stack_rows
+from lorac.frontend.quantised_weights import NF4
+from lorac.report.terms import format_size
 
 _DOMAIN = "com.microsoft"
 _QUANT_TYPES = {NF4: 1}
 """What ``MatMulBnb4`` calls a table."""
-_FLOAT, _SHOWN = 4, 3
+_FLOAT, _SHOWN_NAMES = 4, 3
 """Bytes of a float32; how many names a line shows."""
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
 
 @dataclass(frozen=True, eq=False)
-class Quantised:
+class QuantisedProduct:
     """A matrix of a program that was quantised.
 
     Attributes:
@@ -40,7 +40,7 @@ class Quantised:
         names: part of ``encoded`` -> the constant that holds it now.
     """
 
-    encoded: Encoded
+    encoded: EncodedMatrix
     by_columns: bool
     source: ir.TensorProtocol
     names: Mapping[str, str]
@@ -52,7 +52,7 @@ class Quantised:
 
 
 @dataclass(frozen=True, eq=False)
-class Given:
+class PrequantisedMatrix:
     """A matrix (out, in) that came quantised.
 
     Attributes:
@@ -61,7 +61,7 @@ class Given:
     """
 
     matrix: Array
-    encoded: Encoded
+    encoded: EncodedMatrix
 
     def is_at(self, begin: int, matrix: Array) -> bool:
         """Whether it is the rows of a matrix from one on."""
@@ -74,7 +74,7 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class QuantisationReport:
     """What became of a program's constants of two or more axes.
 
     Attributes:
@@ -82,7 +82,7 @@ class Outcome:
         floats: name of a constant that stays as it is, or of the module that reads it -> why.
     """
 
-    quantised: dict[str, Quantised] = field(default_factory=dict)
+    quantised: dict[str, QuantisedProduct] = field(default_factory=dict)
     floats: dict[str, str] = field(default_factory=dict)
 
     def told(self) -> Iterator[str]:
@@ -94,42 +94,44 @@ class Outcome:
             kind = "" if codec.table else "symmetric, " if codec.symmetric else "asymmetric, "
             yield (
                 f"weights: {len(held)} held as {codec.name}, {kind}in blocks of {codec.block}: "
-                f"{told_size(sum(one.nbytes for one in held))} for {told_size(before)}"
+                f"{format_size(sum(one.nbytes for one in held))} for {format_size(before)}"
             )
         for reason in dict.fromkeys(self.floats.values()):
             names = [name for name, why in self.floats.items() if why == reason]
-            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            yield f"weights that stay as they are, {reason}: {', '.join(names[:_SHOWN])}{more}"
+            more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
+            yield f"weights that stay as they are, {reason}: {', '.join(names[:_SHOWN_NAMES])}{more}"
 
 
-def quantise(model: ir.Model, codec: Codec | None, accuracy_level: int, given: Sequence[Given] = ()) -> Outcome:
+def quantise(
+    model: ir.Model, codec: Codec | None, accuracy_level: int, given: Sequence[PrequantisedMatrix] = ()
+) -> QuantisationReport:
     """Quantise the matrices of a program, in place, one at a time.
 
     Args:
         model: as emitted, its slots filled or baked.
         codec: how; None: only those that came quantised.
-        accuracy_level: in what products are computed (``lorac.backends.onnxruntime.options.Options``).
+        accuracy_level: in what products are computed (``lorac.backends.onnxruntime.options.OnnxRuntimeOptions``).
         given: those that came quantised, whose codes are taken as they are, also where several were joined.
     """
-    outcome = Outcome()
+    outcome = QuantisationReport()
     for name, value in list(model.graph.initializers.items()):
         held = value.const_value
         if held is None or value.is_graph_input() or len(held.shape) < 2 or held.dtype not in _FLOATS:
             continue
-        reads = _reads(value)
-        reason = reads if isinstance(reads, str) else _why_not(held, reads)
+        reads = _find_readers(value)
+        reason = reads if isinstance(reads, str) else _reason_to_keep(held, reads)
         if isinstance(reads, str) or reason is not None:
-            outcome.floats[_named(value)] = str(reason)
+            outcome.floats[_display_name(value)] = str(reason)
             continue
         matrix = held.numpy().T if reads[0].by_columns else held.numpy()
         # No lookup reads codes that are places in a table.
         fitting = [one for one in given if not (one.encoded.codec.table and any(read.looks_up for read in reads))]
-        encoded = _as_it_came(matrix, fitting) or _encoded(matrix, codec)
-        if isinstance(encoded, Encoded):
+        encoded = _reuse_codes(matrix, fitting) or _encode_matrix(matrix, codec)
+        if isinstance(encoded, EncodedMatrix):
             names = _replace(model, value, reads, encoded, accuracy_level)
-            outcome.quantised[name] = Quantised(encoded, reads[0].by_columns, held, names)
+            outcome.quantised[name] = QuantisedProduct(encoded, reads[0].by_columns, held, names)
         else:
-            outcome.floats[_named(value)] = encoded
+            outcome.floats[_display_name(value)] = encoded
     RemoveUnusedNodesPass()(model)
     model.graph.opset_imports.setdefault(_DOMAIN, 1)
     return outcome
@@ -137,7 +139,7 @@ def quantise(model: ir.Model, codec: Codec | None, accuracy_level: int, given: S
 
 # ── Who reads a constant ─────────────────────────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True)
-class _Read:
+class _MatrixReader:
     """A node that reads a constant matrix.
 
     Attributes:
@@ -153,27 +155,27 @@ class _Read:
         return self.node.op_type == "Gather"
 
 
-def _reads(value: ir.Value, transposed: bool = False) -> list[_Read] | str:
+def _find_readers(value: ir.Value, transposed: bool = False) -> list[_MatrixReader] | str:
     """The products and lookups that read a constant, also through transpositions; or why it has to stay."""
-    found: list[_Read] = []
+    found: list[_MatrixReader] = []
     if value.is_graph_output():
         return "an output of the program"
     for node, index in value.uses():
-        own = _read(node, index, transposed)
+        own = _classify_reader(node, index, transposed)
         if isinstance(own, str):
             return own
         found += own
     return found or "read by nothing"
 
 
-def _read(node: ir.Node, index: int, transposed: bool) -> list[_Read] | str:
+def _classify_reader(node: ir.Node, index: int, transposed: bool) -> list[_MatrixReader] | str:
     if node.op_type == "Transpose" and list(node.attributes.get_ints("perm", [1, 0])) == [1, 0]:
-        return _reads(node.outputs[0], not transposed)
+        return _find_readers(node.outputs[0], not transposed)
     if node.domain == "" and index == 1 and _multiplies_rows(node):
         by_rows = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
-        return [_Read(node, by_rows == transposed)]
+        return [_MatrixReader(node, by_rows == transposed)]
     if node.domain == "" and node.op_type == "Gather" and index == 0 and node.attributes.get_int("axis", 0) == 0:
-        return [_Read(node, transposed)]
+        return [_MatrixReader(node, transposed)]
     return f"read by {node.op_type}"
 
 
@@ -186,16 +188,16 @@ def _multiplies_rows(node: ir.Node) -> bool:
     return node.op_type == "MatMul" and x is not None and (x.shape is None or len(x.shape) > 1)
 
 
-def _encoded(matrix: Array, codec: Codec | None) -> Encoded | str:
+def _encode_matrix(matrix: Array, codec: Codec | None) -> EncodedMatrix | str:
     """A matrix quantised, or why it stays."""
     if codec is None:
         return "float in the model"
     return codec.why_not(matrix.shape[1]) or codec.encode(matrix)
 
 
-def _as_it_came(matrix: Array, given: Sequence[Given]) -> Encoded | None:
+def _reuse_codes(matrix: Array, given: Sequence[PrequantisedMatrix]) -> EncodedMatrix | None:
     """The codes of a matrix that came quantised, or was joined of such; None where it, or a part of it, did not."""
-    parts: list[Encoded] = []
+    parts: list[EncodedMatrix] = []
     begin = 0
     while begin < len(matrix):
         found = next((one.encoded for one in given if one.is_at(begin, matrix)), None)
@@ -203,10 +205,10 @@ def _as_it_came(matrix: Array, given: Sequence[Given]) -> Encoded | None:
             return None
         parts.append(found)
         begin += found.shape[0]
-    return joined(parts) if parts else None
+    return stack_rows(parts) if parts else None
 
 
-def _why_not(held: ir.TensorProtocol, reads: list[_Read]) -> str | None:
+def _reason_to_keep(held: ir.TensorProtocol, reads: list[_MatrixReader]) -> str | None:
     """Why a constant that products and lookups read stays as it is; None where it can be quantised."""
     if held.dtype is not ir.DataType.FLOAT:
         return f"of {str(held.dtype).lower()} numbers"
@@ -215,7 +217,7 @@ def _why_not(held: ir.TensorProtocol, reads: list[_Read]) -> str | None:
     return "read along both axes" if len({read.by_columns for read in reads}) > 1 else None
 
 
-def _named(value: ir.Value) -> str:
+def _display_name(value: ir.Value) -> str:
     """What a constant is called: what emission folded bears the name of the module that reads it."""
     modules = next((modules_of(node.metadata_props) for node, _ in value.uses()), None)
     return str(value.name) if "." in str(value.name) or not modules else modules[-1]
@@ -223,7 +225,7 @@ def _named(value: ir.Value) -> str:
 
 # ── What is put in its place ─────────────────────────────────────────────────────────────────────────────────────────
 def _replace(
-    model: ir.Model, value: ir.Value, reads: list[_Read], encoded: Encoded, accuracy_level: int
+    model: ir.Model, value: ir.Value, reads: list[_MatrixReader], encoded: EncodedMatrix, accuracy_level: int
 ) -> dict[str, str]:
     """Have quantised ops read a matrix; returns the names of the constants that hold its parts."""
     name, codec = str(value.name), encoded.codec
@@ -240,17 +242,19 @@ def _replace(
             made = list(_lookup(model, read.node, encoded, [looked_up, scales, zeros]))
         else:
             made = list(_product(read.node, encoded, [stored, scales, zeros], accuracy_level))
-        _exchange(read.node, made)
+        _replace_node(read.node, made)
     return {part: names[part] for part in encoded.parts()}
 
 
-def _product(node: ir.Node, encoded: Encoded, parts: list[ir.Value | None], accuracy_level: int) -> Iterator[ir.Node]:
+def _product(
+    node: ir.Node, encoded: EncodedMatrix, parts: list[ir.Value | None], accuracy_level: int
+) -> Iterator[ir.Node]:
     """``MatMulNBits``, or ``MatMulBnb4`` of a table; what a ``Gemm`` adds comes after it, where it takes no bias."""
     rows, columns = encoded.shape
     codec = encoded.codec
     settings = {"K": columns, "N": rows, "block_size": codec.block}
     settings |= {"quant_type": _QUANT_TYPES[codec.table]} if codec.table else {"bits": codec.bits}
-    settings |= {} if codec.table else {ACCURACY: accuracy_level}
+    settings |= {} if codec.table else {ACCURACY_ATTRIBUTE: accuracy_level}
     added = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
     is_bias = added is not None and added.shape is not None and added.shape.dims == (rows,) and not codec.table
     inputs = [node.inputs[0], *parts, *([None, added] if is_bias else [])]
@@ -262,7 +266,7 @@ def _product(node: ir.Node, encoded: Encoded, parts: list[ir.Value | None], accu
         yield ir.Node("", "Add", [product.outputs[0], added])
 
 
-def _lookup(model: ir.Model, node: ir.Node, encoded: Encoded, parts: list[ir.Value | None]) -> Iterator[ir.Node]:
+def _lookup(model: ir.Model, node: ir.Node, encoded: EncodedMatrix, parts: list[ir.Value | None]) -> Iterator[ir.Node]:
     """``GatherBlockQuantized``; what fills up the last block of a row is cut off."""
     table, *others = parts
     codec = encoded.codec
@@ -285,7 +289,7 @@ def _as_table(model: ir.Model, packed: ir.Value) -> ir.Value:
     return reshape.outputs[0]
 
 
-def _exchange(node: ir.Node, made: list[ir.Node]) -> None:
+def _replace_node(node: ir.Node, made: list[ir.Node]) -> None:
     """Put nodes in the place of one, the last of which answers what it answered."""
     graph, old, new = node.graph, node.outputs[0], made[-1].outputs[0]
     assert graph is not None

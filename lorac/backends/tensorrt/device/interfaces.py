@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 
-class Context(Protocol):
+class ExecutionContext(Protocol):
     """``IExecutionContext``: one execution at a time, whose inputs it was told by address and shape."""
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:

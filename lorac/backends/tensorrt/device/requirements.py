@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 
 from lorac.backends.tensorrt import library
-from lorac.backends.tensorrt.capabilities import known
+from lorac.backends.tensorrt.capabilities import known_capabilities
 from lorac.errors import ArtifactError, Unavailable, warn
 
-_THERE = "compiled.save(folder) writes what lorac.load runs on a machine with an NVIDIA GPU"
-_ELSEWHERE = f"{_THERE}; target='onnxruntime' and target='eager' run on the CPU"
+_SAVE_ADVICE = "compiled.save(folder) writes what lorac.load runs on a machine with an NVIDIA GPU"
+_CPU_ADVICE = f"{_SAVE_ADVICE}; target='onnxruntime' and target='eager' run on the CPU"
 
 
-def lacking() -> str | None:
+def missing_requirement() -> str | None:
     """Why no plan runs on this machine, in one line; None where one may."""
     if torch.version.cuda is None:
         return f"a plan of TensorRT runs on a GPU by CUDA, and torch {torch.__version__} was built without CUDA"
@@ -23,25 +23,25 @@ def lacking() -> str | None:
     return None
 
 
-def refuse_lacking() -> None:
+def check_requirements() -> None:
     """Refuse to run where there is no CUDA.
 
     Raises:
         Unavailable: torch was built without CUDA, or finds no driver or GPU.
     """
-    why = lacking()
+    why = missing_requirement()
     if why is not None:
-        raise Unavailable(why, next_step=_ELSEWHERE)
+        raise Unavailable(why, next_step=_CPU_ADVICE)
 
 
-def tell_lacking() -> None:
+def warn_missing_requirement() -> None:
     """Warn where no plan runs."""
-    why = lacking()
+    why = missing_requirement()
     if why is not None:
-        warn(f"the program is built and cannot run here: {why}", next_step=_THERE)
+        warn(f"the program is built and cannot run here: {why}", next_step=_SAVE_ADVICE)
 
 
-def cuda_device(device: str | torch.device) -> torch.device:
+def resolve_cuda_device(device: str | torch.device) -> torch.device:
     """The device with its number, of those that are here.
 
     Raises:
@@ -50,16 +50,16 @@ def cuda_device(device: str | torch.device) -> torch.device:
     wanted = torch.device(device)
     if wanted.type != "cuda":
         raise Unavailable(f"a plan of TensorRT runs on a GPU, not on '{wanted}'", next_step="give device='cuda'")
-    refuse_lacking()
+    check_requirements()
     index = torch.cuda.current_device() if wanted.index is None else wanted.index
     if index >= torch.cuda.device_count():
         raise Unavailable(
-            f"there is no device '{wanted}'", nearest=f"cuda:{torch.cuda.device_count() - 1}", next_step=_ELSEWHERE
+            f"there is no device '{wanted}'", nearest=f"cuda:{torch.cuda.device_count() - 1}", next_step=_CPU_ADVICE
         )
     return torch.device("cuda", index)
 
 
-def place_of(asked: str | torch.device | None) -> torch.device:
+def plan_device(asked: str | torch.device | None) -> torch.device:
     """Where a program's plans run, with its number; the CPU's memory as long as there is no GPU.
 
     Args:
@@ -69,10 +69,14 @@ def place_of(asked: str | torch.device | None) -> torch.device:
         Unavailable: it is no GPU, or there are fewer.
     """
     wanted = torch.device("cuda" if asked is None else asked)
-    return torch.device("cpu") if wanted.type == "cuda" and lacking() is not None else cuda_device(wanted)
+    return (
+        torch.device("cpu")
+        if wanted.type == "cuda" and missing_requirement() is not None
+        else resolve_cuda_device(wanted)
+    )
 
 
-def refuse_capability(found: str, built_for: Sequence[str], gpu: str) -> None:
+def check_capability(found: str, built_for: Sequence[str], gpu: str) -> None:
     """Refuse a GPU that a plan was not built for.
 
     Args:
@@ -88,13 +92,14 @@ def refuse_capability(found: str, built_for: Sequence[str], gpu: str) -> None:
     raise Unavailable(
         f"{gpu} has compute capability {found}, and the plan was built for {', '.join(built_for)}",
         next_step=f"compile from the model with target_capabilities={[*built_for, found]}"
-        if found in known()
-        else f"{library.told()} builds for {', '.join(known()) or 'the GPU that is here'}; target='onnxruntime' and "
+        if found in known_capabilities()
+        else f"{library.name_and_version()} builds for "
+        f"{', '.join(known_capabilities()) or 'the GPU that is here'}; target='onnxruntime' and "
         "device='cuda' take any GPU",
     )
 
 
-def refuse_other_library(made_by: str | None) -> None:
+def check_library(made_by: str | None) -> None:
     """Refuse a plan that another library, or another version, made.
 
     Args:
@@ -103,16 +108,17 @@ def refuse_other_library(made_by: str | None) -> None:
     Raises:
         ArtifactError: it is not the one that is here.
     """
-    if made_by is None or made_by == library.told():
+    if made_by is None or made_by == library.name_and_version():
         return
     name, _, version = made_by.partition(" ")
     raise ArtifactError(
-        f"the plan was made by {made_by}, and here is {library.told()}: a plan runs in the version that made it",
+        f"the plan was made by {made_by}, and here is {library.name_and_version()}: "
+        f"a plan runs in the version that made it",
         next_step=f"pip install {name}=={version}, or compile again from the model",
     )
 
 
-def refuse_damaged(plan: bytes | memoryview) -> None:
+def check_plan(plan: bytes | memoryview) -> None:
     """Refuse what is no plan of the library's, as far as its header tells; where it cannot tell, nothing is refused.
 
     Raises:
@@ -121,8 +127,8 @@ def refuse_damaged(plan: bytes | memoryview) -> None:
     if not library.is_rtx():
         return  # TensorRT itself tells only where it loads
     trt = library.trt()
-    with library.listening() as said:
+    with library.collect_errors() as said:
         _, found = trt.Runtime(library.logger()).get_engine_validity(plan)
         said.why()  # that no driver is here, or no GPU that fits, has errors of its own
     if found & int(trt.EngineInvalidityDiagnostics.MALFORMED_ENGINE):
-        raise ArtifactError(f"these {len(plan)} bytes are no plan of {library.told()}")
+        raise ArtifactError(f"these {len(plan)} bytes are no plan of {library.name_and_version()}")

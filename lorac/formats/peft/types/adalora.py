@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from lorac.formats._layout import matrix_site
+from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft import config
-from lorac.formats.peft.method import Field, Method, Tensors, Use
-from lorac.formats.peft.tables import misfit, only
+from lorac.formats.peft.fields import mismatched_shapes, only
+from lorac.formats.peft.peft_type import Field, FieldUse, PeftType, Tensors
 from lorac.formats.peft.types import lora
-from lorac.ir.host.sites import Site, SiteKind
+from lorac.ir.sites import Site, SiteKind
 from lorac.variants.adalora import AdaLoRA
 from lorac.variants.base import Variant
 
@@ -54,24 +54,24 @@ def names_of(found: Mapping[str, tuple[bool, ...]]) -> dict[str, list[bool]] | N
 
 FIELDS: dict[str, Field] = {
     **lora.FIELDS,
-    "init_r": Field(Use.APPLIED, 12, to="r", read=config.rank),
-    "lora_alpha": Field(Use.APPLIED, 8, to="alpha", read=scale, write=config.whole),
-    "rank_pattern": Field(Use.APPLIED, to="rank_pattern", read=marks, write=names_of),
-    "r": Field(Use.IRRELEVANT, 8),
-    "use_rslora": Field(Use.IRRELEVANT, False),
-    "lora_bias": Field(Use.IRRELEVANT, False),
-    "alpha_pattern": Field(Use.IRRELEVANT, {}),
+    "init_r": Field(FieldUse.APPLIED, 12, to="r", read=config.rank),
+    "lora_alpha": Field(FieldUse.APPLIED, 8, to="alpha", read=scale, write=config.whole),
+    "rank_pattern": Field(FieldUse.APPLIED, to="rank_pattern", read=marks, write=names_of),
+    "r": Field(FieldUse.IRRELEVANT, 8),
+    "use_rslora": Field(FieldUse.IRRELEVANT, False),
+    "lora_bias": Field(FieldUse.IRRELEVANT, False),
+    "alpha_pattern": Field(FieldUse.IRRELEVANT, {}),
     "use_dora": lora.refused(_NEVER, False),
     "loftq_config": lora.refused(_NEVER, {}),
-    "target_r": Field(Use.TRAINING, 8, kept=True),
-    "tinit": Field(Use.TRAINING, 0, kept=True),
-    "tfinal": Field(Use.TRAINING, 0, kept=True),
-    "deltaT": Field(Use.TRAINING, 1, kept=True),
-    "beta1": Field(Use.TRAINING, 0.85, kept=True),
-    "beta2": Field(Use.TRAINING, 0.85, kept=True),
-    "orth_reg_weight": Field(Use.TRAINING, 0.5, kept=True),
+    "target_r": Field(FieldUse.TRAINING, 8, kept=True),
+    "tinit": Field(FieldUse.TRAINING, 0, kept=True),
+    "tfinal": Field(FieldUse.TRAINING, 0, kept=True),
+    "deltaT": Field(FieldUse.TRAINING, 1, kept=True),
+    "beta1": Field(FieldUse.TRAINING, 0.85, kept=True),
+    "beta2": Field(FieldUse.TRAINING, 0.85, kept=True),
+    "orth_reg_weight": Field(FieldUse.TRAINING, 0.5, kept=True),
     # PEFT refuses to read a configuration without a number of steps.
-    "total_step": Field(Use.TRAINING, kept=True, write=lambda steps: steps or 1),
+    "total_step": Field(FieldUse.TRAINING, kept=True, write=lambda steps: steps or 1),
 }
 
 check_site = only("ADALORA", {SiteKind.LINEAR, SiteKind.CONV2D}, transposed=True)
@@ -84,7 +84,7 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
         AdapterError: They do not belong together.
     """
     if set(stored) != set(NAMES) or any(stored[name].ndim != 2 for name in NAMES):
-        raise misfit(path, stored, "lora_A is (r, in), lora_E (r, 1), lora_B (out, r)")
+        raise mismatched_shapes(path, stored, "lora_A is (r, in), lora_E (r, 1), lora_B (out, r)")
     site = matrix_site(path, stored["lora_B"].shape[0], stored["lora_A"].shape[1])
     return site, {name: stored[name] for name in NAMES}
 
@@ -99,7 +99,7 @@ def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tens
     return dict(tensors)
 
 
-METHOD = Method(
+METHOD = PeftType(
     peft_type="ADALORA",
     variants={AdaLoRA: {}},
     fields=FIELDS,

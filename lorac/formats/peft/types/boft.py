@@ -12,11 +12,11 @@ from collections.abc import Mapping
 
 import torch
 
-from lorac.formats._layout import conv_site, matrix_site
+from lorac.formats._site_layouts import conv_site, matrix_site
 from lorac.formats.peft import config
-from lorac.formats.peft.method import Field, Method, Tensors, Use
-from lorac.formats.peft.tables import PLACES, bias, count, misfit, only
-from lorac.ir.host.sites import Site, SiteKind
+from lorac.formats.peft.fields import PLACES, bias, count, mismatched_shapes, only
+from lorac.formats.peft.peft_type import Field, FieldUse, PeftType, Tensors
+from lorac.ir.sites import Site, SiteKind
 from lorac.variants.base import Variant
 from lorac.variants.boft import BOFT
 
@@ -27,12 +27,12 @@ ROTATION, SCALE = "boft_R", "boft_s"
 FIELDS = {
     **config.COMMON,
     **PLACES,
-    "boft_block_size": Field(Use.APPLIED, 4, to="block_size", read=count),
-    "boft_block_num": Field(Use.APPLIED, 0, to="block_num", read=count),
-    "boft_n_butterfly_factor": Field(Use.APPLIED, 1, to="n_butterfly_factor", read=config.rank),
-    "boft_dropout": Field(Use.TRAINING, 0.0),
+    "boft_block_size": Field(FieldUse.APPLIED, 4, to="block_size", read=count),
+    "boft_block_num": Field(FieldUse.APPLIED, 0, to="block_num", read=count),
+    "boft_n_butterfly_factor": Field(FieldUse.APPLIED, 1, to="n_butterfly_factor", read=config.rank),
+    "boft_dropout": Field(FieldUse.TRAINING, 0.0),
     "bias": bias("boft"),
-    "init_weights": Field(Use.TRAINING, True),
+    "init_weights": Field(FieldUse.TRAINING, True),
 }
 
 
@@ -44,7 +44,7 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
     """
     rotation, scale = stored.get(ROTATION), stored.get(SCALE)
     if rotation is None or scale is None or rotation.ndim != 4 or scale.ndim != 2 or 1 not in scale.shape:
-        raise misfit(path, stored, f"{ROTATION} is (m, blocks, size, size), {SCALE} (out, 1), or (1, out)")
+        raise mismatched_shapes(path, stored, f"{ROTATION} is (m, blocks, size, size), {SCALE} (out, 1), or (1, out)")
     out, columns = scale.numel(), rotation.shape[1] * rotation.shape[2]
     column = scale.shape[1] == 1
     site = matrix_site(path, out, columns) if column else conv_site(path, out, columns, (1, 1), 1)
@@ -72,7 +72,7 @@ def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tens
     return {ROTATION: tensors[ROTATION], SCALE: scale if site.conv is None else scale.t()}
 
 
-METHOD = Method(
+METHOD = PeftType(
     peft_type="BOFT",
     variants={BOFT: {}},
     fields=FIELDS,

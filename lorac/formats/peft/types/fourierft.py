@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from lorac.errors import FormatError
-from lorac.formats._layout import matrix_site
+from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft import config
-from lorac.formats.peft.method import Field, Method, Tensors, Use
-from lorac.formats.peft.tables import PLACES, misfit, only
-from lorac.ir.host.sites import Site, SiteKind
+from lorac.formats.peft.fields import PLACES, mismatched_shapes, only
+from lorac.formats.peft.peft_type import Field, FieldUse, PeftType, Tensors
+from lorac.ir.sites import Site, SiteKind
 from lorac.variants.base import Variant
 from lorac.variants.fourierft import FourierFT
 
@@ -40,12 +40,14 @@ def bias(value: Any) -> str:
 FIELDS = {
     **config.COMMON,
     **PLACES,
-    "n_frequency": Field(Use.APPLIED, 1000, to="n_frequency", read=config.rank),
-    "scaling": Field(Use.APPLIED, 150.0, to="scaling", read=config.number),
-    "random_loc_seed": Field(Use.APPLIED, 777, to="random_loc_seed", read=seed),
-    "n_frequency_pattern": Field(Use.APPLIED, {}, to="n_frequency_pattern", read=config.ranks, write=config.mapping),
-    "bias": Field(Use.APPLIED, "none", to="bias", read=bias, write=lambda b: config.bias_name(b, "fourier")),
-    "init_weights": Field(Use.TRAINING, False),
+    "n_frequency": Field(FieldUse.APPLIED, 1000, to="n_frequency", read=config.rank),
+    "scaling": Field(FieldUse.APPLIED, 150.0, to="scaling", read=config.number),
+    "random_loc_seed": Field(FieldUse.APPLIED, 777, to="random_loc_seed", read=seed),
+    "n_frequency_pattern": Field(
+        FieldUse.APPLIED, {}, to="n_frequency_pattern", read=config.ranks, write=config.mapping
+    ),
+    "bias": Field(FieldUse.APPLIED, "none", to="bias", read=bias, write=lambda b: config.bias_name(b, "fourier")),
+    "init_weights": Field(FieldUse.TRAINING, False),
 }
 
 check_site = only("FOURIERFT", {SiteKind.LINEAR}, transposed=True)
@@ -58,7 +60,7 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
         AdapterError: It is no vector.
     """
     if set(stored) != {SPECTRUM} or stored[SPECTRUM].ndim != 1:
-        raise misfit(path, stored, f"{SPECTRUM} is (n_frequency,)")
+        raise mismatched_shapes(path, stored, f"{SPECTRUM} is (n_frequency,)")
     return matrix_site(path, 1, stored[SPECTRUM].numel()), dict(stored)
 
 
@@ -90,7 +92,7 @@ def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tens
     return {SPECTRUM: tensors[SPECTRUM]}
 
 
-METHOD = Method(
+METHOD = PeftType(
     peft_type="FOURIERFT",
     variants={FourierFT: {}},
     fields=FIELDS,

@@ -18,11 +18,11 @@ from __future__ import annotations
 import torch
 
 from lorac.errors import FormatError
-from lorac.formats._layout import conv_site, matrix_site
+from lorac.formats._site_layouts import conv_site, matrix_site
 from lorac.formats.peft import config
-from lorac.formats.peft.method import Field, Method, Tensors, Use
-from lorac.formats.peft.tables import PLACES, misfit, only
-from lorac.ir.host.sites import Site, SiteKind
+from lorac.formats.peft.fields import PLACES, mismatched_shapes, only
+from lorac.formats.peft.peft_type import Field, FieldUse, PeftType, Tensors
+from lorac.ir.sites import Site, SiteKind
 from lorac.variants.base import MATRIX_KINDS, Variant
 from lorac.variants.hira import HiRA
 
@@ -33,10 +33,10 @@ EMBEDDING = ("hira_embedding_A", "hira_embedding_B")
 FIELDS = {
     **config.COMMON,
     **PLACES,
-    "r": Field(Use.APPLIED, 32, to="r", read=config.rank),
-    "rank_pattern": Field(Use.IRRELEVANT, {}),
-    "hira_dropout": Field(Use.TRAINING, 0.0, to="dropout", read=config.number),
-    "init_weights": Field(Use.TRAINING, True),
+    "r": Field(FieldUse.APPLIED, 32, to="r", read=config.rank),
+    "rank_pattern": Field(FieldUse.IRRELEVANT, {}),
+    "hira_dropout": Field(FieldUse.TRAINING, 0.0, to="dropout", read=config.number),
+    "init_weights": Field(FieldUse.TRAINING, True),
 }
 
 check_site = only("HIRA", MATRIX_KINDS, transposed=True)
@@ -51,10 +51,10 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
     pair = EMBEDDING if EMBEDDING[0] in stored else MATRICES
     expected = "hira_A is (r, in), hira_B (out, r)"
     if set(stored) != set(pair):
-        raise misfit(path, stored, expected)
+        raise mismatched_shapes(path, stored, expected)
     a, b = (stored[name] for name in pair)
     if not (2 <= a.ndim == b.ndim <= 5 and a.shape[0] == b.shape[1] and b.shape[2:].numel() == 1):
-        raise misfit(path, stored, expected)
+        raise mismatched_shapes(path, stored, expected)
     if a.ndim == 2:
         kind = SiteKind.EMBEDDING if pair is EMBEDDING else SiteKind.LINEAR
         site = matrix_site(path, b.shape[0], a.shape[1], kind)
@@ -88,7 +88,7 @@ def _rank(variant: Variant) -> int:
     return variant.r
 
 
-METHOD = Method(
+METHOD = PeftType(
     peft_type="HIRA",
     variants={HiRA: {}},
     fields=FIELDS,

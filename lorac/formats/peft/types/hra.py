@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import torch
 
-from lorac.formats._layout import matrix_site
+from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft import config
-from lorac.formats.peft.method import Field, Method, Tensors, Use
-from lorac.formats.peft.tables import PLACES, bias, misfit, only
-from lorac.ir.host.sites import Site, SiteKind
+from lorac.formats.peft.fields import PLACES, bias, mismatched_shapes, only
+from lorac.formats.peft.peft_type import Field, FieldUse, PeftType, Tensors
+from lorac.ir.sites import Site, SiteKind
 from lorac.variants.base import Variant
 from lorac.variants.hra import HRA
 
@@ -22,10 +22,10 @@ VECTORS = "hra_u"
 FIELDS = {
     **{name: field for name, field in config.COMMON.items() if name != "fan_in_fan_out"},
     **PLACES,
-    "r": Field(Use.APPLIED, 8, to="r", read=config.rank),
-    "apply_GS": Field(Use.APPLIED, False, to="apply_GS", read=config.flag),
+    "r": Field(FieldUse.APPLIED, 8, to="r", read=config.rank),
+    "apply_GS": Field(FieldUse.APPLIED, False, to="apply_GS", read=config.flag),
     "bias": bias("hra"),
-    "init_weights": Field(Use.TRAINING, True),
+    "init_weights": Field(FieldUse.TRAINING, True),
 }
 
 
@@ -37,7 +37,7 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
     """
     vectors = stored[VECTORS]
     if vectors.ndim != 2:
-        raise misfit(path, stored, f"{VECTORS} is (in, r)")
+        raise mismatched_shapes(path, stored, f"{VECTORS} is (in, r)")
     return matrix_site(path, 1, vectors.shape[0]), {VECTORS: vectors}
 
 
@@ -54,7 +54,7 @@ def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tens
     return {VECTORS: tensors[VECTORS]}
 
 
-METHOD = Method(
+METHOD = PeftType(
     peft_type="HRA",
     variants={HRA: {}},
     fields=FIELDS,

@@ -11,11 +11,11 @@ import re
 
 import torch
 
-from lorac.formats._layout import conv_site, matrix_site
+from lorac.formats._site_layouts import conv_site, matrix_site
 from lorac.formats.peft import config
-from lorac.formats.peft.method import Field, Method, Tensors, Use
-from lorac.formats.peft.tables import PLACES, misfit, only
-from lorac.ir.host.sites import Site, SiteKind
+from lorac.formats.peft.fields import PLACES, mismatched_shapes, only
+from lorac.formats.peft.peft_type import Field, FieldUse, PeftType, Tensors
+from lorac.ir.sites import Site, SiteKind
 from lorac.variants.base import Variant
 from lorac.variants.ia3 import IA3
 
@@ -36,8 +36,8 @@ def _feedforward(value: str | tuple[str, ...]) -> str | list[str]:
 FIELDS = {
     **config.COMMON,
     "exclude_modules": PLACES["exclude_modules"],
-    "feedforward_modules": Field(Use.APPLIED, to="feedforward", read=config.pattern, write=_feedforward),
-    "init_ia3_weights": Field(Use.TRAINING, True),
+    "feedforward_modules": Field(FieldUse.APPLIED, to="feedforward", read=config.pattern, write=_feedforward),
+    "init_ia3_weights": Field(FieldUse.TRAINING, True),
 }
 
 
@@ -52,7 +52,9 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
     shape = (1, size) if variant.scales_input(path) else (size, 1)
     flat = scale.ndim == len(shape)
     if scale.shape != (shape if flat else (1, size, *(1,) * (scale.ndim - 2))) or not 2 <= scale.ndim <= 5:
-        raise misfit(path, stored, f"{SCALE} is {shape} there, says feedforward_modules; at convolutions (1, C, 1, 1)")
+        raise mismatched_shapes(
+            path, stored, f"{SCALE} is {shape} there, says feedforward_modules; at convolutions (1, C, 1, 1)"
+        )
     site = matrix_site(path, size, size) if flat else conv_site(path, size, size, (1,) * (scale.ndim - 2), 1)
     return site, {SCALE: scale.reshape(shape)}
 
@@ -72,7 +74,7 @@ def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tens
     return {SCALE: scale if site.conv is None else scale.reshape(1, -1, *(1,) * len(site.conv.kernel))}
 
 
-METHOD = Method(
+METHOD = PeftType(
     peft_type="IA3",
     variants={IA3: {}},
     fields=FIELDS,

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from lorac.formats.peft import config
-from lorac.formats.peft.method import Field, Method, Tensors, Use
-from lorac.formats.peft.tables import PLACES, misfit
-from lorac.ir.host.sites import Site
+from lorac.formats.peft.fields import PLACES, mismatched_shapes
+from lorac.formats.peft.peft_type import Field, FieldUse, PeftType, Tensors
+from lorac.ir.sites import Site
 from lorac.variants.base import Variant
 from lorac.variants.ln_tuning import LNTuning
 
@@ -28,22 +28,22 @@ def modules(value: Any) -> str | tuple[str, ...]:
 
 FIELDS = {
     **{name: field for name, field in config.COMMON.items() if name != "fan_in_fan_out"},
-    "target_modules": Field(Use.APPLIED, to="targets", read=modules, write=config.sorted_or_none),
+    "target_modules": Field(FieldUse.APPLIED, to="targets", read=modules, write=config.sorted_or_none),
     "exclude_modules": PLACES["exclude_modules"],
 }
 
 
 def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[str, torch.Tensor]]:
     """Refuse: a file has no tensors of sites."""
-    raise misfit(path, stored, "LN_TUNING replaces whole modules")
+    raise mismatched_shapes(path, stored, "LN_TUNING replaces whole modules")
 
 
 def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, torch.Tensor]:
     """Refuse: the method has no tensors of sites."""
-    raise misfit(site.path, tensors, "LN_TUNING replaces whole modules")
+    raise mismatched_shapes(site.path, tensors, "LN_TUNING replaces whole modules")
 
 
-METHOD = Method(
+METHOD = PeftType(
     peft_type="LN_TUNING",
     variants={LNTuning: {}},
     fields=FIELDS,

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import torch
 
-from lorac.formats._layout import conv_site, matrix_site
-from lorac.formats.peft.method import Method, Tensors
-from lorac.formats.peft.tables import LYCORIS, LYCORIS_KINDS, core_shape, misfit, only
-from lorac.ir.host.sites import Site
+from lorac.formats._site_layouts import conv_site, matrix_site
+from lorac.formats.peft.fields import LYCORIS, LYCORIS_KINDS, core_shape, mismatched_shapes, only
+from lorac.formats.peft.peft_type import PeftType, Tensors
+from lorac.ir.sites import Site
 from lorac.variants.base import Variant
 from lorac.variants.loha import LoHa
 
@@ -38,7 +38,9 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
     """
     cored = set(stored) == {*FACTORS, *CORES} and all(stored[name].ndim == 4 for name in CORES)
     if not (cored or set(stored) == set(FACTORS)) or any(stored[name].ndim != 2 for name in FACTORS):
-        raise misfit(path, stored, "hada_w1_a is (out, r), hada_w1_b (r, in); with hada_t1 (r, r, kh, kw) (r, out)")
+        raise mismatched_shapes(
+            path, stored, "hada_w1_a is (out, r), hada_w1_b (r, in); with hada_t1 (r, r, kh, kw) (r, out)"
+        )
     a, b = (stored[name] for name in FACTORS[:2])
     tensors = {name: stored[name] for name in FACTORS}
     if not cored:
@@ -58,7 +60,7 @@ def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tens
     return {**{name: tensors[name] for name in FACTORS}, **cores}
 
 
-METHOD = Method(
+METHOD = PeftType(
     peft_type="LOHA",
     variants={LoHa: {}},
     fields=LYCORIS,

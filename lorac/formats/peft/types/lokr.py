@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from lorac.errors import FormatError
-from lorac.formats._layout import conv_site, matrix_site
+from lorac.formats._site_layouts import conv_site, matrix_site
 from lorac.formats.peft import config
-from lorac.formats.peft.method import Field, Method, Tensors, Use
-from lorac.formats.peft.tables import LYCORIS, LYCORIS_KINDS, core_shape, misfit, only
-from lorac.ir.host.sites import Site, SiteKind
+from lorac.formats.peft.fields import LYCORIS, LYCORIS_KINDS, core_shape, mismatched_shapes, only
+from lorac.formats.peft.peft_type import Field, FieldUse, PeftType, Tensors
+from lorac.ir.sites import Site, SiteKind
 from lorac.variants.base import Variant
 from lorac.variants.lokr import LoKr, factors
 
@@ -37,9 +37,9 @@ def factor(value: Any) -> int:
 
 FIELDS = {
     **LYCORIS,
-    "decompose_both": Field(Use.APPLIED, False, to="decompose_both", read=config.flag),
-    "decompose_factor": Field(Use.APPLIED, -1, to="decompose_factor", read=factor),
-    "rank_dropout_scale": Field(Use.TRAINING, False, kept=True),
+    "decompose_both": Field(FieldUse.APPLIED, False, to="decompose_both", read=config.flag),
+    "decompose_factor": Field(FieldUse.APPLIED, -1, to="decompose_factor", read=factor),
+    "rank_dropout_scale": Field(FieldUse.TRAINING, False, kept=True),
 }
 
 check_site = only("LOKR", LYCORIS_KINDS, grouped=True)
@@ -98,7 +98,9 @@ def _sides(path: str, stored: Tensors) -> tuple[tuple[str, ...], tuple[str, ...]
     axes = {W2: (2, 3, 4), CORE: (4,)}
     whole = W2 in second and CORE in second
     if whole or set(stored) != {*first, *second} or any(t.ndim not in axes.get(n, (2,)) for n, t in stored.items()):
-        raise misfit(path, stored, f"{W1} is (l, m), {W2} (k, n), with out = l·k and in = m·n; or each in two factors")
+        raise mismatched_shapes(
+            path, stored, f"{W1} is (l, m), {W2} (k, n), with out = l·k and in = m·n; or each in two factors"
+        )
     return first, second
 
 
@@ -109,7 +111,7 @@ def _guess(variant: Variant, path: str, stored: Tensors, m: int, columns: int) -
         n = columns // taps
         if factors(m * n, variant.decompose_factor) == (m, n):
             return n, (taps, 1) if taps > 1 else ()
-    raise misfit(path, stored, f"no layer is so divided by decompose_factor={variant.decompose_factor}")
+    raise mismatched_shapes(path, stored, f"no layer is so divided by decompose_factor={variant.decompose_factor}")
 
 
 def _flat(name: str, tensor: Tensor) -> Tensor:
@@ -124,7 +126,7 @@ def _misaligned(path: str) -> FormatError:
     )
 
 
-METHOD = Method(
+METHOD = PeftType(
     peft_type="LOKR",
     variants={LoKr: {}},
     fields=FIELDS,

@@ -30,16 +30,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorac.adapters.as_lora import to_lora
-from lorac.adapters.residual import RULES, taken_out
+from lorac.adapters.lora_conversion import to_lora
+from lorac.adapters.residual_base import FACTOR_RULES, subtract_factors
 from lorac.errors import AdapterError, BaseNeeded, FormatError, SiteError, nearest_name, warn
-from lorac.formats._layout import conv_site, matrix_site
+from lorac.formats._site_layouts import conv_site, matrix_site
 from lorac.formats.peft import config
-from lorac.formats.peft.method import ABSENT, Field, Method, Tensors, Use
-from lorac.formats.peft.tables import warn_of_padding
-from lorac.formats.peft.tokens import token_rows
-from lorac.ir.host.sites import Site, SiteKind, base_of, factor_dtype, find_sites
-from lorac.spending import claim, unhurried
+from lorac.formats.peft.fields import warn_of_padding
+from lorac.formats.peft.peft_type import ABSENT, Field, FieldUse, PeftType, Tensors
+from lorac.formats.peft.token_rows import read_token_rows
+from lorac.ir.sites import Site, SiteKind, factor_dtype, find_sites, make_base_reader
+from lorac.limits import claim_memory, pause_clock
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 from lorac.variants.dora import DoRA
@@ -71,7 +71,7 @@ def initialisation(value: Any) -> Any:
     if value is None or isinstance(value, bool):
         return value
     given = str(value).lower()
-    if given in _BASE_KEPT or given in RULES or given == _SPARSE:
+    if given in _BASE_KEPT or given in FACTOR_RULES or given == _SPARSE:
         return given
     if given.startswith(_BASE_REWRITTEN):
         raise ValueError("this initialisation rewrites the base weights by more than the base tells")
@@ -79,7 +79,7 @@ def initialisation(value: Any) -> Any:
     raise ValueError(f"no such initialisation; nearest is {near}" if near else "no such initialisation")
 
 
-@unhurried()
+@pause_clock()
 def begun(adapter: Adapter, values: Mapping[str, Any], model: nn.Module | None) -> Adapter:
     """An adapter over the base as it was before PEFT took its first value out of it (``lorac.Residual``).
 
@@ -87,13 +87,13 @@ def begun(adapter: Adapter, values: Mapping[str, Any], model: nn.Module | None) 
         BaseNeeded: no model is given, or one without its weights.
         FormatError: a site is no linear layer; PEFT does not begin others so.
     """
-    rule = RULES.get(values["init_lora_weights"])
+    rule = FACTOR_RULES.get(values["init_lora_weights"])
     if rule is None or not adapter.tensors:
         return adapter
     sites = {} if model is None else find_sites(model)
     starts = {}
     for path in adapter.tensors:
-        weight = None if model is None else base_of(model).weight(sites[path])
+        weight = None if model is None else make_base_reader(model).weight(sites[path])
         if weight is None or weight.is_meta:
             raise BaseNeeded(
                 f"adapter '{adapter.name}' began by {values['init_lora_weights']}, which took out of the base what "
@@ -108,7 +108,7 @@ def begun(adapter: Adapter, values: Mapping[str, Any], model: nn.Module | None) 
             )
         here: Any = adapter.variant.at_path(path)
         starts[path] = rule(weight.to(factor_dtype(weight.dtype)), here.r, here.scale)
-    return taken_out(adapter, starts)
+    return subtract_factors(adapter, starts)
 
 
 def plain(adapter: Adapter) -> Adapter:
@@ -152,52 +152,52 @@ def settled(variant: Variant, sites: Mapping[str, Tensors]) -> Variant:
 
 def refused(instead: str = _NOT_YET, default: Any = None) -> Field:
     """A field that must stay at its default."""
-    return Field(Use.REFUSED, default, instead=instead)
+    return Field(FieldUse.REFUSED, default, instead=instead)
 
 
 FIELDS = {
     **config.COMMON,
-    "r": Field(Use.APPLIED, 8, to="r", read=config.rank),
-    "lora_alpha": Field(Use.APPLIED, 8, to="alpha", read=config.number, write=config.whole),
-    "lora_dropout": Field(Use.TRAINING, 0.0, to="dropout", read=config.number),
-    "use_rslora": Field(Use.APPLIED, False, to="rslora", read=config.flag),
-    "use_dora": Field(Use.APPLIED, False, read=config.flag),
-    "lora_bias": Field(Use.APPLIED, False, to="lora_bias", read=config.flag),
-    "rank_pattern": Field(Use.APPLIED, {}, to="rank_pattern", read=config.ranks, write=config.mapping),
-    "alpha_pattern": Field(Use.APPLIED, {}, to="alpha_pattern", read=config.numbers, write=config.mapping),
-    "exclude_modules": Field(Use.APPLIED, to="exclude", read=config.pattern, write=config.sorted_or_none),
-    "layers_to_transform": Field(Use.APPLIED, to="layers", read=config.layers, write=config.list_or_none),
-    "layers_pattern": Field(Use.APPLIED, to="layers_pattern", read=config.names, write=config.list_or_none),
-    "bias": Field(Use.APPLIED, "none", to="bias", read=bias, write=lambda b: config.bias_name(b, "lora")),
-    "ensure_weight_tying": Field(Use.APPLIED, False, read=config.flag),
-    "init_lora_weights": Field(Use.TRAINING, True, read=initialisation, instead=_CONVERT),
-    "loftq_config": Field(Use.TRAINING, {}),
-    "eva_config": Field(Use.TRAINING),
-    "corda_config": Field(Use.TRAINING),
-    "lora_ga_config": Field(Use.TRAINING),
+    "r": Field(FieldUse.APPLIED, 8, to="r", read=config.rank),
+    "lora_alpha": Field(FieldUse.APPLIED, 8, to="alpha", read=config.number, write=config.whole),
+    "lora_dropout": Field(FieldUse.TRAINING, 0.0, to="dropout", read=config.number),
+    "use_rslora": Field(FieldUse.APPLIED, False, to="rslora", read=config.flag),
+    "use_dora": Field(FieldUse.APPLIED, False, read=config.flag),
+    "lora_bias": Field(FieldUse.APPLIED, False, to="lora_bias", read=config.flag),
+    "rank_pattern": Field(FieldUse.APPLIED, {}, to="rank_pattern", read=config.ranks, write=config.mapping),
+    "alpha_pattern": Field(FieldUse.APPLIED, {}, to="alpha_pattern", read=config.numbers, write=config.mapping),
+    "exclude_modules": Field(FieldUse.APPLIED, to="exclude", read=config.pattern, write=config.sorted_or_none),
+    "layers_to_transform": Field(FieldUse.APPLIED, to="layers", read=config.layers, write=config.list_or_none),
+    "layers_pattern": Field(FieldUse.APPLIED, to="layers_pattern", read=config.names, write=config.list_or_none),
+    "bias": Field(FieldUse.APPLIED, "none", to="bias", read=bias, write=lambda b: config.bias_name(b, "lora")),
+    "ensure_weight_tying": Field(FieldUse.APPLIED, False, read=config.flag),
+    "init_lora_weights": Field(FieldUse.TRAINING, True, read=initialisation, instead=_CONVERT),
+    "loftq_config": Field(FieldUse.TRAINING, {}),
+    "eva_config": Field(FieldUse.TRAINING),
+    "corda_config": Field(FieldUse.TRAINING),
+    "lora_ga_config": Field(FieldUse.TRAINING),
     # Another backward pass, and noise that is off in evaluation: the forward pass is LoRA's.
-    "velora_config": Field(Use.TRAINING),
-    "monteclora_config": Field(Use.TRAINING),
-    "megatron_core": Field(Use.IRRELEVANT, "megatron.core"),
-    "qalora_group_size": Field(Use.IRRELEVANT, 16),
-    "runtime_config": Field(Use.IRRELEVANT, ABSENT),
+    "velora_config": Field(FieldUse.TRAINING),
+    "monteclora_config": Field(FieldUse.TRAINING),
+    "megatron_core": Field(FieldUse.IRRELEVANT, "megatron.core"),
+    "qalora_group_size": Field(FieldUse.IRRELEVANT, 16),
+    "runtime_config": Field(FieldUse.IRRELEVANT, ABSENT),
     "megatron_config": refused("save the adapter from a model without Megatron's parallel layers"),
     # Written, the rows come with the whole embedding, so that the field is null.
-    "trainable_token_indices": Field(Use.APPLIED, read=token_rows),
+    "trainable_token_indices": Field(FieldUse.APPLIED, read=read_token_rows),
     "alora_invocation_tokens": refused("it acts on some tokens only; run it in PEFT"),
     "use_qalora": refused("it pools the inputs of quantised layers; run it in PEFT", False),
     "layer_replication": refused("stack the layers in the base model, then train on that"),
-    "target_parameters": Field(Use.APPLIED, to="parameters", read=parameters, write=config.list_or_none),
+    "target_parameters": Field(FieldUse.APPLIED, to="parameters", read=parameters, write=config.list_or_none),
     "use_bdlora": refused(),
     "arrow_config": refused("compile the adapters that it routes between, each by itself"),
     "kasa_config": refused(),
 }
 RETIRED = {
-    "merge_weights": Field(Use.IRRELEVANT, False),
+    "merge_weights": Field(FieldUse.IRRELEVANT, False),
     "enable_lora": refused("it is of PEFT before 0.3; train the adapter again"),
     # Of FlyLoRA's fork.
-    "top_k": Field(Use.APPLIED, to="top_k", read=chosen_ranks),
-    "bias_u": Field(Use.TRAINING),
+    "top_k": Field(FieldUse.APPLIED, to="top_k", read=chosen_ranks),
+    "bias_u": Field(FieldUse.TRAINING),
 }
 
 
@@ -326,7 +326,9 @@ def _diagonal(blocks: Sequence[Tensor]) -> Tensor:
     if len(blocks) == 1:
         return blocks[0]
     rows, columns = (sum(block.shape[axis] for block in blocks) for axis in (0, 1))
-    claim(rows * columns * blocks[0].itemsize, f"the factor of {len(blocks)} groups as one matrix ({rows}, {columns})")
+    claim_memory(
+        rows * columns * blocks[0].itemsize, f"the factor of {len(blocks)} groups as one matrix ({rows}, {columns})"
+    )
     dense: Tensor = torch.block_diag(*blocks)
     return dense
 
@@ -350,7 +352,7 @@ def _misfit(path: str, stored: Tensors) -> AdapterError:
     )
 
 
-METHOD = Method(
+METHOD = PeftType(
     peft_type="LORA",
     variants={FlyLoRA: {"init_lora_weights": _SPARSE}, LoRA: {"use_dora": False}, DoRA: {"use_dora": True}},
     only_read=frozenset({FlyLoRA}),

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from lorac.formats._layout import matrix_site
+from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft import config
-from lorac.formats.peft.method import Field, Method, Tensors, Use
-from lorac.formats.peft.tables import PLACES, misfit, only
-from lorac.ir.host.sites import Site, SiteKind
+from lorac.formats.peft.fields import PLACES, mismatched_shapes, only
+from lorac.formats.peft.peft_type import Field, FieldUse, PeftType, Tensors
+from lorac.ir.sites import Site, SiteKind
 from lorac.variants.base import Variant
 from lorac.variants.bat import BAT
 from lorac.variants.miss import MiSS
@@ -44,11 +44,11 @@ def bias(value: Any) -> str:
 FIELDS = {
     **{name: field for name, field in config.COMMON.items() if name != "fan_in_fan_out"},
     **PLACES,
-    "r": Field(Use.APPLIED, 64, to="r", read=config.rank),
-    "mini_r": Field(Use.APPLIED, 1, to="mini_r", read=config.rank),
-    "miss_dropout": Field(Use.TRAINING, 0.0, to="dropout", read=config.number),
-    "init_weights": Field(Use.APPLIED, True, to="mini", read=form, write=lambda mini: "mini" if mini else True),
-    "bias": Field(Use.APPLIED, "none", to="bias", read=bias, write=lambda b: config.bias_name(b, "MiSS")),
+    "r": Field(FieldUse.APPLIED, 64, to="r", read=config.rank),
+    "mini_r": Field(FieldUse.APPLIED, 1, to="mini_r", read=config.rank),
+    "miss_dropout": Field(FieldUse.TRAINING, 0.0, to="dropout", read=config.number),
+    "init_weights": Field(FieldUse.APPLIED, True, to="mini", read=form, write=lambda mini: "mini" if mini else True),
+    "bias": Field(FieldUse.APPLIED, "none", to="bias", read=bias, write=lambda b: config.bias_name(b, "MiSS")),
 }
 
 check_site = only("MISS", {SiteKind.LINEAR})
@@ -63,7 +63,9 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
     block = stored[BLOCK]
     axes = 3 if isinstance(variant, BAT) else 2
     if block.ndim != axes:
-        raise misfit(path, stored, "a block of 3 axes is of init_weights='bat', one of 2 of true, false or 'mini'")
+        raise mismatched_shapes(
+            path, stored, "a block of 3 axes is of init_weights='bat', one of 2 of true, false or 'mini'"
+        )
     out = block.shape[0] * block.shape[1] if isinstance(variant, BAT) else block.shape[1]
     return matrix_site(path, out, _rank(variant)), {BLOCK: block}
 
@@ -83,7 +85,7 @@ def _rank(variant: Variant) -> Any:
     return variant.r
 
 
-METHOD = Method(
+METHOD = PeftType(
     peft_type="MISS",
     variants={BAT: {"init_weights": "bat"}, MiSS: {}},
     fields=FIELDS,

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from lorac.formats._layout import matrix_site
+from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft import config
-from lorac.formats.peft.method import Field, Method, Tensors, Use
-from lorac.formats.peft.tables import PLACES, bias, count, misfit, only
-from lorac.ir.host.sites import Site, SiteKind
+from lorac.formats.peft.fields import PLACES, bias, count, mismatched_shapes, only
+from lorac.formats.peft.peft_type import Field, FieldUse, PeftType, Tensors
+from lorac.ir.sites import Site, SiteKind
 from lorac.variants.base import Variant
 from lorac.variants.oft import OFT
 
@@ -38,18 +38,18 @@ def series(value: Any) -> str:
 FIELDS = {
     **config.COMMON,
     **PLACES,
-    "peft_version": Field(Use.APPLIED, read=series),
-    "r": Field(Use.APPLIED, 0, to="r", read=count),
-    "oft_block_size": Field(Use.APPLIED, 32, to="block_size", read=count),
-    "block_share": Field(Use.APPLIED, False, to="block_share", read=config.flag),
-    "use_cayley_neumann": Field(Use.APPLIED, True, to="use_cayley_neumann", read=config.flag),
-    "num_cayley_neumann_terms": Field(Use.APPLIED, 5, to="num_cayley_neumann_terms", read=config.rank),
-    "coft": Field(Use.APPLIED, False, to="coft", read=config.flag),
-    "eps": Field(Use.APPLIED, 6e-5, to="eps", read=config.number),
+    "peft_version": Field(FieldUse.APPLIED, read=series),
+    "r": Field(FieldUse.APPLIED, 0, to="r", read=count),
+    "oft_block_size": Field(FieldUse.APPLIED, 32, to="block_size", read=count),
+    "block_share": Field(FieldUse.APPLIED, False, to="block_share", read=config.flag),
+    "use_cayley_neumann": Field(FieldUse.APPLIED, True, to="use_cayley_neumann", read=config.flag),
+    "num_cayley_neumann_terms": Field(FieldUse.APPLIED, 5, to="num_cayley_neumann_terms", read=config.rank),
+    "coft": Field(FieldUse.APPLIED, False, to="coft", read=config.flag),
+    "eps": Field(FieldUse.APPLIED, 6e-5, to="eps", read=config.number),
     "bias": bias("oft"),
     # PEFT makes a dropout layer of it and never calls it.
-    "module_dropout": Field(Use.IRRELEVANT, 0.0),
-    "init_weights": Field(Use.TRAINING, True),
+    "module_dropout": Field(FieldUse.IRRELEVANT, 0.0),
+    "init_weights": Field(FieldUse.TRAINING, True),
 }
 
 
@@ -63,7 +63,7 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
     ((suffix, upper), *more) = stored.items()
     size = round((1 + (1 + 8 * upper.shape[-1]) ** 0.5) / 2) if upper.ndim == 2 else 0
     if more or upper.ndim != 2 or size * (size - 1) != 2 * upper.shape[1]:
-        raise misfit(path, stored, "they are (blocks, size·(size − 1)/2)")
+        raise mismatched_shapes(path, stored, "they are (blocks, size·(size − 1)/2)")
     # Of a shared block the file tells the size, not how often it is used.
     width = size * (len(upper) if not variant.block_share else variant.r or 1)
     embedding = SUFFIXES[suffix] == "oft_embedding_R"
@@ -84,7 +84,7 @@ def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tens
     return {suffix: tensors[name] for suffix, name in SUFFIXES.items() if name in tensors}
 
 
-METHOD = Method(
+METHOD = PeftType(
     peft_type="OFT",
     variants={OFT: {"peft_version": _SERIES}},
     fields=FIELDS,

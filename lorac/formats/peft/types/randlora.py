@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from lorac.formats._layout import matrix_site
+from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft import config
-from lorac.formats.peft.banks import LAYERS, SEEDED, largest, linear, whole
-from lorac.formats.peft.method import Field, Method, Tensors, Use
-from lorac.formats.peft.tables import bias, misfit
-from lorac.ir.host.sites import Site
+from lorac.formats.peft.fields import bias, mismatched_shapes
+from lorac.formats.peft.peft_type import Field, FieldUse, PeftType, Tensors
+from lorac.formats.peft.shared_tensors import LAYERS, SEEDED, largest, linear, whole
+from lorac.ir.sites import Site
 from lorac.variants.base import Variant
-from lorac.variants.randlora import RandLoRA, bases
+from lorac.variants.randlora import RandLoRA, draw_bases
 
 Tensor = torch.Tensor
 SHARED = ("randlora_A", "randlora_B")
@@ -33,12 +33,12 @@ FIELDS = {
     **config.COMMON,
     **LAYERS,
     **SEEDED,
-    "r": Field(Use.APPLIED, 32, to="r", read=config.rank),
-    "randlora_alpha": Field(Use.APPLIED, 640, to="alpha", read=config.number, write=config.whole),
-    "randlora_dropout": Field(Use.TRAINING, 0.0, to="dropout", read=config.number),
+    "r": Field(FieldUse.APPLIED, 32, to="r", read=config.rank),
+    "randlora_alpha": Field(FieldUse.APPLIED, 640, to="alpha", read=config.number, write=config.whole),
+    "randlora_dropout": Field(FieldUse.TRAINING, 0.0, to="dropout", read=config.number),
     # How A and B are drawn: without save_projection that is what they are.
-    "sparse": Field(Use.APPLIED, False, to="sparse", read=config.flag),
-    "very_sparse": Field(Use.APPLIED, False, to="very_sparse", read=config.flag),
+    "sparse": Field(FieldUse.APPLIED, False, to="sparse", read=config.flag),
+    "very_sparse": Field(FieldUse.APPLIED, False, to="very_sparse", read=config.flag),
     "bias": bias("randlora"),
 }
 
@@ -51,7 +51,9 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
     """
     names = (*SHARED, *OWN)
     if set(stored) != set(names) or [stored[name].ndim for name in names] != [3, 3, 2, 2]:
-        raise misfit(path, stored, "randlora_lambda is (r, n), randlora_gamma (n, d), A (r, 1, d) and B (D, n, r)")
+        raise mismatched_shapes(
+            path, stored, "randlora_lambda is (r, n), randlora_gamma (n, d), A (r, 1, d) and B (D, n, r)"
+        )
     small = stored["randlora_gamma"].shape[1]
     return matrix_site(path, small, small), {name: stored[name] for name in names}
 
@@ -64,7 +66,7 @@ def make_shared(values: Mapping[str, Any], sites: Sequence[Site]) -> dict[str, T
     r, key = values["r"], values["projection_prng_key"]
     small, large = sorted(size)
     sparsity = RandLoRA(r=r, sparse=values["sparse"], very_sparse=values["very_sparse"]).sparsity(small)
-    drawn = bases((r, 1, small), (large, math.ceil(small / r), r), key=key, sparsity=sparsity)
+    drawn = draw_bases((r, 1, small), (large, math.ceil(small / r), r), key=key, sparsity=sparsity)
     return dict(zip(SHARED, drawn, strict=True))
 
 
@@ -76,7 +78,7 @@ def shared_shapes(variant: Variant, sites: Sequence[Site]) -> dict[str, tuple[in
     return dict(zip(SHARED, ((variant.r, 1, small), (large, count, variant.r)), strict=True))
 
 
-METHOD = Method(
+METHOD = PeftType(
     peft_type="RANDLORA",
     variants={RandLoRA: {}},
     fields=FIELDS,

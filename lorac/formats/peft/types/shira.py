@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from lorac.errors import AdapterError, FormatError, SiteError
-from lorac.formats._layout import matrix_site
+from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft import config
-from lorac.formats.peft.method import Field, Method, Tensors, Use
-from lorac.ir.host.sites import Site, SiteKind
+from lorac.formats.peft.peft_type import Field, FieldUse, PeftType, Tensors
+from lorac.ir.sites import Site, SiteKind
 from lorac.variants.base import Variant
 from lorac.variants.shira import SHiRA
 
@@ -24,11 +24,11 @@ VALUES, INDICES = "shira_weight", "shira_indices"
 
 FIELDS = {
     **config.COMMON,
-    "r": Field(Use.APPLIED, 32, to="r", read=config.rank),
+    "r": Field(FieldUse.APPLIED, 32, to="r", read=config.rank),
     # The file holds the positions, whatever chose them.
-    "mask_type": Field(Use.TRAINING, "random"),
-    "random_seed": Field(Use.TRAINING),
-    "init_weights": Field(Use.TRAINING, True),
+    "mask_type": Field(FieldUse.TRAINING, "random"),
+    "random_seed": Field(FieldUse.TRAINING),
+    "init_weights": Field(FieldUse.TRAINING, True),
 }
 
 
@@ -101,7 +101,7 @@ def _rank(variant: Variant) -> Any:
     return variant.r
 
 
-METHOD = Method(
+METHOD = PeftType(
     peft_type="SHIRA",
     variants={SHiRA: {}},
     fields=FIELDS,

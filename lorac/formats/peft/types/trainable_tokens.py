@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from lorac.formats._layout import matrix_site
+from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft import config
-from lorac.formats.peft.method import Field, Method, Tensors, Use
-from lorac.formats.peft.tables import misfit
-from lorac.ir.host.sites import Site, SiteKind
+from lorac.formats.peft.fields import mismatched_shapes
+from lorac.formats.peft.peft_type import Field, FieldUse, PeftType, Tensors
+from lorac.ir.sites import Site, SiteKind
 from lorac.variants.base import Variant
 from lorac.variants.trainable_tokens import TrainableTokens
 
@@ -34,8 +34,8 @@ def tokens(value: Any) -> tuple[int, ...]:
 
 FIELDS = {
     **{name: field for name, field in config.COMMON.items() if name not in {"fan_in_fan_out", "modules_to_save"}},
-    "token_indices": Field(Use.APPLIED, [], to="token_indices", read=tokens, write=list),
-    "init_weights": Field(Use.TRAINING, True),
+    "token_indices": Field(FieldUse.APPLIED, [], to="token_indices", read=tokens, write=list),
+    "init_weights": Field(FieldUse.TRAINING, True),
 }
 
 
@@ -52,7 +52,7 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
         AdapterError: They are no rows.
     """
     if set(stored) != {DELTA} or stored[DELTA].ndim != 2:
-        raise misfit(path, stored, f"{DELTA} is (n, d)")
+        raise mismatched_shapes(path, stored, f"{DELTA} is (n, d)")
     delta = stored[DELTA]
     return matrix_site(path, delta.shape[1], len(delta), SiteKind.EMBEDDING), {"columns": delta.t()}
 
@@ -70,7 +70,7 @@ def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tens
     return {DELTA: tensors["columns"].t() if "columns" in tensors else tensors["rows"]}
 
 
-METHOD = Method(
+METHOD = PeftType(
     peft_type="TRAINABLE_TOKENS",
     variants={TrainableTokens: {}},
     fields=FIELDS,

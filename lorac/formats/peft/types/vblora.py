@@ -15,13 +15,13 @@ from __future__ import annotations
 import torch
 
 from lorac.errors import AdapterError
-from lorac.formats._layout import matrix_site
+from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft import config
-from lorac.formats.peft.banks import linear
-from lorac.formats.peft.method import Field, Method, Tensors, Use
-from lorac.formats.peft.tables import PLACES, bias, misfit
-from lorac.ir.host.sites import Site
-from lorac.spending import claim
+from lorac.formats.peft.fields import PLACES, bias, mismatched_shapes
+from lorac.formats.peft.peft_type import Field, FieldUse, PeftType, Tensors
+from lorac.formats.peft.shared_tensors import linear
+from lorac.ir.sites import Site
+from lorac.limits import claim_memory
 from lorac.variants.base import Variant
 from lorac.variants.vblora import VBLoRA
 
@@ -33,15 +33,15 @@ CHOSEN = {f"{name}_topk_{part}": name for name in LOGITS for part in ("indices",
 FIELDS = {
     **config.COMMON,
     **PLACES,
-    "r": Field(Use.APPLIED, 4, to="r", read=config.rank),
-    "num_vectors": Field(Use.APPLIED, 256, to="num_vectors", read=config.rank),
-    "vector_length": Field(Use.APPLIED, 256, to="vector_length", read=config.rank),
-    "topk": Field(Use.APPLIED, 2, to="topk", read=config.rank),
+    "r": Field(FieldUse.APPLIED, 4, to="r", read=config.rank),
+    "num_vectors": Field(FieldUse.APPLIED, 256, to="num_vectors", read=config.rank),
+    "vector_length": Field(FieldUse.APPLIED, 256, to="vector_length", read=config.rank),
+    "topk": Field(FieldUse.APPLIED, 2, to="topk", read=config.rank),
     # The keys of a file say which it is.
-    "save_only_topk_weights": Field(Use.IRRELEVANT, False, read=config.flag),
-    "vblora_dropout": Field(Use.TRAINING, 0.0, to="dropout", read=config.number),
-    "init_vector_bank_bound": Field(Use.TRAINING, 0.02, to="init_vector_bank_bound", read=config.number),
-    "init_logits_std": Field(Use.TRAINING, 0.1, to="init_logits_std", read=config.number),
+    "save_only_topk_weights": Field(FieldUse.IRRELEVANT, False, read=config.flag),
+    "vblora_dropout": Field(FieldUse.TRAINING, 0.0, to="dropout", read=config.number),
+    "init_vector_bank_bound": Field(FieldUse.TRAINING, 0.02, to="init_vector_bank_bound", read=config.number),
+    "init_logits_std": Field(FieldUse.TRAINING, 0.1, to="init_logits_std", read=config.number),
     "bias": bias("vblora"),
 }
 
@@ -58,10 +58,10 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
     bank, own = stored[BANK], {name: tensor for name, tensor in stored.items() if name != BANK}
     if bank.ndim == 2 and set(own) == set(CHOSEN):
         if bank.shape[0] != variant.num_vectors:
-            raise misfit(path, stored, f"the bank has num_vectors={variant.num_vectors} rows")
+            raise mismatched_shapes(path, stored, f"the bank has num_vectors={variant.num_vectors} rows")
         own = {name: _logits(variant, path, name, own) for name in LOGITS}
     if set(own) != set(LOGITS) or bank.ndim != 2 or any(logits.ndim != 3 for logits in own.values()):
-        raise misfit(path, stored, "logits are (r, in/v, h) and (out/v, r, h), the bank is (h, v)")
+        raise mismatched_shapes(path, stored, "logits are (r, in/v, h) and (out/v, r, h), the bank is (h, v)")
     length, (down, up) = bank.shape[1], (own[name] for name in LOGITS)
     return matrix_site(path, up.shape[0] * length, down.shape[1] * length), {BANK: bank, LOGITS[0]: down, LOGITS[1]: up}
 
@@ -82,7 +82,7 @@ def _logits(variant: VBLoRA, path: str, name: str, stored: Tensors) -> Tensor:
     lowest = torch.finfo(weights.dtype).min
     chosen = weights.clamp(min=0).log().clamp(min=lowest / 2)
     size = places.numel() // variant.topk * variant.num_vectors
-    claim(size * weights.itemsize, f"the logits at '{path}' written out")
+    claim_memory(size * weights.itemsize, f"the logits at '{path}' written out")
     return torch.full((*places.shape[:-1], variant.num_vectors), lowest, dtype=weights.dtype).scatter(
         -1, places, chosen
     )
@@ -102,7 +102,7 @@ def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tens
     return dict(tensors)
 
 
-METHOD = Method(
+METHOD = PeftType(
     peft_type="VBLORA",
     variants={VBLoRA: {}},
     fields=FIELDS,

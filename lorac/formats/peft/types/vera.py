@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from lorac.formats._layout import matrix_site
+from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft import config
-from lorac.formats.peft.banks import LAYERS, SEEDED, largest, linear, whole
-from lorac.formats.peft.method import Field, Method, Tensors, Use
-from lorac.formats.peft.tables import bias, misfit
-from lorac.ir.host.sites import Site
+from lorac.formats.peft.fields import bias, mismatched_shapes
+from lorac.formats.peft.peft_type import Field, FieldUse, PeftType, Tensors
+from lorac.formats.peft.shared_tensors import LAYERS, SEEDED, largest, linear, whole
+from lorac.ir.sites import Site
 from lorac.variants.base import Variant
-from lorac.variants.vera import VeRA, projections
+from lorac.variants.vera import VeRA, draw_projections
 
 Tensor = torch.Tensor
 SHARED = ("vera_A", "vera_B")
@@ -29,9 +29,9 @@ FIELDS = {
     **config.COMMON,
     **LAYERS,
     **SEEDED,
-    "r": Field(Use.APPLIED, 256, to="r", read=config.rank),
-    "vera_dropout": Field(Use.TRAINING, 0.0, to="dropout", read=config.number),
-    "d_initial": Field(Use.TRAINING, 0.1, to="d_initial", read=config.number),
+    "r": Field(FieldUse.APPLIED, 256, to="r", read=config.rank),
+    "vera_dropout": Field(FieldUse.TRAINING, 0.0, to="dropout", read=config.number),
+    "d_initial": Field(FieldUse.TRAINING, 0.1, to="d_initial", read=config.number),
     "bias": bias("vera"),
 }
 
@@ -44,7 +44,9 @@ def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[
     """
     names = (*SHARED, *OWN)
     if set(stored) != set(names) or [stored[name].ndim for name in names] != [2, 2, 1, 1]:
-        raise misfit(path, stored, "vera_A is (r, in), vera_B (out, r), vera_lambda_b (out,), vera_lambda_d (r,)")
+        raise mismatched_shapes(
+            path, stored, "vera_A is (r, in), vera_B (out, r), vera_lambda_b (out,), vera_lambda_d (r,)"
+        )
     site = matrix_site(path, stored["vera_lambda_b"].shape[0], stored["vera_A"].shape[1])
     return site, {name: stored[name] for name in names}
 
@@ -54,10 +56,10 @@ def make_shared(values: Mapping[str, Any], sites: Sequence[Site]) -> dict[str, T
     size = largest(values, sites)
     if size is None:
         return {}
-    return dict(zip(SHARED, projections(values["r"], *size, values["projection_prng_key"]), strict=True))
+    return dict(zip(SHARED, draw_projections(values["r"], *size, values["projection_prng_key"]), strict=True))
 
 
-METHOD = Method(
+METHOD = PeftType(
     peft_type="VERA",
     variants={VeRA: {}},
     fields=FIELDS,

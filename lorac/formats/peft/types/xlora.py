@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from lorac.errors import FormatError
-from lorac.formats._mixed import MixedFile, experts, written
+from lorac.formats._xlora import XLoraFolder, read_expert_paths, split_xlora
 from lorac.formats.peft import config
-from lorac.formats.peft.method import Field, Method, Tensors, Use, Whole
-from lorac.formats.peft.tables import misfit
-from lorac.ir.host.sites import Site
+from lorac.formats.peft.fields import mismatched_shapes
+from lorac.formats.peft.peft_type import ExpertFolders, Field, FieldUse, PeftType, Tensors
+from lorac.ir.sites import Site
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 from lorac.variants.x_lora import XLoRA
@@ -40,44 +40,44 @@ def width(value: Any) -> int:
 
 FIELDS = {
     **{name: field for name, field in config.COMMON.items() if name not in _OF_SITES},
-    "hidden_size": Field(Use.APPLIED, to="hidden_size", read=width),
-    "adapters": Field(Use.APPLIED, read=experts),
-    "enable_softmax": Field(Use.APPLIED, True, to="enable_softmax", read=config.flag),
-    "enable_softmax_topk": Field(Use.APPLIED, False, to="enable_softmax_topk", read=config.flag),
-    "layerwise_scalings": Field(Use.APPLIED, False, to="layerwise_scalings", read=config.flag),
-    "xlora_depth": Field(Use.APPLIED, 1, to="depth", read=config.rank),
-    "xlora_size": Field(Use.APPLIED, 2048, to="size", read=config.rank),
-    "xlora_dropout_p": Field(Use.TRAINING, 0.2, to="dropout_p", read=config.number),
-    "use_trainable_adapters": Field(Use.TRAINING, False, to="use_trainable_adapters", read=config.flag),
-    "softmax_temperature": Field(Use.APPLIED, 1.0, to="softmax_temperature", read=config.number),
-    "top_k_lora": Field(Use.APPLIED, to="top_k_lora", read=top_k),
-    "scaling_pass_value": Field(Use.APPLIED, 0.0, to="scaling_pass_value", read=config.number),
-    "global_scaling_weight": Field(Use.APPLIED, 1.0, to="global_scaling_weight", read=config.number),
+    "hidden_size": Field(FieldUse.APPLIED, to="hidden_size", read=width),
+    "adapters": Field(FieldUse.APPLIED, read=read_expert_paths),
+    "enable_softmax": Field(FieldUse.APPLIED, True, to="enable_softmax", read=config.flag),
+    "enable_softmax_topk": Field(FieldUse.APPLIED, False, to="enable_softmax_topk", read=config.flag),
+    "layerwise_scalings": Field(FieldUse.APPLIED, False, to="layerwise_scalings", read=config.flag),
+    "xlora_depth": Field(FieldUse.APPLIED, 1, to="depth", read=config.rank),
+    "xlora_size": Field(FieldUse.APPLIED, 2048, to="size", read=config.rank),
+    "xlora_dropout_p": Field(FieldUse.TRAINING, 0.2, to="dropout_p", read=config.number),
+    "use_trainable_adapters": Field(FieldUse.TRAINING, False, to="use_trainable_adapters", read=config.flag),
+    "softmax_temperature": Field(FieldUse.APPLIED, 1.0, to="softmax_temperature", read=config.number),
+    "top_k_lora": Field(FieldUse.APPLIED, to="top_k_lora", read=top_k),
+    "scaling_pass_value": Field(FieldUse.APPLIED, 0.0, to="scaling_pass_value", read=config.number),
+    "global_scaling_weight": Field(FieldUse.APPLIED, 1.0, to="global_scaling_weight", read=config.number),
 }
 
 
 def read_whole(
     folder: Path, values: Mapping[str, Any], tensors: Tensors, name: str, model: nn.Module | None
 ) -> Adapter:
-    """The adapter of a folder (``lorac.formats._mixed``)."""
+    """The adapter of a folder (``lorac.formats._xlora``)."""
     stride = 3 if values["xlora_dropout_p"] > 0 else 2
     keys = [f"{_CLASSIFIER}{stride * j}.weight" for j in range(values["xlora_depth"])]
     fields = {field.to: values[key] for key, field in FIELDS.items() if field.to}
-    found = MixedFile(folder, values["adapters"], fields, tensors, keys)
+    found = XLoraFolder(folder, values["adapters"], fields, tensors, keys)
     return found.adapter(name, model, ("{path}", "{name}"))
 
 
 def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[str, torch.Tensor]]:
     """Refuse: a file has no tensors of sites."""
-    raise misfit(path, stored, "XLORA holds a classifier")
+    raise mismatched_shapes(path, stored, "XLORA holds a classifier")
 
 
 def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, torch.Tensor]:
     """Refuse: a file has no tensors of sites."""
-    raise misfit(site.path, tensors, "XLORA holds a classifier")
+    raise mismatched_shapes(site.path, tensors, "XLORA holds a classifier")
 
 
-def write_whole(adapter: Adapter, model: nn.Module | None) -> Whole:
+def write_whole(adapter: Adapter, model: nn.Module | None) -> ExpertFolders:
     """The classifier, all of it, and the experts, called by their numbers as PEFT activates them.
 
     Raises:
@@ -94,10 +94,10 @@ def write_whole(adapter: Adapter, model: nn.Module | None) -> Whole:
         )
     stride = 3 if variant.dropout_p > 0 else 2
     keys = [f"{_CLASSIFIER}{stride * j}.weight" for j in range(variant.depth)]
-    return Whole(*written(adapter, model, keys), "adapters")
+    return ExpertFolders(*split_xlora(adapter, model, keys), "adapters")
 
 
-METHOD = Method(
+METHOD = PeftType(
     peft_type="XLORA",
     variants={XLoRA: {}},
     fields=FIELDS,

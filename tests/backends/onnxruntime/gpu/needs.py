@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import lorac
-from lorac.backends.onnxruntime.devices.providers import CPU, CUDA, refuse_missing
+from lorac.backends.onnxruntime.devices.providers import CPU, CUDA, check_providers
 
 
 def _lacking() -> str | None:
     try:
-        refuse_missing((CUDA, CPU), torch.device("cuda"))
+        check_providers((CUDA, CPU), torch.device("cuda"))
     except lorac.Unavailable as error:
         return str(error).partition("\n")[0]
     return None if torch.cuda.is_available() else "torch is built without CUDA"

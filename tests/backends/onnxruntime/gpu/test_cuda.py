@@ -15,9 +15,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import lorac
-from lorac.backends.onnxruntime.devices import kernels_of_cuda
-from lorac.backends.onnxruntime.devices.memory import SessionMemory, TorchMemory
-from lorac.testing.checks import assert_close
+from lorac.backends.onnxruntime.devices import cuda_kernels as kernels_of_cuda
+from lorac.backends.onnxruntime.devices.memory import OrtDeviceMemory, TorchDeviceMemory
+from lorac.testing.eager_checks import assert_close
 from lorac.testing.parity import assert_parity
 from tests.backends.onnxruntime.gpu import needs
 from tests.backends.onnxruntime.half_hosts import Reference
@@ -93,7 +93,7 @@ def test_a_call_is_answered_where_its_inputs_are() -> None:
 def test_the_gpu_computes_it_and_what_it_does_not_is_said() -> None:
     engine = compiled("tiny_llama")
     assert engine.engine.parts["main"].session.get_providers()[0] == "CUDAExecutionProvider"
-    assert isinstance(engine.engine.where, TorchMemory)
+    assert isinstance(engine.engine.where, TorchDeviceMemory)
     said = [note for note in engine.engine.signatures["main"].notes if note.startswith("the CPU computes")]
     assert not any("MatMul" in note for note in said) and all(note in str(engine.explain()) for note in said)
 
@@ -134,7 +134,7 @@ def test_without_torchs_cuda_it_answers_the_same_bits(mode: str, monkeypatch: py
     """Memory of ONNX Runtime's own, which is written from the CPU."""
     host, held = "tiny_bert", reference("tiny_bert", torch.float32)
     plain = compiled(host, mode="live")
-    monkeypatch.setattr("lorac.backends.onnxruntime.engine.memory_at", SessionMemory)
+    monkeypatch.setattr("lorac.backends.onnxruntime.engine.memory_at", OrtDeviceMemory)
     engine = compiled(host, mode=mode)
     for choice in choices(host, mode):
         engine.swap(choice)
@@ -195,7 +195,7 @@ def test_a_gpu_that_is_not_there_is_named() -> None:
 
 _LIST = """
 from onnxruntime.capi import _pybind_state as library
-from lorac.backends.onnxruntime.devices.kernels_of_cuda import IN_HALF
+from lorac.backends.onnxruntime.devices.cuda_kernels import IN_HALF
 kinds = {"float16": "tensor(float16)", "bfloat16": "tensor(bfloat16)"}
 for kernel in library.get_all_opkernel_def():
     opset = 1 if kernel.domain else 20
@@ -210,5 +210,5 @@ def test_what_is_written_down_of_kernels_is_what_the_library_has() -> None:
     if done.returncode:
         pytest.skip("onnxruntime cannot list its kernels here: a provider of it cannot be loaded")
     listed = set(done.stdout.split())
-    told = {f"{dtype}|{domain}|{op}" for dtype, ops in kernels_of_cuda.IN_HALF.items() for domain, op in ops}
+    told = {f"{dtype}|{domain}|{op}" for dtype, ops in kernels_of_cuda.HALF_PRECISION_OPS.items() for domain, op in ops}
     assert told <= listed

@@ -9,19 +9,19 @@ import torch
 
 from lorac.backends.tensorrt import library
 from lorac.backends.tensorrt.capabilities import capability_of
-from lorac.backends.tensorrt.device.requirements import lacking
+from lorac.backends.tensorrt.device.requirements import missing_requirement
 
 
 def lacking_for_tensorrt() -> str | None:
     """Why TensorRT runs nothing here; None where it does."""
-    why = lacking()
+    why = missing_requirement()
     if why is not None:
         return why
     if all(importlib.util.find_spec(name) is None for name in ("tensorrt", "tensorrt_rtx")):
         return "neither tensorrt nor tensorrt_rtx is installed"
     here = capability_of(torch.device("cuda"))
     if library.is_rtx() and f"SM{here.replace('.', '')}" not in library.trt().ComputeCapability.__members__:
-        return f"{library.told()} builds for no compute capability {here}, which NVIDIA's tensorrt does"
+        return f"{library.name_and_version()} builds for no compute capability {here}, which NVIDIA's tensorrt does"
     return None
 
 

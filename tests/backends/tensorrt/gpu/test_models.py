@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import lorac
-from lorac.backends.tensorrt.caching import PLAN, PlanCache
-from lorac.testing.checks import assert_close
+from lorac.backends.tensorrt.plan_cache import PLAN, PlanCache
+from lorac.testing.eager_checks import assert_close
 from lorac.testing.parity import assert_parity
 from tests.backends.tensorrt.gpu import hosts, needs
 from tests.backends.tensorrt.gpu.hosts import CHOICES, ONE, OTHER, compiled, first, inputs

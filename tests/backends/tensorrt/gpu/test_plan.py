@@ -11,11 +11,11 @@ import torch
 
 import lorac
 from lorac.backends.tensorrt import library
-from lorac.backends.tensorrt.caching import PlanCache
 from lorac.backends.tensorrt.capabilities import capability_of
-from lorac.backends.tensorrt.refitting import Refitting
-from lorac.backends.tensorrt.running import Running
-from lorac.testing.checks import assert_close
+from lorac.backends.tensorrt.plan_cache import PlanCache
+from lorac.backends.tensorrt.plan_runner import PlanRunner
+from lorac.backends.tensorrt.refitting import WeightRefitter
+from lorac.testing.eager_checks import assert_close
 from tests.backends.tensorrt import tiny
 from tests.backends.tensorrt.gpu import needs
 from tests.backends.tensorrt.tiny import BIAS, IN, RANK, ROWS, WEIGHT
@@ -46,7 +46,7 @@ def _wanted(x: Tensor, seed: int, rank: int = 2) -> Tensor:
 
 
 def test_values_at_every_rank_and_size() -> None:
-    running = Running(_plan())
+    running = PlanRunner(_plan())
     for rows in range(1, ROWS + 1):
         for rank in range(1, RANK + 1):
             found = running.call({"x": _x(rows, rows)}, running.hold(_on_gpu(tiny.drawn(rank, rank))))["y"]
@@ -55,18 +55,18 @@ def test_values_at_every_rank_and_size() -> None:
 
 
 def test_what_comes_from_the_cpu_goes_back_there() -> None:
-    running = Running(_plan())
+    running = PlanRunner(_plan())
     found = running.call({"x": _x().cpu()}, tiny.drawn(1))["y"]
     assert found.device.type == "cpu"
     assert_close(found, _wanted(_x(), 1))
 
 
 def test_ports_are_the_networks() -> None:
-    assert Running(_plan()).ports == tiny.ports()
+    assert PlanRunner(_plan()).ports == tiny.ports()
 
 
 def test_a_thousand_swaps_leave_no_trace() -> None:
-    running, x = Running(_plan()), _x()
+    running, x = PlanRunner(_plan()), _x()
     held = [running.hold(_on_gpu(tiny.drawn(seed, 1 + seed % RANK))) for seed in range(5)]
     first = [running.call({"x": x}, slots)["y"].clone() for slots in held]
     for place in torch.randint(5, (1000,)).tolist():
@@ -74,7 +74,7 @@ def test_a_thousand_swaps_leave_no_trace() -> None:
 
 
 def test_a_swap_copies_nothing() -> None:
-    running, x = Running(_plan()), _x()
+    running, x = PlanRunner(_plan()), _x()
     held = [running.hold(_on_gpu(tiny.drawn(seed))) for seed in range(2)]
     kept = [running.call({"x": x}, slots) for slots in held]
     before = torch.cuda.memory_allocated()
@@ -83,7 +83,7 @@ def test_a_swap_copies_nothing() -> None:
 
 
 def test_memory_that_is_let_go_at_once_is_not_used_before_it_was_read() -> None:
-    running = Running(_plan())
+    running = PlanRunner(_plan())
     found = []
     for seed in range(200):
         found.append(running.call({"x": _x(seed=seed)}, running.hold(_on_gpu(tiny.drawn(seed))))["y"])
@@ -96,7 +96,7 @@ def test_memory_that_is_let_go_at_once_is_not_used_before_it_was_read() -> None:
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 def test_eight_threads(own_stream: bool, cuda_graphs: bool) -> None:
     flags = ["REQUIRE_USER_ALLOCATION"] if cuda_graphs and library.is_rtx() else []
-    running = Running(_plan(*flags), cuda_graphs=cuda_graphs)
+    running = PlanRunner(_plan(*flags), cuda_graphs=cuda_graphs)
     x = _x()
     held = [running.hold(_on_gpu(tiny.drawn(seed, 1 + seed % RANK))) for seed in range(8)]
     first = [running.call({"x": x}, slots)["y"].cpu() for slots in held]
@@ -122,7 +122,7 @@ def test_a_cuda_graph_answers_the_same() -> None:
     """A plan that could not be captured would warn, and a warning is an error."""
     flags = ["REQUIRE_USER_ALLOCATION"] if library.is_rtx() else []
     plan = _plan(*flags)
-    plain, captured = Running(plan), Running(plan, cuda_graphs=True)
+    plain, captured = PlanRunner(plan), PlanRunner(plan, cuda_graphs=True)
     for rows, seed in ((1, 0), (2, 1), (1, 2), (2, 3)):
         slots, x = _on_gpu(tiny.drawn(seed)), _x(rows, seed)
         found = [one.call({"x": x}, one.hold(slots))["y"] for one in (plain, captured, captured)]
@@ -132,7 +132,7 @@ def test_a_cuda_graph_answers_the_same() -> None:
 def test_memory_that_is_written_in_place_is_read_as_it_is() -> None:
     for cuda_graphs in (False, True):
         flags = ["REQUIRE_USER_ALLOCATION"] if library.is_rtx() else []
-        running, memory, x = Running(_plan(*flags), cuda_graphs=cuda_graphs), _on_gpu(tiny.drawn(1)), _x()
+        running, memory, x = PlanRunner(_plan(*flags), cuda_graphs=cuda_graphs), _on_gpu(tiny.drawn(1)), _x()
         slots = running.hold(memory, fixed=True)
         running.call({"x": x}, slots)
         with running.writing():
@@ -142,7 +142,7 @@ def test_memory_that_is_written_in_place_is_read_as_it_is() -> None:
 
 
 def test_sizes_that_the_plan_was_not_built_for() -> None:
-    running = Running(_plan())
+    running = PlanRunner(_plan())
     slots = running.hold(_on_gpu(tiny.drawn(1)))
     before = running.call({"x": _x()}, slots)["y"]
     with pytest.raises(lorac.InputMismatch, match=rf"'x' of shape \({ROWS + 1}, {IN}\)"):
@@ -156,12 +156,12 @@ def test_a_plan_that_is_damaged_where_its_header_is_not() -> None:
     plan = bytearray(_plan())
     plan[len(plan) // 3 :] = bytes(len(plan) - len(plan) // 3)
     with pytest.raises(lorac.ArtifactError, match="does not load the plan"):
-        Running(bytes(plan))
+        PlanRunner(bytes(plan))
 
 
 def test_another_capability_is_named() -> None:
     with pytest.raises(lorac.Unavailable, match=r"and the plan was built for 5\.0"):
-        Running(_plan(), capabilities=["5.0"])
+        PlanRunner(_plan(), capabilities=["5.0"])
 
 
 def test_kernels_are_kept(tmp_path: Path) -> None:
@@ -170,27 +170,27 @@ def test_kernels_are_kept(tmp_path: Path) -> None:
     kept = PlanCache(tmp_path).kernels("0" * 32)
     x, slots = _x(), _on_gpu(tiny.drawn(1))
     plan = _plan()
-    first = Running(plan, kernels=kept).call({"x": x}, slots)["y"]
+    first = PlanRunner(plan, kernels=kept).call({"x": x}, slots)["y"]
     assert kept.read()
-    assert torch.equal(Running(plan, kernels=kept).call({"x": x}, slots)["y"], first)
+    assert torch.equal(PlanRunner(plan, kernels=kept).call({"x": x}, slots)["y"], first)
 
 
 # --- weights that are replaced ----------------------------------------------------------------------------------------
 def test_a_fresh_plan_whose_weights_can_be_replaced_answers_as_a_plain_one() -> None:
     """One release dropped a product's bias from such plans in silence, though nothing was replaced yet."""
     x, slots = _x(), _on_gpu(tiny.drawn(1))
-    plain, fresh = (Running(_plan(refittable=marked)).call({"x": x}, slots)["y"] for marked in ((), (WEIGHT,)))
+    plain, fresh = (PlanRunner(_plan(refittable=marked)).call({"x": x}, slots)["y"] for marked in ((), (WEIGHT,)))
     assert_close(fresh.cpu(), plain.cpu())
     assert_close(fresh.cpu(), _wanted(x, 1))
 
 
 @pytest.mark.parametrize("marked", [(WEIGHT,), (BIAS,), (WEIGHT, BIAS)])
 def test_weights_are_replaced_from_the_gpus_memory_and_come_back(marked: tuple[str, ...]) -> None:
-    running, x = Running(_plan(refittable=marked)), _x()
+    running, x = PlanRunner(_plan(refittable=marked)), _x()
     slots = running.hold(_on_gpu(tiny.drawn(1)))
     base = tiny.weights()
     memory = {name: base[name].cuda() for name in (WEIGHT, BIAS)}
-    refits = Refitting(running.engine, {name: memory[name] for name in marked})
+    refits = WeightRefitter(running.engine, {name: memory[name] for name in marked})
     before = running.call({"x": x}, slots)["y"].clone()
     for name in (*marked, None):
         held = {key: tensor + 1 if key == name else tensor for key, tensor in base.items()}

@@ -1,0 +1,121 @@
+"""An adapter of another method as a LoRA: what files and programs that know nothing else can hold of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorac.adapters.factors import factors, iter_changes
+from lorac.errors import BaseNeeded, CompileError, OptionError
+from lorac.ir.algebra.changes import Change, LowRank, merge_weight
+from lorac.ir.sites import find_sites, make_base_reader
+from lorac.variants.adapter import Adapter
+from lorac.variants.base import Variant
+from lorac.variants.lora import LoRA
+
+Tensor = torch.Tensor
+FactorPair = tuple[Tensor, Tensor]
+"""A (r, in) and B (out, r)."""
+
+
+@torch.no_grad()
+def to_lora(
+    adapter: Adapter, model: nn.Module | None = None, *, rank: int | None = None, name: str | None = None
+) -> Adapter:
+    """The LoRA that does what an adapter does at strength 1: exactly, or as nearly as a rank allows.
+
+    Its scale is 1 everywhere, its rank at each site that of the change there. A shift of the bias becomes
+    ``lora_bias``; whatever the adapter replaces whole it replaces too.
+
+    Args:
+        adapter: of a method that edits weights; only read.
+        model: the base, needed where ``lorac.factors`` needs it, and for the nearest LoRA of a change without factors.
+        rank: None: exactly. Else the largest rank, and of W' − W what is left out is as small as it can be in the
+            Frobenius norm.
+        name: of the result; default: the adapter's own.
+
+    Raises:
+        OptionError: ``rank`` is below 1.
+        CompileError: it is no LoRA of any rank, and no rank is given.
+        BaseNeeded, SiteError, AdapterError: as ``lorac.factors``.
+    """
+    if rank is not None and rank < 1:
+        raise OptionError(f"a LoRA of rank {rank} does nothing", next_step="give rank= a whole number above 0")
+    own = replace(adapter, replaced={})
+    changes: Iterable[tuple[str, Change]] = factors(own).items() if model is None else iter_changes(None, own, model)
+    pairs: dict[str, FactorPair] = {}
+    shifts: dict[str, Tensor] = {}
+    for path, change in changes:
+        pairs[path] = _exact(adapter, path, change) if rank is None else _nearest(path, change, model, rank)
+        if change.e is not None:
+            shifts[path] = change.e.clone()
+    tensors = {path: {"lora_A": a.contiguous(), "lora_B": b.contiguous()} for path, (a, b) in pairs.items()}
+    for path, (_, b) in pairs.items() if shifts else ():
+        tensors[path]["lora_bias"] = shifts.get(path, b.new_zeros(b.shape[-2]))
+    ranks = {path: a.shape[-2] for path, (a, _) in pairs.items()}
+    variant = make_lora_variant(ranks, ranks, adapter.variant, lora_bias=bool(shifts))
+    return Adapter(name or adapter.name, variant, tensors, dict(adapter.replaced))
+
+
+def make_lora_variant(ranks: Mapping[str, int], alphas: Mapping[str, float], like: Variant, **fields: Any) -> LoRA:
+    """A LoRA with its rank and alpha at each of some sites, and all else as another method has it."""
+    widest = max(ranks, key=lambda path: ranks[path])
+    return LoRA(
+        r=ranks[widest],
+        alpha=alphas[widest],
+        dropout=getattr(like, "dropout", 0.0),
+        rank_pattern=_unlike(ranks, widest),
+        alpha_pattern=_unlike(alphas, widest),
+        targets=tuple(ranks),
+        parameters=like.parameters,
+        modules_to_save=like.modules_to_save,
+        bias="lora_only" if like.bias.endswith("_only") else like.bias,
+        **fields,
+    )
+
+
+def _exact(adapter: Adapter, path: str, change: Change) -> FactorPair:
+    if not isinstance(change, LowRank) or change.folded().parts:
+        what = "is not low-rank" if not isinstance(change, LowRank) else "scales or turns the weight itself"
+        raise CompileError(
+            f"what '{adapter.name}' ({adapter.variant.name}) does to '{path}' {what}, so that no LoRA is the same",
+            next_step="rank= makes the nearest LoRA of a rank",
+            code="not_mergeable",
+        )
+    folded = change.folded()
+    a, b = folded.a.mT, folded.b.mT
+    return (a, b) if folded.rank else (a.new_zeros(*a.shape[:-2], 1, a.shape[-1]), b.new_zeros(*b.shape[:-1], 1))
+
+
+def _nearest(path: str, change: Change, model: nn.Module | None, rank: int) -> FactorPair:
+    """The first components of W' − W by their size; of factors without a product as large as W."""
+    if isinstance(change, LowRank) and not change.folded().parts:
+        folded = change.folded()
+        u, s, vh = compute_product_svd(folded.b.mT, folded.a.mT)
+    elif model is None:
+        raise BaseNeeded(
+            f"only the base tells what changes of the weight of '{path}'",
+            next_step="pass model=, the base that the adapter was trained on",
+        )
+    else:
+        weight = make_base_reader(model).weight(find_sites(model)[path])
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        u, s, vh = torch.linalg.svd(merge_weight(change, wide) - wide, full_matrices=False)
+    return vh[..., :rank, :], u[..., :, :rank] * s[..., None, :rank]
+
+
+def compute_product_svd(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (…, m, r), Σ (…, r) and Vᵀ (…, r, n) of B·A from its factors, without the product."""
+    (left, inner), (right, outer) = torch.linalg.qr(b), torch.linalg.qr(a.mT)
+    u, s, vh = torch.linalg.svd(inner @ outer.mT, full_matrices=False)
+    return left @ u, s, vh @ right.mT
+
+
+def _unlike(values: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """The values that are not as at ``path``, by patterns for one whole path each, whose end may be another's."""
+    return {f"^{re.escape(key)}": value for key, value in values.items() if value != values[path]}

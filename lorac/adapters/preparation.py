@@ -1,0 +1,277 @@
+"""Adapters to normal forms: each term's formula is reduced once per structure, then evaluated on its tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lorac.adapters.adapter_sites import get_once_path
+from lorac.adapters.branches import cast_tensor, describe_structure, make_branch_term, make_once_term
+from lorac.adapters.fit import check_values
+from lorac.ir.algebra.changes import Change, Dense, LowRank, from_outputs, stack_changes
+from lorac.ir.algebra.formulas import Formula
+from lorac.ir.algebra.inner_dropout import run_with_dropout
+from lorac.ir.algebra.reduction import BRANCH, Reduction, reduce_branch, reduce_weight
+from lorac.ir.algebra.rules import RULES
+from lorac.ir.algebra.structure import AlgebraRule
+from lorac.ir.sites import BaseReader, Site, SiteKind, factor_dtype
+from lorac.ir.slots.execution import FormulaContext
+from lorac.ir.slots.live_terms import DropoutDelta
+from lorac.ir.slots.plans import BranchTerm, PreparedAdapter, Reason
+from lorac.storage.reductions import check_sizes, reduction_from_json, reduction_to_json
+from lorac.variants._missing_method import homes
+from lorac.variants.adapter import Adapter
+from lorac.variants.base import BranchVariant, Variant, WeightVariant
+
+Tensor = torch.Tensor
+_REDUCTIONS: dict[Any, Reduction] = {}
+"""Structure (method, hyper-parameters, shapes, dtype, rules) -> its reduction, of every program in this process."""
+_MOST_REDUCTIONS = 512
+Shapes = tuple[tuple[str, torch.Size], ...]
+_FORMULAS = ("weight", "new_bias", "branch")
+
+
+class Preparer:
+    """Prepares adapters; a structure is reduced once.
+
+    Args:
+        sites: every site of the model.
+        base: reads base weights.
+        rules: the algebra's table.
+
+    Attributes:
+        stored: reductions as an artefact has them, by structure (``stored_reductions``): what is there is not traced.
+    """
+
+    def __init__(self, sites: Mapping[str, Site], base: BaseReader, rules: Sequence[AlgebraRule] = RULES) -> None:
+        self.sites, self.base, self.rules = sites, base, tuple(rules)
+        self.stored: Mapping[str, Any] = {}
+        self._read: dict[str, Reduction] = {}
+        self._common: Any = WeakTensorKeyDictionary()
+        self._asked: dict[str, tuple[Variant, Shapes, Reduction]] = {}
+
+    def prepare(self, adapter: Adapter) -> PreparedAdapter:
+        """Every term, in its normal form, of an adapter that fits the model (``lorac.adapters.fit.check_adapter``).
+
+        Raises:
+            AdapterError: a tensor was written since it was checked, and diverged.
+        """
+        check_values(adapter)
+        terms = {path: self.term(adapter, path) for path in self.touched(adapter)}
+        branches = {path: term for path, term in terms.items() if isinstance(term, BranchTerm)}
+        once = get_once_path(adapter)
+        branches |= {once: make_once_term(adapter, self.sites)} if once else {}
+        changes = {path: term for path, term in terms.items() if not isinstance(term, BranchTerm)}
+        reasons = (reason for path in adapter.tensors for reason in self._reasons(adapter, path))
+        return PreparedAdapter(changes, branches, adapter.variant.truncatable, tuple(reasons))
+
+    def _reasons(self, adapter: Adapter, path: str) -> list[Reason]:
+        """Why an adapter's term at a site that it adapts has no cheaper form."""
+        reduction = self.reduction(adapter.variant, self.sites[path], adapter.tensors[path])
+        return [Reason(adapter.name, path, why) for why in reduction.reasons]
+
+    def touched(self, adapter: Adapter) -> list[str]:
+        """Paths of the sites an adapter touches: those it adapts, then those of which it only replaces a tensor."""
+        owners = {name: path for path, site in self.sites.items() for name in (site.weight, site.bias) if name}
+        return list(dict.fromkeys([*adapter.tensors, *(owners[fqn] for fqn in adapter.replaced)]))
+
+    def term(self, adapter: Adapter, path: str) -> Change | BranchTerm:
+        """What an adapter does at one site that it touches, in its normal form."""
+        site, tensors = self.sites[path], adapter.tensors.get(path)
+        if tensors is None:
+            replaced = self.replaced_change(adapter, site)
+            assert replaced is not None
+            return _detached(replaced)
+        reduction = self.reduction(adapter.variant, site, tensors)
+        if reduction.form == BRANCH:
+            return make_branch_term(adapter, site)
+        return _detached(self.with_bias(adapter, site, self.change(reduction, site, tensors)))
+
+    def reduction(self, variant: Variant, site: Site, tensors: Mapping[str, Tensor]) -> Reduction:
+        """The reduction of a variant at a site, from the cache where the structure was met before."""
+        tensors = {name: tensor[0] for name, tensor in tensors.items()} if site.stack else tensors
+        shapes = tuple([(name, tensor.shape) for name, tensor in tensors.items()])
+        asked = self._asked.get(site.path)
+        # In training it is asked anew at every step, where to spell out what it follows from would take longest.
+        if asked is None or asked[0] is not variant or asked[1] != shapes:
+            asked = self._asked[site.path] = (variant, shapes, self._met(variant.at(site), site, shapes, tensors))
+        return asked[2]
+
+    def _met(self, here: Variant, site: Site, shapes: Shapes, tensors: Mapping[str, Tensor]) -> Reduction:
+        shape = (site.out_features, site.in_features)
+        method = (type(here), *(getattr(type(here), formula, None) for formula in _FORMULAS), repr(here))
+        key = (*method, site.kind, _grouped(site), shape, shapes, site.dtype, self.rules)
+        if self.stored and (text := _spelled(here, site, shapes)) in self.stored:
+            return self._from_stored(text, shape, tensors.values())
+        found = _REDUCTIONS.get(key)
+        if found is None:
+            found = _REDUCTIONS[key] = self._reduce(here, site, shape, tensors)
+            for oldest in list(_REDUCTIONS)[:-_MOST_REDUCTIONS]:
+                _REDUCTIONS.pop(oldest, None)
+        return found
+
+    def _from_stored(self, text: str, shape: tuple[int, int], tensors: Iterable[Tensor]) -> Reduction:
+        """What an artefact has of a structure; it is kept for this model alone."""
+        found = self._read.get(text)
+        if found is None:
+            found = reduction_from_json(self.stored[text])
+            check_sizes(found, shape, tensors)
+            self._read[text] = found
+        return found
+
+    def stored_reductions(self, adapters: Iterable[Adapter]) -> dict[str, Any]:
+        """The reductions of adapters as JSON, by structure; those of methods that are not lorac's own are left out."""
+        found: dict[str, Any] = {}
+        built_in = [adapter for adapter in adapters if not homes(adapter.variant)]
+        for adapter, path in ((one, path) for one in built_in for path in one.tensors):
+            site, tensors = self.sites[path], adapter.tensors[path]
+            here = adapter.variant.at(site)
+            shapes = tuple([(name, (tensor[0] if site.stack else tensor).shape) for name, tensor in tensors.items()])
+            text = _spelled(here, site, shapes)
+            if text in found:
+                continue
+            told = reduction_to_json(self.reduction(adapter.variant, site, tensors))
+            found |= {} if told is None else {text: told}
+        return dict(sorted(found.items()))
+
+    def change(self, reduction: Reduction, site: Site, tensors: Mapping[str, Tensor]) -> Change:
+        """The normal form's tensors for one term, computed in the factors' dtype."""
+        dtype = factor_dtype(site.dtype)
+        bias = self.base.bias(site)
+        weight = self._weight(site).to(dtype) if reduction.reads_weight else _make_meta_weight(site, dtype)
+        given = [cast_tensor(tensors[name], dtype) for name in reduction.params]
+        wide_bias = bias.to(dtype) if bias is not None else torch.zeros(site.out_features, dtype=dtype)
+        if site.stack:
+            own = ([tensor[i] for tensor in given] for i in range(site.stack))
+            each = (reduction(w, wide_bias, parts) for w, parts in zip(weight, own, strict=True))
+            return stack_changes([from_outputs(reduction.form, outputs, None) for outputs in each])
+        outputs = reduction(weight, wide_bias, given)
+        outputs |= {name: self._once(reduction, name, outputs[name], tensors) for name in reduction.common}
+        return from_outputs(reduction.form, outputs, None if bias is None else wide_bias)
+
+    def _weight(self, site: Site) -> Tensor:
+        """W in the memory order of the host's own, whoever holds it: norms of it are summed in that order."""
+        weight = self.base.weight(site)
+        return weight.contiguous() if site.kind is SiteKind.LINEAR and not site.transposed else weight
+
+    def _once(self, reduction: Reduction, name: str, made: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """What was made of shared parameters: the tensor that the sites before made of them, where there is one."""
+        if made.requires_grad:
+            return made
+        shared = [tensors[key] for key in reduction.shared]
+        known = self._common.setdefault(shared[0], {})
+        written = [(id(t), 0 if t.is_inference() else t._version) for t in shared]
+        held = known.get((id(reduction), name))
+        if held is None or held[0] != written:
+            held = known[id(reduction), name] = (written, made.contiguous())
+        return held[1]
+
+    def with_bias(self, adapter: Adapter, site: Site, change: Change) -> Change:
+        """A change with the adapter's own copy of the base's bias (PEFT's ``bias=``) worked in."""
+        shift = self._bias_shift(adapter, site)
+        if shift is None:
+            return change
+        return dataclasses.replace(change, e=shift if change.e is None else change.e + shift)
+
+    def _bias_shift(self, adapter: Adapter, site: Site) -> Tensor | None:
+        trained = adapter.replaced.get(site.bias) if site.bias else None
+        if trained is None:
+            return None
+        bias = self.base.bias(site)
+        assert bias is not None
+        dtype = factor_dtype(site.dtype)
+        return trained.to(dtype) - bias.to(dtype)
+
+    def dropped(self, adapter: Adapter, site: Site) -> DropoutDelta | None:
+        """What a term makes of a site's y with dropout between its factors: (x, y, rate) -> y' − y.
+
+        None where its form has all that lies there: a weight formula's has, an affine branch's lacks the biases.
+        """
+        tensors = adapter.tensors[site.path]
+        reduction = self.reduction(adapter.variant, site, tensors)
+        graph, dtype, shift = reduction.dropped, factor_dtype(site.dtype), self._bias_shift(adapter, site)
+        if graph is None:
+            return None
+        given = tuple(cast_tensor(tensors[name], dtype) for name in reduction.params)
+
+        def moved(x: Tensor, y: Tensor, rate: float) -> Tensor:
+            wide = y.to(dtype)
+            delta = run_with_dropout(graph, x.to(dtype), wide, given, rate) - wide
+            return delta if shift is None else delta + shift
+
+        return moved
+
+    def replaced_change(self, adapter: Adapter, site: Site) -> Change | None:
+        """The change of a site that an adapter only replaces whole (modules_to_save, a norm, a bias), or None."""
+        weight = adapter.replaced.get(site.weight) if site.weight else None
+        if weight is not None:
+            return self.with_bias(adapter, site, Dense(site.present(weight.to(site.dtype))))
+        if site.bias is None or site.bias not in adapter.replaced:
+            return None
+        dtype = factor_dtype(site.dtype)
+        unchanged = LowRank(
+            torch.zeros(site.in_features, 0, dtype=dtype), torch.zeros(0, site.out_features, dtype=dtype)
+        )
+        return self.with_bias(adapter, site, unchanged)
+
+    def _reduce(self, variant: Variant, site: Site, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Reduction:
+        dtype = factor_dtype(site.dtype)
+        examples = {name: cast_tensor(tensor.detach(), dtype) for name, tensor in tensors.items()}
+        if isinstance(variant, WeightVariant):
+            shared = [name for name, spec in variant.specs(site).items() if spec.shared]
+            of_weight = Formula(variant.weight, variant.name, site.path)
+            of_bias = Formula(variant.new_bias, variant.name, site.path)
+
+            def formula(w: Tensor, b: Tensor, p: Any) -> tuple[Tensor, Tensor]:
+                return of_weight(w, p, like=w), of_bias(b, p, like=b)
+
+            # A kernel of groups has no room for what leaves its blocks, as a product of factors does.
+            grouped = _grouped(site)
+            return reduce_weight(formula, shape, examples, dtype, self.rules, shared, keep_factors=grouped)
+        assert isinstance(variant, BranchVariant)
+        if site.kind is not SiteKind.LINEAR or variant.reads(site) or variant.has_once:
+            return _untraced(tensors)
+        emitted: dict[str, list[Tensor]] = {}
+        branch, ctx = Formula(variant.branch, variant.name, site.path), FormulaContext(site, emitted=emitted)
+        found = reduce_branch(lambda x, y, p: branch(x, y, p, ctx, like=y), shape, examples, dtype, self.rules)
+        # What is no branch any more computes y' alone, and would give nobody what it emits.
+        return _untraced(tensors, f"gives extra outputs ({', '.join(emitted)})") if emitted else found
+
+
+def _spelled(here: Variant, site: Site, shapes: Shapes) -> str:
+    """A structure as text: what a reduction depends on, as long as the methods are lorac's own."""
+    told = {name: list(shape) for name, shape in shapes}
+    kind = f"{site.kind} {site.out_features}x{site.in_features} {_grouped(site)} {site.dtype}"
+    return f"{here.name}{describe_structure(here)} {kind} {told}"
+
+
+def _grouped(site: Site) -> bool:
+    return site.conv is not None and site.conv.groups > 1
+
+
+def _untraced(tensors: Mapping[str, Tensor], *reasons: str) -> Reduction:
+    """The reduction of a branch that runs as it is."""
+    return Reduction(
+        BRANCH, torch.fx.GraphModule(nn.Module(), torch.fx.Graph()), tuple(tensors), ("y",), reasons=reasons
+    )
+
+
+def _make_meta_weight(site: Site, dtype: torch.dtype) -> Tensor:
+    return torch.empty((*site.stacked, site.out_features, site.in_features), dtype=dtype, device="meta")
+
+
+def _detached(change: Change) -> Change:
+    """A change whose tensors are plain memory of their own, whatever they were computed from."""
+    changed = {name: _plain(held) for name, held in vars(change).items() if isinstance(held, Tensor | Mapping)}
+    return dataclasses.replace(change, **changed)
+
+
+def _plain(held: Any) -> Any:
+    if isinstance(held, Mapping):
+        return {name: _plain(tensor) for name, tensor in held.items()}
+    return held.detach().contiguous()

@@ -1,0 +1,59 @@
+"""Adapters that begin with a value of their own, which is taken out of the base: what is taken out, and by which rule.
+
+Rules that read nothing but the weight are here: a file that names one needs no more than the base to be read.
+PiSSA: Meng et al. 2024, arXiv 2404.02948; OLoRA: Büyükakyüz 2024, arXiv 2406.01775.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from lorac.variants.adapter import Adapter
+from lorac.variants.residual import Residual
+
+Tensor = torch.Tensor
+FactorPair = tuple[Tensor, Tensor]
+"""A (r, in) and B (out, r)."""
+FactorRule = Callable[[Tensor, int, float], FactorPair]
+"""(W (out, in), r, scale s of the method) -> the factors that s·B·A is taken out with."""
+
+
+def balance_factors(u: Tensor, s: Tensor, vh: Tensor, scale: float) -> FactorPair:
+    """Factors with scale·B·A = u·diag(s)·vh, each with the root of the singular values."""
+    root = (s / scale).sqrt()
+    return root[..., :, None] * vh, u * root[..., None, :]
+
+
+def pissa_factors(W: Tensor, r: int, scale: float) -> FactorPair:
+    """PiSSA: s·B·A is the best approximation of W of rank r."""
+    u, s, vh = torch.linalg.svd(W, full_matrices=False)
+    return balance_factors(u[..., :r], s[..., :r], vh[..., :r, :], scale)
+
+
+def olora_factors(W: Tensor, r: int, scale: float) -> FactorPair:
+    """OLoRA: B and A are the first r columns of Q and rows of R, W = Q·R."""
+    q, upper = torch.linalg.qr(W)
+    return upper[..., :r, :].contiguous(), q[..., :r].contiguous()
+
+
+FACTOR_RULES: Mapping[str, FactorRule] = {"olora": olora_factors, "pissa": pissa_factors}
+"""The rules by the names that PEFT's ``init_lora_weights`` has for them."""
+
+
+def subtract_factors(adapter: Adapter, starts: Mapping[str, FactorPair]) -> Adapter:
+    """An adapter over a base out of which, at each of its sites, s·B·A of a pair is taken; its tensors are shared.
+
+    Args:
+        adapter: of a method with a rank and a scale (LoRA, DoRA).
+        starts: path of every site -> the pair.
+    """
+    variant: Any = adapter.variant
+    tensors = {
+        path: own | {"start_A": starts[path][0].clone(), "start_B": variant.at_path(path).scale * starts[path][1]}
+        for path, own in adapter.tensors.items()
+    }
+    return replace(adapter, variant=Residual.around(variant, variant.r, variant.rank_pattern), tensors=tensors)

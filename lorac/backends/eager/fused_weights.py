@@ -1,0 +1,55 @@
+"""Fused mode in eager: touched weights get memory of their own, which a swap writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from lorac.ir.algebra import operands as letters
+from lorac.ir.sites import BaseReader, Site, read_stored_tensor
+from lorac.ir.slots.buffers import FusedBuffer
+from lorac.ir.slots.plans import SitePlan
+
+
+def allocate_buffers(module: nn.Module, plans: Mapping[str, SitePlan], base: BaseReader) -> dict[str, FusedBuffer]:
+    """Give every bound weight of ``module`` its own parameter, holding the base at first."""
+    return {path: _allocate_buffer(module, plan, base) for path, plan in plans.items() if plan.bound}
+
+
+def _allocate_buffer(module: nn.Module, plan: SitePlan, base: BaseReader) -> FusedBuffer:
+    site = plan.site
+    assert site.weight is not None
+    owner_path, _, leaf = site.weight.rpartition(".")
+    owner = module.get_submodule(owner_path)
+    weight = read_stored_tensor(module, site.weight).detach().clone()
+    if site.buffer:
+        owner._buffers[leaf] = weight
+    else:
+        owner._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
+    bias = None
+    if letters.BIAS in plan.room:
+        original = base.bias(site)
+        start = torch.zeros(site.out_features, dtype=weight.dtype) if original is None else original.clone()
+        bias = nn.Parameter(start, requires_grad=False)
+        if not adds_bias(owner, site):
+            owner._parameters[_bias_name(site)] = bias
+    return FusedBuffer(
+        site,
+        weight,
+        site.present,
+        lambda: base.weight(site),
+        None if bias is None else bias.detach(),
+        base.bias(site),
+    )
+
+
+def adds_bias(module: nn.Module, site: Site) -> bool:
+    """Whether a bias must be added to what the module answers, since its own forward knows none (an embedding)."""
+    return _bias_name(site) not in module._parameters
+
+
+def _bias_name(site: Site) -> str:
+    """What the bias is called in the module that holds the weight."""
+    return "bias" if site.bias is None else site.bias.rpartition(".")[2]

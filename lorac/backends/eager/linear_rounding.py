@@ -1,0 +1,46 @@
+"""Products as the host computes them, to the last bit, though no weight of the copy needs a gradient.
+
+torch multiplies an input that does not lie in one piece by a matrix in one of two ways, which round differently: as
+one product over all tokens where the weight needs a gradient, so that the backward pass stays small, else batch by
+batch. Whether a gradient is recorded makes no difference to it, and the weights of the copy never need one.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+Tensor = torch.Tensor
+
+
+def match_linear_rounding(host: nn.Module, copy: nn.Module) -> None:
+    """Have the linear layers of ``copy`` multiply as those of ``host`` do, whose weights may need gradients."""
+    needing = {name for name, parameter in host.named_parameters(remove_duplicate=False) if parameter.requires_grad}
+    for path, module in copy.named_modules():
+        if type(module).forward is nn.Linear.forward and f"{path}.weight" in needing and _keeps_class_forward(module):
+            module.forward = functools.partial(_forward, module)
+
+
+def _keeps_class_forward(module: nn.Module) -> bool:
+    """Whether nothing was put before the layer's own forward (as accelerate's hooks are)."""
+    return "forward" not in vars(module)
+
+
+def _forward(module: Any, input: Tensor) -> Tensor:
+    weight, bias = module.weight, module.bias
+    whole = input.is_contiguous() and (bias is not None or _is_foldable(input))
+    if input.dim() <= 2 or whole or torch.is_autocast_enabled(input.device.type):
+        return F.linear(input, weight, bias)
+    # Its operands and their order are those of torch's own folding.
+    product = torch.mm(input.reshape(-1, input.shape[-1]), weight.t()).view(*input.shape[:-1], weight.shape[0])
+    return product if bias is None else product + bias
+
+
+def _is_foldable(x: Tensor) -> bool:
+    """Whether all axes but the last are one by their strides, which an axis of size 1 may have any of."""
+    strides = x.stride()
+    return all(strides[i] == strides[i + 1] * x.shape[i + 1] for i in range(x.dim() - 2))

@@ -1,0 +1,105 @@
+"""A stored program run in PyTorch: what ``lorac.load`` gives for an eager artefact. It answers, and does not train."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lorac.frontend.components import check_component
+from lorac.ir.graph.feeds import collect_slot_tensors, group_aux_outputs, select_reached_plans
+from lorac.ir.graph.graph import SlotInput
+from lorac.ir.interface import Interface
+from lorac.ir.sites import BaseReader
+from lorac.ir.slots.buffers import make_fused_buffers
+from lorac.ir.slots.composition import ComposedWeights
+from lorac.ir.slots.plans import SitePlan, SiteSlots
+from lorac.storage.program import StoredProgram
+from lorac.target.binding import CallResult, EngineBinding
+from lorac.target.engine import Engine, ProgramFiles
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class StoredGraph:
+    """One graph of the program: its nodes, how it is called, and its slot inputs by public name."""
+
+    program: StoredProgram
+    signature: Interface
+    slots: Mapping[str, SlotInput]
+
+
+SlotTensors = Mapping[str, Tensor]
+"""What one choice puts into every slot input, by name."""
+
+
+class StoredProgramEngine(Engine):
+    """Runs a program whose slots are inputs.
+
+    Args:
+        parts: graph name -> its part of the program.
+        plans: slots of every site.
+        base: reads base weights.
+        mode: ``"live"``, ``"fused"`` or ``"baked"``.
+        files: the stored program.
+        device: where the program runs; the adapters stay where they are, what a choice puts into slots goes there.
+    """
+
+    target = "eager"
+    files: ProgramFiles
+
+    def __init__(
+        self,
+        *,
+        parts: Mapping[str, StoredGraph],
+        plans: Mapping[str, SitePlan],
+        base: BaseReader,
+        mode: str,
+        files: ProgramFiles,
+        device: torch.device | None = None,
+    ) -> None:
+        self.parts = parts
+        self.slots = {name: slot for part in parts.values() for name, slot in part.slots.items()}
+        self.signatures = {name: part.signature for name, part in parts.items()}
+        self.plans = select_reached_plans(self.slots, plans)
+        self.base, self.mode, self.files, self.device = base, mode, files, device
+        self.buffers, memory = make_fused_buffers(self.plans, base) if self.fused else ({}, {})
+        self._memory = memory
+
+    def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> EngineBinding[SlotTensors]:
+        """The slots' tensors by input."""
+        tensors = collect_slot_tensors(self.slots, self.plans, slots)
+        return EngineBinding(self, {name: tensor.detach().to(self.device) for name, tensor in tensors.items()})
+
+    @property
+    def written(self) -> EngineBinding[SlotTensors]:
+        """The buffers that weights are written to."""
+        return EngineBinding(self, self._memory)
+
+    def hold(self, snapshot: ComposedWeights) -> None:
+        """Nothing: the program reads the buffers, whatever they hold."""
+
+    def activate(self, content: SlotTensors) -> None:
+        """Nothing: every call names its binding."""
+
+    @torch.no_grad()
+    def call(
+        self, content: SlotTensors, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> CallResult:
+        """One call of a graph with what fills its slots."""
+        part = self.parts[check_component(graph, self.parts)]
+        filled = {slot.node: content[name] for name, slot in part.slots.items()}
+
+        def run(given: dict[str, Any]) -> list[Any]:
+            inputs = {name: torch.as_tensor(value) for name, value in given.items()}
+            values: list[Any] = list(part.program(**inputs, **filled))
+            if given and all(isinstance(value, np.ndarray) for value in given.values()):
+                values = [value.numpy(force=True) if isinstance(value, Tensor) else value for value in values]
+            return values
+
+        output, extra = part.signature.run(args, kwargs, run)
+        return CallResult(output, group_aux_outputs(extra, content))

@@ -1,0 +1,180 @@
+"""An emitted program as rows of text: what the target runs, after all its rewrites, for a person to read.
+
+Which module and line a node comes from is what torch's exporter noted on it. A node that a rewrite added without such a
+note counts to the module that reads it, where that is beside it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import onnx
+from onnx import helper, numpy_helper
+
+from lorac.backends.onnx.claims import classes_of, modules_of, source_of
+from lorac.backends.onnx.model_files import MODEL_FILE, graph_file
+from lorac.ir.graph.graph import SlotInput
+from lorac.report.dump import REF, Dump, Row, ValueNames, parameter_label, short_dtype, slot_label
+from lorac.report.scopes import repeated_blocks
+from lorac.target.engine import ProgramFiles
+
+LEVEL = "emitted"
+_MAX_SHOWN_ELEMENTS = 16
+"""Elements up to which a constant is shown instead of its name."""
+
+
+def dump_model(files: ProgramFiles, graph: str, slots: Mapping[str, SlotInput]) -> Dump:
+    """The rows of one graph's emitted model; its weights are not read.
+
+    Args:
+        files: the program, held.
+        graph: which of its graphs.
+        slots: its slot inputs by public name.
+    """
+    return _ModelDumper(onnx.load_from_string(files[graph_file(graph, MODEL_FILE)].read()), graph, slots).dump()
+
+
+class _ModelDumper:
+    def __init__(self, model: onnx.ModelProto, name: str, slots: Mapping[str, SlotInput]) -> None:
+        self.graph, self.name, self.slots = model.graph, name, slots
+        self.sites = {path for slot in slots.values() for path in slot.members or (slot.site,)}
+        self.modules = _assign_modules(self.graph)
+        self.containers = {path for stack in self.modules for path in stack[:-1]}
+        values = [*self.graph.input, *self.graph.output, *self.graph.value_info]
+        self.types = {value.name: _format_type(value) for value in values}
+        self.constants = {tensor.name: tensor for tensor in self.graph.initializer}
+        self.index: dict[str, int] = {}
+        self.names = ValueNames()
+
+    def dump(self) -> Dump:
+        rows: list[Row] = []
+        for value in self.graph.input:
+            if value.name not in self.slots:
+                self.index[value.name] = len(rows)
+                rows.append(Row("in", value.name, "", (), self.types[value.name]))
+        for node, modules in zip(self.graph.node, self.modules, strict=True):
+            self.index |= dict.fromkeys(node.output, len(rows))
+            rows.append(self._row(node, modules))
+        for value in self.graph.output:
+            rows.append(Row("out", "", REF, (self.index[value.name],), self.types[value.name]))
+        sites = {site: "fused" if f"{site}:weight" in self.slots else "live" for site in sorted(self.sites)}
+        slots = {name: slot.site for name, slot in self.slots.items()}
+        classes: dict[str, str] = {}
+        for node in self.graph.node:
+            classes |= classes_of(_metadata(node))
+        return Dump(self.name, LEVEL, tuple(rows), sites, slots, classes=classes)
+
+    def _row(self, node: onnx.NodeProto, modules: tuple[str, ...]) -> Row:
+        refs: list[int] = []
+        operands = [self._operand(name, refs) for name in node.input]
+        text = " ".join(part for part in (node.op_type, ", ".join([*operands, *_format_attributes(node)])) if part)
+        # What a branch behind a condition reads is read here.
+        inner = [self.index[name] for name in _walk_subgraph_inputs(node) if name in self.index]
+        refs.extend(ref for ref in inner if ref not in refs)
+        text += "".join(f"; {REF}" for _ in range(text.count(REF), len(refs)))
+        owner = modules[-1] if modules else ""
+        blocks = repeated_blocks(modules, self.containers)
+        # What stands loose in a block is not what the block is wrapped in: that is the block's.
+        site = owner if owner in self.sites and owner not in self.containers else None
+        name = self.names.new(node.op_type, owner, blocks)
+        type_ = ", ".join(self.types.get(output, "") for output in node.output if output)
+        return Row("value", name, text, tuple(refs), type_, source_of(_metadata(node)), blocks, modules, site)
+
+    def _operand(self, name: str, refs: list[int]) -> str:
+        if name in self.index:
+            refs.append(self.index[name])
+            return REF
+        slot = self.slots.get(name)
+        if slot is not None:
+            return slot_label(slot.site, slot.role) + self.types[name].partition("[")[2].join(["[", ""]) + "!"
+        return _format_constant(self.constants[name]) if name in self.constants else name or "–"
+
+
+def _assign_modules(graph: onnx.GraphProto) -> list[tuple[str, ...]]:
+    """Node by node, the modules around it, outermost first.
+
+    A node without a note is where the first that reads it is, if one of its neighbours is there too, and else in what
+    its neighbours are both in: a module's nodes stay together.
+    """
+    told = [modules_of(_metadata(node)) for node in graph.node]
+    after = [*_fill_gaps(told[::-1])[::-1], ()][1:]
+    before = [(), *_fill_gaps(told)][:-1]
+    found: list[tuple[str, ...]] = [()] * len(told)
+    read_at: dict[str, int] = {}
+    for index in range(len(told) - 1, -1, -1):
+        node, noted = graph.node[index], told[index]
+        reader = min((read_at[name] for name in node.output if name in read_at), default=None)
+        near = (before[index], after[index])
+        if noted is not None:
+            found[index] = noted
+        elif reader is not None and found[reader] in near:
+            found[index] = found[reader]
+        else:
+            found[index] = tuple(one for one, other in zip(*near, strict=False) if one == other)
+        read_at |= dict.fromkeys([*node.input, *_walk_subgraph_inputs(node)], index)
+    return found
+
+
+def _fill_gaps(told: Sequence[tuple[str, ...] | None]) -> list[tuple[str, ...]]:
+    """Each item, or the last before it that there is."""
+    found: list[tuple[str, ...]] = []
+    for item in told:
+        found.append(item if item is not None else found[-1] if found else ())
+    return found
+
+
+def _metadata(node: onnx.NodeProto) -> dict[str, str]:
+    return {entry.key: entry.value for entry in node.metadata_props}
+
+
+def _walk_subgraph_inputs(node: onnx.NodeProto) -> Iterator[str]:
+    """What the nodes of a node's own graphs read."""
+    for attribute in node.attribute:
+        for inner in attribute.g.node:
+            yield from inner.input
+            yield from _walk_subgraph_inputs(inner)
+
+
+def _format_attributes(node: onnx.NodeProto) -> Iterator[str]:
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            ops = Counter(inner.op_type for inner in attribute.g.node)
+            told = ", ".join(f"{count} {op}" if count > 1 else op for op, count in ops.items())
+            yield f"{attribute.name.removesuffix('_branch')}=({told})"
+        elif attribute.type != onnx.AttributeProto.TENSOR:
+            value = helper.get_attribute_value(attribute)
+            yield f"{attribute.name}={value.decode() if isinstance(value, bytes) else value}"
+
+
+def _format_constant(tensor: onnx.TensorProto) -> str:
+    """A small constant by its values, a weight by its name and shape."""
+    count = 1
+    for size in tensor.dims:
+        count *= size
+    if count <= _MAX_SHOWN_ELEMENTS and not tensor.external_data and not _is_model_weight(tensor.name):
+        values: Any = numpy_helper.to_array(tensor)
+        return str(values.tolist())
+    return f"{parameter_label(tensor.name) if _is_model_weight(tensor.name) else 'constant'}{list(tensor.dims)}"
+
+
+def _is_model_weight(name: str) -> bool:
+    """Whether a constant is a weight of the model's, under its name, and none that a rewrite made."""
+    return "." in name
+
+
+def _format_type(value: onnx.ValueInfoProto) -> str:
+    """``f32[b, s, 64]``, with the names that the model gives to its sizes; empty where it gives none."""
+    kind = value.type.tensor_type
+    if not kind.elem_type:
+        return ""
+    dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
+    sizes = ", ".join(_format_dimension(dim.dim_param) or str(dim.dim_value) for dim in kind.shape.dim)
+    return f"{short_dtype(str(dtype))}[{sizes}]"
+
+
+def _format_dimension(name: str) -> str:
+    """A size that varies, by its name; one that belongs to a site without the path to it."""
+    site, separator, what = name.rpartition(":")
+    return slot_label(site, what) if separator else name

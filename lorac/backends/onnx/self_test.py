@@ -1,0 +1,408 @@
+"""The self-test after emission: no slot was folded, copied, exchanged or bypassed (invariant 8).
+
+Statically, on the model as it was written: every slot is a true input from which a path leads to an output, and no
+constant holds what a slot holds. Dynamically, in a few runs however many slots there are: with all slots full of seeded
+noise the session answers as the captured program does, at another batch and length too, and with the old tensors back
+it answers the old bits. Of a program that draws random numbers nothing can be said by runs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import onnx_ir as ir
+import torch
+
+from lorac.backends.onnx.model_files import MODEL_FILE, graph_file
+from lorac.backends.onnx.slot_checks import (
+    check_slot_constants,
+    check_slot_inputs,
+    holds_same_values,
+    self_test_failure,
+)
+from lorac.errors import CompileError
+from lorac.ir.graph.feeds import collect_slot_tensors
+from lorac.ir.graph.graph import Graph, SlotInput
+from lorac.ir.graph.interpreter import (
+    differs_beyond_rounding,
+    read_example_inputs,
+    relative_error,
+    resize_inputs,
+    run_graph,
+)
+from lorac.ir.graph.program import Program
+from lorac.ir.sites import BaseReader, Site, factor_dtype
+from lorac.ir.slots.buffers import FusedBuffer
+from lorac.ir.slots.composition import ComposedWeights, fill_slots
+from lorac.ir.slots.layouts import layout_of
+from lorac.ir.slots.plans import BranchFill, BranchSlot, SitePlan, SiteSlots
+from lorac.ir.slots.role import NoiseScale, SlotSpec
+from lorac.ir.slots.roles import ROLES
+from lorac.target.engine import ProgramFiles
+
+Tensor = torch.Tensor
+_NOISE_RANK = 3
+_SAMPLE_ROWS = 8
+_MIN_ELEMENTS = 4
+"""Tensors of fewer values are equal by chance."""
+_MAX_AMPLIFICATION, _MAX_DISTANCE = 8, 0.02
+"""How many times as far as one rounding of what goes in moves it may an answer be off, and how far at the most: a slot
+that is dropped or exchanged moves it by more."""
+
+
+class EmittedEngine(Protocol):
+    """An engine over emitted models, as far as it is tried here.
+
+    Attributes:
+        mode, files, base: as ``lorac.target.engine.Engine``'s.
+    """
+
+    mode: str
+    files: ProgramFiles
+    base: BaseReader
+
+    @property
+    def plans(self) -> Mapping[str, SitePlan]:
+        """Slots of the sites that the program reaches."""
+
+    @property
+    def slots(self) -> Mapping[str, SlotInput]:
+        """Slot inputs of all graphs by public name."""
+
+    @property
+    def buffers(self) -> Mapping[str, FusedBuffer]:
+        """Fused mode: the weights that the program reads, by site path."""
+
+    @property
+    def memory(self) -> Mapping[str, Tensor]:
+        """Fused mode: slot -> the memory that its weight is written to."""
+
+    @property
+    def fused(self) -> bool:
+        """Whether weights are written in place."""
+
+    def write(self, snapshot: ComposedWeights) -> int:
+        """Make the weights hold a snapshot."""
+
+    def outputs(self, graph: str, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """A graph's outputs for tensors in its slots and inputs by name."""
+
+
+ConstantTransform = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""Tensors by name -> the same as the emitted program computes with them: quantised, say."""
+
+
+def run_self_test(
+    engine: EmittedEngine, program: Program, snapshot: ComposedWeights, computed: ConstantTransform = dict
+) -> None:
+    """Check an engine against the program it was emitted from.
+
+    Args:
+        engine: as built.
+        program: the lowered program, with its weights.
+        snapshot: what the slots hold at first; what a baked engine holds.
+        computed: what constants of the program come to in the emitted one.
+
+    Raises:
+        CompileError: naming the slots.
+    """
+    baked = engine.mode == "baked"
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        contents = (_WrittenContents if engine.fused else _BoundContents)(engine, snapshot)
+        for name, graph in program.graphs.items():
+            model = ir.load(engine.files[graph_file(name, MODEL_FILE)].where)
+            check_slot_inputs(model, [] if baked else list(graph.slots), list(graph.slots))
+            changed = {} if baked else _distinctive_contents(_tensors_of_graph(contents.old(), graph), contents.idle)
+            check_slot_constants(model, changed)
+            _ProgramComparison(engine, program, name, contents, computed).check()
+        contents.leave()
+
+
+# ── What the slots hold ──────────────────────────────────────────────────────────────────────────────────────────────
+class _SlotContents(ABC):
+    """What the slots of an engine can hold."""
+
+    @abstractmethod
+    def idle(self, name: str) -> Tensor:
+        """What a slot holds where nothing is active."""
+
+    @abstractmethod
+    def old(self) -> Mapping[str, Tensor]:
+        """What the slots hold at first."""
+
+    @abstractmethod
+    def noise(self) -> Mapping[str, Tensor]:
+        """Seeded noise for every slot."""
+
+    @abstractmethod
+    def leave(self) -> None:
+        """Undo what was written."""
+
+
+class _BoundContents(_SlotContents):
+    """Slots that are bound call by call: any tensors may be tried.
+
+    Args:
+        engine: as built.
+        snapshot: what the slots hold at first.
+    """
+
+    def __init__(self, engine: EmittedEngine, snapshot: ComposedWeights) -> None:
+        self.engine = engine
+        self._slots = fill_slots(engine.plans, ComposedWeights(()), engine.base)
+        self._idle = self._named(self._slots)
+        self._old = self._named(fill_slots(engine.plans, snapshot, engine.base, dict(self._slots)))
+
+    def idle(self, name: str) -> Tensor:
+        return self._idle[name]
+
+    def old(self) -> Mapping[str, Tensor]:
+        return self._old
+
+    def noise(self) -> Mapping[str, Tensor]:
+        return self._named(draw_noise(self.engine.plans, self._slots, self.engine.base))
+
+    def leave(self) -> None:
+        """Nothing was written."""
+
+    def _named(self, slots: Mapping[str, SiteSlots]) -> dict[str, Tensor]:
+        return collect_slot_tensors(self.engine.slots, self.engine.plans, slots)
+
+
+class _WrittenContents(_SlotContents):
+    """Weights in the engine's own memory, which are tried there: a second copy of them all would be large."""
+
+    def __init__(self, engine: EmittedEngine, snapshot: ComposedWeights) -> None:
+        self.engine, self._snapshot = engine, snapshot
+
+    def idle(self, name: str) -> Tensor:
+        slot = self.engine.slots[name]
+        plan = {slot.site: self.engine.plans[slot.site]}
+        return collect_slot_tensors({name: slot}, plan, fill_slots(plan, ComposedWeights(()), self.engine.base))[name]
+
+    def old(self) -> Mapping[str, Tensor]:
+        self.engine.write(self._snapshot)
+        return self._readable()
+
+    def noise(self) -> Mapping[str, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        for buffer in self.engine.buffers.values():
+            buffer.forget()
+        drawn = self._readable()
+        for name, tensor in drawn.items():
+            slot = self.engine.slots[name]
+            around = _noise_scale(self.engine.plans[slot.site], self.engine.base)
+            ROLES[slot.role].noise(tensor, around, generator)
+        return drawn
+
+    def _readable(self) -> Mapping[str, Tensor]:
+        """The memory itself where the CPU reads it; what is elsewhere, copied."""
+        return {name: tensor.cpu() for name, tensor in self.engine.memory.items()}
+
+    def leave(self) -> None:
+        self.engine.write(ComposedWeights(()))
+
+
+def _distinctive_contents(tensors: Mapping[str, Tensor], idle: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """Slots whose content is telling: not the base's own, and not the same value throughout."""
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if tensor.numel() >= _MIN_ELEMENTS
+        and not holds_same_values(tensor, idle(name))
+        and bool((tensor != tensor.flatten()[0]).any())
+        and tensor.is_floating_point()
+    }
+
+
+# ── Dynamically ──────────────────────────────────────────────────────────────────────────────────────────────────────
+class _ProgramComparison:
+    """The emitted program beside the captured one.
+
+    Args:
+        engine: the emitted program.
+        program: the captured one.
+        name: which of its graphs.
+        contents: what the slots can hold.
+        computed: what constants come to in the emitted one.
+    """
+
+    def __init__(
+        self, engine: EmittedEngine, program: Program, name: str, contents: _SlotContents, computed: ConstantTransform
+    ) -> None:
+        signature = program.signatures[name]
+        self.engine, self.graph, self.contents, self.computed = engine, program.graphs[name], contents, computed
+        held = self.graph.exported.constants  # tables that passes made of weights are quantised as those are
+        tables = {name: table for name, table in held.items() if isinstance(table, Tensor)}
+        self.weights = computed({**tables, **self.graph.exported.state_dict})
+        self.inputs: Mapping[str, Tensor] = read_example_inputs(self.graph, signature.inputs)
+        sizes = signature.sizes
+        other = sizes.others(sizes.of(self.inputs))
+        self.others = None if other is None else resize_inputs(self.inputs, other)
+
+    def check(self) -> None:
+        """All runs; a program that draws random numbers is not blamed for answering differently."""
+        try:
+            self._compare(list(self.graph.slots))
+        except CompileError as error:
+            if error.code != "self_test_failed" or not self._draws():
+                raise
+
+    def _compare(self, slots: Sequence[str]) -> None:
+        """All runs; where one with noise fails, find the slots."""
+        contents = self.contents
+        if self.engine.mode == "baked":
+            baked = self.computed(contents.old())
+            if self._differs(baked):
+                raise self_test_failure(slots, "do not hold what was baked into them")
+            self._check_sizes(baked)
+            return
+        before = self._run(contents.old())
+        noise = contents.noise()
+        if self._differs(noise):
+            raise self._diagnosed(_tensors_of_graph(noise, self.graph))
+        self._check_sizes(noise)
+        after = self._run(contents.old())
+        if not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
+            raise self_test_failure(slots, "keep traces of what was in them: the old tensors give other bits")
+
+    def _check_sizes(self, tensors: Mapping[str, Tensor]) -> None:
+        """Compare at another batch and length, where there is one."""
+        if self.others is None:
+            return
+        example, self.inputs = self.inputs, self.others
+        try:
+            wrong = self._differs(tensors)
+        except Exception:  # the program has no answer there, so the host has none
+            return
+        finally:
+            self.inputs = example
+        if wrong:
+            shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in self.others.items())
+            raise CompileError(
+                f"what was emitted of graph '{self.graph.name}' is right on the example inputs, and wrong on {shapes}",
+                next_step="dynamic_shapes= that leave these sizes fixed make a program for the example's alone",
+                code="self_test_failed",
+            )
+
+    def _draws(self) -> bool:
+        """Whether the captured program answers by random numbers."""
+        one, other = (self._wanted(self.inputs, self.contents.old()) for _ in range(2))
+        return any(differs_beyond_rounding(a, b) for a, b in zip(one, other, strict=True))
+
+    def _wanted(self, inputs: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        """What the captured program answers."""
+        return run_graph(self.graph, inputs, tensors, self.weights)
+
+    def _run(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        return self.engine.outputs(self.graph.name, _tensors_of_graph(tensors, self.graph), self.inputs)
+
+    def _differs(self, tensors: Mapping[str, Tensor]) -> bool:
+        baked = self.engine.mode == "baked"
+        expected = self._wanted(self.inputs, tensors)
+        try:
+            found = self._run({} if baked else tensors)
+        except Exception:  # shapes that do not fit: the slot feeds something else
+            return True
+        if not any(differs_beyond_rounding(y, ref) for y, ref in zip(found, expected, strict=True)):
+            return False
+        # Noise in the weights of a deep network may blow roundings up, which are then as large without any emission.
+        moved = self._wanted(_perturb(self.inputs), _perturb(tensors))
+        return any(
+            differs_beyond_rounding(y, ref)
+            and not relative_error(y, ref) <= min(_MAX_AMPLIFICATION * relative_error(again, ref), _MAX_DISTANCE)
+            for y, ref, again in zip(found, expected, moved, strict=True)
+        )
+
+    def _diagnosed(self, noise: Mapping[str, Tensor]) -> CompileError:
+        """The error naming the slots.
+
+        A slot that changes nothing is bypassed. What was exchanged shows where all slots of one shape hold the same
+        and one of them something else: only then do the programs differ.
+        """
+        mute = [name for name in noise if not self._matters(name, noise)]
+        if mute:
+            return self_test_failure(mute, "change nothing")
+        common = _share_by_shape(noise)
+        wrong = [name for name in noise if self._differs({**common, name: _change_values(common[name])})]
+        if self._differs(common) or not wrong:
+            return self_test_failure(list(noise), "give other answers than in the captured program")
+        return self_test_failure(wrong, "are exchanged")
+
+    def _matters(self, name: str, noise: Mapping[str, Tensor]) -> bool:
+        if not noise[name].is_floating_point():
+            return True
+        changed = {**noise, name: _change_values(noise[name])}
+        try:
+            one, two = (self._run(tensors) for tensors in (noise, changed))
+        except Exception:  # as above: then it matters, to something else
+            return True
+        return any(not torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def _tensors_of_graph(tensors: Mapping[str, Tensor], graph: Graph) -> dict[str, Tensor]:
+    """Of the tensors of all slots those of one graph's."""
+    return {name: tensors[name] for name in graph.slots if name in tensors}
+
+
+def _perturb(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of numbers, each moved by about one rounding, to either side."""
+    generator = torch.Generator().manual_seed(0)
+
+    def moved(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        sides = torch.randint(0, 2, tensor.shape, generator=generator).to(tensor) * 2 - 1
+        return tensor * (1 + sides * torch.finfo(tensor.dtype).eps)
+
+    return {name: moved(tensor) for name, tensor in tensors.items()}
+
+
+def _change_values(tensor: Tensor) -> Tensor:
+    return tensor * 1.5 + 0.01 if tensor.is_floating_point() else tensor
+
+
+def _share_by_shape(noise: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensor in all slots of one shape."""
+    first: dict[object, Tensor] = {}
+    return {name: first.setdefault((tensor.dtype, tensor.shape), tensor) for name, tensor in noise.items()}
+
+
+def draw_noise(
+    plans: Mapping[str, SitePlan], idle: Mapping[str, SiteSlots], base: BaseReader, seed: int = 0
+) -> dict[str, SiteSlots]:
+    """Seeded noise for every slot of every site, of about a third of what the site answers."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        path: _draw_site_noise(plan, idle[path], _noise_scale(plan, base), generator) for path, plan in plans.items()
+    }
+
+
+def _draw_site_noise(plan: SitePlan, idle: SiteSlots, around: NoiseScale, generator: torch.Generator) -> SiteSlots:
+    tensors = {}
+    for role, room in plan.roles():
+        if role.ranked:
+            place = SlotSpec(layout=layout_of(plan.site), size=min(room, around.rank))
+            tensors[role.name] = role.neutral(place)
+        else:
+            tensors[role.name] = idle.tensors[role.name].clone(memory_format=torch.contiguous_format)
+        role.noise(tensors[role.name], around, generator)
+    return SiteSlots(tensors, tuple(_draw_branch_noise(plan.site, branch, generator) for branch in plan.branches))
+
+
+def _draw_branch_noise(site: Site, branch: BranchSlot, generator: torch.Generator) -> BranchFill:
+    """A branch's strength and parameters, in the dtype of their slots."""
+    dtype = factor_dtype(site.dtype)
+    drawn = (torch.randn(*shape, generator=generator) * shape[-1] ** -0.5 for shape in branch.params.values())
+    strength = torch.rand(1, generator=generator) + 0.5
+    return BranchFill(strength.to(dtype), tuple(noise.to(dtype) for noise in drawn))
+
+
+def _noise_scale(plan: SitePlan, base: BaseReader) -> NoiseScale:
+    """What noise in a site's slots is measured by; values of its weight are typical in its first rows."""
+    rank = max(min(plan.rank, _NOISE_RANK), plan.least_rank)
+    if plan.site.weight is None or not rank:
+        return NoiseScale(plan.site, 1.0, rank)
+    return NoiseScale(plan.site, float(base.weight(plan.site)[:_SAMPLE_ROWS].float().square().mean().sqrt()), rank)

@@ -1,0 +1,106 @@
+"""Checks of an emitted model as it lies there: every slot is a true input, and no constant holds what a slot holds."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import onnx_ir as ir
+import torch
+
+from lorac.errors import CompileError
+
+Tensor = torch.Tensor
+
+
+def check_slot_inputs(model: ir.Model, slots: Collection[str], known: Collection[str]) -> None:
+    """Every slot is an input and reaches an output; of the known slots no other is an input."""
+    inputs = {str(value.name): value for value in model.graph.inputs}
+    folded = [s for s in slots if s not in inputs]
+    if folded:
+        raise self_test_failure(folded, "became constants")
+    stray = [s for s in known if s not in slots and s in inputs]
+    if stray:
+        raise self_test_failure(stray, "are inputs of a baked program still")
+    live = _live_values(model)
+    dead = [s for s in slots if id(inputs[s]) not in live]
+    if dead:
+        raise self_test_failure(dead, "reach no output")
+
+
+def check_slot_constants(model: ir.Model, contents: Mapping[str, Tensor]) -> None:
+    """No constant of the model holds what a slot holds, as it is or transposed."""
+    by_size: dict[int, list[tuple[str, Tensor]]] = defaultdict(list)
+    for name, tensor in contents.items():
+        by_size[tensor.numel()].append((name, tensor))
+    for constant in _constants(model):
+        candidates = by_size.get(int(constant.size), [])
+        if not candidates or constant.dtype not in _FLOATING:
+            continue
+        value = _as_torch(constant).flatten()
+        copied = [
+            n
+            for n, t in candidates
+            if holds_same_values(value, t) or (t.dim() == 2 and holds_same_values(value, t.t()))
+        ]
+        if copied:
+            raise self_test_failure(copied, "were copied into a constant")
+
+
+_FLOATING = {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+
+
+def _as_torch(constant: ir.TensorProtocol) -> Tensor:
+    """A constant's values; NumPy has no bfloat16, so that these come in float32."""
+    values = constant.numpy()
+    return torch.from_numpy(values.astype("f4") if constant.dtype == ir.DataType.BFLOAT16 else values.copy())
+
+
+def _live_values(model: ir.Model) -> set[int]:
+    """Values from which a path leads to an output; what a nested graph reads, its node reads."""
+    live: set[int] = set()
+    todo = [value for value in model.graph.outputs]
+    while todo:
+        value = todo.pop()
+        if value is None or id(value) in live:
+            continue
+        live.add(id(value))
+        producer = value.producer()
+        if producer is not None:
+            todo.extend(v for v in producer.inputs if v is not None)
+            todo.extend(v for node in _nested_nodes(producer) for v in node.inputs if v is not None)
+    return live
+
+
+def _nested_nodes(node: ir.Node) -> Iterator[ir.Node]:
+    for attribute in node.attributes.values():
+        graphs = [attribute.value] if attribute.type == ir.AttributeType.GRAPH else []
+        for graph in graphs:
+            yield from graph.all_nodes()
+
+
+def _constants(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+    for value in model.graph.initializers.values():
+        if value.const_value is not None and not value.is_graph_input():  # that of an input may be another
+            yield value.const_value
+    for node in model.graph.all_nodes():
+        if node.op_type == "Constant" and "value" in node.attributes:
+            yield node.attributes["value"].as_tensor()
+
+
+def holds_same_values(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same values in the same order, whatever their shapes."""
+    if one.numel() != other.numel():
+        return False
+    dtype = torch.promote_types(one.dtype, other.dtype)
+    return torch.equal(one.flatten().to(dtype), other.flatten().to(dtype))
+
+
+def self_test_failure(slots: Sequence[str], what: str) -> CompileError:
+    """The error that names the slots and says what they do that they should not."""
+    listed = ", ".join(f"'{slot}'" for slot in slots[:4]) + (f" and {len(slots) - 4} more" if len(slots) > 4 else "")
+    return CompileError(
+        f"after emission {len(slots)} slots {what}: {listed}",
+        next_step="this is a bug of the emitter, not of your model; a swap would not do what it says",
+        code="self_test_failed",
+    )

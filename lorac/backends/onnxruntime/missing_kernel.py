@@ -1,0 +1,77 @@
+"""An op that ONNX Runtime has no kernel for in the program's dtype: named with the module and the line that ask for it.
+
+Which dtypes an op has kernels for is known to the session alone, and it says so only when it is made.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import onnx
+from onnx import NodeProto, TypeProto
+
+from lorac.backends.onnx.claims import describe_origin
+from lorac.errors import Unavailable
+
+_MISSING = re.compile(r"implementation for (\w+)\(\d+\) node with name '(.*?)'")
+_NAMES = {
+    onnx.TensorProto.DOUBLE: "float64",
+    onnx.TensorProto.FLOAT16: "float16",
+    onnx.TensorProto.BFLOAT16: "bfloat16",
+}
+
+
+def missing_kernel_error(model: onnx.ModelProto, error: Exception) -> Unavailable:
+    """The error for a session that was not made for lack of a kernel.
+
+    Args:
+        model: what it was to be made of.
+        error: the session's, which names an op and, where it is the model's own, a node.
+    """
+    found = _MISSING.search(str(error))
+    op, name = found.groups() if found else ("an op", "")
+    given = {value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)}
+    dtype = next((known for kind, known in _NAMES.items() if kind in given), "its dtype")
+    node = next(_candidate_nodes(model, op, name), None)
+    asked = "" if node is None else describe_origin({entry.key: entry.value for entry in node.metadata_props})
+    inner = "" if node is None or node.op_type == op else f" (part of {node.op_type})"
+    return Unavailable(
+        f"onnxruntime has no kernel for {op}{inner} in {dtype}{asked}",
+        next_step="dtype='float32' computes in float32; target='eager' computes in the model's own dtype",
+    )
+
+
+def _candidate_nodes(model: onnx.ModelProto, op: str, name: str) -> Iterator[NodeProto]:
+    """The nodes that may be meant, the likeliest first: by name, by op, by an op that stands for others."""
+    nodes = list(_nodes(model.graph))
+    yield from (node for node in nodes if name and node.name == name)
+    yield from (node for node in nodes if node.op_type == op)
+    yield from (node for node in nodes if op in _function_body_ops(node))
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[NodeProto]:
+    """The nodes of a graph and of those nested in it."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            yield from _nodes(attribute.g)
+
+
+def _function_body_ops(node: NodeProto) -> set[str]:
+    """The ops that ONNX itself says an op by, for float64 operands; none where it has no other ops for it."""
+    try:
+        schema: Any = onnx.defs.get_schema(node.op_type, domain=node.domain)  # typed without its functions
+    except onnx.defs.SchemaError:
+        return set()
+    if schema.has_function:
+        return {inner.op_type for inner in schema.function_body.node}
+    if not schema.has_context_dependent_function:
+        return set()
+    operand = TypeProto()
+    operand.tensor_type.elem_type = onnx.TensorProto.DOUBLE
+    types = [operand.SerializeToString()] * len(node.input)
+    body = onnx.FunctionProto()
+    body.ParseFromString(schema.get_context_dependent_function(node.SerializeToString(), types))
+    return {inner.op_type for inner in body.node}

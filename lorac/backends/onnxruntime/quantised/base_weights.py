@@ -1,0 +1,216 @@
+"""The base of a quantised program: what its products are taken with, for adapters that are made or mixed of weights.
+
+Every method changes the weight that the program computes with, so W is what the quantised bytes come to, in float32: as
+PEFT's methods read a quantised layer. The program's own bytes are all that is kept of it; no file has the weights that
+the model had.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from lorac.backends.onnx.model_files import WEIGHTS_FILE, graph_file, read_model_files
+from lorac.backends.onnxruntime.quantised.codec import Array, Codec, EncodedMatrix
+from lorac.errors import ArtifactError
+from lorac.frontend.quantised_weights import QUANTISATION_LEVELS
+from lorac.storage.strict_json import dump_json, parse_json
+from lorac.storage.tensor_file import TensorFile, TensorLocation
+from lorac.target.engine import ProgramFiles
+
+if TYPE_CHECKING:
+    from lorac.backends.onnxruntime.quantised.products import QuantisationReport, QuantisedProduct
+
+Tensor = torch.Tensor
+_METADATA_KEY = "quantised"
+"""The entry of a file's metadata that says which of its tensors are parts of quantised ones."""
+_COMPARED_FIRST = 8
+"""Values by which rows are told apart before all of them are compared."""
+
+
+# ── Which tensors a program holds quantised ──────────────────────────────────────────────────────────────────────────
+@dataclass(frozen=True, eq=False)
+class QuantisedTensor:
+    """A tensor that a program holds quantised: some rows of a matrix of it.
+
+    Attributes:
+        encoded: the rows.
+        transposed: whether the tensor is their transpose.
+        graph: whose matrix it is.
+        begin: the first of them in the matrix.
+        names: part of ``encoded`` -> the graph's constant that holds it, of the whole matrix.
+    """
+
+    encoded: EncodedMatrix
+    transposed: bool
+    graph: str = ""
+    begin: int = 0
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    def decode(self) -> Tensor:
+        """What the program computes with in the tensor's place."""
+        matrix = torch.from_numpy(np.ascontiguousarray(self.encoded.decode()))
+        return matrix.t() if self.transposed else matrix
+
+
+def find_quantised(
+    outcomes: Mapping[str, QuantisationReport], tensors: Mapping[str, Tensor]
+) -> dict[str, QuantisedTensor]:
+    """Which tensors programs hold quantised, whole or joined with others, as they are or transposed.
+
+    They are told by their values: where two tensors are equal, so is what they come to.
+
+    Args:
+        outcomes: graph -> what became of its weights.
+        tensors: by name.
+    """
+    held = [(graph, quantised) for graph, outcome in outcomes.items() for quantised in outcome.quantised.values()]
+    found = {name: _find_tensor(held, tensor) for name, tensor in tensors.items()}
+    return {name: piece for name, piece in found.items() if piece is not None}
+
+
+def replace_quantised(outcomes: Mapping[str, QuantisationReport], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as programs compute with them: those that they hold quantised as what they come to."""
+    computed, made = dict(tensors), dict[object, Tensor]()
+    for name, piece in find_quantised(outcomes, tensors).items():
+        tensor = tensors[name]
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())  # tied ones are one tensor again
+        computed[name] = made[key] if key in made else made.setdefault(key, piece.decode())
+    return computed
+
+
+def _find_tensor(held: list[tuple[str, QuantisedProduct]], tensor: Tensor) -> QuantisedTensor | None:
+    if tensor.dim() != 2 or tensor.dtype != torch.float32 or not tensor.numel():
+        return None
+    for transposed, (graph, quantised) in itertools.product((False, True), held):
+        rows = (tensor.t() if transposed else tensor).detach().cpu().numpy()
+        begin = _first_row(quantised, rows)
+        if begin is not None:
+            return QuantisedTensor(quantised.encoded.rows(begin, len(rows)), transposed, graph, begin, quantised.names)
+    return None
+
+
+def _first_row(quantised: QuantisedProduct, rows: Array) -> int | None:
+    """The row of a quantised matrix that a matrix begins at; None where it is no part of it."""
+    count, columns = quantised.encoded.shape
+    if columns != rows.shape[1] or count < len(rows):
+        return None
+    original = quantised.original()
+    alike = (original[:, :_COMPARED_FIRST] == rows[0, :_COMPARED_FIRST]).all(1)
+    begins = (int(begin) for begin in np.flatnonzero(alike) if begin + len(rows) <= count)
+    return next((begin for begin in begins if np.array_equal(original[begin : begin + len(rows)], rows)), None)
+
+
+# ── On disk ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def tensors_and_notes(pieces: Mapping[str, QuantisedTensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Pieces as tensors for a file, and what its metadata is to say of them."""
+    tensors, notes = dict[str, Tensor](), {}
+    for name, piece in pieces.items():
+        codec = piece.encoded.codec
+        tensors |= {f"{name}:{part}": torch.from_numpy(array) for part, array in piece.encoded.parts().items()}
+        notes[name] = {
+            "bits": codec.bits,
+            "block": codec.block,
+            "symmetric": codec.symmetric,
+            **({"table": codec.table} if codec.table else {}),
+            "columns": piece.encoded.columns,
+            "transposed": piece.transposed,
+        }
+    return tensors, {_METADATA_KEY: dump_json(notes)} if notes else {}
+
+
+def locate_parts(
+    files: ProgramFiles, graphs: Iterable[str], pieces: Mapping[str, QuantisedTensor]
+) -> dict[str, TensorLocation]:
+    """Where programs hold the parts of pieces, by the names that ``told`` gives these.
+
+    Args:
+        files: the program, held.
+        graphs: its graphs.
+        pieces: of its weights.
+    """
+    there: dict[tuple[str, str], tuple[str, int]] = {}
+    for graph in graphs:
+        model, weights = read_model_files(files, graph)
+        for tensor in (tensor for tensor in model.graph.initializer if tensor.name in weights):
+            offset = next(int(entry.value) for entry in tensor.external_data if entry.key == "offset")
+            there[graph, tensor.name] = (graph_file(graph, WEIGHTS_FILE), offset)
+    found = {}
+    for name, piece in pieces.items():
+        constants = {part: (piece.graph, constant) for part, constant in piece.names.items()}
+        held = {part: there[constant] for part, constant in constants.items() if constant in there}
+        for part, (file, offset) in held.items():
+            row = piece.encoded.parts()[part][:1].nbytes
+            found[f"{name}:{part}"] = TensorLocation(file, offset + piece.begin * row, False)
+    return found
+
+
+def dequantised_weights(file: TensorFile) -> Mapping[str, Tensor]:
+    """A file's base weights, those that are quantised as what they come to; each is made when it is asked for.
+
+    Raises:
+        ArtifactError: what the file says of a quantised one does not fit its tensors.
+    """
+    return DequantisedWeights(file) if _METADATA_KEY in file.notes else file
+
+
+class DequantisedWeights(Mapping[str, Tensor]):
+    """Base weights of a file that holds quantised ones.
+
+    Args:
+        file: the file.
+
+    Raises:
+        ArtifactError: what the file says of a quantised one does not fit its tensors.
+    """
+
+    def __init__(self, file: TensorFile) -> None:
+        self._file = file
+        self._told: Mapping[str, Any] = parse_json(file.notes[_METADATA_KEY], self._damaged)
+        self._parts = {f"{name}:{part}" for name in self._told for part in ("packed", "scales", "zeros")}
+        for name in self._told:
+            self._check(name)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._piece(name).decode() if name in self._told else self._file[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted({*self._told, *self._file} - self._parts))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._told or (name in self._file and name not in self._parts)
+
+    def _piece(self, name: str) -> QuantisedTensor:
+        entry = self._told[name]
+        codec = Codec(entry["bits"], entry["block"], entry["symmetric"], entry.get("table", ""))
+        parts = ("packed", "scales") if codec.symmetric else ("packed", "scales", "zeros")
+        arrays = {part: self._file[f"{name}:{part}"].numpy() for part in parts}
+        return QuantisedTensor(EncodedMatrix(codec, entry["columns"], **arrays), entry["transposed"])
+
+    def _check(self, name: str) -> None:
+        """Whether the parts of a quantised tensor have the shapes of parts of one."""
+        try:
+            encoded = self._piece(name).encoded
+            rows, blocks = encoded.scales.shape
+            codec, columns = encoded.codec, encoded.columns
+            fits = codec.bits in {4, 8} and blocks == -(-columns // codec.block)
+            fits &= not codec.table or (codec.table in QUANTISATION_LEVELS and codec.bits == 4 and codec.symmetric)
+            fits &= encoded.packed.shape == (rows, blocks, codec.block * codec.bits // 8)
+            fits &= encoded.zeros is None or encoded.zeros.shape == (rows, -(-blocks * codec.bits // 8))
+        except (LookupError, TypeError, ValueError, ZeroDivisionError):
+            fits = False
+        if not fits:
+            raise self._damaged(f"says of '{name}' what its parts are not")
+
+    def _damaged(self, reason: str) -> ArtifactError:
+        return ArtifactError(
+            f"the metadata of '{self._file.file.where}' {reason}", next_step="copy the whole folder again"
+        )

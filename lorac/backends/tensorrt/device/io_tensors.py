@@ -1,0 +1,45 @@
+"""What an engine takes and gives: names, dtypes and sizes of its inputs and outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from lorac.backends.tensorrt.device.interfaces import CudaEngine
+from lorac.backends.tensorrt.library import torch_dtype, trt
+
+
+@dataclass(frozen=True)
+class IOTensor:
+    """An input or output.
+
+    Attributes:
+        dtype: its dtype.
+        shape: its sizes, -1 where they vary.
+        on_host: it is read or written in the host's memory: numbers that shapes are computed from.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    on_host: bool = False
+
+
+@dataclass(frozen=True)
+class IOTensors:
+    """All of an engine's, by name."""
+
+    inputs: Mapping[str, IOTensor]
+    outputs: Mapping[str, IOTensor]
+
+    @classmethod
+    def of(cls, engine: CudaEngine) -> IOTensors:
+        """As an engine says."""
+        inputs, outputs = dict[str, IOTensor](), dict[str, IOTensor]()
+        for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
+            on_host = engine.get_tensor_location(name) == trt().TensorLocation.HOST
+            port = IOTensor(torch_dtype(engine.get_tensor_dtype(name)), tuple(engine.get_tensor_shape(name)), on_host)
+            side = inputs if engine.get_tensor_mode(name) == trt().TensorIOMode.INPUT else outputs
+            side[name] = port
+        return cls(inputs, outputs)

@@ -1,0 +1,60 @@
+"""Memory for outputs whose sizes are known only once they are computed."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+
+from lorac.backends.tensorrt.device.device_slots import allocate
+from lorac.backends.tensorrt.device.io_tensors import IOTensor
+from lorac.backends.tensorrt.library import trt
+
+Tensor = torch.Tensor
+
+
+def output_allocator(port: IOTensor, device: torch.device) -> Any:
+    """An allocator for one output; once the work was queued, ``taken`` is the output.
+
+    Its memory is torch's, of the stream that is current while the work is queued, and new in every call.
+    """
+    return _allocator_class()(port, device)
+
+
+@functools.cache
+def _allocator_class() -> Any:
+    base = trt().IOutputAllocator
+
+    class Growing(base):  # type: ignore[misc, valid-type]  # the base is known once the library is
+        def __init__(self, port: IOTensor, device: torch.device) -> None:
+            base.__init__(self)
+            self.port, self.device = port, device
+            self.memory: Tensor | None = None
+            self.shape: tuple[int, ...] | None = None
+
+        def reallocate_output(self, tensor_name: str, present: int, size: int, alignment: int) -> int:
+            return self._given(size)
+
+        def reallocate_output_async(
+            self, tensor_name: str, present: int, size: int, alignment: int, stream: int
+        ) -> int:
+            return self._given(size)
+
+        def notify_shape(self, tensor_name: str, shape: Any) -> None:
+            self.shape = tuple(shape)
+
+        def _given(self, size: int) -> int:
+            try:
+                self.memory = allocate((max(int(size), 1),), IOTensor(torch.uint8, ()), self.device)
+            except torch.OutOfMemoryError:
+                return 0  # no exception may pass through TensorRT, which takes 0 for a refusal
+            return self.memory.data_ptr()
+
+        def taken(self) -> Tensor:
+            assert self.memory is not None and self.shape is not None
+            size = math.prod(self.shape) * self.port.dtype.itemsize
+            return self.memory[:size].view(self.port.dtype).view(self.shape)
+
+    return Growing

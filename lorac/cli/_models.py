@@ -1,0 +1,194 @@
+"""Where a command line's MODEL comes from, and how its adapters are spelled."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from operator import attrgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from torch import nn
+
+from lorac.errors import AdapterError, ChoiceError, MissingExtra, OptionError, nearest_name, short, warn
+from lorac.storage.atomic_folders import MANIFEST
+from lorac.storage.os_errors import translate_os_errors
+from lorac.storage.strict_json import parse_object, read_json_text
+from lorac.third_party_output import hide_progress_bars, suppress_third_party_output
+
+if TYPE_CHECKING:
+    from lorac.session.compiled import Compiled
+
+MODEL_HELP = "A folder saved by transformers, or package.module:function returning an nn.Module."
+
+
+COMPILED_HELP = (
+    "A folder written by `lorac compile`; or a model: a folder saved by transformers, or package.module:function."
+)
+CONFIG = "config.json"
+CompiledOrModel = Annotated[str, typer.Argument(help=COMPILED_HELP, metavar="MODEL")]
+AdapterOption = Annotated[
+    list[str], typer.Option("--adapter", "-a", help="NAME=PATH, or PATH; may be given several times.")
+]
+
+
+def load_model(spec: str) -> nn.Module:
+    """The model a command names; raises as ``load_with_tokenizer``."""
+    return load_with_tokenizer(spec)[0]
+
+
+def load_compiled(spec: str, adapters: Sequence[str], **options: Any) -> Compiled:
+    """What a command names, compiled, with the tokenizer that lies beside it.
+
+    Args:
+        spec: a compiled folder, or a model, which is compiled for eager.
+        adapters: files of adapters, as the command line has them.
+        options: what else compiling a model is told.
+
+    Raises:
+        OptionError: files of adapters are given to a folder that holds its own.
+        LoracError: what loading and compiling raise.
+    """
+    import lorac
+
+    folder = Path(spec)
+    if (folder / MANIFEST).is_file() or (folder.exists() and not (folder / CONFIG).is_file()):
+        if adapters:
+            raise OptionError(
+                f"'{spec}' is compiled, and holds adapters of its own",
+                next_step="give the model itself, or compile it with them: lorac compile MODEL -a NAME=PATH -o FOLDER",
+            )
+        return lorac.load(folder)
+    if ":" not in spec and not folder.exists():
+        beside = [found.parent.name for name in (MANIFEST, CONFIG) for found in folder.parent.glob(f"*/{name}")]
+        raise OptionError(
+            f"'{spec}' is neither a compiled folder nor a model",
+            nearest=nearest_name(folder.name, beside),
+            next_step=COMPILED_HELP,
+        )
+    model, tokenizer = load_with_tokenizer(spec)
+    compiled = lorac.compile(model, parse_adapters(adapters), **options)
+    compiled.tokenizer = tokenizer
+    return compiled
+
+
+def load_with_tokenizer(spec: str) -> tuple[nn.Module, Any]:
+    """The model a command names, and the tokenizer beside it, or None.
+
+    Raises:
+        OptionError: neither a transformers folder nor a function that returns one, or loading it fails.
+        MissingExtra: the folder needs transformers.
+    """
+    if Path(spec).is_dir():
+        return _load_folder(Path(spec)), load_tokenizer(spec)
+    module, separator, function = spec.partition(":")
+    if not (separator and _is_dotted(module) and _is_dotted(function)):
+        raise OptionError(f"'{spec}' is no model", next_step=MODEL_HELP)
+    sys.path.insert(0, os.getcwd())
+    try:
+        made = attrgetter(function)(importlib.import_module(module))()
+    except Exception as error:  # it is the user's own code
+        raise OptionError(f"'{spec}' cannot be loaded: {_format_exception(error)}", next_step=MODEL_HELP) from error
+    model = made[0] if isinstance(made, tuple) and made else made
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"'{spec}' returns a {type(model).__name__}, not an nn.Module", next_step=MODEL_HELP)
+    beside = made[1] if isinstance(made, tuple) and len(made) > 1 else None
+    return model.eval(), beside if callable(getattr(beside, "decode", None)) else None
+
+
+def load_tokenizer(spec: str) -> Any:
+    """The tokenizer that lies beside a model of a folder; None where there is none, or it cannot be read."""
+    from lorac.runtime.generation.tokenizers import read_tokenizer
+
+    if not (Path(spec) / "tokenizer_config.json").is_file():
+        return None
+    try:
+        return read_tokenizer(Path(spec))
+    except Exception as error:  # whatever a damaged folder makes transformers raise
+        warn(f"the tokenizer in '{spec}' cannot be loaded, and is left out: {_format_exception(error)}")
+        return None
+
+
+def _is_dotted(text: str) -> bool:
+    return all(part.isidentifier() for part in text.split("."))
+
+
+def _format_exception(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _load_folder(folder: Path) -> nn.Module:
+    config = folder / CONFIG
+    if not config.is_file():
+        raise OptionError(f"'{folder}' holds no {CONFIG}", next_step=MODEL_HELP)
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        raise MissingExtra("transformers", "hf") from error
+    name = _read_architecture(config)
+    cls = getattr(transformers, name, None) if name.isidentifier() and not name.startswith("_") else None
+    if not callable(getattr(cls, "from_pretrained", None)):
+        raise OptionError(
+            f"'{config}' names the architecture {short(name)}, no model of transformers {transformers.__version__}",
+            next_step="pip install -U transformers, or give package.module:function",
+        )
+    try:
+        with suppress_third_party_output(), hide_progress_bars():
+            model: nn.Module = cls.from_pretrained(folder)  # type: ignore[union-attr]  # a class that has it
+    except Exception as error:  # whatever a damaged folder makes transformers raise
+        raise OptionError(f"'{folder}' cannot be loaded: {_format_exception(error)}", next_step=MODEL_HELP) from error
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"'{folder}' holds a {type(model).__name__}, not an nn.Module", next_step=MODEL_HELP)
+    return model.eval()
+
+
+def _read_architecture(config: Path) -> str:
+    """The class that a transformers configuration names; "AutoModel" where it names none."""
+
+    def refuse(reason: str) -> OptionError:
+        return OptionError(f"'{config}' {reason}", next_step=MODEL_HELP)
+
+    with translate_os_errors(config, OptionError, "read"):
+        named = parse_object(read_json_text(config), refuse).get("architectures")
+    if named is None or named == []:
+        return "AutoModel"
+    if not isinstance(named, list) or not isinstance(named[0], str):
+        raise refuse(f"names no architecture by architectures={short(named)}")
+    return named[0]
+
+
+def parse_adapters(specs: Sequence[str]) -> dict[str, str]:
+    """NAME=PATH, or PATH named after its folder.
+
+    Raises:
+        AdapterError: two of one name.
+    """
+    found: dict[str, str] = {}
+    for spec in specs:
+        name, separator, path = spec.partition("=")
+        if not separator:
+            name, path = Path(spec).stem, spec
+        if name in found:
+            raise AdapterError(
+                f"two adapters are called '{name}'", next_step="name them: -a NAME=PATH", code="adapter_exists"
+            )
+        found[name] = path
+    return found
+
+
+def parse_choice(text: str | None) -> Any:
+    """A choice on the command line: ``none``, ``name``, or ``a=0.7,b=0.3``."""
+    if text is None or text == "none":
+        return None
+    if "=" not in text:
+        return text
+    try:
+        parts = [(name, float(value)) for name, value in (part.split("=") for part in text.split(","))]
+        if len(dict(parts)) < len(parts):
+            raise ValueError("a name is given twice")
+        return dict(parts)
+    except ValueError as error:
+        raise ChoiceError(f"'{text}' is no choice of adapters", next_step="write none, NAME, or A=0.7,B=0.3") from error

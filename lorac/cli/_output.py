@@ -1,0 +1,61 @@
+"""What commands print: reports as tables that fit the terminal and are whole where there is none, or as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lorac.errors import LoracError
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
+
+_UNLIMITED_WIDTH = 1_000_000
+"""Columns of what is no terminal: nothing is cut or broken there."""
+
+
+def make_table(headers: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:
+    """A table; what does not fit its column goes on below, and cells are shown as they are, whatever they hold."""
+    made = Table()
+    for header in headers:
+        made.add_column(header, overflow="fold")
+    for row in rows:
+        made.add_row(*(Text(str(cell)) for cell in row))
+    return made
+
+
+def print_report(report: object, *parts: Table | str, as_json: bool) -> None:
+    """Print a report.
+
+    Args:
+        report: what JSON is to hold: mappings, sequences, dataclasses.
+        parts: the same for people, in order.
+        as_json: which of the two.
+    """
+    if as_json:
+        print(json.dumps(report, indent=1, default=_to_json, ensure_ascii=False))
+        return
+    console = Console(width=None if sys.stdout.isatty() else _UNLIMITED_WIDTH)
+    for part in parts:
+        console.print(Text(part) if isinstance(part, str) else part)
+
+
+def format_error(error: LoracError) -> str:
+    """An error as it is shown."""
+    return f"lorac.{type(error).__name__}: {error}"
+
+
+def _to_json(value: Any) -> Any:
+    """What JSON has no name for: dataclasses by field, other mappings, sets; anything else as text."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return dict(value)
+    return sorted(value) if isinstance(value, set | frozenset) else str(value)

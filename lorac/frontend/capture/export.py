@@ -1,0 +1,409 @@
+"""Capture: a host model becomes an ExportedProgram in which every call of a site is one ``lorac`` node.
+
+The host is never touched. ``structural_copy`` makes a second tree of modules over the same storage; ``mark`` gives the
+sites of that copy a forward that calls the site's op; ``export`` traces it. Hugging Face models go through
+``transformers.exporters``, which patches what does not trace, all others through ``torch.export`` directly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx.experimental import proxy_tensor
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from lorac.errors import CaptureError
+from lorac.frontend.call_arguments import CallArguments
+from lorac.frontend.capture.attention_interface import (
+    capture_attention,
+    check_attention_captured,
+    derive_decoder_arguments,
+    freeze_dynamic_rotary,
+    get_longest_sequence,
+    make_decoder_inputs,
+    make_decoder_shapes,
+)
+from lorac.frontend.capture.encoder_decoder import check_attention_cacheable, drop_zero_biases
+from lorac.frontend.capture.layer_groups import find_layer_groups
+from lorac.frontend.capture.position_ids import make_positions_per_row
+from lorac.frontend.capture.repeated_layers import expand_repeated_layers, trace_repeated_layers_once
+from lorac.frontend.capture.site_ops import mark_sites
+from lorac.frontend.copying import copy_structure
+from lorac.frontend.example_inputs import (
+    TRACE_CONFIG,
+    Inputs,
+    bind_by_name,
+    is_hugging_face,
+    make_dynamic_shapes,
+    make_example_inputs,
+    repeat_unit_axes,
+    repeat_unit_axes_of_inputs,
+    set_config_fields,
+)
+from lorac.frontend.layer_classes import Forward
+from lorac.frontend.model_runner import disable_attention_fast_path, preserve_random_state
+from lorac.frontend.trace_guards import TraceGuard, find_failing_model_line, iter_error_causes, record_guards
+from lorac.ir.graph import ops as _ops  # noqa: F401  (what a copy's sites call is registered there)
+from lorac.ir.graph.edit import has_site_checks, keep_tensor_outputs, qualify_names
+from lorac.ir.graph.graph import Graph
+from lorac.ir.graph.symbolic_shapes import collect_constraints, collect_dynamic_axes, name_axes
+from lorac.ir.interface import program_input_name
+from lorac.ir.output_structure import replace_dataclasses
+from lorac.ir.sites import Site, SiteKind
+from lorac.ir.slots.plans import SitePlan
+from lorac.ir.slots.program_values import select_once_plans
+from lorac.third_party_output import suppress_third_party_output
+
+_LOCK = threading.RLock()  # tracing swaps attributes of torch and of transformers' classes for the whole process
+
+
+# ── The export ───────────────────────────────────────────────────────────────────────────────────────────────────────
+def export_model(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...] | Inputs | None = None,
+    dynamic_shapes: Any = None,
+    *,
+    blocks: Collection[str] = (),
+    prefix: str = "",
+) -> ExportedProgram:
+    """Capture ``model`` in eval mode, each call of a site one ``lorac`` node whose last argument is the site's path.
+
+    Args:
+        model: the host; left as it was.
+        example_inputs: what forward is called with; None makes them (``default_inputs``).
+        dynamic_shapes: as ``torch.export`` takes them; None means batch, and length for text.
+        blocks: paths of modules whose exits are marked too.
+        prefix: what the paths of its modules and tensors begin with, where it is one component of several.
+
+    Raises:
+        ExampleInputsNeeded: there are no inputs and none can be made.
+        CaptureError: the model does not trace; the message names the line that does not.
+    """
+    return _export_guarded(model, example_inputs, dynamic_shapes, blocks, prefix)[0]
+
+
+def _export_guarded(
+    model: nn.Module,
+    example_inputs: Any,
+    dynamic_shapes: Any,
+    blocks: Collection[str],
+    prefix: str,
+    grows: bool = False,
+) -> tuple[ExportedProgram, list[TraceGuard], CallArguments]:
+    """As ``export``, with what the trace takes for granted and where, and what it was given."""
+    given = make_example_inputs(model) if example_inputs is None else example_inputs
+    failures: list[CaptureError] = []
+    for arguments in CallArguments.of(model, _named(model, given)).ways(model):
+        try:
+            return _export_arguments(arguments, model, given, dynamic_shapes, blocks, prefix, grows)
+        except CaptureError as error:
+            failures.append(error)
+        if not isinstance(failures[-1].__cause__, _ValuesNeeded):
+            break
+    raise failures[0]
+
+
+def _export_arguments(
+    arguments: CallArguments,
+    model: nn.Module,
+    given: Any,
+    dynamic_shapes: Any,
+    blocks: Collection[str],
+    prefix: str,
+    grows: bool,
+) -> tuple[ExportedProgram, list[TraceGuard], CallArguments]:
+    named = bool(arguments.fixed) or isinstance(given, Mapping) or is_hugging_face(model)
+    inputs = arguments.inputs if named else given
+    with isolate_tracing(model), _no_cache_of_shapes(), _skip_tensor_metadata(), contextlib.ExitStack() as stack:
+        host = _make_marked_copy(model, blocks, prefix, arguments)
+        if grows:
+            host.forward = derive_decoder_arguments(host.forward)
+            freeze_dynamic_rotary(host)
+            stack.enter_context(capture_attention(host, arguments.inputs))
+        if dynamic_shapes is None:
+            attempts: Iterable[tuple[Any, Any]] = _attempts(model, inputs, widen=not arguments.read)
+        else:
+            attempts = [
+                (repeat_unit_axes_of_inputs(model, inputs, dynamic_shapes), _without(model, dynamic_shapes, arguments))
+            ]
+        program, guards = _first_trace(host, attempts)
+    expand_repeated_layers(program, prefix)
+    if arguments.truths and has_site_checks(program):
+        step = "make forward decide by its inputs alone; target='eager' runs the model itself"
+        raise CaptureError(
+            "forward decides by what a layer computes that adapters change", next_step=step, code="capture_failed"
+        )
+    _refuse_objects(program)
+    if grows:
+        check_attention_captured(program, host)
+        drop_zero_biases(program.graph)
+        check_attention_cacheable(program, type(model).__name__)
+        make_positions_per_row(program)
+    return qualify_names(program, prefix), guards, arguments
+
+
+def _named(model: nn.Module, given: Any) -> dict[str, Any]:
+    try:
+        return bind_by_name(model, given)
+    except TypeError as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be called with its example inputs: {error}",
+            next_step="give example_inputs= as the model itself is called",
+            code="capture_failed",
+        ) from error
+
+
+def _without(model: nn.Module, dynamic_shapes: Any, arguments: CallArguments) -> Any:
+    """Dynamic shapes, in order or by name, without those of constants."""
+    if not arguments.fixed:
+        return dynamic_shapes
+    shapes = bind_by_name(model, dynamic_shapes)
+    return {name: shapes.get(name) for name in arguments.inputs}
+
+
+def _refuse_objects(program: ExportedProgram) -> None:
+    """A program may hold tensors alone: a generator of the model's own, say, draws where no target does."""
+    objects = [spec for spec in program.graph_signature.input_specs if spec.kind is InputKind.CUSTOM_OBJ]
+    for spec in objects:
+        held = program.constants[str(spec.target)]
+        raise CaptureError(
+            f"forward uses a {type(held).__name__} of the model's own, which no program can hold",
+            next_step="target='eager' runs the model itself",
+            code="capture_failed",
+        )
+
+
+@contextlib.contextmanager
+def isolate_tracing(model: nn.Module) -> Iterator[None]:
+    """Where a copy of a model is traced or run: alone, in silence, by the ordinary way through it, without traces."""
+    with (
+        _LOCK,
+        suppress_third_party_output(),
+        torch.no_grad(),
+        preserve_random_state(model),
+        disable_attention_fast_path(),
+    ):
+        yield
+
+
+def _make_marked_copy(model: nn.Module, blocks: Collection[str], prefix: str, arguments: CallArguments) -> nn.Module:
+    """A structural copy to trace, its sites and blocks marked, that is given some of its arguments already."""
+    host = copy_structure(model, share_buffers=True).eval()
+    alike = find_layer_groups(host)
+    mark_sites(host, blocks, prefix)
+    for module in host.modules():
+        module._apply = functools.partial(_refuse_cast, module)  # type: ignore[method-assign]  # of a copy
+    trace_repeated_layers_once(host, alike, [path.removeprefix(prefix) for path in blocks])
+    host.forward = _wrap_forward(host.forward, arguments)
+    return host
+
+
+class _WeightCast(Exception):
+    """A forward casts its own weights, which are constants of a program."""
+
+
+def _refuse_cast(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """A module that its own forward brings to a dtype or a device (``to``, ``float``): there it must be already."""
+    for name, tensor in (*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)):
+        wanted = change(tensor).dtype
+        if wanted != tensor.dtype:
+            raise _WeightCast(f"it casts its own weight '{name}' from {tensor.dtype} to {wanted}")
+    return module
+
+
+def _first_trace(host: nn.Module, attempts: Iterable[tuple[Any, Any]]) -> tuple[ExportedProgram, list[TraceGuard]]:
+    """The trace of the first attempt that succeeds; other shapes are tried only where it was the shapes that failed."""
+    for inputs, shapes in attempts:
+        guards: list[TraceGuard] = []
+        try:
+            return _trace(host, inputs, shapes, guards), guards
+        except Exception as error:
+            cause = error
+        if not _is_about_shapes(cause):
+            break
+    raise _failure(host, guards, cause) from cause
+
+
+def capture_graph(  # noqa: PLR0913  (what a graph is made of)
+    name: str,
+    model: nn.Module,
+    inputs: Any,
+    dynamic_shapes: Any,
+    *,
+    sites: Mapping[str, Site],
+    plans: Mapping[str, SitePlan],
+    blocks: Collection[str] = (),
+    prefix: str = "",
+    grows: bool = False,
+) -> Graph:
+    """A model as a graph at level host; what it may raise, ``export`` says.
+
+    Args:
+        name: the graph's name.
+        model, inputs, dynamic_shapes, blocks, prefix: as ``export`` takes them.
+        sites, plans: the host's, of which the graph keeps those of this model.
+        grows: whether its text is to grow: attention is marked, and inputs are those of ``text_inputs``.
+    """
+    if grows:
+        inputs = make_decoder_inputs(model, _named(model, make_example_inputs(model) if inputs is None else inputs))
+        dynamic_shapes = make_decoder_shapes(model, inputs)
+    exported, guards, arguments = _export_guarded(model, inputs, dynamic_shapes, blocks, prefix, grows)
+    named = arguments.inputs
+    shapes = make_dynamic_shapes(model, named) if dynamic_shapes is None else bind_by_name(model, dynamic_shapes)
+    own = {
+        path: plan for path, plan in plans.items() if path.startswith(prefix) and plan.site.kind is not SiteKind.ONCE
+    }
+    own |= select_once_plans(plans, own)
+    sizes = collect_constraints(exported, collect_dynamic_axes(named, shapes), guards)
+    axes = name_axes(exported, {program_input_name(argument): told for argument, told in shapes.items()})
+    graph = Graph(name, exported, sites, own, axes=axes, sizes=sizes, structure=keep_tensor_outputs(exported))
+    graph.fixed, graph.positions = arguments.fixed, arguments.positions
+    graph.notes += arguments.notes
+    graph.longest = get_longest_sequence(model) if grows else None
+    return graph
+
+
+def _trace(host: nn.Module, inputs: Any, shapes: Any, guards: list[TraceGuard]) -> ExportedProgram:
+    """One torch.export of a marked copy; ``guards`` gets what it takes for granted, also where it fails."""
+    args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
+    with record_guards(guards):
+        if is_hugging_face(host):
+            return _trace_hugging_face(host, inputs, shapes)
+        return torch.export.export(host, args, kwargs, dynamic_shapes=shapes)
+
+
+def _trace_hugging_face(host: nn.Module, inputs: Inputs, shapes: Any) -> ExportedProgram:
+    """Through transformers' exporter, without caches. It changes its arguments: the copy's, not the host's."""
+    from transformers.exporters.configs import DynamoConfig
+    from transformers.exporters.exporter_dynamo import DynamoExporter
+
+    # tested_versions: else it says at every export that torch is newer than the one they tested with
+    exporter: Any = type("Exporter", (DynamoExporter,), {"tested_versions": {}})()
+    set_config_fields(host, TRACE_CONFIG)
+    program: ExportedProgram
+    with _patch_imported_models_only():
+        program, _ = exporter.export_program(host, dict(inputs), DynamoConfig(dynamic_shapes=shapes))
+    return program
+
+
+@contextlib.contextmanager
+def _patch_imported_models_only() -> Iterator[None]:
+    """Have transformers' exporter patch no models but those that are imported: it would import all others for that."""
+    from transformers.exporters import utils
+
+    found = utils.import_dotted_path
+
+    def here(path: str, missing_ok: bool = False) -> Any:
+        module = ".".join(path.split(".")[: len(_A_MODELS_MODULE)])
+        absent = path.startswith(_MODELS) and module not in sys.modules
+        return None if absent and missing_ok else found(path, missing_ok)
+
+    utils.import_dotted_path = here
+    try:
+        yield
+    finally:
+        utils.import_dotted_path = found
+
+
+_A_MODELS_MODULE = ("transformers", "models", "model", "module")
+_MODELS = ".".join(_A_MODELS_MODULE[:2]) + "."
+
+
+def _attempts(model: nn.Module, inputs: Any, *, widen: bool) -> Iterator[tuple[Any, Any]]:
+    """The inputs and default shapes to try: named dims, then dims that torch may narrow or fix.
+
+    Args:
+        model, inputs: as ``export``'s.
+        widen: whether one row may become two, which constants that speak of it would contradict.
+    """
+    named = isinstance(inputs, Mapping)
+    given = dict(inputs) if named else {str(i): value for i, value in enumerate(inputs)}
+    for names in (True, False):
+        shapes = make_dynamic_shapes(model, given, named=names)
+        values = {name: repeat_unit_axes(value, shapes[name]) if widen else value for name, value in given.items()}
+        yield (values, shapes) if named else (tuple(values.values()), tuple(shapes.values()))
+
+
+def _no_cache_of_shapes() -> contextlib.AbstractContextManager[None]:
+    """Have each op's shapes computed: keeping symbolic ones to look them up again takes longer than that."""
+    from torch._dynamo import config
+
+    return config.patch(fake_tensor_cache_enabled=False)
+
+
+@contextlib.contextmanager
+def _skip_tensor_metadata() -> Iterator[None]:
+    """Have nodes know the value they were traced with, and no second description of it, which takes long to find."""
+    tracer: Any = proxy_tensor
+    described = tracer._extract_tensor_metadata
+    tracer._extract_tensor_metadata = lambda value: None
+    try:
+        yield
+    finally:
+        tracer._extract_tensor_metadata = described
+
+
+class _ValuesNeeded(Exception):
+    """Stands in for torch's error of a step that depends on the values of tensors.
+
+    torch.export prints the whole graph so far before it passes that one on, and has no switch for it.
+    """
+
+
+def _wrap_forward(forward: Forward, arguments: CallArguments) -> Forward:
+    """A forward as torch.export is to see it: its answer in containers, and some of its arguments given already."""
+    fixed = arguments.traced
+
+    @functools.wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            with arguments.traced_with():
+                return replace_dataclasses(forward(*args, **fixed, **kwargs))
+        except GuardOnDataDependentSymNode as error:
+            raise _ValuesNeeded(str(error)).with_traceback(error.__traceback__) from error
+
+    if fixed:
+        own = inspect.signature(forward)
+        left = [parameter for name, parameter in own.parameters.items() if name not in fixed]
+        call.__signature__ = own.replace(parameters=left)  # type: ignore[attr-defined]  # functions take attributes
+    return call
+
+
+# ── The errors ───────────────────────────────────────────────────────────────────────────────────────────────────────
+def _is_about_shapes(error: BaseException) -> bool:
+    """Whether the model traced, but not for every size the shapes promise."""
+    return any(type(e).__name__ in ("ConstraintViolationError", "UserError") for e in iter_error_causes(error))
+
+
+def _failure(host: nn.Module, guards: Sequence[TraceGuard], error: Exception) -> CaptureError:
+    line = find_failing_model_line(error)
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    step = (
+        "make this line independent of the values of tensors (torch.where, torch.cond), or give forward what it "
+        "computes there, position_ids for one, if it takes that; target='eager' runs the model itself"
+    )
+    if _is_about_shapes(error):
+        line = line or (guards[0].line if guards else None)
+        reason = " ".join(str(error).partition("The error above")[0].split())
+        step = "give dynamic_shapes= that this line admits, or change the line"
+        if line is None:
+            step = "give dynamic_shapes= by the names of the inputs, as torch.export takes them"
+    elif isinstance(error, _WeightCast):
+        step = "call the model once before compiling: then it is cast already; target='eager' runs it as it is"
+    elif not isinstance(error, _ValuesNeeded | GuardOnDataDependentSymNode):
+        step = "target='eager' runs the model itself"
+    return CaptureError(
+        f"torch.export cannot trace {type(host).__name__}" + (f" at {line}" if line else "") + f": {reason}",
+        next_step=step,
+        code="capture_failed",
+    )

@@ -1,0 +1,168 @@
+"""Layers of one list that are the same but for their tensors, found by comparing what they are made of.
+
+Two layers are alike where their modules have the same classes and attributes, and tensors of the same sizes, tied in
+the same way. An attribute may also be the layer's own number, as transformers' ``layer_idx`` is: then what a layer
+computes is the other's as long as nothing reads it, which whoever relies on it has to watch.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_FEWEST = 2
+IndexAttributes = frozenset[tuple[str, str]]
+"""Attributes that hold a layer's number: (path of the module within the layer, name)."""
+_OWN = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"})
+"""What every module keeps of itself, compared by its meaning."""
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers of one list that are alike.
+
+    Attributes:
+        paths: where they are, in order.
+        numbered: attributes that hold their number in the list.
+    """
+
+    paths: tuple[str, ...]
+    numbered: IndexAttributes
+
+
+def find_layer_groups(model: nn.Module) -> list[LayerGroup]:
+    """The layers of every list of a model, told apart by what they are; those that no other is like are left out."""
+    shared = _shared_tensors(model)
+    found: list[LayerGroup] = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) >= _FEWEST:
+            found += _find_groups_in(path, module, shared)
+    return found
+
+
+def _find_groups_in(path: str, held: nn.Module, shared: frozenset[int]) -> Iterator[LayerGroup]:
+    groups: list[_OpenGroup] = []
+    for number, (name, layer) in enumerate(held.named_children()):
+        if next(layer.children(), None) is None or any(id(tensor) in shared for tensor in _tensors(layer).values()):
+            continue
+        inner = f"{path}.{name}".removeprefix(".")
+        if not any(group.takes(inner, layer, number) for group in groups):
+            groups.append(_OpenGroup(layer, number, [inner]))
+    for group in groups:
+        if len(group.paths) >= _FEWEST:
+            yield LayerGroup(tuple(group.paths), frozenset(group.numbered))
+
+
+@dataclass
+class _OpenGroup:
+    """Layers found to be alike so far: the first, its number, the paths of all, what holds their numbers."""
+
+    layer: nn.Module
+    number: int
+    paths: list[str]
+    numbered: set[tuple[str, str]] = field(default_factory=set)
+
+    def takes(self, path: str, layer: nn.Module, number: int) -> bool:
+        """Take a layer in, if it is alike; say whether it is."""
+        found = _numbered_alike(self.layer, layer, self.number, number)
+        if found is not None:
+            self.paths.append(path)
+            self.numbered |= found
+        return found is not None
+
+
+def _shared_tensors(model: nn.Module) -> frozenset[int]:
+    """Tensors that more than one child of a list, or something outside of it, holds."""
+    holders: dict[int, set[str]] = {}
+    for path, tensor in _tensors(model).items():
+        holders.setdefault(id(tensor), set()).add(path.rpartition(".")[0])
+    return frozenset(key for key, found in holders.items() if len(found) > 1)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return parameters | dict(module.named_buffers(remove_duplicate=False))
+
+
+def _numbered_alike(one: nn.Module, other: nn.Module, number: int, others: int) -> set[tuple[str, str]] | None:
+    """The attributes that hold the numbers of two layers that are alike; None where they are not."""
+    pairs = _pairs(one, other)
+    if pairs is None:
+        return None
+    numbered: set[tuple[str, str]] = set()
+    for path, name, mine, theirs in _attributes(pairs):
+        if type(mine) is type(theirs) is int and (mine, theirs) == (number, others):
+            numbered.add((path, name))
+        elif not _same(mine, theirs, one, other):
+            return None
+    return numbered
+
+
+def _attributes(pairs: Mapping[str, tuple[nn.Module, nn.Module]]) -> Iterator[tuple[str, str, Any, Any]]:
+    """Path and name of every attribute of two layers' modules, and its value in both."""
+    for path, (mine, theirs) in pairs.items():
+        for name in vars(mine).keys() - _OWN:
+            yield path, name, vars(mine)[name], vars(theirs)[name]
+
+
+def _pairs(one: nn.Module, other: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]] | None:
+    """The modules of two layers by path; None where they differ in classes, tensors or names."""
+    mine, theirs = dict(one.named_modules()), dict(other.named_modules())
+    if list(mine) != list(theirs):
+        return None
+    pairs = {path: (module, theirs[path]) for path, module in mine.items()}
+    return pairs if all(_same_kind(a, b) for a, b in pairs.values()) else None
+
+
+def _same_kind(one: nn.Module, other: nn.Module) -> bool:
+    if type(one) is not type(other) or one.training != other.training or vars(one).keys() != vars(other).keys():
+        return False
+    held = ((one._parameters, other._parameters), (one._buffers, other._buffers))
+    return all(a.keys() == b.keys() and all(_same_size(a[name], b[name]) for name in a) for a, b in held)
+
+
+def _same_size(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    told = ((t.shape, t.dtype, t.device, t.requires_grad, type(t), t.layout) for t in (one, other))
+    return len(set(told)) == 1 and (one.layout is not torch.strided or one.stride() == other.stride())
+
+
+def _same(one: Any, other: Any, mine: nn.Module, theirs: nn.Module) -> bool:
+    """Whether two attributes of modules say the same; what cannot be told is taken to differ."""
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    parts, others = _parts(one, mine), _parts(other, theirs)
+    if parts is not None and others is not None:
+        return parts.keys() == others.keys() and all(_same(parts[key], others[key], mine, theirs) for key in parts)
+    if isinstance(one, Tensor):
+        return _same_size(one, other) and torch.equal(one, other)
+    return isinstance(one, _PLAIN) and bool(one == other)
+
+
+def _parts(value: Any, layer: nn.Module) -> Mapping[Any, Any] | None:
+    """What a value is made of, by name or place; None where it is not made of others."""
+    if isinstance(value, types.MethodType):
+        return {"function": value.__func__, "of": _place(value.__self__, layer)}
+    if isinstance(value, functools.partial):
+        return {"function": value.func, "args": value.args, "keywords": value.keywords}
+    if isinstance(value, tuple | list):
+        return dict(enumerate(value))
+    return value if isinstance(value, Mapping) else None
+
+
+_PLAIN = (int, float, complex, str, bytes, set, frozenset, torch.Size, torch.dtype, torch.device)
+"""Values that say all that they are by comparing."""
+
+
+def _place(module: object, layer: nn.Module) -> object:
+    """A module's path within a layer; itself where it is not of it."""
+    return next((path for path, found in layer.named_modules() if found is module), module)

@@ -1,0 +1,107 @@
+"""The sites of a copy to be traced: each calls its op, so that a capture has one node for every call of one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorac.errors import CaptureError, nearest_name
+from lorac.frontend.layer_classes import (
+    Forward,
+    calls_super_forward,
+    has_plain_forward,
+    pad_conv_input,
+    replace_super_forward,
+)
+from lorac.ir.sites import is_gpt2_conv1d, read_conv_geometry
+from lorac.ir.slots.program_values import first_tensor, replace_first_tensor
+
+
+def mark_sites(model: nn.Module, blocks: Collection[str] = (), prefix: str = "") -> list[str]:
+    """Make every site of ``model`` (a structural copy) call its op, in place; return the paths of the sites.
+
+    Args:
+        model: the copy.
+        blocks: paths of modules whose exits are marked too.
+        prefix: what the sites' paths begin with, where the model is one component of several.
+
+    Raises:
+        CaptureError: ``blocks`` names no module of the model.
+    """
+    modules = {f"{prefix}{path}": module for path, module in model.named_modules()}
+    if unknown := sorted(set(blocks) - modules.keys()):
+        raise CaptureError(
+            f"the model has no module {unknown[0]!r} to mark as a block",
+            nearest=nearest_name(unknown[0], modules),
+            next_step="`lorac sites MODEL` prints the blocks",
+            code="capture_failed",
+        )
+    sites = []
+    for path, module in modules.items():
+        if (forward := _site_forward(module, path)) is not None:
+            _override(module, forward)
+            sites.append(path)
+    for path in blocks:
+        module = modules[path]
+        module.forward = _block_forward(module.forward, path)
+        sites.append(path)
+    return sites
+
+
+def _site_forward(module: nn.Module, path: str) -> Forward | None:
+    """The forward that calls the op of this site; None where the module is no site."""
+    if isinstance(module, nn.Linear):
+        return lambda input: torch.ops.lorac.linear(input, module.weight, module.bias, path)
+    if isinstance(module, nn.Embedding) and module.max_norm is None:  # max_norm writes into the weight
+        padding = -1 if module.padding_idx is None else module.padding_idx
+        return lambda input: torch.ops.lorac.embedding(input, module.weight, padding, path)
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return _conv_forward(module, path)
+    if is_gpt2_conv1d(module):
+        conv1d: Any = module  # GPT-2's: a linear layer that stores its weight as (in, out)
+        return lambda x: torch.ops.lorac.linear(x, conv1d.weight.t(), conv1d.bias, path)
+    return None
+
+
+def _conv_forward(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, path: str) -> Forward:
+    """A convolution's forward; what its op cannot pad is padded before it."""
+    conv = read_conv_geometry(module)
+    stride, padding, dilation = list(conv.stride), list(conv.padding), list(conv.dilation)
+
+    def forward(input: Tensor) -> Tensor:
+        x, bias, groups = pad_conv_input(input, conv), module.bias, conv.groups
+        result: Tensor = torch.ops.lorac.conv(x, module.weight, bias, stride, padding, dilation, groups, path)
+        return result
+
+    return forward
+
+
+def _override(module: Any, forward: Forward) -> None:
+    """Replace a layer's own forward, where that is known.
+
+    Also below a subclass whose forward calls ``super().forward`` (a scaled or offset embedding), and below a wrapper on
+    the instance (accelerate's hooks).
+    """
+    if "_old_forward" in vars(module):
+        module._old_forward = forward
+        return
+    if has_plain_forward(module):
+        module.forward = forward
+    elif calls_super_forward(module):
+        module.__class__ = replace_super_forward(module, forward)
+
+
+def _block_forward(original: Forward, path: str) -> Forward:
+    """A block's forward with the first tensor of its output marked; the kind of output stays."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        x = first_tensor((args, kwargs))
+        return replace_first_tensor(output, lambda y: torch.ops.lorac.block(x, y, path))
+
+    forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]  # functions take attributes
+    return forward

@@ -1,0 +1,100 @@
+"""Lines of a model that a trace stumbles over, or that fix a size: what torch raises, and what it logs meanwhile.
+
+Tracing runs the model's own Python, so its frames are in every traceback. Of what the model asks about sizes torch
+keeps the answers alone, but it logs each while the line runs that asks.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+from lorac.source_lines import format_frame, innermost_user_line, is_user_code
+
+_LOGGER = "torch.fx.experimental.symbolic_shapes"
+_ADDED = re.compile(r"(\S.*) \[guard added\]")
+_ENTERED = "_call_impl"
+"""Of torch, what calls a module's forward: whatever is further out is no line of the model."""
+
+
+@dataclass(frozen=True)
+class TraceGuard:
+    """What a trace takes for granted from some line on.
+
+    Attributes:
+        condition: as torch writes it, ``Eq(s27, 7)`` for one.
+        line: ``file:line: code`` of the innermost line of the model that asked.
+    """
+
+    condition: str
+    line: str
+
+
+@contextmanager
+def record_guards(found: list[TraceGuard]) -> Iterator[None]:
+    """The guards that traces inside the block add, as they come."""
+    logger, handler = logging.getLogger(_LOGGER), _GuardHandler(found)
+    before = logger.handlers, logger.level, logger.propagate
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.handlers, level, logger.propagate = before
+        logger.setLevel(level)
+
+
+class _GuardHandler(logging.Handler):
+    def __init__(self, found: list[TraceGuard]) -> None:
+        super().__init__()
+        self._found = found
+
+    def emit(self, record: logging.LogRecord) -> None:
+        added = _ADDED.search(record.getMessage())
+        line = find_running_model_line() if added else None
+        if added and line:
+            self._found.append(TraceGuard(added[1].removeprefix("eval "), line))
+
+
+def find_running_model_line() -> str | None:
+    """The innermost line of a model that is running."""
+    frame: FrameType | None = sys._getframe(1)
+    found = None
+    while frame is not None:
+        if found is None and is_user_code(frame.f_code.co_filename):
+            found = frame
+        if found is not None and frame.f_code.co_name == _ENTERED:
+            return format_frame(found)
+        frame = frame.f_back
+    return None
+
+
+def find_fixing_line(guards: Sequence[TraceGuard], symbol: str) -> str | None:
+    """The line that fixed a size, by torch's symbol for it."""
+    named = re.compile(rf"\b{re.escape(symbol)}\b")
+    equal = [guard for guard in guards if guard.condition.startswith("Eq(") and named.search(guard.condition)]
+    alone = [guard for guard in equal if guard.condition.startswith(f"Eq({symbol}, ")]
+    return next((guard.line for guard in (*alone, *equal)), None)
+
+
+def iter_error_causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it came of."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def find_failing_model_line(error: BaseException) -> str | None:
+    """``file:line: code`` of the innermost line of the model in an error of torch.export; None where there is none."""
+    for e in iter_error_causes(error):
+        frames = traceback.extract_tb(e.__traceback__)
+        entered = next((i for i, frame in enumerate(frames) if frame.name == _ENTERED), len(frames))
+        if line := innermost_user_line(frames[entered:]):
+            return line
+    return None

@@ -1,0 +1,251 @@
+"""Attention as one op, and the same with the keys and values of what came before in a cache.
+
+``attention`` is what a layer computes of a whole text. ``cached_attention`` computes it of the tokens that are new:
+each row of a batch has so many tokens in the cache and brings so many, padded on the right. ``positions`` are those of
+a whole text, and ``rows`` picks tokens of each row. All are defined here by what they compute; a target says how it
+runs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from lorac.ir.slots.attention import BranchAttention, require_causal
+
+IDS, DECODER_IDS, LOGITS_TO_KEEP = "input_ids", "decoder_input_ids", "logits_to_keep"
+"""What a graph that keeps a cache is given: token ids, a decoder's beside those of its encoder, and the places of the
+tokens whose logits are wanted."""
+PAST_LENGTHS, NEW_LENGTHS = "past_lengths", "new_lengths"
+"""Inputs: how many tokens each row holds, and how many it brings."""
+WITHOUT_CACHE = "compile with cache=False; target='eager' generates with the model's own cache"
+"""What to do with a model that no cache fits."""
+
+_PAST_PREFIX, PRESENT_PREFIX, _ENCODER_PREFIX = "past_key_values.", "present.", "memory."
+"""What names of caches begin with: as inputs, and as outputs; and those of what an encoder made for its decoder."""
+
+
+def find_token_input(names: Container[str]) -> str:
+    """The input with the tokens of the text that grows, of those that a graph has."""
+    return DECODER_IDS if DECODER_IDS in names else IDS
+
+
+def past_names(layer: int) -> tuple[str, str]:
+    """The inputs of a layer's keys and values."""
+    return f"{_PAST_PREFIX}{layer}.key", f"{_PAST_PREFIX}{layer}.value"
+
+
+def is_past_input(name: str) -> bool:
+    """Whether an input is a layer's keys or values."""
+    return name.startswith(_PAST_PREFIX)
+
+
+def encoder_output_name(what: str) -> str:
+    """The output of an encoder, and the input of its decoder, for a value that the one makes for the other."""
+    return f"{_ENCODER_PREFIX}{what}"
+
+
+def is_encoder_output(name: str) -> bool:
+    """Whether an input is what an encoder made."""
+    return name.startswith(_ENCODER_PREFIX)
+
+
+def present_name(past: str) -> str:
+    """The output for an input of keys or values, with what is new in it."""
+    return f"{PRESENT_PREFIX}{past.removeprefix(_PAST_PREFIX)}"
+
+
+@torch.library.custom_op("lorac::attention", mutates_args=())
+def attention(  # noqa: PLR0913, PLR0917  (an op's operands)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    seen: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+    module: str,
+) -> Tensor:
+    """Attention of a whole text.
+
+    Args:
+        q: queries (batch, heads, length, size).
+        k, v: keys and values (batch, heads of keys, other length, size); so many heads of q share one of theirs.
+        bias: added to the scores; broadcast to (batch, heads, length, other length).
+        seen: of booleans: which scores count; broadcast likewise.
+        sinks: (heads,): a score of each head's own that takes its share and gives nothing.
+        scale: what the scores are multiplied by.
+        causal: whether a token sees none that come after it.
+        window: how many tokens it sees at the most, itself among them; 0 for all.
+        softcap: what the scores are bounded by, softly; 0 for nothing.
+        module: path of the module that attends.
+
+    Returns:
+        (batch, length, heads, size)
+    """
+    places = torch.arange(q.shape[2], device=q.device), torch.arange(k.shape[2], device=q.device)
+    masks = [seen, _visible_keys(places[0][None], places[1], causal, window) if causal or window else None]
+    return attend_with_masks(q, k, v, masks, bias, sinks, scale, softcap)
+
+
+@attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
+
+
+@torch.library.custom_op("lorac::cached_attention", mutates_args=())
+def cached_attention(  # noqa: PLR0913, PLR0917  (an op's operands)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    past: Tensor,
+    new: Tensor,
+    places: Tensor,
+    sinks: Tensor | None,
+    distances: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    module: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Causal attention of new tokens to themselves and to those in a cache.
+
+    Args:
+        q, k, v: of the new tokens, as ``attention``'s; padded on the right to one length.
+        past_k, past_v: the cache (batch, heads of keys, capacity, size), each row filled from its beginning.
+        past: (batch,): how many tokens each row has in the cache.
+        new: (batch,): how many it brings. ``past + new`` is at most the capacity.
+        places: (batch, length): the positions of the new tokens, ``past`` and on.
+        distances: (heads, capacity): what is added to the score of a key so many tokens before the query.
+        sinks, scale, window, softcap, module: as ``attention``'s.
+
+    Returns:
+        (batch, length, heads, size), of no meaning where padding is; and the cache with the new tokens in it.
+    """
+    held_k, held_v = past_k.clone(), past_v.clone()
+    for row, (begin, count) in enumerate(zip(past.tolist(), new.tolist(), strict=True)):
+        held_k[row, :, begin : begin + count] = k[row, :, :count]
+        held_v[row, :, begin : begin + count] = v[row, :, :count]
+    keys = torch.arange(past_k.shape[2], device=q.device)
+    bias = None
+    if distances is not None:  # padding may be farther from a key than the cache is long
+        apart = (places[:, :, None] - keys).clamp(min=0, max=distances.shape[1] - 1)
+        bias = distances[:, apart].transpose(0, 1)
+    seen = _visible_keys(places, keys, True, window)
+    return attend_with_masks(q, held_k, held_v, [seen], bias, sinks, scale, softcap), held_k, held_v
+
+
+@cached_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    out = q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
+    return out, torch.empty_like(past_k), torch.empty_like(past_v)
+
+
+@torch.library.custom_op("lorac::positions", mutates_args=())
+def positions(ids: Tensor) -> Tensor:
+    """Positions from 0 on for ids (batch, length): (batch, length)."""
+    return torch.arange(ids.shape[1], device=ids.device).expand(ids.shape).clone()
+
+
+@positions.register_fake
+def _(ids: Tensor) -> Tensor:
+    return ids.new_empty(ids.shape, dtype=torch.int64)
+
+
+@torch.library.custom_op("lorac::mask", mutates_args=())
+def mask(ids: Tensor) -> Tensor:
+    """A token that stands for a causal mask while a model is traced; none is left of those that ``attention`` knows."""
+    return ids.new_ones((1, 1, 1, 1), dtype=torch.bool)
+
+
+@mask.register_fake
+def _(ids: Tensor) -> Tensor:
+    return ids.new_empty((1, 1, 1, 1), dtype=torch.bool)
+
+
+@torch.library.custom_op("lorac::rows", mutates_args=())
+def rows(x: Tensor, places: Tensor) -> Tensor:
+    """x (batch, length, features) at places (batch, k) of each row: (batch, k, features)."""
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], places]
+
+
+@rows.register_fake
+def _(x: Tensor, places: Tensor) -> Tensor:
+    return x.new_empty((*places.shape, x.shape[2]))
+
+
+ATTENTION, CACHED_ATTENTION = attention._opoverload, cached_attention._opoverload
+POSITIONS, MASK, ROWS = positions._opoverload, mask._opoverload, rows._opoverload
+CAUSAL_OPERAND = 7
+"""Which operand of an attention says that it is to a text that grows."""
+
+
+_BRANCH_SEPARATOR = ":"
+"""In what the operand ``module`` says where a branch attends: the site's path, and which of its attentions it is."""
+
+
+def is_branch_attention(module: str) -> bool:
+    """Whether an attention is a branch's, by its operand ``module``."""
+    return _BRANCH_SEPARATOR in module
+
+
+@final
+class IncrementalAttention(BranchAttention):
+    """What branches attend by in a program whose text grows: the op, in whose place a cache is put as in a host's."""
+
+    def positions(self, x: Tensor) -> Tensor:
+        """As ``Attention`` says."""
+        found: Tensor = torch.ops.lorac.positions(x[..., 0])
+        return found
+
+    def attend(
+        self, place: str, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None, scale: float
+    ) -> Tensor:
+        """As ``Attention`` says; padding is none of the program's."""
+        require_causal(place, causal)
+        assert _BRANCH_SEPARATOR in place
+        y: Tensor = torch.ops.lorac.attention(q, k, v, None, None, None, scale, causal, 0, 0.0, place)
+        return y
+
+
+def _visible_keys(queries: Tensor, keys: Tensor, causal: bool, window: int) -> Tensor:
+    """Which keys (length,) each query (batch or 1, length) sees, by their places: (batch or 1, 1, queries, keys)."""
+    ahead = keys[None, None, :] - queries[:, :, None]
+    seen = ahead <= 0 if causal else torch.ones_like(ahead, dtype=torch.bool)
+    return (seen & (ahead > -window) if window else seen)[:, None]
+
+
+def attend_with_masks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    masks: Sequence[Tensor | None],
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """What ``attention`` computes, by several masks of which all have to admit a score."""
+    shared = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
+    scores = q @ k.transpose(2, 3) * scale
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    if bias is not None:
+        scores = scores + bias
+    for seen in masks:
+        if seen is not None:
+            scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        alone = sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)
+        scores = torch.cat([scores, alone], dim=-1)
+    shares = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(q.dtype)
+    return (shares[..., : k.shape[2]] @ v).transpose(1, 2).contiguous()

@@ -1,0 +1,138 @@
+"""What a choice of adapters puts into every slot.
+
+A snapshot is a pure function of the plans, the active adapters and the base: never of history, nor of what else is
+registered. That is what makes a swap bit-identical to a fresh compile.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from lorac.errors import ChoiceError
+from lorac.ir.algebra import operands as letters
+from lorac.ir.algebra.changes import Change, LowRank, compose
+from lorac.ir.sites import BaseReader
+from lorac.ir.slots.choice import Choice
+from lorac.ir.slots.filling import fill_branches, fill_site, filled_roles, find_missing_room, why_merged_weight
+from lorac.ir.slots.plans import BranchTerm, PreparedAdapter, Reason, SitePlan, SiteSlots
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ComposedSite:
+    """What adapters come to at one site.
+
+    Attributes:
+        change: the sum of their weight forms.
+        branches: strength and term of each that is a branch.
+        into: the roles whose slots the change fills.
+        reasons: why it fills the weight's, where it does.
+    """
+
+    change: Change | None = None
+    branches: tuple[tuple[float, BranchTerm], ...] = ()
+    into: tuple[str, ...] = ()
+    reasons: tuple[Reason, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class ComposedWeights:
+    """A choice, and what it comes to at every site that it touches."""
+
+    choice: Choice
+    composed: Mapping[str, ComposedSite] = field(default_factory=dict)
+
+
+def compose_choice(
+    plans: Mapping[str, SitePlan], prepared: Mapping[str, PreparedAdapter], choice: Choice, base: BaseReader
+) -> ComposedWeights:
+    """Compose the active adapters site by site.
+
+    Raises:
+        ChoiceError: a rank was asked for that a method cannot be cut to.
+    """
+    active = [(name, how.strength, _truncate(name, prepared[name], how.rank)) for name, how in choice]
+    composed = {}
+    for path, plan in plans.items():
+        terms = {name: (t, p.changes[path]) for name, t, p in active if path in p.changes}
+        branches = tuple((t, p.branches[path]) for _, t, p in active if path in p.branches)
+        if terms or branches:
+            change = compose(list(terms.values()), functools.partial(base.weight, plan.site))
+            composed[path] = replace(place_change(plan, change, terms), branches=branches)
+    return ComposedWeights(choice, composed)
+
+
+def place_change(plan: SitePlan, change: Change | None, names: Collection[str]) -> ComposedSite:
+    """A change and where in a plan's slots it goes.
+
+    Args:
+        plan: the site's slots.
+        change: a sum of weight forms.
+        names: the adapters that it is the sum of.
+    """
+    into = filled_roles(plan, change)
+    reasons = _merge_reasons(plan, change, names) if change is not None and letters.WEIGHT in into else ()
+    return ComposedSite(change, into=into, reasons=reasons)
+
+
+def _merge_reasons(plan: SitePlan, change: Change, names: Collection[str]) -> tuple[Reason, ...]:
+    """Why a change goes through the weight: what planning found of its adapters, what it lacks, what holds for all."""
+    own = tuple(reason for reason in plan.reasons if reason.adapter in names)
+    general = tuple(reason for reason in plan.reasons if reason.adapter is None)
+    fits_something = isinstance(change, LowRank) and not all(role.merged for role, _ in plan.roles())
+    if own or (general and not fits_something):
+        return own or general
+    if isinstance(change, LowRank):
+        return (Reason(None, plan.site.path, f"the site {find_missing_room(plan, change)}"),)
+    alone = next(iter(names)) if len(names) == 1 else None
+    why = why_merged_weight(change)
+    return (Reason(alone, plan.site.path, why if alone is not None else f"the sum {why}"),)
+
+
+def fill_slots(
+    plans: Mapping[str, SitePlan], snapshot: ComposedWeights, base: BaseReader, idle: dict[str, SiteSlots] | None = None
+) -> dict[str, SiteSlots]:
+    """The tensors of a snapshot for every site's slots, idle slots included.
+
+    Args:
+        plans: the sites' slots.
+        snapshot: the choice.
+        base: reads base weights.
+        idle: what idle sites hold, by path; what it lacks is added. Snapshots that share it share those tensors,
+            which with bound weights are as large as the base's.
+    """
+    idle = {} if idle is None else idle
+    filled = {}
+    for path, plan in plans.items():
+        composed = snapshot.composed.get(path)
+        if composed is not None:
+            filled[path] = _fill_composed(plan, composed, base)
+            continue
+        if path not in idle:
+            idle[path] = _fill_composed(plan, ComposedSite(), base)
+        filled[path] = idle[path]
+    return filled
+
+
+def _fill_composed(plan: SitePlan, composed: ComposedSite, base: BaseReader) -> SiteSlots:
+    weight = functools.partial(base.weight, plan.site)
+    slots = fill_site(plan, composed.change, composed.into, weight, base.bias(plan.site))
+    return replace(slots, branches=fill_branches(plan, composed.branches))
+
+
+def _truncate(name: str, prepared: PreparedAdapter, rank: int | None) -> PreparedAdapter:
+    if rank is None:
+        return prepared
+    power = prepared.truncatable
+    if power is None:
+        raise ChoiceError(
+            f"'{name}' cannot be cut to rank {rank}: its method is not trained to be truncated",
+            next_step="leave rank= out, or train a lorac.DyLoRA, which is",
+        )
+    changes = {path: v.truncated(rank, power) if isinstance(v, LowRank) else v for path, v in prepared.changes.items()}
+    return replace(prepared, changes=changes)

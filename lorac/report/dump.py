@@ -1,0 +1,316 @@
+"""A graph as rows of text and references: what the printer, the diff and the drawings work on.
+
+A dump holds no tensors, no fx nodes and no fake values, so it may be kept after the graph and its weights are gone.
+Names come from the module path and the op, never from a counter over the whole graph: a pass that adds a node to one
+layer renames nothing elsewhere, and identical layers have identical rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export.graph_signature import InputKind
+
+from lorac.ir.algebra.operands import BIAS, WEIGHT
+from lorac.ir.graph import ops
+from lorac.ir.graph.adapted_call import AdaptedCall, find_producing_call
+from lorac.ir.graph.graph import Graph
+from lorac.ir.sites import KINDS_WITHOUT_WEIGHT
+from lorac.ir.slots.roles import ROLES, slot_name
+from lorac.report.scopes import ModuleScopes, is_size, node_site
+
+REF = "\x00"
+"""Stands for the next reference in a row's text."""
+_SIZE_LETTERS = ("s", "t", "u", "v", "w")
+_HIDDEN_KEYWORDS = frozenset({"device", "layout", "pin_memory", "memory_format", "dtype", "non_blocking", "copy"})
+_SYMBOL = re.compile(r"\b[su]\d+\b")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One value of a graph.
+
+    Attributes:
+        kind: ``"in"``, ``"value"`` or ``"out"``.
+        name: unique within its block.
+        text: op and operands; ``REF`` stands for the next of ``refs``.
+        refs: rows it reads, by index.
+        type: dtype and shape.
+        source: file and line it was written in.
+        blocks: the repeated blocks around it, outermost first.
+        modules: every module around it, outermost first; the n-th further call of one ends in ``@n``.
+        site: the site it belongs to, or None.
+        adapted: it is a whole call of an adapted site.
+    """
+
+    kind: str
+    name: str
+    text: str
+    refs: tuple[int, ...] = ()
+    type: str = ""
+    source: str = ""
+    blocks: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+    site: str | None = None
+    adapted: bool = False
+
+
+@dataclass(frozen=True)
+class Dump:
+    """A graph as text.
+
+    Attributes:
+        name: the graph's name.
+        level: its level, in lower case.
+        rows: inputs, values, outputs.
+        sites: path of every adaptable site -> ``"fused"`` (its merged weight is a slot), ``"live"`` or ``"bare"``.
+        slots: public name of every slot -> path of its site.
+        calls: site -> how often it is called; empty once calls are lowered.
+        classes: module path -> name of the module's class.
+    """
+
+    name: str
+    level: str
+    rows: tuple[Row, ...]
+    sites: Mapping[str, str] = field(default_factory=dict)
+    slots: Mapping[str, str] = field(default_factory=dict)
+    calls: Mapping[str, int] = field(default_factory=dict)
+    classes: Mapping[str, str] = field(default_factory=dict)
+
+
+def dump(graph: Graph) -> Dump:
+    """The rows of a graph, at any level."""
+    return _GraphDumper(graph).dump()
+
+
+def short_path(path: str) -> str:
+    """The last component of a module path, with the one before where it is a number."""
+    parts = path.split(".")
+    start = len(parts) - 1
+    while start and parts[start].isdigit():
+        start -= 1
+    return ".".join(parts[start:])
+
+
+def parameter_label(name: str) -> str:
+    """A parameter or buffer as it is shown: ``W.q_proj``, ``rotary_emb.inv_freq``."""
+    owner, _, leaf = name.rpartition(".")
+    if leaf in (WEIGHT, BIAS) and owner:
+        return f"{ROLES[leaf].letter}.{short_path(owner)}"
+    return f"{short_path(owner)}.{leaf}".removeprefix(".")
+
+
+def slot_label(site: str, role: str) -> str:
+    """A slot as it is shown, without the path to its site."""
+    return slot_name(short_path(site), role)
+
+
+@functools.cache
+def short_dtype(dtype: torch.dtype | str) -> str:
+    """``f32``, ``bf16``, ``i64``, ``u8``, ``bool``."""
+    name = str(dtype).removeprefix("torch.")
+    for long, brief in (("complex", "c"), ("float", "f"), ("uint", "u"), ("int", "i")):
+        name = name.replace(long, brief)
+    return name
+
+
+class ValueNames:
+    """Names for values, of the module and the op, each unique within its block."""
+
+    def __init__(self) -> None:
+        self._taken: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
+
+    def new(self, label: str, owner: str, blocks: tuple[str, ...], *, alone: bool = False) -> str:
+        """A name for one more value.
+
+        Args:
+            label: its op.
+            owner: path of its module.
+            blocks: the repeated blocks around it.
+            alone: it is what a call of the module gives, and bears the module's name alone.
+        """
+        inner = blocks[-1].partition("@")[0] if blocks else ""
+        within = owner[len(inner) :].removeprefix(".") if owner.startswith(inner) else owner
+        stem = within if within and alone else f"{within}.{label}".removeprefix(".")
+        stem = stem.replace(" ", "_")
+        taken = self._taken[blocks]
+        taken[stem] += 1
+        return stem if taken[stem] == 1 else f"{stem}_{taken[stem] - 1}"
+
+
+class _GraphDumper:
+    """Writes the rows of one graph."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.slots = {slot.node: slot for slot in graph.slots.values()}
+        self.specs = {getattr(s.arg, "name", ""): s for s in graph.exported.graph_signature.input_specs}
+        self.symbols = self._symbols()
+        self.sizes: dict[Any, str] = {}
+        self.types: dict[int, str] = {}
+        self.index: dict[fx.Node, int] = {}
+        self.names = ValueNames()
+        self.scopes = ModuleScopes([n for n in graph.fx.nodes if n.op not in ("placeholder", "output")])
+
+    def dump(self) -> Dump:
+        rows: list[Row] = []
+        for node in self.graph.fx.nodes:
+            for row in self._rows(node):
+                self.index[node] = len(rows)
+                rows.append(row)
+        made = (node for node in self.graph.fx.nodes if find_producing_call(node).target in ops.SITE_CALLS)
+        calls = Counter(site for node in made if (site := self._site(node)) is not None)
+        slots = {slot.name: slot.site for slot in self.graph.slots.values()}
+        level, classes = self.graph.level.name.lower(), self.scopes.classes
+        return Dump(self.graph.name, level, tuple(rows), self._sites(), slots, dict(calls), classes)
+
+    def _sites(self) -> dict[str, str]:
+        plans = {path: plan for path, plan in self.graph.plans.items() if not plan.empty}
+        states = {path: "fused" if plan.bound else "live" for path, plan in plans.items()}
+        shown = (
+            path for path, site in self.graph.sites.items() if site.kind not in KINDS_WITHOUT_WEIGHT or path in plans
+        )
+        return {path: states.get(path, "bare") for path in shown}
+
+    def _rows(self, node: fx.Node) -> Iterable[Row]:
+        if node.op == "placeholder":
+            if self._is_input(node):
+                yield Row("in", node.name, "", (), self._type(node.meta.get("val")))
+            return
+        if node.op == "output":
+            for value in node.args[0]:  # type: ignore[union-attr]  # an output node holds a tuple
+                refs: list[int] = []
+                text = self._operand(value, refs)
+                of = value.meta.get("val") if isinstance(value, fx.Node) else None
+                yield Row("out", "", text, tuple(refs), self._type(of))
+            return
+        value = node.meta.get("val")
+        if is_size(value) or (value is None and not node.users):
+            return  # sizes are written where they are used; checks compute nothing
+        yield self._value(node)
+
+    def _value(self, node: fx.Node) -> Row:
+        owner, modules, source = self.scopes.of(node)
+        blocks = self.scopes.blocks_of(modules)
+        refs: list[int] = []
+        label, args, kwargs = _split_call(node)
+        operands = [self._operand(a, refs) for a in args]
+        named = [
+            f"{k}={self._operand(v, refs)}" for k, v in kwargs.items() if k not in _HIDDEN_KEYWORDS and v is not None
+        ]
+        text = " ".join(part for part in (label, ", ".join([*operands, *named])) if part)
+        name = self.names.new(label, owner, blocks, alone=node in self.scopes.exits)
+        adapted = find_producing_call(node).target is ops.adapted
+        type_ = self._type(node.meta.get("val"))
+        return Row("value", name, text, tuple(refs), type_, source, blocks, modules, self._site(node), adapted)
+
+    def _site(self, node: fx.Node) -> str | None:
+        """The site that a node belongs to: what is computed for a whole pack belongs to none alone."""
+        site = node_site(node)
+        return None if site in self.graph.packs else site
+
+    def _operand(self, value: Any, refs: list[int]) -> str:
+        if isinstance(value, fx.Node):
+            return self._node_operand(value, refs)
+        if isinstance(value, list | tuple):
+            return f"[{', '.join(self._operand(v, refs) for v in value)}]"
+        if isinstance(value, torch.dtype):
+            return short_dtype(value)
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 2**63 - 1:
+            return "end"
+        return str(value)
+
+    def _node_operand(self, node: fx.Node, refs: list[int]) -> str:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and not self._is_input(node):
+            return self._state(node)
+        if is_size(value):
+            return self._size(value)
+        if node.op == "get_attr" and node not in self.index:
+            return str(node.target)
+        refs.append(self.index[node])
+        return REF
+
+    def _state(self, node: fx.Node) -> str:
+        """A parameter, buffer, constant or slot, with its shape."""
+        shape = self._shape(node.meta.get("val"))
+        slot = self.slots.get(node.name)
+        if slot is not None:
+            return f"{slot_label(slot.site, slot.role)}{shape}!"
+        spec = self.specs.get(node.name)
+        target = str(spec.target if spec is not None and spec.target else node.target)
+        return parameter_label(target) + shape
+
+    def _is_input(self, node: fx.Node) -> bool:
+        spec = self.specs.get(node.name)
+        return node.name not in self.slots and (spec is None or spec.kind is InputKind.USER_INPUT)
+
+    def _type(self, value: Any) -> str:
+        if isinstance(value, torch.Tensor):
+            if id(value) not in self.types:  # layers that are alike share what describes their values
+                self.types[id(value)] = short_dtype(value.dtype) + self._shape(value)
+            return self.types[id(value)]
+        if isinstance(value, list | tuple):
+            return f"({', '.join(self._type(v) for v in value)})"
+        return "" if value is None else str(value)
+
+    def _shape(self, value: Any) -> str:
+        return f"[{', '.join(map(self._size, value.shape))}]" if value is not None else ""
+
+    def _size(self, size: Any) -> str:
+        """A size with the graph's own symbols replaced by letters."""
+        if isinstance(size, int):
+            return str(size)
+        expression = getattr(size, "node", size)
+        expression = getattr(expression, "expr", expression)
+        if expression not in self.sizes:
+            self.sizes[expression] = _SYMBOL.sub(lambda m: self.symbols.get(m.group(), m.group()), str(expression))
+        return self.sizes[expression]
+
+    def _symbols(self) -> dict[str, str]:
+        """Symbol -> letter: ``b`` for the first size of an input, then s, t, …; ``r`` for a rank."""
+        letters: dict[str, str] = {}
+        following = itertools.chain(_SIZE_LETTERS, (f"n{i}" for i in itertools.count()))
+        values = [(node.name, node.meta.get("val")) for node in self.graph.placeholders()]
+        shapes = [(name, value.shape) for name, value in values if isinstance(value, torch.Tensor)]
+        for name, axis, symbol in (
+            (name, axis, str(size)) for name, shape in shapes for axis, size in enumerate(shape)
+        ):
+            if symbol in letters or not _SYMBOL.fullmatch(symbol):
+                continue
+            if name in self.slots:
+                letters[symbol] = "r"
+            else:
+                letters[symbol] = "b" if axis == 0 and "b" not in letters.values() else next(following)
+        return letters
+
+
+def _split_call(node: fx.Node) -> tuple[str, list[Any], Mapping[str, Any]]:
+    """Label, operands and keywords of a node, the site's own op unwrapped."""
+    if node.target is ops.adapted:
+        call = AdaptedCall.of(node)
+        given = {role: operand for role, operand in call.operands.items() if operand.op != "placeholder"}
+        return f"adapted {_op_label(call.op)}", _strip_trailing_none(list(call.host)), given
+    args = ops.operands_of(node) if node.target in ops.SITE_OPS else node.args
+    return _op_label(node.target), _strip_trailing_none(list(args)), node.kwargs
+
+
+def _op_label(target: Any) -> str:
+    schema = getattr(target, "_schema", None)
+    if schema is None:
+        return str(getattr(target, "__name__", target))
+    return str(schema.name).removeprefix("aten::").removeprefix("lorac::").replace("::", ".")
+
+
+def _strip_trailing_none(args: list[Any]) -> list[Any]:
+    while args and args[-1] is None:
+        args.pop()
+    return args

@@ -1,0 +1,347 @@
+"""explain: per site what was done with each adapter, what it costs, and why not something cheaper."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+
+from lorac.frontend.components import MAIN_GRAPH
+from lorac.ir.algebra.reduction import BRANCH
+from lorac.ir.interface import Interface
+from lorac.ir.sites import KINDS_WITHOUT_WEIGHT, Site
+from lorac.ir.sizes import shorten_condition
+from lorac.ir.slots.choice import describe_choice
+from lorac.ir.slots.plans import Reason, SitePlan
+from lorac.ir.slots.roles import ROLES
+from lorac.report.dump import short_dtype
+from lorac.report.terms import (
+    BAKED,
+    BOUND,
+    FUSED,
+    LEFT_OUT,
+    LIVE,
+    TermDescription,
+    describe_terms,
+    describe_variant,
+    format_reason,
+    format_size,
+)
+
+_Row = TypeVar("_Row", "TermRow", "AdapterRow")
+UNUSED = "unused"
+"""The state of a term at a site whose result the program does not use."""
+_FOLD_LIMIT = 3
+"""More adapters than these, of which the same is to be said, are one line."""
+_LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")
+
+
+@dataclass(frozen=True)
+class TermRow:
+    """What became of one adapter at one site.
+
+    Attributes:
+        site: path of the site.
+        kind: what the site computes.
+        shape: (in, out).
+        adapter: the adapter's name.
+        form: its normal form, with rank or count.
+        state: what the active choice did with it, or would do where it is off (``lorac.report.terms.STATES``);
+            ``unused`` where no output of the program depends on the site.
+        strength: in the active choice; 0: off.
+        slots: which of the site's slots it fills: roles, or a branch's parameters.
+        dtype: dtype it is computed in.
+        nbytes: size of its tensors.
+        swap: what switching to it costs.
+        reasons: why it has no cheaper form or place.
+    """
+
+    site: str
+    kind: str
+    shape: tuple[int, int]
+    adapter: str
+    form: str
+    state: str
+    strength: float
+    slots: tuple[str, ...]
+    dtype: str
+    nbytes: int
+    swap: str
+    reasons: tuple[Reason, ...] = ()
+
+
+@dataclass(frozen=True)
+class AdapterRow:
+    """One adapter: its method, where it sits and how large it is.
+
+    Attributes:
+        name, method: the adapter's name; its method and hyper-parameters.
+        states: how many of its terms are in which state.
+        nbytes: size of its tensors in their normal form.
+        strength: in the active choice; 0: off.
+    """
+
+    name: str
+    method: str
+    states: Mapping[str, int]
+    nbytes: int
+    strength: float
+
+
+@dataclass(frozen=True)
+class ProgramRow:
+    """A graph that runs as a program: what it does not do as the model does.
+
+    Attributes:
+        graph: its name; of a single model empty.
+        fixed: the axes whose size the trace of the model fixed, at which, and the line of the model that did, where
+            that is known: (input, axis, size, line).
+        sizes: what the sizes that vary must meet, those that must merely be equal left out.
+        notes: what else whoever calls it should know.
+    """
+
+    graph: str
+    fixed: tuple[tuple[str, int, int, str | None], ...]
+    sizes: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What ``compiled.explain()`` answers; ``str`` of it is for people.
+
+    Attributes:
+        target, mode, active: as compiled; the active choice in one line.
+        adapters: one row per adapter.
+        terms: one row per adapter and site.
+        reserved: paths of sites that have slots and no adapter.
+        bare: paths of sites that run as the model has them.
+        casts: (dtype of the model, or asked for, dtype the target computes in), where it lacks the first.
+        programs: what is to be known of each graph that runs as a program.
+        asked: another target that was asked about; empty, where none was.
+        lacking: what that one would not compute, each op with the module and the line that ask for it.
+    """
+
+    target: str
+    mode: str
+    active: str
+    adapters: tuple[AdapterRow, ...]
+    terms: tuple[TermRow, ...]
+    reserved: tuple[str, ...]
+    bare: tuple[str, ...]
+    casts: tuple[tuple[str, str], ...]
+    programs: tuple[ProgramRow, ...] = ()
+    asked: str = ""
+    lacking: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return "\n".join(_explanation_lines(self)) + "\n"
+
+
+def explain(compiled: Any, asked: str = "", lacking: tuple[str, ...] = ()) -> Explanation:
+    """The report of a compiled model, as it is now.
+
+    Args:
+        compiled: the model.
+        asked, lacking: another target, and what it would not compute.
+    """
+    plans: Mapping[str, SitePlan] = compiled.plans
+    terms = describe_terms(compiled.pool, plans, mode=compiled.mode, snapshot=compiled.snapshot)
+    unused = {path for signature in compiled.engine.signatures.values() for path in signature.unused}
+    rows = tuple(_term_row(term, plans[path].site) for path, found in terms.items() for term in found)
+    rows = tuple(_mark_unused(row) if row.site in unused else row for row in rows)
+    adaptable = [path for path, s in compiled.sites.items() if s.kind not in KINDS_WITHOUT_WEIGHT]
+    return Explanation(
+        target=compiled.engine.target,
+        mode=compiled.mode,
+        active=describe_choice(compiled.choice),
+        adapters=tuple(_adapter_row(n, a, rows, compiled.active) for n, a in compiled.adapters.items()),
+        terms=rows,
+        reserved=tuple(path for path, plan in plans.items() if not plan.empty and path not in terms),
+        bare=tuple(path for path in adaptable if path not in plans or plans[path].empty),
+        casts=tuple((short_dtype(a), short_dtype(b)) for a, b in compiled.services.casts),
+        programs=tuple(_program_row(name, signature) for name, signature in compiled.engine.signatures.items()),
+        asked=asked,
+        lacking=lacking,
+    )
+
+
+def _mark_unused(row: TermRow) -> TermRow:
+    """The row of a term at a site that no output depends on: there is no slot, whatever is active."""
+    return replace(row, state=UNUSED, slots=(), swap="none: no output depends on it", reasons=())
+
+
+def _program_row(name: str, signature: Interface) -> ProgramRow:
+    sizes = signature.sizes
+    return ProgramRow(
+        graph="" if name == MAIN_GRAPH else name,
+        fixed=tuple((n, axis, sizes.shapes[n][axis] or 0, sizes.lines.get((n, axis))) for n, axis in sizes.fixed),
+        sizes=sizes.telling,
+        notes=signature.notes,
+    )
+
+
+def _term_row(term: TermDescription, site: Site) -> TermRow:
+    cheapest = term.state in (BAKED, LEFT_OUT) or (term.form == "low-rank" and term.state == LIVE)
+    return TermRow(
+        site=term.site,
+        kind=str(site.kind),
+        shape=(site.in_features, site.out_features),
+        adapter=term.adapter,
+        form=" ".join(part for part in (term.form, term.size) if part),
+        state=term.state,
+        strength=term.strength,
+        slots=term.slots,
+        dtype=_compute_dtype(term, site),
+        nbytes=term.nbytes,
+        swap=_swap_cost(term, site),
+        reasons=() if cheapest else _term_reasons(term),
+    )
+
+
+def _term_reasons(term: TermDescription) -> tuple[Reason, ...]:
+    """Those of the term; of a branch that nothing more is known of, what it has in common with all."""
+    if term.reasons or term.unfusable is None:
+        return tuple(dict.fromkeys(term.reasons))
+    return (Reason(term.adapter, term.site, term.unfusable),)
+
+
+def _compute_dtype(term: TermDescription, site: Site) -> str:
+    floating = [part.dtype for part in term.parts if part.dtype.is_floating_point]
+    own = floating[0] if floating else site.dtype
+    return short_dtype(own if own == site.dtype or term.state == LIVE else site.dtype)
+
+
+def _swap_cost(term: TermDescription, site: Site) -> str:
+    """What switching to the adapter alone costs at this site, by its form (docs/architecture.md, invariant 7)."""
+    weight = math.prod(site.kernel) * torch.empty(0, dtype=site.dtype).element_size()
+    if term.state in (BAKED, LEFT_OUT):
+        return "none: constants of the program"
+    if term.state == BOUND:
+        return f"once {format_size(weight)} for its merged weight, then rebinding"
+    if term.state == FUSED and term.form == "sparse":
+        return f"restore and write of {format_size(next(p.nbytes for p in term.parts if p.name == 'values'))}"
+    if term.state == FUSED:
+        return f"one pass over {format_size(weight)}"
+    return "rebinding, no copy"
+
+
+def _adapter_row(name: str, adapter: Any, rows: Sequence[TermRow], strengths: Mapping[str, float]) -> AdapterRow:
+    own = [row for row in rows if row.adapter == name]
+    states = Counter(row.state for row in own)
+    nbytes = sum(row.nbytes for row in own)
+    return AdapterRow(name, describe_variant(adapter.variant), dict(states), nbytes, strengths.get(name, 0.0))
+
+
+# ── Text ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+def _explanation_lines(report: Explanation) -> Iterator[str]:
+    yield f"{report.target}, {report.mode}, active: {report.active}"
+    for before, after in report.casts:
+        yield f"computed in {after}: {report.target} has no kernels for {before}"
+    for program in report.programs:
+        yield from (f"{program.graph}{': ' if program.graph else ''}{line}" for line in _program_lines(program))
+    if report.asked and not report.lacking:
+        yield f"{report.asked} claims every op of the program"
+    yield from (f"{report.asked} does not compute {op}" for op in report.lacking)
+    for row, names in _fold_rows(report.adapters, lambda row: replace(row, name="")):
+        states = ", ".join(f"{count} {state}" for state, count in sorted(row.states.items())) or "no term"
+        each = f"{format_size(row.nbytes)}{' each' if len(names) > 1 else ''}{'' if row.strength else '  off'}"
+        yield f"{_elide_names(names)}: {row.method}  {states}  {each}"
+    yield ""
+    yield from _site_lines(report)
+    for what, paths in (("reserved, no adapter", report.reserved), ("bare", report.bare)):
+        if paths:
+            yield f"{what}: {', '.join(_count_paths(paths))}"
+    yield from _slot_legend(report)
+
+
+def _program_lines(program: ProgramRow) -> Iterator[str]:
+    """A program's sizes and notes, a line each."""
+    for name, axis, size, line in program.fixed:
+        at = f", at {line}" if line else ""
+        yield f"size {size} alone on axis {axis} of '{name}': the trace of the model fixed it{at}"
+    if program.sizes:
+        told = [shorten_condition(text) for text in program.sizes[:_FOLD_LIMIT]]
+        more = len(program.sizes) - len(told)
+        yield f"sizes: {', '.join(told)}" + (f" and {more} more conditions" if more else "")
+    yield from program.notes
+
+
+def _site_lines(report: Explanation) -> Iterator[str]:
+    """Sites, those that differ only in the number of their layer together; their terms below, in columns."""
+    groups: dict[tuple[str, tuple[TermRow, ...]], int] = {}
+    by_site: dict[str, list[TermRow]] = {}
+    for row in report.terms:
+        by_site.setdefault(row.site, []).append(_without_site(row))
+    for site, found in by_site.items():
+        key = (_layer_pattern(site), tuple(found))
+        groups[key] = groups.get(key, 0) + 1
+    shown = {key: list(_fold_rows(key[1], _without_adapter)) for key in groups}
+    columns = [_term_cells(row, names) for folded in shown.values() for row, names in folded]
+    widths = [max(map(len, column)) for column in zip(*columns, strict=True)] if columns else []
+    for key, count in groups.items():
+        first = key[1][0]
+        yield f"{key[0]}  {first.kind} {first.shape[0]} -> {first.shape[1]}" + (f"  x {count}" if count > 1 else "")
+        for row, names in shown[key]:
+            cells = [cell.ljust(width) for cell, width in zip(_term_cells(row, names), widths, strict=True)]
+            yield ("  " + "  ".join(cells)).rstrip()
+            yield from (f"      why: {format_reason(reason, names)}" for reason in row.reasons)
+
+
+def _without_site(row: TermRow) -> TermRow:
+    """A row without its site, equal for sites where the same happens."""
+    return replace(row, site="", reasons=tuple(replace(reason, site="") for reason in row.reasons))
+
+
+def _without_adapter(row: TermRow) -> TermRow:
+    """A row without its adapter, equal for adapters of which the same is to be said."""
+    own = (replace(reason, adapter="") if reason.adapter == row.adapter else reason for reason in row.reasons)
+    return replace(row, adapter="", reasons=tuple(own))
+
+
+def _fold_rows(rows: Sequence[_Row], key: Callable[[_Row], object]) -> Iterator[tuple[_Row, list[str]]]:
+    """Rows in order; those of many adapters of which the same is to be said once, with all the adapters' names."""
+    alike: dict[str, list[str]] = {}
+    for row in rows:
+        alike.setdefault(repr(key(row)), []).append(_adapter_name(row))
+    for row in rows:
+        names = alike[repr(key(row))]
+        if len(names) <= _FOLD_LIMIT:
+            yield row, [_adapter_name(row)]
+        elif names[0] == _adapter_name(row):
+            yield row, names
+
+
+def _adapter_name(row: TermRow | AdapterRow) -> str:
+    return row.adapter if isinstance(row, TermRow) else row.name
+
+
+def _elide_names(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]} x {len(names)}"
+
+
+def _term_cells(row: TermRow, names: Sequence[str]) -> tuple[str, ...]:
+    slots = row.slots if row.form == BRANCH else [ROLES[role].letter for role in row.slots]
+    swap = f"swap: {row.swap}"
+    return (_elide_names(names), row.form, row.state, " ".join(slots), row.dtype, format_size(row.nbytes), swap)
+
+
+def _slot_legend(report: Explanation) -> Iterator[str]:
+    """What the letters of the slots shown stand for."""
+    shown = {role for row in report.terms if row.form != BRANCH for role in row.slots}
+    meanings = [f"{role.letter} {role.meaning}" for role in ROLES.values() if role.name in shown]
+    if meanings:
+        yield f"slots: {', '.join(meanings)}"
+
+
+def _count_paths(paths: Sequence[str]) -> list[str]:
+    return [f"{p} x {n}" if n > 1 else p for p, n in Counter(map(_layer_pattern, paths)).items()]
+
+
+def _layer_pattern(path: str) -> str:
+    return _LAYER_NUMBER.sub("*", path)

@@ -1,0 +1,72 @@
+"""A dump in Graphviz's language."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lorac.report.dump import REF, Dump
+from lorac.report.printer import AdapterNotes, SectionPrinter
+from lorac.report.sections import Section, build_dataflow, build_sections, group_items
+
+_COLORS = {"in": "#dbe9f6", "out": "#dbe9f6", "live": "#fde3c8", "fused": "#e4dcf3", "bare": "#f2f2f2"}
+
+
+def to_dot(dump: Dump, notes: AdapterNotes | None = None) -> str:
+    """The values and what they read, in Graphviz's language; identical blocks are drawn once."""
+    root = build_sections(dump)
+    standing = _map_to_representatives(root, SectionPrinter(dump, notes or AdapterNotes()))
+    edges = {(standing[a], standing[b]) for a, b in build_dataflow(dump).edges}
+    body = [*_cluster_lines(root, dump, standing, "  "), *(f"  n{a} -> n{b};" for a, b in sorted(edges) if a != b)]
+    head = [f"digraph {_quote(dump.name)} {{", '  node [shape=box, style=filled, fontname="monospace", fontsize=10];']
+    return "\n".join([*head, *body, "}"]) + "\n"
+
+
+def _map_to_representatives(root: Section, body: SectionPrinter) -> dict[int, int]:
+    """Row -> the row drawn for it: of identical blocks, the first one's."""
+    standing = {index: index for index in root.rows()}
+    for block, first in _repeated_sections(root, body):
+        standing |= dict(zip(block.rows(), first.rows(), strict=True))
+    return {index: _find_representative(standing, index) for index in standing}
+
+
+def _repeated_sections(root: Section, body: SectionPrinter) -> Iterator[tuple[Section, Section]]:
+    """Each block that is identical to one before it, and the first such; outer blocks before those inside."""
+    groups = (part for section in root.sections() for part in group_items(section) if isinstance(part, list))
+    for blocks in groups:
+        for start, length in body.runs(blocks):
+            yield from ((block, blocks[start]) for block in blocks[start + 1 : start + length])
+
+
+def _find_representative(standing: dict[int, int], index: int) -> int:
+    while standing[index] != index:
+        index = standing[index]
+    return index
+
+
+def _cluster_lines(section: Section, dump: Dump, standing: dict[int, int], indent: str) -> Iterator[str]:
+    for item in section.items:
+        if isinstance(item, Section):
+            yield from _subgraph_lines(item, dump, standing, indent)
+        elif standing[item] == item:
+            yield f"{indent}{_node_line(item, dump)}"
+
+
+def _subgraph_lines(section: Section, dump: Dump, standing: dict[int, int], indent: str) -> Iterator[str]:
+    """A block in a frame of its own; nothing where all of it is drawn elsewhere."""
+    if not any(standing[index] == index for index in section.rows()):
+        return
+    yield f"{indent}subgraph {_quote('cluster_' + section.call)} {{ label={_quote(section.call)};"
+    yield from _cluster_lines(section, dump, standing, indent + "  ")
+    yield f"{indent}}}"
+
+
+def _node_line(index: int, dump: Dump) -> str:
+    row = dump.rows[index]
+    label = row.text.replace(REF, "·") if row.kind == "value" else row.kind
+    state = dump.sites.get(row.site or "", "bare") if row.kind == "value" else row.kind
+    shown = "\\n".join(part for part in (row.name, label, row.type) if part)
+    return f"n{index} [label={_quote(shown)}, fillcolor={_quote(_COLORS[state])}];"
+
+
+def _quote(text: str) -> str:
+    return '"' + text.replace('"', '\\"') + '"'

@@ -1,0 +1,223 @@
+"""Structure of a graph: its repeated blocks, and the values that flow between them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from lorac.report.dump import REF, Dump, Row, short_path
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+
+@dataclass
+class Section:
+    """A block of rows: the whole graph, or one element of a list of modules.
+
+    Attributes:
+        call: module path of the block, ``""`` for the whole graph; ``@n`` for its n-th further call.
+        items: rows (by index) and blocks, in order.
+        parent: the block around it.
+        inputs: rows from outside that the block reads under a letter of its own, in order of first use.
+    """
+
+    call: str
+    items: list[int | Section] = field(default_factory=list)
+    parent: Section | None = None
+    inputs: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def path(self) -> str:
+        """The module path."""
+        return self.call.partition("@")[0]
+
+    def rows(self) -> Iterator[int]:
+        """Every row inside, nested blocks included."""
+        for item in self.items:
+            if isinstance(item, int):
+                yield item
+            else:
+                yield from item.rows()
+
+    def sections(self) -> Iterator[Section]:
+        """This block and every block inside."""
+        yield self
+        for item in self.items:
+            if isinstance(item, Section):
+                yield from item.sections()
+
+
+def build_sections(dump: Dump) -> Section:
+    """The blocks of a dump, as a tree."""
+    root = nest_rows(row.blocks for row in dump.rows)
+    _bind_inputs(root, dump)
+    return root
+
+
+def nest_rows(around: Iterable[Sequence[str]]) -> Section:
+    """Rows within what is around each, outermost first; what is left and entered again is a section of its own."""
+    root = Section("")
+    here = root
+    for index, calls in enumerate(around):
+        chain = _enclosing_chain(here)
+        common = 0
+        while common < min(len(chain), len(calls)) and chain[common].call == calls[common]:
+            common += 1
+        here = chain[common - 1] if common else root
+        for call in calls[common:]:
+            inner = Section(call, parent=here)
+            here.items.append(inner)
+            here = inner
+        here.items.append(index)
+    return root
+
+
+def path_stem(path: str) -> str:
+    """The path of a block without its number: neighbours of one list have the same."""
+    return path.partition("@")[0].rstrip("0123456789")
+
+
+def group_items(section: Section) -> Iterator[int | list[Section]]:
+    """The items of a section in order, neighbouring blocks together."""
+    blocks: list[Section] = []
+    for item in section.items:
+        if isinstance(item, Section):
+            blocks.append(item)
+            continue
+        if blocks:
+            yield blocks
+            blocks = []
+        yield item
+    if blocks:
+        yield blocks
+
+
+def hash_lines(text: Sequence[str]) -> str:
+    """The hash by which blocks count as identical: of their rows, in names relative to the block."""
+    return hashlib.blake2b("\n".join(text).encode(), digest_size=16).hexdigest()
+
+
+def find_runs(items: Sequence[tuple[str, str]]) -> list[tuple[int, int]]:
+    """Runs of identical neighbours.
+
+    Args:
+        items: (stem, digest) of each; blocks are neighbours of one list where their stems are equal.
+
+    Returns:
+        (start, length) of each run, in order.
+    """
+    runs: list[tuple[int, int]] = []
+    for index, item in enumerate(items):
+        if runs and items[runs[-1][0]] == item:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((index, 1))
+    return runs
+
+
+def build_dataflow(dump: Dump) -> nx.DiGraph[int]:
+    """The values of a dump as a networkx graph: node = row index, with ``row``; edges from operand to reader."""
+    import networkx as nx
+
+    graph: nx.DiGraph[int] = nx.DiGraph(name=dump.name)
+    for index, row in enumerate(dump.rows):
+        graph.add_node(index, row=row)
+        graph.add_edges_from((ref, index) for ref in row.refs)
+    return graph
+
+
+def extract_module(dump: Dump, path: str) -> Dump:
+    """What lies inside a module, as a dump of its own: what it reads from outside are its inputs.
+
+    Raises:
+        KeyError: nothing of the graph lies inside ``path``.
+    """
+    inside = [i for i, row in enumerate(dump.rows) if _is_inside(_full_path(row), path)]
+    if not inside:
+        raise KeyError(path)
+    within = set(inside)
+    outside = list(dict.fromkeys(ref for i in inside for ref in dump.rows[i].refs if ref not in within))
+    rows = [Row("in", f"x{n}" if n else "x", "", (), dump.rows[ref].type) for n, ref in enumerate(outside)]
+    index = {ref: n for n, ref in enumerate(outside)}
+    for i in inside:
+        row = dump.rows[i]
+        blocks = tuple(call for call in row.blocks if call.startswith(f"{path}."))
+        outer = blocks[-1].partition("@")[0] if blocks else path
+        name = _full_path(row)[len(outer) :].removeprefix(".") or short_path(path)
+        index[i] = len(rows)
+        rows.append(replace(row, name=name, blocks=blocks, refs=tuple(index[ref] for ref in row.refs)))
+    read = {ref for i, row in enumerate(dump.rows) if i not in within for ref in row.refs}
+    rows.extend(Row("out", "", REF, (index[i],), dump.rows[i].type) for i in inside if i in read)
+    sites = {site: state for site, state in dump.sites.items() if _is_inside(site, path)}
+    slots = {name: site for name, site in dump.slots.items() if _is_inside(site, path)}
+    return Dump(f"{dump.name}.{path}", dump.level, tuple(rows), sites, slots, dump.calls)
+
+
+def _is_inside(inner: str, path: str) -> bool:
+    return inner == path or inner.startswith(f"{path}.")
+
+
+def _full_path(row: Row) -> str:
+    if row.kind != "value":
+        return ""
+    return f"{row.blocks[-1].partition('@')[0]}.{row.name}" if row.blocks else row.name
+
+
+def _enclosing_chain(section: Section) -> list[Section]:
+    found: list[Section] = []
+    here: Section | None = section
+    while here is not None and here.call:
+        found.append(here)
+        here = here.parent
+    return found[::-1]
+
+
+def _bind_inputs(root: Section, dump: Dump) -> None:
+    """Give each block letters for what it reads from outside.
+
+    Top-level values that several outermost blocks read (a mask, rotary tables) keep their names: they are the same in
+    every layer. Everything else (the hidden state) gets a letter, so that layers that differ only in it are identical.
+    """
+    readers: dict[int, set[str]] = {}
+    for row in (row for row in dump.rows if row.blocks):
+        for ref in (ref for ref in row.refs if not dump.rows[ref].blocks):
+            readers.setdefault(ref, set()).add(row.blocks[0])
+    common = {ref for ref, blocks in readers.items() if len(blocks) > 1}
+    for section in root.sections():
+        if not section.call:
+            continue
+        inside = set(section.rows())
+        read = dict.fromkeys(ref for index in section.rows() for ref in dump.rows[index].refs)
+        outside = [ref for ref in read if ref not in inside and ref not in common]
+        section.inputs.update({ref: f"x{count or ''}" for count, ref in enumerate(outside)})
+
+
+def spell_reference(section: Section, ref: int, dump: Dump) -> str:
+    """How a row inside ``section`` spells another row: its name, relative to the block where it lies inside."""
+    row = dump.rows[ref]
+    depth = len(_enclosing_chain(section))
+    if section.call and ref in section.inputs:
+        return f"%{section.inputs[ref]}"
+    inner = row.blocks[depth:]
+    if section.call and row.blocks[:depth] != tuple(s.call for s in _enclosing_chain(section)):
+        inner = row.blocks
+        depth = 0
+    if not inner:
+        return f"%{row.name}"
+    outer = section.path if depth else ""
+    return f"%{relative_path(inner[-1], outer)}.{row.name}"
+
+
+def relative_path(call: str, outer: str) -> str:
+    """The path of a block, relative to the one around it."""
+    return call[len(outer) :].removeprefix(".") if outer and call.startswith(outer) else call
+
+
+def spell_row(row: Row, section: Section, dump: Dump) -> str:
+    """A row's op and operands, with its references spelled."""
+    parts = row.text.split(REF)
+    names = [spell_reference(section, ref, dump) for ref in row.refs]
+    return "".join(part + name for part, name in zip(parts, [*names, ""], strict=True))

@@ -1,0 +1,70 @@
+"""Whether an adapter fits what was compiled, and what would admit one that does not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+
+from lorac.errors import NeedsRecompile
+from lorac.ir.algebra import operands as letters
+from lorac.ir.algebra.changes import LowRank
+from lorac.ir.sites import KINDS_WITHOUT_WEIGHT, Site, SiteKind
+from lorac.ir.slots.filling import find_branch_misfit, find_misfit
+from lorac.ir.slots.planning import Reserve, needs_merged_weight, quantized_merge_error
+from lorac.ir.slots.plans import PreparedAdapter, SitePlan
+from lorac.ir.slots.role import SlotRole
+from lorac.ir.slots.roles import ROLES, roles_needed
+
+
+def suggest_reserve(together: Sequence[PreparedAdapter]) -> str:
+    """The ``reserve=`` argument that would admit adapters that are active together."""
+    paths = sorted({path.rpartition(".")[2] for prepared in together for path in prepared.paths})
+    changes = [change for prepared in together for change in prepared.changes.values()]
+    ranks = [v.rank for v in changes if isinstance(v, LowRank)]
+    sought = {_reserve_field(role) for change in changes for role in roles_needed(change)}
+    extras = [f"adapters={len(together)}"] if len(together) > 1 else []
+    extras += [f"{field.name}=True" for field in fields(Reserve) if field.name in sought and field.default is False]
+    return f"reserve=lorac.Reserve({', '.join([f'targets={paths}', f'rank={max(ranks, default=0)}', *extras])})"
+
+
+def _reserve_field(role: SlotRole) -> str:
+    """The field of ``Reserve`` that admits a change with such a part: any is, through a bound weight."""
+    return role.reserve or ROLES[letters.WEIGHT].reserve
+
+
+def check_capacity(
+    name: str, prepared: PreparedAdapter, plans: Mapping[str, SitePlan], sites: Mapping[str, Site]
+) -> None:
+    """Refuse an adapter that does not fit the plans.
+
+    Raises:
+        NeedsRecompile: with the ``reserve=`` that admits it.
+        CompileError: none does, since it needs a merged weight in the place of a quantised one.
+    """
+    problems = []
+    for path, change in prepared.changes.items():
+        plan = plans.get(path)
+        reason = "has no slot" if plan is None or plan.empty else find_misfit(plan, change)
+        if reason:
+            problems.append((path, reason))
+    for path, term in prepared.branches.items():
+        reason = find_branch_misfit(plans.get(path), term)
+        if reason:
+            problems.append((path, reason))
+    for path in [path for path, _ in problems if path in prepared.changes and path in sites]:
+        if sites[path].packed and needs_merged_weight(sites[path], prepared.changes[path]):
+            raise quantized_merge_error(sites[path], f", and adapter '{name}' needs a merged weight there")
+    if problems:
+        path, reason = problems[0]
+        raise NeedsRecompile(
+            f"adapter '{name}' does not fit: '{path}' {reason} ({len(problems)} sites in all)",
+            next_step=f"compile again with {_suggest_room(prepared, sites)}the adapter in adapters=",
+        )
+
+
+def _suggest_room(prepared: PreparedAdapter, sites: Mapping[str, Site]) -> str:
+    """The reserve that would admit an adapter, where one would: not for blocks, branches and bare parameters."""
+    kinds = {sites[path].kind if path in sites else SiteKind.PARAMETER for path in prepared.paths}
+    if prepared.branches or kinds & KINDS_WITHOUT_WEIGHT:
+        return ""
+    return f"{suggest_reserve([prepared])}, or with "

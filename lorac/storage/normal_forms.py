@@ -1,0 +1,88 @@
+"""Adapters in their normal forms in a file, so that whoever serves them needs no formula.
+
+    <site path>/<letter>           a tensor of a change (``lorac.ir.algebra.changes.to_outputs``)
+    <site path>/params/<name>      a parameter of a branch, whose formula is in the program
+
+The metadata entry "forms" says as JSON of which form each is, and what else there is to know of them. A tensor that
+sites have in common is in the file once, and one tensor again when it is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorac.errors import ArtifactError
+from lorac.ir.algebra.changes import Change, SparseSum, from_outputs, to_outputs
+from lorac.ir.slots.plans import BranchTerm, PreparedAdapter, Reason
+from lorac.storage.open_file import OpenFile
+from lorac.storage.plans import branch_from_json, branch_to_json
+from lorac.storage.strict_json import dump_json, parse_object
+from lorac.storage.tensor_file import TensorFile
+
+Tensor = torch.Tensor
+_ENTRY = "forms"
+
+
+def write_normal_forms(path: Path, prepared: PreparedAdapter) -> None:
+    """Write an adapter's normal forms; equal forms give equal bytes."""
+    tensors: dict[str, Tensor] = {}
+    changes, branches = {}, {}
+    for site, change in prepared.changes.items():
+        assert not isinstance(change, SparseSum)  # the sum of several adapters
+        form, parts = to_outputs(change)
+        changes[site] = {"form": form, "letters": [*parts]}
+        tensors |= {_letter(site, letter): part for letter, part in parts.items()}
+    for site, term in prepared.branches.items():
+        branches[site] = branch_to_json(term.slot)
+        tensors |= {_parameter(site, name): part for name, part in zip(term.slot.params, term.params, strict=True)}
+    told = {
+        "changes": changes,
+        "branches": branches,
+        "truncatable": prepared.truncatable,
+        "reasons": [[reason.adapter, reason.site, reason.why] for reason in prepared.reasons],
+    }
+    TensorFile.write(path, tensors, notes={_ENTRY: dump_json(told)})
+
+
+def read_normal_forms(held: OpenFile) -> PreparedAdapter:
+    """An adapter's normal forms, in memory of their own.
+
+    Raises:
+        ArtifactError: the file has no such description.
+    """
+
+    def damaged(reason: str) -> ArtifactError:
+        return ArtifactError(
+            f"the description in '{held.where}' {reason}", next_step="copy the whole folder again, or save it anew"
+        )
+
+    file = TensorFile(held)
+    told = parse_object(file.notes.get(_ENTRY, ""), damaged)
+    tensors = file.kept()
+    return PreparedAdapter(
+        changes={site: _change(site, stored, tensors) for site, stored in told["changes"].items()},
+        branches={site: _branch(site, stored, tensors) for site, stored in told["branches"].items()},
+        truncatable=told["truncatable"],
+        reasons=tuple(Reason(*reason) for reason in told["reasons"]),
+    )
+
+
+def _change(site: str, stored: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Change:
+    return from_outputs(stored["form"], {letter: tensors[_letter(site, letter)] for letter in stored["letters"]}, None)
+
+
+def _branch(site: str, stored: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> BranchTerm:
+    slot = branch_from_json(site, stored)
+    return BranchTerm(slot, tuple(tensors[_parameter(site, name)] for name in slot.params))
+
+
+def _letter(site: str, letter: str) -> str:
+    return f"{site}/{letter}"
+
+
+def _parameter(site: str, name: str) -> str:
+    return f"{site}/params/{name}"

@@ -1,0 +1,104 @@
+"""The parts of a compiled program as JSON and back: plans, choices, and the structure of the host's output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from lorac.errors import ArtifactError, Unavailable, nearest_name
+from lorac.ir.algebra.formulas import Formula
+from lorac.ir.graph.graph import SlotInput
+from lorac.ir.sites import Site
+from lorac.ir.slots.choice import Active, Choice
+from lorac.ir.slots.plans import BranchSlot, RankPolicy, Reason, SitePlan
+from lorac.ir.slots.roles import ROLES
+
+
+# ── Plans ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+def plan_to_json(plan: SitePlan) -> dict[str, Any]:
+    """A plan without its site, which the skeleton knows."""
+    return {
+        "room": dict(plan.room),
+        "ranks": plan.ranks,
+        "branches": [branch_to_json(branch) for branch in plan.branches],
+        "reasons": [[r.adapter, r.why] for r in plan.reasons],
+    }
+
+
+def plan_from_json(site: Site, stored: Mapping[str, Any]) -> SitePlan:
+    """The plan of a site.
+
+    Raises:
+        ArtifactError: it has room for a role that is not in the table.
+    """
+    unknown = [role for role in stored["room"] if role not in ROLES]
+    if unknown:
+        raise ArtifactError(
+            f"the plan of '{site.path}' has room for '{unknown[0]}', which is no role of a slot",
+            nearest=nearest_name(unknown[0], ROLES),
+            next_step="save it again with this lorac",
+        )
+    branches = tuple(branch_from_json(site.path, branch) for branch in stored["branches"])
+    reasons = tuple(Reason(adapter, site.path, why) for adapter, why in stored["reasons"])
+    return SitePlan(site, stored["room"], branches, reasons, ranks=RankPolicy(stored["ranks"]))
+
+
+def branch_to_json(branch: BranchSlot) -> dict[str, Any]:
+    """Room for a branch, without its formula."""
+    return {
+        "key": branch.key,
+        "params": {name: list(shape) for name, shape in branch.params.items()},
+        "emits": list(branch.emits),
+        "reads": list(branch.reads),
+        "once": branch.once,
+        "mixes": branch.mixes,
+    }
+
+
+def branch_from_json(path: str, stored: Mapping[str, Any]) -> BranchSlot:
+    """Room for a branch at a site. Its formula is in the program; here something only holds the place."""
+    return BranchSlot(
+        key=stored["key"],
+        formula=Formula(_emitted(path), "a stored program", path),
+        params={name: tuple(shape) for name, shape in stored["params"].items()},
+        emits=tuple(stored["emits"]),
+        reads=tuple(stored["reads"]),
+        once=stored["once"],
+        mixes=stored.get("mixes", False),
+    )
+
+
+def _emitted(path: str) -> Callable[..., torch.Tensor]:
+    def formula(*_: Any) -> torch.Tensor:
+        raise Unavailable(
+            f"the branch at '{path}' is part of a stored program and has no formula any more",
+            next_step="compile from the model again, with the adapter in adapters=",
+        )
+
+    return formula
+
+
+# ── Choices ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def choice_to_json(choice: Choice) -> dict[str, Any]:
+    """Name -> strength and rank."""
+    return {name: {"strength": how.strength, "rank": how.rank} for name, how in choice}
+
+
+def choice_from_json(stored: Mapping[str, Any]) -> dict[str, Active] | None:
+    """What ``swap`` takes."""
+    return {name: Active(how["strength"], how["rank"]) for name, how in stored.items()} or None
+
+
+# ── The output's structure ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def slot_to_json(slot: SlotInput) -> dict[str, Any]:
+    """A slot input as JSON."""
+    return {**vars(slot), "members": list(slot.members), "sizes": list(slot.sizes)}
+
+
+def slot_from_json(stored: Mapping[str, Any]) -> SlotInput:
+    """The inverse of ``slot_to_json``."""
+    return SlotInput(**{**stored, "members": tuple(stored["members"]), "sizes": tuple(stored["sizes"])})

@@ -1,0 +1,308 @@
+"""Tensors in one file: written so that equal input gives equal bytes, read back mapped and one at a time.
+
+safetensors: https://github.com/huggingface/safetensors#format. The writer is lorac's own because the library writes
+several metadata entries in random order, and copies all tensors before it writes the first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from lorac.errors import ArtifactError, BaseNeeded
+from lorac.ir.sites import BaseReader, Site, SiteKind, read_stored_tensor
+from lorac.ir.slots.plans import SitePlan
+from lorac.storage.open_file import OpenFile
+from lorac.storage.strict_json import dump_json, parse_json
+
+Tensor = torch.Tensor
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_ALIAS, _TRANSPOSED, _ELSEWHERE = "alias", "transposed", "elsewhere"
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file; a function of names, values and metadata alone.
+
+    As in the library, larger element types come first, so that every tensor is aligned.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {key: metadata[key] for key in sorted(metadata)}}
+    end = 0
+    for name in names:
+        tensor, begin = tensors[name], end
+        end = begin + tensor.numel() * tensor.itemsize
+        kind = _NAMES[tensor.dtype]
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = dump_json(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            file.write(raw_bytes(tensors[name]))
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's values as bytes in row-major order."""
+    # A tensor of one element counts as contiguous whatever its strides are.
+    flat = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))
+    values: Any = flat.view(torch.uint8).numpy()
+    return memoryview(values)
+
+
+_MATRIX = 2
+
+
+@dataclass(frozen=True)
+class TensorLocation:
+    """Where the values of a tensor lie in another file of the same program.
+
+    Attributes:
+        file: its name, with slashes.
+        offset: the first byte.
+        by_columns: whether they are those of a matrix column by column.
+        row: bytes from one row of it to the next, where it is a part of a wider one; 0 where its rows lie side by side.
+    """
+
+    file: str
+    offset: int
+    by_columns: bool
+    row: int = 0
+
+
+@dataclass(frozen=True)
+class _ExternalTensor:
+    """A tensor in another file: as ``Place`` says, laid out as it is there."""
+
+    file: OpenFile
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    row: int
+
+    @property
+    def span(self) -> int:
+        """Bytes from its first to its last; what of them belongs to others is theirs."""
+        if not self.row:
+            return _bytes(self.dtype, self.shape)
+        return (self.shape[0] - 1) * self.row + _bytes(self.dtype, self.shape[1:])
+
+    @property
+    def possible(self) -> bool:
+        """Whether its numbers are some, the file has room for it, and its rows do not overlap."""
+        if not all(type(number) is int and number >= 0 for number in (self.offset, self.row, *self.shape)):
+            return False
+        apart = not self.row or (
+            len(self.shape) == _MATRIX
+            and self.row >= _bytes(self.dtype, self.shape[1:])
+            and self.row % self.dtype.itemsize == 0
+        )
+        return apart and all(self.shape) and 0 < self.span <= self.file.size - self.offset
+
+    def read(self) -> Tensor:
+        """It, mapped where it lies."""
+        flat = torch.frombuffer(self.file.mapped_part(self.offset, self.span), dtype=self.dtype)
+        if not self.row:
+            return flat.reshape(self.shape)
+        return flat.as_strided(self.shape, (self.row // self.dtype.itemsize, 1))
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """Tensors of a held file by name, mapped when asked for and let go with the last answer: nothing stays in memory.
+
+    Tensors written under several names are in the file once, some lie in it column by column, and what another file of
+    the program holds anyway lies there alone; its metadata says which.
+
+    Args:
+        file: the file.
+        files: those of the program, by name, where some tensors may lie in them.
+
+    Attributes:
+        notes: what else its metadata says.
+
+    Raises:
+        ArtifactError: its metadata speaks of a place that is none.
+    """
+
+    def __init__(self, file: OpenFile, files: Mapping[str, OpenFile] | None = None) -> None:
+        self.file, self.files = file, files or {}
+        known = (_ALIAS, _TRANSPOSED, _ELSEWHERE)
+        with safe_open(file.path, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            self.notes: Mapping[str, str] = {name: text for name, text in metadata.items() if name not in known}
+            told = {key: parse_json(metadata[key], self._damaged) for key in known if key in metadata}
+            self._alias: dict[str, str] = told.get(_ALIAS, {})
+            self._transposed = frozenset(told.get(_TRANSPOSED, ()))
+            self._elsewhere = {name: self._placed(name, entry) for name, entry in told.get(_ELSEWHERE, {}).items()}
+            self._names = frozenset({*opened.keys(), *self._alias, *self._elsewhere})
+        self._begin, self._header = self._read_header()
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        stored = self._alias.get(name, name)
+        found = self._elsewhere[stored].read() if stored in self._elsewhere else self._tensor(self._header[stored])
+        return found.t() if stored in self._transposed else found
+
+    def _placed(self, name: str, entry: Any) -> _ExternalTensor:
+        """What the metadata says of a tensor in another file, once it is found to be possible."""
+        try:
+            file, offset, row = self.files[entry["file"]], entry["offset"], entry.get("row", 0)
+            found = _ExternalTensor(file, offset, DTYPES[entry["dtype"]], tuple(entry["shape"]), row)
+        except (LookupError, TypeError, AttributeError):
+            found = None
+        if found is not None and found.possible:
+            return found
+        raise self._damaged(f"says that '{name}' lies where no file of the program has room for it")
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._names))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def kept(self) -> dict[str, Tensor]:
+        """All of them in memory of their own; what was written under several names is one tensor again."""
+        own = {name: self[name].clone() for name in self if name not in self._alias}
+        return {name: own[self._alias.get(name, name)] for name in self}
+
+    def _read_header(self) -> tuple[int, Mapping[str, Any]]:
+        """Where the tensors begin, and what the file says of each; the library has held it against the file's size."""
+        with self.file.path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header: Mapping[str, Any] = parse_json(file.read(length).decode(), self._damaged)
+        return 8 + length, header
+
+    def _tensor(self, entry: Mapping[str, Any]) -> Tensor:
+        """One tensor where it lies; all of a file's share one mapping of it."""
+        begin, end = entry["data_offsets"]
+        dtype = DTYPES[entry["dtype"]]
+        if begin == end:
+            return torch.empty(entry["shape"], dtype=dtype)
+        flat = torch.frombuffer(self.file.mapped(), dtype=torch.uint8, offset=self._begin + begin, count=end - begin)
+        return flat.view(dtype).view(entry["shape"])
+
+    def _damaged(self, reason: str) -> ArtifactError:
+        return ArtifactError(f"the metadata of '{self.file.where}' {reason}", next_step="copy the whole folder again")
+
+    @staticmethod
+    def write(
+        path: Path,
+        tensors: Mapping[str, Tensor],
+        transposed: Collection[str] = (),
+        notes: Mapping[str, str] | None = None,
+        elsewhere: Mapping[str, TensorLocation] | None = None,
+    ) -> None:
+        """Write a file; what shares its memory with an earlier tensor is written once.
+
+        Args:
+            path: the file.
+            tensors: by name.
+            transposed: matrices to write column by column, for a reader that wants their transposes contiguous.
+            notes: what else the metadata shall say, by entry.
+            elsewhere: those that another file of the program holds.
+        """
+        first: dict[Any, str] = {}
+        alias = {}
+        for name, tensor in tensors.items():
+            view = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+            known = first.setdefault(view if tensor.numel() else name, name)
+            if known != name:
+                alias[name] = known
+        places = {name: place for name, place in (elsewhere or {}).items() if name not in alias}
+        there = {name for name, place in places.items() if place.by_columns}
+        columns = sorted(({*transposed} - alias.keys() - places.keys()) | there)
+        laid_out = {n: t.detach().t() if n in columns else t.detach() for n, t in tensors.items() if n not in alias}
+        written = {name: tensor for name, tensor in laid_out.items() if name not in places}
+        told = {
+            _ALIAS: dict(sorted(alias.items())),
+            _TRANSPOSED: columns,
+            _ELSEWHERE: {name: _told(laid_out[name], place) for name, place in sorted(places.items())},
+        }
+        write_safetensors(path, written, {**(notes or {}), **{key: dump_json(value) for key, value in told.items()}})
+
+
+def _told(tensor: Tensor, place: TensorLocation) -> dict[str, Any]:
+    shape = list(tensor.shape)
+    told = {"file": place.file, "offset": place.offset, "dtype": _NAMES[tensor.dtype], "shape": shape}
+    return {**told, "row": place.row} if place.row else told
+
+
+def _bytes(dtype: torch.dtype, shape: Collection[int]) -> int:
+    return dtype.itemsize * math.prod(shape)
+
+
+def make_file_base_reader(file: Mapping[str, Tensor], device: Any = None) -> BaseReader:
+    """A reader of base weights in a file."""
+
+    def tensor(name: str) -> Tensor:
+        if name not in file:
+            raise BaseNeeded(
+                f"the base weight '{name}' is not kept, since nothing could be replaced there",
+                next_step="compile from the model again, with the site in reserve= or an adapter on it",
+            )
+        return file[name] if device is None else file[name].to(device)
+
+    def weight(site: Site) -> Tensor:
+        assert site.weight is not None
+        return site.present(tensor(site.weight))
+
+    return BaseReader(weight, lambda site: tensor(site.bias) if site.bias else None)
+
+
+def find_transposed_weights(plans: Iterable[SitePlan]) -> list[str]:
+    """Names of the stored weights whose slot holds their transpose, so that a file of them is best laid out alike."""
+    linear = [plan.site for plan in plans if plan.bound and plan.site.kind is SiteKind.LINEAR]
+    return [str(site.weight) for site in linear if not site.transposed]
+
+
+def collect_base_tensors(model: torch.nn.Module, sites: Mapping[str, Site]) -> dict[str, Tensor]:
+    """The stored weights and biases of sites, by name, in the sites' order."""
+    names = [name for site in sites.values() for name in (site.weight, site.bias) if name is not None]
+    return {name: read_stored_tensor(model, name).detach() for name in dict.fromkeys(names)}
+
+
+def hash_contents(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """A hash over a description and the tensors it belongs to, so that neither is ever taken with another's.
+
+    Args:
+        text: what describes them.
+        tensors: by name; their order does not matter.
+
+    Returns:
+        The blake2b hash of the text and of each tensor's name, dtype, shape and bytes, 16 bytes as text.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(dump_json([text, len(tensors)]).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(dump_json([name, _NAMES[tensor.dtype], list(tensor.shape)]).encode())
+        digest.update(raw_bytes(tensor))
+    return digest.hexdigest()

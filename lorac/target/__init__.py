@@ -1,0 +1,1 @@
+"""Contract between the session and a target: dialect, backend, engine, bindings, caches."""

@@ -1,0 +1,325 @@
+"""The checks in eager float64, the deciding comparison. Each takes a ``Case`` and asserts one promise."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorac.adapters.preparation import Preparer
+from lorac.errors import AdapterError, CompileError, LoracError, SiteError
+from lorac.formats import load_adapter, save_adapter
+from lorac.ir.algebra.changes import merge_bias, merge_weight
+from lorac.ir.algebra.rules import RULES
+from lorac.ir.sites import make_base_reader, read_bias
+from lorac.session.api import compile
+from lorac.session.compiled import Compiled
+from lorac.testing.case import Case
+from lorac.testing.parity import assert_parity
+from lorac.testing.samples import typical_size
+from lorac.variants.adapter import Adapter
+from lorac.variants.base import WeightVariant
+from lorac.variants.params import Role
+
+Tensor = torch.Tensor
+MIX = {"a": 0.7, "b": 0.3}
+ROUNDING = {
+    torch.float64: 1e-12,
+    torch.float32: 64 * torch.finfo(torch.float32).eps,
+    torch.float16: 2 * torch.finfo(torch.float16).eps,
+    torch.bfloat16: 2 * torch.finfo(torch.bfloat16).eps,
+}
+"""How far two computations of one thing may be apart, relative to its size.
+
+Roundings are independent and so add up as the root of their number: 64 of the last bit are 4096 of them, more than
+follow one another in any model of a test. In float64 there is room for an inverse or a decomposition besides. Half
+precision is for single layers, which compute in float32 and round twice: a product and a sum.
+"""
+
+
+def formula(case: Case) -> None:
+    """Live answers what the oracle says, for 0 to 2 batch dimensions, with and without gradients recorded."""
+    for batch in case.host.batches:
+        x = case.inputs(batch)
+        for reference in case.references(x).values():
+            assert_parity(_call(case.live, x), reference, case.base(x))
+            assert_parity(case.live(x), reference, case.base(x))
+
+
+def modes(case: Case) -> None:
+    """Fused and baked answer what live does; a method without a weight form refuses both."""
+    needs_weight = isinstance(case.variant, WeightVariant) or (case.oracle is not None and case.oracle.weight)
+    assert case.mergeable or not needs_weight, "a method with a weight form stayed a branch"
+    for mode in ("fused", "baked"):
+        if not case.mergeable:
+            assert_raises(CompileError, lambda mode=mode: case.compiled(case.a, mode=mode))  # type: ignore[misc]  # the default binds the loop's value
+            continue
+        compiled = case.compiled(case.a, mode=mode)
+        for batch in case.host.batches:
+            x = case.inputs(batch)
+            assert_parity(_call(compiled, x), _call(case.live, x), case.base(x))
+
+
+def strength(case: Case) -> None:
+    """Strength t means y + t·(y' − y), and a mixture is the sum of such terms, live and fused."""
+    base = case.base(case.x)
+    moved = {adapter.name: _call(case.compiled(adapter), case.x) - base for adapter in (case.a, case.b)}
+    for mode in ("live", "fused") if case.mergeable else ("live",):
+        compiled = case.compiled(case.a, case.b, mode=mode)
+        for choice in ({"a": 0.5}, MIX):
+            expected = base + sum(t * moved[name] for name, t in choice.items())
+            assert_parity(_call(compiled, case.x, choice), expected, base)
+            assert_parity(compiled(case.x, adapters=choice), expected, base)
+
+
+def identity_at_init(case: Case) -> None:
+    """A fresh adapter changes nothing, where the method promises that; else something."""
+    base = case.base(case.x)
+    fresh = _call(compile(case.model, {"a": case.variant}), case.x)
+    if case.variant.at(case.site).starts_as_base(case.site):
+        assert_close(fresh, base)
+    else:
+        assert not torch.equal(fresh, base), "it is said not to start as the base, yet a fresh adapter changes nothing"
+
+
+def training(case: Case) -> None:
+    """Steps with weight decay change every trainable tensor and no other byte.
+
+    What the output gives no gradient must get one from what the method emits, as a router that learns from its draws.
+    """
+    host = {name: t.clone() for name, t in case.model.state_dict().items()}
+    compiled: Any = case.compiled(case.a, aux=getattr(case.variant.at(case.site), "emits", ()))
+    compiled.train()
+    adapter = compiled.adapters["a"]
+    named = {f"{path}.{key}": t for path, at in adapter.tensors.items() for key, t in at.items()}
+    specs = case.variant.at(case.site).specs(case.site)
+    trained = {key for key in named if specs[key.rpartition(".")[2]].role is Role.TRAINABLE}
+    optimised = [p for p in compiled.parameters() if p.requires_grad]
+    assert {id(p) for p in optimised} == {id(named[key]) for key in trained}, "other tensors train than the specs say"
+    before = {key: t.detach().clone() for key, t in named.items()}
+    kept = {name: t.clone() for name, t in compiled.host.state_dict().items()}
+    _train(compiled, case.x, optimised, named, trained)
+    for key, tensor in named.items():
+        same = torch.equal(before[key], tensor)
+        assert same != (key in trained), f"{key} {'did not train' if same else 'is frozen and changed'}"
+    for name, tensor in case.model.state_dict().items():
+        assert torch.equal(tensor, host[name]), f"training changed the host's {name}"
+    for name, tensor in compiled.host.state_dict().items():
+        assert torch.equal(tensor, kept[name]), f"training changed the base's {name}"
+
+
+def undo(case: Case) -> None:
+    """Swapped to none, every mode answers the host's own bits, and fused weights are the base's."""
+    base = case.base(case.x)
+    for mode in ("live", "fused") if case.mergeable else ("live",):
+        compiled: Any = case.compiled(case.a, mode=mode)
+        assert not torch.equal(_call(compiled, case.x), base), "the adapter does nothing"
+        compiled.swap(None)
+        assert torch.equal(_call(compiled, case.x), base), f"{mode}: swapped to none, the answer is not the base's"
+        for name, tensor in case.model.state_dict().items():
+            assert torch.equal(compiled.host.state_dict()[name], tensor), f"{mode}: {name} is not the base's"
+
+
+def swapping(case: Case) -> None:
+    """After any history the bits are those of a fresh compile with the same choice and nothing else registered."""
+    adapters = {"a": case.a, "b": case.b}
+
+    def fresh(mode: str, choice: Any) -> Tensor:
+        named = [adapters[n] for n in ([choice] if isinstance(choice, str) else choice or ())]
+        return _call(case.compiled(*named, mode=mode, active=choice), case.x)
+
+    for mode in ("live", "fused") if case.mergeable else ("live",):
+        compiled = case.compiled(*adapters.values(), mode=mode)
+        expected = {str(choice): fresh(mode, choice) for choice in ("a", "b", MIX, None)}
+        for choice in ("a", "b", MIX, "a", None, MIX, "b"):
+            compiled.swap(choice)
+            assert torch.equal(_call(compiled, case.x), expected[str(choice)]), f"{mode}: {choice} after a history"
+
+
+def saving(case: Case) -> None:
+    """Saved and loaded, the adapter is the same: method, tensors, answers; saved again, the same bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        first, second = Path(folder, "first.safetensors"), Path(folder, "second.safetensors")
+        save_adapter(case.a, first, format="native", model=case.model)
+        loaded = load_adapter(first, case.model)
+        save_adapter(loaded, second, format="native", model=case.model)
+        assert first.read_bytes() == second.read_bytes(), "saved again, the file differs"
+    assert loaded.variant == case.a.variant, f"saved {case.a.variant}, loaded {loaded.variant}"
+    for key, tensor in case.a.tensors[case.host.path].items():
+        assert torch.equal(loaded.tensors[case.host.path][key], tensor), f"{key} differs after loading"
+    assert torch.equal(_call(case.compiled(loaded), case.x), _call(case.live, case.x))
+
+
+def influence(case: Case) -> None:
+    """Every tensor moves the output: none is stored for nothing.
+
+    What is only compared, as a router's bias, moves nothing until an order changes; it is shaken harder then.
+    """
+    y = _call(case.live, case.x)
+    moved = torch.linalg.vector_norm(y - case.base(case.x))
+
+    def moves(key: str, changed: Tensor) -> bool:
+        tensors = {**case.a.tensors[case.host.path], key: changed}
+        other = Adapter("a", case.a.variant, {case.host.path: tensors})
+        return bool(torch.linalg.vector_norm(_call(case.compiled(other), case.x) - y) > 1e-3 * moved)
+
+    for key, tensor in case.a.tensors[case.host.path].items():
+        floats = tensor.is_floating_point()
+        changes = (_shaken(tensor, size) for size in (0.5, 5.0)) if floats else iter([tensor.flip(-1)])
+        assert any(moves(key, changed) for changed in changes), f"{key} has no influence on the output"
+
+
+def count(case: Case) -> None:
+    """The adapter holds exactly the tensors its specs say, and as many values as the oracle counts."""
+    specs = case.variant.at(case.site).specs(case.site)
+    tensors = case.a.tensors[case.host.path]
+    assert list(tensors) == list(specs)
+    for name, spec in specs.items():
+        assert spec.admits(tuple(tensors[name].shape)), f"{name} is {tuple(tensors[name].shape)}, not {spec.shape}"
+        assert spec.role is not Role.INDEX or tensors[name].dtype == torch.int64, f"{name} is no index tensor"
+    if case.oracle is not None and case.oracle.count is not None:
+        trained = sum(tensors[name].numel() for name, spec in specs.items() if spec.role is Role.TRAINABLE)
+        expected = case.oracle.count(case.site.out_features, case.site.in_features, case.variant)
+        assert trained == expected, f"{trained} trained values, the oracle counts {expected}"
+
+
+def strange(case: Case) -> None:
+    """Numbers that are none, or of another kind than the method takes, are refused by a typed error."""
+    path = case.host.path
+    specs = case.variant.at(case.site).specs(case.site)
+    for name, tensor in case.a.tensors[path].items():
+        if specs[name].role is Role.INDEX:
+            others = (tensor.double(), tensor - 1 - tensor.max(), torch.zeros_like(tensor))
+        else:
+            others = (tensor.long(), tensor.to(torch.complex64), tensor * torch.nan)
+        for other in others:
+            adapter = Adapter("a", case.a.variant, {path: {**case.a.tensors[path], name: other}})
+            assert_raises(AdapterError, lambda adapter=adapter: case.compiled(adapter))  # type: ignore[misc]  # the default binds the loop's value
+    for field in dataclasses.fields(case.variant):
+        if isinstance(getattr(case.variant, field.name), float):
+            nan: Any = {field.name: torch.nan}
+            wrong = dataclasses.replace(case.variant, **nan)
+            assert_raises(LoracError, lambda wrong=wrong: compile(case.model, {"a": wrong}))  # type: ignore[misc]  # likewise
+
+
+def rules(case: Case) -> None:
+    """With every rule of the algebra taken away the result is the same, only slower."""
+    if not case.mergeable:
+        return
+    base = make_base_reader(case.model)
+    sites = {case.host.path: case.site}
+    with torch.no_grad():
+        values = [Preparer(sites, base, table).prepare(case.a).changes[case.host.path] for table in (RULES, ())]
+    given, plain = ((merge_weight(v, case.weight), merge_bias(v, read_bias(case.site, case.model))) for v in values)
+    assert_close(given[0], plain[0])
+    assert (given[1] is None) == (plain[1] is None)
+    if given[1] is not None and plain[1] is not None:
+        assert_close(given[1], plain[1])
+
+
+def untouched(case: Case) -> None:
+    """Compiling leaves the host as it was: bytes, flags, mode, hooks, and the process's random state."""
+    model = case.host.model()
+    model.train()
+    next(model.parameters()).requires_grad_(False)
+    before, state = _traits(model), torch.get_rng_state()
+    compile(model, {"a": case.variant})
+    assert _traits(model) == before, "compile changed the host"
+    assert torch.equal(torch.get_rng_state(), state), "compile drew from the process's random state"
+    for name, tensor in case.host.model().state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), f"compile changed the host's {name}"
+
+
+def refused(case: Case) -> None:
+    """On a kind of site the method is not defined on, or where what it reads is not, compile raises a typed error."""
+    assert_raises((SiteError, AdapterError), lambda: compile(case.model, {"a": case.variant}))
+
+
+CHECKS: Mapping[str, Callable[[Case], None]] = {
+    check.__name__: check
+    for check in (
+        formula,
+        modes,
+        strength,
+        identity_at_init,
+        training,
+        undo,
+        swapping,
+        saving,
+        influence,
+        count,
+        strange,
+        rules,
+        untouched,
+    )
+}
+"""Every check on a site of a kind that the variant admits."""
+
+
+def assert_raises(error: type[Exception] | tuple[type[Exception], ...], call: Callable[[], object]) -> None:
+    """Assert that ``call`` raises ``error``, or one of several, and nothing else."""
+    try:
+        call()
+    except error:
+        return
+    names = [kind.__name__ for kind in (error if isinstance(error, tuple) else (error,))]
+    raise AssertionError(f"{' or '.join(names)} was not raised")
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    """Assert that two tensors are one but for rounding (``ROUNDING``), relative to the size of ``expected``.
+
+    Shapes and dtypes are the same. An ``expected`` of zeros admits nothing else.
+    """
+    assert found.shape == expected.shape, f"{tuple(found.shape)}, not {tuple(expected.shape)}"
+    assert found.dtype == expected.dtype, f"{found.dtype}, not {expected.dtype}"
+    error, size = (float(torch.linalg.vector_norm(value.detach())) for value in (found - expected, expected))
+    assert error <= ROUNDING[expected.dtype] * size, f"off by {error / size if size else error:.2e} of its size"
+
+
+def _call(compiled: Compiled, x: Tensor, *choice: Any) -> Tensor:
+    chosen = {"adapters": choice[0]} if choice else {}
+    with torch.no_grad():
+        return compiled(x, **chosen)
+
+
+def _train(
+    compiled: Any, x: Tensor, optimised: list[nn.Parameter], named: Mapping[str, Tensor], trained: set[str]
+) -> None:
+    optimiser = torch.optim.AdamW(optimised, lr=1e-2, weight_decay=0.1)
+    target = torch.zeros_like(_call(compiled, x))
+    for _ in range(2):
+        optimiser.zero_grad()
+        torch.nn.functional.mse_loss(compiled(x), target).backward()
+        _told_by_what_is_emitted(compiled, [named[key] for key in trained if named[key].grad is None])
+        for key in trained:
+            gradient = named[key].grad
+            # Weight decay alone would change it too.
+            assert gradient is not None and bool(gradient.any()), f"{key} gets no gradient"
+        optimiser.step()
+
+
+def _told_by_what_is_emitted(compiled: Any, silent: list[Tensor]) -> None:
+    """Gradients of the sum of what was emitted, for tensors that the output gave none."""
+    emitted = [value for by_site in compiled.aux.values() for value in by_site.values() if value.requires_grad]
+    if silent and emitted:
+        gradients = torch.autograd.grad(sum(value.sum() for value in emitted), silent, allow_unused=True)
+        for tensor, gradient in zip(silent, gradients, strict=True):
+            tensor.grad = gradient
+
+
+def _shaken(tensor: Tensor, size: float) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
+    return tensor + size * typical_size(tensor) * noise
+
+
+def _traits(model: nn.Module) -> Any:
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    modes = {name: (m.training, len(m._forward_hooks), sorted(vars(m))) for name, m in model.named_modules()}
+    return flags, modes

@@ -1,0 +1,93 @@
+"""What reaches sites: their inputs, row by row, as batches run through the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorac.errors import AdapterError, SiteError
+from lorac.ir.sites import Site, SiteKind
+from lorac.training.initialisation.model_state import borrow_model, call_model, remove_hooks
+
+Tensor = torch.Tensor
+Visit = Callable[[str, Tensor], None]
+"""(path of a site, rows (n, in) that it was called with)."""
+IGNORED = -100
+"""The label of positions that have none, in transformers' models."""
+
+
+@torch.no_grad()
+def visit_inputs(
+    model: nn.Module, sites: Mapping[str, Site], batches: Iterable[Any], visit: Visit, *, labelled: bool
+) -> None:
+    """Run batches, in evaluation mode, and show what every site is called with.
+
+    Args:
+        model: left as it was.
+        sites: linear layers, by path.
+        batches: what the model is called with.
+        visit: gets the rows of every call, in float32 at least.
+        labelled: leave out positions that the batch masks, in ``attention_mask`` or by the label −100.
+
+    Raises:
+        SiteError: a site is no linear layer that is called.
+        SiteError: no batch reaches a site.
+        AdapterError: an input is NaN or infinite.
+    """
+    for site in sites.values():
+        _check_linear(site)
+    reached: set[str] = set()
+    kept: list[Tensor | None] = [None]
+
+    def watching(path: str) -> Any:
+        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = args[0] if args else next(iter(kwargs.values()))
+            rows = _input_rows(given, kept[0])
+            if not rows.isfinite().all():
+                raise AdapterError(
+                    f"the input of '{path}' is not finite", next_step="look for NaN in the batches", code="non_finite"
+                )
+            reached.add(path)
+            visit(path, rows)
+
+        return watch
+
+    handles = [model.get_submodule(path).register_forward_pre_hook(watching(path), with_kwargs=True) for path in sites]
+    with borrow_model(model, training=False), remove_hooks(handles):
+        for batch in batches:
+            kept[0] = _counted_positions(batch) if labelled else None
+            call_model(model, batch)
+    for path in sites.keys() - reached:
+        raise SiteError(
+            f"no batch reaches '{path}'", next_step="exclude= it, or give batches that reach it", code="site_unreached"
+        )
+
+
+def _check_linear(site: Site) -> None:
+    if site.kind is not SiteKind.LINEAR or site.within is not None:
+        raise SiteError(
+            f"'{site.path}' is a {site.kind}, and starts from activations are for linear layers that are called",
+            next_step="narrow targets=, or exclude= the module",
+            code="site_unsupported",
+        )
+
+
+def _counted_positions(batch: Any) -> Tensor | None:
+    """Which positions (b, s) of a batch count; None for all."""
+    found: Tensor | None = None
+    if isinstance(batch, Mapping):
+        mask, labels = batch.get("attention_mask"), batch.get("labels")
+        found = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        if isinstance(labels, Tensor) and labels.ndim == 2:
+            found = (labels != IGNORED) if found is None else found & (labels != IGNORED)
+    return found
+
+
+def _input_rows(given: Tensor, kept: Tensor | None) -> Tensor:
+    wide = given.detach().to(torch.promote_types(given.dtype, torch.float32))
+    if kept is not None and given.shape[:2] == kept.shape:
+        return wide[kept]
+    return wide.flatten(0, -2) if given.ndim > 1 else wide[None]

@@ -1,0 +1,193 @@
+"""Starts from what reaches the layers: CorDA and EVA.
+
+CorDA: Yang et al. 2024, arXiv 2406.05223; EVA: Paischer et al. 2024, arXiv 2410.07170.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from lorac.adapters.lora_conversion import make_lora_variant
+from lorac.adapters.residual_base import FactorPair, balance_factors
+from lorac.errors import AdapterError, OptionError, not_one_of
+from lorac.ir.sites import Site, factor_dtype
+from lorac.training.initialisation.activations import visit_inputs
+from lorac.training.initialisation.initialiser import (
+    Batches,
+    InitialisationSite,
+    Initialiser,
+    initialisation_sites,
+    replace_factors,
+)
+from lorac.variants.adapter import Adapter
+from lorac.variants.base import Variant
+from lorac.variants.lora import LoRA
+
+Tensor = torch.Tensor
+_MODES = ("ipm", "kpm")
+_DAMP, _INEXACT = 0.01, 0.05
+"""CorDA's first share of the mean variance that is added to the covariance, and how far C·C⁻¹ may be from I."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorDA(Initialiser):
+    """Components of W as its inputs see it: W·C = U·Σ·Vᵀ with C = XᵀX, B = U·√(Σ/s), A = √(Σ/s)·Vᵀ·C⁻¹.
+
+    The base keeps W − s·B·A. Every position of a batch counts, divided by the largest entry of its call, as in PEFT.
+
+    Attributes:
+        mode: PEFT's corda_method: ``"ipm"`` trains the first r components, for data of the task to learn;
+            ``"kpm"`` the last r, for data of what is to be kept.
+
+    Raises:
+        OptionError: there is no such mode.
+    """
+
+    mode: str = "ipm"
+
+    reads: ClassVar[str] = "activations"
+
+    def __post_init__(self) -> None:
+        if self.mode not in _MODES:
+            raise not_one_of("there is no mode", self.mode, _MODES)
+
+    def begin(self, adapter: Adapter, model: nn.Module, sites: Mapping[str, Site], batches: Batches) -> Adapter:
+        sums: dict[str, Tensor] = {}
+
+        def visit(path: str, rows: Tensor) -> None:
+            rows = rows / (rows.max().abs() or 1)
+            found = rows.t() @ rows
+            sums[path] = sums[path] + found if path in sums else found
+
+        visit_inputs(model, sites, batches, visit, labelled=False)
+        pairs = {path: self.pair(place, sums[path]) for path, place in initialisation_sites(adapter, model, sites)}
+        return replace_factors(adapter, pairs, residual=True)
+
+    def pair(self, place: InitialisationSite, covariance: Tensor) -> FactorPair:
+        """A and B from XᵀX (in, in); its scale does not matter."""
+        damped, inverse = _invert_damped(covariance.to(place.weight.dtype))
+        u, s, vh = torch.linalg.svd(place.weight @ damped, full_matrices=False)
+        part = slice(None, place.variant.r) if self.mode == "ipm" else slice(-place.variant.r, None)
+        return balance_factors(u[:, part], s[part], (vh @ inverse)[part], place.variant.scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EVA(Initialiser):
+    """A from the principal components of each layer's inputs, ranks where these explain most; B = 0, the base stays.
+
+    The layers' ranks add up to what they were. A layer that gets none is left out. The components are those of all
+    rows together; PEFT's are those of an incremental decomposition that stops when it hardly moves.
+
+    Attributes:
+        rho: a layer gets at most rho·r; 1 leaves the ranks as they are.
+        whiten: divide each component by the root of its singular value.
+        adjust_scaling_factors: scale alpha with the rank, so that alpha/r stays.
+
+    Raises:
+        OptionError: rho is below 1.
+    """
+
+    rho: float = 2.0
+    whiten: bool = False
+    adjust_scaling_factors: bool = True
+
+    methods: ClassVar[tuple[type[Variant], ...]] = (LoRA,)
+    reads: ClassVar[str] = "activations"
+
+    def __post_init__(self) -> None:
+        if not self.rho >= 1:
+            raise OptionError(f"rho={self.rho} leaves layers without their rank", next_step="give 1 or more")
+
+    def begin(self, adapter: Adapter, model: nn.Module, sites: Mapping[str, Site], batches: Batches) -> Adapter:
+        moments: dict[str, _InputMoments] = {path: _InputMoments() for path in sites}
+        visit_inputs(model, sites, batches, lambda path, rows: moments[path].add(rows), labelled=True)
+        variants: dict[str, Any] = {path: adapter.variant.at(site) for path, site in sites.items()}
+        most = {path: round(variants[path].r * self.rho) for path in sites}
+        found = {path: moments[path].components(path, variants[path].r, most[path]) for path in sites}
+        ranks = distribute_ranks(
+            {path: share for path, (_, _, share) in found.items()}, sum(v.r for v in variants.values())
+        )
+        tensors = {}
+        for path, rank in ranks.items():
+            vectors, sizes, _ = found[path]
+            a = vectors[:rank] / sizes[:rank, None].sqrt() if self.whiten else vectors[:rank]
+            tensors[path] = _initial_factors(adapter.tensors[path], a.to(factor_dtype(sites[path].dtype)))
+        return replace(adapter, variant=self._variant(adapter, variants, ranks), tensors=tensors, provenance={})
+
+    def _variant(self, adapter: Adapter, variants: Mapping[str, Any], ranks: Mapping[str, int]) -> LoRA:
+        scaled = {path: ranks[path] / variants[path].r if self.adjust_scaling_factors else 1 for path in ranks}
+        alphas = {path: variants[path].alpha * scaled[path] for path in ranks}
+        own: Any = adapter.variant
+        return make_lora_variant(ranks, alphas, own, rslora=own.rslora, lora_bias=own.lora_bias)
+
+
+class _InputMoments:
+    """First and second moments of rows, in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first: Tensor = torch.zeros(())
+        self.second: Tensor = torch.zeros(())
+
+    def add(self, rows: Tensor) -> None:
+        wide = rows.double()
+        self.count += len(wide)
+        self.first = self.first + wide.sum(0)
+        self.second = self.second + wide.t() @ wide
+
+    def components(self, path: str, least: int, most: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Principal components (k, in), their singular values (k,), and which share of the variance each explains.
+
+        Raises:
+            AdapterError: there are fewer rows than ``least``.
+        """
+        if self.count < least:
+            raise AdapterError(
+                f"{self.count} positions reach '{path}', which have no {least} principal components",
+                next_step="give more batches, or a smaller r",
+                code="batches_needed",
+            )
+        centred = self.second - torch.outer(self.first, self.first) / self.count
+        values, vectors = torch.linalg.eigh(centred)
+        values, vectors = values.flip(0).clamp_min(0), vectors.flip(1).t()
+        largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
+        vectors = (vectors * largest.sign())[:most]
+        return vectors, values[:most].sqrt(), values[:most] / values.sum()
+
+
+def distribute_ranks(shares: Mapping[str, Tensor], budget: int) -> dict[str, int]:
+    """The ranks of the ``budget`` components that explain most; of equal ones the first site's come first."""
+    owners = [path for path, share in shares.items() for _ in share]
+    order = torch.cat(list(shares.values())).sort(descending=True, stable=True).indices[:budget]
+    ranks = dict.fromkeys(shares, 0)
+    for index in order.tolist():
+        ranks[owners[index]] += 1
+    return {path: rank for path, rank in ranks.items() if rank}
+
+
+def _initial_factors(own: Mapping[str, Tensor], a: Tensor) -> dict[str, Tensor]:
+    b = own["lora_B"]
+    return {**own, "lora_A": a.contiguous(), "lora_B": b.new_zeros(b.shape[0], len(a))}
+
+
+def _invert_damped(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """The covariance with enough added to its diagonal to have an inverse, and the inverse."""
+    identity = torch.eye(len(covariance)).to(covariance)
+    damp = _DAMP
+    while True:
+        damped = covariance + damp * covariance.diagonal().mean() * identity
+        inverse, failed = torch.linalg.inv_ex(damped)
+        if not failed and torch.dist(damped @ inverse, identity) < _INEXACT:
+            return damped, inverse
+        if damp > 1e6:
+            raise AdapterError(
+                "the inputs of a layer are all 0, so that they tell nothing of it",
+                next_step="give other batches",
+                code="batches_needed",
+            )
+        damp *= 2

@@ -1,0 +1,140 @@
+"""Gradients of base weights, summed over batches; at no time is there a gradient of more than one weight besides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorac.errors import AdapterError, SiteError
+from lorac.ir.sites import Site, factor_dtype, read_stored_tensor
+from lorac.training.initialisation.model_state import borrow_model, call_model, remove_hooks
+
+Tensor = torch.Tensor
+Loss = Callable[[nn.Module, Any], Tensor]
+"""(model, batch) -> the loss, a scalar."""
+
+
+@dataclass(frozen=True)
+class SummedGradients:
+    """What batches gave.
+
+    Attributes:
+        sums: path of a site -> ΣG (out, in) over the batches, in the dtype of factors; of a stack (E, out, in).
+        batches: how many there were.
+    """
+
+    sums: Mapping[str, Tensor]
+    batches: int
+
+
+def compute_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The loss that a model answers itself.
+
+    Raises:
+        AdapterError: it answers none.
+    """
+    answer = call_model(model, batch)
+    loss = answer.get("loss") if isinstance(answer, Mapping) else getattr(answer, "loss", None)
+    if not isinstance(loss, Tensor):
+        raise AdapterError(
+            f"the model answers a batch with {type(answer).__name__} without a loss",
+            next_step="give batches with labels, or a loss: loss=lambda model, batch: …, a scalar",
+            code="batches_needed",
+        )
+    return loss
+
+
+def sum_gradients(
+    model: nn.Module, sites: Mapping[str, Site], batches: Iterable[Any], loss: Loss | None = None
+) -> SummedGradients:
+    """ΣG over batches of the weights of some sites, in training mode, as the paper's code has it.
+
+    Args:
+        model: left as it was.
+        sites: by path.
+        batches: what the model is called with.
+        loss: default: the model's own.
+
+    Raises:
+        AdapterError: there is no batch, or none with a loss.
+        SiteError: a weight is no parameter.
+        SiteError: no batch gives a site a gradient.
+        AdapterError: a gradient is NaN or infinite.
+    """
+    owners: dict[str, list[str]] = {}
+    for path, site in sites.items():
+        owners.setdefault(_trainable_weight_name(site, model), []).append(path)
+    sums: dict[str, Tensor] = {}
+    count = 0
+    with borrow_model(model, training=True), torch.enable_grad(), remove_hooks([]) as handles:
+        _accumulate_gradients(model, {name: sites[paths[0]] for name, paths in owners.items()}, sums, handles)
+        for batch in batches:
+            _run_backward((loss or compute_loss)(model, batch))
+            count += 1
+    if not count:
+        raise AdapterError(
+            "there are no batches to take gradients of", next_step="give at least one batch", code="batches_needed"
+        )
+    return SummedGradients(
+        {path: _find_sum(path, name, sums) for name, paths in owners.items() for path in paths}, count
+    )
+
+
+def _run_backward(loss: Tensor) -> None:
+    """Take gradients; of a loss that no weight reaches it is told by site, afterwards."""
+    if loss.requires_grad:
+        loss.backward()
+
+
+def _trainable_weight_name(site: Site, model: nn.Module) -> str:
+    assert site.weight is not None
+    if not isinstance(read_stored_tensor(model, site.weight), nn.Parameter):
+        raise SiteError(
+            f"the weight of '{site.path}' is no parameter, so that it has no gradient",
+            next_step="narrow targets=, or exclude= the module",
+            code="site_unsupported",
+        )
+    return site.weight
+
+
+def _accumulate_gradients(
+    model: nn.Module, sites: Mapping[str, Site], sums: dict[str, Tensor], handles: list[Any]
+) -> None:
+    """Have every weight's gradient added to its sum, and freed, as soon as it is there."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        parameter.grad = None
+
+    def adding(name: str, site: Site) -> Callable[[Tensor], None]:
+        def add(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            found = site.present(parameter.grad).to(factor_dtype(site.dtype))
+            sums[name] = sums[name] + found if name in sums else found.clone()
+            parameter.grad = None
+
+        return add
+
+    for name, site in sites.items():
+        weight = read_stored_tensor(model, name)
+        weight.requires_grad_(True)
+        handles.append(weight.register_post_accumulate_grad_hook(adding(name, site)))
+
+
+def _find_sum(path: str, name: str, sums: Mapping[str, Tensor]) -> Tensor:
+    if name not in sums:
+        raise SiteError(
+            f"no batch gives the weight of '{path}' a gradient",
+            next_step="exclude= it, or give batches that reach it",
+            code="site_unreached",
+        )
+    if not sums[name].isfinite().all():
+        raise AdapterError(
+            f"the gradient of the weight of '{path}' is not finite",
+            next_step="look for NaN in the batches, or compute in float32",
+            code="non_finite",
+        )
+    return sums[name]

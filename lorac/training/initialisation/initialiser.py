@@ -1,0 +1,159 @@
+"""What the starts share: ``start(adapter, model, batches=None)``, and how the first values get into an adapter.
+
+A start is a frozen dataclass of its settings, called with an adapter and the model it is for; it returns another
+adapter, and leaves both as they were, whatever goes wrong.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from lorac.adapters.fit import check_adapter
+from lorac.adapters.fresh import make_fresh_adapter
+from lorac.adapters.residual_base import FactorPair, subtract_factors
+from lorac.errors import AdapterError, AdapterNotFound, SiteError
+from lorac.ir.sites import Site, factor_dtype, find_sites, make_base_reader
+from lorac.variants.adapter import Adapter
+from lorac.variants.base import Variant
+from lorac.variants.dora import DoRA
+from lorac.variants.lora import LoRA
+
+Tensor = torch.Tensor
+Batches = Iterable[Any]
+"""Each what the model is called with: a mapping of keywords, a tuple of arguments, or one argument."""
+
+
+@dataclass(frozen=True)
+class InitialisationSite:
+    """A site that a start gives first values to.
+
+    Attributes:
+        site: the site.
+        variant: the adapter's method there, with the patterns applied.
+        weight: W (out, in), in the dtype of the factors; of a stack (E, out, in).
+    """
+
+    site: Site
+    variant: Any
+    weight: Tensor
+
+
+class Initialiser(ABC):
+    """A way to begin an adapter, by one interface: ``begun = start(adapter, model, batches)``.
+
+    Raises, when called:
+        AdapterNotFound: the adapter is of a method that the start does not fit.
+        SiteError, AdapterError: it does not fit the model; a weight is too small for what the start needs of it.
+        AdapterError: the start reads gradients or activations, and there are no batches, or none with a loss.
+        SiteError: no batch reaches one of its sites.
+        AdapterError: a gradient or an activation is NaN or infinite.
+    """
+
+    methods: ClassVar[tuple[type[Variant], ...]] = (LoRA, DoRA)
+    """What the start fits."""
+    reads: ClassVar[str] = ""
+    """What it reads of the batches: gradients or activations; empty where the weights are enough."""
+    vectors: ClassVar[int] = 1
+    """How many times r singular vectors it needs of a weight."""
+
+    def __call__(self, adapter: Adapter | Variant, model: nn.Module, batches: Batches | None = None) -> Adapter:
+        """The adapter at its first values.
+
+        Args:
+            adapter: an adapter, or a fresh method such as ``lorac.LoRA(r=8)``; only read.
+            model: the base it is to be trained on; left as it was, its random state and buffers too.
+            batches: what the model is called with, for starts that read gradients or activations.
+        """
+        sites = find_sites(model)
+        begun = self._checked(adapter, model, sites)
+        for path in begun.tensors:
+            self._check_site(sites[path], begun.variant.at(sites[path]))
+        return self.begin(begun, model, {path: sites[path] for path in begun.tensors}, self._given(batches))
+
+    @abstractmethod
+    def begin(self, adapter: Adapter, model: nn.Module, sites: Mapping[str, Site], batches: Batches) -> Adapter:
+        """Another adapter with the first values.
+
+        Args:
+            adapter: fits the model and the start.
+            model: the base.
+            sites: those that the adapter adapts.
+            batches: at least one, where the start reads any.
+        """
+
+    def _checked(self, given: Adapter | Variant, model: nn.Module, sites: Mapping[str, Site]) -> Adapter:
+        variant = given if isinstance(given, Variant) else given.variant
+        if not isinstance(variant, self.methods):
+            named = " or ".join(f"lorac.{method.__name__}" for method in self.methods)
+            raise AdapterNotFound(
+                f"{type(self).__name__} begins adapters of {named}, and this one is of method {variant.name}",
+                next_step=f"give it a {named}",
+            )
+        if isinstance(given, Variant):
+            given = make_fresh_adapter(given, given.name, model, sites, make_base_reader(model))
+        check_adapter(given, sites, model)
+        return given
+
+    def _check_site(self, site: Site, variant: Any) -> None:
+        variant.check(site)
+        if site.packed is not None:
+            raise SiteError(
+                f"the weight of '{site.path}' is held as {site.packed}, which {type(self).__name__} cannot read",
+                next_step="begin over the model in float, and train over the quantised one",
+                code="site_unsupported",
+            )
+        most = min(site.out_features, site.in_features) // self.vectors
+        if variant.r > most:
+            raise SiteError(
+                f"{type(self).__name__} needs {self.vectors * variant.r} singular vectors at '{site.path}' "
+                f"({site.in_features} -> {site.out_features})",
+                nearest=f"r={most}",
+                next_step="give a smaller r, or exclude= the module",
+                code="site_unsupported",
+            )
+
+    def _given(self, batches: Batches | None) -> Batches:
+        if not self.reads:
+            return ()
+        listed = iter(()) if batches is None else iter(batches)
+        first = list(islice(listed, 1))
+        if not first:
+            raise AdapterError(
+                f"{type(self).__name__} begins from {self.reads}, and there are no batches",
+                next_step="pass batches=, each of them what the model is called with",
+                code="batches_needed",
+            )
+        return chain(first, listed)
+
+
+def initialisation_sites(
+    adapter: Adapter, model: nn.Module, sites: Mapping[str, Site]
+) -> Iterable[tuple[str, InitialisationSite]]:
+    """The sites of an adapter with what a rule for their first values reads, one at a time."""
+    base = make_base_reader(model)
+    for path in adapter.tensors:
+        site = sites[path]
+        yield path, InitialisationSite(site, adapter.variant.at(site), base.weight(site).to(factor_dtype(site.dtype)))
+
+
+def replace_factors(adapter: Adapter, pairs: Mapping[str, FactorPair], *, residual: bool) -> Adapter:
+    """An adapter whose A and B are those of the pairs.
+
+    Args:
+        adapter: of LoRA or DoRA; only read.
+        pairs: path of every site -> A (r, in) and B (out, r).
+        residual: take s·B·A out of the base, so that the adapter begins at the base's output.
+    """
+    tensors = {
+        path: {**own, "lora_A": pairs[path][0].contiguous(), "lora_B": pairs[path][1].contiguous()}
+        for path, own in adapter.tensors.items()
+    }
+    begun = replace(adapter, tensors=tensors, provenance=dict(adapter.provenance))
+    return subtract_factors(begun, pairs) if residual else begun

@@ -1,0 +1,58 @@
+"""A model run for a while, and left as it was: modes, flags, gradients, buffers and the random state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def borrow_model(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Run a model in a mode; afterwards nothing of it shows that it ran, whether it failed or not."""
+    restore = _capture_state(model)
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    with torch.random.fork_rng(devices=sorted(device.index for device in devices)):
+        try:
+            model.train(training)
+            yield
+        finally:
+            restore()
+
+
+def _capture_state(model: nn.Module) -> Callable[[], None]:
+    """What puts back all that a run may change."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+
+    def restore() -> None:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag, grad in flags:
+            parameter.requires_grad_(flag).grad = grad
+        with torch.no_grad():
+            for buffer, kept in buffers:
+                buffer.copy_(kept)
+
+    return restore
+
+
+@contextmanager
+def remove_hooks(handles: list[Any]) -> Iterator[list[Any]]:
+    """Take hooks off again; those added to the list meanwhile too."""
+    try:
+        yield handles
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """What a model answers to a batch: a mapping of keywords, a tuple of arguments, or one argument."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple | list) else model(batch)

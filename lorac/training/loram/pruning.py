@@ -1,0 +1,275 @@
+"""A smaller model to train on: heads and hidden units taken out, or single weights set to 0."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorac.errors import OptionError, SiteError, not_one_of
+from lorac.ir.patterns import find_layer_index, find_output_layers, select_sites
+from lorac.ir.sites import Site, SiteKind, find_sites, make_base_reader
+from lorac.training.initialisation.gradients import sum_gradients
+from lorac.training.loram.pruning_record import PruningRecord
+from lorac.training.loram.units import (
+    HEADS,
+    UnitGroup,
+    count_kept_units,
+    find_unit_groups,
+    sum_unit_scores,
+    unit_positions,
+)
+
+Tensor = torch.Tensor
+SCORES = ("magnitude", "gradient", "random")
+
+
+@dataclass(frozen=True)
+class PrunedModel:
+    """A smaller model, and what of the large one it has.
+
+    Attributes:
+        model: the smaller model, with weights of its own.
+        kept: path of a layer -> its rows and columns; layers that are whole are left out.
+        masks: name of a parameter -> where it is not 0, of a model whose single weights are masked.
+        sizes: what it comes to, beside the large model.
+    """
+
+    model: nn.Module
+    kept: Mapping[str, PruningRecord]
+    masks: Mapping[str, Tensor]
+    sizes: SizeComparison
+
+
+@dataclass(frozen=True)
+class SizeComparison:
+    """Parameters and bytes of a large model and of the smaller one; weights that are masked count as bytes still.
+
+    Attributes:
+        parameters: (large, small), those of the small model that are not masked.
+        bytes: (large, small), as they lie in memory.
+    """
+
+    parameters: tuple[int, int]
+    bytes: tuple[int, int]
+
+    def __str__(self) -> str:
+        (large, small), (before, after) = self.parameters, self.bytes
+        return (
+            f"parameters {large:,} -> {small:,} ({large / small:.2f}x fewer) · "
+            f"memory {before / 2**20:.1f} -> {after / 2**20:.1f} MiB ({before / after:.2f}x less)"
+        )
+
+
+def prune(
+    model: nn.Module,
+    *,
+    heads: float = 0.5,
+    hidden: float = 0.5,
+    layers: Collection[int] | None = None,
+    by: str = "magnitude",
+    batches: Iterable[Any] | None = None,
+    loss: Any = None,
+    seed: int = 0,
+) -> PrunedModel:
+    """A copy without a share of its heads and hidden units; the residual stream, embeddings and norms stay whole.
+
+    Args:
+        model: the large one; left as it was.
+        heads: share of the heads of keys and values that goes, with the heads of queries that read them.
+        hidden: share of the hidden units that goes.
+        layers: the numbers of the layers to prune; default: all.
+        by: what decides: ``"magnitude"``, the sum of squares of a unit's weights; ``"gradient"``, that of
+            |w·∂loss/∂w| over batches (LLM-Pruner); ``"random"``.
+        batches, loss: as a start's (``lorac.training.initialisation``), for ``"gradient"``.
+        seed: for ``"random"``.
+
+    Raises:
+        OptionError: a share is none, or ``by`` is none of these.
+        SiteError: nothing can be pruned (``groups_of``).
+        AdapterError, SiteError: as ``lorac.training.initialisation.sum_gradients``.
+    """
+    _check_share("heads", heads)
+    _check_share("hidden", hidden)
+    groups = [
+        group
+        for group in find_unit_groups(model)
+        if layers is None or find_layer_index(next(iter(group.rows)), ()) in layers
+    ]
+    if not groups:
+        raise OptionError(f"layers={sorted(layers or ())} names no layer", next_step="give numbers from 0 on")
+    scores = _score_weights(
+        model, [path for group in groups for path in (*group.rows, *group.columns)], by, batches, loss, seed
+    )
+    left: list[tuple[UnitGroup, Tensor]] = []
+    for group in groups:
+        most = count_kept_units(group, heads if group.kind == HEADS else hidden)
+        left.append((group, sum_unit_scores(group, scores).topk(most).indices.sort().values))
+    kept = _make_pruning_records(model, left)
+    small = _slice_model(model, kept)
+    _update_module_sizes(small, left, everywhere=layers is None)
+    return PrunedModel(small, kept, {}, _compare_sizes(model, small, {}))
+
+
+def mask(
+    model: nn.Module,
+    share: float = 0.5,
+    *,
+    pattern: tuple[int, int] | None = None,
+    targets: str | tuple[str, ...] = "all-linear",
+) -> PrunedModel:
+    """A copy whose smallest weights are 0; its shapes are the large model's, so that recovering changes nothing.
+
+    Args:
+        model: the large one; left as it was.
+        share: of each layer's weights that are set to 0.
+        pattern: (n, m): n of every m weights beside each other in a row are set to 0, such as (4, 8); ``share`` does
+            not count then.
+        targets: the layers, as ``lorac.LoRA`` takes them.
+
+    Raises:
+        OptionError: the share is none, or the pattern does not fit.
+        SiteError: a target is no linear layer.
+        SiteError: the targets name nothing.
+    """
+    _check_share("share", share)
+    sites = find_sites(model)
+    small, masks = copy.deepcopy(model), {}
+    for site in select_sites(sites, targets, heads=find_output_layers(model)):
+        masks[_linear_weight_name(site)] = site.store(
+            _layer_mask(site, make_base_reader(model).weight(site), share, pattern)
+        )
+    with torch.no_grad():
+        for name, kept in masks.items():
+            small.get_parameter(name).mul_(kept)
+    return PrunedModel(small, {}, masks, _compare_sizes(model, small, masks))
+
+
+def _linear_weight_name(site: Site) -> str:
+    if site.kind is not SiteKind.LINEAR or site.weight is None:
+        raise SiteError(f"'{site.path}' is no linear layer", next_step="narrow targets=", code="site_unsupported")
+    return site.weight
+
+
+def _layer_mask(site: Site, weight: Tensor, share: float, pattern: tuple[int, int] | None) -> Tensor:
+    zeros, block = (int(weight.numel() * share), weight.numel()) if pattern is None else pattern
+    if not 0 <= zeros <= block or weight.numel() % block or (pattern and weight.shape[1] % block):
+        raise OptionError(
+            f"pattern={pattern} does not divide the {weight.shape[1]} columns of '{site.path}'",
+            next_step="give (n, m) with m a divisor of the columns and n at most m",
+        )
+    blocks = weight.abs().reshape(-1, block)
+    smallest = blocks.topk(zeros, dim=1, largest=False).indices
+    return torch.ones_like(blocks).scatter(1, smallest, 0).reshape(weight.shape)
+
+
+def _check_share(name: str, share: float) -> None:
+    if not 0 <= share < 1:
+        raise OptionError(f"{name}={share} is no share that can go", next_step="give a number from 0 to below 1")
+
+
+def _score_weights(
+    model: nn.Module, paths: list[str], by: str, batches: Iterable[Any] | None, loss: Any, seed: int
+) -> dict[str, Tensor]:
+    """How much every weight counts, by path of its layer."""
+    if by not in SCORES:
+        raise not_one_of("nothing is pruned by", by, SCORES)
+    weights: dict[str, Any] = {path: model.get_submodule(path).weight for path in paths}
+    if by == "magnitude":
+        return {path: weight.detach().float().square() for path, weight in weights.items()}
+    if by == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return {path: torch.rand(weight.shape, generator=generator) for path, weight in weights.items()}
+    sites = find_sites(model)
+    found = sum_gradients(model, {path: sites[path] for path in paths}, batches or (), loss)
+    return {path: (weight.detach() * found.sums[path]).abs().float() for path, weight in weights.items()}
+
+
+def _make_pruning_records(model: nn.Module, left: list[tuple[UnitGroup, Tensor]]) -> dict[str, PruningRecord]:
+    found: dict[str, PruningRecord] = {}
+    for group, units in left:
+        for path, width in group.rows.items():
+            weight = _layer_weight(model, path)
+            found[path] = PruningRecord(
+                tuple(weight.shape), unit_positions(units, width), torch.arange(weight.shape[1])
+            )
+        for path, width in group.columns.items():
+            weight = _layer_weight(model, path)
+            found[path] = PruningRecord(
+                tuple(weight.shape), torch.arange(weight.shape[0]), unit_positions(units, width)
+            )
+    return found
+
+
+def _layer_weight(model: nn.Module, path: str) -> Any:
+    return model.get_submodule(path).weight
+
+
+def _slice_model(model: nn.Module, kept: Mapping[str, PruningRecord]) -> nn.Module:
+    """A copy in which the pruned layers have what is kept of them; what goes is never copied."""
+    memo: dict[int, Any] = {}
+    for path, one in kept.items():
+        layer: Any = model.get_submodule(path)
+        memo[id(layer.weight)] = _make_parameter(layer.weight, layer.weight.detach()[one.rows][:, one.columns])
+        if layer.bias is not None:
+            memo[id(layer.bias)] = _make_parameter(layer.bias, layer.bias.detach()[one.rows])
+    small = copy.deepcopy(model, memo)
+    for path in kept:
+        layer = small.get_submodule(path)
+        layer.out_features, layer.in_features = layer.weight.shape
+    return small
+
+
+def _make_parameter(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value.clone(), requires_grad=parameter.requires_grad)
+
+
+def _update_module_sizes(small: nn.Module, left: list[tuple[UnitGroup, Tensor]], *, everywhere: bool) -> None:
+    """Tell modules their new numbers. transformers' have one configuration for all layers: each gets a copy."""
+    told: dict[str, set[int]] = {}
+    for group, units in left:
+        numbers = _unit_attributes(group, len(units))
+        owner: Any = small.get_submodule(group.owner)
+        _set_attributes(owner, numbers)
+        if hasattr(owner, "config"):
+            owner.config = copy.copy(owner.config)
+            _set_attributes(owner.config, numbers)
+        for name, number in numbers.items():
+            told.setdefault(name, set()).add(number)
+    if everywhere and hasattr(small, "config"):
+        _set_attributes(small.config, {name: min(numbers) for name, numbers in told.items() if len(numbers) == 1})
+
+
+def _unit_attributes(group: UnitGroup, left: int) -> dict[str, int]:
+    """The attributes of modules and configurations that say how many units there are."""
+    if group.kind != HEADS:
+        return {"intermediate_size": left, "ffn_dim": left}
+    return {
+        "num_heads": left * group.shared,
+        "num_attention_heads": left * group.shared,
+        "num_key_value_heads": left,
+    }
+
+
+def _set_attributes(holder: Any, numbers: Mapping[str, int]) -> None:
+    """Set those of the numbers that a module or configuration has; the size of a head stays, said or not."""
+    if hasattr(holder, "hidden_size") and hasattr(holder, "num_attention_heads"):
+        holder.head_dim = getattr(holder, "head_dim", None) or holder.hidden_size // holder.num_attention_heads
+    for name, number in numbers.items():
+        if isinstance(getattr(holder, name, None), int):
+            setattr(holder, name, number)
+
+
+def _compare_sizes(large: nn.Module, small: nn.Module, masks: Mapping[str, Tensor]) -> SizeComparison:
+    gone = sum(int(mask.numel() - mask.count_nonzero()) for mask in masks.values())
+    counts, sizes = zip(*(_measure_model(model) for model in (large, small)), strict=True)
+    return SizeComparison((counts[0], counts[1] - gone), sizes)
+
+
+def _measure_model(model: nn.Module) -> tuple[int, int]:
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() * p.itemsize for p in parameters)

@@ -1,0 +1,75 @@
+"""Which rows and columns of a layer's weight a smaller model has; and as a file, for whoever trains on that alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from lorac.errors import FormatError
+from lorac.storage.tensor_file import write_safetensors
+
+Tensor = torch.Tensor
+_RECORD_PARTS = ("shape", "rows", "columns")
+
+
+@dataclass(frozen=True, eq=False)
+class PruningRecord:
+    """What of a layer is kept.
+
+    Attributes:
+        shape: (out, in) of the large model's weight.
+        rows, columns: the positions kept, in order; all of them where a layer is pruned along the other axis only.
+    """
+
+    shape: tuple[int, int]
+    rows: Tensor
+    columns: Tensor
+
+    @property
+    def small(self) -> tuple[int, int]:
+        """(out, in) of the smaller model's weight."""
+        return len(self.rows), len(self.columns)
+
+
+def write_pruning_record(kept: Mapping[str, PruningRecord], path: str | Path) -> None:
+    """Write which positions are kept, by path of a layer, as a safetensors file."""
+    tensors: dict[str, Tensor] = {}
+    for name, one in kept.items():
+        values = (torch.tensor(one.shape), one.rows, one.columns)
+        tensors |= {f"{name}:{part}": value.to(torch.int64) for part, value in zip(_RECORD_PARTS, values, strict=True)}
+    write_safetensors(Path(path), tensors, {"format": "pt"})
+
+
+def read_pruning_record(path: str | Path) -> dict[str, PruningRecord]:
+    """What ``write_kept`` wrote.
+
+    Raises:
+        FormatError: positions are missing, or are none of the layer's.
+    """
+    stored = load_file(path)
+    names = list(dict.fromkeys(key.rpartition(":")[0] for key in stored))
+    found = {}
+    for name in names:
+        if not all(f"{name}:{part}" in stored for part in _RECORD_PARTS) or len(stored[f"{name}:shape"]) != 2:
+            raise FormatError(f"'{path}' does not tell the shape, rows and columns of '{name}'", code="corrupt_file")
+        out, columns = (int(size) for size in stored[f"{name}:shape"])
+        one = PruningRecord((out, columns), stored[f"{name}:rows"], stored[f"{name}:columns"])
+        if not (_are_valid_positions(one.rows, out) and _are_valid_positions(one.columns, columns)):
+            raise FormatError(
+                f"'{path}' keeps positions of '{name}' that a weight of {[out, columns]} does not have",
+                code="corrupt_file",
+            )
+        found[name] = one
+    return found
+
+
+def _are_valid_positions(positions: Tensor, size: int) -> bool:
+    """Whether positions rise, and are below a size."""
+    rising = bool((positions.diff() > 0).all())
+    return (
+        positions.ndim == 1 and len(positions) > 0 and rising and int(positions[0]) >= 0 and int(positions[-1]) < size
+    )

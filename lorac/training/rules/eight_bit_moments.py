@@ -1,0 +1,73 @@
+"""Moments in 8 bits, block by block, by bitsandbytes' codec: Dettmers et al. 2022, arXiv 2110.02861.
+
+bitsandbytes is asked for its two codes and for the coding of a tensor alone, which it has for the CPU, too.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lorac.errors import MissingExtra
+
+Tensor = torch.Tensor
+_BLOCK = 256
+_FEWEST = 4096
+"""Entries below which a moment stays as it is, as in bitsandbytes' own optimizers."""
+_SIGNED = {"exp_avg": True, "exp_avg_sq": False}
+
+
+@dataclass(frozen=True, eq=False)
+class OptimizerMoment:
+    """A moment while it is worked on.
+
+    Attributes:
+        values: to be written into.
+        store: puts them back where they are kept.
+    """
+
+    values: Tensor
+    store: Callable[[], None] = lambda: None
+
+
+class EightBitMoments:
+    """Keeps moments as one byte an entry, and one float for each block of 256.
+
+    Raises:
+        MissingExtra: bitsandbytes is not installed.
+    """
+
+    def __init__(self) -> None:
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise MissingExtra("bitsandbytes", None)
+        from bitsandbytes import functional
+
+        self._functional: Any = functional
+        self._codes = {name: functional.create_dynamic_map(signed=signed) for name, signed in _SIGNED.items()}
+
+    def moment(self, state: dict[str, Any], name: str, like: Tensor) -> OptimizerMoment:
+        """A moment of a state by its name, begun at 0 where there is none."""
+        if like.numel() < _FEWEST:
+            return OptimizerMoment(state.setdefault(name, torch.zeros_like(like)))
+        values = self._decoded(state[name], name, like) if name in state else torch.zeros_like(like)
+
+        def store() -> None:
+            state[name] = self._coded(values, name)
+
+        return OptimizerMoment(values, store)
+
+    def _coded(self, values: Tensor, name: str) -> dict[str, Tensor]:
+        code = self._codes[name].to(values.device)
+        coded, kept = self._functional.quantize_blockwise(values.float(), code, blocksize=_BLOCK)
+        return {"codes": coded, "largest": kept.absmax}
+
+    def _decoded(self, kept: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
+        code = self._codes[name].to(like.device)
+        values = self._functional.dequantize_blockwise(
+            kept["codes"], absmax=kept["largest"], code=code, blocksize=_BLOCK
+        )
+        return values.to(like.dtype).view_as(like)

@@ -1,0 +1,168 @@
+"""Texts in and out of a compiled language model: what it goes on with, how it answers, what it is taught by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from lorac.errors import AdapterError, Unavailable
+
+Tensor = torch.Tensor
+PromptAnswer = tuple[str, str]
+"""A prompt, and what is to come after it."""
+IGNORED = -100
+
+
+def require_tokenizer(compiled: Any) -> Any:
+    """The tokenizer of a compiled model.
+
+    Raises:
+        Unavailable: it has none.
+    """
+    tokenizer = getattr(compiled, "tokenizer", None)
+    if tokenizer is None:
+        raise Unavailable(
+            "the compiled model has no tokenizer, and a transfer is of texts",
+            next_step="set compiled.tokenizer, to the one that goes with the model",
+        )
+    return tokenizer
+
+
+@torch.no_grad()
+def continue_prompts(
+    compiled: Any, prompts: Sequence[str], *, adapters: Any = None, rows: int = 8, seed: int | None = None, **told: Any
+) -> list[str]:
+    """What a model goes on with after each prompt, without the prompt and what is special.
+
+    Args:
+        compiled: generates, and has a tokenizer.
+        prompts: texts.
+        adapters: the choice that it speaks with; None for the base.
+        rows: how many at a time.
+        seed: what is drawn from, where it samples.
+        **told: as ``generate`` takes it: max_new_tokens, do_sample, …
+    """
+    tokenizer = require_tokenizer(compiled)
+    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    found: list[str] = []
+    for start in range(0, len(prompts), rows):
+        ids = [tokenizer(prompt)["input_ids"] for prompt in prompts[start : start + rows]]
+        longest = max(map(len, ids))
+        padded = torch.tensor([[filler] * (longest - len(row)) + row for row in ids])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])
+        drawn = None if seed is None else seed + start
+        answer = compiled.generate(
+            input_ids=padded, attention_mask=mask, adapters=adapters, seed=drawn, pad_token_id=filler, **told
+        )
+        found += tokenizer.batch_decode(torch.as_tensor(answer)[:, longest:], skip_special_tokens=True)
+    return found
+
+
+@torch.no_grad()
+def compare_answers(
+    compiled: Any, prompts: Sequence[str], first: str, second: str, *, adapters: Any, rows: int = 8
+) -> list[bool]:
+    """Whether a model finds one answer likelier than another after each prompt, by their first tokens; ties are no.
+
+    Raises:
+        Unavailable: the two begin with one token.
+    """
+    tokenizer = require_tokenizer(compiled)
+    one, other = (tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in (first, second))
+    if one == other:
+        raise Unavailable(
+            f"{first!r} and {second!r} begin with one token", next_step="give answers that begin differently"
+        )
+    found: list[bool] = []
+    for start in range(0, len(prompts), rows):
+        batch = _make_batch(tokenizer, [(prompt, "") for prompt in prompts[start : start + rows]])
+        logits = torch.as_tensor(
+            compiled(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], adapters=adapters).logits
+        )
+        last = logits[torch.arange(len(logits)), batch["attention_mask"].sum(1) - 1]
+        found += (last[:, one] > last[:, other]).tolist()
+    return found
+
+
+def make_training_batches(
+    tokenizer: Any, pairs: Sequence[PromptAnswer], *, rows: int = 8, epochs: int = 1, seed: int = 0
+) -> list[dict[str, Tensor]]:
+    """Batches that teach what comes after each prompt: the prompt's own tokens have no label.
+
+    Args:
+        tokenizer: of the model that is taught.
+        pairs: prompts and what comes after; an end of text, where the tokenizer has one, is put behind it.
+        rows: of a batch.
+        epochs: how often all pairs come, each time in another order.
+        seed: of the order.
+
+    Raises:
+        AdapterError: there are no pairs.
+    """
+    if not pairs:
+        raise AdapterError(
+            "there are no pairs to teach", next_step="give at least one prompt with its answer", code="batches_needed"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for _ in range(epochs):
+        order = torch.randperm(len(pairs), generator=generator).tolist()
+        batches += [_make_batch(tokenizer, [pairs[i] for i in part]) for part in _split_rows(order, rows)]
+    return batches
+
+
+def _split_rows(order: Sequence[int], rows: int) -> Iterator[Sequence[int]]:
+    return (order[start : start + rows] for start in range(0, len(order), rows))
+
+
+def _make_batch(tokenizer: Any, pairs: Sequence[PromptAnswer]) -> dict[str, Tensor]:
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    split = []
+    for prompt, answer in pairs:
+        behind = tokenizer(answer, add_special_tokens=False)["input_ids"] + end if answer else []
+        split.append((tokenizer(prompt)["input_ids"], behind))
+    longest = max(len(before) + len(behind) for before, behind in split)
+    ids, labels, mask = (torch.full((len(split), longest), value) for value in (0, IGNORED, 0))
+    for row, (before, behind) in enumerate(split):
+        length = len(before) + len(behind)
+        ids[row, :length], mask[row, :length] = torch.tensor(before + behind), 1
+        labels[row, len(before) : length] = torch.tensor(behind, dtype=torch.long)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def fit(
+    compiled: Any,
+    batches: Sequence[dict[str, Tensor]],
+    *,
+    adapters: str,
+    lr: float = 2e-4,
+    each: Callable[[int, float], None] | None = None,
+) -> None:
+    """Train one adapter on batches, by AdamW without decay and a rate that falls to 0: the paper's.
+
+    Args:
+        compiled: of target eager.
+        batches: one a step.
+        adapters: the adapter's name; the others stay.
+        lr: the first rate.
+        each: is told of every step: its number and loss.
+
+    Raises:
+        AdapterNotFound: there is no such adapter.
+    """
+    tensors = [tensor for tensor in compiled.adapters[adapters].parameters() if tensor.requires_grad]
+    optimizer = torch.optim.AdamW(tensors, lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(batches))
+    mode = compiled.training
+    compiled.train()
+    for step, batch in enumerate(batches):
+        loss = compiled(**batch, adapters=adapters).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if each is not None:
+            each(step, float(loss.detach()))
+    compiled.train(mode)

@@ -1,0 +1,55 @@
+"""Adapters of other methods as LoRAs: exactly where they are one, else as near as a rank allows."""
+
+import pytest
+import torch
+from torch import nn
+
+import lorac
+from lorac.ir.algebra.changes import merge_weight
+from lorac.testing import adapter_away, parity
+from lorac.testing.eager_checks import assert_close
+from tests.refusing import refuses
+
+
+def made(variant):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model, x = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4)).double(), torch.randn(5, 6).double()
+    return model, x, adapter_away(variant, model, x, name="a", seed=1)
+
+
+@torch.no_grad()
+def test_what_is_low_rank_becomes_the_same_lora():
+    variant = lorac.LoRA(r=2, alpha=3, lora_bias=True, rank_pattern={"0": 1}, bias="all", targets=("0", "2"))
+    for method in (variant, lorac.HRA(r=2, targets=("0", "2"))):
+        model, x, adapter = made(method)
+        lora = lorac.to_lora(adapter, model, name="b")
+        assert lora.name == "b" and lora.variant.name == "lora"
+        expected = lorac.compile(model, {"a": adapter})(x)
+        parity.assert_parity(lorac.compile(model, {"b": lora})(x), expected, model(x))
+
+
+@torch.no_grad()
+def test_the_nearest_lora_of_a_rank():
+    for method in (lorac.LoRA(r=3, targets=("0", "2")), lorac.DoRA(r=2, targets=("0", "2"))):
+        model, _, adapter = made(method)
+        lora = lorac.to_lora(adapter, model, rank=1)
+        for path, change in lorac.factors(adapter, model).items():
+            weight = model.get_submodule(path).weight
+            delta, at = merge_weight(change, weight) - weight, lora.tensors[path]
+            left_out = torch.linalg.svdvals(delta)[1:].square().sum()
+            assert_close((delta - at["lora_B"] @ at["lora_A"]).square().sum(), left_out)
+
+
+def test_what_is_no_lora_says_so():
+    model, _, adapter = made(lorac.DoRA(r=2, targets=("0",)))
+    with refuses("not_mergeable", match=r"does to '0' scales .* weight itself.*\n.*rank= makes the nearest"):
+        lorac.to_lora(adapter, model)
+    _, _, adapter = made(lorac.SHiRA(r=1, targets=("0",)))
+    with refuses("not_mergeable", match="'0' is not low-rank"):
+        lorac.to_lora(adapter, model)
+    _, _, adapter = made(lorac.IA3(targets=("0",)))
+    with pytest.raises(lorac.BaseNeeded, match="only the base tells"):
+        lorac.to_lora(adapter, rank=1)
+    with pytest.raises(lorac.OptionError, match="rank 0"):
+        lorac.to_lora(adapter, model, rank=0)

@@ -1,0 +1,94 @@
+"""The self-test of files that no plan can be run of here: what is lost in one is found, in half precision too."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+
+import onnx_ir as ir
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lorac
+from lorac.backends.tensorrt.cpu_check import widen_graph
+from lorac.backends.tensorrt.dialect import DIALECT
+from lorac.ir.graph.interpreter import read_example_inputs, run_graph
+from lorac.testing.eager_checks import assert_close
+from tests.backends.tensorrt.building import quietly, seen
+from tests.refusing import refuses
+
+build = importlib.import_module("lorac.backends.tensorrt.build")
+X = torch.randn(3, 10, generator=torch.Generator().manual_seed(0))
+HALF = ["float32", "float16", "bfloat16"]
+
+
+class Twins(nn.Module):
+    """Two layers of one shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(10, 14), nn.Linear(10, 14)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.one(x)) + self.two(torch.sin(x))
+
+
+def host() -> nn.Module:
+    torch.manual_seed(0)
+    return Twins().eval()
+
+
+def _exchanged(model: ir.Model) -> None:
+    """What the products of one layer's slots read is the other's."""
+    one, two = (next(value for value in model.graph.inputs if value.name == name) for name in ("one:b", "two:b"))
+    first, second = list(one.uses()), list(two.uses())
+    for (node, place), other in [*((use, two) for use in first), *((use, one) for use in second)]:
+        node.replace_input_with(place, other)
+
+
+def _bypassed(model: ir.Model) -> None:
+    """The first layer answers without its pair."""
+    slot = next(value for value in model.graph.inputs if value.name == "one:b")
+    (product,) = slot.consumers()
+    zero = ir.Node("", "Sub", [product.outputs[0], product.outputs[0]])
+    model.graph.insert_after(product, zero)
+    product.outputs[0].replace_all_uses_with(zero.outputs[0])
+    zero.replace_input_with(0, product.outputs[0])
+    zero.replace_input_with(1, product.outputs[0])
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(
+    ("harm", "said"), [(_exchanged, "are exchanged|give other answers"), (_bypassed, "change nothing")]
+)
+def test_what_is_lost_in_a_file_is_found(monkeypatch, harm, said, dtype):
+    monkeypatch.setattr(build, "DIALECT", replace(DIALECT, finish=(harm,)))
+    adapters = {"a": lorac.LoRA(r=2, targets=["one", "two"])}
+    with refuses("self_test_failed", match=said):
+        quietly(model=host(), adapters=adapters, example_inputs=(X,), dtype=dtype)
+    quietly(model=host(), adapters=adapters, example_inputs=(X,), dtype=dtype, self_test=False)
+
+
+def test_both_sides_compute_in_float32_what_is_half():
+    """The program of a half host, computed whole, is off from itself in half precision by that rounding alone."""
+    found = seen(model=host(), adapters={"a": lorac.LoRA(r=2, targets=["one"])}, example_inputs=(X,), dtype="float16")
+    graph, signature = found.program.graphs["main"], found.program.signatures["main"]
+    inputs, held = read_example_inputs(graph, signature.inputs), found.compiled._state.bound.content.tensors
+    (half,), whole = run_graph(graph, inputs, held), widen_graph(graph)
+    assert whole is not graph
+    weights = {name: weight.float() for name, weight in graph.exported.state_dict.items()}
+    (full,) = run_graph(whole, inputs, held, weights)
+    (emitted,) = found.tried.outputs("main", held, inputs)
+    assert half.dtype == full.dtype == emitted.dtype == torch.float16
+    assert_close(emitted, full)
+    assert_close(half, full)
+    assert any(node.meta["val"].dtype == torch.float16 for node in graph.fx.nodes if node.op == "call_function")
+    inner = [node.kwargs.get("dtype") for node in whole.fx.nodes if node.op == "call_function"]
+    assert inner.count(torch.float16) == 1 and inner[-1] == torch.float16  # what is answered, and nothing before
+
+
+def test_a_program_in_float32_is_run_as_it_is():
+    found = seen(model=host(), adapters={"a": lorac.LoRA(r=2, targets=["one"])}, example_inputs=(X,))
+    graph = found.program.graphs["main"]
+    assert widen_graph(graph) is graph

@@ -1,0 +1,129 @@
+"""Plans that were built before: found by what they were built from, checked, and bounded."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lorac.backends.tensorrt import library
+from lorac.backends.tensorrt import plan_cache as caching
+from lorac.backends.tensorrt.device.requirements import check_plan
+from lorac.backends.tensorrt.plan_cache import PlanCache, plan_key
+from lorac.storage.open_file import OpenFile
+from tests.backends.tensorrt import tiny
+from tests.refusing import refuses
+
+KEY, OTHER = "0" * 32, "1" * 32
+
+
+def _program(folder: Path, content: bytes | None = None) -> list[OpenFile]:
+    folder.mkdir(exist_ok=True)
+    path = folder / "model.onnx"
+    path.write_bytes(tiny.model().SerializeToString() if content is None else content)
+    return [OpenFile(path)]
+
+
+def test_a_plan_is_built_once(tmp_path: Path) -> None:
+    built = []
+
+    def build() -> bytes:
+        built.append(tiny.plan())
+        return built[-1]
+
+    cache = PlanCache(tmp_path / "plans")
+    first, again = cache.plan(KEY, build), PlanCache(tmp_path / "plans").plan(KEY, build)
+    assert first == again == tiny.plan() and len(built) == 1
+    check_plan(again)
+
+
+def test_keys_tell_apart_what_plans_are_built_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = _program(tmp_path)
+    told = {"profiles": {"x": ((1, 6), (2, 6), (5, 6))}, "flags": ["TF32"]}
+    key = plan_key(program, ["8.6"], **told)
+    assert key == plan_key(_program(tmp_path / "copy"), ["8.6"], **told)
+    others = {
+        plan_key(_program(tmp_path / "other", b"another"), ["8.6"], **told),
+        plan_key(program, ["8.6", "12.0"], **told),
+        plan_key(program, ["8.6"], **told | {"flags": []}),
+        plan_key(program, ["8.6"], **told | {"profiles": {"x": ((1, 6), (2, 6), (9, 6))}}),
+    }
+    monkeypatch.setattr(library, "name_and_version", lambda: "tensorrt 99")
+    assert len(others | {key, plan_key(program, ["8.6"], **told)}) == 6
+
+
+def test_a_key_does_not_depend_on_the_order_of_what_is_told(tmp_path: Path) -> None:
+    program = _program(tmp_path)
+    one, other = ({name: 1 for name in order} for order in ("ab", "ba"))
+    assert plan_key(program, [], told=one) == plan_key(program, [], told=other)
+
+
+def test_a_plan_for_the_gpu_that_is_here_is_another_gpus_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = _program(tmp_path)
+    here, named = plan_key(program, []), plan_key(program, ["8.6"])
+    monkeypatch.setattr(caching, "current_gpu", lambda: ["another 12.0"])
+    assert plan_key(program, []) != here
+    assert (plan_key(program, ["8.6"]) == named) == library.is_rtx()
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
+def test_one_that_is_damaged_is_built_anew(tmp_path: Path, damage: str) -> None:
+    cache = PlanCache(tmp_path)
+    cache.write(KEY, tiny.plan())
+    (path,) = tmp_path.iterdir()
+    whole = bytearray(tiny.plan())
+    whole[len(whole) // 2] ^= 1
+    path.write_bytes({"cut": tiny.plan()[:-1], "flipped": bytes(whole), "empty": b""}[damage])
+    assert cache.read(KEY) is None
+    assert cache.plan(KEY, tiny.plan) == tiny.plan() == cache.read(KEY)
+
+
+def test_the_folder_is_bounded_and_what_is_used_stays(tmp_path: Path) -> None:
+    cache = PlanCache(tmp_path, limit=250)
+    keys = [f"{number:032x}" for number in range(4)]
+    for place, key in enumerate(keys[:2]):
+        cache.write(key, bytes([place]) * 100)
+    for age, path in enumerate(sorted(tmp_path.iterdir())):
+        os.utime(path, (age, age))
+    assert cache.read(keys[0]) is not None  # which makes it the one that was used last
+    cache.write(keys[2], b"2" * 100)
+    assert [cache.read(key) is not None for key in keys[:3]] == [True, False, True]
+    cache.write(keys[3], b"3" * 1000)
+    assert [cache.read(key) is not None for key in keys] == [False, False, False, True], "the newest stays in any case"
+
+
+def test_what_is_not_the_caches_is_left_alone(tmp_path: Path) -> None:
+    others = [tmp_path / name for name in ("notes.txt", f"{KEY}.plan", f"{KEY}-{OTHER}.planet")]
+    for path in others:
+        path.write_bytes(b"x" * 1000)
+    cache = PlanCache(tmp_path, limit=10)
+    cache.write(KEY, b"plan")
+    assert [path.read_bytes() for path in others] == [b"x" * 1000] * 3
+    assert cache.read(KEY) == b"plan"
+
+
+def test_kernels_are_written_over(tmp_path: Path) -> None:
+    cache = PlanCache(tmp_path)
+    kept = cache.kernels(KEY)
+    assert kept.read() is None
+    for content in (b"few", b"some more"):
+        kept.write(content)
+        assert cache.kernels(KEY).read() == content
+    assert cache.read(KEY) is None and len(list(tmp_path.iterdir())) == 1
+
+
+def test_kernels_are_of_the_gpu_that_compiled_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = PlanCache(tmp_path)
+    cache.kernels(KEY).write(b"kernels")
+    monkeypatch.setattr(caching, "current_gpu", lambda: ["another 12.0"])
+    assert cache.kernels(KEY).read() is None
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with refuses("unreadable", match="cannot be written"):
+        PlanCache(tmp_path / "file").write(KEY, b"plan")
+    assert PlanCache(tmp_path / "file").read(KEY) is None

@@ -1,0 +1,329 @@
+"""Calls of a plan: what a context is told, what a swap tells it, and what is refused where nothing can run."""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import pytest
+import torch
+
+import lorac
+from lorac.backends.tensorrt import library
+from lorac.backends.tensorrt import plan_runner as running
+from lorac.backends.tensorrt.device import requirements
+from lorac.backends.tensorrt.device.device_slots import DeviceSlots, copy_to_engine
+from lorac.backends.tensorrt.device.io_tensors import IOTensor, IOTensors
+from lorac.backends.tensorrt.plan_runner import ContextPool, PlanRunner
+from tests.backends.tensorrt import engines, tiny
+from tests.backends.tensorrt.tiny import CPU, IN, OUT, RANK, ROWS, Lanes
+
+Tensor = torch.Tensor
+HERE = requirements.missing_requirement()
+without_cuda = pytest.mark.skipif(HERE is None, reason="what is refused where there is no CUDA, and here is CUDA")
+
+
+def _calls(*, depends: bool = False) -> tuple[ContextPool, Lanes]:
+    ports = tiny.ports(sizes_depend_on_values=depends)
+    lanes = Lanes(ports)
+    return ContextPool(ports, CPU, lanes), lanes
+
+
+def _x(rows: int = 2, seed: int = 0) -> Tensor:
+    return tiny.placed(torch.randn(rows, IN, generator=torch.Generator().manual_seed(seed)))
+
+
+def _log(lanes: Lanes) -> list[tuple[object, ...]]:
+    """What the one context was called with since this was asked last."""
+    (context,) = lanes.made
+    noted = list(context.calls)
+    context.calls.clear()
+    return noted
+
+
+# --- calls ------------------------------------------------------------------------------------------------------------
+def test_it_computes_what_it_is_given() -> None:
+    calls, _ = _calls()
+    for seed, rank, rows in ((1, 1, 1), (2, RANK, ROWS), (3, 2, 2)):
+        slots, x = tiny.drawn(seed, rank), _x(rows, seed)
+        assert torch.equal(calls.call({"x": x}, calls.hold(slots))["y"], tiny.computed(x, **slots))
+
+
+def test_a_first_call_tells_shapes_and_addresses_and_then_computes_the_outputs_sizes() -> None:
+    calls, lanes = _calls()
+    calls.call({"x": _x()}, calls.hold(tiny.drawn(1)))
+    told = [(method, name) for name in "abx" for method in ("set_input_shape", "set_tensor_address")]
+    assert _log(lanes) == [*told, ("infer_shapes",), ("set_tensor_address", "y"), ("execute_async_v3", 7)]
+
+
+def test_the_same_again_tells_where_the_output_goes_alone() -> None:
+    calls, lanes = _calls()
+    x, slots = _x(), calls.hold(tiny.drawn(1))
+    kept = calls.call({"x": x}, slots)
+    _log(lanes)
+    calls.call({"x": x}, slots)
+    assert _log(lanes) == [("set_tensor_address", "y"), ("execute_async_v3", 7)]
+    assert kept.keys() == {"y"}
+
+
+def test_a_swap_tells_the_slots_addresses_alone() -> None:
+    calls, lanes = _calls()
+    x, one, other = _x(), calls.hold(tiny.drawn(1)), calls.hold(tiny.drawn(2))
+    kept = [calls.call({"x": x}, one)]
+    _log(lanes)
+    kept.append(calls.call({"x": x}, other))
+    addresses = [("set_tensor_address", name) for name in "aby"]
+    assert _log(lanes) == [*addresses, ("execute_async_v3", 7)]
+    assert torch.equal(kept[1]["y"], tiny.computed(x, **tiny.drawn(2)))
+
+
+def test_a_swap_to_another_rank_tells_shapes_too() -> None:
+    calls, lanes = _calls()
+    x, one, other = _x(), calls.hold(tiny.drawn(1, 1)), calls.hold(tiny.drawn(2, RANK))
+    calls.call({"x": x}, one)
+    _log(lanes)
+    assert torch.equal(calls.call({"x": x}, other)["y"], tiny.computed(x, **tiny.drawn(2, RANK)))
+    told = [(method, name) for name in "ab" for method in ("set_input_shape", "set_tensor_address")]
+    assert [*told, ("infer_shapes",)] == _log(lanes)[:5]
+
+
+def test_new_shapes_are_counted() -> None:
+    """Kernels are compiled for them, which are worth keeping."""
+    calls, _ = _calls()
+    for rank in (1, 2, 2, 1):
+        calls.call({"x": _x()}, calls.hold(tiny.drawn(rank, rank)))
+    assert [lane.met for lane in calls.lanes()] == [3]
+
+
+def test_a_thousand_swaps_leave_no_trace() -> None:
+    calls, _ = _calls()
+    x, held = _x(), [calls.hold(tiny.drawn(seed, 1 + seed % RANK)) for seed in range(5)]
+    fresh = [_calls()[0].call({"x": x}, slots)["y"] for slots in held]
+    for place in torch.randint(5, (1000,)).tolist():
+        assert torch.equal(calls.call({"x": x}, held[place])["y"], fresh[place])
+
+
+def test_slots_that_were_let_go_are_not_taken_for_others() -> None:
+    """The memory of an adapter that is gone may be another's by then."""
+    calls, _ = _calls()
+    x = _x()
+    for seed in range(20):
+        assert torch.equal(
+            calls.call({"x": x}, calls.hold(tiny.drawn(seed)))["y"], tiny.computed(x, **tiny.drawn(seed))
+        )
+
+
+@pytest.mark.parametrize("method", ["set_input_shape", "set_tensor_address", "execute_async_v3"])
+@pytest.mark.parametrize("order", [("before", "after"), ("after", "before")])
+def test_a_call_that_fails_leaves_the_binding_before(method: str, order: tuple[str, ...]) -> None:
+    calls, lanes = _calls()
+    x, before, after = _x(), calls.hold(tiny.drawn(1, 1)), calls.hold(tiny.drawn(2, RANK))
+    found = calls.call({"x": x}, before)["y"]
+    (context,) = lanes.made
+    context.refuses = {method: lambda name, *_: name in {"b", 7}}
+    with pytest.raises(lorac.LoracError, match="TensorRT gives no reason"):
+        calls.call({"x": x}, after)
+    context.refuses = {}
+    wanted = {"before": found, "after": tiny.computed(x, **tiny.drawn(2, RANK))}
+    for which in order:
+        assert torch.equal(calls.call({"x": x}, {"before": before, "after": after}[which])["y"], wanted[which])
+
+
+def test_a_size_that_the_plan_was_not_built_for() -> None:
+    ports = tiny.ports()
+    calls = ContextPool(
+        ports, CPU, Lanes(ports, {"set_input_shape": lambda name, shape: name == "x" and shape[0] > ROWS})
+    )
+    with pytest.raises(lorac.InputMismatch, match=r"does not take 'x' of shape \(6, 6\)"):
+        calls.call({"x": _x(ROWS + 1)}, calls.hold(tiny.drawn(1)))
+
+
+def test_an_input_that_is_missing() -> None:
+    calls, _ = _calls()
+    with pytest.raises(lorac.InputMismatch, match="the plan reads x, and the call gives no such input"):
+        calls.call({}, calls.hold(tiny.drawn(1)))
+
+
+def test_an_input_that_is_empty_has_an_address() -> None:
+    calls, _ = _calls()
+    assert calls.call({"x": torch.empty(0, IN)}, calls.hold(tiny.drawn(1)))["y"].shape == (0, OUT)
+
+
+def test_an_output_whose_size_is_known_late() -> None:
+    calls, _ = _calls(depends=True)
+    kept = []
+    for seed in range(3):
+        slots, x = tiny.drawn(seed), _x(1 + seed, seed)
+        kept.append((calls.call({"x": x}, calls.hold(slots))["y"], tiny.computed(x, **slots)))
+    assert all(torch.equal(found, wanted) for found, wanted in kept), "an output's memory is its own"
+
+
+def test_an_allocator_gives_no_empty_memory() -> None:
+    made = engines.allocator()
+    assert made.reallocate_output_async("y", 0, 0, 256, 0) != 0
+    made.notify_shape("y", (0, 2))
+    assert made.taken().shape == (0, 2) and made.taken().dtype == torch.float16
+
+
+# --- slots and inputs -------------------------------------------------------------------------------------------------
+def test_nothing_is_copied_that_can_be_read_where_it_lies() -> None:
+    calls, _ = _calls()
+    slots = tiny.drawn(1)
+    held = calls.hold(slots | {"of another graph": torch.zeros(1)})
+    assert {name: tensor.data_ptr() for name, tensor in held.items()} == {n: t.data_ptr() for n, t in slots.items()}
+
+
+@pytest.mark.parametrize("change", ["misaligned", "strided", "dtype"])
+def test_what_cannot_is_copied_once(change: str) -> None:
+    calls, _ = _calls()
+    a = tiny.drawn(1)["a"]
+    given = {"misaligned": tiny.placed(torch.randn(IN * 2 + 1))[1:].view(IN, 2), "strided": tiny.placed(a.mT).mT}
+    tensor = given.get(change, a.double())
+    one, other = (calls.hold({"a": tensor, "b": tiny.drawn(1)["b"]}) for _ in range(2))
+    assert one["a"].data_ptr() == other["a"].data_ptr() != tensor.data_ptr()
+    assert torch.equal(one["a"], tensor.float()) and one["a"].is_contiguous() and not one["a"].data_ptr() % 256
+
+
+def test_an_input_is_read_anew_in_every_call() -> None:
+    """A copy that was made of it is stale once it is written to."""
+    calls, _ = _calls()
+    slots, x = calls.hold(tiny.drawn(1)), torch.zeros(2, IN, dtype=torch.float64)
+    kept = calls.call({"x": x}, slots)["y"]
+    x += 1
+    assert not torch.equal(calls.call({"x": x}, slots)["y"], kept)
+
+
+def test_memory_that_is_written_in_place_is_read_as_it_is() -> None:
+    calls, _ = _calls()
+    memory, x = tiny.drawn(1), _x()
+    slots = calls.hold(memory, fixed=True)
+    calls.call({"x": x}, slots)
+    for name, tensor in tiny.drawn(2).items():
+        memory[name].copy_(tensor)
+    assert torch.equal(calls.call({"x": x}, slots)["y"], tiny.computed(x, **tiny.drawn(2)))
+
+
+def test_memory_that_would_have_to_be_copied_is_not_written_in_place() -> None:
+    calls, _ = _calls()
+    with pytest.raises(lorac.Unavailable, match=r"'a' cannot be read where it lies: on cpu, as torch.float64"):
+        calls.hold({**tiny.drawn(1), "a": tiny.drawn(1)["a"].double()}, fixed=True)
+
+
+def test_numbers_that_shapes_are_computed_from_stay_on_the_host() -> None:
+    port = IOTensor(torch.int64, (2,), on_host=True)
+    assert copy_to_engine(torch.tensor([3, 4], dtype=torch.int32), port, torch.device("meta")).tolist() == [3, 4]
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------
+def _in_threads(calls: ContextPool, held: list[DeviceSlots], wanted: list[Tensor], x: Tensor) -> list[int]:
+    wrong: list[int] = []
+
+    def work(place: int) -> None:
+        for turn in range(50):
+            which = (place + turn) % len(held)
+            if not torch.equal(calls.call({"x": x}, held[which])["y"], wanted[which]):
+                wrong.append(which)
+
+    threads = [threading.Thread(target=work, args=(place,)) for place in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return wrong
+
+
+def test_eight_threads_with_choices_of_their_own() -> None:
+    """The contexts raise where two calls are in one at a time."""
+    calls, lanes = _calls()
+    x, slots = _x(), [tiny.drawn(seed, 1 + seed % RANK) for seed in range(8)]
+    wanted = [tiny.computed(x, **one) for one in slots]
+    assert _in_threads(calls, [calls.hold(one) for one in slots], wanted, x) == []
+    assert 1 <= len(lanes.made) <= running.MAX_CONTEXTS
+
+
+def test_a_context_that_cannot_be_made_keeps_no_place() -> None:
+    ports, left = tiny.ports(), [3 * running.MAX_CONTEXTS]
+    lanes = Lanes(ports)
+
+    def lane() -> object:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise lorac.Unavailable("no memory")
+        return lanes()
+
+    calls = ContextPool(ports, CPU, lane)  # type: ignore[arg-type]
+    for _ in range(3 * running.MAX_CONTEXTS):
+        with pytest.raises(lorac.Unavailable, match="no memory"):
+            calls.call({"x": _x()}, calls.hold(tiny.drawn(1)))
+    assert torch.equal(calls.call({"x": _x()}, calls.hold(tiny.drawn(1)))["y"], tiny.computed(_x(), **tiny.drawn(1)))
+
+
+def test_who_writes_waits_for_what_was_queued() -> None:
+    calls, lanes = _calls()
+    calls.call({"x": _x()}, calls.hold(tiny.drawn(1)))
+    calls.finish()
+    assert [lane.track.finished for lane in lanes.lanes] == [1]  # type: ignore[attr-defined]
+
+
+# --- what an engine says ----------------------------------------------------------------------------------------------
+def test_ports_are_what_the_library_says() -> None:
+    assert IOTensors.of(engines.OfNetwork()) == tiny.ports()
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+@without_cuda
+def test_where_torch_has_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(lorac.Unavailable) as told:
+        PlanRunner(tiny.plan())
+    assert told.value.what == HERE
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(lorac.Unavailable, match="was built without CUDA"):
+        PlanRunner(tiny.plan())
+
+
+@without_cuda
+def test_where_there_is_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(lorac.Unavailable, match="finds none: no driver, or no GPU"):
+        PlanRunner(tiny.plan())
+
+
+def test_a_device_that_is_no_gpu() -> None:
+    with pytest.raises(lorac.Unavailable, match="runs on a GPU, not on 'cpu'"):
+        PlanRunner(tiny.plan(), "cpu")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx alone tells without a GPU")
+@pytest.mark.parametrize("harm", [lambda _: b"", lambda _: b"no plan" * 100, lambda p: p[:40], lambda p: b"x" + p[1:]])
+def test_what_is_no_plan(harm: Callable[[bytes], bytes]) -> None:
+    damage = harm(tiny.plan())
+    with pytest.raises(lorac.ArtifactError, match=rf"these {len(damage)} bytes are no plan of"):
+        PlanRunner(damage)
+
+
+def test_a_plan_of_another_version() -> None:
+    made_by = f"{library.trt().__name__} 0.1.2"
+    with pytest.raises(
+        lorac.ArtifactError, match=rf"made by {made_by}, and here is {library.name_and_version()}"
+    ) as told:
+        PlanRunner(tiny.plan(), made_by=made_by)
+    assert f"pip install {library.trt().__name__}==0.1.2" in str(told.value)
+    requirements.check_library(library.name_and_version())
+
+
+def test_a_gpu_that_the_plan_was_not_built_for() -> None:
+    with pytest.raises(
+        lorac.Unavailable, match=r"H100 has compute capability 9.0, and the plan was built for 8.6, 12.0"
+    ):
+        requirements.check_capability("9.0", ("8.6", "12.0"), "H100")
+    requirements.check_capability("8.6", ("8.6", "12.0"), "A10")
+    requirements.check_capability("9.0", (), "H100")
+
+
+def test_numpy_is_no_business_of_a_plan() -> None:
+    """Whoever calls makes tensors of arrays; one that shares an array's memory is read there."""
+    calls, _ = _calls()
+    x: Mapping[str, Tensor] = {"x": torch.from_numpy(np.ones((2, IN), np.float32))}
+    assert torch.equal(calls.call(x, tiny.drawn(1))["y"], tiny.computed(x["x"], **tiny.drawn(1)))

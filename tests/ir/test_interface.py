@@ -1,0 +1,59 @@
+"""How a program is called: what its inputs and outputs are, and what is said to a call that it cannot answer."""
+
+import pytest
+import torch
+
+import lorac
+from lorac.frontend.capture.export import capture_graph
+from lorac.ir.interface import Interface
+from lorac.ir.sites import find_sites
+from tests.zoo import ZOO
+
+
+def test_types_by_the_names_of_axes():
+    model, inputs = ZOO["plain_mlp"].fresh(), ZOO["plain_mlp"].inputs()
+    signature = Interface.of(capture_graph("main", model, inputs, None, sites=find_sites(model), plans={}))
+    (name,) = signature.inputs
+    (output,) = signature.outputs
+    assert signature.types[name] == "int64[batch, 5]"
+    assert signature.types[output].startswith("float32[batch, ")
+    assert Interface.from_json(signature.to_json()).types == signature.types
+
+
+@pytest.mark.parametrize(
+    ("name", "captured", "said"),
+    [
+        ("use_cache", False, "a program keeps no cache, target='eager' runs the model with its own"),
+        ("output_attentions", False, "model.config.output_attentions, set before compiling, is what the program does"),
+        ("scale", 1.0, "target='eager' runs the model itself, with any value"),
+    ],
+)
+def test_what_admits_another_value_of_what_was_captured(name, captured, said):
+    signature = Interface(inputs=("x",), arguments=("x", name), outputs=("y",), fixed={name: captured})
+    with pytest.raises(lorac.InputMismatch, match=f"captured with {name}={captured}") as raised:
+        signature.bind((torch.ones(1),), {name: 7})
+    assert raised.value.next_step == f"leave it out; {said}"
+    assert list(signature.bind((torch.ones(1),), {name: captured})) == ["x"]
+
+
+def test_eager_keeps_a_cache_and_a_configuration_says_what_a_program_does():
+    """What the messages suggest comes true."""
+    entry = ZOO["tiny_llama"]
+    model = entry.fresh()
+    compiled = lorac.compile(model, {"a": lorac.LoRA(r=1, targets=["q_proj"])})
+    with torch.no_grad():
+        assert compiled(**entry.inputs(), use_cache=True).past_key_values is not None
+    model.config.output_hidden_states = True
+    graph = capture_graph("main", model, entry.inputs(), None, sites=find_sites(model), plans={})
+    assert "hidden_states.0" in Interface.of(graph, model).outputs
+
+
+def test_an_argument_that_holds_several_tensors_is_as_many_inputs():
+    signature = Interface(inputs=("pair_0", "pair_1_b", "x"), arguments=("pair", "x"), outputs=("y",))
+    one, other, x = torch.zeros(1), torch.zeros(2), torch.zeros(3)
+    bound = signature.bind(([one, {"b": other, "c": None}], x), {})
+    assert [bound[name] is tensor for name, tensor in (("pair_0", one), ("pair_1_b", other), ("x", x))] == [True] * 3
+    with pytest.raises(
+        lorac.InputMismatch, match="'pair' holds 3 tensors; the program was captured for pair_0, pair_1_b"
+    ):
+        signature.bind(([one, {"b": other}, x], x), {})

@@ -1,0 +1,147 @@
+"""The cache pass: a text that comes in parts, rows by parts of their own, is answered as a whole one is."""
+
+import pytest
+import torch
+
+import lorac
+from lorac.errors import Unavailable
+from lorac.frontend.capture.export import capture_graph
+from lorac.ir.graph import attention_ops as attending
+from lorac.ir.graph.attention_ops import IDS, LOGITS_TO_KEEP, NEW_LENGTHS, PAST_LENGTHS, present_name
+from lorac.ir.graph.feeds import cache_input_shapes
+from lorac.ir.graph.interpreter import run_graph
+from lorac.ir.sites import find_sites
+from lorac.passes.cache_attention import CacheAttention
+from lorac.passes.pipelines import lowering_passes, run_pipeline
+from lorac.testing.eager_checks import assert_close
+from tests.decoders import DECODERS, VOCABULARY
+from tests.refusing import refuses
+
+COUNTS = ([4, 2], [1, 3], [0, 4], [4, 0], [1, 1])
+"""How many tokens each of two rows brings, call by call: ragged, idle, one at a time."""
+
+
+def grown(model):
+    graph = capture_graph("main", model, None, None, sites=find_sites(model), plans={}, grows=True)
+    run_pipeline(graph, lowering_passes())
+    return graph
+
+
+def parts(ids, past, counts):
+    """The next tokens of each row, padded on the right with other ids."""
+    part = torch.full((len(counts), max(counts)), 5)
+    for row, count in enumerate(counts):
+        part[row, :count] = ids[row, past[row] : past[row] + count]
+    return part
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@torch.no_grad()
+def test_parts_are_answered_as_the_whole(name):
+    model = DECODERS[name]()
+    graph = grown(model)
+    ids = torch.randint(3, VOCABULARY, (2, 10))
+    whole = model(ids).logits
+    held = {n: torch.zeros(2, heads, 12, size) for n, (heads, size, _) in cache_input_shapes(graph).items()}
+    past = torch.zeros(2, dtype=torch.int32)
+    for counts in COUNTS:
+        new = torch.tensor(counts, dtype=torch.int32)
+        places = torch.tensor([[max(count - 1, 0), 0] for count in counts])
+        given = {IDS: parts(ids, past, counts), LOGITS_TO_KEEP: places, PAST_LENGTHS: past, NEW_LENGTHS: new, **held}
+        logits, *presents = run_graph(graph, given)
+        named = dict(zip(graph.extra_outputs, presents, strict=True))
+        held = {name: named[present_name(name)] for name in held}
+        for row, count in enumerate(counts):
+            if count:
+                assert_close(logits[row], whole[row, past[row] + places[row]])
+        past = past + new
+
+
+def test_what_depends_on_positions_alone_is_looked_up():
+    graph = grown(DECODERS["llama"]())
+    angles = set(graph.find(torch.ops.aten.cos.default, torch.ops.aten.sin.default))
+    assert not angles & graph.reaching_outputs()
+    assert graph.longest == 64
+
+
+def test_a_table_of_the_models_own_bounds_the_text():
+    assert grown(DECODERS["opt"]()).longest == 64
+
+
+@torch.no_grad()
+def test_dynamic_angles_are_those_of_texts_as_long_as_the_model_was_made_for():
+    """Whatever longer text the model has read before."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    kinds = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+            max_position_embeddings=12, rope_parameters=kinds,
+        )
+    ).eval()  # fmt: skip
+    ids = torch.randint(3, VOCABULARY, (1, 12))
+    whole = model(ids).logits
+    model(torch.randint(3, VOCABULARY, (1, 40)))
+    held = model.model.rotary_emb.inv_freq.clone()
+    graph = grown(model)
+    assert graph.longest == 12
+    assert torch.equal(model.model.rotary_emb.inv_freq, held)
+    caches = {n: torch.zeros(1, heads, 12, size) for n, (heads, size, _) in cache_input_shapes(graph).items()}
+    told = {PAST_LENGTHS: torch.zeros(1, dtype=torch.int32), NEW_LENGTHS: torch.tensor([12], dtype=torch.int32)}
+    logits = run_graph(graph, {IDS: ids, LOGITS_TO_KEEP: torch.arange(12)[None], **told, **caches})[0]
+    assert_close(logits, whole)
+
+
+def test_the_pass_is_idempotent():
+    graph = grown(DECODERS["llama"]())
+    assert not CacheAttention().apply(graph).changed
+    assert not list(graph.find(attending.ATTENTION))
+
+
+def test_attention_outside_of_the_interface_is_refused():
+    from transformers import BloomConfig, BloomForCausalLM
+
+    model = BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=1, n_head=4)).eval()
+    with pytest.raises(Unavailable, match=r"'transformer.h.0.self_attention' attends by itself"):
+        grown(model)
+
+
+def test_attention_by_itself_that_cannot_be_traced_is_named_too():
+    """A mask that stands for another is of another shape than what such a layer expects, so the trace itself fails."""
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+    config = GPTNeoConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_layers=1, num_heads=4, attention_types=[[["global"], 1]],
+        intermediate_size=48,
+    )  # fmt: skip
+    with pytest.raises(Unavailable, match=r"'transformer.h.0.attn.attention' attends by itself"):
+        grown(GPTNeoForCausalLM(config).eval())
+
+
+def test_a_mask_that_no_cache_knows_is_refused():
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    config = Llama4TextConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, intermediate_size_mlp=48, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=2, attention_chunk_size=4,
+    )  # fmt: skip
+    with pytest.raises(Unavailable, match="hides more than what comes later"):
+        grown(Llama4ForCausalLM(config).eval())
+
+
+def test_a_model_that_mixes_tokens_besides_is_refused():
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    config = Lfm2Config(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, layer_types=["conv", "full_attention"],
+    )  # fmt: skip
+    with refuses("capture_differs", match="in parts"):
+        lorac.compile(Lfm2ForCausalLM(config).eval(), target="onnxruntime", cache=True)
+
+
+def test_what_is_no_language_model_is_refused():
+    with pytest.raises(Unavailable, match="no language model"):
+        lorac.compile(torch.nn.Linear(3, 4), target="onnxruntime", cache=True, example_inputs=(torch.ones(2, 3),))

@@ -1,0 +1,343 @@
+"""Packs: which sites are computed as one, why others are not, and that every answer stays."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lorac
+from lorac.backends.onnx.model_files import BASE_FILE, MODEL_FILE, WEIGHTS_FILE
+from lorac.frontend.capture.export import export_model
+from lorac.ir.graph import ops
+from lorac.ir.graph.feeds import collect_slot_tensors
+from lorac.ir.graph.graph import Graph
+from lorac.ir.graph.interpreter import differs_beyond_rounding, interpret
+from lorac.ir.graph.passes import PassResult, Skip
+from lorac.ir.slots.composition import compose_choice, fill_slots
+from lorac.ir.slots.plans import SitePlan
+from lorac.passes.fuse_projections import FuseProjections
+from lorac.passes.pipelines import lowering_passes, run_pipeline
+from lorac.testing.eager_checks import assert_close
+from lorac.testing.parity import assert_parity
+from lorac.testing.samples import adapter_away
+from tests.captured import capture, captured_stack, filled
+
+BLOCKS = [f"body.layers.{i}" for i in range(3)]
+
+
+class Attention(nn.Module):
+    """q, k and v of one input and of several widths, one of them without a bias, and an output layer."""
+
+    def __init__(self, wide: int = 12, depth: int = 1) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(wide, n, bias=n != 20) for n in (24, 20, 16))
+        self.o = nn.Linear(24, wide)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        mixed = torch.tanh(q) * torch.cat([k[..., :4], k], -1) + torch.cat([v, v[..., :8]], -1)
+        out: Tensor = x + self.o(mixed)
+        return out
+
+
+class Tower(nn.Module):
+    """Two such blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(Attention(), Attention())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers(x)
+        return y
+
+
+class Three(nn.Module):
+    """Three layers of one input, wide enough for zeros to count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(512, 256) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.q(x) + self.k(x) * self.v(x)
+        return y
+
+
+VARIANTS = {
+    "one": lorac.DyLoRA(r=1, targets=["q", "v", "o"]),
+    "three": lorac.DyLoRA(r=3, targets=["k", "v"]),
+    "dora": lorac.DoRA(r=3, targets=["v"]),
+}
+CHOICES: tuple[Any, ...] = (
+    "one",
+    "three",
+    "dora",
+    {"one": 0.5, "three": -0.7},
+    {"three": lorac.Active(1.0, rank=1), "dora": 0.5},
+)
+_DRAWN = torch.Generator().manual_seed(1)  # not by what was collected before
+X, OTHER = torch.randn(2, 5, 12, generator=_DRAWN), torch.randn(3, 7, 12, generator=_DRAWN)
+
+
+def _run(graph: Graph, constant: bool = False) -> PassResult:
+    ((_, outcome),) = run_pipeline(graph, [FuseProjections(constant)])
+    return outcome
+
+
+def _packs(graph: Graph) -> list[tuple[str, ...]]:
+    return [pack.sites for pack in graph.packs.values()]
+
+
+def _host(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return Tower().eval().to(dtype)
+
+
+def _adapters(host: nn.Module) -> dict[str, lorac.Adapter]:
+    """Ranks 0, 1 and 3, mixed per site; scales at one site of a pack."""
+    wide, x = copy.deepcopy(host).double(), X.double()
+    return {name: adapter_away(v, wide, x, name=name, seed=len(name)) for name, v in VARIANTS.items()}
+
+
+# ── Which sites, and why not others ──────────────────────────────────────────────────────────────────────────────────
+def test_sites_of_one_input_are_packed_adapted_or_not() -> None:
+    graph = captured_stack({"one": lorac.LoRA(r=2, targets=["query", "out"])})
+    outcome = _run(graph)
+    assert outcome.changed
+    assert _packs(graph) == [(f"{block}.query", f"{block}.key") for block in BLOCKS]
+    assert [skip.where for skip in outcome.skipped] == [f"{block}.out" for block in BLOCKS]
+    assert {skip.why for skip in outcome.skipped} == {
+        "no other site of its module that may be packed with it reads its input"
+    }
+    assert _run(graph) == PassResult(changed=False, skipped=outcome.skipped), "a second run finds nothing more"
+
+
+@pytest.mark.parametrize(
+    ("variant", "why"),
+    [
+        (lorac.SHiRA(r=1, targets=["query"]), "its weight is bound by itself"),
+        (lorac.VeRA(r=2, targets=["query"]), "its A is one that sites have in common already"),
+        (lorac.OFT(block_size=2, targets=["query"]), "its input is transformed before its product"),
+        (lorac.MeteoRA(r=2, targets=["query"]), "a branch acts on what it computes"),
+    ],
+    ids=lambda given: getattr(given, "name", ""),
+)
+def test_what_acts_otherwise_is_left_alone(variant: Any, why: str) -> None:
+    graph = captured_stack({"one": variant})
+    outcome = _run(graph)
+    assert not outcome.changed
+    assert outcome.skipped == tuple(Skip(f"{block}.query", why) for block in BLOCKS)
+    apart = "computed apart from layers that read the same input"
+    assert graph.notes == [f"'{BLOCKS[0]}.query' and 2 more: {apart}, since {why}"], "explain() tells it"
+
+
+def test_weights_that_become_constants_are_packed() -> None:
+    host = _host()
+    compiled = lorac.compile(host, {"one": lorac.LoRA(r=1, targets=["q", "v"])}, mode="baked")
+    for constant, sites in ((True, ("q", "v")), (False, ())):
+        graph = Graph("tower", export_model(host, (X,)), compiled.sites, compiled.plans)
+        _run(graph, constant)
+        found = [tuple(path.rpartition(".")[2] for path in paths) for paths in _packs(graph)]
+        assert found == ([sites] * 2 if sites else [])
+
+
+def test_packs_join_the_calls_of_a_shared_layer() -> None:
+    it = capture("tiny_albert", {"one": lorac.LoRA(r=2, targets=["query", "value"])})
+    assert _run(it.graph).changed
+    (pack,) = it.graph.packs.values()
+    assert [path.rpartition(".")[2] for path in pack.sites] == ["query", "key", "value"]
+    joined = [node for node in it.graph.find(ops.LINEAR) if ops.site_of(node) == pack.plan.site.path]
+    assert len(joined) > 1
+
+
+class Odd(nn.Module):
+    """Layers that come in different company, read what is written to, or share their weight."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        if kind == "tied":
+            self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "company":
+            y: Tensor = self.first(self.first(x) + self.second(x))
+        elif self.kind == "written":
+            x = x + 1
+            y = self.first(x)
+            x.mul_(2)
+            y = y + self.second(x)
+        elif self.kind == "read":
+            y = self.first(x) @ self.first.weight + self.second(x)
+        else:
+            y = self.first(x) * self.second(x)
+        return y
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("company", "its calls do not all read an input together with the same sites"),
+        ("written", "its input is written to"),
+        ("tied", "its weight is read elsewhere too"),
+        ("read", "its weight is read elsewhere too"),
+    ],
+)
+def test_what_stands_otherwise_is_left_alone(kind: str, why: str) -> None:
+    host = Odd(kind)
+    compiled = lorac.compile(host, {"one": lorac.LoRA(r=2, targets=["first"])})
+    graph = Graph("odd", export_model(host, (torch.randn(3, 4),)), compiled.sites, compiled.plans)
+    outcome = _run(graph)
+    assert not outcome.changed
+    assert outcome.skipped == (Skip("first", why),)
+
+
+def test_many_layers_of_one_input_are_packed_a_few_at_a_time() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = nn.ModuleList(nn.Linear(4, 3) for _ in range(9))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([head(x) for head in self.heads], -1)
+
+    host = Heads()
+    graph = Graph("heads", export_model(host, (torch.randn(3, 4),)), lorac.sites(host), {})
+    _run(graph)
+    assert [len(paths) for paths in _packs(graph)] == [4, 4]
+
+
+@pytest.mark.parametrize(("rank", "packed"), [(16, True), (64, False)])
+def test_pairs_that_are_too_wide_stay_apart(rank: int, packed: bool) -> None:
+    host = Three()
+    sites = lorac.sites(host)
+    plans = {path: SitePlan(sites[path], {"a": rank, "b": rank}) for path in "qkv"}
+    graph = Graph("wide", export_model(host, (torch.randn(2, 512),)), sites, plans)
+    outcome = _run(graph)
+    assert outcome.changed is packed
+    assert len(outcome.skipped) == (0 if packed else 3)
+    assert all("cost more than the pack saves" in skip.why for skip in outcome.skipped)
+
+
+# ── What they compute ────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@torch.no_grad()
+def test_every_level_answers_as_eager_does(dtype: torch.dtype) -> None:
+    """The reference interpreter over packs, with every mixture of ranks, at another batch and length."""
+    host = _host(dtype)
+    compiled = lorac.compile(host, _adapters(host), active=None)
+    shapes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("length")},)
+    graph = Graph("tower", export_model(host, (X.to(dtype),), shapes), compiled.sites, compiled.plans)
+    for step in lowering_passes():
+        run_pipeline(graph, [step])
+        if step.name not in ("insert", "cleanup"):
+            continue
+        for choice, x in itertools.product(CHOICES, (X.to(dtype), OTHER.to(dtype))):
+            compiled.swap(choice)
+            y = interpret(graph, {"x": x}, filled(compiled, graph)).output
+            assert not differs_beyond_rounding(y, compiled(x)), "more than rounding"
+            if dtype is torch.float64:
+                assert_parity(y, compiled(x), host(x))
+    assert [pack.sizes for pack in graph.packs.values()] == [(24, 20, 16)] * 2
+    assert set(graph.slots) == {
+        *(f"layers.{i}.q|k|v:{role}" for i in range(2) for role in ("a", "b", "c")),
+        *(f"layers.{i}.o:{role}" for i in range(2) for role in ("a", "b")),
+    }
+
+
+@pytest.fixture(scope="module")
+def emitted() -> Mapping[str, Any]:
+    """The tower in ONNX Runtime, with the same adapters in every mode."""
+    host = _host()
+    adapters = _adapters(host)
+    shapes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("length")},)
+    options = {"target": "onnxruntime", "example_inputs": (X,), "dynamic_shapes": shapes}
+    return {
+        "host": host,
+        "eager": lorac.compile(host, adapters, active=None),
+        "live": lorac.compile(host, adapters, active=None, **options),
+        "bare": lorac.compile(host, {}, **options),
+        "baked": lorac.compile(host, adapters, active="dora", mode="baked", **options),
+    }
+
+
+@torch.no_grad()
+def test_it_runs_swaps_and_comes_back_to_the_bit(emitted: Mapping[str, Any]) -> None:
+    host, eager, live = emitted["host"], emitted["eager"], emitted["live"]
+    base = {x.shape: live(x, adapters=None) for x in (X, OTHER)}
+    for choice in CHOICES:
+        eager.swap(choice)
+        live.swap(choice)
+        for x in (X, OTHER):
+            assert_parity(live(x), eager(x), host(x), own_base=base[x.shape])
+    live.swap(None)
+    for x in (X, OTHER):
+        assert torch.equal(live(x), base[x.shape])
+        assert torch.equal(live(x), emitted["bare"](x)), "a pair of rank 0 changes no bit of the base"
+
+
+@torch.no_grad()
+def test_baked_weights_are_one_product(emitted: Mapping[str, Any]) -> None:
+    eager, baked = emitted["eager"], emitted["baked"]
+    eager.swap("dora")
+    assert_parity(baked(OTHER), eager(OTHER), emitted["host"](OTHER))
+    for name in ("bare", "baked"):
+        graph = ir.load(emitted[name].engine.folder / MODEL_FILE).graph
+        products = [node for node in graph if node.op_type in ("MatMul", "Gemm")]
+        assert len(products) == 4, "two a block"
+
+
+def test_the_emitted_program_cuts_one_product_by_constant_sizes(emitted: Mapping[str, Any]) -> None:
+    graph = ir.load(emitted["live"].engine.folder / MODEL_FILE).graph
+    cuts = [node for node in graph if node.op_type == "Split"]
+    assert [ir.convenience.get_const_tensor(cut.inputs[1]).numpy().tolist() for cut in cuts] == [[24, 20, 16]] * 2
+    b = next(value for value in graph.inputs if value.name == "layers.0.q|k|v:b")
+    assert b.shape[1] == 60
+    names = {str(name) for name in graph.initializers}
+    assert not {f"layers.0.{leaf}.weight" for leaf in "qkv"} & names
+
+
+def test_no_base_weight_is_on_disk_twice(emitted: Mapping[str, Any]) -> None:
+    """Those of packed sites are parts of one in the program's file, and are read there, to the bit."""
+    host, live = emitted["host"], emitted["live"]
+    data = live.engine.files[WEIGHTS_FILE].read()
+    kept = live.engine.files[BASE_FILE].read()
+    for path in ("layers.0.q", "layers.1.v"):
+        weight = host.get_submodule(path).weight.detach()
+        assert torch.equal(live.engine.base.weight(live.sites[path]), weight)
+        column = weight.t()[0].contiguous().numpy().tobytes()
+        assert data.count(column) == 1
+        assert np.ascontiguousarray(weight.numpy()).tobytes() not in kept
+        assert np.ascontiguousarray(weight.t().numpy()).tobytes() not in kept
+
+
+def test_each_site_is_explained_by_itself(emitted: Mapping[str, Any]) -> None:
+    terms = {(row.site, row.adapter): row for row in emitted["live"].explain().terms}
+    assert terms["layers.0.v", "dora"].slots == ("a", "b", "c")
+    assert terms["layers.0.k", "three"].slots == ("a", "b")
+    assert terms["layers.0.k", "three"].shape == (12, 20)
+
+
+def test_slots_of_sites_lie_in_their_packs_block_by_block(emitted: Mapping[str, Any]) -> None:
+    live = emitted["live"]
+    snapshot = compose_choice(
+        live.plans, live.pool, (("one", lorac.Active(1.0)), ("three", lorac.Active(1.0))), live.base
+    )
+    slots = fill_slots(live.plans, snapshot, live.base)
+    found = collect_slot_tensors(live.engine.slots, live.plans, slots)
+    b, v = found["layers.0.q|k|v:b"], slots["layers.0.v"].tensors["b"]
+    assert b.shape == (1 + 3 + 4, 60)
+    assert torch.equal(b[4:, 44:], v)
+    assert not b[4:, :44].any()
+    assert_close(b.sum(), sum(slots[f"layers.0.{leaf}"].tensors["b"].sum() for leaf in "qkv"))
+    assert torch.equal(found["layers.0.q|k|v:c"], torch.ones(60))

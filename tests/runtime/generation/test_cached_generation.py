@@ -1,0 +1,207 @@
+"""Over a cache only what is needed is computed, and what cannot be is refused before anything is."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+import lorac
+from tests.runtime.generation.recompute import over
+from tests.runtime.generation.texts import LENGTHS, adapted, compiled, padded, prompts
+
+NEW = 10
+GREEDY = {"max_new_tokens": NEW, "do_sample": False}
+
+
+@pytest.fixture
+def model() -> Any:
+    return over(compiled("llama"))
+
+
+def test_a_row_that_is_done_brings_nothing(model: Any) -> None:
+    ends = list(range(20, 60))
+    answer = model.generate(**padded(prompts(), "left"), **GREEDY, eos_token_id=ends)
+    new = answer[:, max(LENGTHS) :]
+    done = torch.isin(new, torch.tensor(ends)).int().cumsum(1)[:, :-1]
+    assert 0 < int(done[:, 0].sum()) < len(LENGTHS)
+    assert model.engine.fed[0] == list(LENGTHS)
+    assert model.engine.fed[1:] == (done == 0).int().T.tolist()
+
+
+def test_prompts_are_computed_once_for_all_their_beams(model: Any) -> None:
+    model.generate(**padded(prompts(), "left"), **GREEDY, num_beams=3)
+    assert model.engine.fed[0] == list(LENGTHS)
+    assert model.engine.fed[1] == [1] * 3 * len(LENGTHS)
+
+
+def test_prompts_in_pieces(model: Any) -> None:
+    """All pieces are as long as they may be, and the last of each row comes in the last call."""
+    expected = model.generate(**padded(prompts(), "left"), **GREEDY)
+    model.engine.fed.clear()
+    assert torch.equal(model.generate(**padded(prompts(), "left"), **GREEDY, prefill_chunk_size=4), expected)
+    assert model.engine.fed[:3] == [[4, 0, 3, 0], [1, 0, 0, 0], [4, 4, 4, 1]]
+
+
+def test_rows_grow_beyond_what_there_was_room_for(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = model.generate(**padded(prompts(), "left"), **GREEDY)
+    monkeypatch.setattr("lorac.runtime.generation.decoding_state._INITIAL_ROOM", 1)
+    assert torch.equal(model.generate(**padded(prompts(), "left"), **GREEDY), expected)
+
+
+# ── Prefixes ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def _longer(sequences: torch.Tensor) -> torch.Tensor:
+    return torch.cat([sequences, torch.randint(3, 96, (sequences.shape[0], 3))], 1)
+
+
+def test_a_conversation_computes_only_what_is_new(model: Any) -> None:
+    prefixes = lorac.PromptCache()
+    first = model.generate(prompts()[0][None], **GREEDY, prefixes=prefixes)
+    assert first.shape[1] == LENGTHS[0] + NEW
+    told = _longer(first)
+    expected = model.generate(told, **GREEDY)
+    model.engine.fed.clear()
+    assert torch.equal(model.generate(told, **GREEDY, prefixes=prefixes), expected)
+    # The last token that was made was never computed with; the three of the next turn come with it.
+    assert model.engine.fed[0] == [4]
+    assert len(prefixes) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2, "seed": 1}])
+def test_rows_begin_as_the_longest_text_that_is_known(options: dict[str, Any], model: Any) -> None:
+    prefixes = lorac.PromptCache()
+    options = {**GREEDY, **options}
+    model.generate(**padded(prompts(), "left"), **options, prefixes=prefixes)
+    ends = prompts(1, (2, 2, 2, 2))
+    rows = [torch.cat([row, end]) for row, end in zip(prompts()[::-1], ends, strict=True)]
+    expected = model.generate(**padded(rows, "left"), **options)
+    model.engine.fed.clear()
+    assert torch.equal(model.generate(**padded(rows, "left"), **options, prefixes=prefixes), expected)
+    assert max(model.engine.fed[0]) == 2
+
+
+def test_what_one_choice_computed_serves_no_other(model: Any) -> None:
+    prefixes, row = lorac.PromptCache(), prompts()[0][None]
+    first = model.generate(row, **GREEDY, prefixes=prefixes)
+    model.engine.fed.clear()
+    base = model.generate(row, **GREEDY, prefixes=prefixes, adapters=None)
+    assert model.engine.fed[0] == [LENGTHS[0]]
+    assert not torch.equal(base, first)
+    assert len(prefixes) == 2
+    model.engine.fed.clear()
+    model.generate(row, **GREEDY, prefixes=prefixes, adapters={"default": 0.5})  # of the same tensors
+    assert model.engine.fed[0] == [LENGTHS[0]]
+    tensor = next(iter(model.adapters["default"].parameters()))
+    with torch.no_grad():
+        tensor.mul_(1.0)  # written, as a step of a training does
+    model.engine.fed.clear()
+    model.generate(row, **GREEDY, prefixes=prefixes)
+    assert model.engine.fed[0] == [LENGTHS[0]]
+
+
+def test_prefixes_stay_within_their_budget(model: Any) -> None:
+    one = lorac.PromptCache()
+    model.generate(prompts()[0][None], **GREEDY, prefixes=one)
+    few = lorac.PromptCache(bytes=2 * one.used)
+    for seed in range(4):
+        model.generate(prompts(seed)[0][None], **GREEDY, prefixes=few)
+        assert few.used <= few.bytes
+    assert len(few) == 2
+    model.engine.fed.clear()
+    model.generate(prompts(3)[0][None], **GREEDY, prefixes=few)
+    assert model.engine.fed[0] == [1]
+    few.clear()
+    assert few.used == 0
+
+
+def test_a_cache_that_an_answer_gives_goes_on_with_its_text(model: Any) -> None:
+    answer = model.generate(prompts()[0][None], **GREEDY, return_dict_in_generate=True)
+    told = _longer(answer.sequences)
+    expected = model.generate(told, **GREEDY)
+    model.engine.fed.clear()
+    assert torch.equal(model.generate(told, **GREEDY, cache=answer.cache), expected)
+    assert model.engine.fed[0] == [4]
+    held = answer.cache.cache.lengths
+    with pytest.raises(lorac.InputMismatch, match="the cache holds"):
+        model.generate(told, **GREEDY, cache=answer.cache)
+    assert answer.cache.cache.lengths == held
+
+
+def test_a_cache_of_another_text_or_model_is_refused(model: Any) -> None:
+    answer = model.generate(prompts()[0][None], **GREEDY, return_dict_in_generate=True)
+    told = _longer(answer.sequences)
+    other = told.clone()
+    other[0, 3] = 3 if told[0, 3] != 3 else 4
+    with pytest.raises(lorac.InputMismatch, match="row 0 does not begin with what the cache holds of it"):
+        model.generate(other, **GREEDY, cache=answer.cache)
+    with pytest.raises(lorac.InputMismatch, match="what another model computed"):
+        over(compiled("llama")).generate(told, **GREEDY, cache=answer.cache)
+    assert torch.equal(model.generate(told, **GREEDY, cache=answer.cache), model.generate(told, **GREEDY))
+
+
+# ── One call ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+class _Swapping:
+    """A criterion that has another thread swap once, after the first token."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.swapped = model, threading.Event()
+        self.thread = threading.Thread(target=self._swap, daemon=True)
+
+    def _swap(self) -> None:
+        self.model.swap(None)
+        self.swapped.set()
+
+    def __call__(self, ids: torch.Tensor, scores: Any) -> torch.Tensor:
+        if not self.thread.is_alive() and not self.swapped.is_set():
+            self.thread.start()
+            self.early = self.swapped.wait(0.2)
+        return torch.zeros(ids.shape[0], dtype=torch.bool)
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["eager", "cached"])
+@pytest.mark.parametrize("mode", ["live", "fused"])
+def test_a_swap_meanwhile_is_of_the_next_call(mode: str, cached: bool) -> None:
+    """Live, it comes at once and changes nothing for the call; fused, it waits for the call's end (invariant 7)."""
+    eager = lorac.compile(adapted("llama"), mode=mode)
+    made = over(eager) if cached else eager
+    row = prompts()[0][None]
+    expected, base = made.generate(row, **GREEDY), made.generate(row, **GREEDY, adapters=None)
+    swapping = _Swapping(made)
+    assert torch.equal(made.generate(row, **GREEDY, stopping_criteria=[swapping]), expected)
+    assert swapping.early == (mode == "live")
+    swapping.thread.join(20)
+    assert made.active == {}
+    assert torch.equal(made.generate(row, **GREEDY), base)
+    assert torch.equal(made.generate(row, **GREEDY, adapters="default"), expected)
+
+
+def test_baked(model: Any) -> None:
+    baked = lorac.compile(adapted("llama"), mode="baked")
+    row = prompts()[0][None]
+    expected = model.generate(row, **GREEDY)
+    for made in (baked, over(baked)):
+        assert torch.equal(made.generate(row, **GREEDY), expected)
+        with pytest.raises(lorac.Unavailable):
+            made.generate(row, **GREEDY, adapters=None)
+
+
+def test_what_fails_half_way_leaves_a_cache_as_it_was(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompt comes in pieces, of which the second fails."""
+    answer = model.generate(prompts()[0][None], **GREEDY, return_dict_in_generate=True)
+    told = torch.cat([answer.sequences, torch.randint(3, 96, (1, 9))], 1)
+    expected, held = model.generate(told, **GREEDY), answer.cache.cache.lengths
+    honest, calls = type(model.engine).extend, iter([True, False])
+
+    def failing(*given: Any) -> Any:
+        if not next(calls, False):
+            raise MemoryError
+        return honest(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.engine), "extend", failing)
+        with pytest.raises(MemoryError):
+            model.generate(told, **GREEDY, cache=answer.cache, prefill_chunk_size=4)
+    assert answer.cache.cache.lengths == held
+    assert torch.equal(model.generate(told, **GREEDY, cache=answer.cache), expected)

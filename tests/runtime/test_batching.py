@@ -1,0 +1,138 @@
+"""One choice per row of a batch."""
+
+import numpy as np
+import pytest
+import torch
+
+import lorac
+from lorac.runtime.batching import run_rows
+from lorac.target.binding import CallResult
+from tests import parity
+from tests.runtime.switching import MIXTURE, X, answer, build, pair, raw
+from tests.zoo import ZOO
+
+ROWS = ["a", None, MIXTURE]
+ENGINES = [("eager", "live"), ("eager", "fused"), ("onnxruntime", "live")]
+
+
+@pytest.fixture(scope="module", params=ENGINES, ids="-".join)
+def compiled(request):
+    return build(pair("lora", "shira" if request.param[1] == "fused" else "hydra"), *request.param)
+
+
+def test_rows_equal_row_wise_calls(compiled):
+    compiled.swap("b")
+    y = answer(compiled, adapters=ROWS)
+    for row, choice in enumerate(ROWS):
+        assert raw(y[row]) == raw(answer(compiled, X[row : row + 1], adapters=choice)[0])
+    assert compiled.active == {"b": 1.0}
+
+
+def test_rows_of_one_choice_run_together(compiled):
+    """In the order the rows came, whatever order the choices are run in."""
+    batch = torch.cat([X, X.flip(1)])
+    y = answer(compiled, batch, adapters=["b", "a", "b", "a", "a", "b"])
+    for choice, rows in (("a", [1, 3, 4]), ("b", [0, 2, 5])):
+        assert raw(y[rows]) == raw(answer(compiled, batch[rows], adapters=choice))
+    base = answer(compiled, batch, adapters=None)
+    parity.assert_parity(y[[1, 3, 4]], answer(compiled, batch, adapters="a")[[1, 3, 4]], base[[1, 3, 4]])
+
+
+def test_mixtures_written_in_another_order_are_one_choice(compiled):
+    turned = dict(reversed(MIXTURE.items()))
+    y = answer(compiled, X[:2], adapters=[MIXTURE, turned])
+    assert raw(y) == raw(answer(compiled, X[:2], adapters=MIXTURE))
+
+
+def test_numpy_comes_back_as_numpy():
+    compiled = build(pair("lora", "hydra"), "onnxruntime", self_test=False)
+    y = compiled(tokens=X.numpy(), adapters=ROWS)
+    assert isinstance(y, np.ndarray)
+    assert y.tobytes() == raw(answer(compiled, adapters=ROWS))
+
+
+@pytest.mark.parametrize("rows", [[], ["a"], ["a", "b"], ["a", "b", None, None]], ids=len)
+def test_rows_and_choices_differ(compiled, rows):
+    compiled.swap("a")
+    before = answer(compiled)
+    with pytest.raises(lorac.ChoiceError, match=f"{len(rows)} choices of adapters for 3 rows"):
+        answer(compiled, adapters=rows)
+    assert raw(answer(compiled)) == raw(before)
+
+
+def test_an_unknown_name_in_a_row(compiled):
+    with pytest.raises(lorac.AdapterNotFound, match="'c'"):
+        answer(compiled, adapters=["a", "c", None])
+
+
+@torch.no_grad()
+def test_a_decoders_output_and_cache_row_by_row():
+    """A transformers decoder answers rows as it answers one of them alone, step by step on the cache of the last."""
+    from transformers import DynamicCache
+
+    entry, choices = ZOO["tiny_llama"], ["a", None, "b"]
+    ids, mask = entry.inputs(batch=3).values()
+    compiled = lorac.compile(
+        entry.model(), {n: lorac.LoRA(r=2, targets=["q_proj", "down_proj"]) for n in "ab"}, active=None
+    )
+    for name in "ab":
+        for tensor in compiled.adapters[name].parameters():
+            tensor.add_(0.1 if name == "a" else -0.2)
+    cache = DynamicCache()
+    steps = [(ids[:, :3], mask[:, :3]), (ids[:, 3:4], mask[:, :4]), (ids[:, 4:], mask)]
+    own = [None] * 3
+    for step_ids, step_mask in steps:
+        y = compiled(input_ids=step_ids, attention_mask=step_mask, cache=cache, adapters=choices)
+        for row, choice in enumerate(choices):
+            at = slice(row, row + 1)
+            alone = compiled(input_ids=step_ids[at], attention_mask=step_mask[at], cache=own[row], adapters=choice)
+            own[row] = alone.cache
+            assert type(y) is type(alone)
+            assert raw(y.logits[at]) == raw(alone.logits)
+            for layer, other in zip(cache.layers, alone.cache.layers, strict=True):
+                assert raw(layer.keys[at]) == raw(other.keys)
+        assert y.cache is cache
+    # Without a cache given, the answer has one of its own.
+    assert raw(compiled(input_ids=ids, adapters=choices).cache.layers[0].values[1:2]) == raw(
+        compiled(input_ids=ids[1:2], adapters=None).cache.layers[0].values
+    )
+
+
+class Held:
+    """An object that holds rows, as caches do."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self.layers, self.seen, self.itself = [rows], 0, self
+
+
+def _noted(args, kwargs, choice):
+    """Writes into what it is given, and answers with less than it wrote."""
+    (held,) = args
+    held.layers = [held.layers[0] * 2, held.layers[0] + len(choice)]
+    held.seen += 1
+    return {0: held.layers[0], "kind": "noted", "fixed": torch.tensor(3.0)}
+
+
+def test_objects_that_are_given_hold_what_one_call_would_have_left():
+    rows = torch.arange(6.0).view(3, 2)
+    held = Held(rows)
+    with pytest.raises(lorac.ChoiceError, match="no input has rows"):
+        run_rows(_noted, (held,), {}, ["x"])
+    answer = run_rows(lambda a, k, c: CallResult(_noted(a[1:], k, c)), (rows, held), {}, ["x", "yy", "x"]).output
+    assert torch.equal(answer[0], rows * 2)
+    assert (answer["kind"], float(answer["fixed"])) == ("noted", 3.0)
+    assert torch.equal(held.layers[0], rows * 2)
+    assert torch.equal(held.layers[1], rows + torch.tensor([[1.0], [2.0], [1.0]]))
+    assert held.seen == 1
+    assert held.itself is held
+
+
+def test_what_has_no_rows_and_differs_is_refused():
+    rows = torch.arange(6.0).view(3, 2)
+    held = Held(rows)
+    with pytest.raises(lorac.Unavailable, match="no row per input row") as error:
+        run_rows(lambda a, k, c: CallResult([_noted(a[1:], k, c), a[0].sum()]), (rows, held), {}, ["x", "y", "x"])
+    assert "labels= make a loss" in str(error.value)
+    assert (held.seen, held.layers) == (0, [rows])
+    # Rows of one choice are one call, whatever it answers.
+    assert float(run_rows(lambda a, k, c: CallResult(a[0].sum()), (rows,), {}, ["x"] * 3).output) == 15.0

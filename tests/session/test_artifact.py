@@ -1,0 +1,287 @@
+"""What is saved runs elsewhere, to the bit where the engine is the same, and nothing in it is taken on trust."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import os
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+import lorac
+from lorac.testing.eager_checks import assert_close
+from tests.limits import assert_apart
+from tests.parity import assert_parity, named_outputs
+from tests.runtime.artefacts import alone, assert_same_folders, make_adapters, make_compiled, run_python
+from tests.zoo import ZOO
+
+CHOICES: tuple[Any, ...] = ("a", None, {"a": 0.7, "b": 0.4})
+CASES = [
+    ("plain_mlp", "onnxruntime", "live"),
+    ("plain_mlp", "onnxruntime", "fused"),
+    ("plain_mlp", "onnxruntime", "baked"),
+    ("tiny_llama", "onnxruntime", "live"),
+    ("plain_mlp", "eager", "live"),
+    ("plain_mlp", "eager", "fused"),
+    ("plain_mlp", "eager", "baked"),
+    ("tiny_gpt2", "eager", "live"),
+]
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    name, target, mode = request.param
+    compiled, late = make_compiled(name, target, mode)
+    folder = tmp_path_factory.mktemp("artefacts") / "it"
+    compiled.save(folder)
+    return name, mode, compiled, late, folder
+
+
+def _same(compiled: lorac.Compiled, loaded: lorac.Compiled, inputs: dict[str, Tensor], base: Any = None) -> None:
+    """Bits where the engine is the same, the deciding measure where it is not (eager runs a module, then a program)."""
+    y, z = compiled(**inputs), loaded(**inputs)
+    assert type(y) is type(z)
+    if compiled.engine.target == "onnxruntime":
+        for key, value in named_outputs(y).items():
+            assert torch.equal(value, named_outputs(z)[key])
+    elif base is not None:
+        assert_parity(z, y, base, names=list(named_outputs(y)))
+
+
+def test_the_loaded_answers_and_swaps_as_the_saved(saved: Any) -> None:
+    name, mode, compiled, _, folder = saved
+    loaded = lorac.load(folder)
+    inputs = ZOO[name].inputs(seed=1, batch=3)
+    base = ZOO[name].model()(**inputs)
+    assert loaded.active == compiled.active == {"a": 0.7, "b": 0.4}
+    assert loaded.adapters.keys() == {"a", "b"}
+    _same(compiled, loaded, inputs, base)
+    for choice in CHOICES if mode != "baked" else ():
+        compiled.swap(choice)
+        loaded.swap(choice)
+        _same(compiled, loaded, inputs, base if choice else None)
+        if choice is None:
+            for key, value in named_outputs(loaded(**inputs)).items():
+                assert_close(value.float(), named_outputs(base)[key].float())
+
+
+def test_it_runs_alone(saved: Any, tmp_path: Path) -> None:
+    """Without lorac, on the model's own inputs: base, adapters and mixtures are what lorac answers, to the bit."""
+    name, mode, compiled, late, folder = saved
+    if compiled.engine.target != "onnxruntime":
+        with pytest.raises(lorac.Unavailable):
+            compiled.save_choice(tmp_path / "a", "a")
+        pytest.skip("needs ONNX Runtime")
+    inputs, model = ZOO[name].inputs(seed=3, batch=3), folder / "model.onnx"
+    if mode == "baked":
+        _assert_alone(alone(model, inputs), compiled(**inputs))
+        return
+    files = {one: folder / "adapters" / f"{one}.onnx_adapter" for one in ("a", "b")}
+    assert json.loads((folder / "manifest.json").read_text())["adapters"]["a"]["portable"] == {
+        "main": "adapters/a.onnx_adapter"
+    }
+    loaded = lorac.load(folder)
+    loaded.add_adapter(late, "late")
+    choices: dict[Any, Any] = {tmp_path / "mixture": {"a": 0.7, "b": 0.4}, tmp_path / "later": "late"}
+    for file, choice in choices.items():
+        loaded.save_choice(file, choice)
+    assert loaded.active == {"a": 0.7, "b": 0.4}
+    choices |= {None: None, **{file: one for one, file in files.items()}}
+    for file, choice in choices.items():
+        loaded.swap(choice)
+        _assert_alone(alone(model, inputs, file), loaded(**inputs))
+
+
+def _assert_alone(found: dict[str, Tensor], wanted: Any) -> None:
+    named = named_outputs(wanted)
+    if len(named) > 1 or "logits" in named:
+        assert found.keys() == named.keys()
+    for value, expected in zip(found.values(), named.values(), strict=True):
+        assert torch.equal(value, expected)
+
+
+def test_no_weight_of_the_base_is_there_twice(saved: Any) -> None:
+    """What the program holds anyway lies in its own files alone, and of a baked one nothing is kept."""
+    _, mode, compiled, _, folder = saved
+    if compiled.engine.target != "onnxruntime":
+        pytest.skip("needs ONNX Runtime")
+    base = folder / "base.safetensors"
+    assert base.exists() == (mode != "baked")
+    if mode == "baked":
+        return
+    with safe_open(base, framework="pt") as file:
+        kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+    assert all(tensor.nbytes < 1024 for tensor in kept.values())  # small ones lie in the model's own file
+
+
+def test_the_loaded_takes_further_adapters(saved: Any) -> None:
+    """DoRA needs the base weights; they come from the artefact."""
+    name, mode, compiled, late, folder = saved
+    if mode == "baked":
+        pytest.skip("a baked model takes no adapters")
+    loaded = lorac.load(folder)
+    inputs = ZOO[name].inputs(seed=2)
+    for one in (compiled, loaded):
+        one.add_adapter(copy.copy(late))
+        one.swap("late")
+    base = ZOO[name].model()(**inputs)
+    _same(compiled, loaded, inputs, base)
+    compiled.remove_adapter("late")
+
+
+def test_saved_again_it_has_the_same_bytes(saved: Any, tmp_path: Path) -> None:
+    folder = saved[-1]
+    lorac.load(folder).save(tmp_path / "again")
+    assert_same_folders(folder, tmp_path / "again")
+
+
+def test_no_pickle(saved: Any) -> None:
+    suffixes = {path.suffix for path in saved[-1].rglob("*") if path.is_file()}
+    assert suffixes <= {".json", ".safetensors", ".onnx", ".data", ".onnx_adapter"}
+
+
+TARGETS = ("eager", "onnxruntime")
+
+
+def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
+    """In two processes that hash strings differently and work in other folders: this one and a new one."""
+    (tmp_path / "tmp").mkdir()
+    script = (
+        "from tests.runtime.artefacts import make_compiled\n"
+        f"for t in {TARGETS}: make_compiled('plain_mlp', t, 'live')[0].save({str(tmp_path / 'there')!r} + t)"
+    )
+    seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+    run_python(script, PYTHONHASHSEED=seed, TMPDIR=str(tmp_path / "tmp"))
+    for target in TARGETS:
+        make_compiled("plain_mlp", target, "live")[0].save(tmp_path / f"here{target}")
+        assert_same_folders(tmp_path / f"here{target}", tmp_path / f"there{target}")
+
+
+def test_loading_needs_neither_transformers_nor_the_model(tmp_path: Path) -> None:
+    """In eager; for ONNX Runtime even less is imported (the next test)."""
+    inputs = ZOO["plain_mlp"].inputs(seed=1)
+    compiled, _ = make_compiled("plain_mlp", "eager", "live")
+    compiled.save(tmp_path / "it")
+    torch.save((inputs, compiled(**inputs).detach()), tmp_path / "expected.pt")
+    script = (
+        "import sys\n"
+        "for name in ('transformers', 'tests', 'peft'): sys.modules[name] = None\n"
+        "import torch, lorac\nfrom lorac.testing.eager_checks import assert_close\n"
+        f"inputs, expected = torch.load({str(tmp_path / 'expected.pt')!r})\n"
+        f"assert_close(lorac.load({str(tmp_path / 'it')!r})(**inputs), expected)\n"
+    )
+    run_python(script)
+
+
+def test_to_load_and_call_imports_nothing_that_compiling_takes(saved: Any, tmp_path: Path) -> None:
+    """Of a transformers model too, whose output still answers by name, by place and as a mapping."""
+    name, _, compiled, _, folder = saved
+    if name != "tiny_llama":
+        pytest.skip("the other programs load alike")
+    compiled.swap({"a": 0.7, "b": 0.4})
+    torch.save((inputs := ZOO["tiny_llama"].inputs(seed=1), compiled(**inputs).logits), tmp_path / "expected.pt")
+    heavy = ("transformers", "torch._dynamo", "torch._inductor", "torch.onnx", "torch.export._trace")
+    heavy += ("onnxscript", "onnx_ir", "sympy", "peft", "lorac.session.compilation", "lorac.backends.onnx.emit")
+    script = (
+        "import sys, torch, lorac\n"
+        f"inputs, expected = torch.load({str(tmp_path / 'expected.pt')!r})\n"
+        "torchs = set(sys.modules)\n"
+        f"loaded = lorac.load({str(folder)!r})\n"
+        "y = loaded(**inputs)\n"
+        "for z in (y.logits, y['logits'], y[0], y.to_tuple()[0], dict(y)['logits']): assert torch.equal(z, expected)\n"
+        "assert y.loss is None and loaded(**inputs, return_dict=False)[0].equal(expected)\n"
+        "loaded.swap('b'); loaded.swap({'a': 0.5, 'b': 0.5}); loaded(**inputs, adapters='a')\n"
+        f"assert not (found := (set(sys.modules) - torchs) & set({heavy!r})), found\n"
+        "import transformers\n"
+        "y = loaded(**inputs)\n"
+        "assert type(y) is transformers.modeling_outputs.CausalLMOutputWithPast, type(y)\n"
+    )
+    run_python(script)
+
+
+def test_an_eager_artefact_becomes_an_onnxruntime_one(tmp_path: Path) -> None:
+    compiled, late = make_compiled("plain_mlp", "eager", "live")
+    compiled.save(tmp_path / "it")
+    loaded = lorac.load(tmp_path / "it", target="onnxruntime")
+    inputs = ZOO["plain_mlp"].inputs(seed=1, batch=4)
+    base = ZOO["plain_mlp"].model()(**inputs)
+    for one in (compiled, loaded):
+        one.add_adapter(copy.copy(late))
+    for choice in ("late", "b", {"a": 0.7, "b": 0.4}):
+        compiled.swap(choice)
+        loaded.swap(choice)
+        assert_parity(loaded(**inputs), compiled(**inputs), base)
+    loaded.swap(None)
+    assert_close(loaded(**inputs), base)
+
+
+def test_routers_are_saved_with_their_place(tmp_path: Path) -> None:
+    """A branch's formula is in the program; another adapter of its structure still finds the slot."""
+    model, inputs = ZOO["tiny_llama"].fresh(), ZOO["tiny_llama"].inputs(seed=1)
+    compiled = lorac.compile(model, {"a": lorac.MeteoRA(r=3, targets=["v_proj", "down_proj"])})
+    adapter = compiled.adapters["a"]
+    with torch.no_grad():
+        for tensor in adapter.parameters():
+            tensor.add_(0.05 * torch.randn_like(tensor))
+    compiled.save(tmp_path / "it")
+    loaded = lorac.load(tmp_path / "it")
+    base = model(**inputs)
+    assert_parity(loaded(**inputs), compiled(**inputs), base)
+    loaded.remove_adapter("a")
+    assert_close(loaded(**inputs).logits, base.logits)
+    loaded.add_adapter(adapter, "again")
+    loaded.swap("again")
+    assert_parity(loaded(**inputs), compiled(**inputs), base)
+
+
+def test_trained_tensors_are_saved(tmp_path: Path) -> None:
+    compiled, _ = make_compiled("plain_mlp", "eager", "live")
+    inputs = ZOO["plain_mlp"].inputs(seed=1)
+    before = compiled(**inputs).detach()
+    with torch.no_grad():
+        for tensor in compiled.parameters():  # type: ignore[attr-defined]
+            tensor.mul_(1.05)
+    compiled.save(tmp_path / "it")
+    y = compiled(**inputs).detach()
+    assert_apart(before, y)
+    assert_parity(lorac.load(tmp_path / "it")(**inputs), y, ZOO["plain_mlp"].model()(**inputs))
+
+
+def test_what_an_artefact_cannot_do_is_said(tmp_path: Path) -> None:
+    make_compiled("plain_mlp", "eager", "live")[0].save(tmp_path / "sound")
+    with pytest.raises(lorac.BaseNeeded, match=r"export\(\)"):
+        lorac.load(tmp_path / "sound").export()
+    compiled, _ = make_compiled("plain_mlp", "onnxruntime", "live")
+    compiled.save(tmp_path / "it")
+    with pytest.raises(lorac.Unavailable, match="eager"):
+        lorac.load(tmp_path / "it", target="eager")
+    gc.collect()  # the model went out of scope, in cycles
+    with pytest.raises(lorac.BaseNeeded, match=r"export\(\)"):
+        compiled.export()
+
+
+def test_the_host_is_let_go_and_found_again_while_it_lives() -> None:
+    model = ZOO["plain_mlp"].fresh()
+    alive, adapters = weakref.ref(model), make_adapters("plain_mlp", model)
+    late = adapters.pop("late")
+    inputs = ZOO["plain_mlp"].inputs()
+    compiled = lorac.compile(model, adapters, target="onnxruntime", active="a", example_inputs=inputs)
+    fused = compiled.export(mode="fused")
+    assert_close(fused(**inputs), compiled(**inputs))
+    base = model(**inputs)
+    del model, fused
+    gc.collect()
+    assert alive() is None
+    compiled.add_adapter(late)  # DoRA: the base weights come from the engine's file
+    compiled.swap("late")
+    compiled.add_adapter(lorac.DoRA(r=1, targets=["up"]), name="fresh")
+    assert not torch.equal(compiled(**inputs), base)
+    compiled.swap("fresh")
+    assert_close(compiled(**inputs), base)

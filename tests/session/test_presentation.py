@@ -1,0 +1,63 @@
+"""What a compiled model says of itself: what it is, and what there is to ask of it, on every target."""
+
+import pytest
+from torch import nn
+
+import lorac
+from lorac.session.presentation import INTERFACE
+from tests.mistakes import Tiny, example, lora
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Of target eager: a module."""
+    return lorac.compile(Tiny(), {"sql": lora(), "style": lorac.DoRA(r=3, targets=["out_proj"])}, active={"sql": 0.5})
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """What is no module: a compiled model that runs a program."""
+    folder = tmp_path_factory.mktemp("stored") / "compiled"
+    lorac.compile(Tiny(), {"sql": lora()}, example_inputs=example()).save(folder)
+    return lorac.load(folder)
+
+
+def test_what_it_is(compiled, stored):
+    assert repr(compiled).splitlines() == [
+        "<CompiledTiny for eager, live",
+        "  sites: 4 with slots, of 8",
+        "  adapters: sql (lora r=2 alpha=8), style (dora r=3 alpha=8)",
+        "  active: sql*0.5>",
+    ]
+    assert repr(stored).startswith("<Compiled for eager, live\n")
+
+
+def test_many_adapters_are_counted():
+    many = lorac.compile(Tiny(), {f"a{i}": lora() for i in range(9)})
+    assert "a3 (lora r=2 alpha=8), 5 more\n" in repr(many)
+    assert "a4" not in repr(many)
+    assert "adapters: none\n" in repr(lorac.compile(Tiny()))
+
+
+def test_what_can_be_asked(compiled, stored):
+    assert dir(stored) == list(INTERFACE)
+    assert set(INTERFACE) < set(dir(compiled)) <= {*INTERFACE, "save_pretrained", *dir(nn.Module)}
+    assert [name for name in dir(compiled) if not hasattr(type(compiled), name) and name not in vars(compiled)] == []
+    internals = {"engine", "plans", "pool", "services", "setup", "renew", "choice", "snapshot"}
+    assert not internals & {*dir(compiled), *dir(stored)}
+
+
+@pytest.mark.parametrize("name", ["train", "eval", "parameters", "state_dict", "to"])
+def test_what_only_a_module_has(stored, name):
+    with pytest.raises(lorac.EagerOnly, match=f"has no '{name}'"):
+        getattr(stored, name)
+    assert not hasattr(stored, name)  # who asks so gets an answer, not an error
+
+
+def test_a_name_that_is_misspelt(compiled, stored):
+    for one in (compiled, stored):
+        with pytest.raises(AttributeError, match="has no 'swop'\n  nearest: swap"):
+            _ = one.swop
+    with pytest.raises(AttributeError, match=r"nearest: lorac\.LoRA"):
+        _ = lorac.Lora
+    assert compiled.embed is not None  # the host's own
