@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lorac.adapters.lora_conversion import to_lora
     from lorac.adapters.router_freezing import freeze_router
     from lorac.formats import load_adapter, save_adapter
-    from lorac.ir.sites import find_sites as sites
+    from lorac.frontend.site_discovery import find_sites as sites
     from lorac.ir.slots.choice import Active
     from lorac.ir.slots.planning import Reserve
     from lorac.limits import budget
@@ -99,7 +99,7 @@ _HOMES = {
     "load": "lorac.session.loading",
     "load_adapter": "lorac.formats",
     "save_adapter": "lorac.formats",
-    "sites": "lorac.ir.sites:find_sites",
+    "sites": "lorac.frontend.site_discovery:find_sites",
     "to_lora": "lorac.adapters.lora_conversion",
     "variants": "lorac.variants",
 }

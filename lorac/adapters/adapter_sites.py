@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
 
-from lorac.frontend.module_sites import infer_module_site, list_callable_paths, make_module_sites
+from lorac.frontend.model_view import ModelView
+from lorac.frontend.module_sites import infer_module_site, make_module_sites
 from lorac.ir.patterns import TARGET_KEYWORDS, is_named
 from lorac.ir.sites import Site, SiteKind
 from lorac.ir.slots.program_values import ONCE_PREFIX, make_once_site
@@ -18,7 +18,7 @@ from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant, Variant
 
 
-def add_named_modules(variant: Variant, model: nn.Module, sites: Mapping[str, Site]) -> dict[str, Site]:
+def add_named_modules(variant: Variant, view: ModelView) -> ModelView:
     """All sites, those among them that the modules become which a method's ``targets`` name.
 
     A list means what it names; of what one regular expression matches, modules whose structure does not tell their
@@ -30,24 +30,24 @@ def add_named_modules(variant: Variant, model: nn.Module, sites: Mapping[str, Si
     targets = variant.targets
     branches = any(isinstance(one, BranchVariant) and SiteKind.BLOCK in one.kinds for one in variant.methods)
     if not branches or (isinstance(targets, str) and targets in TARGET_KEYWORDS):
-        return dict(sites)
-    free = [path for path in list_callable_paths(model) if path not in sites]
+        return view
+    free = [path for path in view.callable_paths if path not in view.sites]
     wanted = [
         path for path in free if is_named(targets, path) and not (variant.exclude and is_named(variant.exclude, path))
     ]
     if not isinstance(targets, str):
-        return {**sites, **make_module_sites(wanted, model, sites)}
-    told = {path: infer_module_site(path, model, sites) for path in wanted}
-    return {**sites, **{path: site for path, site in told.items() if site is not None}}
+        return view.with_sites(make_module_sites(wanted, view.module, view.sites))
+    inferred = {path: infer_module_site(path, view.module, view.sites) for path in wanted}
+    return view.with_sites({path: site for path, site in inferred.items() if site is not None})
 
 
-def add_adapted_modules(adapter: Adapter, model: nn.Module, sites: Mapping[str, Site]) -> dict[str, Site]:
+def add_adapted_modules(adapter: Adapter, view: ModelView) -> ModelView:
     """All sites, those among them that modules become at which an adapter of a branch has tensors."""
     if not any(isinstance(one, BranchVariant | MissingMethod) for one in adapter.variant.methods):
-        return dict(sites)
-    missing = adapter.tensors.keys() - sites.keys()
-    wanted = [path for path in list_callable_paths(model) if path in missing] if missing else []
-    return {**sites, **make_module_sites(wanted, model, sites)}
+        return view
+    missing = adapter.tensors.keys() - view.sites.keys()
+    wanted = [path for path in view.callable_paths if path in missing] if missing else []
+    return view.with_sites(make_module_sites(wanted, view.module, view.sites)) if wanted else view
 
 
 def make_once_sites(adapter: Adapter, sites: Mapping[str, Site]) -> dict[str, Site]:

@@ -7,11 +7,10 @@ import re
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import nn
 
 from lorac.errors import AdapterError
+from lorac.frontend.model_view import ModelView
 from lorac.frontend.parametrized_weights import materialize_weights
-from lorac.ir.sites import find_sites
 from lorac.limits import pause_clock
 from lorac.storage.tensor_file import raw_bytes
 
@@ -20,11 +19,11 @@ _FORM = re.compile(r"[0-9a-f]{32}")
 
 
 @pause_clock()
-def compute_base_hash(model: nn.Module, paths: Iterable[str], *, dtype: torch.dtype | None = None) -> str:
+def compute_base_hash(view: ModelView, paths: Iterable[str], *, dtype: torch.dtype | None = None) -> str:
     """A stable hash over the base weights of the sites at `paths`.
 
     Args:
-        model: The base.
+        view: The base.
         paths: Site paths; order and repetition do not matter.
         dtype: Hash the weights as cast to it, instead of as they are.
 
@@ -34,7 +33,7 @@ def compute_base_hash(model: nn.Module, paths: Iterable[str], *, dtype: torch.dt
     """
     digest = hashlib.blake2b(digest_size=16)
     dtypes = set()
-    for name, stored in _weights(model, paths):
+    for name, stored in _weights(view, paths):
         weight = stored if dtype is None else stored.to(dtype)
         dtypes.add(weight.dtype)
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
@@ -73,7 +72,7 @@ def copy_mismatch_error(name: str, parameter: str) -> AdapterError:
     )
 
 
-def check_base(name: str, recorded: str, model: nn.Module, paths: Iterable[str]) -> None:
+def check_base(name: str, recorded: str, view: ModelView, paths: Iterable[str]) -> None:
     """Hold a recorded hash against the model.
 
     A model in a wider dtype than the recorded one is compared as cast to it. In a narrower one the
@@ -83,14 +82,13 @@ def check_base(name: str, recorded: str, model: nn.Module, paths: Iterable[str])
         AdapterError: The weights are others, or what was recorded is no hash.
     """
     label, paths = _parse_recorded_dtype(name, recorded), tuple(paths)
-    sites = find_sites(model)
-    if any(sites[path].packed for path in paths if path in sites):
+    if any(view.sites[path].packed for path in paths if path in view.sites):
         return
-    own = _label({weight.dtype for _, weight in _weights(model, paths)})
+    own = _label({weight.dtype for _, weight in _weights(view, paths)})
     if label == own:
-        found = compute_base_hash(model, paths)
+        found = compute_base_hash(view, paths)
     elif _wider(own, label):
-        found = compute_base_hash(model, paths, dtype=getattr(torch, label))
+        found = compute_base_hash(view, paths, dtype=getattr(torch, label))
     else:
         return
     if found != recorded:
@@ -119,15 +117,14 @@ def _parse_recorded_dtype(name: str, recorded: str) -> str:
     return label
 
 
-def _weights(model: nn.Module, paths: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+def _weights(view: ModelView, paths: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and value of every weight of the sites, by name; of a block or another module, all its parameters."""
-    model = materialize_weights(model)
-    sites = find_sites(model)
     for path in sorted(set(paths)):
-        weight = sites[path].weight if path in sites else None
+        weight = view.sites[path].weight if path in view.sites else None
         if weight is not None:
-            yield weight, model.get_parameter(weight).detach()
+            yield weight, view.tensor(weight).detach()
             continue
+        model = materialize_weights(view.module)
         for name, parameter in sorted(model.get_submodule(path).named_parameters(path)):
             yield name, parameter.detach()
 

@@ -10,13 +10,14 @@ from torch import nn
 
 from lorac.adapters.adapter_sites import add_adapted_modules
 from lorac.adapters.fit import check_adapter, check_site, check_values
-from lorac.adapters.fresh import find_parameter_sites
+from lorac.adapters.fresh import add_replaced_parameters
 from lorac.adapters.preparation import Preparer
 from lorac.argument_types import check_type
 from lorac.errors import BaseNeeded, CompileError, LoracError, UnknownMethod
+from lorac.frontend.model_view import ModelView
 from lorac.ir.algebra import operands as letters
 from lorac.ir.algebra.changes import Change
-from lorac.ir.sites import BaseReader, Site, SiteKind, find_sites, make_base_reader
+from lorac.ir.sites import BaseReader, Site, SiteKind
 from lorac.ir.slots.plans import BranchTerm
 from lorac.variants.adapter import Adapter
 
@@ -61,26 +62,28 @@ def factors(adapter: Adapter, model: nn.Module | None = None, *, dtype: torch.dt
         adapter, Adapter, "what lorac.factors takes apart", next_step="give an adapter: lorac.load_adapter(path)"
     )
     return dict(
-        _iter_changes_without_model(adapter, dtype) if model is None else iter_changes(None, adapter, model, dtype)
+        _iter_changes_without_model(adapter, dtype)
+        if model is None
+        else iter_changes(None, adapter, ModelView.of(model), dtype)
     )
 
 
 @torch.no_grad()
 def iter_changes(
-    paths: Iterable[str] | None, adapter: Adapter, model: nn.Module, dtype: torch.dtype | None = None
+    paths: Iterable[str] | None, adapter: Adapter, view: ModelView, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, Change]]:
     """Site by site, so that no more than one dense change need be held, the changes of `factors`.
 
     Args:
         paths: Of sites the adapter touches; None: all of them.
-        adapter, model, dtype: As `factors` takes them.
+        adapter, dtype: As `factors` takes them.
+        view: The base.
     """
-    sites = find_sites(model)
-    check_adapter(adapter, sites, model)
-    sites = add_adapted_modules(adapter, model, sites | find_parameter_sites(model, adapter, sites))
+    check_adapter(adapter, view)
+    sites = add_adapted_modules(adapter, add_replaced_parameters(adapter, view)).sites
     if dtype is not None:
         sites = {path: dataclasses.replace(site, dtype=dtype) for path, site in sites.items()}
-    preparer = Preparer(sites, make_base_reader(model))
+    preparer = Preparer(sites, view.base)
     for path in preparer.touched(adapter) if paths is None else paths:
         yield path, _change(preparer, adapter, path)
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
-from torch import nn
 
 from lorac.adapters.adapter_sites import add_adapted_modules
 from lorac.adapters.base_hash import check_base, check_copy
@@ -18,9 +17,9 @@ from lorac.errors import (
     SiteError,
     nearest_name,
 )
+from lorac.frontend.model_view import ModelView
 from lorac.ir.patterns import no_match_error
-from lorac.ir.sites import Site, find_sites
-from lorac.ir.slots.program_values import ReadableValues
+from lorac.ir.sites import Site
 from lorac.limits import check_time, pause_clock
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant, Variant, iterate_fields
@@ -30,7 +29,7 @@ Tensor = torch.Tensor
 T = TypeVar("T")
 
 
-def check_adapter(adapter: Adapter, sites: Mapping[str, Site], model: nn.Module) -> None:
+def check_adapter(adapter: Adapter, view: ModelView) -> None:
     """Hold an adapter against the model it is meant for, before anything is computed from it.
 
     This is the one check: files, compiling and adding at run time all come through it, so that a fault has one error
@@ -39,8 +38,7 @@ def check_adapter(adapter: Adapter, sites: Mapping[str, Site], model: nn.Module)
 
     Args:
         adapter: The adapter; only read.
-        sites: Every site of the model, by path.
-        model: The model, or its skeleton, with the values of the adapted weights if a base hash is recorded.
+        view: The model, or its skeleton with the values of the adapted weights if a base hash is recorded.
 
     Raises:
         SiteError: A path names no site, a replaced tensor no parameter, what a branch reads no value of the
@@ -55,14 +53,15 @@ def check_adapter(adapter: Adapter, sites: Mapping[str, Site], model: nn.Module)
     """
     check_numbers(adapter.name, adapter.variant)
     if not adapter.tensors and not adapter.replaced:
-        raise no_match_error(adapter.name, adapter.variant.asked, sites)
-    known, sites = list_named_tensors(model), add_adapted_modules(adapter, model, sites)
+        raise no_match_error(adapter.name, adapter.variant.asked, view.sites)
+    known, view = view.named_tensors(), add_adapted_modules(adapter, view)
+    sites = view.sites
     shapes = not adapter.provenance.get("left_out")
     for path, tensors in adapter.tensors.items():
         if path not in sites:
-            raise no_site_error(adapter.name, path, sites, model)
+            raise no_site_error(adapter.name, path, view)
         check_site(adapter.name, adapter.variant, sites[path], tensors, shapes=shapes)
-    check_reads(adapter, sites, model)
+    check_reads(adapter, view)
     for name, tensor in adapter.replaced.items():
         check_replaced(adapter.name, name, tensor, known)
     check_values(adapter)
@@ -70,10 +69,10 @@ def check_adapter(adapter: Adapter, sites: Mapping[str, Site], model: nn.Module)
         check_copy(adapter.name, name, copy, _replaceable(adapter.name, name, known))
     recorded = adapter.provenance.get("base")
     if recorded:
-        check_base(adapter.name, str(recorded), model, adapter.tensors)
+        check_base(adapter.name, str(recorded), view, adapter.tensors)
 
 
-def check_reads(adapter: Adapter, sites: Mapping[str, Site], model: nn.Module) -> None:
+def check_reads(adapter: Adapter, view: ModelView) -> None:
     """Refuse an adapter whose branches read what is no value of the program.
 
     Raises:
@@ -83,12 +82,12 @@ def check_reads(adapter: Adapter, sites: Mapping[str, Site], model: nn.Module) -
     branches = [method for method in adapter.variant.methods if isinstance(method, BranchVariant)]
     if not branches:
         return
-    here = {path: adapter.variant.at(sites[path]) for path in adapter.tensors}
-    reads = {path: one.reads(sites[path]) for path, one in here.items() if isinstance(one, BranchVariant)}
+    here = {path: adapter.variant.at(view.sites[path]) for path in adapter.tensors}
+    reads = {path: one.reads(view.sites[path]) for path, one in here.items() if isinstance(one, BranchVariant)}
     once = [method for method in branches if method.has_once]
     if not any(reads.values()) and not once:
         return
-    readable = ReadableValues.of(model, sites)
+    readable = view.readable_values
     readable.check((name for method in once for name in method.reads_once()), once=True)
     readable.check((name for names in reads.values() for name in names), owns=bool(once))
 
@@ -281,22 +280,22 @@ def check_replaced(adapter: str, name: str, tensor: Tensor, known: Mapping[str, 
     )
 
 
-def sort_by_site(tensors: Mapping[str, T], model: nn.Module | None) -> dict[str, T]:
+def sort_by_site(tensors: Mapping[str, T], view: ModelView | None) -> dict[str, T]:
     """By site path, in the model's order; without one, paths as text with numbers as numbers."""
-    if model is None:
+    if view is None:
         return {path: tensors[path] for path in sorted(tensors, key=_natural)}
-    place = {path: index for index, path in enumerate(find_sites(model))}
+    place = {path: index for index, path in enumerate(view.sites)}
     return {p: tensors[p] for p in sorted(tensors, key=lambda p: (place.get(p, -1), _natural(p)))}
 
 
-def no_site_error(adapter: str, path: str, sites: Iterable[str], model: nn.Module) -> SiteError:
+def no_site_error(adapter: str, path: str, view: ModelView) -> SiteError:
     """The error for a path that is no site, be it no module at all or one lorac cannot adapt."""
     try:
-        module = model.get_submodule(path)
+        module = view.module.get_submodule(path)
     except AttributeError:
         return SiteError(
             f"adapter '{adapter}' has tensors for '{path}', which is no module of the model",
-            nearest=nearest_name(path, sites),
+            nearest=nearest_name(path, view.sites),
             next_step="load the class of model that the adapter was trained on; `lorac sites MODEL` prints its sites",
             code="site_not_found",
         )
@@ -322,11 +321,3 @@ def _replaceable(adapter: str, name: str, known: Mapping[str, Tensor]) -> Tensor
 def _natural(path: str) -> tuple[tuple[bool, int, str], ...]:
     parts = (part for part in re.split(r"(\d+)", path) if part)
     return tuple((part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts)
-
-
-def list_named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by every name they go by."""
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }

@@ -11,9 +11,10 @@ from torch import nn
 
 from lorac.adapters.fit import check_numbers
 from lorac.errors import AdapterError
+from lorac.frontend.model_view import ModelView
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.patterns import check_targets_match, no_match_error
-from lorac.ir.sites import BaseReader, Site, SiteKind, factor_dtype, make_parameter_site
+from lorac.ir.sites import BaseReader, Site, SiteKind, factor_dtype
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 from lorac.variants.params import InitContext, ParamSpec, Role
@@ -22,7 +23,7 @@ Tensor = torch.Tensor
 
 
 def make_fresh_adapter(
-    variant: Variant, name: str, model: nn.Module, sites: Mapping[str, Site], base: BaseReader, seed: int = 0
+    variant: Variant, name: str, view: ModelView, base: BaseReader | None = None, seed: int = 0
 ) -> Adapter:
     """An adapter at its initial values; the process's random state is left alone.
 
@@ -32,7 +33,8 @@ def make_fresh_adapter(
         SiteError: they name a site the method is not defined on.
     """
     check_numbers(name, variant)
-    chosen = select_target_sites(variant, model, sites)
+    sites, model, base = view.sites, view.module, base or view.base
+    chosen = select_target_sites(variant, view)
     check_targets_match(name, variant.targets, sites, [p for p, _ in model.named_modules() if variant.copies(p)])
     check_targets_match(
         name, variant.parameters, {p: site for p, site in sites.items() if site.kind is SiteKind.MATRIX}
@@ -74,9 +76,9 @@ def _specs(name: str, variant: Variant, site: Site) -> dict[str, ParamSpec]:
     return specs
 
 
-def select_target_sites(variant: Variant, model: nn.Module, sites: Mapping[str, Site]) -> list[Site]:
+def select_target_sites(variant: Variant, view: ModelView) -> list[Site]:
     """The sites a variant's ``targets`` name."""
-    found = variant.named_sites(model, sites)
+    found = variant.named_sites(view)
     # A site of a kind the method is not defined on stays in, to be refused by name.
     return [site for site in found if site.kind not in variant.kinds or variant.adapts(site)]
 
@@ -104,14 +106,11 @@ def make_trainable(adapter: Adapter, sites: Mapping[str, Site]) -> Adapter:
     return copy
 
 
-def find_parameter_sites(model: nn.Module, adapter: Adapter, sites: Mapping[str, Site]) -> dict[str, Site]:
+def add_replaced_parameters(adapter: Adapter, view: ModelView) -> ModelView:
     """Sites for replaced parameters and buffers that no other site owns (a norm's scale, a class token)."""
-    owned = {name for site in sites.values() for name in (site.weight, site.bias) if name}
-    found = {}
-    for fqn in adapter.replaced:
-        if fqn not in owned and fqn not in sites:
-            found[fqn] = make_parameter_site(fqn, model)
-    return found
+    owned = {name for site in view.sites.values() for name in (site.weight, site.bias) if name}
+    bare = [name for name in adapter.replaced if name not in owned and name not in view.sites]
+    return view.with_sites({name: view.make_parameter_site(name) for name in bare}) if bare else view
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from torch import nn
 
 from lorac.adapters.factors import factors, iter_changes
 from lorac.errors import BaseNeeded, CompileError, OptionError
+from lorac.frontend.model_view import ModelView
 from lorac.ir.algebra.changes import Change, LowRank, merge_weight
-from lorac.ir.sites import find_sites, make_base_reader
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 from lorac.variants.lora import LoRA
@@ -46,12 +46,12 @@ def to_lora(
     """
     if rank is not None and rank < 1:
         raise OptionError(f"a LoRA of rank {rank} does nothing", next_step="give rank= a whole number above 0")
-    own = replace(adapter, replaced={})
-    changes: Iterable[tuple[str, Change]] = factors(own).items() if model is None else iter_changes(None, own, model)
+    own, view = replace(adapter, replaced={}), None if model is None else ModelView.of(model)
+    changes: Iterable[tuple[str, Change]] = factors(own).items() if view is None else iter_changes(None, own, view)
     pairs: dict[str, FactorPair] = {}
     shifts: dict[str, Tensor] = {}
     for path, change in changes:
-        pairs[path] = _exact(adapter, path, change) if rank is None else _nearest(path, change, model, rank)
+        pairs[path] = _exact(adapter, path, change) if rank is None else _nearest(path, change, view, rank)
         if change.e is not None:
             shifts[path] = change.e.clone()
     tensors = {path: {"lora_A": a.contiguous(), "lora_B": b.contiguous()} for path, (a, b) in pairs.items()}
@@ -92,18 +92,18 @@ def _exact(adapter: Adapter, path: str, change: Change) -> FactorPair:
     return (a, b) if folded.rank else (a.new_zeros(*a.shape[:-2], 1, a.shape[-1]), b.new_zeros(*b.shape[:-1], 1))
 
 
-def _nearest(path: str, change: Change, model: nn.Module | None, rank: int) -> FactorPair:
+def _nearest(path: str, change: Change, view: ModelView | None, rank: int) -> FactorPair:
     """The first components of W' − W by their size; of factors without a product as large as W."""
     if isinstance(change, LowRank) and not change.folded().parts:
         folded = change.folded()
         u, s, vh = compute_product_svd(folded.b.mT, folded.a.mT)
-    elif model is None:
+    elif view is None:
         raise BaseNeeded(
             f"only the base tells what changes of the weight of '{path}'",
             next_step="pass model=, the base that the adapter was trained on",
         )
     else:
-        weight = make_base_reader(model).weight(find_sites(model)[path])
+        weight = view.base.weight(view.sites[path])
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         u, s, vh = torch.linalg.svd(merge_weight(change, wide) - wide, full_matrices=False)
     return vh[..., :rank, :], u[..., :, :rank] * s[..., None, :rank]

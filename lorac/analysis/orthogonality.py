@@ -12,8 +12,8 @@ from torch import nn
 
 from lorac.adapters.factors import iter_changes
 from lorac.errors import AdapterError, SiteError
+from lorac.frontend.model_view import ModelView
 from lorac.ir.algebra.changes import merge_weight
-from lorac.ir.sites import find_sites, make_base_reader
 from lorac.variants.adapter import Adapter
 
 Tensor = torch.Tensor
@@ -70,10 +70,10 @@ def adapter_orthogonality(first: Adapter, second: Adapter, model: nn.Module) -> 
             next_step="adapters that share no site are orthogonal as they are",
             code="site_not_found",
         )
-    sites, base = find_sites(model), make_base_reader(model)
-    updates = zip(*(iter_changes(common, adapter, model, torch.float64) for adapter in (first, second)), strict=True)
+    view = ModelView.of(model)
+    updates = zip(*(iter_changes(common, adapter, view, torch.float64) for adapter in (first, second)), strict=True)
     found = {}
     for (path, one), (_, other) in updates:
-        weight = base.weight(sites[path]).double()
+        weight = view.base.weight(view.sites[path]).double()
         found[path] = orthogonality(merge_weight(one, weight) - weight, merge_weight(other, weight) - weight)
     return found

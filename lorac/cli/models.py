@@ -55,12 +55,12 @@ def sites(
     json: JsonOption = False,
 ) -> None:
     """Print every adaptable place of a model."""
+    from lorac.frontend.model_view import ModelView
     from lorac.ir.patterns import no_match_error, select_sites
-    from lorac.ir.sites import find_sites
 
     with progress("sites") as report:
         report.step("loading the model")
-        found = find_sites(load_model(model))
+        found = ModelView.of(load_model(model)).sites
     wanted = list(found.values())
     if targets:
         wanted = select_sites(found, parse_targets(targets), parameters=targets.split(",")) or select_sites(

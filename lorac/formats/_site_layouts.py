@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from lorac.errors import BaseNeeded
-from lorac.ir.sites import ConvGeometry, Site, SiteKind, find_sites
+from lorac.frontend.model_view import ModelView
+from lorac.ir.sites import ConvGeometry, Site, SiteKind
 from lorac.variants.adapter import Adapter
 
 LAYOUT = "layout"
@@ -110,7 +111,7 @@ def adapter_sites(adapter: Adapter, model: nn.Module | None) -> dict[str, Site]:
         BaseNeeded: The adapter remembers nothing, and no model was given.
     """
     if model is not None:
-        sites = find_sites(model)
+        sites = ModelView.of(model).sites
         return {path: sites[path] for path in adapter.tensors}
     known = adapter.provenance.get(LAYOUT, {})
     unknown = [path for path in adapter.tensors if path not in known]

@@ -20,7 +20,7 @@ from lorac.adapters.fit import check_adapter
 from lorac.adapters.router_freezing import freeze_router
 from lorac.errors import AdapterError, BaseNeeded, FormatError, SiteError, nearest_name
 from lorac.frontend.last_hidden_state import find_last_hidden_state
-from lorac.ir.sites import find_sites
+from lorac.frontend.model_view import ModelView
 from lorac.variants.adapter import Adapter
 from lorac.variants.x_lora import XLoRA
 
@@ -65,7 +65,8 @@ class XLoraFolder:
         hidden = self._hidden(name, model)
         assert model is not None
         complete = self._complete(name)
-        sites = find_sites(model)
+        view = ModelView.of(model)
+        sites = view.sites
         loras = [self._expert(known, inside, model) for known in self.experts]
         adapter = XLoRA.from_loras(loras, sites=list(sites), name=name, hidden=hidden, **self.fields)
         own = adapter.tensors[adapter.sites[0]]
@@ -76,7 +77,7 @@ class XLoraFolder:
         for tensors in adapter.tensors.values():
             tensors.update(shared)
         adapter.provenance |= {"source": str(self.folder)}
-        check_adapter(adapter, sites, model)
+        check_adapter(adapter, view)
         return adapter
 
     def _hidden(self, name: str, model: nn.Module | None) -> str:
@@ -174,7 +175,7 @@ def _reorder_rows(adapter: Adapter, variant: XLoRA, stored: Tensor, model: nn.Mo
             f"the layers that adapter '{adapter.name}' weighs are numbered as they are met in the model",
             next_step="pass model=",
         )
-    met = [path for path in find_sites(model) if path in adapter.tensors]
+    met = [path for path in ModelView.of(model).sites if path in adapter.tensors]
     places = torch.tensor([variant.targets.index(path) for path in met])
     return stored.unflatten(0, (len(met), -1))[places].flatten(0, 1)
 

@@ -19,7 +19,7 @@ from lorac.errors import FormatError, nearest_name
 from lorac.formats._files import encode_config, peek_names, read_safetensors
 from lorac.formats._format import Format
 from lorac.formats.native import assemble_adapter, build_variant, parse_record, tensor_key
-from lorac.ir.sites import find_sites
+from lorac.frontend.model_view import ModelView
 from lorac.storage.strict_json import parse_object
 from lorac.variants.adapter import Adapter
 
@@ -56,9 +56,9 @@ def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
     start, record, places = records[_chosen(file, sorted(records), name)]
     adapter = assemble_adapter(file, record, _stored(file, tensors, start, places), name, build_variant)
     adapter.provenance["format"] = FORMAT.name
-    adapter.tensors = sort_by_site(adapter.tensors, model)
+    adapter.tensors = sort_by_site(adapter.tensors, None if model is None else ModelView.of(model))
     if model is not None:
-        check_adapter(adapter, find_sites(model), model)
+        check_adapter(adapter, ModelView.of(model))
     return adapter
 
 

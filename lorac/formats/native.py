@@ -31,7 +31,7 @@ from lorac.errors import (
 from lorac.formats._files import SEAL, check_seal, encode_config, peek_metadata, read_safetensors
 from lorac.formats._format import Format
 from lorac.formats._site_layouts import LAYOUT, is_site_json
-from lorac.ir.sites import find_sites
+from lorac.frontend.model_view import ModelView
 from lorac.limits import charge_reading
 from lorac.storage.strict_json import parse_object
 from lorac.storage.tensor_file import hash_contents, write_safetensors
@@ -75,9 +75,9 @@ def _recognises(path: Path) -> bool:
 
 def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
     adapter = _adapter(path, name, build_variant)
-    adapter.tensors = sort_by_site(adapter.tensors, model)
+    adapter.tensors = sort_by_site(adapter.tensors, None if model is None else ModelView.of(model))
     if model is not None:
-        check_adapter(adapter, find_sites(model), model)
+        check_adapter(adapter, ModelView.of(model))
     return adapter
 
 
@@ -138,9 +138,9 @@ def assemble_adapter(
 
 def _save(adapter: Adapter, path: Path, model: nn.Module | None, target: Path) -> None:
     if model is not None:
-        check_adapter(adapter, find_sites(model), model)
+        check_adapter(adapter, ModelView.of(model))
     tensors, shared = _stored(adapter)
-    base = compute_base_hash(model, adapter.tensors) if model else adapter.provenance.get("base")
+    base = compute_base_hash(ModelView.of(model), adapter.tensors) if model else adapter.provenance.get("base")
     # Names are not sorted here: the order of patterns matters, that of the record is fixed.
     text = encode_config(make_record(adapter, shared, base))
     write_safetensors(path, tensors, {_ENTRY: text, SEAL: hash_contents(text, tensors)})

@@ -20,7 +20,7 @@ from lorac.formats._format import Format
 from lorac.formats._xlora import XLoraFolder, read_expert_paths, split_xlora
 from lorac.formats.peft.config import flag, number, rank
 from lorac.formats.peft.writer import write_folder
-from lorac.ir.sites import find_sites
+from lorac.frontend.model_view import ModelView
 from lorac.storage.tensor_file import write_safetensors
 from lorac.variants.adapter import Adapter
 from lorac.variants.x_lora import XLoRA
@@ -102,7 +102,7 @@ def _save(adapter: Adapter, path: Path, model: nn.Module | None, target: Path) -
             code="unsupported_field",
         )
     if model is not None:
-        check_adapter(adapter, find_sites(model), model)
+        check_adapter(adapter, ModelView.of(model))
     tensors, loras = split_xlora(adapter, model, _keys(variant.depth, variant.activation))
     path.mkdir()
     (path / _EXPERTS).mkdir()

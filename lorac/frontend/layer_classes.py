@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorac.ir.sites import ConvGeometry, is_gpt2_conv1d
+from lorac.frontend.site_discovery import is_gpt2_conv1d
+from lorac.ir.sites import ConvGeometry
 
 Forward = Callable[..., Any]
 _LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)

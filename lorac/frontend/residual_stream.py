@@ -23,17 +23,18 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorac.errors import SiteError
-from lorac.frontend.components import get_component_prefix, list_components
+from lorac.frontend.components import get_component_prefix
 from lorac.frontend.example_inputs import bind_by_name, make_example_inputs
+from lorac.frontend.model_view import ModelView
 from lorac.frontend.module_sites import infer_module_site
 from lorac.frontend.transformer_blocks import (
+    get_component_inputs,
     is_attention_op,
-    is_given_by_component,
     make_runnable_copy,
     run_under_dispatch_mode,
 )
 from lorac.ir.patterns import find_outermost_blocks
-from lorac.ir.sites import Site, find_sites
+from lorac.ir.sites import Site
 
 SublayerKind = Literal["attention", "cross", "mlp"]
 _Key = tuple[int, torch.Size]
@@ -78,11 +79,11 @@ class ResidualStream:
     head: tuple[str, ...] | None
 
 
-def trace_residual_stream(model: nn.Module, inputs: object = None) -> ResidualStream:
+def trace_residual_stream(view: ModelView, inputs: object = None) -> ResidualStream:
     """Run a copy of a model to see what it adds to what.
 
     Args:
-        model: left as it is; of several components each is run.
+        view: the model, which is left unchanged; of several components each is run.
         inputs: example inputs as ``lorac.compile`` takes them; by default made from the model's configuration.
 
     Raises:
@@ -92,10 +93,11 @@ def trace_residual_stream(model: nn.Module, inputs: object = None) -> ResidualSt
     parts = [
         _of_one(
             component,
-            get_component_prefix(model, name),
-            inputs.get(name) if is_given_by_component(inputs, model) else inputs,  # type: ignore[attr-defined]  # a mapping
+            get_component_prefix(view.module, name),
+            view.component_sites(name),
+            get_component_inputs(inputs, view, name),
         )
-        for name, component in list_components(model).items()
+        for name, component in view.components.items()
     ]
     return ResidualStream(
         tuple(path for part in parts for path in part.blocks),
@@ -105,10 +107,10 @@ def trace_residual_stream(model: nn.Module, inputs: object = None) -> ResidualSt
     )
 
 
-def _of_one(model: nn.Module, prefix: str, inputs: object) -> ResidualStream:
+def _of_one(model: nn.Module, prefix: str, sites: Mapping[str, Site], inputs: object) -> ResidualStream:
     given = bind_by_name(model, make_example_inputs(model) if inputs is None else inputs)
     copy = make_runnable_copy(model)
-    notes = _StreamRecorder(prefix, [f"{prefix}{path}" for path in find_outermost_blocks(find_sites(model))])
+    notes = _StreamRecorder(prefix, [f"{prefix}{path}" for path in find_outermost_blocks(sites)])
     for path, module in copy.named_modules():
         if path:
             module.register_forward_pre_hook(notes.entering(prefix + path), with_kwargs=True)
@@ -267,14 +269,13 @@ def _within(path: str, block: str) -> bool:
 
 
 # ── Sites ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-def find_sublayer_sites(model: nn.Module, stream: ResidualStream) -> dict[str, Sublayer]:
+def find_sublayer_sites(view: ModelView, stream: ResidualStream) -> dict[str, Sublayer]:
     """The path of the site that stands for a sublayer: the norm behind it, or its first module whose width is known."""
-    sites = find_sites(model)
-    paths = [(found.norm or _find_known_site(found.modules, model, sites), found) for found in stream.sublayers]
+    paths = [(found.norm or _find_known_site(found.modules, view), found) for found in stream.sublayers]
     return {path: found for path, found in paths if path is not None}
 
 
-def find_stream_ends(model: nn.Module, stream: ResidualStream) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def find_stream_ends(view: ModelView, stream: ResidualStream) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Paths of the site that gives the stream its first value, and of the one whose output the output layer takes.
 
     Each is one, or none of the latter where the model has no output layer.
@@ -282,15 +283,15 @@ def find_stream_ends(model: nn.Module, stream: ResidualStream) -> tuple[tuple[st
     Raises:
         SiteError: no module does that, is called for that alone and tells its width by its structure.
     """
-    sites = find_sites(model)
     ends = []
     for what, candidates in (("the first block", stream.embedding), ("the output layer", stream.head)):
-        alone = [path for path in candidates or () if _has_single_name(path, model)]
-        known = _find_known_site(alone, model, sites)
+        alone = [path for path in candidates or () if _has_single_name(path, view.module)]
+        known = _find_known_site(alone, view)
         if known is None and candidates is not None:
             raise SiteError(
-                f"no one module gives what {what} of {type(model).__name__} takes, is called for that alone and tells "
-                f"its width by its structure; looked at {', '.join(candidates) or 'none, for something lies between'}",
+                f"no one module gives what {what} of {type(view.module).__name__} takes, is called for that alone and "
+                f"tells its width by its structure; looked at "
+                f"{', '.join(candidates) or 'none, for something lies between'}",
                 next_step="leave inv_adapter out, or name the modules in embeddings= and heads=",
                 code="site_unsupported",
             )
@@ -315,9 +316,11 @@ def find_common_norm_eps(norms: Sequence[nn.Module], otherwise: float) -> float:
     return found.pop() if found else otherwise
 
 
-def _find_known_site(paths: Iterable[str], model: nn.Module, sites: Mapping[str, Site]) -> str | None:
+def _find_known_site(paths: Iterable[str], view: ModelView) -> str | None:
     """The first of some modules that is a site, or whose structure tells how wide it is."""
-    return next((path for path in paths if path in sites or infer_module_site(path, model, sites) is not None), None)
+    return next(
+        (p for p in paths if p in view.sites or infer_module_site(p, view.module, view.sites) is not None), None
+    )
 
 
 def _has_single_name(path: str, model: nn.Module) -> bool:

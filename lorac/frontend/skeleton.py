@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorac.ir.sites import find_matrix_sites, is_gpt2_conv1d, stores_transposed
+from lorac.frontend.site_discovery import find_matrix_sites, is_gpt2_conv1d, stores_transposed
 
 Tensor = torch.Tensor
 _LISTS: dict[str, type[nn.Module]] = {"list": nn.ModuleList, "sequence": nn.Sequential, "named": nn.ModuleDict}
@@ -44,8 +44,8 @@ class Skeleton(nn.Module):
         return None if path is None else self.get_submodule(path)
 
 
-class Conv1D(nn.Module):
-    """Stands for transformers' Conv1D, whose weight is (in, out); told by this name and by ``nf`` and ``nx``."""
+class SkeletonConv1D(nn.Module):
+    """Stand-in for transformers' Conv1D, whose weight is (in, out); ``is_gpt2_conv1d`` knows its name."""
 
     def __init__(self, nf: int, nx: int) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ def _module(entry: Mapping[str, Any]) -> nn.Module:
         if kind == "linear":
             return _bare(nn.Linear(entry["in"], entry["out"]))
         if kind == "gpt2":
-            return Conv1D(entry["out"], entry["in"])
+            return SkeletonConv1D(entry["out"], entry["in"])
         if kind == "embedding":
             # Given a weight it draws none: on the meta device, drawing imports torch's compiler.
             weight = torch.empty(entry["in"], entry["out"])

@@ -10,41 +10,43 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorac.frontend.components import get_component_prefix, list_components
+from lorac.frontend.components import get_component_prefix
 from lorac.frontend.copying import copy_structure
 from lorac.frontend.example_inputs import bind_by_name, make_example_inputs, set_config_fields
 from lorac.frontend.model_runner import seed_random_numbers
-from lorac.ir.sites import Site, SiteKind, find_sites
+from lorac.frontend.model_view import ModelView
+from lorac.ir.sites import Site, SiteKind
 
 _HEADS = 4
 """Axes of attention weights: rows, heads, and positions twice."""
 _SEED = 0
 
 
-def is_given_by_component(inputs: object, model: nn.Module) -> bool:
-    """Whether example inputs are given by the names of a model's components."""
-    return isinstance(inputs, Mapping) and list_components(model).keys() >= inputs.keys()
+def get_component_inputs(inputs: object, view: ModelView, name: str) -> object:
+    """Return the example inputs of one component, where they are given by component; else all of them."""
+    by_component = isinstance(inputs, Mapping) and view.components.keys() >= inputs.keys()
+    return inputs.get(name) if by_component else inputs  # type: ignore[attr-defined]  # a mapping
 
 
-def find_transformer_blocks(model: nn.Module, inputs: object = None) -> tuple[str, ...]:
+def find_transformer_blocks(view: ModelView, inputs: object = None) -> tuple[str, ...]:
     """Paths of the blocks that a transformer repeats, in the order of their calls; none where no attention is computed.
 
     A block is an element of a list whose every element, where it is called, computes an attention and answers what is
     as wide as its weights say, and that has no such list inside: not a stage, a sublayer, or what lies between stages.
 
     Args:
-        model, inputs: as ``stream_of``'s.
+        view, inputs: as ``trace_residual_stream`` takes them.
     """
     found: list[str] = []
-    for name, component in list_components(model).items():
-        given = inputs.get(name) if isinstance(inputs, Mapping) and is_given_by_component(inputs, model) else inputs
-        prefix = get_component_prefix(model, name)
-        found += [prefix + path for path in _attending_blocks(component, given)]
+    for name, component in view.components.items():
+        prefix = get_component_prefix(view.module, name)
+        given = get_component_inputs(inputs, view, name)
+        found += [prefix + path for path in _attending_blocks(component, view.component_sites(name), given)]
     return tuple(found)
 
 
-def _attending_blocks(model: nn.Module, inputs: object) -> list[str]:
-    sites = {path: site for path, site in find_sites(model).items() if site.kind is SiteKind.BLOCK}
+def _attending_blocks(model: nn.Module, all_sites: Mapping[str, Site], inputs: object) -> list[str]:
+    sites = {path: site for path, site in all_sites.items() if site.kind is SiteKind.BLOCK}
     computed: dict[str, bool] = {}
     watch = _AttentionCounter()
     began: dict[str, int] = {}

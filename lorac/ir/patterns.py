@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import regex
-from torch import nn
 
 from lorac.errors import FormatError, SiteError, nearest_name, short
 from lorac.ir.sites import CONVOLUTION_KINDS, Site, SiteKind
@@ -199,13 +198,6 @@ def _list_site_paths(path: str, site: Site) -> tuple[str, ...]:
 
 def _is_linear(path: str, site: Site, heads: Collection[str]) -> bool:
     return site.kind is SiteKind.LINEAR and path not in heads and path.rpartition(".")[2] not in _HEADS
-
-
-def find_output_layers(model: nn.Module) -> list[str]:
-    """Paths of the layers a model names as its output layer."""
-    get = getattr(model, "get_output_embeddings", None)
-    head = get() if callable(get) else None
-    return [path for path, module in model.named_modules() if head is not None and module is head]
 
 
 def check_targets_match(

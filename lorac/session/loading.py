@@ -12,8 +12,9 @@ from torch import nn
 from lorac.argument_types import check_type
 from lorac.errors import ArtifactError, LoracError, nearest_name
 from lorac.formats import formats
+from lorac.frontend.model_view import ModelView
 from lorac.frontend.module_sites import list_callable_paths, make_module_site
-from lorac.ir.sites import Site, make_parameter_site
+from lorac.ir.sites import Site
 from lorac.ir.slots.program_values import make_once_site
 from lorac.runtime.generation.tokenizers import TokenizerFiles
 from lorac.runtime.traits import traits_from_json
@@ -128,7 +129,7 @@ def _planned_site(path: str, manifest: Manifest, model: nn.Module, sites: Mappin
     for reader, plan in manifest.plans.items():
         if any(branch["once"] == path for branch in plan["branches"]):
             return make_once_site(path, _planned_site(reader, manifest, model, sites).dtype)
-    return make_parameter_site(path, model)
+    return ModelView(model, sites).make_parameter_site(path)
 
 
 def _compile(model: nn.Module, adapters: Mapping[str, AdapterSource], **given: object) -> Compiled:

@@ -15,15 +15,17 @@ from torch import nn
 from lorac.adapters.adapter_sites import add_adapted_modules, add_named_modules, get_once_path, make_once_sites
 from lorac.adapters.branches import make_branch_term, make_once_term
 from lorac.adapters.fit import check_adapter
-from lorac.adapters.fresh import find_parameter_sites, make_fresh_adapter, make_trainable
+from lorac.adapters.fresh import add_replaced_parameters, make_fresh_adapter, make_trainable
 from lorac.adapters.preparation import Preparer
 from lorac.argument_types import check_type
 from lorac.errors import AdapterError, BaseNeeded, UnknownMethod
 from lorac.formats import load_adapter, save_adapter
 from lorac.formats.native import load_record, variant_config
+from lorac.frontend.base_weights import read_stored_tensor
+from lorac.frontend.model_view import ModelView
 from lorac.ir.algebra.changes import LowRank
 from lorac.ir.algebra.reduction import BRANCH
-from lorac.ir.sites import BaseReader, Site, SiteKind, find_sites, read_stored_tensor
+from lorac.ir.sites import BaseReader, Site, SiteKind
 from lorac.ir.slots.choice import Active, Choice
 from lorac.ir.slots.filling import strength_tensor
 from lorac.ir.slots.live_terms import Dropout, LiveTerm
@@ -60,7 +62,7 @@ class Session:
 
     def __init__(self, host: HostModel) -> None:
         self.host = host
-        self.sites: dict[str, Site] = find_sites(host.module)
+        self.sites: dict[str, Site] = dict(ModelView.of(host.module).sites)
         self.base = BaseReader(self._weight, self._bias)
         self.preparer = Preparer(self.sites, self.base)
         self.pool = AdapterPool(self.prepare)
@@ -100,9 +102,9 @@ class Session:
 
     def _place(self, adapter: Adapter, model: nn.Module) -> None:
         """Have a site for every module that an adapter names, and every parameter that it replaces."""
-        sites = add_adapted_modules(adapter, model, self.sites)
-        sites |= make_once_sites(adapter, sites)
-        self.preparer.sites = self.sites = {**sites, **find_parameter_sites(model, adapter, sites)}
+        view = add_adapted_modules(adapter, ModelView(model, self.sites))
+        view = view.with_sites(make_once_sites(adapter, view.sites))
+        self.preparer.sites = self.sites = dict(add_replaced_parameters(adapter, view).sites)
 
     def register(self, adapter: Adapter) -> None:
         """Prepare an adapter and put it into the pool."""
@@ -138,12 +140,12 @@ class Session:
         if isinstance(source, str | Path):
             return load_adapter(source, model, name)  # its format holds it against the model
         if isinstance(source, Variant):
-            settled = source.for_model(model, self.examples)
-            sites = add_named_modules(settled, model, self.sites)
-            adapter = make_fresh_adapter(settled, name or source.name, model, sites, self.base)
+            view = ModelView(model, self.sites)
+            settled = source.for_model(view, self.examples)
+            adapter = make_fresh_adapter(settled, name or source.name, add_named_modules(settled, view), self.base)
         else:
             adapter = dataclasses.replace(source, name=name or source.name)
-        check_adapter(adapter, self.sites, model)
+        check_adapter(adapter, ModelView(model, self.sites))
         return adapter
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 
 from lorac.errors import ArtifactError, BaseNeeded
-from lorac.ir.sites import BaseReader, Site, SiteKind, read_stored_tensor
+from lorac.ir.sites import BaseReader, Site, SiteKind
 from lorac.ir.slots.plans import SitePlan
 from lorac.storage.open_file import OpenFile
 from lorac.storage.strict_json import dump_json, parse_json
@@ -281,12 +281,6 @@ def find_transposed_weights(plans: Iterable[SitePlan]) -> list[str]:
     """Names of the stored weights whose slot holds their transpose, so that a file of them is best laid out alike."""
     linear = [plan.site for plan in plans if plan.bound and plan.site.kind is SiteKind.LINEAR]
     return [str(site.weight) for site in linear if not site.transposed]
-
-
-def collect_base_tensors(model: torch.nn.Module, sites: Mapping[str, Site]) -> dict[str, Tensor]:
-    """The stored weights and biases of sites, by name, in the sites' order."""
-    names = [name for site in sites.values() for name in (site.weight, site.bias) if name is not None]
-    return {name: read_stored_tensor(model, name).detach() for name in dict.fromkeys(names)}
 
 
 def hash_contents(text: str, tensors: Mapping[str, Tensor]) -> str:

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from lorac.ir.sites import Site, find_sites, read_bias
+from lorac.frontend.base_weights import read_bias
+from lorac.frontend.site_discovery import find_sites
+from lorac.ir.sites import Site
 from lorac.ir.slots.execution import FormulaContext
 from lorac.ir.slots.program_values import (
     BASE,

@@ -14,9 +14,9 @@ from torch import nn
 from lorac.adapters.preparation import Preparer
 from lorac.errors import AdapterError, CompileError, LoracError, SiteError
 from lorac.formats import load_adapter, save_adapter
+from lorac.frontend.base_weights import make_base_reader, read_bias
 from lorac.ir.algebra.changes import merge_bias, merge_weight
 from lorac.ir.algebra.rules import RULES
-from lorac.ir.sites import make_base_reader, read_bias
 from lorac.session.api import compile
 from lorac.session.compiled import Compiled
 from lorac.testing.case import Case

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorac.errors import AdapterError, SiteError
+from lorac.frontend.model_view import ModelView
 from lorac.frontend.module_sites import make_module_site
-from lorac.ir.sites import Site, SiteKind, find_sites
-from lorac.ir.slots.program_values import ReadableValues
+from lorac.ir.sites import Site, SiteKind
 from lorac.testing.models import (
     Block,
     Conv1D,
@@ -89,7 +89,7 @@ class Host:
     @functools.cached_property
     def sites(self) -> Mapping[str, Site]:
         """All its sites by path; a module is one because it is named."""
-        found = find_sites(self._asked)
+        found = self._view.sites
         return {
             path: found[path] if path in found else make_module_site(path, self._asked, found) for path in self.paths
         }
@@ -100,7 +100,7 @@ class Host:
         Raises:
             SiteError, AdapterError: it is not defined here.
         """
-        return dataclasses.replace(variant, targets=self.paths).for_model(self._asked)
+        return dataclasses.replace(variant, targets=self.paths).for_model(self._view)
 
     def admits(self, variant: Variant) -> bool:
         """Whether a method is defined here: on the sites' kind and shapes, and on what it reads besides."""
@@ -121,12 +121,12 @@ class Host:
             )
         if isinstance(variant, BranchVariant) and reads:
             variant.params(site)
-            self._readable.check(reads, owns=variant.has_once)
-            self._readable.check(variant.reads_once() if variant.has_once else (), once=True)
+            self._view.readable_values.check(reads, owns=variant.has_once)
+            self._view.readable_values.check(variant.reads_once() if variant.has_once else (), once=True)
 
     @functools.cached_property
-    def _readable(self) -> ReadableValues:
-        return ReadableValues.of(self._asked, find_sites(self._asked))
+    def _view(self) -> ModelView:
+        return ModelView.of(self._asked)
 
     @functools.cached_property
     def _asked(self) -> nn.Module:

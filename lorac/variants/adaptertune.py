@@ -11,13 +11,13 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from lorac.errors import ExampleInputsNeeded, not_one_of
+from lorac.frontend.model_view import ModelView
 from lorac.frontend.transformer_blocks import find_transformer_blocks
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.patterns import find_outermost_blocks, is_named
-from lorac.ir.sites import Site, SiteKind, find_sites
+from lorac.ir.sites import Site, SiteKind
 from lorac.variants import _initialisers as _inits
 from lorac.variants.base import BranchVariant, Context
 from lorac.variants.params import ParamSpec
@@ -50,13 +50,13 @@ class AdapterTune(BranchVariant):
     )
     kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.BLOCK})
 
-    def for_model(self, model: nn.Module, inputs: object = None) -> AdapterTune:
+    def for_model(self, view: ModelView, inputs: object = None) -> AdapterTune:
         if self.targets != "all-blocks":
             return self
         try:
-            blocks = find_transformer_blocks(model, inputs)
+            blocks = find_transformer_blocks(view, inputs)
         except ExampleInputsNeeded:
-            if _nested(model):  # which of the blocks inside one another are a transformer's, a run tells
+            if _nested(view):  # which of the blocks inside one another are a transformer's, a run tells
                 raise
             return self
         chosen = [b for n, b in enumerate(blocks) if n % self.every == 0 and (not self.layers or n in self.layers)]
@@ -82,8 +82,7 @@ class AdapterTune(BranchVariant):
         return y + self.alpha * F.linear(hidden, p.up, p.up_bias)
 
 
-def _nested(model: nn.Module) -> bool:
+def _nested(view: ModelView) -> bool:
     """Whether blocks of a model lie inside others."""
-    sites = find_sites(model)
-    blocks = {path for path, site in sites.items() if site.kind is SiteKind.BLOCK}
-    return blocks != find_outermost_blocks(sites)
+    blocks = {path for path, site in view.sites.items() if site.kind is SiteKind.BLOCK}
+    return blocks != find_outermost_blocks(view.sites)

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
-from torch import nn
 
 from lorac.argument_types import check_fields
 from lorac.errors import SiteError
+from lorac.frontend.model_view import ModelView
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.patterns import find_first_pattern, find_output_layers, select_sites
+from lorac.ir.patterns import find_first_pattern, select_sites
 from lorac.ir.sites import Site, SiteKind
 from lorac.ir.slots.live_terms import Dropout
 from lorac.variants._field_names import unknown_field_error
@@ -195,11 +195,11 @@ class Variant(ABC):
                 changed[target] = patterns[key]
         return dataclasses.replace(self, **changed) if changed else self
 
-    def for_model(self, model: nn.Module, inputs: object = None) -> Variant:
+    def for_model(self, view: ModelView, inputs: object = None) -> Variant:
         """This variant as a fresh adapter of a model has it; a method may settle here what the structure tells.
 
         Args:
-            model: the model; only read.
+            view: the model; only read.
             inputs: example inputs as ``lorac.compile`` takes them, where they were given.
         """
         return self
@@ -219,17 +219,17 @@ class Variant(ABC):
         """Whether the module at ``path`` is trained and stored whole, by the method itself (``LNTuning``)."""
         return False
 
-    def named_sites(self, model: nn.Module, sites: Mapping[str, Site]) -> list[Site]:
-        """Those of a model's ``sites`` that ``targets`` names, by PEFT's rules, of whatever kind."""
+    def named_sites(self, view: ModelView) -> list[Site]:
+        """The sites of a model that ``targets`` names, by PEFT's rules, of whatever kind."""
         return select_sites(
-            sites,
+            view.sites,
             self.targets,
             parameters=self.parameters,
             exclude=self.exclude,
             layers=self.layers,
             layers_pattern=self.layers_pattern,
             saved=self.modules_to_save,
-            heads=find_output_layers(model),
+            heads=view.output_layers,
         )
 
     def check(self, site: Site) -> None:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorac.errors import ExampleInputsNeeded, SiteError, not_one_of
+from lorac.frontend.model_view import ModelView
 from lorac.frontend.residual_stream import (
     ResidualStream,
     Sublayer,
@@ -324,40 +325,40 @@ class Bottleneck(BranchVariant):
                 raise not_one_of(f"Bottleneck has no {what}", value, map(str, known))
 
     # ── Its places ───────────────────────────────────────────────────────────────────────────────────────────────────
-    def for_model(self, model: nn.Module, inputs: object = None) -> Bottleneck:
+    def for_model(self, view: ModelView, inputs: object = None) -> Bottleneck:
         self._check_settings()
         asks = not self.targets or self.inv_adapter is not None or bool(self._operands(_placeholder_site()))
         try:
-            stream = trace_residual_stream(model, inputs)
+            stream = trace_residual_stream(view, inputs)
         except ExampleInputsNeeded:
             if asks and not self.residuals:
                 raise
             return self
-        return self.placed(model, stream)
+        return self.placed(view, stream)
 
-    def placed(self, model: nn.Module, stream: ResidualStream) -> Bottleneck:
+    def placed(self, view: ModelView, stream: ResidualStream) -> Bottleneck:
         """This method with its places in a model.
 
         Raises:
             SiteError: none is found, or one that is has no name.
         """
-        places = find_sublayer_sites(model, stream)
+        places = find_sublayer_sites(view, stream)
         chosen = {path: found for path, found in places.items() if self.wants(found, stream, path)}
         inner = {path: found.modules[-1] for path, found in chosen.items() if found.norm}
         residuals = {path: f"in:{found.residual}" for path, found in chosen.items() if found.residual}
         embeddings, heads = self.embeddings, self.heads
         if self.inv_adapter is not None and not embeddings:
-            embeddings, heads = find_stream_ends(model, stream)
+            embeddings, heads = find_stream_ends(view, stream)
         settled = dataclasses.replace(
             self,
             targets=self.targets or (*chosen, *embeddings, *heads),
             inner={**inner, **self.inner},
             residuals={**residuals, **self.residuals},
-            norm_eps=find_common_norm_eps([model.get_submodule(path) for path in inner], self.norm_eps),
+            norm_eps=find_common_norm_eps([view.module.get_submodule(path) for path in inner], self.norm_eps),
             embeddings=embeddings,
             heads=heads,
         )
-        _require_sites(settled, model, stream, chosen)
+        _require_sites(settled, view.module, stream, chosen)
         return settled
 
     def wants(self, found: Sublayer, stream: ResidualStream, path: str) -> bool:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorac.errors import AdapterError, SiteError
+from lorac.frontend.model_view import ModelView
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.patterns import is_named
 from lorac.ir.sites import Site, SiteKind
@@ -124,16 +125,18 @@ class FlexMoRE(BranchVariant):
         return (kept / kept.sum(-1, keepdim=True) if self.normalise else kept).to(logits.dtype)
 
     # ── Its places ───────────────────────────────────────────────────────────────────────────────────────────────────
-    def for_model(self, model: nn.Module, inputs: object = None) -> FlexMoRE:
+    def for_model(self, view: ModelView, inputs: object = None) -> FlexMoRE:
         found = {
-            path: layers for path, layers in _find_gated_mlps(model) if not self.targets or is_named(self.targets, path)
+            path: layers
+            for path, layers in _find_gated_mlps(view.module)
+            if not self.targets or is_named(self.targets, path)
         }
         alike = {layers.named: path for path, layers in found.items()}
         if len(alike) != 1:
             raise SiteError(
-                f"FlexMoRE sits at MLPs of one kind, and {type(model).__name__} has {len(alike)} among its targets; "
-                "looked for modules of three linear layers without bias behind the first two, of which the third takes "
-                "act(gate) times up",
+                f"FlexMoRE sits at MLPs of one kind, and {type(view.module).__name__} has {len(alike)} among its "
+                "targets; looked for modules of three linear layers without bias behind the first two, of which the "
+                "third takes act(gate) times up",
                 next_step="name MLPs of one kind in targets=",
                 code="site_unsupported",
             )
@@ -168,9 +171,8 @@ class FlexMoRE(BranchVariant):
             SiteError: no gated MLP is found.
             AdapterError: an expert or a router is another model's.
         """
-        variant = FlexMoRE(ranks=tuple(ranks), top_k=top_k, normalise=normalise, targets=tuple(routers)).for_model(
-            model
-        )
+        unsettled = FlexMoRE(ranks=tuple(ranks), top_k=top_k, normalise=normalise, targets=tuple(routers))
+        variant = unsettled.for_model(ModelView.of(model))
         tensors = {path: {"router": router.detach().clone()} for path, router in routers.items()}
         numbered = list(zip(range(1, 1 + len(ranks)), experts, ranks, strict=True))
         for path, part in itertools.product(routers, _PARTS):

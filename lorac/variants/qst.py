@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorac.errors import AdapterError, SiteError, not_one_of
-from lorac.frontend.module_sites import list_callable_paths
+from lorac.frontend.model_view import ModelView
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.patterns import find_outermost_blocks, is_named
-from lorac.ir.sites import Site, SiteKind, find_sites
+from lorac.ir.sites import Site, SiteKind
 from lorac.variants import _initialisers as _inits
 from lorac.variants.base import BranchVariant, Context
 from lorac.variants.params import Init, ParamSpec
@@ -195,9 +195,10 @@ class QST(BranchVariant):
             SiteError: the structure does not tell which norm, or which blocks, are meant.
             AdapterError: nothing tells how many heads its attention has.
         """
-        sites, targets = find_sites(model), fields.pop("targets", None)
+        view, targets = ModelView.of(model), fields.pop("targets", None)
+        sites = view.sites
         chains = _chains(find_outermost_blocks(sites), sites)
-        norm = _last_norm(model, chains) if targets is None else _find_named(model, targets)
+        norm = _last_norm(model, chains) if targets is None else _find_named(view, targets)
         around = norm.rpartition(".")[0]
         beside = [chain for holder, chain in chains.items() if holder.rpartition(".")[0] == around]
         if len(beside) != 1 and "blocks" not in fields:
@@ -274,9 +275,9 @@ def _last_norm(model: nn.Module, chains: Mapping[str, list[str]]) -> str:
     return chosen[0]
 
 
-def _find_named(model: nn.Module, targets: str | tuple[str, ...] | list[str]) -> str:
+def _find_named(view: ModelView, targets: str | tuple[str, ...] | list[str]) -> str:
     """The path of the one module that is named."""
-    found = [path for path in list_callable_paths(model) if is_named(targets, path)]
+    found = [path for path in view.callable_paths if is_named(targets, path)]
     if len(found) != 1:
         raise SiteError(
             f"qst: targets={targets!r} names {len(found)} modules, not the last norm",

@@ -10,11 +10,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
-
 from lorac.errors import OptionError, SiteError
+from lorac.frontend.model_view import ModelView
 from lorac.ir.patterns import check_targets_match, is_named
-from lorac.ir.sites import Site, SiteKind, find_sites
+from lorac.ir.sites import Site, SiteKind
 from lorac.variants.base import MATRIX_KINDS, BranchVariant, Variant, WeightVariant
 from lorac.variants.params import ParamSpec
 
@@ -80,14 +79,14 @@ class Union(Variant):
     def params(self, site: Site) -> dict[str, ParamSpec]:
         return self.at(site).params(site)
 
-    def for_model(self, model: nn.Module, inputs: object = None) -> Union:
+    def for_model(self, view: ModelView, inputs: object = None) -> Union:
         """This union with the sites of its parts by their paths.
 
         Raises:
             SiteError: a part names no site.
             SiteError: two parts name one.
         """
-        parts = tuple(_resolve_sites(part.for_model(model, inputs), model) for part in self.parts)
+        parts = tuple(_resolve_sites(part.for_model(view, inputs), view) for part in self.parts)
         return Union.of(*parts, like=self)
 
     @classmethod
@@ -114,11 +113,10 @@ class Union(Variant):
         return cls(parts=parts, targets=tuple(paths), **whole)  # type: ignore[arg-type]  # held against the annotation
 
 
-def _resolve_sites(part: Variant, model: nn.Module) -> Variant:
+def _resolve_sites(part: Variant, view: ModelView) -> Variant:
     """A part with its targets by whole paths; a branch that names modules names them by these already."""
     if isinstance(part, BranchVariant) and not isinstance(part.targets, str):
         return part
-    sites = find_sites(model)
-    check_targets_match(part.name, part.targets, sites)
-    paths = tuple(site.path for site in part.named_sites(model, sites) if part.adapts(site))
+    check_targets_match(part.name, part.targets, view.sites)
+    paths = tuple(site.path for site in part.named_sites(view) if part.adapts(site))
     return dataclasses.replace(part, targets=paths, exclude=(), layers=()) if paths else part

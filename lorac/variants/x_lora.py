@@ -14,12 +14,12 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from lorac.errors import AdapterError
-from lorac.frontend.module_sites import infer_module_site, list_callable_paths
+from lorac.frontend.model_view import ModelView
+from lorac.frontend.module_sites import infer_module_site
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import Site, SiteKind, find_sites
+from lorac.ir.sites import Site, SiteKind
 from lorac.ir.slots.program_values import BASE, pass_value_name
 from lorac.variants import _initialisers as _inits
 from lorac.variants._experts import expert_specs, read_factors, stack_factors
@@ -87,16 +87,15 @@ class XLoRA(RoutedVariant):
     kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.LINEAR})
     emits: ClassVar[tuple[str, ...]] = ("router",)
 
-    def for_model(self, model: nn.Module, inputs: object = None) -> XLoRA:
+    def for_model(self, view: ModelView, inputs: object = None) -> XLoRA:
         """As it is; refused where the structure of the model tells another width of what the classifier reads.
 
         Raises:
             AdapterError: naming both widths.
         """
-        sites = find_sites(model)
-        found = sites.get(self.hidden) or (
-            infer_module_site(self.hidden, model, sites) if self.hidden in list_callable_paths(model) else None
-        )
+        found = view.sites.get(self.hidden)
+        if found is None and self.hidden in view.callable_paths:
+            found = infer_module_site(self.hidden, view.module, view.sites)
         if found is not None and found.out_features != self.hidden_size:
             raise AdapterError(
                 f"the classifier of X-LoRA reads {self.hidden_size} values of a token, and '{self.hidden}' gives "

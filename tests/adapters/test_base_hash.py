@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lorac.adapters.base_hash import check_base, check_copy, compute_base_hash
+from lorac.frontend.model_view import ModelView
 from tests.refusing import refuses
 from tests.zoo import ZOO
 
@@ -22,40 +23,41 @@ def model(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def test_only_adapted_weights_count() -> None:
-    base = compute_base_hash(model(), PATHS)
-    assert base == compute_base_hash(model(), (*reversed(PATHS), "up"))
-    assert base != compute_base_hash(model(), PATHS[:2])
+    base = compute_base_hash(ModelView.of(model()), PATHS)
+    assert base == compute_base_hash(ModelView.of(model()), (*reversed(PATHS), "up"))
+    assert base != compute_base_hash(ModelView.of(model()), PATHS[:2])
     for name, counts in (("up.weight", True), ("embed.weight", True), ("up.bias", False), ("head.weight", False)):
         changed = model()
         with torch.no_grad():
             changed.get_parameter(name).view(-1)[-1] += 1e-3
-        assert (compute_base_hash(changed, PATHS) != base) is counts, name
+        assert (compute_base_hash(ModelView.of(changed), PATHS) != base) is counts, name
 
 
 def test_of_a_module_that_is_no_layer_its_parameters_count() -> None:
     changed = ZOO["tiny_llama"].fresh()
-    base = compute_base_hash(changed, ["model.norm"])
+    base = compute_base_hash(ModelView.of(changed), ["model.norm"])
     with torch.no_grad():
         changed.model.norm.weight[0] += 1e-3
-    assert compute_base_hash(changed, ["model.norm"]) != base
+    assert compute_base_hash(ModelView.of(changed), ["model.norm"]) != base
 
 
 def test_it_is_the_same_in_another_process() -> None:
     code = (
-        "import torch; from lorac.adapters.base_hash import base_hash; m = torch.nn.Sequential(torch.nn.Linear(3, 4));"
-        "torch.nn.init.ones_(m[0].weight); print(base_hash(m, ['0']))"
+        "import torch; from lorac.adapters.base_hash import compute_base_hash;"
+        "from lorac.frontend.model_view import ModelView; m = torch.nn.Sequential(torch.nn.Linear(3, 4));"
+        "torch.nn.init.ones_(m[0].weight); print(compute_base_hash(ModelView.of(m), ['0']))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     ones = nn.Sequential(nn.Linear(3, 4))
     nn.init.ones_(ones.get_parameter("0.weight"))
-    assert found.stdout.strip() == compute_base_hash(ones, ["0"])
+    assert found.stdout.strip() == compute_base_hash(ModelView.of(ones), ["0"])
 
 
 def test_layout_and_device_do_not_count() -> None:
     turned = model()
     up = turned.get_submodule("up")
     up.weight = nn.Parameter(turned.get_parameter("up.weight").detach().t().contiguous().t())
-    assert compute_base_hash(turned, PATHS) == compute_base_hash(model(), PATHS)
+    assert compute_base_hash(ModelView.of(turned), PATHS) == compute_base_hash(ModelView.of(model()), PATHS)
 
 
 def test_blocks_count_whole() -> None:
@@ -63,39 +65,39 @@ def test_blocks_count_whole() -> None:
     changed = copy.deepcopy(blocks)
     with torch.no_grad():
         changed.get_parameter("0.1.bias")[0] += 1
-    assert compute_base_hash(blocks, ["0"]) != compute_base_hash(changed, ["0"])
-    assert compute_base_hash(blocks, ["1"]) == compute_base_hash(changed, ["1"])
+    assert compute_base_hash(ModelView.of(blocks), ["0"]) != compute_base_hash(ModelView.of(changed), ["0"])
+    assert compute_base_hash(ModelView.of(blocks), ["1"]) == compute_base_hash(ModelView.of(changed), ["1"])
 
 
 @pytest.mark.parametrize("recorded", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("own", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_the_same_weights_in_another_dtype(recorded: torch.dtype, own: torch.dtype) -> None:
     """A model in a wider dtype is compared exactly; in a narrower one nothing can be said."""
-    mark = compute_base_hash(model(recorded), PATHS)
+    mark = compute_base_hash(ModelView.of(model(recorded)), PATHS)
     assert mark.startswith(str(recorded).removeprefix("torch."))
-    check_base("x", mark, model(recorded).to(own), PATHS)
+    check_base("x", mark, ModelView.of(model(recorded).to(own)), PATHS)
     other = model(recorded)
     with torch.no_grad():
         other.get_parameter("up.weight")[0, 0] += 1
     if torch.promote_types(own, recorded) == own:
         with refuses("base_mismatch", match="'x' was made for other base weights"):
-            check_base("x", mark, other.to(own), PATHS)
+            check_base("x", mark, ModelView.of(other.to(own)), PATHS)
     else:
-        check_base("x", mark, other.to(own), PATHS)
+        check_base("x", mark, ModelView.of(other.to(own)), PATHS)
 
 
 def test_mixed_dtypes() -> None:
     mixed = model()
     mixed.get_submodule("up").to(torch.bfloat16)
-    mark = compute_base_hash(mixed, PATHS)
+    mark = compute_base_hash(ModelView.of(mixed), PATHS)
     assert mark.startswith("mixed:")
-    check_base("x", mark, mixed, PATHS)
-    check_base("x", mark, model(), PATHS)  # cannot be told
+    check_base("x", mark, ModelView.of(mixed), PATHS)
+    check_base("x", mark, ModelView.of(model()), PATHS)  # cannot be told
 
 
 @pytest.mark.parametrize("recorded", ["nonsense:" + 32 * "0", "float32:00", "Tensor:" + 32 * "0", "", "float32"])
 def test_what_is_no_hash_is_not_taken_for_one_that_cannot_be_told(recorded: str) -> None:
     with refuses("base_mismatch", match="no hash that lorac writes"):
-        check_base("x", recorded, model(), PATHS)
+        check_base("x", recorded, ModelView.of(model()), PATHS)
     with refuses("base_mismatch", match="no hash that lorac writes"):
         check_copy("x", "up.weight", recorded, model().get_parameter("up.weight"))

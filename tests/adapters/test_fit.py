@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import lorac
 from lorac.adapters.base_hash import compute_base_hash, compute_tensor_hash
 from lorac.errors import LoracError
+from lorac.frontend.model_view import ModelView
 from tests.refusing import refuses
 
 NAME = "mine"
@@ -205,11 +206,11 @@ FAULTS: dict[str, tuple[lorac.Adapter, type[LoracError], str]] = {
         "  copy or download the file again: it was changed",
     ),
     "another base": (
-        good(provenance={"base": compute_base_hash(other_base(), ["up"])}),
+        good(provenance={"base": compute_base_hash(ModelView.of(other_base()), ["up"])}),
         lorac.AdapterError,
         "adapter 'mine' was made for other base weights: "
-        f"it recorded {compute_base_hash(other_base(), ['up'])}, "
-        f"this model has {compute_base_hash(model(), ['up'])} at the 1 adapted "
+        f"it recorded {compute_base_hash(ModelView.of(other_base()), ['up'])}, "
+        f"this model has {compute_base_hash(ModelView.of(model()), ['up'])} at the 1 adapted "
         "sites\n  load the base model, and the revision of it, that the adapter was trained on",
     ),
 }
@@ -257,7 +258,10 @@ def test_what_fits_is_taken(way: Way, tmp_path: Path) -> None:
     own = model()
     replaced = {"norm.weight": torch.ones(4)}
     copies = {"table.weight": compute_tensor_hash(own.get_parameter("table.weight"))}
-    way(good(replaced=replaced, provenance={"base": compute_base_hash(own, ["up"]), "copies": copies}), tmp_path)
+    way(
+        good(replaced=replaced, provenance={"base": compute_base_hash(ModelView.of(own), ["up"]), "copies": copies}),
+        tmp_path,
+    )
 
 
 BAD = torch.tensor([[1, torch.nan, 3, torch.inf]])
@@ -316,4 +320,4 @@ def test_no_hash_is_taken_of_a_quantised_weight() -> None:
     quantised = model()
     quantised.up.weight = Packed(torch.zeros(6, 4))  # type: ignore[union-attr]
     assert lorac.sites(quantised)["up"].packed == "Packed"
-    lorac.compile(quantised, {NAME: good(provenance={"base": compute_base_hash(model(), ["up"])})})
+    lorac.compile(quantised, {NAME: good(provenance={"base": compute_base_hash(ModelView.of(model()), ["up"])})})

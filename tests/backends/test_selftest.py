@@ -20,7 +20,7 @@ from lorac.backends.onnx.model_files import MODEL_FILE, WEIGHTS_FILE
 from lorac.backends.onnx.self_test import run_self_test
 from lorac.backends.onnxruntime.engine import GraphSession, OrtEngine
 from lorac.backends.onnxruntime.inference_session import create_session
-from lorac.ir.sites import make_base_reader
+from lorac.frontend.base_weights import make_base_reader
 from lorac.storage.open_file import open_files
 from tests.refusing import refuses
 

@@ -11,8 +11,9 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 
 from lorac.formats import load_adapter, save_adapter
+from lorac.frontend.site_discovery import find_sites
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import Site, find_sites
+from lorac.ir.sites import Site
 from lorac.testing import eager_checks as checks
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import WeightVariant

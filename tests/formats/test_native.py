@@ -18,8 +18,9 @@ from lorac.errors import (
     UnknownMethod,
 )
 from lorac.formats import load_adapter, save_adapter
+from lorac.frontend.site_discovery import find_sites
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import Site, find_sites
+from lorac.ir.sites import Site
 from lorac.variants import variants
 from lorac.variants._initialisers import zeros
 from lorac.variants._masks import struct_mask

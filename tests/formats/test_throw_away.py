@@ -16,7 +16,7 @@ import torch
 
 from lorac.adapters.fit import check_adapter
 from lorac.formats._format import Format
-from lorac.ir.sites import find_sites
+from lorac.frontend.model_view import ModelView
 from lorac.variants.adapter import Adapter
 from lorac.variants.lora import LoRA
 
@@ -27,7 +27,7 @@ def _load(path, model, name):
     tensors = {site: {"lora_A": a, "lora_B": b} for site, (a, b) in pairs.items()}
     adapter = Adapter(name or path.stem, LoRA(r=rank, alpha=rank, targets=tuple(pairs)), tensors)
     if model is not None:
-        check_adapter(adapter, find_sites(model), model)
+        check_adapter(adapter, ModelView.of(model))
     return adapter
 
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from lorac.errors import ExampleInputsNeeded
 from lorac.frontend.components import Components
+from lorac.frontend.model_view import ModelView
 from lorac.frontend.residual_stream import (
     find_common_norm_eps,
     find_stream_ends,
@@ -64,7 +65,7 @@ class Network(nn.Module):
 @pytest.mark.parametrize("behind", [False, True])
 def test_kinds_residuals_and_norms_are_what_is_computed(behind):
     model = Network(behind)
-    stream = trace_residual_stream(model, (X,))
+    stream = trace_residual_stream(ModelView.of(model), (X,))
     block = stream.blocks[0]
     attention, mlp = (found for found in stream.sublayers if found.block == block)
     assert (attention.kind, mlp.kind) == ("attention", "mlp")
@@ -73,31 +74,34 @@ def test_kinds_residuals_and_norms_are_what_is_computed(behind):
     assert (attention.residual, mlp.residual) == tuple(f"{block}.{name}" for name in reads)
     norms = (f"{block}.first", f"{block}.second") if behind else (None, None)
     assert (attention.norm, mlp.norm) == norms
-    assert list(find_sublayer_sites(model, stream))[:2] == [
+    assert list(find_sublayer_sites(ModelView.of(model), stream))[:2] == [
         n or found.modules[0] for n, found in zip(norms, (attention, mlp), strict=True)
     ]
-    assert find_stream_ends(model, stream) == (("begin",), ())
+    assert find_stream_ends(ModelView.of(model), stream) == (("begin",), ())
 
 
 def test_blocks_are_found_inside_stages_and_in_components():
-    assert find_transformer_blocks(Network(), (X,)) == ("stages.0.0", "stages.1.0")
+    assert find_transformer_blocks(ModelView.of(Network()), (X,)) == ("stages.0.0", "stages.1.0")
     both = Components({"a": Network(), "b": Network()})
-    assert find_transformer_blocks(both, {"a": (X,), "b": (X,)})[::2] == ("a.stages.0.0", "b.stages.0.0")
-    assert trace_residual_stream(both, {"a": (X,), "b": (X,)}).blocks[2] == "b.stages.0.0"
-    assert find_transformer_blocks(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)), (X,)) == ()
+    assert find_transformer_blocks(ModelView.of(both), {"a": (X,), "b": (X,)})[::2] == ("a.stages.0.0", "b.stages.0.0")
+    assert trace_residual_stream(ModelView.of(both), {"a": (X,), "b": (X,)}).blocks[2] == "b.stages.0.0"
+    assert (
+        find_transformer_blocks(ModelView.of(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))), (X,))
+        == ()
+    )
 
 
 def test_the_model_is_left_as_it_was():
     model = Network().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    trace_residual_stream(model, (X,))
+    trace_residual_stream(ModelView.of(model), (X,))
     assert model.training and not any(module._forward_hooks for module in model.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_what_is_not_told_is_refused():
     with pytest.raises(ExampleInputsNeeded):
-        trace_residual_stream(Network())
+        trace_residual_stream(ModelView.of(Network()))
     with refuses("site_unsupported", match="eps"):
         find_common_norm_eps([nn.LayerNorm(3), nn.LayerNorm(3, eps=0.5)], 1.0)
     with refuses("site_unsupported", match="no weight"):

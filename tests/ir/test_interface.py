@@ -5,8 +5,8 @@ import torch
 
 import lorac
 from lorac.frontend.capture.export import capture_graph
+from lorac.frontend.site_discovery import find_sites
 from lorac.ir.interface import Interface
-from lorac.ir.sites import find_sites
 from tests.zoo import ZOO
 
 

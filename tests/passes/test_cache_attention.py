@@ -6,11 +6,11 @@ import torch
 import lorac
 from lorac.errors import Unavailable
 from lorac.frontend.capture.export import capture_graph
+from lorac.frontend.site_discovery import find_sites
 from lorac.ir.graph import attention_ops as attending
 from lorac.ir.graph.attention_ops import IDS, LOGITS_TO_KEEP, NEW_LENGTHS, PAST_LENGTHS, present_name
 from lorac.ir.graph.feeds import cache_input_shapes
 from lorac.ir.graph.interpreter import run_graph
-from lorac.ir.sites import find_sites
 from lorac.passes.cache_attention import CacheAttention
 from lorac.passes.pipelines import lowering_passes, run_pipeline
 from lorac.testing.eager_checks import assert_close

@@ -10,12 +10,12 @@ import lorac
 from lorac.errors import Unavailable
 from lorac.frontend.capture.encoder_decoder import check_attention_cacheable, split_encoder_decoder
 from lorac.frontend.capture.export import capture_graph
+from lorac.frontend.site_discovery import find_sites
 from lorac.ir.graph import attention_ops as attending
 from lorac.ir.graph.attention_ops import NEW_LENGTHS, PAST_LENGTHS, is_encoder_output, present_name
 from lorac.ir.graph.feeds import cache_input_shapes
 from lorac.ir.graph.interpreter import run_graph
 from lorac.ir.interface import Interface
-from lorac.ir.sites import find_sites
 from lorac.passes.pipelines import lowering_passes, run_pipeline
 from lorac.testing.eager_checks import assert_close
 from tests.encoder_decoders import VOCABULARY, batches, made

@@ -13,7 +13,8 @@ from torch import nn
 import lorac
 from lorac.adapters import preparation as preparing
 from lorac.adapters.preparation import Preparer
-from lorac.ir.sites import find_sites, make_base_reader
+from lorac.frontend.base_weights import make_base_reader
+from lorac.frontend.site_discovery import find_sites
 from lorac.storage.reductions import check_sizes, reduction_from_json
 from lorac.variants.adapter import Adapter
 

@@ -13,8 +13,9 @@ from torch import nn
 
 import lorac
 from lorac.errors import AdapterError, SiteError
+from lorac.frontend.site_discovery import find_sites
 from lorac.ir.patterns import find_layer_index, is_named
-from lorac.ir.sites import Site, SiteKind, find_sites
+from lorac.ir.sites import Site, SiteKind
 from lorac.testing import samples
 from lorac.variants.base import BranchVariant, Variant
 from lorac.variants.params import Role

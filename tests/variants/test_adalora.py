@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import lorac
+from lorac.frontend.site_discovery import find_sites
 from lorac.ir.algebra.changes import LowRank
-from lorac.ir.sites import Site, SiteKind, find_sites
+from lorac.ir.sites import Site, SiteKind
 from lorac.testing import HOSTS, Case
 from lorac.testing.eager_checks import assert_close
 from lorac.variants.adalora import AdaLoRA

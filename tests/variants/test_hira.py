@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import lorac
+from lorac.frontend.site_discovery import find_sites
 from lorac.ir.algebra.changes import Dense
-from lorac.ir.sites import find_sites
 from lorac.testing.eager_checks import assert_close
 from lorac.variants.hira import HiRA
 from tests import parity

@@ -6,7 +6,8 @@ from peft.tuners.lokr.layer import factorization
 from torch import nn
 
 import lorac
-from lorac.ir.sites import Site, SiteKind, find_sites
+from lorac.frontend.site_discovery import find_sites
+from lorac.ir.sites import Site, SiteKind
 from lorac.testing.eager_checks import assert_close
 from lorac.variants.lokr import LoKr, factors
 from tests.refusing import refuses

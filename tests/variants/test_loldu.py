@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import lorac
+from lorac.frontend.site_discovery import find_sites
 from lorac.ir.algebra.changes import Dense, LowRank
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import find_sites
 from lorac.testing import HOSTS, Case
 from lorac.testing.eager_checks import assert_close
 from lorac.variants.params import Role

@@ -8,8 +8,8 @@ from peft import LoraConfig
 from torch import nn
 
 import lorac
+from lorac.frontend.site_discovery import find_sites
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import find_sites
 from lorac.testing import HOSTS, Case
 from lorac.testing.eager_checks import assert_close
 from tests import parity, peft_files

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import lorac
+from lorac.frontend.site_discovery import find_sites
 from lorac.ir.algebra.changes import Dense, LowRank
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import find_sites
 from lorac.testing import Case, Oracle
 from lorac.testing import eager_checks as checks
 from lorac.testing.eager_checks import assert_close

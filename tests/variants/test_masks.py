@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import lorac
+from lorac.frontend.site_discovery import find_sites
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import find_sites
 from lorac.variants import _masks, shira
 from lorac.variants.params import InitContext
 

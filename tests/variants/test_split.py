@@ -7,8 +7,8 @@ from transformers.pytorch_utils import Conv1D
 
 import lorac
 from lorac.formats import load_adapter, save_adapter
+from lorac.frontend.site_discovery import find_sites
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import find_sites
 from lorac.testing import adapter_away, parity
 from tests.limits import assert_apart
 from tests.peft_files import load_peft

@@ -9,9 +9,10 @@ from torch import nn
 
 import lorac
 from lorac.backends.onnxruntime import build as building
+from lorac.frontend.site_discovery import find_sites
 from lorac.ir.algebra.changes import Dense, LowRank
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import Site, SiteKind, find_sites
+from lorac.ir.sites import Site, SiteKind
 from tests.oracles import vera as oracle
 from tests.parity import assert_parity
 from tests.refusing import refuses

@@ -16,6 +16,7 @@ from lorac.backends.eager.fastpath import disable_fast_path
 from lorac.backends.eager.linear_rounding import match_linear_rounding
 from lorac.backends.eager.stored_program import StoredGraph, StoredProgramEngine
 from lorac.errors import Unavailable
+from lorac.frontend.base_weights import collect_base_tensors
 from lorac.frontend.copying import copy_structure
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.program import Program
@@ -25,7 +26,7 @@ from lorac.ir.slots.extra_outputs import check_extra_outputs
 from lorac.ir.slots.plans import SitePlan
 from lorac.storage.plans import slot_from_json, slot_to_json
 from lorac.storage.program import StoredProgram, collect_tensors, program_to_json
-from lorac.storage.tensor_file import TensorFile, collect_base_tensors, make_file_base_reader
+from lorac.storage.tensor_file import TensorFile, make_file_base_reader
 from lorac.target.engine import (
     AnyDialect,
     Backend,

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lorac.backends.eager.forward_call import ActiveSlots, AdapterPass, ForwardCall
 from lorac.backends.eager.random_seeds import SeedHistory
-from lorac.ir.sites import Site, SiteKind, read_stored_tensor
+from lorac.frontend.base_weights import read_stored_tensor
+from lorac.ir.sites import Site, SiteKind
 from lorac.ir.slots.choice import Choice
 from lorac.ir.slots.execution import FormulaContext, compute_once_values, run_branch_alone
 from lorac.ir.slots.live_terms import LiveTerm

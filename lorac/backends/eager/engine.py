@@ -29,6 +29,7 @@ from lorac.backends.eager.fused_weights import adds_bias, allocate_buffers
 from lorac.backends.eager.random_seeds import hash_call, is_in_backward
 from lorac.backends.eager.shadow import shadow
 from lorac.errors import SiteError
+from lorac.frontend.base_weights import read_stored_tensor
 from lorac.frontend.components import check_component, get_component_prefix, list_components
 from lorac.frontend.layer_classes import (
     calls_super_forward,
@@ -37,7 +38,7 @@ from lorac.frontend.layer_classes import (
     pad_conv_input,
     replace_super_forward,
 )
-from lorac.ir.sites import BaseReader, Site, SiteKind, read_stored_tensor
+from lorac.ir.sites import BaseReader, Site, SiteKind
 from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.execution import read_weight_slots, run_site

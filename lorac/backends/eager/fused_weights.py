@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from lorac.frontend.base_weights import read_stored_tensor
 from lorac.ir.algebra import operands as letters
-from lorac.ir.sites import BaseReader, Site, read_stored_tensor
+from lorac.ir.sites import BaseReader, Site
 from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.plans import SitePlan
 

@@ -31,6 +31,7 @@ from lorac.backends.onnxruntime.quantised.base_weights import (
 from lorac.backends.onnxruntime.quantised.codec import Codec
 from lorac.backends.onnxruntime.quantised.products import PrequantisedMatrix, QuantisationReport, quantise
 from lorac.errors import Unavailable, warn
+from lorac.frontend.base_weights import collect_base_tensors
 from lorac.frontend.quantised_weights import iter_quantised_origins
 from lorac.ir.graph.feeds import collect_slot_tensors
 from lorac.ir.graph.program import Program
@@ -39,7 +40,7 @@ from lorac.ir.slots.extra_outputs import check_extra_outputs
 from lorac.progress import Progress, progress
 from lorac.storage.open_file import open_files
 from lorac.storage.process_folders import make_temporary_folder, remove_with_owner
-from lorac.storage.tensor_file import TensorFile, collect_base_tensors, find_transposed_weights, make_file_base_reader
+from lorac.storage.tensor_file import TensorFile, find_transposed_weights, make_file_base_reader
 from lorac.target.engine import BuildRequest, ProgramFiles
 
 

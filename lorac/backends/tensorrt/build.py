@@ -26,6 +26,7 @@ from lorac.backends.tensorrt.profiles import SizeRanges, check_profile_names, co
 from lorac.backends.tensorrt.refitting import mark_refittable
 from lorac.backends.tensorrt.refitting import refit_flag as replacing
 from lorac.errors import OptionError, Unavailable
+from lorac.frontend.base_weights import collect_base_tensors
 from lorac.ir.graph.feeds import collect_slot_tensors
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.program import Program
@@ -34,7 +35,7 @@ from lorac.ir.slots.extra_outputs import check_extra_outputs
 from lorac.progress import Progress, progress
 from lorac.storage.open_file import open_files
 from lorac.storage.process_folders import make_temporary_folder, remove_with_owner
-from lorac.storage.tensor_file import TensorFile, collect_base_tensors, find_transposed_weights, make_file_base_reader
+from lorac.storage.tensor_file import TensorFile, find_transposed_weights, make_file_base_reader
 from lorac.target.engine import BuildRequest, ProgramFiles
 
 _MIB = 20

@@ -30,7 +30,7 @@ from lorac.formats.adapterhub import bottlenecks, config, keys, layouts
 from lorac.formats.adapterhub import lora_writer as saving
 from lorac.formats.adapterhub.components import ComponentFile, ModelLayout
 from lorac.formats.peft.writer import WEIGHTS as PEFT_WEIGHTS
-from lorac.ir.sites import find_sites
+from lorac.frontend.model_view import ModelView
 from lorac.storage.tensor_file import hash_contents, write_safetensors
 from lorac.variants.adapter import Adapter
 from lorac.variants.bottleneck import Bottleneck
@@ -101,8 +101,8 @@ def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
     adapter = Adapter(name, variant, provenance={"format": FORMAT.name, "source": str(folder), "config": raw})
     adapter.provenance["base"] = metadata.get(_BASE)
     found = keys.placed(name, told.name, [place for part in parts for place in part.places], held)
-    adapter.tensors = sort_by_site({path: at for part in parts for path, at in part.tensors(found).items()}, model)
-    check_adapter(adapter, host.sites, model)
+    adapter.tensors = sort_by_site({path: at for part in parts for path, at in part.tensors(found).items()}, host.view)
+    check_adapter(adapter, host.view)
     return adapter
 
 
@@ -141,7 +141,7 @@ def _save(adapter: Adapter, folder: Path, model: nn.Module | None, target: Path)
             f"AdapterHub's files tell blocks by number, which the model of adapter '{adapter.name}' says",
             next_step="save_adapter(adapter, path, format='adapterhub', model=model)",
         )
-    check_adapter(adapter, find_sites(model), model)
+    check_adapter(adapter, ModelView.of(model))
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     host = ModelLayout.of(model, layouts.family_of(model_type, f"adapter '{adapter.name}'"))
     parts = _written(adapter, host)
@@ -160,7 +160,7 @@ def _save(adapter: Adapter, folder: Path, model: nn.Module | None, target: Path)
         "name": adapter.name,
         "version": config.VERSION,
     }
-    metadata = {"format": "pt", _BASE: compute_base_hash(model, adapter.tensors)}
+    metadata = {"format": "pt", _BASE: compute_base_hash(ModelView.of(model), adapter.tensors)}
     metadata[SEAL] = hash_contents(encode_config(described), tensors)
     write_safetensors(folder / WEIGHTS, tensors, metadata)
     write_json(folder / CONFIG, described)

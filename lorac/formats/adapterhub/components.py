@@ -13,8 +13,9 @@ from torch import nn
 from lorac.errors import FormatError, nearest_name, short
 from lorac.formats.adapterhub.keys import Found, KeyPattern
 from lorac.formats.adapterhub.layouts import AdaptableLayer, Family, layers_in, sublayers_in
+from lorac.frontend.model_view import ModelView
 from lorac.frontend.residual_stream import ResidualStream, Sublayer, find_sublayer_sites, trace_residual_stream
-from lorac.ir.sites import Site, find_sites
+from lorac.ir.sites import Site
 from lorac.variants.base import Variant
 
 Tensor = torch.Tensor
@@ -54,6 +55,7 @@ class ModelLayout:
         layers: site path -> a layer that a file may adapt.
     """
 
+    view: ModelView
     model: nn.Module
     sites: Mapping[str, Site]
     stream: ResidualStream
@@ -68,10 +70,11 @@ class ModelLayout:
         Raises:
             ExampleInputsNeeded, CaptureError: as ``stream_of``.
         """
-        sites, stream = find_sites(model), trace_residual_stream(model)
-        sublayers = find_sublayer_sites(model, stream)
+        view = ModelView.of(model)
+        sites, stream = view.sites, trace_residual_stream(view)
+        sublayers = find_sublayer_sites(view, stream)
         places = sublayers_in(family, stream, sublayers)
-        return cls(model, sites, stream, sublayers, places, layers_in(family, stream, sites))
+        return cls(view, model, sites, stream, sublayers, places, layers_in(family, stream, sites))
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from lorac.formats.peft.keys import FileContents, read_keys
 from lorac.formats.peft.peft_type import PeftType
 from lorac.formats.peft.token_rows import fill_rows, refuse_adapted_rows
 from lorac.formats.peft.writer import BASE, CONFIG, WEIGHTS, seal_text, write_folder
-from lorac.ir.sites import Site, find_sites
+from lorac.frontend.model_view import ModelView
+from lorac.ir.sites import Site
 from lorac.variants.adapter import Adapter
 
 _PICKLED = "adapter_model.bin"
@@ -99,7 +100,7 @@ def _of_sites(
         known = told
     else:
         known = check_against_model(adapter, told, values, method, contents, model)
-    adapter.tensors = sort_by_site(adapter.tensors, model)
+    adapter.tensors = sort_by_site(adapter.tensors, None if model is None else ModelView.of(model))
     adapter.provenance[LAYOUT] = {path: site_to_json(known[path]) for path in adapter.tensors}
     return method.begun(adapter, values, model)
 
@@ -122,7 +123,7 @@ def _sites(
 ) -> dict[str, Site]:
     """Fill in the adapter's tensors; return its sites as far as the file tells them."""
     told = {}
-    sites = find_sites(model) if method.make_site and model is not None else {}
+    sites = ModelView.of(model).sites if method.make_site and model is not None else {}
     for path, stored in contents.sites.items():
         site, tensors = method.read_site(adapter.variant, path, {**stored, **contents.shared})
         site = dataclasses.replace(site, within=contents.within.get(path))
@@ -139,7 +140,7 @@ def _sites(
 
 def _spread(adapter: str, method: PeftType, contents: FileContents, model: nn.Module | None) -> None:
     """Give layers that are tied to one of the file's the tensors of that; what the file has of them is the same."""
-    tied = method.spread(contents.sites, find_sites(model)) if method.spread and model is not None else {}
+    tied = method.spread(contents.sites, ModelView.of(model).sites) if method.spread and model is not None else {}
     for path, source in tied.items():
         here, there = contents.sites.get(path), contents.sites[source]
         if here is not None and not contains_tensors(here, there):
@@ -153,7 +154,7 @@ def _spread(adapter: str, method: PeftType, contents: FileContents, model: nn.Mo
 
 def _matrices(adapter: Adapter, own: Mapping[str, dict[str, torch.Tensor]], model: nn.Module | None) -> dict[str, Site]:
     """Fill in the adapter's tensors of matrices that modules multiply by themselves; return their sites."""
-    sites = find_sites(model) if own and model is not None else {}
+    sites = ModelView.of(model).sites if own and model is not None else {}
     for path, tensors in own.items():
         check_site(adapter.name, adapter.variant, sites[path], tensors)
         adapter.tensors[path] = tensors
@@ -168,7 +169,7 @@ def _known(adapter: Adapter, method: PeftType, path: str, sites: Mapping[str, Si
             next_step="pass model=",
         )
     if path not in sites:
-        raise no_site_error(adapter.name, path, sites, model)
+        raise no_site_error(adapter.name, path, ModelView.of(model))
     return sites[path]
 
 
@@ -181,10 +182,10 @@ def _shared(
         return contents.shared
     made: dict[str, torch.Tensor] = {}
     if method.make_shared is not None:
-        sites = find_sites(model) if model is not None else {}
+        sites = ModelView.of(model).sites if model is not None else {}
         strange = [path for path in contents.sites if path not in sites]
         if strange and model is not None:
-            raise no_site_error(adapter.name, strange[0], sites, model)
+            raise no_site_error(adapter.name, strange[0], ModelView.of(model))
         # What the configuration promises is held against the file before anything of that size is made.
         for path in sites.keys() & contents.sites.keys():
             check_present(adapter.name, adapter.variant, sites[path], contents.sites[path])

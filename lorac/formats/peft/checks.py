@@ -9,14 +9,15 @@ import torch
 from torch import nn
 
 from lorac.adapters.base_hash import copy_mismatch_error
-from lorac.adapters.fit import check_adapter, check_replaced, list_named_tensors, no_site_error
+from lorac.adapters.fit import check_adapter, check_replaced, no_site_error
 from lorac.errors import AdapterError, FormatError, warn
 from lorac.formats._site_layouts import same_layout
 from lorac.formats.peft.config import ALL_LINEAR
 from lorac.formats.peft.keys import FileContents, copied_module, embedding_modules, is_saved
 from lorac.formats.peft.peft_type import PeftType
+from lorac.frontend.model_view import ModelView
 from lorac.ir.patterns import no_match_error, select_sites
-from lorac.ir.sites import Site, SiteKind, find_sites
+from lorac.ir.sites import Site, SiteKind
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 
@@ -58,23 +59,24 @@ def check_against_model(
         FormatError: A site is not targeted.
         FormatError: A saved module computes its weight at each call.
     """
-    sites = find_sites(model)
+    view = ModelView.of(model)
+    sites = view.sites
     wanted = select_targets(adapter.variant, sites, model)
-    strange = [no_site_error(adapter.name, path, sites, model) for path in told if path not in sites]
+    strange = [no_site_error(adapter.name, path, view) for path in told if path not in sites]
     strange.sort(key=lambda error: error.code != "site_unsupported")
     if not wanted and not _copies(adapter) and not (strange and strange[0].code == "site_unsupported"):
         raise no_match_error(adapter.name, adapter.variant.asked, sites)
     if strange:
         raise strange[0]
     _only_targeted(adapter, {path: sites[path] for path in told}, wanted, values, method, by_weight=True)
-    known = list_named_tensors(model)
+    known = view.named_tensors()
     _refuse_computed(adapter, known)
     _complete(adapter, wanted, model)
     for name, tensor in contents.whole.items():
         check_replaced(adapter.name, name, tensor, known)
         if not _equal(tensor, known[name]):
             adapter.replaced[name] = tensor
-    check_adapter(adapter, sites, model)
+    check_adapter(adapter, view)
     for path, site in told.items():
         if (method.lays_out and not same_layout(site, sites[path])) or site.within not in {None, sites[path].within}:
             raise _other_layout(adapter, site, sites[path])
@@ -82,7 +84,7 @@ def check_against_model(
             _warn_unrun(adapter, sites[path])
         method.check_site(sites[path], adapter.tensors[path])
     _same_copies(adapter, contents.copies, known)
-    return sites
+    return dict(sites)
 
 
 def select_targets(variant: Variant, sites: Mapping[str, Site], model: nn.Module | None = None) -> list[str]:

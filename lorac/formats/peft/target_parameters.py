@@ -24,8 +24,9 @@ from torch import nn
 from lorac.errors import AdapterError, BaseNeeded, FormatError
 from lorac.formats.peft.keys import WRAPPED, FileContents
 from lorac.formats.peft.peft_type import Tensors
+from lorac.frontend.model_view import ModelView
 from lorac.ir.patterns import is_named
-from lorac.ir.sites import Site, SiteKind, find_sites
+from lorac.ir.sites import Site, SiteKind
 from lorac.variants.adapter import Adapter
 
 Tensor = torch.Tensor
@@ -57,7 +58,7 @@ def take_matrices(
             f"the file of adapter '{name}' has target_parameters, and does not tell which tensors are of which",
             next_step="pass model=",
         )
-    sites = find_sites(model)
+    sites = ModelView.of(model).sites
     places = _places(_named(sites, parameters))
     return {path: _read(sites[path], contents.sites.pop(key)) for key, path in places.items() if key in contents.sites}
 
@@ -99,7 +100,7 @@ def write_matrices(
             next_step="set dropout=0.0 before saving, or use format='native'",
             code="unsupported_field",
         )
-    places = _places([site for path, site in find_sites(model).items() if path in own])
+    places = _places([site for path, site in ModelView.of(model).sites.items() if path in own])
     return {
         f"{key}.{suffix}": tensor
         for key, path in places.items()

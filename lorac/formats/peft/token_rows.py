@@ -16,7 +16,8 @@ from torch import nn
 
 from lorac.errors import AdapterError, BaseNeeded, FormatError, SiteError, nearest_name
 from lorac.formats.peft import config
-from lorac.ir.sites import Site, SiteKind, find_sites, read_stored_tensor
+from lorac.frontend.model_view import ModelView
+from lorac.ir.sites import Site, SiteKind
 
 Tensor = torch.Tensor
 Rows = Mapping[str, Tensor]
@@ -65,7 +66,7 @@ def fill_rows(name: str, rows: Rows, values: Mapping[str, Any], model: nn.Module
         return {}
     if model is None:
         raise BaseNeeded(f"adapter '{name}' holds rows of '{min(rows)}' alone", next_step="load_adapter(path, model)")
-    sites, found = find_sites(model), dict[str, Tensor]()
+    sites, found = ModelView.of(model).sites, dict[str, Tensor]()
     for module, tensor in rows.items():
         if module not in sites:
             raise SiteError(
@@ -92,7 +93,7 @@ def refuse_adapted_rows(name: str, rows: Rows, adapted: Mapping[str, Any]) -> No
 
 
 def _whole(name: str, site: Site, rows: Tensor, numbers: tuple[int, ...], model: nn.Module) -> Tensor:
-    weight = read_stored_tensor(model, str(site.weight)).detach()
+    weight = ModelView.of(model).tensor(str(site.weight)).detach()
     plain = site.kind in {SiteKind.EMBEDDING, SiteKind.LINEAR} and not site.transposed
     if not plain or rows.shape != (len(numbers), weight.shape[1]) or max(numbers) >= len(weight):
         raise AdapterError(

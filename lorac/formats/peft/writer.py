@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lorac.adapters.base_hash import compute_base_hash
-from lorac.adapters.fit import check_adapter, list_named_tensors
+from lorac.adapters.fit import check_adapter
 from lorac.errors import FormatError
 from lorac.formats._files import SEAL, encode_config, write_json
 from lorac.formats._site_layouts import adapter_sites
@@ -29,8 +29,9 @@ from lorac.formats.peft.keys import (
     is_saved,
 )
 from lorac.formats.peft.peft_type import ExpertFolders, PeftType
+from lorac.frontend.model_view import ModelView
 from lorac.ir.patterns import TARGET_KEYWORDS, is_named
-from lorac.ir.sites import Site, find_sites
+from lorac.ir.sites import Site
 from lorac.storage.tensor_file import hash_contents, write_safetensors
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
@@ -50,7 +51,7 @@ def write_folder(adapter: Adapter, folder: Path, model: nn.Module | None, target
         BaseNeeded: The adapter comes from no file and no model was given.
     """
     if model is not None:
-        check_adapter(adapter, find_sites(model), model)
+        check_adapter(adapter, ModelView.of(model))
     adapter = _converted(adapter)
     method = _method(adapter)
     if method.write_whole is not None:
@@ -97,7 +98,7 @@ def _write(
     """The two files."""
     kept = adapter.provenance.get("config", {})
     config = write_config(adapter.variant, _method(adapter), given, kept if isinstance(kept, dict) else {})
-    recorded = compute_base_hash(model, adapter.tensors) if model else adapter.provenance.get("base")
+    recorded = compute_base_hash(ModelView.of(model), adapter.tensors) if model else adapter.provenance.get("base")
     folder.mkdir()
     metadata = {"format": "pt"} | ({BASE: recorded} if recorded else {})
     metadata[SEAL] = hash_contents(seal_text(config, metadata), tensors)
@@ -119,7 +120,7 @@ def _refuse_parts(adapter: Adapter, sites: Mapping[str, Site]) -> None:
 
 def _refuse_torn(adapter: Adapter, model: nn.Module | None) -> None:
     """PEFT reads a whole embedding into the model's own tensor: those that are tied there cannot become two."""
-    known = {} if model is None else list_named_tensors(model)
+    known = {} if model is None else ModelView.of(model).named_tensors()
     seen: dict[int, str] = {}
     for name in (name for name in adapter.replaced if not is_saved(name, adapter.variant.modules_to_save)):
         other = seen.setdefault(id(known.get(name, name)), name)
@@ -187,7 +188,7 @@ def _spread(adapter: Adapter, method: PeftType, model: nn.Module | None) -> dict
     """Sites that get their tensors in PEFT with those of another, which they are tied to in the model."""
     if method.spread is None or model is None:
         return {}
-    found = method.spread(adapter.tensors, find_sites(model))
+    found = method.spread(adapter.tensors, ModelView.of(model).sites)
     for path, source in found.items():
         if not contains_tensors(adapter.tensors.get(path, {}), method.tied_to(adapter.tensors[source])):
             raise FormatError(
@@ -202,7 +203,7 @@ def _replaced(adapter: Adapter, model: nn.Module | None) -> dict[str, Tensor]:
     """The replacements; of saved modules also what was not trained, for PEFT reads them whole."""
     replaced = dict(adapter.replaced)
     if model is not None:
-        known = list_named_tensors(model)
+        known = ModelView.of(model).named_tensors()
         for name in saved_parameter_names(adapter.variant, model):
             replaced.setdefault(name, known[name])
     return replaced
@@ -250,7 +251,7 @@ def _targets(
     tied: Mapping[str, str],
 ) -> dict[str, Any]:
     """The fields that make PEFT target exactly the adapter's sites; as the variant has them if they do."""
-    sites = known if model is None else find_sites(model)
+    sites = known if model is None else ModelView.of(model).sites
     parameters = matrices.target_parameters(adapter.variant.parameters, own, sites)
     variant = dataclasses.replace(adapter.variant, parameters=parameters)
     wanted = {path for path in adapter.tensors if path not in tied}

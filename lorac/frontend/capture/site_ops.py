@@ -17,7 +17,7 @@ from lorac.frontend.layer_classes import (
     pad_conv_input,
     replace_super_forward,
 )
-from lorac.ir.sites import is_gpt2_conv1d, read_conv_geometry
+from lorac.frontend.site_discovery import is_gpt2_conv1d, read_conv_geometry
 from lorac.ir.slots.program_values import first_tensor, replace_first_tensor
 
 

@@ -28,19 +28,14 @@ each has its own, told apart by their order: ``own:<path>[<index>].<name>`` is w
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils import _pytree as pytree
 
 from lorac.errors import SiteError, nearest_name
-from lorac.frontend.components import list_components
-from lorac.frontend.module_sites import list_callable_paths
-from lorac.frontend.skeleton import Skeleton
 from lorac.ir.sites import Site, SiteKind
 from lorac.ir.slots.plans import BranchSlot, SitePlan
 
@@ -103,13 +98,6 @@ class ReadableValues:
     tensors: frozenset[str]
     arguments: frozenset[str] | None
 
-    @classmethod
-    def of(cls, model: nn.Module, sites: Mapping[str, Site]) -> ReadableValues:
-        """What of a model, or of its skeleton, may be read."""
-        tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-        arguments = None if isinstance(model, Skeleton) else frozenset(_forward_arguments(model))
-        return cls(sites, frozenset(list_callable_paths(model)), frozenset(name for name, _ in tensors), arguments)
-
     def check(self, names: Iterable[str], *, once: bool = False, owns: bool = False) -> None:
         """Refuse names that are no values of the program.
 
@@ -158,11 +146,6 @@ class ReadableValues:
         of_modules = dict.fromkeys(_MODULE_KINDS, self.modules)
         known = {WEIGHT: self.sites, PARAM: self.tensors, INPUT: self.arguments or (), **of_modules}
         return known.get(kind, ())
-
-
-def _forward_arguments(model: nn.Module) -> Iterator[str]:
-    for component in list_components(model).values():
-        yield from inspect.signature(component.forward).parameters
 
 
 # ── What is read ─────────────────────────────────────────────────────────────────────────────────────────────────────

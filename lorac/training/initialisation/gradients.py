@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from lorac.errors import AdapterError, SiteError
-from lorac.ir.sites import Site, factor_dtype, read_stored_tensor
+from lorac.frontend.base_weights import read_stored_tensor
+from lorac.ir.sites import Site, factor_dtype
 from lorac.training.initialisation.model_state import borrow_model, call_model, remove_hooks
 
 Tensor = torch.Tensor

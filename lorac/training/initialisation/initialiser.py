@@ -19,7 +19,9 @@ from lorac.adapters.fit import check_adapter
 from lorac.adapters.fresh import make_fresh_adapter
 from lorac.adapters.residual_base import FactorPair, subtract_factors
 from lorac.errors import AdapterError, AdapterNotFound, SiteError
-from lorac.ir.sites import Site, factor_dtype, find_sites, make_base_reader
+from lorac.frontend.base_weights import make_base_reader
+from lorac.frontend.model_view import ModelView
+from lorac.ir.sites import Site, factor_dtype
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 from lorac.variants.dora import DoRA
@@ -71,8 +73,8 @@ class Initialiser(ABC):
             model: the base it is to be trained on; left as it was, its random state and buffers too.
             batches: what the model is called with, for starts that read gradients or activations.
         """
-        sites = find_sites(model)
-        begun = self._checked(adapter, model, sites)
+        view = ModelView.of(model)
+        sites, begun = view.sites, self._checked(adapter, view)
         for path in begun.tensors:
             self._check_site(sites[path], begun.variant.at(sites[path]))
         return self.begin(begun, model, {path: sites[path] for path in begun.tensors}, self._given(batches))
@@ -88,7 +90,7 @@ class Initialiser(ABC):
             batches: at least one, where the start reads any.
         """
 
-    def _checked(self, given: Adapter | Variant, model: nn.Module, sites: Mapping[str, Site]) -> Adapter:
+    def _checked(self, given: Adapter | Variant, view: ModelView) -> Adapter:
         variant = given if isinstance(given, Variant) else given.variant
         if not isinstance(variant, self.methods):
             named = " or ".join(f"lorac.{method.__name__}" for method in self.methods)
@@ -97,8 +99,8 @@ class Initialiser(ABC):
                 next_step=f"give it a {named}",
             )
         if isinstance(given, Variant):
-            given = make_fresh_adapter(given, given.name, model, sites, make_base_reader(model))
-        check_adapter(given, sites, model)
+            given = make_fresh_adapter(given, given.name, view)
+        check_adapter(given, view)
         return given
 
     def _check_site(self, site: Site, variant: Any) -> None:

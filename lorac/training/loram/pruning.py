@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from lorac.errors import OptionError, SiteError, not_one_of
-from lorac.ir.patterns import find_layer_index, find_output_layers, select_sites
-from lorac.ir.sites import Site, SiteKind, find_sites, make_base_reader
+from lorac.frontend.model_view import ModelView
+from lorac.ir.patterns import find_layer_index, select_sites
+from lorac.ir.sites import Site, SiteKind
 from lorac.training.initialisation.gradients import sum_gradients
 from lorac.training.loram.pruning_record import PruningRecord
 from lorac.training.loram.units import (
@@ -137,12 +138,10 @@ def mask(
         SiteError: the targets name nothing.
     """
     _check_share("share", share)
-    sites = find_sites(model)
+    view = ModelView.of(model)
     small, masks = copy.deepcopy(model), {}
-    for site in select_sites(sites, targets, heads=find_output_layers(model)):
-        masks[_linear_weight_name(site)] = site.store(
-            _layer_mask(site, make_base_reader(model).weight(site), share, pattern)
-        )
+    for site in select_sites(view.sites, targets, heads=view.output_layers):
+        masks[_linear_weight_name(site)] = site.store(_layer_mask(site, view.base.weight(site), share, pattern))
     with torch.no_grad():
         for name, kept in masks.items():
             small.get_parameter(name).mul_(kept)
@@ -184,7 +183,7 @@ def _score_weights(
     if by == "random":
         generator = torch.Generator().manual_seed(seed)
         return {path: torch.rand(weight.shape, generator=generator) for path, weight in weights.items()}
-    sites = find_sites(model)
+    sites = ModelView.of(model).sites
     found = sum_gradients(model, {path: sites[path] for path in paths}, batches or (), loss)
     return {path: (weight.detach() * found.sums[path]).abs().float() for path, weight in weights.items()}
 

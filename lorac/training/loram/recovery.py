@@ -11,7 +11,7 @@ from torch import nn
 
 from lorac.adapters.fit import check_adapter
 from lorac.errors import AdapterError, AdapterNotFound, not_one_of
-from lorac.ir.sites import find_sites
+from lorac.frontend.model_view import ModelView
 from lorac.training.initialisation.gradients import Loss, compute_loss
 from lorac.training.loram.pruning import PrunedModel
 from lorac.training.loram.pruning_record import PruningRecord
@@ -50,8 +50,8 @@ def recover(
         )
     if fill not in FILLS:
         raise not_one_of("there is no fill", fill, FILLS)
-    sites, generator = find_sites(model), torch.Generator().manual_seed(seed)
-    tensors = {}
+    view, generator = ModelView.of(model), torch.Generator().manual_seed(seed)
+    sites, tensors = view.sites, {}
     for path, own in adapter.tensors.items():
         one = kept.get(path)
         if one is not None and path in sites and one.shape != (sites[path].out_features, sites[path].in_features):
@@ -65,7 +65,7 @@ def recover(
             dict(own) if one is None else _scatter_factors(adapter, path, own, one, fill == "normal", generator)
         )
     recovered = Adapter(adapter.name, adapter.variant, tensors, dict(adapter.replaced))
-    check_adapter(recovered, sites, model)
+    check_adapter(recovered, view)
     return recovered
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from lorac.frontend.site_discovery import find_sites
 from lorac.ir.algebra.changes import Dense, LowRank, Sparse, moved
-from lorac.ir.sites import find_sites
 from lorac.ir.slots import buffers
 from lorac.ir.slots.buffers import FusedBuffer
 

@@ -38,7 +38,8 @@ from lorac.formats.peft import config
 from lorac.formats.peft.fields import warn_of_padding
 from lorac.formats.peft.peft_type import ABSENT, Field, FieldUse, PeftType, Tensors
 from lorac.formats.peft.token_rows import read_token_rows
-from lorac.ir.sites import Site, SiteKind, factor_dtype, find_sites, make_base_reader
+from lorac.frontend.model_view import ModelView
+from lorac.ir.sites import Site, SiteKind, factor_dtype
 from lorac.limits import claim_memory, pause_clock
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
@@ -90,10 +91,11 @@ def begun(adapter: Adapter, values: Mapping[str, Any], model: nn.Module | None) 
     rule = FACTOR_RULES.get(values["init_lora_weights"])
     if rule is None or not adapter.tensors:
         return adapter
-    sites = {} if model is None else find_sites(model)
+    view = None if model is None else ModelView.of(model)
+    sites = {} if view is None else view.sites
     starts = {}
     for path in adapter.tensors:
-        weight = None if model is None else make_base_reader(model).weight(sites[path])
+        weight = None if view is None else view.base.weight(sites[path])
         if weight is None or weight.is_meta:
             raise BaseNeeded(
                 f"adapter '{adapter.name}' began by {values['init_lora_weights']}, which took out of the base what "

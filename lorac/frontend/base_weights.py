@@ -1,0 +1,40 @@
+"""The base weights of a model that is at hand, by name and by site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from lorac.frontend.parametrized_weights import read_module_tensor
+from lorac.ir.sites import BaseReader, Site
+
+
+def read_stored_tensor(model: nn.Module, name: str) -> torch.Tensor:
+    """Return a parameter or buffer by its fully qualified name, or a tensor that its module computes at each call."""
+    owner, _, leaf = name.rpartition(".")
+    tensor = read_module_tensor(model.get_submodule(owner), leaf)
+    assert isinstance(tensor, torch.Tensor)
+    return tensor
+
+
+def read_bias(site: Site, model: nn.Module) -> torch.Tensor | None:
+    """Return the site's bias (out,), or None."""
+    return read_stored_tensor(model, site.bias).detach() if site.bias else None
+
+
+def make_base_reader(model: nn.Module) -> BaseReader:
+    """Return a reader of the model's weights, which keeps the model alive."""
+
+    def read_weight(site: Site) -> torch.Tensor:
+        assert site.weight is not None
+        return site.present(read_stored_tensor(model, site.weight).detach())
+
+    return BaseReader(read_weight, lambda site: read_bias(site, model))
+
+
+def collect_base_tensors(model: nn.Module, sites: Mapping[str, Site]) -> dict[str, torch.Tensor]:
+    """Return the stored weights and biases of sites by name, in the sites' order."""
+    names = [name for site in sites.values() for name in (site.weight, site.bias) if name is not None]
+    return {name: read_stored_tensor(model, name).detach() for name in dict.fromkeys(names)}

@@ -1,0 +1,111 @@
+"""A model as adapters see it: the one object that a public operation makes of the model it is given."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lorac.frontend.base_weights import make_base_reader, read_stored_tensor
+from lorac.frontend.components import Components, get_component_prefix, list_components
+from lorac.frontend.module_sites import list_callable_paths
+from lorac.frontend.site_discovery import find_sites
+from lorac.frontend.skeleton import Skeleton
+from lorac.ir.sites import BaseReader, Site, SiteKind
+from lorac.ir.slots.program_values import ReadableValues
+
+
+@dataclass(frozen=True, eq=False)
+class ModelView:
+    """A model with its sites.
+
+    Each public operation makes one view (``ModelView.of``) and passes it on, so that the model is searched once.
+
+    Attributes:
+        module: the model, several models as ``Components``, or the skeleton of a model that is gone.
+        sites: its sites by path, in module order.
+    """
+
+    module: nn.Module
+    sites: Mapping[str, Site]
+
+    @classmethod
+    def of(cls, model: nn.Module | Mapping[str, nn.Module] | ModelView) -> ModelView:
+        """Return the view of a model or of several models by name; a view is returned as it is.
+
+        Raises:
+            WrongType: ``model`` is not a module.
+        """
+        if isinstance(model, ModelView):
+            return model
+        module = Components(model) if isinstance(model, Mapping) else model
+        return cls(module, find_sites(module))
+
+    def with_sites(self, sites: Mapping[str, Site]) -> ModelView:
+        """Return a view of the same model with further sites, or with other descriptions of those it has."""
+        return dataclasses.replace(self, sites={**self.sites, **sites})
+
+    # ── Its parts ────────────────────────────────────────────────────────────────────────────────────────────────────
+    @functools.cached_property
+    def components(self) -> dict[str, nn.Module]:
+        """Graph name -> the model that is captured as that graph."""
+        return list_components(self.module)
+
+    def component_sites(self, name: str) -> dict[str, Site]:
+        """Return the sites of one component by their paths within it."""
+        prefix = get_component_prefix(self.module, name)
+        return {path.removeprefix(prefix): site for path, site in self.sites.items() if path.startswith(prefix)}
+
+    @functools.cached_property
+    def callable_paths(self) -> list[str]:
+        """Paths of the modules that are called, without the model itself."""
+        return list_callable_paths(self.module)
+
+    @functools.cached_property
+    def output_layers(self) -> list[str]:
+        """Paths of the layer that the model names as its output layer."""
+        get = getattr(self.module, "get_output_embeddings", None)
+        head = get() if callable(get) else None
+        return [path for path, module in self.module.named_modules() if head is not None and module is head]
+
+    # ── Its tensors ──────────────────────────────────────────────────────────────────────────────────────────────────
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Return parameters and buffers by every name that they have."""
+        return {
+            **dict(self.module.named_parameters(remove_duplicate=False)),
+            **dict(self.module.named_buffers(remove_duplicate=False)),
+        }
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a parameter or buffer by its name, or a tensor that its module computes at each call."""
+        return read_stored_tensor(self.module, name)
+
+    @functools.cached_property
+    def base(self) -> BaseReader:
+        """The reader of the model's weights."""
+        return make_base_reader(self.module)
+
+    def make_parameter_site(self, name: str) -> Site:
+        """Return the site of a bare parameter or buffer (a norm's scale, a class token), which is replaced whole."""
+        tensor = self.tensor(name)
+        buffer = not isinstance(tensor, nn.Parameter)
+        owner = name.rpartition(".")[0]
+        return Site(name, SiteKind.PARAMETER, tensor.numel(), 1, tensor.dtype, name, buffer=buffer, within=owner)
+
+    # ── What branches read ───────────────────────────────────────────────────────────────────────────────────────────
+    @functools.cached_property
+    def readable_values(self) -> ReadableValues:
+        """The values that a branch may read by name."""
+        tensors = frozenset(self.named_tensors())
+        return ReadableValues(self.sites, frozenset(self.callable_paths), tensors, self._forward_arguments())
+
+    def _forward_arguments(self) -> frozenset[str] | None:
+        """Return the names of forward's arguments; None for a skeleton, which has no forward."""
+        if isinstance(self.module, Skeleton):
+            return None
+        signatures = (inspect.signature(component.forward) for component in self.components.values())
+        return frozenset(name for signature in signatures for name in signature.parameters)

@@ -1,0 +1,194 @@
+"""The sites of a model, found by walking its modules."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+
+from lorac.argument_types import check_type
+from lorac.frontend.parametrized_weights import get_tensor_identity, is_inside_parametrization, read_module_tensor
+from lorac.frontend.quantised_weights import find_quantised_class
+from lorac.ir.sites import CONVOLUTION_KINDS, ConvGeometry, Site, SiteKind
+from lorac.limits import pause_clock
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+@pause_clock()
+def find_sites(model: nn.Module) -> dict[str, Site]:
+    """Return every site of a model by module path, in module order.
+
+    A module that is reached under several paths (shared by assignment) is one site, under its first path.
+
+    Raises:
+        WrongType: ``model`` is not a module.
+    """
+    check_type(
+        model, nn.Module, "what lorac.sites lists", next_step="give the model itself, an nn.Module that is loaded"
+    )
+    found: dict[str, Site] = {}
+    for path, module in model.named_modules():
+        if is_inside_parametrization(path, model):
+            continue
+        site = _projection_site(path, module, model) or _layer_site(path, module) or _block_site(path, module, model)
+        found |= find_matrix_sites(path, module) if site is None else {path: site}
+    return dict(_add_shared_paths(found, model))
+
+
+def _layer_site(path: str, module: nn.Module) -> Site | None:
+    """Return the site of a linear layer, an embedding or a convolution; None for other modules."""
+    weight = read_module_tensor(module, "weight") if path else None
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+        return None
+    bias = f"{path}.bias" if isinstance(getattr(module, "bias", None), torch.Tensor) else None
+    rows, columns = weight.shape[0], weight.shape[-1]
+    site = Site(path, SiteKind.LINEAR, rows, columns, weight.dtype, f"{path}.weight", bias)
+    site = dataclasses.replace(site, packed=find_quantised_class(module, "weight", weight))
+    if isinstance(module, nn.Linear):
+        return site
+    if is_gpt2_conv1d(module):
+        return dataclasses.replace(site, out_features=columns, in_features=rows, transposed=True)
+    if isinstance(module, nn.Embedding):
+        padding = -1 if module.padding_idx is None else module.padding_idx
+        kind = SiteKind.EMBEDDING
+        return dataclasses.replace(site, kind=kind, out_features=columns, in_features=rows, padding_idx=padding)
+    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return None
+    conv = read_conv_geometry(module)
+    columns = module.in_channels * torch.Size(conv.kernel).numel()
+    kind = CONVOLUTION_KINDS[len(conv.kernel)]
+    return dataclasses.replace(site, kind=kind, out_features=module.out_channels, in_features=columns, conv=conv)
+
+
+def read_conv_geometry(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> ConvGeometry:
+    """Return a convolution's geometry. Padding that the op cannot do (another mode, one side) goes to ``before``."""
+    pads = module._reversed_padding_repeated_twice
+    lopsided = any(pads[i] != pads[i + 1] for i in range(0, len(pads), 2))
+    outside = any(pads) and (module.padding_mode != "zeros" or lopsided)
+    return ConvGeometry(
+        channels=module.in_channels,
+        kernel=tuple(module.kernel_size),
+        stride=tuple(module.stride),
+        padding=(0,) * len(module.kernel_size) if outside else tuple(pads[::-2]),
+        dilation=tuple(module.dilation),
+        groups=module.groups,
+        before=tuple(pads) if outside else (),
+        mode=module.padding_mode,
+    )
+
+
+def is_gpt2_conv1d(module: nn.Module) -> bool:
+    """Return whether ``module`` is transformers' Conv1D, without importing transformers."""
+    return type(module).__name__ in {"Conv1D", "SkeletonConv1D"} and hasattr(module, "nf") and hasattr(module, "nx")
+
+
+def _projection_site(path: str, module: nn.Module, model: nn.Module) -> Site | None:
+    """Return the site of a matrix that an ``nn.MultiheadAttention`` multiplies by within its own forward.
+
+    The matrix of queries, keys and values (3·width, width) is the site of the module itself; its output layer's forward
+    is never called. Keys or values of another width have three matrices instead (``find_matrix_sites``).
+    """
+    if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None and path:
+        weight = module.in_proj_weight
+        rows, columns = weight.shape
+        bias = None if module.in_proj_bias is None else f"{path}.in_proj_bias"
+        packed = find_quantised_class(module, "in_proj_weight", weight)
+        name = f"{path}.in_proj_weight"
+        return Site(path, SiteKind.LINEAR, rows, columns, weight.dtype, name, bias, within=path, packed=packed)
+    owner, _, leaf = path.rpartition(".")
+    if leaf != "out_proj" or not isinstance(model.get_submodule(owner), nn.MultiheadAttention):
+        return None
+    site = _layer_site(path, module)
+    return None if site is None else dataclasses.replace(site, within=owner)
+
+
+def find_matrix_sites(path: str, module: nn.Module) -> dict[str, Site]:
+    """Return the sites of the matrices, alone or stacked, that a module of a class of its own holds, by parameter name.
+
+    Stacks are stored (E, out, in), unless the module says ``is_transposed`` (transformers' convention, read by PEFT).
+    Of torch's own classes only an attention with separate projections has such matrices.
+    """
+    separate = isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is None
+    if type(module).__module__.startswith("torch.") and not separate:
+        return {}
+    transposed = stores_transposed(module)
+    found = {}
+    for name, stored in module.named_parameters(path, recurse=False):
+        if stored.dim() not in {2, 3} or stored.shape[0] < 2 or not stored.is_floating_point():
+            continue
+        *stack, rows, columns = stored.shape
+        packed = find_quantised_class(module, name.rpartition(".")[2], stored)
+        site = Site(name, SiteKind.MATRIX, rows, columns, stored.dtype, name, within=path, packed=packed)
+        if stack:
+            out, inside = (columns, rows) if transposed else (rows, columns)
+            site = dataclasses.replace(
+                site, out_features=out, in_features=inside, transposed=transposed, stack=stack[0]
+            )
+        found[name] = site
+    return found
+
+
+def stores_transposed(module: nn.Module) -> bool:
+    """Return whether a module declares that its stacks of matrices are stored as (E, in, out)."""
+    return bool(getattr(module, "is_transposed", False))
+
+
+def _block_site(path: str, module: nn.Module, model: nn.Module) -> Site | None:
+    """Return the site of a repeated block: an element of a list, sequence or dictionary with a linear layer inside.
+
+    An element with a name instead of a number is a block if the container has another one of its class. A list is never
+    called, and a sequence of several blocks is a stage; neither is a block itself.
+    """
+    parent, _, name = path.rpartition(".")
+    container = model.get_submodule(parent)
+    if not isinstance(container, _CONTAINERS) or isinstance(module, nn.Linear | nn.ModuleList | nn.ModuleDict):
+        return None
+    if isinstance(container, nn.ModuleDict) and not parent:  # a dictionary of models, each called by itself
+        return None
+    layers = _linear_layers(module)
+    numbered = name.isdigit() and not isinstance(container, nn.ModuleDict)
+    if not layers or not (numbered or _count_similar_children(module, container) > 1):
+        return None
+    if isinstance(module, nn.Sequential) and _is_stage(module):
+        return None
+    last = read_module_tensor(layers[-1], "weight")
+    assert isinstance(last, torch.Tensor)
+    # A quantised weight has neither its shape nor its dtype.
+    width = int(last.shape[1] if is_gpt2_conv1d(layers[-1]) else layers[-1].out_features)  # type: ignore[arg-type]  # an int
+    dtype = next((t.dtype for t in (last, *module.parameters()) if t.is_floating_point()), torch.float32)
+    number = list(container._modules).index(name)
+    return Site(path, SiteKind.BLOCK, width, width, dtype, weight=None, number=number)
+
+
+def _linear_layers(module: nn.Module) -> list[nn.Module]:
+    return [m for m in module.modules() if isinstance(m, nn.Linear) or is_gpt2_conv1d(m)]
+
+
+def _count_similar_children(module: nn.Module, container: nn.Module) -> int:
+    """Count the elements that are of the module's class and contain a linear layer."""
+    return sum(type(child) is type(module) and bool(_linear_layers(child)) for child in container.children())
+
+
+def _is_stage(sequence: nn.Sequential) -> bool:
+    return any(
+        not isinstance(child, nn.Linear) and _count_similar_children(child, sequence) > 1
+        for child in sequence.children()
+    )
+
+
+def _add_shared_paths(sites: Mapping[str, Site], model: nn.Module) -> Iterator[tuple[str, Site]]:
+    """Yield the sites with the paths of those that read the same weight."""
+    readers: dict[int, list[str]] = defaultdict(list)
+    identities = {}
+    for path, site in sites.items():
+        if site.weight is not None:
+            owner, _, leaf = site.weight.rpartition(".")
+            identities[path] = get_tensor_identity(model.get_submodule(owner), leaf)
+            readers[identities[path]].append(path)
+    for path, site in sites.items():
+        others = tuple(p for p in readers[identities[path]] if p != path) if path in identities else ()
+        yield path, dataclasses.replace(site, shares=others) if path in identities else site
