@@ -250,7 +250,7 @@ def collect_facts(compiled: Any, calls: Mapping[str, int]) -> PictureContext:
         calls=calls,
     )
     return PictureContext(
-        report=compiled.explain(),
+        explanation=compiled.explain(),
         notes=notes,
         parameters={name: _count_parameters(adapter) for name, adapter in adapters.items()},
     )

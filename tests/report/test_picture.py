@@ -6,6 +6,7 @@ import functools
 import html
 import itertools
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -20,7 +21,6 @@ from torch import nn
 
 import lorac
 from lorac.report.dump import Dump, Row, dump
-from lorac.report.picture import page as page_module
 from lorac.report.picture.boxes import Box, build_boxes
 from tests.captured import Stack, captured_stack
 
@@ -29,19 +29,15 @@ INPUTS = (torch.randn(2, 5, 10),)
 
 
 class Tags(HTMLParser):
-    """Tags that are open, what the page refers to, and the text of its elements with an id."""
+    """The tags that are open, and the files that a page refers to."""
 
     def __init__(self) -> None:
         super().__init__()
         self.open: list[str] = []
         self.references: list[str] = []
-        self.boxes: dict[str, dict[str, str]] = {}
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        told = {name: value or "" for name, value in attrs}
-        self.references += [value for name, value in told.items() if name in ("src", "href")]
-        if "box" in told.get("class", "").split():
-            self.boxes[told["id"]] = told
+        self.references += [value or "" for name, value in attrs if name in ("src", "href")]
         if tag not in ("meta", "input"):
             self.open.append(tag)
 
@@ -49,13 +45,11 @@ class Tags(HTMLParser):
         assert self.open.pop() == tag
 
 
-def read(text: str) -> tuple[Tags, Any]:
-    """The tags of a page, and the data of its script."""
-    tags = Tags()
-    tags.feed(text)
+def read_data(text: str) -> Any:
+    """The data of a page's script."""
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
     assert found is not None
-    return tags, json.loads(found[1])
+    return json.loads(found[1])
 
 
 @pytest.fixture(scope="module")
@@ -72,60 +66,65 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 # ── The page ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def test_it_stands_alone(page: str) -> None:
-    tags, _ = read(page)
+    tags = Tags()
+    tags.feed(page)
     assert tags.open == []
     assert tags.references == [], "it needs no other file"
-    assert "http" not in page.replace("http-equiv", "")
+    assert "http" not in page
     assert "$" not in re.sub(r"<script.*?</script>", "", page, flags=re.S), "every place of the template is filled"
+
+
+def test_the_licence_of_the_vendored_library_is_in_the_page(page: str) -> None:
+    assert "Permission is hereby granted" in page
 
 
 def test_names_are_shown_and_never_run(page: str) -> None:
     """An adapter's name is a user's input: as text it is escaped, as data it cannot end the element it stands in."""
     assert EVIL not in page
-    assert page.count("<script") == 2
+    assert page.count("<script") == 3
     assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;&amp;&quot;•" in page
-    _, data = read(page)
-    assert EVIL in {term["adapter"] for site in data["sites"].values() for term in site["terms"]}
+    assert EVIL in {term["adapter"] for site in read_data(page)["sites"].values() for term in site["terms"]}
 
 
 def test_the_summary_says_what_it_costs(page: str) -> None:
+    assert "<h1>Stack · eager, live</h1>" in page
     cards = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", page))
-    assert cards["model"] == "Stack"
-    assert cards["runs"] == "eager, live"
     assert cards["sites"] == "9 adapted · 0 bare"
     dora, lora = (3 * (10 + 14) + 14) * 3, 2 * 2 * (10 + 14) * 3
     assert cards["adapters"].startswith(f"3, {dora + lora + 3 * 24} parameters")
-    assert re.fullmatch(r"\+[\d.]+ kFLOP per token", cards["cost of what is active"])
+    assert re.fullmatch(r"\+[\d.]+ kFLOP per token", cards["cost of the active adapters"])
     assert re.fullmatch(r"[\d.]+ kB", cards["memory of adapters"])
 
 
-def test_every_adapted_site_is_marked_with_what_explain_says(page: str) -> None:
-    tags, data = read(page)
-    boxes = data["graphs"][0]["boxes"]
-    marked = {site: n for n, box in enumerate(boxes) for site in box["sites"]}
-    assert set(marked) == {f"body.layers.0.{leaf}" for leaf in ("query", "key", "out")}, "identical ones once"
-    for number in marked.values():
-        assert "adapted" in tags.boxes[f"g0b{number}"]["class"].split()
-    assert "; style: low-rank r=3, live" in tags.boxes[f"g0b{marked['body.layers.0.query']}"]["aria-label"]
+def test_every_adapted_site_is_in_a_box_with_what_explain_says(page: str) -> None:
+    data = read_data(page)
+    marked = [site for box in data["graphs"][0]["boxes"] for site in box["sites"]]
+    assert sorted(marked) == [f"body.layers.0.{leaf}" for leaf in ("key", "out", "query")], "identical ones once"
+    assert all(data["sites"][site]["terms"] for site in marked)
+    terms = data["sites"]["body.layers.0.query"]["terms"]
+    assert ("style", "low-rank r=3", "live", 1.0) in [
+        (t["adapter"], t["form"], t["state"], t["strength"]) for t in terms
+    ]
     (term,) = data["sites"]["body.layers.0.out"]["terms"]
     assert (term["state"], term["strength"]) == ("bound", 0.0)
-    assert term["why"], "the reason why it is no cheaper"
+    assert term["why"], "the reason why it is not cheaper"
     assert term["swap"].startswith("once ")
     assert all(term["means"] for site in data["sites"].values() for term in site["terms"])
 
 
 def test_every_value_between_boxes_has_its_shape(page: str) -> None:
-    _, data = read(page)
-    boxes = data["graphs"][0]["boxes"][1:]
-    assert all(kind for box in boxes for kind in [*box["gives"], *(kind for kind, _ in box["reads"])])
-    assert all(box["reads"] or box["kind"] == "in" for box in boxes)
-    (query,) = (box for box in boxes if box["title"] == "query")
-    assert query["gives"] == ["f32[b, 5, 14]"]
-    assert query["sources"], "and the line it is written at"
+    graph = read_data(page)["graphs"][0]
+    boxes, links = graph["boxes"], [link for box in graph["boxes"] for link in box["links"]]
+    assert all(graph["types"][str(value)] for value, _, _ in links)
+    read = {target for _, _, target in links}
+    assert all(number in read or box["kind"] == "in" for number, box in enumerate(boxes) if number)
+    (number,) = (number for number, box in enumerate(boxes) if box["title"] == "query")
+    assert {graph["types"][str(value)] for value, source, _ in links if source == number} == {"f32[b, 5, 14]"}
+    assert boxes[number]["sources"], "and the line it is written at"
 
 
 def test_each_level_has_the_rows_of_each_module(page: str) -> None:
-    _, data = read(page)
+    data = read_data(page)
     texts, graph = data["texts"], data["graphs"][0]
     assert [level["level"] for level in graph["levels"]] == ["host", "adapted", "expanded"]
 
@@ -139,19 +138,19 @@ def test_each_level_has_the_rows_of_each_module(page: str) -> None:
     assert len(rows(2, "body.layers.0.query")) > 3
 
 
-def test_a_graph_at_a_time(tmp_path: Path) -> None:
+def test_a_page_of_several_graphs(tmp_path: Path) -> None:
     adapters = {"a": lorac.LoRA(r=1, targets=["query", "down"])}
     models = {"one": Stack(), "two": Two()}
     inputs = {"one": INPUTS, "two": (torch.randn(3, 6),)}
     compiled = lorac.compile(models, adapters, example_inputs=inputs)
-    _, data = read(compiled.graph.to_html(tmp_path / "all.html").read_text(encoding="utf-8"))
+    data = read_data(compiled.graph.to_html(tmp_path / "all.html").read_text(encoding="utf-8"))
     assert [graph["name"] for graph in data["graphs"]] == ["one", "two"]
     marked = [
         [site for box in graph["boxes"] for site in box["sites"] if site in data["sites"]] for graph in data["graphs"]
     ]
     assert marked == [["one.body.layers.0.query"], ["two.down"]]
     alone = compiled.graph["two"].to_html(tmp_path / "two.html").read_text(encoding="utf-8")
-    assert [graph["name"] for graph in read(alone)[1]["graphs"]] == ["two"]
+    assert [graph["name"] for graph in read_data(alone)["graphs"]] == ["two"]
 
 
 class Two(nn.Module):
@@ -166,15 +165,19 @@ class Two(nn.Module):
         return y
 
 
-def test_a_site_with_room_and_no_adapter_is_told_apart(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def reserved_page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Sites with an adapter, with reserved slots, and without either."""
     reserve = lorac.Reserve(targets=("out",), rank=2)
     compiled = lorac.compile(Stack(), [lorac.LoRA(r=1, targets=["key"])], reserve=reserve, example_inputs=INPUTS)
-    text = compiled.graph.to_html(tmp_path / "it.html").read_text(encoding="utf-8")
-    tags, data = read(text)
-    boxes = enumerate(data["graphs"][0]["boxes"])
-    words = {box["title"]: tags.boxes[f"g0b{n}"]["class"].split()[2:] for n, box in boxes if box["kind"] == "site"}
-    assert words == {"key": ["adapted"], "out": ["reserved"], "query": ["bare"]}
-    assert "3 adapted · 3 bare · 3 reserved" in text
+    return compiled.graph.to_html(tmp_path_factory.mktemp("page") / "it.html").read_text(encoding="utf-8")
+
+
+def test_a_site_with_reserved_slots_and_no_adapter_is_distinct(reserved_page: str) -> None:
+    sites = read_data(reserved_page)["sites"]
+    assert "3 adapted · 3 bare · 3 reserved" in reserved_page
+    assert sites["body.layers.0.key"]["terms"] and "body.layers.0.query" not in sites
+    assert not sites["body.layers.0.out"]["terms"] and "reserved" in sites["body.layers.0.out"]["note"]
 
 
 @functools.cache
@@ -184,9 +187,9 @@ def stack(first_differs: bool = False) -> Dump:
 
 
 # ── What is drawn ────────────────────────────────────────────────────────────────────────────────────────────────────
-def folded(part: Box) -> dict[str, int]:
+def folded(root: Box) -> dict[str, int]:
     """Boxes that stand for several -> for how many."""
-    return {inner.call: len(inner.copies) + 1 for inner in part.all() if inner.copies}
+    return {inner.call: len(inner.copies) + 1 for inner in root.all() if inner.copies}
 
 
 def test_identical_layers_are_one_box() -> None:
@@ -280,70 +283,118 @@ def test_the_script_finds_chooses_and_unfolds(page: str, tmp_path: Path) -> None
     found = opened(path, f"#{urlencode({'find': EVIL})}")
     assert shown(found, "found").startswith("2 found")
     assert sorted(re.findall(r'class="box site adapted hit" [^>]*aria-label="(\w+)', found)) == ["key", "query"]
+    assert "style: low-rank r=3, live" in found
     chosen = opened(path, "#at=body.layers.2.query")
     details = shown(chosen, "details")
     assert "body.layers.2.query" in details and EVIL in details and "low-rank r=3" in details
-    assert re.search(r'class="box site adapted chosen"[^>]*data-of="g0b\d+"', chosen), "in the copy of the third layer"
+    assert re.search(r'class="box site adapted chosen"[^>]*data-path="body.layers.2.query"', chosen), (
+        "in the third layer"
+    )
     assert all(f"{level}, after" in shown(chosen, "levels") for level in ("host", "adapted", "expanded"))
-    loose = next(n for n, box in enumerate(read(page)[1]["graphs"][0]["boxes"]) if box["kind"] == "ops")
+    loose = next(n for n, box in enumerate(read_data(page)["graphs"][0]["boxes"]) if box["kind"] == "ops")
     assert "Operations" in shown(opened(path, f"#at=~{loose}"), "details")
 
 
 @pytest.mark.slow
 @browser
-def test_the_script_places_boxes_as_the_page_does(page: str, tmp_path: Path) -> None:
-    """Closed and opened again, everything lies where it lay: the rule is the same in both languages."""
+def test_boxes_show_what_is_at_their_sites(reserved_page: str, tmp_path: Path) -> None:
     path = tmp_path / "it.html"
-    again = "for (const id of ['close-all', 'open-all']) document.getElementById(id).click();"
-    path.write_text(page.replace("</body>", f"<script>{again}</script></body>"), encoding="utf-8")
-    places = re.compile(r'transform="(translate[^"]+)"|<path class="wire" d="([^"]+)"|<rect class="frame"[^>]*>')
-    before, after = (places.findall(text) for text in (page, opened(path)))
-    assert len(before) > 20
-    assert before == after
+    path.write_text(reserved_page, encoding="utf-8")
+    found = re.findall(r'class="box site (\w+)"[^>]*aria-label="(\w+)', opened(path))
+    assert dict((name, kind) for kind, name in found) == {"key": "adapted", "out": "reserved", "query": "bare"}
 
 
 class Frames(HTMLParser):
-    """Where boxes lie: (those around, left, top, right, bottom) of each, as a browser has them."""
+    """The rectangle (left, top, right, bottom) of each box, by the boxes around it; the labels of values."""
 
     def __init__(self) -> None:
         super().__init__()
         self.around: list[tuple[str, float, float] | None] = []
         self.found: dict[tuple[str, ...], tuple[float, float, float, float]] = {}
+        self.labels: dict[tuple[str, ...], list[tuple[float, float]]] = {}
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        told = {name: value or "" for name, value in attrs}
+        values = {name: value or "" for name, value in attrs}
         boxes = [box for box in self.around if box is not None]
-        if tag == "rect" and told.get("class") == "frame":
-            left, top = sum(box[1] for box in boxes), sum(box[2] for box in boxes)
-            path = tuple(box[0] for box in boxes)
-            self.found[path] = (left, top, left + float(told["width"]), top + float(told["height"]))
+        left, top = sum(box[1] for box in boxes), sum(box[2] for box in boxes)
+        path = tuple(box[0] for box in boxes)
+        if tag == "rect" and values.get("class") == "frame":
+            self.found[path] = (left, top, left + float(values["width"]), top + float(values["height"]))
+        if tag == "text" and values.get("class") == "shape":
+            self.labels.setdefault(path, []).append((left + float(values["x"]), top + float(values["y"])))
         if tag == "g":
-            moved = re.findall(r"-?[\d.]+", told.get("transform", ""))
-            self.around.append((told["id"], float(moved[0]), float(moved[1])) if moved else None)
+            moved = re.findall(r"-?[\d.]+", values.get("transform", ""))
+            name = f"{values.get('data-box')} {values.get('data-path')}"
+            self.around.append((name, float(moved[0]), float(moved[1])) if moved else None)
 
     def handle_endtag(self, tag: str) -> None:
         if tag == "g":
             self.around.pop()
 
+    def check(self) -> None:
+        """Neighbours are apart, what is inside is inside, and no label lies on a box next to it."""
+        for path, (left, top, right, bottom) in self.found.items():
+            outer = self.found.get(path[:-1])
+            if outer is not None:
+                assert outer[0] <= left and right <= outer[2] and outer[1] <= top and bottom <= outer[3], path
+            assert not any(left < x < right and top < y < bottom for x, y in self.labels.get(path[:-1], ())), path
+        for (one, a), (other, b) in itertools.combinations(self.found.items(), 2):
+            apart = a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+            assert apart or one[:-1] != other[:-1] or one == other, (one, other)
+
+
+def draw(text: str, path: Path, *clicks: str) -> Frames:
+    """Where boxes lie once some buttons were clicked."""
+    script = "".join(f"document.getElementById('do-{name}').click();" for name in clicks)
+    path.write_text(text.replace("</body>", f"<script>{script}</script></body>"), encoding="utf-8")
+    frames = Frames()
+    frames.feed(opened(path))
+    return frames
+
 
 @pytest.mark.slow
 @browser
-def test_what_is_opened_makes_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that was closed as too tall is opened: neighbours step aside, and what is around grows."""
-    monkeypatch.setattr(page_module, "_MAX_HEIGHT", 100.0)
-    compiled = lorac.compile(Stack(True), {"a": lorac.LoRA(r=2, targets=["key"])}, example_inputs=INPUTS)
-    path = compiled.graph.to_html(tmp_path / "it.html")
-    click = "<script>document.getElementById('open-all').click();</script></body>"
-    text = path.read_text(encoding="utf-8")
-    assert 'class="box module closed"' in text
-    path.write_text(text.replace("</body>", click), encoding="utf-8")
-    frames = Frames()
-    frames.feed(opened(path))
-    assert len(frames.found) > 15
-    for (one, a), (other, b) in itertools.combinations(frames.found.items(), 2):
-        apart = a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
-        within = any(inner[: len(outer)] == outer for inner, outer in ((one, other), (other, one)))
-        assert apart or within, (one, other)
-    for path_, frame in frames.found.items():
-        around = frames.found.get(path_[:-1], frame)
-        assert around[0] <= frame[0] and frame[2] <= around[2] and around[1] <= frame[1] and frame[3] <= around[3]
+def test_a_picture_that_would_be_too_tall_is_closed_and_opening_makes_room(page: str, tmp_path: Path) -> None:
+    low = page.replace("MAX_HEIGHT = 3000", "MAX_HEIGHT = 100")
+    assert low != page
+    closed, all_open = draw(low, tmp_path / "closed.html"), draw(low, tmp_path / "open.html", "open-all")
+    assert 3 < len(closed.found) < len(all_open.found)
+    for frames in (closed, all_open):
+        frames.check()
+    assert draw(low, tmp_path / "again.html", "open-all", "close-all").found == closed.found
+    assert draw(page, tmp_path / "page.html").found == all_open.found
+
+
+def make_random_graph(generator: random.Random) -> dict[str, Any]:
+    """Boxes in one another to a depth of four, with random links downwards and across their borders."""
+    boxes: list[dict[str, Any]] = []
+
+    def add(depth: int, call: str) -> int:
+        number = len(boxes)
+        count = generator.randint(1, 6) if depth and (not call or generator.random() < 0.7) else 0
+        texts: dict[str, Any] = {"call": call, "title": call or "graph", "about": "x" * generator.randrange(20)}
+        lists: dict[str, Any] = {name: [] for name in ("sites", "ops", "sources")}
+        copies = [f"{call}-copy"] if call and not generator.randrange(3) else []
+        kind = "module" if count else "site" if call else "graph"
+        boxes.append({**texts, **lists, "class": "", "type": "", "copies": copies, "kind": kind if call else "graph"})
+        parts = [add(depth - 1, f"{call}.{n}".lstrip(".")) for n in range(count)]
+        ends = [sorted(generator.sample(range(-1, count + 1), 2)) for _ in range(generator.randint(0, 12))]
+        numbers = dict(enumerate(parts))
+        links = [(value, numbers.get(a, -1), numbers.get(b, -1)) for value, (a, b) in enumerate(ends)]
+        boxes[number] |= {"parts": parts, "links": [link for link in links if call or -1 not in link[1:]]}
+        return number
+
+    add(4, "")
+    return {"name": "main", "boxes": boxes, "types": dict.fromkeys(map(str, range(12)), "f32[b, 5, 14]"), "levels": []}
+
+
+@pytest.mark.slow
+@browser
+@pytest.mark.parametrize("seed", range(6))
+def test_no_box_lies_on_another_however_they_are_linked(seed: int, page: str, tmp_path: Path) -> None:
+    graph = make_random_graph(random.Random(seed))
+    data = json.dumps({"graphs": [graph], "sites": {}, "texts": {"lines": [], "groups": [], "calls": []}})
+    text = re.sub(r'(id="data">).*?(</script>)', lambda match: match[1] + data + match[2], page, flags=re.S)
+    frames = draw(text, tmp_path / "it.html", "open-all")
+    assert len(frames.found) == len(graph["boxes"])
+    frames.check()
