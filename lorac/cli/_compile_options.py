@@ -10,7 +10,9 @@ from torch.export import Dim
 
 from lorac.argument_types import field_types
 from lorac.errors import OptionError, nearest_name
-from lorac.frontend.example_inputs import bind_by_name, make_dynamic_shapes, make_example_inputs
+from lorac.frontend.call_binding import bind_by_name
+from lorac.frontend.dynamic_shapes import make_dynamic_shapes
+from lorac.frontend.example_inputs import make_example_inputs
 from lorac.ir.patterns import TARGET_KEYWORDS
 from lorac.ir.slots.planning import Reserve
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -20,10 +19,13 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lorac.errors import CaptureError, short
-from lorac.frontend.example_inputs import Inputs, is_hugging_face
+from lorac.frontend.call_binding import Inputs
+from lorac.frontend.hugging_face import is_hugging_face
 from lorac.frontend.model_runner import ModelRunner
-from lorac.frontend.multimodal_positions import GRID_SUFFIX, POSITION_IDS, MultimodalPositions
+from lorac.frontend.multimodal_positions import find_multimodal_positions
 from lorac.frontend.trace_guards import find_running_model_line
+from lorac.ir.fixed_arguments import to_json_value
+from lorac.ir.multimodal_positions import GRID_SUFFIX, POSITION_IDS, MultimodalPositions
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class CallArguments:
                     code="capture_failed",
                 )
         inputs = {name: value for name, value in named.items() if name not in fixed}
-        positions = None if POSITION_IDS in named else MultimodalPositions.of(model)
+        positions = None if POSITION_IDS in named else find_multimodal_positions(model)
         made = None if positions is None else positions.made(named)
         return cls(inputs, fixed, read) if made is None else cls({**inputs, POSITION_IDS: made}, fixed, read, positions)
 
@@ -163,17 +165,6 @@ class _TruthReplay(TorchFunctionMode):
 
 
 _MAKERS = frozenset({torch.arange, torch.full, torch.linspace, torch.ones, torch.tensor, torch.zeros})
-
-
-def to_json_value(value: Any) -> Any:
-    """A value as JSON has it: tensors and arrays as lists of numbers, tuples as lists."""
-    if isinstance(value, Tensor):
-        return value.tolist()
-    if isinstance(value, np.ndarray | np.generic):
-        return value.tolist()
-    if isinstance(value, list | tuple):
-        return [to_json_value(inner) for inner in value]
-    return {key: to_json_value(inner) for key, inner in value.items()} if isinstance(value, Mapping) else value
 
 
 def _survives_json(value: Any) -> bool:

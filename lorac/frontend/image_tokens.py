@@ -1,4 +1,4 @@
-"""Text with images in it: ids that stand for the pieces of images, as many as the model makes of them."""
+"""Token sequences with images: ids that stand for the patches of images, as many as the model makes of them."""
 
 from __future__ import annotations
 
@@ -11,51 +11,51 @@ from torch import Tensor, nn
 
 from lorac.frontend.copying import copy_structure
 
-_NAMES = ("image_token_id", "image_token_index")
-"""What configurations call the id that stands for a piece of an image."""
+_FIELDS = ("image_token_id", "image_token_index")
+"""Names in configurations of the id that stands for a patch of an image."""
 PIXEL_VALUES = "pixel_values"
 
 
-def get_image_token(config: Any) -> int | None:
-    """The id that stands for a piece of an image; None where a model has none."""
-    found = (getattr(config, name, None) for name in _NAMES)
-    return next((token for token in found if isinstance(token, int)), None)
+def get_image_token(config: object) -> int | None:
+    """Return the id that stands for a patch of an image; None for models without one."""
+    tokens = (getattr(config, name, None) for name in _FIELDS)
+    return next((token for token in tokens if isinstance(token, int)), None)
 
 
 @torch.no_grad()
 def insert_image_tokens(model: nn.Module, ids: Tensor, pixels: Tensor, token: int) -> dict[str, Tensor] | None:
-    """Ids and pixels that fit each other, of one image a row; None where the model does not say how many pieces it has.
+    """Return ids and pixels that fit each other, of one image a row; None where the number of patches cannot be found.
 
     Args:
-        model: is asked on a copy, and left as it was.
+        model: left unchanged; a copy encodes the images.
         ids: (rows, length).
         pixels: (rows, channels, height, width); a model that takes several images a row gets a list of one.
-        token: the placeholder.
+        token: the id that stands for a patch.
     """
     copied = copy_structure(model).eval()
-    for look, shaped in itertools.product(_list_image_encoders(copied), (pixels, pixels.unsqueeze(1))):
-        pieces, odd = divmod(_count_image_features(look, shaped), len(ids))
-        if pieces and not odd:
-            marks = ids.new_full((len(ids), pieces), token)
+    for encode, images in itertools.product(_image_encoders(copied), (pixels, pixels.unsqueeze(1))):
+        patches, rest = divmod(_count_features(encode, images), len(ids))
+        if patches and not rest:
+            marks = ids.new_full((len(ids), patches), token)
             words = torch.where(ids == token, token - 1 if token else 1, ids)
-            return {"input_ids": torch.cat([words[:, :1], marks, words[:, 1:]], 1), PIXEL_VALUES: shaped}
+            return {"input_ids": torch.cat([words[:, :1], marks, words[:, 1:]], 1), PIXEL_VALUES: images}
     return None
 
 
-def _list_image_encoders(model: Any) -> Iterator[Callable[..., Any]]:
-    """What a transformers model has to make features of images."""
+def _image_encoders(model: Any) -> Iterator[Callable[..., Any]]:
+    """Yield the methods of a transformers model that make features of images."""
     for owner in (model, model.base_model):
-        look = getattr(owner, "get_image_features", None)
-        if look is not None:
-            yield look
+        encode = getattr(owner, "get_image_features", None)
+        if encode is not None:
+            yield encode
 
 
-def _count_image_features(look: Callable[..., Any], pixels: Tensor) -> int:
-    """How many vectors the features of all images are; 0 where they are not made of pixels of this shape alone."""
+def _count_features(encode: Callable[..., Any], pixels: Tensor) -> int:
+    """Count the feature vectors of all images; 0 where pixels of this shape alone do not suffice."""
     try:
-        features = look(**{PIXEL_VALUES: pixels})
+        features = encode(**{PIXEL_VALUES: pixels})
     except Exception:
         return 0
-    found = getattr(features, "pooler_output", features)
-    parts = found if isinstance(found, list | tuple) else [found]
+    pooled = getattr(features, "pooler_output", features)
+    parts = pooled if isinstance(pooled, list | tuple) else [pooled]
     return sum(part.numel() // part.shape[-1] for part in parts)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorac.frontend.copying import copy_structure
-from lorac.frontend.example_inputs import set_config_fields
+from lorac.frontend.hugging_face import set_config_fields
 
 
 @dataclass(frozen=True, eq=False)

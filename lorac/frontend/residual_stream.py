@@ -23,8 +23,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorac.errors import SiteError
+from lorac.frontend.call_binding import bind_by_name
 from lorac.frontend.components import get_component_prefix
-from lorac.frontend.example_inputs import bind_by_name, make_example_inputs
+from lorac.frontend.example_inputs import make_example_inputs
 from lorac.frontend.model_view import ModelView
 from lorac.frontend.module_sites import infer_module_site
 from lorac.frontend.transformer_blocks import (

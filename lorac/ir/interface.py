@@ -11,15 +11,10 @@ import numpy as np
 import torch
 
 from lorac.errors import ArtifactError, ChoiceError, InputMismatch, nearest_name, short
-from lorac.frontend.call_arguments import to_json_value
-from lorac.frontend.example_inputs import (
-    CAPTURE_CONFIG,
-    OUTPUT_SWITCHES,
-    list_fixed_arguments,
-    list_positional_arguments,
-)
-from lorac.frontend.multimodal_positions import POSITION_IDS, MultimodalPositions
+from lorac.frontend.call_binding import list_fixed_arguments, list_positional_arguments
+from lorac.ir.fixed_arguments import CAPTURE_CONFIG, OUTPUT_SWITCHES, to_json_value
 from lorac.ir.graph.graph import Graph
+from lorac.ir.multimodal_positions import POSITION_IDS, MultimodalPositions
 from lorac.ir.output_structure import OutputStructure, name_outputs, structure_from_json, structure_to_json
 from lorac.ir.row_layout import RowLayout
 from lorac.ir.sizes import SizeConstraints, flatten_argument

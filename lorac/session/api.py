@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from lorac.argument_types import check_type
+from lorac.frontend.call_binding import convert_to_tensors
 from lorac.frontend.components import Components
-from lorac.frontend.example_inputs import convert_to_tensors
 from lorac.frontend.parametrized_weights import materialize_weights
 from lorac.frontend.quantised_weights import dequantise_weights
 from lorac.ir.slots.choice import ChoiceSpec

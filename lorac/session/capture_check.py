@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lorac.errors import CaptureError, ExampleInputsNeeded, nearest_name, short, warn
-from lorac.frontend.call_arguments import to_json_value
+from lorac.frontend.call_binding import bind_by_name
 from lorac.frontend.capture.export import isolate_tracing
-from lorac.frontend.example_inputs import bind_by_name, make_example_inputs
+from lorac.frontend.dynamic_shapes import find_row_layout
+from lorac.frontend.example_inputs import make_example_inputs
 from lorac.frontend.model_runner import ModelRun, ModelRunner, WeightWritten, seed_random_numbers
+from lorac.ir.fixed_arguments import to_json_value
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.interpreter import (
     differs_beyond_rounding,
@@ -204,7 +206,7 @@ class _HostComparison:
         """Where the program takes a fixed number of rows, see whether it is right in parts of so many."""
         graph = self.graph
         constants = {name: value for name, value in graph.fixed.items() if isinstance(value, Tensor)}
-        rows = RowLayout.of(self.host, self.inputs, constants)
+        rows = find_row_layout(self.host, self.inputs, constants)
         if rows is None:
             return
         shapes, fixed = graph.sizes.shapes, graph.sizes.fixed

@@ -83,5 +83,5 @@ def test_values_that_the_model_checks_are_checked_in_every_part(program: Any):
 
 
 def test_rows_of_unequal_shares_are_refused(program: Any):
-    with pytest.raises(lorac.InputMismatch, match="'pieces' has size 7 on axis 0, no equal share"):
+    with pytest.raises(lorac.InputMismatch, match="'pieces' has size 7 on axis 0, which does not divide"):
         program(**{**_call(3), "pieces": torch.zeros(7, 4)})

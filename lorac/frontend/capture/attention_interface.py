@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from lorac.errors import CaptureError, Unavailable
-from lorac.frontend.example_inputs import is_hugging_face, make_dynamic_shapes, set_config_fields
+from lorac.frontend.dynamic_shapes import make_dynamic_shapes
+from lorac.frontend.hugging_face import is_hugging_face, set_config_fields
 from lorac.frontend.layer_classes import Forward
 from lorac.ir.graph import attention_ops as attending
 from lorac.ir.graph.attention_ops import DECODER_IDS, IDS, LOGITS_TO_KEEP, WITHOUT_CACHE, find_token_input

@@ -24,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from lorac.errors import CaptureError
 from lorac.frontend.call_arguments import CallArguments
+from lorac.frontend.call_binding import Inputs, bind_by_name
 from lorac.frontend.capture.attention_interface import (
     capture_attention,
     check_attention_captured,
@@ -38,25 +39,17 @@ from lorac.frontend.capture.layer_groups import find_layer_groups
 from lorac.frontend.capture.position_ids import make_positions_per_row
 from lorac.frontend.capture.repeated_layers import expand_repeated_layers, trace_repeated_layers_once
 from lorac.frontend.capture.site_ops import mark_sites
+from lorac.frontend.capture.size_constraints import collect_constraints, collect_dynamic_axes, name_axes
 from lorac.frontend.copying import copy_structure
-from lorac.frontend.example_inputs import (
-    TRACE_CONFIG,
-    Inputs,
-    bind_by_name,
-    is_hugging_face,
-    make_dynamic_shapes,
-    make_example_inputs,
-    repeat_unit_axes,
-    repeat_unit_axes_of_inputs,
-    set_config_fields,
-)
+from lorac.frontend.dynamic_shapes import make_dynamic_shapes, repeat_unit_axes, repeat_unit_axes_of_inputs
+from lorac.frontend.example_inputs import make_example_inputs
+from lorac.frontend.hugging_face import TRACE_CONFIG, is_hugging_face, set_config_fields
 from lorac.frontend.layer_classes import Forward
 from lorac.frontend.model_runner import disable_attention_fast_path, preserve_random_state
 from lorac.frontend.trace_guards import TraceGuard, find_failing_model_line, iter_error_causes, record_guards
 from lorac.ir.graph import ops as _ops  # noqa: F401  (what a copy's sites call is registered there)
 from lorac.ir.graph.edit import has_site_checks, keep_tensor_outputs, qualify_names
 from lorac.ir.graph.graph import Graph
-from lorac.ir.graph.symbolic_shapes import collect_constraints, collect_dynamic_axes, name_axes
 from lorac.ir.interface import program_input_name
 from lorac.ir.output_structure import replace_dataclasses
 from lorac.ir.sites import Site, SiteKind

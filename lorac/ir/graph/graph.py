@@ -16,7 +16,7 @@ from typing import Any
 import torch.fx
 from torch.export import ExportedProgram
 
-from lorac.frontend.multimodal_positions import MultimodalPositions
+from lorac.ir.multimodal_positions import MultimodalPositions
 from lorac.ir.output_structure import OutputStructure
 from lorac.ir.row_layout import RowLayout
 from lorac.ir.sites import Site

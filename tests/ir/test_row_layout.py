@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import lorac
+from lorac.frontend.dynamic_shapes import find_row_layout
 from lorac.ir.row_layout import LIST_AXIS, RowLayout
 
 ROWS = RowLayout(2, {"x": 0, "pieces": 0, "sizes": 0})
@@ -20,10 +21,10 @@ def _call(rows: int) -> dict[str, object]:
 
 def test_what_has_equal_shares_for_the_rows_of_the_batch_has_rows():
     inputs = {"x": torch.zeros(2, 3), "pieces": torch.zeros(6, 1), "table": torch.zeros(3, 2)}
-    assert RowLayout.of(nn.Identity(), inputs, {"sizes": torch.zeros(2, 2)}) == RowLayout(
+    assert find_row_layout(nn.Identity(), inputs, {"sizes": torch.zeros(2, 2)}) == RowLayout(
         2, {"x": 0, "pieces": 0, "sizes": 0}
     )
-    assert RowLayout.of(nn.Identity(), {"flag": torch.zeros(())}, {}) is None
+    assert find_row_layout(nn.Identity(), {"flag": torch.zeros(())}, {}) is None
 
 
 def test_a_call_in_parts_with_its_last_row_once_more():
@@ -35,7 +36,7 @@ def test_a_call_in_parts_with_its_last_row_once_more():
 
 
 def test_rows_of_unequal_shares_are_refused():
-    with pytest.raises(lorac.InputMismatch, match="'pieces' has size 7 on axis 0, no equal share for each of 3 rows"):
+    with pytest.raises(lorac.InputMismatch, match="'pieces' has size 7 on axis 0, which does not divide into 3 rows"):
         ROWS.split({**_call(3), "pieces": np.arange(7)})
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from lorac.frontend.call_arguments import CallArguments, to_json_value
+from lorac.frontend.call_arguments import CallArguments
+from lorac.ir.fixed_arguments import to_json_value
 from tests.refusing import refuses
 
 X = torch.zeros(2, 3)

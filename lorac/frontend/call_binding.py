@@ -1,0 +1,75 @@
+"""Calls of a model: example inputs as tensors, and arguments by the names of forward."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lorac.frontend.hugging_face import is_hugging_face
+from lorac.ir.fixed_arguments import CAPTURE_CONFIG, OUTPUT_SWITCHES
+
+Inputs = Mapping[str, Any]
+"""Argument of forward -> its value: a tensor, tensors in dicts, lists and tuples, or anything else."""
+
+
+def convert_to_tensors(inputs: Any) -> Any:
+    """Return example inputs with NumPy arrays as tensors; a single tensor or array becomes a tuple of one."""
+    if isinstance(inputs, Tensor | np.ndarray):
+        return (_convert(inputs),)
+    return tuple(map(_convert, inputs)) if type(inputs) is list else _convert(inputs)
+
+
+def _convert(value: Any) -> Any:
+    """Return a value with each array of numbers as a tensor that has memory of its own."""
+    if isinstance(value, Mapping):
+        return {name: _convert(inner) for name, inner in value.items()}
+    if type(value) in {list, tuple}:
+        return type(value)(map(_convert, value))
+    numbers = isinstance(value, np.ndarray) and value.dtype.kind in "biufc"
+    return torch.from_numpy(value.copy()) if numbers else value
+
+
+def bind_by_name(model: nn.Module, inputs: Any) -> dict[str, Any]:
+    """Return inputs by the names of forward's arguments, without those that are None."""
+    return {name: value for name, value in bind_arguments(model, inputs).items() if value is not None}
+
+
+def bind_arguments(model: nn.Module, inputs: Any) -> dict[str, Any]:
+    """Return inputs by name; a sequence is bound to forward's arguments in order.
+
+    Raises:
+        TypeError: forward takes no such arguments.
+    """
+    return dict(inputs if isinstance(inputs, Mapping) else inspect.signature(model.forward).bind(*inputs).arguments)
+
+
+def list_positional_arguments(model: nn.Module, inputs: Collection[str]) -> tuple[str, ...]:
+    """Return the names of forward's arguments in the order of a positional call.
+
+    Args:
+        model: the host.
+        inputs: inputs of its captured program; those of a ``*args`` are called ``args_0``, ``args_1``, ...
+    """
+    names: list[str] = []
+    for name, parameter in inspect.signature(model.forward).parameters.items():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            names += [found for found in inputs if re.fullmatch(rf"{name}_\d+", found)]
+        elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            names.append(name)
+    return tuple(names)
+
+
+def list_fixed_arguments(model: nn.Module) -> dict[str, Any]:
+    """Return forward's arguments that are not tensors, with the values a capture gives them: their defaults."""
+    parameters = inspect.signature(model.forward).parameters
+    found = {name: p.default for name, p in parameters.items() if isinstance(p.default, bool | int | float | str)}
+    if is_hugging_face(model):  # there None means the value in the configuration
+        found |= {name: getattr(model.config, name) for name in OUTPUT_SWITCHES if hasattr(model.config, name)}
+        found |= CAPTURE_CONFIG
+    return found
