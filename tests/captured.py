@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 import lorac
 from lorac.frontend.capture.export import export_model
 from lorac.ir.graph.feeds import collect_slot_tensors
 from lorac.ir.graph.graph import Graph
+from lorac.ir.interface import Interface
+from lorac.ir.output_structure import OutputStructure
+from lorac.ir.sites import Site
 from lorac.ir.slots.composition import compose_choice, fill_slots
+from lorac.ir.slots.plans import SitePlan
 from lorac.passes.pipelines import lowering_passes, run_pipeline
 from tests.zoo import ZOO
 
@@ -48,12 +53,21 @@ class Stack(nn.Module):
         return x
 
 
+def graph_of(name: str, exported: ExportedProgram, sites: Mapping[str, Site], plans: Mapping[str, SitePlan]) -> Graph:
+    """A graph at level host over a program that takes any sizes."""
+    signature = exported.module_call_graph[0].signature
+    assert signature is not None
+    inputs, structure = tuple(map(str, exported.graph_signature.user_inputs)), OutputStructure(signature.out_spec)
+    outputs = structure.tensor_names(inputs)
+    return Graph(name, exported, sites, plans, Interface(inputs=inputs, outputs=outputs, structure=structure))
+
+
 def captured_stack(adapters: dict[str, Any] | None = None, *, first_differs: bool = False) -> Graph:
     """The stack's graph at level host."""
     model, inputs = Stack(first_differs), (torch.randn(2, 5, 10),)
     compiled = lorac.compile(model, adapters=adapters or {})
     shapes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("length")},)
-    return Graph("stack", export_model(model, inputs, shapes), compiled.sites, compiled.plans)
+    return graph_of("stack", export_model(model, inputs, shapes), compiled.sites, compiled.plans)
 
 
 @dataclass
@@ -99,7 +113,7 @@ def capture(name: str, adapters: dict[str, Any] | None = None, *, mode: str = "a
                 parameter.add_(noise.to(parameter.dtype), alpha=0.1)
     compiled.swap({adapter: 1.0 - 0.3 * i for i, adapter in enumerate(given)})
     exported = export_model(entry.fresh(torch.float64), inputs)
-    return Captured(compiled, Graph("main", exported, compiled.sites, compiled.plans), inputs)
+    return Captured(compiled, graph_of("main", exported, compiled.sites, compiled.plans), inputs)
 
 
 def lower(graph: Graph, observe: Callable[[str, Graph], None] | None = None) -> list[str]:

@@ -39,7 +39,7 @@ def describe_folder(folder: Path) -> Inspection:
         }
         for name, entry in told["adapters"].items()
     ]
-    graphs = find_backend(manifest.target).signatures(manifest.program)
+    graphs = find_backend(manifest.target).read_interfaces(manifest.program)
     beside = {PurePosixPath(entry["file"]).parent for entry in told["adapters"].values()}
     own = sum(nbytes for name, nbytes in sizes.items() if PurePosixPath(name).parent not in beside)
     return {
@@ -64,7 +64,7 @@ def _describe_graph(signature: Any) -> dict[str, Any]:
         "inputs": {name: types[name] for name in signature.inputs},
         "outputs": {name: types[name] for name in signature.outputs},
         "fixed": fixed,
-        "sizes": list(signature.sizes.telling),
+        "sizes": list(signature.sizes.notable),
         "notes": list(signature.notes),
     }
 

@@ -1,9 +1,12 @@
-"""How a captured program is called: the host's inputs by name, and its own output type back."""
+"""The interface of a program: what a call gives it, and what it answers.
+
+A graph holds one from its capture on, an engine and a saved artifact hold the same. Nobody copies its fields.
+"""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Collection, Mapping
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,63 +14,65 @@ import numpy as np
 import torch
 
 from lorac.errors import ArtifactError, ChoiceError, InputMismatch, nearest_name, short
-from lorac.frontend.call_binding import list_fixed_arguments, list_positional_arguments
 from lorac.ir.fixed_arguments import CAPTURE_CONFIG, OUTPUT_SWITCHES, to_json_value
-from lorac.ir.graph.graph import Graph
 from lorac.ir.multimodal_positions import POSITION_IDS, MultimodalPositions
-from lorac.ir.output_structure import OutputStructure, name_outputs, structure_from_json, structure_to_json
+from lorac.ir.output_structure import OutputStructure, structure_from_json, structure_to_json
 from lorac.ir.row_layout import RowLayout
 from lorac.ir.sizes import SizeConstraints, flatten_argument
 
-aten = torch.ops.aten
-_RESHAPING = frozenset(
-    {aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten._to_copy.default, aten.to.dtype}
-    | {aten.clone.default, aten.alias.default, aten.expand.default}
-)
-"""Ops that leave ids what they are."""
 ADAPTERS_ARGUMENT = "adapters"
-"""The argument of a call that is no input: which adapters it is to run with."""
+"""The argument of a call that chooses its adapters."""
 RETURN_DICT = "return_dict"
-"""The argument by which models of transformers and diffusers are asked for a tuple: only the output's kind changes."""
+"""The argument by which models of transformers and diffusers return a tuple: the program's tensors stay the same."""
 
-_Runs = Callable[[dict[str, Any]], list[Any]]
-"""A program: its outputs in order, for inputs by name."""
-_NAMES = ("inputs", "arguments", "outputs", "extra", "told", "notes", "unused")
+Inputs = Mapping[str, object]
+RunProgram = Callable[[dict[str, object]], Sequence[object]]
+"""Compute the outputs of a program, in order, from its inputs by name."""
+_STORED_NAMES = {
+    "inputs": "inputs",
+    "arguments": "arguments",
+    "outputs": "outputs",
+    "extra": "extra_outputs",
+    "notes": "notes",
+    "unused": "unused_sites",
+}
+"""Entry of a stored interface -> the field, for fields that are tuples of names."""
+_STORED_MAPPINGS = {"below": "id_counts", "spelled": "aliases", "types": "types", "derived": "derived"}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Interface:
-    """Inputs and outputs of the host as an emitted program has them.
+    """Inputs and outputs of a program, and which calls it answers.
 
     Attributes:
-        inputs: names of the program's inputs, in order.
-        arguments: names of the host's arguments, in the order of positional calls.
-        structure: what the host answers around the program's tensors; None where only names are known.
-        outputs: names of the program's outputs, the host's own first: the model's names for them.
-        extra: names of the extra outputs behind them.
-        fixed: arguments that are constants of the program, and what they were when the host was captured.
-        told: those of them that every call has to give: left out, they would mean something else to the host.
-        below: of the inputs that are ids of an embedding, how many there are.
-        spelled: arguments of the host whose inputs are called otherwise -> what those are called.
+        inputs: names of the inputs, in order.
+        arguments: names of the model's arguments, in the order of positional calls.
+        outputs: names of the outputs: the model's own, then the extra ones.
+        structure: how the model's output is built from the program's tensors; None where only names are known.
+        extra_outputs: names of the extra outputs.
+        constants: arguments that the program holds, with the values of the captured call.
+        defaults: arguments that a call may leave out -> the value that the program was captured with.
+        id_counts: input that holds ids -> the number of rows of the smallest embedding that reads it.
+        aliases: argument of the model -> the input's name, where the two differ.
         sizes: which sizes the inputs may have.
-        derived: inputs that calls may leave out -> how the model makes them of the others.
-        positions: what does so; None of a program that was loaded.
-        rows: how a call of another number of rows is one of several; None where it is none.
-        checks: of the extra outputs, those that have to be true -> the line of the model that wants them so.
-        notes: what whoever calls the program should know about it, each in a sentence.
-        types: input or output -> its dtype and sizes, those that vary by name: ``int64[batch, length]``.
-        unused: paths of sites that were to have slots, and that no output depends on.
+        derived: input that a call may leave out -> the expression by which the model computes it.
+        positions: computes the positions of multimodal text; None for a program that was loaded.
+        rows: how a call with another number of rows is split; None where it cannot be.
+        checks: extra output that must be true -> the line of the model that checks it.
+        notes: sentences for whoever calls the program.
+        types: input or output -> dtype and sizes, with the names of sizes that vary: ``int64[batch, length]``.
+        unused_sites: paths of sites that were planned to have slots, and that no output depends on.
     """
 
-    inputs: tuple[str, ...]
-    arguments: tuple[str, ...]
-    outputs: tuple[str, ...]
+    inputs: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
     structure: OutputStructure | None = None
-    extra: tuple[str, ...] = ()
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    told: tuple[str, ...] = ()
-    below: Mapping[str, int] = field(default_factory=dict)
-    spelled: Mapping[str, str] = field(default_factory=dict)
+    extra_outputs: tuple[str, ...] = ()
+    constants: Mapping[str, object] = field(default_factory=dict)
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    id_counts: Mapping[str, int] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
     sizes: SizeConstraints = field(default_factory=SizeConstraints)
     derived: Mapping[str, str] = field(default_factory=dict)
     positions: MultimodalPositions | None = None
@@ -75,74 +80,73 @@ class Interface:
     checks: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     types: Mapping[str, str] = field(default_factory=dict)
-    unused: tuple[str, ...] = ()
+    unused_sites: tuple[str, ...] = ()
 
-    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], program: _Runs) -> tuple[Any, dict[str, Any]]:
-        """The host's output object of one call and the extra outputs by name, in as many parts as its rows need.
+    # --- calls -------------------------------------------------------------------------------------------------
+
+    def run(self, args: tuple[object, ...], kwargs: Inputs, program: RunProgram) -> tuple[object, dict[str, object]]:
+        """Run a program for one call, in parts where it takes fewer rows than the call has.
 
         Args:
-            args, kwargs: of the call.
-            program: the outputs in order, for inputs by name.
+            args, kwargs: the call's arguments.
+            program: computes the outputs in order.
+
+        Returns:
+            The model's output object, and the extra outputs by name.
 
         Raises:
-            ChoiceError, InputMismatch: as ``bind``; then nothing was run.
+            ChoiceError, InputMismatch: as ``check``, before anything runs.
         """
-        named = self._named(args, kwargs)
+        named = self._name_inputs(args, kwargs)
         try:
-            given = self._bound(named)
+            inputs = self._check_named(named)
         except InputMismatch:
             if self.rows is None or self.structure is None or self.rows.total(named) in (0, self.rows.count):
                 raise
             return self._run_in_parts(self.rows, self.structure, named, kwargs, program)
-        return self.answer(program(given), kwargs)
+        return self.build_output(program(inputs), kwargs)
 
     def _run_in_parts(
-        self,
-        rows: RowLayout,
-        structure: OutputStructure,
-        named: Mapping[str, Any],
-        asked: Mapping[str, Any],
-        program: _Runs,
-    ) -> tuple[Any, dict[str, Any]]:
-        total, parts = rows.total(named), [self._bound(part) for part in rows.split(named)]
-        answers = [self._checked(program(given)) for given in parts]
-        own = len(answers[0]) - len(self._told)
-        output = structure.joined([values[:own] for values in answers], rows, total)
-        extra = [rows.whole(values, total) for values in zip(*(values[own:] for values in answers), strict=True)]
-        return _as_asked(output, asked), dict(zip(self._told, extra, strict=True))
+        self, rows: RowLayout, structure: OutputStructure, named: Inputs, kwargs: Inputs, program: RunProgram
+    ) -> tuple[object, dict[str, object]]:
+        total, parts = rows.total(named), [self._check_named(part) for part in rows.split(named)]
+        answers = [self._drop_checks(program(inputs)) for inputs in parts]
+        count = len(answers[0]) - len(self._caller_outputs)
+        output = structure.join([values[:count] for values in answers], rows, total)
+        extra = [rows.whole(values, total) for values in zip(*(values[count:] for values in answers), strict=True)]
+        return _as_requested(output, kwargs), dict(zip(self._caller_outputs, extra, strict=True))
 
-    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Program input -> value, for one call of as many rows as the program takes.
+    def check(self, args: tuple[object, ...], kwargs: Inputs) -> dict[str, object]:
+        """Return the program's inputs for one call, or refuse the call.
 
         Raises:
-            ChoiceError: an argument the program was not captured with, one given twice, a missing one, or ids that an
-                embedding does not have (a target may take a negative one for one counted from the end).
+            ChoiceError: an argument is unknown, given twice or missing, or an id lies outside its embedding.
             InputMismatch: an input has a size, or an argument a value, that the program was not captured for.
         """
-        return self._bound(self._named(args, kwargs))
+        return self._check_named(self._name_inputs(args, kwargs))
 
-    def _named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """What a call gives, as the program calls it; what is None is left out."""
+    def _name_inputs(self, args: tuple[object, ...], kwargs: Inputs) -> dict[str, object]:
+        """Return the arguments of a call by the program's names, without those that are None."""
         positional = dict(zip(self.arguments, args, strict=False))
         twice = sorted(positional.keys() & kwargs.keys())
         if twice or len(args) > len(self.arguments):
             what = f"'{twice[0]}' is given twice" if twice else f"{len(args)} positional arguments are too many"
-            raise ChoiceError(what, next_step=f"the host takes {', '.join(self.arguments)}")
+            raise ChoiceError(what, next_step=f"the model takes {', '.join(self.arguments)}")
         named = {**positional, **kwargs}.items()
-        given = {self.spelled.get(name, name): value for name, value in named if value is not None}
-        known = {*self.inputs, *self.fixed}
-        return {own: value for name in given for own, value in self._parts_of(name, given[name], known)}
+        given = {self.aliases.get(name, name): value for name, value in named if value is not None}
+        known = {*self.inputs, *self._fixed}
+        return {part: value for name in given for part, value in self._split_argument(name, given[name], known)}
 
-    def _parts_of(self, name: str, value: Any, known: Collection[str]) -> list[tuple[str, Any]]:
-        """An argument as inputs: one that holds several tensors is as many, called by their places.
+    def _split_argument(self, name: str, value: object, known: Collection[str]) -> list[tuple[str, object]]:
+        """Return an argument as inputs; a container of tensors is several, named by their place in it.
 
         Raises:
-            InputMismatch: it holds other ones than the program was captured with.
+            InputMismatch: the container holds other tensors than the captured one.
         """
-        inputs = [own for own in self.inputs if own.startswith(f"{name}_")]
+        inputs = [part for part in self.inputs if part.startswith(f"{name}_")]
         if name in known or not inputs or not isinstance(value, Mapping | list | tuple):
             return [(name, value)]
-        parts = {own: part for own, part in flatten_argument(value, name) if part is not None}
+        parts = {part: tensor for part, tensor in flatten_argument(value, name) if tensor is not None}
         if parts.keys() != {*inputs}:
             raise InputMismatch(
                 f"argument '{name}' holds {len(parts)} tensors; the program was captured for {', '.join(inputs)}",
@@ -150,202 +154,209 @@ class Interface:
             )
         return list(parts.items())
 
-    def _bound(self, named: Mapping[str, Any]) -> dict[str, Any]:
+    def _check_named(self, named: Inputs) -> dict[str, object]:
         given = dict(named)
         for name in given.keys() - set(self.inputs):
-            self._refuse_other(name, given[name])
-        for name in self.told:
+            self._check_constant(name, given[name])
+        for name in self._required:
             if name not in given:
-                raise self._otherwise(name, "be called without it", f"give {name}={short(self.fixed[name])}")
+                raise self._mismatch(name, "be called without it", f"give {name}={short(self._fixed[name])}")
         for name in self.inputs:
             if name not in given:
-                given[name] = self._default(name, given)
-        self.sizes.refuse(given)
-        for name, size in self.below.items():
-            _refuse_outside(name, given[name], size)
+                given[name] = self._make_input(name, given)
+        self.sizes.check(given)
+        for name, count in self.id_counts.items():
+            _check_ids(name, given[name], count)
         return {name: given[name] for name in self.inputs}
 
-    def _refuse_other(self, name: str, value: Any) -> None:
-        """Refuse an argument that is no input, unless it says what the program does anyway."""
-        if name not in self.fixed:
+    def _check_constant(self, name: str, value: object) -> None:
+        """Refuse an argument that is not an input, unless it has the value that the program holds."""
+        if name not in self._fixed:
+            known = ", ".join(self.inputs)
             raise ChoiceError(
                 f"the compiled program has no input '{name}'",
-                nearest=nearest_name(name, (*self.inputs, ADAPTERS_ARGUMENT)) or ", ".join(self.inputs),
-                next_step=self._admitting(name),
+                nearest=nearest_name(name, (*self.inputs, ADAPTERS_ARGUMENT)) or known,
+                next_step="give it in example_inputs= when compiling"
+                if name in self.arguments
+                else f"it takes {known}",
             )
-        if name == RETURN_DICT and self.fixed[name] and value is False:
+        if name == RETURN_DICT and self._fixed[name] and value is False:
             return
-        if to_json_value(value) != self.fixed[name]:
-            step = "compile with it in example_inputs=" if name in self.told else f"leave it out; {_instead(name)}"
-            raise self._otherwise(name, f"take {name}={short(to_json_value(value))}", step)
+        if to_json_value(value) != self._fixed[name]:
+            required = name in self._required
+            step = "compile with it in example_inputs=" if required else f"leave it out; {_advise_other_value(name)}"
+            raise self._mismatch(name, f"take {name}={short(to_json_value(value))}", step)
 
-    def _otherwise(self, name: str, what: str, next_step: str) -> InputMismatch:
+    def _mismatch(self, name: str, what: str, next_step: str) -> InputMismatch:
         return InputMismatch(
-            f"the program was captured with {name}={short(self.fixed[name])}, and cannot {what}", next_step=next_step
+            f"the program was captured with {name}={short(self._fixed[name])}, and cannot {what}", next_step=next_step
         )
 
-    def _admitting(self, name: str) -> str:
-        """What admits an argument that is no input: of the host's own, one that was not captured."""
-        if name in self.arguments:
-            return "give it in example_inputs= when compiling"
-        return f"it takes {', '.join(self.inputs)}"
+    def _make_input(self, name: str, given: Inputs) -> object:
+        """Make an input that a call leaves out: an attention mask of ones, or what the model derives itself."""
+        ids = given.get(name.replace("attention_mask", "input_ids"))
+        if name.endswith("attention_mask") and ids is not None:
+            return torch.ones_like(ids) if isinstance(ids, torch.Tensor) else np.ones_like(np.asarray(ids))
+        if (derived := self.derive_inputs(given).get(name)) is not None:
+            return derived.numpy() if isinstance(ids, np.ndarray) else derived
+        step = f"it takes {', '.join(self.inputs)}"
+        if name in self.derived:
+            step = f"give what the model makes: {self.derived[name]}"
+        raise ChoiceError(f"the compiled program needs the input '{name}'", next_step=step)
 
-    def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """What a call gives by the names that the host has for it; what is None is left out."""
+    def derive_inputs(self, given: Inputs) -> dict[str, torch.Tensor]:
+        """Compute the inputs that the model makes from its other arguments."""
+        positions = None if self.positions is None else self.positions.made(given)
+        return {} if positions is None else {POSITION_IDS: positions}
+
+    def name_arguments(self, args: tuple[object, ...], kwargs: Inputs) -> dict[str, object]:
+        """Return the arguments of a call by the model's names, without those that are None."""
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         return {name: value for name, value in given.items() if value is not None}
 
-    def having(self, values: Mapping[str, Any]) -> Interface:
-        """The same with some of what the program does not answer itself, by its name in the output."""
-        return self if self.structure is None or not values else replace(self, structure=self.structure.having(values))
+    @functools.cached_property
+    def _fixed(self) -> Mapping[str, object]:
+        """Arguments that are not inputs -> the value that the program holds, as JSON."""
+        return {**self.defaults, **{name: to_json_value(value) for name, value in self.constants.items()}}
 
-    def answer(self, values: list[Any], asked: Mapping[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """The host's output object, and the extra outputs by name.
+    @functools.cached_property
+    def _required(self) -> tuple[str, ...]:
+        """The constants that every call must give: left out, they would mean something else to the model."""
+        missing = object()
+        return tuple(name for name in self.constants if self.defaults.get(name, missing) != self._fixed[name])
+
+    # --- outputs -----------------------------------------------------------------------------------------------
+
+    def build_output(self, values: Sequence[object], kwargs: Inputs | None = None) -> tuple[object, dict[str, object]]:
+        """Build the model's output object from the program's outputs.
 
         Args:
             values: the program's outputs, in order.
-            asked: the call's keyword arguments; ``return_dict=False`` among them gets a tuple, as from the host.
-        """
-        values = self._checked(values)
-        own = values[: len(values) - len(self._told)]
-        extra = dict(zip(self._told, values[len(own) :], strict=True))
-        if self.structure is None:
-            return dict(zip(self.outputs, own, strict=False)), extra
-        return _as_asked(self.structure.filled(own), asked or {}), extra
+            kwargs: the call's keyword arguments; with ``return_dict=False`` the output is a tuple, as the model's is.
 
-    @property
-    def _told(self) -> tuple[str, ...]:
-        """The extra outputs that are the caller's."""
-        return tuple(name for name in self.extra if name not in self.checks)
-
-    def _checked(self, values: list[Any]) -> list[Any]:
-        """The outputs without what they have to be true for, which the program answers last.
+        Returns:
+            The output object, and the extra outputs by name.
 
         Raises:
-            InputMismatch: one is not.
+            InputMismatch: a check of the model fails.
         """
-        own = values[: len(values) - len(self.checks)]
-        for line, holds in zip(self.checks.values(), values[len(own) :], strict=True):
+        values = self._drop_checks(values)
+        count = len(values) - len(self._caller_outputs)
+        extra = dict(zip(self._caller_outputs, values[count:], strict=True))
+        if self.structure is None:
+            return dict(zip(self.outputs, values[:count], strict=False)), extra
+        return _as_requested(self.structure.fill(values[:count]), kwargs or {}), extra
+
+    @property
+    def _caller_outputs(self) -> tuple[str, ...]:
+        """The extra outputs that are returned to the caller."""
+        return tuple(name for name in self.extra_outputs if name not in self.checks)
+
+    def _drop_checks(self, values: Sequence[object]) -> Sequence[object]:
+        """Return the outputs without the checks, which come last.
+
+        Raises:
+            InputMismatch: a check is false.
+        """
+        count = len(values) - len(self.checks)
+        for line, holds in zip(self.checks.values(), values[count:], strict=True):
             if not bool(holds):
                 raise InputMismatch(
                     f"the inputs hold values that the program is not for, as the model checks at {line}",
                     next_step="give the values that this line wants; target='eager' runs the model itself",
                 )
-        return own
+        return values[:count]
 
-    def _default(self, name: str, given: Mapping[str, Any]) -> Any:
-        """An attention mask may be left out, as the host allows: it is all ones; and what the host makes itself."""
-        ids = given.get(name.replace("attention_mask", "input_ids"))
-        if name.endswith("attention_mask") and ids is not None:
-            return np.ones_like(ids) if isinstance(ids, np.ndarray) else torch.ones_like(ids)
-        if (made := self.made(given).get(name)) is not None:
-            return made.numpy() if isinstance(ids, np.ndarray) else made
-        raise ChoiceError(
-            f"the compiled program needs the input '{name}'",
-            next_step=f"give what the model makes: {self.derived[name]}"
-            if name in self.derived
-            else f"it takes {', '.join(self.inputs)}",
-        )
+    # --- variations --------------------------------------------------------------------------------------------
 
-    def made(self, given: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """The inputs that the model makes of others, for a call."""
-        made = None if self.positions is None else self.positions.made(given)
-        return {} if made is None else {POSITION_IDS: made}
+    def with_notes(self, *notes: str) -> Interface:
+        """Return a copy with further notes, each once."""
+        return replace(self, notes=tuple(dict.fromkeys((*self.notes, *notes))))
 
-    # --- where it comes from, and how it is stored ---------------------------------------------------------------
+    def with_outputs(self, nodes: Collection[str]) -> Interface:
+        """Return a copy with further extra outputs."""
+        return replace(self, outputs=(*self.outputs, *nodes), extra_outputs=(*self.extra_outputs, *nodes))
 
-    @classmethod
-    def of(cls, graph: Graph, host: torch.nn.Module | None = None) -> Interface:
-        """How the host is called, read off its captured program.
+    def with_values(self, values: Mapping[str, object]) -> Interface:
+        """Return a copy whose output holds these values, by their name in it, in place of constants."""
+        if self.structure is None or not values:
+            return self
+        return replace(self, structure=self.structure.with_values(values))
 
-        Args:
-            graph: the program.
-            host: tells the order of positional arguments, which a program captured from keywords does not keep.
-        """
-        from lorac.ir.graph.symbolic_shapes import describe_types  # what loads a signature captures nothing
-
-        exported = graph.exported
-        slots = {*(slot.node for slot in graph.slots.values()), *graph.kept.values()}
-        inputs = tuple(str(name) for name in exported.graph_signature.user_inputs if name not in slots)
-        signature = exported.module_call_graph[0].signature
-        assert signature is not None
-        spec = signature.out_spec.child(0) if graph.extra_outputs else signature.out_spec
-        structure = graph.structure or OutputStructure(spec)
-        names = enumerate(name_outputs(structure.spec, inputs))
-        outputs = (*(name for i, name in names if i not in structure.constants), *graph.extra_outputs)
-        usual = {} if host is None else list_fixed_arguments(host)
-        fixed = {name: to_json_value(value) for name, value in graph.fixed.items()}
-        return cls(
-            inputs=inputs,
-            arguments=inputs if host is None else list_positional_arguments(host, inputs),
-            outputs=outputs,
+    def restrict(self, inputs: Collection[str], structure: OutputStructure) -> Interface:
+        """Return the interface of a part of the program, which has some of the inputs and another output."""
+        kept = tuple(name for name in self.inputs if name in inputs)
+        return replace(
+            self,
+            inputs=kept,
+            outputs=structure.tensor_names(kept),
             structure=structure,
-            extra=tuple(graph.extra_outputs),
-            fixed=usual | fixed,
-            told=tuple(name for name, value in fixed.items() if name not in usual or usual[name] != value),
-            below=_ids(graph, inputs),
-            spelled={} if host is None else _spelled(host, inputs),
-            sizes=graph.sizes,
-            derived={} if graph.positions is None else {POSITION_IDS: graph.positions.call},
-            positions=graph.positions,
-            rows=graph.rows,
-            checks=dict(graph.checks),
-            notes=tuple(graph.notes),
-            types=describe_types(graph, inputs, outputs),
-            unused=tuple(graph.unused),
+            id_counts={name: count for name, count in self.id_counts.items() if name in kept},
+            aliases={argument: name for argument, name in self.aliases.items() if name in kept},
+            sizes=self.sizes.restrict(kept),
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """The signature as JSON; the output's class by name."""
-        names = {name: list(getattr(self, name)) for name in _NAMES}
-        checks = {name: line.rpartition("site-packages/")[2] for name, line in self.checks.items()}
-        told: dict[str, Any] = {"fixed": dict(self.fixed), "below": dict(self.below), "sizes": self.sizes.to_json()}
-        told |= {
-            "spelled": dict(self.spelled),
-            "types": dict(self.types),
-            "checks": checks,
-            "derived": dict(self.derived),
+    # --- storage -----------------------------------------------------------------------------------------------
+
+    def to_json(self) -> dict[str, object]:
+        """Return the interface as JSON; the output's class stands there by name."""
+        names = {entry: list(getattr(self, name)) for entry, name in _STORED_NAMES.items()}
+        mappings = {entry: dict(getattr(self, name)) for entry, name in _STORED_MAPPINGS.items()}
+        return {
+            **names,
+            **mappings,
+            "told": list(self._required),
+            "fixed": dict(self._fixed),
+            "sizes": self.sizes.to_json(),
+            # A line of a library is stored without its folder, which differs between machines.
+            "checks": {name: line.rpartition("site-packages/")[2] for name, line in self.checks.items()},
+            "rows": None if self.rows is None else self.rows.to_json(),
+            "output": structure_to_json(self.structure),
         }
-        told |= {"rows": None if self.rows is None else self.rows.to_json()}
-        return {**names, **told, "output": structure_to_json(self.structure)}
 
     @classmethod
-    def from_json(cls, stored: Mapping[str, Any]) -> Interface:
-        """The inverse of ``to_json``.
+    def from_json(cls, stored: Mapping[str, object]) -> Interface:
+        """Return the interface that ``to_json`` wrote.
 
         Raises:
-            ArtifactError: its parts do not fit together, or what is said of sizes is not what lorac stores.
+            ArtifactError: its parts contradict one another.
         """
-        names = {name: tuple(stored[name]) for name in _NAMES}
-        structure, below, spelled = structure_from_json(stored["output"]), stored["below"], stored["spelled"]
-        own = len(names["outputs"]) - len(names["extra"])
-        texts = all(isinstance(name, str) for listed in names.values() for name in listed)
-        known = below.keys() | set(spelled.values()) <= set(names["inputs"])
-        fits = (
-            known and all(type(size) is int for size in below.values()) and set(names["told"]) <= stored["fixed"].keys()
-        )
-        if not (texts and fits) or (structure is not None and structure.tensors != own):
+        entries: dict[str, Any] = dict(stored)
+        names: dict[str, Any] = {name: tuple(entries[entry]) for entry, name in _STORED_NAMES.items()}
+        mappings: dict[str, Any] = {name: entries[entry] for entry, name in _STORED_MAPPINGS.items()}
+        structure, fixed, required = structure_from_json(entries["output"]), entries["fixed"], entries["told"]
+        count = len(names["outputs"]) - len(names["extra_outputs"])
+        known = mappings["id_counts"].keys() | set(mappings["aliases"].values()) <= set(names["inputs"])
+        integers = all(type(size) is int for size in mappings["id_counts"].values())
+        texts = all(isinstance(name, str) for listed in (*names.values(), required) for name in listed)
+        fits = texts and known and integers and set(required) <= fixed.keys()
+        if not fits or (structure is not None and structure.tensor_count != count):
             raise ArtifactError(
-                f"the signature of a stored program does not fit together: its output has {own} tensors, and inputs "
+                f"the signature of a stored program does not fit together: its output has {count} tensors, and inputs "
                 f"are {', '.join(map(str, names['inputs']))}",
-                next_step="save the artefact again with this version",
+                next_step="save the artifact again with this version",
             )
-        sizes, rows = (
-            SizeConstraints.from_json(stored["sizes"]),
-            None if stored["rows"] is None else RowLayout.from_json(stored["rows"]),
+        return cls(
+            **names,
+            **mappings,
+            structure=structure,
+            constants={name: value for name, value in fixed.items() if name in required},
+            defaults={name: value for name, value in fixed.items() if name not in required},
+            sizes=SizeConstraints.from_json(entries["sizes"]),
+            rows=None if entries["rows"] is None else RowLayout.from_json(entries["rows"]),
+            checks=entries["checks"],
         )
-        told: dict[str, Any] = {**names, **{name: stored[name] for name in ("fixed", "types", "checks", "derived")}}
-        return cls(**told, structure=structure, below=below, spelled=spelled, sizes=sizes, rows=rows)
 
 
-def _as_asked(output: Any, asked: Mapping[str, Any]) -> Any:
-    """An output as the keyword arguments of its call ask for it."""
-    as_tuple = isinstance(output, Mapping) and asked.get(RETURN_DICT, True) is False
-    return tuple(value for value in output.values() if value is not None) if as_tuple else output
+def _as_requested(output: object, kwargs: Inputs) -> object:
+    """Return an output as a tuple where the call's ``return_dict`` asks for one."""
+    if isinstance(output, Mapping) and kwargs.get(RETURN_DICT, True) is False:
+        return tuple(value for value in output.values() if value is not None)
+    return output
 
 
-def _instead(name: str) -> str:
-    """What admits another value of an argument that a program was captured without."""
+def _advise_other_value(name: str) -> str:
+    """Say how to get another value of an argument that the program holds."""
     if name in CAPTURE_CONFIG:
         return "a program keeps no cache, target='eager' runs the model with its own"
     if name in OUTPUT_SWITCHES:
@@ -354,39 +365,19 @@ def _instead(name: str) -> str:
 
 
 def program_input_name(argument: str) -> str:
-    """What torch calls the input of a program that an argument of forward becomes."""
+    """Return the name that torch gives to the input for an argument of forward."""
     return argument.lower()
 
 
-def _spelled(host: torch.nn.Module, inputs: Collection[str]) -> dict[str, str]:
-    """Arguments of forward -> the inputs that torch has other names for, where no argument bears those."""
-    arguments = inspect.signature(host.forward).parameters
-    return {name: own for name in arguments if (own := program_input_name(name)) in inputs and own not in arguments}
-
-
-def _ids(graph: Graph, inputs: Collection[str]) -> dict[str, int]:
-    """Of the inputs that an embedding reads as ids, be it in another shape or dtype, the size of the smallest one."""
-    found: dict[str, int] = {}
-    for node in graph.exported.graph.nodes:
-        if node.target is not torch.ops.aten.embedding.default:
-            continue
-        ids, size = node.args[1], node.args[0].meta["val"].shape[0]
-        while ids.target in _RESHAPING:
-            ids = ids.args[0]
-        if ids.op == "placeholder" and ids.name in inputs and isinstance(size, int):
-            found[ids.name] = min(size, found.get(ids.name, size))
-    return found
-
-
-def _refuse_outside(name: str, given: Any, size: int) -> None:
-    """Refuse ids that an embedding of this size does not have; what are no ids is refused elsewhere."""
-    values = given.numpy(force=True) if isinstance(given, torch.Tensor) else np.asarray(given)
-    if values.dtype.kind not in "iu" or not values.size:
+def _check_ids(name: str, value: object, count: int) -> None:
+    """Refuse ids outside 0 to ``count`` - 1; values that are not integers are refused elsewhere."""
+    ids = value.numpy(force=True) if isinstance(value, torch.Tensor) else np.asarray(value)
+    if ids.dtype.kind not in "iu" or not ids.size:
         return
-    # Taken without its sign a negative number is a huge one, so that one look at every value will do.
-    if int(values.view(f"u{values.itemsize}").max()) >= size:
-        wrong = min(int(values.min()), 0) or int(values.max())
+    # Read as unsigned, a negative number is huge: one maximum finds both kinds of wrong ids.
+    if int(ids.view(f"u{ids.itemsize}").max()) >= count:
+        wrong = min(int(ids.min()), 0) or int(ids.max())
         raise ChoiceError(
-            f"input '{name}' holds the id {wrong}; its embedding has the ids 0 to {size - 1}",
+            f"input '{name}' holds the id {wrong}; its embedding has the ids 0 to {count - 1}",
             next_step="give ids of the model's own tokenizer, and mark padding in the mask",
         )

@@ -1,4 +1,4 @@
-"""The structure of the host's output: the names of its tensors, and the structure as JSON and back."""
+"""The structure of a model's output: the names of its tensors, and the structure as JSON."""
 
 from __future__ import annotations
 
@@ -24,127 +24,127 @@ _ALLOWED = re.compile(
     r"|diffusers\.utils\.outputs|diffusers\.models(?:\.\w+)+)\.(?P<name>[A-Za-z]\w*)",
     re.ASCII,
 )
-"""Import paths of output classes that an artefact may name: those of modules that define models, and nothing else of
-these packages, since a module's import runs its code."""
+"""Import paths of output classes that an artifact may name. Importing a module runs its code, so only modules that
+define models are allowed."""
 
 OUTPUT_NAME = "output"
-"""What an output is called that the model gives no name: a lone tensor; those of a tuple add their place."""
+"""Name of a lone tensor to which the model gives none; the tensors of a tuple add their index."""
 
 
 @dataclass(frozen=True, eq=False)
 class OutputStructure:
-    """What a host answers with, around the tensors that its program answers.
+    """The output of a model around the tensors of its program.
 
     Attributes:
         spec: pytree of the whole output.
-        constants: leaf -> what stands there in every answer: None, a number, a text.
-        numbers: leaves that are whole numbers for the host and tensors for the program: sizes of its inputs.
+        constants: leaf -> the value in every output: None, a number, a text.
+        numbers: leaves that are integers for the model and tensors for the program, such as sizes of inputs.
     """
 
-    spec: Any
-    constants: Mapping[int, Any] = field(default_factory=dict)
+    spec: pytree.TreeSpec
+    constants: Mapping[int, object] = field(default_factory=dict)
     numbers: tuple[int, ...] = ()
 
     @property
-    def tensors(self) -> int:
-        """How many tensors the program answers."""
+    def tensor_count(self) -> int:
+        """Number of tensors of the program."""
         return int(self.spec.num_leaves) - len(self.constants)
 
-    def filled(self, tensors: Sequence[Any]) -> Any:
-        """The host's output of the program's."""
+    def tensor_names(self, inputs: Collection[str]) -> tuple[str, ...]:
+        """Return the names of the program's tensors, as ``name_outputs``."""
+        return tuple(name for i, name in enumerate(name_outputs(self.spec, inputs)) if i not in self.constants)
+
+    def fill(self, tensors: Sequence[object]) -> object:
+        """Build the model's output from the program's tensors."""
         return pytree.tree_unflatten(self._leaves(tensors), self.spec)
 
-    def having(self, values: Mapping[str, Any]) -> OutputStructure:
-        """The same with other constants, by the names that they have in the output (``output_names``)."""
+    def with_values(self, values: Mapping[str, object]) -> OutputStructure:
+        """Return a copy with other constants, by their name in the output (``name_outputs``)."""
         names = name_outputs(self.spec, ())
         return replace(self, constants={i: values.get(names[i], value) for i, value in self.constants.items()})
 
-    def joined(self, parts: Sequence[Sequence[Any]], rows: RowLayout, total: int) -> Any:
-        """The host's output for a call of so many rows, of the program's tensors for each of its parts."""
-        leaves, spec = _joined(self.spec, [iter(self._leaves(tensors)) for tensors in parts], (rows, total), "")
+    def join(self, parts: Sequence[Sequence[object]], rows: RowLayout, total: int) -> object:
+        """Build the output of a call with ``total`` rows from the program's tensors for each of its parts."""
+        leaves, spec = _join(self.spec, [iter(self._leaves(tensors)) for tensors in parts], (rows, total), "")
         return pytree.tree_unflatten(leaves, spec)
 
-    def growing(self, tensors: Sequence[Any], other: Any, rows: RowLayout, total: int) -> RowLayout | None:
-        """The rows of a program, with those of its outputs.
+    def find_row_outputs(
+        self, tensors: Sequence[object], other: object, rows: RowLayout, total: int
+    ) -> RowLayout | None:
+        """Return a program's rows with the axes of its outputs.
 
         Args:
-            tensors: what it answers to as many rows as it takes.
-            other: what its host answers to so many.
+            tensors: the program's answer to as many rows as it takes.
+            other: the model's answer to ``total`` rows.
             rows: without outputs.
-            total: how many.
+            total: the number of rows.
 
         Returns:
-            None where the two differ in anything else.
+            None where the two answers differ in anything else.
         """
         leaves, spec = pytree.tree_flatten(other)
-        found = list(_growing((self.spec, iter(self._leaves(tensors))), (spec, iter(leaves)), (rows, total), ""))
+        found = list(_compare((self.spec, iter(self._leaves(tensors))), (spec, iter(leaves)), (rows, total), ""))
         return None if None in found else replace(rows, outputs=dict(filter(None, found)))
 
-    def _leaves(self, tensors: Sequence[Any]) -> list[Any]:
+    def _leaves(self, tensors: Sequence[object]) -> list[object]:
         given = iter(tensors)
-        places = range(self.spec.num_leaves)
-        leaves = [self.constants[i] if i in self.constants else next(given) for i in places]
-        return [int(leaf) if i in self.numbers else leaf for i, leaf in enumerate(leaves)]
+        leaves = [self.constants[i] if i in self.constants else next(given) for i in range(self.spec.num_leaves)]
+        return [int(leaf) if i in self.numbers else leaf for i, leaf in enumerate(leaves)]  # type: ignore[call-overload]  # a tensor
 
 
 _Call = tuple[RowLayout, int]
-"""How a program takes rows, and how many a call has."""
+"""The rows of a program, and the number of rows of a call."""
+_Tree = tuple[pytree.TreeSpec, Iterator[Any]]
+"""An output's structure, and its leaves."""
 
 
-def _joined(spec: pytree.TreeSpec, parts: Sequence[Iterator[Any]], call: _Call, path: str) -> tuple[list[Any], Any]:
-    """The leaves of several outputs as those of one, and its structure."""
+def _join(
+    spec: pytree.TreeSpec, parts: Sequence[Iterator[Any]], call: _Call, path: str
+) -> tuple[list[object], pytree.TreeSpec]:
+    """Return the leaves of several outputs as those of one, and its structure."""
     rows, total = call
     if spec.is_leaf():
         return [rows.whole([next(leaves) for leaves in parts], total, rows.outputs.get(path))], spec
     if rows.outputs.get(path) == LIST_AXIS:
         each = [[next(leaves) for _ in range(child.num_leaves)] for leaves in parts for child in spec.children()]
-        kept = rows.share(spec.num_children, total)
-        children = [child for _ in parts for child in spec.children()][:kept]
-        return [leaf for leaves in each[:kept] for leaf in leaves], pytree.TreeSpec(spec.type, spec.context, children)
-    found = [_joined(child, parts, call, _below(path, key)) for key, child in _keyed(spec)]
-    made = pytree.TreeSpec(spec.type, spec.context, [child for _, child in found])
-    return [leaf for leaves, _ in found for leaf in leaves], made
+        count = rows.share(spec.num_children, total)
+        children = [child for _ in parts for child in spec.children()][:count]
+        return [leaf for leaves in each[:count] for leaf in leaves], pytree.TreeSpec(spec.type, spec.context, children)
+    found = [_join(child, parts, call, _child_path(path, key)) for key, child in _keyed(spec)]
+    joined = pytree.TreeSpec(spec.type, spec.context, [child for _, child in found])
+    return [leaf for leaves, _ in found for leaf in leaves], joined
 
 
-_Tree = tuple[pytree.TreeSpec, Iterator[Any]]
-"""An output's structure, and its leaves."""
-
-
-def _growing(own: _Tree, other: _Tree, call: _Call, path: str) -> Iterator[tuple[str, int] | None]:
-    """The paths of what grows with the rows, and their axes; None for other differences."""
-    (spec, leaves), (wanted, theirs), (rows, total) = own, other, call
-    if spec.is_leaf() and wanted.is_leaf():
-        yield from _axis(next(leaves), next(theirs), call, path)
-    elif spec.num_children == wanted.num_children:
-        for (key, child), there in zip(_keyed(spec), wanted.children(), strict=True):
-            yield from _growing((child, leaves), (there, theirs), call, _below(path, key))
+def _compare(part: _Tree, whole: _Tree, call: _Call, path: str) -> Iterator[tuple[str, int] | None]:
+    """Yield the path and the axis of everything that grows with the rows; None for any other difference."""
+    (spec, leaves), (other, other_leaves), (rows, total) = part, whole, call
+    if spec.is_leaf() and other.is_leaf():
+        small, large = (getattr(next(values), "shape", ()) for values in (leaves, other_leaves))
+        if small != large:
+            axis = rows.axis_of(small, large, total) if len(small) == len(large) else None
+            yield None if axis is None else (path, axis)
+    elif spec.num_children == other.num_children:
+        for (key, child), twin in zip(_keyed(spec), other.children(), strict=True):
+            yield from _compare((child, leaves), (twin, other_leaves), call, _child_path(path, key))
     else:
         grows = spec.type in {list, tuple} and spec.num_children % rows.count == 0
-        yield (path, LIST_AXIS) if grows and wanted.num_children == rows.share(spec.num_children, total) else None
-        for tree, held in (own, other):
-            deque(islice(held, tree.num_leaves), maxlen=0)
-
-
-def _axis(own: Any, other: Any, call: _Call, path: str) -> Iterator[tuple[str, int] | None]:
-    (rows, total), size, whole = call, getattr(own, "shape", ()), getattr(other, "shape", ())
-    if size != whole:
-        axis = rows.axis_of(size, whole, total) if len(size) == len(whole) else None
-        yield None if axis is None else (path, axis)
+        yield (path, LIST_AXIS) if grows and other.num_children == rows.share(spec.num_children, total) else None
+        for tree, values in (part, whole):
+            deque(islice(values, tree.num_leaves), maxlen=0)
 
 
 def _keyed(spec: pytree.TreeSpec) -> list[tuple[str, pytree.TreeSpec]]:
     children = spec.children()
-    return [
-        (str(key), child) for key, child in zip(_children_names(spec) or range(len(children)), children, strict=True)
-    ]
+    keys = _children_names(spec) or range(len(children))
+    return [(str(key), child) for key, child in zip(keys, children, strict=True)]
 
 
-def _below(path: str, key: str) -> str:
+def _child_path(path: str, key: str) -> str:
     return f"{path}.{key}".strip(".")
 
 
 class DataclassFields:
-    """An instance of a dataclass that torch knows nothing of, as a container of what its fields hold.
+    """An instance of a dataclass that torch does not know, as a container of its fields' values.
 
     Args:
         instance: of any dataclass.
@@ -155,72 +155,70 @@ class DataclassFields:
         self.values = {f.name: replace_dataclasses(getattr(instance, f.name)) for f in dataclasses.fields(instance)}
 
 
-def _unflattened(values: Any, context: Any) -> Any:
+def _rebuild_dataclass(values: Any, context: Any) -> object:
     cls, names = context
     instance = object.__new__(cls)
     for name, value in zip(names, values, strict=True):
-        object.__setattr__(instance, name, value)  # not by its __init__: what that does was done before
+        object.__setattr__(instance, name, value)  # without __init__, which ran when the model made the original
     return instance
 
 
 pytree.register_pytree_node(
-    DataclassFields, lambda f: (list(f.values.values()), (f.cls, tuple(f.values))), _unflattened
+    DataclassFields, lambda f: (list(f.values.values()), (f.cls, tuple(f.values))), _rebuild_dataclass
 )
 
 
-def replace_dataclasses(output: Any) -> Any:
-    """A host's output with containers in the place of dataclasses; torch.export takes those it knows, and no others."""
-    return pytree.tree_map(lambda leaf: DataclassFields(leaf) if _is_instance(leaf) else leaf, output)
+def replace_dataclasses(output: object) -> Any:
+    """Replace dataclasses in an output by containers; torch.export takes no dataclasses that it does not know."""
 
+    def replace_leaf(leaf: Any) -> Any:
+        return DataclassFields(leaf) if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type) else leaf
 
-def _is_instance(leaf: Any) -> bool:
-    return dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)
+    return pytree.tree_map(replace_leaf, output)
 
 
 def name_outputs(spec: pytree.TreeSpec, inputs: Collection[str]) -> tuple[str, ...]:
-    """A name for every tensor of the host's output: its own where it has one (``logits``), parts joined by dots.
+    """Return a name for every leaf of an output: the model's own (``logits``), the keys of nested ones with dots.
 
     Args:
         spec: the output's structure.
-        inputs: names of the program's inputs, which an output of the same name must not take.
+        inputs: names of the program's inputs, which no output may take.
     """
-    names = [".".join(keys) for keys in _places(spec)]
+    names = [".".join(keys) for keys in _leaf_keys(spec)]
     named = [name if name and not name[0].isdigit() else f"{OUTPUT_NAME}.{name}".removesuffix(".") for name in names]
     return tuple(f"{name}.{OUTPUT_NAME}" if name in inputs else name for name in named)
 
 
-def _places(spec: pytree.TreeSpec) -> Iterator[tuple[str, ...]]:
-    """The keys and indices that lead to each leaf."""
+def _leaf_keys(spec: pytree.TreeSpec) -> Iterator[tuple[str, ...]]:
+    """Yield the keys and indices that lead to each leaf."""
     if spec.is_leaf():
         yield ()
         return
     for key, child in _keyed(spec):
-        yield from ((key, *place) for place in _places(child))
+        yield from ((key, *keys) for keys in _leaf_keys(child))
 
 
-def structure_to_json(structure: OutputStructure | None) -> Any:
-    """A structure as JSON, its leaves by number."""
+def structure_to_json(structure: OutputStructure | None) -> object:
+    """Return a structure as JSON, its leaves by number."""
     if structure is None:
         return None
     constants = {str(leaf): value for leaf, value in structure.constants.items()}
-    return {"spec": spec_to_json(structure.spec), "constants": constants, "numbers": list(structure.numbers)}
+    return {"spec": _spec_to_json(structure.spec), "constants": constants, "numbers": list(structure.numbers)}
 
 
 def structure_from_json(stored: Any) -> OutputStructure | None:
-    """The inverse of ``structure_to_json``."""
+    """Return the structure that ``structure_to_json`` wrote."""
     if stored is None:
         return None
     constants = {int(leaf): value for leaf, value in stored["constants"].items()}
-    return OutputStructure(spec_from_json(stored["spec"]), constants, tuple(map(int, stored["numbers"])))
+    return OutputStructure(_spec_from_json(stored["spec"]), constants, tuple(map(int, stored["numbers"])))
 
 
-def spec_to_json(spec: Any) -> Any:
-    """A pytree spec. Output classes are kept by name, other containers as plain mappings and tuples."""
-    if spec is None:
-        return None
+def _spec_to_json(spec: pytree.TreeSpec) -> object:
+    """Return a spec as JSON. Output classes are stored by name, other containers as mappings and tuples."""
     if spec.is_leaf():
         return _LEAF
-    children = [spec_to_json(child) for child in spec.children()]
+    children = [_spec_to_json(child) for child in spec.children()]
     if spec.type is list:
         return {"type": "list", "children": children}
     names = _children_names(spec)
@@ -232,53 +230,46 @@ def spec_to_json(spec: Any) -> Any:
 
 
 def _class_of(spec: pytree.TreeSpec) -> tuple[str, list[str]]:
-    """The import path of a container's class, and all the fields that it has."""
+    """Return the import path of a container's class, and all its fields."""
     if spec.type is _StoredOutputClass:
         return spec.context[0].path, list(spec.context[0].fields)
     fields = dataclasses.fields(spec.type) if dataclasses.is_dataclass(spec.type) else ()
     return f"{spec.type.__module__}.{spec.type.__qualname__}", [field.name for field in fields]
 
 
-def spec_from_json(stored: Any) -> Any:
-    """The pytree spec of ``spec_to_json``'s answer."""
-    if stored is None:
-        return None
+def _spec_from_json(stored: Any) -> pytree.TreeSpec:
     if stored == _LEAF:
         return pytree.treespec_leaf()
-    children = [spec_from_json(child) for child in stored["children"]]
-    if stored["type"] == "list":
-        return pytree.TreeSpec(list, None, children)
-    if stored["type"] == "tuple":
-        return pytree.TreeSpec(tuple, None, children)
-    names, path = _texts(stored["names"]), stored.get("class")
+    children = [_spec_from_json(child) for child in stored["children"]]
+    if stored["type"] != "mapping":
+        return pytree.TreeSpec(list if stored["type"] == "list" else tuple, None, children)
+    names, path = _check_names(stored["names"]), stored.get("class")
     if len(names) != len(children):
         raise ValueError(f"an output has {len(children)} parts and {len(names)} names")
     if path is None or _ALLOWED.fullmatch(path) is None:
         return pytree.TreeSpec(dict, names, children)
-    return pytree.TreeSpec(
-        _StoredOutputClass, (_StoredOutputClass(path, tuple(_texts(stored["fields"]))), names), children
-    )
+    cls = _StoredOutputClass(path, tuple(_check_names(stored["fields"])))
+    return pytree.TreeSpec(_StoredOutputClass, (cls, names), children)
 
 
-def _texts(stored: Any) -> list[str]:
-    """A list of names."""
+def _check_names(stored: object) -> list[str]:
     if not isinstance(stored, list) or not all(isinstance(name, str) for name in stored):
-        raise ValueError("an output's names are no names")
+        raise ValueError("the names of an output must be a list of strings")
     return stored
 
 
-# ── Output classes of others ─────────────────────────────────────────────────────────────────────────────────────────
+# ── Output classes of other libraries ────────────────────────────────────────────────────────────────────────────────
 class NamedOutput(OrderedDict[str, Any]):
-    """Answers as an output class of transformers or diffusers does: by name, by place, as a mapping and as a tuple.
+    """An output with the interface of transformers' and diffusers' output classes: by name, by index, as a tuple.
 
-    Whoever holds such a class has imported its package, and is then given the class itself (``_StoredOutputClass``).
+    Code that uses the class itself has imported its package, and then gets the class (``_StoredOutputClass``).
 
     Args:
-        values: what there is, by name.
-        fields: all names that the class has; those that are not there are None.
+        values: by name.
+        fields: all names that the class has; those without a value are None.
     """
 
-    def __init__(self, values: Mapping[str, Any], fields: Collection[str]) -> None:
+    def __init__(self, values: Mapping[str, object], fields: Collection[str]) -> None:
         super().__init__((name, value) for name, value in values.items() if value is not None)
         self._fields = frozenset({*fields, *values})
 
@@ -291,16 +282,16 @@ class NamedOutput(OrderedDict[str, Any]):
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """What there is, in order."""
+        """Return the values that are not None, in order."""
         return tuple(self.values())
 
 
 @dataclass(frozen=True)
 class _StoredOutputClass:
-    """An output class by its import path, in a stored structure; the class is looked up when there is an output.
+    """An output class in a stored structure, by its import path.
 
-    To import transformers takes longer than to load an artefact. So its class is made only where it is imported
-    already, and whoever has not imported it cannot tell the difference.
+    Importing transformers takes longer than loading an artifact. So an output has this class only where its package
+    is imported already; a caller that has not imported it cannot tell the difference.
 
     Attributes:
         path: the import path.
@@ -310,8 +301,8 @@ class _StoredOutputClass:
     path: str
     fields: tuple[str, ...]
 
-    def made(self, values: Sequence[Any], names: Sequence[str]) -> Any:
-        """An output with these values."""
+    def build(self, values: Sequence[object], names: Sequence[str]) -> object:
+        """Build an output with these values."""
         cls = find_output_class(self.path) if sys.modules.get(self.path.partition(".")[0]) is not None else dict
         if cls is dict:
             return NamedOutput(dict(zip(names, values, strict=True)), self.fields)
@@ -320,35 +311,34 @@ class _StoredOutputClass:
 
 
 pytree.register_pytree_node(
-    _StoredOutputClass, lambda it: ([], (it, [])), lambda values, context: context[0].made([*values], context[1])
+    _StoredOutputClass, lambda it: ([], (it, [])), lambda values, context: context[0].build([*values], context[1])
 )
 
 
-def find_output_class(name: str | None) -> type:
-    """An output class of transformers or diffusers by its import path; a dict where there is none, or it is another.
+def find_output_class(path: str) -> type:
+    """Return an output class of transformers or diffusers by its import path; dict for any other path.
 
-    Only modules that define models are imported, and of what they define only a subclass of their library's own base
-    is taken, looked up where the module itself put it: an artefact cannot name code to run.
+    An artifact must not name code to run: only modules that define models are imported, and only a subclass of the
+    library's own base is returned, looked up in the module's namespace.
     """
-    allowed = _ALLOWED.fullmatch(name or "")
+    allowed = _ALLOWED.fullmatch(path)
     if allowed is None:
         return dict
-    module, attribute = allowed["module"], allowed["name"]
     try:
-        base = _defined(*_BASES[module.partition(".")[0]].split(":"))
-        found = _defined(module, attribute)
+        base = _read_attribute(*_BASES[allowed["module"].partition(".")[0]].split(":"))
+        found = _read_attribute(allowed["module"], allowed["name"])
     except ImportError:
         return dict
     return found if isinstance(found, type) and issubclass(found, base) else dict
 
 
-def _defined(module: str, name: str) -> Any:
-    """What a module has of a name, without asking its own ``__getattr__``."""
+def _read_attribute(module: str, name: str) -> Any:
+    """Return an attribute of a module without calling the module's ``__getattr__``."""
     return vars(importlib.import_module(module)).get(name)
 
 
 def _children_names(spec: pytree.TreeSpec) -> list[str] | None:
-    """What a container calls its children; None where it counts them."""
+    """Return the keys of a container's children; None for a sequence."""
     context = spec.context[1] if spec.type in {DataclassFields, _StoredOutputClass} else spec.context
     named = isinstance(context, Sequence) and not isinstance(context, str) and len(context) == spec.num_children
     return [*context] if named and all(isinstance(name, str) for name in context) else None

@@ -1,8 +1,8 @@
-"""The sizes that a program's inputs may have, and what must hold between them.
+"""The sizes that a program's inputs may have, and the conditions between them.
 
-A trace holds for the sizes that it met and for all others that take the same way through the model. What "the same way"
-means comes out of it as conditions. They are kept as text in Python's notation, ``mask[1] == ids[1]``, over the sizes
-of inputs, whole numbers and a few operators: readable in a message, and nothing that a stored program could abuse.
+A trace is valid for the sizes that it saw, and for all others that take the same path through the model. The trace
+A trace is valid for the sizes that it saw, and for all others that take the same path through the model. The trace
+integers and a few operators. Such text is readable in a message, and a stored program cannot abuse it.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ Axis = tuple[str, int]
 """An input of a program, and one of its axes."""
 AxisSizes = Mapping[Axis, int]
 """A size for each axis that varies."""
-_LONGEST = 20_000
-"""Characters of a condition: far more than any model needs, and few enough to read one in no time."""
-_READABLE = 80
+_MAX_CONDITION = 20_000
+"""Characters of a condition: far more than any model needs, and few enough to parse quickly."""
+_SHOWN = 80
 """Characters of a condition in a message."""
-_STEPS = 64
-"""How far from an example's size another one is looked for."""
-_PROBES = 8
-"""How many sizes are tried at most to find out whether what was assumed is needed."""
-_REMEMBERED = 1024
-"""Shapes of calls that were found right, and need not be looked at again."""
+_MAX_STEP = 64
+"""The largest distance from an example's size at which another one is tried."""
+_MAX_PROBES = 8
+"""The most sizes that are tried to find out whether an assumption is needed."""
+_MAX_CHECKED = 1024
+"""Shapes of accepted calls that are remembered, so that they are not checked again."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class SizeConstraints:
     Attributes:
         shapes: input -> its size on each axis; None where that varies.
         conditions: what the sizes that vary must meet.
-        assumed: what torch takes for granted while it traces, that no size is 0 or 1 for instance, and what need not
-            hold for the program to be right (``settled``).
-        fixed: the axes that were to vary and that the trace fixed.
-        lines: of those axes, the line of the model that fixed it, as far as that is known.
+        assumed: conditions that torch assumes while it traces, such as sizes other than 0 and 1. The program may be
+            right without them (``resolve_assumptions``).
+        fixed: axes that were requested to vary, and that the trace fixed.
+        lines: fixed axis -> the line of the model that fixed it, where it is known.
     """
 
     shapes: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)
@@ -52,50 +52,50 @@ class SizeConstraints:
     assumed: tuple[str, ...] = ()
     fixed: tuple[Axis, ...] = ()
     lines: Mapping[Axis, str] = field(default_factory=dict)
-    _right: set[object] = field(default_factory=set, init=False, repr=False, compare=False)
+    _accepted: set[object] = field(default_factory=set, init=False, repr=False, compare=False)
 
     @property
-    def telling(self) -> tuple[str, ...]:
-        """The conditions worth telling, the shortest first: not that sizes are equal, nor that no input is empty."""
-        least = {f"{name}[{axis}] >= 1" for name, axis in self._axes()}
-        told = (text for text in self.conditions if text not in least and _joined(text) is None)
-        return tuple(sorted(told, key=len))
+    def notable(self) -> tuple[str, ...]:
+        """The conditions worth showing, the shortest first: without equal sizes and non-empty inputs."""
+        non_empty = {f"{name}[{axis}] >= 1" for name, axis in self._varying()}
+        shown = (text for text in self.conditions if text not in non_empty and _equal_axes(text) is None)
+        return tuple(sorted(shown, key=len))
 
-    def of(self, inputs: Mapping[str, Any]) -> dict[Axis, int]:
-        """The sizes of inputs along the axes that vary."""
+    def measure(self, inputs: Mapping[str, Any]) -> dict[Axis, int]:
+        """Return the sizes of inputs along the axes that vary."""
         shapes = {name: np.shape(inputs[name]) for name in self.shapes}
-        return {(name, axis): shapes[name][axis] for name, axis in self._axes()}
+        return {(name, axis): shapes[name][axis] for name, axis in self._varying()}
 
-    def refuse(self, inputs: Mapping[str, Any]) -> None:
-        """Refuse inputs of sizes that the program was not captured for.
+    def check(self, inputs: Mapping[str, Any]) -> None:
+        """Refuse inputs with sizes that the program was not captured for.
 
         Raises:
-            InputMismatch: naming the input, the axis and what is admitted there.
+            InputMismatch: naming the input, the axis and the sizes that are admitted there.
         """
         shapes = tuple(np.shape(inputs[name]) for name in self.shapes)
-        if shapes in self._right:
+        if shapes in self._accepted:
             return
-        for (name, wanted), shape in zip(self.shapes.items(), shapes, strict=True):
-            self._refuse_shape(name, shape, wanted)
-        chosen = self.of(inputs)
+        for (name, expected), shape in zip(self.shapes.items(), shapes, strict=True):
+            self._check_shape(name, shape, expected)
+        sizes = self.measure(inputs)
         for condition in self.conditions:
-            if not _holds(condition, chosen):
-                raise _unmet(condition, chosen)
-        if len(self._right) >= _REMEMBERED:
-            self._right.clear()
-        self._right.add(shapes)
+            if not _holds(condition, sizes):
+                raise _unmet_condition(condition, sizes)
+        if len(self._accepted) >= _MAX_CHECKED:
+            self._accepted.clear()
+        self._accepted.add(shapes)
 
-    def admits(self, chosen: AxisSizes) -> bool:
-        """Whether sizes meet all conditions, the assumed ones too."""
-        return all(_holds(condition, chosen) for condition in (*self.conditions, *self.assumed))
+    def admits(self, sizes: AxisSizes) -> bool:
+        """Whether sizes meet all conditions, the assumed ones included."""
+        return all(_holds(condition, sizes) for condition in (*self.conditions, *self.assumed))
 
-    def settled(self, right: Sequence[AxisSizes]) -> SizeConstraints:
-        """What was assumed becomes a condition, unless the program is right at sizes where it does not hold."""
-        needed = [text for text in self.assumed if all(_holds(text, chosen) for chosen in right)]
+    def resolve_assumptions(self, right: Sequence[AxisSizes]) -> SizeConstraints:
+        """Return a copy whose assumptions are conditions, without those that a size in ``right`` disproves."""
+        needed = [text for text in self.assumed if all(_holds(text, sizes) for sizes in right)]
         return replace(self, conditions=tuple(dict.fromkeys((*self.conditions, *needed))), assumed=())
 
-    def by_row(self, name: str, rows: Axis) -> SizeConstraints:
-        """The same for an input that comes to have a row of its former kind for each of another input's."""
+    def with_rows(self, name: str, rows: Axis) -> SizeConstraints:
+        """Return a copy in which an input has a new first axis, as long as another input's axis."""
         conditions = [text.replace(f"{name}[0]", f"{name}[1]") for text in self.conditions]
         assumed = [text.replace(f"{name}[0]", f"{name}[1]") for text in self.assumed]
         return replace(
@@ -105,172 +105,183 @@ class SizeConstraints:
             assumed=tuple(assumed),
         )
 
-    def without(self, axes: Collection[Axis]) -> SizeConstraints:
-        """The same, where of some axes nobody needs to know that they were to vary."""
+    def forget_fixed(self, axes: Collection[Axis]) -> SizeConstraints:
+        """Return a copy that does not mention these among the fixed axes."""
         lines = {axis: line for axis, line in self.lines.items() if axis not in axes}
         return replace(self, fixed=tuple(axis for axis in self.fixed if axis not in axes), lines=lines)
 
+    def restrict(self, inputs: Collection[str]) -> SizeConstraints:
+        """Return what is known of the sizes of some inputs."""
+
+        def select(texts: Sequence[str]) -> tuple[str, ...]:
+            return tuple(text for text in texts if {name for name, _ in find_axes(text) or ()} <= set(inputs))
+
+        return replace(
+            self,
+            shapes={name: shape for name, shape in self.shapes.items() if name in inputs},
+            conditions=select(self.conditions),
+            assumed=select(self.assumed),
+            fixed=tuple(axis for axis in self.fixed if axis[0] in inputs),
+            lines={axis: line for axis, line in self.lines.items() if axis[0] in inputs},
+        )
+
     # --- sizes to try --------------------------------------------------------------------------------------------
 
-    def others(self, chosen: AxisSizes) -> dict[Axis, int] | None:
-        """Admitted sizes that differ from these along as many axes as possible, and are near; None: there are none.
-
-        Args:
-            chosen: an example's.
-        """
+    def find_other(self, sizes: AxisSizes) -> dict[Axis, int] | None:
+        """Return admitted sizes near an example's that differ along as many axes as possible; None without any."""
         for change in _CHANGES:
-            if self.admits(tried := {axis: change(size) for axis, size in chosen.items()}) and chosen:
+            if sizes and self.admits(tried := {axis: change(size) for axis, size in sizes.items()}):
                 return tried
-        found = dict(chosen)
-        for group in self._together(chosen):
+        found = dict(sizes)
+        for group in self._group_axes(sizes):
             tries = (found | {axis: change(found[axis]) for axis in group} for change in _CHANGES)
             found = next((tried for tried in tries if self.admits(tried)), found)
-        return None if found == chosen else found
+        return None if found == sizes else found
 
-    def least(self, chosen: AxisSizes) -> list[dict[Axis, int]]:
-        """The smallest sizes that meet the conditions and break something assumed: alone, and all of them together.
+    def find_smallest(self, sizes: AxisSizes) -> list[dict[Axis, int]]:
+        """Return the smallest sizes that meet the conditions and break an assumption.
+
+        Each group of axes is made smallest by itself, then all of them together.
 
         Args:
-            chosen: sizes for the axes that are not at their smallest.
+            sizes: the sizes of the axes that stay.
         """
-        groups = self._together(chosen)
-        alone = [self._lowered(chosen, group) for group in groups]
-        together = {axis: lowered[axis] for group, lowered in zip(groups, alone, strict=True) for axis in group}
-        found = [*alone, together] if together != chosen else list(self._shrunk(chosen))
+        groups = self._group_axes(sizes)
+        single = [self._lower(sizes, group) for group in groups]
+        together = {axis: lowered[axis] for group, lowered in zip(groups, single, strict=True) for axis in group}
+        found = [*single, together] if together != sizes else list(self._shrink(sizes))
         return [
             tried
             for i, tried in enumerate(found)
-            if tried not in found[:i] and self._meets(tried) and not self.admits(tried)
+            if tried not in found[:i] and self._meets_conditions(tried) and not self.admits(tried)
         ]
 
-    def doubtful(self, chosen: AxisSizes) -> list[dict[Axis, int]]:
-        """Sizes that meet the conditions, and each break something assumed that no other of them does: ``least`` first.
+    def find_doubtful(self, sizes: AxisSizes) -> list[dict[Axis, int]]:
+        """Return sizes that meet the conditions and break each an assumption, those of ``find_smallest`` first.
 
         Args:
-            chosen: sizes near which they are to be.
+            sizes: the sizes near which others are tried.
         """
-        found = self.least(chosen)
-        near = [tried for tried in self._near(chosen) if self._meets(tried)] if self.assumed else []
+        found = self.find_smallest(sizes)
+        groups = self._group_axes(sizes) if self.assumed else []
+        tries = (dict(sizes) | {axis: change(sizes[axis]) for axis in group} for group in groups for change in _CHANGES)
+        near = [tried for tried in tries if self._meets_conditions(tried)]
         for text in self.assumed:
-            if all(_holds(text, tried) for tried in found) and len(found) < _PROBES:
+            if all(_holds(text, tried) for tried in found) and len(found) < _MAX_PROBES:
                 found += [tried for tried in near if not _holds(text, tried)][:1]
         return found
 
-    def _near(self, chosen: AxisSizes) -> Iterator[dict[Axis, int]]:
-        """Sizes that differ along the axes of one group."""
-        groups = self._together(chosen)
-        return (
-            dict(chosen) | {axis: change(chosen[axis]) for axis in group} for group in groups for change in _CHANGES
-        )
+    def _lower(self, sizes: AxisSizes, group: Collection[Axis]) -> dict[Axis, int]:
+        """Return the smallest size along some axes that meets the conditions, or the sizes unchanged."""
+        most = min(sizes[axis] for axis in group)
+        tries = (dict(sizes) | dict.fromkeys(group, size) for size in range(1, most))
+        return next(filter(self._meets_conditions, tries), dict(sizes))
 
-    def _lowered(self, chosen: AxisSizes, group: Collection[Axis]) -> dict[Axis, int]:
-        """The smallest size along some axes that meets the conditions, or the sizes as they are."""
-        most = min(chosen[axis] for axis in group)
-        tries = (dict(chosen) | dict.fromkeys(group, size) for size in range(1, most))
-        return next(filter(self._meets, tries), dict(chosen))
+    def _shrink(self, sizes: AxisSizes) -> Iterator[dict[Axis, int]]:
+        """Yield all sizes made smaller in step, by one difference or one factor, where no single axis can be."""
+        most = min(sizes.values(), default=1)
+        by_difference = ({axis: size - step for axis, size in sizes.items()} for step in range(most - 1, 0, -1))
+        by_factor = ({axis: size * least // most for axis, size in sizes.items()} for least in range(1, most))
+        for tries in (by_difference, by_factor):
+            yield from filter(None, [next(filter(self._meets_conditions, tries), None)])
 
-    def _shrunk(self, chosen: AxisSizes) -> Iterator[dict[Axis, int]]:
-        """All sizes made smaller in step, by one number or by one factor: for where none can be on its own."""
-        most = min(chosen.values(), default=1)
-        by_number = ({axis: size - step for axis, size in chosen.items()} for step in range(most - 1, 0, -1))
-        by_factor = ({axis: size * least // most for axis, size in chosen.items()} for least in range(1, most))
-        yield from filter(None, (next(filter(self._meets, tries), None) for tries in (by_number, by_factor)))
+    def _meets_conditions(self, sizes: AxisSizes) -> bool:
+        return all(_holds(condition, sizes) for condition in self.conditions)
 
-    def _meets(self, chosen: AxisSizes) -> bool:
-        return all(_holds(condition, chosen) for condition in self.conditions)
-
-    def _together(self, chosen: AxisSizes) -> list[list[Axis]]:
-        """Axes that are changed together: they must be equal, or are equal and in the same place, as batches are."""
-        group = {axis: {axis} for axis in chosen}
-        alike = [(a, b) for a in chosen for b in chosen if a[1] == b[1] and chosen[a] == chosen[b]]
-        for a, b in [*filter(None, map(_joined, self.conditions)), *alike]:
+    def _group_axes(self, sizes: AxisSizes) -> list[list[Axis]]:
+        """Group axes that change together: they must be equal, or are equal and at the same place, as batches are."""
+        group = {axis: {axis} for axis in sizes}
+        alike = [(a, b) for a in sizes for b in sizes if a[1] == b[1] and sizes[a] == sizes[b]]
+        for a, b in [*filter(None, map(_equal_axes, self.conditions)), *alike]:
             if group[a] is not group[b]:
                 group[a] |= group[b]
                 group.update(dict.fromkeys(group[b], group[a]))
         return [sorted(axes) for i, axes in enumerate(group.values()) if axes not in list(group.values())[:i]]
 
-    def _axes(self) -> list[Axis]:
+    def _varying(self) -> list[Axis]:
         return [(name, axis) for name, shape in self.shapes.items() for axis, size in enumerate(shape) if size is None]
 
     # --- errors --------------------------------------------------------------------------------------------------
 
-    def _refuse_shape(self, name: str, shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> None:
-        if len(shape) == len(wanted):
-            wrong = [axis for axis, size in enumerate(wanted) if size is not None and size != shape[axis]]
-        if len(shape) != len(wanted) or (wrong and (name, wrong[0]) not in self.fixed):
-            sizes = ", ".join("any" if size is None else str(size) for size in wanted)
+    def _check_shape(self, name: str, shape: tuple[int, ...], expected: tuple[int | None, ...]) -> None:
+        if len(shape) == len(expected):
+            wrong = [axis for axis, size in enumerate(expected) if size is not None and size != shape[axis]]
+        if len(shape) != len(expected) or (wrong and (name, wrong[0]) not in self.fixed):
+            sizes = ", ".join("any" if size is None else str(size) for size in expected)
             step = "dynamic_shapes= when compiling says which sizes may vary"
             raise InputMismatch(
                 f"input '{name}' has shape {list(shape)}; the program was captured for [{sizes}]",
                 next_step=step
-                if len(shape) == len(wanted)
-                else f"give it with {len(wanted)} axes: a batch of one is one too",
+                if len(shape) == len(expected)
+                else f"give it with {len(expected)} axes: a batch of one is one too",
             )
         for axis in wrong:
             line = self.lines.get((name, axis))
             raise InputMismatch(
-                f"input '{name}' has size {shape[axis]} on axis {axis}; the trace of the model fixed {wanted[axis]}"
+                f"input '{name}' has size {shape[axis]} on axis {axis}; the trace of the model fixed {expected[axis]}"
                 + (f", at {line}" if line else ""),
                 next_step=f"compile with example_inputs= of size {shape[axis]} there; target='eager' takes any size",
             )
 
-    # --- how it is stored ----------------------------------------------------------------------------------------
+    # --- storage -------------------------------------------------------------------------------------------------
 
-    def to_json(self) -> dict[str, Any]:
-        """The sizes as JSON."""
+    def to_json(self) -> dict[str, object]:
+        """Return the constraints as JSON."""
         shapes = {name: list(shape) for name, shape in self.shapes.items()}
-        # A library's line without where that is installed: others read it elsewhere.
+        # A line of a library is stored without its folder, which differs between machines.
         lines = {axis: line.rpartition("site-packages/")[2] for axis, line in self.lines.items()}
         fixed = [[name, axis, lines.get((name, axis))] for name, axis in self.fixed]
         return {"shapes": shapes, "conditions": list(self.conditions), "fixed": fixed}
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> SizeConstraints:
-        """The inverse of ``to_json``, of what was settled.
+        """Return the constraints that ``to_json`` wrote; assumptions are not stored.
 
         Raises:
-            ArtifactError: a condition that is none.
+            ArtifactError: a text is not a condition on the sizes that vary.
         """
         shapes = {name: tuple(shape) for name, shape in stored["shapes"].items()}
         lines = {(name, axis): None if line is None else str(line) for name, axis, line in stored["fixed"]}
         known = {axis: line for axis, line in lines.items() if line is not None}
         sizes = cls(shapes, tuple(stored["conditions"]), fixed=tuple(lines), lines=known)
-        varying = set(sizes._axes())
+        varying = set(sizes._varying())
         for text in sizes.conditions:
             if (axes := find_axes(text)) is None or not axes <= varying:
-                raise ArtifactError(f"the program's sizes are to meet '{text[:80]}', which is no condition on them")
+                raise ArtifactError(f"the stored program has '{text[:80]}', which is not a condition on its sizes")
         return sizes
 
 
 _CHANGES: tuple[Callable[[int], int], ...] = (
-    *(functools.partial(operator.add, step) for step in range(1, _STEPS + 1)),
+    *(functools.partial(operator.add, step) for step in range(1, _MAX_STEP + 1)),
     functools.partial(operator.mul, 2),
     functools.partial(operator.mul, 3),
 )
 """Ways from a size to another one, the nearest first."""
 
 
-def flatten_argument(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """What an argument holds in dicts, lists and tuples, by the names that torch gives to inputs: joined by ``_``."""
-    held = value.items() if isinstance(value, Mapping) else enumerate(value) if type(value) in {list, tuple} else None
-    if held is None:
+def flatten_argument(value: object, name: str = "") -> Iterator[tuple[str, object]]:
+    """Yield the values in nested dicts, lists and tuples with torch's names for inputs: keys joined by ``_``."""
+    if isinstance(value, Mapping):
+        items: Any = value.items()
+    elif type(value) in {list, tuple}:
+        items = enumerate(value)  # type: ignore[arg-type]  # a list or a tuple
+    else:
         yield name, value
         return
-    for key, inner in held:
+    for key, inner in items:
         yield from flatten_argument(inner, f"{name}_{key}".strip("_").lower())
 
 
 def describe_axes(axes: Collection[Axis]) -> str:
-    """Axes in words, those of one number together: ``axis 1 of 'ids' and 'mask'``."""
+    """Describe axes in words, grouped by number: ``axis 1 of 'ids' and 'mask'``."""
     numbers = dict.fromkeys(axis for _, axis in axes)
     return ", ".join(f"axis {n} of {' and '.join(repr(name) for name, axis in axes if axis == n)}" for n in numbers)
 
 
-def _unmet(condition: str, chosen: AxisSizes) -> InputMismatch:
-    """The error for sizes that do not meet a condition."""
+def _unmet_condition(condition: str, sizes: AxisSizes) -> InputMismatch:
     axes = sorted(find_axes(condition) or ())
-    found = " and ".join(f"size {chosen[name, axis]} on axis {axis} of '{name}'" for name, axis in axes)
-    if _joined(condition) is not None:
+    found = " and ".join(f"size {sizes[name, axis]} on axis {axis} of '{name}'" for name, axis in axes)
+    if _equal_axes(condition) is not None:
         return InputMismatch(f"the model joins inputs that differ: {found}", next_step="give both the same size")
     return InputMismatch(
         f"the program was not captured for {found}: it needs {shorten_condition(condition)}",
@@ -279,59 +290,62 @@ def _unmet(condition: str, chosen: AxisSizes) -> InputMismatch:
 
 
 def shorten_condition(condition: str) -> str:
-    """A condition as far as a line has room for it."""
-    return condition if len(condition) <= _READABLE else f"{condition[:_READABLE]} …"
+    """Cut a condition to the length of a line."""
+    return condition if len(condition) <= _SHOWN else f"{condition[:_SHOWN]} …"
 
 
 # ── Conditions ───────────────────────────────────────────────────────────────────────────────────────────────────────
+_Evaluate = Callable[[AxisSizes], int]
+
+
 @dataclass(frozen=True, eq=False)
 class _Condition:
-    """A condition that was read: the axes it speaks of, the pair of them that it wants equal, and what it says."""
+    """A parsed condition: its axes, the two axes that it wants equal, if that is all it says, and its value."""
 
     axes: frozenset[Axis]
-    joined: tuple[Axis, Axis] | None
-    value: Callable[[AxisSizes], int]
+    equal: tuple[Axis, Axis] | None
+    evaluate: _Evaluate
 
 
 def find_axes(text: str) -> frozenset[Axis] | None:
-    """The axes that a condition speaks of; None where the text is no condition."""
-    read = _read(text)
-    return None if read is None else read.axes
+    """Return the axes in a condition; None where the text is not a condition."""
+    parsed = _parse(text)
+    return None if parsed is None else parsed.axes
 
 
-def _holds(text: str, chosen: AxisSizes) -> bool:
-    """Whether sizes meet a condition; one that cannot be computed for them, by a division by 0, is not met."""
-    read = _read(text)
-    assert read is not None
+def _holds(text: str, sizes: AxisSizes) -> bool:
+    """Whether sizes meet a condition; one that divides by 0 at these sizes is not met."""
+    parsed = _parse(text)
+    assert parsed is not None
     try:
-        return bool(read.value(chosen))
+        return bool(parsed.evaluate(sizes))
     except ZeroDivisionError:
         return False
 
 
-def _joined(text: str) -> tuple[Axis, Axis] | None:
-    """The two axes that a condition wants equal; None where it says something else."""
-    read = _read(text)
-    return None if read is None else read.joined
+def _equal_axes(text: str) -> tuple[Axis, Axis] | None:
+    """Return the two axes that a condition wants equal; None where it says something else."""
+    parsed = _parse(text)
+    return None if parsed is None else parsed.equal
 
 
 @functools.lru_cache(maxsize=8192)
-def _read(text: str) -> _Condition | None:
-    """A condition out of its text; None where that holds anything but sizes, whole numbers and known operators."""
+def _parse(text: str) -> _Condition | None:
+    """Parse a condition; None for text with anything but sizes, integers and known operators."""
     try:
-        if len(text) > _LONGEST:
+        if len(text) > _MAX_CONDITION:
             return None
         tree = ast.parse(text, mode="eval").body
-        axes = frozenset(_axis(node) for node in ast.walk(tree) if isinstance(node, ast.Subscript))
-        value = _value(tree)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        axes = frozenset(_parse_axis(node) for node in ast.walk(tree) if isinstance(node, ast.Subscript))
+        evaluate = _compile(tree)
+    except (SyntaxError, ValueError, LookupError, RecursionError, MemoryError):
         return None
-    joined = None
+    equal = None
     if isinstance(tree, ast.Compare) and isinstance(tree.ops[0], ast.Eq):
         left, right = tree.left, tree.comparators[0]
         if isinstance(left, ast.Subscript) and isinstance(right, ast.Subscript):
-            joined = (_axis(left), _axis(right))
-    return _Condition(axes, joined, value)
+            equal = (_parse_axis(left), _parse_axis(right))
+    return _Condition(axes, equal, evaluate)
 
 
 _BINARY: dict[type, Callable[[int, int], int]] = {
@@ -347,51 +361,39 @@ _BINARY: dict[type, Callable[[int, int], int]] = {
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
 }
-_MANY: dict[str, Callable[[Sequence[int]], int]] = {"min": min, "max": max}
-_LOGIC: dict[type, Callable[[Iterator[int]], bool]] = {ast.And: all, ast.Or: any}
 _UNARY: dict[type, Callable[[int], int]] = {ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Not: operator.not_}
+_LOGIC: dict[type, Callable[[Iterator[int]], bool]] = {ast.And: all, ast.Or: any}
+_FUNCTIONS: dict[str, Callable[[Sequence[int]], int]] = {"min": min, "max": max}
 
 
-def _value(node: ast.expr) -> Callable[[AxisSizes], int]:
-    """What computes a part of a condition from sizes.
+def _compile(node: ast.expr) -> _Evaluate:
+    """Return a function that computes a part of a condition from sizes.
 
     Raises:
-        ValueError: it is none of the parts that conditions have.
+        ValueError, KeyError: conditions have no such part.
     """
     match node:
         case ast.Constant(value=int(number)):
-            return lambda chosen: number
+            return lambda sizes: number
         case ast.Subscript():
-            return operator.itemgetter(_axis(node))
+            return operator.itemgetter(_parse_axis(node))
         case ast.BinOp(left=left, op=op, right=right) | ast.Compare(left=left, ops=[op], comparators=[right]):
-            return _both(_known(_BINARY, type(op)), _value(left), _value(right))
+            binary, a, b = _BINARY[type(op)], _compile(left), _compile(right)
+            return lambda sizes: binary(a(sizes), b(sizes))
         case ast.UnaryOp(op=op, operand=operand):
-            return _one(_known(_UNARY, type(op)), _value(operand))
+            unary, inner = _UNARY[type(op)], _compile(operand)
+            return lambda sizes: unary(inner(sizes))
         case ast.BoolOp(op=op, values=values):
-            logic, parts = _known(_LOGIC, type(op)), [_value(part) for part in values]
-            return lambda chosen: logic(part(chosen) for part in parts)
+            logic, parts = _LOGIC[type(op)], [_compile(part) for part in values]
+            return lambda sizes: logic(part(sizes) for part in parts)
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if args:
-            pick, operands = _known(_MANY, name), [_value(part) for part in args]
-            return lambda chosen: pick([part(chosen) for part in operands])
+            function, operands = _FUNCTIONS[name], [_compile(part) for part in args]
+            return lambda sizes: function([part(sizes) for part in operands])
     raise ValueError(f"a condition on sizes has no {type(node).__name__}")
 
 
-def _both(op: Callable[[int, int], int], a: Callable[[AxisSizes], int], b: Callable[[AxisSizes], int]) -> Any:
-    return lambda chosen: op(a(chosen), b(chosen))
-
-
-def _one(op: Callable[[int], int], a: Callable[[AxisSizes], int]) -> Any:
-    return lambda chosen: op(a(chosen))
-
-
-def _known(table: Mapping[Any, Any], key: object) -> Any:
-    if key not in table:
-        raise ValueError(f"a condition on sizes has no {key}")
-    return table[key]
-
-
-def _axis(node: ast.Subscript) -> Axis:
+def _parse_axis(node: ast.Subscript) -> Axis:
     match node:
         case ast.Subscript(value=ast.Name(id=name), slice=ast.Constant(value=int(axis))):
             return name, axis
-    raise ValueError("a condition on sizes speaks of something else")
+    raise ValueError("a condition indexes only inputs, by a number")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, final
 
 import torch
@@ -27,7 +27,7 @@ from lorac.ir.graph.attention_ops import (
     past_names,
     present_name,
 )
-from lorac.ir.graph.edit import add_dimension, add_inputs, add_outputs, inline, insert_call, insert_like
+from lorac.ir.graph.edit import add_dimension, add_inputs, inline, insert_call, insert_like
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.passes import Pass, PassResult
 from lorac.passes.position_tables import tabulate
@@ -79,8 +79,7 @@ class CacheAttention(Pass):
         graph.longest = tabulate(graph, positions)
         if graph.longest is not None:
             _keep_within(graph, positions, graph.longest)
-        add_outputs(graph.exported, presents)
-        graph.extra_outputs.extend(presents)
+        graph.add_outputs(presents)
         return PassResult(True)
 
 
@@ -147,7 +146,7 @@ def _add_inputs(graph: Graph, layers: Sequence[fx.Node], ids: fx.Node) -> dict[s
         shape = (batch, key.shape[1], capacity, size)
         wanted |= dict.fromkeys(past_names(layer), (shape, key.dtype))
     nodes = add_inputs(graph.exported, wanted)
-    graph.kept |= {name: node.name for name, node in nodes.items()}
+    graph.cache_inputs |= {name: node.name for name, node in nodes.items()}
     return nodes
 
 
@@ -229,7 +228,8 @@ def _pick_rows(graph: Graph) -> None:
         picked = insert_call(graph.exported, node, attending.ROWS, operands[0], places)
         node.replace_all_uses_with(picked)
         graph.fx.erase_node(node)
-    graph.sizes = graph.sizes.by_row(places.name, (ids.name, 0))
+    sizes = graph.interface.sizes.with_rows(places.name, (ids.name, 0))
+    graph.interface = replace(graph.interface, sizes=sizes)
     arguments, named = graph.exported.example_inputs
     rows = named[ids.name].shape[0]
     given = {**named, places.name: named[places.name].expand(rows, -1).contiguous()}

@@ -11,7 +11,7 @@ from torch import fx
 
 from lorac.ir.graph import ops
 from lorac.ir.graph.adapted_call import AdaptedCall, compute_adapted, select_attention
-from lorac.ir.graph.edit import add_outputs, inline, trace_function
+from lorac.ir.graph.edit import inline, trace_function
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.passes import Pass, PassResult, Skip
 from lorac.ir.sites import Site
@@ -46,8 +46,7 @@ class ExpandAdaptedCalls(Pass):
             _expand_one(graph, node, traces, self.aux, extra, attention)
         lowered = ops.lower_sites(graph.exported.graph_module)
         if extra:
-            add_outputs(graph.exported, extra)
-            graph.extra_outputs.extend(extra)
+            graph.add_outputs(extra)
         given = {name.partition(":")[0] for name in extra}
         unmet = [Skip(name, "no branch at a site of this graph emits it") for name in self.aux if name not in given]
         return PassResult(bool(adapted) or lowered, tuple(unmet))

@@ -74,7 +74,7 @@ class FuseProjections(Pass):
         packed = {path for pack in graph.packs.values() for path in pack.sites}
         adapted = [path for path, plan in graph.plans.items() if path in calls and not plan.empty]
         left = {path: unfit.get(path) or _why_alone(path, groups) for path in adapted if path not in packed}
-        graph.notes += [note for note in _apart(graph, left, unfit) if note not in graph.notes]
+        graph.add_notes(*_apart(graph, left, unfit))
         return PassResult(bool(made), tuple(Skip(path, why) for path, why in left.items()))
 
     def _unfit(self, graph: Graph, path: str, calls: Sequence[fx.Node]) -> str | None:

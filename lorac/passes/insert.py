@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, final
 
 import torch
@@ -57,9 +57,9 @@ class InsertAdaptedCalls(Pass):
                 continue
             for node in calls[path]:
                 _adapt(graph, node, slots)
-        graph.unused += unreached
         if unreached:
-            graph.notes.append(_bypassed(unreached))
+            graph.interface = replace(graph.interface, unused_sites=(*graph.interface.unused_sites, *unreached))
+            graph.add_notes(_bypassed(unreached))
         return PassResult(bool(planned), tuple(Skip(path, _UNUSED) for path in unreached))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from lorac.errors import CompileError
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.passes import Pass, PassResult, Skip
+from lorac.ir.graph.symbolic_shapes import set_types
 from lorac.ir.graph.verify import verify
 from lorac.passes.cache_attention import CacheAttention
 from lorac.passes.cleanup import Cleanup
@@ -80,6 +81,7 @@ def run_pipeline(graph: Graph, passes: Sequence[Pass], observe: Observer | None 
         outcomes.append((step.name, outcome))
         if outcome.changed and observe is not None:
             observe(step.name, graph)
+    set_types(graph)
     return outcomes
 
 

@@ -152,7 +152,7 @@ def explain(compiled: Any, asked: str = "", lacking: tuple[str, ...] = ()) -> Ex
     """
     plans: Mapping[str, SitePlan] = compiled.plans
     terms = describe_terms(compiled.pool, plans, mode=compiled.mode, snapshot=compiled.snapshot)
-    unused = {path for signature in compiled.engine.signatures.values() for path in signature.unused}
+    unused = {path for interface in compiled.engine.interfaces.values() for path in interface.unused_sites}
     rows = tuple(_term_row(term, plans[path].site) for path, found in terms.items() for term in found)
     rows = tuple(_mark_unused(row) if row.site in unused else row for row in rows)
     adaptable = [path for path, s in compiled.sites.items() if s.kind not in KINDS_WITHOUT_WEIGHT]
@@ -165,7 +165,7 @@ def explain(compiled: Any, asked: str = "", lacking: tuple[str, ...] = ()) -> Ex
         reserved=tuple(path for path, plan in plans.items() if not plan.empty and path not in terms),
         bare=tuple(path for path in adaptable if path not in plans or plans[path].empty),
         casts=tuple((short_dtype(a), short_dtype(b)) for a, b in compiled.services.casts),
-        programs=tuple(_program_row(name, signature) for name, signature in compiled.engine.signatures.items()),
+        programs=tuple(_program_row(name, interface) for name, interface in compiled.engine.interfaces.items()),
         asked=asked,
         lacking=lacking,
     )
@@ -181,7 +181,7 @@ def _program_row(name: str, signature: Interface) -> ProgramRow:
     return ProgramRow(
         graph="" if name == MAIN_GRAPH else name,
         fixed=tuple((n, axis, sizes.shapes[n][axis] or 0, sizes.lines.get((n, axis))) for n, axis in sizes.fixed),
-        sizes=sizes.telling,
+        sizes=sizes.notable,
         notes=signature.notes,
     )
 

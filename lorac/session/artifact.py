@@ -132,7 +132,7 @@ def _save_adapters(
 
 def _save_portable(compiled: Compiled, name: str, stem: Path) -> dict[str, str]:
     """Write an adapter for those who run the program without lorac; graph -> the file's name, where there is one."""
-    graphs = compiled.engine.signatures if compiled.engine.portable else ()
+    graphs = compiled.engine.interfaces if compiled.engine.portable else ()
     files = {graph: f"{stem.name}{'' if graph == MAIN_GRAPH else f'.{graph}'}.onnx_adapter" for graph in graphs}
     try:
         for graph, file in files.items():

@@ -24,7 +24,6 @@ from lorac.ir.graph.attention_ops import (
 from lorac.ir.graph.feeds import cache_input_shapes, collect_slot_tensors, make_empty_cache
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.interpreter import read_example_inputs, relative_error, run_graph
-from lorac.ir.interface import Interface
 from lorac.ir.sites import BaseReader
 from lorac.ir.slots.composition import ComposedWeights, fill_slots
 
@@ -40,7 +39,7 @@ class CacheCheck:
     """
 
     def __init__(self, graph: Graph) -> None:
-        self._inputs = read_example_inputs(graph, Interface.of(graph).inputs)
+        self._inputs = read_example_inputs(graph, graph.interface.inputs)
         self._text = find_token_input(self._inputs)
         if LOGITS_TO_KEEP in self._inputs:
             self._inputs[LOGITS_TO_KEEP] = torch.tensor([self._inputs[self._text].shape[1] - 1])
@@ -69,9 +68,10 @@ class CacheCheck:
 
     def _encoded(self, encoder: Graph, base: BaseReader) -> dict[str, Tensor]:
         """What an encoder makes for its decoder."""
-        signature = Interface.of(encoder)
-        given = {name: self._inputs[name] for name in signature.inputs}
-        answered = dict(zip(signature.outputs, run_graph(encoder, given, _idle_slots(encoder, base)), strict=True))
+        given = {name: self._inputs[name] for name in encoder.interface.inputs}
+        answered = dict(
+            zip(encoder.interface.outputs, run_graph(encoder, given, _idle_slots(encoder, base)), strict=True)
+        )
         return {name: value for name, value in answered.items() if is_encoder_output(name)}
 
     def _last(self, graph: Graph, memory: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> Tensor:
@@ -85,7 +85,9 @@ class CacheCheck:
             if LOGITS_TO_KEEP in self._inputs:
                 given[LOGITS_TO_KEEP] = (new.to(torch.int64) - 1)[:, None]
             answered = run_graph(graph, given, slots)
-            presents = dict(zip(graph.extra_outputs, answered[-len(graph.extra_outputs) :], strict=True))
+            presents = dict(
+                zip(graph.interface.extra_outputs, answered[-len(graph.interface.extra_outputs) :], strict=True)
+            )
             held |= {name: presents[present_name(name)] for name in cache_input_shapes(graph)}
         return answered[0][:, 0] if LOGITS_TO_KEEP in self._inputs else answered[0][torch.arange(rows), new.long() - 1]
 

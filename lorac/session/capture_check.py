@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -31,7 +31,6 @@ from lorac.ir.graph.interpreter import (
     resize_inputs,
     run_graph,
 )
-from lorac.ir.interface import Interface
 from lorac.ir.output_structure import replace_dataclasses
 from lorac.ir.row_layout import RowLayout
 from lorac.ir.sizes import AxisSizes, describe_axes
@@ -56,10 +55,10 @@ def check_capture(graph: Graph, host: nn.Module, *, tested: bool) -> None:
         with isolate_tracing(host):
             _HostComparison(graph, host).check()
     else:
-        _accept_unchecked(graph, read_example_inputs(graph, Interface.of(graph).inputs))
-    if graph.sizes.fixed:
+        _accept_unchecked(graph, read_example_inputs(graph, graph.interface.inputs))
+    if graph.interface.sizes.fixed:
         _warn_fixed_sizes(graph)
-    for note in graph.notes:
+    for note in graph.interface.notes:
         warn(note)
 
 
@@ -116,11 +115,13 @@ def _written_weight(host: nn.Module, error: WeightWritten) -> CaptureError:
 
 def _accept_unchecked(graph: Graph, inputs: Inputs) -> None:
     """Take the program for right at the smallest sizes, since nothing is to compare it with."""
-    graph.sizes = graph.sizes.settled(graph.sizes.least(graph.sizes.of(inputs)))
+    sizes = graph.interface.sizes
+    sizes = sizes.resolve_assumptions(sizes.find_smallest(sizes.measure(inputs)))
+    graph.interface = replace(graph.interface, sizes=sizes)
 
 
 def _warn_fixed_sizes(graph: Graph) -> None:
-    sizes = graph.sizes
+    sizes = graph.interface.sizes
     at = sorted({f"{sizes.shapes[name][axis]}" for name, axis in sizes.fixed})
     by = "".join(f"\n  at {line}" for line in dict.fromkeys(sizes.lines.values()))
     warn(
@@ -163,8 +164,7 @@ class _HostComparison:
 
     def __init__(self, graph: Graph, host: nn.Module) -> None:
         self.graph, self.host = graph, host
-        self.signature = Interface.of(graph, host)
-        self.inputs = read_example_inputs(graph, self.signature.inputs)
+        self.inputs = read_example_inputs(graph, graph.interface.inputs)
         self.stateful = False
         self._kept = ModelRunner(host)
 
@@ -194,31 +194,35 @@ class _HostComparison:
 
     def _check_sizes(self) -> None:
         """Compare at another batch and length, and see which sizes are right that torch takes no care of, such as 1."""
-        sizes = self.graph.sizes
-        example = sizes.of(self.inputs)
-        other = sizes.others(example)
+        sizes = self.graph.interface.sizes
+        example = sizes.measure(self.inputs)
+        other = sizes.find_other(example)
         with contextlib.suppress(_HostError):  # then there is nothing that the program would have to answer
             if other is not None and (worst := self._difference(other)) is not None:
                 raise self._differs(worst)
-        self.graph.sizes = sizes.settled([tried for tried in sizes.doubtful(other or example) if self._right(tried)])
+        right = [tried for tried in sizes.find_doubtful(other or example) if self._right(tried)]
+        self.graph.interface = replace(self.graph.interface, sizes=sizes.resolve_assumptions(right))
 
     def _check_rows(self) -> None:
         """Where the program takes a fixed number of rows, see whether it is right in parts of so many."""
         graph = self.graph
-        constants = {name: value for name, value in graph.fixed.items() if isinstance(value, Tensor)}
+        constants = {name: value for name, value in graph.interface.constants.items() if isinstance(value, Tensor)}
         rows = find_row_layout(self.host, self.inputs, constants)
         if rows is None:
             return
-        shapes, fixed = graph.sizes.shapes, graph.sizes.fixed
+        shapes, fixed = graph.interface.sizes.shapes, graph.interface.sizes.fixed
         held = {(name, axis) for name, axis in rows.axes.items() if name in shapes and shapes[name][axis] is not None}
         asked = next(iter(rows.axes.items())) not in held or held & {*fixed}
         needed = asked and (held or rows.axes.keys() & constants.keys())
         if (found := self._in_parts(rows, constants) if needed else None) is not None:
-            by = "".join(f", at {line}" for line in dict.fromkeys(map(graph.sizes.lines.get, sorted(held))) if line)
+            by = "".join(
+                f", at {line}" for line in dict.fromkeys(map(graph.interface.sizes.lines.get, sorted(held))) if line
+            )
             self._note(
                 f"the trace of the model holds for {rows.count} rows, and other calls run in parts of so many{by}"
             )
-            graph.rows, graph.sizes = found, graph.sizes.without(held)
+            sizes = graph.interface.sizes.forget_fixed(held)
+            graph.interface = replace(graph.interface, rows=found, sizes=sizes)
 
     def _in_parts(self, rows: RowLayout, constants: Mapping[str, Tensor]) -> RowLayout | None:
         """The rows, if the program answers one more in parts as the host does at once; not if constants would differ.
@@ -231,7 +235,7 @@ class _HostComparison:
         inputs, total, structure = (
             {name: more[name] for name in self.inputs},
             rows.total(more),
-            self.signature.structure,
+            self.graph.interface.structure,
         )
         assert structure is not None
         try:
@@ -246,8 +250,8 @@ class _HostComparison:
             found = [self._program({name: part[name] for name in inputs}) for part in parts]
         except (_HostError, _ProgramError):
             return None
-        whole = structure.growing(found[0], wanted, rows, total)
-        return whole if whole is not None and _outputs_close(structure.joined(found, whole, total), wanted) else None
+        whole = structure.find_row_outputs(found[0], wanted, rows, total)
+        return whole if whole is not None and _outputs_close(structure.join(found, whole, total), wanted) else None
 
     def _right(self, chosen: AxisSizes) -> bool:
         """Whether both answer, and the same."""
@@ -266,7 +270,7 @@ class _HostComparison:
                 return worst
             worst = self._worst(self._program(inputs), self._run(ModelRunner(self.host), inputs), inputs)
         except _ProgramError as error:
-            return _OutputDifference(self.signature.outputs[0], math.inf, inputs, error)
+            return _OutputDifference(self.graph.interface.outputs[0], math.inf, inputs, error)
         if worst is None:
             self._note_stateful("its attributes")
         return worst
@@ -293,10 +297,10 @@ class _HostComparison:
         """One run of a copy of the host, with other constants than the program's where some are given."""
         args, kwargs = self.graph.exported.example_inputs or ((), {})
         changed = {id(value): inputs[name] for name, value in self.inputs.items()}
-        own = {name: value for name, value in kwargs.items() if name not in self.signature.derived}
+        own = {name: value for name, value in kwargs.items() if name not in self.graph.interface.derived}
         given, placed = pytree.tree_map(lambda value: changed.get(id(value), value), (args, own))
         try:
-            return running.run(given, {**placed, **self.graph.fixed, **(constants or {})}, seed)
+            return running.run(given, {**placed, **self.graph.interface.constants, **(constants or {})}, seed)
         except WeightWritten:
             raise
         except Exception as error:
@@ -306,13 +310,16 @@ class _HostComparison:
         """The program's outputs, from the same random numbers."""
         try:
             with seed_random_numbers(self.host, _SEED):
-                return run_graph(self.graph, {**inputs, **self.signature.made({**self.graph.fixed, **inputs})})
+                return run_graph(
+                    self.graph,
+                    {**inputs, **self.graph.interface.derive_inputs({**self.graph.interface.constants, **inputs})},
+                )
         except Exception as error:
             raise _ProgramError(f"{type(error).__name__}: {error}") from error
 
     def _worst(self, found: list[object], ran: ModelRun, inputs: Inputs) -> _OutputDifference | None:
         """The output that is farthest from the host's; None where all are as near as rounding leaves them."""
-        leaves, structure = pytree.tree_leaves(replace_dataclasses(ran.output)), self.signature.structure
+        leaves, structure = pytree.tree_leaves(replace_dataclasses(ran.output)), self.graph.interface.structure
         assert structure is not None
         if len(leaves) != structure.spec.num_leaves:
             return _OutputDifference(f"{structure.spec.num_leaves} outputs for {len(leaves)}", math.inf, inputs)
@@ -320,7 +327,7 @@ class _HostComparison:
             if isinstance(leaves[place], Tensor) or leaves[place] != value:
                 return _OutputDifference(f"output {place}", math.inf, inputs)
         wanted = self._tensors(ran)
-        pairs = zip(self.signature.outputs, found, wanted, strict=False)
+        pairs = zip(self.graph.interface.outputs, found, wanted, strict=False)
         tensors = [(name, y, ref) for name, y, ref in pairs if isinstance(y, Tensor) and isinstance(ref, Tensor)]
         wrong = [
             _OutputDifference(name, relative_error(y, ref), inputs)
@@ -331,7 +338,7 @@ class _HostComparison:
 
     def _tensors(self, ran: ModelRun) -> list[object]:
         """Of what the host answered, what the program answers too."""
-        leaves, structure = pytree.tree_leaves(replace_dataclasses(ran.output)), self.signature.structure
+        leaves, structure = pytree.tree_leaves(replace_dataclasses(ran.output)), self.graph.interface.structure
         constants = {} if structure is None else structure.constants
         return [leaf for place, leaf in enumerate(leaves) if place not in constants]
 
@@ -367,8 +374,7 @@ class _HostComparison:
         self._note(f"the model is stochastic: on equal inputs it answers differently; the program {does}{held}")
 
     def _note(self, text: str) -> None:
-        if text not in self.graph.notes:
-            self.graph.notes.append(text)
+        self.graph.add_notes(text)
 
     def _differs(self, worst: _OutputDifference) -> CaptureError:
         other = worst.inputs is not self.inputs

@@ -17,7 +17,6 @@ from lorac.frontend.capture.export import capture_graph
 from lorac.frontend.components import Components, get_component_prefix, get_encoder_graph_name, list_components
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.program import Program
-from lorac.ir.interface import Interface
 from lorac.ir.sites import Site, SiteKind
 from lorac.ir.slots.choice import ChoiceSpec, parse_choice
 from lorac.ir.slots.composition import compose_choice
@@ -182,7 +181,6 @@ class Compilation:
     ) -> Program:
         """The host captured graph by graph, held against it, and lowered as the target's dialect asks."""
         graphs: dict[str, Graph] = {}
-        signatures: dict[str, Interface] = {}
         for name, component in list_components(model).items():
             graph = self._captured(name, model, component, plans, options.grows)
             check_capture(graph, component, tested=options.self_test)
@@ -193,9 +191,8 @@ class Compilation:
             if grown is not None:
                 grown.hold_against(halves, self.lasting.base)
             graphs |= {half.name: half for half in halves}
-            signatures |= {half.name: Interface.of(half, component) for half in halves}
         check_adapters_reached(graphs.values(), {name: prepared.paths for name, prepared in self.lasting.pool.items()})
-        return Program(graphs, signatures)
+        return Program(graphs)
 
     def _captured(
         self, name: str, model: nn.Module, component: nn.Module, plans: Mapping[str, SitePlan], grows: bool

@@ -146,7 +146,7 @@ class Engine(ABC):
         files: the emitted program and its base weights by name, held; None where the engine runs the host itself.
         module: the copy of the host that it runs; None where it runs an emitted program.
         buffers: fused mode: the weights it reads, by site path.
-        signatures: how each graph of its program is called; empty where it runs the host itself.
+        interfaces: the interface of each graph of its program; empty where it runs the host itself.
         settles_alone: a swap settles in the background, unasked.
     """
 
@@ -155,7 +155,7 @@ class Engine(ABC):
     files: ProgramFiles | None = None
     module: nn.Module | None = None
     buffers: Mapping[str, FusedBuffer]
-    signatures: Mapping[str, Interface] = MappingProxyType({})
+    interfaces: Mapping[str, Interface] = MappingProxyType({})
     settles_alone: bool = False
 
     @property
@@ -381,7 +381,7 @@ class Backend(ABC, Generic[OptionsT]):
     def base_of(self, files: ProgramFiles) -> Mapping[str, torch.Tensor] | None:
         """The base weights by name, as ``store`` wrote them; None where the program never needs any again."""
 
-    def signatures(self, stored: StoredState) -> Mapping[str, Interface]:
+    def read_interfaces(self, stored: StoredState) -> Mapping[str, Interface]:
         """How each graph of a stored program is called, told without loading it; empty where it is stored otherwise.
 
         Raises:

@@ -71,8 +71,8 @@ class PlainEngine(Engine):
 
     def __init__(self, request: BuildRequest[Options], dialect: Dialect[ir.Model]) -> None:
         program = request.program(request.options.aux)
-        (self.graph,), (self.signature,) = program.graphs.values(), program.signatures.values()
-        self.model = emit(self.graph, self.signature, dialect)
+        (self.graph,) = program.graphs.values()
+        self.model = emit(self.graph, dialect)
         settings = ort.SessionOptions()
         settings.intra_op_num_threads = request.options.threads
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -94,10 +94,10 @@ class PlainEngine(Engine):
         """Nothing: every call names its tensors."""
 
     def call(self, content: Tensors, graph: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CallResult:
-        given = {**self.signature.bind(args, kwargs), **content}
+        given = {**self.graph.interface.check(args, kwargs), **content}
         arrays = {name: value.detach().contiguous().numpy() for name, value in given.items()}
         values = [torch.from_numpy(array) for array in self.session.run(None, arrays)]
-        return CallResult(self.signature.answer(values, kwargs)[0])
+        return CallResult(self.graph.interface.build_output(values, kwargs)[0])
 
 
 class Plain(Backend[Options]):

@@ -309,7 +309,7 @@ def _answers_or_refuses(model: Any, compiled: Any, shape: tuple[int, int]) -> bo
     else:
         ids = torch.arange(shape[0] * shape[1]).reshape(shape) % 90 + 3
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        inputs = {name: value for name, value in inputs.items() if name in compiled.engine.signatures["main"].inputs}
+        inputs = {name: value for name, value in inputs.items() if name in compiled.engine.interfaces["main"].inputs}
     try:
         found = compiled(**inputs)
     except lorac.InputMismatch:

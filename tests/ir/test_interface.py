@@ -12,12 +12,12 @@ from tests.zoo import ZOO
 
 def test_types_by_the_names_of_axes():
     model, inputs = ZOO["plain_mlp"].fresh(), ZOO["plain_mlp"].inputs()
-    signature = Interface.of(capture_graph("main", model, inputs, None, sites=find_sites(model), plans={}))
-    (name,) = signature.inputs
-    (output,) = signature.outputs
-    assert signature.types[name] == "int64[batch, 5]"
-    assert signature.types[output].startswith("float32[batch, ")
-    assert Interface.from_json(signature.to_json()).types == signature.types
+    interface = capture_graph("main", model, inputs, None, sites=find_sites(model), plans={}).interface
+    (name,) = interface.inputs
+    (output,) = interface.outputs
+    assert interface.types[name] == "int64[batch, 5]"
+    assert interface.types[output].startswith("float32[batch, ")
+    assert Interface.from_json(interface.to_json()).types == interface.types
 
 
 @pytest.mark.parametrize(
@@ -29,11 +29,11 @@ def test_types_by_the_names_of_axes():
     ],
 )
 def test_what_admits_another_value_of_what_was_captured(name, captured, said):
-    signature = Interface(inputs=("x",), arguments=("x", name), outputs=("y",), fixed={name: captured})
+    interface = Interface(inputs=("x",), arguments=("x", name), outputs=("y",), defaults={name: captured})
     with pytest.raises(lorac.InputMismatch, match=f"captured with {name}={captured}") as raised:
-        signature.bind((torch.ones(1),), {name: 7})
+        interface.check((torch.ones(1),), {name: 7})
     assert raised.value.next_step == f"leave it out; {said}"
-    assert list(signature.bind((torch.ones(1),), {name: captured})) == ["x"]
+    assert list(interface.check((torch.ones(1),), {name: captured})) == ["x"]
 
 
 def test_eager_keeps_a_cache_and_a_configuration_says_what_a_program_does():
@@ -45,15 +45,15 @@ def test_eager_keeps_a_cache_and_a_configuration_says_what_a_program_does():
         assert compiled(**entry.inputs(), use_cache=True).past_key_values is not None
     model.config.output_hidden_states = True
     graph = capture_graph("main", model, entry.inputs(), None, sites=find_sites(model), plans={})
-    assert "hidden_states.0" in Interface.of(graph, model).outputs
+    assert "hidden_states.0" in graph.interface.outputs
 
 
 def test_an_argument_that_holds_several_tensors_is_as_many_inputs():
-    signature = Interface(inputs=("pair_0", "pair_1_b", "x"), arguments=("pair", "x"), outputs=("y",))
+    interface = Interface(inputs=("pair_0", "pair_1_b", "x"), arguments=("pair", "x"), outputs=("y",))
     one, other, x = torch.zeros(1), torch.zeros(2), torch.zeros(3)
-    bound = signature.bind(([one, {"b": other, "c": None}], x), {})
+    bound = interface.check(([one, {"b": other, "c": None}], x), {})
     assert [bound[name] is tensor for name, tensor in (("pair_0", one), ("pair_1_b", other), ("x", x))] == [True] * 3
     with pytest.raises(
         lorac.InputMismatch, match="'pair' holds 3 tensors; the program was captured for pair_0, pair_1_b"
     ):
-        signature.bind(([one, {"b": other}, x], x), {})
+        interface.check(([one, {"b": other}, x], x), {})

@@ -27,8 +27,8 @@ def _given(**shapes: tuple[int, ...]) -> dict[str, Any]:
 
 
 def test_what_fits_is_taken_whatever_it_is_held_in():
-    TEXT.refuse(_given(ids=(3, 9), mask=(3, 9)))
-    TEXT.refuse({"ids": np.zeros((1, 64)), "mask": [[1.0] * 64]})
+    TEXT.check(_given(ids=(3, 9), mask=(3, 9)))
+    TEXT.check({"ids": np.zeros((1, 64)), "mask": [[1.0] * 64]})
 
 
 @pytest.mark.parametrize(
@@ -41,33 +41,33 @@ def test_what_fits_is_taken_whatever_it_is_held_in():
 )
 def test_what_does_not_fit_is_refused_by_input_and_axis(shapes: dict[str, tuple[int, ...]], text: str):
     with pytest.raises(lorac.InputMismatch) as error:
-        TEXT.refuse(_given(**shapes))
+        TEXT.check(_given(**shapes))
     assert text in str(error.value)
 
 
 def test_a_size_that_the_trace_fixed_is_told_from_one_that_was_to_be_fixed():
     sizes = SizeConstraints(shapes={"x": (2, 6)}, fixed=(("x", 0),))
     with pytest.raises(lorac.InputMismatch, match="size 3 on axis 0; the trace of the model fixed 2"):
-        sizes.refuse(_given(x=(3, 6)))
+        sizes.check(_given(x=(3, 6)))
     with pytest.raises(lorac.InputMismatch, match=r"fixed 2, at model\.py:7: for row in x"):
-        replace(sizes, lines={("x", 0): "model.py:7: for row in x"}).refuse(_given(x=(3, 6)))
+        replace(sizes, lines={("x", 0): "model.py:7: for row in x"}).check(_given(x=(3, 6)))
     with pytest.raises(lorac.InputMismatch, match=r"shape \[2, 7\]; the program was captured for \[2, 6\]"):
-        sizes.refuse(_given(x=(2, 7)))
+        sizes.check(_given(x=(2, 7)))
 
 
 def test_other_sizes_keep_equal_what_must_be_equal_and_meet_every_condition():
-    assert TEXT.others({IDS: 2, LENGTH: 7, MASK: 2, WIDTH: 7}) == {IDS: 3, LENGTH: 8, MASK: 3, WIDTH: 8}
-    at_most = TEXT.others({IDS: 2, LENGTH: 64, MASK: 2, WIDTH: 64})
+    assert TEXT.find_other({IDS: 2, LENGTH: 7, MASK: 2, WIDTH: 7}) == {IDS: 3, LENGTH: 8, MASK: 3, WIDTH: 8}
+    at_most = TEXT.find_other({IDS: 2, LENGTH: 64, MASK: 2, WIDTH: 64})
     assert at_most == {IDS: 3, LENGTH: 64, MASK: 3, WIDTH: 64}, "where one cannot change, the others do"
     patches = SizeConstraints(shapes={"x": (None,)}, conditions=("x[0] % 16 == 0",))
-    assert patches.others({("x", 0): 32}) == {("x", 0): 48}
+    assert patches.find_other({("x", 0): 32}) == {("x", 0): 48}
     double = SizeConstraints(shapes={"x": (None,), "y": (None,)}, conditions=("x[0] == 2*y[0]",))
-    assert double.others({("x", 0): 4, ("y", 0): 2}) == {("x", 0): 8, ("y", 0): 4}
-    assert SizeConstraints(shapes={"x": (2,)}).others({}) is None
+    assert double.find_other({("x", 0): 4, ("y", 0): 2}) == {("x", 0): 8, ("y", 0): 4}
+    assert SizeConstraints(shapes={"x": (2,)}).find_other({}) is None
 
 
 def test_the_least_sizes_are_tried_alone_and_together():
-    found = TEXT.least({IDS: 3, LENGTH: 8, MASK: 3, WIDTH: 8})
+    found = TEXT.find_smallest({IDS: 3, LENGTH: 8, MASK: 3, WIDTH: 8})
     assert found == [
         {IDS: 1, LENGTH: 8, MASK: 1, WIDTH: 8},
         {IDS: 3, LENGTH: 1, MASK: 3, WIDTH: 1},
@@ -76,16 +76,16 @@ def test_the_least_sizes_are_tried_alone_and_together():
     one_more = SizeConstraints(
         shapes={"x": (None,), "y": (None,)}, conditions=("x[0] == 1 + y[0]",), assumed=("y[0] >= 2",)
     )
-    assert one_more.least({("x", 0): 4, ("y", 0): 3})[-1] == {("x", 0): 2, ("y", 0): 1}
+    assert one_more.find_smallest({("x", 0): 4, ("y", 0): 3})[-1] == {("x", 0): 2, ("y", 0): 1}
 
 
 def test_what_is_assumed_becomes_a_condition_unless_sizes_that_break_it_are_right():
     sizes = SizeConstraints(shapes={"x": (None,)}, assumed=("x[0] >= 2", "x[0] % 3 != 0"))
-    tried = sizes.doubtful({("x", 0): 5})
+    tried = sizes.find_doubtful({("x", 0): 5})
     assert tried == [{("x", 0): 1}, {("x", 0): 6}]
-    assert sizes.settled(tried[:1]).conditions == ("x[0] % 3 != 0",)
-    assert sizes.settled(tried).conditions == ()
-    assert sizes.settled([]).conditions == sizes.assumed
+    assert sizes.resolve_assumptions(tried[:1]).conditions == ("x[0] % 3 != 0",)
+    assert sizes.resolve_assumptions(tried).conditions == ()
+    assert sizes.resolve_assumptions([]).conditions == sizes.assumed
 
 
 def test_sizes_are_the_same_from_json():
@@ -119,11 +119,11 @@ def test_sizes_are_the_same_from_json():
 )
 def test_a_stored_condition_holds_nothing_but_sizes_and_arithmetic(text: str):
     stored = {"shapes": {"x": [None, 6]}, "conditions": [text], "fixed": []}
-    with pytest.raises(lorac.ArtifactError, match="which is no condition on them"):
+    with pytest.raises(lorac.ArtifactError, match="which is not a condition on its sizes"):
         SizeConstraints.from_json(stored)
 
 
 def test_a_condition_that_divides_by_nothing_is_not_met():
     with pytest.raises(lorac.InputMismatch):
-        SizeConstraints(shapes={"x": (None,)}, conditions=("4 % (x[0] // 2) == 0",)).refuse(_given(x=(1,)))
+        SizeConstraints(shapes={"x": (None,)}, conditions=("4 % (x[0] // 2) == 0",)).check(_given(x=(1,)))
     assert find_axes("4 % (x[0] // 2) == 0") == {("x", 0)}

@@ -49,7 +49,7 @@ def test_parts_are_answered_as_the_whole(name):
         places = torch.tensor([[max(count - 1, 0), 0] for count in counts])
         given = {IDS: parts(ids, past, counts), LOGITS_TO_KEEP: places, PAST_LENGTHS: past, NEW_LENGTHS: new, **held}
         logits, *presents = run_graph(graph, given)
-        named = dict(zip(graph.extra_outputs, presents, strict=True))
+        named = dict(zip(graph.interface.extra_outputs, presents, strict=True))
         held = {name: named[present_name(name)] for name in held}
         for row, count in enumerate(counts):
             if count:

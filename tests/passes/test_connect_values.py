@@ -9,13 +9,13 @@ import lorac
 from lorac.frontend.capture.export import export_model
 from lorac.ir.graph import ops
 from lorac.ir.graph.adapted_call import AdaptedCall
-from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.passes import PassResult, Skip
 from lorac.passes.connect_values import ConnectValues
 from lorac.passes.insert import InsertAdaptedCalls
 from lorac.passes.pipelines import run_pipeline
 from lorac.testing.eager_checks import assert_close
 from lorac.variants.params import ParamSpec
+from tests.captured import graph_of
 from tests.refusing import refuses
 
 
@@ -92,7 +92,7 @@ def test_a_value_is_adapted_and_a_base_value_is_not(target):
 
 def test_a_second_run_skips_the_sites_that_have_their_values():
     compiled = lorac.compile(Host(), {"r": Reader(of="first", targets=["second"])})
-    graph = Graph("host", export_model(Host(), (X,)), compiled.sites, compiled.plans)
+    graph = graph_of("host", export_model(Host(), (X,)), compiled.sites, compiled.plans)
     _, (_, outcome) = run_pipeline(graph, [InsertAdaptedCalls(), ConnectValues()])
     assert outcome == PassResult(changed=True)
     (reader,) = graph.find(ops.adapted)

@@ -15,7 +15,6 @@ from lorac.ir.graph import attention_ops as attending
 from lorac.ir.graph.attention_ops import NEW_LENGTHS, PAST_LENGTHS, is_encoder_output, present_name
 from lorac.ir.graph.feeds import cache_input_shapes
 from lorac.ir.graph.interpreter import run_graph
-from lorac.ir.interface import Interface
 from lorac.passes.pipelines import lowering_passes, run_pipeline
 from lorac.testing.eager_checks import assert_close
 from tests.encoder_decoders import VOCABULARY, batches, made
@@ -35,8 +34,7 @@ def _halves(family):
 
 
 def _encoded(encoder, inputs):
-    signature = Interface.of(encoder)
-    answered = dict(zip(signature.outputs, run_graph(encoder, inputs), strict=True))
+    answered = dict(zip(encoder.interface.outputs, run_graph(encoder, inputs), strict=True))
     return {name: value for name, value in answered.items() if is_encoder_output(name)}
 
 
@@ -60,7 +58,7 @@ def test_parts_are_answered_as_the_whole(family):
                 NEW_LENGTHS: torch.tensor(counts).int(),
             }
             logits, *presents = run_graph(decoder, {**given, **held, **memory})
-            named = dict(zip(decoder.extra_outputs, presents, strict=True))
+            named = dict(zip(decoder.interface.extra_outputs, presents, strict=True))
             held = {name: named[present_name(name)] for name in held}
             for row, count in enumerate(counts):
                 assert_close(logits[row, :count], whole[row, past[row] : past[row] + count]) if count else None
@@ -69,8 +67,8 @@ def test_parts_are_answered_as_the_whole(family):
 
 def test_each_half_has_what_it_calls():
     decoder, encoder = _halves("bart")
-    assert Interface.of(encoder).inputs == ("input_ids", "attention_mask")
-    assert Interface.of(decoder).inputs == ("decoder_input_ids",)
+    assert encoder.interface.inputs == ("input_ids", "attention_mask")
+    assert decoder.interface.inputs == ("decoder_input_ids",)
     assert "model.decoder.layers.0.encoder_attn.k_proj" in encoder.sites
     assert "model.decoder.layers.0.encoder_attn.q_proj" in decoder.sites
     assert not encoder.sites.keys() & {"model.decoder.layers.0.encoder_attn.q_proj"}

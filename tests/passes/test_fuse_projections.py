@@ -28,7 +28,7 @@ from lorac.passes.pipelines import lowering_passes, run_pipeline
 from lorac.testing.eager_checks import assert_close
 from lorac.testing.parity import assert_parity
 from lorac.testing.samples import adapter_away
-from tests.captured import capture, captured_stack, filled
+from tests.captured import capture, captured_stack, filled, graph_of
 
 BLOCKS = [f"body.layers.{i}" for i in range(3)]
 
@@ -137,14 +137,14 @@ def test_what_acts_otherwise_is_left_alone(variant: Any, why: str) -> None:
     assert not outcome.changed
     assert outcome.skipped == tuple(Skip(f"{block}.query", why) for block in BLOCKS)
     apart = "computed apart from layers that read the same input"
-    assert graph.notes == [f"'{BLOCKS[0]}.query' and 2 more: {apart}, since {why}"], "explain() tells it"
+    assert graph.interface.notes == (f"'{BLOCKS[0]}.query' and 2 more: {apart}, since {why}",), "explain() tells it"
 
 
 def test_weights_that_become_constants_are_packed() -> None:
     host = _host()
     compiled = lorac.compile(host, {"one": lorac.LoRA(r=1, targets=["q", "v"])}, mode="baked")
     for constant, sites in ((True, ("q", "v")), (False, ())):
-        graph = Graph("tower", export_model(host, (X,)), compiled.sites, compiled.plans)
+        graph = graph_of("tower", export_model(host, (X,)), compiled.sites, compiled.plans)
         _run(graph, constant)
         found = [tuple(path.rpartition(".")[2] for path in paths) for paths in _packs(graph)]
         assert found == ([sites] * 2 if sites else [])
@@ -196,7 +196,7 @@ class Odd(nn.Module):
 def test_what_stands_otherwise_is_left_alone(kind: str, why: str) -> None:
     host = Odd(kind)
     compiled = lorac.compile(host, {"one": lorac.LoRA(r=2, targets=["first"])})
-    graph = Graph("odd", export_model(host, (torch.randn(3, 4),)), compiled.sites, compiled.plans)
+    graph = graph_of("odd", export_model(host, (torch.randn(3, 4),)), compiled.sites, compiled.plans)
     outcome = _run(graph)
     assert not outcome.changed
     assert outcome.skipped == (Skip("first", why),)
@@ -212,7 +212,7 @@ def test_many_layers_of_one_input_are_packed_a_few_at_a_time() -> None:
             return torch.cat([head(x) for head in self.heads], -1)
 
     host = Heads()
-    graph = Graph("heads", export_model(host, (torch.randn(3, 4),)), lorac.sites(host), {})
+    graph = graph_of("heads", export_model(host, (torch.randn(3, 4),)), lorac.sites(host), {})
     _run(graph)
     assert [len(paths) for paths in _packs(graph)] == [4, 4]
 
@@ -222,7 +222,7 @@ def test_pairs_that_are_too_wide_stay_apart(rank: int, packed: bool) -> None:
     host = Three()
     sites = lorac.sites(host)
     plans = {path: SitePlan(sites[path], {"a": rank, "b": rank}) for path in "qkv"}
-    graph = Graph("wide", export_model(host, (torch.randn(2, 512),)), sites, plans)
+    graph = graph_of("wide", export_model(host, (torch.randn(2, 512),)), sites, plans)
     outcome = _run(graph)
     assert outcome.changed is packed
     assert len(outcome.skipped) == (0 if packed else 3)
@@ -237,7 +237,7 @@ def test_every_level_answers_as_eager_does(dtype: torch.dtype) -> None:
     host = _host(dtype)
     compiled = lorac.compile(host, _adapters(host), active=None)
     shapes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("length")},)
-    graph = Graph("tower", export_model(host, (X.to(dtype),), shapes), compiled.sites, compiled.plans)
+    graph = graph_of("tower", export_model(host, (X.to(dtype),), shapes), compiled.sites, compiled.plans)
     for step in lowering_passes():
         run_pipeline(graph, [step])
         if step.name not in ("insert", "cleanup"):

@@ -20,7 +20,7 @@ from lorac.passes.pipelines import lowering_passes, run_pipeline
 from lorac.report.dump import dump
 from lorac.report.printer import diff_dumps, to_text
 from tests import goldens
-from tests.captured import capture, captured_stack, lower
+from tests.captured import capture, captured_stack, graph_of, lower
 from tests.refusing import refuses
 
 
@@ -162,7 +162,7 @@ def test_insert_says_which_sites_the_graph_never_calls() -> None:
 
     host, inputs = Host(), (torch.randn(3, 4),)
     compiled = lorac.compile(host, {"one": lorac.LoRA(r=2)})
-    graph = Graph("host", export_model(host, inputs), compiled.sites, compiled.plans)
+    graph = graph_of("host", export_model(host, inputs), compiled.sites, compiled.plans)
     assert _run(graph, InsertAdaptedCalls()) == PassResult(
         True, (Skip("idle", "no output of the graph depends on it"),)
     )
@@ -173,7 +173,7 @@ def test_expand_says_which_extra_outputs_nothing_gives() -> None:
     graph = _mixed()
     outcomes = dict(run_pipeline(graph, lowering_passes(aux=("router",))))
     assert outcomes["expand"].skipped == (Skip("router", "no branch at a site of this graph emits it"),)
-    assert graph.extra_outputs == []
+    assert graph.interface.extra_outputs == ()
 
 
 def test_plans_say_why_a_weight_is_bound() -> None:

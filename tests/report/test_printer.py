@@ -11,14 +11,14 @@ import torch
 
 import lorac
 from lorac.errors import Unavailable
-from lorac.ir.graph.graph import Graph, Level
+from lorac.ir.graph.graph import Level
 from lorac.passes.fuse_projections import FuseProjections
 from lorac.passes.pipelines import run_pipeline
 from lorac.report.dump import Dump, Row, dump
 from lorac.report.picture.boxes import build_boxes
 from lorac.report.printer import diff_dumps, to_text
 from tests import goldens
-from tests.captured import Stack, capture, captured_stack, lower, two_adapters
+from tests.captured import Stack, capture, captured_stack, graph_of, lower, two_adapters
 from tests.zoo import ZOO
 
 
@@ -221,7 +221,7 @@ def test_a_graph_without_slots_prints(tmp_path: Path) -> None:
 
     entry = ZOO["plain_conv"]
     model = entry.fresh()
-    graph = Graph("main", export_model(model, entry.inputs()), lorac.sites(model), {})
+    graph = graph_of("main", export_model(model, entry.inputs()), lorac.sites(model), {})
     goldens.check("plain_conv_host", to_text(dump(graph)))
 
 

@@ -95,9 +95,7 @@ class EagerBackend(Backend[EagerOptions]):
         for graph in program.graphs.values():
             tensors |= collect_tensors(graph.exported)
         TensorFile.write(folder / _WEIGHTS, tensors)
-        return {
-            "graphs": {name: _describe_graph(program.signatures[name], g.slots) for name, g in program.graphs.items()}
-        }
+        return {"graphs": {name: _describe_graph(g.interface, g.slots) for name, g in program.graphs.items()}}
 
     def restore(
         self,
@@ -131,8 +129,7 @@ class EagerBackend(Backend[EagerOptions]):
     ) -> Program:
         """The stored program as graphs again, at level expanded."""
         parts = _load_graphs(stored, files, self.base_of(files))
-        graphs = {name: _export_graph(name, part, sites, plans) for name, part in parts.items()}
-        return Program(graphs, {name: part.signature for name, part in parts.items()})
+        return Program({name: _export_graph(name, part, sites, plans) for name, part in parts.items()})
 
 
 BACKEND = EagerBackend()
@@ -144,9 +141,7 @@ def _export_graph(name: str, part: StoredGraph, sites: Mapping[str, Site], plans
         exported = torch.export.export(part.program, (), part.program.examples, dynamic_shapes=shapes)
     own = {slot.site for slot in part.slots.values()}
     planned = {path: plan for path, plan in plans.items() if path in own}
-    graph = Graph(name, exported, sites, planned, level=Level.EXPANDED, slots=dict(part.slots))
-    graph.extra_outputs = list(part.signature.extra)
-    return graph
+    return Graph(name, exported, sites, planned, part.signature, level=Level.EXPANDED, slots=dict(part.slots))
 
 
 def _describe_graph(signature: Interface, slots: Mapping[str, Any]) -> dict[str, Any]:

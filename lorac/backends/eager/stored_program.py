@@ -64,7 +64,7 @@ class StoredProgramEngine(Engine):
     ) -> None:
         self.parts = parts
         self.slots = {name: slot for part in parts.values() for name, slot in part.slots.items()}
-        self.signatures = {name: part.signature for name, part in parts.items()}
+        self.interfaces = {name: part.signature for name, part in parts.items()}
         self.plans = select_reached_plans(self.slots, plans)
         self.base, self.mode, self.files, self.device = base, mode, files, device
         self.buffers, memory = make_fused_buffers(self.plans, base) if self.fused else ({}, {})

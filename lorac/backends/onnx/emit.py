@@ -23,7 +23,6 @@ from lorac.errors import Unavailable
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.program import Program
 from lorac.ir.graph.symbolic_shapes import rename_symbols
-from lorac.ir.interface import Interface
 from lorac.target.engine import Dialect
 from lorac.third_party_output import suppress_third_party_output
 
@@ -31,18 +30,17 @@ SITE_METADATA = "lorac.site"
 """Says of an input whose slot it is: the path of a site, or those of all of a pack, with commas."""
 
 
-def emit(graph: Graph, signature: Interface, dialect: Dialect[ir.Model]) -> ir.Model:
+def emit(graph: Graph, dialect: Dialect[ir.Model]) -> ir.Model:
     """The graph as a model whose slot inputs bear their public names.
 
     Args:
         graph: at level target.
-        signature: names the outputs.
         dialect: what the target can run, and how it likes it written.
 
     Raises:
         Unavailable: an op has no ONNX, or the target does not claim it; named with the module that asks for it.
     """
-    model = _build_model(graph, signature, dialect)
+    model = _build_model(graph, dialect)
     check_claims(model, dialect)
     return model
 
@@ -50,20 +48,20 @@ def emit(graph: Graph, signature: Interface, dialect: Dialect[ir.Model]) -> ir.M
 def list_unsupported_ops(program: Program, dialect: Dialect[ir.Model]) -> tuple[str, ...]:
     """What the target does not compute of a program, each op with the module and the line that ask for it."""
     found: list[str] = []
-    for name, graph in program.graphs.items():
+    for graph in program.graphs.values():
         try:
-            found += list_unclaimed_ops(_build_model(graph, program.signatures[name], dialect), dialect)
+            found += list_unclaimed_ops(_build_model(graph, dialect), dialect)
         except Unavailable as error:  # torch's exporter stops at the first op that has no ONNX
             found.append(error.what)
     return tuple(dict.fromkeys(found))
 
 
-def _build_model(graph: Graph, signature: Interface, dialect: Dialect[ir.Model]) -> ir.Model:
+def _build_model(graph: Graph, dialect: Dialect[ir.Model]) -> ir.Model:
     """The model, whatever ops are in it."""
     model = export(graph.exported, TRANSLATIONS)
     drop_split_counts(model)
     _name_slots(graph, model)
-    _name_outputs(model, signature.outputs)
+    _name_outputs(model, graph.interface.outputs)
     with suppress_third_party_output():
         common_passes.InlinePass()(model)
         concatenate_weights(model)
@@ -74,9 +72,9 @@ def _build_model(graph: Graph, signature: Interface, dialect: Dialect[ir.Model])
     GATES[dialect.gates](model, graph.slots)
     for rewrite in dialect.finish:
         rewrite(model)
-    _name_outputs(model, signature.outputs)  # again: rewrites make new values
+    _name_outputs(model, graph.interface.outputs)  # again: rewrites make new values
     _name_axes(model, graph)
-    if graph.kept and graph.longest is not None:
+    if graph.cache_inputs and graph.longest is not None:
         model.metadata_props[MAX_LENGTH_KEY] = str(graph.longest)
     return model
 
@@ -122,7 +120,7 @@ _CLEAN_UP = ir.passes.Sequential(
 
 def _name_slots(graph: Graph, model: ir.Model) -> None:
     by_node = {slot.node: slot for slot in graph.slots.values()}
-    kept = {node: name for name, node in graph.kept.items()}
+    kept = {node: name for name, node in graph.cache_inputs.items()}
     for value in model.graph.inputs:
         slot = by_node.get(value.name or "")
         if slot is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +17,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from lorac.ir.graph import ops
-from lorac.ir.graph.edit import add_outputs, copy_provenance, find_source_line, insert_call
+from lorac.ir.graph.edit import copy_provenance, find_source_line, insert_call
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.passes import Pass, PassResult
 
@@ -57,15 +57,16 @@ def _output_checks(graph: Graph, checks: Sequence[fx.Node]) -> None:
     found = [[insert_call(graph.exported, first, aten.all.default, c) for c in held] for held in lines.values()]
     both = functools.partial(insert_call, graph.exported, first, aten.logical_and.default)
     names = {f"check.{i}": functools.reduce(both, whole) for i, whole in enumerate(found)}
-    add_outputs(graph.exported, names)
-    graph.extra_outputs.extend(names)
-    graph.checks |= dict(zip(names, lines, strict=True))
+    graph.add_outputs(names)
+    graph.interface = replace(
+        graph.interface, checks={**graph.interface.checks, **dict(zip(names, lines, strict=True))}
+    )
     left_out = [node for node in checks if _checked_tensor(node) is None and not _is_truth_check(node)]
     for node in checks:
         graph.fx.erase_node(node)
     graph.fx.eliminate_dead_code()
     if left_out:
-        graph.notes.append(_UNCHECKED_NOTE)
+        graph.add_notes(_UNCHECKED_NOTE)
 
 
 def _checked_tensor(check: fx.Node) -> fx.Node | None:

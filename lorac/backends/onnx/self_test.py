@@ -232,14 +232,13 @@ class _ProgramComparison:
     def __init__(
         self, engine: EmittedEngine, program: Program, name: str, contents: _SlotContents, computed: ConstantTransform
     ) -> None:
-        signature = program.signatures[name]
         self.engine, self.graph, self.contents, self.computed = engine, program.graphs[name], contents, computed
         held = self.graph.exported.constants  # tables that passes made of weights are quantised as those are
         tables = {name: table for name, table in held.items() if isinstance(table, Tensor)}
         self.weights = computed({**tables, **self.graph.exported.state_dict})
-        self.inputs: Mapping[str, Tensor] = read_example_inputs(self.graph, signature.inputs)
-        sizes = signature.sizes
-        other = sizes.others(sizes.of(self.inputs))
+        self.inputs: Mapping[str, Tensor] = read_example_inputs(self.graph, self.graph.interface.inputs)
+        sizes = self.graph.interface.sizes
+        other = sizes.find_other(sizes.measure(self.inputs))
         self.others = None if other is None else resize_inputs(self.inputs, other)
 
     def check(self) -> None:

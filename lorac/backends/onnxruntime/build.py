@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -66,14 +65,15 @@ def _build(request: BuildRequest[OnnxRuntimeOptions], folder: Path, report: Prog
     program = request.program(options.aux)
     report.step("emission")
     outcomes = _emit(program, request, folder)
-    program = _add_notes(program, outcomes)
+    for name, graph in program.graphs.items():
+        graph.add_notes(*outcomes[name].told())
     report.step("session")
     if request.mode != "baked":
         _write_base_weights(program, request, folder, outcomes)
     files = _hold_files(program, folder)
     engine = OrtEngine(
         parts={
-            name: GraphSession(create_session(files, name, options), program.signatures[name], graph.slots)
+            name: GraphSession(create_session(files, name, options), graph.interface, graph.slots)
             for name, graph in program.graphs.items()
         },
         plans=plans,
@@ -102,7 +102,7 @@ def _emit(program: Program, request: BuildRequest[OnnxRuntimeOptions], folder: P
     slots = fill_slots(request.plans, request.snapshot if baked else ComposedWeights(()), request.base)
     given = _prequantised_matrices(request.model, request.options)
     for name, graph in program.graphs.items():
-        model = emit(graph, program.signatures[name], DIALECTS[request.options.place.type])
+        model = emit(graph, DIALECTS[request.options.place.type])
         (bake_slots if baked else set_slot_defaults)(model, collect_slot_tensors(graph.slots, request.plans, slots))
         outcomes[name] = _quantise_weights(model, request.options, given)
         write_model(model, graph_folder(folder, name))
@@ -153,15 +153,6 @@ def _refuse_unquantisable(outcomes: Iterable[QuantisationReport], options: OnnxR
         f"no weight of the model can be held as {options.weights}: {min(reasons, default='it has no matrices')}",
         next_step="leave weights= out; dtype='float32' has a model of another precision quantised",
     )
-
-
-def _add_notes(program: Program, outcomes: Mapping[str, QuantisationReport]) -> Program:
-    """The program whose signatures say what became of its weights."""
-    signatures = {
-        name: dataclasses.replace(signature, notes=(*signature.notes, *outcomes[name].told()))
-        for name, signature in program.signatures.items()
-    }
-    return Program(program.graphs, signatures)
 
 
 def _unrounded_engine(engine: OrtEngine) -> OrtEngine:

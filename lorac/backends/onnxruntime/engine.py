@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -112,7 +111,7 @@ class OrtEngine(Engine):
             if (encoder := parts.get(get_encoder_graph_name(name))) is not None:
                 part.behind(encoder)
         self.slots = {name: slot for part in parts.values() for name, slot in part.slots.items()}
-        self.signatures = {name: _signature_with_notes(part) for name, part in parts.items()}
+        self.interfaces = {name: _signature_with_notes(part) for name, part in parts.items()}
         self.plans = select_reached_plans(self.slots, plans)
         self.base, self.mode, self.files, self.options = base, mode, files, options
         self.settles_alone = self.fused and options.settle == "background"
@@ -253,7 +252,7 @@ class OrtEngine(Engine):
         assert isinstance(cache, OrtCache)
         name = get_encoder_graph_name(graph)
         part = self.parts[name]
-        given = part.signature.bind((), inputs)
+        given = part.signature.check((), inputs)
         session, values = self._serving(part, name, content)
         found = [as_tensor(value) for value in self._execute(part, name, session, values, given)]
         answered = dict(zip(part.outputs, found, strict=True))
@@ -274,7 +273,7 @@ class OrtEngine(Engine):
         assert part.cache is not None
         text, inputs = part.cache.text, dict[str, Any]()
         if part.cache.keeps.encodes:
-            named = part.signature.named(args, kwargs)
+            named = part.signature.name_arguments(args, kwargs)
             inputs = {name: named.pop(name) for name in part.cache.keeps.encodes if name in named}
             args, kwargs = (), named
         told, counts = split_padding(args, kwargs, text)
@@ -282,7 +281,7 @@ class OrtEngine(Engine):
         part.cache.refuse_longer(max(counts, default=0))
         extension = full_sequence_step(ids, counts)
         picked = {LOGITS_TO_KEEP: extension.wanted} if LOGITS_TO_KEEP in part.wanted else {}
-        part.signature.bind((), {**told, **picked})
+        part.signature.check((), {**told, **picked})
         cache = self.new_cache(graph, *ids.shape)
         encoded = self._encoded(content, graph, cache, inputs) if part.cache.keeps.encodes else {}
         logits = self.extend(content, graph, cache, extension)
@@ -290,8 +289,8 @@ class OrtEngine(Engine):
         as_numpy = isinstance(told[text], np.ndarray)
         answered: list[Any] = [logits.numpy() if as_numpy else logits]
         elsewhere = {name: value.numpy() if as_numpy else value for name, value in encoded.items()}
-        rest = (None for _ in part.signature.extra)
-        output, _ = part.signature.having(elsewhere).answer([*answered, *rest], kwargs)
+        rest = (None for _ in part.signature.extra_outputs)
+        output, _ = part.signature.with_values(elsewhere).build_output([*answered, *rest], kwargs)
         return CallResult(output)
 
     def outputs(self, graph: str, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> list[Tensor]:
@@ -348,7 +347,7 @@ def _signature_with_notes(part: GraphSession) -> Interface:
         return part.signature
     told = ", ".join(f"{op} ({count})" if count > 1 else op for op, count in there.items())
     note = f"the CPU computes, inside each call on {part.session.get_providers()[0]}: {told}"
-    return dataclasses.replace(part.signature, notes=(*part.signature.notes, note))
+    return part.signature.with_notes(note)
 
 
 def _thread_binding(part: GraphSession, graph: str, session: ort.InferenceSession, values: SlotValues) -> Any:

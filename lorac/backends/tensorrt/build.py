@@ -67,7 +67,7 @@ def _build(request: BuildRequest[TensorRTOptions], folder: Path, report: Progres
     check_extra_outputs(options.aux, plans.values())
     report.step("capture and passes")
     program = request.program(options.aux)
-    check_profile_names(options.profiles, program.signatures)
+    check_profile_names(options.profiles, [graph.interface for graph in program.graphs.values()])
     report.step("emission")
     _emit(program, request, folder)
     if request.mode != "baked":
@@ -107,7 +107,7 @@ def _emit(program: Program, request: BuildRequest[TensorRTOptions], folder: Path
     constant = _has_constant_slots(request)
     slots = fill_slots(request.plans, _constant_snapshot(request), request.base) if constant else {}
     for name, graph in program.graphs.items():
-        model = emit(graph, program.signatures[name], DIALECT)
+        model = emit(graph, DIALECT)
         if constant:
             bake_slots(model, collect_slot_tensors(graph.slots, request.plans, slots))
         write_model(model, graph_folder(folder, name))
@@ -129,7 +129,7 @@ def _build_graph_plan(
     graph: Graph, program: Program, request: BuildRequest[TensorRTOptions], folder: Path
 ) -> functools.partial[GraphPlan]:
     """Build a graph's plan, or find it where plans are kept, and write it beside its model: all of it but the file."""
-    signature, options, home = program.signatures[graph.name], request.options, graph_folder(folder, graph.name)
+    signature, options, home = graph.interface, request.options, graph_folder(folder, graph.name)
     inputs = {} if _has_constant_slots(request) else graph.slots
     dtypes = input_dtypes(graph, signature, list(inputs))
     ranges = compute_ranges(graph, signature, options.profiles, request.snapshot, inputs)

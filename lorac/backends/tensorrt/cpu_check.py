@@ -49,7 +49,7 @@ def check_on_cpu(tried: CpuProgram, program: Program, snapshot: ComposedWeights)
         CompileError: naming the slots.
     """
     graphs = {name: widen_graph(graph) for name, graph in program.graphs.items()}
-    run_self_test(tried, Program(graphs, program.signatures), snapshot)
+    run_self_test(tried, Program(graphs), snapshot)
 
 
 class CpuProgram:

@@ -6,7 +6,6 @@ Plans are loaded by the first call, so that everything but calling works where t
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -119,7 +118,7 @@ class TrtEngine(Engine):
         self.slots = {name: slot for part in parts.values() for name, slot in part.slots.items()}
         self.plans = select_reached_plans(self.slots, plans)
         self.base, self.mode, self.files, self.options, self.device = base, mode, files, options, device
-        self.signatures = {name: _signature_with_notes(part.signature) for name, part in parts.items()}
+        self.interfaces = {name: _signature_with_notes(part.signature) for name, part in parts.items()}
         self.buffers, self.memory = (
             make_fused_buffers(self.plans, base_on_device(base, device)) if self.fused else ({}, {})
         )
@@ -237,4 +236,4 @@ def _match_inputs(value: Tensor, given: Mapping[str, Any]) -> Any:
 def _signature_with_notes(signature: Interface) -> Interface:
     """A signature that says what this machine cannot do."""
     why = missing_requirement()
-    return signature if why is None else dataclasses.replace(signature, notes=(*signature.notes, why))
+    return signature if why is None else signature.with_notes(why)

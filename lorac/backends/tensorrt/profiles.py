@@ -7,7 +7,7 @@ them; ranks of slots lie between the least that the dialect admits and the room 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,13 +76,13 @@ def compute_ranges(
     return ranges
 
 
-def check_profile_names(profiles: Mapping[str, ProfileShapes], signatures: Mapping[str, Interface]) -> None:
+def check_profile_names(profiles: Mapping[str, ProfileShapes], interfaces: Iterable[Interface]) -> None:
     """Refuse profiles of what no graph has.
 
     Raises:
         OptionError: naming the nearest input or axis.
     """
-    known = [name for signature in signatures.values() for name in (*signature.inputs, *axis_names(signature).values())]
+    known = [name for each in interfaces for name in (*each.inputs, *axis_names(each).values())]
     for name in profiles:
         if name not in known:
             raise OptionError(
@@ -205,7 +205,7 @@ def _check_conditions(sizes: SizeConstraints, chosen: AxisSizes, which: str) -> 
         for name, shape in sizes.shapes.items()
     }
     try:
-        sizes.refuse({name: np.broadcast_to(np.int8(0), shape) for name, shape in shapes.items()})
+        sizes.check({name: np.broadcast_to(np.int8(0), shape) for name, shape in shapes.items()})
     except InputMismatch as error:
         raise OptionError(
             f"profiles= has {which} sizes that the model does not take: {error.what}", next_step=error.next_step

@@ -25,7 +25,6 @@ from lorac.ir.graph.edit import add_inputs, copy_program, drop_inputs, insert_ca
 from lorac.ir.graph.graph import Graph
 from lorac.ir.output_structure import OutputStructure, name_outputs
 from lorac.ir.sites import Site
-from lorac.ir.sizes import SizeConstraints, find_axes
 
 aten = torch.ops.aten
 T = TypeVar("T")
@@ -166,34 +165,36 @@ def _encoder(graph: Graph, sides: _GraphHalves, crossing: Mapping[str, str]) -> 
     answered, _ = _answers(graph, sides)
     own = {name: nodes[node.name] for node, name in answered if node in sides.encoded}
     set_outputs(made.exported, own | {name: nodes[node] for node, name in crossing.items()})
-    made.structure, made.fixed, made.rows, made.longest, made.notes = None, {}, None, None, []
-    return _cleared(made, {node.name for node in sides.text})
+    made.longest = None
+    made.interface = dataclasses.replace(made.interface, constants={}, rows=None, notes=())
+    signature = made.exported.module_call_graph[0].signature
+    assert signature is not None
+    return _cleared(made, {node.name for node in sides.text}, OutputStructure(signature.out_spec))
 
 
 def _decoder(graph: Graph, sides: _GraphHalves, crossing: Mapping[str, str]) -> Graph:
     """The half that reads the text. What crosses is an input."""
     made, nodes = _copy(graph)
-    answered, made.structure = _answers(graph, sides)
+    answered, structure = _answers(graph, sides)
     set_outputs(made.exported, {name: nodes[node.name] for node, name in answered if node not in sides.encoded})
     values = {name: nodes[node].meta["val"] for node, name in crossing.items()}
     memory = add_inputs(made.exported, {name: (value.shape, value.dtype) for name, value in values.items()})
-    made.kept = {name: node.name for name, node in memory.items()}
+    made.cache_inputs = {name: node.name for name, node in memory.items()}
     for node, name in crossing.items():
         nodes[node].replace_all_uses_with(memory[name])
-    return _cleared(made, {node.name for node in sides.encoded})
+    return _cleared(made, {node.name for node in sides.encoded}, structure)
 
 
 def _copy(graph: Graph) -> tuple[Graph, dict[str, fx.Node]]:
     """A graph to be edited apart from another, and its nodes by name."""
     program = copy_program(graph.exported)
-    fresh: dict[str, Any] = {"slots": {}, "packs": {}, "axes": dict(graph.axes), "notes": list(graph.notes)}
-    made = dataclasses.replace(graph, exported=program, **fresh, unused=[], extra_outputs=[], checks={})
+    made = dataclasses.replace(graph, exported=program, slots={}, packs={}, axes=dict(graph.axes))
     return made, {node.name: node for node in program.graph.nodes}
 
 
 def _answers(graph: Graph, sides: _GraphHalves) -> tuple[list[tuple[fx.Node, str]], OutputStructure]:
     """What the host answers, each with its name; and the structure of it in which the encoder's is left open."""
-    structure = graph.structure
+    structure = graph.interface.structure
     assert structure is not None
     leaves = [leaf for leaf in range(structure.spec.num_leaves) if leaf not in structure.constants]
     names = name_outputs(structure.spec, _inputs(graph.exported))
@@ -206,7 +207,7 @@ def _answers(graph: Graph, sides: _GraphHalves) -> tuple[list[tuple[fx.Node, str
     )
 
 
-def _cleared(graph: Graph, other: Collection[str]) -> Graph:
+def _cleared(graph: Graph, other: Collection[str], structure: OutputStructure) -> Graph:
     """A half without the other's nodes; sizes that were read there are read of inputs that are left."""
     program, inputs = graph.exported, _inputs(graph.exported)
     left = [node for name, node in inputs.items() if name not in other]
@@ -217,7 +218,7 @@ def _cleared(graph: Graph, other: Collection[str]) -> Graph:
             node.replace_all_uses_with(_size(graph, node, left))
     _erase(program, other)
     drop_inputs(program, {name for name in inputs if name in other})
-    graph.sizes = _sizes_of(graph.sizes, _inputs(program))
+    graph.interface = graph.interface.restrict(_inputs(program), structure)
     return graph
 
 
@@ -243,22 +244,6 @@ def _size(graph: Graph, node: fx.Node, left: Sequence[fx.Node]) -> Any:
     raise Unavailable(
         f"the two halves of graph '{graph.name}' share a size that neither is told: {graph.axes.get(size, size)}",
         next_step=WITHOUT_CACHE,
-    )
-
-
-def _sizes_of(sizes: SizeConstraints, names: Collection[str]) -> SizeConstraints:
-    """What is known of some inputs' sizes."""
-
-    def own(texts: Iterable[str]) -> tuple[str, ...]:
-        return tuple(text for text in texts if {name for name, _ in find_axes(text) or ()} <= set(names))
-
-    return dataclasses.replace(
-        sizes,
-        shapes={name: shape for name, shape in sizes.shapes.items() if name in names},
-        conditions=own(sizes.conditions),
-        assumed=own(sizes.assumed),
-        fixed=tuple(axis for axis in sizes.fixed if axis[0] in names),
-        lines={axis: line for axis, line in sizes.lines.items() if axis[0] in names},
     )
 
 

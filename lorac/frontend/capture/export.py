@@ -35,6 +35,7 @@ from lorac.frontend.capture.attention_interface import (
     make_decoder_shapes,
 )
 from lorac.frontend.capture.encoder_decoder import check_attention_cacheable, drop_zero_biases
+from lorac.frontend.capture.interface import describe_interface
 from lorac.frontend.capture.layer_groups import find_layer_groups
 from lorac.frontend.capture.position_ids import make_positions_per_row
 from lorac.frontend.capture.repeated_layers import expand_repeated_layers, trace_repeated_layers_once
@@ -50,6 +51,7 @@ from lorac.frontend.trace_guards import TraceGuard, find_failing_model_line, ite
 from lorac.ir.graph import ops as _ops  # noqa: F401  (what a copy's sites call is registered there)
 from lorac.ir.graph.edit import has_site_checks, keep_tensor_outputs, qualify_names
 from lorac.ir.graph.graph import Graph
+from lorac.ir.graph.symbolic_shapes import set_types
 from lorac.ir.interface import program_input_name
 from lorac.ir.output_structure import replace_dataclasses
 from lorac.ir.sites import Site, SiteKind
@@ -259,10 +261,10 @@ def capture_graph(  # noqa: PLR0913  (what a graph is made of)
     own |= select_once_plans(plans, own)
     sizes = collect_constraints(exported, collect_dynamic_axes(named, shapes), guards)
     axes = name_axes(exported, {program_input_name(argument): told for argument, told in shapes.items()})
-    graph = Graph(name, exported, sites, own, axes=axes, sizes=sizes, structure=keep_tensor_outputs(exported))
-    graph.fixed, graph.positions = arguments.fixed, arguments.positions
-    graph.notes += arguments.notes
+    interface = describe_interface(exported, model, arguments, sizes, keep_tensor_outputs(exported))
+    graph = Graph(name, exported, sites, own, interface, axes=axes)
     graph.longest = get_longest_sequence(model) if grows else None
+    set_types(graph)
     return graph
 
 

@@ -118,7 +118,9 @@ def _made_up(rows: int, sizes: tuple[int | None, ...], dtype: torch.dtype) -> Te
 
 def encoder_output_shapes(graph: Graph) -> dict[str, CacheInputShape]:
     """The inputs of a graph that hold what an encoder made."""
-    values = {name: graph.node(node).meta["val"] for name, node in graph.kept.items() if is_encoder_output(name)}
+    values = {
+        name: graph.node(node).meta["val"] for name, node in graph.cache_inputs.items() if is_encoder_output(name)
+    }
     return {
         name: (tuple(size if isinstance(size, int) else None for size in value.shape), value.dtype)
         for name, value in values.items()
@@ -127,7 +129,7 @@ def encoder_output_shapes(graph: Graph) -> dict[str, CacheInputShape]:
 
 def cache_input_shapes(graph: Graph) -> dict[str, tuple[int, int, torch.dtype]]:
     """What ``empty_cache`` asks of a graph."""
-    values = {name: graph.node(node).meta["val"] for name, node in graph.kept.items() if is_past_input(name)}
+    values = {name: graph.node(node).meta["val"] for name, node in graph.cache_inputs.items() if is_past_input(name)}
     return {name: (int(value.shape[1]), int(value.shape[3]), value.dtype) for name, value in values.items()}
 
 

@@ -11,16 +11,13 @@ import functools
 import operator
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch.fx
 from torch.export import ExportedProgram
 
-from lorac.ir.multimodal_positions import MultimodalPositions
-from lorac.ir.output_structure import OutputStructure
-from lorac.ir.row_layout import RowLayout
+from lorac.ir.graph.edit import add_outputs
+from lorac.ir.interface import Interface
 from lorac.ir.sites import Site
-from lorac.ir.sizes import SizeConstraints
 from lorac.ir.slots.plans import SitePlan
 
 
@@ -80,44 +77,28 @@ class Graph:
     Attributes:
         name: which of the program's graphs it is.
         exported: the torch.export program.
-        sites: every site of the host.
+        sites: every site of the model.
         plans: slots of the touched sites.
+        interface: what a call gives the program, and what it answers; slots and caches are apart from it.
         level: how far it is lowered.
         slots: slot inputs by public name, in input order.
-        packs: path -> sites that are computed as one; their calls bear the pack's path.
-        extra_outputs: names of outputs added behind the host's own (``aux``).
+        packs: path -> sites that are computed as one; their calls have this path.
         axes: torch's symbols for sizes that vary -> their names.
-        sizes: which sizes the host's inputs may have.
-        structure: what the host answers around the graph's tensors; None where that is for the program itself to say.
-        kept: inputs of a graph that keeps a cache, by the names they bear outside -> their placeholders.
-        longest: the longest text that positions in tables admit; None where there are none.
-        fixed: arguments of the host that are constants of the graph, as they were given when it was captured.
-        positions: what makes the positions of text for calls without; None where they are no input, or always given.
-        rows: how a call of another number of rows is one of several; None where the graph takes it as it is, or not.
-        notes: what whoever calls the program should know about it, each in a sentence.
-        checks: of the extra outputs, those that say whether values are as the model wants them -> the line that asks.
-        unused: paths of planned sites that no output depends on, and that have no slots therefore.
+        cache_inputs: public name of an input that holds a cache, its lengths or encoder outputs -> its placeholder.
+        longest: the longest sequence that position tables admit; None without tables.
     """
 
     name: str
     exported: ExportedProgram
     sites: Mapping[str, Site]
     plans: Mapping[str, SitePlan]
+    interface: Interface
     level: Level = Level.HOST
     slots: dict[str, SlotInput] = field(default_factory=dict)
     packs: dict[str, FusedProjection] = field(default_factory=dict)
-    extra_outputs: list[str] = field(default_factory=list)
     axes: dict[str, str] = field(default_factory=dict)
-    sizes: SizeConstraints = field(default_factory=SizeConstraints)
-    structure: OutputStructure | None = None
-    kept: dict[str, str] = field(default_factory=dict)
+    cache_inputs: dict[str, str] = field(default_factory=dict)
     longest: int | None = None
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    positions: MultimodalPositions | None = None
-    rows: RowLayout | None = None
-    notes: list[str] = field(default_factory=list)
-    checks: dict[str, str] = field(default_factory=dict)
-    unused: list[str] = field(default_factory=list)
 
     @property
     def fx(self) -> torch.fx.Graph:
@@ -128,6 +109,15 @@ class Graph:
         """The slots of what is called under a path: those of a pack, or of a site, which may have none."""
         pack = self.packs.get(path)
         return self.plans[path] if pack is None else pack.plan
+
+    def add_outputs(self, nodes: Mapping[str, torch.fx.Node]) -> None:
+        """Add extra outputs behind the present ones, by name."""
+        add_outputs(self.exported, nodes)
+        self.interface = self.interface.with_outputs(nodes)
+
+    def add_notes(self, *notes: str) -> None:
+        """Add sentences for whoever calls the program."""
+        self.interface = self.interface.with_notes(*notes)
 
     def placeholders(self) -> list[torch.fx.Node]:
         """Input nodes, in signature order."""

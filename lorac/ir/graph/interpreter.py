@@ -23,7 +23,6 @@ from lorac.ir.graph.attention_ops import find_token_input
 from lorac.ir.graph.edit import SLOTS_KEYWORD
 from lorac.ir.graph.feeds import cache_input_shapes, encoder_output_shapes, make_empty_cache
 from lorac.ir.graph.graph import Graph
-from lorac.ir.interface import Interface
 from lorac.ir.sizes import AxisSizes
 
 aten = torch.ops.aten
@@ -45,7 +44,7 @@ class InterpreterResult:
     """
 
     output: Any
-    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    extra: Mapping[str, object] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -61,8 +60,8 @@ def interpret(graph: Graph, inputs: Mapping[str, Any], slots: Mapping[str, Tenso
         KeyError: a slot input is not filled.
         ChoiceError: an argument the graph was not captured with, or a missing one.
     """
-    signature = Interface.of(graph)
-    output, extra = signature.answer(run_graph(graph, signature.bind((), inputs), slots))
+    interface = graph.interface
+    output, extra = interface.build_output(run_graph(graph, interface.check((), inputs), slots))
     return InterpreterResult(output, extra)
 
 
@@ -165,10 +164,10 @@ as what they are: torch's way to an op that is written in Python takes longer th
 
 def _nothing_before(graph: Graph, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """Empty caches for a graph that keeps some, where the call has none of its own."""
-    if not graph.kept:
+    if not graph.cache_inputs:
         return {}
     made = make_empty_cache(cache_input_shapes(graph), inputs[find_token_input(inputs)], encoder_output_shapes(graph))
-    return {node: inputs.get(name, made.get(name)) for name, node in graph.kept.items()}
+    return {node: inputs.get(name, made.get(name)) for name, node in graph.cache_inputs.items()}
 
 
 def _by_node(graph: Graph, slots: Mapping[str, Tensor]) -> dict[str, Tensor]:

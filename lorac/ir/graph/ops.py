@@ -83,7 +83,7 @@ def _(x: Tensor, y: Tensor, site: str) -> Tensor:
     return torch.empty_like(y)
 
 
-LINEAR, BLOCK = linear._opoverload, block._opoverload
+LINEAR, EMBEDDING, BLOCK = linear._opoverload, embedding._opoverload, block._opoverload
 
 
 @torch.library.custom_op("lorac::matmul", mutates_args=())

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lorac.ir.graph.graph import Graph, SlotInput
-from lorac.ir.interface import Interface
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -15,11 +14,9 @@ class Program:
 
     Attributes:
         graphs: name -> graph; of a single model ``"main"``, and of its encoder, where that is run apart, another.
-        signatures: name -> how the host of that graph is called.
     """
 
     graphs: Mapping[str, Graph]
-    signatures: Mapping[str, Interface]
 
     @property
     def slots(self) -> dict[str, SlotInput]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -19,20 +21,16 @@ def rename_symbols(text: str, names: Mapping[str, str]) -> str:
     return _SYMBOL.sub(lambda match: names.get(match.group(), match.group()), text)
 
 
-def describe_types(graph: Graph, inputs: Collection[str], outputs: Sequence[str]) -> dict[str, str]:
-    """Input or output of a graph -> its dtype and sizes, those that vary by their names.
-
-    Args:
-        graph: a captured graph.
-        inputs: names of the caller's inputs.
-        outputs: names of its outputs, in order.
-    """
+def set_types(graph: Graph) -> None:
+    """Describe dtypes and sizes of a graph's inputs and outputs in its interface."""
+    inputs, outputs = graph.interface.inputs, graph.interface.outputs
     given = {node.name: node for node in graph.placeholders() if node.name in inputs}
-    answered = next(node for node in reversed(graph.fx.nodes) if node.op == "output").args[0]
+    answered: Any = graph.fx.output_node().args[0]
     named = zip(outputs, list(answered)[-len(outputs) :], strict=True) if outputs else ()
     nodes = {**given, **{name: node for name, node in named if isinstance(node, torch.fx.Node)}}
     values = {name: node.meta.get("val") for name, node in nodes.items()}
-    return {name: _describe_type(value, graph.axes) for name, value in values.items() if isinstance(value, Tensor)}
+    types = {name: _describe_type(value, graph.axes) for name, value in values.items() if isinstance(value, Tensor)}
+    graph.interface = replace(graph.interface, types=types)
 
 
 def _describe_type(value: Tensor, names: Mapping[str, str]) -> str:

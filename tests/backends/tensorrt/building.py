@@ -166,8 +166,8 @@ class Built:
 
     def answers(self, choice: Any) -> tuple[list[Tensor], list[Tensor]]:
         """What the emitted file answers on the example inputs, and what the reference interpreter does."""
-        graph, signature = widen_graph(self.program.graphs["main"]), self.program.signatures["main"]
-        inputs, constants = read_example_inputs(graph, signature.inputs), graph.exported.state_dict
+        graph = widen_graph(self.program.graphs["main"])
+        inputs, constants = read_example_inputs(graph, graph.interface.inputs), graph.exported.state_dict
         weights = {name: w.float() if w.is_floating_point() else w for name, w in constants.items()}
         held = self._held(choice)
         given = {} if self.engine.constant else held

@@ -73,8 +73,8 @@ def test_what_is_lost_in_a_file_is_found(monkeypatch, harm, said, dtype):
 def test_both_sides_compute_in_float32_what_is_half():
     """The program of a half host, computed whole, is off from itself in half precision by that rounding alone."""
     found = seen(model=host(), adapters={"a": lorac.LoRA(r=2, targets=["one"])}, example_inputs=(X,), dtype="float16")
-    graph, signature = found.program.graphs["main"], found.program.signatures["main"]
-    inputs, held = read_example_inputs(graph, signature.inputs), found.compiled._state.bound.content.tensors
+    graph = found.program.graphs["main"]
+    inputs, held = read_example_inputs(graph, graph.interface.inputs), found.compiled._state.bound.content.tensors
     (half,), whole = run_graph(graph, inputs, held), widen_graph(graph)
     assert whole is not graph
     weights = {name: weight.float() for name, weight in graph.exported.state_dict.items()}

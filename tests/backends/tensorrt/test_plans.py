@@ -127,8 +127,8 @@ def _assert_selected(found: Built) -> None:
     """A router that is off leaves the base's bits whatever its parameters hold, by a selection."""
     ops = {node.op_type for node in model_of(found.engine).graph.node}
     assert "Where" in ops and "If" not in ops
-    graph, signature = found.program.graphs["main"], found.program.signatures["main"]
-    inputs, slots = read_example_inputs(graph, signature.inputs), found.engine.slots
+    graph = found.program.graphs["main"]
+    inputs, slots = read_example_inputs(graph, graph.interface.inputs), found.engine.slots
     held = found.compiled._state.bound.content.tensors  # nothing was active last
     parameters = {name for name in held if "branch" in slots[name].role and not is_strength(slots[name].role)}
     assert parameters

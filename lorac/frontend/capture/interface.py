@@ -1,0 +1,83 @@
+"""The interface of a captured program, read from the program and from the signature of its model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from lorac.frontend.call_arguments import CallArguments
+from lorac.frontend.call_binding import list_fixed_arguments, list_positional_arguments
+from lorac.ir.graph import ops
+from lorac.ir.interface import Interface, program_input_name
+from lorac.ir.multimodal_positions import POSITION_IDS
+from lorac.ir.output_structure import OutputStructure
+from lorac.ir.sizes import SizeConstraints
+
+aten = torch.ops.aten
+_RESHAPING = frozenset(
+    {aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten._to_copy.default, aten.to.dtype}
+    | {aten.clone.default, aten.alias.default, aten.expand.default}
+)
+"""Ops that leave the values of ids unchanged."""
+_EMBEDDINGS = {aten.embedding.default: (1, 0), ops.EMBEDDING: (0, 1)}
+"""Op that looks ids up -> which operands are the ids and the table."""
+
+
+def describe_interface(
+    program: ExportedProgram,
+    host: nn.Module,
+    arguments: CallArguments,
+    sizes: SizeConstraints,
+    structure: OutputStructure,
+) -> Interface:
+    """Return the interface of a program.
+
+    Args:
+        program: as captured.
+        host: the model that it was captured from.
+        arguments: the example call.
+        sizes: which sizes the inputs may have.
+        structure: how the model's output is built.
+    """
+    inputs = tuple(map(str, program.graph_signature.user_inputs))
+    positions = arguments.positions
+    return Interface(
+        inputs=inputs,
+        arguments=list_positional_arguments(host, inputs),
+        outputs=structure.tensor_names(inputs),
+        structure=structure,
+        constants=arguments.fixed,
+        defaults=list_fixed_arguments(host),
+        id_counts=_count_ids(program, inputs),
+        aliases=_find_aliases(host, inputs),
+        sizes=sizes,
+        derived={} if positions is None else {POSITION_IDS: positions.call},
+        positions=positions,
+        notes=tuple(arguments.notes),
+    )
+
+
+def _find_aliases(host: nn.Module, inputs: Collection[str]) -> dict[str, str]:
+    """Return the arguments of forward whose inputs have another name."""
+    arguments = inspect.signature(host.forward).parameters
+    named = ((name, program_input_name(name)) for name in arguments)
+    return {name: known for name, known in named if known in inputs and known not in arguments}
+
+
+def _count_ids(program: ExportedProgram, inputs: Collection[str]) -> dict[str, int]:
+    """Return the inputs that embeddings read as ids, with the number of rows of the smallest embedding of each."""
+    found: dict[str, int] = {}
+    for node in program.graph.nodes:
+        if node.target not in _EMBEDDINGS:
+            continue
+        ids, table = (node.args[place] for place in _EMBEDDINGS[node.target])
+        size = table.meta["val"].shape[0]
+        while ids.target in _RESHAPING:
+            ids = ids.args[0]
+        if ids.op == "placeholder" and ids.name in inputs and isinstance(size, int):
+            found[ids.name] = min(size, found.get(ids.name, size))
+    return found
