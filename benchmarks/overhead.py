@@ -9,6 +9,7 @@ baked 1.00; lorac's base <= 1.03 of the plain export. Fused (bound) is reported 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,16 +79,7 @@ def _plain(compiled: Any, path: Path) -> Any:
         for name, part in base.parts.items()
     }
     engine = OrtEngine(parts=parts, plans={}, base=base.base, mode=base.mode, files=base.files, options=base.options)
-    compiled.setup(
-        engine=engine,
-        plans={},
-        sites=compiled.sites,
-        base=compiled.base,
-        pool=compiled.pool,
-        services=compiled.services,
-        mode=compiled.mode,
-    )
-    return compiled
+    return type(compiled)(dataclasses.replace(compiled.session, plans={}), engine)
 
 
 def _peft_sides(given: argparse.Namespace) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from lorac.session import artifact
+from lorac.storage import artifact
 from lorac.storage.tensor_file import DTYPES, hash_contents
 
 RAW = "\0raw\0"
@@ -275,7 +275,7 @@ def artefact(folder: Path, random: random.Random) -> None:
     if random.random() < 0.5:
         manifest.write_bytes(json_text(manifest.read_bytes(), random))
     else:
-        target = random.choice([path for path in artifact._all_files(folder) if path != manifest])
+        target = random.choice([path for path in sorted(folder.rglob("*")) if path.is_file() and path != manifest])
         by_suffix = {".json": json_text, ".safetensors": safetensors}
         target.write_bytes(by_suffix.get(target.suffix, octets)(target.read_bytes(), random))
         told = json.loads(manifest.read_bytes())

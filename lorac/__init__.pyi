@@ -30,10 +30,10 @@ from lorac.ir.slots.choice import Active as Active
 from lorac.ir.slots.planning import Reserve as Reserve
 from lorac.limits import budget as budget
 from lorac.runtime.generation.prompt_cache import PromptCache as PromptCache
+from lorac.runtime.switchable_model import SwapReport as SwapReport
 from lorac.session.api import compile as compile
 from lorac.session.compiled import Compiled as Compiled
 from lorac.session.loading import load as load
-from lorac.session.presentation import SwapReport as SwapReport
 from lorac.variants import variants as variants
 from lorac.variants.adalora import AdaLoRA as AdaLoRA
 from lorac.variants.adapter import Adapter as Adapter

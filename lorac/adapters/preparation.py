@@ -55,6 +55,7 @@ class Preparer:
         self._common: Any = WeakTensorKeyDictionary()
         self._asked: dict[str, tuple[Variant, Shapes, Reduction]] = {}
 
+    @torch.no_grad()
     def prepare(self, adapter: Adapter) -> PreparedAdapter:
         """Every term, in its normal form, of an adapter that fits the model (``lorac.adapters.fit.check_adapter``).
 

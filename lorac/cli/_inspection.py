@@ -24,11 +24,11 @@ def describe_folder(folder: Path) -> Inspection:
     Raises:
         ArtifactError: it is damaged.
     """
-    from lorac.session.manifest import Manifest
     from lorac.session.targets import find_backend
+    from lorac.storage.artifact import open_artifact
 
-    manifest = Manifest.of(folder)
-    told = manifest.told
+    manifest = open_artifact(folder)
+    told = manifest.fields
     sizes = {name: entry["bytes"] for name, entry in told["files"].items()}
     adapters = [
         {

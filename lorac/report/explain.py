@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -143,11 +143,17 @@ class Explanation:
         return "\n".join(_explanation_lines(self)) + "\n"
 
 
-def explain(compiled: Any, asked: str = "", lacking: tuple[str, ...] = ()) -> Explanation:
+def explain(
+    compiled: Any,
+    casts: Iterable[tuple[torch.dtype, torch.dtype]] = (),
+    asked: str = "",
+    lacking: tuple[str, ...] = (),
+) -> Explanation:
     """The report of a compiled model, as it is now.
 
     Args:
         compiled: the model.
+        casts: (dtype of the model or of the request, dtype of the target), for dtypes that the target lacks.
         asked, lacking: another target, and what it would not compute.
     """
     plans: Mapping[str, SitePlan] = compiled.plans
@@ -164,7 +170,7 @@ def explain(compiled: Any, asked: str = "", lacking: tuple[str, ...] = ()) -> Ex
         terms=rows,
         reserved=tuple(path for path, plan in plans.items() if not plan.empty and path not in terms),
         bare=tuple(path for path in adaptable if path not in plans or plans[path].empty),
-        casts=tuple((short_dtype(a), short_dtype(b)) for a, b in compiled.services.casts),
+        casts=tuple((short_dtype(a), short_dtype(b)) for a, b in casts),
         programs=tuple(_program_row(name, interface) for name, interface in compiled.engine.interfaces.items()),
         asked=asked,
         lacking=lacking,

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from lorac.frontend.components import list_components
-from lorac.ir.slots.choice import UNSET
 
 
 class StoredConfig(dict[str, Any]):
@@ -160,31 +159,3 @@ def _custom_generation(model: nn.Module) -> CustomGeneration | None:
     read = {path: functools.reduce(_attribute, path.split("."), whole) for path in paths}
     told = {path: value for path, value in read.items() if isinstance(value, int | float | str | tuple)}
     return CustomGeneration(f"{owner.__module__}:{owner.__qualname__}", told)
-
-
-class Component:
-    """One of several models compiled together, in place of the original.
-
-    It is called as the model was (``adapters=`` chooses for that call only), and has its ``config``, ``dtype`` and
-    ``device``, so that a pipeline takes it.
-
-    Args:
-        compiled: all of them.
-        name: which one.
-        traits: what others ask of the model.
-    """
-
-    def __init__(self, compiled: Any, name: str, traits: ModelTraits) -> None:
-        self._compiled, self._name = compiled, name
-        self.config, self.dtype, self.device = traits.config, traits.dtype, traits.device
-
-    def __call__(self, *args: Any, adapters: Any = UNSET, **kwargs: Any) -> Any:
-        """Answer as the model does."""
-        return self._compiled.call(args, kwargs, adapters, graph=self._name)
-
-    def generate(self, inputs: Any = None, **told: Any) -> Any:
-        """As ``Compiled.generate``."""
-        return self._compiled.generate(inputs, component=self._name, **told)
-
-    def __repr__(self) -> str:
-        return f"<component {self._name} of {self._compiled!r}>"

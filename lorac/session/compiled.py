@@ -1,402 +1,364 @@
-"""``Compiled``: a model and its adapters, ready to call; swaps, adds, removes and explains."""
+"""``Compiled``: a model and its adapters, ready to call, swap, save and train."""
 
 from __future__ import annotations
 
-import dataclasses
+import inspect
 import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import nn
 
 from lorac.errors import BaseNeeded, Unavailable
+from lorac.formats import save_adapter
 from lorac.frontend.components import MAIN_GRAPH, check_component
-from lorac.ir.sites import BaseReader, Site
-from lorac.ir.slots.choice import UNSET, Active, Choice, ChoiceSpec, choice_strengths, parse_choice
-from lorac.ir.slots.composition import ComposedWeights
-from lorac.ir.slots.plans import PreparedAdapter, SitePlan
-from lorac.runtime.adapter_pool import AdapterPool
-from lorac.runtime.batching import run_rows
+from lorac.ir.slots.choice import UNSET, Choice, ChoiceSpec
 from lorac.runtime.capacity import check_capacity
-from lorac.runtime.choice_states import ChoiceState, ChoiceStates
-from lorac.runtime.generation.text_generator import TextGenerator
-from lorac.runtime.locks import ReadWriteLock
-from lorac.runtime.services import Services
-from lorac.runtime.traits import Component
-from lorac.session.presentation import SwapReport, add_presentation
-from lorac.target.binding import BoundProgram, CallResult
+from lorac.runtime.switchable_model import SwitchableModel
+from lorac.runtime.traits import ModelTraits
+from lorac.session.adapter_loading import make_adapter, outline_adapter
+from lorac.session.adapter_tensors import AdapterTensors, drop_excluded_keys, ignore_excluded_keys, state_dict_key
+from lorac.session.presentation import INTERFACE, describe_compiled, unknown_attribute
+from lorac.session.session import Session
 from lorac.target.engine import Engine
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from lorac.report.explain import Explanation
+    from lorac.report.graph_views import GraphViews
+    from lorac.session.request.compile_request import CompileRequest
 
 
-@add_presentation
-class Compiled(TextGenerator):
+class Compiled(SwitchableModel):
     """The result of ``lorac.compile``.
 
-    Calling it answers as the model does. ``adapters=`` in a call chooses for that call only.
+    Calling it answers as the model does. ``adapters=`` in a call chooses adapters for that call only.
+
+    Args:
+        session: the model, its adapters and its backend.
+        engine: runs the program.
     """
 
-    def setup(
-        self,
-        *,
-        engine: Engine,
-        plans: Mapping[str, SitePlan],
-        sites: Mapping[str, Site],
-        base: BaseReader,
-        pool: AdapterPool,
-        services: Services,
-        mode: str,
-    ) -> None:
-        """Put the parts together (the compiler's business)."""
-        self.engine, self.plans, self.sites, self.base = engine, plans, sites, base
-        self.pool, self.services, self.mode = pool, services, mode
-        self._swaps, self._adding = threading.RLock(), threading.Lock()
-        self._calls = ReadWriteLock()
-        self._answered = threading.local()
-        self._states = ChoiceStates(engine, plans, pool, base, self._swaps)
-        self._state = self._states.of(())
-        # What the weights hold in fused mode; None while they are written, and after a write that was interrupted.
-        self._held: ComposedWeights | None = self._state.snapshot
-        if not engine.fused:
-            self._activate(self._state)
-
-    # --- calling -----------------------------------------------------------------------------------------------
+    def __init__(self, session: Session, engine: Engine) -> None:
+        SwitchableModel.__init__(
+            self,
+            engine=engine,
+            plans=session.plans,
+            pool=session.pool,
+            base=session.base,
+            mode=session.mode,
+            traits=session.traits,
+            input_dtypes=session.precision.inputs,
+        )
+        self.session, self.sites = session, session.sites
+        self._add_lock = threading.Lock()
 
     def __call__(self, *args: Any, adapters: Any = UNSET, **kwargs: Any) -> Any:
-        """Answer as the model does: its own output type; torch or numpy as it came."""
+        """Answer as the model does: with its own output type, in torch or NumPy like the inputs."""
         return self.call(args, kwargs, adapters)
 
     def __getitem__(self, name: str) -> Component:
-        """One of several models compiled together, called as it is; raises ``ChoiceError`` where there is none."""
-        known = self.services.traits
-        return Component(self, check_component(name, known), known[name])
+        """Return one of several models that were compiled together; raises ``ChoiceError`` if it does not exist."""
+        return Component(self, check_component(name, self.traits), self.traits[name])
 
-    def call(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], adapters: Any = UNSET, *, graph: str = MAIN_GRAPH
+    def generate(
+        self,
+        inputs: Any = None,
+        *,
+        adapters: Any = UNSET,
+        seed: int | Sequence[int] | None = None,
+        draft: ChoiceSpec = UNSET,
+        prefixes: object = None,
+        component: str = MAIN_GRAPH,
+        **options: Any,
     ) -> Any:
-        """One call of a graph, with the active adapters or with a choice of its own."""
-        if isinstance(adapters, Sequence) and not isinstance(adapters, str):
-            return self._call_rows(args, kwargs, adapters, graph)
-        return self.with_choice(adapters, lambda bound, _: self._run(bound, graph, args, kwargs))
+        """Continue prompts as transformers' ``generate`` does, with the same result type.
 
-    def _run(self, bound: BoundProgram, graph: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        args, kwargs = self.services.fit((args, kwargs))
-        answer = bound.run(graph, args, kwargs)
-        self._answered.aux = answer.aux
-        return answer.output
-
-    def with_choice(self, adapters: Any, work: Callable[[BoundProgram, ChoiceState], T]) -> T:
-        """Some work with the active adapters, or with a choice of its own, as one call: no swap comes in between."""
-        if self.mode == "baked":
-            if adapters is not UNSET and parse_choice(adapters, self.pool) != self.choice:
-                self.refuse_baked()
-            return work(self._state.bound or self.engine.written, self._state)
-        if self.engine.fused:
-            return self._with_written(adapters, work)
-        computed = self.computes_terms()
-        state = self._state if adapters is UNSET else self._states.of(parse_choice(adapters, self.pool), stale=computed)
-        state = state if computed else self._fresh(state)
-        assert state.bound is not None
-        return work(state.bound, state)
-
-    def _with_written(self, adapters: Any, work: Callable[[BoundProgram, ChoiceState], T]) -> T:
-        if adapters is not UNSET:
-            choice = parse_choice(adapters, self.pool)
-            with self._swaps:
-                return self._calls.writing(lambda: self._with_own(choice, work))
-        self._rewrite()
-        with self._calls.reading():
-            if self._whole():
-                return work(self.engine.written, self._state)
-        return self._with_written(adapters, work)
-
-    def _with_own(self, choice: Choice, work: Callable[[BoundProgram, ChoiceState], T]) -> T:
-        """Some work with weights written for it, by one who is alone."""
-        before, state = self._state.snapshot, self._states.of(choice)
-        try:
-            self._put(state.snapshot)
-            return work(self.engine.written, state)
-        finally:
-            self._put(before)
-
-    def _rewrite(self) -> None:
-        """Write the active weights anew where their adapters were trained since, or a write was interrupted."""
-        if self._whole() and (self.computes_terms() or not self._state.stale):
-            return
-        with self._swaps:
-            if not self._whole():
-                self._restore(self._state)
-            elif self._state.stale:
-                self._write(self._state.choice)
-
-    def _whole(self) -> bool:
-        """Whether the weights hold the active choice; a call of its own choice that is running changes that."""
-        return self._held is self._state.snapshot
-
-    def _call_rows(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], adapters: Sequence[ChoiceSpec], graph: str
-    ) -> Any:
-        def run(own: tuple[Any, ...], named: dict[str, Any], choice: ChoiceSpec) -> CallResult:
-            return CallResult(self.call(own, named, choice, graph=graph), self.aux)
-
-        # In their canonical spelling, so that rows of one choice run together however it was written.
-        answer = run_rows(run, args, kwargs, [dict(parse_choice(choice, self.pool)) or None for choice in adapters])
-        self._answered.aux = answer.aux
-        return answer.output
-
-    # --- swapping ----------------------------------------------------------------------------------------------
-
-    @property
-    def choice(self) -> Choice:
-        """What is active, in its canonical spelling."""
-        return self._state.choice
-
-    @property
-    def snapshot(self) -> ComposedWeights:
-        """What is active, and what it comes to at every site."""
-        return self._state.snapshot
-
-    @property
-    def active(self) -> dict[str, float]:
-        """Name -> strength of what is active."""
-        return choice_strengths(self._state.choice)
-
-    def swap(self, adapters: ChoiceSpec, *, settle: bool = False) -> SwapReport:
-        """Make a choice the active one: a name, ``{name: strength}``, or None.
-
-        Running calls end with the adapters they began with. A swap that fails changes nothing.
+        It is one call: it keeps the adapters with which it began, and in fused mode a swap waits for its end. Rows may
+        be padded on either side. Each row gives what it gives alone.
 
         Args:
-            adapters: the choice.
-            settle: fused mode in ONNX Runtime: also re-bake the weights as constants, and return when calls run on
-                them. Until then the bound weights serve.
+            inputs: token ids (rows, length), unless they are given as ``input_ids``; torch or NumPy.
+            adapters: a choice for this call, or a list with one per row.
+            seed: seed of the random numbers, for the call or a list with one per row; torch's own generator is left as
+                it was. Default: torch's own generator.
+            draft: a choice of adapters that proposes tokens ahead, which are then verified together: None for the
+                base, or an adapter cut to a lower rank. The result is that of the call's own choice. Default: none.
+            prefixes: a ``lorac.PromptCache`` that keeps prompts between calls, on targets with a cache.
+            component: which of several models.
+            **options: ``input_ids``, ``attention_mask`` and whatever else transformers' ``generate`` takes.
 
         Raises:
-            AdapterNotFound, ChoiceError: what is asked for does not exist or makes no sense.
-            Unavailable: settling was asked of a target or mode that binds no weights.
+            Unavailable: the model does not generate, or the target keeps no cache.
+            InputMismatch: an empty prompt, more tokens than there are positions, or what transformers refuses.
+            OptionError: an unknown option.
+            ChoiceError: rows and choices differ in number.
+            MissingExtra: transformers is not installed.
         """
-        begun = time.perf_counter()
-        self.refuse_baked()
-        choice = parse_choice(adapters, self.pool)
-        with self._swaps:
-            touched, before = self._states.touched(self._state, choice), self._state
-            written, blocked = self._write(choice) if self.engine.fused else (self._bind(choice), 0.0)
-            changed = self._state
-        try:
-            self._settle(settle)
-        except BaseException:
-            with self._swaps:
-                self._restore(before if self._state is changed else self._state)
-            raise
-        state = "settled" if self.engine.settled else "bound"
-        return SwapReport(state, len(touched), written, time.perf_counter() - begun, blocked)
+        from lorac.runtime.generation.generate import generate
 
-    def _settle(self, now: bool) -> None:
-        if now:
-            self.engine.settle()
-        elif self.engine.settles_alone:
-            threading.Thread(target=self.engine.settle, name="lorac-settle", daemon=True).start()
+        given = options if inputs is None else {"inputs": inputs, **options}
+        return generate(self, component, given, adapters=adapters, seed=seed, draft=draft, prefixes=prefixes)
 
-    def _bind(self, choice: Choice) -> int:
-        before, state = self._state, self._states.of(choice)
-        self._activate(state)
-        return 0 if state is before else state.nbytes
-
-    def _activate(self, state: ChoiceState) -> None:
-        before = self._state
-        assert state.bound is not None
-        assert before.bound is not None
-        try:
-            state.bound.activate()
-            self._state = state
-        except BaseException:
-            self._state = before
-            before.bound.activate()
-            raise
-
-    def _write(self, choice: Choice) -> tuple[int, float]:
-        cached = self._states.of(choice)
-        # A snapshot of its own per swap: what settled for an earlier one does not serve this one unasked.
-        state = dataclasses.replace(cached, snapshot=dataclasses.replace(cached.snapshot))
-        begun = time.perf_counter()
-        written = self._calls.writing(lambda: self._exchange(state))
-        return written, time.perf_counter() - begun
-
-    def _exchange(self, state: ChoiceState) -> int:
-        """Make the weights hold a state and make it the active one, by one who is alone; both or none."""
-        before = self._state
-        try:
-            written = self._put(state.snapshot)
-            self._state = state
-        except BaseException:
-            self._state = before
-            self._put(before.snapshot)
-            raise
-        return written
-
-    def _put(self, snapshot: ComposedWeights) -> int:
-        """Make the weights hold a snapshot. Where that is interrupted they hold nothing, and the next call puts."""
-        self._held = None
-        written = self.engine.write(snapshot)
-        self._held = snapshot
-        return written
-
-    def _restore(self, state: ChoiceState) -> None:
-        """Make a state that was the active one that again, whether or not its adapters are still there."""
-        if not self.engine.fused:
-            self._activate(state)
-        elif self._held is not state.snapshot or self._state is not state:
-            self._calls.writing(lambda: self._exchange(state))
-
-    def _fresh(self, state: ChoiceState) -> ChoiceState:
-        """The state, made anew where its adapters were trained since."""
-        if not state.stale:
-            return state
-        with self._swaps:
-            renewed = self._states.of(state.choice)
-            if state is self._state:
-                self._activate(renewed)
-        return renewed
-
-    # --- adding and removing -----------------------------------------------------------------------------------
-
-    @property
-    def adapters(self) -> dict[str, Any]:
-        """Name -> adapter."""
-        return self.pool.adapters
-
-    def add_adapter(self, source: Any, name: str | None = None) -> str:
-        """Register an adapter at run time, without a rebuild; returns its name. One that fails leaves no trace.
+    def add_adapter(self, source: object, name: str | None = None) -> str:
+        """Add an adapter at run time, without a rebuild, and return its name. A failure leaves no trace.
 
         Args:
             source: a path, an Adapter, a fresh Variant, or a configuration of PEFT's.
             name: its name; default: the folder's, the adapter's own, or the variant's.
 
         Raises:
-            NeedsRecompile: more sites, rank or kinds of slots than were reserved; nothing was registered.
-            CompileError: it needs a merged weight where the weight is quantised; nothing was registered.
+            NeedsRecompile: it needs more sites, rank or kinds of slots than were reserved.
+            CompileError: it needs a merged weight at a quantised weight.
             AdapterError: the name is taken.
         """
         self.refuse_baked()
-        with self._adding:
-            adapter = self.services.load(source, name)
-            prepared = self._prepared(adapter)
-            check_capacity(adapter.name, prepared, self.plans, self.sites)
-            self._all_or_nothing(lambda: self._add(adapter, prepared))
-        return str(adapter.name)
-
-    def _add(self, adapter: Any, prepared: PreparedAdapter) -> None:
-        self.pool.put(adapter, prepared)
-        self.registered()
-        if not self.engine.fused:
-            self._states.of(((adapter.name, Active()),))
-
-    def _all_or_nothing(self, change: Callable[[], None]) -> None:
-        """Change which adapters there are; where that fails or is interrupted, everything is as before."""
-        with self._swaps:
-            state, entries, kept = self._state, self.pool.entries, dict(self._states.kept)
+        with self._add_lock:
+            adapter = make_adapter(self.session, source, name)
             try:
-                change()
-            except BaseException:
-                self.pool.entries, self._states.kept = entries, kept
-                self._restore(state)
-                self.registered()
+                prepared = self.pool.prepare(adapter)
+            except BaseNeeded:  # base weights exist wherever there are slots, so a missing slot is the better reason
+                check_capacity(adapter.name, outline_adapter(self.session, adapter), self.plans, self.sites)
                 raise
+            check_capacity(adapter.name, prepared, self.plans, self.sites)
+            self.add_prepared(adapter, prepared)
+        return adapter.name
 
-    def _prepared(self, adapter: Any) -> PreparedAdapter:
-        try:
-            return self.pool.prepare(adapter)
-        except BaseNeeded:  # a base weight is kept where a site has slots, and the lack of those says more
-            check_capacity(adapter.name, self.services.outline(adapter), self.plans, self.sites)
-            raise
-
-    def remove_adapter(self, name: str) -> None:
-        """Forget an adapter, and take it out of the active choice; where that fails, it is there as before."""
-        self.refuse_baked()
-        self._all_or_nothing(lambda: self._remove(name))
-
-    def _remove(self, name: str) -> None:
-        remaining = {n: how for n, how in self._state.choice if n != name}
-        if len(remaining) != len(self._state.choice):
-            self.swap(remaining)
-        self.pool.drop(name)
-        self._states.forget(name)
-        self.registered()
-
-    def renew(self) -> None:
-        """Make everything anew that was made of tensors that are other ones now: of another dtype, or elsewhere."""
-        with self._swaps:
-            self.pool.forget_prepared()
-            self._states.clear()
-            if self.mode == "live":
-                self._activate(self._states.of(self._state.choice))
-
-    def mark_baked(self, choice: Choice) -> None:
-        """Record what a baked engine holds (the compiler's business)."""
-        self._state = self._states.new(choice)
-
-    def refuse_baked(self) -> None:
-        """Raise ``Unavailable`` where the adapters are constants of the program."""
-        if self.mode == "baked":
-            raise Unavailable(
-                "the adapters of a baked model are constants and cannot be changed",
-                next_step="compile with mode='live' or 'fused' to swap",
-            )
-
-    def computes_terms(self) -> bool:
-        """Hook: whether a call made now reads the adapters' own tensors and no slot (eager, in training)."""
-        return False
-
-    def registered(self) -> None:
-        """Hook: adapters came or went (eager has the parameters of those that there are)."""
-
-    # --- the rest of the interface -------------------------------------------------------------------------------
+    def _on_adapters_changed(self) -> None:
+        """Do nothing; the eager class updates its parameters."""
 
     @property
-    def aux(self) -> Mapping[str, Mapping[str, Any]]:
-        """Extra outputs asked for with ``aux=``, of this thread's last call: name -> site path -> tensor."""
-        return getattr(self._answered, "aux", {})
+    def graph(self) -> GraphViews:
+        """Name -> graph, to print, compare and draw. Target "eager" captures its model now, in eval mode."""
+        from lorac.session.graphs import collect_graphs
 
-    @property
-    def graph(self) -> Any:
-        """Name -> graph, to print, compare and draw. Target eager captures its host now, in eval mode."""
-        from lorac.report.graph_views import collect_graphs
+        return collect_graphs(self.session, self)
 
-        return collect_graphs(self)
-
-    def explain(self, target: str | None = None) -> Any:
-        """Per site: what was done with each term, why nothing cheaper; and of another target, which ops it lacks."""
-        return self.services.explain(self, target)
-
-    def export(self, target: str = "onnxruntime", mode: str = "auto", **options: Any) -> Any:
-        """Compile again from the host model, with the adapters as they now are."""
-        return self.services.recompile(self, target=target, mode=mode, **options)
-
-    def save_choice(self, path: Any, adapters: ChoiceSpec, component: str = MAIN_GRAPH) -> None:
-        """Write a choice as one file, for whoever runs the saved program without lorac: an ``.onnx_adapter``.
-
-        ``save`` writes one for each adapter; this is the way to one for a mixture, or for an adapter that came later.
-
-        Raises:
-            AdapterNotFound, ChoiceError, NeedsRecompile: as ``swap``; there is no such component.
-            Unavailable: the target has no such files, or the choice does not fit into one.
-        """
-        self.refuse_baked()
-        with self._swaps:
-            self._states.save(parse_choice(adapters, self.pool), component, Path(path))
-
-    def save(self, folder: Any, tokenizer: Any = None) -> None:
-        """Write everything needed to run this elsewhere to ``folder``: ``lorac.load(folder)`` gives it back.
-
-        It takes the place of an older artefact in one step; nothing that lorac did not write is ever removed.
+    def explain(self, target: str | None = None) -> Explanation:
+        """Report what was done with each adapter at each site, and why not something cheaper.
 
         Args:
-            folder: where.
-            tokenizer: saved beside it; default: ``compiled.tokenizer``, where there is one.
+            target: also list the ops that this target would not compute.
+        """
+        from lorac.report.explain import explain
+
+        if target is None:
+            return explain(self, self.session.precision.lost)
+        from lorac.session.lowering.lower import list_missing_ops
+
+        return explain(self, self.session.precision.lost, target, list_missing_ops(self.session, target))
+
+    def export(self, target: str = "onnxruntime", mode: str = "auto", **options: Any) -> Compiled:
+        """Compile the model again, with the adapters' present tensors and the active choice.
+
+        Args:
+            target: the target.
+            mode: as for ``lorac.compile``.
+            **options: other arguments of ``lorac.compile``; default: those of this compilation.
 
         Raises:
-            ArtifactError: the folder holds something else, or besides an older artefact files of others.
+            BaseNeeded: the model is gone.
         """
-        with self._swaps:
-            self.services.save(self, folder, self.written_tokenizer(tokenizer))
+        from lorac.session.request.compile_request import CompileRequest
+
+        model, moved = self.session.host.original()
+        given = {"active": dict(self.choice) or None, **self.session.examples, **moved, **options}
+        return compile_request(CompileRequest.read(model, dict(self.adapters), target, mode=mode, **given))
+
+    def save(self, folder: str | Path, tokenizer: object = None) -> None:
+        """Write a folder from which ``lorac.load(folder)`` makes the compiled model again, anywhere.
+
+        It replaces an older artifact in one step. Files that lorac did not write are never removed.
+
+        Args:
+            folder: where to write.
+            tokenizer: a tokenizer to save with it; default: ``compiled.tokenizer``, if there is one.
+
+        Raises:
+            ArtifactError: the folder holds something else, or other files next to an older artifact.
+        """
+        from lorac.session.saving import save
+
+        with self._swap_lock:
+            save(self.session, self, folder, self._tokenizer if tokenizer is None else tokenizer)
+
+    def save_choice(self, path: str | Path, adapters: ChoiceSpec, component: str = MAIN_GRAPH) -> None:
+        """Write a choice as an ``.onnx_adapter`` file, for programs that run without lorac.
+
+        ``save`` writes such a file for each adapter. This method writes one for a mixture, or for an adapter that was
+        added later.
+
+        Raises:
+            AdapterNotFound, ChoiceError, NeedsRecompile: as for ``swap``, or there is no such component.
+            Unavailable: the target has no such files, or the choice does not fit into one.
+        """
+        self.write_choice(Path(path), adapters, component)
+
+    def __repr__(self) -> str:
+        return describe_compiled(self, len(self.sites))
+
+    def __dir__(self) -> list[str]:
+        return list(INTERFACE)
+
+    if not TYPE_CHECKING:  # a type checker would take every attribute to exist
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise unknown_attribute(self, name)
+
+
+class CompiledModule(nn.Module, Compiled):
+    """A compiled model that is an nn.Module: ``train``, ``parameters``, ``to``, hooks and ``Trainer`` work on it.
+
+    Of its parameters only adapter tensors need gradients. Attributes it lacks are looked up on the copy of the model.
+
+    Its state dict holds what training may change, each tensor once: the adapters' tensors under
+    ``adapter_tensors.<name>.`` with each adapter's record, and the model's buffers under ``host.``. A ``/`` in a key
+    stands for a dot within a name (``state_dict_key``). The model's parameters are left out. A model with the same
+    adapters takes the state dict by ``load_state_dict``, and ``lorac.load_adapter`` reads a file of it, as written by
+    transformers' ``Trainer``.
+    """
+
+    def __init__(self, session: Session, engine: Engine) -> None:
+        assert engine.module is not None
+        nn.Module.__init__(self)
+        self.host = engine.module
+        self.adapter_tensors = nn.ModuleDict()
+        self.training = engine.module.training
+        nn.Module.register_state_dict_post_hook(self, drop_excluded_keys)
+        nn.Module.register_load_state_dict_post_hook(self, ignore_excluded_keys)
+        Compiled.__init__(self, session, engine)
+        self._on_adapters_changed()
+
+    def forward(self, *args: Any, adapters: Any = UNSET, **kwargs: Any) -> Any:
+        """Run the model's forward, with the active adapters or those chosen for this call."""
+        return self.call(args, kwargs, adapters)
+
+    def train(self, mode: bool = True) -> CompiledModule:
+        """Switch to training or eval mode; in eval mode the slots hold the tensors as they were trained."""
+        nn.Module.train(self, mode)
+        if not mode and self.mode == "live":
+            self._refresh(self._state)
+        return self
+
+    def _on_adapters_changed(self) -> None:
+        """Register the tensors of the pool's adapters as parameters and buffers, and no others."""
+        modules = (module for module in self.adapter_tensors.values() if isinstance(module, AdapterTensors))
+        known = {module.adapter: module for module in modules}
+        tensors = {
+            state_dict_key(n): known.get(adapter) or AdapterTensors(adapter) for n, adapter in self.adapters.items()
+        }
+        self.adapter_tensors = nn.ModuleDict(tensors).train(self.training)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the adapters as PEFT does: a single one into the folder, several each into a folder of its name in it.
+
+        Args:
+            folder: where to write; other files in it stay.
+
+        Raises:
+            FormatError: PEFT has no such method; ``lorac.save_adapter`` writes any method in lorac's own format.
+        """
+        adapters = self.adapters
+        for name, adapter in adapters.items():
+            path = Path(folder) if len(adapters) == 1 else Path(folder) / name
+            save_adapter(adapter, path, model=self.session.host.module)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> CompiledModule:
+        """Move the parameters, behind ``to``, ``half`` and ``cuda``, and bind the moved tensors.
+
+        Raises:
+            Unavailable: to another dtype; or to another device in fused mode, whose swaps write weights in place.
+        """
+        for tensor in self.parameters() if self.mode != "baked" else ():
+            moved = fn(tensor.detach()[:0] if tensor.dim() else tensor.detach().clone())
+            if moved.dtype != tensor.dtype or (self.mode == "fused" and moved.device != tensor.device):
+                raise Unavailable(
+                    "a compiled model keeps its dtype, and in fused mode its device",
+                    next_step="compile the model again with dtype= or device=",
+                )
+        nn.Module._apply(self, fn, recurse)
+        self.rebind()
+        return self
+
+    def __repr__(self) -> str:
+        return describe_compiled(self, len(self.sites))
+
+    def __dir__(self) -> list[str]:
+        inherited = (n for n, member in vars(nn.Module).items() if n[0] != "_" and callable(member))
+        return sorted({*INTERFACE, "save_pretrained", *inherited})
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return nn.Module.__getattr__(self, name)
+        except AttributeError:
+            if name == "host" or "_modules" not in self.__dict__ or "host" not in self._modules:
+                raise
+        try:
+            return getattr(self._modules["host"], name)
+        except AttributeError as error:
+            raise unknown_attribute(self, name) from error
+
+
+class Component:
+    """One of several models compiled together, in place of the original.
+
+    It is called as the model was, and has its ``config``, ``dtype`` and ``device``, so that a pipeline takes it.
+    ``adapters=`` in a call chooses adapters for that call only.
+
+    Args:
+        compiled: all of the models.
+        name: the name of this one.
+        traits: configuration, dtype and device of the original.
+    """
+
+    def __init__(self, compiled: Compiled, name: str, traits: ModelTraits) -> None:
+        self._compiled, self._name = compiled, name
+        self.config, self.dtype, self.device = traits.config, traits.dtype, traits.device
+
+    def __call__(self, *args: Any, adapters: Any = UNSET, **kwargs: Any) -> Any:
+        """Answer as the model does."""
+        return self._compiled.call(args, kwargs, adapters, graph=self._name)
+
+    def generate(self, inputs: Any = None, **options: Any) -> Any:
+        """Continue prompts as ``Compiled.generate`` does."""
+        return self._compiled.generate(inputs, component=self._name, **options)
+
+    def __repr__(self) -> str:
+        return f"<component {self._name} of {self._compiled!r}>"
+
+
+def compile_request(request: CompileRequest) -> Compiled:
+    """Compile what a request asks for."""
+    from lorac.session.building import build_engine
+    from lorac.session.opening import open_session, resolve_active
+
+    session = open_session(request)
+    choice = resolve_active(request.active, session)
+    return make_compiled(session, build_engine(session, choice), choice)
+
+
+def make_compiled(session: Session, engine: Engine, choice: Choice) -> Compiled:
+    """Return the compiled model over an engine, with a choice active."""
+    compiled = Compiled(session, engine) if engine.module is None else _eager_class(engine.module)(session, engine)
+    if session.mode == "baked":
+        compiled.record_baked(choice)
+    elif choice:
+        compiled.swap(dict(choice))
+    return compiled
+
+
+def _eager_class(module: nn.Module) -> type[CompiledModule]:
+    """Make a class for a model, whose ``forward`` has the signature of the model's own.
+
+    Trainers look at the signature of a class's ``forward``, and sometimes at the class's name: to choose the columns
+    of a data set, to find the labels, and to decide who averages the loss.
+    """
+
+    def forward(self: CompiledModule, *args: Any, adapters: Any = UNSET, **kwargs: Any) -> Any:
+        return self.call(args, kwargs, adapters)
+
+    forward.__doc__ = CompiledModule.forward.__doc__
+    forward.__signature__ = inspect.signature(type(module).forward)  # type: ignore[attr-defined]  # functions take attributes
+    members: dict[str, Any] = {"forward": forward, "__module__": __name__, "__doc__": CompiledModule.__doc__}
+    return type(f"Compiled{type(module).__name__}", (CompiledModule,), members)

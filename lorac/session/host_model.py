@@ -1,125 +1,103 @@
-"""The model a compilation works on, for as long as somebody else keeps it; then what is left of it."""
+"""The model of a session, for as long as an engine or its owner holds it; afterwards its skeleton."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
 from lorac.errors import BaseNeeded
-from lorac.frontend import skeleton
+from lorac.frontend.skeleton import build_skeleton, describe_skeleton
 
-Again = Callable[..., Any]
-"""``lorac.compile``."""
+GivenModel = nn.Module | Mapping[str, nn.Module]
 
 
 class HostModel:
-    """A host model.
+    """A model that is compiled.
 
-    An engine that runs the host keeps it. One that runs an emitted program lets it go after the build: adapters then
-    find their places on a skeleton (``lorac.frontend.skeleton``), and base weights come from the engine's own file.
+    An engine that runs the model holds it. An engine over an emitted program releases it after the build: adapters then
+    find their sites on a skeleton (``lorac.frontend.skeleton``), and base weights come from the engine's own file.
 
     Args:
-        module: the model, in the dtype the target computes in.
+        module: the model in the dtype in which the target computes; None if only a skeleton exists.
         given: the model or models as the caller gave them, from which to compile again.
-        moved: how ``module`` differs from that: compile's ``dtype`` and ``device``.
+        moved: compile()'s ``dtype`` and ``device``, which make ``module`` of ``given``.
 
     Attributes:
-        kept: the base weights that there still are once the model was let go, by name.
-        packed: name of a weight that the engine holds quantised -> as what.
+        packed: name of a weight that the engine holds quantised -> its format.
     """
 
-    def __init__(self, module: nn.Module | None, given: Any = None, moved: Mapping[str, Any] | None = None) -> None:
-        self._module = module
-        self._given = _weak_reference(given)
-        self._moved = dict(moved or {})
-        self._described: dict[str, Any] | None = None
-        self._made: Callable[[], nn.Module | None] = lambda: None
-        self.kept: Mapping[str, Tensor] = {}
+    def __init__(
+        self, module: nn.Module | None, given: GivenModel | None = None, moved: Mapping[str, object] | None = None
+    ) -> None:
+        self._module, self._given, self._moved = module, _weak_reference(given), dict(moved or {})
+        self._skeleton: Mapping[str, object] = {}
+        self._base: Mapping[str, Tensor] = {}
+        self._built: Callable[[], nn.Module | None] = lambda: None
         self.packed: Mapping[str, str] = {}
 
     @classmethod
-    def stored(cls, described: Mapping[str, Any], kept: Mapping[str, Tensor]) -> HostModel:
-        """What an artefact has of a host.
-
-        Args:
-            described: its skeleton.
-            kept: its base weights.
-        """
+    def stored(cls, skeleton: Mapping[str, object], base: Mapping[str, Tensor]) -> HostModel:
+        """Return an artifact's model: its skeleton as JSON, and its base weights by name."""
         host = cls(None)
-        host._described, host.kept = dict(described), kept
+        host._skeleton, host._base = skeleton, base
         return host
 
     @property
-    def module(self) -> nn.Module:
-        """The model, or its skeleton, which lives as long as somebody holds it, so that no weight stays in memory."""
-        if self._module is not None:
-            return self._module
-        made = self._made()
-        if made is None:
-            assert self._described is not None
-            made = skeleton.build_skeleton(self._described, self.kept)
-            self._made = weakref.ref(made)
-        return made
+    def in_memory(self) -> bool:
+        """Whether the whole model is held, not only its skeleton."""
+        return self._module is not None
 
     @property
-    def described(self) -> dict[str, Any]:
-        """The skeleton as JSON."""
-        return self._described if self._described is not None else skeleton.describe_skeleton(self.module, self.packed)
-
-    def let_go(self, kept: Mapping[str, Tensor]) -> None:
-        """Hold the model weakly from now on; ``kept`` are the base weights that are still needed."""
+    def module(self) -> nn.Module:
+        """The model, or its skeleton, which lives only as long as the caller holds it."""
         if self._module is not None:
-            self._described, self._module, self.kept = self.described, None, kept
+            return self._module
+        built = self._built()
+        if built is None:
+            built = build_skeleton(self._skeleton, self._base)
+            self._built = weakref.ref(built)
+        return built
 
-    def original(self, step: str) -> tuple[Any, dict[str, Any]]:
-        """What to compile again, and compile's dtype and device for it.
+    @property
+    def skeleton(self) -> Mapping[str, object]:
+        """The skeleton as JSON."""
+        return self._skeleton if self._module is None else describe_skeleton(self._module, self.packed)
 
-        Args:
-            step: what needs it, for the message.
+    def release(self, base: Mapping[str, Tensor]) -> None:
+        """Replace the model by its skeleton; ``base`` are the base weights that are still needed, by name."""
+        if self._module is not None:
+            self._skeleton, self._module, self._base = self.skeleton, None, base
+
+    def original(self) -> tuple[GivenModel, Mapping[str, object]]:
+        """Return the model to compile again, and compile()'s dtype and device for it.
 
         Raises:
-            BaseNeeded: the model is gone.
+            BaseNeeded: the model no longer exists.
         """
         if self._module is not None:
             return self._module, {}
         given = self._given()
         if given is None:
             raise BaseNeeded(
-                f"{step} compiles again from the host model, which is gone",
+                "export() compiles again from the original model, which no longer exists",
                 next_step="keep the model alive, or compile it again with adapters=compiled.adapters; "
-                "an eager artefact becomes an ONNX Runtime one by lorac.load(folder, target='onnxruntime')",
+                "an eager artifact becomes an ONNX Runtime one by lorac.load(folder, target='onnxruntime')",
             )
         return given, self._moved
 
-    def recompiled(
-        self, again: Again, examples: Mapping[str, Any], compiled: Any, *, target: str, mode: str, **options: Any
-    ) -> Any:
-        """Compile again from the model, with the adapters' present tensors and the same active choice.
 
-        Args:
-            again: ``lorac.compile``.
-            examples: its example inputs and dynamic shapes.
-            compiled: what was compiled from the model.
-            target, mode, options: of the new one; they come before what was given for the old one.
-        """
-        given, moved = self.original("export()")
-        told = {"active": dict(compiled.choice) or None, **examples, **moved, **options}
-        return again(given, dict(compiled.adapters), target=target, mode=mode, **told)
-
-
-def _weak_reference(given: Any) -> Callable[[], Any]:
-    """A way back to a model, or to several by name, that keeps none of them alive."""
+def _weak_reference(given: GivenModel | None) -> Callable[[], GivenModel | None]:
+    """Return a function that gives the model or models as long as others hold them."""
+    if given is None:
+        return lambda: None
     if isinstance(given, nn.Module):
         return weakref.ref(given)
-    if not isinstance(given, Mapping):
-        return lambda: None
     references = {name: weakref.ref(module) for name, module in given.items()}
 
-    def found() -> dict[str, nn.Module] | None:
-        alive = {name: module for name, ref in references.items() if (module := ref()) is not None}
+    def dereference() -> dict[str, nn.Module] | None:
+        alive = {name: module for name, reference in references.items() if (module := reference()) is not None}
         return alive if len(alive) == len(references) else None
 
-    return found
+    return dereference

@@ -1,18 +1,16 @@
-"""What a compiled model says of itself: what a swap did and cost, what it is, and what can be asked of it."""
+"""How a compiled model presents itself: its summary, and the names that it offers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
 
 from torch import nn
 
 from lorac.errors import EagerOnly, nearest_name
 from lorac.ir.slots.choice import describe_choice
 from lorac.report.terms import describe_variant
-
-ClassType = TypeVar("ClassType")
+from lorac.runtime.switchable_model import SwitchableModel
+from lorac.variants.adapter import Adapter
 
 INTERFACE = (
     "active",
@@ -30,71 +28,37 @@ INTERFACE = (
     "swap",
     "tokenizer",
 )
-"""What there is to ask of a compiled model, on every target; all else is its business."""
+"""The public attributes of a compiled model on every target."""
 _LISTED_ADAPTERS = 4
-"""Adapters that a line names."""
+"""Number of adapters that a summary names."""
 
 
-@dataclass(frozen=True)
-class SwapReport:
-    """The cost of one swap.
-
-    Attributes:
-        state: weight state afterwards: ``"bound"`` (weights are inputs) or ``"settled"`` (re-baked, prepacked).
-        sites: sites whose slots changed.
-        bytes: bytes written or bound anew.
-        seconds: wall time of the whole swap.
-        blocked_seconds: how long calls were held; 0 in live mode.
-    """
-
-    state: str
-    sites: int
-    bytes: int
-    seconds: float
-    blocked_seconds: float = 0.0
-
-
-def add_presentation(cls: type[ClassType]) -> type[ClassType]:
-    """A class of compiled models, which say what they are and what there is to ask of them."""
-
-    def listed(compiled: Any) -> list[str]:
-        return list(INTERFACE)
-
-    def missing(compiled: Any, name: str) -> NoReturn:
-        raise unknown_attribute(compiled, name)
-
-    for name, method in {"__repr__": describe_compiled, "__dir__": listed, "__getattr__": missing}.items():
-        setattr(cls, name, method)
-    return cls
-
-
-def describe_compiled(compiled: Any) -> str:
-    """A compiled model in a few lines: target, mode, sites, adapters, and which are active."""
-    touched = sum(not plan.empty for plan in compiled.plans.values())
+def describe_compiled(model: SwitchableModel, site_count: int) -> str:
+    """Return a summary of a few lines: target, mode, sites, adapters, and the active choice."""
+    touched = sum(not plan.empty for plan in model.plans.values())
     return "\n".join(
         (
-            f"<{type(compiled).__name__} for {compiled.engine.target}, {compiled.mode}",
-            f"  sites: {touched} with slots, of {len(compiled.sites)}",
-            f"  adapters: {_describe_adapters(compiled.adapters)}",
-            f"  active: {describe_choice(compiled.choice)}>",
+            f"<{type(model).__name__} for {model.engine.target}, {model.mode}",
+            f"  sites: {touched} with slots, of {site_count}",
+            f"  adapters: {_describe_adapters(model.adapters)}",
+            f"  active: {describe_choice(model.choice)}>",
         )
     )
 
 
-def _describe_adapters(adapters: Mapping[str, Any]) -> str:
-    told = [
-        f"{name} ({describe_variant(adapter.variant)})" for name, adapter in list(adapters.items())[:_LISTED_ADAPTERS]
-    ]
-    more = len(adapters) - len(told)
-    return ", ".join([*told, *([f"{more} more"] if more else [])]) or "none"
+def _describe_adapters(adapters: Mapping[str, Adapter]) -> str:
+    listed = [f"{name} ({describe_variant(adapter.variant)})" for name, adapter in adapters.items()]
+    more = len(listed) - _LISTED_ADAPTERS
+    return ", ".join([*listed[:_LISTED_ADAPTERS], *([f"{more} more"] if more > 0 else [])]) or "none"
 
 
 def unknown_attribute(compiled: object, name: str) -> AttributeError:
-    """The error for an attribute that a compiled model does not have."""
+    """Return the error for an attribute that a compiled model does not have."""
     cls = type(compiled).__name__
     if not name.startswith("_") and hasattr(nn.Module, name):
         return EagerOnly(
-            f"a {cls} has no '{name}': it is no nn.Module", next_step="compile with target='eager' to train or move it"
+            f"a {cls} has no '{name}': it is not an nn.Module",
+            next_step="compile with target='eager' to train or move it",
         )
     near = nearest_name(name, INTERFACE, alike=0.6)
     return AttributeError(f"a {cls} has no '{name}'" + (f"\n  nearest: {near}" if near else ""))

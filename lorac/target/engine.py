@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -26,9 +26,9 @@ from lorac.ir.graph.program import Program
 from lorac.ir.interface import Interface
 from lorac.ir.sites import BaseReader, Site, SiteKind
 from lorac.ir.slots.buffers import FusedBuffer
-from lorac.ir.slots.choice import Choice
 from lorac.ir.slots.composition import ComposedWeights
-from lorac.ir.slots.live_terms import LiveTerm
+from lorac.ir.slots.extra_outputs import check_extra_outputs
+from lorac.ir.slots.live_terms import TrainingTerms
 from lorac.ir.slots.plans import RankPolicy, SitePlan, SiteSlots
 from lorac.storage.open_file import OpenFile
 from lorac.target.binding import BoundProgram, ResultT
@@ -272,8 +272,8 @@ class BuildRequest(Generic[OptionsT]):
         mode: ``"live"``, ``"fused"`` or ``"baked"``.
         snapshot: what a baked engine holds.
         options: the target's options.
-        terms: (site path, choice) -> terms from the adapters' own tensors, for targets that train.
-        program: (names of extra outputs) -> the captured program at the level that the dialect's pipeline leaves.
+        terms: terms from the adapters' own tensors, for targets that train.
+        program: the lowered program, if the dialect emits one, or if an engine that runs the model itself is stored.
     """
 
     model: nn.Module
@@ -283,8 +283,8 @@ class BuildRequest(Generic[OptionsT]):
     mode: str
     snapshot: ComposedWeights
     options: OptionsT
-    terms: Callable[[str, Choice], Sequence[LiveTerm] | None]
-    program: Callable[[tuple[str, ...]], Program]
+    terms: TrainingTerms
+    program: Program | None = None
 
 
 StoredState = Mapping[str, object]
@@ -352,18 +352,26 @@ class Backend(ABC, Generic[OptionsT]):
         """What the target does not compute of a lowered program, each op with who asks for it, told without a build."""
         return ()
 
+    def check(self, request: BuildRequest[OptionsT]) -> None:
+        """Refuse a request that no engine can be built for, before anything is captured.
+
+        Raises:
+            OptionError: an option that the request cannot have.
+        """
+        check_extra_outputs(request.options.aux, request.plans.values())
+
     @abstractmethod
     def build(self, request: BuildRequest[OptionsT]) -> Engine:
         """An engine for the request."""
 
     @abstractmethod
-    def store(self, engine: Engine, folder: Path, request: Callable[[], BuildRequest[OptionsT]]) -> StoredState:
+    def store(self, engine: Engine, folder: Path, request: BuildRequest[OptionsT] | None) -> StoredState:
         """Write an engine's program and base weights into a folder; returns what else ``restore`` needs, as JSON.
 
         Args:
             engine: what ``build`` or ``restore`` gave.
             folder: an empty folder.
-            request: what the engine was built from, for engines that run the host itself.
+            request: the model and its lowered program, if the engine runs the model itself.
         """
 
     @abstractmethod

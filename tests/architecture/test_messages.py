@@ -25,7 +25,7 @@ from lorac.formats import formats
 from lorac.formats.adapterhub.loras import LoraFields
 from lorac.formats.peft.config import peft_types
 from lorac.ir.slots.planning import MODES
-from lorac.session.compiled_module import CompiledModule
+from lorac.session.compiled import CompiledModule
 from lorac.session.targets import find_backend, targets
 
 ROOT = Path(__file__).parents[2]

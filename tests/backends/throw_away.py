@@ -7,7 +7,7 @@ is off, and gives convolutions a fixed rank: what a target without dynamic contr
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,8 +70,8 @@ class PlainEngine(Engine):
     target = "plain"
 
     def __init__(self, request: BuildRequest[Options], dialect: Dialect[ir.Model]) -> None:
-        program = request.program(request.options.aux)
-        (self.graph,) = program.graphs.values()
+        assert request.program is not None
+        (self.graph,) = request.program.graphs.values()
         self.model = emit(self.graph, dialect)
         settings = ort.SessionOptions()
         settings.intra_op_num_threads = request.options.threads
@@ -112,7 +112,7 @@ class Plain(Backend[Options]):
     def build(self, request: BuildRequest[Options]) -> PlainEngine:
         return PlainEngine(request, self.taste)
 
-    def store(self, engine: Engine, folder: Path, request: Callable[[], BuildRequest[Options]]) -> StoredState:
+    def store(self, engine: Engine, folder: Path, request: BuildRequest[Options] | None) -> StoredState:
         raise Unavailable("the plain target stores nothing")
 
     def restore(

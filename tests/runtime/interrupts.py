@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-from lorac.session import artifact
+from lorac.adapters import pool
+from lorac.runtime import switchable_model
+from lorac.session import compiled
 
-_RUNTIME = artifact.__file__.rpartition("/")[0]
+_INTERRUPTED = (switchable_model.__file__.rpartition("/")[0], compiled.__file__, pool.__file__)
 _PYTHONS = (contextlib.__file__, threading.__file__)
 """What of Python's own the runtime may hold things with."""
 
@@ -36,7 +38,7 @@ def interrupted(work: Callable[[], object], stride: int = 1) -> Iterator[None]:
 
 def _is_ours(frame: FrameType | None) -> bool:
     file = "" if frame is None else frame.f_code.co_filename
-    return file.startswith(_RUNTIME) or (file in _PYTHONS and frame is not None and _is_ours(frame.f_back))
+    return file.startswith(_INTERRUPTED) or (file in _PYTHONS and frame is not None and _is_ours(frame.f_back))
 
 
 def _line(frame: FrameType) -> str:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.session.compiled_module import state_dict_key
+from lorac.session.adapter_tensors import state_dict_key
 from lorac.testing.eager_checks import assert_close
 from lorac.variants.params import ParamSpec
 from tests.refusing import refuses

@@ -14,7 +14,7 @@ import pytest
 
 import lorac
 from lorac.ir.output_structure import find_output_class
-from lorac.session import artifact
+from lorac.storage import artifact
 from tests.limits import within_budget
 from tests.runtime.artefacts import assert_same_folders, make_compiled
 
@@ -102,13 +102,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "flipped bit": (_flip, "hash"),
     "cut file": (_cut, "bytes"),
     "missing file": (lambda folder: (folder / "program.json").unlink(), "lacks the file"),
-    "extra file": (lambda folder: (folder / "more.bin").write_bytes(b"x"), "not in the artefact's manifest"),
+    "extra file": (lambda folder: (folder / "more.bin").write_bytes(b"x"), "not in the artifact's manifest"),
     "truncated manifest": (_truncate, "not JSON"),
-    "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "no artefact"),
+    "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "not an artifact"),
     "other version": (_manifest(lambda m: m.update(lorac_artifact=99)), "version 99"),
     "field missing": (_manifest(lambda m: m.pop("plans")), "'plans'"),
     "field of another type": (_manifest(lambda m: m.update(adapters=[])), "'adapters'"),
-    "changed manifest": (_edited(lambda m: m.update(active={}), dict), "changed since it was written"),
+    "changed manifest": (_edited(lambda m: m.update(active={}), dict), "changed after it was written"),
     "manifest without a seal": (_edited(lambda m: m.pop("seal"), dict), "'seal' is missing"),
     "name given twice": (
         lambda folder: (folder / "manifest.json").write_text(
@@ -237,7 +237,7 @@ def test_other_folders_are_not_touched(manifest: str | None, sound: Path, tmp_pa
     if manifest is not None:
         (tmp_path / "manifest.json").write_text(manifest)
     before = _contents(tmp_path)
-    with pytest.raises(lorac.ArtifactError, match="no artefact") as error:
+    with pytest.raises(lorac.ArtifactError, match="not an artifact") as error:
         lorac.load(sound).save(tmp_path)
     assert "new folder" in str(error.value)
     assert _contents(tmp_path) == before

@@ -79,13 +79,13 @@ def test_a_folder_that_is_gone_changes_nothing(saved: Saved, gone: Callable[[Pat
 
 def test_an_artefact_that_is_replaced_while_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The program is held, the adapters are not yet: what is loaded is one artefact, here the new one."""
-    from lorac.session import artifact
+    from lorac.storage import artifact
 
     compiled, _ = make_compiled("plain_mlp", "eager", "live")
     compiled.save(tmp_path / "it")
     compiled.swap("b")
     before = lorac.load(tmp_path / "it")
-    honest, left = artifact.open_adapter, [1]
+    honest, left = artifact.Manifest.open_adapter, [1]
 
     def late(*given: Any) -> Any:
         if left and left.pop():
@@ -95,7 +95,7 @@ def test_an_artefact_that_is_replaced_while_it_is_loaded(tmp_path: Path, monkeyp
             compiled.save(tmp_path / "it")
         return honest(*given)
 
-    monkeypatch.setattr(artifact, "open_adapter", late)
+    monkeypatch.setattr(artifact.Manifest, "open_adapter", late)
     loaded = lorac.load(tmp_path / "it")
     monkeypatch.undo()
     assert loaded.active == {"b": 1.0}

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import lorac
+from lorac.adapters.pool import AdapterPool
 from lorac.backends.eager.engine import EagerEngine
 from lorac.backends.onnxruntime.engine import OrtEngine
-from lorac.runtime.adapter_pool import AdapterPool
 from lorac.runtime.choice_states import ChoiceStates
 from lorac.session import compiled as running
-from lorac.session.compiled_module import CompiledModule
+from lorac.session.compiled import CompiledModule
 from tests.runtime.interrupts import interrupted
 from tests.runtime.switching import MIXTURE, adapter, answer, build, pair, raw
 
@@ -121,15 +121,19 @@ def _failing_once(patch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
 
 
 ADDING: list[tuple[Any, str]] = [
-    (running, "refuse_misfit"),
+    (running, "check_capacity"),
     (AdapterPool, "prepare"),
-    (AdapterPool, "put"),
-    (CompiledModule, "registered"),
+    (AdapterPool, "add"),
+    (CompiledModule, "_on_adapters_changed"),
     (ChoiceStates, "of"),
     (EagerEngine, "bind"),
     (OrtEngine, "bind"),
 ]
-REMOVING: list[tuple[Any, str]] = [(AdapterPool, "drop"), (ChoiceStates, "forget"), (CompiledModule, "registered")]
+REMOVING: list[tuple[Any, str]] = [
+    (AdapterPool, "remove"),
+    (ChoiceStates, "forget"),
+    (CompiledModule, "_on_adapters_changed"),
+]
 
 
 def _named(steps: list[tuple[Any, str]]) -> list[str]:

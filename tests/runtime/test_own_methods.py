@@ -106,7 +106,7 @@ def test_where_the_class_is_known_it_is_the_method_again(folder: Path) -> None:
 
 
 def test_only_methods_of_ones_own_are_written_twice(folder: Path) -> None:
-    manifest = lorac.session.manifest.Manifest.of(folder / "eager").told  # type: ignore[attr-defined]
+    manifest = lorac.storage.artifact.open_artifact(folder / "eager").fields  # type: ignore[attr-defined]
     with_forms = {name for name, entry in manifest["adapters"].items() if "forms" in entry}
     assert with_forms == {"tilted", "bent", "beside", "chained"}
     assert manifest["adapters"]["chained"]["modules"] == {"tilted": "tests.runtime.own_methods"}

@@ -43,7 +43,7 @@ def test_what_can_be_asked(compiled, stored):
     assert dir(stored) == list(INTERFACE)
     assert set(INTERFACE) < set(dir(compiled)) <= {*INTERFACE, "save_pretrained", *dir(nn.Module)}
     assert [name for name in dir(compiled) if not hasattr(type(compiled), name) and name not in vars(compiled)] == []
-    internals = {"engine", "plans", "pool", "services", "setup", "renew", "choice", "snapshot"}
+    internals = {"engine", "plans", "pool", "session", "rebind", "choice", "snapshot"}
     assert not internals & {*dir(compiled), *dir(stored)}
 
 

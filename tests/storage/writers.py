@@ -16,7 +16,7 @@ from torch import nn
 
 from lorac.formats import formats, load_adapter, save_adapter
 from lorac.formats.peft.config import peft_types
-from lorac.session import artifact
+from lorac.storage import artifact
 from lorac.storage import atomic_folders as folders
 from lorac.variants.adapter import Adapter
 from lorac.variants.lora import LoRA
@@ -47,7 +47,7 @@ def read(kind: str, target: Path) -> int | None:
     if not target.exists():
         return None
     if kind == "artifact":
-        return int(artifact.open_artifact(target)[0]["mode"])
+        return int(artifact.open_artifact(target).mode)
     adapter = load_adapter(target)
     assert isinstance(adapter.variant, LoRA)
     numbers = {float(value) for tensor in adapter.tensors["up"].values() for value in tensor.unique()}

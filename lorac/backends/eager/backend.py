@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.program import Program
 from lorac.ir.interface import Interface
 from lorac.ir.sites import Site
-from lorac.ir.slots.extra_outputs import check_extra_outputs
 from lorac.ir.slots.plans import SitePlan
 from lorac.storage.plans import slot_from_json, slot_to_json
 from lorac.storage.program import StoredProgram, collect_tensors, program_to_json
@@ -63,7 +62,6 @@ class EagerBackend(Backend[EagerOptions]):
 
     def build(self, request: BuildRequest[EagerOptions]) -> EagerEngine:
         """An engine over a structural copy of the host."""
-        check_extra_outputs(request.options.aux, request.plans.values())
         module = copy_structure(request.model)
         match_linear_rounding(request.model, module)
         disable_fast_path(request.model, module, request.plans, lambda: engine.filled().touched)
@@ -80,18 +78,19 @@ class EagerBackend(Backend[EagerOptions]):
             engine.write(request.snapshot)
         return engine
 
-    def store(self, engine: Engine, folder: Path, request: Callable[[], BuildRequest[EagerOptions]]) -> StoredState:
+    def store(self, engine: Engine, folder: Path, request: BuildRequest[EagerOptions] | None) -> StoredState:
         """Write the program and its weights, the base weights of planned sites among them."""
         if isinstance(engine, StoredProgramEngine):
             for name, held in engine.files.items():
                 held.copy_to(folder / name)
             return {"graphs": {name: _describe_graph(p.signature, p.slots) for name, p in engine.parts.items()}}
-        made = request()
-        program = made.program(made.options.aux)
+        assert request is not None
+        assert request.program is not None
+        program = request.program
         nodes = {name: program_to_json(graph.exported) for name, graph in program.graphs.items()}
         text = json.dumps(nodes, separators=(",", ":"), allow_nan=False)
         (folder / _PROGRAM).write_text(text, encoding="utf-8")
-        tensors = collect_base_tensors(made.model, {path: plan.site for path, plan in made.plans.items()})
+        tensors = collect_base_tensors(request.model, {path: plan.site for path, plan in request.plans.items()})
         for graph in program.graphs.values():
             tensors |= collect_tensors(graph.exported)
         TensorFile.write(folder / _WEIGHTS, tensors)

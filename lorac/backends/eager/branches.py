@@ -16,9 +16,8 @@ from lorac.backends.eager.forward_call import ActiveSlots, AdapterPass, ForwardC
 from lorac.backends.eager.random_seeds import SeedHistory
 from lorac.frontend.base_weights import read_stored_tensor
 from lorac.ir.sites import Site, SiteKind
-from lorac.ir.slots.choice import Choice
 from lorac.ir.slots.execution import FormulaContext, compute_once_values, run_branch_alone
-from lorac.ir.slots.live_terms import LiveTerm
+from lorac.ir.slots.live_terms import LiveTerm, TrainingTerms
 from lorac.ir.slots.plans import BranchFill, BranchSlot, SitePlan
 from lorac.ir.slots.program_values import (
     IN,
@@ -35,7 +34,6 @@ from lorac.ir.slots.program_values import (
     program_value_name,
 )
 
-LiveTermSource = Callable[[str, Choice], Sequence[LiveTerm] | None]
 FilledBranch = tuple[BranchSlot, BranchFill]
 _STORED_KINDS = (WEIGHT, PARAM)
 
@@ -48,18 +46,18 @@ class BranchRunner:
         module: the host copy.
         plans: what each site has.
         sites: every site of the host.
-        terms: (site path, choice) -> terms computed from the adapters' own tensors, for training.
+        terms: terms from the adapters' own tensors, for training.
     """
 
     def __init__(
-        self, module: nn.Module, plans: Mapping[str, SitePlan], sites: Mapping[str, Site], terms: LiveTermSource
+        self, module: nn.Module, plans: Mapping[str, SitePlan], sites: Mapping[str, Site], terms: TrainingTerms
     ) -> None:
         self.module, self.plans, self.sites, self.terms = module, plans, sites, terms
         self._draws = SeedHistory()
 
     def live_terms(self, path: str, call: ForwardCall) -> Sequence[LiveTerm] | None:
         """The terms from the adapters' own tensors where the call computes them, else None."""
-        return self.terms(path, call.filled.choice) if call.computes_terms else None
+        return self.terms.at(path, call.filled.choice) if call.computes_terms else None
 
     def ctx(
         self, plan: SitePlan, call: ForwardCall, training: bool, emitted: dict[str, list[Tensor]] | None = None

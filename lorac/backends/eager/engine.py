@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from lorac.backends.eager.branches import BranchRunner, LiveTermSource
+from lorac.backends.eager.branches import BranchRunner
 from lorac.backends.eager.forward_call import (
     NO_ADAPTERS,
     ActiveSlots,
@@ -44,7 +44,7 @@ from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.execution import read_weight_slots, run_site
 from lorac.ir.slots.extra_outputs import check_extra_outputs, record_extra_outputs
 from lorac.ir.slots.layouts import layout_of
-from lorac.ir.slots.live_terms import combine_weights, run_terms
+from lorac.ir.slots.live_terms import TrainingTerms, combine_weights, run_terms
 from lorac.ir.slots.plans import SitePlan, SiteSlots
 from lorac.ir.slots.program_values import (
     BASE,
@@ -73,7 +73,7 @@ class EagerEngine(Engine):
         base: reads base weights.
         sites: every site of the host.
         mode: ``"live"``, or merged weights are written into buffers instead of computed beside the base.
-        terms: (site path, choice) -> terms computed from the adapters' own tensors, for training.
+        terms: terms from the adapters' own tensors, for training.
         aux: names of the extra outputs to keep.
     """
 
@@ -88,7 +88,7 @@ class EagerEngine(Engine):
         *,
         sites: Mapping[str, Site],
         mode: str,
-        terms: LiveTermSource,
+        terms: TrainingTerms,
         aux: Sequence[str] = (),
     ) -> None:
         self.module, self.plans, self.base, self.mode = module, plans, base, mode

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from lorac.backends.onnxruntime.options import OnnxRuntimeOptions
 from lorac.backends.onnxruntime.quantised.base_weights import dequantised_weights
 from lorac.backends.onnxruntime.quantised.codec import Codec
 from lorac.errors import Unavailable
+from lorac.frontend.quantised_weights import iter_quantised_origins
 from lorac.ir.graph.program import Program
 from lorac.ir.interface import Interface
 from lorac.ir.sites import HALF_PRECISION, Site, SiteKind
@@ -64,6 +65,12 @@ class OnnxRuntime(Backend[OnnxRuntimeOptions]):
 
         return list_unsupported_ops(program, DIALECTS["cpu"])
 
+    def check(self, request: BuildRequest[OnnxRuntimeOptions]) -> None:
+        """Also refuse options about quantised weights if nothing is quantised."""
+        Backend.check(self, request)
+        if not any(True for _ in iter_quantised_origins(request.model)):
+            request.options.refuse_idle()
+
     def build(self, request: BuildRequest[OnnxRuntimeOptions]) -> OrtEngine:
         """An engine over sessions; the host is not kept."""
         from lorac.backends.onnxruntime.build import build
@@ -80,9 +87,7 @@ class OnnxRuntime(Backend[OnnxRuntimeOptions]):
             for path, site in sites.items()
         }
 
-    def store(
-        self, engine: Engine, folder: Path, request: Callable[[], BuildRequest[OnnxRuntimeOptions]]
-    ) -> StoredState:
+    def store(self, engine: Engine, folder: Path, request: BuildRequest[OnnxRuntimeOptions] | None) -> StoredState:
         """Copy the emitted models, their weights and the base weights."""
         assert isinstance(engine, OrtEngine)
         for name, held in engine.files.items():

@@ -35,8 +35,7 @@ from lorac.frontend.quantised_weights import iter_quantised_origins
 from lorac.ir.graph.feeds import collect_slot_tensors
 from lorac.ir.graph.program import Program
 from lorac.ir.slots.composition import ComposedWeights, fill_slots
-from lorac.ir.slots.extra_outputs import check_extra_outputs
-from lorac.progress import Progress, progress
+from lorac.progress import step
 from lorac.storage.open_file import open_files
 from lorac.storage.process_folders import make_temporary_folder, remove_with_owner
 from lorac.storage.tensor_file import TensorFile, find_transposed_weights, make_file_base_reader
@@ -45,12 +44,9 @@ from lorac.target.engine import BuildRequest, ProgramFiles
 
 def build(request: BuildRequest[OnnxRuntimeOptions]) -> OrtEngine:
     """An engine for the request; the host is not kept."""
-    if not any(True for _ in iter_quantised_origins(request.model)):
-        request.options.refuse_idle()
     folder = make_temporary_folder()
     try:
-        with progress("compiling for ONNX Runtime", total=4) as report:
-            engine = _build(request, folder, report)
+        engine = _build(request, folder)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -58,16 +54,15 @@ def build(request: BuildRequest[OnnxRuntimeOptions]) -> OrtEngine:
     return engine
 
 
-def _build(request: BuildRequest[OnnxRuntimeOptions], folder: Path, report: Progress) -> OrtEngine:
+def _build(request: BuildRequest[OnnxRuntimeOptions], folder: Path) -> OrtEngine:
     options, plans = request.options, request.plans
-    check_extra_outputs(options.aux, plans.values())
-    report.step("capture and passes")
-    program = request.program(options.aux)
-    report.step("emission")
+    assert request.program is not None
+    program = request.program
+    step("emission")
     outcomes = _emit(program, request, folder)
     for name, graph in program.graphs.items():
         graph.add_notes(*outcomes[name].told())
-    report.step("session")
+    step("session")
     if request.mode != "baked":
         _write_base_weights(program, request, folder, outcomes)
     files = _hold_files(program, folder)
@@ -85,7 +80,7 @@ def _build(request: BuildRequest[OnnxRuntimeOptions], folder: Path, report: Prog
         options=options,
     )
     if options.self_test:
-        report.step("self-test")
+        step("self-test")
         quantised = any(outcome.quantised for outcome in outcomes.values())
         tried = _unrounded_engine(engine) if quantised and options.accuracy_level > FLOAT32_LEVEL else engine
         run_self_test(tried, program, request.snapshot, functools.partial(replace_quantised, outcomes))

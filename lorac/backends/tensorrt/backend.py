@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +62,20 @@ class TensorRT(Backend[TensorRTOptions]):
 
         return list_unsupported_ops(program, DIALECT)
 
+    def check(self, request: BuildRequest[TensorRTOptions]) -> None:
+        """Also refuse ``refit=`` if there is nothing to refit."""
+        from lorac.backends.tensorrt.build import check_refit
+
+        Backend.check(self, request)
+        check_refit(request)
+
     def build(self, request: BuildRequest[TensorRTOptions]) -> TrtEngine:
         """An engine over plans; the host is not kept."""
         from lorac.backends.tensorrt.build import build
 
         return build(request)
 
-    def store(self, engine: Engine, folder: Path, request: Callable[[], BuildRequest[TensorRTOptions]]) -> StoredState:
+    def store(self, engine: Engine, folder: Path, request: BuildRequest[TensorRTOptions] | None) -> StoredState:
         """Copy the emitted models, their plans and the base weights."""
         assert isinstance(engine, TrtEngine)
         for name, held in engine.files.items():

@@ -31,8 +31,7 @@ from lorac.ir.graph.feeds import collect_slot_tensors
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.program import Program
 from lorac.ir.slots.composition import ComposedWeights, fill_slots
-from lorac.ir.slots.extra_outputs import check_extra_outputs
-from lorac.progress import Progress, progress
+from lorac.progress import step
 from lorac.storage.open_file import open_files
 from lorac.storage.process_folders import make_temporary_folder, remove_with_owner
 from lorac.storage.tensor_file import TensorFile, find_transposed_weights, make_file_base_reader
@@ -49,11 +48,9 @@ def build(request: BuildRequest[TensorRTOptions]) -> TrtEngine:
         Unavailable: an op is not taken, or no plan was built.
         OptionError: ``profiles=`` that do not fit the model.
     """
-    _refuse_refit(request)
     folder = make_temporary_folder()
     try:
-        with progress("compiling for TensorRT", total=5) as report:
-            engine = _build(request, folder, report)
+        engine = _build(request, folder)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -62,23 +59,22 @@ def build(request: BuildRequest[TensorRTOptions]) -> TrtEngine:
     return engine
 
 
-def _build(request: BuildRequest[TensorRTOptions], folder: Path, report: Progress) -> TrtEngine:
+def _build(request: BuildRequest[TensorRTOptions], folder: Path) -> TrtEngine:
     options, plans = request.options, request.plans
-    check_extra_outputs(options.aux, plans.values())
-    report.step("capture and passes")
-    program = request.program(options.aux)
+    assert request.program is not None
+    program = request.program
     check_profile_names(options.profiles, [graph.interface for graph in program.graphs.values()])
-    report.step("emission")
+    step("emission")
     _emit(program, request, folder)
     if request.mode != "baked":
         _write_base_weights(program, request, folder)
     emitted = _hold_files(program, folder)
     base = make_file_base_reader(TensorFile(emitted[BASE_FILE], emitted)) if BASE_FILE in emitted else request.base
     if options.self_test:
-        report.step("self-test")
+        step("self-test")
         tried = CpuProgram(program, plans, base, "baked" if _has_constant_slots(request) else request.mode, emitted)
         check_on_cpu(tried, program, _constant_snapshot(request))
-    report.step("plans")
+    step("plans")
     built = {name: _build_graph_plan(graph, program, request, folder) for name, graph in program.graphs.items()}
     files = _hold_files(program, folder)
     return TrtEngine(
@@ -232,7 +228,7 @@ def _refuse_shape_tensor(value: Any) -> None:
         )
 
 
-def _refuse_refit(request: BuildRequest[TensorRTOptions]) -> None:
+def check_refit(request: BuildRequest[TensorRTOptions]) -> None:
     """Refuse constants that can be replaced where there are none, or the library cannot build such a plan.
 
     Raises:

@@ -8,6 +8,7 @@ LoRA and DoRA, random numbers included.
 from __future__ import annotations
 
 import enum
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from lorac.errors import Unavailable
 from lorac.ir.algebra import operands as letters
 from lorac.ir.algebra.changes import Change, Dense, LowRank, merge_bias, merge_weight
 from lorac.ir.sites import Site
+from lorac.ir.slots.choice import Choice
 from lorac.ir.slots.execution import FormulaContext, compute_branch_delta, run_site
 from lorac.ir.slots.layouts import SiteLayout, layout_of
 from lorac.ir.slots.plans import BranchFill, BranchSlot, SitePlan, SiteSlots
@@ -61,6 +63,14 @@ class LiveTerm:
     rate: float = 0.0
     place: Dropout = Dropout.NONE
     dropped: DropoutDelta | None = None
+
+
+class TrainingTerms(ABC):
+    """The terms that a training step computes from the adapters' own tensors."""
+
+    @abstractmethod
+    def at(self, path: str, choice: Choice) -> Sequence[LiveTerm] | None:
+        """Return the active terms of a site; None if no adapter of the choice touches it."""
 
 
 def run_terms(

@@ -64,7 +64,7 @@ class CachedGeneration:
         extra: dict[str, Any] = (
             {} if guess is None else {"assistant_model": DraftModel(guess, lambda work: work(guess))}
         )
-        key: CacheKey = (self.graph, state.choice, state.written.versions)
+        key: CacheKey = (self.graph, state.choice, state.versions.versions)
         if self.told.get("cache") is not None and self.prompts is not None:
             _check_cache(self.told["cache"], self.prompts, self.engine)
         elif self.prefixes is not None and self.prompts is not None:

@@ -39,7 +39,7 @@ def generate(
         told: inputs, and transformers' options.
         adapters, seed, draft, prefixes: as ``Compiled.generate``'s.
     """
-    known = compiled.services.traits
+    known = compiled.traits
     traits = known[check_component(graph, known)]
     host = _host_component(compiled, graph)
     if traits.generation is None and not callable(getattr(host, "generate", None)):
@@ -217,7 +217,7 @@ class _GenerateCall:
             told |= dict(zip(self.text, (prompts.ids, mask), strict=True))
         if not self._driven:
             refuse_prompt_cache(prefixes, "the host's own generation keeps no prefixes")
-            _, fitting = self.compiled.services.fit(((), told))
+            fitting = self.compiled.cast_inputs(told)
             hosted = EagerGeneration(graph=self.graph, told=fitting, seeds=seeds)
             answer = self._bound(choice, draft, hosted)
             return answer if prompts is None else _restore_prompts(prompts, answer)

@@ -118,18 +118,9 @@ class Recomputing(Engine):
 def over(compiled: Any, limit: int | None = None) -> lorac.Compiled:
     """A compiled model over the same engine, adapters and host, that generates by the contract of caches."""
     engine = Recomputing(compiled.engine, limit, compiled.host.config.vocab_size)
-    made = lorac.Compiled()
-    made.setup(
-        engine=engine,
-        plans=compiled.plans,
-        sites=compiled.sites,
-        base=compiled.base,
-        pool=compiled.pool,
-        services=compiled.services,
-        mode=compiled.mode,
-    )
+    made = lorac.Compiled(compiled.session, engine)
     if compiled.mode == "baked":
-        made.mark_baked(compiled.choice)
+        made.record_baked(compiled.choice)
     else:
         made.swap(dict(compiled.choice) or None)
     return made

@@ -80,7 +80,7 @@ def test_what_is_loaded_knows_how_its_model_generates(folder: Path) -> None:
     with pytest.raises(lorac.Unavailable, match="keeps no cache"):
         loaded.generate(prompts()[0][None], max_new_tokens=2)
     served = over(compiled("llama"))
-    object.__setattr__(served.services, "traits", loaded.services.traits)
+    served.traits = loaded.traits
     batch, options = padded(prompts(), "left"), {"max_new_tokens": 8, "do_sample": False}
     assert torch.equal(served.generate(**batch, **options), compiled("llama").generate(**batch, **options))
 

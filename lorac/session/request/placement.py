@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import nn
 
-from lorac.session.sources import check_device
+from lorac.session.request.sources import check_device
 from lorac.target.engine import Backend, TargetOptions
 
 _CPU = torch.device("cpu")

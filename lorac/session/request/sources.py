@@ -13,7 +13,7 @@ from torch import nn
 from lorac.errors import AdapterError, ChoiceError, CompileError, OptionError, short
 from lorac.formats.peft.objects import is_peft_config, refuse_peft_layers, unwrap_model, variant_from_config
 from lorac.ir.slots.choice import ChoiceSpec
-from lorac.session.compiled import Compiled
+from lorac.runtime.switchable_model import SwitchableModel
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 
@@ -58,7 +58,7 @@ def read_model(given: object) -> ModelSource:
 
 
 def _require_module(given: object, what: str) -> nn.Module:
-    if isinstance(given, Compiled):
+    if isinstance(given, SwitchableModel):
         raise CompileError(
             f"{what} is compiled already",
             next_step="compiled.export(target=...) compiles it again, with its adapters as they are now",

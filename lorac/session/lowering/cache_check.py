@@ -45,7 +45,7 @@ class CacheCheck:
             self._inputs[LOGITS_TO_KEEP] = torch.tensor([self._inputs[self._text].shape[1] - 1])
         self._whole = run_graph(graph, self._inputs)[0][:, -1]
 
-    def hold_against(self, halves: Sequence[Graph], base: BaseReader) -> None:
+    def check(self, halves: Sequence[Graph], base: BaseReader) -> None:
         """Hold the same graph, with caches now, against that, its rows growing by different parts.
 
         Args:

@@ -38,17 +38,7 @@ class Precision:
         """Example inputs cast as the model is: what is floating-point, in any nesting."""
         return inputs if self.cast is None else cast_floating(inputs, self.cast)
 
-    def fit_call(self, inputs: object) -> object:
-        """What a call is given, in the dtype that was asked for where it has the one that the model had."""
-        if not self.inputs:
-            return inputs
-
-        def cast(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(self.inputs.get(tensor.dtype, tensor.dtype))
-
-        return pytree.tree_map_only(torch.Tensor, cast, inputs)
-
-    def tell(self, target: str) -> None:
+    def warn(self, target: str) -> None:
         """Warn where the target computes in another dtype."""
         if not self.lost:
             return

@@ -1,0 +1,160 @@
+"""The adapters of a compiled model, each with its prepared form."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lorac.adapters.preparation import Preparer
+from lorac.errors import AdapterError
+from lorac.ir.slots.choice import require_adapter
+from lorac.ir.slots.plans import PreparedAdapter
+from lorac.variants.adapter import Adapter
+
+
+@dataclass(frozen=True)
+class TensorVersions:
+    """The tensors of some adapters and how often each was written.
+
+    Attributes:
+        versions: each tensor's identity and write count; equal if no tensor was written or exchanged in between.
+        tensors: the tensors, held so that no new tensor can get the identity of one of them.
+    """
+
+    versions: tuple[int, ...]
+    tensors: tuple[Tensor, ...]
+
+
+_OUTDATED = TensorVersions((), ())
+"""Equals the versions of no adapter, so that the adapter is prepared at its next use."""
+
+
+@dataclass(frozen=True)
+class PoolEntry:
+    """An adapter in a pool.
+
+    Attributes:
+        adapter: the adapter.
+        prepared: its normal forms.
+        versions: the versions of its tensors from which the normal forms were made.
+    """
+
+    adapter: Adapter
+    prepared: PreparedAdapter
+    versions: TensorVersions
+
+
+class AdapterPool(Mapping[str, PreparedAdapter]):
+    """Name -> prepared adapter. An adapter is prepared again only after its tensors were written.
+
+    Args:
+        preparer: computes the normal forms.
+
+    Attributes:
+        entries: name -> entry; adding and removing replace the mapping, so that a reference to it is a copy.
+    """
+
+    def __init__(self, preparer: Preparer) -> None:
+        self._preparer = preparer
+        self._lock = threading.RLock()
+        self.entries: dict[str, PoolEntry] = {}
+
+    def __getitem__(self, name: str) -> PreparedAdapter:
+        with self._lock:
+            require_adapter(name, self.entries)
+            entry = self.entries[name]
+            now = read_versions((entry.adapter,))
+            if now.versions != entry.versions.versions:
+                entry = self.entries[name] = PoolEntry(entry.adapter, self._preparer.prepare(entry.adapter), now)
+            return entry.prepared
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(tuple(self.entries))
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """Name -> adapter."""
+        with self._lock:
+            return {name: entry.adapter for name, entry in self.entries.items()}
+
+    def prepare(self, adapter: Adapter) -> PreparedAdapter:
+        """Return an adapter's normal forms without adding it.
+
+        Raises:
+            AdapterError: the name is taken.
+        """
+        self.check_name_free(adapter.name)
+        return self._preparer.prepare(adapter)
+
+    def add(self, adapter: Adapter, prepared: PreparedAdapter | None = None) -> None:
+        """Add an adapter.
+
+        Args:
+            adapter: the adapter.
+            prepared: its normal forms; None: they are computed at its first use.
+
+        Raises:
+            AdapterError: the name is taken.
+        """
+        if prepared is None:
+            entry = PoolEntry(adapter, PreparedAdapter({}, {}), _OUTDATED)
+        else:
+            entry = PoolEntry(adapter, prepared, read_versions((adapter,)))
+        with self._lock:
+            self.check_name_free(adapter.name)
+            self.entries = {**self.entries, adapter.name: entry}
+
+    def remove(self, name: str) -> None:
+        """Remove an adapter."""
+        with self._lock:
+            require_adapter(name, self.entries)
+            self.entries = {key: entry for key, entry in self.entries.items() if key != name}
+
+    def invalidate(self) -> None:
+        """Prepare every adapter again at its next use, because the model's own tensors were exchanged."""
+        with self._lock:
+            self.entries = {
+                name: PoolEntry(entry.adapter, entry.prepared, _OUTDATED) for name, entry in self.entries.items()
+            }
+
+    def check_name_free(self, name: str) -> None:
+        """Raise ``AdapterError`` if the name is taken."""
+        if name in self.entries:
+            raise AdapterError(
+                f"an adapter called '{name}' is already there",
+                next_step="name it otherwise, compile by adapters={name: ...} and add_adapter by name=, "
+                "or remove_adapter the other first",
+                code="adapter_exists",
+            )
+
+    def select(self, names: Sequence[str]) -> tuple[Adapter, ...]:
+        """Return the adapters of the given names.
+
+        Raises:
+            AdapterNotFound: an adapter was removed or never added.
+        """
+        with self._lock:
+            for name in names:
+                require_adapter(name, self.entries)
+            return tuple(self.entries[name].adapter for name in names)
+
+
+def read_versions(adapters: Sequence[Adapter]) -> TensorVersions:
+    """Return the present versions of the tensors of some adapters.
+
+    Torch counts writes by operations in place, with gradients or without. It counts no write through ``tensor.data``
+    or NumPy, and none to a tensor made in inference mode.
+    """
+    tensors = tuple(itertools.chain.from_iterable(adapter.parameters() for adapter in adapters))
+    try:
+        counts = [tensor._version for tensor in tensors]
+    except RuntimeError:  # a tensor made in inference mode has no count; asking each tensor first would slow every call
+        counts = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+    return TensorVersions((*map(id, tensors), *counts), tensors)

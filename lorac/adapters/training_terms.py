@@ -1,0 +1,64 @@
+"""The terms of a training step, computed from the adapters' own tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lorac.adapters.adapter_sites import get_once_path
+from lorac.adapters.branches import make_branch_term, make_once_term
+from lorac.adapters.pool import AdapterPool
+from lorac.adapters.preparation import Preparer
+from lorac.ir.algebra.changes import LowRank
+from lorac.ir.algebra.reduction import BRANCH
+from lorac.ir.sites import Site, SiteKind
+from lorac.ir.slots.choice import Active, Choice
+from lorac.ir.slots.filling import strength_tensor
+from lorac.ir.slots.live_terms import Dropout, LiveTerm, TrainingTerms
+from lorac.ir.slots.plans import BranchFill, BranchTerm
+from lorac.variants.adapter import Adapter
+
+
+class AdapterTerms(TrainingTerms):
+    """Terms that carry gradients to the tensors of a pool's adapters.
+
+    Args:
+        pool: the adapters.
+        preparer: evaluates their formulas.
+    """
+
+    def __init__(self, pool: AdapterPool, preparer: Preparer) -> None:
+        self._pool, self._preparer = pool, preparer
+
+    def at(self, path: str, choice: Choice) -> Sequence[LiveTerm] | None:
+        """Return the active terms of a site; None if no adapter of the choice touches it."""
+        adapters, site = self._pool.adapters, self._preparer.sites[path]
+        terms = (self._term(adapters[name], site, active) for name, active in choice)
+        return [term for term in terms if term is not None] or None
+
+    def _term(self, adapter: Adapter, site: Site, active: Active) -> LiveTerm | None:
+        tensors, preparer = adapter.tensors.get(site.path), self._preparer
+        method = adapter.variant if tensors is None else adapter.variant.method_at(site.path)
+        rate, place = float(getattr(method, "dropout", 0.0)), method.dropout_place
+        if site.kind is SiteKind.ONCE:
+            if site.path != get_once_path(adapter):
+                return None
+            return _branch_term(make_once_term(adapter, preparer.sites, detach=False), site, active)
+        if tensors is None:
+            replaced = preparer.replaced_change(adapter, site)
+            return None if replaced is None else LiveTerm(active.strength, replaced)
+        reduction = preparer.reduction(adapter.variant, site, tensors)
+        if reduction.form == BRANCH:
+            return _branch_term(make_branch_term(adapter, site, detach=False), site, active, rate, place)
+        change = preparer.change(reduction, site, tensors)
+        if active.rank is not None and isinstance(change, LowRank):
+            change = change.truncated(active.rank, adapter.variant.truncatable or 0.0)
+        change = preparer.with_bias(adapter, site, change)
+        dropped = preparer.dropped(adapter, site) if rate and place is Dropout.RANK else None
+        return LiveTerm(active.strength, change, rate=rate, place=place, dropped=dropped)
+
+
+def _branch_term(
+    term: BranchTerm, site: Site, active: Active, rate: float = 0.0, place: Dropout = Dropout.NONE
+) -> LiveTerm:
+    fill = BranchFill(strength_tensor(term, site, active.strength), term.params)
+    return LiveTerm(active.strength, branch=(term.slot, fill), rate=rate, place=place)

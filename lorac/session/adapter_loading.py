@@ -1,0 +1,122 @@
+"""Adapters for a session, from whatever compile() and add_adapter() take."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from lorac.adapters.adapter_sites import add_adapted_modules, add_named_modules, make_once_sites
+from lorac.adapters.fit import check_adapter
+from lorac.adapters.fresh import add_replaced_parameters, make_fresh_adapter, make_trainable
+from lorac.adapters.preparation import Preparer
+from lorac.errors import AdapterError, BaseNeeded, UnknownMethod
+from lorac.formats import load_adapter
+from lorac.formats.native import load_record
+from lorac.ir.slots.plans import PreparedAdapter
+from lorac.session.request.sources import AdapterSource, check_argument_order, read_source
+from lorac.session.session import SHAPES_ONLY, Session
+from lorac.storage.normal_forms import read_normal_forms
+from lorac.storage.open_file import OpenFile
+from lorac.variants.adapter import Adapter
+from lorac.variants.base import Variant
+
+
+def make_adapter(session: Session, given: object, name: str | None) -> Adapter:
+    """Make an adapter of a session's own: read its file, create a variant's tensors, or copy the object.
+
+    Args:
+        session: gets the sites that the adapter touches.
+        given: a path, an Adapter, a fresh Variant, or a configuration of PEFT's.
+        name: the adapter's name; None: its own.
+
+    Raises:
+        AdapterError: the name is taken or not a name, or the adapter does not fit the model.
+        BaseNeeded: it needs base weights that the engine does not hold.
+    """
+    check_argument_order(given, name)
+    _check_name(name)
+    source = read_source(given, name)
+    try:
+        adapter = _read(session, source, name)
+    except NotImplementedError as error:  # the base weight is on the meta device, and the file holds a copy of it
+        raise _missing_base_weights(name or str(source)) from error
+    _check_name(adapter.name)
+    session.pool.check_name_free(adapter.name)
+    if any(tensor.is_meta for tensor in adapter.parameters()):
+        raise _missing_base_weights(adapter.name)
+    _add_sites(session, adapter)
+    return make_trainable(adapter, session.sites)
+
+
+def restore_adapter(session: Session, name: str, record: OpenFile, forms: OpenFile | None) -> None:
+    """Add an adapter of an artifact to a session's pool.
+
+    Args:
+        session: the session.
+        name: the adapter's name.
+        record: the adapter in lorac's own format.
+        forms: its normal forms. With these the class of its method is not needed.
+
+    Raises:
+        UnknownMethod: the class of the method is not imported, and there are no normal forms.
+    """
+    with record.named() as path:
+        adapter = _restore_record(session, path, name, has_forms=forms is not None)
+    session.pool.add(adapter, None if forms is None else read_normal_forms(forms))
+
+
+def _restore_record(session: Session, path: Path, name: str, *, has_forms: bool) -> Adapter:
+    try:
+        return make_adapter(session, path, name)
+    except UnknownMethod:
+        if not has_forms:
+            raise
+    adapter = load_record(path, name)
+    _add_sites(session, adapter)
+    return adapter
+
+
+def outline_adapter(session: Session, adapter: Adapter) -> PreparedAdapter:
+    """Return an adapter's normal forms, which are right in shape only; no base weights are needed."""
+    return Preparer(session.sites, SHAPES_ONLY).prepare(adapter)
+
+
+def _read(session: Session, source: AdapterSource, name: str | None) -> Adapter:
+    view = session.view
+    if isinstance(source, str | Path):
+        return load_adapter(source, view.module, name)  # the format checks it against the model
+    if isinstance(source, Variant):
+        variant = source.for_model(view, session.examples.get("example_inputs"))
+        adapter = make_fresh_adapter(variant, name or source.name, add_named_modules(variant, view), session.base)
+    else:
+        adapter = dataclasses.replace(source, name=name or source.name)
+    check_adapter(adapter, view)
+    return adapter
+
+
+def _add_sites(session: Session, adapter: Adapter) -> None:
+    """Make a site of every module that an adapter names, and of every parameter that it replaces."""
+    view = add_adapted_modules(adapter, session.view)
+    view = view.with_sites(make_once_sites(adapter, view.sites))
+    session.preparer.sites = add_replaced_parameters(adapter, view).sites
+
+
+def _check_name(name: object) -> None:
+    """Raise ``AdapterError`` if a name is given that is not a non-empty string that files can hold."""
+    if name is None:
+        return
+    if not isinstance(name, str) or not name:
+        raise AdapterError(f"an adapter cannot be called {name!r}", next_step="give it a name of one letter or more")
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise AdapterError(
+            f"an adapter cannot be called {name!r}: no file can hold that", next_step="give it another name"
+        ) from error
+
+
+def _missing_base_weights(adapter: str) -> BaseNeeded:
+    return BaseNeeded(
+        f"adapter '{adapter}' needs base weights that the engine does not keep",
+        next_step="compile from the model again, with the adapter in adapters=",
+    )

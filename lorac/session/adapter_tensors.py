@@ -1,0 +1,115 @@
+"""An adapter's tensors as parameters and buffers of an nn.Module, and their keys in its state dict."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from lorac.errors import FormatError, warn
+from lorac.formats.native import describe_adapter
+from lorac.storage.strict_json import dump_json, parse_object
+from lorac.variants.adapter import Adapter
+
+_MARK = "~"
+"""Marks keys of lorac's own. No digit follows it, as one does in an escape."""
+_CONTAINER_ATTRIBUTES = frozenset(dir(nn.ModuleDict()))
+"""Names that a container needs for its own attributes, such as ``items``."""
+
+
+class AdapterTensors(nn.Module):
+    """An adapter's tensors under names that a state dict can hold, and the adapter's record.
+
+    A state dict holds tensors only, so the record is stored as the bytes of a JSON text. It gives for each key the
+    tensor's site and name, or, if the tensor has no site, the parameter that it replaces.
+
+    Args:
+        adapter: the adapter.
+    """
+
+    def __init__(self, adapter: Adapter) -> None:
+        super().__init__()
+        self.adapter = adapter
+        self._first_keys: dict[int, str] = {}
+        self._places: dict[str, list[tuple[str | None, str]]] = {}
+        for path, tensors in adapter.tensors.items():
+            for name, tensor in tensors.items():
+                self._register(f"{_escape(path)}/{_escape(name)}", tensor, (path, name))
+        for name, tensor in adapter.replaced.items():
+            self._register(f"replaced{_MARK}/{_escape(name)}", tensor, (None, name))
+
+    def _register(self, key: str, tensor: torch.Tensor, place: tuple[str | None, str]) -> None:
+        self._places.setdefault(self._first_keys.setdefault(id(tensor), key), []).append(place)
+        if isinstance(tensor, nn.Parameter):
+            self.register_parameter(key, tensor)
+        else:
+            self.register_buffer(key, tensor)
+
+    def repeated_keys(self) -> set[str]:
+        """Return the keys of tensors that are registered under an earlier key already."""
+        return {*self._parameters, *self._buffers} - {*self._places}
+
+    def get_extra_state(self) -> torch.Tensor:
+        """Return the record."""
+        text = dump_json({"record": describe_adapter(self.adapter), "places": self._places})
+        return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Warn if the loaded tensors belong to another method, or to other settings. Only tensors are loaded."""
+        loaded = parse_object(bytes(state.tolist()), _corrupt_record).get("record")
+        own = json.loads(dump_json(describe_adapter(self.adapter)))
+        differing = [f for f in ("variant", "config") if not isinstance(loaded, dict) or loaded.get(f) != own[f]]
+        if differing:
+            warn(
+                f"what is loaded into adapter '{self.adapter.name}' was saved of one with another {differing[0]}",
+                next_step="compile with the method and the hyper-parameters of the training",
+            )
+
+
+def _excluded_keys(module: nn.Module) -> set[str]:
+    """Return the keys that a state dict leaves out: the model's parameters, which never change, and repeated keys."""
+    host, adapters = module.get_submodule("host"), module.get_submodule("adapter_tensors")
+    keys = {f"host.{name}" for name, _ in host.named_parameters(remove_duplicate=False)}
+    for key, tensors in adapters.named_children():
+        assert isinstance(tensors, AdapterTensors)
+        keys |= {f"adapter_tensors.{key}.{name}" for name in tensors.repeated_keys()}
+    return keys
+
+
+def drop_excluded_keys(module: nn.Module, state: dict[str, object], prefix: str, _: object) -> None:
+    """Remove the excluded keys from a state dict; a state dict hook of torch's."""
+    for key in _excluded_keys(module):
+        state.pop(f"{prefix}{key}", None)
+
+
+def ignore_excluded_keys(module: nn.Module, keys: torch.nn.modules.module._IncompatibleKeys) -> None:
+    """Do not report the excluded keys as missing; a hook of torch's for loading a state dict."""
+    excluded = _excluded_keys(module)
+    keys.missing_keys[:] = [key for key in keys.missing_keys if not excluded & set(_key_suffixes(key))]
+
+
+def _key_suffixes(key: str) -> Iterator[str]:
+    """Yield a key, then the key without the names of one enclosing module after another."""
+    while key:
+        yield key
+        key = key.partition(".")[2]
+
+
+def _corrupt_record(reason: str) -> FormatError:
+    return FormatError(f"the record of an adapter in a state dict {reason}", code="corrupt_file")
+
+
+def state_dict_key(name: str) -> str:
+    """Return a name as a part of a state dict's key; different names have different keys.
+
+    ``.`` becomes ``/``, ``/`` becomes ``~1`` and ``~`` becomes ``~0``. A name that torch's containers need for
+    themselves gets a ``~`` at its end.
+    """
+    key = _escape(name)
+    return f"{key}{_MARK}" if key in _CONTAINER_ATTRIBUTES else key
+
+
+def _escape(name: str) -> str:
+    return name.replace("~", "~0").replace("/", "~1").replace(".", "/")

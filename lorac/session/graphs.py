@@ -1,0 +1,90 @@
+"""``compiled.graph``: the graphs of a compiled model at every stage."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor
+
+from lorac.errors import Unavailable
+from lorac.report.dump import Dump
+from lorac.report.explain import explain
+from lorac.report.graph_views import GraphView, GraphViews
+from lorac.report.pass_history import CAPTURE, EMITTED, PassHistory
+from lorac.report.picture.page_data import PictureContext
+from lorac.report.printer import AdapterNotes
+from lorac.report.terms import describe_terms, describe_variant
+from lorac.runtime.switchable_model import SwitchableModel
+from lorac.session.lowering.lower import lower_model
+from lorac.session.session import Session
+from lorac.variants.adapter import Adapter
+
+
+def collect_graphs(session: Session, model: SwitchableModel) -> GraphViews:
+    """Return the graphs of a compiled model; target "eager" captures its model now, in eval mode.
+
+    Of a model that was loaded, only the program that its target runs exists.
+
+    Raises:
+        Unavailable: it was loaded from a file, and its target runs no program.
+        CaptureError, ExampleInputsNeeded: the model cannot be captured.
+    """
+    if session.history is None and session.host.in_memory:
+        lower_model(session, ())
+    history = session.history or PassHistory()
+    listing = functools.cache(model.engine.listing)
+    dumps: Mapping[str, Mapping[str, Dump]] = history.dumps or {n: {EMITTED: dump} for n, dump in listing().items()}
+    if not dumps:
+        raise Unavailable(
+            "the graph of a model that was loaded from an artifact is not kept",
+            next_step="compile from the model to print it",
+        )
+    captured = [stages[CAPTURE] for stages in dumps.values() if CAPTURE in stages]
+    calls = {site: count for dump in captured for site, count in dump.calls.items()}
+
+    def context() -> PictureContext:
+        return _picture_context(session, model, calls)
+
+    def view(name: str) -> GraphView:
+        return GraphView(dumps[name], context, skipped=history.skips.get(name), emission=lambda: listing().get(name))
+
+    return GraphViews({name: view(name) for name in dumps}, context)
+
+
+def _picture_context(session: Session, model: SwitchableModel, calls: Mapping[str, int]) -> PictureContext:
+    adapters = model.adapters
+    notes = AdapterNotes(
+        adapters={name: describe_variant(adapter.variant) for name, adapter in adapters.items()},
+        terms=describe_terms(model.pool, model.plans, mode=model.mode, snapshot=model.snapshot),
+        trainable=_count_trainable(adapters),
+        calls=calls,
+    )
+    return PictureContext(
+        explanation=explain(model, session.precision.lost),
+        notes=notes,
+        parameters={name: _count_parameters(adapter) for name, adapter in adapters.items()},
+    )
+
+
+def _count_parameters(adapter: Adapter) -> int:
+    """Return the number of an adapter's floating-point values; a tensor that several sites share counts once."""
+    return sum(tensor.numel() for tensor in adapter.parameters() if tensor.is_floating_point())
+
+
+def _count_trainable(adapters: Mapping[str, Adapter]) -> dict[str, int]:
+    """Return for each site the number of values that train; a shared tensor counts at its first site."""
+    counts: dict[str, int] = {}
+    seen: set[int] = set()
+    for path, tensor in itertools.chain.from_iterable(map(_tensors_by_module, adapters.values())):
+        if tensor.requires_grad and id(tensor) not in seen:
+            seen.add(id(tensor))
+            counts[path] = counts.get(path, 0) + tensor.numel()
+    return counts
+
+
+def _tensors_by_module(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of an adapter with the path of the module to which it belongs."""
+    yield from ((path, t) for path, tensors in adapter.tensors.items() for t in tensors.values())
+    yield from ((fqn.rpartition(".")[0], t) for fqn, t in adapter.replaced.items())

@@ -1,0 +1,118 @@
+"""Lower a session's model, or a stored program, to the level that its target asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from torch import nn
+
+from lorac.errors import CaptureError, ChoiceError, Unavailable
+from lorac.frontend.capture.encoder_decoder import split_encoder_decoder
+from lorac.frontend.capture.export import capture_graph
+from lorac.frontend.components import Components, get_component_prefix, get_encoder_graph_name, list_components
+from lorac.ir.graph.graph import Graph
+from lorac.ir.graph.program import Program
+from lorac.ir.sites import SiteKind
+from lorac.ir.slots.program_values import list_tapped_modules
+from lorac.passes.insert import check_adapters_reached
+from lorac.passes.pipelines import lowering_passes, run_pipeline
+from lorac.report.pass_history import PassHistory
+from lorac.session.lowering.cache_check import CacheCheck
+from lorac.session.lowering.capture_check import check_capture, check_runnable
+from lorac.session.session import Session
+from lorac.session.targets import find_backend
+
+
+def lower_model(session: Session, aux: tuple[str, ...]) -> Program:
+    """Capture a session's model graph by graph, check each against the model, and lower it.
+
+    Args:
+        session: holds the model.
+        aux: names of the extra outputs.
+    """
+    model, options = session.host.module, session.options
+    graphs: dict[str, Graph] = {}
+    for name, component in list_components(model).items():
+        graph = _capture_component(session, name, component)
+        check_capture(graph, component, tested=options.self_test)
+        cache_check = CacheCheck(graph) if options.grows and options.self_test else None
+        halves = split_encoder_decoder(graph, get_encoder_graph_name(name)) if options.grows else (graph,)
+        for half in halves:
+            _run_passes(session, half, aux)
+        if cache_check is not None:
+            cache_check.check(halves, session.base)
+        graphs |= {half.name: half for half in halves}
+    check_adapters_reached(graphs.values(), {name: prepared.paths for name, prepared in session.pool.items()})
+    return Program(graphs)
+
+
+def lower_stored(session: Session, program: Program, aux: tuple[str, ...]) -> Program:
+    """Lower an artifact's program, which is at level expanded; its graphs are changed in place."""
+    for graph in program.graphs.values():
+        _run_passes(session, graph, aux)
+    return program
+
+
+def list_missing_ops(session: Session, target: str) -> tuple[str, ...]:
+    """Return the ops of a session's model that another target does not compute, without building an engine for it.
+
+    Raises:
+        Unavailable: the model is no longer in memory.
+    """
+    if not session.host.in_memory:
+        raise Unavailable(
+            "explain(target=...) needs the model, which this program no longer holds",
+            next_step="compile with target='eager', whose explain(target=...) tells what another target lacks",
+        )
+    backend = find_backend(target)
+    options = backend.told({"self_test": False})
+    ranks_at = backend.dialect_for(options).ranks_at
+    plans = {path: dataclasses.replace(plan, ranks=ranks_at(plan.site)) for path, plan in session.plans.items()}
+    other = dataclasses.replace(session, backend=backend, options=options, plans=plans, history=PassHistory())
+    return backend.lacking(lower_model(other, ()))
+
+
+def _capture_component(session: Session, name: str, component: nn.Module) -> Graph:
+    model, sites, plans = session.host.module, session.sites, session.plans
+    prefix = get_component_prefix(model, name)
+    read = [path for path in (*plans, *list_tapped_modules(plans.values())) if path.startswith(prefix)]
+    # The exits of blocks are marked, and of modules that are only read.
+    marked = [path for path in read if path not in sites or sites[path].kind is SiteKind.BLOCK]
+    inputs = session.precision.fit(_component_example(session, "example_inputs", name))
+    try:
+        return capture_graph(
+            name,
+            component,
+            inputs,
+            _component_example(session, "dynamic_shapes", name),
+            sites=sites,
+            plans=plans,
+            blocks=list(dict.fromkeys(marked)),
+            prefix=prefix,
+            grows=session.options.grows,
+        )
+    except CaptureError:
+        check_runnable(component, inputs)
+        raise
+
+
+def _component_example(session: Session, argument: str, name: str) -> object:
+    """Return a component's part of ``example_inputs`` or ``dynamic_shapes``; of a single model all of it."""
+    given, model = session.examples.get(argument), session.host.module
+    if given is None or not isinstance(model, Components):
+        return given
+    if not isinstance(given, Mapping) or not given.keys() <= set(model):
+        raise ChoiceError(
+            f"{argument}= is not by component",
+            next_step=f"give {argument}={{...}} with {', '.join(model)} as its keys",
+        )
+    return given.get(name)
+
+
+def _run_passes(session: Session, graph: Graph, aux: tuple[str, ...]) -> None:
+    dialect = session.backend.dialect_for(session.options)
+    history = session.history = session.history or PassHistory()
+    passes = lowering_passes(dialect, aux, constant=session.mode == "baked")
+    outcomes = run_pipeline(graph, passes, history.record)
+    history.skips[graph.name] = {name: outcome.skipped for name, outcome in outcomes if outcome.skipped}

@@ -1,0 +1,1 @@
+"""What compile() was asked for: every argument, checked once."""

@@ -1,0 +1,126 @@
+"""Save a compiled model as an artifact."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from lorac.argument_types import check_type
+from lorac.errors import ArtifactError, Unavailable, warn
+from lorac.formats import save_adapter
+from lorac.formats.native import variant_config
+from lorac.frontend.components import MAIN_GRAPH
+from lorac.runtime.generation.tokenizers import TOKENIZER_FOLDER, tokenizer_writer
+from lorac.runtime.switchable_model import SwitchableModel
+from lorac.session.session import Session
+from lorac.storage.artifact import ADAPTERS, FORMS, RECORD, write_artifact
+from lorac.storage.normal_forms import write_normal_forms
+from lorac.storage.os_errors import translate_os_errors
+from lorac.storage.plans import choice_to_json, plan_to_json
+from lorac.variants._missing_method import homes
+from lorac.version import VERSION
+
+_PORTABLE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", re.ASCII)
+"""Names of adapters that every system accepts as file names."""
+
+
+def save(session: Session, model: SwitchableModel, folder: str | Path, tokenizer: object) -> None:
+    """Write a compiled model into a folder.
+
+    Args:
+        session: the model's session.
+        model: the compiled model.
+        folder: a new or empty folder, or an older artifact, which is replaced.
+        tokenizer: has ``save_pretrained(folder)``; None: no tokenizer is saved.
+
+    Raises:
+        ArtifactError: the folder holds something else, or cannot be written.
+    """
+    check_type(folder, (str, os.PathLike), "where compiled.save writes to", next_step="give the path of a folder")
+    write_tokenizer = tokenizer_writer(tokenizer)
+
+    def fill(staged: Path) -> dict[str, object]:
+        if write_tokenizer is not None:
+            (staged / TOKENIZER_FOLDER).mkdir()
+            write_tokenizer(staged / TOKENIZER_FOLDER)
+        return {
+            "versions": {"lorac": VERSION, **_installed_versions("torch", model.engine.target)},
+            "target": model.engine.target,
+            "mode": model.mode,
+            "active": choice_to_json(model.choice),
+            "adapters": _save_adapters(model, staged / ADAPTERS),
+            "plans": {path: plan_to_json(plan) for path, plan in model.plans.items()},
+            "reductions": session.preparer.stored_reductions(model.adapters.values()),
+            "program": _store_program(session, model, staged),
+            "components": {name: traits.to_json() for name, traits in model.traits.items()},
+            "host": session.host.skeleton,
+        }
+
+    with translate_os_errors(folder, ArtifactError, "written"):
+        write_artifact(folder, fill)
+
+
+def _store_program(session: Session, model: SwitchableModel, staged: Path) -> object:
+    """Have the backend write its files; an engine that runs the model itself has the model captured for that."""
+    if model.engine.files is not None:
+        return session.backend.store(model.engine, staged, None)
+    from lorac.session.building import make_build_request
+    from lorac.session.lowering.lower import lower_model
+
+    program = lower_model(session, session.options.aux)
+    return session.backend.store(model.engine, staged, make_build_request(session, model.choice, program))
+
+
+def _save_adapters(model: SwitchableModel, folder: Path) -> dict[str, dict[str, object]]:
+    """Write every adapter, and return the manifest's entries."""
+    entries = {}
+    for name, stem in _file_stems(sorted(model.adapters)).items():
+        adapter = model.adapters[name]
+        record = folder / f"{stem}.safetensors"
+        save_adapter(adapter, record, format="native")
+        method, modules = adapter.variant, homes(adapter.variant)
+        entry: dict[str, object] = {
+            RECORD: f"{folder.name}/{record.name}",
+            "variant": method.name,
+            "hyperparameters": variant_config(method)[0],
+        }
+        if modules:  # the method is not lorac's own, so its class may be missing where the artifact is loaded
+            forms = folder / f"{stem}.forms.safetensors"
+            write_normal_forms(forms, model.pool[name])
+            entry |= {FORMS: f"{folder.name}/{forms.name}", "modules": modules}
+        entries[name] = {**entry, "portable": _save_portable(model, name, folder / stem)}
+    return entries
+
+
+def _save_portable(model: SwitchableModel, name: str, stem: Path) -> dict[str, str]:
+    """Write an adapter for programs that run without lorac; returns graph -> file name, empty if that is impossible."""
+    graphs = model.engine.interfaces if model.engine.portable else ()
+    files = {graph: f"{stem.name}{'' if graph == MAIN_GRAPH else f'.{graph}'}.onnx_adapter" for graph in graphs}
+    try:
+        for graph, file in files.items():
+            model.write_choice(stem.with_name(file), name, graph)
+    except Unavailable as error:
+        warn(f"adapter '{name}' is saved for lorac alone: {error.what}")
+        return {}
+    return {graph: f"{stem.parent.name}/{file}" for graph, file in files.items()}
+
+
+def _file_stems(names: Sequence[str]) -> dict[str, str]:
+    """Return the name of each adapter's files: the adapter's own if every system accepts it, else a number."""
+    stems: dict[str, str] = {}
+    for index, name in enumerate(names):
+        own = _PORTABLE_NAME.fullmatch(name) and name.lower() not in {stem.lower() for stem in stems.values()}
+        stems[name] = name if own else f"_{index}"
+    return stems
+
+
+def _installed_versions(*names: str) -> dict[str, str]:
+    versions = {}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions

@@ -1,0 +1,278 @@
+"""Artifacts: a compiled model as a folder that needs neither the original model nor its weights elsewhere.
+
+    manifest.json                    what is in the folder and how it fits together
+    adapters/<name>.safetensors      the adapters, in lorac's own format
+    adapters/<name>.forms.safetensors  normal forms of an adapter whose method is not lorac's own
+    adapters/<name>.onnx_adapter     the adapter as ONNX Runtime reads it, if the program runs without lorac; one for
+                                     each of several components
+    tokenizer/…                      the tokenizer as it writes itself, if there is one
+    …                                the program and its weights, as the target stores them
+
+An adapter whose name is not portable as a file name has a number instead; the manifest says which.
+
+The manifest holds the versions, target and mode, the plan of every site, the active choice, the reductions of the
+adapters' formulas, the model's skeleton, what the target needs besides, size and hash of every other file, and last a
+hash over all this. It holds no time stamp, path or random name, and the folder no pickle: equal input gives equal
+bytes, and loading runs no code that the artifact names.
+
+A folder is written next to its target and takes the target's place in one step when it is complete; after a failure
+nothing is left of it. It replaces only an older artifact, and only files that the older manifest lists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lorac.errors import ArtifactError, LoracError
+from lorac.limits import charge_reading
+from lorac.storage.atomic_folders import MANIFEST, list_foreign, read_consistently, replace_atomically
+from lorac.storage.open_file import OpenFile
+from lorac.storage.os_errors import translate_os_errors
+from lorac.storage.strict_json import dump_json, parse_object, read_json_text
+
+FORMAT = 5
+ADAPTERS = "adapters"
+RECORD, FORMS = "file", "forms"
+ADAPTER_FILES = (RECORD, FORMS)
+"""The manifest's fields for an adapter's files: its record and its normal forms."""
+_SEAL = "seal"
+_LISTED_FILES = 5
+"""Number of foreign files that a message names."""
+_FIELDS: dict[str, type] = {
+    "lorac_artifact": int,
+    "versions": dict,
+    "target": str,
+    "mode": str,
+    "plans": dict,
+    "reductions": dict,
+    "active": dict,
+    "adapters": dict,
+    "host": dict,
+    "program": dict,
+    "components": dict,
+    "files": dict,
+    _SEAL: str,
+}
+"""The fields of a manifest and their types."""
+
+
+# ── Writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def write_artifact(folder: str | os.PathLike[str], fill: Callable[[Path], Mapping[str, Any]]) -> None:
+    """Write an artifact; unless everything succeeds, the folder stays as it was.
+
+    Args:
+        folder: a folder that does not exist yet, an empty folder, or an older artifact, which is replaced.
+        fill: writes all files but the manifest into an empty folder, and returns the manifest's fields except version
+            and files.
+
+    Raises:
+        ArtifactError: the folder holds something else, or an artifact and other files.
+        OSError: it cannot be written.
+    """
+    target = Path(folder)
+    read_consistently(target, lambda: _check_replaceable(target))
+    with replace_atomically(target, _owned_files) as staged:
+        staged.mkdir()
+        fields = fill(staged)
+        manifest = seal_manifest({"lorac_artifact": FORMAT, **fields, "files": _file_entries(staged)})
+        (staged / MANIFEST).write_text(dump_json(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def seal_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a manifest with the hash of all its other fields."""
+    rest = {field: value for field, value in manifest.items() if field != _SEAL}
+    return {**rest, _SEAL: hashlib.blake2b(dump_json(rest).encode(), digest_size=16).hexdigest()}
+
+
+def _check_replaceable(target: Path) -> None:
+    """Refuse to replace anything but an artifact without foreign files."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    owned = _owned_files(target)
+    if not owned:
+        raise ArtifactError(
+            f"'{target}' exists and is not an artifact",
+            next_step="give a new folder, an empty one, or an older artifact",
+        )
+    foreign = list_foreign(target, owned)
+    if foreign:
+        named = ", ".join(map(repr, foreign[:_LISTED_FILES]))
+        more = f" and {len(foreign) - _LISTED_FILES} more" if len(foreign) > _LISTED_FILES else ""
+        raise ArtifactError(
+            f"the artifact '{target}' also holds {named}{more}, which lorac did not write",
+            next_step="move that elsewhere, or give another folder",
+        )
+
+
+def _owned_files(folder: Path) -> frozenset[str]:
+    """Return the files that an artifact's manifest lists, of whatever version; empty if there is no artifact."""
+    try:
+        manifest = parse_object(read_json_text(folder / MANIFEST), ArtifactError)
+    except (LoracError, OSError):
+        return frozenset()
+    files = manifest.get("files")
+    if not isinstance(manifest.get("lorac_artifact"), int) or not isinstance(files, dict):
+        return frozenset()
+    return frozenset({*files, MANIFEST})
+
+
+def _file_entries(folder: Path) -> dict[str, Any]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = ((path.relative_to(folder).as_posix(), OpenFile(path)) for path in paths)
+    return {name: {"bytes": file.size, "hash": file.digest()} for name, file in files}
+
+
+# ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+@dataclass(frozen=True)
+class Manifest:
+    """An artifact's manifest, whose hash and files were checked.
+
+    Attributes:
+        folder: the artifact.
+        fields: all fields.
+        files: the program's files by name, held open.
+        target, mode: as compiled.
+        plans: site path -> its plan as JSON.
+        reductions: the reductions of the adapters' formulas, by structure, as JSON.
+        active: the active choice as JSON.
+        host: the model's skeleton.
+        program: what the target stored besides its files.
+        components: graph name -> the traits of its model as JSON.
+    """
+
+    folder: Path
+    fields: Mapping[str, Any]
+    files: Mapping[str, OpenFile]
+    target: str
+    mode: str
+    plans: Mapping[str, Any]
+    reductions: Mapping[str, Any]
+    active: Mapping[str, Any]
+    host: Mapping[str, Any]
+    program: Mapping[str, Any]
+    components: Mapping[str, Any]
+
+    def adapters(self) -> Iterator[tuple[str, OpenFile, OpenFile | None]]:
+        """Yield each adapter's name, its record, and its normal forms if the artifact has them.
+
+        Each file is opened and checked when it is reached, since there may be more than a process may hold open.
+        """
+        for name, entry in self.fields["adapters"].items():
+            yield name, self.open_adapter(name), self.open_adapter(name, FORMS) if FORMS in entry else None
+
+    def open_adapter(self, name: str, field: str = RECORD) -> OpenFile:
+        """Open a file of an adapter and check it against the manifest.
+
+        Raises:
+            ArtifactError: as ``open_artifact``; or the manifest does not list the file, or another artifact replaced
+                the folder since the manifest was read, so that the file has another hash.
+        """
+        entry, files = self.fields["adapters"][name], self.fields["files"]
+        file = entry.get(field) if isinstance(entry, dict) else None
+        if not isinstance(file, str) or file not in files:
+            raise _damaged_manifest(self.folder, f"it names the file {file!r}, which it does not list")
+        return _open_checked(self.folder, file, files[file])
+
+
+def open_artifact(folder: str | os.PathLike[str]) -> Manifest:
+    """Read the manifest of an artifact, and open its program's files and check them against it.
+
+    Adapters are opened one by one later. ``.onnx_adapter`` files are only checked.
+
+    Raises:
+        ArtifactError: not an artifact, a damaged or foreign manifest, another version, a path that leads out of the
+            folder, a missing file, a file of another size or hash, or a file that the manifest does not list.
+    """
+    path = Path(folder)
+    with translate_os_errors(path, ArtifactError, "read"):
+        return read_consistently(path, lambda: _open_all(path))
+
+
+def _open_all(folder: Path) -> Manifest:
+    fields = _read_fields(folder)
+    entries = [entry for entry in fields["adapters"].values() if isinstance(entry, dict)]
+    adapters = [entry.get(field) for entry in entries for field in ADAPTER_FILES]
+    portable = [file for entry in entries for file in dict(entry.get("portable", ())).values()]
+    checked = {
+        name: _open_checked(folder, name, entry) for name, entry in fields["files"].items() if name not in adapters
+    }
+    listed = {*fields["files"], MANIFEST}
+    for path in folder.rglob("*"):
+        if not path.is_dir() and path.relative_to(folder).as_posix() not in listed:
+            raise ArtifactError(f"'{path}' is not in the artifact's manifest", next_step="remove it, or save again")
+    return Manifest(
+        folder=folder,
+        fields=fields,
+        files={name: file for name, file in checked.items() if name not in portable},
+        target=fields["target"],
+        mode=fields["mode"],
+        plans=fields["plans"],
+        reductions=fields["reductions"],
+        active=fields["active"],
+        host=fields["host"],
+        program=fields["program"],
+        components=fields["components"],
+    )
+
+
+def _read_fields(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file() or path.is_symlink():
+        raise ArtifactError(
+            f"'{folder}' is not an artifact: it has no {MANIFEST}", next_step="compiled.save(folder) writes one"
+        )
+    with charge_reading(path):
+        fields = parse_object(read_json_text(path), lambda reason: _damaged_manifest(folder, f"it {reason}"))
+    if not isinstance(fields.get("lorac_artifact"), int):
+        raise ArtifactError(
+            f"'{folder}' is not a compiled model: its {MANIFEST} is not lorac's",
+            next_step="compiled.save(folder) writes one, to a folder of its own",
+        )
+    if fields["lorac_artifact"] != FORMAT:
+        raise ArtifactError(
+            f"'{folder}' is version {fields['lorac_artifact']} of the format, this lorac reads {FORMAT}",
+            next_step=f"it was saved by {fields.get('versions', 'an unknown version')}; save it again with this one",
+        )
+    for field, kind in _FIELDS.items():
+        if not isinstance(fields.get(field), kind):
+            raise _damaged_manifest(folder, f"'{field}' is missing, or of another type")
+    if seal_manifest(fields) != fields:
+        raise _damaged_manifest(folder, f"its {_SEAL} shows that it was changed after it was written")
+    return fields
+
+
+def _open_checked(folder: Path, name: str, entry: Any) -> OpenFile:
+    parts = PurePosixPath(name).parts
+    unsafe = not parts or name.startswith("/") or "\\" in name or ":" in parts[0] or {"..", "."} & set(name.split("/"))
+    path = folder.joinpath(*parts)
+    if unsafe or any(folder.joinpath(*parts[: i + 1]).is_symlink() for i in range(len(parts))):
+        raise ArtifactError(
+            f"the manifest of '{folder}' names the file '{name}', which leads out of the folder",
+            next_step="do not use this artifact: lorac does not write such paths",
+        )
+    if not path.is_file():
+        raise ArtifactError(f"the artifact '{folder}' lacks the file '{name}'", next_step="copy the whole folder again")
+    if not isinstance(entry, dict) or entry.keys() != {"bytes", "hash"}:
+        raise _damaged_manifest(folder, f"the entry of '{name}' is not bytes and hash")
+    file = OpenFile(path)
+    size = file.size
+    if size != entry["bytes"]:
+        raise ArtifactError(
+            f"'{path}' has {size} bytes, the manifest says {entry['bytes']}", next_step="copy the whole folder again"
+        )
+    digest = file.digest()
+    if digest != entry["hash"]:
+        raise ArtifactError(
+            f"'{path}' has the hash {digest}, the manifest says {entry['hash']}",
+            next_step="it was changed or damaged: copy the whole folder again",
+        )
+    return file
+
+
+def _damaged_manifest(folder: Path, reason: str) -> ArtifactError:
+    return ArtifactError(f"the manifest of '{folder}' is damaged: {reason}")
