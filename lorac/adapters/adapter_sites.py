@@ -36,8 +36,8 @@ def add_named_modules(variant: Variant, view: ModelView) -> ModelView:
         path for path in free if is_named(targets, path) and not (variant.exclude and is_named(variant.exclude, path))
     ]
     if not isinstance(targets, str):
-        return view.with_sites(make_module_sites(wanted, view.module, view.sites))
-    inferred = {path: infer_module_site(path, view.module, view.sites) for path in wanted}
+        return view.with_sites(make_module_sites(wanted, view))
+    inferred = {path: infer_module_site(path, view) for path in wanted}
     return view.with_sites({path: site for path, site in inferred.items() if site is not None})
 
 
@@ -47,7 +47,7 @@ def add_adapted_modules(adapter: Adapter, view: ModelView) -> ModelView:
         return view
     missing = adapter.tensors.keys() - view.sites.keys()
     wanted = [path for path in view.callable_paths if path in missing] if missing else []
-    return view.with_sites(make_module_sites(wanted, view.module, view.sites)) if wanted else view
+    return view.with_sites(make_module_sites(wanted, view)) if wanted else view
 
 
 def make_once_sites(adapter: Adapter, sites: Mapping[str, Site]) -> dict[str, Site]:

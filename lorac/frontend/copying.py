@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lorac.errors import CaptureError
 
-Model = TypeVar("Model", bound=nn.Module)
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-def copy_structure(model: Model, *, share_buffers: bool = False) -> Model:
-    """``model`` again, module by module, over the same weight storage and with every ``requires_grad`` off.
+def copy_structure(model: ModuleT, *, share_buffers: bool = False) -> ModuleT:
+    """Copy a model module by module over the same weight storage, with every ``requires_grad`` off.
 
     Parameters become new ``nn.Parameter`` objects that share the host's storage, one per distinct parameter: ties stay
-    ties, and flags set on the copy leave the model as it was. Parameters of a subclass (quantised ones, say) are shared
-    as they are, since a plain ``nn.Parameter`` would lose what they carry.
+    ties, and flags set on the copy leave the model unchanged. Parameters of a subclass (quantised ones, say) are shared
+    themselves, since a plain ``nn.Parameter`` would lose their data.
 
     Args:
         model: the host; not touched.
@@ -28,19 +28,19 @@ def copy_structure(model: Model, *, share_buffers: bool = False) -> Model:
         CaptureError: something that the model holds cannot be copied.
     """
     attributes = (value for module in model.modules() for value in vars(module).values())
-    shared: list[Any] = [value for value in attributes if isinstance(value, Tensor | torch.Generator)]
+    shared: list[object] = [value for value in attributes if isinstance(value, Tensor | torch.Generator)]
     if share_buffers:
         shared.extend(model.buffers())
-    memo: dict[int, Any] = {id(value): value for value in shared}
+    memo = {id(value): value for value in shared}
     for parameter in model.parameters():
         plain = type(parameter) is nn.Parameter
         new = nn.Parameter(parameter.detach(), requires_grad=False) if plain else parameter
         memo.setdefault(id(parameter), new)
     try:
         return copy.deepcopy(model, memo)
-    except Exception as error:  # whatever the objects that a model holds make of being copied
+    except Exception as error:  # objects that a model holds may raise anything when they are copied
         raise CaptureError(
             f"{type(model).__name__} cannot be copied: {error}",
-            next_step="copy.deepcopy(model) shows what in it cannot be; hold that outside of the model",
+            next_step="find the attribute that copy.deepcopy(model) fails on, and store it outside of the model",
             code="capture_failed",
         ) from error

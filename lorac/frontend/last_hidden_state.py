@@ -1,8 +1,6 @@
-"""Which module of a model gives its last hidden state, by asking the model: no rule of structure tells it of all."""
+"""The module of a transformers model that gives its last hidden state, found by running the model once."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,41 +15,37 @@ from lorac.frontend.model_runner import preserve_random_state
 
 @torch.no_grad()
 def find_last_hidden_state(model: nn.Module) -> tuple[str, int]:
-    """The path of the module whose output is a model's last hidden state, and how wide it is.
+    """Return the path of the module whose output is a model's last hidden state, and the width of that state.
 
     Args:
-        model: one of transformers', which answers hidden states when it is asked to; it is run once, on a copy.
+        model: a transformers model; a copy of it is run once.
 
     Raises:
-        SiteError: it gives none, or no module gives what it does.
+        SiteError: the model returns no hidden states, or no module returns the last one.
     """
     if not is_hugging_face(model):
-        raise _unknown(f"{type(model).__name__} answers no hidden states")
-    copy, given = copy_structure(model).eval(), dict[str, Tensor]()
+        raise _no_hidden_state(f"{type(model).__name__} returns no hidden states")
+    copied, outputs = copy_structure(model).eval(), dict[str, Tensor]()
 
-    def note(path: str, output: Any) -> None:
+    def record(path: str, output: object) -> None:
         first = next((leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)), None)
-        given.update({} if first is None else {path: first})
+        if first is not None:
+            outputs[path] = first
 
-    for path, module in copy.named_modules():
+    for path, module in copied.named_modules():
         if path:
-            module.register_forward_hook(lambda _, __, output, path=path: note(path, output))
+            module.register_forward_hook(lambda _, __, output, path=path: record(path, output))
     with preserve_random_state(model):
-        states = getattr(copy(**make_example_inputs(model), output_hidden_states=True), "hidden_states", None)
+        states = getattr(copied(**make_example_inputs(model), output_hidden_states=True), "hidden_states", None)
     if not states:
-        raise _unknown(f"{type(model).__name__} answers no hidden states")
-    # The innermost of those that give it on is the first to: a model's trunk gives it too.
-    found = next((path for path, output in given.items() if _same(output, states[-1])), None)
+        raise _no_hidden_state(f"{type(model).__name__} returns no hidden states")
+    last = states[-1]
+    # Several modules may pass it on, such as the model's trunk; the innermost of them returns it first.
+    found = next((path for path, output in outputs.items() if output.shape == last.shape and output.equal(last)), None)
     if found is None:
-        raise _unknown(f"no module of {type(model).__name__} gives its last hidden state")
-    return found, int(states[-1].shape[-1])
+        raise _no_hidden_state(f"no module of {type(model).__name__} returns its last hidden state")
+    return found, int(last.shape[-1])
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one, other)
-
-
-def _unknown(what: str) -> SiteError:
-    return SiteError(
-        what, next_step="say which module gives it, by its path: hidden='model.norm', for one", code="site_not_found"
-    )
+def _no_hidden_state(what: str) -> SiteError:
+    return SiteError(what, next_step="name the module that returns it: hidden='model.norm'", code="site_not_found")

@@ -1,7 +1,7 @@
-"""Layers of a class of its own: where in their ``forward`` the weight is, so that an adapter acts there and not behind.
+"""Layers of classes of their own: where their ``forward`` uses the weight, so that an adapter acts there.
 
-A scaled embedding answers with a multiple of what ``nn.Embedding`` answers, and an adapter of its weight is scaled with
-it, as it is once merged.
+A scaled embedding returns a multiple of the result of ``nn.Embedding``. The change of an adapter of its weight is
+scaled with it, as it is once merged.
 """
 
 from __future__ import annotations
@@ -21,47 +21,48 @@ Forward = Callable[..., Any]
 _LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def find_layer_class(module: nn.Module) -> Any:
-    """The class of layer that a module is, whatever it adds."""
+def find_layer_class(module: nn.Module) -> type[nn.Module]:
+    """Return the layer class among a module's bases."""
     known = _LAYERS if not is_gpt2_conv1d(module) else ()
     return next(cls for cls in type(module).__mro__ if cls in known or cls.__name__ == "Conv1D")
 
 
-def has_plain_forward(module: Any) -> bool:
-    """Whether a layer's forward is that of its layer class.
+def has_plain_forward(module: nn.Module) -> bool:
+    """Return whether a layer's forward is that of its layer class.
 
-    One that calls no other ``forward`` counts as that where it answers the same, as Falcon's product without
+    A forward that calls no other is counted as such if it gives the same result, as Falcon's product without
     ``F.linear`` does.
     """
-    cls, base = type(module), find_layer_class(module)
-    return cls.forward is base.forward or (not calls_super_forward(module) and _answers_as(module, base))
+    base = find_layer_class(module)
+    return type(module).forward is base.forward or (not calls_super_forward(module) and _acts_as_linear(module))
 
 
-def calls_super_forward(module: Any) -> bool:
-    """Whether a layer's own forward calls ``super().forward``, by its code; what has none is taken to."""
+def calls_super_forward(module: nn.Module) -> bool:
+    """Return whether a layer's own forward calls ``super().forward``; a forward without code counts as one."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code is None or "forward" in code.co_names
 
 
-def replace_super_forward(module: nn.Module, forward: Forward) -> Any:
-    """The module's class again, whose ``super().forward`` is ``forward(*args, **kwargs)``."""
+def replace_super_forward(module: nn.Module, forward: Forward) -> type[nn.Module]:
+    """Make a subclass of the module's class whose ``super().forward`` is ``forward(*args, **kwargs)``."""
     cls, base = type(module), find_layer_class(module)
     below = type(base.__name__, (base,), {"forward": lambda self, *args, **kwargs: forward(*args, **kwargs)})
     return type(cls.__name__, (cls, below), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
 
 
 def pad_conv_input(x: Tensor, conv: ConvGeometry | None) -> Tensor:
-    """What a layer's product reads of its input: padded, where a convolution's op cannot pad as its module does."""
+    """Pad a convolution's input where its op cannot pad as its module does."""
     if conv is None or not conv.before:
         return x
     return F.pad(x, conv.before, mode="constant" if conv.mode == "zeros" else conv.mode)
 
 
 @torch.no_grad()
-def _answers_as(module: Any, base: Any) -> bool:
-    if base is not nn.Linear or module.weight.is_meta:
+def _acts_as_linear(module: nn.Module) -> bool:
+    """Return whether a linear layer's own forward gives the result of ``nn.Linear`` on random numbers."""
+    if not isinstance(module, nn.Linear) or module.weight.is_meta:
         return False
     drawn = torch.randn(3, module.in_features, generator=torch.Generator().manual_seed(0))
     x = drawn.to(module.weight)
-    own, plain = type(module).forward(module, x), base.forward(module, x)
-    return isinstance(own, torch.Tensor) and own.shape == plain.shape and torch.allclose(own, plain, rtol=1e-3)
+    own, plain = type(module).forward(module, x), nn.Linear.forward(module, x)
+    return isinstance(own, Tensor) and own.shape == plain.shape and torch.allclose(own, plain, rtol=1e-3)

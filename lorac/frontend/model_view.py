@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from lorac.frontend.base_weights import make_base_reader, read_stored_tensor
 from lorac.frontend.components import Components, get_component_prefix, list_components
-from lorac.frontend.module_sites import list_callable_paths
 from lorac.frontend.site_discovery import find_sites
 from lorac.frontend.skeleton import Skeleton
 from lorac.ir.sites import BaseReader, Site, SiteKind
@@ -63,14 +62,13 @@ class ModelView:
     @functools.cached_property
     def callable_paths(self) -> list[str]:
         """Paths of the modules that are called, without the model itself."""
-        return list_callable_paths(self.module)
+        uncalled = (nn.ModuleList, nn.ModuleDict)
+        return [path for path, module in self.module.named_modules() if path and not isinstance(module, uncalled)]
 
     @functools.cached_property
     def output_layers(self) -> list[str]:
         """Paths of the layer that the model names as its output layer."""
-        get = getattr(self.module, "get_output_embeddings", None)
-        head = get() if callable(get) else None
-        return [path for path, module in self.module.named_modules() if head is not None and module is head]
+        return find_output_layers(self.module)
 
     # ── Its tensors ──────────────────────────────────────────────────────────────────────────────────────────────────
     def named_tensors(self) -> dict[str, Tensor]:
@@ -109,3 +107,10 @@ class ModelView:
             return None
         signatures = (inspect.signature(component.forward) for component in self.components.values())
         return frozenset(name for signature in signatures for name in signature.parameters)
+
+
+def find_output_layers(model: nn.Module) -> list[str]:
+    """Return the paths of the layer that a model names as its output layer."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    return [path for path, module in model.named_modules() if head is not None and module is head]

@@ -1,14 +1,14 @@
-"""Weights that came quantised: what they come to in float, and their codes, where a program can hold those as they are.
+"""Quantised weights of other libraries: their float values, and their integers where a program can hold those.
 
-Libraries hold such a weight in a tensor or a layer of a class of their own, with kernels of their own. A program that
-is emitted has none of these: it is captured of a copy whose weights are plain parameters, which remember their codes.
-Nothing of the libraries is imported to tell; theirs are known by what their classes are called and hold.
+Libraries hold a quantised weight in a tensor or a layer of a class of their own, with kernels of their own. An emitted
+program has none of these: it is captured from a copy whose weights are plain parameters, and the copy records the
+integers. The libraries are not imported; their classes are recognised by their names and attributes.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,21 +18,22 @@ from torch import Tensor, nn
 from lorac.errors import CaptureError
 from lorac.frontend.copying import copy_structure
 
-_ORIGIN_ATTRIBUTE = "_lorac_came_as"
-"""The attribute of a module of a copy that says which of its weights came quantised."""
-_IN_8_BITS, _IN_4_BITS = "Linear8bitLt", "Linear4bit"
+_ORIGINS = "_lorac_quantised_origins"
+"""Attribute of a copy's module that maps the names of its quantised weights to their ``QuantisedOrigin``."""
+_LINEAR_8_BIT, _LINEAR_4_BIT = "Linear8bitLt", "Linear4bit"
 """Layers of bitsandbytes."""
-_LARGEST = 127
-"""What the largest value of a row is held as, in 8 bits of bitsandbytes."""
+_ABSMAX_8_BIT = 127
+"""The integer of the largest value of a row, in 8 bits of bitsandbytes."""
 NF4 = "nf4"
-_NF4 = (
-    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
-    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
-    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-)
-QUANTISATION_LEVELS = {NF4: _NF4}
-"""By name, what the numbers of 4 bits stand for where they are no numbers: the quantiles of a normal distribution,
-"QLoRA: Efficient Finetuning of Quantized LLMs", Dettmers et al. 2023, arXiv 2305.14314."""
+QUANTISATION_LEVELS = {
+    NF4: (
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+        *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+        *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    )
+}
+"""Name -> the values that integers of 4 bits stand for. NF4 has the quantiles of a normal distribution ("QLoRA:
+Efficient Finetuning of Quantized LLMs", Dettmers et al. 2023, arXiv 2305.14314)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +41,11 @@ class QuantisedMatrix:
     """A matrix (out, in) as (whole − zero)·scale, or level[whole]·scale, by groups of neighbours in a row.
 
     Attributes:
-        bits: 4 or 8; the numbers are from −2^(bits − 1) to 2^(bits − 1) − 1.
+        bits: 4 or 8; the integers are from −2^(bits − 1) to 2^(bits − 1) − 1.
         whole: (out, in), int8.
         scale: (out, groups).
         zero: (out, groups), or None where it is 0 throughout.
-        table: of ``TABLES`` the levels that the numbers stand for, from the lowest on; empty where for themselves.
+        table: key of ``QUANTISATION_LEVELS``; empty where the integers stand for themselves.
     """
 
     bits: int
@@ -55,31 +56,31 @@ class QuantisedMatrix:
 
     @property
     def group(self) -> int:
-        """How many values share a scale."""
+        """The number of values that share a scale."""
         return self.whole.shape[1] // self.scale.shape[1]
 
     def dequantised(self) -> Tensor:
-        """The matrix, in float32."""
-        levels = (
-            torch.tensor(QUANTISATION_LEVELS[self.table])[self.whole.long() + 8] if self.table else self.whole.float()
-        )
-        whole = levels.unflatten(1, (-1, self.group))
+        """Return the matrix in float32."""
+        whole = self.whole.float()
+        if self.table:
+            whole = torch.tensor(QUANTISATION_LEVELS[self.table])[self.whole.long() + 8]
+        grouped = whole.unflatten(1, (-1, self.group))
         if self.zero is not None:
-            whole = whole - self.zero.float().unsqueeze(-1)
-        return (whole * self.scale.float().unsqueeze(-1)).flatten(1)
+            grouped = grouped - self.zero.float().unsqueeze(-1)
+        return (grouped * self.scale.float().unsqueeze(-1)).flatten(1)
 
-    def __deepcopy__(self, memo: Any) -> QuantisedMatrix:
-        """Itself: nobody writes into it."""
+    def __deepcopy__(self, memo: object) -> QuantisedMatrix:
+        """Return itself: its tensors are never written."""
         return self
 
 
 @dataclass(frozen=True, eq=False)
 class QuantisedOrigin:
-    """A weight that came quantised.
+    """The quantised form of a weight that is a float parameter now.
 
     Attributes:
         kind: the class that held it.
-        codes: its codes; None where they are of another form than ``QuantisedMatrix``.
+        codes: its integers; None where they are of another form than ``QuantisedMatrix``.
     """
 
     kind: str
@@ -87,63 +88,64 @@ class QuantisedOrigin:
 
 
 def dequantise_weights(model: nn.Module) -> nn.Module:
-    """The model, or a structural copy where it has quantised weights: there they are parameters, in float32."""
+    """Return the model, or a structural copy where it has quantised weights: there they are float32 parameters.
+
+    Raises:
+        CaptureError: the values of a weight are lost.
+    """
     if not any(True for module in model.modules() for _ in _find_quantised_weights(module)):
         return model
-    copy = copy_structure(model, share_buffers=True)
-    for module in list(copy.modules()):
-        for leaf, came, value in list(_find_quantised_weights(module)):
-            _make_plain(module, leaf, came, value)
-    return copy
-
-
-def _make_plain(module: nn.Module, leaf: str, came: QuantisedOrigin, value: Tensor) -> None:
-    """Put what a quantised weight comes to in its place, in a module of a copy."""
-    if came.kind in {_IN_8_BITS, _IN_4_BITS}:
-        module.__class__ = nn.Linear
-    module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
-    module.__dict__.setdefault(_ORIGIN_ATTRIBUTE, {})[leaf] = came
+    copied = copy_structure(model, share_buffers=True)
+    for module in list(copied.modules()):
+        for leaf, origin, value in list(_find_quantised_weights(module)):
+            if origin.kind in {_LINEAR_8_BIT, _LINEAR_4_BIT}:
+                module.__class__ = nn.Linear
+            module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+            module.__dict__.setdefault(_ORIGINS, {})[leaf] = origin
+    return copied
 
 
 def iter_quantised_origins(model: nn.Module) -> Iterator[tuple[str, QuantisedOrigin]]:
-    """The weights of a copy that came quantised, by name; one that is shared under each of its names."""
+    """Yield name and origin of the dequantised weights of a copy; a shared weight under each of its names."""
     for path, module in model.named_modules(remove_duplicate=False):
-        for leaf, came in module.__dict__.get(_ORIGIN_ATTRIBUTE, {}).items():
-            yield f"{path}.{leaf}" if path else leaf, came
+        for leaf, origin in module.__dict__.get(_ORIGINS, {}).items():
+            yield f"{path}.{leaf}" if path else leaf, origin
 
 
 def find_quantised_class(module: nn.Module, leaf: str, weight: Tensor) -> str | None:
-    """The class that stands for a weight, or did before it was dequantised; None for a plain one."""
-    came: QuantisedOrigin | None = module.__dict__.get(_ORIGIN_ATTRIBUTE, {}).get(leaf)
-    if came is not None:
-        return came.kind
+    """Return the name of the class that holds a quantised weight, or held it before; None for a plain weight."""
+    origin: QuantisedOrigin | None = module.__dict__.get(_ORIGINS, {}).get(leaf)
+    if origin is not None:
+        return origin.kind
     return None if type(weight) in (Tensor, nn.Parameter) else type(weight).__name__
 
 
 def _find_quantised_weights(module: nn.Module) -> Iterator[tuple[str, QuantisedOrigin, Tensor]]:
-    """Name, origin and float value of each quantised weight of a module."""
-    kind = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in {_IN_8_BITS, _IN_4_BITS}), None)
+    """Yield name, origin and float value of each quantised weight of a module."""
+    classes = (cls.__name__ for cls in type(module).__mro__)
+    kind = next((name for name in classes if name in {_LINEAR_8_BIT, _LINEAR_4_BIT}), None)
     if kind is not None:
         found = _read_bitsandbytes_layer(kind, module)
-        yield from [] if found is None else [("weight", *found)]
+        if found is not None:
+            yield "weight", *found
         return
     for leaf, weight in module._parameters.items():
-        if weight is not None and type(weight) is not nn.Parameter:
-            found = _read_quantised_tensor(weight)
-            yield from [] if found is None else [(leaf, *found)]
+        found = None if weight is None or type(weight) is nn.Parameter else _read_quantised_tensor(weight)
+        if found is not None:
+            yield leaf, *found
 
 
 @torch.no_grad()
 def _read_bitsandbytes_layer(kind: str, module: Any) -> tuple[QuantisedOrigin, Tensor] | None:
-    """What the weight of a layer of bitsandbytes comes to; None of one that is in float still.
+    """Return origin and float value of a layer of bitsandbytes; None while its weight is still a float.
 
     Raises:
-        CaptureError: what the weight came with is lost.
+        CaptureError: the layer has replaced its weight by a lossy form.
     """
     weight = module.weight
     if weight.is_floating_point():
         return None
-    if kind == _IN_4_BITS:
+    if kind == _LINEAR_4_BIT:
         if getattr(weight.quant_state, "packing_format_for_cpu", False):
             raise CaptureError(
                 f"a layer {kind} was called, and has packed its weight for this processor, with rounded scales",
@@ -151,23 +153,22 @@ def _read_bitsandbytes_layer(kind: str, module: Any) -> tuple[QuantisedOrigin, T
                 code="capture_failed",
             )
         library = importlib.import_module("bitsandbytes.functional")
-        found = _read_nf4_matrix(weight.data, weight.quant_state, library)
-        value = (
-            library.dequantize_4bit(weight.data, weight.quant_state).float() if found is None else found.dequantised()
-        )
-        return QuantisedOrigin(kind, found), value
+        codes = _read_nf4_matrix(weight.data, weight.quant_state, library)
+        dequantise = library.dequantize_4bit
+        value = dequantise(weight.data, weight.quant_state).float() if codes is None else codes.dequantised()
+        return QuantisedOrigin(kind, codes), value
     rows = weight.SCB if weight.SCB is not None else module.state.SCB
-    codes = QuantisedMatrix(8, weight.data, rows.float().unsqueeze(1) / _LARGEST)
+    codes = QuantisedMatrix(8, weight.data, rows.float().unsqueeze(1) / _ABSMAX_8_BIT)
     return QuantisedOrigin(kind, codes), codes.dequantised()
 
 
 def _read_nf4_matrix(data: Tensor, state: Any, library: Any) -> QuantisedMatrix | None:
-    """The codes of a matrix of bitsandbytes in 4 bits; None where they are not NF4's, or blocks end amid rows."""
+    """Return the integers of a 4-bit matrix of bitsandbytes; None where it is not NF4, or a block spans rows."""
     if getattr(state, "quant_type", None) != NF4 or state.shape[1] % state.blocksize:
         return None
     if not torch.equal(state.code.float().cpu(), torch.tensor(QUANTISATION_LEVELS[NF4])):
         return None
-    # What scales the blocks is quantised too where statistics are compressed.
+    # The scales of the blocks are quantised too where statistics are compressed.
     scale = library.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
     packed = data.flatten().view(torch.uint8)
     whole = torch.stack([packed >> 4, packed & 15], -1).view(*state.shape).to(torch.int8) - 8
@@ -175,21 +176,20 @@ def _read_nf4_matrix(data: Tensor, state: Any, library: Any) -> QuantisedMatrix 
 
 
 @torch.no_grad()
-def _read_quantised_tensor(weight: Any) -> tuple[QuantisedOrigin, Tensor] | None:
-    """What a tensor of a class of its own comes to; None where it does not say."""
-    kind = type(weight).__name__
-    parts = vars(weight)
+def _read_quantised_tensor(weight: Tensor) -> tuple[QuantisedOrigin, Tensor] | None:
+    """Return origin and float value of a tensor of a class of its own; None where it cannot be dequantised."""
+    kind, parts = type(weight).__name__, vars(weight)
     if isinstance(parts.get("qdata"), Tensor) and isinstance(parts.get("scale"), Tensor) and weight.dim() == 2:
         codes = _read_torchao_matrix(parts)
         return None if codes is None else (QuantisedOrigin(kind, codes), codes.dequantised())
     try:
         return QuantisedOrigin(kind, None), weight.dequantize().float()
-    except (RuntimeError, NotImplementedError, TypeError):  # torch's own method is of torch's own kind of tensor
+    except (RuntimeError, NotImplementedError, TypeError):  # torch's own method takes torch's own quantised tensors
         return None
 
 
-def _read_torchao_matrix(parts: dict[str, Any]) -> QuantisedMatrix | None:
-    """The codes in a tensor of torchao's, by the names that it gives its parts."""
+def _read_torchao_matrix(parts: Mapping[str, Any]) -> QuantisedMatrix | None:
+    """Return the integers in a tensor of torchao, by the names of its parts; None for other layouts."""
     whole, scale, zero = parts["qdata"], parts["scale"], parts.get("zero_point")
     bits = 4 if str(parts.get("target_dtype")) == "torch.int4" else 8
     by_rows = scale.dim() == 2 and len(scale) == len(whole) and whole.shape[1] % scale.shape[1] == 0

@@ -1,21 +1,21 @@
-"""What a model adds to its stream of hidden states, found by running it once: attentions and MLPs, and their residuals.
+"""The sublayers of a model's residual stream, found by running it once: attentions, MLPs and their residuals.
 
-Names tell nothing here. A copy of the model is run, and it is noted which tensor each module takes and gives and which
-tensors are added. Within a block of the network, a sum of the stream and of what a module gave is a sublayer:
+A copy of the model is run. A recorder notes which tensor each module takes and returns, and which tensors are added;
+names play no part. Within a block, the sum of the stream and of a module's output is a sublayer:
 
-1. its **module** is the outermost one inside the block that gives what is added;
-2. its **residual** is what that is added to: the block's input, an earlier sum, or the norm of one;
+1. its **module** is the outermost one inside the block that returns the added tensor;
+2. its **residual** is the other operand: the block's input, an earlier sum, or the norm of one;
 3. it is an **attention** if one was computed since the sum before, and a **cross** attention if the sum before was one
    already; else it is an **mlp**;
-4. it has a **norm** behind it (a post-LN model) if the sum is read by a LayerNorm inside the block, is added to nothing
-   else and is not what the block gives.
+4. it has a **norm** behind it (a post-LN model) if the sum is read by a LayerNorm inside the block, is not an operand
+   of another sum and is not the block's output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +23,13 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorac.errors import SiteError
-from lorac.frontend.call_binding import bind_by_name
 from lorac.frontend.components import get_component_prefix
-from lorac.frontend.example_inputs import make_example_inputs
-from lorac.frontend.model_view import ModelView
+from lorac.frontend.model_view import ModelView, find_output_layers
 from lorac.frontend.module_sites import infer_module_site
 from lorac.frontend.transformer_blocks import (
+    copy_for_hooks,
     get_component_inputs,
     is_attention_op,
-    make_runnable_copy,
     run_under_dispatch_mode,
 )
 from lorac.ir.patterns import find_outermost_blocks
@@ -39,19 +37,19 @@ from lorac.ir.sites import Site
 
 SublayerKind = Literal["attention", "cross", "mlp"]
 _Key = tuple[int, torch.Size]
-"""Which tensor it is: where it lies and how large it is. All of them are kept, so that no place is used twice."""
+"""Identity of a tensor: its address and its shape. All tensors are held, so that no address is used twice."""
 
 
 @dataclass(frozen=True)
 class Sublayer:
-    """What a block adds to its stream of hidden states.
+    """An addition of a block to its stream of hidden states.
 
     Attributes:
         block: path of the block.
-        kind: what it is.
-        modules: paths of the outermost modules that give what is added, in the order of their calls: more than one
-            where one only hands on what another gave (dropout).
-        residual: path of a module inside the block that takes what it is added to; None where no single one does.
+        kind: the kind of sublayer.
+        modules: paths of the outermost modules that return the added tensor, in the order of their calls: more than one
+            where a module passes on the output of another (dropout).
+        residual: path of a module inside the block that takes the other operand; None where no single one does.
         norm: path of the LayerNorm that the sum goes through before it is the stream again, or None.
     """
 
@@ -68,10 +66,10 @@ class ResidualStream:
 
     Attributes:
         blocks: paths of its blocks, in the order of their first calls.
-        sublayers: what they add, in order.
-        embedding: paths of the outermost modules that give what the first block takes, as ``Sublayer.modules``.
-        head: paths of the modules that give what the output layer takes, the innermost first; None where the model has
-            no output layer, and none where it computes something between.
+        sublayers: their additions, in order.
+        embedding: paths of the outermost modules that return the first block's input, as ``Sublayer.modules``.
+        head: paths of the modules that return the output layer's input, the innermost first; None where the model has
+            no output layer, empty where something is computed in between.
     """
 
     blocks: tuple[str, ...]
@@ -81,7 +79,7 @@ class ResidualStream:
 
 
 def trace_residual_stream(view: ModelView, inputs: object = None) -> ResidualStream:
-    """Run a copy of a model to see what it adds to what.
+    """Run a copy of a model and return its residual stream.
 
     Args:
         view: the model, which is left unchanged; of several components each is run.
@@ -92,7 +90,7 @@ def trace_residual_stream(view: ModelView, inputs: object = None) -> ResidualStr
         CaptureError: the model cannot be copied.
     """
     parts = [
-        _of_one(
+        _trace_component(
             component,
             get_component_prefix(view.module, name),
             view.component_sites(name),
@@ -102,33 +100,26 @@ def trace_residual_stream(view: ModelView, inputs: object = None) -> ResidualStr
     ]
     return ResidualStream(
         tuple(path for part in parts for path in part.blocks),
-        tuple(found for part in parts for found in part.sublayers),
+        tuple(sublayer for part in parts for sublayer in part.sublayers),
         tuple(path for part in parts for path in part.embedding),
         next((part.head for part in parts if part.head is not None), None),
     )
 
 
-def _of_one(model: nn.Module, prefix: str, sites: Mapping[str, Site], inputs: object) -> ResidualStream:
-    given = bind_by_name(model, make_example_inputs(model) if inputs is None else inputs)
-    copy = make_runnable_copy(model)
-    notes = _StreamRecorder(prefix, [f"{prefix}{path}" for path in find_outermost_blocks(sites)])
-    for path, module in copy.named_modules():
+def _trace_component(model: nn.Module, prefix: str, sites: Mapping[str, Site], inputs: object) -> ResidualStream:
+    copied = copy_for_hooks(model)
+    recorder = _StreamRecorder({f"{prefix}{path}" for path in find_outermost_blocks(sites)})
+    for path, module in copied.named_modules():
         if path:
-            module.register_forward_pre_hook(notes.entering(prefix + path), with_kwargs=True)
-            module.register_forward_hook(notes.leaving(prefix + path, module))
-    run_under_dispatch_mode(copy, given, notes)
-    return notes.told(_output_layer(copy, prefix))
-
-
-def _output_layer(model: nn.Module, prefix: str) -> str | None:
-    get = getattr(model, "get_output_embeddings", None)
-    head = get() if callable(get) else None
-    return next((prefix + path for path, module in model.named_modules() if head is not None and module is head), None)
+            module.register_forward_pre_hook(recorder.enter(prefix + path), with_kwargs=True)
+            module.register_forward_hook(recorder.leave(prefix + path, is_norm=isinstance(module, nn.LayerNorm)))
+    run_under_dispatch_mode(copied, model, inputs, recorder)
+    return recorder.summarize(next((prefix + path for path in find_output_layers(model)), None))
 
 
 @dataclass
 class _RecordedSum:
-    """One addition inside a block: what was added, what came of it, and how many attentions were computed by then."""
+    """An addition inside a block, and the number of attentions computed before it."""
 
     block: str
     operands: tuple[_Key, _Key]
@@ -138,161 +129,170 @@ class _RecordedSum:
 
 @dataclass
 class _TensorUses:
-    """What modules did with one tensor: when it was first seen, and who took and gave it, with the times."""
+    """The time at which a tensor was first seen, and the modules that took and returned it."""
 
     since: int
-    took: list[str] = field(default_factory=list)
-    gave: list[str] = field(default_factory=list)
+    taken_by: list[str] = field(default_factory=list)
+    returned_by: list[str] = field(default_factory=list)
 
 
 class _StreamRecorder(TorchDispatchMode):
-    """What is noted of one run."""
+    """Records the tensors and additions of one run.
 
-    def __init__(self, prefix: str, blocks: list[str]) -> None:
+    Args:
+        blocks: paths of the outermost blocks.
+    """
+
+    def __init__(self, blocks: set[str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
-        self._prefix, self._known = prefix, set(blocks)
-        self._kept: list[Tensor] = []
+        self._blocks = blocks
+        self._held: list[Tensor] = []
         self._time, self._attentions = 0, 0
-        self._inside: list[str] = []
+        self._open_blocks: list[str] = []
         self._tensors: dict[_Key, _TensorUses] = {}
-        self._entered: dict[str, int] = {}
-        self._begun: dict[str, int] = {}
-        self._took: dict[str, _Key] = {}
-        self._norms: dict[str, _Key] = {}
+        self._entered_at: dict[str, int] = {}
+        self._attentions_before: dict[str, int] = {}
+        self._inputs: dict[str, _Key] = {}
+        self._norm_outputs: dict[str, _Key] = {}
         self._sums: list[_RecordedSum] = []
 
-    # ── While it runs ────────────────────────────────────────────────────────────────────────────────────────────────
-    def entering(self, path: str) -> Any:
-        """A hook before a module's forward."""
+    # ── During the run ───────────────────────────────────────────────────────────────────────────────────────────────
+    def enter(self, path: str) -> Callable[[nn.Module, object, object], None]:
+        """Return a hook to run before a module's forward."""
 
-        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+        def record(module: nn.Module, args: object, kwargs: object) -> None:
             self._time += 1
-            self._entered.setdefault(path, self._time)
-            if path in self._known:
-                self._inside.append(path)
-                self._begun.setdefault(path, self._attentions)
-            key = self._key((args, kwargs))
+            self._entered_at.setdefault(path, self._time)
+            if path in self._blocks:
+                self._open_blocks.append(path)
+                self._attentions_before.setdefault(path, self._attentions)
+            key = self._key_of((args, kwargs))
             if key is not None:
-                self._took.setdefault(path, key)
-                self._tensors[key].took.append(path)
+                self._inputs.setdefault(path, key)
+                self._tensors[key].taken_by.append(path)
 
-        return note
+        return record
 
-    def leaving(self, path: str, module: nn.Module) -> Any:
-        """A hook after it."""
-        is_norm = isinstance(module, nn.LayerNorm)
+    def leave(self, path: str, *, is_norm: bool) -> Callable[[nn.Module, object, object], None]:
+        """Return a hook to run after a module's forward."""
 
-        def note(module: nn.Module, args: Any, output: Any) -> None:
+        def record(module: nn.Module, args: object, output: object) -> None:
             self._time += 1
-            if path in self._known:
-                self._inside.pop()
-            key = self._key(output)
+            if path in self._blocks:
+                self._open_blocks.pop()
+            key = self._key_of(output)
             if key is not None:
-                self._tensors[key].gave.append(path)
+                self._tensors[key].returned_by.append(path)
                 if is_norm:
-                    self._norms.setdefault(path, key)
+                    self._norm_outputs.setdefault(path, key)
 
-        return note
+        return record
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch's
         result = func(*args, **(kwargs or {}))
         name = str(func)
         self._attentions += is_attention_op(name, args)
-        if name.startswith("aten.add.") and self._inside and all(isinstance(arg, Tensor) for arg in args[:2]):
-            self._add(args[0], args[1], result)
+        if name.startswith("aten.add.") and self._open_blocks and all(isinstance(arg, Tensor) for arg in args[:2]):
+            self._record_sum(args[0], args[1], result)
         return result
 
-    def _add(self, one: Tensor, other: Tensor, result: Tensor) -> None:
-        first, second, total = (self._key(tensor) for tensor in (one, other, result))
+    def _record_sum(self, one: Tensor, other: Tensor, result: Tensor) -> None:
+        first, second, total = (self._key_of(tensor) for tensor in (one, other, result))
         if first is None or second is None or total is None or not one.shape == other.shape == result.shape:
             return
-        self._sums.append(_RecordedSum(self._inside[-1], (first, second), total, self._attentions))
+        self._sums.append(_RecordedSum(self._open_blocks[-1], (first, second), total, self._attentions))
 
-    def _key(self, tree: Any) -> _Key | None:
-        """Which tensor the first in a tree is."""
-        found = next((leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)), None)
-        if found is None:
+    def _key_of(self, tree: object) -> _Key | None:
+        """Return the identity of the first tensor in a tree, and hold that tensor."""
+        tensor = next((leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)), None)
+        if tensor is None:
             return None
-        key = (found.data_ptr(), found.shape)
+        key = (tensor.data_ptr(), tensor.shape)
         if key not in self._tensors:
-            self._kept.append(found)
+            self._held.append(tensor)
             self._tensors[key] = _TensorUses(self._time)
         return key
 
-    # ── Afterwards ───────────────────────────────────────────────────────────────────────────────────────────────────
-    def told(self, head: str | None) -> ResidualStream:
-        """What is to be learned from it."""
-        blocks = sorted(self._known & self._entered.keys(), key=lambda path: self._entered[path])
+    # ── After the run ────────────────────────────────────────────────────────────────────────────────────────────────
+    def summarize(self, head: str | None) -> ResidualStream:
+        """Return the residual stream of the recorded run.
+
+        Args:
+            head: path of the output layer, or None.
+        """
+        blocks = sorted(self._blocks & self._entered_at.keys(), key=lambda path: self._entered_at[path])
         seen: dict[tuple[str, ...], Sublayer] = {}
         for block in blocks:
-            for found in self._of_block(block):
-                seen.setdefault(found.modules, found)
-        embedding = self._given(self._took.get(blocks[0]), "") if blocks else ()
-        taken = self._tensors.get(self._took[head]) if head in self._took else None
-        ends = None if head is None else tuple(taken.gave) if taken else ()
-        return ResidualStream(tuple(blocks), tuple(seen.values()), embedding, ends)
+            for sublayer in self._find_sublayers(block):
+                seen.setdefault(sublayer.modules, sublayer)
+        embedding = self._outermost_sources(self._inputs.get(blocks[0]), "") if blocks else ()
+        taken = self._tensors.get(self._inputs[head]) if head in self._inputs else None
+        sources = None if head is None else tuple(taken.returned_by) if taken else ()
+        return ResidualStream(tuple(blocks), tuple(seen.values()), embedding, sources)
 
-    def _of_block(self, block: str) -> Iterator[Sublayer]:
+    def _find_sublayers(self, block: str) -> Iterator[Sublayer]:
         sums = [found for found in self._sums if found.block == block]
         operands = {key for found in sums for key in found.operands}
-        stream, attentions, crossed = {self._took.get(block)}, self._begun[block], False
+        stream, attentions, crossed = {self._inputs.get(block)}, self._attentions_before[block], False
         for found in sums:
-            pair = self._parted(found, block, stream)
+            pair = self._split_sum(found, block, stream)
             if pair is None:
                 continue
             modules, residual = pair
-            readers = [path for path in self._tensors[residual].took if _within(path, block)]
-            norms = [path for path in self._tensors[found.result].took if path in self._norms and _within(path, block)]
-            goes_on = found.result in operands or block in self._tensors[found.result].gave
+            total = self._tensors[found.result]
+            readers = [path for path in self._tensors[residual].taken_by if _is_inside(path, block)]
+            norms = [path for path in total.taken_by if path in self._norm_outputs and _is_inside(path, block)]
+            goes_on = found.result in operands or block in total.returned_by
             kind: SublayerKind = "mlp" if found.attentions == attentions else "cross" if crossed else "attention"
-            stream |= {found.result, *(self._norms[path] for path in norms)}
+            stream |= {found.result, *(self._norm_outputs[path] for path in norms)}
             attentions, crossed = found.attentions, kind != "mlp"
             norm = None if goes_on else next(iter(norms), None)
             yield Sublayer(block, kind, modules, next(iter(readers), None), norm)
 
-    def _parted(self, found: _RecordedSum, block: str, stream: set[_Key | None]) -> tuple[tuple[str, ...], _Key] | None:
-        """(modules that give what is added, what it is added to); None where the sum is not one with the stream."""
+    def _split_sum(
+        self, found: _RecordedSum, block: str, stream: set[_Key | None]
+    ) -> tuple[tuple[str, ...], _Key] | None:
+        """Return (modules that return the added tensor, residual); None where no operand is the stream."""
         for added, residual in (found.operands, found.operands[::-1]):
-            modules = self._given(added, block)
-            if modules and residual in stream and self._tensors[residual].since < self._entered[modules[0]]:
+            modules = self._outermost_sources(added, block)
+            if modules and residual in stream and self._tensors[residual].since < self._entered_at[modules[0]]:
                 return modules, residual
         return None
 
-    def _given(self, key: _Key | None, block: str) -> tuple[str, ...]:
-        """Paths of the outermost modules inside a block that give a tensor."""
-        gave = [path for path in self._tensors[key].gave if _within(path, block)] if key in self._tensors else []
-        least = min((path.count(".") for path in gave), default=0)
-        return tuple(dict.fromkeys(path for path in gave if path.count(".") == least))
+    def _outermost_sources(self, key: _Key | None, block: str) -> tuple[str, ...]:
+        """Return the paths of the outermost modules inside a block that return a tensor."""
+        sources = self._tensors[key].returned_by if key in self._tensors else []
+        inside = [path for path in sources if _is_inside(path, block)]
+        depth = min((path.count(".") for path in inside), default=0)
+        return tuple(dict.fromkeys(path for path in inside if path.count(".") == depth))
 
 
-def _within(path: str, block: str) -> bool:
+def _is_inside(path: str, block: str) -> bool:
     return not block or path.startswith(f"{block}.")
 
 
 # ── Sites ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def find_sublayer_sites(view: ModelView, stream: ResidualStream) -> dict[str, Sublayer]:
-    """The path of the site that stands for a sublayer: the norm behind it, or its first module whose width is known."""
-    paths = [(found.norm or _find_known_site(found.modules, view), found) for found in stream.sublayers]
-    return {path: found for path, found in paths if path is not None}
+    """Return path of the site -> sublayer: the norm behind it, or its first module whose width can be inferred."""
+    paths = [(sublayer.norm or _first_site(sublayer.modules, view), sublayer) for sublayer in stream.sublayers]
+    return {path: sublayer for path, sublayer in paths if path is not None}
 
 
 def find_stream_ends(view: ModelView, stream: ResidualStream) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Paths of the site that gives the stream its first value, and of the one whose output the output layer takes.
+    """Return the paths of the sites that return the stream's first value and the output layer's input.
 
-    Each is one, or none of the latter where the model has no output layer.
+    Each tuple has one path; the second is empty where the model has no output layer.
 
     Raises:
-        SiteError: no module does that, is called for that alone and tells its width by its structure.
+        SiteError: no module returns that value, is called for that alone and has a width that can be inferred.
     """
     ends = []
-    for what, candidates in (("the first block", stream.embedding), ("the output layer", stream.head)):
-        alone = [path for path in candidates or () if _has_single_name(path, view.module)]
-        known = _find_known_site(alone, view)
+    for reader, candidates in (("the first block", stream.embedding), ("the output layer", stream.head)):
+        known = _first_site([path for path in candidates or () if _has_single_name(path, view.module)], view)
         if known is None and candidates is not None:
             raise SiteError(
-                f"no one module gives what {what} of {type(view.module).__name__} takes, is called for that alone and "
-                f"tells its width by its structure; looked at "
-                f"{', '.join(candidates) or 'none, for something lies between'}",
+                f"no module returns the input of {reader} of {type(view.module).__name__}, is called for that alone "
+                f"and has a width that its structure tells; looked at {', '.join(candidates) or 'no module'}",
                 next_step="leave inv_adapter out, or name the modules in embeddings= and heads=",
                 code="site_unsupported",
             )
@@ -300,31 +300,29 @@ def find_stream_ends(view: ModelView, stream: ResidualStream) -> tuple[tuple[str
     return ends[0], ends[1]
 
 
-def find_common_norm_eps(norms: Sequence[nn.Module], otherwise: float) -> float:
-    """The eps that LayerNorms have; ``otherwise`` where there are none.
+def find_common_norm_eps(norms: Sequence[nn.Module], default: float) -> float:
+    """Return the eps of LayerNorms; ``default`` where there are none.
 
     Raises:
-        SiteError: it is not the same for all, or one has no weight and bias.
+        SiteError: the norms differ, or one has no weight and bias.
     """
     found = {float(norm.eps) for norm in norms if isinstance(norm, nn.LayerNorm)}
     plain = [norm for norm in norms if getattr(norm, "weight", None) is None or getattr(norm, "bias", None) is None]
     if len(found) > 1 or plain:
         raise SiteError(
             "a LayerNorm behind a sublayer has no weight and bias" if plain else f"LayerNorms have eps {sorted(found)}",
-            next_step="narrow targets= to sublayers whose norms are alike",
+            next_step="narrow targets= to sublayers with equal norms",
             code="site_unsupported",
         )
-    return found.pop() if found else otherwise
+    return found.pop() if found else default
 
 
-def _find_known_site(paths: Iterable[str], view: ModelView) -> str | None:
-    """The first of some modules that is a site, or whose structure tells how wide it is."""
-    return next(
-        (p for p in paths if p in view.sites or infer_module_site(p, view.module, view.sites) is not None), None
-    )
+def _first_site(paths: Iterable[str], view: ModelView) -> str | None:
+    """Return the first of some modules that is a site, or whose width can be inferred."""
+    return next((path for path in paths if path in view.sites or infer_module_site(path, view) is not None), None)
 
 
 def _has_single_name(path: str, model: nn.Module) -> bool:
-    """Whether a module has no other name: one that an encoder shares with a decoder is called for both."""
+    """Return whether a module has one name only; a module that encoder and decoder share is called for both."""
     module = model.get_submodule(path)
     return sum(other is module for _, other in model.named_modules(remove_duplicate=False)) == 1

@@ -1,9 +1,8 @@
-"""The blocks that a transformer repeats, found by running it once; and how a copy of a model is run to be watched."""
+"""The repeated blocks of a transformer, found by running a copy of the model once."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,22 +18,16 @@ from lorac.frontend.model_runner import seed_random_numbers
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites import Site, SiteKind
 
-_HEADS = 4
+_WEIGHT_AXES = 4
 """Axes of attention weights: rows, heads, and positions twice."""
 _SEED = 0
 
 
-def get_component_inputs(inputs: object, view: ModelView, name: str) -> object:
-    """Return the example inputs of one component, where they are given by component; else all of them."""
-    by_component = isinstance(inputs, Mapping) and view.components.keys() >= inputs.keys()
-    return inputs.get(name) if by_component else inputs  # type: ignore[attr-defined]  # a mapping
-
-
 def find_transformer_blocks(view: ModelView, inputs: object = None) -> tuple[str, ...]:
-    """Paths of the blocks that a transformer repeats, in the order of their calls; none where no attention is computed.
+    """Return the paths of a transformer's blocks in the order of their calls; none where no attention is computed.
 
-    A block is an element of a list whose every element, where it is called, computes an attention and answers what is
-    as wide as its weights say, and that has no such list inside: not a stage, a sublayer, or what lies between stages.
+    A block is an element of a list whose every element, where it is called, computes an attention and returns the width
+    of its weights, and which has no such list inside. Stages, sublayers and layers between stages are not blocks.
 
     Args:
         view, inputs: as ``trace_residual_stream`` takes them.
@@ -43,69 +36,84 @@ def find_transformer_blocks(view: ModelView, inputs: object = None) -> tuple[str
     for name, component in view.components.items():
         prefix = get_component_prefix(view.module, name)
         given = get_component_inputs(inputs, view, name)
-        found += [prefix + path for path in _attending_blocks(component, view.component_sites(name), given)]
+        found += [prefix + path for path in _find_blocks(component, view.component_sites(name), given)]
     return tuple(found)
 
 
-def _attending_blocks(model: nn.Module, all_sites: Mapping[str, Site], inputs: object) -> list[str]:
+def get_component_inputs(inputs: object, view: ModelView, name: str) -> object:
+    """Return the example inputs of one component, where they are given by component; else all of them."""
+    by_component = isinstance(inputs, Mapping) and view.components.keys() >= inputs.keys()
+    return inputs.get(name) if by_component else inputs  # type: ignore[attr-defined]  # a mapping
+
+
+def _find_blocks(model: nn.Module, all_sites: Mapping[str, Site], inputs: object) -> list[str]:
     sites = {path: site for path, site in all_sites.items() if site.kind is SiteKind.BLOCK}
-    computed: dict[str, bool] = {}
-    watch = _AttentionCounter()
-    began: dict[str, int] = {}
+    counter = _AttentionCounter()
+    entered: dict[str, int] = {}
+    attends: dict[str, bool] = {}
 
-    def entering(path: str) -> Any:
-        return lambda module, args: began.__setitem__(path, watch.count)
+    def enter(path: str) -> Callable[[nn.Module, object], None]:
+        return lambda module, args: entered.__setitem__(path, counter.count)
 
-    def leaving(path: str) -> Any:
-        def note(module: nn.Module, args: Any, output: Any) -> None:
+    def leave(path: str) -> Callable[[nn.Module, object, object], None]:
+        def record(module: nn.Module, args: object, output: object) -> None:
             width = next((leaf.shape[-1] for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)), 0)
-            computed[path] = watch.count > began[path] and width == sites[path].out_features
+            attends[path] = counter.count > entered[path] and width == sites[path].out_features
 
-        return note
+        return record
 
-    copied = make_runnable_copy(model)
+    copied = copy_for_hooks(model)
     for path in sites:
-        copied.get_submodule(path).register_forward_pre_hook(entering(path))
-        copied.get_submodule(path).register_forward_hook(leaving(path))
-    run_under_dispatch_mode(
-        copied, bind_by_name(model, make_example_inputs(model) if inputs is None else inputs), watch
-    )
-    inner = {held for path in computed if _is_list(model, held := path.rpartition(".")[0], sites, computed)}
-    whole = [path for path in began if path.rpartition(".")[0] in inner]
-    return [path for path in whole if not any(f"{held}.".startswith(f"{path}.") for held in inner)]
+        copied.get_submodule(path).register_forward_pre_hook(enter(path))
+        copied.get_submodule(path).register_forward_hook(leave(path))
+    run_under_dispatch_mode(copied, model, inputs, counter)
 
+    def is_block_list(container: str) -> bool:
+        elements = [
+            f"{container}.{name}".removeprefix(".") for name, _ in model.get_submodule(container).named_children()
+        ]
+        return all(path in sites and attends.get(path, True) for path in elements)
 
-def _is_list(model: nn.Module, held: str, sites: Mapping[str, Site], computed: Mapping[str, bool]) -> bool:
-    """Whether every element of a list is a block, and computes an attention where it is called."""
-    elements = [f"{held}.{name}".removeprefix(".") for name, _ in model.get_submodule(held).named_children()]
-    return all(path in sites and computed.get(path, True) for path in elements)
+    lists = {container for path in attends if is_block_list(container := path.rpartition(".")[0])}
+    blocks = [path for path in entered if path.rpartition(".")[0] in lists]
+    return [path for path in blocks if not any(f"{container}.".startswith(f"{path}.") for container in lists)]
 
 
 class _AttentionCounter(TorchDispatchMode):
-    """Counts attentions as they are computed."""
+    """Counts the attentions that are computed."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.count = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch's
         self.count += is_attention_op(str(func), args)
         return func(*args, **(kwargs or {}))
 
 
-def is_attention_op(name: str, args: Any) -> bool:
-    """Whether a call of an op computes attention weights: itself, or all of an attention."""
-    return "scaled_dot_product" in name or ("softmax" in name and args[0].dim() >= _HEADS)
+def is_attention_op(name: str, args: Sequence[object]) -> bool:
+    """Return whether a call of an op computes attention weights, or a whole attention."""
+    if "scaled_dot_product" in name:
+        return True
+    return "softmax" in name and isinstance(args[0], Tensor) and args[0].dim() >= _WEIGHT_AXES
 
 
-def make_runnable_copy(model: nn.Module) -> nn.Module:
-    """A copy to hang hooks on."""
+def copy_for_hooks(model: nn.Module) -> nn.Module:
+    """Return a copy of a model, in eval mode, on which hooks may be registered."""
     copied = copy_structure(model).eval()
     set_config_fields(copied)
     return copied
 
 
-def run_under_dispatch_mode(copied: nn.Module, given: Mapping[str, Any], watch: TorchDispatchMode) -> None:
-    """Run a copy under something that watches its ops; random numbers leave no trace."""
-    with torch.no_grad(), seed_random_numbers(copied, _SEED), watch:
+def run_under_dispatch_mode(copied: nn.Module, model: nn.Module, inputs: object, mode: TorchDispatchMode) -> None:
+    """Run a copy of a model on example inputs under a dispatch mode; the random state is preserved.
+
+    Args:
+        copied: ``copy_for_hooks(model)``.
+        model: tells default inputs and the names of arguments.
+        inputs: example inputs; None makes them.
+        mode: records the ops.
+    """
+    given = bind_by_name(model, make_example_inputs(model) if inputs is None else inputs)
+    with torch.no_grad(), seed_random_numbers(copied, _SEED), mode:
         copied(**given)

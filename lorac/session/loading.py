@@ -136,7 +136,7 @@ def _planned_site(path: str, manifest: Manifest, view: ModelView) -> Site:
     if path in view.sites:
         return view.sites[path]
     if path in view.callable_paths:
-        return make_module_site(path, view.module, view.sites)
+        return make_module_site(path, view)
     for reader, plan in manifest.plans.items():
         if any(branch["once"] == path for branch in plan["branches"]):
             return make_once_site(path, _planned_site(reader, manifest, view).dtype)

@@ -90,9 +90,7 @@ class Host:
     def sites(self) -> Mapping[str, Site]:
         """All its sites by path; a module is one because it is named."""
         found = self._view.sites
-        return {
-            path: found[path] if path in found else make_module_site(path, self._asked, found) for path in self.paths
-        }
+        return {path: found[path] if path in found else make_module_site(path, self._view) for path in self.paths}
 
     def settled(self, variant: Variant) -> Variant:
         """A method at this host's sites, as a fresh adapter has it.

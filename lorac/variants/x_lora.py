@@ -95,7 +95,7 @@ class XLoRA(RoutedVariant):
         """
         found = view.sites.get(self.hidden)
         if found is None and self.hidden in view.callable_paths:
-            found = infer_module_site(self.hidden, view.module, view.sites)
+            found = infer_module_site(self.hidden, view)
         if found is not None and found.out_features != self.hidden_size:
             raise AdapterError(
                 f"the classifier of X-LoRA reads {self.hidden_size} values of a token, and '{self.hidden}' gives "

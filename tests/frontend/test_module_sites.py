@@ -8,7 +8,8 @@ import transformers
 from torch import nn
 
 import lorac
-from lorac.frontend.module_sites import infer_module_site, list_callable_paths, make_module_site
+from lorac.frontend.model_view import ModelView
+from lorac.frontend.module_sites import infer_module_site, make_module_site
 from lorac.frontend.site_discovery import find_sites
 from lorac.frontend.skeleton import build_skeleton, describe_skeleton
 from lorac.ir.sites import SiteKind
@@ -84,20 +85,21 @@ def test_the_width_of_a_module(kind: str) -> None:
     skeleton = build_skeleton(describe_skeleton(model))
     for path, widths in expected.items():
         for host in (model, skeleton):
-            found = infer_module_site(path, host, sites) if path not in sites else sites[path]
+            view = ModelView(host, sites)
+            found = infer_module_site(path, view) if path not in sites else sites[path]
             assert (found and (found.in_features, found.out_features)) == widths, path
-            assert found is None or (found.kind is SiteKind.BLOCK and path in list_callable_paths(model))
+            assert found is None or (found.kind is SiteKind.BLOCK and path in view.callable_paths)
 
 
-def test_a_list_is_called_by_nobody() -> None:
-    assert list_callable_paths(nn.Sequential(nn.ModuleList([nn.Linear(2, 2)]))) == ["0.0"]
+def test_a_list_is_not_called() -> None:
+    assert ModelView.of(nn.Sequential(nn.ModuleList([nn.Linear(2, 2)]))).callable_paths == ["0.0"]
 
 
 def test_what_was_looked_for_is_said() -> None:
     host = nn.Sequential(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(5, 3)), nn.Identity())
     with refuses("site_unsupported") as error:
-        make_module_site("1", host, find_sites(host))
-    assert "the scale of a norm" in str(error.value) and "(there are none)" in str(error.value)
+        make_module_site("1", ModelView.of(host))
+    assert "the scale of a norm" in str(error.value) and "(none found)" in str(error.value)
     assert "`lorac sites MODEL`" in str(error.value)
 
     class Odd(nn.Module):
@@ -106,13 +108,13 @@ def test_what_was_looked_for_is_said() -> None:
             self.a, self.b = nn.Linear(4, 6), nn.Linear(5, 3)
 
     odd = nn.ModuleDict({"odd": Odd()})
-    with refuses("site_unsupported", match="the first takes 4, the last gives 3"):
-        make_module_site("odd", odd, find_sites(odd))
+    with refuses("site_unsupported", match="the first takes 4, the last returns 3"):
+        make_module_site("odd", ModelView.of(odd))
 
 
 def test_a_list_means_what_it_names_and_an_expression_what_can_be_told() -> None:
     model = named("Llama", **SIZES)
-    with refuses("site_unsupported", match=r"'layers\.0\.mlp\.act_fn', a \w+, are is not told"):
+    with refuses("site_unsupported", match=r"'layers\.0\.mlp\.act_fn', a \w+, cannot be inferred"):
         lorac.compile(model, {"b": Bottleneck(targets=["act_fn"])})
     found = lorac.compile(model, {"b": Bottleneck(targets=r".*\.mlp(\.act_fn)?")}).adapters["b"].sites
     assert found == ("layers.0.mlp",)

@@ -148,9 +148,9 @@ def test_exported_they_run_elsewhere(models):
 @pytest.mark.parametrize(
     ("call", "what"),
     [
-        (lambda both: both["unett"](X), "'unett' is the name of no component"),
-        (lambda both: both(X), "which to call is not said"),
-        (lambda both: both[0](X), "0 is the name of no component"),
+        (lambda both: both["unett"](X), "'unett' is not the name of a component"),
+        (lambda both: both(X), "the call names none of them"),
+        (lambda both: both[0](X), "0 is not the name of a component"),
     ],
 )
 def test_no_such_component(call, what, target, models):

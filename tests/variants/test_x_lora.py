@@ -315,7 +315,7 @@ def test_a_file_needs_a_model_that_tells_its_last_hidden_state(tmp_path: Path) -
     here = complete(tmp_path / "x")
     with pytest.raises(lorac.BaseNeeded, match="pass model="):
         lorac.load_adapter(here)
-    with pytest.raises(lorac.BaseNeeded, match="answers no hidden states"):
+    with pytest.raises(lorac.BaseNeeded, match="returns no hidden states"):
         lorac.load_adapter(here, nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(lorac.BaseNeeded, match="as they are met in the model"):
         lorac.save_adapter(adapter(), tmp_path / "y")
