@@ -53,7 +53,7 @@ def check_adapter(adapter: Adapter, view: ModelView) -> None:
     """
     check_numbers(adapter.name, adapter.variant)
     if not adapter.tensors and not adapter.replaced:
-        raise no_match_error(adapter.name, adapter.variant.asked, view.sites)
+        raise no_match_error(adapter.name, adapter.variant.all_targets, view.sites)
     known, view = view.named_tensors(), add_adapted_modules(adapter, view)
     sites = view.sites
     shapes = not adapter.provenance.get("left_out")

@@ -35,7 +35,8 @@ def make_fresh_adapter(
     check_numbers(name, variant)
     sites, model, base = view.sites, view.module, base or view.base
     chosen = select_target_sites(variant, view)
-    check_targets_match(name, variant.targets, sites, [p for p, _ in model.named_modules() if variant.copies(p)])
+    replaced = [path for path, _ in model.named_modules() if variant.replaces_module(path)]
+    check_targets_match(name, variant.targets, sites, replaced)
     check_targets_match(
         name, variant.parameters, {p: site for p, site in sites.items() if site.kind is SiteKind.MATRIX}
     )
@@ -48,7 +49,7 @@ def make_fresh_adapter(
         adapter.tensors[site.path] = _initial(specs[site.path], site, name, base, seed, shared)
     _add_replaced(adapter, model, [site.path for site in chosen])
     if not adapter.tensors and not adapter.replaced:
-        raise no_match_error(name, variant.asked, sites)
+        raise no_match_error(name, variant.all_targets, sites)
     return adapter
 
 
@@ -166,7 +167,7 @@ def _add_replaced(adapter: Adapter, model: nn.Module, adapted: list[str]) -> Non
     saved = variant.modules_to_save
     for path, module in model.named_modules():
         leaf = path.rpartition(".")[2]
-        if path in saved or leaf in saved or variant.copies(path):
+        if path in saved or leaf in saved or variant.replaces_module(path):
             adapter.replaced |= {fqn: parameter.detach().clone() for fqn, parameter in module.named_parameters(path)}
     for fqn, parameter in model.named_parameters():
         owner, _, leaf = fqn.rpartition(".")

@@ -24,7 +24,7 @@ from lorac.ir.slots.execution import FormulaContext
 from lorac.ir.slots.live_terms import DropoutDelta
 from lorac.ir.slots.plans import BranchTerm, PreparedAdapter, Reason
 from lorac.storage.reductions import check_sizes, reduction_from_json, reduction_to_json
-from lorac.variants._missing_method import homes
+from lorac.variants._missing_method import class_modules
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant, Variant, WeightVariant
 
@@ -128,7 +128,7 @@ class Preparer:
     def stored_reductions(self, adapters: Iterable[Adapter]) -> dict[str, Any]:
         """The reductions of adapters as JSON, by structure; those of methods that are not lorac's own are left out."""
         found: dict[str, Any] = {}
-        built_in = [adapter for adapter in adapters if not homes(adapter.variant)]
+        built_in = [adapter for adapter in adapters if not class_modules(adapter.variant)]
         for adapter, path in ((one, path) for one in built_in for path in one.tensors):
             site, tensors = self.sites[path], adapter.tensors[path]
             here = adapter.variant.at(site)

@@ -11,7 +11,7 @@ from lorac.adapters.lora_conversion import make_lora_variant
 from lorac.argument_types import check_type
 from lorac.errors import AdapterError, SiteError, WrongType, nearest_name
 from lorac.ir.algebra.reduction import Params
-from lorac.variants._routed import RoutedVariant
+from lorac.variants._mixtures import RoutedVariant
 from lorac.variants.adapter import Adapter
 
 Tensor = torch.Tensor

@@ -36,7 +36,7 @@ from lorac.limits import charge_reading
 from lorac.storage.strict_json import parse_object
 from lorac.storage.tensor_file import hash_contents, write_safetensors
 from lorac.variants import find_variant, variants
-from lorac.variants._missing_method import MissingMethod, homes
+from lorac.variants._missing_method import MissingMethod, class_modules
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant, dataclass_fields
 
@@ -156,7 +156,7 @@ def make_record(adapter: Adapter, shared: Mapping[str, str], base: str | None) -
     """
     config, left_out = variant_config(adapter.variant)
     origin = {k: v for k, v in adapter.provenance.items() if k not in _LOCAL_PROVENANCE and _is_json(v)}
-    modules = homes(adapter.variant)
+    modules = class_modules(adapter.variant)
     return {
         "version": VERSION,
         "name": adapter.name,
@@ -291,7 +291,9 @@ def _build_or_stand_in(path: Path, record: Record) -> Variant:
         unknown = [name for name in modules if name not in variants()]
         if not unknown:
             raise
-        return MissingMethod(called=record["variant"], recorded=record["config"], homes=modules, unknown=unknown[0])
+        return MissingMethod(
+            method_name=record["variant"], hyper_parameters=record["config"], modules=modules, missing=unknown[0]
+        )
 
 
 def _build_named_variant(path: Path, name: str, config: Mapping[str, Any], modules: Mapping[str, str]) -> Variant:

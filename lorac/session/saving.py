@@ -21,7 +21,7 @@ from lorac.storage.artifact import ADAPTERS, FORMS, RECORD, write_artifact
 from lorac.storage.normal_forms import write_normal_forms
 from lorac.storage.os_errors import translate_os_errors
 from lorac.storage.plans import choice_to_json, plan_to_json
-from lorac.variants._missing_method import homes
+from lorac.variants._missing_method import class_modules
 from lorac.version import VERSION
 
 _PORTABLE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", re.ASCII)
@@ -82,7 +82,7 @@ def _save_adapters(model: SwitchableModel, folder: Path) -> dict[str, dict[str, 
         adapter = model.adapters[name]
         record = folder / f"{stem}.safetensors"
         save_adapter(adapter, record, format="native")
-        method, modules = adapter.variant, homes(adapter.variant)
+        method, modules = adapter.variant, class_modules(adapter.variant)
         entry: dict[str, object] = {
             RECORD: f"{folder.name}/{record.name}",
             "variant": method.name,

@@ -19,7 +19,7 @@ from lorac.training.rules.proximal import ProximalGates, gate_penalty, soft_thre
 from lorac.training.rules.relora import ReLoRA
 from lorac.training.rules.routing import draw_ordered, gate_loss, leave_one_out, sampled_selection_loss, sum_by_row
 from lorac.training.rules.squeeze import Squeeze, rank_stages
-from lorac.variants._routing import ordered_log_prob
+from lorac.variants._mixtures import ordered_log_prob
 
 __all__ = [
     "ALLoRA",

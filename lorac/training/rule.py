@@ -196,9 +196,9 @@ def trained_terms(compiled: Any, methods: tuple[type[Variant], ...], *, begun: b
     compiled.refuse_baked()
     adapters: Iterable[Adapter] = compiled.adapters.values()
     found = [
-        TrainedTerm(adapter.name, path, tensors, adapter.variant.at_path(path).trained)
+        TrainedTerm(adapter.name, path, tensors, adapter.variant.at_path(path).trained_method)
         for adapter in adapters
-        if isinstance(adapter.variant.trained if begun else adapter.variant, methods)
+        if isinstance(adapter.variant.trained_method if begun else adapter.variant, methods)
         for path, tensors in adapter.tensors.items()
     ]
     if not found:

@@ -1,7 +1,8 @@
-"""One file per method; a file's existence is its registration.
+"""The methods, one file each; the existence of a file is its registration.
 
-Files that begin with an underscore hold helpers; ``base.py`` has the two abstract bases, ``params.py`` the tensors of
-a method, ``adapter.py`` what holds them.
+Files that begin with an underscore hold helpers. ``base.py`` defines the abstract base classes, ``low_rank.py`` the
+fields that LoRA-like methods share, ``params.py`` the tensors of a method, ``initialisers.py`` their start values, and
+``adapter.py`` the adapter.
 """
 
 from __future__ import annotations
@@ -32,32 +33,31 @@ def _subclasses(parent: type[Variant]) -> Iterator[type[Variant]]:
 
 
 def variants() -> dict[str, type[Variant]]:
-    """Every method by name: those of this folder, and those the user has subclassed anywhere by names of their own."""
+    """Return every method by name: those of this folder, and subclasses defined anywhere else under other names."""
     _load_all()
-    found = _subclasses(Variant)  # type: ignore[type-abstract]  # the root of the search is abstract
-    methods = [child for child in found if child is not MissingMethod]
-    ours = f"{__name__}."
-    return {child.name: child for child in sorted(methods, key=lambda c: (c.name, c.__module__.startswith(ours)))}
+    found = dict.fromkeys(child for child in _subclasses(Variant) if child is not MissingMethod)  # type: ignore[type-abstract]  # the root of the search is abstract
+    prefix = f"{__name__}."
+    return {child.name: child for child in sorted(found, key=lambda c: (c.name, c.__module__.startswith(prefix)))}
 
 
-def find_variant(name: str, homes: Mapping[str, str] | None = None) -> type[Variant]:
-    """The method called ``name``.
+def find_variant(name: str, modules: Mapping[str, str] | None = None) -> type[Variant]:
+    """Return the method called ``name``.
 
     Args:
         name: its name.
-        homes: method -> the module that its class is in, where a file tells it.
+        modules: method -> the module of its class, if a file records them.
 
     Raises:
         UnknownMethod: no method has that name, or its class is not imported.
     """
     found = variants()
     if name not in found:
-        raise unknown_method_error(name, homes or {}, found)
+        raise unknown_method_error(name, modules or {}, found)
     return found[name]
 
 
 class _CallableModule(ModuleType):
-    """This package, callable: importing it makes it the attribute ``lorac.variants``, where the function belongs."""
+    """This package as a function: importing it would else hide the public function ``lorac.variants``."""
 
     def __call__(self) -> dict[str, type[Variant]]:
         return variants()

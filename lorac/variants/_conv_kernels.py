@@ -1,4 +1,4 @@
-"""Kernels of convolutions: in groups, and in factors (out, r), (r, r, taps), (r, in), taps the number of its pixels.
+"""Kernels of convolutions: in groups, and in factors (out, r), (r, r, taps), (r, in), where taps is the kernel's size.
 
 FedPara's proposition 3, arXiv 2108.06098; as in LyCORIS, arXiv 2309.14859, and PEFT's use_effective_conv2d.
 """
@@ -10,19 +10,19 @@ import math
 import torch
 
 from lorac.errors import SiteError
-from lorac.ir.sites import Site
-from lorac.variants.params import InitContext
+from lorac.variants.base import InitContext, Site, Tensor
+from lorac.variants.initialisers import uniform
 
 
 def kernel_columns(site: Site) -> tuple[int, int]:
-    """Columns of what a kernel holds, as (input channels of a group, taps); (in, 1) of what is no convolution."""
+    """Return a kernel's columns as (input channels of a group, taps); (in, 1) for sites that are not convolutions."""
     if site.conv is None:
         return site.in_features, 1
     return site.conv.channels // site.conv.groups, math.prod(site.conv.kernel)
 
 
 def require_one_group(method: str, site: Site) -> None:
-    """Raise ``SiteError`` at a convolution of several groups, for a method whose W' leaves their blocks."""
+    """Raise ``SiteError`` at a grouped convolution, for a method whose W' is not block-diagonal."""
     if site.conv is not None and site.conv.groups > 1:
         raise SiteError(
             f"{method} makes one full matrix; '{site.path}' is a convolution of {site.conv.groups} groups",
@@ -31,22 +31,21 @@ def require_one_group(method: str, site: Site) -> None:
         )
 
 
-def expand_groups(kernel: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
-    """The rows (out, in/groups·taps) that a kernel holds where W (out, in·taps) has them: its groups' blocks."""
+def expand_groups(kernel: Tensor, W: Tensor) -> Tensor:
+    """Place the groups of a kernel (out, in/groups·taps) on the diagonal blocks of a matrix like W (out, in·taps)."""
     groups = W.shape[1] // kernel.shape[1]
     if groups == 1:
         return kernel
-    blocks: torch.Tensor = torch.block_diag(*kernel.chunk(groups))
+    blocks: Tensor = torch.block_diag(*kernel.chunk(groups))
     return blocks
 
 
-def tucker_kernel(core: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """``[p, q·taps] = Σ_ij core[i, j, taps]·a[i, p]·b[j, q]``, a flat kernel of rank r."""
+def tucker_kernel(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return ``[p, q·taps] = Σ_ij core[i, j, taps]·a[i, p]·b[j, q]``, a flat kernel of rank r."""
     inner = torch.einsum("ijt,jq->iqt", core, b).flatten(1)
     return a.t() @ inner
 
 
-def uniform_core(context: InitContext) -> torch.Tensor:
-    """kaiming_uniform with a = √5 of a core (r, r, taps), as of a kernel: fan_in = r·taps."""
-    bound = 1 / math.sqrt(math.prod(context.shape[1:]))
-    return torch.empty(context.shape).uniform_(-bound, bound, generator=context.generator)
+def uniform_core(context: InitContext) -> Tensor:
+    """Draw a core (r, r, taps) as a kernel: kaiming_uniform with a = √5 and fan_in = r·taps."""
+    return uniform(1 / math.sqrt(math.prod(context.shape[1:])))(context)

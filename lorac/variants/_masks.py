@@ -1,4 +1,4 @@
-"""The five masks of SHiRA (arXiv 2406.13175, section 3.2): which positions of a weight are trained."""
+"""The five masks of SHiRA (arXiv 2406.13175, section 3.2), which choose the trained positions of a weight."""
 
 from __future__ import annotations
 
@@ -8,18 +8,15 @@ from dataclasses import dataclass
 import torch
 
 from lorac.errors import OptionError, nearest_name
-from lorac.ir.sites import Site
-from lorac.variants.params import InitContext
-
-Tensor = torch.Tensor
+from lorac.variants.base import InitContext, Site, Tensor
 
 
 @dataclass(frozen=True)
 class MaskMaker:
-    """How many positions a mask holds at a site, and which.
+    """The number of positions that a mask has at a site, and a function that chooses them.
 
     Attributes:
-        entries: site -> K.
+        entries: site -> the number K of positions.
         make: context -> (2, K) int64, row 0 the out index, row 1 the in index, in row-major order.
     """
 
@@ -28,49 +25,49 @@ class MaskMaker:
 
 
 def top_entries(scores: Tensor, count: int) -> Tensor:
-    """Positions (2, count) of the largest scores, ties to the lowest index, in row-major order."""
+    """Return the positions (2, count) of the largest scores, in row-major order; ties go to the lowest index."""
     order = torch.sort(scores.flatten(), descending=True, stable=True).indices[:count]
     return _positions(order, scores.shape[1])
 
 
 def magnitude_mask(count: int, task: int = 0) -> MaskMaker:
-    """WM: the largest ‖W‖; with ``task`` t the ranks tK … (t+1)K − 1, so that masks of several tasks do not overlap."""
+    """Choose the largest |W| (WM); task t takes ranks tK … (t+1)K − 1, so that the masks of tasks do not overlap."""
 
-    def make(context: InitContext) -> Tensor:
+    def choose(context: InitContext) -> Tensor:
         weight = context.weight()
         order = torch.sort(weight.abs().flatten(), descending=True, stable=True).indices
         return _positions(order[task * count : (task + 1) * count], weight.shape[1])
 
-    return MaskMaker(lambda site: count, make)
+    return MaskMaker(lambda site: count, choose)
 
 
 def random_mask(count: int) -> MaskMaker:
-    """Rand: ``count`` positions, uniformly."""
+    """Choose ``count`` positions uniformly (Rand)."""
 
-    def make(context: InitContext) -> Tensor:
+    def choose(context: InitContext) -> Tensor:
         size = context.site.out_features * context.site.in_features
         return _positions(torch.randperm(size, generator=context.generator)[:count], context.site.in_features)
 
-    return MaskMaker(lambda site: count, make)
+    return MaskMaker(lambda site: count, choose)
 
 
 def gradient_mask(gradients: Mapping[str, Tensor], count: Callable[[Site], int]) -> MaskMaker:
-    """Grad: the largest ‖g‖; ``gradients`` maps site paths to dL/dW (out, in) over a calibration set."""
+    """Choose the largest |g| (Grad); ``gradients`` maps site paths to dL/dW (out, in) over a calibration set."""
     return MaskMaker(count, lambda context: top_entries(gradients[context.site.path].abs(), count(context.site)))
 
 
 def snip_mask(gradients: Mapping[str, Tensor], count: Callable[[Site], int]) -> MaskMaker:
-    """SNIP: the largest ‖W·g‖."""
+    """Choose the largest |W·g| (SNIP)."""
 
-    def make(context: InitContext) -> Tensor:
+    def choose(context: InitContext) -> Tensor:
         scores = (context.weight() * gradients[context.site.path]).abs()
         return top_entries(scores, count(context.site))
 
-    return MaskMaker(count, make)
+    return MaskMaker(count, choose)
 
 
 def struct_mask(every: int, offset: int = 0) -> MaskMaker:
-    """Struct: every ``every``-th row from ``offset``, and the main diagonal."""
+    """Choose every ``every``-th row from ``offset``, and the main diagonal (Struct)."""
 
     def mask(site: Site) -> Tensor:
         chosen = torch.eye(site.out_features, site.in_features, dtype=torch.bool)
@@ -81,7 +78,7 @@ def struct_mask(every: int, offset: int = 0) -> MaskMaker:
 
 
 def find_mask_maker(mask: str | MaskMaker, count: int) -> MaskMaker:
-    """The maker for a name, or the maker given."""
+    """Return the mask maker called by a name, or the maker itself if one is given."""
     if isinstance(mask, MaskMaker):
         return mask
     named = {"random": random_mask, "magnitude": magnitude_mask}

@@ -1,46 +1,44 @@
-"""A method of which this process has no class: what its files say of it, and what to import.
+"""The placeholder for a method whose class is not imported.
 
-Files name methods and bring none, so that reading one runs no code of others. What an artefact has computed of such a
-method serves all the same (``lorac.storage.normal_forms``); all else asks its class, and is answered by one error.
+Adapter files name methods without bringing their code, so that reading a file runs none. An artifact's precomputed
+normal forms work without the class (``lorac.storage.normal_forms``); anything else raises ``UnknownMethod``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from lorac.errors import UnknownMethod, nearest_name
-from lorac.ir.sites import Site
-from lorac.variants.base import Variant, iterate_fields
-from lorac.variants.params import ParamSpec
+from lorac.variants.base import ParamSpec, Site, Variant, iterate_fields
 
 _SCRIPT = "__main__"
 
 
 @dataclass(frozen=True, kw_only=True)
 class MissingMethod(Variant):
-    """In the place of a method whose class is not imported.
+    """The placeholder for a method whose class is not imported.
 
     Attributes:
-        called: the method's name.
-        recorded: its hyper-parameters, as its file has them.
-        homes: as ``homes`` tells them of the method itself.
-        unknown: which of those methods has no class here.
+        method_name: the method's name.
+        hyper_parameters: its hyper-parameters, as the file records them.
+        modules: method -> the module of its class, as the file records them (``class_modules``).
+        missing: the name of a method without a class, this one or one in its fields.
     """
 
-    called: str
-    recorded: Mapping[str, Any]
-    homes: Mapping[str, str]
-    unknown: str
+    method_name: str
+    hyper_parameters: Mapping[str, object]
+    modules: Mapping[str, str]
+    missing: str
 
     @property
-    def name(self) -> str:  # type: ignore[override]  # of each its own, where classes share theirs
-        return self.called
+    def name(self) -> str:  # type: ignore[override]  # an instance's own, where classes have one each
+        return self.method_name
 
     @property
-    def settings(self) -> Mapping[str, Any]:
-        return self.recorded
+    def settings(self) -> Mapping[str, object]:
+        return self.hyper_parameters
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         self.require_class()
@@ -52,38 +50,38 @@ class MissingMethod(Variant):
         self.require_class()
 
     def require_class(self) -> NoReturn:
-        raise unknown_method_error(self.unknown, self.homes, ())
+        raise unknown_method_error(self.missing, self.modules, ())
 
 
-def homes(variant: Variant) -> dict[str, str]:
-    """Method -> the module of its class, of a variant and of those in its fields, where the class is not lorac's."""
+def class_modules(variant: Variant) -> dict[str, str]:
+    """Return method -> the module of its class, for a variant and the methods in its fields; lorac's are left out."""
     if isinstance(variant, MissingMethod):
-        return dict(variant.homes)
-    methods = [found for found in iterate_fields(variant) if isinstance(found, Variant)]
-    modules = {found.name: type(found).__module__ for found in methods}
+        return dict(variant.modules)
+    methods = [value for value in iterate_fields(variant) if isinstance(value, Variant)]
+    modules = {method.name: type(method).__module__ for method in methods}
     return {name: module for name, module in modules.items() if module.partition(".")[0] != "lorac"}
 
 
-def unknown_method_error(name: str, homes: Mapping[str, str], known: Iterable[str]) -> UnknownMethod:
-    """The error for a method that has no class here.
+def unknown_method_error(name: str, modules: Mapping[str, str], known: Iterable[str]) -> UnknownMethod:
+    """Return the error for a method without a class.
 
     Args:
-        name: what a file calls it.
-        homes: method -> the module of its class, as the file has them.
-        known: the methods that have one.
+        name: the method's name in a file.
+        modules: method -> the module of its class, as the file records them.
+        known: the names of the methods with a class.
     """
-    home = homes.get(name)
-    if home is None:
+    module = modules.get(name)
+    if module is None:
         return UnknownMethod(
             f"no method is called '{name}'",
             nearest=nearest_name(name, known),
-            next_step="`lorac variants` lists them; one of your own is known once its class is imported, "
+            next_step="`lorac variants` lists the methods; one of your own is known once its class is imported, "
             "on the command line by --import MODULE",
         )
-    # A script calls itself by a name that leads nowhere once it has ended.
-    script = home == _SCRIPT
-    what, module = ("the script that wrote it", "FILE.py") if script else (f"the module '{home}'", home)
+    # A script's module is called __main__, which cannot be imported later.
+    script = module == _SCRIPT
+    where, argument = ("the script that wrote the file", "FILE.py") if script else (f"the module '{module}'", module)
     return UnknownMethod(
-        f"the method '{name}' has no class in this process: it was defined in {what}",
-        next_step=f"import {'that file' if script else home}, on the command line by --import {module}",
+        f"the method '{name}' has no class in this process: it was defined in {where}",
+        next_step=f"import {'that script' if script else module}, on the command line by --import {argument}",
     )

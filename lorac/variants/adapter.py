@@ -6,11 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from lorac.variants.base import Variant
-
-Tensor = torch.Tensor
+from lorac.variants.base import Tensor, Variant
 
 
 @dataclass(eq=False)
@@ -18,12 +14,12 @@ class Adapter:
     """An adapter: a name, a variant, the sites it targets, and its tensors.
 
     Attributes:
-        name: how ``swap`` calls it.
+        name: the name by which ``swap`` selects it.
         variant: the method and its hyper-parameters.
-        tensors: site path -> parameter name -> tensor, in the matrix convention. Parameters shared by all sites are
-            the same tensor object at each.
-        replaced: fully qualified parameter name -> the tensor that takes its place (modules_to_save, trained biases).
-        provenance: where it came from, and what its file recorded (base hash, format, original configuration).
+        tensors: site path -> parameter name -> tensor, in the matrix convention. Parameters that sites share
+            are the same tensor object at each.
+        replaced: fully qualified parameter name -> the tensor that replaces it (modules_to_save, trained biases).
+        provenance: its origin, and what its file recorded (base hash, format, original configuration).
     """
 
     name: str
@@ -34,14 +30,14 @@ class Adapter:
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """Paths of the sites it adapts, in order."""
+        """The paths of the sites that it adapts, in order."""
         return tuple(self.tensors)
 
     def parameters(self) -> Iterable[Tensor]:
-        """Every distinct tensor of the adapter."""
+        """Return every distinct tensor of the adapter."""
         own = [tensor for at in self.tensors.values() for tensor in at.values()]
         return {id(tensor): tensor for tensor in (*own, *self.replaced.values())}.values()
 
     def numel(self) -> int:
-        """Number of stored values, shared tensors counted once."""
+        """Return the number of stored values; shared tensors count once."""
         return sum(t.numel() for t in self.parameters())

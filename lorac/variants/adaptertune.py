@@ -9,20 +9,16 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 
 from lorac.errors import ExampleInputsNeeded, not_one_of
 from lorac.frontend.model_view import ModelView
 from lorac.frontend.transformer_blocks import find_transformer_blocks
-from lorac.ir.algebra.reduction import Params
 from lorac.ir.patterns import find_outermost_blocks, is_named
-from lorac.ir.sites import Site, SiteKind
-from lorac.variants import _initialisers as _inits
-from lorac.variants.base import BranchVariant, Context
-from lorac.variants.params import ParamSpec
+from lorac.variants.base import BranchVariant, Context, Params, ParamSpec, Site, SiteKind, Tensor
+from lorac.variants.initialisers import normal, xavier_uniform, zeros
 
-_UP_INITS = {"zero": _inits.zeros, "small": _inits.normal(1e-4)}
+_UP_INITS = {"zero": zeros, "small": normal(1e-4)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +26,12 @@ class AdapterTune(BranchVariant):
     """``y' = y + alpha·(U·GELU(D·y + p) + q)``, y (…, d) a block's output, D (r, d), U (d, r); exact (erf) GELU.
 
     Attributes:
-        targets: blocks; the default is every transformer block of the network, found by structure: in a hierarchical
-            one those of all its stages, and in a network without attention its outermost blocks.
+        targets: blocks; by default every transformer block of the network, found by structure. In a hierarchical
+            network these are the blocks of all stages, in a network without attention the outermost blocks.
         r: width of the bottleneck.
         alpha: factor of the branch.
-        every: of the targeted blocks only those whose index is a multiple of this; block 0 always is.
-        init: start of U and q: ``"zero"``, or ``"small"`` for N(0, 1e-4).
+        every: adapt every k-th of the targeted blocks, beginning with block 0.
+        init: start values of U and q: ``"zero"``, or ``"small"``, Gaussian with deviation 1e-4.
     """
 
     targets: str | tuple[str, ...] = "all-blocks"
@@ -56,12 +52,12 @@ class AdapterTune(BranchVariant):
         try:
             blocks = find_transformer_blocks(view, inputs)
         except ExampleInputsNeeded:
-            if _nested(view):  # which of the blocks inside one another are a transformer's, a run tells
+            if _nested(view):  # only a run tells which of nested blocks are a transformer's
                 raise
             return self
         chosen = [b for n, b in enumerate(blocks) if n % self.every == 0 and (not self.layers or n in self.layers)]
-        kept = tuple(path for path in chosen if not self.exclude or not is_named(self.exclude, path))
-        return dataclasses.replace(self, targets=kept, every=1, layers=()) if kept else self
+        targets = tuple(path for path in chosen if not self.exclude or not is_named(self.exclude, path))
+        return dataclasses.replace(self, targets=targets, every=1, layers=()) if targets else self
 
     def adapts(self, site: Site) -> bool:
         return site.number % self.every == 0
@@ -71,18 +67,18 @@ class AdapterTune(BranchVariant):
             raise not_one_of("AdapterTune has no init", self.init, _UP_INITS)
         width, up = site.out_features, _UP_INITS[self.init]
         return {
-            "down": ParamSpec((self.r, width), _inits.xavier_uniform),
-            "down_bias": ParamSpec((self.r,), _inits.zeros),
+            "down": ParamSpec((self.r, width), xavier_uniform),
+            "down_bias": ParamSpec((self.r,), zeros),
             "up": ParamSpec((width, self.r), up),
             "up_bias": ParamSpec((width,), up),
         }
 
-    def branch(self, x: torch.Tensor, y: torch.Tensor, p: Params, ctx: Context) -> torch.Tensor:
+    def branch(self, x: Tensor, y: Tensor, p: Params, ctx: Context) -> Tensor:
         hidden = F.gelu(F.linear(y, p.down, p.down_bias))
         return y + self.alpha * F.linear(hidden, p.up, p.up_bias)
 
 
 def _nested(view: ModelView) -> bool:
-    """Whether blocks of a model lie inside others."""
+    """Return whether some blocks of a model lie inside others."""
     blocks = {path for path, site in view.sites.items() if site.kind is SiteKind.BLOCK}
     return blocks != find_outermost_blocks(view.sites)

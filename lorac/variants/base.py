@@ -1,7 +1,7 @@
-"""What a method is: hyper-parameters, the tensors it needs at a site, and one formula.
+"""The base classes of methods: hyper-parameters, the tensors of a site, and one formula.
 
-Two abstract bases. Every concrete class is final, is a frozen dataclass, sits in its own file in this folder, and
-writes ``params`` and one formula; nothing else (merging, unmerging, saving, exporting, counting) is written per method.
+Every concrete method is a final, frozen dataclass in a file of its own in this folder. It writes ``params`` and one
+formula; merging, unmerging, saving, exporting and counting are derived. All that a method needs is imported from here.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 import torch
+from torch import Tensor
 
 from lorac.argument_types import check_fields
 from lorac.errors import SiteError
@@ -23,20 +24,36 @@ from lorac.ir.patterns import find_first_pattern, select_sites
 from lorac.ir.sites import Site, SiteKind
 from lorac.ir.slots.live_terms import Dropout
 from lorac.variants._field_names import unknown_field_error
-from lorac.variants.params import ParamSpec
+from lorac.variants.params import Init, InitContext, ParamSpec, Role
 
-Tensor = torch.Tensor
+__all__ = [
+    "MATRIX_KINDS",
+    "BranchVariant",
+    "Context",
+    "Dropout",
+    "Init",
+    "InitContext",
+    "ParamSpec",
+    "Params",
+    "Role",
+    "Site",
+    "SiteKind",
+    "Tensor",
+    "Variant",
+    "WeightVariant",
+]
+
 MATRIX_KINDS = frozenset({SiteKind.LINEAR, SiteKind.CONV1D, SiteKind.CONV2D, SiteKind.CONV3D, SiteKind.EMBEDDING})
 
 
 class Context(Protocol):
-    """What a branch may ask for, and nothing else.
+    """The surroundings of a branch's formula, and all that it may use besides its arguments.
 
     Attributes:
-        training: whether the host trains.
+        training: whether the model trains.
         site: the site.
-        passing: empty in the call's own pass; in one that the method has before it (``BranchVariant.reads_once``), its
-            name. What ``once`` computes is not there yet.
+        passing: the name of the pass that the formula runs in (``BranchVariant.reads_once``), empty in the call's own.
+            In a named pass, values of ``once`` do not exist yet.
     """
 
     training: bool
@@ -45,18 +62,19 @@ class Context(Protocol):
 
     @property
     def generator(self) -> torch.Generator | None:
-        """In training a source of randomness, seeded anew for every call, at all sites alike; else None."""
+        """In training a random generator, seeded anew for every call and alike at all sites; else None."""
 
     def value(self, name: str) -> Tensor:
-        """A value of the program, such as a base pass's hidden state."""
+        """Return a value of the program, such as a hidden state of the base pass."""
 
     def emit(self, name: str, tensor: Tensor) -> None:
-        """Give an extra output, kept under ``name`` and the site's path."""
+        """Give an extra output, filed under ``name`` and the site's path."""
 
     def positions(self, x: Tensor) -> Tensor:
-        """Where the tokens of x (batch, length, features) are in their texts: what broadcasts to (batch, length).
+        """Return the positions of the tokens of x (batch, length, features) in their sequences.
 
-        Of a text that grows the call has only what is new, and they count on from what a cache holds.
+        The result broadcasts to (batch, length). With a cache the call has only the new tokens, and their positions
+        continue those in the cache.
         """
 
     def attend(
@@ -69,32 +87,32 @@ class Context(Protocol):
         mask: Tensor | None = None,
         scale: float | None = None,
     ) -> Tensor:
-        """Attention among a call's tokens, and to those before them where the text grows: (batch, length, heads, size).
+        """Return attention over the call's tokens, and over cached ones before them: (batch, length, heads, size).
 
-        A cache of the host's keeps keys and values of this one beside its own.
+        The model's cache stores the keys and values next to its own.
 
         Args:
             q: queries (batch, heads, length, size).
-            k, v: keys and values (batch, heads of keys, length, size); so many heads of q share one of theirs.
-            causal: whether a token attends to none that come after it; text grows by such attention alone.
-            mask: what is no padding (batch, length), as the call gives it; each token sees itself in any case.
-            scale: what the scores are multiplied by. Default: 1/√size.
+            k, v: keys and values (batch, heads of keys, length, size); groups of query heads share one of them.
+            causal: whether tokens attend to earlier tokens and themselves only; a cache allows nothing else.
+            mask: which tokens are not padding (batch, length), as the call gives it; each token attends to itself.
+            scale: factor of the scores. Default: 1/√size.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant(ABC):
-    """Hyper-parameters common to all methods, in PEFT's names without the method's prefix.
+    """The hyper-parameters common to all methods, in PEFT's names without the method's prefix.
 
     Attributes:
-        targets: what PEFT's ``target_modules`` takes: suffixes, one regular expression, ``"all-linear"``; or
-            ``"all-conv"``; or ``"all-blocks"``, for methods on blocks.
-        parameters: PEFT's ``target_parameters``: matrices that modules multiply by themselves (experts' weights), by
-            the ends of their names.
+        targets: as PEFT's ``target_modules``: suffixes, one regular expression or ``"all-linear"``; also
+            ``"all-conv"``, and ``"all-blocks"`` for methods on blocks.
+        parameters: PEFT's ``target_parameters``: matrices that modules multiply in their own forward (experts'
+            weights), by the ends of their names.
         exclude: PEFT's ``exclude_modules``.
-        layers: PEFT's ``layers_to_transform``: layer indices to keep.
+        layers: PEFT's ``layers_to_transform``: the layer indices to adapt.
         layers_pattern: PEFT's ``layers_pattern``: name of the list of layers.
-        modules_to_save: modules trained and stored whole, beside the adapter.
+        modules_to_save: modules trained and stored whole, in addition to the adapter.
         bias: which of the base's biases are trained: ``"none"``, ``"all"`` or the method's ``"<method>_only"``.
     """
 
@@ -110,20 +128,20 @@ class Variant(ABC):
     paper: ClassVar[str] = "unpublished"
     """Title and arXiv number."""
     kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.LINEAR})
-    """Site kinds the method is defined on."""
+    """Site kinds that the method is defined on."""
     dropout_place: ClassVar[Dropout] = Dropout.NONE
     identity_at_init: ClassVar[bool] = True
     truncatable: ClassVar[float | None] = None
-    """Of a method trained so that the first components of its rank stand alone: the power p by which its scale falls
-    with the rank, as r^−p (1 for alpha/r); None where they do not stand alone."""
+    """The power p by which the scale falls with the rank, as r^−p (1 for alpha/r), for a method whose first components
+    are trained to stand alone; else None."""
     patterned: ClassVar[Mapping[str, str]] = {}
-    """Pattern field -> the field it overrides per module, such as rank_pattern -> r."""
+    """Pattern field -> the field that it overrides per module, such as rank_pattern -> r."""
 
     def __new__(cls, *values: object, **fields: object) -> Self:
-        """Refuse what is no hyper-parameter, or is given without its name; what PEFT calls otherwise is known.
+        """Refuse positional values and unknown hyper-parameters; the message translates PEFT's names.
 
         Raises:
-            FormatError: naming the hyper-parameter that is meant, where one is.
+            FormatError: naming the hyper-parameter that is probably meant.
         """
         known = dataclass_fields(cls)
         if values or not fields.keys() <= set(known):
@@ -138,55 +156,56 @@ class Variant(ABC):
         check_fields(self)
 
     @property
-    def trained(self) -> Variant:
-        """The method whose tensors are trained: of one that stands around another, the inner one."""
+    def trained_method(self) -> Variant:
+        """The method whose tensors are trained: the inner one, if this method wraps another."""
         return self
 
     @property
     def methods(self) -> tuple[Variant, ...]:
-        """The methods that act, at every site one of them: this one, or of several held together (``Union``) each."""
+        """The methods that act, one of them at each site: this one, or all members of a ``Union``."""
         return (self,)
 
     def method_at(self, path: str) -> Variant:
-        """The one of them that acts at a site, as it was given."""
+        """Return the method that acts at a site, without its per-module patterns."""
         return self
 
     @property
-    def settings(self) -> Mapping[str, Any]:
+    def settings(self) -> Mapping[str, object]:
         """Every hyper-parameter by name."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @property
-    def own_settings(self) -> Mapping[str, Any]:
-        """Those of them that not all methods have."""
+    def own_settings(self) -> Mapping[str, object]:
+        """The hyper-parameters that not all methods have, by name."""
         return {name: value for name, value in self.settings.items() if name not in _COMMON}
 
     @property
-    def patterns(self) -> Mapping[str, Any]:
-        """Those of them that say something of single sites, where they do."""
-        return {name: value for name, value in self.own_settings.items() if name.endswith("_pattern") and value}
+    def patterns(self) -> Mapping[str, Mapping[str, object]]:
+        """The non-empty per-module patterns, by the name of their field."""
+        found = {name: value for name, value in self.own_settings.items() if name.endswith("_pattern")}
+        return {name: value for name, value in found.items() if isinstance(value, Mapping) and value}
 
     @property
-    def asked(self) -> str | tuple[str, ...]:
-        """All that ``targets`` and ``parameters`` name."""
+    def all_targets(self) -> str | tuple[str, ...]:
+        """Everything that ``targets`` and ``parameters`` name."""
         targets = (self.targets,) if isinstance(self.targets, str) else self.targets
         return (*targets, *self.parameters) if self.parameters else self.targets
 
     @abstractmethod
     def params(self, site: Site) -> dict[str, ParamSpec]:
-        """The tensors of one site, by name; of stacked matrices those of one of them."""
+        """Return the tensors of one site by name; for stacked matrices, those of one matrix."""
 
     def specs(self, site: Site) -> dict[str, ParamSpec]:
-        """The tensors that an adapter holds for a site: those of ``params``, of stacked matrices each one's."""
+        """Return the tensors that an adapter holds for a site: those of ``params``, stacked where the site is."""
         specs = self.params(site)
         return {name: spec.stacked(site.stack) for name, spec in specs.items()} if site.stack else specs
 
     def at(self, site: Site) -> Variant:
-        """This variant with the per-module patterns applied for ``site``."""
+        """Return this variant with the per-module patterns applied for ``site``."""
         return self.at_path(site.path)
 
     def at_path(self, path: str) -> Variant:
-        """The same for a site of which only the path is known."""
+        """Return this variant with the per-module patterns applied for the site at ``path``."""
         changed = {}
         for pattern_field, target in self.patterned.items():
             patterns = getattr(self, pattern_field)
@@ -196,31 +215,31 @@ class Variant(ABC):
         return dataclasses.replace(self, **changed) if changed else self
 
     def for_model(self, view: ModelView, inputs: object = None) -> Variant:
-        """This variant as a fresh adapter of a model has it; a method may settle here what the structure tells.
+        """Return this variant for a fresh adapter of a model, with the fields that the model's structure decides.
 
         Args:
-            view: the model; only read.
-            inputs: example inputs as ``lorac.compile`` takes them, where they were given.
+            view: the model.
+            inputs: example inputs as ``lorac.compile`` takes them, if given.
         """
         return self
 
     def adapts(self, site: Site) -> bool:
-        """Whether a site that ``targets`` names gets an adapter; a method may skip some (every k-th block, say)."""
+        """Return whether a targeted site gets an adapter; a method may skip some, such as all but every k-th block."""
         return True
 
     def starts_as_base(self, site: Site) -> bool:
-        """Whether a fresh adapter answers what the base does at a site; a method may not at layers of some shapes."""
+        """Return whether a fresh adapter leaves the site's output as it is; for some methods shapes decide."""
         return self.identity_at_init
 
-    def require_class(self) -> None:  # noqa: B027  (a class is what a method is; only what stands for one lacks it)
-        """Raise ``UnknownMethod`` where this stands for a method whose class is not imported."""
+    def require_class(self) -> None:  # noqa: B027  (only the placeholder of a missing class overrides it)
+        """Raise ``UnknownMethod`` if this is a placeholder for a method whose class is not imported."""
 
-    def copies(self, path: str) -> bool:
-        """Whether the module at ``path`` is trained and stored whole, by the method itself (``LNTuning``)."""
+    def replaces_module(self, path: str) -> bool:
+        """Return whether the method itself trains and stores the whole module at ``path`` (``LNTuning``)."""
         return False
 
     def named_sites(self, view: ModelView) -> list[Site]:
-        """The sites of a model that ``targets`` names, by PEFT's rules, of whatever kind."""
+        """Return the sites of a model that ``targets`` names by PEFT's rules, of any kind."""
         return select_sites(
             view.sites,
             self.targets,
@@ -242,8 +261,8 @@ class Variant(ABC):
             )
         if site.within is not None and isinstance(self, BranchVariant):
             raise SiteError(
-                f"{self.name} reads a layer's input and output, and '{site.path}' has neither: "
-                f"'{site.within}' computes with its weight itself",
+                f"{self.name} reads a layer's input and output; '{site.path}' has neither, since "
+                f"'{site.within}' reads its weight in its own forward",
                 next_step="narrow targets=, or exclude= the module",
                 code="site_unsupported",
             )
@@ -252,71 +271,71 @@ class Variant(ABC):
 class WeightVariant(Variant):
     """A method that edits a weight matrix.
 
-    Its formula is a pure function of torch ops; one that is not is refused (``lorac.AdapterError``).
+    Its formula is a pure function of torch ops; other formulas are refused (``lorac.AdapterError``).
     """
 
     kinds: ClassVar[frozenset[SiteKind]] = MATRIX_KINDS
 
     @abstractmethod
     def weight(self, W: Tensor, p: Params) -> Tensor:
-        """W' (out, in) from W (out, in)."""
+        """Return W' (out, in) from W (out, in)."""
 
     def new_bias(self, b: Tensor, p: Params) -> Tensor:
-        """b' (out,) from b (out,); zeros where the base has none. Default: the base's."""
+        """Return b' (out,) from b (out,), zeros where the base has no bias. Default: b."""
         return b
 
 
 class BranchVariant(Variant):
     """A method that reads a site's input and output.
 
-    Its formula is pure as a ``WeightVariant``'s is.
+    Its formula is a pure function, as that of a ``WeightVariant``.
     """
 
     emits: ClassVar[tuple[str, ...]] = ()
-    """Names of the extra outputs the formula gives through ``ctx.emit``, each once."""
+    """Names of the extra outputs that the formula gives through ``ctx.emit``, each once."""
     mixes_tokens: ClassVar[bool] = False
-    """Whether what a token gets depends on those before it, otherwise than by ``Context.attend``: no cache holds what
-    the formula made of these, so text is generated without one."""
+    """Whether a token's output depends on earlier tokens other than by ``Context.attend``. No cache stores what the
+    formula computed for them, so generation runs without one."""
 
     instead: ClassVar[str] = ""
-    """What has a weight form in the place of one of its adapters, as a next step of messages; empty: nothing has."""
+    """The next step in messages: how to get an adapter with a weight form in place of this one; may be empty."""
 
     def reads(self, site: Site) -> tuple[str, ...]:
-        """Names of the program values that the formula at a site asks for through ``ctx.value``.
+        """Return the names of the program values that the formula at a site reads by ``ctx.value``.
 
         ``<module>`` is a module's output in this pass, ``in:<module>`` its input, ``base:<module>`` its output in a
         pass of the unadapted model; ``weight:<site>`` a base weight, ``param:<name>`` a parameter or buffer,
-        ``input:<argument>`` what the call gives forward, ``own:<name>`` what ``once`` computed
+        ``input:<argument>`` an argument of the call, ``own:<name>`` a result of ``once``
         (``lorac.ir.slots.program_values``).
         """
         return ()
 
     def reads_once(self) -> tuple[str, ...]:
-        """The same for ``once``, which may read ``base:``, ``weight:``, ``param:`` and ``input:``.
+        """Return the names of the program values that ``once`` reads: ``base:``, ``weight:``, ``param:``, ``input:``.
 
-        And ``pass:<name>:<module>``: that module's output in a pass before the call's own, in which nothing but this
-        adapter's branches act, whole, and are asked with ``ctx.passing`` equal to ``<name>``. So a formula that what
-        it reads depends on is asked for what stands in its place there: a constant for what is routed, say. The pass
-        has no gradients; what the adapter replaces whole is the base's in it.
+        Also ``pass:<name>:<module>``: that module's output in a pass before the call's own. In it only this adapter's
+        branches act, at full strength, and see ``ctx.passing`` equal to ``<name>``. A formula whose result depends on
+        ``once`` gives a substitute there, such as constant weights of experts. The pass has no gradients, and
+        parameters that the adapter replaces are the base's.
         """
         return ()
 
     def once(self, p: Params, ctx: Context) -> Mapping[str, Tensor]:
-        """What is the same at all sites, by name; computed once per call, and not at all while the adapter is off.
+        """Return what is the same at all sites, by name; computed once per call, and only while the adapter is on.
 
-        ``p`` has the tensors that ``params`` gives as ``shared``, of which a method that computes something once hands
-        none to ``branch``. A pure function of torch ops, as the formula is.
+        ``p`` holds the tensors that ``params`` declares ``shared``; ``branch`` gets none of these in a method that
+        defines ``once``. It is a pure function of torch ops, as the formula is.
         """
         raise NotImplementedError
 
     @property
     def has_once(self) -> bool:
-        """Whether the method computes something once per call."""
+        """Whether the method defines ``once``."""
         return type(self).once is not BranchVariant.once
 
     @abstractmethod
     def branch(self, x: Tensor, y: Tensor, p: Params, ctx: Context) -> Tensor:
-        """y' (…, out) from x (…, in) and y (…, out); y' is the whole new output."""
+        """Return the whole new output y' (…, out) from the input x (…, in) and the output y (…, out)."""
 
 
 _COMMON = tuple(Variant.__dataclass_fields__)
@@ -324,7 +343,7 @@ _COMMON = tuple(Variant.__dataclass_fields__)
 
 
 def iterate_fields(value: object) -> Iterator[object]:
-    """What lies in a hyper-parameter, however deep: items of lists and mappings, methods, and what lies in those."""
+    """Yield everything in a hyper-parameter, recursively: items of lists and mappings, methods and their fields."""
     if isinstance(value, Variant):
         yield value
         value = value.settings
@@ -338,13 +357,10 @@ def iterate_fields(value: object) -> Iterator[object]:
 
 
 def dataclass_fields(variant: type[Variant]) -> tuple[str, ...]:
-    """Names of a variant's hyper-parameters."""
+    """Return the names of a variant's hyper-parameters."""
     return tuple(f.name for f in dataclasses.fields(variant))
 
 
 def is_concrete(value: object) -> bool:
-    """Whether ``value`` is a usable variant class."""
+    """Return whether ``value`` is a usable variant class."""
     return inspect.isclass(value) and issubclass(value, Variant) and not inspect.isabstract(value)
-
-
-Formula = Callable[..., Tensor]

@@ -12,18 +12,15 @@ from typing import ClassVar
 import torch
 
 from lorac.errors import SiteError
-from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import Site, SiteKind
-from lorac.variants import _initialisers as _inits
-from lorac.variants.base import WeightVariant
-from lorac.variants.params import ParamSpec
+from lorac.variants.base import Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
+from lorac.variants.initialisers import zeros
 
 
 @dataclass(frozen=True, kw_only=True)
 class BAT(WeightVariant):
     """``W'ᵢⱼ = Wᵢⱼ·(I + Bᵢ) + Bᵢ`` on the r x r blocks of W, i the block of outputs, j that of inputs.
 
-    The change depends on W and has full rank: it is merged, or bound as a weight of its own.
+    The change depends on W and has full rank, so it is merged, or bound as a weight of its own.
 
     Attributes:
         r: size of a block; divides both out and in.
@@ -37,20 +34,20 @@ class BAT(WeightVariant):
 
     def check(self, site: Site) -> None:
         super().check(site)
-        both = math.gcd(site.out_features, site.in_features)
-        if both % self.r:
+        common = math.gcd(site.out_features, site.in_features)
+        if common % self.r:
             raise SiteError(
                 f"BAT cannot cut '{site.path}' ({site.in_features} -> {site.out_features}) into blocks: "
                 f"r={self.r} must divide both",
-                nearest=f"r={math.gcd(both, self.r)}",
+                nearest=f"r={math.gcd(common, self.r)}",
                 next_step="give another r, or exclude= the module",
                 code="site_unsupported",
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
-        return {"miss_block": ParamSpec((site.out_features // self.r, self.r, self.r), _inits.zeros)}
+        return {"miss_block": ParamSpec((site.out_features // self.r, self.r, self.r), zeros)}
 
-    def weight(self, W: torch.Tensor, p: Params) -> torch.Tensor:
+    def weight(self, W: Tensor, p: Params) -> Tensor:
         count, r, _ = p.miss_block.shape
         products = torch.bmm(W.reshape(count, -1, r), p.miss_block).reshape(count, r, -1, r)
         return W + (products + p.miss_block[:, :, None]).reshape(W.shape)

@@ -8,21 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from lorac.errors import OptionError, SiteError
-from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import Site, SiteKind
-from lorac.variants import _initialisers as _inits
 from lorac.variants._rotations import cayley
-from lorac.variants.base import WeightVariant
-from lorac.variants.params import InitContext, ParamSpec
-
-Tensor = torch.Tensor
-
-
-def _ones(context: InitContext) -> Tensor:
-    return torch.ones(context.shape)
+from lorac.variants.base import MATRIX_KINDS, Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
+from lorac.variants.initialisers import ones, zeros
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +33,13 @@ class BOFT(WeightVariant):
 
     name: ClassVar[str] = "boft"
     paper: ClassVar[str] = "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization, arXiv 2311.06243"
-    kinds: ClassVar[frozenset[SiteKind]] = frozenset(
-        {SiteKind.LINEAR, SiteKind.CONV1D, SiteKind.CONV2D, SiteKind.CONV3D}
-    )
+    kinds: ClassVar[frozenset[SiteKind]] = MATRIX_KINDS - {SiteKind.EMBEDDING}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.block_num > 0) == (self.block_size > 0) or self.n_butterfly_factor < 1:
             raise OptionError(
-                f"BOFT takes a number of blocks or their size, and a factor or more, not block_num={self.block_num}, "
+                f"BOFT takes a number of blocks or their size, and one factor or more, not block_num={self.block_num}, "
                 f"block_size={self.block_size}, n_butterfly_factor={self.n_butterfly_factor}",
                 next_step="give one of the two, and 0 for the other",
             )
@@ -60,13 +47,12 @@ class BOFT(WeightVariant):
     def check(self, site: Site) -> None:
         super().check(site)
         width, m = site.in_features, self.n_butterfly_factor
-        given = self.block_size or self.block_num
         size, number = self._blocks(site)
-        together = 2 ** min(m - 1, number.bit_length())  # no power from there on divides the number
-        if width % given:
-            problem = f"{given} does not divide"
-        elif m > 1 and (size % 2 or number % together):
-            problem = f"{m} factors need an even block size and a multiple of {together} blocks, of"
+        group = 2 ** min(m - 1, number.bit_length())  # no higher power divides the number
+        if width % (divisor := self.block_size or self.block_num):
+            problem = f"{divisor} does not divide"
+        elif m > 1 and (size % 2 or number % group):
+            problem = f"{m} factors need an even block size and a multiple of {group} blocks, of"
         else:
             return
         raise SiteError(
@@ -78,8 +64,8 @@ class BOFT(WeightVariant):
     def params(self, site: Site) -> dict[str, ParamSpec]:
         size, number = self._blocks(site)
         return {
-            "boft_R": ParamSpec((self.n_butterfly_factor, number, size, size), _inits.zeros),
-            "boft_s": ParamSpec((site.out_features, 1), _ones),
+            "boft_R": ParamSpec((self.n_butterfly_factor, number, size, size), zeros),
+            "boft_s": ParamSpec((site.out_features, 1), ones),
         }
 
     def weight(self, W: Tensor, p: Params) -> Tensor:
@@ -88,20 +74,20 @@ class BOFT(WeightVariant):
         return p.boft_s * W
 
     def _blocks(self, site: Site) -> tuple[int, int]:
-        """Size and number of the blocks."""
+        """Return the size and the number of the blocks."""
         width = site.in_features
         size = self.block_size or width // self.block_num
         return size, self.block_num or width // size
 
 
-def _times_factor(rows: Tensor, blocks: Tensor, together: int) -> Tensor:
-    """rows (n, width) · Fᵀ, F with these blocks (number, β, β), reordered in groups of ``together`` blocks."""
+def _times_factor(rows: Tensor, blocks: Tensor, group: int) -> Tensor:
+    """Return rows (n, width) · Fᵀ for F with blocks (number, β, β), reordered in groups of ``group`` blocks."""
     number, size, _ = blocks.shape
     count, width = rows.shape
-    groups = number // together
-    # A group's columns: (parity, pair of units, place) on the outside, (pair, parity, place) within.
-    inner = rows.reshape(count, groups, 2, together, size // 2).transpose(2, 3) if together > 1 else rows
-    turned = (inner.reshape(count, number, size).transpose(0, 1) @ blocks.transpose(1, 2)).transpose(0, 1)
-    if together > 1:
-        turned = turned.reshape(count, groups, together, 2, size // 2).transpose(2, 3)
-    return turned.reshape(count, width)
+    groups = number // group
+    # Columns of a group: (parity, pair of units, position) outside, (pair, parity, position) inside.
+    units = rows.reshape(count, groups, 2, group, size // 2).transpose(2, 3) if group > 1 else rows
+    rotated = (units.reshape(count, number, size).transpose(0, 1) @ blocks.transpose(1, 2)).transpose(0, 1)
+    if group > 1:
+        rotated = rotated.reshape(count, groups, group, 2, size // 2).transpose(2, 3)
+    return rotated.reshape(count, width)

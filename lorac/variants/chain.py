@@ -1,7 +1,7 @@
-"""Chain: methods one after the other, each on the weight that the one before left.
+"""Chain: methods in sequence, each on the weight that the previous one returns.
 
-Adapters that are active together are summed, each as a change of the base's own weight, whatever their order. PEFT
-applies those of some types (BAT, OFT, BOFT, HRA) one on top of the other; ``Chain.of`` joins such adapters into one.
+Adapters that are active together are summed, each as a change of the base's own weight, in any order. PEFT applies
+those of some types (BAT, OFT, BOFT, HRA) on top of each other; ``Chain.of`` joins such adapters into one.
 """
 
 from __future__ import annotations
@@ -12,17 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
-import torch
-
 from lorac.errors import ChoiceError, CompileError, OptionError
-from lorac.ir.algebra.reduction import Params
 from lorac.ir.patterns import select_sites
-from lorac.ir.sites import Site
 from lorac.variants.adapter import Adapter
-from lorac.variants.base import Variant, WeightVariant
-from lorac.variants.params import Init, InitContext, ParamSpec
-
-Tensor = torch.Tensor
+from lorac.variants.base import Init, InitContext, Params, ParamSpec, Site, Tensor, Variant, WeightVariant
+from lorac.variants.params import select_params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +24,8 @@ class Chain(WeightVariant):
     """``W' = fₙ(… f₂(f₁(W)))``, fᵢ the formula of the i-th part; its tensors are called ``part<i>_<name>``, from 0.
 
     Attributes:
-        parts: the methods, in order. At a site act those whose own ``targets`` (left at its default: all that the
-            chain's name), ``exclude`` and ``layers`` name it. Their dropout is not applied: it belongs to a term as a
-            whole.
+        parts: the methods, in order. Those act at a site whose own ``targets`` (by default all of the chain's),
+            ``exclude`` and ``layers`` select it. Their dropout is not applied, since dropout belongs to a whole term.
     """
 
     parts: tuple[WeightVariant, ...]
@@ -43,33 +36,33 @@ class Chain(WeightVariant):
         for part in self.parts if isinstance(self.parts, list | tuple) else ():
             if not isinstance(part, WeightVariant):
                 raise OptionError(
-                    f"a chain is made of methods that edit weights, which {part!r} is not",
+                    f"a chain is made of methods that edit weights, and {part!r} is not one",
                     next_step="`lorac variants` lists them",
                 )
         super().__post_init__()
 
     @classmethod
     def of(cls, *adapters: Adapter, name: str) -> Adapter:
-        """One adapter that applies these in order; tensors are shared with them, not copied.
+        """Return one adapter that applies several in order; it shares their tensors without copies.
 
         Args:
             adapters: adapters of methods that edit weights.
-            name: of the result.
+            name: name of the result.
 
         Raises:
-            CompileError: one of them is of a method that does not edit a weight.
+            CompileError: the method of one of them does not edit a weight.
             ChoiceError: two of them replace the same parameter whole.
         """
         chained = Adapter(name, cls(parts=tuple(map(_restrict_to_sites, adapters)), targets=_sites_pattern(*adapters)))
         for index, adapter in enumerate(adapters):
             for path, tensors in adapter.tensors.items():
-                here = chained.tensors.setdefault(path, {})
-                here |= {_part_prefix(index) + key: tensor for key, tensor in tensors.items()}
-            twice = chained.replaced.keys() & adapter.replaced.keys()
-            if twice:
+                renamed = {_part_prefix(index) + key: tensor for key, tensor in tensors.items()}
+                chained.tensors.setdefault(path, {}).update(renamed)
+            conflicts = chained.replaced.keys() & adapter.replaced.keys()
+            if conflicts:
                 raise ChoiceError(
-                    f"'{adapter.name}' replaces '{min(twice)}', and so does an adapter before it",
-                    next_step="a chain holds one copy of a parameter that is replaced whole",
+                    f"'{adapter.name}' replaces '{min(conflicts)}', and so does an adapter before it",
+                    next_step="only one adapter of a chain may replace a parameter",
                 )
             chained.replaced |= adapter.replaced
         return chained
@@ -103,9 +96,9 @@ class Chain(WeightVariant):
         return b
 
     def _with_tensors(self, p: Params) -> Iterator[tuple[WeightVariant, Params]]:
-        """The parts that act here, each with its own tensors."""
+        """Yield the parts that act here, each with its own tensors."""
         for index, part in enumerate(self.parts):
-            own = _part_params(p, index)
+            own = select_params(p, _part_prefix(index))
             if vars(own):
                 yield part, own
 
@@ -126,29 +119,24 @@ def _part_prefix(index: int) -> str:
     return f"part{index}_"
 
 
-def _part_params(p: Params, index: int) -> Params:
-    """The tensors of one part, by the names it gives them."""
-    start = _part_prefix(index)
-    return Params(**{key.removeprefix(start): value for key, value in vars(p).items() if key.startswith(start)})
-
-
 def _part_init(index: int, before: tuple[WeightVariant, ...], init: Init) -> Init:
-    """A part's initialiser, which sees its own tensors and the weight that the parts before it leave."""
+    """Return a part's initialiser, which reads its own tensors and the weight that earlier parts return."""
 
-    def made(context: InitContext) -> Tensor:
+    def initialise(context: InitContext) -> Tensor:
         def weight() -> Tensor:
             return Chain(parts=before).weight(context.weight(), context.params)
 
-        return init(dataclasses.replace(context, params=_part_params(context.params, index), weight=weight))
+        own = select_params(context.params, _part_prefix(index))
+        return init(dataclasses.replace(context, params=own, weight=weight))
 
-    return made
+    return initialise
 
 
 def _restrict_to_sites(adapter: Adapter) -> WeightVariant:
     adapter.variant.require_class()
     if not isinstance(adapter.variant, WeightVariant):
         raise CompileError(
-            f"'{adapter.name}' ({adapter.variant.name}) edits no weight that another method could go on with",
+            f"'{adapter.name}' ({adapter.variant.name}) does not edit a weight that the next method could use",
             next_step="a chain takes methods of the weight form; `lorac variants` lists them",
             code="not_mergeable",
         )
@@ -156,5 +144,5 @@ def _restrict_to_sites(adapter: Adapter) -> WeightVariant:
 
 
 def _sites_pattern(*adapters: Adapter) -> str:
-    """An expression that names these adapters' sites and no others, as a suffix might."""
+    """Return a regular expression that matches exactly these adapters' sites, which suffixes may not."""
     return "|".join(dict.fromkeys(re.escape(path) for adapter in adapters for path in adapter.tensors))

@@ -12,18 +12,15 @@ from typing import ClassVar
 import torch
 
 from lorac.errors import SiteError
-from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import Site
-from lorac.variants import _initialisers as _inits
-from lorac.variants.base import WeightVariant
-from lorac.variants.params import InitContext, ParamSpec, Role
+from lorac.variants.base import Params, ParamSpec, Role, Site, Tensor, WeightVariant
+from lorac.variants.initialisers import normal
 
 
 @dataclass(frozen=True, kw_only=True)
 class FourierFT(WeightVariant):
     """``W' = W + scaling·Re(ifft2(S))``, S (out, in) holding n_frequency trained values and zeros elsewhere.
 
-    The values start from N(0, 1): a fresh adapter changes the output, and strongly so.
+    The values start from N(0, 1), so a fresh adapter changes the output strongly.
 
     Attributes:
         n_frequency: number of trained values per site.
@@ -54,22 +51,19 @@ class FourierFT(WeightVariant):
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
-        inside = (site.out_features, site.in_features)
+        shape = (site.out_features, site.in_features)
         return {
-            "indices": ParamSpec((2, self.n_frequency), self._positions, role=Role.INDEX, below=inside),
-            "fourierft_spectrum": ParamSpec((self.n_frequency,), _inits.normal(1.0), decay=False),
+            "indices": ParamSpec((2, self.n_frequency), lambda c: self.positions(c.site), Role.INDEX, below=shape),
+            "fourierft_spectrum": ParamSpec((self.n_frequency,), normal(1.0), decay=False),
         }
 
-    def weight(self, W: torch.Tensor, p: Params) -> torch.Tensor:
+    def weight(self, W: Tensor, p: Params) -> Tensor:
         rows, columns = p.indices
         spectrum = torch.index_put(torch.zeros_like(W), (rows, columns), p.fourierft_spectrum)
         return W + self.scaling * torch.fft.ifft2(spectrum).real
 
-    def positions(self, site: Site) -> torch.Tensor:
-        """The positions (2, n_frequency) that the seed chooses: rows, columns."""
+    def positions(self, site: Site) -> Tensor:
+        """Return the positions (2, n_frequency) that the seed chooses: rows and columns."""
         generator = torch.Generator().manual_seed(self.random_loc_seed)
         flat = torch.randperm(site.out_features * site.in_features, generator=generator)[: self.n_frequency]
         return torch.stack((flat // site.in_features, flat % site.in_features))
-
-    def _positions(self, context: InitContext) -> torch.Tensor:
-        return self.positions(context.site)

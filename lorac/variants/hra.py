@@ -12,17 +12,14 @@ from typing import ClassVar
 import torch
 
 from lorac.errors import SiteError
-from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import Site, SiteKind
-from lorac.variants import _initialisers as _inits
-from lorac.variants.base import WeightVariant
-from lorac.variants.params import InitContext, ParamSpec
+from lorac.variants.base import MATRIX_KINDS, InitContext, Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
+from lorac.variants.initialisers import kaiming_uniform
 
 
-def _pairs(context: InitContext) -> torch.Tensor:
-    """Columns 2j and 2j + 1 alike: each pair of reflections is the identity."""
+def _pairs(context: InitContext) -> Tensor:
+    """Make columns 2j and 2j + 1 equal, so that each pair of reflections is the identity."""
     rows, columns = context.shape
-    half = _inits.kaiming_uniform(dataclasses.replace(context, shape=(rows, columns // 2)))
+    half = kaiming_uniform(dataclasses.replace(context, shape=(rows, columns // 2)))
     return half.repeat_interleave(2, dim=1)
 
 
@@ -35,7 +32,7 @@ class HRA(WeightVariant):
 
     Attributes:
         r: number of reflections.
-        apply_GS: PEFT's name for orthonormal columns. They then start independent, for pairs span half the space.
+        apply_GS: PEFT's name for orthonormal columns. They then start independent, since pairs span half the space.
     """
 
     r: int = 8
@@ -46,9 +43,7 @@ class HRA(WeightVariant):
         "Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder Reflection Adaptation, "
         "arXiv 2405.17484"
     )
-    kinds: ClassVar[frozenset[SiteKind]] = frozenset(
-        {SiteKind.LINEAR, SiteKind.CONV1D, SiteKind.CONV2D, SiteKind.CONV3D}
-    )
+    kinds: ClassVar[frozenset[SiteKind]] = MATRIX_KINDS - {SiteKind.EMBEDDING}
 
     @property
     def identity_at_init(self) -> bool:  # type: ignore[override]  # it depends on the rank
@@ -59,18 +54,18 @@ class HRA(WeightVariant):
         super().check(site)
         if self.apply_GS and self.r > site.in_features:
             raise SiteError(
-                f"HRA cannot make {self.r} columns of '{site.path}' orthonormal in {site.in_features} dimensions",
+                f"HRA cannot make {self.r} orthonormal columns in the {site.in_features} dimensions of '{site.path}'",
                 next_step=f"give r={site.in_features} or less, or leave apply_GS off",
                 code="site_unsupported",
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
-        init = _pairs if self.identity_at_init else _inits.kaiming_uniform
+        init = _pairs if self.identity_at_init else kaiming_uniform
         return {"hra_u": ParamSpec((site.in_features, self.r), init)}
 
-    def weight(self, W: torch.Tensor, p: Params) -> torch.Tensor:
+    def weight(self, W: Tensor, p: Params) -> Tensor:
         if self.apply_GS:
-            # QR's columns span what Gram-Schmidt's do, and only the span counts.
+            # QR and Gram-Schmidt give the same span, and only the span matters.
             q = torch.linalg.qr(p.hra_u).Q
             return W - (W @ (2 * q)) @ q.t()
         u = p.hra_u / torch.linalg.vector_norm(p.hra_u, dim=0)

@@ -8,15 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 
-from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import Site
-from lorac.ir.slots.live_terms import Dropout
-from lorac.variants import _initialisers as _inits
-from lorac.variants.base import BranchVariant, Context
-from lorac.variants.params import ParamSpec
+from lorac.variants.base import BranchVariant, Context, Dropout, Params, ParamSpec, Site, Tensor
+from lorac.variants.initialisers import xavier_uniform, zeros
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +23,7 @@ class Hydra(BranchVariant):
         r_sequential: rank of the sequential branch.
         scale: s.
         dropout: rate of the dropout between the factors, in training.
-        branch_bias: the bottlenecks carry biases c and e (the paper's vision models; not its language models).
+        branch_bias: give the bottlenecks biases c and e (as in the paper's vision models, not its language models).
     """
 
     r: int = 2
@@ -44,25 +39,23 @@ class Hydra(BranchVariant):
     def params(self, site: Site) -> dict[str, ParamSpec]:
         out = site.out_features
         specs = {
-            "parallel_down": ParamSpec((self.r, site.in_features), _inits.xavier_uniform),
-            "parallel_up": ParamSpec((out, self.r), _inits.zeros),
-            "sequential_down": ParamSpec((self.r_sequential, out), _inits.xavier_uniform),
-            "sequential_up": ParamSpec((out, self.r_sequential), _inits.zeros),
+            "parallel_down": ParamSpec((self.r, site.in_features), xavier_uniform),
+            "parallel_up": ParamSpec((out, self.r), zeros),
+            "sequential_down": ParamSpec((self.r_sequential, out), xavier_uniform),
+            "sequential_up": ParamSpec((out, self.r_sequential), zeros),
         }
         if self.branch_bias:
             specs |= {
-                "parallel_down_bias": ParamSpec((self.r,), _inits.zeros),
-                "parallel_up_bias": ParamSpec((out,), _inits.zeros),
-                "sequential_down_bias": ParamSpec((self.r_sequential,), _inits.zeros),
-                "sequential_up_bias": ParamSpec((out,), _inits.zeros),
+                "parallel_down_bias": ParamSpec((self.r,), zeros),
+                "parallel_up_bias": ParamSpec((out,), zeros),
+                "sequential_down_bias": ParamSpec((self.r_sequential,), zeros),
+                "sequential_up_bias": ParamSpec((out,), zeros),
             }
         return specs
 
-    def branch(self, x: torch.Tensor, y: torch.Tensor, p: Params, ctx: Context) -> torch.Tensor:
-        def bottleneck(value: torch.Tensor, name: str) -> torch.Tensor:
-            biases = (getattr(p, f"{name}_{half}_bias") if self.branch_bias else None for half in ("down", "up"))
-            down_bias, up_bias = biases
-            hidden = F.linear(value, getattr(p, f"{name}_down"), down_bias)
-            return F.linear(hidden, getattr(p, f"{name}_up"), up_bias)
+    def branch(self, x: Tensor, y: Tensor, p: Params, ctx: Context) -> Tensor:
+        def bottleneck(value: Tensor, name: str) -> Tensor:
+            hidden = F.linear(value, getattr(p, f"{name}_down"), getattr(p, f"{name}_down_bias", None))
+            return F.linear(hidden, getattr(p, f"{name}_up"), getattr(p, f"{name}_up_bias", None))
 
         return y + self.scale * (bottleneck(x, "parallel") + bottleneck(y, "sequential"))

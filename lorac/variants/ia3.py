@@ -9,19 +9,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from lorac.ir.algebra.reduction import Params
 from lorac.ir.patterns import match_pattern
-from lorac.ir.sites import Site, SiteKind
-from lorac.variants.base import WeightVariant
-from lorac.variants.params import InitContext, ParamSpec
+from lorac.variants.base import MATRIX_KINDS, Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
+from lorac.variants.initialisers import ones
 
 _ALL = ".*"
-
-
-def _ones(context: InitContext) -> torch.Tensor:
-    return torch.ones(context.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,30 +33,28 @@ class IA3(WeightVariant):
     paper: ClassVar[str] = (
         "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning, arXiv 2205.05638"
     )
-    kinds: ClassVar[frozenset[SiteKind]] = frozenset(
-        {SiteKind.LINEAR, SiteKind.CONV1D, SiteKind.CONV2D, SiteKind.CONV3D}
-    )
+    kinds: ClassVar[frozenset[SiteKind]] = MATRIX_KINDS - {SiteKind.EMBEDDING}
 
     def scales_input(self, path: str) -> bool:
-        """Whether the module at ``path`` is a feedforward one (PEFT compares endings, not whole names)."""
+        """Return whether the module at ``path`` is a feedforward module; PEFT compares endings, not whole names."""
         if isinstance(self.feedforward, str):
             return match_pattern(self.feedforward, path) is not None
         return path.endswith(self.feedforward)
 
     def at(self, site: Site) -> IA3:
-        """This variant for one site: its ``feedforward`` names all or nothing."""
+        """Return this variant for one site, with a ``feedforward`` that matches every path or none."""
         return dataclasses.replace(self, feedforward=_ALL if self.scales_input(site.path) else ())
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         channels = site.in_features if site.conv is None else site.conv.channels
         shape = (1, channels) if self.scales_input(site.path) else (site.out_features, 1)
-        return {"ia3_l": ParamSpec(shape, _ones)}
+        return {"ia3_l": ParamSpec(shape, ones)}
 
-    def weight(self, W: torch.Tensor, p: Params) -> torch.Tensor:
+    def weight(self, W: Tensor, p: Params) -> Tensor:
         scale = p.ia3_l
         if self.feedforward and scale.shape[1] < W.shape[1]:
             scale = scale.repeat_interleave(W.shape[1] // scale.shape[1], dim=1)
         return W * scale
 
-    def new_bias(self, b: torch.Tensor, p: Params) -> torch.Tensor:
+    def new_bias(self, b: Tensor, p: Params) -> Tensor:
         return b if self.feedforward else b * p.ia3_l[:, 0]

@@ -1,4 +1,4 @@
-"""LN tuning: the normalisation layers trained, nothing else.
+"""LN tuning: only the normalisation layers are trained.
 
 Zhao et al. 2023, arXiv 2312.11420.
 """
@@ -9,17 +9,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lorac.ir.patterns import is_named
-from lorac.ir.sites import Site, SiteKind
-from lorac.variants.base import Variant
-from lorac.variants.params import ParamSpec
+from lorac.variants.base import ParamSpec, Site, SiteKind, Variant
 
 
 @dataclass(frozen=True, kw_only=True)
 class LNTuning(Variant):
-    """Every parameter of the targeted modules takes the place of the base's: no formula, no tensors beside.
+    """Every parameter of the targeted modules replaces the base's: there is no formula and no other tensor.
 
     Attributes:
-        targets: any modules; the default names normalisation layers by the names they usually bear.
+        targets: any modules; the default matches the usual names of normalisation layers.
     """
 
     targets: str | tuple[str, ...] = r"(.*\.)?(\w*[nN]orm\w*|ln_\w+)"
@@ -30,13 +28,11 @@ class LNTuning(Variant):
     )
     kinds: ClassVar[frozenset[SiteKind]] = frozenset(SiteKind) - {SiteKind.ONCE}
 
-    def copies(self, path: str) -> bool:
-        """Whether ``targets`` names the module."""
+    def replaces_module(self, path: str) -> bool:
         return is_named(self.targets, path) and not (self.exclude and is_named(self.exclude, path))
 
     def adapts(self, site: Site) -> bool:
-        """No site: a targeted layer is replaced, too."""
-        return False
+        return False  # a targeted linear layer is replaced whole, too
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         return {}

@@ -7,51 +7,36 @@ scale as in PEFT's LOKR.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from lorac.errors import SiteError
-from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import Site
-from lorac.variants import _conv_kernels as _kernels
-from lorac.variants import _initialisers as _inits
-from lorac.variants.base import WeightVariant
-from lorac.variants.params import ParamSpec
+from lorac.variants._conv_kernels import expand_groups, kernel_columns, tucker_kernel, uniform_core
+from lorac.variants.base import Params, ParamSpec, Site, Tensor, WeightVariant
+from lorac.variants.initialisers import kaiming_uniform, zeros
+from lorac.variants.low_rank import ScaledRank
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoKr(WeightVariant):
+class LoKr(ScaledRank, WeightVariant):
     """``W' = W + (alpha/r)·kron(w1, w2)`` with w1 (l, m) and w2 (k, n·taps), out = l·k, in = m·n.
 
     Attributes:
-        r: rank of what is factored: w2 where r < max(k, n)/2, and w1 only under ``decompose_both``.
-        alpha: the scale's numerator.
-        decompose_both: w1 is factored, too, where r < max(l, m)/2.
+        r: rank of the factored matrices: w2 where r < max(k, n)/2, and w1 only under ``decompose_both``.
+        decompose_both: factor w1 too, where r < max(l, m)/2.
         decompose_factor: l and m, where they divide; else the nearest divisor below. −1: nearest to the square root.
         effective_conv2d: PEFT's use_effective_conv2d: a factored w2 of more than one tap has a core ``lokr_t2``
             (r, r, taps).
-        rank_pattern, alpha_pattern: module pattern -> its own r or alpha.
     """
 
-    r: int = 8
-    alpha: float = 8
     decompose_both: bool = False
     decompose_factor: int = -1
     effective_conv2d: bool = False
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     name: ClassVar[str] = "lokr"
     paper: ClassVar[str] = "LyCORIS: Navigating Text-To-Image Customization, arXiv 2309.14859"
-    patterned: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "alpha"}
-
-    @property
-    def scale(self) -> float:
-        """alpha/r."""
-        return self.alpha / self.r
 
     def check(self, site: Site) -> None:
         super().check(site)
@@ -63,43 +48,46 @@ class LoKr(WeightVariant):
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
-        channels, taps = _kernels.kernel_columns(site)
+        channels, taps = kernel_columns(site)
         left, small = factors(site.out_features, self.decompose_factor)
         middle, columns = factors(channels, self.decompose_factor)
         return {**self._first(left, middle), **self._second(small, columns, taps)}
 
-    def weight(self, W: torch.Tensor, p: Params) -> torch.Tensor:
+    def weight(self, W: Tensor, p: Params) -> Tensor:
         w1, w2 = (getattr(p, name) if hasattr(p, name) else _product(p, name) for name in ("lokr_w1", "lokr_w2"))
-        return W + _kernels.expand_groups(self.scale * torch.kron(w1, w2), W)
+        return W + expand_groups(self.scale * torch.kron(w1, w2), W)
 
     def _first(self, rows: int, columns: int) -> dict[str, ParamSpec]:
-        """What makes up w1, zero at the start."""
+        """Return the specs of w1, which starts at zero."""
         if not (self.decompose_both and self.r < max(rows, columns) / 2):
-            return {"lokr_w1": ParamSpec((rows, columns), _inits.zeros)}
+            return {"lokr_w1": ParamSpec((rows, columns), zeros)}
         return {
-            "lokr_w1_a": ParamSpec((rows, self.r), _inits.zeros),
-            "lokr_w1_b": ParamSpec((self.r, columns), _inits.kaiming_uniform),
+            "lokr_w1_a": ParamSpec((rows, self.r), zeros),
+            "lokr_w1_b": ParamSpec((self.r, columns), kaiming_uniform),
         }
 
     def _second(self, rows: int, columns: int, taps: int) -> dict[str, ParamSpec]:
-        """What makes up w2."""
-        r, uniform = self.r, _inits.kaiming_uniform
+        """Return the specs of w2."""
+        r = self.r
         if r >= max(rows, columns) / 2:
-            return {"lokr_w2": ParamSpec((rows, columns * taps), uniform)}
+            return {"lokr_w2": ParamSpec((rows, columns * taps), kaiming_uniform)}
         if not (self.effective_conv2d and taps > 1):
-            return {"lokr_w2_a": ParamSpec((rows, r), uniform), "lokr_w2_b": ParamSpec((r, columns * taps), uniform)}
+            return {
+                "lokr_w2_a": ParamSpec((rows, r), kaiming_uniform),
+                "lokr_w2_b": ParamSpec((r, columns * taps), kaiming_uniform),
+            }
         return {
-            "lokr_t2": ParamSpec((r, r, taps), _kernels.uniform_core),
-            "lokr_w2_a": ParamSpec((r, rows), uniform),
-            "lokr_w2_b": ParamSpec((r, columns), uniform),
+            "lokr_t2": ParamSpec((r, r, taps), uniform_core),
+            "lokr_w2_a": ParamSpec((r, rows), kaiming_uniform),
+            "lokr_w2_b": ParamSpec((r, columns), kaiming_uniform),
         }
 
 
 def factors(number: int, factor: int) -> tuple[int, int]:
-    """Two divisors whose product is ``number``: ``factor`` first, if it is one; else the larger one last.
+    """Return two divisors whose product is ``number``: ``factor`` first if it divides, else the larger one last.
 
     Args:
-        number: what to divide.
+        number: the number to split.
         factor: the largest that the smaller divisor may be; −1 for no limit.
     """
     if factor > 0 and number % factor == 0:
@@ -109,9 +97,8 @@ def factors(number: int, factor: int) -> tuple[int, int]:
     return small, number // small
 
 
-def _product(p: Params, name: str) -> torch.Tensor:
-    """A matrix of factors."""
+def _product(p: Params, name: str) -> Tensor:
+    """Return a matrix from its factors."""
     a, b = getattr(p, f"{name}_a"), getattr(p, f"{name}_b")
     core = getattr(p, "lokr_t2", None) if name == "lokr_w2" else None
-    product: torch.Tensor = a @ b if core is None else _kernels.tucker_kernel(core, a, b)
-    return product
+    return a @ b if core is None else tucker_kernel(core, a, b)

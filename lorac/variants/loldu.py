@@ -1,8 +1,8 @@
-"""LoLDU: the diagonal of an LDU factorisation of the weight is trained, its triangles are frozen.
+"""LoLDU: trains the diagonal of an LDU factorisation of the weight; the triangles are frozen.
 
 Shi et al. 2024, arXiv 2410.13618. W = P·L·D·U by LU with partial pivoting, L and U with unit diagonals. The paper
-splits the first r terms off the weight; beside an untouched W the same result is a low-rank branch, so that the base
-stays shared between adapters.
+splits the first r terms off the weight. Here W stays as it is and a low-rank branch gives the same result, so that
+adapters can share the base.
 """
 
 from __future__ import annotations
@@ -14,13 +14,9 @@ from typing import ClassVar
 import torch
 
 from lorac.errors import SiteError, not_one_of
-from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import Site, SiteKind
 from lorac.variants._conv_kernels import require_one_group
-from lorac.variants.base import WeightVariant
-from lorac.variants.params import InitContext, ParamSpec, Role
-
-Tensor = torch.Tensor
+from lorac.variants.base import InitContext, Params, ParamSpec, Role, Site, SiteKind, Tensor, WeightVariant
+from lorac.variants.initialisers import ones, zeros
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,16 +24,16 @@ class LoLDU(WeightVariant):
     """``W' = W + (P·L_r)·diag(σ·z − σ₀·D_r)·U_r``, with z (r,) trained and the factors of W frozen.
 
     P·L_r (out, r), D_r (r,) and U_r (r, in) are the first terms of W = P·L·D·U; an embedding's are those of its
-    table (V, d), transposed. σ₀ = alpha/r. An adapter carries its factors, for LU on another machine may pivot
-    otherwise.
+    table (V, d), transposed. σ₀ = alpha/r. An adapter stores its factors, since LU may pivot
+    differently on another machine.
 
     Attributes:
         r: number of terms, at most min(out, in).
-        alpha: the released code's lora_alpha; None for r, which is σ₀ = 1 as in the paper's runs.
-        train_sigma: σ is trained too (the paper's formula; its counts and the released code leave it at σ₀).
-        init: start of z. ``"lu"``: D_r, which alone starts from the base. ``"uniform"``: U(−|m|/2, |m|/2) with m the
-            mean of D_r; ``"normal"``: N(m, std(D_r)²); ``"constant"``: m; ``"s_uniform"``: U(−1, 1); ``"s_normal"``:
-            N(0, 1); ``"ones"``; ``"zeros"``.
+        alpha: the released code's lora_alpha; None for r, which gives σ₀ = 1 as in the paper's runs.
+        train_sigma: train σ too (the paper's formula; its counts and the released code keep σ₀).
+        init: start of z. ``"lu"``: D_r, the only start that leaves the output as it is. ``"uniform"``:
+            U(−|m|/2, |m|/2) with m the mean of D_r; ``"normal"``: N(m, std(D_r)²); ``"constant"``: m;
+            ``"s_uniform"``: U(−1, 1); ``"s_normal"``: N(0, 1); ``"ones"``; ``"zeros"``.
     """
 
     r: int = 8
@@ -66,7 +62,7 @@ class LoLDU(WeightVariant):
         terms = min(site.out_features, site.in_features)
         if self.r > terms:
             raise SiteError(
-                f"loldu trains {self.r} terms of an LDU factorisation; '{site.path}' has {terms}",
+                f"LoLDU cannot train {self.r} terms of an LDU factorisation at '{site.path}', which has {terms}",
                 nearest=f"r={terms}",
                 next_step="give a smaller r, or exclude= the module",
                 code="site_unsupported",
@@ -95,47 +91,47 @@ class LoLDU(WeightVariant):
 
 @dataclass
 class _LduFactors:
-    """The first r terms of W = P·L·D·U at one site: found for ``lora_B``, kept for the tensors made after it."""
+    """The first r terms of W = P·L·D·U at one site, computed for ``lora_B`` and reused for later tensors."""
 
     r: int
     found: tuple[Tensor, Tensor, Tensor] | None = None
 
     def lower(self, context: InitContext) -> Tensor:
-        """P·L_r (out, r)."""
+        """Return P·L_r (out, r)."""
         self.found = _factorise(context, self.r)
         return self.found[0]
 
     def upper(self, context: InitContext) -> Tensor:
-        """U_r (r, in)."""
+        """Return U_r (r, in)."""
         return (self.found or _factorise(context, self.r))[1]
 
     def diagonal(self, context: InitContext) -> Tensor:
-        """D_r (r,)."""
+        """Return D_r (r,)."""
         return (self.found or _factorise(context, self.r))[2]
 
 
 def _factorise(context: InitContext, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """P·L_r (out, r), U_r (r, in) and D_r (r,)."""
-    # The paper's matrix is the one the module stores.
+    """Return P·L_r (out, r), U_r (r, in) and D_r (r,)."""
+    # The paper factorises the matrix that the module stores.
     table = context.site.kind is SiteKind.EMBEDDING
     permutation, lower, upper = torch.linalg.lu(context.weight().t() if table else context.weight())
     diagonal = upper.diagonal()[:r]
-    # A singular leading block has a zero here; its row is kept as it is, and z starts at 0.
+    # A singular leading block gives a zero here; its row is not divided, and z starts at 0.
     left = lower[permutation.argmax(dim=1), :r]
     right = upper[:r] / torch.where(diagonal == 0, 1, diagonal)[:, None]
     b, a = (right.t(), left.t()) if table else (left, right)
-    # LAPACK's factors are column by column, and views of whole ones.
+    # LAPACK's factors are column-major views of larger tensors.
     b, a, diagonal = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (b, a, diagonal))
     return b, a, diagonal
 
 
 def _uniform_around(context: InitContext, half: Tensor | float, center: Tensor | float = 0.0) -> Tensor:
-    """U(center − half, center + half)."""
+    """Draw from U(center − half, center + half)."""
     return center + half * (2 * torch.rand(context.shape, generator=context.generator) - 1)
 
 
 def _gaussian(context: InitContext, std: Tensor | float, mean: Tensor | float = 0.0) -> Tensor:
-    """N(mean, std²)."""
+    """Draw from N(mean, std²)."""
     return mean + std * torch.randn(context.shape, generator=context.generator)
 
 
@@ -151,6 +147,6 @@ _STARTS: Mapping[str, Callable[[InitContext], Tensor]] = {
     "constant": lambda context: context.params.diagonal.mean().expand(context.shape).clone(),
     "s_uniform": lambda context: _uniform_around(context, 1.0),
     "s_normal": lambda context: _gaussian(context, 1.0),
-    "ones": lambda context: torch.ones(context.shape),
-    "zeros": lambda context: torch.zeros(context.shape),
+    "ones": ones,
+    "zeros": zeros,
 }

@@ -1,29 +1,25 @@
 """LoRA-C: low-rank factors as wide as a row of the kernel; with a magnitude, DoRA-C.
 
-LoRA-C: arXiv 2410.16954, in the layout of loralib, whose convolutions it takes; DoRA-C: arXiv 2508.01772. In the
-unfolded layout, A (r, in·kh·kw) and B (out, r), LoRA-C is what convLoRA (arXiv 2402.04964) is: ``LoRA`` on a
-convolution, and ``DoRA`` is convDoRA.
+LoRA-C: arXiv 2410.16954, in the layout of loralib's convolutions; DoRA-C: arXiv 2508.01772. In the
+unfolded layout, A (r, in·kh·kw) and B (out, r), the same method is convLoRA (arXiv 2402.04964): ``LoRA`` on a
+convolution. ``DoRA`` there is convDoRA.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from lorac.errors import SiteError
-from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import Site, SiteKind
-from lorac.ir.slots.live_terms import Dropout
-from lorac.variants import _initialisers as _inits
-from lorac.variants.base import MATRIX_KINDS, WeightVariant
-from lorac.variants.params import ParamSpec
+from lorac.variants.base import MATRIX_KINDS, Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
+from lorac.variants.initialisers import kaiming_uniform, row_norms, zeros
+from lorac.variants.low_rank import LowRankFields, rescale_rows
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRAC(WeightVariant):
+class LoRAC(LowRankFields, WeightVariant):
     """``W' = W + s·reshape(B·A)``, the rows of B·A read one after another into the kernel, with s = alpha/r.
 
     A (r·k, I·k) and B (O/g·kⁿ⁻¹, r·k), for a kernel of n axes of k each, I input and O output channels and g groups;
@@ -32,31 +28,21 @@ class LoRAC(WeightVariant):
 
     Attributes:
         r: rank, which may exceed the channels.
-        alpha: loralib's lora_alpha.
         dropout: rate of the dropout on the input, in training (loralib's convolutions take one and ignore it).
-        dora: with a trained magnitude.
-        rank_pattern, alpha_pattern: module pattern -> its own r or alpha.
+        dora: add a trained magnitude.
     """
 
-    r: int = 8
-    alpha: float = 8
-    dropout: float = 0.0
     dora: bool = False
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     name: ClassVar[str] = "lora_c"
     paper: ClassVar[str] = "LoRA-C: Parameter-Efficient Fine-Tuning of Robust CNN for IoT Devices, arXiv 2410.16954"
     kinds: ClassVar[frozenset[SiteKind]] = MATRIX_KINDS - {SiteKind.EMBEDDING}
-    dropout_place: ClassVar[Dropout] = Dropout.INPUT
-    patterned: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "alpha"}
 
     def check(self, site: Site) -> None:
         super().check(site)
         if site.conv is not None and len(set(site.conv.kernel)) > 1:
             raise SiteError(
-                f"lora_c reads its factors into a square kernel; that of '{site.path}' is "
-                f"{' x '.join(map(str, site.conv.kernel))}",
+                f"lora_c needs a square kernel; that of '{site.path}' is {' x '.join(map(str, site.conv.kernel))}",
                 next_step="use LoRA or CPLoRA there, or exclude= the module",
                 code="site_unsupported",
             )
@@ -66,28 +52,25 @@ class LoRAC(WeightVariant):
         k = kernel[0] if kernel else 1
         slices = torch.Size(kernel[1:]).numel()
         specs = {
-            "lora_A": ParamSpec((self.r * k, channels * k), _inits.kaiming_uniform),
-            "lora_B": ParamSpec((out // groups * slices, self.r * k), _inits.zeros),
+            "lora_A": ParamSpec((self.r * k, channels * k), kaiming_uniform),
+            "lora_B": ParamSpec((out // groups * slices, self.r * k), zeros),
         }
         if self.dora:
-            specs["magnitude"] = ParamSpec((out,), _inits.row_norms)
+            specs["magnitude"] = ParamSpec((out,), row_norms)
         return specs
 
-    def weight(self, W: torch.Tensor, p: Params) -> torch.Tensor:
-        updated = W + (self.alpha / self.r) * _fold_product(W, p.lora_A, p.lora_B)
-        if not self.dora:
-            return updated
-        norm = torch.linalg.vector_norm(updated, dim=1).detach()
-        return (p.magnitude / norm)[:, None] * updated
+    def weight(self, W: Tensor, p: Params) -> Tensor:
+        updated = W + self.scale * _fold_product(W, p.lora_A, p.lora_B)
+        return rescale_rows(updated, p.magnitude) if self.dora else updated
 
 
 def _geometry(site: Site) -> tuple[int, tuple[int, ...], int]:
-    """Input channels, kernel and groups; a linear layer is a convolution without spatial axes."""
+    """Return input channels, kernel and groups; a linear layer counts as a convolution without spatial axes."""
     return (site.in_features, (), 1) if site.conv is None else (site.conv.channels, site.conv.kernel, site.conv.groups)
 
 
-def _fold_product(W: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """B·A read row by row into the shape of W; of groups, into the blocks on its diagonal."""
+def _fold_product(W: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Read B·A row by row into the shape of W; with groups, into the blocks on its diagonal."""
     rows, columns = W.shape
     slices = columns // a.shape[1]
     groups = rows * slices // b.shape[0]

@@ -1,4 +1,4 @@
-"""MeteoRA: many existing LoRAs in every linear layer, and a gate that sends each token to its top k.
+"""MeteoRA: existing LoRAs as experts in every linear layer, with a gate that sends each token to its top k.
 
 Xu, Lai, Huang, ICLR 2025, arXiv 2405.13053. Only the gates are trained, as in the paper; the released script trains
 the LoRAs too (``train_experts``).
@@ -10,18 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 
-from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import Site, SiteKind
-from lorac.variants import _initialisers as _inits
-from lorac.variants._experts import expert_specs
-from lorac.variants._routed import RoutedVariant, from_loras
-from lorac.variants._routing import top_k_softmax
+from lorac.variants._mixtures import RoutedVariant, route_loras, top_k_softmax
 from lorac.variants.adapter import Adapter
-from lorac.variants.base import Context
-from lorac.variants.params import ParamSpec, Role
+from lorac.variants.base import Context, Params, ParamSpec, Role, Site, Tensor
+from lorac.variants.initialisers import kaiming_uniform
+from lorac.variants.low_rank import factor_specs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +29,10 @@ class MeteoRA(RoutedVariant):
     Attributes:
         r: rank of each expert.
         alpha: PEFT's lora_alpha, of all experts.
-        experts: L, their number.
-        top_k: how many each token is sent to; equal logits go to the lowest index.
-        temperature: flattens the chosen weights (the paper's composite prompts take 15 to 30).
-        dropout: rate of the dropout on the experts' input, in training; the gates see what is not dropped.
+        experts: their number L.
+        top_k: number of experts per token; ties go to the lowest index.
+        temperature: flattens the weights (15 to 30 for the paper's composite prompts).
+        dropout: rate of the dropout on the experts' input, in training; the gates read the whole input.
         train_experts: train A and B too.
     """
 
@@ -51,15 +46,11 @@ class MeteoRA(RoutedVariant):
 
     name: ClassVar[str] = "meteora"
     paper: ClassVar[str] = "MeteoRA: Multiple-tasks Embedded LoRA for Large Language Models, arXiv 2405.13053"
-    kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.LINEAR})
-    emits: ClassVar[tuple[str, ...]] = ("router",)
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
-        ranks, role = self.experts * self.r, Role.TRAINABLE if self.train_experts else Role.FROZEN
-        return {
-            **expert_specs(site, ranks, role),
-            "moe_gate": ParamSpec((self.experts, site.in_features), _inits.kaiming_uniform),
-        }
+        role = Role.TRAINABLE if self.train_experts else Role.FROZEN
+        gate = ParamSpec((self.experts, site.in_features), kaiming_uniform)
+        return factor_specs(site, self.experts * self.r, role) | {"moe_gate": gate}
 
     @property
     def routes(self) -> int:
@@ -68,12 +59,12 @@ class MeteoRA(RoutedVariant):
     def output_scale(self, p: Params) -> float:
         return self.alpha / self.r
 
-    def branch(self, x: torch.Tensor, y: torch.Tensor, p: Params, ctx: Context) -> torch.Tensor:
+    def branch(self, x: Tensor, y: Tensor, p: Params, ctx: Context) -> Tensor:
         logits = F.linear(x, p.moe_gate)
         ctx.emit("router", logits)
         weights = top_k_softmax(logits, self.top_k, self.temperature)
         dropped = F.dropout(x, self.dropout, ctx.training) if self.dropout else x
-        return y + self.mixture(F.linear(dropped, p.lora_A), self.output_scale(p) * weights, p)
+        return y + self.mix(F.linear(dropped, p.lora_A), self.output_scale(p) * weights, p)
 
     @staticmethod
     def from_loras(
@@ -86,27 +77,24 @@ class MeteoRA(RoutedVariant):
         name: str = "meteora",
         seed: int = 0,
     ) -> Adapter:
-        """One routed adapter of several LoRAs, in their order; the gates start fresh.
+        """Return one routed adapter made from several LoRAs, in their order; the gates are freshly initialised.
 
-        Each LoRA's scale is folded into its B, smaller ranks are padded with zeros (both exact), and a site that only
-        some of them adapt gets zeros for the others.
+        Each LoRA's scale is folded into its B, and smaller ranks are padded with zeros (both exact). Where only some of
+        the LoRAs adapt a site, the others' factors are zero.
 
         Args:
             adapters: plain LoRAs.
-            top_k: as the variant's.
-            temperature: as the variant's.
-            dropout: as the variant's.
-            train_experts: as the variant's.
+            top_k, temperature, dropout, train_experts: fields of the variant.
             name: the new adapter's name.
-            seed: of the gates.
+            seed: seed of the gates.
 
         Raises:
-            AdapterError: no LoRA, or one that is more than its two factors on linear layers.
-            AdapterError: two were made for different models.
+            AdapterError: there is no LoRA, one has more than its two factors on linear layers, or two were made for
+                different models.
         """
         routed = MeteoRA(top_k=top_k, temperature=temperature, dropout=dropout, train_experts=train_experts)
 
-        def make(paths: tuple[str, ...], rank: int, number: int) -> MeteoRA:
+        def make_variant(paths: tuple[str, ...], rank: int, number: int) -> MeteoRA:
             return replace(routed, targets=paths, r=rank, alpha=rank, experts=number)
 
-        return from_loras(adapters, "MeteoRA", make, name=name, seed=seed)
+        return route_loras(adapters, "MeteoRA", make_variant, name=name, seed=seed)

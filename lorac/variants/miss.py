@@ -12,40 +12,34 @@ from typing import ClassVar
 import torch
 
 from lorac.errors import SiteError
-from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import Site, SiteKind
-from lorac.ir.slots.live_terms import Dropout
-from lorac.variants import _initialisers as _inits
-from lorac.variants.base import WeightVariant
-from lorac.variants.params import ParamSpec
+from lorac.variants.base import Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
+from lorac.variants.initialisers import zeros
+from lorac.variants.low_rank import InputDropout
 
 
 @dataclass(frozen=True, kw_only=True)
-class MiSS(WeightVariant):
+class MiSS(InputDropout, WeightVariant):
     """``W' = W + Dᵀ·F`` with D (r, out) trained and F = [I_r I_r …] (r, in), its last block cut: rank r, half of LoRA.
 
     Attributes:
         r: size of a shard of the input.
         mini: D = [M M …], with M (r, mini_r) trained; PEFT's init_weights="mini".
-        mini_r: columns of M, which divide out; without ``mini`` of no effect.
-        dropout: rate of the dropout on the branch's input, in training.
+        mini_r: columns of M, which divide out; used only with ``mini``.
     """
 
     r: int = 64
     mini: bool = False
     mini_r: int = 1
-    dropout: float = 0.0
 
     name: ClassVar[str] = "miss"
     paper: ClassVar[str] = "MiSS: Balancing LoRA Performance and Efficiency with Simple Shard Sharing, arXiv 2409.15371"
     kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.LINEAR})
-    dropout_place: ClassVar[Dropout] = Dropout.INPUT
 
     def check(self, site: Site) -> None:
         super().check(site)
         if self.r > site.in_features:
             raise SiteError(
-                f"MiSS cannot cut the {site.in_features} inputs of '{site.path}' into shards of r={self.r}",
+                f"MiSS cannot split the {site.in_features} inputs of '{site.path}' into shards of r={self.r}",
                 nearest=f"r={site.in_features}",
                 next_step="give a smaller r, or exclude= the module",
                 code="site_unsupported",
@@ -59,12 +53,12 @@ class MiSS(WeightVariant):
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
-        return {"miss_block": ParamSpec((self.r, self.mini_r if self.mini else site.out_features), _inits.zeros)}
+        return {"miss_block": ParamSpec((self.r, self.mini_r if self.mini else site.out_features), zeros)}
 
-    def weight(self, W: torch.Tensor, p: Params) -> torch.Tensor:
+    def weight(self, W: Tensor, p: Params) -> Tensor:
         out, columns = W.shape
         block = p.miss_block.repeat(1, out // self.mini_r) if self.mini else p.miss_block
         shards = -(-columns // self.r)
-        # Ones of the block's own, not torch.eye: the formula runs wherever its tensors are.
+        # new_ones, not torch.eye: the formula runs on the device of its tensors.
         identity = torch.diag_embed(block.new_ones(self.r))
         return W + block.t() @ identity.repeat(1, shards)[:, :columns]

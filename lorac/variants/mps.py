@@ -1,69 +1,52 @@
 """MPS adaptation: LoRA whose A is a matrix product state of two sites.
 
-Chen et al. 2026, arXiv 2601.06788. The paper gives no code and its start is unknown: here the entries of A have the
+Chen et al. 2026, arXiv 2601.06788. The paper gives no code or start values: here the entries of A have the
 variance of LoRA's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from lorac.errors import SiteError, not_one_of
-from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import Site, SiteKind
-from lorac.ir.slots.live_terms import Dropout
-from lorac.variants import _initialisers as _inits
-from lorac.variants.base import WeightVariant
-from lorac.variants.params import ParamSpec
+from lorac.variants.base import Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
+from lorac.variants.initialisers import normal, zeros
+from lorac.variants.low_rank import LowRankFields
 
 _LEGS = ("first", "last")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MPS(WeightVariant):
+class MPS(LowRankFields, WeightVariant):
     """``W' = W + s·B·A, A[p, a·d2 + b] = Σ_k G1[p, a, k]·G2[k, b]``, with s = alpha/r and in = d1·d2.
 
     G1 (r, d1, chi), G2 (chi, d2), B (out, r). With the rank on the last core, G1 (d1, chi), G2 (chi, d2, r).
     chi ≥ d2 with the rank on the first core, chi ≥ d1 with it on the last, reaches every A.
 
     Attributes:
-        r: rank.
-        alpha: LoRA's lora_alpha.
-        dropout: rate of the dropout on the branch's input, in training.
         chi: bond dimension.
         dims: (d1, d2), their product the input size of every targeted layer. None: the most even split of each, the
             smaller half on the core that carries the rank.
         rank_leg: the core that carries the rank, ``"first"`` or ``"last"``.
-        rank_pattern, alpha_pattern: module pattern -> its own r or alpha.
     """
 
-    r: int = 8
-    alpha: float = 8
-    dropout: float = 0.0
     chi: int = 8
     dims: tuple[int, ...] | None = None
     rank_leg: str = "first"
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     name: ClassVar[str] = "mps"
     paper: ClassVar[str] = "Artificial Entanglement in the Fine-Tuning of Large Language Models, arXiv 2601.06788"
     kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.LINEAR})
-    dropout_place: ClassVar[Dropout] = Dropout.INPUT
-    patterned: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "alpha"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rank_leg not in _LEGS:
-            raise not_one_of("MPS has no core to carry the rank that is called", self.rank_leg, _LEGS)
+            raise not_one_of("MPS has no rank_leg", self.rank_leg, _LEGS)
 
     def split(self, site: Site) -> tuple[int, ...]:
-        """(d1, d2) at ``site``."""
+        """Return (d1, d2) at ``site``."""
         if self.dims is not None:
             return self.dims
         size = site.in_features
@@ -82,15 +65,15 @@ class MPS(WeightVariant):
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         d1, d2 = self.split(site)
-        core = _inits.normal((3 * site.in_features * self.chi) ** -0.25)
+        core = normal((3 * site.in_features * self.chi) ** -0.25)
         first, last = ((self.r,), ()) if self.rank_leg == "first" else ((), (self.r,))
         return {
             "mps_g1": ParamSpec((*first, d1, self.chi), core),
             "mps_g2": ParamSpec((self.chi, d2, *last), core),
-            "lora_B": ParamSpec((site.out_features, self.r), _inits.zeros),
+            "lora_B": ParamSpec((site.out_features, self.r), zeros),
         }
 
-    def weight(self, W: torch.Tensor, p: Params) -> torch.Tensor:
+    def weight(self, W: Tensor, p: Params) -> Tensor:
         product = p.mps_g1.flatten(0, -2) @ p.mps_g2.flatten(1)
         a = product.reshape(self.r, -1) if self.rank_leg == "first" else product.reshape(-1, self.r).t()
-        return W + (self.alpha / self.r) * (p.lora_B @ a)
+        return W + self.scale * (p.lora_B @ a)

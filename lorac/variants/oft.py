@@ -12,23 +12,18 @@ from typing import ClassVar
 import torch
 
 from lorac.errors import OptionError, SiteError
-from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import Site, SiteKind
-from lorac.variants import _initialisers as _inits
 from lorac.variants._rotations import cayley, neumann, skew
-from lorac.variants.base import WeightVariant
-from lorac.variants.params import ParamSpec
-
-Tensor = torch.Tensor
+from lorac.variants.base import Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
+from lorac.variants.initialisers import zeros
 
 
 def nearest_divisor(number: int, wanted: int) -> int:
-    """The divisor of ``number`` nearest to ``wanted``, of two equally near the lower (PEFT's rule)."""
+    """Return the divisor of ``number`` nearest to ``wanted``, the lower of two equally near ones (PEFT's rule)."""
     return min(divisors(number), key=lambda d: (abs(d - wanted), d))
 
 
 def divisors(number: int) -> list[int]:
-    """Every divisor of a number, in order."""
+    """Return all divisors of a number, in order."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})
 
@@ -39,12 +34,12 @@ class OFT(WeightVariant):
 
     A block is ``(I − Q)·(I + Q)⁻¹``, or the series of ``neumann``, which approaches that block's *transpose*; Q is
     skew-symmetric, its upper triangle a row of oft_R (blocks, β(β−1)/2). Convolutions: the input is the unfolded
-    (channels·kernel). Of block_size and r one is given; it is moved to the nearest divisor of the input.
+    (channels·kernel). Give block_size or r; it is rounded to the nearest divisor of the input.
 
     Attributes:
         block_size: β, PEFT's oft_block_size; 0 where r is given.
         r: number of blocks; 0 where block_size is given.
-        block_share: one block, the same everywhere.
+        block_share: all blocks are the same.
         use_cayley_neumann: the series instead of the inverse.
         num_cayley_neumann_terms: t.
         coft: Q's Frobenius norm is at most eps/√blocks.
@@ -74,7 +69,7 @@ class OFT(WeightVariant):
             )
 
     def size(self, site: Site) -> int:
-        """β at a site."""
+        """Return β at a site."""
         width = self._width(site)
         return nearest_divisor(width, self.block_size) if self.block_size else width // nearest_divisor(width, self.r)
 
@@ -84,8 +79,8 @@ class OFT(WeightVariant):
             width = self._width(site)
             found = ", ".join(map(str, divisors(width)[1:]))
             raise SiteError(
-                f"OFT at '{site.path}' comes to blocks of size 1, which rotate nothing: {width} has the divisors "
-                f"{found or 'of no block'}",
+                f"OFT's blocks at '{site.path}' have size 1 and rotate nothing; {width} has "
+                + (f"the divisors {found}" if found else "no divisor above 1"),
                 next_step="give a block_size near one of them, or exclude= the module",
                 code="site_unsupported",
             )
@@ -94,15 +89,15 @@ class OFT(WeightVariant):
         size, width = self.size(site), self._width(site)
         shape = (1 if self.block_share else width // size, size * (size - 1) // 2)
         embedding = site.kind is SiteKind.EMBEDDING
-        return {"oft_embedding_R" if embedding else "oft_R": ParamSpec(shape, _inits.zeros)}
+        return {"oft_embedding_R" if embedding else "oft_R": ParamSpec(shape, zeros)}
 
     def weight(self, W: Tensor, p: Params) -> Tensor:
         if hasattr(p, "oft_embedding_R"):
-            return self._rotated(W.t(), p.oft_embedding_R, transposed=False).t()
-        return self._rotated(W, p.oft_R, transposed=True)
+            return self._rotate(W.t(), p.oft_embedding_R, transposed=False).t()
+        return self._rotate(W, p.oft_R, transposed=True)
 
     def rotations(self, upper: Tensor) -> Tensor:
-        """R's blocks (blocks, β, β) from oft_R."""
+        """Return the blocks (blocks, β, β) of R from oft_R."""
         size = (1 + math.isqrt(1 + 8 * upper.shape[1])) // 2
         q = skew(upper, size)
         if self.coft:
@@ -111,12 +106,12 @@ class OFT(WeightVariant):
             q = q * (cap / norm.clamp_min(cap)).detach()
         return neumann(q, self.num_cayley_neumann_terms) if self.use_cayley_neumann else cayley(q)
 
-    def _rotated(self, rows: Tensor, upper: Tensor, *, transposed: bool) -> Tensor:
-        """Rows (n, width) times R, or Rᵀ."""
+    def _rotate(self, rows: Tensor, upper: Tensor, *, transposed: bool) -> Tensor:
+        """Return rows (n, width) times R, or times Rᵀ."""
         blocks = self.rotations(upper)
         size = blocks.shape[-1]
-        everywhere = blocks.expand(rows.shape[1] // size, size, size)
-        return rows @ torch.block_diag(*(everywhere.transpose(1, 2) if transposed else everywhere))
+        repeated = blocks.expand(rows.shape[1] // size, size, size)
+        return rows @ torch.block_diag(*(repeated.transpose(1, 2) if transposed else repeated))
 
     @staticmethod
     def _width(site: Site) -> int:

@@ -1,4 +1,4 @@
-"""The tensors of a method: what training and files do with each, its shape, and how it starts."""
+"""The tensors of a method: their shapes, their start values, and how training and files treat them."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from lorac.ir.sites import Site
 
 
 class Role(enum.StrEnum):
-    """What training and files do with a tensor."""
+    """How training and files treat a tensor."""
 
     TRAINABLE = "trainable"
     FROZEN = "frozen"
     BUFFER = "buffer"
     INDEX = "index"
-    """Integer positions; saved, never trained, never cast."""
+    """Integer positions, saved, never trained or cast."""
 
 
 @dataclass(frozen=True)
 class InitContext:
-    """What an initialiser may look at.
+    """What an initialiser may read.
 
     Attributes:
         shape: shape of the tensor to make.
         site: where it goes.
-        weight: reads the site's base weight as a matrix (out, in); lazy, for it may be large.
+        weight: reads the site's base weight as a matrix (out, in); a function, since the weight may be large.
         params: the tensors of this site made so far, in the order of ``params(site)``.
         generator: source of randomness, seeded per adapter and site.
         name: the adapter's name.
@@ -46,12 +46,6 @@ class InitContext:
 Init = Callable[[InitContext], torch.Tensor]
 
 
-def _matrix_context(context: InitContext, shape: tuple[int, ...], number: int) -> InitContext:
-    """What an initialiser may look at for one matrix of a stack."""
-    made = Params(**{name: tensor[number] for name, tensor in vars(context.params).items()})
-    return replace(context, shape=shape, weight=lambda: context.weight()[number], params=made)
-
-
 @dataclass(frozen=True)
 class ParamSpec:
     """One tensor of a variant at one site.
@@ -60,10 +54,10 @@ class ParamSpec:
         shape: shape at this site, in the matrix convention (out, in); kernels flattened.
         init: makes the start value.
         role: trainable, frozen, buffer or index.
-        shared: one tensor for the whole adapter instead of one per site, as large in every axis as its largest site
-            asks; a formula takes the corner it needs.
+        shared: one tensor for the whole adapter instead of one per site, in every axis as large as its largest site
+            needs; a formula takes the corner it needs.
         decay: whether weight decay customarily applies (metadata for trainers).
-        below: of an index (n, K): the sizes of the n axes that its columns point into. No two columns are the same.
+        below: for an index (n, K): the sizes of the n axes that its columns point into. All columns differ.
     """
 
     shape: tuple[int, ...]
@@ -74,15 +68,26 @@ class ParamSpec:
     below: tuple[int, ...] = ()
 
     def stacked(self, number: int) -> ParamSpec:
-        """Of a stack of matrices: a tensor for each, each begun as a matrix's by itself is."""
+        """Return the spec for a stack of matrices: one tensor per matrix, each initialised as for a single matrix."""
 
-        def init(context: InitContext) -> torch.Tensor:
+        def init_stack(context: InitContext) -> torch.Tensor:
             return torch.stack([self.init(_matrix_context(context, self.shape, i)) for i in range(number)])
 
-        return replace(self, shape=(number, *self.shape), init=init)
+        return replace(self, shape=(number, *self.shape), init=init_stack)
 
     def admits(self, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor of this shape will do."""
+        """Return whether a tensor of this shape fits."""
         if not self.shared:
             return shape == self.shape
         return len(shape) == len(self.shape) and all(a >= b for a, b in zip(shape, self.shape, strict=True))
+
+
+def select_params(p: Params, prefix: str) -> Params:
+    """Return the tensors whose names begin with ``prefix``, without it: those of an inner method."""
+    return Params(**{key.removeprefix(prefix): value for key, value in vars(p).items() if key.startswith(prefix)})
+
+
+def _matrix_context(context: InitContext, shape: tuple[int, ...], index: int) -> InitContext:
+    """Return an initialiser's context for one matrix of a stack."""
+    params = Params(**{name: tensor[index] for name, tensor in vars(context.params).items()})
+    return replace(context, shape=shape, weight=lambda: context.weight()[index], params=params)

@@ -1,6 +1,6 @@
 """Partly learnable projections: a LoRA of which half of each factor is a frozen orthonormal basis.
 
-Break-for-Make, 2024, arXiv 2403.19456; its content owns the learned half of the down factor, its style that of the up.
+Break-for-Make, 2024, arXiv 2403.19456: the content learns half of the down factor, the style half of the up factor.
 """
 
 from __future__ import annotations
@@ -11,22 +11,18 @@ from typing import ClassVar
 import torch
 
 from lorac.errors import ChoiceError, SiteError, not_one_of
-from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import Site
-from lorac.variants import _initialisers as _inits
 from lorac.variants.adapter import Adapter
-from lorac.variants.base import Variant, WeightVariant
-from lorac.variants.params import Init, InitContext, ParamSpec, Role
+from lorac.variants.base import Init, InitContext, Params, ParamSpec, Role, Site, Tensor, Variant, WeightVariant
+from lorac.variants.initialisers import normal, zeros
 
-Tensor = torch.Tensor
 _BASES = ("rows", "exact", "none")
 _ROWS = 1280
-"""Rows of the orthonormal matrix that the paper's code draws from, whatever the width: the widest of SDXL's U-Net."""
+"""Rows of the orthonormal matrix that the paper's code draws from at any width: the widest of SDXL's U-Net."""
 UP, DOWN = 0, 1
 
 
 def _draw_halves(context: InitContext, rank: int) -> tuple[Tensor, Tensor]:
-    """Two disjoint draws (n/2, r) from the rows of one matrix with orthonormal columns: the same two at every call."""
+    """Draw two disjoint sets (n/2, r) of rows of one matrix with orthonormal columns, the same at every call."""
     count = context.site.in_features // 2
     generator = torch.Generator().manual_seed(context.generator.initial_seed() + 1)
     rows = max(_ROWS, 2 * count, rank)
@@ -36,7 +32,7 @@ def _draw_halves(context: InitContext, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _settings_key(variant: Variant) -> tuple[object, ...]:
-    """What two halves must have in common."""
+    """Return the settings that two halves must share."""
     return tuple(getattr(variant, field, None) for field in ("r", "basis", "identity_init"))
 
 
@@ -46,11 +42,11 @@ class PLP(WeightVariant):
 
     Attributes:
         r: rank.
-        basis: what a square site's A and C are: ``"rows"``, disjoint rows of one matrix with orthonormal columns (the
+        basis: A and C at square sites: ``"rows"``, disjoint rows of one matrix with orthonormal columns (the
             paper's code: A·C is small, not 0); ``"exact"``, such rows over disjoint halves of the rank, A·C = 0;
-            ``"none"``, A = 0 and C Gaussian, as everywhere at sites that are not square.
-        identity_init: leaves A·C out and starts D at 0 at square sites. Without it a square site begins off the
-            identity, as in the code; with it the low-rank form is of rank 2r.
+            ``"none"``, A = 0 and C Gaussian, as at all other sites.
+        identity_init: leave A·C out and start D at 0 at square sites. Without it a fresh adapter changes a square site,
+            as in the code; with it the low-rank form has rank 2r.
     """
 
     r: int = 64
@@ -74,11 +70,11 @@ class PLP(WeightVariant):
         out, columns, r = site.out_features, site.in_features, self.r
         top, left = out // 2, columns // 2
         based = out == columns and self.basis != "none"
-        gaussian = _inits.normal(1 / r)
-        learned = _inits.zeros if based and self.identity_init else gaussian
+        gaussian = normal(1 / r)
+        learned = zeros if based and self.identity_init else gaussian
         return {
-            "up_frozen": ParamSpec((top, r), self._basis(UP) if based else _inits.zeros, role=Role.FROZEN),
-            "up_learned": ParamSpec((out - top, r), _inits.zeros),
+            "up_frozen": ParamSpec((top, r), self._basis(UP) if based else zeros, role=Role.FROZEN),
+            "up_learned": ParamSpec((out - top, r), zeros),
             "down_frozen": ParamSpec((r, left), self._basis(DOWN) if based else gaussian, role=Role.FROZEN),
             "down_learned": ParamSpec((r, columns - left), learned),
         }
@@ -94,30 +90,30 @@ class PLP(WeightVariant):
 
     @classmethod
     def join(cls, content: Adapter, style: Adapter, *, name: str) -> Adapter:
-        """The two halves as one: the style's, with the trained part of the content's down factor (the paper's "make").
+        """Join two halves: the style's tensors with the trained part of the content's down factor (the paper's "make").
 
-        They go together where both were trained against the same frozen parts, or the result is trained on.
+        The halves fit if both were trained against the same frozen parts; else train the result further.
 
         Args:
-            content: an adapter whose tensors are shared, not copied.
-            style: another one, of the same configuration on the same sites; shared likewise.
-            name: of the result.
+            content: an adapter; its tensors are shared, not copied.
+            style: an adapter of the same configuration on the same sites; its tensors are shared too.
+            name: name of the result.
 
         Raises:
             ChoiceError: one is of another method, rank or basis.
-            SiteError: the content lacks a site that the style has, or the other way round.
+            SiteError: only one of them adapts some site.
         """
         for adapter in (content, style):
             if not isinstance(adapter.variant, cls) or _settings_key(adapter.variant) != _settings_key(style.variant):
                 raise ChoiceError(
-                    f"'{adapter.name}' is {adapter.variant.name} {_settings_key(adapter.variant)}: "
-                    f"no half for '{style.name}'",
+                    f"'{adapter.name}' ({adapter.variant.name} {_settings_key(adapter.variant)}) "
+                    f"does not fit '{style.name}'",
                     next_step="content and style are plp adapters of equal r, basis and identity_init",
                 )
-        apart = content.tensors.keys() ^ style.tensors.keys()
-        if apart:
+        different = content.tensors.keys() ^ style.tensors.keys()
+        if different:
             raise SiteError(
-                f"'{content.name}' and '{style.name}' do not both adapt '{min(apart)}'",
+                f"'{content.name}' and '{style.name}' do not both adapt '{min(different)}'",
                 next_step="train both halves with the same targets=",
                 code="site_not_found",
             )
@@ -127,13 +123,13 @@ class PLP(WeightVariant):
         return Adapter(name, style.variant, tensors, {**content.replaced, **style.replaced})
 
     def _basis(self, half: int) -> Init:
-        """The frozen half of one factor, from the basis that both share."""
+        """Return an initialiser of one factor's frozen half, from the basis that both halves share."""
 
-        def make(context: InitContext) -> Tensor:
+        def draw(context: InitContext) -> Tensor:
             rows = _draw_halves(context, self.r)[half]
             if self.basis == "exact":
                 first = torch.arange(self.r) < self.r // 2
                 rows = rows * (first if half == UP else ~first)
             return rows if half == UP else rows.t()
 
-        return make
+        return draw

@@ -1,7 +1,7 @@
-"""QST: a narrow side network reads what every block of a frozen model gives, and is blended in at its last norm.
+"""QST: a narrow side network reads the output of every block of a frozen model, and is blended in at its last norm.
 
 "Quantized Side Tuning: Fast and Memory-Efficient Tuning of Quantized Large Language Models", Zhang et al. 2024, arXiv
-2401.07159. Nothing before the last norm wants gradients, so training keeps no activations of the model.
+2401.07159. Nothing before the last norm needs gradients, so training stores no activations of the model.
 """
 
 from __future__ import annotations
@@ -17,44 +17,40 @@ from torch import nn
 
 from lorac.errors import AdapterError, SiteError, not_one_of
 from lorac.frontend.model_view import ModelView
-from lorac.ir.algebra.reduction import Params
 from lorac.ir.patterns import find_outermost_blocks, is_named
-from lorac.ir.sites import Site, SiteKind
-from lorac.variants import _initialisers as _inits
-from lorac.variants.base import BranchVariant, Context
-from lorac.variants.params import Init, ParamSpec
+from lorac.variants.base import BranchVariant, Context, Params, ParamSpec, Site, SiteKind, Tensor
+from lorac.variants.initialisers import kaiming_uniform, ones, uniform, zeros
 
-Tensor = torch.Tensor
-_NAMING_HINT = "say which it is: targets=['model.norm'], for one; blocks= are the paths of what the side network reads"
+_NAMING_HINT = "name the norm, such as targets=['model.norm'], and in blocks= the blocks that the side network reads"
 
 
 @dataclass(frozen=True, kw_only=True)
 class QST(BranchVariant):
     """``y' = a·y + (1 − a)·(U·N(g_N) + b)``, g_n = S_n((1 − β_n)·D_n(h_n) + β_n·g_{n−1}), g_0 = D_0(h_0).
 
-    y (…, length, d) is what the model's last norm gives, h_0 what its first block takes and h_n what block n gives; no
-    gradient goes into h. D are downsamplers to the width d/r, β_n = sigmoid(γ_n), and S_n is a decoder layer of that
-    width: attention with rotary positions and a gated MLP, each behind an RMS norm. N is an RMS norm, U (d, d/r). a
-    starts at 1, where y' is y to the bit. ``QST.of(model)`` fills in what a model tells.
+    y (…, length, d) is the output of the model's last norm, h_0 the input of its first block, h_n the output of block
+    n; no gradient flows into h. D are downsamplers to the width d/r, β_n = sigmoid(γ_n), and S_n is a decoder layer of
+    that width: attention with rotary positions and a gated MLP, each after an RMS norm. N is an RMS norm, U (d, d/r).
+    a starts at 1, where y' equals y bit for bit. ``QST.of(model)`` reads the fields from a model.
 
     Attributes:
         targets: the model's last norm.
         blocks: paths of the model's blocks, in order.
-        heads: of the attention in S_n, as the model's.
-        intermediate: width of the model's MLPs; those of S_n are an r-th of it.
-        r: how much narrower the side network is.
+        heads: number of attention heads in S_n, as in the model.
+        intermediate: width of the model's MLPs; S_n has an r-th of it.
+        r: the side network's width is d/r.
         bottleneck: rank of the downsamplers ``"adapter"`` and ``"lora"``.
-        downsample: what D is: ``"adapter"``, a SiLU bottleneck and a LayerNorm; ``"lora"``, the two factors alone;
-            ``"linear"``, one matrix; or, without a parameter, ``"max"`` or ``"avg"`` of r neighbouring features.
-        kv_heads: heads of keys and values; None for as many as ``heads``.
-        causal: whether a token attends to none that come after it.
+        downsample: the kind of D: ``"adapter"``, a SiLU bottleneck and a LayerNorm; ``"lora"``, the two factors alone;
+            ``"linear"``, one matrix; or, without parameters, ``"max"`` or ``"avg"`` of r neighbouring features.
+        kv_heads: number of heads of keys and values; None for ``heads``.
+        causal: tokens attend to earlier tokens and themselves only.
         rope_theta: base of the rotary positions.
-        mask: which argument of the model's forward says what is no padding (batch, length); every call gives it then.
-            None for calls without padding, or with padding on the right of a causal model.
-        dropout: rate in training, of what the downsamplers read.
-        vectors: whether each γ has a value for each feature, and a too; else they are numbers.
-        own_first: whether D_0 is a downsampler of its own; else it is D_1, as in the authors' code.
-        eps: of the RMS norms.
+        mask: the argument of the model's forward that marks non-padding tokens (batch, length); every call must give
+            it. None for calls without padding, or with padding on the right of a causal model.
+        dropout: rate of the dropout on the downsamplers' input, in training.
+        vectors: γ and a are vectors with a value per feature, else numbers.
+        own_first: D_0 is a downsampler of its own; else it is D_1, as in the authors' code.
+        eps: eps of the RMS norms.
     """
 
     targets: str | tuple[str, ...] = ("norm",)
@@ -78,34 +74,34 @@ class QST(BranchVariant):
     kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.BLOCK})
 
     @property
-    def mixes_tokens(self) -> bool:  # type: ignore[override]  # a matter of how it attends
-        """Of attention to what comes later no cache holds anything."""
+    def mixes_tokens(self) -> bool:  # type: ignore[override]  # it depends on causal
+        """Whether tokens attend to later ones, which no cache stores."""
         return not self.causal
 
-    # ── What it is made of ───────────────────────────────────────────────────────────────────────────────────────────
+    # ── Tensors ──────────────────────────────────────────────────────────────────────────────────────────────────────
     def reads(self, site: Site) -> tuple[str, ...]:
-        asked = () if self.mask is None else (f"input:{self.mask}",)
-        return (f"in:{self.blocks[0]}", *self.blocks, *asked)
+        mask = () if self.mask is None else (f"input:{self.mask}",)
+        return (f"in:{self.blocks[0]}", *self.blocks, *mask)
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         if self.downsample not in _DOWNSAMPLERS:
             raise not_one_of("QST has no downsampler", self.downsample, _DOWNSAMPLERS)
         d = site.out_features
-        h = self._narrow(d)
-        found: dict[str, ParamSpec] = {}
+        h = self._side_width(d)
+        specs: dict[str, ParamSpec] = {}
         for n in range(len(self.blocks) + 1):
-            found |= self._down(n, d, h) if n or self.own_first else {}
-            found |= self._layer(n, h) if n else {}
+            specs |= self._down(n, d, h) if n or self.own_first else {}
+            specs |= self._layer(n, h) if n else {}
         return {
-            **found,
+            **specs,
             "norm": _scale_spec(h),
-            "up_weight": ParamSpec((d, h), _inits.kaiming_uniform),
-            "up_bias": ParamSpec((d,), _inits.uniform(h**-0.5)),
+            "up_weight": ParamSpec((d, h), kaiming_uniform),
+            "up_bias": ParamSpec((d,), uniform(h**-0.5)),
             "alpha": _scale_spec(d if self.vectors else 1),
         }
 
-    def _narrow(self, d: int) -> int:
-        """The side network's width, of which a head has an even number of features.
+    def _side_width(self, d: int) -> int:
+        """Return the side network's width, with an even number of features per head.
 
         Raises:
             AdapterError: the sizes do not divide.
@@ -113,51 +109,50 @@ class QST(BranchVariant):
         h, groups = d // self.r, self.kv_heads or self.heads
         if not self.blocks or d % self.r or h % (2 * self.heads) or self.heads % groups or self.intermediate < self.r:
             raise AdapterError(
-                f"qst: no side network of width {d}/r has {self.heads} heads, {groups} of them for keys, of an even "
-                f"size, and MLPs of width {self.intermediate}/r, with r={self.r} and {len(self.blocks)} blocks",
-                next_step=f"give an r= that divides {d} / (2·heads), or other heads= (lorac.QST.of has a model's)",
+                f"QST cannot build a side network of width {d}/r with {self.heads} heads of even size, {groups} of "
+                f"them for keys, and MLPs of width {self.intermediate}/r, for r={self.r} and {len(self.blocks)} blocks",
+                next_step=f"give an r= that divides {d} / (2·heads), or other heads= (lorac.QST.of reads them)",
             )
         return h
 
     def _down(self, n: int, d: int, h: int) -> dict[str, ParamSpec]:
-        """The tensors of D_n."""
-        drawn = _inits.kaiming_uniform
+        """Return the tensors of D_n."""
         if self.downsample in _POOLS:
             return {}
         if self.downsample == "linear":
-            return {f"down_{n}": ParamSpec((h, d), drawn)}
-        pair = {f"down_{n}_A": ParamSpec((self.bottleneck, d), drawn)}
-        pair[f"down_{n}_B"] = ParamSpec((h, self.bottleneck), drawn)
+            return {f"down_{n}": ParamSpec((h, d), kaiming_uniform)}
+        pair = {f"down_{n}_A": ParamSpec((self.bottleneck, d), kaiming_uniform)}
+        pair[f"down_{n}_B"] = ParamSpec((h, self.bottleneck), kaiming_uniform)
         if self.downsample == "lora":
             return pair
-        shift = ParamSpec((h,), _inits.zeros, decay=False)
+        shift = ParamSpec((h,), zeros, decay=False)
         return {**pair, f"down_{n}_norm_weight": _scale_spec(h), f"down_{n}_norm_bias": shift}
 
     def _layer(self, n: int, h: int) -> dict[str, ParamSpec]:
-        """The tensors of γ_n and S_n."""
-        keys, wide = h // self.heads * (self.kv_heads or self.heads), self.intermediate // self.r
-        shapes = {"q": (h, h), "k": (keys, h), "v": (keys, h), "o": (h, h)}
-        shapes |= {"gate": (wide, h), "up": (wide, h), "down": (h, wide)}
+        """Return the tensors of γ_n and S_n."""
+        key_width, mlp_width = h // self.heads * (self.kv_heads or self.heads), self.intermediate // self.r
+        shapes = {"q": (h, h), "k": (key_width, h), "v": (key_width, h), "o": (h, h)}
+        shapes |= {"gate": (mlp_width, h), "up": (mlp_width, h), "down": (h, mlp_width)}
         return {
-            f"gamma_{n}": ParamSpec((h if self.vectors else 1,), _inits.zeros, decay=False),
+            f"gamma_{n}": ParamSpec((h if self.vectors else 1,), zeros, decay=False),
             f"side_{n}_input_norm": _scale_spec(h),
             f"side_{n}_post_norm": _scale_spec(h),
-            **{f"side_{n}_{key}": ParamSpec(shape, _inits.kaiming_uniform) for key, shape in shapes.items()},
+            **{f"side_{n}_{key}": ParamSpec(shape, kaiming_uniform) for key, shape in shapes.items()},
         }
 
-    # ── What it computes ─────────────────────────────────────────────────────────────────────────────────────────────
+    # ── The formula ──────────────────────────────────────────────────────────────────────────────────────────────────
     def branch(self, x: Tensor, y: Tensor, p: Params, ctx: Context) -> Tensor:
         first, *rest = (ctx.value(name).detach() for name in (f"in:{self.blocks[0]}", *self.blocks))
-        turns = _rotary_tables(ctx.positions(first), first, y.shape[-1] // self.r // self.heads, self.rope_theta)
-        g = self._downsampled(first, p, 0 if self.own_first else 1, ctx)
+        rotary = _rotary_tables(ctx.positions(first), first, y.shape[-1] // self.r // self.heads, self.rope_theta)
+        g = self._downsample(first, p, 0 if self.own_first else 1, ctx)
         for n, h in enumerate(rest, start=1):
             beta = torch.sigmoid(getattr(p, f"gamma_{n}"))
-            g = self._side((1 - beta) * self._downsampled(h, p, n, ctx) + beta * g, p, n, turns, ctx)
+            g = self._side((1 - beta) * self._downsample(h, p, n, ctx) + beta * g, p, n, rotary, ctx)
         side = F.linear(_rms(g, p.norm, self.eps), p.up_weight, p.up_bias)
         return y + (1 - p.alpha) * (side - y)
 
-    def _downsampled(self, h: Tensor, p: Params, n: int, ctx: Context) -> Tensor:
-        """D_n(h) (…, d/r) of h (…, d)."""
+    def _downsample(self, h: Tensor, p: Params, n: int, ctx: Context) -> Tensor:
+        """Return D_n(h) (…, d/r) for h (…, d)."""
         if ctx.training and self.dropout:
             h = F.dropout(h, self.dropout, True)
         if self.downsample in _POOLS:
@@ -170,58 +165,57 @@ class QST(BranchVariant):
         scale, shift = (getattr(p, f"down_{n}_norm_{key}") for key in ("weight", "bias"))
         return F.layer_norm(F.linear(F.silu(F.linear(h, a)), b), (len(b),), scale, shift)
 
-    def _side(self, u: Tensor, p: Params, n: int, turns: tuple[Tensor, Tensor], ctx: Context) -> Tensor:
-        """S_n(u), like u (…, length, d/r)."""
+    def _side(self, u: Tensor, p: Params, n: int, rotary: tuple[Tensor, Tensor], ctx: Context) -> Tensor:
+        """Return S_n(u), like u (…, length, d/r)."""
         w = {key: getattr(p, f"side_{n}_{key}") for key in ("q", "k", "v", "o", "gate", "up", "down")}
         z, groups = _rms(u, getattr(p, f"side_{n}_input_norm"), self.eps), self.kv_heads or self.heads
-        q = _rotate(_split_heads(F.linear(z, w["q"]), self.heads), turns)
-        k = _rotate(_split_heads(F.linear(z, w["k"]), groups), turns)
+        q = _rotate(_split_heads(F.linear(z, w["q"]), self.heads), rotary)
+        k = _rotate(_split_heads(F.linear(z, w["k"]), groups), rotary)
         v = _split_heads(F.linear(z, w["v"]), groups)
         mask = None if self.mask is None else ctx.value(f"input:{self.mask}")
         u = u + F.linear(ctx.attend(q, k, v, causal=self.causal, mask=mask).flatten(-2), w["o"])
         z = _rms(u, getattr(p, f"side_{n}_post_norm"), self.eps)
         return u + F.linear(F.silu(F.linear(z, w["gate"])) * F.linear(z, w["up"]), w["down"])
 
-    # ── A model's ────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── For a model ───────────────────────────────────────────────────────────────────────────────────────────────────
     @staticmethod
     def of(model: nn.Module, **fields: Any) -> QST:
-        """The side network of a model: its last norm, its blocks and their sizes, by its structure and its config.
+        """Return the side network of a model, with the last norm, blocks and sizes that its structure and config give.
 
         Args:
-            model: the host.
-            **fields: the variant's; what is given is not looked for.
+            model: the model.
+            **fields: fields of the variant, in place of those read from the model.
 
         Raises:
-            SiteError: the structure does not tell which norm, or which blocks, are meant.
-            AdapterError: nothing tells how many heads its attention has.
+            SiteError: the structure does not determine the norm or the blocks.
+            AdapterError: the config does not give the number of attention heads.
         """
         view, targets = ModelView.of(model), fields.pop("targets", None)
         sites = view.sites
         chains = _chains(find_outermost_blocks(sites), sites)
         norm = _last_norm(model, chains) if targets is None else _find_named(view, targets)
-        around = norm.rpartition(".")[0]
-        beside = [chain for holder, chain in chains.items() if holder.rpartition(".")[0] == around]
-        if len(beside) != 1 and "blocks" not in fields:
+        parent = norm.rpartition(".")[0]
+        siblings = [chain for holder, chain in chains.items() if holder.rpartition(".")[0] == parent]
+        if len(siblings) != 1 and "blocks" not in fields:
             raise SiteError(
-                f"qst: beside '{norm}' are {len(beside)} lists of blocks, not one",
+                f"QST needs one list of blocks next to '{norm}', and found {len(siblings)}",
                 next_step=_NAMING_HINT,
                 code="site_not_found",
             )
-        blocks = tuple(fields.pop("blocks", None) or beside[0])
-        # Of a list, names are the ends of paths, and blocks may have norms of the same name.
+        blocks = tuple(fields.pop("blocks", None) or siblings[0])
+        # An expression, since a name in a list also matches the ends of other paths, such as those of blocks' norms.
         return QST(targets=re.escape(norm), blocks=blocks, **{**_read_sizes(model, blocks[0], sites, fields), **fields})
 
 
 # ── Parts ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 _POOLS = {"max": lambda parts: parts.amax(-1), "avg": lambda parts: parts.mean(-1)}
-"""Downsamplers without a parameter: (…, d/r, r) -> (…, d/r)."""
+"""Downsamplers without parameters: (…, d/r, r) -> (…, d/r)."""
 _DOWNSAMPLERS = ("adapter", "lora", "linear", *_POOLS)
 
 
 def _scale_spec(size: int) -> ParamSpec:
-    """What scales, and so is not to decay."""
-    init: Init = lambda context: torch.ones(context.shape)  # noqa: E731  (a start value)
-    return ParamSpec((size,), init, decay=False)
+    """Return the spec of a scale, which weight decay leaves out."""
+    return ParamSpec((size,), ones, decay=False)
 
 
 def _rms(x: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -229,27 +223,27 @@ def _rms(x: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:
-    """(…, length, width) as (…, heads, length, size)."""
+    """Reshape (…, length, width) to (…, heads, length, size)."""
     return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
 
 
 def _rotary_tables(positions: Tensor, h: Tensor, size: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (…, length, size) of rotary positions, of which only differences matter."""
+    """Return cosines and sines (…, length, size) of rotary positions; only differences of positions matter."""
     rates = theta ** (torch.arange(0, size, 2, device=h.device).to(h.dtype) / -size)
     angles = positions.to(h.dtype)[..., None] * rates
     angles = torch.cat([angles, angles], -1)
     return angles.cos(), angles.sin()
 
 
-def _rotate(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
-    one, other = x.chunk(2, -1)
-    cos, sin = (turn.unsqueeze(-3) for turn in turns)
-    return x * cos + torch.cat([-other, one], -1) * sin
+def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    first, second = x.chunk(2, -1)
+    cos, sin = (table.unsqueeze(-3) for table in rotary)
+    return x * cos + torch.cat([-second, first], -1) * sin
 
 
-# ── What a model tells ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── Reading a model ──────────────────────────────────────────────────────────────────────────────────────────────────
 def _chains(paths: set[str], sites: Mapping[str, Site]) -> dict[str, list[str]]:
-    """Blocks in the model's order, by the path of the list that holds them."""
+    """Return the blocks in the model's order, by the path of the list that holds them."""
     found: dict[str, list[str]] = {}
     for path in (path for path in sites if path in paths):
         found.setdefault(path.rpartition(".")[0], []).append(path)
@@ -257,18 +251,18 @@ def _chains(paths: set[str], sites: Mapping[str, Site]) -> dict[str, list[str]]:
 
 
 def _last_norm(model: nn.Module, chains: Mapping[str, list[str]]) -> str:
-    """The norm beside a list of blocks; of several the one that comes after it."""
+    """Return the norm next to a list of blocks; of several the one after it."""
     order = [path for path, _ in model.named_modules()]
-    found, behind = list[str](), list[str]()
+    found, after = list[str](), list[str]()
     for holder in chains:
         for path in _adjacent_norms(model, holder):
             found.append(path)
-            behind += [path] if order.index(path) > order.index(holder) else []
-    chosen = found if len(found) == 1 else behind
+            after += [path] if order.index(path) > order.index(holder) else []
+    chosen = found if len(found) == 1 else after
     if len(chosen) != 1:
         seen = ", ".join(f"'{path}'" for path in chosen) or "none"
         raise SiteError(
-            f"qst: looked for one norm beside a list of blocks, the last of the model, and found {seen}",
+            f"QST needs one last norm next to a list of blocks, and found {seen}",
             next_step=_NAMING_HINT,
             code="site_not_found",
         )
@@ -276,11 +270,11 @@ def _last_norm(model: nn.Module, chains: Mapping[str, list[str]]) -> str:
 
 
 def _find_named(view: ModelView, targets: str | tuple[str, ...] | list[str]) -> str:
-    """The path of the one module that is named."""
+    """Return the path of the one module that the targets name."""
     found = [path for path in view.callable_paths if is_named(targets, path)]
     if len(found) != 1:
         raise SiteError(
-            f"qst: targets={targets!r} names {len(found)} modules, not the last norm",
+            f"QST's targets={targets!r} names {len(found)} modules, not only the last norm",
             next_step=_NAMING_HINT,
             code="site_not_found",
         )
@@ -288,7 +282,7 @@ def _find_named(view: ModelView, targets: str | tuple[str, ...] | list[str]) -> 
 
 
 def _adjacent_norms(model: nn.Module, holder: str) -> Iterator[str]:
-    """Paths of the modules beside another whose one parameter, or first of two, is a scale."""
+    """Yield the paths of modules next to another whose first parameter is a scale."""
     parent = holder.rpartition(".")[0]
     for leaf, module in model.get_submodule(parent).named_children():
         weight = module._parameters.get("weight")
@@ -297,18 +291,18 @@ def _adjacent_norms(model: nn.Module, holder: str) -> Iterator[str]:
 
 
 def _read_sizes(model: Any, block: str, sites: Mapping[str, Site], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Heads by the model's config, and the width of its MLPs: the widest of what the layers of a block take."""
+    """Return the heads from the model's config, and the MLPs' width: the widest input of a layer in a block."""
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     heads = fields.get("heads") or getattr(config, "num_attention_heads", None)
     if heads is None:
-        raise AdapterError("qst: nothing tells how many heads the model's attention has", next_step="give heads=")
+        raise AdapterError("QST cannot find the number of attention heads in the config", next_step="give heads=")
     layers = model.get_submodule(block).named_modules(prefix=block)
-    # A layer whose weight is in codes may be no site.
-    inside = [
-        (sites.get(path, layer)).in_features
+    # A layer with a quantised weight may not be a site.
+    widths = [
+        sites.get(path, layer).in_features
         for path, layer in layers
         if isinstance(layer, nn.Linear) or (path in sites and path != block)
     ]
     groups = None if "heads" in fields else getattr(config, "num_key_value_heads", None)
-    return {"heads": heads, "kv_heads": groups, "intermediate": max(inside, default=0)}
+    return {"heads": heads, "kv_heads": groups, "intermediate": max(widths, default=0)}

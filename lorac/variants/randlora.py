@@ -11,26 +11,22 @@ from typing import ClassVar
 
 import torch
 
-from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import Site
-from lorac.ir.slots.live_terms import Dropout
-from lorac.variants import _initialisers as _inits
-from lorac.variants.base import WeightVariant
-from lorac.variants.params import InitContext, ParamSpec, Role
+from lorac.variants.base import InitContext, Params, ParamSpec, Role, Site, Tensor, WeightVariant
+from lorac.variants.initialisers import constant, zeros
+from lorac.variants.low_rank import InputDropout
 
-Tensor = torch.Tensor
 Shape = tuple[int, int, int]
 
 
 def draw_bases(*shapes: Shape, key: int, sparsity: float | None = None) -> list[Tensor]:
-    """A (r, 1, d), then B (D, n, r), in float32, each of deviation 1, from a CPU generator seeded with ``key``.
+    """Draw A (r, 1, d), then B (D, n, r), in float32 with deviation 1, from a CPU generator seeded with ``key``.
 
-    Drawn in bfloat16, as PEFT does where the device knows it; the same bits where torch's generator gives the same.
+    They are drawn in bfloat16, as in PEFT on devices that support it, and equal PEFT's if torch's generator does.
 
     Args:
-        shapes: of A and B; A does not depend on B.
+        shapes: shapes of A and B; A does not depend on B.
         key: the seed.
-        sparsity: s makes entries of −1, 0, 1 with probabilities 1/2s, 1 − 1/s, 1/2s; None a uniform law.
+        sparsity: s gives entries −1, 0, 1 with probabilities 1/2s, 1 − 1/s, 1/2s; None: uniform entries.
     """
     generator = torch.Generator().manual_seed(key)
     if sparsity is None:
@@ -41,7 +37,7 @@ def draw_bases(*shapes: Shape, key: int, sparsity: float | None = None) -> list[
 
 
 def _uniform(shape: Shape, generator: torch.Generator) -> Tensor:
-    """Blocks (rows, 1, columns) drawn one after the other, side by side."""
+    """Draw blocks (rows, 1, columns) one after the other and concatenate them."""
     rows, count, columns = shape
     blocks = [torch.empty((rows, 1, columns), dtype=torch.bfloat16) for _ in range(count)]
     for block in blocks:
@@ -55,32 +51,29 @@ def _ternary(drawn: Tensor, sparsity: float) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandLoRA(WeightVariant):
+class RandLoRA(InputDropout, WeightVariant):
     """``W' = W + s·Σⱼ Bⱼ·diag(λⱼ)·A·diag(γⱼ)`` over n = ⌈d/r⌉ bases, s = alpha/r; transposed where in > out.
 
-    d and D are the smaller and the larger of out and in. A (r, 1, d) and B (D, n, r) are random, frozen, and the same
-    tensors at every site, which takes its corner. Row k·n + j of λ∘A∘γ meets column t = k·n + j of B[:D, :n] flattened
-    over its last two axes, as in every known file; the paper's sum has the same (k, j) on both sides.
+    d and D are the smaller and the larger of out and in. A (r, 1, d) and B (D, n, r) are random, frozen, and shared by
+    all sites, which use their corners. Row k·n + j of λ∘A∘γ is multiplied with column t = k·n + j of B[:D, :n]
+    flattened over its last two axes, as in every known file; the paper's sum has the same (k, j) on both sides.
 
     Attributes:
-        r: rank of one base; a smaller one means more bases, and more parameters.
+        r: rank of one base; a smaller rank means more bases and more parameters.
         alpha: PEFT's randlora_alpha.
-        dropout: rate of the dropout on the branch's input, in training.
         projection_prng_key: seed of A and B.
-        sparse: A and B start as −1, 0, 1 with probabilities 1/6, 2/3, 1/6, scaled to deviation 1.
-        very_sparse: so they do with probability 1/(2√d) of ±1 each; goes before sparse.
+        sparse: draw A and B from −1, 0, 1 with probabilities 1/6, 2/3, 1/6, scaled to deviation 1.
+        very_sparse: the same with probability 1/(2√d) for each of ±1; overrides ``sparse``.
     """
 
     r: int = 32
     alpha: float = 640
-    dropout: float = 0.0
     projection_prng_key: int = 0
     sparse: bool = False
     very_sparse: bool = False
 
     name: ClassVar[str] = "randlora"
     paper: ClassVar[str] = "RandLoRA: Full-rank parameter-efficient fine-tuning of large models, arXiv 2502.00987"
-    dropout_place: ClassVar[Dropout] = Dropout.INPUT
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         small, large = sorted((site.out_features, site.in_features))
@@ -88,8 +81,8 @@ class RandLoRA(WeightVariant):
         return {
             "randlora_A": ParamSpec((self.r, 1, small), self._draw_a, role=Role.FROZEN, shared=True),
             "randlora_B": ParamSpec((large, count, self.r), self._draw_b, role=Role.FROZEN, shared=True),
-            "randlora_lambda": ParamSpec((self.r, count), _inits.zeros),
-            "randlora_gamma": ParamSpec((count, small), _start_gamma),
+            "randlora_lambda": ParamSpec((self.r, count), zeros),
+            "randlora_gamma": ParamSpec((count, small), constant(1 / max(count, small))),
         }
 
     def weight(self, W: Tensor, p: Params) -> Tensor:
@@ -101,19 +94,15 @@ class RandLoRA(WeightVariant):
         return W + self.alpha / self.r * delta
 
     def sparsity(self, small: int) -> float | None:
-        """What ``bases`` takes as its sparsity, for A of ``small`` columns."""
+        """Return the sparsity for ``draw_bases``, where A has ``small`` columns."""
         return math.sqrt(small) if self.very_sparse else 3 if self.sparse else None
 
     def _draw_a(self, context: InitContext) -> Tensor:
-        return self._drawn(context.shape)[0]
+        return self._draw_bases(context.shape)[0]
 
     def _draw_b(self, context: InitContext) -> Tensor:
-        return self._drawn(tuple(context.params.randlora_A.shape), context.shape)[1]
+        return self._draw_bases(tuple(context.params.randlora_A.shape), context.shape)[1]
 
-    def _drawn(self, *shapes: tuple[int, ...]) -> list[Tensor]:
+    def _draw_bases(self, *shapes: tuple[int, ...]) -> list[Tensor]:
         sparsity = self.sparsity(shapes[0][2])
         return draw_bases(*shapes, key=self.projection_prng_key, sparsity=sparsity)  # type: ignore[arg-type]  # shapes of three axes
-
-
-def _start_gamma(context: InitContext) -> Tensor:
-    return torch.full(context.shape, 1 / max(context.shape))

@@ -1,8 +1,8 @@
-"""ReMix: several LoRAs in every layer, of which a policy chooses k that all weigh the same.
+"""ReMix: several LoRAs in every layer; a policy chooses k of them, with equal weights.
 
 "ReMix: Reinforcement Routing for Mixtures of LoRAs in LLM Finetuning", Qiu et al. 2026, arXiv 2603.10160; no code is
-published. What chooses is no part of what is differentiated: the router learns from the loss by how likely its draws
-were, which is emitted.
+published. The choice is not differentiable: the router learns from the loss by the probability of its draws, which is
+emitted.
 """
 
 from __future__ import annotations
@@ -15,36 +15,28 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import Site, SiteKind
-from lorac.ir.slots.live_terms import Dropout
-from lorac.variants import _initialisers as _inits
-from lorac.variants._experts import expert_specs
-from lorac.variants._routed import RoutedVariant
-from lorac.variants._routing import add_gumbel_noise, ordered_log_prob, top_k
-from lorac.variants.base import Context
-from lorac.variants.params import ParamSpec, Role
-
-Tensor = torch.Tensor
+from lorac.variants._mixtures import RoutedVariant, add_gumbel_noise, ordered_log_prob, top_k_mask
+from lorac.variants.base import Context, Dropout, Params, ParamSpec, Site, Tensor
+from lorac.variants.initialisers import zeros
+from lorac.variants.low_rank import factor_specs
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReMix(RoutedVariant):
     """``y' = y + ω·Σ_{i chosen} B_i·A_i·x``, ω = alpha/(top_k·r), or alpha/√(top_k·r) under rsLoRA.
 
-    A (experts·r, in) and B (out, experts·r) are the experts' factors stacked, the router P (experts, in). In training
-    a token's experts are drawn one after the other from q = softmax(P·x), none twice, at each site by itself; else
-    they are the top_k largest. Emitted are ``"router"``, the logits P·x (…, experts), and ``"log_prob"``, how likely
-    what was chosen is, in the order in which it was (…): log Π_j q_j/(1 − Σ of those before). Only by these a
-    gradient reaches P, and none of them reaches x. Where top_k >= experts all act: it is a LoRA of rank experts·r,
-    without a router.
+    A (experts·r, in) and B (out, experts·r) are the experts' factors stacked, and P (experts, in) is the router. In
+    training a token's experts are drawn from q = softmax(P·x) without replacement, independently at each site; else
+    they are the top_k largest. The branch emits ``"router"``, the logits P·x (…, experts), and ``"log_prob"`` (…), the
+    log-probability of the choice in its order: log Π_j q_j/(1 − Σ_{i<j} q_i). A gradient reaches P only through these,
+    and does not go on to x. With top_k >= experts all experts act: it is a LoRA of rank experts·r without a router.
 
     Attributes:
         r: rank of each expert.
-        alpha: of ω.
+        alpha: numerator of ω.
         rslora: divide by the root.
-        experts: n, their number.
-        top_k: k, how many act for a token; equal logits go to the lowest index.
+        experts: their number n.
+        top_k: number k of experts that act for a token; ties go to the lowest index.
         dropout: rate of the dropout on the branch's input, in training.
     """
 
@@ -57,19 +49,18 @@ class ReMix(RoutedVariant):
 
     name: ClassVar[str] = "remix"
     paper: ClassVar[str] = "ReMix: Reinforcement Routing for Mixtures of LoRAs, arXiv 2603.10160"
-    kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.LINEAR})
 
     @property
     def chooses(self) -> bool:
-        """Whether fewer experts act than there are."""
+        """Whether fewer than all experts act for a token."""
         return self.top_k < self.experts
 
     @property
-    def emits(self) -> tuple[str, ...]:  # type: ignore[override]  # what chooses nothing has nothing to tell
+    def emits(self) -> tuple[str, ...]:  # type: ignore[override]  # it depends on top_k
         return ("router", "log_prob") if self.chooses else ()
 
     @property
-    def dropout_place(self) -> Dropout:  # type: ignore[override]  # a branch drops out by itself
+    def dropout_place(self) -> Dropout:  # type: ignore[override]  # it depends on top_k
         return Dropout.NONE if self.chooses else Dropout.INPUT
 
     @property
@@ -81,8 +72,8 @@ class ReMix(RoutedVariant):
         return self.alpha / (math.sqrt(acting) if self.rslora else acting)
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
-        specs = expert_specs(site, self.experts * self.r, Role.TRAINABLE)
-        return specs | ({"router": ParamSpec((self.experts, site.in_features), _inits.zeros)} if self.chooses else {})
+        specs = factor_specs(site, self.experts * self.r)
+        return specs | ({"router": ParamSpec((self.experts, site.in_features), zeros)} if self.chooses else {})
 
     def branch(self, x: Tensor, y: Tensor, p: Params, ctx: Context) -> Tensor:
         if not self.chooses:
@@ -92,13 +83,13 @@ class ReMix(RoutedVariant):
         ctx.emit("router", logits)
         ctx.emit("log_prob", ordered_log_prob(logits, keys.topk(self.top_k, dim=-1).indices))
         dropped = F.dropout(x, self.dropout, ctx.training) if self.dropout else x
-        weights = self.output_scale(p) * top_k(keys, self.top_k).to(x.dtype)
-        return y + self.mixture(F.linear(dropped, p.lora_A), weights, p)
+        weights = self.output_scale(p) * top_k_mask(keys, self.top_k).to(x.dtype)
+        return y + self.mix(F.linear(dropped, p.lora_A), weights, p)
 
     def _keys(self, logits: Tensor, ctx: Context) -> Tensor:
-        """By what the experts are put in order: the logits, and in training noise that makes a draw of it."""
+        """Return the keys that order the experts: the logits, in training with noise that makes the order a draw."""
         if ctx.generator is None:
             return logits
-        # The stream begins alike at all sites, whose draws are to be independent.
-        own = torch.Generator().manual_seed(ctx.generator.initial_seed() ^ zlib.crc32(ctx.site.path.encode()))
-        return add_gumbel_noise(logits, own)
+        # The generator's seed is alike at all sites, whose draws must be independent.
+        seed = ctx.generator.initial_seed() ^ zlib.crc32(ctx.site.path.encode())
+        return add_gumbel_noise(logits, torch.Generator().manual_seed(seed))

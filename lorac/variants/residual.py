@@ -1,7 +1,7 @@
-"""Residual: a method on what is left of a weight when a product of two factors is taken out of it.
+"""Residual: a method on a weight from which a product of two frozen factors is subtracted.
 
-PiSSA, MiLoRA, OLoRA, CorDA and LoRA-GA begin with factors that are not zero, and rewrite the base so that it answers as
-before. Here the base stays as it is: what they take out of it is two frozen factors of the adapter's own.
+PiSSA, MiLoRA, OLoRA, CorDA and LoRA-GA start from non-zero factors, and change the base so that the output stays the
+same. Here the base is not changed: the product that they subtract from it is stored in the adapter.
 """
 
 from __future__ import annotations
@@ -11,24 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, cast
 
-import torch
-
-from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import Site
-from lorac.ir.slots.live_terms import Dropout
-from lorac.variants import _initialisers as _inits
-from lorac.variants.base import Variant, WeightVariant
-from lorac.variants.params import ParamSpec, Role
-
-Tensor = torch.Tensor
+from lorac.variants.base import Dropout, Params, ParamSpec, Role, Site, Tensor, Variant, WeightVariant
+from lorac.variants.initialisers import zeros
 
 
 @dataclass(frozen=True, kw_only=True)
 class Residual(WeightVariant):
-    """``W' = f(W − B₀·A₀)``, f a method with tensors of its own, A₀ and B₀ frozen.
+    """``W' = f(W − B₀·A₀)``, f a method with its own tensors, A₀ and B₀ frozen.
 
     Attributes:
-        method: f. What it targets is not asked: the residual's own ``targets`` count.
+        method: f; the residual's own ``targets`` apply, not those of ``method``.
         r: rank of B₀·A₀.
         rank_pattern: module pattern -> its own r.
     """
@@ -43,22 +35,22 @@ class Residual(WeightVariant):
 
     @classmethod
     def around(cls, method: WeightVariant, r: int, rank_pattern: Mapping[str, int]) -> Residual:
-        """A residual that targets what a method targets, and trains beside it what that does."""
+        """Return a residual around a method, with its targets and the modules and biases that it trains whole."""
         common = {name: value for name, value in method.settings.items() if name not in method.own_settings}
-        return cls(method=method, r=r, rank_pattern=rank_pattern, **common)
+        return cls(method=method, r=r, rank_pattern=rank_pattern, **common)  # type: ignore[arg-type]  # of the same fields
 
     @property
-    def trained(self) -> Variant:
+    def trained_method(self) -> Variant:
         return self.method
 
     @property
     def dropout(self) -> float:
-        """The method's own rate; it acts on the whole change, so that at the start it does nothing."""
+        """The method's rate; dropout acts on the whole change, so that a fresh adapter still changes nothing."""
         return float(getattr(self.method, "dropout", 0.0))
 
     def at_path(self, path: str) -> Variant:
-        here = cast(Residual, super().at_path(path))
-        return dataclasses.replace(here, method=cast(WeightVariant, self.method.at_path(path)))
+        residual = cast(Residual, super().at_path(path))
+        return dataclasses.replace(residual, method=cast(WeightVariant, self.method.at_path(path)))
 
     def adapts(self, site: Site) -> bool:
         return self.method.adapts(site)
@@ -73,8 +65,8 @@ class Residual(WeightVariant):
     def params(self, site: Site) -> dict[str, ParamSpec]:
         return {
             **self.method.params(site),
-            "start_A": ParamSpec((self.r, site.in_features), _inits.zeros, role=Role.FROZEN),
-            "start_B": ParamSpec((site.out_features, self.r), _inits.zeros, role=Role.FROZEN),
+            "start_A": ParamSpec((self.r, site.in_features), zeros, role=Role.FROZEN),
+            "start_B": ParamSpec((site.out_features, self.r), zeros, role=Role.FROZEN),
         }
 
     def weight(self, W: Tensor, p: Params) -> Tensor:

@@ -11,9 +11,6 @@ from typing import ClassVar
 import torch
 
 from lorac.errors import SiteError
-from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import Site
-from lorac.variants import _initialisers as _inits
 from lorac.variants._masks import (
     MaskMaker,
     find_mask_maker,
@@ -23,8 +20,8 @@ from lorac.variants._masks import (
     snip_mask,
     struct_mask,
 )
-from lorac.variants.base import WeightVariant
-from lorac.variants.params import ParamSpec, Role
+from lorac.variants.base import Params, ParamSpec, Role, Site, Tensor, WeightVariant
+from lorac.variants.initialisers import zeros
 
 __all__ = ["MaskMaker", "SHiRA", "gradient_mask", "magnitude_mask", "random_mask", "snip_mask", "struct_mask"]
 
@@ -34,10 +31,10 @@ class SHiRA(WeightVariant):
     """``W' = W + S``, S holding K trained values at fixed positions.
 
     Attributes:
-        r: PEFT's size knob: K = r·(out + in). It does not bound the rank.
-        ratio: the paper's: K = round(ratio·out·in). Takes precedence over r.
-        mask: which positions: ``"random"`` (its own per adapter and site), ``"magnitude"``, or what a maker of
-            this module returns: ``random_mask``, ``magnitude_mask``, ``gradient_mask``, ``snip_mask``, ``struct_mask``.
+        r: PEFT's size setting: K = r·(out + in). It does not bound the rank.
+        ratio: the paper's setting: K = round(ratio·out·in). It overrides r.
+        mask: the positions: ``"random"`` (different per adapter and site), ``"magnitude"``, or the result of
+            ``random_mask``, ``magnitude_mask``, ``gradient_mask``, ``snip_mask`` or ``struct_mask`` of this module.
     """
 
     r: int = 32
@@ -48,7 +45,7 @@ class SHiRA(WeightVariant):
     paper: ClassVar[str] = "Sparse High Rank Adapters, arXiv 2406.13175"
 
     def entries(self, site: Site) -> int:
-        """K, the number of trained values at ``site``."""
+        """Return the number K of trained values at ``site``."""
         out, columns = site.out_features, site.in_features
         return self.r * (out + columns) if self.ratio is None else round(self.ratio * out * columns)
 
@@ -68,11 +65,11 @@ class SHiRA(WeightVariant):
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         chosen = find_mask_maker(self.mask, self.entries(site))
-        entries, inside = chosen.entries(site), (site.out_features, site.in_features)
+        entries, shape = chosen.entries(site), (site.out_features, site.in_features)
         return {
-            "indices": ParamSpec((2, entries), chosen.make, role=Role.INDEX, below=inside),
-            "values": ParamSpec((entries,), _inits.zeros, decay=False),
+            "indices": ParamSpec((2, entries), chosen.make, role=Role.INDEX, below=shape),
+            "values": ParamSpec((entries,), zeros, decay=False),
         }
 
-    def weight(self, W: torch.Tensor, p: Params) -> torch.Tensor:
+    def weight(self, W: Tensor, p: Params) -> Tensor:
         return torch.index_put(W, (p.indices[0], p.indices[1]), p.values, accumulate=True)

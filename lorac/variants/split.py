@@ -1,7 +1,7 @@
-"""Split: methods on parts of a layer that packs several into one, such as queries, keys and values.
+"""Split: methods on parts of a fused projection, such as queries, keys and values.
 
-What a part is called and how its rows lie is said by whoever knows the layer: GPT-2's ``c_attn``, timm's ``qkv`` and
-Phi-3's ``qkv_proj`` have all rows of a part beside each other, GPT-NeoX's ``query_key_value`` those of a head.
+The caller names the parts and the order of their rows: GPT-2's ``c_attn``, timm's ``qkv`` and Phi-3's ``qkv_proj``
+store all rows of a part together, GPT-NeoX's ``query_key_value`` stores them per head.
 """
 
 from __future__ import annotations
@@ -14,44 +14,49 @@ from typing import ClassVar, cast
 import torch
 
 from lorac.errors import OptionError, SiteError, nearest_name
-from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import Site, SiteKind
-from lorac.ir.slots.live_terms import Dropout
-from lorac.variants.base import MATRIX_KINDS, Variant, WeightVariant
-from lorac.variants.params import Init, InitContext, ParamSpec
-
-Tensor = torch.Tensor
+from lorac.variants.base import (
+    MATRIX_KINDS,
+    Init,
+    InitContext,
+    Params,
+    ParamSpec,
+    Site,
+    SiteKind,
+    Tensor,
+    Variant,
+    WeightVariant,
+)
+from lorac.variants.low_rank import InputDropout
+from lorac.variants.params import select_params
 
 
 @dataclass(frozen=True, kw_only=True)
-class Split(WeightVariant):
-    """``W' = [f₀(W₀); f₁(W₁); …]``, W cut by rows: fᵢ a method, or nothing; its tensors are called ``<part>_<name>``.
+class Split(InputDropout, WeightVariant):
+    """``W' = [f₀(W₀); f₁(W₁); …]``, W split by rows, fᵢ a method or the identity. Tensors are ``<part>_<name>``.
 
     Attributes:
-        parts: name of a part -> the method that acts on its rows, as on a layer's weight. What that targets is not
-            asked: the split's own ``targets`` count, and so does its own dropout.
-        among: the names of all parts, in the order of the rows; where they are not of one size, name -> its share of
-            the rows (its rows, or any numbers in the same proportion, such as its heads).
-        groups: the rows are in so many groups, each of which is cut so (the heads of GPT-NeoX and Bloom, the groups of
+        parts: name of a part -> the method that acts on its rows, as on a layer's weight. The split's own ``targets``
+            and ``dropout`` apply, not the method's.
+        among: the names of all parts, in the order of the rows; for unequal parts, name -> its share of the rows (the
+            number of rows, or any numbers in the same proportion, such as heads).
+        groups: number of groups of rows, each of which is split alike (the heads of GPT-NeoX and Bloom, the groups of
             heads of Falcon).
-        dropout: rate of the dropout on the branch's input, in training.
     """
 
     parts: Mapping[str, WeightVariant]
     among: tuple[str, ...] | Mapping[str, int] = ("q", "k", "v")
     groups: int = 1
-    dropout: float = 0.0
 
     name: ClassVar[str] = "split"
     kinds: ClassVar[frozenset[SiteKind]] = MATRIX_KINDS
-    dropout_place: ClassVar[Dropout] = Dropout.INPUT
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for part, method in self.parts.items():
-            if getattr(method, "dropout", 0):
+            dropout = getattr(method, "dropout", 0.0)
+            if dropout:
                 raise OptionError(
-                    f"the method of part '{part}' has dropout={method.dropout}, of which a part has none of its own",  # type: ignore[attr-defined]  # it was asked
+                    f"the method of part '{part}' has dropout={dropout}, which a part cannot have",
                     next_step="set the split's own dropout=",
                 )
             if part not in self.among:
@@ -62,79 +67,74 @@ class Split(WeightVariant):
                 )
 
     def at(self, site: Site) -> Variant:
-        here = {part: cast(WeightVariant, method.at(site)) for part, method in self.parts.items()}
-        return dataclasses.replace(self, parts=here)
+        parts = {part: cast(WeightVariant, method.at(site)) for part, method in self.parts.items()}
+        return dataclasses.replace(self, parts=parts)
 
     def check(self, site: Site) -> None:
         super().check(site)
         if site.out_features % (self.groups * sum(self._shares.values())):
             parts = ", ".join(f"{part}: {share}" for part, share in self._shares.items())
             raise SiteError(
-                f"the {site.out_features} rows of '{site.path}' are not {self.groups} times parts of {parts}",
-                next_step="among= is the sizes of the parts, groups= how often they follow each other",
+                f"the {site.out_features} rows of '{site.path}' do not divide into {self.groups} groups of {parts}",
+                next_step="give the sizes of the parts in among=, and the number of groups in groups=",
                 code="site_unsupported",
             )
         for part, method in self.parts.items():
-            method.check(self._part(part, site))
+            method.check(self._part_site(part, site))
 
     def starts_as_base(self, site: Site) -> bool:
-        return all(method.starts_as_base(self._part(part, site)) for part, method in self.parts.items())
+        return all(method.starts_as_base(self._part_site(part, site)) for part, method in self.parts.items())
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         return {
             f"{part}_{key}": dataclasses.replace(spec, init=self._init(part, spec.init, site))
             for part, method in self.parts.items()
-            for key, spec in method.params(self._part(part, site)).items()
+            for key, spec in method.params(self._part_site(part, site)).items()
         }
 
     def weight(self, W: Tensor, p: Params) -> Tensor:
-        cut = self._cut(W)
+        rows = self._split_rows(W)
         for part, method in self.parts.items():
-            cut[part] = method.weight(cut[part], _split_params(p, part))
-        return self._joined(cut)
+            rows[part] = method.weight(rows[part], select_params(p, f"{part}_"))
+        return self._join_rows(rows)
 
     def new_bias(self, b: Tensor, p: Params) -> Tensor:
-        cut = self._cut(b)
-        changed = {part: method.new_bias(cut[part], _split_params(p, part)) for part, method in self.parts.items()}
-        same = all(changed[part] is cut[part] for part in changed)
-        return b if same else self._joined(cut | changed)
+        rows = self._split_rows(b)
+        changed = dict(rows)
+        for part, method in self.parts.items():
+            changed[part] = method.new_bias(rows[part], select_params(p, f"{part}_"))
+        unchanged = all(changed[part] is rows[part] for part in rows)
+        return b if unchanged else self._join_rows(changed)
 
     @property
     def _shares(self) -> Mapping[str, int]:
         return self.among if isinstance(self.among, Mapping) else dict.fromkeys(self.among, 1)
 
-    def _cut(self, whole: Tensor) -> dict[str, Tensor]:
-        """The rows of each part of W (out, …), one group's after another's."""
-        unit = whole.shape[0] // (self.groups * sum(self._shares.values()))
-        groups = whole.unflatten(0, (self.groups, -1))
-        pieces = groups.split([share * unit for share in self._shares.values()], 1)
-        return {part: piece.flatten(0, 1) for part, piece in zip(self._shares, pieces, strict=True)}
+    def _split_rows(self, fused: Tensor) -> dict[str, Tensor]:
+        """Return the rows of each part of a tensor (out, …), group after group."""
+        unit = fused.shape[0] // (self.groups * sum(self._shares.values()))
+        groups = fused.unflatten(0, (self.groups, -1))
+        parts = groups.split([share * unit for share in self._shares.values()], 1)
+        return {name: part.flatten(0, 1) for name, part in zip(self._shares, parts, strict=True)}
 
-    def _joined(self, cut: Mapping[str, Tensor]) -> Tensor:
-        """The inverse of ``_cut``."""
-        return torch.cat([cut[part].unflatten(0, (self.groups, -1)) for part in self._shares], 1).flatten(0, 1)
+    def _join_rows(self, rows: Mapping[str, Tensor]) -> Tensor:
+        """Invert ``_split_rows``."""
+        return torch.cat([rows[part].unflatten(0, (self.groups, -1)) for part in self._shares], 1).flatten(0, 1)
 
-    def _part(self, part: str, site: Site) -> Site:
-        """A part as a layer of its own."""
+    def _part_site(self, part: str, site: Site) -> Site:
+        """Return the site that a part would be as a layer of its own."""
         rows = site.out_features * self._shares[part] // sum(self._shares.values())
         return dataclasses.replace(site, out_features=rows)
 
     def _init(self, part: str, init: Init, site: Site) -> Init:
-        """A part's initialiser, which sees its own tensors and its own rows of the weight."""
-        here = self._part(part, site)
+        """Return a part's initialiser, which reads its own tensors and its own rows of the weight."""
+        part_site = self._part_site(part, site)
 
-        def made(context: InitContext) -> Tensor:
+        def initialise(context: InitContext) -> Tensor:
             def weight() -> Tensor:
-                return self._cut(context.weight())[part]
+                return self._split_rows(context.weight())[part]
 
-            return init(
-                dataclasses.replace(context, site=here, params=_split_params(context.params, part), weight=weight)
-            )
+            own = select_params(context.params, f"{part}_")
+            return init(dataclasses.replace(context, site=part_site, params=own, weight=weight))
 
-        return made
-
-
-def _split_params(p: Params, part: str) -> Params:
-    """The tensors of one part, by the names that its method gives them."""
-    start = f"{part}_"
-    return Params(**{key.removeprefix(start): value for key, value in vars(p).items() if key.startswith(start)})
+        return initialise

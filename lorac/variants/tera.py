@@ -1,8 +1,8 @@
 """TeRA: vectors in a random tensor network. TeRA-style, unverified.
 
-Gu et al. 2025, arXiv 2509.03234. Taken from its abstract: a Tucker-like network, whose core and factors are random,
-frozen and shared by the layers, and of which only diagonal factors are trained, per layer. Where the diagonals sit, the
-modes, scale and start values are lorac's completion, each behind a field.
+Gu et al. 2025, arXiv 2509.03234. From its abstract: a Tucker-like network whose core and factors are random, frozen
+and shared by the layers, with trained diagonal factors per layer. The position of the diagonals, the modes, scale and
+start values are lorac's choice, each with a field.
 """
 
 from __future__ import annotations
@@ -16,20 +16,16 @@ from typing import ClassVar
 import torch
 
 from lorac.errors import not_one_of
-from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import Site
-from lorac.ir.slots.live_terms import Dropout
-from lorac.variants import _initialisers as _inits
 from lorac.variants._conv_kernels import require_one_group
-from lorac.variants.base import WeightVariant
-from lorac.variants.params import Init, InitContext, ParamSpec, Role
+from lorac.variants.base import Init, InitContext, Params, ParamSpec, Role, Site, Tensor, WeightVariant
+from lorac.variants.initialisers import ones, zeros
+from lorac.variants.low_rank import InputDropout
 
-Tensor = torch.Tensor
 FACTORS = ("dense", "identity")
 
 
 def balanced_modes(size: int, order: int) -> tuple[int, ...]:
-    """``size`` as a product of ``order`` divisors as alike as can be, smaller ones first: 11008 = 86·128."""
+    """Split ``size`` into ``order`` divisors of similar size, smaller ones first: 11008 = 86·128."""
     if order == 1:
         return (size,)
     first = max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0 and n**order <= size)
@@ -37,21 +33,20 @@ def balanced_modes(size: int, order: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeRA(WeightVariant):
+class TeRA(InputDropout, WeightVariant):
     """``W' = W + s·mat(G ×₁ U₁·diag(d₁) ×₂ … ×_K U_K·diag(d_K))`` with K = 2·order modes, half of out, half of in.
 
-    The core G (R₁, …, R_K) and the factors U_k (n_k, R_k) are random, frozen, and the same tensors at every site, as
-    large as the largest asks; a site uses their corners. Trained are the vectors d_k (R_k,). With order 1 and U₁ = 1
+    The core G (R₁, …, R_K) and the factors U_k (n_k, R_k) are random, frozen, and shared by all sites, with the size
+    that the largest site needs; a site uses their corners. The vectors d_k (R_k,) are trained. With order 1 and U₁ = 1
     this is VeRA.
 
     Attributes:
         r: largest R_k; None for R_k = n_k, where the update can have full rank.
-        order: number of modes that out is split into, and in.
+        order: number of modes into which out is split, and in.
         scale: s; None for 1/√in.
-        factors: ``"dense"``; ``"identity"`` for U_k = 1, which leaves G with diagonals on it, and r out of account.
-        zero_mode: index k of the vector that starts at zero, as in a list; the others start at one.
-        seed: of G and U, drawn in this order.
-        dropout: rate of the dropout on the branch's input, in training.
+        factors: ``"dense"``; or ``"identity"`` for U_k = 1, where only G and the diagonals act and r is ignored.
+        zero_mode: list index k of the vector that starts at zero; the others start at one.
+        seed: seed of G and U, drawn in this order.
     """
 
     r: int | None = None
@@ -60,11 +55,9 @@ class TeRA(WeightVariant):
     factors: str = "dense"
     zero_mode: int = -1
     seed: int = 0
-    dropout: float = 0.0
 
     name: ClassVar[str] = "tera"
     paper: ClassVar[str] = "TeRA: Vector-based Random Tensor Network for High-Rank Adaptation, arXiv 2509.03234"
-    dropout_place: ClassVar[Dropout] = Dropout.INPUT
 
     def check(self, site: Site) -> None:
         super().check(site)
@@ -81,7 +74,7 @@ class TeRA(WeightVariant):
                 specs[f"tera_U_{k}"] = ParamSpec(shape, self._draw(k + 1), role=Role.FROZEN, shared=True)
         zero = range(len(ranks))[self.zero_mode]
         for k, rank in enumerate(ranks):
-            specs[f"tera_d_{k}"] = ParamSpec((rank,), _inits.zeros if k == zero else _ones, decay=False)
+            specs[f"tera_d_{k}"] = ParamSpec((rank,), zeros if k == zero else ones, decay=False)
         return specs
 
     def weight(self, W: Tensor, p: Params) -> Tensor:
@@ -106,31 +99,27 @@ class TeRA(WeightVariant):
         return tuple(size if largest is None else min(size, largest) for size in sizes)
 
     def _factor(self, p: Params, k: int, size: int, rank: int) -> Tensor:
-        """U_k·diag(d_k)."""
+        """Return U_k·diag(d_k)."""
         diagonal = getattr(p, f"tera_d_{k}")
         if self.factors == "identity":
             return torch.diag(diagonal)
         return getattr(p, f"tera_U_{k}")[:size, :rank] * diagonal
 
-    def _draw(self, place: int) -> Init:
-        """Draws the ``place``-th of G ~ N(0, 1), U_k ~ N(0, 1/R_k), after those before it."""
+    def _draw(self, position: int) -> Init:
+        """Return an initialiser that draws G ~ N(0, 1), U_k ~ N(0, 1/R_k) in turn and keeps the ``position``-th."""
 
-        def make(context: InitContext) -> Tensor:
+        def draw(context: InitContext) -> Tensor:
             generator = torch.Generator().manual_seed(self.seed)
-            names = ["tera_G", *(f"tera_U_{k}" for k in range(place))][:place]
-            for before in names:
-                torch.randn(getattr(context.params, before).shape, generator=generator)
+            earlier = ["tera_G", *(f"tera_U_{k}" for k in range(position))][:position]
+            for name in earlier:
+                torch.randn(getattr(context.params, name).shape, generator=generator)
             drawn = torch.randn(context.shape, generator=generator)
-            return drawn if place == 0 else drawn * context.shape[1] ** -0.5
+            return drawn if position == 0 else drawn * context.shape[1] ** -0.5
 
-        return make
+        return draw
 
 
 def _contract_core(core: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    """The core (R₁, …, R_K) with every mode multiplied by its factor (n_k, R_k): (n₁, …, n_K)."""
-    # Each step takes the first mode away and puts its image last, so that K of them restore the order.
+    """Multiply every mode of the core (R₁, …, R_K) by its factor (n_k, R_k); the result is (n₁, …, n_K)."""
+    # Each step moves the first mode to the end, so that K steps restore the order.
     return functools.reduce(lambda tensor, factor: torch.tensordot(tensor, factor, dims=([0], [1])), factors, core)
-
-
-def _ones(context: InitContext) -> Tensor:
-    return torch.ones(context.shape)

@@ -14,28 +14,24 @@ from typing import ClassVar
 import torch
 
 from lorac.errors import SiteError, not_one_of
-from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import Site, SiteKind
-from lorac.variants import _initialisers as _inits
-from lorac.variants.base import WeightVariant
-from lorac.variants.params import Init, InitContext, ParamSpec
+from lorac.variants.base import Init, InitContext, Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
+from lorac.variants.initialisers import normal, zeros
 
-Tensor = torch.Tensor
 _DIMS = ((4, 8, 10), (8, 8, 10), (8, 8, 12), (8, 10, 16), (8, 16, 16))
 """The factors of the authors' code."""
 _RESIDUALS, _ORDERS = ("lora", "ttv"), ("big", "little")
 
 
 def _identity(context: InitContext) -> Tensor:
-    """I, or I/R in every pair of ring indices: the trace over the ring is then I. In float64, which 1/3 needs."""
+    """Return I, or I/R for every pair of ring indices, so that the trace over the ring is I (in float64, for 1/3)."""
     size, _, *ring = context.shape
     eye = torch.eye(size, dtype=torch.float64)
     return eye if not ring else (eye / ring[0])[:, :, None, None].expand(context.shape).clone()
 
 
 def _kaiming_normal(context: InitContext) -> Tensor:
-    """N(0, 1/(3·fan_in)): kaiming_normal with a = √5."""
-    return _inits.normal((3 * context.shape[1]) ** -0.5)(context)
+    """Draw from N(0, 1/(3·fan_in)): kaiming_normal with a = √5."""
+    return normal((3 * context.shape[1]) ** -0.5)(context)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +45,10 @@ class TLoRA(WeightVariant):
         transform_rank: R; 0 for no transform.
         r: rank of the residual, R' for a ring.
         residual: ``"lora"`` or ``"ttv"`` (the ring).
-        alpha, rslora: s = alpha/√r under rslora, the code's default; the paper's formula is s = 1.
+        alpha, rslora: s = alpha/√r under rslora, the code's default; s = 1 in the paper.
         index_order: ``"big"``: the first factor is the slowest index (the code); ``"little"``: the fastest (the paper).
-        dims: factorisations to use, each for the size that is its product. Other sizes: the authors' table, else the
-            most balanced factors, as many as those of the other side.
+        dims: factorisations, each for the size that is its product. Other sizes use the authors' table, or the most
+            balanced three factors.
     """
 
     transform_rank: int = 1
@@ -80,11 +76,11 @@ class TLoRA(WeightVariant):
 
     @property
     def scale(self) -> float:
-        """s."""
+        """The factor s of the residual."""
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
     def factors(self, size: int) -> tuple[int, ...]:
-        """The factorisation of one side of a layer."""
+        """Return the factorisation of one side of a layer."""
         for known in (*self.dims, *_DIMS):
             if math.prod(known) == size:
                 return known
@@ -109,36 +105,36 @@ class TLoRA(WeightVariant):
                 specs[f"transform_core_{d}"] = ParamSpec((size, size, *ring), _identity)
         if self.residual == "lora":
             specs["lora_A"] = ParamSpec((self.r, site.in_features), _kaiming_normal)
-            specs["lora_B"] = ParamSpec((site.out_features, self.r), _inits.zeros)
+            specs["lora_B"] = ParamSpec((site.out_features, self.r), zeros)
             return specs
         for d, size in enumerate((*rows, *columns)):
-            init: Init = _inits.normal(size**-0.5)
+            init: Init = normal(size**-0.5)
             if d < len(rows):
-                init = _inits.normal(math.sqrt(size) / self.r**2) if d else _inits.zeros
+                init = normal(math.sqrt(size) / self.r**2) if d else zeros
             specs[f"ttv_core_{d}"] = ParamSpec((size, self.r, self.r), init)
         return specs
 
     def weight(self, W: Tensor, p: Params) -> Tensor:
         cores = self._ordered(_cores(p, "transform_core_"))
-        turned = _times_ring(W, cores) if cores else W
+        transformed = _times_ring(W, cores) if cores else W
         if self.residual == "lora":
-            return turned + self.scale * (p.lora_B @ p.lora_A)
+            return transformed + self.scale * (p.lora_B @ p.lora_A)
         ring = _cores(p, "ttv_core_")
         half = len(ring) // 2
         # tr(L·R) = Σ L[p, q]·R[q, p]: a matrix product over pairs of ring indices.
         left, right = (self._chain(part) for part in (ring[:half], ring[half:]))
-        return turned + (self.scale * left.flatten(1)) @ right.transpose(1, 2).flatten(1).t()
+        return transformed + (self.scale * left.flatten(1)) @ right.transpose(1, 2).flatten(1).t()
 
     def _ordered(self, cores: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Cores from the slowest index to the fastest, each (n, n, R, R).
+        """Return the cores from the slowest index to the fastest, each (n, n, R, R).
 
-        The ring's trace of the factors in reverse is that of the transposed ones in order.
+        The trace of factors in reverse order is that of the transposed factors in order.
         """
-        whole = [core if core.dim() > 2 else core[:, :, None, None] for core in cores]
-        return whole if self.index_order == "big" else [core.transpose(2, 3) for core in reversed(whole)]
+        rings = [core if core.dim() > 2 else core[:, :, None, None] for core in cores]
+        return rings if self.index_order == "big" else [core.transpose(2, 3) for core in reversed(rings)]
 
     def _chain(self, cores: Sequence[Tensor]) -> Tensor:
-        """G¹[a₁] ⋯ Gᴰ[a_D] for every index a: (n, R, R)."""
+        """Return G¹[a₁] ⋯ Gᴰ[a_D] for every index a: (n, R, R)."""
         total = cores[0]
         for core in cores[1:]:
             grid = torch.einsum("apq,bqr->abpr", total, core)
@@ -153,20 +149,20 @@ def _cores(p: Params, prefix: str) -> list[Tensor]:
 
 
 def _times_ring(W: Tensor, cores: Sequence[Tensor]) -> Tensor:
-    """W (out, in)·T, one core after the other; T is never built."""
+    """Return W (out, in)·T, core by core, without building T."""
     out, columns = W.shape
     ring = cores[0].shape[2]
-    # (out·done, rest, first ring index, running ring index): the running one starts equal to the first.
+    # (out·done, rest, first ring index, current ring index); the current index starts equal to the first.
     state = torch.einsum("nj,pq->njpq", W, torch.eye(ring, dtype=W.dtype, device=W.device))
     for core in cores:
         done, rest, size = state.shape[0], state.shape[1], core.shape[0]
-        cut = state.reshape(done, size, rest // size, ring, ring)
-        state = torch.einsum("njmpq,jkqr->nkmpr", cut, core).reshape(done * size, rest // size, ring, ring)
+        split = state.reshape(done, size, rest // size, ring, ring)
+        state = torch.einsum("njmpq,jkqr->nkmpr", split, core).reshape(done * size, rest // size, ring, ring)
     return torch.einsum("nmpp->nm", state).reshape(out, columns)
 
 
 def _balanced(size: int) -> tuple[int, int, int]:
-    """Three factors in ascending order, of least sum."""
+    """Return three factors in ascending order with the least sum."""
     firsts = [d for d in range(1, size + 1) if size % d == 0]
     triples = ((a, b, size // a // b) for a in firsts for b in firsts if a <= b and size // a % b == 0)
     return min((t for t in triples if t[1] <= t[2]), key=sum)

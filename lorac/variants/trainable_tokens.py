@@ -1,4 +1,4 @@
-"""Trainable tokens: a few rows of an embedding trained, such as those of tokens that are new.
+"""Trainable tokens: trains a few rows of an embedding, such as those of new tokens.
 
 PEFT's TRAINABLE_TOKENS (https://huggingface.co/docs/peft/package_reference/trainable_tokens).
 """
@@ -10,12 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import Site, SiteKind
-from lorac.variants.base import WeightVariant
-from lorac.variants.params import Init, InitContext, ParamSpec, Role
-
-Tensor = torch.Tensor
+from lorac.variants.base import Init, Params, ParamSpec, Role, Site, SiteKind, Tensor, WeightVariant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +18,7 @@ class TrainableTokens(WeightVariant):
     """``W'[:, t] = P`` for some tokens t of an embedding W (d, V), P (d, n); of an output layer (V, d) ``W'[t] = Pᵀ``.
 
     Attributes:
-        token_indices: numbers of the tokens, each once.
+        token_indices: the tokens' indices, without duplicates.
     """
 
     token_indices: tuple[int, ...]
@@ -36,8 +31,8 @@ class TrainableTokens(WeightVariant):
         name, shape = ("columns", (site.out_features, count)) if dim else ("rows", (count, site.in_features))
         below = (site.in_features if dim else site.out_features,)
         return {
-            "index": ParamSpec((1, count), self._index, Role.INDEX, below=below),
-            name: ParamSpec(shape, self._taken(dim)),
+            "index": ParamSpec((1, count), lambda _: torch.tensor([self.token_indices]), Role.INDEX, below=below),
+            name: ParamSpec(shape, self._base_vectors(dim)),
         }
 
     def weight(self, W: Tensor, p: Params) -> Tensor:
@@ -45,13 +40,6 @@ class TrainableTokens(WeightVariant):
             return W.index_copy(1, p.index[0], p.columns)
         return W.index_copy(0, p.index[0], p.rows)
 
-    def _index(self, context: InitContext) -> Tensor:
-        return torch.tensor([self.token_indices], dtype=torch.int64)
-
-    def _taken(self, dim: int) -> Init:
-        """The base's own."""
-
-        def made(context: InitContext) -> Tensor:
-            return context.weight().index_select(dim, torch.tensor(self.token_indices))
-
-        return made
+    def _base_vectors(self, dim: int) -> Init:
+        """Return an initialiser that copies the base's vectors."""
+        return lambda context: context.weight().index_select(dim, torch.tensor(self.token_indices))

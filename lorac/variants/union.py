@@ -1,7 +1,7 @@
-"""Union: several methods as one adapter, each at sites of its own, such as bottlenecks behind MLPs beside a LoRA.
+"""Union: several methods in one adapter, each at its own sites, such as bottlenecks after MLPs and a LoRA elsewhere.
 
-Of the adapters that AdapterHub calls a ``ConfigUnion`` those whose parts meet at no site (UniPELT's design, Mao et al.
-2022, arXiv 2110.07577, without its gates and prefixes).
+It covers AdapterHub's ``ConfigUnion`` for parts with disjoint sites (UniPELT's design, Mao et al. 2022, arXiv
+2110.07577, without its gates and prefixes).
 """
 
 from __future__ import annotations
@@ -13,21 +13,19 @@ from typing import ClassVar
 from lorac.errors import OptionError, SiteError
 from lorac.frontend.model_view import ModelView
 from lorac.ir.patterns import check_targets_match, is_named
-from lorac.ir.sites import Site, SiteKind
-from lorac.variants.base import MATRIX_KINDS, BranchVariant, Variant, WeightVariant
-from lorac.variants.params import ParamSpec
+from lorac.variants.base import MATRIX_KINDS, BranchVariant, ParamSpec, Site, SiteKind, Variant, WeightVariant
 
 
 @dataclass(frozen=True, kw_only=True)
 class Union(Variant):
-    """``f = fᵢ`` at the sites that the i-th method targets; its tensors bear the names that this method gives them.
+    """``f = fᵢ`` at the sites that the i-th method targets, with that method's names of tensors.
 
-    Nothing is summed: no two methods act at one site, and what one of them changes the next takes as its input, in the
-    order in which the model calls its modules. Each keeps its own dropout.
+    Only one method acts at a site. Each reads what earlier modules of the model output with their methods, and keeps
+    its own dropout.
 
     Attributes:
-        parts: the methods, each with ``targets`` of its own.
-        targets: all that theirs name; settled where the union meets a model.
+        parts: the methods, each with its own ``targets``.
+        targets: the sites of all parts; filled in by ``for_model``.
     """
 
     targets: str | tuple[str, ...] = ()
@@ -42,12 +40,12 @@ class Union(Variant):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.parts:
-            raise OptionError("a union of no methods", next_step="give the methods as parts=, each with its targets=")
+            raise OptionError("a union needs at least one method", next_step="give methods with targets= as parts=")
         for part in self.parts:
             if isinstance(part, BranchVariant) and part.has_once:
                 raise OptionError(
-                    f"a union takes no {part.name}, which computes once per call what all its sites read",
-                    next_step="give it as an adapter of its own; a weighted swap has both active",
+                    f"a union cannot hold {part.name}, which computes values once per call for all its sites",
+                    next_step="give it as an adapter of its own; a weighted swap activates both",
                 )
 
     @property
@@ -58,7 +56,7 @@ class Union(Variant):
         found = next((part for part in self.parts if is_named(part.targets, path)), None)
         if found is None:
             raise SiteError(
-                f"none of the methods of a union ({', '.join(part.name for part in self.parts)}) targets '{path}'",
+                f"no method of the union ({', '.join(part.name for part in self.parts)}) targets '{path}'",
                 next_step="name the module in the targets= of one of them",
                 code="site_unsupported",
             )
@@ -80,33 +78,32 @@ class Union(Variant):
         return self.at(site).params(site)
 
     def for_model(self, view: ModelView, inputs: object = None) -> Union:
-        """This union with the sites of its parts by their paths.
+        """Return this union with full paths as the targets of its parts.
 
         Raises:
-            SiteError: a part names no site.
-            SiteError: two parts name one.
+            SiteError: a part names no site, or two parts name the same one.
         """
         parts = tuple(_resolve_sites(part.for_model(view, inputs), view) for part in self.parts)
         return Union.of(*parts, like=self)
 
     @classmethod
     def of(cls, *parts: Variant, like: Variant | None = None) -> Union:
-        """A union of methods that name their sites by whole paths.
+        """Return a union of methods whose targets are full paths.
 
         Args:
             parts: the methods.
-            like: whose ``modules_to_save`` and ``bias`` it has.
+            like: a variant with the union's ``modules_to_save`` and ``bias``.
 
         Raises:
-            SiteError: two of them name one site.
+            SiteError: two methods name the same site.
         """
         paths = [path for part in parts for path in part.targets]
-        twice = [path for path in paths if paths.count(path) > 1]
-        if twice:
-            both = [part.name for part in parts if twice[0] in part.targets]
+        duplicates = [path for path in paths if paths.count(path) > 1]
+        if duplicates:
+            both = [part.name for part in parts if duplicates[0] in part.targets]
             raise SiteError(
-                f"'{twice[0]}' is a site of {' and '.join(both)}, and of the methods of a union one acts at a site",
-                next_step="narrow their targets=, or make adapters of their own of them, whose changes add up",
+                f"{' and '.join(both)} both target '{duplicates[0]}', where only one method of a union can act",
+                next_step="narrow their targets=, or give them as two adapters, whose changes add up",
                 code="site_unsupported",
             )
         whole = {} if like is None else {"modules_to_save": like.modules_to_save, "bias": like.bias}
@@ -114,7 +111,7 @@ class Union(Variant):
 
 
 def _resolve_sites(part: Variant, view: ModelView) -> Variant:
-    """A part with its targets by whole paths; a branch that names modules names them by these already."""
+    """Return a part with full paths as targets; branches that list modules have full paths already."""
     if isinstance(part, BranchVariant) and not isinstance(part.targets, str):
         return part
     check_targets_match(part.name, part.targets, view.sites)

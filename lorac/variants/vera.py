@@ -11,59 +11,52 @@ from typing import ClassVar
 
 import torch
 
-from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import Site
-from lorac.ir.slots.live_terms import Dropout
-from lorac.variants import _initialisers as _inits
-from lorac.variants.base import WeightVariant
-from lorac.variants.params import InitContext, ParamSpec, Role
-
-Tensor = torch.Tensor
+from lorac.variants.base import InitContext, Params, ParamSpec, Role, Site, Tensor, WeightVariant
+from lorac.variants.initialisers import constant, zeros
+from lorac.variants.low_rank import InputDropout
 
 
 def draw_projections(r: int, out: int, columns: int, key: int) -> tuple[Tensor, Tensor]:
-    """A (r, columns) and B (out, r), float32, drawn one after the other from a CPU generator seeded with ``key``.
+    """Draw A (r, columns), then B (out, r), in float32 from a CPU generator seeded with ``key``.
 
-    Both are U(±√(6 / size of the last axis)). The same bits as PEFT's where torch's generator gives the same bits.
+    Both are U(±√(6 / size of the last axis)), and equal PEFT's bit for bit if torch's generator does.
     """
     generator = torch.Generator().manual_seed(key)
     return _uniform((r, columns), generator), _uniform((out, r), generator)
 
 
 def _uniform(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    # Factor by factor as torch's kaiming_uniform rounds it: the bound decides the bits.
+    # Computed in the order of torch's kaiming_uniform, since the bound's rounding decides the bits.
     bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))
     return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
 
 
 @dataclass(frozen=True, kw_only=True)
-class VeRA(WeightVariant):
-    """``W' = W + diag(λ_b)·B·diag(λ_d)·A``: A and B random, frozen, and the same tensors at every site.
+class VeRA(InputDropout, WeightVariant):
+    """``W' = W + diag(λ_b)·B·diag(λ_d)·A``: A and B are random, frozen, and shared by all sites.
 
-    A and B are as large as the largest site asks; a site uses the first in columns of A and the first out rows of B.
+    A and B have the size that the largest site needs; a site uses the first in columns of A and the first out rows of
+    B.
 
     Attributes:
         r: rank.
-        d_initial: what λ_d starts at.
+        d_initial: start value of λ_d.
         projection_prng_key: seed of A and B.
-        dropout: rate of the dropout on the branch's input, in training.
     """
 
     r: int = 256
     d_initial: float = 0.1
     projection_prng_key: int = 0
-    dropout: float = 0.0
 
     name: ClassVar[str] = "vera"
     paper: ClassVar[str] = "VeRA: Vector-based Random Matrix Adaptation, arXiv 2310.11454"
-    dropout_place: ClassVar[Dropout] = Dropout.INPUT
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         return {
             "vera_A": ParamSpec((self.r, site.in_features), self._draw_a, role=Role.FROZEN, shared=True),
             "vera_B": ParamSpec((site.out_features, self.r), self._draw_b, role=Role.FROZEN, shared=True),
-            "vera_lambda_b": ParamSpec((site.out_features,), _inits.zeros),
-            "vera_lambda_d": ParamSpec((self.r,), self._start_d),
+            "vera_lambda_b": ParamSpec((site.out_features,), zeros),
+            "vera_lambda_d": ParamSpec((self.r,), constant(self.d_initial)),
         }
 
     def weight(self, W: Tensor, p: Params) -> Tensor:
@@ -77,6 +70,3 @@ class VeRA(WeightVariant):
 
     def _draw_b(self, context: InitContext) -> Tensor:
         return draw_projections(self.r, context.shape[0], context.params.vera_A.shape[1], self.projection_prng_key)[1]
-
-    def _start_d(self, context: InitContext) -> Tensor:
-        return torch.full(context.shape, self.d_initial)

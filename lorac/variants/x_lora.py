@@ -1,8 +1,8 @@
-"""X-LoRA: LoRAs in every layer, mixed token by token by a classifier that reads what the base makes of the text.
+"""X-LoRA: LoRAs in every layer, mixed per token by a classifier that reads the base's last hidden state.
 
-"X-LoRA: Mixture of Low-Rank Adapter Experts…", Buehler and Buehler 2024, arXiv 2402.07148; PEFT's XLORA. The scaling
-pass, whose last hidden state the classifier reads, is one of the unadapted model, or one in which every expert weighs
-``scaling_pass_value``. Only the classifier is trained.
+"X-LoRA: Mixture of Low-Rank Adapter Experts…", Buehler and Buehler 2024, arXiv 2402.07148; PEFT's XLORA. The
+classifier reads the last hidden state of a scaling pass: of the unadapted model, or of a pass in which every expert has
+the weight ``scaling_pass_value``. Only the classifier is trained.
 """
 
 from __future__ import annotations
@@ -18,48 +18,43 @@ import torch.nn.functional as F
 from lorac.errors import AdapterError
 from lorac.frontend.model_view import ModelView
 from lorac.frontend.module_sites import infer_module_site
-from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import Site, SiteKind
 from lorac.ir.slots.program_values import BASE, pass_value_name
-from lorac.variants import _initialisers as _inits
-from lorac.variants._experts import expert_specs, read_factors, stack_factors
-from lorac.variants._routed import RoutedVariant
-from lorac.variants._routing import top_k
+from lorac.variants._mixtures import RoutedVariant, route_loras, top_k_mask
 from lorac.variants.adapter import Adapter
-from lorac.variants.base import Context
-from lorac.variants.params import InitContext, ParamSpec, Role
+from lorac.variants.base import Context, Params, ParamSpec, Role, Site, Tensor
+from lorac.variants.initialisers import kaiming_uniform, uniform
+from lorac.variants.low_rank import factor_specs
 
-Tensor = torch.Tensor
 SCALING_PASS = "scaling"
-"""The pass before the call's own, where it is not one of the base."""
+"""The name of the scaling pass, where it is not a pass of the base."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class XLoRA(RoutedVariant):
     """``y' = y + g·Σ_i σ_i·B_i·A_i·x``, σ = softmax(MLP(h)/temperature) of each token, h the last hidden state.
 
-    h is that of a scaling pass, without gradients, in which σ_i = v at every token and site: of the unadapted model
-    where v is 0. What top-k and its softmax make of σ they make of v too, as in PEFT; of experts that weigh the same
-    those with the lowest indices are kept, where PEFT leaves it to torch which.
+    h comes from a scaling pass without gradients, in which σ_i = v at every token and site; for v = 0 that is a pass of
+    the unadapted model. Top-k and its softmax apply to v as to σ, as in PEFT; among equal weights the lowest indices
+    are kept, where PEFT leaves the choice to torch.
 
-    A (experts·r, in) and B (out, experts·r) are the experts' factors stacked, each one's scale in its B. The classifier
-    is one for the model, with ReLU and dropout between its layers. What each token's experts weigh (…, experts) is
+    A (experts·r, in) and B (out, experts·r) are the experts' factors stacked, each one's scale in its B. One classifier
+    serves the model, with ReLU and dropout between its layers. The experts' weights (…, experts) of each token are
     emitted as ``"router"``.
 
     Attributes:
-        hidden: path of the module that gives the last hidden state (…, hidden_size): the last norm of most models.
+        hidden: path of the module whose output is the last hidden state (…, hidden_size), in most models the last norm.
         hidden_size: its width.
         r: rank of each expert.
         experts: their number.
-        layerwise_scalings: whether each site has weights of its own; ``targets`` are then their paths in full.
-        depth: layers of the classifier.
+        layerwise_scalings: give each site its own weights; ``targets`` must then list the sites' full paths.
+        depth: number of layers of the classifier.
         size: width between them.
-        activation: whether ReLU, and in training dropout, stands between them.
-        dropout_p: the rate of that.
-        enable_softmax: whether σ is normalised; else it is what the classifier gives.
-        softmax_temperature: flattens it.
-        top_k_lora: how many experts a token keeps, as they are weighed, ties to the lowest index; None: all.
-        enable_softmax_topk: whether those that are left, and are not 0, are normalised.
+        activation: apply ReLU, and in training dropout, between them.
+        dropout_p: the rate of that dropout.
+        enable_softmax: normalise σ; else it is the classifier's output.
+        softmax_temperature: flattens σ.
+        top_k_lora: number of experts per token, ties to the lowest index; None: all.
+        enable_softmax_topk: normalise the remaining non-zero weights.
         scaling_pass_value: v.
         global_scaling_weight: g.
         use_trainable_adapters: train A and B too.
@@ -84,45 +79,39 @@ class XLoRA(RoutedVariant):
 
     name: ClassVar[str] = "x_lora"
     paper: ClassVar[str] = "X-LoRA: Mixture of Low-Rank Adapter Experts, arXiv 2402.07148"
-    kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.LINEAR})
-    emits: ClassVar[tuple[str, ...]] = ("router",)
 
     def for_model(self, view: ModelView, inputs: object = None) -> XLoRA:
-        """As it is; refused where the structure of the model tells another width of what the classifier reads.
+        """Return this variant, after a check of the width that the classifier reads.
 
         Raises:
-            AdapterError: naming both widths.
+            AdapterError: the model's hidden state has another width.
         """
         found = view.sites.get(self.hidden)
         if found is None and self.hidden in view.callable_paths:
             found = infer_module_site(self.hidden, view)
         if found is not None and found.out_features != self.hidden_size:
             raise AdapterError(
-                f"the classifier of X-LoRA reads {self.hidden_size} values of a token, and '{self.hidden}' gives "
-                f"{found.out_features}",
+                f"X-LoRA's classifier reads {self.hidden_size} values, and '{self.hidden}' gives {found.out_features}",
                 next_step=f"give hidden_size={found.out_features}, or name another module in hidden=",
                 code="shape_mismatch",
             )
         return self
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
-        ranks, role = self.experts * self.r, Role.TRAINABLE if self.use_trainable_adapters else Role.FROZEN
-        return {
-            **expert_specs(site, ranks, role),
-            **self.classifier(),
-        }
+        role = Role.TRAINABLE if self.use_trainable_adapters else Role.FROZEN
+        return factor_specs(site, self.experts * self.r, role) | self.classifier()
 
     def classifier(self) -> dict[str, ParamSpec]:
-        """The tensors of the classifier: a weight and a bias for each of its layers.
+        """Return the tensors of the classifier: a weight and a bias for each of its layers.
 
         Raises:
-            AdapterError: it is to weigh layers of which only names are known.
+            AdapterError: ``layerwise_scalings`` is on, and ``targets`` does not list the sites.
         """
         widths = [self.hidden_size, *[self.size] * (self.depth - 1), self.experts * self._layers()]
         found = {}
         for j, (inside, out) in enumerate(itertools.pairwise(widths)):
-            found[f"classifier_{j}_weight"] = ParamSpec((out, inside), _inits.kaiming_uniform, shared=True)
-            found[f"classifier_{j}_bias"] = ParamSpec((out,), _inits.uniform(inside**-0.5), shared=True)
+            found[f"classifier_{j}_weight"] = ParamSpec((out, inside), kaiming_uniform, shared=True)
+            found[f"classifier_{j}_bias"] = ParamSpec((out,), uniform(inside**-0.5), shared=True)
         return found
 
     @property
@@ -133,34 +122,34 @@ class XLoRA(RoutedVariant):
         return self.global_scaling_weight
 
     def _layers(self) -> int:
-        """For how many layers the classifier weighs the experts."""
+        """Return the number of sites that have weights of their own."""
         if not self.layerwise_scalings:
             return 1
         if isinstance(self.targets, str):
             raise AdapterError(
-                f"layerwise_scalings=True weighs every site by its number, and targets={self.targets!r} gives none",
-                next_step="give targets= the paths of the sites in full, in order; lorac.sites(model) has them",
+                f"layerwise_scalings=True needs a list of the sites in targets=, not {self.targets!r}",
+                next_step="list the full paths of the sites in targets=, in order; lorac.sites(model) has them",
             )
         return len(self.targets)
 
     @property
-    def read(self) -> str:
-        """What the classifier reads, as a value of the program."""
+    def classifier_input(self) -> str:
+        """The name of the program value that the classifier reads."""
         return pass_value_name(SCALING_PASS, self.hidden) if self.scaling_pass_value else f"{BASE}:{self.hidden}"
 
     def reads_once(self) -> tuple[str, ...]:
-        return (self.read,)
+        return (self.classifier_input,)
 
     def reads(self, site: Site) -> tuple[str, ...]:
         if self.layerwise_scalings and site.path not in self.targets:
             raise AdapterError(
-                f"layerwise_scalings=True weighs the sites by their places in targets=, where '{site.path}' is none",
-                next_step="give targets= the paths of the sites in full, in order; lorac.sites(model) has them",
+                f"layerwise_scalings=True needs every site in targets=, which does not list '{site.path}'",
+                next_step="list the full paths of the sites in targets=, in order; lorac.sites(model) has them",
             )
         return ("own:scalings",)
 
     def once(self, p: Params, ctx: Context) -> Mapping[str, Tensor]:
-        z = ctx.value(self.read)
+        z = ctx.value(self.classifier_input)
         for j in range(self.depth):
             if j and self.activation:
                 z = F.dropout(F.relu(z), self.dropout_p, ctx.training)
@@ -168,29 +157,29 @@ class XLoRA(RoutedVariant):
         return {"scalings": self.scalings(z.unflatten(-1, (self._layers(), self.experts)))}
 
     def scalings(self, logits: Tensor) -> Tensor:
-        """σ (…, experts) of what the classifier gives (…, experts)."""
-        return self._kept(torch.softmax(logits / self.softmax_temperature, dim=-1) if self.enable_softmax else logits)
+        """Return σ (…, experts) from the classifier's logits (…, experts)."""
+        weights = torch.softmax(logits / self.softmax_temperature, dim=-1) if self.enable_softmax else logits
+        return self._select(weights)
 
-    def _kept(self, weights: Tensor) -> Tensor:
-        """What is left of weights (…, experts) behind top-k, and normalised over that."""
+    def _select(self, weights: Tensor) -> Tensor:
+        """Apply top-k to weights (…, experts), and normalise the rest where that is on."""
         if self.top_k_lora is not None:
-            weights = weights * top_k(weights, self.top_k_lora)
+            weights = weights * top_k_mask(weights, self.top_k_lora)
         if not self.enable_softmax_topk:
             return weights
-        out = weights == 0
-        return torch.softmax(weights.masked_fill(out, -torch.inf), dim=-1).masked_fill(out, 0)
+        excluded = weights == 0
+        return torch.softmax(weights.masked_fill(excluded, -torch.inf), dim=-1).masked_fill(excluded, 0)
 
     def branch(self, x: Tensor, y: Tensor, p: Params, ctx: Context) -> Tensor:
         if ctx.passing == SCALING_PASS:
-            weights = self._kept(x.new_full((self.experts,), self.scaling_pass_value))
+            weights = self._select(x.new_full((self.experts,), self.scaling_pass_value))
         else:
-            weights = ctx.value("own:scalings")[..., self._place(ctx.site.path), :]
+            weights = ctx.value("own:scalings")[..., self._site_index(ctx.site.path), :]
         ctx.emit("router", weights)
-        mixed = F.linear(x, p.lora_A).unflatten(-1, (self.experts, self.r)) * weights.unsqueeze(-1)
-        return y + self.output_scale(p) * F.linear(mixed.flatten(-2), p.lora_B)
+        return y + self.output_scale(p) * self.mix(F.linear(x, p.lora_A), weights, p)
 
-    def _place(self, path: str) -> int:
-        """Which of the classifier's layers a site is."""
+    def _site_index(self, path: str) -> int:
+        """Return the index of a site's weights among those that the classifier gives."""
         return self.targets.index(path) if self.layerwise_scalings else 0
 
     @staticmethod
@@ -202,42 +191,24 @@ class XLoRA(RoutedVariant):
         seed: int = 0,
         **fields: object,
     ) -> Adapter:
-        """One mixed adapter of several LoRAs, in their order; the classifier starts fresh.
+        """Return one mixed adapter made from several LoRAs, in their order; the classifier is freshly initialised.
 
-        Each LoRA's scale is folded into its B, smaller ranks are padded with zeros (both exact), and a site that only
-        some of them adapt gets zeros for the others.
+        Each LoRA's scale is folded into its B, and smaller ranks are padded with zeros (both exact). Where only some of
+        the LoRAs adapt a site, the others' factors are zero.
 
         Args:
             adapters: plain LoRAs.
-            sites: paths of the sites in the model's order, which numbers them; default: the adapters'.
+            sites: paths of the sites in the model's order; default: the adapters' order.
             name: the new adapter's name.
-            seed: of the classifier.
-            **fields: the variant's; ``hidden`` and ``hidden_size`` at least.
+            seed: seed of the classifier.
+            **fields: fields of the variant, ``hidden`` and ``hidden_size`` among them.
 
         Raises:
-            AdapterError: no LoRA, or one that is more than its two factors on linear layers.
-            AdapterError: two were made for different models.
+            AdapterError: there is no LoRA, one has more than its two factors on linear layers, or two were made for
+                different models.
         """
-        if not adapters:
-            raise AdapterError("X-LoRA needs at least one LoRA", next_step="give adapters of lorac.LoRA")
-        sources = [read_factors(adapter, "X-LoRA") for adapter in adapters]
-        paths = dict.fromkeys(path for source in sources for path in source)
-        order = [*(path for path in sites if path in paths), *(path for path in paths if path not in sites)]
-        rank = max(a.shape[0] for source in sources for a, _ in source.values())
-        variant = XLoRA(targets=tuple(order), r=rank, experts=len(sources), **fields)  # type: ignore[arg-type]  # its own
-        generator = torch.Generator().manual_seed(seed)
-        tensors: dict[str, dict[str, Tensor]] = {}
-        shared: dict[str, Tensor] = {}
-        for path in order:
-            a, b = stack_factors(path, [source.get(path) for source in sources], rank, "X-LoRA")
-            site = Site(path, SiteKind.LINEAR, b.shape[0], a.shape[1], a.dtype, None)
-            for key, spec in variant.classifier().items() if not shared else ():
-                context = InitContext(spec.shape, site, _refuse_base_weight, Params(), generator, name)
-                shared[key] = spec.init(context).to(a.dtype)
-            tensors[path] = {"lora_A": a, "lora_B": b}
-        tensors = {path: {**own, **shared} for path, own in tensors.items()}
-        return Adapter(name, variant, tensors, provenance={"experts": [adapter.name for adapter in adapters]})
 
+        def make_variant(paths: tuple[str, ...], rank: int, number: int) -> XLoRA:
+            return XLoRA(targets=paths, r=rank, experts=number, **fields)  # type: ignore[arg-type]  # checked by XLoRA
 
-def _refuse_base_weight() -> Tensor:
-    raise AssertionError("the classifier of X-LoRA starts without looking at the base")
+        return route_loras(adapters, "X-LoRA", make_variant, name=name, seed=seed, sites=sites)

@@ -6,7 +6,7 @@ import torch
 
 import lorac
 from lorac.backends.onnx.model_files import MODEL_FILE
-from lorac.variants._routing import top_k
+from lorac.variants._mixtures import top_k_mask
 
 
 class Choosing(torch.nn.Module):
@@ -17,7 +17,7 @@ class Choosing(torch.nn.Module):
         self.k, self.out = k, torch.nn.Linear(4, 4)
 
     def forward(self, x: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.out(x), top_k(z, self.k).float()
+        return self.out(x), top_k_mask(z, self.k).float()
 
 
 @pytest.mark.parametrize(("k", "experts", "levels"), [(1, 3, 1), (2, 8, 3), (7, 8, 2), (5, 300, 4), (90, 300, 2)])
@@ -30,5 +30,5 @@ def test_of_equals_the_first_are_chosen(k: int, experts: int, levels: int) -> No
     assert {"TopK", "ScatterElements"} <= set(ops)
     assert not {"CumSum", "ReduceSum"} & set(ops)
     x, z = torch.randn(5, 4), torch.randint(levels, (5, 3, experts)).float()
-    assert torch.equal(compiled(x, z)[1], top_k(z, k).float())
+    assert torch.equal(compiled(x, z)[1], top_k_mask(z, k).float())
     assert torch.equal(compiled(x, z)[1].sum(-1), torch.full((5, 3), float(k)))

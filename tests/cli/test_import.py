@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import lorac
-from lorac.variants._initialisers import zeros
+from lorac.variants.initialisers import zeros
 
 
 @dataclass(frozen=True, kw_only=True)

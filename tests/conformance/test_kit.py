@@ -10,7 +10,7 @@ import torch
 import lorac
 from lorac.ir.sites import SiteKind
 from lorac.testing import HOSTS, Oracle, conformance, samples
-from lorac.variants import _initialisers as _inits
+from lorac.variants import initialisers
 from lorac.variants.params import ParamSpec, Role
 from tests.refusing import refuses
 
@@ -28,12 +28,12 @@ class Sound(lorac.WeightVariant):
 
     def params(self, site):
         wrong = Role.FROZEN if self.fault == "frozen" else Role.TRAINABLE
-        start = _inits.kaiming_uniform if self.fault == "init" else _inits.zeros
+        start = initialisers.kaiming_uniform if self.fault == "init" else initialisers.zeros
         specs = {
-            "A": ParamSpec((self.r, site.in_features), _inits.kaiming_uniform, wrong),
+            "A": ParamSpec((self.r, site.in_features), initialisers.kaiming_uniform, wrong),
             "B": ParamSpec((site.out_features, self.r), start),
         }
-        return specs | ({"spare": ParamSpec((3,), _inits.zeros)} if self.fault == "spare" else {})
+        return specs | ({"spare": ParamSpec((3,), initialisers.zeros)} if self.fault == "spare" else {})
 
     def weight(self, W, p):
         A = p.A.detach() if self.fault == "detached" else p.A
@@ -49,7 +49,7 @@ class Bent(lorac.BranchVariant):
     kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.LINEAR})
 
     def params(self, site):
-        return {"m": ParamSpec((site.out_features,), _inits.zeros)}
+        return {"m": ParamSpec((site.out_features,), initialisers.zeros)}
 
     def branch(self, x, y, p, ctx):
         return y + p.m * torch.tanh(y)
@@ -115,7 +115,7 @@ class Shared(lorac.WeightVariant):
     paper: ClassVar[str] = "none"
 
     def params(self, site):
-        return {"V": ParamSpec((site.out_features, site.in_features), _inits.zeros, shared=True)}
+        return {"V": ParamSpec((site.out_features, site.in_features), initialisers.zeros, shared=True)}
 
     def weight(self, W, p):
         return W + (p.V[: W.shape[0], : W.shape[1]] if self.sliced else p.V)

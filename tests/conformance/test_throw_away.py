@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 
 from lorac.variants.params import ParamSpec
-from lorac.variants import _initialisers as _inits
+from lorac.variants import initialisers
 from lorac.variants.base import WeightVariant
 
 
@@ -34,8 +34,8 @@ class Scaled(WeightVariant):
 
     def params(self, site):
         return {
-            "A": ParamSpec((self.r, site.in_features), _inits.kaiming_uniform),
-            "B": ParamSpec((site.out_features, self.r), _inits.zeros),
+            "A": ParamSpec((self.r, site.in_features), initialisers.kaiming_uniform),
+            "B": ParamSpec((site.out_features, self.r), initialisers.zeros),
             "g": ParamSpec((site.out_features,), lambda context: torch.ones(context.shape)),
         }
 

@@ -22,12 +22,12 @@ from lorac.frontend.site_discovery import find_sites
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.sites import Site
 from lorac.variants import variants
-from lorac.variants._initialisers import zeros
 from lorac.variants._masks import struct_mask
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant, WeightVariant
 from lorac.variants.dora import DoRA
 from lorac.variants.hydra import Hydra
+from lorac.variants.initialisers import zeros
 from lorac.variants.lora import LoRA
 from lorac.variants.params import ParamSpec
 from lorac.variants.shira import SHiRA

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import lorac
-from lorac.variants._initialisers import kaiming_uniform, zeros
+from lorac.variants.initialisers import kaiming_uniform, zeros
 from tests.zoo import ZOO
 
 MODEL = "plain_mlp"

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import lorac
-from lorac.variants import _initialisers as _inits
+from lorac.variants import initialisers
 from lorac.variants.params import ParamSpec
 from tests.parity import assert_parity
 from tests.variants.away import away
@@ -28,8 +28,8 @@ class PackedLoRA(lorac.WeightVariant):
     def params(self, site):
         found = {}
         for part in self.parts:
-            found[f"lora_A{part}"] = ParamSpec((self.r, site.in_features), _inits.kaiming_uniform)
-            found[f"up{part}"] = ParamSpec((site.out_features // self.of, self.r), _inits.zeros)
+            found[f"lora_A{part}"] = ParamSpec((self.r, site.in_features), initialisers.kaiming_uniform)
+            found[f"up{part}"] = ParamSpec((site.out_features // self.of, self.r), initialisers.zeros)
         return found
 
     def weight(self, W, p):

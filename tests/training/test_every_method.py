@@ -72,7 +72,7 @@ def place(variant: Variant, name: str) -> Variant | None:
     sites = {path: site for path, site in find_sites(model).items() if admits(variant, site)}
     if variant.targets != Variant.targets:  # it says itself where it belongs: behind modules, where it takes any
         sites = {p: s for p, s in sites.items() if SiteKind.BLOCK not in variant.kinds or s.kind is SiteKind.BLOCK}
-        return variant if sites or any(variant.copies(path) for path, _ in model.named_modules()) else None
+        return variant if sites or any(variant.replaces_module(path) for path, _ in model.named_modules()) else None
     chosen = [path for path in sites if is_named(TARGETS[name], path) and not find_layer_index(path, ())]
     return dataclasses.replace(variant, targets=tuple(chosen)) if chosen else None
 

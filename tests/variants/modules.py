@@ -7,15 +7,15 @@ import torch.nn.functional as F
 
 import lorac
 from lorac.ir.sites import SiteKind
-from lorac.variants import _initialisers as _inits
-from lorac.variants._routing import top_k_softmax
+from lorac.variants import initialisers
+from lorac.variants._mixtures import top_k_softmax
 from lorac.variants.params import ParamSpec
 
 BLOCK = frozenset({SiteKind.BLOCK})
 
 
 def drawn(*shape, shared=False):
-    return ParamSpec(shape, _inits.normal(shape[-1] ** -0.5), shared=shared)
+    return ParamSpec(shape, initialisers.normal(shape[-1] ** -0.5), shared=shared)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -154,10 +154,10 @@ def test_a_merger_that_does_not_fit_is_refused(tmp_path):
     gates = merger(lorac.AutoLoRA.from_loras(given))
     one = "model_dict.line.weight_lora"
     wrong = [
-        ({"embedder.x": X}, lorac.FormatError, "no tensor of a gate"),
+        ({"embedder.x": X}, lorac.FormatError, "not a tensor of an AutoLoRA gate"),
         ({"model_dict.other___line.bias": X}, lorac.FormatError, "a gate for 'other.line'"),
         ({one: None}, lorac.FormatError, "lacks 'weight_lora'"),
-        ({one: torch.ones(3)}, lorac.AdapterError, r"is \(3,\), and the layer gives \(5,\)"),
+        ({one: torch.ones(3)}, lorac.AdapterError, r"is \(3,\), and the layer's is \(5,\)"),
     ]
     for changed, error, text in wrong:
         held = {key: tensor for key, tensor in (gates | changed).items() if tensor is not None}

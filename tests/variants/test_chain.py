@@ -114,7 +114,7 @@ def test_what_is_no_weight_is_refused():
     model = two_layers()
     made = {"hydra": lorac.Hydra(targets=("0",)), "lora": lorac.LoRA(targets=("0",))}
     adapters = lorac.compile(model, made).adapters
-    with refuses("not_mergeable", match=r"'hydra' \(hydra\) edits no weight"):
+    with refuses("not_mergeable", match=r"'hydra' \(hydra\) does not edit a weight"):
         lorac.Chain.of(adapters["lora"], adapters["hydra"], name="x")
 
 

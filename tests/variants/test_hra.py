@@ -111,6 +111,6 @@ def test_pairs_start_as_the_identity():
 
 def test_more_orthonormal_columns_than_dimensions():
     model = HOSTS["linear"].model()
-    with refuses("site_unsupported", match=r"8 columns of 'site' orthonormal in 7 dimensions"):
+    with refuses("site_unsupported", match=r"8 orthonormal columns in the 7 dimensions of 'site'"):
         lorac.compile(model, {"a": HRA(r=8, apply_GS=True, targets=("site",))})
     lorac.compile(model, {"a": HRA(r=8, targets=("site",))})

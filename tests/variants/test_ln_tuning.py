@@ -25,8 +25,8 @@ from tests.zoo import ZOO
     ],
 )
 def test_default_targets(path, copied):
-    assert LNTuning().copies(path) is copied
-    assert not LNTuning(exclude=(path,)).copies(path)
+    assert LNTuning().replaces_module(path) is copied
+    assert not LNTuning(exclude=(path,)).replaces_module(path)
 
 
 @torch.no_grad()
@@ -49,7 +49,7 @@ def test_a_fresh_one_is_the_base_and_its_norms_train(name):
         assert_close(compiled(**inputs).logits, model(**inputs).logits)
     adapter = compiled.adapters["a"]
     assert not adapter.tensors
-    norms = {n for n, _ in model.named_parameters() if LNTuning().copies(n.rpartition(".")[0])}
+    norms = {n for n, _ in model.named_parameters() if LNTuning().replaces_module(n.rpartition(".")[0])}
     assert set(adapter.replaced) == norms
     compiled.train()
     trained = {id(p) for p in compiled.parameters() if p.requires_grad}

@@ -11,7 +11,7 @@ import lorac
 from lorac.backends.onnx.model_files import read_model_files
 from lorac.ir.sites import Site, SiteKind
 from lorac.testing.eager_checks import assert_close
-from lorac.variants._routing import top_k, top_k_softmax
+from lorac.variants._mixtures import top_k_mask, top_k_softmax
 from tests.oracles import meteora as oracle
 from tests.parity import assert_parity
 from tests.refusing import refuses
@@ -255,9 +255,9 @@ def check_routed(entry, scale, length):
         base, reference = model(**inputs).logits, eager(**inputs).logits
     found = emitted(**inputs).logits
     paths = list(eager.aux["router"])
-    chosen = torch.stack([top_k(eager.aux["router"][path], 2) for path in paths])
+    chosen = torch.stack([top_k_mask(eager.aux["router"][path], 2) for path in paths])
     close = torch.stack([gaps(eager.aux["router"][path]) < GAP for path in paths])
-    differs = torch.stack([top_k(emitted.aux["router"][path], 2) for path in paths]).ne(chosen).any(-1)
+    differs = torch.stack([top_k_mask(emitted.aux["router"][path], 2) for path in paths]).ne(chosen).any(-1)
     shares = chosen.flatten(0, -2).float().mean(0)
     print(f"shares {shares.tolist()}, {int(close.sum())} of {close.numel()} choices near a tie")
     assert (shares >= 0.1).all() and close.float().mean() <= 0.01

@@ -138,7 +138,7 @@ def test_nearest_divisor(number, wanted, found):
 
 def test_blocks_of_one_feature_are_refused():
     model = HOSTS["linear"].model()
-    with refuses("site_unsupported", match="blocks of size 1"):
+    with refuses("site_unsupported", match="have size 1 and rotate nothing"):
         lorac.compile(model, {"a": OFT(block_size=2, targets=("site",))})  # of 7, to which 1 is nearest
 
 

@@ -122,9 +122,9 @@ def test_joined_halves_are_the_styles_with_the_contents_learned_columns():
 
 def test_halves_that_do_not_belong_together():
     _, content, style = halves()
-    with pytest.raises(lorac.ChoiceError, match=r"'b' is plp \(3, 'rows', False\): no half for 'a'"):
+    with pytest.raises(lorac.ChoiceError, match=r"'b' \(plp \(3, 'rows', False\)\) does not fit 'a'"):
         lorac.PLP.join(halves(r=3)[2], content, name="x")
-    with pytest.raises(lorac.ChoiceError, match="'a' is lora"):
+    with pytest.raises(lorac.ChoiceError, match="'a' \(lora"):
         lorac.PLP.join(Case(lorac.LoRA(r=2), HOSTS["no_bias"]).a, style, name="x")
     elsewhere = lorac.Adapter("c", content.variant, {"other": content.tensors["site"]})
     with refuses("site_not_found", match="do not both adapt 'other'"):

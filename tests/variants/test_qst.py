@@ -274,15 +274,15 @@ def test_a_models_parts_are_found_by_structure() -> None:
     assert lorac.QST.of(model(), targets=["model.norm"], r=4) == found["Llama"]
     with refuses("site_not_found", match="names 4 modules"):
         lorac.QST.of(model(), targets=["input_layernorm", "post_attention_layernorm"])
-    with pytest.raises(lorac.AdapterError, match="how many heads"):
+    with pytest.raises(lorac.AdapterError, match="number of attention heads"):
         lorac.QST.of(plain)
     bert = transformers.BertConfig(**SIZES)
-    with refuses("site_not_found", match="one norm beside a list of blocks"):
+    with refuses("site_not_found", match="one last norm next to a list of blocks"):
         lorac.QST.of(transformers.BertModel(bert))
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(lorac.AdapterError, match=r"no side network of width 32/r has 4 heads"):
+    with pytest.raises(lorac.AdapterError, match=r"a side network of width 32/r with 4 heads"):
         lorac.compile(model(), {"side": method(r=16)})
     with pytest.raises(lorac.OptionError, match="adapter"):
         lorac.compile(model(), {"side": method(downsample="adaptor")})

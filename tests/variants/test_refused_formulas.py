@@ -18,7 +18,7 @@ from lorac.ir.sites import SiteKind
 from lorac.testing import HOSTS, conformance
 from lorac.testing.eager_checks import assert_close
 from lorac.testing.hosts import Block
-from lorac.variants import _initialisers as _inits
+from lorac.variants import initialisers
 from tests.refusing import refuses
 
 Fault = Callable[..., Any]
@@ -115,7 +115,7 @@ class FaultyWeight(lorac.WeightVariant):
     name: ClassVar[str] = "faulty-weight"
 
     def params(self, site: Any) -> dict[str, lorac.ParamSpec]:
-        return {"m": lorac.ParamSpec((site.out_features,), _inits.zeros)}
+        return {"m": lorac.ParamSpec((site.out_features,), initialisers.zeros)}
 
     def weight(self, W: torch.Tensor, p: Any) -> Any:
         return FAULTS[self.does](W, p)
@@ -133,7 +133,7 @@ class FaultyBranch(lorac.BranchVariant):
         return self.read
 
     def params(self, site: Any) -> dict[str, lorac.ParamSpec]:
-        return {"m": lorac.ParamSpec((site.out_features,), _inits.zeros)}
+        return {"m": lorac.ParamSpec((site.out_features,), initialisers.zeros)}
 
     def branch(self, x: torch.Tensor, y: torch.Tensor, p: Any, ctx: Any) -> Any:
         return FAULTS[self.does](y, p) if self.does in FAULTS else y + ctx.value(self.does).mul_(2.0)  # the line

@@ -8,14 +8,14 @@ import torch
 
 import lorac
 from lorac.testing.eager_checks import assert_close
-from lorac.variants._routing import top_k
+from lorac.variants._mixtures import top_k_mask
 from tests.parity import assert_parity
 from tests.variants.away import away
 from tests.zoo import ZOO
 
 METHODS = {
     "fly": (lorac.FlyLoRA(r=6, top_k=2, alpha=9), "chosen", lambda mask: mask > 0),
-    "remix": (lorac.ReMix(r=2, experts=4, top_k=2), "router", lambda logits: top_k(logits, 2)),
+    "remix": (lorac.ReMix(r=2, experts=4, top_k=2), "router", lambda logits: top_k_mask(logits, 2)),
     "auto": (lorac.AutoLoRA(r=2, experts=3), "router", lambda gates: gates > 0),
 }
 NAMES = ("router", "chosen", "log_prob")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lorac.testing.eager_checks import assert_close
-from lorac.variants._routing import top_k, top_k_softmax
+from lorac.variants._mixtures import top_k_mask, top_k_softmax
 from tests.limits import decimals
 
 Z = torch.tensor([1.0, 3.0, 2.0, -1.0], dtype=torch.float64)
@@ -46,7 +46,7 @@ FIRST_TWO = [[0, 1], [0, 2], [1, 3], [0, 1], [0, 2]]
 
 
 def test_ties_go_to_the_lowest_index():
-    assert [row.nonzero().flatten().tolist() for row in top_k(TIES, 2)] == FIRST_TWO
+    assert [row.nonzero().flatten().tolist() for row in top_k_mask(TIES, 2)] == FIRST_TWO
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])

@@ -101,15 +101,15 @@ SUMS = lorac.XLoRA(hidden="norm", hidden_size=10, targets=["second"])
 def test_what_is_no_union_is_refused(host):
     lora = lorac.LoRA(r=2, targets=["first"])
     for parts, error, match in (
-        ((lora, lorac.LoRA(targets=["first", "second"])), lorac.SiteError, "'first' is a site of lora and lora"),
+        ((lora, lorac.LoRA(targets=["first", "second"])), lorac.SiteError, "lora and lora both target 'first'"),
         ((lora, lorac.DoRA(targets=["third"])), lorac.SiteError, "'third'"),
         ((lora, lorac.LNTuning()), lorac.WrongType, "parts"),
-        ((lora, SUMS), lorac.OptionError, "computes once per call"),
-        ((), lorac.OptionError, "a union of no methods"),
+        ((lora, SUMS), lorac.OptionError, "computes values once per call"),
+        ((), lorac.OptionError, "a union needs at least one method"),
     ):
         with pytest.raises(error, match=match):
             lorac.compile(host, {"a": lorac.Union(parts=parts)}, example_inputs=X)
-    with refuses("site_unsupported", match="none of the methods of a union"):
+    with refuses("site_unsupported", match="no method of the union"):
         lorac.Union(parts=(lora,)).method_at("second")
 
 

@@ -32,7 +32,7 @@ def fuse_rotary_positions(model: ir.Model) -> None:
 
 
 def fuse_top_k(model: ir.Model) -> None:
-    """A router's choice of k (``lorac/variants/_routing.py``) as ``TopK``'s places scattered into a mask, in place."""
+    """A router's choice of k (``lorac/variants/_mixtures.py``) as ``TopK``'s places scattered into a mask, in place."""
     make_rewrite_pass([_TopKRule.rule()])(model)  # type: ignore[no-untyped-call]  # onnxscript's own
 
 

@@ -66,7 +66,7 @@ class BottleneckComponent:
         Raises:
             SiteError: as ``Bottleneck.placed``.
         """
-        variant = self._with_reductions(host).placed(host.view, host.stream)
+        variant = self._with_reductions(host).for_stream(host.view, host.stream)
         if not self.undone:  # transformers' own classes run under the library without the inverse
             targets = tuple(path for path in variant.targets if path not in variant.heads)
             variant = dataclasses.replace(variant, heads=(), targets=targets)
@@ -210,7 +210,7 @@ def _chosen(adapter: Adapter, variant: Bottleneck, host: ModelLayout) -> tuple[d
     }
     asked = dataclasses.replace(
         variant, targets=(), exclude=(), layers=(), residuals={}, inner={}, embeddings=(), heads=(), **fields
-    ).placed(host.view, stream)
+    ).for_stream(host.view, stream)
     same = all(getattr(asked, name) == getattr(variant, name) for name in ("residuals", "inner", "norm_eps"))
     places = {*asked.targets} - {*asked.embeddings, *asked.heads}
     if places != paths or not same or asked.embeddings != variant.embeddings:

@@ -34,7 +34,7 @@ from lorac.formats.adapterhub.components import ConfigHeader, ModelLayout, Place
 from lorac.formats.adapterhub.keys import KeyPattern
 from lorac.formats.adapterhub.layouts import LETTERS, LORAS, PACKED, SHARED, AdaptableLayer
 from lorac.ir.sites import Site
-from lorac.variants import _initialisers as _inits
+from lorac.variants import initialisers
 from lorac.variants.base import Variant, WeightVariant
 from lorac.variants.dora import DoRA
 from lorac.variants.ia3 import IA3
@@ -198,7 +198,7 @@ class LoraComponent:
         def made(path: str, stored: Stored) -> dict[str, Tensor]:
             site, layer = host.sites[path], chosen[path]
             for leaf, shape in _shapes(self.fields, site, layer).items():
-                check_parameter(name, leaf, ParamSpec(shape, _inits.zeros), site, stored[leaf], shapes=True)
+                check_parameter(name, leaf, ParamSpec(shape, initialisers.zeros), site, stored[leaf], shapes=True)
             return _made(self.fields, layer, stored)
 
         return PlacedComponent(self._variants(chosen), tuple(places), made)

@@ -65,7 +65,7 @@ def check_against_model(
     strange = [no_site_error(adapter.name, path, view) for path in told if path not in sites]
     strange.sort(key=lambda error: error.code != "site_unsupported")
     if not wanted and not _copies(adapter) and not (strange and strange[0].code == "site_unsupported"):
-        raise no_match_error(adapter.name, adapter.variant.asked, sites)
+        raise no_match_error(adapter.name, adapter.variant.all_targets, sites)
     if strange:
         raise strange[0]
     _only_targeted(adapter, {path: sites[path] for path in told}, wanted, values, method, by_weight=True)

@@ -270,7 +270,7 @@ def _wrapped_bias(reading: _KeyReader, name: str) -> tuple[str, str] | None:
 
 def copied_module(variant: Variant, name: str) -> str | None:
     """The module that holds parameter `name` and of which the method trains a copy, or None."""
-    return next((path for path in _parents(name) if variant.copies(path)), None)
+    return next((path for path in _parents(name) if variant.replaces_module(path)), None)
 
 
 def _parents(name: str) -> Iterator[str]:

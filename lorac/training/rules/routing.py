@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from lorac.errors import ChoiceError, Unavailable
 from lorac.training.rule import trained_terms, unwrap_ddp
-from lorac.variants._routing import add_gumbel_noise
+from lorac.variants._mixtures import add_gumbel_noise
 from lorac.variants.meteora import MeteoRA
 
 Tensor = torch.Tensor

@@ -1,0 +1,216 @@
+"""Mixtures of LoRAs: the base class of routed methods, their gates, and how LoRAs become experts."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorac.errors import AdapterError
+from lorac.ir.algebra.reduction import Params
+from lorac.ir.sites import Site, SiteKind
+from lorac.variants.adapter import Adapter
+from lorac.variants.base import BranchVariant
+from lorac.variants.lora import LoRA
+from lorac.variants.params import InitContext
+
+Factors = tuple[Tensor, Tensor]
+"""A (r, in) and B (out, r) of one LoRA at one site, with its scale folded into B."""
+
+
+class RoutedVariant(BranchVariant):
+    """``y' = y + s∘Σ_i w_i·B_i·A_i·x`` with weights w (…, L) that a router gives each token.
+
+    The factors of the L experts are stacked as ``lora_A`` (L·k, in) and ``lora_B`` (out, L·k). A method says how many
+    experts it has and what scales their sum, so that ``lorac.freeze_router`` works for all of them.
+    """
+
+    emits: ClassVar[tuple[str, ...]] = ("router",)
+    instead: ClassVar[str] = (
+        "lorac.freeze_router(adapter, weights) makes a LoRA of it, with the same expert weights for all tokens"
+    )
+
+    @property
+    @abstractmethod
+    def routes(self) -> int:
+        """The number L of experts."""
+
+    @abstractmethod
+    def output_scale(self, p: Params) -> float | Tensor:
+        """Return s, a number or (out,)."""
+
+    def mix(self, hidden: Tensor, weights: Tensor, p: Params) -> Tensor:
+        """Return Σ_i w_i·B_i·h_i (…, out) for h = A·x (…, L·k) and w (…, L); a scale costs least as part of w."""
+        gated = (hidden.unflatten(-1, (self.routes, -1)) * weights.unsqueeze(-1)).flatten(-2)
+        return F.linear(gated, p.lora_B)
+
+
+# ── Gates ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+def top_k_mask(logits: Tensor, k: int) -> Tensor:
+    """Return a mask (…, L) of the k largest logits; ties go to the lowest index, on every backend.
+
+    ``torch.topk`` and ONNX's TopK break ties differently, so they are used only for the k-th largest value.
+    Greater values are chosen, and then equal ones by index: O(L), where comparing all pairs is O(L²).
+    """
+    if k >= logits.shape[-1]:
+        return torch.ones_like(logits, dtype=torch.bool)
+    threshold = torch.topk(logits, k, dim=-1).values[..., -1:]
+    above, equal = logits > threshold, logits == threshold
+    remaining = k - above.sum(-1, keepdim=True)
+    return above | (equal & (equal.to(torch.int64).cumsum(-1) <= remaining))
+
+
+def top_k_softmax(logits: Tensor, k: int, temperature: float = 1.0) -> Tensor:
+    """Return weights (…, L): softmax(logits / temperature) over the k largest logits, zero elsewhere."""
+    scaled = logits if temperature == 1 else logits / temperature
+    return torch.softmax(scaled.masked_fill(~top_k_mask(logits, k), -torch.inf), dim=-1)
+
+
+def add_gumbel_noise(logits: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Add Gumbel noise to logits (…, n), in float64.
+
+    The order of the k largest results is that of k draws without replacement from softmax(logits) (Gumbel-top-k).
+    """
+    uniform = torch.rand(logits.shape, generator=generator, dtype=torch.float64).to(logits.device)
+    noise = -torch.log(-torch.log(uniform.clamp(torch.finfo(torch.float64).tiny, 1 - torch.finfo(torch.float64).eps)))
+    return logits.double() + noise
+
+
+def ordered_log_prob(logits: Tensor, chosen: Tensor) -> Tensor:
+    """Return the log-probability of drawing experts in an order, without replacement: Σ_j log(q_j / (1 − Σ_{i<j} q_i)).
+
+    Args:
+        logits: (…, n); q is their softmax.
+        chosen: (…, k) distinct indices, in the order of the draws.
+
+    Returns:
+        (…), differentiable in the logits.
+    """
+    picked = logits.gather(-1, chosen)
+    remaining, total = logits, torch.zeros_like(picked[..., 0])
+    for j in range(chosen.shape[-1]):
+        total = total + picked[..., j] - remaining.logsumexp(-1)
+        remaining = remaining.scatter(-1, chosen[..., j : j + 1], -torch.inf)
+    return total
+
+
+# ── Experts ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def read_factors(adapter: Adapter, method: str) -> dict[str, Factors]:
+    """Return the factors of a plain LoRA by site path.
+
+    Raises:
+        AdapterError: the adapter has more than its two factors.
+    """
+    if adapter.variant.name != LoRA.name or adapter.replaced:
+        found = f"replaces {next(iter(adapter.replaced))}" if adapter.replaced else f"is {adapter.variant.name}"
+        raise AdapterError(
+            f"'{adapter.name}' {found}; {method} routes between plain LoRAs",
+            next_step="give adapters of lorac.LoRA without modules_to_save",
+        )
+    return {path: _scaled_factors(adapter, path, tensors, method) for path, tensors in adapter.tensors.items()}
+
+
+def _scaled_factors(adapter: Adapter, path: str, tensors: Mapping[str, Tensor], method: str) -> Factors:
+    if tensors.keys() != {"lora_A", "lora_B"}:
+        raise AdapterError(
+            f"'{adapter.name}' at '{path}' has the tensors {sorted(tensors)}; {method} routes lora_A and lora_B only",
+            next_step="give adapters of lorac.LoRA without a bias",
+        )
+    a, b = tensors["lora_A"].detach(), tensors["lora_B"].detach()
+    variant = adapter.variant.at_path(path)
+    assert isinstance(variant, LoRA)
+    return a, b * variant.scale
+
+
+def stack_factors(path: str, factors: Sequence[Factors | None], rank: int, method: str) -> Factors:
+    """Return A (L·rank, in) and B (out, L·rank) of L experts at one site; smaller ranks are padded with zeros.
+
+    Raises:
+        AdapterError: two LoRAs were made for layers of different sizes.
+    """
+    present = [pair for pair in factors if pair is not None]
+    shapes = {(b.shape[0], a.shape[1]) for a, b in present}
+    if len(shapes) > 1:
+        raise AdapterError(
+            f"the LoRAs at '{path}' are for layers (out, in) of {' and '.join(map(str, sorted(shapes)))}",
+            next_step=f"{method} takes LoRAs of one base model",
+            code="shape_mismatch",
+        )
+    a, b = present[0]
+    empty = (a.new_zeros(0, a.shape[1]), b.new_zeros(b.shape[0], 0))
+    pairs = [empty if pair is None else pair for pair in factors]
+    down = torch.cat([F.pad(a, (0, 0, 0, rank - a.shape[0])) for a, _ in pairs])
+    return down, torch.cat([F.pad(b, (0, rank - b.shape[1])) for _, b in pairs], dim=1)
+
+
+def route_loras(
+    adapters: Sequence[Adapter],
+    method: str,
+    make_variant: Callable[[tuple[str, ...], int, int], BranchVariant],
+    *,
+    name: str,
+    seed: int,
+    sites: Sequence[str] = (),
+) -> Adapter:
+    """Return one routed adapter made from several LoRAs, in their order; tensors of its own are freshly initialised.
+
+    Each LoRA's scale is folded into its B, and smaller ranks are padded with zeros (both exact). Where only some of the
+    LoRAs adapt a site, the others' factors are zero.
+
+    Args:
+        adapters: plain LoRAs.
+        method: the method's name, for messages.
+        make_variant: (site paths, rank, number of LoRAs) -> the variant; its tensors must start without the base.
+        name: the new adapter's name.
+        seed: seed of the fresh tensors.
+        sites: paths in the order that the adapter is to have; other paths follow in the LoRAs' order.
+
+    Raises:
+        AdapterError: there is no LoRA, one has more than its two factors on linear layers, or two were made for
+            different models.
+    """
+    if not adapters:
+        raise AdapterError(f"{method} needs at least one LoRA", next_step="give adapters of lorac.LoRA")
+    sources = [read_factors(adapter, method) for adapter in adapters]
+    rank = max(a.shape[0] for source in sources for a, _ in source.values())
+    known = dict.fromkeys(path for source in sources for path in source)
+    paths = tuple(dict.fromkeys([*(path for path in sites if path in known), *known]))
+    variant = make_variant(paths, rank, len(sources))
+    generator = torch.Generator().manual_seed(seed)
+    shared: dict[str, Tensor] = {}
+    tensors = {}
+    for path in paths:
+        factors = stack_factors(path, [source.get(path) for source in sources], rank, method)
+        tensors[path] = _initialise_site(variant, path, factors, shared, generator, name)
+    return Adapter(name, variant, tensors, provenance={"experts": [adapter.name for adapter in adapters]})
+
+
+def _initialise_site(
+    variant: BranchVariant,
+    path: str,
+    factors: Factors,
+    shared: dict[str, Tensor],
+    generator: torch.Generator,
+    name: str,
+) -> dict[str, Tensor]:
+    """Return the tensors of one site: the experts' factors, and start values of the others.
+
+    Shared tensors are made at the first site and added to ``shared``.
+    """
+    a, b = factors
+    site = Site(path, SiteKind.LINEAR, b.shape[0], a.shape[1], a.dtype, None)
+    tensors = {"lora_A": a, "lora_B": b, **shared}
+    for key, spec in variant.params(site).items():
+        if key not in tensors:
+            context = InitContext(spec.shape, site, _refuse_base, Params(**tensors), generator, name)
+            tensors[key] = spec.init(context).to(a.dtype)
+            shared |= {key: tensors[key]} if spec.shared else {}
+    return tensors
+
+
+def _refuse_base() -> Tensor:
+    raise AssertionError("a router starts without looking at the base")
