@@ -124,7 +124,7 @@ def test_halves_that_do_not_belong_together():
     _, content, style = halves()
     with pytest.raises(lorac.ChoiceError, match=r"'b' \(plp \(3, 'rows', False\)\) does not fit 'a'"):
         lorac.PLP.join(halves(r=3)[2], content, name="x")
-    with pytest.raises(lorac.ChoiceError, match="'a' \(lora"):
+    with pytest.raises(lorac.ChoiceError, match=r"'a' \(lora"):
         lorac.PLP.join(Case(lorac.LoRA(r=2), HOSTS["no_bias"]).a, style, name="x")
     elsewhere = lorac.Adapter("c", content.variant, {"other": content.tensors["site"]})
     with refuses("site_not_found", match="do not both adapt 'other'"):
