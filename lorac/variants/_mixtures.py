@@ -15,7 +15,7 @@ from lorac.ir.algebra.reduction import Params
 from lorac.ir.sites import Site, SiteKind
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant
-from lorac.variants.lora import LoRA
+from lorac.variants.low_rank import ScaledRank
 from lorac.variants.params import InitContext
 
 Factors = tuple[Tensor, Tensor]
@@ -105,7 +105,7 @@ def read_factors(adapter: Adapter, method: str) -> dict[str, Factors]:
     Raises:
         AdapterError: the adapter has more than its two factors.
     """
-    if adapter.variant.name != LoRA.name or adapter.replaced:
+    if adapter.variant.name != "lora" or adapter.replaced:
         found = f"replaces {next(iter(adapter.replaced))}" if adapter.replaced else f"is {adapter.variant.name}"
         raise AdapterError(
             f"'{adapter.name}' {found}; {method} routes between plain LoRAs",
@@ -122,7 +122,7 @@ def _scaled_factors(adapter: Adapter, path: str, tensors: Mapping[str, Tensor], 
         )
     a, b = tensors["lora_A"].detach(), tensors["lora_B"].detach()
     variant = adapter.variant.at_path(path)
-    assert isinstance(variant, LoRA)
+    assert isinstance(variant, ScaledRank)
     return a, b * variant.scale
 
 
