@@ -1,83 +1,99 @@
-"""Silence of the libraries that lorac drives, asked of them: by the levels of their loggers and a filter of warnings.
+"""Silence of the libraries that lorac drives, for the calling context alone.
 
-What they say while a model is captured and emitted is about their own deprecations, their steps and the versions they
-were tested with, and is not the user's to act on. What goes wrong is raised, and told by lorac's own errors; what a
-model itself warns of, it says where it is called.
+What they log and warn of while a model is captured and emitted is about their own deprecations and steps, and is not
+the user's to act on. What goes wrong is raised as an error of lorac's; what a model itself warns of, it warns of where
+it is called. Levels, filters and handlers of the process keep their meaning for every other thread: one filter of logs
+and one of warnings are added to them, and both let everything pass outside a silent context.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 SUPPRESSED_LOGGERS = ("torch", "transformers", "onnxscript", "onnx_ir")
-"""Whose messages are held back; a logger below them with a level of its own (``TORCH_LOGS`` gives one) still speaks."""
-_HELD = logging.CRITICAL
-
-
-class _Silence:
-    """Silence of the whole process, for as long as any thread asks for it.
-
-    Levels and filters belong to the process. Were each block to put back what it found, two threads whose blocks
-    overlap would leave the silence of the one behind for good.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._blocks = 0
-        self._levels: dict[str, int] = {}
-        self._warnings = warnings.catch_warnings()
-
-    def begin(self) -> None:
-        """One more block asks for silence."""
-        with self._lock:
-            self._blocks += 1
-            if self._blocks == 1:
-                self._warnings = warnings.catch_warnings(action="ignore")
-                self._warnings.__enter__()
-            # A library that was imported inside an outer block has set its own level since.
-            for logger in [known for known in map(logging.getLogger, SUPPRESSED_LOGGERS) if known.level != _HELD]:
-                self._levels[logger.name] = logger.level
-                logger.setLevel(_HELD)
-
-    def end(self) -> None:
-        """One block less; the last puts everything back."""
-        with self._lock:
-            self._blocks -= 1
-            if self._blocks:
-                return
-            self._warnings.__exit__(None, None, None)
-            # A level that was set inside the block is somebody's wish.
-            for name in [name for name in self._levels if logging.getLogger(name).level == _HELD]:
-                logging.getLogger(name).setLevel(self._levels[name])
-            self._levels.clear()
-
-
-_SILENCE = _Silence()
+"""Libraries whose messages are dropped; a logger below them with a level of its own (``TORCH_LOGS``) still speaks."""
+_suppressing: ContextVar[bool] = ContextVar("suppressing", default=False)
 
 
 @contextmanager
 def suppress_third_party_output() -> Iterator[None]:
-    """Nothing that torch, transformers or the ONNX libraries log or warn of inside the block is seen."""
-    _SILENCE.begin()
+    """Drop what torch, transformers and the ONNX libraries log and warn of in this context."""
+    _add_log_filter()
+    _add_warning_filter()
+    token = _suppressing.set(True)
     try:
         yield
     finally:
-        _SILENCE.end()
+        _suppressing.reset(token)
+
+
+class _LogFilter(logging.Filter):
+    """Drops the libraries' records in a silent context."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether a record is to be handled."""
+        library, *_ = record.name.split(".")
+        return not _suppressing.get() or library not in SUPPRESSED_LOGGERS or _has_own_level(record.name, library)
+
+
+def _has_own_level(name: str, library: str) -> bool:
+    """Return whether a logger below a library's has a level that somebody gave it."""
+    logger: logging.Logger | None = logging.getLogger(name)
+    while logger is not None and logger.name != library:
+        if logger.level != logging.NOTSET:
+            return True
+        logger = logger.parent
+    return False
+
+
+_LOG_FILTER = _LogFilter()
+
+
+def _add_log_filter() -> None:
+    """Add the filter to every handler that records of the libraries reach, unless it is there."""
+    loggers = [logging.getLogger()]
+    for name, logger in list(logging.root.manager.loggerDict.items()):
+        if isinstance(logger, logging.Logger) and logger.handlers and name.split(".")[0] in SUPPRESSED_LOGGERS:
+            loggers.append(logger)
+    handlers = [handler for logger in loggers for handler in logger.handlers]
+    for handler in filter(None, (*handlers, logging.lastResort)):
+        if _LOG_FILTER not in handler.filters:
+            handler.addFilter(_LOG_FILTER)
+
+
+class _InSilentContext:
+    """Stands for the pattern of a warning filter, and matches any message in a silent context."""
+
+    def match(self, message: str) -> bool:
+        """Return whether the filter applies."""
+        return _suppressing.get()
+
+
+_WARNING_FILTER = ("ignore", _InSilentContext(), Warning, None, 0)
+
+
+def _add_warning_filter() -> None:
+    """Put the filter before all others. ``warnings.filterwarnings`` would take no object for a pattern."""
+    filters: list[object] = warnings.filters  # type: ignore[assignment]  # typed as a sequence of patterns
+    if filters[:1] != [_WARNING_FILTER]:
+        while _WARNING_FILTER in filters:
+            filters.remove(_WARNING_FILTER)
+        filters.insert(0, _WARNING_FILTER)
 
 
 @contextmanager
 def hide_progress_bars() -> Iterator[None]:
-    """transformers draws no bars of its own, while it reads and writes models, inside the block."""
+    """Have transformers draw no progress bars inside the block, in the whole process: for programs that own theirs."""
     from transformers.utils import logging as bars
 
-    drawn = bars.is_progress_bar_enabled()
+    enabled = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()
     try:
         yield
     finally:
-        if drawn:
+        if enabled:
             bars.enable_progress_bar()

@@ -1,15 +1,20 @@
-"""Silence holds for as long as anyone asks for it, and leaves the process as it was."""
+"""Silence holds in the context that asks for it, and nowhere else."""
 
+import gc
 import logging
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
+from torch import nn
 
+import lorac
 from lorac.third_party_output import SUPPRESSED_LOGGERS, suppress_third_party_output
 
 
-class _Heard(logging.Handler):
+class RecordingHandler(logging.Handler):
     """Keeps what reaches a logger."""
 
     def __init__(self):
@@ -20,64 +25,105 @@ class _Heard(logging.Handler):
         self.messages.append(record.getMessage())
 
 
-@pytest.fixture
-def heard():
-    logger, handler = logging.getLogger("transformers.anything"), _Heard()
+@pytest.fixture(params=["transformers", "transformers.anything", "transformers.anything.below", None])
+def heard(request):
+    """The messages that a handler gets, wherever it is attached: None is the root logger."""
+    logger, handler = logging.getLogger(request.param), RecordingHandler()
+    propagates = logging.getLogger("transformers").propagate
+    logging.getLogger("transformers").propagate = True
     logger.addHandler(handler)
     yield handler.messages
     logger.removeHandler(handler)
+    logging.getLogger("transformers").propagate = propagates
 
 
-def _speak(word):
-    logging.getLogger("transformers.anything").warning(word)
+def speak(word):
+    logging.getLogger("transformers.anything.below").warning(word)
     warnings.warn(word, FutureWarning, stacklevel=1)
+
+
+def process_state():
+    levels = {name: logging.getLogger(name).level for name in (*SUPPRESSED_LOGGERS, "torch.fx.experimental")}
+    return levels, gc.isenabled(), warnings.showwarning
 
 
 def test_nothing_is_seen_inside_and_everything_after(heard):
     with suppress_third_party_output():
-        _speak("inside")
+        speak("inside")
     with pytest.warns(FutureWarning, match="after"):
-        _speak("after")
+        speak("after")
     assert heard == ["after"]
 
 
-def test_a_block_that_raises_is_left_as_any_other():
-    before = [logging.getLogger(name).level for name in SUPPRESSED_LOGGERS], warnings.filters[:]
-    with pytest.raises(ValueError, match="inside"), suppress_third_party_output():
-        raise ValueError("inside")
-    assert ([logging.getLogger(name).level for name in SUPPRESSED_LOGGERS], warnings.filters[:]) == before
-
-
-def test_blocks_of_two_threads_overlap(heard):
-    """The first to begin is the first to end: silence lasts until the second ends, and no longer."""
-    before = [logging.getLogger(name).level for name in SUPPRESSED_LOGGERS], warnings.filters[:]
-    begun, left = threading.Event(), threading.Event()
-
-    def second():
-        with suppress_third_party_output():
-            begun.set()
-            left.wait(10)
-            _speak("the first has ended")
-
-    thread = threading.Thread(target=second)
+def test_blocks_may_be_nested_and_may_raise(heard):
     with suppress_third_party_output():
-        thread.start()
-        assert begun.wait(10)
-    left.set()
-    thread.join()
-    assert heard == []
-    assert ([logging.getLogger(name).level for name in SUPPRESSED_LOGGERS], warnings.filters[:]) == before
+        with pytest.raises(ValueError, match="inside"), suppress_third_party_output():
+            raise ValueError("inside")
+        speak("still inside")
+    with pytest.warns(FutureWarning, match="after"):
+        speak("after")
+    assert heard == ["after"]
 
 
-def test_a_level_that_is_set_inside_stays():
-    """A library imported inside a block sets its own level, and the next block inside holds it back again."""
-    logger = logging.getLogger("onnx_ir")
-    before = logger.level
-    try:
+def test_another_thread_is_heard(heard):
+    with suppress_third_party_output(), ThreadPoolExecutor(1) as pool:
+        with pytest.raises(FutureWarning, match="beside"):  # the suite makes errors of warnings
+            pool.submit(speak, "beside").result(10)
+        speak("inside")
+    assert heard == ["beside"]
+
+
+def test_a_filter_that_is_set_inside_has_the_last_word():
+    with suppress_third_party_output(), warnings.catch_warnings(action="error"):
+        with pytest.raises(FutureWarning, match="inside"):
+            warnings.warn("inside", FutureWarning, stacklevel=1)
         with suppress_third_party_output():
-            logger.setLevel(logging.INFO)
-            with suppress_third_party_output():
-                assert not logger.isEnabledFor(logging.ERROR)
-        assert logger.level == logging.INFO
+            warnings.warn("further inside", FutureWarning, stacklevel=1)
+
+
+def test_filters_are_added_once():
+    for _ in range(3):
+        with suppress_third_party_output():
+            count = len(warnings.filters), [len(handler.filters) for handler in logging.getLogger().handlers]
+    with warnings.catch_warnings(action="ignore"), suppress_third_party_output():
+        pass
+    with suppress_third_party_output():
+        assert count == (len(warnings.filters), [len(handler.filters) for handler in logging.getLogger().handlers])
+
+
+def test_a_logger_with_a_level_of_its_own_speaks():
+    """As one does that ``TORCH_LOGS`` names."""
+    logger, handler = logging.getLogger("torch.of_its_own"), RecordingHandler()
+    logger.addHandler(handler)
+    try:
+        logger.setLevel(logging.INFO)
+        with suppress_third_party_output():
+            logger.info("asked for")
+        logger.setLevel(logging.NOTSET)
+        with suppress_third_party_output():
+            logger.error("not asked for")
     finally:
-        logger.setLevel(before)
+        logger.removeHandler(handler)
+    assert handler.messages == ["asked for"]
+
+
+class Watched(nn.Module):
+    """A linear layer that has another thread look at the process while it is traced and run."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.up, self.note = nn.Linear(3, 4), seen.append
+
+    def forward(self, x):
+        thread = threading.Thread(target=lambda: self.note(process_state()))
+        thread.start()
+        thread.join()
+        return self.up(x)
+
+
+def test_levels_warnings_and_the_collector_are_left_alone_while_a_model_is_compiled():
+    before, seen = process_state(), []
+    variant = lorac.LoRA(r=2, targets=["up"])
+    lorac.compile(Watched(seen).eval(), {"a": variant}, target="onnxruntime", example_inputs=(torch.ones(2, 3),))
+    assert seen
+    assert all(state == before for state in seen)

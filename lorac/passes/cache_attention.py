@@ -30,6 +30,7 @@ from lorac.ir.graph.attention_ops import (
 from lorac.ir.graph.edit import add_dimension, add_inputs, inline, insert_call, insert_like
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.passes import Pass, PassResult
+from lorac.ir.tracing import tracing
 from lorac.passes.position_tables import tabulate
 from lorac.passes.relative_positions import RelativePositions
 
@@ -216,7 +217,7 @@ def _pick_rows(graph: Graph) -> None:
     if places is None:
         return
     ids = find_token_node(graph)
-    with ids.meta["val"].fake_mode:
+    with tracing(), ids.meta["val"].fake_mode:
         places.meta["val"] = torch.empty((ids.meta["val"].shape[0], places.meta["val"].shape[0]), dtype=torch.int64)
     for node in list(places.users):
         operands: Any = node.args

@@ -13,6 +13,7 @@ from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.passes import Pass, PassResult, Skip
 from lorac.ir.graph.symbolic_shapes import set_types
 from lorac.ir.graph.verify import verify
+from lorac.ir.tracing import tracing
 from lorac.passes.cache_attention import CacheAttention
 from lorac.passes.cleanup import Cleanup
 from lorac.passes.connect_values import ConnectValues
@@ -87,7 +88,8 @@ def run_pipeline(graph: Graph, passes: Sequence[Pass], observe: Observer | None 
 
 def _run(step: Pass, graph: Graph) -> PassResult:
     """Run one pass. A graph that has come to another level has changed, even where no node has."""
-    outcome = step.apply(graph)
+    with tracing():
+        outcome = step.apply(graph)
     graph.level = step.leaves
     verify(graph, after=step.name)
     return PassResult(outcome.changed or step.leaves is not step.reads, outcome.skipped)

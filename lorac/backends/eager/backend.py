@@ -23,6 +23,7 @@ from lorac.ir.graph.program import Program
 from lorac.ir.interface import Interface
 from lorac.ir.sites import Site
 from lorac.ir.slots.plans import SitePlan
+from lorac.ir.tracing import tracing
 from lorac.storage.plans import slot_from_json, slot_to_json
 from lorac.storage.program import StoredProgram, collect_tensors, program_to_json
 from lorac.storage.tensor_file import TensorFile, make_file_base_reader
@@ -136,7 +137,7 @@ BACKEND = EagerBackend()
 
 def _export_graph(name: str, part: StoredGraph, sites: Mapping[str, Site], plans: Mapping[str, SitePlan]) -> Graph:
     shapes = {key: dict.fromkeys(axes, Dim.AUTO) for key, axes in part.program.dynamic.items()}
-    with torch.no_grad():
+    with tracing(), torch.no_grad():
         exported = torch.export.export(part.program, (), part.program.examples, dynamic_shapes=shapes)
     own = {slot.site for slot in part.slots.values()}
     planned = {path: plan for path, plan in plans.items() if path in own}

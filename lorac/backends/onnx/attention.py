@@ -13,10 +13,10 @@ from typing import Any
 
 import onnx_ir as ir
 from onnx import defs
-from onnxscript import opset18
-from onnxscript.values import Op, Opset
+from onnxscript.values import Opset
 
-op: Any = opset18  # typed for tensors alone, where its tracer takes numbers too
+from lorac.backends.onnx.opsets import RecordedOp, op
+
 LORAC_DOMAIN = "lorac"
 CACHED_ATTENTION_OP = "CachedAttention"
 _FLOATS, _LENGTHS, _INDICES = "T", "L", "P"
@@ -90,8 +90,7 @@ def cached_attention(*operands: Any) -> Any:
 
 
 @functools.cache
-def _cached_attention_op() -> Op:
-    """The op, its schema made known to onnx."""
+def _cached_attention_op() -> RecordedOp:
     parameter, options = defs.OpSchema.FormalParameter, defs.OpSchema.FormalParameterOption
     single, optional = options.Single, options.Optional
     schema = defs.OpSchema(
@@ -110,6 +109,4 @@ def _cached_attention_op() -> Op:
         ],
         attributes=[defs.OpSchema.Attribute(name, kind) for name, kind in _ATTRIBUTES.items()],
     )
-    if not defs.has(CACHED_ATTENTION_OP, LORAC_DOMAIN):
-        defs.register_schema(schema)
-    return Op(Opset(LORAC_DOMAIN, 1), CACHED_ATTENTION_OP, schema)
+    return RecordedOp(Opset(LORAC_DOMAIN, 1), CACHED_ATTENTION_OP, schema)

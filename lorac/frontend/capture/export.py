@@ -11,7 +11,6 @@ import contextlib
 import functools
 import inspect
 import sys
-import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -57,9 +56,8 @@ from lorac.ir.output_structure import replace_dataclasses
 from lorac.ir.sites import Site, SiteKind
 from lorac.ir.slots.plans import SitePlan
 from lorac.ir.slots.program_values import select_once_plans
+from lorac.ir.tracing import tracing
 from lorac.third_party_output import suppress_third_party_output
-
-_LOCK = threading.RLock()  # tracing swaps attributes of torch and of transformers' classes for the whole process
 
 
 # ── The export ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -182,7 +180,7 @@ def _refuse_objects(program: ExportedProgram) -> None:
 def isolate_tracing(model: nn.Module) -> Iterator[None]:
     """Where a copy of a model is traced or run: alone, in silence, by the ordinary way through it, without traces."""
     with (
-        _LOCK,
+        tracing(),
         suppress_third_party_output(),
         torch.no_grad(),
         preserve_random_state(model),

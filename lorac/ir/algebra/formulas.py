@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorac.errors import AdapterError, LoracError
+from lorac.ir.tracing import tracing
 from lorac.source_lines import definition_line, innermost_user_line
 from lorac.third_party_output import suppress_third_party_output
 
@@ -155,7 +156,7 @@ def _data_dependent_errors() -> tuple[type[Exception], ...]:
 @contextmanager
 def fake_execution() -> Iterator[Callable[[Tensor], Tensor]]:
     """What is computed inside has no memory; gives what makes of a tensor one of its shape for that."""
-    with suppress_third_party_output(), FakeTensorMode(allow_non_fake_inputs=True):
+    with tracing(), suppress_third_party_output(), FakeTensorMode(allow_non_fake_inputs=True):
         yield _empty_copy
 
 

@@ -21,6 +21,7 @@ from lorac.ir.algebra.affine import weight_formula
 from lorac.ir.algebra.inner_dropout import insert_inner_dropout
 from lorac.ir.algebra.rules import RULES
 from lorac.ir.algebra.structure import WEIGHT, AlgebraRule, Analysis, Form, analyse, shape_of
+from lorac.ir.tracing import tracing
 from lorac.third_party_output import suppress_third_party_output
 
 Params = SimpleNamespace
@@ -94,7 +95,7 @@ def reduce_weight(
         keep_factors: products stay low-rank whatever their rank, for a weight that has no place for W'.
     """
     names = tuple(params)
-    with suppress_third_party_output(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with tracing(), suppress_third_party_output(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         w, b = torch.empty(weight, dtype=dtype), torch.empty(weight[0], dtype=dtype)
         fakes = [mode.from_tensor(t) for t in params.values()]
 
@@ -114,7 +115,7 @@ def reduce_branch(
 ) -> Reduction:
     """Reduce a branch formula (x, y, p) -> y' of a linear site: as a weight formula where it is affine."""
     names = tuple(params)
-    with suppress_third_party_output(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with tracing(), suppress_third_party_output(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         out_features, in_features = weight
         x, y = torch.empty(_TOKENS, in_features, dtype=dtype), torch.empty(_TOKENS, out_features, dtype=dtype)
         fakes = [mode.from_tensor(t) for t in params.values()]

@@ -34,6 +34,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 from lorac.ir.graph import ops
 from lorac.ir.output_structure import OutputStructure
+from lorac.ir.tracing import tracing
 from lorac.source_lines import is_user_code
 
 SLOTS_KEYWORD = "lorac"
@@ -85,7 +86,7 @@ def add_inputs(program: ExportedProgram, inputs: Mapping[str, tuple[Sequence[Any
         with graph.inserting_after(last):
             # The name torch's own naming pass would give this input; decompositions look it up by that.
             last = graph.placeholder(f"{SLOTS_KEYWORD}_" + re.sub(r"\W", "_", name).lower())
-        with mode:
+        with tracing(), mode:
             last.meta["val"] = torch.empty(tuple(shape), dtype=dtype)
         last.meta["custom"] = {SLOTS_KEYWORD: name}
         program.graph_signature.input_specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(last.name), None))
@@ -144,11 +145,8 @@ def _without(given: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]
 
 def copy_program(program: ExportedProgram) -> ExportedProgram:
     """The same program over the same tensors, to be edited apart from it; its nodes are called alike."""
-    made, module = copy.copy(program), program.graph_module
-    graph = copy.deepcopy(module.graph)
-    for node, original in zip(graph.nodes, module.graph.nodes, strict=True):
-        node.name = original.name  # an input called as a builtin is, "input", is given another in a copy
-    made._graph_module = fx.GraphModule(module, graph)
+    made = copy.copy(program)
+    made._graph_module = fx.GraphModule(program.graph_module, copy_graph(program.graph))
     specs = program.graph_signature
     made._graph_signature = replace(specs, input_specs=[*specs.input_specs], output_specs=[*specs.output_specs])
     entry, *rest = program._module_call_graph
@@ -158,6 +156,14 @@ def copy_program(program: ExportedProgram) -> ExportedProgram:
     made._state_dict, made._constants = dict(program.state_dict), dict(program.constants)
     made._range_constraints = dict(program._range_constraints)
     return made
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """Return a copy of a graph whose nodes have the same names."""
+    copied = copy.deepcopy(graph)
+    for node, original in zip(copied.nodes, graph.nodes, strict=True):
+        node.name = original.name  # an input with the name of a builtin, such as "input", is renamed in a copy
+    return copied
 
 
 def keep_tensor_outputs(program: ExportedProgram) -> OutputStructure:
@@ -194,7 +200,7 @@ def _as_tensor(program: ExportedProgram, value: fx.Node, before: fx.Node) -> fx.
         return value
     with program.graph.inserting_before(before):
         made = program.graph.call_function(torch.ops.aten.scalar_tensor.default, (value,), {"dtype": torch.int64})
-    with find_fake_mode(program):
+    with tracing(), find_fake_mode(program):
         made.meta["val"] = torch.empty((), dtype=torch.int64)
     return made
 
@@ -304,7 +310,7 @@ def insert_like(
     given = fx.map_arg(operands, lambda operand: operand.meta["val"])
     key = ops.make_call_key(op, given, named)
     if key not in known:
-        with find_fake_mode(program), torch.no_grad():
+        with tracing(), find_fake_mode(program), torch.no_grad():
             known[key] = op(*given, **named)
     node.meta["val"] = known[key]
     copy_provenance(node, before)
@@ -333,7 +339,7 @@ def trace_function(
         # make_fx takes two operands that one tensor describes for one operand.
         known = any(value is other for other in values)
         values.append(value.new_empty_strided(value.shape, value.stride()) if known else value)
-    with find_fake_mode(program), torch.no_grad():
+    with tracing(), find_fake_mode(program), torch.no_grad():
         module = make_fx(function, pre_dispatch=True)(*values)
     module.graph.eliminate_dead_code()
     return module

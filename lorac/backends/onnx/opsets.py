@@ -1,0 +1,111 @@
+"""Opsets of ONNX whose ops are recorded for the calling context alone.
+
+onnxscript's opsets record in ``onnxscript.evaluator.default()``, a variable of the process: what one thread writes,
+another thread's export may record. An opset here asks a context variable instead, and onnxscript's evaluator where no
+recorder is set, as ``torch.onnx.export`` expects of a translation.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+import onnx
+import onnx_ir as ir
+from onnxscript import opset18
+from onnxscript.values import Op, Opset
+
+
+class NodeRecorder(Protocol):
+    """Writes nodes down."""
+
+    def record(
+        self, schema: onnx.defs.OpSchema, args: Sequence[object], kwargs: Mapping[str, object]
+    ) -> ir.Value | Sequence[ir.Value]:
+        """Write a node and return its outputs; a single one as it is."""
+
+
+_recorder: ContextVar[NodeRecorder | None] = ContextVar("recorder", default=None)
+
+
+@contextmanager
+def record_with(recorder: NodeRecorder) -> Iterator[None]:
+    """Record the ops that this context calls with a recorder."""
+    token = _recorder.set(recorder)
+    try:
+        yield
+    finally:
+        _recorder.reset(token)
+
+
+def current_recorder() -> NodeRecorder | None:
+    """Return the recorder of the calling context."""
+    return _recorder.get()
+
+
+class RecordedOp:
+    """An op that the recorder of the calling context writes down.
+
+    Args:
+        opset: the opset it is called from.
+        name: of the op.
+        schema: its inputs and attributes.
+    """
+
+    def __init__(self, opset: RecordingOpset | Opset, name: str, schema: onnx.defs.OpSchema) -> None:
+        self.opset, self.name, self.schema = opset, name, schema
+
+    def __call__(self, *args: object, **kwargs: object) -> ir.Value | Sequence[ir.Value]:
+        """Record the op, and return its outputs."""
+        recorder = _recorder.get()
+        if recorder is not None:
+            return recorder.record(self.schema, args, kwargs)
+        opset = self.opset.original if isinstance(self.opset, RecordingOpset) else self.opset
+        outputs: ir.Value | Sequence[ir.Value] = Op(opset, self.name, self.schema)(*args, **kwargs)
+        return outputs
+
+
+class RecordingOpset:
+    """An opset whose ops are recorded for the calling context.
+
+    Args:
+        original: onnxscript's. Its methods are called as they are written, since they fill in attributes' defaults.
+    """
+
+    _prepare_inputs = Opset._prepare_inputs
+
+    def __init__(self, original: Opset) -> None:
+        self.original, self.domain, self.version = original, original.domain, original.version
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(type(self.original), name, None)
+        found = (
+            RecordedOp(self, name, _read_schema(name, self.version, self.domain))
+            if method is None
+            else types.MethodType(rebind(method, _recorded_names(method.__module__)), self)
+        )
+        vars(self)[name] = found
+        return found
+
+
+def rebind(function: types.FunctionType, names: dict[str, object]) -> types.FunctionType:
+    """Return a copy of a function that looks its globals up in ``names``."""
+    copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+@functools.cache
+def _recorded_names(module: str) -> dict[str, object]:
+    """Return a copy of the globals of a module of onnxscript's opsets, in which ops are recorded."""
+    return {**vars(sys.modules[module]), "Op": RecordedOp, "get_schema": _read_schema}
+
+
+_read_schema = functools.cache(onnx.defs.get_schema)
+op = RecordingOpset(opset18)
+"""The opset that translations write, torch's and lorac's own."""

@@ -1,0 +1,244 @@
+"""torch's translations of ops into ONNX, run so that no other thread sees anything of it.
+
+The translations of torch and onnxscript record nodes in variables of the process: ``onnxscript.evaluator.default()``
+and ``torch.onnx._internal.exporter._core.current_tracer``. What one thread translates, another thread's export may
+record. So their code runs here over copies of their modules' namespaces, in which every opset records for the calling
+context (``opsets``). The libraries' own objects stay as they are.
+
+The private parts of torch that emission needs are imported here and nowhere else, and
+``tests/backends/onnx/test_torchlib.py`` says what is relied on. They become unnecessary once both variables are context
+variables upstream, and once ``torch.onnx.export`` neither reads the signatures of translations that a program does not
+need nor traces a program anew of which nothing is decomposed.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+import types
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnx_ir.schemas import OpSignature
+from onnxscript import OnnxFunction
+from onnxscript.function_libs.torch_lib import ops as _ops  # noqa: F401  (importing it fills the registry)
+from onnxscript.function_libs.torch_lib.registration import default_registry
+from onnxscript.values import Opset, TracedOnnxFunction
+from torch import fx
+from torch._ops import OpOverload
+from torch.export import ExportedProgram
+from torch.fx.experimental import _config
+from torch.onnx._internal.exporter import _building, _core, _decomp, _registration, _schemas
+from torch.onnx._internal.exporter._tensors import SymbolicTensor
+from torch.onnx._internal.exporter._torchlib._torchlib_registry import get_torchlib_ops
+from torch.onnx._internal.fx.passes.type_promotion import (
+    TypePromotionSnapshot,
+    TypePromotionTable,
+    find_compatible_op_overload,
+    get_type_promotion_rule,
+)
+
+from lorac.backends.onnx.opsets import RecordingOpset, current_recorder, rebind
+
+__all__ = [
+    "OPSET",
+    "TENSOR_OPSET",
+    "TORCHLIB_OPSET",
+    "Recorder",
+    "SymbolicTensor",
+    "Target",
+    "Translation",
+    "TypePromotionSnapshot",
+    "TypePromotionTable",
+    "decompose",
+    "find_compatible_op_overload",
+    "find_translation",
+    "get_type_promotion_rule",
+    "is_translated",
+]
+
+OPSET = 20
+"""The version of ONNX that ``torch.onnx.export`` writes by default, and this emitter too."""
+TORCHLIB_OPSET = 18
+"""The version that most translations write; a program is converted from it to ``OPSET``."""
+TENSOR_OPSET = RecordingOpset(Opset("", OPSET))
+"""The opset of operators between tensors, such as ``x * y`` in a translation."""
+_LIBRARIES = ("onnxscript.function_libs.torch_lib.ops", "torch.onnx._internal.exporter._torchlib.ops")
+"""Packages of translations."""
+
+Target = Callable[..., object]
+"""What an fx node calls: an op's overload or a function of Python's."""
+Outputs = ir.Value | Sequence[ir.Value]
+Translation = Callable[..., Outputs]
+
+
+class Recorder(_building.OpRecorder):
+    """Records the nodes of one graph as torch's own recorder does, but reads the signature of an op once."""
+
+    def __init__(self) -> None:
+        super().__init__(TENSOR_OPSET, {})  # type: ignore[arg-type]  # stands for an Opset
+
+    def record(self, schema: onnx.defs.OpSchema, args: Sequence[object], kwargs: Mapping[str, object]) -> Outputs:
+        """Write a node and return its outputs; a single one as it is."""
+        signature = _read_signature(schema)
+        inputs, attributes = _building._construct_named_inputs_and_attrs(signature, args, kwargs)  # type: ignore[arg-type]  # torch's to check
+        count = _building._determine_output_number(signature, attributes)
+        return _unpack(self._call_op(signature, inputs, attributes, count))
+
+    def record_call(
+        self, function: OnnxFunction[..., Any], args: Sequence[object], kwargs: Mapping[str, object]
+    ) -> Outputs:
+        """Write a call of a function that onnxscript compiled."""
+        signature = _read_function_signature(function)
+        inputs, attributes = _building._construct_named_inputs_and_attrs(signature, args, kwargs)  # type: ignore[arg-type]  # torch's to check
+        self.functions[(function.function_ir.domain, function.name, "")] = function
+        return _unpack(self._call_op(signature, inputs, attributes, len(signature.outputs)))
+
+    def take_nodes(self) -> list[ir.Node]:
+        """Return the nodes that were recorded since this was called last."""
+        nodes, self.nodes = self.nodes, []
+        return nodes
+
+
+def _unpack(outputs: Sequence[ir.Value]) -> Outputs:
+    return outputs[0] if len(outputs) == 1 else outputs
+
+
+_SIGNATURES: dict[tuple[str, str, int], OpSignature] = {}
+
+
+def _read_signature(schema: onnx.defs.OpSchema) -> OpSignature:
+    key = schema.domain, schema.name, schema.since_version
+    if key not in _SIGNATURES:
+        _SIGNATURES[key] = OpSignature.from_op_schema(schema)
+    return _SIGNATURES[key]
+
+
+@functools.cache
+def _read_function_signature(function: OnnxFunction[..., Any]) -> OpSignature:
+    return _schemas.op_signature_from_function(
+        function, function.function_ir.domain, function.name, since_version=function.opset.version
+    )
+
+
+# ── Which translation ────────────────────────────────────────────────────────────────────────────────────────────────
+def is_translated(program: ExportedProgram, own: Mapping[Target, Translation]) -> bool:
+    """Return whether every op has a translation, and none writes in place or runs a graph of its own."""
+    ops = {node.target for node in program.graph.nodes if isinstance(node.target, OpOverload)}
+    known = all((op in own or _key(op) in _read_library()) and not op._schema.is_mutable for op in ops)
+    return known and all(node.op != "get_attr" for node in program.graph.nodes)
+
+
+def find_translation(node: fx.Node, own: Mapping[Target, Translation]) -> Translation | None:
+    """Return the translation of a node, as torch's exporter chooses it.
+
+    Args:
+        node: calls the op.
+        own: op -> translation, before the libraries'.
+    """
+    is_complex = any(map(_is_complex, (*node.args, *node.kwargs.values())))
+    if not is_complex and callable(node.target) and node.target in own:
+        return own[node.target]
+    candidates = _read_library().get(_key(node.target), ())
+    return next((_detach(found) for found, for_complex in candidates if for_complex == is_complex), None)
+
+
+def decompose(program: ExportedProgram, own: Mapping[Target, Translation]) -> ExportedProgram:
+    """Return a program in which ops without a translation are decomposed."""
+    targets = [meta.fx_target for meta in get_torchlib_ops()]
+    targets += filter(None, map(_registration._get_overload, default_registry))
+    table = _decomp.create_onnx_friendly_decomposition_table({*targets, *own})
+    with _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]  # it is a ConfigModule
+        return program.run_decompositions(table)
+
+
+@functools.cache
+def _read_library() -> Mapping[object, list[tuple[Translation, bool]]]:
+    """Return op -> its translations of the newest version, each with whether it takes complex numbers."""
+    library = defaultdict[object, list[tuple[int, Translation, bool]]](list)
+    for meta in get_torchlib_ops():
+        library[_key(meta.fx_target)].append((meta.opset_introduced, meta.onnx_function, meta.is_complex))
+    for name, overloads in default_registry.items():
+        pairs = (*((f, False) for f in overloads.overloads), *((f, True) for f in overloads.complex))
+        library[_python_function(name)] += [(TORCHLIB_OPSET, *pair) for pair in pairs]
+    return {key: _keep_newest(candidates) for key, candidates in library.items()}
+
+
+def _keep_newest(candidates: Sequence[tuple[int, Translation, bool]]) -> list[tuple[Translation, bool]]:
+    newest = max((version for version, *_ in candidates if version <= OPSET), default=0)
+    return [(found, is_complex) for version, found, is_complex in candidates if version == newest]
+
+
+def _key(target: object) -> object:
+    """Return what the library calls an op, or a function as it is."""
+    return target.name() if isinstance(target, OpOverload) else target
+
+
+def _python_function(name: str) -> object:
+    """Return the function of Python's that the library's name stands for; the name itself for an op."""
+    module, _, function = name.partition("::")
+    return getattr({"_operator": operator, "math": math}.get(module), function, name)
+
+
+def _is_complex(operand: object) -> bool:
+    if isinstance(operand, list | tuple):
+        return any(map(_is_complex, operand))
+    value = operand.meta.get("val") if isinstance(operand, fx.Node) else None
+    return isinstance(value, torch.Tensor) and value.is_complex()
+
+
+# ── The libraries' code over other namespaces ────────────────────────────────────────────────────────────────────────
+@functools.cache
+def _detach(translation: Translation) -> Translation:
+    """Return a translation that records for the calling context."""
+    return cast(Translation, _rebind_value(translation))
+
+
+class _Core:
+    """Stands for ``torch.onnx._internal.exporter._core`` in translations, which read the current recorder from it."""
+
+    @property
+    def current_tracer(self) -> object:
+        """Return the recorder of the calling context."""
+        return current_recorder()
+
+
+_NAMESPACES: dict[str, dict[str, object]] = {}
+"""Name of a module of translations -> its globals over recording opsets."""
+
+
+def _namespace_of(names: dict[str, object]) -> dict[str, object]:
+    """Return a copy of a module's globals in which translations record for the calling context."""
+    module = str(names["__name__"])
+    if module not in _NAMESPACES:
+        copy = _NAMESPACES[module] = dict(names)
+        copy.update({name: _rebind_value(value) for name, value in names.items()})
+    return _NAMESPACES[module]
+
+
+def _rebind_value(value: object) -> object:
+    """Return what stands for a global of a translation; anything that records nothing stands for itself."""
+    match value:
+        case Opset():
+            return RecordingOpset(value)
+        case TracedOnnxFunction():
+            return _rebind_value(value.func)
+        case OnnxFunction():
+            return functools.partial(_record_call, value)
+        case types.FunctionType() if value.__module__.startswith(_LIBRARIES):
+            return rebind(value, _namespace_of(value.__globals__))
+        case types.ModuleType() if value.__name__.startswith(_LIBRARIES):
+            return types.SimpleNamespace(**_namespace_of(vars(value)))
+        case _:
+            return _Core() if value is _core else value
+
+
+def _record_call(function: OnnxFunction[..., Any], *args: object, **kwargs: object) -> Outputs:
+    recorder = current_recorder()
+    assert isinstance(recorder, Recorder)
+    return recorder.record_call(function, args, kwargs)

@@ -1,0 +1,80 @@
+"""What is relied on of torch's and onnxscript's private parts."""
+
+import operator
+
+import onnx_ir as ir
+import pytest
+import torch
+from onnxscript import evaluator
+from torch import fx
+from torch.onnx._internal.exporter import _core, _dispatching
+from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+from lorac.backends.onnx import exporter, torchlib
+from lorac.backends.onnx.opsets import op, record_with
+
+aten = torch.ops.aten
+
+
+@pytest.fixture(scope="module")
+def registry():
+    """All translations, as torch's exporter finds them for the version that it writes by default."""
+    return ONNXRegistry.from_torchlib(opset_version=torchlib.OPSET)
+
+
+def test_the_release_of_torch_was_tested():
+    assert torch.__version__.startswith(exporter.TESTED_RELEASES)
+
+
+@pytest.mark.parametrize("is_complex", [False, True])
+def test_every_op_has_the_translation_that_torch_chooses(registry, is_complex):
+    """By the whole registry, which takes seconds to make."""
+    example = torch.ones(2, dtype=torch.complex64 if is_complex else torch.float32)
+    graph = fx.Graph()
+    operand = graph.placeholder("x")
+    operand.meta["val"] = example
+    differing = {}
+    for metas in registry.functions.values():
+        node = graph.call_function(metas[0].fx_target, (operand,))
+        wanted, _ = _dispatching.dispatch(node, registry)
+        candidates = torchlib._read_library().get(torchlib._key(node.target), ())
+        found = next((function for function, for_complex in candidates if for_complex == is_complex), None)
+        if found is not wanted:
+            differing[str(node.target)] = (found, wanted)
+    assert not differing
+
+
+def test_translations_record_in_the_calling_context_alone():
+    """Neither onnxscript's evaluator nor torch's current tracer is read or set."""
+    node = fx.Graph().call_function(aten.mul.Tensor, ())
+    recorder, x = torchlib.Recorder(), torchlib.SymbolicTensor(torchlib.TENSOR_OPSET, name="x")
+    x.dtype = ir.DataType.FLOAT
+    before = evaluator.default(), _core.current_tracer
+    with record_with(recorder):
+        torchlib.find_translation(node, {})(x, x)
+        _ = x + 1.0
+    assert [made.op_type for made in recorder.take_nodes()] == ["Mul", "Constant", "Add"]
+    assert (evaluator.default(), _core.current_tracer) == before
+
+
+def test_functions_that_onnxscript_compiled_are_recorded_as_calls():
+    node = fx.Graph().call_function(aten.isfinite.default, ())
+    recorder, x = torchlib.Recorder(), torchlib.SymbolicTensor(torchlib.TENSOR_OPSET, name="x")
+    x.dtype = ir.DataType.FLOAT
+    with record_with(recorder):
+        torchlib.find_translation(node, {})(x)
+    assert [name for _, name, _ in recorder.functions] == [made.op_type for made in recorder.take_nodes()]
+
+
+def test_pythons_functions_are_found_as_ops_are():
+    node = fx.Graph().call_function(operator.add, (1, 2))
+    assert torchlib.find_translation(node, {}) is not None
+
+
+def test_the_signature_of_an_op_is_read_once():
+    x, signatures = torchlib.SymbolicTensor(torchlib.TENSOR_OPSET, name="x"), torchlib._SIGNATURES
+    with record_with(torchlib.Recorder()):
+        op.Abs(x)
+        known = signatures["", "Abs", 13]
+        op.Abs(x)
+    assert signatures["", "Abs", 13] is known
