@@ -87,7 +87,7 @@ class TextWriter:
                 next_step="save it into the same folder, or have the function return (model, tokenizer)",
             )
         settings: dict[str, Any] = {"max_new_tokens": new}
-        keeps = compiled.engine.keeps(MAIN_GRAPH)
+        keeps = compiled.engine.cache_spec(MAIN_GRAPH)
         if keeps is not None and not keeps.encodes:
             settings["prefixes"] = PromptCache()  # so that a turn of a chat does not read again what was said before
         if temperature is not None:
@@ -122,7 +122,7 @@ class TextWriter:
         """Go on with a text, no further than the model has positions."""
         told = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
         settings = dict(self.settings)
-        keeps = self.compiled.engine.keeps(MAIN_GRAPH)
+        keeps = self.compiled.engine.cache_spec(MAIN_GRAPH)
         left = None if keeps is None or keeps.encodes else keeps.after(int(told["input_ids"].shape[1]))
         if left is not None:
             settings["max_new_tokens"] = min(settings["max_new_tokens"], max(left, 1))

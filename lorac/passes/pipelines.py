@@ -20,7 +20,7 @@ from lorac.passes.connect_values import ConnectValues
 from lorac.passes.expand import ExpandAdaptedCalls
 from lorac.passes.fuse_projections import FuseProjections
 from lorac.passes.insert import InsertAdaptedCalls
-from lorac.target.engine import AnyDialect, Dialect
+from lorac.target.dialect import AnyDialect, Dialect
 
 Observer = Callable[[str, Graph], None]
 
@@ -39,7 +39,7 @@ def lowering_passes(
         aux: extra outputs to give.
         constant: whether what the slots hold becomes constants of the program.
     """
-    packed = (FuseProjections(constant),) if dialect.packs else ()
+    packed = (FuseProjections(constant),) if dialect.fuses_projections else ()
     return (
         *packed,
         InsertAdaptedCalls(),

@@ -18,7 +18,7 @@ import torch
 
 from lorac.errors import ChoiceError, Unavailable
 from lorac.ir.slots.choice import ChoiceSpec
-from lorac.target.binding import AuxOutputs, CallResult
+from lorac.target.engine import AuxOutputs, CallResult
 
 
 def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:

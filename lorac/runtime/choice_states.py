@@ -17,8 +17,7 @@ from lorac.ir.slots.plans import SitePlan, SiteSlots
 from lorac.runtime.capacity import suggest_reserve
 from lorac.storage.atomic_folders import replace_atomically
 from lorac.storage.os_errors import translate_os_errors
-from lorac.target.binding import BoundProgram
-from lorac.target.engine import Engine
+from lorac.target.engine import BoundProgram, Engine
 from lorac.variants.adapter import Adapter
 
 _MAX_MIXTURES = 8

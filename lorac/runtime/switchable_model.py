@@ -26,8 +26,7 @@ from lorac.runtime.choice_states import ChoiceState, ChoiceStates
 from lorac.runtime.generation.tokenizers import TokenizerFiles
 from lorac.runtime.locks import ReadWriteLock
 from lorac.runtime.traits import ModelTraits
-from lorac.target.binding import AuxOutputs, BoundProgram, CallResult
-from lorac.target.engine import Engine
+from lorac.target.engine import AuxOutputs, BoundProgram, CallResult, Engine
 from lorac.variants.adapter import Adapter
 
 T = TypeVar("T")
@@ -133,7 +132,7 @@ class SwitchableModel(ABC):
         if self.mode == "baked":
             if adapters is not UNSET and parse_choice(adapters, self.pool) != self.choice:
                 self.refuse_baked()
-            return work(self._state.bound or self.engine.written, self._state)
+            return work(self._state.bound or self.engine.written_program, self._state)
         if self.engine.fused:
             return self._with_written(adapters, work)
         training = self.engine.computes_terms
@@ -150,7 +149,7 @@ class SwitchableModel(ABC):
         self._rewrite()
         with self._call_lock.reading():
             if self._holds_active():
-                return work(self.engine.written, self._state)
+                return work(self.engine.written_program, self._state)
         return self._with_written(adapters, work)
 
     def _with_written_for(self, choice: Choice, work: Callable[[BoundProgram, ChoiceState], T]) -> T:
@@ -158,7 +157,7 @@ class SwitchableModel(ABC):
         before, state = self._state.snapshot, self._states.of(choice)
         try:
             self._put(state.snapshot)
-            return work(self.engine.written, state)
+            return work(self.engine.written_program, state)
         finally:
             self._put(before)
 
@@ -242,14 +241,14 @@ class SwitchableModel(ABC):
             with self._swap_lock:
                 self._restore(before if self._state is changed else self._state)
             raise
-        state = "settled" if self.engine.settled else "bound"
+        state = "settled" if self.engine.is_frozen else "bound"
         return SwapReport(state, len(touched), written, time.perf_counter() - start, blocked)
 
     def _settle(self, now: bool) -> None:
         if now:
-            self.engine.settle()
-        elif self.engine.settles_alone:
-            threading.Thread(target=self.engine.settle, name="lorac-settle", daemon=True).start()
+            self.engine.freeze()
+        elif self.engine.freezes_in_background:
+            threading.Thread(target=self.engine.freeze, name="lorac-settle", daemon=True).start()
 
     def _bind(self, choice: Choice) -> int:
         before, state = self._state, self._states.of(choice)

@@ -11,7 +11,8 @@ from lorac.ir.slots.composition import compose_choice
 from lorac.progress import progress
 from lorac.session.lowering.lower import lower_model, lower_stored
 from lorac.session.session import Session
-from lorac.target.engine import BuildRequest, Engine, TargetOptions
+from lorac.target.backend import BuildRequest, TargetOptions
+from lorac.target.engine import Engine
 
 
 def build_engine(session: Session, choice: Choice, stored: Program | None = None) -> Engine:
@@ -34,7 +35,7 @@ def build_engine(session: Session, choice: Choice, stored: Program | None = None
             request = dataclasses.replace(request, program=lower_model(session, options.aux))
         engine = backend.build(request)
     if engine.files is not None:
-        session.release_model(backend.base_of(engine.files))
+        session.release_model(backend.read_base_weights(engine.files))
     return engine
 
 

@@ -34,7 +34,7 @@ def collect_graphs(session: Session, model: SwitchableModel) -> GraphViews:
     if session.history is None and session.host.in_memory:
         lower_model(session, ())
     history = session.history or PassHistory()
-    listing = functools.cache(model.engine.listing)
+    listing = functools.cache(model.engine.dump)
     dumps: Mapping[str, Mapping[str, Dump]] = history.dumps or {n: {EMITTED: dump} for n, dump in listing().items()}
     if not dumps:
         raise Unavailable(

@@ -101,10 +101,10 @@ def _load_manifest(manifest: Manifest, target: str, device: torch.device | None)
 def _open_stored(manifest: Manifest) -> Session:
     """Open a session for an artifact: its model is a skeleton with the base weights of the touched sites."""
     backend = find_backend(manifest.target)
-    base = backend.base_of(manifest.files)
+    base = backend.read_base_weights(manifest.files)
     host = HostModel.stored(manifest.host, base or {})
     _module = host.module  # a reference, so that the skeleton is made only once
-    session = Session.over(host, backend, backend.told({}), manifest.mode)
+    session = Session.over(host, backend, backend.parse_options({}), manifest.mode)
     session.read_base_from(base)
     session.preparer.stored = manifest.reductions
     session.traits = traits_from_json(manifest.components)
@@ -122,10 +122,10 @@ def _compile_stored(manifest: Manifest, session: Session, target: str, device: t
     from lorac.session.building import build_engine
 
     backend = find_backend(target)
-    options, _ = resolve_placement(backend, backend.told({}), device)
+    options, _ = resolve_placement(backend, backend.parse_options({}), device)
     dtypes = (plan.site.dtype for plan in session.plans.values())
     check_stored_dtypes(backend.dialect_for(options), dtypes, str(manifest.folder))
-    program = session.backend.program_of(manifest.program, manifest.files, session.sites, session.plans)
+    program = session.backend.restore_program(manifest.program, manifest.files, session.sites, session.plans)
     session = dataclasses.replace(session, backend=backend, options=options)
     choice = parse_choice(choice_from_json(manifest.active), session.pool)
     return make_compiled(session, build_engine(session, choice, program), choice)

@@ -18,7 +18,7 @@ from lorac.runtime.traits import ModelTraits
 from lorac.session.host_model import HostModel
 from lorac.session.request.precision import Precision
 from lorac.storage.tensor_file import make_file_base_reader
-from lorac.target.engine import Backend, TargetOptions
+from lorac.target.backend import Backend, TargetOptions
 
 if TYPE_CHECKING:
     from lorac.report.pass_history import PassHistory
@@ -83,7 +83,7 @@ class Session:
 
     def quantise_sites(self) -> None:
         """Mark the sites whose weights the engine will hold quantised."""
-        sites = self.backend.held(self.sites, self.options, self.mode)
+        sites = self.backend.mark_quantised(self.sites, self.options, self.mode)
         self.preparer.sites = sites
         self.host.packed = {site.weight: site.packed for site in sites.values() if site.weight and site.packed}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from lorac import backends
 from lorac.discovery import list_entry_points, list_modules
 from lorac.errors import MissingExtra, not_one_of
-from lorac.target.engine import Backend, TargetOptions
+from lorac.target.backend import Backend, TargetOptions
 
 GROUP = "lorac.backends"
 _ATTRIBUTE = "BACKEND"

@@ -1,1 +1,1 @@
-"""Contract between the session and a target: dialect, backend, engine, bindings, caches."""
+"""The contract with a target: its dialect, the backend that builds engines for it, the engine that runs a program."""

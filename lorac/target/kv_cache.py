@@ -1,10 +1,10 @@
-"""The contract for text that grows: a cache of keys and values, and what one call adds to it.
+"""The contract for cached attention: a cache of keys and values, and what one call adds to it.
 
-A graph that keeps a cache computes only the tokens a call brings; what its attention needs of those before, the cache
-holds. Rows of a batch are independent: each has its own length, brings its own number of tokens, and gives what it
-would give alone. Rows are padded on the right inside, and nothing is computed from what pads them.
+A graph with a cache computes only the new tokens of a call; the keys and values of earlier tokens are in the cache.
+Rows of a batch are independent: each has its own length, brings its own number of tokens, and gets the answer that it
+would get alone. Rows are padded on the right, and padding changes no answer.
 
-A decoder may attend to what an encoder read, too. That is encoded once for a text, and kept beside it for each row.
+A decoder may also attend to the outputs of an encoder. These are computed once, and stored for each row.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSpec:
-    """What a graph's cache can hold.
+    """The limits of a graph's cache.
 
     Attributes:
-        limit: the longest text that the model's positions admit; None where they are computed for any.
-        vocabulary: how many logits a token has.
-        encodes: names of the inputs of an encoder, which is to be run first; none where there is no encoder.
+        limit: the longest sequence that the model's positions admit; None where they are computed for any.
+        vocabulary: number of logits of a token.
+        encodes: names of the inputs of an encoder, which must run first; empty without an encoder.
     """
 
     limit: int | None
@@ -31,17 +31,17 @@ class CacheSpec:
     encodes: tuple[str, ...] = ()
 
     def after(self, count: int) -> int | None:
-        """How many tokens may follow a text of so many, the last of which nothing reads; None for any number."""
+        """Return how many tokens may follow ``count`` ones, the last of which nothing reads; None for any number."""
         return None if self.limit is None else self.limit + 1 - count
 
 
 class KeyValueCache(ABC):
-    """Keys and values of the rows of a batch; an engine makes it (``Engine.new_cache``). One thread uses it at a time.
+    """Keys and values of the rows of a batch (``Engine.new_cache``). Only one thread may use it at a time.
 
     Attributes:
-        capacity: the most tokens a row may have.
-        lengths: how many tokens each row holds.
-        nbytes: what its buffers take.
+        capacity: the most tokens of a row.
+        lengths: number of tokens in each row.
+        nbytes: size of its buffers.
     """
 
     capacity: int
@@ -50,30 +50,30 @@ class KeyValueCache(ABC):
 
     @abstractmethod
     def select(self, rows: Sequence[int]) -> None:
-        """Let the rows be these of the present ones, in this order; one may come several times, or be left out."""
+        """Replace the rows by some of them, in this order; a row may be repeated or left out."""
 
     @abstractmethod
     def crop(self, lengths: Sequence[int]) -> None:
-        """Forget each row's tokens from a length on, none of which is above the present one."""
+        """Drop each row's tokens from a length on, which is at most the present one."""
 
     @abstractmethod
     def grow(self, capacity: int) -> None:
-        """Admit longer rows; what they hold stays."""
+        """Increase the capacity; the content stays."""
 
     @abstractmethod
     def copy(self) -> KeyValueCache:
-        """Another cache that holds the same."""
+        """Return another cache with the same content."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class DecodeStep:
-    """What a call adds to the rows of a cache.
+    """New tokens for the rows of a cache.
 
     Attributes:
         ids: token ids (rows, length), padded on the right.
-        counts: how many of them each row brings, from 0 on.
-        wanted: (rows, k): the places among the row's own new tokens whose logits are asked for; of a row that brings
-            none they may be any, and so are its logits.
+        counts: number of new tokens of each row, 0 included.
+        wanted: (rows, k): indices among the row's new tokens whose logits are returned; for a row without new tokens
+            both are arbitrary.
     """
 
     ids: Tensor

@@ -24,18 +24,9 @@ from lorac.ir.graph.feeds import collect_slot_tensors, select_reached_plans
 from lorac.ir.sites import SiteKind
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.plans import RankPolicy, SitePlan, SiteSlots
-from lorac.target.binding import CallResult, EngineBinding
-from lorac.target.engine import (
-    AnyDialect,
-    Backend,
-    BranchGate,
-    BuildRequest,
-    Dialect,
-    Engine,
-    ProgramFiles,
-    StoredState,
-    TargetOptions,
-)
+from lorac.target.backend import Backend, BuildRequest, StoredState, TargetOptions
+from lorac.target.dialect import AnyDialect, BranchGate, Dialect
+from lorac.target.engine import BoundProgram, CallResult, Engine, ProgramFiles
 
 DIALECT: Dialect[ir.Model] = Dialect(
     name="plain",
@@ -43,7 +34,7 @@ DIALECT: Dialect[ir.Model] = Dialect(
     passes=(Legalize(),),
     gates=BranchGate.WHERE,
     ranks={SiteKind.LINEAR: RankPolicy.FROM_ONE, SiteKind.CONV2D: RankPolicy.FIXED},
-    packs=False,
+    fuses_projections=False,
 )
 
 
@@ -80,14 +71,14 @@ class PlainEngine(Engine):
         self.session = ort.InferenceSession(ir.to_proto(self.model).SerializeToString(), settings)
         self.plans, self.mode, self.buffers = select_reached_plans(self.graph.slots, request.plans), request.mode, {}
 
-    def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> EngineBinding[Tensors]:
-        return EngineBinding(self, collect_slot_tensors(self.graph.slots, self.plans, slots))
+    def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> BoundProgram[Tensors]:
+        return BoundProgram(self, collect_slot_tensors(self.graph.slots, self.plans, slots))
 
     @property
-    def written(self) -> EngineBinding[Tensors]:
+    def written_program(self) -> BoundProgram[Tensors]:
         raise Unavailable("the plain target writes no weights")
 
-    def hold(self, snapshot: ComposedWeights) -> None:
+    def record_written(self, snapshot: ComposedWeights) -> None:
         raise Unavailable("the plain target writes no weights")
 
     def activate(self, content: Tensors) -> None:
@@ -120,7 +111,7 @@ class Plain(Backend[Options]):
     ) -> Engine:
         raise Unavailable("the plain target stores nothing")
 
-    def base_of(self, files: ProgramFiles) -> None:
+    def read_base_weights(self, files: ProgramFiles) -> None:
         raise Unavailable("the plain target stores nothing")
 
 

@@ -73,7 +73,7 @@ def reference(host: Any, name: str, folder: Path, ids: Tensor, new: int) -> Refe
 
 def read(compiled: Any, choice: Any, ids: Tensor, new: int) -> Tensor:
     """Logits (1, new, vocabulary) of the last tokens of a text (1, length); through a cache, where there is one."""
-    if compiled.engine.keeps(MAIN_GRAPH) is None:
+    if compiled.engine.cache_spec(MAIN_GRAPH) is None:
         with torch.no_grad():
             return compiled(input_ids=ids, adapters=choice).logits[:, -new:]
     cache = compiled.engine.new_cache(MAIN_GRAPH, 1, ids.shape[1])

@@ -95,7 +95,7 @@ def test_positions_cut_from_a_list():
     example = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids.clone()}
     model.generation_config.update(decoder_start_token_id=1, pad_token_id=0, eos_token_id=2)
     compiled = lorac.compile(model, target="onnxruntime", cache=True, example_inputs=example)
-    assert compiled.engine.keeps("main").limit == 64
+    assert compiled.engine.cache_spec("main").limit == 64
     told = {**batches("bart")[1], "max_new_tokens": 8, "num_beams": 2}
     assert torch.equal(compiled.generate(**told), model.generate(**told))
 

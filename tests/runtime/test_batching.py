@@ -6,7 +6,7 @@ import torch
 
 import lorac
 from lorac.runtime.batching import run_rows
-from lorac.target.binding import CallResult
+from lorac.target.engine import CallResult
 from tests import parity
 from tests.runtime.switching import MIXTURE, X, answer, build, pair, raw
 from tests.zoo import ZOO

@@ -38,7 +38,7 @@ def eager(host, adapters):
 
 
 def bound(compiled):
-    return compiled.engine.written if compiled.engine.fused else compiled._state.bound
+    return compiled.engine.written_program if compiled.engine.fused else compiled._state.bound
 
 
 def extended(compiled, cache, ids, counts, wanted=None):
@@ -151,7 +151,7 @@ def test_a_call_that_brings_nothing_changes_nothing(compiled):
 
 
 def test_what_a_cache_can_hold_is_told(compiled):
-    keeps = compiled.engine.keeps("main")
+    keeps = compiled.engine.cache_spec("main")
     assert (keeps.limit, keeps.vocabulary) == (64, VOCABULARY)
 
 
@@ -162,7 +162,7 @@ def test_it_is_saved_and_loaded(compiled, tmp_path):
     compiled.save(tmp_path / "saved")
     loaded = lorac.load(tmp_path / "saved")
     assert torch.equal(fed(loaded)[1], expected)
-    assert loaded.engine.keeps("main") == compiled.engine.keeps("main")
+    assert loaded.engine.cache_spec("main") == compiled.engine.cache_spec("main")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_calls_it_cannot_answer_are_refused(compiled, given, error, text):
 
 def test_a_program_without_a_cache_makes_none(host):
     compiled = lorac.compile(host, target="eager")
-    assert compiled.engine.keeps("main") is None
+    assert compiled.engine.cache_spec("main") is None
     with pytest.raises(Unavailable, match="keeps no cache"):
         compiled.engine.new_cache("main", 1, 8)
 

@@ -27,17 +27,9 @@ from lorac.ir.tracing import tracing
 from lorac.storage.plans import slot_from_json, slot_to_json
 from lorac.storage.program import StoredProgram, collect_tensors, program_to_json
 from lorac.storage.tensor_file import TensorFile, make_file_base_reader
-from lorac.target.engine import (
-    AnyDialect,
-    Backend,
-    BranchGate,
-    BuildRequest,
-    Dialect,
-    Engine,
-    ProgramFiles,
-    StoredState,
-    TargetOptions,
-)
+from lorac.target.backend import Backend, BuildRequest, StoredState, TargetOptions
+from lorac.target.dialect import AnyDialect, BranchGate, Dialect
+from lorac.target.engine import Engine, ProgramFiles
 
 _PROGRAM, _WEIGHTS = "program.json", "weights.safetensors"
 
@@ -56,7 +48,7 @@ class EagerBackend(Backend[EagerOptions]):
     dialect: AnyDialect = Dialect(
         name="eager",
         gates=BranchGate.NONE,
-        packs=False,  # what is saved runs as it is, and a matrix made of several would be made at every call
+        fuses_projections=False,  # a stored program would concatenate the fused matrix at every call
         dtypes=(torch.float32, torch.float64, torch.bfloat16, torch.float16),
     )
     options = EagerOptions
@@ -112,7 +104,7 @@ class EagerBackend(Backend[EagerOptions]):
                 "a fused eager artefact runs on the CPU only",
                 next_step="save it in live mode, or load it with target='onnxruntime'",
             )
-        file = self.base_of(files)
+        file = self.read_base_weights(files)
         parts = _load_graphs(stored, files, file)
         for part in parts.values():
             part.program.to(place)
@@ -120,15 +112,15 @@ class EagerBackend(Backend[EagerOptions]):
         kept = {name: files[name] for name in (_PROGRAM, _WEIGHTS)}
         return StoredProgramEngine(parts=parts, plans=plans, base=base, mode=mode, files=kept, device=place)
 
-    def base_of(self, files: ProgramFiles) -> TensorFile:
+    def read_base_weights(self, files: ProgramFiles) -> TensorFile:
         """The base weights, which lie beside those of the program."""
         return TensorFile(files[_WEIGHTS])
 
-    def program_of(
+    def restore_program(
         self, stored: StoredState, files: ProgramFiles, sites: Mapping[str, Site], plans: Mapping[str, SitePlan]
     ) -> Program:
         """The stored program as graphs again, at level expanded."""
-        parts = _load_graphs(stored, files, self.base_of(files))
+        parts = _load_graphs(stored, files, self.read_base_weights(files))
         return Program({name: _export_graph(name, part, sites, plans) for name, part in parts.items()})
 
 

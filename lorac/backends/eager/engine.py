@@ -54,8 +54,7 @@ from lorac.ir.slots.program_values import (
     list_tapped_modules,
     replace_first_tensor,
 )
-from lorac.target.binding import CallResult, EngineBinding
-from lorac.target.engine import Engine
+from lorac.target.engine import BoundProgram, CallResult, Engine
 
 Tensor = torch.Tensor
 T = TypeVar("T")
@@ -64,7 +63,7 @@ EmissionListener = Callable[[Mapping[str, Mapping[str, Tensor]]], None]
 _current_call: contextvars.ContextVar[tuple[object, ForwardCall] | None] = contextvars.ContextVar("call", default=None)
 
 
-class EagerEngine(Engine):
+class EagerEngine(Engine[ActiveSlots]):
     """Runs a host copy.
 
     Args:
@@ -109,14 +108,14 @@ class EagerEngine(Engine):
 
     # --- the engine's contract -----------------------------------------------------------------------------------
 
-    def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> EngineBinding[ActiveSlots]:
+    def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> BoundProgram[ActiveSlots]:
         """Keep the slots of the sites the choice touches; elsewhere the base runs untouched."""
-        return EngineBinding(self, slots_from_snapshot(snapshot, slots))
+        return BoundProgram(self, slots_from_snapshot(snapshot, slots))
 
     @property
-    def written(self) -> EngineBinding[ActiveSlots]:
+    def written_program(self) -> BoundProgram[ActiveSlots]:
         """The choice that the weights hold."""
-        return EngineBinding(self, self.active)
+        return BoundProgram(self, self.active)
 
     def activate(self, content: ActiveSlots) -> None:
         """What runs outside any call (a submodule called directly) uses it from now on."""
@@ -135,7 +134,7 @@ class EagerEngine(Engine):
         """
         return torch.is_grad_enabled() or self.module.training
 
-    def hold(self, snapshot: ComposedWeights) -> None:
+    def record_written(self, snapshot: ComposedWeights) -> None:
         """Calls run with what was written, at the sites it touches."""
         self.active = ActiveSlots(snapshot.choice, {}, frozenset(snapshot.composed))
 
@@ -176,7 +175,7 @@ class EagerEngine(Engine):
     def _new_call(self, content: ActiveSlots) -> ForwardCall:
         return ForwardCall(content, self.computes_terms)
 
-    def lend(self, content: object, graph: str, work: Callable[[nn.Module], T]) -> T:
+    def run_with_model(self, content: object, graph: str, work: Callable[[nn.Module], T]) -> T:
         """Have the host copy do some work of its own, each of whose forwards reads the content."""
         module = self.components[check_component(graph, self.components)]
         assert isinstance(content, ActiveSlots)

@@ -18,8 +18,7 @@ from lorac.ir.slots.buffers import make_fused_buffers
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.plans import SitePlan, SiteSlots
 from lorac.storage.program import StoredProgram
-from lorac.target.binding import CallResult, EngineBinding
-from lorac.target.engine import Engine, ProgramFiles
+from lorac.target.engine import BoundProgram, CallResult, Engine, ProgramFiles
 
 Tensor = torch.Tensor
 
@@ -37,7 +36,7 @@ SlotTensors = Mapping[str, Tensor]
 """What one choice puts into every slot input, by name."""
 
 
-class StoredProgramEngine(Engine):
+class StoredProgramEngine(Engine[SlotTensors]):
     """Runs a program whose slots are inputs.
 
     Args:
@@ -70,17 +69,17 @@ class StoredProgramEngine(Engine):
         self.buffers, memory = make_fused_buffers(self.plans, base) if self.fused else ({}, {})
         self._memory = memory
 
-    def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> EngineBinding[SlotTensors]:
+    def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> BoundProgram[SlotTensors]:
         """The slots' tensors by input."""
         tensors = collect_slot_tensors(self.slots, self.plans, slots)
-        return EngineBinding(self, {name: tensor.detach().to(self.device) for name, tensor in tensors.items()})
+        return BoundProgram(self, {name: tensor.detach().to(self.device) for name, tensor in tensors.items()})
 
     @property
-    def written(self) -> EngineBinding[SlotTensors]:
+    def written_program(self) -> BoundProgram[SlotTensors]:
         """The buffers that weights are written to."""
-        return EngineBinding(self, self._memory)
+        return BoundProgram(self, self._memory)
 
-    def hold(self, snapshot: ComposedWeights) -> None:
+    def record_written(self, snapshot: ComposedWeights) -> None:
         """Nothing: the program reads the buffers, whatever they hold."""
 
     def activate(self, content: SlotTensors) -> None:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from lorac.errors import Unavailable
 from lorac.source_lines import format_location, is_user_code
-from lorac.target.engine import Dialect
+from lorac.target.dialect import Dialect
 
 _SCOPES, _STACK_TRACE = "pkg.torch.onnx.name_scopes", "pkg.torch.onnx.stack_trace"
 """Where torch's exporter notes the module and the lines that a node comes from."""

@@ -23,7 +23,7 @@ from lorac.errors import Unavailable
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.program import Program
 from lorac.ir.graph.symbolic_shapes import rename_symbols
-from lorac.target.engine import Dialect
+from lorac.target.dialect import Dialect
 from lorac.third_party_output import suppress_third_party_output
 
 SITE_METADATA = "lorac.site"

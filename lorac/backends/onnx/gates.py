@@ -22,7 +22,7 @@ import onnx_ir as ir
 from lorac.ir.graph.attention_ops import is_past_input, present_name
 from lorac.ir.graph.graph import SlotInput
 from lorac.ir.slots.roles import is_strength, slot_name
-from lorac.target.engine import BranchGate
+from lorac.target.dialect import BranchGate
 
 
 def gate_by_if(model: ir.Model, slots: Mapping[str, SlotInput]) -> None:

@@ -25,7 +25,9 @@ from lorac.ir.sites import HALF_PRECISION, Site, SiteKind
 from lorac.ir.slots.plans import SitePlan
 from lorac.storage.plans import slot_from_json, slot_to_json
 from lorac.storage.tensor_file import TensorFile, make_file_base_reader
-from lorac.target.engine import AnyDialect, Backend, BuildRequest, Engine, ProgramFiles, StoredState
+from lorac.target.backend import Backend, BuildRequest, StoredState
+from lorac.target.dialect import AnyDialect
+from lorac.target.engine import Engine, ProgramFiles
 
 
 class OnnxRuntime(Backend[OnnxRuntimeOptions]):
@@ -46,7 +48,7 @@ class OnnxRuntime(Backend[OnnxRuntimeOptions]):
 
         return DIALECTS[options.place.type]
 
-    def placed(self, options: OnnxRuntimeOptions, device: torch.device | None) -> OnnxRuntimeOptions:
+    def place_options(self, options: OnnxRuntimeOptions, device: torch.device | None) -> OnnxRuntimeOptions:
         """Options for a device that this machine has what it takes to run on."""
         if device is not None:
             options = dataclasses.replace(options, device=str(device))
@@ -58,7 +60,7 @@ class OnnxRuntime(Backend[OnnxRuntimeOptions]):
         check_providers(options.chosen, options.place)
         return options
 
-    def lacking(self, program: Program) -> tuple[str, ...]:
+    def list_unsupported(self, program: Program) -> tuple[str, ...]:
         """The ops that it does not claim."""
         from lorac.backends.onnx.emit import list_unsupported_ops
         from lorac.backends.onnxruntime.dialect import DIALECTS
@@ -77,7 +79,7 @@ class OnnxRuntime(Backend[OnnxRuntimeOptions]):
 
         return build(request)
 
-    def held(self, sites: Mapping[str, Site], options: OnnxRuntimeOptions, mode: str) -> dict[str, Site]:
+    def mark_quantised(self, sites: Mapping[str, Site], options: OnnxRuntimeOptions, mode: str) -> dict[str, Site]:
         """Layers and embeddings that are to be quantised say so. What is baked is merged in float first."""
         codec = options.codec
         if codec is None or mode == "baked":
@@ -107,13 +109,13 @@ class OnnxRuntime(Backend[OnnxRuntimeOptions]):
     ) -> OrtEngine:
         """Sessions over the models as they are held; their weights are mapped."""
         given: Any = stored
-        tensors = self.base_of(files)
+        tensors = self.read_base_weights(files)
         options = OnnxRuntimeOptions(**given["options"])
         if device is not None:
             # Providers that were asked for when it was saved are of the place it ran on then.
             own = options.providers if options.place.type == torch.device(device).type else None
             options = dataclasses.replace(options, providers=own, device=str(device))
-        options = self.placed(options, None)
+        options = self.place_options(options, None)
         _refuse_half(plans, options)
         return OrtEngine(
             parts={name: _graph_from_json(name, files, entry, options) for name, entry in given["graphs"].items()},
@@ -124,7 +126,7 @@ class OnnxRuntime(Backend[OnnxRuntimeOptions]):
             options=options,
         )
 
-    def base_of(self, files: ProgramFiles) -> Mapping[str, torch.Tensor] | None:
+    def read_base_weights(self, files: ProgramFiles) -> Mapping[str, torch.Tensor] | None:
         """The base weights as products are taken with them, some of which the models hold; None of a baked program."""
         return dequantised_weights(TensorFile(files[BASE_FILE], files)) if BASE_FILE in files else None
 

@@ -39,7 +39,8 @@ from lorac.progress import step
 from lorac.storage.open_file import open_files
 from lorac.storage.process_folders import make_temporary_folder, remove_with_owner
 from lorac.storage.tensor_file import TensorFile, find_transposed_weights, make_file_base_reader
-from lorac.target.engine import BuildRequest, ProgramFiles
+from lorac.target.backend import BuildRequest
+from lorac.target.engine import ProgramFiles
 
 
 def build(request: BuildRequest[OnnxRuntimeOptions]) -> OrtEngine:

@@ -15,7 +15,7 @@ from lorac.backends.onnxruntime.devices.widening import widen_half_precision
 from lorac.backends.onnxruntime.flattening import copy_reshape_sizes, flatten_to_rows
 from lorac.backends.onnxruntime.fusions import fuse_rms_norms, fuse_rotary_positions, fuse_top_k
 from lorac.backends.onnxruntime.group_query_attention import use_group_query_attention
-from lorac.target.engine import BranchGate, ClaimedOps, Dialect
+from lorac.target.dialect import BranchGate, ClaimedOps, Dialect
 
 _WITHOUT_KERNEL: ClaimedOps = frozenset({("", "Constant")})
 """What the library resolves while it loads a program, so that no kernel is listed."""

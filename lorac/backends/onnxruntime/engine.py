@@ -36,8 +36,7 @@ from lorac.ir.interface import Interface
 from lorac.ir.sites import BaseReader
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.plans import SitePlan, SiteSlots
-from lorac.target.binding import CallResult, EngineBinding
-from lorac.target.engine import Engine, ProgramFiles
+from lorac.target.engine import BoundProgram, CallResult, Engine, ProgramFiles
 from lorac.target.kv_cache import CacheSpec, DecodeStep, KeyValueCache
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ class SlotValues:
     own: threading.local = field(default_factory=threading.local)
 
 
-class OrtEngine(Engine):
+class OrtEngine(Engine[SlotValues]):
     """Runs a program, one session per graph.
 
     Args:
@@ -114,7 +113,7 @@ class OrtEngine(Engine):
         self.interfaces = {name: _signature_with_notes(part) for name, part in parts.items()}
         self.plans = select_reached_plans(self.slots, plans)
         self.base, self.mode, self.files, self.options = base, mode, files, options
-        self.settles_alone = self.fused and options.settle == "background"
+        self.freezes_in_background = self.fused and options.settle == "background"
         self.where = memory_at(options.place)
         self.buffers, self.memory = self.where.fused(self.plans, base) if self.fused else ({}, {})
         self._written = self._values(self.memory)
@@ -124,17 +123,17 @@ class OrtEngine(Engine):
 
     # --- the engine's contract ---------------------------------------------------------------------------------
 
-    def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> EngineBinding[SlotValues]:
+    def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> BoundProgram[SlotValues]:
         """OrtValues over the slots' tensors; what lies where sessions read it is not copied."""
         tensors = {} if self.constant else collect_slot_tensors(self.slots, self.plans, slots)
-        return EngineBinding(self, self._values(tensors))
+        return BoundProgram(self, self._values(tensors))
 
     @property
-    def written(self) -> EngineBinding[SlotValues]:
+    def written_program(self) -> BoundProgram[SlotValues]:
         """The buffers that weights are written to."""
-        return EngineBinding(self, self._written)
+        return BoundProgram(self, self._written)
 
-    def listing(self) -> dict[str, Dump]:
+    def dump(self) -> dict[str, Dump]:
         """The models that the sessions were made of."""
         from lorac.backends.onnx.model_dump import dump_model  # what a call does not need
 
@@ -143,12 +142,12 @@ class OrtEngine(Engine):
     def activate(self, content: SlotValues) -> None:
         """Nothing: every call names its binding."""
 
-    def hold(self, snapshot: ComposedWeights) -> None:
+    def record_written(self, snapshot: ComposedWeights) -> None:
         """Remember it: constants that were made of it serve again."""
         self._holds = snapshot
         self.where.written(self.memory)
 
-    def settle(self) -> None:
+    def freeze(self) -> None:
         """Make sessions with the present weights as constants; they serve calls while those are the active ones.
 
         Raises:
@@ -198,7 +197,7 @@ class OrtEngine(Engine):
         return held.where.parents[name.count("/")]
 
     @property
-    def settled(self) -> bool:
+    def is_frozen(self) -> bool:
         """Whether calls run on constants now."""
         return self._holds in self._settled
 
@@ -220,7 +219,7 @@ class OrtEngine(Engine):
         output, extra = part.signature.run(args, kwargs, run)
         return CallResult(output, group_aux_outputs(extra, values.tensors))
 
-    def keeps(self, graph: str) -> CacheSpec | None:
+    def cache_spec(self, graph: str) -> CacheSpec | None:
         """As its session says."""
         layout = self.parts[check_component(graph, self.parts)].cache
         return None if layout is None else layout.keeps
@@ -230,18 +229,14 @@ class OrtEngine(Engine):
         layout = self.parts[check_component(graph, self.parts)].cache
         return super().new_cache(graph, rows, capacity) if layout is None else OrtCache(layout, rows, capacity)
 
-    def extend(  # type: ignore[override]  # the content is what it made itself
-        self, content: SlotValues, graph: str, cache: KeyValueCache, extension: DecodeStep
-    ) -> Tensor:
+    def decode(self, content: SlotValues, graph: str, cache: KeyValueCache, extension: DecodeStep) -> Tensor:
         """One run of the graph's session."""
         assert isinstance(cache, OrtCache)
         part = self.parts[graph]
         session, values = self._serving(part, graph, content)
         return run_decode_step(session, values, cache, extension, lambda: _new_binding(part, session, values))
 
-    def encode(  # type: ignore[override]  # as above
-        self, content: SlotValues, graph: str, cache: KeyValueCache, inputs: Mapping[str, object]
-    ) -> None:
+    def encode(self, content: SlotValues, graph: str, cache: KeyValueCache, inputs: Mapping[str, object]) -> None:
         """One run of the session of the graph's encoder."""
         self._encoded(content, graph, cache, inputs)
 
@@ -284,7 +279,7 @@ class OrtEngine(Engine):
         part.signature.check((), {**told, **picked})
         cache = self.new_cache(graph, *ids.shape)
         encoded = self._encoded(content, graph, cache, inputs) if part.cache.keeps.encodes else {}
-        logits = self.extend(content, graph, cache, extension)
+        logits = self.decode(content, graph, cache, extension)
         logits[torch.arange(ids.shape[1]) >= torch.tensor(counts)[:, None]] = 0
         as_numpy = isinstance(told[text], np.ndarray)
         answered: list[Any] = [logits.numpy() if as_numpy else logits]

@@ -186,7 +186,7 @@ class OrtCache(KeyValueCache):
 def run_decode_step(
     session: ort.InferenceSession, values: Any, cache: OrtCache, extension: DecodeStep, make: Callable[[], Any]
 ) -> Tensor:
-    """Add tokens to a cache's rows; as ``BoundProgram.extend``.
+    """Add tokens to a cache's rows; as ``BoundProgram.decode``.
 
     Args:
         session: the graph's.

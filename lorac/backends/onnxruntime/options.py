@@ -9,7 +9,7 @@ import torch
 from lorac.backends.onnxruntime.devices.providers import CPU, CUDA, device_type_of, known_providers
 from lorac.backends.onnxruntime.quantised.codec import BLOCK_SIZES, Codec
 from lorac.errors import OptionError, nearest_name, not_one_of, short
-from lorac.target.engine import TargetOptions
+from lorac.target.backend import TargetOptions
 
 MAX_THREADS = 1024
 """More than any machine has cores for one operator; each takes memory of its own."""
@@ -85,7 +85,7 @@ class OnnxRuntimeOptions(TargetOptions):
         return tuple(dict.fromkeys((*own, CPU)))
 
     @property
-    def grows(self) -> bool:
+    def uses_cache(self) -> bool:
         """Whether the program keeps a cache."""
         return self.cache
 

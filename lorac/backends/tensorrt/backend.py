@@ -28,7 +28,9 @@ from lorac.ir.interface import Interface
 from lorac.ir.slots.plans import SitePlan
 from lorac.storage.plans import slot_from_json, slot_to_json
 from lorac.storage.tensor_file import TensorFile, make_file_base_reader
-from lorac.target.engine import AnyDialect, Backend, BuildRequest, Engine, ProgramFiles, StoredState
+from lorac.target.backend import Backend, BuildRequest, StoredState
+from lorac.target.dialect import AnyDialect
+from lorac.target.engine import Engine, ProgramFiles
 
 
 class TensorRT(Backend[TensorRTOptions]):
@@ -43,7 +45,7 @@ class TensorRT(Backend[TensorRTOptions]):
 
         return DIALECT
 
-    def placed(self, options: TensorRTOptions, device: torch.device | None) -> TensorRTOptions:
+    def place_options(self, options: TensorRTOptions, device: torch.device | None) -> TensorRTOptions:
         """Options for a GPU, whether or not there is one here: plans are built without."""
         if device is None:
             return options
@@ -55,7 +57,7 @@ class TensorRT(Backend[TensorRTOptions]):
             )
         return dataclasses.replace(options, device=str(device))
 
-    def lacking(self, program: Program) -> tuple[str, ...]:
+    def list_unsupported(self, program: Program) -> tuple[str, ...]:
         """The ops that it does not claim."""
         from lorac.backends.onnx.emit import list_unsupported_ops
         from lorac.backends.tensorrt.dialect import DIALECT
@@ -105,7 +107,7 @@ class TensorRT(Backend[TensorRTOptions]):
         parts = {name: _graph_from_json(name, files, entry) for name, entry in given["graphs"].items()}
         for part in parts.values():
             _check_plan_origin(part)
-        tensors = self.base_of(files)
+        tensors = self.read_base_weights(files)
         engine = TrtEngine(
             parts=parts,
             plans=plans,
@@ -118,7 +120,7 @@ class TensorRT(Backend[TensorRTOptions]):
         warn_missing_requirement()
         return engine
 
-    def base_of(self, files: ProgramFiles) -> Mapping[str, torch.Tensor] | None:
+    def read_base_weights(self, files: ProgramFiles) -> Mapping[str, torch.Tensor] | None:
         """The base weights, some of which the models hold; None of a baked program."""
         return TensorFile(files[BASE_FILE], files) if BASE_FILE in files else None
 

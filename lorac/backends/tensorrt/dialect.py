@@ -12,7 +12,7 @@ import torch
 from lorac.backends.onnx.legalize import Legalize
 from lorac.ir.sites import SiteKind
 from lorac.ir.slots.plans import RankPolicy
-from lorac.target.engine import BranchGate, ClaimedOps, Dialect
+from lorac.target.dialect import BranchGate, ClaimedOps, Dialect
 
 _OPS = """
 Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh Attention AveragePool BatchNormalization BlackmanWindow
@@ -46,6 +46,6 @@ DIALECT: Dialect[ir.Model] = Dialect(
     ranks=dict.fromkeys(_FROM_ONE, RankPolicy.FROM_ONE) | dict.fromkeys(_FIXED, RankPolicy.FIXED),
     dtypes=(torch.float32, torch.float16, torch.bfloat16),
     # Where ranks of a pack's parts lie is told by numbers, whose values would need profiles of their own.
-    packs=False,
+    fuses_projections=False,
     functions=False,
 )

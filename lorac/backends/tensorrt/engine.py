@@ -32,8 +32,7 @@ from lorac.ir.slots.buffers import base_on_device, make_fused_buffers
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.plans import SitePlan, SiteSlots
 from lorac.storage.open_file import OpenFile
-from lorac.target.binding import CallResult, EngineBinding
-from lorac.target.engine import Engine, ProgramFiles
+from lorac.target.engine import BoundProgram, CallResult, Engine, ProgramFiles
 
 if TYPE_CHECKING:
     from lorac.report.dump import Dump
@@ -87,7 +86,7 @@ class SlotTensors:
     held: dict[str, DeviceSlots] = field(default_factory=dict)
 
 
-class TrtEngine(Engine):
+class TrtEngine(Engine[SlotTensors]):
     """Runs a program, one plan per graph.
 
     Args:
@@ -130,16 +129,16 @@ class TrtEngine(Engine):
 
     # --- the engine's contract ---------------------------------------------------------------------------------
 
-    def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> EngineBinding[SlotTensors]:
+    def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> BoundProgram[SlotTensors]:
         """The slots' tensors, which the first call that reads them brings to the GPU."""
-        return EngineBinding(
+        return BoundProgram(
             self, SlotTensors({} if self.constant else collect_slot_tensors(self.slots, self.plans, slots))
         )
 
     @property
-    def written(self) -> EngineBinding[SlotTensors]:
+    def written_program(self) -> BoundProgram[SlotTensors]:
         """The memory that weights are written to."""
-        return EngineBinding(self, self._written)
+        return BoundProgram(self, self._written)
 
     def write(self, snapshot: ComposedWeights) -> int:
         """Write weights by torch's kernels where they lie, and have plans whose constants they are replace those."""
@@ -153,10 +152,10 @@ class TrtEngine(Engine):
             refitting.write(self._touched & refitting.memory.keys())
         return written
 
-    def hold(self, snapshot: ComposedWeights) -> None:
+    def record_written(self, snapshot: ComposedWeights) -> None:
         """Nothing: what was written is in the memory that plans read."""
 
-    def listing(self) -> dict[str, Dump]:
+    def dump(self) -> dict[str, Dump]:
         """The models that the plans were built of."""
         from lorac.backends.onnx.model_dump import dump_model  # what a call does not need
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from lorac.backends.tensorrt.capabilities import check_capabilities
 from lorac.errors import OptionError, short
-from lorac.target.engine import TargetOptions
+from lorac.target.backend import TargetOptions
 
 ProfileShapes = Sequence[int] | Sequence[Sequence[int]]
 """(least, usual, most): each a size, or the sizes of all axes."""

@@ -21,8 +21,7 @@ from lorac.runtime.generation.prompt_cache import CacheKey, PromptCache
 from lorac.runtime.generation.prompts import Prompts
 from lorac.runtime.generation.request import GenerateRequest
 from lorac.runtime.traits import ModelTraits
-from lorac.target.binding import BoundProgram
-from lorac.target.engine import Engine
+from lorac.target.engine import BoundProgram, Engine
 from lorac.target.kv_cache import KeyValueCache
 
 
@@ -82,11 +81,11 @@ class CachedGeneration:
         return [self.seeds] if isinstance(self.seeds, int) else self.seeds or []
 
     def _driver(self, bound: BoundProgram, generators: list[torch.Generator]) -> GenerationDriver:
-        keeps = self.engine.keeps(self.graph)
+        keeps = self.engine.cache_spec(self.graph)
         assert keeps is not None
         encode = functools.partial(bound.encode, self.graph) if keeps.encodes else None
         run = DecodingProgram(
-            extend=functools.partial(bound.extend, self.graph),
+            extend=functools.partial(bound.decode, self.graph),
             make=functools.partial(self.engine.new_cache, self.graph),
             keeps=keeps,
             encode=encode,
@@ -97,7 +96,7 @@ class CachedGeneration:
 
     def _check_ids(self) -> None:
         """Raise ``InputMismatch`` where an id is none of the model's."""
-        keeps = self.engine.keeps(self.graph)
+        keeps = self.engine.cache_spec(self.graph)
         if self.prompts is None or keeps is None:
             return
         ids = self.prompts.ids

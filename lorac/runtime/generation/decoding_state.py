@@ -12,7 +12,7 @@ from torch import Tensor
 from lorac.target.kv_cache import DecodeStep, KeyValueCache
 
 ExtendCache = Callable[[KeyValueCache, DecodeStep], Tensor]
-"""``BoundProgram.extend`` of one graph."""
+"""``BoundProgram.decode`` of one graph."""
 _INITIAL_ROOM = 1024
 """Room for new tokens of a row at first, where it may get more."""
 

@@ -18,7 +18,7 @@ from lorac.ir.slots.program_values import BASE, INPUT, PASS, parse_value_name
 from lorac.runtime.choice_states import ChoiceState
 from lorac.runtime.generation.draft_model import DraftModel
 from lorac.runtime.generation.prompts import CACHE, IDS, MASK
-from lorac.target.binding import BoundProgram
+from lorac.target.engine import BoundProgram
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -49,12 +49,12 @@ class EagerGeneration:
             guess = (
                 {}
                 if other is None
-                else {"assistant_model": DraftModel(host, functools.partial(other.lend, self.graph))}
+                else {"assistant_model": DraftModel(host, functools.partial(other.run_with_model, self.graph))}
             )
             with _seeded(host, seed), _pass_mask(host, told=_reads_mask(state)):
                 return host.generate(**{**self.told, **own, **guess})
 
-        return bound.lend(self.graph, generate)
+        return bound.run_with_model(self.graph, generate)
 
 
 def refuse_prompt_cache(prefixes: object, why: str) -> None:

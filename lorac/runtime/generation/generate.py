@@ -94,7 +94,7 @@ class _GenerateCall:
     @classmethod
     def over(cls, compiled: Any, graph: str, traits: ModelTraits, given: Mapping[str, Any]) -> _GenerateCall:
         """A call that goes over a cache, checked."""
-        keeps = compiled.engine.keeps(graph)
+        keeps = compiled.engine.cache_spec(graph)
         if keeps is None:
             compiled.engine.refuse_cache()
         if keeps.encodes:

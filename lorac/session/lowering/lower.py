@@ -36,8 +36,8 @@ def lower_model(session: Session, aux: tuple[str, ...]) -> Program:
     for name, component in list_components(model).items():
         graph = _capture_component(session, name, component)
         check_capture(graph, component, tested=options.self_test)
-        cache_check = CacheCheck(graph) if options.grows and options.self_test else None
-        halves = split_encoder_decoder(graph, get_encoder_graph_name(name)) if options.grows else (graph,)
+        cache_check = CacheCheck(graph) if options.uses_cache and options.self_test else None
+        halves = split_encoder_decoder(graph, get_encoder_graph_name(name)) if options.uses_cache else (graph,)
         for half in halves:
             _run_passes(session, half, aux)
         if cache_check is not None:
@@ -66,11 +66,11 @@ def list_missing_ops(session: Session, target: str) -> tuple[str, ...]:
             next_step="compile with target='eager', whose explain(target=...) tells what another target lacks",
         )
     backend = find_backend(target)
-    options = backend.told({"self_test": False})
+    options = backend.parse_options({"self_test": False})
     ranks_at = backend.dialect_for(options).ranks_at
     plans = {path: dataclasses.replace(plan, ranks=ranks_at(plan.site)) for path, plan in session.plans.items()}
     other = dataclasses.replace(session, backend=backend, options=options, plans=plans, history=PassHistory())
-    return backend.lacking(lower_model(other, ()))
+    return backend.list_unsupported(lower_model(other, ()))
 
 
 def _capture_component(session: Session, name: str, component: nn.Module) -> Graph:
@@ -90,7 +90,7 @@ def _capture_component(session: Session, name: str, component: nn.Module) -> Gra
             plans=plans,
             blocks=list(dict.fromkeys(marked)),
             prefix=prefix,
-            grows=session.options.grows,
+            grows=session.options.uses_cache,
         )
     except CaptureError:
         check_runnable(component, inputs)

@@ -17,7 +17,7 @@ from lorac.session.request.placement import resolve_placement
 from lorac.session.request.precision import parse_dtype
 from lorac.session.request.sources import NamedSource, parse_device, read_model, read_sources
 from lorac.session.targets import find_backend
-from lorac.target.engine import Backend, TargetOptions
+from lorac.target.backend import Backend, TargetOptions
 
 ModelArgument = nn.Module | Mapping[str, nn.Module]
 
@@ -82,7 +82,7 @@ class CompileRequest:
         module = Components(source.model) if isinstance(source.model, Mapping) else source.model
         parsed_device = parse_device(device)
         backend = find_backend(target)
-        target_options, model_device = resolve_placement(backend, backend.told(options), parsed_device, module)
+        target_options, model_device = resolve_placement(backend, backend.parse_options(options), parsed_device, module)
         parsed_dtype = parse_dtype(dtype)
         named = read_sources(adapters)
         names = {name for name, _ in named}

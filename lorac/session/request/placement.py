@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lorac.session.request.sources import check_device
-from lorac.target.engine import Backend, TargetOptions
+from lorac.target.backend import Backend, TargetOptions
 
 _CPU = torch.device("cpu")
 _WITHOUT_DEVICE = ("cpu", "meta")
@@ -37,7 +37,7 @@ def resolve_placement(
         return options, device
     own = _model_device(model)
     asked = device if device is not None or own.type == "cpu" else own
-    return backend.placed(options, asked), None if own.type == "cpu" else _CPU
+    return backend.place_options(options, asked), None if own.type == "cpu" else _CPU
 
 
 def _model_device(model: nn.Module | None) -> torch.device:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from lorac.errors import OptionError, Unavailable, nearest_name, warn
 from lorac.frontend.copying import copy_structure
-from lorac.target.engine import AnyDialect
+from lorac.target.dialect import AnyDialect
 
 DtypePairs = tuple[tuple[torch.dtype, torch.dtype], ...]
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}

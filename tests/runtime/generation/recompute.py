@@ -14,8 +14,7 @@ from torch import Tensor
 import lorac
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.plans import SiteSlots
-from lorac.target.binding import CallResult, EngineBinding
-from lorac.target.engine import Engine
+from lorac.target.engine import BoundProgram, CallResult, Engine
 from lorac.target.kv_cache import CacheSpec, DecodeStep, KeyValueCache
 
 
@@ -72,7 +71,7 @@ class Recomputing(Engine):
     def fused(self) -> bool:
         return self.inner.fused
 
-    def keeps(self, graph: str) -> CacheSpec | None:
+    def cache_spec(self, graph: str) -> CacheSpec | None:
         return self.kept
 
     def new_cache(self, graph: str, rows: int, capacity: int) -> KeyValueCache:
@@ -80,12 +79,12 @@ class Recomputing(Engine):
             return Engine.new_cache(self, graph, rows, capacity)
         return Tokens([torch.empty(0, dtype=torch.long)] * rows, capacity)
 
-    def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> EngineBinding[Any]:
-        return EngineBinding(self, self.inner.bind(snapshot, slots).content)
+    def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> BoundProgram[Any]:
+        return BoundProgram(self, self.inner.bind(snapshot, slots).content)
 
     @property
-    def written(self) -> EngineBinding[Any]:
-        return EngineBinding(self, self.inner.written.content)
+    def written_program(self) -> BoundProgram[Any]:
+        return BoundProgram(self, self.inner.written.content)
 
     def hold(self, snapshot: ComposedWeights) -> None:
         self.inner.hold(snapshot)

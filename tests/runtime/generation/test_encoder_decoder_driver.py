@@ -231,10 +231,10 @@ def test_rows_that_leave_give_the_others_what_they_give_alone(compiled: Any) -> 
         cache = program.engine.new_cache("main", len(rows), 12)
         bound.encode("main", cache, {name: value[rows] for name, value in batch.items()})
         ids, last = torch.tensor([[2, 5, 6]] * len(rows)), torch.full((len(rows), 1), 2)
-        bound.extend("main", cache, DecodeStep(ids=ids, counts=[3] * len(rows), wanted=last))
+        bound.decode("main", cache, DecodeStep(ids=ids, counts=[3] * len(rows), wanted=last))
         cache.select(kept)
         more = torch.full((len(kept), 1), 7)
-        return bound.extend("main", cache, DecodeStep(ids=more, counts=[1] * len(kept), wanted=more * 0))
+        return bound.decode("main", cache, DecodeStep(ids=more, counts=[1] * len(kept), wanted=more * 0))
 
     left = fed([0, 1, 2, 3], [3, 1])
     for place, row in enumerate((3, 1)):

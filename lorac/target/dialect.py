@@ -1,0 +1,72 @@
+"""The dialect of a target: which ops it computes, and how a program for it is written."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Generic, Never, TypeVar
+
+import torch
+
+from lorac.ir.graph.passes import Pass
+from lorac.ir.sites import Site, SiteKind
+from lorac.ir.slots.plans import RankPolicy
+
+ClaimedOps = frozenset[tuple[str, str]]
+"""Pairs of domain and op; the default domain is ``""``."""
+Model_contra = TypeVar("Model_contra", contravariant=True)
+
+
+class BranchGate(enum.Enum):
+    """How a call leaves out a branch that is off."""
+
+    NONE = "none"
+    """The program of the call does not contain it."""
+    IF = "if"
+    """A conditional op encloses it: an idle branch is not computed."""
+    WHERE = "where"
+    """It is computed, and its result selected by its strength, so that zeros cannot turn into NaN."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dialect(Generic[Model_contra]):
+    """Ops, dtypes and rewrites of a target. Pipelines and emission know nothing else about it.
+
+    It is generic in the emitted model that its rewrites edit; ``AnyDialect`` stands for every dialect.
+
+    Attributes:
+        name: the target's.
+        claims: the ops that the target computes; None where no program is emitted for it.
+        passes: passes from level expanded to level target, in order.
+        fusions: rewrites of the emitted program before its clean-up, in order.
+        finish: rewrites of the cleaned-up program, in order.
+        gates: how branches that are off are left out.
+        ranks: kinds of sites whose pairs have other ranks than ``FROM_ZERO``.
+        dtypes: floating-point dtypes that the target computes in, best first; a model in another is cast to the first.
+        fuses_projections: whether sites that read the same input are computed as one.
+        functions: whether an op that is not claimed may be used where ONNX defines it as a function of other ops.
+    """
+
+    name: str
+    claims: ClaimedOps | None = None
+    passes: tuple[Pass, ...] = ()
+    fusions: tuple[Callable[[Model_contra], None], ...] = ()
+    finish: tuple[Callable[[Model_contra], None], ...] = ()
+    gates: BranchGate = BranchGate.IF
+    ranks: Mapping[SiteKind, RankPolicy] = field(default_factory=dict)
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
+    fuses_projections: bool = True
+    functions: bool = True
+
+    def ranks_at(self, site: Site) -> RankPolicy:
+        """Return which ranks a site's pair may have."""
+        return self.ranks.get(site.kind, RankPolicy.FROM_ZERO)
+
+    @property
+    def emits(self) -> bool:
+        """Whether a program is emitted for the target, which then runs without the model."""
+        return self.claims is not None
+
+
+AnyDialect = Dialect[Never]
