@@ -315,13 +315,13 @@ pytree.register_pytree_node(
 )
 
 
-def find_output_class(path: str) -> type:
+def find_output_class(path: object) -> type:
     """Return an output class of transformers or diffusers by its import path; dict for any other path.
 
     An artifact must not name code to run: only modules that define models are imported, and only a subclass of the
     library's own base is returned, looked up in the module's namespace.
     """
-    allowed = _ALLOWED.fullmatch(path)
+    allowed = _ALLOWED.fullmatch(path) if isinstance(path, str) else None
     if allowed is None:
         return dict
     try:
