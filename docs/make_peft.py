@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 
-from lorac.formats.peft.config import COMMON, peft_types
-from lorac.formats.peft.peft_type import ABSENT, Field, FieldUse, PeftType
+from lorac.formats._config_fields import ABSENT, Field
+from lorac.formats.peft.config import peft_types
+from lorac.formats.peft.fields import COMMON
+from lorac.formats.peft.peft_type import AnyPeftType
 
 HEAD = """# PEFT's names
 
@@ -21,27 +23,21 @@ adapter is trained: its tensors hold all that is left of it. What is *irrelevant
 *refused* away from its default changes what is computed in a way that lorac does not build; the error says what to do
 instead. Any other field is unknown, and refused by name.
 """
-AFTER = {
-    FieldUse.APPLIED: "applied",
-    FieldUse.TRAINING: "training only",
-    FieldUse.IRRELEVANT: "irrelevant",
-    FieldUse.REFUSED: "refused away from its default",
-}
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     lines = [HEAD, "## In every type", "", *_table(COMMON)]
-    for peft_type, method in sorted(peft_types().items()):
-        own = {name: field for name, field in method.fields.items() if COMMON.get(name) is not field}
-        lines += ["", f"## {peft_type}", "", _classes(method), "", *_table(own)]
+    for name, peft_type in sorted(peft_types().items()):
+        fields = {key: field for key, field in peft_type.fields.items() if COMMON.get(key) is not field}
+        lines += ["", f"## {name}", "", _classes(peft_type), "", *_table(fields)]
     return "\n".join(lines) + "\n"
 
 
-def _classes(method: PeftType) -> str:
-    """The classes of a type, each with the values that pick it where there are several."""
-    said = [f"`lorac.{variant.__name__}`{_when(values)}" for variant, values in method.variants.items()]
-    return f"It is {', or '.join(said)}."
+def _classes(peft_type: AnyPeftType) -> str:
+    """Return the classes of a type, each with the values that select it where there are several."""
+    classes = [f"`lorac.{variant.__name__}`{_when(values)}" for variant, values in peft_type.variants.items()]
+    return f"It is {', or '.join(classes)}."
 
 
 def _when(values: Mapping[str, object]) -> str:
@@ -52,8 +48,8 @@ def _table(fields: Mapping[str, Field]) -> Iterator[str]:
     yield "| PEFT | lorac | default in PEFT | it is |"
     yield "| --- | --- | --- | --- |"
     for name, field in fields.items():
-        own = f"`{field.to}`" if field.to else "–"
-        yield f"| `{name}` | {own} | {_default(field)} | {AFTER[field.use]} |"
+        to = f"`{field.to}`" if field.to else "–"
+        yield f"| `{name}` | {to} | {_default(field)} | {field.use} |"
 
 
 def _default(field: Field) -> str:

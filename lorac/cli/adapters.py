@@ -17,7 +17,7 @@ from lorac.storage.atomic_folders import MANIFEST
 def _list_formats() -> list[str]:
     from lorac.formats import formats
 
-    return [name for name, found in formats().items() if found.save is not None]
+    return [name for name, found in formats().items() if found.writes]
 
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]

@@ -1,7 +1,7 @@
-"""Files, read with distrust and written so that equal input gives equal bytes.
+"""Reading files without trusting them, and writing them so that equal input gives equal bytes.
 
-safetensors: https://github.com/huggingface/safetensors#format. Its header is checked here before
-the library sees the file, so that a lying one is reported by name; `lorac.storage.tensor_file` writes.
+safetensors: https://github.com/huggingface/safetensors#format. Its header is checked here before the library sees the
+file, so that the error of a false one names what is wrong; ``lorac.storage.tensor_file`` writes.
 """
 
 from __future__ import annotations
@@ -10,29 +10,40 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from lorac.adapters.fit import check_finite
 from lorac.errors import FormatError, LoracError, nearest_name
+from lorac.formats._config_fields import JsonObject
 from lorac.formats._pickles import load_pickle
 from lorac.limits import claim_memory, pause_clock
 from lorac.storage.strict_json import dump_json, parse_object, read_json_text
-from lorac.storage.tensor_file import DTYPES, hash_contents
+from lorac.storage.tensor_file import DTYPES, hash_contents, write_safetensors
 
-Tensor = torch.Tensor
 MAX_HEADER = 100_000_000
 """Longest header in bytes, the library's own limit."""
 LONGEST_NAME = 1000
 """Characters of a tensor's name, which patterns are matched against."""
 SEAL = "lorac_seal"
 """Metadata entry that holds the hash over a description and its tensors."""
+BASE_HASH = "lorac_base"
+"""Metadata entry that holds the hash over the base weights."""
 HUB_WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
-"""What AdapterHub calls the tensors in its folders, whose configuration has the name of PEFT's."""
-_ENTRY = {"dtype", "shape", "data_offsets"}
+"""Files of tensors in AdapterHub's folders, whose configuration has the name of PEFT's."""
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """An entry of a safetensors header: a tensor's dtype, its shape, and its bytes, counted from the first tensor's."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -40,75 +51,103 @@ class SafetensorsHeader:
     """A safetensors header that agrees with its file.
 
     Attributes:
-        tensors: Name -> (dtype's name, shape, first byte, byte after the last), offsets from the
-            start of the data.
-        metadata: Its free text entries.
+        tensors: name -> entry.
+        metadata: its free text entries.
     """
 
-    tensors: Mapping[str, tuple[str, tuple[int, ...], int, int]]
+    tensors: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
 
 
+def containing_folder(path: Path, *files: str) -> Path:
+    """Return the folder of a path that is one of the named files; any other path unchanged."""
+    return path.parent if path.name in files and path.is_file() else path
+
+
 def read_header(path: Path) -> SafetensorsHeader:
-    """The header of a safetensors file, held against the file's size and itself.
+    """Return the header of a safetensors file, checked against the size of the file and itself.
 
     Raises:
-        FormatError: Truncated, not JSON, an unknown dtype, shapes that do not fit the offsets,
-            overlapping tensors, or bytes that belong to none.
+        FormatError: it is truncated, not JSON, has an unknown dtype, shapes that do not fit the offsets, overlapping
+            tensors, or bytes that belong to none.
     """
-    raw, size = _raw_header(path)
+    raw, size = _read_raw_header(path)
     metadata = raw.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise _corrupt(path, "its metadata is not a mapping of text to text")
     tensors = {name: _parse_entry(path, name, entry) for name, entry in raw.items()}
-    _check_layout(path, tensors, size)
+    _check_offsets(path, tensors, size)
     return SafetensorsHeader(tensors, metadata)
 
 
 def peek_metadata(path: Path) -> dict[str, str]:
-    """The metadata of what may be a safetensors file; empty where it is not, or is damaged."""
-    try:
-        metadata = _raw_header(path)[0].get("__metadata__")
-    except (LoracError, OSError):
-        return {}
+    """Return the metadata of a safetensors file; empty where it is something else, or damaged."""
+    metadata = _peek_header(path).get("__metadata__")
     if not isinstance(metadata, dict):
         return {}
     return {key: value for key, value in metadata.items() if isinstance(value, str)}
 
 
 def peek_names(path: Path) -> frozenset[str]:
-    """The names of the tensors of what may be a safetensors file; none where it is not, or is damaged."""
+    """Return the names of the tensors of a safetensors file; empty where it is something else, or damaged."""
+    return frozenset(_peek_header(path))
+
+
+def _peek_header(path: Path) -> JsonObject:
     try:
-        return frozenset(_raw_header(path)[0])
+        return _read_raw_header(path)[0]
     except (LoracError, OSError):
-        return frozenset()
+        return {}
+
+
+def read_weights(folder: Path, config: str, weights: str, pickled: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and metadata of a folder: of its safetensors file, or else of its pickle.
+
+    Args:
+        folder: the folder.
+        config: the name of its configuration, for the error.
+        weights: the name of the safetensors file.
+        pickled: the name of the pickle.
+
+    Raises:
+        FormatError: both are missing, or as ``read_safetensors`` and ``read_pickle``.
+    """
+    if (folder / weights).is_file():
+        return read_safetensors(folder / weights)
+    if (folder / pickled).is_file():
+        return read_pickle(folder / pickled), {}
+    raise FormatError(
+        f"'{folder}' has {config}, but neither {weights} nor {pickled}",
+        next_step="copy or download the whole folder",
+        code="corrupt_file",
+    )
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file, in memory of their own, and its metadata.
+    """Return the tensors of a safetensors file, in memory of their own, and its metadata.
 
     Raises:
-        FormatError: As `read_header`.
-        AdapterError: A tensor holds NaN or infinity.
+        FormatError: as ``read_header``.
+        AdapterError: a tensor holds NaN or infinity.
     """
     header = read_header(path)
     try:
         with pause_clock():
             # The library maps the file; clones outlive whatever happens to it.
             tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    except (SafetensorError, RuntimeError) as error:  # the latter by torch, of a file that is gone by now
+    except (SafetensorError, RuntimeError) as error:  # torch raises the latter for a file that has vanished
         raise _corrupt(path, str(error)) from error
     check_finite(tensors, f"'{path}'")
     return tensors, dict(header.metadata)
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.bin` file, through `torch.load(weights_only=True)`.
+    """Return the tensors of a `.bin` file, through `torch.load(weights_only=True)`.
 
     Raises:
-        FormatError: Damaged, or holding anything but named dense tensors that lie in the file themselves.
-        AdapterError: A tensor holds NaN or infinity.
-        FormatError: Its tensors are larger than the file is.
+        FormatError: it is damaged, or holds anything but named dense tensors that lie in the file themselves; or its
+            tensors are larger than the file.
+        AdapterError: a tensor holds NaN or infinity.
     """
     loaded = load_pickle(path, lambda reason: _corrupt(path, reason))
     if not isinstance(loaded, dict):
@@ -125,46 +164,45 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def _share_views(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, those that are one view of one memory as one object."""
-    first: dict[Any, Tensor] = {}
+    """Return the tensors, with those that are the same view of one memory as one object."""
+    first: dict[object, Tensor] = {}
     views = {n: (t.data_ptr(), t.storage_offset(), t.dtype, t.shape, t.stride()) for n, t in tensors.items()}
     return {name: first.setdefault(views[name], tensor) for name, tensor in tensors.items()}
 
 
 def _check_storages(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Every value lies in the file: none is repeated by a stride, and together they are hardly more than it is."""
+    """Refuse values that do not lie in the file: repeated by a stride, or together much larger than it."""
     for name, tensor in tensors.items():
-        held = tensor.untyped_storage().nbytes()
-        if tensor.numel() * tensor.itemsize > held:
-            shape = tuple(tensor.shape)
-            raise _corrupt(path, f"'{name}' is {tensor.dtype} {shape}, but has {held} bytes")
+        size = tensor.untyped_storage().nbytes()
+        if tensor.numel() * tensor.itemsize > size:
+            raise _corrupt(path, f"'{name}' is {tensor.dtype} {tuple(tensor.shape)}, but has {size} bytes")
     distinct = {id(tensor): tensor.numel() * tensor.itemsize for tensor in tensors.values()}
     claim_memory(sum(distinct.values()) - path.stat().st_size, "its tensors are larger than the file")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+def read_json(path: Path) -> JsonObject:
+    """Return a JSON object.
 
     Raises:
-        FormatError: Not JSON as `parse_object` wants it.
+        FormatError: it is not JSON as ``parse_object`` accepts it.
     """
     return parse_object(read_json_text(path), lambda reason: _corrupt(path, f"it {reason}"))
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: JsonObject) -> None:
     """Write a JSON object, its own names sorted; nested ones keep their order, which may matter.
 
     Raises:
-        FormatError: As `config_text`.
+        FormatError: as ``encode_config``.
     """
     path.write_text(encode_config({name: value[name] for name in sorted(value)}, indent=2) + "\n", encoding="utf-8")
 
 
-def encode_config(value: Mapping[str, Any], indent: int | None = None) -> str:
-    """An adapter's description as JSON.
+def encode_config(value: JsonObject, indent: int | None = None) -> str:
+    """Return the description of an adapter as JSON.
 
     Raises:
-        FormatError: It holds NaN, infinity, or whatever else `read_json` would refuse.
+        FormatError: it holds NaN, infinity, or whatever else ``read_json`` would refuse.
     """
     try:
         return dump_json(value, indent)
@@ -176,13 +214,16 @@ def encode_config(value: Mapping[str, Any], indent: int | None = None) -> str:
         ) from error
 
 
-def check_seal(path: Path, text: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Hold a description and the tensors beside it against the hash that lorac wrote over both.
+def write_sealed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], text: str) -> None:
+    """Write a safetensors file whose metadata seal the tensors and a text that describes them."""
+    write_safetensors(path, tensors, {**metadata, SEAL: hash_contents(text, tensors)})
 
-    Files of other tools have none, and are taken as they are.
+
+def check_seal(path: Path, text: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Check a description and its tensors against the hash that lorac wrote over both; other tools write none.
 
     Raises:
-        FormatError: They do not belong together.
+        FormatError: they do not belong together.
     """
     with pause_clock():
         belongs = SEAL not in metadata or metadata[SEAL] == hash_contents(text, tensors)
@@ -190,14 +231,14 @@ def check_seal(path: Path, text: str, tensors: Mapping[str, Tensor], metadata: M
         raise FormatError(
             f"the configuration and the tensors of '{path}' do not belong together: they, or one of them, were changed "
             "since lorac wrote both",
-            next_step=f"{FormatError.usual_steps['corrupt_file']}; where the change is meant, remove '{SEAL}' from the "
-            "tensors' metadata",
+            next_step=f"copy or download the file again; where the change is meant, remove '{SEAL}' from the tensors' "
+            "metadata",
             code="corrupt_file",
         )
 
 
-def _raw_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header's JSON object, and the number of bytes after it."""
+def _read_raw_header(path: Path) -> tuple[dict[str, object], int]:
+    """Return the JSON object of the header, and the number of bytes after it."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -214,9 +255,9 @@ def _check_name(path: Path, name: str) -> None:
         raise _corrupt(path, f"a tensor's name has {len(name)} characters, more than {LONGEST_NAME}: '{name[:50]}…'")
 
 
-def _parse_entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+def _parse_entry(path: Path, name: str, entry: object) -> TensorEntry:
     _check_name(path, name)
-    if not isinstance(entry, dict) or set(entry) != _ENTRY:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _corrupt(path, f"the entry of '{name}' is not dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
@@ -226,22 +267,22 @@ def _parse_entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...
     begin, end = offsets
     if end - begin != prod(shape) * DTYPES[dtype].itemsize:
         raise _corrupt(path, f"'{name}' is {dtype} {tuple(shape)}, but has {end - begin} bytes")
-    return dtype, tuple(shape), begin, end
+    return TensorEntry(dtype, tuple(shape), begin, end)
 
 
-def _check_layout(path: Path, tensors: Mapping[str, tuple[str, Any, int, int]], size: int) -> None:
-    """Tensors follow one another without overlap or hole, and fill the file."""
+def _check_offsets(path: Path, tensors: Mapping[str, TensorEntry], size: int) -> None:
+    """Refuse tensors that overlap, leave a hole, or do not fill the file."""
     reached = 0
-    for name, (_, _, begin, end) in sorted(tensors.items(), key=lambda item: item[1][2:]):
-        if begin != reached:
-            what = "overlaps the tensor before it" if begin < reached else "leaves a hole before it"
-            raise _corrupt(path, f"'{name}' {what}: it begins at byte {begin}, not {reached}")
-        reached = end
+    for name, entry in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != reached:
+            what = "overlaps the tensor before it" if entry.begin < reached else "leaves a hole before it"
+            raise _corrupt(path, f"'{name}' {what}: it begins at byte {entry.begin}, not {reached}")
+        reached = entry.end
     if reached != size:
         raise _corrupt(path, f"its header promises {reached} bytes of data, the file has {size}")
 
 
-def _is_natural_list(value: Any) -> bool:
+def _is_natural_list(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 

@@ -1,34 +1,63 @@
-"""What a file format is: a name, a way to recognise its files, and how to read and write them."""
+"""The base class of file formats."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import ClassVar
 
-from torch import nn
-
+from lorac.errors import FormatError
+from lorac.frontend.model_view import ModelView
 from lorac.variants.adapter import Adapter
 
 
-@dataclass(frozen=True)
-class Format:
-    """One way of keeping an adapter on disk.
+class Format(ABC):
+    """One way of storing an adapter on disk.
 
-    A module of `lorac.formats` that defines `FORMAT` is a format; nothing else registers it.
+    A module of ``lorac.formats`` whose ``FORMAT`` is an instance is a format. Another package offers one by an entry
+    point of the group ``lorac.formats``: the name of the format, and ``module:object`` of an instance.
 
     Attributes:
-        name: What `save_adapter(format=)` calls it.
-        looks_for: What `recognises` looks at, as a phrase for error messages.
-        recognises: Whether a path, which exists, is of this format. Cheap, exclusive among the
-            formats, and never raises on a damaged file.
-        load: (path, model or None, name or None) -> the adapter, strictly checked.
-        save: (adapter, path, model or None, target) writes a file, or a folder, at a path that does not
-            exist yet, and which is moved to the target; None where a format is read only.
+        name: what ``save_adapter(format=)`` calls it.
+        looks_for: what ``recognises`` looks at, as a phrase for error messages.
     """
 
-    name: str
-    looks_for: str
-    recognises: Callable[[Path], bool]
-    load: Callable[[Path, nn.Module | None, str | None], Adapter]
-    save: Callable[[Adapter, Path, nn.Module | None, Path], None] | None = None
+    name: ClassVar[str]
+    looks_for: ClassVar[str]
+
+    @abstractmethod
+    def recognises(self, path: Path) -> bool:
+        """Return whether a path, which exists, is of this format.
+
+        It is cheap, exclusive among the formats, and never raises on a damaged file.
+        """
+
+    @abstractmethod
+    def read(self, path: Path, view: ModelView | None, name: str | None) -> Adapter:
+        """Return the adapter, strictly checked.
+
+        Args:
+            path: a path of this format.
+            view: the base that the adapter is for, if it is given; only read.
+            name: the name of the adapter; None for the one that the file or folder tells.
+        """
+
+    def write(self, adapter: Adapter, path: Path, view: ModelView | None, target: Path) -> None:
+        """Write a file or folder; a format that does not override this is read only.
+
+        Args:
+            adapter: the adapter.
+            path: where to write, which does not exist yet.
+            view: the base of the adapter, if it is given.
+            target: the path to which ``path`` is moved afterwards.
+        """
+        raise FormatError(
+            f"adapters cannot be saved in the format '{self.name}'",
+            next_step="save in another format",
+            code="unknown_format",
+        )
+
+    @property
+    def writes(self) -> bool:
+        """Whether adapters can be saved in it."""
+        return type(self).write is not Format.write

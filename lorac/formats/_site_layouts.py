@@ -1,82 +1,74 @@
-"""Sites as JSON: what an adapter remembers of the places it came from.
+"""Sites as JSON: what an adapter remembers of its sites.
 
-A file of PEFT's keeps a convolution's kernel four-dimensional and an embedding under other names,
-so writing one needs to know more of a site than the adapter's matrices tell.
+A PEFT file stores the kernel of a convolution with four axes, and an embedding under other names, so that writing one
+needs more of a site than the matrices of the adapter tell.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from math import prod
 from typing import Any
 
 import torch
-from torch import nn
 
 from lorac.errors import BaseNeeded
-from lorac.frontend.model_view import ModelView
+from lorac.formats._config_fields import JsonObject
 from lorac.ir.sites import ConvGeometry, Site, SiteKind
 from lorac.variants.adapter import Adapter
 
 LAYOUT = "layout"
-"""Key of `Adapter.provenance` under which the sites are kept: path -> `describe(site)`."""
+"""Key of ``Adapter.provenance`` for the sites: path -> ``site_to_json(site)``."""
 
 
 def site_to_json(site: Site) -> dict[str, Any]:
-    """A site's layout as JSON: kind, out and in features, transposed, within, channels, kernel, groups."""
-    described: dict[str, Any] = {
+    """Return the layout of a site as JSON: kind, out and in features, transposed, within, channels, kernel, groups."""
+    layout: dict[str, Any] = {
         "kind": str(site.kind),
         "out": site.out_features,
         "in": site.in_features,
         "transposed": site.transposed,
     }
     if site.stack:
-        described["stack"] = site.stack
+        layout["stack"] = site.stack
     if site.within is not None:
-        described["within"] = site.within
+        layout["within"] = site.within
     if site.conv is not None:
-        described |= {
-            "channels": site.conv.channels,
-            "kernel": list(site.conv.kernel),
-            "groups": site.conv.groups,
-        }
-    return described
+        layout |= {"channels": site.conv.channels, "kernel": list(site.conv.kernel), "groups": site.conv.groups}
+    return layout
 
 
-def is_site_json(described: Mapping[str, Any]) -> bool:
-    """Whether a value of a file is what `describe` gives."""
-    sizes = {"out": described.get("out"), "in": described.get("in"), "stack": described.get("stack", 1)}
-    if "kernel" in described:
-        kernel = described["kernel"]
+def is_site_json(layout: JsonObject) -> bool:
+    """Return whether a value of a file is a layout as ``site_to_json`` returns it."""
+    sizes = {"out": layout.get("out"), "in": layout.get("in"), "stack": layout.get("stack", 1)}
+    if "kernel" in layout:
+        kernel = layout["kernel"]
         if not isinstance(kernel, list) or not 1 <= len(kernel) <= 3:
             return False
-        sizes |= {"channels": described.get("channels"), "groups": described.get("groups")}
+        sizes |= {"channels": layout.get("channels"), "groups": layout.get("groups")}
         sizes |= {f"kernel {axis}": size for axis, size in enumerate(kernel)}
     whole = all(type(size) is int and size > 0 for size in sizes.values())
-    return whole and described.get("kind") in set(SiteKind) and isinstance(described.get("transposed"), bool)
+    return whole and layout.get("kind") in set(SiteKind) and isinstance(layout.get("transposed"), bool)
 
 
-def site_from_json(path: str, described: Mapping[str, Any]) -> Site:
-    """A site with the layout that `describe` gave; strides, weights and dtype are not known."""
-    conv = None
-    if "kernel" in described:
-        conv = open_geometry(described["channels"], tuple(described["kernel"]), described["groups"])
+def site_from_json(path: str, layout: JsonObject) -> Site:
+    """Return a site of a layout; strides, weights and dtype are not known."""
+    kernel = layout.get("kernel")
     return Site(
         path=path,
-        kind=SiteKind(described["kind"]),
-        out_features=described["out"],
-        in_features=described["in"],
+        kind=SiteKind(layout["kind"]),
+        out_features=layout["out"],
+        in_features=layout["in"],
         dtype=torch.float32,
         weight=None,
-        transposed=described["transposed"],
-        stack=described.get("stack", 0),
-        within=described.get("within"),
-        conv=conv,
+        transposed=layout["transposed"],
+        stack=layout.get("stack", 0),
+        within=layout.get("within"),
+        conv=open_geometry(layout["channels"], tuple(kernel), layout["groups"]) if kernel else None,
     )
 
 
 def conv_site(path: str, out: int, channels: int, kernel: tuple[int, ...], groups: int) -> Site:
-    """A convolution of which only the kernel is known."""
+    """Return a convolution of which only the kernel is known."""
     return Site(
         path=path,
         kind=(SiteKind.CONV1D, SiteKind.CONV2D, SiteKind.CONV3D)[len(kernel) - 1],
@@ -89,38 +81,35 @@ def conv_site(path: str, out: int, channels: int, kernel: tuple[int, ...], group
 
 
 def matrix_site(path: str, out: int, columns: int, kind: SiteKind = SiteKind.LINEAR) -> Site:
-    """A linear or embedding of which only the shape is known."""
+    """Return a linear layer or embedding of which only the shape is known."""
     return Site(path=path, kind=kind, out_features=out, in_features=columns, dtype=torch.float32, weight=None)
 
 
 def open_geometry(channels: int, kernel: tuple[int, ...], groups: int) -> ConvGeometry:
-    """A convolution's geometry with stride and dilation left open."""
+    """Return the geometry of a convolution with stride and dilation left open."""
     ones, zeros = (1,) * len(kernel), (0,) * len(kernel)
     return ConvGeometry(channels, kernel, stride=ones, padding=zeros, dilation=ones, groups=groups)
 
 
-def same_layout(one: Site, other: Site) -> bool:
-    """Whether a file of one site's layout fits the other; what no file tells does not count."""
-    return _layout_key(one) == _layout_key(other)
+def same_layout(site: Site, other: Site) -> bool:
+    """Return whether two sites agree in all that the layout of a file tells."""
+    return _layout_key(site) == _layout_key(other)
 
 
-def adapter_sites(adapter: Adapter, model: nn.Module | None) -> dict[str, Site]:
-    """The adapter's sites, from the model or from what the adapter remembers, in the adapter's order.
+def remembered_sites(adapter: Adapter) -> dict[str, Site]:
+    """Return the sites of an adapter as it remembers them from its file, in the order of its tensors.
 
     Raises:
-        BaseNeeded: The adapter remembers nothing, and no model was given.
+        BaseNeeded: it comes from no file.
     """
-    if model is not None:
-        sites = ModelView.of(model).sites
-        return {path: sites[path] for path in adapter.tensors}
-    known = adapter.provenance.get(LAYOUT, {})
-    unknown = [path for path in adapter.tensors if path not in known]
+    layouts = adapter.provenance.get(LAYOUT, {})
+    unknown = [path for path in adapter.tensors if path not in layouts]
     if unknown:
         raise BaseNeeded(
             f"the layout of '{unknown[0]}' is not known: adapter '{adapter.name}' comes from no file",
             next_step="pass model=, or use format='native'",
         )
-    return {path: site_from_json(path, known[path]) for path in adapter.tensors}
+    return {path: site_from_json(path, layouts[path]) for path in adapter.tensors}
 
 
 def _layout_key(site: Site) -> tuple[object, ...]:

@@ -1,8 +1,8 @@
 """X-LoRA in files: LoRAs in folders of their own, and the classifier that weighs them, which must be complete.
 
-PEFT up to 0.21 drops tensors of the classifier when it saves: keys that contain ``.0.`` to ``.<n − 1>.`` for n experts
-are taken for those of the experts. Loaded again, PEFT keeps random layers in their place; here such a file is refused.
-The folders that it writes of the experts beside the classifier lack tensors for the same reason, so that experts are
+PEFT up to 0.21 drops tensors of the classifier when it saves: it takes keys that contain ``.0.`` to ``.<n − 1>.`` for n
+experts for those of the experts. Loaded again, PEFT keeps random layers in their place; lorac refuses such a file. The
+folders that PEFT writes of the experts next to the classifier lack tensors for the same reason, so that experts are
 looked for where the configuration says, and there last.
 """
 
@@ -11,87 +11,116 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from lorac.adapters.fit import check_adapter
 from lorac.adapters.router_freezing import freeze_router
 from lorac.errors import AdapterError, BaseNeeded, FormatError, SiteError, nearest_name
+from lorac.formats._config_fields import (
+    Applied,
+    Field,
+    JsonObject,
+    TrainingOnly,
+    read_flag,
+    read_number,
+    read_optional_size,
+    read_size,
+)
+from lorac.formats._registry import load_adapter
 from lorac.frontend.last_hidden_state import find_last_hidden_state
 from lorac.frontend.model_view import ModelView
 from lorac.variants.adapter import Adapter
 from lorac.variants.x_lora import XLoRA
 
-Tensor = torch.Tensor
+
+def read_expert_paths(value: object) -> dict[str, str]:
+    """Return name of an expert -> its path; one at least."""
+    if not isinstance(value, dict) or not value or not all(isinstance(path, str) for path in value.values()):
+        raise ValueError("expected the paths of LoRAs by name")
+    return dict(value)
+
+
+CLASSIFIER_FIELDS: Mapping[str, Field] = {
+    "adapters": Applied(read=read_expert_paths),
+    "enable_softmax": Applied(True, to="enable_softmax", read=read_flag),
+    "enable_softmax_topk": Applied(False, to="enable_softmax_topk", read=read_flag),
+    "layerwise_scalings": Applied(False, to="layerwise_scalings", read=read_flag),
+    "xlora_depth": Applied(1, to="depth", read=read_size),
+    "xlora_size": Applied(2048, to="size", read=read_size),
+    "xlora_dropout_p": TrainingOnly(0.2, to="dropout_p", read=read_number),
+    "use_trainable_adapters": TrainingOnly(False, to="use_trainable_adapters", read=read_flag),
+    "softmax_temperature": Applied(1.0, to="softmax_temperature", read=read_number),
+    "top_k_lora": Applied(to="top_k_lora", read=read_optional_size),
+    "scaling_pass_value": Applied(0.0, to="scaling_pass_value", read=read_number),
+    "global_scaling_weight": Applied(1.0, to="global_scaling_weight", read=read_number),
+}
+"""Fields that the configurations of PEFT and of the authors have in common."""
 
 
 @dataclass(frozen=True)
 class XLoraFolder:
-    """What a folder holds of an X-LoRA.
+    """The contents of an X-LoRA's folder.
 
     Attributes:
-        folder: where.
-        experts: name -> where its files may lie, as the configuration has it.
-        fields: of the method, by its names for them; ``hidden_size`` among them.
+        folder: its path.
+        experts: name -> the path of the expert, as in the configuration.
+        fields: hyper-parameters of the method by lorac's names, ``hidden_size`` among them.
         classifier: the tensors of the classifier, by key.
-        keys: key of the weight of each layer, in order; the bias's ends in ``bias`` instead.
+        keys: key of the weight of each layer, in order; that of the bias ends in ``bias`` instead.
         biased: whether the layers have biases.
     """
 
     folder: Path
     experts: Mapping[str, str]
-    fields: Mapping[str, Any]
+    fields: JsonObject
     classifier: Mapping[str, Tensor]
     keys: Sequence[str]
     biased: bool = True
 
-    def adapter(self, name: str, model: nn.Module | None, inside: Sequence[str]) -> Adapter:
-        """The adapter, checked.
+    def read(self, name: str, view: ModelView | None, places: Sequence[str]) -> Adapter:
+        """Return the adapter, checked.
 
         Args:
-            name: the adapter's.
-            model: the base.
-            inside: where an expert may lie, seen from the folder, in order: by ``{name}``, and at ``{path}``, which the
-                configuration says, or as that is seen from here.
+            name: the name of the adapter.
+            view: the base.
+            places: where an expert may lie within the folder, in order, with ``{name}``, and ``{path}`` for the path
+                in the configuration, which is tried by itself first.
 
         Raises:
-            BaseNeeded: no model was given, or it does not tell its last hidden state.
-            FormatError: an expert or a tensor of the classifier is missing.
-            FormatError: the classifier has another tensor.
-            AdapterError: it is as wide as no layer of the model.
+            BaseNeeded: no model was given, or its last hidden state is unknown.
+            FormatError: the classifier or an expert is incomplete, or there are further tensors.
+            AdapterError: the classifier does not fit the model.
         """
-        hidden = self._hidden(name, model)
-        assert model is not None
-        complete = self._complete(name)
-        view = ModelView.of(model)
-        sites = view.sites
-        loras = [self._expert(known, inside, model) for known in self.experts]
-        adapter = XLoRA.from_loras(loras, sites=list(sites), name=name, hidden=hidden, **self.fields)
-        own = adapter.tensors[adapter.sites[0]]
-        layers = zip(self.keys, range(len(self.keys)), strict=True)
-        shared = {f"classifier_{j}_weight": complete[key] for key, j in layers}
-        biases = {f"classifier_{j}_bias": complete.get(_bias(key)) for j, key in enumerate(self.keys)}
-        shared |= {key: torch.zeros_like(own[key]) if bias is None else bias for key, bias in biases.items()}
+        if view is None:
+            raise BaseNeeded(
+                f"the files of adapter '{name}' do not tell what of the model its classifier reads",
+                next_step="pass model=",
+            )
+        hidden = self._find_hidden_state(name, view)
+        self._check_classifier(name)
+        loras = [load_adapter(self._find_expert(expert, places), view, expert) for expert in self.experts]
+        adapter = XLoRA.from_loras(loras, sites=list(view.sites), name=name, hidden=hidden, **self.fields)
+        initial = adapter.tensors[adapter.sites[0]]
+        shared = {}
+        for j, key in enumerate(self.keys):
+            bias = self.classifier.get(_bias_key(key))
+            shared[f"classifier_{j}_weight"] = self.classifier[key]
+            shared[f"classifier_{j}_bias"] = torch.zeros_like(initial[f"classifier_{j}_bias"]) if bias is None else bias
         for tensors in adapter.tensors.values():
             tensors.update(shared)
         adapter.provenance |= {"source": str(self.folder)}
         check_adapter(adapter, view)
         return adapter
 
-    def _hidden(self, name: str, model: nn.Module | None) -> str:
-        """Which module gives what the classifier reads: no file tells it."""
-        if model is None:
-            raise BaseNeeded(
-                f"the files of adapter '{name}' do not tell what of the model its classifier reads",
-                next_step="pass model=",
-            )
+    def _find_hidden_state(self, name: str, view: ModelView) -> str:
+        """Return the path of the module whose output the classifier reads, which no file tells."""
         try:
-            path, width = find_last_hidden_state(model)
+            path, width = find_last_hidden_state(view.module)
         except SiteError as error:
             raise BaseNeeded(
-                f"the classifier of adapter '{name}' reads the last hidden state, and {error.args[0].splitlines()[0]}",
+                f"the classifier of adapter '{name}' reads the last hidden state, and {error.what}",
                 next_step="compile from a model of transformers, with the folder in adapters=",
             ) from error
         if width != self.fields["hidden_size"]:
@@ -103,9 +132,8 @@ class XLoraFolder:
             )
         return path
 
-    def _complete(self, name: str) -> Mapping[str, Tensor]:
-        """The classifier's tensors, all of them and no others."""
-        expected = [key for key in self.keys for key in ((key, _bias(key)) if self.biased else (key,))]
+    def _check_classifier(self, name: str) -> None:
+        expected = [key for key in self.keys for key in ((key, _bias_key(key)) if self.biased else (key,))]
         missing = [key for key in expected if key not in self.classifier]
         if missing:
             raise FormatError(
@@ -115,41 +143,38 @@ class XLoraFolder:
                 "tensors into the file, behind base_model.internal_xlora_classifier.",
                 code="corrupt_file",
             )
-        strange = [key for key in self.classifier if key not in expected]
-        if strange:
+        unexpected = [key for key in self.classifier if key not in expected]
+        if unexpected:
             raise FormatError(
-                f"'{self.folder}' holds a tensor '{strange[0]}' that its classifier has no place for",
-                nearest=nearest_name(strange[0], expected),
+                f"'{self.folder}' holds a tensor '{unexpected[0]}' that its classifier has no place for",
+                nearest=nearest_name(unexpected[0], expected),
                 next_step=f"by its configuration it has {', '.join(expected)}",
                 code="unused_tensors",
             )
-        return self.classifier
 
-    def _expert(self, known: str, inside: Sequence[str], model: nn.Module) -> Adapter:
-        """One LoRA: beside the classifier, or where the configuration says."""
-        from lorac.formats import load_adapter
-
-        told = Path(self.experts[known])
-        places = [self.folder / place.format(name=known, path=told) for place in inside]
-        places.insert(places.index(self.folder / told), told)
-        found = next((place for place in places if place.is_dir()), None)
+    def _find_expert(self, expert: str, places: Sequence[str]) -> Path:
+        """Return the folder of one LoRA: next to the classifier, or where the configuration says."""
+        path = Path(self.experts[expert])
+        folders = [self.folder / place.format(name=expert, path=path) for place in places]
+        folders.insert(folders.index(self.folder / path), path)
+        found = next((folder for folder in folders if folder.is_dir()), None)
         if found is None:
             raise FormatError(
-                f"'{self.folder}' mixes an expert '{known}', which is not at '{self.experts[known]}'",
-                next_step=f"put its folder at '{self.folder / known}'",
+                f"'{self.folder}' mixes an expert '{expert}', which is not at '{self.experts[expert]}'",
+                next_step=f"put its folder at '{self.folder / expert}'",
                 code="corrupt_file",
             )
-        return load_adapter(found, model, known)
+        return found
 
 
 def split_xlora(
-    adapter: Adapter, model: nn.Module | None, keys: Sequence[str]
+    adapter: Adapter, view: ModelView | None, keys: Sequence[str]
 ) -> tuple[dict[str, Tensor], dict[str, Adapter]]:
-    """The tensors of an X-LoRA's classifier by key, and its experts as LoRAs, by their numbers.
+    """Split an X-LoRA in the tensors of its classifier, by key, and its experts as LoRAs, by number.
 
     Args:
         adapter: the X-LoRA.
-        model: the base.
+        view: the base.
         keys: key of the weight of each layer, in order.
 
     Raises:
@@ -157,35 +182,27 @@ def split_xlora(
     """
     variant = adapter.variant
     assert isinstance(variant, XLoRA)
-    own = adapter.tensors[adapter.sites[0]]
-    tensors = {key: own[f"classifier_{j}_weight"] for j, key in enumerate(keys)}
-    tensors |= {_bias(key): own[f"classifier_{j}_bias"] for j, key in enumerate(keys)}
-    for key in (keys[-1], _bias(keys[-1])):
-        tensors[key] = _reorder_rows(adapter, variant, tensors[key], model)
+    shared = adapter.tensors[adapter.sites[0]]
+    tensors = {key: shared[f"classifier_{j}_weight"] for j, key in enumerate(keys)}
+    tensors |= {_bias_key(key): shared[f"classifier_{j}_bias"] for j, key in enumerate(keys)}
+    if variant.layerwise_scalings:
+        for key in (keys[-1], _bias_key(keys[-1])):
+            tensors[key] = _reorder_rows(adapter, variant, tensors[key], view)
     alone = Adapter(adapter.name, replace(variant, global_scaling_weight=1.0), adapter.tensors)
     return tensors, {str(i): freeze_router(alone, row, name=str(i)) for i, row in enumerate(torch.eye(variant.experts))}
 
 
-def _reorder_rows(adapter: Adapter, variant: XLoRA, stored: Tensor, model: nn.Module | None) -> Tensor:
-    """Rows of the classifier's last layer by the order of the sites in the model, by which files number them."""
-    if not variant.layerwise_scalings:
-        return stored
-    if model is None:
+def _reorder_rows(adapter: Adapter, variant: XLoRA, stored: Tensor, view: ModelView | None) -> Tensor:
+    """Return rows of the last layer in the order of the sites in the model, by which files number them."""
+    if view is None:
         raise BaseNeeded(
             f"the layers that adapter '{adapter.name}' weighs are numbered as they are met in the model",
             next_step="pass model=",
         )
-    met = [path for path in ModelView.of(model).sites if path in adapter.tensors]
-    places = torch.tensor([variant.targets.index(path) for path in met])
-    return stored.unflatten(0, (len(met), -1))[places].flatten(0, 1)
+    paths = [path for path in view.sites if path in adapter.tensors]
+    order = torch.tensor([variant.targets.index(path) for path in paths])
+    return stored.unflatten(0, (len(paths), -1))[order].flatten(0, 1)
 
 
-def _bias(key: str) -> str:
+def _bias_key(key: str) -> str:
     return f"{key.removesuffix('weight')}bias"
-
-
-def read_expert_paths(value: Any) -> dict[str, str]:
-    """Name of an expert -> where it lies; one at least."""
-    if not isinstance(value, dict) or not value or not all(isinstance(path, str) for path in value.values()):
-        raise ValueError("expected the paths of LoRAs by name")
-    return dict(value)

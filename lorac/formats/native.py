@@ -1,52 +1,43 @@
 """lorac's own format: one safetensors file for any method.
 
     tensors/<site path>/<parameter>    of a site, in the matrix convention
-    replaced/<parameter's name>        modules_to_save and trained biases
+    replaced/<name of a parameter>     modules_to_save and trained biases
 
-Everything else is one JSON object in the metadata entry "lorac"; of a method that is not lorac's
-own it names the module of the class too, which no reader imports. The entry "lorac_seal" holds a
-hash over it and the tensors. Tensors that are one and the same object are stored once, under the
-first name.
+Everything else is one JSON object in the metadata entry "lorac". Of a method that is not lorac's own it also names the
+module of the class, which no reader imports. The entry "lorac_seal" holds a hash over it and the tensors. Tensors that
+are one object are stored once, under the first name.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor
 
 from lorac.adapters.base_hash import compute_base_hash
 from lorac.adapters.fit import check_adapter, sort_by_site
 from lorac.argument_types import field_types, matches_type
-from lorac.errors import (
-    FormatError,
-    UnknownMethod,
-    nearest_name,
-    short,
-)
-from lorac.formats._files import SEAL, check_seal, encode_config, peek_metadata, read_safetensors
+from lorac.errors import FormatError, UnknownMethod, nearest_name, short
+from lorac.formats._config_fields import JsonObject
+from lorac.formats._files import check_seal, encode_config, peek_metadata, read_safetensors, write_sealed
 from lorac.formats._format import Format
 from lorac.formats._site_layouts import LAYOUT, is_site_json
 from lorac.frontend.model_view import ModelView
 from lorac.limits import charge_reading
 from lorac.storage.strict_json import parse_object
-from lorac.storage.tensor_file import hash_contents, write_safetensors
 from lorac.variants import find_variant, variants
 from lorac.variants._missing_method import MissingMethod, class_modules
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant, dataclass_fields
 
-Tensor = torch.Tensor
-Record = Mapping[str, Any]
 VERSION = 1
 _ENTRY = "lorac"
 _OTHER_VERSION = "it was written by another version of lorac"
 _LOCAL_PROVENANCE = {"source", "format", "base", "left_out"}
-"""Provenance that is about one file on one machine, and stays out of the next."""
+"""Provenance about one file on one machine, which is not written to the next."""
 _FIELDS = {
     "version": int,
     "name": str,
@@ -57,105 +48,104 @@ _FIELDS = {
     "provenance": dict,
     "base": (str, type(None)),
 }
-_MODULES_FIELD = "modules"
+_MODULES = "modules"
 """Field of a record: method -> the module of its class, where that is not lorac's own."""
 _StringMap = Mapping[str, str]
-_PROVENANCE_TYPES = {
-    "copies": _StringMap,
-    "tied": _StringMap,
-    "config": Mapping[str, Any],
-    LAYOUT: Mapping[str, Mapping[str, Any]],
-}
-"""What is known of an adapter's provenance, and is read again; whatever else lies there is only kept."""
+_PROVENANCE_TYPES = {"copies": _StringMap, "tied": _StringMap, "config": JsonObject, LAYOUT: Mapping[str, JsonObject]}
+"""The entries of an adapter's provenance that lorac reads again; others are only stored."""
 
 
-def _recognises(path: Path) -> bool:
-    return path.is_file() and _ENTRY in peek_metadata(path)
+class NativeFormat(Format):
+    """lorac's own format."""
 
+    name = "native"
+    looks_for = "a safetensors file with lorac's description in its metadata"
 
-def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
-    adapter = _adapter(path, name, build_variant)
-    adapter.tensors = sort_by_site(adapter.tensors, None if model is None else ModelView.of(model))
-    if model is not None:
-        check_adapter(adapter, ModelView.of(model))
-    return adapter
+    def recognises(self, path: Path) -> bool:
+        return path.is_file() and _ENTRY in peek_metadata(path)
+
+    def read(self, path: Path, view: ModelView | None, name: str | None) -> Adapter:
+        stored, record = _read_file(path)
+        adapter = assemble_adapter(path, record, build_variant(path, record), stored, name)
+        adapter.tensors = sort_by_site(adapter.tensors, view)
+        if view is not None:
+            check_adapter(adapter, view)
+        return adapter
+
+    def write(self, adapter: Adapter, path: Path, view: ModelView | None, target: Path) -> None:
+        if view is not None:
+            check_adapter(adapter, view)
+        tensors, shared = _name_tensors(adapter)
+        base = compute_base_hash(view, adapter.tensors) if view else adapter.provenance.get("base")
+        # Names are not sorted here: the order of patterns matters, and that of the record is fixed.
+        text = encode_config({**describe_adapter(adapter), "shared": shared, "base": base})
+        write_sealed(path, tensors, {_ENTRY: text}, text)
 
 
 def load_record(path: Path, name: str) -> Adapter:
-    """An adapter as its file has it, held against nothing, of whose method this process may have no class.
+    """Return the adapter of a file without checking it against a model; its method may have no class here.
 
     Raises:
         FormatError: as ``load_adapter``.
     """
     with charge_reading(path):
-        return _adapter(path, name, _build_or_stand_in)
+        stored, record = _read_file(path)
+        return assemble_adapter(path, record, _build_or_stand_in(path, record), stored, name)
 
 
-def _adapter(path: Path, name: str | None, made: Callable[[Path, Record], Variant]) -> Adapter:
+def _read_file(path: Path) -> tuple[dict[str, Tensor], JsonObject]:
     stored, metadata = read_safetensors(path)
     record = parse_record(path, metadata[_ENTRY])
     check_seal(path, metadata[_ENTRY], stored, metadata)
-    return assemble_adapter(path, record, stored, name, made)
+    return stored, record
 
 
 def assemble_adapter(
-    path: Path,
-    record: Mapping[str, Any],
-    stored: dict[str, Tensor],
-    name: str | None,
-    made: Callable[[Path, Record], Variant],
+    path: Path, record: JsonObject, variant: Variant, stored: dict[str, Tensor], name: str | None
 ) -> Adapter:
-    """The adapter of a record and its tensors.
+    """Return the adapter of a record and its tensors.
 
     Args:
-        path: the file they are from.
-        record: as ``record_from`` gives it.
-        stored: its tensors, by the names of this format (``key_of``).
-        name: the adapter's; None for the recorded one.
-        made: (path, record) -> the method: ``method_in``, or another.
+        path: the file that they are from.
+        record: as ``parse_record`` returns it.
+        variant: the method that it describes.
+        stored: its tensors, by the keys of this format (``tensor_key``).
+        name: the name of the adapter; None for the recorded one.
     """
     for alias, first in record["shared"].items():
         if not isinstance(first, str) or first not in stored or alias in stored:
             raise FormatError(
-                f"'{path}' says that '{alias}' is {short(first)}, which its tensors belie", code="corrupt_file"
+                f"'{path}' says that '{alias}' is {short(first)}, which its tensors contradict", code="corrupt_file"
             )
         stored[alias] = stored[first]
-    adapter = Adapter(
-        name=name or record["name"],
-        variant=made(path, record),
-        provenance={
-            **record["provenance"],
-            "format": "native",
-            "source": str(path),
-            "base": record["base"],
-            "left_out": record["left_out"],
-        },
-    )
+    provenance = {
+        **record["provenance"],
+        "format": "native",
+        "source": str(path),
+        "base": record["base"],
+        "left_out": record["left_out"],
+    }
+    adapter = Adapter(name or record["name"], variant, provenance=provenance)
     for key, tensor in stored.items():
-        _place(path, adapter, key, tensor)
+        kind, _, rest = key.partition("/")
+        site, _, parameter = rest.rpartition("/")
+        if kind == "tensors" and site:
+            adapter.tensors.setdefault(site, {})[parameter] = tensor
+        elif kind == "replaced" and rest:
+            adapter.replaced[rest] = tensor
+        else:
+            raise FormatError(
+                f"'{path}' holds '{key}', which is not a name of this format",
+                next_step="names are tensors/<site>/<parameter> and replaced/<parameter>",
+                code="unused_tensors",
+            )
     return adapter
 
 
-def _save(adapter: Adapter, path: Path, model: nn.Module | None, target: Path) -> None:
-    if model is not None:
-        check_adapter(adapter, ModelView.of(model))
-    tensors, shared = _stored(adapter)
-    base = compute_base_hash(ModelView.of(model), adapter.tensors) if model else adapter.provenance.get("base")
-    # Names are not sorted here: the order of patterns matters, that of the record is fixed.
-    text = encode_config(make_record(adapter, shared, base))
-    write_safetensors(path, tensors, {_ENTRY: text, SEAL: hash_contents(text, tensors)})
-
-
-def make_record(adapter: Adapter, shared: Mapping[str, str], base: str | None) -> dict[str, Any]:
-    """All that this format says of an adapter beside its tensors.
-
-    Args:
-        adapter: the adapter.
-        shared: further names of tensors -> the name they are stored by.
-        base: the hash of the base weights, where it is known.
-    """
+def describe_adapter(adapter: Adapter) -> dict[str, Any]:
+    """Return the record of an adapter whose tensors are stored once each, and elsewhere."""
     config, left_out = variant_config(adapter.variant)
-    origin = {k: v for k, v in adapter.provenance.items() if k not in _LOCAL_PROVENANCE and _is_json(v)}
+    provenance = {k: v for k, v in adapter.provenance.items() if k not in _LOCAL_PROVENANCE and _is_json(v)}
     modules = class_modules(adapter.variant)
     return {
         "version": VERSION,
@@ -163,26 +153,21 @@ def make_record(adapter: Adapter, shared: Mapping[str, str], base: str | None) -
         "variant": adapter.variant.name,
         "config": config,
         "left_out": left_out or adapter.provenance.get("left_out", []),
-        "shared": shared,
-        "provenance": origin,
-        "base": base,
-        **({_MODULES_FIELD: modules} if modules else {}),
+        "shared": {},
+        "provenance": provenance,
+        "base": adapter.provenance.get("base"),
+        **({_MODULES: modules} if modules else {}),
     }
 
 
-def describe_adapter(adapter: Adapter) -> dict[str, Any]:
-    """The same of an adapter whose tensors somebody else keeps, each once."""
-    return make_record(adapter, {}, adapter.provenance.get("base"))
-
-
 def tensor_key(path: str | None, name: str) -> str:
-    """What a tensor is called: a site's parameter, or where there is no site what is replaced whole."""
+    """Return the key of a site's parameter, or without a site of a parameter that is replaced whole."""
     return f"replaced/{name}" if path is None else f"tensors/{path}/{name}"
 
 
-def _stored(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What to write, and for every further name of a tensor the first."""
-    named = {tensor_key(p, n): t for p, at in adapter.tensors.items() for n, t in at.items()}
+def _name_tensors(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors to write by key, and further key of a tensor -> the key that it is written under."""
+    named = {tensor_key(path, name): t for path, tensors in adapter.tensors.items() for name, t in tensors.items()}
     named |= {tensor_key(None, name): tensor for name, tensor in adapter.replaced.items()}
     first: dict[int, str] = {}
     shared = {}
@@ -192,99 +177,69 @@ def _stored(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     return {key: tensor for key, tensor in named.items() if key not in shared}, shared
 
 
-def _place(path: Path, adapter: Adapter, key: str, tensor: Tensor) -> None:
-    kind, _, rest = key.partition("/")
-    site, _, parameter = rest.rpartition("/")
-    if kind == "tensors" and site:
-        adapter.tensors.setdefault(site, {})[parameter] = tensor
-    elif kind == "replaced" and rest:
-        adapter.replaced[rest] = tensor
-    else:
-        raise FormatError(
-            f"'{path}' holds '{key}', which is no name of this format",
-            next_step="names are tensors/<site>/<parameter> and replaced/<parameter>",
-            code="unused_tensors",
-        )
-
-
 def parse_record(path: Path, text: str) -> dict[str, Any]:
-    """The record that a text says, checked.
+    """Return the record that a text holds, checked.
 
     Raises:
-        FormatError: it is none, or something in it is missing or of another type.
-        FormatError: it is of another version of the format.
+        FormatError: it is not a record, is of another version of the format, or lacks a field or has it of another
+            type.
     """
-    record = parse_object(
-        text, lambda reason: FormatError(f"the description in '{path}' {reason}", code="corrupt_file")
-    )
-    if not isinstance(record.get("version"), int):
-        raise FormatError(f"the description in '{path}' has no version", code="corrupt_file")
-    if record["version"] > VERSION:
+    what = f"the description in '{path}'"
+    record = parse_object(text, lambda reason: FormatError(f"{what} {reason}", code="corrupt_file"))
+    version = record.get("version")
+    if not isinstance(version, int):
+        raise FormatError(f"{what} has no version", code="corrupt_file")
+    if version > VERSION:
         raise FormatError(
-            f"'{path}' is version {record['version']} of the format, this lorac reads {VERSION}",
+            f"'{path}' is version {version} of the format, this lorac reads {VERSION}",
             next_step="pip install -U lorac",
             code="unsupported_field",
         )
     for field in record:
-        if field not in _FIELDS and field != _MODULES_FIELD:
-            near = nearest_name(field, _FIELDS)
+        if field not in _FIELDS and field != _MODULES:
             raise FormatError(
                 f"'{path}' has the unknown field '{field}'",
-                nearest=near,
+                nearest=nearest_name(field, _FIELDS),
                 next_step=_OTHER_VERSION,
                 code="unknown_field",
             )
-    for field, kind in _FIELDS.items():
-        if field not in record or not isinstance(record[field], kind):  # type: ignore[arg-type]  # a type or a tuple of types
-            raise FormatError(
-                f"the description in '{path}' lacks '{field}', or it is of another type", code="corrupt_file"
-            )
-    _check_provenance(path, record["provenance"])
-    _check_homes(path, record.get(_MODULES_FIELD, {}))
+    for field, expected in _FIELDS.items():
+        if field not in record or not isinstance(record[field], expected):  # type: ignore[arg-type]  # a type or a tuple of types
+            raise FormatError(f"{what} lacks '{field}', or it is of another type", code="corrupt_file")
+    _check_provenance(what, record["provenance"])
+    modules = record.get(_MODULES, {})
+    names = (
+        [part for name in modules.values() for part in name.split(".")] if matches_type(modules, _StringMap) else [""]
+    )
+    if not all(name.isidentifier() for name in names):
+        raise FormatError(f"{what} has '{_MODULES}' that are not modules: {short(modules)}", code="corrupt_file")
     if not matches_type(record["left_out"], tuple[str, ...]):
-        raise FormatError(f"the description in '{path}' has 'left_out' of another type", code="corrupt_file")
+        raise FormatError(f"{what} has 'left_out' of another type", code="corrupt_file")
     return record
 
 
-def _check_provenance(path: Path, provenance: Mapping[str, Any]) -> None:
-    for entry, kind in _PROVENANCE_TYPES.items():
-        if entry in provenance and not matches_type(provenance[entry], kind):
-            raise FormatError(
-                f"the description in '{path}' has '{entry}' of another type in its provenance", code="corrupt_file"
-            )
-    for site, described in provenance.get(LAYOUT, {}).items():
-        if not is_site_json(described):
-            raise FormatError(
-                f"the description in '{path}' does not tell the layout of '{site}': {short(described)}",
-                code="corrupt_file",
-            )
+def _check_provenance(what: str, provenance: JsonObject) -> None:
+    for entry, expected in _PROVENANCE_TYPES.items():
+        if entry in provenance and not matches_type(provenance[entry], expected):
+            raise FormatError(f"{what} has '{entry}' of another type in its provenance", code="corrupt_file")
+    for site, layout in provenance.get(LAYOUT, {}).items():
+        if not is_site_json(layout):
+            raise FormatError(f"{what} does not tell the layout of '{site}': {short(layout)}", code="corrupt_file")
 
 
-def _check_homes(path: Path, modules: Any) -> None:
-    """The modules of methods are only ever named to people: they are names."""
-    named = matches_type(modules, _StringMap) and all(
-        part.isidentifier() for name in modules.values() for part in name.split(".")
-    )
-    if not named:
-        raise FormatError(
-            f"the description in '{path}' has '{_MODULES_FIELD}' that are no modules: {short(modules)}",
-            code="corrupt_file",
-        )
-
-
-def build_variant(path: Path, record: Record) -> Variant:
-    """The method of a record.
+def build_variant(path: Path, record: JsonObject) -> Variant:
+    """Return the method of a record.
 
     Raises:
         UnknownMethod: its class is not imported.
         FormatError: its hyper-parameters are not the method's.
     """
-    return _build_named_variant(path, record["variant"], record["config"], record.get(_MODULES_FIELD, {}))
+    return _build_named_variant(path, record["variant"], record["config"], record.get(_MODULES, {}))
 
 
-def _build_or_stand_in(path: Path, record: Record) -> Variant:
-    """The method, or what stands in its place where it, or one in its fields, has no class here."""
-    modules = record.get(_MODULES_FIELD, {})
+def _build_or_stand_in(path: Path, record: JsonObject) -> Variant:
+    """Return the method, or a stand-in where it, or one in its fields, has no class here."""
+    modules = record.get(_MODULES, {})
     try:
         return build_variant(path, record)
     except UnknownMethod:
@@ -296,36 +251,36 @@ def _build_or_stand_in(path: Path, record: Record) -> Variant:
         )
 
 
-def _build_named_variant(path: Path, name: str, config: Mapping[str, Any], modules: Mapping[str, str]) -> Variant:
-    variant = find_variant(name, modules)
-    known = dataclass_fields(variant)
+def _build_named_variant(path: Path, name: str, config: JsonObject, modules: Mapping[str, str]) -> Variant:
+    cls = find_variant(name, modules)
+    known = dataclass_fields(cls)
     for field in config:
         if field not in known:
             raise FormatError(
-                f"'{path}' sets '{field}', which {variant.name} does not have",
+                f"'{path}' sets '{field}', which {cls.name} does not have",
                 nearest=nearest_name(field, known),
                 next_step=_OTHER_VERSION,
                 code="unknown_field",
             )
-    default, kinds = _defaults(variant), field_types(variant)
-    revived = {field: _revive(path, value, modules) for field, value in config.items()}
-    for field, value in revived.items():
-        if not matches_type(value, kinds[field]):
+    defaults, types = _default_values(cls), field_types(cls)
+    values: dict[str, Any] = {field: _revive(path, value, modules) for field, value in config.items()}
+    for field, value in values.items():
+        if not matches_type(value, types[field]):
             raise FormatError(
-                f"'{path}' sets {field}={short(config[field])}, which {variant.name} does not take",
-                next_step=f"its default is {default[field]!r}" if field in default else f"it takes {kinds[field]}",
+                f"'{path}' sets {field}={short(config[field])}, which {cls.name} does not take",
+                next_step=f"its default is {defaults[field]!r}" if field in defaults else f"it takes {types[field]}",
                 code="unsupported_field",
             )
     try:
-        return variant(**revived)
+        return cls(**values)
     except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise FormatError(
-            f"'{path}' configures {variant.name} wrongly: {error}", next_step=_OTHER_VERSION, code="unsupported_field"
+            f"'{path}' configures {cls.name} wrongly: {error}", next_step=_OTHER_VERSION, code="unsupported_field"
         ) from error
 
 
-def _revive(path: Path, value: Any, modules: Mapping[str, str]) -> Any:
-    """A field's value, with the methods in it (``_plain``) made again."""
+def _revive(path: Path, value: object, modules: Mapping[str, str]) -> object:
+    """Return the value of a field with the methods in it, as ``_to_json`` writes them, built."""
     if isinstance(value, list):
         return [_revive(path, item, modules) for item in value]
     match value:
@@ -336,25 +291,24 @@ def _revive(path: Path, value: Any, modules: Mapping[str, str]) -> Any:
     return value
 
 
-def _defaults(variant: type[Variant]) -> dict[str, Any]:
-    """Default values by field, of those fields that have one."""
-    found = {}
-    for field in dataclasses.fields(variant):
+def _default_values(cls: type[Variant]) -> dict[str, object]:
+    """Return the default values of the fields that have one."""
+    defaults: dict[str, object] = {}
+    for field in dataclasses.fields(cls):
         if field.default is not dataclasses.MISSING:
-            found[field.name] = field.default
+            defaults[field.name] = field.default
         elif field.default_factory is not dataclasses.MISSING:
-            found[field.name] = field.default_factory()
-    return found
+            defaults[field.name] = field.default_factory()
+    return defaults
 
 
-def variant_config(variant: Variant) -> tuple[dict[str, Any], list[str]]:
-    """A variant's fields as JSON, and those that have no such form and fall back to their default."""
-    values = variant.settings
-    left_out = sorted(name for name, value in values.items() if not _is_json(value))
-    return {n: _to_json(v) for n, v in values.items() if n not in left_out}, left_out
+def variant_config(variant: Variant) -> tuple[dict[str, object], list[str]]:
+    """Return the fields of a variant as JSON, and the names of those without such a form, left to their defaults."""
+    left_out = sorted(name for name, value in variant.settings.items() if not _is_json(value))
+    return {n: _to_json(v) for n, v in variant.settings.items() if n not in left_out}, left_out
 
 
-def _is_json(value: Any) -> bool:
+def _is_json(value: object) -> bool:
     if isinstance(value, Variant):
         return not variant_config(value)[1]
     if isinstance(value, Mapping):
@@ -364,7 +318,7 @@ def _is_json(value: Any) -> bool:
     return value is None or isinstance(value, str | int | float | bool)
 
 
-def _to_json(value: Any) -> Any:
+def _to_json(value: object) -> object:
     if isinstance(value, Variant):
         return {"variant": value.name, "config": variant_config(value)[0]}
     if isinstance(value, Mapping):
@@ -372,10 +326,4 @@ def _to_json(value: Any) -> Any:
     return [_to_json(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-FORMAT = Format(
-    name="native",
-    looks_for="a safetensors file with lorac's description in its metadata",
-    recognises=_recognises,
-    load=_load,
-    save=_save,
-)
+FORMAT = NativeFormat()

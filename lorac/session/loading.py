@@ -10,7 +10,7 @@ import torch
 
 from lorac.argument_types import check_type
 from lorac.errors import ArtifactError, LoracError, nearest_name
-from lorac.formats import formats
+from lorac.formats import is_adapter
 from lorac.frontend.model_view import ModelView
 from lorac.frontend.module_sites import make_module_site
 from lorac.ir.sites import Site
@@ -75,7 +75,7 @@ def _refuse_other_contents(folder: Path) -> None:
     """Raise ``ArtifactError`` for a folder or file that is not a compiled model, saying what it is."""
     if (folder / MANIFEST).is_file():
         return
-    if any(format.recognises(folder) for format in formats().values()):
+    if is_adapter(folder):
         raise ArtifactError(
             f"'{folder}' is an adapter, not a compiled model",
             next_step="lorac.compile(model, adapters) takes its path; lorac.load_adapter(path) reads it",

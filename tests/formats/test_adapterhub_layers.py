@@ -108,11 +108,11 @@ def drawn(adapter, dtype):
     ("variant", "match"),
     [
         (lorac.LoRA(r=2, targets=["attention.output.dense"]), "adapts no layer that is"),
-        (lorac.LoRA(r=2, targets=["query"], lora_bias=True), "of method 'lora'"),
+        (lorac.LoRA(r=2, targets=["query"], lora_bias=True), "has 'lora' at"),
         (lorac.LoRA(r=2, targets=["query", "key"], rank_pattern={"key": 3}), "one rank, scale and dropout"),
         (lorac.LoRA(r=2, targets=["layer.0.attention.self.query", "layer.1.attention.self.key"]), "layers of a kind"),
-        (lorac.IA3(targets=["intermediate.dense"], feedforward=["dense"]), "of method 'ia3'"),
-        (lorac.DoRA(r=2, targets=["query"]), "of method 'dora'"),
+        (lorac.IA3(targets=["intermediate.dense"], feedforward=["dense"]), "has 'ia3' at"),
+        (lorac.DoRA(r=2, targets=["query"]), "has 'dora' at"),
     ],
 )
 def test_what_of_layers_it_cannot_hold_is_not_written(variant, match, tmp_path):

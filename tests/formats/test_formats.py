@@ -160,16 +160,23 @@ def test_tensors_that_train_are_written_as_they_are(tmp_path: Path, adapter: Ada
 @pytest.fixture
 def another_format(tmp_path: Path) -> Iterator[None]:
     source = """
-from lorac.formats._format import Format
+from lorac.formats import Format
 from lorac.variants.adapter import Adapter
 from lorac.variants.lora import LoRA
 
-FORMAT = Format(
-    name="throwaway",
-    looks_for="a file that ends in .throwaway",
-    recognises=lambda path: path.suffix == ".throwaway",
-    load=lambda path, model, name: Adapter(name or path.stem, LoRA()),
-)
+
+class ThrowAwayFormat(Format):
+    name = "throwaway"
+    looks_for = "a file that ends in .throwaway"
+
+    def recognises(self, path):
+        return path.suffix == ".throwaway"
+
+    def read(self, path, view, name):
+        return Adapter(name or path.stem, LoRA())
+
+
+FORMAT = ThrowAwayFormat()
 """
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "throwaway.py").write_text(source)

@@ -33,8 +33,8 @@ from peft import (
 
 from lorac.errors import FormatError
 from lorac.formats import load_adapter
+from lorac.formats._config_fields import ABSENT, Refused
 from lorac.formats.peft.config import PEFT_TYPES, peft_types
-from lorac.formats.peft.peft_type import ABSENT, FieldUse
 from lorac.variants.dora import DoRA
 from lorac.variants.lora import LoRA
 from tests.peft_files import CONFIG, configure, made, make_peft
@@ -86,7 +86,7 @@ def test_the_table_is_the_dataclass(kind: str) -> None:
 @pytest.mark.parametrize("kind", CLASSES)
 def test_refusals_say_what_to_do(kind: str) -> None:
     for name, field in peft_types()[kind].fields.items():
-        assert (field.instead is not None) == (field.use is FieldUse.REFUSED or name == "init_lora_weights")
+        assert (field.next_step is not None) == (isinstance(field, Refused) or name == "init_lora_weights")
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_fields_that_change_the_result(folder: Path, name: str, value: object) -
 
 @pytest.mark.parametrize("name", sorted(peft_types()["LORA"].fields))
 def test_no_refused_field_is_untested(name: str) -> None:
-    if peft_types()["LORA"].fields[name].use is FieldUse.REFUSED:
+    if isinstance(peft_types()["LORA"].fields[name], Refused):
         marks = test_fields_that_change_the_result.pytestmark  # type: ignore[attr-defined]
         assert name in {case[0] for mark in marks for case in mark.args[1]}
 

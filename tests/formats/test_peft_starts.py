@@ -132,7 +132,7 @@ def test_in_memory_the_base_is_rewritten_already(init: str) -> None:
 def test_needs_the_base(tmp_path: Path, init: str) -> None:
     folder = peft_files.made(tmp_path / "f", "LORA")
     peft_files.configure(folder, init_lora_weights=init)
-    with pytest.raises(lorac.BaseNeeded, match=f"began by {init.lower()}"):
+    with pytest.raises(lorac.BaseNeeded, match=f"was initialised by {init.lower()}"):
         load_adapter(folder)
     with pytest.raises(lorac.BaseNeeded):
         load_adapter(folder, copy.deepcopy(ZOO["plain_mlp"].model()).to("meta"))

@@ -165,7 +165,7 @@ def test_kinds_of_sites(make: Make) -> None:
         "model.stem.lora_B.weight": stored["lora_B"].reshape(10, 2, 1, 1),
     }
     change(folder, turned)
-    match = r"for a conv2d \(10, 6, 1, 9\) at 'stem', which is a conv2d \(10, 6, 3, 3\)"
+    match = r"of a conv2d \(10, 6, 1, 9\) for 'stem', which is a conv2d \(10, 6, 3, 3\)"
     refuse(AdapterError, folder, match, ZOO["plain_conv"].model())
     change(folder, {key: tensor.flatten(1) for key, tensor in turned.items()})
     refuse(AdapterError, folder, r"for a linear \(10, 54\)", ZOO["plain_conv"].model())

@@ -252,7 +252,7 @@ SPOILT = (
     Spoilt("RANDLORA", r"randlora_A at 'down' has shape \(2, 1, 14\), expected \(3, 1, 6\)", {"r": 3}, alone=False),
     Spoilt("VBLORA", "'up' do not belong together", tensors={"model.up.vblora_logits_B": None}),
     Spoilt("VBLORA", "lacks 'vblora_vector_bank'", tensors={"vblora_vector_bank": None}, error=FormatError),
-    Spoilt("VERA", "lacks 'vera_B', which all its sites have in common", tensors={"vera_B": None}, error=FormatError),
+    Spoilt("VERA", "lacks 'vera_B', which all its sites share", tensors={"vera_B": None}, error=FormatError),
     Spoilt(
         "VERA",
         r"vera_A at 'down' has shape \(2, 5\), expected \(2, 14\)",
@@ -293,7 +293,7 @@ def test_boft_has_as_many_factors_as_its_file(tmp_path: Path) -> None:
 def test_no_tensors_at_all(kind: str, copy_of: Copy) -> None:
     folder = copy_of(kind)
     save_file({}, folder / WEIGHTS)
-    with refuses("corrupt_file", match=r"no tensor of its method|which all its sites have in common"):
+    with refuses("corrupt_file", match=r"no tensor of its method|which all its sites share"):
         load_adapter(folder)
 
 
@@ -301,20 +301,20 @@ def test_no_tensors_at_all(kind: str, copy_of: Copy) -> None:
 
 ATTENTION = "transformer.h.0.attn.c_attn"
 NOT_ADAPTED: tuple[tuple[str, Variant, str, str], ...] = (
-    ("ADALORA", AdaLoRA(r=2, targets=("grouped",)), "plain_conv", "conv2d of 2 groups"),
+    ("ADALORA", AdaLoRA(r=2, targets=("grouped",)), "plain_conv", "of kind conv2d with 2 groups"),
     ("BOFT", BOFT(block_size=4, targets=(ATTENTION,)), "tiny_gpt2", "GPT-2's Conv1D"),
-    ("FOURIERFT", FourierFT(n_frequency=3, targets=("embed",)), "plain_mlp", "embedding"),
-    ("HIRA", HiRA(r=2, targets=("grouped",)), "plain_conv", "conv2d of 2 groups"),
+    ("FOURIERFT", FourierFT(n_frequency=3, targets=("embed",)), "plain_mlp", "of kind embedding"),
+    ("HIRA", HiRA(r=2, targets=("grouped",)), "plain_conv", "of kind conv2d with 2 groups"),
     ("HRA", HRA(r=2, targets=(ATTENTION,)), "tiny_gpt2", "GPT-2's Conv1D"),
-    ("IA3", IA3(targets=("line",)), "plain_conv", "conv1d"),
+    ("IA3", IA3(targets=("line",)), "plain_conv", "of kind conv1d"),
     ("LOHA", LoHa(r=1, targets=(ATTENTION,)), "tiny_gpt2", "GPT-2's Conv1D"),
-    ("LOHA", LoHa(r=1, targets=("embed",)), "plain_mlp", "embedding"),
+    ("LOHA", LoHa(r=1, targets=("embed",)), "plain_mlp", "of kind embedding"),
     ("LOKR", LoKr(r=8, targets=(ATTENTION,)), "tiny_gpt2", "GPT-2's Conv1D"),
     ("MISS", MiSS(r=2, targets=(ATTENTION,)), "tiny_gpt2", "GPT-2's Conv1D"),
-    ("OFT", OFT(block_size=3, targets=("line",)), "plain_conv", "conv1d"),
-    ("RANDLORA", RandLoRA(r=2, targets=("embed",)), "plain_mlp", "embedding"),
-    ("VBLORA", VBLoRA(r=2, num_vectors=5, vector_length=2, targets=("stem",)), "plain_conv", "conv2d"),
-    ("VERA", VeRA(r=2, targets=("embed",)), "plain_mlp", "embedding"),
+    ("OFT", OFT(block_size=3, targets=("line",)), "plain_conv", "of kind conv1d"),
+    ("RANDLORA", RandLoRA(r=2, targets=("embed",)), "plain_mlp", "of kind embedding"),
+    ("VBLORA", VBLoRA(r=2, num_vectors=5, vector_length=2, targets=("stem",)), "plain_conv", "of kind conv2d"),
+    ("VERA", VeRA(r=2, targets=("embed",)), "plain_mlp", "of kind embedding"),
 )
 """PEFT type, a variant on one site that lorac adapts and PEFT does not, its model in the zoo, and what the site is."""
 

@@ -1,8 +1,9 @@
-"""A new format is two files, the format and its test, and no edit anywhere: shown with one that is thrown away.
+"""A format of another package takes that package and an entry point: shown with one that is thrown away.
 
-It runs in a process of its own, since a format once found stays listed.
+It runs in a process of its own, since a format stays listed once it is found.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,39 +15,50 @@ FORMAT = '''
 
 import torch
 
+import lorac
 from lorac.adapters.fit import check_adapter
-from lorac.formats._format import Format
-from lorac.frontend.model_view import ModelView
-from lorac.variants.adapter import Adapter
-from lorac.variants.lora import LoRA
+from lorac.formats import Format
 
 
-def _load(path, model, name):
-    pairs = torch.load(path, weights_only=True)
-    rank = len(next(iter(pairs.values()))[0])
-    tensors = {site: {"lora_A": a, "lora_B": b} for site, (a, b) in pairs.items()}
-    adapter = Adapter(name or path.stem, LoRA(r=rank, alpha=rank, targets=tuple(pairs)), tensors)
-    if model is not None:
-        check_adapter(adapter, ModelView.of(model))
-    return adapter
+class PairsFormat(Format):
+    name = "pairs"
+    looks_for = "a file *.pairs"
+
+    def recognises(self, path):
+        return path.suffix == ".pairs"
+
+    def read(self, path, view, name):
+        pairs = torch.load(path, weights_only=True)
+        rank = len(next(iter(pairs.values()))[0])
+        tensors = {site: {"lora_A": a, "lora_B": b} for site, (a, b) in pairs.items()}
+        adapter = lorac.Adapter(name or path.stem, lorac.LoRA(r=rank, alpha=rank, targets=tuple(pairs)), tensors)
+        if view is not None:
+            check_adapter(adapter, view)
+        return adapter
+
+    def write(self, adapter, path, view, target):
+        torch.save({site: (t["lora_A"].detach(), t["lora_B"].detach()) for site, t in adapter.tensors.items()}, path)
 
 
-def _save(adapter, path, model, target):
-    torch.save({site: (own["lora_A"].detach(), own["lora_B"].detach()) for site, own in adapter.tensors.items()}, path)
-
-
-FORMAT = Format("pairs", "a file *.pairs", lambda path: path.suffix == ".pairs", _load, _save)
+FORMAT = PairsFormat()
 '''
+
+ENTRY_POINTS = """
+[lorac.formats]
+pairs = pairs_format:FORMAT
+broken = pairs_format:NOTHING
+native = pairs_format:FORMAT
+"""
 
 SCRIPT = """
 import sys
 from pathlib import Path
-import lorac.formats
-lorac.formats.__path__.append(sys.argv[1])  # as if the file lay in the package's folder
-import lorac, torch
+import lorac, lorac.formats, torch
 
-folder, model, x = Path(sys.argv[2]), torch.nn.Sequential(torch.nn.Linear(4, 6)), torch.randn(3, 4)
-assert list(lorac.formats.formats()) == ["adapterhub", "autolora", "checkpoint", "native", "pairs", "peft", "xlora"]
+folder, model, x = Path(sys.argv[1]), torch.nn.Sequential(torch.nn.Linear(4, 6)), torch.randn(3, 4)
+known = ["adapterhub", "autolora", "checkpoint", "native", "peft", "xlora"]
+assert list(lorac.formats.formats()) == [*known, "pairs"]
+assert lorac.formats.formats()["native"].name == "native", "lorac's own win"
 adapter = lorac.Adapter("a", lorac.LoRA(r=2, alpha=2), {"0": {"lora_A": torch.ones(2, 4), "lora_B": torch.ones(6, 2)}})
 lorac.save_adapter(adapter, folder / "a.pairs", format="pairs")
 compiled = lorac.compile(model, {"given": adapter, "read": folder / "a.pairs"})
@@ -64,21 +76,26 @@ except lorac.FormatError as error:
 """
 
 
-def test_another_format_is_two_files(tmp_path):
-    package, adapters = tmp_path / "formats", tmp_path / "adapters"
-    package.mkdir()
+def test_another_package_offers_a_format(tmp_path):
+    package, adapters = tmp_path / "package", tmp_path / "adapters"
+    metadata = package / "pairs_format-1.0.dist-info"
+    metadata.mkdir(parents=True)
     adapters.mkdir()
-    (package / "pairs.py").write_text(FORMAT)
+    (package / "pairs_format.py").write_text(FORMAT)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: pairs-format\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(ENTRY_POINTS)
 
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(package), str(adapters)],
+        [sys.executable, "-c", SCRIPT, str(adapters)],
         capture_output=True,
         text=True,
         cwd=ROOT,
         check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(package), str(ROOT)])},
     )
 
     assert done.returncode == 0, done.stderr
     assert "adapter 'a': lora_A at '0' has shape (2, 4), expected (2, 5)" in done.stdout
     assert "pairs: a file *.pairs" in done.stdout, "the formats that were looked for"
     assert f"did you mean '{adapters / 'a.pairs'}'?" in done.stdout
+    assert "the format 'broken' of another package is left out: AttributeError" in done.stderr

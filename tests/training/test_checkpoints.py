@@ -96,7 +96,7 @@ def test_a_checkpoint_is_read_as_an_adapter(trained: tuple[Any, Path], tmp_path:
         inputs = ZOO["tiny_bert"].inputs(seed=3)
         assert torch.equal(again(**inputs).logits, compiled(**inputs).logits)
         assert len({id(t) for t in read.parameters()}) == len(list(compiled.adapters[name].parameters()))
-    with pytest.raises(lorac.FormatError, match="holds the adapters a, b, and which is meant is not said") as error:
+    with pytest.raises(lorac.FormatError, match="holds the adapters a, b, and name= chooses none of them") as error:
         lorac.load_adapter(checkpoint, model)
     assert error.value.next_step == "give name=, one of them: name='a'"
     # PEFT reads what lorac writes of it.

@@ -1,7 +1,7 @@
 """AdapterHub's folders: adapter_config.json with adapter.safetensors or pytorch_adapter.bin.
 
-A key tells the number of a block, and which module of a model that is is found by structure
-(`lorac.frontend.residual_stream`): a file means nothing without its model.
+A key names a block by its number, and the module of a model that it stands for is found by structure
+(``lorac.frontend.residual_stream``), so that a file means nothing without its model.
 """
 
 from __future__ import annotations
@@ -9,111 +9,155 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import torch
-from torch import nn
-
 from lorac.adapters.base_hash import compute_base_hash
 from lorac.adapters.fit import check_adapter, sort_by_site
 from lorac.errors import BaseNeeded, FormatError, warn
 from lorac.formats._files import (
+    BASE_HASH,
     HUB_WEIGHTS,
-    SEAL,
     check_seal,
+    containing_folder,
     encode_config,
     read_json,
-    read_pickle,
-    read_safetensors,
+    read_weights,
     write_json,
+    write_sealed,
 )
 from lorac.formats._format import Format
-from lorac.formats.adapterhub import bottlenecks, config, keys, layouts
-from lorac.formats.adapterhub import lora_writer as saving
+from lorac.formats.adapterhub.bottlenecks import write_bottlenecks
 from lorac.formats.adapterhub.components import ComponentFile, ModelLayout
+from lorac.formats.adapterhub.config import VERSION, join_configs, read_config
+from lorac.formats.adapterhub.keys import assign_tensors, modernise_key, name_tensors
+from lorac.formats.adapterhub.layouts import INVERTIBLE, base_prefix, family_of
+from lorac.formats.adapterhub.lora_writer import write_loras
 from lorac.formats.peft.writer import WEIGHTS as PEFT_WEIGHTS
 from lorac.frontend.model_view import ModelView
-from lorac.storage.tensor_file import hash_contents, write_safetensors
 from lorac.variants.adapter import Adapter
 from lorac.variants.bottleneck import Bottleneck
 from lorac.variants.union import Union
 
-Tensor = torch.Tensor
 CONFIG = "adapter_config.json"
-WEIGHTS, _PICKLED = HUB_WEIGHTS
+WEIGHTS, PICKLED = HUB_WEIGHTS
 _HEADS = ("model_head.safetensors", "pytorch_model_head.bin")
 _INTERFACE = "adapter_interface.json"
-_COMPOSED = {
+_COMPOSITIONS = {
     "adapter_fusion_config.json": "a fusion that attends over several adapters",
-    "adapter_setup.json": "how adapters are stacked, fused or run beside each other",
+    "adapter_setup.json": "how adapters are stacked, fused or run in parallel",
 }
-"""Files beside which no adapter lies -> what they say."""
-_BASE = "lorac_base"
+"""Files of folders without an adapter -> what they describe."""
 
 
-def _folder(path: Path) -> Path:
-    """The folder, given itself or one of its files."""
-    return path.parent if path.name in (CONFIG, *HUB_WEIGHTS) and path.is_file() else path
+class AdapterHubFormat(Format):
+    """AdapterHub's folders."""
+
+    name = "adapterhub"
+    looks_for = f"a folder with {CONFIG} and {WEIGHTS} or {PICKLED}"
+
+    def recognises(self, path: Path) -> bool:
+        folder = containing_folder(path, CONFIG, *HUB_WEIGHTS)
+        if _find_composition(folder) is not None:
+            return True
+        has_weights = any((folder / name).is_file() for name in HUB_WEIGHTS)
+        return has_weights and (folder / CONFIG).is_file() and not (folder / PEFT_WEIGHTS).is_file()
+
+    def read(self, path: Path, view: ModelView | None, name: str | None) -> Adapter:
+        folder = containing_folder(path, CONFIG, *HUB_WEIGHTS)
+        name = name or folder.resolve().name
+        _refuse_composition(folder)
+        raw = read_json(folder / CONFIG)
+        stored, metadata = read_weights(folder, CONFIG, WEIGHTS, PICKLED)
+        check_seal(folder, encode_config(raw), stored, metadata)
+        tensors = {modernise_key(key): tensor for key, tensor in stored.items()}
+        header, configs = read_config(raw, folder / CONFIG, invertible=any(INVERTIBLE in key for key in tensors))
+        family = family_of(header.model_type, f"'{folder / CONFIG}'")
+        if view is None:
+            raise BaseNeeded(
+                f"a file of AdapterHub's names blocks by number, and only the model tells the modules of '{name}'",
+                next_step="load_adapter(path, model)",
+            )
+        _check_neighbours(folder)
+        layout = ModelLayout.of(view, family)
+        components = [config.place(layout, name) for config in configs]
+        variants = [variant for component in components for variant in component.variants]
+        variant = variants[0] if len(variants) == 1 else Union.of(*variants)
+        provenance = {
+            "format": self.name,
+            "source": str(folder),
+            "config": raw,
+            "base": metadata.get(BASE_HASH),
+        }
+        adapter = Adapter(name, variant, provenance=provenance)
+        patterns = [pattern for component in components for pattern in component.patterns]
+        assigned = assign_tensors(name, header.name, patterns, tensors)
+        read = {path: tensors for component in components for path, tensors in component.read(assigned).items()}
+        adapter.tensors = sort_by_site(read, view)
+        check_adapter(adapter, view)
+        return adapter
+
+    def write(self, adapter: Adapter, path: Path, view: ModelView | None, target: Path) -> None:
+        if adapter.replaced:
+            raise FormatError(
+                f"adapter '{adapter.name}' replaces '{next(iter(adapter.replaced))}' whole, for which AdapterHub's "
+                "files have no place",
+                next_step="use format='native'",
+                code="unsupported_field",
+            )
+        if view is None:
+            raise BaseNeeded(
+                f"AdapterHub's files name blocks by number, and only the model tells those of adapter '{adapter.name}'",
+                next_step="save_adapter(adapter, path, format='adapterhub', model=model)",
+            )
+        model = view.module
+        config = getattr(model, "config", None)
+        model_type = getattr(config, "model_type", None)
+        layout = ModelLayout.of(view, family_of(model_type, f"adapter '{adapter.name}'"))
+        check_adapter(adapter, view)
+        components, prefix = _write_components(adapter, layout), base_prefix(model)
+        tensors = {
+            key: tensor
+            for component in components
+            for key, tensor in name_tensors(adapter.name, prefix, component.patterns, component.tensors).items()
+        }
+        base = model.get_submodule(prefix.rstrip("."))
+        own_class = any(component.own_class for component in components)
+        described = {
+            "config": join_configs(components),
+            "hidden_size": getattr(config, "hidden_size", None),
+            "model_class": f"{type(base).__name__.removesuffix('Model')}AdapterModel"
+            if own_class
+            else type(model).__name__,
+            "model_name": str(getattr(config, "name_or_path", "")),
+            "model_type": model_type,
+            "name": adapter.name,
+            "version": VERSION,
+        }
+        metadata = {"format": "pt", BASE_HASH: compute_base_hash(view, adapter.tensors)}
+        path.mkdir()
+        write_sealed(path / WEIGHTS, tensors, metadata, encode_config(described))
+        write_json(path / CONFIG, described)
 
 
-def _recognises(path: Path) -> bool:
-    folder = _folder(path)
-    if _composed(folder) is not None:
-        return True
-    there = any((folder / name).is_file() for name in HUB_WEIGHTS)
-    return there and (folder / CONFIG).is_file() and not (folder / PEFT_WEIGHTS).is_file()
-
-
-def _composed(folder: Path) -> str | None:
-    """The file that makes a folder hold what puts adapters together, and no adapter."""
+def _find_composition(folder: Path) -> str | None:
+    """Return the file that makes a folder one of a composition of adapters, instead of one adapter."""
     if (folder / CONFIG).is_file():
         return None
-    return next((name for name in _COMPOSED if (folder / name).is_file()), None)
+    return next((name for name in _COMPOSITIONS if (folder / name).is_file()), None)
 
 
-# ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-def _load(path: Path, model: nn.Module | None, name: str | None) -> Adapter:
-    folder = _folder(path)
-    composed = _composed(folder)
-    if composed is not None:
+def _refuse_composition(folder: Path) -> None:
+    composition = _find_composition(folder)
+    if composition is not None:
         raise FormatError(
-            f"'{folder / composed}' is AdapterHub's and says {_COMPOSED[composed]}; lorac reads adapters one by one",
+            f"'{folder / composition}' is AdapterHub's and says {_COMPOSITIONS[composition]}; lorac reads adapters one "
+            "by one",
             next_step="load each adapter's own folder; lorac.Chain puts methods of the weight form after one another, "
             "and a weighted swap adds what several do",
             code="unsupported_field",
         )
-    file = folder / CONFIG
-    raw = read_json(file)
-    tensors, metadata = _weights(folder)
-    check_seal(folder, encode_config(raw), tensors, metadata)
-    held = {keys.modern(key): tensor for key, tensor in tensors.items()}
-    told, methods = config.read_config(raw, file, invertible=any(layouts.INVERTIBLE in key for key in held))
-    family = layouts.family_of(told.model_type, f"'{file}'")
-    name = name or folder.resolve().name
-    if model is None:
-        raise BaseNeeded(
-            f"a file of AdapterHub's tells blocks by number: which modules adapter '{name}' is for, its model says",
-            next_step="load_adapter(path, model)",
-        )
-    _tell_beside(folder)
-    host = ModelLayout.of(model, family)
-    parts = [method.placed(host, name) for method in methods]
-    variants = [variant for part in parts for variant in part.variants]
-    variant = variants[0] if len(variants) == 1 else Union.of(*variants)
-    adapter = Adapter(name, variant, provenance={"format": FORMAT.name, "source": str(folder), "config": raw})
-    adapter.provenance["base"] = metadata.get(_BASE)
-    found = keys.placed(name, told.name, [place for part in parts for place in part.places], held)
-    adapter.tensors = sort_by_site({path: at for part in parts for path, at in part.tensors(found).items()}, host.view)
-    check_adapter(adapter, host.view)
-    return adapter
 
 
-def _weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if (folder / WEIGHTS).is_file():
-        return read_safetensors(folder / WEIGHTS)
-    return read_pickle(folder / _PICKLED), {}
-
-
-def _tell_beside(folder: Path) -> None:
-    """Refuse what changes where adapters sit; say of what lies beside them that it is not theirs."""
+def _check_neighbours(folder: Path) -> None:
+    """Refuse a file that changes where adapters sit, and warn of a head, which is not read."""
     if (folder / _INTERFACE).is_file():
         raise FormatError(
             f"'{folder}' has an {_INTERFACE}: a plug-in interface of its own says where its adapters sit",
@@ -122,70 +166,26 @@ def _tell_beside(folder: Path) -> None:
         )
     if any((folder / name).is_file() for name in _HEADS):
         warn(
-            f"'{folder}' holds a prediction head beside the adapter, which is not read: the model's own is used",
+            f"'{folder}' holds a prediction head as well, which is not read: the model's own is used",
             next_step="give a model that has that head",
         )
 
 
-# ── Writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-def _save(adapter: Adapter, folder: Path, model: nn.Module | None, target: Path) -> None:
-    if adapter.replaced:
-        raise FormatError(
-            f"adapter '{adapter.name}' replaces '{next(iter(adapter.replaced))}' whole, for which AdapterHub's files "
-            "have no place",
-            next_step="use format='native'",
-            code="unsupported_field",
-        )
-    if model is None:
-        raise BaseNeeded(
-            f"AdapterHub's files tell blocks by number, which the model of adapter '{adapter.name}' says",
-            next_step="save_adapter(adapter, path, format='adapterhub', model=model)",
-        )
-    check_adapter(adapter, ModelView.of(model))
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    host = ModelLayout.of(model, layouts.family_of(model_type, f"adapter '{adapter.name}'"))
-    parts = _written(adapter, host)
-    prefix = layouts.prefix_of(model)
-    tensors = {k: t for part in parts for k, t in keys.keyed(adapter.name, prefix, part.places, part.tensors).items()}
-    folder.mkdir()
-    base = model.get_submodule(prefix.rstrip("."))
-    described = {
-        "config": config.config_of(parts),
-        "hidden_size": model.config.hidden_size,  # type: ignore[union-attr]  # transformers', for it has a model_type
-        "model_class": type(base).__name__.removesuffix("Model") + "AdapterModel"
-        if any(part.own_class for part in parts)
-        else type(model).__name__,
-        "model_name": str(getattr(model.config, "name_or_path", "")),
-        "model_type": model_type,
-        "name": adapter.name,
-        "version": config.VERSION,
-    }
-    metadata = {"format": "pt", _BASE: compute_base_hash(ModelView.of(model), adapter.tensors)}
-    metadata[SEAL] = hash_contents(encode_config(described), tensors)
-    write_safetensors(folder / WEIGHTS, tensors, metadata)
-    write_json(folder / CONFIG, described)
-
-
-def _written(adapter: Adapter, host: ModelLayout) -> list[ComponentFile]:
-    """The configurations of an adapter's methods, in their order, each with its tensors."""
-    parts: list[ComponentFile] = []
+def _write_components(adapter: Adapter, layout: ModelLayout) -> list[ComponentFile]:
+    """Return the components of an adapter in the order of its methods."""
+    written: list[ComponentFile] = []
     layers = dataclasses.replace(adapter, tensors={})
-    for part in adapter.variant.methods:
-        own = {path: at for path, at in adapter.tensors.items() if adapter.variant.method_at(path) is part}
-        if isinstance(part, Bottleneck):
-            parts.append(bottlenecks.written(dataclasses.replace(adapter, variant=part, tensors=own), part, host))
-            continue
-        layers.tensors |= own
+    for method in adapter.variant.methods:
+        tensors = {path: t for path, t in adapter.tensors.items() if adapter.variant.method_at(path) is method}
+        if isinstance(method, Bottleneck):
+            part = dataclasses.replace(adapter, variant=method, tensors=tensors)
+            written.append(write_bottlenecks(part, method, layout))
+        else:
+            layers.tensors |= tensors
     if not layers.tensors:
-        return parts
-    first = not isinstance(adapter.variant.methods[0], Bottleneck)
-    return [saving.written(layers, host), *parts] if first else [*parts, saving.written(layers, host)]
+        return written
+    loras = write_loras(layers, layout)
+    return [*written, loras] if isinstance(adapter.variant.methods[0], Bottleneck) else [loras, *written]
 
 
-FORMAT = Format(
-    name="adapterhub",
-    looks_for=f"a folder with {CONFIG} and {WEIGHTS} or {_PICKLED}",
-    recognises=_recognises,
-    load=_load,
-    save=_save,
-)
+FORMAT = AdapterHubFormat()

@@ -1,42 +1,38 @@
-"""What a configuration comes to at a model: the methods of a file, where their tensors lie, and the way back."""
+"""Components of an AdapterHub file: one configuration each, with the places of its tensors in a model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
-import torch
-from torch import nn
+from torch import Tensor
 
-from lorac.errors import FormatError, nearest_name, short
-from lorac.formats.adapterhub.keys import Found, KeyPattern
-from lorac.formats.adapterhub.layouts import AdaptableLayer, Family, layers_in, sublayers_in
+from lorac.formats._config_fields import JsonObject
+from lorac.formats.adapterhub.keys import KeyPattern, TensorsBySite
+from lorac.formats.adapterhub.layouts import AdaptableLayer, Family, find_layers, name_sublayers
 from lorac.frontend.model_view import ModelView
 from lorac.frontend.residual_stream import ResidualStream, Sublayer, find_sublayer_sites, trace_residual_stream
-from lorac.ir.sites import Site
 from lorac.variants.base import Variant
-
-Tensor = torch.Tensor
 
 
 @dataclass(frozen=True)
 class ConfigHeader:
-    """What a file says around its configuration.
+    """The entries of a file around its configuration.
 
     Attributes:
-        file: where, for messages.
-        name: what the keys of its tensors call the adapter.
-        model_type: of the model it was trained on.
-        own_class: whether that was of one of the library's own classes, with heads.
-        versioned: whether it says by which version it was written; the first ones did not.
-        task: whether it is one of the first versions' adapters for a task, and holds no invertible adapter.
+        file: its path, for messages.
+        name: the name of the adapter in the keys of its tensors.
+        model_type: that of the model that it was trained on.
+        own_class: whether the model was of one of the library's own classes, with heads.
+        versioned: whether the file names the version that wrote it; the first ones did not.
+        task: whether it is a task adapter of the first versions, and holds no invertible adapter.
     """
 
     file: Path
     name: str
-    model_type: Any
+    model_type: object
     own_class: bool
     versioned: bool
     task: bool
@@ -44,64 +40,61 @@ class ConfigHeader:
 
 @dataclass(frozen=True)
 class ModelLayout:
-    """A model, and what of it places are found by.
+    """A model with the names of its places in AdapterHub.
 
     Attributes:
-        model: the model.
-        sites: all of its sites, by path.
-        stream: what it adds to its hidden states.
+        view: the model.
+        stream: the residual stream of its hidden states.
         sublayers: by the path of the site that stands for each.
-        sublayer_places: site path -> what a file calls the place, of sublayers.
+        sublayer_names: site path -> the name of the place in a file, of sublayers.
         layers: site path -> a layer that a file may adapt.
     """
 
     view: ModelView
-    model: nn.Module
-    sites: Mapping[str, Site]
     stream: ResidualStream
     sublayers: Mapping[str, Sublayer]
-    sublayer_places: Mapping[str, str]
+    sublayer_names: Mapping[str, str]
     layers: Mapping[str, AdaptableLayer]
 
     @classmethod
-    def of(cls, model: nn.Module, family: Family) -> ModelLayout:
-        """The model's places by what its family calls them.
+    def of(cls, view: ModelView, family: Family) -> ModelLayout:
+        """Return the layout of a model of a family.
 
         Raises:
-            ExampleInputsNeeded, CaptureError: as ``stream_of``.
+            ExampleInputsNeeded, CaptureError: as ``trace_residual_stream``.
         """
-        view = ModelView.of(model)
-        sites, stream = view.sites, trace_residual_stream(view)
+        stream = trace_residual_stream(view)
         sublayers = find_sublayer_sites(view, stream)
-        places = sublayers_in(family, stream, sublayers)
-        return cls(view, model, sites, stream, sublayers, places, layers_in(family, stream, sites))
+        names = name_sublayers(family, stream, sublayers)
+        return cls(view, stream, sublayers, names, find_layers(family, stream, view.sites))
 
 
 @dataclass(frozen=True)
 class PlacedComponent:
-    """What one configuration comes to at a model.
+    """A configuration applied to a model.
 
     Attributes:
         variants: its methods, each with its sites.
-        places: where the tensors lie.
-        made: (site path, what lies in the file for it) -> its tensors.
+        patterns: the keys of its tensors.
+        convert: (site path, tensors in the file for it) -> its parameters.
     """
 
     variants: tuple[Variant, ...]
-    places: tuple[KeyPattern, ...]
-    made: Callable[[str, Mapping[str, Tensor]], dict[str, Tensor]]
+    patterns: tuple[KeyPattern, ...]
+    convert: Callable[[str, Mapping[str, Tensor]], dict[str, Tensor]]
 
-    def tensors(self, found: Found) -> dict[str, dict[str, Tensor]]:
-        """Site path -> its tensors, of what ``placed`` found."""
-        paths = dict.fromkeys(path for place in self.places for path in place.paths)
-        return {path: self.made(path, found[path]) for path in paths}
+    def read(self, assigned: TensorsBySite) -> dict[str, dict[str, Tensor]]:
+        """Return site path -> its parameters, from what ``assign_tensors`` returned."""
+        paths = dict.fromkeys(path for pattern in self.patterns for path in pattern.paths)
+        return {path: self.convert(path, assigned[path]) for path in paths}
 
 
-class ComponentConfig(Protocol):
-    """A configuration that was read, before it meets a model."""
+class ComponentConfig(ABC):
+    """A configuration that was read, and not yet applied to a model."""
 
-    def placed(self, host: ModelLayout, name: str) -> PlacedComponent:
-        """What it comes to at a model, for an adapter of a name.
+    @abstractmethod
+    def place(self, layout: ModelLayout, name: str) -> PlacedComponent:
+        """Apply the configuration to a model, for an adapter of a name.
 
         Raises:
             FormatError: it means something there that lorac does not build.
@@ -110,34 +103,16 @@ class ComponentConfig(Protocol):
 
 @dataclass(frozen=True)
 class ComponentFile:
-    """What a method comes to in a file.
+    """A method as a file has it.
 
     Attributes:
         config: the configuration.
-        places: where its tensors lie.
-        tensors: what lies there.
+        patterns: the keys of its tensors.
+        tensors: the tensors in the file.
         own_class: whether only one of the library's own classes computes it.
     """
 
-    config: Mapping[str, Any]
-    places: tuple[KeyPattern, ...]
-    tensors: Found
+    config: JsonObject
+    patterns: tuple[KeyPattern, ...]
+    tensors: TensorsBySite
     own_class: bool = False
-
-
-def refuse_unknown(fields: Mapping[str, Any], known: Iterable[str], file: Path) -> None:
-    """Refuse fields that the library does not have.
-
-    Raises:
-        FormatError: naming the first.
-    """
-    names = set(known)
-    for name in fields:
-        if name not in names:
-            raise FormatError(
-                f"'{file}' sets the unknown field '{name}' = {short(fields[name])}",
-                nearest=nearest_name(name, names),
-                next_step="it may change the result, so it is not ignored; "
-                "if it is from a newer library, a newer lorac may know it",
-                code="unknown_field",
-            )

@@ -1,6 +1,6 @@
 """adapter_config.json as AdapterHub writes it: ``{"config": {…}, "model_type": …, "name": …, …}``.
 
-What the configuration is about is its ``architecture``; a union has several. Source: adapters.configuration of adapters
+The kind of a configuration is its ``architecture``; a union has several. Source: adapters.configuration of adapters
 1.3.0.
 """
 
@@ -9,52 +9,49 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from lorac.errors import FormatError, short
-from lorac.formats.adapterhub import bottlenecks, loras
-from lorac.formats.adapterhub.components import ComponentConfig, ComponentFile, ConfigHeader, refuse_unknown
+from lorac.formats._config_fields import JsonObject, refuse_unknown_fields
+from lorac.formats.adapterhub.bottlenecks import read_bottlenecks, read_preset
+from lorac.formats.adapterhub.components import ComponentConfig, ComponentFile, ConfigHeader
+from lorac.formats.adapterhub.loras import ARCHITECTURE, TASKS_ARCHITECTURE, read_loras
 
-_WHOLE = {"name", "model_type", "config"}
-"""What decides what a file means."""
-_IRRELEVANT = {"hidden_size", "model_name", "model_class", "version", "config_id", "type"}
+_KNOWN = ("name", "model_type", "config", "hidden_size", "model_name", "model_class", "version", "config_id", "type")
 _ARCHITECTURE, _UNION, _CONFIGS = "architecture", "union", "configs"
-_Reader = Callable[[Mapping[str, Any], ConfigHeader], ComponentConfig]
-_READERS: Mapping[Any, _Reader] = {
-    None: bottlenecks.read,
-    loras.ARCHITECTURE: loras.read,
-    loras.OF_TASKS: functools.partial(loras.read, tasks=True),
+_READERS: Mapping[str | None, Callable[[JsonObject, ConfigHeader], ComponentConfig]] = {
+    None: read_bottlenecks,
+    ARCHITECTURE: read_loras,
+    TASKS_ARCHITECTURE: functools.partial(read_loras, tasks=True),
 }
 """By architecture."""
 _REFUSED = {
-    "prefix_tuning": "puts keys and values in front of a text's",
-    "prompt_tuning": "puts embeddings in front of a text's",
-    "reft": "rewrites hidden states at some positions of a text",
+    "prefix_tuning": "puts keys and values in front of those of the tokens",
+    "prompt_tuning": "puts embeddings in front of those of the tokens",
+    "reft": "rewrites hidden states at some positions",
 }
-"""Architectures that lorac has no method for, and what each does."""
+"""Architectures that lorac has no method for -> what each does."""
 VERSION = "adapters.1.3.0"
 
 
-def read_config(raw: Mapping[str, Any], file: Path, *, invertible: bool) -> tuple[ConfigHeader, list[ComponentConfig]]:
-    """What a file says, and the methods it is about.
+def read_config(raw: JsonObject, file: Path, *, invertible: bool) -> tuple[ConfigHeader, list[ComponentConfig]]:
+    """Return the header of a file and its configurations.
 
     Args:
-        raw: its content.
-        file: for messages.
-        invertible: whether the tensors beside it have an invertible adapter's.
+        raw: the content of the file.
+        file: its path, for messages.
+        invertible: whether the tensors include an invertible adapter's.
 
     Raises:
-        FormatError: a field that the library does not have.
-        FormatError: a method, or a value, that lorac does not build.
-        FormatError: a field is missing.
+        FormatError: a field is missing, or the library does not have it, or lorac does not build its value.
     """
-    refuse_unknown(raw, {*_WHOLE, *_IRRELEVANT}, file)
-    given = raw.get("config")
-    if isinstance(given, str):
-        given = bottlenecks.preset(given, file)
-    if not isinstance(given, dict) or not isinstance(raw.get("name"), str):
-        raise FormatError(f"'{file}' has no {'name' if isinstance(given, dict) else 'config'}", code="corrupt_file")
-    told = ConfigHeader(
+    refuse_unknown_fields(raw, _KNOWN, file)
+    config = raw.get("config")
+    if isinstance(config, str):
+        config = read_preset(config, file)
+    if not isinstance(config, dict) or not isinstance(raw.get("name"), str):
+        missing = "name" if isinstance(config, dict) else "config"
+        raise FormatError(f"'{file}' has no {missing}", code="corrupt_file")
+    header = ConfigHeader(
         file,
         name=raw["name"],
         model_type=raw.get("model_type"),
@@ -62,36 +59,36 @@ def read_config(raw: Mapping[str, Any], file: Path, *, invertible: bool) -> tupl
         versioned="version" in raw,
         task=raw.get("type") == "text_task" and not invertible,
     )
-    return told, [_read(one, told) for one in _parts(given, file)]
+    return header, [_read_component(part, header) for part in _split_union(config, file)]
 
 
-def _parts(given: Mapping[str, Any], file: Path) -> Sequence[Mapping[str, Any]]:
-    """The configurations of a union, or one that is none."""
-    if given.get(_ARCHITECTURE) != _UNION:
-        return [given]
-    refuse_unknown(given, {_ARCHITECTURE, _CONFIGS}, file)
-    parts = given.get(_CONFIGS)
+def _split_union(config: JsonObject, file: Path) -> Sequence[JsonObject]:
+    """Return the configurations of a union; any other configuration alone."""
+    if config.get(_ARCHITECTURE) != _UNION:
+        return [config]
+    refuse_unknown_fields(config, (_ARCHITECTURE, _CONFIGS), file)
+    parts = config.get(_CONFIGS)
     if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
         raise FormatError(f"'{file}' is of a union, and has no {_CONFIGS}", code="corrupt_file")
     return parts
 
 
-def _read(given: Mapping[str, Any], told: ConfigHeader) -> ComponentConfig:
-    architecture = given.get(_ARCHITECTURE)
+def _read_component(config: JsonObject, header: ConfigHeader) -> ComponentConfig:
+    architecture = config.get(_ARCHITECTURE)
     read = _READERS.get(architecture) if isinstance(architecture, str | None) else None
     if read is None:
-        does = _REFUSED.get(architecture, "") if isinstance(architecture, str) else ""
+        what = _REFUSED.get(architecture, "") if isinstance(architecture, str) else ""
         known = ", ".join(name for name in _READERS if name)
         raise FormatError(
-            f"'{told.file}' is of the architecture {short(architecture)}{does and f', which {does}'}; of AdapterHub's "
-            f"lorac reads bottlenecks, {known} and unions of these",
+            f"'{header.file}' is of the architecture {short(architecture)}{what and f', which {what}'}; of "
+            f"AdapterHub's lorac reads bottlenecks, {known} and unions of these",
             next_step="run it in AdapterHub's library, or train one of these",
             code="unsupported_field",
         )
-    return read({name: value for name, value in given.items() if name != _ARCHITECTURE}, told)
+    return read({name: value for name, value in config.items() if name != _ARCHITECTURE}, header)
 
 
-def config_of(written: Sequence[ComponentFile]) -> Mapping[str, Any]:
-    """One configuration of several: the inverse of what ``read_config`` takes apart."""
-    configs = [one.config for one in written]
+def join_configs(components: Sequence[ComponentFile]) -> JsonObject:
+    """Return one configuration of several components, which ``read_config`` splits again."""
+    configs = [component.config for component in components]
     return configs[0] if len(configs) == 1 else {_ARCHITECTURE: _UNION, _CONFIGS: configs}

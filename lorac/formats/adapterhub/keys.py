@@ -1,4 +1,4 @@
-"""The keys of a file: which tensor of which site each is, by one table for reading and writing."""
+"""The keys of a file: one table of patterns, used to read and to write."""
 
 from __future__ import annotations
 
@@ -6,125 +6,127 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lorac.errors import FormatError, nearest_name
-from lorac.formats.adapterhub.layouts import INVERTIBLE, LEGACY, LORAS, PLACED, SHARED
+from lorac.formats.adapterhub.layouts import ADAPTERS, INVERTIBLE, LEGACY, LORAS, SHARED
 
-Tensor = torch.Tensor
-Found = Mapping[str, Mapping[str, Tensor]]
+TensorsBySite = Mapping[str, Mapping[str, Tensor]]
 """Site path -> name -> tensor."""
 
 
 @dataclass(frozen=True)
 class KeyPattern:
-    """Tensors that lie side by side in a file: ``<prefix><before>.<part>.<adapter>.<leaf>``.
+    """Keys that differ in their last part: ``<prefix><module>.<group>.<adapter>.<leaf>``.
 
     Attributes:
-        part: ``PLACED``, ``LORAS``, ``SHARED`` or ``INVERTIBLE``.
-        before: what a file calls the module; empty for what the whole model has.
-        leaves: leaf -> name of the tensor at a site; of two leaves of one name either may be there.
-        paths: the sites whose tensors they are: of what is shared all that share it.
+        group: ``ADAPTERS``, ``LORAS``, ``SHARED`` or ``INVERTIBLE``.
+        module: the name of the module in a file; empty for the tensors of the whole model.
+        leaves: leaf -> name of the tensor at a site; of two leaves of one name either may be present.
+        paths: the sites with these tensors: of shared ones, all that share them.
     """
 
-    part: str
-    before: str
+    group: str
+    module: str
     leaves: Mapping[str, str]
     paths: tuple[str, ...]
 
 
-def modern(key: str) -> str:
-    """A key as versions of today call it."""
+def modernise_key(key: str) -> str:
+    """Return a key as today's versions write it."""
     for old, new in LEGACY.items():
         key = key.replace(old, new)
     return key
 
 
-def placed(
-    adapter: str, called: str, places: Sequence[KeyPattern], keys: Mapping[str, Tensor]
+def assign_tensors(
+    adapter: str, name: str, patterns: Sequence[KeyPattern], tensors: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
-    """Site path -> name -> tensor; every key is used, and every tensor there.
+    """Return site path -> name -> tensor, with every key used and every tensor present.
 
     Args:
-        adapter: the adapter's name, for messages.
-        called: the name that the keys have of it.
-        places: all that the configuration promises.
-        keys: the file's tensors, by ``modern`` keys.
+        adapter: the name of the adapter, for messages.
+        name: its name in the keys.
+        patterns: all that the configuration promises.
+        tensors: those of the file, by ``modernise_key``.
 
     Raises:
-        FormatError: one is not.
+        FormatError: a key is not used, or a tensor is missing.
     """
     table: dict[tuple[str, str], list[KeyPattern]] = {}
-    for place in places:
-        table.setdefault((place.part, place.before), []).append(place)
-    found: dict[str, dict[str, Tensor]] = {path: {} for place in places for path in place.paths}
-    for key, tensor in keys.items():
-        before, part, leaf = _split(key, called)
-        here = [place for end in _ends(before) for place in table.get((part, end), ()) if leaf in place.leaves]
-        if not here:
+    for pattern in patterns:
+        table.setdefault((pattern.group, pattern.module), []).append(pattern)
+    assigned: dict[str, dict[str, Tensor]] = {path: {} for pattern in patterns for path in pattern.paths}
+    for key, tensor in tensors.items():
+        module, group, leaf = _split_key(key, name)
+        candidates = (p for end in _suffixes(module) for p in table.get((group, end), ()) if leaf in p.leaves)
+        matching = next(candidates, None)
+        if matching is None:
             raise FormatError(
                 f"the file of adapter '{adapter}' holds '{key}', for which its configuration or the model has no place",
-                nearest=nearest_name(before, [place.before for place in places if place.before]),
+                nearest=nearest_name(module, [pattern.module for pattern in patterns if pattern.module]),
                 next_step="load the model that it was trained on",
                 code="unused_tensors",
             )
-        for path in here[0].paths:
-            _put(found[path], here[0].leaves[leaf], tensor, key)
-    _complete(adapter, places, found)
-    return found
+        for path in matching.paths:
+            _store(assigned[path], matching.leaves[leaf], tensor, key)
+    _refuse_missing(adapter, patterns, assigned)
+    return assigned
 
 
-def keyed(name: str, prefix: str, places: Iterable[KeyPattern], tensors: Found) -> dict[str, Tensor]:
-    """Key -> tensor: the inverse of ``placed``.
+def name_tensors(name: str, prefix: str, patterns: Iterable[KeyPattern], tensors: TensorsBySite) -> dict[str, Tensor]:
+    """Return key -> tensor: the inverse of ``assign_tensors``.
 
     Args:
-        name: the adapter's.
-        prefix: of the base model, in a class with a head.
-        places: as ``placed`` takes them.
+        name: the name of the adapter.
+        prefix: that of the base model, in a class with a head.
+        patterns: as ``assign_tensors`` takes them.
         tensors: by site path and name.
     """
-    written: dict[str, Tensor] = {}
-    for place in places:
-        stem = f"{prefix}{place.before}.{place.part}.{name}" if place.before else f"{prefix}{place.part}.{name}"
-        at = tensors[place.paths[0]]
-        written |= {f"{stem}.{leaf}": at[own] for leaf, own in place.leaves.items()}
-    return written
+    named: dict[str, Tensor] = {}
+    for pattern in patterns:
+        module = f"{pattern.module}." if pattern.module else ""
+        stem = f"{prefix}{module}{pattern.group}.{name}"
+        parameters = tensors[pattern.paths[0]]
+        named |= {f"{stem}.{leaf}": parameters[parameter] for leaf, parameter in pattern.leaves.items()}
+    return named
 
 
-def _split(key: str, called: str) -> tuple[str, str, str]:
-    """(what stands before, which part, the leaf) of a key; the adapter's name stands after the part."""
-    for part in (INVERTIBLE, SHARED, LORAS, PLACED):
-        before, found, leaf = f".{key}".rpartition(f".{part}.{called}.")
+def _split_key(key: str, name: str) -> tuple[str, str, str]:
+    """Return (module, group, leaf) of a key; the name of the adapter stands after the group."""
+    for group in (INVERTIBLE, SHARED, LORAS, ADAPTERS):
+        module, found, leaf = f".{key}".rpartition(f".{group}.{name}.")
         if found:
-            return before.removeprefix("."), part, leaf
+            return module.removeprefix("."), group, leaf
     return key, "", ""
 
 
-def _ends(before: str) -> Iterator[str]:
-    """What stands before a part, and its ends, down to none: a class with a head has a prefix."""
-    parts = before.split(".")
+def _suffixes(module: str) -> Iterator[str]:
+    """Iterate over the ends of a module's path, the longest first and the empty one last."""
+    parts = module.split(".")
     yield from (".".join(parts[i:]) for i in range(len(parts)))
     yield ""
 
 
-def _put(at: dict[str, Tensor], name: str, tensor: Tensor, key: str) -> None:
-    if name in at and not torch.equal(at[name], tensor):
+def _store(tensors: dict[str, Tensor], name: str, tensor: Tensor, key: str) -> None:
+    if name in tensors and not torch.equal(tensors[name], tensor):
         raise FormatError(f"'{key}' is one tensor under two names, and the two differ", code="corrupt_file")
-    at[name] = tensor
+    tensors[name] = tensor
 
 
-def _complete(adapter: str, places: Iterable[KeyPattern], found: Found) -> None:
-    lacking = [
-        (place, f"'{name}' at '{path}'")
-        for place in places
-        for path in place.paths
-        for name in sorted({*place.leaves.values()} - found[path].keys())
+def _refuse_missing(adapter: str, patterns: Iterable[KeyPattern], assigned: TensorsBySite) -> None:
+    missing = [
+        (pattern, f"'{name}' at '{path}'")
+        for pattern in patterns
+        for path in pattern.paths
+        for name in sorted({*pattern.leaves.values()} - assigned[path].keys())
     ]
-    if lacking:
-        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise FormatError(
-            f"the file of adapter '{adapter}' lacks {lacking[0][1]}{more}, which its configuration promises",
+            f"the file of adapter '{adapter}' lacks {missing[0][1]}{more}, which its configuration promises",
             next_step="save it from a class with a head: of a bare model the library leaves out what sites share"
-            if any(place.part == SHARED for place, _ in lacking)
+            if any(pattern.group == SHARED for pattern, _ in missing)
             else "it is incomplete, or was made for a smaller model",
             code="corrupt_file",
         )

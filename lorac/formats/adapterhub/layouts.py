@@ -1,9 +1,9 @@
-"""What AdapterHub calls the places of its adapters in a model's family, and the tensors of a bottleneck.
+"""The names of places in AdapterHub's files by family of models, and the tensors of a bottleneck.
 
-    <prefix><place>.adapters.<adapter>.<leaf>          behind a sublayer
-    <prefix><place>.loras.<adapter>.<leaf>             of a layer
+    <prefix><module>.adapters.<adapter>.<leaf>         behind a sublayer
+    <prefix><module>.loras.<adapter>.<leaf>            of a layer
     <prefix>invertible_adapters.<adapter>.<leaf>       behind the embeddings
-    <prefix>shared_parameters.<adapter>.<leaf>         what all sites have in common
+    <prefix>shared_parameters.<adapter>.<leaf>         shared by all sites
 
 The prefix is that of the base model in a class with a head. Source: the mixins of adapters 1.3.0, and files it wrote.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
@@ -21,7 +20,7 @@ from lorac.frontend.residual_stream import ResidualStream, Sublayer
 from lorac.variants.bottleneck import Bottleneck
 
 LETTERS = ("q", "k", "v")
-"""What attentions' layers are called in configurations, in the order of their rows where one layer has all three."""
+"""The layers of an attention in configurations, in the order of their rows where one layer has all three."""
 PACKED = "".join(LETTERS)
 """A layer that has all three."""
 INTERMEDIATE, OUTPUT = "intermediate", "output"
@@ -29,20 +28,20 @@ INTERMEDIATE, OUTPUT = "intermediate", "output"
 
 @dataclass(frozen=True)
 class BlockStack:
-    """Blocks that follow one another.
+    """Consecutive blocks of a model.
 
     Attributes:
-        block: place of the n-th.
+        block: the name of the n-th block.
         sublayers: kind of a sublayer -> where in the block its bottleneck is.
-        layers: where in the block a layer is -> what it is: a letter, ``PACKED``, ``INTERMEDIATE`` or ``OUTPUT``.
-        part: what of a block's path in a model tells that it is of this stack; empty: nothing need.
-        renamed: where a layer is -> where transformers has it by now.
+        layers: where in the block a layer is -> its role: a letter, ``PACKED``, ``INTERMEDIATE`` or ``OUTPUT``.
+        marker: what the path of a block of this stack contains; may be empty.
+        renamed: where a layer is in the library -> where transformers has it now.
     """
 
     block: str
     sublayers: Mapping[str, str]
     layers: Mapping[str, str]
-    part: str = ""
+    marker: str = ""
     renamed: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -51,21 +50,21 @@ class AdaptableLayer:
     """A layer that a file may adapt.
 
     Attributes:
-        place: what a file calls it.
-        what: as in ``Stack.layers``.
-        number: of its block, through all stacks.
+        name: its name in a file.
+        role: as in ``BlockStack.layers``.
+        block: the number of its block, through all stacks.
     """
 
-    place: str
-    what: str
-    number: int
+    name: str
+    role: str
+    block: int
 
 
 Family = tuple[BlockStack, ...]
 
 
 def _letters(pattern: str, *names: str) -> dict[str, str]:
-    """The layers of an attention, by a pattern that their names fill."""
+    """Return the layers of an attention, by a pattern that their names fill."""
     return {pattern.format(name): letter for name, letter in zip(names or LETTERS, LETTERS, strict=True)}
 
 
@@ -73,8 +72,8 @@ def _mlp(intermediate: str, output: str) -> dict[str, str]:
     return {intermediate: INTERMEDIATE, output: OUTPUT}
 
 
-_BESIDE = {"attention": "attention_adapters", "mlp": "output_adapters"}
-"""Of families whose blocks hold their adapters beside their sublayers."""
+_NEXT_TO_SUBLAYERS = {"attention": "attention_adapters", "mlp": "output_adapters"}
+"""Of families whose blocks hold their adapters next to their sublayers."""
 _QUERIES = ("query", "key", "value")
 _BERT: Family = (
     BlockStack(
@@ -89,7 +88,7 @@ _BERT: Family = (
 )
 _LLAMA: Family = (
     # The library takes the layer that leads back for the intermediate one, and one that leads there for the other.
-    BlockStack("layers.{n}", _BESIDE, _letters("self_attn.{}_proj") | _mlp("mlp.down_proj", "mlp.up_proj")),
+    BlockStack("layers.{n}", _NEXT_TO_SUBLAYERS, _letters("self_attn.{}_proj") | _mlp("mlp.down_proj", "mlp.up_proj")),
 )
 _T5: Family = (
     BlockStack(
@@ -100,7 +99,7 @@ _T5: Family = (
             **_mlp("layer.1.DenseReluDense.wi", "layer.1.DenseReluDense.wo"),
             "layer.1.DenseReluDense.wi_1": INTERMEDIATE,
         },
-        part="encoder.",
+        marker="encoder.",
     ),
     BlockStack(
         "decoder.block.{n}",
@@ -111,22 +110,24 @@ _T5: Family = (
             **_mlp("layer.2.DenseReluDense.wi", "layer.2.DenseReluDense.wo"),
             "layer.2.DenseReluDense.wi_1": INTERMEDIATE,
         },
-        part="decoder.",
+        marker="decoder.",
     ),
 )
 _BART_LAYERS = _letters("self_attn.{}_proj") | _mlp("fc1", "fc2")
 _BART: Family = (
-    BlockStack("encoder.layers.{n}", _BESIDE, _BART_LAYERS, part="encoder."),
+    BlockStack("encoder.layers.{n}", _NEXT_TO_SUBLAYERS, _BART_LAYERS, marker="encoder."),
     BlockStack(
         "decoder.layers.{n}",
-        {**_BESIDE, "cross": "cross_attention_adapters"},
+        {**_NEXT_TO_SUBLAYERS, "cross": "cross_attention_adapters"},
         _BART_LAYERS | _letters("encoder_attn.{}_proj"),
-        part="decoder.",
+        marker="decoder.",
     ),
 )
-_GPT2: Family = (BlockStack("h.{n}", _BESIDE, {"attn.c_attn": PACKED, **_mlp("mlp.c_fc", "mlp.c_proj")}),)
+_GPT2: Family = (BlockStack("h.{n}", _NEXT_TO_SUBLAYERS, {"attn.c_attn": PACKED, **_mlp("mlp.c_fc", "mlp.c_proj")}),)
 _DISTILBERT: Family = (
-    BlockStack("transformer.layer.{n}", _BESIDE, _letters("attention.{}_lin") | _mlp("ffn.lin1", "ffn.lin2")),
+    BlockStack(
+        "transformer.layer.{n}", _NEXT_TO_SUBLAYERS, _letters("attention.{}_lin") | _mlp("ffn.lin1", "ffn.lin2")
+    ),
 )
 _VIT: Family = (
     BlockStack(
@@ -160,8 +161,8 @@ LEGACY = {
     "layer_text_lang_adapters": "adapters",
     "invertible_lang_adapters": "invertible_adapters",
 }
-"""What files of its first versions call them."""
-INVERTIBLE, SHARED, PLACED, LORAS = "invertible_adapters", "shared_parameters", "adapters", "loras"
+"""Names in files of the first versions -> today's."""
+INVERTIBLE, SHARED, ADAPTERS, LORAS = "invertible_adapters", "shared_parameters", "adapters", "loras"
 COUPLING = {
     f"{part}.{index}.{leaf}": f"{part}_{half}{end}"
     for part in "FG"
@@ -171,13 +172,13 @@ COUPLING = {
 """Leaf of an invertible adapter -> lorac's name."""
 
 
-def family_of(model_type: Any, where: str) -> Family:
-    """The places of a family.
+def family_of(model_type: object, where: str) -> Family:
+    """Return the names of places of a family.
 
     Raises:
         FormatError: they are not known.
     """
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise FormatError(
             f"{where} is for models of the type '{model_type}', whose places in AdapterHub lorac does not know",
             nearest=nearest_name(str(model_type), FAMILIES),
@@ -187,78 +188,79 @@ def family_of(model_type: Any, where: str) -> Family:
     return FAMILIES[model_type]
 
 
-def sublayers_in(family: Family, stream: ResidualStream, sublayers: Mapping[str, Sublayer]) -> dict[str, str]:
-    """Site path -> place, of those sublayers that have one."""
-    found: dict[str, str] = {}
-    for stack, blocks in _stacked(family, stream):
+def name_sublayers(family: Family, stream: ResidualStream, sublayers: Mapping[str, Sublayer]) -> dict[str, str]:
+    """Return site path -> name in a file, of the sublayers that have one."""
+    names: dict[str, str] = {}
+    for stack, blocks in _iterate_stacks(family, stream):
         known = {p: one for p, one in sublayers.items() if one.block in blocks and one.kind in stack.sublayers}
-        found |= {path: f"{blocks[one.block]}.{stack.sublayers[one.kind]}" for path, one in known.items()}
-    return found
+        names |= {path: f"{blocks[one.block]}.{stack.sublayers[one.kind]}" for path, one in known.items()}
+    return names
 
 
-def layers_in(family: Family, stream: ResidualStream, sites: Collection[str]) -> dict[str, AdaptableLayer]:
-    """Site path -> layer, of all that a file may adapt, in the order of blocks."""
-    found: dict[str, AdaptableLayer] = {}
+def find_layers(family: Family, stream: ResidualStream, sites: Collection[str]) -> dict[str, AdaptableLayer]:
+    """Return site path -> layer, of all that a file may adapt, in the order of blocks."""
+    layers: dict[str, AdaptableLayer] = {}
     numbers = {block: number for number, block in enumerate(stream.blocks)}
-    for stack, blocks in _stacked(family, stream):
-        ends = ((block, end, what) for block in blocks for end, what in stack.layers.items())
-        for block, end, what in ends:
-            paths = (f"{block}.{name}" for name in (end, stack.renamed.get(end, end)))
-            path = next((path for path in paths if path in sites), None)
-            found |= {} if path is None else {path: AdaptableLayer(f"{blocks[block]}.{end}", what, numbers[block])}
-    return found
+    for stack, blocks in _iterate_stacks(family, stream):
+        for block, name in blocks.items():
+            for end, role in stack.layers.items():
+                paths = (f"{block}.{end}", f"{block}.{stack.renamed.get(end, end)}")
+                path = next((path for path in paths if path in sites), None)
+                if path is not None:
+                    layers[path] = AdaptableLayer(f"{name}.{end}", role, numbers[block])
+    return layers
 
 
-def _stacked(family: Family, stream: ResidualStream) -> Iterator[tuple[BlockStack, dict[str, str]]]:
-    """Every stack with its blocks: path -> place."""
+def _iterate_stacks(family: Family, stream: ResidualStream) -> Iterator[tuple[BlockStack, dict[str, str]]]:
+    """Iterate over stacks, each with its blocks: path -> name in a file."""
     for stack in family:
-        blocks = [block for block in stream.blocks if stack.part in f".{block}."]
+        blocks = [block for block in stream.blocks if stack.marker in f".{block}."]
         yield stack, {block: stack.block.format(n=n) for n, block in enumerate(blocks)}
 
 
-def leaves(variant: Bottleneck) -> dict[str, str]:
-    """Leaf -> lorac's name, at one place; a norm in front of the bottleneck goes by two."""
+def bottleneck_leaves(variant: Bottleneck) -> dict[str, str]:
+    """Return leaf -> lorac's name, at one place; a norm in front of the bottleneck has two names."""
     down = "adapter_down.1" if variant.ln_before else "adapter_down.0"
-    found: dict[str, str] = {}
+    leaves: dict[str, str] = {}
     for stem, name in ((down, "down"), ("adapter_up", "up")):
-        found |= _hypercomplex(variant, stem, name) if variant.phm_layer else _plain(stem, name)
+        leaves |= _hypercomplex_leaves(variant, stem, name) if variant.phm_layer else _linear_leaves(stem, name)
     norms = [("adapter_norm_before", "norm_before"), ("adapter_down.0", "norm_before")] if variant.ln_before else []
     norms += [("adapter_norm_after", "norm_after")] if variant.ln_after else []
     norms += [("gate", "gate")] if variant.use_gating else []
     for stem, name in norms:
-        found |= _plain(stem, name)
-    return found | ({"scaling": "scaling"} if isinstance(variant.scaling, str) else {})
+        leaves |= _linear_leaves(stem, name)
+    return leaves | ({"scaling": "scaling"} if isinstance(variant.scaling, str) else {})
 
 
 def shared_leaves(variant: Bottleneck) -> dict[str, str]:
-    """The same of what all places have in common."""
+    """Return leaf -> lorac's name, of what all places share."""
     if not variant.phm_layer:
         return {}
-    rules = _factors("phm_rule", variant.factorized_phm_rule) if variant.shared_phm_rule else ()
-    found = {name: name for name in rules}
+    rules = _factor_names("phm_rule", variant.factorized_phm_rule) if variant.shared_phm_rule else ()
+    leaves = {name: name for name in rules}
     if variant.shared_W_phm:
         for half in ("down", "up"):
-            names = _factors(f"{half}_W", variant.factorized_phm_W)
-            found |= {name.replace(f"{half}_W", f"W_{half}"): name for name in names}
-    return found
+            names = _factor_names(f"{half}_W", variant.factorized_phm_W)
+            leaves |= {name.replace(f"{half}_W", f"W_{half}"): name for name in names}
+    return leaves
 
 
-def _plain(stem: str, name: str) -> dict[str, str]:
+def _linear_leaves(stem: str, name: str) -> dict[str, str]:
     return {f"{stem}.weight": name, f"{stem}.bias": f"{name}_bias"}
 
 
-def _hypercomplex(variant: Bottleneck, stem: str, name: str) -> dict[str, str]:
-    own = () if variant.shared_W_phm else _factors("W", variant.factorized_phm_W)
-    own += () if variant.shared_phm_rule else _factors("phm_rule", variant.factorized_phm_rule)
-    found = {f"{stem}.{leaf}": f"{name}_{leaf}" for leaf in own}
-    return found | ({f"{stem}.b": f"{name}_bias"} if variant.phm_bias else {})
+def _hypercomplex_leaves(variant: Bottleneck, stem: str, name: str) -> dict[str, str]:
+    factors = () if variant.shared_W_phm else _factor_names("W", variant.factorized_phm_W)
+    factors += () if variant.shared_phm_rule else _factor_names("phm_rule", variant.factorized_phm_rule)
+    leaves = {f"{stem}.{factor}": f"{name}_{factor}" for factor in factors}
+    return leaves | ({f"{stem}.b": f"{name}_bias"} if variant.phm_bias else {})
 
 
-def _factors(name: str, factorized: bool) -> tuple[str, ...]:
+def _factor_names(name: str, factorized: bool) -> tuple[str, ...]:
     return (f"{name}_left", f"{name}_right") if factorized else (name,)
 
 
-def prefix_of(model: nn.Module) -> str:
-    """What keys begin with in a class of transformers that has a head."""
+def base_prefix(model: nn.Module) -> str:
+    """Return the prefix of keys in a class of transformers that has a head."""
     base = getattr(model, "base_model_prefix", "")
     return f"{base}." if base and isinstance(getattr(model, base, None), nn.Module) else ""

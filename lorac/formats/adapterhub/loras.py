@@ -26,13 +26,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lorac.adapters.fit import check_parameter
-from lorac.argument_types import field_types, format_type, matches_type
-from lorac.errors import FormatError, short
-from lorac.formats.adapterhub.components import ConfigHeader, ModelLayout, PlacedComponent, refuse_unknown
+from lorac.argument_types import field_types
+from lorac.errors import FormatError
+from lorac.formats._config_fields import JsonObject, check_field_type, refuse_unknown_fields
+from lorac.formats.adapterhub.components import ComponentConfig, ConfigHeader, ModelLayout, PlacedComponent
 from lorac.formats.adapterhub.keys import KeyPattern
-from lorac.formats.adapterhub.layouts import LETTERS, LORAS, PACKED, SHARED, AdaptableLayer
+from lorac.formats.adapterhub.layouts import INTERMEDIATE, LETTERS, LORAS, PACKED, SHARED, AdaptableLayer
 from lorac.ir.sites import Site
 from lorac.variants import initialisers
 from lorac.variants.base import Variant, WeightVariant
@@ -42,13 +44,12 @@ from lorac.variants.lora import LoRA
 from lorac.variants.params import ParamSpec
 from lorac.variants.split import Split
 
-Tensor = torch.Tensor
 Stored = Mapping[str, Tensor]
-ARCHITECTURE, OF_TASKS = "lora", "mtl_lora"
+ARCHITECTURE, TASKS_ARCHITECTURE = "lora", "mtl_lora"
 ADD, SCALE = "add", "scale"
 A, B, MAGNITUDE = "lora_A", "lora_B", "m.weight"
 _VERA_A, _VERA_B, _TASK, _WEIGHTS = "vera_D", "vera_B", "task_specific.values", "weights"
-TASK_FIELDS: Mapping[str, Any] = {
+TASK_FIELDS: JsonObject = {
     "n_up_projection": 1,
     "task_specific_matrix_type": "singular_values",
     "weights_sharpness": 0.05,
@@ -58,9 +59,9 @@ TASK_FIELDS: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class LoraFields:
-    """``LoRAConfig``'s by their names, with its defaults; the last three are ``MTLLoRAConfig``'s.
+    """The fields of ``LoRAConfig`` with its defaults; the last three are those of ``MTLLoRAConfig``.
 
-    What tensors were drawn from, and their dtype, which they tell themselves, are for the library's next start.
+    How tensors were initialised, and their dtype, which they tell themselves, matter to the library alone.
     """
 
     selfattn_lora: bool = True
@@ -89,75 +90,71 @@ class LoraFields:
         return self.composition_mode == SCALE
 
     @property
-    def vera(self) -> bool:
-        """Whether A and B are all layers' own."""
+    def is_vera(self) -> bool:
+        """Whether all layers share A and B."""
         return not self.scales and (self.vera_d is not None or self.vera_b is not None)
 
     @property
-    def of_tasks(self) -> bool:
+    def has_tasks(self) -> bool:
         """Whether several B are weighed."""
         return self.n_up_projection is not None
 
     def letters(self, layer: AdaptableLayer) -> tuple[str, ...]:
-        """Which of queries, keys and values a layer has; none where it is another, or not chosen."""
-        return tuple(letter for letter in LETTERS if letter in layer.what and letter in self.attn_matrices)
+        """Return the letters of a layer that are adapted; none of a layer that is not an attention's."""
+        return tuple(letter for letter in LETTERS if letter in layer.role and letter in self.attn_matrices)
 
-    def wants(self, layer: AdaptableLayer) -> bool:
-        """Whether a layer is adapted."""
-        attends = layer.what in (*LETTERS, PACKED)
-        chosen = self.selfattn_lora and bool(self.letters(layer)) if attends else getattr(self, f"{layer.what}_lora")
-        return bool(chosen) and layer.number not in self.leave_out
+    def adapts(self, layer: AdaptableLayer) -> bool:
+        """Return whether a layer is adapted."""
+        if layer.block in self.leave_out:
+            return False
+        if layer.role in (*LETTERS, PACKED):
+            return self.selfattn_lora and bool(self.letters(layer))
+        return self.intermediate_lora if layer.role == INTERMEDIATE else self.output_lora
 
     def parts(self, layer: AdaptableLayer) -> tuple[str, ...]:
-        """Which parts of a layer that packs several are adapted; with scale, alpha changes the others, too."""
-        if layer.what != PACKED:
+        """Return the adapted parts of a packed layer; with scale, alpha changes the others, too."""
+        if layer.role != PACKED:
             return ()
         return LETTERS if self.scales and self.alpha != 1 else self.letters(layer)
 
 
-def read(given: Mapping[str, Any], told: ConfigHeader, *, tasks: bool = False) -> LoraComponent:
-    """A configuration.
+def read_loras(config: JsonObject, header: ConfigHeader, *, tasks: bool = False) -> LoraComponent:
+    """Return a configuration, read.
 
     Args:
-        given: its fields.
-        told: what stands around it.
+        config: its fields.
+        header: the entries around it.
         tasks: whether it is ``MTLLoRAConfig``.
 
     Raises:
-        FormatError: a field that the library does not have.
-        FormatError: a value that lorac does not build.
+        FormatError: the library does not have a field, or lorac does not build its value.
     """
-    refuse_unknown(given, [name for name in field_types(LoraFields) if tasks or name not in TASK_FIELDS], told.file)
-    chosen = {**(TASK_FIELDS if tasks else {}), **{name: value for name, value in given.items() if value is not None}}
-    for name, value in chosen.items():
-        if not matches_type(value, field_types(LoraFields)[name]):
-            kind = format_type(field_types(LoraFields)[name])
-            raise FormatError(
-                f"'{told.file}' sets {name}={short(value)}", next_step=f"it takes {kind}", code="unsupported_field"
-            )
-    listed: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()
-    }
-    fields = LoraFields(**listed)
+    known = [name for name in field_types(LoraFields) if tasks or name not in TASK_FIELDS]
+    refuse_unknown_fields(config, known, header.file)
+    given = {**(TASK_FIELDS if tasks else {}), **{name: value for name, value in config.items() if value is not None}}
+    for name, value in given.items():
+        check_field_type(LoraFields, name, value, header.file)
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    fields = LoraFields(**values)
     for refused, what, step in _refusals(fields):
         if refused:
-            raise FormatError(f"'{told.file}' sets {what}", next_step=step, code="unsupported_field")
+            raise FormatError(f"'{header.file}' sets {what}", next_step=step, code="unsupported_field")
     return LoraComponent(fields)
 
 
 def _refusals(fields: LoraFields) -> list[tuple[bool, str, str]]:
-    """(whether a value is not built, what it is, what to do instead)."""
+    """Return (whether a value is not built, the value, the next step) of every refusal."""
     scale, again = fields.alpha / max(fields.r, 1), "the library itself refuses it; save the adapter again"
-    strange = sorted({*fields.attn_matrices} - {*LETTERS})
+    unknown = sorted({*fields.attn_matrices} - {*LETTERS})
     return [
         (
             fields.use_gating,
-            "use_gating=True: a mean over each text weighs what is added, which no method of layers does here",
+            "use_gating=True: a mean over each sequence weighs what is added, and no method does that at layers",
             "train it with use_gating=False",
         ),
         (fields.composition_mode not in (ADD, SCALE), f"composition_mode={fields.composition_mode!r}", again),
         (fields.r < 1, f"r={fields.r}", again),
-        (bool(strange), f"attn_matrices={list(fields.attn_matrices)}", f"it takes {', '.join(LETTERS)}"),
+        (bool(unknown), f"attn_matrices={list(fields.attn_matrices)}", f"it takes {', '.join(LETTERS)}"),
         (
             fields.scales and (fields.r > 1 or fields.dropout > 0 or fields.use_dora),
             f"composition_mode='{SCALE}' with r={fields.r}, dropout={fields.dropout:g}, use_dora={fields.use_dora}",
@@ -177,53 +174,51 @@ def _refusals(fields: LoraFields) -> list[tuple[bool, str, str]]:
 
 
 @dataclass(frozen=True)
-class LoraComponent:
-    """A configuration as it was read."""
+class LoraComponent(ComponentConfig):
+    """A configuration of LoRAs, DoRAs or (IA)³s."""
 
     fields: LoraFields
 
-    def placed(self, host: ModelLayout, name: str) -> PlacedComponent:
-        """The factors, or scales, of an adapter at a model's layers.
+    def place(self, layout: ModelLayout, name: str) -> PlacedComponent:
+        """Apply the configuration to the layers of a model.
 
         Raises:
-            FormatError: a layer is one at which the library computes what lorac does not.
+            FormatError: at a layer the library computes what lorac does not.
         """
-        chosen = {path: layer for path, layer in host.layers.items() if self.fields.wants(layer)}
-        for path, layer in chosen.items():
-            self._refuse(name, host.sites[path], layer)
-        places = [KeyPattern(LORAS, layer.place, leaves(self.fields), (path,)) for path, layer in chosen.items()]
-        if self.fields.vera:
-            places.append(KeyPattern(SHARED, "", {A: A, B: B}, tuple(chosen)))
+        layers = {path: layer for path, layer in layout.layers.items() if self.fields.adapts(layer)}
+        for path, layer in layers.items():
+            self._check_layer(name, layout.view.sites[path], layer)
+        patterns = [KeyPattern(LORAS, layer.name, layer_leaves(self.fields), (path,)) for path, layer in layers.items()]
+        if self.fields.is_vera:
+            patterns.append(KeyPattern(SHARED, "", {A: A, B: B}, tuple(layers)))
 
-        def made(path: str, stored: Stored) -> dict[str, Tensor]:
-            site, layer = host.sites[path], chosen[path]
-            for leaf, shape in _shapes(self.fields, site, layer).items():
+        def convert(path: str, stored: Stored) -> dict[str, Tensor]:
+            site, layer = layout.view.sites[path], layers[path]
+            for leaf, shape in _leaf_shapes(self.fields, site, layer).items():
                 check_parameter(name, leaf, ParamSpec(shape, initialisers.zeros), site, stored[leaf], shapes=True)
-            return _made(self.fields, layer, stored)
+            return _to_parameters(self.fields, layer, stored)
 
-        return PlacedComponent(self._variants(chosen), tuple(places), made)
+        return PlacedComponent(self._variants(layers), tuple(patterns), convert)
 
-    def _variants(self, chosen: Mapping[str, AdaptableLayer]) -> tuple[Variant, ...]:
-        method, rate = self._method(), float(self.fields.dropout)
-        plain = tuple(path for path, layer in chosen.items() if layer.what != PACKED)
-        packed = tuple(path for path in chosen if path not in plain)
-        found: list[Variant] = []
+    def _variants(self, layers: Mapping[str, AdaptableLayer]) -> tuple[Variant, ...]:
+        fields, dropout = self.fields, float(self.fields.dropout)
+        plain = tuple(path for path, layer in layers.items() if layer.role != PACKED)
+        packed = tuple(path for path in layers if path not in plain)
+        method: WeightVariant = IA3()
+        if not fields.scales:
+            method = (DoRA if fields.use_dora else LoRA)(r=fields.r, alpha=fields.alpha)
+        variants: list[Variant] = []
         if packed:
-            parts = dict.fromkeys(self.fields.parts(chosen[packed[0]]), method)
-            found.append(Split(parts=parts, among=LETTERS, targets=packed, dropout=rate))
+            parts = dict.fromkeys(fields.parts(layers[packed[0]]), method)
+            variants.append(Split(parts=parts, among=LETTERS, targets=packed, dropout=dropout))
         if plain or not packed:
-            dropout: dict[str, Any] = {} if self.fields.scales else {"dropout": rate}
-            found.append(dataclasses.replace(method, targets=plain, **dropout))
-        return tuple(found)
+            rate: dict[str, Any] = {} if fields.scales else {"dropout": dropout}
+            variants.append(dataclasses.replace(method, targets=plain, **rate))
+        return tuple(variants)
 
-    def _method(self) -> WeightVariant:
-        if self.fields.scales:
-            return IA3()
-        return (DoRA if self.fields.use_dora else LoRA)(r=self.fields.r, alpha=self.fields.alpha)
-
-    def _refuse(self, name: str, site: Site, layer: AdaptableLayer) -> None:
+    def _check_layer(self, name: str, site: Site, layer: AdaptableLayer) -> None:
         fields = self.fields
-        if layer.what == PACKED and (fields.vera or fields.of_tasks or fields.use_dora):
+        if layer.role == PACKED and (fields.is_vera or fields.has_tasks or fields.use_dora):
             raise FormatError(
                 f"adapter '{name}' has VeRA, DoRA or weighed tasks at '{site.path}', which packs {', '.join(LETTERS)}: "
                 "the library itself cannot run that",
@@ -239,66 +234,67 @@ class LoraComponent:
             )
 
 
-def leaves(fields: LoraFields) -> dict[str, str]:
-    """Leaf -> name, of what a layer has for itself."""
-    own: tuple[str, ...] = (_VERA_A, _VERA_B) if fields.vera else (B,) if fields.scales else (A, B)
-    own += (MAGNITUDE,) if fields.use_dora else ()
-    own += (_TASK, _WEIGHTS) if fields.of_tasks else ()
-    return {leaf: leaf for leaf in own}
+def layer_leaves(fields: LoraFields) -> dict[str, str]:
+    """Return leaf -> name, of the tensors that a layer does not share."""
+    leaves: tuple[str, ...] = (_VERA_A, _VERA_B) if fields.is_vera else (B,) if fields.scales else (A, B)
+    leaves += (MAGNITUDE,) if fields.use_dora else ()
+    leaves += (_TASK, _WEIGHTS) if fields.has_tasks else ()
+    return {leaf: leaf for leaf in leaves}
 
 
-def _shapes(fields: LoraFields, site: Site, layer: AdaptableLayer) -> dict[str, tuple[int, ...]]:
-    """Name -> shape, of all that a layer computes with."""
+def _leaf_shapes(fields: LoraFields, site: Site, layer: AdaptableLayer) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape, of all tensors that a layer computes with."""
     r, out, columns = fields.r, site.out_features, site.in_features
-    if layer.what == PACKED:
-        chosen = len(fields.letters(layer))
-        packed: dict[str, tuple[int, ...]] = {B: (out // 3 * chosen, r)}
-        return packed if fields.scales else packed | {A: (r * chosen, columns)}
+    if layer.role == PACKED:
+        count = len(fields.letters(layer))
+        packed: dict[str, tuple[int, ...]] = {B: (out // 3 * count, r)}
+        return packed if fields.scales else packed | {A: (r * count, columns)}
     if fields.scales:
         return {B: (out, r)}
     shapes: dict[str, tuple[int, ...]] = {A: (r, columns), B: (out, r)}
-    if fields.vera:
+    if fields.is_vera:
         shapes |= {_VERA_A: (r, r), _VERA_B: (out, out)}
-    if fields.of_tasks:
+    if fields.has_tasks:
         tasks = fields.n_up_projection or 1
         shapes |= {B: (tasks, out, r), _TASK: (r,), _WEIGHTS: (tasks,)}
     return shapes | ({MAGNITUDE: (out, 1)} if fields.use_dora else {})
 
 
-def _made(fields: LoraFields, layer: AdaptableLayer, stored: Stored) -> dict[str, Tensor]:
-    """What lorac calls the tensors of a layer, folded where the library keeps more factors than two."""
-    if layer.what == PACKED:
-        return _unpacked(fields, layer, stored)
+def _to_parameters(fields: LoraFields, layer: AdaptableLayer, stored: Stored) -> dict[str, Tensor]:
+    """Return lorac's parameters of a layer, multiplied where the library has more factors than two."""
+    if layer.role == PACKED:
+        return _unpack(fields, layer, stored)
     if fields.scales:
-        return {"ia3_l": _scaled(stored[B], fields.alpha)}
+        return {"ia3_l": _scale(stored[B], fields.alpha)}
     down, up = stored[A], stored[B]
-    if fields.vera:
-        down, up = _product(stored[_VERA_A], down), _product(stored[_VERA_B], up)
+    if fields.is_vera:
+        down, up = _multiply(stored[_VERA_A], down), _multiply(stored[_VERA_B], up)
     if fields.weights_sharpness is not None:
         weights = torch.softmax(stored[_WEIGHTS].double() / fields.weights_sharpness, 0)
         up = (weights[:, None, None] * up).sum(0).to(up.dtype)
         down = stored[_TASK][:, None] * down
-    found = {"lora_A": down, "lora_B": up}
-    return found | ({"magnitude": stored[MAGNITUDE].flatten()} if fields.use_dora else {})
+    parameters = {"lora_A": down, "lora_B": up}
+    return parameters | ({"magnitude": stored[MAGNITUDE].flatten()} if fields.use_dora else {})
 
 
-def _unpacked(fields: LoraFields, layer: AdaptableLayer, stored: Stored) -> dict[str, Tensor]:
-    """The tensors of the parts, by the names that a ``Split`` gives them."""
+def _unpack(fields: LoraFields, layer: AdaptableLayer, stored: Stored) -> dict[str, Tensor]:
+    """Return the parameters of the parts of a packed layer, by the names that a ``Split`` gives them."""
     letters = fields.letters(layer)
     ups = dict(zip(letters, stored[B].chunk(len(letters)), strict=True))
     if fields.scales:
         ones = torch.ones_like(ups[letters[0]])
-        scales = {part: _scaled(ups.get(part, ones), fields.alpha) for part in fields.parts(layer)}
-        return {f"{part}_ia3_l": scale.clone() for part, scale in scales.items()}
+        return {f"{p}_ia3_l": _scale(ups.get(p, ones), fields.alpha).clone() for p in fields.parts(layer)}
     downs = dict(zip(letters, stored[A].chunk(len(letters)), strict=True))
     return {
-        f"{part}_{name}": cut[part].clone() for part in letters for name, cut in (("lora_A", downs), ("lora_B", ups))
+        f"{part}_{name}": factors[part].clone()
+        for part in letters
+        for name, factors in (("lora_A", downs), ("lora_B", ups))
     }
 
 
-def _scaled(vector: Tensor, alpha: float) -> Tensor:
+def _scale(vector: Tensor, alpha: float) -> Tensor:
     return vector if alpha == 1 else vector * alpha
 
 
-def _product(one: Tensor, other: Tensor) -> Tensor:
-    return (one.double() @ other.double()).to(other.dtype)
+def _multiply(left: Tensor, right: Tensor) -> Tensor:
+    return (left.double() @ right.double()).to(right.dtype)

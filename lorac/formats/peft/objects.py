@@ -1,7 +1,7 @@
-"""PEFT's objects in memory: a configuration as a fresh method, a wrapped model as its base and its adapters.
+"""PEFT's objects in memory: a configuration as a fresh variant, a wrapped model as its base and its adapters.
 
-Both go the way of files, written into a folder that is gone afterwards, so that what is refused of a file is refused of
-an object, in the same words. PEFT is only asked for where the caller has loaded it.
+Both go through files, in a temporary folder, so that what is refused of a file is refused of an object in the same
+words. PEFT is only used where the caller has imported it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,63 +19,68 @@ from typing import Any
 from torch import nn
 
 from lorac.errors import CompileError, FormatError, short
-from lorac.formats import load_adapter
-from lorac.formats.peft.config import COMMON, peft_type_of, read_config, variant_of
-from lorac.formats.peft.peft_type import FieldUse, PeftType
+from lorac.formats._config_fields import Irrelevant, JsonObject
+from lorac.formats._registry import load_adapter
+from lorac.formats.peft.config import peft_type_of, read_config, variant_of
+from lorac.formats.peft.fields import COMMON
+from lorac.formats.peft.peft_type import AnyPeftType
 from lorac.formats.peft.writer import CONFIG
 from lorac.frontend.copying import copy_structure
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 
+PeftObject = Any
+"""An object of PEFT's, which may not be installed and has no types."""
 _HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 """Task -> the heads that PEFT trains whole with an adapter for it (peft.peft_model)."""
 _DEFAULT = "default"
 _BASES: weakref.WeakKeyDictionary[nn.Module, list[nn.Module]] = weakref.WeakKeyDictionary()
-"""Wrapped model -> the bases made of it, which whoever compiles again asks for: they live as long as it does."""
+"""Wrapped model -> the bases made of it. They live as long as it does, so that a base is known when it is met again."""
 
 
-def _class(module: str, name: str) -> tuple[type, ...]:
-    """A class of PEFT's as ``isinstance`` takes it; nothing where PEFT is not loaded, for then there is no instance."""
-    found = getattr(sys.modules.get(module), name, None)
-    return () if found is None else (found,)
+def _find_class(module: str, name: str) -> tuple[type, ...]:
+    """Return a class of PEFT's for ``isinstance``; empty where PEFT is not imported, for then it has no instance."""
+    cls = getattr(sys.modules.get(module), name, None)
+    return () if cls is None else (cls,)
 
 
 # ── Configurations ───────────────────────────────────────────────────────────────────────────────────────────────────
 def is_peft_config(value: object) -> bool:
-    """Whether a value is a configuration of PEFT's, such as a ``LoraConfig``."""
-    return isinstance(value, _class("peft.config", "PeftConfig"))
+    """Return whether a value is a configuration of PEFT's, such as a ``LoraConfig``."""
+    return isinstance(value, _find_class("peft.config", "PeftConfig"))
 
 
-def variant_from_config(config: Any) -> Variant:
-    """The fresh method that a configuration of PEFT's describes.
+def variant_from_config(config: PeftObject) -> Variant:
+    """Return the fresh variant that a configuration of PEFT's describes.
 
     Raises:
-        FormatError: it sets what lorac does not build, or how PEFT starts an adapter.
+        FormatError: it sets what lorac does not build, or how PEFT initialises an adapter.
     """
-    where = Path(type(config).__name__)
+    path = Path(type(config).__name__)
     raw = json.loads(json.dumps(config.to_dict(), default=sorted))
-    method = peft_type_of(raw, where)
-    values = read_config(raw, method, where)
+    peft_type = peft_type_of(raw, path)
+    values = read_config(raw, peft_type, path)
     if raw.get("target_modules") is None and not raw.get("target_parameters"):
         raise FormatError(
-            f"'{where}' names no target_modules, and what PEFT then takes depends on the model",
+            f"'{path}' names no target_modules, and what PEFT then takes depends on the model",
             next_step="name them: target_modules=['q_proj', 'v_proj']",
             code="unsupported_field",
         )
-    _refuse_unstarted(raw, method, where)
-    variant = variant_of(values, method, where)
+    _refuse_training_fields(raw, peft_type, path)
+    variant = variant_of(values, peft_type, path)
     heads = [name for name in _HEADS.get(str(raw.get("task_type")), ()) if name not in variant.modules_to_save]
     return dataclasses.replace(variant, modules_to_save=(*variant.modules_to_save, *heads)) if heads else variant
 
 
-def _refuse_unstarted(raw: Mapping[str, Any], method: PeftType, where: Path) -> None:
-    """Refuse what of a file says how it was trained, and of a fresh adapter how it would start."""
-    for name, field in method.fields.items():
-        picks = any(name in chosen and chosen[name] == raw.get(name) for chosen in method.variants.values())
-        told = name in COMMON or picks or field.to is not None or field.use is FieldUse.IRRELEVANT
-        if not told and raw.get(name, field.default) not in (field.default, None):
+def _refuse_training_fields(raw: JsonObject, peft_type: AnyPeftType, path: Path) -> None:
+    """Refuse fields that say of a file how it was trained, and of a fresh adapter how PEFT would initialise it."""
+    selections = peft_type.variants.values()
+    for name, field in peft_type.fields.items():
+        selects = any(name in selection and selection[name] == raw.get(name) for selection in selections)
+        is_known = name in COMMON or selects or field.to is not None or isinstance(field, Irrelevant)
+        if not is_known and raw.get(name, field.default) not in (field.default, None):
             raise FormatError(
-                f"'{where}' sets {name}={short(raw[name])}, which says how PEFT makes or trains an adapter, and lorac "
+                f"'{path}' sets {name}={short(raw[name])}, which says how PEFT makes or trains an adapter, and lorac "
                 "does it in its own way",
                 next_step="leave it out; or have get_peft_model make the adapter, and give the PeftModel",
                 code="unsupported_field",
@@ -85,7 +90,7 @@ def _refuse_unstarted(raw: Mapping[str, Any], method: PeftType, where: Path) -> 
 # ── Models ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True)
 class UnwrappedModel:
-    """What a wrapped model is made of.
+    """The parts of a wrapped model.
 
     Attributes:
         base: the model without PEFT's layers: a copy over the same weights.
@@ -99,67 +104,67 @@ class UnwrappedModel:
 
 
 def unwrap_model(model: nn.Module) -> UnwrappedModel | None:
-    """What a ``PeftModel`` is made of; None for a model that PEFT has not touched.
+    """Return the parts of a ``PeftModel``; None for a model that PEFT has not touched.
 
     Args:
-        model: left as it was.
+        model: the model, which is not changed.
 
     Raises:
-        CompileError: PEFT's layers are in a model that is no ``PeftModel``, or adapters are merged into the base.
+        CompileError: PEFT's layers are in a model that is not a ``PeftModel``, or adapters are merged into the base.
         FormatError: an adapter is of a type, or set in a way, that lorac does not read.
     """
-    if not isinstance(model, _class("peft.peft_model", "PeftModel")):
+    if not isinstance(model, _find_class("peft.peft_model", "PeftModel")):
         refuse_peft_layers(model)
         return None
-    given: Any = model
-    for name, config in given.peft_config.items():
+    wrapped: PeftObject = model
+    for name, config in wrapped.peft_config.items():
         peft_type_of({"peft_type": str(config.peft_type.value)}, Path(name))
-    _refuse_merged(given)
-    base: nn.Module = copy_structure(given).unload()
+    _refuse_merged(wrapped)
+    base: nn.Module = copy_structure(wrapped).unload()
     refuse_peft_layers(base)
-    _BASES.setdefault(given, []).append(base)
-    with tempfile.TemporaryDirectory(prefix="lorac-") as folder:
-        # Left alone, PEFT asks the hub whether embeddings have grown; here they are in the base, as they are.
-        given.save_pretrained(folder, save_embedding_layers=False)
-        places = {name: Path(folder) / ("" if name == _DEFAULT else name) for name in given.peft_config}
-        for place in places.values():
-            _forget_start(place)
-        adapters = tuple(load_adapter(place, base, name) for name, place in places.items())
-    active = given.active_adapters
+    _BASES.setdefault(wrapped, []).append(base)
+    with tempfile.TemporaryDirectory(prefix="lorac-") as root:
+        # By default PEFT asks the hub whether embeddings have grown; here they are in the base, as they are.
+        wrapped.save_pretrained(root, save_embedding_layers=False)
+        folders = {name: Path(root) / ("" if name == _DEFAULT else name) for name in wrapped.peft_config}
+        for folder in folders.values():
+            _remove_start(folder)
+        adapters = tuple(load_adapter(folder, base, name) for name, folder in folders.items())
+    active = wrapped.active_adapters
     return UnwrappedModel(base, adapters, tuple(active() if callable(active) else active))
 
 
-def _forget_start(place: Path) -> None:
-    """Take out of a file how its adapter began: the base beside it is in memory, rewritten already where it was."""
-    file = place / CONFIG
-    raw = json.loads(file.read_text())
-    raw.pop(peft_type_of(raw, file).start, None)
-    file.write_text(json.dumps(raw))
+def _remove_start(folder: Path) -> None:
+    """Remove from a file how its adapter was initialised: the base in memory is rewritten already where it was."""
+    path = folder / CONFIG
+    raw = json.loads(path.read_text())
+    raw.pop(peft_type_of(raw, path).start_field, None)
+    path.write_text(json.dumps(raw))
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """PEFT's layers in a model, with their paths."""
-    layer = _class("peft.tuners.tuners_utils", "BaseTunerLayer")
+def _iterate_peft_layers(model: nn.Module) -> Iterator[tuple[str, PeftObject]]:
+    """Iterate over PEFT's layers in a model, with their paths."""
+    layer = _find_class("peft.tuners.tuners_utils", "BaseTunerLayer")
     return ((path, module) for path, module in model.named_modules() if isinstance(module, layer))
 
 
 def refuse_peft_layers(model: nn.Module) -> None:
-    """Refuse a model with layers of PEFT's, which are no places to adapt.
+    """Refuse a model with layers of PEFT's, which lorac cannot adapt.
 
     Raises:
         CompileError: naming the first of them, and what to give instead.
     """
-    path = next((path for path, _ in _layers(model)), None)
+    path = next((path for path, _ in _iterate_peft_layers(model)), None)
     if path is not None:
         raise CompileError(
-            f"the model has PEFT's layers in it, at '{path}' first: it is no base any more",
+            f"the model has PEFT's layers in it, at '{path}' first, so that it is no longer a base",
             next_step="save the adapters, model.save_pretrained(folder), and give the model as it is loaded without "
             "them: lorac.compile(base, [folder])",
         )
 
 
-def _refuse_merged(model: Any) -> None:
-    path = next((path for path, layer in _layers(model) if layer.merged), None)
+def _refuse_merged(model: nn.Module) -> None:
+    path = next((path for path, layer in _iterate_peft_layers(model) if layer.merged), None)
     if path is not None:
         raise CompileError(
             f"adapters are merged into the base's weight at '{path}'", next_step="call model.unmerge_adapter() first"

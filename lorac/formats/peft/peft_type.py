@@ -1,160 +1,225 @@
-"""What a PEFT type is to lorac: tables of its configuration fields and of its keys."""
+"""The base class of PEFT types: a table of configuration fields, and the layout of the tensors of one module.
+
+A type is a subclass in a module of ``lorac.formats.peft.types``, found by its existence.
+"""
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
-import torch
-from torch import nn
+from torch import Tensor
 
-from lorac.ir.sites import Site
+from lorac.errors import AdapterError, SiteError, warn
+from lorac.formats._config_fields import Field, JsonObject
+from lorac.frontend.model_view import ModelView
+from lorac.ir.sites import Site, SiteKind
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 
-Tensors = Mapping[str, torch.Tensor]
-
-
-class FieldUse(enum.Enum):
-    """What a configuration field is to a compiled adapter."""
-
-    APPLIED = "applied"
-    """It changes what is computed, and lorac does so."""
-    TRAINING = "training only"
-    """It matters while training: the trained tensors hold all that is left of it."""
-    IRRELEVANT = "irrelevant"
-    """It changes no number."""
-    REFUSED = "refused"
-    """Away from its default it changes what is computed, in a way that lorac does not build."""
-
-
-ABSENT: Any = object()
-"""Default of a field that PEFT has, but never writes."""
-
-
-def as_is(value: Any) -> Any:
-    """The value unchanged."""
-    return value
-
-
-@dataclass(frozen=True)
-class Field:
-    """One field of a PEFT configuration.
-
-    Attributes:
-        use: What it is to lorac.
-        default: PEFT's default.
-        to: The variant's field that it sets, if any.
-        read: File's value -> lorac's; raises ValueError saying what was expected.
-        write: The variant's value -> the file's.
-        instead: What to do about a refused value, or about one that `read` refuses.
-        kept: Of no consequence to lorac, but written back as it was read.
-    """
-
-    use: FieldUse
-    default: Any = None
-    to: str | None = None
-    read: Callable[[Any], Any] = as_is
-    write: Callable[[Any], Any] = as_is
-    instead: str | None = None
-    kept: bool = False
+Tensors = Mapping[str, Tensor]
+V = TypeVar("V", bound=Variant)
 
 
 @dataclass(frozen=True)
 class ExpertFolders:
-    """What is written of an adapter whose file holds no tensors of sites.
+    """The contents of a folder whose own file holds no tensors of modules.
 
     Attributes:
-        tensors: The file's, by key.
-        experts: Name -> an adapter in a folder of its own within.
-        paths: The field of the configuration that says where those are.
+        tensors: the tensors of the file, by key.
+        experts: name -> an adapter in a folder of its own within.
+        field: the configuration field that holds the paths of those folders.
     """
 
     tensors: Tensors
     experts: Mapping[str, Adapter]
-    paths: str
+    field: str
 
 
-@dataclass(frozen=True)
-class PeftType:
-    """One PEFT type. A module of `types` defines it as `METHOD`.
+class PeftType(ABC, Generic[V]):
+    """A PEFT type.
 
     Attributes:
-        peft_type: As the configuration names it.
-        variants: The method's class -> the configuration values that pick it.
-        only_read: Those of them that PEFT itself does not compute: files of a fork are read, and none is written.
-        fields: Every field of PEFT's configuration class.
-        retired: Fields that older releases of PEFT wrote, or forks do.
-        suffixes: What follows a site's path in a key.
-        shared: Names of tensors that all sites have in common, in the file and as parameters:
-            `base_model.<name>`, and in older files once more at every site.
-        crossed: Of a type that can tie the output layer to the embedding it adapts, parameters of that -> those of the
-            embedding that they are, transposed.
-        copied: What stands between a module's path and its parameters' names, of a type that trains whole copies
-            of the targeted modules (`Variant.copies`).
-        make_shared: (configuration, the model's sites that the file names) -> the shared tensors of
-            a file that left them out because a seed tells them; none where it promises them.
-        make_site: (variant, the model's site, tensors by parameter, as read) -> the same with those that no file of the
-            type holds, because the configuration and the site tell them. Reading then needs the model.
-        spread: (the file's tensors by site, the model's sites) -> sites that are tied to one of the file's, and with
-            that have the same tensors in PEFT -> that one.
-        shared_shapes: (variant, all sites) -> the shapes that PEFT gives the shared tensors, where they
-            are not those that the sites ask for: saving pads and cuts to them.
-        training_state: Mark in a key -> field that accounts for it: state of the training alone.
-        read_site: (variant, path, file's tensors by suffix) -> the site as the file tells it, and
-            the tensors by parameter in the matrix convention.
-        lays_out: The file's shapes tell kind and kernel of a site, to be held against the model's.
-        check_site: (site of the model, tensors by parameter): what only the model can tell.
-        write_site: (variant, site, tensors by parameter) -> the file's tensors by suffix.
-        read_inner: (configuration, tensors by parameter) -> the tensors as they count, of a layer that PEFT adapts with
-            the module that reads its weight (keys under <site>.base_layer).
-        start: Field that says how an adapter began, where some ways rewrite the base.
-        begun: (adapter as read, configuration, model or None) -> the adapter over the base as it was before its start.
-        converted: Methods that PEFT has no type for, and whose adapters are exactly ones of this type -> how.
-        read_whole: (folder, configuration, the file's tensors, name, model or None) -> the adapter, of a type whose
-            file holds no tensors of sites.
-        write_whole: (adapter, model or None) -> what is written of it, of such a type.
-        settled: (variant, tensors by site and suffix) -> the variant as the tensors tell it, where they know better
-            than the configuration.
+        peft_type: its name in the configuration.
+        variants: class of the method -> the configuration values that select it.
+        read_only: those of the classes that PEFT itself does not compute, so that none is written.
+        fields: every field of PEFT's configuration class.
+        retired: fields that older releases of PEFT, or forks, wrote.
+        suffixes: what follows the path of a module in a key.
+        shared: names of tensors that all modules share, in the file and as parameters: ``base_model.<name>``, and in
+            older files once more at every module.
+        kinds: kinds of site that PEFT's type adapts; None: ``check_site`` decides.
+        conv1d: whether GPT-2's Conv1D is among them.
+        grouped: whether convolutions of several groups are.
+        pads_itself: whether PEFT's forward pass pads as the convolution does, by whatever mode.
+        shapes_tell_kind: whether the shapes in a file tell the kind and kernel of a site.
+        needs_model: whether a file means nothing without the model, which ``complete_site`` reads.
+        tied: of a type that can tie the output layer to the embedding that it adapts: parameter of the former -> the
+            parameter of the latter whose transpose it is.
+        copied: what stands between the path of a module and the names of its parameters, of a type that trains whole
+            copies of the targeted modules (``Variant.replaces_module``).
+        training_state: mark in a key -> field that accounts for it: state of the training alone.
+        start_field: the field that says how an adapter was initialised, where some ways rewrite the base.
     """
 
-    peft_type: str
-    variants: Mapping[type[Variant], Mapping[str, Any]]
-    fields: Mapping[str, Field]
-    suffixes: tuple[str, ...]
-    read_site: Callable[[Variant, str, Tensors], tuple[Site, dict[str, torch.Tensor]]]
-    write_site: Callable[[Variant, Site, Tensors], dict[str, torch.Tensor]]
-    read_inner: Callable[[Mapping[str, Any], dict[str, torch.Tensor]], dict[str, torch.Tensor]] = lambda _, tensors: (
-        tensors
-    )
-    settled: Callable[[Variant, Mapping[str, Tensors]], Variant] = lambda variant, sites: variant
-    start: str | None = None
-    begun: Callable[[Adapter, Mapping[str, Any], nn.Module | None], Adapter] = lambda adapter, values, model: adapter
-    converted: Mapping[type[Variant], Callable[[Adapter], Adapter]] = field(default_factory=dict)
-    read_whole: Callable[[Path, Mapping[str, Any], Tensors, str, nn.Module | None], Adapter] | None = None
-    write_whole: Callable[[Adapter, nn.Module | None], ExpertFolders] | None = None
-    lays_out: bool = True
-    only_read: frozenset[type[Variant]] = frozenset()
-    check_site: Callable[[Site, Tensors], None] = lambda site, tensors: None
-    shared: tuple[str, ...] = ()
-    make_site: Callable[[Variant, Site, Tensors], dict[str, torch.Tensor]] | None = None
-    spread: Callable[[Mapping[str, Tensors], Mapping[str, Site]], dict[str, str]] | None = None
-    crossed: Mapping[str, str] = field(default_factory=dict)
-    copied: str | None = None
-    make_shared: Callable[[Mapping[str, Any], Sequence[Site]], dict[str, torch.Tensor]] | None = None
-    shared_shapes: Callable[[Variant, Sequence[Site]], Mapping[str, tuple[int, ...]]] | None = None
-    retired: Mapping[str, Field] = field(default_factory=dict)
-    training_state: Mapping[str, str] = field(default_factory=dict)
+    peft_type: ClassVar[str]
+    variants: ClassVar[Mapping[type[Variant], JsonObject]]
+    fields: ClassVar[Mapping[str, Field]]
+    read_only: ClassVar[frozenset[type[Variant]]] = frozenset()
+    retired: ClassVar[Mapping[str, Field]] = {}
+    suffixes: ClassVar[tuple[str, ...]] = ()
+    shared: ClassVar[tuple[str, ...]] = ()
+    kinds: ClassVar[frozenset[SiteKind] | None] = None
+    conv1d: ClassVar[bool] = False
+    grouped: ClassVar[bool] = False
+    pads_itself: ClassVar[bool] = False
+    shapes_tell_kind: ClassVar[bool] = False
+    needs_model: ClassVar[bool] = False
+    tied: ClassVar[Mapping[str, str]] = {}
+    copied: ClassVar[str | None] = None
+    training_state: ClassVar[Mapping[str, str]] = {}
+    start_field: ClassVar[str | None] = None
 
-    def tied_to(self, embedding: Tensors) -> dict[str, torch.Tensor]:
-        """What an output layer holds that is tied to an embedding of these tensors; nothing where the type ties none.
+    @abstractmethod
+    def read_site(self, variant: V, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
+        """Return a site as its tensors in a file tell it, and the parameters as matrices.
 
-        PEFT adapts lm_head, tied by ensure_weight_tying to an embedding with A (r, V) and B (d, r), by Bᵀ and Aᵀ, and
-        saves both (peft.tuners.lora.model).
+        Args:
+            variant: the method that the configuration describes.
+            path: the path of the module.
+            stored: the tensors by suffix, and the shared ones by name.
+
+        Raises:
+            AdapterError: the tensors do not belong together.
         """
-        if not embedding.keys() >= set(self.crossed.values()):
+
+    def write_site(self, variant: V, site: Site, tensors: Tensors) -> dict[str, Tensor]:
+        """Return the parameters of one site as a file has them: by suffix, the shared ones by name.
+
+        Raises:
+            SiteError: PEFT has no such layer.
+            FormatError: PEFT has no place for what a parameter holds.
+        """
+        return dict(tensors)
+
+    def check_site(self, site: Site, tensors: Tensors) -> None:
+        """Refuse a site that PEFT's type does not adapt; warn where PEFT computes something that no weight does.
+
+        Raises:
+            SiteError: the type does not adapt it.
+        """
+        if self.kinds is None:
+            return
+        groups = site.conv.groups if site.conv else 1
+        fits_layer = site.kind in self.kinds and (self.conv1d or not site.transposed)
+        if fits_layer and site.within is None and (self.grouped or groups == 1):
+            if not self.pads_itself:
+                warn_of_padding(self.peft_type, site)
+            return
+        what = f"of kind {site.kind}" + (f" with {groups} groups" if groups > 1 else "")
+        if site.within is not None:
+            what = f"a weight within '{site.within}'"
+        elif site.transposed:
+            what = "GPT-2's Conv1D"
+        raise SiteError(
+            f"PEFT's {self.peft_type} does not adapt '{site.path}', which is {what}",
+            next_step="use format='native', or exclude= the module",
+            code="site_unsupported",
+        )
+
+    def complete_site(self, variant: V, site: Site, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the parameters with those that no file holds, as configuration and model tell them."""
+        return tensors
+
+    def read_inner(self, values: JsonObject, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the effective parameters of a layer that PEFT adapts with the module that reads its weight."""
+        return tensors
+
+    def refine_variant(self, variant: V, stored: Mapping[str, Tensors]) -> Variant:
+        """Return the variant corrected by the tensors of a file, by site and suffix."""
+        return variant
+
+    def find_tied_sites(self, stored: Mapping[str, Tensors], sites: Mapping[str, Site]) -> dict[str, str]:
+        """Return tied site -> the site of the file whose tensors it has in PEFT."""
+        return {}
+
+    def make_shared(self, values: JsonObject, sites: Sequence[Site]) -> dict[str, Tensor]:
+        """Return the shared tensors that a file left out because a seed gives them; empty where it holds them.
+
+        Args:
+            values: the configuration.
+            sites: those of the model that the file names.
+        """
+        return {}
+
+    def shared_shapes(self, variant: V, sites: Sequence[Site]) -> Mapping[str, tuple[int, ...]]:
+        """Return the shapes of the shared tensors in PEFT, where they are not those that the sites need."""
+        return {}
+
+    def undo_start(self, adapter: Adapter, values: JsonObject, view: ModelView | None) -> Adapter:
+        """Return an adapter over the base as it was before the adapter's initialisation rewrote it."""
+        return adapter
+
+    def convert(self, adapter: Adapter) -> Adapter | None:
+        """Return an adapter of a method without a PEFT type as an equal one of this type; None: it is of no concern."""
+        return None
+
+    def read_folder(
+        self, folder: Path, values: JsonObject, tensors: Tensors, name: str, view: ModelView | None
+    ) -> Adapter | None:
+        """Return the adapter of a type whose file holds no tensors of modules; None for all others."""
+        return None
+
+    def write_folder(self, adapter: Adapter, view: ModelView | None) -> ExpertFolders | None:
+        """Return the contents of a folder of such a type; None for all others."""
+        return None
+
+    def tied_tensors(self, embedding: Tensors) -> dict[str, Tensor]:
+        """Return the parameters of an output layer tied to an embedding with these; empty where the type ties none.
+
+        PEFT adapts an lm_head that ensure_weight_tying ties to an embedding with A (r, V) and B (d, r) by Bᵀ and Aᵀ,
+        and saves both (peft.tuners.lora.model).
+        """
+        if not embedding.keys() >= set(self.tied.values()):
             return {}
-        return {own: embedding[other].t() for own, other in self.crossed.items()}
+        return {own: embedding[other].t() for own, other in self.tied.items()}
+
+
+AnyPeftType = PeftType[Any]
+"""A PEFT type of whatever variant."""
+
+
+def warn_of_padding(peft_type: str, site: Site) -> None:
+    """Warn of a convolution that pads otherwise than with zeros, as PEFT pads the branch that it adds.
+
+    Merged by PEFT the adapter is what it is here; unmerged, PEFT computes something else at the borders.
+    """
+    if site.conv is None or not site.conv.before or site.conv.mode == "zeros":
+        return
+    warn(
+        f"'{site.path}' pads by '{site.conv.mode}', where PEFT's {peft_type} pads with zeros until it is merged: "
+        "what is computed here is the merged weight's, everywhere",
+        next_step="exclude= the module where its borders must be those of PEFT's unmerged adapter",
+    )
+
+
+def take_tensors(path: str, stored: Tensors, axes: Mapping[str, int], expected: str) -> dict[str, Tensor]:
+    """Return the tensors of one module in the order of ``axes``, which maps each name to its number of axes.
+
+    Raises:
+        AdapterError: there are others, or one has another number of axes.
+    """
+    if {name: tensor.ndim for name, tensor in stored.items()} != axes:
+        raise mismatched_shapes(path, stored, expected)
+    return {name: stored[name] for name in axes}
+
+
+def mismatched_shapes(path: str, stored: Tensors, expected: str) -> AdapterError:
+    """Return the error for tensors of one module that make no adapter of it."""
+    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in stored.items())
+    return AdapterError(
+        f"the tensors at '{path}' do not belong together: {shapes}", next_step=expected, code="shape_mismatch"
+    )

@@ -1,69 +1,65 @@
-"""What VERA, RANDLORA and VBLORA have in common: they adapt linear layers, which share random or trained tensors."""
+"""The base class of VERA and RANDLORA, whose modules share random tensors drawn from a seed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, TypeVar
 
 from torch import Tensor
 
 from lorac.errors import BaseNeeded
-from lorac.formats.peft import config
-from lorac.formats.peft.fields import PLACES, only
-from lorac.formats.peft.peft_type import Field, FieldUse, Tensors
+from lorac.formats._config_fields import JsonObject
+from lorac.formats.peft.peft_type import PeftType, Tensors, take_tensors
 from lorac.ir.sites import Site, SiteKind
 from lorac.variants.base import Variant
 
-
-def linear(peft_type: str) -> Callable[[Site, Tensors], None]:
-    """The check that a site is an nn.Linear or GPT-2's Conv1D."""
-    return only(peft_type, {SiteKind.LINEAR}, transposed=True)
+V = TypeVar("V", bound=Variant)
 
 
-def seed(value: Any) -> int:
-    """A whole number."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError("expected a whole number")
-    return value
+class SeededType(PeftType[V]):
+    """A PEFT type of linear layers, which share random tensors.
 
-
-def whole(peft_type: str) -> Callable[[Variant, Site, Tensors], dict[str, Tensor]]:
-    """A writer of one site's tensors by suffix, those that all sites share among them.
-
-    Its function raises ``SiteError`` where PEFT's type adapts no linear layer.
+    Attributes:
+        axes: shared tensors and those of one module, by suffix -> their number of axes.
+        expected: their shapes, as the next step of an error.
     """
-    check_site = linear(peft_type)
 
-    def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tensor]:
-        check_site(site, tensors)
-        return dict(tensors)
+    kinds = frozenset({SiteKind.LINEAR})
+    conv1d = True
+    axes: ClassVar[dict[str, int]]
+    expected: ClassVar[str]
 
-    return write_site
+    @abstractmethod
+    def tell_site(self, path: str, tensors: Tensors) -> Site:
+        """Return the site of a module as its tensors tell it."""
 
+    @abstractmethod
+    def draw(self, values: JsonObject, out_features: int, in_features: int) -> Sequence[Tensor]:
+        """Return the shared tensors in PEFT's values.
 
-LAYERS = {name: field for name, field in PLACES.items() if name != "exclude_modules"}
-"""Fields that narrow target_modules, of types that have no exclude_modules."""
+        Args:
+            values: the configuration.
+            out_features: the largest of the sites.
+            in_features: the largest of the sites.
+        """
 
-SEEDED = {
-    "projection_prng_key": Field(FieldUse.APPLIED, 0, to="projection_prng_key", read=seed),
-    # Without, the file leaves out what the seed tells; lorac always writes it.
-    "save_projection": Field(FieldUse.APPLIED, True, read=config.flag),
-    "init_weights": Field(FieldUse.TRAINING, True),
-}
-"""Fields of types whose shared tensors are drawn from a seed."""
+    def read_site(self, variant: V, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
+        tensors = take_tensors(path, stored, self.axes, self.expected)
+        return self.tell_site(path, tensors), tensors
 
+    def make_shared(self, values: JsonObject, sites: Sequence[Site]) -> dict[str, Tensor]:
+        """Return the shared tensors as the seed gives them; empty where the file holds them.
 
-def largest(values: Mapping[str, Any], sites: Sequence[Site]) -> tuple[int, int] | None:
-    """The largest out and the largest in of the sites; None where the file promises what the seed tells.
-
-    Raises:
-        BaseNeeded: No site is known, so the size of what the file leaves out is not either.
-    """
-    if values["save_projection"]:
-        return None
-    if not sites:
-        raise BaseNeeded(
-            "save_projection=False: the file leaves out what its seed tells, and the model tells how large that is",
-            next_step="load_adapter(path, model)",
-        )
-    return max(site.out_features for site in sites), max(site.in_features for site in sites)
+        Raises:
+            BaseNeeded: no site is known, so the sizes are not either.
+        """
+        if values["save_projection"]:
+            return {}
+        if not sites:
+            raise BaseNeeded(
+                "save_projection=False: the file leaves out what its seed tells, and the model tells how large that is",
+                next_step="load_adapter(path, model)",
+            )
+        sizes = max(site.out_features for site in sites), max(site.in_features for site in sites)
+        return dict(zip(self.shared, self.draw(values, *sizes), strict=True))

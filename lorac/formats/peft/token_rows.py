@@ -1,61 +1,51 @@
 """Rows of an embedding that PEFT trains by themselves (``trainable_token_indices``).
 
 Source: peft.utils.other.TrainableTokensWrapper and peft.tuners.trainable_tokens of PEFT 0.21. A file holds, per module,
-``token_adapter.trainable_tokens_delta`` (n, d): what takes the place of n rows, whose numbers its configuration has. An
-output layer that is tied to the embedding reads the same rows. Here they become the whole weight, which the model's own
-other rows fill.
+``token_adapter.trainable_tokens_delta`` (n, d): n rows, which replace those whose numbers the configuration has. An
+output layer that is tied to the embedding reads the same rows. Here they become the whole weight, filled with the
+model's own other rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from lorac.errors import AdapterError, BaseNeeded, FormatError, SiteError, nearest_name
-from lorac.formats.peft import config
+from lorac.formats._config_fields import read_rows
+from lorac.formats.peft.keys import PeftFile
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites import Site, SiteKind
 
-Tensor = torch.Tensor
-Rows = Mapping[str, Tensor]
+TokenIndices = Mapping[str | None, tuple[int, ...]]
+"""End of the path of a module -> its row numbers; None stands for the input embedding."""
 
 
-def read_token_rows(value: Any) -> dict[str | None, tuple[int, ...]]:
-    """End of a module's path -> numbers of its rows; None for the input embedding. Nothing for null.
-
-    Raises:
-        ValueError: They are no whole numbers from 0, or one comes twice.
-    """
-    given = value if isinstance(value, dict) else {None: value} if value else {}
-    found = {}
-    for key, numbers in given.items():
-        found[key] = config.layers(numbers)
-        if not found[key] or min(found[key]) < 0 or len(set(found[key])) < len(found[key]):
-            raise ValueError("expected numbers of rows, each once")
-    return found
-
-
-def fill_rows(name: str, rows: Rows, values: Mapping[str, Any], model: nn.Module | None) -> dict[str, Tensor]:
-    """The weights that rows come to, by the names of the parameters that they replace.
-
-    Args:
-        name: The adapter's name, for messages.
-        rows: Module -> its rows (n, d), as in the file.
-        values: The configuration, read.
-        model: The base.
+def read_token_rows(value: object) -> TokenIndices:
+    """Return row numbers by module; null is empty.
 
     Raises:
-        BaseNeeded: There is no model.
-        SiteError: A module is not in it.
-        AdapterError: Rows and their numbers, or the weight, do not belong together.
-        FormatError: The configuration names rows that the file lacks.
+        ValueError: they are not whole numbers from 0, or one comes twice.
     """
-    given = values.get("trainable_token_indices") or {}
-    missing = [key for key in given if key is not None and not any(_is(module, key) for module in rows)]
-    if missing or (given and not rows):
+    by_module = value if isinstance(value, dict) else {None: value} if value else {}
+    return {key: read_rows(rows) for key, rows in by_module.items()}
+
+
+def fill_rows(file: PeftFile) -> dict[str, Tensor]:
+    """Return whole weights with the rows of a file in them, by the names of the parameters that they replace.
+
+    Raises:
+        BaseNeeded: there is no model.
+        SiteError: a module is not in it.
+        AdapterError: rows and their numbers, or the weight, do not belong together.
+        FormatError: the configuration names rows that the file lacks.
+    """
+    rows, name = file.contents.rows, file.name
+    indices: TokenIndices = file.values.get("trainable_token_indices") or {}
+    missing = [key for key in indices if key is not None and not any(module.endswith(key) for module in rows)]
+    if missing or (indices and not rows):
         raise FormatError(
             f"the file of adapter '{name}' lacks the rows of '{missing[0] if missing else 'the embedding'}' that its "
             "trainable_token_indices name",
@@ -64,9 +54,9 @@ def fill_rows(name: str, rows: Rows, values: Mapping[str, Any], model: nn.Module
         )
     if not rows:
         return {}
-    if model is None:
+    if file.view is None:
         raise BaseNeeded(f"adapter '{name}' holds rows of '{min(rows)}' alone", next_step="load_adapter(path, model)")
-    sites, found = ModelView.of(model).sites, dict[str, Tensor]()
+    sites, weights = file.view.sites, dict[str, Tensor]()
     for module, tensor in rows.items():
         if module not in sites:
             raise SiteError(
@@ -75,43 +65,42 @@ def fill_rows(name: str, rows: Rows, values: Mapping[str, Any], model: nn.Module
                 next_step="load the class of model that the adapter was trained on",
                 code="site_not_found",
             )
-        whole = _whole(name, sites[module], tensor, _numbers(given, module), model)
-        tied = [path for path in sites[module].shares if path not in rows]
-        found |= {str(sites[path].weight): whole for path in (module, *tied)}
-    return found
+        site = sites[module]
+        weight = _fill_weight(name, site, tensor, _indices_of(module, indices), file.view)
+        tied = [path for path in site.shares if path not in rows]
+        weights |= {str(sites[path].weight): weight for path in (module, *tied)}
+    return weights
 
 
-def refuse_adapted_rows(name: str, rows: Rows, adapted: Mapping[str, Any]) -> None:
-    """Refuse rows of a layer that the adapter changes besides, which PEFT cannot run."""
-    both = sorted(rows.keys() & adapted.keys())
+def refuse_adapted_rows(file: PeftFile) -> None:
+    """Refuse rows of a layer that the adapter also changes otherwise, which PEFT cannot run.
+
+    Raises:
+        FormatError: naming the first.
+    """
+    both = sorted(file.contents.rows.keys() & file.contents.sites.keys())
     if both:
         raise FormatError(
-            f"adapter '{name}' trains rows of '{both[0]}' and adapts it",
+            f"adapter '{file.name}' trains rows of '{both[0]}' and adapts it",
             next_step="PEFT does not combine them either: exclude_modules the layer",
             code="unsupported_field",
         )
 
 
-def _whole(name: str, site: Site, rows: Tensor, numbers: tuple[int, ...], model: nn.Module) -> Tensor:
-    weight = ModelView.of(model).tensor(str(site.weight)).detach()
+def _fill_weight(name: str, site: Site, rows: Tensor, indices: tuple[int, ...], view: ModelView) -> Tensor:
+    weight = view.tensor(str(site.weight)).detach()
     plain = site.kind in {SiteKind.EMBEDDING, SiteKind.LINEAR} and not site.transposed
-    if not plain or rows.shape != (len(numbers), weight.shape[1]) or max(numbers) >= len(weight):
+    if not plain or rows.shape != (len(indices), weight.shape[1]) or max(indices) >= len(weight):
         raise AdapterError(
-            f"adapter '{name}' has rows {tuple(rows.shape)} of '{site.path}' for {len(numbers)} tokens up to number "
-            f"{max(numbers)}; its weight is {tuple(weight.shape)}",
-            next_step=f"call model.resize_token_embeddings({max(numbers) + 1}) if the vocabulary has grown",
+            f"adapter '{name}' has rows {tuple(rows.shape)} of '{site.path}' for {len(indices)} tokens up to number "
+            f"{max(indices)}; its weight is {tuple(weight.shape)}",
+            next_step=f"call model.resize_token_embeddings({max(indices) + 1}) if the vocabulary has grown",
             code="shape_mismatch",
         )
-    return weight.index_copy(0, torch.tensor(numbers), rows.to(weight))
+    return weight.index_copy(0, torch.tensor(indices), rows.to(weight))
 
 
-def _numbers(given: Mapping[str | None, tuple[int, ...]], module: str) -> tuple[int, ...]:
-    """The rows' numbers: those under the module's name, or those that stand for the input embedding."""
-    return next(
-        (numbers for key, numbers in given.items() if key is not None and _is(module, key)), given.get(None, ())
-    )
-
-
-def _is(module: str, key: str) -> bool:
-    """Whether a name in the configuration is a module's, as PEFT compares them."""
-    return module.endswith(key)
+def _indices_of(module: str, indices: TokenIndices) -> tuple[int, ...]:
+    """Return the rows under the name of a module, as PEFT compares names, or those of the input embedding."""
+    named = (rows for key, rows in indices.items() if key is not None and module.endswith(key))
+    return next(named, indices.get(None, ()))

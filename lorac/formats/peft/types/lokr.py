@@ -7,133 +7,103 @@ Source: peft.tuners.lokr of PEFT 0.21. With out = l·k and channels of a group =
     w2, convolution    (k, n, kh, kw), or w2_a (k, r) and w2_b (r, n·kh·kw), or
                        w2_a (r, k), w2_b (r, n) and t2 (r, r, kh, kw), of a Conv1d (r, r, k, 1)
 
-Of a Conv1d with a whole w2 (k, n, kw) PEFT multiplies the wrong axes: what it computes is no Kronecker product, and
-no LoKr.
+Flat factors do not tell a convolution from a linear layer, nor its groups. Of a Conv1d with a whole w2 (k, n, kw) PEFT
+multiplies the wrong axes: it computes no Kronecker product, and no LoKr.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
+from torch import Tensor
 
 from lorac.errors import FormatError
+from lorac.formats._config_fields import Applied, TrainingOnly, read_flag, read_size
 from lorac.formats._site_layouts import conv_site, matrix_site
-from lorac.formats.peft import config
-from lorac.formats.peft.fields import LYCORIS, LYCORIS_KINDS, core_shape, mismatched_shapes, only
-from lorac.formats.peft.peft_type import Field, FieldUse, PeftType, Tensors
+from lorac.formats.peft.fields import LYCORIS
+from lorac.formats.peft.layouts import core_shape
+from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes
 from lorac.ir.sites import Site, SiteKind
-from lorac.variants.base import Variant
 from lorac.variants.lokr import LoKr, factors
 
-Tensor = torch.Tensor
 W1, W2, CORE = "lokr_w1", "lokr_w2", "lokr_t2"
 
 
-def factor(value: Any) -> int:
-    """A whole number above 0, or −1."""
-    return value if value == -1 and not isinstance(value, bool) else config.rank(value)
+def read_factor(value: object) -> int:
+    """Return a whole number above 0, or −1."""
+    return -1 if value == -1 and not isinstance(value, bool) else read_size(value)
 
 
-FIELDS = {
-    **LYCORIS,
-    "decompose_both": Field(FieldUse.APPLIED, False, to="decompose_both", read=config.flag),
-    "decompose_factor": Field(FieldUse.APPLIED, -1, to="decompose_factor", read=factor),
-    "rank_dropout_scale": Field(FieldUse.TRAINING, False, kept=True),
-}
+class LokrType(PeftType[LoKr]):
+    """LOKR."""
 
-check_site = only("LOKR", LYCORIS_KINDS, grouped=True)
+    peft_type = "LOKR"
+    variants = {LoKr: {}}
+    fields = {
+        **LYCORIS,
+        "decompose_both": Applied(False, to="decompose_both", read=read_flag),
+        "decompose_factor": Applied(-1, to="decompose_factor", read=read_factor),
+        "rank_dropout_scale": TrainingOnly(False, preserved=True),
+    }
+    suffixes = (W1, f"{W1}_a", f"{W1}_b", W2, f"{W2}_a", f"{W2}_b", CORE)
+    kinds = frozenset({SiteKind.LINEAR, SiteKind.CONV1D, SiteKind.CONV2D})
+    grouped = True
 
+    def read_site(self, variant: LoKr, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
+        first, second = _factor_names(path, stored)
+        w2 = stored.get(W2)
+        if w2 is not None and w2.ndim == 3:
+            raise _misaligned(path)
+        l, m = stored[first[0]].shape[0], stored[first[-1]].shape[1]
+        if w2 is not None:
+            k, n, kernel = w2.shape[0], w2.shape[1], tuple(w2.shape[2:])
+        elif CORE in second:
+            k, n, kernel = stored[f"{W2}_a"].shape[1], stored[f"{W2}_b"].shape[1], tuple(stored[CORE].shape[2:])
+        else:
+            k, columns = stored[f"{W2}_a"].shape[0], stored[f"{W2}_b"].shape[1]
+            n, kernel = _guess_kernel(variant, path, stored, m, columns)
+        site = conv_site(path, l * k, m * n, kernel, 1) if kernel else matrix_site(path, l * k, m * n)
+        return site, {name: stored[name].flatten(2 if name == CORE else 1) for name in (*first, *second)}
 
-def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
-    """The tensors of one site with kernels flattened, and a site that they would do for.
-
-    Raises:
-        AdapterError: They do not belong together.
-        FormatError: A Conv1d with a whole w2.
-    """
-    first, second = _sides(path, stored)
-    w2 = stored.get(W2)
-    if w2 is not None and w2.ndim == 3:
-        raise _misaligned(path)
-    l, m = stored[first[0]].shape[0], stored[first[-1]].shape[1]
-    if w2 is not None:
-        k, n, kernel = w2.shape[0], w2.shape[1], tuple(w2.shape[2:])
-    elif CORE in second:
-        k, n, kernel = stored[f"{W2}_a"].shape[1], stored[f"{W2}_b"].shape[1], tuple(stored[CORE].shape[2:])
-    else:
-        k, columns = stored[f"{W2}_a"].shape[0], stored[f"{W2}_b"].shape[1]
-        n, kernel = _guess(variant, path, stored, m, columns)
-    site = conv_site(path, l * k, m * n, kernel, 1) if kernel else matrix_site(path, l * k, m * n)
-    return site, {name: _flat(name, stored[name]) for name in (*first, *second)}
-
-
-def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tensor]:
-    """The tensors of one site in the file's shapes, by suffix.
-
-    Raises:
-        SiteError: PEFT has no such layer.
-        FormatError: A Conv1d with a whole w2.
-    """
-    check_site(site, tensors)
-    written = dict(tensors)
-    if W2 in tensors and site.conv is not None:
-        if site.kind is SiteKind.CONV1D:
-            raise _misaligned(site.path)
-        written[W2] = tensors[W2].reshape(tensors[W2].shape[0], -1, *site.conv.kernel)
-    if CORE in tensors:
-        written[CORE] = tensors[CORE].reshape(core_shape(site, tensors[CORE]))
-    return written
+    def write_site(self, variant: LoKr, site: Site, tensors: Tensors) -> dict[str, Tensor]:
+        written = dict(tensors)
+        if W2 in tensors and site.conv is not None:
+            if site.kind is SiteKind.CONV1D:
+                raise _misaligned(site.path)
+            written[W2] = tensors[W2].reshape(tensors[W2].shape[0], -1, *site.conv.kernel)
+        if CORE in tensors:
+            written[CORE] = tensors[CORE].reshape(core_shape(site, tensors[CORE]))
+        return written
 
 
-def _sides(path: str, stored: Tensors) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names of what makes up w1 and w2.
+def _factor_names(path: str, stored: Tensors) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the names of the tensors that make up w1, and of those that make up w2.
 
     Raises:
-        AdapterError: There is too much or too little, or it has other axes.
+        AdapterError: there are too many or too few, or one has other axes.
     """
     first = (W1,) if W1 in stored else (f"{W1}_a", f"{W1}_b")
     second: tuple[str, ...] = (W2,) if W2 in stored else (f"{W2}_a", f"{W2}_b")
     second = (CORE, *second) if CORE in stored else second
     axes = {W2: (2, 3, 4), CORE: (4,)}
-    whole = W2 in second and CORE in second
-    if whole or set(stored) != {*first, *second} or any(t.ndim not in axes.get(n, (2,)) for n, t in stored.items()):
-        raise mismatched_shapes(
-            path, stored, f"{W1} is (l, m), {W2} (k, n), with out = l·k and in = m·n; or each in two factors"
-        )
+    both = W2 in second and CORE in second
+    if both or set(stored) != {*first, *second} or any(t.ndim not in axes.get(n, (2,)) for n, t in stored.items()):
+        expected = f"{W1} is (l, m), {W2} (k, n), with out = l·k and in = m·n; or each in two factors"
+        raise mismatched_shapes(path, stored, expected)
     return first, second
 
 
-def _guess(variant: Variant, path: str, stored: Tensors, m: int, columns: int) -> tuple[int, tuple[int, ...]]:
-    """(n, kernel) of a flat w2_b (r, n·taps): a linear layer's where that would do."""
-    assert isinstance(variant, LoKr)
+def _guess_kernel(variant: LoKr, path: str, stored: Tensors, m: int, columns: int) -> tuple[int, tuple[int, ...]]:
+    """Return (n, kernel) of a flat w2_b (r, n·taps): those of a linear layer where that is possible."""
     for taps in (taps for taps in range(1, columns + 1) if columns % taps == 0):
         n = columns // taps
         if factors(m * n, variant.decompose_factor) == (m, n):
             return n, (taps, 1) if taps > 1 else ()
-    raise mismatched_shapes(path, stored, f"no layer is so divided by decompose_factor={variant.decompose_factor}")
-
-
-def _flat(name: str, tensor: Tensor) -> Tensor:
-    return tensor.flatten(2) if name == CORE else tensor.flatten(1)
+    expected = f"no layer is so divided by decompose_factor={variant.decompose_factor}"
+    raise mismatched_shapes(path, stored, expected)
 
 
 def _misaligned(path: str) -> FormatError:
     return FormatError(
-        f"'{path}' is a Conv1d with a whole {W2}: what PEFT computes there is no Kronecker product",
+        f"'{path}' is a Conv1d with a whole {W2}: what PEFT computes there is not a Kronecker product",
         next_step="train it with a rank below max(k, n)/2, so that lokr_w2 is factored, or exclude the layer",
         code="unsupported_field",
     )
-
-
-METHOD = PeftType(
-    peft_type="LOKR",
-    variants={LoKr: {}},
-    fields=FIELDS,
-    suffixes=(W1, f"{W1}_a", f"{W1}_b", W2, f"{W2}_a", f"{W2}_b", CORE),
-    read_site=read_site,
-    write_site=write_site,
-    # Flat factors do not tell a convolution from a linear layer, nor its groups.
-    lays_out=False,
-    check_site=check_site,
-)

@@ -1,113 +1,76 @@
 """PEFT type SHIRA: sparse high-rank adapters.
 
-Source: peft.tuners.shira of PEFT 0.21. A site has `shira_weight` (K,) and `shira_indices` (2, K)
-int32, row 0 the out index; float32 where Windows wrote them. K = r·(out + in), or PEFT cannot load
-the file. Only nn.Linear is adapted, so that fan_in_fan_out never matters.
+Source: peft.tuners.shira of PEFT 0.21. A module has `shira_weight` (K,) and `shira_indices` (2, K) int32, row 0 the out
+index; float32 where Windows wrote them. K = r·(out + in), or PEFT cannot load the file. Only nn.Linear is adapted, so
+that fan_in_fan_out never matters.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
 
 import torch
+from torch import Tensor
 
-from lorac.errors import AdapterError, FormatError, SiteError
+from lorac.errors import AdapterError, FormatError
+from lorac.formats._config_fields import Applied, TrainingOnly, read_size
 from lorac.formats._site_layouts import matrix_site
-from lorac.formats.peft import config
-from lorac.formats.peft.peft_type import Field, FieldUse, PeftType, Tensors
+from lorac.formats.peft.fields import COMMON
+from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes
 from lorac.ir.sites import Site, SiteKind
-from lorac.variants.base import Variant
 from lorac.variants.shira import SHiRA
 
-Tensor = torch.Tensor
 VALUES, INDICES = "shira_weight", "shira_indices"
 
-FIELDS = {
-    **config.COMMON,
-    "r": Field(FieldUse.APPLIED, 32, to="r", read=config.rank),
-    # The file holds the positions, whatever chose them.
-    "mask_type": Field(FieldUse.TRAINING, "random"),
-    "random_seed": Field(FieldUse.TRAINING),
-    "init_weights": Field(FieldUse.TRAINING, True),
-}
 
+class ShiraType(PeftType[SHiRA]):
+    """SHIRA."""
 
-def read_site(variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
-    """Values (K,) and int64 indices (2, K), and a site that K positions at this r imply.
+    peft_type = "SHIRA"
+    variants = {SHiRA: {}}
+    fields = {
+        **COMMON,
+        "r": Applied(32, to="r", read=read_size),
+        # The file holds the positions, however they were chosen.
+        "mask_type": TrainingOnly("random"),
+        "random_seed": TrainingOnly(),
+        "init_weights": TrainingOnly(True),
+    }
+    suffixes = (VALUES, INDICES)
+    kinds = frozenset({SiteKind.LINEAR})
 
-    Raises:
-        AdapterError: They do not belong together, or K is no multiple of r.
-    """
-    values, indices = stored.get(VALUES), stored.get(INDICES)
-    if values is None or indices is None or indices.shape != (2, *values.shape) or values.ndim != 1:
-        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in stored.items())
-        raise AdapterError(
-            f"the tensors at '{path}' do not belong together: {shapes}",
-            next_step=f"{VALUES} is (K,), {INDICES} (2, K)",
-            code="shape_mismatch",
-        )
-    whole = indices.to(torch.int64)
-    if not torch.equal(whole.to(indices.dtype), indices):
-        raise AdapterError(
-            f"{INDICES} at '{path}' are no whole numbers",
-            next_step="save the adapter again in PEFT",
-            code="wrong_index",
-        )
-    r, count = _rank(variant), values.numel()
-    rows = int(whole[0].max()) + 1 if count else 0
-    if count % r or count // r <= rows:
-        raise AdapterError(
-            f"{count} values at '{path}' are no r·(out + in) for r = {r}",
-            next_step="r must be that of the training",
-            code="shape_mismatch",
-        )
-    return matrix_site(path, rows, count // r - rows), {"indices": whole, "values": values}
+    def read_site(self, variant: SHiRA, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
+        """Return values (K,) and int64 indices (2, K), and a site that K positions at this r imply."""
+        values, indices = stored.get(VALUES), stored.get(INDICES)
+        if values is None or indices is None or indices.shape != (2, *values.shape) or values.ndim != 1:
+            raise mismatched_shapes(path, stored, f"{VALUES} is (K,), {INDICES} (2, K)")
+        positions = indices.to(torch.int64)
+        if not torch.equal(positions.to(indices.dtype), indices):
+            raise AdapterError(
+                f"{INDICES} at '{path}' are not whole numbers",
+                next_step="save the adapter again in PEFT",
+                code="wrong_index",
+            )
+        count = values.numel()
+        rows = int(positions[0].max()) + 1 if count else 0
+        if count % variant.r or count // variant.r <= rows:
+            raise AdapterError(
+                f"{count} values at '{path}' are not r·(out + in) for r = {variant.r}",
+                next_step="r must be that of the training",
+                code="shape_mismatch",
+            )
+        return matrix_site(path, rows, count // variant.r - rows), {"indices": positions, "values": values}
 
+    def check_site(self, site: Site, tensors: Tensors) -> None:
+        # Of a layer whose weight an attention reads itself, PEFT merges the positions all the same.
+        super().check_site(dataclasses.replace(site, within=None), tensors)
 
-def check_site(site: Site, tensors: Tensors) -> None:
-    """What only the model can tell: that the layer is an nn.Linear.
-
-    Raises:
-        SiteError: PEFT's SHIRA adapts nothing else.
-    """
-    if site.kind is not SiteKind.LINEAR or site.transposed:
-        raise SiteError(
-            f"'{site.path}' is no nn.Linear, and PEFT's SHIRA adapts nothing else",
-            next_step="use format='native', or LoRA",
-            code="site_unsupported",
-        )
-
-
-def write_site(variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tensor]:
-    """The tensors of one site in the file's shapes, by suffix.
-
-    Raises:
-        SiteError: As `check_site`.
-        FormatError: The number of values is not PEFT's r·(out + in).
-    """
-    check_site(site, tensors)
-    count, r = tensors["values"].numel(), _rank(variant)
-    if count != r * (site.out_features + site.in_features):
-        raise FormatError(
-            f"{count} values at '{site.path}' are not r·(out + in) for r = {r}, as PEFT needs",
-            next_step="use format='native', or train with r= instead of ratio=",
-            code="unsupported_field",
-        )
-    return {VALUES: tensors["values"], INDICES: tensors["indices"].to(torch.int32)}
-
-
-def _rank(variant: Variant) -> Any:
-    assert isinstance(variant, SHiRA)
-    return variant.r
-
-
-METHOD = PeftType(
-    peft_type="SHIRA",
-    variants={SHiRA: {}},
-    fields=FIELDS,
-    suffixes=(VALUES, INDICES),
-    read_site=read_site,
-    write_site=write_site,
-    lays_out=False,
-    check_site=check_site,
-)
+    def write_site(self, variant: SHiRA, site: Site, tensors: Tensors) -> dict[str, Tensor]:
+        count = tensors["values"].numel()
+        if count != variant.r * (site.out_features + site.in_features):
+            raise FormatError(
+                f"{count} values at '{site.path}' are not r·(out + in) for r = {variant.r}, as PEFT needs",
+                next_step="use format='native', or train with r= instead of ratio=",
+                code="unsupported_field",
+            )
+        return {VALUES: tensors["values"], INDICES: tensors["indices"].to(torch.int32)}

@@ -1,0 +1,261 @@
+"""Fields of configuration files: what each is to lorac, and how its values are read and written.
+
+A table maps the name of every field to one of four kinds; a name that no table has is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lorac.argument_types import field_types, format_type, matches_type
+from lorac.errors import FormatError, nearest_name, short
+from lorac.ir.patterns import TARGET_KEYWORDS
+
+JsonObject = Mapping[str, Any]
+"""A JSON object, or the values read from one."""
+ALL_LINEAR = "all-linear"
+MAX_COUNT = 2**31 - 1
+"""The largest rank, size or count in a configuration. The tensors bound it further."""
+ABSENT = object()
+"""Default of a field that the library has, but never writes."""
+
+
+def _identity(value: object) -> object:
+    return value
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of a configuration.
+
+    Attributes:
+        default: the library's default.
+        to: the field of the variant that it sets, if any.
+        read: value in the file -> value in lorac; raises ValueError saying what was expected.
+        write: value of the variant -> value in the file.
+        preserved: written back as it was read.
+        next_step: what to do about a value that is refused.
+    """
+
+    default: object = None
+    to: str | None = None
+    read: Callable[[object], object] = _identity
+    write: Callable[[Any], object] = _identity
+    preserved: bool = False
+    next_step: str | None = None
+
+    use: ClassVar[str]
+
+    def parse(self, value: object, name: str, path: Path) -> object:
+        """Return a value of the file as lorac has it.
+
+        Raises:
+            FormatError: the value is not one of those that the field takes.
+        """
+        try:
+            return self.read(value)
+        except ValueError as error:
+            raise FormatError(
+                f"'{path}' sets {name}={short(value)}: {error}", next_step=self.next_step, code="unsupported_field"
+            ) from None
+
+
+class Applied(Field):
+    """A field that changes what is computed, as it does in lorac."""
+
+    use = "applied"
+
+
+class TrainingOnly(Field):
+    """A field that matters while training: the trained tensors hold all that is left of it."""
+
+    use = "training only"
+
+
+class Irrelevant(Field):
+    """A field that changes no number."""
+
+    use = "irrelevant"
+
+
+class Refused(Field):
+    """A field that changes what is computed in a way that lorac does not build, unless it has its default."""
+
+    use = "refused away from its default"
+
+    def parse(self, value: object, name: str, path: Path) -> object:
+        if value and value != self.default:
+            raise FormatError(
+                f"'{path}' sets {name}={short(value)}, which lorac does not build",
+                next_step=self.next_step,
+                code="unsupported_field",
+            )
+        return self.default
+
+
+def read_fields(raw: JsonObject, fields: Mapping[str, Field], path: Path) -> dict[str, Any]:
+    """Return the value of every field of a table; defaults where the file has none.
+
+    Raises:
+        FormatError: the file has a field that the table lacks, or a value that a field does not take.
+    """
+    refuse_unknown_fields(raw, fields, path)
+    return {name: field.parse(raw.get(name, field.default), name, path) for name, field in fields.items()}
+
+
+def refuse_unknown_fields(raw: JsonObject, known: Iterable[str], path: Path) -> None:
+    """Refuse fields that the library does not have.
+
+    Raises:
+        FormatError: naming the first.
+    """
+    names = set(known)
+    for name in raw:
+        if name not in names:
+            raise FormatError(
+                f"'{path}' sets the unknown field '{name}' = {short(raw[name])}",
+                nearest=nearest_name(name, names),
+                next_step="it may change the result, so it is not ignored; "
+                "if it is from a newer library, a newer lorac may know it",
+                code="unknown_field",
+            )
+
+
+def check_field_type(cls: type, name: str, value: object, path: Path) -> None:
+    """Refuse a value of a file that a field of a dataclass does not take.
+
+    Raises:
+        FormatError: naming the field and its type.
+    """
+    expected = field_types(cls)[name]
+    if not matches_type(value, expected):
+        raise FormatError(
+            f"'{path}' sets {name}={short(value)}",
+            next_step=f"it takes {format_type(expected)}",
+            code="unsupported_field",
+        )
+
+
+# ── Readers: a value of the file, None included, to lorac's ──────────────────────────────────────────────────────────
+
+
+def read_flag(value: object) -> bool:
+    """Return a truth value; null is false, as PEFT has it."""
+    if value is not None and not isinstance(value, bool):
+        raise ValueError("expected true or false")
+    return bool(value)
+
+
+def read_int(value: object) -> int:
+    """Return a whole number."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError("expected a whole number")
+    return value
+
+
+def read_count(value: object) -> int:
+    """Return a whole number from 0."""
+    return _read_bounded(value, 0, "a whole number from 0")
+
+
+def read_size(value: object) -> int:
+    """Return a whole number above 0."""
+    return _read_bounded(value, 1, "a whole number above 0")
+
+
+def read_optional_size(value: object) -> int | None:
+    """Return a whole number above 0, or None for null."""
+    return None if value is None else read_size(value)
+
+
+def _read_bounded(value: object, least: int, expected: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MAX_COUNT:
+        raise ValueError(f"expected {expected}, at most {MAX_COUNT}")
+    return value
+
+
+def read_number(value: object) -> float:
+    """Return a finite number."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError("expected a number")
+    return value
+
+
+def read_names(value: object) -> tuple[str, ...]:
+    """Return a list of names; one name counts as a list, and null as an empty one."""
+    names = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("expected a list of names")
+    return tuple(names)
+
+
+def read_pattern(value: object) -> str | tuple[str, ...]:
+    """Return one regular expression, or a list of names; null is an empty list."""
+    return value if isinstance(value, str) and value else read_names(value or None)
+
+
+def read_targets(value: object) -> str | tuple[str, ...] | None:
+    """Return a pattern as ``read_pattern``, but None for null: PEFT then chooses by the architecture."""
+    pattern = None if value is None else read_pattern(value)
+    if isinstance(pattern, str) and pattern in set(TARGET_KEYWORDS) - {ALL_LINEAR}:
+        raise ValueError("that is a word of lorac's, which PEFT takes for a module's name")
+    return ALL_LINEAR if isinstance(pattern, str) and pattern.lower() == ALL_LINEAR else pattern
+
+
+def read_layers(value: object) -> tuple[int, ...]:
+    """Return a list of layer numbers; one number counts as a list, and null as an empty one."""
+    numbers = [value] if isinstance(value, int) and not isinstance(value, bool) else [] if value is None else value
+    if not isinstance(numbers, list) or any(not isinstance(n, int) or isinstance(n, bool) for n in numbers):
+        raise ValueError("expected a list of layer numbers")
+    return tuple(numbers)
+
+
+def read_rows(value: object) -> tuple[int, ...]:
+    """Return row numbers of an embedding, at least one and each once."""
+    rows = read_layers(value)
+    if not rows or min(rows) < 0 or len(set(rows)) < len(rows):
+        raise ValueError("expected numbers of rows, each once")
+    return rows
+
+
+def read_rank_pattern(value: object) -> dict[str, int]:
+    """Return pattern -> rank in the file's order; null is empty."""
+    return {key: read_size(item) for key, item in _read_mapping(value).items()}
+
+
+def read_number_pattern(value: object) -> dict[str, float]:
+    """Return pattern -> number in the file's order; null is empty."""
+    return {key: read_number(item) for key, item in _read_mapping(value).items()}
+
+
+def _read_mapping(value: object) -> dict[str, object]:
+    if value is not None and not isinstance(value, dict):
+        raise ValueError("expected a mapping of patterns")
+    return value or {}
+
+
+# ── Writers: a value of the variant to the file's ────────────────────────────────────────────────────────────────────
+
+
+def write_pattern(value: str | tuple[str, ...]) -> str | list[str] | None:
+    """Return one regular expression, a sorted list, or null for none."""
+    return value if isinstance(value, str) and value else sorted(value) or None
+
+
+def write_list(value: tuple[object, ...]) -> list[object] | None:
+    """Return a list, or null for none."""
+    return list(value) or None
+
+
+def write_number(value: float) -> float:
+    """Return 16 rather than 16.0, as PEFT annotates it."""
+    return int(value) if float(value).is_integer() else value
+
+
+def write_number_pattern(value: Mapping[str, float]) -> dict[str, float]:
+    """Return a plain dictionary in the same order."""
+    return {key: write_number(item) for key, item in value.items()}

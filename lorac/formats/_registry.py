@@ -1,0 +1,166 @@
+"""Finding formats, and reading and writing adapters in whatever format.
+
+Formats are looked up by name when they are needed, so that a format may read adapters of another.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+
+from lorac.argument_types import check_type
+from lorac.discovery import import_modules, list_entry_points
+from lorac.errors import FormatError, nearest_name, warn
+from lorac.formats._files import read_header
+from lorac.formats._format import Format
+from lorac.frontend.model_view import ModelView
+from lorac.limits import charge_reading
+from lorac.storage.atomic_folders import MANIFEST, read_consistently, replace_atomically
+from lorac.storage.os_errors import translate_os_errors
+from lorac.variants.adapter import Adapter
+
+Model = nn.Module | Mapping[str, nn.Module] | ModelView
+GROUP = "lorac.formats"
+"""The package of lorac's own formats, and the entry-point group of others."""
+
+
+@functools.cache
+def formats() -> dict[str, Format]:
+    """Return every format by name: lorac's own, then those that other packages offer.
+
+    A format of another package that cannot be imported is left out with a warning; lorac's own win over one of the
+    same name.
+    """
+    own: list[Format] = [module.FORMAT for module in import_modules(importlib.import_module(GROUP))]
+    known = {format.name: format for format in own}
+    for name, entry_point in list_entry_points(GROUP).items():
+        if name in known:
+            continue
+        try:
+            offered = entry_point.load()
+            step = "it must be an instance of a subclass of Format"
+            check_type(offered, Format, "its entry point", next_step=step)
+            known[name] = offered
+        except Exception as error:  # code of another package may raise anything when it is imported
+            warn(f"the format '{name}' of another package is left out: {type(error).__name__}: {error}")
+    return known
+
+
+def load_adapter(path: str | os.PathLike[str], model: Model | None = None, name: str | None = None) -> Adapter:
+    """Read an adapter, whatever its format.
+
+    Every tensor is used or accounted for by a rule of the format, and every configuration field is known. With the
+    model, every site, shape and recorded base hash is checked as well. What the file may cost beyond its size is
+    bounded; ``lorac.budget`` sets the bounds.
+
+    Args:
+        path: a PEFT folder, a file of lorac's own, or any other format of ``formats()``.
+        model: the base that the adapter is for, or a copy of it, or the components of one by name; only read.
+        name: the adapter's name; by default that of the folder, or the one that the file records.
+
+    Returns:
+        The adapter. Its tensors have the file's dtype, matrices the shape (out, in).
+
+    Raises:
+        FormatError: the file is damaged, or of an unknown format, or holds what lorac does not account for.
+        AdapterError: a tensor does not fit its site, or the adapter is for other base weights.
+        SiteError: the model lacks a site, or lorac cannot adapt it.
+    """
+    check_type(path, (str, os.PathLike), "what lorac.load_adapter reads", next_step="give the path of a file or folder")
+    path, view = Path(path), None if model is None else ModelView.of(model)
+
+    def read() -> Adapter:
+        with charge_reading(path):
+            return _find_format(path).read(path, view, name)
+
+    with translate_os_errors(path, FormatError, "read", "unreadable"):
+        return read_consistently(path, read)
+
+
+def save_adapter(
+    adapter: Adapter,
+    path: str | os.PathLike[str],
+    format: str = "peft",
+    model: Model | None = None,
+) -> None:
+    """Write an adapter; equal input gives equal bytes.
+
+    It is written under another name and moved into place in one step, so that an error leaves what was there before. A
+    folder that exists already keeps the files that are not the adapter's.
+
+    Args:
+        adapter: the adapter.
+        path: the folder ("peft") or file ("native").
+        format: one of ``formats()``.
+        model: the base; its hash is recorded with the adapter. It is needed where the format has a layout of its own
+            for convolutions or embeddings and the adapter does not come from a file.
+
+    Raises:
+        FormatError: there is no such format, or it has no place for what the adapter is; or the system refuses the
+            file.
+        BaseNeeded: the format needs the model.
+        WrongType: ``adapter`` is not an adapter.
+        AdapterError, SiteError: the adapter does not fit the model.
+    """
+    check_type(adapter, Adapter, "what lorac.save_adapter writes", next_step="give one of compiled.adapters.values()")
+    writable = {name: found for name, found in formats().items() if found.writes}
+    if format not in writable:
+        raise FormatError(
+            f"adapters cannot be saved in the format '{format}'",
+            nearest=nearest_name(format, writable),
+            next_step=f"formats to save in: {', '.join(writable)}",
+            code="unknown_format",
+        )
+    target, view = Path(path), None if model is None else ModelView.of(model)
+    with translate_os_errors(target, FormatError, "written", "unreadable"), replace_atomically(target) as staged:
+        writable[format].write(adapter, staged, view, target)
+        if target.is_file() if staged.is_dir() else target.is_dir():
+            kind = "a file" if staged.is_dir() else "a folder"
+            raise FormatError(
+                f"'{target}' is {kind}, which the format '{format}' does not write", next_step="give another path"
+            )
+
+
+def is_adapter(path: Path) -> bool:
+    """Return whether a file or folder is recognised by some format."""
+    return any(format.recognises(path) for format in formats().values())
+
+
+def _find_format(path: Path) -> Format:
+    if not path.exists():
+        siblings = path.parent.iterdir() if path.parent.is_dir() else ()
+        raise FormatError(
+            f"there is no adapter at '{path}'",
+            nearest=nearest_name(path.name, [sibling.name for sibling in siblings]),
+            next_step="give the path of a file or folder",
+            code="unknown_format",
+        )
+    matching = [format for format in formats().values() if format.recognises(path)]
+    if len(matching) == 1:
+        return matching[0]
+    if path.is_file() and path.suffix == ".safetensors":
+        read_header(path)  # the error of a damaged file says more
+    raise FormatError(
+        f"'{path}' is an adapter of no known format; looked for "
+        + "; ".join(f"{format.name}: {format.looks_for}" for format in formats().values()),
+        next_step=_suggest_path(path),
+        code="unknown_format",
+    )
+
+
+def _suggest_path(path: Path) -> str:
+    """Return a next step for a path that is not an adapter: what may have been meant."""
+    if path.name == MANIFEST or (path / MANIFEST).is_file():
+        return "it is a compiled model: lorac.load(folder) runs it, with its adapters in it"
+    # PEFT puts an adapter that is not named 'default' into a folder of its own.
+    nested = [inner for inner in sorted(path.iterdir()) if is_adapter(inner)] if path.is_dir() else []
+    if nested:
+        return f"did you mean {', '.join(repr(str(inner)) for inner in nested[:3])}?"
+    if (path / "config.json").is_file():
+        return "it is a model: give the folder that PEFT wrote of the adapter, or a file of lorac's own"
+    return "give the folder that PEFT wrote, or a file of lorac's own"

@@ -1,0 +1,152 @@
+"""Reading a PEFT folder, with every tensor and field accounted for."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from torch import Tensor
+
+from lorac.adapters.base_hash import compute_tensor_hash
+from lorac.adapters.fit import check_present, check_site, no_site_error, sort_by_site
+from lorac.errors import BaseNeeded, FormatError
+from lorac.formats._files import BASE_HASH, check_seal, read_json, read_weights
+from lorac.formats._site_layouts import LAYOUT, site_to_json
+from lorac.formats.peft.checks import check_against_config, check_against_model, contains_tensors
+from lorac.formats.peft.config import peft_type_of, read_config, variant_of
+from lorac.formats.peft.keys import PeftFile, read_keys
+from lorac.formats.peft.target_parameters import take_matrices
+from lorac.formats.peft.token_rows import fill_rows, refuse_adapted_rows
+from lorac.formats.peft.writer import CONFIG, WEIGHTS, seal_text
+from lorac.frontend.model_view import ModelView
+from lorac.ir.sites import Site
+from lorac.variants.adapter import Adapter
+
+PICKLED = "adapter_model.bin"
+
+
+def read_folder(folder: Path, view: ModelView | None, name: str | None) -> Adapter:
+    """Return the adapter of a PEFT folder.
+
+    Args:
+        folder: the folder.
+        view: the base, if it is given.
+        name: the name of the adapter; None for that of the folder.
+
+    Raises:
+        FormatError, AdapterError, SiteError: as ``load_adapter``.
+        BaseNeeded: the file means nothing without the model.
+    """
+    path, name = folder / CONFIG, name or folder.resolve().name
+    raw = read_json(path)
+    tensors, metadata = read_weights(folder, CONFIG, WEIGHTS, PICKLED)
+    check_seal(folder, seal_text(raw, metadata), tensors, metadata)
+    peft_type = peft_type_of(raw, path)
+    values = read_config(raw, peft_type, path)
+    adapter = peft_type.read_folder(folder, values, tensors, name, view)
+    if adapter is not None:
+        adapter.provenance |= {"format": "peft", "config": raw}
+        return adapter
+    contents = read_keys(tensors, peft_type, values, view)
+    file = PeftFile(name, peft_type, values, contents, view)
+    _copy_tied_sites(file)
+    matrices = take_matrices(file)
+    variant = peft_type.refine_variant(variant_of(values, peft_type, path), contents.sites)
+    if values["target_modules"] is None:  # PEFT chose by the architecture, and the keys tell what
+        variant = dataclasses.replace(variant, targets=tuple(contents.sites))
+    provenance = {
+        "format": "peft",
+        "source": str(folder),
+        "config": raw,
+        "base": metadata.get(BASE_HASH),
+        "tied": contents.tied,
+    }
+    adapter = Adapter(name, variant, replaced=contents.replaced, provenance=provenance)
+    refuse_adapted_rows(file)
+    adapter.replaced |= fill_rows(file)
+    sites = _read_sites(adapter, file, _complete_shared(adapter, file)) | _add_matrices(adapter, file, matrices)
+    if view is None:
+        check_against_config(adapter, file, sites)
+        adapter.replaced |= contents.embeddings
+        adapter.provenance["copies"] = {name: compute_tensor_hash(copy) for name, copy in contents.copies.items()}
+    else:
+        check_against_model(adapter, file, sites, view)
+        sites = {path: file.sites[path] for path in adapter.tensors}
+    adapter.tensors = sort_by_site(adapter.tensors, view)
+    adapter.provenance[LAYOUT] = {path: site_to_json(sites[path]) for path in adapter.tensors}
+    return peft_type.undo_start(adapter, values, view)
+
+
+def _copy_tied_sites(file: PeftFile) -> None:
+    """Give sites that are tied to one of the file's the tensors of that.
+
+    Raises:
+        FormatError: the file has other tensors for such a site.
+    """
+    stored = file.contents.sites
+    for path, source in file.peft_type.find_tied_sites(stored, file.sites).items():
+        if path in stored and not contains_tensors(stored[path], stored[source]):
+            raise FormatError(
+                f"adapter '{file.name}' has other tensors for '{path}' than for '{source}', which it is tied to",
+                next_step="load the base model that the adapter was trained on",
+                code="corrupt_file",
+            )
+        stored[path], file.contents.tied[path] = stored[source], source
+
+
+def _read_sites(adapter: Adapter, file: PeftFile, shared: dict[str, Tensor]) -> dict[str, Site]:
+    """Fill in the tensors of the adapter; return its sites as far as the file tells them."""
+    peft_type, contents = file.peft_type, file.contents
+    sites = {}
+    for path, stored in contents.sites.items():
+        site, tensors = peft_type.read_site(adapter.variant, path, {**stored, **shared})
+        site = dataclasses.replace(site, within=contents.within.get(path))
+        if site.within not in {None, path}:
+            tensors = peft_type.read_inner(file.values, tensors)
+        if peft_type.needs_model:
+            site = _site_of_model(file, path)
+            tensors = peft_type.complete_site(adapter.variant.at(site), site, tensors)
+        adapter.tensors[path] = tensors
+        check_site(adapter.name, adapter.variant, site, tensors)
+        sites[path] = site
+    return sites
+
+
+def _add_matrices(adapter: Adapter, file: PeftFile, matrices: dict[str, dict[str, Tensor]]) -> dict[str, Site]:
+    """Fill in the tensors of matrices that modules multiply by themselves; return their sites."""
+    for path, tensors in matrices.items():
+        check_site(adapter.name, adapter.variant, file.sites[path], tensors)
+        adapter.tensors[path] = tensors
+    return {path: file.sites[path] for path in matrices}
+
+
+def _site_of_model(file: PeftFile, path: str) -> Site:
+    """Return the site of the model at a path, for files that mean nothing without it."""
+    if file.view is None:
+        raise BaseNeeded(
+            f"a file of peft_type {file.peft_type.peft_type} does not tell the shapes of adapter '{file.name}'",
+            next_step="pass model=",
+        )
+    if path not in file.sites:
+        raise no_site_error(file.name, path, file.view)
+    return file.sites[path]
+
+
+def _complete_shared(adapter: Adapter, file: PeftFile) -> dict[str, Tensor]:
+    """Return the tensors that all sites share, from the file or from the seed that it names."""
+    shared, stored = file.contents.shared, file.contents.sites
+    missing = [name for name in file.peft_type.shared if name not in shared]
+    if not missing:
+        return shared
+    sites = [] if file.view is None else [_site_of_model(file, path) for path in stored]
+    # What the configuration promises is compared with the file before anything of that size is made.
+    for site in sites:
+        check_present(adapter.name, adapter.variant, site, stored[site.path])
+    drawn = file.peft_type.make_shared(file.values, sites)
+    if not set(missing) <= drawn.keys():
+        raise FormatError(
+            f"the file of adapter '{adapter.name}' lacks '{missing[0]}', which all its sites share",
+            next_step="save the adapter again, with save_projection=True where its configuration has that",
+            code="corrupt_file",
+        )
+    return {**drawn, **shared}
