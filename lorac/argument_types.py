@@ -1,4 +1,7 @@
-"""Whether a value is of the kind that an annotation says: fields of dataclasses, and what arguments are to be."""
+"""Check values against type annotations: fields of dataclasses, arguments of public functions, settings in files.
+
+NumPy's numbers count as numbers, lists count as tuples since files hold lists, and booleans do not count as numbers.
+"""
 
 from __future__ import annotations
 
@@ -8,112 +11,104 @@ import numbers
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from lorac.errors import WrongType, short
 
-_NUMBERS = {int: numbers.Integral, float: numbers.Real}
-"""Numbers of NumPy's are numbers too."""
+_NUMBERS: Mapping[object, type] = {int: numbers.Integral, float: numbers.Real}
 
 
 @functools.cache
-def field_types(cls: type) -> Mapping[str, Any]:
-    """The kinds of a dataclass's fields; anything goes where an annotation means nothing outside its module."""
+def field_types(cls: type) -> Mapping[str, object]:
+    """Return the types of a dataclass's fields; ``object`` where an annotation has no meaning outside its module."""
     try:
         hints = typing.get_type_hints(cls)
-    except NameError:  # a name that is imported for type checkers alone, or of a function's own
+    except NameError:  # a name that is imported for type checkers only, or that belongs to a function
         hints = {}
-    return {field.name: hints.get(field.name, Any) for field in dataclasses.fields(cls)}
+    return {field.name: hints.get(field.name, object) for field in dataclasses.fields(cls)}
 
 
 def check_fields(value: object, owner: str | None = None) -> None:
-    """Refuse a dataclass one of whose fields is of another kind than it is annotated with.
+    """Check the fields of a dataclass against their annotations.
 
     Args:
         value: the dataclass.
-        owner: what takes the fields, for the message; default: its class.
+        owner: the name of whatever takes the fields, for the message; default: the class.
 
     Raises:
-        WrongType: naming the field, its kind and its default.
+        WrongType: naming the field, its type and its default.
     """
     cls: type = type(value)
-    for spec in dataclasses.fields(value):  # type: ignore[arg-type]  # whoever calls is one
-        given, kind = getattr(value, spec.name), field_types(cls)[spec.name]
-        if not matches_type(given, kind):
+    for spec in dataclasses.fields(cls):
+        given, expected = getattr(value, spec.name), field_types(cls)[spec.name]
+        if not matches_type(given, expected):
             default = "" if spec.default is dataclasses.MISSING else f"; its default is {spec.default!r}"
             raise WrongType(
                 f"{owner or cls.__name__} takes no {spec.name}={short(given)}",
-                next_step=f"it takes {format_type(kind)}{default}",
+                next_step=f"it takes {format_type(expected)}{default}",
             )
 
 
-def check_type(value: object, kinds: type | tuple[type, ...], what: str, *, next_step: str) -> None:
-    """Refuse an argument of another kind.
+def check_type(value: object, expected: type | tuple[type, ...], what: str, *, next_step: str) -> None:
+    """Check an argument.
 
     Args:
         value: the argument.
-        kinds: what it may be an instance of.
-        what: what it is for, as the subject of a sentence: "the first argument of lorac.sites".
+        expected: the classes that it may be an instance of.
+        what: the argument as the subject of a sentence: "the first argument of lorac.sites".
         next_step: what to give instead.
 
     Raises:
-        WrongType: naming both.
+        WrongType: the argument is an instance of none of them.
     """
-    if not isinstance(value, kinds):
+    if not isinstance(value, expected):
         raise WrongType(f"{what} is {_describe_value(value)}", next_step=next_step)
 
 
 def _describe_value(value: object) -> str:
-    """A value by its kind, and as it is written where that is short."""
     if value is None or isinstance(value, type):
         return "None" if value is None else f"the class {value.__name__}"
     noun = type(value).__name__
     article = "an" if noun[0] in "AEIOUaeiou" else "a"
-    written = f": {short(value)}" if isinstance(value, str | int | float | list | tuple | dict) else ""
-    return f"{article} {noun}{written}"
+    return f"{article} {noun}" + (
+        f": {short(value)}" if isinstance(value, str | int | float | list | tuple | dict) else ""
+    )
 
 
-def format_type(kind: Any) -> str:
-    """An annotation as one writes it, without the modules that names come from."""
-    inner = typing.get_args(kind)
-    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+def format_type(annotation: object) -> str:
+    """Return an annotation as it is written, without the names of modules."""
+    inner = typing.get_args(annotation)
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
         return " or ".join(map(format_type, inner))
-    if kind is type(None):
+    if annotation is type(None):
         return "None"
-    name = getattr(typing.get_origin(kind) or kind, "__name__", str(kind))
+    name = getattr(typing.get_origin(annotation) or annotation, "__name__", str(annotation))
     return (
         f"{name}[{', '.join('...' if one is Ellipsis else format_type(one) for one in inner)}]" if inner else str(name)
     )
 
 
-def matches_type(value: Any, kind: Any) -> bool:
-    """Whether a value is of a kind; lists count as tuples, and what is no kind of value admits anything."""
-    origin, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
+def matches_type(value: object, annotation: object) -> bool:
+    """Return whether a value fits an annotation; an annotation that is not checkable fits everything."""
+    origin, inner = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
         return any(matches_type(value, one) for one in inner)
     if origin is typing.Literal:
         return value in inner
     if origin in (tuple, list, Sequence):
-        return isinstance(value, list | tuple) and _items_match(value, inner or (Any, ...))
+        return isinstance(value, list | tuple) and _items_match(value, inner or (object, ...))
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        of_keys, of_values = inner or (Any, Any)
+        keys, values = inner or (object, object)
         return isinstance(value, Mapping) and all(
-            matches_type(k, of_keys) and matches_type(v, of_values) for k, v in value.items()
+            matches_type(k, keys) and matches_type(v, values) for k, v in value.items()
         )
-    return _is_instance(value, origin)
+    if origin in _NUMBERS:
+        return isinstance(value, _NUMBERS[origin]) and not isinstance(value, bool)
+    is_checkable = isinstance(origin, type) and origin is not typing.Any and not getattr(origin, "_is_protocol", False)
+    return not is_checkable or isinstance(value, typing.cast(type, origin))
 
 
-def _is_instance(value: Any, kind: Any) -> bool:
-    """Whether a value is of a kind that has no parts; true and false are no numbers."""
-    if kind in _NUMBERS:
-        return isinstance(value, _NUMBERS[kind]) and not isinstance(value, bool)
-    if kind is Any or not isinstance(kind, type) or getattr(kind, "_is_protocol", False):
-        return True
-    return isinstance(value, kind)
-
-
-def _items_match(items: Sequence[Any], kinds: Sequence[Any]) -> bool:
-    """Items of ``tuple[kind, ...]`` or ``Sequence[kind]``, or of ``tuple[one, other]``."""
-    if len(kinds) == 1 or (len(kinds) == 2 and kinds[1] is Ellipsis):
-        return all(matches_type(item, kinds[0]) for item in items)
-    return len(items) == len(kinds) and all(map(matches_type, items, kinds))
+def _items_match(items: Sequence[object], annotations: Sequence[object]) -> bool:
+    """Match the items of ``tuple[one, ...]``, ``Sequence[one]`` or ``tuple[one, other]``."""
+    if len(annotations) == 1 or (len(annotations) == 2 and annotations[1] is Ellipsis):
+        return all(matches_type(item, annotations[0]) for item in items)
+    return len(items) == len(annotations) and all(map(matches_type, items, annotations))

@@ -1,4 +1,4 @@
-"""What registers itself by existing: the modules of a folder, and what other packages offer by entry points."""
+"""Discovery of things that register by existing: the modules of a package, and entry points of other packages."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from types import ModuleType
 
 
 def list_modules(package: ModuleType) -> list[str]:
-    """Names of a package's modules and packages, sorted, those that begin with an underscore left out."""
+    """Return the names of a package's public modules, sorted."""
     return sorted(found.name for found in pkgutil.iter_modules(package.__path__) if not found.name.startswith("_"))
 
 
 def import_modules(package: ModuleType) -> Iterator[ModuleType]:
-    """The modules of a package, imported, in order of their names."""
+    """Import the public modules of a package, in order of their names."""
     for name in list_modules(package):
         yield importlib.import_module(f"{package.__name__}.{name}")
 
 
 def list_entry_points(group: str) -> Mapping[str, metadata.EntryPoint]:
-    """What installed packages offer under an entry-point group, by name; nothing is imported."""
+    """Return the entry points of a group by name, without importing them."""
     return {found.name: found for found in metadata.entry_points(group=group)}

@@ -1,8 +1,8 @@
-"""What reading one file may cost, in time and memory beyond the file itself, whatever its contents ask for.
+"""Limits on the processor time and the memory that reading one file may take, beyond the file itself.
 
-While a file is read there is an account. Everything that runs meanwhile is charged to it in the processor time of the
-thread, but for what takes as long as the file or the model is large (``unhurried``), and so is memory that is asked for
-by a number and not by contents (``claim``). Where no file is read, nothing is counted.
+While a file is read, an account is open. It is charged the processor time of the thread, except in ``pause_clock``
+blocks, whose time grows with the sizes of the file and the model. It is also charged the memory that a number in the
+file asks for (``claim_memory``). When no file is read, time is not counted.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ import os
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorac.errors import FormatError
 
 _STEPS_PER_CHECK = 512
-"""How many small steps ``counted`` takes between two looks at the clock."""
+_NEXT_STEP = "the file asks for more than its size explains; if you trust it: with lorac.budget({}=…):"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadBudget:
-    """What reading one file may cost beyond the file.
+    """The limits for reading one file.
 
     Attributes:
-        seconds: processor time, not counting what grows with the file's tensors and the model.
-        bytes: memory, not counting what the file holds.
+        seconds: processor time, without the time that grows with the file's tensors and the model.
+        bytes: memory, without the file's contents.
     """
 
     seconds: float = 2.0
@@ -35,13 +35,13 @@ class ReadBudget:
 
 @dataclass
 class _BudgetAccount:
-    """What one file has cost so far."""
+    """The time and memory that one file has taken so far."""
 
     file: str
     budget: ReadBudget
-    begun: float
-    held: int = 0
-    unhurried: bool = False
+    started: float
+    claimed: int = 0
+    is_paused: bool = False
 
 
 _DEFAULT = ReadBudget()
@@ -51,18 +51,15 @@ _account: ContextVar[_BudgetAccount | None] = ContextVar("account", default=None
 
 @contextlib.contextmanager
 def budget(*, seconds: float | None = None, bytes: int | None = None) -> Iterator[ReadBudget]:
-    """Let every file that is read inside the block cost more, or less, than it may otherwise.
-
-    It holds for the thread, or task, that enters it.
+    """Change the limits for every file that is read inside the block, by this thread or task.
 
     Args:
-        seconds: processor time; default: as it is, 2 at first.
-        bytes: memory beyond the file; default: as it is, 256 MiB at first.
+        seconds: processor time; default: unchanged, at first 2.
+        bytes: memory beyond the file; default: unchanged, at first 256 MiB.
     """
-    held = _budget.get()
-    changed = ReadBudget(
-        seconds=held.seconds if seconds is None else seconds, bytes=held.bytes if bytes is None else bytes
-    )
+    changed = _budget.get()
+    changed = changed if seconds is None else replace(changed, seconds=seconds)
+    changed = changed if bytes is None else replace(changed, bytes=bytes)
     token = _budget.set(changed)
     try:
         yield changed
@@ -72,7 +69,7 @@ def budget(*, seconds: float | None = None, bytes: int | None = None) -> Iterato
 
 @contextlib.contextmanager
 def charge_reading(file: str | os.PathLike[str]) -> Iterator[None]:
-    """Charge what the block does to an account of this file's own."""
+    """Open an account for a file and charge the block to it."""
     token = _account.set(_BudgetAccount(os.fspath(file), _budget.get(), time.thread_time()))
     try:
         yield
@@ -82,60 +79,57 @@ def charge_reading(file: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def pause_clock() -> Iterator[None]:
-    """Do not count the time of the block: it grows with the tensors of the file or of the model, and with no number."""
+    """Stop counting time in the block, which takes as long as the tensors of the file or the model are large."""
     account = _account.get()
-    if account is None or account.unhurried:
+    if account is None or account.is_paused:
         yield
         return
-    begun, account.unhurried = time.thread_time(), True
+    begun, account.is_paused = time.thread_time(), True
     try:
         yield
     finally:
-        account.begun += time.thread_time() - begun
-        account.unhurried = False
+        account.started += time.thread_time() - begun
+        account.is_paused = False
 
 
-def check_time() -> None:
-    """Look at the clock: what loops over something that a file tells calls it at every turn.
+def check_time(step: int = 0) -> None:
+    """Check the time of the file that is being read; called in every turn of a loop over its contents.
+
+    Args:
+        step: the number of the turn, of which every 512th reads the clock; default: read it now.
 
     Raises:
-        FormatError: the file's time is over.
+        FormatError: the file has taken too long.
     """
     account = _account.get()
-    if account is None or account.unhurried:
+    if step % _STEPS_PER_CHECK or account is None or account.is_paused:
         return
-    if time.thread_time() - account.begun > account.budget.seconds:
+    if time.thread_time() - account.started > account.budget.seconds:
         raise FormatError(
             f"reading '{account.file}' takes longer than {account.budget.seconds:g} s of processor time",
-            next_step="what it asks for is out of proportion; if you trust it: with lorac.budget(seconds=…):",
+            next_step=_NEXT_STEP.format("seconds"),
             code="over_budget",
         )
 
 
-def check_time_sometimes(steps: int) -> None:
-    """``tick`` now and then, for loops whose turns are shorter than a look at the clock."""
-    if steps % _STEPS_PER_CHECK == 0:
-        check_time()
-
-
 def claim_memory(size: int, what: str) -> None:
-    """Ask for memory before it is taken, where a number in a file, and no contents, says how much.
+    """Claim memory before allocating it, where a number in a file determines the size.
 
     Args:
         size: bytes.
         what: for the message, with a verb: "its tensors are …".
 
     Raises:
-        FormatError: with all that was claimed before it is more than a file may take.
+        FormatError: all claims together exceed the budget of the file.
     """
     account = _account.get()
-    allowed, held = (account.budget, account.held) if account else (_budget.get(), 0)
-    if held + size > allowed.bytes:
-        file = f"'{account.file}'" if account else "what is read"
+    allowed, claimed = (account.budget, account.claimed) if account else (_budget.get(), 0)
+    if claimed + size > allowed.bytes:
+        file = f"'{account.file}'" if account else "the file"
         raise FormatError(
             f"{file} would take more than {allowed.bytes >> 20} MiB beyond its size: {what}, {size} bytes",
-            next_step="what it asks for is out of proportion; if you trust it: with lorac.budget(bytes=…):",
+            next_step=_NEXT_STEP.format("bytes"),
             code="over_budget",
         )
     if account is not None:
-        account.held += max(size, 0)
+        account.claimed += max(size, 0)

@@ -1,7 +1,7 @@
-"""Lines of somebody else's code that stand in a traceback: what an error about a model or a formula names.
+"""Source lines of user code, for errors about a model or a formula.
 
-Frames of Python's own library, of torch and of lorac are passed over; lorac's methods, and the models of its
-conformance kit, count as somebody's, since errors are about them.
+Python's own library, torch and lorac are not user code. lorac's methods, and the models of its conformance kit, count
+as user code since errors are about them.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import re
 import sysconfig
 from collections.abc import Callable, Sequence
 from traceback import FrameSummary
-from types import FrameType
-from typing import Any
+from types import CodeType, FrameType
 
 _FOLDERS = re.compile(r".*[/\\]")
 _LIBRARIES = ("/torch/", "/transformers/exporters/", "<string>", "<frozen")
@@ -24,19 +23,18 @@ _REPORTED_ROOMS = tuple(os.path.join(_PACKAGE, room) for room in ("variants", "t
 
 
 def innermost_user_line(frames: Sequence[FrameSummary]) -> str | None:
-    """``file:line: code`` of the innermost frame that is somebody else's; None where none is."""
+    """Return ``file:line: code`` of the innermost frame of user code, or None."""
     found = next((frame for frame in reversed(frames) if is_user_code(frame.filename)), None)
     return None if found is None else f"{found.filename}:{found.lineno}: {found.line}"
 
 
 def format_frame(frame: FrameType) -> str:
-    """``file:line: code`` of a frame that runs."""
-    filename = frame.f_code.co_filename
-    return f"{filename}:{frame.f_lineno}: {linecache.getline(filename, frame.f_lineno).strip()}"
+    """Return ``file:line: code`` of a running frame."""
+    return _format_code_line(frame.f_code, frame.f_lineno)
 
 
 def is_user_code(filename: str) -> bool:
-    """Whether a file is neither Python's, torch's nor lorac's machinery."""
+    """Return whether a file belongs neither to Python, nor to torch, nor to lorac's machinery."""
     if filename.startswith(_STDLIB) and "site-packages" not in filename:
         return False
     if filename.startswith(_PACKAGE + os.sep) and not filename.startswith(_REPORTED_ROOMS):
@@ -46,14 +44,15 @@ def is_user_code(filename: str) -> bool:
 
 
 def format_location(filename: str, number: str) -> str:
-    """``file.py:12``, without the folders."""
+    """Return ``file.py:12``, without the folders."""
     return f"{_FOLDERS.sub('', filename)}:{number}"
 
 
-def definition_line(function: Callable[..., Any]) -> str | None:
-    """``file:line: code`` of where a function is defined; None where that is not Python."""
+def definition_line(function: Callable[..., object]) -> str | None:
+    """Return ``file:line: code`` of a function's definition, or None for functions that are not Python."""
     code = getattr(inspect.unwrap(function), "__code__", None)
-    if code is None:
-        return None
-    first: int = code.co_firstlineno
-    return f"{code.co_filename}:{first}: {linecache.getline(code.co_filename, first).strip()}"
+    return None if code is None else _format_code_line(code, code.co_firstlineno)
+
+
+def _format_code_line(code: CodeType, number: int) -> str:
+    return f"{code.co_filename}:{number}: {linecache.getline(code.co_filename, number).strip()}"

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import torch
 
 from lorac.errors import FormatError, LoracError
-from lorac.limits import check_time_sometimes, claim_memory, pause_clock
+from lorac.limits import check_time, claim_memory, pause_clock
 
 Refuse = Callable[[str], FormatError]
 """(what is wrong) -> the error to raise."""
@@ -92,7 +92,7 @@ def _pickle(archive: zipfile.ZipFile, refuse: Refuse) -> bytes:
 def _check_names(pickle: bytes, refuse: Refuse) -> None:
     """A pickle names the types of storages and what puts tensors together, and nothing else."""
     for step, (opcode, argument, _) in enumerate(pickletools.genops(pickle)):
-        check_time_sometimes(step)
+        check_time(step)
         if step == MOST_STEPS:
             raise refuse(f"its pickle takes more than {MOST_STEPS} steps")
         if opcode.name not in {"GLOBAL", "STACK_GLOBAL", "INST"}:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lorac.errors import LoracError
-from lorac.limits import check_time, check_time_sometimes, claim_memory
+from lorac.limits import check_time, claim_memory
 
 MAX_DEPTH = 100
 """Values that may lie in one another; a model's skeleton, the deepest thing written, has a few dozen."""
@@ -93,7 +93,7 @@ def _check(value: Any) -> None:
     level = [value]
     for _ in range(MAX_DEPTH):
         for index, item in enumerate(level):
-            check_time_sometimes(index)
+            check_time(index)
             _check_one(item)
         level = [inner for item in level for inner in _parts(item)]
         if not level:
