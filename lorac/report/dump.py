@@ -1,4 +1,4 @@
-"""A graph as rows of text and references: what the printer, the diff and the drawings work on.
+"""A graph as rows of text and references, the input of the printer, the diff and the pictures.
 
 A dump holds no tensors, no fx nodes and no fake values, so it may be kept after the graph and its weights are gone.
 Names come from the module path and the op, never from a counter over the whole graph: a pass that adds a node to one
@@ -13,7 +13,6 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import fx
@@ -42,13 +41,13 @@ class Row:
         kind: ``"in"``, ``"value"`` or ``"out"``.
         name: unique within its block.
         text: op and operands; ``REF`` stands for the next of ``refs``.
-        refs: rows it reads, by index.
+        refs: indices of the rows that it reads.
         type: dtype and shape.
-        source: file and line it was written in.
+        source: file and line of its source.
         blocks: the repeated blocks around it, outermost first.
-        modules: every module around it, outermost first; the n-th further call of one ends in ``@n``.
-        site: the site it belongs to, or None.
-        adapted: it is a whole call of an adapted site.
+        modules: all modules around it, outermost first; the n-th further call of one ends in ``@n``.
+        site: the site that it belongs to, or None.
+        adapted: whether it is a whole call of an adapted site.
     """
 
     kind: str
@@ -87,12 +86,12 @@ class Dump:
 
 
 def dump(graph: Graph) -> Dump:
-    """The rows of a graph, at any level."""
+    """Return the dump of a graph at any level."""
     return _GraphDumper(graph).dump()
 
 
 def short_path(path: str) -> str:
-    """The last component of a module path, with the one before where it is a number."""
+    """Return the last component of a module path, preceded by its list where it is a number."""
     parts = path.split(".")
     start = len(parts) - 1
     while start and parts[start].isdigit():
@@ -101,7 +100,7 @@ def short_path(path: str) -> str:
 
 
 def parameter_label(name: str) -> str:
-    """A parameter or buffer as it is shown: ``W.q_proj``, ``rotary_emb.inv_freq``."""
+    """Return the label of a parameter or buffer: ``W.q_proj``, ``rotary_emb.inv_freq``."""
     owner, _, leaf = name.rpartition(".")
     if leaf in (WEIGHT, BIAS) and owner:
         return f"{ROLES[leaf].letter}.{short_path(owner)}"
@@ -109,13 +108,13 @@ def parameter_label(name: str) -> str:
 
 
 def slot_label(site: str, role: str) -> str:
-    """A slot as it is shown, without the path to its site."""
+    """Return the label of a slot, without the path to its site."""
     return slot_name(short_path(site), role)
 
 
 @functools.cache
 def short_dtype(dtype: torch.dtype | str) -> str:
-    """``f32``, ``bf16``, ``i64``, ``u8``, ``bool``."""
+    """Return ``f32``, ``bf16``, ``i64``, ``u8``, ``bool`` and the like."""
     name = str(dtype).removeprefix("torch.")
     for long, brief in (("complex", "c"), ("float", "f"), ("uint", "u"), ("int", "i")):
         name = name.replace(long, brief)
@@ -123,38 +122,38 @@ def short_dtype(dtype: torch.dtype | str) -> str:
 
 
 class ValueNames:
-    """Names for values, of the module and the op, each unique within its block."""
+    """Names of values, made from the module and the op, each unique within its block."""
 
     def __init__(self) -> None:
-        self._taken: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
+        self._counts: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
 
-    def new(self, label: str, owner: str, blocks: tuple[str, ...], *, alone: bool = False) -> str:
-        """A name for one more value.
+    def new(self, label: str, owner: str, blocks: tuple[str, ...], *, is_result: bool = False) -> str:
+        """Return the name of one more value.
 
         Args:
             label: its op.
             owner: path of its module.
             blocks: the repeated blocks around it.
-            alone: it is what a call of the module gives, and bears the module's name alone.
+            is_result: whether it is the result of a call of the module, and gets the module's name only.
         """
         inner = blocks[-1].partition("@")[0] if blocks else ""
         within = owner[len(inner) :].removeprefix(".") if owner.startswith(inner) else owner
-        stem = within if within and alone else f"{within}.{label}".removeprefix(".")
+        stem = within if within and is_result else f"{within}.{label}".removeprefix(".")
         stem = stem.replace(" ", "_")
-        taken = self._taken[blocks]
-        taken[stem] += 1
-        return stem if taken[stem] == 1 else f"{stem}_{taken[stem] - 1}"
+        counts = self._counts[blocks]
+        counts[stem] += 1
+        return stem if counts[stem] == 1 else f"{stem}_{counts[stem] - 1}"
 
 
 class _GraphDumper:
-    """Writes the rows of one graph."""
+    """The state while one graph is dumped."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.slots = {slot.node: slot for slot in graph.slots.values()}
         self.specs = {getattr(s.arg, "name", ""): s for s in graph.exported.graph_signature.input_specs}
         self.symbols = self._symbols()
-        self.sizes: dict[Any, str] = {}
+        self.sizes: dict[object, str] = {}
         self.types: dict[int, str] = {}
         self.index: dict[fx.Node, int] = {}
         self.names = ValueNames()
@@ -166,8 +165,8 @@ class _GraphDumper:
             for row in self._rows(node):
                 self.index[node] = len(rows)
                 rows.append(row)
-        made = (node for node in self.graph.fx.nodes if find_producing_call(node).target in ops.SITE_CALLS)
-        calls = Counter(site for node in made if (site := self._site(node)) is not None)
+        results = (node for node in self.graph.fx.nodes if find_producing_call(node).target in ops.SITE_CALLS)
+        calls = Counter(site for node in results if (site := self._site(node)) is not None)
         slots = {slot.name: slot.site for slot in self.graph.slots.values()}
         level, classes = self.graph.level.name.lower(), self.scopes.classes
         return Dump(self.graph.name, level, tuple(rows), self._sites(), slots, dict(calls), classes)
@@ -189,8 +188,8 @@ class _GraphDumper:
             for value in node.args[0]:  # type: ignore[union-attr]  # an output node holds a tuple
                 refs: list[int] = []
                 text = self._operand(value, refs)
-                of = value.meta.get("val") if isinstance(value, fx.Node) else None
-                yield Row("out", "", text, tuple(refs), self._type(of))
+                example = value.meta.get("val") if isinstance(value, fx.Node) else None
+                yield Row("out", "", text, tuple(refs), self._type(example))
             return
         value = node.meta.get("val")
         if is_size(value) or (value is None and not node.users):
@@ -198,7 +197,7 @@ class _GraphDumper:
         yield self._value(node)
 
     def _value(self, node: fx.Node) -> Row:
-        owner, modules, source = self.scopes.of(node)
+        owner, modules, source = self.scopes.locate(node)
         blocks = self.scopes.blocks_of(modules)
         refs: list[int] = []
         label, args, kwargs = _split_call(node)
@@ -207,17 +206,17 @@ class _GraphDumper:
             f"{k}={self._operand(v, refs)}" for k, v in kwargs.items() if k not in _HIDDEN_KEYWORDS and v is not None
         ]
         text = " ".join(part for part in (label, ", ".join([*operands, *named])) if part)
-        name = self.names.new(label, owner, blocks, alone=node in self.scopes.exits)
+        name = self.names.new(label, owner, blocks, is_result=node in self.scopes.results)
         adapted = find_producing_call(node).target is ops.adapted
         type_ = self._type(node.meta.get("val"))
         return Row("value", name, text, tuple(refs), type_, source, blocks, modules, self._site(node), adapted)
 
     def _site(self, node: fx.Node) -> str | None:
-        """The site that a node belongs to: what is computed for a whole pack belongs to none alone."""
+        """Return the site that a node belongs to; nodes of a fused projection belong to no single site."""
         site = node_site(node)
         return None if site in self.graph.packs else site
 
-    def _operand(self, value: Any, refs: list[int]) -> str:
+    def _operand(self, value: object, refs: list[int]) -> str:
         if isinstance(value, fx.Node):
             return self._node_operand(value, refs)
         if isinstance(value, list | tuple):
@@ -240,7 +239,7 @@ class _GraphDumper:
         return REF
 
     def _state(self, node: fx.Node) -> str:
-        """A parameter, buffer, constant or slot, with its shape."""
+        """Return the label of a parameter, buffer, constant or slot, with its shape."""
         shape = self._shape(node.meta.get("val"))
         slot = self.slots.get(node.name)
         if slot is not None:
@@ -253,20 +252,20 @@ class _GraphDumper:
         spec = self.specs.get(node.name)
         return node.name not in self.slots and (spec is None or spec.kind is InputKind.USER_INPUT)
 
-    def _type(self, value: Any) -> str:
+    def _type(self, value: object) -> str:
         if isinstance(value, torch.Tensor):
-            if id(value) not in self.types:  # layers that are alike share what describes their values
+            if id(value) not in self.types:  # identical layers share the fake tensors of their values
                 self.types[id(value)] = short_dtype(value.dtype) + self._shape(value)
             return self.types[id(value)]
         if isinstance(value, list | tuple):
             return f"({', '.join(self._type(v) for v in value)})"
         return "" if value is None else str(value)
 
-    def _shape(self, value: Any) -> str:
+    def _shape(self, value: torch.Tensor | None) -> str:
         return f"[{', '.join(map(self._size, value.shape))}]" if value is not None else ""
 
-    def _size(self, size: Any) -> str:
-        """A size with the graph's own symbols replaced by letters."""
+    def _size(self, size: object) -> str:
+        """Return a size with the graph's symbols replaced by letters."""
         if isinstance(size, int):
             return str(size)
         expression = getattr(size, "node", size)
@@ -276,14 +275,13 @@ class _GraphDumper:
         return self.sizes[expression]
 
     def _symbols(self) -> dict[str, str]:
-        """Symbol -> letter: ``b`` for the first size of an input, then s, t, …; ``r`` for a rank."""
+        """Return the letter of each symbol: ``b`` for the first size of an input, then s, t, …; ``r`` for a rank."""
         letters: dict[str, str] = {}
         following = itertools.chain(_SIZE_LETTERS, (f"n{i}" for i in itertools.count()))
         values = [(node.name, node.meta.get("val")) for node in self.graph.placeholders()]
         shapes = [(name, value.shape) for name, value in values if isinstance(value, torch.Tensor)]
-        for name, axis, symbol in (
-            (name, axis, str(size)) for name, shape in shapes for axis, size in enumerate(shape)
-        ):
+        sizes = ((name, axis, str(size)) for name, shape in shapes for axis, size in enumerate(shape))
+        for name, axis, symbol in sizes:
             if symbol in letters or not _SYMBOL.fullmatch(symbol):
                 continue
             if name in self.slots:
@@ -293,24 +291,24 @@ class _GraphDumper:
         return letters
 
 
-def _split_call(node: fx.Node) -> tuple[str, list[Any], Mapping[str, Any]]:
-    """Label, operands and keywords of a node, the site's own op unwrapped."""
+def _split_call(node: fx.Node) -> tuple[str, list[object], Mapping[str, object]]:
+    """Return the label, operands and keywords of a node, with the op of an adapted site unwrapped."""
     if node.target is ops.adapted:
         call = AdaptedCall.of(node)
-        given = {role: operand for role, operand in call.operands.items() if operand.op != "placeholder"}
-        return f"adapted {_op_label(call.op)}", _strip_trailing_none(list(call.host)), given
+        computed = {role: operand for role, operand in call.operands.items() if operand.op != "placeholder"}
+        return f"adapted {_op_label(call.op)}", _strip_trailing_none(list(call.host)), computed
     args = ops.operands_of(node) if node.target in ops.SITE_OPS else node.args
     return _op_label(node.target), _strip_trailing_none(list(args)), node.kwargs
 
 
-def _op_label(target: Any) -> str:
+def _op_label(target: object) -> str:
     schema = getattr(target, "_schema", None)
     if schema is None:
         return str(getattr(target, "__name__", target))
     return str(schema.name).removeprefix("aten::").removeprefix("lorac::").replace("::", ".")
 
 
-def _strip_trailing_none(args: list[Any]) -> list[Any]:
+def _strip_trailing_none(args: list[object]) -> list[object]:
     while args and args[-1] is None:
         args.pop()
     return args

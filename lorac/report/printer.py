@@ -1,7 +1,7 @@
 """The printed graph: one value per line, types and source lines aligned, a line per adapter at every adapted site.
 
-Identical blocks are printed once. Nothing of the weights but shapes is shown, so equal graphs print equal text. ``!``
-marks what can be replaced at run time.
+Identical blocks are printed once. Of the weights only shapes are shown, so equal graphs print equal text. ``!`` marks
+tensors that can be replaced at run time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from lorac.report.sections import (
     build_sections,
     find_runs,
     group_items,
-    hash_lines,
     path_stem,
     relative_path,
     spell_reference,
@@ -26,18 +25,18 @@ from lorac.report.sections import (
 from lorac.report.terms import TermDescription
 
 _TYPE_COLUMN, _SOURCE_COLUMN = 80, 22
-"""Widest operand column that others are aligned with, and the width of the type column."""
+"""The widest column of operands that is aligned, and the width of the column of types."""
 
 
 @dataclass(frozen=True)
 class AdapterNotes:
-    """What a dump is printed with: the adapters, which may change while the graph does not.
+    """The adapters that a dump is printed with, which may change while the graph does not.
 
     Attributes:
         adapters: name -> one line on its method and hyper-parameters.
         terms: site path -> its terms.
-        trainable: site path -> elements of the tensors that train there; None where that is not known.
-        calls: site path -> how often a run calls it.
+        trainable: site path -> number of trainable elements; None where that is not known.
+        calls: site path -> number of calls in a run.
     """
 
     adapters: Mapping[str, str] = field(default_factory=dict)
@@ -48,10 +47,10 @@ class AdapterNotes:
 
 @dataclass(frozen=True)
 class PrintedLine:
-    """A printed line before alignment: what stands left, the type, and the note on the right.
+    """A printed line before alignment: its text, the type, and the note on the right.
 
     Attributes:
-        role: ``"row"``, ``"term"``, ``"block"`` (a block's heading) or ``"more"`` (how often it repeats).
+        role: ``"row"``, ``"term"``, ``"block"`` (the heading of a block) or ``"more"`` (its number of repetitions).
     """
 
     left: str
@@ -59,37 +58,32 @@ class PrintedLine:
     note: str = ""
     role: str = "row"
 
-    def indented(self, by: str) -> PrintedLine:
-        """The same, further right."""
-        return replace(self, left=by + self.left if self.left else "")
+    def indent(self) -> PrintedLine:
+        """Return the line, indented by two spaces."""
+        return replace(self, left=f"  {self.left}" if self.left else "")
 
 
 def to_text(dump: Dump, notes: AdapterNotes | None = None) -> str:
-    """A dump as text.
-
-    Args:
-        dump: what to print.
-        notes: the adapters at its sites.
-    """
+    """Return a dump as text, with the adapters at its sites."""
     notes = notes or AdapterNotes()
     head = f"graph {dump.name} @{dump.level}{_format_adapters(notes)}"
     return "\n".join([head, *align_columns(format_lines(dump, notes)), format_summary(dump, notes)]) + "\n"
 
 
 def format_lines(dump: Dump, notes: AdapterNotes) -> list[PrintedLine]:
-    """The lines of a dump, identical blocks collapsed."""
-    return [line.indented("  ") for line in SectionPrinter(dump, notes).of(build_sections(dump))]
+    """Return the lines of a dump, with identical blocks collapsed."""
+    return [line.indent() for line in SectionPrinter(dump, notes).format_section(build_sections(dump))]
 
 
 def align_columns(rows: Sequence[PrintedLine]) -> list[str]:
-    """Lines with types and notes in columns; a longer line pushes its own to the right."""
+    """Return lines with types and notes in columns; a long line pushes its own to the right."""
     widths = [len(row.left) for row in rows if row.type or row.note]
     column = min(max(widths, default=0), _TYPE_COLUMN) + 2
     return [_align_line(row, column).rstrip() for row in rows]
 
 
 def format_summary(dump: Dump, notes: AdapterNotes) -> str:
-    """Counts: sites by how they run, slots, elements that train, operations per token."""
+    """Return a line of counts: sites by state, slots, trainable elements, operations per token."""
     states = Counter(dump.sites.values())
     shown = ", ".join(f"{states[state]} {state}" for state in ("fused", "live", "bare") if states[state])
     parts = [f"sites {len(dump.sites)}" + (f": {shown}" if shown else ""), f"slots {len(dump.slots)}"]
@@ -100,15 +94,8 @@ def format_summary(dump: Dump, notes: AdapterNotes) -> str:
     return " · ".join(parts)
 
 
-def diff(before: str, after: str, name: str = "") -> str:
-    """What changed between two printed graphs, unchanged lines left out; empty where nothing did."""
-    left, right = before.splitlines(), after.splitlines()
-    changed = difflib.unified_diff(left, right, f"{name} before".strip(), f"{name} after".strip(), n=1, lineterm="")
-    return "\n".join(changed)
-
-
 def diff_dumps(before: Dump, after: Dump, notes: AdapterNotes | None = None) -> str:
-    """What changed between two dumps of a graph, block by block; identical changes of neighbours are shown once."""
+    """Return the differences of two dumps of a graph, block by block; identical ones of neighbours are shown once."""
     notes = notes or AdapterNotes()
     old, new = (_lines_by_section(d, notes) for d in (before, after))
     changes = [(path, _diff_lines(old.get(path, []), new.get(path, []))) for path in _merge_paths(list(old), list(new))]
@@ -129,25 +116,25 @@ def diff_dumps(before: Dump, after: Dump, notes: AdapterNotes | None = None) -> 
 
 
 class SectionPrinter:
-    """Writes the lines of a dump's sections.
+    """The lines of a dump's sections, each made once.
 
     Args:
-        dump: what to print.
+        dump: the dump.
         notes: the adapters at its sites.
     """
 
     def __init__(self, dump: Dump, notes: AdapterNotes) -> None:
         self.dump, self.notes = dump, notes
-        self._written: dict[int, list[PrintedLine]] = {}
+        self._lines: dict[int, list[PrintedLine]] = {}
 
-    def of(self, section: Section) -> list[PrintedLine]:
-        """The lines of a section, nested blocks collapsed where identical."""
-        if id(section) not in self._written:  # not by its call: a block that is left may be entered again
-            self._written[id(section)] = [line for part in group_items(section) for line in self._part(part, section)]
-        return self._written[id(section)]
+    def format_section(self, section: Section) -> list[PrintedLine]:
+        """Return the lines of a section, with identical nested blocks collapsed."""
+        if id(section) not in self._lines:  # by identity: a block may be left and entered again
+            self._lines[id(section)] = [line for part in group_items(section) for line in self._part(part, section)]
+        return self._lines[id(section)]
 
-    def row(self, row: Row, section: Section) -> list[PrintedLine]:
-        """A row, and its terms."""
+    def format_row(self, row: Row, section: Section) -> list[PrintedLine]:
+        """Return the line of a row, and those of its terms."""
         text = spell_row(row, section, self.dump)
         if row.kind != "value":
             return [PrintedLine(f"{row.kind} %{row.name}" if row.kind == "in" else f"out {text}", row.type)]
@@ -155,18 +142,17 @@ class SectionPrinter:
         return [PrintedLine(f"%{row.name} = {text}", row.type, row.source), *(format_term(term) for term in terms)]
 
     def runs(self, blocks: Sequence[Section]) -> list[tuple[int, int]]:
-        """Runs (start, length) of neighbours with identical lines."""
-        marks = [hash_lines([repr(line) for line in self.of(block)]) for block in blocks]
-        return find_runs([(path_stem(block.path), mark) for block, mark in zip(blocks, marks, strict=True)])
+        """Return the runs (start, length) of neighbours with identical lines."""
+        return find_runs([(path_stem(block.path), self.format_section(block)) for block in blocks])
 
     def _part(self, part: int | list[Section], section: Section) -> list[PrintedLine]:
-        return self.row(self.dump.rows[part], section) if isinstance(part, int) else self._blocks(part, section)
+        return self.format_row(self.dump.rows[part], section) if isinstance(part, int) else self._blocks(part, section)
 
     def _blocks(self, blocks: list[Section], around: Section) -> list[PrintedLine]:
         found: list[PrintedLine] = []
         for start, length in self.runs(blocks):
             found.append(PrintedLine(self._heading(blocks[start], around), role="block"))
-            found.extend(line.indented("  ") for line in self.of(blocks[start]))
+            found.extend(line.indent() for line in self.format_section(blocks[start]))
             if length > 1:
                 others = [relative_path(block.call, around.path) for block in blocks[start + 1 : start + length]]
                 found.append(PrintedLine(_format_repeats(others), role="more"))
@@ -185,13 +171,13 @@ def _format_repeats(others: Sequence[str]) -> str:
 
 
 def format_term(term: TermDescription) -> PrintedLine:
-    """``+ style  low-rank r=8  A[8, 64]! B[96, 8]!``, and whether it can be merged into the weight."""
+    """Return ``+ style  low-rank r=8  A[8, 64]! B[96, 8]!``, with a note on merging it into the weight."""
     mark = "" if term.state == "baked" else "!"
     parts = " ".join(f"{p.name}{list(p.shape)}{mark}" for p in term.parts)
-    what = " ".join(part for part in (term.form, term.size) if part)
+    form = " ".join(part for part in (term.form, term.size) if part)
     strength = "" if term.strength == 1 else "  off" if not term.strength else f"  x {term.strength:g}"
     note = f"not fusable: {term.unfusable}" if term.unfusable else "fusable" if term.state == "live" else term.state
-    return PrintedLine(f"     + {term.adapter}  {what}  {parts}{strength}", "", note, "term")
+    return PrintedLine(f"     + {term.adapter}  {form}  {parts}{strength}", "", note, "term")
 
 
 def _align_line(row: PrintedLine, column: int) -> str:
@@ -208,19 +194,20 @@ def _format_adapters(notes: AdapterNotes) -> str:
 
 
 def count_added_flops(dump: Dump, notes: AdapterNotes) -> int:
-    """Multiplications and additions per token that the active adapters cost in a graph."""
+    """Return the multiplications and additions per token of the active adapters in a graph."""
     here = {path: terms for path, terms in notes.terms.items() if path in dump.sites}
     return sum(t.flops * notes.calls.get(path, 1) for path, terms in here.items() for t in terms if t.strength)
 
 
 def _lines_by_section(dump: Dump, notes: AdapterNotes) -> dict[str, list[str]]:
-    """Block -> its own lines, unaligned and without source lines, nested blocks apart."""
-    body = SectionPrinter(dump, notes)
+    """Return the unaligned lines of each block by its call, without nested blocks and source lines."""
+    printer = SectionPrinter(dump, notes)
     found: dict[str, list[str]] = {}
     for section in build_sections(dump).sections():
-        own = [line for item in section.items if isinstance(item, int) for line in body.row(dump.rows[item], section)]
-        shown = (f"{line.left}  {line.type or line.note}".rstrip() for line in own)
-        found.setdefault(section.call, []).extend(shown)
+        rows = (dump.rows[item] for item in section.items if isinstance(item, int))
+        lines = (line for row in rows for line in printer.format_row(row, section))
+        texts = (f"{line.left}  {line.type or line.note}".rstrip() for line in lines)
+        found.setdefault(section.call, []).extend(texts)
     return found
 
 
@@ -230,5 +217,5 @@ def _diff_lines(before: Sequence[str], after: Sequence[str]) -> list[str]:
 
 
 def _merge_paths(before: Sequence[str], after: Sequence[str]) -> list[str]:
-    """Paths of both, in order."""
+    """Return the paths of both, in order."""
     return list(dict.fromkeys([*after, *(path for path in before if path not in after)]))

@@ -1,12 +1,12 @@
-"""Where the values of a graph come from: the modules around each, the source line, the site."""
+"""The origin of a graph's values: the modules around each, its source line, its site."""
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import fx
@@ -19,37 +19,40 @@ _NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
 
 
 class ModuleScopes:
-    """Where nodes come from: their module, the repeated blocks around it, their source line."""
+    """The modules, repeated blocks and source lines of a graph's nodes.
+
+    Attributes:
+        containers: paths of the modules that have modules of their own.
+        classes: path of a module -> name of its class.
+        results: the nodes that are the result of a call of a leaf module, and bear its name.
+    """
 
     def __init__(self, nodes: Sequence[fx.Node]) -> None:
         self._stacks = {node: _module_stack(node) for node in nodes}
         owners = {stack[-1] for stack in self._stacks.values() if stack}
         parents = {entry for stack in self._stacks.values() for entry in stack[:-1]}
         self.containers = {_strip_call(entry) for entry in parents | owners if entry in parents}
-        self._sources: dict[str, str] = {}
         self._blocks: dict[tuple[str, ...], tuple[str, ...]] = {}
         self.classes = {path: name for node in nodes for path, name in _module_classes(node)}
-        self.exits = self._find_exits(owners)
+        self.results = self._find_results(owners)
 
-    def of(self, node: fx.Node) -> tuple[str, tuple[str, ...], str]:
-        """Module path, modules around, source line."""
+    def locate(self, node: fx.Node) -> tuple[str, tuple[str, ...], str]:
+        """Return the path of a node's module, all modules around it, and its source line."""
         stack = self._stacks[node]
         owner = _strip_call(stack[-1]) if stack else ""
-        trace = node.meta.get("stack_trace") or ""
-        if trace not in self._sources:
-            self._sources[trace] = _source_line(trace)
-        return owner, stack, self._sources[trace]
+        return owner, stack, _source_line(node.meta.get("stack_trace") or "")
 
     def blocks_of(self, modules: tuple[str, ...]) -> tuple[str, ...]:
-        """The repeated blocks among the modules around a node."""
+        """Return the repeated blocks among the modules around a node."""
         if modules not in self._blocks:
             self._blocks[modules] = repeated_blocks(modules, self.containers)
         return self._blocks[modules]
 
-    def _find_exits(self, owners: Iterable[str]) -> set[fx.Node]:
-        """The node that is the result of a call of a leaf module: it bears the module's name.
+    def _find_results(self, owners: Iterable[str]) -> set[fx.Node]:
+        """Find the results of leaf modules' calls.
 
-        Of a site it is the last that others read (parts of a shared x·A come before it), else the only result.
+        The result of a site is the last node that other modules read, since parts of a shared x·A come before it. The
+        result of another module is its only such node.
         """
         visible: dict[str, list[fx.Node]] = defaultdict(list)
         results: dict[str, list[fx.Node]] = defaultdict(list)
@@ -72,12 +75,12 @@ class ModuleScopes:
 
 
 def repeated_blocks(modules: Sequence[str], containers: Container[str]) -> tuple[str, ...]:
-    """Those of the modules that are elements of a list: numbered, and with modules of their own."""
+    """Return the modules that are elements of a list: numbered, and with modules of their own."""
     return tuple(entry for entry in modules if _strip_call(entry)[-1:].isdigit() and _strip_call(entry) in containers)
 
 
 def _module_stack(node: fx.Node) -> tuple[str, ...]:
-    """Module paths around a node, outermost first; the n-th call of a module ends in ``@n``."""
+    """Return the module paths around a node, outermost first; the n-th call of a module ends in ``@n``."""
     found = []
     for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
         if path and path != _NO_MODULE:
@@ -87,37 +90,30 @@ def _module_stack(node: fx.Node) -> tuple[str, ...]:
 
 
 def _module_classes(node: fx.Node) -> Iterator[tuple[str, str]]:
-    """(path, class) of each module around a node; torch notes the class itself or its full name."""
+    """Yield (path, class) of each module around a node; torch stores the class or its full name."""
     for path, kind in (node.meta.get("nn_module_stack") or {}).values():
-        if path == _NO_MODULE:
-            continue
-        yield path, str(getattr(kind, "__name__", kind)).rpartition(".")[2]
+        if path != _NO_MODULE:
+            yield path, str(getattr(kind, "__name__", kind)).rpartition(".")[2]
 
 
 def _strip_call(entry: str) -> str:
     return entry.partition("@")[0]
 
 
+@functools.lru_cache(maxsize=4096)
 def _source_line(trace: str) -> str:
-    """``file:line`` of the innermost line that is the model's own, or its library's."""
+    """Return ``file:line`` of the innermost line of user code."""
     found = [(path, line) for path, line in _SOURCE.findall(trace) if is_user_code(path)]
     return format_location(*found[-1]) if found else ""
 
 
-def called_site(node: fx.Node) -> str | None:
-    """The site that a node is a call of; None where it is none."""
-    return ops.site_of(node) if node.target in ops.SITE_CALLS else None
-
-
 def node_site(node: fx.Node) -> str | None:
-    """The site that a node is a call of, or was lowered from; None where it is none."""
-    return called_site(node) or node.meta.get("custom", {}).get("lorac")
+    """Return the site that a node calls, or that it was lowered from."""
+    called = ops.site_of(node) if node.target in ops.SITE_CALLS else None
+    return called or node.meta.get("custom", {}).get("lorac")
 
 
-def is_size(value: Any) -> bool:
-    """A plain number, symbolic or not, or a check's result."""
-    return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | int | float) and not _is_infinite(value)
-
-
-def _is_infinite(value: Any) -> bool:
-    return isinstance(value, float) and math.isinf(value)
+def is_size(value: object) -> bool:
+    """Return whether a value is a finite number, symbolic or not, or the result of a check."""
+    is_number = isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | int | float)
+    return is_number and not (isinstance(value, float) and math.isinf(value))

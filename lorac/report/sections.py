@@ -1,16 +1,11 @@
-"""Structure of a graph: its repeated blocks, and the values that flow between them."""
+"""The structure of a graph: its repeated blocks, and the values that flow between them."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 from lorac.report.dump import REF, Dump, Row, short_path
-
-if TYPE_CHECKING:
-    import networkx as nx
 
 
 @dataclass
@@ -21,7 +16,7 @@ class Section:
         call: module path of the block, ``""`` for the whole graph; ``@n`` for its n-th further call.
         items: rows (by index) and blocks, in order.
         parent: the block around it.
-        inputs: rows from outside that the block reads under a letter of its own, in order of first use.
+        inputs: rows outside that the block reads -> the letters for them, in order of first use.
     """
 
     call: str
@@ -35,7 +30,7 @@ class Section:
         return self.call.partition("@")[0]
 
     def rows(self) -> Iterator[int]:
-        """Every row inside, nested blocks included."""
+        """Yield every row inside, including nested blocks."""
         for item in self.items:
             if isinstance(item, int):
                 yield item
@@ -43,7 +38,7 @@ class Section:
                 yield from item.rows()
 
     def sections(self) -> Iterator[Section]:
-        """This block and every block inside."""
+        """Yield this block and every block inside."""
         yield self
         for item in self.items:
             if isinstance(item, Section):
@@ -51,14 +46,14 @@ class Section:
 
 
 def build_sections(dump: Dump) -> Section:
-    """The blocks of a dump, as a tree."""
+    """Return the blocks of a dump as a tree."""
     root = nest_rows(row.blocks for row in dump.rows)
     _bind_inputs(root, dump)
     return root
 
 
 def nest_rows(around: Iterable[Sequence[str]]) -> Section:
-    """Rows within what is around each, outermost first; what is left and entered again is a section of its own."""
+    """Return rows as a tree, given the calls around each; a call that is left and entered again is a new section."""
     root = Section("")
     here = root
     for index, calls in enumerate(around):
@@ -76,12 +71,12 @@ def nest_rows(around: Iterable[Sequence[str]]) -> Section:
 
 
 def path_stem(path: str) -> str:
-    """The path of a block without its number: neighbours of one list have the same."""
+    """Return the path of a block without its number, which blocks of one list have in common."""
     return path.partition("@")[0].rstrip("0123456789")
 
 
 def group_items(section: Section) -> Iterator[int | list[Section]]:
-    """The items of a section in order, neighbouring blocks together."""
+    """Yield the items of a section in order, with neighbouring blocks together."""
     blocks: list[Section] = []
     for item in section.items:
         if isinstance(item, Section):
@@ -95,20 +90,8 @@ def group_items(section: Section) -> Iterator[int | list[Section]]:
         yield blocks
 
 
-def hash_lines(text: Sequence[str]) -> str:
-    """The hash by which blocks count as identical: of their rows, in names relative to the block."""
-    return hashlib.blake2b("\n".join(text).encode(), digest_size=16).hexdigest()
-
-
-def find_runs(items: Sequence[tuple[str, str]]) -> list[tuple[int, int]]:
-    """Runs of identical neighbours.
-
-    Args:
-        items: (stem, digest) of each; blocks are neighbours of one list where their stems are equal.
-
-    Returns:
-        (start, length) of each run, in order.
-    """
+def find_runs(items: Sequence[object]) -> list[tuple[int, int]]:
+    """Return (start, length) of each run of equal neighbours, in order."""
     runs: list[tuple[int, int]] = []
     for index, item in enumerate(items):
         if runs and items[runs[-1][0]] == item:
@@ -118,22 +101,11 @@ def find_runs(items: Sequence[tuple[str, str]]) -> list[tuple[int, int]]:
     return runs
 
 
-def build_dataflow(dump: Dump) -> nx.DiGraph[int]:
-    """The values of a dump as a networkx graph: node = row index, with ``row``; edges from operand to reader."""
-    import networkx as nx
-
-    graph: nx.DiGraph[int] = nx.DiGraph(name=dump.name)
-    for index, row in enumerate(dump.rows):
-        graph.add_node(index, row=row)
-        graph.add_edges_from((ref, index) for ref in row.refs)
-    return graph
-
-
 def extract_module(dump: Dump, path: str) -> Dump:
-    """What lies inside a module, as a dump of its own: what it reads from outside are its inputs.
+    """Return the part of a dump inside a module; the values that it reads from outside become inputs.
 
     Raises:
-        KeyError: nothing of the graph lies inside ``path``.
+        KeyError: no row lies inside ``path``.
     """
     inside = [i for i, row in enumerate(dump.rows) if _is_inside(_full_path(row), path)]
     if not inside:
@@ -176,10 +148,10 @@ def _enclosing_chain(section: Section) -> list[Section]:
 
 
 def _bind_inputs(root: Section, dump: Dump) -> None:
-    """Give each block letters for what it reads from outside.
+    """Give each block letters for the values that it reads from outside.
 
-    Top-level values that several outermost blocks read (a mask, rotary tables) keep their names: they are the same in
-    every layer. Everything else (the hidden state) gets a letter, so that layers that differ only in it are identical.
+    Values that several outermost blocks read (a mask, rotary tables) keep their names, since these are the same in
+    every layer. Other values (the hidden state) get letters, so that layers that differ only in them are identical.
     """
     readers: dict[int, set[str]] = {}
     for row in (row for row in dump.rows if row.blocks):
@@ -196,7 +168,7 @@ def _bind_inputs(root: Section, dump: Dump) -> None:
 
 
 def spell_reference(section: Section, ref: int, dump: Dump) -> str:
-    """How a row inside ``section`` spells another row: its name, relative to the block where it lies inside."""
+    """Return the reference to a row from inside a section: its name, relative to the section if it lies there."""
     row = dump.rows[ref]
     depth = len(_enclosing_chain(section))
     if section.call and ref in section.inputs:
@@ -212,12 +184,12 @@ def spell_reference(section: Section, ref: int, dump: Dump) -> str:
 
 
 def relative_path(call: str, outer: str) -> str:
-    """The path of a block, relative to the one around it."""
+    """Return the path of a block, relative to the one around it."""
     return call[len(outer) :].removeprefix(".") if outer and call.startswith(outer) else call
 
 
 def spell_row(row: Row, section: Section, dump: Dump) -> str:
-    """A row's op and operands, with its references spelled."""
+    """Return a row's op and operands, with its references spelled."""
     parts = row.text.split(REF)
     names = [spell_reference(section, ref, dump) for ref in row.refs]
     return "".join(part + name for part, name in zip(parts, [*names, ""], strict=True))

@@ -1,8 +1,8 @@
-"""What is drawn of a dump: modules as boxes in one another, identical neighbours once, and what flows between them.
+"""The boxes of a picture: modules within modules, identical neighbours once, and the values that flow between them.
 
 A box stands for a module, for a call of a site, for an input or output, or for the loose operations of a module that
-depend on the same of its boxes. Neighbours of one list of modules are folded where the same happens in them, adapters
-included, and where each reads what the one before it reads, or what that one gives.
+depend on the same of its boxes. Neighbours in one list of modules are drawn as one box where they compute the same,
+adapters included, and where each reads what its predecessor reads, or what its predecessor gives.
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lorac.report.dump import Dump, Row, short_path
-from lorac.report.sections import Section, hash_lines, nest_rows, path_stem
+from lorac.report.sections import Section, nest_rows, path_stem, relative_path
 
 _LAYOUT_OPS = frozenset(
     {"_assert_tensor_metadata", "_to_copy", "alias", "arange", "cast", "clone", "concat", "constant", "contiguous"}
     | {"copy", "detach", "expand", "flatten", "getitem", "identity", "permute", "range", "reshape", "select", "shape"}
     | {"slice", "split", "squeeze", "t", "to", "transpose", "unbind", "unflatten", "unsqueeze", "view"}
 )
-"""Operations, in lower case, that only lay values out; boxes of loose operations are named after the others."""
+"""Operations, in lower case, that only change layouts; boxes of loose operations are named after the others."""
 _MAX_NAMED_OPS = 2
-"""Operations that such a box is named after."""
+"""The number of operations that such a box is named after."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class BoxLink:
     """A value that flows between two boxes of a box.
 
     Attributes:
         value: the row that computes it.
-        source: the box inside that it comes from; None: from outside.
-        target: the box inside that reads it; None: what is outside reads it.
+        source: the inner box that it comes from; None: it comes from outside.
+        target: the inner box that reads it; None: it is read outside.
     """
 
     value: int
@@ -45,11 +45,11 @@ class Box:
     Attributes:
         kind: ``"graph"``, ``"module"``, ``"site"``, ``"ops"`` (loose operations), ``"in"`` or ``"out"``.
         call: path of the module; ``@n`` for its n-th further call.
-        title: what it is called within the box around it.
+        title: its name within the box around it.
         about: its class, its operations or its type, in a few words.
-        rows: the rows it stands for, nested boxes' too.
-        parts: the boxes inside; empty where nothing inside is drawn.
-        links: what flows between those.
+        rows: its rows, including those of nested boxes.
+        parts: the inner boxes; empty where nothing inside is drawn.
+        links: the values that flow between those.
         sites: paths of the sites that are marked on it.
         copies: calls of the neighbours that are identical to it.
     """
@@ -65,180 +65,183 @@ class Box:
     copies: tuple[str, ...] = ()
 
     def all(self) -> Iterator[Box]:
-        """This box and every box inside."""
+        """Yield this box and every box inside."""
         yield self
         for part in self.parts:
             yield from part.all()
 
 
-def build_boxes(dump: Dump, said: Mapping[str, str]) -> Box:
-    """The boxes of a dump.
+def build_boxes(dump: Dump, site_keys: Mapping[str, str]) -> Box:
+    """Return the boxes of a dump.
 
     Args:
-        dump: what to draw.
-        said: site path -> what is told about it, by which sites count as identical; each of them is marked on a box.
+        dump: the dump.
+        site_keys: path of each site to mark -> a text; blocks whose sites differ in it are not identical.
     """
-    return _BoxBuilder(dump, said).graph()
+    return _BoxBuilder(dump, site_keys).build()
 
 
 @dataclass
 class _BoxItems:
-    """What becomes one box: neighbouring identical sections, a site's row, or loose rows that belong together.
+    """The items of one box: neighbouring identical sections, the row of a site, or loose rows that belong together.
 
     Attributes:
-        items: what it is made of.
-        loose: these are loose rows.
-        given: this is an input of the graph.
-        depends: the boxes that it depends on, by number, loose rows and inputs aside.
+        items: rows by index, or sections.
+        is_loose: whether these are loose rows.
+        is_input: whether this is an input of the graph.
+        depends: numbers of the boxes that it depends on, without loose rows and inputs.
     """
 
     items: list[int | Section]
-    loose: bool = False
-    given: bool = False
+    is_loose: bool = False
+    is_input: bool = False
     depends: frozenset[int] = field(default_factory=frozenset)
 
 
 class _BoxBuilder:
-    def __init__(self, dump: Dump, said: Mapping[str, str]) -> None:
-        self.dump, self.said = dump, said
+    def __init__(self, dump: Dump, site_keys: Mapping[str, str]) -> None:
+        self.dump, self.site_keys = dump, site_keys
         self.rows = dump.rows
-        self.stands_for = {n: row.refs[0] for n, row in enumerate(dump.rows) if _is_redundant_cast(row, dump.rows)}
-        self._digests: dict[int, str] = {}
-        seen = {row.site for row in dump.rows if row.site}
-        self.unseen = [site for site in said if site not in seen]
+        self.drawn_as = {n: row.refs[0] for n, row in enumerate(dump.rows) if _is_redundant_cast(row, dump.rows)}
+        self._keys: dict[int, tuple[object, ...]] = {}
+        with_rows = {row.site for row in dump.rows if row.site}
+        self.sites_without_rows = [site for site in site_keys if site not in with_rows]
 
-    def graph(self) -> Box:
+    def build(self) -> Box:
         root = nest_rows(row.modules for row in self.rows)
-        part = Box("graph", "", self.dump.name, self.dump.level, tuple(root.rows()), self._inside(root))
-        for site in self.unseen:
-            box = _innermost_box(part, site)
+        graph = Box("graph", "", self.dump.name, self.dump.level, tuple(root.rows()), self._inner_boxes(root))
+        for site in self.sites_without_rows:
+            box = _innermost_box(graph, site)
             if box is not None:
                 box.sites = (*box.sites, site)
-        _connect_boxes(part, self.rows, self.stands_for)
-        while _drop_unread(part):
+        _connect_boxes(graph, self.rows, self.drawn_as)
+        while _drop_unread(graph):
             pass
-        return part
+        return graph
 
     # --- boxes -------------------------------------------------------------------------------------------------
 
-    def _inside(self, section: Section) -> tuple[Box, ...]:
+    def _inner_boxes(self, section: Section) -> tuple[Box, ...]:
         bundles = _bundle_items(section, self.rows, self._runs(section))
-        return tuple(self._part(bundle, section.path) for bundle in bundles)
+        return tuple(self._box(bundle, section.path) for bundle in bundles)
 
-    def _part(self, bundle: _BoxItems, around: str) -> Box:
+    def _box(self, bundle: _BoxItems, outer: str) -> Box:
         first = bundle.items[0]
         if isinstance(first, int):
-            return self._of_rows(sorted(item for item in bundle.items if isinstance(item, int)), around)
+            return self._box_of_rows(sorted(item for item in bundle.items if isinstance(item, int)), outer)
         copies = [item for item in bundle.items[1:] if isinstance(item, Section)]
         for copy in copies:
-            self.stands_for |= dict(zip(copy.rows(), first.rows(), strict=True))
-        part = self._of_section(first, around)
-        part.copies = tuple(copy.call for copy in copies)
-        return part
+            self.drawn_as |= dict(zip(copy.rows(), first.rows(), strict=True))
+        box = self._box_of_section(first, outer)
+        box.copies = tuple(copy.call for copy in copies)
+        return box
 
-    def _of_rows(self, rows: Sequence[int], around: str) -> Box:
+    def _box_of_rows(self, rows: Sequence[int], outer: str) -> Box:
         row = self.rows[rows[0]]
         if row.kind != "value":
             title = row.name if row.kind == "in" else "output"
             return Box(row.kind, "", title, row.type, tuple(rows))
         if row.site is not None:
-            return Box("site", around, _inner_path(row.site, around), _op_name(row), tuple(rows), sites=(row.site,))
-        title, about = _summarize_ops([_op_name(self.rows[index]) for index in rows])
-        return Box("ops", around, title, about, tuple(rows))
+            return Box("site", outer, _inner_path(row.site, outer), _op_name(row), tuple(rows), sites=(row.site,))
+        return Box("ops", outer, *self._summarize(rows), tuple(rows))
 
-    def _of_section(self, section: Section, around: str) -> Box:
+    def _box_of_section(self, section: Section, outer: str) -> Box:
         rows = tuple(section.rows())
-        title, name = _inner_path(section.path, around), self.dump.classes.get(section.path, "")
+        title, name = _inner_path(section.path, outer), self.dump.classes.get(section.path, "")
         sites = {row.site for index in rows if (row := self.rows[index]).site}
-        alone = all(isinstance(item, int) for item in section.items)
-        if alone and sites == {section.path}:
+        is_leaf = all(isinstance(item, int) for item in section.items)
+        if is_leaf and sites == {section.path}:
             about = _op_name(self.rows[rows[0]]) if len(rows) == 1 else name
             return Box("site", section.call, title, about, rows, sites=(section.path,))
-        if alone and not sites:
-            return Box(
-                "module", section.call, title, name or _summarize_ops([_op_name(self.rows[i]) for i in rows])[0], rows
-            )
-        return Box("module", section.call, title, name, rows, self._inside(section))
+        if is_leaf and not sites:
+            return Box("module", section.call, title, name or self._summarize(rows)[0], rows)
+        return Box("module", section.call, title, name, rows, self._inner_boxes(section))
 
-    # --- what is identical -------------------------------------------------------------------------------------
+    def _summarize(self, rows: Sequence[int]) -> tuple[str, str]:
+        """Return the first few telling operations of loose rows, and the number of all."""
+        ops = [_op_name(self.rows[index]) for index in rows]
+        named = list(dict.fromkeys([op for op in ops if op.lower() not in _LAYOUT_OPS] or ops))
+        more = f" +{len(named) - _MAX_NAMED_OPS}" if len(named) > _MAX_NAMED_OPS else ""
+        return " · ".join(named[:_MAX_NAMED_OPS]) + more, f"{len(ops)} ops" if len(ops) > 1 else ""
+
+    # --- identical neighbours ----------------------------------------------------------------------------------
 
     def _runs(self, section: Section) -> list[list[int | Section]]:
-        """The items of a section, neighbours in which the same happens together."""
+        """Return the items of a section, with neighbours that compute the same together."""
         runs: list[list[int | Section]] = []
         for item in section.items:
-            if runs and self._alike(runs[-1][-1], item):
+            if runs and self._are_identical(runs[-1][-1], item):
                 runs[-1].append(item)
             else:
                 runs.append([item])
         return runs
 
-    def _alike(self, one: int | Section, other: int | Section) -> bool:
+    def _are_identical(self, one: int | Section, other: int | Section) -> bool:
         if isinstance(one, int) or isinstance(other, int) or path_stem(one.path) != path_stem(other.path):
             return False
-        if self._digest(one) != self._digest(other):
+        if self._key(one) != self._key(other):
             return False
-        made = set(one.rows())
+        inside = set(one.rows())
         pairs = zip(self._reads(one), self._reads(other), strict=True)
-        return all(before == after or after in made for before, after in pairs)
+        return all(before == after or after in inside for before, after in pairs)
 
-    def _digest(self, section: Section) -> str:
-        if id(section) not in self._digests:
-            self._digests[id(section)] = self._digested(section)
-        return self._digests[id(section)]
+    def _key(self, section: Section) -> tuple[object, ...]:
+        """Return the contents of a section, in names relative to it."""
+        if id(section) not in self._keys:
+            self._keys[id(section)] = (*self._row_keys(section), *self._hidden_site_keys(section))
+        return self._keys[id(section)]
 
-    def _digested(self, section: Section) -> str:
+    def _row_keys(self, section: Section) -> Iterator[tuple[object, ...]]:
         inside = {index: place for place, index in enumerate(section.rows())}
         outside = {index: f"x{place}" for place, index in enumerate(self._reads(section))}
-        told = []
         for index in inside:
             row = self.rows[index]
-            refs = [str(inside.get(ref, outside.get(ref))) for ref in row.refs]
-            around = (call.partition("@")[0] for call in row.modules)
-            modules = [path[len(section.path) :] for path in around if path.startswith(section.path)]
-            said = self.said.get(row.site or "", "")
-            told.append("\t".join([row.text, row.type, row.source, *refs, *modules, said]))
-        sites = [site for site in self.unseen if f"{site}.".startswith(f"{section.path}.")]
-        return hash_lines([*told, *(f"{site[len(section.path) :]} {self.said[site]}" for site in sites)])
+            refs = [inside.get(ref, outside.get(ref)) for ref in row.refs]
+            paths = (call.partition("@")[0] for call in row.modules)
+            modules = [path[len(section.path) :] for path in paths if path.startswith(section.path)]
+            yield row.text, row.type, row.source, refs, modules, self.site_keys.get(row.site or "", "")
+
+    def _hidden_site_keys(self, section: Section) -> Iterator[tuple[str, str]]:
+        inside = (site for site in self.sites_without_rows if _contains_site(section.path, site))
+        return ((site[len(section.path) :], self.site_keys[site]) for site in inside)
 
     def _reads(self, section: Section) -> list[int]:
-        """Rows outside that a section reads, in order of first use."""
+        """Return the rows outside that a section reads, in order of first use."""
         inside = set(section.rows())
-        return list(
-            dict.fromkeys(ref for index in section.rows() for ref in self.rows[index].refs if ref not in inside)
-        )
+        refs = (ref for index in section.rows() for ref in self.rows[index].refs)
+        return list(dict.fromkeys(ref for ref in refs if ref not in inside))
 
 
 def _bundle_items(section: Section, rows: Sequence[Row], runs: Sequence[list[int | Section]]) -> list[_BoxItems]:
-    """What becomes one box each; between boxes so made no circle of dependence can be.
+    """Return the items of each box of a section, such that no boxes depend on each other in a circle.
 
-    Loose rows are together where one reads the other and both depend on the same of the section's own boxes.
+    Loose rows are together where one reads the other and both depend on the same boxes of the section.
     """
     bundles: list[_BoxItems] = []
-    home: dict[int, int] = {}
+    bundle_of: dict[int, int] = {}
     for run in runs:
-        own = [row for item in run for row in ([item] if isinstance(item, int) else item.rows())]
-        read = {home[ref] for index in own for ref in rows[index].refs if ref in home}
-        boxes = {n for n in read if not bundles[n].loose and not bundles[n].given}
+        indices = [row for item in run for row in ([item] if isinstance(item, int) else item.rows())]
+        read = {bundle_of[ref] for index in indices for ref in rows[index].refs if ref in bundle_of}
+        boxes = {n for n in read if not bundles[n].is_loose and not bundles[n].is_input}
         depends = frozenset(boxes).union(*(bundles[n].depends for n in read))
         first = rows[run[0]] if isinstance(run[0], int) else None
-        loose = first is not None and first.kind == "value" and first.site is None
-        joined = [n for n in sorted(read) if loose and bundles[n].loose and bundles[n].depends == depends]
+        is_loose = first is not None and first.kind == "value" and first.site is None
+        joined = [n for n in sorted(read) if is_loose and bundles[n].is_loose and bundles[n].depends == depends]
         place = joined[0] if joined else len(bundles)
         if not joined:
-            bundles.append(_BoxItems([], loose, first is not None and first.kind == "in", depends))
+            bundles.append(_BoxItems([], is_loose, first is not None and first.kind == "in", depends))
         bundles[place].items.extend(run)
-        home |= dict.fromkeys(own, place)
+        bundle_of |= dict.fromkeys(indices, place)
         for other in joined[1:]:
-            home |= {row: place for row, n in home.items() if n == other}
+            bundle_of |= {row: place for row, n in bundle_of.items() if n == other}
             bundles[place].items.extend(bundles[other].items)
             bundles[other].items.clear()
     return [bundle for bundle in bundles if bundle.items]
 
 
-def _inner_path(path: str, around: str) -> str:
-    """A module's path as it is called inside another's box."""
-    inner = path[len(around) :].removeprefix(".") if path.startswith(around) else path
-    return inner or short_path(path)
+def _inner_path(path: str, outer: str) -> str:
+    """Return a module's path, relative to the module around it."""
+    return relative_path(path, outer) or short_path(path)
 
 
 def _op_name(row: Row) -> str:
@@ -246,75 +249,68 @@ def _op_name(row: Row) -> str:
 
 
 def _is_redundant_cast(row: Row, rows: Sequence[Row]) -> bool:
-    """Whether a row is a cast to what its operand is already: links begin where that is computed."""
+    """Return whether a row casts to the type of its operand; links begin at the operand instead."""
     return bool(row.refs) and _op_name(row) == "to" and rows[row.refs[0]].type == row.type
 
 
-def _summarize_ops(ops: Sequence[str]) -> tuple[str, str]:
-    """A few operations by which others know the loose rows, and how many those are."""
-    telling = [op for op in ops if op.lower() not in _LAYOUT_OPS] or ops
-    named = list(dict.fromkeys(telling))
-    more = f" +{len(named) - _MAX_NAMED_OPS}" if len(named) > _MAX_NAMED_OPS else ""
-    return " · ".join(named[:_MAX_NAMED_OPS]) + more, f"{len(ops)} ops" if len(ops) > 1 else ""
-
-
-def _innermost_box(part: Box, site: str) -> Box | None:
-    """The innermost box that a site lies in; None where it lies in a copy of one that is drawn."""
-    for inner in part.parts:
+def _innermost_box(box: Box, site: str) -> Box | None:
+    """Return the innermost box that a site lies in, or None where it lies in a copy of a box."""
+    for inner in box.parts:
         if any(_contains_site(call, site) for call in inner.copies):
             return None
         if inner.kind == "module" and _contains_site(inner.call, site):
             return _innermost_box(inner, site)
-    return part
+    return box
 
 
 def _contains_site(call: str, site: str) -> bool:
     return f"{site}.".startswith(f"{call.partition('@')[0]}.")
 
 
-def _connect_boxes(graph: Box, rows: Sequence[Row], stands_for: Mapping[int, int]) -> None:
-    """Give every box the links between the boxes inside it, through the borders that a value crosses."""
+def _connect_boxes(graph: Box, rows: Sequence[Row], drawn_as: Mapping[int, int]) -> None:
+    """Set the links of every box, through the borders that a value crosses."""
     chains: dict[int, tuple[Box, ...]] = {}
     _collect_chains(graph, (graph,), chains)
-    found: dict[Box, dict[tuple[int, int, int], BoxLink]] = {}
-    pairs = ((_drawn_row(ref, stands_for), readers) for index, readers in chains.items() for ref in rows[index].refs)
-    for value, readers in pairs:
-        for around, link in _link_path(value, chains[value], readers):
-            found.setdefault(around, {})[link.value, id(link.source), id(link.target)] = link
-    for part, links in found.items():
-        part.links = tuple(links.values())
+    found: dict[Box, dict[BoxLink, None]] = {}
+    for index, readers in chains.items():
+        for value in (_drawn_row(ref, drawn_as) for ref in rows[index].refs):
+            for box, link in _link_path(value, chains[value], readers):
+                found.setdefault(box, {})[link] = None
+    for box, links in found.items():
+        box.links = tuple(links)
 
 
-def _drop_unread(part: Box) -> bool:
-    """Drop loose rows that nothing reads; whether any were."""
-    dropped = [_drop_unread(inner) for inner in part.parts]
-    read = {link.source for link in part.links}
-    unread = {inner for inner in part.parts if inner.kind == "ops" and inner not in read}
-    part.parts = tuple(inner for inner in part.parts if inner not in unread)
-    part.links = tuple(link for link in part.links if link.target not in unread)
+def _drop_unread(box: Box) -> bool:
+    """Drop loose rows that nothing reads, and return whether there were any."""
+    dropped = [_drop_unread(inner) for inner in box.parts]
+    read = {link.source for link in box.links}
+    unread = {inner for inner in box.parts if inner.kind == "ops" and inner not in read}
+    box.parts = tuple(inner for inner in box.parts if inner not in unread)
+    box.links = tuple(link for link in box.links if link.target not in unread)
     return bool(unread) or any(dropped)
 
 
-def _collect_chains(part: Box, around: tuple[Box, ...], chains: dict[int, tuple[Box, ...]]) -> None:
-    for inner in part.parts:
-        _collect_chains(inner, (*around, inner), chains)
-    if not part.parts:
-        chains.update(dict.fromkeys(part.rows, around))
+def _collect_chains(box: Box, chain: tuple[Box, ...], chains: dict[int, tuple[Box, ...]]) -> None:
+    """Collect the boxes around each row, from the graph to the innermost."""
+    for inner in box.parts:
+        _collect_chains(inner, (*chain, inner), chains)
+    if not box.parts:
+        chains.update(dict.fromkeys(box.rows, chain))
 
 
-def _drawn_row(index: int, stands_for: Mapping[int, int]) -> int:
-    while index in stands_for:
-        index = stands_for[index]
+def _drawn_row(index: int, drawn_as: Mapping[int, int]) -> int:
+    while index in drawn_as:
+        index = drawn_as[index]
     return index
 
 
 def _link_path(value: int, source: tuple[Box, ...], target: tuple[Box, ...]) -> Iterator[tuple[Box, BoxLink]]:
-    """(box, link in it) from the box that gives a value to the one that reads it."""
+    """Yield (box, link in it) from the box that gives a value to the box that reads it."""
     common = 0
     while common < min(len(source), len(target)) and source[common] is target[common]:
         common += 1
     if common in (len(source), len(target)):
-        return  # within one box of which no inside is drawn
+        return  # both ends are in one box whose inside is not drawn
     for outer, inner in zip(source[common:], source[common + 1 :], strict=False):
         yield outer, BoxLink(value, inner, None)
     yield source[common - 1], BoxLink(value, source[common], target[common])

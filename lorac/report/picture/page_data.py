@@ -158,7 +158,7 @@ class LevelTable:
         printer, enclosing = SectionPrinter(dump, notes), _enclosing_sections(build_sections(dump))
         modules = (row.modules[-1] if row.modules else "" for row in dump.rows)
         for call, rows in itertools.groupby(enumerate(modules), key=operator.itemgetter(1)):
-            lines = (line for index, _ in rows for line in printer.row(dump.rows[index], enclosing[index]))
+            lines = (line for index, _ in rows for line in printer.format_row(dump.rows[index], enclosing[index]))
             group = tuple(self.lines.number((line.left, line.type, line.note, line.role)) for line in lines)
             yield self.calls.number(call), self.groups.number(group)
 
