@@ -1,4 +1,4 @@
-"""explain: per site what was done with each adapter, what it costs, and why not something cheaper."""
+"""``compiled.explain()``: how each adapter runs at each site, its cost, and why nothing cheaper does."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from lorac.report.terms import (
     FUSED,
     LEFT_OUT,
     LIVE,
+    UNUSED,
     TermDescription,
     describe_terms,
     describe_variant,
@@ -34,30 +35,27 @@ from lorac.report.terms import (
 )
 
 _Row = TypeVar("_Row", "TermRow", "AdapterRow")
-UNUSED = "unused"
-"""The state of a term at a site whose result the program does not use."""
 _FOLD_LIMIT = 3
-"""More adapters than these, of which the same is to be said, are one line."""
+"""Lines that differ only in their adapters become one where there are more than these."""
 _LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")
 
 
 @dataclass(frozen=True)
 class TermRow:
-    """What became of one adapter at one site.
+    """One adapter at one site.
 
     Attributes:
         site: path of the site.
-        kind: what the site computes.
+        kind: kind of the site.
         shape: (in, out).
         adapter: the adapter's name.
         form: its normal form, with rank or count.
-        state: what the active choice did with it, or would do where it is off (``lorac.report.terms.STATES``);
-            ``unused`` where no output of the program depends on the site.
+        state: how the active choice runs it, or would run it where it is off (``lorac.report.terms.STATES``).
         strength: in the active choice; 0: off.
-        slots: which of the site's slots it fills: roles, or a branch's parameters.
-        dtype: dtype it is computed in.
+        slots: the slots of the site that it fills: roles, or parameters of a branch.
+        dtype: dtype of its computation.
         nbytes: size of its tensors.
-        swap: what switching to it costs.
+        swap: the cost of switching to it.
         reasons: why it has no cheaper form or place.
     """
 
@@ -77,11 +75,11 @@ class TermRow:
 
 @dataclass(frozen=True)
 class AdapterRow:
-    """One adapter: its method, where it sits and how large it is.
+    """One adapter: its method, states and size.
 
     Attributes:
         name, method: the adapter's name; its method and hyper-parameters.
-        states: how many of its terms are in which state.
+        states: state -> number of its terms in it.
         nbytes: size of its tensors in their normal form.
         strength: in the active choice; 0: off.
     """
@@ -95,14 +93,14 @@ class AdapterRow:
 
 @dataclass(frozen=True)
 class ProgramRow:
-    """A graph that runs as a program: what it does not do as the model does.
+    """The limits of a graph that runs as a program, compared with the model.
 
     Attributes:
-        graph: its name; of a single model empty.
-        fixed: the axes whose size the trace of the model fixed, at which, and the line of the model that did, where
-            that is known: (input, axis, size, line).
-        sizes: what the sizes that vary must meet, those that must merely be equal left out.
-        notes: what else whoever calls it should know.
+        graph: its name; empty for a single model.
+        fixed: (input, axis, size, line) of each axis that the trace of the model fixed; the line of the model that
+            fixed it, or None where that is not known.
+        sizes: conditions on the sizes that vary, except plain equality.
+        notes: further notes for callers.
     """
 
     graph: str
@@ -113,18 +111,18 @@ class ProgramRow:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What ``compiled.explain()`` answers; ``str`` of it is for people.
+    """The result of ``compiled.explain()``; its ``str`` is for people.
 
     Attributes:
         target, mode, active: as compiled; the active choice in one line.
         adapters: one row per adapter.
         terms: one row per adapter and site.
         reserved: paths of sites that have slots and no adapter.
-        bare: paths of sites that run as the model has them.
-        casts: (dtype of the model, or asked for, dtype the target computes in), where it lacks the first.
-        programs: what is to be known of each graph that runs as a program.
-        asked: another target that was asked about; empty, where none was.
-        lacking: what that one would not compute, each op with the module and the line that ask for it.
+        bare: paths of sites without slots.
+        casts: (dtype of the model or the request, dtype of the computation), where the target lacks the first.
+        programs: the limits of each graph that runs as a program.
+        asked: another target to compare with; empty: none.
+        lacking: the ops that this target does not compute, each with its module and source line.
     """
 
     target: str
@@ -149,12 +147,11 @@ def explain(
     asked: str = "",
     lacking: tuple[str, ...] = (),
 ) -> Explanation:
-    """The report of a compiled model, as it is now.
+    """Return the explanation of a compiled model in its present state.
 
     Args:
-        compiled: the model.
-        casts: (dtype of the model or of the request, dtype of the target), for dtypes that the target lacks.
-        asked, lacking: another target, and what it would not compute.
+        compiled: the model, a ``SwitchableModel``.
+        casts, asked, lacking: as in ``Explanation``.
     """
     plans: Mapping[str, SitePlan] = compiled.plans
     terms = describe_terms(compiled.pool, plans, mode=compiled.mode, snapshot=compiled.snapshot)
@@ -178,17 +175,17 @@ def explain(
 
 
 def _mark_unused(row: TermRow) -> TermRow:
-    """The row of a term at a site that no output depends on: there is no slot, whatever is active."""
+    """Return the row of a term at a site that no output depends on, which has no slot."""
     return replace(row, state=UNUSED, slots=(), swap="none: no output depends on it", reasons=())
 
 
-def _program_row(name: str, signature: Interface) -> ProgramRow:
-    sizes = signature.sizes
+def _program_row(name: str, interface: Interface) -> ProgramRow:
+    sizes = interface.sizes
     return ProgramRow(
         graph="" if name == MAIN_GRAPH else name,
         fixed=tuple((n, axis, sizes.shapes[n][axis] or 0, sizes.lines.get((n, axis))) for n, axis in sizes.fixed),
         sizes=sizes.notable,
-        notes=signature.notes,
+        notes=interface.notes,
     )
 
 
@@ -211,7 +208,7 @@ def _term_row(term: TermDescription, site: Site) -> TermRow:
 
 
 def _term_reasons(term: TermDescription) -> tuple[Reason, ...]:
-    """Those of the term; of a branch that nothing more is known of, what it has in common with all."""
+    """Return the reasons of a term; a branch without any has the reason of all branches."""
     if term.reasons or term.unfusable is None:
         return tuple(dict.fromkeys(term.reasons))
     return (Reason(term.adapter, term.site, term.unfusable),)
@@ -219,12 +216,11 @@ def _term_reasons(term: TermDescription) -> tuple[Reason, ...]:
 
 def _compute_dtype(term: TermDescription, site: Site) -> str:
     floating = [part.dtype for part in term.parts if part.dtype.is_floating_point]
-    own = floating[0] if floating else site.dtype
-    return short_dtype(own if own == site.dtype or term.state == LIVE else site.dtype)
+    return short_dtype(floating[0] if floating and term.state == LIVE else site.dtype)
 
 
 def _swap_cost(term: TermDescription, site: Site) -> str:
-    """What switching to the adapter alone costs at this site, by its form (docs/architecture.md, invariant 7)."""
+    """Return the cost of switching to the adapter alone at a site, by its form (docs/architecture.md, invariant 7)."""
     weight = math.prod(site.kernel) * torch.empty(0, dtype=site.dtype).element_size()
     if term.state in (BAKED, LEFT_OUT):
         return "none: constants of the program"
@@ -267,19 +263,19 @@ def _explanation_lines(report: Explanation) -> Iterator[str]:
 
 
 def _program_lines(program: ProgramRow) -> Iterator[str]:
-    """A program's sizes and notes, a line each."""
+    """Yield the sizes and notes of a program, a line each."""
     for name, axis, size, line in program.fixed:
         at = f", at {line}" if line else ""
-        yield f"size {size} alone on axis {axis} of '{name}': the trace of the model fixed it{at}"
+        yield f"axis {axis} of '{name}' is fixed to {size} by the trace of the model{at}"
     if program.sizes:
-        told = [shorten_condition(text) for text in program.sizes[:_FOLD_LIMIT]]
-        more = len(program.sizes) - len(told)
-        yield f"sizes: {', '.join(told)}" + (f" and {more} more conditions" if more else "")
+        shown = [shorten_condition(text) for text in program.sizes[:_FOLD_LIMIT]]
+        more = len(program.sizes) - len(shown)
+        yield f"sizes: {', '.join(shown)}" + (f" and {more} more conditions" if more else "")
     yield from program.notes
 
 
 def _site_lines(report: Explanation) -> Iterator[str]:
-    """Sites, those that differ only in the number of their layer together; their terms below, in columns."""
+    """Yield the sites with their terms in columns; sites that differ only in the number of their layer are one."""
     groups: dict[tuple[str, tuple[TermRow, ...]], int] = {}
     by_site: dict[str, list[TermRow]] = {}
     for row in report.terms:
@@ -300,23 +296,23 @@ def _site_lines(report: Explanation) -> Iterator[str]:
 
 
 def _without_site(row: TermRow) -> TermRow:
-    """A row without its site, equal for sites where the same happens."""
+    """Return a row without its site, by which rows of similar sites are equal."""
     return replace(row, site="", reasons=tuple(replace(reason, site="") for reason in row.reasons))
 
 
 def _without_adapter(row: TermRow) -> TermRow:
-    """A row without its adapter, equal for adapters of which the same is to be said."""
+    """Return a row without its adapter, by which rows of similar adapters are equal."""
     own = (replace(reason, adapter="") if reason.adapter == row.adapter else reason for reason in row.reasons)
     return replace(row, adapter="", reasons=tuple(own))
 
 
 def _fold_rows(rows: Sequence[_Row], key: Callable[[_Row], object]) -> Iterator[tuple[_Row, list[str]]]:
-    """Rows in order; those of many adapters of which the same is to be said once, with all the adapters' names."""
-    alike: dict[str, list[str]] = {}
+    """Yield the rows with the names of their adapters; rows that are equal for many adapters are yielded once."""
+    names_by_key: dict[str, list[str]] = {}
     for row in rows:
-        alike.setdefault(repr(key(row)), []).append(_adapter_name(row))
+        names_by_key.setdefault(repr(key(row)), []).append(_adapter_name(row))
     for row in rows:
-        names = alike[repr(key(row))]
+        names = names_by_key[repr(key(row))]
         if len(names) <= _FOLD_LIMIT:
             yield row, [_adapter_name(row)]
         elif names[0] == _adapter_name(row):
@@ -338,7 +334,7 @@ def _term_cells(row: TermRow, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _slot_legend(report: Explanation) -> Iterator[str]:
-    """What the letters of the slots shown stand for."""
+    """Yield the meanings of the slots' letters."""
     shown = {role for row in report.terms if row.form != BRANCH for role in row.slots}
     meanings = [f"{role.letter} {role.meaning}" for role in ROLES.values() if role.name in shown]
     if meanings:

@@ -1,11 +1,11 @@
-"""Terms as a person reads them: what one adapter comes to at one site, in its normal form."""
+"""Terms as people read them: one adapter at one site, in its normal form."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Protocol
 
 import torch
 
@@ -17,15 +17,25 @@ from lorac.ir.slots.composition import ComposedSite, ComposedWeights, place_chan
 from lorac.ir.slots.plans import BranchSlot, BranchTerm, PreparedAdapter, Reason, SitePlan
 from lorac.ir.slots.roles import ROLES, tensors_by_role
 
-LIVE, BOUND, FUSED, BAKED, LEFT_OUT = "live", "bound", "fused", "baked", "left out"
+LIVE, BOUND, FUSED, BAKED, LEFT_OUT, UNUSED = "live", "bound", "fused", "baked", "left out", "unused"
 STATES = {
-    LIVE: "beside the weight",
+    LIVE: "next to the weight",
     BOUND: "merged weight, bound as an input",
     FUSED: "merged weight, written in place",
     BAKED: "merged weight, a constant of the program",
     LEFT_OUT: "baked without it",
+    UNUSED: "no output of the program depends on the site",
 }
-"""What the active choice does with a term. Of one that is off, what a swap to its adapter alone would do."""
+"""How the active choice runs a term. For a term that is off: how a swap to its adapter alone would run it."""
+
+
+class DescribedMethod(Protocol):
+    """A method with its hyper-parameters."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def own_settings(self) -> Mapping[str, object]: ...
 
 
 @dataclass(frozen=True)
@@ -46,14 +56,14 @@ class TermDescription:
         adapter: its name.
         site: path of the site.
         form: ``"low-rank"``, ``"sparse"``, ``"dense"`` or ``"branch"``.
-        size: ``r=8`` or ``k=400 (1 %)``; empty where shapes say it all.
+        size: ``r=8`` or ``k=400 (1 %)``; empty where the shapes are enough.
         parts: its tensors.
-        state: what the active choice did with it, one of ``STATES``.
+        state: how the active choice runs it, one of ``STATES``.
         strength: its strength in the active choice, 0 where it is off.
-        slots: names of the slots it fills: roles, or a branch's parameters.
-        reasons: why it has no cheaper form, then why no cheaper place.
+        slots: names of the slots that it fills: roles, or parameters of a branch.
+        reasons: why it has no cheaper form, then why it has no cheaper place.
         unfusable: why it cannot be merged into the weight, or None.
-        flops: multiplications and additions per token that it costs while active.
+        flops: its multiplications and additions per token while it is active.
     """
 
     adapter: str
@@ -77,13 +87,13 @@ class TermDescription:
 def describe_terms(
     prepared: Mapping[str, PreparedAdapter], plans: Mapping[str, SitePlan], *, mode: str, snapshot: ComposedWeights
 ) -> dict[str, tuple[TermDescription, ...]]:
-    """Site path -> its terms, by adapter name.
+    """Return the terms of each site that has some, sorted by adapter.
 
     Args:
         prepared: adapters in their normal forms.
-        plans: the sites' slots.
+        plans: the slots of the sites.
         mode: ``"live"``, ``"fused"`` or ``"baked"``.
-        snapshot: the active choice, and what it fills.
+        snapshot: the active choice, and the slots that it fills.
     """
     found: dict[str, list[TermDescription]] = {path: [] for path in plans}
     strengths = choice_strengths(snapshot.choice)
@@ -103,26 +113,24 @@ def describe_terms(
     return {path: tuple(terms) for path, terms in found.items() if terms}
 
 
-def describe_variant(variant: Any) -> str:
-    """A method and its own hyper-parameters, in one line: ``dora r=8 alpha=16``."""
-    common = {name for base in type(variant).__mro__[1:] for name in getattr(base, "__annotations__", ())}
-    parts = [str(variant.name)]
-    for name, value in variant.settings.items():
-        if name in common or not value or not isinstance(value, int | float | str):
-            continue
-        parts.append(name if value is True else f"{name}={value if isinstance(value, str) else f'{value:g}'}")
+def describe_variant(variant: DescribedMethod) -> str:
+    """Return a method and its own hyper-parameters in one line: ``dora r=8 alpha=16``."""
+    parts = [variant.name]
+    for name, value in variant.own_settings.items():
+        if value and isinstance(value, int | float | str):
+            parts.append(name if value is True else f"{name}={value if isinstance(value, str) else f'{value:g}'}")
     return " ".join(parts)
 
 
 def format_reason(reason: Reason, names: Collection[str]) -> str:
-    """A reason, where it is said what the terms of some adapters come to: those need not be named."""
+    """Return a reason for a line about some adapters, which need not be named again."""
     if reason.adapter is None or reason.adapter in names:
         return reason.why
     return f"active together with it, {reason}"
 
 
 def format_size(nbytes: float) -> str:
-    """Bytes in a unit that suits them."""
+    """Return a number of bytes in a suitable unit."""
     for unit in ("B", "kB", "MB"):
         if nbytes < 1000:
             return f"{nbytes:.3g} {unit}"
@@ -151,12 +159,12 @@ def _term_state(here: ComposedSite, mode: str, strength: float) -> str:
 
 
 def _filled_roles(change: Change, here: ComposedSite) -> tuple[str, ...]:
-    """Those of the slots that a sum fills to which one of its values brings something."""
-    own = {letters.WEIGHT}
+    """Return the filled slots to which a change contributes."""
+    roles = {letters.WEIGHT}
     if isinstance(change, LowRank) and letters.WEIGHT not in here.into:
-        own = set(tensors_by_role(change))
-    own |= {letters.BIAS} if change.e is not None else set()
-    return tuple(role for role in here.into if role in own)
+        roles = set(tensors_by_role(change))
+    roles |= {letters.BIAS} if change.e is not None else set()
+    return tuple(role for role in here.into if role in roles)
 
 
 def _describe_branch_term(
@@ -201,5 +209,5 @@ def _count_low_rank_flops(change: LowRank, site: Site) -> int:
 
 
 def count_branch_flops(slot: BranchSlot) -> int:
-    """Multiplications and additions per token of a branch whose matrices are each applied once."""
+    """Return the multiplications and additions per token of a branch that applies each matrix once."""
     return sum(2 * math.prod(shape) if len(shape) > 1 else math.prod(shape) for shape in slot.params.values())

@@ -69,7 +69,7 @@ def test_fused() -> None:
 
 
 def test_what_cannot_add_up_is_bound_only_together() -> None:
-    """Outputs and inputs are changed: alone each goes beside the weight, the sum of both through it."""
+    """Outputs and inputs are scaled: alone each runs next to the weight, their sum through a merged weight."""
     scales = lorac.IA3(targets=["query"], feedforward=["query"])
     compiled = _compiled({"style": ADAPTERS["style"], "scales": scales}, active={"style": 1.0, "scales": 1.0})
     for name in ("style", "scales"):

@@ -183,9 +183,9 @@ def test_unknown_stage_and_module(compiled: lorac.Compiled) -> None:
         compiled.graph["main"].at("model.layers.9")
 
 
-def test_a_loaded_artefact_says_that_it_has_no_graph(tmp_path: Path) -> None:
+def test_a_loaded_artifact_says_that_it_has_no_graph(tmp_path: Path) -> None:
     lorac.compile(Stack(), adapters=[lorac.LoRA(r=2)], example_inputs=(torch.randn(2, 5, 10),)).save(tmp_path / "it")
-    with pytest.raises(Unavailable, match="artefact"):
+    with pytest.raises(Unavailable, match="artifact"):
         _ = lorac.load(tmp_path / "it").graph
 
 
