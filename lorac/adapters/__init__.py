@@ -1,1 +1,1 @@
-"""What makes an adapter ready, or turns one into another."""
+"""Steps that make an adapter ready to run, or convert one adapter into another."""

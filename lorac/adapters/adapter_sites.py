@@ -1,4 +1,4 @@
-"""The sites that a model has because an adapter names them: modules, and what an adapter computes once per call."""
+"""Sites that a model has because an adapter names them: modules, and values that an adapter computes once per call."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from lorac.variants.base import BranchVariant, Variant
 
 
 def add_named_modules(variant: Variant, view: ModelView) -> ModelView:
-    """All sites, those among them that the modules become which a method's ``targets`` name.
+    """Add sites for the modules that a method's ``targets`` name.
 
-    A list means what it names; of what one regular expression matches, modules whose structure does not tell their
-    width are left out.
+    A list means the modules that it names; of those that one regular expression matches, modules whose widths cannot be
+    inferred are left out.
 
     Raises:
-        SiteError: the structure of a module that a list names does not tell its width.
+        SiteError: the widths of a module that a list names cannot be inferred.
     """
     targets = variant.targets
     branches = any(isinstance(one, BranchVariant) and SiteKind.BLOCK in one.kinds for one in variant.methods)
@@ -42,7 +42,7 @@ def add_named_modules(variant: Variant, view: ModelView) -> ModelView:
 
 
 def add_adapted_modules(adapter: Adapter, view: ModelView) -> ModelView:
-    """All sites, those among them that modules become at which an adapter of a branch has tensors."""
+    """Add sites for the modules at which an adapter of a branch has tensors."""
     if not any(isinstance(one, BranchVariant | MissingMethod) for one in adapter.variant.methods):
         return view
     missing = adapter.tensors.keys() - view.sites.keys()
@@ -51,30 +51,31 @@ def add_adapted_modules(adapter: Adapter, view: ModelView) -> ModelView:
 
 
 def make_once_sites(adapter: Adapter, sites: Mapping[str, Site]) -> dict[str, Site]:
-    """The site at which an adapter computes what it computes once per call, where it does."""
+    """Return the site at which an adapter computes its values once per call, if it has any."""
     path = get_once_path(adapter)
     return {path: make_once_site(path, sites[next(iter(adapter.tensors))].dtype)} if path else {}
 
 
 _PATHS: WeakKeyDictionary[Adapter, str] = WeakKeyDictionary()
-"""Adapter -> what follows: in training it is asked at every site of every step."""
+"""Adapter -> its path, which training asks for at every site of every step."""
 
 
 def get_once_path(adapter: Adapter) -> str:
-    """The path of that site; empty where a method computes nothing once.
+    """Return the path of that site; empty where a method computes nothing once per call.
 
-    Adapters of one structure have one: method and settings are the same, and the shapes of tensors at the same sites.
+    Adapters of one structure share it: the method, its settings, the sites and the shapes of the tensors there are
+    equal.
     """
     variant = adapter.variant
     if not (isinstance(variant, BranchVariant) and variant.has_once):
         return ""
     if adapter not in _PATHS:
-        told = [repr(sorted(variant.own_settings.items())), *_spelled(adapter.tensors)]
-        digest = hashlib.blake2b("\0".join(told).encode(), digest_size=4).hexdigest()
+        parts = [repr(sorted(variant.own_settings.items())), *_describe_shapes(adapter.tensors)]
+        digest = hashlib.blake2b("\0".join(parts).encode(), digest_size=4).hexdigest()
         _PATHS[adapter] = f"{ONCE_PREFIX}{variant.name}-{digest}"
     return _PATHS[adapter]
 
 
-def _spelled(tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> Iterable[str]:
-    for path, held in sorted(tensors.items()):
-        yield f"{path} {sorted((name, tuple(tensor.shape)) for name, tensor in held.items())}"
+def _describe_shapes(tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> Iterable[str]:
+    for path, parameters in sorted(tensors.items()):
+        yield f"{path} {sorted((name, tuple(tensor.shape)) for name, tensor in parameters.items())}"

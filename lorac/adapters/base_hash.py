@@ -1,4 +1,4 @@
-"""A fingerprint of the base weights an adapter was made for."""
+"""A hash of the base weights that an adapter was made for."""
 
 from __future__ import annotations
 
@@ -20,50 +20,50 @@ _FORM = re.compile(r"[0-9a-f]{32}")
 
 @pause_clock()
 def compute_base_hash(view: ModelView, paths: Iterable[str], *, dtype: torch.dtype | None = None) -> str:
-    """A stable hash over the base weights of the sites at `paths`.
+    """Return a stable hash of the base weights of the sites at ``paths``.
 
     Args:
-        view: The base.
-        paths: Site paths; order and repetition do not matter.
-        dtype: Hash the weights as cast to it, instead of as they are.
+        view: the base.
+        paths: site paths; order and repetition do not matter.
+        dtype: hash the weights as cast to it, instead of unchanged.
 
     Returns:
-        "<dtype>:<blake2b of path, dtype, shape and bytes of each weight>", dtype "mixed" where the
-        weights have several.
+        "<dtype>:<blake2b of path, dtype, shape and bytes of each weight>", dtype "mixed" where the weights have
+        several.
     """
     digest = hashlib.blake2b(digest_size=16)
     dtypes = set()
-    for name, stored in _weights(view, paths):
+    for name, stored in _iter_weights(view, paths):
         weight = stored if dtype is None else stored.to(dtype)
         dtypes.add(weight.dtype)
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
         digest.update(raw_bytes(weight))
-    return f"{_label(dtypes)}:{digest.hexdigest()}"
+    return f"{_dtype_name(dtypes)}:{digest.hexdigest()}"
 
 
 @pause_clock()
 def compute_tensor_hash(tensor: torch.Tensor) -> str:
-    """A stable hash of one tensor, in the form of `base_hash`."""
+    """Return a stable hash of one tensor, in the form of ``compute_base_hash``."""
     digest = hashlib.blake2b(f"{tuple(tensor.shape)}\n".encode(), digest_size=16)
     digest.update(raw_bytes(tensor))
-    return f"{_label({tensor.dtype})}:{digest.hexdigest()}"
+    return f"{_dtype_name({tensor.dtype})}:{digest.hexdigest()}"
 
 
 def check_copy(name: str, parameter: str, recorded: str, tensor: torch.Tensor) -> None:
-    """Hold the recorded hash of a saved copy against the model's own tensor, as `check_base` does.
+    """Check the recorded hash of a saved copy against the model's own tensor, as ``check_base`` does.
 
     Raises:
-        AdapterError: They differ, or it is no hash.
+        AdapterError: they differ, or the record is not a hash.
     """
-    label, own = _parse_recorded_dtype(name, recorded), _label({tensor.dtype})
-    if label != own and not _wider(own, label):
+    recorded_dtype, own_dtype = _parse_recorded_dtype(name, recorded), _dtype_name({tensor.dtype})
+    if recorded_dtype != own_dtype and not _is_wider(own_dtype, recorded_dtype):
         return
-    if compute_tensor_hash(tensor.to(getattr(torch, label))) != recorded:
+    if compute_tensor_hash(tensor.to(getattr(torch, recorded_dtype))) != recorded:
         raise copy_mismatch_error(name, parameter)
 
 
 def copy_mismatch_error(name: str, parameter: str) -> AdapterError:
-    """The error for an adapter saved with a copy of a parameter of which the model has another value."""
+    """Return the error for an adapter saved with a copy of a parameter that differs from the model's."""
     return AdapterError(
         f"adapter '{name}' was saved with a copy of '{parameter}', and this model's differs",
         next_step="load the base it was trained on; if its vocabulary was resized, copy the saved embedding into the "
@@ -73,22 +73,22 @@ def copy_mismatch_error(name: str, parameter: str) -> AdapterError:
 
 
 def check_base(name: str, recorded: str, view: ModelView, paths: Iterable[str]) -> None:
-    """Hold a recorded hash against the model.
+    """Check a recorded hash against the model.
 
-    A model in a wider dtype than the recorded one is compared as cast to it. In a narrower one the
-    original cannot be told, and nothing is checked; nor can it under a quantised weight.
+    A model in a wider dtype than the recorded one is compared as cast to it. In a narrower dtype, or under a quantised
+    weight, the original values are unknown and nothing is checked.
 
     Raises:
-        AdapterError: The weights are others, or what was recorded is no hash.
+        AdapterError: the weights differ, or the record is not a hash.
     """
-    label, paths = _parse_recorded_dtype(name, recorded), tuple(paths)
+    recorded_dtype, paths = _parse_recorded_dtype(name, recorded), tuple(paths)
     if any(view.sites[path].packed for path in paths if path in view.sites):
         return
-    own = _label({weight.dtype for _, weight in _weights(view, paths)})
-    if label == own:
+    own_dtype = _dtype_name({weight.dtype for _, weight in _iter_weights(view, paths)})
+    if recorded_dtype == own_dtype:
         found = compute_base_hash(view, paths)
-    elif _wider(own, label):
-        found = compute_base_hash(view, paths, dtype=getattr(torch, label))
+    elif _is_wider(own_dtype, recorded_dtype):
+        found = compute_base_hash(view, paths, dtype=getattr(torch, recorded_dtype))
     else:
         return
     if found != recorded:
@@ -101,24 +101,24 @@ def check_base(name: str, recorded: str, view: ModelView, paths: Iterable[str]) 
 
 
 def _parse_recorded_dtype(name: str, recorded: str) -> str:
-    """The dtype's name in a recorded hash.
+    """Return the name of the dtype in a recorded hash.
 
     Raises:
-        AdapterError: There is no such dtype, or no hash behind it: whatever it was to say cannot be checked.
+        AdapterError: the record is not a hash that lorac writes.
     """
-    label, _, digest = recorded.partition(":")
-    known = label == _MIXED or isinstance(getattr(torch, label, None), torch.dtype)
+    recorded_dtype, _, digest = recorded.partition(":")
+    known = recorded_dtype == _MIXED or isinstance(getattr(torch, recorded_dtype, None), torch.dtype)
     if not known or not _FORM.fullmatch(digest):
         raise AdapterError(
-            f"adapter '{name}' recorded {recorded!r} of its base weights, which is no hash that lorac writes",
+            f"adapter '{name}' recorded {recorded!r} of its base weights, which is not a hash that lorac writes",
             next_step="copy or download the file again: it was changed",
             code="base_mismatch",
         )
-    return label
+    return recorded_dtype
 
 
-def _weights(view: ModelView, paths: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and value of every weight of the sites, by name; of a block or another module, all its parameters."""
+def _iter_weights(view: ModelView, paths: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield name and value of every weight of the sites, by name; for a module without a weight, all its parameters."""
     for path in sorted(set(paths)):
         weight = view.sites[path].weight if path in view.sites else None
         if weight is not None:
@@ -129,13 +129,13 @@ def _weights(view: ModelView, paths: Iterable[str]) -> Iterator[tuple[str, torch
             yield name, parameter.detach()
 
 
-def _label(dtypes: set[torch.dtype]) -> str:
+def _dtype_name(dtypes: set[torch.dtype]) -> str:
     return str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else _MIXED
 
 
-def _wider(own: str, label: str) -> bool:
-    """Whether every value of dtype `label` is one of dtype `own`."""
-    if _MIXED in (own, label) or not isinstance(getattr(torch, label, None), torch.dtype):
+def _is_wider(own_dtype: str, recorded_dtype: str) -> bool:
+    """Return whether every value of dtype ``recorded_dtype`` is one of dtype ``own_dtype``."""
+    if _MIXED in (own_dtype, recorded_dtype) or not isinstance(getattr(torch, recorded_dtype, None), torch.dtype):
         return False
-    wide, narrow = getattr(torch, own), getattr(torch, label)
+    wide, narrow = getattr(torch, own_dtype), getattr(torch, recorded_dtype)
     return bool(torch.promote_types(wide, narrow) == wide)

@@ -19,43 +19,45 @@ Tensor = torch.Tensor
 
 
 def make_branch_term(adapter: Adapter, site: Site, *, detach: bool = True) -> BranchTerm:
-    """A term that stays a branch, with the structure other adapters must have to take its slot.
+    """Return the term of a site that stays a branch, with the structure that adapters of its slot share.
 
-    Where the method computes something once, what its sites share is not among the term's tensors.
+    Where the method computes values once per call, the tensors that its sites share are not among the term's.
     """
-    here, tensors, once = adapter.variant.at(site), adapter.tensors[site.path], get_once_path(adapter)
-    assert isinstance(here, BranchVariant)
+    variant, tensors, once = adapter.variant.at(site), adapter.tensors[site.path], get_once_path(adapter)
+    assert isinstance(variant, BranchVariant)
     if once:
-        tensors = {name: tensors[name] for name, spec in here.specs(site).items() if not spec.shared}
-    slot = _slot(here, here.branch, tensors, once, site.path)
+        tensors = {name: tensors[name] for name, spec in variant.specs(site).items() if not spec.shared}
+    slot = _make_slot(variant, variant.branch, tensors, once, site.path)
     return BranchTerm(
-        replace(slot, emits=here.emits, reads=here.reads(site), instead=here.instead),
-        _given(tensors, site, detach=detach),
+        replace(slot, emits=variant.emits, reads=variant.reads(site), instead=variant.instead),
+        _cast_parameters(tensors, site, detach=detach),
     )
 
 
 def make_once_term(adapter: Adapter, sites: Mapping[str, Site], *, detach: bool = True) -> BranchTerm:
-    """What an adapter computes once per call, as the term of a site of its own (``lorac.adapters.adapter_sites``)."""
+    """Return the term of the site at which an adapter computes its values once per call."""
     variant, first = adapter.variant, sites[adapter.sites[0]]
     assert isinstance(variant, BranchVariant)
     shared = [name for name, spec in variant.at(first).specs(first).items() if spec.shared]
     tensors = {name: adapter.tensors[first.path][name] for name in shared}
     path = get_once_path(adapter)
-    slot = _slot(variant, variant.once, tensors, path, path)
-    return BranchTerm(replace(slot, reads=variant.reads_once(), once=""), _given(tensors, first, detach=detach))
+    slot = _make_slot(variant, variant.once, tensors, path, path)
+    return BranchTerm(
+        replace(slot, reads=variant.reads_once(), once=""), _cast_parameters(tensors, first, detach=detach)
+    )
 
 
 def describe_structure(variant: Variant) -> str:
-    """The hyper-parameters a formula may read; which sites it was asked for does not matter to it."""
+    """Return the hyper-parameters that a formula may read, as text, without the patterns that select sites."""
     return repr({name: value for name, value in variant.own_settings.items() if not name.endswith("_pattern")})
 
 
 def cast_tensor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor of numbers in a dtype; positions as they are."""
+    """Return a floating-point tensor in a dtype; integers unchanged."""
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def _slot(
+def _make_slot(
     variant: BranchVariant, function: Callable[..., Any], tensors: Mapping[str, Tensor], once: str, path: str
 ) -> BranchSlot:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -63,6 +65,6 @@ def _slot(
     return BranchSlot(key, Formula(function, variant.name, path), shapes, once=once, mixes=variant.mixes_tokens)
 
 
-def _given(tensors: Mapping[str, Tensor], site: Site, *, detach: bool) -> tuple[Tensor, ...]:
+def _cast_parameters(tensors: Mapping[str, Tensor], site: Site, *, detach: bool) -> tuple[Tensor, ...]:
     dtype = factor_dtype(site.dtype)
     return tuple(cast_tensor(tensor.detach() if detach else tensor, dtype) for tensor in tensors.values())

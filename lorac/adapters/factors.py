@@ -1,4 +1,4 @@
-"""An adapter as tensors: what it does to each site, in factors where its method has them."""
+"""An adapter as tensors: its change of each site, in factors where its method has them."""
 
 from __future__ import annotations
 
@@ -23,61 +23,60 @@ from lorac.variants.adapter import Adapter
 
 Tensor = torch.Tensor
 _OUT, _IN = 9973, 9967
-"""Sizes of a site that is asked for its parameters only to see which of their axes are its outputs and inputs: primes,
-so that no axis of another meaning has them."""
+"""Sizes of a probe that shows which axes of a parameter are a site's outputs and inputs: primes, which no other axis
+has."""
 
 
 def factors(adapter: Adapter, model: nn.Module | None = None, *, dtype: torch.dtype | None = None) -> dict[str, Change]:
-    """What an adapter does to each site at strength 1: low-rank factors where the method has them, else W' itself.
+    """Return an adapter's change of each site at strength 1: low-rank factors where the method has them, else W'.
 
-    Each site's change is one of these, told by its class; b' = b + e, and e (out,) is None where the bias stays:
+    Each change is of one of these classes; b' = b + e, and e (out,) is None where the bias stays:
 
     - ``LowRank``: W' = c∘W·Tᵀ∘d + h∘(A∘g·B)ᵀ with the attributes ``a``, A (in, R), ``b``, B (R, out), ``e``, and
-      ``parts``, which has those of the others by letter that are not 1: ``"c"`` (out,), ``"d"`` (in,), ``"t"``, the
-      blocks (n, k, k) of T, ``"g"`` (R,), ``"h"`` (out,). ``folded()`` works g and h into b, ``rank`` is R.
+      ``parts``: those of the other operands that are not 1, by letter: ``"c"`` (out,), ``"d"`` (in,), ``"t"``, the
+      blocks (n, k, k) of T, ``"g"`` (R,), ``"h"`` (out,). ``folded()`` multiplies g and h into b, ``rank`` is R.
     - ``Sparse``: ``values`` (k,) added to W at ``rows`` (k,) and ``cols`` (k,), and ``e``.
     - ``Dense``: ``weight`` is W' (out, in), and ``e``.
 
     W is the matrix (out, in) that sites present: kernels flattened, embeddings and GPT-2's layers transposed. A
-    parameter that is replaced and belongs to no site, such as a norm's scale, goes by its own name and is ``Dense`` in
-    its own shape.
+    replaced parameter that belongs to no site, such as a norm's scale, has its own name as path and is ``Dense`` in its
+    own shape.
 
     Args:
-        adapter: Of a method that edits weights, or whose branch comes to the same; only read, but a change may share
+        adapter: of a method that edits weights, or whose branch is equal to an edit; only read, but a change may share
             its memory.
-        model: The base; only read. Needed where a change depends on the base's weight or bias (DoRA, HiRA, whatever
-            is dense or replaced), and where the adapter's tensors do not tell the site's shape.
-        dtype: What to compute in; default: the factors' own, which is float32 over a base in half precision.
+        model: the base; only read. Needed where a change depends on the base's weight or bias (DoRA, HiRA, every dense
+            change and replacement), and where the adapter's tensors do not determine the site's shape.
+        dtype: computation dtype; default: the factors' own, which is float32 over a base in half precision.
 
     Returns:
         Site path -> change, in the adapter's order.
 
     Raises:
-        BaseNeeded: There is no model, and a change needs one.
-        CompileError: At some site the method makes a branch that is no change of a weight.
-        SiteError, AdapterError, FormatError: The adapter does not fit the model, as ``load_adapter`` says it.
-        WrongType: It is no adapter.
+        BaseNeeded: no model is given, and a change needs one.
+        CompileError: at some site the method's branch is not a change of a weight.
+        SiteError, AdapterError, FormatError: the adapter does not fit the model, as ``load_adapter`` says.
+        WrongType: ``adapter`` is not an adapter.
     """
     check_type(
         adapter, Adapter, "what lorac.factors takes apart", next_step="give an adapter: lorac.load_adapter(path)"
     )
-    return dict(
-        _iter_changes_without_model(adapter, dtype)
-        if model is None
-        else iter_changes(None, adapter, ModelView.of(model), dtype)
-    )
+    view = None if model is None else ModelView.of(model)
+    if view is None:
+        return dict(_iter_changes_without_model(adapter, dtype))
+    return dict(iter_changes(None, adapter, view, dtype))
 
 
 @torch.no_grad()
 def iter_changes(
     paths: Iterable[str] | None, adapter: Adapter, view: ModelView, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, Change]]:
-    """Site by site, so that no more than one dense change need be held, the changes of `factors`.
+    """Yield the changes of ``factors`` site by site, so that only one dense change is in memory.
 
     Args:
-        paths: Of sites the adapter touches; None: all of them.
-        adapter, dtype: As `factors` takes them.
-        view: The base.
+        paths: paths of sites that the adapter touches; None: all of them.
+        adapter, dtype: as ``factors`` takes them.
+        view: the base.
     """
     check_adapter(adapter, view)
     sites = add_adapted_modules(adapter, add_replaced_parameters(adapter, view)).sites
@@ -90,7 +89,7 @@ def iter_changes(
 
 @torch.no_grad()
 def _iter_changes_without_model(adapter: Adapter, dtype: torch.dtype | None) -> Iterator[tuple[str, Change]]:
-    """The changes as far as the adapter tells them by itself."""
+    """Yield the changes that the adapter's tensors alone determine."""
     if adapter.replaced:
         raise _base_needed(f"which site owns '{next(iter(adapter.replaced))}', which adapter '{adapter.name}' replaces")
     check_values(adapter)
@@ -110,20 +109,24 @@ def _change(preparer: Preparer, adapter: Adapter, path: str) -> Change:
     term = preparer.term(adapter, path)
     if isinstance(term, BranchTerm):
         raise CompileError(
-            f"'{adapter.name}' ({adapter.variant.name}) makes no update of the weight of '{path}'",
-            next_step="take an adapter of a method that edits weights; `lorac variants` shows which do",
+            f"'{adapter.name}' ({adapter.variant.name}) does not edit the weight of '{path}'",
+            next_step="use a method that edits weights; `lorac variants` lists them",
             code="not_mergeable",
         )
     return term
 
 
 def _infer_site(adapter: Adapter, path: str, dtype: torch.dtype | None) -> Site:
-    """The site that an adapter's tensors are shaped for, as a matrix: all that most formulas ask of a site."""
+    """Return the linear site that an adapter's tensors have the shapes for, which is all that most formulas read.
+
+    Raises:
+        BaseNeeded: the tensors do not determine it.
+    """
     tensors = adapter.tensors[path]
-    own = (tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
-    asked = Site(path, SiteKind.LINEAR, _OUT, _IN, dtype or next(own, torch.float32), weight=None)
+    dtypes = (tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    probe = Site(path, SiteKind.LINEAR, _OUT, _IN, dtype or next(dtypes, torch.float32), weight=None)
     try:
-        specs = adapter.variant.at(asked).params(asked)
+        specs = adapter.variant.at(probe).params(probe)
         found = {
             (size, actual)
             for name, spec in specs.items()
@@ -132,12 +135,12 @@ def _infer_site(adapter: Adapter, path: str, dtype: torch.dtype | None) -> Site:
         }
         [out] = [actual for size, actual in found if size == _OUT]
         [columns] = [actual for size, actual in found if size == _IN]
-        site = dataclasses.replace(asked, out_features=out, in_features=columns)
+        site = dataclasses.replace(probe, out_features=out, in_features=columns)
         check_site(adapter.name, adapter.variant, site, tensors)
-    except UnknownMethod:  # no model tells what its class would
+    except UnknownMethod:  # a model does not replace the class
         raise
     except (LoracError, ValueError) as error:
-        raise _base_needed(f"the shape of '{path}', which adapter '{adapter.name}' does not tell") from error
+        raise _base_needed(f"the shape of '{path}', which the tensors of '{adapter.name}' do not determine") from error
     return site
 
 

@@ -1,4 +1,4 @@
-"""Whether an adapter fits a model: its sites, its shapes, its values, the weights it was made for."""
+"""The check that an adapter fits a model: its sites, shapes and values, and the weights it was made for."""
 
 from __future__ import annotations
 
@@ -30,26 +30,22 @@ T = TypeVar("T")
 
 
 def check_adapter(adapter: Adapter, view: ModelView) -> None:
-    """Hold an adapter against the model it is meant for, before anything is computed from it.
+    """Check an adapter against the model it is for, before anything is computed from it.
 
-    This is the one check: files, compiling and adding at run time all come through it, so that a fault has one error
-    and one text wherever it is met. A field that an adapter's file could not hold (``provenance["left_out"]``) may
-    have shaped its tensors, so that only their names and numbers of axes are compared.
+    This is the one check: files, compiling and adding at run time all call it, so that a fault has one error and one
+    text wherever it is met. A field that an adapter's file could not hold (``provenance["left_out"]``) may have shaped
+    its tensors; then only their names and numbers of axes are compared.
 
     Args:
-        adapter: The adapter; only read.
-        view: The model, or its skeleton with the values of the adapted weights if a base hash is recorded.
+        adapter: the adapter; only read.
+        view: the model, or its skeleton with the values of the adapted weights if a base hash is recorded.
 
     Raises:
-        SiteError: A path names no site, a replaced tensor no parameter, what a branch reads no value of the
-            program, or there is nothing.
-        SiteError: The module exists, but the method or lorac cannot adapt it.
-        FormatError: A tensor is no parameter of the method.
-        AdapterError: A tensor's shape does not fit, or a parameter of the method is missing.
-        AdapterError: A tensor's numbers are of another kind than the method takes.
-        AdapterError: A position lies outside the weight, or is given twice.
-        AdapterError: A tensor or a hyper-parameter is NaN or infinite.
-        AdapterError: The base hash recorded in its file differs, or is none.
+        SiteError: a path is not a site, a replaced tensor not a parameter, a value that a branch reads does not exist,
+            the adapter is empty, or the method or lorac cannot adapt a module.
+        FormatError: a tensor is not a parameter of the method.
+        AdapterError: a parameter is missing or has another shape or dtype; a position lies outside the weight or is
+            given twice; a tensor or a hyper-parameter is NaN or infinite; the recorded base hash is another or invalid.
     """
     check_numbers(adapter.name, adapter.variant)
     if not adapter.tensors and not adapter.replaced:
@@ -66,18 +62,17 @@ def check_adapter(adapter: Adapter, view: ModelView) -> None:
         check_replaced(adapter.name, name, tensor, known)
     check_values(adapter)
     for name, copy in adapter.provenance.get("copies", {}).items():
-        check_copy(adapter.name, name, copy, _replaceable(adapter.name, name, known))
+        check_copy(adapter.name, name, copy, _find_replaced_tensor(adapter.name, name, known))
     recorded = adapter.provenance.get("base")
     if recorded:
         check_base(adapter.name, str(recorded), view, adapter.tensors)
 
 
 def check_reads(adapter: Adapter, view: ModelView) -> None:
-    """Refuse an adapter whose branches read what is no value of the program.
+    """Refuse an adapter whose branches read values that the program does not have.
 
     Raises:
-        SiteError: a name is no value.
-        SiteError: what is computed once per call reads what comes later.
+        SiteError: a name is not a value, or a value that is computed once per call reads one that comes later.
     """
     branches = [method for method in adapter.variant.methods if isinstance(method, BranchVariant)]
     if not branches:
@@ -93,21 +88,20 @@ def check_reads(adapter: Adapter, view: ModelView) -> None:
 
 
 def check_values(adapter: Adapter) -> None:
-    """Refuse an adapter that holds NaN or infinity.
+    """Refuse an adapter with NaN or infinity in its tensors.
 
     Raises:
-        AdapterError: As `check_finite`.
+        AdapterError: as ``check_finite``.
     """
     named = {f"{path}.{name}": tensor for path, at in adapter.tensors.items() for name, tensor in at.items()}
     check_finite({**named, **adapter.replaced}, f"adapter '{adapter.name}'")
 
 
 def check_numbers(adapter: str, variant: Variant) -> None:
-    """Refuse hyper-parameters that are no numbers, however deep they lie.
+    """Refuse NaN and infinity in hyper-parameters, at any depth, and impossible rates of dropout.
 
     Raises:
-        AdapterError: Naming the field.
-        AdapterError: A rate of dropout is none.
+        AdapterError: naming the field.
     """
     for field, setting in variant.settings.items():
         wrong = next(
@@ -122,29 +116,28 @@ def check_numbers(adapter: str, variant: Variant) -> None:
     rate = variant.settings.get("dropout", 0.0)
     if not isinstance(rate, int | float) or not 0 <= rate <= 1:
         raise AdapterError(
-            f"the hyper-parameter 'dropout' of adapter '{adapter}' is {rate!r}, and a rate lies between 0 and 1",
-            next_step=f"give {variant.name} the share that is dropped: dropout=0.1",
+            f"the hyper-parameter 'dropout' of adapter '{adapter}' is {rate!r}, but a rate lies between 0 and 1",
+            next_step=f"give {variant.name} a rate such as dropout=0.1",
         )
 
 
 def check_finite(tensors: Mapping[str, Tensor], owner: str) -> None:
-    """Refuse tensors that hold NaN or infinity.
+    """Refuse tensors with NaN or infinity.
 
     Args:
-        tensors: By the names that whoever gave them knows them by.
-        owner: Whose they are, for the message: an adapter, or the file they were read from.
+        tensors: by the names that the caller knows them by.
+        owner: the adapter or the file that they are from, for the message.
 
     Raises:
-        AdapterError: Naming the first such tensor, and how many of its values.
+        AdapterError: naming the first such tensor, and how many of its values.
     """
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() and not tensor.is_complex():
             continue
         with pause_clock():
-            # isfinite knows no type of one byte.
+            # isfinite does not support dtypes of one byte.
             finite = torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor)
-            whole = bool(finite.all())
-        if not whole:
+        if not finite.all():
             raise AdapterError(
                 f"tensor '{name}' of {owner} holds {int((~finite).sum())} NaN or infinite of {tensor.numel()} values",
                 next_step="its training diverged: take an earlier checkpoint",
@@ -155,44 +148,43 @@ def check_finite(tensors: Mapping[str, Tensor], owner: str) -> None:
 def check_site(
     adapter: str, variant: Variant, site: Site, tensors: Mapping[str, Tensor], *, shapes: bool = True
 ) -> None:
-    """Hold one site's tensors against what the method needs there.
+    """Check one site's tensors against the parameters of the method there.
 
     Args:
-        adapter: The adapter's name, for messages.
-        variant: The method.
-        site: The site, with its shapes.
-        tensors: Parameter name -> tensor.
+        adapter: the adapter's name, for messages.
+        variant: the method.
+        site: the site, with its shapes.
+        tensors: parameter name -> tensor.
         shapes: False compares names and numbers of axes only.
 
     Raises:
-        SiteError: The method is not defined on the site's kind.
-        FormatError: A parameter is one too many.
-        AdapterError: A shape differs, or a parameter is missing.
-        AdapterError: A parameter is of whole or complex numbers, or an index is not of whole ones.
-        AdapterError: A position lies outside the weight, or is given twice.
+        SiteError: the method is not defined on the site's kind.
+        FormatError: there is a tensor that is not a parameter.
+        AdapterError: a parameter is missing or has another shape or dtype, or a position lies outside the weight or is
+            given twice.
     """
     check_time()
     here = variant.at(site)
     here.check(site)
     specs = here.specs(site)
-    has = f"{variant.name} as configured has {', '.join(specs)} there"
+    parameters = f"{variant.name} as configured has {', '.join(specs)} there"
     for name in tensors:
         if name not in specs:
             what = f"adapter '{adapter}' has a tensor '{name}' at '{site.path}' too many"
-            raise FormatError(what, nearest=nearest_name(name, specs), next_step=has, code="unused_tensors")
+            raise FormatError(what, nearest=nearest_name(name, specs), next_step=parameters, code="unused_tensors")
     for name in specs:
         if name not in tensors:
             what = f"adapter '{adapter}' lacks the tensor '{name}' at '{site.path}'"
-            raise AdapterError(what, next_step=has, code="shape_mismatch")
+            raise AdapterError(what, next_step=parameters, code="shape_mismatch")
     for name, spec in specs.items():
         check_parameter(adapter, name, spec, site, tensors[name], shapes=shapes)
 
 
 def check_present(adapter: str, variant: Variant, site: Site, tensors: Mapping[str, Tensor]) -> None:
-    """As `check_site` for those of a site's tensors that are at hand, where the others are made of what they tell.
+    """Check those of a site's tensors that are at hand, where the others are computed from them.
 
     Raises:
-        AdapterError: As `check_site`.
+        AdapterError: as ``check_site``.
     """
     check_time()
     specs = variant.at(site).specs(site)
@@ -201,10 +193,10 @@ def check_present(adapter: str, variant: Variant, site: Site, tensors: Mapping[s
 
 
 def check_parameter(adapter: str, name: str, spec: ParamSpec, site: Site, tensor: Tensor, *, shapes: bool) -> None:
-    """Hold one tensor against the parameter it is to be.
+    """Check one tensor against its parameter.
 
     Raises:
-        AdapterError: As `check_site`.
+        AdapterError: as ``check_site``.
     """
     found = tuple(tensor.shape)
     if not spec.admits(found) if shapes else len(found) != len(spec.shape):
@@ -227,13 +219,13 @@ def _check_dtype(adapter: str, what: str, tensor: Tensor, expected: str, fits: b
     if not fits:
         raise AdapterError(
             f"adapter '{adapter}': {what} is {tensor.dtype}, and the method takes {expected}",
-            next_step="save the adapter again from what it was trained as",
+            next_step="save the adapter again in the dtype it was trained in",
             code="wrong_dtype",
         )
 
 
 def _check_positions(adapter: str, what: str, positions: Tensor, below: tuple[int, ...]) -> None:
-    """Positions (n, K) lie inside the n axes, and each is given once."""
+    """Check that positions (n, K) lie inside the n axes and that none is given twice."""
     with pause_clock():
         limits = torch.tensor(below, dtype=torch.int64, device=positions.device)[:, None]
         columns = positions.to(torch.int64)
@@ -252,62 +244,62 @@ def _check_positions(adapter: str, what: str, positions: Tensor, below: tuple[in
 
 
 def check_replaced(adapter: str, name: str, tensor: Tensor, known: Mapping[str, Tensor]) -> None:
-    """Hold a replacement against the parameter or buffer it replaces.
+    """Check a replacement against the parameter or buffer that it replaces.
 
     Args:
-        adapter: The adapter's name, for messages.
-        name: Of the parameter or buffer.
-        tensor: What is to take its place.
-        known: The model's parameters and buffers (`named_tensors`).
+        adapter: the adapter's name, for messages.
+        name: of the parameter or buffer.
+        tensor: the replacement.
+        known: the model's parameters and buffers by name.
 
     Raises:
-        SiteError: The model has no such parameter or buffer.
-        AdapterError: It has another shape.
-        AdapterError: Its numbers are of another kind.
+        SiteError: the model has no such parameter or buffer.
+        AdapterError: it has another shape or another kind of numbers.
     """
-    own = _replaceable(adapter, name, known)
-    if own.shape == tensor.shape:
-        kinds = [(t.is_floating_point(), t.is_complex(), t.dtype is torch.bool) for t in (own, tensor)]
-        _check_dtype(adapter, f"the replacement of '{name}'", tensor, f"{own.dtype} there", kinds[0] == kinds[1])
+    original = _find_replaced_tensor(adapter, name, known)
+    if original.shape == tensor.shape:
+        kinds = [(t.is_floating_point(), t.is_complex(), t.dtype is torch.bool) for t in (original, tensor)]
+        _check_dtype(adapter, f"the replacement of '{name}'", tensor, f"{original.dtype} there", kinds[0] == kinds[1])
         return
     step = "load the base model that the adapter was trained on"
-    if own.shape[1:] == tensor.shape[1:] and tensor.ndim == 2:
+    if original.shape[1:] == tensor.shape[1:] and tensor.ndim == 2:
         step = f"call model.resize_token_embeddings({tensor.shape[0]}) if the vocabulary has grown"
     raise AdapterError(
-        f"adapter '{adapter}' replaces '{name}' by shape {tuple(tensor.shape)}, the model's has {tuple(own.shape)}",
+        f"adapter '{adapter}' replaces '{name}' by shape {tuple(tensor.shape)}, the model's has "
+        f"{tuple(original.shape)}",
         next_step=step,
         code="shape_mismatch",
     )
 
 
 def sort_by_site(tensors: Mapping[str, T], view: ModelView | None) -> dict[str, T]:
-    """By site path, in the model's order; without one, paths as text with numbers as numbers."""
+    """Return tensors by site path in the model's order; without a model, in natural order of the paths."""
     if view is None:
-        return {path: tensors[path] for path in sorted(tensors, key=_natural)}
+        return {path: tensors[path] for path in sorted(tensors, key=_natural_key)}
     place = {path: index for index, path in enumerate(view.sites)}
-    return {p: tensors[p] for p in sorted(tensors, key=lambda p: (place.get(p, -1), _natural(p)))}
+    return {p: tensors[p] for p in sorted(tensors, key=lambda p: (place.get(p, -1), _natural_key(p)))}
 
 
 def no_site_error(adapter: str, path: str, view: ModelView) -> SiteError:
-    """The error for a path that is no site, be it no module at all or one lorac cannot adapt."""
+    """Return the error for a path that is not a site: not a module, or a module that lorac cannot adapt."""
     try:
         module = view.module.get_submodule(path)
     except AttributeError:
         return SiteError(
-            f"adapter '{adapter}' has tensors for '{path}', which is no module of the model",
+            f"adapter '{adapter}' has tensors for '{path}', which is not a module of the model",
             nearest=nearest_name(path, view.sites),
             next_step="load the class of model that the adapter was trained on; `lorac sites MODEL` prints its sites",
             code="site_not_found",
         )
     return SiteError(
-        f"adapter '{adapter}' has tensors for '{path}', a {type(module).__name__} as built here is not a site",
+        f"adapter '{adapter}' has tensors for '{path}', a {type(module).__name__} that is not a site as built here",
         next_step="train the adapter with exclude_modules naming it",
         code="site_unsupported",
     )
 
 
-def _replaceable(adapter: str, name: str, known: Mapping[str, Tensor]) -> Tensor:
-    """The model's own tensor of a name that an adapter has a replacement, or a copy, of."""
+def _find_replaced_tensor(adapter: str, name: str, known: Mapping[str, Tensor]) -> Tensor:
+    """Return the model's own tensor that an adapter has a replacement or a copy of."""
     if name not in known:
         raise SiteError(
             f"adapter '{adapter}' replaces '{name}', which the model does not have",
@@ -318,6 +310,6 @@ def _replaceable(adapter: str, name: str, known: Mapping[str, Tensor]) -> Tensor
     return known[name]
 
 
-def _natural(path: str) -> tuple[tuple[bool, int, str], ...]:
+def _natural_key(path: str) -> tuple[tuple[bool, int, str], ...]:
     parts = (part for part in re.split(r"(\d+)", path) if part)
     return tuple((part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts)

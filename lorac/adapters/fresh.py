@@ -1,4 +1,4 @@
-"""New adapters from a variant: choose its sites, make its tensors; and any adapter's tensors made trainable."""
+"""New adapters from a variant, and trainable copies of adapters."""
 
 from __future__ import annotations
 
@@ -25,12 +25,18 @@ Tensor = torch.Tensor
 def make_fresh_adapter(
     variant: Variant, name: str, view: ModelView, base: BaseReader | None = None, seed: int = 0
 ) -> Adapter:
-    """An adapter at its initial values; the process's random state is left alone.
+    """Make an adapter at its initial values; the process's random state is preserved.
+
+    Args:
+        variant: the method.
+        name: the adapter's name.
+        view: the model.
+        base: reads base weights; default: the view's.
+        seed: seed of random initial values.
 
     Raises:
         AdapterError: a hyper-parameter is NaN or infinite.
-        SiteError: the variant's targets name no site.
-        SiteError: they name a site the method is not defined on.
+        SiteError: the variant's targets name no site, or a site that the method is not defined on.
     """
     check_numbers(name, variant)
     sites, model, base = view.sites, view.module, base or view.base
@@ -43,26 +49,26 @@ def make_fresh_adapter(
     adapter = Adapter(name, variant)
     for site in chosen:
         variant.at(site).check(site)
-    specs = {site.path: _specs(name, variant, site) for site in chosen}
-    shared = _SharedTensors(_largest(specs.values()), {})
+    specs = {site.path: _make_specs(name, variant, site) for site in chosen}
+    shared = _SharedTensors(_largest_shapes(specs.values()), {})
     for site in chosen:
-        adapter.tensors[site.path] = _initial(specs[site.path], site, name, base, seed, shared)
+        adapter.tensors[site.path] = _make_initial_tensors(specs[site.path], site, name, base, seed, shared)
     _add_replaced(adapter, model, [site.path for site in chosen])
     if not adapter.tensors and not adapter.replaced:
         raise no_match_error(name, variant.all_targets, sites)
     return adapter
 
 
-def _specs(name: str, variant: Variant, site: Site) -> dict[str, ParamSpec]:
-    """What an adapter is made of at a site; hyper-parameters of which that cannot be made are refused.
+def _make_specs(name: str, variant: Variant, site: Site) -> dict[str, ParamSpec]:
+    """Return the parameters of an adapter at a site.
 
     Raises:
-        AdapterError: a tensor would have sizes that are no whole numbers, or hold nothing, where no pattern may have
-            said so of the site.
+        AdapterError: the hyper-parameters give a parameter a size that is not a whole number, or an empty one although
+            no pattern may have said so of the site.
     """
     least = 0 if variant.patterns else 1
-    told = ", ".join(f"{field}={value!r}" for field, value in variant.own_settings.items())
-    step = f"give whole numbers above 0 for ranks and sizes; it is {type(variant).__name__}({told})"
+    settings = ", ".join(f"{field}={value!r}" for field, value in variant.own_settings.items())
+    step = f"give whole numbers above 0 for ranks and sizes; it is {type(variant).__name__}({settings})"
     try:
         specs = variant.at(site).specs(site)
     except (TypeError, ValueError, ArithmeticError) as error:
@@ -78,37 +84,37 @@ def _specs(name: str, variant: Variant, site: Site) -> dict[str, ParamSpec]:
 
 
 def select_target_sites(variant: Variant, view: ModelView) -> list[Site]:
-    """The sites a variant's ``targets`` name."""
+    """Return the sites that a variant's ``targets`` name."""
     found = variant.named_sites(view)
     # A site of a kind the method is not defined on stays in, to be refused by name.
     return [site for site in found if site.kind not in variant.kinds or variant.adapts(site)]
 
 
 def make_trainable(adapter: Adapter, sites: Mapping[str, Site]) -> Adapter:
-    """The same adapter with tensors of its own: parameters where they train, in the factors' dtype (PEFT's rule)."""
-    made: dict[int, Tensor] = {}
+    """Return a copy of an adapter: trainable tensors are parameters, in the dtype of factors (PEFT's rule)."""
+    copies: dict[int, Tensor] = {}
 
-    def own(tensor: Tensor, dtype: torch.dtype, role: Role) -> Tensor:
-        if id(tensor) not in made:
+    def copy_tensor(tensor: Tensor, dtype: torch.dtype, role: Role) -> Tensor:
+        if id(tensor) not in copies:
             cast = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
             copied = cast.clone()
-            made[id(tensor)] = nn.Parameter(copied) if role is Role.TRAINABLE else copied
-        return made[id(tensor)]
+            copies[id(tensor)] = nn.Parameter(copied) if role is Role.TRAINABLE else copied
+        return copies[id(tensor)]
 
     copy = Adapter(adapter.name, adapter.variant, provenance=dict(adapter.provenance))
     for path, tensors in adapter.tensors.items():
         site = sites[path]
         specs = adapter.variant.at(site).specs(site)
         dtype = factor_dtype(site.dtype)
-        copy.tensors[path] = {name: own(tensors[name], dtype, spec.role) for name, spec in specs.items()}
+        copy.tensors[path] = {name: copy_tensor(tensors[name], dtype, spec.role) for name, spec in specs.items()}
     for fqn, tensor in adapter.replaced.items():
-        kept = fqn in sites and sites[fqn].buffer
-        copy.replaced[fqn] = own(tensor, tensor.dtype, Role.BUFFER if kept else Role.TRAINABLE)
+        buffer = fqn in sites and sites[fqn].buffer
+        copy.replaced[fqn] = copy_tensor(tensor, tensor.dtype, Role.BUFFER if buffer else Role.TRAINABLE)
     return copy
 
 
 def add_replaced_parameters(adapter: Adapter, view: ModelView) -> ModelView:
-    """Sites for replaced parameters and buffers that no other site owns (a norm's scale, a class token)."""
+    """Add sites for replaced parameters and buffers that belong to no other site (a norm's scale, a class token)."""
     owned = {name for site in view.sites.values() for name in (site.weight, site.bias) if name}
     bare = [name for name in adapter.replaced if name not in owned and name not in view.sites]
     return view.with_sites({name: view.make_parameter_site(name) for name in bare}) if bare else view
@@ -116,14 +122,14 @@ def add_replaced_parameters(adapter: Adapter, view: ModelView) -> ModelView:
 
 @dataclass(frozen=True)
 class _SharedTensors:
-    """Tensors that all sites of an adapter have in common: their shapes, and those made so far."""
+    """The tensors that all sites of an adapter share: their shapes, and those made so far."""
 
     shapes: Mapping[str, tuple[int, ...]]
     made: dict[str, Tensor]
 
 
-def _largest(specs: Iterable[Mapping[str, ParamSpec]]) -> dict[str, tuple[int, ...]]:
-    """The shape of every shared tensor: in each axis the largest that a site asks for."""
+def _largest_shapes(specs: Iterable[Mapping[str, ParamSpec]]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every shared tensor: in each axis the largest that a site asks for."""
     shapes: dict[str, tuple[int, ...]] = {}
     shared = ((key, spec.shape) for at_site in specs for key, spec in at_site.items() if spec.shared)
     for key, shape in shared:
@@ -131,33 +137,33 @@ def _largest(specs: Iterable[Mapping[str, ParamSpec]]) -> dict[str, tuple[int, .
     return shapes
 
 
-def _initial(
+def _make_initial_tensors(
     specs: Mapping[str, ParamSpec], site: Site, name: str, base: BaseReader, seed: int, shared: _SharedTensors
 ) -> dict[str, Tensor]:
-    own = torch.Generator().manual_seed(_fold(seed, name, site.path))
+    site_generator = torch.Generator().manual_seed(_fold_seed(seed, name, site.path))
     tensors: dict[str, Tensor] = {}
     dtype = factor_dtype(site.dtype)
     for key, spec in specs.items():
         if key in shared.made:
             tensors[key] = shared.made[key]
             continue
-        shape, generator = spec.shape, own
+        shape, generator = spec.shape, site_generator
         if spec.shared:
-            shape, generator = shared.shapes[key], torch.Generator().manual_seed(_fold(seed, name, key))
+            shape, generator = shared.shapes[key], torch.Generator().manual_seed(_fold_seed(seed, name, key))
         context = InitContext(shape, site, lambda: base.weight(site).to(dtype), Params(**tensors), generator, name)
-        tensors[key] = _made(spec, context, dtype)
+        tensors[key] = _initialise(spec, context, dtype)
         if spec.shared:
             shared.made[key] = tensors[key]
     return tensors
 
 
-def _made(spec: ParamSpec, context: InitContext, dtype: torch.dtype) -> Tensor:
+def _initialise(spec: ParamSpec, context: InitContext, dtype: torch.dtype) -> Tensor:
     with torch.no_grad():
         value = spec.init(context)
     return value if spec.role is Role.INDEX else value.to(dtype)
 
 
-def _fold(seed: int, *names: str) -> int:
+def _fold_seed(seed: int, *names: str) -> int:
     digest = hashlib.blake2b("\0".join((str(seed), *names)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 

@@ -1,4 +1,4 @@
-"""An adapter of another method as a LoRA: what files and programs that know nothing else can hold of it."""
+"""Conversion of adapters of other methods to LoRA, for files and programs that support nothing else."""
 
 from __future__ import annotations
 
@@ -27,31 +27,33 @@ FactorPair = tuple[Tensor, Tensor]
 def to_lora(
     adapter: Adapter, model: nn.Module | None = None, *, rank: int | None = None, name: str | None = None
 ) -> Adapter:
-    """The LoRA that does what an adapter does at strength 1: exactly, or as nearly as a rank allows.
+    """Convert an adapter to the LoRA with the same change at strength 1: exactly, or as nearly as a rank allows.
 
-    Its scale is 1 everywhere, its rank at each site that of the change there. A shift of the bias becomes
-    ``lora_bias``; whatever the adapter replaces whole it replaces too.
+    Its scale is 1 everywhere, its rank at each site that of the change there. A change of the bias becomes
+    ``lora_bias``; replaced tensors stay replaced.
 
     Args:
         adapter: of a method that edits weights; only read.
         model: the base, needed where ``lorac.factors`` needs it, and for the nearest LoRA of a change without factors.
-        rank: None: exactly. Else the largest rank, and of W' − W what is left out is as small as it can be in the
-            Frobenius norm.
-        name: of the result; default: the adapter's own.
+        rank: None: exactly. Else the largest rank; the error in W' − W is then as small as it can be in the Frobenius
+            norm.
+        name: of the result; default: the adapter's edits.
 
     Raises:
         OptionError: ``rank`` is below 1.
-        CompileError: it is no LoRA of any rank, and no rank is given.
+        CompileError: no LoRA has the same change, and no rank is given.
         BaseNeeded, SiteError, AdapterError: as ``lorac.factors``.
     """
     if rank is not None and rank < 1:
         raise OptionError(f"a LoRA of rank {rank} does nothing", next_step="give rank= a whole number above 0")
-    own, view = replace(adapter, replaced={}), None if model is None else ModelView.of(model)
-    changes: Iterable[tuple[str, Change]] = factors(own).items() if view is None else iter_changes(None, own, view)
+    edits, view = replace(adapter, replaced={}), None if model is None else ModelView.of(model)
+    changes: Iterable[tuple[str, Change]] = factors(edits).items() if view is None else iter_changes(None, edits, view)
     pairs: dict[str, FactorPair] = {}
     shifts: dict[str, Tensor] = {}
     for path, change in changes:
-        pairs[path] = _exact(adapter, path, change) if rank is None else _nearest(path, change, view, rank)
+        pairs[path] = (
+            _exact_factors(adapter, path, change) if rank is None else _nearest_factors(path, change, view, rank)
+        )
         if change.e is not None:
             shifts[path] = change.e.clone()
     tensors = {path: {"lora_A": a.contiguous(), "lora_B": b.contiguous()} for path, (a, b) in pairs.items()}
@@ -63,14 +65,14 @@ def to_lora(
 
 
 def make_lora_variant(ranks: Mapping[str, int], alphas: Mapping[str, float], like: Variant, **fields: Any) -> LoRA:
-    """A LoRA with its rank and alpha at each of some sites, and all else as another method has it."""
+    """Return a LoRA with its rank and alpha at each of some sites, and all other fields as another method has them."""
     widest = max(ranks, key=lambda path: ranks[path])
     return LoRA(
         r=ranks[widest],
         alpha=alphas[widest],
         dropout=getattr(like, "dropout", 0.0),
-        rank_pattern=_unlike(ranks, widest),
-        alpha_pattern=_unlike(alphas, widest),
+        rank_pattern=_differing_patterns(ranks, widest),
+        alpha_pattern=_differing_patterns(alphas, widest),
         targets=tuple(ranks),
         parameters=like.parameters,
         modules_to_save=like.modules_to_save,
@@ -79,7 +81,7 @@ def make_lora_variant(ranks: Mapping[str, int], alphas: Mapping[str, float], lik
     )
 
 
-def _exact(adapter: Adapter, path: str, change: Change) -> FactorPair:
+def _exact_factors(adapter: Adapter, path: str, change: Change) -> FactorPair:
     if not isinstance(change, LowRank) or change.folded().parts:
         what = "is not low-rank" if not isinstance(change, LowRank) else "scales or turns the weight itself"
         raise CompileError(
@@ -92,14 +94,14 @@ def _exact(adapter: Adapter, path: str, change: Change) -> FactorPair:
     return (a, b) if folded.rank else (a.new_zeros(*a.shape[:-2], 1, a.shape[-1]), b.new_zeros(*b.shape[:-1], 1))
 
 
-def _nearest(path: str, change: Change, view: ModelView | None, rank: int) -> FactorPair:
-    """The first components of W' − W by their size; of factors without a product as large as W."""
+def _nearest_factors(path: str, change: Change, view: ModelView | None, rank: int) -> FactorPair:
+    """Return the first components of W' − W by their size; factors are decomposed without a product as large as W."""
     if isinstance(change, LowRank) and not change.folded().parts:
         folded = change.folded()
         u, s, vh = compute_product_svd(folded.b.mT, folded.a.mT)
     elif view is None:
         raise BaseNeeded(
-            f"only the base tells what changes of the weight of '{path}'",
+            f"the change of the weight of '{path}' depends on the base",
             next_step="pass model=, the base that the adapter was trained on",
         )
     else:
@@ -110,12 +112,12 @@ def _nearest(path: str, change: Change, view: ModelView | None, rank: int) -> Fa
 
 
 def compute_product_svd(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U (…, m, r), Σ (…, r) and Vᵀ (…, r, n) of B·A from its factors, without the product."""
+    """Return U (…, m, r), Σ (…, r) and Vᵀ (…, r, n) of B·A from its factors, without the product."""
     (left, inner), (right, outer) = torch.linalg.qr(b), torch.linalg.qr(a.mT)
     u, s, vh = torch.linalg.svd(inner @ outer.mT, full_matrices=False)
     return left @ u, s, vh @ right.mT
 
 
-def _unlike(values: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """The values that are not as at ``path``, by patterns for one whole path each, whose end may be another's."""
+def _differing_patterns(values: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Return the values that differ from that at ``path``, by patterns that match one whole path each."""
     return {f"^{re.escape(key)}": value for key, value in values.items() if value != values[path]}

@@ -1,9 +1,9 @@
-"""Adapters to normal forms: each term's formula is reduced once per structure, then evaluated on its tensors."""
+"""Adapters in normal form: the formula of a structure is reduced once, then evaluated on each adapter's tensors."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from lorac.adapters.fit import check_values
 from lorac.ir.algebra.changes import Change, Dense, LowRank, from_outputs, stack_changes
 from lorac.ir.algebra.formulas import Formula
 from lorac.ir.algebra.inner_dropout import run_with_dropout
-from lorac.ir.algebra.reduction import BRANCH, Reduction, reduce_branch, reduce_weight
+from lorac.ir.algebra.reduction import BRANCH, Params, Reduction, reduce_branch, reduce_weight
 from lorac.ir.algebra.rules import RULES
 from lorac.ir.algebra.structure import AlgebraRule
 from lorac.ir.sites import BaseReader, Site, SiteKind, factor_dtype
@@ -29,38 +29,40 @@ from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant, Variant, WeightVariant
 
 Tensor = torch.Tensor
-_REDUCTIONS: dict[Any, Reduction] = {}
+_REDUCTIONS: dict[tuple[object, ...], Reduction] = {}
 """Structure (method, hyper-parameters, shapes, dtype, rules) -> its reduction, of every program in this process."""
-_MOST_REDUCTIONS = 512
+_MAX_REDUCTIONS = 512
 Shapes = tuple[tuple[str, torch.Size], ...]
 _FORMULAS = ("weight", "new_bias", "branch")
 
 
 class Preparer:
-    """Prepares adapters; a structure is reduced once.
+    """Prepares adapters; each structure is reduced once.
 
     Args:
         sites: every site of the model.
         base: reads base weights.
-        rules: the algebra's table.
+        rules: the rules of the algebra.
 
     Attributes:
-        stored: reductions as an artefact has them, by structure (``stored_reductions``): what is there is not traced.
+        stored: reductions of an artifact by structure (``stored_reductions``), which are not traced again.
     """
 
     def __init__(self, sites: Mapping[str, Site], base: BaseReader, rules: Sequence[AlgebraRule] = RULES) -> None:
         self.sites, self.base, self.rules = sites, base, tuple(rules)
         self.stored: Mapping[str, Any] = {}
-        self._read: dict[str, Reduction] = {}
-        self._common: Any = WeakTensorKeyDictionary()
-        self._asked: dict[str, tuple[Variant, Shapes, Reduction]] = {}
+        self._from_artifact: dict[str, Reduction] = {}
+        self._shared_results: MutableMapping[Tensor, dict[tuple[int, str], tuple[object, Tensor]]] = (
+            WeakTensorKeyDictionary()
+        )
+        self._by_site: dict[str, tuple[Variant, Shapes, Reduction]] = {}
 
     @torch.no_grad()
     def prepare(self, adapter: Adapter) -> PreparedAdapter:
-        """Every term, in its normal form, of an adapter that fits the model (``lorac.adapters.fit.check_adapter``).
+        """Return the normal forms of all terms of an adapter that ``check_adapter`` has passed.
 
         Raises:
-            AdapterError: a tensor was written since it was checked, and diverged.
+            AdapterError: a tensor was written since it was checked, and is NaN or infinite.
         """
         check_values(adapter)
         terms = {path: self.term(adapter, path) for path in self.touched(adapter)}
@@ -72,108 +74,112 @@ class Preparer:
         return PreparedAdapter(changes, branches, adapter.variant.truncatable, tuple(reasons))
 
     def _reasons(self, adapter: Adapter, path: str) -> list[Reason]:
-        """Why an adapter's term at a site that it adapts has no cheaper form."""
+        """Return why an adapter's term at a site has no cheaper form."""
         reduction = self.reduction(adapter.variant, self.sites[path], adapter.tensors[path])
         return [Reason(adapter.name, path, why) for why in reduction.reasons]
 
     def touched(self, adapter: Adapter) -> list[str]:
-        """Paths of the sites an adapter touches: those it adapts, then those of which it only replaces a tensor."""
+        """Return the paths of the sites that an adapter touches: adapted sites, then those with replaced tensors."""
         owners = {name: path for path, site in self.sites.items() for name in (site.weight, site.bias) if name}
         return list(dict.fromkeys([*adapter.tensors, *(owners[fqn] for fqn in adapter.replaced)]))
 
     def term(self, adapter: Adapter, path: str) -> Change | BranchTerm:
-        """What an adapter does at one site that it touches, in its normal form."""
+        """Return the normal form of an adapter's term at a site that it touches."""
         site, tensors = self.sites[path], adapter.tensors.get(path)
         if tensors is None:
             replaced = self.replaced_change(adapter, site)
             assert replaced is not None
-            return _detached(replaced)
+            return _detach(replaced)
         reduction = self.reduction(adapter.variant, site, tensors)
         if reduction.form == BRANCH:
             return make_branch_term(adapter, site)
-        return _detached(self.with_bias(adapter, site, self.change(reduction, site, tensors)))
+        return _detach(self.with_bias(adapter, site, self.change(reduction, site, tensors)))
 
     def reduction(self, variant: Variant, site: Site, tensors: Mapping[str, Tensor]) -> Reduction:
-        """The reduction of a variant at a site, from the cache where the structure was met before."""
+        """Return the reduction of a variant at a site, from the cache where the structure is known."""
         tensors = {name: tensor[0] for name, tensor in tensors.items()} if site.stack else tensors
         shapes = tuple([(name, tensor.shape) for name, tensor in tensors.items()])
-        asked = self._asked.get(site.path)
-        # In training it is asked anew at every step, where to spell out what it follows from would take longest.
-        if asked is None or asked[0] is not variant or asked[1] != shapes:
-            asked = self._asked[site.path] = (variant, shapes, self._met(variant.at(site), site, shapes, tensors))
-        return asked[2]
+        known = self._by_site.get(site.path)
+        # Training asks at every step, where describing the structure would take longest.
+        if known is None or known[0] is not variant or known[1] != shapes:
+            known = self._by_site[site.path] = (
+                variant,
+                shapes,
+                self._find_reduction(variant.at(site), site, shapes, tensors),
+            )
+        return known[2]
 
-    def _met(self, here: Variant, site: Site, shapes: Shapes, tensors: Mapping[str, Tensor]) -> Reduction:
+    def _find_reduction(self, variant: Variant, site: Site, shapes: Shapes, tensors: Mapping[str, Tensor]) -> Reduction:
         shape = (site.out_features, site.in_features)
-        method = (type(here), *(getattr(type(here), formula, None) for formula in _FORMULAS), repr(here))
-        key = (*method, site.kind, _grouped(site), shape, shapes, site.dtype, self.rules)
-        if self.stored and (text := _spelled(here, site, shapes)) in self.stored:
+        method = (type(variant), *(getattr(type(variant), formula, None) for formula in _FORMULAS), repr(variant))
+        key = (*method, site.kind, _is_grouped(site), shape, shapes, site.dtype, self.rules)
+        if self.stored and (text := _describe(variant, site, shapes)) in self.stored:
             return self._from_stored(text, shape, tensors.values())
         found = _REDUCTIONS.get(key)
         if found is None:
-            found = _REDUCTIONS[key] = self._reduce(here, site, shape, tensors)
-            for oldest in list(_REDUCTIONS)[:-_MOST_REDUCTIONS]:
+            found = _REDUCTIONS[key] = self._reduce(variant, site, shape, tensors)
+            for oldest in list(_REDUCTIONS)[:-_MAX_REDUCTIONS]:
                 _REDUCTIONS.pop(oldest, None)
         return found
 
     def _from_stored(self, text: str, shape: tuple[int, int], tensors: Iterable[Tensor]) -> Reduction:
-        """What an artefact has of a structure; it is kept for this model alone."""
-        found = self._read.get(text)
+        """Return the reduction of a structure from the artifact; it is cached for this model alone."""
+        found = self._from_artifact.get(text)
         if found is None:
             found = reduction_from_json(self.stored[text])
             check_sizes(found, shape, tensors)
-            self._read[text] = found
+            self._from_artifact[text] = found
         return found
 
     def stored_reductions(self, adapters: Iterable[Adapter]) -> dict[str, Any]:
-        """The reductions of adapters as JSON, by structure; those of methods that are not lorac's own are left out."""
+        """Return the reductions of adapters as JSON by structure, without those of methods from other packages."""
         found: dict[str, Any] = {}
         built_in = [adapter for adapter in adapters if not class_modules(adapter.variant)]
         for adapter, path in ((one, path) for one in built_in for path in one.tensors):
             site, tensors = self.sites[path], adapter.tensors[path]
-            here = adapter.variant.at(site)
+            variant = adapter.variant.at(site)
             shapes = tuple([(name, (tensor[0] if site.stack else tensor).shape) for name, tensor in tensors.items()])
-            text = _spelled(here, site, shapes)
+            text = _describe(variant, site, shapes)
             if text in found:
                 continue
-            told = reduction_to_json(self.reduction(adapter.variant, site, tensors))
-            found |= {} if told is None else {text: told}
+            stored = reduction_to_json(self.reduction(adapter.variant, site, tensors))
+            found |= {} if stored is None else {text: stored}
         return dict(sorted(found.items()))
 
     def change(self, reduction: Reduction, site: Site, tensors: Mapping[str, Tensor]) -> Change:
-        """The normal form's tensors for one term, computed in the factors' dtype."""
+        """Return the normal form of one term, computed in the factors' dtype."""
         dtype = factor_dtype(site.dtype)
         bias = self.base.bias(site)
         weight = self._weight(site).to(dtype) if reduction.reads_weight else _make_meta_weight(site, dtype)
-        given = [cast_tensor(tensors[name], dtype) for name in reduction.params]
+        parameters = [cast_tensor(tensors[name], dtype) for name in reduction.params]
         wide_bias = bias.to(dtype) if bias is not None else torch.zeros(site.out_features, dtype=dtype)
         if site.stack:
-            own = ([tensor[i] for tensor in given] for i in range(site.stack))
-            each = (reduction(w, wide_bias, parts) for w, parts in zip(weight, own, strict=True))
+            slices = ([tensor[i] for tensor in parameters] for i in range(site.stack))
+            each = (reduction(w, wide_bias, parts) for w, parts in zip(weight, slices, strict=True))
             return stack_changes([from_outputs(reduction.form, outputs, None) for outputs in each])
-        outputs = reduction(weight, wide_bias, given)
-        outputs |= {name: self._once(reduction, name, outputs[name], tensors) for name in reduction.common}
+        outputs = reduction(weight, wide_bias, parameters)
+        outputs |= {name: self._share(reduction, name, outputs[name], tensors) for name in reduction.common}
         return from_outputs(reduction.form, outputs, None if bias is None else wide_bias)
 
     def _weight(self, site: Site) -> Tensor:
-        """W in the memory order of the host's own, whoever holds it: norms of it are summed in that order."""
+        """Return W in the memory order of the host's own tensor, since norms of it are summed in that order."""
         weight = self.base.weight(site)
         return weight.contiguous() if site.kind is SiteKind.LINEAR and not site.transposed else weight
 
-    def _once(self, reduction: Reduction, name: str, made: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """What was made of shared parameters: the tensor that the sites before made of them, where there is one."""
+    def _share(self, reduction: Reduction, name: str, made: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return a tensor made of shared parameters: the one that earlier sites made, if there is one."""
         if made.requires_grad:
             return made
         shared = [tensors[key] for key in reduction.shared]
-        known = self._common.setdefault(shared[0], {})
+        known = self._shared_results.setdefault(shared[0], {})
         written = [(id(t), 0 if t.is_inference() else t._version) for t in shared]
-        held = known.get((id(reduction), name))
-        if held is None or held[0] != written:
-            held = known[id(reduction), name] = (written, made.contiguous())
-        return held[1]
+        cached = known.get((id(reduction), name))
+        if cached is None or cached[0] != written:
+            cached = known[id(reduction), name] = (written, made.contiguous())
+        return cached[1]
 
     def with_bias(self, adapter: Adapter, site: Site, change: Change) -> Change:
-        """A change with the adapter's own copy of the base's bias (PEFT's ``bias=``) worked in."""
+        """Return a change with the adapter's own copy of the base's bias (PEFT's ``bias=``) included."""
         shift = self._bias_shift(adapter, site)
         if shift is None:
             return change
@@ -189,26 +195,26 @@ class Preparer:
         return trained.to(dtype) - bias.to(dtype)
 
     def dropped(self, adapter: Adapter, site: Site) -> DropoutDelta | None:
-        """What a term makes of a site's y with dropout between its factors: (x, y, rate) -> y' − y.
+        """Return the term of a site with dropout between its factors: (x, y, rate) -> y' − y.
 
-        None where its form has all that lies there: a weight formula's has, an affine branch's lacks the biases.
+        None where the term's form covers that: a weight formula's does; an affine branch's lacks the biases.
         """
         tensors = adapter.tensors[site.path]
         reduction = self.reduction(adapter.variant, site, tensors)
         graph, dtype, shift = reduction.dropped, factor_dtype(site.dtype), self._bias_shift(adapter, site)
         if graph is None:
             return None
-        given = tuple(cast_tensor(tensors[name], dtype) for name in reduction.params)
+        parameters = tuple(cast_tensor(tensors[name], dtype) for name in reduction.params)
 
-        def moved(x: Tensor, y: Tensor, rate: float) -> Tensor:
+        def delta(x: Tensor, y: Tensor, rate: float) -> Tensor:
             wide = y.to(dtype)
-            delta = run_with_dropout(graph, x.to(dtype), wide, given, rate) - wide
-            return delta if shift is None else delta + shift
+            change = run_with_dropout(graph, x.to(dtype), wide, parameters, rate) - wide
+            return change if shift is None else change + shift
 
-        return moved
+        return delta
 
     def replaced_change(self, adapter: Adapter, site: Site) -> Change | None:
-        """The change of a site that an adapter only replaces whole (modules_to_save, a norm, a bias), or None."""
+        """Return the change of a site of which an adapter only replaces tensors (modules_to_save, a bias), or None."""
         weight = adapter.replaced.get(site.weight) if site.weight else None
         if weight is not None:
             return self.with_bias(adapter, site, Dense(site.present(weight.to(site.dtype))))
@@ -228,35 +234,35 @@ class Preparer:
             of_weight = Formula(variant.weight, variant.name, site.path)
             of_bias = Formula(variant.new_bias, variant.name, site.path)
 
-            def formula(w: Tensor, b: Tensor, p: Any) -> tuple[Tensor, Tensor]:
+            def formula(w: Tensor, b: Tensor, p: Params) -> tuple[Tensor, Tensor]:
                 return of_weight(w, p, like=w), of_bias(b, p, like=b)
 
-            # A kernel of groups has no room for what leaves its blocks, as a product of factors does.
-            grouped = _grouped(site)
+            # A product of factors may leave the blocks of a grouped kernel, which the kernel cannot.
+            grouped = _is_grouped(site)
             return reduce_weight(formula, shape, examples, dtype, self.rules, shared, keep_factors=grouped)
         assert isinstance(variant, BranchVariant)
         if site.kind is not SiteKind.LINEAR or variant.reads(site) or variant.has_once:
-            return _untraced(tensors)
+            return _unreduced(tensors)
         emitted: dict[str, list[Tensor]] = {}
         branch, ctx = Formula(variant.branch, variant.name, site.path), FormulaContext(site, emitted=emitted)
         found = reduce_branch(lambda x, y, p: branch(x, y, p, ctx, like=y), shape, examples, dtype, self.rules)
-        # What is no branch any more computes y' alone, and would give nobody what it emits.
-        return _untraced(tensors, f"gives extra outputs ({', '.join(emitted)})") if emitted else found
+        # A reduced branch computes y' alone and emits nothing.
+        return _unreduced(tensors, f"has extra outputs ({', '.join(emitted)})") if emitted else found
 
 
-def _spelled(here: Variant, site: Site, shapes: Shapes) -> str:
-    """A structure as text: what a reduction depends on, as long as the methods are lorac's own."""
-    told = {name: list(shape) for name, shape in shapes}
-    kind = f"{site.kind} {site.out_features}x{site.in_features} {_grouped(site)} {site.dtype}"
-    return f"{here.name}{describe_structure(here)} {kind} {told}"
+def _describe(variant: Variant, site: Site, shapes: Shapes) -> str:
+    """Return a structure as text: everything that the reduction of one of lorac's own methods depends on."""
+    sizes = {name: list(shape) for name, shape in shapes}
+    kind = f"{site.kind} {site.out_features}x{site.in_features} {_is_grouped(site)} {site.dtype}"
+    return f"{variant.name}{describe_structure(variant)} {kind} {sizes}"
 
 
-def _grouped(site: Site) -> bool:
+def _is_grouped(site: Site) -> bool:
     return site.conv is not None and site.conv.groups > 1
 
 
-def _untraced(tensors: Mapping[str, Tensor], *reasons: str) -> Reduction:
-    """The reduction of a branch that runs as it is."""
+def _unreduced(tensors: Mapping[str, Tensor], *reasons: str) -> Reduction:
+    """Return the reduction of a branch that runs unchanged."""
     return Reduction(
         BRANCH, torch.fx.GraphModule(nn.Module(), torch.fx.Graph()), tuple(tensors), ("y",), reasons=reasons
     )
@@ -266,13 +272,12 @@ def _make_meta_weight(site: Site, dtype: torch.dtype) -> Tensor:
     return torch.empty((*site.stacked, site.out_features, site.in_features), dtype=dtype, device="meta")
 
 
-def _detached(change: Change) -> Change:
-    """A change whose tensors are plain memory of their own, whatever they were computed from."""
-    changed = {name: _plain(held) for name, held in vars(change).items() if isinstance(held, Tensor | Mapping)}
+def _detach(change: Change) -> Change:
+    """Return a change whose tensors are plain contiguous memory, detached from what they were computed from."""
+    changed: dict[str, Any] = {}
+    for name, value in vars(change).items():
+        if isinstance(value, Tensor):
+            changed[name] = value.detach().contiguous()
+        elif isinstance(value, Mapping):
+            changed[name] = {key: tensor.detach().contiguous() for key, tensor in value.items()}
     return dataclasses.replace(change, **changed)
-
-
-def _plain(held: Any) -> Any:
-    if isinstance(held, Mapping):
-        return {name: _plain(tensor) for name, tensor in held.items()}
-    return held.detach().contiguous()

@@ -1,7 +1,7 @@
-"""Adapters that begin with a value of their own, which is taken out of the base: what is taken out, and by which rule.
+"""Adapters with initial factors that are subtracted from the base, and the rules that compute those factors from W.
 
-Rules that read nothing but the weight are here: a file that names one needs no more than the base to be read.
-PiSSA: Meng et al. 2024, arXiv 2404.02948; OLoRA: Büyükakyüz 2024, arXiv 2406.01775.
+A file that names one of these rules needs no more than the base to be read. PiSSA: Meng et al. 2024, arXiv 2404.02948;
+OLoRA: Büyükakyüz 2024, arXiv 2406.01775.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ FactorRule = Callable[[Tensor, int, float], FactorPair]
 
 
 def balance_factors(u: Tensor, s: Tensor, vh: Tensor, scale: float) -> FactorPair:
-    """Factors with scale·B·A = u·diag(s)·vh, each with the root of the singular values."""
+    """Return factors with scale·B·A = u·diag(s)·vh, each with the square root of the singular values."""
     root = (s / scale).sqrt()
     return root[..., :, None] * vh, u * root[..., None, :]
 
 
 def pissa_factors(W: Tensor, r: int, scale: float) -> FactorPair:
-    """PiSSA: s·B·A is the best approximation of W of rank r."""
+    """Return PiSSA's factors: s·B·A is the best approximation of W of rank r."""
     u, s, vh = torch.linalg.svd(W, full_matrices=False)
     return balance_factors(u[..., :r], s[..., :r], vh[..., :r, :], scale)
 
 
 def olora_factors(W: Tensor, r: int, scale: float) -> FactorPair:
-    """OLoRA: B and A are the first r columns of Q and rows of R, W = Q·R."""
+    """Return OLoRA's factors: B and A are the first r columns of Q and rows of R, W = Q·R."""
     q, upper = torch.linalg.qr(W)
     return upper[..., :r, :].contiguous(), q[..., :r].contiguous()
 
@@ -45,7 +45,7 @@ FACTOR_RULES: Mapping[str, FactorRule] = {"olora": olora_factors, "pissa": pissa
 
 
 def subtract_factors(adapter: Adapter, starts: Mapping[str, FactorPair]) -> Adapter:
-    """An adapter over a base out of which, at each of its sites, s·B·A of a pair is taken; its tensors are shared.
+    """Return an adapter, with shared tensors, over a base from which s·B·A is subtracted at each of its sites.
 
     Args:
         adapter: of a method with a rank and a scale (LoRA, DoRA).
@@ -53,7 +53,8 @@ def subtract_factors(adapter: Adapter, starts: Mapping[str, FactorPair]) -> Adap
     """
     variant: Any = adapter.variant
     tensors = {
-        path: own | {"start_A": starts[path][0].clone(), "start_B": variant.at_path(path).scale * starts[path][1]}
-        for path, own in adapter.tensors.items()
+        path: parameters
+        | {"start_A": starts[path][0].clone(), "start_B": variant.at_path(path).scale * starts[path][1]}
+        for path, parameters in adapter.tensors.items()
     }
     return replace(adapter, variant=Residual.around(variant, variant.r, variant.rank_pattern), tensors=tensors)

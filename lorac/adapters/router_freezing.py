@@ -1,4 +1,4 @@
-"""A router frozen to one choice: what is left of it is a mixture, which is a LoRA."""
+"""A router frozen to one choice of weights, which leaves a mixture of experts: a LoRA."""
 
 from __future__ import annotations
 
@@ -20,42 +20,41 @@ Weights = Sequence[float] | Tensor
 
 @torch.no_grad()
 def freeze_router(adapter: Adapter, weights: Weights | Mapping[str, Weights], *, name: str | None = None) -> Adapter:
-    """The LoRA that a routed adapter is where all tokens weigh its experts alike: ΔW = s∘Σ_i w_i·B_i·A_i.
+    """Return the LoRA of a routed adapter whose experts have the same weights for all tokens: ΔW = s∘Σ_i w_i·B_i·A_i.
 
-    It can be fused, baked, merged and saved as any LoRA. Experts of weight 0 are left out, so that of one expert alone
-    its own LoRA is left.
+    It can be fused, baked, merged and saved as any LoRA. Experts of weight 0 are left out, so that one expert alone
+    leaves its own LoRA.
 
     Args:
         adapter: of a method that routes between experts of low rank; only read.
-        weights: what each expert's output is multiplied with, in the formula's own words: (experts,) for all sites,
-            (sites, experts) in the adapter's order, or site path -> (experts,). Of FlyLoRA, every rank is one.
+        weights: the factor of each expert's output in the formula: (experts,) for all sites, (sites, experts) in the
+            adapter's order, or site path -> (experts,). In FlyLoRA every rank is an expert.
         name: of the result; default: the adapter's own.
 
     Raises:
-        AdapterError: the method routes between no experts.
-        AdapterError: there are other numbers of weights than of experts.
+        AdapterError: the method has no experts, or the numbers of weights and experts differ.
         SiteError: weights are given for a site that the adapter does not touch, or are missing for one.
-        WrongType: it is no adapter, or its weights are no numbers.
+        WrongType: ``adapter`` is not an adapter, or the weights are not numbers.
     """
     check_type(
         adapter, Adapter, "what lorac.freeze_router freezes", next_step="give an adapter: compiled.adapters[name]"
     )
     check_values(adapter)
     ranks, tensors = {}, {}
-    rows = _rows(adapter, weights)
-    for path, held in adapter.tensors.items():
+    rows = _weights_by_site(adapter, weights)
+    for path, parameters in adapter.tensors.items():
         variant = adapter.variant.at_path(path)
-        a, b = _frozen(adapter, variant, path, held, rows[path])
+        a, b = _frozen_factors(adapter, variant, path, parameters, rows[path])
         tensors[path], ranks[path] = {"lora_A": a, "lora_B": b}, a.shape[0]
     return Adapter(
         name or adapter.name, make_lora_variant(ranks, ranks, adapter.variant), tensors, dict(adapter.replaced)
     )
 
 
-def _frozen(
-    adapter: Adapter, variant: object, path: str, held: Mapping[str, Tensor], row: Tensor
+def _frozen_factors(
+    adapter: Adapter, variant: object, path: str, parameters: Mapping[str, Tensor], row: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A (R, in) and B (out, R) of the experts that weigh something; of none, one of rank 1 that does nothing."""
+    """Return A (R, in) and B (out, R) of the experts with a weight; without any, a pair of rank 1 that is zero."""
     if not isinstance(variant, RoutedVariant):
         raise AdapterError(
             f"'{adapter.name}' ({adapter.variant.name}) routes between no experts, so that there is nothing to freeze",
@@ -67,36 +66,36 @@ def _frozen(
             next_step=f"give {variant.routes} numbers, for all sites or for each of {len(adapter.tensors)}",
             code="shape_mismatch",
         )
-    a, b = held["lora_A"].detach(), held["lora_B"].detach()
+    a, b = parameters["lora_A"].detach(), parameters["lora_B"].detach()
     each = row.to(b).repeat_interleave(a.shape[0] // variant.routes)
-    scale = torch.as_tensor(variant.output_scale(Params(**held)), dtype=b.dtype).detach()
-    kept = each != 0
-    if not kept.any():
-        kept[0] = True
-    return a[kept].clone(), (scale.unsqueeze(-1) * b * each)[:, kept]
+    scale = torch.as_tensor(variant.output_scale(Params(**parameters)), dtype=b.dtype).detach()
+    weighted = each != 0
+    if not weighted.any():
+        weighted[0] = True
+    return a[weighted].clone(), (scale.unsqueeze(-1) * b * each)[:, weighted]
 
 
-def _rows(adapter: Adapter, weights: Weights | Mapping[str, Weights]) -> dict[str, Tensor]:
-    """Site path -> weights (experts,)."""
+def _weights_by_site(adapter: Adapter, weights: Weights | Mapping[str, Weights]) -> dict[str, Tensor]:
+    """Return site path -> weights (experts,)."""
     paths = list(adapter.tensors)
     if isinstance(weights, Mapping):
-        unlike = sorted(weights.keys() ^ set(paths))
-        if unlike:
-            told = "no weights are given for" if unlike[0] in paths else "weights are given for"
+        mismatched = sorted(weights.keys() ^ set(paths))
+        if mismatched:
+            problem = "no weights are given for" if mismatched[0] in paths else "weights are given for"
             raise SiteError(
-                f"{told} '{unlike[0]}', and '{adapter.name}' touches {len(paths)} sites",
-                nearest=None if unlike[0] in paths else nearest_name(unlike[0], paths),
+                f"{problem} '{mismatched[0]}', and '{adapter.name}' touches {len(paths)} sites",
+                nearest=None if mismatched[0] in paths else nearest_name(mismatched[0], paths),
                 next_step="give weights for each of adapter.sites",
                 code="site_not_found",
             )
-        return {path: _numbers(weights[path]) for path in paths}
-    found = _numbers(weights)
+        return {path: _read_weights(weights[path]) for path in paths}
+    found = _read_weights(weights)
     return dict(
         zip(paths, found if found.dim() == 2 and len(found) == len(paths) else [found] * len(paths), strict=True)
     )
 
 
-def _numbers(weights: object) -> Tensor:
+def _read_weights(weights: object) -> Tensor:
     try:
         found = torch.as_tensor(weights, dtype=torch.float64).detach()
     except (TypeError, ValueError, RuntimeError) as error:

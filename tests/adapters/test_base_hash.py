@@ -97,7 +97,7 @@ def test_mixed_dtypes() -> None:
 
 @pytest.mark.parametrize("recorded", ["nonsense:" + 32 * "0", "float32:00", "Tensor:" + 32 * "0", "", "float32"])
 def test_what_is_no_hash_is_not_taken_for_one_that_cannot_be_told(recorded: str) -> None:
-    with refuses("base_mismatch", match="no hash that lorac writes"):
+    with refuses("base_mismatch", match="not a hash that lorac writes"):
         check_base("x", recorded, ModelView.of(model()), PATHS)
-    with refuses("base_mismatch", match="no hash that lorac writes"):
+    with refuses("base_mismatch", match="not a hash that lorac writes"):
         check_copy("x", "up.weight", recorded, model().get_parameter("up.weight"))

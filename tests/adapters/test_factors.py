@@ -140,9 +140,9 @@ def test_what_the_adapter_tells_by_itself(model: nn.Module) -> None:
         (lorac.DoRA(r=2, targets=["site"]), "what adapter 'a' does to 'site', which depends on its weight"),
         (lorac.HiRA(r=2, targets=["site"]), "what adapter 'a' does to 'site', which depends on its weight"),
         (lorac.LoRA(r=2, lora_bias=True, targets=["site"]), "what adapter 'a' does to the bias of 'site'"),
-        (lorac.IA3(targets=["site"]), "the shape of 'site', which adapter 'a' does not tell"),
-        (lorac.SHiRA(r=1, targets=["site"]), "the shape of 'site', which adapter 'a' does not tell"),
-        (lorac.PLP(r=2, targets=["site"]), "the shape of 'site', which adapter 'a' does not tell"),
+        (lorac.IA3(targets=["site"]), "the shape of 'site', which the tensors of 'a' do not determine"),
+        (lorac.SHiRA(r=1, targets=["site"]), "the shape of 'site', which the tensors of 'a' do not determine"),
+        (lorac.PLP(r=2, targets=["site"]), "the shape of 'site', which the tensors of 'a' do not determine"),
         (
             lorac.LoRA(r=2, targets=["site"], modules_to_save=["norm"]),
             "which site owns 'norm.weight', which adapter 'a' replaces",
@@ -180,12 +180,12 @@ def test_nothing_is_recorded_and_nothing_written(model: nn.Module) -> None:
 def test_refusals(model: nn.Module) -> None:
     routed = drawn(model, lorac.MeteoRA(targets=["site"]))
     for base in (model, None):
-        with refuses("not_mergeable", match=r"'a' \(meteora\) makes no update of the weight of 'site'"):
+        with refuses("not_mergeable", match=r"'a' \(meteora\) does not edit the weight of 'site'"):
             lorac.factors(routed, base)
     stray = lorac.Adapter(
         "a", lorac.LoRA(r=2), {"sight": drawn(model, lorac.LoRA(r=2, targets=["site"])).tensors["site"]}
     )
-    with refuses("site_not_found", match="'sight', which is no module of the model"):
+    with refuses("site_not_found", match="'sight', which is not a module of the model"):
         lorac.factors(stray, model)
     stray.tensors["sight"]["lora_A"][0, 0] = torch.nan
     with refuses("non_finite", match=r"'sight\.lora_A' of adapter 'a'"):

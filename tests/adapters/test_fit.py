@@ -88,13 +88,13 @@ FAULTS: dict[str, tuple[lorac.Adapter, type[LoracError], str]] = {
     "no module": (
         good(tensors=at("upp")),
         lorac.SiteError,
-        "adapter 'mine' has tensors for 'upp', which is no module of the model\n  nearest: up\n"
+        "adapter 'mine' has tensors for 'upp', which is not a module of the model\n  nearest: up\n"
         "  load the class of model that the adapter was trained on; `lorac sites MODEL` prints its sites",
     ),
     "no site": (
         good(tensors=at("ring")),
         lorac.SiteError,
-        "adapter 'mine' has tensors for 'ring', a ConvTranspose1d as built here is not a site\n"
+        "adapter 'mine' has tensors for 'ring', a ConvTranspose1d that is not a site as built here\n"
         "  train the adapter with exclude_modules naming it",
     ),
     "another kind": (
@@ -161,19 +161,19 @@ FAULTS: dict[str, tuple[lorac.Adapter, type[LoracError], str]] = {
         good(tensors=at("up", lora_A=torch.ones(2, 4, dtype=torch.int64))),
         lorac.AdapterError,
         "adapter 'mine': lora_A at 'up' is torch.int64, and the method takes floating-point numbers\n"
-        "  save the adapter again from what it was trained as",
+        "  save the adapter again in the dtype it was trained in",
     ),
     "complex numbers": (
         good(tensors=at("up", lora_B=torch.ones(6, 2, dtype=torch.complex64))),
         lorac.AdapterError,
         "adapter 'mine': lora_B at 'up' is torch.complex64, and the method takes floating-point numbers\n"
-        "  save the adapter again from what it was trained as",
+        "  save the adapter again in the dtype it was trained in",
     ),
     "positions that are fractions": (
         shira(torch.zeros(2, 10)),
         lorac.AdapterError,
         "adapter 'mine': indices at 'up' is torch.float32, and the method takes whole numbers\n"
-        "  save the adapter again from what it was trained as",
+        "  save the adapter again in the dtype it was trained in",
     ),
     "a position outside": (
         shira(torch.stack([torch.arange(10) % 6, torch.arange(10) % 5])),
@@ -197,12 +197,12 @@ FAULTS: dict[str, tuple[lorac.Adapter, type[LoracError], str]] = {
         good(replaced={"norm.weight": torch.ones(4, dtype=torch.int32)}),
         lorac.AdapterError,
         "adapter 'mine': the replacement of 'norm.weight' is torch.int32, and the method takes torch.float32 there\n"
-        "  save the adapter again from what it was trained as",
+        "  save the adapter again in the dtype it was trained in",
     ),
     "no hash of a base": (
         good(provenance={"base": "flaot32:" + 32 * "0"}),
         lorac.AdapterError,
-        f"adapter 'mine' recorded 'flaot32:{32 * '0'}' of its base weights, which is no hash that lorac writes\n"
+        f"adapter 'mine' recorded 'flaot32:{32 * '0'}' of its base weights, which is not a hash that lorac writes\n"
         "  copy or download the file again: it was changed",
     ),
     "another base": (

@@ -104,7 +104,7 @@ def test_refusals():
     with refuses("site_not_found", match="'a' and 'b' adapt no site in common"):
         adapter_orthogonality(lora, drawn(model, "b", lorac.LoRA(r=2, targets=("two",))), model)
     routed = drawn(model, "c", lorac.MeteoRA(targets=("one",)))
-    with refuses("not_mergeable", match=r"'c' \(meteora\) makes no update of the weight of 'one'"):
+    with refuses("not_mergeable", match=r"'c' \(meteora\) does not edit the weight of 'one'"):
         adapter_orthogonality(lora, routed, model)
     with refuses("shape_mismatch", match=r"\[3, 4\] and \[4, 3\]"):
         orthogonality(torch.ones(3, 4), torch.ones(4, 3))

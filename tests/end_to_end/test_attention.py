@@ -243,7 +243,7 @@ def test_what_has_no_place_is_refused():
     with refuses("site_unsupported", match="meteora reads a layer's input and output, and 'attn' has neither"):
         lorac.compile(model, {"a": lorac.MeteoRA(r=2, targets=("attn",))})
     other = Attending("apart", kdim=6)
-    with refuses("site_unsupported", match="'attn', a MultiheadAttention as built here is not a site"):
+    with refuses("site_unsupported", match="'attn', a MultiheadAttention that is not a site as built here"):
         tensors = {"lora_A": torch.zeros(1, WIDTH), "lora_B": torch.zeros(3 * WIDTH, 1)}
         lorac.compile(other, {"a": lorac.Adapter("a", lorac.LoRA(r=1, targets=("attn",)), {"attn": tensors})})
 

@@ -202,7 +202,7 @@ def test_modules_that_are_no_sites(tmp_path: Path) -> None:
     inputs = {"input": torch.randn(2, 3, 5)}
     config = LoraConfig(r=2, target_modules=["0", "1"])
     make_peft(build(nn.Conv1d), tmp_path, config, inputs=inputs)
-    refuse(SiteError, tmp_path, "'0', a ConvTranspose1d as built here is not a site", build(nn.ConvTranspose1d))
+    refuse(SiteError, tmp_path, "'0', a ConvTranspose1d that is not a site as built here", build(nn.ConvTranspose1d))
 
 
 def test_sites_that_are_not_targeted(make: Make) -> None:

@@ -160,4 +160,4 @@ def test_a_branch_without_parameters(target: str) -> None:
     assert_close(y, 2 * host(x))
     # An affine formula that emits stays the branch that does.
     assert_close(compiled.aux["out"]["0"], host(x))
-    assert "gives extra outputs (out)" in str(compiled.explain())
+    assert "has extra outputs (out)" in str(compiled.explain())

@@ -232,5 +232,5 @@ def test_layers_that_peft_adapts_neither_are_no_sites():
     for path, name in (("0", "Bilinear"), ("1", "EmbeddingBag")):
         tensors = {"lora_A": torch.zeros(1, 4), "lora_B": torch.zeros(5, 1)}
         adapter = lorac.Adapter("a", lorac.LoRA(r=1, targets=(path,)), {path: tensors})
-        with refuses("site_unsupported", match=f"'{path}', a {name} as built here is not a site"):
+        with refuses("site_unsupported", match=f"'{path}', a {name} that is not a site as built here"):
             lorac.compile(model, {"a": adapter})

@@ -119,5 +119,5 @@ def test_what_is_a_lora_everywhere_is_one_lora_and_a_branch_is_none(host):
     whole = lorac.to_lora(found.adapters["a"], host)
     assert_close(lorac.compile(host, {"a": whole}, example_inputs=X)(*X), found(*X))
     mixed = lorac.Union(parts=(lorac.AdapterTune(targets=["norm"]), lorac.LoRA(r=2, targets=["first"])))
-    with refuses("not_mergeable", match="makes no update of the weight of 'norm'"):
+    with refuses("not_mergeable", match="does not edit the weight of 'norm'"):
         lorac.to_lora(compiled(host, mixed).adapters["a"], host)
