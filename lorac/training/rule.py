@@ -1,4 +1,4 @@
-"""What the rules share: the terms a rule applies to, and the hooks that put it on an optimizer and take it off."""
+"""Base class of training rules: the terms a rule applies to, and its hooks on an optimizer."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ Tensor = torch.Tensor
 
 
 class HookHandle(Protocol):
-    """A hook's handle."""
+    """A handle that removes a hook."""
 
     def remove(self) -> None:
-        """Take the hook off."""
+        """Remove the hook."""
 
 
 @dataclass(frozen=True)
 class _CallbackHandle:
-    """A hook that ends by a call."""
+    """A hook that is removed by a call."""
 
     end: Callable[[], None]
 
     def remove(self) -> None:
-        """End it."""
+        """Remove the hook."""
         self.end()
 
 
@@ -43,7 +43,7 @@ class TrainedTerm:
         adapter: its name.
         site: path of the site.
         tensors: parameter name -> tensor.
-        variant: its method, with what the patterns say of the site.
+        variant: its method, with the patterns applied to the site.
     """
 
     adapter: str
@@ -56,35 +56,34 @@ class TrainedTerm:
 
 
 class Rule(ABC):
-    """An update rule on one optimizer; ``remove()``, or the end of a ``with`` block, takes it off.
+    """An update rule on one optimizer; ``remove()``, or the end of a ``with`` block, detaches it.
 
-    Each rule has an ``__init__`` of its own, which ends with ``attach``. What a rule keeps between steps is part of the
-    optimizer's ``state_dict()`` as long as the rule is on, and comes back by its ``load_state_dict``: so a run that is
-    resumed, with the rule put on anew before that, goes on to the bit.
+    Each rule has its own ``__init__``, which ends with ``attach``. While attached, its state is part of the optimizer's
+    ``state_dict()`` and is restored by ``load_state_dict``, so a resumed run, with the rule attached first, continues
+    bit for bit.
 
     Args:
-        compiled: what ``lorac.compile(..., target="eager")`` returned; as it is, or within DDP.
-        optimizer: holds the tensors that the rule applies to. Of adapters that are not to train, turn
-            ``requires_grad`` off: the rule leaves such tensors alone.
+        compiled: the result of ``lorac.compile(..., target="eager")``, possibly wrapped in DDP.
+        optimizer: holds the tensors that the rule applies to. The rule skips tensors with ``requires_grad`` off.
 
     Raises:
-        Unavailable: the compiled model does not train: of another target than eager, or baked.
+        Unavailable: the compiled model does not train: it is baked, or not for target eager.
         AdapterNotFound: it has no adapter of the rule's methods.
         ChoiceError: the optimizer lacks a tensor that the rule applies to.
     """
 
     methods: ClassVar[tuple[type[Variant], ...]]
-    """What the rule applies to."""
+    """Methods that the rule applies to."""
     governed: ClassVar[tuple[str, ...]]
     """Names of the tensors that the optimizer must hold."""
     listens: ClassVar[tuple[str, ...]] = ()
-    """Names of the extra outputs that branches of its methods give and the rule asks for (``hear``)."""
+    """Names of the extra outputs that the rule reads (``hear``)."""
     begun: ClassVar[bool] = True
-    """Whether it applies to adapters whose method has what a start took out of the base around it, too."""
+    """Whether it also applies to the inner method of a ``Residual`` (``lorac.training.initialisation``)."""
     before_gradients: bool = False
-    """Whether the rule reads the gradients before the step, where a closure has not computed them yet."""
+    """Whether the rule reads gradients before the step, which a closure would compute later."""
     saved: ClassVar[str] = ""
-    """Key of the optimizer's state dict under which the rule's own state is; none where it has no state."""
+    """Key of the rule's state in the optimizer's state dict; empty without state."""
 
     @abstractmethod
     def __init__(self, compiled: Any, optimizer: Any) -> None:
@@ -94,7 +93,7 @@ class Rule(ABC):
         self._handles: list[HookHandle] = []
 
     def attach(self, *handles: HookHandle) -> None:
-        """Put the rule on the optimizer; ``handles`` are those of further hooks, to be removed with it."""
+        """Register the rule's hooks; ``handles`` of further hooks are removed with it."""
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before),
             self.optimizer.register_step_post_hook(self._after),
@@ -107,10 +106,10 @@ class Rule(ABC):
             self._handles.append(_CallbackHandle(self.compiled.engine.listen(self.listens, self._hear)))
 
     def hear(self, emitted: Mapping[str, Mapping[str, Tensor]]) -> None:  # noqa: B027  (the same)
-        """Run after every call of the model that trains, micro-batches of a step among them, each once.
+        """Handle the extra outputs of a training call; runs once after each, micro-batches included.
 
         Args:
-            emitted: name of an extra output -> site path -> tensor, without gradients; those the rule ``listens`` to.
+            emitted: name in ``listens`` -> site path -> tensor, without gradients.
         """
 
     def before(self) -> None:  # noqa: B027  (not abstract: a rule has work before a step, after it, or both)
@@ -120,14 +119,14 @@ class Rule(ABC):
         """Run after every step."""
 
     def state(self) -> dict[str, Any]:
-        """What the rule keeps between steps: tensors, numbers and texts in lists and dicts, as a file can hold them."""
+        """Return the rule's state: tensors, numbers and strings in lists and dicts."""
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027  (not abstract: some rules have no state)
-        """Take a state as ``state()`` gave it; its tensors are copied."""
+        """Restore a state of ``state()``; its tensors are copied."""
 
     def remove(self) -> None:
-        """Take the rule off; a second time does nothing."""
+        """Detach the rule; a second call does nothing."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -158,13 +157,13 @@ class Rule(ABC):
             self.after()
 
     def _require_present(self) -> None:
-        """Raise ``Unavailable`` where an adapter is gone, or has other tensors since the rule was put on."""
+        """Raise ``Unavailable`` if an adapter was removed, or its tensors replaced, since the rule was attached."""
         adapters = self.compiled.adapters
         for term in self.terms:
             if term.adapter not in adapters or adapters[term.adapter].tensors.get(term.site) is not term.tensors:
                 raise Unavailable(
-                    f"adapter '{term.adapter}' is not what it was when {type(self).__name__} was put on",
-                    next_step="take the rule off, and put it on anew",
+                    f"adapter '{term.adapter}' has changed since {type(self).__name__} was attached",
+                    next_step="remove() the rule, and attach a new one",
                 )
 
     def _save(self, optimizer: Any, state_dict: dict[str, Any]) -> None:
@@ -176,17 +175,17 @@ class Rule(ABC):
 
 
 def unwrap_ddp(compiled: Any) -> Any:
-    """The compiled model within a wrapper that holds it as ``module``, as torch's DDP does; else what is given."""
+    """Return the compiled model inside a wrapper that holds it as ``module``, such as DDP; otherwise the argument."""
     inner = getattr(compiled, "module", None)
     return inner if hasattr(inner, "engine") and not hasattr(compiled, "engine") else compiled
 
 
 def trained_terms(compiled: Any, methods: tuple[type[Variant], ...], *, begun: bool = True) -> list[TrainedTerm]:
-    """The terms of a compiled model whose adapters are of these methods, or with ``begun`` have one of them inside.
+    """Return the terms of the adapters of some methods; with ``begun``, also inside a ``Residual``.
 
     Raises:
-        Unavailable: it does not train.
-        AdapterNotFound: there are none.
+        Unavailable: the compiled model does not train.
+        AdapterNotFound: no adapter has one of the methods.
     """
     compiled = unwrap_ddp(compiled)
     target = getattr(getattr(compiled, "engine", None), "target", None)
@@ -212,7 +211,7 @@ def trained_terms(compiled: Any, methods: tuple[type[Variant], ...], *, begun: b
 
 
 def _unwrap_optimizer(optimizer: Any) -> Any:
-    """The torch optimizer within accelerate's wrapper, whose own hooks are never run."""
+    """Return the torch optimizer inside accelerate's wrapper, whose own hooks never run."""
     while not hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer

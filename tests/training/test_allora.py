@@ -132,5 +132,5 @@ def test_what_it_does_not_apply_to() -> None:
         ALLoRA(compiled, torch.optim.SGD(trained(compiled), lr=1))
     compiled, _, _, optimizer = pair(drawn(2, 4, seed=1), drawn(3, 2, seed=2))
     for wrong in (0.0, -1.0, math.inf):
-        with pytest.raises(lorac.ChoiceError, match=f"ALLoRA takes no eta2={wrong}"):
+        with pytest.raises(lorac.ChoiceError, match=f"ALLoRA does not take eta2={wrong}"):
             ALLoRA(compiled, optimizer, eta2=wrong)

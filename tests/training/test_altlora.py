@@ -180,10 +180,10 @@ def test_what_it_does_not_apply_to() -> None:
         AltLoRA(compiled, torch.optim.AdamW(trained(compiled)))
     with pytest.raises(lorac.OptionError, match="no factor 'C'"):
         AlternatingFactors("C")
-    with pytest.raises(lorac.ChoiceError, match="AltLoRA takes no period=0"):
+    with pytest.raises(lorac.ChoiceError, match="AltLoRA does not take period=0"):
         AlternatingFactors(period=0)
     for wrong in ({"reg": -1.0}, {"betas": (1.0, 0.9)}):
-        with pytest.raises(lorac.ChoiceError, match="AltLoRA takes no"):
+        with pytest.raises(lorac.ChoiceError, match="AltLoRA does not take"):
             AltLoRA(compiled, optimizer, **wrong)
     assert not optimizer._optimizer_step_pre_hooks
     with AltLoRA(compiled, optimizer), pytest.raises(lorac.Unavailable, match="without a closure"):

@@ -77,6 +77,6 @@ def test_what_it_does_not_apply_to() -> None:
     compiled, optimizer = compiled_with()
     with pytest.raises(lorac.AdapterNotFound, match="holds a buffer 'bias'"):
         Balanced(compiled, optimizer, bias="bias")
-    with pytest.raises(lorac.ChoiceError, match="Balanced takes no rate=-1"):
+    with pytest.raises(lorac.ChoiceError, match="Balanced does not take rate=-1"):
         Balanced(compiled, optimizer, rate=-1.0)
     assert not optimizer._optimizer_step_pre_hooks

@@ -167,5 +167,5 @@ def test_what_was_exchanged_is_not_trained_in_silence() -> None:
     adapter = copies(compiled)["a"]
     compiled.remove_adapter("a")
     compiled.add_adapter(adapter, "a")
-    with pytest.raises(lorac.Unavailable, match="'a' is not what it was when LoRAPro was put on"):
+    with pytest.raises(lorac.Unavailable, match="'a' has changed since LoRAPro was attached"):
         optimizer.step()

@@ -222,7 +222,7 @@ def test_moments_of_eight_bits() -> None:
 def test_what_it_does_not_apply_to() -> None:
     weight = parameter(4, 3)
     for wrong in ({"rank": 0}, {"update_proj_gap": 0}, {"scale": -1.0}):
-        with pytest.raises(lorac.ChoiceError, match="GaLore takes no"):
+        with pytest.raises(lorac.ChoiceError, match="GaLore does not take"):
             GaLoreAdamW(projected(weight, **wrong))
     with pytest.raises(lorac.OptionError, match="no proj_type 'stdd'") as error:
         GaLoreSGD(projected(weight, proj_type="stdd"))

@@ -116,7 +116,7 @@ def test_a_step_that_raises_leaves_the_groups_in_place() -> None:
 def test_what_it_does_not_apply_to() -> None:
     compiled, _, _, optimizer = pair(drawn(2, 4, seed=1), drawn(3, 2, seed=2))
     for wrong in (0.0, -1.0, float("nan")):
-        with pytest.raises(lorac.ChoiceError, match="LoRAPlus takes no ratio"):
+        with pytest.raises(lorac.ChoiceError, match="LoRAPlus does not take ratio"):
             LoRAPlus(compiled, optimizer, ratio=wrong)
-    with pytest.raises(lorac.ChoiceError, match="takes no embedding_lr=-1"):
+    with pytest.raises(lorac.ChoiceError, match="does not take embedding_lr=-1"):
         LoRAPlus(compiled, optimizer, embedding_lr=-1.0)

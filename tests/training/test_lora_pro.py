@@ -152,9 +152,9 @@ def test_what_it_does_not_apply_to() -> None:
         assert not other._optimizer_step_pre_hooks, "the rule that was refused is on"
     with LoRAPro(compiled, optimizer, full=True):
         saved = optimizer.state_dict()
-    with LoRAPro(compiled, optimizer), pytest.raises(lorac.ChoiceError, match="was saved of 1 tensors' moments"):
+    with LoRAPro(compiled, optimizer), pytest.raises(lorac.ChoiceError, match="has moments of 1 tensors"):
         optimizer.load_state_dict(saved)
-    with pytest.raises(lorac.ChoiceError, match="takes no damping=-1"):
+    with pytest.raises(lorac.ChoiceError, match="does not take damping=-1"):
         LoRAPro(compiled, optimizer, damping=-1.0)
     a.requires_grad_(False)
     with pytest.raises(lorac.ChoiceError, match="moves both factors of 'a' at 'site', and only lora_B trains"):

@@ -349,7 +349,7 @@ def test_what_it_does_not_apply_to() -> None:
     with pytest.raises(lorac.ChoiceError, match="ranks= is empty"):
         NestedRanks(compiled, optimizer, ranks=())
     for weights in ((1, 2), (1, 1, 1, -1), (0, 0, 0, 0)):
-        with pytest.raises(lorac.ChoiceError, match="is no distribution over 4 ranks"):
+        with pytest.raises(lorac.ChoiceError, match="is not a distribution over 4 ranks"):
             NestedRanks(compiled, optimizer, weights=weights)
     with pytest.raises(lorac.ChoiceError, match="does not hold lora_B"):
         NestedRanks(compiled, torch.optim.SGD([a], lr=1))

@@ -96,7 +96,7 @@ def test_what_it_does_not_apply_to() -> None:
     with pytest.raises(lorac.AdapterNotFound, match="goes into 'none', a LoRA or Full, and there is none"):
         ReLoRA(compiled, optimizer, into="none", every=2)
     for wrong in ({"every": 0}, {"every": 2, "prune": 1.1}):
-        with pytest.raises(lorac.ChoiceError, match="ReLoRA takes no"):
+        with pytest.raises(lorac.ChoiceError, match="ReLoRA does not take"):
             ReLoRA(compiled, optimizer, into="sum", **wrong)
     assert all(tensor.requires_grad for tensor in compiled.adapters["sum"].parameters()), "half changed"
     small = compiled_with(lorac.LoRA(r=1, targets=("site",)))

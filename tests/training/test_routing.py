@@ -210,5 +210,5 @@ def test_what_cannot_be_told() -> None:
     with pytest.raises(lorac.Unavailable, match="gave no logits"):
         gate_loss(silent, torch.tensor([0, 1]))
     for wrong in (torch.ones(1), torch.ones(3)):
-        with pytest.raises(lorac.ChoiceError, match="are no two or more draws"):
+        with pytest.raises(lorac.ChoiceError, match="are not two or more draws"):
             leave_one_out(wrong, torch.ones(1))

@@ -1,10 +1,10 @@
-"""How an adapter begins: ``start(adapter, model, batches=None)`` gives it first values, of weights or of data.
+"""Initialisers: ``initialiser(adapter, model, batches=None)`` computes an adapter's first values from weights or data.
 
-    begun = PiSSA()(lorac.LoRA(r=8, targets="all-linear"), model)
-    begun = LoRAGA()(lorac.LoRA(r=8), model, batches)
-    compiled = lorac.compile(model, {"mine": begun})
+    adapter = PiSSA()(lorac.LoRA(r=8, targets="all-linear"), model)
+    adapter = LoRAGA()(lorac.LoRA(r=8), model, batches)
+    compiled = lorac.compile(model, {"mine": adapter})
 
-A start that PEFT would rewrite the base for gives an adapter of ``lorac.Residual``, which holds what is taken out.
+Where PEFT would rewrite the base, the adapter is a ``lorac.Residual``, which holds what is subtracted from it.
 """
 
 from lorac.training.initialisation.from_activations import EVA, CorDA

@@ -1,4 +1,4 @@
-"""What reaches sites: their inputs, row by row, as batches run through the model."""
+"""Inputs of sites, row by row, while batches run through the model."""
 
 from __future__ import annotations
 
@@ -23,18 +23,17 @@ IGNORED = -100
 def visit_inputs(
     model: nn.Module, sites: Mapping[str, Site], batches: Iterable[Any], visit: Visit, *, labelled: bool
 ) -> None:
-    """Run batches, in evaluation mode, and show what every site is called with.
+    """Run batches in evaluation mode and pass the inputs of every site to ``visit``.
 
     Args:
-        model: left as it was.
+        model: left unchanged.
         sites: linear layers, by path.
-        batches: what the model is called with.
+        batches: arguments of the model's calls.
         visit: gets the rows of every call, in float32 at least.
         labelled: leave out positions that the batch masks, in ``attention_mask`` or by the label −100.
 
     Raises:
-        SiteError: a site is no linear layer that is called.
-        SiteError: no batch reaches a site.
+        SiteError: a site is not a linear layer that is called, or no batch reaches it.
         AdapterError: an input is NaN or infinite.
     """
     for site in sites.values():
@@ -69,14 +68,14 @@ def visit_inputs(
 def _check_linear(site: Site) -> None:
     if site.kind is not SiteKind.LINEAR or site.within is not None:
         raise SiteError(
-            f"'{site.path}' is a {site.kind}, and starts from activations are for linear layers that are called",
+            f"'{site.path}' is a {site.kind}; initialising from activations needs linear layers that are called",
             next_step="narrow targets=, or exclude= the module",
             code="site_unsupported",
         )
 
 
 def _counted_positions(batch: Any) -> Tensor | None:
-    """Which positions (b, s) of a batch count; None for all."""
+    """Return which positions (b, s) of a batch count; None for all."""
     found: Tensor | None = None
     if isinstance(batch, Mapping):
         mask, labels = batch.get("attention_mask"), batch.get("labels")

@@ -1,4 +1,4 @@
-"""Starts from what reaches the layers: CorDA and EVA.
+"""Initialisers that read the layers' inputs: CorDA and EVA.
 
 CorDA: Yang et al. 2024, arXiv 2406.05223; EVA: Paischer et al. 2024, arXiv 2410.07170.
 """
@@ -41,8 +41,8 @@ class CorDA(Initialiser):
     The base keeps W − s·B·A. Every position of a batch counts, divided by the largest entry of its call, as in PEFT.
 
     Attributes:
-        mode: PEFT's corda_method: ``"ipm"`` trains the first r components, for data of the task to learn;
-            ``"kpm"`` the last r, for data of what is to be kept.
+        mode: PEFT's corda_method: ``"ipm"`` trains the first r components, with data of the task to learn;
+            ``"kpm"`` the last r, with data of the knowledge to preserve.
 
     Raises:
         OptionError: there is no such mode.
@@ -69,7 +69,7 @@ class CorDA(Initialiser):
         return replace_factors(adapter, pairs, residual=True)
 
     def pair(self, place: InitialisationSite, covariance: Tensor) -> FactorPair:
-        """A and B from XᵀX (in, in); its scale does not matter."""
+        """Return A and B from XᵀX (in, in), whose scale does not matter."""
         damped, inverse = _invert_damped(covariance.to(place.weight.dtype))
         u, s, vh = torch.linalg.svd(place.weight @ damped, full_matrices=False)
         part = slice(None, place.variant.r) if self.mode == "ipm" else slice(-place.variant.r, None)
@@ -78,13 +78,13 @@ class CorDA(Initialiser):
 
 @dataclass(frozen=True, kw_only=True)
 class EVA(Initialiser):
-    """A from the principal components of each layer's inputs, ranks where these explain most; B = 0, the base stays.
+    """A from the principal components of each layer's inputs, ranks where these explain most; B = 0.
 
-    The layers' ranks add up to what they were. A layer that gets none is left out. The components are those of all
-    rows together; PEFT's are those of an incremental decomposition that stops when it hardly moves.
+    The sum of the layers' ranks stays. A layer that gets rank 0 is left out. The components are those of all rows
+    together; PEFT's come from an incremental decomposition that stops early.
 
     Attributes:
-        rho: a layer gets at most rho·r; 1 leaves the ranks as they are.
+        rho: a layer gets at most rho·r; 1 leaves the ranks unchanged.
         whiten: divide each component by the root of its singular value.
         adjust_scaling_factors: scale alpha with the rank, so that alpha/r stays.
 
@@ -141,14 +141,14 @@ class _InputMoments:
         self.second = self.second + wide.t() @ wide
 
     def components(self, path: str, least: int, most: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Principal components (k, in), their singular values (k,), and which share of the variance each explains.
+        """Return principal components (k, in), singular values (k,), and the share of variance that each explains.
 
         Raises:
             AdapterError: there are fewer rows than ``least``.
         """
         if self.count < least:
             raise AdapterError(
-                f"{self.count} positions reach '{path}', which have no {least} principal components",
+                f"{self.count} positions reach '{path}', fewer than its {least} principal components",
                 next_step="give more batches, or a smaller r",
                 code="batches_needed",
             )
@@ -161,7 +161,7 @@ class _InputMoments:
 
 
 def distribute_ranks(shares: Mapping[str, Tensor], budget: int) -> dict[str, int]:
-    """The ranks of the ``budget`` components that explain most; of equal ones the first site's come first."""
+    """Assign ranks to the ``budget`` components that explain most; ties go to the earlier site."""
     owners = [path for path, share in shares.items() for _ in share]
     order = torch.cat(list(shares.values())).sort(descending=True, stable=True).indices[:budget]
     ranks = dict.fromkeys(shares, 0)
@@ -176,7 +176,7 @@ def _initial_factors(own: Mapping[str, Tensor], a: Tensor) -> dict[str, Tensor]:
 
 
 def _invert_damped(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """The covariance with enough added to its diagonal to have an inverse, and the inverse."""
+    """Return the covariance, damped on its diagonal until it has an inverse, and the inverse."""
     identity = torch.eye(len(covariance)).to(covariance)
     damp = _DAMP
     while True:
@@ -186,7 +186,7 @@ def _invert_damped(covariance: Tensor) -> tuple[Tensor, Tensor]:
             return damped, inverse
         if damp > 1e6:
             raise AdapterError(
-                "the inputs of a layer are all 0, so that they tell nothing of it",
+                "the inputs of a layer are all 0",
                 next_step="give other batches",
                 code="batches_needed",
             )

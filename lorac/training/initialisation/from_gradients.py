@@ -1,4 +1,4 @@
-"""Starts from the gradient of full fine-tuning: LoRA-GA, LoRA-One, LoRA-SB.
+"""Initialisers that read the gradient of full fine-tuning: LoRA-GA, LoRA-One, LoRA-SB.
 
 LoRA-GA: Wang et al. 2024, arXiv 2407.05000; LoRA-One: Zhang et al. 2025, arXiv 2502.01235; LoRA-SB: Ponkshe, Singhal
 et al. 2024, arXiv 2411.19557.
@@ -32,7 +32,7 @@ from lorac.variants.lora_xs import LoRAXS
 
 Tensor = torch.Tensor
 _SPLITS = {"ArB2r": (slice(0, 1), slice(1, 2)), "A2rBr": (slice(1, 2), slice(0, 1))}
-"""Which r of the first 2r components A gets, and which B, in units of r."""
+"""Direction -> the slices of the first 2r components for A and B, in units of r."""
 
 
 def first_rate(lr: float, warmup: float, steps: int) -> float:
@@ -48,7 +48,7 @@ def first_rate(lr: float, warmup: float, steps: int) -> float:
     """
     if lr <= 0 or not 0 <= warmup <= 1 or steps < 1:
         raise OptionError(
-            f"lr={lr}, warmup={warmup}, steps={steps} are no learning rate, share of the steps and number of them",
+            f"lr={lr}, warmup={warmup}, steps={steps} are not a rate, a share of the steps and a number of steps",
             next_step="give for example lr=1e-4, warmup=0.02, steps=1000",
         )
     return lr / max(warmup * steps, 1)
@@ -71,7 +71,7 @@ class _GradientInitialiser(Initialiser):
 
     @abstractmethod
     def pair(self, place: InitialisationSite, gradient: Tensor) -> FactorPair:
-        """A and B at a site; the gradient is the mean over the batches."""
+        """Return A and B at a site from the mean gradient over the batches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +174,7 @@ class LoRASB(Initialiser):
         return self.begun(adapter, sum_gradients(model, sites, batches, self.loss))
 
     def begun(self, adapter: Adapter, gradients: SummedGradients) -> Adapter:
-        """The adapter from gradients that are summed already (``lorac.training.initialisation.sum_gradients``)."""
+        """Initialise from gradients that are summed already (``lorac.training.initialisation.sum_gradients``)."""
         variant = adapter.variant
         assert isinstance(variant, LoRAXS)
         rate = first_rate(self.lr, self.warmup, self.steps)

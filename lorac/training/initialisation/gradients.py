@@ -33,7 +33,7 @@ class SummedGradients:
 
 
 def compute_loss(model: nn.Module, batch: Any) -> Tensor:
-    """The loss that a model answers itself.
+    """Return the loss that a model computes itself.
 
     Raises:
         AdapterError: it answers none.
@@ -86,7 +86,7 @@ def sum_gradients(
 
 
 def _run_backward(loss: Tensor) -> None:
-    """Take gradients; of a loss that no weight reaches it is told by site, afterwards."""
+    """Run backward; sites without a gradient are reported afterwards."""
     if loss.requires_grad:
         loss.backward()
 
@@ -95,7 +95,7 @@ def _trainable_weight_name(site: Site, model: nn.Module) -> str:
     assert site.weight is not None
     if not isinstance(read_stored_tensor(model, site.weight), nn.Parameter):
         raise SiteError(
-            f"the weight of '{site.path}' is no parameter, so that it has no gradient",
+            f"the weight of '{site.path}' is not a parameter, so it has no gradient",
             next_step="narrow targets=, or exclude= the module",
             code="site_unsupported",
         )
@@ -105,7 +105,7 @@ def _trainable_weight_name(site: Site, model: nn.Module) -> str:
 def _accumulate_gradients(
     model: nn.Module, sites: Mapping[str, Site], sums: dict[str, Tensor], handles: list[Any]
 ) -> None:
-    """Have every weight's gradient added to its sum, and freed, as soon as it is there."""
+    """Add every weight's gradient to its sum, and free it, as soon as backward has computed it."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.grad = None

@@ -1,7 +1,7 @@
-"""What the starts share: ``start(adapter, model, batches=None)``, and how the first values get into an adapter.
+"""Base class of initialisers, and the helpers that put first values into an adapter.
 
-A start is a frozen dataclass of its settings, called with an adapter and the model it is for; it returns another
-adapter, and leaves both as they were, whatever goes wrong.
+An initialiser is a frozen dataclass of its settings, called with an adapter and its model. It returns a new adapter and
+leaves its arguments unchanged, also when it fails.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from lorac.variants.lora import LoRA
 
 Tensor = torch.Tensor
 Batches = Iterable[Any]
-"""Each what the model is called with: a mapping of keywords, a tuple of arguments, or one argument."""
+"""Arguments of calls: a mapping of keywords, a tuple of arguments, or one argument each."""
 
 
 @dataclass(frozen=True)
 class InitialisationSite:
-    """A site that a start gives first values to.
+    """A site whose factors are initialised.
 
     Attributes:
         site: the site.
@@ -48,30 +48,28 @@ class InitialisationSite:
 
 
 class Initialiser(ABC):
-    """A way to begin an adapter, by one interface: ``begun = start(adapter, model, batches)``.
+    """Base class of initialisers: ``adapter = initialiser(adapter, model, batches)``.
 
     Raises, when called:
-        AdapterNotFound: the adapter is of a method that the start does not fit.
-        SiteError, AdapterError: it does not fit the model; a weight is too small for what the start needs of it.
-        AdapterError: the start reads gradients or activations, and there are no batches, or none with a loss.
-        SiteError: no batch reaches one of its sites.
-        AdapterError: a gradient or an activation is NaN or infinite.
+        AdapterNotFound: the initialiser does not support the adapter's method.
+        SiteError: the adapter does not fit the model, a weight is too small, or no batch reaches a site.
+        AdapterError: batches are needed and missing, have no loss, or give NaN or infinity.
     """
 
     methods: ClassVar[tuple[type[Variant], ...]] = (LoRA, DoRA)
-    """What the start fits."""
+    """Methods that it supports."""
     reads: ClassVar[str] = ""
-    """What it reads of the batches: gradients or activations; empty where the weights are enough."""
+    """``"gradients"`` or ``"activations"``; empty where the weights are enough."""
     vectors: ClassVar[int] = 1
-    """How many times r singular vectors it needs of a weight."""
+    """Number of singular vectors that it needs of a weight, in units of r."""
 
     def __call__(self, adapter: Adapter | Variant, model: nn.Module, batches: Batches | None = None) -> Adapter:
-        """The adapter at its first values.
+        """Return the adapter with its first values.
 
         Args:
             adapter: an adapter, or a fresh method such as ``lorac.LoRA(r=8)``; only read.
-            model: the base it is to be trained on; left as it was, its random state and buffers too.
-            batches: what the model is called with, for starts that read gradients or activations.
+            model: the base that it will be trained on; left unchanged, with its buffers and the random state.
+            batches: arguments of the model's calls, if gradients or activations are read.
         """
         view = ModelView.of(model)
         sites, begun = view.sites, self._checked(adapter, view)
@@ -81,13 +79,13 @@ class Initialiser(ABC):
 
     @abstractmethod
     def begin(self, adapter: Adapter, model: nn.Module, sites: Mapping[str, Site], batches: Batches) -> Adapter:
-        """Another adapter with the first values.
+        """Compute an adapter with its first values.
 
         Args:
-            adapter: fits the model and the start.
+            adapter: checked against the model.
             model: the base.
-            sites: those that the adapter adapts.
-            batches: at least one, where the start reads any.
+            sites: the sites that the adapter adapts.
+            batches: at least one, if any are read.
         """
 
     def _checked(self, given: Adapter | Variant, view: ModelView) -> Adapter:
@@ -95,7 +93,7 @@ class Initialiser(ABC):
         if not isinstance(variant, self.methods):
             named = " or ".join(f"lorac.{method.__name__}" for method in self.methods)
             raise AdapterNotFound(
-                f"{type(self).__name__} begins adapters of {named}, and this one is of method {variant.name}",
+                f"{type(self).__name__} initialises adapters of {named}, and this one is of method {variant.name}",
                 next_step=f"give it a {named}",
             )
         if isinstance(given, Variant):
@@ -108,7 +106,7 @@ class Initialiser(ABC):
         if site.packed is not None:
             raise SiteError(
                 f"the weight of '{site.path}' is held as {site.packed}, which {type(self).__name__} cannot read",
-                next_step="begin over the model in float, and train over the quantised one",
+                next_step="initialise over the model in float, and train over the quantised one",
                 code="site_unsupported",
             )
         most = min(site.out_features, site.in_features) // self.vectors
@@ -128,8 +126,8 @@ class Initialiser(ABC):
         first = list(islice(listed, 1))
         if not first:
             raise AdapterError(
-                f"{type(self).__name__} begins from {self.reads}, and there are no batches",
-                next_step="pass batches=, each of them what the model is called with",
+                f"{type(self).__name__} reads {self.reads}, and there are no batches",
+                next_step="pass batches=, each of them arguments of a call",
                 code="batches_needed",
             )
         return chain(first, listed)
@@ -138,7 +136,7 @@ class Initialiser(ABC):
 def initialisation_sites(
     adapter: Adapter, model: nn.Module, sites: Mapping[str, Site]
 ) -> Iterable[tuple[str, InitialisationSite]]:
-    """The sites of an adapter with what a rule for their first values reads, one at a time."""
+    """Yield the sites of an adapter with their base weights, one at a time."""
     base = make_base_reader(model)
     for path in adapter.tensors:
         site = sites[path]
@@ -146,12 +144,12 @@ def initialisation_sites(
 
 
 def replace_factors(adapter: Adapter, pairs: Mapping[str, FactorPair], *, residual: bool) -> Adapter:
-    """An adapter whose A and B are those of the pairs.
+    """Return an adapter with the given A and B.
 
     Args:
         adapter: of LoRA or DoRA; only read.
         pairs: path of every site -> A (r, in) and B (out, r).
-        residual: take s·B·A out of the base, so that the adapter begins at the base's output.
+        residual: subtract s·B·A from the base, so that the adapter begins at the base's output.
     """
     tensors = {
         path: {**own, "lora_A": pairs[path][0].contiguous(), "lora_B": pairs[path][1].contiguous()}

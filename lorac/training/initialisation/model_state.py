@@ -1,4 +1,4 @@
-"""A model run for a while, and left as it was: modes, flags, gradients, buffers and the random state."""
+"""Running a model and restoring it: modes, flags, gradients, buffers and the random state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 @contextmanager
 def borrow_model(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Run a model in a mode; afterwards nothing of it shows that it ran, whether it failed or not."""
+    """Run a model in a mode and restore its state afterwards, also when the run fails."""
     restore = _capture_state(model)
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     with torch.random.fork_rng(devices=sorted(device.index for device in devices)):
@@ -24,7 +24,7 @@ def borrow_model(model: nn.Module, *, training: bool) -> Iterator[None]:
 
 
 def _capture_state(model: nn.Module) -> Callable[[], None]:
-    """What puts back all that a run may change."""
+    """Return a function that restores all that a run may change."""
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
@@ -43,7 +43,7 @@ def _capture_state(model: nn.Module) -> Callable[[], None]:
 
 @contextmanager
 def remove_hooks(handles: list[Any]) -> Iterator[list[Any]]:
-    """Take hooks off again; those added to the list meanwhile too."""
+    """Remove hooks at the end of the block, those added to the list within it too."""
     try:
         yield handles
     finally:
@@ -52,7 +52,7 @@ def remove_hooks(handles: list[Any]) -> Iterator[list[Any]]:
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:
-    """What a model answers to a batch: a mapping of keywords, a tuple of arguments, or one argument."""
+    """Call a model with a batch: a mapping of keywords, a tuple of arguments, or one argument."""
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)

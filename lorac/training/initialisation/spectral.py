@@ -1,4 +1,4 @@
-"""Starts that read nothing but the weight: its first or last components, or its QR decomposition.
+"""Initialisers that read only the weight: its first or last components, or its QR decomposition.
 
 PiSSA: Meng et al. 2024, arXiv 2404.02948; MiLoRA: Wang et al. 2024, arXiv 2406.09044; OLoRA: Büyükakyüz 2024,
 arXiv 2406.01775.
@@ -27,7 +27,7 @@ from lorac.variants.adapter import Adapter
 
 
 class _WeightInitialiser(Initialiser):
-    """W = (W − s·B·A) + s·B·A at every site, A and B by a rule that reads W alone."""
+    """W = (W − s·B·A) + s·B·A at every site, with A and B computed from W alone."""
 
     def begin(self, adapter: Adapter, model: nn.Module, sites: Mapping[str, Site], batches: Batches) -> Adapter:
         pairs = {path: self.pair(place) for path, place in initialisation_sites(adapter, model, sites)}
@@ -35,7 +35,7 @@ class _WeightInitialiser(Initialiser):
 
     @abstractmethod
     def pair(self, place: InitialisationSite) -> FactorPair:
-        """A and B at a site."""
+        """Return A and B at a site."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class PiSSA(_WeightInitialiser):
 
     def __post_init__(self) -> None:
         if self.rounds is not None and self.rounds < 0:
-            raise OptionError(f"rounds={self.rounds} is no number of iterations", next_step="give 4, or None: exact")
+            raise OptionError(f"rounds={self.rounds} is not a number of iterations", next_step="give 4, or None: exact")
 
     def pair(self, place: InitialisationSite) -> FactorPair:
         if self.rounds is None:
@@ -67,7 +67,7 @@ class PiSSA(_WeightInitialiser):
 
 @dataclass(frozen=True, kw_only=True)
 class MiLoRA(_WeightInitialiser):
-    """As PiSSA with the last r components of W: training begins where the base says least, and keeps what it says."""
+    """PiSSA with the last r components of W instead of the first."""
 
     def pair(self, place: InitialisationSite) -> FactorPair:
         u, s, vh = torch.linalg.svd(place.weight, full_matrices=False)

@@ -31,13 +31,13 @@ SCORES = ("magnitude", "gradient", "random")
 
 @dataclass(frozen=True)
 class PrunedModel:
-    """A smaller model, and what of the large one it has.
+    """A smaller model with a record of what was pruned.
 
     Attributes:
         model: the smaller model, with weights of its own.
-        kept: path of a layer -> its rows and columns; layers that are whole are left out.
-        masks: name of a parameter -> where it is not 0, of a model whose single weights are masked.
-        sizes: what it comes to, beside the large model.
+        kept: path of a pruned layer -> its remaining rows and columns.
+        masks: name of a parameter -> mask of its nonzero weights, for a model with masked weights.
+        sizes: its size compared with the large model's.
     """
 
     model: nn.Module
@@ -48,11 +48,11 @@ class PrunedModel:
 
 @dataclass(frozen=True)
 class SizeComparison:
-    """Parameters and bytes of a large model and of the smaller one; weights that are masked count as bytes still.
+    """Parameters and bytes of a large and a smaller model; masked weights still count as bytes.
 
     Attributes:
-        parameters: (large, small), those of the small model that are not masked.
-        bytes: (large, small), as they lie in memory.
+        parameters: (large, small), without masked ones.
+        bytes: (large, small), in memory.
     """
 
     parameters: tuple[int, int]
@@ -77,21 +77,21 @@ def prune(
     loss: Any = None,
     seed: int = 0,
 ) -> PrunedModel:
-    """A copy without a share of its heads and hidden units; the residual stream, embeddings and norms stay whole.
+    """Copy a model without a share of its heads and hidden units; embeddings, norms and the residual stream stay whole.
 
     Args:
-        model: the large one; left as it was.
-        heads: share of the heads of keys and values that goes, with the heads of queries that read them.
-        hidden: share of the hidden units that goes.
+        model: the large model; left unchanged.
+        heads: share of the key and value heads to remove, with the query heads that read them.
+        hidden: share of the hidden units to remove.
         layers: the numbers of the layers to prune; default: all.
-        by: what decides: ``"magnitude"``, the sum of squares of a unit's weights; ``"gradient"``, that of
+        by: the score of a unit: ``"magnitude"``, the sum of squares of a unit's weights; ``"gradient"``, that of
             |w·∂loss/∂w| over batches (LLM-Pruner); ``"random"``.
-        batches, loss: as a start's (``lorac.training.initialisation``), for ``"gradient"``.
+        batches, loss: as in ``lorac.training.initialisation``, for ``"gradient"``.
         seed: for ``"random"``.
 
     Raises:
-        OptionError: a share is none, or ``by`` is none of these.
-        SiteError: nothing can be pruned (``groups_of``).
+        OptionError: a share is out of range, or ``by`` is unknown.
+        SiteError: nothing can be pruned (``find_unit_groups``).
         AdapterError, SiteError: as ``lorac.training.initialisation.sum_gradients``.
     """
     _check_share("heads", heads)
@@ -123,19 +123,17 @@ def mask(
     pattern: tuple[int, int] | None = None,
     targets: str | tuple[str, ...] = "all-linear",
 ) -> PrunedModel:
-    """A copy whose smallest weights are 0; its shapes are the large model's, so that recovering changes nothing.
+    """Copy a model with its smallest weights set to 0; its shapes stay, so ``recover`` changes nothing.
 
     Args:
-        model: the large one; left as it was.
-        share: of each layer's weights that are set to 0.
-        pattern: (n, m): n of every m weights beside each other in a row are set to 0, such as (4, 8); ``share`` does
-            not count then.
-        targets: the layers, as ``lorac.LoRA`` takes them.
+        model: the large model; left unchanged.
+        share: share of each layer's weights to set to 0.
+        pattern: (n, m): set n of every m adjacent weights of a row to 0, such as (4, 8), instead of ``share``.
+        targets: the layers, as in ``lorac.LoRA``.
 
     Raises:
-        OptionError: the share is none, or the pattern does not fit.
-        SiteError: a target is no linear layer.
-        SiteError: the targets name nothing.
+        OptionError: the share is out of range, or the pattern does not fit.
+        SiteError: a target is not a linear layer, or the targets match nothing.
     """
     _check_share("share", share)
     view = ModelView.of(model)
@@ -150,7 +148,7 @@ def mask(
 
 def _linear_weight_name(site: Site) -> str:
     if site.kind is not SiteKind.LINEAR or site.weight is None:
-        raise SiteError(f"'{site.path}' is no linear layer", next_step="narrow targets=", code="site_unsupported")
+        raise SiteError(f"'{site.path}' is not a linear layer", next_step="narrow targets=", code="site_unsupported")
     return site.weight
 
 
@@ -168,13 +166,15 @@ def _layer_mask(site: Site, weight: Tensor, share: float, pattern: tuple[int, in
 
 def _check_share(name: str, share: float) -> None:
     if not 0 <= share < 1:
-        raise OptionError(f"{name}={share} is no share that can go", next_step="give a number from 0 to below 1")
+        raise OptionError(
+            f"{name}={share} is not a share that can be removed", next_step="give a number from 0 to below 1"
+        )
 
 
 def _score_weights(
     model: nn.Module, paths: list[str], by: str, batches: Iterable[Any] | None, loss: Any, seed: int
 ) -> dict[str, Tensor]:
-    """How much every weight counts, by path of its layer."""
+    """Score every weight, by path of its layer."""
     if by not in SCORES:
         raise not_one_of("nothing is pruned by", by, SCORES)
     weights: dict[str, Any] = {path: model.get_submodule(path).weight for path in paths}
@@ -209,7 +209,7 @@ def _layer_weight(model: nn.Module, path: str) -> Any:
 
 
 def _slice_model(model: nn.Module, kept: Mapping[str, PruningRecord]) -> nn.Module:
-    """A copy in which the pruned layers have what is kept of them; what goes is never copied."""
+    """Copy a model with its layers pruned; removed weights are never copied."""
     memo: dict[int, Any] = {}
     for path, one in kept.items():
         layer: Any = model.get_submodule(path)
@@ -228,8 +228,8 @@ def _make_parameter(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
 
 
 def _update_module_sizes(small: nn.Module, left: list[tuple[UnitGroup, Tensor]], *, everywhere: bool) -> None:
-    """Tell modules their new numbers. transformers' have one configuration for all layers: each gets a copy."""
-    told: dict[str, set[int]] = {}
+    """Set the new numbers of units in modules and configurations; layers that share a configuration get copies."""
+    found: dict[str, set[int]] = {}
     for group, units in left:
         numbers = _unit_attributes(group, len(units))
         owner: Any = small.get_submodule(group.owner)
@@ -238,13 +238,13 @@ def _update_module_sizes(small: nn.Module, left: list[tuple[UnitGroup, Tensor]],
             owner.config = copy.copy(owner.config)
             _set_attributes(owner.config, numbers)
         for name, number in numbers.items():
-            told.setdefault(name, set()).add(number)
+            found.setdefault(name, set()).add(number)
     if everywhere and hasattr(small, "config"):
-        _set_attributes(small.config, {name: min(numbers) for name, numbers in told.items() if len(numbers) == 1})
+        _set_attributes(small.config, {name: min(numbers) for name, numbers in found.items() if len(numbers) == 1})
 
 
 def _unit_attributes(group: UnitGroup, left: int) -> dict[str, int]:
-    """The attributes of modules and configurations that say how many units there are."""
+    """Return the attributes of modules and configurations that hold the number of units."""
     if group.kind != HEADS:
         return {"intermediate_size": left, "ffn_dim": left}
     return {
@@ -255,7 +255,7 @@ def _unit_attributes(group: UnitGroup, left: int) -> dict[str, int]:
 
 
 def _set_attributes(holder: Any, numbers: Mapping[str, int]) -> None:
-    """Set those of the numbers that a module or configuration has; the size of a head stays, said or not."""
+    """Set the numbers that a module or configuration has; the size of a head stays."""
     if hasattr(holder, "hidden_size") and hasattr(holder, "num_attention_heads"):
         holder.head_dim = getattr(holder, "head_dim", None) or holder.hidden_size // holder.num_attention_heads
     for name, number in numbers.items():

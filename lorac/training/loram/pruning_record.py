@@ -1,4 +1,4 @@
-"""Which rows and columns of a layer's weight a smaller model has; and as a file, for whoever trains on that alone."""
+"""Records of the rows and columns that a pruned layer keeps, and their file."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _RECORD_PARTS = ("shape", "rows", "columns")
 
 @dataclass(frozen=True, eq=False)
 class PruningRecord:
-    """What of a layer is kept.
+    """The rows and columns of a layer that are kept.
 
     Attributes:
         shape: (out, in) of the large model's weight.
-        rows, columns: the positions kept, in order; all of them where a layer is pruned along the other axis only.
+        rows, columns: the positions kept, in order; all of them if the layer is pruned along the other axis only.
     """
 
     shape: tuple[int, int]
@@ -45,17 +45,17 @@ def write_pruning_record(kept: Mapping[str, PruningRecord], path: str | Path) ->
 
 
 def read_pruning_record(path: str | Path) -> dict[str, PruningRecord]:
-    """What ``write_kept`` wrote.
+    """Read the file of ``write_pruning_record``.
 
     Raises:
-        FormatError: positions are missing, or are none of the layer's.
+        FormatError: positions are missing, or outside the layer.
     """
     stored = load_file(path)
     names = list(dict.fromkeys(key.rpartition(":")[0] for key in stored))
     found = {}
     for name in names:
         if not all(f"{name}:{part}" in stored for part in _RECORD_PARTS) or len(stored[f"{name}:shape"]) != 2:
-            raise FormatError(f"'{path}' does not tell the shape, rows and columns of '{name}'", code="corrupt_file")
+            raise FormatError(f"'{path}' lacks the shape, rows or columns of '{name}'", code="corrupt_file")
         out, columns = (int(size) for size in stored[f"{name}:shape"])
         one = PruningRecord((out, columns), stored[f"{name}:rows"], stored[f"{name}:columns"])
         if not (_are_valid_positions(one.rows, out) and _are_valid_positions(one.columns, columns)):

@@ -25,7 +25,7 @@ FILLS = ("zeros", "normal")
 def recover(
     adapter: Adapter, kept: Mapping[str, PruningRecord], model: nn.Module, *, fill: str = "zeros", seed: int = 0
 ) -> Adapter:
-    """A LoRA of a smaller model as one of the large: A's columns and B's rows where they were, nothing elsewhere.
+    """Map a LoRA of a smaller model to the large one: A's columns and B's rows in their old places, 0 elsewhere.
 
     ΔW of the large weight is s·B·A at the rows and columns kept, and 0 elsewhere.
 

@@ -120,5 +120,5 @@ def sum_unit_scores(group: UnitGroup, scores: Mapping[str, Tensor]) -> Tensor:
 
 
 def unit_positions(units: Tensor, width: int) -> Tensor:
-    """The rows, or columns, of some units of a layer."""
+    """Return the rows, or columns, of some units of a layer."""
     return (units[:, None] * width + torch.arange(width)).flatten()

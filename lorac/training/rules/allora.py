@@ -1,4 +1,4 @@
-"""ALLoRA: rows of the product learn the more slowly the larger they are; no dropout, no scale.
+"""ALLoRA: larger rows of the product learn more slowly; no dropout, no scale.
 
 Huang and Balestriero 2024, arXiv 2410.09692.
 """
@@ -25,12 +25,12 @@ Tensor = torch.Tensor
 
 
 class ALLoRA(Rule):
-    """The factors learn from diag(c)·g in the place of g = ∂L/∂(BA): ∇_A = Bᵀ·diag(c)·g, ∇_B = diag(c)·g·Aᵀ.
+    """The factors learn from diag(c)·g instead of g = ∂L/∂(BA): ∇_A = Bᵀ·diag(c)·g, ∇_B = diag(c)·g·Aᵀ.
 
-    c_i = 1/√(‖(BA)_i‖ + 1/η²) of every row, that is of every output. c is what it is before the step and counts as a
-    constant; what reaches the layers below is not scaled. The gradients are so from the backward pass on: they add up
-    over micro-batches, and clipping and DDP see them. The rule acts by the rates' ratio between rows; an optimizer that
-    normalises every element (Adam) undoes most of it.
+    c_i = 1/√(‖(BA)_i‖ + 1/η²) for every row, that is for every output. c is computed before the step and is constant in
+    it; gradients of the layers below are not scaled. Gradients are scaled during backward, so they accumulate over
+    micro-batches, and clipping and DDP see them. An optimizer that normalises every element (Adam) undoes most of the
+    effect.
 
     Args:
         compiled: as ``Rule``'s.
@@ -41,7 +41,7 @@ class ALLoRA(Rule):
         Unavailable, AdapterNotFound: as ``Rule``.
         ChoiceError: as ``Rule``; the LoRA has dropout or a scale other than 1; one factor trains without the other;
             η² is not above 0.
-        SiteError: a module reads the weight itself, so that nobody sees the site's input.
+        SiteError: a module reads the weight itself, so the site's input is not visible.
     """
 
     methods: ClassVar[tuple[type[Variant], ...]] = (LoRA,)
@@ -61,7 +61,7 @@ class ALLoRA(Rule):
         self.attach(*self._hooks())
 
     def rates(self, pair: Pair) -> Tensor:
-        """c (out,) of a pair as it is."""
+        """Return c (out,) of a pair."""
         key = (pair.a._version, pair.b._version)
         if self._rates.get(id(pair), (None,))[0] != key:
             a, b = pair.a.detach(), pair.b.detach()
@@ -98,7 +98,7 @@ class ALLoRA(Rule):
         self._gathered[id(pair)] = found if before is None else before + found
 
     def _give(self, pair: Pair, grad: Tensor) -> Tensor:
-        """What was gathered, in the place of A's gradient; all of the site's calls came before."""
+        """Replace A's gradient by the gathered one; all calls of the site have run before."""
         return self._gathered.pop(id(pair), grad)
 
     def _scale(self, pair: Pair, grad: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ class AlternatingFactors:
         check_settings("AltLoRA", period=(self.period, FROM_1))
 
     def at(self, step: int) -> str:
-        """Whose turn a step is, counted from 0."""
+        """Return the factor whose turn a step is, counted from 0."""
         return "AB"[(step // self.period + "AB".index(self.first)) % 2]
 
 
@@ -139,7 +139,7 @@ class AltLoRA(Rule):
 
     @property
     def turn(self) -> str:
-        """Whose turn the step to come is: ``"A"``, ``"B"``, or ``"AB"`` of the released form."""
+        """The factor whose turn the next step is: ``"A"``, ``"B"``, or ``"AB"`` in the released form."""
         return "AB" if self.released else self.turns.at(self.steps)
 
     def before(self) -> None:
@@ -149,7 +149,7 @@ class AltLoRA(Rule):
             self._both_turns(sides, groups)
 
     def after(self) -> None:
-        """The next turn."""
+        """Begin the next turn."""
         self.steps += 1
         self._skip()
 
@@ -179,7 +179,7 @@ class AltLoRA(Rule):
                 moved = self._turn(side, moved, groups[id(side.own)])
 
     def _turn(self, side: _FactorSide, partner: Tensor | None, group: Mapping[str, Any]) -> Tensor:
-        """Give one factor its direction as gradient; answers the factor as it will be after the step.
+        """Set one factor's gradient to its direction; return the factor as it will be after the step.
 
         Args:
             side: the factor.
@@ -221,7 +221,7 @@ class AltLoRA(Rule):
                 yield tensor.register_hook(functools.partial(self._only_in_turn, letter))
 
     def _only_in_turn(self, letter: str, grad: Tensor) -> Tensor:
-        """The gradient where it is the factor's turn, 0 elsewhere: here, so that clipping measures no other."""
+        """Return the gradient on the factor's turn, otherwise 0, so that clipping measures no other."""
         return grad if letter in self.turn else torch.zeros_like(grad)
 
     def _skip(self) -> None:
@@ -244,16 +244,16 @@ class _FactorSide:
         return self.own.grad
 
     def oriented(self, tensor: Tensor) -> Tensor:
-        """A tensor of either factor's shape, transposed where the factor is B; in float32 at least."""
+        """Return a tensor of the factor's shape, transposed for B, in float32 at least."""
         wide = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
         return wide.mT if self.is_b else wide
 
     def oriented_back(self, tensor: Tensor) -> Tensor:
-        """A tensor of the factor's shape as the factor has it."""
+        """Undo ``oriented``."""
         return tensor.mT.contiguous() if self.is_b else tensor
 
     def begun(self, like: Tensor, other: Tensor, plus: bool) -> dict[str, Any]:
-        """The state, made where there is none yet: no momentum, which no change of the other factor carries over."""
+        """Return the state, created without momentum on first use."""
         if not self.state:
             self.state = {"step": 0, "mean": torch.zeros_like(like), "old": other.clone()}
             if plus:

@@ -74,7 +74,7 @@ class Balanced(Rule):
 
 
 def _find_routed_methods(compiled: Any, emitted: str, bias: str) -> tuple[type[Variant], ...]:
-    """The methods that choose by a score and a bias."""
+    """Return the methods that select by a score and a bias."""
     adapters = getattr(unwrap_ddp(compiled), "adapters", {}).values()
     found = {
         type(adapter.variant): None

@@ -50,7 +50,7 @@ class EightBitMoments:
         self._codes = {name: functional.create_dynamic_map(signed=signed) for name, signed in _SIGNED.items()}
 
     def moment(self, state: dict[str, Any], name: str, like: Tensor) -> OptimizerMoment:
-        """A moment of a state by its name, begun at 0 where there is none."""
+        """Return a moment of a state by name, zeros on first use."""
         if like.numel() < _FEWEST:
             return OptimizerMoment(state.setdefault(name, torch.zeros_like(like)))
         values = self._decoded(state[name], name, like) if name in state else torch.zeros_like(like)

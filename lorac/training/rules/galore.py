@@ -59,7 +59,7 @@ def galore_groups(
 
 
 class GaLore(Optimizer, ABC):
-    """What GaLore's optimizers share: projection, its refresh, the way back, decay, and steps by layer.
+    """Base class of GaLore's optimizers: projection, its refresh, the way back, decay, and steps by layer.
 
     Of a group with ``rank`` every gradient G (…, m, n) is projected, ``R = G·Qᵀ`` (m, r), ``Pᵀ·G`` (r, n) or both, by
     the first singular vectors of the gradient at every ``update_proj_gap``-th step; moments are of R's shape, and are
@@ -73,7 +73,7 @@ class GaLore(Optimizer, ABC):
     """
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; what is missing of a projected group's settings is the paper's."""
+        """Add a group as torch does, with the paper's defaults for missing settings of a projected group."""
         if "rank" in param_group:
             param_group = {**_PROJECTED, **param_group}
             _check_group_settings(param_group)
@@ -81,7 +81,7 @@ class GaLore(Optimizer, ABC):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of every parameter that has a gradient.
+        """Update every parameter that has a gradient.
 
         Args:
             closure: computes the loss and its gradients.
@@ -97,10 +97,10 @@ class GaLore(Optimizer, ABC):
 
     @contextmanager
     def by_layer(self) -> Iterator[None]:
-        """Within the block each parameter steps as soon as backward has its gradient, which is then let go.
+        """Update each parameter during backward, as soon as its gradient is there, and free the gradient.
 
-        So no two layers' gradients are in memory at once. Micro-batches do not add up, nothing clips by the norm of
-        all gradients, and ``step()`` finds nothing left to do.
+        No two layers' gradients are in memory at once. Gradient accumulation and clipping by the global norm are not
+        possible, and ``step()`` has nothing left to do.
 
         Raises:
             Unavailable: several processes train, whose gradients are not one before backward is over.
@@ -124,7 +124,7 @@ class GaLore(Optimizer, ABC):
                 handle.remove()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """As torch's, but that every tensor of the state keeps its dtype: torch would cast 8-bit moments."""
+        """Load a state as torch does, but keep dtypes: torch would cast 8-bit moments."""
         super().load_state_dict(dict(state_dict))
         order = [tensor for group in self.param_groups for tensor in group["params"]]
         ids = [index for group in state_dict["param_groups"] for index in group["params"]]
@@ -134,7 +134,7 @@ class GaLore(Optimizer, ABC):
 
     @abstractmethod
     def direction(self, gradient: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> Tensor:
-        """What is subtracted, the rate included, before it is projected back; of the (projected) gradient's shape.
+        """Return the update, rate included, before it is projected back; of the (projected) gradient's shape.
 
         Args:
             gradient: projected, where the group is.
@@ -205,7 +205,7 @@ class GaLoreAdamW(GaLore):
             weight_decay=(weight_decay, FROM_0),
         )
         if bits not in {8, 32}:
-            raise ChoiceError(f"moments of {bits} bits there are not", next_step="bits= is 8 or 32")
+            raise ChoiceError(f"moments of {bits} bits are not supported", next_step="bits= is 8 or 32")
         self._eight = EightBitMoments() if bits == 8 else None
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias}
         super().__init__(params, defaults)
@@ -281,7 +281,7 @@ def _check_group_settings(group: Mapping[str, Any]) -> None:
 
 
 def _compute_projector(gradient: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The first singular vectors of a gradient: ``left`` (m, r), ``right`` (r, n), or both."""
+    """Return the first singular vectors of a gradient: ``left`` (m, r), ``right`` (r, n), or both."""
     rows, columns = gradient.shape[-2:]
     side = group["proj_type"]
     if side in {"std", "reverse_std"}:
@@ -306,7 +306,7 @@ def _project_back(update: Tensor, projector: Mapping[str, Tensor]) -> Tensor:
 
 
 def _copy_state_to(value: Any, device: torch.device) -> Any:
-    """A saved state with tensors of its own, as they were but for where they are."""
+    """Copy a saved state to a device, dtypes unchanged."""
     if isinstance(value, Tensor):
         return value.to(device, copy=True)
     return {key: _copy_state_to(own, device) for key, own in value.items()} if isinstance(value, Mapping) else value

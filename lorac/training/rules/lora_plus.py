@@ -20,15 +20,15 @@ Tensor = torch.Tensor
 
 
 class LoRAPlus(Rule):
-    """In a step B, and what biases it has, learn at ``ratio`` times the rate of their group; A and all else at its own.
+    """B and its biases learn at ``ratio`` times the rate of their group, everything else at the group's rate.
 
-    The optimizer's groups are as they were outside of a step, so that schedulers and state dicts know nothing of it.
+    Outside a step the optimizer's groups are unchanged, so schedulers and state dicts do not see the second rate.
 
     Args:
         compiled: as ``Rule``'s.
         optimizer: as ``Rule``'s, of any kind whose groups have a rate ``lr``.
         ratio: λ = η_B/η_A; the paper recommends 16 (2⁴), and PEFT asks for it by name.
-        embedding_lr: the rate of both factors at embeddings, whose parts are the other way round; None: their group's.
+        embedding_lr: the rate of both factors at embeddings, whose roles are reversed; None: their group's.
 
     Raises:
         Unavailable, AdapterNotFound: as ``Rule``.
@@ -58,7 +58,7 @@ class LoRAPlus(Rule):
         self.attach()
 
     def before(self) -> None:
-        """Part every group by its tensors' rates."""
+        """Split every group by its tensors' rates."""
         self._put_back()  # where the step before this one raised
         self._whole = list(self.optimizer.param_groups)
         parted = []
@@ -70,7 +70,7 @@ class LoRAPlus(Rule):
         self.optimizer.param_groups[:] = parted
 
     def after(self) -> None:
-        """The groups as they were."""
+        """Restore the groups."""
         self._put_back()
 
     def remove(self) -> None:

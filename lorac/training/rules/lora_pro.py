@@ -1,4 +1,4 @@
-"""LoRA-Pro: the gradients of both factors are changed so that a step moves the weight as full fine-tuning would.
+"""LoRA-Pro: gradients of both factors that move the weight as full fine-tuning would.
 
 Wang et al., ICLR 2025, arXiv 2407.18242.
 """
@@ -123,7 +123,7 @@ class LoRAPro(Rule):
             tensor.grad = grad.to(tensor.dtype)
 
     def _adam(self, index: int, grad: Tensor) -> Tensor:
-        """Adam's direction for one gradient, its moments in float32 at least."""
+        """Return Adam's direction for one gradient, with moments in float32 at least."""
         wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
         own = self._moments[index]
         if not own:
@@ -140,7 +140,7 @@ class LoRAPro(Rule):
 def find_equivalent_gradients(
     pair: Pair, damping: float, grad_a: Tensor, grad_b: Tensor, *, nearest: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(g^A, g^B) from (g_A, g_B), with X = 0, or with the X that keeps them nearest to the raw gradients."""
+    """Compute (g^A, g^B) from (g_A, g_B), with X = 0, or with the X nearest to the raw gradients."""
     dtype = torch.promote_types(pair.a.dtype, torch.float32)
     a, b, grad_a, grad_b = (tensor.to(dtype) for tensor in (pair.a, pair.b, grad_a, grad_b))
     grams = Gram.of(b.mT, damping), Gram.of(a, damping)
@@ -154,7 +154,7 @@ def find_equivalent_gradients(
 
 
 def _solve_sylvester(left: Gram, right: Gram, constant: Tensor) -> Tensor:
-    """X of left·X + X·right = constant, 0 where both eigenvalues are."""
+    """Solve left·X + X·right = constant for X, which is 0 where both eigenvalues are."""
     sums = left.values.unsqueeze(-1) + right.values.unsqueeze(-2)
     turned = left.vectors.mT @ constant @ right.vectors
     return left.vectors @ torch.where(sums > 0, turned / sums, 0) @ right.vectors.mT

@@ -40,7 +40,7 @@ class _Factor:
         return of.narrow(self.dim, index, 1)
 
     def share(self, index: int, value: Any) -> Any:
-        """A copy of what an entry of the tensor's optimizer state is to one component."""
+        """Copy one component's share of an entry of the tensor's optimizer state."""
         if not isinstance(value, Tensor):
             return value
         return (self.component(index, value) if value.shape == self.tensor.shape else value).clone()
@@ -151,7 +151,7 @@ class NestedRanks(Rule):
         return self.ranks[int(torch.multinomial(self.weights.to(self.generator.device), 1, generator=self.generator))]
 
     def _moving(self, factor: _Factor) -> range:
-        """Indices, from 0, of the components of a factor that move in this step."""
+        """Return the indices, from 0, of the components of a factor that move in this step."""
         return range(self.rank - 1 if self.frozen else 0, min(self.rank, factor.rank))
 
     def _parts(self, index: int) -> Iterator[nn.Parameter]:
@@ -171,7 +171,7 @@ class NestedRanks(Rule):
         self._stepping, self._groups = [], []
 
     def _begun(self, factor: _Factor) -> list[State]:
-        """The state of every component, out of what the optimizer has of the tensor."""
+        """Split the optimizer's state of a tensor by component."""
         whole: State = self.optimizer.state.get(factor.tensor, {})
         return [{key: factor.share(i, value) for key, value in whole.items()} for i in range(factor.rank)]
 
@@ -192,7 +192,7 @@ class NestedRanks(Rule):
         return args, {**kwargs, "adapters": active}
 
     def _only_moving(self, factor: _Factor, grad: Tensor) -> Tensor:
-        """The gradient where components move, 0 elsewhere: here, so that clipping measures no other."""
+        """Return the gradient of the components that move, otherwise 0, so that clipping measures no other."""
         kept = torch.zeros_like(grad)
         for component in self._moving(factor):
             factor.component(component, kept).copy_(factor.component(component, grad))
@@ -232,7 +232,7 @@ def _check_weights(weights: Sequence[float] | None, ranks: Sequence[int]) -> Ten
     total = float(likely.sum())
     if len(likely) != len(ranks) or bool((likely < 0).any()) or not 0 < total < math.inf:
         raise ChoiceError(
-            f"weights={list(likely.tolist())} is no distribution over {len(ranks)} ranks",
+            f"weights={list(likely.tolist())} is not a distribution over {len(ranks)} ranks",
             next_step="give one number from 0 on for each, not all 0",
         )
     return likely

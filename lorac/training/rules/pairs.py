@@ -1,4 +1,4 @@
-"""What rules on LoRA's two factors share: the pairs they change, Gram matrices, and which optimizers they take."""
+"""Helpers of rules on LoRA's two factors: pairs, Gram matrices, and checks of optimizers and settings."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ FACTORS = ("lora_A", "lora_B")
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """LoRA's factors at one site, of ΔW = s·B·A; of a stack of matrices each factor has its axis in front.
+    """LoRA's factors at one site, ΔW = s·B·A; for a stack of matrices each factor has a leading axis.
 
     Attributes:
-        term: where they are.
+        term: the adapter and site.
         a: A (r, in).
         b: B (out, r).
         scale: s.
@@ -35,19 +35,19 @@ class Pair:
 
     @property
     def idle(self) -> bool:
-        """Whether neither factor has a gradient, as where the adapter is off."""
+        """Whether neither factor has a gradient, as for an inactive adapter."""
         return self.a.grad is None and self.b.grad is None
 
 
 def trained_pairs(terms: Iterable[TrainedTerm], rule: str) -> list[Pair]:
-    """The pairs that train; those of which neither factor does are left out.
+    """Return the pairs whose factors train.
 
     Args:
         terms: of LoRA.
-        rule: who asks, for the message.
+        rule: name of the rule, for the message.
 
     Raises:
-        ChoiceError: of one, a single factor trains; or none does at all.
+        ChoiceError: only one factor of a pair trains, or no pair does.
     """
     pairs = []
     for term in terms:
@@ -67,11 +67,11 @@ def trained_pairs(terms: Iterable[TrainedTerm], rule: str) -> list[Pair]:
 
 
 def check_plain_sgd(optimizer: Any, rule: str) -> None:
-    """Raise ``ChoiceError`` where an optimizer does more than to go along the gradient: the rule has moments itself.
+    """Raise ``ChoiceError`` unless an optimizer is plain SGD, for rules that keep moments themselves.
 
     Args:
         optimizer: torch's own.
-        rule: who asks, for the message.
+        rule: name of the rule, for the message.
     """
     plain = type(optimizer) is torch.optim.SGD and not any(
         group["momentum"] or group["maximize"] for group in optimizer.param_groups
@@ -86,11 +86,11 @@ def check_plain_sgd(optimizer: Any, rule: str) -> None:
 
 @dataclass(frozen=True)
 class SettingRange:
-    """Which finite numbers a setting may be.
+    """The finite numbers that a setting may have.
 
     Attributes:
-        text: says so.
-        admits: whether one is.
+        text: the range in words.
+        admits: whether a number is in the range.
     """
 
     text: str
@@ -105,15 +105,15 @@ SHARE = SettingRange("from 0 to 1", lambda value: 0 <= value <= 1)
 
 
 def check_settings(rule: str, **settings: tuple[float, SettingRange]) -> None:
-    """Raise ``ChoiceError`` where a setting is not finite, or outside its range.
+    """Raise ``ChoiceError`` if a setting is not finite, or outside its range.
 
     Args:
-        rule: whose.
+        rule: name of the rule.
         settings: setting -> (value, range).
     """
     for name, (value, allowed) in settings.items():
         if not (math.isfinite(value) and allowed.admits(value)):
-            raise ChoiceError(f"{rule} takes no {name}={value}", next_step=f"it is a finite number {allowed.text}")
+            raise ChoiceError(f"{rule} does not take {name}={value}", next_step=f"it is a finite number {allowed.text}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +123,7 @@ class Gram:
     Attributes:
         values: eigenvalues (r,), none below 0.
         vectors: eigenvectors (r, r), by column.
-        inverse: (r, r); where an eigenvalue is nothing but rounding, its reciprocal counts as 0.
+        inverse: (r, r); reciprocals of eigenvalues that are only rounding are 0.
     """
 
     values: Tensor
@@ -132,7 +132,7 @@ class Gram:
 
     @classmethod
     def of(cls, factor: Tensor, reg: float) -> Gram:
-        """Of a factor (r, n)."""
+        """Decompose the Gram matrix of a factor (r, n)."""
         wide = factor.to(torch.promote_types(factor.dtype, torch.float32))
         gram = wide @ wide.mT
         gram.diagonal(dim1=-2, dim2=-1).add_(reg)
@@ -144,16 +144,16 @@ class Gram:
 
 
 def check_saved_state(rule: str, saved: Sequence[Any], own: Sequence[Any]) -> None:
-    """Raise ``ChoiceError`` where a state was saved over other tensors, or in another form of the rule."""
+    """Raise ``ChoiceError`` if a state was saved for other tensors, or by another form of the rule."""
     if len(saved) != len(own):
         raise ChoiceError(
-            f"the state of {rule} was saved of {len(saved)} tensors' moments, and here it keeps those of {len(own)}",
-            next_step="put the rule on as it was, over the same adapters",
+            f"the saved state of {rule} has moments of {len(saved)} tensors, and the rule has {len(own)}",
+            next_step="attach the rule with the same settings and adapters",
         )
 
 
 def copy_state(state: Mapping[str, Any], like: Tensor) -> dict[str, Any]:
-    """A saved state with tensors of its own where ``like`` is; numbers as they are."""
+    """Copy a saved state, its tensors to the device of ``like``."""
     return {
         key: value.detach().to(like.device, copy=True) if isinstance(value, Tensor) else value
         for key, value in state.items()

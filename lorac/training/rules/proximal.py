@@ -32,7 +32,7 @@ def soft_threshold(g: Tensor, xi: float) -> Tensor:
 
 
 def sora_code_threshold(g: Tensor, xi: float) -> Tensor:
-    """What the released code does: entries beyond ξ shrink by ξ, and what is then below ξ is 0.
+    """Apply the released code's threshold: entries beyond ξ shrink by ξ, then entries below ξ become 0.
 
     So entries below 2ξ close, but those of exactly ±ξ, which neither step touches.
     """

@@ -167,7 +167,7 @@ class ReLoRA(Rule):
 
 
 def _find_target_adapter(compiled: Any, into: str) -> Any:
-    """The adapter that takes what is folded away."""
+    """Return the adapter that the factors are folded into."""
     adapters = getattr(unwrap_ddp(compiled), "adapters", {})
     found = adapters.get(into)
     if found is None or not isinstance(found.variant, LoRA | Full):

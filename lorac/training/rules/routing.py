@@ -1,4 +1,4 @@
-"""Losses of routers: MeteoRA's, which are told whose a token is, and ReMix's, which try.
+"""Losses of routers: MeteoRA's on labels of tokens, and ReMix's on sampled selections.
 
 MeteoRA: Xu, Lai, Huang, ICLR 2025, arXiv 2405.13053. ReMix: Qiu et al. 2026, arXiv 2603.10160.
 """
@@ -81,7 +81,7 @@ def draw_ordered(logits: Tensor, k: int, generator: torch.Generator | None = Non
 
 
 def leave_one_out(losses: Tensor, log_probs: Tensor) -> Tensor:
-    """What to call ``backward()`` on when M selections were tried: REINFORCE with the other draws as baseline.
+    """Return the REINFORCE loss of M sampled selections, each with the others as baseline, for ``backward()``.
 
     Its value is the mean loss; its gradient that of the mean loss, plus Σ_m (L_m − L̄)/(M − 1)·∇log Q(selection m),
     which is without bias the gradient of the expected loss for the policy.
@@ -95,7 +95,7 @@ def leave_one_out(losses: Tensor, log_probs: Tensor) -> Tensor:
     """
     if losses.shape != log_probs.shape or losses.dim() == 0 or len(losses) < 2:
         raise ChoiceError(
-            f"losses {tuple(losses.shape)} and log-probabilities {tuple(log_probs.shape)} are no two or more draws",
+            f"losses {tuple(losses.shape)} and log-probabilities {tuple(log_probs.shape)} are not two or more draws",
             next_step="give both as (M, …) with M >= 2",
         )
     advantage = (losses - losses.mean(0)).detach() / (len(losses) - 1)
@@ -104,7 +104,7 @@ def leave_one_out(losses: Tensor, log_probs: Tensor) -> Tensor:
 
 
 def sum_by_row(emitted: Mapping[str, Tensor]) -> Tensor:
-    """The sum over all sites and tokens of what was emitted: site path -> (rows, …) becomes (rows,)."""
+    """Sum an extra output over all sites and tokens: site path -> (rows, …) becomes (rows,)."""
     return torch.stack([value.flatten(1).sum(1) if value.dim() > 1 else value for value in emitted.values()]).sum(0)
 
 
@@ -116,7 +116,7 @@ def sampled_selection_loss(
     draws: int = 2,
     emitted: str = "log_prob",
 ) -> Tensor:
-    """``leave_one_out`` of one call over every row ``draws`` times, for routers that draw while they train.
+    """Return ``leave_one_out`` of one call with every row repeated ``draws`` times, for routers that sample.
 
     Args:
         compiled: compiled with ``aux=[emitted]``, in training mode; each router emits log Q of its draws, (rows, …).

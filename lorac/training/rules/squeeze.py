@@ -46,13 +46,13 @@ def rank_stages(first: int, last: int, steps: int) -> tuple[tuple[int, int], ...
 
 
 class Squeeze(Rule):
-    """At the end of each stage but the last the LoRAs are squeezed to the next stage's rank, while training goes on.
+    """At the end of each stage but the last, the LoRAs are reduced to the next stage's rank while training goes on.
 
-    The compiled model and the optimizer go on with other, smaller tensors: the scale, the active choice and the
-    optimizer's groups stay, the moments of what was squeezed begin anew. Whoever else holds the tensors has to take the
-    new ones from ``compiled.adapters``; another rule on the same optimizer refuses the next step and is put on anew.
+    The compiled model and the optimizer continue with new, smaller tensors: the scale, the active choice and the
+    optimizer's groups stay; moments of the reduced factors start at 0. Other references to the tensors must be renewed
+    from ``compiled.adapters``; another rule on the same optimizer refuses the next step and must be attached again.
 
-    To resume, compile from the adapter that was saved (``lorac.load_adapter``), which has the rank of its stage.
+    To resume, compile from the saved adapter (``lorac.load_adapter``), which has the rank of its stage.
 
     Args:
         compiled: as ``Rule``'s.
@@ -60,8 +60,8 @@ class Squeeze(Rule):
         stages: as of ``rank_stages``; ranks fall.
 
     Raises:
-        Unavailable, AdapterNotFound: as ``Rule``; several processes train together, whose wrapper knows the tensors:
-            squeeze between trainings, by ``squeezed``, there.
+        Unavailable, AdapterNotFound: as ``Rule``; several processes train together, whose wrapper holds the tensors:
+            use ``reduce_rank`` between trainings there.
         ChoiceError: as ``Rule``; the ranks do not fall, or a stage has no step.
     """
 
@@ -76,7 +76,7 @@ class Squeeze(Rule):
         falling = all(a > b for a, b in pairwise(ranks))
         if not stages or not falling or min(steps) < 1 or min(ranks) < 1:
             raise ChoiceError(
-                f"stages={list(stages)} are no (rank, steps) of falling ranks",
+                f"stages={list(stages)} are not (rank, steps) of falling ranks",
                 next_step="the ranks halve in those of rank_stages",
             )
         _refuse_processes()
@@ -84,7 +84,7 @@ class Squeeze(Rule):
         self.attach()
 
     def after(self) -> None:
-        """Count the step, and squeeze where its stage is over."""
+        """Count the step, and reduce the rank if its stage is over."""
         self.steps += 1
         end = 0
         for (_, count), (rank, _) in pairwise(self.stages):
@@ -114,7 +114,7 @@ class Squeeze(Rule):
             self._exchange(tensor, taken)
 
     def _exchange(self, old: torch.Tensor, new: torch.Tensor) -> None:
-        """Have the optimizer hold a tensor in the place of another, without a state."""
+        """Replace a tensor in the optimizer by another, without state."""
         self.optimizer.state.pop(old, None)
         for group in self.optimizer.param_groups:
             group["params"] = [new if tensor is old else tensor for tensor in group["params"]]
@@ -125,5 +125,5 @@ def _refuse_processes() -> None:
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise Unavailable(
             "Squeeze exchanges tensors that several processes' wrapper holds",
-            next_step="train a stage, compile anew with what squeezed makes of the adapter, and wrap that",
+            next_step="train a stage, compile again with reduce_rank(adapter), and wrap that",
         )

@@ -16,7 +16,7 @@ IGNORED = -100
 
 
 def require_tokenizer(compiled: Any) -> Any:
-    """The tokenizer of a compiled model.
+    """Return the tokenizer of a compiled model.
 
     Raises:
         Unavailable: it has none.
@@ -34,7 +34,7 @@ def require_tokenizer(compiled: Any) -> Any:
 def continue_prompts(
     compiled: Any, prompts: Sequence[str], *, adapters: Any = None, rows: int = 8, seed: int | None = None, **told: Any
 ) -> list[str]:
-    """What a model goes on with after each prompt, without the prompt and what is special.
+    """Generate a continuation of each prompt, without the prompt and special tokens.
 
     Args:
         compiled: generates, and has a tokenizer.
@@ -89,13 +89,13 @@ def compare_answers(
 def make_training_batches(
     tokenizer: Any, pairs: Sequence[PromptAnswer], *, rows: int = 8, epochs: int = 1, seed: int = 0
 ) -> list[dict[str, Tensor]]:
-    """Batches that teach what comes after each prompt: the prompt's own tokens have no label.
+    """Make batches that train on the answers; the prompts' own tokens have no label.
 
     Args:
-        tokenizer: of the model that is taught.
-        pairs: prompts and what comes after; an end of text, where the tokenizer has one, is put behind it.
-        rows: of a batch.
-        epochs: how often all pairs come, each time in another order.
+        tokenizer: the trained model's.
+        pairs: prompts and answers; the tokenizer's end token, if any, is appended.
+        rows: rows per batch.
+        epochs: how often all pairs occur, each time in another order.
         seed: of the order.
 
     Raises:
@@ -140,14 +140,14 @@ def fit(
     lr: float = 2e-4,
     each: Callable[[int, float], None] | None = None,
 ) -> None:
-    """Train one adapter on batches, by AdamW without decay and a rate that falls to 0: the paper's.
+    """Train one adapter on batches with AdamW, without decay and with a rate that falls to 0, as in the paper.
 
     Args:
         compiled: of target eager.
-        batches: one a step.
-        adapters: the adapter's name; the others stay.
+        batches: one per step.
+        adapters: the adapter's name; the others stay unchanged.
         lr: the first rate.
-        each: is told of every step: its number and loss.
+        each: called after every step with its number and loss.
 
     Raises:
         AdapterNotFound: there is no such adapter.

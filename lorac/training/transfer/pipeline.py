@@ -26,11 +26,11 @@ Accept = Callable[[Sequence[str]], Sequence[bool]]
 
 @dataclass(frozen=True)
 class SyntheticPrompts:
-    """Prompts that were written and let through.
+    """Generated prompts that passed the filter.
 
     Attributes:
-        prompts: as many as were asked for.
-        tried: how many were written for them.
+        prompts: as many as requested.
+        tried: how many were generated for them.
     """
 
     prompts: tuple[str, ...]
@@ -48,14 +48,14 @@ class TransferRoles:
 
 @dataclass(frozen=True, kw_only=True)
 class TransferSettings:
-    """How much is written, and how it is learnt.
+    """How many prompts are generated, and how the student is trained.
 
     Attributes:
-        count: how many prompts are learnt from: as many as the task's own data were.
-        tries: after how many that are written it is given up; None for 20 for each that is wanted.
+        count: number of prompts to train on, as many as the task's own data.
+        tries: maximum number of generated prompts; None: 20 for each of ``count``.
         max_new_tokens: of a prompt, and of an answer.
         epochs, lr, rows: of the training.
-        seed: what is drawn from.
+        seed: of sampling.
     """
 
     count: int = 250
@@ -72,12 +72,12 @@ _ROLES, _SETTINGS = TransferRoles(), TransferSettings()
 
 @dataclass(frozen=True)
 class TransferResult:
-    """An adapter of another base, and what it learnt from.
+    """An adapter of another base, with its training data.
 
     Attributes:
-        adapter: of the target.
+        adapter: the target's.
         pairs: prompts with the source's answers.
-        tried: how many prompts were written for them.
+        tried: how many prompts were generated.
     """
 
     adapter: Adapter
@@ -86,28 +86,28 @@ class TransferResult:
 
 
 def make_prompt_source(
-    compiled: Any, task: Task, *, adapters: Any = None, max_new_tokens: int = 48, **told: Any
+    compiled: Any, task: Task, *, adapters: Any = None, max_new_tokens: int = 48, **options: Any
 ) -> Draw:
-    """Prompts as a model writes them that sees the task's seeds; it samples, and its own answers are dropped.
+    """Return a function that samples prompts like the task's seeds from a model.
 
     Args:
-        compiled: the target, which is the paper's choice, or any other that generates.
-        task: gives the seeds.
-        adapters: what it writes with; None for the base.
+        compiled: the target, as in the paper, or any other model that generates.
+        task: has the seeds.
+        adapters: the choice to generate with; None for the base.
         max_new_tokens: of a prompt.
-        **told: as ``generate`` takes it: temperature, top_p, …
+        **options: further options of ``generate``: temperature, top_p, …
     """
-    told = {"do_sample": True, "max_new_tokens": max_new_tokens, **told}
+    options = {"do_sample": True, "max_new_tokens": max_new_tokens, **options}
 
     def draw(count: int, seed: int) -> list[str]:
-        found = continue_prompts(compiled, [task.asking()] * count, adapters=adapters, seed=seed, rows=count, **told)
+        found = continue_prompts(compiled, [task.asking()] * count, adapters=adapters, seed=seed, rows=count, **options)
         return [task.written(text) for text in found]
 
     return draw
 
 
 def make_prompt_filter(compiled: Any, task: Task, *, adapters: str) -> Accept:
-    """The filter: a prompt is the task's where the discriminator finds yes likelier than no."""
+    """Return a filter that accepts prompts for which the discriminator finds yes likelier than no."""
 
     def accept(prompts: Sequence[str]) -> list[bool]:
         asked = [task.about(prompt) for prompt in prompts]
@@ -127,13 +127,13 @@ def train_discriminator(
     lr: float = 2e-4,
     rows: int = 8,
 ) -> None:
-    """Teach an adapter to tell prompts of the task from those that a model wrote, while there are data of the task.
+    """Train an adapter to tell prompts of the task from generated ones, while data of the task are available.
 
     Args:
         compiled: of target eager, with the adapter.
-        task: how it is asked.
+        task: has the question.
         real: prompts of the task.
-        written: prompts that a model wrote (``drawn_by``).
+        written: generated prompts (``make_prompt_source``).
         adapters: the adapter's name.
         epochs, lr, rows: of the training.
     """
@@ -156,19 +156,19 @@ def synthesise_prompts(
     dedupe: bool = True,
     seed: int = 0,
 ) -> SyntheticPrompts:
-    """So many prompts that are accepted.
+    """Generate prompts until enough of them pass the filter.
 
     Args:
-        draw: writes prompts (``drawn_by``).
-        accept: filters them (``accepted_by``).
-        count: how many are wanted: the paper's is the number of the task's own data.
-        rows: how many are written at a time.
-        tries: after how many it is given up; default: 20 for each that is wanted.
+        draw: generates prompts (``make_prompt_source``).
+        accept: filters them (``make_prompt_filter``).
+        count: how many are needed; in the paper, the number of the task's own data.
+        rows: how many are generated at a time.
+        tries: maximum number of generated prompts; default: 20 for each of ``count``.
         dedupe: take each prompt once.
-        seed: what is drawn from.
+        seed: of sampling.
 
     Raises:
-        AdapterError: so many tries do not give so many prompts.
+        AdapterError: too few prompts pass within ``tries``.
     """
     tries = 20 * count if tries is None else tries
     found: list[str] = []
@@ -181,7 +181,7 @@ def synthesise_prompts(
         found += _select_new(passed, found) if dedupe else passed
     if len(found) < count:
         raise AdapterError(
-            f"of {tried} prompts that were written {len(found)} are of the task, and {count} are wanted",
+            f"{len(found)} of {tried} generated prompts belong to the task, and {count} are needed",
             next_step="raise tries=, give the task more seeds, or train the discriminator longer",
             code="batches_needed",
         )
@@ -195,7 +195,7 @@ def _select_new(prompts: Sequence[str], known: Sequence[str]) -> list[str]:
 def answer_prompts(
     compiled: Any, prompts: Sequence[str], *, adapters: str, max_new_tokens: int = 48
 ) -> list[PromptAnswer]:
-    """Each prompt with what the source says to it, greedily and word for word."""
+    """Return each prompt with the source's greedy answer."""
     said = continue_prompts(compiled, prompts, adapters=adapters, max_new_tokens=max_new_tokens, do_sample=False)
     return list(zip(prompts, said, strict=True))
 
@@ -210,30 +210,31 @@ def transfer(
     draw: Draw | None = None,
     accept: Accept | None = None,
 ) -> TransferResult:
-    """An adapter of one base, and maybe of another method, that does what an adapter of another base does.
+    """Train an adapter of a new base on the answers of an adapter of another base.
 
     Args:
-        source: compiled, with the adapter to transfer and its discriminator; only asked.
+        source: compiled, with the adapter to transfer and its discriminator; not changed.
         target: compiled for target eager, with a fresh adapter of any method, which is trained.
-        task: what is known of the data.
+        task: seeds and questions.
         roles: the adapters' names.
-        settings: how much is written and how it is learnt.
-        draw: who writes prompts; default: the target's base.
-        accept: who filters them; default: the discriminator.
+        settings: of generation and training.
+        draw: generates prompts; default: the target's base.
+        accept: filters them; default: the discriminator.
 
     Raises:
         Unavailable: a model has no tokenizer.
-        AdapterNotFound: an adapter of such a name is missing.
-        AdapterError: as ``synthesise``; or the source has nothing to say to any prompt.
+        AdapterNotFound: an adapter of ``roles`` is missing.
+        AdapterError: as ``synthesise_prompts``; or the source answers no prompt.
     """
-    told = settings
-    draw = draw or make_prompt_source(target, task, max_new_tokens=told.max_new_tokens)
+    draw = draw or make_prompt_source(target, task, max_new_tokens=settings.max_new_tokens)
     accept = accept or make_prompt_filter(source, task, adapters=roles.discriminator)
-    found = synthesise_prompts(draw, accept, told.count, rows=told.rows, tries=told.tries, seed=told.seed)
-    said = answer_prompts(source, found.prompts, adapters=roles.teacher, max_new_tokens=told.max_new_tokens)
-    pairs = [pair for pair in said if pair[1]]
-    batches = make_training_batches(
-        require_tokenizer(target), pairs, rows=told.rows, epochs=told.epochs, seed=told.seed
+    found = synthesise_prompts(
+        draw, accept, settings.count, rows=settings.rows, tries=settings.tries, seed=settings.seed
     )
-    fit(target, batches, adapters=roles.student, lr=told.lr)
+    answers = answer_prompts(source, found.prompts, adapters=roles.teacher, max_new_tokens=settings.max_new_tokens)
+    pairs = [pair for pair in answers if pair[1]]
+    batches = make_training_batches(
+        require_tokenizer(target), pairs, rows=settings.rows, epochs=settings.epochs, seed=settings.seed
+    )
+    fit(target, batches, adapters=roles.student, lr=settings.lr)
     return TransferResult(target.adapters[roles.student], tuple(pairs), found.tried)

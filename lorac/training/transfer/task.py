@@ -1,4 +1,4 @@
-"""A task as a transfer knows it: a name, a few prompts to go by, and how a model is asked for more and about them."""
+"""Tasks of a transfer: a name, a few seed prompts, and the instructions built from them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _MARK = "Question: "
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is kept with an adapter so that it can be transferred: not its data, but five prompts of them.
+    """A description of an adapter's task that replaces its data in a transfer.
 
     Attributes:
-        name: of the data, which the discriminator is asked by.
-        seeds: prompts of the data, of one line each; shown to whoever writes more.
-        instruction: what stands above them.
-        question: what the discriminator is asked below a prompt, with ``{name}``.
+        name: name of the data, used in the discriminator's question.
+        seeds: prompts of the data, one line each; about five.
+        instruction: text above the seeds.
+        question: the discriminator's question below a prompt, with ``{name}``.
         yes, no: its answers, whose first tokens are compared.
     """
 
@@ -34,46 +34,46 @@ class Task:
     def __post_init__(self) -> None:
         wrong = next((seed for seed in self.seeds if not seed.strip() or "\n" in seed), None)
         if not self.seeds or wrong is not None:
-            told = "none" if wrong is None else f"{wrong!r}, which is empty or has several lines"
+            found = "none" if wrong is None else f"{wrong!r}, which is empty or has several lines"
             raise OptionError(
-                f"the seeds of task '{self.name}' are prompts of a line each, and there is {told}",
+                f"the seeds of task '{self.name}' must be prompts of one line each, and there is {found}",
                 next_step="give about five prompts of the task's own data",
             )
 
     def asking(self) -> str:
-        """What a model goes on with that is to write another prompt."""
+        """Return the text that a model continues to write another prompt."""
         return "\n".join((self.instruction, *(f"{_MARK}{seed}" for seed in self.seeds), _MARK.rstrip()))
 
     def written(self, continuation: str) -> str:
-        """The prompt in what a model went on with; whatever it says after that, its own answer too, is dropped."""
+        """Return the prompt in a continuation; everything after its first line is dropped."""
         return continuation.strip().partition("\n")[0].strip()
 
     def about(self, prompt: str) -> str:
-        """What the discriminator is asked of a prompt."""
+        """Return the discriminator's question about a prompt."""
         return prompt + self.question.format(name=self.name)
 
     def save(self, folder: str | Path) -> None:
-        """Write ``transfer.json`` and ``seeds.jsonl`` into a folder, beside the adapters' own."""
+        """Write ``transfer.json`` and ``seeds.jsonl`` into a folder, next to the adapters' files."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        told = {key: value for key, value in asdict(self).items() if key != "seeds"}
-        (folder / _FILE).write_text(json.dumps(told, indent=2) + "\n")
+        fields = {key: value for key, value in asdict(self).items() if key != "seeds"}
+        (folder / _FILE).write_text(json.dumps(fields, indent=2) + "\n")
         (folder / _SEEDS).write_text("".join(json.dumps({"prompt": seed}) + "\n" for seed in self.seeds))
 
     @classmethod
     def load(cls, folder: str | Path) -> Task:
-        """What ``save`` wrote.
+        """Read what ``save`` wrote.
 
         Raises:
             FormatError: the folder holds no task.
         """
         try:
-            told = json.loads((Path(folder) / _FILE).read_text())
+            fields = json.loads((Path(folder) / _FILE).read_text())
             seeds = [json.loads(line)["prompt"] for line in (Path(folder) / _SEEDS).read_text().splitlines()]
-            return cls(**told, seeds=tuple(seeds))
+            return cls(**fields, seeds=tuple(seeds))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise FormatError(
-                f"'{folder}' holds no task that can be read: {error}",
+                f"'{folder}' does not hold a readable task: {error}",
                 next_step="write it by Task.save",
                 code="corrupt_file",
             ) from error

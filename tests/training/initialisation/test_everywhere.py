@@ -168,7 +168,7 @@ def test_refusals_leave_nothing(start: Any, variant: Any, given: Any, error: Any
 def test_refused_layers() -> None:
     model = zoo.ZOO["plain_conv"].fresh()
     image = zoo.ZOO["plain_conv"].inputs()
-    with refuses("site_unsupported", match="for linear layers"):
+    with refuses("site_unsupported", match="needs linear layers"):
         starts.EVA()(lorac.LoRA(r=1, targets=("stem",)), model, [image])
 
 

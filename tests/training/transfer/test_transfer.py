@@ -50,7 +50,7 @@ def test_each_prompt_is_taken_once() -> None:
 
 
 def test_it_ends_where_nothing_is_accepted() -> None:
-    with refuses("batches_needed", match="of 40 prompts that were written 0 are of the task, and 4"):
+    with refuses("batches_needed", match="0 of 40 generated prompts belong to the task, and 4"):
         transfer.synthesise_prompts(drawn(), lambda prompts: [False] * len(prompts), 4, tries=40)
     with refuses("batches_needed", match="0 are of the task"):
         transfer.synthesise_prompts(lambda count, seed: [""] * count, every, 4, tries=16)
@@ -153,7 +153,7 @@ def right(compiled: Any, prompts: Sequence[str], adapters: str) -> int:
 
 @pytest.mark.parametrize("seeds", [(), ("a\nb",), (" ",)])
 def test_tasks_that_are_none(seeds: Any) -> None:
-    with pytest.raises(lorac.OptionError, match="prompts of a line each"):
+    with pytest.raises(lorac.OptionError, match="prompts of one line each"):
         Task(name="n", seeds=seeds)
 
 
@@ -161,7 +161,7 @@ def test_refusals(tmp_path: Path) -> None:
     bare = lorac.compile(llama(16, 0), {"a": lorac.LoRA(r=2, targets=ALL)})
     with pytest.raises(lorac.Unavailable, match="has no tokenizer"):
         transfer.answer_prompts(bare, ["a"], adapters="a")
-    with refuses("corrupt_file", match="holds no task"):
+    with refuses("corrupt_file", match="does not hold a readable task"):
         Task.load(tmp_path)
     with pytest.raises(lorac.AdapterNotFound):
         transfer.transfer(speaking(llama(16, 0)), speaking(llama(16, 0)), ASKED, settings=TransferSettings(count=2))
