@@ -74,11 +74,11 @@ def _plain(compiled: Any, path: Path) -> Any:
     from lorac.backends.onnxruntime.inference_session import session_options
 
     base = compiled.engine
-    parts = {
-        name: GraphSession(ort.InferenceSession(path, session_options(base.options)), part.signature, slots={})
-        for name, part in base.parts.items()
+    graphs = {
+        name: GraphSession(ort.InferenceSession(path, session_options(base.options)), graph.interface, slots={})
+        for name, graph in base.graphs.items()
     }
-    engine = OrtEngine(parts=parts, plans={}, base=base.base, mode=base.mode, files=base.files, options=base.options)
+    engine = OrtEngine(graphs=graphs, plans={}, base=base.base, mode=base.mode, files=base.files, options=base.options)
     return type(compiled)(dataclasses.replace(compiled.session, plans={}), engine)
 
 

@@ -41,7 +41,7 @@ def measure(job: common.Job, given: argparse.Namespace) -> dict[str, float]:
     begun, spent = time.perf_counter(), time.process_time()
     compiled = _compiled(model, job[0], given)
     took = {"seconds": time.perf_counter() - begun, "cpu": time.process_time() - spent, "peak": common.peak()}
-    took["plan"] = sum(part.file.size for part in compiled.engine.parts.values()) / _MIB
+    took["plan"] = sum(part.file.size for part in compiled.engine.graphs.values()) / _MIB
     return took | _on_gpu(compiled, given)
 
 

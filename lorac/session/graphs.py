@@ -48,7 +48,8 @@ def collect_graphs(session: Session, model: SwitchableModel) -> GraphViews:
         return _picture_context(session, model, calls)
 
     def view(name: str) -> GraphView:
-        return GraphView(dumps[name], context, skipped=history.skips.get(name), emission=lambda: listing().get(name))
+        skipped = {**history.skips.get(name, {}), **model.engine.skipped.get(name, {})}
+        return GraphView(dumps[name], context, skipped=skipped, emission=lambda: listing().get(name))
 
     return GraphViews({name: view(name) for name in dumps}, context)
 

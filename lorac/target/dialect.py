@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Generic, Never, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
@@ -15,7 +15,7 @@ from lorac.ir.slots.plans import RankPolicy
 
 ClaimedOps = frozenset[tuple[str, str]]
 """Pairs of domain and op; the default domain is ``""``."""
-Model_contra = TypeVar("Model_contra", contravariant=True)
+RewriteT_co = TypeVar("RewriteT_co", covariant=True)
 
 
 class BranchGate(enum.Enum):
@@ -30,17 +30,17 @@ class BranchGate(enum.Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dialect(Generic[Model_contra]):
+class Dialect(Generic[RewriteT_co]):
     """Ops, dtypes and rewrites of a target. Pipelines and emission know nothing else about it.
 
-    It is generic in the emitted model that its rewrites edit; ``AnyDialect`` stands for every dialect.
+    It is generic in the passes that edit an emitted program; ``AnyDialect`` stands for every dialect.
 
     Attributes:
         name: the target's.
         claims: the ops that the target computes; None where no program is emitted for it.
         passes: passes from level expanded to level target, in order.
-        fusions: rewrites of the emitted program before its clean-up, in order.
-        finish: rewrites of the cleaned-up program, in order.
+        early_rewrites: passes over the emitted program before its clean-up, in order.
+        late_rewrites: passes over the cleaned-up program, in order.
         gates: how branches that are off are left out.
         ranks: kinds of sites whose pairs have other ranks than ``FROM_ZERO``.
         dtypes: floating-point dtypes that the target computes in, best first; a model in another is cast to the first.
@@ -51,8 +51,8 @@ class Dialect(Generic[Model_contra]):
     name: str
     claims: ClaimedOps | None = None
     passes: tuple[Pass, ...] = ()
-    fusions: tuple[Callable[[Model_contra], None], ...] = ()
-    finish: tuple[Callable[[Model_contra], None], ...] = ()
+    early_rewrites: tuple[RewriteT_co, ...] = ()
+    late_rewrites: tuple[RewriteT_co, ...] = ()
     gates: BranchGate = BranchGate.IF
     ranks: Mapping[SiteKind, RankPolicy] = field(default_factory=dict)
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
@@ -69,4 +69,4 @@ class Dialect(Generic[Model_contra]):
         return self.claims is not None
 
 
-AnyDialect = Dialect[Never]
+AnyDialect = Dialect[object]

@@ -17,6 +17,7 @@ from torch import nn
 from typing_extensions import TypeVar
 
 from lorac.errors import Unavailable
+from lorac.ir.graph.passes import Skip
 from lorac.ir.interface import Interface
 from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.composition import ComposedWeights
@@ -57,6 +58,7 @@ class Engine(ABC, Generic[Content_contra]):
         module: the copy of the model that it runs; None where it runs an emitted program.
         buffers: fused mode: the weights that it reads, by site path.
         interfaces: the interface of each graph of its program; empty where it runs the model itself.
+        skipped: graph -> pass over the emitted program -> what the pass left alone; empty for a loaded program.
         freezes_in_background: whether a swap starts ``freeze`` by itself.
     """
 
@@ -66,6 +68,7 @@ class Engine(ABC, Generic[Content_contra]):
     module: nn.Module | None = None
     buffers: Mapping[str, FusedBuffer]
     interfaces: Mapping[str, Interface] = MappingProxyType({})
+    skipped: Mapping[str, Mapping[str, tuple[Skip, ...]]] = MappingProxyType({})
     freezes_in_background: bool = False
 
     @property

@@ -9,7 +9,7 @@ import torch
 
 import lorac
 from lorac.backends.onnx.model_files import MODEL_FILE
-from lorac.backends.onnxruntime.flattening import copy_reshape_sizes, flatten_to_rows
+from lorac.backends.onnxruntime.flattening import CopyReshapeSizes, FlattenToRows
 from lorac.testing.eager_checks import assert_close
 from tests.zoo import ZOO
 
@@ -87,7 +87,7 @@ def test_what_acts_on_rows_moves(followed, batch):
     body, output, expected = FOLLOWED[followed]
     before = answers(emitted(body, output), batch)
     model = emitted(body, output)
-    flatten_to_rows(model)
+    FlattenToRows().apply(model)
     for own, moved in zip(before, answers(model, batch), strict=True):
         assert moved.shape == own.shape
         assert_close(torch.from_numpy(moved), torch.from_numpy(own))
@@ -102,7 +102,7 @@ def test_what_looks_across_rows_sees_the_full_shape(across):
     body, output = ACROSS[across]
     before = answers(emitted(body, output))
     model = emitted(body, output)
-    flatten_to_rows(model)
+    FlattenToRows().apply(model)
     for own, moved in zip(before, answers(model), strict=True):
         assert moved.shape == own.shape
         assert_close(torch.from_numpy(moved), torch.from_numpy(own))
@@ -115,7 +115,7 @@ def test_a_branch_within_sees_the_full_shape():
                    else_branch = left () => (float[b, s, 6] e) { e = Identity(z) }>"""
     before = answers(emitted(body, "float[b, s, 6] o"))
     model = emitted(body, "float[b, s, 6] o")
-    flatten_to_rows(model)
+    FlattenToRows().apply(model)
     assert_close(torch.from_numpy(answers(model)[0]), torch.from_numpy(before[0]))
     assert "Gemm" in ops(model)
 
@@ -128,7 +128,7 @@ def test_without_a_slot_nothing_moves():
         + """}>
         { y = MatMul(x, w) z = Tanh(y) }"""
     )
-    flatten_to_rows(model)
+    FlattenToRows().apply(model)
     assert ops(model) == ["MatMul", "Tanh"]
 
 
@@ -167,7 +167,7 @@ agraph (float[b, s, 6] x, float[s, b] other) => (float[OUT] y) {
 def test_sizes_that_stay_are_taken_from_the_inputs_places(parts, out, constant):
     model = ir.from_onnx_text(SHAPED.replace("PARTS", parts).replace("OUT", out))
     before = ir.from_proto(ir.to_proto(model))
-    copy_reshape_sizes(model)
+    CopyReshapeSizes().apply(model)
     (reshape,) = [node for node in model.graph if node.op_type == "Reshape"]
     told = ir.convenience.get_const_tensor(reshape.inputs[1])
     assert (None if told is None else told.numpy().tolist()) == constant

@@ -9,7 +9,7 @@ import torch
 from lorac.backends.onnxruntime.options import FLOAT32_LEVEL
 from lorac.backends.onnxruntime.quantised.base_weights import find_quantised, replace_quantised
 from lorac.backends.onnxruntime.quantised.codec import Codec
-from lorac.backends.onnxruntime.quantised.products import quantise
+from lorac.backends.onnxruntime.quantised.products import QuantiseWeights
 from lorac.testing.eager_checks import assert_close
 
 CODECS = [
@@ -68,7 +68,7 @@ def test_both_ops_compute_with_what_the_bytes_come_to(codec):
     """A tied table of which a lookup and a product read one set of bytes."""
     table, body = matrix(), "e = Gather(w, ids) t = Transpose<perm = [1, 0]>(w) o = MatMul(e, t)"
     model = program(body, {"w": table})
-    outcome = quantise(model, codec, FLOAT32_LEVEL)
+    outcome = QuantiseWeights(codec, FLOAT32_LEVEL).apply(model)
     if codec.block > COLUMNS:
         assert outcome.floats == {"w": f"rows shorter than a block of {codec.block}"}
         return
@@ -119,7 +119,7 @@ def test_every_way_of_reading_a_matrix(how):
     held = matrix(COLUMNS, ROWS) if by_columns else matrix()
     constants = {"w": held} | ({"c": matrix(1, ROWS)[0]} if ", c)" in body else {})
     model = program(body, constants)
-    outcome = quantise(model, INT4, FLOAT32_LEVEL)
+    outcome = QuantiseWeights(INT4, FLOAT32_LEVEL).apply(model)
     assert outcome.floats == {}
     encoded = outcome.quantised["w"].encoded
     assert encoded.shape == (ROWS, COLUMNS)
@@ -154,18 +154,18 @@ def test_what_no_op_takes_stays(why):
     body, held, reason = STAYS[why]
     model = program(body, {"w": held})
     before = ops(model)
-    outcome = quantise(model, INT4, FLOAT32_LEVEL)
+    outcome = QuantiseWeights(INT4, FLOAT32_LEVEL).apply(model)
     assert not outcome.quantised
     assert outcome.floats["w"].startswith(reason)
     assert ops(model) == before
-    assert list(outcome.told()) == [f"weights that stay as they are, {outcome.floats['w']}: w"]
+    assert list(outcome.notes) == [f"weights that stay as they are, {outcome.floats['w']}: w"]
 
 
 def test_slots_and_vectors_are_left_alone():
     model = program(
         "h = MatMul(x, w) o = Mul(h, v)", {"w": matrix(72), "v": matrix(1, 72)[0]}, "float[b, s, 72] x, float[72, 72] w"
     )
-    outcome = quantise(model, INT4, FLOAT32_LEVEL)
+    outcome = QuantiseWeights(INT4, FLOAT32_LEVEL).apply(model)
     assert not outcome.quantised
     assert not outcome.floats
 
@@ -174,7 +174,7 @@ def test_pieces_of_joined_matrices_are_found_again():
     """What a program joined, transposed or shares is known by its values; what it does not hold is not."""
     one, two = matrix(6, seed=1), matrix(9, seed=2)
     model = program("o = MatMul(x, w)", {"w": np.concatenate([one, two]).T.copy()})
-    outcome = quantise(model, INT4, FLOAT32_LEVEL)
+    outcome = QuantiseWeights(INT4, FLOAT32_LEVEL).apply(model)
     tensors = {
         "one": torch.from_numpy(one),
         "two": torch.from_numpy(two).t(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import lorac
+from lorac.backends.onnx import build, self_test
 from lorac.backends.onnx import self_test as selftest
 from lorac.backends.onnx.model_files import MODEL_FILE, WEIGHTS_FILE
 from lorac.backends.onnx.self_test import run_self_test
@@ -23,8 +23,6 @@ from lorac.backends.onnxruntime.inference_session import create_session
 from lorac.frontend.base_weights import make_base_reader
 from lorac.storage.open_file import open_files
 from tests.refusing import refuses
-
-building = importlib.import_module("lorac.backends.onnxruntime.build")  # its package has a function of that name
 
 
 class Twins(nn.Module):
@@ -67,7 +65,7 @@ def _host() -> nn.Module:
 
 def _build(mode: str, monkeypatch: pytest.MonkeyPatch) -> Built:
     seen: list[Built] = []
-    monkeypatch.setattr(building, "self_test", lambda *args: seen.append(Built(*args[:3])))
+    monkeypatch.setattr(self_test, "run_self_test", lambda *args: seen.append(Built(*args[:3])))
     compiled = lorac.compile(
         _host(),
         {"a": _noisy(2), "b": _renamed(_noisy(3, lorac.DoRA), "b")},
@@ -101,9 +99,9 @@ def _sabotaged(built: Built, folder: Path, change: Callable[[ir.Model], None]) -
     change(model)
     ir.save(model, folder / MODEL_FILE, external_data=WEIGHTS_FILE, size_threshold_bytes=1 << 30)
     files, engine = open_files(folder, (MODEL_FILE,)), built.engine
-    part = engine.parts["main"]
+    graph = engine.graphs["main"]
     return OrtEngine(
-        parts={"main": GraphSession(create_session(files, "main", engine.options), part.signature, part.slots)},
+        graphs={"main": GraphSession(create_session(files, "main", engine.options), graph.interface, graph.slots)},
         plans=engine.plans,
         base=engine.base,
         mode=engine.mode,
@@ -265,14 +263,14 @@ def test_roundings_that_a_network_blows_up_are_no_fault(
 
 
 def test_compile_runs_it_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    honest = building.emit
+    honest = build.emit
 
     def dishonest(*args: Any) -> ir.Model:
         model = honest(*args)
         _exchange(model, "one:b", "two:b")
         return model
 
-    monkeypatch.setattr(building, "emit", dishonest)
+    monkeypatch.setattr(build, "emit", dishonest)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     arguments = {"target": "onnxruntime", "example_inputs": (torch.randn(3, 10),)}
     with refuses("self_test_failed", match="'one:b'"):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor, nn
 
 import lorac
+from lorac.backends.onnx.model_files import MODEL_FILE
 from lorac.session import targets
 from lorac.testing.parity import assert_parity
 from lorac.testing.samples import adapter_away
@@ -79,9 +82,24 @@ def test_it_compiles_runs_and_swaps(model: nn.Module, adapters: dict[str, lorac.
 
 
 @pytest.mark.usefixtures("offered")
+@pytest.mark.parametrize("mode", ["live", "fused"])
+@torch.no_grad()
+def test_it_saves_and_loads(mode: str, model: nn.Module, adapters: dict[str, lorac.Adapter], tmp_path: Path) -> None:
+    own = {name: adapters[name] for name in ("low", "scaled")}
+    plain = lorac.compile(model, own, target="plain", mode=mode, active="low", example_inputs=(X,))
+    plain.save(tmp_path / "saved")
+    loaded = lorac.load(tmp_path / "saved")
+    assert isinstance(loaded.engine, PlainEngine)
+    for choice in ("low", "scaled", None):
+        for each in (plain, loaded):
+            each.swap(choice)
+        assert torch.equal(loaded(X), plain(X))
+
+
+@pytest.mark.usefixtures("offered")
 def test_its_program_is_in_its_dialect(model: nn.Module, adapters: dict[str, lorac.Adapter]) -> None:
     compiled = lorac.compile(model, adapters, target="plain", active=None, example_inputs=(X,))
-    emitted = compiled.engine.model
+    emitted = ir.load(compiled.engine.files[MODEL_FILE].where)
     ops = {(node.domain, node.op_type) for node in emitted.graph.all_nodes()}
     assert ops <= DIALECT.claims
     assert ("", "Where") in ops
@@ -90,7 +108,7 @@ def test_its_program_is_in_its_dialect(model: nn.Module, adapters: dict[str, lor
     assert shapes["conv:a"][0] == 2
     assert not isinstance(shapes["left:a"][1], int)
     assert "left|right:a" not in shapes
-    filled = compiled._state.bound.content
+    filled = compiled._state.bound.content.tensors
     assert filled["left:a"].shape == (8, 1)
     assert not filled["left:a"].any()
     assert filled["conv:b"].shape == (8, 2, 1, 1)

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import lorac
+from lorac.backends.onnx import build
 from lorac.backends.onnx import initializers as writing
 from lorac.backends.onnx.model_files import MODEL_FILE, WEIGHTS_FILE
-from lorac.backends.onnxruntime import build
 
 DTYPES = (np.float32, np.float64, np.int8, ml_dtypes.bfloat16, np.complex128)
 WAYS = {

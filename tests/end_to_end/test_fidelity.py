@@ -79,7 +79,7 @@ def _refuses_another_batch(compiled: Any, host: Host) -> None:
 def test_a_size_that_the_trace_fixed_is_a_constant_and_another_one_refused(tmp_path: Path):
     with _one_warning(FIXED):
         host, compiled = _compiled(_rows, _x(2))
-    session = compiled.engine.parts["main"].session
+    session = compiled.engine.graphs["main"].session
     assert next(value.shape for value in session.get_inputs() if value.name == "x") == [2, 6]
     _refuses_another_batch(compiled, host)
     compiled.save(tmp_path / "artefact")

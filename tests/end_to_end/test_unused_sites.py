@@ -49,7 +49,7 @@ def test_get_no_slot_and_are_named(mode, tmp_path):
     assert {row.site for row in explained.terms if row.state == "unused"} == {"key", "pooler", "spare"}
     assert not any(row.slots for row in explained.terms if row.state == "unused")
     if mode != "baked":
-        sites = {slot.split(":")[0] for slot in compiled.engine.parts["main"].slots}
+        sites = {slot.split(":")[0] for slot in compiled.engine.graphs["main"].slots}
         assert sites == {"query", "out"}
         parity.assert_parity(compiled(X[:1]), oracle(X[:1]), model(X[:1]))
 

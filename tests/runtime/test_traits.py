@@ -136,7 +136,7 @@ def test_a_component_without_adapters_runs_as_it_is(models):
         example_inputs={"unet": (X,), "text_encoder": (Y,)},
     )
     assert_close(only["text_encoder"](Y)["score"], models["text_encoder"](Y)["score"].detach())
-    assert [slot.site for slot in only.engine.parts["text_encoder"].slots.values()] == []
+    assert [slot.site for slot in only.engine.graphs["text_encoder"].slots.values()] == []
 
 
 def test_exported_they_run_elsewhere(models):

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from lorac.errors import Unavailable
 from lorac.source_lines import format_location, is_user_code
-from lorac.target.dialect import Dialect
+from lorac.target.dialect import AnyDialect
 
 _SCOPES, _STACK_TRACE = "pkg.torch.onnx.name_scopes", "pkg.torch.onnx.stack_trace"
 """Where torch's exporter notes the module and the lines that a node comes from."""
@@ -22,7 +22,7 @@ _NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
 _FRAME = re.compile(r'File "(.+?)", line (\d+)')
 
 
-def check_claims(model: ir.Model, dialect: Dialect[ir.Model]) -> None:
+def check_claims(model: ir.Model, dialect: AnyDialect) -> None:
     """Refuse a program with an op that the target does not claim.
 
     Raises:
@@ -36,7 +36,7 @@ def check_claims(model: ir.Model, dialect: Dialect[ir.Model]) -> None:
         )
 
 
-def list_unclaimed_ops(model: ir.Model, dialect: Dialect[ir.Model]) -> list[str]:
+def list_unclaimed_ops(model: ir.Model, dialect: AnyDialect) -> list[str]:
     """The ops of a program that the target does not claim, each with who asks for it, in order and once."""
     claims = dialect.claims
     if claims is None:

@@ -17,35 +17,36 @@ from lorac.backends.onnx.exporter import export
 from lorac.backends.onnx.gates import GATES
 from lorac.backends.onnx.initializers import ConcatenatedTensor, concatenate_weights
 from lorac.backends.onnx.model_files import MAX_LENGTH_KEY
+from lorac.backends.onnx.passes import OnnxDialect, PassObserver, run_passes
 from lorac.backends.onnx.pattern_pass import make_rewrite_pass
 from lorac.backends.onnx.translations import TRANSLATIONS, drop_split_counts
 from lorac.errors import Unavailable
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.program import Program
 from lorac.ir.graph.symbolic_shapes import rename_symbols
-from lorac.target.dialect import Dialect
 from lorac.third_party_output import suppress_third_party_output
 
 SITE_METADATA = "lorac.site"
 """Says of an input whose slot it is: the path of a site, or those of all of a pack, with commas."""
 
 
-def emit(graph: Graph, dialect: Dialect[ir.Model]) -> ir.Model:
+def emit(graph: Graph, dialect: OnnxDialect, observe: PassObserver | None = None) -> ir.Model:
     """The graph as a model whose slot inputs bear their public names.
 
     Args:
         graph: at level target.
         dialect: what the target can run, and how it likes it written.
+        observe: called with the name and the result of each of the dialect's passes.
 
     Raises:
         Unavailable: an op has no ONNX, or the target does not claim it; named with the module that asks for it.
     """
-    model = _build_model(graph, dialect)
+    model = _build_model(graph, dialect, observe)
     check_claims(model, dialect)
     return model
 
 
-def list_unsupported_ops(program: Program, dialect: Dialect[ir.Model]) -> tuple[str, ...]:
+def list_unsupported_ops(program: Program, dialect: OnnxDialect) -> tuple[str, ...]:
     """What the target does not compute of a program, each op with the module and the line that ask for it."""
     found: list[str] = []
     for graph in program.graphs.values():
@@ -56,7 +57,7 @@ def list_unsupported_ops(program: Program, dialect: Dialect[ir.Model]) -> tuple[
     return tuple(dict.fromkeys(found))
 
 
-def _build_model(graph: Graph, dialect: Dialect[ir.Model]) -> ir.Model:
+def _build_model(graph: Graph, dialect: OnnxDialect, observe: PassObserver | None = None) -> ir.Model:
     """The model, whatever ops are in it."""
     model = export(graph.exported, TRANSLATIONS)
     drop_split_counts(model)
@@ -66,12 +67,10 @@ def _build_model(graph: Graph, dialect: Dialect[ir.Model]) -> ir.Model:
         common_passes.InlinePass()(model)
         concatenate_weights(model)
         _SIMPLIFY(model)
-        for rewrite in dialect.fusions:
-            rewrite(model)
+        run_passes(model, dialect.early_rewrites, observe)
         _CLEAN_UP(model)
     GATES[dialect.gates](model, graph.slots)
-    for rewrite in dialect.finish:
-        rewrite(model)
+    run_passes(model, dialect.late_rewrites, observe)
     _name_outputs(model, graph.interface.outputs)  # again: rewrites make new values
     _name_axes(model, graph)
     if graph.cache_inputs and graph.longest is not None:

@@ -1,55 +1,56 @@
-"""The onnxruntime target: what it builds, stores and restores."""
+"""The onnxruntime target: ONNX files run by sessions whose slot inputs are bound once per choice of adapters."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from lorac.backends.onnx.model_files import BASE_FILE, list_program_files
+from lorac.backends.onnx.backend import OnnxBackend
+from lorac.backends.onnx.engine import AnyOnnxEngine
+from lorac.backends.onnx.model_files import BASE_FILE
 from lorac.backends.onnxruntime.devices.providers import check_providers
 from lorac.backends.onnxruntime.engine import GraphSession, OrtEngine
 from lorac.backends.onnxruntime.inference_session import create_session
-from lorac.backends.onnxruntime.options import OnnxRuntimeOptions
+from lorac.backends.onnxruntime.options import FLOAT32_LEVEL, OnnxRuntimeOptions
 from lorac.backends.onnxruntime.quantised.base_weights import dequantised_weights
 from lorac.backends.onnxruntime.quantised.codec import Codec
-from lorac.errors import Unavailable
-from lorac.frontend.quantised_weights import iter_quantised_origins
-from lorac.ir.graph.program import Program
+from lorac.errors import Unavailable, warn
+from lorac.ir.graph.graph import SlotInput
 from lorac.ir.interface import Interface
 from lorac.ir.sites import HALF_PRECISION, Site, SiteKind
 from lorac.ir.slots.plans import SitePlan
-from lorac.storage.plans import slot_from_json, slot_to_json
-from lorac.storage.tensor_file import TensorFile, make_file_base_reader
-from lorac.target.backend import Backend, BuildRequest, StoredState
-from lorac.target.dialect import AnyDialect
-from lorac.target.engine import Engine, ProgramFiles
+from lorac.storage.tensor_file import TensorFile
+from lorac.target.backend import BuildRequest
+from lorac.target.engine import ProgramFiles
+
+if TYPE_CHECKING:
+    from lorac.backends.onnx.build import EmittedProgram
+    from lorac.backends.onnx.passes import OnnxDialect, OnnxPass
+    from lorac.backends.onnxruntime.quantised.products import PrequantisedMatrix, QuantisationReport
+
+    Emitted = EmittedProgram[OnnxRuntimeOptions]
 
 
-class OnnxRuntime(Backend[OnnxRuntimeOptions]):
-    """Emits ONNX, and runs it in sessions whose slot inputs are bound once per choice."""
+class OnnxRuntime(OnnxBackend[OnnxRuntimeOptions, GraphSession]):
+    """Emits ONNX, and runs it in sessions. What only building needs is imported by the methods that build."""
 
     options = OnnxRuntimeOptions
+    engine = OrtEngine
+    slot_defaults = True
 
-    @functools.cached_property
-    def dialect(self) -> AnyDialect:  # type: ignore[override]  # nobody sets it
-        """What it can run; what else building takes is imported with it, and nothing of that to load an artefact."""
-        from lorac.backends.onnxruntime.dialect import DIALECTS
-
-        return DIALECTS["cpu"]
-
-    def dialect_for(self, options: OnnxRuntimeOptions) -> AnyDialect:
-        """What it can run where the options have it run."""
+    def dialect_for(self, options: OnnxRuntimeOptions) -> OnnxDialect:
+        """Return what sessions can run on the options' device."""
         from lorac.backends.onnxruntime.dialect import DIALECTS
 
         return DIALECTS[options.place.type]
 
     def place_options(self, options: OnnxRuntimeOptions, device: torch.device | None) -> OnnxRuntimeOptions:
-        """Options for a device that this machine has what it takes to run on."""
+        """Return the options for a device; check that this machine has what the device needs."""
         if device is not None:
             options = dataclasses.replace(options, device=str(device))
         if options.cache and options.place.type != "cpu":
@@ -60,27 +61,8 @@ class OnnxRuntime(Backend[OnnxRuntimeOptions]):
         check_providers(options.chosen, options.place)
         return options
 
-    def list_unsupported(self, program: Program) -> tuple[str, ...]:
-        """The ops that it does not claim."""
-        from lorac.backends.onnx.emit import list_unsupported_ops
-        from lorac.backends.onnxruntime.dialect import DIALECTS
-
-        return list_unsupported_ops(program, DIALECTS["cpu"])
-
-    def check(self, request: BuildRequest[OnnxRuntimeOptions]) -> None:
-        """Also refuse options about quantised weights if nothing is quantised."""
-        Backend.check(self, request)
-        if not any(True for _ in iter_quantised_origins(request.model)):
-            request.options.refuse_idle()
-
-    def build(self, request: BuildRequest[OnnxRuntimeOptions]) -> OrtEngine:
-        """An engine over sessions; the host is not kept."""
-        from lorac.backends.onnxruntime.build import build
-
-        return build(request)
-
     def mark_quantised(self, sites: Mapping[str, Site], options: OnnxRuntimeOptions, mode: str) -> dict[str, Site]:
-        """Layers and embeddings that are to be quantised say so. What is baked is merged in float first."""
+        """Mark the layers and embeddings that are to be quantised; a baked program is merged in float first."""
         codec = options.codec
         if codec is None or mode == "baked":
             return dict(sites)
@@ -89,45 +71,100 @@ class OnnxRuntime(Backend[OnnxRuntimeOptions]):
             for path, site in sites.items()
         }
 
-    def store(self, engine: Engine, folder: Path, request: BuildRequest[OnnxRuntimeOptions] | None) -> StoredState:
-        """Copy the emitted models, their weights and the base weights."""
-        assert isinstance(engine, OrtEngine)
-        for name, held in engine.files.items():
-            held.copy_to(folder / name)
-        return {
-            "graphs": {name: _graph_to_json(part) for name, part in engine.parts.items()},
-            "options": dataclasses.asdict(engine.options),
-        }
-
-    def restore(
+    def load_graph(
         self,
-        stored: StoredState,
+        name: str,
         files: ProgramFiles,
-        plans: Mapping[str, SitePlan],
-        mode: str,
-        device: str | torch.device | None,
-    ) -> OrtEngine:
-        """Sessions over the models as they are held; their weights are mapped."""
-        given: Any = stored
-        tensors = self.read_base_weights(files)
-        options = OnnxRuntimeOptions(**given["options"])
+        interface: Interface,
+        slots: Mapping[str, SlotInput],
+        stored: Mapping[str, Any],
+        options: OnnxRuntimeOptions,
+    ) -> GraphSession:
+        """Create a session over the graph's model; its weights are mapped."""
+        return GraphSession(create_session(files, name, options), interface, slots)
+
+    # --- building ------------------------------------------------------------------------------------------------
+
+    def check(self, request: BuildRequest[OnnxRuntimeOptions]) -> None:
+        """Refuse options that say how weights are quantised, where none are."""
+        from lorac.frontend.quantised_weights import iter_quantised_origins
+
+        super().check(request)
+        if not any(True for _ in iter_quantised_origins(request.model)):
+            request.options.check_quantisation()
+
+    def weight_passes(self, request: BuildRequest[OnnxRuntimeOptions]) -> Sequence[OnnxPass]:
+        """Quantise weights where the options say so or weights came quantised."""
+        from lorac.backends.onnxruntime.quantised.products import QuantiseWeights
+
+        options = request.options
+        prequantised = _prequantised_matrices(request.model, options)
+        if options.codec is None and not prequantised:
+            return ()
+        return (QuantiseWeights(options.codec, options.accuracy_level, prequantised),)
+
+    def check_emitted(self, emitted: Emitted) -> None:
+        """Refuse to quantise a model of which no weight can be quantised.
+
+        Raises:
+            Unavailable: with the reason for one of its weights.
+        """
+        options, reports = emitted.request.options, _quantisation_reports(emitted).values()
+        if options.codec is None or any(report.quantised for report in reports):
+            return
+        reasons = {f"'{name}' is {why}" for report in reports for name, why in report.floats.items()}
+        raise Unavailable(
+            f"no weight of the model can be held as {options.weights}: {min(reasons, default='it has no matrices')}",
+            next_step="leave weights= out; dtype='float32' has a model of another precision quantised",
+        )
+
+    def write_base_weights(self, emitted: Emitted) -> None:
+        """Write the base weights of planned sites; of quantised weights the program's own bytes are kept."""
+        from lorac.backends.onnx.build import write_base_weights
+        from lorac.backends.onnxruntime.quantised.base_weights import find_quantised, locate_parts, tensors_and_notes
+
+        tensors = emitted.base_tensors()
+        quantised = find_quantised(_quantisation_reports(emitted), tensors)
+        parts, notes = tensors_and_notes(quantised)
+        floats = {name: tensor for name, tensor in tensors.items() if name not in quantised}
+        locations = locate_parts(emitted.open_files(), emitted.program.graphs, quantised)
+        write_base_weights(emitted, floats, parts, notes, locations)
+
+    def test(self, engine: AnyOnnxEngine, emitted: Emitted) -> None:
+        """Test an engine whose products round nothing that they read.
+
+        How far rounding moves a deep model's outputs says nothing about its slots.
+        """
+        from lorac.backends.onnx.self_test import run_self_test
+        from lorac.backends.onnxruntime.quantised.base_weights import replace_quantised
+
+        reports, options = _quantisation_reports(emitted), emitted.request.options
+        if options.accuracy_level > FLOAT32_LEVEL and any(report.quantised for report in reports.values()):
+            graphs = {
+                name: GraphSession(create_session(engine.files, name, options, rounds=False), g.interface, g.slots)
+                for name, g in engine.graphs.items()
+            }
+            engine = self.make_engine(graphs, engine.plans, engine.base, engine.mode, engine.files, options)
+        replace = functools.partial(replace_quantised, reports)
+        run_self_test(engine, emitted.program, emitted.request.snapshot, replace)
+
+    # --- restoring -----------------------------------------------------------------------------------------------
+
+    def restore_options(
+        self, stored: Mapping[str, Any], plans: Mapping[str, SitePlan], device: str | torch.device | None
+    ) -> OnnxRuntimeOptions:
+        """Return the options of an artifact for a device, if this machine can run it there."""
+        options = OnnxRuntimeOptions(**stored)
         if device is not None:
-            # Providers that were asked for when it was saved are of the place it ran on then.
+            # The providers in the artifact belong to the device that it was saved on.
             own = options.providers if options.place.type == torch.device(device).type else None
             options = dataclasses.replace(options, providers=own, device=str(device))
         options = self.place_options(options, None)
-        _refuse_half(plans, options)
-        return OrtEngine(
-            parts={name: _graph_from_json(name, files, entry, options) for name, entry in given["graphs"].items()},
-            plans=plans,
-            base=make_file_base_reader({} if tensors is None else tensors),
-            mode=mode,
-            files={name: files[name] for name in list_program_files(given["graphs"]) if name in files},
-            options=options,
-        )
+        _check_half_precision(plans, options)
+        return options
 
     def read_base_weights(self, files: ProgramFiles) -> Mapping[str, torch.Tensor] | None:
-        """The base weights as products are taken with them, some of which the models hold; None of a baked program."""
+        """Return the base weights as products compute with them; None of a baked program."""
         return dequantised_weights(TensorFile(files[BASE_FILE], files)) if BASE_FILE in files else None
 
 
@@ -135,38 +172,50 @@ BACKEND = OnnxRuntime()
 
 
 def _is_quantised(site: Site, codec: Codec) -> bool:
-    """Whether a site is a layer whose weight a program holds quantised; a module's own product is a slot's."""
+    """Return whether a site is a layer whose weight a program quantises; a product inside a module is a slot's."""
     if site.within is not None or site.dtype != torch.float32 or site.packed:
         return False
     columns = {SiteKind.LINEAR: site.in_features, SiteKind.EMBEDDING: site.out_features}.get(site.kind)
     return columns is not None and codec.why_not(columns) is None
 
 
-def _graph_to_json(part: GraphSession) -> dict[str, Any]:
-    return {
-        "signature": part.signature.to_json(),
-        "slots": [slot_to_json(slot) for slot in part.slots.values()],
-    }
+def _quantisation_reports(emitted: Emitted) -> dict[str, QuantisationReport]:
+    """Return graph -> the report of its quantisation; empty where nothing was quantised."""
+    from lorac.backends.onnxruntime.quantised.products import QuantisationReport
+
+    results = ((graph, result) for graph, found in emitted.results.items() for result in found.values())
+    return {graph: result for graph, result in results if isinstance(result, QuantisationReport)}
 
 
-def _graph_from_json(
-    graph: str, files: ProgramFiles, stored: Mapping[str, Any], options: OnnxRuntimeOptions
-) -> GraphSession:
-    slots = [slot_from_json(slot) for slot in stored["slots"]]
-    return GraphSession(
-        create_session(files, graph, options),
-        Interface.from_json(stored["signature"]),
-        {slot.name: slot for slot in slots},
-    )
+def _prequantised_matrices(model: nn.Module, options: OnnxRuntimeOptions) -> tuple[PrequantisedMatrix, ...]:
+    """Return the weights of a model that came quantised, as products take them; warn of those that they do not take."""
+    from lorac.backends.onnxruntime.quantised.products import PrequantisedMatrix
+    from lorac.frontend.quantised_weights import iter_quantised_origins
+
+    found, refused = list[PrequantisedMatrix](), dict[str, str]()
+    for name, origin in iter_quantised_origins(model):
+        codec = None if origin.codes is None else Codec.of(origin.codes, options.block_size)
+        if origin.codes is None or codec is None:
+            refused[name] = origin.kind
+        else:
+            found.append(PrequantisedMatrix(origin.codes.dequantised().numpy(), codec.take(origin.codes)))
+    if refused:
+        kinds = ", ".join(dict.fromkeys(refused.values()))
+        instead = f"quantised anew, as {options.weights}" if options.weights else "held as float32"
+        warn(
+            f"{len(refused)} weights came as {kinds}, whose codes ONNX Runtime's products do not take: "
+            f"they are {instead}",
+            next_step=None if options.weights else "weights='int8' or weights='int4' quantises them anew",
+        )
+    return tuple(found)
 
 
-def _refuse_half(plans: Mapping[str, SitePlan], options: OnnxRuntimeOptions) -> None:
+def _check_half_precision(plans: Mapping[str, SitePlan], options: OnnxRuntimeOptions) -> None:
     """Raise ``Unavailable`` for a stored program in half precision on a device that does not compute in it."""
-    dtypes = {
-        str(plan.site.dtype).removeprefix("torch.") for plan in plans.values() if plan.site.dtype in HALF_PRECISION
-    }
+    dtypes = {plan.site.dtype for plan in plans.values()} & set(HALF_PRECISION)
     if dtypes and options.place.type == "cpu":
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise Unavailable(
-            f"this program is in {', '.join(sorted(dtypes))}, in which ONNX Runtime does not compute on the CPU",
+            f"this program is in {names}, in which ONNX Runtime does not compute on the CPU",
             next_step="load it with device='cuda', or compile it from the model with device='cpu'",
         )

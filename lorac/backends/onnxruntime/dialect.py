@@ -1,51 +1,51 @@
-"""What ONNX Runtime computes, and how it likes it written."""
+"""The ops that ONNX Runtime computes, and the passes that write programs in the form that it runs fastest."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 
-import onnx_ir as ir
 import torch
 from onnxruntime.capi import _pybind_state as library
 
 from lorac.backends.onnx.legalize import Legalize
+from lorac.backends.onnx.passes import OnnxDialect
 from lorac.backends.onnxruntime.devices.providers import ON_GPU
-from lorac.backends.onnxruntime.devices.widening import widen_half_precision
-from lorac.backends.onnxruntime.flattening import copy_reshape_sizes, flatten_to_rows
-from lorac.backends.onnxruntime.fusions import fuse_rms_norms, fuse_rotary_positions, fuse_top_k
-from lorac.backends.onnxruntime.group_query_attention import use_group_query_attention
+from lorac.backends.onnxruntime.devices.widening import WidenHalfPrecision
+from lorac.backends.onnxruntime.flattening import CopyReshapeSizes, FlattenToRows
+from lorac.backends.onnxruntime.fusions import FuseRmsNorms, FuseRotaryPositions, FuseTopK
+from lorac.backends.onnxruntime.group_query_attention import UseGroupQueryAttention
 from lorac.target.dialect import BranchGate, ClaimedOps, Dialect
 
 _WITHOUT_KERNEL: ClaimedOps = frozenset({("", "Constant")})
-"""What the library resolves while it loads a program, so that no kernel is listed."""
+"""Ops that the library resolves while it loads a program, so that it lists no kernel for them."""
 
 
 def _kernels() -> ClaimedOps:
-    """The ops that this build has a kernel for, whichever provider it belongs to.
+    """Return the ops that this build has a kernel for, whichever provider it belongs to.
 
-    Where it has providers for GPUs, listing kernels loads their libraries, and ends the process where one of them is
-    missing: then every op that it knows counts, and an op without a kernel is refused by the session.
+    In a build with providers for GPUs, listing kernels loads the providers' libraries, and ends the process where one
+    is missing. There every op that the build knows counts; the session refuses an op without a kernel.
     """
     if set(library.get_available_providers()) & set(ON_GPU):
         return frozenset((schema.domain, schema.name) for schema in library.get_all_operator_schema())
     return frozenset((kernel.domain, kernel.op_name) for kernel in library.get_all_opkernel_def())
 
 
-_FUSIONS = (fuse_rms_norms, fuse_rotary_positions, use_group_query_attention)
-_ON_CPU: Dialect[ir.Model] = Dialect(
+_FUSIONS = (FuseRmsNorms(), FuseRotaryPositions(), UseGroupQueryAttention())
+_ON_CPU: OnnxDialect = Dialect(
     name="onnxruntime",
     claims=_kernels() | _WITHOUT_KERNEL,
     passes=(Legalize(),),
-    fusions=(*_FUSIONS, fuse_top_k),
-    finish=(flatten_to_rows, copy_reshape_sizes),
+    early_rewrites=(*_FUSIONS, FuseTopK()),
+    late_rewrites=(FlattenToRows(), CopyReshapeSizes()),
     gates=BranchGate.IF,
 )
 _ON_CUDA = dataclasses.replace(
     _ON_CPU,
-    fusions=_FUSIONS,  # there TopK promises nothing about equals
-    finish=(*_ON_CPU.finish, widen_half_precision),
+    early_rewrites=_FUSIONS,  # on CUDA ``TopK`` promises nothing about equal values
+    late_rewrites=(*_ON_CPU.late_rewrites, WidenHalfPrecision()),
     dtypes=(*_ON_CPU.dtypes, torch.float16, torch.bfloat16),
 )
-DIALECTS: Mapping[str, Dialect[ir.Model]] = {"cpu": _ON_CPU, "cuda": _ON_CUDA}
-"""Kind of device -> what sessions can run there; what a GPU has no kernel for, a session has the CPU compute."""
+DIALECTS: Mapping[str, OnnxDialect] = {"cpu": _ON_CPU, "cuda": _ON_CUDA}
+"""Type of device -> what sessions can run there; on a GPU, the CPU computes the ops that the GPU has no kernel for."""

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime as ort
 import torch
 
+from lorac.backends.onnx.engine import OnnxEngine, convert_inputs
 from lorac.backends.onnxruntime.adapter_files import bound_tensors, merged_tensors, write_adapter_file
 from lorac.backends.onnxruntime.devices.memory import as_ort_value, as_tensor, memory_at
 from lorac.backends.onnxruntime.devices.providers import ops_on_cpu
-from lorac.backends.onnxruntime.inputs import session_inputs
+from lorac.backends.onnxruntime.inference_session import TORCH_DTYPES, create_frozen_session
 from lorac.backends.onnxruntime.kv_cache import (
     CacheLayout,
     OrtCache,
@@ -26,43 +26,45 @@ from lorac.backends.onnxruntime.kv_cache import (
     split_padding,
 )
 from lorac.backends.onnxruntime.options import OnnxRuntimeOptions
-from lorac.backends.onnxruntime.settling import create_frozen_session
 from lorac.errors import Unavailable
 from lorac.frontend.components import check_component, get_encoder_graph_name
 from lorac.ir.graph.attention_ops import LOGITS_TO_KEEP, PAST_LENGTHS, is_encoder_output
-from lorac.ir.graph.feeds import collect_slot_tensors, group_aux_outputs, make_empty_cache, select_reached_plans
+from lorac.ir.graph.feeds import convert_input, make_empty_cache, select_reached_plans
 from lorac.ir.graph.graph import SlotInput
 from lorac.ir.interface import Interface
 from lorac.ir.sites import BaseReader
+from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.composition import ComposedWeights
-from lorac.ir.slots.plans import SitePlan, SiteSlots
-from lorac.target.engine import BoundProgram, CallResult, Engine, ProgramFiles
+from lorac.ir.slots.plans import SitePlan
+from lorac.target.engine import CallResult, ProgramFiles
 from lorac.target.kv_cache import CacheSpec, DecodeStep, KeyValueCache
-
-if TYPE_CHECKING:
-    from lorac.report.dump import Dump
 
 Tensor = torch.Tensor
 
 
 class GraphSession:
-    """One graph of the program: its session, and how it is called.
+    """One graph of the program: its session, and what it takes and gives.
 
     Args:
         session: the session.
-        signature: how the graph's host is called.
+        interface: what the graph takes and gives.
         slots: its slot inputs by public name.
+
+    Attributes:
+        outputs: names of the session's outputs.
+        dtypes: the dtype of every input; None for one that torch does not have.
+        cache: what the graph has for a cache; None where it keeps none.
     """
 
-    def __init__(self, session: ort.InferenceSession, signature: Interface, slots: Mapping[str, SlotInput]) -> None:
-        self.session, self.signature, self.slots = session, signature, slots
+    def __init__(self, session: ort.InferenceSession, interface: Interface, slots: Mapping[str, SlotInput]) -> None:
+        self.session, self.interface, self.slots = session, interface, slots
         self.outputs = [output.name for output in session.get_outputs()]
-        self.wanted = session_inputs(session)
+        self.dtypes = {value.name: TORCH_DTYPES.get(value.type) for value in session.get_inputs()}
         self.cache = CacheLayout.of(session)
 
-    def behind(self, encoder: GraphSession) -> None:
-        """Have it read what an encoder makes."""
-        self.cache = CacheLayout.of(self.session, encoder.signature.inputs)
+    def read_encoder(self, encoder: GraphSession) -> None:
+        """Note which inputs of an encoder have to be given before the graph runs."""
+        self.cache = CacheLayout.of(self.session, encoder.interface.inputs)
 
 
 @dataclass(eq=False)
@@ -70,105 +72,104 @@ class SlotValues:
     """Values for every slot input.
 
     Attributes:
-        values: slot input -> OrtValue where sessions read it.
-        tensors: the tensors that it was made of, kept alive as long as the binding.
-        own: per thread: graph -> an IOBinding with its slots bound; made on a thread's first call, never shared.
+        values: slot input -> OrtValue in the memory that sessions read.
+        tensors: the tensors that the values were made from, which live as long as the values.
+        bindings: per thread: graph -> an IOBinding with its slots bound; made by a thread's first call, never shared.
     """
 
     values: Mapping[str, ort.OrtValue]
     tensors: Mapping[str, Tensor]
-    own: threading.local = field(default_factory=threading.local)
+    bindings: threading.local = field(default_factory=threading.local)
 
 
-class OrtEngine(Engine[SlotValues]):
+@dataclass(frozen=True, eq=False)
+class _FrozenSessions:
+    """Sessions whose slots are constants, by graph, and the values that are left to bind: none."""
+
+    sessions: Mapping[str, ort.InferenceSession]
+    values: SlotValues
+
+
+class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions, SlotValues]):
     """Runs a program, one session per graph.
 
     Args:
-        parts: graph name -> its session.
-        plans: slots of every site.
-        base: reads base weights without the host.
-        mode: ``"live"``, ``"fused"`` or ``"baked"``.
-        files: the emitted program and the base weights, held.
-        options: the target's options.
+        graphs, plans, base, mode, files, options: as ``OnnxEngine``'s.
     """
 
     target = "onnxruntime"
-    files: ProgramFiles
 
     def __init__(
         self,
         *,
-        parts: Mapping[str, GraphSession],
+        graphs: Mapping[str, GraphSession],
         plans: Mapping[str, SitePlan],
         base: BaseReader,
         mode: str,
         files: ProgramFiles,
         options: OnnxRuntimeOptions,
     ) -> None:
-        self.parts = parts
-        for name, part in parts.items():
-            if (encoder := parts.get(get_encoder_graph_name(name))) is not None:
-                part.behind(encoder)
-        self.slots = {name: slot for part in parts.values() for name, slot in part.slots.items()}
-        self.interfaces = {name: _signature_with_notes(part) for name, part in parts.items()}
-        self.plans = select_reached_plans(self.slots, plans)
-        self.base, self.mode, self.files, self.options = base, mode, files, options
+        self.device_memory = memory_at(options.place)
+        super().__init__(graphs=graphs, plans=plans, base=base, mode=mode, files=files, options=options)
+        for name, graph in graphs.items():
+            if (encoder := graphs.get(get_encoder_graph_name(name))) is not None:
+                graph.read_encoder(encoder)
         self.freezes_in_background = self.fused and options.settle == "background"
-        self.where = memory_at(options.place)
-        self.buffers, self.memory = self.where.fused(self.plans, base) if self.fused else ({}, {})
-        self._written = self._values(self.memory)
-        self._holds = ComposedWeights(())
-        # By snapshot, weakly: constants that can never serve again are let go.
-        self._settled: weakref.WeakKeyDictionary[ComposedWeights, _FrozenSessions] = weakref.WeakKeyDictionary()
+        self._written_choice = ComposedWeights(())
+        # Keyed weakly: constants that can never serve again are let go.
+        self._frozen: weakref.WeakKeyDictionary[ComposedWeights, _FrozenSessions] = weakref.WeakKeyDictionary()
 
-    # --- the engine's contract ---------------------------------------------------------------------------------
+    # --- the engine's contract -----------------------------------------------------------------------------------
 
-    def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> BoundProgram[SlotValues]:
-        """OrtValues over the slots' tensors; what lies where sessions read it is not copied."""
-        tensors = {} if self.constant else collect_slot_tensors(self.slots, self.plans, slots)
-        return BoundProgram(self, self._values(tensors))
+    def lay_out(self, tensors: Mapping[str, Tensor], *, fixed: bool = False) -> SlotValues:
+        """Return values over the tensors; a tensor that lies where sessions read it is not copied."""
+        return SlotValues({name: self.device_memory.held(tensor) for name, tensor in tensors.items()}, tensors)
 
-    @property
-    def written_program(self) -> BoundProgram[SlotValues]:
-        """The buffers that weights are written to."""
-        return BoundProgram(self, self._written)
+    def allocate_weights(self) -> tuple[dict[str, FusedBuffer], dict[str, Tensor]]:
+        """Allocate weights in the memory that sessions read."""
+        return self.device_memory.fused(self.plans, self.base)
 
-    def dump(self) -> dict[str, Dump]:
-        """The models that the sessions were made of."""
-        from lorac.backends.onnx.model_dump import dump_model  # what a call does not need
-
-        return {name: dump_model(self.files, name, part.slots) for name, part in self.parts.items()}
-
-    def activate(self, content: SlotValues) -> None:
-        """Nothing: every call names its binding."""
+    def machine_notes(self, graph: GraphSession) -> tuple[str, ...]:
+        """Say which ops of a session on a GPU the CPU computes; another machine may do otherwise."""
+        ops = ops_on_cpu(graph.session)
+        if not ops:
+            return ()
+        listed = ", ".join(f"{op} ({count})" if count > 1 else op for op, count in ops.items())
+        return (f"the CPU computes, inside each call on {graph.session.get_providers()[0]}: {listed}",)
 
     def record_written(self, snapshot: ComposedWeights) -> None:
-        """Remember it: constants that were made of it serve again."""
-        self._holds = snapshot
-        self.where.written(self.memory)
+        """Note which choice was written: constants that were made from it serve again."""
+        self._written_choice = snapshot
+        self.device_memory.written(self.memory)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether calls run on constants now."""
+        return self._written_choice in self._frozen
 
     def freeze(self) -> None:
-        """Make sessions with the present weights as constants; they serve calls while those are the active ones.
+        """Make sessions with the active weights as constants, which ONNX Runtime prepacks.
+
+        They serve calls for as long as those weights are active. Their results round differently from those of the
+        bound weights, so they are a weight state of their own (invariant 1).
 
         Raises:
             Unavailable: no weight is bound.
         """
-        snapshot = self._holds
+        snapshot = self._written_choice
         if not self.fused:
             raise Unavailable(
-                "only bound weights can settle, and this program binds none",
-                next_step="compile with mode='fused'",
+                "only bound weights can settle, and this program binds none", next_step="compile with mode='fused'"
             )
-        if snapshot in self._settled:
+        if snapshot in self._frozen:
             return
-        sessions = {name: self._with_constants(name, part) for name, part in self.parts.items()}
-        if self._holds is snapshot:
-            self._settled[snapshot] = _FrozenSessions(sessions, self._values({}))
+        sessions = {name: self._freeze(name, graph) for name, graph in self.graphs.items()}
+        if self._written_choice is snapshot:
+            self._frozen[snapshot] = _FrozenSessions(sessions, self.lay_out({}))
 
-    @property
-    def constant(self) -> bool:
-        """A baked program's adapters are constants."""
-        return self.mode == "baked"
+    def _freeze(self, name: str, graph: GraphSession) -> ort.InferenceSession:
+        constants = {slot: self.memory[slot] for slot in graph.slots if slot in self.memory}
+        return create_frozen_session(self.files, name, constants, self.options) if constants else graph.session
 
     @property
     def portable(self) -> bool:
@@ -176,195 +177,143 @@ class OrtEngine(Engine[SlotValues]):
         return bool(self.slots) and not self.constant
 
     def write_choice(self, snapshot: ComposedWeights, graph: str, path: Path) -> None:
-        """An ``.onnx_adapter``."""
-        slots = self.parts[check_component(graph, self.parts)].slots
+        """Write an ``.onnx_adapter``."""
+        slots = self.graphs[check_component(graph, self.graphs)].slots
         if self.fused:
             tensors = merged_tensors(select_reached_plans(slots, self.plans), self.base, snapshot)
         else:
             tensors = bound_tensors(slots, self.plans, self.base, snapshot)
         write_adapter_file(path, tensors)
 
-    def _with_constants(self, name: str, part: GraphSession) -> ort.InferenceSession:
-        constants = {slot: self.memory[slot] for slot in part.slots if slot in self.memory}
-        if not constants:
-            return part.session
-        return create_frozen_session(self.files, name, constants, self.options)
-
     @property
     def folder(self) -> Path:
-        """Where the program lay when it was opened; nothing is read from there any more."""
-        name, held = next(iter(self.files.items()))
-        return held.where.parents[name.count("/")]
+        """The folder of the program when it was opened; nothing is read from there any more."""
+        name, file = next(iter(self.files.items()))
+        return file.where.parents[name.count("/")]
 
-    @property
-    def is_frozen(self) -> bool:
-        """Whether calls run on constants now."""
-        return self._holds in self._settled
-
-    # --- calls -------------------------------------------------------------------------------------------------
+    # --- calls ---------------------------------------------------------------------------------------------------
 
     def call(
         self, content: SlotValues, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]
     ) -> CallResult:
-        """One call of a graph with a binding."""
-        part = self.parts[check_component(graph, self.parts)]
-        if part.cache is not None:
-            return self._call_over_texts(content, graph, part, args, kwargs)
-        session, values = self._serving(part, graph, content)
+        """Call a graph; one that keeps a cache takes whole sequences, of which nothing is kept."""
+        loaded = self.graphs[check_component(graph, self.graphs)]
+        if loaded.cache is None:
+            return super().call(content, graph, args, kwargs)
+        return self._call_whole(content, graph, loaded, loaded.cache, args, kwargs)
 
-        def run(given: dict[str, Any]) -> list[Any]:
-            as_numpy = all(isinstance(v, np.ndarray) for v in given.values())
-            return [_to_output(value, as_numpy) for value in self._execute(part, graph, session, values, given)]
+    def run_graph(self, graph: str, content: SlotValues, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """Run a graph's session."""
+        loaded = self.graphs[graph]
+        session, values = self._serving(graph, content)
+        binding = _thread_binding(loaded, graph, session, values)
+        for name, tensor in inputs.items():
+            binding.bind_ortvalue_input(name, as_ort_value(tensor))
+        binding.clear_binding_outputs()
+        device = self.device_memory.answers(inputs.values())
+        for name in loaded.outputs:
+            binding.bind_output(name, *device)
+        self.device_memory.settled()
+        session.run_with_iobinding(binding)
+        outputs = [as_tensor(value) for value in binding.get_outputs()]
+        binding.clear_binding_outputs()
+        return outputs
 
-        output, extra = part.signature.run(args, kwargs, run)
-        return CallResult(output, group_aux_outputs(extra, values.tensors))
+    def outputs(self, graph: str, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return copies of a graph's outputs; without a past, a graph that keeps a cache reads an empty one."""
+        cache = self.graphs[graph].cache
+        if cache is not None and PAST_LENGTHS not in inputs:
+            inputs = {**make_empty_cache(cache.shapes, inputs[cache.text], cache.memory), **inputs}
+        return super().outputs(graph, tensors, inputs)
+
+    def _serving(self, graph: str, values: SlotValues) -> tuple[ort.InferenceSession, SlotValues]:
+        """Return the session that serves a call, and the values to bind."""
+        frozen = self._frozen.get(self._written_choice) if values is self.fused_content else None
+        return (self.graphs[graph].session, values) if frozen is None else (frozen.sessions[graph], frozen.values)
+
+    # --- over a cache --------------------------------------------------------------------------------------------
 
     def cache_spec(self, graph: str) -> CacheSpec | None:
-        """As its session says."""
-        layout = self.parts[check_component(graph, self.parts)].cache
+        """Return what the session's cache can hold."""
+        layout = self.graphs[check_component(graph, self.graphs)].cache
         return None if layout is None else layout.keeps
 
     def new_cache(self, graph: str, rows: int, capacity: int) -> KeyValueCache:
-        """Buffers that the session reads and writes."""
-        layout = self.parts[check_component(graph, self.parts)].cache
+        """Allocate buffers that the session reads and writes."""
+        layout = self.graphs[check_component(graph, self.graphs)].cache
         return super().new_cache(graph, rows, capacity) if layout is None else OrtCache(layout, rows, capacity)
 
-    def decode(self, content: SlotValues, graph: str, cache: KeyValueCache, extension: DecodeStep) -> Tensor:
-        """One run of the graph's session."""
+    def decode(self, content: SlotValues, graph: str, cache: KeyValueCache, step: DecodeStep) -> Tensor:
+        """Run the graph's session once."""
         assert isinstance(cache, OrtCache)
-        part = self.parts[graph]
-        session, values = self._serving(part, graph, content)
-        return run_decode_step(session, values, cache, extension, lambda: _new_binding(part, session, values))
+        session, values = self._serving(graph, content)
+        loaded = self.graphs[graph]
+        return run_decode_step(session, values, cache, step, lambda: _new_binding(loaded, session, values))
 
     def encode(self, content: SlotValues, graph: str, cache: KeyValueCache, inputs: Mapping[str, object]) -> None:
-        """One run of the session of the graph's encoder."""
-        self._encoded(content, graph, cache, inputs)
+        """Run the session of the graph's encoder once."""
+        self._encode(content, graph, cache, inputs)
 
-    def _encoded(
+    def _encode(
         self, content: SlotValues, graph: str, cache: KeyValueCache, inputs: Mapping[str, object]
-    ) -> dict[str, torch.Tensor]:
-        """As ``encode``; returns what of the encoder's answer the host answers too, by name."""
+    ) -> dict[str, Tensor]:
+        """Encode as ``encode`` does; return the encoder's outputs that the model answers too, by name."""
         assert isinstance(cache, OrtCache)
         name = get_encoder_graph_name(graph)
-        part = self.parts[name]
-        given = part.signature.check((), inputs)
-        session, values = self._serving(part, name, content)
-        found = [as_tensor(value) for value in self._execute(part, name, session, values, given)]
-        answered = dict(zip(part.outputs, found, strict=True))
-        memory = {made: value for made, value in answered.items() if is_encoder_output(made)}
+        encoder = self.graphs[name]
+        outputs = self.run_graph(name, content, convert_inputs(encoder, encoder.interface.check((), inputs)))
+        named = dict(zip(encoder.outputs, outputs, strict=True))
+        memory = {output: value for output, value in named.items() if is_encoder_output(output)}
         check_encoder_rows(memory, len(cache.lengths))
         cache.remember(memory)
-        return {made: value for made, value in answered.items() if made not in memory}
+        return {output: value for output, value in named.items() if output not in memory}
 
-    def _call_over_texts(
+    def _call_whole(
         self,
         content: SlotValues,
         graph: str,
-        part: GraphSession,
+        loaded: GraphSession,
+        layout: CacheLayout,
         args: tuple[object, ...],
         kwargs: Mapping[str, object],
     ) -> CallResult:
-        """A plain call of a graph that keeps a cache: whole texts, of which nothing is kept."""
-        assert part.cache is not None
-        text, inputs = part.cache.text, dict[str, Any]()
-        if part.cache.keeps.encodes:
-            named = part.signature.name_arguments(args, kwargs)
-            inputs = {name: named.pop(name) for name in part.cache.keeps.encodes if name in named}
+        """Call a graph that keeps a cache with whole sequences: over a cache of this call alone."""
+        text, interface, encoder_inputs = layout.text, loaded.interface, dict[str, object]()
+        if layout.keeps.encodes:
+            named = interface.name_arguments(args, kwargs)
+            encoder_inputs = {name: named.pop(name) for name in layout.keeps.encodes if name in named}
             args, kwargs = (), named
-        told, counts = split_padding(args, kwargs, text)
-        ids = part.wanted[text].fit(told[text])
-        part.cache.refuse_longer(max(counts, default=0))
-        extension = full_sequence_step(ids, counts)
-        picked = {LOGITS_TO_KEEP: extension.wanted} if LOGITS_TO_KEEP in part.wanted else {}
-        part.signature.check((), {**told, **picked})
+        given, counts = split_padding(args, kwargs, text)
+        ids = convert_input(text, given[text], loaded.dtypes[text])
+        layout.check_length(max(counts, default=0))
+        step = full_sequence_step(ids, counts)
+        positions = {LOGITS_TO_KEEP: step.wanted} if LOGITS_TO_KEEP in loaded.dtypes else {}
+        interface.check((), {**given, **positions})
         cache = self.new_cache(graph, *ids.shape)
-        encoded = self._encoded(content, graph, cache, inputs) if part.cache.keeps.encodes else {}
-        logits = self.decode(content, graph, cache, extension)
+        encoded = self._encode(content, graph, cache, encoder_inputs) if layout.keeps.encodes else {}
+        logits = self.decode(content, graph, cache, step)
         logits[torch.arange(ids.shape[1]) >= torch.tensor(counts)[:, None]] = 0
-        as_numpy = isinstance(told[text], np.ndarray)
-        answered: list[Any] = [logits.numpy() if as_numpy else logits]
-        elsewhere = {name: value.numpy() if as_numpy else value for name, value in encoded.items()}
-        rest = (None for _ in part.signature.extra_outputs)
-        output, _ = part.signature.with_values(elsewhere).build_output([*answered, *rest], kwargs)
+        as_numpy = isinstance(given[text], np.ndarray)
+        outputs: list[object] = [logits.numpy() if as_numpy else logits, *(None for _ in interface.extra_outputs)]
+        encoded_outputs = {name: value.numpy() if as_numpy else value for name, value in encoded.items()}
+        output, _ = interface.with_values(encoded_outputs).build_output(outputs, kwargs)
         return CallResult(output)
 
-    def outputs(self, graph: str, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """A graph's outputs as it gives them, copied, for tensors in its slots and inputs by name."""
-        part = self.parts[graph]
-        if part.cache is not None and PAST_LENGTHS not in inputs:
-            inputs = {**make_empty_cache(part.cache.shapes, inputs[part.cache.text], part.cache.memory), **inputs}
-        values = self._execute(part, graph, part.session, self._values(tensors), inputs)
-        return [as_tensor(value).clone() for value in values]
 
-    def _values(self, tensors: Mapping[str, Tensor]) -> SlotValues:
-        """What is bound for slot name -> tensor."""
-        return SlotValues({name: self.where.held(tensor) for name, tensor in tensors.items()}, tensors)
-
-    def _execute(
-        self,
-        part: GraphSession,
-        graph: str,
-        session: ort.InferenceSession,
-        values: SlotValues,
-        given: Mapping[str, Any],
-    ) -> Sequence[ort.OrtValue]:
-        io = _thread_binding(part, graph, session, values)
-        held = {name: part.wanted[name].fit(value) for name, value in given.items()}
-        for name, tensor in held.items():
-            io.bind_ortvalue_input(name, as_ort_value(tensor))
-        io.clear_binding_outputs()
-        answered = self.where.answers(held.values())
-        for name in part.outputs:
-            io.bind_output(name, *answered)
-        self.where.settled()
-        session.run_with_iobinding(io)
-        outputs: Sequence[ort.OrtValue] = io.get_outputs()
-        io.clear_binding_outputs()
-        return outputs
-
-    def _serving(self, part: GraphSession, graph: str, values: SlotValues) -> tuple[ort.InferenceSession, SlotValues]:
-        settled = self._settled.get(self._holds) if values is self._written else None
-        return (part.session, values) if settled is None else (settled.sessions[graph], settled.values)
+def _thread_binding(
+    loaded: GraphSession, graph: str, session: ort.InferenceSession, values: SlotValues
+) -> ort.IOBinding:
+    """Return this thread's IOBinding of a graph with its slots bound."""
+    bindings: dict[str, tuple[weakref.ref[ort.InferenceSession], ort.IOBinding]]
+    bindings = vars(values.bindings).setdefault("by_graph", {})
+    if graph not in bindings or bindings[graph][0]() is not session:
+        bindings[graph] = (weakref.ref(session), _new_binding(loaded, session, values))
+    return bindings[graph][1]
 
 
-@dataclass(frozen=True, eq=False)
-class _FrozenSessions:
-    """Sessions with constants by graph, and the values that are left to bind: none."""
-
-    sessions: Mapping[str, ort.InferenceSession]
-    values: SlotValues
-
-
-def _signature_with_notes(part: GraphSession) -> Interface:
-    """How a graph is called, with what its session has the CPU compute; another machine's may have it otherwise."""
-    there = ops_on_cpu(part.session)
-    if not there:
-        return part.signature
-    told = ", ".join(f"{op} ({count})" if count > 1 else op for op, count in there.items())
-    note = f"the CPU computes, inside each call on {part.session.get_providers()[0]}: {told}"
-    return part.signature.with_notes(note)
-
-
-def _thread_binding(part: GraphSession, graph: str, session: ort.InferenceSession, values: SlotValues) -> Any:
-    """This thread's IOBinding of a graph with its slots bound."""
-    owned: dict[str, Any] = vars(values.own).setdefault("io", {})
-    if graph in owned and owned[graph][0]() is session:
-        return owned[graph][1]
-    io = _new_binding(part, session, values)
-    owned[graph] = (weakref.ref(session), io)
-    return io
-
-
-def _new_binding(part: GraphSession, session: ort.InferenceSession, values: SlotValues) -> Any:
-    """A new IOBinding of a graph with its slots bound."""
-    io = session.io_binding()
-    for name in part.slots.keys() & values.values.keys():
-        io.bind_ortvalue_input(name, values.values[name])
-    return io
-
-
-def _to_output(value: ort.OrtValue, as_numpy: bool) -> Any:
-    tensor = as_tensor(value)
-    if not as_numpy:
-        return tensor
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()  # NumPy has nothing for it
+def _new_binding(loaded: GraphSession, session: ort.InferenceSession, values: SlotValues) -> ort.IOBinding:
+    """Return a new IOBinding of a graph with its slots bound."""
+    binding = session.io_binding()
+    for name in loaded.slots.keys() & values.values.keys():
+        binding.bind_ortvalue_input(name, values.values[name])
+    return binding

@@ -1,80 +1,114 @@
-"""Products on rows: from the first slot's product on, (…, features) is computed as (rows, features).
+"""Passes that compute on rows: from a slot's first product on, (…, features) is computed as (rows, features).
 
-ONNX Runtime takes one matrix faster than a stack of them, and its ``Gemm`` adds a product to what is there without an
-op for the sum. What acts on each row alone (sums, scales, norms) stays on rows too; the rest sees the full shape.
+ONNX Runtime multiplies one matrix faster than a stack of them, and its ``Gemm`` adds a product to another value without
+an op for the sum. Ops that act on each row alone (sums, scales, norms) stay on rows too; all others see the full shape.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from lorac.backends.onnx.passes import OnnxPass, module_around
+from lorac.ir.graph.passes import PassResult, Skip
+
 _ELEMENTWISE = frozenset(
     ("Add", "Sub", "Mul", "Div", "Pow", "Neg", "Exp", "Erf", "Sqrt", "Tanh", "Sigmoid", "Relu", "Gelu", "Identity")
 )
 _AXIS_OPS = {"LayerNormalization": -1, "SimplifiedLayerNormalization": -1, "Split": 0}
-"""Op -> the axis it acts along where it names none: row-wise where that is the last."""
+"""Op -> the axis it acts along by default; it acts on each row alone where that is the last axis."""
+
+
+@dataclass(frozen=True)
+class FlattenToRows(OnnxPass):
+    """Move what follows a slot's product onto rows, and add the products of slots by ``Gemm``."""
+
+    name: ClassVar[str] = "flatten-to-rows"
+
+    def apply(self, model: ir.Model) -> PassResult:
+        """Edit the model in place; report products of slots that no ``Gemm`` adds."""
+        changed = _Flattener(model.graph).run()
+        slots = set(model.graph.inputs)
+        for node in list(model.graph):
+            if node.op_type == "Add":
+                changed |= _add_by_product(model.graph, node, slots)
+        RemoveUnusedNodesPass()(model)
+        left = [node for node in model.graph if node.op_type == "MatMul" and _is_second_factor(node, slots)]
+        skips = dict.fromkeys(
+            Skip(module_around(node), "its product is not added to rows of one shape") for node in left
+        )
+        return PassResult(changed, tuple(skips))
+
+
+@dataclass(frozen=True)
+class CopyReshapeSizes(OnnxPass):
+    """Have a ``Reshape`` copy unchanged sizes from its input, in place of the ops that read and join them."""
+
+    name: ClassVar[str] = "copy-reshape-sizes"
+
+    def apply(self, model: ir.Model) -> PassResult:
+        """Edit the model in place."""
+        reshapes = [node for node in model.graph.all_nodes() if node.op_type == "Reshape"]
+        changed = [_copy_dimensions(node, model.graph) for node in reshapes]
+        RemoveUnusedNodesPass()(model)
+        return PassResult(any(changed))
 
 
 @dataclass(frozen=True)
 class _RowMatrix:
-    """A value (…, features) as a matrix; ``full`` is one with the same leading dimensions."""
+    """A value (…, features) as a matrix; ``full`` is a value with the same leading dimensions."""
 
     matrix: ir.Value
     full: ir.Value
 
     @property
     def leading(self) -> str:
-        """Equal for values whose rows correspond."""
+        """The leading dimensions as text: equal for values whose rows correspond."""
         dims = [] if self.full.shape is None else [getattr(dim, "value", dim) for dim in self.full.shape[:-1]]
         return "_".join(str(dim) for dim in dims) if None not in dims else str(self.full.name)
 
 
-def flatten_to_rows(model: ir.Model) -> None:
-    """Move what follows a slot's product onto rows, and add the products of slots by ``Gemm``, in place."""
-    _Flattener(model.graph).run()
-    slots = set(model.graph.inputs)
-    for node in list(model.graph):
-        if node.op_type == "Add":
-            _add_by_product(model.graph, node, slots)
-    RemoveUnusedNodesPass()(model)
-
-
-def copy_reshape_sizes(model: ir.Model) -> None:
-    """Have a ``Reshape`` take the sizes that it leaves from its input's places, in place of ops that read them."""
-    for node in list(model.graph.all_nodes()):
-        if node.op_type == "Reshape":
-            _copy_dimensions(node, model.graph)
-    RemoveUnusedNodesPass()(model)
-
-
 class _Flattener:
-    """One pass over a graph: ``rows`` has what is on rows so far, ``adapted`` what meets a slot's product."""
+    """One pass over a graph.
+
+    Args:
+        graph: edited in place.
+
+    Attributes:
+        adapted: values that a slot's product reads.
+        rows: values that are on rows so far.
+        first, sizes, shapes: where leading dimensions first occur; the values that hold them, and full shapes.
+        changed: whether a ``Reshape`` reads rows now.
+    """
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph, slots = graph, set(graph.inputs)
         self.adapted = {node.inputs[0] for node in graph if node.op_type == "MatMul" and node.inputs[1] in slots}
         self.rows: dict[ir.Value, _RowMatrix] = {}
         self.first: dict[str, ir.Value] = {}
-        self.leading: dict[str, ir.Value] = {}
+        self.sizes: dict[str, ir.Value] = {}
         self.shapes: dict[tuple[str, int], ir.Value] = {}
+        self.changed = False
 
-    def run(self) -> None:
+    def run(self) -> bool:
+        """Move the nodes; return whether the graph changed."""
         moved = [node for node in list(self.graph) if self._moves(node)]
         for node in reversed(moved):
             for value in [value for value in node.outputs if value.uses() or value.is_graph_output()]:
                 self._restore(value)
             self.graph.remove(node, safe=True)
+        return self.changed or bool(moved)
 
     def _moves(self, node: ir.Node) -> bool:
-        """Whether a node has a twin on rows now."""
+        """Give a node a twin on rows where it acts on each row alone; return whether it did."""
         first = node.inputs[0] if node.inputs else None
         if node.op_type == "Reshape" and first in self.rows and not _copies_a_dimension(node):
             node.replace_input_with(0, self.rows[first].matrix)
+            self.changed = True
             return False
         operands = self._operands(node)
         begins = node.op_type == "MatMul" and first in self.adapted
@@ -83,11 +117,11 @@ class _Flattener:
         found = {value: rows for value in operands if (rows := self._rows_of(value)) is not None}
         if any(value not in found for value in operands) or len({rows.leading for rows in found.values()}) != 1:
             return False
-        self._twin(node, found)
+        self._add_twin(node, found)
         return True
 
     def _operands(self, node: ir.Node) -> list[ir.Value]:
-        """The inputs of a row-wise op that have rows; none where it is not row-wise."""
+        """Return the inputs of a row-wise op that have rows; an empty list for other ops."""
         values = [value for value in node.inputs if value is not None]
         if node.op_type == "MatMul":
             return values[:1] if _rank(values[1]) == 2 and self._has_rows(values[0]) else []
@@ -104,6 +138,7 @@ class _Flattener:
         return value in self.rows or (_rank(value) or 0) > 2
 
     def _rows_of(self, value: ir.Value) -> _RowMatrix | None:
+        """Return a value on rows, reshaped if need be; None where its number of features is not known."""
         if value in self.rows or value.shape is None:
             return self.rows.get(value)
         features = value.shape[-1]
@@ -118,7 +153,7 @@ class _Flattener:
         self._describe(reshape.outputs[0], value, self.rows[value])
         return self.rows[value]
 
-    def _twin(self, node: ir.Node, rows: dict[ir.Value, _RowMatrix]) -> None:
+    def _add_twin(self, node: ir.Node, rows: dict[ir.Value, _RowMatrix]) -> None:
         full = next(iter(rows.values())).full
         inputs = [rows[value].matrix if value in rows else value for value in node.inputs]
         attributes = [ir.AttrInt64("axis", -1) if a.name == "axis" else a for a in node.attributes.values()]
@@ -135,39 +170,39 @@ class _Flattener:
         matrix.shape, matrix.type = ir.Shape([f"rows_{rows.leading}", features]), value.type or rows.full.type
 
     def _restore(self, value: ir.Value) -> None:
-        """Give what still reads the full shape a value that has it."""
+        """Give the remaining readers of a value its full shape."""
         rows = self.rows[value]
-        reshape = ir.Node("", "Reshape", [rows.matrix, self._shape(rows, value)])
+        reshape = ir.Node("", "Reshape", [rows.matrix, self._full_shape(rows, value)])
         self._insert(rows.matrix, reshape)
         restored = reshape.outputs[0]
         restored.shape, restored.type, restored.name = value.shape, value.type, value.name
         value.name = None
         value.replace_all_uses_with(restored, replace_graph_outputs=True)
 
-    def _shape(self, rows: _RowMatrix, value: ir.Value) -> ir.Value:
-        """The full shape of what is on rows, made once for all values that have it."""
-        features: Any = value.shape[-1] if value.shape is not None else None
+    def _full_shape(self, rows: _RowMatrix, value: ir.Value) -> ir.Value:
+        """Return the full shape of a value on rows, made once for all values that have it."""
+        features = value.shape[-1] if value.shape is not None else None
         if not isinstance(features, int):
-            own = ir.Node("", "Shape", [rows.matrix], [ir.AttrInt64("start", 1)])
-            shape = ir.Node("", "Concat", [self._leading(rows), own.outputs[0]], [ir.AttrInt64("axis", 0)])
-            self._insert(rows.matrix, own, shape)
+            last = ir.Node("", "Shape", [rows.matrix], [ir.AttrInt64("start", 1)])
+            shape = ir.Node("", "Concat", [self._leading_sizes(rows), last.outputs[0]], [ir.AttrInt64("axis", 0)])
+            self._insert(rows.matrix, last, shape)
             return shape.outputs[0]
         key = (rows.leading, features)
         if key not in self.shapes:
-            leading = self._leading(rows)
+            leading = self._leading_sizes(rows)
             shape = ir.Node("", "Concat", [leading, _constant(self.graph, [features])], [ir.AttrInt64("axis", 0)])
             self._insert(leading, shape)
             self.shapes[key] = shape.outputs[0]
         return self.shapes[key]
 
-    def _leading(self, rows: _RowMatrix) -> ir.Value:
-        """The sizes before the last, read where a value first has them."""
-        if rows.leading not in self.leading:
+    def _leading_sizes(self, rows: _RowMatrix) -> ir.Value:
+        """Return the sizes before the last, read where a value first has them."""
+        if rows.leading not in self.sizes:
             first = self.first[rows.leading]
             shape = ir.Node("", "Shape", [first], [ir.AttrInt64("end", -1)])
             self._insert(first, shape)
-            self.leading[rows.leading] = shape.outputs[0]
-        return self.leading[rows.leading]
+            self.sizes[rows.leading] = shape.outputs[0]
+        return self.sizes[rows.leading]
 
     def _insert(self, after: ir.Value, *nodes: ir.Node) -> None:
         producer = after.producer()
@@ -177,8 +212,14 @@ class _Flattener:
             self.graph.insert_after(producer, nodes)
 
 
-def _add_by_product(graph: ir.Graph, node: ir.Node, slots: set[ir.Value]) -> None:
-    """``y + u·B`` as one ``Gemm``, B a slot and all of it matrices of one shape."""
+def _is_second_factor(product: ir.Node, slots: set[ir.Value]) -> bool:
+    """Return whether a product is the second one of a pair of slots, ``(x·A)·B``."""
+    inner = product.inputs[0].producer() if product.inputs[0] is not None else None
+    return product.inputs[1] in slots and inner is not None and inner.op_type == "MatMul" and inner.inputs[1] in slots
+
+
+def _add_by_product(graph: ir.Graph, node: ir.Node, slots: set[ir.Value]) -> bool:
+    """Replace ``y + u·B``, B a slot and all of it matrices of one shape, by one ``Gemm``; return whether it did."""
     for y, product in (node.inputs, reversed(node.inputs)):
         made = product.producer() if product is not None else None
         if y is None or product is None or made is None or made.op_type != "MatMul" or made.inputs[1] not in slots:
@@ -192,37 +233,41 @@ def _add_by_product(graph: ir.Graph, node: ir.Node, slots: set[ir.Value]) -> Non
         new.shape, new.type, new.name, old.name = old.shape, old.type, old.name, None
         old.replace_all_uses_with(new, replace_graph_outputs=True)
         graph.remove([node, made], safe=True)
-        return
+        return True
+    return False
 
 
 def _rank(value: ir.Value | None) -> int | None:
+    """Return a value's number of axes, or None; a transposed weight's shape is not noted, and its operand's is."""
     if value is not None and value.shape is None and value.producer() is not None:
         made = value.producer()
-        return _rank(made.inputs[0]) if made is not None and made.op_type == "Transpose" else None  # as of a weight
+        return _rank(made.inputs[0]) if made is not None and made.op_type == "Transpose" else None
     return None if value is None or value.shape is None else len(value.shape)
 
 
 def _copies_a_dimension(reshape: ir.Node) -> bool:
-    """Whether a ``Reshape`` takes a dimension from its input's place: on rows another stands there."""
+    """Return whether a ``Reshape`` copies a dimension of its input: on rows another size would stand there."""
     shape = ir.convenience.get_const_tensor(reshape.inputs[1]) if reshape.inputs[1] is not None else None
     return shape is not None and not reshape.attributes.get_int("allowzero", 0) and 0 in shape.numpy()
 
 
-def _copy_dimensions(reshape: ir.Node, graph: ir.Graph) -> None:
-    """Make the shape a constant of the graph where every size is a number, or the input's at the same place."""
-    given, made, told = reshape.inputs[0], reshape.outputs[0].shape, reshape.inputs[1]
-    if given is None or given.shape is None or told is None or made is None:
-        return
-    copied = {place for place, pair in enumerate(zip(made, given.shape, strict=False)) if _is_same(*pair)}
-    sizes = [0 if place in copied else size for place, size in enumerate(made)]
-    numbers = [size for place, size in enumerate(sizes) if isinstance(size, int) and (size > 0 or place in copied)]
-    if len(numbers) == len(sizes) and ir.convenience.get_const_tensor(told) is None:
-        reshape.attributes.pop("allowzero", None)
-        reshape.replace_input_with(1, _constant(graph, numbers))
+def _copy_dimensions(reshape: ir.Node, graph: ir.Graph) -> bool:
+    """Make the shape a constant where every size is a number or copied from its place; return whether it did."""
+    x, made, sizes = reshape.inputs[0], reshape.outputs[0].shape, reshape.inputs[1]
+    if x is None or x.shape is None or sizes is None or made is None:
+        return False
+    copied = {place for place, pair in enumerate(zip(made, x.shape, strict=False)) if _is_same_symbol(*pair)}
+    numbers = [0 if place in copied else size for place, size in enumerate(made)]
+    known = [size for place, size in enumerate(numbers) if isinstance(size, int) and (size > 0 or place in copied)]
+    if len(known) < len(numbers) or ir.convenience.get_const_tensor(sizes) is not None:
+        return False
+    reshape.attributes.pop("allowzero", None)
+    reshape.replace_input_with(1, _constant(graph, known))
+    return True
 
 
-def _is_same(size: int | ir.SymbolicDim, other: int | ir.SymbolicDim) -> bool:
-    """Whether two sizes vary and are one."""
+def _is_same_symbol(size: int | ir.SymbolicDim, other: int | ir.SymbolicDim) -> bool:
+    """Return whether two sizes vary and are one symbol."""
     return isinstance(size, ir.SymbolicDim) and size.value is not None and size == other
 
 

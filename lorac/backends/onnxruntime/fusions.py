@@ -1,118 +1,187 @@
-"""Few ops for what torch writes in many: rotary positions, RMS norms, and which k of the last axis are largest.
+"""Passes that put one op of ONNX Runtime in the place of many: RMS norms, rotary positions, and top-k masks.
 
-Rotary positions are seven ops a use, of which a Llama has two a layer. RMS norms become one op here: ONNX Runtime's own
-fusion looks for a quotient, where torch has a product with ``rsqrt``. A router's choice is twelve ops in torch, which
-does not say whom its ``topk`` prefers among equals; ONNX's ``TopK`` prefers the lowest index, as the router does.
+torch writes a rotary position in seven ops, of which a Llama has two a layer. ONNX Runtime's own fusion of RMS norms
+looks for a quotient, and torch writes a product with ``rsqrt``. A router's top-k mask is twelve ops in torch, whose
+``topk`` does not say which of equal values it prefers; ONNX's ``TopK`` prefers the lowest index, as the router does.
 
-A residual sum and the norm behind it stay two ops: ONNX Runtime's op for both takes longer on CPUs than they do, with
+A residual sum and the norm behind it stay two ops: on CPUs ONNX Runtime's op for both takes longer than they do, with
 layer norms several times as long (``python -m benchmarks.forms``).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 from onnxscript.rewriter import pattern
+from onnxscript.rewriter._basics import MatchContext
 from onnxscript.rewriter.ort_fusions.rms_normalization import RmsNormFusion
+from onnxscript.rewriter.pattern import MatchResult
 
-from lorac.backends.onnx.pattern_pass import make_rewrite_pass
+from lorac.backends.onnx.passes import PatternPass, module_around
+from lorac.ir.graph.passes import Skip
 
-
-def fuse_rms_norms(model: ir.Model) -> None:
-    """RMS norms as ``SimplifiedLayerNormalization``, in place."""
-    rules = [_RmsNormRule.rule(first) for first in (True, False)]  # type: ignore[no-untyped-call]  # onnxscript's own
-    make_rewrite_pass(rules)(model)
+_Builder = pattern.OpsetPatternBuilder
 
 
-def fuse_rotary_positions(model: ir.Model) -> None:
-    """Rotary positions as ``com.microsoft::RotaryEmbedding``, in place."""
-    make_rewrite_pass([_RotaryRule.rule()])(model)  # type: ignore[no-untyped-call]  # onnxscript's own
+class _Context(Protocol):
+    """onnxscript's builder of the nodes that replace a match: ``op.Add(x, y)``."""
+
+    def __getattr__(self, op: str) -> Callable[..., Any]: ...
 
 
-def fuse_top_k(model: ir.Model) -> None:
-    """A router's choice of k (``lorac/variants/_mixtures.py``) as ``TopK``'s places scattered into a mask, in place."""
-    make_rewrite_pass([_TopKRule.rule()])(model)  # type: ignore[no-untyped-call]  # onnxscript's own
+@dataclass(frozen=True)
+class FuseRmsNorms(PatternPass):
+    """Replace RMS norms by ``SimplifiedLayerNormalization``."""
+
+    name: ClassVar[str] = "fuse-rms-norms"
+
+    def rules(self, skips: list[Skip]) -> Iterable[pattern.RewriteRule]:
+        """Return a rule for each order of the norm and its scale."""
+        return [_RmsNormRule(skips, norm_first).as_rule() for norm_first in (True, False)]
 
 
-class _RmsNormRule(pattern.RewriteRuleClassBase):
+@dataclass(frozen=True)
+class FuseRotaryPositions(PatternPass):
+    """Replace rotary positions by ``com.microsoft::RotaryEmbedding``."""
+
+    name: ClassVar[str] = "fuse-rotary-positions"
+
+    def rules(self, skips: list[Skip]) -> Iterable[pattern.RewriteRule]:
+        """Return one rule."""
+        return [_RotaryRule(skips).as_rule()]
+
+
+@dataclass(frozen=True)
+class FuseTopK(PatternPass):
+    """Replace a router's top-k mask (``lorac/variants/_routing.py``) by the indices of ``TopK``, scattered."""
+
+    name: ClassVar[str] = "fuse-top-k"
+
+    def rules(self, skips: list[Skip]) -> Iterable[pattern.RewriteRule]:
+        """Return one rule."""
+        return [_TopKRule(skips).as_rule()]
+
+
+class _ReportingRule(pattern.RewriteRuleClassBase):
+    """A rule that records why it leaves a match alone.
+
+    Args:
+        skips: what the rule leaves alone is appended.
+        name: the rule's name.
+        remove_nodes: whether the nodes of a match are removed.
+    """
+
+    def __init__(self, skips: list[Skip], name: str, *, remove_nodes: bool = True) -> None:
+        super().__init__(name=name, remove_nodes=remove_nodes)
+        self.skips = skips
+
+    def as_rule(self) -> pattern.RewriteRule:
+        """Return the rule as onnxscript applies it."""
+        return pattern.RewriteRule(
+            self.pattern, self.rewrite, self.check, name=self.name, remove_nodes=self.remove_nodes
+        )
+
+    def leave(self, context: MatchContext, why: str) -> MatchResult:
+        """Return the result that leaves a match alone, and record the reason."""
+        self.skips.append(Skip(module_around(context.root), why))
+        return MatchResult().fail(why)
+
+
+class _RmsNormRule(_ReportingRule):
     """onnxscript's rule for RMS norms, where the scale is a vector: a scale for each row is a product of its own.
 
     Args:
-        first: whether the norm is the first factor of the product with the scale.
+        skips: as ``_ReportingRule``'s.
+        norm_first: whether the norm is the first factor of the product with the scale.
     """
 
-    def __init__(self, first: bool) -> None:
-        super().__init__(name="RmsNorm")
-        self._theirs: Any = RmsNormFusion("RmsNorm", first)
+    def __init__(self, skips: list[Skip], norm_first: bool) -> None:
+        super().__init__(skips, "RmsNorm")
+        self._rule = RmsNormFusion("RmsNorm", norm_first)
 
-    def pattern(self, op: Any, x: Any, scale: Any, epsilon: Any, compute_dtype: Any, target_dtype: Any) -> Any:
-        return self._theirs.pattern(op, x, scale, epsilon, compute_dtype, target_dtype)
+    def pattern(
+        self, op: _Builder, x: object, scale: object, epsilon: object, compute_dtype: object, target_dtype: object
+    ) -> object:
+        return self._rule.pattern(op, x, scale, epsilon, compute_dtype, target_dtype)
 
-    def check(self, op: Any, x: Any, scale: Any, **others: Any) -> Any:
-        if None in (x.shape, scale.shape) or scale.shape.dims != x.shape.dims[-1:]:
-            return pattern.MatchResult().fail("the scale is no vector along the last axis", scale)
-        return self._theirs.check(op, x=x, scale=scale, **others)
+    def check(self, op: MatchContext, x: ir.Value, scale: ir.Value, **others: object) -> MatchResult:
+        if x.shape is None or scale.shape is None or scale.shape.dims != x.shape.dims[-1:]:
+            return self.leave(op, "the scale is not a vector along the last axis")
+        return self._rule.check(op, x=x, scale=scale, **others)
 
-    def rewrite(self, op: Any, **values: Any) -> Any:
-        return self._theirs.rewrite(op, **values)
+    def rewrite(self, op: _Context, **values: object) -> object:
+        return self._rule.rewrite(op, **values)
 
 
-class _RotaryRule(pattern.RewriteRuleClassBase):
-    """``x·cos + rotate_half(x)·sin`` of x (batch, heads, length, size), whose angles repeat in their second half."""
+class _RotaryRule(_ReportingRule):
+    """``x·cos + rotate_half(x)·sin`` of x (batch, heads, length, size), whose angles have two equal halves."""
 
-    def __init__(self) -> None:
-        super().__init__(name="RotaryEmbedding", remove_nodes=False)  # others use the angles too
-        self._shared: dict[tuple[ir.Value, str], Any] = {}
+    def __init__(self, skips: list[Skip]) -> None:
+        super().__init__(skips, "RotaryEmbedding", remove_nodes=False)  # other nodes use the angles too
+        self._shared: dict[tuple[ir.Value, str], ir.Value] = {}
 
-    def pattern(self, op: Any, x: Any, cos: Any, sin: Any, zero: Any, half: Any, also_half: Any, end: Any) -> Any:
+    def pattern(
+        self,
+        op: _Builder,
+        x: object,
+        cos: object,
+        sin: object,
+        zero: object,
+        half: object,
+        also_half: object,
+        end: object,
+    ) -> object:
         first, second = op.Slice(x, zero, half, [3], [1]), op.Slice(x, also_half, end, [3], [1])
-        turned = op.Concat(op.Neg(second), first, axis=-1)
-        return x * op.Unsqueeze(cos, [1]) + turned * op.Unsqueeze(sin, [1])
+        rotated = op.Concat(op.Neg(second), first, axis=-1)
+        return x * op.Unsqueeze(cos, [1]) + rotated * op.Unsqueeze(sin, [1])
 
-    def check(self, op: Any, x: Any, cos: Any, sin: Any, **bounds: Any) -> Any:
-        result = pattern.MatchResult()
+    def check(self, op: MatchContext, x: ir.Value, cos: ir.Value, sin: ir.Value, **bounds: ir.Value) -> MatchResult:
         shapes = [value.shape for value in (x, cos, sin)]
-        if None in shapes or [len(shape) for shape in shapes] != [4, 3, 3] or not isinstance(x.shape[3], int):
-            return result.fail("shapes are not known", x)
-        if cos.shape != sin.shape or cos.shape[0] not in (1, x.shape[0]):
-            return result.fail("the angles are not one table for all of the batch, or one for each", cos)
-        size = x.shape[3]
+        known = [shape for shape in shapes if shape is not None]
+        if [len(shape) for shape in known] != [4, 3, 3] or not isinstance(known[0][3], int):
+            return self.leave(op, "the shapes of rotary positions are not known")
+        (batch, _, _, _), angles, other = known
+        size = _last_size(x)
+        if angles != other or angles[0] not in (1, batch):
+            return self.leave(op, "the angles are neither one table for the batch nor one for each row")
         starts = {"zero": 0, "half": size // 2, "also_half": size // 2}
-        if size % 2 or any(_scalar(bounds[name]) != wanted for name, wanted in starts.items()):
-            return result.fail("x is not turned by halves", x)
-        if (_scalar(bounds["end"]) or 0) < size or cos.shape[2] != size:
-            return result.fail("a part of x is not turned", x)
-        return (
-            result
-            if _has_equal_halves(cos) and _has_equal_halves(sin)
-            else result.fail("the angles' halves may differ", cos)
-        )
+        if size % 2 or any(_scalar(bounds[name]) != start for name, start in starts.items()):
+            return self.leave(op, "the vectors are not rotated by halves")
+        if (_scalar(bounds["end"]) or 0) < size or angles[2] != size:
+            return self.leave(op, "a part of each vector is not rotated")
+        if not (_has_equal_halves(cos) and _has_equal_halves(sin)):
+            return self.leave(op, "the halves of the angles may differ")
+        return MatchResult()
 
-    def rewrite(self, op: Any, x: Any, cos: Any, sin: Any, **_: Any) -> Any:
-        half = x.shape[3] // 2
-        places = [found[1] for table in (cos, sin) if (found := _table_lookup(table)) is not None]
-        if len(places) == 2 and places[0] is places[1]:
-            halves = (self._half(op, table, half) for table in (cos, sin))
-            return op.RotaryEmbedding(x, places[0], *halves, interleaved=0, _domain="com.microsoft", _version=1)
+    def rewrite(self, op: _Context, x: ir.Value, cos: ir.Value, sin: ir.Value, **_: object) -> object:
+        half = _last_size(x) // 2
+        lookups = [found for table in (cos, sin) if (found := _table_lookup(table)) is not None]
+        if len(lookups) == 2 and lookups[0][1] is lookups[1][1]:
+            halves = (self._half_table(op, table, half) for table in (cos, sin))
+            return op.RotaryEmbedding(x, lookups[0][1], *halves, interleaved=0, _domain="com.microsoft", _version=1)
         zero, two, last = (op.Constant(value_ints=[number]) for number in (0, 2, half))
         flat = op.Constant(value_ints=[-1, half])
         tables = [op.Reshape(op.Slice(table, zero, last, two), flat) for table in (cos, sin)]
-        rows = self._shared_rows(op, x, cos) if cos.shape[0] == 1 else _positions_per_row(op, cos)
-        return op.RotaryEmbedding(x, rows, *tables, interleaved=0, _domain="com.microsoft", _version=1)
+        shared = cos.shape is not None and cos.shape[0] == 1
+        positions = self._shared_positions(op, x, cos) if shared else _positions_per_row(op, cos)
+        return op.RotaryEmbedding(x, positions, *tables, interleaved=0, _domain="com.microsoft", _version=1)
 
-    def _half(self, op: Any, value: ir.Value, half: int) -> Any:
-        """The first columns of the table that a value is looked up in; made once for all heads and layers."""
+    def _half_table(self, op: _Context, value: ir.Value, half: int) -> ir.Value:
+        """Return the first columns of a constant table; made once for all heads and layers."""
         key = (value, str(half))
         found = _table_lookup(value)
         if key not in self._shared and found is not None:
             self._shared[key] = op.Constant(value=ir.tensor(np.ascontiguousarray(found[0][:, :half])))
         return self._shared[key]
 
-    def _shared_rows(self, op: Any, x: Any, table: Any) -> Any:
-        """Positions (batch, length) from 0 on, the same in every row; made once for all heads and layers of a table."""
-        key = (table, str(x.shape[0]))
+    def _shared_positions(self, op: _Context, x: ir.Value, table: ir.Value) -> ir.Value:
+        """Return positions (batch, length) from 0 on, equal in every row; made once for all heads and layers."""
+        key = (table, str(x.shape and x.shape[0]))
         if key not in self._shared:
             zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
             length = op.Shape(table, start=1, end=2)
@@ -121,31 +190,37 @@ class _RotaryRule(pattern.RewriteRuleClassBase):
         return self._shared[key]
 
 
-class _TopKRule(pattern.RewriteRuleClassBase):
-    """What is above the k-th largest, and of its equals those with the lowest indices until there are k."""
+class _TopKRule(_ReportingRule):
+    """The values above the k-th largest, and of those equal to it the ones with the lowest indices, k in all."""
 
-    def pattern(self, op: Any, x: Any, least: Any, last: Any, minus: Any, k: Any) -> Any:
+    def __init__(self, skips: list[Skip]) -> None:
+        super().__init__(skips, "TopK")
+
+    def pattern(self, op: _Builder, x: object, least: object, last: object, minus: object, k: object) -> object:
         above, equal = op.Greater(x, least), op.Equal(x, least)
-        taken = op.ReduceSum(op.Cast(above), last, keepdims=1)
-        left = op.Add(op.Mul(taken, minus), k)
+        count = op.ReduceSum(op.Cast(above), last, keepdims=1)
+        left = op.Add(op.Mul(count, minus), k)
         return op.Or(above, op.And(equal, op.LessOrEqual(op.CumSum(op.Cast(equal), minus), left)))
 
-    def check(self, op: Any, x: Any, least: Any, last: Any, minus: Any, k: Any) -> Any:
-        result, found = pattern.MatchResult(), _kth_largest(least)
-        wanted = (x, _scalar(k), -1, -1)
-        if found is None or wanted != (found.inputs[0], _scalar(found.inputs[1]), _scalar(last), _scalar(minus)):
-            return result.fail("it is no choice of the k largest", x)
-        return result
+    def check(
+        self, op: MatchContext, x: ir.Value, least: ir.Value, last: ir.Value, minus: ir.Value, k: ir.Value
+    ) -> MatchResult:
+        top = _kth_largest(least)
+        expected = (x, _scalar(k), -1, -1)
+        if top is None or expected != (top.inputs[0], _scalar(top.inputs[1]), _scalar(last), _scalar(minus)):
+            return self.leave(op, "it does not choose the k largest values")
+        return MatchResult()
 
-    def rewrite(self, op: Any, x: Any, least: Any, **_: Any) -> Any:
-        found: Any = _kth_largest(least)
-        _, places = op.TopK(x, found.inputs[1], axis=-1, largest=1, sorted=1, _outputs=2)
-        chosen = op.GreaterOrEqual(places, op.Constant(value_int=0))
-        return op.ScatterElements(op.Less(x, x), places, chosen, axis=-1)
+    def rewrite(self, op: _Context, x: ir.Value, least: ir.Value, **_: object) -> object:
+        top = _kth_largest(least)
+        assert top is not None
+        _, indices = op.TopK(x, top.inputs[1], axis=-1, largest=1, sorted=1, _outputs=2)
+        chosen = op.GreaterOrEqual(indices, op.Constant(value_int=0))
+        return op.ScatterElements(op.Less(x, x), indices, chosen, axis=-1)
 
 
 def _kth_largest(value: ir.Value | None) -> ir.Node | None:
-    """The ``TopK`` along the last axis whose last value this is; None where it is something else."""
+    """Return the ``TopK`` along the last axis whose last value this is; None for anything else."""
     node = value.producer() if value is not None else None
     if node is None:
         return None
@@ -156,36 +231,44 @@ def _kth_largest(value: ir.Value | None) -> ir.Node | None:
 
 
 def _is_last_slice(node: ir.Node) -> bool:
-    """Whether a ``Slice`` takes the last value along the last axis."""
+    """Return whether a ``Slice`` takes the last value along the last axis."""
     shape = node.outputs[0].shape
-    along = () if shape is None else (-1, len(shape) - 1)
-    return _scalar(node.inputs[1]) == -1 and _scalar(node.inputs[3]) in along and shape is not None and shape[-1] == 1
+    axes = () if shape is None else (-1, len(shape) - 1)
+    return _scalar(node.inputs[1]) == -1 and _scalar(node.inputs[3]) in axes and shape is not None and shape[-1] == 1
 
 
-def _positions_per_row(op: Any, table: Any) -> Any:
-    """Positions (batch, length) as rows of the flattened table, of which every row of the batch has its own."""
+def _positions_per_row(op: _Context, table: ir.Value) -> ir.Value:
+    """Return positions (batch, length) as rows of the flattened table, where every row of the batch has its own."""
     shape = op.Shape(table, start=0, end=2)
     zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
     return op.Reshape(op.Range(zero, op.ReduceProd(shape, keepdims=0), one), shape)
 
 
-def _table_lookup(value: ir.Value) -> tuple[Any, ir.Value] | None:
-    """The constant table (positions, size) that a value is looked up in, and the places; None where it is not."""
+def _table_lookup(value: ir.Value) -> tuple[npt.NDArray[np.generic], ir.Value] | None:
+    """Return the constant table (positions, size) that a value is looked up in and the positions, or None."""
     node = value.producer()
     if node is None or node.op_type != "Gather" or node.attributes.get_int("axis", 0) != 0:
         return None
     table = ir.convenience.get_const_tensor(node.inputs[0]) if node.inputs[0] is not None else None
-    places = node.inputs[1]
-    return None if table is None or places is None or len(table.shape) != 2 else (table.numpy(), places)
+    positions = node.inputs[1]
+    return None if table is None or positions is None or len(table.shape) != 2 else (table.numpy(), positions)
+
+
+def _last_size(value: ir.Value) -> int:
+    """Return the last size of a value, which is a number."""
+    size = None if value.shape is None else value.shape[-1]
+    assert isinstance(size, int)
+    return size
 
 
 def _scalar(value: ir.Value | None) -> int | None:
-    held = None if value is None else ir.convenience.get_const_tensor(value)
-    return int(held.numpy().item()) if held is not None and held.size == 1 else None
+    """Return the number that a constant of one element holds, or None."""
+    constant = None if value is None else ir.convenience.get_const_tensor(value)
+    return int(constant.numpy().item()) if constant is not None and constant.size == 1 else None
 
 
 def _has_equal_halves(value: ir.Value) -> bool:
-    """Whether the halves of the last axis are equal: an elementwise function of one tensor joined with itself."""
+    """Return whether the halves of the last axis are equal: an elementwise function of a tensor joined with itself."""
     node = value.producer()
     if node is None or node.inputs[0] is None:
         return False

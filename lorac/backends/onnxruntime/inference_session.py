@@ -1,4 +1,4 @@
-"""Sessions, always made with the same settings, over files that are held."""
+"""Sessions over the open files of a program, always made with the same settings."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import mmap
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnxruntime as ort
+import torch
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
@@ -20,21 +20,33 @@ from lorac.backends.onnxruntime.options import FLOAT32_LEVEL, OnnxRuntimeOptions
 from lorac.backends.onnxruntime.quantised.codec import ACCURACY_ATTRIBUTE
 from lorac.target.engine import ProgramFiles
 
+TORCH_DTYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(double)": torch.float64,
+    "tensor(float16)": torch.float16,
+    "tensor(bfloat16)": torch.bfloat16,
+    "tensor(int64)": torch.int64,
+    "tensor(int32)": torch.int32,
+    "tensor(int8)": torch.int8,
+    "tensor(uint8)": torch.uint8,
+    "tensor(bool)": torch.bool,
+}
+"""ONNX Runtime's name of a type -> torch's dtype."""
 _ALLOW_SPINNING = "session.intra_op.allow_spinning"
 SPIN_SETTINGS: Mapping[bool | None, Mapping[str, str]] = {
     False: {_ALLOW_SPINNING: "0"},
     None: {_ALLOW_SPINNING: "1", "session.intra_op.spin_duration_us": "20", "session.force_spinning_stop": "1"},
     True: {_ALLOW_SPINNING: "1"},
 }
-"""How threads wait for work: ``spinning`` -> ONNX Runtime's settings.
+"""How threads wait for work: the option ``spinning`` -> ONNX Runtime's settings.
 
-A decoding step has hundreds of operators of some ten microseconds each, and waking a thread takes as long. So waiting
-busily is worth a quarter of the step; 20 microseconds are enough for nearly all of that.
+A decoding step has hundreds of operators of some ten microseconds each, and waking a thread takes as long. So spinning
+saves a quarter of the step; 20 microseconds of it save nearly all of that.
 """
 
 
 def session_options(options: OnnxRuntimeOptions) -> ort.SessionOptions:
-    """ONNX Runtime's settings for the target's options."""
+    """Return ONNX Runtime's settings for the target's options."""
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = options.threads
     for name, value in SPIN_SETTINGS[options.spinning].items():
@@ -51,34 +63,42 @@ def create_session(
     *,
     rounds: bool = True,
 ) -> ort.InferenceSession:
-    """A session over a graph's model.
+    """Create a session over a graph's model.
 
-    It gets the model's bytes, and maps the weights itself by the path of the open file, whatever lies at the file's
-    place by now. That path is refused once the file has no name: then the weights are handed over as they are mapped
-    here, and ONNX Runtime copies those that it does not prepack.
+    ONNX Runtime gets the model's bytes, and maps the weights by the path of the open file, whatever another process
+    puts in the file's place. It refuses that path once the file is deleted. Then the weights are handed over as they
+    are mapped here, and ONNX Runtime copies those that it does not prepack.
 
     Args:
-        files: the program, held.
-        graph: which of its graphs.
+        files: the program's, open.
+        graph: the graph's name.
         options: the target's.
-        constants: slot input -> what it holds in this session, for good; kept with the session, and not copied.
-        rounds: products with quantised weights may round what they read, as the model says; False has them computed
-            in float32.
+        constants: slot input -> its content in this session for good; kept alive by the session, and not copied.
+        rounds: whether products with quantised weights may round what they read, as the model says; if not, they
+            compute in float32.
 
     Raises:
-        ArtifactError: a weight is not where the model says it is.
+        ArtifactError: a weight is not where the model says.
         Unavailable: an op has no kernel in the model's dtype.
     """
-    beside = files.get(graph_file(graph, WEIGHTS_FILE))
-    made = functools.partial(_start_session, files, graph, options, constants or {}, rounds)
-    if beside is None or not beside.is_linked:
-        return made(None)
+    weights = files.get(graph_file(graph, WEIGHTS_FILE))
+    start = functools.partial(_start_session, files, graph, options, constants or {}, rounds)
+    if weights is None or not weights.is_linked:
+        return start(None)
     try:
-        return made(beside.path)
+        return start(weights.path)
     except Fail:
-        if beside.is_linked:
+        if weights.is_linked:
             raise
-        return made(None)  # it lost its name meanwhile
+        return start(None)  # the file was deleted meanwhile
+
+
+def create_frozen_session(
+    files: ProgramFiles, graph: str, tensors: Mapping[str, torch.Tensor], options: OnnxRuntimeOptions
+) -> ort.InferenceSession:
+    """Create a session in which slots are constants; it holds copies, so later writes do not reach it."""
+    copies = {name: tensor.detach().to("cpu", copy=True).numpy() for name, tensor in tensors.items()}
+    return create_session(files, graph, options, copies)
 
 
 def _start_session(
@@ -89,10 +109,10 @@ def _start_session(
     rounds: bool,
     path: Path | None,
 ) -> ort.InferenceSession:
-    """A session that maps its weights from a path, or where there is none gets them handed over."""
+    """Start a session that maps its weights from a path; without a path they are handed over."""
     model, weights = read_model_files(files, graph)
     if not rounds:
-        _compute_in_float(model.graph)
+        _compute_in_float32(model.graph)
     settings = session_options(options)
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     handed = _make_constants(model, stored, constants)
@@ -111,22 +131,21 @@ def _start_session(
         from lorac.backends.onnxruntime.missing_kernel import missing_kernel_error
 
         raise missing_kernel_error(model, error) from error
-    session.lorac_constants = handed
+    session.lorac_constants = handed  # the session reads the arrays for as long as it lives
     _release_pages(weights)
     return session
 
 
-def _compute_in_float(graph: onnx.GraphProto) -> None:
-    """Have products with quantised weights round nothing that they read."""
+def _compute_in_float32(graph: onnx.GraphProto) -> None:
+    """Have products with quantised weights compute in float32, where nothing is rounded."""
     nodes = (node for part in (graph, *walk_subgraphs(graph)) for node in part.node)
-    for attribute in (
-        attribute for node in nodes for attribute in node.attribute if attribute.name == ACCURACY_ATTRIBUTE
-    ):
-        attribute.i = FLOAT32_LEVEL
+    for attribute in (attribute for node in nodes for attribute in node.attribute):
+        if attribute.name == ACCURACY_ATTRIBUTE:
+            attribute.i = FLOAT32_LEVEL
 
 
 def _set_location(tensor: onnx.TensorProto, location: str) -> None:
-    """Have a weight lie in another file, at the same place."""
+    """Say that a weight lies in another file, at the same offset."""
     for entry in tensor.external_data:
         if entry.key == "location":
             entry.value = location
@@ -135,16 +154,16 @@ def _set_location(tensor: onnx.TensorProto, location: str) -> None:
 def _make_constants(
     model: onnx.ModelProto, stored: Mapping[str, onnx.TensorProto], constants: Mapping[str, Array]
 ) -> dict[str, Array]:
-    """Make slots constants whose values are handed over with the session; those that the model has."""
+    """Make slot inputs constants whose values are handed over; return those that the model has."""
     fixed = {name: array for name, array in constants.items() if name in stored}
     for name, array in fixed.items():
         tensor = stored[name]
-        kind = tensor.data_type
+        data_type = tensor.data_type
         tensor.Clear()
-        tensor.name, tensor.data_type, tensor.data_location = name, kind, onnx.TensorProto.EXTERNAL
+        tensor.name, tensor.data_type, tensor.data_location = name, data_type, onnx.TensorProto.EXTERNAL
         tensor.dims.extend(array.shape)
-        for key, told in {"location": "handed over", "offset": "0", "length": str(array.nbytes)}.items():
-            tensor.external_data.add(key=key, value=told)
+        for key, value in {"location": "handed over", "offset": "0", "length": str(array.nbytes)}.items():
+            tensor.external_data.add(key=key, value=value)
     for index in reversed(range(len(model.graph.input))):
         if model.graph.input[index].name in fixed:
             del model.graph.input[index]
@@ -152,16 +171,16 @@ def _make_constants(
 
 
 def _alias_array(array: Array, tensor: onnx.TensorProto) -> ort.OrtValue:
-    """An OrtValue over an array's own memory."""
-    made = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, tensor.data_type)
-    assert not array.size or made.data_ptr() == array.ctypes.data
-    return made
+    """Return an OrtValue over an array's own memory."""
+    value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, tensor.data_type)
+    assert not array.size or value.data_ptr() == array.ctypes.data
+    return value
 
 
 def _release_pages(weights: Mapping[str, Array]) -> None:
-    """Give back the memory that mapped weights took while they were prepacked; what is read again is mapped again."""
-    data: Any = next((array for array in weights.values()), None)
+    """Give back the memory of mapped weights after they were prepacked; pages that are read again are mapped again."""
+    data: object = next(iter(weights.values()), None)
     while data is not None and not isinstance(data, mmap.mmap):
-        data = data.obj if isinstance(data, memoryview) else data.base
+        data = data.obj if isinstance(data, memoryview) else getattr(data, "base", None)
     if data is not None and sys.platform == "linux":
         data.madvise(mmap.MADV_DONTNEED)

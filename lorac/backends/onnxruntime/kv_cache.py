@@ -83,7 +83,7 @@ class CacheLayout:
             },
         )
 
-    def refuse_longer(self, count: int) -> None:
+    def check_length(self, count: int) -> None:
         """Raise ``InputMismatch`` for a text of more tokens than there are positions for."""
         limit = self.keeps.limit
         if limit is not None and count > limit:

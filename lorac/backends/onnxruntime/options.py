@@ -133,7 +133,7 @@ class OnnxRuntimeOptions(TargetOptions):
                     next_step=f"it is one of {', '.join(map(str, known))}",
                 )
 
-    def refuse_idle(self) -> None:
+    def check_quantisation(self) -> None:
         """Raise ``OptionError`` where it is said how weights are quantised, of a model of which none are."""
         given = {spec.name for spec in fields(self) if getattr(self, spec.name) != spec.default}
         idle = [name for name in _QUANTISATION_OPTIONS if name in given]

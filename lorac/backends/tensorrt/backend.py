@@ -1,52 +1,52 @@
-"""The tensorrt target: what it builds, stores and restores."""
+"""The tensorrt target: ONNX files built into plans, whose slot inputs are tensors in the GPU's memory."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorac.backends.onnx.model_files import BASE_FILE, graph_file
+from lorac.backends.onnx.backend import OnnxBackend
+from lorac.backends.onnx.engine import AnyOnnxEngine
+from lorac.backends.onnx.model_files import graph_file, list_program_files
 from lorac.backends.tensorrt import library
 from lorac.backends.tensorrt.capabilities import local_capability
-from lorac.backends.tensorrt.device.requirements import (
-    check_capability,
-    check_library,
-    plan_device,
-    warn_missing_requirement,
-)
-from lorac.backends.tensorrt.engine import PLAN, GraphPlan, TrtEngine, plan_files
+from lorac.backends.tensorrt.device.requirements import check_capability, check_library, warn_missing_requirement
+from lorac.backends.tensorrt.engine import PLAN_FILE, GraphPlan, TrtEngine
 from lorac.backends.tensorrt.options import TensorRTOptions
-from lorac.backends.tensorrt.profiles import SizeRange
-from lorac.errors import OptionError
+from lorac.backends.tensorrt.profiles import SizeRange, check_profile_names
+from lorac.errors import OptionError, Unavailable
+from lorac.ir.graph.graph import SlotInput
 from lorac.ir.graph.program import Program
 from lorac.ir.interface import Interface
 from lorac.ir.slots.plans import SitePlan
-from lorac.storage.plans import slot_from_json, slot_to_json
-from lorac.storage.tensor_file import TensorFile, make_file_base_reader
-from lorac.target.backend import Backend, BuildRequest, StoredState
-from lorac.target.dialect import AnyDialect
-from lorac.target.engine import Engine, ProgramFiles
+from lorac.progress import step
+from lorac.target.backend import BuildRequest, StoredState
+from lorac.target.engine import ProgramFiles
+
+if TYPE_CHECKING:
+    from lorac.backends.onnx.build import EmittedProgram
+    from lorac.backends.onnx.passes import OnnxDialect
+
+    Emitted = EmittedProgram[TensorRTOptions]
 
 
-class TensorRT(Backend[TensorRTOptions]):
-    """Emits ONNX, and has it built into plans whose slot inputs are tensors in the GPU's memory."""
+class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
+    """Emits ONNX, and has TensorRT build plans from it. What only building needs is imported by methods that build."""
 
     options = TensorRTOptions
+    engine = TrtEngine
 
-    @functools.cached_property
-    def dialect(self) -> AnyDialect:  # type: ignore[override]  # nobody sets it
-        """What it can run; what else building takes is imported with it, and nothing of that to load an artefact."""
+    def dialect_for(self, options: TensorRTOptions) -> OnnxDialect:
+        """Return what plans can compute."""
         from lorac.backends.tensorrt.dialect import DIALECT
 
         return DIALECT
 
     def place_options(self, options: TensorRTOptions, device: torch.device | None) -> TensorRTOptions:
-        """Options for a GPU, whether or not there is one here: plans are built without."""
+        """Return the options for a GPU, which need not be in this machine: plans are built without it."""
         if device is None:
             return options
         if device.type != "cuda":
@@ -57,35 +57,109 @@ class TensorRT(Backend[TensorRTOptions]):
             )
         return dataclasses.replace(options, device=str(device))
 
-    def list_unsupported(self, program: Program) -> tuple[str, ...]:
-        """The ops that it does not claim."""
-        from lorac.backends.onnx.emit import list_unsupported_ops
-        from lorac.backends.tensorrt.dialect import DIALECT
+    def list_files(self, graphs: Iterable[str]) -> list[str]:
+        """Return the names of all the files that a program may have, its plans included."""
+        names = list(graphs)
+        return [*list_program_files(names), *(graph_file(name, PLAN_FILE) for name in names)]
 
-        return list_unsupported_ops(program, DIALECT)
+    # --- building ------------------------------------------------------------------------------------------------
 
     def check(self, request: BuildRequest[TensorRTOptions]) -> None:
-        """Also refuse ``refit=`` if there is nothing to refit."""
-        from lorac.backends.tensorrt.build import check_refit
+        """Refuse ``refit=True`` where nothing is merged or the library cannot build such a plan.
 
-        Backend.check(self, request)
-        check_refit(request)
+        Raises:
+            OptionError: no weight is merged.
+            Unavailable: this machine has no GPU.
+        """
+        super().check(request)
+        if request.options.refit and request.mode != "fused":
+            raise OptionError(
+                f"refit=True replaces merged weights, and a program in mode='{request.mode}' has none to replace",
+                next_step="give mode='fused' with it, or leave it out",
+            )
+        if request.options.refit and local_capability() is None:
+            raise Unavailable(
+                "refit=True makes a plan whose constants can be replaced, which the library builds only where there "
+                "is an NVIDIA GPU",
+                next_step="leave it out: mode='fused' takes merged weights as inputs, and builds anywhere",
+            )
 
-    def build(self, request: BuildRequest[TensorRTOptions]) -> TrtEngine:
-        """An engine over plans; the host is not kept."""
-        from lorac.backends.tensorrt.build import build
+    def check_program(self, program: Program, request: BuildRequest[TensorRTOptions]) -> None:
+        """Refuse ``profiles=`` that name no input or axis of the program."""
+        check_profile_names(request.options.profiles, [graph.interface for graph in program.graphs.values()])
 
-        return build(request)
+    def bakes_slots(self, request: BuildRequest[TensorRTOptions]) -> bool:
+        """Return whether slots are constants of the plan, baked or replaced there."""
+        return request.mode == "baked" or request.options.refit
 
-    def store(self, engine: Engine, folder: Path, request: BuildRequest[TensorRTOptions] | None) -> StoredState:
-        """Copy the emitted models, their plans and the base weights."""
-        assert isinstance(engine, TrtEngine)
-        for name, held in engine.files.items():
-            held.copy_to(folder / name)
-        return {
-            "graphs": {name: _graph_to_json(part) for name, part in engine.parts.items()},
-            "options": dataclasses.asdict(engine.options),
+    def load_graphs(self, emitted: Emitted) -> tuple[Mapping[str, GraphPlan], ProgramFiles]:
+        """Test the emitted files on the CPU, and build a plan from each."""
+        from lorac.backends.tensorrt.build import build_plan
+        from lorac.backends.tensorrt.cpu_check import check_on_cpu
+
+        if emitted.request.options.self_test:
+            step("self-test")
+            check_on_cpu(self, emitted)
+        step("plans")
+        facts = {name: build_plan(emitted, name) for name in emitted.program.graphs}
+        files, program = emitted.open_files(), emitted.program
+        graphs = {
+            name: GraphPlan(
+                file=files[graph_file(name, PLAN_FILE)],
+                interface=graph.interface,
+                slots=graph.slots,
+                **vars(facts[name]),
+            )
+            for name, graph in program.graphs.items()
         }
+        return graphs, files
+
+    def test(self, engine: AnyOnnxEngine, emitted: Emitted) -> None:
+        """Do nothing: the files were tested before plans were built from them."""
+
+    def build(self, request: BuildRequest[TensorRTOptions]) -> AnyOnnxEngine:
+        """Build an engine; warn where it cannot run on this machine."""
+        engine = super().build(request)
+        warn_missing_requirement()
+        return engine
+
+    # --- storing and restoring -----------------------------------------------------------------------------------
+
+    def graph_to_json(self, graph: GraphPlan) -> dict[str, object]:
+        """Return what the plan was built for."""
+        return {
+            "ranges": {name: [dataclasses.astuple(axis) for axis in axes] for name, axes in graph.ranges.items()},
+            "dtypes": {name: str(dtype).removeprefix("torch.") for name, dtype in graph.dtypes.items()},
+            "capabilities": list(graph.capabilities),
+            "made_by": graph.made_by,
+        }
+
+    def load_graph(
+        self,
+        name: str,
+        files: ProgramFiles,
+        interface: Interface,
+        slots: Mapping[str, SlotInput],
+        stored: Mapping[str, Any],
+        options: TensorRTOptions,
+    ) -> GraphPlan:
+        """Return a stored plan, which the first call loads.
+
+        Raises:
+            ArtifactError: the plan was made by another library, or another release.
+            Unavailable: the plan is for other GPUs.
+        """
+        plan = GraphPlan(
+            file=files[graph_file(name, PLAN_FILE)],
+            interface=interface,
+            slots=slots,
+            ranges={key: tuple(SizeRange(*axis) for axis in axes) for key, axes in stored["ranges"].items()},
+            dtypes={key: getattr(torch, dtype) for key, dtype in stored["dtypes"].items()},
+            capabilities=tuple(stored["capabilities"]),
+            made_by=stored["made_by"],
+        )
+        _check_plan_origin(plan)
+        return plan
 
     def restore(
         self,
@@ -94,68 +168,20 @@ class TensorRT(Backend[TensorRTOptions]):
         plans: Mapping[str, SitePlan],
         mode: str,
         device: str | torch.device | None,
-    ) -> TrtEngine:
-        """An engine over the plans as they are held; the first call loads them.
-
-        Raises:
-            ArtifactError: they are another library's, or another release's.
-            Unavailable: they are for other GPUs, or the device is none.
-        """
-        given: Any = stored
-        options = TensorRTOptions(**given["options"])
-        options = options if device is None else dataclasses.replace(options, device=str(device))
-        parts = {name: _graph_from_json(name, files, entry) for name, entry in given["graphs"].items()}
-        for part in parts.values():
-            _check_plan_origin(part)
-        tensors = self.read_base_weights(files)
-        engine = TrtEngine(
-            parts=parts,
-            plans=plans,
-            base=make_file_base_reader({} if tensors is None else tensors),
-            mode=mode,
-            files={name: files[name] for name in plan_files(given["graphs"]) if name in files},
-            options=options,
-            device=plan_device(options.device),
-        )
+    ) -> AnyOnnxEngine:
+        """Load an engine; warn where it cannot run on this machine."""
+        engine = super().restore(stored, files, plans, mode, device)
         warn_missing_requirement()
         return engine
 
-    def read_base_weights(self, files: ProgramFiles) -> Mapping[str, torch.Tensor] | None:
-        """The base weights, some of which the models hold; None of a baked program."""
-        return TensorFile(files[BASE_FILE], files) if BASE_FILE in files else None
-
 
 BACKEND = TensorRT()
-library.trt()  # a missing one is told where the target is asked for, and not where it first builds
+library.trt()  # a missing library is reported when the target is asked for, and not at the first build
 
 
-def _graph_to_json(part: GraphPlan) -> dict[str, Any]:
-    return {
-        "signature": part.signature.to_json(),
-        "slots": [slot_to_json(slot) for slot in part.slots.values()],
-        "ranges": {name: [dataclasses.astuple(axis) for axis in axes] for name, axes in part.ranges.items()},
-        "dtypes": {name: str(dtype).removeprefix("torch.") for name, dtype in part.dtypes.items()},
-        "capabilities": list(part.capabilities),
-        "made_by": part.made_by,
-    }
-
-
-def _graph_from_json(graph: str, files: ProgramFiles, stored: Mapping[str, Any]) -> GraphPlan:
-    slots = [slot_from_json(slot) for slot in stored["slots"]]
-    return GraphPlan(
-        file=files[graph_file(graph, PLAN)],
-        signature=Interface.from_json(stored["signature"]),
-        slots={slot.name: slot for slot in slots},
-        ranges={name: tuple(SizeRange(*axis) for axis in axes) for name, axes in stored["ranges"].items()},
-        dtypes={name: getattr(torch, dtype) for name, dtype in stored["dtypes"].items()},
-        capabilities=tuple(stored["capabilities"]),
-        made_by=stored["made_by"],
-    )
-
-
-def _check_plan_origin(part: GraphPlan) -> None:
-    """Refuse a plan of another library's or release's, and where there is a GPU, one that is for others."""
-    check_library(part.made_by)
-    here = local_capability()
-    if here is not None:
-        check_capability(here, part.capabilities, torch.cuda.get_device_name())
+def _check_plan_origin(plan: GraphPlan) -> None:
+    """Refuse a plan of another library or release, and, on a machine with a GPU, a plan for other GPUs."""
+    check_library(plan.made_by)
+    capability = local_capability()
+    if capability is not None:
+        check_capability(capability, plan.capabilities, torch.cuda.get_device_name())

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,15 +21,16 @@ import onnxruntime as ort
 import torch
 from torch import fx
 
+from lorac.backends.onnx.backend import OnnxBackend
+from lorac.backends.onnx.build import EmittedProgram
+from lorac.backends.onnx.engine import OnnxEngine
 from lorac.backends.onnx.model_files import MODEL_FILE, Array, graph_file, read_model_files, walk_subgraphs
 from lorac.backends.onnx.self_test import run_self_test
-from lorac.ir.graph.feeds import select_reached_plans
+from lorac.backends.tensorrt.engine import GraphPlan
+from lorac.backends.tensorrt.options import TensorRTOptions
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.program import Program
-from lorac.ir.sites import BaseReader
-from lorac.ir.slots.buffers import make_fused_buffers
 from lorac.ir.slots.composition import ComposedWeights
-from lorac.ir.slots.plans import SitePlan
 from lorac.target.engine import ProgramFiles
 
 Tensor = torch.Tensor
@@ -37,63 +40,75 @@ _DTYPE_ATTRIBUTES = ("to", "dtype")
 """Attributes of ops that say what they answer in."""
 
 
-def check_on_cpu(tried: CpuProgram, program: Program, snapshot: ComposedWeights) -> None:
-    """Hold emitted files against the program that they were emitted from.
-
-    Args:
-        tried: the files.
-        program: the lowered program, with its weights.
-        snapshot: what the slots hold at first; what a baked program holds.
+def check_on_cpu(backend: OnnxBackend[TensorRTOptions, GraphPlan], emitted: EmittedProgram[TensorRTOptions]) -> None:
+    """Compare emitted files, run on the CPU, with the program that they were emitted from.
 
     Raises:
-        CompileError: naming the slots.
+        CompileError: naming the slots that were lost.
     """
+    request, program, files = emitted.request, emitted.program, emitted.open_files()
+    constant = backend.bakes_slots(request)
+    cpu_program = CpuProgram(
+        graphs={name: CpuGraph(program, name, files) for name in program.graphs},
+        plans=request.plans,
+        base=backend.base_reader(files) or request.base,
+        mode="baked" if constant else request.mode,
+        files=files,
+        options=request.options,
+    )
+    snapshot = ComposedWeights(()) if constant and request.mode != "baked" else request.snapshot
     graphs = {name: widen_graph(graph) for name, graph in program.graphs.items()}
-    run_self_test(tried, Program(graphs), snapshot)
+    run_self_test(cpu_program, Program(graphs), snapshot)
 
 
-class CpuProgram:
-    """The emitted files of a program as ONNX Runtime runs them, in memory of their own.
+class CpuGraph:
+    """The emitted file of a graph as ONNX Runtime runs it; the first run loads it.
 
     Args:
         program: what was emitted.
-        plans: slots of every site.
-        base: reads base weights.
-        mode: as the engine's.
-        files: the program, held, where it was written.
+        name: which of its graphs.
+        files: the program's, open.
     """
 
-    def __init__(
-        self, program: Program, plans: Mapping[str, SitePlan], base: BaseReader, mode: str, files: ProgramFiles
-    ) -> None:
-        self.mode, self.files, self.base = mode, files, base
-        self.slots = {name: slot for graph in program.graphs.values() for name, slot in graph.slots.items()}
-        self.plans = select_reached_plans(self.slots, plans)
-        self.buffers, self.memory = make_fused_buffers(self.plans, base) if self.fused else ({}, {})
-        self._dtypes = {name: _output_dtypes(graph) for name, graph in program.graphs.items()}
-        self._sessions: dict[str, ort.InferenceSession] = {}
+    def __init__(self, program: Program, name: str, files: ProgramFiles) -> None:
+        graph = program.graphs[name]
+        self.interface, self.slots = graph.interface, graph.slots
+        self.dtypes: Mapping[str, torch.dtype | None] = dict.fromkeys(self.interface.inputs)
+        self._output_dtypes = _output_dtypes(graph)
+        self._files, self._name = files, name
 
-    @property
-    def fused(self) -> bool:
-        """Whether weights are written in place."""
-        return self.mode == "fused"
+    @functools.cached_property
+    def session(self) -> ort.InferenceSession:
+        """The session over the file."""
+        return _create_session(self._files, self._name)
 
-    def write(self, snapshot: ComposedWeights) -> int:
-        """Make the weights hold a snapshot."""
-        changes = {path: composed.change for path, composed in snapshot.composed.items()}
-        return sum(buffer.write(changes.get(path)) for path, buffer in self.buffers.items())
+    def run(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """Run the graph on inputs and slot tensors by name."""
+        arrays = {name: _widen_value(tensor.detach()).numpy() for name, tensor in inputs.items()}
+        outputs = [torch.from_numpy(value) for value in self.session.run(None, arrays)]
+        dtypes = self._output_dtypes[-len(outputs) :]
+        return [value.to(dtype) if dtype in _HALF else value for value, dtype in zip(outputs, dtypes, strict=True)]
 
-    def outputs(self, graph: str, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """A graph's outputs for tensors in its slots and inputs by name."""
-        given = {name: _widen_value(tensor.detach()).numpy() for name, tensor in {**inputs, **tensors}.items()}
-        found = [torch.from_numpy(value) for value in self._session(graph).run(None, given)]
-        dtypes = self._dtypes[graph][-len(found) :]
-        return [value.to(dtype) if dtype in _HALF else value for value, dtype in zip(found, dtypes, strict=True)]
 
-    def _session(self, graph: str) -> ort.InferenceSession:
-        if graph not in self._sessions:
-            self._sessions[graph] = _create_session(self.files, graph)
-        return self._sessions[graph]
+@dataclass(frozen=True)
+class CpuSlots:
+    """Tensors of slots, read where they lie."""
+
+    tensors: Mapping[str, Tensor]
+
+
+class CpuProgram(OnnxEngine[CpuGraph, TensorRTOptions, CpuSlots]):
+    """The emitted files of a program as ONNX Runtime runs them on the CPU."""
+
+    target = "tensorrt"
+
+    def lay_out(self, tensors: Mapping[str, Tensor], *, fixed: bool = False) -> CpuSlots:
+        """Return the tensors as they are."""
+        return CpuSlots(tensors)
+
+    def run_graph(self, graph: str, content: CpuSlots, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """Run a graph's file."""
+        return self.graphs[graph].run({**inputs, **content.tensors})
 
 
 # ── The file ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -6,10 +6,10 @@ addition. What it takes is therefore listed here, and held against a program bef
 
 from __future__ import annotations
 
-import onnx_ir as ir
 import torch
 
 from lorac.backends.onnx.legalize import Legalize
+from lorac.backends.onnx.passes import OnnxDialect
 from lorac.ir.sites import SiteKind
 from lorac.ir.slots.plans import RankPolicy
 from lorac.target.dialect import BranchGate, ClaimedOps, Dialect
@@ -36,7 +36,7 @@ is. A library whose parser knows fewer is asked too before it parses (``network`
 _FROM_ONE = (SiteKind.LINEAR, SiteKind.EMBEDDING)
 _FIXED = (SiteKind.CONV1D, SiteKind.CONV2D, SiteKind.CONV3D)
 
-DIALECT: Dialect[ir.Model] = Dialect(
+DIALECT: OnnxDialect = Dialect(
     name="tensorrt",
     claims=CLAIMS,
     passes=(Legalize(),),

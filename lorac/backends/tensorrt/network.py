@@ -20,7 +20,6 @@ from lorac.backends.tensorrt import library
 from lorac.backends.tensorrt.profiles import SizeRange, SizeRanges
 from lorac.errors import CompileError, Unavailable
 from lorac.ir.graph.graph import Graph
-from lorac.ir.interface import Interface
 
 DYNAMIC = -1
 """How the library writes a size that varies."""
@@ -42,13 +41,13 @@ class ParsedNetwork:
     builder: Any
 
 
-def input_dtypes(graph: Graph, signature: Interface, slots: Sequence[str]) -> dict[str, torch.dtype]:
+def input_dtypes(graph: Graph, slots: Sequence[str]) -> dict[str, torch.dtype]:
     """The dtype of every input of a graph, by name.
 
     Raises:
         Unavailable: the library has none like it.
     """
-    nodes = {name: name for name in signature.inputs} | {name: graph.slots[name].node for name in slots}
+    nodes = {name: name for name in graph.interface.inputs} | {name: graph.slots[name].node for name in slots}
     found = {name: graph.node(node).meta["val"].dtype for name, node in nodes.items()}
     for name, dtype in found.items():
         try:

@@ -51,7 +51,6 @@ SizeRanges = Mapping[str, tuple[SizeRange, ...]]
 
 def compute_ranges(
     graph: Graph,
-    signature: Interface,
     profiles: Mapping[str, ProfileShapes],
     snapshot: ComposedWeights,
     slots: Mapping[str, SlotInput],
@@ -60,7 +59,6 @@ def compute_ranges(
 
     Args:
         graph: as lowered.
-        signature: how it is called.
         profiles: what was asked for.
         snapshot: what is active at first, whose ranks are the usual ones.
         slots: the slots that are inputs.
@@ -68,7 +66,7 @@ def compute_ranges(
     Raises:
         OptionError: sizes were asked for that the model does not take.
     """
-    ranges = _input_ranges(graph, signature, profiles)
+    ranges = _input_ranges(graph, profiles)
     for name, slot in slots.items():
         value = graph.node(slot.node).meta["val"]
         plan, usual = graph.plans[slot.site], _usual_rank(snapshot, slot.site)
@@ -117,18 +115,17 @@ def check_sizes(ranges: SizeRanges, inputs: Mapping[str, Any], names: Mapping[Ax
 
 
 # ── Inputs of the model ──────────────────────────────────────────────────────────────────────────────────────────────
-def axis_names(signature: Interface) -> dict[Axis, str]:
+def axis_names(interface: Interface) -> dict[Axis, str]:
     """What the axes that vary are called: (input, axis) -> name."""
-    varying = [(name, i) for name, shape in signature.sizes.shapes.items() for i, size in enumerate(shape) if not size]
-    told = {name: signature.types[name].partition("[")[2].removesuffix("]").split(", ") for name, _ in varying}
+    varying = [(name, i) for name, shape in interface.sizes.shapes.items() for i, size in enumerate(shape) if not size]
+    told = {name: interface.types[name].partition("[")[2].removesuffix("]").split(", ") for name, _ in varying}
     return {(name, axis): told[name][axis] for name, axis in varying}
 
 
-def _input_ranges(
-    graph: Graph, signature: Interface, profiles: Mapping[str, ProfileShapes]
-) -> dict[str, tuple[SizeRange, ...]]:
+def _input_ranges(graph: Graph, profiles: Mapping[str, ProfileShapes]) -> dict[str, tuple[SizeRange, ...]]:
     """Ranges of the model's inputs; what is not asked for lies around the example's sizes."""
-    examples, names, sizes = read_example_inputs(graph, signature.inputs), axis_names(signature), signature.sizes
+    interface = graph.interface
+    examples, names, sizes = read_example_inputs(graph, interface.inputs), axis_names(interface), interface.sizes
     asked = _requested_ranges(examples, names, profiles)
     usual = {axis: asked[axis].usual if axis in asked else examples[axis[0]].shape[axis[1]] for axis in names}
     _check_conditions(sizes, usual, "opt")

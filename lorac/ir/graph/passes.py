@@ -29,10 +29,12 @@ class PassResult:
     Attributes:
         changed: whether the graph is another than before.
         skipped: what the pass is for, but left as it was.
+        notes: what a caller of the program should know about it, each in a sentence.
     """
 
     changed: bool
     skipped: tuple[Skip, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

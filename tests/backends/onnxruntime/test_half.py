@@ -19,7 +19,7 @@ import torch
 from onnx_ir.tensor_adapters import to_torch_dtype
 
 import lorac
-from lorac.backends.onnxruntime import build
+from lorac.backends.onnx import build
 from lorac.backends.onnxruntime.devices import cuda_kernels as kernels_of_cuda
 from lorac.backends.onnxruntime.devices import widening
 from lorac.backends.onnxruntime.dialect import DIALECTS
@@ -54,12 +54,12 @@ class Made:
 def made(name: str, dtype: torch.dtype) -> Made:
     seen: list[tuple[Graph, ir.Model]] = []
     cuda = DIALECTS["cuda"]
-    widened = dataclasses.replace(cuda, finish=(*DIALECTS["cpu"].finish, _nothing_in_half))
+    widened = dataclasses.replace(cuda, late_rewrites=(*DIALECTS["cpu"].late_rewrites, widening.WidenHalfPrecision({})))
     here = cuda if dtype == F16 else widened
 
-    def emit(graph: Graph, signature: Any, dialect: Any) -> ir.Model:
-        seen.append((graph, emit_as_ever(graph, signature, cuda)))
-        return seen[-1][1] if dialect is cuda else emit_as_ever(graph, signature, dialect)
+    def emit(graph: Graph, dialect: Any, observe: Any) -> ir.Model:
+        seen.append((graph, emit_as_ever(graph, cuda)))
+        return seen[-1][1] if dialect is cuda else emit_as_ever(graph, dialect, observe)
 
     emit_as_ever, reference = build.emit, Reference(name, dtype)
     with pytest.MonkeyPatch.context() as patch:
@@ -73,10 +73,6 @@ def made(name: str, dtype: torch.dtype) -> Made:
             example_inputs=reference.inputs(),
         )
     return Made(compiled, *seen[0], reference)
-
-
-def _nothing_in_half(model: ir.Model) -> None:
-    widening.widen_half_precision(model, {})
 
 
 QUICK = (("tiny_bert", F16), ("tiny_llama", BF16))
@@ -179,7 +175,7 @@ def _ops(model: ir.Model) -> Iterator[str]:
 )
 def test_an_op_is_widened_where_it_has_no_kernel(op: str, dtype: ir.DataType, wrapped: bool) -> None:
     model = _model(op, dtype)
-    widening.widen_half_precision(model)
+    widening.WidenHalfPrecision().apply(model)
     assert list(_ops(model)) == (["Cast", op, "Cast"] if wrapped else [op])
     [output] = model.graph.outputs
     assert output.name == "y" and output.dtype in (dtype, None)
@@ -187,7 +183,7 @@ def test_an_op_is_widened_where_it_has_no_kernel(op: str, dtype: ir.DataType, wr
 
 def test_what_is_widened_is_rounded_once() -> None:
     model = _model("Sin", ir.DataType.BFLOAT16)
-    widening.widen_half_precision(model)
+    widening.WidenHalfPrecision().apply(model)
     first, op, last = model.graph
     assert first.attributes["to"].as_int() == op.outputs[0].dtype == ir.DataType.FLOAT
     assert last.attributes["to"].as_int() == last.outputs[0].dtype == ir.DataType.BFLOAT16

@@ -62,7 +62,7 @@ def compiled(mode: str, memory: type | None, monkeypatch: pytest.MonkeyPatch) ->
     if memory is not None:
         monkeypatch.setattr(engine, "memory_at", memory)
     made = lorac.compile(Net(), adapters(), "onnxruntime", (torch.ones(3, 6),), mode=mode, active=None)
-    assert isinstance(made.engine.where, memory or HostMemory)  # type: ignore[attr-defined]  # it is emitted
+    assert isinstance(made.engine.device_memory, memory or HostMemory)  # type: ignore[attr-defined]  # it is emitted
     return made
 
 
@@ -79,7 +79,7 @@ def test_a_program_over_copies_answers_the_same_bits(mode: str, monkeypatch: pyt
 
 def test_what_two_bindings_share_is_there_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made = compiled("live", OrtDeviceMemory, monkeypatch)
-    memory, tensor = made.engine.where, torch.randn(3, 4)
+    memory, tensor = made.engine.device_memory, torch.randn(3, 4)
     assert memory.held(tensor) is memory.held(tensor) is not memory.held(tensor.clone())
 
 
@@ -87,7 +87,7 @@ def test_only_what_was_written_is_brought_over(monkeypatch: pytest.MonkeyPatch) 
     made = compiled("fused", OrtDeviceMemory, monkeypatch)
     made.swap("lora")
     brought: list[int] = []
-    of_values = type(made.engine.where.held(torch.ones(1)))
+    of_values = type(made.engine.device_memory.held(torch.ones(1)))
     as_ever = of_values.update_inplace
 
     def update(value: Any, given: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 import lorac
 from lorac.backends.onnx.model_files import MODEL_FILE, graph_file, read_model_files
+from lorac.backends.tensorrt import build, cpu_check
 from lorac.backends.tensorrt.cpu_check import CpuProgram, widen_graph
 from lorac.backends.tensorrt.engine import TrtEngine
 from lorac.ir.graph.feeds import collect_slot_tensors
@@ -23,8 +23,6 @@ from lorac.ir.graph.interpreter import read_example_inputs, run_graph
 from lorac.ir.graph.program import Program
 from lorac.ir.slots.composition import ComposedWeights, fill_slots
 from tests import zoo
-
-build = importlib.import_module("lorac.backends.tensorrt.build")  # its package has a function of that name
 
 THREE = ["8.6", "8.9", "12.0"]
 NO_GPU = "a plan of TensorRT runs on a GPU"
@@ -162,7 +160,7 @@ class Built:
     @property
     def plan(self) -> bytes:
         """The plan of graph ``main``."""
-        return self.engine.parts["main"].file.read()
+        return self.engine.graphs["main"].file.read()
 
     def answers(self, choice: Any) -> tuple[list[Tensor], list[Tensor]]:
         """What the emitted file answers on the example inputs, and what the reference interpreter does."""
@@ -186,18 +184,29 @@ class Built:
 
 def seen(**told: Any) -> Built:
     """As ``quietly``, with what the self-test looked at and what the network was."""
-    looked: list[Any] = []
+    programs: list[Program] = []
+    tested: list[tuple[CpuProgram, Mapping[str, Tensor]]] = []
     networks: list[Any] = []
+    check, test, check_inputs = cpu_check.check_on_cpu, cpu_check.run_self_test, build.check_inputs
+
+    def record_program(backend: Any, emitted: Any) -> None:
+        programs.append(emitted.program)
+        check(backend, emitted)
+
+    def record_test(tried: Any, program: Program, snapshot: ComposedWeights) -> None:
+        tested.append((tried, _baked(tried, snapshot)))
+        test(tried, program, snapshot)
+
     with pytest.MonkeyPatch.context() as patch:
-        check, check_inputs = build.check, build.check_inputs
-        patch.setattr(build, "check", lambda *args: (looked.append((*args[:2], _baked(*args))), check(*args)))
+        patch.setattr(cpu_check, "check_on_cpu", record_program)
+        patch.setattr(cpu_check, "run_self_test", record_test)
         patch.setattr(build, "check_inputs", lambda *args: (networks.append(_inputs(args[0])), check_inputs(*args)))
         compiled = quietly(**told)
-    tried, program, constants = looked[0]
+    (tried, constants), program = tested[0], programs[0]
     return Built(compiled, tried, program, networks[0], constants)
 
 
-def _baked(tried: CpuProgram, program: Program, snapshot: ComposedWeights) -> Mapping[str, Tensor]:
+def _baked(tried: CpuProgram, snapshot: ComposedWeights) -> Mapping[str, Tensor]:
     if tried.mode != "baked":
         return {}
     return collect_slot_tensors(tried.slots, tried.plans, fill_slots(tried.plans, snapshot, tried.base))

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 import lorac
+from lorac.backends.tensorrt import backend, build
 from lorac.backends.tensorrt import engine as engines
 from lorac.backends.tensorrt.cpu_check import _create_session
 from lorac.backends.tensorrt.device.device_slots import DeviceSlots
 from lorac.backends.tensorrt.engine import TrtEngine
 from lorac.testing.eager_checks import assert_close
-from tests.backends.tensorrt.building import away, build, quietly
+from tests.backends.tensorrt.building import away, quietly
 
 X = torch.randn(3, 10, generator=torch.Generator().manual_seed(0))
 
@@ -128,12 +129,12 @@ def test_a_size_that_the_plan_was_not_built_for_is_refused(monkeypatch: pytest.M
 
 def test_a_plan_that_was_built_before_is_not_built_again(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     built = []
-    real = build._plan_of
-    monkeypatch.setattr(build, "_plan_of", lambda *told: built.append(told[1]) or real(*told))
+    real = build._build_plan
+    monkeypatch.setattr(build, "_build_plan", lambda *told: built.append(told[1]) or real(*told))
     _, one, _ = made("live", monkeypatch, plan_cache=str(tmp_path))
     _, other, _ = made("live", monkeypatch, plan_cache=str(tmp_path))
     assert built == ["main"]
-    plans = [found.engine.parts["main"].file.read() for found in (one, other)]
+    plans = [found.engine.graphs["main"].file.read() for found in (one, other)]
     assert plans[0] == plans[1]
     made("live", monkeypatch, plan_cache=str(tmp_path), profiles={"batch": (1, 2, 4)})
     made("live", monkeypatch, plan_cache=str(tmp_path), tf32=True)
@@ -160,13 +161,13 @@ def test_weights_that_are_constants_are_replaced_in_the_plan(monkeypatch: pytest
 
     monkeypatch.setattr(engines, "WeightRefitter", Replacing)
     monkeypatch.setattr(engines, "PlanRunner", Loaded)
-    monkeypatch.setattr(build, "local", lambda: "8.6")
+    monkeypatch.setattr(backend, "local_capability", lambda: "8.6")
     marked: list[set[str]] = []
-    real = build.mark
+    real = build.mark_refittable
     monkeypatch.setattr(
-        build, "mark", lambda network, names, known: marked.append(set(names)) or real(network, names, known)
+        build, "mark_refittable", lambda network, names, known: marked.append(set(names)) or real(network, names, known)
     )
-    monkeypatch.setattr(build, "replacing", lambda: build.library.trt().BuilderFlag.STRICT_NANS)
+    monkeypatch.setattr(build, "refit_flag", lambda: build.library.trt().BuilderFlag.STRICT_NANS)
     torch.manual_seed(0)
     model, adapters = Net().eval(), {"a": lorac.LoRA(r=2, targets=["left"]), "b": lorac.LoRA(r=3, targets=["right"])}
     found: Any = quietly(model=model, adapters=adapters, active="a", mode="fused", example_inputs=(X,), refit=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -11,14 +10,16 @@ import torch
 from torch import Tensor, nn
 
 import lorac
+from lorac.backends.onnx.passes import OnnxPass
+from lorac.backends.tensorrt import dialect
 from lorac.backends.tensorrt.cpu_check import widen_graph
 from lorac.backends.tensorrt.dialect import DIALECT
 from lorac.ir.graph.interpreter import read_example_inputs, run_graph
+from lorac.ir.graph.passes import PassResult
 from lorac.testing.eager_checks import assert_close
 from tests.backends.tensorrt.building import quietly, seen
 from tests.refusing import refuses
 
-build = importlib.import_module("lorac.backends.tensorrt.build")
 X = torch.randn(3, 10, generator=torch.Generator().manual_seed(0))
 HALF = ["float32", "float16", "bfloat16"]
 
@@ -39,31 +40,39 @@ def host() -> nn.Module:
     return Twins().eval()
 
 
-def _exchanged(model: ir.Model) -> None:
-    """What the products of one layer's slots read is the other's."""
-    one, two = (next(value for value in model.graph.inputs if value.name == name) for name in ("one:b", "two:b"))
-    first, second = list(one.uses()), list(two.uses())
-    for (node, place), other in [*((use, two) for use in first), *((use, one) for use in second)]:
-        node.replace_input_with(place, other)
+class Exchange(OnnxPass):
+    """Exchanges the slots that the products of two layers read."""
+
+    name = "exchange"
+
+    def apply(self, model: ir.Model) -> PassResult:
+        one, two = (next(value for value in model.graph.inputs if value.name == name) for name in ("one:b", "two:b"))
+        first, second = list(one.uses()), list(two.uses())
+        for (node, place), other in [*((use, two) for use in first), *((use, one) for use in second)]:
+            node.replace_input_with(place, other)
+        return PassResult(changed=True)
 
 
-def _bypassed(model: ir.Model) -> None:
-    """The first layer answers without its pair."""
-    slot = next(value for value in model.graph.inputs if value.name == "one:b")
-    (product,) = slot.consumers()
-    zero = ir.Node("", "Sub", [product.outputs[0], product.outputs[0]])
-    model.graph.insert_after(product, zero)
-    product.outputs[0].replace_all_uses_with(zero.outputs[0])
-    zero.replace_input_with(0, product.outputs[0])
-    zero.replace_input_with(1, product.outputs[0])
+class Bypass(OnnxPass):
+    """Takes the pair out of the first layer's output."""
+
+    name = "bypass"
+
+    def apply(self, model: ir.Model) -> PassResult:
+        slot = next(value for value in model.graph.inputs if value.name == "one:b")
+        (product,) = slot.consumers()
+        zero = ir.Node("", "Sub", [product.outputs[0], product.outputs[0]])
+        model.graph.insert_after(product, zero)
+        product.outputs[0].replace_all_uses_with(zero.outputs[0])
+        zero.replace_input_with(0, product.outputs[0])
+        zero.replace_input_with(1, product.outputs[0])
+        return PassResult(changed=True)
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize(
-    ("harm", "said"), [(_exchanged, "are exchanged|give other answers"), (_bypassed, "change nothing")]
-)
+@pytest.mark.parametrize(("harm", "said"), [(Exchange, "are exchanged|give other answers"), (Bypass, "change nothing")])
 def test_what_is_lost_in_a_file_is_found(monkeypatch, harm, said, dtype):
-    monkeypatch.setattr(build, "DIALECT", replace(DIALECT, finish=(harm,)))
+    monkeypatch.setattr(dialect, "DIALECT", replace(DIALECT, late_rewrites=(harm(),)))
     adapters = {"a": lorac.LoRA(r=2, targets=["one", "two"])}
     with refuses("self_test_failed", match=said):
         quietly(model=host(), adapters=adapters, example_inputs=(X,), dtype=dtype)

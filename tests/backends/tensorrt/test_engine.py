@@ -80,7 +80,7 @@ def test_compiling_says_that_the_engine_cannot_run_here_and_calling_it_is_the_ty
 
 def test_it_swaps_and_takes_adapters_without_a_rebuild(live):
     engine = engine_of(live)
-    before = {name: part.file.digest() for name, part in engine.parts.items()}
+    before = {name: part.file.digest() for name, part in engine.graphs.items()}
     slots = live._state.bound.content.tensors
     assert slots["left:a"].shape == (10, 2) and slots["left:a"].abs().sum() > 0
     live.swap(None)
@@ -98,7 +98,7 @@ def test_it_swaps_and_takes_adapters_without_a_rebuild(live):
     live.swap("a")
     again = live._state.bound.content.tensors
     assert all(torch.equal(again[name], tensor) for name, tensor in slots.items())
-    assert before == {name: part.file.digest() for name, part in engine.parts.items()}
+    assert before == {name: part.file.digest() for name, part in engine.graphs.items()}
 
 
 def test_what_is_above_a_convolutions_fixed_rank_is_told_the_reserve_that_admits_it(live):
@@ -148,7 +148,7 @@ with warnings.catch_warnings(record=True) as told:
     warnings.simplefilter("always")
     loaded = lorac.load(sys.argv[1])
 print([str(one.message).splitlines()[0] for one in told])
-print(loaded.active, sorted(loaded.engine.slots), loaded.engine.parts["main"].capabilities)
+print(loaded.active, sorted(loaded.engine.slots), loaded.engine.graphs["main"].capabilities)
 loaded.swap(None); loaded.swap("a")
 print(loaded._state.bound.content.tensors["left:a"].double().sum().item())
 try:
@@ -173,7 +173,7 @@ print([name for name in ("onnxscript", "transformers") if name in sys.modules])
 
 
 def test_an_artefact_is_refused_by_another_release_and_by_another_gpu(live, monkeypatch):
-    (part,) = engine_of(live).parts.values()
+    (part,) = engine_of(live).graphs.values()
     with pytest.raises(lorac.ArtifactError, match=r"made by tensorrt_rtx 0\.9") as error:
         backend._check_plan_origin(dataclasses.replace(part, made_by="tensorrt_rtx 0.9"))
     assert library.version() in str(error.value)
@@ -201,10 +201,10 @@ def test_a_device_that_is_no_gpu_is_refused(live, tmp_path):
 
 def test_two_builds_are_of_one_size(live):
     again = compiled(target_capabilities=THREE)
-    sizes = [[part.file.size for part in engine_of(found).parts.values()] for found in (live, again)]
+    sizes = [[part.file.size for part in engine_of(found).graphs.values()] for found in (live, again)]
     assert sizes[0] == sizes[1]
     alone = compiled(target_capabilities=["8.6"])  # one plan holds nothing twice for several GPUs
-    assert abs(sizes[0][0] - engine_of(alone).parts["main"].file.size) <= 64
+    assert abs(sizes[0][0] - engine_of(alone).graphs["main"].file.size) <= 64
 
 
 def test_several_components_are_a_plan_each():
@@ -214,8 +214,8 @@ def test_several_components_are_a_plan_each():
         example_inputs={"one": (X,), "two": (X,)},
     )
     engine = engine_of(found)
-    assert set(engine.parts) == {"one", "two"}
-    assert [sorted(part.slots) for part in engine.parts.values()] == [
+    assert set(engine.graphs) == {"one", "two"}
+    assert [sorted(part.slots) for part in engine.graphs.values()] == [
         ["one.left:a", "one.left:b"],
         ["two.right:a", "two.right:b"],
     ]
@@ -245,4 +245,4 @@ def test_the_command_line_takes_the_target(tmp_path):
         done = CliRunner().invoke(app, [*arguments, "--inputs", str(tmp_path / "inputs.npz")], catch_exceptions=False)
     assert done.exit_code == 0 and "tensorrt, auto" in done.stdout
     with pytest.warns(lorac.LoracWarning, match=NO_GPU):
-        assert lorac.load(tmp_path / "out").engine.parts["main"].capabilities == ("8.6", "8.9")
+        assert lorac.load(tmp_path / "out").engine.graphs["main"].capabilities == ("8.6", "8.9")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,15 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 import lorac
-from lorac.backends.tensorrt import library
+from lorac.backends.onnx.passes import OnnxPass
+from lorac.backends.tensorrt import build, dialect, library
 from lorac.backends.tensorrt.dialect import CLAIMS, DIALECT
 from lorac.backends.tensorrt.network import check_inputs, parse_model
 from lorac.backends.tensorrt.profiles import SizeRange
+from lorac.ir.graph.passes import PassResult
 from tests.backends.tensorrt.building import quietly
 from tests.refusing import refuses
 
-build = importlib.import_module("lorac.backends.tensorrt.build")  # its package has a function of that name
 X = torch.randn(3, 4)
 
 
@@ -57,18 +57,23 @@ class Layers(nn.Module):
         return torch.tanh(self.two(h))
 
 
-def _renamed(model: ir.Model) -> None:
-    """Have activations be another domain's, whose names the parser would take for ONNX's own."""
-    for node in model.graph:
-        if node.op_type == "Tanh":
-            node.domain = "made.up"
-    model.graph.opset_imports["made.up"] = 1
+class RenameActivations(OnnxPass):
+    """Moves activations to another domain, whose op names the parser would take for ONNX's own."""
+
+    name = "rename-activations"
+
+    def apply(self, model: ir.Model) -> PassResult:
+        for node in model.graph:
+            if node.op_type == "Tanh":
+                node.domain = "made.up"
+        model.graph.opset_imports["made.up"] = 1
+        return PassResult(changed=True)
 
 
 def test_an_op_of_ones_own_is_refused_before_anything_is_parsed(monkeypatch):
     """All of them are named, each with its module and line, though the parser would take them."""
-    monkeypatch.setattr(build, "DIALECT", replace(DIALECT, finish=(_renamed,)))
-    monkeypatch.setattr(build, "parse", lambda path: pytest.fail("it was parsed"))
+    monkeypatch.setattr(dialect, "DIALECT", replace(DIALECT, late_rewrites=(RenameActivations(),)))
+    monkeypatch.setattr(build, "parse_model", lambda path: pytest.fail("it was parsed"))
     with pytest.raises(lorac.Unavailable, match=r"tensorrt does not compute made\.up::Tanh") as error:
         quietly(model=Layers().eval(), adapters={"a": lorac.LoRA(targets=["one"])}, example_inputs=(X,))
     first, second = error.value.what.split("; nor ")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,13 +12,11 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import lorac
-from lorac.backends.tensorrt import capabilities, library
+from lorac.backends.tensorrt import build, capabilities, library
 from lorac.backends.tensorrt.network import parse_model
 from lorac.backends.tensorrt.options import TensorRTOptions
 from lorac.backends.tensorrt.profiles import DEFAULT_MAX_LENGTH, DEFAULT_MAX_ROWS, SizeRange, axis_names, check_sizes
 from tests.backends.tensorrt.building import quietly
-
-build = importlib.import_module("lorac.backends.tensorrt.build")
 
 
 class Reads(nn.Module):
@@ -46,7 +43,7 @@ def ranges(**told: Any) -> dict[str, tuple[SizeRange, ...]]:
     adapters = {"a": lorac.LoRA(r=2, targets=["head"]), "b": lorac.LoRA(r=3, targets=["head"])}
     asked = {"example_inputs": EXAMPLE, "dynamic_shapes": SHAPES, "self_test": False, "active": "a"}
     found = quietly(model=host(), adapters=adapters, **{**asked, **told})
-    return dict(found.engine.parts["main"].ranges)
+    return dict(found.engine.graphs["main"].ranges)
 
 
 def test_sizes_lie_around_the_examples_and_within_what_the_model_takes():
@@ -84,12 +81,12 @@ def test_profiles_that_make_no_sense(profiles, said):
 
 def test_a_call_outside_the_profile_is_told_the_one_that_admits_it():
     found = quietly(model=host(), adapters={}, example_inputs=EXAMPLE, dynamic_shapes=SHAPES, self_test=False)
-    part = found.engine.parts["main"]
+    part = found.engine.graphs["main"]
     many = {"ids": torch.zeros(9, 4, dtype=torch.long), "image": torch.zeros(9, 5, 8)}
     with pytest.raises(lorac.InputMismatch, match="'ids' has size 9 on axis 0; the plan is for 1 to 8") as error:
         found(**many)
     assert "profiles={'rows': (1, 3, 9)}" in str(error.value)
-    check_sizes(part.ranges, EXAMPLE, axis_names(part.signature))
+    check_sizes(part.ranges, EXAMPLE, axis_names(part.interface))
 
 
 def test_capabilities_are_the_librarys(monkeypatch):
@@ -122,13 +119,13 @@ def test_settings_reach_the_library(tmp_path):
     """TF32, which the library would round to by itself, is off unless it is asked for."""
     trt = library.trt()
     found = quietly(model=host(), adapters={}, example_inputs=EXAMPLE, dynamic_shapes=SHAPES, self_test=False)
-    parsed, part = parse_model(found.engine.files["model.onnx"].where), found.engine.parts["main"]
-    plain = build._settings(parsed, part.ranges, TensorRTOptions(), ())
+    parsed, part = parse_model(found.engine.files["model.onnx"].where), found.engine.graphs["main"]
+    plain = build._builder_config(parsed, part.ranges, TensorRTOptions(), ())
     assert not plain.get_flag(trt.BuilderFlag.TF32) and not plain.get_flag(trt.BuilderFlag.STRICT_NANS)
     told = TensorRTOptions(
         tf32=True, strict_nans=True, weight_streaming=True, builder_optimization_level=5, workspace=64
     )
-    settings = build._settings(parsed, part.ranges, told, ("8.6", "12.0"))
+    settings = build._builder_config(parsed, part.ranges, told, ("8.6", "12.0"))
     flags = (trt.BuilderFlag.TF32, trt.BuilderFlag.STRICT_NANS, trt.BuilderFlag.WEIGHT_STREAMING)
     assert all(settings.get_flag(flag) for flag in flags)
     assert settings.builder_optimization_level == 5
@@ -150,4 +147,4 @@ def test_refitting_is_refused_where_there_is_no_gpu():
 def test_a_number_that_decides_on_sizes_is_refused():
     value = SimpleNamespace(name="count", is_shape_tensor=True)
     with pytest.raises(lorac.Unavailable, match="'count' is a number by which the model decides on sizes"):
-        build._refuse_numbers(value)
+        build._refuse_shape_tensor(value)

@@ -66,9 +66,9 @@ KINDS = {torch.float32: "FLOAT", torch.float16: "HALF", torch.bfloat16: "BF16", 
 
 def test_the_inputs_of_the_network_are_the_programs_own(found):
     """Names, dtypes and sizes, as the manifest of slots and the call have them; ranks lie within what was planned."""
-    part, engine = found.engine.parts["main"], found.engine
+    part, engine = found.engine.graphs["main"], found.engine
     slots = {} if engine.constant else part.slots
-    assert found.network.keys() == {*part.signature.inputs, *slots} == part.ranges.keys()
+    assert found.network.keys() == {*part.interface.inputs, *slots} == part.ranges.keys()
     assert {name: kind for name, (kind, _) in found.network.items()} == {n: KINDS[d] for n, d in part.dtypes.items()}
     held = engine.memory if engine.fused else found.compiled._state.bound.content.tensors
     for slot in slots:

@@ -1,91 +1,107 @@
-"""Ops that CUDA has no half-precision kernel for, computed in float32 inside a program in half precision."""
+"""A pass for ops that CUDA has no half-precision kernel for: they compute in float32 in a half-precision program."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import onnx
 import onnx_ir as ir
 
+from lorac.backends.onnx.passes import OnnxPass
 from lorac.backends.onnxruntime.devices.cuda_kernels import HALF_PRECISION_OPS, Kernels
+from lorac.ir.graph.passes import PassResult
 
 _HALF = {ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
 _DTYPE_AGNOSTIC = frozenset({"Cast", "CastLike", "Constant", "If", "Identity", "Loop", "Scan"})
 """Ops that compute nothing of their own."""
 
 
-def widen_half_precision(model: ir.Model, kernels: Kernels | None = None) -> None:
-    """Have ops that CUDA has no half-precision kernel for compute in float32, in place.
+@dataclass(frozen=True)
+class WidenHalfPrecision(OnnxPass):
+    """Have ops without a half-precision kernel compute in float32.
 
-    Their operands are widened, which is exact, and their results rounded once: as torch's own kernels compute, which
+    Their operands are widened, which is exact, and their results rounded once. torch's own kernels compute alike: they
     hold in float32 what they read in half precision.
 
-    Args:
-        model: as emitted.
-        kernels: half precision -> the ops that are computed in it; default: what CUDA has.
+    Attributes:
+        kernels: half precision -> the ops that are computed in it.
     """
-    if not any(value.dtype in _HALF for value in (*model.graph.inputs, *model.graph.initializers.values())):
-        return
-    widening = _CastInserter()
-    nodes = [(graph, node) for graph in (model.graph, *model.graph.subgraphs()) for node in graph]
-    for _, node in nodes:
-        _infer_dtypes(node)
-    for graph, node in nodes:
-        if (half := _unsupported_dtype(node, HALF_PRECISION_OPS if kernels is None else kernels)) is not None:
-            widening.widen(graph, node, half)
+
+    name: ClassVar[str] = "widen-half-precision"
+    kernels: Kernels = field(default_factory=lambda: HALF_PRECISION_OPS)
+
+    def apply(self, model: ir.Model) -> PassResult:
+        """Insert casts around the ops, in place."""
+        if not any(value.dtype in _HALF for value in (*model.graph.inputs, *model.graph.initializers.values())):
+            return PassResult(changed=False)
+        casts = _CastInserter()
+        nodes = [(graph, node) for graph in (model.graph, *model.graph.subgraphs()) for node in graph]
+        for _, node in nodes:
+            _infer_dtypes(node)
+        for graph, node in nodes:
+            if (half := self._unsupported_dtype(node)) is not None:
+                casts.widen(graph, node, half)
+        return PassResult(casts.inserted)
+
+    def _unsupported_dtype(self, node: ir.Node) -> ir.DataType | None:
+        """Return the half precision that a node reads and its op has no kernel for, or None."""
+        if node.op_type in _DTYPE_AGNOSTIC:
+            return None
+        read = {value.dtype for value in node.inputs if value is not None and value.dtype in _HALF}
+        op = (_domain(node), node.op_type)
+        return next((dtype for dtype in read if dtype and op not in self.kernels.get(_HALF[dtype], ())), None)
 
 
-def _unsupported_dtype(node: ir.Node, kernels: Kernels) -> ir.DataType | None:
-    """The half precision that a node reads, where its op is not computed in that."""
-    if node.op_type in _DTYPE_AGNOSTIC:
-        return None
-    read = {value.dtype for value in node.inputs if value is not None and value.dtype in _HALF}
-    op = ("" if node.domain == "ai.onnx" else node.domain, node.op_type)
-    return next((dtype for dtype in read if op not in kernels.get(_HALF[dtype], ())), None)
+def _domain(node: ir.Node) -> str:
+    return "" if node.domain == "ai.onnx" else node.domain
 
 
 def _infer_dtypes(node: ir.Node) -> None:
-    """Note the dtypes of a node's results where rewrites left them out: as ONNX has them follow from its operands'."""
-    untold = [value for value in node.outputs if value.dtype is None]
-    if not untold or not onnx.defs.has(node.op_type, "" if node.domain == "ai.onnx" else node.domain):
+    """Note the dtypes of results that rewrites left out, as ONNX derives them from the operands' dtypes."""
+    missing = [value for value in node.outputs if value.dtype is None]
+    if not missing or not onnx.defs.has(node.op_type, _domain(node)):
         return
-    schema = _schema(node.domain, node.op_type)
-    last = len(schema.inputs) - 1
-    read = {schema.inputs[min(i, last)].type_str: v.dtype for i, v in enumerate(node.inputs) if v is not None}
-    own = {
-        kind.type_param_str: kind.allowed_type_strs
-        for kind in schema.type_constraints
-        if len(kind.allowed_type_strs) == 1
-    }
-    for value in untold:
-        kind = schema.outputs[min(value.index() or 0, len(schema.outputs) - 1)].type_str
-        found = read.get(kind) or _parse_type(*own.get(kind, [kind]))
-        if found is not None:
-            value.dtype = found
+    inputs, outputs, fixed = _schema_types(_domain(node), node.op_type)
+    read = {inputs[min(i, len(inputs) - 1)]: v.dtype for i, v in enumerate(node.inputs) if v is not None}
+    for value in missing:
+        variable = outputs[min(value.index() or 0, len(outputs) - 1)]
+        dtype = read.get(variable) or _parse_type(fixed.get(variable, variable))
+        if dtype is not None:
+            value.dtype = dtype
 
 
 @functools.cache
-def _schema(domain: str, op: str) -> Any:
-    return onnx.defs.get_schema(op, domain="" if domain == "ai.onnx" else domain)
+def _schema_types(domain: str, op: str) -> tuple[list[str], list[str], Mapping[str, str]]:
+    """Return an op's types: of its inputs, of its outputs, and type variable -> the only type that it may be."""
+    schema = onnx.defs.get_schema(op, domain=domain)
+    fixed = {
+        kind.type_param_str: kind.allowed_type_strs[0]
+        for kind in schema.type_constraints
+        if len(kind.allowed_type_strs) == 1
+    }
+    return [value.type_str for value in schema.inputs], [value.type_str for value in schema.outputs], fixed
 
 
 def _parse_type(kind: str) -> ir.DataType | None:
-    """``INT64`` of ``tensor(int64)``."""
+    """Return ``INT64`` for ``tensor(int64)``."""
     name = kind.removeprefix("tensor(").removesuffix(")").upper()
     return ir.DataType[name] if name in ir.DataType.__members__ else None
 
 
 class _CastInserter:
-    """Casts around ops, their values named apart from all others of a model, nested graphs among them."""
+    """Casts around ops; their values are named apart from all others of a model, nested graphs included."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count()
         self._wide: dict[tuple[int, ir.Value], ir.Value] = {}
+        self.inserted = False
 
     def widen(self, graph: ir.Graph | ir.Function, node: ir.Node, half: ir.DataType) -> None:
-        """Have a node compute in float32 what it is to compute in half precision."""
+        """Have a node compute in float32 what it would compute in half precision."""
         for index, value in enumerate(node.inputs):
             if value is not None and value.dtype == half:
                 node.replace_input_with(index, self._widened(graph, node, value))
@@ -93,7 +109,7 @@ class _CastInserter:
             self._round(graph, node, old, half)
 
     def _widened(self, graph: ir.Graph | ir.Function, node: ir.Node, value: ir.Value) -> ir.Value:
-        """A value in float32, cast once in each graph that reads it so."""
+        """Return a value in float32, cast once in each graph that reads it so."""
         key = (id(graph), value)
         if key not in self._wide:
             cast = self._cast(value, ir.DataType.FLOAT, node)
@@ -102,7 +118,7 @@ class _CastInserter:
         return self._wide[key]
 
     def _round(self, graph: ir.Graph | ir.Function, node: ir.Node, old: ir.Value, half: ir.DataType) -> None:
-        """Give those who read a result in half precision what is rounded to it."""
+        """Have the readers of a result in half precision read the result rounded to it."""
         rounded = self._cast(old, half, node)
         graph.insert_after(node, rounded)
         new = rounded.outputs[0]
@@ -112,6 +128,7 @@ class _CastInserter:
         old.type = ir.TensorType(ir.DataType.FLOAT)
 
     def _cast(self, value: ir.Value, to: ir.DataType, like: ir.Node) -> ir.Node:
+        self.inserted = True
         made = ir.val(f"in_float_{next(self._numbers)}", type=ir.TensorType(to), shape=value.shape)
         cast = ir.Node("", "Cast", [value], {"to": ir.AttrInt64("to", to)}, outputs=[made])
         cast.metadata_props.update(like.metadata_props)

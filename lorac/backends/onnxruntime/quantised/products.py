@@ -9,22 +9,25 @@ constant, and stays as it is.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lorac.backends.onnx.claims import modules_of
+from lorac.backends.onnx.passes import OnnxPass
 from lorac.backends.onnxruntime.quantised.codec import ACCURACY_ATTRIBUTE, Array, Codec, EncodedMatrix, stack_rows
 from lorac.frontend.quantised_weights import NF4
+from lorac.ir.graph.passes import PassResult, Skip
 from lorac.report.terms import format_size
 
 _DOMAIN = "com.microsoft"
 _QUANT_TYPES = {NF4: 1}
 """What ``MatMulBnb4`` calls a table."""
-_FLOAT, _SHOWN_NAMES = 4, 3
+_FLOAT_BYTES, _SHOWN_NAMES = 4, 3
 """Bytes of a float32; how many names a line shows."""
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
@@ -73,68 +76,95 @@ class PrequantisedMatrix:
         )
 
 
-@dataclass(frozen=True)
-class QuantisationReport:
-    """What became of a program's constants of two or more axes.
+@dataclass(frozen=True, kw_only=True)
+class QuantisationReport(PassResult):
+    """What the pass did to a program's constants of two or more axes.
 
     Attributes:
-        quantised: by the name of the constant.
-        floats: name of a constant that stays as it is, or of the module that reads it -> why.
+        quantised: name of a constant -> the quantised matrix in its place.
+        floats: name of a constant that stays as it is, or of the module that reads it -> the reason.
     """
 
-    quantised: dict[str, QuantisedProduct] = field(default_factory=dict)
-    floats: dict[str, str] = field(default_factory=dict)
+    quantised: Mapping[str, QuantisedProduct] = field(default_factory=dict)
+    floats: Mapping[str, str] = field(default_factory=dict)
 
-    def told(self) -> Iterator[str]:
-        """What whoever calls the program should know of it, a line each."""
-        encoded = [quantised.encoded for quantised in self.quantised.values()]
-        for codec in dict.fromkeys(one.codec for one in encoded):
-            held = [one for one in encoded if one.codec == codec]
-            before = sum(math.prod(one.shape) * _FLOAT for one in held)
-            kind = "" if codec.table else "symmetric, " if codec.symmetric else "asymmetric, "
-            yield (
-                f"weights: {len(held)} held as {codec.name}, {kind}in blocks of {codec.block}: "
-                f"{format_size(sum(one.nbytes for one in held))} for {format_size(before)}"
-            )
-        for reason in dict.fromkeys(self.floats.values()):
-            names = [name for name, why in self.floats.items() if why == reason]
-            more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
-            yield f"weights that stay as they are, {reason}: {', '.join(names[:_SHOWN_NAMES])}{more}"
+    @classmethod
+    def of(cls, quantised: Mapping[str, QuantisedProduct], floats: Mapping[str, str]) -> QuantisationReport:
+        """Return the report of a run."""
+        skipped = tuple(Skip(name, why) for name, why in floats.items())
+        notes = (*_describe_quantised(quantised.values()), *_describe_floats(floats))
+        return cls(changed=bool(quantised), skipped=skipped, notes=notes, quantised=quantised, floats=floats)
 
 
-def quantise(
-    model: ir.Model, codec: Codec | None, accuracy_level: int, given: Sequence[PrequantisedMatrix] = ()
-) -> QuantisationReport:
-    """Quantise the matrices of a program, in place, one at a time.
+def _describe_quantised(quantised: Iterable[QuantisedProduct]) -> Iterator[str]:
+    encoded = [product.encoded for product in quantised]
+    for codec in dict.fromkeys(one.codec for one in encoded):
+        alike = [one for one in encoded if one.codec == codec]
+        before = sum(math.prod(one.shape) * _FLOAT_BYTES for one in alike)
+        kind = "" if codec.table else "symmetric, " if codec.symmetric else "asymmetric, "
+        yield (
+            f"weights: {len(alike)} held as {codec.name}, {kind}in blocks of {codec.block}: "
+            f"{format_size(sum(one.nbytes for one in alike))} for {format_size(before)}"
+        )
 
-    Args:
-        model: as emitted, its slots filled or baked.
+
+def _describe_floats(floats: Mapping[str, str]) -> Iterator[str]:
+    for reason in dict.fromkeys(floats.values()):
+        names = [name for name, why in floats.items() if why == reason]
+        more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
+        yield f"weights that stay as they are, {reason}: {', '.join(names[:_SHOWN_NAMES])}{more}"
+
+
+@dataclass(frozen=True)
+class QuantiseWeights(OnnxPass):
+    """Quantise the constant matrices of a program whose slots are filled or baked.
+
+    Attributes:
         codec: how; None: only those that came quantised.
-        accuracy_level: in what products are computed (``lorac.backends.onnxruntime.options.OnnxRuntimeOptions``).
-        given: those that came quantised, whose codes are taken as they are, also where several were joined.
+        accuracy_level: what products compute in (``OnnxRuntimeOptions.accuracy_level``).
+        prequantised: matrices that came quantised; their codes are used as they are, also where several were joined.
     """
-    outcome = QuantisationReport()
-    for name, value in list(model.graph.initializers.items()):
-        held = value.const_value
-        if held is None or value.is_graph_input() or len(held.shape) < 2 or held.dtype not in _FLOATS:
-            continue
-        reads = _find_readers(value)
-        reason = reads if isinstance(reads, str) else _reason_to_keep(held, reads)
-        if isinstance(reads, str) or reason is not None:
-            outcome.floats[_display_name(value)] = str(reason)
-            continue
-        matrix = held.numpy().T if reads[0].by_columns else held.numpy()
-        # No lookup reads codes that are places in a table.
-        fitting = [one for one in given if not (one.encoded.codec.table and any(read.looks_up for read in reads))]
-        encoded = _reuse_codes(matrix, fitting) or _encode_matrix(matrix, codec)
-        if isinstance(encoded, EncodedMatrix):
-            names = _replace(model, value, reads, encoded, accuracy_level)
-            outcome.quantised[name] = QuantisedProduct(encoded, reads[0].by_columns, held, names)
-        else:
-            outcome.floats[_display_name(value)] = encoded
-    RemoveUnusedNodesPass()(model)
-    model.graph.opset_imports.setdefault(_DOMAIN, 1)
-    return outcome
+
+    name: ClassVar[str] = "quantise-weights"
+    codec: Codec | None
+    accuracy_level: int
+    prequantised: Sequence[PrequantisedMatrix] = ()
+
+    def apply(self, model: ir.Model) -> QuantisationReport:
+        """Quantise in place, one matrix at a time; report what stays float and why."""
+        quantised: dict[str, QuantisedProduct] = {}
+        floats: dict[str, str] = {}
+        for name, value in list(model.graph.initializers.items()):
+            constant = value.const_value
+            if constant is None or value.is_graph_input() or len(constant.shape) < 2 or constant.dtype not in _FLOATS:
+                continue
+            readers = _find_readers(value)
+            encoded = readers if isinstance(readers, str) else self._encode(constant, readers)
+            if isinstance(readers, str) or isinstance(encoded, str):
+                floats[_display_name(value)] = str(encoded)
+                continue
+            names = _replace(model, value, readers, encoded, self.accuracy_level)
+            quantised[name] = QuantisedProduct(encoded, readers[0].by_columns, constant, names)
+        RemoveUnusedNodesPass()(model)
+        model.graph.opset_imports.setdefault(_DOMAIN, 1)
+        return QuantisationReport.of(quantised, floats)
+
+    def _encode(self, constant: ir.TensorProtocol, readers: Sequence[_MatrixReader]) -> EncodedMatrix | str:
+        """Return a constant quantised, or why it stays as it is."""
+        if constant.dtype is not ir.DataType.FLOAT:
+            return f"of {str(constant.dtype).lower()} numbers"
+        if len(constant.shape) > 2:
+            return f"of {len(constant.shape)} axes"
+        if len({reader.by_columns for reader in readers}) > 1:
+            return "read along both axes"
+        matrix = constant.numpy().T if readers[0].by_columns else constant.numpy()
+        looked_up = any(reader.looks_up for reader in readers)  # no lookup reads codes that are indices into a table
+        known = [one for one in self.prequantised if not (one.encoded.codec.table and looked_up)]
+        if (reused := _reuse_codes(matrix, known)) is not None:
+            return reused
+        if self.codec is None:
+            return "float in the model"
+        return self.codec.why_not(matrix.shape[1]) or self.codec.encode(matrix)
 
 
 # ── Who reads a constant ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -188,13 +218,6 @@ def _multiplies_rows(node: ir.Node) -> bool:
     return node.op_type == "MatMul" and x is not None and (x.shape is None or len(x.shape) > 1)
 
 
-def _encode_matrix(matrix: Array, codec: Codec | None) -> EncodedMatrix | str:
-    """A matrix quantised, or why it stays."""
-    if codec is None:
-        return "float in the model"
-    return codec.why_not(matrix.shape[1]) or codec.encode(matrix)
-
-
 def _reuse_codes(matrix: Array, given: Sequence[PrequantisedMatrix]) -> EncodedMatrix | None:
     """The codes of a matrix that came quantised, or was joined of such; None where it, or a part of it, did not."""
     parts: list[EncodedMatrix] = []
@@ -206,15 +229,6 @@ def _reuse_codes(matrix: Array, given: Sequence[PrequantisedMatrix]) -> EncodedM
         parts.append(found)
         begin += found.shape[0]
     return stack_rows(parts) if parts else None
-
-
-def _reason_to_keep(held: ir.TensorProtocol, reads: list[_MatrixReader]) -> str | None:
-    """Why a constant that products and lookups read stays as it is; None where it can be quantised."""
-    if held.dtype is not ir.DataType.FLOAT:
-        return f"of {str(held.dtype).lower()} numbers"
-    if len(held.shape) > 2:
-        return f"of {len(held.shape)} axes"
-    return "read along both axes" if len({read.by_columns for read in reads}) > 1 else None
 
 
 def _display_name(value: ir.Value) -> str:

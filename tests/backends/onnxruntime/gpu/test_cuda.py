@@ -92,7 +92,7 @@ def test_a_call_is_answered_where_its_inputs_are() -> None:
 
 def test_the_gpu_computes_it_and_what_it_does_not_is_said() -> None:
     engine = compiled("tiny_llama")
-    assert engine.engine.parts["main"].session.get_providers()[0] == "CUDAExecutionProvider"
+    assert engine.engine.graphs["main"].session.get_providers()[0] == "CUDAExecutionProvider"
     assert isinstance(engine.engine.where, TorchDeviceMemory)
     said = [note for note in engine.engine.interfaces["main"].notes if note.startswith("the CPU computes")]
     assert not any("MatMul" in note for note in said) and all(note in str(engine.explain()) for note in said)

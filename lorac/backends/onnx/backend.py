@@ -1,0 +1,229 @@
+"""The base of backends that run emitted ONNX files: how such a program is built, stored and restored."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import shutil
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic
+
+import torch
+
+from lorac.backends.onnx.engine import AnyOnnxEngine, GraphT, OnnxEngine
+from lorac.backends.onnx.model_files import BASE_FILE, list_program_files
+from lorac.ir.graph.graph import SlotInput
+from lorac.ir.graph.program import Program
+from lorac.ir.interface import Interface
+from lorac.ir.sites import BaseReader
+from lorac.ir.slots.plans import SitePlan
+from lorac.progress import step
+from lorac.storage.plans import slot_from_json, slot_to_json
+from lorac.storage.process_folders import make_temporary_folder, remove_with_owner
+from lorac.storage.tensor_file import TensorFile, make_file_base_reader
+from lorac.target.backend import Backend, BuildRequest, OptionsT, StoredState
+from lorac.target.engine import Engine, ProgramFiles
+
+if TYPE_CHECKING:
+    from lorac.backends.onnx.build import EmittedProgram
+    from lorac.backends.onnx.passes import OnnxDialect, OnnxPass
+
+
+class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
+    """A target that is given ONNX files.
+
+    A target states its dialect, its options and the class of its engines, and loads a graph from its files.
+
+    Attributes:
+        engine: the class of its engines.
+        slot_defaults: whether slot inputs are initializers too, holding the base's content, so that files run alone.
+    """
+
+    engine: ClassVar[type[AnyOnnxEngine]]
+    slot_defaults: ClassVar[bool] = False
+
+    # --- what a target says --------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def dialect_for(self, options: OptionsT) -> OnnxDialect:
+        """Return what the target can run with some options; import it here, for artifacts load without it."""
+
+    @abstractmethod
+    def load_graph(
+        self,
+        name: str,
+        files: ProgramFiles,
+        interface: Interface,
+        slots: Mapping[str, SlotInput],
+        stored: Mapping[str, Any],
+        options: OptionsT,
+    ) -> GraphT:
+        """Load a graph from its files.
+
+        Args:
+            name: the graph's.
+            files: the program's, open.
+            interface: what the graph takes and gives.
+            slots: its slot inputs by public name.
+            stored: what ``graph_to_json`` returned; empty where the graph was just emitted.
+            options: the target's.
+        """
+
+    def graph_to_json(self, graph: GraphT) -> dict[str, object]:
+        """Return what ``load_graph`` needs besides the interface and the slots, as JSON."""
+        return {}
+
+    def list_files(self, graphs: Iterable[str]) -> list[str]:
+        """Return the names of all the files that a program may have."""
+        return list_program_files(graphs)
+
+    def check_program(self, program: Program, request: BuildRequest[OptionsT]) -> None:
+        """Refuse a program that cannot be built, before it is emitted."""
+
+    def check_emitted(self, emitted: EmittedProgram[OptionsT]) -> None:
+        """Refuse a program for what passes over its models report."""
+
+    def bakes_slots(self, request: BuildRequest[OptionsT]) -> bool:
+        """Return whether slots are constants of the models, and not inputs."""
+        return request.mode == "baked"
+
+    def weight_passes(self, request: BuildRequest[OptionsT]) -> Sequence[OnnxPass]:
+        """Return passes over the emitted models once their slots hold what they are to hold."""
+        return ()
+
+    def write_base_weights(self, emitted: EmittedProgram[OptionsT]) -> None:
+        """Write the base weights of planned sites."""
+        from lorac.backends.onnx.build import write_base_weights
+
+        write_base_weights(emitted, emitted.base_tensors())
+
+    def test(self, engine: AnyOnnxEngine, emitted: EmittedProgram[OptionsT]) -> None:
+        """Hold the engine against the program that it was emitted from.
+
+        Raises:
+            CompileError: naming the slots that were lost.
+        """
+        from lorac.backends.onnx.self_test import run_self_test
+
+        run_self_test(engine, emitted.program, emitted.request.snapshot)
+
+    # --- the backend's contract ----------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def dialect(self) -> OnnxDialect:  # type: ignore[override]  # nobody sets it
+        """What the target can run with its default options."""
+        return self.dialect_for(self.options())
+
+    def list_unsupported(self, program: Program) -> tuple[str, ...]:
+        """Return the ops of a lowered program that the target does not claim."""
+        from lorac.backends.onnx.emit import list_unsupported_ops
+
+        return list_unsupported_ops(program, self.dialect)
+
+    def build(self, request: BuildRequest[OptionsT]) -> AnyOnnxEngine:
+        """Build an engine, which does not keep the model."""
+        from lorac.backends.onnx.build import emit_program
+
+        folder = make_temporary_folder()
+        try:
+            engine = self.load(emit_program(self, request, folder))
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        remove_with_owner(engine, folder)
+        return engine
+
+    def load(self, emitted: EmittedProgram[OptionsT]) -> AnyOnnxEngine:
+        """Load the graphs that were emitted into an engine, and test it."""
+        request = emitted.request
+        graphs, files = self.load_graphs(emitted)
+        base = self.base_reader(files) or request.base
+        engine = self.make_engine(graphs, request.plans, base, request.mode, files, request.options)
+        engine.skipped = emitted.skipped
+        if request.options.self_test:
+            step("self-test")
+            self.test(engine, emitted)
+        return engine
+
+    def load_graphs(self, emitted: EmittedProgram[OptionsT]) -> tuple[Mapping[str, GraphT], ProgramFiles]:
+        """Load the graphs that were emitted; return them with the files that the engine keeps."""
+        step("loading")
+        files, options = emitted.open_files(), emitted.request.options
+        program = emitted.program
+        graphs = {
+            name: self.load_graph(name, files, graph.interface, graph.slots, {}, options)
+            for name, graph in program.graphs.items()
+        }
+        return graphs, files
+
+    def make_engine(
+        self,
+        graphs: Mapping[str, GraphT],
+        plans: Mapping[str, SitePlan],
+        base: BaseReader,
+        mode: str,
+        files: ProgramFiles,
+        options: OptionsT,
+    ) -> AnyOnnxEngine:
+        """Return an engine over loaded graphs."""
+        return self.engine(graphs=graphs, plans=plans, base=base, mode=mode, files=files, options=options)
+
+    def base_reader(self, files: ProgramFiles) -> BaseReader | None:
+        """Return what reads base weights from a program's files; None where the files hold none."""
+        tensors = self.read_base_weights(files)
+        return None if tensors is None else make_file_base_reader(tensors)
+
+    def store(self, engine: Engine, folder: Path, request: BuildRequest[OptionsT] | None) -> StoredState:
+        """Copy the emitted models, what was built from them, and the base weights."""
+        assert isinstance(engine, OnnxEngine)
+        for name, file in engine.files.items():
+            file.copy_to(folder / name)
+        graphs = {
+            name: {
+                "signature": graph.interface.to_json(),
+                "slots": [slot_to_json(slot) for slot in graph.slots.values()],
+                **self.graph_to_json(graph),
+            }
+            for name, graph in engine.graphs.items()
+        }
+        return {"graphs": graphs, "options": dataclasses.asdict(engine.options)}
+
+    def restore(
+        self,
+        stored: StoredState,
+        files: ProgramFiles,
+        plans: Mapping[str, SitePlan],
+        mode: str,
+        device: str | torch.device | None,
+    ) -> AnyOnnxEngine:
+        """Load an engine from the files of an artifact.
+
+        Raises:
+            ArtifactError, Unavailable: the target does not load these files here.
+        """
+        known: Any = stored
+        options = self.restore_options(known["options"], plans, device)
+        graphs = {}
+        for name, entry in known["graphs"].items():
+            slots = {slot.name: slot for slot in map(slot_from_json, entry["slots"])}
+            interface = Interface.from_json(entry["signature"])
+            graphs[name] = self.load_graph(name, files, interface, slots, entry, options)
+        own = {name: files[name] for name in self.list_files(graphs) if name in files}
+        base = self.base_reader(own) or make_file_base_reader({})
+        return self.make_engine(graphs, plans, base, mode, own, options)
+
+    def restore_options(
+        self, stored: Mapping[str, Any], plans: Mapping[str, SitePlan], device: str | torch.device | None
+    ) -> OptionsT:
+        """Return the options of an artifact, for a device if one is given."""
+        options = self.options(**stored)
+        return options if device is None else dataclasses.replace(options, device=str(device))  # type: ignore[call-arg]  # of targets with devices
+
+    def read_base_weights(self, files: ProgramFiles) -> Mapping[str, torch.Tensor] | None:
+        """Return the base weights, some of which the models hold; None of a baked program."""
+        return TensorFile(files[BASE_FILE], files) if BASE_FILE in files else None
+
+
+AnyOnnxBackend = OnnxBackend[Any, Any]

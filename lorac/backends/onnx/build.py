@@ -1,0 +1,138 @@
+"""What backends that run emitted ONNX files do to build a program: emission, what its slots hold, and base weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic
+
+import torch
+
+from lorac.backends.onnx.claims import check_claims
+from lorac.backends.onnx.emit import emit
+from lorac.backends.onnx.initializers import bake_slots, set_slot_defaults, write_model
+from lorac.backends.onnx.model_files import BASE_FILE, graph_folder
+from lorac.backends.onnx.passes import run_passes
+from lorac.backends.onnx.weight_locations import locate_weights
+from lorac.frontend.base_weights import collect_base_tensors
+from lorac.ir.graph.feeds import collect_slot_tensors
+from lorac.ir.graph.passes import PassResult, Skip
+from lorac.ir.graph.program import Program
+from lorac.ir.slots.composition import ComposedWeights, fill_slots
+from lorac.progress import step
+from lorac.storage.open_file import open_files
+from lorac.storage.tensor_file import TensorFile, TensorLocation, find_transposed_weights
+from lorac.target.backend import BuildRequest, OptionsT
+from lorac.target.engine import ProgramFiles
+
+if TYPE_CHECKING:
+    from lorac.backends.onnx.backend import AnyOnnxBackend
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class EmittedProgram(Generic[OptionsT]):
+    """A program as it was emitted into a folder, about to be loaded.
+
+    Attributes:
+        request: what it is built for.
+        program: the lowered program, with its weights; its interfaces bear the notes of the passes.
+        folder: where its files are.
+        file_names: names of the files that the program may have.
+        results: graph -> pass over the emitted program -> its result.
+    """
+
+    request: BuildRequest[OptionsT]
+    program: Program
+    folder: Path
+    file_names: tuple[str, ...]
+    results: Mapping[str, Mapping[str, PassResult]]
+
+    @property
+    def skipped(self) -> dict[str, dict[str, tuple[Skip, ...]]]:
+        """Graph -> pass -> what it left as it was."""
+        return {
+            graph: {name: result.skipped for name, result in results.items() if result.skipped}
+            for graph, results in self.results.items()
+        }
+
+    def open_files(self) -> ProgramFiles:
+        """Open the files that there are by now."""
+        return open_files(self.folder, (name for name in self.file_names if (self.folder / name).exists()))
+
+    def base_tensors(self) -> dict[str, Tensor]:
+        """Return the base weights of planned sites: mixtures and later adapters may be made from them."""
+        return collect_base_tensors(self.request.model, {path: plan.site for path, plan in self.request.plans.items()})
+
+
+def emit_program(backend: AnyOnnxBackend, request: BuildRequest[OptionsT], folder: Path) -> EmittedProgram[OptionsT]:
+    """Write a program's models and base weights into a folder.
+
+    Raises:
+        Unavailable: the target does not compute an op.
+    """
+    program = request.program
+    assert program is not None
+    backend.check_program(program, request)
+    step("emission")
+    results = _write_models(backend, request, program, folder)
+    emitted = EmittedProgram(
+        request=request,
+        program=program,
+        folder=folder,
+        file_names=tuple(backend.list_files(program.graphs)),
+        results=results,
+    )
+    backend.check_emitted(emitted)
+    if request.mode != "baked":
+        backend.write_base_weights(emitted)
+    return emitted
+
+
+def _write_models(
+    backend: AnyOnnxBackend, request: BuildRequest[OptionsT], program: Program, folder: Path
+) -> dict[str, dict[str, PassResult]]:
+    """Write each graph's model; its slots hold the choice for good, or the base's content, or nothing."""
+    dialect, constant = backend.dialect_for(request.options), backend.bakes_slots(request)
+    passes = backend.weight_passes(request)
+    contents = {}
+    if constant or backend.slot_defaults:
+        snapshot = request.snapshot if request.mode == "baked" else ComposedWeights(())
+        contents = fill_slots(request.plans, snapshot, request.base)
+    results: dict[str, dict[str, PassResult]] = {}
+    for name, graph in program.graphs.items():
+        found = results[name] = dict[str, PassResult]()
+        model = emit(graph, dialect, found.__setitem__)
+        if contents:
+            tensors = collect_slot_tensors(graph.slots, request.plans, contents)
+            (bake_slots if constant else set_slot_defaults)(model, tensors)
+        if passes:
+            run_passes(model, passes, found.__setitem__)
+            check_claims(model, dialect)
+        write_model(model, graph_folder(folder, name))
+        graph.add_notes(*(note for result in found.values() for note in result.notes))
+    return results
+
+
+def write_base_weights(
+    emitted: EmittedProgram[OptionsT],
+    tensors: Mapping[str, Tensor],
+    parts: Mapping[str, Tensor] | None = None,
+    notes: Mapping[str, str] | None = None,
+    locations: Mapping[str, TensorLocation] | None = None,
+) -> None:
+    """Write base weights; what a model's file holds already is located there, and not written again.
+
+    Args:
+        emitted: the program, whose models are written.
+        tensors: base weights by name, in float.
+        parts, notes, locations: tensors that stand for further base weights, what the metadata says of them, and
+            where models hold them.
+    """
+    graphs, plans = emitted.program.graphs, emitted.request.plans
+    joined = {pack.sizes for graph in graphs.values() for pack in graph.packs.values()}
+    known = locate_weights(emitted.open_files(), graphs, tensors, joined) | dict(locations or {})
+    columns = [name for name in find_transposed_weights(plans.values()) if name in tensors]
+    TensorFile.write(emitted.folder / BASE_FILE, {**tensors, **(parts or {})}, columns, notes, elsewhere=known)

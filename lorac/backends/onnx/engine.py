@@ -1,0 +1,189 @@
+"""The base of engines made from emitted ONNX files, whichever library runs them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import torch
+
+from lorac.frontend.components import check_component
+from lorac.ir.graph.feeds import collect_slot_tensors, convert_input, group_aux_outputs, select_reached_plans
+from lorac.ir.graph.graph import SlotInput
+from lorac.ir.interface import Interface
+from lorac.ir.sites import BaseReader
+from lorac.ir.slots.buffers import FusedBuffer, make_fused_buffers
+from lorac.ir.slots.composition import ComposedWeights
+from lorac.ir.slots.plans import SitePlan, SiteSlots
+from lorac.target.backend import TargetOptions
+from lorac.target.engine import BoundProgram, CallResult, Engine, ProgramFiles
+
+if TYPE_CHECKING:
+    from lorac.report.dump import Dump
+
+Tensor = torch.Tensor
+
+
+class LoadedGraph(Protocol):
+    """One graph of the program as the library runs it.
+
+    Attributes:
+        interface: what the graph takes and gives.
+        slots: its slot inputs by public name.
+        dtypes: the dtype of every input of the model; None for one that torch does not have.
+    """
+
+    @property
+    def interface(self) -> Interface: ...
+
+    @property
+    def slots(self) -> Mapping[str, SlotInput]: ...
+
+    @property
+    def dtypes(self) -> Mapping[str, torch.dtype | None]: ...
+
+
+class SlotContent(Protocol):
+    """What a choice of adapters puts into the slots, as the library reads it.
+
+    Attributes:
+        tensors: slot input -> tensor.
+    """
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]: ...
+
+
+GraphT = TypeVar("GraphT", bound=LoadedGraph)
+OptionsT = TypeVar("OptionsT", bound=TargetOptions)
+ContentT = TypeVar("ContentT", bound=SlotContent)
+
+
+class OnnxEngine(Engine[ContentT], Generic[GraphT, OptionsT, ContentT]):
+    """Runs a program from its files, one loaded graph per graph of the program.
+
+    A target says how slot tensors are laid out (``lay_out``) and how a graph is run (``run_graph``).
+
+    Args:
+        graphs: graph name -> the graph, loaded.
+        plans: slots of every site.
+        base: reads base weights without the model.
+        mode: ``"live"``, ``"fused"`` or ``"baked"``.
+        files: the emitted program and the base weights, open.
+        options: the target's options.
+
+    Attributes:
+        slots: slot inputs of all graphs by public name.
+        memory: fused mode: slot -> the memory that its weight is written to.
+    """
+
+    files: ProgramFiles
+
+    def __init__(
+        self,
+        *,
+        graphs: Mapping[str, GraphT],
+        plans: Mapping[str, SitePlan],
+        base: BaseReader,
+        mode: str,
+        files: ProgramFiles,
+        options: OptionsT,
+    ) -> None:
+        self.graphs, self.base, self.mode, self.files, self.options = graphs, base, mode, files, options
+        self.slots = {name: slot for graph in graphs.values() for name, slot in graph.slots.items()}
+        self.interfaces = {
+            name: graph.interface.with_notes(*self.machine_notes(graph)) for name, graph in graphs.items()
+        }
+        self.plans = select_reached_plans(self.slots, plans)
+        self.buffers, self.memory = self.allocate_weights() if self.fused else ({}, {})
+        self.fused_content = self.lay_out(self.memory, fixed=True)
+
+    # --- what a target says --------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def lay_out(self, tensors: Mapping[str, Tensor], *, fixed: bool = False) -> ContentT:
+        """Return slot tensors as the library reads them.
+
+        Args:
+            tensors: slot input -> tensor.
+            fixed: they are weights that are written in place.
+        """
+
+    @abstractmethod
+    def run_graph(self, graph: str, content: ContentT, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """Run a graph once; return its outputs in order.
+
+        Args:
+            graph: its name.
+            content: what ``lay_out`` returned.
+            inputs: by name, contiguous and of the graph's dtypes.
+        """
+
+    def allocate_weights(self) -> tuple[dict[str, FusedBuffer], dict[str, Tensor]]:
+        """Return the buffers of weights that are written in place, by site path, and their memory by slot name."""
+        return make_fused_buffers(self.plans, self.base)
+
+    def machine_notes(self, graph: GraphT) -> tuple[str, ...]:
+        """Return what a caller of a graph should know about it on this machine, each in a sentence."""
+        return ()
+
+    # --- the engine's contract -----------------------------------------------------------------------------------
+
+    def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> BoundProgram[ContentT]:
+        """Lay out the slots' tensors; a baked program has no slots to fill."""
+        tensors = {} if self.constant else collect_slot_tensors(self.slots, self.plans, slots)
+        return BoundProgram(self, self.lay_out(tensors))
+
+    @property
+    def written_program(self) -> BoundProgram[ContentT]:
+        """The binding of the memory that weights are written to."""
+        return BoundProgram(self, self.fused_content)
+
+    def dump(self) -> dict[str, Dump]:
+        """Return the models that the graphs were loaded from."""
+        from lorac.backends.onnx.model_dump import dump_model  # a call does not need it
+
+        return {name: dump_model(self.files, name, graph.slots) for name, graph in self.graphs.items()}
+
+    def record_written(self, snapshot: ComposedWeights) -> None:
+        """Do nothing: graphs read the memory that was written."""
+
+    @property
+    def constant(self) -> bool:
+        """Whether the adapters are constants of the program."""
+        return self.mode == "baked"
+
+    def call(self, content: ContentT, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> CallResult:
+        """Call a graph with a binding."""
+        loaded = self.graphs[check_component(graph, self.graphs)]
+
+        def run(inputs: Mapping[str, object]) -> list[object]:
+            outputs = self.run_graph(graph, content, convert_inputs(loaded, inputs))
+            return [match_inputs(value, inputs) for value in outputs]
+
+        output, extra = loaded.interface.run(args, kwargs, run)
+        return CallResult(output, group_aux_outputs(extra, content.tensors))
+
+    def outputs(self, graph: str, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return copies of a graph's outputs for tensors in its slots and inputs by name, as the self-test asks."""
+        converted = convert_inputs(self.graphs[graph], inputs)
+        return [value.clone() for value in self.run_graph(graph, self.lay_out(tensors), converted)]
+
+
+def convert_inputs(graph: LoadedGraph, inputs: Mapping[str, object]) -> dict[str, Tensor]:
+    """Return inputs as contiguous tensors of the dtypes that a graph takes."""
+    return {name: convert_input(name, value, graph.dtypes[name]) for name, value in inputs.items()}
+
+
+def match_inputs(value: Tensor, inputs: Mapping[str, object]) -> object:
+    """Return an output as the inputs are: an array where all of them are arrays, else a tensor on their device."""
+    if all(isinstance(one, np.ndarray) for one in inputs.values()):
+        value = value.cpu()
+        return (value.float() if value.dtype == torch.bfloat16 else value).numpy()  # NumPy has no bfloat16
+    devices = [one.device for one in inputs.values() if isinstance(one, Tensor)] or [value.device]
+    return value.to(next((device for device in devices if device.type != "cpu"), devices[0]))
+
+
+AnyOnnxEngine = OnnxEngine[Any, Any, Any]
