@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from lorac.argument_types import field_types, format_type, matches_type
 from lorac.errors import FormatError, nearest_name, short
+from lorac.formats._errors import unsupported_error
 from lorac.ir.patterns import TARGET_KEYWORDS
 
 JsonObject = Mapping[str, Any]
@@ -59,9 +60,7 @@ class Field:
         try:
             return self.read(value)
         except ValueError as error:
-            raise FormatError(
-                f"'{path}' sets {name}={short(value)}: {error}", next_step=self.next_step, code="unsupported_field"
-            ) from None
+            raise unsupported_error(f"'{path}' sets {name}={short(value)}: {error}", next_step=self.next_step) from None
 
 
 class Applied(Field):
@@ -89,10 +88,8 @@ class Refused(Field):
 
     def parse(self, value: object, name: str, path: Path) -> object:
         if value and value != self.default:
-            raise FormatError(
-                f"'{path}' sets {name}={short(value)}, which lorac does not build",
-                next_step=self.next_step,
-                code="unsupported_field",
+            raise unsupported_error(
+                f"'{path}' sets {name}={short(value)}, which lorac does not build", next_step=self.next_step
             )
         return self.default
 
@@ -133,11 +130,7 @@ def check_field_type(cls: type, name: str, value: object, path: Path) -> None:
     """
     expected = field_types(cls)[name]
     if not matches_type(value, expected):
-        raise FormatError(
-            f"'{path}' sets {name}={short(value)}",
-            next_step=f"it takes {format_type(expected)}",
-            code="unsupported_field",
-        )
+        raise unsupported_error(f"'{path}' sets {name}={short(value)}", next_step=f"it takes {format_type(expected)}")
 
 
 # ── Readers: a value of the file, None included, to lorac's ──────────────────────────────────────────────────────────

@@ -7,7 +7,6 @@ file, so that the error of a false one names what is wrong; ``lorac.storage.tens
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from lorac.adapters.fit import check_finite
 from lorac.errors import FormatError, LoracError, nearest_name
 from lorac.formats._config_fields import JsonObject
+from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.formats._pickles import load_pickle
 from lorac.limits import claim_memory, pause_clock
 from lorac.storage.strict_json import dump_json, parse_object, read_json_text
@@ -36,48 +36,24 @@ HUB_WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
 """Files of tensors in AdapterHub's folders, whose configuration has the name of PEFT's."""
 
 
-@dataclass(frozen=True)
-class TensorEntry:
-    """An entry of a safetensors header: a tensor's dtype, its shape, and its bytes, counted from the first tensor's."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
-@dataclass(frozen=True)
-class SafetensorsHeader:
-    """A safetensors header that agrees with its file.
-
-    Attributes:
-        tensors: name -> entry.
-        metadata: its free text entries.
-    """
-
-    tensors: Mapping[str, TensorEntry]
-    metadata: Mapping[str, str]
-
-
 def containing_folder(path: Path, *files: str) -> Path:
     """Return the folder of a path that is one of the named files; any other path unchanged."""
     return path.parent if path.name in files and path.is_file() else path
 
 
-def read_header(path: Path) -> SafetensorsHeader:
-    """Return the header of a safetensors file, checked against the size of the file and itself.
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file, whose header is checked against the size of the file and itself.
 
     Raises:
-        FormatError: it is truncated, not JSON, has an unknown dtype, shapes that do not fit the offsets, overlapping
-            tensors, or bytes that belong to none.
+        FormatError: the header is truncated, not JSON, has an unknown dtype, shapes that do not fit the offsets,
+            overlapping tensors, or leaves bytes that belong to none.
     """
-    raw, size = _read_raw_header(path)
-    metadata = raw.pop("__metadata__", {})
+    header, size = _read_raw_header(path)
+    metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise _corrupt(path, "its metadata is not a mapping of text to text")
-    tensors = {name: _parse_entry(path, name, entry) for name, entry in raw.items()}
-    _check_offsets(path, tensors, size)
-    return SafetensorsHeader(tensors, metadata)
+    _check_offsets(path, {name: _parse_offsets(path, name, entry) for name, entry in header.items()}, size)
+    return metadata
 
 
 def peek_metadata(path: Path) -> dict[str, str]:
@@ -116,10 +92,8 @@ def read_weights(folder: Path, config: str, weights: str, pickled: str) -> tuple
         return read_safetensors(folder / weights)
     if (folder / pickled).is_file():
         return read_pickle(folder / pickled), {}
-    raise FormatError(
-        f"'{folder}' has {config}, but neither {weights} nor {pickled}",
-        next_step="copy or download the whole folder",
-        code="corrupt_file",
+    raise corrupt_error(
+        f"'{folder}' has {config}, but neither {weights} nor {pickled}", next_step="copy or download the whole folder"
     )
 
 
@@ -127,10 +101,10 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors of a safetensors file, in memory of their own, and its metadata.
 
     Raises:
-        FormatError: as ``read_header``.
+        FormatError: as ``read_metadata``.
         AdapterError: a tensor holds NaN or infinity.
     """
-    header = read_header(path)
+    metadata = read_metadata(path)
     try:
         with pause_clock():
             # The library maps the file; clones outlive whatever happens to it.
@@ -138,7 +112,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (SafetensorError, RuntimeError) as error:  # torch raises the latter for a file that has vanished
         raise _corrupt(path, str(error)) from error
     check_finite(tensors, f"'{path}'")
-    return tensors, dict(header.metadata)
+    return tensors, metadata
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
@@ -207,10 +181,9 @@ def encode_config(value: JsonObject, indent: int | None = None) -> str:
     try:
         return dump_json(value, indent)
     except ValueError as error:
-        raise FormatError(
+        raise unsupported_error(
             f"the adapter's configuration cannot be written: {error}",
             next_step="give it finite numbers of ordinary size",
-            code="unsupported_field",
         ) from error
 
 
@@ -228,12 +201,11 @@ def check_seal(path: Path, text: str, tensors: Mapping[str, Tensor], metadata: M
     with pause_clock():
         belongs = SEAL not in metadata or metadata[SEAL] == hash_contents(text, tensors)
     if not belongs:
-        raise FormatError(
+        raise corrupt_error(
             f"the configuration and the tensors of '{path}' do not belong together: they, or one of them, were changed "
             "since lorac wrote both",
             next_step=f"copy or download the file again; where the change is meant, remove '{SEAL}' from the tensors' "
             "metadata",
-            code="corrupt_file",
         )
 
 
@@ -255,7 +227,8 @@ def _check_name(path: Path, name: str) -> None:
         raise _corrupt(path, f"a tensor's name has {len(name)} characters, more than {LONGEST_NAME}: '{name[:50]}…'")
 
 
-def _parse_entry(path: Path, name: str, entry: object) -> TensorEntry:
+def _parse_offsets(path: Path, name: str, entry: object) -> tuple[int, int]:
+    """Return the first byte of a tensor and the one after its last, counted from the end of the header."""
     _check_name(path, name)
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _corrupt(path, f"the entry of '{name}' is not dtype, shape and data_offsets")
@@ -267,17 +240,17 @@ def _parse_entry(path: Path, name: str, entry: object) -> TensorEntry:
     begin, end = offsets
     if end - begin != prod(shape) * DTYPES[dtype].itemsize:
         raise _corrupt(path, f"'{name}' is {dtype} {tuple(shape)}, but has {end - begin} bytes")
-    return TensorEntry(dtype, tuple(shape), begin, end)
+    return begin, end
 
 
-def _check_offsets(path: Path, tensors: Mapping[str, TensorEntry], size: int) -> None:
+def _check_offsets(path: Path, offsets: Mapping[str, tuple[int, int]], size: int) -> None:
     """Refuse tensors that overlap, leave a hole, or do not fill the file."""
     reached = 0
-    for name, entry in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
-        if entry.begin != reached:
-            what = "overlaps the tensor before it" if entry.begin < reached else "leaves a hole before it"
-            raise _corrupt(path, f"'{name}' {what}: it begins at byte {entry.begin}, not {reached}")
-        reached = entry.end
+    for name, (begin, end) in sorted(offsets.items(), key=lambda item: item[1]):
+        if begin != reached:
+            what = "overlaps the tensor before it" if begin < reached else "leaves a hole before it"
+            raise _corrupt(path, f"'{name}' {what}: it begins at byte {begin}, not {reached}")
+        reached = end
     if reached != size:
         raise _corrupt(path, f"its header promises {reached} bytes of data, the file has {size}")
 
@@ -287,4 +260,4 @@ def _is_natural_list(value: object) -> bool:
 
 
 def _corrupt(path: Path, reason: str, nearest: str | None = None) -> FormatError:
-    return FormatError(f"'{path}' is damaged: {reason}", nearest=nearest, code="corrupt_file")
+    return corrupt_error(f"'{path}' is damaged: {reason}", nearest=nearest)

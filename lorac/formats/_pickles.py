@@ -1,8 +1,8 @@
-"""Pickled tensors, looked at before they are unpickled: what a `.bin` file names, and how large it says it is.
+"""Pickled tensors, checked before they are unpickled: what a `.bin` file names, and how large it says it is.
 
-torch.save writes a zip file that is not compressed: `<name>/data.pkl`, a pickle, and every storage as a file beside
-it. `torch.load(weights_only=True)` runs no code; but a few bytes of a pickle can ask it for tensors of any size, or a
-few of a zip file unpack to any length. So sizes are added up first, and a pickle may name nothing but what a
+torch.save writes a zip file that is not compressed: `<name>/data.pkl`, a pickle, and every storage as a file next to
+it. `torch.load(weights_only=True)` runs no code; but a few bytes of a pickle can ask it for tensors of any size, and a
+few bytes of a zip file can unpack to any length. So sizes are added up first, and a pickle may name nothing but what a
 dictionary of dense tensors needs.
 """
 
@@ -13,7 +13,7 @@ import pickletools
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 
@@ -26,43 +26,46 @@ MOST_STEPS = 1_000_000
 """Steps of a pickle: 30 for each of 30 000 tensors. torch unpickles so many in under two seconds."""
 _PICKLE = "data.pkl"
 _NAMES = frozenset({"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"})
-"""What a pickle of named tensors calls, besides the types of storages."""
+"""The names in a pickle of named tensors, apart from the types of storages."""
 _PER_MEMBER = 1024
-"""Bytes that Python keeps at most of every file in a zip file."""
+"""Most bytes that Python holds for every file in a zip file."""
 _END, _END_64 = 22, 76
-"""Length of a zip file's last record, and where the long form begins, from its beginning."""
+"""Length of the last record of a zip file, and of the long form before it with its locator."""
 
 
-def load_pickle(path: Path, refuse: Refuse) -> Any:
-    """What a `.bin` file holds.
+def load_pickle(path: Path, refuse: Refuse) -> object:
+    """Return the content of a `.bin` file.
 
     Raises:
-        FormatError: ``refuse``'s: it is none, or names what no dictionary of tensors needs.
-        FormatError: Unpacked it is larger than a file may be, or has too many members.
+        FormatError: that of ``refuse``, where it is not such a file, or names what no dictionary of tensors needs; or
+            unpacked it is larger than a file may be, or has too many members.
     """
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
             claim_memory(_count_members(file) * _PER_MEMBER, "its directory")
         with zipfile.ZipFile(path) as archive:
-            _check_sizes(archive, size, refuse)
-            _check_names(_pickle(archive, refuse), refuse)
+            members = archive.infolist()
+            if len({member.filename for member in members}) < len(members):
+                raise refuse("two of its members have one name")
+            claim_memory(sum(member.file_size for member in members) - size, "it is packed")
+            _check_names(_read_member(archive, refuse), refuse)
     except (LoracError, OSError):
         raise
     except Exception as error:  # a reader of zip files, or of pickles, fed with garbage may raise anything
-        raise refuse(f"torch.load(weights_only=True) refuses it: it is no file of torch.save's ({error})") from error
+        raise refuse(f"torch.load(weights_only=True) refuses it: torch.save did not write it ({error})") from error
     try:
         with pause_clock():
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # and so may whoever unpickles it
+    except Exception as error:  # and so may the unpickler
         reason = str(error).strip().partition("\n")[0]
         raise refuse(f"torch.load(weights_only=True) refuses it: {reason}") from error
 
 
 def _count_members(file: BinaryIO) -> int:
-    """How many members the end of a zip file says it has; they are counted before anything is made of each."""
+    """Return the number of members that the end of a zip file states, before anything is allocated for each."""
     end = file.seek(0, os.SEEK_END)
     file.seek(max(0, end - (1 << 16) - _END))
     tail = file.read()
@@ -74,15 +77,7 @@ def _count_members(file: BinaryIO) -> int:
     return int.from_bytes(long[32:40], "little") if long.startswith(b"PK\6\6") else count
 
 
-def _check_sizes(archive: zipfile.ZipFile, size: int, refuse: Refuse) -> None:
-    """The members, unpacked, are hardly larger than the file."""
-    members = archive.infolist()
-    if len({member.filename for member in members}) < len(members):
-        raise refuse("two of its members have one name")
-    claim_memory(sum(member.file_size for member in members) - size, "it is packed")
-
-
-def _pickle(archive: zipfile.ZipFile, refuse: Refuse) -> bytes:
+def _read_member(archive: zipfile.ZipFile, refuse: Refuse) -> bytes:
     found = [name for name in archive.namelist() if name.rpartition("/")[2] == _PICKLE]
     if len(found) != 1:
         raise refuse(f"torch.load(weights_only=True) refuses it: it has {len(found)} members called {_PICKLE}, not one")
@@ -90,7 +85,7 @@ def _pickle(archive: zipfile.ZipFile, refuse: Refuse) -> bytes:
 
 
 def _check_names(pickle: bytes, refuse: Refuse) -> None:
-    """A pickle names the types of storages and what puts tensors together, and nothing else."""
+    """Refuse a pickle that names anything but types of storages and the functions that rebuild tensors."""
     for step, (opcode, argument, _) in enumerate(pickletools.genops(pickle)):
         check_time(step)
         if step == MOST_STEPS:
@@ -99,7 +94,7 @@ def _check_names(pickle: bytes, refuse: Refuse) -> None:
             continue
         if not isinstance(argument, str) or not (argument in _NAMES or _is_storage(argument)):
             raise refuse(
-                f"torch.load(weights_only=True) is not asked: it names {argument!r}, which dense tensors need not"
+                f"torch.load(weights_only=True) is not called: it names {argument!r}, which dense tensors need not"
             )
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from lorac.argument_types import check_type
 from lorac.discovery import import_modules, list_entry_points
 from lorac.errors import FormatError, nearest_name, warn
-from lorac.formats._files import read_header
+from lorac.formats._files import read_metadata
 from lorac.formats._format import Format
 from lorac.frontend.model_view import ModelView
 from lorac.limits import charge_reading
@@ -144,7 +144,7 @@ def _find_format(path: Path) -> Format:
     if len(matching) == 1:
         return matching[0]
     if path.is_file() and path.suffix == ".safetensors":
-        read_header(path)  # the error of a damaged file says more
+        read_metadata(path)  # the error of a damaged file says more
     raise FormatError(
         f"'{path}' is an adapter of no known format; looked for "
         + "; ".join(f"{format.name}: {format.looks_for}" for format in formats().values()),

@@ -6,6 +6,7 @@ needs more of a site than the matrices of the adapter tell.
 
 from __future__ import annotations
 
+import dataclasses
 from math import prod
 from typing import Any
 
@@ -52,23 +53,16 @@ def is_site_json(layout: JsonObject) -> bool:
 
 def site_from_json(path: str, layout: JsonObject) -> Site:
     """Return a site of a layout; strides, weights and dtype are not known."""
-    kernel = layout.get("kernel")
-    return Site(
-        path=path,
-        kind=SiteKind(layout["kind"]),
-        out_features=layout["out"],
-        in_features=layout["in"],
-        dtype=torch.float32,
-        weight=None,
-        transposed=layout["transposed"],
-        stack=layout.get("stack", 0),
-        within=layout.get("within"),
-        conv=open_geometry(layout["channels"], tuple(kernel), layout["groups"]) if kernel else None,
-    )
+    if "kernel" in layout:
+        return conv_site(path, layout["out"], layout["channels"], tuple(layout["kernel"]), layout["groups"])
+    site = matrix_site(path, layout["out"], layout["in"], SiteKind(layout["kind"]))
+    rest = {name: layout[name] for name in ("transposed", "stack", "within") if name in layout}
+    return dataclasses.replace(site, **rest)
 
 
 def conv_site(path: str, out: int, channels: int, kernel: tuple[int, ...], groups: int) -> Site:
-    """Return a convolution of which only the kernel is known."""
+    """Return a convolution of which only the kernel is known, with stride and dilation left open."""
+    ones, zeros = (1,) * len(kernel), (0,) * len(kernel)
     return Site(
         path=path,
         kind=(SiteKind.CONV1D, SiteKind.CONV2D, SiteKind.CONV3D)[len(kernel) - 1],
@@ -76,19 +70,13 @@ def conv_site(path: str, out: int, channels: int, kernel: tuple[int, ...], group
         in_features=channels * prod(kernel),
         dtype=torch.float32,
         weight=None,
-        conv=open_geometry(channels, kernel, groups),
+        conv=ConvGeometry(channels, kernel, stride=ones, padding=zeros, dilation=ones, groups=groups),
     )
 
 
 def matrix_site(path: str, out: int, columns: int, kind: SiteKind = SiteKind.LINEAR) -> Site:
     """Return a linear layer or embedding of which only the shape is known."""
     return Site(path=path, kind=kind, out_features=out, in_features=columns, dtype=torch.float32, weight=None)
-
-
-def open_geometry(channels: int, kernel: tuple[int, ...], groups: int) -> ConvGeometry:
-    """Return the geometry of a convolution with stride and dilation left open."""
-    ones, zeros = (1,) * len(kernel), (0,) * len(kernel)
-    return ConvGeometry(channels, kernel, stride=ones, padding=zeros, dilation=ones, groups=groups)
 
 
 def same_layout(site: Site, other: Site) -> bool:

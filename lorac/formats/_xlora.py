@@ -28,6 +28,7 @@ from lorac.formats._config_fields import (
     read_optional_size,
     read_size,
 )
+from lorac.formats._errors import corrupt_error
 from lorac.formats._registry import load_adapter
 from lorac.frontend.last_hidden_state import find_last_hidden_state
 from lorac.frontend.model_view import ModelView
@@ -136,12 +137,11 @@ class XLoraFolder:
         expected = [key for key in self.keys for key in ((key, _bias_key(key)) if self.biased else (key,))]
         missing = [key for key in expected if key not in self.classifier]
         if missing:
-            raise FormatError(
+            raise corrupt_error(
                 f"'{self.folder}' lacks '{missing[0]}', one of {len(missing)} of {len(expected)} tensors of the "
                 f"classifier of '{name}': PEFT drops keys with a number below {len(self.experts)} when it saves",
                 next_step="save the state of internal_xlora_classifier from the trained model itself, and put its "
                 "tensors into the file, behind base_model.internal_xlora_classifier.",
-                code="corrupt_file",
             )
         unexpected = [key for key in self.classifier if key not in expected]
         if unexpected:
@@ -159,10 +159,9 @@ class XLoraFolder:
         folders.insert(folders.index(self.folder / path), path)
         found = next((folder for folder in folders if folder.is_dir()), None)
         if found is None:
-            raise FormatError(
+            raise corrupt_error(
                 f"'{self.folder}' mixes an expert '{expert}', which is not at '{self.experts[expert]}'",
                 next_step=f"put its folder at '{self.folder / expert}'",
-                code="corrupt_file",
             )
         return found
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lorac.errors import FormatError
+from lorac.formats._errors import unsupported_error
 from lorac.formats._files import peek_names
 from lorac.formats._format import Format
 from lorac.frontend.model_view import ModelView
@@ -27,10 +27,9 @@ class AutoLoraFormat(Format):
         return any(name.startswith(_PREFIX) and name.endswith(_SUFFIX) for name in names)
 
     def read(self, path: Path, view: ModelView | None, name: str | None) -> Adapter:
-        raise FormatError(
+        raise unsupported_error(
             f"'{path}' holds the gates of AutoLoRA's merger, and the LoRAs that they fuse lie elsewhere",
             next_step="load these, and give them to lorac.AutoLoRA.from_loras with gates=, this file's tensors by name",
-            code="unsupported_field",
         )
 
 

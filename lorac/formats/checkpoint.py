@@ -16,6 +16,7 @@ from torch import Tensor
 from lorac.adapters.fit import check_adapter, sort_by_site
 from lorac.errors import FormatError, nearest_name
 from lorac.formats._config_fields import JsonObject
+from lorac.formats._errors import corrupt_error
 from lorac.formats._files import encode_config, peek_names, read_safetensors
 from lorac.formats._format import Format
 from lorac.formats.native import assemble_adapter, build_variant, parse_record, tensor_key
@@ -46,9 +47,7 @@ class CheckpointFormat(Format):
         records: dict[str, tuple[str, JsonObject, Places]] = {}
         for key in filter(_is_record, tensors):
             text = bytes(tensors[key].tolist())
-            stored = parse_object(
-                text, lambda reason: FormatError(f"a record in '{file}' {reason}", code="corrupt_file")
-            )
+            stored = parse_object(text, lambda reason: corrupt_error(f"a record in '{file}' {reason}"))
             parsed = parse_record(file, encode_config(stored["record"]))
             records[parsed["name"]] = (key.removesuffix(_RECORD), parsed, stored["places"])
         prefix, record, places = records[_choose_adapter(file, sorted(records), name)]
@@ -87,9 +86,7 @@ def _select_tensors(file: Path, tensors: Mapping[str, Tensor], prefix: str, plac
     selected: dict[str, Tensor] = {}
     for key, parameters in places.items():
         if f"{prefix}.{key}" not in tensors:
-            raise FormatError(
-                f"'{file}' lacks the tensor '{prefix}.{key}', which its record promises", code="corrupt_file"
-            )
+            raise corrupt_error(f"'{file}' lacks the tensor '{prefix}.{key}', which its record promises")
         selected |= {tensor_key(site, name): tensors[f"{prefix}.{key}"] for site, name in parameters}
     return selected
 

@@ -22,6 +22,7 @@ from lorac.adapters.fit import check_adapter, sort_by_site
 from lorac.argument_types import field_types, matches_type
 from lorac.errors import FormatError, UnknownMethod, nearest_name, short
 from lorac.formats._config_fields import JsonObject
+from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.formats._files import check_seal, encode_config, peek_metadata, read_safetensors, write_sealed
 from lorac.formats._format import Format
 from lorac.formats._site_layouts import LAYOUT, is_site_json
@@ -38,20 +39,25 @@ _ENTRY = "lorac"
 _OTHER_VERSION = "it was written by another version of lorac"
 _LOCAL_PROVENANCE = {"source", "format", "base", "left_out"}
 """Provenance about one file on one machine, which is not written to the next."""
-_FIELDS = {
+_StringMap = Mapping[str, str]
+_FIELDS: Mapping[str, object] = {
     "version": int,
     "name": str,
     "variant": str,
-    "config": dict,
-    "left_out": list,
-    "shared": dict,
-    "provenance": dict,
-    "base": (str, type(None)),
+    "config": JsonObject,
+    "left_out": tuple[str, ...],
+    "shared": _StringMap,
+    "provenance": JsonObject,
+    "base": str | None,
 }
 _MODULES = "modules"
 """Field of a record: method -> the module of its class, where that is not lorac's own."""
-_StringMap = Mapping[str, str]
-_PROVENANCE_TYPES = {"copies": _StringMap, "tied": _StringMap, "config": JsonObject, LAYOUT: Mapping[str, JsonObject]}
+_PROVENANCE_TYPES: Mapping[str, object] = {
+    "copies": _StringMap,
+    "tied": _StringMap,
+    "config": JsonObject,
+    LAYOUT: Mapping[str, JsonObject],
+}
 """The entries of an adapter's provenance that lorac reads again; others are only stored."""
 
 
@@ -113,10 +119,8 @@ def assemble_adapter(
         name: the name of the adapter; None for the recorded one.
     """
     for alias, first in record["shared"].items():
-        if not isinstance(first, str) or first not in stored or alias in stored:
-            raise FormatError(
-                f"'{path}' says that '{alias}' is {short(first)}, which its tensors contradict", code="corrupt_file"
-            )
+        if first not in stored or alias in stored:
+            raise corrupt_error(f"'{path}' says that '{alias}' is {short(first)}, which its tensors contradict")
         stored[alias] = stored[first]
     provenance = {
         **record["provenance"],
@@ -185,15 +189,13 @@ def parse_record(path: Path, text: str) -> dict[str, Any]:
             type.
     """
     what = f"the description in '{path}'"
-    record = parse_object(text, lambda reason: FormatError(f"{what} {reason}", code="corrupt_file"))
+    record = parse_object(text, lambda reason: corrupt_error(f"{what} {reason}"))
     version = record.get("version")
     if not isinstance(version, int):
-        raise FormatError(f"{what} has no version", code="corrupt_file")
+        raise corrupt_error(f"{what} has no version")
     if version > VERSION:
-        raise FormatError(
-            f"'{path}' is version {version} of the format, this lorac reads {VERSION}",
-            next_step="pip install -U lorac",
-            code="unsupported_field",
+        raise unsupported_error(
+            f"'{path}' is version {version} of the format, this lorac reads {VERSION}", next_step="pip install -U lorac"
         )
     for field in record:
         if field not in _FIELDS and field != _MODULES:
@@ -204,27 +206,25 @@ def parse_record(path: Path, text: str) -> dict[str, Any]:
                 code="unknown_field",
             )
     for field, expected in _FIELDS.items():
-        if field not in record or not isinstance(record[field], expected):  # type: ignore[arg-type]  # a type or a tuple of types
-            raise FormatError(f"{what} lacks '{field}', or it is of another type", code="corrupt_file")
+        if field not in record or not matches_type(record[field], expected):
+            raise corrupt_error(f"{what} lacks '{field}', or it is of another type")
     _check_provenance(what, record["provenance"])
     modules = record.get(_MODULES, {})
     names = (
         [part for name in modules.values() for part in name.split(".")] if matches_type(modules, _StringMap) else [""]
     )
     if not all(name.isidentifier() for name in names):
-        raise FormatError(f"{what} has '{_MODULES}' that are not modules: {short(modules)}", code="corrupt_file")
-    if not matches_type(record["left_out"], tuple[str, ...]):
-        raise FormatError(f"{what} has 'left_out' of another type", code="corrupt_file")
+        raise corrupt_error(f"{what} has '{_MODULES}' that are not modules: {short(modules)}")
     return record
 
 
 def _check_provenance(what: str, provenance: JsonObject) -> None:
     for entry, expected in _PROVENANCE_TYPES.items():
         if entry in provenance and not matches_type(provenance[entry], expected):
-            raise FormatError(f"{what} has '{entry}' of another type in its provenance", code="corrupt_file")
+            raise corrupt_error(f"{what} has '{entry}' of another type in its provenance")
     for site, layout in provenance.get(LAYOUT, {}).items():
         if not is_site_json(layout):
-            raise FormatError(f"{what} does not tell the layout of '{site}': {short(layout)}", code="corrupt_file")
+            raise corrupt_error(f"{what} does not tell the layout of '{site}': {short(layout)}")
 
 
 def build_variant(path: Path, record: JsonObject) -> Variant:
@@ -266,17 +266,14 @@ def _build_named_variant(path: Path, name: str, config: JsonObject, modules: Map
     values: dict[str, Any] = {field: _revive(path, value, modules) for field, value in config.items()}
     for field, value in values.items():
         if not matches_type(value, types[field]):
-            raise FormatError(
+            raise unsupported_error(
                 f"'{path}' sets {field}={short(config[field])}, which {cls.name} does not take",
                 next_step=f"its default is {defaults[field]!r}" if field in defaults else f"it takes {types[field]}",
-                code="unsupported_field",
             )
     try:
         return cls(**values)
     except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
-        raise FormatError(
-            f"'{path}' configures {cls.name} wrongly: {error}", next_step=_OTHER_VERSION, code="unsupported_field"
-        ) from error
+        raise unsupported_error(f"'{path}' configures {cls.name} wrongly: {error}", next_step=_OTHER_VERSION) from error
 
 
 def _revive(path: Path, value: object, modules: Mapping[str, str]) -> object:

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lorac.adapters.fit import check_adapter
-from lorac.errors import FormatError
 from lorac.formats._config_fields import Applied, Field, Irrelevant, read_fields, read_flag, read_size
+from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.formats._files import containing_folder, read_json, read_safetensors, write_json
 from lorac.formats._format import Format
 from lorac.formats._xlora import CLASSIFIER_FIELDS, XLoraFolder, split_xlora
@@ -51,10 +51,8 @@ class XLoraFormat(Format):
         values = read_fields(read_json(folder / CONFIG), _FIELDS, folder / CONFIG)
         fields = {field.to: values[key] for key, field in _FIELDS.items() if field.to}
         if not (folder / WEIGHTS).is_file():
-            raise FormatError(
-                f"'{folder}' has {CONFIG}, but no {WEIGHTS}",
-                next_step="copy or download the whole folder",
-                code="corrupt_file",
+            raise corrupt_error(
+                f"'{folder}' has {CONFIG}, but no {WEIGHTS}", next_step="copy or download the whole folder"
             )
         tensors, _ = read_safetensors(folder / WEIGHTS)
         classifier = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
@@ -74,10 +72,9 @@ class XLoraFormat(Format):
         variant = adapter.variant
         if not isinstance(variant, XLoRA) or adapter.replaced:
             what = "also replaces parameters" if isinstance(variant, XLoRA) else f"is of {variant.name}"
-            raise FormatError(
+            raise unsupported_error(
                 f"adapter '{adapter.name}' {what}, and the format '{self.name}' holds an X-LoRA and nothing else",
                 next_step="use format='native'",
-                code="unsupported_field",
             )
         if view is not None:
             check_adapter(adapter, view)

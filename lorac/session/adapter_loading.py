@@ -84,7 +84,7 @@ def outline_adapter(session: Session, adapter: Adapter) -> PreparedAdapter:
 def _read(session: Session, source: AdapterSource, name: str | None) -> Adapter:
     view = session.view
     if isinstance(source, str | Path):
-        return load_adapter(source, view.module, name)  # the format checks it against the model
+        return load_adapter(source, view, name)  # the format checks it against the model
     if isinstance(source, Variant):
         variant = source.for_model(view, session.examples.get("example_inputs"))
         adapter = make_fresh_adapter(variant, name or source.name, add_named_modules(variant, view), session.base)

@@ -262,7 +262,7 @@ class CompiledModule(nn.Module, Compiled):
         adapters = self.adapters
         for name, adapter in adapters.items():
             path = Path(folder) if len(adapters) == 1 else Path(folder) / name
-            save_adapter(adapter, path, model=self.session.host.module)
+            save_adapter(adapter, path, model=self.session.view)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> CompiledModule:
         """Move the parameters, behind ``to``, ``half`` and ``cuda``, and bind the moved tensors.

@@ -29,7 +29,7 @@ from lorac.session.compiled import CompiledModule
 from lorac.session.targets import find_backend, targets
 
 ROOT = Path(__file__).parents[2]
-SPEAKS = {*errors.__all__, "warn", "expect", "refuse"}
+SPEAKS = {*errors.__all__, "warn", "check_type", "refuse", "unsupported_error", "corrupt_error"}
 """Calls whose texts reach a person."""
 
 NAME = re.compile(r"(?<![\w./':])lorac\.[A-Za-z_]\w*(?:\.\w+)*")

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from lorac.adapters.base_hash import compute_base_hash
 from lorac.adapters.fit import check_adapter, sort_by_site
-from lorac.errors import BaseNeeded, FormatError, warn
+from lorac.errors import BaseNeeded, warn
+from lorac.formats._errors import unsupported_error
 from lorac.formats._files import (
     BASE_HASH,
     HUB_WEIGHTS,
@@ -96,11 +97,10 @@ class AdapterHubFormat(Format):
 
     def write(self, adapter: Adapter, path: Path, view: ModelView | None, target: Path) -> None:
         if adapter.replaced:
-            raise FormatError(
+            raise unsupported_error(
                 f"adapter '{adapter.name}' replaces '{next(iter(adapter.replaced))}' whole, for which AdapterHub's "
                 "files have no place",
                 next_step="use format='native'",
-                code="unsupported_field",
             )
         if view is None:
             raise BaseNeeded(
@@ -147,22 +147,20 @@ def _find_composition(folder: Path) -> str | None:
 def _refuse_composition(folder: Path) -> None:
     composition = _find_composition(folder)
     if composition is not None:
-        raise FormatError(
+        raise unsupported_error(
             f"'{folder / composition}' is AdapterHub's and says {_COMPOSITIONS[composition]}; lorac reads adapters one "
             "by one",
             next_step="load each adapter's own folder; lorac.Chain puts methods of the weight form after one another, "
             "and a weighted swap adds what several do",
-            code="unsupported_field",
         )
 
 
 def _check_neighbours(folder: Path) -> None:
     """Refuse a file that changes where adapters sit, and warn of a head, which is not read."""
     if (folder / _INTERFACE).is_file():
-        raise FormatError(
+        raise unsupported_error(
             f"'{folder}' has an {_INTERFACE}: a plug-in interface of its own says where its adapters sit",
             next_step="train it on a class that the library knows by itself",
-            code="unsupported_field",
         )
     if any((folder / name).is_file() for name in _HEADS):
         warn(

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorac.errors import FormatError, nearest_name, short
+from lorac.errors import nearest_name, short
 from lorac.formats._config_fields import JsonObject, check_field_type, refuse_unknown_fields
+from lorac.formats._errors import unsupported_error
 from lorac.formats.adapterhub.components import (
     ComponentConfig,
     ComponentFile,
@@ -119,11 +120,10 @@ def read_preset(name: str, file: Path) -> dict[str, object]:
     plain = name.removesuffix("+inv")
     modern = _OLD_NAMES.get(plain, plain) + ("_inv" if plain != name else "")
     if modern not in PRESETS:
-        raise FormatError(
+        raise unsupported_error(
             f"'{file}' names the configuration {name!r}",
             nearest=nearest_name(modern, PRESETS),
             next_step=f"lorac knows {', '.join(PRESETS)}",
-            code="unsupported_field",
         )
     return dict(PRESETS[modern])
 
@@ -145,14 +145,11 @@ def _modernise_fields(config: JsonObject, header: ConfigHeader) -> dict[str, Any
 def _check_value(name: str, value: object, file: Path) -> None:
     check_field_type(Bottleneck, name, value, file)
     if "reduction_factor" in name and isinstance(value, int | float) and value <= 0:
-        raise FormatError(
-            f"'{file}' sets {name}={short(value)}", next_step="it takes a number above 0", code="unsupported_field"
-        )
+        raise unsupported_error(f"'{file}' sets {name}={short(value)}", next_step="it takes a number above 0")
     if name == "inv_adapter" and value != "nice":
-        raise FormatError(
+        raise unsupported_error(
             f"'{file}' sets inv_adapter={short(value)}, which lorac does not build; the library cannot run it",
             next_step='train with inv_adapter="nice"',
-            code="unsupported_field",
         )
 
 
@@ -221,11 +218,10 @@ def _placing_fields(
     same = all(getattr(placed, name) == getattr(variant, name) for name in ("residuals", "inner", "norm_eps"))
     targets = {*placed.targets} - {*placed.embeddings, *placed.heads}
     if targets != paths or not same or placed.embeddings != variant.embeddings:
-        raise FormatError(
+        raise unsupported_error(
             f"AdapterHub puts bottlenecks at all attentions, all MLPs or both of a block, and adapter '{adapter.name}' "
             "sits, or reads, elsewhere",
             next_step="use format='native'",
-            code="unsupported_field",
         )
     return fields
 
@@ -237,9 +233,8 @@ def _block_reductions(adapter: Adapter, variant: Bottleneck, blocks: Mapping[str
         at_path = variant.at_path(path)
         assert isinstance(at_path, Bottleneck)
         if reductions.setdefault(str(number), at_path.reduction_factor) != at_path.reduction_factor:
-            raise FormatError(
+            raise unsupported_error(
                 f"AdapterHub has one reduction_factor a block, and adapter '{adapter.name}' has two in block {number}",
                 next_step="use format='native'",
-                code="unsupported_field",
             )
     return {number: factor for number, factor in reductions.items() if factor != variant.reduction_factor}

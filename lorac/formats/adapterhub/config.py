@@ -10,8 +10,9 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from lorac.errors import FormatError, short
+from lorac.errors import short
 from lorac.formats._config_fields import JsonObject, refuse_unknown_fields
+from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.formats.adapterhub.bottlenecks import read_bottlenecks, read_preset
 from lorac.formats.adapterhub.components import ComponentConfig, ComponentFile, ConfigHeader
 from lorac.formats.adapterhub.loras import ARCHITECTURE, TASKS_ARCHITECTURE, read_loras
@@ -50,7 +51,7 @@ def read_config(raw: JsonObject, file: Path, *, invertible: bool) -> tuple[Confi
         config = read_preset(config, file)
     if not isinstance(config, dict) or not isinstance(raw.get("name"), str):
         missing = "name" if isinstance(config, dict) else "config"
-        raise FormatError(f"'{file}' has no {missing}", code="corrupt_file")
+        raise corrupt_error(f"'{file}' has no {missing}")
     header = ConfigHeader(
         file,
         name=raw["name"],
@@ -69,7 +70,7 @@ def _split_union(config: JsonObject, file: Path) -> Sequence[JsonObject]:
     refuse_unknown_fields(config, (_ARCHITECTURE, _CONFIGS), file)
     parts = config.get(_CONFIGS)
     if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
-        raise FormatError(f"'{file}' is of a union, and has no {_CONFIGS}", code="corrupt_file")
+        raise corrupt_error(f"'{file}' is of a union, and has no {_CONFIGS}")
     return parts
 
 
@@ -79,11 +80,10 @@ def _read_component(config: JsonObject, header: ConfigHeader) -> ComponentConfig
     if read is None:
         what = _REFUSED.get(architecture, "") if isinstance(architecture, str) else ""
         known = ", ".join(name for name in _READERS if name)
-        raise FormatError(
+        raise unsupported_error(
             f"'{header.file}' is of the architecture {short(architecture)}{what and f', which {what}'}; of "
             f"AdapterHub's lorac reads bottlenecks, {known} and unions of these",
             next_step="run it in AdapterHub's library, or train one of these",
-            code="unsupported_field",
         )
     return read({name: value for name, value in config.items() if name != _ARCHITECTURE}, header)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lorac.errors import FormatError, nearest_name
+from lorac.formats._errors import corrupt_error
 from lorac.formats.adapterhub.layouts import ADAPTERS, INVERTIBLE, LEGACY, LORAS, SHARED
 
 TensorsBySite = Mapping[str, Mapping[str, Tensor]]
@@ -110,7 +111,7 @@ def _suffixes(module: str) -> Iterator[str]:
 
 def _store(tensors: dict[str, Tensor], name: str, tensor: Tensor, key: str) -> None:
     if name in tensors and not torch.equal(tensors[name], tensor):
-        raise FormatError(f"'{key}' is one tensor under two names, and the two differ", code="corrupt_file")
+        raise corrupt_error(f"'{key}' is one tensor under two names, and the two differ")
     tensors[name] = tensor
 
 
@@ -123,10 +124,9 @@ def _refuse_missing(adapter: str, patterns: Iterable[KeyPattern], assigned: Tens
     ]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise FormatError(
+        raise corrupt_error(
             f"the file of adapter '{adapter}' lacks {missing[0][1]}{more}, which its configuration promises",
             next_step="save it from a class with a head: of a bare model the library leaves out what sites share"
             if any(pattern.group == SHARED for pattern, _ in missing)
             else "it is incomplete, or was made for a smaller model",
-            code="corrupt_file",
         )

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from lorac.errors import FormatError, nearest_name
+from lorac.errors import nearest_name
+from lorac.formats._errors import unsupported_error
 from lorac.frontend.residual_stream import ResidualStream, Sublayer
 from lorac.variants.bottleneck import Bottleneck
 
@@ -179,11 +180,10 @@ def family_of(model_type: object, where: str) -> Family:
         FormatError: they are not known.
     """
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise FormatError(
+        raise unsupported_error(
             f"{where} is for models of the type '{model_type}', whose places in AdapterHub lorac does not know",
             nearest=nearest_name(str(model_type), FAMILIES),
             next_step=f"known are {', '.join(FAMILIES)}",
-            code="unsupported_field",
         )
     return FAMILIES[model_type]
 

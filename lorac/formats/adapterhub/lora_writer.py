@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorac.errors import FormatError
+from lorac.formats._errors import unsupported_error
 from lorac.formats.adapterhub.components import ComponentFile, ModelLayout
 from lorac.formats.adapterhub.keys import KeyPattern
 from lorac.formats.adapterhub.layouts import INTERMEDIATE, LETTERS, LORAS, OUTPUT, PACKED
@@ -57,11 +57,10 @@ def write_loras(adapter: Adapter, layout: ModelLayout) -> ComponentFile:
     terms = {path: _convert_layer(adapter, path, layout) for path in adapter.tensors}
     groups = {term.fields for term in terms.values()}
     if len(groups) > 1:
-        raise FormatError(
+        raise unsupported_error(
             f"AdapterHub has one rank, scale and dropout for all layers, and adapter '{adapter.name}' has "
             f"{len(groups)}",
             next_step=_NATIVE,
-            code="unsupported_field",
         )
     fields = _select_layers(adapter.name, groups.pop(), terms, layout)
     tensors = {
@@ -77,10 +76,9 @@ def _convert_layer(adapter: Adapter, path: str, layout: ModelLayout) -> _LayerTe
     layer, site, tensors = layout.layers.get(path), layout.view.sites[path], adapter.tensors[path]
     variant = adapter.variant.at(site)
     if layer is None:
-        raise FormatError(
+        raise unsupported_error(
             f"AdapterHub adapts no layer that is '{path}', and adapter '{adapter.name}' has {variant.name} there",
             next_step=_NATIVE,
-            code="unsupported_field",
         )
     if layer.role == PACKED:
         return _convert_packed(adapter.name, variant, site, tensors)
@@ -92,11 +90,10 @@ def _convert_packed(name: str, split: Variant, site: Site, tensors: Mapping[str,
     """Return the parts of a packed layer, their tensors one below the other."""
     methods = [split.parts[part] for part in LETTERS if part in split.parts] if isinstance(split, Split) else []
     if not isinstance(split, Split) or not _is_even(split) or any(method != methods[0] for method in methods):
-        raise FormatError(
+        raise unsupported_error(
             f"AdapterHub adapts {', '.join(LETTERS)} of '{site.path}' each by itself and all alike, and adapter "
             f"'{name}' does not",
             next_step=f"lorac.Split(parts={{'q': lorac.LoRA()}}) does; or {_NATIVE}",
-            code="unsupported_field",
         )
     letters = tuple(part for part in LETTERS if part in split.parts)
     converted = []
@@ -129,11 +126,10 @@ def _convert_method(
         return fields, {A: tensors["lora_A"], B: up, MAGNITUDE: tensors["magnitude"][:, None]}
     if isinstance(method, IA3) and not method.feedforward:
         return LoraFields(r=1, alpha=1.0, composition_mode=SCALE, init_weights="ia3"), {B: tensors["ia3_l"]}
-    raise FormatError(
+    raise unsupported_error(
         f"adapter '{name}' has '{method.name}' at '{site.path}', which lorac cannot write to AdapterHub's files: they "
         "hold bottlenecks, LoRA, (IA)^3 that scales outputs, and DoRA of layers without biases",
         next_step=f"lorac.to_lora(adapter) makes a LoRA of what is one; or {_NATIVE}",
-        code="unsupported_field",
     )
 
 
@@ -153,11 +149,10 @@ def _select_layers(name: str, fields: LoraFields, terms: Mapping[str, _LayerTerm
     fields = replace(fields, leave_out=tuple(sorted(blocks - {layer.block for layer in layers.values()})))
     same_letters = all(fields.letters(layers[path]) == term.letters for path, term in terms.items() if term.letters)
     if not same_letters or {path for path, layer in layout.layers.items() if fields.adapts(layer)} != layers.keys():
-        raise FormatError(
+        raise unsupported_error(
             f"AdapterHub adapts layers of a kind in all of a block's attentions, or in its MLP, and adapter '{name}' "
             "does not",
             next_step=_NATIVE,
-            code="unsupported_field",
         )
     return fields
 

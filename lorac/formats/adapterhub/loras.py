@@ -30,8 +30,8 @@ from torch import Tensor
 
 from lorac.adapters.fit import check_parameter
 from lorac.argument_types import field_types
-from lorac.errors import FormatError
 from lorac.formats._config_fields import JsonObject, check_field_type, refuse_unknown_fields
+from lorac.formats._errors import unsupported_error
 from lorac.formats.adapterhub.components import ComponentConfig, ConfigHeader, ModelLayout, PlacedComponent
 from lorac.formats.adapterhub.keys import KeyPattern
 from lorac.formats.adapterhub.layouts import INTERMEDIATE, LETTERS, LORAS, PACKED, SHARED, AdaptableLayer
@@ -138,7 +138,7 @@ def read_loras(config: JsonObject, header: ConfigHeader, *, tasks: bool = False)
     fields = LoraFields(**values)
     for refused, what, step in _refusals(fields):
         if refused:
-            raise FormatError(f"'{header.file}' sets {what}", next_step=step, code="unsupported_field")
+            raise unsupported_error(f"'{header.file}' sets {what}", next_step=step)
     return LoraComponent(fields)
 
 
@@ -219,18 +219,16 @@ class LoraComponent(ComponentConfig):
     def _check_layer(self, name: str, site: Site, layer: AdaptableLayer) -> None:
         fields = self.fields
         if layer.role == PACKED and (fields.is_vera or fields.has_tasks or fields.use_dora):
-            raise FormatError(
+            raise unsupported_error(
                 f"adapter '{name}' has VeRA, DoRA or weighed tasks at '{site.path}', which packs {', '.join(LETTERS)}: "
                 "the library itself cannot run that",
                 next_step="train a plain LoRA, or with PEFT",
-                code="unsupported_field",
             )
         if fields.use_dora and (site.bias is not None or site.transposed):
-            raise FormatError(
+            raise unsupported_error(
                 f"adapter '{name}' has DoRA at '{site.path}': AdapterHub's scales the layer's bias as well, or a "
                 "transposed weight along its other side, and lorac's, as PEFT's, does not",
                 next_step="train it with PEFT, whose DoRA lorac reads",
-                code="unsupported_field",
             )
 
 

@@ -11,6 +11,7 @@ from lorac.adapters.base_hash import copy_mismatch_error
 from lorac.adapters.fit import check_adapter, check_replaced, no_site_error
 from lorac.errors import AdapterError, FormatError, warn
 from lorac.formats._config_fields import ALL_LINEAR
+from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.formats._site_layouts import same_layout
 from lorac.formats.peft.keys import PeftFile, copied_module, is_saved
 from lorac.frontend.model_view import ModelView
@@ -32,7 +33,7 @@ def check_against_config(adapter: Adapter, file: PeftFile, sites: Mapping[str, S
         FormatError: there are no sites, or one is not targeted, so that PEFT would ignore its tensors in silence.
     """
     if not sites and not _has_copied_module(adapter):
-        raise FormatError(f"the file of adapter '{adapter.name}' holds no tensor of its method", code="corrupt_file")
+        raise corrupt_error(f"the file of adapter '{adapter.name}' holds no tensor of its method")
     _refuse_untargeted(adapter, file, sites, select_targets(adapter.variant, sites))
 
 
@@ -165,12 +166,11 @@ def _refuse_computed_weights(adapter: Adapter, names: set[str]) -> None:
     for name in adapter.replaced.keys() - names:
         owner = name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
         if f"{owner}.weight" in names - adapter.replaced.keys():
-            raise FormatError(
+            raise unsupported_error(
                 f"adapter '{adapter.name}' trains '{name}', from which '{owner}' computes its weight at each call; the "
                 "model as compiled has that weight alone",
                 next_step="after training, remove the parametrization (torch.nn.utils.parametrize."
                 "remove_parametrizations, remove_weight_norm) in the model that PEFT saves, and in this one",
-                code="unsupported_field",
             )
 
 
@@ -181,11 +181,10 @@ def _refuse_incomplete(adapter: Adapter, targets: Iterable[str], view: ModelView
     if lacking:
         listed = ", ".join(f"'{name}'" for name in lacking[:5])
         more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
-        raise FormatError(
+        raise corrupt_error(
             f"the file of adapter '{adapter.name}' lacks tensors that its configuration promises for this model: "
             f"{listed}{more}",
             next_step="it is incomplete, or was made for a smaller model",
-            code="corrupt_file",
         )
 
 

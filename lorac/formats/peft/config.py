@@ -17,6 +17,7 @@ from typing import Any
 from lorac.discovery import import_modules
 from lorac.errors import FormatError, nearest_name, short
 from lorac.formats._config_fields import ABSENT, Applied, JsonObject, read_fields
+from lorac.formats._errors import unsupported_error
 from lorac.formats.peft.fields import rename_bias
 from lorac.formats.peft.peft_type import AnyPeftType, PeftType
 from lorac.variants.base import Variant
@@ -53,7 +54,7 @@ def peft_type_of(raw: JsonObject, path: Path) -> AnyPeftType:
     if named is None:
         raise FormatError(f"'{path}' names no peft_type", next_step=readable, code="unknown_field")
     if str(named) in PEFT_TYPES:
-        raise FormatError(f"'{path}' is of peft_type {named}", next_step=readable, code="unsupported_field")
+        raise unsupported_error(f"'{path}' is of peft_type {named}", next_step=readable)
     near = nearest_name(str(named).upper(), PEFT_TYPES)
     raise FormatError(
         f"'{path}' has the unknown peft_type {short(named)}", nearest=near, next_step=readable, code="unknown_field"
@@ -88,16 +89,14 @@ def variant_of(values: JsonObject, peft_type: AnyPeftType, path: Path) -> Varian
             settings[field.to] = values[name]
         elif not may_differ and values[name] != field.read(field.default):
             selected = ", ".join(f"{n}={v!r}" for n, v in selection.items())
-            raise FormatError(
+            raise unsupported_error(
                 f"'{path}' sets {name}={short(values[name])} together with {selected}",
                 next_step="PEFT does not combine them either",
-                code="unsupported_field",
             )
     if isinstance(values["target_modules"], str) and values.get("layers_to_transform"):
-        raise FormatError(
+        raise unsupported_error(
             f"'{path}' sets layers_to_transform together with a pattern of target_modules",
             next_step="PEFT wants a list of names with it",
-            code="unsupported_field",
         )
     settings["targets"] = values["target_modules"] or ()
     settings["bias"] = rename_bias(values.get("bias", "none"), cls.name)

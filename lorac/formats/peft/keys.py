@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from lorac.errors import FormatError, nearest_name
 from lorac.formats._config_fields import JsonObject
+from lorac.formats._errors import corrupt_error
 from lorac.formats.peft.peft_type import AnyPeftType
 from lorac.frontend.model_view import ModelView
 from lorac.ir.patterns import is_named
@@ -304,8 +305,6 @@ def _enclosing_modules(name: str) -> Iterator[str]:
 
 def _require_equal(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     if not torch.equal(tensor, other):
-        raise FormatError(
-            f"'{name}' and '{other_name}' are copies of one tensor, and differ",
-            next_step="save the adapter again",
-            code="corrupt_file",
+        raise corrupt_error(
+            f"'{name}' and '{other_name}' are copies of one tensor, and differ", next_step="save the adapter again"
         )

@@ -18,14 +18,16 @@ from typing import Any
 
 from torch import nn
 
-from lorac.errors import CompileError, FormatError, short
+from lorac.errors import CompileError, short
 from lorac.formats._config_fields import Irrelevant, JsonObject
+from lorac.formats._errors import unsupported_error
 from lorac.formats._registry import load_adapter
 from lorac.formats.peft.config import peft_type_of, read_config, variant_of
 from lorac.formats.peft.fields import COMMON
 from lorac.formats.peft.peft_type import AnyPeftType
 from lorac.formats.peft.writer import CONFIG
 from lorac.frontend.copying import copy_structure
+from lorac.frontend.model_view import ModelView
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 
@@ -61,10 +63,9 @@ def variant_from_config(config: PeftObject) -> Variant:
     peft_type = peft_type_of(raw, path)
     values = read_config(raw, peft_type, path)
     if raw.get("target_modules") is None and not raw.get("target_parameters"):
-        raise FormatError(
+        raise unsupported_error(
             f"'{path}' names no target_modules, and what PEFT then takes depends on the model",
             next_step="name them: target_modules=['q_proj', 'v_proj']",
-            code="unsupported_field",
         )
     _refuse_training_fields(raw, peft_type, path)
     variant = variant_of(values, peft_type, path)
@@ -79,11 +80,10 @@ def _refuse_training_fields(raw: JsonObject, peft_type: AnyPeftType, path: Path)
         selects = any(name in selection and selection[name] == raw.get(name) for selection in selections)
         is_known = name in COMMON or selects or field.to is not None or isinstance(field, Irrelevant)
         if not is_known and raw.get(name, field.default) not in (field.default, None):
-            raise FormatError(
+            raise unsupported_error(
                 f"'{path}' sets {name}={short(raw[name])}, which says how PEFT makes or trains an adapter, and lorac "
                 "does it in its own way",
                 next_step="leave it out; or have get_peft_model make the adapter, and give the PeftModel",
-                code="unsupported_field",
             )
 
 
@@ -129,7 +129,8 @@ def unwrap_model(model: nn.Module) -> UnwrappedModel | None:
         folders = {name: Path(root) / ("" if name == _DEFAULT else name) for name in wrapped.peft_config}
         for folder in folders.values():
             _remove_start(folder)
-        adapters = tuple(load_adapter(folder, base, name) for name, folder in folders.items())
+        view = ModelView.of(base)
+        adapters = tuple(load_adapter(folder, view, name) for name, folder in folders.items())
     active = wrapped.active_adapters
     return UnwrappedModel(base, adapters, tuple(active() if callable(active) else active))
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lorac.adapters.base_hash import compute_tensor_hash
 from lorac.adapters.fit import check_present, check_site, no_site_error, sort_by_site
-from lorac.errors import BaseNeeded, FormatError
+from lorac.errors import BaseNeeded
+from lorac.formats._errors import corrupt_error
 from lorac.formats._files import BASE_HASH, check_seal, read_json, read_weights
 from lorac.formats._site_layouts import LAYOUT, site_to_json
 from lorac.formats.peft.checks import check_against_config, check_against_model, contains_tensors
@@ -86,10 +87,9 @@ def _copy_tied_sites(file: PeftFile) -> None:
     stored = file.contents.sites
     for path, source in file.peft_type.find_tied_sites(stored, file.sites).items():
         if path in stored and not contains_tensors(stored[path], stored[source]):
-            raise FormatError(
+            raise corrupt_error(
                 f"adapter '{file.name}' has other tensors for '{path}' than for '{source}', which it is tied to",
                 next_step="load the base model that the adapter was trained on",
-                code="corrupt_file",
             )
         stored[path], file.contents.tied[path] = stored[source], source
 
@@ -144,9 +144,8 @@ def _complete_shared(adapter: Adapter, file: PeftFile) -> dict[str, Tensor]:
         check_present(adapter.name, adapter.variant, site, stored[site.path])
     drawn = file.peft_type.make_shared(file.values, sites)
     if not set(missing) <= drawn.keys():
-        raise FormatError(
+        raise corrupt_error(
             f"the file of adapter '{adapter.name}' lacks '{missing[0]}', which all its sites share",
             next_step="save the adapter again, with save_projection=True where its configuration has that",
-            code="corrupt_file",
         )
     return {**drawn, **shared}

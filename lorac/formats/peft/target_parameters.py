@@ -20,7 +20,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor
 
-from lorac.errors import BaseNeeded, FormatError
+from lorac.errors import BaseNeeded
+from lorac.formats._errors import unsupported_error
 from lorac.formats.peft.keys import WRAPPED, PeftFile
 from lorac.formats.peft.peft_type import Tensors, mismatched_shapes, take_tensors
 from lorac.frontend.model_view import ModelView
@@ -84,11 +85,10 @@ def write_matrices(
             next_step="pass model=, or use format='native'",
         )
     if getattr(adapter.variant, "dropout", 0):
-        raise FormatError(
+        raise unsupported_error(
             f"PEFT has no dropout at '{paths[0]}', which its module multiplies by itself, and adapter "
             f"'{adapter.name}' has one",
             next_step="set dropout=0.0 before saving, or use format='native'",
-            code="unsupported_field",
         )
     keys = _assign_keys([sites[path] for path in paths])
     return {

@@ -13,8 +13,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lorac.errors import AdapterError, BaseNeeded, FormatError, SiteError, nearest_name
+from lorac.errors import AdapterError, BaseNeeded, SiteError, nearest_name
 from lorac.formats._config_fields import read_rows
+from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.formats.peft.keys import PeftFile
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites import Site, SiteKind
@@ -46,11 +47,10 @@ def fill_rows(file: PeftFile) -> dict[str, Tensor]:
     indices: TokenIndices = file.values.get("trainable_token_indices") or {}
     missing = [key for key in indices if key is not None and not any(module.endswith(key) for module in rows)]
     if missing or (indices and not rows):
-        raise FormatError(
+        raise corrupt_error(
             f"the file of adapter '{name}' lacks the rows of '{missing[0] if missing else 'the embedding'}' that its "
             "trainable_token_indices name",
             next_step="it is incomplete: save the adapter again",
-            code="corrupt_file",
         )
     if not rows:
         return {}
@@ -80,10 +80,9 @@ def refuse_adapted_rows(file: PeftFile) -> None:
     """
     both = sorted(file.contents.rows.keys() & file.contents.sites.keys())
     if both:
-        raise FormatError(
+        raise unsupported_error(
             f"adapter '{file.name}' trains rows of '{both[0]}' and adapts it",
             next_step="PEFT does not combine them either: exclude_modules the layer",
-            code="unsupported_field",
         )
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lorac.adapters.base_hash import compute_base_hash
 from lorac.adapters.fit import check_adapter
-from lorac.errors import FormatError
 from lorac.formats._config_fields import JsonObject
+from lorac.formats._errors import unsupported_error
 from lorac.formats._files import BASE_HASH, encode_config, write_json, write_sealed
 from lorac.formats._site_layouts import remembered_sites
 from lorac.formats.peft.checks import contains_tensors, saved_parameter_names, select_targets
@@ -88,10 +88,9 @@ def _find_peft_type(adapter: Adapter) -> AnyPeftType:
     for peft_type in peft_types().values():
         if type(adapter.variant) in peft_type.variants.keys() - peft_type.read_only:
             return peft_type
-    raise FormatError(
+    raise unsupported_error(
         f"PEFT has no type for '{adapter.variant.name}', the method of adapter '{adapter.name}'",
         next_step="use format='native', or lorac.to_lora(adapter, model), which makes a LoRA of what it does",
-        code="unsupported_field",
     )
 
 
@@ -161,10 +160,9 @@ class _FolderWriter:
         owners = [site.within for site in sites.values() if site.within is not None]
         for owner in owners:
             if owner not in sites or owners.count(owner) == 1:
-                raise FormatError(
+                raise unsupported_error(
                     f"PEFT adapts all of '{owner}' or nothing, and adapter '{self.adapter.name}' adapts a part of it",
                     next_step=f"target '{owner}' itself, which names all of it, or use format='native'",
-                    code="unsupported_field",
                 )
 
     def _refuse_split_embeddings(self) -> None:
@@ -175,11 +173,10 @@ class _FolderWriter:
         for name in (name for name in adapter.replaced if not is_saved(name, adapter.variant.modules_to_save)):
             other = seen.setdefault(id(named.get(name, name)), name)
             if not torch.equal(adapter.replaced[name], adapter.replaced[other]):
-                raise FormatError(
+                raise unsupported_error(
                     f"adapter '{adapter.name}' replaces '{other}' and '{name}', which are one tensor in the model, by "
                     "two",
                     next_step="name their modules in modules_to_save, or use format='native'",
-                    code="unsupported_field",
                 )
 
     def _find_ties(self) -> dict[str, str]:
@@ -199,10 +196,9 @@ class _FolderWriter:
         found = peft_type.find_tied_sites(adapter.tensors, self.sites)
         for path, source in found.items():
             if not contains_tensors(adapter.tensors.get(path, {}), peft_type.tied_tensors(adapter.tensors[source])):
-                raise FormatError(
+                raise unsupported_error(
                     f"PEFT changes '{path}' with '{source}', which it is tied to; adapter '{adapter.name}' does not",
                     next_step="adapt both alike, or use format='native'",
-                    code="unsupported_field",
                 )
         return tied | found
 
@@ -229,10 +225,9 @@ class _FolderWriter:
             return f"{_wrapped_path(self.sites[module])}.{WRAPPED}.bias" if module in adapted else name
         if module not in adapted and self._is_embedding(module):
             return name
-        raise FormatError(
+        raise unsupported_error(
             f"PEFT has no place for '{name}', which adapter '{self.adapter.name}' replaces",
             next_step="name its module in modules_to_save, or use format='native'",
-            code="unsupported_field",
         )
 
     def _is_embedding(self, module: str) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorac.errors import FormatError
 from lorac.formats._config_fields import (
     Applied,
     TrainingOnly,
@@ -19,6 +18,7 @@ from lorac.formats._config_fields import (
     read_size,
     write_number_pattern,
 )
+from lorac.formats._errors import unsupported_error
 from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import COMMON, FILTERS, bias
 from lorac.formats.peft.peft_type import PeftType, Tensors, take_tensors
@@ -62,10 +62,9 @@ class FourierftType(PeftType[FourierFT]):
         at_site = variant.at(site)
         assert isinstance(at_site, FourierFT)
         if not torch.equal(_positions(at_site, site), tensors[INDICES].cpu()):
-            raise FormatError(
+            raise unsupported_error(
                 f"the positions at '{site.path}' are not those that random_loc_seed chooses, and PEFT stores none",
                 next_step="use format='native'",
-                code="unsupported_field",
             )
         return {SPECTRUM: tensors[SPECTRUM]}
 

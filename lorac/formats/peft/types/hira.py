@@ -17,8 +17,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lorac.errors import FormatError
 from lorac.formats._config_fields import Applied, Irrelevant, TrainingOnly, read_number, read_size
+from lorac.formats._errors import unsupported_error
 from lorac.formats.peft.fields import COMMON, FILTERS
 from lorac.formats.peft.layouts import read_factors, write_factors
 from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes
@@ -58,9 +58,8 @@ class HiraType(PeftType[HiRA]):
     def write_site(self, variant: HiRA, site: Site, tensors: Tensors) -> dict[str, Tensor]:
         a, b = (tensors[name] for name in MATRICES)
         if a.shape[0] != variant.r:
-            raise FormatError(
+            raise unsupported_error(
                 f"'{site.path}' is of rank {a.shape[0]} by rank_pattern, which PEFT's HIRA ignores",
                 next_step="use format='native', or one r for all",
-                code="unsupported_field",
             )
         return write_factors(site, a, b, MATRICES, EMBEDDING)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lorac.errors import FormatError
 from lorac.formats._config_fields import Applied, TrainingOnly, read_flag, read_size
+from lorac.formats._errors import unsupported_error
 from lorac.formats._site_layouts import conv_site, matrix_site
 from lorac.formats.peft.fields import LYCORIS
 from lorac.formats.peft.layouts import core_shape
@@ -102,8 +103,7 @@ def _guess_kernel(variant: LoKr, path: str, stored: Tensors, m: int, columns: in
 
 
 def _misaligned(path: str) -> FormatError:
-    return FormatError(
+    return unsupported_error(
         f"'{path}' is a Conv1d with a whole {W2}: what PEFT computes there is not a Kronecker product",
         next_step="train it with a rank below max(k, n)/2, so that lokr_w2 is factored, or exclude the layer",
-        code="unsupported_field",
     )

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from lorac.adapters.lora_conversion import to_lora
 from lorac.adapters.residual_base import FACTOR_RULES, subtract_factors
-from lorac.errors import BaseNeeded, FormatError, SiteError, nearest_name, warn
+from lorac.errors import BaseNeeded, SiteError, nearest_name, warn
 from lorac.formats._config_fields import (
     ABSENT,
     Applied,
@@ -47,6 +47,7 @@ from lorac.formats._config_fields import (
     write_list,
     write_number,
 )
+from lorac.formats._errors import unsupported_error
 from lorac.formats.peft.fields import COMMON, FILTERS, PATTERNS, bias
 from lorac.formats.peft.layouts import read_factors, write_factors
 from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes, warn_of_padding
@@ -251,10 +252,9 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA]):
                 )
             site = view.sites[path]
             if site.kind is not SiteKind.LINEAR or site.within is not None:
-                raise FormatError(
+                raise unsupported_error(
                     f"adapter '{adapter.name}' was initialised by {start} at '{path}', a {site.kind}",
                     next_step=_CONVERT,
-                    code="unsupported_field",
                 )
             variant = adapter.variant.at_path(path)
             assert isinstance(variant, LoRA | DoRA)
@@ -271,10 +271,9 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA]):
             return None
         method = adapter.variant.method
         if not isinstance(method, LoRA):
-            raise FormatError(
+            raise unsupported_error(
                 f"adapter '{adapter.name}' is {method.name} over a residual, which no LoRA equals",
                 next_step="use format='native'",
-                code="unsupported_field",
             )
         return replace(to_lora(adapter), provenance=adapter.provenance)
 
@@ -294,10 +293,9 @@ def _split_groups(site: Site, b: Tensor) -> Tensor:
     rows, columns = b.shape[0] // groups, b.shape[1] // groups
     blocks = [b[g * rows : (g + 1) * rows, g * columns : (g + 1) * columns] for g in range(groups)]
     if not torch.equal(_block_diagonal(blocks), b):
-        raise FormatError(
+        raise unsupported_error(
             f"lora_B at '{site.path}' mixes the groups of a grouped convolution, which PEFT's cannot",
             next_step="use format='native'",
-            code="unsupported_field",
         )
     return torch.cat(blocks)
 
@@ -316,8 +314,7 @@ def _block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
 def _refuse_grouped_dora(path: str, groups: int) -> None:
     """Refuse DoRA there: PEFT takes its norms over a matrix with scrambled rows (dora.py, get_lora_weight)."""
     if groups > 1:
-        raise FormatError(
+        raise unsupported_error(
             f"use_dora=True at '{path}', a convolution of {groups} groups: PEFT does not compute DoRA there",
             next_step="exclude_modules the grouped convolutions",
-            code="unsupported_field",
         )

@@ -12,8 +12,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from lorac.errors import AdapterError, FormatError
+from lorac.errors import AdapterError
 from lorac.formats._config_fields import Applied, TrainingOnly, read_size
+from lorac.formats._errors import unsupported_error
 from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import COMMON
 from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes
@@ -68,9 +69,8 @@ class ShiraType(PeftType[SHiRA]):
     def write_site(self, variant: SHiRA, site: Site, tensors: Tensors) -> dict[str, Tensor]:
         count = tensors["values"].numel()
         if count != variant.r * (site.out_features + site.in_features):
-            raise FormatError(
+            raise unsupported_error(
                 f"{count} values at '{site.path}' are not r·(out + in) for r = {variant.r}, as PEFT needs",
                 next_step="use format='native', or train with r= instead of ratio=",
-                code="unsupported_field",
             )
         return {VALUES: tensors["values"], INDICES: tensors["indices"].to(torch.int32)}

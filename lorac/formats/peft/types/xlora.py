@@ -11,8 +11,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lorac.errors import FormatError
 from lorac.formats._config_fields import Applied, JsonObject, read_size
+from lorac.formats._errors import unsupported_error
 from lorac.formats._xlora import CLASSIFIER_FIELDS, XLoraFolder, split_xlora
 from lorac.formats.peft.fields import WITHOUT_FAN
 from lorac.formats.peft.peft_type import ExpertFolders, PeftType, Tensors, mismatched_shapes
@@ -61,10 +61,9 @@ class XloraType(PeftType[XLoRA]):
         variant = adapter.variant
         assert isinstance(variant, XLoRA)
         if variant.depth > 1 and not variant.activation:
-            raise FormatError(
+            raise unsupported_error(
                 f"the classifier of adapter '{adapter.name}' has nothing between its layers, and PEFT's has ReLUs",
                 next_step="use format='native'",
-                code="unsupported_field",
             )
         tensors, experts = split_xlora(adapter, view, _layer_keys(variant.depth, variant.dropout_p))
         return ExpertFolders(tensors, experts, "adapters")
