@@ -1,1 +1,1 @@
-"""One file per pass; their order is data, in ``pipelines.py``."""
+"""Passes over graphs, one in each file; their order is data in ``pipelines.py``."""

@@ -1,8 +1,8 @@
-"""cache: attention of a whole text becomes attention of what is new to what a cache holds.
+"""cache: attention over a whole sequence becomes attention of new tokens to a cache.
 
-The graph gets the lengths of its rows and the caches of its layers as inputs, and the caches with what is new in them
-as outputs. Positions count on from what a row holds. What depends on positions alone is looked up in a table. Attention
-to what does not grow, an encoder's own and a decoder's to what was encoded, is attention as torch has it.
+The graph gets the lengths of its rows and the caches of its layers as inputs, and returns the caches with the new
+tokens in them. Positions start behind the tokens in the cache. Values that depend on positions alone are looked up in
+tables. Attention to sequences that do not grow, in an encoder or from a decoder to its encoder, becomes torch's own op.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from lorac.errors import Unavailable
-from lorac.ir.graph import attention_ops as attending
+from lorac.ir.graph import attention_ops as attention
 from lorac.ir.graph.attention_ops import (
     LOGITS_TO_KEEP,
     NEW_LENGTHS,
@@ -27,65 +27,67 @@ from lorac.ir.graph.attention_ops import (
     past_names,
     present_name,
 )
-from lorac.ir.graph.edit import add_dimension, add_inputs, inline, insert_call, insert_like
+from lorac.ir.graph.edit import KnownCalls, add_dimension, add_inputs, inline, insert_call, insert_repeated_call
 from lorac.ir.graph.graph import Graph, Level
+from lorac.ir.graph.nodes import get_example
 from lorac.ir.graph.passes import Pass, PassResult
 from lorac.ir.tracing import tracing
 from lorac.passes.position_tables import tabulate
 from lorac.passes.relative_positions import RelativePositions
 
 aten = torch.ops.aten
-_HINT = 16
-_STEP = 8
-"""Sizes of heads in a cache are multiples of this: kernels of attention take no others."""
+_CAPACITY_HINT = 16
+_HEAD_STEP = 8
+"""Head sizes in a cache are multiples of this, as kernels of attention require."""
 
 
 @final
 @dataclass(frozen=True)
 class CacheAttention(Pass):
-    """Put caches in where attention was captured as one op; any other graph stays as it is."""
+    """Replace attention ops by cached attention; a graph without them stays unchanged."""
 
     name: ClassVar[str] = "cache"
     reads: ClassVar[Level] = Level.EXPANDED
     leaves: ClassVar[Level] = Level.EXPANDED
 
     def apply(self, graph: Graph) -> PassResult:
-        """As the class says.
+        """Replace the attention ops.
 
         Raises:
-            Unavailable: the model picks the tokens for its logits otherwise than by an index, or a branch mixes tokens
-                by itself.
+            Unavailable: the model selects tokens for its logits in another way than by an index, or a branch mixes
+                tokens.
         """
-        found = list(graph.find(attending.ATTENTION))
-        # The host's come first, so that they are called alike whatever adapters there are.
-        layers = sorted((node for node in found if node.args[attending.CAUSAL_OPERAND]), key=_is_branchs)
+        found = list(graph.find(attention.ATTENTION))
+        # The model's layers come first, so that their names do not depend on adapters.
+        layers = sorted((node for node in found if node.args[attention.CAUSAL_OPERAND]), key=_is_in_branch)
         for node in found:
             if node not in layers:
-                _lower(graph, node)
+                lowered = inline(graph.exported, node, _attention_function(node), list(node.all_input_nodes))[1]
+                graph.replace_node(node, lowered[0])
         if not layers:
             return PassResult(bool(found))
-        _refuse_mixing(graph)
+        _check_branches(graph)
         ids = find_token_node(graph)
         nodes = _add_inputs(graph, layers, ids)
-        distances = RelativePositions(graph, str(ids.meta["val"].shape[1]), nodes[past_names(0)[0]])
-        positions = _count_on(graph, ids, nodes[PAST_LENGTHS])
+        distances = RelativePositions(graph, str(get_example(ids).shape[1]), nodes[past_names(0)[0]])
+        positions = _offset_positions(graph, ids, nodes[PAST_LENGTHS])
         presents: dict[str, fx.Node] = {}
-        known: dict[Any, Any] = {}
+        known: KnownCalls = {}
         for layer, node in enumerate(layers):
             names = past_names(layer)
-            kept = (*(nodes[name] for name in names), nodes[PAST_LENGTHS], nodes[NEW_LENGTHS], positions)
-            own = _cached(graph, known, node, kept, distances.of(node))
-            presents |= {present_name(name): part for name, part in zip(names, own, strict=True)}
-        _pick_rows(graph)
+            cache = (*(nodes[name] for name in names), nodes[PAST_LENGTHS], nodes[NEW_LENGTHS], positions)
+            outputs = _insert_cached(graph, known, node, cache, distances.find_bias(node))
+            presents |= {present_name(name): output for name, output in zip(names, outputs, strict=True)}
+        _select_tokens_per_row(graph)
         graph.longest = tabulate(graph, positions)
         if graph.longest is not None:
-            _keep_within(graph, positions, graph.longest)
+            _clamp_positions(graph, positions, graph.longest)
         graph.add_outputs(presents)
         return PassResult(True)
 
 
-def _refuse_mixing(graph: Graph) -> None:
-    """Refuse branches that give a token something of those before it, of which there would be no cache."""
+def _check_branches(graph: Graph) -> None:
+    """Refuse branches that mix tokens: the cache does not hold what they computed for earlier ones."""
     for path, plan in graph.plans.items():
         mixing = next((branch for branch in plan.branches if branch.mixes), None)
         if mixing is not None:
@@ -97,32 +99,25 @@ def _refuse_mixing(graph: Graph) -> None:
             )
 
 
-def _is_branchs(node: fx.Node) -> bool:
-    return attending.is_branch_attention(str(node.args[-1]))
+def _is_in_branch(node: fx.Node) -> bool:
+    return attention.is_branch_attention(str(node.args[-1]))
 
 
 def find_token_node(graph: Graph) -> fx.Node:
-    """The input with the tokens of the text that grows."""
+    """Return the input with the tokens of the growing sequence."""
     named = {node.name: node for node in graph.placeholders()}
     return named[find_token_input(named)]
 
 
-def _lower(graph: Graph, node: fx.Node) -> None:
-    """Torch's own op in the place of an attention to what does not grow."""
-    (answered,) = inline(graph.exported, node, _attention_of(node), list(node.all_input_nodes))[1]
-    node.replace_all_uses_with(answered)
-    graph.fx.erase_node(node)
+def _attention_function(node: fx.Node) -> Callable[..., tuple[torch.Tensor]]:
+    """Return an attention as a function of its tensor operands, in torch's ops."""
 
-
-def _attention_of(node: fx.Node) -> Callable[..., tuple[torch.Tensor]]:
-    """What an attention computes of its operands that are values, in torch's ops."""
-
-    def computed(*values: torch.Tensor) -> tuple[torch.Tensor]:
+    def function(*values: torch.Tensor) -> tuple[torch.Tensor]:
         given = dict(zip(node.all_input_nodes, values, strict=True))
         operands: list[Any] = [given.get(a, a) if isinstance(a, fx.Node) else a for a in node.args]
         q, k, v, bias, seen, sinks, scale, _, _, softcap, _ = operands
         if softcap or sinks is not None:
-            return (attending.attend_with_masks(q, k, v, [seen], bias, sinks, scale, softcap),)
+            return (attention.attend_with_masks(q, k, v, [seen], bias, sinks, scale, softcap),)
         if bias is not None and seen is not None:
             bias, seen = torch.where(seen, bias, torch.finfo(bias.dtype).min), None
         mask = bias if seen is None else seen
@@ -130,108 +125,98 @@ def _attention_of(node: fx.Node) -> Callable[..., tuple[torch.Tensor]]:
         y = aten.scaled_dot_product_attention.default(q, k, v, mask, scale=scale, enable_gqa=shared)
         return (y.transpose(1, 2),)
 
-    return computed
+    return function
 
 
 def _add_inputs(graph: Graph, layers: Sequence[fx.Node], ids: fx.Node) -> dict[str, fx.Node]:
-    batch = ids.meta["val"].shape[0]
-    capacity = add_dimension(graph.exported, "capacity", _HINT, 1)
+    batch = get_example(ids).shape[0]
+    capacity = add_dimension(graph.exported, "capacity", _CAPACITY_HINT, 1)
     graph.axes[str(capacity)] = "capacity"
-    wanted: dict[str, tuple[Any, torch.dtype]] = {
+    inputs: dict[str, tuple[Sequence[int | torch.SymInt], torch.dtype]] = {
         PAST_LENGTHS: ((batch,), torch.int32),
         NEW_LENGTHS: ((batch,), torch.int32),
     }
     for layer, node in enumerate(layers):
-        operands: Any = node.args
-        key, size = operands[1].meta["val"], _size(node)
-        shape = (batch, key.shape[1], capacity, size)
-        wanted |= dict.fromkeys(past_names(layer), (shape, key.dtype))
-    nodes = add_inputs(graph.exported, wanted)
+        key = get_example(node.args[1])
+        shape = (batch, key.shape[1], capacity, _cached_head_size(node))
+        inputs |= dict.fromkeys(past_names(layer), (shape, key.dtype))
+    nodes = add_inputs(graph.exported, inputs)
     graph.cache_inputs |= {name: node.name for name, node in nodes.items()}
     return nodes
 
 
-def _count_on(graph: Graph, ids: fx.Node, past: fx.Node) -> fx.Node:
-    """Positions (batch, length) of the new tokens, in the place of positions from 0 on."""
+def _offset_positions(graph: Graph, ids: fx.Node, past: fx.Node) -> fx.Node:
+    """Replace positions from 0 on by those of the new tokens (batch, length), and return these."""
     first = next(node for node in graph.fx.nodes if node.op != "placeholder")
-    whole = insert_call(graph.exported, first, attending.POSITIONS, ids)
-    wide = insert_call(graph.exported, first, aten.to.dtype, past, torch.int64)
-    counted = insert_call(graph.exported, first, aten.add.Tensor, whole, _column(graph, first, wide))
-    for node in graph.find(attending.POSITIONS):
-        if node is not whole:
-            node.replace_all_uses_with(counted)
-            graph.fx.erase_node(node)
-    return counted
+    call = functools.partial(insert_call, graph.exported, first)
+    start = call(attention.POSITIONS, ids)
+    wide = call(aten.to.dtype, past, torch.int64)
+    positions = call(aten.add.Tensor, start, call(aten.unsqueeze.default, wide, 1))
+    for node in graph.find(attention.POSITIONS):
+        if node is not start:
+            graph.replace_node(node, positions)
+    return positions
 
 
-def _keep_within(graph: Graph, positions: fx.Node, count: int) -> None:
-    """Have no position lie behind a table: those of what pads a row would, where the row is nearly full."""
-    following = positions.next
-    within = insert_call(graph.exported, following, aten.clamp.default, positions, None, count - 1)
-    positions.replace_all_uses_with(within, delete_user_cb=lambda user: user is not within)
+def _clamp_positions(graph: Graph, positions: fx.Node, count: int) -> None:
+    """Clamp the positions of padding tokens to the last entry of the tables."""
+    clamped = insert_call(graph.exported, positions.next, aten.clamp.default, positions, None, count - 1)
+    positions.replace_all_uses_with(clamped, delete_user_cb=lambda user: user is not clamped)
 
 
-def _column(graph: Graph, before: fx.Node, row: fx.Node) -> fx.Node:
-    return insert_call(graph.exported, before, aten.unsqueeze.default, row, 1)
+def _cached_head_size(node: fx.Node) -> int:
+    """Return the head size of a layer's cache: that of the larger of keys and values, rounded up for kernels."""
+    size = int(max(get_example(operand).shape[3] for operand in node.args[:3]))
+    return -(-size // _HEAD_STEP) * _HEAD_STEP
 
 
-def _size(node: fx.Node) -> int:
-    """How large a layer's keys and values are in its cache: as large as the larger, in steps that kernels take."""
-    operands: Any = node.args
-    own = int(max(operand.meta["val"].shape[3] for operand in operands[:3]))
-    return -(-own // _STEP) * _STEP
-
-
-def _cached(
-    graph: Graph, known: dict[Any, Any], node: fx.Node, kept: tuple[fx.Node, ...], distances: fx.Node | None
+def _insert_cached(
+    graph: Graph, known: KnownCalls, node: fx.Node, cache: tuple[fx.Node, ...], distances: fx.Node | None
 ) -> list[fx.Node]:
-    """The op with a cache in an attention's place, as ``insert_like`` calls it; returns its cache's keys and values."""
+    """Replace an attention by cached attention, and return the new keys and values."""
     q, k, v, _, _, sinks, scale, _, window, softcap, module = node.args
-    size = _size(node)
-    padded = (_padded(graph, node, operand, size) for operand in (q, k, v))
-    operands = (*padded, *kept, sinks, distances, scale, window, softcap, module)
-    call = functools.partial(insert_like, graph.exported, known, node)
-    whole = call(attending.CACHED_ATTENTION, *operands)
-    y, *presents = (call(operator.getitem, whole, place) for place in range(3))
-    own = node.meta["val"].shape[3]
-    if own != size:
-        y = insert_call(graph.exported, node, aten.slice.Tensor, y, 3, 0, own)
-    node.replace_all_uses_with(y)
-    graph.fx.erase_node(node)
+    size = _cached_head_size(node)
+    padded = (_pad_heads(graph, node, operand, size) for operand in (q, k, v))
+    call = functools.partial(insert_repeated_call, graph.exported, known, node)
+    cached = call(attention.CACHED_ATTENTION, *padded, *cache, sinks, distances, scale, window, softcap, module)
+    y, *presents = (call(operator.getitem, cached, index) for index in range(3))
+    width = get_example(node).shape[3]
+    if width != size:
+        y = insert_call(graph.exported, node, aten.slice.Tensor, y, 3, 0, width)
+    graph.replace_node(node, y)
     return presents
 
 
-def _padded(graph: Graph, before: fx.Node, value: Any, size: int) -> fx.Node:
-    """Queries, keys or values with zeros behind them, which add nothing to any product."""
-    own = value.meta["val"].shape[3]
+def _pad_heads(graph: Graph, before: fx.Node, value: object, size: int) -> object:
+    """Append zeros to the heads of queries, keys or values, which changes no product."""
+    width = get_example(value).shape[3]
     parts = [value]
-    for begin in range(own, size, own):
-        part = insert_call(graph.exported, before, aten.slice.Tensor, value, 3, 0, min(own, size - begin))
+    for begin in range(width, size, width):
+        part = insert_call(graph.exported, before, aten.slice.Tensor, value, 3, 0, min(width, size - begin))
         parts.append(insert_call(graph.exported, before, aten.zeros_like.default, part))
     return value if len(parts) == 1 else insert_call(graph.exported, before, aten.cat.default, parts, 3)
 
 
-def _pick_rows(graph: Graph) -> None:
-    """What logits are wanted for differs from row to row."""
-    places = next((node for node in graph.placeholders() if node.name == LOGITS_TO_KEEP), None)
-    if places is None:
+def _select_tokens_per_row(graph: Graph) -> None:
+    """Let each row select its own tokens for the logits."""
+    indices = next((node for node in graph.placeholders() if node.name == LOGITS_TO_KEEP), None)
+    if indices is None:
         return
     ids = find_token_node(graph)
     with tracing(), ids.meta["val"].fake_mode:
-        places.meta["val"] = torch.empty((ids.meta["val"].shape[0], places.meta["val"].shape[0]), dtype=torch.int64)
-    for node in list(places.users):
+        shape = (get_example(ids).shape[0], get_example(indices).shape[0])
+        indices.meta["val"] = torch.empty(shape, dtype=torch.int64)
+    for node in list(indices.users):
         operands: Any = node.args
-        if node.target is not aten.index.Tensor or list(operands[1]) != [None, places]:
+        if node.target is not aten.index.Tensor or list(operands[1]) != [None, indices]:
             raise Unavailable(
                 "the model picks tokens for its logits in a way that cannot differ from row to row",
                 next_step=WITHOUT_CACHE,
             )
-        picked = insert_call(graph.exported, node, attending.ROWS, operands[0], places)
-        node.replace_all_uses_with(picked)
-        graph.fx.erase_node(node)
-    sizes = graph.interface.sizes.with_rows(places.name, (ids.name, 0))
+        graph.replace_node(node, insert_call(graph.exported, node, attention.ROWS, operands[0], indices))
+    sizes = graph.interface.sizes.with_rows(indices.name, (ids.name, 0))
     graph.interface = replace(graph.interface, sizes=sizes)
     arguments, named = graph.exported.example_inputs
     rows = named[ids.name].shape[0]
-    given = {**named, places.name: named[places.name].expand(rows, -1).contiguous()}
+    given = {**named, indices.name: named[indices.name].expand(rows, -1).contiguous()}
     graph.exported._example_inputs = (arguments, given)  # torch has no public call for it

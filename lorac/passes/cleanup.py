@@ -1,4 +1,4 @@
-"""cleanup: drop what nothing reads any more, so that replaced weights leave the program."""
+"""cleanup: remove nodes and tensors that nothing reads, so that replaced weights leave the program."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lorac.ir.graph.passes import Pass, PassResult
 @final
 @dataclass(frozen=True)
 class Cleanup(Pass):
-    """Remove dead nodes and unread state, and bring the signature in line."""
+    """Remove dead nodes and unread state, and update the signature."""
 
     name: ClassVar[str] = "cleanup"
     reads: ClassVar[Level] = Level.EXPANDED
     leaves: ClassVar[Level] = Level.EXPANDED
 
     def apply(self, graph: Graph) -> PassResult:
-        """As the class says."""
+        """Remove what nothing reads."""
         before = len(graph.fx.nodes)
         graph.fx.eliminate_dead_code()
         dropped = drop_unused_state(graph.exported)

@@ -1,8 +1,8 @@
 """values: branches that read program values get them as operands (``lorac.ir.slots.program_values``).
 
-What adapters compute once per call is computed here, before the first branch that reads it, from slots of its own.
-What they read of passes before the call's own, the base's or one that they have to themselves, is computed by the part
-of the captured graph that leads to it, once more (``lorac.passes.replay``).
+Values that an adapter computes once per call are computed before the first branch that reads them, from slots of their
+own. Values of an earlier pass, of the base or of the adapter alone, are computed by a copy of the part of the graph
+that leads to them (``lorac.passes.replay``).
 """
 
 from __future__ import annotations
@@ -62,37 +62,37 @@ class ConnectValues(Pass):
     leaves: ClassVar[Level] = Level.ADAPTED
 
     def apply(self, graph: Graph) -> PassResult:
-        """As the class says; skipped are the ops that have their values already.
+        """Add the operands; skip ops that have them already.
 
         Raises:
-            SiteError: a value is not computed before the site that reads it.
-            SiteError: the program has no such input, or lacks the parameter.
-            CompileError: a pass before the call's own would write in place.
+            SiteError: a value is not computed before the site that reads it, or the program has no such input or
+                parameter.
+            CompileError: an earlier pass would write in place.
         """
         found = {node: list_read_values([graph.plan_of(ops.site_of(node))]) for node in graph.find(ops.adapted)}
         reads = {node: names for node, names in found.items() if names}
-        readers = {node: names for node, names in reads.items() if not _has(AdaptedCall.of(node), names)}
+        readers = {node: names for node, names in reads.items() if not _has_values(node, names)}
         if readers:
             _connect(graph, readers)
-        given = [ops.site_of(node) for node in reads if node not in readers]
-        return PassResult(bool(readers), tuple(Skip(path, "it has its values already") for path in given))
+        done = [ops.site_of(node) for node in reads if node not in readers]
+        return PassResult(bool(readers), tuple(Skip(path, "it has its values already") for path in done))
 
 
-def _has(call: AdaptedCall, names: Iterable[str]) -> bool:
-    return all(VALUE_PREFIX + name in call.operands for name in names)
+def _has_values(node: fx.Node, names: Iterable[str]) -> bool:
+    return all(VALUE_PREFIX + name in AdaptedCall.of(node).operands for name in names)
 
 
 @final
 @dataclass(frozen=True)
 class _ValueSources:
-    """Where the values that branches read are computed.
+    """The nodes of the values that branches read.
 
     Attributes:
         graph: at level adapted.
-        order: node -> its place in the graph.
+        order: node -> its index in the graph.
         calls: module path -> its calls, in order.
-        base: module path -> its last call, as a pass of the base computes it.
-        own: full name of an own value, or of one of a pass of an adapter's own -> its node.
+        base: module path -> its last call in a pass of the base.
+        own: full name of a value computed once, or of a value of an adapter's own pass -> its node.
     """
 
     graph: Graph
@@ -101,41 +101,39 @@ class _ValueSources:
     base: dict[str, fx.Node]
     own: dict[str, fx.Node]
 
-    def of(self, name: str, reader: fx.Node) -> fx.Node | None:
-        """The node of the value called ``name`` for a call that reads it; None where it is not computed before that."""
+    def find(self, name: str, reader: fx.Node) -> fx.Node | None:
+        """Return the node of a value for a call that reads it; None where it is not computed before that call."""
         kind, of = parse_value_name(name)
         anywhere: dict[str, Callable[[], fx.Node | None]] = {
-            WEIGHT: lambda: self._stored(self.graph.sites[of].weight),
-            PARAM: lambda: self._stored(of),
-            INPUT: lambda: self._input(of),
+            WEIGHT: lambda: self._find_stored(self.graph.sites[of].weight),
+            PARAM: lambda: self._find_stored(of),
+            INPUT: lambda: self._find_input(of),
             BASE: lambda: self.base.get(of),
             OWN: lambda: self.own.get(name),
             PASS: lambda: self.own.get(name),
         }
         if kind in anywhere:
             return anywhere[kind]()
-        found = [_taken_by(call) if kind == IN else call for call in self.calls.get(of, ())]
+        found = [_input_of(call) if kind == IN else call for call in self.calls.get(of, ())]
         before = [node for node in found if self.order[node] < self.order[reader]]
         return before[-1] if before else None
 
-    def _stored(self, wanted: str | None) -> fx.Node | None:
-        """Through which node the graph reads a parameter or buffer, by one of the names it goes by."""
-        signature, held = self.graph.exported.graph_signature, self.graph.exported.state_dict
-        names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        tensor = held.get(str(wanted))
-        same = (
-            name for name, fqn in names.items() if fqn == wanted or (tensor is not None and held.get(fqn) is tensor)
-        )
-        return next((self.graph.node(name) for name in same), None)
+    def _find_stored(self, fqn: str | None) -> fx.Node | None:
+        """Return the input with a parameter or buffer, under any of the tensor's names."""
+        signature, tensors = self.graph.exported.graph_signature, self.graph.exported.state_dict
+        tensor = tensors.get(str(fqn))
+        for name, target in {**signature.inputs_to_parameters, **signature.inputs_to_buffers}.items():
+            if target == fqn or (tensor is not None and tensors.get(target) is tensor):
+                return self.graph.node(name)
+        return None
 
-    def _input(self, argument: str) -> fx.Node | None:
-        """The input that an argument of forward became."""
-        names, slots = self.graph.exported.graph_signature.user_inputs, {s.node for s in self.graph.slots.values()}
-        found = program_input_name(argument)
-        return self.graph.node(found) if found in names and found not in slots else self._made(argument)
+    def _find_input(self, argument: str) -> fx.Node | None:
+        """Return the input for an argument of forward."""
+        name = program_input_name(argument)
+        return self.graph.node(name) if name in self.graph.interface.inputs else self._make_mask(argument)
 
-    def _made(self, argument: str) -> fx.Node | None:
-        """What the trace of a text that grows made by itself: its mask, by which nothing of it is padding."""
+    def _make_mask(self, argument: str) -> fx.Node | None:
+        """Make the mask of a growing sequence, which was captured without one: no token is padding."""
         inputs = {node.name: node for node in self.graph.placeholders()}
         text = find_token_input(inputs)
         if argument != list_derived_arguments(text)[0] or isinstance(select_attention(self.graph), FullAttention):
@@ -144,55 +142,57 @@ class _ValueSources:
         return insert_call(self.graph.exported, first, torch.ops.aten.ones_like.default, inputs[text])
 
 
-def _taken_by(call: fx.Node) -> fx.Node:
-    """What a call of a site takes."""
-    taken = AdaptedCall.of(call).x if call.target is ops.adapted else call.args[0]
-    assert isinstance(taken, fx.Node)
-    return taken
+def _input_of(call: fx.Node) -> fx.Node:
+    """Return the input of a site's call."""
+    x = AdaptedCall.of(call).x if call.target is ops.adapted else call.args[0]
+    assert isinstance(x, fx.Node)
+    return x
 
 
 def _connect(graph: Graph, readers: Mapping[fx.Node, Collection[str]]) -> None:
-    """Find what each of the readers reads, by name, and hand it over."""
+    """Find the values that each reader reads, and add them to its operands."""
     order = {node: i for i, node in enumerate(graph.fx.nodes)}
-    calls = _calls(graph)
+    calls: dict[str, list[fx.Node]] = {}
+    for node in graph.find(*ops.SITE_CALLS):
+        calls.setdefault(ops.site_of(node), []).append(node)
     parsed = [(name, *parse_value_name(name)) for names in readers.values() for name in names]
-    once = {
-        path: graph.plans[path] for path in dict.fromkeys(once_path_of(name) for name, kind, _ in parsed if kind == OWN)
-    }
-    before = [(name, *parse_value_name(name)) for name in list_read_values(once.values())]
+    once_paths = dict.fromkeys(once_path_of(name) for name, kind, _ in parsed if kind == OWN)
+    once = {path: graph.plans[path] for path in once_paths}
+    parsed += [(name, *parse_value_name(name)) for name in list_read_values(once.values())]
     first = next(iter(readers))
     sources = _ValueSources(graph, order, calls, {}, {})
-    again = Replay(graph, first, order, lambda names, reader: _found(sources, names, reader))
-    wanted = [path for _, kind, path in (*parsed, *before) if kind == BASE]
-    sources.base.update(_passed(again, calls, wanted, IsolatedPass()))
-    _compute_once(sources, once, first, again)
+    replay = Replay(graph, first, order, lambda names, reader: _find_all(sources, names, reader))
+    base_paths = [path for _, kind, path in parsed if kind == BASE]
+    sources.base.update(_replay_modules(replay, calls, base_paths, IsolatedPass()))
+    _compute_once(sources, once, first, replay)
     for reader, names in readers.items():
-        _hand(reader, _found(sources, names, reader))
+        found = _find_all(sources, names, reader)
+        add_operands(reader, {VALUE_PREFIX + name: node for name, node in found.items()})
 
 
-def _passed(
-    again: Replay, calls: Mapping[str, Sequence[fx.Node]], wanted: Iterable[str], alone: IsolatedPass
+def _replay_modules(
+    replay: Replay, calls: Mapping[str, Sequence[fx.Node]], modules: Iterable[str], isolated: IsolatedPass
 ) -> dict[str, fx.Node]:
-    """Path of a module -> its output in a pass before the call's own, where the graph calls it."""
-    latest = {path: calls[path][-1] for path in dict.fromkeys(wanted) if path in calls}
-    copies = again.copies(latest.values(), alone)
+    """Compute the outputs of modules in an earlier pass, and return their nodes by path."""
+    latest = {path: calls[path][-1] for path in dict.fromkeys(modules) if path in calls}
+    copies = replay.copy_nodes(latest.values(), isolated)
     return {path: copies.get(call, call) for path, call in latest.items()}
 
 
-def _found(
+def _find_all(
     sources: _ValueSources, names: Iterable[str], reader: fx.Node, path: str | None = None
 ) -> dict[str, fx.Node]:
-    """Name -> node of what is read at a site, be it called ``path``."""
+    """Return the nodes of the values that a reader reads, by name; ``path`` names the reader in errors."""
     found: dict[str, fx.Node] = {}
     for name in names:
-        node = sources.of(name, reader)
+        node = sources.find(name, reader)
         if node is None:
-            raise _missing(name, ops.site_of(reader) if path is None else path)
+            raise _missing_value(name, ops.site_of(reader) if path is None else path)
         found[name] = node
     return found
 
 
-def _missing(name: str, path: str) -> SiteError:
+def _missing_value(name: str, path: str) -> SiteError:
     kind, of = parse_value_name(name)
     if kind in {OUTPUT, IN}:
         return SiteError(
@@ -201,46 +201,42 @@ def _missing(name: str, path: str) -> SiteError:
             code="site_unreached",
         )
     if kind == OWN:
-        told = of.rpartition(".")[2]
+        name = of.rpartition(".")[2]
         return SiteError(
-            f"'{path}' reads 'own:{told}', which `once` of its method does not compute",
-            next_step=f"have `once` answer a tensor called '{told}', or leave it out of `reads`",
+            f"'{path}' reads 'own:{name}', which `once` of its method does not compute",
+            next_step=f"have `once` answer a tensor called '{name}', or leave it out of `reads`",
             code="site_not_found",
         )
-    told = pass_value_name(pass_name_of(name).rpartition(".")[2], of) if kind == PASS else name
+    name = pass_value_name(pass_name_of(name).rpartition(".")[2], of) if kind == PASS else name
     return SiteError(
-        f"the captured graph does not compute the value '{told}', which '{path}' reads",
+        f"the captured graph does not compute the value '{name}', which '{path}' reads",
         next_step="give example_inputs= that reach it",
         code="site_unreached",
     )
 
 
-def _compute_once(sources: _ValueSources, once: Mapping[str, SitePlan], before: fx.Node, again: Replay) -> None:
-    """Have the graph compute what adapters compute once per call, and note where."""
+def _compute_once(sources: _ValueSources, once: Mapping[str, SitePlan], before: fx.Node, replay: Replay) -> None:
+    """Insert the computation of the values that adapters compute once per call."""
     graph = sources.graph
     slots = add_slots(graph, once)
     for path, plan in once.items():
         for i, branch in enumerate(plan.branches):
             roles = [parameter_role(branch_name(i), j) for j in range(len(branch.params))]
             owner, names = owner_prefix(path, i), list[str]()
-            _pass_alone(sources, again, owner, branch)
-            read = _found(sources, [program_value_name(owner, name) for name in branch.reads], before, path)
+            for name, modules in modules_by_pass(branch.reads).items():
+                outputs = _replay_modules(replay, sources.calls, modules, IsolatedPass(name, owner))
+                named = {program_value_name(owner, pass_value_name(name, of)): node for of, node in outputs.items()}
+                sources.own.update(named)
+            read = _find_all(sources, [program_value_name(owner, name) for name in branch.reads], before, path)
             operands = [*(slots[slot_name(path, role)] for role in roles), *read.values()]
-            around = functools.partial(FormulaContext, plan.site, attention=select_attention(graph))
-            function = functools.partial(_own_values, around, branch, list(read), owner, graph.sites, names)
+            context = functools.partial(FormulaContext, plan.site, attention=select_attention(graph))
+            function = functools.partial(_compute_values, context, branch, list(read), owner, graph.sites, names)
             _, nodes = inline(graph.exported, before, function, operands)
             sources.own.update(zip(names, nodes, strict=True))
 
 
-def _pass_alone(sources: _ValueSources, again: Replay, owner: str, branch: BranchSlot) -> None:
-    """Have the graph compute what an adapter reads of passes that it has to itself, and note where."""
-    for name, modules in modules_by_pass(branch.reads).items():
-        passed = _passed(again, sources.calls, modules, IsolatedPass(name, owner))
-        sources.own.update({program_value_name(owner, pass_value_name(name, of)): node for of, node in passed.items()})
-
-
-def _own_values(
-    around: Callable[..., FormulaContext],
+def _compute_values(
+    context: Callable[..., FormulaContext],
     branch: BranchSlot,
     read: Sequence[str],
     owner: str,
@@ -248,21 +244,9 @@ def _own_values(
     names: list[str],
     *tensors: Tensor,
 ) -> tuple[Tensor, ...]:
-    """What one adapter computes once, of its parameters and of what it reads; ``names`` gets what each is called."""
+    """Compute the values that an adapter computes once; ``names`` is filled with their names."""
     count = len(branch.params)
     values = present_weights(dict(zip(read, tensors[count:], strict=True)), sites)
-    found = compute_once_values(branch, tensors[:count], around(values=values), owner)
+    found = compute_once_values(branch, tensors[:count], context(values=values), owner)
     names[:] = found
     return tuple(found.values())
-
-
-def _hand(reader: fx.Node, found: Mapping[str, fx.Node]) -> None:
-    add_operands(reader, {VALUE_PREFIX + name: node for name, node in found.items()})
-
-
-def _calls(graph: Graph) -> dict[str, list[fx.Node]]:
-    """Site path -> its calls, in order."""
-    calls: dict[str, list[fx.Node]] = {}
-    for node in graph.find(*ops.SITE_CALLS):
-        calls.setdefault(ops.site_of(node), []).append(node)
-    return calls

@@ -1,4 +1,4 @@
-"""expand: adapted ops become aten ops in their normal form; the other sites become the aten ops they stand for."""
+"""expand: adapted ops become aten ops in their normal form, and the ops of other sites their aten ops."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ aten = torch.ops.aten
 @final
 @dataclass(frozen=True)
 class ExpandAdaptedCalls(Pass):
-    """adapted -> expanded. The meaning of an adapted op is ``run_site``, traced once per structure.
+    """adapted -> expanded. An adapted op becomes a trace of ``run_site``, one for each structure.
 
     Attributes:
-        aux: names of extra outputs to give (what branches emit).
+        aux: names of the extra outputs, which branches emit.
     """
 
     name: ClassVar[str] = "expand"
@@ -38,52 +38,51 @@ class ExpandAdaptedCalls(Pass):
     aux: tuple[str, ...] = ()
 
     def apply(self, graph: Graph) -> PassResult:
-        """As the class says; skipped is an extra output that nothing in this graph gives."""
-        traces: dict[Any, fx.GraphModule] = {}
+        """Expand the ops; skip an extra output that no branch of this graph emits."""
+        traces: dict[object, fx.GraphModule] = {}
         extra: dict[str, fx.Node] = {}
         adapted, attention = list(graph.find(ops.adapted)), select_attention(graph)
         for node in adapted:
-            _expand_one(graph, node, traces, self.aux, extra, attention)
+            _expand_call(graph, node, traces, self.aux, extra, attention)
         lowered = ops.lower_sites(graph.exported.graph_module)
         if extra:
             graph.add_outputs(extra)
-        given = {name.partition(":")[0] for name in extra}
-        unmet = [Skip(name, "no branch at a site of this graph emits it") for name in self.aux if name not in given]
-        return PassResult(bool(adapted) or lowered, tuple(unmet))
+        emitted = {name.partition(":")[0] for name in extra}
+        skips = [Skip(name, "no branch at a site of this graph emits it") for name in self.aux if name not in emitted]
+        return PassResult(bool(adapted) or lowered, tuple(skips))
 
 
-def _expand_one(
+def _expand_call(
     graph: Graph,
     node: fx.Node,
-    traces: dict[Any, fx.GraphModule],
+    traces: dict[object, fx.GraphModule],
     aux: tuple[str, ...],
     extra: dict[str, fx.Node],
     attention: BranchAttention,
 ) -> None:
     call = AdaptedCall.of(node)
     plan, operands = graph.plan_of(call.site), call.tensors
-    function, emitted = _meaning(graph.sites, plan, call, aux, attention)
+    function, emitted = _make_function(graph.sites, plan, call, aux, attention)
     inputs = [*operands, *call.operands.values()]
     shapes = (tuple(map(str, n.meta["val"].shape[:-1])) for n in operands[:1])
-    key = (call.op, tuple(call.operands), _structure(plan), *shapes)
+    key = (call.op, tuple(call.operands), _describe_structure(plan), *shapes)
     known = traces.get(key)
-    if has_own_trace(plan):
+    if plan.branches:  # which close over their formula: their trace serves no other site
         strengths = [len(operands) + i for i, role in enumerate(call.operands) if is_strength(role)]
-        known = _shortened(trace_function(graph.exported, function, inputs), strengths)
+        known = _simplify_differences(trace_function(graph.exported, function, inputs), strengths)
     traced, outputs = inline(graph.exported, node, function, inputs, known)
     traces.setdefault(key, traced)
-    node.replace_all_uses_with(outputs[0])
-    graph.fx.erase_node(node)
+    graph.replace_node(node, outputs[0])
     for name, output in zip(emitted, outputs[1:], strict=True):
         extra[name] = output
 
 
-def _shortened(traced: fx.GraphModule, strengths: Sequence[int]) -> fx.GraphModule:
-    """A trace in which y' − y is m for branches that end in y' = y + m: as long as y, that is two ops less a site.
+def _simplify_differences(traced: fx.GraphModule, strengths: Sequence[int]) -> fx.GraphModule:
+    """Replace y' − y by m for branches that end in y' = y + m, which saves two ops as long as y at each site.
 
     Args:
         traced: edited in place.
-        strengths: which of its operands are strengths, by which such a difference is multiplied.
+        strengths: the operands that are strengths, by which such a difference is multiplied.
     """
     places = [node for node in traced.graph.nodes if node.op == "placeholder"]
     for scaled in [user for index in strengths for user in places[index].users]:
@@ -92,24 +91,20 @@ def _shortened(traced: fx.GraphModule, strengths: Sequence[int]) -> fx.GraphModu
         if not isinstance(summed, fx.Node) or summed.target is not aten.add.Tensor or moved.kwargs or summed.kwargs:
             continue
         others = [operand for operand in summed.args if operand is not moved.args[1]]
-        if len(others) == 1 and isinstance(others[0], fx.Node) and _alike(others[0], moved):
+        if len(others) == 1 and isinstance(others[0], fx.Node) and _same_type(others[0], moved):
             moved.replace_all_uses_with(others[0])
     traced.graph.eliminate_dead_code()
     return traced
 
 
-def _alike(node: fx.Node, other: fx.Node) -> bool:
-    """Whether two values have one shape and dtype, as far as they are known."""
+def _same_type(node: fx.Node, other: fx.Node) -> bool:
+    """Whether two values are known to have the same shape and dtype."""
     a, b = node.meta["val"], other.meta["val"]
     return bool(a.dtype == b.dtype and [str(size) for size in a.shape] == [str(size) for size in b.shape])
 
 
-def has_own_trace(plan: SitePlan) -> bool:
-    """Whether a trace is the site's own: branches close over their formula."""
-    return bool(plan.branches)
-
-
-def _structure(plan: SitePlan) -> Any:
+def _describe_structure(plan: SitePlan) -> tuple[object, ...]:
+    """Return a key that is equal for sites that one trace serves."""
     site = plan.site
     shape = (site.kind, site.out_features, site.in_features, site.transposed, site.conv, site.padding_idx)
     free = plan.ranks is not RankPolicy.FIXED
@@ -117,10 +112,10 @@ def _structure(plan: SitePlan) -> Any:
     return (*shape, site.bias is not None, *rooms)
 
 
-def _meaning(
+def _make_function(
     sites: Mapping[str, Site], plan: SitePlan, call: AdaptedCall, aux: tuple[str, ...], attention: BranchAttention
 ) -> tuple[Callable[..., tuple[Tensor, ...]], list[str]]:
-    """The function an adapted op stands for, over its tensor operands, and the names of its extra outputs."""
+    """Return an adapted op as a function of its tensor operands, and the names of its extra outputs."""
     count, roles = len(call.tensors), tuple(call.operands)
     emits = [(name, i) for i, branch in enumerate(plan.branches) for name in branch.emits if name in aux]
 

@@ -1,11 +1,11 @@
-"""pack: sites of one module that read the same input are computed as one.
+"""fuse_projections: sites of one module that read the same input are computed as one.
 
-q, k and v (and gate and up) read one x. What they compute is one site's: its matrix theirs one below the other, its A
-[K, ΣR] theirs side by side, its B [ΣR, ΣN] block-diagonal. So there is one product with weights and one pair where
-there were several, and one cut of constant sizes behind them, in the order of the first calls. Sites that are not
-adapted are packed too. What a slot of a pack holds of its sites' slots, the table of roles says (``SlotRole.packed``).
+The projections q, k and v (and gate and up) read one x. The fused site has their matrices one below the other, their A
+side by side, [K, ΣR], and their B block-diagonal, [ΣR, ΣN]. One product with weights and one low-rank pair take the
+place of several, and a split of constant sizes follows. Sites without adapters are fused too. The table of roles says
+how a slot of the fused site is made from the slots of its members (``SlotRole.packed``).
 
-The zeros beside the blocks of B are multiplied too. Packs are therefore of few sites, and of none whose pairs may be so
+The zeros between the blocks of B are multiplied too. So few sites are fused at a time, and none whose pairs may be so
 wide that the zeros cost more than a product with weights saves.
 """
 
@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
 import torch
 from torch import fx
 
-from lorac.ir.algebra import operands as letters
+from lorac.ir.algebra.operands import BIAS, WEIGHT
 from lorac.ir.graph import ops
 from lorac.ir.graph.adapted_call import find_used_nodes, group_sites_by_input
-from lorac.ir.graph.edit import SLOTS_KEYWORD, insert_like
+from lorac.ir.graph.edit import SLOTS_KEYWORD, KnownCalls, insert_repeated_call
 from lorac.ir.graph.graph import FusedProjection, Graph, Level, find_written_operands
 from lorac.ir.graph.passes import Pass, PassResult, Skip
 from lorac.ir.sites import Site, SiteKind
@@ -32,64 +32,64 @@ from lorac.ir.slots.program_values import list_read_values, parse_value_name
 from lorac.ir.slots.roles import ROLES
 
 aten = torch.ops.aten
-_MOST = 4
-"""Sites of a pack. Each pair is multiplied by as many blocks of zeros as there are others."""
-_FEW, _SHARE = 1 << 16, 1 / 8
-"""Zeros in a B, per row that is computed: so many cost less than the ops that a pack saves, and so large a share of the
-weights' own values may they be where they are more."""
-_AGREED = (letters.WEIGHT, letters.BIAS)
-"""What all sites of a pack have a slot for, or none: beside a slot, what is the base's would have to be another."""
+_MAX_SITES = 4
+"""Sites of one fused projection. Each pair is multiplied by as many blocks of zeros as there are other sites."""
+_FREE_ZEROS, _ZERO_SHARE = 1 << 16, 1 / 8
+"""Zeros in a B for each computed row: as many cost less than the saved ops. More may be this share of the weights."""
+_COMMON_ROLES = (WEIGHT, BIAS)
+"""Roles for which all fused sites have a slot, or none: next to a slot, the base's values would need another one."""
+_TOO_WIDE = "its pair may be so wide that the zeros beside it in a pack cost more than the pack saves"
 
 
 @final
 @dataclass(frozen=True)
 class FuseProjections(Pass):
-    """Compute sites that read one input as one. A site belongs to one pack at most.
+    """Compute sites that read one input as one. A site belongs to at most one fused projection.
 
     Attributes:
-        constant: what the slots hold becomes constants of the program: weights that are bound by themselves otherwise.
+        constant: whether the slots become constants of the program: then bound weights can be fused too.
     """
 
-    name: ClassVar[str] = "pack"
+    name: ClassVar[str] = "fuse_projections"
     reads: ClassVar[Level] = Level.HOST
     leaves: ClassVar[Level] = Level.HOST
     constant: bool = False
 
     def apply(self, graph: Graph) -> PassResult:
-        """As the class says; skipped is every adapted site that the graph calls and that is in no pack.
+        """Fuse the sites; skip every adapted site that the graph calls and that stays single.
 
-        Of those that would have had company a note of the graph says why they are computed apart.
+        A note of the graph says why sites with neighbours that read the same input stay single.
         """
-        calls = _calls(graph)
-        unfit = {path: why for path in calls if (why := self._unfit(graph, path, calls[path])) is not None}
-        groups = list(_groups(graph, unfit))
-        together = dict.fromkeys(tuple(paths) for paths in groups if len(paths) > 1)
-        found = [_packed(graph, paths) for paths in together if _alike(paths, groups)]
-        made = [pack for pack in found if not _too_wide(graph, pack)]
-        unfit |= dict.fromkeys((path for pack in found if pack not in made for path in pack.sites), _WIDE)
-        known: dict[Any, Any] = {}
-        for pack in made:
-            _join(graph, pack, calls, known)
-        graph.packs.update({pack.plan.site.path: pack for pack in made})
-        packed = {path for pack in graph.packs.values() for path in pack.sites}
+        calls = _find_calls(graph)
+        unfit = {path: why for path in calls if (why := self._find_obstacle(graph, path, calls[path])) is not None}
+        groups = list(_group_fusable(graph, unfit))
+        candidates = dict.fromkeys(tuple(paths) for paths in groups if len(paths) > 1)
+        found = [_describe_fusion(graph, paths) for paths in candidates if _always_together(paths, groups)]
+        fused = [projection for projection in found if not _is_too_wide(graph, projection)]
+        unfit |= dict.fromkeys((path for each in found if each not in fused for path in each.sites), _TOO_WIDE)
+        known: KnownCalls = {}
+        for projection in fused:
+            _replace_calls(graph, projection, calls, known)
+        graph.projections.update({projection.plan.site.path: projection for projection in fused})
+        members = {path for projection in graph.projections.values() for path in projection.sites}
         adapted = [path for path, plan in graph.plans.items() if path in calls and not plan.empty]
-        left = {path: unfit.get(path) or _why_alone(path, groups) for path in adapted if path not in packed}
-        graph.add_notes(*_apart(graph, left, unfit))
-        return PassResult(bool(made), tuple(Skip(path, why) for path, why in left.items()))
+        single = {path: unfit.get(path) or _why_single(path, groups) for path in adapted if path not in members}
+        graph.add_notes(*_single_notes(graph, single, unfit))
+        return PassResult(bool(fused), tuple(Skip(path, why) for path, why in single.items()))
 
-    def _unfit(self, graph: Graph, path: str, calls: Sequence[fx.Node]) -> str | None:
-        """Why a site's product can be no part of another; None where it can."""
+    def _find_obstacle(self, graph: Graph, path: str, calls: Sequence[fx.Node]) -> str | None:
+        """Return why a site cannot be fused; None where it can."""
         site, plan = graph.sites.get(path), graph.plans.get(path)
         if site is None or site.kind is not SiteKind.LINEAR:
             return "it is no linear layer"
-        if plan is not None and (why := self._unfit_slots(plan)) is not None:
+        if plan is not None and (why := self._find_slot_obstacle(plan)) is not None:
             return why
         if any(parse_value_name(name)[1] == path for name in list_read_values(graph.plans.values())):
             return "a branch reads what it computes, or its weight"
-        return _unfit_weight(graph, site, calls)
+        return _find_weight_obstacle(graph, site, calls)
 
-    def _unfit_slots(self, plan: SitePlan) -> str | None:
-        """Why the slots of a site cannot lie in those of a pack; None where they can."""
+    def _find_slot_obstacle(self, plan: SitePlan) -> str | None:
+        """Return why the slots of a site cannot be parts of larger ones; None where they can."""
         if plan.branches:
             return "a branch acts on what it computes"
         if plan.bound and not self.constant:
@@ -99,130 +99,128 @@ class FuseProjections(Pass):
         return next((role.alone for role, _ in plan.roles() if role.packed is None), None)
 
 
-def _unfit_weight(graph: Graph, site: Site, calls: Sequence[fx.Node]) -> str | None:
-    """Why a site's weight cannot be written as a part of another: it would be there twice, or is not as it should."""
+def _find_weight_obstacle(graph: Graph, site: Site, calls: Sequence[fx.Node]) -> str | None:
+    """Return why a site's weight cannot be written as a part of a larger one; None where it can."""
     weights = {call.args[1] for call in calls}
     weight = weights.pop()
     if weights or not isinstance(weight, fx.Node) or weight.op != "placeholder":
         return "its weight is not as the model stores it"
-    held = graph.exported.state_dict.get(str(site.weight))
-    if type(held) not in {torch.Tensor, torch.nn.Parameter}:
-        return f"its weight is held as {type(held).__name__}"
+    tensor = graph.exported.state_dict.get(str(site.weight))
+    if type(tensor) not in {torch.Tensor, torch.nn.Parameter}:
+        return f"its weight is held as {type(tensor).__name__}"
     if site.shares or any(user not in calls for user in weight.users):
         return "its weight is read elsewhere too"
-    return "its input is written to" if any(map(_is_written, calls)) else None
+    return "its input is written to" if any(map(_writes_to_input, calls)) else None
 
 
-def _is_written(call: fx.Node) -> bool:
+def _writes_to_input(call: fx.Node) -> bool:
     x = call.args[0]
     return isinstance(x, fx.Node) and any(x in find_written_operands(user) for user in x.users)
 
 
-def _calls(graph: Graph) -> dict[str, list[fx.Node]]:
-    """Path -> its calls whose results the graph uses, in order; those of packs left out."""
+def _find_calls(graph: Graph) -> dict[str, list[fx.Node]]:
+    """Return the calls of single sites whose results the graph uses, by path and in order."""
     used, calls = find_used_nodes(graph), dict[str, list[fx.Node]]()
     for node in graph.find(*ops.SITE_OPS):
-        if node in used and ops.site_of(node) not in graph.packs:
+        if node in used and ops.site_of(node) not in graph.projections:
             calls.setdefault(ops.site_of(node), []).append(node)
     return calls
 
 
-def _groups(graph: Graph, unfit: Mapping[str, str]) -> Iterator[list[str]]:
-    """Paths of the sites of one module that read one input and may be packed, few at a time, in the order of calls."""
+def _group_fusable(graph: Graph, unfit: Mapping[str, str]) -> Iterator[list[str]]:
+    """Yield groups of sites of one module that read one input and may be fused, in the order of their calls."""
     for paths in group_sites_by_input(graph).values():
-        alike: dict[Any, list[str]] = {}
-        for path in (path for path in paths if path not in unfit and path not in graph.packs):
-            plan = graph.plans.get(path)
-            agreed = () if plan is None else tuple(role for role in _AGREED if role in plan.room)
-            site = graph.sites[path]
-            alike.setdefault((path.rpartition(".")[0], site.dtype, site.packed, agreed), []).append(path)
-        for found in alike.values():
-            yield from (found[start : start + _MOST] for start in range(0, len(found), _MOST))
+        groups: dict[object, list[str]] = {}
+        for path in (path for path in paths if path not in unfit and path not in graph.projections):
+            plan, site = graph.plans.get(path), graph.sites[path]
+            common = () if plan is None else tuple(role for role in _COMMON_ROLES if role in plan.room)
+            groups.setdefault((path.rpartition(".")[0], site.dtype, site.packed, common), []).append(path)
+        for group in groups.values():
+            yield from (group[start : start + _MAX_SITES] for start in range(0, len(group), _MAX_SITES))
 
 
-def _alike(paths: tuple[str, ...], groups: Sequence[Sequence[str]]) -> bool:
-    """Whether the calls of these sites all come in the same company: a shared layer is called several times."""
+def _always_together(paths: tuple[str, ...], groups: Sequence[Sequence[str]]) -> bool:
+    """Whether every call of these sites is grouped with the others: a shared layer is called several times."""
     shared = [group for group in groups if set(group) & set(paths)]
     return all(tuple(group) == paths for group in shared) and len(set(paths)) == len(paths)
 
 
-def _why_alone(path: str, groups: Sequence[Sequence[str]]) -> str:
-    """Why a site that might be packed is not."""
+def _why_single(path: str, groups: Sequence[Sequence[str]]) -> str:
+    """Return why a site that may be fused is not."""
     if all(len(group) == 1 for group in groups if path in group):
         return "no other site of its module that may be packed with it reads its input"
     return "its calls do not all read an input together with the same sites"
 
 
-def _apart(graph: Graph, left: Mapping[str, str], unfit: Mapping[str, str]) -> Iterator[str]:
-    """What is to be said of adapted layers that do not share a product with others of their module."""
-    company = {path for paths in group_sites_by_input(graph).values() if len(paths) > 1 for path in paths}
+def _single_notes(graph: Graph, single: Mapping[str, str], unfit: Mapping[str, str]) -> Iterator[str]:
+    """Yield notes on adapted layers that do not share a product with others that read their input."""
+    accompanied = {path for paths in group_sites_by_input(graph).values() if len(paths) > 1 for path in paths}
     by_reason: dict[str, list[str]] = {}
-    for path, why in left.items():
-        if path in unfit and path in company and graph.sites[path].kind is SiteKind.LINEAR:
+    for path, why in single.items():
+        if path in unfit and path in accompanied and graph.sites[path].kind is SiteKind.LINEAR:
             by_reason.setdefault(why, []).append(path)
     for why, paths in by_reason.items():
         more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
         yield f"'{paths[0]}'{more}: computed apart from layers that read the same input, since {why}"
 
 
-def _packed(graph: Graph, paths: tuple[str, ...]) -> FusedProjection:
-    """Sites as one: a site of all their outputs, with slots for whatever one of them has a slot for."""
+def _describe_fusion(graph: Graph, paths: tuple[str, ...]) -> FusedProjection:
+    """Describe sites as one with all their outputs, and with a slot for every role for which one of them has a slot."""
     sites = [graph.sites[path] for path in paths]
     plans = [graph.plans[path] for path in paths if path in graph.plans]
     sizes = tuple(site.out_features for site in sites)
-    owner = paths[0].rpartition(".")[0]
-    path = ".".join(filter(None, (owner, "|".join(path.rpartition(".")[2] for path in paths))))
-    bias = f"{path}.{letters.BIAS}" if any(site.bias for site in sites) else None
+    module = paths[0].rpartition(".")[0]
+    path = ".".join(filter(None, (module, "|".join(path.rpartition(".")[2] for path in paths))))
+    bias = f"{path}.{BIAS}" if any(site.bias for site in sites) else None
     site = Site(path, SiteKind.LINEAR, sum(sizes), sites[0].in_features, sites[0].dtype, None, bias)
     rooms = {name: [plan.room[name] for plan in plans if name in plan.room] for name in ROLES}
     room = {name: sum(found) if ROLES[name].ranked else 1 for name, found in rooms.items() if found}
-    least = RankPolicy.FROM_ONE if any(plan.ranks is RankPolicy.FROM_ONE for plan in plans) else RankPolicy.FROM_ZERO
-    return FusedProjection(paths, sizes, SitePlan(site, room, ranks=least))
+    from_one = any(plan.ranks is RankPolicy.FROM_ONE for plan in plans)
+    ranks = RankPolicy.FROM_ONE if from_one else RankPolicy.FROM_ZERO
+    return FusedProjection(paths, sizes, SitePlan(site, room, ranks=ranks))
 
 
-_WIDE = "its pair may be so wide that the zeros beside it in a pack cost more than the pack saves"
+def _is_too_wide(graph: Graph, projection: FusedProjection) -> bool:
+    """Whether the block-diagonal B may hold too many zeros."""
+    ranks = [graph.plans[path].rank if path in graph.plans else 0 for path in projection.sites]
+    site = projection.plan.site
+    zeros = sum(ranks) * site.out_features - sum(rank * n for rank, n in zip(ranks, projection.sizes, strict=True))
+    return zeros > max(_FREE_ZEROS, _ZERO_SHARE * site.in_features * site.out_features)
 
 
-def _too_wide(graph: Graph, pack: FusedProjection) -> bool:
-    """Whether the block-diagonal B of a pack may hold too many zeros."""
-    ranks = [graph.plans[path].rank if path in graph.plans else 0 for path in pack.sites]
-    site = pack.plan.site
-    zeros = sum(ranks) * site.out_features - sum(rank * n for rank, n in zip(ranks, pack.sizes, strict=True))
-    return zeros > max(_FEW, _SHARE * site.in_features * site.out_features)
-
-
-def _join(graph: Graph, pack: FusedProjection, calls: Mapping[str, Sequence[fx.Node]], known: dict[Any, Any]) -> None:
-    """Put one call and a cut into the place of the calls of each input; packs share what is ``known`` of calls."""
-    by_input: dict[Any, list[fx.Node]] = {}
-    for call in (call for path in pack.sites for call in calls[path]):
+def _replace_calls(
+    graph: Graph, projection: FusedProjection, calls: Mapping[str, Sequence[fx.Node]], known: KnownCalls
+) -> None:
+    """Replace the calls of each input by one call and a split."""
+    by_input: dict[object, list[fx.Node]] = {}
+    for call in (call for path in projection.sites for call in calls[path]):
         by_input.setdefault(call.args[0], []).append(call)
     for together in by_input.values():
-        parts = _parts(pack, functools.partial(_made, graph, known, min(together)), together)
-        for path, call, part in zip(pack.sites, together, parts, strict=True):
-            part.meta = {**call.meta, "custom": {SLOTS_KEYWORD: path}}
-            call.replace_all_uses_with(part)
-            graph.fx.erase_node(call)
+        outputs = _insert_fused(graph, projection, together, known)
+        for path, call, output in zip(projection.sites, together, outputs, strict=True):
+            output.meta = {**call.meta, "custom": {SLOTS_KEYWORD: path}}
+            graph.replace_node(call, output)
 
 
-def _parts(pack: FusedProjection, made: Callable[..., fx.Node], calls: Sequence[fx.Node]) -> list[fx.Node]:
-    """The outputs of sites by one call, put before the first of their own by what makes calls there."""
-    site = pack.plan.site
-    weight = made(aten.cat.default, [call.args[1] for call in calls])
+def _insert_fused(
+    graph: Graph, projection: FusedProjection, calls: Sequence[fx.Node], known: KnownCalls
+) -> list[fx.Node]:
+    """Insert one call and a split before the first call of the members; return the outputs of each."""
+    site, first = projection.plan.site, min(calls)
+
+    def insert(op: Any, *operands: Any, **named: Any) -> fx.Node:
+        node = insert_repeated_call(graph.exported, known, first, op, *operands, **named)
+        modules = list(first.meta.get("nn_module_stack", {}).items())
+        if modules and modules[-1][1][0] == ops.site_of(first):  # the call belongs to the module around the sites
+            node.meta["nn_module_stack"] = dict(modules[:-1])
+        return node
+
+    weight = insert(aten.cat.default, [call.args[1] for call in calls])
     bias = None
     if site.bias is not None:
-        given = zip(pack.sizes, (call.args[2] for call in calls), strict=True)
-        bias = made(
-            aten.cat.default, [made(aten.zeros.default, [n], dtype=site.dtype) if b is None else b for n, b in given]
-        )
-    y = made(ops.LINEAR, calls[0].args[0], weight, bias, site.path)
-    cut = made(ops.SPLIT, y, list(pack.sizes), -1)
-    return [made(operator.getitem, cut, place) for place in range(len(calls))]
-
-
-def _made(graph: Graph, known: dict[Any, Any], before: fx.Node, op: Any, *operands: Any, **named: Any) -> fx.Node:
-    """A call that belongs to the module around a site, put before a call of that site."""
-    node = insert_like(graph.exported, known, before, op, *operands, **named)
-    around = list(before.meta.get("nn_module_stack", {}).items())
-    if around and around[-1][1][0] == ops.site_of(before):
-        node.meta["nn_module_stack"] = dict(around[:-1])
-    return node
+        parts = zip(projection.sizes, (call.args[2] for call in calls), strict=True)
+        zeros = functools.partial(insert, aten.zeros.default, dtype=site.dtype)
+        bias = insert(aten.cat.default, [zeros([size]) if part is None else part for size, part in parts])
+    y = insert(ops.LINEAR, calls[0].args[0], weight, bias, site.path)
+    split = insert(ops.SPLIT, y, list(projection.sizes), -1)
+    return [insert(operator.getitem, split, index) for index in range(len(calls))]

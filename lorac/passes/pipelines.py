@@ -1,6 +1,6 @@
-"""The order of passes, as data, and what runs them.
+"""The order of passes, as data, and the function that runs them.
 
-Between any two passes the verifier runs, and whoever asked may look at the graph (``observe``).
+After each pass the verifier runs, and an observer may look at the graph.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ Observer = Callable[[str, Graph], None]
 
 
 ANY_DIALECT: AnyDialect = Dialect(name="any")
-"""A dialect that asks for nothing of its own."""
+"""A dialect without passes or rewrites."""
 
 
 def lowering_passes(
     dialect: AnyDialect = ANY_DIALECT, aux: tuple[str, ...] = (), *, constant: bool = False
 ) -> tuple[Pass, ...]:
-    """From a captured graph to what a dialect takes: aten ops with slots as inputs, then its own passes.
+    """Return the passes that lower a captured graph to aten ops with slots as inputs, then the dialect's own.
 
     Args:
         dialect: the target's.
-        aux: extra outputs to give.
-        constant: whether what the slots hold becomes constants of the program.
+        aux: names of extra outputs.
+        constant: whether the slots become constants of the program.
     """
-    packed = (FuseProjections(constant),) if dialect.fuses_projections else ()
+    fused = (FuseProjections(constant),) if dialect.fuses_projections else ()
     return (
-        *packed,
+        *fused,
         InsertAdaptedCalls(),
         ConnectValues(),
         ExpandAdaptedCalls(aux),
@@ -52,11 +52,10 @@ def lowering_passes(
 
 
 def run_pipeline(graph: Graph, passes: Sequence[Pass], observe: Observer | None = None) -> list[tuple[str, PassResult]]:
-    """Run passes in order; returns the name and the outcome of each.
+    """Run passes in order; return the name and the result of each.
 
-    A pipeline goes on from where the graph is: passes at its beginning that read a level the graph has left are passed
-    over, and their outcome says so. Behind them every pass must find the level it reads. A pipeline of passes that the
-    graph has left behind altogether, one pass alone for instance, is a mistake and is refused.
+    The first passes are skipped if the graph has left the level that they read, and their results say so. Every later
+    pass must find the level that it reads. A pipeline that would be skipped altogether is refused as a mistake.
 
     Args:
         graph: edited in place.
@@ -70,33 +69,33 @@ def run_pipeline(graph: Graph, passes: Sequence[Pass], observe: Observer | None 
     verify(graph, after="capture")
     if observe is not None:
         observe("capture", graph)
-    over = list(itertools.takewhile(lambda step: step.reads < graph.level, passes))
-    if over and len(over) == len(passes):
-        raise _wrong_level(over[0], graph, passes)
+    skipped = list(itertools.takewhile(lambda step: step.reads < graph.level, passes))
+    if skipped and len(skipped) == len(passes):
+        raise _wrong_level(skipped[0], graph, passes)
     behind = Skip(graph.name, f"the graph is at level {_name(graph)} already")
-    outcomes = [(step.name, PassResult(changed=False, skipped=(behind,))) for step in over]
-    for step in passes[len(over) :]:
+    results = [(step.name, PassResult(changed=False, skipped=(behind,))) for step in skipped]
+    for step in passes[len(skipped) :]:
         if graph.level is not step.reads:
             raise _wrong_level(step, graph, passes)
-        outcome = _run(step, graph)
-        outcomes.append((step.name, outcome))
-        if outcome.changed and observe is not None:
+        result = _run(step, graph)
+        results.append((step.name, result))
+        if result.changed and observe is not None:
             observe(step.name, graph)
     set_types(graph)
-    return outcomes
+    return results
 
 
 def _run(step: Pass, graph: Graph) -> PassResult:
-    """Run one pass. A graph that has come to another level has changed, even where no node has."""
+    """Run one pass. A graph at another level has changed, even if no node has."""
     with tracing():
-        outcome = step.apply(graph)
+        result = step.apply(graph)
     graph.level = step.leaves
     verify(graph, after=step.name)
-    return PassResult(outcome.changed or step.leaves is not step.reads, outcome.skipped)
+    return PassResult(result.changed or step.leaves is not step.reads, result.skipped)
 
 
 def _wrong_level(step: Pass, graph: Graph, passes: Sequence[Pass]) -> CompileError:
-    """The refusal to run a pass on a graph that is not at the level it reads."""
+    """Return the error for a pass whose level the graph does not have."""
     what = f"the pass '{step.name}' reads level {step.reads.name.lower()}, but graph '{graph.name}' is at"
     known = list({other.name: other for other in (*lowering_passes(), *passes)}.values())
     next_step = _before(step, graph, known) if graph.level < step.reads else _too_late(step, known)
@@ -104,7 +103,7 @@ def _wrong_level(step: Pass, graph: Graph, passes: Sequence[Pass]) -> CompileErr
 
 
 def _before(step: Pass, graph: Graph, known: Sequence[Pass]) -> str:
-    """Which passes lead from the graph's level to the one a pass reads."""
+    """Say which passes lead from the graph's level to the one that a pass reads."""
     missing = [p.name for p in known if graph.level <= p.reads < p.leaves <= step.reads]
     if not missing:
         return f"no pass of the pipeline leads from level {_name(graph)} to that"
@@ -112,7 +111,7 @@ def _before(step: Pass, graph: Graph, known: Sequence[Pass]) -> str:
 
 
 def _too_late(step: Pass, known: Sequence[Pass]) -> str:
-    """Which pass took the graph past the level that a pass reads."""
+    """Say which pass took the graph past the level that a pass reads."""
     past = [p.name for p in known if p.reads <= step.reads < p.leaves]
     if step.name in past:
         return "it has run already; capture the host again to run it anew"

@@ -1,7 +1,7 @@
-"""A part of a captured graph once more: as a pass of the base computes it, or a pass that an adapter has to itself.
+"""Copies of a part of a captured graph: as a pass of the base computes it, or as a pass of one adapter alone does.
 
-What no adapted op reaches is not copied but shared with the pass that reads. In a pass of the base every adapted op is
-undone; in one of an adapter's own its branches, which the method is asked for with the pass's name, come behind that.
+Nodes that no adapted op reaches are shared with the pass that reads, and not copied. In a pass of the base every
+adapted op is replaced by the model's. In a pass of an adapter its branches follow, whose formula gets the pass's name.
 """
 
 from __future__ import annotations
@@ -29,12 +29,11 @@ ValueReader = Callable[[Collection[str], fx.Node], Mapping[str, fx.Node]]
 @final
 @dataclass(frozen=True)
 class IsolatedPass:
-    """Whose branches act in a pass, and in which.
+    """A pass of the base, or of one adapter alone.
 
     Attributes:
-        name: what the adapter calls the pass; empty: it is one of the base, in which nothing acts.
-        owner: what stands before the names of the adapter's own values
-        (``lorac.ir.slots.program_values.owner_prefix``).
+        name: the adapter's name for the pass; empty for a pass of the base.
+        owner: prefix of the names of the adapter's own values (``lorac.ir.slots.program_values.owner_prefix``).
     """
 
     name: str = ""
@@ -44,12 +43,12 @@ class IsolatedPass:
 @final
 @dataclass(frozen=True)
 class Replay:
-    """Repeats what leads to nodes of a graph at level adapted.
+    """A copier of the nodes that lead to some nodes of a graph at level adapted.
 
     Attributes:
         graph: edited in place.
-        before: copies are put before this node; what is computed there already need not be copied.
-        order: node -> its place in the graph.
+        before: copies are inserted before this node; nodes that precede it need no copy.
+        order: node -> its index in the graph.
         read: (names of program values, the node that reads them) -> their nodes.
     """
 
@@ -58,51 +57,51 @@ class Replay:
     order: Mapping[fx.Node, int]
     read: ValueReader = field(repr=False)
 
-    def copies(self, wanted: Iterable[fx.Node], alone: IsolatedPass) -> dict[fx.Node, fx.Node]:
-        """Copy what leads to the wanted nodes; node -> what computes it in the pass, where that is another node.
+    def copy_nodes(self, nodes: Iterable[fx.Node], isolated: IsolatedPass) -> dict[fx.Node, fx.Node]:
+        """Copy the nodes and all that they depend on; return the copy of each node that has one.
 
         Raises:
             CompileError: the pass would write in place.
             SiteError: a value that a branch reads in the pass is not computed before it.
         """
         copies: dict[fx.Node, fx.Node] = {}
-        for node in sorted(self._leading_to(wanted, alone), key=self.order.__getitem__):
+        for node in sorted(self._find_needed(nodes, isolated), key=self.order.__getitem__):
             late = self.order[node] >= self.order[self.before]
             if late or node.target is ops.adapted or any(n in copies for n in node.all_input_nodes):
-                copies[node] = self._copy(node, copies, alone)
+                copies[node] = self._copy(node, copies, isolated)
         return copies
 
-    def _leading_to(self, wanted: Iterable[fx.Node], alone: IsolatedPass) -> set[fx.Node]:
-        """The wanted nodes and all that they are computed from in a pass."""
-        needed, pending = set(), list(wanted)
+    def _find_needed(self, nodes: Iterable[fx.Node], isolated: IsolatedPass) -> set[fx.Node]:
+        """Return the nodes and all that they depend on in a pass."""
+        needed: set[fx.Node] = set()
+        pending = list(nodes)
         while pending:
             node = pending.pop()
-            if node in needed:
-                continue
-            needed.add(node)
-            pending.extend(self._operands(node, alone))
+            if node not in needed:
+                needed.add(node)
+                pending.extend(self._operands(node, isolated))
         return needed
 
-    def _operands(self, node: fx.Node, alone: IsolatedPass) -> Sequence[fx.Node]:
-        """The nodes of the host's that a node is computed from in a pass."""
+    def _operands(self, node: fx.Node, isolated: IsolatedPass) -> Sequence[fx.Node]:
+        """Return the nodes of the model on which a node depends in a pass."""
         if node.target is not ops.adapted:
             return node.all_input_nodes
-        call, place = AdaptedCall.of(node), self._branch(node, alone)
-        if place is None:
+        call, index = AdaptedCall.of(node), self._find_branch(node, isolated)
+        if index is None:
             return call.tensors
-        read = self.read(_in_pass(self._slot(node, place)), node)
+        read = self.read(_values_of_pass(self._slot(node, index)), node)
         return [*call.tensors, *(value for name, value in read.items() if parse_value_name(name)[0] in {OUTPUT, IN})]
 
-    def _branch(self, node: fx.Node, alone: IsolatedPass) -> int | None:
-        """Which of the branches of an adapted op acts in a pass."""
+    def _find_branch(self, node: fx.Node, isolated: IsolatedPass) -> int | None:
+        """Return the index of the branch of an adapted op that acts in a pass; None where none does."""
         plan = self.graph.plan_of(ops.site_of(node))
-        return find_branch(plan.branches, alone.owner) if alone.owner else None
+        return find_branch(plan.branches, isolated.owner) if isolated.owner else None
 
-    def _slot(self, node: fx.Node, place: int) -> BranchSlot:
-        return self.graph.plan_of(ops.site_of(node)).branches[place]
+    def _slot(self, node: fx.Node, index: int) -> BranchSlot:
+        return self.graph.plan_of(ops.site_of(node)).branches[index]
 
-    def _copy(self, node: fx.Node, copies: Mapping[fx.Node, fx.Node], alone: IsolatedPass) -> fx.Node:
-        """A copy of a node, its operands copies where there are some; of an adapted op what it is in the pass."""
+    def _copy(self, node: fx.Node, copies: Mapping[fx.Node, fx.Node], isolated: IsolatedPass) -> fx.Node:
+        """Copy a node with the copies of its operands; an adapted op becomes what it is in the pass."""
         if getattr(getattr(node.target, "_schema", None), "is_mutable", False):
             raise CompileError(
                 f"a pass before the call's own cannot repeat {node.target}, which writes in place",
@@ -114,31 +113,31 @@ class Replay:
             call = AdaptedCall.of(node)
             plain = self.graph.fx.call_function(call.op, fx.map_arg(call.unadapted, lambda n: copies.get(n, n)))
         plain.meta = {**node.meta}
-        place = self._branch(node, alone)
-        return plain if place is None else self._branched(node, plain, place, copies, alone)
+        index = self._find_branch(node, isolated)
+        return plain if index is None else self._insert_branch(node, plain, index, copies, isolated)
 
-    def _branched(
-        self, node: fx.Node, plain: fx.Node, place: int, copies: Mapping[fx.Node, fx.Node], alone: IsolatedPass
+    def _insert_branch(
+        self, node: fx.Node, plain: fx.Node, index: int, copies: Mapping[fx.Node, fx.Node], isolated: IsolatedPass
     ) -> fx.Node:
-        """What a branch by itself makes of the base's output ``plain`` at the site of an adapted op."""
-        call, slot = AdaptedCall.of(node), self._slot(node, place)
-        read = self.read(_in_pass(slot), node)
-        names = [parameter_role(branch_name(place), j) for j in range(len(slot.params))]
-        given = [call.x, *(call.operands[name] for name in names), *read.values()]
-        x, *others = (copies.get(value, value) for value in given)
+        """Insert a branch that acts on the base's output ``plain`` at the site of an adapted op."""
+        call, slot = AdaptedCall.of(node), self._slot(node, index)
+        read = self.read(_values_of_pass(slot), node)
+        names = [parameter_role(branch_name(index), j) for j in range(len(slot.params))]
+        operands = [call.x, *(call.operands[name] for name in names), *read.values()]
+        x, *others = (copies.get(value, value) for value in operands)
         plan = self.graph.plan_of(call.site)
-        around = functools.partial(
-            FormulaContext, plan.site, attention=select_attention(self.graph), passing=alone.name
+        context = functools.partial(
+            FormulaContext, plan.site, attention=select_attention(self.graph), passing=isolated.name
         )
         count, sites = len(names), self.graph.sites
 
         def function(x: Tensor, y: Tensor, *tensors: Tensor) -> tuple[Tensor]:
             values = present_weights(dict(zip(read, tensors[count:], strict=True)), sites)
-            return (run_branch_alone(slot, tensors[:count], x, y, around(values=values)),)
+            return (run_branch_alone(slot, tensors[:count], x, y, context(values=values)),)
 
         return inline(self.graph.exported, self.before, function, [x, plain, *others], origin=plain)[1][0]
 
 
-def _in_pass(slot: BranchSlot) -> list[str]:
-    """What a branch reads in a pass of its adapter's own: all but what is computed of that pass."""
+def _values_of_pass(slot: BranchSlot) -> list[str]:
+    """Return the values that a branch reads in its adapter's own pass: all but those computed from that pass."""
     return [name for name in slot.reads if parse_value_name(name)[0] != OWN]

@@ -214,7 +214,7 @@ class _GraphDumper:
     def _site(self, node: fx.Node) -> str | None:
         """Return the site that a node belongs to; nodes of a fused projection belong to no single site."""
         site = node_site(node)
-        return None if site in self.graph.packs else site
+        return None if site in self.graph.projections else site
 
     def _operand(self, value: object, refs: list[int]) -> str:
         if isinstance(value, fx.Node):

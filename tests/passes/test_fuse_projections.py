@@ -94,7 +94,7 @@ def _run(graph: Graph, constant: bool = False) -> PassResult:
 
 
 def _packs(graph: Graph) -> list[tuple[str, ...]]:
-    return [pack.sites for pack in graph.packs.values()]
+    return [pack.sites for pack in graph.projections.values()]
 
 
 def _host(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -153,7 +153,7 @@ def test_weights_that_become_constants_are_packed() -> None:
 def test_packs_join_the_calls_of_a_shared_layer() -> None:
     it = capture("tiny_albert", {"one": lorac.LoRA(r=2, targets=["query", "value"])})
     assert _run(it.graph).changed
-    (pack,) = it.graph.packs.values()
+    (pack,) = it.graph.projections.values()
     assert [path.rpartition(".")[2] for path in pack.sites] == ["query", "key", "value"]
     joined = [node for node in it.graph.find(ops.LINEAR) if ops.site_of(node) == pack.plan.site.path]
     assert len(joined) > 1
@@ -248,7 +248,7 @@ def test_every_level_answers_as_eager_does(dtype: torch.dtype) -> None:
             assert not differs_beyond_rounding(y, compiled(x)), "more than rounding"
             if dtype is torch.float64:
                 assert_parity(y, compiled(x), host(x))
-    assert [pack.sizes for pack in graph.packs.values()] == [(24, 20, 16)] * 2
+    assert [pack.sizes for pack in graph.projections.values()] == [(24, 20, 16)] * 2
     assert set(graph.slots) == {
         *(f"layers.{i}.q|k|v:{role}" for i in range(2) for role in ("a", "b", "c")),
         *(f"layers.{i}.o:{role}" for i in range(2) for role in ("a", "b")),

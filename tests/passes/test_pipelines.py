@@ -87,7 +87,7 @@ def test_a_second_run_says_which_passes_the_graph_has_behind_it() -> None:
     lower(graph)
     outcomes = run_pipeline(graph, lowering_passes())
     behind = PassResult(changed=False, skipped=(Skip("stack", "the graph is at level expanded already"),))
-    assert outcomes[:-2] == [(name, behind) for name in ("pack", "insert", "values", "expand")]
+    assert outcomes[:-2] == [(name, behind) for name in ("fuse_projections", "insert", "values", "expand")]
     assert outcomes[-2:] == [(name, PassResult(changed=False)) for name in ("cache", "cleanup")]
 
 
@@ -123,7 +123,10 @@ def test_observers_see_the_capture_and_every_pass_that_changed_something() -> No
             [FuseProjections(), Cleanup()],
             "'cleanup' reads level expanded, .* host\n  run 'insert' and 'expand' before it",
         ),
-        ([InsertAdaptedCalls(), FuseProjections()], "'pack' reads level host, .* adapted\n  run it before 'insert'"),
+        (
+            [InsertAdaptedCalls(), FuseProjections()],
+            "'fuse_projections' reads level host, .* adapted\n  run it before 'insert'",
+        ),
         ([InsertAdaptedCalls(), InsertAdaptedCalls()], "'insert' reads level host, .* adapted\n  it has run already"),
     ],
     ids=lambda given: "-".join(step.name for step in given) if isinstance(given, list) else "",
@@ -191,5 +194,5 @@ def test_what_is_computed_is_as_wide_as_its_own_sites_rank() -> None:
     slots = {slot.node for slot in it.graph.slots.values()}
     products = [n for n in it.graph.fx.nodes if n.op == "call_function" and getattr(n.args[-1], "name", "") in slots]
     widths = [(str(n.meta["val"].shape[-1]), str(n.args[-1].meta["val"].shape[-1])) for n in products]
-    assert len({width for width, _ in widths}) > len(it.graph.packs) > 1
+    assert len({width for width, _ in widths}) > len(it.graph.projections) > 1
     assert all(found == wanted for found, wanted in widths)

@@ -67,7 +67,9 @@ def test_every_target_prints_the_same_passes() -> None:
         for target in ("eager", "onnxruntime")
     )
     assert eager.stages[:2] == ("capture", "insert"), "eager runs each of the host's layers by itself"
-    assert ort.stages == ("capture", "pack", *eager.stages[1:], "legalize"), "the target's own rewrites come last"
+    assert ort.stages == ("capture", "fuse_projections", *eager.stages[1:], "legalize"), (
+        "the target's own rewrites come last"
+    )
     assert str(ort.after("capture")) == str(eager.after("capture"))
     insert = {name: str(view.after("insert")) for name, view in (("eager", eager), ("ort", ort))}
     for line in ("+ style  low-rank r=3", "+ task  low-rank r=2"):
@@ -245,6 +247,6 @@ def test_what_the_passes_left_alone_is_told() -> None:
     adapters = {"style": lorac.DoRA(r=3, targets=["query"]), "task": lorac.LoRA(r=2, targets=["query", "out"])}
     options = {"target": "onnxruntime", "self_test": False, "example_inputs": (torch.randn(2, 5, 10),)}
     graph = lorac.compile(Stack(), adapters=adapters, active=None, **options).graph["main"]
-    alone = {skip.where: skip.why for skip in graph.skipped["pack"]}
+    alone = {skip.where: skip.why for skip in graph.skipped["fuse_projections"]}
     assert alone["body.layers.0.out"] == "no other site of its module that may be packed with it reads its input"
     assert graph.after("insert").skipped == graph.skipped

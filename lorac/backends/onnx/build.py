@@ -132,7 +132,7 @@ def write_base_weights(
             where models hold them.
     """
     graphs, plans = emitted.program.graphs, emitted.request.plans
-    joined = {pack.sizes for graph in graphs.values() for pack in graph.packs.values()}
+    joined = {pack.sizes for graph in graphs.values() for pack in graph.projections.values()}
     known = locate_weights(emitted.open_files(), graphs, tensors, joined) | dict(locations or {})
     columns = [name for name in find_transposed_weights(plans.values()) if name in tensors]
     TensorFile.write(emitted.folder / BASE_FILE, {**tensors, **(parts or {})}, columns, notes, elsewhere=known)

@@ -188,7 +188,7 @@ def _decoder(graph: Graph, sides: _GraphHalves, crossing: Mapping[str, str]) -> 
 def _copy(graph: Graph) -> tuple[Graph, dict[str, fx.Node]]:
     """A graph to be edited apart from another, and its nodes by name."""
     program = copy_program(graph.exported)
-    made = dataclasses.replace(graph, exported=program, slots={}, packs={}, axes=dict(graph.axes))
+    made = dataclasses.replace(graph, exported=program, slots={}, projections={}, axes=dict(graph.axes))
     return made, {node.name: node for node in program.graph.nodes}
 
 

@@ -71,7 +71,7 @@ class AdaptedCall:
         """The arguments of ``op`` in a call of the site without its adapters."""
         return (*self.host, self.site)
 
-    def before(self, graph: fx.Graph, node: fx.Node) -> fx.Node:
+    def insert_before(self, graph: fx.Graph, node: fx.Node) -> fx.Node:
         """Put this call into a graph before ``node``, with the type and provenance of that."""
         with graph.inserting_before(node):
             made = graph.call_function(ops.adapted, self._arguments())

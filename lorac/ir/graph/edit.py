@@ -1,7 +1,8 @@
-"""Edits of a captured program that touch its graph, signature and state together.
+"""Edits of a captured program that change its graph, signature and state together.
 
-``torch.export`` has no public call for this: the private fields used (``_range_constraints``, ``_module_call_graph``,
-``_example_inputs``) are pinned by a test. Editing in place saves the second export that would double capture time.
+``torch.export`` has no public functions for this. A test pins the private fields that are used here
+(``_range_constraints``, ``_module_call_graph``, ``_example_inputs``). Editing in place saves a second export, which
+would double the time of a capture.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import fx
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.export import ExportedProgram
+from torch.export import ExportedProgram, ModuleCallSignature
 from torch.export.graph_signature import (
     ConstantArgument,
     InputKind,
@@ -38,21 +39,30 @@ from lorac.ir.tracing import tracing
 from lorac.source_lines import is_user_code
 
 SLOTS_KEYWORD = "lorac"
-"""The keyword argument that carries all slots, a dict by public name."""
-_KEPT_META = ("nn_module_stack", "stack_trace", "from_node")
+"""The keyword argument that holds all slots, a dict by public name."""
+_PROVENANCE = ("nn_module_stack", "stack_trace", "from_node")
+KnownCalls = dict[object, Any]
+"""Key of a call (``ops.make_call_key``) -> the example of its value."""
+
+
+def _call_signature(program: ExportedProgram) -> ModuleCallSignature:
+    """Return how the whole program is called."""
+    signature = program._module_call_graph[0].signature
+    assert signature is not None
+    return signature
 
 
 def find_fake_mode(program: ExportedProgram) -> FakeTensorMode:
-    """The fake mode whose tensors describe the program's values."""
+    """Return the fake mode whose tensors describe the program's values."""
     values = (node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder")
-    # The first tells: this is asked for every node that is added, and a program has an input for each of its weights.
+    # The first one suffices; this runs for every added node, and a program has an input for each weight.
     mode = next((found for v in values if isinstance(v, torch.Tensor) and (found := detect_fake_mode([v]))), None)
     assert mode is not None
     return mode
 
 
 def add_dimension(program: ExportedProgram, name: str, hint: int, least: int = 0) -> torch.SymInt:
-    """A size of the program's own that may be anything from ``least`` on."""
+    """Add a symbolic size that may be any number from ``least`` on."""
     from torch._dynamo.source import LocalSource
 
     environment = find_fake_mode(program).shape_env
@@ -98,39 +108,36 @@ def add_inputs(program: ExportedProgram, inputs: Mapping[str, tuple[Sequence[Any
 
 def add_outputs(program: ExportedProgram, nodes: Mapping[str, fx.Node]) -> None:
     """Add outputs behind the program's own."""
-    output = next(iter(reversed(program.graph.nodes)))
+    output = program.graph.output_node()
     output.args = ((*output.args[0], *nodes.values()),)
     for node in nodes.values():
         spec = OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None)
         program.graph_signature.output_specs.append(spec)
-    signature = program._module_call_graph[0].signature
-    assert signature is not None
+    signature = _call_signature(program)
     outputs = pytree.tree_unflatten([object()] * signature.out_spec.num_leaves, signature.out_spec)
     extended = (outputs, {name: object() for name in nodes})
     signature.out_spec = pytree.tree_flatten(extended)[1]
 
 
 def set_outputs(program: ExportedProgram, nodes: Mapping[str, fx.Node]) -> None:
-    """Have a program answer these and nothing else, by name."""
-    output = next(iter(reversed(program.graph.nodes)))
+    """Replace all outputs of a program, by name."""
+    output = program.graph.output_node()
     output.args = (tuple(nodes.values()),)
     specs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in nodes.values()]
     program.graph_signature.output_specs[:] = specs
-    signature = program._module_call_graph[0].signature
-    assert signature is not None
+    signature = _call_signature(program)
     signature.outputs.clear()
     signature.out_spec = pytree.tree_flatten({name: object() for name in nodes})[1]
 
 
 def drop_inputs(program: ExportedProgram, names: Collection[str]) -> None:
-    """Take inputs away that nothing reads, of a program that is called by names."""
-    signature = program._module_call_graph[0].signature
-    assert signature is not None
+    """Remove inputs that nothing reads from a program that is called by names."""
+    signature = _call_signature(program)
     for node in [node for node in program.graph.nodes if node.op == "placeholder" and node.name in names]:
         program.graph.erase_node(node)
     specs = program.graph_signature.input_specs
     specs[:] = [spec for spec in specs if getattr(spec.arg, "name", "") not in names]
-    signature.inputs[:] = [told for told in signature.inputs if told.name not in names]
+    signature.inputs[:] = [each for each in signature.inputs if each.name not in names]
     args, kwargs = pytree.tree_unflatten([object()] * signature.in_spec.num_leaves, signature.in_spec)
     signature.in_spec = pytree.tree_flatten((args, _without(kwargs, names)))[1]
     if signature.forward_arg_names is not None:
@@ -144,7 +151,7 @@ def _without(given: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]
 
 
 def copy_program(program: ExportedProgram) -> ExportedProgram:
-    """The same program over the same tensors, to be edited apart from it; its nodes are called alike."""
+    """Return a copy over the same tensors, with the same node names, that can be edited by itself."""
     made = copy.copy(program)
     made._graph_module = fx.GraphModule(program.graph_module, copy_graph(program.graph))
     specs = program.graph_signature
@@ -167,19 +174,18 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
 
 
 def keep_tensor_outputs(program: ExportedProgram) -> OutputStructure:
-    """Leave a captured program nothing but tensors to answer; returns what its host's answer is around them."""
-    signature = program._module_call_graph[0].signature
-    assert signature is not None
-    output = next(iter(reversed(program.graph.nodes)))
+    """Restrict a captured program's outputs to tensors; return how the model's output is built around them."""
+    signature = _call_signature(program)
+    output = program.graph.output_node()
     specs = program.graph_signature.output_specs
     pairs = list(zip(specs, output.args[0], strict=True))
-    own = [(spec, value) for spec, value in pairs if spec.kind is OutputKind.USER_OUTPUT]
-    constants = {i: spec.arg.value for i, (spec, _) in enumerate(own) if isinstance(spec.arg, ConstantArgument)}
-    numbers = tuple(i for i, (spec, _) in enumerate(own) if isinstance(spec.arg, SymIntArgument))
+    outputs = [(spec, value) for spec, value in pairs if spec.kind is OutputKind.USER_OUTPUT]
+    constants = {i: spec.arg.value for i, (spec, _) in enumerate(outputs) if isinstance(spec.arg, ConstantArgument)}
+    numbers = tuple(i for i, (spec, _) in enumerate(outputs) if isinstance(spec.arg, SymIntArgument))
     structure = OutputStructure(signature.out_spec, constants, numbers)
     if not constants and not numbers:
         return structure
-    tensors = [_as_tensor(program, value, output) for i, (_, value) in enumerate(own) if i not in constants]
+    tensors = [_as_tensor(program, value, output) for i, (_, value) in enumerate(outputs) if i not in constants]
     others = [(spec, value) for spec, value in pairs if spec.kind is not OutputKind.USER_OUTPUT]
     output.args = ((*(value for _, value in others), *tensors),)
     arguments = [TensorArgument(tensor.name) for tensor in tensors]
@@ -187,7 +193,7 @@ def keep_tensor_outputs(program: ExportedProgram) -> OutputStructure:
         *(spec for spec, _ in others),
         *(OutputSpec(OutputKind.USER_OUTPUT, argument, None) for argument in arguments),
     ]
-    # Of a whole program torch lists no outputs here; those that it listed it would look for in vain once decomposed.
+    # torch lists no outputs of a whole program here, and would not find listed ones after a decomposition.
     signature.outputs.clear()
     signature.out_spec = pytree.tree_flatten(tuple(tensors))[1]
     update_signature(program)
@@ -195,7 +201,7 @@ def keep_tensor_outputs(program: ExportedProgram) -> OutputStructure:
 
 
 def _as_tensor(program: ExportedProgram, value: fx.Node, before: fx.Node) -> fx.Node:
-    """A size of the program's as a tensor; tensors are what they are."""
+    """Return a size as a tensor; a tensor is returned as it is."""
     if isinstance(value.meta["val"], torch.Tensor):
         return value
     with program.graph.inserting_before(before):
@@ -206,7 +212,7 @@ def _as_tensor(program: ExportedProgram, value: fx.Node, before: fx.Node) -> fx.
 
 
 def drop_unused_state(program: ExportedProgram) -> list[str]:
-    """Remove parameters, buffers and constants that nothing reads any more; returns their names."""
+    """Remove parameters, buffers and constants that nothing reads; return their names."""
     signature, dropped = program.graph_signature, []
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     for spec in list(signature.input_specs):
@@ -225,11 +231,11 @@ def drop_unused_state(program: ExportedProgram) -> list[str]:
 
 
 def qualify_names(program: ExportedProgram, prefix: str) -> ExportedProgram:
-    """The program of a component, its modules and tensors called as the whole calls them; edited in place.
+    """Prefix the names of modules and tensors of a component's program, in place; return the program.
 
     Args:
         program: as captured from the component alone.
-        prefix: the component's name and a dot; nothing to do where it is empty.
+        prefix: the component's name and a dot; empty for a model without components.
     """
     if not prefix:
         return program
@@ -256,10 +262,10 @@ def inline(
     traced: fx.GraphModule | None = None,
     origin: fx.Node | None = None,
 ) -> tuple[fx.GraphModule, list[fx.Node]]:
-    """Put ``function(*operands)``, traced to aten, before ``node``; returns the trace and the nodes of its outputs.
+    """Insert ``function(*operands)``, traced to aten, before ``node``; return the trace and the nodes of its outputs.
 
-    The new nodes have the provenance of ``origin``, by default of ``node``. A trace may be used again for operands of
-    the same shapes, but for what their sizes that vary are called.
+    The new nodes get the provenance of ``origin``, by default of ``node``. A trace may be reused for operands whose
+    shapes differ only in the names of symbolic sizes.
     """
     if traced is None:
         traced = trace_function(program, function, operands)
@@ -280,14 +286,14 @@ def inline(
 
 
 def _renamed(places: Sequence[fx.Node], operands: Sequence[fx.Node]) -> dict[str, Any]:
-    """Sizes of a trace that are others where it is used again, ranks for one -> what they are there."""
+    """Return the sizes of a trace, such as ranks, that differ where it is reused -> the sizes there."""
     pairs = [(place.meta["val"], operand.meta["val"]) for place, operand in zip(places, operands, strict=True)]
     shapes = [(a.shape, b.shape) for a, b in pairs if isinstance(a, torch.Tensor)]
     return {str(old): new for a, b in shapes for old, new in zip(a, b, strict=True) if str(old) != str(new)}
 
 
 def _resized(value: Any, sizes: Mapping[str, Any]) -> Any:
-    """The example of what a node computes, of other sizes."""
+    """Return the example of a node's value with other sizes."""
 
     def at(tensor: Any) -> Any:
         changed = isinstance(tensor, torch.Tensor) and any(str(size) in sizes for size in tensor.shape)
@@ -297,14 +303,14 @@ def _resized(value: Any, sizes: Mapping[str, Any]) -> Any:
 
 
 def insert_call(program: ExportedProgram, before: fx.Node, op: Any, *operands: Any, **named: Any) -> fx.Node:
-    """Call an op before a node, in whose place it acts; its value is computed as the program's own are."""
-    return insert_like(program, {}, before, op, *operands, **named)
+    """Insert a call of an op before a node, with that node's provenance."""
+    return insert_repeated_call(program, {}, before, op, *operands, **named)
 
 
-def insert_like(
-    program: ExportedProgram, known: dict[Any, Any], before: fx.Node, op: Any, *operands: Any, **named: Any
+def insert_repeated_call(
+    program: ExportedProgram, known: KnownCalls, before: fx.Node, op: Any, *operands: Any, **named: Any
 ) -> fx.Node:
-    """As ``insert_call`` for layers that are alike, whose values are computed once and then ``known``."""
+    """Insert a call as ``insert_call``; repeated layers share ``known``, so that its value is computed once."""
     with program.graph.inserting_before(before):
         node = program.graph.call_function(op, operands, named)
     given = fx.map_arg(operands, lambda operand: operand.meta["val"])
@@ -318,7 +324,7 @@ def insert_like(
 
 
 def add_constant(program: ExportedProgram, value: torch.Tensor) -> fx.Node:
-    """An input that is a tensor of the program's own, before those that it is called with."""
+    """Add a constant tensor to the program; return its placeholder, which stands before the caller's inputs."""
     specs = program.graph_signature.input_specs
     first = next(index for index, spec in enumerate(specs) if spec.kind is InputKind.USER_INPUT)
     name = f"{SLOTS_KEYWORD}_constant_{len(program.constants)}"
@@ -333,10 +339,10 @@ def add_constant(program: ExportedProgram, value: torch.Tensor) -> fx.Node:
 def trace_function(
     program: ExportedProgram, function: Callable[..., Any], operands: Sequence[fx.Node]
 ) -> fx.GraphModule:
-    """``function`` as an aten graph over values like ``operands``; its result must be a tuple."""
+    """Trace ``function`` to aten over examples of ``operands``; its result must be a tuple."""
     values: list[Any] = []
     for value in (operand.meta["val"] for operand in operands):
-        # make_fx takes two operands that one tensor describes for one operand.
+        # make_fx would treat two operands with the same example as one operand.
         known = any(value is other for other in values)
         values.append(value.new_empty_strided(value.shape, value.stride()) if known else value)
     with tracing(), find_fake_mode(program), torch.no_grad():
@@ -346,8 +352,8 @@ def trace_function(
 
 
 def copy_provenance(node: fx.Node, origin: fx.Node) -> None:
-    """Give a new node the provenance of the one it stands for."""
-    for key in _KEPT_META:
+    """Copy the module path and source line of one node to another."""
+    for key in _PROVENANCE:
         if key in origin.meta:
             node.meta[key] = origin.meta[key]
     site = origin.meta.get("custom", {}).get(SLOTS_KEYWORD)
@@ -356,13 +362,13 @@ def copy_provenance(node: fx.Node, origin: fx.Node) -> None:
 
 
 def find_source_line(node: torch.fx.Node) -> str | None:
-    """``file:line: code`` of the innermost line of the model that made ``node``; None where torch recorded none."""
+    """Return ``file:line: code`` of the model's innermost line that made ``node``; None where torch recorded none."""
     entries = re.findall(r'File "(.+?)", line (\d+), in .*\n\s*(.*)', node.meta.get("stack_trace") or "")
     return next((f"{f}:{line}: {code}" for f, line, code in reversed(entries) if is_user_code(f)), None)
 
 
 def has_site_checks(program: ExportedProgram) -> bool:
-    """Whether a check of a captured program asks for what a site computes, which adapters change."""
+    """Whether a check in a captured program reads a site's output, which adapters change."""
     reads: set[fx.Node] = set()
     for node in program.graph.nodes:
         own = getattr(node.target, "namespace", "") == SLOTS_KEYWORD
@@ -372,8 +378,8 @@ def has_site_checks(program: ExportedProgram) -> bool:
 
 
 def update_signature(program: ExportedProgram) -> None:
-    """Bring the signature's output names in line with the graph, and have torch check all; code stays as it was."""
-    output = next(iter(reversed(program.graph.nodes)))
+    """Update the output names in the signature, and validate the program; the module's code stays unchanged."""
+    output = program.graph.output_node()
     signature = program._module_call_graph[0].signature
     named = [] if signature is None else signature.outputs
     for index, (spec, node) in enumerate(zip(program.graph_signature.output_specs, output.args[0], strict=True)):
@@ -387,8 +393,7 @@ def update_signature(program: ExportedProgram) -> None:
 
 
 def _extend_call_signature(program: ExportedProgram, nodes: Mapping[str, fx.Node]) -> None:
-    signature = program._module_call_graph[0].signature
-    assert signature is not None
+    signature = _call_signature(program)
     args, kwargs = pytree.tree_unflatten([object()] * signature.in_spec.num_leaves, signature.in_spec)
     carried = {**kwargs.get(SLOTS_KEYWORD, {}), **dict.fromkeys(nodes, object())}
     signature.in_spec = pytree.tree_flatten((args, {**kwargs, SLOTS_KEYWORD: carried}))[1]
@@ -404,4 +409,4 @@ def _extend_call_signature(program: ExportedProgram, nodes: Mapping[str, fx.Node
 
 def _example(value: torch.Tensor) -> torch.Tensor:
     shape = [size if isinstance(size, int) else int(size.node.hint) for size in value.shape]
-    return torch.zeros((), dtype=value.dtype).expand(shape)  # its shape is asked for, and a slot may be a whole weight
+    return torch.zeros((), dtype=value.dtype).expand(shape)  # without memory: a slot may be a whole weight

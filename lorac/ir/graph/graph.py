@@ -1,7 +1,7 @@
-"""Graph: one captured computation, its level, and the slot inputs it has been given.
+"""Graph: one captured computation with its level and its slot inputs.
 
-A Graph wraps a ``torch.export`` program. Its fx graph, signature and state belong together:
-``lorac.ir.graph.edit`` is the only place that changes the signature.
+A Graph wraps a ``torch.export`` program, whose fx graph, signature and state belong together. Only
+``lorac.ir.graph.edit`` changes the signature.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class SlotInput:
     """A slot as an input of a graph.
 
     Attributes:
-        name: public name: ``<site path>:<role>``; survives into the emitted program.
-        site: path of the site, or of the pack.
-        role: a row of the table of roles, or what a branch holds (``lorac.ir.slots.roles``).
+        name: public name, ``<site path>:<role>``, in the emitted program too.
+        site: path of the site, or of the fused projection.
+        role: a row of the table of roles, or a tensor of a branch (``lorac.ir.slots.roles``).
         node: name of the placeholder.
-        members: of a pack's slot the sites whose tensors lie in it.
-        sizes: of each of them how many outputs it has.
+        members: the fused sites whose tensors lie in the slot; empty for a single site.
+        sizes: number of outputs of each member.
     """
 
     name: str
@@ -57,12 +57,12 @@ class SlotInput:
 
 @dataclass(frozen=True)
 class FusedProjection:
-    """Sites that read the same input, computed as one whose matrix is theirs, one below the other.
+    """Sites that read the same input, computed as one site with concatenated matrices.
 
     Attributes:
-        sites: their paths, in the order in which their outputs lie.
-        sizes: how many outputs each has.
-        plan: the slots of all of them, as those of one site; empty where none of them is adapted.
+        sites: paths, in the order of their outputs.
+        sizes: number of outputs of each.
+        plan: the slots of all, as those of one site; empty where none is adapted.
     """
 
     sites: tuple[str, ...]
@@ -82,7 +82,7 @@ class Graph:
         interface: what a call gives the program, and what it answers; slots and caches are apart from it.
         level: how far it is lowered.
         slots: slot inputs by public name, in input order.
-        packs: path -> sites that are computed as one; their calls have this path.
+        projections: path -> sites that are computed as one; their calls have this path.
         axes: torch's symbols for sizes that vary -> their names.
         cache_inputs: public name of an input that holds a cache, its lengths or encoder outputs -> its placeholder.
         longest: the longest sequence that position tables admit; None without tables.
@@ -95,7 +95,7 @@ class Graph:
     interface: Interface
     level: Level = Level.HOST
     slots: dict[str, SlotInput] = field(default_factory=dict)
-    packs: dict[str, FusedProjection] = field(default_factory=dict)
+    projections: dict[str, FusedProjection] = field(default_factory=dict)
     axes: dict[str, str] = field(default_factory=dict)
     cache_inputs: dict[str, str] = field(default_factory=dict)
     longest: int | None = None
@@ -106,9 +106,9 @@ class Graph:
         return self.exported.graph
 
     def plan_of(self, path: str) -> SitePlan:
-        """The slots of what is called under a path: those of a pack, or of a site, which may have none."""
-        pack = self.packs.get(path)
-        return self.plans[path] if pack is None else pack.plan
+        """Return the slots at a path: those of a fused projection, or of a site, which may have none."""
+        projection = self.projections.get(path)
+        return self.plans[path] if projection is None else projection.plan
 
     def add_outputs(self, nodes: Mapping[str, torch.fx.Node]) -> None:
         """Add extra outputs behind the present ones, by name."""
@@ -119,22 +119,27 @@ class Graph:
         """Add sentences for whoever calls the program."""
         self.interface = self.interface.with_notes(*notes)
 
+    def replace_node(self, node: torch.fx.Node, value: torch.fx.Node) -> None:
+        """Let another node take a node's place, and erase the node."""
+        node.replace_all_uses_with(value)
+        self.fx.erase_node(node)
+
     def placeholders(self) -> list[torch.fx.Node]:
-        """Input nodes, in signature order."""
+        """Return the input nodes, in signature order."""
         return [node for node in self.fx.nodes if node.op == "placeholder"]
 
     def find(self, *targets: object) -> Iterator[torch.fx.Node]:
-        """Call nodes of the given targets, safe against edits of the node at hand."""
+        """Return an iterator over the calls of the given targets; each may be edited while it is current."""
         wanted = set(targets)
         return iter([n for n in self.fx.nodes if n.op == "call_function" and n.target in wanted])
 
-    def reaching_outputs(self, besides: Collection[torch.fx.Node] = ()) -> set[torch.fx.Node]:
-        """The nodes that an output is computed from, or one of those given besides.
+    def reaching_outputs(self, further: Collection[torch.fx.Node] = ()) -> set[torch.fx.Node]:
+        """Return the nodes from which an output, or one of some further nodes, is computed.
 
-        What is written into a tensor, or into a view of one, counts wherever that tensor does.
+        A write into a tensor, or into a view of it, belongs to them where the tensor does.
         """
         writes = [node for node in self.fx.nodes if find_written_operands(node)]
-        live = self._reaching(besides)
+        live = self._reaching(further)
         while found := {node for node in writes if node not in live and not live.isdisjoint(_whole(node))}:
             live = self._reaching({*live, *found})
         return live
@@ -150,17 +155,17 @@ class Graph:
         return f"<graph {self.name} @{self.level.name.lower()}, {len(self.fx.nodes)} nodes>"
 
     def node(self, name: str) -> torch.fx.Node:
-        """The node called ``name``."""
+        """Return the node with this name."""
         return next(n for n in self.fx.nodes if n.name == name)
 
 
 def find_written_operands(node: torch.fx.Node) -> list[torch.fx.Node]:
-    """The operands that an op writes to, as its schema says."""
+    """Return the operands that an op writes to, by its schema."""
     return _aliased(node, writes=True)
 
 
 def _aliased(node: torch.fx.Node, *, writes: bool) -> list[torch.fx.Node]:
-    """The operands that an op writes to, or of which it answers views."""
+    """Return the operands that an op writes to, or of which it returns views."""
     if node.op != "call_function":
         return []
     found = [node.args[place] for place in _aliased_places(node.target, writes) if place < len(node.args)]
@@ -169,13 +174,15 @@ def _aliased(node: torch.fx.Node, *, writes: bool) -> list[torch.fx.Node]:
 
 @functools.lru_cache(maxsize=4096)
 def _aliased_places(target: object, writes: bool) -> tuple[int, ...]:
-    """Which operands of an op those are, read from its schema once: a graph is asked after every pass."""
+    """Return the indices of such operands, cached since the verifier runs after every pass."""
     arguments = enumerate(schema.arguments) if (schema := getattr(target, "_schema", None)) is not None else ()
-    return tuple(i for i, told in arguments if told.alias_info is not None and told.alias_info.is_write is writes)
+    return tuple(
+        i for i, argument in arguments if argument.alias_info is not None and argument.alias_info.is_write is writes
+    )
 
 
 def _whole(write: torch.fx.Node) -> set[torch.fx.Node]:
-    """What a write changes: its operands, and the tensors that those are views of."""
+    """Return what a write changes: its operands, and the tensors that they are views of."""
     changed: set[torch.fx.Node] = set()
     pending = find_written_operands(write)
     while pending:

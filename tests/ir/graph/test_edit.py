@@ -17,7 +17,7 @@ from lorac.ir.graph.edit import (
     copy_provenance,
     drop_unused_state,
     inline,
-    insert_like,
+    insert_repeated_call,
     trace_function,
     update_signature,
 )
@@ -130,13 +130,17 @@ def test_values_of_equal_calls_are_computed_once(program: ExportedProgram) -> No
     call = next(n for n in program.graph.nodes if n.op == "call_function" and n.args[-1] == "up")
     x, weight, bias, _ = call.args
     known: dict[object, object] = {}
-    one, other = (insert_like(program, known, call, ops.LINEAR, x, weight, bias, site) for site in ("up", "elsewhere"))
+    one, other = (
+        insert_repeated_call(program, known, call, ops.LINEAR, x, weight, bias, site) for site in ("up", "elsewhere")
+    )
     assert one.meta["val"] is other.meta["val"]
     assert one.meta["val"].shape == call.meta["val"].shape
-    wide, double = (insert_like(program, known, call, torch.ops.aten.cat.default, [x] * times, -1) for times in (2, 3))
+    wide, double = (
+        insert_repeated_call(program, known, call, torch.ops.aten.cat.default, [x] * times, -1) for times in (2, 3)
+    )
     assert wide.meta["val"].shape[-1] * 3 == double.meta["val"].shape[-1] * 2
     as_float, as_double = (
-        insert_like(program, known, call, torch.ops.aten.zeros_like.default, x, dtype=dtype)
+        insert_repeated_call(program, known, call, torch.ops.aten.zeros_like.default, x, dtype=dtype)
         for dtype in (torch.float32, torch.float64)
     )
     assert (as_float.meta["val"].dtype, as_double.meta["val"].dtype) == (torch.float32, torch.float64)
