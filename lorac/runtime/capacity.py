@@ -1,4 +1,4 @@
-"""Whether an adapter fits what was compiled, and what would admit one that does not."""
+"""Whether an adapter fits what was compiled, and which ``reserve=`` would admit it."""
 
 from __future__ import annotations
 
@@ -12,45 +12,39 @@ from lorac.ir.sites import KINDS_WITHOUT_WEIGHT, Site, SiteKind
 from lorac.ir.slots.filling import find_branch_misfit, find_misfit
 from lorac.ir.slots.planning import Reserve, needs_merged_weight, quantized_merge_error
 from lorac.ir.slots.plans import PreparedAdapter, SitePlan
-from lorac.ir.slots.role import SlotRole
 from lorac.ir.slots.roles import ROLES, roles_needed
 
 
 def suggest_reserve(together: Sequence[PreparedAdapter]) -> str:
-    """The ``reserve=`` argument that would admit adapters that are active together."""
+    """Return the ``reserve=`` argument that would admit adapters that are active together."""
     paths = sorted({path.rpartition(".")[2] for prepared in together for path in prepared.paths})
     changes = [change for prepared in together for change in prepared.changes.values()]
-    ranks = [v.rank for v in changes if isinstance(v, LowRank)]
-    sought = {_reserve_field(role) for change in changes for role in roles_needed(change)}
-    extras = [f"adapters={len(together)}"] if len(together) > 1 else []
-    extras += [f"{field.name}=True" for field in fields(Reserve) if field.name in sought and field.default is False]
-    return f"reserve=lorac.Reserve({', '.join([f'targets={paths}', f'rank={max(ranks, default=0)}', *extras])})"
-
-
-def _reserve_field(role: SlotRole) -> str:
-    """The field of ``Reserve`` that admits a change with such a part: any is, through a bound weight."""
-    return role.reserve or ROLES[letters.WEIGHT].reserve
+    rank = max((change.rank for change in changes if isinstance(change, LowRank)), default=0)
+    # A role without a field of its own is admitted through a bound weight.
+    needed = {role.reserve or ROLES[letters.WEIGHT].reserve for change in changes for role in roles_needed(change)}
+    arguments = [f"targets={paths}", f"rank={rank}"]
+    arguments += [f"adapters={len(together)}"] if len(together) > 1 else []
+    arguments += [f"{field.name}=True" for field in fields(Reserve) if field.name in needed and field.default is False]
+    return f"reserve=lorac.Reserve({', '.join(arguments)})"
 
 
 def check_capacity(
     name: str, prepared: PreparedAdapter, plans: Mapping[str, SitePlan], sites: Mapping[str, Site]
 ) -> None:
-    """Refuse an adapter that does not fit the plans.
+    """Check that an adapter fits the plans.
 
     Raises:
-        NeedsRecompile: with the ``reserve=`` that admits it.
-        CompileError: none does, since it needs a merged weight in the place of a quantised one.
+        NeedsRecompile: it does not fit; the message has the ``reserve=`` that admits it.
+        CompileError: it needs a merged weight at a quantised weight, which no reserve admits.
     """
     problems = []
     for path, change in prepared.changes.items():
         plan = plans.get(path)
         reason = "has no slot" if plan is None or plan.empty else find_misfit(plan, change)
-        if reason:
-            problems.append((path, reason))
+        problems += [(path, reason)] if reason else []
     for path, term in prepared.branches.items():
         reason = find_branch_misfit(plans.get(path), term)
-        if reason:
-            problems.append((path, reason))
+        problems += [(path, reason)] if reason else []
     for path in [path for path, _ in problems if path in prepared.changes and path in sites]:
         if sites[path].packed and needs_merged_weight(sites[path], prepared.changes[path]):
             raise quantized_merge_error(sites[path], f", and adapter '{name}' needs a merged weight there")
@@ -63,7 +57,7 @@ def check_capacity(
 
 
 def _suggest_room(prepared: PreparedAdapter, sites: Mapping[str, Site]) -> str:
-    """The reserve that would admit an adapter, where one would: not for blocks, branches and bare parameters."""
+    """Return the reserve that would admit an adapter; none does for blocks, branches and bare parameters."""
     kinds = {sites[path].kind if path in sites else SiteKind.PARAMETER for path in prepared.paths}
     if prepared.branches or kinds & KINDS_WITHOUT_WEIGHT:
         return ""

@@ -1,8 +1,8 @@
-"""Many readers or one writer: calls of a fused engine read its weights, a swap writes them.
+"""Many readers or one writer: calls of a fused engine read its weights, and a swap writes them.
 
-Whoever is interrupted, by Ctrl-C or by an exception from a signal, lets go of what it holds wherever that happens: all
-that is ever held is a lock of the interpreter's own, in a ``with`` of its own. A condition or a context manager written
-in Python would not do, since an interrupt may come between its own lines.
+A thread that is interrupted, by Ctrl-C or by an exception from a signal handler, releases everything it holds, wherever
+that happens. For that each lock is one of the interpreter's own, held by a ``with`` of its own. A condition or a
+context manager written in Python would not do, since an interrupt may come between its own lines.
 """
 
 from __future__ import annotations
@@ -10,47 +10,47 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 _LOCKS_PER_FRAME = 4
 
 
 class ReadWriteLock:
-    """A lock per reading thread, and a gate that a writer closes before it takes them all.
+    """A lock per reading thread, and a gate that a writer closes before it takes all of these.
 
-    Writers go first: one that waits holds back new readers, so a swap is not starved by steady calls.
+    Writers go first: a waiting writer holds back new readers, so that steady calls do not starve a swap.
     """
 
     def __init__(self) -> None:
         self._gate = threading.RLock()
-        self._mine = threading.local()
-        self._readers: tuple[weakref.ref[Any], ...] = ()
-        """The locks of threads that have read; they go with their threads."""
+        self._local = threading.local()
+        self._readers: tuple[weakref.ref[threading.RLock], ...] = ()
+        """The locks of threads that have read. A lock goes with its thread."""
 
-    def reading(self) -> Any:
-        """What holds off writers, for a ``with``; waits for a writer that is writing or waits to write."""
-        own = getattr(self._mine, "lock", None)
-        if own is None:
-            own = self._new_reader()
+    def reading(self) -> threading.RLock:
+        """Return a lock that keeps writers away while it is held; waits for a writer that writes or waits to write."""
+        lock: threading.RLock | None = getattr(self._local, "lock", None)
+        if lock is None:
+            lock = self._add_reader()
         with self._gate:
-            return own
+            return lock
 
     def writing(self, work: Callable[[], T]) -> T:
-        """Wait for running readers, hold new ones, and do what is to be done alone."""
+        """Wait for running readers, hold back new ones, and run some work alone."""
         with self._gate:
             return _run_with_locks([lock for ref in self._readers if (lock := ref()) is not None], work)
 
-    def _new_reader(self) -> Any:
-        own = threading.RLock()
+    def _add_reader(self) -> threading.RLock:
+        lock = threading.RLock()
         with self._gate:
-            self._readers = (*(ref for ref in self._readers if ref() is not None), weakref.ref(own))
-            self._mine.lock = own
-        return own
+            self._readers = (*(ref for ref in self._readers if ref() is not None), weakref.ref(lock))
+            self._local.lock = lock
+        return lock
 
 
-def _run_with_locks(locks: Sequence[Any], work: Callable[[], T]) -> T:
-    """Do some work with all these locks held, a few at each depth of the stack."""
+def _run_with_locks(locks: Sequence[threading.RLock], work: Callable[[], T]) -> T:
+    """Run some work with all the locks held, a few in each frame of the stack."""
     if not locks:
         return work()
     first, *rest = locks[:_LOCKS_PER_FRAME]

@@ -1,9 +1,7 @@
-"""Components: one of several models compiled together, called and asked as the model it stands for."""
+"""The traits of a model: what pipelines and generation need of it besides calling it."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import inspect
 import json
 import re
@@ -16,9 +14,13 @@ from torch import nn
 
 from lorac.frontend.components import list_components
 
+_COMMON_MIXIN = "GenerationMixin"
+_NESTED_ATTRIBUTE = re.compile(r"\bself\.((?:[a-zA-Z]\w*\.)+\w+)")
+"""An attribute of a module of a model, in the source of the model's class."""
+
 
 class StoredConfig(dict[str, Any]):
-    """A model's configuration as it was stored: a mapping whose entries are attributes too."""
+    """A model's configuration from an artifact: a mapping whose entries are attributes too."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -29,11 +31,11 @@ class StoredConfig(dict[str, Any]):
 
 @dataclass(frozen=True)
 class CustomGeneration:
-    """A way of generating that is not transformers' common one.
+    """A class with a ``generate`` of its own instead of transformers' common one.
 
     Attributes:
-        path: of the class that brings it: its module, a colon and its name.
-        asks: what it reads of the model's modules, sizes of layers say: path of an attribute -> value.
+        path: the class: its module, a colon and its name.
+        asks: the attributes of the model's modules that it reads, such as sizes: path of an attribute -> value.
     """
 
     path: str
@@ -42,14 +44,14 @@ class CustomGeneration:
 
 @dataclass(frozen=True)
 class ModelTraits:
-    """What others ask of a model besides calling it.
+    """What others need of a model besides calling it.
 
     Attributes:
         config: its configuration, or None.
-        dtype: of its parameters: the first floating-point one's.
-        device: where they are.
-        generation: its generation configuration, as far as something is said in it; None where it does not generate.
-        rules: the class that brings a ``generate`` of its own, if one does, and what that asks of the model's modules.
+        dtype: the dtype of its first floating-point parameter.
+        device: the device of its parameters.
+        generation: the entries of its generation configuration that are set; None if it does not generate.
+        rules: the class with a ``generate`` of its own, if there is one.
     """
 
     config: Any
@@ -60,102 +62,99 @@ class ModelTraits:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """Its configuration by name; where a part of it is about text, with what that says."""
+        """The entries of the configuration, and those of its part about text, if it has one."""
         entries = _config_entries(self.config) or {}
         text = entries.get("text_config")
         return {**text, **entries} if isinstance(text, Mapping) else entries
 
     def to_json(self) -> dict[str, Any]:
-        """The traits as JSON; of the configuration what JSON can hold."""
+        """Return the traits as JSON; entries of the configuration that JSON cannot hold are None."""
+        rules = None if self.rules is None else {"path": self.rules.path, "asks": self.rules.asks}
         return {
-            "config": _json_values(_config_entries(self.config)),
+            "config": _to_json(_config_entries(self.config)),
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
-            "generation": _json_values(self.generation),
-            "rules": None if self.rules is None else _json_values(dataclasses.asdict(self.rules)),
+            "generation": _to_json(self.generation),
+            "rules": _to_json(rules),
         }
 
 
-def collect_traits(model: nn.Module) -> dict[str, ModelTraits]:
-    """Graph name -> the traits of its host."""
-    return {name: _component_traits(component) for name, component in list_components(model).items()}
-
-
 def traits_from_json(stored: Mapping[str, Any]) -> dict[str, ModelTraits]:
-    """The inverse of ``ModelTraits.to_json``, by graph."""
+    """Return the traits of each graph's model from their JSON."""
     return {
         name: ModelTraits(
-            config=None if told["config"] is None else StoredConfig(told["config"]),
-            dtype=getattr(torch, told["dtype"]),
-            device=torch.device(told["device"]),
-            generation=told["generation"],
-            rules=None if told.get("rules") is None else CustomGeneration(**told["rules"]),
+            config=None if entry["config"] is None else StoredConfig(entry["config"]),
+            dtype=getattr(torch, entry["dtype"]),
+            device=torch.device(entry["device"]),
+            generation=entry["generation"],
+            rules=None if entry.get("rules") is None else CustomGeneration(**entry["rules"]),
         )
-        for name, told in stored.items()
+        for name, entry in stored.items()
     }
 
 
-def _config_entries(config: Any) -> dict[str, Any] | None:
-    """The entries of a configuration: of transformers', of diffusers', or of any object with attributes."""
-    if config is None or isinstance(config, Mapping):
-        return None if config is None else dict(config)
-    told = getattr(config, "to_dict", None)
-    return dict(told()) if callable(told) else dict(vars(config))
-
-
-def _json_values(entries: Mapping[str, Any] | None) -> Any:
-    """What JSON can hold of some entries."""
-    return json.loads(json.dumps(entries, default=lambda _: None))
-
-
-def _generation_settings(model: nn.Module) -> dict[str, Any] | None:
-    """What a model's generation configuration says."""
-    can, config = getattr(model, "can_generate", None), getattr(model, "generation_config", None)
-    if not callable(can) or not can() or config is None:
-        return None
-    said = config.to_dict()
-    return {name: value for name, value in said.items() if value is not None and name != "transformers_version"}
+def collect_traits(model: nn.Module) -> dict[str, ModelTraits]:
+    """Return the traits of each graph's model."""
+    return {name: _component_traits(component) for name, component in list_components(model).items()}
 
 
 def _component_traits(model: nn.Module) -> ModelTraits:
     tensors = [*model.parameters(), *model.buffers()]
-    dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.get_default_dtype())
-    device = tensors[0].device if tensors else torch.device("cpu")
     generation = _generation_settings(model)
     return ModelTraits(
-        getattr(model, "config", None),
-        dtype,
-        device,
-        generation,
-        None if generation is None else _custom_generation(model),
+        config=getattr(model, "config", None),
+        dtype=next((t.dtype for t in tensors if t.is_floating_point()), torch.get_default_dtype()),
+        device=tensors[0].device if tensors else torch.device("cpu"),
+        generation=generation,
+        rules=None if generation is None else _custom_generation(model),
     )
 
 
-_COMMON_MIXIN = "GenerationMixin"
-_NESTED_ATTRIBUTE = re.compile(r"\bself\.((?:[a-zA-Z]\w*\.)+\w+)")
-"""An attribute of an attribute of a model, in the source of its class."""
+def _config_entries(config: object) -> dict[str, Any] | None:
+    """Return the entries of transformers' configuration, of diffusers', or of any object with attributes."""
+    if config is None:
+        return None
+    if isinstance(config, Mapping):
+        return dict(config)
+    to_dict = getattr(config, "to_dict", None)
+    return dict(to_dict()) if callable(to_dict) else dict(vars(config))
 
 
-def _class_source(cls: type) -> str:
-    """A class's source; nothing where it lies in no file."""
-    try:
-        return inspect.getsource(cls)
-    except (OSError, TypeError):
-        return ""
+def _to_json(entries: Mapping[str, Any] | None) -> Any:
+    return json.loads(json.dumps(entries, default=lambda _: None))
 
 
-def _attribute(value: Any, name: str) -> Any:
-    return getattr(value, name, None)
+def _generation_settings(model: nn.Module) -> dict[str, Any] | None:
+    can_generate, config = getattr(model, "can_generate", None), getattr(model, "generation_config", None)
+    if not callable(can_generate) or not can_generate() or config is None:
+        return None
+    entries = config.to_dict().items()
+    return {name: value for name, value in entries if value is not None and name != "transformers_version"}
 
 
 def _custom_generation(model: nn.Module) -> CustomGeneration | None:
-    """The class that brings a model's ``generate``; None where that is the one of all."""
+    """Return the class that brings a model's ``generate``, or None if that is transformers' common one."""
     owner = next((cls for cls in type(model).__mro__ if "generate" in vars(cls)), None)
     if owner is None or owner.__name__ == _COMMON_MIXIN:
         return None
     modules = dict(model.named_children())
-    paths = {path for path in _NESTED_ATTRIBUTE.findall(_class_source(owner)) if path.partition(".")[0] in modules}
-    whole: Any = model
-    read = {path: functools.reduce(_attribute, path.split("."), whole) for path in paths}
-    told = {path: value for path, value in read.items() if isinstance(value, int | float | str | tuple)}
-    return CustomGeneration(f"{owner.__module__}:{owner.__qualname__}", told)
+    values: dict[str, Any] = {}
+    for path in _NESTED_ATTRIBUTE.findall(_class_source(owner)):
+        if path.partition(".")[0] in modules:
+            values[path] = _read_path(model, path)
+    read = {path: value for path, value in values.items() if isinstance(value, int | float | str | tuple)}
+    return CustomGeneration(f"{owner.__module__}:{owner.__qualname__}", read)
+
+
+def _read_path(value: Any, path: str) -> Any:
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return value
+
+
+def _class_source(cls: type) -> str:
+    """Return a class's source, or nothing if it is not in a file."""
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):
+        return ""

@@ -21,9 +21,8 @@ from lorac.runtime.traits import traits_from_json
 from lorac.session.adapter_loading import restore_adapter
 from lorac.session.compiled import Compiled, make_compiled
 from lorac.session.host_model import HostModel
-from lorac.session.request.placement import resolve_placement
+from lorac.session.request.placement import check_device, parse_device, resolve_placement
 from lorac.session.request.precision import check_stored_dtypes
-from lorac.session.request.sources import check_device, parse_device
 from lorac.session.session import Session
 from lorac.session.targets import find_backend
 from lorac.storage.artifact import Manifest, open_artifact

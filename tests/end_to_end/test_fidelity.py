@@ -63,7 +63,7 @@ def _one_warning(text: str) -> Iterator[None]:
 
 
 # ── Sizes ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-FIXED = r"the trace of the model fixed sizes that were to vary: axis 0 of 'x', at 2"
+FIXED = r"the trace of the model fixed sizes that should vary: axis 0 of 'x', at 2"
 
 
 def _refuses_another_batch(compiled: Any, host: Host) -> None:
@@ -239,7 +239,7 @@ def _remembers(host: Host, x: Tensor, other: Any) -> Tensor:
 
 @pytest.mark.parametrize(("forward", "what"), [(_counts, "'seen'"), (_remembers, "its attributes")])
 def test_a_host_that_remembers_calls_is_named_and_left_as_it_was(forward: Forward, what: str):
-    with _one_warning(f"the model answers by what earlier calls left in {what}"):
+    with _one_warning(f"the model.s answers depend on what earlier calls left in {what}"):
         host, compiled = _compiled(forward, _x(2))
     assert not host.seen.any() and not host.calls
     first = copy.deepcopy(host)(_x(3)).detach()

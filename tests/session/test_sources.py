@@ -181,9 +181,9 @@ def test_what_is_no_adapter_is_told() -> None:
         (lorac.LoRA, "an adapter is the class LoRA"),
         ({"a": tensors}, r"adapter 'a' is a dict(.|\n)*the folder that PEFT saved it in"),
         (tensors, "adapters= is a dict of tensors"),
-        ({"a": None}, r"adapter 'a' is None, which is none\n  give a path, a method such as"),
+        ({"a": None}, r"adapter 'a' is None, which cannot be one\n  give a path, a method such as"),
         ([("a", lorac.LoRA())], r"an adapter is a pair\n  give a dict: adapters=\{'a': \.\.\.\}"),
-        (3, "an adapter is 3, which is none"),
+        (3, "an adapter is 3, which cannot be one"),
     ):
         with pytest.raises(lorac.AdapterError, match=said):
             lorac.compile(MLP.model(), adapters)  # type: ignore[arg-type]  # that is what is tested
@@ -210,8 +210,8 @@ def test_what_is_no_model_is_told() -> None:
     for model, said in (
         (compiled, r"the model is compiled already\n  compiled.export\(target="),
         ({"one": compiled}, "model 'one' is compiled already"),
-        ("gpt2", r"the model is 'gpt2', which is no nn.Module\n  load it first"),
-        (nn.Linear, r"Linear'>, which is no nn.Module\n  give an instance of it: Linear"),
+        ("gpt2", r"the model is 'gpt2', which is not an nn.Module\n  load it first"),
+        (nn.Linear, r"Linear'>, which is not an nn.Module\n  give an instance of it: Linear"),
         (None, "the model is None"),
     ):
         with pytest.raises(lorac.CompileError, match=said):

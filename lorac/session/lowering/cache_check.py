@@ -1,7 +1,7 @@
-"""A program with a cache held against the one without: texts that come in parts answer as whole ones (invariant 8).
+"""Check a program with a cache against the program without: a sequence in two parts gives what it gives whole.
 
-What a trace of a whole text does not show is that a token's answer depends on what came before by attention alone: a
-model that mixes tokens otherwise, or counts positions by itself, goes wrong where its text comes in parts.
+A trace of a whole sequence does not show whether a token's output depends on earlier tokens by attention alone. A model
+that mixes tokens in another way, or counts positions itself, goes wrong as soon as a sequence comes in parts.
 """
 
 from __future__ import annotations
@@ -28,78 +28,79 @@ from lorac.ir.sites import BaseReader
 from lorac.ir.slots.composition import ComposedWeights, fill_slots
 
 _TOLERATED_ROUNDINGS = 100
-"""How many roundings of its size an answer may be off: thirty layers leave a dozen."""
+"""Allowed error in units of the dtype's rounding. Thirty layers leave about a dozen."""
 
 
 class CacheCheck:
-    """What a captured graph answers for the last token of each row of its example.
+    """The logits of each row's last token without a cache, to compare those with a cache to.
 
     Args:
-        graph: at level host.
+        graph: the captured graph, at level host, with its example inputs.
     """
 
     def __init__(self, graph: Graph) -> None:
         self._inputs = read_example_inputs(graph, graph.interface.inputs)
-        self._text = find_token_input(self._inputs)
+        self._ids_name = find_token_input(self._inputs)
         if LOGITS_TO_KEEP in self._inputs:
-            self._inputs[LOGITS_TO_KEEP] = torch.tensor([self._inputs[self._text].shape[1] - 1])
-        self._whole = run_graph(graph, self._inputs)[0][:, -1]
+            self._inputs[LOGITS_TO_KEEP] = torch.tensor([self._inputs[self._ids_name].shape[1] - 1])
+        self._expected = run_graph(graph, self._inputs)[0][:, -1]
 
-    def check(self, halves: Sequence[Graph], base: BaseReader) -> None:
-        """Hold the same graph, with caches now, against that, its rows growing by different parts.
+    def check(self, lowered: Sequence[Graph], base: BaseReader) -> None:
+        """Run the example in two parts of another length for each row, and compare the last logits.
 
         Args:
-            halves: lowered: the graph that grows, and that of its encoder, if it has one.
+            lowered: the same graph with a cache, then the graph of its encoder, if it has one.
             base: reads base weights.
 
         Raises:
-            CaptureError: it answers otherwise, or not at all.
+            CaptureError: the logits differ, or the graph does not run.
         """
-        graph, *encoders = halves
+        graph, *encoders = lowered
         try:
-            memory = {name: value for encoder in encoders for name, value in self._encoded(encoder, base).items()}
-            last = self._last(graph, memory, _idle_slots(graph, base))
-        except Exception as error:  # the model's own steps: what they raise for a part of a text is theirs to choose
+            outputs = {name: value for encoder in encoders for name, value in self._encode(encoder, base).items()}
+            last = self._decode_in_parts(graph, outputs, _idle_slots(graph, base))
+        except Exception as error:  # steps of the model's own may raise anything when they see a part of a sequence
             raise _cache_differs(graph, f"does not run ({str(error).partition(chr(10))[0]})") from error
-        # What mixes tokens besides attention may do so by little: nothing but roundings is let pass.
-        rounding = _TOLERATED_ROUNDINGS * torch.finfo(last.dtype).eps
-        if not relative_error(last, self._whole) <= rounding:
+        # Mixing tokens besides attention may change little, so nothing but rounding is tolerated.
+        tolerance = _TOLERATED_ROUNDINGS * torch.finfo(last.dtype).eps
+        if not relative_error(last, self._expected) <= tolerance:
             raise _cache_differs(graph, "answers otherwise")
 
-    def _encoded(self, encoder: Graph, base: BaseReader) -> dict[str, Tensor]:
-        """What an encoder makes for its decoder."""
-        given = {name: self._inputs[name] for name in encoder.interface.inputs}
-        answered = dict(
-            zip(encoder.interface.outputs, run_graph(encoder, given, _idle_slots(encoder, base)), strict=True)
-        )
-        return {name: value for name, value in answered.items() if is_encoder_output(name)}
+    def _encode(self, encoder: Graph, base: BaseReader) -> dict[str, Tensor]:
+        """Return the outputs of an encoder that its decoder reads."""
+        inputs = {name: self._inputs[name] for name in encoder.interface.inputs}
+        values = run_graph(encoder, inputs, _idle_slots(encoder, base))
+        outputs = zip(encoder.interface.outputs, values, strict=True)
+        return {name: value for name, value in outputs if is_encoder_output(name)}
 
-    def _last(self, graph: Graph, memory: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> Tensor:
-        """What a graph with caches answers for the last token of each row."""
-        ids = self._inputs[self._text]
+    def _decode_in_parts(
+        self, graph: Graph, encoder_outputs: Mapping[str, Tensor], slots: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Return the logits of each row's last token; row i comes in parts of 1 + i and of the remaining tokens."""
+        ids, presents = self._inputs[self._ids_name], graph.interface.extra_outputs
         rows, length = ids.shape
-        held = make_empty_cache(cache_input_shapes(graph), ids)
+        cache = make_empty_cache(cache_input_shapes(graph), ids)
         first = torch.tensor([1 + row % (length - 1) for row in range(rows)], dtype=torch.int32)
         for past, new in ((torch.zeros_like(first), first), (first, length - first)):
-            given = {**held, **memory, PAST_LENGTHS: past, NEW_LENGTHS: new, self._text: _next_tokens(ids, past, new)}
+            inputs = {**cache, **encoder_outputs, PAST_LENGTHS: past, NEW_LENGTHS: new}
+            inputs[self._ids_name] = _next_tokens(ids, past, new)
             if LOGITS_TO_KEEP in self._inputs:
-                given[LOGITS_TO_KEEP] = (new.to(torch.int64) - 1)[:, None]
-            answered = run_graph(graph, given, slots)
-            presents = dict(
-                zip(graph.interface.extra_outputs, answered[-len(graph.interface.extra_outputs) :], strict=True)
-            )
-            held |= {name: presents[present_name(name)] for name in cache_input_shapes(graph)}
-        return answered[0][:, 0] if LOGITS_TO_KEEP in self._inputs else answered[0][torch.arange(rows), new.long() - 1]
+                inputs[LOGITS_TO_KEEP] = (new.to(torch.int64) - 1)[:, None]
+            outputs = run_graph(graph, inputs, slots)
+            new_entries = dict(zip(presents, outputs[-len(presents) :], strict=True))
+            cache |= {name: new_entries[present_name(name)] for name in cache_input_shapes(graph)}
+        logits: Tensor = outputs[0]
+        return logits[:, 0] if LOGITS_TO_KEEP in self._inputs else logits[torch.arange(rows), new.long() - 1]
 
 
 def _idle_slots(graph: Graph, base: BaseReader) -> dict[str, Tensor]:
-    """Slots in which nothing is active."""
+    """Return the slots of a graph with no adapter active."""
     return collect_slot_tensors(graph.slots, graph.plans, fill_slots(graph.plans, ComposedWeights(()), base))
 
 
-def _cache_differs(graph: Graph, what: str) -> CaptureError:
+def _cache_differs(graph: Graph, how: str) -> CaptureError:
     return CaptureError(
-        f"the graph '{graph.name}' {what} where its text comes in parts: something besides attention mixes tokens, or "
+        f"the graph '{graph.name}' {how} where its text comes in parts: something besides attention mixes tokens, or "
         "positions are counted by the model itself",
         next_step=WITHOUT_CACHE,
         code="capture_differs",
@@ -107,6 +108,6 @@ def _cache_differs(graph: Graph, what: str) -> CaptureError:
 
 
 def _next_tokens(ids: Tensor, past: Tensor, new: Tensor) -> Tensor:
-    """The next tokens of each row, padded on the right."""
-    places = past[:, None].long() + torch.arange(int(new.max()))
-    return ids.gather(1, places.clamp(max=ids.shape[1] - 1))
+    """Return the next tokens of each row, padded on the right."""
+    positions = past[:, None].long() + torch.arange(int(new.max()))
+    return ids.gather(1, positions.clamp(max=ids.shape[1] - 1))

@@ -1,7 +1,7 @@
-"""The captured program held against the host: it computes what the host does, at other sizes too (invariant 8).
+"""Check a captured program against the model: same outputs, at other sizes too (invariant 8).
 
-The bare program, before any pass, is run by the reference interpreter, and the host by itself, on the example inputs
-and on others of another batch and length made from them. What a host does that no program can show, such as drawing
+The reference interpreter runs the bare program, before any pass, and the model runs by itself. Both get the example
+inputs, then inputs of another batch and length made from these. Behaviour that no program can have, such as drawing
 random numbers, becomes a note on the graph, which ``explain()`` repeats.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -39,21 +39,20 @@ Inputs = Mapping[str, Tensor]
 _SEED, _OTHER_SEED = 0, 1
 
 
-def check_capture(graph: Graph, host: nn.Module, *, tested: bool) -> None:
-    """Settle which sizes a captured graph takes, and what is to be said of it; warn of what is.
+def check_capture(graph: Graph, model: nn.Module, *, tested: bool) -> None:
+    """Compare a captured graph with its model, and warn of what callers should know.
 
     Args:
-        graph: as captured, bare; it gets ``sizes`` and ``notes``.
-        host: the model that it was captured from; left as it was.
-        tested: whether to run both. If not, what torch assumed of small sizes is believed to be unnecessary.
+        graph: as captured; its interface gets the sizes that it takes, and notes.
+        model: the model that it was captured from; left as it was.
+        tested: whether to run both. If not, torch's assumptions about small sizes are taken to be unnecessary.
 
     Raises:
-        CaptureError: the program answers otherwise than the host.
-        CaptureError: the host does not run, or writes into its weights.
+        CaptureError: the program's outputs differ, or the model does not run or writes its weights.
     """
-    if tested and not any(parameter.is_meta for parameter in host.parameters()):
-        with isolate_tracing(host):
-            _HostComparison(graph, host).check()
+    if tested and not any(parameter.is_meta for parameter in model.parameters()):
+        with isolate_tracing(model):
+            _ModelComparison(graph, model).check()
     else:
         _accept_unchecked(graph, read_example_inputs(graph, graph.interface.inputs))
     if graph.interface.sizes.fixed:
@@ -62,39 +61,37 @@ def check_capture(graph: Graph, host: nn.Module, *, tested: bool) -> None:
         warn(note)
 
 
-def check_runnable(host: nn.Module, inputs: object) -> None:
-    """Refuse a host that does not run on its example inputs, of which torch.export says what helps nobody.
+def check_runnable(model: nn.Module, inputs: object) -> None:
+    """Raise the model's own error where torch.export's says less: run the model on its example inputs.
 
     Args:
-        host: a model that was not captured; left as it was.
-        inputs: its example inputs; None for those that are made.
+        model: a model that could not be captured; left as it was.
+        inputs: its example inputs; None: they are made.
 
     Raises:
-        CaptureError: it writes into a weight.
-        ExampleInputsNeeded: it cannot be called with inputs that were given.
+        CaptureError: the model writes a weight.
+        ExampleInputsNeeded: the model cannot be called with the given inputs.
     """
     try:
-        with isolate_tracing(host):
-            ModelRunner(host).run(
-                (), bind_by_name(host, make_example_inputs(host) if inputs is None else inputs), _SEED
-            )
+        with isolate_tracing(model):
+            arguments = bind_by_name(model, make_example_inputs(model) if inputs is None else inputs)
+            ModelRunner(model).run((), arguments, _SEED)
     except WeightWritten as error:
-        raise _written_weight(host, error) from error
+        raise _written_weight(model, error) from error
     except Exception as error:
         if inputs is not None:
-            raise _rejected_inputs(host, inputs, error) from error
+            raise _rejected_inputs(model, inputs, error) from error
 
 
-def _rejected_inputs(host: nn.Module, inputs: object, error: Exception) -> ExampleInputsNeeded:
-    """The error for example inputs that the host itself cannot be called with."""
-    takes = list(inspect.signature(host.forward).parameters)
+def _rejected_inputs(model: nn.Module, inputs: object, error: Exception) -> ExampleInputsNeeded:
+    parameters = list(inspect.signature(model.forward).parameters)
     named = inputs if isinstance(inputs, Mapping) else dict(enumerate(inputs)) if isinstance(inputs, tuple) else {}
     given = ", ".join(f"{name} {_describe_value(value)}" for name, value in named.items()) or short(inputs)
-    unknown = [name for name in named if isinstance(name, str) and name not in takes]
+    unknown = [name for name in named if isinstance(name, str) and name not in parameters]
     return ExampleInputsNeeded(
-        f"{type(host).__name__} cannot be called with example_inputs= ({given}): {type(error).__name__}: {error}",
-        nearest=nearest_name(unknown[0], takes) if unknown else None,
-        next_step=f"its forward takes ({', '.join(takes)}): give what the model itself answers when it is called",
+        f"{type(model).__name__} cannot be called with example_inputs= ({given}): {type(error).__name__}: {error}",
+        nearest=nearest_name(unknown[0], parameters) if unknown else None,
+        next_step=f"its forward takes ({', '.join(parameters)}): give inputs with which the model itself can be called",
     )
 
 
@@ -104,86 +101,90 @@ def _describe_value(value: object) -> str:
     return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
 
 
-def _written_weight(host: nn.Module, error: WeightWritten) -> CaptureError:
+def _written_weight(model: nn.Module, error: WeightWritten) -> CaptureError:
     return CaptureError(
-        f"forward of {type(host).__name__} writes into its own weight '{error.name}'",
+        f"forward of {type(model).__name__} writes into its own weight '{error.name}'",
         next_step="call the model once in eval mode before compiling, if only its first call writes; "
-        "a weight that every call writes cannot be the constant that a program makes of it",
+        "a weight that every call writes cannot be a constant of a program",
         code="capture_failed",
     )
 
 
 def _accept_unchecked(graph: Graph, inputs: Inputs) -> None:
-    """Take the program for right at the smallest sizes, since nothing is to compare it with."""
+    """Take the program to be right at the smallest sizes, because there is nothing to compare it with."""
     sizes = graph.interface.sizes
-    sizes = sizes.resolve_assumptions(sizes.find_smallest(sizes.measure(inputs)))
+    _set_sizes(graph, sizes.find_smallest(sizes.measure(inputs)))
+
+
+def _set_sizes(graph: Graph, right: Sequence[AxisSizes]) -> None:
+    sizes = graph.interface.sizes.resolve_assumptions(right)
     graph.interface = replace(graph.interface, sizes=sizes)
 
 
 def _warn_fixed_sizes(graph: Graph) -> None:
     sizes = graph.interface.sizes
-    at = sorted({f"{sizes.shapes[name][axis]}" for name, axis in sizes.fixed})
-    by = "".join(f"\n  at {line}" for line in dict.fromkeys(sizes.lines.values()))
+    values = sorted({f"{sizes.shapes[name][axis]}" for name, axis in sizes.fixed})
+    lines = "".join(f"\n  at {line}" for line in dict.fromkeys(sizes.lines.values()))
     warn(
-        f"the trace of the model fixed sizes that were to vary: {describe_axes(sizes.fixed)}, at {' and '.join(at)}; "
-        f"calls of another size are refused{by}",
+        f"the trace of the model fixed sizes that should vary: {describe_axes(sizes.fixed)}, at "
+        f"{' and '.join(values)}; calls of another size are refused{lines}",
         next_step="compile with example_inputs= of the sizes that are needed; target='eager' takes any",
     )
 
 
 @dataclass(frozen=True)
 class _OutputDifference:
-    """How far the program is off.
+    """How far an output of the program is off.
 
     Attributes:
-        output: the output that is farthest.
-        share: by how much, of the host's; infinite where the two cannot be compared.
-        inputs: on which inputs.
-        error: what the program failed with.
+        output: the output.
+        error: its error relative to the model's output; infinite if the two cannot be compared.
+        inputs: the inputs.
+        failure: the error that the program raised, if it did.
     """
 
     output: str
-    share: float
+    error: float
     inputs: Inputs
-    error: Exception | None = None
+    failure: Exception | None = None
 
     def __str__(self) -> str:
-        on = f"on inputs of {_describe_shapes(self.inputs)}"
-        if self.error is not None:
-            return f"it does not run {on}: {self.error}"
-        by = f"is off by {self.share:.2g} of its size" if self.share < math.inf else "is another one"
+        on = "on inputs of " + ", ".join(f"{name} {list(value.shape)}" for name, value in self.inputs.items())
+        if self.failure is not None:
+            return f"it does not run {on}: {self.failure}"
+        by = f"is off by {self.error:.2g} of its size" if self.error < math.inf else "is another one"
         return f"'{self.output}' {by} {on}"
 
 
-class _HostComparison:
-    """A captured graph beside its host.
+class _ModelComparison:
+    """A comparison of a captured graph with its model.
 
     Args:
-        graph, host: as ``hold_against_host``'s.
+        graph, model: as for ``check_capture``.
     """
 
-    def __init__(self, graph: Graph, host: nn.Module) -> None:
-        self.graph, self.host = graph, host
+    def __init__(self, graph: Graph, model: nn.Module) -> None:
+        self.graph, self.model = graph, model
         self.inputs = read_example_inputs(graph, graph.interface.inputs)
         self.stateful = False
-        self._kept = ModelRunner(host)
+        self._runner = ModelRunner(model)
 
     @property
-    def running(self) -> ModelRunner:
-        """A copy of the host to run: one for all runs, until it shows that earlier ones count."""
-        return ModelRunner(self.host) if self.stateful else self._kept
+    def runner(self) -> ModelRunner:
+        """A copy of the model: one for all runs, or a fresh one for each run if earlier runs change the answer."""
+        return ModelRunner(self.model) if self.stateful else self._runner
 
     def check(self) -> None:
         """Compare on the example inputs, then at other sizes."""
-        first = self._example()
-        self._note_written(first)
+        first = self._run_example()
+        self._note_written_buffers(first)
         try:
-            worst = self._worst(self._program(self.inputs), first, self.inputs)
+            worst = self._worst(self._run_program(self.inputs), first, self.inputs)
         except _ProgramError as error:
             raise self._differs(_OutputDifference("", math.inf, self.inputs, error)) from error
-        if (first.drew or worst is not None) and self._stochastic(first):
-            self._note_stochastic(first, worst)
-            if worst is not None:  # nothing to compare with, at other sizes neither
+        if (first.drew or worst is not None) and self._is_stochastic(first):
+            self._note_stochastic(worst)
+            if worst is not None:  # outputs cannot be compared at other sizes either
                 _accept_unchecked(self.graph, self.inputs)
                 return
         elif worst is not None:
@@ -193,82 +194,82 @@ class _HostComparison:
             self._check_rows()
 
     def _check_sizes(self) -> None:
-        """Compare at another batch and length, and see which sizes are right that torch takes no care of, such as 1."""
+        """Compare at another batch and length, and at sizes that torch may have specialised on, such as 1."""
         sizes = self.graph.interface.sizes
         example = sizes.measure(self.inputs)
         other = sizes.find_other(example)
-        with contextlib.suppress(_HostError):  # then there is nothing that the program would have to answer
+        with contextlib.suppress(_ModelError):  # the model does not run at this size, so the program need not
             if other is not None and (worst := self._difference(other)) is not None:
                 raise self._differs(worst)
-        right = [tried for tried in sizes.find_doubtful(other or example) if self._right(tried)]
-        self.graph.interface = replace(self.graph.interface, sizes=sizes.resolve_assumptions(right))
+        _set_sizes(self.graph, [chosen for chosen in sizes.find_doubtful(other or example) if self._agrees(chosen)])
 
     def _check_rows(self) -> None:
-        """Where the program takes a fixed number of rows, see whether it is right in parts of so many."""
-        graph = self.graph
-        constants = {name: value for name, value in graph.interface.constants.items() if isinstance(value, Tensor)}
-        rows = find_row_layout(self.host, self.inputs, constants)
+        """Find out whether a program of a fixed number of rows can run other calls in parts of that many rows."""
+        interface = self.graph.interface
+        constants = {name: value for name, value in interface.constants.items() if isinstance(value, Tensor)}
+        rows = find_row_layout(self.model, self.inputs, constants)
         if rows is None:
             return
-        shapes, fixed = graph.interface.sizes.shapes, graph.interface.sizes.fixed
-        held = {(name, axis) for name, axis in rows.axes.items() if name in shapes and shapes[name][axis] is not None}
-        asked = next(iter(rows.axes.items())) not in held or held & {*fixed}
-        needed = asked and (held or rows.axes.keys() & constants.keys())
-        if (found := self._in_parts(rows, constants) if needed else None) is not None:
-            by = "".join(
-                f", at {line}" for line in dict.fromkeys(map(graph.interface.sizes.lines.get, sorted(held))) if line
-            )
-            self._note(
-                f"the trace of the model holds for {rows.count} rows, and other calls run in parts of so many{by}"
-            )
-            sizes = graph.interface.sizes.forget_fixed(held)
-            graph.interface = replace(graph.interface, rows=found, sizes=sizes)
+        sizes = interface.sizes
+        fixed = {
+            (name, axis)
+            for name, axis in rows.axes.items()
+            if name in sizes.shapes and sizes.shapes[name][axis] is not None
+        }
+        varies = next(iter(rows.axes.items())) not in fixed or fixed & {*sizes.fixed}
+        if not varies or not (fixed or rows.axes.keys() & constants.keys()):
+            return
+        layout = self._run_in_parts(rows, constants)
+        if layout is None:
+            return
+        lines = "".join(f", at {line}" for line in dict.fromkeys(map(sizes.lines.get, sorted(fixed))) if line)
+        self.graph.add_notes(
+            f"the trace of the model holds for {rows.count} rows, and other calls run in parts of so many{lines}"
+        )
+        self.graph.interface = replace(self.graph.interface, rows=layout, sizes=sizes.forget_fixed(fixed))
 
-    def _in_parts(self, rows: RowLayout, constants: Mapping[str, Tensor]) -> RowLayout | None:
-        """The rows, if the program answers one more in parts as the host does at once; not if constants would differ.
+    def _run_in_parts(self, rows: RowLayout, constants: Mapping[str, Tensor]) -> RowLayout | None:
+        """Return the rows of the outputs if one row more, in parts, gives what the model gives at once.
 
         Args:
-            rows: of the example.
-            constants: tensors of the host's call that the program holds.
+            rows: the rows of the example.
+            constants: tensors that are constants of the program; they must be the same for every part.
         """
-        more = rows.taken({**self.inputs, **constants}, [*reversed(range(rows.count)), 0])
-        inputs, total, structure = (
-            {name: more[name] for name in self.inputs},
-            rows.total(more),
-            self.graph.interface.structure,
-        )
+        structure = self.graph.interface.structure
         assert structure is not None
-        try:
-            parts = rows.split(more)
-            if any(
-                to_json_value(part[name]) != to_json_value(value) for part in parts for name, value in constants.items()
-            ):
-                return None
-            wanted = replace_dataclasses(
-                self._run(self.running, inputs, {name: more[name] for name in constants}).output
-            )
-            found = [self._program({name: part[name] for name in inputs}) for part in parts]
-        except (_HostError, _ProgramError):
+        more = rows.taken({**self.inputs, **constants}, [*reversed(range(rows.count)), 0])
+        parts = rows.split(more)
+        pairs = [(part[name], value) for part in parts for name, value in constants.items()]
+        if any(to_json_value(one) != to_json_value(other) for one, other in pairs):
             return None
-        whole = structure.find_row_outputs(found[0], wanted, rows, total)
-        return whole if whole is not None and _outputs_close(structure.join(found, whole, total), wanted) else None
+        inputs = {name: more[name] for name in self.inputs}
+        try:
+            expected = self._run_model(self.runner, inputs, {name: more[name] for name in constants})
+            answers = [self._run_program({name: part[name] for name in inputs}) for part in parts]
+        except (_ModelError, _ProgramError):
+            return None
+        expected_output = replace_dataclasses(expected.output)
+        layout = structure.find_row_outputs(answers[0], expected_output, rows, rows.total(more))
+        if layout is None or not _outputs_close(structure.join(answers, layout, rows.total(more)), expected_output):
+            return None
+        return layout
 
-    def _right(self, chosen: AxisSizes) -> bool:
-        """Whether both answer, and the same."""
+    def _agrees(self, chosen: AxisSizes) -> bool:
+        """Return whether both run at some sizes and give the same."""
         try:
             return self._difference(chosen) is None
-        except _HostError:
+        except _ModelError:
             return False
 
     def _difference(self, chosen: AxisSizes) -> _OutputDifference | None:
-        """Where the two differ at some sizes; raises ``_HostError`` where the host has no answer."""
+        """Return where the outputs differ at some sizes; raises ``_ModelError`` if the model does not run there."""
         inputs = resize_inputs(self.inputs, chosen)
-        ran = self._run(self.running, inputs)  # first: where the host raises, the program may too
+        expected = self._run_model(self.runner, inputs)  # first, since the program may fail where the model fails
         try:
-            worst = self._worst(self._program(inputs), ran, inputs)
+            worst = self._worst(self._run_program(inputs), expected, inputs)
             if worst is None or self.stateful:
                 return worst
-            worst = self._worst(self._program(inputs), self._run(ModelRunner(self.host), inputs), inputs)
+            worst = self._worst(self._run_program(inputs), self._run_model(ModelRunner(self.model), inputs), inputs)
         except _ProgramError as error:
             return _OutputDifference(self.graph.interface.outputs[0], math.inf, inputs, error)
         if worst is None:
@@ -277,135 +278,129 @@ class _HostComparison:
 
     # --- running both ------------------------------------------------------------------------------------------------
 
-    def _example(self) -> ModelRun:
-        """What the host answers on the example inputs."""
+    def _run_example(self) -> ModelRun:
         try:
-            return self._run(self.running, self.inputs)
+            return self._run_model(self.runner, self.inputs)
         except WeightWritten as error:
-            raise _written_weight(self.host, error) from error
-        except _HostError as error:
+            raise _written_weight(self.model, error) from error
+        except _ModelError as error:
             cause = error.__cause__
             raise CaptureError(
-                f"{type(self.host).__name__} does not run on the example inputs: {type(cause).__name__}: {cause}",
+                f"{type(self.model).__name__} does not run on the example inputs: {type(cause).__name__}: {cause}",
                 next_step="give example_inputs= that it can be called with",
                 code="capture_failed",
             ) from cause
 
-    def _run(
-        self, running: ModelRunner, inputs: Inputs, constants: Mapping[str, Tensor] | None = None, seed: int = _SEED
+    def _run_model(
+        self, runner: ModelRunner, inputs: Inputs, constants: Mapping[str, Tensor] | None = None, seed: int = _SEED
     ) -> ModelRun:
-        """One run of a copy of the host, with other constants than the program's where some are given."""
+        """Run a copy of the model, with other constants than the program's if some are given."""
+        interface = self.graph.interface
         args, kwargs = self.graph.exported.example_inputs or ((), {})
-        changed = {id(value): inputs[name] for name, value in self.inputs.items()}
-        own = {name: value for name, value in kwargs.items() if name not in self.graph.interface.derived}
-        given, placed = pytree.tree_map(lambda value: changed.get(id(value), value), (args, own))
+        exchanged = {id(value): inputs[name] for name, value in self.inputs.items()}
+        own = {name: value for name, value in kwargs.items() if name not in interface.derived}
+        args, own = pytree.tree_map(lambda value: exchanged.get(id(value), value), (args, own))
         try:
-            return running.run(given, {**placed, **self.graph.interface.constants, **(constants or {})}, seed)
+            return runner.run(args, {**own, **interface.constants, **(constants or {})}, seed)
         except WeightWritten:
             raise
         except Exception as error:
-            raise _HostError from error
+            raise _ModelError from error
 
-    def _program(self, inputs: Inputs) -> list[object]:
-        """The program's outputs, from the same random numbers."""
+    def _run_program(self, inputs: Inputs) -> list[object]:
+        """Run the program with the same random numbers as the model."""
+        interface = self.graph.interface
         try:
-            with seed_random_numbers(self.host, _SEED):
-                return run_graph(
-                    self.graph,
-                    {**inputs, **self.graph.interface.derive_inputs({**self.graph.interface.constants, **inputs})},
-                )
+            with seed_random_numbers(self.model, _SEED):
+                derived = interface.derive_inputs({**interface.constants, **inputs})
+                return run_graph(self.graph, {**inputs, **derived})
         except Exception as error:
             raise _ProgramError(f"{type(error).__name__}: {error}") from error
 
-    def _worst(self, found: list[object], ran: ModelRun, inputs: Inputs) -> _OutputDifference | None:
-        """The output that is farthest from the host's; None where all are as near as rounding leaves them."""
-        leaves, structure = pytree.tree_leaves(replace_dataclasses(ran.output)), self.graph.interface.structure
+    def _worst(self, answer: list[object], expected: ModelRun, inputs: Inputs) -> _OutputDifference | None:
+        """Return the output that is farthest from the model's, or None if all agree up to rounding."""
+        leaves, structure = pytree.tree_leaves(replace_dataclasses(expected.output)), self.graph.interface.structure
         assert structure is not None
         if len(leaves) != structure.spec.num_leaves:
             return _OutputDifference(f"{structure.spec.num_leaves} outputs for {len(leaves)}", math.inf, inputs)
         for place, value in structure.constants.items():
             if isinstance(leaves[place], Tensor) or leaves[place] != value:
                 return _OutputDifference(f"output {place}", math.inf, inputs)
-        wanted = self._tensors(ran)
-        pairs = zip(self.graph.interface.outputs, found, wanted, strict=False)
-        tensors = [(name, y, ref) for name, y, ref in pairs if isinstance(y, Tensor) and isinstance(ref, Tensor)]
-        wrong = [
+        pairs = zip(self.graph.interface.outputs, answer, self._varying_outputs(expected), strict=False)
+        differences = [
             _OutputDifference(name, relative_error(y, ref), inputs)
-            for name, y, ref in tensors
-            if differs_beyond_rounding(y, ref)
+            for name, y, ref in pairs
+            if isinstance(y, Tensor) and isinstance(ref, Tensor) and differs_beyond_rounding(y, ref)
         ]
-        return max(wrong, key=lambda difference: difference.share, default=None)
+        return max(differences, key=lambda difference: difference.error, default=None)
 
-    def _tensors(self, ran: ModelRun) -> list[object]:
-        """Of what the host answered, what the program answers too."""
-        leaves, structure = pytree.tree_leaves(replace_dataclasses(ran.output)), self.graph.interface.structure
+    def _varying_outputs(self, run: ModelRun) -> list[object]:
+        """Return the model's outputs without those that are constants of the program."""
+        leaves, structure = pytree.tree_leaves(replace_dataclasses(run.output)), self.graph.interface.structure
         constants = {} if structure is None else structure.constants
         return [leaf for place, leaf in enumerate(leaves) if place not in constants]
 
-    # --- what is found ---------------------------------------------------------------------------------------------
+    # --- findings ----------------------------------------------------------------------------------------------------
 
-    def _stochastic(self, first: ModelRun) -> bool:
-        """Whether the host answers otherwise when it is asked again."""
-        again = self._run(ModelRunner(self.host), self.inputs, seed=_OTHER_SEED if first.drew else _SEED)
-        return self._worst(self._tensors(again), first, self.inputs) is not None
+    def _is_stochastic(self, first: ModelRun) -> bool:
+        """Return whether a second run of the model gives other outputs."""
+        second = self._run_model(ModelRunner(self.model), self.inputs, seed=_OTHER_SEED if first.drew else _SEED)
+        return self._worst(self._varying_outputs(second), first, self.inputs) is not None
 
-    def _note_written(self, first: ModelRun) -> None:
-        """Note buffers that a call writes into, where the next one answers by them."""
-        changed = self.running.changed()
+    def _note_written_buffers(self, first: ModelRun) -> None:
+        """Note the buffers that a call writes, if they change the answer of the next call."""
+        changed = self.runner.changed()
         if not changed:
             return
-        again = self._run(self.running, self.inputs)
-        if self._worst(self._tensors(again), first, self.inputs) is not None:
+        second = self._run_model(self.runner, self.inputs)
+        if self._worst(self._varying_outputs(second), first, self.inputs) is not None:
             self._note_stateful(" and ".join(f"'{name}'" for name in changed))
 
-    def _note_stateful(self, what: str) -> None:
+    def _note_stateful(self, place: str) -> None:
         self.stateful = True
-        self._note(
-            f"the model answers by what earlier calls left in {what}; the program leaves nothing there, and answers as "
-            "a first call does"
+        self.graph.add_notes(
+            f"the model's answers depend on what earlier calls left in {place}; the program leaves nothing there, and "
+            "always answers as a first call does"
         )
 
-    def _note_stochastic(self, first: ModelRun, worst: _OutputDifference | None) -> None:
-        with seed_random_numbers(self.host, _SEED) as drew:
+    def _note_stochastic(self, worst: _OutputDifference | None) -> None:
+        with seed_random_numbers(self.model, _SEED) as drew:
             run_graph(self.graph, self.inputs)
             draws = drew()
         does = "draws at each call, too" if draws else "repeats what was drawn when it was captured"
-        held = "" if worst is None else ", and could not be held against the model"
-        self._note(f"the model is stochastic: on equal inputs it answers differently; the program {does}{held}")
-
-    def _note(self, text: str) -> None:
-        self.graph.add_notes(text)
+        unchecked = "" if worst is None else ", and could not be compared with the model"
+        self.graph.add_notes(
+            f"the model is stochastic: on equal inputs it answers differently; the program {does}{unchecked}"
+        )
 
     def _differs(self, worst: _OutputDifference) -> CaptureError:
-        other = worst.inputs is not self.inputs
         step = (
-            "dynamic_shapes= that leave these sizes fixed make a program for the example's alone"
-            if other
-            else "something that tracing does not see decides what forward does, such as the values of its inputs, or "
+            "something that tracing does not see decides what forward does, such as the values of its inputs, or "
             "arguments that it was not given: example_inputs= should have all that the model's own processor makes"
+            if worst.inputs is self.inputs
+            else "dynamic_shapes= that leave these sizes fixed make a program for the example's alone"
         )
         return CaptureError(
-            f"torch.export gave another program than {type(self.host).__name__}: {worst}",
+            f"torch.export gave another program than {type(self.model).__name__}: {worst}",
             next_step=f"{step}; target='eager' runs the model itself, self_test=False compiles the program as it is",
             code="capture_differs",
         )
 
 
-def _outputs_close(found: object, wanted: object) -> bool:
-    """Whether two outputs are the same but for rounding."""
-    pairs = list(zip(pytree.tree_leaves(found), pytree.tree_leaves(wanted), strict=True))
-    tensors = [(y, ref) for y, ref in pairs if isinstance(y, Tensor) and isinstance(ref, Tensor)]
-    others = [(y, ref) for y, ref in pairs if not (isinstance(y, Tensor) and isinstance(ref, Tensor))]
-    return all(y == ref for y, ref in others) and not any(differs_beyond_rounding(y, ref) for y, ref in tensors)
+def _outputs_close(answer: object, expected: object) -> bool:
+    """Return whether two outputs are the same up to rounding."""
+    return all(map(_close, pytree.tree_leaves(answer), pytree.tree_leaves(expected)))
 
 
-class _HostError(Exception):
-    """The host raised an error on these inputs."""
+def _close(one: object, other: object) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return not differs_beyond_rounding(one, other)
+    return bool(one == other)
+
+
+class _ModelError(Exception):
+    """The model raised an error on these inputs."""
 
 
 class _ProgramError(Exception):
-    """The program raised an error where the host answered."""
-
-
-def _describe_shapes(inputs: Inputs) -> str:
-    return ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
+    """The program raised an error where the model did not."""

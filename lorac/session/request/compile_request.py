@@ -13,9 +13,9 @@ from lorac.frontend.call_binding import convert_to_tensors
 from lorac.frontend.components import Components
 from lorac.ir.slots.choice import ChoiceSpec
 from lorac.ir.slots.planning import Reserve
-from lorac.session.request.placement import resolve_placement
+from lorac.session.request.placement import parse_device, resolve_placement
 from lorac.session.request.precision import parse_dtype
-from lorac.session.request.sources import NamedSource, parse_device, read_model, read_sources
+from lorac.session.request.sources import NamedSource, read_model, read_sources
 from lorac.session.targets import find_backend
 from lorac.target.backend import Backend, TargetOptions
 

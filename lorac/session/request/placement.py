@@ -1,4 +1,4 @@
-"""Where a compiled model runs, and where its host is for that: the two differ where a program is emitted."""
+"""The device of the result, and the device of the model while it is compiled; they differ for emitted programs."""
 
 from __future__ import annotations
 
@@ -7,30 +7,42 @@ import itertools
 import torch
 from torch import nn
 
-from lorac.session.request.sources import check_device
+from lorac.errors import OptionError
 from lorac.target.backend import Backend, TargetOptions
 
 _CPU = torch.device("cpu")
-_WITHOUT_DEVICE = ("cpu", "meta")
+_DEVICE_ADVICE = "leave device= out to stay where the model is; 'cuda' takes a GPU, and torch built for it"
+
+
+def parse_device(device: str | torch.device | None) -> torch.device | None:
+    """Return a device by its name, whether or not this machine has it.
+
+    Raises:
+        OptionError: it is not the name of a device.
+    """
+    try:
+        return None if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise _unusable_device(device, error) from error
 
 
 def resolve_placement(
     backend: Backend[TargetOptions], options: TargetOptions, device: torch.device | None, model: nn.Module | None = None
 ) -> tuple[TargetOptions, torch.device | None]:
-    """The target's options for a device, and the device that the host is to be brought to; None: it stays.
+    """Return the target's options for a device, and the device to which the model is copied; None: it stays.
 
-    A host that runs itself runs on the device. One from which a program is emitted is read, captured and held against
-    it on the CPU, which asks nothing of torch's own build.
+    A model that runs itself runs on the device. A model from which a program is emitted is captured and checked on the
+    CPU, so that torch's own build does not matter.
 
     Args:
-        backend: the target's.
-        options: as they were told.
-        device: what was asked for; None: where the model is.
-        model: the host; None where there is only a stored program.
+        backend: the target's backend.
+        options: the target's options.
+        device: the device asked for; None: the model's.
+        model: the model; None if there is only a stored program.
 
     Raises:
-        OptionError: torch, or the target, does not run on it.
-        Unavailable: this machine lacks what the target takes to run there.
+        OptionError: torch or the target does not run on the device.
+        Unavailable: the machine lacks what the target needs there.
     """
     if not backend.dialect_for(options).emits:
         check_device(device)
@@ -40,9 +52,20 @@ def resolve_placement(
     return backend.place_options(options, asked), None if own.type == "cpu" else _CPU
 
 
+def check_device(device: torch.device | None) -> None:
+    """Raise ``OptionError`` if torch cannot use a device here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise _unusable_device(device, error) from error
+
+
 def _model_device(model: nn.Module | None) -> torch.device:
-    """Where a model's first tensor is that is on a device of its own; the CPU, if there is none."""
-    if model is None:
-        return _CPU
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    return next((tensor.device for tensor in tensors if tensor.device.type not in _WITHOUT_DEVICE), _CPU)
+    """Return the device of a model's first tensor that is on an accelerator, or the CPU if there is none."""
+    tensors = () if model is None else itertools.chain(model.parameters(), model.buffers())
+    return next((tensor.device for tensor in tensors if tensor.device.type not in {"cpu", "meta"}), _CPU)
+
+
+def _unusable_device(device: object, error: Exception) -> OptionError:
+    reason = str(error).strip().partition("\n")[0]
+    return OptionError(f"device={str(device)!r} cannot be used here: {reason}", nearest="cpu", next_step=_DEVICE_ADVICE)
