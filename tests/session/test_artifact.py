@@ -188,7 +188,7 @@ def test_to_load_and_call_imports_nothing_that_compiling_takes(saved: Any, tmp_p
     compiled.swap({"a": 0.7, "b": 0.4})
     torch.save((inputs := ZOO["tiny_llama"].inputs(seed=1), compiled(**inputs).logits), tmp_path / "expected.pt")
     heavy = ("transformers", "torch._dynamo", "torch._inductor", "torch.onnx", "torch.export._trace")
-    heavy += ("onnxscript", "onnx_ir", "sympy", "peft", "lorac.session.compilation", "lorac.backends.onnx.emit")
+    heavy += ("onnxscript", "onnx_ir", "sympy", "peft", "lorac.session.lowering", "lorac.backends.onnx.emit")
     script = (
         "import sys, torch, lorac\n"
         f"inputs, expected = torch.load({str(tmp_path / 'expected.pt')!r})\n"

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 import torch.fx
 from torch.export import ExportedProgram
 
-from lorac.ir.graph.edit import add_outputs
 from lorac.ir.interface import Interface
 from lorac.ir.sites import Site
 from lorac.ir.slots.plans import SitePlan
@@ -112,6 +111,8 @@ class Graph:
 
     def add_outputs(self, nodes: Mapping[str, torch.fx.Node]) -> None:
         """Add extra outputs behind the present ones, by name."""
+        from lorac.ir.graph.edit import add_outputs  # it imports sympy, which a process that only loads never needs
+
         add_outputs(self.exported, nodes)
         self.interface = self.interface.with_outputs(nodes)
 

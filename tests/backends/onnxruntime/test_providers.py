@@ -86,7 +86,7 @@ def test_what_contradicts_itself_is_refused(options: Any, said: str) -> None:
 
 @built_for_cpu
 def test_cuda_that_this_library_lacks_is_named_before_anything_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorac.session.compilation.capture_graph", None)
+    monkeypatch.setattr("lorac.session.lowering.lower.capture_graph", None)
     for options in (
         {"device": "cuda"},
         {"device": "cuda:9"},
