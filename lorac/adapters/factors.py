@@ -15,7 +15,7 @@ from lorac.adapters.preparation import Preparer
 from lorac.argument_types import check_type
 from lorac.errors import BaseNeeded, CompileError, LoracError, UnknownMethod
 from lorac.frontend.model_view import ModelView
-from lorac.ir.algebra import operands as letters
+from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import Change
 from lorac.ir.sites import BaseReader, Site, SiteKind
 from lorac.ir.slots.plans import BranchTerm
@@ -100,7 +100,7 @@ def _iter_changes_without_model(adapter: Adapter, dtype: torch.dtype | None) -> 
 
     preparer = Preparer(sites, BaseReader(weight, lambda site: None))
     for path, tensors in adapter.tensors.items():
-        if letters.BIAS in preparer.reduction(adapter.variant, sites[path], tensors).outputs:
+        if operands.BIAS in preparer.reduction(adapter.variant, sites[path], tensors).outputs:
             raise _base_needed(f"what adapter '{adapter.name}' does to the bias of '{path}'")
         yield path, _change(preparer, adapter, path)
 

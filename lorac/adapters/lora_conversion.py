@@ -82,7 +82,7 @@ def make_lora_variant(ranks: Mapping[str, int], alphas: Mapping[str, float], lik
 
 
 def _exact_factors(adapter: Adapter, path: str, change: Change) -> FactorPair:
-    if not isinstance(change, LowRank) or change.folded().parts:
+    if not isinstance(change, LowRank) or change.folded().scales:
         what = "is not low-rank" if not isinstance(change, LowRank) else "scales or turns the weight itself"
         raise CompileError(
             f"what '{adapter.name}' ({adapter.variant.name}) does to '{path}' {what}, so that no LoRA is the same",
@@ -96,7 +96,7 @@ def _exact_factors(adapter: Adapter, path: str, change: Change) -> FactorPair:
 
 def _nearest_factors(path: str, change: Change, view: ModelView | None, rank: int) -> FactorPair:
     """Return the first components of W' − W by their size; factors are decomposed without a product as large as W."""
-    if isinstance(change, LowRank) and not change.folded().parts:
+    if isinstance(change, LowRank) and not change.folded().scales:
         folded = change.folded()
         u, s, vh = compute_product_svd(folded.b.mT, folded.a.mT)
     elif view is None:

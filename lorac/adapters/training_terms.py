@@ -54,11 +54,11 @@ class AdapterTerms(TrainingTerms):
             change = change.truncated(active.rank, adapter.variant.truncatable or 0.0)
         change = preparer.with_bias(adapter, site, change)
         dropped = preparer.dropped(adapter, site) if rate and place is Dropout.RANK else None
-        return LiveTerm(active.strength, change, rate=rate, place=place, dropped=dropped)
+        return LiveTerm(active.strength, change, rate=rate, dropout=place, dropout_delta=dropped)
 
 
 def _branch_term(
     term: BranchTerm, site: Site, active: Active, rate: float = 0.0, place: Dropout = Dropout.NONE
 ) -> LiveTerm:
     fill = BranchFill(strength_tensor(term, site, active.strength), term.params)
-    return LiveTerm(active.strength, branch=(term.slot, fill), rate=rate, place=place)
+    return LiveTerm(active.strength, branch=(term.slot, fill), rate=rate, dropout=place)

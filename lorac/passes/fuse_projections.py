@@ -3,7 +3,7 @@
 The projections q, k and v (and gate and up) read one x. The fused site has their matrices one below the other, their A
 side by side, [K, ΣR], and their B block-diagonal, [ΣR, ΣN]. One product with weights and one low-rank pair take the
 place of several, and a split of constant sizes follows. Sites without adapters are fused too. The table of roles says
-how a slot of the fused site is made from the slots of its members (``SlotRole.packed``).
+how a slot of the fused site is made from the slots of its members (``SlotRole.join``).
 
 The zeros between the blocks of B are multiplied too. So few sites are fused at a time, and none whose pairs may be so
 wide that the zeros cost more than a product with weights saves.
@@ -96,7 +96,7 @@ class FuseProjections(Pass):
             return "its weight is bound by itself"
         if plan.rank and plan.ranks is RankPolicy.FIXED:
             return "its rank is fixed"
-        return next((role.alone for role, _ in plan.roles() if role.packed is None), None)
+        return next((role.unfused_reason for role, _ in plan.roles() if role.join is None), None)
 
 
 def _find_weight_obstacle(graph: Graph, site: Site, calls: Sequence[fx.Node]) -> str | None:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from lorac.ir.algebra import operands as letters
+from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import Change, Dense, LowRank, Sparse, SparseSum
 from lorac.ir.sites import Site
 from lorac.ir.slots.choice import choice_strengths
@@ -155,16 +155,16 @@ def _term_state(here: ComposedSite, mode: str, strength: float) -> str:
         return BAKED if strength else LEFT_OUT
     if mode == FUSED:
         return FUSED
-    return BOUND if letters.WEIGHT in here.into else LIVE
+    return BOUND if operands.WEIGHT in here.roles else LIVE
 
 
 def _filled_roles(change: Change, here: ComposedSite) -> tuple[str, ...]:
     """Return the filled slots to which a change contributes."""
-    roles = {letters.WEIGHT}
-    if isinstance(change, LowRank) and letters.WEIGHT not in here.into:
+    roles = {operands.WEIGHT}
+    if isinstance(change, LowRank) and operands.WEIGHT not in here.roles:
         roles = set(tensors_by_role(change))
-    roles |= {letters.BIAS} if change.e is not None else set()
-    return tuple(role for role in here.into if role in roles)
+    roles |= {operands.BIAS} if change.e is not None else set()
+    return tuple(role for role in here.roles if role in roles)
 
 
 def _describe_branch_term(
@@ -176,12 +176,12 @@ def _describe_branch_term(
 
 
 def _describe_change(change: Change, site: Site) -> tuple[str, str, tuple[TermTensor, ...]]:
-    shift = [] if change.e is None else [(ROLES[letters.BIAS].letter, change.e)]
+    shift = [] if change.e is None else [(ROLES[operands.BIAS].letter, change.e)]
     if isinstance(change, LowRank):
         found = [(ROLES[name].letter, ROLES[name].seen(part)) for name, part in tensors_by_role(change).items()]
         return "low-rank", f"r={change.rank}", _describe_tensors([*found, *shift])
     if isinstance(change, Dense):
-        return "dense", "", _describe_tensors([(f"{ROLES[letters.WEIGHT].letter}'", change.weight), *shift])
+        return "dense", "", _describe_tensors([(f"{ROLES[operands.WEIGHT].letter}'", change.weight), *shift])
     terms = (change,) if isinstance(change, Sparse) else tuple(term for _, term in change.terms)
     count = sum(term.values.numel() for term in terms)
     share = count / max(1, site.out_features * site.in_features)
@@ -204,7 +204,7 @@ def _unfusable_reason(site: Site, change: Change) -> str | None:
 
 
 def _count_low_rank_flops(change: LowRank, site: Site) -> int:
-    parts = tensors_by_role(change) | ({} if change.e is None else {letters.BIAS: change.e})
+    parts = tensors_by_role(change) | ({} if change.e is None else {operands.BIAS: change.e})
     return sum(ROLES[name].flops(site, part) for name, part in parts.items())
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
 from lorac.errors import NeedsRecompile
-from lorac.ir.algebra import operands as letters
+from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import LowRank
 from lorac.ir.sites import KINDS_WITHOUT_WEIGHT, Site, SiteKind
 from lorac.ir.slots.filling import find_branch_misfit, find_misfit

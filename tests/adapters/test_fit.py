@@ -122,7 +122,7 @@ FAULTS: dict[str, tuple[lorac.Adapter, type[LoracError], str]] = {
     "no value to read": (
         good(variant=Listener(targets=["up"], of="base:dwn"), tensors={"up": {"factor": torch.ones(1)}}),
         lorac.SiteError,
-        "'base:dwn' is no value of the program\n  nearest: down\n"
+        "'base:dwn' is not a value of the program\n  nearest: down\n"
         "  values are named <module>, in:<module>, base:<module>, pass:<name>:<module>, weight:<site>, param:<tensor>, "
         "input:<argument> or own:<what once computes>; lorac.sites(model) lists the sites",
     ),

@@ -188,7 +188,7 @@ def test_compile_for_onnxruntime(cli, files):
         (["swap", "compiled", "slq"], "lorac.AdapterNotFound: no adapter is called 'slq'\n  nearest: sql"),
         (["swap", "compiled", "sql=much"], "lorac.ChoiceError: 'sql=much' is no choice"),
         (["swap", "compiled", "sql=1,sql=2"], "lorac.ChoiceError: 'sql=1,sql=2' is no choice"),
-        (["swap", "compiled", "sql=nan"], "lorac.ChoiceError: the strength of 'sql' is nan"),
+        (["swap", "compiled", "sql=nan"], "lorac.ChoiceError: the strength nan of 'sql' is not finite"),
         (["convert", "sql", "out", "--format", "pfet"], "lorac."),
         (["sites", "own:obj"], "lorac.OptionError: 'own:obj' returns a NoneType, not an nn.Module"),
         (["sites", "own:number"], "lorac.OptionError: 'own:number' cannot be loaded: TypeError"),

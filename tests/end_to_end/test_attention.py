@@ -238,7 +238,7 @@ def test_a_later_adapter_needs_the_weights_place():
 
 def test_what_has_no_place_is_refused():
     model, _ = made("apart")
-    with refuses("site_unsupported", match="brings a bias to 'attn', and 'attn', which computes with it, has"):
+    with refuses("site_unsupported", match="has a bias for 'attn', and its module 'attn' has none"):
         lorac.compile(model, {"a": lorac.LoRA(r=1, lora_bias=True, targets=("attn",))})
     with refuses("site_unsupported", match="meteora reads a layer's input and output, and 'attn' has neither"):
         lorac.compile(model, {"a": lorac.MeteoRA(r=2, targets=("attn",))})

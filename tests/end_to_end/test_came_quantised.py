@@ -140,7 +140,7 @@ def test_codes_are_taken_as_they_are(how: str, recwarn: pytest.WarningsRecorder)
     assert np.array_equal(spread.reshape(len(whole), -1)[:, : whole.shape[1]], whole.astype(int) + (1 << bits - 1))
     assert type(own.site.weight if how.startswith("torchao") else own.site) is kind, "the host is as it was"
     assert compiled.sites["site"].packed == kind.__name__
-    with refuses("not_mergeable", match=f"'site' holds its weight as {kind.__name__}"):
+    with refuses("not_mergeable", match=f"into the {kind.__name__} weight of 'site'"):
         lorac.compile(own, {"a": lorac.LoRA(r=2, targets=["site"])}, mode="fused", **told)
 
 

@@ -204,7 +204,7 @@ def test_what_has_no_place_is_refused(tmp_path):
         load_adapter(tmp_path / "theirs")
     with refuses("site_unsupported", match=r"dora adapts .* 'gate\.weight' is a matrix"):
         lorac.compile(model, {"a": lorac.DoRA(targets=(), parameters=("gate.weight",))})
-    with refuses("site_unsupported", match=r"brings a bias to 'gate\.weight'"):
+    with refuses("site_unsupported", match=r"has a bias for 'gate\.weight'"):
         lorac.compile(model, {"a": lorac.LoRA(lora_bias=True, targets=(), parameters=("gate.weight",))})
     with refuses("site_not_found", match="targets 'gate_weight', which matches no site"):
         lorac.compile(model, {"a": lorac.LoRA(targets=(), parameters=("gate_weight",))})

@@ -229,14 +229,14 @@ def test_rounded_activations_pass_the_self_test_and_an_adapter_can_be_added(tmp_
     compiled.swap("a")
     compiled.swap(None)
     assert torch.equal(compiled(ids=ids()), before)
-    with refuses("not_mergeable", match=r"'up' holds its weight as int8.*'shira' needs a merged weight there"):
+    with refuses("not_mergeable", match=r"into the int8 weight of 'up'.*'shira' needs a merged weight there"):
         compiled.add_adapter(lorac.SHiRA(r=1, targets=["up"]))
 
 
 @pytest.mark.parametrize(
     ("adapter", "mode", "says"),
     [
-        (lorac.LoRA(r=2, targets=["up"]), "fused", "'up' holds its weight as int4, into which nothing can be merged"),
+        (lorac.LoRA(r=2, targets=["up"]), "fused", "nothing can be merged into the int4 weight of 'up'"),
         (lorac.SHiRA(r=1, targets=["up"]), "auto", "and 'a' is sparse, which only a merged weight holds"),
     ],
 )

@@ -125,8 +125,8 @@ def test_sites_of_one_input_are_packed_adapted_or_not() -> None:
     ("variant", "why"),
     [
         (lorac.SHiRA(r=1, targets=["query"]), "its weight is bound by itself"),
-        (lorac.VeRA(r=2, targets=["query"]), "its A is one that sites have in common already"),
-        (lorac.OFT(block_size=2, targets=["query"]), "its input is transformed before its product"),
+        (lorac.VeRA(r=2, targets=["query"]), "its A is shared by sites already"),
+        (lorac.OFT(block_size=2, targets=["query"]), "its input is transformed before the product"),
         (lorac.MeteoRA(r=2, targets=["query"]), "a branch acts on what it computes"),
     ],
     ids=lambda given: getattr(given, "name", ""),

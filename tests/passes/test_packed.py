@@ -68,7 +68,7 @@ def test_a_pair_runs_beside_it(mode, model):
 @pytest.mark.parametrize("mode", ["fused", "baked"])
 def test_nothing_is_merged_into_it(mode, model):
     own = adapter(lorac.LoRA(r=2), model)
-    with refuses("not_mergeable", match="'site' holds its weight as Rounded") as error:
+    with refuses("not_mergeable", match="into the Rounded weight of 'site'") as error:
         lorac.compile(model, {"a": own}, mode=mode)
     assert "mode='live'" in str(error.value)
     assert type(model.site.weight) is Rounded

@@ -76,7 +76,7 @@ def test_what_cannot_add_up_is_bound_only_together() -> None:
         row = _row(compiled.explain(), "query", name)
         assert (row.state, row.slots) == ("bound", ("weight",))
         assert [reason.why for reason in row.reasons] == [
-            "outputs and inputs are changed, and the sum of both is neither"
+            "changes of outputs and of inputs do not add up"
         ]
         assert "merged weight" in row.swap
     compiled.swap("style")

@@ -69,5 +69,5 @@ def test_what_nobody_emits_is_refused() -> None:
     class Asking(Loads):
         listens = ("loads",)
 
-    with pytest.raises(lorac.OptionError, match="no adapter gives an extra output 'loads'"):
+    with pytest.raises(lorac.OptionError, match="no adapter gives the extra output 'loads'"):
         Asking(compiled, torch.optim.SGD([p for p in compiled.parameters() if p.requires_grad], lr=0.1))

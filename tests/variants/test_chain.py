@@ -119,7 +119,7 @@ def test_what_is_no_weight_is_refused():
 
 
 def test_a_part_that_is_no_method_is_refused():
-    with pytest.raises(lorac.OptionError, match="made of methods that edit weights, which Hydra"):
+    with pytest.raises(lorac.OptionError, match="made of methods that edit weights, and Hydra"):
         lorac.Chain(parts=(lorac.LoRA(), lorac.Hydra()))
 
 

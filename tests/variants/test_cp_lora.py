@@ -90,7 +90,7 @@ def test_form():
     wide = Case(lorac.CPLoRA(r=3, dora=True), SQUARE[0]).live.pool["a"].changes["site"]
     assert isinstance(wide, LowRank)
     assert wide.rank == 3
-    assert "c" in wide.parts
+    assert "c" in wide.scales
     for host in GROUPED:
         assert isinstance(Case(lorac.CPLoRA(r=2), host).live.pool["a"].changes["site"], Dense)
 

@@ -43,7 +43,7 @@ def test_worked_norms_and_weight():
     tensors = {"lora_A": tensor([[1.0, -1.0]]), "lora_B": tensor([[0.5], [2.0]])}
     tensors["magnitude"] = tensor([math.sqrt(5), 5.0])
     adapter = lorac.Adapter("a", lorac.DoRA(r=1, alpha=2, targets=("site",)), {"site": tensors})
-    c = lorac.compile(model, {"a": adapter}).pool["a"].changes["site"].parts["c"]
+    c = lorac.compile(model, {"a": adapter}).pool["a"].changes["site"].scales["c"]
     assert_close(c, tensor([1.0, 5 / 7]))
     baked = lorac.compile(model, {"a": adapter}, mode="baked").host.site.weight
     assert_close(baked, tensor([[2.0, 1.0], [5.0, 0.0]]))

@@ -128,7 +128,7 @@ def test_form():
     few = lorac.compile(model, {"a": lorac.LoLDU(r=3, targets=("site",))}).pool["a"].changes["site"]
     assert isinstance(few, LowRank)
     assert few.rank == 3
-    assert not few.parts
+    assert not few.scales
     # r = k factors cost more than the weight itself.
     many = lorac.compile(model, {"a": lorac.LoLDU(r=7, targets=("site",))}).pool["a"].changes["site"]
     assert isinstance(many, Dense)
@@ -177,7 +177,7 @@ def test_published_counts(r, total):
 
 
 def test_refusals():
-    with refuses("site_unsupported", match="'site' has 7") as refused:
+    with refuses("site_unsupported", match="at 'site', which has 7") as refused:
         lorac.compile(hosting(nn.Linear(7, 11)), {"a": lorac.LoLDU(r=8, targets=("site",))})
     assert refused.value.nearest == "r=7"
     with refuses("site_unsupported", match="2 groups"):

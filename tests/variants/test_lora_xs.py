@@ -98,7 +98,7 @@ def test_gradient_of_the_core_is_that_of_the_weight_projected():
 
 
 def test_more_vectors_than_there_are():
-    with refuses("site_unsupported", match="no 8 singular vectors") as error:
+    with refuses("site_unsupported", match="fewer than the 8 singular vectors") as error:
         lorac.compile(HOSTS["linear"].model(), {"a": lorac.LoRAXS(r=8, targets=("site",))})
     assert error.value.nearest == "r=7"
 

@@ -171,7 +171,7 @@ def test_what_once_may_read(target: str) -> None:
         (Reaching(once_reads=("0",)), lorac.SiteError, "not known when a call begins"),
         (Reaching(once_reads=("input:inptu",)), lorac.SiteError, "nearest: input"),
         (Reaching(reading=("param:0.bais",)), lorac.SiteError, "nearest: 0.bias"),
-        (Reaching(reading=("in:3",)), lorac.SiteError, "no value of the program"),
+        (Reaching(reading=("in:3",)), lorac.SiteError, "not a value of the program"),
     ],
 )
 def test_what_is_no_value_is_refused(method, error, text) -> None:

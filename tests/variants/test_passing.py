@@ -155,8 +155,8 @@ def test_it_trains_with_what_the_pass_gives_held_constant() -> None:
 @pytest.mark.parametrize(
     ("method", "error", "text"),
     [
-        (Settled(of="4"), lorac.SiteError, "no value of the program"),
-        (Settled(beside=("pass:first:3",)), lorac.SiteError, "which `once` alone reads"),
+        (Settled(of="4"), lorac.SiteError, "not a value of the program"),
+        (Settled(beside=("pass:first:3",)), lorac.SiteError, "which only `once` reads"),
     ],
 )
 def test_what_is_no_value_is_refused(method, error, text) -> None:
@@ -189,7 +189,7 @@ class Circular(lorac.BranchVariant):
 
 @TARGETS
 def test_a_formula_that_waits_for_itself_is_refused(target: str) -> None:
-    with refuses("site_unreached", match=r"'own:gate' is not there in the pass 'first'.*\n.*ctx\.passing"):
+    with refuses("site_unreached", match=r"'own:gate', which does not exist in the pass 'first'.*\n.*ctx\.passing"):
         lorac.compile(host(), {"c": Circular()}, target, (X,))(X)
 
 

@@ -154,7 +154,7 @@ def test_gates_and_pools_by_hand() -> None:
     x = torch.tensor([1.0, 3, 5, 7])
     for downsample, expected in {"avg": [2, 6], "max": [3, 7]}.items():
         variant = lorac.QST(blocks=("b",), heads=1, intermediate=4, r=2, downsample=downsample)
-        assert variant._downsampled(x, None, 1, FormulaContext(_site(4))).tolist() == expected
+        assert variant._downsample(x, None, 1, FormulaContext(_site(4))).tolist() == expected
     beta = torch.sigmoid(torch.tensor([0.0, 0.5], dtype=torch.float64))
     assert decimals(beta, 6) == [0.5, 0.622459]
 

@@ -118,5 +118,5 @@ def test_what_is_no_split_is_refused():
     with pytest.raises(lorac.WrongType, match=r"it takes Mapping\[str, WeightVariant\]"):
         lorac.Split(parts={"q": lorac.MeteoRA()})
     model, _ = packed()
-    with refuses("site_unsupported", match="the 18 rows of 'qkv' are not 4 times parts of q: 1, k: 1, v: 1"):
+    with refuses("site_unsupported", match="the 18 rows of 'qkv' do not divide into 4 groups of q: 1, k: 1, v: 1"):
         lorac.compile(model, {"a": lorac.Split(parts={"q": lorac.LoRA()}, groups=4, targets=("qkv",))})

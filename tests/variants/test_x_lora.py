@@ -186,7 +186,7 @@ def test_the_classifiers_size(fields: dict[str, Any], count: int) -> None:
 def test_layers_are_weighed_by_their_places() -> None:
     with pytest.raises(lorac.AdapterError, match="needs a list of the sites"):
         lorac.compile(model(), {"x": xlora(targets="all-linear", layerwise_scalings=True)})
-    with pytest.raises(lorac.AdapterError, match="is none"):
+    with pytest.raises(lorac.AdapterError, match="does not list"):
         lorac.compile(
             model(), {"x": xlora(targets=["q_proj"], layerwise_scalings=True, hidden="model.norm", hidden_size=32)}
         )

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lorac.frontend.base_weights import read_stored_tensor
-from lorac.ir.algebra import operands as letters
+from lorac.ir.algebra import operands
 from lorac.ir.sites import BaseReader, Site
 from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.plans import SitePlan
@@ -30,7 +30,7 @@ def _allocate_buffer(module: nn.Module, plan: SitePlan, base: BaseReader) -> Fus
     else:
         owner._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
     bias = None
-    if letters.BIAS in plan.room:
+    if operands.BIAS in plan.room:
         original = base.bias(site)
         start = torch.zeros(site.out_features, dtype=weight.dtype) if original is None else original.clone()
         bias = nn.Parameter(start, requires_grad=False)

@@ -1,1 +1,1 @@
-"""What a formula is: the normal forms of a change, and how a formula is reduced to one."""
+"""Formulas, the normal forms of their changes, and the reduction of a formula to a normal form."""

@@ -1,6 +1,6 @@
-"""Changes in their normal forms: what one adapter, or one mixture, does to one site, as plain tensors.
+"""Changes of a site by one adapter or a mixture, in normal forms, as plain tensors.
 
-Everything is a change of the base's output y = x·Wᵀ + b, so that forms add up:
+Each is a change of the base's output y = x·Wᵀ + b, so that forms add up:
 
     ========  ==========================================  ==================================
     form      live                                        merged
@@ -10,9 +10,9 @@ Everything is a change of the base's output y = x·Wᵀ + b, so that forms add u
     Dense     bound W'                                    ``W'``, ``b' = b + e``
     ========  ==========================================  ==================================
 
-c, e, h are (out,), d (in,), g (R,), A (in, R), B (R, out), W (out, in), and T (in, in) is block-diagonal, held as its
-blocks (n, k, k). Of stacked matrices, W (E, out, in), every tensor has E in front. A change is immutable; composing
-makes a new one, always against the original W, never by subtraction.
+c, e, h are (out,), d (in,), g (R,), A (in, R), B (R, out), W (out, in), and T (in, in) is block-diagonal, stored as its
+blocks (n, k, k). For stacked matrices, W (E, out, in), every tensor begins with E. A change is immutable; composing
+makes a new one, always from the original W, never by subtraction.
 """
 
 from __future__ import annotations
@@ -23,11 +23,9 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from lorac.errors import CompileError
-from lorac.ir.algebra.operands import BIAS, FOLDABLE, WEIGHT, A, B, C, D, G, H, T
+from lorac.ir.algebra.operands import BIAS, FOLDABLE, MERGEABLE, WEIGHT, A, B, C, D, G, H, T
 
 Tensor = torch.Tensor
-_MERGEABLE = frozenset({C, D, T})
-"""The parts that W' can hold."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,35 +34,35 @@ class LowRank:
 
     Attributes:
         a: A (in, R).
-        b: B (R, out), every scale folded in but those kept apart.
-        parts: what else there is, by its letter (``lorac.ir.algebra.operands``), always carried along whole.
+        b: B (R, out), with every scale but g and h folded in.
+        scales: the scales c, d, g, h and the transform T that are present, by operand (``lorac.ir.algebra.operands``).
         e: (out,) or None.
     """
 
     a: Tensor
     b: Tensor
-    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    scales: Mapping[str, Tensor] = field(default_factory=dict)
     e: Tensor | None = None
 
     @property
     def rank(self) -> int:
-        """R."""
+        """The rank R."""
         return self.a.shape[-1]
 
     def truncated(self, rank: int, power: float = 0.0) -> LowRank:
-        """The first ``rank`` components, scaled by (R/rank)^power: what a scale of r^−power is at that rank."""
+        """Return the first ``rank`` components, scaled by (R/rank)^power for a method with the scale r^−power."""
         if rank >= self.rank:
             return self
-        whole, factor = self.folded(), (self.rank / rank) ** power
-        return replace(whole, a=whole.a[..., :rank].contiguous(), b=whole.b[..., :rank, :] * factor)
+        folded, factor = self.folded(), (self.rank / rank) ** power
+        return replace(folded, a=folded.a[..., :rank].contiguous(), b=folded.b[..., :rank, :] * factor)
 
     def folded(self) -> LowRank:
-        """The same with g and h folded into B."""
-        if not self.parts.keys() & FOLDABLE:
+        """Return the change with g and h folded into B."""
+        if not self.scales.keys() & FOLDABLE:
             return self
-        b = self.b if G not in self.parts else self.b * self.parts[G][:, None]
-        rest = {letter: part for letter, part in self.parts.items() if letter not in FOLDABLE}
-        return replace(self, b=b if H not in self.parts else b * self.parts[H], parts=rest)
+        b = self.b if G not in self.scales else self.b * self.scales[G][:, None]
+        rest = {name: scale for name, scale in self.scales.items() if name not in FOLDABLE}
+        return replace(self, b=b if H not in self.scales else b * self.scales[H], scales=rest)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +85,7 @@ class Dense:
 
 @dataclass(frozen=True, eq=False)
 class SparseSum:
-    """Several sparse terms with strengths, applied in order; indices may overlap."""
+    """Several sparse changes with strengths, applied in order; indices may overlap."""
 
     terms: tuple[tuple[float, Sparse], ...]
     e: Tensor | None = None
@@ -97,12 +95,12 @@ Change = LowRank | Sparse | SparseSum | Dense
 
 
 def from_outputs(form: str, outputs: Mapping[str, Tensor], bias: Tensor | None) -> Change:
-    """The change of a reduction's outputs.
+    """Return the change that a reduction's outputs describe.
 
     Args:
         form: ``Reduction.form``.
-        outputs: what the reduction returned.
-        bias: the base's bias (out,), or None where it has none.
+        outputs: the reduction's result.
+        bias: the base's bias (out,), or None.
     """
     new_bias = outputs.get(BIAS)
     delta = None if new_bias is None else new_bias if bias is None else new_bias - bias
@@ -110,22 +108,22 @@ def from_outputs(form: str, outputs: Mapping[str, Tensor], bias: Tensor | None) 
         return Dense(outputs[WEIGHT], delta)
     if form == "sparse":
         return Sparse(outputs["rows"], outputs["cols"], outputs["values"], delta)
-    parts = {letter: tensor for letter, tensor in outputs.items() if letter not in {A, B, BIAS}}
-    return LowRank(outputs[A], outputs[B], parts, delta)
+    scales = {name: tensor for name, tensor in outputs.items() if name not in {A, B, BIAS}}
+    return LowRank(outputs[A], outputs[B], scales, delta)
 
 
 def to_outputs(change: LowRank | Sparse | Dense) -> tuple[str, dict[str, Tensor]]:
-    """The inverse of ``from_outputs`` over no bias: the change's form and its tensors by letter."""
+    """Invert ``from_outputs`` for a base without bias: return the change's form and its tensors by operand."""
     shift = {} if change.e is None else {BIAS: change.e}
     if isinstance(change, Dense):
         return "dense", {WEIGHT: change.weight, **shift}
     if isinstance(change, Sparse):
         return "sparse", {"rows": change.rows, "cols": change.cols, "values": change.values, **shift}
-    return "low-rank", {A: change.a, B: change.b, **change.parts, **shift}
+    return "low-rank", {A: change.a, B: change.b, **change.scales, **shift}
 
 
-def moved(change: Change, device: torch.device) -> Change:
-    """A change with its tensors on a device."""
+def move_change(change: Change, device: torch.device) -> Change:
+    """Return a change with its tensors on a device."""
     if isinstance(change, SparseSum):
         terms = [
             (strength, replace(t, rows=t.rows.to(device), cols=t.cols.to(device), values=t.values.to(device)))
@@ -133,40 +131,41 @@ def moved(change: Change, device: torch.device) -> Change:
         ]
         return SparseSum(tuple(terms), None if change.e is None else change.e.to(device))
     form, outputs = to_outputs(change)
-    return from_outputs(form, {letter: tensor.to(device) for letter, tensor in outputs.items()}, None)
+    return from_outputs(form, {name: tensor.to(device) for name, tensor in outputs.items()}, None)
 
 
 def device_of(change: Change) -> torch.device:
-    """Where a change's tensors are."""
+    """Return the device of a change's tensors."""
     if isinstance(change, SparseSum):
         return change.terms[0][1].values.device
     return next(iter(to_outputs(change)[1].values())).device
 
 
 def compose(terms: Sequence[tuple[float, Change]], weight: Callable[[], Tensor]) -> Change | None:
-    """The exact weighted sum W + Σ tᵢ·(W'ᵢ − W) of changes at one site, in the order given.
+    """Return the exact weighted sum W + Σ tᵢ·(W'ᵢ − W) of changes at one site, in the given order.
 
     Args:
         terms: (strength, change) pairs, sorted by adapter name.
-        weight: reads the base W (out, in); called only where a dense sum needs it.
+        weight: reads the base W (out, in); called only for a dense sum.
     """
     if not terms:
         return None
     if len(terms) == 1 and terms[0][0] == 1:
         return terms[0][1]
-    changes = [change for _, change in terms]
-    if all(isinstance(v, LowRank) for v in changes) and _are_summable(changes):  # type: ignore[arg-type]  # all() says so
-        return _sum_low_rank(terms)  # type: ignore[arg-type]  # all() says so
-    if all(isinstance(v, Sparse) for v in changes):
-        return SparseSum(tuple(terms), _weighted_sum([(t, v.e) for t, v in terms]))  # type: ignore[arg-type]  # all() says so
+    low_rank = [(t, change) for t, change in terms if isinstance(change, LowRank)]
+    if len(low_rank) == len(terms) and _are_summable([change for _, change in low_rank]):
+        return _sum_low_rank(low_rank)
+    sparse = [(t, change) for t, change in terms if isinstance(change, Sparse)]
+    if len(sparse) == len(terms):
+        return SparseSum(tuple(sparse), _weighted_sum([(t, change.e) for t, change in sparse]))
     return _sum_dense(terms, weight())
 
 
 def merge_weight(change: Change, weight: Tensor) -> Tensor:
-    """W' (out, in) in the dtype of W (out, in), a new tensor; computed in the wider of the two dtypes.
+    """Return W' (out, in) as a new tensor in the dtype of W (out, in), computed in the wider of the two dtypes.
 
     Raises:
-        CompileError: the change has a part that no weight holds.
+        CompileError: the change has a scale that a weight cannot hold.
     """
     if isinstance(change, Dense):
         return change.weight.to(weight.dtype, copy=True)
@@ -177,25 +176,25 @@ def merge_weight(change: Change, weight: Tensor) -> Tensor:
     change = change.folded()
     _require_mergeable(change)
     wide = torch.promote_types(weight.dtype, change.a.dtype)
-    scaled, parts = weight.to(wide), {letter: part.to(wide) for letter, part in change.parts.items()}
-    if T in parts:
-        scaled = multiply_blocks(scaled, parts[T].transpose(1, 2))
-    if D in parts:
-        scaled = scaled * parts[D]
-    if C in parts:
-        scaled = scaled * parts[C][:, None]
+    scaled, scales = weight.to(wide), {name: scale.to(wide) for name, scale in change.scales.items()}
+    if T in scales:
+        scaled = multiply_blocks(scaled, scales[T].transpose(1, 2))
+    if D in scales:
+        scaled = scaled * scales[D]
+    if C in scales:
+        scaled = scaled * scales[C][:, None]
     return add_product(scaled, change.b.mT.to(wide), change.a.mT.to(wide)).to(weight.dtype)
 
 
 def add_product(weight: Tensor, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """W + left·right, of matrices (out, R) and (R, in) or of stacks of them; into ``out`` where it is given."""
+    """Return W + left·right for matrices (out, R) and (R, in) or stacks of them, written to ``out`` if given."""
     product = torch.addmm if weight.dim() == 2 else torch.baddbmm
     return product(weight, left, right, out=out)
 
 
 def stack_changes(changes: Sequence[Change]) -> LowRank:
-    """The changes of stacked matrices as one, E in front of its tensors; methods that adapt stacks are low-rank."""
-    pairs = [change for change in changes if isinstance(change, LowRank) and not change.parts]
+    """Stack the changes of several matrices, E in front; methods that adapt stacks are low-rank."""
+    pairs = [change for change in changes if isinstance(change, LowRank) and not change.scales]
     assert len(pairs) == len(changes)
     shifts = [change.e for change in pairs if change.e is not None]
     a, b = torch.stack([change.a for change in pairs]), torch.stack([change.b for change in pairs])
@@ -203,17 +202,17 @@ def stack_changes(changes: Sequence[Change]) -> LowRank:
 
 
 def _require_mergeable(change: LowRank) -> None:
-    for letter in change.parts:
-        if letter not in _MERGEABLE:
+    for name in change.scales:
+        if name not in MERGEABLE:
             raise CompileError(
-                f"a change with a part '{letter}' has no merged weight",
-                next_step="mode='live' runs it beside the weight, alone and at strength 1",
+                f"a change with the operand '{name}' cannot be merged into a weight",
+                next_step="mode='live' runs it next to the weight, alone and at strength 1",
                 code="not_mergeable",
             )
 
 
 def merge_bias(change: Change, bias: Tensor | None) -> Tensor | None:
-    """b' (out,), or None where there is neither a base bias nor a change of it."""
+    """Return b' (out,), or None without a base bias and a change of it."""
     if change.e is None:
         return bias
     return change.e.clone() if bias is None else bias + change.e.to(bias.dtype)
@@ -228,24 +227,24 @@ def add_sparse(matrix: Tensor, terms: Sequence[tuple[float, Sparse]]) -> Tensor:
 
 
 def multiply_blocks(x: Tensor, blocks: Tensor) -> Tensor:
-    """x (…, in) times the block-diagonal matrix of ``blocks`` (n, k, k)."""
+    """Multiply x (…, in) by the block-diagonal matrix of ``blocks`` (n, k, k)."""
     number, size, _ = blocks.shape
-    cut = x.unflatten(-1, (number, size)).movedim(-2, 0)
-    turned = torch.bmm(cut.reshape(number, -1, size), blocks)
-    return turned.reshape(cut.shape).movedim(0, -2).flatten(-2)
+    split = x.unflatten(-1, (number, size)).movedim(-2, 0)
+    product = torch.bmm(split.reshape(number, -1, size), blocks)
+    return product.reshape(split.shape).movedim(0, -2).flatten(-2)
 
 
 def identity_blocks(width: int, size: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
-    """The blocks (width/size, size, size) of the identity."""
+    """Return the blocks (width/size, size, size) of the identity."""
     return torch.eye(size, dtype=dtype, device=device).expand(width // size, size, size)
 
 
-def _are_summable(values: Sequence[LowRank]) -> bool:
-    """Whether all change outputs, or all inputs in blocks of one size: only then is their sum again c∘W, or W·Tᵀ."""
-    letters = {letter for v in values for letter in v.parts}
-    sizes = {v.parts[T].shape[-1] for v in values if T in v.parts}
-    one_side = C not in letters or not letters & {D, T}
-    return one_side and len(sizes) <= 1 and letters <= _MERGEABLE | FOLDABLE
+def _are_summable(changes: Sequence[LowRank]) -> bool:
+    """Return whether the sum is c∘W or W·Tᵀ again: all change outputs, or all inputs in blocks of one size."""
+    names = {name for change in changes for name in change.scales}
+    sizes = {change.scales[T].shape[-1] for change in changes if T in change.scales}
+    one_side = C not in names or not names & {D, T}
+    return one_side and len(sizes) <= 1 and names <= MERGEABLE | FOLDABLE
 
 
 def _sum_low_rank(terms: Sequence[tuple[float, LowRank]]) -> LowRank:
@@ -253,30 +252,30 @@ def _sum_low_rank(terms: Sequence[tuple[float, LowRank]]) -> LowRank:
     a = torch.cat([v.a for _, v in terms], dim=-1)
     b = torch.cat([v.b * t for t, v in terms], dim=-2)
     e = _weighted_sum([(t, v.e) for t, v in terms])
-    if any(T in v.parts for _, v in terms):
+    if any(T in v.scales for _, v in terms):
         return LowRank(a, b, {T: _sum_transforms(terms)}, e)
-    scales = {letter: _sum_scales([(t, v.parts.get(letter)) for t, v in terms]) for letter in (C, D)}
-    return LowRank(a, b, {letter: scale for letter, scale in scales.items() if scale is not None}, e)
+    scales = {name: _sum_scales([(t, v.scales.get(name)) for t, v in terms]) for name in (C, D)}
+    return LowRank(a, b, {name: scale for name, scale in scales.items() if scale is not None}, e)
 
 
 def _sum_transforms(terms: Sequence[tuple[float, LowRank]]) -> Tensor:
-    """1 + Σ t·(diag(d)·T − 1)."""
-    first = next(v.parts[T] for _, v in terms if T in v.parts)
+    """Return 1 + Σ t·(diag(d)·T − 1)."""
+    first = next(v.scales[T] for _, v in terms if T in v.scales)
     number, size, _ = first.shape
     one = identity_blocks(number * size, size, first.dtype, first.device)
     total = one
     for strength, change in terms:
-        moved = change.parts.get(T, one)
-        if D in change.parts:
-            moved = moved * change.parts[D].view(number, size, 1)
-        total = total + strength * (moved - one)
+        transform = change.scales.get(T, one)
+        if D in change.scales:
+            transform = transform * change.scales[D].view(number, size, 1)
+        total = total + strength * (transform - one)
     return total
 
 
 def _sum_scales(terms: Sequence[tuple[float, Tensor | None]]) -> Tensor | None:
-    """1 + Σ t·(s − 1)."""
-    moved = _weighted_sum([(t, None if s is None else s - 1) for t, s in terms])
-    return None if moved is None else moved + 1
+    """Return 1 + Σ t·(s − 1)."""
+    difference = _weighted_sum([(t, None if s is None else s - 1) for t, s in terms])
+    return None if difference is None else difference + 1
 
 
 def _sum_dense(terms: Sequence[tuple[float, Change]], weight: Tensor) -> Dense:

@@ -1,8 +1,8 @@
-"""Dropout between the factors of a formula: the formula itself, run with dropout where its parts have their rank.
+"""Dropout between the factors of a formula.
 
-A normal form does not tell what stood between two factors: of ``U·(D·x + c) + e`` it keeps ``U·D`` and ``U·c + e``. Who
-drops ``D·x + c`` drops the bias c with it, and where the part reads the site's output y, the bias in y too. So in
-training the formula's own graph runs, and what a product gave is dropped where the next product takes it.
+A normal form does not keep the value between two factors: of ``U·(D·x + c) + e`` it keeps ``U·D`` and ``U·c + e``.
+Dropout of ``D·x + c`` drops the bias c too, and the bias in the site's output y where the formula reads that. So in
+training the formula's own graph runs, with dropout on results of a product that are operands of the next product.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ aten = torch.ops.aten
 Tensor = torch.Tensor
 _PRODUCTS = {aten.linear.default, aten.matmul.default, aten.mm.default}
 DROPOUT_RATE = "rate"
-"""The last input of what ``with_dropout`` gives."""
+"""The name of the last input of a graph from ``insert_inner_dropout``."""
 
 
 class _ProductStage(enum.IntEnum):
-    """How far a value is on the way from the tokens through the factors."""
+    """The number of products between the tokens and a value."""
 
     TOKENS = 1
-    """It follows from x or y by no product yet."""
+    """It is computed from x or y without a product."""
     BETWEEN = 2
-    """It came out of one product."""
-    BEHIND = 3
-    """It was dropped, and went through the next."""
+    """It is computed from the result of one product."""
+    AFTER = 3
+    """It is computed from the result of the second product, whose operand was dropped."""
 
 
 def insert_inner_dropout(branch: fx.GraphModule) -> fx.GraphModule | None:
-    """The branch (x, y, *params, rate) -> y' with dropout between its factors; None where nothing lies between any.
+    """Return the branch (x, y, *params, rate) -> y' with dropout between its factors, or None without such a place.
 
     Args:
         branch: an affine branch, traced over x (tokens, in) and y (tokens, out); it serves any number of tokens.
@@ -55,17 +55,17 @@ def insert_inner_dropout(branch: fx.GraphModule) -> fx.GraphModule | None:
 
 
 def _find_inner_operand(node: fx.Node, stages: Mapping[fx.Node, _ProductStage]) -> fx.Node | None:
-    """The operand of a product that itself came out of one."""
+    """Return the operand of a product that comes from another product, or None."""
     if node.target not in _PRODUCTS:
         return None
     return next((operand for operand in node.all_input_nodes if stages.get(operand) is _ProductStage.BETWEEN), None)
 
 
 def _advance(node: fx.Node, stages: dict[fx.Node, _ProductStage]) -> None:
-    """Note how far an op's value is; one of parameters alone is on no way."""
-    read = [stages[operand] for operand in node.all_input_nodes if operand in stages]
-    if read:
-        stages[node] = _ProductStage(min(max(read) + (node.target in _PRODUCTS), _ProductStage.BEHIND))
+    """Record the stage of an op's value, unless it depends on parameters alone."""
+    inputs = [stages[operand] for operand in node.all_input_nodes if operand in stages]
+    if inputs:
+        stages[node] = _ProductStage(min(max(inputs) + (node.target in _PRODUCTS), _ProductStage.AFTER))
 
 
 def _insert_dropout(graph: fx.Graph, value: fx.Node, rate: fx.Node) -> fx.Node:
@@ -73,7 +73,7 @@ def _insert_dropout(graph: fx.Graph, value: fx.Node, rate: fx.Node) -> fx.Node:
 
 
 def run_with_dropout(dropped: fx.GraphModule, x: Tensor, y: Tensor, params: tuple[Tensor, ...], rate: float) -> Tensor:
-    """y' (…, out) of what ``with_dropout`` gave, from x (…, in) and y (…, out)."""
+    """Run a graph from ``insert_inner_dropout`` on x (…, in) and y (…, out); the result is y' (…, out)."""
     rows, tokens = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-    answer: Tensor = dropped(rows, tokens, *params, rate)
-    return answer.view(y.shape)
+    output: Tensor = dropped(rows, tokens, *params, rate)
+    return output.view(y.shape)

@@ -1,9 +1,9 @@
-"""The tensors of the normal forms by name: what the algebra computes, slots hold and files store bears one name.
+"""The names of the tensors of the normal forms, which the algebra, slots and files share.
 
     ``y' = c∘(W·((d∘x)·T)) + h∘(((x·A)∘g)·B) + bias``
 
-Where and how each acts on a running program is a row of ``lorac.ir.slots.roles``; how they merge and add up is the
-algebra's, in ``lorac.ir.algebra.changes``.
+A row of ``lorac.ir.slots.roles`` says where each acts in a running program; ``lorac.ir.algebra.changes`` says how they
+merge and add up.
 """
 
 from __future__ import annotations
@@ -13,21 +13,23 @@ from typing import Final
 A: Final = "a"
 """(in, R): the first half of the pair."""
 B: Final = "b"
-"""(R, out): the second half, every scale folded in but those kept apart."""
+"""(R, out): the second half; every scale but g and h is folded into it."""
 C: Final = "c"
-"""(out,): scales what the base's product gives."""
+"""(out,): scales the output of the base's product."""
 D: Final = "d"
-"""(in,): scales what the base's product reads."""
+"""(in,): scales the input of the base's product."""
 T: Final = "t"
-"""(n, k, k), n·k = in: blocks of the block-diagonal T that turns what the base's product reads."""
+"""(n, k, k), n·k = in: blocks of the block-diagonal T that transforms the input of the base's product."""
 G: Final = "g"
-"""(R,): scales between the halves of the pair, kept apart where sites have A in common."""
+"""(R,): scales between the halves of the pair, separate where sites share A."""
 H: Final = "h"
-"""(out,): scales behind the pair, kept apart where sites have B in common."""
+"""(out,): scales after the pair, separate where sites share B."""
 WEIGHT: Final = "weight"
-"""(out, in): W' whole."""
+"""(out, in): the whole W'."""
 BIAS: Final = "bias"
-"""(out,): b' whole, of which a change carries the difference from b."""
+"""(out,): the whole b'; a change holds the difference from b."""
 
 FOLDABLE: Final = frozenset({G, H})
-"""What can be folded into B, and is where a site has no room for it."""
+"""Operands that are folded into B at sites without slots for them."""
+MERGEABLE: Final = frozenset({C, D, T})
+"""Operands next to the pair that W' can hold."""

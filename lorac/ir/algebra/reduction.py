@@ -1,7 +1,7 @@
-"""From a formula to its normal form: trace, analyse, and keep the small graph that computes the form's tensors.
+"""Reducing a formula to its normal form: it is traced and analysed, and a small graph computes the form's tensors.
 
-The result, a ``Reduction``, is itself a graph (W, b, *params) -> tensors of one normal form, differentiable and valid
-for every value of the parameters. It runs once when an adapter is added, and every step in training.
+The result, a ``Reduction``, is a graph (W, b, *params) -> tensors of one normal form, differentiable and valid for all
+values of the parameters. It runs once when an adapter is added, and in every step of training.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lorac.ir.algebra import operands as letters
+from lorac.ir.algebra import operands
 from lorac.ir.algebra.affine import weight_formula
 from lorac.ir.algebra.inner_dropout import insert_inner_dropout
 from lorac.ir.algebra.rules import RULES
@@ -25,14 +24,14 @@ from lorac.ir.tracing import tracing
 from lorac.third_party_output import suppress_third_party_output
 
 Params = SimpleNamespace
-"""What a formula gets as ``p``: one attribute per parameter of the variant, each a tensor."""
+"""The argument ``p`` of a formula, with one tensor attribute per parameter of the variant."""
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
 
 LOW_RANK, SPARSE, DENSE, BRANCH = "low-rank", "sparse", "dense", "branch"
 _TOKENS = 5
-"""Tokens in the example a branch is traced with; any size ≥ 2 that equals no feature size by design of the trace."""
+"""The number of tokens in the example with which a branch is traced; at least 2."""
 
 
 @dataclass(frozen=True)
@@ -44,16 +43,15 @@ class Reduction:
         graph: computes the form's tensors from (W (out, in), b (out,), *params); for a branch, the traced branch
             itself, (x, y, *params) -> y'.
         params: names of the parameters, in the graph's order.
-        outputs: names of the tensors it returns, by letter (``lorac.ir.algebra.operands``). low-rank: the pair, and
-            what is not 1 or the base's; sparse: rows, cols, values (k,); dense: the weight. Each with the bias, where
-            that changes.
-        shared: names of the parameters that all sites have in common.
-        common: those of the outputs that follow from shared parameters alone: one tensor for all sites of a shape.
+        outputs: the operands (``lorac.ir.algebra.operands``) of the tensors it returns. low-rank: the pair, and scales
+            other than 1; sparse: rows, cols, values (k,); dense: the weight. Also the bias, if that changes.
+        shared: names of the parameters that all sites share.
+        common: the outputs that depend on shared parameters alone: one tensor for all sites of a shape.
         rank: R of a low-rank form, else 0.
         reads_weight: whether the tensors depend on W.
-        reasons: why nothing cheaper was found.
-        dropped: of a branch that is affine, the branch itself with dropout between its factors, (x, y, *params, rate)
-            -> y' (``lorac.ir.algebra.inner_dropout``); None where nothing lies between any.
+        reasons: why no cheaper form was found.
+        dropped: for an affine branch, the branch with dropout between its factors, (x, y, *params, rate) -> y'
+            (``lorac.ir.algebra.inner_dropout``); else None.
     """
 
     form: str
@@ -68,7 +66,7 @@ class Reduction:
     dropped: fx.GraphModule | None = None
 
     def __call__(self, weight: Tensor, bias: Tensor, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The form's tensors."""
+        """Return the form's tensors by operand."""
         values = self.graph(weight, bias, *tensors)
         return dict(zip(self.outputs, values, strict=True))
 
@@ -86,13 +84,13 @@ def reduce_weight(
     """Reduce a weight formula (W, b, p) -> (W', b').
 
     Args:
-        formula: pure function of torch ops (``lorac.ir.algebra.formulas.Formula`` refuses what is not).
+        formula: a pure function of torch ops (``lorac.ir.algebra.formulas.Formula`` refuses others).
         weight: shape (out, in) of W.
         params: one example tensor per parameter (any device; only shape and dtype are read).
         dtype: dtype the formula computes in.
         rules: the algebra's table.
-        shared: names of the parameters that all sites have in common.
-        keep_factors: products stay low-rank whatever their rank, for a weight that has no place for W'.
+        shared: names of the parameters that all sites share.
+        keep_factors: products stay low-rank at any rank, for a weight that cannot be replaced by W'.
     """
     names = tuple(params)
     with tracing(), suppress_third_party_output(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -113,7 +111,7 @@ def reduce_branch(
     dtype: torch.dtype,
     rules: Sequence[AlgebraRule] = RULES,
 ) -> Reduction:
-    """Reduce a branch formula (x, y, p) -> y' of a linear site: as a weight formula where it is affine."""
+    """Reduce a branch formula (x, y, p) -> y' of a linear site, as a weight formula if it is affine."""
     names = tuple(params)
     with tracing(), suppress_third_party_output(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         out_features, in_features = weight
@@ -151,16 +149,16 @@ def _classify(
     elif form is not None and form.base == WEIGHT and form == Form(WEIGHT, sparse=form.sparse):
         kind, tensors, rank = SPARSE, _emit_sparse(found, form), 0
     else:
-        kind, tensors, rank = DENSE, {letters.WEIGHT: new_weight}, 0
+        kind, tensors, rank = DENSE, {operands.WEIGHT: new_weight}, 0
         reasons = (*reasons, "the formula's result has no recognised structure" if form is None else "mixed structure")
     if new_bias is not b:
-        tensors[letters.BIAS] = new_bias
+        tensors[operands.BIAS] = new_bias
     output.args = (tuple(tensors.values()),)
-    alike = frozenset(name for name, node in tensors.items() if _depends_only_on(node, common))
+    shared_outputs = frozenset(name for name, node in tensors.items() if _depends_only_on(node, common))
     graph.eliminate_dead_code()
     graph.lint()
     module.recompile()
-    return Reduction(kind, module, names, tuple(tensors), rank, bool(w.users), tuple(shared), alike, reasons)
+    return Reduction(kind, module, names, tuple(tensors), rank, bool(w.users), tuple(shared), shared_outputs, reasons)
 
 
 def _total_rank(form: Form) -> int:
@@ -168,9 +166,9 @@ def _total_rank(form: Form) -> int:
 
 
 def _emit_low_rank(found: Analysis, form: Form, w: fx.Node, common: set[fx.Node]) -> dict[str, fx.Node]:
-    scales = {letters.C: form.c, letters.D: form.d}
-    if len(form.low) == 1 and (apart := _split_shared_factors(*form.low[0], common)) is not None:
-        b, a, scales[letters.G], scales[letters.H] = apart
+    scales = {operands.C: form.c, operands.D: form.d}
+    if len(form.low) == 1 and (split := _split_shared_factors(*form.low[0], common)) is not None:
+        b, a, scales[operands.G], scales[operands.H] = split
         pair = found.emit(aten.t.default, a), found.emit(aten.t.default, b)
     elif form.low:
         a = found.emit(aten.cat.default, [a for _, a in form.low], 0)
@@ -182,37 +180,39 @@ def _emit_low_rank(found: Analysis, form: Form, w: fx.Node, common: set[fx.Node]
             found.emit(aten.new_zeros.default, w, [columns, 0]),
             found.emit(aten.new_zeros.default, w, [0, rows]),
         )
-    tensors = dict(zip((letters.A, letters.B), pair, strict=True))
-    for letter, scale in scales.items():
+    tensors = dict(zip((operands.A, operands.B), pair, strict=True))
+    for name, scale in scales.items():
         if scale is not None:
-            tensors[letter] = found.emit(aten.view.default, scale, [-1])
+            tensors[name] = found.emit(aten.view.default, scale, [-1])
     if form.blocks is not None:
-        tensors[letters.T] = found.emit(aten.transpose.int, form.blocks, 1, 2)
+        tensors[operands.T] = found.emit(aten.transpose.int, form.blocks, 1, 2)
     return tensors
 
 
 def _split_shared_factors(
     b: fx.Node, a: fx.Node, common: set[fx.Node]
 ) -> tuple[fx.Node, fx.Node, fx.Node | None, fx.Node | None] | None:
-    """(h∘B)·(g∘A) as B, A, g, h, where B and A follow from shared parameters alone; None where they do not."""
+    """Split (h∘B)·(g∘A) into B, A, g, h, if B and A depend on shared parameters alone; else return None."""
     core_b, h = _strip_scale(b, common)
     core_a, g = _strip_scale(a, common)
     return (core_b, core_a, g, h) if all(_depends_only_on(core, common) for core in (core_b, core_a)) else None
 
 
 def _strip_scale(matrix: fx.Node, common: set[fx.Node]) -> tuple[fx.Node, fx.Node | None]:
-    """A matrix (n, m) without the column (n, 1) that scales its rows, and the column; None where there is none."""
+    """Split a matrix (n, m) into a matrix and the column (n, 1) that scales its rows, or None without one."""
     if matrix.target is not aten.mul.Tensor or _depends_only_on(matrix, common):
         return matrix, None
     for core, scale in (matrix.args[:2], matrix.args[1::-1]):
+        if not isinstance(core, fx.Node) or not isinstance(scale, fx.Node):
+            continue
         shapes = shape_of(core), shape_of(scale)
         if shapes == (shape_of(matrix), (shape_of(matrix)[0], 1)) and _depends_only_on(core, common):
-            return core, scale  # type: ignore[return-value]  # what has a shape is a node
+            return core, scale
     return matrix, None
 
 
-def _depends_only_on(node: Any, common: set[fx.Node]) -> bool:
-    """Whether a node reads inputs of ``common`` and no others."""
+def _depends_only_on(node: fx.Node, common: set[fx.Node]) -> bool:
+    """Return whether a node reads inputs, all of them in ``common``."""
     todo, read = [node], set()
     while todo:
         inner = todo.pop()

@@ -1,4 +1,4 @@
-"""Rules for a weight that is cut by rows, changed in parts and joined again: what is low-rank in a part is so in W."""
+"""Rules for a weight that is split by rows, changed in blocks and joined again: low-rank blocks give a low-rank W."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class _RowBlock:
-    """Rows of a matrix (n, m) that is cut as (groups, n/groups, m): of each group ``size`` from ``first`` on."""
+    """Rows of a matrix (n, m) viewed as (groups, n/groups, m): in each group ``size`` rows from ``first`` on."""
 
     source: fx.Node
     groups: int
@@ -27,24 +27,24 @@ class _RowBlock:
 
     @property
     def length(self) -> int:
-        """How many rows a group has."""
+        """The number of rows of a group."""
         return shape_of(self.source)[0] // self.groups
 
 
-def rows(found: Analysis, node: fx.Node) -> Form | None:
-    """X[i] of W = [X[0]; X[1]; …], cut by rows, is a base of its own."""
-    piece = _row_block_of(node)
-    return Form(base=node) if piece is not None and found.form(piece.source) == Form(WEIGHT) else None
+def match_row_block(found: Analysis, node: fx.Node) -> Form | None:
+    """X[i] of W = [X[0]; X[1]; …], split by rows, is a base of its own."""
+    block = _row_block_of(node)
+    return Form(base=node) if block is not None and found.form(block.source) == Form(WEIGHT) else None
 
 
 def _row_block_of(node: fx.Node) -> _RowBlock | None:
-    """Which rows a node is: a part of ``split``, along the second axis of a matrix viewed as (groups, n/groups, m)."""
+    """Return the rows that a node holds: an item of ``split`` on the second axis of a view (groups, n/groups, m)."""
     part: Any = node.args[0]
     part = part.args[0] if part.target is aten.clone.default else part
-    cut: Any = part.args[0] if part.target is operator.getitem else part
-    if cut is part or cut.target is not aten.split_with_sizes.default or cut.args[2:] != (1,):
+    split: Any = part.args[0] if part.target is operator.getitem else part
+    if split is part or split.target is not aten.split_with_sizes.default or split.args[2:] != (1,):
         return None
-    grouped, sizes = cut.args[:2]
+    grouped, sizes = split.args[:2]
     source, number = grouped.args[0], part.args[1]
     if grouped.target is not aten.view.default or len(shape_of(grouped)) != 3:
         return None
@@ -59,61 +59,61 @@ def match_joined_blocks(found: Analysis, node: fx.Node) -> Form | None:
     cat: Any = node.args[0]
     if cat.target is not aten.cat.default or cat.args[1:] != (1,):
         return None
-    whole = [part for part in map(functools.partial(_changed_block, found), cat.args[0]) if part is not None]
-    if not whole or len(whole) != len(cat.args[0]) or not _cover_matrix(node, cat, [piece for _, piece in whole]):
+    parts = [part for part in map(functools.partial(_changed_block, found), cat.args[0]) if part is not None]
+    if not parts or len(parts) != len(cat.args[0]) or not _cover_matrix(node, cat, [block for _, block in parts]):
         return None
-    if any(form.d is not None or form.blocks is not None for form, _ in whole):
-        found.misses.append(f"{node.name}: a part changes its own inputs, which all parts have in common")
+    if any(form.d is not None or form.blocks is not None for form, _ in parts):
+        found.misses.append(f"{node.name}: one block of rows changes its inputs, which all blocks share")
         return None
-    low = tuple((_pad_rows(found, b, piece), a) for form, piece in whole for b, a in form.low)
+    low = tuple((_pad_rows(found, b, block), a) for form, block in parts for b, a in form.low)
     sparse = tuple(
-        (_shift_row_indices(found, places, piece), cols, values)
-        for form, piece in whole
-        for places, cols, values in form.sparse
+        (_shift_row_indices(found, rows, block), cols, values)
+        for form, block in parts
+        for rows, cols, values in form.sparse
     )
     if low and not found.pays(node, sum(shape_of(a)[0] for _, a in low), *shape_of(node)):
         return None
-    return Form(WEIGHT, _join_scales(found, node, whole), low=low, sparse=sparse)
+    return Form(WEIGHT, _join_scales(found, node, parts), low=low, sparse=sparse)
 
 
 def _changed_block(found: Analysis, viewed: fx.Node) -> tuple[Form, _RowBlock] | None:
-    """What was made of a piece's rows, of a part viewed in groups again."""
+    """Return the form of a changed block of rows, which is viewed in groups again, and the block."""
     form = found.form(viewed.args[0]) if viewed.target is aten.view.default else None
-    piece = _row_block_of(form.base) if form is not None and isinstance(form.base, fx.Node) else None
-    return None if form is None or piece is None else (form, piece)
+    block = _row_block_of(form.base) if form is not None and isinstance(form.base, fx.Node) else None
+    return None if form is None or block is None else (form, block)
 
 
-def _cover_matrix(node: fx.Node, cat: fx.Node, pieces: Sequence[_RowBlock]) -> bool:
-    """Whether pieces are all the rows of one matrix in their order, and put together as it was cut."""
-    first, sizes = pieces[0], [piece.size for piece in pieces]
-    in_order = [piece.first for piece in pieces] == [sum(sizes[:i]) for i in range(len(sizes))]
-    alike = all((piece.source, piece.groups) == (first.source, first.groups) for piece in pieces)
+def _cover_matrix(node: fx.Node, cat: fx.Node, blocks: Sequence[_RowBlock]) -> bool:
+    """Return whether blocks are all rows of one matrix in order, joined in the way it was split."""
+    first, sizes = blocks[0], [block.size for block in blocks]
+    in_order = [block.first for block in blocks] == [sum(sizes[:i]) for i in range(len(sizes))]
+    alike = all((block.source, block.groups) == (first.source, first.groups) for block in blocks)
     whole = shape_of(node) == shape_of(first.source) and shape_of(cat)[:2] == (first.groups, first.length)
     return in_order and alike and whole
 
 
-def _pad_rows(found: Analysis, matrix: fx.Node, piece: _RowBlock) -> fx.Node:
-    """A matrix (rows of the piece, r) where the piece lies in the whole."""
-    around = [0, 0, piece.first, piece.length - piece.first - piece.size]
-    grouped = found.emit(aten.reshape.default, matrix, [piece.groups, piece.size, -1])
+def _pad_rows(found: Analysis, matrix: fx.Node, block: _RowBlock) -> fx.Node:
+    """Pad a matrix (rows of the block, r) with zeros to the rows of the whole matrix."""
+    around = [0, 0, block.first, block.length - block.first - block.size]
+    grouped = found.emit(aten.reshape.default, matrix, [block.groups, block.size, -1])
     padded = found.emit(aten.constant_pad_nd.default, grouped, around)
-    return found.emit(aten.reshape.default, padded, [piece.groups * piece.length, -1])
+    return found.emit(aten.reshape.default, padded, [block.groups * block.length, -1])
 
 
-def _shift_row_indices(found: Analysis, places: fx.Node, piece: _RowBlock) -> fx.Node:
-    """Numbers of a piece's rows as those of the whole."""
-    group = found.emit(aten.floor_divide.default, places, piece.size)
-    before = found.emit(aten.mul.Tensor, group, piece.length - piece.size)
-    return found.emit(aten.add.Tensor, found.emit(aten.add.Tensor, places, before), piece.first)
+def _shift_row_indices(found: Analysis, rows: fx.Node, block: _RowBlock) -> fx.Node:
+    """Convert a block's row indices to those of the whole matrix."""
+    group = found.emit(aten.floor_divide.default, rows, block.size)
+    before = found.emit(aten.mul.Tensor, group, block.length - block.size)
+    return found.emit(aten.add.Tensor, found.emit(aten.add.Tensor, rows, before), block.first)
 
 
 def _join_scales(found: Analysis, node: fx.Node, parts: Sequence[tuple[Form, _RowBlock]]) -> fx.Node | None:
     if all(form.c is None for form, _ in parts):
         return None
     columns = [
-        found.emit(aten.new_ones.default, found.like, [piece.groups, piece.size, 1])
+        found.emit(aten.new_ones.default, found.like, [block.groups, block.size, 1])
         if form.c is None
-        else found.emit(aten.reshape.default, form.c, [piece.groups, piece.size, 1])
-        for form, piece in parts
+        else found.emit(aten.reshape.default, form.c, [block.groups, block.size, 1])
+        for form, block in parts
     ]
     return found.emit(aten.reshape.default, found.emit(aten.cat.default, columns, 1), [shape_of(node)[0], 1])

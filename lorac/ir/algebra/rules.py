@@ -1,4 +1,4 @@
-"""The rules of the algebra: one identity each, in one table. None knows a method."""
+"""The rules of the algebra, each with one identity. None knows a method."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lorac.ir.algebra.row_blocks import match_joined_blocks, rows
+from lorac.ir.algebra.row_blocks import match_joined_blocks, match_row_block
 from lorac.ir.algebra.structure import IDENTITY, AlgebraRule, Analysis, Form, shape_of
 
 aten = torch.ops.aten
@@ -39,17 +39,17 @@ def _match_block_diagonal(found: Analysis, node: fx.Node) -> Form | None:
     sizes = {shape_of(part) for part in parts}
     size = next(iter(sizes), ())
     if len(parts) < 2 or len(sizes) > 1 or len(size) != 2 or size[0] != size[1]:
-        found.misses.append(f"{node.name}: its blocks are not several squares of one size")
+        found.misses.append(f"{node.name}: its blocks are not two or more squares of one size")
         return None
     return Form(base=IDENTITY, blocks=_stack_blocks(found, parts))
 
 
 def _stack_blocks(found: Analysis, parts: Sequence[fx.Node]) -> fx.Node:
-    """The parts as one tensor: the one that they are all the slices of, in order, where there is one."""
+    """Return the blocks as one tensor: the tensor of which they are all slices in order, or a new stack."""
     origins = {part.args[0] for part in parts if part.target is operator.getitem}
-    whole = next(iter(origins)) if len(origins) == 1 else None
-    if isinstance(whole, fx.Node) and whole.target is aten.unbind.int and whole.args[1:] in {(), (0,)}:
-        source = whole.args[0]
+    origin = next(iter(origins)) if len(origins) == 1 else None
+    if isinstance(origin, fx.Node) and origin.target is aten.unbind.int and origin.args[1:] in {(), (0,)}:
+        source = origin.args[0]
         ordered = [part.args[1] for part in parts] == list(range(shape_of(source)[0]))
         if ordered and isinstance(source, fx.Node):
             return source
@@ -88,26 +88,26 @@ def _match_product(found: Analysis, node: fx.Node) -> Form | None:
     return replace(scaled, low=scaled.low + low)
 
 
-def _multiply_by_blocks(found: Analysis, x: Form, matrix: Any, blocks: fx.Node) -> Form | None:
+def _multiply_by_blocks(found: Analysis, x: Form, matrix: object, blocks: fx.Node) -> Form | None:
     number, size, _ = shape_of(blocks)
     if x.sparse or (x.blocks is not None and shape_of(x.blocks) != shape_of(blocks)):
         return None
     if x.blocks is not None:
         blocks = found.emit(aten.bmm.default, x.blocks, blocks)
     if x.d is not None:
-        blocks = found.times(found.emit(aten.view.default, x.d, [number, size, 1]), blocks)
+        blocks = found.emit(aten.mul.Tensor, found.emit(aten.view.default, x.d, [number, size, 1]), blocks)
     low = tuple((p, found.emit(aten.mm.default, q, matrix)) for p, q in x.low)
     return Form(x.base, x.c, low=low, blocks=blocks if x.base else None)
 
 
-def _multiply_low_rank(found: Analysis, left: Any, y: Form | None) -> Form | None:
+def _multiply_low_rank(found: Analysis, left: object, y: Form | None) -> Form | None:
     if y is None or y.base is not None or y.sparse:
         return None
     return Form(low=tuple((found.emit(aten.mm.default, left, p), q) for p, q in y.low))
 
 
 def _match_sum(found: Analysis, node: fx.Node) -> Form | None:
-    """(X + α·Y) adds the parts; two bases add their scales."""
+    """X + α·Y adds the terms; two bases add their scales."""
     left, right = node.args[:2]
     x, y = found.form(left), found.form(right)
     if x is None or y is None or shape_of(left) != shape_of(right):
@@ -151,7 +151,7 @@ def _match_addmm(found: Analysis, node: fx.Node) -> Form | None:
 
 
 def _match_scale(found: Analysis, node: fx.Node) -> Form | None:
-    """s·X, c∘X and X∘d scale every part."""
+    """s·X, c∘X and X∘d scale every term."""
     left, right = node.args[:2]
     if found.form(left) is None:
         left, right = right, left
@@ -161,14 +161,15 @@ def _match_scale(found: Analysis, node: fx.Node) -> Form | None:
     return _scale_by(found, node, left, form, right)
 
 
-def _scale_by(found: Analysis, node: fx.Node, matrix: Any, form: Form, factor: Any) -> Form | None:
-    """``matrix`` times a number, a column or a row; None where the factor is a matrix or broadcasts the other way."""
+def _scale_by(found: Analysis, node: fx.Node, matrix: object, form: Form, factor: object) -> Form | None:
+    """Multiply a matrix by a number, a column or a row; return None for other factors."""
     if shape_of(matrix) != shape_of(node):
         return None
     rows, columns = shape_of(node)
     shape = shape_of(factor)
     if torch.Size(shape).numel() == 1:
         return _scale_by_number(found, node, form, found.emit(aten.view.default, factor, []) if shape else factor)
+    assert isinstance(factor, fx.Node)
     if shape == (rows, 1):
         return _scale_rows(found, form, factor)
     if shape in {(1, columns), (columns,)}:
@@ -194,7 +195,7 @@ def _match_hadamard(found: Analysis, node: fx.Node) -> Form | None:
 
 
 def _pairwise_products(found: Analysis, left: fx.Node, right: fx.Node, dim: int) -> fx.Node:
-    """Every column (dim 1) or row (dim 0) of one matrix times every one of the other."""
+    """Multiply every column (dim 1) or row (dim 0) of one matrix with every one of the other."""
     wide = found.emit(aten.unsqueeze.default, left, dim + 1), found.emit(aten.unsqueeze.default, right, dim)
     shape = list(shape_of(left))
     shape[dim] *= shape_of(right)[dim]
@@ -216,30 +217,30 @@ def _match_negate(found: Analysis, node: fx.Node) -> Form | None:
     return None if form is None else _scale_by_number(found, node, form, -1.0)
 
 
-def _scale_by_number(found: Analysis, node: fx.Node, form: Form, number: Any) -> Form:
+def _scale_by_number(found: Analysis, node: fx.Node, form: Form, number: object) -> Form:
     if not isinstance(number, fx.Node) and number == 1:
         return form
     c = form.c
     if form.base is not None:
-        c = found.times(form.c, number) if form.c is not None else _constant_column(found, node, number)
+        c = _constant_column(found, node, number) if form.c is None else found.emit(aten.mul.Tensor, form.c, number)
     low = tuple((found.emit(aten.mul.Tensor, b, number), a) for b, a in form.low)
     sparse = tuple((rows, cols, found.emit(aten.mul.Tensor, v, number)) for rows, cols, v in form.sparse)
     return replace(form, c=c, low=low, sparse=sparse)
 
 
-def _constant_column(found: Analysis, node: fx.Node, number: Any) -> fx.Node:
-    """A number as the column (n, 1) that scales the rows of ``node``."""
+def _constant_column(found: Analysis, node: fx.Node, number: object) -> fx.Node:
+    """Return a number as the column (n, 1) that scales the rows of ``node``."""
     ones = found.emit(aten.new_ones.default, found.like, [shape_of(node)[0], 1])
     return found.emit(aten.mul.Tensor, ones, number)
 
 
-def _scale_rows(found: Analysis, form: Form, column: Any) -> Form:
+def _scale_rows(found: Analysis, form: Form, column: fx.Node) -> Form:
     low = tuple((found.emit(aten.mul.Tensor, b, column), a) for b, a in form.low)
     sparse = tuple((rows, cols, _scale_entries(found, v, column, 0, rows)) for rows, cols, v in form.sparse)
     return replace(form, c=found.times(form.c, column) if form.base else None, low=low, sparse=sparse)
 
 
-def _scale_columns(found: Analysis, form: Form, row: Any) -> Form:
+def _scale_columns(found: Analysis, form: Form, row: fx.Node) -> Form:
     low = tuple((b, found.emit(aten.mul.Tensor, a, row)) for b, a in form.low)
     sparse = tuple((rows, cols, _scale_entries(found, v, row, -1, cols)) for rows, cols, v in form.sparse)
     form = replace(form, low=low, sparse=sparse)
@@ -256,7 +257,7 @@ def _scale_entries(found: Analysis, values: fx.Node, scale: fx.Node, dim: int, p
 
 def _match_scatter(found: Analysis, node: fx.Node) -> Form | None:
     """X with values added at (rows, cols)."""
-    arguments: tuple[Any, ...] = node.args
+    arguments: Any = node.args
     target, indices, values, *rest = arguments
     accumulate = rest[0] if rest else node.kwargs.get("accumulate", False)
     form = found.form(target)
@@ -265,7 +266,7 @@ def _match_scatter(found: Analysis, node: fx.Node) -> Form | None:
     rows, cols = indices
     flat = len(shape_of(rows)) == 1 and shape_of(rows) == shape_of(cols) == shape_of(values)
     if not flat or torch.bool in {rows.meta["val"].dtype, cols.meta["val"].dtype}:
-        found.misses.append(f"{node.name}: its positions are no two lists as long as its values")
+        found.misses.append(f"{node.name}: its positions are not two lists of the length of its values")
         return None
     return replace(form, sparse=(*form.sparse, (rows, cols, values)))
 
@@ -298,17 +299,17 @@ RULES: tuple[AlgebraRule, ...] = (
     AlgebraRule("negate", (aten.neg.default,), _match_negate),
     AlgebraRule("transpose", (aten.t.default,), _match_transpose),
     AlgebraRule("scatter", (aten.index_put.default,), _match_scatter),
-    AlgebraRule("rows", (aten.view.default, aten._unsafe_view.default), rows),
+    AlgebraRule("rows", (aten.view.default, aten._unsafe_view.default), match_row_block),
     AlgebraRule("joined", (aten.view.default,), match_joined_blocks),
 )
-"""Every rule, tried in this order per node. ``reduction`` takes another list to prove that none is needed."""
+"""Every rule, tried in this order at each node. ``reduction`` takes another list, so that tests can leave rules out."""
 
 
 def rules_without(name: str) -> tuple[AlgebraRule, ...]:
-    """The table with one rule taken away (tests remove each in turn)."""
+    """Return the table without one rule."""
     return tuple(rule for rule in RULES if rule.name != name)
 
 
 def rule_names() -> Mapping[str, str]:
-    """Rule name -> the identity it uses."""
+    """Return rule name -> the identity it uses."""
     return {rule.name: (rule.build.__doc__ or "").strip() for rule in RULES}

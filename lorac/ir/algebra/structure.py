@@ -1,13 +1,13 @@
-"""The algebra of weight formulas: which structure a traced formula has, found node by node.
+"""The structure of a traced weight formula, recognised node by node.
 
 A formula is traced to an aten graph over ``W`` (out, in), ``b`` (out,) and the variant's parameters. Each matrix-valued
-node may get a ``Form``, a sum of recognised parts::
+node may get a ``Form``, a sum of recognised terms::
 
     c ∘ base·D ∘ d  +  Σ Bᵢ·Aᵢ  +  Σ sparse(rowsⱼ, colsⱼ, valuesⱼ)      base: W, rows of it, the identity, or nothing
 
-Rules buy speed only. A node without a form is still computed by its own aten op, so taking any rule away leaves every
-result and makes it slower. Each rule names the identity it uses; none knows a method. Rules that fire keep the
-original nodes: a ``Form`` is an annotation, new nodes are made only for the factors it speaks of.
+Rules only save time. A node without a form is computed by its own aten op, so that without any rule every result is the
+same, and slower. Each rule states the identity it uses; none knows a method. Rules keep the original nodes: a ``Form``
+is an annotation, and new nodes are made only for its operands.
 """
 
 from __future__ import annotations
@@ -21,17 +21,19 @@ from torch import fx
 
 aten = torch.ops.aten
 WEIGHT, IDENTITY = "W", "I"
+Op = Callable[..., Any]
+"""An op of torch, or another function that a graph calls."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """A matrix as a sum of recognised parts; every operand is a node of the same graph.
+    """A matrix as a sum of recognised terms; every operand is a node of the same graph.
 
     Attributes:
-        base: ``"W"``, ``"I"``, the node that is some rows of W, or None.
-        c: column (n, 1) scaling the base's rows, None for 1.
-        d: row (1, m) scaling the base's columns, None for 1, and where there are blocks: those hold it.
-        blocks: those of D (n, k, k), block-diagonal with two blocks or more, None for the identity.
+        base: ``"W"``, ``"I"``, a node with some rows of W, or None.
+        c: column (n, 1) that scales the base's rows, None for 1.
+        d: row (1, m) that scales the base's columns, None for 1; blocks include it.
+        blocks: the blocks of D (n, k, k), block-diagonal with two blocks or more; None for the identity.
         low: pairs (B (n, r), A (r, m)).
         sparse: triples (rows (k,), cols (k,), values (k,)), added up.
     """
@@ -46,10 +48,15 @@ class Form:
 
 @dataclass
 class Analysis:
-    """The state of one analysis: the graph, the forms found so far, and a way to make new nodes.
+    """The state of one analysis: the graph, and the forms found so far.
 
-    ``like`` gives new constants their dtype and device; it is not W, which a form should not read without need.
-    ``keep_factors``: products stay low-rank even where the product itself is cheaper to apply.
+    Attributes:
+        graph: the traced formula.
+        anchor: its output node, before which new nodes are inserted.
+        like: a node that gives new constants their dtype and device; not W, which a form should not read needlessly.
+        keep_factors: products stay low-rank even if the product itself is cheaper to apply.
+        forms: node -> its form.
+        misses: why cheaper forms were not found.
     """
 
     graph: fx.Graph
@@ -60,25 +67,22 @@ class Analysis:
     misses: list[str] = field(default_factory=list)
 
     def form(self, value: object) -> Form | None:
-        """The form of an operand, or None where it is opaque."""
+        """Return the form of an operand, or None for an opaque one."""
         return self.forms.get(value) if isinstance(value, fx.Node) else None
 
-    def emit(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        """A new node ``op(*args)`` before the anchor, with its value's shape known."""
+    def emit(self, op: Op, *args: object, **kwargs: object) -> fx.Node:
+        """Insert a node ``op(*args)`` before the anchor."""
         with self.graph.inserting_before(self.anchor):
-            node = self.graph.call_function(op, args, kwargs)
-        values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        node.meta["val"] = op(*values[0], **values[1])
-        return node
+            return call_op(self.graph, op, *args, **kwargs)
 
-    def times(self, left: Any, right: Any) -> Any:
-        """left ∘ right, where None stands for 1."""
-        if left is None:
-            return right
-        return left if right is None else self.emit(aten.mul.Tensor, left, right)
+    def times(self, left: fx.Node | None, right: fx.Node | None) -> fx.Node | None:
+        """Return left ∘ right, where None stands for 1."""
+        if left is None or right is None:
+            return left if right is None else right
+        return self.emit(aten.mul.Tensor, left, right)
 
     def pays(self, node: fx.Node, rank: int, n: int, m: int) -> bool:
-        """Whether factors of this rank of an n x m matrix are cheaper to apply than the matrix, or kept anyway."""
+        """Return whether to keep factors of this rank of an n x m matrix: they are cheaper to apply, or always kept."""
         if self.keep_factors or rank * (n + m) <= n * m:
             return True
         self.misses.append(f"{node.name}: inner size {rank} of a {n} x {m} product saves nothing")
@@ -88,24 +92,32 @@ class Analysis:
 RuleFunction = Callable[[Analysis, fx.Node], Form | None]
 
 
+def call_op(graph: fx.Graph, op: Op, *args: object, **kwargs: object) -> fx.Node:
+    """Insert a node ``op(*args)`` at a graph's insertion point, with the fake value of its result."""
+    node = graph.call_function(op, args, kwargs)  # type: ignore[arg-type]  # fx checks the arguments itself
+    values, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])  # type: ignore[type-var]  # likewise
+    node.meta["val"] = op(*values, **named)
+    return node
+
+
 @dataclass(frozen=True)
 class AlgebraRule:
-    """One identity: the ops it looks at and what it makes of them."""
+    """One identity: the ops it applies to, and the function that builds a form."""
 
     name: str
     ops: tuple[object, ...]
     build: RuleFunction
 
 
-def shape_of(value: Any) -> tuple[int, ...]:
-    """Shape of an operand; () for numbers."""
+def shape_of(value: object) -> tuple[int, ...]:
+    """Return the shape of an operand; () for numbers."""
     return tuple(value.meta["val"].shape) if isinstance(value, fx.Node) else ()
 
 
 def analyse(
     graph: fx.Graph, weight: fx.Node | None, rules: Sequence[AlgebraRule], *, keep_factors: bool = False
 ) -> Analysis:
-    """Find the form of every node of ``graph``; ``weight`` is the placeholder that is W."""
+    """Find the form of every node of ``graph``; ``weight`` is the placeholder of W."""
     anchor = next(iter(reversed(graph.nodes)))
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     found = Analysis(graph, anchor, next(node for node in inputs if node is not weight), keep_factors)
@@ -123,6 +135,6 @@ def analyse(
 
 
 def _first_form(found: Analysis, node: fx.Node, rules: Iterable[AlgebraRule]) -> Form | None:
-    """What the first rule that has an answer makes of a node."""
+    """Return the form that the first matching rule builds, or None."""
     built = (rule.build(found, node) for rule in rules)
     return next((form for form in built if form is not None), None)

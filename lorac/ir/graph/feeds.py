@@ -42,8 +42,8 @@ def select_reached_plans(inputs: Mapping[str, SlotInput], plans: Mapping[str, Si
 
 
 def fuse_slot_tensors(slot: SlotInput, slots: Mapping[str, SiteSlots]) -> Tensor:
-    """What a slot of a pack holds of the slots of its sites, some of which may have none (``SlotRole.packed``)."""
-    packing = ROLES[slot.role].packed
+    """What a slot of a pack holds of the slots of its sites, some of which may have none (``SlotRole.join``)."""
+    packing = ROLES[slot.role].join
     assert packing is not None
     parts = [slots[member].tensors.get(slot.role) if member in slots else None for member in slot.members]
     return packing(parts, slot.sizes)

@@ -1,1 +1,1 @@
-"""What of a site can be replaced: roles, plans, what fills them and what they compute."""
+"""Slots: the replaceable inputs of a site, how adapters fill them, and the computation of an adapted site."""

@@ -1,4 +1,4 @@
-"""How the branches of a call attend: to a whole text, or to one that grows, where whoever runs them keeps a cache."""
+"""Attention in the formulas of branches: over whole sequences, or over a cache."""
 
 from __future__ import annotations
 
@@ -14,71 +14,68 @@ Tensor = torch.Tensor
 
 
 class BranchAttention(ABC):
-    """What the branches of a call attend by (``lorac.variants.base.Context``)."""
+    """The attention that branches of a call compute (``lorac.variants.base.Context``)."""
 
     @abstractmethod
     def positions(self, x: Tensor) -> Tensor:
-        """Where the tokens of x (…, length, features) are in their texts: what broadcasts to (…, length)."""
+        """Return the positions of the tokens of x (…, length, features); they broadcast to (…, length)."""
 
     @abstractmethod
     def attend(
-        self, place: str, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None, scale: float
+        self, name: str, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None, scale: float
     ) -> Tensor:
-        """Attention of the tokens of a call, (…, length, heads, size).
+        """Return attention over the tokens of a call, (…, length, heads, size).
 
         Args:
-            place: which of the program's it is.
-            q, k, v, causal, mask, scale: as ``Context.attend``'s.
+            name: names this attention in the program.
+            q, k, v, causal, mask, scale: as for ``Context.attend``.
 
         Raises:
-            Unavailable: the text grows, and no cache holds what is asked for.
+            Unavailable: the sequence is cached, and the cache does not allow this attention.
         """
 
 
 @final
 class FullAttention(BranchAttention):
-    """Attention where a call has all of its texts."""
+    """Attention in calls that hold whole sequences."""
 
     def positions(self, x: Tensor) -> Tensor:
-        """As ``Attention`` says."""
         return torch.arange(x.shape[-2], device=x.device)
 
     def attend(
-        self, place: str, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None, scale: float
+        self, name: str, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None, scale: float
     ) -> Tensor:
-        """As ``Attention`` says."""
         return compute_attention(q, k, v, causal=causal, mask=mask, scale=scale)
 
 
 def compute_attention(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None, scale: float, first: int = 0
 ) -> Tensor:
-    """Attention of queries to keys, the first of which may come before the first query: (…, length, heads, size).
+    """Return attention of queries to keys, (…, length, heads, size); the keys may begin before the first query.
 
     Args:
-        q, k, v, causal, mask, scale: as ``Context.attend``'s.
-        first: the place of the first query among the keys.
+        q, k, v, causal, mask, scale: as for ``Context.attend``.
+        first: index of the first query among the keys.
     """
-    shared = q.shape[-3] // k.shape[-3]
-    k, v = (part.repeat_interleave(shared, -3) if shared > 1 else part for part in (k, v))
+    group = q.shape[-3] // k.shape[-3]
+    k, v = (tensor.repeat_interleave(group, -3) if group > 1 else tensor for tensor in (k, v))
     plain = causal and mask is None and not first
-    seen = None if plain or (mask is None and not causal) else _attention_mask(q, k, causal, mask, first)
-    return F.scaled_dot_product_attention(q, k, v, seen, is_causal=plain, scale=scale).transpose(-3, -2)
+    visible = None if plain or (mask is None and not causal) else _attention_mask(q, k, causal, mask, first)
+    return F.scaled_dot_product_attention(q, k, v, visible, is_causal=plain, scale=scale).transpose(-3, -2)
 
 
 def _attention_mask(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, first: int) -> Tensor:
-    """Which keys each query attends to (…, 1, queries, keys); itself always, so that no row is empty."""
-    queries, keys = (torch.arange(part.shape[-2], device=q.device) for part in (q, k))
-    apart = (queries + first)[:, None] - keys
-    seen = apart >= 0 if causal else torch.ones_like(apart, dtype=torch.bool)
-    return seen if mask is None else ((mask[..., None, None, :] != 0) & seen) | (apart == 0)
+    """Return which keys each query attends to (…, 1, queries, keys); each attends to itself, so no row is empty."""
+    queries, keys = (torch.arange(tensor.shape[-2], device=q.device) for tensor in (q, k))
+    distance = (queries + first)[:, None] - keys
+    visible = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+    return visible if mask is None else ((mask[..., None, None, :] != 0) & visible) | (distance == 0)
 
 
-def require_causal(place: str, causal: bool) -> None:
-    """Raise ``Unavailable`` where a token of a text that grows was to attend to those that come after it."""
+def require_causal(name: str, causal: bool) -> None:
+    """Raise ``Unavailable`` if tokens of a cached sequence would attend to later ones."""
     if not causal:
         raise Unavailable(
-            f"the attention at '{place}' is to tokens that come later, too, of which a cache holds none",
-            next_step="compile with cache=False; where a method says mixes_tokens = True, "
-            "eager generates by whole texts",
+            f"the attention at '{name}' is not causal, and a cache holds no later tokens",
+            next_step="compile with cache=False; eager generates without a cache for a method with mixes_tokens = True",
         )

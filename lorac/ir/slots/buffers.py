@@ -1,7 +1,7 @@
-"""Writing merged weights into buffers an engine reads, always from the base, at the cost of the form.
+"""Buffers of merged weights that an engine reads, each written from the base and a change.
 
-A buffer is written from its base and the new change, whatever it held before: low-rank and dense changes overwrite it
-whole, sparse ones restore the positions of the last sparse change and set their own.
+What a buffer held before does not matter: low-rank and dense changes overwrite it whole, and sparse changes restore the
+positions of the last sparse change before they set their own.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from lorac.ir.algebra import operands as letters
+from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import (
     Change,
     Dense,
@@ -24,7 +23,7 @@ from lorac.ir.algebra.changes import (
     device_of,
     merge_bias,
     merge_weight,
-    moved,
+    move_change,
 )
 from lorac.ir.sites import BaseReader, Site, SiteKind
 from lorac.ir.slots.layouts import layout_of
@@ -35,27 +34,28 @@ Tensor = torch.Tensor
 
 
 _UNDEFINED = Dense(torch.empty(0))
-"""What a buffer holds while it is written."""
+"""Stands for the unknown content of a buffer during a write."""
 
 
 @dataclass(eq=False)
 class _SparsePatch:
-    """A sparse change as positions in the buffer's memory: what to write, and what the base holds there."""
+    """A sparse change as positions in the buffer's memory, with the new values and the base's values there."""
 
     positions: Tensor
-    written: Tensor
+    new: Tensor
     original: Tensor
 
 
 class FusedBuffer:
-    """The weight (and bias) of one site, as an engine reads it.
+    """The memory from which an engine reads the weight and bias of one site.
 
     Args:
         site: the site.
-        buffer: contiguous memory the engine reads, at first holding the base.
+        buffer: the contiguous memory; at first it holds the base's weight.
         matrix_of: buffer memory -> its view as a matrix (out, in).
-        base: reads W (out, in), unchanged for the buffer's whole life.
-        bias, base_bias: memory the engine reads the bias from, and the base's bias; None where there is none.
+        base: reads W (out, in), which never changes.
+        bias: memory of the bias, or None.
+        base_bias: the base's bias, or None.
     """
 
     def __init__(
@@ -69,50 +69,49 @@ class FusedBuffer:
     ) -> None:
         self.site, self.buffer, self.matrix_of, self.base = site, buffer, matrix_of, base
         self.bias, self.base_bias = bias, base_bias
-        self.holds: Change | None = None
-        # The matrix of a grouped kernel is block-diagonal: no view of the buffer.
+        self.current: Change | None = None
+        # A grouped kernel's matrix is block-diagonal and so not a view of the buffer.
         self._grouped = site.conv is not None and site.conv.groups > 1
         self._patches: weakref.WeakKeyDictionary[Change, _SparsePatch] = weakref.WeakKeyDictionary()
         self._moved: weakref.WeakKeyDictionary[Change, Change] = weakref.WeakKeyDictionary()
 
     @torch.no_grad()
     def write(self, change: Change | None) -> int:
-        """Make the buffer hold ``change`` (None: the base); returns the bytes written."""
-        change = None if change is None else self._here(change)
-        if change is self.holds:
+        """Write a change, or the base for None, into the buffer and return the number of bytes written."""
+        change = None if change is None else self._on_device(change)
+        if change is self.current:
             return 0
-        # Until it is done the content is nobody's: a write that fails half-way must not pass for what was there.
-        held, self.holds = self.holds, _UNDEFINED
-        written = self._write(change, held)
-        self.holds = change
+        # A write that fails half-way must not pass for the previous content.
+        previous, self.current = self.current, _UNDEFINED
+        written = self._write(change, previous)
+        self.current = change
         return written
 
     def forget(self) -> None:
-        """Somebody else wrote into the memory: what it holds is not known, and the next write writes all of it."""
-        self.holds = _UNDEFINED
+        """Mark the content as unknown, after a write by others; the next write is a full one."""
+        self.current = _UNDEFINED
 
-    def _here(self, change: Change) -> Change:
-        """A change in the memory that the buffer is in: it is brought there once."""
+    def _on_device(self, change: Change) -> Change:
+        """Return a change on the buffer's device; a copy is made once per change."""
         if device_of(change) == self.buffer.device:
             return change
         if change not in self._moved:
-            self._moved[change] = moved(change, self.buffer.device)
+            self._moved[change] = move_change(change, self.buffer.device)
         return self._moved[change]
 
-    def _write(self, change: Change | None, held: Change | None) -> int:
+    def _write(self, change: Change | None, previous: Change | None) -> int:
         if self._grouped:
             self.buffer.copy_(self.site.store(self.base() if change is None else merge_weight(change, self.base())))
             written = self.buffer.nbytes
-        elif isinstance(change, Sparse | SparseSum) and isinstance(held, Sparse | SparseSum | None):
-            written = self._write_sparse(change, held)
-        elif change is None and isinstance(held, Sparse | SparseSum):
-            written = self._restore(held)
+        elif isinstance(change, Sparse | SparseSum) and isinstance(previous, Sparse | SparseSum | None):
+            written = self._write_sparse(change, previous)
+        elif change is None and isinstance(previous, Sparse | SparseSum):
+            written = self._restore(previous)
         else:
             written = self._write_whole(change)
         if self.bias is not None:
-            new_bias = None if change is None else merge_bias(change, self.base_bias)
-            start = new_bias if new_bias is not None else self.base_bias
-            self.bias.copy_(start) if start is not None else self.bias.zero_()
+            bias = self.base_bias if change is None else merge_bias(change, self.base_bias)
+            self.bias.copy_(bias) if bias is not None else self.bias.zero_()
         return written
 
     def _write_whole(self, change: Change | None) -> int:
@@ -120,7 +119,7 @@ class FusedBuffer:
         change = change.folded() if isinstance(change, LowRank) else change
         if change is None:
             target.copy_(base)
-        elif isinstance(change, LowRank) and not change.parts and change.a.dtype == base.dtype:
+        elif isinstance(change, LowRank) and not change.scales and change.a.dtype == base.dtype:
             add_product(base, change.b.mT, change.a.mT, out=target)
         elif isinstance(change, Dense):
             target.copy_(change.weight)
@@ -128,27 +127,23 @@ class FusedBuffer:
             target.copy_(merge_weight(change, base))
         return self.buffer.nbytes
 
-    def _write_sparse(self, change: Sparse | SparseSum, held: Change | None) -> int:
-        written = self._restore(held)
+    def _write_sparse(self, change: Sparse | SparseSum, previous: Change | None) -> int:
+        written = self._restore(previous)
         patch = self._patch(change)
-        self._flat().index_copy_(0, patch.positions, patch.written)
-        return written + patch.written.nbytes
+        self.buffer.view(-1).index_copy_(0, patch.positions, patch.new)
+        return written + patch.new.nbytes
 
-    def _restore(self, held: Change | None) -> int:
-        if not isinstance(held, Sparse | SparseSum):
+    def _restore(self, previous: Change | None) -> int:
+        if not isinstance(previous, Sparse | SparseSum):
             return 0
-        patch = self._patch(held)
-        self._flat().index_copy_(0, patch.positions, patch.original)
+        patch = self._patch(previous)
+        self.buffer.view(-1).index_copy_(0, patch.positions, patch.original)
         return patch.original.nbytes
 
-    def _flat(self) -> Tensor:
-        return self.buffer.view(-1)
-
     def _patch(self, change: Sparse | SparseSum) -> _SparsePatch:
-        known = self._patches.get(change)
-        if known is None:
-            known = self._patches[change] = self._make_patch(change)
-        return known
+        if change not in self._patches:
+            self._patches[change] = self._make_patch(change)
+        return self._patches[change]
 
     def _make_patch(self, change: Sparse | SparseSum) -> _SparsePatch:
         terms = ((1.0, change),) if isinstance(change, Sparse) else change.terms
@@ -156,59 +151,58 @@ class FusedBuffer:
         strides = self.matrix_of(self.buffer).stride()
         columns = base.shape[1]
         flat = torch.cat([term.rows * columns + term.cols for _, term in terms])
-        unique, places = torch.unique(flat, return_inverse=True)
+        unique, inverse = torch.unique(flat, return_inverse=True)
         rows, cols = unique // columns, unique % columns
         original = base[rows, cols]
-        written = original.clone()
+        new = original.clone()
         start = 0
         for strength, term in terms:
-            here = places[start : start + term.rows.numel()]
-            added = term.values if strength == 1 else term.values * strength
-            written.index_put_((here,), added.to(written.dtype), accumulate=True)
+            indices = inverse[start : start + term.rows.numel()]
+            values = term.values if strength == 1 else term.values * strength
+            new.index_put_((indices,), values.to(new.dtype), accumulate=True)
             start += term.rows.numel()
-        # In the order of memory: scattering back and forth costs more.
+        # Sorted by address, since scattered writes are slower.
         positions, order = torch.sort(rows * strides[0] + cols * strides[1])
-        return _SparsePatch(positions, written[order], original[order])
+        return _SparsePatch(positions, new[order], original[order])
 
 
-def base_on_device(base: BaseReader, place: torch.device) -> BaseReader:
-    """A reader of base weights that brings them to a device, where buffers for them then lie."""
+def base_on_device(base: BaseReader, device: torch.device) -> BaseReader:
+    """Return a reader that copies base weights to a device, for buffers that lie there."""
 
     def bias(site: Site) -> torch.Tensor | None:
-        found = base.bias(site)
-        return None if found is None else found.to(place)
+        tensor = base.bias(site)
+        return None if tensor is None else tensor.to(device)
 
-    return BaseReader(lambda site: base.weight(site).to(place), bias)
+    return BaseReader(lambda site: base.weight(site).to(device), bias)
 
 
 def make_fused_buffers(
     plans: Mapping[str, SitePlan], base: BaseReader
 ) -> tuple[dict[str, FusedBuffer], dict[str, Tensor]]:
-    """A buffer per bound weight, in slot layout and holding the base, and the memory by slot name."""
+    """Return a buffer per bound weight, filled with the base in slot layout, and the memory by slot name."""
     buffers, memory = {}, {}
     for path, plan in plans.items():
         if not plan.bound:
             continue
         site = plan.site
-        unchanged = _constant_reader(base.weight(site))
-        weight = layout_of(site).slot_weight(unchanged()).clone(memory_format=torch.contiguous_format)
-        memory[slot_name(path, letters.WEIGHT)] = weight
-        bias = None
-        if letters.BIAS in plan.room:
-            original = base.bias(site)
-            bias = weight.new_zeros(site.out_features) if original is None else original.clone()
-            memory[slot_name(path, letters.BIAS)] = bias
-        matrix_of = _matrix_view_of(plan)
-        buffers[path] = FusedBuffer(site, weight, matrix_of, unchanged, bias, base.bias(site))
+        base_weight = base.weight(site)
+        weight = layout_of(site).slot_weight(base_weight).clone(memory_format=torch.contiguous_format)
+        memory[slot_name(path, operands.WEIGHT)] = weight
+        bias, base_bias = None, base.bias(site)
+        if operands.BIAS in plan.room:
+            bias = weight.new_zeros(site.out_features) if base_bias is None else base_bias.clone()
+            memory[slot_name(path, operands.BIAS)] = bias
+        reader = _constant_reader(base_weight)
+        buffers[path] = FusedBuffer(site, weight, _matrix_view_of(plan), reader, bias, base_bias)
     return buffers, memory
 
 
 def _constant_reader(tensor: Tensor) -> Callable[[], Tensor]:
-    """A reader of one tensor; to map a file anew at every swap costs as much as the write itself."""
+    """Return a reader of one tensor; mapping a file again at every swap would cost as much as the write itself."""
     return lambda: tensor
 
 
-def _matrix_view_of(plan: SitePlan) -> Any:
+def _matrix_view_of(plan: SitePlan) -> Callable[[Tensor], Tensor]:
     site = plan.site
     if site.kind in {SiteKind.LINEAR, SiteKind.EMBEDDING}:
         return lambda buffer: buffer.t()

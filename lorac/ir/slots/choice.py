@@ -1,4 +1,4 @@
-"""What ``swap`` takes, in one canonical spelling: which adapters are active, how strongly, cut to which rank."""
+"""Choices of active adapters, with strengths and ranks, as ``swap`` takes them and in canonical form."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lorac.errors import AdapterNotFound, ChoiceError, nearest_name
 
 @dataclass(frozen=True)
 class Active:
-    """An adapter that is on.
+    """How an active adapter acts.
 
     Attributes:
         strength: t in W + t·(W' − W).
-        rank: keep only the first ``rank`` components, where the method allows it.
+        rank: use only the first ``rank`` components, for methods that allow it.
     """
 
     strength: float = 1.0
@@ -28,7 +28,7 @@ class Active:
 
 
 Choice = tuple[tuple[str, Active], ...]
-"""Active adapters sorted by name; () is the base. Mixtures are summed in this order, whoever wrote them how."""
+"""Active adapters sorted by name, in which order mixtures are summed; () is the base."""
 
 ChoiceSpec = str | Mapping[str, "float | Active"] | None
 
@@ -36,19 +36,19 @@ ChoiceSpec = str | Mapping[str, "float | Active"] | None
 _STRENGTH_HINT = "a strength is a number: 0 is off, 1 is as trained"
 
 UNSET: Any = object()
-"""No choice was given: use the active one."""
+"""Stands for a choice that was not given: the active one is used."""
 
 
 def parse_choice(spec: ChoiceSpec, known: Collection[str]) -> Choice:
-    """The canonical choice for what a user wrote.
+    """Return the canonical form of a choice.
 
     Args:
         spec: a name, ``{name: strength or Active}``, or None for the base.
-        known: names there are.
+        known: the names of the adapters.
 
     Raises:
-        AdapterNotFound: a name nobody registered.
-        ChoiceError: a strength that is not a finite number, or something that is no choice.
+        AdapterNotFound: no adapter has one of the names.
+        ChoiceError: ``spec`` is of another type, or a strength is not a finite number.
     """
     if spec is None:
         return ()
@@ -56,7 +56,7 @@ def parse_choice(spec: ChoiceSpec, known: Collection[str]) -> Choice:
         spec = {spec: 1.0}
     if not isinstance(spec, Mapping):
         raise ChoiceError(
-            f"{spec!r} is no choice of adapters",
+            f"a choice of adapters cannot be {spec!r}",
             next_step="give a name, {name: strength}, or None",
         )
     active = {name: _parse_active(name, value, known) for name, value in spec.items()}
@@ -64,36 +64,36 @@ def parse_choice(spec: ChoiceSpec, known: Collection[str]) -> Choice:
 
 
 def choice_strengths(choice: Choice) -> dict[str, float]:
-    """A choice as users write it: name -> strength."""
-    return {name: how.strength for name, how in choice}
+    """Return a choice as name -> strength."""
+    return {name: active.strength for name, active in choice}
 
 
 def describe_choice(choice: Choice) -> str:
-    """A choice in one line."""
-    return ", ".join(f"{name}*{how.strength:g}" for name, how in choice) or "none"
+    """Format a choice in one line."""
+    return ", ".join(f"{name}*{active.strength:g}" for name, active in choice) or "none"
 
 
 def require_adapter(name: str, known: Iterable[str]) -> None:
     """Raise ``AdapterNotFound`` unless ``name`` is registered."""
-    known = list(known)
+    known = sorted(known)
     if name not in known:
         raise AdapterNotFound(
             f"no adapter is called '{name}'",
-            nearest=nearest_name(name, known) or ", ".join(sorted(known)) or None,
-            next_step="adapters= of compile, or add_adapter(source, name=...), makes one known",
+            nearest=nearest_name(name, known) or ", ".join(known) or None,
+            next_step="give it to compile in adapters=, or add it by add_adapter(source, name=...)",
         )
 
 
 def _parse_active(name: str, value: object, known: Collection[str]) -> Active:
     require_adapter(name, known)
     if isinstance(value, Active):
-        how = value
+        active = value
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        how = Active(float(value))
+        active = Active(float(value))
     else:
-        raise ChoiceError(f"the strength of '{name}' is {value!r}, which is no number", next_step=_STRENGTH_HINT)
-    if not math.isfinite(how.strength):
-        raise ChoiceError(f"the strength of '{name}' is {how.strength}, which is not finite", next_step=_STRENGTH_HINT)
-    if how.rank is not None and how.rank < 1:
-        raise ChoiceError(f"'{name}' cannot be cut to rank {how.rank}", next_step="ranks start at 1")
-    return how
+        raise ChoiceError(f"the strength of '{name}' is {value!r}, which is not a number", next_step=_STRENGTH_HINT)
+    if not math.isfinite(active.strength):
+        raise ChoiceError(f"the strength {active.strength} of '{name}' is not finite", next_step=_STRENGTH_HINT)
+    if active.rank is not None and active.rank < 1:
+        raise ChoiceError(f"'{name}' cannot be truncated to rank {active.rank}", next_step="ranks start at 1")
+    return active

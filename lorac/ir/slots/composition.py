@@ -1,7 +1,7 @@
-"""What a choice of adapters puts into every slot.
+"""Composing the active adapters of a choice, and filling every slot with the result.
 
-A snapshot is a pure function of the plans, the active adapters and the base: never of history, nor of what else is
-registered. That is what makes a swap bit-identical to a fresh compile.
+The result is a pure function of the plans, the active adapters and the base, and does not depend on history or on other
+registered adapters. This makes a swap bit-identical to a fresh compile.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from lorac.errors import ChoiceError
-from lorac.ir.algebra import operands as letters
+from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import Change, LowRank, compose
 from lorac.ir.sites import BaseReader
 from lorac.ir.slots.choice import Choice
@@ -25,24 +25,24 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True, eq=False)
 class ComposedSite:
-    """What adapters come to at one site.
+    """The composition of the active adapters at one site.
 
     Attributes:
         change: the sum of their weight forms.
-        branches: strength and term of each that is a branch.
-        into: the roles whose slots the change fills.
-        reasons: why it fills the weight's, where it does.
+        branches: strength and term of each branch.
+        roles: the roles whose slots the change fills.
+        reasons: why it fills the weight's slot, if it does.
     """
 
     change: Change | None = None
     branches: tuple[tuple[float, BranchTerm], ...] = ()
-    into: tuple[str, ...] = ()
+    roles: tuple[str, ...] = ()
     reasons: tuple[Reason, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class ComposedWeights:
-    """A choice, and what it comes to at every site that it touches."""
+    """A choice of adapters, composed at every site that it touches."""
 
     choice: Choice
     composed: Mapping[str, ComposedSite] = field(default_factory=dict)
@@ -54,7 +54,7 @@ def compose_choice(
     """Compose the active adapters site by site.
 
     Raises:
-        ChoiceError: a rank was asked for that a method cannot be cut to.
+        ChoiceError: a rank is given for a method that cannot be truncated.
     """
     active = [(name, how.strength, _truncate(name, prepared[name], how.rank)) for name, how in choice]
     composed = {}
@@ -68,20 +68,20 @@ def compose_choice(
 
 
 def place_change(plan: SitePlan, change: Change | None, names: Collection[str]) -> ComposedSite:
-    """A change and where in a plan's slots it goes.
+    """Return a change with the roles of a plan that it fills.
 
     Args:
         plan: the site's slots.
         change: a sum of weight forms.
-        names: the adapters that it is the sum of.
+        names: the names of its adapters.
     """
-    into = filled_roles(plan, change)
-    reasons = _merge_reasons(plan, change, names) if change is not None and letters.WEIGHT in into else ()
-    return ComposedSite(change, into=into, reasons=reasons)
+    roles = filled_roles(plan, change)
+    reasons = _merge_reasons(plan, change, names) if change is not None and operands.WEIGHT in roles else ()
+    return ComposedSite(change, roles=roles, reasons=reasons)
 
 
 def _merge_reasons(plan: SitePlan, change: Change, names: Collection[str]) -> tuple[Reason, ...]:
-    """Why a change goes through the weight: what planning found of its adapters, what it lacks, what holds for all."""
+    """Return why a change is merged: planning's reasons for its adapters or the site, or what the site lacks."""
     own = tuple(reason for reason in plan.reasons if reason.adapter in names)
     general = tuple(reason for reason in plan.reasons if reason.adapter is None)
     fits_something = isinstance(change, LowRank) and not all(role.merged for role, _ in plan.roles())
@@ -89,27 +89,27 @@ def _merge_reasons(plan: SitePlan, change: Change, names: Collection[str]) -> tu
         return own or general
     if isinstance(change, LowRank):
         return (Reason(None, plan.site.path, f"the site {find_missing_room(plan, change)}"),)
-    alone = next(iter(names)) if len(names) == 1 else None
+    only = next(iter(names)) if len(names) == 1 else None
     why = why_merged_weight(change)
-    return (Reason(alone, plan.site.path, why if alone is not None else f"the sum {why}"),)
+    return (Reason(only, plan.site.path, why if only is not None else f"the sum {why}"),)
 
 
 def fill_slots(
-    plans: Mapping[str, SitePlan], snapshot: ComposedWeights, base: BaseReader, idle: dict[str, SiteSlots] | None = None
+    plans: Mapping[str, SitePlan], weights: ComposedWeights, base: BaseReader, idle: dict[str, SiteSlots] | None = None
 ) -> dict[str, SiteSlots]:
-    """The tensors of a snapshot for every site's slots, idle slots included.
+    """Return the tensors in every site's slots for a choice, idle slots included.
 
     Args:
         plans: the sites' slots.
-        snapshot: the choice.
+        weights: the composed choice.
         base: reads base weights.
-        idle: what idle sites hold, by path; what it lacks is added. Snapshots that share it share those tensors,
-            which with bound weights are as large as the base's.
+        idle: path -> the slots of idle sites; missing ones are added. Sharing it between calls shares those tensors,
+            which are as large as the base's for bound weights.
     """
     idle = {} if idle is None else idle
     filled = {}
     for path, plan in plans.items():
-        composed = snapshot.composed.get(path)
+        composed = weights.composed.get(path)
         if composed is not None:
             filled[path] = _fill_composed(plan, composed, base)
             continue
@@ -121,7 +121,7 @@ def fill_slots(
 
 def _fill_composed(plan: SitePlan, composed: ComposedSite, base: BaseReader) -> SiteSlots:
     weight = functools.partial(base.weight, plan.site)
-    slots = fill_site(plan, composed.change, composed.into, weight, base.bias(plan.site))
+    slots = fill_site(plan, composed.change, composed.roles, weight, base.bias(plan.site))
     return replace(slots, branches=fill_branches(plan, composed.branches))
 
 
@@ -131,8 +131,8 @@ def _truncate(name: str, prepared: PreparedAdapter, rank: int | None) -> Prepare
     power = prepared.truncatable
     if power is None:
         raise ChoiceError(
-            f"'{name}' cannot be cut to rank {rank}: its method is not trained to be truncated",
-            next_step="leave rank= out, or train a lorac.DyLoRA, which is",
+            f"'{name}' cannot be truncated to rank {rank}: its method does not allow it",
+            next_step="leave rank= out, or train a lorac.DyLoRA, which allows it",
         )
     changes = {path: v.truncated(rank, power) if isinstance(v, LowRank) else v for path, v in prepared.changes.items()}
     return replace(prepared, changes=changes)

@@ -1,7 +1,7 @@
-"""The one function that computes an adapted site from its slots, in torch ops.
+"""The computation of an adapted site from its slots, in torch ops.
 
-The eager backend calls it, the other backends trace it (``lorac.ir.graph.adapted_call``), so no backend has a formula
-of its own.
+The eager backend calls ``run_site`` and the other backends trace it (``lorac.ir.graph.adapted``), so that no backend
+has a formula of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lorac.errors import SiteError
-from lorac.ir.algebra import operands as letters
+from lorac.ir.algebra import operands
 from lorac.ir.algebra.formulas import fake_execution
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.sites import Site, factor_dtype
@@ -30,17 +30,16 @@ Tensor = torch.Tensor
 
 
 class FormulaContext:
-    """What the branches of one call of a site see of their surroundings (``lorac.variants.base.Context``).
+    """The context of the branches in one call of a site (``lorac.variants.base.Context``).
 
     Args:
         site: the site.
-        training: whether the host trains.
-        seed: () -> that of the randomness of a call that trains; it is asked once, where a branch wants it.
-        values: program values by the names the program has for them.
-        emitted: takes the extra outputs: name -> one tensor per branch that gives it, in the order the branches ran.
-        attention: what the branches attend by.
-        passing: the name of the pass, where it is one that an adapter has to itself
-        (``lorac.ir.slots.program_values``).
+        training: whether the model trains.
+        seed: () -> the seed of a training call's random numbers; called once, if a branch needs it.
+        values: program values by the program's names.
+        emitted: collects the extra outputs: name -> one tensor per branch that gives it, in the order of branches.
+        attention: the attention of branches.
+        passing: the name of an adapter's own pass (``lorac.ir.slots.program_values``); else empty.
     """
 
     def __init__(
@@ -59,43 +58,42 @@ class FormulaContext:
         self._emitted = emitted if emitted is not None else {}
         self._dtype, self._owner = torch.get_default_dtype(), ""
         self._seed: Callable[[], int] | None = None if seed is None else functools.cache(seed)
-        self._attention, self._attended = attention or FullAttention(), itertools.count()
+        self._attention, self._attention_count = attention or FullAttention(), itertools.count()
 
     @functools.cached_property
     def generator(self) -> torch.Generator | None:
-        """One stream per call that trains, which begins alike in every branch; None where nothing trains."""
+        """A random generator for a training call, seeded alike in every branch; else None."""
         return torch.Generator().manual_seed(self._seed()) if self.training and self._seed is not None else None
 
     @property
     def values(self) -> Mapping[str, Tensor]:
-        """Every value that may be read, as the program has it."""
+        """Every value that may be read, by the program's name."""
         return self._values
 
     def value(self, name: str) -> Tensor:
-        """A value of the program, in the dtype the branch computes in."""
+        """Return a value of the program, in the dtype that the branch computes in."""
         found = self._values.get(program_value_name(self._owner, name))
         if found is None and self.passing:
             raise SiteError(
-                f"the value '{name}' is not there in the pass '{self.passing}', in which the formula at "
-                f"'{self.site.path}' asks for it",
-                next_step="have the formula do without it where ctx.passing names that pass: what `once` computes, it "
-                "computes of what that pass gives",
+                f"the formula at '{self.site.path}' reads the value '{name}', which does not exist in the pass "
+                f"'{self.passing}'",
+                next_step="do not read it where ctx.passing names that pass, from which `once` computes its values",
                 code="site_unreached",
             )
         if found is None:
             raise SiteError(
-                f"the value '{name}' is not computed before '{self.site.path}', which reads it",
-                next_step="a variant's `reads` names what its formula reads; 'base:<site>' is there from the start",
+                f"'{self.site.path}' reads the value '{name}', which is not computed before it",
+                next_step="list it in the variant's `reads`, or read 'base:<site>', which is known from the start",
                 code="site_unreached",
             )
         return found.to(self._dtype) if found.is_floating_point() else found
 
     def emit(self, name: str, tensor: Tensor) -> None:
-        """An extra output."""
+        """Record an extra output."""
         self._emitted.setdefault(name, []).append(tensor)
 
     def positions(self, x: Tensor) -> Tensor:
-        """Where tokens are in their texts."""
+        """Return the positions of tokens in their sequences."""
         return self._attention.positions(x)
 
     def attend(
@@ -108,29 +106,30 @@ class FormulaContext:
         mask: Tensor | None = None,
         scale: float | None = None,
     ) -> Tensor:
-        """Attention of a call's tokens."""
-        place, scale = f"{self.site.path}:{next(self._attended)}", q.shape[-1] ** -0.5 if scale is None else scale
-        return self._attention.attend(place, q, k, v, causal=causal, mask=mask, scale=scale)
+        """Return attention over a call's tokens."""
+        name = f"{self.site.path}:{next(self._attention_count)}"
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return self._attention.attend(name, q, k, v, causal=causal, mask=mask, scale=scale)
 
     def within(self, dtype: torch.dtype, owner: str = "") -> FormulaContext:
-        """The same surroundings for a branch that computes in ``dtype`` and whose own values are ``owner``'s."""
+        """Return this context for a branch that computes in ``dtype``; ``owner`` prefixes its own values."""
         inner = copy.copy(self)
         inner._dtype, inner._owner = dtype, owner
         vars(inner).pop("generator", None)
         return inner
 
     def over(self, values: Mapping[str, Tensor]) -> FormulaContext:
-        """The same surroundings with other values; what is emitted and attended to there is dropped."""
+        """Return this context with other values; extra outputs and cached attention are discarded."""
         other = copy.copy(self)
         other._values, other._emitted = values, {}
-        other._attention, other._attended = FullAttention(), itertools.count()
+        other._attention, other._attention_count = FullAttention(), itertools.count()
         other._seed = None if self._seed is None else _zero_seed
         vars(other).pop("generator", None)
         return other
 
 
 def _zero_seed() -> int:
-    """The seed where nothing is computed in earnest."""
+    """Return the seed of calls whose results are discarded."""
     return 0
 
 
@@ -144,14 +143,16 @@ def run_site(
     ctx: FormulaContext | None = None,
     block: Tensor | None = None,
 ) -> Tensor:
-    """The output of an adapted site.
+    """Return the output of an adapted site.
 
     Args:
-        plan, slots: what the site has and what fills it.
+        plan: the site's slots.
+        slots: the tensors in them.
         x: its input (ids for embeddings).
-        weight: its stored base weight; bias: its base bias.
-        block: the output of a block, where the site is one.
-        ctx: handed to branches.
+        weight: its stored base weight.
+        bias: its base bias.
+        ctx: the context of branches.
+        block: the output of a block, if the site is one.
     """
     layout = layout_of(plan.site)
     if block is not None:
@@ -161,8 +162,8 @@ def run_site(
         return _add_pair(layout, slots, x, layout.base(x, weight, bias))
     linear = layout.base(x, weight, None) if weight is not None and (slots.leaves_base or plan.branches) else None
     y = _add_pair(layout, slots, x, _base_product(layout, slots, x, weight, linear))
-    # The bias comes last, where ONNX Runtime's fusions look for it.
-    y = _add_bias(layout, y, slots.tensors.get(letters.BIAS, bias))
+    # The bias is added last, where ONNX Runtime's fusions expect it.
+    y = _add_bias(layout, y, slots.tensors.get(operands.BIAS, bias))
     if not plan.branches:
         return y
     assert linear is not None
@@ -170,17 +171,17 @@ def run_site(
 
 
 def read_weight_slots(site: Site, slots: SiteSlots) -> tuple[Tensor | None, Tensor | None]:
-    """The weight, as its module stores it, and the bias that a site's slots hold; None for what has no slot.
+    """Return the weight, as its module stores it, and the bias in a site's slots; None for one without a slot.
 
-    For sites whose weight is read ``within`` a module's forward: it is all that can be replaced there.
+    This is for sites whose weight is read ``within`` a module's forward, where nothing else can be replaced.
     """
-    weight = slots.tensors.get(letters.WEIGHT)
+    weight = slots.tensors.get(operands.WEIGHT)
     stored = None if weight is None else layout_of(site).stored(weight)
-    return stored, slots.tensors.get(letters.BIAS)
+    return stored, slots.tensors.get(operands.BIAS)
 
 
 def _apply_slots(stage: Stage, layout: SiteLayout, slots: SiteSlots, value: Tensor) -> Tensor:
-    """A value behind the roles of a stage."""
+    """Apply the roles of a stage to a value."""
     for role, tensor in slots.stages[stage]:
         value = role.apply(layout, value, tensor)
     return value
@@ -189,7 +190,7 @@ def _apply_slots(stage: Stage, layout: SiteLayout, slots: SiteSlots, value: Tens
 def _base_product(
     layout: SiteLayout, slots: SiteSlots, x: Tensor, weight: Tensor | None, linear: Tensor | None
 ) -> Tensor:
-    """c∘(W·((d∘x)·T)), without a bias; ``linear`` is W·x where it is known."""
+    """Return c∘(W·((d∘x)·T)) without a bias; ``linear`` is W·x if it is known."""
     if slots.stages[Stage.INPUT]:
         x, linear = _apply_slots(Stage.INPUT, layout, slots, x), None
     if slots.stages[Stage.PRODUCT]:
@@ -201,29 +202,29 @@ def _base_product(
 
 
 def _add_pair(layout: SiteLayout, slots: SiteSlots, x: Tensor, y: Tensor) -> Tensor:
-    """y + h∘(((x·A)∘g)·B) in the dtype of y; the pair is computed in the factors' dtype (PEFT's rule)."""
+    """Return y + h∘(((x·A)∘g)·B) in the dtype of y; the pair is computed in the factors' dtype (PEFT's rule)."""
     if not slots.stages[Stage.UP] or any(_is_empty(tensor) for _, tensor in slots.stages[Stage.UP]):
         return y
     u = x
-    for stage in (Stage.DOWN, Stage.BETWEEN, Stage.UP, Stage.BEHIND):
+    for stage in (Stage.DOWN, Stage.BETWEEN, Stage.UP, Stage.AFTER):
         u = _apply_slots(stage, layout, slots, u)
     return y + u.to(y.dtype)
 
 
 def _is_empty(tensor: Tensor) -> bool:
-    """Whether a tensor is known to hold nothing: a traced rank is not, and torch convolves with no empty kernel."""
+    """Return whether a tensor is known to be empty: torch cannot convolve with it, and a traced rank is unknown."""
     size = tensor.numel()
     return isinstance(size, int) and size == 0
 
 
 def _add_bias(layout: SiteLayout, y: Tensor, bias: Tensor | None) -> Tensor:
-    return y if bias is None else ROLES[letters.BIAS].apply(layout, y, bias)
+    return y if bias is None else ROLES[operands.BIAS].apply(layout, y, bias)
 
 
 def _add_branches(
     plan: SitePlan, slots: SiteSlots, x: Tensor, y: Tensor, base: Tensor, ctx: FormulaContext | None
 ) -> Tensor:
-    """y plus t·(y'ᵢ − base) of every active branch."""
+    """Return y plus t·(y'ᵢ − base) of every active branch."""
     for i, (slot, fill) in enumerate(zip(plan.branches, slots.branches, strict=True)):
         if fill is not None:
             y = y + compute_branch_delta(plan.site, slot, fill, x, base, ctx, branch_owner(plan.branches[:i], slot))
@@ -233,78 +234,89 @@ def _add_branches(
 def compute_branch_delta(
     site: Site, slot: BranchSlot, fill: BranchFill, x: Tensor, y: Tensor, ctx: FormulaContext | None, owner: str = ""
 ) -> Tensor:
-    """t·(y' − y) of one branch, computed in the factors' dtype and cast to that of y, as a low-rank pair's is.
+    """Return t·(y' − y) of one branch, computed in the factors' dtype and cast to that of y, as for a low-rank pair.
 
     Args:
         site: the site.
-        slot, fill: the branch.
-        x, y: the site's input, and its output in the base.
-        ctx: handed to it.
-        owner: whose ``own:`` values are its (``lorac.ir.slots.program_values.branch_owner``).
+        slot: the branch's slot.
+        fill: its strength and parameters.
+        x: the site's input.
+        y: the site's output in the base.
+        ctx: the branch's context.
+        owner: the prefix of its ``own:`` values (``lorac.ir.slots.program_values.branch_owner``).
 
     Raises:
-        AdapterError: the formula does what none may (``lorac.ir.algebra.formulas``); nothing was written.
+        AdapterError: the formula is not allowed (``lorac.ir.algebra.formulas``); nothing was written.
     """
-    answer, wide = _run_branch(slot, fill.params, x, y, ctx or FormulaContext(site), owner)
-    return (fill.strength * (answer - wide)).to(y.dtype)
+    output, wide = _run_branch(slot, fill.params, x, y, ctx or FormulaContext(site), owner)
+    return (fill.strength * (output - wide)).to(y.dtype)
 
 
 def run_branch_alone(slot: BranchSlot, params: Sequence[Tensor], x: Tensor, y: Tensor, ctx: FormulaContext) -> Tensor:
-    """y' of one branch by itself and whole, in the dtype of y: what a site answers in a pass of the adapter's own.
+    """Return y' of one branch alone at full strength, in the dtype of y: a site's output in an adapter's own pass.
 
     Args:
-        slot, params: the branch.
-        x, y: the site's input in that pass, and what the base makes of it.
-        ctx: handed to it; names the pass.
+        slot: the branch's slot.
+        params: its parameters.
+        x: the site's input in that pass.
+        y: the base's output for it.
+        ctx: the branch's context, with the name of the pass.
 
     Raises:
-        AdapterError: the formula does what none may; nothing was written.
+        AdapterError: the formula is not allowed; nothing was written.
     """
     return _run_branch(slot, params, x, y, ctx, "")[0].to(y.dtype)
 
 
 def _run_branch(
-    slot: BranchSlot, given: Sequence[Tensor], x: Tensor, y: Tensor, ctx: FormulaContext, owner: str
+    slot: BranchSlot, tensors: Sequence[Tensor], x: Tensor, y: Tensor, ctx: FormulaContext, owner: str
 ) -> tuple[Tensor, Tensor]:
-    """What a branch answers in the factors' dtype, and y in it."""
-    params = Params(**dict(zip(slot.params, given, strict=True)))
-    dtype = next((t.dtype for t in given if t.is_floating_point()), factor_dtype(y.dtype))
-    around = ctx.within(dtype, owner)
+    """Return a branch's output in the factors' dtype, and y in that dtype."""
+    params, dtype = _bind_params(slot, tensors), _compute_dtype(tensors, y.dtype)
+    inner = ctx.within(dtype, owner)
     x, wide = x.to(dtype), y.to(dtype)
-    _check_formula_once(slot, x, wide, params, around)
-    return slot.formula(x, wide, params, around, like=wide, read=around.values), wide
+    _check_formula_once(slot, x, wide, params, inner)
+    return slot.formula(x, wide, params, inner, like=wide, read=inner.values), wide
+
+
+def _bind_params(slot: BranchSlot, tensors: Sequence[Tensor]) -> Params:
+    return Params(**dict(zip(slot.params, tensors, strict=True)))
+
+
+def _compute_dtype(tensors: Sequence[Tensor], base: torch.dtype) -> torch.dtype:
+    """Return the dtype of a branch: that of its parameters, or of factors over the base's dtype."""
+    return next((t.dtype for t in tensors if t.is_floating_point()), factor_dtype(base))
 
 
 def compute_once_values(
     slot: BranchSlot, params: Sequence[Tensor], ctx: FormulaContext, owner: str
 ) -> dict[str, Tensor]:
-    """What an adapter computes once per call, by the names the program has for it.
+    """Return the results of an adapter's ``once``, by the program's names.
 
     Raises:
-        AdapterError: the formula does what none may; nothing was written.
+        AdapterError: the formula is not allowed; nothing was written.
     """
-    given = Params(**dict(zip(slot.params, params, strict=True)))
-    dtype = next((t.dtype for t in params if t.is_floating_point()), factor_dtype(ctx.site.dtype))
-    found = slot.formula.several(given, ctx.within(dtype, owner), read=ctx.values)
-    return {program_value_name(owner, f"{OWN}:{name}"): tensor for name, tensor in found.items()}
+    inner = ctx.within(_compute_dtype(params, ctx.site.dtype), owner)
+    results = slot.formula.several(_bind_params(slot, params), inner, read=ctx.values)
+    return {program_value_name(owner, f"{OWN}:{name}"): tensor for name, tensor in results.items()}
 
 
 _CHECKED_FORMULAS: set[object] = set()
-"""Structures that were imagined, by the number of axes of x and y, whether it was in training, and by the pass."""
+"""Keys of checked formulas: structure, numbers of axes of x and y, training, and the pass."""
 _MAX_CHECKED = 512
 
 
 def _check_formula_once(slot: BranchSlot, x: Tensor, y: Tensor, params: Params, ctx: FormulaContext) -> None:
-    """Before a formula first reads memory: call it with tensors of these shapes and none, which no formula can hurt."""
+    """Run a formula on fake tensors before its first real call, so that a faulty formula writes nothing."""
     function = slot.formula.function
     key = (slot.key, getattr(function, "__func__", function), x.dim(), y.dim(), ctx.training, ctx.passing)
     if key in _CHECKED_FORMULAS or isinstance(y, FakeTensor):
         return
-    with fake_execution() as imagined:
-        values = {name: imagined(value) for name, value in ctx.values.items()}
-        own = Params(**{name: imagined(tensor) for name, tensor in vars(params).items()})
-        like = imagined(y)
-        slot.formula(imagined(x), like, own, ctx.over(values), like=like, read=values)
+    with fake_execution() as fake:
+        values = {name: fake(value) for name, value in ctx.values.items()}
+        fake_params = Params(**{name: fake(tensor) for name, tensor in vars(params).items()})
+        like = fake(y)
+        slot.formula(fake(x), like, fake_params, ctx.over(values), like=like, read=values)
     if len(_CHECKED_FORMULAS) >= _MAX_CHECKED:
         _CHECKED_FORMULAS.clear()
     _CHECKED_FORMULAS.add(key)

@@ -1,4 +1,4 @@
-"""Filling slots: what a composed change puts into a site's slots, and why it may not fit them."""
+"""Filling a site's slots with a composed change, and the reasons why it may not fit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from lorac.errors import NeedsRecompile
-from lorac.ir.algebra import operands as letters
+from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import Change, Dense, LowRank, Sparse, SparseSum, merge_bias, merge_weight
 from lorac.ir.algebra.operands import FOLDABLE
 from lorac.ir.sites import Site, factor_dtype
@@ -20,63 +20,63 @@ Tensor = torch.Tensor
 
 
 def fill_site(
-    plan: SitePlan, change: Change | None, into: Sequence[str], base: Callable[[], Tensor], bias: Tensor | None
+    plan: SitePlan, change: Change | None, roles: Sequence[str], base: Callable[[], Tensor], bias: Tensor | None
 ) -> SiteSlots:
-    """The tensors of one composed change in a site's weight-form slots (branches are filled by ``with_branches``).
+    """Return the tensors of one composed change in a site's slots, those of branches excepted (``fill_branches``).
 
     Args:
         plan: the site's plan.
-        change: what the active adapters come to, or None for the base.
-        into: the roles whose slots it fills (``goes_into``).
-        base: reads W (out, in); called where the plan binds the weight.
+        change: the composed change of the active adapters, or None for the base.
+        roles: the roles whose slots it fills (``filled_roles``).
+        base: reads W (out, in); called if the plan binds the weight.
         bias: the base's bias.
 
     Raises:
         NeedsRecompile: the change does not fit the plan.
     """
-    parts: dict[str, Tensor] = {}
+    new: dict[str, Tensor] = {}
     layout, rank = layout_of(plan.site), 0
-    if letters.WEIGHT in into and change is not None:
+    if operands.WEIGHT in roles and change is not None:
         misfit = find_misfit(plan, change)
         if misfit:
             raise NeedsRecompile(
                 f"'{plan.site.path}' {misfit}", next_step="compile again with the adapter in adapters="
             )
-        parts[letters.WEIGHT] = merge_weight(change, base())
+        new[operands.WEIGHT] = merge_weight(change, base())
     elif isinstance(change, LowRank):
-        parts, rank = tensors_by_role(_fold_to_fit(plan, change)), change.rank
+        new, rank = tensors_by_role(_fold_to_fit(plan, change)), change.rank
     if change is not None and (new_bias := merge_bias(change, bias)) is not None:
-        parts[letters.BIAS] = new_bias
+        new[operands.BIAS] = new_bias
     tensors = {}
     for role, room in plan.roles():
         size = max(rank, plan.least_rank) if role.ranked else room
-        place = SlotSpec(layout=layout, size=size, weight=base, bias=bias)
-        tensors[role.name] = role.filled(place, parts.get(role.name))
+        spec = SlotSpec(layout=layout, size=size, weight=base, bias=bias)
+        tensors[role.name] = role.filled(spec, new.get(role.name))
     return SiteSlots(tensors)
 
 
 def filled_roles(plan: SitePlan, change: Change | None) -> tuple[str, ...]:
-    """The roles whose slots a change fills, in the table's order; the others hold what is neutral."""
+    """Return the roles whose slots a change fills, in the table's order; the others hold their neutral value."""
     if change is None:
         return ()
     low = low_rank_that_fits(plan, change)
-    filled = {letters.WEIGHT} if low is None else set(tensors_by_role(_fold_to_fit(plan, low)))
-    filled |= set() if change.e is None else {letters.BIAS}
+    filled = {operands.WEIGHT} if low is None else set(tensors_by_role(_fold_to_fit(plan, low)))
+    filled |= set() if change.e is None else {operands.BIAS}
     return tuple(name for name in ROLES if name in filled)
 
 
 def why_merged_weight(change: Change) -> str:
-    """Why a change that is not low-rank needs a merged weight."""
-    return f"is {'dense' if isinstance(change, Dense) else 'sparse'}, which only a merged weight holds"
+    """Return why a change that is not low-rank needs a merged weight."""
+    return f"is {'dense' if isinstance(change, Dense) else 'sparse'} and so needs a merged weight"
 
 
 def _fold_to_fit(plan: SitePlan, change: LowRank) -> LowRank:
-    """A change as a plan holds it: what there is no room for apart is folded into the pair."""
+    """Return a change for a plan: scales of the pair without slots of their own are folded into it."""
     return change if plan.room.keys() >= FOLDABLE else change.folded()
 
 
 def find_misfit(plan: SitePlan, change: Change | None) -> str | None:
-    """Why a change cannot be held by the plan's slots, or None."""
+    """Return why a change does not fit a plan's slots, or None."""
     if change is None:
         return None
     if plan.bound:
@@ -87,10 +87,10 @@ def find_misfit(plan: SitePlan, change: Change | None) -> str | None:
 
 
 def find_missing_room(plan: SitePlan, change: LowRank) -> str | None:
-    """What a site lacks to hold a change beside the weight, or None; what can be folded into the pair needs no room."""
-    parts = tensors_by_role(change)
-    wanted = [(ROLES[name], ROLES[name].room(part)) for name, part in parts.items() if name not in FOLDABLE]
-    for role, size in [*wanted, *([(ROLES[letters.BIAS], 1)] if change.e is not None else [])]:
+    """Return what a site lacks to run a low-rank change next to its weight, or None; foldable scales need no room."""
+    tensors = tensors_by_role(change)
+    needed = [(ROLES[name], ROLES[name].room(tensor)) for name, tensor in tensors.items() if name not in FOLDABLE]
+    for role, size in [*needed, *([(ROLES[operands.BIAS], 1)] if change.e is not None else [])]:
         room = plan.room.get(role.name, 0)
         if not room and not role.ranked:
             return f"has no slot '{role.name}'"
@@ -101,12 +101,12 @@ def find_missing_room(plan: SitePlan, change: LowRank) -> str | None:
 
 def _find_weight_misfit(plan: SitePlan, change: Change) -> str | None:
     if leaves_blocks(plan.site, change):
-        return "is a grouped convolution, whose kernel cannot hold a weight that leaves the blocks"
-    return "has no slot for a bias" if change.e is not None and letters.BIAS not in plan.room else None
+        return "is a grouped convolution, whose kernel cannot hold a weight that is not block-diagonal"
+    return "has no slot for a bias" if change.e is not None and operands.BIAS not in plan.room else None
 
 
 def low_rank_that_fits(plan: SitePlan, change: Change | None) -> LowRank | None:
-    """The change, where it fits the slots beside the weight."""
+    """Return the change if it is low-rank and fits the slots next to the weight, else None."""
     return change if isinstance(change, LowRank) and not find_missing_room(plan, change) else None
 
 
@@ -114,7 +114,7 @@ def fill_branches(plan: SitePlan, terms: Sequence[tuple[float, BranchTerm]]) -> 
     """Assign active branch terms, in name order, to the plan's branch slots of equal structure.
 
     Raises:
-        NeedsRecompile: a term finds no free slot.
+        NeedsRecompile: there is no free slot for a term.
     """
     fills: list[BranchFill | None] = [None] * len(plan.branches)
     for strength, term in terms:
@@ -122,32 +122,32 @@ def fill_branches(plan: SitePlan, terms: Sequence[tuple[float, BranchTerm]]) -> 
         if not free:
             raise NeedsRecompile(
                 f"'{plan.site.path}' has no free slot for {_describe_branch(term)}",
-                next_step="compile again with all that are active together in adapters=",
+                next_step="compile again with all adapters that are active together in adapters=",
             )
         fills[free[0]] = BranchFill(strength_tensor(term, plan.site, strength), term.params)
     return tuple(fills)
 
 
 def strength_tensor(term: BranchTerm, site: Site, strength: float) -> Tensor:
-    """A branch's strength (1,) as its slot takes it: in the factors' dtype, where its parameters are."""
+    """Return a branch's strength (1,) for its slot, in the factors' dtype and on the parameters' device."""
     device = next((tensor.device for tensor in term.params), None)
     return torch.full((1,), strength, dtype=factor_dtype(site.dtype), device=device)
 
 
 def find_branch_misfit(plan: SitePlan | None, term: BranchTerm) -> str | None:
-    """Why a branch finds no slot in a plan, or None."""
+    """Return why a plan has no slot for a branch, or None."""
     if plan is not None and any(slot.key == term.slot.key for slot in plan.branches):
         return None
     return f"has no slot for {_describe_branch(term)}"
 
 
 def _describe_branch(term: BranchTerm) -> str:
-    """A branch by its tensors: whether it fits a slot also goes by its method's hyper-parameters."""
+    """Describe a branch by its tensors, though its method's hyper-parameters also decide whether it fits a slot."""
     return f"a branch with {', '.join(f'{name} {list(shape)}' for name, shape in term.slot.params.items())}"
 
 
 def leaves_blocks(site: Site, change: Change) -> bool:
-    """Whether a merged weight has entries that a grouped convolution's kernel cannot hold: it may run live only."""
+    """Return whether the merged weight does not fit a grouped convolution's kernel, so that it only runs live."""
     if site.conv is None or site.conv.groups == 1:
         return False
     return site.leaves_blocks(merge_weight(change, torch.zeros(site.out_features, site.in_features)))

@@ -1,4 +1,4 @@
-"""What a site of each kind computes, in torch ops that trace: its base, and the two halves of a low-rank branch.
+"""The computation of a site of each kind in traceable torch ops: its base, and the halves of a low-rank pair.
 
 Layouts of the tensors a site takes at run time ("slot layouts"), K inputs, N outputs, R rank:
 
@@ -11,10 +11,9 @@ Layouts of the tensors a site takes at run time ("slot layouts"), K inputs, N ou
     matrix     –               –               as it is stored
     =========  ==============  ==============  =====================
 
-Of a site whose weight is read ``within`` its module's forward only W has a slot, and what is computed of it is the
-module's.
+A site whose weight is read ``within`` its module's forward has a slot for W only, and its module does the computation.
 
-Values elsewhere (``lorac.ir.algebra.changes``) are matrices A (K, R), B (R, N), W (N, K); ``slot_*`` here converts.
+Elsewhere (``lorac.ir.algebra.changes``) tensors are matrices A (K, R), B (R, N), W (N, K); ``slot_*`` converts them.
 """
 
 from __future__ import annotations
@@ -33,74 +32,74 @@ _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: 
 
 
 class SiteLayout(ABC):
-    """What a site of one kind computes, and how its slots are laid out; written out here for matrices and vectors.
+    """The computation of a site of one kind and the layout of its slots; the defaults are for matrices and vectors.
 
     Args:
         site: the site.
     """
 
     keeps_bias_inside: bool = False
-    """The base's own bias belongs to its op (a convolution's); elsewhere it is added last."""
+    """Whether the base's op adds the bias itself (a convolution's); elsewhere it is added last."""
     has_input_axis: bool = True
-    """Whether the input has one axis of features, which scales and transforms of the input go along."""
+    """Whether the input has an axis of features, along which it can be scaled and transformed."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
 
     @abstractmethod
     def base(self, x: Tensor, stored: Tensor, bias: Tensor | None) -> Tensor:
-        """The unadapted site, from the weight as the module stores it."""
+        """Return the unadapted site's output, from the weight as the module stores it."""
 
     @abstractmethod
     def bound(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The site with another weight, given in slot layout."""
+        """Return the site's output with another weight, given in slot layout."""
 
     @abstractmethod
     def down(self, x: Tensor, a: Tensor) -> Tensor:
-        """x·A: the low-rank branch's first half."""
+        """Return x·A, the first half of the low-rank pair."""
 
     def up(self, u: Tensor, b: Tensor) -> Tensor:
-        """u·B: its second half."""
+        """Return u·B, the second half of the pair."""
         return torch.matmul(u, b)
 
     def per_output(self, vector: Tensor) -> Tensor:
-        """A vector (out,) shaped to broadcast over the site's output."""
+        """Shape a vector (out,) to broadcast over the site's output."""
         return vector
 
     def per_rank(self, vector: Tensor) -> Tensor:
-        """A vector (R,) shaped to broadcast over x·A."""
+        """Shape a vector (R,) to broadcast over x·A."""
         return vector
 
     def per_input(self, vector: Tensor) -> Tensor:
-        """A vector (in,) shaped to broadcast over the site's input, where it ``has_input_axis``."""
+        """Shape a vector (in,) to broadcast over the site's input, if it ``has_input_axis``."""
         return vector
 
     def through(self, x: Tensor, blocks: Tensor) -> Tensor:
-        """The site's input (…, in) times a block-diagonal matrix of blocks (n, k, k); where ``per_input`` is."""
+        """Multiply the input (…, in) by a block-diagonal matrix of blocks (n, k, k), if it ``has_input_axis``."""
         return multiply_blocks(x, blocks)
 
     def shape_a(self, rank: int | torch.SymInt) -> tuple[int | torch.SymInt, ...]:
-        """The shape of A in slot layout."""
+        """Return the shape of A in slot layout."""
         return (self.site.in_features, rank)
 
     def shape_b(self, rank: int | torch.SymInt) -> tuple[int | torch.SymInt, ...]:
-        """The shape of B in slot layout."""
+        """Return the shape of B in slot layout."""
         return (rank, self.site.out_features)
 
     def slot_a(self, a: Tensor) -> Tensor:
-        """A matrix A (K, R) in slot layout."""
+        """Convert a matrix A (K, R) to slot layout."""
         return a
 
     def slot_b(self, b: Tensor) -> Tensor:
-        """A matrix B (R, N) in slot layout."""
+        """Convert a matrix B (R, N) to slot layout."""
         return b
 
     def slot_weight(self, matrix: Tensor) -> Tensor:
-        """A matrix (N, K) in slot layout."""
+        """Convert a matrix (N, K) to slot layout."""
         return matrix.t()
 
     def stored(self, slot: Tensor) -> Tensor:
-        """A weight in slot layout as the module stores it; of sites whose module reads it itself."""
+        """Convert a weight in slot layout to the module's layout, for sites read ``within`` a module's forward."""
         return self.site.store(slot.t())
 
 
@@ -135,7 +134,7 @@ class EmbeddingLayout(SiteLayout):
 
 
 class ConvLayout(SiteLayout):
-    """A convolution: A takes the base's geometry, B is 1x1 (PEFT's form; dilation is the base's own)."""
+    """A convolution: A has the base's geometry and dilation, B is 1x1 (PEFT's form)."""
 
     keeps_bias_inside = True
     has_input_axis = False
@@ -187,7 +186,7 @@ class ConvLayout(SiteLayout):
 
 
 class ParameterLayout(SiteLayout):
-    """What its module computes with itself, or a block: no product of its own; a slot is the parameter as stored."""
+    """A parameter that its module uses in its own way, or a block: no product; a slot is the parameter as stored."""
 
     def base(self, x: Tensor, stored: Tensor, bias: Tensor | None) -> Tensor:
         raise self._computes_nothing()
@@ -199,7 +198,7 @@ class ParameterLayout(SiteLayout):
         raise self._computes_nothing()
 
     def _computes_nothing(self) -> AssertionError:
-        return AssertionError(f"'{self.site.path}' is a {self.site.kind}: it has no product with an input")
+        return AssertionError(f"'{self.site.path}' is a {self.site.kind}: its layout has no product with an input")
 
     def slot_weight(self, matrix: Tensor) -> Tensor:
         return self.site.store(matrix)
@@ -222,5 +221,5 @@ _LAYOUTS: dict[SiteKind, type[SiteLayout]] = {
 
 
 def layout_of(site: Site) -> SiteLayout:
-    """How a site computes and lays out its slots."""
+    """Return the layout of a site."""
     return _LAYOUTS[site.kind](site)

@@ -1,8 +1,8 @@
-"""The ``adapted`` op in training: terms evaluated in their normal form, from tensors that need gradients, with dropout.
+"""The ``adapted`` op in training: terms in their normal form, from tensors that need gradients, with dropout.
 
-Dropout is the op's business, by the term's trait (docs/architecture.md, "The one idea"): on the input,
-``base(x) + D(x)·(W' − W)ᵀ``; between the factors; or nowhere. Evaluated in the normal form this is PEFT's result for
-LoRA and DoRA, random numbers included.
+The op applies dropout by the term's trait (docs/architecture.md, "The one idea"): on the input,
+``base(x) + D(x)·(W' − W)ᵀ``; between the factors; or nowhere. In the normal form this is PEFT's result for LoRA and
+DoRA, random numbers included.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from lorac.errors import Unavailable
-from lorac.ir.algebra import operands as letters
+from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import Change, Dense, LowRank, merge_bias, merge_weight
 from lorac.ir.sites import Site
 from lorac.ir.slots.choice import Choice
@@ -31,17 +31,17 @@ Tensor = torch.Tensor
 
 
 class Dropout(enum.StrEnum):
-    """Where the ``adapted`` op drops out, in training only."""
+    """Where the ``adapted`` op applies dropout, in training only."""
 
     INPUT = "input"
     """``base(x) + D(x)·(W' − W)ᵀ`` (PEFT's rule)."""
     RANK = "rank"
-    """Between the factors, and the biases between them: of the low-rank form, or of a branch's formula as it is."""
+    """Between the factors, biases included: of the low-rank form, or of a branch's own formula."""
     NONE = "none"
 
 
 DropoutDelta = Callable[[Tensor, Tensor, float], Tensor]
-"""(x, y, rate) -> y' − y, computed with dropout of that rate."""
+"""(x, y, rate) -> y' − y, with dropout of that rate."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,16 +53,16 @@ class LiveTerm:
         change: the weight form, or None for a branch.
         branch: the branch's slot and fill, or None.
         rate: dropout rate.
-        place: where dropout acts.
-        dropped: the change of y with dropout between the factors, where the form does not tell what lies there.
+        dropout: where dropout acts.
+        dropout_delta: computes the change of y with dropout between the factors, if the form alone does not allow it.
     """
 
     strength: float
     change: Change | None = None
     branch: tuple[BranchSlot, BranchFill] | None = None
     rate: float = 0.0
-    place: Dropout = Dropout.NONE
-    dropped: DropoutDelta | None = None
+    dropout: Dropout = Dropout.NONE
+    dropout_delta: DropoutDelta | None = None
 
 
 class TrainingTerms(ABC):
@@ -82,18 +82,19 @@ def run_terms(
     ctx: FormulaContext,
     block: Tensor | None = None,
 ) -> Tensor:
-    """``y + Σ t·(y'ᵢ − y)``, each term against the base's output y.
+    """Return ``y + Σ t·(y'ᵢ − y)``, each term relative to the base's output y.
 
     Args:
         site: the site.
         terms: active terms, sorted by adapter name.
         x: its input.
-        weight: stored base weight; bias: base bias.
-        ctx: handed to branches; says whether dropout acts.
-        block: the block's output, where the site is one.
+        weight: the stored base weight.
+        bias: the base's bias.
+        ctx: the context of branches; it also decides whether dropout acts.
+        block: the output of a block, if the site is one.
 
     Raises:
-        Unavailable: a branch that is no weight form was to drop out.
+        Unavailable: a branch without a weight form has a dropout rate.
     """
     layout = layout_of(site)
     base = block
@@ -102,15 +103,15 @@ def run_terms(
         if len(terms) == 1 and _replaces_base(terms[0], ctx):
             return _run_alone(layout, terms[0].change, x, weight, bias)
         base = layout.base(x, weight, bias)
-    y, before = base, list[BranchSlot]()
+    y, earlier = base, list[BranchSlot]()
     for term in terms:
         if term.branch is not None:
             slot, fill = term.branch
             _refuse_dropout(site, term, ctx)
-            y = y + compute_branch_delta(site, slot, fill, x, base, ctx, branch_owner(before, slot))
-            before.append(slot)
-        elif term.dropped is not None and (rate := _active_rate(term, ctx, Dropout.RANK)):
-            y = y + _scale(term.strength, term.dropped(x, base, rate)).to(y.dtype)
+            y = y + compute_branch_delta(site, slot, fill, x, base, ctx, branch_owner(earlier, slot))
+            earlier.append(slot)
+        elif term.dropout_delta is not None and (rate := _active_rate(term, ctx, Dropout.RANK)):
+            y = y + _scale(term.strength, term.dropout_delta(x, base, rate)).to(y.dtype)
         elif isinstance(term.change, LowRank) and keeps_base_weight(layout, term.change):
             y = y + _scale(term.strength, _low_rank_delta(layout, term, x, base, weight, bias, ctx)).to(y.dtype)
         elif term.change is not None:
@@ -121,65 +122,64 @@ def run_terms(
 def combine_weights(
     site: Site, terms: Sequence[LiveTerm], weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The weight, as its module stores it, and the bias that terms come to: W + Σ t·(W'ᵢ − W).
+    """Return the weight W + Σ t·(W'ᵢ − W), as its module stores it, and the bias.
 
-    For sites whose weight is read ``within`` a module's forward. Their input is not at hand, so nothing drops out.
+    This is for sites whose weight is read ``within`` a module's forward; dropout needs their input and is not applied.
     """
     assert weight is not None
     matrix, shift = site.present(weight), bias
-    whole = terms[0].change if len(terms) == 1 and terms[0].strength == 1 else None
-    if whole is not None:
-        # A replaced tensor is taken itself: what its module writes into it in training (running means) must stay.
-        own = whole.weight if isinstance(whole, Dense) else merge_weight(whole, matrix)
-        return site.store(own), merge_bias(whole, bias)
-    made = matrix
+    only = terms[0].change if len(terms) == 1 and terms[0].strength == 1 else None
+    if only is not None:
+        # A replaced tensor itself, since its module may write into it in training (running means).
+        own = only.weight if isinstance(only, Dense) else merge_weight(only, matrix)
+        return site.store(own), merge_bias(only, bias)
+    total = matrix
     for term in terms:
         assert term.change is not None
-        made = made + term.strength * (merge_weight(term.change, matrix) - matrix)
+        total = total + term.strength * (merge_weight(term.change, matrix) - matrix)
         changed = merge_bias(term.change, bias)
         if bias is not None and shift is not None and changed is not None:
             shift = shift + term.strength * (changed - bias)
-    return site.store(made), shift
+    return site.store(total), shift
 
 
 def _scale(strength: float, delta: Tensor) -> Tensor:
     return delta if strength == 1 else strength * delta
 
 
-def _active_rate(term: LiveTerm, ctx: FormulaContext, place: Dropout) -> float:
-    return term.rate if ctx.training and term.place is place else 0.0
+def _active_rate(term: LiveTerm, ctx: FormulaContext, dropout: Dropout) -> float:
+    return term.rate if ctx.training and term.dropout is dropout else 0.0
 
 
 def _refuse_dropout(site: Site, term: LiveTerm, ctx: FormulaContext) -> None:
-    if any(_active_rate(term, ctx, place) for place in (Dropout.INPUT, Dropout.RANK)):
+    if any(_active_rate(term, ctx, dropout) for dropout in (Dropout.INPUT, Dropout.RANK)):
         raise Unavailable(
-            f"the branch at '{site.path}' is not affine, and of such a formula nothing tells where dropout belongs",
+            f"dropout is not defined for the branch at '{site.path}', which is not affine",
             next_step="set the method's dropout to 0, or train in eval mode",
         )
 
 
 def _replaces_base(term: LiveTerm, ctx: FormulaContext) -> bool:
-    """Whether the term is alone, whole, and undropped: then its weight simply takes the base's place."""
+    """Return whether a lone term at strength 1 without dropout can replace the base's weight."""
     whole = term.change is not None and (not isinstance(term.change, LowRank) or acts_at(term.change, Stage.INPUT))
-    places = (Dropout.INPUT, Dropout.RANK) if isinstance(term.change, LowRank) else (Dropout.INPUT,)
-    dropped = any(_active_rate(term, ctx, place) for place in places)
-    return whole and term.strength == 1 and not dropped
+    kinds = (Dropout.INPUT, Dropout.RANK) if isinstance(term.change, LowRank) else (Dropout.INPUT,)
+    return whole and term.strength == 1 and not any(_active_rate(term, ctx, dropout) for dropout in kinds)
 
 
 def _run_alone(layout: SiteLayout, change: Change | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """y' of one term that nothing is added to."""
+    """Return y' of one term that acts alone."""
     if not isinstance(change, LowRank) or not keeps_base_weight(layout, change):
         return _run_with_weight(layout, change, x, weight, bias)
     tensors = _lay_out(layout, change.folded())
     new_bias = merge_bias(change, bias)
     if new_bias is not None:
-        tensors[letters.BIAS] = new_bias
+        tensors[operands.BIAS] = new_bias
     return run_site(SitePlan(layout.site), SiteSlots(tensors), x, weight, bias)
 
 
 def _lay_out(layout: SiteLayout, change: LowRank) -> dict[str, Tensor]:
-    """A change's parts in slot layout, by role."""
-    return {name: ROLES[name].into_slot(layout, part) for name, part in tensors_by_role(change).items()}
+    """Return a change's tensors in slot layout, by role."""
+    return {name: ROLES[name].into_slot(layout, tensor) for name, tensor in tensors_by_role(change).items()}
 
 
 def _low_rank_delta(
@@ -196,22 +196,22 @@ def _low_rank_delta(
     tensors, rate = _lay_out(layout, change), _active_rate(term, ctx, Dropout.INPUT)
     cast = x.to(change.a.dtype) if x.is_floating_point() else x
     dropped = F.dropout(cast, rate) if rate else cast
-    parts = []
+    deltas = []
     if change.rank:
         down = apply_stage(Stage.BETWEEN, layout, apply_stage(Stage.DOWN, layout, dropped, tensors), tensors)
         rank_rate = _active_rate(term, ctx, Dropout.RANK)
         up = apply_stage(Stage.UP, layout, F.dropout(down, rank_rate) if rank_rate else down, tensors)
-        parts.append(apply_stage(Stage.BEHIND, layout, up, tensors))
+        deltas.append(apply_stage(Stage.AFTER, layout, up, tensors))
     if acts_at(change, Stage.OUTPUT) or acts_at(change, Stage.INPUT):
         if rate:
             assert weight is not None
             linear = layout.base(dropped.to(weight.dtype), weight, None)
         else:
             linear = base if bias is None else base - layout.per_output(bias)
-        parts.append(_product_delta(layout, change, tensors, dropped, linear, weight))
+        deltas.append(_product_delta(layout, change, tensors, dropped, linear, weight))
     if change.e is not None:
-        parts.append(layout.per_output(change.e))
-    return sum(parts[1:], parts[0]) if parts else torch.zeros_like(base)
+        deltas.append(layout.per_output(change.e))
+    return sum(deltas[1:], deltas[0]) if deltas else torch.zeros_like(base)
 
 
 def _product_delta(
@@ -222,19 +222,19 @@ def _product_delta(
     linear: Tensor,
     weight: Tensor | None,
 ) -> Tensor:
-    """c∘(W·((d∘x)·T)) − W·x, of which ``linear`` is the second."""
-    outputs, moved = [name for name in change.parts if ROLES[name].stage is Stage.OUTPUT], linear
+    """Return c∘(W·((d∘x)·T)) − W·x, where ``linear`` is W·x."""
+    outputs, product = [name for name in change.scales if ROLES[name].stage is Stage.OUTPUT], linear
     if acts_at(change, Stage.INPUT):
         assert weight is not None
-        moved = layout.base(apply_stage(Stage.INPUT, layout, x, tensors).to(weight.dtype), weight, None)
+        product = layout.base(apply_stage(Stage.INPUT, layout, x, tensors).to(weight.dtype), weight, None)
     elif len(outputs) == 1:
         return _role_delta(layout, ROLES[outputs[0]], tensors[outputs[0]], linear)
-    # In the factors' dtype, which is the wider one: what is left of it is rounded once, with the other parts.
-    return apply_stage(Stage.OUTPUT, layout, moved.to(change.a.dtype) if outputs else moved, tensors) - linear
+    # In the factors' wider dtype, so that the result is rounded once, with the other deltas.
+    return apply_stage(Stage.OUTPUT, layout, product.to(change.a.dtype) if outputs else product, tensors) - linear
 
 
 def _role_delta(layout: SiteLayout, role: SlotRole, tensor: Tensor, linear: Tensor) -> Tensor:
-    """What one role makes of the base's product more than it was: rounded once, as PEFT does."""
+    """Return the difference that one role makes to the base's product, rounded once, as in PEFT."""
     return role.apply(layout, linear.to(tensor.dtype), tensor - role.neutral(SlotSpec(layout=layout)).to(tensor))
 
 

@@ -1,7 +1,7 @@
-"""Which slots every site gets, from the normal forms of the adapters, the mode, and what was reserved.
+"""Planning the slots of every site, from the adapters' normal forms, the mode and the reserve.
 
-``auto`` and ``live``: low-rank and branch terms beside the weight, sparse and dense terms through a bound weight.
-``fused`` and ``baked``: every weight-form term through the weight (which a backend then makes an input or a constant).
+``auto`` and ``live``: low-rank and branch terms run next to the weight, sparse and dense terms in a bound weight.
+``fused`` and ``baked``: every term with a weight form is merged into the weight, an input or a constant of the program.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from lorac.argument_types import check_fields
 from lorac.errors import CompileError, SiteError, not_one_of
-from lorac.ir.algebra import operands as letters
+from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import Change, LowRank
 from lorac.ir.algebra.operands import FOLDABLE
 from lorac.ir.patterns import check_targets_match, no_match_error, select_sites
@@ -30,11 +30,11 @@ class Reserve:
     """Room for adapters added later.
 
     Attributes:
-        targets: which sites, as an adapter's ``targets``.
+        targets: the sites, as an adapter's ``targets``.
         rank: largest rank of one adapter.
         adapters: how many may be active together.
-        scales: DoRA-like adapters (an output scale and a shift) fit too.
-        weights: any weight-form adapter fits, through a bound weight.
+        scales: make room for DoRA-like adapters (an output scale and a shift).
+        weights: make room for any adapter with a weight form, in a bound weight.
     """
 
     targets: str | tuple[str, ...] = "all-linear"
@@ -51,11 +51,11 @@ class Reserve:
 
 @dataclass
 class _SiteNeeds:
-    """What the terms met at one site ask for.
+    """The slots that the terms at one site need.
 
     Attributes:
-        rooms: role -> every size of room that a term asks for.
-        rank: of all terms together.
+        rooms: role -> every size that a term needs.
+        rank: the sum of the terms' ranks.
     """
 
     rooms: dict[str, set[int]] = field(default_factory=dict)
@@ -63,8 +63,8 @@ class _SiteNeeds:
     branches: list[BranchSlot] = field(default_factory=list)
     reasons: list[Reason] = field(default_factory=list)
 
-    def want(self, role: str, size: int = 1) -> None:
-        """Ask for a role."""
+    def require(self, role: str, size: int = 1) -> None:
+        """Add a slot of a role."""
         self.rooms.setdefault(role, set()).add(size)
 
 
@@ -75,19 +75,19 @@ def plan_sites(
     reserve: Reserve | None = None,
     ranks: Callable[[Site], RankPolicy] = lambda _: RankPolicy.FROM_ZERO,
 ) -> dict[str, SitePlan]:
-    """One plan per touched or reserved site, in the order of ``sites``.
+    """Return a plan for every touched or reserved site, in the order of ``sites``.
 
     Args:
-        sites: every site of the host.
+        sites: every site of the model.
         prepared: the adapters.
         mode: one of ``MODES``.
-        reserve: room for others.
-        ranks: which ranks the pair of a site may have on the target.
+        reserve: room for later adapters.
+        ranks: the policy for the ranks of a site's pair on the target.
 
     Raises:
-        OptionError: no such mode.
-        CompileError: a branch, a weight that leaves a grouped convolution's blocks, or anything at a quantised weight
-            is to be fused or baked.
+        OptionError: the mode does not exist.
+        CompileError: a branch, a weight that does not fit a grouped convolution, or a change of a quantised weight
+            would have to be merged.
         SiteError: ``reserve`` names no site.
     """
     if mode not in MODES:
@@ -113,24 +113,24 @@ def plan_sites(
 
 
 def quantized_merge_error(site: Site, why: str, merging: bool = False) -> CompileError:
-    """The error for another weight that is to take the place of a quantised one.
+    """Return the error for merging into a quantised weight.
 
     Args:
-        site: whose weight is quantised.
-        why: what asks for that, where it is not the mode.
+        site: the site of the quantised weight.
+        why: the reason for merging, unless it is the mode.
         merging: whether the mode merges every adapter.
     """
-    beside = "mode='live' (or 'auto') runs low-rank adapters beside it; " if merging else ""
+    live = "mode='live' (or 'auto') runs low-rank adapters next to it; " if merging else ""
     return CompileError(
-        f"'{site.path}' holds its weight as {site.packed}, into which nothing can be merged{why}",
-        next_step=f"{beside}a base that is not quantised takes merged weights "
-        "(where weights= quantises it: without that, or merged first, with mode='baked')",
+        f"nothing can be merged into the {site.packed} weight of '{site.path}'{why}",
+        next_step=f"{live}merging needs a base that is not quantised (leave weights= out, or merge first, with "
+        "mode='baked')",
         code="not_mergeable",
     )
 
 
 def needs_merged_weight(site: Site, change: Change) -> bool:
-    """Whether a change takes a merged weight even in live mode."""
+    """Return whether a change needs a merged weight even in live mode."""
     return not (isinstance(change, LowRank) and keeps_base_weight(layout_of(site), change))
 
 
@@ -148,37 +148,37 @@ def _add_change(need: _SiteNeeds, name: str, site: Site, change: Change, mode: s
     bound = mode in {"fused", "baked"} or needs_merged_weight(site, change)
     if bound and leaves_blocks(site, change):
         raise CompileError(
-            f"'{name}' leaves the blocks of '{site.path}', a grouped convolution whose kernel cannot hold that",
-            next_step="mode='live' (or 'auto') runs a low-rank adapter beside it",
+            f"the weight that '{name}' gives '{site.path}' is not block-diagonal, as its grouped convolution needs",
+            next_step="mode='live' (or 'auto') runs a low-rank adapter next to it",
             code="not_mergeable",
         )
     if change.e is not None:
         _require_bias(name, site)
-        need.want(letters.BIAS)
+        need.require(operands.BIAS)
     if mode in {"fused", "baked"}:
-        need.want(letters.WEIGHT)
+        need.require(operands.WEIGHT)
     elif isinstance(change, LowRank) and not needs_merged_weight(site, change):
         need.rank += change.rank
-        for role, part in tensors_by_role(change).items():
-            need.want(role, ROLES[role].room(part))
+        for role, tensor in tensors_by_role(change).items():
+            need.require(role, ROLES[role].room(tensor))
     else:
-        need.want(letters.WEIGHT)
+        need.require(operands.WEIGHT)
         need.reasons.append(Reason(name, site.path, _merge_reason(site, change)))
 
 
 def _merge_reason(site: Site, change: Change) -> str:
-    """Why a change is not run beside the weight."""
+    """Return why a change is not run next to the weight."""
     if not isinstance(change, LowRank):
         return why_merged_weight(change)
     if site.within is not None:
-        return "acts on a weight that its module reads in its own forward, where nothing can run beside it"
-    return "changes its input, along which the site has no axis"
+        return "acts on a weight that its module reads in its own forward, where nothing can run next to it"
+    return "changes the site's input, which has no axis of features"
 
 
 def _require_bias(name: str, site: Site) -> None:
     if site.within is not None and site.bias is None:
         raise SiteError(
-            f"adapter '{name}' brings a bias to '{site.path}', and '{site.within}', which computes with it, has none",
+            f"adapter '{name}' has a bias for '{site.path}', and its module '{site.within}' has none",
             next_step="exclude= the module, or train the adapter without a bias",
             code="site_unsupported",
         )
@@ -199,39 +199,39 @@ def _add_reserve(needs: dict[str, _SiteNeeds], sites: Mapping[str, Site], reserv
         merged = mode == "fused" or site.within is not None
         biased = site.within is None or site.bias is not None
         for role in [role for role in admitted if (role.merged or not merged) and (biased or role.stage != Stage.BIAS)]:
-            need.want(role.name)
+            need.require(role.name)
         if merged:
-            need.want(letters.WEIGHT)
+            need.require(operands.WEIGHT)
         else:
             need.rank += reserve.rank * reserve.adapters
 
 
 def _listed_names(targets: str | tuple[str, ...]) -> tuple[str, ...]:
-    """Targets by their names, which may be those of matrices too; keywords and expressions are of modules."""
+    """Return targets that are names, which may also name matrices; keywords and expressions match modules only."""
     return () if isinstance(targets, str) else targets
 
 
 def _plan_site(site: Site, need: _SiteNeeds, mode: str) -> SitePlan:
-    """A site's plan; what is said of the site as a whole is true of every adapter on it."""
-    wanted, stages = need.rooms, {ROLES[role].stage for role in need.rooms}
+    """Return a site's plan; reasons without an adapter apply to every adapter on the site."""
+    stages = {ROLES[role].stage for role in need.rooms}
     if mode in {"fused", "baked"}:
         need.reasons.append(Reason(None, site.path, f"mode='{mode}' merges every adapter into the weight"))
     if {Stage.INPUT, Stage.OUTPUT} <= stages:
-        need.want(letters.WEIGHT)
-        need.reasons.append(Reason(None, site.path, "outputs and inputs are changed, and the sum of both is neither"))
+        need.require(operands.WEIGHT)
+        need.reasons.append(Reason(None, site.path, "changes of outputs and of inputs do not add up"))
     for role in ROLES.values():
-        sizes = sorted(wanted.get(role.name, ()))
+        sizes = sorted(need.rooms.get(role.name, ()))
         if len(sizes) > 1 and not role.ranked:
-            need.want(letters.WEIGHT)
-            several = role.unit.format(" and ".join(map(str, sizes)))
-            need.reasons.append(Reason(None, site.path, f"{several} do not add up"))
-    if wanted.keys() & FOLDABLE:
-        for letter in FOLDABLE:
-            need.want(letter)
-    rooms = {role.name: need.rank if role.ranked else max(wanted.get(role.name, (0,))) for role in ROLES.values()}
+            need.require(operands.WEIGHT)
+            different = role.unit.format(" and ".join(map(str, sizes)))
+            need.reasons.append(Reason(None, site.path, f"{different} do not add up"))
+    if need.rooms.keys() & FOLDABLE:
+        for role_name in FOLDABLE:
+            need.require(role_name)
+    rooms = {name: need.rank if ROLES[name].ranked else max(need.rooms[name]) for name in ROLES if name in need.rooms}
     return SitePlan(
         site,
-        room={role: room for role, room in rooms.items() if role in wanted and room},
+        room={name: room for name, room in rooms.items() if room},
         branches=tuple(need.branches),
         reasons=tuple(need.reasons),
     )

@@ -1,8 +1,8 @@
-"""Slots: what of a site can be replaced at run time, and the one function that computes an adapted site from them.
+"""The slots of a site as planned at compile time, and as filled for a choice of adapters.
 
-A ``SitePlan`` says which slots a site has; it is fixed at compile time. A ``SiteSlots`` holds the tensors that fill
-them for one choice of adapters. Both go by role (``lorac.ir.slots.roles``). ``run_site`` is the meaning of both, in
-torch ops: the eager backend calls it, the other backends trace it, so no backend has a formula of its own.
+A ``SitePlan`` describes a site's slots; it is fixed at compile time. A ``SiteSlots`` holds the tensors in them for one
+choice of adapters. Both are organised by role (``lorac.ir.slots.roles``). ``lorac.ir.slots.execution.run_site``
+computes an adapted site from both.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lorac.ir.algebra import operands as letters
+from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import Change
 from lorac.ir.algebra.formulas import Formula
 from lorac.ir.sites import Site, SiteKind
@@ -29,14 +29,14 @@ class BranchSlot:
     """Room for one branch adapter of a given structure.
 
     Attributes:
-        key: the structure: variant name, hyper-parameters, parameter shapes. Adapters with equal keys fit.
-        formula: (x, y, params, ctx) -> y', called like y.
+        key: the structure: variant name, hyper-parameters and parameter shapes. Adapters with equal keys fit.
+        formula: (x, y, params, ctx) -> y', of the shape of y.
         params: parameter name -> shape.
-        emits: names of the extra outputs the branch gives.
+        emits: names of its extra outputs.
         reads: names of the program values it reads (``lorac.ir.slots.program_values``).
-        once: path of the site that computes what it reads as ``own:``; empty where it reads no such.
-        mixes: whether it gives a token something of those before it, and so needs the whole text.
-        instead: what has a weight form in its place, as a next step; empty where nothing has.
+        once: path of the site that computes the ``own:`` values it reads; empty if it reads none.
+        mixes: whether a token's output depends on earlier tokens, so that whole sequences are needed.
+        instead: the next step in messages: how to get an adapter with a weight form; may be empty.
     """
 
     key: str
@@ -51,12 +51,12 @@ class BranchSlot:
 
 @dataclass(frozen=True)
 class Reason:
-    """Why a term has no cheaper form or place, as it was found where that was decided.
+    """The reason why a term is not run in a cheaper way, recorded where that is decided.
 
     Attributes:
-        adapter: whose term it is about; None: it is about all of the site's.
+        adapter: the adapter of the term; None for all terms of the site.
         site: path of the site.
-        why: of an adapter a clause that begins with a verb, of a site a whole sentence.
+        why: for an adapter a clause that begins with a verb, for a site a whole sentence.
     """
 
     adapter: str | None
@@ -68,26 +68,26 @@ class Reason:
 
 
 class RankPolicy(enum.StrEnum):
-    """Which ranks the pair of a site may have at run time, up to its room."""
+    """The ranks that the pair of a site may have at run time, up to its room."""
 
     FROM_ZERO = "from zero"
     FROM_ONE = "from one"
-    """A pair that is off holds one component of zeros."""
+    """An idle pair holds one component of zeros."""
     FIXED = "fixed"
-    """Always the whole room, filled up with zeros."""
+    """Always the whole room, padded with zeros."""
 
 
 @dataclass(frozen=True)
 class SitePlan:
-    """Which slots a site has.
+    """The slots of a site.
 
     Attributes:
         site: the site.
-        room: role -> its room: the largest rank that fits, for the pair and what lies along its rank; the size of the
-            blocks, for input transforms; 1 for what has no size of its own. A role that is absent has no slot.
-        branches: room for branches.
+        room: role -> its room: the largest rank, for the pair and scales along its rank; the size of the blocks, for
+            input transforms; else 1. An absent role has no slot.
+        branches: slots of branches.
         reasons: why the weight is bound.
-        ranks: which ranks the pair may have, as the target's dialect has it.
+        ranks: the ranks that the pair may have, by the target's dialect.
     """
 
     site: Site
@@ -98,34 +98,34 @@ class SitePlan:
 
     @property
     def empty(self) -> bool:
-        """Nothing can be replaced here."""
+        """Whether the site has no slots."""
         return not (self.room or self.branches)
 
     @property
     def rank(self) -> int:
-        """Largest rank that fits, 0 where there is no pair."""
-        return self.room.get(letters.A, 0)
+        """The largest rank that fits, 0 without a pair."""
+        return self.room.get(operands.A, 0)
 
     @property
     def least_rank(self) -> int:
-        """The smallest rank that the pair may have; what is smaller is filled up with zeros."""
+        """The smallest rank that the pair may have; smaller ones are padded with zeros."""
         if self.ranks is RankPolicy.FIXED:
             return self.rank
         return min(self.rank, 1) if self.ranks is RankPolicy.FROM_ONE else 0
 
     @property
     def bound(self) -> bool:
-        """Whether the weight itself is a slot."""
-        return letters.WEIGHT in self.room
+        """Whether the weight itself has a slot."""
+        return operands.WEIGHT in self.room
 
     def roles(self) -> Iterator[tuple[SlotRole, int]]:
-        """The roles that have slots, in the table's order, and their room."""
+        """Return the roles that have slots and their room, in the table's order."""
         return ((role, self.room[role.name]) for role in ROLES.values() if role.name in self.room)
 
     def branch_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Role -> shape of everything that branches hold: each its strength, and its parameters.
+        """Return role -> shape of the strengths and parameters of all branches.
 
-        What is computed once has no strength of its own: it is those of the branches that read it.
+        A ``once`` site has no strengths: those of the branches that read its values count.
         """
         shapes: dict[str, tuple[int, ...]] = {}
         for index, slot in enumerate(self.branches):
@@ -137,7 +137,7 @@ class SitePlan:
 
 @dataclass(frozen=True, eq=False)
 class BranchFill:
-    """One branch in its slot: strength t and its parameters."""
+    """The content of a branch's slot: its strength t and its parameters."""
 
     strength: Tensor
     params: tuple[Tensor, ...]
@@ -148,8 +148,8 @@ class SiteSlots:
     """The tensors in a site's slots, in slot layout (``lorac.ir.slots.layouts``).
 
     Attributes:
-        tensors: role -> what is in its slot; the pair has rank 0 where nothing is active.
-        branches: one fill per branch slot, in the plan's order; None where the slot is idle.
+        tensors: role -> the tensor in its slot; an idle pair has rank 0.
+        branches: one fill per branch slot, in the plan's order; None for an idle slot.
     """
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -157,7 +157,7 @@ class SiteSlots:
 
     @functools.cached_property
     def stages(self) -> Mapping[Stage, tuple[tuple[SlotRole, Tensor], ...]]:
-        """Stage -> the roles that act there, in the table's order, and their tensors."""
+        """Stage -> the roles that act in it and their tensors, in the table's order."""
         found: dict[Stage, tuple[tuple[SlotRole, Tensor], ...]] = dict.fromkeys(Stage, ())
         for role in ROLES.values():
             if role.name in self.tensors:
@@ -166,11 +166,11 @@ class SiteSlots:
 
     @functools.cached_property
     def leaves_base(self) -> bool:
-        """The base's own product and bias stay as they are; a low-rank branch may come beside."""
+        """Whether the base's product and bias stay as they are, apart from a low-rank pair next to them."""
         return all(stage.of_pair for stage, present in self.stages.items() if present)
 
     def named(self) -> dict[str, Tensor]:
-        """Every role -> tensor, the branches' own among them."""
+        """Return role -> tensor for all roles, those of branches included."""
         tensors = dict(self.tensors)
         for index, fill in enumerate(self.branches):
             if fill is None:
@@ -182,7 +182,7 @@ class SiteSlots:
 
     @staticmethod
     def of_named(tensors: Mapping[str, Tensor], plan: SitePlan) -> SiteSlots:
-        """The inverse of ``named``."""
+        """Invert ``named``."""
         fills = []
         for index, slot in enumerate(plan.branches):
             branch = branch_name(index)
@@ -193,7 +193,7 @@ class SiteSlots:
 
 @dataclass(frozen=True, eq=False)
 class BranchTerm:
-    """One adapter's branch at one site: the slot it needs and its parameters."""
+    """One adapter's branch at one site: the slot that it needs and its parameters."""
 
     slot: BranchSlot
     params: tuple[Tensor, ...]
@@ -206,8 +206,8 @@ class PreparedAdapter:
     Attributes:
         changes: site path -> the change in a weight form.
         branches: site path -> branch term.
-        truncatable: None where ``Active(rank=…)`` may not cut it; else the power by which its scale falls with the
-            rank (``LowRank.truncated``).
+        truncatable: the power by which its scale falls with the rank (``LowRank.truncated``); None if
+            ``Active(rank=…)`` may not truncate it.
         reasons: why its terms have no cheaper form.
     """
 
@@ -218,9 +218,9 @@ class PreparedAdapter:
 
     @property
     def paths(self) -> frozenset[str]:
-        """Every site it touches."""
+        """Every site that it touches."""
         return frozenset(self.in_order())
 
     def in_order(self) -> tuple[str, ...]:
-        """The same, each once: changes before branches, in the adapter's order."""
+        """Return every site that it touches, in the adapter's order, changes before branches."""
         return tuple(dict.fromkeys((*self.changes, *self.branches)))

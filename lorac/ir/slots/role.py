@@ -1,4 +1,4 @@
-"""What a row of the table of roles says (``lorac.ir.slots.roles``): everything there is to know of one kind of slot."""
+"""A row of the table of roles (``lorac.ir.slots.roles``): everything about one kind of slot."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ Shape = tuple[Size, ...]
 
 
 class Stage(enum.Enum):
-    """Where in a site's computation a role acts. Roles of one stage act in the order of the table."""
+    """The steps of a site's computation in which roles act. Roles of one stage act in the table's order."""
 
-    INPUT = "on what the base's product reads"
-    PRODUCT = "in the place of the base's product"
-    OUTPUT = "on what the base's product gives"
+    INPUT = "on the input of the base's product"
+    PRODUCT = "in place of the base's product"
+    OUTPUT = "on the output of the base's product"
     DOWN = "as the first half of the pair"
     BETWEEN = "between the halves of the pair"
     UP = "as the second half of the pair"
-    BEHIND = "behind the pair"
-    BIAS = "in the place of the base's bias"
+    AFTER = "after the pair"
+    BIAS = "in place of the base's bias"
 
     @property
     def of_pair(self) -> bool:
-        """Whether it is part of what runs beside the base's product, which that does not notice."""
-        return self in {Stage.DOWN, Stage.BETWEEN, Stage.UP, Stage.BEHIND}
+        """Whether it belongs to the low-rank pair, which runs next to the base's product and leaves it as it is."""
+        return self in {Stage.DOWN, Stage.BETWEEN, Stage.UP, Stage.AFTER}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SlotSpec:
-    """Where a slot stands: what its shape and its neutral value follow from.
+    """A slot of a role, as far as its shape and neutral value depend on it.
 
     Attributes:
-        layout: what the site computes, and how its slots are laid out.
-        size: for roles along the rank the rank at hand, symbolic in a graph; for others the plan's room.
-        weight: reads W (out, in), for the role that holds it; where only shapes are asked for, one without values.
+        layout: the site's layout.
+        size: the rank for roles along the rank, symbolic in a graph; the plan's room for other roles.
+        weight: reads W (out, in), for the role that holds it; a tensor without values is enough for shapes.
         bias: the base's bias (out,), or None.
     """
 
@@ -58,12 +58,12 @@ class SlotSpec:
 
 @dataclass(frozen=True)
 class NoiseScale:
-    """What noise in a slot is measured by.
+    """What the size of the noise in a slot depends on.
 
     Attributes:
         site: the site.
         typical: a typical size of its weight's values.
-        rank: how wide the noise's pair is.
+        rank: the rank of the noise's pair.
     """
 
     site: Site
@@ -72,9 +72,9 @@ class NoiseScale:
 
 
 JoinTensors = Callable[[Sequence[Tensor | None], Sequence[int]], Tensor]
-"""How the tensors of several sites lie in the slot of their pack."""
+"""Joins the tensors of several sites into the tensor of their fused projection's slot."""
 AddNoise = Callable[[Tensor, NoiseScale, torch.Generator], None]
-"""Moves a slot's neutral tensor away from neutral, in place."""
+"""Changes a slot's neutral tensor by noise, in place."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -83,28 +83,27 @@ class SlotRole:
 
     Attributes:
         name: its name in slots, files and changes.
-        letter: how people see it.
-        meaning: what it is, in a few words.
-        stage: where it acts.
-        apply: (layout, value, tensor) -> the value behind it. Linear in the tensor: applying the tensor's difference
-            from neutral gives the difference that it makes.
-        shape: its shape at a place.
-        start: (this role, place) -> its tensor where nothing is active.
-        noise: what the self-test puts into it.
-        flops: (site, part of a change) -> multiplications and additions per token that it costs.
-        into_slot: a change's part in slot layout.
-        sized: the size of a change's part where that is no rank: that of its blocks; 1 where there is nothing to size.
-        unit: how its room is said, ``{}`` for the number; empty where there is nothing to size.
-        rank_axis: the axis of a change's part that counts components; None where none does. Room for such a part is the
-            largest rank of the site's pair, and the rank may differ from call to call.
-        of_base: it has the base's dtype; others have that of factors (PEFT's rule).
-        reserve: the field of ``Reserve`` that makes room for it; empty where none does, so that only a bound weight
-            admits what needs it.
-        transposed: adapters store the transpose of what changes carry, and people see it so.
-        packed: (what several linear sites that read one input have in this slot, or None, how many outputs each has) ->
-            what the slot of their pack holds, whose outputs are theirs one after the other. None where a site with such
-            a slot is not packed.
-        alone: why it is not.
+        letter: its symbol in reports.
+        meaning: a short description.
+        stage: the step in which it acts.
+        apply: (layout, value, tensor) -> the value after it. It is linear in the tensor: applied to the tensor's
+            difference from neutral it gives the difference that the tensor makes.
+        shape: slot -> its shape.
+        start: (this role, slot) -> its neutral tensor, for a slot without an active adapter.
+        noise: fills it in the self-test.
+        flops: (site, a change's tensor) -> its multiplications and additions per token.
+        into_slot: converts a change's tensor to slot layout.
+        sized: the size of a change's tensor along something other than the rank, such as that of blocks; else 1.
+        unit: a phrase for its room, with ``{}`` for the number; empty without a size.
+        rank_axis: the axis of a change's tensor that counts components, or None. Room for such a tensor is the largest
+            rank of the site's pair, and the rank may differ between calls.
+        of_base: it has the base's dtype; others have that of the factors (PEFT's rule).
+        reserve: the field of ``Reserve`` that makes room for it; empty if only a bound weight can hold such a change.
+        transposed: adapters store the transpose of a change's tensor, and reports show it.
+        join: (the tensors in this slot of several linear sites with one input, or None; their numbers of outputs) ->
+            the tensor in the slot of their fused projection, whose outputs are theirs in order. None if sites with such
+            a slot are not fused.
+        unfused_reason: why they are not.
     """
 
     name: str
@@ -123,48 +122,48 @@ class SlotRole:
     of_base: bool = False
     reserve: str = ""
     transposed: bool = False
-    packed: JoinTensors | None = None
-    alone: str = ""
+    join: JoinTensors | None = None
+    unfused_reason: str = ""
 
     @property
     def ranked(self) -> bool:
-        """Whether it lies along the rank of the site's pair."""
+        """Whether it has an axis of the rank of the site's pair."""
         return self.rank_axis is not None
 
-    def room(self, part: Tensor) -> int:
-        """The room that a change's part asks for."""
-        return self.sized(part) if self.rank_axis is None else part.shape[self.rank_axis]
+    def room(self, tensor: Tensor) -> int:
+        """Return the room that a change's tensor needs."""
+        return self.sized(tensor) if self.rank_axis is None else tensor.shape[self.rank_axis]
 
     @property
     def merged(self) -> bool:
-        """Whether it takes the place of something of the base's, and holds it whole."""
+        """Whether it replaces the base's weight or bias whole."""
         return self.stage in {Stage.PRODUCT, Stage.BIAS}
 
     @property
     def optional(self) -> bool:
-        """Whether a low-rank change may carry it besides its pair."""
-        return self.stage in {Stage.INPUT, Stage.OUTPUT, Stage.BETWEEN, Stage.BEHIND}
+        """Whether a low-rank change may have it in addition to its pair."""
+        return self.stage in {Stage.INPUT, Stage.OUTPUT, Stage.BETWEEN, Stage.AFTER}
 
     def dtype(self, site: Site) -> torch.dtype:
-        """Its dtype at a site."""
+        """Return its dtype at a site."""
         return site.dtype if self.of_base else factor_dtype(site.dtype)
 
-    def neutral(self, place: SlotSpec) -> Tensor:
-        """What it holds where nothing is active."""
-        return self.start(self, place)
+    def neutral(self, slot: SlotSpec) -> Tensor:
+        """Return its tensor for a slot without an active adapter."""
+        return self.start(self, slot)
 
-    def filled(self, place: SlotSpec, part: Tensor | None) -> Tensor:
-        """What it holds for a change's part, or for none; along the rank filled up with zeros to the place's size."""
-        if part is None:
-            return self.neutral(place)
+    def filled(self, slot: SlotSpec, tensor: Tensor | None) -> Tensor:
+        """Return a slot's tensor for a change's tensor or None; along the rank it is padded with zeros to the size."""
+        if tensor is None:
+            return self.neutral(slot)
         if self.rank_axis is None:
-            return self.into_slot(place.layout, part)
-        missing = int(place.size) - part.shape[self.rank_axis]
+            return self.into_slot(slot.layout, tensor)
+        missing = int(slot.size) - tensor.shape[self.rank_axis]
         if missing > 0:
-            shape = [missing if axis == self.rank_axis else size for axis, size in enumerate(part.shape)]
-            part = torch.cat([part, part.new_zeros(shape)], dim=self.rank_axis)
-        return self.into_slot(place.layout, part).contiguous()
+            shape = [missing if axis == self.rank_axis else size for axis, size in enumerate(tensor.shape)]
+            tensor = torch.cat([tensor, tensor.new_zeros(shape)], dim=self.rank_axis)
+        return self.into_slot(slot.layout, tensor).contiguous()
 
-    def seen(self, part: Tensor) -> Tensor:
-        """A change's part as people see it."""
-        return part.mT if self.transposed else part
+    def seen(self, tensor: Tensor) -> Tensor:
+        """Return a change's tensor as reports show it."""
+        return tensor.mT if self.transposed else tensor

@@ -1,18 +1,17 @@
-"""The table of slot roles: what of a site can be replaced, one row per kind of tensor.
+"""The table of slot roles, with one row per kind of tensor that can be replaced at a site.
 
 An adapted site computes, of its input x and with the base's weight W and bias b,
 
     ``y' = c∘(W·((d∘x)·T)) + h∘(((x·A)∘g)·B) + bias``
 
-and every letter of it is a role. A row (``lorac.ir.slots.role``) says all there is to know of one: where it acts and
-by which function, what it holds where nothing is active, its shape, what admits it, what it costs, how people see it.
-Everything else is derived: plans have room for roles, changes fill them, ``run_site`` applies them stage by stage,
-graphs get an input for each, files store them, reports name them and the self-test shakes them. A new role is a new
-row, and a reduction that makes changes carrying it; nothing else lists roles.
+and every letter of it is a role. A row (``lorac.ir.slots.role``) says where the role acts and by which function, its
+neutral value, its shape, what makes room for it, its cost and its symbol. Everything else is derived: plans have room
+for roles, changes fill them, ``run_site`` applies them stage by stage, graphs get an input for each, files store them,
+reports name them and the self-test fills them with noise. A new role is a new row, and a reduction that makes changes
+with it; nothing else lists roles.
 
-The letters themselves are ``lorac.ir.algebra.operands``, since the algebra knows how changes of the same letters merge
-and add up. Tensors are in slot layout (``lorac.ir.slots.layouts``) unless it is said otherwise. What branches need is
-named by the functions at the end.
+The names of roles are ``lorac.ir.algebra.operands``, since the algebra merges and adds changes by operand. Tensors are
+in slot layout (``lorac.ir.slots.layouts``) unless stated otherwise. The functions at the end name slots of branches.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from lorac.ir.algebra import operands as letters
+from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import Change, LowRank, identity_blocks
 from lorac.ir.sites import Site, SiteKind
 from lorac.ir.slots.layouts import SiteLayout
@@ -29,85 +28,85 @@ from lorac.ir.slots.role import AddNoise, NoiseScale, Shape, SlotRole, SlotSpec,
 
 Tensor = torch.Tensor
 
-# ── What the rows are made of ────────────────────────────────────────────────────────────────────────────────────────
+# ── Columns of the table ─────────────────────────────────────────────────────────────────────────────────────────────
 _SHARE = 0.3
-"""How much of its site's output the noise in a pair is, and how far it scales a weight's rows and columns."""
+"""The noise of a pair relative to its site's output, and the noise of a weight's rows and columns."""
 _SPREAD = 0.1
-"""How far noise is from neutral in scales, transforms and biases."""
+"""The noise of scales, transforms and biases."""
 
 
-def _per_output(place: SlotSpec) -> Shape:
-    return (place.site.out_features,)
+def _per_output(slot: SlotSpec) -> Shape:
+    return (slot.site.out_features,)
 
 
-def _per_input(place: SlotSpec) -> Shape:
-    return (place.site.in_features,)
+def _per_input(slot: SlotSpec) -> Shape:
+    return (slot.site.in_features,)
 
 
-def _per_rank(place: SlotSpec) -> Shape:
-    return (place.size,)
+def _per_rank(slot: SlotSpec) -> Shape:
+    return (slot.size,)
 
 
-def _blocks(place: SlotSpec) -> Shape:
-    size = int(place.size)
-    return (place.site.in_features // size, size, size)
+def _blocks(slot: SlotSpec) -> Shape:
+    size = int(slot.size)
+    return (slot.site.in_features // size, size, size)
 
 
-def _weight(place: SlotSpec) -> Tensor:
-    assert place.weight is not None
-    return place.layout.slot_weight(place.weight())
+def _weight(slot: SlotSpec) -> Tensor:
+    assert slot.weight is not None
+    return slot.layout.slot_weight(slot.weight())
 
 
-def _weight_shape(place: SlotSpec) -> Shape:
-    return tuple(_weight(place).shape)
+def _weight_shape(slot: SlotSpec) -> Shape:
+    return tuple(_weight(slot).shape)
 
 
-def _zeros(role: SlotRole, place: SlotSpec) -> Tensor:
-    return torch.zeros(role.shape(place), dtype=role.dtype(place.site))
+def _zeros(role: SlotRole, slot: SlotSpec) -> Tensor:
+    return torch.zeros(role.shape(slot), dtype=role.dtype(slot.site))
 
 
-def _ones(role: SlotRole, place: SlotSpec) -> Tensor:
-    return torch.ones(role.shape(place), dtype=role.dtype(place.site))
+def _ones(role: SlotRole, slot: SlotSpec) -> Tensor:
+    return torch.ones(role.shape(slot), dtype=role.dtype(slot.site))
 
 
-def _identity(role: SlotRole, place: SlotSpec) -> Tensor:
-    return identity_blocks(place.site.in_features, int(place.size), role.dtype(place.site)).contiguous()
+def _identity(role: SlotRole, slot: SlotSpec) -> Tensor:
+    return identity_blocks(slot.site.in_features, int(slot.size), role.dtype(slot.site)).contiguous()
 
 
-def _base_weight(_: SlotRole, place: SlotSpec) -> Tensor:
-    return _weight(place)
+def _base_weight(_: SlotRole, slot: SlotSpec) -> Tensor:
+    return _weight(slot)
 
 
-def _base_bias(role: SlotRole, place: SlotSpec) -> Tensor:
-    return _zeros(role, place) if place.bias is None else place.bias
+def _base_bias(role: SlotRole, slot: SlotSpec) -> Tensor:
+    return _zeros(role, slot) if slot.bias is None else slot.bias
 
 
-def _gaussian_noise(spread: Callable[[NoiseScale], float]) -> AddNoise:
-    """Noise of a standard deviation about what the slot holds."""
+def _gaussian_noise(deviation: Callable[[NoiseScale], float]) -> AddNoise:
+    """Return a function that adds Gaussian noise of a deviation to a slot's tensor."""
 
-    def noise(tensor: Tensor, around: NoiseScale, generator: torch.Generator) -> None:
-        tensor.add_(spread(around) * torch.randn(tensor.shape, generator=generator).to(tensor.dtype))
+    def add_noise(tensor: Tensor, scale: NoiseScale, generator: torch.Generator) -> None:
+        tensor.add_(deviation(scale) * torch.randn(tensor.shape, generator=generator).to(tensor.dtype))
 
-    return noise
+    return add_noise
 
 
 def _small_spread(_: NoiseScale) -> float:
     return _SPREAD
 
 
-def _spread_of_a(around: NoiseScale) -> float:
-    return float(around.site.in_features**-0.5)
+def _spread_of_a(scale: NoiseScale) -> float:
+    return float(scale.site.in_features**-0.5)
 
 
-def _spread_of_b(around: NoiseScale) -> float:
-    """Such that the pair answers a share of what the weight does."""
-    return float(_SHARE * around.typical / (_spread_of_a(around) * around.rank**0.5))
+def _spread_of_b(scale: NoiseScale) -> float:
+    """Return the deviation for which the pair's output is a share of the weight's."""
+    return float(_SHARE * scale.typical / (_spread_of_a(scale) * scale.rank**0.5))
 
 
-def _scale_rows_and_columns(weight: Tensor, around: NoiseScale, generator: torch.Generator) -> None:
-    """Scale every row and column its own way: one pass, where noise per value would take many.
+def _scale_rows_and_columns(weight: Tensor, _: NoiseScale, generator: torch.Generator) -> None:
+    """Scale every row and column by positive noise, which is cheaper than noise per value.
 
-    Signs stay: a variance must not become negative.
+    Signs stay, since a variance must not become negative.
     """
     for axis in (0, weight.dim() - 1):
         shape = [1] * weight.dim()
@@ -116,7 +115,7 @@ def _scale_rows_and_columns(weight: Tensor, around: NoiseScale, generator: torch
 
 
 def _count_down_flops(site: Site, a: Tensor) -> int:
-    """x·A: rows of a table cost nothing."""
+    """Count the operations of x·A; looking rows up costs nothing."""
     return 0 if site.kind is SiteKind.EMBEDDING else 2 * a.numel()
 
 
@@ -125,7 +124,7 @@ def _count_product_flops(site: Site, matrix: Tensor) -> int:
 
 
 def _count_no_flops(site: Site, weight: Tensor) -> int:
-    """The product is the base's, with other numbers."""
+    """Return 0: the product replaces the base's."""
     return 0
 
 
@@ -133,39 +132,40 @@ def _apply_down(layout: SiteLayout, x: Tensor, a: Tensor) -> Tensor:
     return layout.down(x.to(a.dtype) if x.is_floating_point() else x, a)
 
 
-def _join_columns(parts: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
-    """Matrices (…, R) and (K, N) along their last axis; there is nothing of sites without one."""
-    return torch.cat([part for part in parts if part is not None], dim=-1)
+def _join_columns(tensors: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
+    """Concatenate matrices (…, R) or (K, N) along their last axis; sites without one are left out."""
+    return torch.cat([tensor for tensor in tensors if tensor is not None], dim=-1)
 
 
-def _join_block_diagonal(parts: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
-    """B's (R, N), each in the rows of its own A and the columns of its own outputs."""
-    some = next(part for part in parts if part is not None)
-    ranks = [0 if part is None else part.shape[0] for part in parts]
-    packed = some.new_zeros(sum(ranks), sum(sizes))
+def _join_block_diagonal(tensors: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
+    """Place matrices B (R, N) in a block-diagonal matrix: the rows of their own A, the columns of their own outputs."""
+    some = next(tensor for tensor in tensors if tensor is not None)
+    ranks = [0 if tensor is None else tensor.shape[0] for tensor in tensors]
+    joined = some.new_zeros(sum(ranks), sum(sizes))
     row = column = 0
-    for part, rank, size in zip(parts, ranks, sizes, strict=True):
-        if part is not None:
-            packed[row : row + rank, column : column + size] = part
+    for tensor, rank, size in zip(tensors, ranks, sizes, strict=True):
+        if tensor is not None:
+            joined[row : row + rank, column : column + size] = tensor
         row, column = row + rank, column + size
-    return packed
+    return joined
 
 
-def _join_scales(parts: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
-    """Vectors of scales (out,); ones for sites without one."""
-    some = next(part for part in parts if part is not None)
-    return torch.cat([some.new_ones(size) if part is None else part for part, size in zip(parts, sizes, strict=True)])
+def _join_scales(tensors: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
+    """Concatenate scales (out,), with ones for sites without one."""
+    some = next(tensor for tensor in tensors if tensor is not None)
+    pairs = zip(tensors, sizes, strict=True)
+    return torch.cat([some.new_ones(size) if tensor is None else tensor for tensor, size in pairs])
 
 
 # ── The table ────────────────────────────────────────────────────────────────────────────────────────────────────────
 _TABLE = (
     SlotRole(
-        name=letters.A,
+        name=operands.A,
         letter="A",
         meaning="first half of the low-rank pair",
         stage=Stage.DOWN,
         apply=_apply_down,
-        shape=lambda place: place.layout.shape_a(place.size),
+        shape=lambda slot: slot.layout.shape_a(slot.size),
         start=_zeros,
         noise=_gaussian_noise(_spread_of_a),
         flops=_count_down_flops,
@@ -174,15 +174,15 @@ _TABLE = (
         rank_axis=1,
         reserve="rank",
         transposed=True,
-        packed=_join_columns,
+        join=_join_columns,
     ),
     SlotRole(
-        name=letters.B,
+        name=operands.B,
         letter="B",
-        meaning="its second half",
+        meaning="second half of the low-rank pair",
         stage=Stage.UP,
         apply=lambda layout, u, b: layout.up(u, b),
-        shape=lambda place: place.layout.shape_b(place.size),
+        shape=lambda slot: slot.layout.shape_b(slot.size),
         start=_zeros,
         noise=_gaussian_noise(_spread_of_b),
         flops=_count_product_flops,
@@ -191,10 +191,10 @@ _TABLE = (
         rank_axis=0,
         reserve="rank",
         transposed=True,
-        packed=_join_block_diagonal,
+        join=_join_block_diagonal,
     ),
     SlotRole(
-        name=letters.C,
+        name=operands.C,
         letter="c",
         meaning="scale of the base's outputs",
         stage=Stage.OUTPUT,
@@ -203,10 +203,10 @@ _TABLE = (
         start=_ones,
         noise=_gaussian_noise(_small_spread),
         reserve="scales",
-        packed=_join_scales,
+        join=_join_scales,
     ),
     SlotRole(
-        name=letters.D,
+        name=operands.D,
         letter="d",
         meaning="scale of the base's inputs",
         stage=Stage.INPUT,
@@ -214,10 +214,10 @@ _TABLE = (
         shape=_per_input,
         start=_ones,
         noise=_gaussian_noise(_small_spread),
-        alone="its input is scaled before its product",
+        unfused_reason="its input is scaled before the product",
     ),
     SlotRole(
-        name=letters.T,
+        name=operands.T,
         letter="T",
         meaning="block-diagonal transform of the base's inputs",
         stage=Stage.INPUT,
@@ -228,12 +228,12 @@ _TABLE = (
         flops=_count_product_flops,
         sized=lambda t: t.shape[-1],
         unit="input transforms in blocks of {}",
-        alone="its input is transformed before its product",
+        unfused_reason="its input is transformed before the product",
     ),
     SlotRole(
-        name=letters.G,
+        name=operands.G,
         letter="g",
-        meaning="scale between the halves of a pair whose A layers share",
+        meaning="scale between the halves of a pair with a shared A",
         stage=Stage.BETWEEN,
         apply=lambda layout, u, g: u * layout.per_rank(g),
         shape=_per_rank,
@@ -241,21 +241,21 @@ _TABLE = (
         noise=_gaussian_noise(_small_spread),
         unit="rank {}",
         rank_axis=0,
-        alone="its A is one that sites have in common already",
+        unfused_reason="its A is shared by sites already",
     ),
     SlotRole(
-        name=letters.H,
+        name=operands.H,
         letter="h",
-        meaning="scale behind a pair whose B layers share",
-        stage=Stage.BEHIND,
+        meaning="scale after a pair with a shared B",
+        stage=Stage.AFTER,
         apply=lambda layout, u, h: u * layout.per_output(h),
         shape=_per_output,
         start=_ones,
         noise=_gaussian_noise(_small_spread),
-        packed=_join_scales,
+        join=_join_scales,
     ),
     SlotRole(
-        name=letters.WEIGHT,
+        name=operands.WEIGHT,
         letter="W",
         meaning="merged weight",
         stage=Stage.PRODUCT,
@@ -267,10 +267,10 @@ _TABLE = (
         into_slot=lambda layout, matrix: layout.slot_weight(matrix),
         of_base=True,
         reserve="weights",
-        packed=_join_columns,
+        join=_join_columns,
     ),
     SlotRole(
-        name=letters.BIAS,
+        name=operands.BIAS,
         letter="b",
         meaning="bias",
         stage=Stage.BIAS,
@@ -280,42 +280,43 @@ _TABLE = (
         noise=_gaussian_noise(_small_spread),
         of_base=True,
         reserve="scales",
-        packed=_join_columns,
+        join=_join_columns,
     ),
 )
 
 ROLES: dict[str, SlotRole] = {role.name: role for role in _TABLE}
-"""Name -> role, in the order in which they are listed, bound and, within a stage, applied."""
+"""Name -> role, in the order of lists, of bindings and, within a stage, of application."""
 
 
 def tensors_by_role(change: LowRank) -> dict[str, Tensor]:
-    """Role -> what a low-rank change brings to it, in the table's order; a pair of rank 0 brings nothing."""
-    pair = {letters.A: change.a, letters.B: change.b} if change.rank else {}
-    given = {**pair, **change.parts}
-    return {name: given[name] for name in ROLES if name in given}
+    """Return role -> the tensor of a low-rank change, in the table's order, without a pair of rank 0."""
+    pair = {operands.A: change.a, operands.B: change.b} if change.rank else {}
+    tensors = {**pair, **change.scales}
+    return {name: tensors[name] for name in ROLES if name in tensors}
 
 
 def roles_needed(change: Change) -> tuple[SlotRole, ...]:
-    """The roles that a change needs, in the table's order; what can be folded into its pair needs none."""
-    whole = {letters.WEIGHT} if not isinstance(change, LowRank) else tensors_by_role(change).keys() - letters.FOLDABLE
-    needed = {*whole, *((letters.BIAS,) if change.e is not None else ())}
+    """Return the roles that a change needs, in the table's order, without those that fold into its pair."""
+    low_rank = tensors_by_role(change).keys() - operands.FOLDABLE if isinstance(change, LowRank) else None
+    needed = {operands.WEIGHT} if low_rank is None else set(low_rank)
+    needed |= set() if change.e is None else {operands.BIAS}
     return tuple(role for role in ROLES.values() if role.name in needed)
 
 
 def acts_at(change: LowRank, stage: Stage) -> bool:
-    """Whether a change has a part that acts at a stage."""
-    return any(ROLES[name].stage is stage for name in change.parts)
+    """Return whether a change has a scale or transform that acts at a stage."""
+    return any(ROLES[name].stage is stage for name in change.scales)
 
 
 def keeps_base_weight(layout: SiteLayout, change: LowRank) -> bool:
-    """Whether a change needs no weight of its own: the site is called, and has an axis where inputs are changed."""
+    """Return whether a change runs next to the base's weight: the site is called, and its input can be changed."""
     if layout.site.within is not None:
         return not tensors_by_role(change)
     return layout.has_input_axis or not acts_at(change, Stage.INPUT)
 
 
 def apply_stage(stage: Stage, layout: SiteLayout, value: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-    """A value behind the roles of one stage, of those there are tensors for."""
+    """Apply the roles of one stage for which there are tensors."""
     for role in ROLES.values():
         if role.stage is stage and role.name in tensors:
             value = role.apply(layout, value, tensors[role.name])
@@ -327,25 +328,25 @@ _BRANCH, _STRENGTH = "branch", "t"
 
 
 def slot_name(path: str, role: str) -> str:
-    """The public name of a site's slot, which survives into the emitted program."""
+    """Return the public name of a site's slot, which the emitted program keeps."""
     return f"{path}:{role}"
 
 
 def branch_name(index: int) -> str:
-    """A branch slot of a site, by its place in the plan."""
+    """Return the name of a branch slot from its index in the plan."""
     return f"{_BRANCH}{index}"
 
 
 def strength_role(branch: str) -> str:
-    """The role of a branch's strength."""
+    """Return the role of a branch's strength."""
     return f"{branch}.{_STRENGTH}"
 
 
 def parameter_role(branch: str, position: int) -> str:
-    """The role of one of a branch's parameters, by its place among them."""
+    """Return the role of one of a branch's parameters from its index."""
     return f"{branch}.{position}"
 
 
 def is_strength(role: str) -> bool:
-    """Whether a role is a branch's strength."""
+    """Return whether a role is a branch's strength."""
     return role.startswith(_BRANCH) and role.endswith(f".{_STRENGTH}")

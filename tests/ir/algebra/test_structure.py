@@ -84,9 +84,9 @@ def test_every_rule_says_its_identity():
     ("name", "reason"),
     [
         ("wide factor", "inner size 4 of a 6 x 4 product saves nothing"),
-        ("blocks as large as the input", "its blocks are not several squares of one size"),
-        ("blocks of two sizes", "its blocks are not several squares of one size"),
-        ("one value at many positions", "its positions are no two lists as long as its values"),
+        ("blocks as large as the input", "its blocks are not two or more squares of one size"),
+        ("blocks of two sizes", "its blocks are not two or more squares of one size"),
+        ("one value at many positions", "its positions are not two lists of the length of its values"),
         ("scatter and factor", "mixed structure"),
         ("product of entries", "the formula's result has no recognised structure"),
     ],

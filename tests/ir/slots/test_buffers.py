@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lorac.frontend.site_discovery import find_sites
-from lorac.ir.algebra.changes import Dense, LowRank, Sparse, moved
+from lorac.ir.algebra.changes import Dense, LowRank, Sparse, move_change
 from lorac.ir.slots import buffers
 from lorac.ir.slots.buffers import FusedBuffer
 
@@ -34,9 +34,9 @@ def test_a_change_is_brought_to_the_weights_memory_once(change: Any, monkeypatch
 
     def counted(*given: Any) -> Any:
         brought.append(given)
-        return moved(*given)
+        return move_change(*given)
 
-    monkeypatch.setattr(buffers, "moved", counted)
+    monkeypatch.setattr(buffers, "move_change", counted)
     assert buffer.write(change) == OUT * IN * 4
     assert buffer.write(change) == 0
     buffer.write(None)
@@ -46,7 +46,7 @@ def test_a_change_is_brought_to_the_weights_memory_once(change: Any, monkeypatch
 def test_what_was_brought_goes_with_the_change() -> None:
     buffer, change = _buffer(), Dense(torch.ones(OUT, IN))
     buffer.write(change)
-    there = weakref.ref(buffer.holds)
+    there = weakref.ref(buffer.current)
     buffer.write(None)
     del change
     gc.collect()
@@ -58,4 +58,4 @@ def test_a_change_that_is_there_stays_as_it_is() -> None:
     buffer = FusedBuffer(find_sites(LAYER)["it"], weight, lambda held: held.t(), lambda: torch.zeros(OUT, IN))
     change = Sparse(torch.tensor([0]), torch.tensor([1]), torch.tensor([2.0]))
     buffer.write(change)
-    assert buffer.holds is change and weight[1, 0] == 2
+    assert buffer.current is change and weight[1, 0] == 2

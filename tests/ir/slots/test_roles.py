@@ -54,7 +54,7 @@ def scaling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def carrying(self: Preparer, *args: object) -> Change:
         change = whole(self, *args)  # type: ignore[arg-type]
         assert isinstance(change, LowRank)
-        return dataclasses.replace(change, parts={**change.parts, SCALE.name: HELD})
+        return dataclasses.replace(change, scales={**change.scales, SCALE.name: HELD})
 
     monkeypatch.setitem(ROLES, SCALE.name, SCALE)
     monkeypatch.setattr(Preparer, "change", carrying)
@@ -140,7 +140,7 @@ def test_what_lacks_room_for_a_new_role_is_told_what_admits_it() -> None:
 
 @pytest.mark.usefixtures("scaling")
 def test_what_no_weight_holds_is_not_merged() -> None:
-    with refuses("not_mergeable", match="part 's'"):
+    with refuses("not_mergeable", match="operand 's'"):
         lorac.compile(_model(), {"a": _adapter()}, mode="fused", example_inputs=(X,))
 
 
