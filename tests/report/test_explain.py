@@ -75,9 +75,7 @@ def test_what_cannot_add_up_is_bound_only_together() -> None:
     for name in ("style", "scales"):
         row = _row(compiled.explain(), "query", name)
         assert (row.state, row.slots) == ("bound", ("weight",))
-        assert [reason.why for reason in row.reasons] == [
-            "changes of outputs and of inputs do not add up"
-        ]
+        assert [reason.why for reason in row.reasons] == ["changes of outputs and of inputs do not add up"]
         assert "merged weight" in row.swap
     compiled.swap("style")
     style, off = (_row(compiled.explain(), "query", name) for name in ("style", "scales"))
