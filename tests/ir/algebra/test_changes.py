@@ -13,7 +13,7 @@ from lorac.ir.algebra.changes import (
     from_outputs,
     merge_bias,
     merge_weight,
-    moved,
+    move_change,
     to_outputs,
 )
 from lorac.ir.algebra.operands import A, B, C, D, T
@@ -140,14 +140,14 @@ def test_half_precision_is_merged_in_the_wider_dtype(dtype):
 def test_a_change_moves_whole(values):
     there, here = torch.device("meta"), torch.device("cpu")
     for change in values.values():
-        gone, stayed = moved(change, there), moved(change, here)
+        gone, stayed = move_change(change, there), move_change(change, here)
         assert device_of(change) == here and device_of(gone) == there
         (form, tensors), (other, found), (same, kept) = map(to_outputs, (change, gone, stayed))
         assert form == other == same and tensors.keys() == found.keys() == kept.keys()
         assert all(tensor.is_meta and tensor.shape == tensors[letter].shape for letter, tensor in found.items())
         assert all(torch.equal(kept[letter], tensor) for letter, tensor in tensors.items())
     sparse = values["sparse"]
-    several = moved(SparseSum(((0.5, sparse), (2.0, sparse)), sparse.e), there)
+    several = move_change(SparseSum(((0.5, sparse), (2.0, sparse)), sparse.e), there)
     assert device_of(several) == there and several.e.is_meta
     assert [strength for strength, _ in several.terms] == [0.5, 2.0]
     assert all(t.is_meta for _, term in several.terms for t in (term.rows, term.cols, term.values))
