@@ -56,9 +56,9 @@ def rebuilt(change: Change, weight: np.ndarray, bias: np.ndarray) -> tuple[np.nd
         np.add.at(made, (held.rows, held.cols), held.values)
         return made, moved
     assert isinstance(change, LowRank)
-    assert "t" not in change.parts
+    assert "t" not in change.scales
     given = {"c": np.ones(OUT), "d": np.ones(IN), "g": np.ones(change.rank), "h": np.ones(OUT)}
-    given |= {letter: part.numpy() for letter, part in change.parts.items()}
+    given |= {letter: part.numpy() for letter, part in change.scales.items()}
     update = given["h"][:, None] * ((held.a * given["g"]) @ held.b).T
     return given["c"][:, None] * weight * given["d"] + update, moved
 
@@ -118,7 +118,7 @@ def test_flattened_kernels_and_transformed_inputs(variant: Any, path: str, model
     weight = model.get_parameter(f"{path}.weight").flatten(1)
     expected = variant.weight(weight, SimpleNamespace(**adapter.tensors[path]))
     assert isinstance(change, LowRank)
-    blocks = change.parts.get("t")
+    blocks = change.scales.get("t")
     moved = weight if blocks is None else weight @ torch.block_diag(*blocks).T
     assert_close(moved + (change.a @ change.b).T, expected)
 

@@ -227,7 +227,7 @@ def test_a_torn_buffer_is_known_as_torn():
     compiled.swap("b")
     buffer = compiled.engine.buffers["up"]
     assert isinstance(buffer, FusedBuffer)
-    held, content = buffer.holds, buffer.buffer.clone()
+    held, content = buffer.current, buffer.buffer.clone()
     wrong = type(held)(held.rows + 10**6, held.cols, held.values)
     with pytest.raises((IndexError, RuntimeError)):
         buffer.write(wrong)

@@ -62,7 +62,7 @@ def test_scales_and_low_rank_parts_stay_low_rank():
     value = compiled.pool["a"].changes["0"]
     assert isinstance(value, LowRank)
     assert value.rank == 4
-    assert "c" in value.parts
+    assert "c" in value.scales
 
 
 def two_layers():

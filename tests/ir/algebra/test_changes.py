@@ -48,8 +48,8 @@ def values():
 def by_hand(value, W, b):
     """W' and b' entry by entry."""
     if isinstance(value, LowRank):
-        c, d = value.parts.get(C, torch.ones(OUT)), value.parts.get(D, torch.ones(IN))
-        turned = torch.block_diag(*value.parts[T]) if T in value.parts else torch.eye(IN).double()
+        c, d = value.scales.get(C, torch.ones(OUT)), value.scales.get(D, torch.ones(IN))
+        turned = torch.block_diag(*value.scales[T]) if T in value.scales else torch.eye(IN).double()
         new = torch.diag(c.double()) @ W @ (torch.diag(d.double()) @ turned).t() + (value.a @ value.b).t()
         return new, b + (0 if value.e is None else value.e)
     new = value.weight.clone() if isinstance(value, Dense) else W.clone()

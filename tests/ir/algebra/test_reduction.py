@@ -60,7 +60,7 @@ def test_a_mixture_of_lora_and_dora_is_exactly_low_rank(cases):
     lora, dora = cases["lora"], cases["dora"]
     mixed = compose([(0.7, value_of(lora)), (0.3, value_of(dora))], _unread)
     assert isinstance(mixed, LowRank)
-    assert (mixed.rank, set(mixed.parts)) == (5, {"c"})
+    assert (mixed.rank, set(mixed.scales)) == (5, {"c"})
     W, b = lora.weight, lora.bias
     deltas = [case.variant.weight(W, _params(case)) - W for case in (lora, dora)]
     assert_close(merge_weight(mixed, W), W + 0.7 * deltas[0] + 0.3 * deltas[1])
