@@ -43,7 +43,7 @@ def test_reduces_to_one_low_rank_pair():
     value = Case(AdaLoRA(r=3), HOSTS["linear"]).live.pool["a"].changes["site"]
     assert isinstance(value, LowRank)
     assert value.rank == 3
-    assert not value.parts
+    assert not value.scales
 
 
 @torch.no_grad()

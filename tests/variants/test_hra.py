@@ -85,7 +85,7 @@ def test_is_low_rank(variant, host):
     value = compiled.pool["a"].changes["site"]
     assert isinstance(value, LowRank)
     assert value.rank == variant.r
-    assert not value.parts
+    assert not value.scales
     assert value.e is None
 
 

@@ -52,7 +52,7 @@ def test_reduces_to_one_low_rank_pair(worked):
     value = lorac.compile(model, {"a": adapter}).pool["a"].changes["site"]
     assert isinstance(value, LowRank)
     assert value.rank == 2
-    assert not value.parts
+    assert not value.scales
 
 
 @pytest.mark.parametrize("branch_bias", [False, True])

@@ -55,7 +55,7 @@ def test_worked_example(feedforward, scale, weight, bias):
     value = live.pool["a"].changes["site"]
     assert isinstance(value, LowRank)
     assert value.rank == 0
-    assert set(value.parts) == {"d" if feedforward else "c"}
+    assert set(value.scales) == {"d" if feedforward else "c"}
     assert live.plans["site"].rank == 0
     assert not live.plans["site"].bound
 

@@ -119,7 +119,7 @@ def test_form():
     value = few.live.pool["a"].changes["site"]
     assert isinstance(value, LowRank)
     assert value.rank == 9
-    assert set(value.parts) == {"c"}
+    assert set(value.scales) == {"c"}
     for host in (SQUARE[0], GROUPED[0]):
         assert isinstance(Case(lorac.LoRAC(r=2), host).live.pool["a"].changes["site"], Dense)
 

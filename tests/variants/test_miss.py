@@ -73,7 +73,7 @@ def test_reduces_to_low_rank(mini):
     value = case.live.pool["a"].changes["site"]
     assert isinstance(value, LowRank)
     assert value.rank == 3
-    assert not value.parts
+    assert not value.scales
     assert value.e is None
 
 

@@ -88,7 +88,7 @@ def test_ranks():
     value = case.live.pool["a"].changes["site"]
     assert isinstance(value, LowRank)
     assert value.rank == 3
-    assert not value.parts
+    assert not value.scales
     assert torch.linalg.matrix_rank(value.a @ value.b) == 3
 
 

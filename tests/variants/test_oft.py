@@ -80,9 +80,9 @@ def test_transforms_the_input_and_is_orthogonal():
     value = case.live.pool["a"].changes["site"]
     assert isinstance(value, LowRank)
     assert value.rank == 0
-    assert value.parts["t"].shape == (3, 4, 4)
+    assert value.scales["t"].shape == (3, 4, 4)
     identity = torch.eye(4, dtype=torch.float64).expand(3, 4, 4)
-    assert_close(value.parts["t"] @ value.parts["t"].transpose(1, 2), identity)
+    assert_close(value.scales["t"] @ value.scales["t"].transpose(1, 2), identity)
     assert not case.live.plans["site"].bound
     assert case.live.explain().terms[0].slots == ("t",)
 

@@ -92,7 +92,7 @@ def test_one_bank_that_every_site_trains(tmp_path):
     compiled(x).square().sum().backward()
     assert bank.grad is not None and bank.grad.any()
     values = compiled.pool["a"].changes
-    assert all(isinstance(value, LowRank) and value.rank == 2 and not value.parts for value in values.values())
+    assert all(isinstance(value, LowRank) and value.rank == 2 and not value.scales for value in values.values())
     lorac.save_adapter(adapter, tmp_path / "a.safetensors", format="native", model=model)
     loaded = lorac.load_adapter(tmp_path / "a.safetensors", model)
     assert loaded.tensors["up"]["vblora_vector_bank"] is loaded.tensors["down"]["vblora_vector_bank"]

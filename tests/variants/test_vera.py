@@ -140,9 +140,9 @@ def test_form(model, adapters):
     for path, value in values.items():
         assert isinstance(value, LowRank)
         tensors = adapters["a"].tensors[path]
-        assert torch.equal(value.parts["g"], tensors["vera_lambda_d"])
-        assert torch.equal(value.parts["h"], tensors["vera_lambda_b"])
-        assert set(value.parts) == {"g", "h"}
+        assert torch.equal(value.scales["g"], tensors["vera_lambda_d"])
+        assert torch.equal(value.scales["h"], tensors["vera_lambda_b"])
+        assert set(value.scales) == {"g", "h"}
         assert value.e is None
 
 

@@ -82,7 +82,7 @@ class FormulaContext:
             )
         if found is None:
             raise SiteError(
-                f"'{self.site.path}' reads the value '{name}', which is not computed before it",
+                f"the value '{name}' is not computed before '{self.site.path}', which reads it",
                 next_step="list it in the variant's `reads`, or read 'base:<site>', which is known from the start",
                 code="site_unreached",
             )
