@@ -21,7 +21,7 @@ def suggest_reserve(together: Sequence[PreparedAdapter]) -> str:
     changes = [change for prepared in together for change in prepared.changes.values()]
     rank = max((change.rank for change in changes if isinstance(change, LowRank)), default=0)
     # A role without a field of its own is admitted through a bound weight.
-    needed = {role.reserve or ROLES[letters.WEIGHT].reserve for change in changes for role in roles_needed(change)}
+    needed = {role.reserve or ROLES[operands.WEIGHT].reserve for change in changes for role in roles_needed(change)}
     arguments = [f"targets={paths}", f"rank={rank}"]
     arguments += [f"adapters={len(together)}"] if len(together) > 1 else []
     arguments += [f"{field.name}=True" for field in fields(Reserve) if field.name in needed and field.default is False]
