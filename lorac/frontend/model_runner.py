@@ -6,17 +6,20 @@ import functools
 import pickle
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorac.frontend.copying import copy_structure
 from lorac.frontend.hugging_face import set_config_fields
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,12 +209,20 @@ def _is_generator(value: object) -> bool:
     return torch.Generator in type(value).__mro__  # torch has isinstance run Python code for each value asked of
 
 
-@contextmanager
-def disable_attention_fast_path() -> Iterator[None]:
-    """Keep nn.TransformerEncoderLayer and nn.MultiheadAttention off the fused kernel that bypasses their layers."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
+FUSED_LAYERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+"""Layers of torch that in evaluation call one fused kernel, which bypasses the layers inside them."""
+
+
+class NoFastPath(TorchFunctionMode):
+    """Does nothing; but torch fuses no layer whose calls somebody watches, in this thread alone."""
+
+    def __torch_function__(
+        self, func: Callable[..., T], types: object, args: tuple[object, ...] = (), kwargs: Any = None
+    ) -> T:
+        return func(*args, **(kwargs or {}))
+
+
+def disable_fast_path(model: nn.Module) -> AbstractContextManager[object]:
+    """Return a context in which torch calls the layers inside a model's transformer layers."""
+    fuses = any(isinstance(module, FUSED_LAYERS) for module in model.modules())
+    return NoFastPath() if fuses else nullcontext()

@@ -6,18 +6,22 @@ keeps the answers alone, but it logs each while the line runs that asks.
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
+from typing import ParamSpec, TypeVar
+
+from torch._guards import detect_fake_mode
 
 from lorac.source_lines import format_frame, innermost_user_line, is_user_code
 
-_LOGGER = "torch.fx.experimental.symbolic_shapes"
+P = ParamSpec("P")
+T = TypeVar("T")
 _ADDED = re.compile(r"(\S.*) \[guard added\]")
 _ENTERED = "_call_impl"
 """Of torch, what calls a module's forward: whatever is further out is no line of the model."""
@@ -36,18 +40,27 @@ class TraceGuard:
     line: str
 
 
-@contextmanager
-def record_guards(found: list[TraceGuard]) -> Iterator[None]:
-    """The guards that traces inside the block add, as they come."""
-    logger, handler = logging.getLogger(_LOGGER), _GuardHandler(found)
-    before = logger.handlers, logger.level, logger.propagate
-    logger.handlers, logger.propagate = [handler], False
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.handlers, level, logger.propagate = before
-        logger.setLevel(level)
+def record_guards(forward: Callable[P, T], found: list[TraceGuard]) -> Callable[P, T]:
+    """Return a forward that, while it is traced, records the guards it adds.
+
+    torch logs each guard while the line that needs it runs, through the logger of the sizes of one trace: that gets
+    another logger, which no other trace has.
+    """
+
+    @functools.wraps(forward)
+    def record(*args: P.args, **kwargs: P.kwargs) -> T:
+        mode = detect_fake_mode([*args, *kwargs.values()])
+        if mode is None or mode.shape_env is None:
+            return forward(*args, **kwargs)
+        shared, own = mode.shape_env.log, logging.Logger(__name__, logging.INFO)
+        own.addHandler(_GuardHandler(found))
+        mode.shape_env.log = own
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            mode.shape_env.log = shared
+
+    return record
 
 
 class _GuardHandler(logging.Handler):

@@ -12,13 +12,13 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
-from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from lorac.errors import CaptureError
@@ -45,7 +45,7 @@ from lorac.frontend.dynamic_shapes import make_dynamic_shapes, repeat_unit_axes,
 from lorac.frontend.example_inputs import make_example_inputs
 from lorac.frontend.hugging_face import TRACE_CONFIG, is_hugging_face, set_config_fields
 from lorac.frontend.layer_classes import Forward
-from lorac.frontend.model_runner import disable_attention_fast_path, preserve_random_state
+from lorac.frontend.model_runner import disable_fast_path, preserve_random_state
 from lorac.frontend.trace_guards import TraceGuard, find_failing_model_line, iter_error_causes, record_guards
 from lorac.ir.graph import ops as _ops  # noqa: F401  (what a copy's sites call is registered there)
 from lorac.ir.graph.edit import has_site_checks, keep_tensor_outputs, qualify_names
@@ -117,7 +117,7 @@ def _export_arguments(
 ) -> tuple[ExportedProgram, list[TraceGuard], CallArguments]:
     named = bool(arguments.fixed) or isinstance(given, Mapping) or is_hugging_face(model)
     inputs = arguments.inputs if named else given
-    with isolate_tracing(model), _no_cache_of_shapes(), _skip_tensor_metadata(), contextlib.ExitStack() as stack:
+    with isolate_tracing(model), _no_cache_of_shapes(), contextlib.ExitStack() as stack:
         host = _make_marked_copy(model, blocks, prefix, arguments)
         if grows:
             host.forward = derive_decoder_arguments(host.forward)
@@ -184,7 +184,7 @@ def isolate_tracing(model: nn.Module) -> Iterator[None]:
         suppress_third_party_output(),
         torch.no_grad(),
         preserve_random_state(model),
-        disable_attention_fast_path(),
+        disable_fast_path(model),
     ):
         yield
 
@@ -269,10 +269,14 @@ def capture_graph(  # noqa: PLR0913  (what a graph is made of)
 def _trace(host: nn.Module, inputs: Any, shapes: Any, guards: list[TraceGuard]) -> ExportedProgram:
     """One torch.export of a marked copy; ``guards`` gets what it takes for granted, also where it fails."""
     args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
-    with record_guards(guards):
+    forward = host.forward
+    host.forward = record_guards(forward, guards)
+    try:
         if is_hugging_face(host):
             return _trace_hugging_face(host, inputs, shapes)
         return torch.export.export(host, args, kwargs, dynamic_shapes=shapes)
+    finally:
+        host.forward = forward
 
 
 def _trace_hugging_face(host: nn.Module, inputs: Inputs, shapes: Any) -> ExportedProgram:
@@ -291,23 +295,30 @@ def _trace_hugging_face(host: nn.Module, inputs: Inputs, shapes: Any) -> Exporte
 
 @contextlib.contextmanager
 def _patch_imported_models_only() -> Iterator[None]:
-    """Have transformers' exporter patch no models but those that are imported: it would import all others for that."""
+    """Have transformers' exporter patch imported models only, in this context.
+
+    It imports every model that it has a patch for, which takes most of a second. Unnecessary once it looks these models
+    up among those that are imported.
+    """
     from transformers.exporters import utils
 
-    found = utils.import_dotted_path
+    import_anything = utils.import_dotted_path
 
-    def here(path: str, missing_ok: bool = False) -> Any:
+    def import_if_loaded(path: str, missing_ok: bool = False) -> object:
         module = ".".join(path.split(".")[: len(_A_MODELS_MODULE)])
-        absent = path.startswith(_MODELS) and module not in sys.modules
-        return None if absent and missing_ok else found(path, missing_ok)
+        absent = _own_trace.get() and path.startswith(_MODELS) and module not in sys.modules
+        return None if absent and missing_ok else import_anything(path, missing_ok)
 
-    utils.import_dotted_path = here
+    utils.import_dotted_path = import_if_loaded
+    token = _own_trace.set(True)
     try:
         yield
     finally:
-        utils.import_dotted_path = found
+        _own_trace.reset(token)
+        utils.import_dotted_path = import_anything
 
 
+_own_trace: ContextVar[bool] = ContextVar("own_trace", default=False)
 _A_MODELS_MODULE = ("transformers", "models", "model", "module")
 _MODELS = ".".join(_A_MODELS_MODULE[:2]) + "."
 
@@ -332,18 +343,6 @@ def _no_cache_of_shapes() -> contextlib.AbstractContextManager[None]:
     from torch._dynamo import config
 
     return config.patch(fake_tensor_cache_enabled=False)
-
-
-@contextlib.contextmanager
-def _skip_tensor_metadata() -> Iterator[None]:
-    """Have nodes know the value they were traced with, and no second description of it, which takes long to find."""
-    tracer: Any = proxy_tensor
-    described = tracer._extract_tensor_metadata
-    tracer._extract_tensor_metadata = lambda value: None
-    try:
-        yield
-    finally:
-        tracer._extract_tensor_metadata = described
 
 
 class _ValuesNeeded(Exception):
